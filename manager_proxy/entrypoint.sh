@@ -1,0 +1,68 @@
+#!/bin/sh
+# Waits for the secret, sees to the certificate, then becomes Nginx.
+set -eu
+umask 077
+
+secret=/run/orion-proxy/secret
+tls=/etc/orion-tls
+
+wait_for_secret() {
+    waited=0
+    while ! [ -s "$secret" ]; do
+        if [ $((waited % 30)) -eq 0 ]; then
+            echo "waiting for $secret, which manager_app makes at its first start (${waited} s so far)"
+        fi
+        sleep 1
+        waited=$((waited + 1))
+    done
+}
+
+# On tmpfs, for root alone: the image and the workers of Nginx never hold the secret in a file.
+write_secret() {
+    value=$(cat "$secret")
+    case $value in
+    *[!A-Za-z0-9._-]*)
+        echo "$secret holds characters that no secret of Orion-Sec has: make clean, then make up" >&2
+        exit 1
+        ;;
+    esac
+    printf 'proxy_set_header X-Orion-Proxy-Secret %s;\n' "$value" >/run/orion-secret.conf
+}
+
+# The user's own pair is left alone; ours is made when there is none, and again a month before it ends.
+see_to_certificate() {
+    if [ -s "$tls/tls.crt" ] && [ -s "$tls/tls.key" ]; then
+        if ! [ -e "$tls/made-by-orion" ] || openssl x509 -in "$tls/tls.crt" -noout -checkend 2592000 >/dev/null; then
+            return
+        fi
+    elif [ -e "$tls/tls.crt" ] || [ -e "$tls/tls.key" ]; then
+        echo "$tls needs both tls.crt and tls.key, or neither" >&2
+        exit 1
+    fi
+    make_certificate
+}
+
+make_certificate() {
+    names="DNS:localhost,DNS:manager_proxy,IP:127.0.0.1"
+    for name in $(echo "${ORION_TLS_NAMES:-}" | tr ',' ' '); do
+        case $name in
+        *[!0-9.]*) names="$names,DNS:$name" ;;
+        *) names="$names,IP:$name" ;;
+        esac
+    done
+    touch "$tls/made-by-orion"
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 825 -subj "/CN=Orion-Sec" \
+        -addext "subjectAltName=$names" -addext "keyUsage=critical,digitalSignature" \
+        -addext "extendedKeyUsage=serverAuth" \
+        -keyout "$tls/tls.key" -out "$tls/tls.crt" 2>/run/openssl.log || {
+        cat /run/openssl.log >&2
+        exit 1
+    }
+    echo "made a certificate for $names"
+}
+
+wait_for_secret
+write_secret
+see_to_certificate
+# -e: the log that is compiled in cannot be opened on a read-only file system.
+exec nginx -e stderr -g 'daemon off;'

@@ -1,0 +1,95 @@
+# shellcheck shell=bash
+# The subnet and the ports: derived, and looked at before anything is started. To be sourced after common.sh.
+
+to_number() {
+    local a b c d
+    IFS=. read -r a b c d <<<"$1"
+    echo $(((a << 24) + (b << 16) + (c << 8) + d))
+}
+
+to_address() { echo "$(($1 >> 24 & 255)).$(($1 >> 16 & 255)).$(($1 >> 8 & 255)).$(($1 & 255))"; }
+
+mask_of() { echo $(((0xFFFFFFFF << (32 - $1)) & 0xFFFFFFFF)); }
+
+# The fixed addresses are the first ones of the subnet, the workers' its upper half.
+derive_addresses() {
+    [[ $ORION_SUBNET =~ ^[0-9]{1,3}(\.[0-9]{1,3}){3}/[0-9]{1,2}$ ]] ||
+        fail "ORION_SUBNET=$ORION_SUBNET is no subnet: write it like 10.77.0.0/16"
+    local base prefix=${ORION_SUBNET#*/}
+    base=$(to_number "${ORION_SUBNET%/*}")
+    ((prefix >= 8 && prefix <= 28)) || fail "ORION_SUBNET=$ORION_SUBNET: the part after the / must be 8 to 28"
+    (((base & $(mask_of "$prefix")) == base)) ||
+        fail "ORION_SUBNET=$ORION_SUBNET is an address inside a subnet: write $(to_address $((base & $(mask_of "$prefix"))))/$prefix"
+    export ORION_GATEWAY=${ORION_GATEWAY:-$(to_address $((base + 1)))}
+    export ORION_PROXY_ADDRESS=${ORION_PROXY_ADDRESS:-$(to_address $((base + 2)))}
+    export ORION_APP_ADDRESS=${ORION_APP_ADDRESS:-$(to_address $((base + 3)))}
+    export ORION_WORKER_RANGE=${ORION_WORKER_RANGE:-$(to_address $((base + (1 << (31 - prefix)))))/$((prefix + 1))}
+}
+
+overlap() {
+    local wider=$((${1#*/} < ${2#*/} ? ${1#*/} : ${2#*/})) mask
+    mask=$(mask_of "$wider")
+    ((($(to_number "${1%/*}") & mask) == ($(to_number "${2%/*}") & mask)))
+}
+
+docker_networks() {
+    local all
+    mapfile -t all < <(docker network ls --quiet)
+    docker network inspect --format '{{.Name}}{{range .IPAM.Config}} {{.Subnet}}{{end}}' "${all[@]}"
+}
+
+# Routes of this machine, Docker's own bridges aside: "interface a.b.c.d/n".
+host_routes() {
+    local interface destination mask rest bits
+    while read -r interface destination _ _ _ _ _ mask rest; do
+        [[ $interface != Iface && $interface != docker0 && ! $interface =~ ^br-[0-9a-f]{12}$ ]] || continue
+        [ "$mask" != 00000000 ] || continue
+        bits=$(prefix_of_mask "$mask")
+        echo "$interface $((16#${destination:6:2})).$((16#${destination:4:2})).$((16#${destination:2:2})).$((16#${destination:0:2}))/$bits"
+    done </proc/net/route
+}
+
+prefix_of_mask() {
+    local value=$((16#$1)) bits=0
+    while ((value)); do
+        bits=$((bits + (value & 1))) value=$((value >> 1))
+    done
+    echo "$bits"
+}
+
+check_subnet() {
+    local subnet=${ORION_SUBNET:-172.20.0.0/16} own="${COMPOSE_PROJECT_NAME}_orion_net" name taken
+    while read -r name taken; do
+        taken=${taken%% *}
+        [[ $taken == *.*/* ]] || continue
+        if [ "$name" = "$own" ]; then
+            [ "$taken" = "$subnet" ] && return
+            fail "the platform's network is $taken, not $subnet: make clean first, or ORION_SUBNET=$taken make up"
+        fi
+        overlap "$taken" "$subnet" && refuse_subnet "$subnet" "the Docker network $name ($taken)"
+    done < <(docker_networks)
+    while read -r name taken; do
+        overlap "$taken" "$subnet" && refuse_subnet "$subnet" "a route of this machine ($taken on $name)"
+    done < <(host_routes)
+    return 0
+}
+
+refuse_subnet() {
+    fail "subnet $1 is taken by $2: choose another one, such as ORION_SUBNET=10.77.0.0/16 make up"
+}
+
+listens_here() {
+    local port
+    port=$(printf '%04X' "$1")
+    cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | awk -v port=":$port" '$4 == "0A" && $2 ~ port "$" { found = 1 } END { exit !found }'
+}
+
+# check_port VARIABLE DEFAULT
+check_port() {
+    local port=${!1:-$2} container
+    [[ $port =~ ^[0-9]{1,5}$ && $port -ge 1 && $port -le 65535 ]] || fail "$1=$port is no port"
+    [ -z "$(containers_of "$COMPOSE_PROJECT_NAME" manager_proxy --filter "publish=$port" --filter status=running)" ] || return 0
+    listens_here "$port" || return 0
+    container=$(docker ps --filter "publish=$port" --format '{{.Names}}' | head -n 1)
+    fail "port $port is taken by ${container:+the container }${container:-another program}: free it, or choose another one, such as $1=$((port + 1000)) make up"
+}

@@ -1,0 +1,3 @@
+"""Orion-Sec: rents environments and keeps them alive when a worker dies."""
+
+__version__ = "0.1.0"

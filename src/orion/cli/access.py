@@ -1,0 +1,114 @@
+"""login, and the tokens that let others in."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import typer
+
+from orion import login as logins
+from orion.cli import durations, output
+from orion.cli.session import AsJson, Yes, confirm, platform
+from orion.client import Orion
+from orion.login import Login
+
+tokens = typer.Typer(no_args_is_help=True, help="Make, list and revoke tokens.")
+
+
+class TokenRole(StrEnum):
+    CLIENT = "client"
+    ADMIN = "admin"
+    JOIN = "join"
+
+
+def login(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Such as http://localhost:8080.", show_default=False)],
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the token is; - is stdin. Else you are asked.")
+    ] = None,
+    ca_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The certificate to trust, in PEM, when it is self-signed.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Log in, after trying the token; it is kept for this user alone."""
+    account = Login(logins.clean_url(url), _token(token_file), str(ca_file) if ca_file else None)
+    with Orion(account) as orion, output.progress(f"trying {account.url}"):
+        next(orion.rentals(limit=1), None)
+    kept_in = logins.store(account)
+    if account.url.startswith("http://") and not logins.is_this_machine(urlsplit(account.url).hostname or ""):
+        output.note(
+            "orion: this is plain http: who listens on the way reads the token. Prefer https (port 8443)", "yellow"
+        )
+    if as_json:
+        return output.emit({"url": account.url, "config": str(kept_in)})
+    return output.say(f"logged in to {account.url}; kept in {kept_in}")
+
+
+@tokens.command("create")
+def create_token(
+    name: Annotated[str, typer.Argument(help="Whose token: the owner of what is rented with it.", show_default=False)],
+    role: Annotated[TokenRole, typer.Option(help="What it may do.")] = TokenRole.CLIENT,
+    ttl: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="How long it is good; else until revoked.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a token. It is shown this once: on stdout, alone."""
+    ttl_s = durations.parse(ttl) if ttl is not None else None
+    with platform() as (orion, _tell):
+        made = orion.create_token(name, role.value, ttl_s)
+    if as_json:
+        return output.emit(made)
+    output.note(f"token {output.plain(made.id)} of {output.plain(made.name)}, {made.role.value}; shown this once:")
+    return output.say(output.plain(made.token))
+
+
+@tokens.command("ls")
+def list_tokens(as_json: AsJson = False) -> None:
+    """List the tokens, without their secrets."""
+    with platform() as (orion, _tell):
+        found = list(orion.tokens())
+    if as_json:
+        return output.emit(found)
+    rows = [
+        [
+            one.id,
+            one.name,
+            one.role.value,
+            output.when(one.created_at),
+            output.when(one.expires_at),
+            output.when(one.revoked_at),
+        ]
+        for one in found
+    ]
+    return output.table(["ID", "NAME", "ROLE", "MADE", "ENDS", "REVOKED"], rows, wide="NAME")
+
+
+@tokens.command("revoke")
+def revoke_token(
+    token: Annotated[str, typer.Argument(help="Its id, or the name of the only one so called.", show_default=False)],
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Revoke a token at once. What was rented with it goes on."""
+    with platform() as (orion, _tell):
+        found = orion.find_token(token)
+    confirm(f"Revoke {found.id} ({found.role.value} of {found.name})?", yes)
+    with platform() as (orion, _tell):
+        orion.revoke_token(found.id)
+    if as_json:
+        return output.emit({"revoked": found.id})
+    return output.say(f"{output.plain(found.id)} is revoked.")
+
+
+def _token(file: Path | None) -> str:
+    if file is None and sys.stdin.isatty():
+        return logins.clean_token(typer.prompt("Token", hide_input=True, err=True))
+    if file is None or str(file) == "-":
+        return logins.clean_token(sys.stdin.read())
+    return logins.read_token(file)

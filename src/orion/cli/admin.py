@@ -1,0 +1,107 @@
+"""backup and restore, for those who run the platform."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orion.cli import output
+from orion.cli.session import AsJson, Yes, confirm, platform
+from orion.client import Orion
+from orion.errors import InvalidInput, LocalFault, Retryable
+from orion.wire import RentalName, RestorePlan
+
+commands = typer.Typer(no_args_is_help=True, help="Back the platform up, and go back to a backup.")
+
+RESTART_S = 60.0
+_SHOWN = 10
+
+
+@commands.command()
+def backup(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A new file; - is stdout.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Write a copy of the database, taken while everything runs."""
+    if file == "-":
+        with platform("copying the database") as (orion, _tell):
+            return orion.backup(sys.stdout.buffer)
+    target = Path(file)
+    if target.exists():
+        raise InvalidInput(f"{target} is there already: give another name")
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        _write(partial)
+        partial.rename(target)
+    except OSError as error:
+        raise LocalFault(f"{target} cannot be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    if as_json:
+        return output.emit({"file": str(target), "bytes": target.stat().st_size})
+    return output.say(f"{target}: {target.stat().st_size >> 10} KiB. The secrets are not in it: see docs/operations.md")
+
+
+@commands.command()
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `orion admin backup` wrote.", show_default=False)],
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go back to a backup; the manager restarts with it."""
+    try:
+        with file.open("rb") as stream, platform("examining the backup") as (orion, _tell):
+            plan = orion.plan_restore(stream)
+    except OSError as error:
+        raise LocalFault(f"{file} cannot be read: {error.strerror}") from error
+    if not as_json:
+        _show(plan)
+    confirm("Go back to it?", yes)
+    with platform("restarting the manager") as (orion, _tell):
+        done = orion.restore(plan)
+        _wait_for_restart(orion)
+    if as_json:
+        return output.emit({**plan.model_dump(mode="json"), **done.model_dump(mode="json")})
+    output.say(f"restored; the former database is kept beside it as {output.plain(done.kept_as)}")
+    return output.say("watch the workers come back: orion status")
+
+
+def _write(partial: Path) -> None:
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as stream, platform("copying the database") as (orion, _tell):
+        orion.backup(stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _show(plan: RestorePlan) -> None:
+    output.say(f"It ends with what happened {output.when(plan.last_event_at)} and has {plan.rentals} living rentals.")
+    if plan.forgotten:
+        output.say(f"Unknown to it, so locked on their workers until you decide: {_names(plan.forgotten)}")
+    if plan.revived:
+        output.say(f"Ended since, so made anew, empty: {_names(plan.revived)}")
+
+
+def _names(rentals: list[RentalName]) -> str:
+    shown = ", ".join(output.plain(f"{one.name} of {one.owner}") for one in rentals[:_SHOWN])
+    return shown + (f" and {len(rentals) - _SHOWN} more" if len(rentals) > _SHOWN else "")
+
+
+def _wait_for_restart(orion: Orion) -> None:
+    """Until it was away and answers again, or has answered for long: then it was away between two questions."""
+    began, away = time.monotonic(), False
+    while time.monotonic() - began < RESTART_S:
+        time.sleep(0.3)
+        try:
+            orion.healthz()
+        except Retryable:
+            away = True
+            continue
+        if away or time.monotonic() - began > RESTART_S / 4:
+            return
+    raise LocalFault("the manager has not come back yet: look at `docker compose logs manager_app`")

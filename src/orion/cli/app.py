@@ -1,0 +1,108 @@
+"""All commands together, and the exit status of each way to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+from orion import __version__
+from orion.cli import access, admin, feed, output, pool, rentals, shell
+from orion.errors import InvalidInput, OrionError
+
+_EPILOG = """\b
+Exit status, for scripts:
+  0  done                         4  not logged in, or not allowed
+  1  another error                5  the platform cannot be reached
+  2  wrong usage                  6  conflict: a name taken, in use, ended
+  3  no such thing                7  still waiting: accepted, not done yet
+`orion ssh` ends with the status of ssh or of the command.
+
+\b
+The login is kept in ~/.config/orion (or $XDG_CONFIG_HOME/orion);
+ORION_URL with ORION_TOKEN_FILE (and ORION_CA_FILE) replace it.
+"""
+
+app = typer.Typer(
+    name="orion",
+    help="Rent environments that survive their machine.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _everywhere(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, whatever the command.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    del as_json  # the option of the same name of each command looks here
+    if version:
+        output.say(f"orion {__version__}")
+        raise typer.Exit
+
+
+app.command()(access.login)
+app.command()(rentals.rent)
+app.command(context_settings={"allow_interspersed_args": False})(shell.ssh)
+app.command()(rentals.ls)
+app.command()(rentals.show)
+app.command()(rentals.renew)
+app.command()(rentals.release)
+app.command()(feed.events)
+app.command()(pool.status)
+app.command()(pool.workers)
+app.command()(pool.drain)
+app.command()(pool.resume)
+app.command()(pool.remove)
+app.command()(pool.inventory)
+app.add_typer(access.tokens, name="token")
+app.add_typer(admin.commands, name="admin")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; its exit status."""
+    as_json = _wants_json(arguments)
+    try:
+        return get_command(app).main(list(arguments), prog_name="orion", standalone_mode=False) or 0
+    except OrionError as error:
+        output.failure(error, as_json)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            output.note(str(error))
+            return 2
+        if not hasattr(error, "format_message"):  # Typer's own errors of usage have it, in all its versions
+            raise
+        output.failure(InvalidInput(_usage(error)), as_json)
+        return getattr(error, "exit_code", 2)
+
+
+def _usage(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    message = str(getattr(error, "format_message")())  # noqa: B009 - Exception has none
+    return f"{message} See: {context.command_path} --help" if context else message
+
+
+def _wants_json(arguments: Sequence[str]) -> bool:
+    """Before parsing, so that errors of parsing are JSON too. What follows `ssh RENTAL` is not ours."""
+    rest = list(arguments)
+    words = 0
+    while rest and rest[0] != "--":
+        argument = rest.pop(0)
+        if argument == "--json":
+            return True
+        if argument in {"-i", "--identity", "--wait"}:
+            rest = rest[1:]
+        elif not argument.startswith("-"):
+            words += 1
+            if words == 2 and "ssh" in arguments[: len(arguments) - len(rest)]:
+                return False
+    return False

@@ -1,0 +1,38 @@
+"""Durations as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from orion.errors import InvalidInput
+
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+_ENOUGH = {"s": 120, "min": 120, "h": 48}
+_WRITTEN = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
+
+
+def parse(text: str) -> int:
+    """Seconds of `90s`, `30m`, `2h`, `7d`, `1h30m`, or of a bare number of seconds."""
+    match = _WRITTEN.fullmatch(text.strip().lower())
+    if not match or not any(match.groups()) or len(text) > 20 or not text.isascii():
+        raise InvalidInput(f"{text!r} is not a duration such as 90s, 30m, 2h or 7d")
+    return sum(int(number or 0) * unit for number, unit in zip(match.groups(), _UNITS.values(), strict=True))
+
+
+def exact(seconds: int) -> str:
+    """The shortest form that `parse` reads back as the same number."""
+    parts = []
+    for letter, unit in _UNITS.items():
+        number, seconds = divmod(seconds, unit)
+        if number:
+            parts.append(f"{number}{letter}")
+    return "".join(parts) or "0s"
+
+
+def rough(seconds: float) -> str:
+    """For a person, rounded to one unit: `12 s`, `45 min`, `24 h`, `3 d`."""
+    seconds = max(0, round(seconds))
+    for unit, name in ((1, "s"), (60, "min"), (3600, "h")):
+        if seconds < _ENOUGH[name] * unit:
+            return f"{round(seconds / unit)} {name}"
+    return f"{round(seconds / 86400)} d"

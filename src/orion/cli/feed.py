@@ -1,0 +1,68 @@
+"""events: what happened, and what happens."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+
+from orion.cli import output
+from orion.cli.session import AsJson, platform
+from orion.client import Orion
+from orion.errors import Retryable
+from orion.transport import OnRetry
+from orion.wire import Event
+
+
+def events(
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens from now on.")] = False,
+    rental: Annotated[str | None, typer.Option(help="Only of this rental.")] = None,
+    worker: Annotated[str | None, typer.Option(help="Only of this worker.")] = None,
+    last: Annotated[int, typer.Option("--last", "-n", min=0, help="How many of the past.")] = 20,
+    after: Annotated[int | None, typer.Option(metavar="ID", help="All after this event instead.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the events; with --json one object per line."""
+    with platform() as (orion, _tell):
+        rental_id = orion.find_rental(rental, ended=True).id if rental else None
+        worker_id = orion.find_worker(worker).id if worker else None
+        past = orion.events(after=after or 0, rental_id=rental_id, worker_id=worker_id, limit=500)
+        shown = list(past) if after is not None else _tail(past, last)
+        reached = shown[-1].id if shown else after or 0
+    for event in shown if last or after is not None else []:
+        _print(event, as_json)
+    if follow:
+        with Orion.logged_in() as orion:
+            orion.when_retrying(_tell_once())
+            for event in orion.follow_events(after=reached, rental_id=rental_id, worker_id=worker_id):
+                _print(event, as_json)
+
+
+def _tell_once() -> OnRetry:
+    """A reason for trying again is told when it is another than the one before."""
+    told = ""
+
+    def tell(error: Retryable, _pause_s: float) -> None:
+        nonlocal told
+        if str(error) != told:
+            told = str(error)
+            output.note(f"orion: {output.plain(told)} Trying again.", "dim")
+
+    return tell
+
+
+def _tail(events: Iterable[Event], last: int) -> list[Event]:
+    """The API lists the oldest first: the last ones are known at the end. At least one is kept, for where to go on."""
+    return list(deque(events, maxlen=max(1, last)))
+
+
+def _print(event: Event, as_json: bool) -> None:
+    if as_json:
+        return output.emit_line(event)
+    about = [event.rental_id, event.worker_id, f"epoch {event.epoch}" if event.epoch else None]
+    subject = " ".join(one for one in about if one)
+    time = event.at.astimezone().strftime("%H:%M:%S")
+    line = f"{time} {event.kind} {subject} - {event.reason} ({event.actor})"
+    return output.say(output.plain(line))

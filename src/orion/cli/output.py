@@ -1,0 +1,132 @@
+"""What the command prints: tables and sentences for people, JSON for programs, nothing that steers a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from orion.cli import durations
+from orion.errors import ApiError, OrionError
+
+Tell = Callable[[str], None]
+AT_ONCE_S = 0.4
+"""What is done sooner needs no moving line."""
+
+
+def plain(text: object) -> str:
+    """The server's words with what a terminal would obey made visible: escapes, line ends, bidirectional controls."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "replace").decode() for letter in str(text)
+    )
+
+
+def say(text: str, style: str = "") -> None:
+    """A line on stdout. Never Rich's markup: `[red]` in a label is just that."""
+    _stdout().print(Text(text, style), soft_wrap=True)
+
+
+def note(text: str, style: str = "") -> None:
+    """A line on stderr, beside the result."""
+    Console(stderr=True, highlight=False).print(Text(text, style), soft_wrap=True)
+
+
+def emit(value: BaseModel | Sequence[BaseModel] | dict[str, Any]) -> None:
+    """JSON on stdout: an object, or an array for a list."""
+    if isinstance(value, BaseModel):
+        ready: Any = value.model_dump(mode="json")
+    elif isinstance(value, dict):
+        ready = value
+    else:
+        ready = [one.model_dump(mode="json") for one in value]
+    print(json.dumps(ready, indent=2))
+
+
+def emit_line(value: BaseModel) -> None:
+    """One JSON object on a line of its own, at once: for what goes on for ever."""
+    print(json.dumps(value.model_dump(mode="json")), flush=True)
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], wide: str | None = None) -> None:
+    """Columns without lines. All keep their width except `wide`, which folds where the terminal ends."""
+    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in headings:
+        grid.add_column(heading, no_wrap=heading != wide, overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(plain(cell)) for cell in row))
+    _stdout().print(grid)
+
+
+def fields(pairs: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        say(f"{name:<{width}}  {plain(value)}".rstrip())
+
+
+@contextmanager
+def progress(text: str) -> Iterator[Tell]:
+    """A moving line on stderr while something takes long, where a person watches; else nothing.
+
+    The function it gives changes the text.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _text: None
+        return
+    status = console.status(Text(plain(text)))
+    starter = threading.Timer(AT_ONCE_S, status.start)
+    starter.start()
+    try:
+        yield lambda changed: status.update(Text(plain(changed)))
+    finally:
+        starter.cancel()
+        starter.join()
+        status.stop()
+
+
+def failure(error: OrionError, as_json: bool) -> None:
+    """The error on stderr: one sentence that says what to do, or a JSON object."""
+    if as_json:
+        print(json.dumps({"error": _described(error)}), file=sys.stderr)
+        return
+    text = f"orion: {plain(error)}"
+    if isinstance(error, ApiError) and error.status >= 500 and error.request_id:
+        text += f"\n  (request {plain(error.request_id)}: look for it in the platform's log)"
+    note(text, "red")
+
+
+def when(moment: datetime | None, absent: str = "-") -> str:
+    """`in 3 h`, `12 s ago`."""
+    if moment is None:
+        return absent
+    seconds = (moment - datetime.now(UTC)).total_seconds()
+    return f"in {durations.rough(seconds)}" if seconds > 0 else f"{durations.rough(-seconds)} ago"
+
+
+def labels(of: dict[str, str]) -> str:
+    return ",".join(f"{key}={value}" if value else key for key, value in sorted(of.items())) or "-"
+
+
+def _stdout() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # A pipe has no width: nothing is to be folded for the program that reads it.
+        console.width = 500
+    return console
+
+
+def _described(error: OrionError) -> dict[str, Any]:
+    described: dict[str, Any] = {"code": error.code, "detail": str(error), "exit_code": error.exit_code}
+    if isinstance(error, ApiError):
+        described |= {"status": error.status, "request_id": error.request_id, "errors": error.errors}
+    candidates = getattr(error, "candidates", None)
+    return described | ({"candidates": candidates} if candidates else {})

@@ -1,0 +1,164 @@
+"""workers, drain, resume, remove, inventory, status: for those who run the platform."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import shlex
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+
+from orion.cli import output
+from orion.cli.durations import rough
+from orion.cli.session import AsJson, WorkerName, Yes, confirm, platform
+from orion.errors import NotFound
+from orion.ssh import pinned_host_arguments
+from orion.wire import Worker, WorkerHealth, WorkerIntent, one_public_key
+
+_WORKER_ID = re.compile(r"[a-z0-9-]{1,64}")
+
+
+def workers(as_json: AsJson = False) -> None:
+    """List the workers of the pool."""
+    with platform() as (orion, _tell):
+        found = list(orion.workers())
+    if as_json:
+        return output.emit(found)
+    if not found:
+        return output.note("no worker has called home yet; start some with: make up WORKERS=3")
+    output.table(
+        ["ID", "HOSTNAME", "HEALTH", "FREE", "LOAD", "HEARTBEAT", "LABELS"], [_row(one) for one in found], wide="LABELS"
+    )
+    for one in found:
+        if one.explanation and one.health is not WorkerHealth.READY:
+            output.say(f"{output.plain(one.id)}: {output.plain(one.explanation)}")
+    return None
+
+
+def drain(worker: WorkerName, as_json: AsJson = False) -> None:
+    """Place nothing new on a worker; it is drained when its rentals have ended."""
+    with platform() as (orion, _tell):
+        drained = orion.drain(orion.find_worker(worker).id)
+    if as_json:
+        return output.emit(drained)
+    return output.say(f"{output.plain(drained.id)} is {drained.intent.value}; watch it with: orion events -f")
+
+
+def resume(
+    worker: WorkerName,
+    give_up: Annotated[
+        bool, typer.Option("--give-up", help="Also end what it holds and the database has never placed.")
+    ] = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let a drained or quarantined worker take rentals again."""
+    with platform() as (orion, _tell):
+        found = orion.find_worker(worker)
+    if give_up:
+        confirm(f"End for good, files and all, what {found.id} holds and the database does not know?", yes)
+    with platform() as (orion, _tell):
+        resumed = orion.resume(found.id, give_up=give_up)
+    if as_json:
+        return output.emit(resumed)
+    return output.say(f"{output.plain(resumed.id)} is {_health(resumed)}.")
+
+
+def remove(worker: WorkerName, yes: Yes = False, as_json: AsJson = False) -> None:
+    """Forget a worker that will not come back."""
+    with platform() as (orion, _tell):
+        found = orion.find_worker(worker)
+    confirm(f"Forget {found.id} ({found.hostname}, {found.health.value})?", yes)
+    with platform() as (orion, _tell):
+        orion.remove_worker(found.id)
+    if as_json:
+        return output.emit({"removed": found.id})
+    return output.say(f"{output.plain(found.id)} is forgotten.")
+
+
+def status(as_json: AsJson = False) -> None:
+    """Show how the platform is."""
+    with platform() as (orion, _tell):
+        found = orion.status()
+    if as_json:
+        return output.emit(found)
+    output.fields(
+        [
+            ("version", found.version),
+            ("workers", _counts(found.workers)),
+            ("rentals", _counts(found.rentals)),
+            ("slots", f"{found.slots_free} free of {found.slots}"),
+            ("brake", found.brake or "off"),
+        ]
+    )
+    for late in found.overdue:
+        output.say(
+            output.plain(f"{late.kind} {late.name} ({late.id}) {late.state} for {rough(late.since_s)}: {late.why}")
+        )
+        output.say(f"  {output.plain(late.what_to_do)}")
+    return None
+
+
+def inventory(
+    list_all: Annotated[bool, typer.Option("--list", help="All hosts; the default.")] = False,
+    host: Annotated[str | None, typer.Option(help="The variables of one host.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the workers for Ansible (ansible-playbook -i)."""
+    del list_all, as_json  # there is nothing else that this could print
+    with platform() as (orion, _tell):
+        hosts = ansible_hosts(orion.workers())
+    if host is None:
+        return output.emit({"workers": {"hosts": sorted(hosts)}, "_meta": {"hostvars": hosts}})
+    if host not in hosts:
+        raise NotFound(404, "not_found", f"there is no worker {host!r} that is not down")
+    return output.emit(hosts[host])
+
+
+def ansible_hosts(workers: Iterable[Worker]) -> dict[str, dict[str, Any]]:
+    """The variables of each worker that is not down. One whose values ssh might obey as commands is left out."""
+    return {one.id: _ansible_variables(one) for one in workers if one.health is not WorkerHealth.DOWN and _safe(one)}
+
+
+def _ansible_variables(worker: Worker) -> dict[str, Any]:
+    return {
+        "ansible_host": worker.address,
+        "ansible_port": 22,
+        "ansible_user": "root",
+        "ansible_ssh_common_args": shlex.join(pinned_host_arguments(worker.id, worker.ssh_host_keys)),
+        "orion_hostname": worker.hostname,
+        "orion_health": worker.health.value,
+    }
+
+
+def _safe(worker: Worker) -> bool:
+    try:
+        ipaddress.ip_address(worker.address)
+        keys = [one_public_key(key) for key in worker.ssh_host_keys]
+    except ValueError:
+        return False
+    return bool(keys and _WORKER_ID.fullmatch(worker.id))
+
+
+def _row(worker: Worker) -> list[str]:
+    return [
+        worker.id,
+        worker.hostname,
+        _health(worker),
+        f"{worker.slots_free}/{worker.slots}",
+        f"{worker.load.cpu:.1f} cpu {worker.load.memory_used_bytes >> 20} MiB",
+        output.when(worker.last_heartbeat_at),
+        output.labels(worker.labels),
+    ]
+
+
+def _health(worker: Worker) -> str:
+    if worker.intent is WorkerIntent.ACTIVE:
+        return worker.health.value
+    return f"{worker.health.value}, {worker.intent.value}"
+
+
+def _counts(of: dict[str, int]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in sorted(of.items()) if number) or "none"

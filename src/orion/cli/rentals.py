@@ -1,0 +1,167 @@
+"""rent, ls, show, renew, release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orion.cli import durations, keys, output
+from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
+from orion.client import ENDED
+from orion.errors import Ended, InvalidInput, StillWaiting
+from orion.wire import DEFAULT_TTL_S, DEFAULT_WAIT_S, MAX_WAIT_S, Rental, RentalState
+
+Ttl = Annotated[str, typer.Option(metavar="DURATION", help="How long, from now: 90s, 30m, 2h, 7d.")]
+Wait = Annotated[str, typer.Option(metavar="DURATION", help="How long to wait for it at most; 0 does not wait.")]
+
+DEFAULT_TTL = durations.exact(DEFAULT_TTL_S)
+DEFAULT_WAIT = durations.exact(DEFAULT_WAIT_S)
+
+
+def rent(
+    name: Annotated[str | None, typer.Option(help="A name for it; made up if not given.")] = None,
+    ttl: Ttl = DEFAULT_TTL,
+    key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Your public key; else one of orion's own, made if need be.")
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be repeated.")] = None,
+    wait: Wait = DEFAULT_WAIT,
+    as_json: AsJson = False,
+) -> None:
+    """Rent an environment, and say how to get in."""
+    within_s, ttl_s, labels = durations.parse(wait), durations.parse(ttl), _labels(label or [])
+    public_key, identity = keys.public_key(key)
+    with platform("renting") as (orion, tell):
+        rental: Rental = orion.rent(
+            name=name, ssh_public_key=public_key, ttl_s=ttl_s, labels=labels, wait_s=min(within_s, MAX_WAIT_S)
+        )
+        keys.remember(rental.id, identity)
+        if rental.state is not RentalState.ACTIVE and within_s > MAX_WAIT_S:
+            left_s = within_s - MAX_WAIT_S
+            rental = orion.wait_for(rental.id, RentalState.ACTIVE, left_s, lambda one: tell(situation(one)))
+    _report_rented(rental, as_json)
+
+
+def _report_rented(rental: Rental, as_json: bool) -> None:
+    if as_json:
+        output.emit(rental)
+    if rental.state in ENDED or rental.state is RentalState.RELEASING:
+        raise Ended(situation(rental))
+    if rental.state is not RentalState.ACTIVE:
+        raise StillWaiting(f"{situation(rental)}. It stays rented; get in with: orion ssh {rental.name}")
+    if not as_json:
+        output.say(f"{output.plain(rental.name)} is yours, and ends {output.when(rental.expires_at)}.")
+        output.say(f"Get in with: orion ssh {output.plain(rental.name)}")
+
+
+def ls(
+    ended: Annotated[bool, typer.Option("--ended", "-a", help="Those that have ended as well.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List your rentals; an admin sees everybody's."""
+    with platform() as (orion, _tell):
+        rentals = list(orion.rentals(ended=ended))
+    if as_json:
+        return output.emit(rentals)
+    if not rentals:
+        return output.note("nothing is rented; try: orion rent")
+    owners = len({one.owner for one in rentals}) > 1
+    headings = ["NAME", "ID", "STATE", "WORKER", "ENDS", "LAST COPY", *(["OWNER"] if owners else [])]
+    output.table(headings, [_row(one, owners) for one in rentals], wide="NAME")
+    for one in rentals:
+        if one.state not in {RentalState.ACTIVE, RentalState.RELEASED} and one.explanation:
+            output.say(f"{output.plain(one.name)}: {output.plain(one.explanation)}")
+    return None
+
+
+def show(rental: RentalName, as_json: AsJson = False) -> None:
+    """Show everything about a rental, also one that has ended."""
+    with platform() as (orion, _tell):
+        found = orion.find_rental(rental, ended=True)
+    if as_json:
+        return output.emit(found)
+    output.fields(_everything(found))
+    if found.state not in ENDED:
+        output.say(f"\nGet in with: orion ssh {output.plain(found.name)}")
+    return None
+
+
+def renew(rental: RentalName, ttl: Ttl = DEFAULT_TTL, as_json: AsJson = False) -> None:
+    """Count a rental's time again from now."""
+    ttl_s = durations.parse(ttl)
+    with platform() as (orion, _tell):
+        renewed = orion.renew(orion.find_rental(rental).id, ttl_s)
+    if as_json:
+        return output.emit(renewed)
+    return output.say(
+        f"{output.plain(renewed.name)} ends {output.when(renewed.expires_at, 'once its time has begun')}."
+    )
+
+
+def release(rental: RentalName, yes: Yes = False, wait: Wait = DEFAULT_WAIT, as_json: AsJson = False) -> None:
+    """End a rental: everything in it is deleted."""
+    within_s = durations.parse(wait)
+    with platform() as (orion, _tell):
+        found = orion.find_rental(rental, ended=True)
+    if found.state not in ENDED:
+        confirm(f"Release {found.name} and delete everything in it?", yes)
+    with platform(f"releasing {found.name}") as (orion, tell):
+        released = orion.release(found.id, wait_s=min(within_s, MAX_WAIT_S))
+        if released.state not in ENDED and within_s > MAX_WAIT_S:
+            left_s = within_s - MAX_WAIT_S
+            released = orion.wait_for(found.id, RentalState.RELEASED, left_s, lambda one: tell(situation(one)))
+    keys.forget(found.id)
+    if as_json:
+        output.emit(released)
+    if released.state not in ENDED:
+        raise StillWaiting(f"{situation(released)}. It goes on by itself")
+    if not as_json:
+        output.say(f"{situation(released)}.")
+
+
+def situation(rental: Rental) -> str:
+    """`box is queued: no worker has a free slot`"""
+    explanation = rental.explanation.rstrip(".")
+    return f"{rental.name} is {rental.state.value}" + (f": {explanation}" if explanation else "")
+
+
+def _row(rental: Rental, owner: bool) -> list[str]:
+    cells = [
+        rental.name,
+        rental.id,
+        rental.state.value,
+        rental.worker_id or "-",
+        output.when(rental.expires_at),
+        output.when(rental.last_safe_copy_at),
+    ]
+    return [*cells, rental.owner] if owner else cells
+
+
+def _everything(rental: Rental) -> list[tuple[str, str]]:
+    return [
+        ("name", rental.name),
+        ("id", rental.id),
+        ("owner", rental.owner),
+        ("state", rental.state.value),
+        ("because", rental.explanation or "-"),
+        ("worker", rental.worker_id or "-"),
+        ("epoch", str(rental.epoch)),
+        ("user", rental.username),
+        ("labels", output.labels(rental.labels)),
+        ("time", durations.exact(rental.ttl_s)),
+        ("rented", output.when(rental.created_at)),
+        ("ends", output.when(rental.expires_at, "not begun")),
+        ("last copy", output.when(rental.last_safe_copy_at, "none")),
+    ]
+
+
+def _labels(written: list[str]) -> dict[str, str]:
+    labels = {}
+    for text in written:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InvalidInput(f"a label is KEY=VALUE, not {text!r}")
+        labels[key] = value
+    return labels

@@ -1,0 +1,394 @@
+"""The Python SDK: every call of the contract, with the contract's models in and out.
+
+    with Orion.logged_in() as orion:
+        rental = orion.rent(name="lab", ttl_s=3600, ssh_public_key=key)
+
+Raises what `orion.errors` declares, and nothing of the HTTP library.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import IO, Any, Literal, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from orion import login as logins
+from orion.errors import Ambiguous, InvalidInput, NotFound, Retryable, Unreachable, UnreadableReply
+from orion.login import Login
+from orion.sse import messages
+from orion.transport import OnRetry, Transport
+from orion.wire import (
+    DEFAULT_TTL_S,
+    DEFAULT_WAIT_S,
+    Event,
+    HeartbeatReply,
+    HeartbeatRequest,
+    Page,
+    RegisterReply,
+    RegisterRequest,
+    RenewRequest,
+    Rental,
+    RentalState,
+    RentReply,
+    RentRequest,
+    RestorePlan,
+    Restoring,
+    Status,
+    Token,
+    TokenReply,
+    TokenRequest,
+    Worker,
+    WorkerHealth,
+)
+
+RENT_RETRY_S = 15.0
+"""How long `rent` goes on when the connection breaks: longer than a restart of the manager."""
+STREAM_SILENCE_S = 45.0
+"""The server sends a comment every 15 s: three are missing."""
+STREAM_RETRY_S = 300.0
+POLL_S = 10.0
+ADMIN_WAIT_S = 600.0
+"""For a copy of a large database."""
+ENDED = frozenset({RentalState.RELEASED, RentalState.EXPIRED, RentalState.FAILED})
+
+_ID = re.compile(r"[a-z0-9-]{1,64}")
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class Orion:
+    """A connection to one platform. Not for several threads at once. `http`, `sleep`, `clock`: see Transport."""
+
+    def __init__(self, login: Login, **transport: Any) -> None:
+        self.url = login.url
+        self._transport = Transport(login, **transport)
+
+    @classmethod
+    def at(cls, url: str, token: str, ca_file: str | None = None) -> Orion:
+        return cls(Login(logins.clean_url(url), logins.clean_token(token), ca_file))
+
+    @classmethod
+    def logged_in(cls) -> Orion:
+        """With the login of this user or of the environment (see `orion.login.load`)."""
+        return cls(logins.load())
+
+    def __enter__(self) -> Orion:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def when_retrying(self, tell: OnRetry) -> None:
+        """Have `tell(error, pause_s)` called before each pause, so that a person can be told."""
+        self._transport.on_retry = tell
+
+    # Rentals
+
+    def rent(
+        self,
+        *,
+        name: str | None = None,
+        ssh_public_key: str | None = None,
+        ttl_s: int = DEFAULT_TTL_S,
+        labels: dict[str, str] | None = None,
+        wait_s: float = DEFAULT_WAIT_S,
+        idempotency_key: str | None = None,
+        retry_for_s: float = RENT_RETRY_S,
+    ) -> RentReply:
+        """Rent an environment; look at `state`: it may still be queued after `wait_s`.
+
+        A broken connection is tried again with the same idempotency key, so that there is never a second rental.
+        Without `ssh_public_key` the server makes a pair, and its private half is in this reply alone.
+        """
+        request = _valid(
+            RentRequest, name=name, ssh_public_key=ssh_public_key, ttl_s=ttl_s, labels=labels or {}, wait_s=wait_s
+        )
+        headers = {"Idempotency-Key": idempotency_key or secrets.token_urlsafe(24)}
+        reply = self._transport.send(
+            "POST", "/api/rent", body=request, headers=headers, wait_s=wait_s, retry_for_s=retry_for_s
+        )
+        return _read(RentReply, reply)
+
+    def rentals(self, *, name: str | None = None, ended: bool = False, limit: int | None = None) -> Iterator[Rental]:
+        query = {"name": name, "ended": "true" if ended else None, "limit": limit}
+        return self._pages(Rental, "/api/rentals", query)
+
+    def rental(self, rental_id: str, *, wait_s: float | None = None, state: RentalState | None = None) -> Rental:
+        """The rental; with `wait_s` and `state`, once it is in that state or has ended, or after `wait_s`."""
+        query = {"wait_s": wait_s, "state": state.value if state else None}
+        return _read(Rental, self._transport.send("GET", _path("rentals", rental_id), params=query, wait_s=wait_s or 0))
+
+    def find_rental(self, id_or_name: str, *, ended: bool = False) -> Rental:
+        """By id, else by name among the living, else (with `ended`) the latest that bore the name."""
+        if _ID.fullmatch(id_or_name):
+            try:
+                return self.rental(id_or_name)
+            except NotFound:
+                pass
+            living = list(self.rentals(name=id_or_name))
+            if living:
+                return _only(living, id_or_name, lambda one: f"{one.id} of {one.owner}")
+            past = list(self.rentals(name=id_or_name, ended=True)) if ended else []
+            if past:
+                return max(past, key=lambda one: one.created_at)
+        raise NotFound(404, "not_found", f"there is no rental {id_or_name!r}: orion ls shows yours")
+
+    def wait_for(
+        self,
+        rental_id: str,
+        state: RentalState,
+        within_s: float,
+        on_change: Callable[[Rental], None] = lambda _rental: None,
+    ) -> Rental:
+        """The rental once it is in `state` or has ended, or as it is after `within_s`. Waits through outages."""
+        transport, failures = self._transport, 0
+        give_up_at = transport.clock() + within_s
+        while True:
+            asked_at = transport.clock()
+            wait_s = round(max(0.0, min(POLL_S, give_up_at - asked_at)), 1)
+            try:
+                rental = self.rental(rental_id, wait_s=wait_s, state=state)
+            except Retryable as error:
+                failures += 1
+                transport.pause(error, failures, give_up_at)
+                continue
+            failures = 0
+            on_change(rental)
+            now = transport.clock()
+            if rental.state is state or rental.state in ENDED or now >= give_up_at:
+                return rental
+            # A server that answers a long poll at once must not be asked in a tight loop.
+            transport.sleep(max(0.0, min(0.5 - (now - asked_at), give_up_at - now)))
+
+    def renew(self, rental_id: str, ttl_s: int = DEFAULT_TTL_S) -> Rental:
+        body = _valid(RenewRequest, ttl_s=ttl_s)
+        return _read(Rental, self._transport.send("POST", _path("rentals", rental_id, "renew"), body=body))
+
+    def release(self, rental_id: str, *, wait_s: float | None = None) -> Rental:
+        """Repeatable, and so repeated over a broken connection. With `wait_s`, waits for its end: look at `state`."""
+        reply = self._transport.send(
+            "DELETE",
+            _path("rentals", rental_id),
+            params={"wait_s": wait_s},
+            wait_s=wait_s or 0,
+            retry_for_s=RENT_RETRY_S,
+        )
+        return _read(Rental, reply)
+
+    # Workers
+
+    def workers(self, *, limit: int | None = None) -> Iterator[Worker]:
+        return self._pages(Worker, "/api/workers", {"limit": limit})
+
+    def worker(self, worker_id: str) -> Worker:
+        return _read(Worker, self._transport.send("GET", _path("workers", worker_id)))
+
+    def find_worker(self, id_or_hostname: str) -> Worker:
+        """By id, else by hostname: of several (a container that was made again), the one that is not down."""
+        workers = list(self.workers())
+        for worker in workers:
+            if worker.id == id_or_hostname:
+                return worker
+        named = [worker for worker in workers if worker.hostname == id_or_hostname]
+        if not named:
+            raise NotFound(404, "not_found", f"there is no worker {id_or_hostname!r}: orion workers shows them")
+        alive = [worker for worker in named if worker.health is not WorkerHealth.DOWN]
+        return _only(alive or named, id_or_hostname, lambda one: f"{one.id} ({one.health})")
+
+    def drain(self, worker_id: str) -> Worker:
+        return _read(Worker, self._transport.send("POST", _path("workers", worker_id, "drain")))
+
+    def resume(self, worker_id: str, *, give_up: bool = False) -> Worker:
+        """`give_up`: also end for good what it holds and the database has never placed."""
+        query = {"give_up": "true" if give_up else None}
+        return _read(Worker, self._transport.send("POST", _path("workers", worker_id, "resume"), params=query))
+
+    def remove_worker(self, worker_id: str) -> None:
+        self._transport.send("DELETE", _path("workers", worker_id))
+
+    # Tokens
+
+    def create_token(
+        self, name: str, role: Literal["client", "admin", "join"] = "client", ttl_s: int | None = None
+    ) -> TokenReply:
+        body = _valid(TokenRequest, name=name, role=role, ttl_s=ttl_s)
+        return _read(TokenReply, self._transport.send("POST", "/api/tokens", body=body))
+
+    def tokens(self, *, limit: int | None = None) -> Iterator[Token]:
+        return self._pages(Token, "/api/tokens", {"limit": limit})
+
+    def find_token(self, id_or_name: str) -> Token:
+        """By id, else by name among those not revoked."""
+        tokens = list(self.tokens())
+        for token in tokens:
+            if token.id == id_or_name:
+                return token
+        named = [token for token in tokens if token.name == id_or_name and token.revoked_at is None]
+        if not named:
+            raise NotFound(404, "not_found", f"there is no token {id_or_name!r}: orion token ls shows them")
+        return _only(named, id_or_name, lambda one: f"{one.id} ({one.role})")
+
+    def revoke_token(self, token_id: str) -> None:
+        self._transport.send("DELETE", _path("tokens", token_id))
+
+    # Events
+
+    def events(
+        self,
+        *,
+        after: int | None = None,
+        rental_id: str | None = None,
+        worker_id: str | None = None,
+        limit: int | None = None,
+    ) -> Iterator[Event]:
+        """What happened so far, oldest first."""
+        query = {"after": after, "rental_id": rental_id, "worker_id": worker_id, "limit": limit}
+        return self._pages(Event, "/api/events", query)
+
+    def follow_events(
+        self,
+        *,
+        after: int = 0,
+        rental_id: str | None = None,
+        worker_id: str | None = None,
+        for_s: float | None = None,
+    ) -> Iterator[Event]:
+        """The events after `after`, then those to come, each once and in order, through broken connections.
+
+        Ends after `for_s`. Raises Unreachable at the first connection, or when there was none for STREAM_RETRY_S.
+        """
+        transport = self._transport
+        ends_at = transport.clock() + for_s if for_s is not None else float("inf")
+        failures, give_up_at = 0, 0.0
+        while transport.clock() < ends_at:
+            try:
+                for event in self._stream(after, rental_id, worker_id, ends_at):
+                    failures = 0
+                    give_up_at = transport.clock() + STREAM_RETRY_S
+                    if event is not None:
+                        after = event.id
+                        yield event
+                broken: Retryable = Unreachable(f"{self.url} ended the stream of events")
+            except Retryable as error:
+                broken = error
+            if transport.clock() >= ends_at:
+                return
+            failures += 1
+            transport.pause(broken, failures, give_up_at)
+
+    def _stream(
+        self, after: int, rental_id: str | None, worker_id: str | None, ends_at: float
+    ) -> Iterator[Event | None]:
+        """One connection: its events after `after`, and None at its opening and for what keeps it alive."""
+        clock = self._transport.clock
+        query = {"after": after, "rental_id": rental_id, "worker_id": worker_id}
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+        silence_s = max(0.01, min(STREAM_SILENCE_S, ends_at - clock()))
+        with self._transport.stream("/api/events", query, headers, silence_s) as body:
+            yield None
+            for data in messages(body):
+                event = _event(data) if data is not None else None
+                if event is None or event.id > after:
+                    yield event
+                if clock() >= ends_at:
+                    return
+
+    # The platform
+
+    def status(self) -> Status:
+        return _read(Status, self._transport.send("GET", "/api/status"))
+
+    def backup(self, into: IO[bytes]) -> None:
+        """A copy of the manager's database, whole when this returns. `into` is written as it comes."""
+        with self._transport.stream("/api/admin/backup", {}, {}, ADMIN_WAIT_S) as body:
+            for part in body:
+                into.write(part)
+
+    def plan_restore(self, backup: IO[bytes]) -> RestorePlan:
+        """Hand a backup over, a file on the disk; nothing changes before `restore` accepts the plan."""
+        reply = self._transport.upload("/api/admin/restore", backup, "application/vnd.sqlite3", ADMIN_WAIT_S)
+        return _read(RestorePlan, reply)
+
+    def restore(self, plan: RestorePlan) -> Restoring:
+        """Go back to it. The manager restarts: it is away for some seconds."""
+        return _read(Restoring, self._transport.send("POST", _path("admin", "restore", plan.id)))
+
+    def healthz(self) -> None:
+        """Raises unless the manager answers through the proxy."""
+        self._transport.send("GET", "/healthz")
+
+    def openapi(self) -> dict[str, Any]:
+        reply = self._transport.send("GET", "/api/openapi.json")
+        try:
+            return dict(json.loads(reply.content))
+        except (ValueError, TypeError) as error:
+            raise UnreadableReply(f"{reply.url} is not an OpenAPI document") from error
+
+    # What a worker calls: here for tests and measurements, the agent has its own
+
+    def register(self, request: RegisterRequest) -> RegisterReply:
+        return _read(RegisterReply, self._transport.send("POST", "/api/register", body=request))
+
+    def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply:
+        return _read(HeartbeatReply, self._transport.send("POST", "/api/heartbeat", body=request))
+
+    def _pages(self, model: type[_Model], path: str, query: dict[str, Any]) -> Iterator[_Model]:
+        """Every item of a list, page by page."""
+        while True:
+            page = _read(Page[model], self._transport.send("GET", path, params=query))  # type: ignore[valid-type]
+            yield from page.items
+            if page.next is None or page.next == query.get("after"):
+                return
+            query = {**query, "after": page.next}
+
+
+def _path(*parts: str) -> str:
+    return "/".join(("/api", *(quote(part, safe="") for part in parts)))
+
+
+def _valid(model: type[_Model], **fields: Any) -> _Model:
+    """A request that the server could accept; what was not given is left out, so that its defaults are the server's."""
+    try:
+        return model(**{name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidInput(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _read(model: type[_Model], reply: httpx.Response) -> _Model:
+    try:
+        return model.model_validate_json(reply.content)
+    except ValidationError as error:
+        host = reply.url.copy_with(raw_path=b"/")
+        raise UnreadableReply(
+            f"{host} answered something else than Orion does: is it the right address and version?"
+        ) from error
+
+
+def _event(data: str) -> Event:
+    try:
+        return Event.model_validate_json(data)
+    except ValidationError as error:
+        raise UnreadableReply("the stream of events holds something else than an event") from error
+
+
+_Named = TypeVar("_Named", Rental, Worker, Token)
+
+
+def _only(found: list[_Named], name: str, describe: Callable[[_Named], str]) -> _Named:
+    if len(found) > 1:
+        listed = ", ".join(describe(one) for one in found)
+        raise Ambiguous(f"{len(found)} are called {name!r}, give the id of one: {listed}", [one.id for one in found])
+    return found[0]

@@ -1,0 +1,88 @@
+"""What a worker that calls home is told: who it is, whether its lease is renewed, what to do with what it holds.
+
+Nothing of HTTP here: the routes (api/workers.py) and the simulation both call it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from orion.manager.domain.leases import Beat, Leases
+from orion.manager.domain.model import Item
+from orion.manager.domain.orders import orders
+from orion.manager.engine.port import Host, Reach, Reached
+from orion.manager.store.port import Registered, Registration, Registry
+
+PROBE_TIMEOUT_S = 3.0
+
+Orders = list[tuple[Item, str]]
+"""What to do with each thing that it holds: run, hold or purge."""
+
+
+class CallRefused(Exception):
+    """Its agent goes by the code: `stale_session`, `host_key_changed` or `address_in_use`."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Welcome:
+    registered: Registered
+    orders: Orders
+
+
+class CallHome:
+    def __init__(self, registry: Registry, leases: Leases, reach: Reach, monotonic: Callable[[], float]) -> None:
+        self._registry = registry
+        self._leases = leases
+        self._reach = reach
+        self._monotonic = monotonic
+        self._registering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def register(self, own_id: str | None, claim: Registration, items: Sequence[Item]) -> Welcome:
+        """`own_id`: whose token it came with; None: it came with the join token, and gets one of its own."""
+        async with self._registering[claim.address]:
+            worker_id = await self._identify(own_id, claim)
+            registered = await self._registry.register(claim, worker_id, own_id is None)
+        self._leases.open(registered.worker_id, registered.session_id, self._monotonic(), items)
+        return Welcome(registered, await self._orders(registered.worker_id, items))
+
+    async def heartbeat(self, worker_id: str, beat: Beat) -> Orders:
+        """It renews the worker's lease, if its session is current."""
+        if not self._leases.renew(worker_id, beat, self._monotonic()):
+            raise CallRefused("stale_session", "this session is over: register again")
+        return await self._orders(worker_id, beat.inventory)
+
+    async def _identify(self, own_id: str | None, claim: Registration) -> str | None:
+        """Which worker this is; None: a new one.
+
+        With its own token it is itself, as long as its host keys are the pinned ones. With the join token it is new,
+        unless a worker with these very host keys is known at this address: then it is that one, whose answer was lost.
+        An address is refused only while the worker that holds it still answers there with its pinned host key.
+        """
+        known = await self._registry.known_at(claim.address)
+        if own_id is not None:
+            own = await self._registry.worker(own_id)
+            if own is None or own.host_keys != claim.host_keys:
+                raise CallRefused(
+                    "host_key_changed", "your host keys are not the pinned ones: register as a new worker"
+                )
+        same = [holder for holder in known if holder.host_keys == claim.host_keys]
+        if own_id is None and same:
+            return same[0].id
+        for holder in known:
+            host = Host(holder.id, holder.address, holder.host_keys)
+            if holder not in same and await self._reach.reach(host, PROBE_TIMEOUT_S) is Reached.YES:
+                raise CallRefused("address_in_use", f"worker {holder.id} still answers at {claim.address}")
+        return own_id
+
+    async def _orders(self, worker_id: str, items: Sequence[Item]) -> Orders:
+        if not items:
+            return []
+        placements, down = await self._registry.placements_of(worker_id)
+        return orders(items, placements, down)

@@ -1,0 +1,87 @@
+"""The inner side of the one door: only the proxy's connections are kept, only requests with its secret are answered."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import re
+import secrets
+from asyncio import Transport
+from typing import Any
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+SECRET_HEADER = "x-orion-proxy-secret"  # noqa: S105  the header's name
+_REQUEST_ID = re.compile(r"[A-Za-z0-9-]{8,64}")
+
+
+def protocol_for(peers: frozenset[str]) -> type[HttpToolsProtocol]:
+    """Uvicorn's protocol, which hangs up on every peer but these before a byte is read."""
+
+    class DoorProtocol(HttpToolsProtocol):
+        _kept = False
+
+        def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+            peer = transport.get_extra_info("peername")
+            if not peer or peer[0] not in peers:
+                transport.abort()
+                return
+            self._kept = True
+            super().connection_made(transport)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._kept:
+                super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self._kept:
+                super().data_received(data)
+
+        def eof_received(self) -> None:
+            if self._kept:
+                super().eof_received()
+
+    return DoorProtocol
+
+
+class Door:
+    """Refuses what lacks the proxy's secret (but the health check), and gives every reply its request id."""
+
+    def __init__(self, app: ASGIApp, secret: str) -> None:
+        self._app = app
+        self._secret = secret.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in {"http", "websocket"}:
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = secrets.token_hex(16)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] in {"http.response.start", "websocket.http.response.start"}:
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            if scope["path"] == "/healthz" or self._came_through(headers):
+                await self._app(scope, receive, send_with_id)
+            else:
+                await _refuse(scope, send_with_id)
+
+    def _came_through(self, headers: Headers) -> bool:
+        return hmac.compare_digest(headers.get(SECRET_HEADER, "").encode(), self._secret)
+
+
+async def _refuse(scope: Scope, send: Send) -> None:
+    body: dict[str, Any] = {"type": "about:blank", "title": "Forbidden", "status": 403, "code": "not_through_the_door"}
+    body["detail"] = "the manager answers only what comes through manager_proxy"
+    kind = "http.response" if scope["type"] == "http" else "websocket.http.response"
+    headers = [(b"content-type", b"application/problem+json")]
+    await send({"type": f"{kind}.start", "status": 403, "headers": headers})
+    await send({"type": f"{kind}.body", "body": json.dumps(body).encode()})

@@ -1,0 +1,110 @@
+"""Tokens, events, the state of the whole, and the health check."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from orion import __version__, wire
+from orion.manager.api import views
+from orion.manager.api.problems import not_found
+from orion.manager.api.services import Admin, Client, Services, Shared, visible_owner
+from orion.manager.store import events, rentals, tokens, workers
+from orion.manager.store.database import News
+
+router = APIRouter()
+
+STREAM_SILENCE_S = 15.0
+"""A comment line is sent after so long without an event, so that nobody takes the stream for dead."""
+
+_EVENT_ID = re.compile(r"[0-9]{1,15}")
+EventId = Annotated[int, Query(ge=0, lt=2**53)]
+Filter = Annotated[str | None, Query(max_length=64)]
+
+
+@router.get("/healthz", tags=["operations"])
+async def healthz() -> JSONResponse:
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/api/status", tags=["operations"])
+async def status(principal: Client, shared: Shared) -> wire.Status:
+    by_health, by_state = await shared.store.read(rentals.count)
+    slots, free = await shared.store.read(workers.slots)
+    waiting = await shared.overdue() if principal.role == "admin" else []
+    return wire.Status(
+        version=__version__,
+        brake=shared.brake(),
+        workers=by_health,
+        rentals=by_state,
+        slots=slots,
+        slots_free=free,
+        overdue=[wire.Overdue(**vars(item)) for item in waiting],
+    )
+
+
+@router.post("/api/tokens", status_code=201, tags=["tokens"])
+async def create_token(body: wire.TokenRequest, admin: Admin, shared: Shared) -> wire.TokenReply:
+    row, secret = await shared.store.write(tokens.create, admin.name, body.name, body.role, body.ttl_s)
+    return views.token_reply(row, secret)
+
+
+@router.get("/api/tokens", tags=["tokens"])
+async def list_tokens(
+    _: Admin, shared: Shared, after: views.After = None, limit: views.Limit = 100
+) -> wire.Page[wire.Token]:
+    rows = await shared.store.read(tokens.page, after, limit + 1)
+    return wire.Page(**views.page(rows, limit, lambda row: str(row["id"]), views.token))
+
+
+@router.delete("/api/tokens/{token_id}", status_code=204, tags=["tokens"])
+async def revoke_token(token_id: str, admin: Admin, shared: Shared) -> None:
+    if not await shared.store.write(tokens.revoke, admin.name, token_id):
+        raise not_found("token")
+
+
+@router.get("/api/events", tags=["events"], response_model=wire.Page[wire.Event])
+async def list_events(
+    principal: Client,
+    shared: Shared,
+    after: EventId = 0,
+    limit: views.Limit = 100,
+    rental_id: Filter = None,
+    worker_id: Filter = None,
+    accept: Annotated[str, Header()] = "",
+    last_event_id: Annotated[str, Header(max_length=20)] = "",
+) -> Response:
+    """A page, or with `Accept: text/event-stream` a live stream that resumes by Last-Event-ID."""
+    owner = visible_owner(principal)
+    if "text/event-stream" in accept:
+        start = int(last_event_id) if _EVENT_ID.fullmatch(last_event_id) else after
+        stream = _stream(shared, owner, rental_id, worker_id, start)
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    rows = await shared.store.read(events.page, owner, rental_id, worker_id, after, limit + 1)
+    page = wire.Page[wire.Event](**views.page(rows, limit, lambda row: str(row["id"]), views.event))
+    return Response(page.model_dump_json(), media_type="application/json")
+
+
+async def _stream(
+    shared: Services, owner: str | None, rental_id: str | None, worker_id: str | None, after: int
+) -> AsyncIterator[str]:
+    with shared.store.news.listen(News.EVERYTHING) as changed:
+        while True:
+            changed.clear()
+            rows = await shared.store.read(events.page, owner, rental_id, worker_id, after, wire.MAX_PAGE)
+            for row in rows:
+                after = row["id"]
+                yield f"id: {after}\nevent: {row['kind']}\ndata: {views.event(row).model_dump_json()}\n\n"
+            if len(rows) == wire.MAX_PAGE:
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STREAM_SILENCE_S):
+                    await changed.wait()
+                continue
+            yield ": nothing new\n\n"

@@ -1,0 +1,110 @@
+"""Errors as application/problem+json (RFC 9457): a stable code, and a detail that says what to do."""
+
+from __future__ import annotations
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = structlog.get_logger()
+
+TITLES = {
+    400: "Bad request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not found",
+    405: "Method not allowed",
+    409: "Conflict",
+    422: "Invalid request",
+    500: "Internal error",
+    502: "Bad gateway",
+    503: "Not available",
+}
+CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
+
+
+class ApiProblem(Exception):
+    """A refusal, as the client will read it."""
+
+    def __init__(self, status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.code = code
+        self.detail = detail
+        self.headers = headers or {}
+
+
+def not_found(what: str) -> ApiProblem:
+    return ApiProblem(404, "not_found", f"there is no such {what}, or it is not yours")
+
+
+def problem(
+    status: int,
+    code: str,
+    detail: str,
+    headers: dict[str, str] | None = None,
+    errors: list[dict[str, object]] | None = None,
+) -> JSONResponse:
+    body: dict[str, object] = {
+        "type": "about:blank",
+        "title": TITLES.get(status, "Error"),
+        "status": status,
+        "code": code,
+        "detail": detail,
+    }
+    if errors:
+        body["errors"] = errors
+    return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+def install(app: FastAPI) -> None:
+    """Map every error that leaves a route to a problem."""
+
+    @app.exception_handler(ApiProblem)
+    async def _known(_: Request, error: ApiProblem) -> JSONResponse:
+        return problem(error.status, error.code, error.detail, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        errors: list[dict[str, object]] = [
+            {"field": ".".join(str(part) for part in item["loc"][1:]), "message": item["msg"]}
+            for item in error.errors()[:20]
+        ]
+        first = "; ".join(f"{item['field'] or 'body'}: {item['message']}" for item in errors[:3])
+        if error.body and "json" not in request.headers.get("content-type", ""):
+            first = f"send JSON, with the header 'Content-Type: application/json' ({first})"
+        return problem(422, "invalid_request", first, errors=errors)
+
+    @app.exception_handler(HTTPException)
+    async def _http(_: Request, error: HTTPException) -> JSONResponse:
+        code = CODES.get(error.status_code, "error")
+        return problem(error.status_code, code, str(error.detail), dict(error.headers or {}))
+
+    app.add_middleware(Mistakes)
+
+
+class Mistakes:
+    """Maps what no route foresaw to a problem, inside the door, so that log and reply carry the request's id."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if scope["type"] != "http" or started:
+                raise
+            log.error("request failed", path=scope["path"], exc_info=error)
+            detail = "the manager made a mistake; its log has the story under this request's id"
+            await problem(500, "internal_error", detail)(scope, receive, send)

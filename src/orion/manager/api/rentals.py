@@ -1,0 +1,151 @@
+"""Renting: rent, list, show, renew, release."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, Any
+
+import asyncssh
+from fastapi import APIRouter, Header, Query, Response
+
+from orion import wire
+from orion.manager.api import views
+from orion.manager.api.problems import ApiProblem, not_found
+from orion.manager.api.services import Client, Services, Shared, visible_owner
+from orion.manager.store import rentals
+from orion.manager.store.tokens import Principal
+
+router = APIRouter(prefix="/api", tags=["rentals"])
+
+ENDED = {wire.RentalState.RELEASED, wire.RentalState.EXPIRED, wire.RentalState.FAILED}
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
+WaitSeconds = Annotated[float, Query(ge=0, le=wire.MAX_WAIT_S)]
+
+
+@router.post("/rent", status_code=201, responses={202: {"model": wire.RentReply}})
+async def rent(
+    body: wire.RentRequest,
+    principal: Client,
+    shared: Shared,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+) -> wire.RentReply:
+    """Rent an environment: 201 when it is active, 202 while it is queued or in work after `wait_s`."""
+    private_key, public_key = (None, body.ssh_public_key) if body.ssh_public_key else _new_key()
+    wish = rentals.Wish(
+        principal.name,
+        body.name,
+        public_key or "",
+        private_key is not None,
+        body.ttl_s,
+        body.labels,
+        idempotency_key,
+        hashlib.sha256(body.model_dump_json(exclude={"wait_s"}).encode()).hexdigest(),
+    )
+    try:
+        rental_id = await shared.store.write(rentals.create, wish)
+    except rentals.NameTaken as error:
+        detail = f"you have a living rental named {body.name}: choose another name or release it"
+        raise ApiProblem(409, "name_taken", detail) from error
+    except rentals.OtherRequest as error:
+        detail = "this Idempotency-Key was used with another request within 24 h: use a new one"
+        raise ApiProblem(409, "idempotency_conflict", detail) from error
+    shared.wake_reconciler()
+    row = await _wait(shared, rental_id, body.wait_s, _is_usable)
+    response.status_code = 201 if _is_open(row) else 202
+    response.headers["Location"] = f"/api/rentals/{rental_id}"
+    return views.rent_reply(row, private_key)
+
+
+@router.get("/rentals")
+async def list_rentals(
+    principal: Client,
+    shared: Shared,
+    name: Annotated[str | None, Query(max_length=64)] = None,
+    ended: bool = False,
+    after: views.After = None,
+    limit: views.Limit = 100,
+) -> wire.Page[wire.Rental]:
+    """Living rentals, with `ended` all of them: a client's own, an admin's everybody's."""
+    owner = visible_owner(principal)
+    rows = await shared.store.read(rentals.page, owner, name, ended, after, limit + 1)
+    return wire.Page(**views.page(rows, limit, lambda row: str(row["id"]), views.rental))
+
+
+@router.get("/rentals/{rental_id}")
+async def show(
+    rental_id: str,
+    principal: Client,
+    shared: Shared,
+    state: Annotated[wire.RentalState | None, Query(description="Wait until it is in this state, or has ended")] = None,
+    wait_s: WaitSeconds = 0,
+) -> wire.Rental:
+    await find(shared, rental_id, principal)
+    row = await _wait(shared, rental_id, wait_s if state else 0, lambda r: r["state"] in {state, *ENDED})
+    return views.rental(row)
+
+
+@router.post("/rentals/{rental_id}/renew")
+async def renew(rental_id: str, body: wire.RenewRequest, principal: Client, shared: Shared) -> wire.Rental:
+    """Count `ttl_s` again from now."""
+    await find(shared, rental_id, principal)
+    if not await shared.store.write(rentals.extend, rental_id, principal.name, body.ttl_s):
+        raise ApiProblem(409, "ended", "it is ending or has ended: rent a new one")
+    return views.rental(await find(shared, rental_id, principal))
+
+
+@router.delete("/rentals/{rental_id}", status_code=202, responses={200: {"model": wire.Rental}})
+async def release(
+    rental_id: str, principal: Client, shared: Shared, response: Response, wait_s: WaitSeconds = 0
+) -> wire.Rental:
+    """Release it: 202 while it is being cleaned up, 200 when it has ended. Repeatable."""
+    await find(shared, rental_id, principal)
+    await shared.store.write(rentals.begin_release, rental_id, principal.name)
+    shared.wake_reconciler()
+    row = await _wait(shared, rental_id, wait_s, lambda r: r["state"] in ENDED)
+    response.status_code = 200 if row["state"] in ENDED else 202
+    return views.rental(row)
+
+
+async def find(shared: Services, rental_id: str, principal: Principal) -> views.Row:
+    """The rental, if this principal may know of it; another's is as unknown as one that never was."""
+    row = await shared.store.read(rentals.one, rental_id, visible_owner(principal))
+    if row is None:
+        raise not_found("rental")
+    return row
+
+
+async def _wait(shared: Services, rental_id: str, wait_s: float, done: Callable[[views.Row], bool]) -> views.Row:
+    """The rental when it is done, or as it is after `wait_s`; woken by commits, it never polls."""
+    deadline = shared.monotonic() + wait_s
+    with shared.store.news.listen(rental_id) as changed:
+        while True:
+            changed.clear()
+            row = await shared.store.read(rentals.one, rental_id, None)
+            if row is None:
+                raise not_found("rental")
+            left_s = deadline - shared.monotonic()
+            if done(row) or left_s <= 0:
+                return row
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await changed.wait()
+
+
+def _is_usable(row: views.Row) -> bool:
+    """Open, or as far as it will ever come."""
+    return _is_open(row) or row["state"] in ENDED
+
+
+def _is_open(row: views.Row) -> bool:
+    """Active, with the key that this reply tells."""
+    return row["state"] == wire.RentalState.ACTIVE and bool(row["key_in_place"])
+
+
+def _new_key() -> tuple[str, str]:
+    pair: Any = asyncssh.generate_private_key("ssh-ed25519")
+    public_key = wire.one_public_key(pair.export_public_key("openssh").decode())
+    return pair.export_private_key("openssh").decode(), public_key

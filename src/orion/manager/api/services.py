@@ -1,0 +1,89 @@
+"""What the routes share, made by the composition root and found on the application's state."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends
+from starlette.requests import HTTPConnection
+
+from orion.manager.api.call_home import CallHome
+from orion.manager.api.problems import ApiProblem
+from orion.manager.domain.leases import Leases
+from orion.manager.domain.overdue import Overdue
+from orion.manager.engine.port import Reach
+from orion.manager.settings import Settings
+from orion.manager.store import tokens
+from orion.manager.store.database import Store
+from orion.manager.store.tokens import Principal
+
+
+@dataclass
+class Services:
+    settings: Settings
+    store: Store
+    leases: Leases
+    call_home: CallHome
+    reach: Reach
+    authorized_keys: tuple[str, ...]
+    """The manager's own public keys, which a worker lets in as root."""
+    monotonic: Callable[[], float]
+    wall: Callable[[], float]
+    brake: Callable[[], str | None]
+    """Why the brake is on; None while it is off."""
+    wake_reconciler: Callable[[], None]
+    wake_health: Callable[[], None]
+    overdue: Callable[[], Awaitable[list[Overdue]]]
+    """What has waited too long."""
+    restart: Callable[[], None]
+    """End, to be started again with what is then on the disk."""
+    copying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One backup or restore at a time: each needs room beside the database."""
+
+
+def services(connection: HTTPConnection) -> Services:
+    found: Services = connection.app.state.services
+    return found
+
+
+Shared = Annotated[Services, Depends(services)]
+
+
+def client_address(connection: HTTPConnection) -> str:
+    """The peer that the proxy saw; the proxy overwrites what a client sends."""
+    return connection.headers.get("x-real-ip", "")
+
+
+async def authenticate(connection: HTTPConnection, shared: Services, *roles: str) -> Principal:
+    """Who asks. Raises 401 for anything but a valid token, 403 for one of another role."""
+    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+    principal = None
+    if scheme.lower() == "bearer" and token:
+        principal = await shared.store.read(tokens.authenticate, token.strip())
+    if principal is None:
+        headers = {"WWW-Authenticate": 'Bearer realm="orion"'}
+        detail = "send a valid token as 'Authorization: Bearer TOKEN'; 'make token' prints the admin's"
+        raise ApiProblem(401, "unauthorized", detail, headers)
+    if principal.role not in roles:
+        raise ApiProblem(403, "forbidden", f"a {principal.role} token may not do this; it takes: {', '.join(roles)}")
+    return principal
+
+
+async def _client(connection: HTTPConnection, shared: Shared) -> Principal:
+    return await authenticate(connection, shared, "client", "admin")
+
+
+async def _admin(connection: HTTPConnection, shared: Shared) -> Principal:
+    return await authenticate(connection, shared, "admin")
+
+
+Client = Annotated[Principal, Depends(_client)]
+Admin = Annotated[Principal, Depends(_admin)]
+
+
+def visible_owner(principal: Principal) -> str | None:
+    """Whose rentals and events it sees; None: everybody's."""
+    return None if principal.role == "admin" else principal.name

@@ -1,0 +1,153 @@
+"""Workers: they call home and send heartbeats; operators look at them, drain, resume and remove them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+
+from orion import wire
+from orion.manager.api import views
+from orion.manager.api.call_home import CallRefused, Orders
+from orion.manager.api.problems import ApiProblem, not_found
+from orion.manager.api.services import Admin, Shared, authenticate, client_address
+from orion.manager.domain.leases import Beat
+from orion.manager.domain.model import Item
+from orion.manager.domain.states import Intent
+from orion.manager.store import workers
+from orion.manager.store.port import Registration
+
+router = APIRouter(prefix="/api", tags=["workers"])
+
+CONFIRM_S = 0.5
+"""Until the next heartbeat of a worker that still has the longer lease of other clocks: it counts until that tells."""
+
+
+@router.post("/register", status_code=201)
+async def register(body: wire.RegisterRequest, request: Request, shared: Shared) -> wire.RegisterReply:
+    """A worker calls home, with its own token if it has one, else with the join token."""
+    principal = await authenticate(request, shared, "join", "worker")
+    address = client_address(request)
+    if not shared.settings.may_be_a_worker(address):
+        detail = f"a worker calls home from inside {shared.settings.subnet}; this came from {address}"
+        raise ApiProblem(403, "address_not_in_pool", detail)
+    claim = Registration(
+        address, body.hostname, tuple(body.ssh_host_keys), body.slots, body.labels, body.boot_id, body.agent_version
+    )
+    own_id = principal.id if principal.role == "worker" else None
+    with _refusals():
+        welcome = await shared.call_home.register(own_id, claim, _items(body.inventory))
+    registered = welcome.registered
+    shared.wake_health()
+    shared.wake_reconciler()
+    clocks = shared.settings.clocks
+    return wire.RegisterReply(
+        worker_id=registered.worker_id,
+        worker_token=registered.token or request.headers["authorization"].split(" ", 1)[1].strip(),
+        session_id=registered.session_id,
+        heartbeat_interval_s=clocks.heartbeat_s,
+        lease_s=clocks.freeze_after_s,
+        authorized_keys=list(shared.authorized_keys),
+        placements=_orders(welcome.orders),
+    )
+
+
+@router.post("/heartbeat")
+async def heartbeat(body: wire.HeartbeatRequest, request: Request, shared: Shared) -> wire.HeartbeatReply:
+    """The heartbeat renews the worker's lease, if its session is current."""
+    principal = await authenticate(request, shared, "worker")
+    beat = Beat(body.session_id, body.seq, tuple(_items(body.inventory)), body.leaving, body.lease_s)
+    with _refusals():
+        found = await shared.call_home.heartbeat(principal.id, beat)
+    shared.leases.note(principal.id, shared.wall(), body.load.model_dump())
+    if body.leaving:
+        shared.wake_health()
+    clocks = shared.settings.clocks
+    return wire.HeartbeatReply(
+        lease_s=clocks.freeze_after_s,
+        next_heartbeat_s=CONFIRM_S if body.lease_s > clocks.freeze_after_s else _with_jitter(clocks.heartbeat_s),
+        placements=_orders(found),
+    )
+
+
+@router.get("/workers")
+async def list_workers(
+    _: Admin, shared: Shared, after: views.After = None, limit: views.Limit = 100
+) -> wire.Page[wire.Worker]:
+    rows = await shared.store.read(workers.page, after, limit + 1)
+    return wire.Page(**views.page(rows, limit, lambda row: str(row["id"]), views.worker))
+
+
+@router.get("/workers/{worker_id}")
+async def show(worker_id: str, _: Admin, shared: Shared) -> wire.Worker:
+    return _view(await shared.store.read(workers.one, worker_id))
+
+
+@router.post("/workers/{worker_id}/drain")
+async def drain(worker_id: str, admin: Admin, shared: Shared) -> wire.Worker:
+    """No new rentals go there; `drained` when those that are there have ended. Repeatable."""
+    row = await shared.store.write(workers.set_intent, admin.name, worker_id, Intent.DRAINING)
+    shared.wake_reconciler()
+    return _view(row)
+
+
+@router.post("/workers/{worker_id}/resume")
+async def resume(
+    worker_id: str,
+    admin: Admin,
+    shared: Shared,
+    give_up: Annotated[bool, Query(description="End what it holds and the database has never placed")] = False,
+) -> wire.Worker:
+    """Ends a drain or a quarantine; it is checked again before it is ready. Repeatable."""
+    lease = shared.leases.get(worker_id)
+    if give_up and lease and lease.inventory:
+        await shared.store.write(workers.give_up, admin.name, worker_id, lease.inventory)
+    row = await shared.store.write(workers.set_intent, admin.name, worker_id, Intent.ACTIVE)
+    shared.leases.forgive(worker_id)
+    shared.wake_health()
+    shared.wake_reconciler()
+    return _view(row)
+
+
+@router.delete("/workers/{worker_id}", status_code=204)
+async def remove(worker_id: str, admin: Admin, shared: Shared) -> None:
+    """Forget a worker that is down or holds no rental. One that still runs calls home again as a new worker."""
+    refusal = await shared.store.write(workers.remove, admin.name, worker_id)
+    if refusal == "not_found":
+        raise not_found("worker")
+    if refusal:
+        detail = "it holds rentals: drain it and wait for their end, or stop it and wait until it is down"
+        raise ApiProblem(409, refusal, detail)
+    shared.leases.end(worker_id)
+    shared.wake_reconciler()
+
+
+def _view(row: views.Row | None) -> wire.Worker:
+    if row is None:
+        raise not_found("worker")
+    return views.worker(row)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except CallRefused as refusal:
+        raise ApiProblem(409, refusal.code, str(refusal)) from refusal
+
+
+def _orders(found: Orders) -> list[wire.PlacementOrder]:
+    return [
+        wire.PlacementOrder(rental_id=item.rental_id, epoch=item.epoch, want=wire.Want(want)) for item, want in found
+    ]
+
+
+def _items(inventory: list[Any]) -> list[Item]:
+    return [Item(item.rental_id, item.username, item.uid, item.epoch) for item in inventory]
+
+
+def _with_jitter(seconds: float) -> float:
+    return round(seconds * random.uniform(0.9, 1.05), 3)  # noqa: S311  spread, not secrecy

@@ -1,0 +1,254 @@
+"""The composition root: the only file that knows all rooms. `python -m orion.manager.app` runs the manager."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+from structlog.typing import Processor
+
+from orion import __version__
+from orion.manager.api import admin, operations, problems, rentals, workers
+from orion.manager.api.call_home import CallHome
+from orion.manager.api.door import Door, protocol_for
+from orion.manager.api.services import Services
+from orion.manager.domain.leases import Leases
+from orion.manager.domain.overdue import Overdue, overdue
+from orion.manager.engine.ansible import AnsibleEngine
+from orion.manager.engine.port import Engine, Reach
+from orion.manager.engine.reach import SshReach
+from orion.manager.gateway import routes
+from orion.manager.loops.door import DoorProbe
+from orion.manager.loops.expiry import ExpiryLoop
+from orion.manager.loops.health import HealthLoop
+from orion.manager.loops.reconciler import Reconciler
+from orion.manager.loops.timer import Loop
+from orion.manager.settings import Secrets, Settings
+from orion.manager.store import tokens
+from orion.manager.store import workers as worker_rows
+from orion.manager.store.backup import Backups
+from orion.manager.store.database import Store
+from orion.manager.store.sql import SqlLedger
+
+log = structlog.get_logger()
+
+LOOPBACK = "127.0.0.1"
+GRACEFUL_SHUTDOWN_S = 5
+
+
+@dataclass
+class Ports:
+    """What reaches outside of the manager: the real ones here, fakes in tests."""
+
+    engine: Engine
+    reach: Reach
+    door: DoorProbe | None
+    """None: there is no proxy to ask through, as in tests without one."""
+    monotonic: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+
+
+class Manager:
+    """The loops and what they share."""
+
+    def __init__(self, settings: Settings, secrets: Secrets, store: Store, ports: Ports) -> None:
+        self.store = store
+        self.leases = Leases(settings.clocks.freeze_after_s)
+        self._clocks = settings.clocks
+        self._ports = ports
+        self._secrets = secrets
+        self.ledger = SqlLedger(store)
+        self.reconciler = Reconciler(self.ledger, self.leases, ports.engine, ports.reach, ports.monotonic, ports.wall)
+        wake_reconciler = self.reconciler.loop.hint
+        door = ports.door
+        self.health = HealthLoop(
+            self.ledger,
+            self.leases,
+            settings.clocks,
+            lambda: door is None or door.open,
+            ports.monotonic,
+            wake_reconciler,
+        )
+        self.expiry = ExpiryLoop(self.ledger, ports.monotonic, ports.wall, wake_reconciler)
+        self.reconciler.on_worker_change = self.health.loop.hint
+        self.services = Services(
+            settings=settings,
+            store=store,
+            leases=self.leases,
+            call_home=CallHome(self.ledger, self.leases, ports.reach, ports.monotonic),
+            reach=ports.reach,
+            authorized_keys=(secrets.ssh_public_key,),
+            monotonic=ports.monotonic,
+            wall=ports.wall,
+            brake=lambda: self.health.brake.reason if self.health.brake.on else None,
+            wake_reconciler=wake_reconciler,
+            wake_health=self.health.loop.hint,
+            overdue=self._overdue,
+            restart=lambda: os.kill(os.getpid(), signal.SIGTERM),
+        )
+
+    async def _overdue(self) -> list[Overdue]:
+        world, ages = await self.reconciler.overdue_ages()
+        return overdue(world, ages | self.health.ages())
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Restore what the database knows, then run the loops until the end."""
+        await self.restore()
+        loops: list[Loop] = [self.health.loop, self.reconciler.loop, self.expiry.loop]
+        if self._ports.door:
+            loops.append(self._ports.door.loop)
+        running = [asyncio.create_task(loop.run(), name=loop.name) for loop in loops]
+        running.append(asyncio.create_task(self._let_old_leases_lapse()))
+        try:
+            yield
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            await self.reconciler.stop()
+            if self._ports.door:
+                await self._ports.door.close()
+
+    async def restore(self) -> None:
+        """Take over what the secret files and the database know."""
+        await self.store.write(tokens.install, "admin", self._secrets.admin_token)
+        await self.store.write(tokens.install, "join", self._secrets.join_token)
+        known = await self.ledger.load_workers()
+        sessions = {w.id: w.session_id for w in known.values() if w.session_id and w.health != "down"}
+        granted_s = max(await self.store.read(worker_rows.granted_lease), self._clocks.freeze_after_s)
+        await self.store.write(worker_rows.grant_lease, granted_s)
+        self.leases.restore(sessions, granted_s)
+
+    async def _let_old_leases_lapse(self) -> None:
+        """Leases given under longer clocks are over when none of them can be believed in any more."""
+        granted_s = await self.store.read(worker_rows.granted_lease)
+        if granted_s > self._clocks.freeze_after_s:
+            await asyncio.sleep(2 * granted_s)
+            await self.store.write(worker_rows.grant_lease, self._clocks.freeze_after_s)
+
+
+def build(settings: Settings, secrets: Secrets, store: Store, ports: Ports) -> FastAPI:
+    """The application, with its loops in its lifespan."""
+    app = application(secrets.proxy_secret)
+    put_into(app, Manager(settings, secrets, store, ports))
+    return app
+
+
+def put_into(app: FastAPI, manager: Manager) -> None:
+    """Make this the manager that the application serves."""
+    app.state.services = manager.services
+    app.state.manager = manager
+
+
+def application(proxy_secret: str) -> FastAPI:
+    """All routes behind the door; what they serve is found on the application's state."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with app.state.manager.running():
+            log.info("manager ready", version=__version__, clocks=vars(app.state.services.settings.clocks))
+            yield
+
+    app = FastAPI(
+        title="Orion-Sec",
+        version=__version__,
+        openapi_url="/api/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    problems.install(app)
+    for router in (workers.router, rentals.router, operations.router, admin.router, routes.router):
+        app.include_router(router)
+    app.add_middleware(Door, secret=proxy_secret)
+    return app
+
+
+def main() -> None:
+    log_as_json()
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        sys.exit("\n".join(f"ORION settings: {item['msg']}" for item in error.errors()))
+    secrets = Secrets.from_pipe(int(os.environ["ORION_SECRETS_FD"]))
+    lock = _lead(Path(settings.lock_file))
+    store = open_store(settings, Store)
+    door = DoorProbe(settings.door_url, settings.clocks.door_answer_s, min(1.0, settings.clocks.heartbeat_s / 30))
+    ports = Ports(AnsibleEngine(Path(settings.engine_socket)), SshReach(secrets.ssh_private_key), door)
+    serve(settings, secrets, store, ports, "0.0.0.0")  # noqa: S104  the door hangs up on every peer but the proxy
+    lock.close()
+
+
+def open_store(settings: Settings, make: Callable[[str], Store]) -> Store:
+    """The database as it should be: that of a restore which was accepted, its schema up to date."""
+    backups = Backups.of(settings.database_url)
+    if backups and backups.swap_in():
+        log.warning("restored from a backup", former_database=backups.replaced.name)
+    store = make(settings.database_url)
+    store.migrate()
+    return store
+
+
+def serve(settings: Settings, secrets: Secrets, store: Store, ports: Ports, host: str) -> None:
+    """Run the manager until it is told to end."""
+    uvicorn.run(
+        build(settings, secrets, store, ports),
+        host=host,
+        port=settings.port,
+        http=protocol_for(frozenset({str(settings.proxy_address), LOOPBACK})),
+        ws="websockets-sansio",
+        ws_max_size=2**20,
+        # A renter who suspends ssh answers no ping and is not gone: TCP ends what is dead (gateway/ssh.py).
+        ws_ping_timeout=None,
+        ws_per_message_deflate=False,  # what ssh encrypted does not shrink
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+    )
+    store.close()
+
+
+def _lead(path: Path) -> IO[str]:
+    """Only one manager is active at a time: leases live in its memory. The lock ends with the process."""
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"another manager is active on {path.parent}: stop it first")
+    return lock
+
+
+def log_as_json() -> None:
+    processors: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+        structlog.processors.format_exc_info,
+        structlog.processors.JSONRenderer(),
+    ]
+    structlog.configure(processors=processors, logger_factory=structlog.PrintLoggerFactory(sys.stdout))
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stdout, format='{"event": "%(message)s", "level": "%(levelname)s"}'
+    )
+
+
+if __name__ == "__main__":
+    main()

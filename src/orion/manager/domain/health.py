@@ -1,0 +1,167 @@
+"""Judging workers: an ordered list of rules over one worker and its lease; the first that matches decides.
+
+`now` is taken before the snapshot is, so a heartbeat that comes in meanwhile can only make a worker look younger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orion.manager.domain.brake import Brake
+from orion.manager.domain.clocks import Clocks
+from orion.manager.domain.leases import Lease
+from orion.manager.domain.model import Worker
+from orion.manager.domain.states import JOIN_DEADLINE_S, Health
+
+MAX_FLAPS = 3
+"""Losses of `ready` within the flap window that quarantine a worker."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that one verdict rests on. `joining_s`: seconds in `joining`; `losses`: of `ready`, within the window."""
+
+    worker: Worker
+    lease: Lease | None
+    now: float
+    clocks: Clocks
+    brake: Brake
+    refuge: bool
+    """Another worker is ready, active and not leaving: rentals have somewhere to go."""
+    joining_s: float = 0.0
+    losses: int = 0
+
+    @property
+    def unheard_s(self) -> float:
+        """Since it was last heard by this manager."""
+        heard = self.lease.received_at if self.lease else None
+        return self.now - (self.brake.disturbed_at if heard is None else heard)
+
+    @property
+    def silence_s(self) -> float:
+        """The silence that counts against it: grace begins anew for everybody when the door was disturbed."""
+        return min(self.unheard_s, self.now - self.brake.disturbed_at)
+
+    @property
+    def heard(self) -> bool:
+        """Heard by this manager, in its current session, not too long ago."""
+        lease = self.lease
+        return (
+            lease is not None
+            and lease.session_id == self.worker.session_id
+            and lease.received_at is not None
+            and self.now - lease.received_at <= self.clocks.suspect_after_s
+        )
+
+    @property
+    def grace_s(self) -> float:
+        """By the lease that the worker may believe in; doubled for those not heard since this manager started."""
+        known = self.lease is not None and self.lease.received_at is not None
+        longer = self.lease.lease_s / self.clocks.freeze_after_s if self.lease else 0.0
+        return self.clocks.takeover_after_s * max(1.0, longer) * (1 if known else 2)
+
+    @property
+    def verified(self) -> bool:
+        return self.worker.session_id is not None and self.worker.verified_session == self.worker.session_id
+
+
+@dataclass(frozen=True)
+class Verdict:
+    to: Health
+    reason: str
+
+
+Rule = Callable[[Evidence], Verdict | None]
+
+
+def judge(evidence: Evidence) -> Verdict | None:
+    """The verdict on one worker; None leaves it as it is."""
+    for rule in RULES[evidence.worker.health]:
+        verdict = rule(evidence)
+        if verdict is not None:
+            return verdict
+    return None
+
+
+def _said_goodbye(e: Evidence) -> Verdict | None:
+    # Acted on late and only with a refuge: when everything is being stopped, nothing moves.
+    leaving_at = e.lease.leaving_at if e.lease else None
+    if leaving_at is None or e.brake.on or not e.refuge or e.now - leaving_at < e.clocks.goodbye_after_s:
+        return None
+    return Verdict(Health.DOWN, "it said goodbye")
+
+
+def _lease_passed(e: Evidence) -> Verdict | None:
+    if e.brake.on or e.silence_s <= e.grace_s:
+        return None
+    return Verdict(Health.DOWN, f"no heartbeat for {e.silence_s:.0f} s")
+
+
+def _silent(e: Evidence) -> Verdict | None:
+    # Without grace: to be suspect costs a worker nothing but new rentals.
+    if e.unheard_s <= e.clocks.suspect_after_s:
+        return None
+    return Verdict(Health.SUSPECT, f"no heartbeat for {e.unheard_s:.0f} s")
+
+
+def _unverified(e: Evidence) -> Verdict | None:
+    if not e.heard or e.verified:
+        return None
+    return Verdict(Health.JOINING, "it registered: not checked yet")
+
+
+def _verified(e: Evidence) -> Verdict | None:
+    if not e.heard or not e.verified:
+        return None
+    return Verdict(Health.READY, "it is heard, it was reached by SSH, and nothing stale is on it")
+
+
+def _at_fault(e: Evidence) -> Verdict | None:
+    return _quarantine(e, e.worker.fault) if e.worker.fault else None
+
+
+def _flapping(e: Evidence) -> Verdict | None:
+    if e.losses < MAX_FLAPS:
+        return None
+    return _quarantine(e, f"it was lost {e.losses} times within {e.clocks.flap_window_s:.0f} s")
+
+
+def _never_clean(e: Evidence) -> Verdict | None:
+    if e.joining_s <= JOIN_DEADLINE_S:
+        return None
+    return _quarantine(e, e.worker.explanation or "it could not be reached by SSH")
+
+
+def _quarantine(e: Evidence, why: str) -> Verdict:
+    return Verdict(Health.QUARANTINED, f"{why}. Look at it, then: orion resume {e.worker.id}")
+
+
+def _resumed(e: Evidence) -> Verdict | None:
+    if e.worker.fault or not e.heard:
+        return None
+    return Verdict(Health.JOINING, "an operator resumed it: not checked yet")
+
+
+def _manager_was_away(e: Evidence) -> Verdict | None:
+    if e.lease is None or e.lease.received_at is not None:
+        return None
+    return Verdict(Health.UNKNOWN, "the manager was away: waiting for its heartbeat")
+
+
+RULES: dict[Health, tuple[Rule, ...]] = {
+    Health.JOINING: (
+        _said_goodbye,
+        _lease_passed,
+        _silent,
+        _at_fault,
+        _flapping,
+        _verified,
+        _never_clean,
+    ),
+    Health.READY: (_said_goodbye, _manager_was_away, _unverified, _silent),
+    Health.SUSPECT: (_said_goodbye, _lease_passed, _unverified, _verified),
+    Health.UNKNOWN: (_said_goodbye, _lease_passed, _unverified, _verified),
+    Health.DOWN: (_unverified,),
+    Health.QUARANTINED: (_lease_passed, _resumed),
+}

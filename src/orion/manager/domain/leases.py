@@ -1,0 +1,140 @@
+"""Who is alive: the table of sessions that the heartbeat route renews and the health loop judges and revokes.
+
+Times are monotonic seconds of the manager, given by the caller. It lives in the memory of the one active manager;
+the sessions themselves are in the database, so a restarted manager knows them but has heard from nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orion.manager.domain.model import Item
+
+
+@dataclass(frozen=True)
+class Lease:
+    session_id: str
+    received_at: float | None = None
+    """When the last heartbeat or registration came in; None: not since this manager started."""
+    seq: int = -1
+    inventory: tuple[Item, ...] | None = None
+    leaving_at: float | None = None
+    """When the worker said goodbye."""
+    announced: bool = False
+    """The session before ended with a goodbye: this one is a restart that was meant."""
+    lease_s: float = 0.0
+    """The lease that it may still believe in: of other clocks, when the manager was restarted with new ones."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A heartbeat as it came in."""
+
+    session_id: str
+    seq: int
+    inventory: tuple[Item, ...] = ()
+    leaving: bool = False
+    lease_s: float = 0.0
+
+
+class Leases:
+    def __init__(self, lease_s: float) -> None:
+        """`lease_s`: the lease that replies give now."""
+        self._granted_s = lease_s
+        self._leases: dict[str, Lease] = {}
+        self._losses: dict[str, tuple[float, ...]] = {}
+        self._notes: dict[str, tuple[float, Mapping[str, Any]]] = {}
+        self.heard_at: float | None = None
+        """When any worker was last heard."""
+
+    def restore(self, sessions: Mapping[str, str], granted_s: float) -> None:
+        """Take the sessions of the database (worker id -> session id) as known but silent.
+
+        `granted_s`: the longest lease that a former manager's replies may have given. It is assumed of every worker
+        until that tells which lease it has, so shorter clocks take nothing from a worker that still runs by the old.
+        """
+        self._granted_s = max(self._granted_s, granted_s)
+        for worker_id, session_id in sessions.items():
+            self._leases.setdefault(worker_id, Lease(session_id, lease_s=self._granted_s))
+
+    def open(self, worker_id: str, session_id: str, now: float, inventory: Iterable[Item]) -> None:
+        """A registration: a new session replaces the one before."""
+        before = self._leases.get(worker_id)
+        announced = before is not None and before.leaving_at is not None
+        self._leases[worker_id] = Lease(
+            session_id, now, inventory=tuple(inventory), announced=announced, lease_s=self._granted_s
+        )
+        self.heard_at = now
+
+    def renew(self, worker_id: str, beat: Beat, now: float) -> bool:
+        """A heartbeat. False (nothing renewed) for a session that is not current, and for an old `seq`."""
+        lease = self._leases.get(worker_id)
+        if lease is None or lease.session_id != beat.session_id or beat.seq <= lease.seq:
+            return False
+        leaving_at = (lease.leaving_at or now) if beat.leaving else None
+        lease_s = min(beat.lease_s, self._granted_s)  # its word counts for no more than was ever given
+        self._leases[worker_id] = replace(
+            lease, received_at=now, seq=beat.seq, inventory=beat.inventory, leaving_at=leaving_at, lease_s=lease_s
+        )
+        self.heard_at = now
+        return True
+
+    def note(self, worker_id: str, wall: float, load: Mapping[str, Any]) -> None:
+        """Remember when it was heard (UTC seconds) and its load, for people; written down in batches."""
+        self._notes[worker_id] = (wall, load)
+
+    def take_notes(self) -> list[tuple[str, float, Mapping[str, Any]]]:
+        notes, self._notes = self._notes, {}
+        return [(worker_id, wall, load) for worker_id, (wall, load) in notes.items()]
+
+    def revoke(self, worker_id: str, seen: Lease | None) -> bool:
+        """End the session before a verdict of death is committed; False when it was renewed since it was seen.
+
+        From here on the heartbeat route answers 409, so no reply can renew a lease after the verdict.
+        """
+        if self._leases.get(worker_id) != seen:
+            return False
+        self._leases.pop(worker_id, None)
+        return True
+
+    def end(self, worker_id: str) -> None:
+        """Forget a worker that was removed."""
+        self._leases.pop(worker_id, None)
+        self._losses.pop(worker_id, None)
+
+    def get(self, worker_id: str) -> Lease | None:
+        return self._leases.get(worker_id)
+
+    def cleaned(self, worker_id: str, rental_id: str, epoch: int) -> None:
+        """The manager purged this itself, after the inventory was sent: do not find it there again."""
+        lease = self._leases.get(worker_id)
+        if lease and lease.inventory is not None:
+            kept = tuple(i for i in lease.inventory if (i.rental_id, i.epoch) != (rental_id, epoch))
+            self._leases[worker_id] = replace(lease, inventory=kept)
+
+    def leaving(self) -> frozenset[str]:
+        """The workers that said goodbye."""
+        return frozenset(w for w, lease in self._leases.items() if lease.leaving_at is not None)
+
+    def inventories(self) -> dict[str, tuple[Item, ...]]:
+        """What each worker said it holds. Read this before the snapshot: see reconcile.decide."""
+        return {w: lease.inventory for w, lease in self._leases.items() if lease.inventory is not None}
+
+    def lost_ready(self, worker_id: str, now: float, window_s: float) -> int:
+        """Count one more loss of `ready`, unless it was announced; returns how many there were within the window."""
+        lease = self._leases.get(worker_id)
+        recent = self._losses.get(worker_id, ())
+        if lease is not None and lease.announced:
+            self._leases[worker_id] = replace(lease, announced=False)
+        else:
+            recent = (*recent, now)
+        self._losses[worker_id] = tuple(at for at in recent if now - at <= window_s)
+        return len(self._losses[worker_id])
+
+    def losses(self, worker_id: str, now: float, window_s: float) -> int:
+        return sum(now - at <= window_s for at in self._losses.get(worker_id, ()))
+
+    def forgive(self, worker_id: str) -> None:
+        self._losses.pop(worker_id, None)

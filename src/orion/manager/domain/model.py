@@ -1,0 +1,244 @@
+"""What decisions are made from and made of: rows as frozen records, and steps, which are guarded writes with events.
+
+A step is one unit: every write finds its row as expected, or the whole step is dropped, because somebody else acted.
+`World` applies steps in memory; the store applies the same steps to the database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from orion.manager.domain.states import (
+    HOLDING,
+    LIVE,
+    Health,
+    Intent,
+    PlacementState,
+    RentalState,
+    check_transition,
+)
+
+Kind = Literal["worker", "rental", "placement"]
+
+
+@dataclass(frozen=True)
+class Worker:
+    id: str
+    hostname: str
+    address: str
+    host_keys: tuple[str, ...]
+    slots: int
+    health: Health
+    intent: Intent
+    session_id: str | None
+    boot_id: str
+    verified_session: str | None = None
+    """The session for which the manager reached it by SSH and found nothing stale; ready only while it is current."""
+    fault: str = ""
+    """What is wrong with it, until an operator resumes it: a clean-up that passed its deadline, flapping."""
+    explanation: str = ""
+
+
+@dataclass(frozen=True)
+class Rental:
+    id: str
+    name: str
+    owner: str
+    username: str
+    uid: int
+    state: RentalState
+    epoch: int
+    public_key: str
+    ttl_s: int
+    created_at: float
+    activated_at: float | None = None
+    expires_at: float | None = None
+    end: Literal["released", "expired"] | None = None
+    failures: int = 0
+    explanation: str = ""
+
+
+@dataclass(frozen=True)
+class Placement:
+    id: str
+    rental_id: str
+    worker_id: str
+    slot: int
+    epoch: int
+    state: PlacementState
+    public_key: str = ""
+    """The key that was last put on the worker; another one in the rental means it must be put there again."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A rental as a worker's inventory tells it: believed only about that worker."""
+
+    rental_id: str
+    username: str
+    uid: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Event:
+    kind: str
+    actor: str
+    reason: str
+    owner: str | None = None
+    rental_id: str | None = None
+    worker_id: str | None = None
+    epoch: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Write:
+    """Change a row that is still as expected: `expect` and `change` map column to value. No change: only a guard."""
+
+    kind: Kind
+    id: str
+    expect: Mapping[str, Any]
+    change: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    writes: tuple[Write, ...]
+    events: tuple[Event, ...] = ()
+    placement: Placement | None = None
+    """A new placement to insert, after the writes."""
+
+    def __add__(self, other: Step) -> Step:
+        if self.placement and other.placement:
+            raise ValueError("a step inserts at most one placement")
+        return Step(self.writes + other.writes, self.events + other.events, self.placement or other.placement)
+
+
+_RENTAL_EVENTS = {
+    RentalState.QUEUED: "rental.queued",
+    RentalState.PROVISIONING: "rental.placed",
+    RentalState.ACTIVE: "rental.activated",
+    RentalState.MIGRATING: "rental.migration_started",
+    RentalState.RELEASING: "rental.release_started",
+    RentalState.RELEASED: "rental.released",
+    RentalState.EXPIRED: "rental.expired",
+    RentalState.FAILED: "rental.failed",
+}
+
+
+def move_rental(
+    rental: Rental, to: RentalState, actor: str, reason: str, worker_id: str | None = None, **change: Any
+) -> Step:
+    """The one way a rental changes its state. `reason` becomes its explanation too."""
+    check_transition("rental", rental.id, rental.state, to)
+    event = Event(
+        _RENTAL_EVENTS[to],
+        actor,
+        reason,
+        rental.owner,
+        rental.id,
+        worker_id,
+        change.get("epoch", rental.epoch),
+    )
+    write = Write(
+        "rental",
+        rental.id,
+        {"state": rental.state, "epoch": rental.epoch},
+        {"state": to, "explanation": reason} | change,
+    )
+    return Step((write,), (event,))
+
+
+def move_placement(
+    placement: Placement,
+    owner: str | None,
+    to: PlacementState,
+    actor: str,
+    reason: str,
+    details: Mapping[str, Any] | None = None,
+    **change: Any,
+) -> Step:
+    """The one way a placement changes its state."""
+    check_transition("placement", placement.id, placement.state, to)
+    event = Event(
+        f"placement.{to}",
+        actor,
+        reason,
+        owner,
+        placement.rental_id,
+        placement.worker_id,
+        placement.epoch,
+        details or {},
+    )
+    return Step(
+        (Write("placement", placement.id, {"state": placement.state}, {"state": to} | change),),
+        (event,),
+    )
+
+
+def move_worker(worker: Worker, to: Health, reason: str) -> Step:
+    """The one way a worker's health changes; only the health loop uses it."""
+    check_transition("worker", worker.id, worker.health, to)
+    event = Event(f"worker.became_{to}", "health", reason, worker_id=worker.id)
+    expect = {"health": worker.health, "session_id": worker.session_id}
+    change = {"health": to, "explanation": "" if to is Health.READY else reason}
+    if to is Health.QUARANTINED:
+        change["fault"] = worker.fault or reason
+    return Step((Write("worker", worker.id, expect, change),), (event,))
+
+
+@dataclass
+class World:
+    """Workers, living rentals and placements that are not purged, by id. Decisions work on a copy of their own."""
+
+    workers: dict[str, Worker]
+    rentals: dict[str, Rental]
+    placements: dict[str, Placement]
+
+    def copy(self) -> World:
+        return World(dict(self.workers), dict(self.rentals), dict(self.placements))
+
+    def apply(self, step: Step) -> bool:
+        """Apply all of a step or nothing of it; False when a row was not as expected."""
+        tables: dict[str, dict[str, Any]] = {
+            "worker": self.workers,
+            "rental": self.rentals,
+            "placement": self.placements,
+        }
+        changed: dict[tuple[str, str], Any] = {}
+        for write in step.writes:
+            row = changed.get((write.kind, write.id), tables[write.kind].get(write.id))
+            if row is None or any(getattr(row, column) != value for column, value in write.expect.items()):
+                return False
+            known = {column: value for column, value in write.change.items() if hasattr(row, column)}
+            changed[write.kind, write.id] = replace(row, **known)
+        for (kind, identity), row in changed.items():
+            tables[kind][identity] = row
+        if step.placement:
+            self.placements[step.placement.id] = step.placement
+        return True
+
+    def live_placement(self, rental_id: str) -> Placement | None:
+        return next(
+            (p for p in self.placements.values() if p.rental_id == rental_id and p.state in LIVE),
+            None,
+        )
+
+    def used_slots(self) -> dict[str, set[int]]:
+        """The slots in use, by worker id."""
+        used: dict[str, set[int]] = {worker_id: set() for worker_id in self.workers}
+        for placement in self.placements.values():
+            if placement.state in HOLDING:
+                used.setdefault(placement.worker_id, set()).add(placement.slot)
+        return used
+
+
+def merge(steps: Iterable[Step]) -> Step:
+    """Several steps as one unit."""
+    whole = Step(())
+    for step in steps:
+        whole = whole + step
+    return whole

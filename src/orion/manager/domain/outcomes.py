@@ -1,0 +1,127 @@
+"""What follows from the end of a task. Guarded like every step: whoever acted meanwhile wins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from orion.manager.domain.model import (
+    Event,
+    Placement,
+    Rental,
+    Step,
+    World,
+    Write,
+    merge,
+    move_placement,
+    move_rental,
+)
+from orion.manager.domain.reconcile import ACTOR, Task, TaskKind, give_up
+from orion.manager.domain.states import PlacementState, RentalState
+
+MAX_ATTEMPTS = 3
+"""Failed tries to make a rental on one worker before it is made on another."""
+
+
+def succeeded(world: World, task: Task, report: Mapping[str, Any], wall: float) -> Step | None:
+    """The step that records a success; None when it changes nothing any more. `wall`: UTC seconds."""
+    if task.kind is TaskKind.REACH:
+        return _verified(task)
+    placement = world.placements.get(task.placement_id or "")
+    if task.kind is TaskKind.DELETE:
+        return _purged(world, task, placement, report)
+    rental = world.rentals.get(placement.rental_id) if placement else None
+    if placement is None or rental is None:
+        return None
+    return _made(rental, placement, task, wall)
+
+
+def failed(world: World, task: Task, message: str, attempts: int) -> Step | None:
+    """The step after a failure: making it elsewhere after MAX_ATTEMPTS, else only what a person sees meanwhile."""
+    placement = world.placements.get(task.placement_id or "")
+    if placement and placement.state is PlacementState.PREPARING and attempts >= MAX_ATTEMPTS:
+        return give_up(placement, world.rentals.get(placement.rental_id), message)
+    return _explained(world, task, placement, message)
+
+
+def _explained(world: World, task: Task, placement: Placement | None, message: str) -> Step | None:
+    if task.kind is TaskKind.REACH:
+        change = {"explanation": message}
+        return Step((Write("worker", task.worker_id, {"session_id": task.session_id}, change),))
+    rental = world.rentals.get(placement.rental_id) if placement else None
+    if placement is None or rental is None or not _is_waited_for(task, placement, rental):
+        return None
+    expect = {"state": rental.state, "epoch": rental.epoch}
+    return Step((Write("rental", rental.id, expect, {"explanation": f"trying again: {message}"}),))
+
+
+def _is_waited_for(task: Task, placement: Placement, rental: Rental) -> bool:
+    """Whether the renter waits for this; not for the cleaning of what it has left behind somewhere."""
+    if task.kind is TaskKind.CREATE:
+        return placement.state is PlacementState.PREPARING
+    return rental.state is RentalState.RELEASING
+
+
+def _verified(task: Task) -> Step:
+    event = Event("worker.verified", ACTOR, "reached by SSH with its pinned host key", worker_id=task.worker_id)
+    change = {"verified_session": task.session_id, "explanation": ""}
+    return Step((Write("worker", task.worker_id, {"session_id": task.session_id}, change),), (event,))
+
+
+def _made(rental: Rental, placement: Placement, task: Task, wall: float) -> Step | None:
+    if placement.state is PlacementState.RUNNING:
+        expect = {"state": PlacementState.RUNNING}
+        changed = Event(
+            "rental.key_changed",
+            ACTOR,
+            "the new key is in place",
+            rental.owner,
+            rental.id,
+            task.worker_id,
+            rental.epoch,
+        )
+        return Step((Write("placement", placement.id, expect, {"public_key": task.public_key}),), (changed,))
+    if placement.state is not PlacementState.PREPARING:
+        return None
+    running = move_placement(
+        placement,
+        rental.owner,
+        PlacementState.RUNNING,
+        ACTOR,
+        "its account is there",
+        public_key=task.public_key,
+    )
+    if rental.state not in {RentalState.PROVISIONING, RentalState.MIGRATING}:
+        return running
+    first = rental.activated_at is None
+    change = {"activated_at": wall, "expires_at": wall + rental.ttl_s} if first else {}
+    reason = f"running on worker {placement.worker_id}"
+    return merge((running, move_rental(rental, RentalState.ACTIVE, ACTOR, reason, placement.worker_id, **change)))
+
+
+def _purged(world: World, task: Task, placement: Placement | None, report: Mapping[str, Any]) -> Step | None:
+    details = {"report": dict(report)}
+    if placement is None:
+        item = task.item
+        event = Event(
+            "worker.cleaned",
+            ACTOR,
+            "it held a rental that is not its own any more; purged, then looked: nothing is left",
+            None,
+            item.rental_id if item else None,
+            task.worker_id,
+            item.epoch if item else None,
+            details,
+        )
+        return Step((), (event,))
+    rental = world.rentals.get(placement.rental_id)
+    owner = rental.owner if rental else None
+    reason = "purged, then looked: nothing is left"
+    if placement.state is PlacementState.STOPPING:
+        stopped = move_placement(placement, owner, PlacementState.STOPPED, ACTOR, "no process of it is left")
+        after = replace(placement, state=PlacementState.STOPPED)
+        return merge((stopped, move_placement(after, owner, PlacementState.PURGED, ACTOR, reason, details)))
+    if placement.state in {PlacementState.FAILED, PlacementState.LOST, PlacementState.STOPPED}:
+        return move_placement(placement, owner, PlacementState.PURGED, ACTOR, reason, details)
+    return None

@@ -1,0 +1,385 @@
+"""What to do next, from the whole snapshot: steps to commit and tasks to run. Pure; the same at start and on a hint.
+
+Safe order: a placement row is committed before anything is made for it on a worker, and it holds its slot until the
+worker says, after looking, that nothing is left. Inventories must be read before the rest of the snapshot: what an
+older inventory shows has its row in a newer snapshot, so a rental that was just made is never taken for an orphan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from orion.manager.domain.model import (
+    Event,
+    Item,
+    Placement,
+    Rental,
+    Step,
+    Worker,
+    World,
+    Write,
+    merge,
+    move_placement,
+    move_rental,
+)
+from orion.manager.domain.placement import Candidate, Chosen, choose
+from orion.manager.domain.states import (
+    CREATE_DEADLINE_S,
+    DELETE_DEADLINE_S,
+    ENDED,
+    HOLDING,
+    LIVE,
+    QUEUE_DEADLINE_S,
+    Health,
+    Intent,
+    PlacementState,
+    RentalState,
+)
+
+ACTOR = "reconciler"
+MAX_FAILURES = 5
+"""A rental that was never active and could not be made so often is failed."""
+
+REACHABLE = frozenset({Health.READY, Health.SUSPECT, Health.UNKNOWN, Health.QUARANTINED})
+"""Workers on which a rental may be made or changed; a joining one is only cleaned."""
+
+HOLDS_STRANGERS = "it holds what the database has never placed"
+
+ANSWERING = frozenset({Health.READY, Health.JOINING})
+"""Workers that are to blame when a clean-up passes its deadline; a silent one is judged by its lease."""
+
+
+class TaskKind(StrEnum):
+    CREATE = "create"
+    DELETE = "delete"
+    REACH = "reach"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work on one worker. `placement_id` is None for reaching it and for what only its inventory knows."""
+
+    kind: TaskKind
+    worker_id: str
+    session_id: str | None
+    item: Item | None = None
+    placement_id: str | None = None
+    public_key: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Tasks with the same key never run at the same time: one worker, one rental."""
+        return self.worker_id, self.item.rental_id if self.item else ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    steps: tuple[Step, ...]
+    tasks: tuple[Task, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the snapshot does not hold. `ages`: seconds that a placement or rental (by id) has been in its state.
+
+    `strangers`: what inventories show and the database has never placed anywhere, as (rental id, epoch). Nothing of
+    ours can make one, for a placement is committed first: the database is older than the world, or it was lost.
+    """
+
+    inventories: Mapping[str, tuple[Item, ...]]
+    leaving: frozenset[str]
+    ages: Mapping[str, float]
+    new_ids: Iterator[str]
+    strangers: frozenset[tuple[str, int]] = frozenset()
+
+
+def decide(snapshot: World, facts: Facts) -> Decision:
+    """The steps, in the order to commit them, and the tasks that the world after them asks for."""
+    world = snapshot.copy()
+    steps: list[Step] = []
+
+    def commit(step: Step | None) -> None:
+        if step is not None and step.writes and world.apply(step):
+            steps.append(step)
+
+    for worker in list(world.workers.values()):
+        commit(_keep_strangers(worker, facts))
+    for placement in list(world.placements.values()):
+        commit(_settle_placement(world, placement, facts))
+    for rental in _queue(world):
+        commit(_settle_rental(world, rental, facts))
+    for placement in list(world.placements.values()):
+        if placement.state is PlacementState.RESERVED:
+            commit(_prepare(world, placement))
+    for worker in list(world.workers.values()):
+        commit(_drained(world, worker))
+    return Decision(tuple(steps), tuple(_tasks(world, facts)))
+
+
+def _settle_placement(world: World, placement: Placement, facts: Facts) -> Step | None:
+    """One placement against its worker and its rental, most certain facts first."""
+    worker = world.workers.get(placement.worker_id)
+    rental = world.rentals.get(placement.rental_id)
+    owner = rental.owner if rental else None
+    if placement.state is PlacementState.STOPPED:
+        return move_placement(placement, owner, PlacementState.PURGED, ACTOR, "nothing was made there")
+    if worker is None and placement.state in {PlacementState.FAILED, PlacementState.LOST}:
+        return move_placement(placement, owner, PlacementState.PURGED, ACTOR, "its worker was removed")
+    if worker is None or worker.health is Health.DOWN:
+        return _lose(worker, placement, rental)
+    if placement.state in LIVE and (rental is None or rental.state is RentalState.RELEASING):
+        to = PlacementState.STOPPED if placement.state is PlacementState.RESERVED else PlacementState.STOPPING
+        return move_placement(placement, owner, to, ACTOR, "its rental is being released")
+    if placement.state is PlacementState.PREPARING and _age(placement.id, facts) > CREATE_DEADLINE_S:
+        return give_up(placement, rental, f"it was not made within {CREATE_DEADLINE_S:.0f} s")
+    if _is_missing(placement, facts):
+        return _miss(placement, rental)
+    at_fault = worker.health in ANSWERING and _age(placement.id, facts) > DELETE_DEADLINE_S
+    if placement.state is PlacementState.STOPPING and at_fault:
+        failed = move_placement(placement, owner, PlacementState.FAILED, ACTOR, "its clean-up passed its deadline")
+        return merge((failed, _blame(worker, placement)))
+    if placement.state is PlacementState.FAILED and at_fault and not worker.fault:
+        return _blame(worker, placement)
+    if placement.state is PlacementState.LOST and not _shown(placement, facts):
+        return move_placement(placement, owner, PlacementState.PURGED, ACTOR, "its worker came back without it")
+    return None
+
+
+def _lose(worker: Worker | None, placement: Placement, rental: Rental | None) -> Step | None:
+    if placement.state not in LIVE | {PlacementState.STOPPING, PlacementState.FAILED}:
+        return None
+    owner = rental.owner if rental else None
+    lost = move_placement(placement, owner, PlacementState.LOST, ACTOR, "its worker is down")
+    if worker is not None:
+        # A worker that is not down any more may have been told to run it: then it is lost no more.
+        lost = merge((Step((Write("worker", worker.id, {"health": Health.DOWN}, {}),)), lost))
+    if rental is None or placement.state not in LIVE:
+        return lost
+    if rental.state is RentalState.ACTIVE:
+        reason = f"worker {placement.worker_id} is down: moving to another one"
+        return merge((lost, move_rental(rental, RentalState.MIGRATING, ACTOR, reason, placement.worker_id)))
+    if rental.state is RentalState.PROVISIONING:
+        reason = f"worker {placement.worker_id} went down while it was being made there"
+        return merge((lost, move_rental(rental, RentalState.QUEUED, ACTOR, reason, placement.worker_id)))
+    return lost
+
+
+def _is_missing(placement: Placement, facts: Facts) -> bool:
+    """Only a restore leaves a running placement without a key: then it is there, or was moved or ended since."""
+    return placement.state is PlacementState.RUNNING and not placement.public_key and not _shown(placement, facts)
+
+
+def _miss(placement: Placement, rental: Rental | None) -> Step:
+    reason = "its worker does not have it: it was moved or ended after the backup"
+    lost = move_placement(placement, rental.owner if rental else None, PlacementState.LOST, ACTOR, reason)
+    if rental is None or rental.state is not RentalState.ACTIVE:
+        return lost
+    return merge((lost, move_rental(rental, RentalState.MIGRATING, ACTOR, reason, placement.worker_id)))
+
+
+def give_up(placement: Placement, rental: Rental | None, reason: str) -> Step:
+    """Making it here failed: clean up here, try elsewhere."""
+    failed = move_placement(placement, rental.owner if rental else None, PlacementState.FAILED, ACTOR, reason)
+    if rental is None or rental.state not in {RentalState.PROVISIONING, RentalState.MIGRATING}:
+        return failed
+    queued = move_rental(
+        rental,
+        RentalState.QUEUED,
+        ACTOR,
+        f"worker {placement.worker_id}: {reason}",
+        placement.worker_id,
+        failures=rental.failures + 1,
+    )
+    return merge((failed, queued))
+
+
+def _blame(worker: Worker, placement: Placement) -> Step:
+    reason = f"rental {placement.rental_id} could not be cleaned up"
+    event = Event("worker.cleanup_failed", ACTOR, reason, None, placement.rental_id, worker.id, placement.epoch)
+    return _set_fault(worker, reason, event)
+
+
+def _keep_strangers(worker: Worker, facts: Facts) -> Step | None:
+    """What the database has never heard of may be all that is left of a rental: only an operator ends it.
+
+    The worker is set aside for it, until it is given up (orion resume --give-up) or is not there any more.
+    """
+    if worker.health is Health.DOWN or worker.id not in facts.inventories:
+        return None
+    found = [i for i in facts.inventories[worker.id] if (i.rental_id, i.epoch) in facts.strangers]
+    if found and not worker.fault:
+        names = ", ".join(sorted(item.rental_id for item in found)[:5])
+        fault = (
+            f"{HOLDS_STRANGERS} ({names}): restore a backup that knows them, "
+            f"or end them for good: orion resume --give-up {worker.id}"
+        )
+        return _set_fault(worker, fault, Event("worker.holds_unknown", ACTOR, fault, worker_id=worker.id))
+    if not found and worker.fault.startswith(HOLDS_STRANGERS):
+        gone = "what the database has never placed is not there any more"
+        return _set_fault(worker, "", Event("worker.holds_nothing_unknown", ACTOR, gone, worker_id=worker.id))
+    return None
+
+
+def _set_fault(worker: Worker, fault: str, event: Event) -> Step:
+    """With another fault, or none, it must be checked anew before it is ready."""
+    expect = {"session_id": worker.session_id, "fault": worker.fault}
+    return Step((Write("worker", worker.id, expect, {"fault": fault, "verified_session": None}),), (event,))
+
+
+def _shown(placement: Placement, facts: Facts) -> bool:
+    """Whether its worker still shows it, or has not shown anything yet."""
+    inventory = facts.inventories.get(placement.worker_id)
+    return inventory is None or any(
+        (item.rental_id, item.epoch) == (placement.rental_id, placement.epoch) for item in inventory
+    )
+
+
+def _queue(world: World) -> list[Rental]:
+    """Those that were active before first, then by age; one that does not fit blocks nobody."""
+    return sorted(
+        (r for r in world.rentals.values() if r.state not in ENDED | {RentalState.ACTIVE}),
+        key=lambda r: (r.activated_at is None, r.created_at, r.id),
+    )
+
+
+def _settle_rental(world: World, rental: Rental, facts: Facts) -> Step | None:
+    if rental.state is RentalState.RELEASING:
+        return _finish_release(world, rental)
+    if world.live_placement(rental.id) is not None:
+        return None
+    if rental.state is RentalState.PROVISIONING:
+        return move_rental(rental, RentalState.QUEUED, ACTOR, "its place was lost")
+    if rental.activated_at is None and rental.failures >= MAX_FAILURES:
+        reason = f"it could not be made {rental.failures} times; last: {rental.explanation}"
+        return move_rental(rental, RentalState.FAILED, ACTOR, reason)
+    if rental.activated_at is None and _age(rental.id, facts) > QUEUE_DEADLINE_S:
+        return move_rental(rental, RentalState.FAILED, ACTOR, f"no worker was free within {QUEUE_DEADLINE_S:.0f} s")
+    return _place(world, rental, facts)
+
+
+def _finish_release(world: World, rental: Rental) -> Step | None:
+    """Done when no placement of it can run any more; what a dead worker keeps is purged when it returns."""
+    left = [p for p in world.placements.values() if p.rental_id == rental.id and p.state is not PlacementState.PURGED]
+    if any(p.state in HOLDING for p in left):
+        return None
+    to = RentalState.EXPIRED if rental.end == "expired" else RentalState.RELEASED
+    reason = "nothing of it is left"
+    if left:
+        away = ", ".join(sorted(p.worker_id for p in left))
+        reason = f"it runs nowhere; what it left on {away} is purged when that returns"
+    return move_rental(rental, to, ACTOR, reason)
+
+
+def _place(world: World, rental: Rental, facts: Facts) -> Step | None:
+    used = world.used_slots()
+    failed = {
+        p.worker_id for p in world.placements.values() if p.rental_id == rental.id and p.state is PlacementState.FAILED
+    }
+    candidates = [
+        Candidate(worker, frozenset(used[worker.id]), worker.id in failed, worker.id in facts.leaving)
+        for worker in world.workers.values()
+    ]
+    choice = choose(candidates)
+    if not isinstance(choice, Chosen):
+        return _wait(rental, choice.explanation)
+    placement = Placement(
+        next(facts.new_ids),
+        rental.id,
+        choice.worker_id,
+        choice.slot,
+        rental.epoch + 1,
+        PlacementState.RESERVED,
+    )
+    worker = world.workers[choice.worker_id]
+    as_chosen = {"health": worker.health, "intent": worker.intent, "slots": worker.slots}
+    still_fit = Write("worker", worker.id, as_chosen, {})
+    reserved = Event(
+        "placement.reserved",
+        ACTOR,
+        f"slot {choice.slot}",
+        rental.owner,
+        rental.id,
+        choice.worker_id,
+        placement.epoch,
+    )
+    if rental.state is RentalState.MIGRATING:
+        expect = {"state": rental.state, "epoch": rental.epoch}
+        raised = Write("rental", rental.id, expect, {"epoch": placement.epoch})
+        return Step((still_fit, raised), (reserved,), placement)
+    reason = f"being made on worker {choice.worker_id}"
+    placed = move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, choice.worker_id, epoch=placement.epoch)
+    return merge((placed, Step((still_fit,), (reserved,), placement)))
+
+
+def _wait(rental: Rental, explanation: str) -> Step | None:
+    if rental.state is RentalState.MIGRATING:
+        return move_rental(rental, RentalState.QUEUED, ACTOR, explanation)
+    if rental.explanation == explanation:
+        return None
+    expect = {"state": rental.state, "epoch": rental.epoch}
+    return Step((Write("rental", rental.id, expect, {"explanation": explanation}),))
+
+
+def _prepare(world: World, placement: Placement) -> Step | None:
+    rental = world.rentals.get(placement.rental_id)
+    if rental is None:
+        return None
+    return move_placement(placement, rental.owner, PlacementState.PREPARING, ACTOR, "making its account")
+
+
+def _drained(world: World, worker: Worker) -> Step | None:
+    if worker.intent is not Intent.DRAINING or world.used_slots()[worker.id]:
+        return None
+    event = Event("worker.drained", ACTOR, "it holds no rental any more", worker_id=worker.id)
+    return Step((Write("worker", worker.id, {"intent": Intent.DRAINING}, {"intent": Intent.DRAINED}),), (event,))
+
+
+def _age(identity: str, facts: Facts) -> float:
+    return facts.ages.get(identity, 0.0)
+
+
+def _tasks(world: World, facts: Facts) -> Iterator[Task]:
+    for placement in world.placements.values():
+        task = _task_of(world, placement, facts)
+        if task is not None:
+            yield task
+    for worker in world.workers.values():
+        yield from _tasks_of_worker(world, worker, facts)
+
+
+def _task_of(world: World, placement: Placement, facts: Facts) -> Task | None:
+    worker = world.workers.get(placement.worker_id)
+    rental = world.rentals.get(placement.rental_id)
+    if worker is None or worker.health is Health.DOWN or rental is None:
+        return None
+    item = Item(rental.id, rental.username, rental.uid, placement.epoch)
+    wants_key = placement.state is PlacementState.PREPARING or (
+        placement.state is PlacementState.RUNNING and placement.public_key != rental.public_key
+    )
+    unseen = not placement.public_key and facts.inventories.get(worker.id) is None
+    if placement.state is PlacementState.RUNNING and unseen:
+        return None  # not made anew on a worker that may have lost or purged it: see _is_missing
+    if wants_key and worker.health in REACHABLE:
+        return Task(TaskKind.CREATE, worker.id, worker.session_id, item, placement.id, rental.public_key)
+    if placement.state in {PlacementState.STOPPING, PlacementState.FAILED, PlacementState.LOST}:
+        return Task(TaskKind.DELETE, worker.id, worker.session_id, item, placement.id)
+    return None
+
+
+def _tasks_of_worker(world: World, worker: Worker, facts: Facts) -> Iterator[Task]:
+    """Purge what only the inventory knows; reach a joining worker once nothing stale is left on it."""
+    inventory = facts.inventories.get(worker.id)
+    if worker.health is Health.DOWN or inventory is None:
+        return
+    known = {(p.rental_id, p.epoch) for p in world.placements.values() if p.worker_id == worker.id}
+    orphans = [item for item in inventory if (item.rental_id, item.epoch) not in known]
+    for item in orphans:
+        if (item.rental_id, item.epoch) in facts.strangers:
+            continue
+        yield Task(TaskKind.DELETE, worker.id, worker.session_id, item)
+    stale = any(p.worker_id == worker.id and p.state is PlacementState.LOST for p in world.placements.values())
+    unverified = worker.verified_session != worker.session_id
+    if worker.health is Health.JOINING and unverified and not orphans and not stale and not worker.fault:
+        yield Task(TaskKind.REACH, worker.id, worker.session_id)

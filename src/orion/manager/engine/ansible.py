@@ -1,0 +1,122 @@
+"""The engine as the manager sees it: many jobs over one connection to the engine's process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from orion.manager.engine.port import Job, Outcome
+from orion.manager.engine.protocol import MAX_LINE_BYTES, OutcomeLine, job_line
+
+MARGIN_S = 10.0
+"""Beyond a job's deadline, before the engine's process is taken for hung."""
+FIRST_RETRY_S = 0.05
+LONGEST_RETRY_S = 1.0
+
+RESTARTED = Outcome(ok=False, message="the engine was restarted")
+
+log = logging.getLogger(__name__)
+
+
+class AnsibleEngine:
+    """Implements `port.Engine`. Connects at the first job, and again by itself when the process was restarted.
+
+    Nothing hangs: a job is answered within its deadline and `margin_s`, whatever the process does.
+    """
+
+    def __init__(self, socket_path: Path, margin_s: float = MARGIN_S) -> None:
+        self._socket_path = socket_path
+        self._margin_s = margin_s
+        self._identifiers = count(1)
+        self._connecting = asyncio.Lock()
+        self._connection: Connection | None = None
+
+    async def run(self, job: Job) -> Outcome:
+        identifier = str(next(self._identifiers))
+        try:
+            line = job_line(identifier, job)
+        except ValidationError as error:
+            return Outcome(ok=False, message=f"not a job for the engine: {error.errors()[0]['msg']}")
+        try:
+            async with asyncio.timeout(job.deadline_s + self._margin_s):
+                return await (await self._connected()).ask(identifier, line)
+        except TimeoutError:
+            return Outcome(ok=False, message="the engine did not answer in time")
+
+    async def close(self) -> None:
+        """Ends the connection; the engine kills what is in flight, which answers that it was restarted."""
+        if self._connection:
+            await self._connection.close()
+
+    async def _connected(self) -> Connection:
+        async with self._connecting:
+            if self._connection is None or self._connection.broken:
+                self._connection = await self._connect()
+            return self._connection
+
+    async def _connect(self) -> Connection:
+        pause = FIRST_RETRY_S
+        while True:
+            try:
+                streams = await asyncio.open_unix_connection(self._socket_path, limit=4 * MAX_LINE_BYTES)
+                return Connection(*streams)
+            except OSError as error:
+                log.warning("the engine cannot be reached at %s: %s", self._socket_path, error)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_RETRY_S)
+
+
+class Connection:
+    """Answers come in any order; when it breaks, everybody who waits learns it at once."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._asked: dict[str, asyncio.Future[Outcome]] = {}
+        self._reading = asyncio.create_task(self._read(), name="engine answers")
+
+    @property
+    def broken(self) -> bool:
+        return self._reading.done()
+
+    async def ask(self, identifier: str, line: bytes) -> Outcome:
+        if self.broken:
+            return RESTARTED
+        answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._asked[identifier] = answer
+        try:
+            self._writer.write(line)
+            with suppress(ConnectionError):  # then the reading ends as well, and answers
+                await self._writer.drain()
+            return await answer
+        finally:
+            del self._asked[identifier]
+
+    async def close(self) -> None:
+        self._reading.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._reading
+
+    async def _read(self) -> None:
+        try:
+            while line := await self._reader.readline():
+                self._take(OutcomeLine.model_validate_json(line))
+        except (OSError, ValueError) as error:
+            log.warning("the connection to the engine broke: %s", error)
+        finally:
+            self._writer.close()
+            for answer in self._asked.values():
+                if not answer.done():
+                    answer.set_result(RESTARTED)
+
+    def _take(self, line: OutcomeLine) -> None:
+        answer = self._asked.get(line.id)
+        if answer is None:
+            log.warning("the engine answered what nobody waits for: %s", line.message)
+        elif not answer.done():
+            answer.set_result(line.outcome())

@@ -1,0 +1,172 @@
+"""A small world of workers in memory, with an engine and a reach into it: for tests, and for trying things out.
+
+It holds to the contract of the real ones (tests/engine_contract.py), the worker's epoch guard and tombstones included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from orion.manager.engine.port import Action, Host, Job, Outcome, Reached
+
+
+@dataclass(frozen=True)
+class Account:
+    """A rental as it is on a worker."""
+
+    username: str
+    uid: int
+    epoch: int
+    keys: tuple[str, ...]
+    unlocked: bool
+
+
+class Refused(Exception):
+    """What the worker's own program would not do."""
+
+
+@dataclass(eq=False)
+class FakeWorker:
+    """Its fields are the world's state, for a test to read and to change."""
+
+    host: Host
+    accounts: dict[str, Account] = field(default_factory=dict)
+    tombstones: dict[str, int] = field(default_factory=dict)
+    alive: bool = True
+    failure: str = ""
+    """Not empty: every job here fails with this message."""
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a job has reached this worker, whatever became of it."""
+    _going: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._going.set()
+
+    def die(self) -> None:
+        """As a container that was killed; what hangs here fails at once."""
+        self.alive = False
+        self._going.set()
+
+    def come_back(self) -> None:
+        """Its file system as it was, every account locked."""
+        self.alive = True
+        self.accounts = {
+            rental_id: Account(a.username, a.uid, a.epoch, a.keys, unlocked=False)
+            for rental_id, a in self.accounts.items()
+        }
+
+    def hang(self) -> None:
+        """As a container that was paused: jobs wait until `go_on`, or their deadline."""
+        self._going.clear()
+
+    def go_on(self) -> None:
+        self._going.set()
+
+    async def going(self) -> None:
+        self.asked.set()
+        await self._going.wait()
+
+    def create(self, job: Job) -> dict[str, Any]:
+        before = self.accounts.get(job.rental_id)
+        purged = self.tombstones.get(job.rental_id, 0)
+        if job.epoch <= purged:
+            raise Refused(f"epoch {job.epoch} was purged here (tombstone of epoch {purged})")
+        self._refuse_older(before, job)
+        self._refuse_other_names(job)
+        account = Account(job.username, job.uid, job.epoch, job.public_keys, unlocked=True)
+        self.accounts[job.rental_id] = account
+        return {"changed": account != before, "epoch": job.epoch, "state": "running"}
+
+    def purge(self, job: Job) -> dict[str, Any]:
+        self._refuse_older(self.accounts.get(job.rental_id), job)
+        self._refuse_other_names(job)
+        before = self.accounts.pop(job.rental_id, None)
+        self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
+        return {"changed": before is not None, "left": [], "removed_files": 0, "killed": 0, "looked": ["/"]}
+
+    def _refuse_older(self, account: Account | None, job: Job) -> None:
+        if account and job.epoch < account.epoch:
+            raise Refused(f"epoch {job.epoch} is older than epoch {account.epoch}, which was seen here")
+
+    def _refuse_other_names(self, job: Job) -> None:
+        for rental_id, account in self.accounts.items():
+            same = (account.username == job.username, account.uid == job.uid)
+            if (rental_id == job.rental_id and not all(same)) or (rental_id != job.rental_id and any(same)):
+                raise Refused(f"{job.username} or uid {job.uid} is another rental's here")
+
+
+@dataclass
+class FakeWorld:
+    """The workers by address and port, as the network has them: a new worker may get a dead one's address."""
+
+    workers: dict[tuple[str, int], FakeWorker] = field(default_factory=dict)
+
+    def add(self, host: Host) -> FakeWorker:
+        worker = self.workers[host.address, host.port] = FakeWorker(host)
+        return worker
+
+    def at(self, host: Host) -> FakeWorker | None:
+        worker = self.workers.get((host.address, host.port))
+        return worker if worker and worker.alive else None
+
+    def recognises(self, worker: FakeWorker, host: Host) -> bool:
+        return bool(set(worker.host.host_keys) & set(host.host_keys))
+
+
+@dataclass
+class FakeEngine:
+    """Implements `port.Engine`."""
+
+    world: FakeWorld
+
+    async def run(self, job: Job) -> Outcome:
+        await asyncio.sleep(0)  # a job is never done at once
+        worker = self.world.at(job.host)
+        if worker is None:
+            return _unreachable("nothing answers at its address")
+        try:
+            async with asyncio.timeout(job.deadline_s):
+                await worker.going()
+        except TimeoutError:
+            return Outcome(ok=False, message=f"timed out after {job.deadline_s:g} s")
+        return self._on(worker, job)
+
+    def _on(self, worker: FakeWorker, job: Job) -> Outcome:
+        if not worker.alive:
+            return _unreachable("the connection broke")
+        if not self.world.recognises(worker, job.host):
+            return _unreachable("it has another host key than the pinned one")
+        if worker.failure:
+            return Outcome(ok=False, message=worker.failure)
+        try:
+            report = worker.create(job) if job.action is Action.CREATE else worker.purge(job)
+        except Refused as refusal:
+            return Outcome(ok=False, message=str(refusal), report={"changed": False})
+        return Outcome(ok=True, report=report)
+
+
+@dataclass
+class FakeReach:
+    """Implements `port.Reach`."""
+
+    world: FakeWorld
+
+    async def reach(self, host: Host, timeout_s: float) -> Reached:
+        await asyncio.sleep(0)
+        worker = self.world.at(host)
+        if worker is None:
+            return Reached.NO
+        try:
+            async with asyncio.timeout(timeout_s):
+                await worker.going()
+        except TimeoutError:
+            return Reached.NO
+        if not worker.alive:
+            return Reached.NO
+        return Reached.YES if self.world.recognises(worker, host) else Reached.IMPOSTOR
+
+
+def _unreachable(reason: str) -> Outcome:
+    return Outcome(ok=False, message=f"the worker cannot be reached by SSH: {reason}")

@@ -1,0 +1,73 @@
+"""The ports between the manager's loops and the world of workers: what runs a playbook, what reaches a worker.
+
+`AnsibleEngine` and `SshReach` are the real ones, `FakeEngine` and `FakeReach` (engine/fake.py) the shipped fakes;
+tests/unit/test_engine_contract.py holds the fakes to the contract that tests/integration/test_engine.py holds the real
+ones to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+
+class Action(StrEnum):
+    CREATE = "create_user"
+    """The account exists at this epoch with these keys and is unlocked. Idempotent: also used to change keys."""
+    DELETE = "delete_user"
+    """Nothing of the rental is left; the report says so after looking. Idempotent."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a worker is and how it is recognised."""
+
+    worker_id: str
+    address: str
+    host_keys: tuple[str, ...]
+    port: int = 22
+
+
+@dataclass(frozen=True)
+class Job:
+    """One playbook for one rental on one worker. `deadline_s`: the run is killed after so many seconds."""
+
+    action: Action
+    host: Host
+    rental_id: str
+    username: str
+    uid: int
+    epoch: int
+    public_keys: tuple[str, ...] = ()
+    deadline_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job. `message` is for a person and holds no secret; `report` is the module's own account."""
+
+    ok: bool
+    message: str = ""
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    async def run(self, job: Job) -> Outcome:
+        """Run the job to its end or its deadline. Never raises for what a worker or a playbook does."""
+        ...
+
+
+class Reached(StrEnum):
+    YES = "yes"
+    """The worker answered with its pinned host key and took the manager's key."""
+    NO = "no"
+    """Nothing answered, or it did not take our key."""
+    IMPOSTOR = "impostor"
+    """Something answered there with another host key."""
+
+
+class Reach(Protocol):
+    async def reach(self, host: Host, timeout_s: float) -> Reached:
+        """Open one SSH connection as root with the manager's key, verify the pinned host key, close it."""
+        ...

@@ -1,0 +1,88 @@
+"""What the manager and the engine's process say to each other: one JSON object per line over a Unix socket.
+
+The engine checks what it is told as if the manager were a stranger: it alone holds the SSH key of the workers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, StringConstraints
+
+from orion.manager.engine.port import Action, Host, Job, Outcome
+from orion.wire import Id, PublicKey
+
+MAX_LINE_BYTES = 1 << 20
+MAX_DEADLINE_S = 3600.0
+
+WorkerId = Annotated[str, StringConstraints(pattern=r"^w-[a-z0-9]{1,30}$")]
+Username = Annotated[str, StringConstraints(pattern=r"^r-[a-z0-9]{1,30}$")]
+
+
+class Line(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HostLine(Line):
+    """An address is never a name: OpenSSH would take one that begins with a dash for an option."""
+
+    worker_id: WorkerId
+    address: IPvAnyAddress
+    port: int = Field(22, ge=1, le=65535)
+    host_keys: Annotated[tuple[PublicKey, ...], Field(min_length=1, max_length=8)]
+
+    def host(self) -> Host:
+        return Host(self.worker_id, str(self.address), self.host_keys, self.port)
+
+
+class Variables(Line):
+    """The playbooks' extra variables: no other name is let through, so none can change how Ansible works."""
+
+    rental_id: Id
+    username: Username
+    uid: int = Field(ge=100_000, lt=2**31)
+    epoch: int = Field(ge=1, lt=2**53)
+    public_keys: Annotated[tuple[PublicKey, ...], Field(max_length=64)] = ()
+
+
+class JobLine(Line):
+    id: Id
+    action: Action
+    host: HostLine
+    vars: Variables
+    deadline_s: float = Field(gt=0, le=MAX_DEADLINE_S)
+
+
+class OutcomeLine(Line):
+    """`id` is empty where the request was no request."""
+
+    id: str
+    ok: bool
+    message: str = ""
+    report: dict[str, Any] = {}
+
+    def outcome(self) -> Outcome:
+        return Outcome(self.ok, self.message, self.report)
+
+
+def job_line(identifier: str, job: Job) -> bytes:
+    """Raises ValueError for a job that the engine would refuse."""
+    line = JobLine(
+        id=identifier,
+        action=job.action,
+        host=HostLine(
+            worker_id=job.host.worker_id,
+            address=job.host.address,
+            port=job.host.port,
+            host_keys=job.host.host_keys,
+        ),
+        vars=Variables(
+            rental_id=job.rental_id,
+            username=job.username,
+            uid=job.uid,
+            epoch=job.epoch,
+            public_keys=job.public_keys,
+        ),
+        deadline_s=job.deadline_s,
+    )
+    return line.model_dump_json().encode() + b"\n"

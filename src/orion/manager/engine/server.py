@@ -1,0 +1,190 @@
+"""The engine's process: `python -m orion.manager.engine.server`, under a uid of its own.
+
+It listens on a Unix socket for jobs (protocol.py), forks one child for each (pool.py, children.py) and answers
+each once, in any order. A job's deadline counts from its receipt, so waiting for a turn is within it.
+
+It has one thread and loads Ansible once, so that a fork is safe and starts at once with everything loaded.
+
+When a connection closes, its jobs are killed: nobody is left to hear the answer, and a manager that comes back
+decides anew what it wants. That harms nothing: the playbooks are idempotent, and the program on the worker refuses
+a lower epoch and a deadline that has passed, so what a killed run left behind cannot overtake a later one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from orion.manager.engine.pool import Pool, RunPlaybook
+from orion.manager.engine.protocol import MAX_LINE_BYTES, JobLine, OutcomeLine
+
+SOCKET = "/run/orion/engine.sock"
+DIRECTORY = "/run/orion/engine"
+PLAYBOOKS = "/opt/orion/playbooks"
+READ_BYTES = 1 << 16
+
+log = logging.getLogger("orion.engine")
+
+
+@dataclass(eq=False)
+class Peer:
+    """One connection of a manager."""
+
+    socket: socket.socket
+    incoming: bytearray = field(default_factory=bytearray)
+    outgoing: bytearray = field(default_factory=bytearray)
+    gone: bool = False
+
+
+class Server:
+    def __init__(self, listening: socket.socket, run_playbook: RunPlaybook, most_children: int) -> None:
+        self._listening = listening
+        self._selector = selectors.DefaultSelector()
+        self._pool = Pool(self._selector, run_playbook, most_children)
+        self._stopping = False
+
+    def serve(self) -> None:
+        """Until SIGTERM or SIGINT. All children are killed when it returns."""
+        wakeup, wake = socket.socketpair()
+        for end in (wakeup, wake, self._listening):
+            end.setblocking(False)
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        self._selector.register(wakeup, selectors.EVENT_READ, lambda _: wakeup.recv(READ_BYTES))
+        self._selector.register(self._listening, selectors.EVENT_READ, lambda _: self._accept())
+        while not self._stopping:
+            for key, ready in self._selector.select(self._pool.patience()):
+                key.data(ready)
+            self._pool.step()
+        self._pool.kill_all()
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def _accept(self) -> None:
+        with suppress(BlockingIOError):
+            accepted, _ = self._listening.accept()
+            accepted.setblocking(False)
+            peer = Peer(accepted)
+            self._selector.register(accepted, selectors.EVENT_READ, partial(self._serve_peer, peer))
+
+    def _serve_peer(self, peer: Peer, ready: int) -> None:
+        try:
+            if ready & selectors.EVENT_WRITE:
+                self._send(peer)
+            if ready & selectors.EVENT_READ:
+                self._receive(peer)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._leave(peer)
+
+    def _receive(self, peer: Peer) -> None:
+        part = peer.socket.recv(READ_BYTES)
+        peer.incoming += part
+        *lines, rest = peer.incoming.split(b"\n")
+        peer.incoming = bytearray(rest)
+        for line in lines:
+            self._take(peer, bytes(line))
+        if len(rest) > MAX_LINE_BYTES:
+            log.warning("a request was longer than %d bytes: its connection is closed", MAX_LINE_BYTES)
+        if not part or len(rest) > MAX_LINE_BYTES:
+            self._leave(peer)
+
+    def _take(self, peer: Peer, line: bytes) -> None:
+        try:
+            job = JobLine.model_validate_json(line)
+        except ValidationError as error:
+            self._answer(peer, OutcomeLine(id=_identifier(line), ok=False, message=_refusal(error)))
+            return
+        self._pool.submit(job, peer, partial(self._answer, peer))
+
+    def _answer(self, peer: Peer, outcome: OutcomeLine) -> None:
+        peer.outgoing += outcome.model_dump_json().encode() + b"\n"
+        self._serve_peer(peer, selectors.EVENT_WRITE)
+
+    def _send(self, peer: Peer) -> None:
+        if peer.gone:
+            return
+        try:
+            while peer.outgoing:
+                del peer.outgoing[: peer.socket.send(peer.outgoing)]
+        finally:
+            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.outgoing else 0)
+            self._selector.modify(peer.socket, wanted, partial(self._serve_peer, peer))
+
+    def _leave(self, peer: Peer) -> None:
+        if peer.gone:
+            return
+        peer.gone = True
+        self._pool.abandon(peer)
+        self._selector.unregister(peer.socket)
+        peer.socket.close()
+
+
+def _identifier(line: bytes) -> str:
+    """Of a request that is refused, so that who asked does not wait for nothing."""
+    try:
+        identifier = json.loads(line).get("id", "")
+    except (ValueError, AttributeError, RecursionError):
+        return ""
+    return identifier if isinstance(identifier, str) and len(identifier) <= 64 else ""
+
+
+def _refusal(error: ValidationError) -> str:
+    """Names the first field that is wrong, without its value."""
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"the engine refused the request: {where}: {first['msg']}" if where else "the request is not valid JSON"
+
+
+def listen(path: Path) -> socket.socket:
+    """For the owner and the group, which the directory's setgid bit makes the manager's."""
+    with suppress(FileNotFoundError):
+        path.unlink()
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o117)
+    listening.bind(str(path))
+    os.umask(before)
+    listening.listen(64)
+    return listening
+
+
+def main() -> None:
+    arguments = _arguments()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from orion.manager.engine import playbook  # noqa: PLC0415 - it reads the environment that is set here
+
+    run_playbook = playbook.load(arguments.playbooks, arguments.directory)
+    listening = listen(arguments.socket)
+    log.info("ready on %s, at most %d jobs at once", arguments.socket, arguments.children)
+    try:
+        Server(listening, run_playbook, arguments.children).serve()
+    finally:
+        arguments.socket.unlink(missing_ok=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Orion-Sec's engine: runs playbooks for the manager.")
+    parser.add_argument("--socket", type=Path, default=Path(os.environ.get("ORION_ENGINE_SOCKET", SOCKET)))
+    parser.add_argument("--directory", type=Path, default=Path(os.environ.get("ORION_ENGINE_DIRECTORY", DIRECTORY)))
+    parser.add_argument("--playbooks", type=Path, default=Path(os.environ.get("ORION_PLAYBOOKS", PLAYBOOKS)))
+    parser.add_argument("--children", type=int, default=max(4, 2 * (os.cpu_count() or 1)))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""A loop that runs a round at an interval and on a hint, and outlives a round that fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import structlog
+
+log = structlog.get_logger()
+
+
+class Loop:
+    """Level, not edge: a hint only brings the next round forward, so a lost hint costs an interval and no more."""
+
+    def __init__(self, name: str, interval_s: float, round_once: Callable[[], Awaitable[None]]) -> None:
+        self.name = name
+        self._interval_s = interval_s
+        self._round = round_once
+        self._hinted = asyncio.Event()
+        self.failures = 0
+        """Rounds that failed since the last one that succeeded."""
+
+    def hint(self) -> None:
+        self._hinted.set()
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self._round()
+                self.failures = 0
+            except Exception:
+                # The next round starts from the whole state again, so nothing is lost but time.
+                self.failures += 1
+                log.exception("round failed", loop=self.name, failures=self.failures)
+            await self._pause()
+
+    async def _pause(self) -> None:
+        timeout_s = self._interval_s * min(2**self.failures, 30) if self.failures else self._interval_s
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._hinted.wait()
+        self._hinted.clear()

@@ -1,0 +1,91 @@
+"""What an operator sets, from ORION_* in the environment, and the secrets, which are never in the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from ipaddress import IPv4Address, IPv4Network
+from typing import Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from orion.manager.domain.clocks import Clocks
+
+
+class Settings(BaseSettings):
+    """Refuses timings under which an environment could live twice; see domain/clocks.py."""
+
+    model_config = SettingsConfigDict(env_prefix="ORION_", frozen=True, env_ignore_empty=True)
+
+    subnet: IPv4Network = IPv4Network("172.20.0.0/16")
+    proxy_address: IPv4Address = IPv4Address("172.20.0.2")
+    app_address: IPv4Address = IPv4Address("172.20.0.3")
+    database_url: str = "sqlite:////var/lib/orion/database/orion.db"
+    lock_file: str = "/var/lib/orion/database/leader.lock"
+    engine_socket: str = "/run/orion/engine.sock"
+    port: int = 5000
+
+    clock_scale: float = Field(1.0, gt=0, le=10, description="Multiplies every clock below")
+    heartbeat_s: float = Clocks.heartbeat_s
+    suspect_after_s: float = Clocks.suspect_after_s
+    freeze_after_s: float = Clocks.freeze_after_s
+    freeze_budget_s: float = Clocks.freeze_budget_s
+    door_answer_s: float = Clocks.door_answer_s
+    takeover_after_s: float = Clocks.takeover_after_s
+    wake_budget_s: float = Clocks.wake_budget_s
+    slack_s: float = Clocks.slack_s
+    brake_max_s: float = Clocks.brake_max_s
+    goodbye_after_s: float = Clocks.goodbye_after_s
+    flap_window_s: float = Clocks.flap_window_s
+
+    @cached_property
+    def clocks(self) -> Clocks:
+        return Clocks(**{name: getattr(self, name) for name in vars(Clocks())}).scaled(self.clock_scale)
+
+    @model_validator(mode="after")
+    def _safe_clocks(self) -> Self:
+        problems = self.clocks.problems()
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _addresses_in_subnet(self) -> Self:
+        for name in ("proxy_address", "app_address"):
+            if getattr(self, name) not in self.subnet:
+                raise ValueError(f"ORION_{name.upper()} must be inside ORION_SUBNET {self.subnet}")
+        return self
+
+    @property
+    def door_url(self) -> str:
+        """Where the manager asks itself through the proxy."""
+        return f"http://{self.proxy_address}/healthz"
+
+    def may_be_a_worker(self, address: str) -> bool:
+        """Whether a registration can come from this address: in the pool's network, and not the house's own."""
+        try:
+            peer = IPv4Address(address)
+        except ValueError:
+            return False
+        own = {self.proxy_address, self.app_address, self.subnet.network_address + 1}
+        return peer in self.subnet and peer not in own
+
+
+@dataclass(frozen=True, repr=False)
+class Secrets:
+    """What the entrypoint read as root and handed over through a pipe. No repr: it must not reach a log."""
+
+    admin_token: str
+    join_token: str
+    proxy_secret: str
+    ssh_private_key: str
+    ssh_public_key: str
+
+    @staticmethod
+    def from_pipe(descriptor: int) -> Secrets:
+        """Read the JSON object that the entrypoint wrote, once."""
+        with os.fdopen(descriptor, encoding="utf-8") as pipe:
+            return Secrets(**json.load(pipe))

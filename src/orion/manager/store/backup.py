@@ -1,0 +1,299 @@
+"""Copies of the database while it runs, and going back to one. SQLite alone: PostgreSQL has tools of its own.
+
+Safe order of a restore: an uploaded copy is examined and brought up to date beside the database; `accept` makes it fit
+for a world that went on without it, and gives it the name that counts in one rename; the manager ends; the next start
+swaps it in before anything is opened. A crash between any two of these leaves the old database or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, make_url
+
+from orion.manager.domain.states import ENDED
+from orion.manager.store.database import MIGRATIONS, Store
+from orion.manager.store.schema import metadata
+
+UID_GAP = 10_000
+"""More uids than can have been given since a backup: none of them is given again."""
+EPOCH_GAP = 1_000
+"""The same for the epochs of a rental: a worker refuses one that it has seen."""
+EVENT_GAP = 1_000
+"""The same for events: who follows them by id must not miss those that come after a restore."""
+_HEADER = b"SQLite format 3\x00"
+_PRESENT = "('ready', 'suspect', 'unknown')"
+_LIVING = f"state NOT IN ({', '.join(repr(str(state)) for state in sorted(ENDED))})"
+
+
+class NotABackup(Exception):
+    """The file cannot be restored; the message says why."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A rental, for a person to recognise it."""
+
+    id: str
+    name: str
+    owner: str
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a restore of a staged copy would do. `id` accepts it."""
+
+    id: str
+    last_event_at: float | None
+    """UTC seconds: about when the copy was made."""
+    rentals: int
+    """Living ones in the copy."""
+    forgotten: list[Known]
+    """Living now, and not in the copy."""
+    revived: list[Known]
+    """Living in the copy, and ended since."""
+
+
+class Backups:
+    """Blocks: called in a thread. `None` instead of this class where the database is not a file."""
+
+    def __init__(self, database: Path) -> None:
+        self.database = database
+
+    @staticmethod
+    def of(url: str) -> Backups | None:
+        parsed = make_url(url)
+        in_file = parsed.get_backend_name() == "sqlite" and parsed.database not in {None, "", ":memory:"}
+        return Backups(Path(str(parsed.database))) if in_file else None
+
+    @property
+    def accepted(self) -> Path:
+        """The copy that the next start takes."""
+        return self._beside("restore")
+
+    @property
+    def replaced(self) -> Path:
+        """The database as it was before the last restore."""
+        return self._beside("before-restore")
+
+    def copy(self) -> Path:
+        """A consistent copy in one file, for the caller to remove. The writer is not held up (WAL)."""
+        target = self._beside(f"backup-{token_hex(8)}")
+        target.touch(0o600)
+        with closing(_open(self.database)) as connection:
+            connection.execute("VACUUM INTO ?", (str(target),))
+        return target
+
+    def receive(self) -> Path:
+        """An empty file for an upload."""
+        target = self._beside(f"upload-{token_hex(8)}")
+        target.touch(0o600)
+        return target
+
+    def stage(self, upload: Path) -> Examined:
+        """Examine an upload, bring its schema up to date, and keep it until it is accepted. Raises NotABackup."""
+        try:
+            _examine(upload)
+            _bring_up_to_date(upload)
+        except sqlite3.DatabaseError as error:
+            raise NotABackup(f"it cannot be read: {error}") from error
+        for older in self._all("staged-*"):
+            older.unlink()
+        identity = token_hex(8)
+        found = self._compare(upload, identity)
+        upload.replace(self._beside(f"staged-{identity}"))
+        return found
+
+    def accept(self, identity: str, actor: str) -> bool:
+        """Make a staged copy the one that the next start takes; False when it is not there."""
+        name = f"{self.database.name}.staged-{identity}"
+        staged = next((file for file in self._all("staged-*") if file.name == name), None)
+        if staged is None:
+            return False
+        with closing(_open(staged)) as connection, _transaction(connection):
+            _fit_into_the_present(connection, self.database, actor)
+        _flush(staged)
+        staged.replace(self.accepted)
+        _flush(staged.parent)
+        return True
+
+    def swap_in(self) -> bool:
+        """Before anything opens the database: put an accepted copy in its place, and keep what was there."""
+        for leftover in (*self._all("backup-*"), *self._all("upload-*")):
+            leftover.unlink()
+        if not self.accepted.exists():
+            return False
+        self._set_aside()
+        self.accepted.replace(self.database)
+        _flush(self.database.parent)
+        return True
+
+    def _set_aside(self) -> None:
+        """The old file gets a second name; its log of commits must never meet the new file."""
+        with suppress(sqlite3.Error), closing(_open(self.database, must_exist=False)) as connection:
+            connection.execute("PRAGMA journal_mode = DELETE")  # writes the log into the file and removes it
+        for suffix in ("", "-wal", "-shm"):
+            old = Path(f"{self.database}{suffix}")
+            kept = Path(f"{self.replaced}{suffix}")
+            kept.unlink(missing_ok=True)
+            if old.exists() and suffix:
+                old.replace(kept)  # it could not be read: kept as it is
+            elif old.exists():
+                kept.hardlink_to(old)
+
+    def _compare(self, copy: Path, identity: str) -> Examined:
+        there = _living(copy)
+        try:
+            here, everything_here = _living(self.database), _all_ids(self.database)
+        except sqlite3.Error:
+            here, everything_here = {}, set(there)  # the database is what is broken
+        known = _all_ids(copy)
+        with closing(_open(copy)) as connection:
+            (last_event_at,) = connection.execute("SELECT max(at) FROM events").fetchone()
+        return Examined(
+            identity,
+            last_event_at,
+            len(there),
+            [rental for rental_id, rental in here.items() if rental_id not in known],
+            [rental for rental_id, rental in there.items() if rental_id in everything_here - set(here)],
+        )
+
+    def _beside(self, suffix: str) -> Path:
+        return self.database.with_name(f"{self.database.name}.{suffix}")
+
+    def _all(self, pattern: str) -> list[Path]:
+        return list(self.database.parent.glob(f"{self.database.name}.{pattern}"))
+
+
+def _examine(file: Path) -> None:
+    with file.open("rb") as stream:
+        if stream.read(len(_HEADER)) != _HEADER:
+            raise NotABackup("it is not an SQLite database")
+    with closing(_open(file)) as connection:
+        connection.execute("PRAGMA trusted_schema = OFF")
+        damage = [row[0] for row in connection.execute("PRAGMA integrity_check(1)")]
+        if damage != ["ok"]:
+            raise NotABackup(f"it is damaged: {damage[0]}")
+        code = connection.execute("SELECT name FROM sqlite_master WHERE type IN ('trigger', 'view')").fetchall()
+        if code:
+            raise NotABackup(f"it holds what no backup has: {code[0][0]}")
+        try:
+            revisions = [row[0] for row in connection.execute("SELECT version_num FROM alembic_version")]
+        except sqlite3.OperationalError as error:
+            raise NotABackup("it is not a database of Orion-Sec") from error
+        if len(revisions) != 1 or revisions[0] not in _known_revisions():
+            raise NotABackup(f"its schema {revisions} is unknown here: it may be of a newer version")
+        if connection.execute("PRAGMA foreign_key_check").fetchone():
+            raise NotABackup("its rows do not fit together")
+
+
+def _known_revisions() -> set[str]:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    return {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+
+
+def _bring_up_to_date(file: Path) -> None:
+    store = Store(f"sqlite:///{file}")
+    store.migrate()
+    store.close()
+    engine = create_engine(f"sqlite:///{file}")
+    with engine.connect() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), metadata)
+    engine.dispose()
+    if differences:
+        raise NotABackup(f"its tables are not those of Orion-Sec: {differences[0]}")
+    with closing(_open(file)) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+
+
+def _fit_into_the_present(connection: sqlite3.Connection, database: Path, actor: str) -> None:
+    """The workers went on: what was given since is not given again, and each has to show what it holds.
+
+    A running placement without its key is looked for before anything is believed of it: see reconcile._missing.
+    """
+    now = _present(database)
+    for name, value in now.counters.items():
+        connection.execute("INSERT OR IGNORE INTO counters (name, value) VALUES (?, ?)", (name, value))
+        connection.execute("UPDATE counters SET value = max(value, ?) WHERE name = ?", (value, name))
+    connection.execute("UPDATE counters SET value = value + ? WHERE name = 'uid'", (UID_GAP,))
+    connection.execute(f"UPDATE rentals SET epoch = epoch + ? WHERE {_LIVING}", (EPOCH_GAP,))  # noqa: S608
+    connection.execute("UPDATE placements SET public_key = '' WHERE state = 'running'")
+    connection.execute("UPDATE workers SET session_id = NULL, verified_session = NULL")
+    present = [row[0] for row in connection.execute(f"SELECT id FROM workers WHERE health IN {_PRESENT}")]  # noqa: S608
+    connection.execute(f"UPDATE workers SET health = 'joining' WHERE health IN {_PRESENT}")  # noqa: S608
+    for identity, revoked_at in now.revoked.items():
+        connection.execute(
+            "UPDATE tokens SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL", (revoked_at, identity)
+        )
+    (last,) = connection.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()
+    at, reason = time.time(), "the platform went back to a backup"
+    told = [("platform.restored", None), *(("worker.became_joining", worker_id) for worker_id in present)]
+    first = max(last, now.last_event) + EVENT_GAP
+    rows = [(first + n, at, kind, actor, reason, worker_id, "{}") for n, (kind, worker_id) in enumerate(told)]
+    columns = "id, at, kind, actor, reason, worker_id, details"
+    connection.executemany(f"INSERT INTO events ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)  # noqa: S608
+
+
+@dataclass(frozen=True)
+class _Present:
+    counters: dict[str, int]
+    revoked: dict[str, float]
+    last_event: int
+
+
+def _present(database: Path) -> _Present:
+    """What a restore must not take back. Nothing where the database is what is broken: the gaps are for that too."""
+    try:
+        with closing(_open(database)) as connection:
+            counters = dict(connection.execute("SELECT name, value FROM counters").fetchall())
+            revoked = dict(connection.execute("SELECT id, revoked_at FROM tokens WHERE revoked_at IS NOT NULL"))
+            (last,) = connection.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()
+    except sqlite3.Error:
+        return _Present({}, {}, 0)
+    return _Present(counters, revoked, last)
+
+
+def _living(file: Path) -> dict[str, Known]:
+    with closing(_open(file)) as connection:
+        rows = connection.execute(f"SELECT id, name, owner FROM rentals WHERE {_LIVING} ORDER BY id")  # noqa: S608
+        return {row[0]: Known(*row) for row in rows}
+
+
+def _all_ids(file: Path) -> set[str]:
+    with closing(_open(file)) as connection:
+        return {row[0] for row in connection.execute("SELECT id FROM rentals")}
+
+
+def _open(file: Path, must_exist: bool = True) -> sqlite3.Connection:
+    mode = "rw" if must_exist else "rwc"
+    connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
+    connection.execute("PRAGMA busy_timeout = 10000")
+    return connection
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("BEGIN IMMEDIATE")
+    yield  # what is raised here closes the connection, which rolls back
+    connection.execute("COMMIT")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

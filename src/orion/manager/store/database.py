@@ -1,0 +1,147 @@
+"""One writer, several readers, and the news of what was committed. Nothing here blocks the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, Result, create_engine, event, insert
+from sqlalchemy.engine.interfaces import DBAPIConnection
+
+from orion.manager.domain.model import Event
+from orion.manager.store.schema import events
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+class News:
+    """Tells those who wait that something about a rental, or anything at all, was committed."""
+
+    EVERYTHING = "*"
+
+    def __init__(self) -> None:
+        self._listeners: dict[str, set[asyncio.Event]] = defaultdict(set)
+
+    @contextmanager
+    def listen(self, topic: str) -> Iterator[asyncio.Event]:
+        """An event that is set after each commit about `topic` (a rental's id, or EVERYTHING)."""
+        changed = asyncio.Event()
+        self._listeners[topic].add(changed)
+        try:
+            yield changed
+        finally:
+            self._listeners[topic].discard(changed)
+            if not self._listeners[topic]:
+                del self._listeners[topic]
+
+    def publish(self, committed: list[Event]) -> None:
+        if not committed:
+            return
+        topics = {self.EVERYTHING} | {e.rental_id for e in committed if e.rental_id}
+        for topic in topics:
+            for changed in self._listeners.get(topic, ()):
+                changed.set()
+
+
+class Store:
+    """Runs functions of one connection, each in a transaction of its own: `await store.write(rows.insert, ...)`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.news = News()
+        self._engine = _connect(url)
+        self._writer = ThreadPoolExecutor(1, "store-writer")
+        self._readers = ThreadPoolExecutor(4, "store-reader")
+
+    def migrate(self) -> None:
+        """Bring the schema up to date. Blocks: called before the event loop runs."""
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        with self._engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    async def write(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run it in the one writer's thread; commit when it returns, roll back when it raises."""
+        loop = asyncio.get_running_loop()
+        transaction = loop.run_in_executor(self._writer, self._transact, function, args, kwargs)
+        # Not in the waiting task: that may be cancelled (its client hung up), and the commit is news all the same.
+        transaction.add_done_callback(self._publish)
+        return (await asyncio.shield(transaction))[0]
+
+    async def read(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._readers, self._read, function, args, kwargs)
+
+    def close(self) -> None:
+        self._writer.shutdown()
+        self._readers.shutdown()
+        self._engine.dispose()
+
+    def _publish(self, transaction: asyncio.Future[tuple[Any, list[Event]]]) -> None:
+        if not transaction.cancelled() and transaction.exception() is None:
+            self.news.publish(transaction.result()[1])
+
+    def _transact(self, function: Callable[..., T], args: Any, kwargs: Any) -> tuple[T, list[Event]]:
+        with self._engine.begin() as connection:
+            committed = connection.info["recorded"] = []  # the pool keeps it: a transaction that failed left its own
+            result = function(connection, *args, **kwargs)
+        return result, committed
+
+    def _read(self, function: Callable[..., T], args: Any, kwargs: Any) -> T:
+        with self._engine.connect() as connection:
+            return function(connection, *args, **kwargs)
+
+
+def record(connection: Connection, *recorded: Event) -> None:
+    """Write events in the transaction that makes them true."""
+    if not recorded:
+        return
+    at = time.time()
+    rows = [vars(item) | {"at": at, "details": dict(item.details)} for item in recorded]
+    connection.execute(insert(events), rows)
+    connection.info["recorded"].extend(recorded)
+
+
+def rows(result: Result[Any]) -> list[Row]:
+    """The rows of a result as dictionaries, by column name."""
+    return [dict(row) for row in result.mappings()]
+
+
+def first(result: Result[Any]) -> Row | None:
+    found = result.mappings().first()
+    return dict(found) if found is not None else None
+
+
+def _connect(url: str) -> Engine:
+    engine = create_engine(url)
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: DBAPIConnection, _record: object) -> None:
+    # The driver must not begin transactions by itself, or savepoints and IMMEDIATE do not work (SQLAlchemy's
+    # documentation of its SQLite dialect, "Serializable isolation / Savepoints").
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN")

@@ -1,0 +1,13 @@
+"""Alembic's environment: the store hands its connection over; there is no offline mode."""
+
+from alembic import context
+
+from orion.manager.store.schema import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=metadata,
+    render_as_batch=True,
+)
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,175 @@
+"""Rentals as the API asks for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Select, and_, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from orion.manager.domain.expiry import release, renew
+from orion.manager.domain.model import Event
+from orion.manager.domain.states import ENDED, LIVE, RentalState
+from orion.manager.store import ledger
+from orion.manager.store.database import Row, first, record, rows
+from orion.manager.store.names import new_id, new_name
+from orion.manager.store.schema import counters, idempotency, placements, rentals, workers
+
+FIRST_UID = 100_000
+KEY_LIFETIME_S = 24 * 3600.0
+
+
+class NameTaken(Exception):
+    """The owner has a living rental of this name."""
+
+
+class OtherRequest(Exception):
+    """This idempotency key was used with another request."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A rent as asked for; `request_hash` is compared when its idempotency key comes again."""
+
+    owner: str
+    name: str | None
+    public_key: str
+    made_key: bool
+    """The manager made the key, so a replay brings a new one."""
+    ttl_s: int
+    labels: Mapping[str, str]
+    key: str | None
+    request_hash: str
+
+
+def create(connection: Connection, wish: Wish) -> str:
+    """The id of the new rental, or of the one that this idempotency key made before.
+
+    Raises NameTaken and OtherRequest.
+    """
+    known = _replayed(connection, wish)
+    if known is not None:
+        return known
+    now = time.time()
+    identity = new_id(10)
+    row = {
+        "id": identity,
+        "name": wish.name or _unused_name(connection, wish.owner),
+        "owner": wish.owner,
+        "username": f"r-{identity}",
+        "uid": _next_uid(connection),
+        "state": RentalState.QUEUED,
+        "epoch": 0,
+        "public_key": wish.public_key,
+        "ttl_s": wish.ttl_s,
+        "labels": dict(wish.labels),
+        "created_at": now,
+        "explanation": "it is next",
+    }
+    try:
+        with connection.begin_nested():
+            connection.execute(insert(rentals), row)
+    except IntegrityError as error:
+        raise NameTaken(wish.name) from error
+    if wish.key is not None:
+        used = {"owner": wish.owner, "key": wish.key, "request_hash": wish.request_hash}
+        connection.execute(insert(idempotency), used | {"rental_id": identity, "created_at": now})
+    record(connection, Event("rental.queued", wish.owner, "asked for", wish.owner, identity, epoch=0))
+    return identity
+
+
+def _replayed(connection: Connection, wish: Wish) -> str | None:
+    if wish.key is None:
+        return None
+    connection.execute(delete(idempotency).where(idempotency.c.created_at < time.time() - KEY_LIFETIME_S))
+    same = and_(idempotency.c.owner == wish.owner, idempotency.c.key == wish.key)
+    row = connection.execute(select(idempotency).where(same)).mappings().first()
+    if row is None:
+        return None
+    if row["request_hash"] != wish.request_hash:
+        raise OtherRequest(wish.key)
+    if wish.made_key:
+        living = and_(rentals.c.id == row["rental_id"], rentals.c.state.not_in({*ENDED, RentalState.RELEASING}))
+        connection.execute(update(rentals).where(living).values(public_key=wish.public_key))
+    return str(row["rental_id"])
+
+
+def _unused_name(connection: Connection, owner: str) -> str:
+    while True:
+        name = new_name()
+        living = and_(rentals.c.owner == owner, rentals.c.name == name, rentals.c.state.not_in(ENDED))
+        if connection.execute(select(rentals.c.id).where(living)).first() is None:
+            return name
+
+
+def _next_uid(connection: Connection) -> int:
+    """Given once, never used again: a number that comes back would own what its predecessor left behind."""
+    same = counters.c.name == "uid"
+    if connection.execute(update(counters).where(same).values(value=counters.c.value + 1)).rowcount == 0:
+        connection.execute(insert(counters), {"name": "uid", "value": FIRST_UID})
+    return int(connection.execute(select(counters.c.value).where(same)).scalar_one())
+
+
+def one(connection: Connection, rental_id: str, owner: str | None) -> Row | None:
+    """A rental with its worker; None when there is none or it is another owner's (`owner` None: anybody's)."""
+    query = _with_worker().where(rentals.c.id == rental_id)
+    if owner is not None:
+        query = query.where(rentals.c.owner == owner)
+    return first(connection.execute(query))
+
+
+def page(
+    connection: Connection, owner: str | None, name: str | None, ended: bool, after: str | None, limit: int
+) -> list[Row]:
+    """Rentals by id. `owner` None: everybody's; `ended`: those that ended too."""
+    query = _with_worker().order_by(rentals.c.id).limit(limit)
+    for wanted, column in ((owner, rentals.c.owner), (name, rentals.c.name)):
+        if wanted is not None:
+            query = query.where(column == wanted)
+    if not ended:
+        query = query.where(rentals.c.state.not_in(ENDED))
+    if after:
+        query = query.where(rentals.c.id > after)
+    return rows(connection.execute(query))
+
+
+def begin_release(connection: Connection, rental_id: str, actor: str) -> None:
+    """Begin to release a living rental; nothing happens to one that is already ending or has ended."""
+    row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
+    rental = ledger.rental(row)
+    if rental.state not in ENDED | {RentalState.RELEASING}:
+        ledger.apply(connection, [release(rental, "released", actor, "asked for")])
+
+
+def extend(connection: Connection, rental_id: str, actor: str, ttl_s: int) -> bool:
+    """Renew a living rental; False when it is ending or has ended."""
+    row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
+    rental = ledger.rental(row)
+    if rental.state in ENDED | {RentalState.RELEASING}:
+        return False
+    ledger.apply(connection, [renew(rental, ttl_s, actor, time.time())])
+    return True
+
+
+def count(connection: Connection) -> tuple[dict[str, int], dict[str, int]]:
+    """The number of workers by health and of living rentals by state."""
+    by_health = select(workers.c.health, func.count()).group_by(workers.c.health)
+    by_state = select(rentals.c.state, func.count()).where(rentals.c.state.not_in(ENDED)).group_by(rentals.c.state)
+    health = {str(key): int(number) for key, number in connection.execute(by_health)}
+    return health, {str(key): int(number) for key, number in connection.execute(by_state)}
+
+
+def _with_worker() -> Select[Any]:
+    """With `worker_id`, `address`, `host_keys` of the worker that it is on, and `key_in_place`."""
+    live = and_(placements.c.rental_id == rentals.c.id, placements.c.state.in_(LIVE))
+    joined = rentals.outerjoin(placements, live).outerjoin(workers, workers.c.id == placements.c.worker_id)
+    return select(
+        rentals,
+        placements.c.worker_id,
+        workers.c.address,
+        workers.c.host_keys,
+        (placements.c.public_key == rentals.c.public_key).label("key_in_place"),
+    ).select_from(joined)

@@ -1,0 +1,149 @@
+"""The tables. What must never be, the schema refuses too: see the partial unique indexes."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    CheckConstraint,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("hostname", String(253), nullable=False),
+    Column("address", String(45), nullable=False, index=True),
+    Column("host_keys", JSON, nullable=False),
+    Column("slots", Integer, CheckConstraint("slots > 0", name="slots"), nullable=False),
+    Column("labels", JSON, nullable=False),
+    Column("health", String(16), nullable=False),
+    Column("intent", String(16), nullable=False),
+    Column("token_hash", String(64), nullable=False),
+    Column("session_id", String(64)),
+    Column("verified_session", String(64)),
+    Column("boot_id", String(64), nullable=False),
+    Column("agent_version", String(64), nullable=False),
+    Column("fault", Text, nullable=False, server_default=""),
+    Column("explanation", Text, nullable=False, server_default=""),
+    Column("load", JSON, nullable=False),
+    Column("registered_at", Float, nullable=False),
+    Column("last_heartbeat_at", Float),
+)
+
+rentals = Table(
+    "rentals",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(64), nullable=False),
+    Column("owner", String(64), nullable=False),
+    Column("username", String(32), nullable=False, unique=True),
+    Column("uid", Integer, CheckConstraint("uid >= 100000", name="uid"), nullable=False, unique=True),
+    Column("state", String(16), nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("public_key", Text, nullable=False),
+    Column("ttl_s", Integer, nullable=False),
+    Column("labels", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("activated_at", Float),
+    Column("expires_at", Float),
+    Column("end", String(16)),
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("explanation", Text, nullable=False, server_default=""),
+    Column("last_safe_copy_at", Float),
+    Index(
+        "uq_rentals_living_name",
+        "owner",
+        "name",
+        unique=True,
+        sqlite_where=text("state NOT IN ('released', 'expired', 'failed')"),
+        postgresql_where=text("state NOT IN ('released', 'expired', 'failed')"),
+    ),
+    Index("ix_rentals_state", "state"),
+)
+
+_LIVE = text("state IN ('reserved', 'preparing', 'running')")
+_HOLDING = text("state IN ('reserved', 'preparing', 'running', 'stopping', 'stopped', 'failed')")
+
+placements = Table(
+    "placements",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("rental_id", String(64), ForeignKey("rentals.id"), nullable=False),
+    Column("worker_id", String(64), nullable=False),
+    Column("slot", Integer, CheckConstraint("slot >= 0", name="slot"), nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("public_key", Text, nullable=False, server_default=""),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("rental_id", "epoch"),
+    # Never two live copies of a rental, and never two placements in one slot.
+    Index("uq_placements_live", "rental_id", unique=True, sqlite_where=_LIVE, postgresql_where=_LIVE),
+    Index("uq_placements_slot", "worker_id", "slot", unique=True, sqlite_where=_HOLDING, postgresql_where=_HOLDING),
+    Index("ix_placements_state", "state"),
+)
+
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(64), nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("hash", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("revoked_at", Float),
+)
+
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("owner", String(64), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("request_hash", String(64), nullable=False),
+    Column("rental_id", String(64), ForeignKey("rentals.id"), nullable=False),
+    Column("created_at", Float, nullable=False, index=True),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False),
+    Column("kind", String(64), nullable=False),
+    Column("actor", String(64), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("owner", String(64), index=True),
+    Column("rental_id", String(64), index=True),
+    Column("worker_id", String(64), index=True),
+    Column("epoch", Integer),
+    Column("details", JSON, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+counters = Table(
+    "counters",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("value", Integer, nullable=False),
+)

@@ -1,0 +1,103 @@
+"""Tokens: only their hashes are kept, and compared in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import string
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, delete, insert, select, update
+
+from orion.manager.domain.model import Event
+from orion.manager.store.database import Row, record, rows
+from orion.manager.store.schema import tokens, workers
+
+_TOKEN = re.compile(r"orion_(admin|client|join|worker)_([a-z0-9-]{1,64})_([A-Za-z0-9]{43})")
+_ALPHABET = string.ascii_letters + string.digits
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who a request comes from: `name` is the owner of rentals, `id` the token's or, for a worker, the worker's."""
+
+    role: str
+    id: str
+    name: str
+
+
+def make_token(role: str, identity: str) -> str:
+    """A new secret token; 43 characters of 62 are 256 bits."""
+    return f"orion_{role}_{identity}_{''.join(secrets.choice(_ALPHABET) for _ in range(43))}"
+
+
+def digest(token: str) -> str:
+    """The hash that is kept. Plain SHA-256: a token has 256 random bits, so there is nothing to guess."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def authenticate(connection: Connection, token: str) -> Principal | None:
+    """Whose token it is; None for anything wrong, expired, revoked or unknown."""
+    match = _TOKEN.fullmatch(token)
+    if not match:
+        return None
+    role, identity = match[1], match[2]
+    if role == "worker":
+        row = connection.execute(select(workers.c.token_hash).where(workers.c.id == identity)).first()
+        return Principal(role, identity, identity) if row and hmac.compare_digest(row[0], digest(token)) else None
+    kept = connection.execute(select(tokens).where(tokens.c.id == identity)).mappings().first()
+    if kept is None or kept["role"] != role or not hmac.compare_digest(kept["hash"], digest(token)):
+        return None
+    if kept["revoked_at"] is not None or (kept["expires_at"] is not None and kept["expires_at"] <= time.time()):
+        return None
+    return Principal(role, identity, kept["name"])
+
+
+def install(connection: Connection, role: str, token: str) -> None:
+    """Make the token of a secret file the valid one: the file decides, also after it was made anew.
+
+    One that was revoked stays so until its file is made anew.
+    """
+    match = _TOKEN.fullmatch(token)
+    if not match or match[1] != role:
+        raise ValueError(f"the {role} token in its file is damaged: remove the file and restart manager_app")
+    kept = connection.execute(select(tokens.c.hash).where(tokens.c.id == match[2])).scalar()
+    if kept is not None and hmac.compare_digest(kept, digest(token)):
+        return
+    connection.execute(delete(tokens).where(tokens.c.id == match[2]))
+    row = {"id": match[2], "name": match[2], "role": role, "hash": digest(token), "created_at": time.time()}
+    connection.execute(insert(tokens), row)
+
+
+def create(connection: Connection, actor: str, name: str, role: str, ttl_s: int | None) -> tuple[Row, str]:
+    """A new token's row and the token itself, which is not kept."""
+    identity = secrets.token_hex(5)
+    token = make_token(role, identity)
+    now = time.time()
+    row: dict[str, Any] = {"id": identity, "name": name, "role": role, "hash": digest(token), "created_at": now}
+    row["expires_at"] = now + ttl_s if ttl_s is not None else None
+    connection.execute(insert(tokens), row)
+    record(connection, Event("token.created", actor, f"{role} token {identity} for {name}"))
+    return rows(connection.execute(select(tokens).where(tokens.c.id == identity)))[0], token
+
+
+def page(connection: Connection, after: str | None, limit: int) -> list[Row]:
+    query = select(tokens).order_by(tokens.c.id).limit(limit)
+    if after:
+        query = query.where(tokens.c.id > after)
+    return rows(connection.execute(query))
+
+
+def revoke(connection: Connection, actor: str, identity: str) -> bool:
+    """False when there is no such token; revoking twice is a success."""
+    row = connection.execute(select(tokens).where(tokens.c.id == identity)).mappings().first()
+    if row is None:
+        return False
+    if row["revoked_at"] is None:
+        connection.execute(update(tokens).where(tokens.c.id == identity).values(revoked_at=time.time()))
+        record(connection, Event("token.revoked", actor, f"{row['role']} token {identity} of {row['name']}"))
+    return True

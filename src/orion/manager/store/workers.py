@@ -1,0 +1,153 @@
+"""The inventory of workers."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, insert, select, update
+
+from orion.manager.domain.model import Event, Item, Placement
+from orion.manager.domain.states import HOLDING, Health, Intent, PlacementState, RentalState
+from orion.manager.store import ledger
+from orion.manager.store.database import Row, first, record, rows
+from orion.manager.store.names import new_id
+from orion.manager.store.port import Registered, Registration
+from orion.manager.store.schema import counters, placements, rentals, workers
+from orion.manager.store.tokens import digest, make_token
+
+
+def register(connection: Connection, body: Registration, worker_id: str | None, new_token: bool) -> Registered:
+    """Record a registration as facts: the health loop judges them. `worker_id` None makes a new worker."""
+    session_id = secrets.token_hex(16)
+    facts: dict[str, Any] = {
+        "address": body.address,
+        "hostname": body.hostname,
+        "host_keys": list(body.host_keys),
+        "slots": body.slots,
+        "labels": dict(body.labels),
+        "boot_id": body.boot_id,
+        "agent_version": body.agent_version,
+        "session_id": session_id,
+        "verified_session": None,
+        "last_heartbeat_at": time.time(),
+    }
+    identity = worker_id or f"w-{new_id(8)}"
+    token = make_token("worker", identity) if new_token else None
+    if token:
+        facts["token_hash"] = digest(token)
+    if worker_id is None:
+        birth = {"health": Health.JOINING, "intent": Intent.ACTIVE, "load": {}, "registered_at": time.time()}
+        connection.execute(insert(workers), facts | birth | {"id": identity})
+    else:
+        connection.execute(update(workers).where(workers.c.id == worker_id).values(facts))
+    reason = "a new worker called home" if worker_id is None else "it called home again"
+    details = {"address": body.address, "hostname": body.hostname}
+    record(connection, Event("worker.registered", identity, reason, worker_id=identity, details=details))
+    return Registered(identity, session_id, token)
+
+
+def one(connection: Connection, worker_id: str) -> Row | None:
+    return first(connection.execute(_with_use().where(workers.c.id == worker_id)))
+
+
+def page(connection: Connection, after: str | None, limit: int) -> list[Row]:
+    """Workers by id, each with `used`, the number of its slots that are taken."""
+    query = _with_use().order_by(workers.c.id).limit(limit)
+    if after:
+        query = query.where(workers.c.id > after)
+    return rows(connection.execute(query))
+
+
+def slots(connection: Connection) -> tuple[int, int]:
+    """Slots of all ready workers, and how many of them are free."""
+    ready = [row for row in connection.execute(_with_use()).mappings() if row["health"] == Health.READY]
+    return sum(row["slots"] for row in ready), sum(max(0, row["slots"] - row["used"]) for row in ready)
+
+
+def placements_of(connection: Connection, worker_id: str) -> tuple[list[Placement], bool]:
+    """What a worker has or may still have, its placements that are not purged; and whether it is down."""
+    query = select(placements).where(placements.c.worker_id == worker_id, placements.c.state != PlacementState.PURGED)
+    found = [ledger.placement(row) for row in connection.execute(query).mappings()]
+    health = connection.execute(select(workers.c.health).where(workers.c.id == worker_id)).scalar()
+    return found, health == Health.DOWN
+
+
+def heard(connection: Connection, news: Iterable[tuple[str, float, Mapping[str, Any]]]) -> None:
+    """Write down when workers were last heard (UTC seconds) and their load, for people to read."""
+    for worker_id, at, load in news:
+        connection.execute(
+            update(workers).where(workers.c.id == worker_id).values(last_heartbeat_at=at, load=dict(load))
+        )
+
+
+def granted_lease(connection: Connection) -> float:
+    """The longest lease that a former manager's replies may have given, in seconds; 0 before the first manager."""
+    value = connection.execute(select(counters.c.value).where(counters.c.name == "lease_ms")).scalar()
+    return (value or 0) / 1000
+
+
+def grant_lease(connection: Connection, lease_s: float) -> None:
+    """Write down, before any reply gives it, the longest lease that is in force from now on."""
+    value = round(lease_s * 1000)
+    same = counters.c.name == "lease_ms"
+    if connection.execute(update(counters).where(same).values(value=value)).rowcount == 0:
+        connection.execute(insert(counters), {"name": "lease_ms", "value": value})
+
+
+def set_intent(connection: Connection, actor: str, worker_id: str, to: Intent) -> Row | None:
+    """An operator's word; None when there is no such worker. Saying it twice is a success."""
+    row = one(connection, worker_id)
+    if row is None:
+        return None
+    resumed = to is Intent.ACTIVE
+    already = row["intent"] == to or (to is Intent.DRAINING and row["intent"] == Intent.DRAINED)
+    if already and not (resumed and row["fault"]):
+        return row
+    change: dict[str, Any] = {"intent": to}
+    if resumed:
+        change |= {"fault": "", "verified_session": None}
+    connection.execute(update(workers).where(workers.c.id == worker_id).values(change))
+    kind = "worker.resumed" if resumed else "worker.drain_started"
+    record(connection, Event(kind, actor, "asked for", worker_id=worker_id))
+    return one(connection, worker_id)
+
+
+def give_up(connection: Connection, actor: str, worker_id: str, items: Iterable[Item]) -> None:
+    """An operator's word that what the database has never placed may be purged: it becomes known as lost there."""
+    strangers = ledger.never_placed(connection, list(items))
+    for item in (i for i in items if (i.rental_id, i.epoch) in strangers):
+        known = connection.execute(select(rentals.c.id).where(rentals.c.id == item.rental_id)).first()
+        if known is None:
+            row = {"id": item.rental_id, "username": item.username, "uid": item.uid, "epoch": item.epoch}
+            row |= {"name": item.rental_id, "owner": "unknown", "state": RentalState.RELEASED, "end": "released"}
+            row |= {"public_key": "", "ttl_s": 0, "labels": {}, "created_at": time.time(), "explanation": "given up"}
+            connection.execute(insert(rentals), row)
+        place = {"id": f"p-{new_id(12)}", "rental_id": item.rental_id, "worker_id": worker_id, "slot": 0}
+        place |= {"epoch": item.epoch, "state": PlacementState.LOST, "created_at": time.time()}
+        connection.execute(insert(placements), place)
+        reason = "the database had never placed it; an operator gave it up"
+        record(connection, Event("rental.given_up", actor, reason, None, item.rental_id, worker_id, item.epoch))
+
+
+def remove(connection: Connection, actor: str, worker_id: str) -> str | None:
+    """Forget a worker; returns why not, or None when it is gone."""
+    row = one(connection, worker_id)
+    if row is None:
+        return "not_found"
+    if row["health"] != Health.DOWN and row["used"]:
+        return "worker_in_use"
+    connection.execute(delete(workers).where(workers.c.id == worker_id))
+    record(connection, Event("worker.removed", actor, "asked for", worker_id=worker_id))
+    return None
+
+
+def _with_use() -> Any:
+    used = (
+        select(func.count())
+        .where(placements.c.worker_id == workers.c.id, placements.c.state.in_(HOLDING), workers.c.health != Health.DOWN)
+        .scalar_subquery()
+    )
+    return select(workers, used.label("used"))

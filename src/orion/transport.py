@@ -1,0 +1,139 @@
+"""One HTTP exchange with the platform, or several when that is safe. The only file that sees httpx's errors."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO
+
+import httpx
+from pydantic import BaseModel
+
+from orion import __version__
+from orion.errors import OrionError, Retryable, UnreadableReply, no_reply, refusal
+from orion.login import Login, proxy_for, tls_context
+
+CONNECT_S = 5.0
+ANSWER_S = 20.0
+"""Added to what the call itself waits for (`wait_s`): the proxy and the manager have their own shorter limits."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.3, 5.0
+
+OnRetry = Callable[[Retryable, float], None]
+
+
+def backoff_s(failures: int) -> float:
+    """Doubles from FIRST_PAUSE_S to LONGEST_PAUSE_S; half of it is random, so that clients do not come back in step."""
+    whole: float = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(failures - 1, 10))
+    return whole * random.uniform(0.5, 1.0)  # noqa: S311 - no secret depends on it
+
+
+class Transport:
+    """`http`, `sleep` and `clock` are for tests."""
+
+    def __init__(
+        self,
+        login: Login,
+        *,
+        http: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.url = login.url
+        self.sleep = sleep
+        self.clock = clock
+        self.on_retry: OnRetry = lambda _error, _pause: None
+        self._client = httpx.Client(
+            base_url=login.url,
+            headers={"Authorization": f"Bearer {login.token}", "User-Agent": f"orion/{__version__}"},
+            transport=http,
+            verify=tls_context(login),
+            proxy=proxy_for(login.url),
+            # Only proxy_for and tls_context read the environment: a .netrc must not replace our token.
+            trust_env=False,
+            follow_redirects=False,
+        )
+
+    def close(self) -> None:
+        self._client.close()
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str | float | None] | None = None,
+        body: BaseModel | None = None,
+        headers: Mapping[str, str] | None = None,
+        wait_s: float = 0.0,
+        retry_for_s: float = 0.0,
+    ) -> httpx.Response:
+        """A successful reply. What is retryable is tried again until `retry_for_s` after the first failure."""
+        request = self._client.build_request(
+            method,
+            path,
+            params={key: value for key, value in (params or {}).items() if value is not None},
+            content=body.model_dump_json(exclude_unset=True) if body is not None else None,
+            headers={**({"Content-Type": "application/json"} if body is not None else {}), **(headers or {})},
+            timeout=httpx.Timeout(CONNECT_S, read=wait_s + ANSWER_S, write=ANSWER_S),
+        )
+        failures, give_up_at = 0, 0.0
+        while True:
+            try:
+                return self._once(request)
+            except Retryable as error:
+                failures += 1
+                give_up_at = give_up_at or self.clock() + retry_for_s
+                self.pause(error, failures, give_up_at)
+
+    def pause(self, error: Retryable, failures: int, give_up_at: float) -> None:
+        """Wait as long as the server asked, else back off; raise the error where that would end too late."""
+        pause = error.retry_after_s if error.retry_after_s is not None else backoff_s(failures)
+        if self.clock() + pause > give_up_at:
+            raise error
+        self.on_retry(error, pause)
+        self.sleep(pause)
+
+    def upload(self, path: str, file: IO[bytes], media_type: str, wait_s: float) -> httpx.Response:
+        """A successful reply to what a file holds, which is never in memory as a whole. Not tried again."""
+        timeout = httpx.Timeout(CONNECT_S, read=wait_s + ANSWER_S, write=ANSWER_S)
+        size = os.fstat(file.fileno()).st_size
+        headers = {"Content-Type": media_type, "Content-Length": str(size)}
+        return self._once(self._client.build_request("POST", path, content=file, headers=headers, timeout=timeout))
+
+    @contextmanager
+    def stream(
+        self, path: str, params: Mapping[str, str | float | None], headers: Mapping[str, str], silence_s: float
+    ) -> Iterator[Iterator[bytes]]:
+        """The body of a reply as it comes. Silence longer than `silence_s` is a broken connection."""
+        query = {key: value for key, value in params.items() if value is not None}
+        timeout = httpx.Timeout(CONNECT_S, read=silence_s, write=ANSWER_S)
+        try:
+            with self._client.stream("GET", path, params=query, headers=dict(headers), timeout=timeout) as response:
+                if not response.is_success:
+                    raise refusal(response.status_code, response.headers, response.read())
+                yield response.iter_bytes()
+        except httpx.HTTPError as error:
+            raise self._failure(error) from error
+
+    def _once(self, request: httpx.Request) -> httpx.Response:
+        try:
+            response = self._client.send(request)
+        except httpx.DecodingError as error:
+            raise UnreadableReply(f"{self.url} sent something that cannot be read: {error}") from error
+        except httpx.HTTPError as error:
+            raise self._failure(error) from error
+        if response.is_redirect:
+            raise UnreadableReply(f"{self.url} sends us to {response.headers.get('Location')}: log in there instead")
+        if not response.is_success:
+            raise refusal(response.status_code, response.headers, response.content)
+        return response
+
+    def _failure(self, error: httpx.HTTPError) -> OrionError:
+        if isinstance(error, httpx.TimeoutException):
+            return no_reply(self.url, TimeoutError())
+        if isinstance(error, httpx.RemoteProtocolError):
+            return no_reply(self.url, ConnectionResetError())
+        return no_reply(self.url, error)

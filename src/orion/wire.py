@@ -1,0 +1,307 @@
+"""The contract: every request and reply of the API, shared by the manager, the client and the tests.
+
+Times are RFC 3339 in UTC; durations are seconds and end in `_s`. Unknown fields of a request are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+DEFAULT_TTL_S = 24 * 3600
+MIN_TTL_S = 60
+MAX_TTL_S = 30 * 24 * 3600
+DEFAULT_WAIT_S = 30
+MAX_WAIT_S = 55
+MAX_PAGE = 500
+
+SSH_KEY_TYPES = (
+    "ssh-ed25519",
+    "ssh-rsa",
+    "ecdsa-sha2-nistp256",
+    "ecdsa-sha2-nistp384",
+    "ecdsa-sha2-nistp521",
+    "sk-ssh-ed25519@openssh.com",
+    "sk-ecdsa-sha2-nistp256@openssh.com",
+)
+_SSH_KEY = re.compile(
+    r"(?P<type>[a-z0-9@.\-]+) (?P<key>[A-Za-z0-9+/]{20,4096}={0,3})(?: [\x21-\x7e][\x20-\x7e]{0,127})?"
+)
+
+
+class WorkerHealth(StrEnum):
+    JOINING = "joining"
+    READY = "ready"
+    SUSPECT = "suspect"
+    UNKNOWN = "unknown"
+    DOWN = "down"
+    QUARANTINED = "quarantined"
+
+
+class WorkerIntent(StrEnum):
+    ACTIVE = "active"
+    DRAINING = "draining"
+    DRAINED = "drained"
+
+
+class RentalState(StrEnum):
+    QUEUED = "queued"
+    PROVISIONING = "provisioning"
+    ACTIVE = "active"
+    MIGRATING = "migrating"
+    RELEASING = "releasing"
+    RELEASED = "released"
+    EXPIRED = "expired"
+    FAILED = "failed"
+
+
+class Role(StrEnum):
+    ADMIN = "admin"
+    CLIENT = "client"
+    JOIN = "join"
+    WORKER = "worker"
+
+
+class Want(StrEnum):
+    """What the manager wants of a rental that a worker holds."""
+
+    RUN = "run"
+    HOLD = "hold"
+    PURGE = "purge"
+
+
+def one_public_key(text: str) -> str:
+    """One OpenSSH public key without options, its comment dropped.
+
+    Raises ValueError for anything else: an option (`command=`) or a second line in an authorized_keys file
+    would be the renter's word in a file of root.
+    """
+    match = _SSH_KEY.fullmatch(text.strip())
+    if not match or match["type"] not in SSH_KEY_TYPES:
+        raise ValueError("must be one OpenSSH public key, such as 'ssh-ed25519 AAAA... comment', without options")
+    return f"{match['type']} {match['key']}"
+
+
+PublicKey = Annotated[str, Field(max_length=8192), AfterValidator(one_public_key)]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")]
+LabelKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
+LabelValue = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{0,63}$")]
+Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=32)]
+Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
+Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S, strict=True)]
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Reply(BaseModel):
+    """Clients of an older version must be able to read a newer reply: unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Load(Request):
+    cpu: float = Field(0.0, ge=0, le=4096, description="Processors in use, averaged since the last heartbeat")
+    memory_used_bytes: int = Field(0, ge=0, lt=2**53)
+    memory_limit_bytes: int = Field(0, ge=0, lt=2**53, description="0: no limit")
+    processes: int = Field(0, ge=0, lt=2**31)
+
+
+class InventoryItem(Request):
+    """A rental as its worker sees it."""
+
+    rental_id: Id
+    username: Annotated[str, StringConstraints(pattern=r"^r-[a-z0-9]{1,30}$")]
+    uid: int = Field(ge=100_000, lt=2**31)
+    epoch: int = Field(ge=1, lt=2**53)
+    state: Literal["locked", "running", "frozen"]
+
+
+Inventory = Annotated[list[InventoryItem], Field(max_length=10_000)]
+
+
+class PlacementOrder(Reply):
+    rental_id: str
+    epoch: int
+    want: Want
+
+
+class RegisterRequest(Request):
+    hostname: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$")]
+    ssh_host_keys: Annotated[list[PublicKey], Field(min_length=1, max_length=8)]
+    slots: int = Field(1, ge=1, le=10_000)
+    labels: Labels = {}
+    boot_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{8,64}$")]
+    agent_version: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.+-]{1,64}$")]
+    inventory: Inventory = []
+
+
+class RegisterReply(Reply):
+    worker_id: str
+    worker_token: str
+    session_id: str
+    heartbeat_interval_s: float
+    lease_s: float
+    authorized_keys: list[str] = Field(description="Lines for root's authorized keys: the manager's own")
+    placements: list[PlacementOrder]
+
+
+class HeartbeatRequest(Request):
+    session_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{8,64}$")]
+    seq: int = Field(ge=0, lt=2**53)
+    load: Load = Load()
+    inventory: Inventory = []
+    lease_s: float = Field(0, ge=0, le=86_400, description="The lease that the last reply gave it; 0: none yet")
+    leaving: bool = Field(False, description="The goodbye: the worker has stopped its rentals and is about to end")
+
+
+class HeartbeatReply(Reply):
+    lease_s: float
+    next_heartbeat_s: float
+    placements: list[PlacementOrder]
+
+
+class RentRequest(Request):
+    name: Name | None = None
+    ssh_public_key: PublicKey | None = None
+    ttl_s: Ttl = DEFAULT_TTL_S
+    labels: Labels = {}
+    wait_s: float = Field(DEFAULT_WAIT_S, ge=0, le=MAX_WAIT_S)
+
+
+class RenewRequest(Request):
+    ttl_s: Ttl = DEFAULT_TTL_S
+
+
+class Rental(Reply):
+    id: str
+    name: str
+    owner: str
+    state: RentalState
+    epoch: int = Field(description="Rises with each placement; 0 before the first")
+    worker_id: str | None
+    username: str
+    ssh_host_keys: list[str] = Field(description="Of the worker it is on; empty while it is on none")
+    labels: dict[str, str]
+    ttl_s: int
+    created_at: datetime
+    expires_at: datetime | None = Field(description="Null before it was first active")
+    last_safe_copy_at: datetime | None
+    explanation: str = Field(description="Why it is in its state, for a person")
+
+
+class RentReply(Rental):
+    ssh_private_key: str | None = Field(None, description="Only in this reply, and only where no key was given")
+
+
+class Worker(Reply):
+    id: str
+    hostname: str
+    address: str
+    health: WorkerHealth
+    intent: WorkerIntent
+    slots: int
+    slots_free: int
+    labels: dict[str, str]
+    load: Load
+    last_heartbeat_at: datetime | None
+    ssh_host_keys: list[str]
+    explanation: str
+
+
+class TokenRequest(Request):
+    name: Name
+    role: Literal["client", "admin", "join"] = "client"
+    ttl_s: int | None = Field(None, ge=MIN_TTL_S, le=10 * 365 * 24 * 3600, strict=True)
+
+
+class Token(Reply):
+    id: str
+    name: str
+    role: Role
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+class TokenReply(Token):
+    token: str = Field(description="Shown this once; only its hash is kept")
+
+
+class Event(Reply):
+    id: int
+    at: datetime
+    kind: str = Field(description="Past tense, such as 'rental.activated'")
+    actor: str
+    reason: str
+    owner: str | None
+    rental_id: str | None
+    worker_id: str | None
+    epoch: int | None
+    details: dict[str, Any] = {}
+
+
+class Overdue(Reply):
+    """Something that has been in a state for longer than it should."""
+
+    kind: Literal["worker", "rental", "placement"]
+    id: str
+    name: str = Field(description="The hostname of a worker, the name of a rental")
+    state: str
+    since_s: float = Field(description="Counted from the start of the manager at the earliest")
+    why: str
+    what_to_do: str
+
+
+class RentalName(Reply):
+    id: str
+    name: str
+    owner: str
+
+
+class RestorePlan(Reply):
+    """What restoring a backup would do; `id` accepts it."""
+
+    id: str
+    last_event_at: datetime | None = Field(description="When the last thing happened that the backup knows")
+    rentals: int = Field(description="Living ones in the backup")
+    forgotten: list[RentalName] = Field(description="Living now and unknown to the backup")
+    revived: list[RentalName] = Field(description="Ended since, and living in the backup")
+
+
+class Restoring(Reply):
+    kept_as: str = Field(description="The former database's file, beside the new one")
+
+
+class Status(Reply):
+    version: str
+    brake: str | None = Field(description="Why no silent worker is declared down at present; null when nothing holds")
+    workers: dict[str, int] = Field(description="Number of workers by health")
+    rentals: dict[str, int] = Field(description="Number of living rentals by state")
+    slots: int
+    slots_free: int
+    overdue: list[Overdue] = Field([], description="What has waited too long, why, and what to do")
+
+
+T = TypeVar("T")
+
+
+class Page(Reply, Generic[T]):
+    items: list[T]
+    next: str | None = Field(None, description="Pass it as `after` for the next page; null at the end")
+
+
+class Problem(Reply):
+    """RFC 9457, as application/problem+json. `code` is stable; `detail` says what to do."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    code: str
+    detail: str = ""
+    errors: list[dict[str, Any]] = []

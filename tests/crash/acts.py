@@ -1,0 +1,136 @@
+"""What clients, workers and operators do while the manager may be killed: each a short story that can be told again."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+import asyncssh
+from crash.stage import Stage, eventually
+from support.builders import host_key
+
+HOUR_S = 3600
+
+
+@dataclass(frozen=True)
+class Act:
+    """Crash points count from where it arms the stage: what came before is another act's.
+
+    `workers`: how many have joined before it begins; None: it begins with nothing at all, not even a database.
+    """
+
+    play: Callable[[Stage], Awaitable[None]]
+    expected: Mapping[str, str] = field(default_factory=dict)
+    """The state in which each rental ends, by name."""
+    workers: int | None = 2
+
+
+async def starting(stage: Stage) -> None:
+    """The first start on an empty volume, and workers that call home, each answer being lost in turn."""
+    stage.arm()
+    for agent in [stage.new_agent(), stage.new_agent()]:
+        await stage.until_health(agent, "ready")
+
+
+async def renting(stage: Stage) -> None:
+    """Rent, ask again with the same key, have a key refreshed, wait in the queue, release."""
+    stage.arm()
+    given = host_key(9001)
+    lab = await stage.rent("key-1", name="lab", ssh_public_key=given)
+    again = await stage.rent("key-1", name="lab", ssh_public_key=given)
+    assert again["id"] == lab["id"]
+    made = await stage.rent("key-2", name="made")
+    refreshed = await stage.rent("key-2", name="made")
+    assert refreshed["id"] == made["id"]
+    await stage.until(lambda r: r["state"] == "active", made)
+    await _opens(stage, refreshed)
+    waiting = await stage.rent("key-3", name="waiting", ssh_public_key=given, wait_s=0)
+    await stage.release(lab)
+    await stage.until(lambda r: r["state"] == "active", waiting)
+    await stage.release(made)
+
+
+async def _opens(stage: Stage, rental: dict[str, str]) -> None:
+    """The private key that was told last is the one that opens it."""
+    told = asyncssh.import_private_key(rental["ssh_private_key"]).export_public_key("openssh").decode().strip()
+    holder = stage.holder(await stage.rental(rental))
+    await eventually(lambda: holder.node.accounts[rental["id"]].keys == (told,))
+
+
+async def failing(stage: Stage) -> None:
+    """It cannot be made on one worker: cleaned up there, made on the other."""
+    broken = stage.agents[0]
+    stage.agents[1].node.failure = "no space left on device"
+    broken.node.failure = "no space left on device"
+    stage.arm()
+    lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001), wait_s=0)
+    await stage.until(lambda r: r["epoch"] >= 2, lab)
+    for agent in stage.agents:
+        agent.node.failure = ""
+    await stage.until(lambda r: r["state"] == "active", lab)
+
+
+async def expiring(stage: Stage) -> None:
+    """Its time ends while the manager is away; another's is renewed before."""
+    await stage.rent("key-1", name="short", ssh_public_key=host_key(9001), ttl_s=HOUR_S)
+    long = await stage.rent("key-2", name="long", ssh_public_key=host_key(9002), ttl_s=HOUR_S)
+    stage.arm()
+    reply = await stage.ask("POST", f"/api/rentals/{long['id']}/renew", json={"ttl_s": 48 * HOUR_S})
+    assert reply.status_code == 200, reply.text
+    stage.wall_offset_s = 2.0 * HOUR_S
+    stage.kill()
+    await eventually(lambda: not stage.rows("SELECT * FROM rentals WHERE name = 'short' AND state != 'expired'"))
+
+
+async def migrating(stage: Stage) -> None:
+    """A worker dies with a rental; it is made anew elsewhere; the worker returns, and is cleaned before it is ready."""
+    lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001))
+    dead = stage.holder(await stage.rental(lab))
+    stage.arm()
+    dead.die()
+    await stage.until(lambda r: r["state"] == "active" and r["worker_id"] != dead.worker_id, lab)
+    stage.return_of(dead)
+    await stage.until_health(dead, "ready")
+
+
+async def operating(stage: Stage) -> None:
+    """A token for a client, a worker that is drained and resumed."""
+    stage.arm()
+    created = await stage.ask("POST", "/api/tokens", json={"name": "alice", "role": "client"})
+    token = created.json()["token"]
+    lab = await stage.rent("key-1", token, name="lab", ssh_public_key=host_key(9001))
+    holder = stage.holder(await stage.rental(lab))
+    assert (await stage.ask("POST", f"/api/workers/{holder.worker_id}/drain")).status_code == 200
+    await stage.release(lab)
+    await stage.until_worker(holder, lambda worker: worker["intent"] == "drained")
+    assert (await stage.ask("POST", f"/api/workers/{holder.worker_id}/resume")).status_code == 200
+    await stage.until_health(holder, "ready")
+    revoked = await stage.ask("DELETE", f"/api/tokens/{created.json()['id']}")
+    assert revoked.status_code == 204, revoked.text
+    assert (await stage.ask("GET", "/api/rentals", token)).status_code == 401
+
+
+async def removing(stage: Stage) -> None:
+    """A worker is removed while it is dead, and comes back as a new one with what it still has."""
+    lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001))
+    dead = stage.holder(await stage.rental(lab))
+    dead.die()
+    await stage.until(lambda r: r["state"] == "active" and r["worker_id"] != dead.worker_id, lab)
+    stage.arm()
+    removed = await stage.ask("DELETE", f"/api/workers/{dead.worker_id}")
+    assert removed.status_code in {204, 404}, removed.text
+    former, dead.worker_id = dead.worker_id, ""
+    stage.return_of(dead)
+    await stage.until_health(dead, "ready")
+    assert dead.worker_id != former
+
+
+ACTS = {
+    "starting": Act(starting, workers=None),
+    "renting": Act(renting, {"lab": "released", "made": "released", "waiting": "active"}),
+    "failing": Act(failing, {"lab": "active"}),
+    "expiring": Act(expiring, {"short": "expired", "long": "active"}),
+    "migrating": Act(migrating, {"lab": "active"}),
+    "operating": Act(operating, {"lab": "released"}),
+    "removing": Act(removing, {"lab": "active"}),
+}

@@ -1,0 +1,158 @@
+"""A manager in a process of its own, that asks at each crash point whether it is to die there.
+
+Its own composition root: the store's transactions and the ports are wrapped here, and nothing of it is in the code
+that is shipped. The crash points are not written down anywhere: each commit and each call of a port names itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, event
+
+from orion.manager import app
+from orion.manager.domain.model import Event
+from orion.manager.engine.port import Host, Job, Outcome, Reached
+from orion.manager.settings import Secrets, Settings
+from orion.manager.store.database import Store
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a manager starts with."""
+
+    database: Path
+    stage: Path
+    """The socket of the world outside: workers, and who decides when to die."""
+    port: int
+    settings: Settings
+    secrets: Secrets
+    wall_offset_s: float
+    """How far its wall clock is ahead of this machine's."""
+
+
+def run(order: Order) -> None:
+    """The process: until it is killed."""
+    log = os.open(order.database.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    app.log_as_json()
+    points = Points(order.stage)
+    store = app.open_store(order.settings, lambda url: PointedStore(url, points))
+    engine, reach = RemoteEngine(order.stage, points), RemoteReach(order.stage, points)
+    ports = app.Ports(engine, reach, None, wall=lambda: time.time() + order.wall_offset_s)
+    app.serve(order.settings, order.secrets, store, ports, app.LOOPBACK)
+
+
+class Points:
+    """Reports each crash point as it is reached, and waits for the answer: go on, or die here."""
+
+    def __init__(self, stage: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(stage))
+        self._file = self._socket.makefile("rw")
+        self._one_at_a_time = threading.Lock()
+
+    def reach(self, name: str) -> None:
+        if self.is_last(name):
+            die()
+
+    def is_last(self, name: str) -> bool:
+        with self._one_at_a_time:
+            self._file.write(json.dumps({"point": name}) + "\n")
+            self._file.flush()
+            return bool(json.loads(self._file.readline())["die"])
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class PointedStore(Store):
+    """Each commit is two points: nothing of it is written yet, and it is written but nobody knows."""
+
+    def __init__(self, url: str, points: Points) -> None:
+        super().__init__(url)
+        self._points = points
+
+    def migrate(self) -> None:
+        def about_to_commit(_: Connection) -> None:
+            self._points.reach("before the commit of migrate")
+
+        event.listen(self._engine, "commit", about_to_commit)
+        super().migrate()
+        event.remove(self._engine, "commit", about_to_commit)
+        self._points.reach("after the commit of migrate")
+
+    def _transact(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[Event]]:
+        name = ""
+
+        def and_then(connection: Connection, *args: Any, **kwargs: Any) -> Any:
+            nonlocal name
+            result = function(connection, *args, **kwargs)
+            name = described(function, connection.info["recorded"])
+            self._points.reach(f"before the commit of {name}")
+            return result
+
+        done = super()._transact(and_then, args, kwargs)
+        self._points.reach(f"after the commit of {name}")
+        return done
+
+
+def described(function: Callable[..., Any], recorded: list[Event]) -> str:
+    """A commit by the function that wrote it and what happened in it."""
+    room = function.__module__.rsplit(".", 1)[-1]
+    kinds = ", ".join(event.kind for event in recorded)
+    return f"{room}.{function.__name__}{f' ({kinds})' if kinds else ''}"
+
+
+class RemoteEngine:
+    """Implements `port.Engine` in another process's world. A call is three points: before, under way, answered."""
+
+    def __init__(self, stage: Path, points: Points) -> None:
+        self._stage = stage
+        self._points = points
+
+    async def run(self, job: Job) -> Outcome:
+        self._points.reach(f"before {job.action}")
+        outlives_us = self._points.is_last(f"while {job.action} is under way")
+        answer = await ask(self._stage, {"job": asdict(job), "late": outlives_us}, outlives_us)
+        self._points.reach(f"after {job.action}")
+        return Outcome(**answer)
+
+
+class RemoteReach:
+    """Implements `port.Reach` in another process's world."""
+
+    def __init__(self, stage: Path, points: Points) -> None:
+        self._stage = stage
+        self._points = points
+
+    async def reach(self, host: Host, timeout_s: float) -> Reached:
+        self._points.reach("before reach")
+        answer = await ask(self._stage, {"reach": asdict(host), "timeout_s": timeout_s}, and_die=False)
+        self._points.reach("after reach")
+        return Reached(answer["reached"])
+
+
+async def ask(stage: Path, question: dict[str, Any], and_die: bool) -> dict[str, Any]:
+    """One question to the world outside. `and_die`: when it is on its way, for ever without an answer."""
+    reader, writer = await asyncio.open_unix_connection(stage)
+    try:
+        writer.write(json.dumps(question).encode() + b"\n")
+        await writer.drain()
+        if and_die:
+            die()
+        return dict(json.loads(await reader.readline()))
+    finally:
+        writer.close()

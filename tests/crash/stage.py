@@ -1,0 +1,276 @@
+"""The world around a manager that is killed: workers with their agents, clients that try again, and who restarts it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import socket
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+from crash import manager
+from support.builders import host_key
+from support.house import PROXY_SECRET, Agent
+
+from orion.manager.api.door import SECRET_HEADER
+from orion.manager.app import LOOPBACK
+from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorld
+from orion.manager.engine.port import Action, Host, Job
+from orion.manager.settings import Secrets, Settings
+from orion.manager.store.tokens import make_token
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PATIENCE_S = 40.0
+"""Far more than anything here takes on a busy machine."""
+BEAT_S, PAUSE_S, LATE_S = 0.3, 0.03, 0.3
+CLOCKS = {
+    "heartbeat_s": BEAT_S,
+    "suspect_after_s": 0.4,
+    "freeze_after_s": 0.5,
+    "door_answer_s": 0.4,
+    "freeze_budget_s": 0.01,
+    "takeover_after_s": 0.95,
+    "wake_budget_s": 0.01,
+    "slack_s": 0.01,
+    "brake_max_s": 3.0,
+    "goodbye_after_s": 0.1,
+    "flap_window_s": 0.001,  # a machine that is busy with tests quarantines nobody
+}
+
+
+class Point(NamedTuple):
+    name: str
+    time: int
+    """The first, second, ... time that it is reached."""
+
+
+class RealClock:
+    @property
+    def now(self) -> float:
+        return time.monotonic()
+
+
+class Stage:
+    """One run: a database, a manager on it that is started again whenever it dies, and its world, which lives on."""
+
+    def __init__(self, folder: Path, dies_at: Point | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.database = folder / "orion.db"
+        self.dies_at = dies_at
+        self.reached: Counter[str] = Counter()
+        self.points: list[Point] = []
+        self._armed = False
+        self.exits: list[int] = []
+        self.wall_offset_s = 0.0
+        self.secrets = Secrets(make_token("admin", "admin"), make_token("join", "join"), PROXY_SECRET, "", host_key(1))
+        self.settings = Settings(
+            database_url=f"sqlite:///{self.database}", lock_file=str(folder / "lock"), port=free_port(), **CLOCKS
+        )
+        self.clock = RealClock()
+        self.world = FakeWorld()
+        self.agents: list[Agent] = []
+        headers = {SECRET_HEADER: PROXY_SECRET, "X-Real-IP": "198.51.100.7"}
+        self.http = httpx.AsyncClient(
+            base_url=f"http://{LOOPBACK}:{self.settings.port}", headers=headers, timeout=PATIENCE_S, trust_env=False
+        )
+        self._process: Any = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def killed(self) -> bool:
+        """Whether it died at the point where it was to die."""
+        return self.dies_at is not None and self.dies_at in self.points
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Stage]:
+        server = await asyncio.start_unix_server(self._serve, self.folder / "stage", limit=2**20)
+        self._tasks.append(asyncio.create_task(self._keep_it_running()))
+        try:
+            yield self
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if self._process:
+                self._process.kill()
+                await _end_of(self._process)
+            await self.http.aclose()
+            server.close()
+
+    def arm(self) -> None:
+        """Crash points count from here."""
+        self._armed = True
+
+    def disarm(self) -> None:
+        self._armed = False
+
+    # The manager's process
+
+    async def _keep_it_running(self) -> None:
+        while True:
+            where = (self.database, self.folder / "stage", self.settings.port)
+            order = manager.Order(*where, self.settings, self.secrets, self.wall_offset_s)
+            self._process = PROCESSES.Process(target=manager.run, args=(order,), daemon=True)
+            self._process.start()
+            await _end_of(self._process)
+            self.exits.append(self._process.exitcode)
+
+    def kill(self) -> None:
+        """As `docker kill`, at an instant of nobody's choosing."""
+        self._process.kill()
+
+    # What the manager's process asks
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while line := await reader.readline():
+                answer = await self._answer(json.loads(line))
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()
+        writer.close()
+
+    async def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        if "point" in question:
+            return {"die": self._is_last(question["point"])}
+        if "reach" in question:
+            return {"reached": await FakeReach(self.world).reach(_host(question["reach"]), question["timeout_s"])}
+        if question["late"]:
+            await asyncio.sleep(LATE_S)
+        fields = question["job"]
+        kinds = {"action": Action(fields["action"]), "host": _host(fields["host"])}
+        job = Job(**fields | kinds | {"public_keys": tuple(fields["public_keys"])})
+        return vars(await FakeEngine(self.world).run(job))
+
+    def _is_last(self, name: str) -> bool:
+        if not self._armed:
+            return False
+        self.reached[name] += 1
+        point = Point(name, self.reached[name])
+        self.points.append(point)
+        return point == self.dies_at
+
+    # The workers
+
+    def new_agent(self, slots: int = 1) -> Agent:
+        number = len(self.agents) + 1
+        host = Host("", f"172.20.128.{number}", (host_key(100 + number),))
+        agent = Agent(self, self.world.add(host), f"node-{number}", slots)  # type: ignore[arg-type]
+        self.agents.append(agent)
+        self._tasks.append(asyncio.create_task(self._call_home(agent)))
+        return agent
+
+    async def _call_home(self, agent: Agent) -> None:
+        """As the worker's own agent: for ever, whatever goes wrong."""
+        while True:
+            pause_s = PAUSE_S
+            if agent.beating:
+                with suppress(httpx.TransportError):
+                    pause_s = await self._call_once(agent)
+            await asyncio.sleep(pause_s)
+
+    async def _call_once(self, agent: Agent) -> float:
+        reply = await (agent.beat(lease_s=CLOCKS["freeze_after_s"]) if agent.session else agent.register())
+        if reply.status_code in {200, 201}:
+            return BEAT_S
+        if not agent.session and agent.token and reply.status_code in {401, 409}:
+            agent.token = None  # our identity is not accepted any more
+        agent.session = ""
+        return PAUSE_S
+
+    def return_of(self, agent: Agent) -> None:
+        """As after a restart of its container: its files as they were, every account locked."""
+        agent.node.come_back()
+        agent.session = ""
+        agent.beating = True
+
+    def holder(self, rental: dict[str, Any]) -> Agent:
+        return next(agent for agent in self.agents if agent.worker_id == rental["worker_id"])
+
+    # The clients: who gets no answer asks again, as the command line does
+
+    async def ask(self, method: str, path: str, token: str = "", **request: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {token or self.secrets.admin_token}"} | request.pop("headers", {})
+        while True:
+            try:
+                return await self.http.request(method, path, headers=headers, **request)
+            except httpx.TransportError:
+                await asyncio.sleep(PAUSE_S)
+
+    async def rent(self, key: str, token: str = "", **body: Any) -> dict[str, Any]:
+        headers = {"Idempotency-Key": key}
+        reply = await self.ask("POST", "/api/rent", token, json={"wait_s": 20} | body, headers=headers)
+        assert reply.status_code in {201, 202}, reply.text
+        return dict(reply.json())
+
+    async def release(self, rental: dict[str, Any]) -> None:
+        reply = await self.ask("DELETE", f"/api/rentals/{rental['id']}?wait_s=20")
+        assert reply.status_code in {200, 202}, reply.text
+
+    async def rental(self, rental: dict[str, Any]) -> dict[str, Any]:
+        return dict((await self.ask("GET", f"/api/rentals/{rental['id']}")).json())
+
+    async def until(self, check: Callable[[dict[str, Any]], bool], rental: dict[str, Any]) -> None:
+        """The rental is as `check` wants it."""
+        while True:
+            if check(await self.rental(rental)):
+                return
+            await asyncio.sleep(PAUSE_S)
+
+    async def until_worker(self, agent: Agent, check: Callable[[dict[str, Any]], bool]) -> None:
+        """The worker is known, and as `check` wants it."""
+        while True:
+            if agent.worker_id:
+                reply = await self.ask("GET", f"/api/workers/{agent.worker_id}")
+                if reply.status_code == 200 and check(reply.json()):
+                    return
+            await asyncio.sleep(PAUSE_S)
+
+    async def until_health(self, agent: Agent, health: str) -> None:
+        await self.until_worker(agent, lambda worker: bool(worker["health"] == health))
+
+    # What is true in the end
+
+    def rows(self, query: str) -> list[dict[str, Any]]:
+        """Of the database's file, as another process sees it."""
+        with closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as connection:
+            connection.row_factory = sqlite3.Row
+            return [dict(row) for row in connection.execute(query)]
+
+    def log(self) -> str:
+        return self.database.with_suffix(".log").read_text()
+
+
+async def _end_of(process: Any) -> None:
+    """Without a thread: two that ask for the status of one process steal it from each other."""
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(process.sentinel, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        asyncio.get_running_loop().remove_reader(process.sentinel)
+    process.join()
+
+
+async def eventually(check: Callable[[], bool]) -> None:
+    while True:
+        if check():
+            return
+        await asyncio.sleep(3 * PAUSE_S)
+
+
+def _host(fields: dict[str, Any]) -> Host:
+    return Host(**fields | {"host_keys": tuple(fields["host_keys"])})
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as listener:
+        listener.bind((LOOPBACK, 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,75 @@
+"""One door: what is published, and what is refused although it comes from inside."""
+
+from __future__ import annotations
+
+import json
+import ssl
+
+import httpx
+import pytest
+from stack import WORKERS, Stack
+
+from orion.client import Orion
+from orion.errors import Untrusted
+
+
+def test_only_the_proxy_publishes_ports(stack: Stack) -> None:
+    containers = stack.containers()
+    assert [one.service for one in containers] == ["manager_app", "manager_proxy", *["worker"] * WORKERS]
+    for container in containers:
+        described = json.loads(stack.docker("inspect", container.id))[0]
+        published = {port for port, where in described["NetworkSettings"]["Ports"].items() if where}
+        assert published == ({"80/tcp", "443/tcp"} if container.service == "manager_proxy" else set())
+        assert described["HostConfig"]["NetworkMode"] == stack.network
+        assert not described["HostConfig"]["Privileged"]
+
+
+def test_the_door_answers_a_health_check(stack: Stack) -> None:
+    reply = httpx.get(f"{stack.url}/healthz", trust_env=False)
+    assert reply.status_code == 200
+    assert reply.json() == {"status": "ok"}
+    assert reply.headers["X-Request-ID"]
+
+
+def test_who_has_no_token_learns_nothing_else(stack: Stack) -> None:
+    for path in ("/api/rentals", "/api/workers", "/api/status", "/api/events", "/api/tokens"):
+        reply = httpx.get(stack.url + path, trust_env=False)
+        assert reply.status_code == 401
+        assert reply.headers["Content-Type"] == "application/problem+json"
+        assert reply.json()["code"] == "unauthorized"
+
+
+def test_the_manager_hangs_up_on_a_worker_that_goes_around_the_door(stack: Stack) -> None:
+    worker = stack.container("worker")
+    address = f"http://{stack.app_address}:5000/healthz"
+    answer = stack.exec(worker.id, "curl", "-sS", "--noproxy", "*", "--max-time", "5", address)
+    assert answer.returncode in {52, 56}, f"neither an empty reply nor a reset: {answer}"
+    assert answer.stdout == ""
+    through = stack.exec(worker.id, "curl", "-sS", "--noproxy", "*", "--max-time", "5", "http://manager_proxy/healthz")
+    assert json.loads(through.stdout) == {"status": "ok"}
+
+
+@pytest.mark.parametrize("header", ["", "X-Orion-Proxy-Secret: guessed\r\n"], ids=["none", "wrong"])
+def test_the_manager_refuses_a_request_without_the_secret_even_from_the_address_of_the_proxy(
+    stack: Stack, header: str
+) -> None:
+    request = f"GET /api/status HTTP/1.0\r\nHost: manager_app\r\n{header}\r\n"
+    script = f"exec 3<>/dev/tcp/{stack.app_address}/5000 && cat >&3 && cat <&3"
+    answer = stack.exec(stack.container("manager_proxy").id, "timeout", "5", "bash", "-c", script, stdin=request)
+    assert " 403 " in answer.stdout.partition("\n")[0], answer
+    assert '"code": "not_through_the_door"' in answer.stdout
+
+
+def test_https_works_with_the_self_made_certificate_and_with_no_other_trust(stack: Stack, orion: Orion) -> None:
+    token = stack.admin_token()
+    certificate = stack.folder / "tls.crt"
+    certificate.write_text(stack.secret("manager_proxy", "/etc/orion-tls/tls.crt") + "\n")
+    with Orion.at(stack.https_url, token, str(certificate)) as trusting:
+        trusting.healthz()
+        assert {one.id for one in trusting.workers()} == {one.id for one in orion.workers()}
+    with Orion.at(stack.https_url, token) as careful, pytest.raises(Untrusted):
+        careful.healthz()
+    context = ssl.create_default_context(cafile=str(certificate))
+    by_another_name = f"https://127.0.0.2:{stack.https_port}/healthz"
+    with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+        httpx.get(by_another_name, verify=context, trust_env=False)

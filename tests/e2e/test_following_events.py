@@ -1,0 +1,97 @@
+"""Events: pages of them, and a live stream that arrives at once through the proxy."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from queue import Queue
+
+import pytest
+from conftest import Rent
+from renter import Renter
+from stack import Stack
+
+from orion.client import Orion
+from orion.wire import Event
+
+AT_ONCE_S = 2.0
+
+
+def test_a_rentals_events_tell_its_whole_life_in_order(stack: Stack, orion: Orion, rent: Rent) -> None:
+    rental = rent("told")
+    orion.release(rental.id, wait_s=30)
+    told = list(orion.events(rental_id=rental.id, limit=2))
+    assert [event.kind for event in told] == [
+        "rental.queued",
+        "rental.placed",
+        "placement.reserved",
+        "placement.preparing",
+        "placement.running",
+        "rental.activated",
+        "rental.release_started",
+        "placement.stopping",
+        "placement.stopped",
+        "placement.purged",
+        "rental.released",
+    ]
+    assert [event.id for event in told] == sorted({event.id for event in told})
+    assert all(event.actor and event.reason and event.owner == "admin" for event in told)
+    assert list(orion.events(rental_id=rental.id, after=told[-1].id)) == []
+
+
+@pytest.fixture
+def arriving(stack: Stack) -> Iterator[Queue[tuple[float, Event]]]:
+    """What the stream brings, with the moment of its arrival."""
+    arrived: Queue[tuple[float, Event]] = Queue()
+    mark = stack.mark()
+
+    def listen() -> None:
+        with stack.connect() as connection:
+            for event in connection.follow_events(after=mark, for_s=15):
+                arrived.put((time.time(), event))
+                if event.kind == "token.revoked":
+                    return
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    yield arrived
+    with stack.connect() as connection:
+        connection.revoke_token(connection.create_token("the-end").id)
+    listener.join(timeout=20)
+    assert not listener.is_alive()
+
+
+def test_the_stream_brings_each_event_at_once(orion: Orion, arriving: Queue[tuple[float, Event]]) -> None:
+    for number in range(3):
+        asked = time.time()
+        orion.create_token(f"streamed-{number}")
+        moment, event = arriving.get(timeout=AT_ONCE_S)
+        assert (event.kind, f"streamed-{number}" in event.reason) == ("token.created", True)
+        assert moment - asked < AT_ONCE_S
+
+
+def test_the_command_follows_events_as_they_happen(stack: Stack, renter: Renter, rent: Rent) -> None:
+    mark = stack.mark()
+    following = renter.following("events", "-f", "--json", "--after", str(mark))
+    try:
+        rental = rent("followed")
+        kinds = []
+        assert following.stdout is not None
+        watchdog = threading.Timer(30, following.kill)
+        watchdog.start()
+        for line in following.stdout:
+            event = json.loads(line)
+            if event["rental_id"] == rental.id:
+                kinds.append(event["kind"])
+            if event["kind"] == "rental.activated":
+                break
+        watchdog.cancel()
+        assert kinds[0] == "rental.queued"
+        assert kinds[-1] == "rental.activated"
+    finally:
+        following.kill()
+        following.communicate()
+    shown = renter.orion("events", "--rental", "followed", "-n", "1").stdout
+    assert "rental.activated" in shown

@@ -1,0 +1,135 @@
+"""What happens to a rental when its worker dies, sleeps, is cut off, or only starts again."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from conftest import Figures, Rent
+from renter import Renter
+from stack import Container, Stack, story
+from waiting import eventually
+
+from orion.client import Orion
+from orion.wire import Event, Rental, RentalState, WorkerHealth
+
+RETURNED_WITHIN_S = 45.0
+
+
+@pytest.fixture
+def rental(stack: Stack, rent: Rent, renter: Renter) -> Rental:
+    """With a file in its home, once nothing that was before can delay what happens to its worker."""
+    rented = rent()
+    renter.inside(rented, "echo precious > kept; nohup sh -c 'while :; do sleep 1; done' >/dev/null 2>&1 &")
+    stack.await_no_brake()
+    return rented
+
+
+def test_a_killed_worker_gives_up_its_rental_and_is_cleaned_when_it_returns(
+    stack: Stack, orion: Orion, rental: Rental, renter: Renter, figures: Figures
+) -> None:
+    dead = stack.container_of(rental.worker_id)
+    mark, began = stack.mark(), time.monotonic()
+    stack.docker("kill", dead.id)
+    stack.await_active(mark, rental, rental.epoch + 1)
+    figures["docker kill to active again"] = f"{time.monotonic() - began:.1f} s"
+    _check_takeover(stack, mark, rental)
+    _check_moved(orion, rental, renter)
+    assert renter.orion("ssh", "-i", str(renter.key), rental.name, "ls -A").stdout == "", "an empty home, no files yet"
+
+    mark = stack.mark()
+    stack.docker("start", dead.id)
+    _check_return(stack, mark, rental, dead)
+    _check_moved(orion, rental, renter)
+
+
+def test_a_worker_that_sleeps_too_long_wakes_up_without_its_rental(
+    stack: Stack, orion: Orion, rental: Rental, renter: Renter
+) -> None:
+    asleep = stack.container_of(rental.worker_id)
+    mark = stack.mark()
+    stack.docker("pause", asleep.id)
+    stack.await_active(mark, rental, rental.epoch + 1)
+    _check_takeover(stack, mark, rental)
+
+    mark = stack.mark()
+    stack.docker("unpause", asleep.id)
+    _check_return(stack, mark, rental, asleep)
+    _check_moved(orion, rental, renter)
+
+
+def test_a_worker_that_was_cut_off_comes_back_without_its_rental(
+    stack: Stack, orion: Orion, rental: Rental, renter: Renter
+) -> None:
+    alone = stack.container_of(rental.worker_id)
+    mark = stack.mark()
+    stack.docker("network", "disconnect", stack.network, alone.id)
+    stack.await_active(mark, rental, rental.epoch + 1)
+    _check_takeover(stack, mark, rental)
+
+    mark = stack.mark()
+    stack.docker("network", "connect", stack.network, alone.id)
+    _check_return(stack, mark, rental, alone)
+    _check_moved(orion, rental, renter)
+
+
+def test_a_worker_that_restarts_quickly_keeps_its_rental_and_its_files(
+    stack: Stack, orion: Orion, rental: Rental, renter: Renter
+) -> None:
+    worker_id = str(rental.worker_id)
+    container = stack.container_of(worker_id)
+    mark = stack.mark()
+    stack.docker("restart", container.id)
+    stack.await_kind(mark, "worker.became_ready", RETURNED_WITHIN_S, worker_id)
+    eventually("its renter is let in again", lambda: renter.gets_in(orion.rental(rental.id)), 10)
+    after = orion.rental(rental.id)
+    assert (after.state, after.worker_id, after.epoch) == (RentalState.ACTIVE, worker_id, rental.epoch)
+    assert renter.inside(after, "cat kept") == "precious"
+    happened = stack.events(mark)
+    assert _kinds(happened, rental_id=rental.id) == [], story(happened)
+    assert "worker.became_down" not in _kinds(happened, worker_id=worker_id)
+
+
+def _check_takeover(stack: Stack, mark: int, rental: Rental) -> None:
+    """The order of events: suspect first, down by its lease, and only then somewhere else."""
+    events = stack.events(mark)
+    of_worker = _kinds(events, worker_id=rental.worker_id)
+    verdicts = [kind for kind in of_worker if kind.startswith("worker.became_")]
+    assert verdicts[-2:] == ["worker.became_suspect", "worker.became_down"], story(events)
+    down = next(event for event in events if event.kind == "worker.became_down")
+    assert "no heartbeat for" in down.reason
+    lost = next(event for event in events if event.kind == "placement.lost")
+    assert (lost.rental_id, lost.worker_id, lost.epoch) == (rental.id, rental.worker_id, rental.epoch)
+    activated = next(event for event in events if event.kind == "rental.activated")
+    assert down.id < lost.id < activated.id
+    assert activated.worker_id != rental.worker_id
+
+
+def _check_moved(orion: Orion, rental: Rental, renter: Renter) -> None:
+    """The same rental for its renter: name, account, key and end; on another worker, whose own host key is pinned."""
+    moved = orion.rental(rental.id)
+    assert (moved.state, moved.epoch) == (RentalState.ACTIVE, rental.epoch + 1)
+    assert moved.worker_id != rental.worker_id
+    assert moved.ssh_host_keys == orion.worker(str(moved.worker_id)).ssh_host_keys != rental.ssh_host_keys
+    assert (moved.name, moved.username, moved.expires_at) == (rental.name, rental.username, rental.expires_at)
+    assert renter.inside(moved, "id -un") == rental.username
+
+
+def _check_return(stack: Stack, mark: int, rental: Rental, container: Container) -> None:
+    """The worker is cleaned of what it had before it is ready: events say so in this order, and nothing is there."""
+    ready = stack.await_kind(mark, "worker.became_ready", RETURNED_WITHIN_S, rental.worker_id)
+    events = stack.events(mark, worker_id=rental.worker_id)
+    purged = [event for event in events if event.kind == "placement.purged"]
+    assert [(event.rental_id, event.epoch) for event in purged] == [(rental.id, rental.epoch)], story(events)
+    assert purged[0].details["report"]["left"] == []
+    assert purged[0].id < ready.id
+    assert stack.exec(container.id, "getent", "passwd", rental.username).returncode == 2
+    assert stack.exec(container.id, "ls", "-A", "/home").stdout == ""
+    with stack.connect() as orion:
+        assert orion.worker(str(rental.worker_id)).health is WorkerHealth.READY
+
+
+def _kinds(events: list[Event], rental_id: str | None = None, worker_id: str | None = None) -> list[str]:
+    return [
+        event.kind for event in events if rental_id in {None, event.rental_id} and worker_id in {None, event.worker_id}
+    ]

@@ -1,0 +1,80 @@
+"""Who may see and end what: tokens made by the admin, each the owner of its own rentals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Rent
+from renter import Renter
+from stack import Stack
+
+from orion.client import Orion
+from orion.errors import Forbidden, NotFound, Unauthorized
+
+
+@pytest.fixture
+def token_file(stack: Stack, renter: Renter, tmp_path: Path) -> Iterator[Path]:
+    """Of a client whose token the command made."""
+    token = tmp_path / "token-of-bob"
+    token.write_text(renter.orion("token", "create", "bob").stdout)
+    yield token
+    for one in renter.orion_json("token", "ls"):
+        if one["name"] == "bob" and one["revoked_at"] is None:
+            renter.orion("token", "revoke", one["id"], "--yes")
+
+
+@pytest.fixture
+def bob(stack: Stack, token_file: Path) -> Iterator[Orion]:
+    with stack.connect(token_file.read_text().strip()) as orion:
+        yield orion
+
+
+def test_a_client_sees_and_ends_only_what_is_its_own(rent: Rent, renter: Renter, bob: Orion) -> None:
+    admins = rent("of-the-admin")
+    own = bob.rent(name="of-bob", ssh_public_key=renter.public_key)
+    assert own.owner == "bob"
+    assert [one.id for one in bob.rentals()] == [own.id]
+    for forbidden in (bob.rental, bob.release, bob.renew):
+        with pytest.raises(NotFound):
+            forbidden(admins.id)
+    assert renter.gets_in(admins)
+    assert {event.rental_id for event in bob.events()} == {own.id}
+
+
+def test_a_client_cannot_open_a_connection_to_a_rental_of_another(
+    stack: Stack, rent: Rent, renter: Renter, token_file: Path
+) -> None:
+    rental = rent("closed")
+    refused = renter.ssh(rental, "true", ORION_URL=stack.url, ORION_TOKEN_FILE=str(token_file))
+    assert refused.returncode == 255
+    assert "there is no such rental" in refused.stderr
+    assert renter.gets_in(rental)
+
+
+def test_two_owners_may_use_the_same_name(rent: Rent, renter: Renter, bob: Orion) -> None:
+    assert rent("common").id != bob.rent(name="common", ssh_public_key=renter.public_key).id
+
+
+def test_a_client_is_no_operator(bob: Orion) -> None:
+    with pytest.raises(Forbidden):
+        list(bob.workers())
+    with pytest.raises(Forbidden):
+        bob.create_token("eve")
+
+
+def test_a_revoked_token_opens_nothing_but_its_rentals_go_on(
+    stack: Stack, orion: Orion, renter: Renter, bob: Orion
+) -> None:
+    own = bob.rent(name="goes-on", ssh_public_key=renter.public_key)
+    renter.orion("token", "revoke", "bob", "--yes")
+    with pytest.raises(Unauthorized) as refusal:
+        list(bob.rentals())
+    assert refusal.value.status == 401
+    assert renter.gets_in(own)
+
+    replaced = renter.orion("token", "create", "bob").stdout.strip()
+    with stack.connect(replaced) as again:
+        assert [one.id for one in again.rentals()] == [own.id], "the owner is the token's name"
+    assert orion.rental(own.id).owner == "bob"

@@ -1,0 +1,77 @@
+"""The pool as an operator sees it: full, draining, and short of a worker that was removed."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import Rent
+from renter import Renter
+from stack import Stack, story
+from waiting import eventually
+
+from orion.client import Orion
+from orion.errors import Conflict
+from orion.wire import Rental, RentalState, WorkerHealth, WorkerIntent
+
+
+@pytest.mark.usefixtures("all_slots")
+def test_a_full_pool_queues_with_an_explanation_and_goes_on_by_itself(
+    stack: Stack, orion: Orion, renter: Renter
+) -> None:
+    rentals = [orion.rent(ssh_public_key=renter.public_key) for _ in range(stack.free_slots())]
+    assert {one.state for one in rentals} == {RentalState.ACTIVE}
+    reply = stack.post("/api/rent", {"name": "patient", "wait_s": 0, "ssh_public_key": renter.public_key})
+    assert reply.status_code == 202
+    queued = orion.rental(Rental.model_validate_json(reply.content).id, state=RentalState.ACTIVE, wait_s=3)
+    assert queued.state is RentalState.QUEUED
+    eventually("it says that all are full", lambda: "of 3 workers, 3 full" in orion.rental(queued.id).explanation, 20)
+    assert "by itself" in orion.rental(queued.id).explanation
+
+    mark = stack.mark()
+    orion.release(rentals[0].id)
+    active = orion.rental(queued.id, state=RentalState.ACTIVE, wait_s=50)
+    assert active.state is RentalState.ACTIVE, story(stack.events(mark))
+    assert active.worker_id == rentals[0].worker_id
+    assert renter.gets_in(active)
+
+
+@pytest.mark.usefixtures("all_slots")
+def test_draining_sends_nothing_new_to_a_worker_until_it_is_resumed(
+    stack: Stack, orion: Orion, rent: Rent, renter: Renter
+) -> None:
+    mark, stays = stack.mark(), rent("stays")
+    drained = str(stays.worker_id)
+    renter.orion("drain", drained)
+    others = [rent() for _ in range(stack.free_slots())]
+    assert drained not in {one.worker_id for one in others}
+    assert renter.gets_in(stays), "what runs there goes on"
+    waiting = orion.rent(name="waiting", ssh_public_key=renter.public_key, wait_s=0)
+
+    orion.release(stays.id, wait_s=30)
+    stack.await_kind(mark, "worker.drained", 10, drained)
+    assert orion.worker(drained).intent is WorkerIntent.DRAINED
+    still = orion.rental(waiting.id, state=RentalState.ACTIVE, wait_s=2)
+    assert still.state is RentalState.QUEUED
+    eventually("it says that one is draining", lambda: "1 draining" in orion.rental(waiting.id).explanation, 20)
+    renter.orion("resume", drained)
+    active = orion.rental(waiting.id, state=RentalState.ACTIVE, wait_s=50)
+    assert (active.state, active.worker_id) == (RentalState.ACTIVE, drained)
+
+
+def test_a_worker_that_holds_a_rental_is_not_removed(orion: Orion, rent: Rent, renter: Renter) -> None:
+    rental = rent()
+    with pytest.raises(Conflict) as refusal:
+        orion.remove_worker(str(rental.worker_id))
+    assert refusal.value.code == "worker_in_use"
+    assert renter.gets_in(rental)
+
+
+def test_a_removed_worker_that_still_runs_comes_back_as_a_new_one(stack: Stack, orion: Orion, renter: Renter) -> None:
+    old = next(one for one in orion.workers() if one.slots_free)
+    renter.orion("remove", old.id, "--yes")
+    assert old.id not in {one.id for one in orion.workers()}
+
+    def returned() -> bool:
+        (again,) = [one for one in orion.workers() if one.hostname == old.hostname] or [None]
+        return again is not None and again.id != old.id and again.health is WorkerHealth.READY
+
+    eventually("it is ready under a new id", returned, 20)

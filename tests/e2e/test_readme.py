@@ -1,0 +1,132 @@
+"""The README's own commands, as they stand in it, against the platform: launch, rental, failure, and the playbooks.
+
+Only what depends on the place is replaced: the address, names that the reader fills in, and Compose (any version, and
+no terminal). What goes on until Ctrl-C is read until the rental has moved.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from subprocess import PIPE
+
+import pytest
+from conftest import Rent
+from renter import Renter
+from stack import Stack
+from support.readme import READMES, ROOT, commands, shell_blocks
+
+from orion.client import Orion
+from orion.wire import RentalState
+
+WITHIN_S = 240
+
+BEFORE = r"""
+set -euo pipefail
+until_moved() {
+    rental=$(orion --json show lab | jq -r .id)
+    grep --max-count=1 --extended-regexp "rental\.activated.*$rental.*epoch.{1,2}2\b" < <(exec 2>/dev/null; "$@")
+}
+"""
+FOLLOWING = ("orion events -f", "ask -N ")
+
+
+@pytest.fixture
+def home(tmp_path: Path, renter: Renter) -> Path:
+    """Of somebody who has a key and the command `orion`, and is logged in."""
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh/id_ed25519.pub").write_text(renter.public_key)
+    (tmp_path / ".config").symlink_to(renter.folder / ".config")
+    command = tmp_path / "bin/orion"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m orion.cli "$@"\n')
+    command.chmod(0o755)
+    return tmp_path
+
+
+class Reader:
+    """Types what a block of the README says, in the repository's folder."""
+
+    def __init__(self, stack: Stack, home: Path) -> None:
+        self._stack = stack
+        self._home = home
+
+    def types(self, block_with: str, **filled_in: str) -> list[str]:
+        """The lines that the one block with this text printed; every command must succeed."""
+        (block,) = (block for block in shell_blocks(READMES[0]) if block_with in block)
+        script = BEFORE + "\n".join(self._here(command, filled_in) for command in commands(block))
+        how = {"cwd": ROOT, "env": self._environment(), "stdin": subprocess.DEVNULL, "start_new_session": True}
+        with subprocess.Popen(["bash", "-c", script], stdout=PIPE, stderr=PIPE, text=True, **how) as shell:
+            try:
+                printed, complaints = shell.communicate(timeout=WITHIN_S)
+            finally:
+                with suppress(ProcessLookupError):  # what follows goes on, although nobody reads it any more
+                    os.killpg(shell.pid, signal.SIGKILL)
+        assert shell.returncode == 0, f"{script}\nended with {shell.returncode}:\n{printed}\n{complaints}"
+        return printed.splitlines()
+
+    def _here(self, command: str, filled_in: Mapping[str, str]) -> str:
+        if command == "make up":
+            return ":"  # it is
+        for there, here in {
+            "http://localhost:8080": self._stack.url,
+            "172.20.0.3": self._stack.app_address,
+            "docker compose exec": "scripts/compose.sh exec -T",
+            **filled_in,
+        }.items():
+            command = command.replace(there, here)
+        return f"until_moved {command}" if command.startswith(FOLLOWING) else command
+
+    def _environment(self) -> dict[str, str]:
+        ours = {
+            name: value for name, value in self._stack.environment().items() if name.startswith(("ORION_", "COMPOSE_"))
+        }
+        path = f"{self._home / 'bin'}:{os.environ['PATH']}"
+        return ours | {"PATH": path, "HOME": str(self._home), "PYTHONPATH": str(ROOT / "src"), "LANG": "C.UTF-8"}
+
+
+@pytest.fixture
+def reader(stack: Stack, home: Path) -> Reader:
+    return Reader(stack, home)
+
+
+@pytest.mark.parametrize("block", ["orion rent --name lab", "$API/rent "], ids=["orion", "curl"])
+def test_the_full_flow_of_the_readme(stack: Stack, orion: Orion, reader: Reader, block: str) -> None:
+    mark, machines = stack.mark(), {one.hostname for one in stack.containers("worker")}
+    stack.await_no_brake()
+    printed = reader.types(block)
+    rented = max(orion.rentals(name="lab", ended=True), key=lambda one: one.created_at)
+    activated = [event for event in stack.events(mark, rented.id) if event.kind == "rental.activated"]
+    assert (rented.state, rented.epoch) == (RentalState.RELEASED, 2)
+    assert len({event.worker_id for event in activated}) == 2
+    first, *others = [line for line in printed if line in machines]
+    assert others, "the machine that was killed and started again was shown"
+    if "orion" in block:  # logged in, killed; logged in elsewhere; started
+        assert [line == first for line in others] == [True, False, True]
+
+
+def test_the_playbooks_of_the_readme(rent: Rent, renter: Renter, reader: Reader) -> None:
+    rental = rent("by-hand")
+    uid = renter.inside(rental, "id -u")
+    printed = reader.types(
+        "ansible-playbook",
+        **{
+            "w-abcd2345": str(rental.worker_id),
+            "byhand2345": rental.id,
+            "199999": uid,
+            "ssh-ed25519 AAAA...": " ".join(renter.public_key.split()[:2]),
+        },
+    )
+    recaps = [line for line in printed if line.startswith(str(rental.worker_id)) and "failed=0" in line]
+    assert len(recaps) == 2
+    assert not renter.gets_in(rental)
+
+
+def test_who_goes_around_the_door_is_refused_as_the_readme_says(reader: Reader) -> None:
+    assert reader.types("echo refused") == ["refused"]

@@ -1,0 +1,74 @@
+"""The pool grows and shrinks under the platform's feet: `up --scale worker=N`."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from conftest import Figures
+from renter import Renter
+from stack import TAKEOVER_S, WORKERS, Container, Stack, story
+
+from orion.client import Orion
+from orion.wire import Rental, RentalState, WorkerHealth
+
+READY_WITHIN_S = 10.0
+
+
+@pytest.mark.usefixtures("all_slots")
+def test_a_new_worker_is_soon_ready_and_one_that_is_taken_away_says_goodbye(
+    stack: Stack, orion: Orion, renter: Renter, figures: Figures
+) -> None:
+    """In one test, because each of the two is the way back from the other."""
+    newcomer = _scale_up(stack, figures)
+    rentals = [orion.rent(ssh_public_key=renter.public_key) for _ in range(WORKERS + 1)]
+    assert {one.state for one in rentals} == {RentalState.ACTIVE}
+    left = orion.find_worker(newcomer.hostname)
+    (moving,) = (one for one in rentals if one.worker_id == left.id)
+    place = next(one for one in rentals if one.worker_id != left.id)
+    orion.release(place.id, wait_s=30)
+
+    mark, began = stack.mark(), time.monotonic()
+    stack.scale(WORKERS)
+    assert newcomer.id not in {one.id for one in stack.containers()}, "Compose takes away the highest number"
+    stack.await_active(mark, moving, moving.epoch + 1)
+    figures["scale-down to active elsewhere"] = f"{time.monotonic() - began:.1f} s"
+    _check_move(stack, mark, left.id, place)
+    moved = orion.rental(moving.id)
+    assert (moved.state, moved.worker_id, moved.username) == (RentalState.ACTIVE, place.worker_id, moving.username)
+    assert renter.gets_in(moved)
+
+    assert orion.worker(left.id).health is WorkerHealth.DOWN
+    renter.orion("remove", left.id, "--yes")
+    assert left.id not in {one.id for one in orion.workers()}
+
+
+def _scale_up(stack: Stack, figures: Figures) -> Container:
+    mark, before = stack.mark(), {one.id for one in stack.containers("worker")}
+    stack.scale(WORKERS + 1)
+    (newcomer,) = (one for one in stack.containers("worker") if one.id not in before)
+    with stack.connect() as orion:
+
+        def registered() -> str:
+            return next((one.id for one in orion.workers() if one.hostname == newcomer.hostname), "")
+
+        ready = stack.await_event(
+            mark,
+            "the new worker is ready",
+            lambda event: event.kind == "worker.became_ready" and event.worker_id == registered(),
+            30,
+        )
+    took_s = (ready.at - newcomer.started_at).total_seconds()
+    figures["start of a new worker's container to ready"] = f"{took_s:.1f} s"
+    assert took_s < READY_WITHIN_S
+    return newcomer
+
+
+def _check_move(stack: Stack, mark: int, left: str, place: Rental) -> None:
+    """It moved because of the goodbye, long before a lease would have ended."""
+    events = stack.events(mark)
+    (down,) = (event for event in events if event.kind == "worker.became_down")
+    assert (down.worker_id, down.reason) == (left, "it said goodbye"), story(events)
+    activated = next(event for event in events if event.kind == "rental.activated")
+    assert activated.worker_id == place.worker_id
+    assert (activated.at - down.at).total_seconds() < TAKEOVER_S

@@ -1,0 +1,95 @@
+"""What the tests of workers stand on: a Docker engine, the worker's image, a network, a small manager, two workers."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from worker_support import (
+    IMAGE,
+    PREFIX,
+    ROOT,
+    Network,
+    SmallManager,
+    Worker,
+    docker,
+    join_directory,
+    make_key,
+    serving,
+    worker,
+)
+
+
+@pytest.fixture(scope="session")
+def worker_image() -> str:
+    engine = subprocess.run(["docker", "version"], capture_output=True, text=True, check=False)
+    if engine.returncode:
+        pytest.fail(f"These tests need a Docker engine, and none answers: {engine.stderr.strip()}", pytrace=False)
+    build = ["docker", "build", "--quiet", "--tag", IMAGE, "--file", "worker/Dockerfile", "."]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.fail(f"The worker's image cannot be built:\n{done.stderr[-3000:]}", pytrace=False)
+    return IMAGE
+
+
+@pytest.fixture(scope="session")
+def folder() -> Iterator[Path]:
+    """Short, because the paths of ssh's control sockets may not be long."""
+    place = Path(tempfile.mkdtemp(prefix="orion-"))
+    yield place
+    shutil.rmtree(place)
+
+
+@pytest.fixture(scope="session")
+def network(worker_image: str) -> Iterator[Network]:
+    prefix = f"10.{20 + secrets.randbelow(100)}.{secrets.randbelow(256)}"
+    made = Network(PREFIX, f"{prefix}.0/24", f"{prefix}.1")
+    docker("network", "create", "--subnet", made.subnet, "--gateway", made.gateway, made.name)
+    yield made
+    docker("network", "rm", made.name)
+
+
+@pytest.fixture(scope="session")
+def join(folder: Path) -> Iterator[Path]:
+    with join_directory(folder) as place:
+        yield place
+
+
+@pytest.fixture(scope="session")
+def shared_manager(network: Network, folder: Path) -> Iterator[SmallManager]:
+    with serving(SmallManager(make_key(folder)), network.gateway) as manager:
+        yield manager
+
+
+@pytest.fixture(scope="session")
+def pair(network: Network, shared_manager: SmallManager, join: Path) -> Iterator[tuple[Worker, Worker]]:
+    """Two neighbours, for the tests that make rentals of their own and do not restart anything."""
+    with (
+        worker(network, shared_manager, join, slots=4) as first,
+        worker(network, shared_manager, join, slots=4) as second,
+    ):
+        first.wait_registered()
+        second.wait_registered()
+        yield first, second
+
+
+@pytest.fixture(scope="session")
+def host(pair: tuple[Worker, Worker]) -> Worker:
+    return pair[0]
+
+
+@pytest.fixture(scope="session")
+def neighbour(pair: tuple[Worker, Worker]) -> Worker:
+    return pair[1]
+
+
+@pytest.fixture
+def manager(network: Network, folder: Path) -> Iterator[SmallManager]:
+    """One for a single test, which may script it."""
+    with serving(SmallManager(make_key(folder)), network.gateway) as made:
+        yield made

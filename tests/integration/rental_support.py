@@ -1,0 +1,85 @@
+"""Rentals on a real worker, for the tests of playbooks and of what holds a renter."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from worker_support import Key, Played, Worker, make_key
+
+_uids = itertools.count(100_000 + secrets.randbelow(10**9))
+"""Far apart from one run to the next: the kernel counts a uid's processes over all containers of a machine."""
+
+
+@dataclass
+class Rental:
+    on: Worker
+    key: Key
+    rental_id: str
+    uid: int
+    epoch: int = 1
+
+    @property
+    def username(self) -> str:
+        return f"r-{self.rental_id}"
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        return {
+            "rental_id": self.rental_id,
+            "username": self.username,
+            "uid": self.uid,
+            "epoch": self.epoch,
+        }
+
+    def create(self, **other: Any) -> Played:
+        return self.on.playbook("create_user", **{**self.variables, "public_keys": [self.key.public], **other})
+
+    def create_quickly(self) -> Rental:
+        """By the worker's program without the playbook around it, where the playbook is not what is tested."""
+        status, report = self.on.rental("create", **self.variables, public_keys=[self.key.public])
+        assert status == 0, report
+        status, report = self.on.rental("unlock", rental_id=self.rental_id, epoch=self.epoch)
+        assert status == 0, report
+        return self
+
+    def delete(self, **other: Any) -> Played:
+        return self.on.playbook("delete_user", **{**self.variables, **other})
+
+    def ssh(self, command: str, text: str = "", *options: str) -> subprocess.CompletedProcess[str]:
+        return self.on.ssh(self.username, self.key, command, text, *options)
+
+    def python(self, program: str) -> str:
+        """What a Python program of the renter prints."""
+        done = self.ssh("python3 -", program)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def lets_in(self, key: Key | None = None) -> bool:
+        done = self.on.ssh(self.username, key or self.key, "id -u")
+        assert done.returncode == 0 or "Permission denied" in done.stderr, done.stderr
+        return done.stdout.strip() == str(self.uid)
+
+    def traces(self) -> str:
+        """What `find`, `ps`, `ipcs` and the account files show of it: an eye that is not the program's own."""
+        script = f"""
+            find / -path /proc -prune -o '(' -uid {self.uid} -o -gid {self.uid} ')' -print
+            ps -eo pid,ruid,euid,args | grep -w {self.uid}
+            grep -rlF {self.username} /etc /run /var
+            cat /proc/sysvipc/* | grep -w {self.uid}
+            ls -d /home/{self.username} /etc/orion/*/{self.username} /var/mail/{self.username}
+        """
+        return self.on.run("sh", "-c", f"({script}) 2>/dev/null | grep -v 'grep -w' || true").strip()
+
+
+def new_rental(on: Worker, folder: Path) -> Rental:
+    name = "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz234567") for _ in range(10))
+    return Rental(on, make_key(folder), name, next(_uids))
+
+
+def placement(rental: Rental, want: str, epoch: int | None = None) -> dict[str, Any]:
+    return {"rental_id": rental.rental_id, "epoch": epoch or rental.epoch, "want": want}

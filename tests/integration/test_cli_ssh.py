@@ -1,0 +1,157 @@
+"""`orion ssh`: the machine's own ssh and sshd, with the platform between them played by a WebSocket server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.scripted_platform import HOST_KEY, ScriptedPlatform, rental
+from websockets.asyncio.server import ServerConnection, serve
+
+from orion.cli.shell import ssh_arguments
+from orion.errors import UnreadableReply
+from orion.wire import Rental
+
+SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+CAN_RUN_SSHD = SSHD is not None and (os.geteuid() != 0 or Path("/run/sshd").is_dir())
+
+
+def arguments(identity: Path | None = None, *command: str, **changes: Any) -> list[str]:
+    return ssh_arguments(Rental.model_validate(rental(**changes)), identity, command)
+
+
+def test_the_host_key_is_pinned_and_checking_is_on() -> None:
+    built = arguments()
+    assert "StrictHostKeyChecking=yes" in built
+    assert "HostKeyAlias=w-aaaa2222" in built
+    assert f"KnownHostsCommand=/bin/echo w-aaaa2222 {HOST_KEY}" in built
+
+
+def test_the_command_comes_after_the_host_and_is_never_an_option_of_ssh() -> None:
+    built = arguments(None, "-oProxyCommand=x", "ls")
+    assert built[-4:] == ["--", "r-abcdefgh23@box.orion", "-oProxyCommand=x", "ls"]
+
+
+def test_a_known_key_is_the_only_one_offered(tmp_path: Path) -> None:
+    built = arguments(tmp_path / "key")
+    assert built[built.index("-i") + 1] == str(tmp_path / "key")
+    assert "IdentitiesOnly=yes" in built
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"username": "-oProxyCommand=x"},
+        {"username": "root"},
+        {"worker_id": "w;reboot"},
+        {"worker_id": "w %h"},
+        {"worker_id": None},
+        {"id": "x y"},
+        {"name": "-oProxyCommand=x"},
+        {"ssh_host_keys": []},
+        {"ssh_host_keys": ["ssh-ed25519 $(reboot)"]},
+        {"ssh_host_keys": [f"{HOST_KEY}\nssh-ed25519 other"]},
+    ],
+)
+def test_nothing_from_the_server_reaches_ssh_that_it_would_obey(change: dict[str, Any]) -> None:
+    with pytest.raises(UnreadableReply):
+        arguments(None, **change)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A machine with nothing but a PATH: no agent, no configuration of a user."""
+    (tmp_path / "token").write_text("orion_client_t1_secret")
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "ORION_TOKEN_FILE": str(tmp_path / "token"),
+    }
+
+
+def orion_ssh(platform: ScriptedPlatform, environment: dict[str, str], *given: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "orion.cli", "ssh", *given]
+    where = {**environment, "ORION_URL": platform.url}
+    return subprocess.run(command, env=where, capture_output=True, text=True, timeout=20, check=False)
+
+
+@pytest.fixture
+def recording_ssh(environment: dict[str, str], tmp_path: Path) -> Path:
+    """In the place of ssh, a program that writes down its arguments and ends with 42."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "ssh"
+    program.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\nsys.exit(42)\n")
+    program.chmod(0o755)
+    environment["PATH"] = f"{folder}:{environment['PATH']}"
+    return program
+
+
+@pytest.mark.usefixtures("recording_ssh")
+def test_it_becomes_ssh_whose_status_is_ours(environment: dict[str, str]) -> None:
+    platform = ScriptedPlatform()
+    platform.answer("GET", "/api/rentals/box", rental(state="migrating"))
+    platform.answer("GET", "/api/rentals/abcdefgh23", rental(worker_id="w-bbbb3333"))
+    done = orion_ssh(platform, environment, "box", "ls", "-l", "--json")
+    platform.stop()
+    assert done.returncode == 42, done.stderr
+    given = json.loads(done.stdout)
+    assert given[-4:] == ["r-abcdefgh23@box.orion", "ls", "-l", "--json"]
+    assert "HostKeyAlias=w-bbbb3333" in given
+
+
+@pytest.mark.skipif(not CAN_RUN_SSHD, reason="needs sshd (openssh-server), and /run/sshd when run as root")
+@pytest.mark.parametrize("pinned", ["its own key", "another key"])
+async def test_only_the_pinned_host_key_is_spoken_to(environment: dict[str, str], tmp_path: Path, pinned: str) -> None:
+    for name in ("host", "other"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)  # noqa: ASYNC221
+    public = tmp_path / ("host.pub" if pinned == "its own key" else "other.pub")
+    found = Rental.model_validate(rental(ssh_host_keys=[public.read_text()]))
+    async with serve(lambda socket: sshd(socket, tmp_path / "host"), "127.0.0.1", 0, compression=None) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        ssh, *options = ssh_arguments(found, None, ["true"])
+        process = await asyncio.create_subprocess_exec(
+            *(ssh, "-F", "none", "-o", "BatchMode=yes", *options),
+            env={**environment, "ORION_URL": url}, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        _out, said = await asyncio.wait_for(process.communicate(), 20)
+    # The user of the rental is unknown to this machine: being refused as a user means that the host was accepted.
+    expected = b"Permission denied" if pinned == "its own key" else b"Host key verification failed"
+    assert expected in said, said.decode()
+    assert process.returncode == 255
+
+
+async def sshd(connection: ServerConnection, host_key: Path) -> None:
+    """One sshd for one connection, as inetd starts it."""
+    ours, its = socket.socketpair()
+    options = ["-i", "-e", "-f", "/dev/null", "-h", str(host_key), "-o", "UsePAM=no"]
+    process = await asyncio.create_subprocess_exec(
+        str(SSHD), *options, stdin=its, stdout=its, stderr=subprocess.DEVNULL
+    )
+    its.close()
+    reader, writer = await asyncio.open_connection(sock=ours)
+
+    async def down() -> None:
+        while data := await reader.read(65536):
+            await connection.send(data)
+        await connection.close()
+
+    downward = asyncio.create_task(down())
+    try:
+        async for message in connection:
+            assert isinstance(message, bytes)
+            writer.write(message)
+    finally:
+        writer.close()
+        downward.cancel()
+        process.kill()
+        await process.wait()

@@ -1,0 +1,293 @@
+"""The relay under ssh: a real process, a real WebSocket server, and a TCP server behind it in the place of sshd."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+Relay = Callable[[ServerConnection], Awaitable[None]]
+TOKEN = "orion_client_t1_secret"
+ALL_BYTES = bytes(range(256))
+
+
+@asynccontextmanager
+async def platform(relay: Relay, context: ssl.SSLContext | None = None) -> AsyncIterator[int]:
+    """A WebSocket server that lets our token in, at the one path of the contract."""
+
+    def admit(connection: ServerConnection, request: Request) -> Response | None:
+        if request.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return refusal(connection, HTTPStatus.UNAUTHORIZED, "the token is unknown")
+        if request.path != "/api/rentals/abcdefgh23/ssh":
+            return refusal(connection, HTTPStatus.NOT_FOUND, "there is no such\x1b[31m rental")
+        return None
+
+    async with serve(
+        relay, "127.0.0.1", 0, process_request=admit, compression=None, close_timeout=0.2, ssl=context
+    ) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+def refusal(connection: ServerConnection, status: HTTPStatus, detail: str) -> Response:
+    body = f'{{"title": "Refused", "status": {status.value}, "code": "some_code", "detail": "{detail}"}}'
+    reply = connection.respond(status, body.replace("\x1b", "\\u001b"))
+    reply.headers["X-Request-ID"] = "req1"
+    return reply
+
+
+async def echo(connection: ServerConnection) -> None:
+    """As the gateway: frames to a TCP connection and back, and the close with it."""
+    server = await asyncio.start_server(_echo_bytes, "127.0.0.1", 0)
+    async with server:
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
+        await asyncio.gather(_to_tcp(connection, writer), _from_tcp(connection, reader))
+
+
+async def _echo_bytes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Echoes; the byte 0xff at the end of what was read ends it, as sshd ends a connection."""
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
+        if data.endswith(b"END\xff"):
+            break
+    writer.close()
+
+
+async def _to_tcp(connection: ServerConnection, writer: asyncio.StreamWriter) -> None:
+    try:
+        async for message in connection:
+            assert isinstance(message, bytes)
+            writer.write(message)
+            await writer.drain()
+    except (ConnectionClosed, ConnectionError):
+        pass
+    writer.close()
+
+
+async def _from_tcp(connection: ServerConnection, reader: asyncio.StreamReader) -> None:
+    while data := await reader.read(65536):
+        await connection.send(data)
+    await connection.close()
+
+
+async def run(
+    port: int, given: bytes, *, rental_id: str = "abcdefgh23", token: str = TOKEN, scheme: str = "http", ca: str = ""
+) -> subprocess.CompletedProcess[bytes]:
+    process = await start(port, rental_id=rental_id, token=token, scheme=scheme, ca=ca)
+    out, err = await asyncio.wait_for(process.communicate(given), 20)
+    return subprocess.CompletedProcess([], process.returncode or 0, out, err)
+
+
+async def start(
+    port: int, *, rental_id: str = "abcdefgh23", token: str = TOKEN, scheme: str = "http", ca: str = ""
+) -> asyncio.subprocess.Process:
+    reading, writing = os.pipe()
+    os.write(writing, token.encode())
+    os.close(writing)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "ORION_URL": f"{scheme}://localhost:{port}",
+        "ORION_TOKEN_FILE": f"/dev/fd/{reading}",
+        "ORION_CA_FILE": ca,
+        # A forward proxy that is not there: this machine is reached without it.
+        "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+    }
+    pipe = subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "orion.connect", rental_id),
+        stdin=pipe, stdout=pipe, stderr=pipe, env=environment, pass_fds=[reading],
+    )  # fmt: skip
+    os.close(reading)
+    return process
+
+
+async def test_bytes_of_every_value_come_back_unchanged() -> None:
+    sent = ALL_BYTES * 8192 + b"END\xff"
+    async with platform(echo) as port:
+        done = await run(port, sent)
+    assert done.stdout == sent
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+async def test_what_comes_after_the_end_of_stdin_is_still_delivered() -> None:
+    async def late(connection: ServerConnection) -> None:
+        request = await connection.recv()
+        for number in range(100):
+            await connection.send(f"{number} {request!r}\n".encode())
+
+    async with platform(late) as port:
+        done = await run(port, b"hello")
+    assert done.stdout.count(b"hello") == 100
+    assert done.returncode == 0
+
+
+async def test_the_end_of_the_other_side_ends_it_though_stdin_is_open() -> None:
+    async def bye(connection: ServerConnection) -> None:
+        await connection.send(b"bye")
+
+    async with platform(bye) as port:
+        process = await start(port)
+        assert process.stdout is not None
+        assert await asyncio.wait_for(process.stdout.read(), 20) == b"bye"
+        assert await process.wait() == 0
+
+
+async def test_the_end_of_the_reader_ends_it() -> None:
+    closed = asyncio.Event()
+
+    async def flood(connection: ServerConnection) -> None:
+        try:
+            while True:
+                await connection.send(b"x" * 65536)
+        except ConnectionClosed:
+            closed.set()
+
+    async with platform(flood) as port:
+        process = await start(port)
+        assert process.stdout is not None
+        await process.stdout.readexactly(1)
+        process.stdout._transport.close()  # type: ignore[attr-defined]
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+        await asyncio.wait_for(closed.wait(), 20)
+
+
+async def test_it_takes_no_more_than_its_reader_takes() -> None:
+    sent = 0
+    stalled = asyncio.Event()
+
+    async def flood(connection: ServerConnection) -> None:
+        nonlocal sent
+        while not stalled.is_set():
+            try:
+                await asyncio.wait_for(connection.send(b"x" * 65536), 0.3)
+                sent += 65536
+            except TimeoutError:
+                stalled.set()
+
+    async with platform(flood) as port:
+        process = await start(port)
+        await asyncio.wait_for(stalled.wait(), 20)
+        process.kill()
+        await process.communicate()
+    assert sent < 32 << 20
+
+
+async def test_it_sends_no_more_than_the_other_side_takes() -> None:
+    released = asyncio.Event()
+
+    async def deaf(_connection: ServerConnection) -> None:
+        await released.wait()
+
+    async with platform(deaf) as port:
+        process = await start(port)
+        assert process.stdin is not None
+        given = 0
+        with suppress(TimeoutError):
+            while given < 32 << 20:
+                process.stdin.write(b"x" * 65536)
+                await asyncio.wait_for(process.stdin.drain(), 0.3)
+                given += 65536
+        process.kill()
+        await process.communicate()
+        released.set()
+    assert given < 32 << 20
+
+
+@pytest.mark.parametrize(
+    ("rental_id", "token", "status", "said"),
+    [
+        ("abcdefgh23", "orion_client_t2_wrong", 4, b"orion: the token is unknown\n"),
+        ("another234", TOKEN, 3, b"orion: there is no such [31m rental\n"),
+    ],
+)
+async def test_a_refusal_is_one_harmless_line(rental_id: str, token: str, status: int, said: bytes) -> None:
+    async with platform(echo) as port:
+        done = await run(port, b"", rental_id=rental_id, token=token)
+    assert (done.returncode, done.stderr) == (status, said)
+    assert done.stdout == b""
+
+
+async def test_a_worker_that_cannot_be_reached_is_said_with_the_servers_words() -> None:
+    async def lost(connection: ServerConnection) -> None:
+        await connection.close(1011, "worker w-aaaa2222 cannot be reached")
+
+    async with platform(lost) as port:
+        done = await run(port, b"")
+    assert (done.returncode, done.stderr) == (1, b"orion: worker w-aaaa2222 cannot be reached\n")
+
+
+async def test_nobody_listening_says_what_to_do() -> None:
+    async with platform(echo) as port:
+        pass
+    done = await run(port, b"")
+    assert done.returncode == 5
+    assert b"connection refused" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+async def test_text_frames_are_not_bytes_of_ssh() -> None:
+    async def chatty(connection: ServerConnection) -> None:
+        await connection.send("hello")
+        await connection.wait_closed()
+
+    async with platform(chatty) as port:
+        done = await run(port, b"")
+    assert (done.stdout, done.returncode) == (b"", 1)
+
+
+@pytest.mark.parametrize("arguments", [[], ["../tokens"]])
+def test_anything_but_one_id_is_wrong_usage(arguments: list[str]) -> None:
+    environment = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "ORION_URL": "http://localhost:1",
+        "ORION_TOKEN_FILE": "/dev/null",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "orion.connect", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in {2, 4}
+    assert done.stderr.startswith("orion: ")
+    assert "Traceback" not in done.stderr
+
+
+async def test_tls_is_verified_and_a_given_certificate_is_enough(tmp_path: Path) -> None:
+    certificate, key = self_signed(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    async with platform(echo, context) as port:
+        trusted = await run(port, b"END\xff", scheme="https", ca=str(certificate))
+        unknown = await run(port, b"END\xff", scheme="https")
+    assert (trusted.stdout, trusted.returncode) == (b"END\xff", 0)
+    assert (unknown.stdout, unknown.returncode) == (b"", 5)
+    assert b"--ca-file" in unknown.stderr
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    certificate, key = folder / "tls.crt", folder / "tls.key"
+    command = ["openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    return certificate, key
+
+
+def test_it_starts_without_the_libraries_of_the_command() -> None:
+    heavy = "{'typer', 'rich', 'pydantic', 'httpx'} & set(sys.modules)"
+    program = f"import sys, orion.connect; assert not {heavy}, {heavy}"
+    subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": os.pathsep.join(sys.path)})

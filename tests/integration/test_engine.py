@@ -1,0 +1,170 @@
+"""The real engine and the real reach keep the contract, on a real worker, with the repository's own playbooks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from engine_contract import OTHER_KEY, Bench, EngineContract, ReachContract, account, assert_done, new_job
+from worker_support import ROOT, Network, SmallManager, Worker, docker, make_key, serving, wait_until, worker
+
+from orion.manager.engine.ansible import AnsibleEngine
+from orion.manager.engine.fake import Account
+from orion.manager.engine.port import Host, Reached
+from orion.manager.engine.reach import SshReach
+
+
+class Process:
+    """The engine's process, as the entrypoint starts it."""
+
+    def __init__(self, directory: Path, private_key: Path) -> None:
+        self.socket = directory / "engine.sock"
+        self.directory = directory
+        self.log = directory / "engine.log"
+        shutil.copy(private_key, directory / "id_ed25519")
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "orion.manager.engine.server", "--socket", self.socket]
+        command += ["--directory", self.directory, "--playbooks", ROOT / "playbooks"]
+        environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(command, env=environment, stderr=log)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+class RealBench(Bench):
+    def __init__(self, on: Worker, process: Process) -> None:
+        self.on = on
+        self.process = process
+        self.host = Host("w-realreal", on.address, on.host_keys)
+        self.engine = AnsibleEngine(process.socket)
+        self.reach = SshReach(on.key.file.read_text())
+
+    async def accounts(self) -> dict[str, Account]:
+        listed = json.loads(await self._run("orion-rental", "inventory"))
+        items = listed["rentals"] if isinstance(listed, dict) else listed
+        return {item["rental_id"]: await self._account(item) for item in items}
+
+    async def _account(self, item: dict[str, str]) -> Account:
+        unlocked = item["state"] == "running"
+        file = f"/etc/orion/{'keys' if unlocked else 'locked'}/{item['username']}"
+        keys = tuple(line.partition(" ")[2] for line in (await self._run("cat", file)).splitlines())
+        return Account(item["username"], int(item["uid"]), int(item["epoch"]), keys, unlocked)
+
+    async def _run(self, *command: str) -> str:
+        return await asyncio.to_thread(self.on.run, *command)
+
+    async def pause(self) -> None:
+        docker("pause", self.on.name)
+
+    async def go_on(self) -> None:
+        docker("unpause", self.on.name)
+
+
+@pytest.fixture(scope="module")
+def calm_manager(network: Network, folder: Path) -> Iterator[SmallManager]:
+    with serving(SmallManager(make_key(folder)), network.gateway) as manager:
+        yield manager
+
+
+@pytest.fixture(scope="module")
+def mine(network: Network, calm_manager: SmallManager, join: Path) -> Iterator[Worker]:
+    """Not one that other tests share: these pause it."""
+    with worker(network, calm_manager, join) as made:
+        made.wait_registered()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def process(folder: Path, calm_manager: SmallManager) -> Iterator[Process]:
+    directory = folder / "engine"
+    directory.mkdir(mode=0o700)
+    process = Process(directory, calm_manager.key.file)
+    yield process
+    process.end()
+
+
+@pytest.fixture
+async def bench(mine: Worker, process: Process) -> AsyncIterator[RealBench]:
+    bench = RealBench(mine, process)
+    yield bench
+    await bench.engine.close()
+
+
+class TestAnsibleEngine(EngineContract):
+    async def test_an_engine_that_is_killed_says_so_and_the_next_job_finds_the_new_one(self, bench: RealBench) -> None:
+        assert_done(await bench.engine.run(new_job(bench.host)))
+        await bench.pause()
+        running = asyncio.create_task(bench.engine.run(new_job(bench.host)))
+        await asyncio.to_thread(wait_until, lambda: children(bench.process.process.pid), "the job runs")
+        bench.process.kill()
+        outcome = await running
+        assert (outcome.ok, outcome.message) == (False, "the engine was restarted")
+        await bench.go_on()
+        bench.process.start()
+        job = new_job(bench.host)
+        assert_done(await bench.engine.run(job))
+        assert (await bench.accounts())[job.rental_id] == account(job)
+
+    async def test_what_the_worker_refuses_has_its_code_in_the_report(self, bench: RealBench) -> None:
+        job = new_job(bench.host, epoch=2)
+        await bench.engine.run(job)
+        outcome = await bench.engine.run(replace(job, epoch=1))
+        assert outcome.report["code"] == "stale_epoch"
+
+    async def test_a_kept_connection_to_a_worker_that_was_restarted_is_no_failure(self, bench: RealBench) -> None:
+        assert_done(await bench.engine.run(new_job(bench.host)))
+        await asyncio.to_thread(docker, "restart", "--time", "10", bench.on.name)
+        await asyncio.to_thread(bench.on.wait_registered)
+        await asyncio.to_thread(wait_until, lambda: answers(bench.host), "its sshd is back")
+        assert_done(await bench.engine.run(new_job(bench.host)))
+
+
+class TestSshReach(ReachContract):
+    async def test_a_worker_that_does_not_know_our_key_is_not_reached(self, bench: RealBench, folder: Path) -> None:
+        stranger = SshReach(make_key(folder).file.read_text())
+        assert await stranger.reach(bench.host, 10) is Reached.NO
+
+    async def test_a_port_that_accepts_and_says_nothing_is_given_up_in_time(self, bench: RealBench) -> None:
+        with closing(socket.create_server(("127.0.0.1", 0))) as mute:
+            silent = replace(bench.host, address="127.0.0.1", port=mute.getsockname()[1])
+            async with asyncio.timeout(2):
+                assert await bench.reach.reach(silent, 0.2) is Reached.NO
+
+    async def test_a_host_key_that_cannot_be_read_reaches_nobody(self, bench: RealBench) -> None:
+        broken = replace(bench.host, host_keys=(OTHER_KEY[:-6],))
+        assert await bench.reach.reach(broken, 10) is Reached.NO
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def answers(host: Host) -> bool:
+    with socket.socket() as caller:
+        caller.settimeout(1)
+        return caller.connect_ex((host.address, host.port)) == 0 and caller.recv(4) == b"SSH-"
+
+
+def test_the_engine_ends_at_sigterm(process: Process) -> None:
+    process.process.send_signal(signal.SIGTERM)
+    assert process.process.wait(20) == 0
+    process.start()

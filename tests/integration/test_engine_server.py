@@ -1,0 +1,281 @@
+"""The engine's process: a real one, whose jobs need no worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_contract import KEY
+
+CHILDREN = 2
+
+
+class Engine:
+    """The process, and a connection to it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.path = directory / "engine.sock"
+        command = [sys.executable, str(Path(__file__).with_name("engine_stub.py")), str(self.path), str(CHILDREN)]
+        self.process = subprocess.Popen(command, env={"PYTHONPATH": os.pathsep.join(sys.path)})
+        wait_until(self.path.exists)
+        self.connection = self.connect()
+
+    def connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(20)
+        wait_until(lambda: connection.connect_ex(str(self.path)) == 0)
+        return connection
+
+    def send(self, line: bytes) -> None:
+        self.connection.sendall(line + b"\n")
+
+    def submit(self, what: str, identifier: str = "1", **changes: Any) -> None:
+        self.send(json.dumps(request(what, identifier) | changes).encode())
+
+    def answer(self) -> dict[str, Any]:
+        line = b""
+        while not line.endswith(b"\n"):
+            part = self.connection.recv(1 if len(line) < 1 else 1 << 16)
+            assert part, "the engine closed the connection"
+            line += part
+        return json.loads(line)
+
+    def gate(self, name: str) -> Path:
+        os.mkfifo(self.directory / name)
+        return self.directory / name
+
+    def catch_up(self) -> None:
+        """When this returns, the engine has acted on everything that was sent before."""
+        for _ in range(2):
+            self.send(b"?")
+            assert not self.answer()["ok"]
+
+    def children(self) -> list[int]:
+        listing = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in listing.split()]
+
+    def forget(self) -> None:
+        """What a test left: its connection, with its jobs, and its FIFOs."""
+        self.connection.close()
+        for left in self.directory.iterdir():
+            if left != self.path:
+                left.unlink()
+
+    def end(self) -> None:
+        self.connection.close()
+        self.process.terminate()  # not killed: it takes its children with it
+        self.process.wait(20)
+
+
+def request(what: str, identifier: str = "1") -> dict[str, Any]:
+    return {
+        "id": identifier,
+        "action": "create_user",
+        "host": {"worker_id": "w-abcdefgh", "address": "192.0.2.7", "port": 22, "host_keys": [KEY]},
+        "vars": {"rental_id": what, "username": "r-abcdefghij", "uid": 100_000, "epoch": 7, "public_keys": []},
+        "deadline_s": 30,
+    }
+
+
+def wait_until(reached: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not reached():
+        assert time.monotonic() < deadline, "it did not come to pass within 20 s"
+        os.sched_yield()
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def family(engine: Engine) -> list[int]:
+    """The three processes of a job 'family', once all are there. They write to a FIFO, so reading waits for them."""
+    with (engine.directory / "family").open() as pipe:
+        pids = [int(pid) for pid in pipe.read().split()]
+    while len(pids) < 3:
+        with (engine.directory / "family").open() as pipe:
+            pids += [int(pid) for pid in pipe.read().split()]
+    return pids
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    running = Engine(tmp_path_factory.mktemp("engine"))
+    try:
+        yield running
+    finally:
+        running.end()
+
+
+@pytest.fixture
+def engine(process: Engine) -> Iterator[Engine]:
+    """One process for all tests, a connection for each: that it goes on after each of them is a test as well."""
+    assert process.process.poll() is None
+    process.connection = process.connect()
+    try:
+        yield process
+    finally:
+        process.forget()
+
+
+def test_a_job_is_answered_under_its_own_id(engine: Engine) -> None:
+    engine.submit("quick", "job-9")
+    answer = engine.answer()
+    assert (answer["id"], answer["ok"], answer["report"]["epoch"]) == ("job-9", True, 7)
+
+
+def test_the_worker_is_told_to_refuse_the_job_after_its_deadline(engine: Engine) -> None:
+    before = time.time()
+    engine.submit("quick", deadline_s=50)
+    assert before + 49 <= engine.answer()["report"]["refused_after"] <= time.time() + 50
+
+
+def test_the_socket_is_for_its_owner_and_its_group(engine: Engine) -> None:
+    assert engine.path.stat().st_mode & 0o777 == 0o660
+
+
+def test_only_so_many_jobs_run_at_once_and_the_rest_follow_in_order(engine: Engine) -> None:
+    gates = {name: engine.gate(name) for name in ("wait1", "wait2", "wait3", "wait4")}
+    for name in gates:
+        engine.submit(name, name)
+    engine.catch_up()
+    assert len(engine.children()) == CHILDREN
+    for name in ("wait2", "wait1", "wait3", "wait4"):  # 3 can be let through only if 2 made room for it
+        gates[name].write_text(name)
+        assert engine.answer()["report"]["gate"] == name
+
+
+def test_a_late_job_is_killed_with_all_that_it_started(engine: Engine) -> None:
+    engine.gate("family")
+    engine.submit("family", deadline_s=1.5)
+    pids = family(engine)
+    assert not any(gone(pid) for pid in pids)
+    answer = engine.answer()
+    assert (answer["ok"], answer["message"]) == (False, "timed out after 1.5 s")
+    wait_until(lambda: all(gone(pid) for pid in pids))
+
+
+def test_a_job_that_never_gets_its_turn_is_answered_at_its_deadline(engine: Engine) -> None:
+    for name in ("wait1", "wait2"):
+        engine.gate(name)
+        engine.submit(name, name)
+    engine.submit("quick", "late", deadline_s=0.05)
+    answer = engine.answer()
+    assert (answer["id"], answer["message"]) == ("late", "timed out after 0.05 s, waiting for its turn")
+
+
+@pytest.mark.parametrize("what", ["raise", "killed", "huge"])
+def test_a_child_that_fails_answers_as_failed_and_the_engine_goes_on(engine: Engine, what: str) -> None:
+    engine.submit(what)
+    answer = engine.answer()
+    assert (answer["ok"], answer["message"]) == (False, "the engine's process for this job ended without a result")
+    engine.submit("quick")
+    assert engine.answer()["ok"]
+
+
+def test_a_report_larger_than_the_pipe_arrives_whole(engine: Engine) -> None:
+    engine.submit("large")
+    assert len(engine.answer()["report"]["filling"]) == 1 << 19
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"[]", b"null", b"\xff", b'{"id": 5}', b"[" * 100_000])
+def test_what_is_no_request_is_answered_with_an_error_and_the_engine_goes_on(engine: Engine, line: bytes) -> None:
+    engine.send(line)
+    assert not engine.answer()["ok"]
+    engine.submit("quick")
+    assert engine.answer()["ok"]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("action",), "../../etc/evil"),
+        (("action",), "site"),
+        (("deadline_s",), -1),
+        (("deadline_s",), 1e9),
+        (("host", "address"), "-oProxyCommand=id"),
+        (("host", "address"), "localhost"),
+        (("host", "worker_id"), "w-a b"),
+        (("host", "worker_id"), "w-a/../b"),
+        (("host", "port"), 0),
+        (("host", "host_keys"), []),
+        (("host", "host_keys"), ["ssh-ed25519 {{ lookup('pipe','id') }}"]),
+        (("vars", "ansible_ssh_common_args"), "-o StrictHostKeyChecking=no"),
+        (("vars", "target"), "all"),
+        (("vars", "username"), "root"),
+        (("vars", "uid"), 0),
+        (("vars", "rental_id"), "{{ 1 }}"),
+        (("vars", "public_keys"), ['command="id" ' + KEY]),
+    ],
+)
+def test_a_request_beyond_what_is_allowed_is_refused(engine: Engine, place: tuple[str, ...], value: Any) -> None:
+    wrong = request("quick", "job-9")
+    where = wrong
+    for name in place[:-1]:
+        where = where[name]
+    where[place[-1]] = value
+    engine.send(json.dumps(wrong).encode())
+    answer = engine.answer()
+    assert (answer["id"], answer["ok"]) == ("job-9", False)
+    assert answer["message"].startswith("the engine refused the request: " + ".".join(place))
+
+
+def test_an_id_in_work_cannot_be_used_twice(engine: Engine) -> None:
+    engine.gate("wait1")
+    engine.submit("wait1", "same")
+    engine.submit("quick", "same")
+    assert engine.answer()["message"] == "a job with this id is already in work"
+
+
+def test_a_connection_that_closes_takes_its_jobs_with_it(engine: Engine) -> None:
+    engine.gate("family")
+    engine.submit("family")
+    pids = family(engine)
+    engine.connection.close()
+    wait_until(lambda: all(gone(pid) for pid in pids))
+    engine.connection = engine.connect()
+    engine.submit("quick")
+    assert engine.answer()["ok"]
+
+
+def test_two_connections_do_not_hear_each_other(engine: Engine) -> None:
+    gate = engine.gate("wait1")
+    engine.submit("wait1", "1")
+    other = engine.connect()
+    other.sendall(json.dumps(request("quick", "1")).encode() + b"\n")
+    assert json.loads(other.recv(1 << 16))["report"]["epoch"] == 7
+    other.close()
+    gate.write_text("mine")
+    assert engine.answer()["report"]["gate"] == "mine"
+
+
+def test_a_request_without_end_ends_its_connection_alone(engine: Engine) -> None:
+    flood = engine.connect()
+    with pytest.raises(OSError, match=r"reset|Broken pipe"):
+        flood.sendall(b"x" * (64 << 20))
+    engine.submit("quick")
+    assert engine.answer()["ok"]
+
+
+def test_sigterm_kills_what_runs_and_ends_well(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    engine.gate("family")
+    engine.submit("family")
+    pids = family(engine)
+    engine.process.send_signal(signal.SIGTERM)
+    assert engine.process.wait(20) == 0
+    wait_until(lambda: all(gone(pid) for pid in pids))
+    assert not engine.path.exists()

@@ -1,0 +1,288 @@
+"""The start of the manager's container: secrets whole or not at all, children that are not root, one orderly end."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "manager_app" / "entrypoint.py"
+
+MANAGER = 1_900_000_000 + os.getpid()
+ENGINE = MANAGER + 4_194_304
+"""Nobody's on this machine. The supervisor kills all that runs under the engine's uid, and outside of a container
+that could be somebody else's: the uids of the image are those of every container that runs beside this test."""
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="starting a child under another uid needs root; CI is root")
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("orion_entrypoint", FILE)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+entrypoint = load()
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Any:
+    """All of one's own, so that no right is needed."""
+    me = entrypoint.Account(os.geteuid(), os.getegid())
+    return entrypoint.Places(
+        tmp_path / "data", tmp_path / "join", tmp_path / "proxy", tmp_path / "run", root=me, manager=me, engine=me
+    )
+
+
+def secret_files(places: Any) -> dict[Path, re.Pattern[str]]:
+    token = r"orion_{0}_{0}_[A-Za-z0-9]{{43}}\n"
+    return {
+        places.data / "secrets/admin_token": re.compile(token.format("admin")),
+        places.join / "token": re.compile(token.format("join")),
+        places.proxy / "secret": re.compile(r"[A-Za-z0-9]{43}\n"),
+        places.data / "secrets/ssh_key": re.compile(
+            r"-----BEGIN OPENSSH.*-----END OPENSSH PRIVATE KEY-----\n", re.DOTALL
+        ),
+        places.data / "secrets/ssh_key.pub": re.compile(r"ssh-ed25519 AAAA\S+ orion-manager\n"),
+    }
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_the_first_start_makes_every_secret_for_root_alone(places: Any) -> None:
+    entrypoint.prepare(places)
+    for file, form in secret_files(places).items():
+        assert form.fullmatch(file.read_text()), file
+        assert (mode(file), mode(file.parent)) == (0o600, 0o700)
+
+
+def test_the_manager_is_told_what_the_files_hold(places: Any) -> None:
+    held = entrypoint.prepare(places)
+    assert sorted(held) == ["admin_token", "join_token", "proxy_secret", "ssh_private_key", "ssh_public_key"]
+    assert held["admin_token"] == (places.data / "secrets/admin_token").read_text().strip()
+    assert held["ssh_private_key"] == (places.data / "secrets/ssh_key").read_text()
+
+
+def test_a_second_start_keeps_every_secret(places: Any) -> None:
+    first = entrypoint.prepare(places)
+    assert entrypoint.prepare(places) == first
+
+
+def test_the_engine_gets_its_copy_of_the_key_and_a_place_for_its_socket(places: Any) -> None:
+    held = entrypoint.prepare(places)
+    copy = places.run / "engine" / "id_ed25519"
+    assert copy.read_text() == held["ssh_private_key"]
+    assert (mode(copy), mode(copy.parent), mode(places.run)) == (0o600, 0o700, 0o2750)
+
+
+def test_rights_that_were_widened_are_narrowed_again(places: Any) -> None:
+    entrypoint.prepare(places)
+    for directory in (places.data / "secrets", places.join, places.proxy, places.data / "database"):
+        directory.chmod(0o755)
+    entrypoint.prepare(places)
+    assert {mode(d) for d in (places.data / "secrets", places.join, places.proxy, places.data / "database")} == {0o700}
+
+
+@pytest.mark.parametrize("content", ["", "orion_admin_admin_short", "something precious"])
+def test_a_file_that_holds_something_else_is_not_replaced_and_the_start_is_refused(places: Any, content: str) -> None:
+    entrypoint.prepare(places)
+    token = places.data / "secrets/admin_token"
+    token.write_text(content)
+    with pytest.raises(ValueError, match="admin_token does not hold what it should"):
+        entrypoint.prepare(places)
+    assert token.read_text() == content
+
+
+def test_killed_at_any_instant_each_secret_is_whole_or_missing_and_the_next_start_completes_it(places: Any) -> None:
+    """A child runs the start and dies at its n-th line, for each n until it comes to the end."""
+    key = entrypoint.make_ssh_key()
+    survivors: dict[Path, str] = {}
+    for line in range(1, 2000):
+        ended = die_at(line, lambda: _prepare_with(places, key))
+        for file, form in secret_files(places).items():
+            if file.exists():
+                content = file.read_text()
+                assert form.fullmatch(content), f"{file} after {line} lines"
+                assert survivors.setdefault(file, content) == content
+        if ended:
+            break
+        for directory in (places.data, places.join, places.proxy, places.run) if line % 7 == 0 else ():
+            shutil.rmtree(directory, ignore_errors=True)  # now and then from the very beginning
+            survivors.clear()
+    else:
+        pytest.fail("it never came to its end")
+    assert set(survivors) == set(secret_files(places))
+
+
+def _prepare_with(places: Any, key: str) -> None:
+    """Making a key takes long, and public_half must fit it; both are ssh-keygen's and not interrupted here."""
+    entrypoint.make_ssh_key = lambda: key
+    entrypoint.prepare(places)
+
+
+def die_at(line: int, work: Callable[[], None]) -> bool:
+    """Whether the work came to its end before its n-th line."""
+    pid = os.fork()
+    if pid == 0:
+        left = line
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename != str(FILE):
+                return None
+            left -= event == "line"
+            if left == 0:
+                os._exit(1)
+            return trace
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.settrace(trace)
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+SUPERVISE = f"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from entrypoint import Account, Places, Supervisor
+os.umask(0o077)
+places = Places(run=Path(sys.argv[2]), manager=Account({MANAGER}, {MANAGER}), engine=Account({ENGINE}, {ENGINE}))
+manager, engine = (["sh", "-c", script] for script in sys.argv[3:])
+sys.exit(Supervisor(places, manager, engine, {{"admin_token": "x"}}).run())
+"""
+
+
+class Container:
+    """The supervisor in a process of its own, with shell scripts for children."""
+
+    def __init__(self, directory: Path, manager: str, engine: str = "exec sleep 60") -> None:
+        self.directory = directory
+        arguments = [sys.executable, "-c", SUPERVISE, str(FILE.parent), str(directory), manager, engine]
+        self.process = subprocess.Popen(
+            arguments,
+            cwd=directory,
+            env=os.environ | {"ORION_HEARTBEAT_S": "3", "PASSWORD": "hidden"},
+            stderr=(directory / "log").open("w"),
+        )
+
+    def ended(self) -> int:
+        return self.process.wait(20)
+
+    def read(self, name: str) -> str:
+        """Waits until a child has written a whole line into the file."""
+        deadline = time.monotonic() + 20
+        while not (self.directory / name).exists() or not (self.directory / name).read_text().endswith("\n"):
+            assert time.monotonic() < deadline, name
+            os.sched_yield()
+        return (self.directory / name).read_text()
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[..., Container]]:
+    """Starts containers in a directory that every uid can write to, as pytest's own cannot."""
+    directory = Path(tempfile.mkdtemp())
+    directory.chmod(0o777)
+    started: list[Container] = []
+
+    def start(manager: str, engine: str = "exec sleep 60") -> Container:
+        started.append(Container(directory, manager, engine))
+        return started[-1]
+
+    yield start
+    for container in started:
+        container.process.terminate()
+        container.ended()
+    shutil.rmtree(directory)
+
+
+@needs_root
+def test_it_ends_with_the_status_of_the_manager(run: Any) -> None:
+    assert run("exit 7").ended() == 7
+
+
+@needs_root
+def test_it_ends_with_the_signal_that_ended_the_manager(run: Any) -> None:
+    assert run("kill -9 $$").ended() == 137
+
+
+@needs_root
+def test_the_manager_is_not_root_and_reads_its_secrets_from_a_pipe(run: Any) -> None:
+    container = run("{ id -u; id -G; } > ids; env > environment; cat <&$ORION_SECRETS_FD > secrets")
+    assert container.ended() == 0
+    assert container.read("ids").split() == [str(MANAGER)] * 2
+    assert json.loads((container.directory / "secrets").read_text()) == {"admin_token": "x"}
+    names = {line.partition("=")[0] for line in container.read("environment").splitlines()}
+    assert names - {"PWD", "_", "SHLVL", "OLDPWD"} == {
+        *("HOME", "LANG", "PATH", "PYTHONUNBUFFERED"),
+        *("ORION_HEARTBEAT_S", "ORION_SECRETS_FD"),
+        *(name for name in os.environ if name.startswith("ORION_")),
+    }
+
+
+@needs_root
+def test_the_engine_is_somebody_else_and_gets_neither_secrets_nor_settings(run: Any) -> None:
+    tell = "{ id -u; id -G; } > ids; ls /proc/self/fd > open; env > environment; echo > done; exec sleep 60"
+    container = run("while [ ! -e done ]; do :; done", tell)
+    assert container.ended() == 0
+    assert container.read("ids").split() == [str(ENGINE)] * 2
+    assert set(container.read("open").split()) <= {"0", "1", "2", "3"}  # 3: of the ls itself
+    assert "ORION_HEARTBEAT_S" not in container.read("environment")
+
+
+@needs_root
+def test_an_engine_that_ends_is_started_again_and_that_is_logged(run: Any) -> None:
+    container = run("while [ ! -e twice ]; do :; done", "[ -e once ] && echo > twice; echo > once; exit 3")
+    assert container.ended() == 0
+    assert "the engine ended with 3; starting it again" in container.read("log")
+
+
+@needs_root
+def test_what_an_engine_left_running_is_killed_before_the_next_one_starts(run: Any) -> None:
+    """Its runs leave its session and process group, so the uid is what is left to know them by."""
+    leave = "setsid sh -c 'echo $$ > left; exec sleep 1000' & while [ ! -s left ]; do :; done; kill -9 $$"
+    look = "cat /proc/$(cat left)/status > new; echo >> new; mv new again; exit"
+    engine = f"if [ -e once ]; then {look}; fi; echo > once; {leave}"
+    container = run("while [ ! -e again ]; do :; done", engine)
+    assert container.ended() == 0
+    status = container.read("again")
+    assert status == "\n" or "zombie" in status  # not every process 1 outside of a container reaps at once
+
+
+@needs_root
+def test_sigterm_ends_the_manager_first_and_then_the_engine(run: Any) -> None:
+    wait = "while :; do sleep 0.02; done"
+    manager = f"umask 0; trap 'echo manager >> order; exit 5' TERM; echo > up; {wait}"
+    engine = f"umask 0; trap 'echo engine >> order; exit 0' TERM; echo > ready; {wait}"
+    container = run(manager, engine)
+    for name in ("up", "ready"):
+        container.read(name)
+    container.process.terminate()
+    assert container.ended() == 5
+    assert (container.directory / "order").read_text().split() == ["manager", "engine"]
+
+
+@needs_root
+def test_an_engine_that_does_not_end_is_killed(run: Any) -> None:
+    container = run("while [ ! -e ready ]; do :; done", "trap '' TERM; echo > ready; while :; do sleep 0.02; done")
+    assert container.ended() == 0

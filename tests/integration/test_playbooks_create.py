@@ -1,0 +1,90 @@
+"""create_user.yml on a real worker, seen by real log-ins."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from rental_support import Rental, new_rental
+from worker_support import Worker, make_key
+
+
+@pytest.fixture
+def rental(host: Worker, folder: Path) -> Rental:
+    return new_rental(host, folder)
+
+
+def test_a_created_account_opens_to_its_key_alone_and_a_second_run_changes_nothing(
+    rental: Rental, folder: Path
+) -> None:
+    played = rental.create()
+    assert played.ok, played.output
+    assert played.changed
+    assert played.last["state"] == "running"
+    assert rental.lets_in()
+    assert not rental.lets_in(make_key(folder))
+    assert rental.ssh("stat -c %a:%u:%g ~").stdout.strip() == f"700:{rental.uid}:{rental.uid}"
+    again = rental.create()
+    assert again.ok, again.output
+    assert not again.changed
+
+
+def test_new_keys_replace_the_old_ones_while_it_runs(rental: Rental, folder: Path) -> None:
+    rental.create_quickly()
+    new = make_key(folder)
+    status, report = rental.on.rental("create", **rental.variables, public_keys=[new.public])
+    assert (status, report["changed"], report["state"]) == (0, True, "running")
+    assert rental.lets_in(new)
+    assert not rental.lets_in()
+
+
+def test_a_created_account_is_locked_until_its_epoch_is_unlocked(rental: Rental) -> None:
+    rental.on.rental("create", **rental.variables, public_keys=[rental.key.public])
+    assert not rental.lets_in()
+    status, report = rental.on.rental("unlock", rental_id=rental.rental_id, epoch=2)
+    assert (status, report["code"]) == (3, "stale_epoch")
+    assert not rental.lets_in()
+    assert rental.on.rental("unlock", rental_id=rental.rental_id, epoch=1)[0] == 0
+    assert rental.lets_in()
+
+
+def test_a_lower_epoch_is_refused_with_its_reason_and_a_higher_one_is_taken(rental: Rental) -> None:
+    rental.epoch = 2
+    rental.create_quickly()
+    late = rental.create(epoch=1)
+    assert not late.ok
+    assert late.last["code"] == "stale_epoch"
+    assert late.last["msg"] == "epoch 1 is older than epoch 2, which was seen here"
+    assert rental.lets_in()
+    rental.epoch = 3
+    rental.create_quickly()
+    assert rental.lets_in()
+
+
+def test_an_order_past_its_deadline_is_refused(rental: Rental) -> None:
+    late = rental.create(deadline=int(time.time()) - 1)
+    assert not late.ok
+    assert late.last["code"] == "deadline_passed"
+    assert rental.traces() == ""
+
+
+def test_a_locked_rental_refuses_its_renter_and_loses_its_processes(rental: Rental) -> None:
+    rental.create_quickly()
+    rental.ssh("setsid sleep 1000 >/dev/null 2>&1 </dev/null &")
+    status, report = rental.on.rental("lock", rental_id=rental.rental_id, epoch=1, kill=True)
+    assert status == 0
+    assert report["killed"] >= 1
+    assert not rental.lets_in()
+    assert str(rental.uid) not in rental.on.run("ps", "-eo", "ruid")
+
+
+def test_a_name_or_number_of_another_rental_is_refused(rental: Rental, folder: Path) -> None:
+    rental.create_quickly()
+    other = new_rental(rental.on, folder)
+    other.uid = rental.uid
+    for command in ("create", "purge"):
+        keys = {"public_keys": [other.key.public]} if command == "create" else {}
+        status, report = rental.on.rental(command, **other.variables, **keys)
+        assert (status, report["code"]) == (3, "conflict")
+    assert rental.lets_in()

@@ -1,0 +1,156 @@
+"""delete_user.yml against a renter who does not want to go."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rental_support import Rental, new_rental
+from worker_support import Worker, docker
+
+LITTER = r"""
+import ctypes, os, socket, subprocess
+home = os.path.expanduser("~")
+libc = ctypes.CDLL(None, use_errno=True)
+for place in ("/tmp", "/var/tmp", "/dev/shm", "/run/lock"):
+    path = f"{place}/of-{os.getuid()}"
+    open(path, "w").write("x")
+    os.chmod(path, 0o4755)
+    os.mkdir(f"{path}.d")
+    open(f"{path}.d/shut", "w").write("x")
+    os.mkfifo(f"{path}.d/pipe")
+    os.symlink("/etc", f"{path}.d/etc")
+    os.symlink("/home", f"{path}.link")
+    os.chmod(f"{path}.d", 0)
+socket.socket(socket.AF_UNIX).bind(f"/tmp/socket-{os.getuid()}")
+os.link(f"/var/tmp/of-{os.getuid()}", "/var/tmp/second-name")
+for number in range(3000):
+    open(f"{home}/name-{number}", "w")
+os.symlink("/etc/passwd", f"{home}/passwd")
+os.chdir(home)
+for _ in range(2500):  # far deeper than a path can be long
+    os.mkdir("d"); os.chdir("d")
+open("bottom", "w").write("x")
+assert libc.shmget(0x1111, 4096, 0o1600) >= 0
+assert libc.semget(0x2222, 1, 0o1600) >= 0
+assert libc.msgget(0x3333, 0o1600) >= 0
+assert libc.mq_open(b"/queue", os.O_CREAT | os.O_RDWR, 0o600, None) >= 0
+subprocess.Popen(["setsid", "sh", "-c", "trap '' TERM HUP INT; while :; do sleep 1; done"],
+    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+"""
+
+RUNNER_AWAY = r"""
+import os, signal, time
+if os.fork():
+    os._exit(0)
+os.setsid()
+for number in (0, 1, 2):
+    os.close(number)
+for _ in range(2):
+    os.fork()
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+while True:  # never the same process twice: the child goes on, the parent ends
+    try:
+        if os.fork():
+            os._exit(0)
+    except OSError:
+        time.sleep(0.001)
+"""
+
+
+@pytest.fixture
+def rental(host: Worker, folder: Path) -> Rental:
+    return new_rental(host, folder)
+
+
+def test_nothing_is_left_of_a_renter_who_hides_and_forks_and_the_neighbour_keeps_all(
+    rental: Rental, folder: Path
+) -> None:
+    rental.create_quickly()
+    neighbour = new_rental(rental.on, folder).create_quickly()
+    neighbour.ssh("setsid sleep 1000 >/dev/null 2>&1 </dev/null & echo kept > ~/file; mkdir -m 777 ~/open; chmod 711 ~")
+    rental.python(LITTER)
+    rental.ssh(f"echo x > /home/{neighbour.username}/open/left; mkdir /home/{neighbour.username}/open/dir")
+    neighbour.ssh("ln /var/tmp/second-name ~/linked")
+    rental.ssh("echo at a terminal", "", "-tt")
+    rental.ssh("python3 - >/dev/null 2>&1", RUNNER_AWAY)
+    assert len(rental.traces().splitlines()) > 20
+
+    played = rental.delete()
+
+    assert played.ok, played.output
+    assert played.last["left"] == []
+    assert played.last["unsearched"] == []
+    assert played.last["killed"] >= 2
+    assert played.last["removed_files"] > 5500
+    assert {"/", "/dev/mqueue", "processes", "System V IPC"} <= set(played.last["looked"])
+    assert rental.traces() == ""
+    assert neighbour.lets_in()
+    assert neighbour.ssh("cat ~/file; ls ~; pgrep -c sleep").stdout.split() == ["kept", "file", "open", "1"]
+
+
+def test_a_purged_epoch_never_comes_back_and_purging_again_is_a_success(rental: Rental) -> None:
+    rental.create_quickly()
+    status, report = rental.on.rental("purge", **rental.variables)
+    assert (status, report["changed"]) == (0, True)
+    again = rental.delete()
+    assert again.ok, again.output
+    assert not again.changed
+    refused = rental.create()
+    assert not refused.ok
+    assert refused.last["code"] == "purged"
+    assert rental.traces() == ""
+    rental.epoch = 2
+    rental.create_quickly()
+    assert rental.lets_in()
+
+
+def test_a_stale_purge_does_not_touch_a_newer_epoch(rental: Rental) -> None:
+    rental.epoch = 5
+    rental.create_quickly()
+    late = rental.delete(epoch=4)
+    assert not late.ok
+    assert late.last["code"] == "stale_epoch"
+    assert rental.lets_in()
+
+
+def test_purging_what_never_was_there_is_a_success(rental: Rental) -> None:
+    played = rental.delete()
+    assert played.ok, played.output
+    assert not played.changed
+    assert played.last["left"] == []
+
+
+def test_what_comes_back_is_reported_and_the_rental_stays_in_the_inventory(rental: Rental) -> None:
+    rental.create_quickly()
+    again = f"touch /tmp/back; chown {rental.uid} /tmp/back"
+    docker("exec", "--detach", rental.on.name, "sh", "-c", f"until test -e /run/enough; do {again}; done")
+    try:
+        played = rental.delete()
+        assert not played.ok
+        assert played.last["left"] == ["file /tmp/back"]
+        assert played.last["code"] == "left_behind"
+        assert rental.rental_id in rental.on.run("orion-rental", "inventory")
+    finally:
+        rental.on.run("touch", "/run/enough")
+    assert rental.on.rental("purge", **rental.variables)[0] == 0
+    assert rental.rental_id not in rental.on.run("orion-rental", "inventory")
+
+
+def test_a_purge_that_was_killed_is_finished_by_the_next(rental: Rental) -> None:
+    rental.create_quickly()
+    rental.python("import os\nfor n in range(20000): open(os.path.expanduser(f'~/{n}'), 'w')")
+    script = f"""
+        echo '{json.dumps(rental.variables)}' | orion-rental purge & purge=$!
+        until grep -qs '"ending": true' /var/lib/orion/rentals/{rental.rental_id}.json; do :; done
+        kill -KILL $purge
+    """
+    rental.on.run("sh", "-c", script)
+    status, report = rental.on.rental("create", **rental.variables, public_keys=[rental.key.public])
+    assert (status, report["code"]) == (3, "purge_unfinished")
+    assert rental.rental_id in rental.on.run("orion-rental", "inventory")
+    status, report = rental.on.rental("purge", **rental.variables)
+    assert (status, report["left"]) == (0, [])
+    assert rental.traces() == ""

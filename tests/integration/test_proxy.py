@@ -1,0 +1,409 @@
+"""The one door, for real: Nginx from docker-compose.yml, asked from outside through its published ports."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from proxy_support import SECRET, Manager, Proxy, proxy, wait_until
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+HEARTBEAT, REGISTER, RENT, REST = "/api/heartbeat", "/api/register", "/api/rent", "/api/rentals"
+
+
+def token(number: int = 1, role: str = "client") -> str:
+    return f"orion_{role}_t-{number}_{number:043d}"
+
+
+def bearer(number: int = 1, role: str = "client") -> dict[str, str]:
+    return {"Authorization": f"Bearer {token(number, role)}"}
+
+
+@pytest.fixture(scope="module")
+def door() -> Iterator[Proxy]:
+    with proxy(app_host=1) as running:
+        wait_until(lambda: "waiting for /run/orion-proxy/secret" in running.logs(), "the proxy says what it waits for")
+        assert not running.answers()
+        running.give_secret()
+        wait_until(running.answers, "the proxy answers")
+        yield running
+
+
+@pytest.fixture(scope="module")
+def manager(door: Proxy) -> Iterator[Manager]:
+    running = Manager(door.app_address)
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def client(door: Proxy, manager: Manager) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=door.url, trust_env=False, timeout=30) as client:
+        yield client
+
+
+def headers_at_manager(reply: httpx.Response) -> dict[str, str]:
+    pairs = reply.json()["headers"]
+    assert len(pairs) == len(dict(pairs)), f"a header came twice: {pairs}"
+    return dict(pairs)
+
+
+def assert_problem(reply: httpx.Response, status: int, code: str) -> None:
+    assert reply.status_code == status
+    assert reply.headers["content-type"] == "application/problem+json"
+    problem = reply.json()
+    assert (problem["status"], problem["code"]) == (status, code)
+    assert problem["title"]
+    assert problem["detail"]
+    assert len(reply.headers["x-request-id"]) == 32
+
+
+# What reaches the manager
+
+
+def test_the_manager_is_told_the_secret_the_peer_and_the_request(client: httpx.Client, door: Proxy) -> None:
+    reply = client.get(f"{REST}?name=a", headers=bearer())
+    seen = headers_at_manager(reply)
+    assert seen["x-orion-proxy-secret"] == SECRET
+    assert seen["x-real-ip"] == f"{door.network}.1"
+    assert seen["authorization"] == bearer()["Authorization"]
+    assert seen["x-request-id"] == reply.headers["x-request-id"]
+    assert reply.json()["query"] == "name=a"
+
+
+def test_what_only_the_proxy_may_say_cannot_be_sent_by_a_client(client: httpx.Client, door: Proxy) -> None:
+    forged = {
+        "X-Orion-Proxy-Secret": "guess",
+        "X_Orion_Proxy_Secret": "guess",
+        "X-Orion-Manager": "unreachable",
+        "X-Orion-Anything": "guess",
+        "X-Real-IP": "6.6.6.6",
+        "X-Forwarded-For": "6.6.6.6",
+        "X-Request-ID": "chosen",
+        "Forwarded": "for=6.6.6.6",
+    }
+    seen = headers_at_manager(client.get(REST, headers=forged))
+    assert seen["x-orion-proxy-secret"] == SECRET
+    assert seen["x-real-ip"] == f"{door.network}.1"
+    assert "6.6.6.6" not in str(seen)
+    assert "guess" not in str(seen)
+    assert "chosen" not in str(seen)
+    assert "x-orion-manager" not in seen
+
+
+def test_the_headers_of_the_contract_pass(client: httpx.Client) -> None:
+    sent = {
+        "Idempotency-Key": "k1",
+        "Last-Event-ID": "7",
+        "Content-Type": "application/json",
+        "Accept": "application/json",
+    }
+    seen = headers_at_manager(client.post(RENT, content=b"{}", headers=sent))
+    assert {name: seen[name.lower()] for name in sent} == sent
+    assert seen["content-length"] == "2"
+
+
+def test_healthz_passes_and_nothing_outside_the_contract_does(client: httpx.Client) -> None:
+    assert client.get("/healthz").json()["path"] == "/healthz"
+    assert client.get("/").text.startswith("Orion-Sec")
+    assert_problem(client.get("/metrics"), 404, "not_found")
+    assert_problem(client.get("/.git/config"), 404, "not_found")
+
+
+# What goes back
+
+
+def test_replies_carry_the_security_headers_and_no_version(client: httpx.Client) -> None:
+    for path in ("/", REST, "/nothing-here"):
+        headers = client.get(path).headers
+        assert headers["server"] == "nginx"
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize("status", [401, 404, 413, 429, 500, 502, 503, 504])
+def test_an_error_of_the_manager_passes_as_it_is_and_unmarked(client: httpx.Client, status: int) -> None:
+    reply = client.get(f"/api/answer/{status}")
+    assert reply.status_code == status
+    assert reply.json()["path"] == f"/api/answer/{status}"
+    assert "x-orion-manager" not in reply.headers
+    assert reply.headers.get_list("retry-after") == ["77"]
+    assert reply.headers.get_list("x-request-id") != ["forged"]
+
+
+def test_a_manager_that_got_the_request_and_breaks_off_is_not_called_unreachable(client: httpx.Client) -> None:
+    reply = client.post("/api/lost", content=b"{}")
+    assert_problem(reply, 502, "manager_no_answer")
+    assert "x-orion-manager" not in reply.headers
+
+
+# Sizes
+
+
+def test_a_body_over_the_limit_is_refused_as_a_problem(client: httpx.Client) -> None:
+    assert client.post(RENT, content=b"x" * 250_000).json()["size"] == 250_000
+    assert_problem(client.post(RENT, content=b"x" * 270_000), 413, "body_too_large")
+    chunks = iter([b"x" * 100_000] * 3)
+    assert_problem(client.post(RENT, content=chunks), 413, "body_too_large")
+
+
+@pytest.mark.parametrize("path", [REGISTER, HEARTBEAT])
+def test_an_inventory_may_be_larger(client: httpx.Client, path: str) -> None:
+    assert client.post(path, content=b"x" * 1_900_000, headers=bearer(50)).json()["size"] == 1_900_000
+    assert_problem(client.post(path, content=b"x" * 2_200_000, headers=bearer(50)), 413, "body_too_large")
+
+
+def test_long_addresses_and_headers_are_refused_as_problems(client: httpx.Client) -> None:
+    assert client.get(f"{REST}?after={'a' * 3000}").status_code == 200
+    assert_problem(client.get(f"{REST}?after={'a' * 5000}"), 414, "uri_too_long")
+    assert_problem(client.get(REST, headers={"X-Long": "a" * 20_000}), 431, "headers_too_large")
+
+
+def test_a_request_that_is_no_http_is_refused_as_a_problem(door: Proxy, manager: Manager) -> None:
+    with socket.create_connection(("127.0.0.1", door.http_port), timeout=5) as raw:
+        raw.sendall(b"GET /api/rentals HTTP/1.1\r\n\r\n")
+        answer = raw.makefile("rb").read().decode()
+    assert answer.startswith("HTTP/1.1 400 ")
+    assert '"code":"invalid_request"' in answer
+
+
+# Limits
+
+
+def flood(client: httpx.Client, path: str, number: int, headers: dict[str, str]) -> list[httpx.Response]:
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda _: client.post(path, content=b"{}", headers=headers), range(number)))
+
+
+def refused(replies: list[httpx.Response]) -> list[httpx.Response]:
+    return [reply for reply in replies if reply.status_code == 429]
+
+
+# First of its kind: the floods below leave the bucket of this address full.
+def test_forty_workers_behind_one_address_register_at_once(client: httpx.Client) -> None:
+    assert not refused(flood(client, REGISTER, 40, bearer(120, "join")))
+
+
+FLOODS = {REGISTER: 150, HEARTBEAT: 200, RENT: 1200, REST: 2500}
+
+
+@pytest.mark.parametrize("flooded", FLOODS)
+def test_a_flood_of_one_kind_is_refused_and_starves_no_other(client: httpx.Client, flooded: str) -> None:
+    caller = bearer(100 + list(FLOODS).index(flooded))
+    replies = flood(client, flooded, FLOODS[flooded], caller)
+    limited = refused(replies)
+    assert limited, f"{len(replies)} calls to {flooded} passed"
+    assert_problem(limited[0], 429, "rate_limited")
+    assert limited[0].headers["retry-after"] == "1"
+    assert "x-orion-manager" not in limited[0].headers
+    for other in set(FLOODS) - {flooded, REGISTER}:
+        assert client.post(other, headers=caller).status_code == 200, f"{flooded} starved {other}"
+
+
+def test_a_flood_of_anything_else_leaves_registration_alone(client: httpx.Client) -> None:
+    wait_until(lambda: client.post(REGISTER).status_code == 200, "an earlier flood of registrations is over")
+    assert refused(flood(client, HEARTBEAT, 200, bearer(110)))
+    assert client.post(REGISTER).status_code == 200
+
+
+@pytest.mark.parametrize("path", [HEARTBEAT, RENT])
+def test_one_token_over_its_limit_costs_its_neighbour_at_the_same_address_nothing(
+    client: httpx.Client, path: str
+) -> None:
+    assert refused(flood(client, path, FLOODS[path], bearer(200)))
+    assert client.post(path, headers=bearer(201)).status_code == 200
+
+
+def test_heartbeats_of_many_workers_behind_one_address_all_pass(client: httpx.Client) -> None:
+    def beat(number: int) -> int:
+        return client.post(HEARTBEAT, headers=bearer(1000 + number, "worker")).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(beat, range(1500))) == {200}
+
+
+def test_what_is_no_token_is_counted_by_address(client: httpx.Client) -> None:
+    def call(number: int) -> int:
+        return client.post(HEARTBEAT, headers={"Authorization": f"Bearer {number}"}).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        assert 429 in set(pool.map(call, range(200)))
+
+
+# Long connections
+
+
+def websocket_url(door: Proxy, rental: str = "abc", scheme: str = "ws") -> str:
+    port = door.http_port if scheme == "ws" else door.https_port
+    return f"{scheme}://localhost:{port}/api/rentals/{rental}/ssh"
+
+
+def test_a_websocket_passes_both_ways(door: Proxy, client: httpx.Client) -> None:
+    with connect(websocket_url(door), additional_headers=bearer(), proxy=None) as shell:
+        for message in (b"\0\1\2", b"x" * 60_000):
+            shell.send(message)
+            assert shell.recv() == message
+
+
+def test_a_websocket_that_the_manager_refuses_is_refused_in_its_words(door: Proxy, client: httpx.Client) -> None:
+    with pytest.raises(InvalidStatus) as refusal, connect(websocket_url(door, "other"), proxy=None):
+        pass
+    assert refusal.value.response.status_code == 403
+    assert refusal.value.response.body == b"not yours"
+
+
+def test_only_a_websocket_is_an_upgrade(client: httpx.Client) -> None:
+    seen = headers_at_manager(client.get(REST, headers={"Upgrade": "h2c", "Connection": "Upgrade, HTTP2-Settings"}))
+    assert "upgrade" not in seen
+
+
+def test_an_event_arrives_when_it_happens(client: httpx.Client) -> None:
+    with client.stream("GET", "/api/events", headers={"Accept": "text/event-stream"}) as stream:
+        first = next(stream.iter_text())
+    assert first.startswith("id: 1")
+    assert "id: 2" not in first
+
+
+# TLS
+
+
+def certificate(door: Proxy) -> str:
+    return ssl.get_server_certificate(("127.0.0.1", door.https_port))
+
+
+def trusting(pem: str) -> ssl.SSLContext:
+    return ssl.create_default_context(cadata=pem)
+
+
+def test_the_certificate_made_at_first_start_verifies(door: Proxy, client: httpx.Client) -> None:
+    trust = trusting(certificate(door))
+    for host in ("localhost", "127.0.0.1"):
+        reply = httpx.get(f"https://{host}:{door.https_port}{REST}", verify=trust, trust_env=False)
+        assert headers_at_manager(reply)["x-forwarded-proto"] == "https"
+    with connect(websocket_url(door, scheme="wss"), ssl=trust, proxy=None) as shell:
+        shell.send(b"over TLS")
+        assert shell.recv() == b"over TLS"
+
+
+def test_the_certificate_bears_the_names_asked_for(door: Proxy, tmp_path: Path) -> None:
+    pem = tmp_path / "tls.crt"
+    pem.write_text(certificate(door))
+    shown = subprocess.run(
+        ["openssl", "x509", "-in", pem, "-noout", "-text"], capture_output=True, text=True, check=True
+    )
+    for name in ("DNS:localhost", "DNS:lab.example", "IP Address:192.0.2.7", "id-ecPublicKey"):
+        assert name in shown.stdout
+
+
+def test_old_protocols_are_refused(door: Proxy) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=certificate(door))
+    context.set_ciphers("ALL:@SECLEVEL=0")  # else this side would refuse before the proxy is asked
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    with (
+        pytest.raises(ssl.SSLError, match="alert protocol version"),
+        socket.create_connection(("127.0.0.1", door.https_port)) as raw,
+        context.wrap_socket(raw, server_hostname="localhost"),
+    ):
+        pass
+
+
+def test_http_to_the_port_of_https_is_a_problem(door: Proxy, client: httpx.Client) -> None:
+    assert_problem(httpx.get(f"http://127.0.0.1:{door.https_port}{REST}", trust_env=False), 400, "invalid_request")
+
+
+# The container
+
+
+def test_the_log_is_json_with_the_request_id_and_without_secrets(door: Proxy, client: httpx.Client) -> None:
+    secret_query = "token=hush-hush-query"
+    reply = client.get(
+        f"{REST}?{secret_query}", headers={**bearer(300), "Cookie": "hush-hush-cookie", "Referer": "http://hush-hush"}
+    )
+    identity = reply.headers["x-request-id"]
+    wait_until(lambda: any(line["request_id"] == identity for line in door.access_log()), "the log has the request")
+    line = next(line for line in door.access_log() if line["request_id"] == identity)
+    assert (line["method"], line["path"], line["status"], line["client"]) == ("GET", REST, 200, f"{door.network}.1")
+    assert client.get(f"/api/lost?{secret_query}").status_code == 502
+    everything = door.logs()
+    for secret in ("hush-hush", SECRET, token(300)):
+        assert secret not in everything
+
+
+def test_the_secret_is_for_root_alone_and_requests_are_served_by_others(door: Proxy) -> None:
+    assert SECRET in door.exec("cat", "/run/orion-secret.conf").stdout
+    for path in ("/run/orion-secret.conf", "/run/orion-proxy/secret", "/etc/orion-tls/tls.key"):
+        assert door.exec("cat", path, user="www-data").returncode != 0
+    users = door.exec("sh", "-c", "stat -c %U /proc/[0-9]*/").stdout.split()
+    assert users.count("www-data") == 2
+
+
+def test_nothing_of_the_container_can_be_written_and_no_capability_is_left_to_its_workers(door: Proxy) -> None:
+    assert door.exec("touch", "/etc/nginx/nginx.conf").returncode != 0
+    status = door.exec("sh", "-c", "grep -h -E '^(Uid|CapEff|NoNewPrivs)' /proc/[0-9]*/status").stdout.split("\n")
+    workers = [status[i + 1] for i, line in enumerate(status) if line.startswith("Uid:\t33")]
+    assert [line.split()[1].strip("0") for line in workers] == ["", ""]
+    assert "NoNewPrivs:\t0" not in status
+
+
+def test_the_health_check_passes(door: Proxy) -> None:
+    checked = door.exec("healthcheck.sh")
+    assert checked.returncode == 0, checked.stderr
+
+
+# The manager away. These come last: they take it away.
+
+
+def test_while_the_manager_is_away_the_proxy_says_so_and_finds_it_again(door: Proxy, manager: Manager) -> None:
+    manager.stop()
+    for path in (HEARTBEAT, REST, "/healthz"):
+        reply = httpx.post(f"{door.url}{path}", trust_env=False)
+        assert_problem(reply, 502, "manager_unreachable")
+        assert reply.headers["x-orion-manager"] == "unreachable"
+    again = Manager(door.app_address)
+    again.start()
+    assert httpx.get(f"{door.url}{REST}", trust_env=False).status_code == 200
+    again.stop()
+
+
+def test_the_certificate_outlives_a_restart_and_the_proxy_starts_without_the_manager(door: Proxy) -> None:
+    before = certificate(door)
+    door.compose("restart", "--timeout", "5", "manager_proxy")
+    wait_until(door.answers, "the proxy answers again")
+    assert certificate(door) == before
+    assert_problem(httpx.get(f"{door.url}{REST}", trust_env=False), 502, "manager_unreachable")
+
+
+@pytest.fixture
+def own_certificate(tmp_path: Path) -> Path:
+    names = ["-subj", "/CN=own", "-addext", "subjectAltName=DNS:localhost"]
+    files = ["-keyout", tmp_path / "tls.key", "-out", tmp_path / "tls.crt"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names, *files]
+    subprocess.run(command, check=True, capture_output=True)
+    return tmp_path
+
+
+def test_with_nobody_at_the_address_and_a_certificate_of_the_users_own(own_certificate: Path) -> None:
+    with proxy(app_host=77, tls_directory=own_certificate) as lonely:
+        lonely.give_secret()
+        wait_until(lonely.answers, "the proxy answers")
+        assert certificate(lonely) == (own_certificate / "tls.crt").read_text()
+        for _ in range(2):
+            reply = httpx.post(f"{lonely.url}{HEARTBEAT}", trust_env=False)
+            assert reply.status_code in {502, 504}
+            assert_problem(reply, reply.status_code, "manager_unreachable")
+            assert reply.headers["x-orion-manager"] == "unreachable"
+            assert reply.elapsed.total_seconds() < 4

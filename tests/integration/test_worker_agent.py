@@ -1,0 +1,156 @@
+"""The agent in its container, calling a small manager."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+
+import pytest
+from rental_support import Rental, new_rental, placement
+from worker_support import (
+    JOIN_TOKEN,
+    Network,
+    SmallManager,
+    Worker,
+    docker,
+    join_directory,
+    wait_until,
+    worker,
+)
+
+
+def test_a_worker_is_registered_and_reachable_within_seconds_of_its_start(
+    network: Network, manager: SmallManager, join: Path
+) -> None:
+    began = time.monotonic()
+    with worker(network, manager, join, "--env", "ORION_LABELS=zone=a,disk=fast", slots=3) as new:
+        new.wait_registered()
+        assert new.ssh("root", new.key, "echo in").stdout == "in\n"
+        assert time.monotonic() - began < 5
+        call = manager.of("/api/register")[0]
+        assert call.token == JOIN_TOKEN
+        assert call.body["slots"] == 3
+        assert call.body["labels"] == {"zone": "a", "disk": "fast"}
+        assert call.body["inventory"] == []
+        assert call.body["ssh_host_keys"][0].startswith("ssh-ed25519 ")
+        wait_until(
+            lambda: docker("inspect", "-f", "{{.State.Health.Status}}", new.name).strip() == "healthy", "healthy"
+        )
+
+
+def test_heartbeats_come_at_the_interval_that_the_last_reply_told(
+    network: Network, manager: SmallManager, join: Path
+) -> None:
+    manager.interval_s = 0.3
+    with worker(network, manager, join) as new:
+        new.wait_registered()
+        beats = wait_until(lambda: len(manager.of("/api/heartbeat")) > 4 and manager.of("/api/heartbeat"), "5 beats")
+        gaps = [late.at - early.at for early, late in itertools.pairwise(beats)]
+        assert all(0.28 < gap < 0.7 for gap in gaps), gaps
+        assert [beat.body["seq"] for beat in beats] == list(range(1, len(beats) + 1))
+        assert beats[-1].body["load"]["memory_limit_bytes"] == 512 * 2**20
+        assert beats[-1].body["load"]["processes"] > 2
+        manager.interval_s = 2.0
+        time.sleep(0.5)
+        told = time.monotonic()
+        time.sleep(1.2)
+        assert manager.of("/api/heartbeat", after=told) == []
+
+
+def test_a_stale_session_is_registered_again_at_once_with_the_workers_own_token(
+    network: Network, manager: SmallManager, join: Path
+) -> None:
+    with worker(network, manager, join) as new:
+        new.wait_registered()
+        manager.answers.append(("/api/heartbeat", 409, {"code": "stale_session"}))
+        again = wait_until(lambda: manager.of("/api/register")[1:], "it registers again")
+        assert again[0].token.startswith("orion_worker_w-")
+        assert again[0].body["boot_id"] == manager.of("/api/register")[0].body["boot_id"]
+        wait_until(lambda: manager.of("/api/heartbeat", after=again[0].at), "and goes on")
+
+
+def test_a_worker_keeps_its_identity_and_host_key_over_a_restart_and_says_goodbye(
+    network: Network, manager: SmallManager, join: Path, folder: Path
+) -> None:
+    with worker(network, manager, join) as new:
+        new.wait_registered()
+        rental = new_rental(new, folder).create_quickly()
+        rental.ssh("setsid sleep 1000 >/dev/null 2>&1 </dev/null &")
+        host_keys = new.host_keys
+        began = time.monotonic()
+        docker("stop", "--time", "20", new.name)
+        assert time.monotonic() - began < 8
+        assert docker("inspect", "-f", "{{.State.ExitCode}}", new.name).strip() == "0"
+        goodbye = manager.of("/api/heartbeat")[-1].body
+        assert goodbye["leaving"] is True
+        assert [item["state"] for item in goodbye["inventory"]] == ["locked"]
+        assert "ended" in new.log()
+
+        restarted = time.monotonic()
+        docker("start", new.name)
+        new.wait_registered(after=restarted)
+        call = manager.of("/api/register", after=restarted)[0]
+        assert call.token.startswith("orion_worker_w-")
+        assert new.host_keys == host_keys
+        assert call.body["boot_id"] != manager.of("/api/register")[0].body["boot_id"]
+        assert call.body["inventory"][0]["state"] == "locked"
+        assert not rental.lets_in(), "locked until a reply says run"
+        manager.placements = [placement(rental, "run")]
+        wait_until(lambda: _state(new, rental) == "running", "unlocked by a heartbeat's reply")
+        assert rental.lets_in()
+
+
+@pytest.mark.parametrize("want", ["hold", "purge"])
+def test_a_reply_that_says_hold_or_purge_locks_and_another_epoch_says_nothing(
+    network: Network, manager: SmallManager, join: Path, folder: Path, want: str
+) -> None:
+    with worker(network, manager, join) as new:
+        new.wait_registered()
+        rental = new_rental(new, folder)
+        rental.epoch = 2
+        rental.create_quickly()
+        manager.placements = [placement(rental, want, epoch=1)]
+        now = time.monotonic()
+        wait_until(lambda: len(manager.of("/api/heartbeat", after=now)) > 2, "three heartbeats")
+        assert rental.lets_in()
+        manager.placements = [placement(rental, want)]
+        wait_until(lambda: _state(new, rental) == "locked", "locked")
+        assert not rental.lets_in()
+
+
+def test_an_agent_waits_for_the_join_token_and_goes_on_when_it_is_there(
+    network: Network, manager: SmallManager, folder: Path
+) -> None:
+    with join_directory(folder, token=None) as join, worker(network, manager, join) as new:
+        wait_until(lambda: "waiting for the manager to make the join token" in new.log(), "it says so")
+        assert manager.calls == []
+        (join / "token").write_text(JOIN_TOKEN)
+        new.wait_registered()
+
+
+def test_sshd_that_dies_is_started_again(network: Network, manager: SmallManager, join: Path) -> None:
+    with worker(network, manager, join) as new:
+        new.wait_registered()
+        new.run("sh", "-c", "kill -9 $(pgrep -o -x sshd)")
+        wait_until(lambda: "sshd ended with status -9" in new.log(), "one line says so")
+        wait_until(lambda: new.ssh("root", new.key, "echo in").stdout == "in\n", "sshd answers again")
+
+
+def test_a_worker_whose_manager_is_away_asks_again_and_logs_no_secret(
+    network: Network, manager: SmallManager, join: Path
+) -> None:
+    for _ in range(2):
+        manager.answers.append(("/api/register", 502, {"code": "manager_unreachable"}))
+    with worker(network, manager, join) as new:
+        new.wait_registered()
+        log = new.log()
+        assert log.count("registration failed: 502 manager_unreachable") == 2
+        assert "j" * 43 not in log
+        assert "s" * 43 not in log
+
+
+def _state(on: Worker, rental: Rental) -> str:
+    items = json.loads(on.run("orion-rental", "inventory"))["rentals"]
+    return next(item["state"] for item in items if item["rental_id"] == rental.rental_id)

@@ -1,0 +1,279 @@
+"""Real workers in a network of the test's own, a small manager for them to call, real ssh and real playbooks.
+
+The small manager listens on the network's gateway, which the workers take for the app's address: so the test's own
+machine may connect to their sshd, as the app would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from orion.ssh import pinned_host_arguments
+
+ROOT = Path(__file__).parents[2]
+IMAGE = "orion-worker-test"
+PREFIX = f"orion-workertest-{secrets.token_hex(3)}"
+JOIN_TOKEN = f"orion_join_join_{'j' * 43}"
+CAPABILITIES = (
+    *("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "SYS_CHROOT", "KILL", "AUDIT_WRITE"),
+    *("NET_BIND_SERVICE", "NET_ADMIN", "SETPCAP"),
+)
+"""As in docker-compose.yml: test_a_worker_of_the_tests_is_confined_as_in_compose compares them."""
+PIDS_LIMIT = 256
+
+
+def docker(*arguments: str, check: bool = True, timeout_s: float = 120) -> str:
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False, timeout=timeout_s)
+    if check and done.returncode:
+        raise AssertionError(f"docker {' '.join(arguments)}: {done.stderr or done.stdout}")
+    return done.stdout
+
+
+def wait_until(condition: Callable[[], Any], what: str, within_s: float = 15) -> Any:
+    deadline = time.monotonic() + within_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
+        time.sleep(0.05)
+    return found
+
+
+@dataclass
+class Key:
+    """A pair of SSH keys."""
+
+    file: Path
+
+    @property
+    def public(self) -> str:
+        return " ".join(self.file.with_name(f"{self.file.name}.pub").read_text().split()[:2])
+
+
+def make_key(folder: Path) -> Key:
+    file = folder / f"key-{secrets.token_hex(4)}"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(file)], check=True)
+    return Key(file)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request that the small manager received."""
+
+    path: str
+    token: str
+    body: dict[str, Any]
+    at: float
+
+
+@dataclass
+class SmallManager:
+    """Answers as the contract says; `answers` are given first, each once, to calls of its path."""
+
+    key: Key
+    interval_s: float = 0.5
+    placements: list[dict[str, Any]] = field(default_factory=list)
+    answers: deque[tuple[str, int, dict[str, Any]]] = field(default_factory=deque)
+    calls: list[Call] = field(default_factory=list)
+    url: str = ""
+
+    def of(self, path: str, after: float = 0.0) -> list[Call]:
+        return [call for call in self.calls if call.path == path and call.at > after]
+
+    def answer(self, call: Call) -> tuple[int, dict[str, Any]]:
+        self.calls.append(call)
+        if self.answers and self.answers[0][0] == call.path:
+            _, status, body = self.answers.popleft()
+            return status, body
+        if call.path == "/api/heartbeat":
+            return 200, {"lease_s": 75, "next_heartbeat_s": self.interval_s, "placements": self.placements}
+        own = re.fullmatch(r"orion_worker_(w-[a-z2-7]{8})_\w{43}", call.token)
+        if not own and call.token != JOIN_TOKEN:
+            return 401, {"code": "unauthorized"}
+        worker_id = own[1] if own else f"w-{''.join(secrets.choice('abcdefgh') for _ in range(8))}"
+        return 201, {
+            "worker_id": worker_id,
+            "worker_token": f"orion_worker_{worker_id}_{'s' * 43}",
+            "session_id": secrets.token_hex(8),
+            "heartbeat_interval_s": self.interval_s,
+            "lease_s": 75,
+            "authorized_keys": [self.key.public],
+            "placements": self.placements,
+        }
+
+
+@contextmanager
+def serving(manager: SmallManager, address: str) -> Iterator[SmallManager]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            token = self.headers["Authorization"].removeprefix("Bearer ")
+            status, reply = manager.answer(Call(self.path, token, body, time.monotonic()))
+            data = json.dumps(reply).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            """Quiet: `calls` is the record."""
+
+    server = ThreadingHTTPServer((address, 0), Handler)
+    manager.url = f"http://{address}:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield manager
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@dataclass
+class Network:
+    name: str
+    subnet: str
+    gateway: str
+
+
+@dataclass
+class Worker:
+    """A container of the worker's image."""
+
+    name: str
+    manager: SmallManager
+    key: Key
+    address: str = ""
+    host_keys: tuple[str, ...] = ()
+    worker_id: str = "w-test"
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """In the container, as root, with the container's own capabilities."""
+        return docker("exec", self.name, *command, check=check)
+
+    def log(self) -> str:
+        done = subprocess.run(["docker", "logs", self.name], capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    def wait_registered(self, after: float = 0.0, within_s: float = 15) -> None:
+        """Takes address and host key as the manager would: from the registration."""
+        hostname = docker("inspect", "-f", "{{.Config.Hostname}}", self.name).strip()
+
+        def registration() -> Call | None:
+            mine = (c for c in self.manager.of("/api/register", after) if c.body["hostname"] == hostname)
+            return next(mine, None)
+
+        call = wait_until(registration, f"{self.name} registers; its log:\n{self.log()}", within_s)
+        wait_until(lambda: "registered as" in self.log(), "the agent has its identity")
+        self.host_keys = tuple(call.body["ssh_host_keys"])
+        template = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+        self.address = docker("inspect", "-f", template, self.name).strip()
+
+    def ssh_command(self, user: str, key: Key, *options: str) -> list[str]:
+        return [
+            "ssh", "-F", "none", "-i", str(key.file), "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes",
+            "-o", "ConnectTimeout=5", *pinned_host_arguments(self.worker_id, self.host_keys),
+            *options, f"{user}@{self.address}",
+        ]  # fmt: skip
+
+    def ssh(self, user: str, key: Key, command: str, text: str = "", *options: str) -> subprocess.CompletedProcess[str]:
+        arguments = [*self.ssh_command(user, key, *options), command]
+        return subprocess.run(arguments, input=text, capture_output=True, text=True, check=False, timeout=30)
+
+    def rental(self, command: str, **request: Any) -> tuple[int, dict[str, Any]]:
+        """orion-rental as the manager would run it: over ssh, as root."""
+        done = self.ssh("root", self.key, f"orion-rental {command}", json.dumps(request))
+        return done.returncode, json.loads(done.stdout)
+
+    def playbook(self, name: str, **variables: Any) -> Played:
+        return play(self, name, variables)
+
+
+@dataclass(frozen=True)
+class Played:
+    ok: bool
+    results: list[dict[str, Any]]
+    output: str
+
+    @property
+    def changed(self) -> bool:
+        return any(result.get("changed") for result in self.results)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.results[-1]
+
+
+@contextmanager
+def worker(network: Network, manager: SmallManager, join: Path, *options: str, slots: int = 1) -> Iterator[Worker]:
+    name = f"{PREFIX}-{secrets.token_hex(3)}"
+    confinement = [f"--cap-add={capability}" for capability in CAPABILITIES]
+    docker(
+        "run", "--detach", "--name", name, "--network", network.name, "--cap-drop=ALL", *confinement,
+        "--security-opt=no-new-privileges:true",
+        "--sysctl=net.ipv4.ip_unprivileged_port_start=1024", f"--pids-limit={PIDS_LIMIT}", "--memory=512m",
+        "--env", f"ORION_URL={manager.url}", "--env", f"ORION_APP_ADDRESS={network.gateway}",
+        "--env", f"ORION_SUBNET={network.subnet}", "--env", f"ORION_SLOTS={slots}",
+        "--volume", f"{join}:/run/orion-join:ro", *options, IMAGE,
+    )  # fmt: skip
+    try:
+        yield Worker(name, manager, manager.key)
+    finally:
+        docker("rm", "--force", "--volumes", name, check=False)
+
+
+@contextmanager
+def join_directory(folder: Path, token: str | None = JOIN_TOKEN) -> Iterator[Path]:
+    """As the manager makes it: of root, shut to all others."""
+    place = folder / f"join-{secrets.token_hex(4)}"
+    place.mkdir(mode=0o700)
+    if token:
+        (place / "token").write_text(token)
+        (place / "token").chmod(0o600)
+    yield place
+    shutil.rmtree(place)
+
+
+def play(on: Worker, name: str, variables: dict[str, Any]) -> Played:
+    """The playbook as an operator runs it: ansible-playbook, an inventory with the pinned host key."""
+    folder = on.key.file.parent
+    host = {
+        "ansible_host": on.address,
+        "ansible_user": "root",
+        "ansible_ssh_private_key_file": str(on.key.file),
+        "ansible_ssh_common_args": shlex.join(pinned_host_arguments(on.worker_id, on.host_keys)),
+    }
+    inventory = folder / f"inventory-{on.name}.json"
+    inventory.write_text(json.dumps({"workers": {"hosts": {on.worker_id: host}}}))
+    environment = os.environ | {
+        "ANSIBLE_CONFIG": str(ROOT / "playbooks/ansible.cfg"),
+        "ANSIBLE_HOME": str(folder / "ansible"),
+        "ANSIBLE_SSH_CONTROL_PATH_DIR": str(folder / "cp"),
+        "ANSIBLE_CALLBACK_RESULT_FORMAT": "json",
+        "ANSIBLE_NOCOLOR": "1",
+    }
+    program = Path(sys.executable).with_name("ansible-playbook")
+    done = subprocess.run(
+        [program, "-v", "-i", inventory, f"{name}.yml", "-e", json.dumps(variables)],
+        cwd=ROOT / "playbooks", env=environment, capture_output=True, text=True, check=False, timeout=90,
+    )  # fmt: skip
+    return Played(done.returncode == 0, _results(done.stdout), done.stdout + done.stderr)
+
+
+def _results(output: str) -> list[dict[str, Any]]:
+    marks = re.finditer(r"^(?:ok|changed|fatal): \[[^]]*\](?:: \w+!)? => ", output, re.MULTILINE)
+    return [json.JSONDecoder().raw_decode(output, mark.end())[0] for mark in marks]

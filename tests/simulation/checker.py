@@ -1,0 +1,278 @@
+"""What must be true after each step, and what must be true in the end.
+
+Claimed, after each committed step:
+* a step moves rows only along their tables, and carries the event of each move;
+* a rental has at most one placement in LIVE, a slot at most one in HOLDING, no slot lies beyond its worker's, and the
+  epoch of a rental only rises and is that of its live placement;
+* an active rental runs; what has ended holds nothing; what was once active never fails;
+* a rental that was answered with success ends only because its client asked or its time is over, by a wall clock that
+  has not jumped within this life of the manager and the time that it takes to be believed again;
+* no state lasts beyond its deadline. Not counted: time without a manager (a restarted one counts anew) or with a slow
+  disk, workers under a brake, and clean-ups on workers that do not answer or already wait for an operator;
+* a worker is ready only when every placement that it lost is purged;
+* where only the proxy and the manager were away, nobody is declared down and nothing moves.
+
+Claimed, whenever a worker obeys a reply, an account is unlocked or a placement begins to run: no rental runs on two
+workers. It runs where its account is unlocked at an epoch whose placement was running at some time (renters are led
+nowhere else), the container is up and not paused, and the worker has a lease by its own clock. The last is what the
+agent will enforce by freezing; here the model of the worker does. Not claimed: anything about a container in the moment
+in which it wakes from a pause (`wake_budget`), nor about accounts that were unlocked where nobody was ever led.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from orion.manager.domain.expiry import SETTLE_S
+from orion.manager.domain.model import Placement, Rental, Step, Write
+from orion.manager.domain.reconcile import ANSWERING
+from orion.manager.domain.states import TABLES, Health, PlacementState, RentalState
+
+if TYPE_CHECKING:
+    from simulation.agents import Container
+    from simulation.world import Simulation
+
+# Said here again, so that a mistake in the domain's own sets is noticed.
+LIVE = frozenset({"reserved", "preparing", "running"})
+HOLDING = LIVE | {"stopping", "stopped", "failed"}
+ENDED = frozenset({"released", "expired", "failed"})
+
+OVERDUE_AFTER_S = 30.0
+"""Beyond a deadline: some rounds, and the tasks and commits that they wait for."""
+
+_EVENTS: dict[str, dict[str, str]] = {
+    "rental": {
+        "queued": "rental.queued",
+        "provisioning": "rental.placed",
+        "active": "rental.activated",
+        "migrating": "rental.migration_started",
+        "releasing": "rental.release_started",
+        "released": "rental.released",
+        "expired": "rental.expired",
+        "failed": "rental.failed",
+    },
+    "placement": {state: f"placement.{state}" for state in PlacementState},
+    "worker": {health: f"worker.became_{health}" for health in Health},
+}
+_IDS = {"rental": "rental_id", "worker": "worker_id"}
+
+
+class Checker:
+    def __init__(self, sim: Simulation) -> None:
+        self._sim = sim
+        self._let_in: set[tuple[str, int]] = set()
+        self._was_active: set[str] = set()
+        self._ages: dict[tuple[str, str], tuple[str, float]] = {}
+        self.acknowledged: set[str] = set()
+        self.release_asked: set[str] = set()
+        self.jump = (float("-inf"), 0.0)
+        """When the wall clock last jumped, and by how much."""
+
+    # -- after each step -------------------------------------------------------------------------------------
+
+    def committed(self, step: Step, before: dict[tuple[str, str], Any]) -> None:
+        states = {key: _state(row) for key, row in before.items()}
+        for write in step.writes:
+            to = write.change.get("health" if write.kind == "worker" else "state")
+            if to is not None and to != states[write.kind, write.id]:
+                self._moved(step, write, before[write.kind, write.id], states[write.kind, write.id], to)
+                states[write.kind, write.id] = to
+        touched = {w.id for w in step.writes if w.kind == "rental"}
+        touched |= {before["placement", w.id].rental_id for w in step.writes if w.kind == "placement"}
+        touched |= {step.placement.rental_id} if step.placement else set()
+        for rental_id in touched:
+            self._check_rental(rental_id, before.get(("rental", rental_id)))
+        if step.placement:
+            self._check_new(step.placement)
+        self.look_at_copies()
+
+    def _moved(self, step: Step, write: Write, row: Any, source: str, to: str) -> None:
+        sim = self._sim
+        sim.say("ledger", f"{write.kind} {write.id} {source} -> {to}: {_reason(step, write.kind, to)}")
+        if to not in TABLES[write.kind][source].exits:
+            sim.fail("every transition is in its table", f"{write.kind} {write.id} went from {source} to {to}")
+        kind, identity = _EVENTS[write.kind][to], getattr(row, "rental_id", row.id)
+        told = [e for e in step.events if e.kind == kind]
+        if not any(identity == getattr(e, _IDS.get(write.kind, "rental_id")) for e in told):
+            sim.fail("every transition has its event", f"{write.kind} {write.id} went to {to} without {kind}")
+        if write.kind == "placement" and to == PlacementState.RUNNING:
+            self._let_in.add((row.rental_id, row.epoch))
+        if write.kind == "rental":
+            self._rental_moved(step, row, to, write)
+        if to == Health.READY:
+            stale = [p for p in sim.ledger.world.placements.values() if p.worker_id == write.id and p.state == "lost"]
+            if stale:
+                sim.fail("a ready worker holds nothing stale", f"{write.id}: {stale}")
+        if sim.schedule.only_the_door and to in {Health.DOWN, RentalState.MIGRATING}:
+            sim.fail("no stampede", f"only the door was away, and {write.kind} {write.id} became {to}")
+
+    def _rental_moved(self, step: Step, rental: Rental, to: str, write: Write) -> None:
+        if to == RentalState.ACTIVE:
+            self._was_active.add(rental.id)
+        if to == RentalState.FAILED and rental.id in self._was_active:
+            self._sim.fail("no rental is lost", f"{rental.id} was active and failed")
+        if to != RentalState.RELEASING:
+            return
+        if write.change["end"] == "released" and rental.id not in self.release_asked:
+            self._sim.fail("no rental is lost", f"{rental.id} is released, and nobody asked")
+        if write.change["end"] == "expired":
+            self._check_expiry(rental)
+
+    def _check_expiry(self, rental: Rental) -> None:
+        """What was decided before a jump may be committed after it; what is decided after it must wait."""
+        sim, expires_at = self._sim, rental.expires_at or float("inf")
+        at, forward_s = self.jump
+        if expires_at > sim.wall() - min(0.0, forward_s) + 1.0:
+            sim.fail("no rental is lost", f"{rental.id} expires before its time")
+        believed = sim.manager is None or at <= sim.manager.started_at or sim.loop.now - at > SETTLE_S * 0.95
+        if not believed and expires_at > sim.wall() - forward_s + 1.0:
+            sim.fail("a clock that jumped expires nobody", f"{rental.id} expires")
+
+    def _check_rental(self, rental_id: str, before: Rental | None) -> None:
+        world = self._sim.ledger.world
+        rental = world.rentals[rental_id]
+        own = [p for p in world.placements.values() if p.rental_id == rental_id]
+        live = [p for p in own if p.state in LIVE]
+        if len(live) > 1:
+            self._sim.fail("never two live placements", f"{rental_id}: {[p.id for p in live]}")
+        if before is not None and rental.epoch < before.epoch:
+            self._sim.fail("an epoch only rises", f"{rental_id}: {before.epoch} -> {rental.epoch}")
+        if live and live[0].epoch != rental.epoch:
+            self._sim.fail("a live placement has the epoch of its rental", f"{rental_id}: {live[0]}")
+        if rental.state is RentalState.ACTIVE and [p.state for p in live] != [PlacementState.RUNNING]:
+            self._sim.fail("an active rental runs", f"{rental_id}: {own}")
+        if rental.state in ENDED and any(p.state in HOLDING for p in own):
+            self._sim.fail("what has ended holds nothing", f"{rental_id}: {own}")
+
+    def _check_new(self, placement: Placement) -> None:
+        world = self._sim.ledger.world
+        worker = world.workers.get(placement.worker_id)
+        held = [p for p in world.placements.values() if p.worker_id == placement.worker_id and p.state in HOLDING]
+        if worker is None or placement.slot >= worker.slots or len({p.slot for p in held}) != len(held):
+            self._sim.fail("no capacity is exceeded", f"{placement} on {worker}: {held}")
+        if worker is not None and worker.health not in {Health.READY, Health.UNKNOWN}:
+            self._sim.fail("only a ready worker gets rentals", f"{placement} on {worker}")
+
+    def look_at_copies(self) -> None:
+        """Fails when a rental runs on two workers."""
+        where: dict[str, tuple[Container, int]] = {}
+        for container in self._sim.containers:
+            if not container.unlocked:
+                continue
+            for rental_id, epoch in container.running():
+                if (rental_id, epoch) not in self._let_in:
+                    continue
+                if rental_id in where:
+                    (other, its_epoch) = where[rental_id]
+                    story = f"{rental_id}: epoch {its_epoch} on {other.name} and epoch {epoch} on {container.name}"
+                    self._sim.fail("never two live copies", story)
+                where[rental_id] = container, epoch
+
+    # -- as time passes --------------------------------------------------------------------------------------
+
+    def tick(self, passed_s: float) -> None:
+        """Fails when a state has lasted too long."""
+        manager = self._sim.manager
+        if manager is None:
+            self._ages.clear()
+            return
+        world = self._sim.ledger.world
+        rows = [("worker", w.id, w.health, w) for w in world.workers.values()]
+        rows += [("rental", r.id, r.state, r) for r in world.rentals.values()]
+        rows += [("placement", p.id, p.state, p) for p in world.placements.values()]
+        before, self._ages = self._ages, {}
+        for kind, identity, state, row in rows:
+            deadline_s = TABLES[kind][state].deadline_s
+            if deadline_s is None:
+                continue
+            was, age_s = before.get((kind, identity), ("", 0.0))
+            age_s = 0.0 if was != state else age_s + (0.0 if self._excused(kind, row) else passed_s)
+            self._ages[kind, identity] = state, age_s
+            if age_s > deadline_s + OVERDUE_AFTER_S:
+                self._sim.fail("no state lasts beyond its deadline", f"{kind} {identity} is {state} for {age_s:.0f} s")
+
+    def forget_ages(self) -> None:
+        """A manager that restarts counts anew."""
+        self._ages.clear()
+
+    def _excused(self, kind: str, row: Any) -> bool:
+        sim, world = self._sim, self._sim.ledger.world
+        if sim.disk_is_slow:
+            return True
+        if kind == "worker":
+            return bool(sim.manager and sim.manager.health.brake.on)
+        if kind == "rental":
+            held = any(p.rental_id == row.id and p.state in HOLDING for p in world.placements.values())
+            return row.state is RentalState.RELEASING and held
+        worker = world.workers.get(row.worker_id)
+        if row.state in {PlacementState.STOPPING, PlacementState.FAILED, PlacementState.STOPPED}:
+            return worker is None or worker.health not in ANSWERING or bool(worker.fault)
+        return False
+
+    # -- in the end ------------------------------------------------------------------------------------------
+
+    def unsettled(self) -> str:
+        """Why a world that was left quiet has not come to what it promises; empty when it has."""
+        sim, world = self._sim, self._sim.ledger.world
+        if sim.manager is None:
+            return "the manager is away"
+        if sim.waiting_clients:
+            return f"{sim.waiting_clients} clients wait for an answer"
+        missing = [rental_id for rental_id in self.acknowledged if rental_id not in world.rentals]
+        if missing:
+            return f"lost: {missing}"
+        return self._workers_unsettled() or self._rentals_unsettled() or self._disks_unsettled()
+
+    def _workers_unsettled(self) -> str:
+        world, alive = self._sim.ledger.world, set()
+        for container in self._sim.containers:
+            if container.up:
+                worker_id = self._sim.worker_id_of(container)
+                alive.add(worker_id)
+                health = world.workers[worker_id].health if worker_id in world.workers else "unknown to the manager"
+                if health != Health.READY:
+                    return f"{container.name} ({worker_id}) is {health}"
+        for worker in world.workers.values():
+            if worker.id not in alive and worker.health is not Health.DOWN:
+                return f"{worker.id}, which is gone, is {worker.health}"
+        return ""
+
+    def _rentals_unsettled(self) -> str:
+        world = self._sim.ledger.world
+        ready = [w for w in world.workers.values() if w.health is Health.READY]
+        used = world.used_slots()
+        full = all(len(used[w.id]) >= w.slots for w in ready)
+        for rental in world.rentals.values():
+            resting = {*ENDED, RentalState.ACTIVE, *([RentalState.QUEUED] if full else [])}
+            if rental.state not in resting:
+                return f"{rental.id} is {rental.state}: {rental.explanation}"
+        for placement in world.placements.values():
+            lost = placement.state is PlacementState.LOST
+            gone = world.workers.get(placement.worker_id)
+            if placement.state is not PlacementState.RUNNING and not (lost and gone and gone.health is Health.DOWN):
+                return f"placement {placement.id} of {placement.rental_id} is {placement.state}"
+        return ""
+
+    def _disks_unsettled(self) -> str:
+        running = {
+            (p.worker_id, p.rental_id, p.epoch)
+            for p in self._sim.ledger.world.placements.values()
+            if p.state is PlacementState.RUNNING
+        }
+        found = set()
+        for container in self._sim.containers:
+            for item in container.inventory() if container.up else ():
+                found.add((self._sim.worker_id_of(container), item["rental_id"], item["epoch"]))
+                if item["state"] != "running":
+                    return f"{item['rental_id']} on {container.name} is {item['state']}"
+        if found != running:
+            return f"on the workers {sorted(found)}, in the ledger {sorted(running)}"
+        return ""
+
+
+def _state(row: Any) -> str:
+    return str(row.health if hasattr(row, "health") else row.state)
+
+
+def _reason(step: Step, kind: str, to: str) -> str:
+    return next((e.reason for e in step.events if e.kind == _EVENTS[kind][to]), "")

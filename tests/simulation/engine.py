@@ -1,0 +1,124 @@
+"""The engine and the reach into the simulated workers: jobs outlive the manager, are lost, and come late or twice."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING
+
+from ledger import Refused
+
+from orion.manager.engine.port import Action, Host, Job, Outcome, Reached
+
+if TYPE_CHECKING:
+    from simulation.manager import SimulatedManager
+    from simulation.world import Simulation
+
+BROKEN = Outcome(False, "the connection broke")
+MARGIN_S = 2.0
+
+
+@dataclass
+class SimulatedEngine:
+    """Implements `port.Engine` for one life of the manager."""
+
+    sim: Simulation
+    manager: SimulatedManager
+
+    async def run(self, job: Job) -> Outcome:
+        await self.manager.point()
+        outcome: asyncio.Future[Outcome] = self.sim.loop.create_future()
+        self.sim.workshop.take(job, outcome)
+        late = self.sim.loop.call_later(job.deadline_s + MARGIN_S, _settle, outcome, Outcome(False, "timed out"))
+        try:
+            found = await outcome
+        finally:
+            late.cancel()
+        await self.manager.point()
+        return found
+
+
+class Workshop:
+    """Where jobs are done, whatever becomes of the manager meanwhile."""
+
+    def __init__(self, sim: Simulation) -> None:
+        self._sim = sim
+        self._random = Random(f"engine {sim.schedule.seed}")
+
+    def take(self, job: Job, outcome: asyncio.Future[Outcome]) -> None:
+        random, bad = self._random, self._sim.network.bad
+        chance = random.random() if bad else 1.0
+        void_at = self._sim.wall() + job.deadline_s
+        delay_s = 0.05 + 0.4 * random.random()
+        if chance < 0.2:
+            self._sim.loop.call_later(delay_s * 20, _settle, outcome, BROKEN)
+            return
+        if chance < 0.4:
+            delay_s = random.uniform(0.0, 40.0)
+        answered = chance >= 0.6 or chance < 0.4
+        self._sim.spawn(self._do(job, delay_s, void_at, outcome, answered))
+        if 0.6 <= chance < 0.75:
+            again: asyncio.Future[Outcome] = self._sim.loop.create_future()
+            self._sim.spawn(self._do(job, random.uniform(0.0, 40.0), void_at, again, answered))
+
+    async def _do(
+        self, job: Job, delay_s: float, void_at: float, outcome: asyncio.Future[Outcome], answered: bool
+    ) -> None:
+        await asyncio.sleep(delay_s)
+        found = await self._play(job, void_at)
+        self._sim.say(
+            "engine",
+            f"{job.action} {job.rental_id} epoch {job.epoch} on {job.host.worker_id}: {found.message or 'done'}",
+        )
+        _settle(outcome, found if answered else BROKEN)
+
+    async def _play(self, job: Job, void_at: float) -> Outcome:
+        """The two modules of a playbook, one after the other; each looks for itself whether it is still wanted."""
+        container = self._sim.reachable(job.host)
+        if container is None:
+            return BROKEN
+        await container.going()
+        steps = (
+            (container.create, lambda j: container.unlock(j.rental_id, j.epoch))
+            if job.action is Action.CREATE
+            else (container.begin_purge, container.end_purge)
+        )
+        boots = container.boots
+        for step in steps:
+            if container.boots != boots or self._sim.reachable(job.host) is not container:
+                return BROKEN
+            if container.disk_fails:
+                return Outcome(False, "no space left")
+            if self._sim.wall() > void_at:
+                return Outcome(False, "its deadline has passed")
+            try:
+                step(job)
+            except Refused as refusal:
+                return Outcome(False, str(refusal))
+            await asyncio.sleep(0.02)
+        return Outcome(True, report={"left": []})
+
+
+@dataclass
+class SimulatedReach:
+    """Implements `port.Reach`."""
+
+    sim: Simulation
+    manager: SimulatedManager
+
+    async def reach(self, host: Host, timeout_s: float) -> Reached:
+        await self.manager.point()
+        container = self.sim.container_at(host.address)
+        if container is None or not container.answers_ssh or container.pauses:
+            await asyncio.sleep(timeout_s)
+            found = Reached.NO
+        else:
+            found = Reached.YES if container.host_key in host.host_keys else Reached.IMPOSTOR
+        await self.manager.point()
+        return found
+
+
+def _settle(outcome: asyncio.Future[Outcome], found: Outcome) -> None:
+    if not outcome.done():
+        outcome.set_result(found)

@@ -1,0 +1,78 @@
+"""What clients and operators ask for, on the ledger in memory: as store/rentals.py and store/workers.py do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from orion.manager.domain.expiry import release, renew
+from orion.manager.domain.leases import Leases
+from orion.manager.domain.model import Event, Rental
+from orion.manager.domain.states import ENDED, HOLDING, Health, Intent, RentalState
+from orion.manager.store.memory import MemoryLedger
+
+FIRST_UID = 100_000
+
+
+class Front:
+    def __init__(self, ledger: MemoryLedger, leases: Leases, wall: Callable[[], float]) -> None:
+        self._ledger = ledger
+        self._leases = leases
+        self._wall = wall
+
+    def rent(self, owner: str, key: str, ttl_s: int) -> str:
+        """The same key makes one rental, however often it comes."""
+        rentals = self._ledger.world.rentals
+        identity = f"rental-{key}"
+        if identity not in rentals:
+            rentals[identity] = Rental(
+                id=identity,
+                name=f"name-{key}",
+                owner=owner,
+                username=f"r-{key}",
+                uid=FIRST_UID + len(rentals),
+                state=RentalState.QUEUED,
+                epoch=0,
+                public_key=f"key-{key}",
+                ttl_s=ttl_s,
+                created_at=self._wall(),
+            )
+            self._ledger.events.append(Event("rental.queued", owner, "asked for", owner, identity, epoch=0))
+        return identity
+
+    async def renew(self, rental_id: str, ttl_s: int) -> bool:
+        rental = self._ledger.world.rentals[rental_id]
+        if rental.state in ENDED | {RentalState.RELEASING}:
+            return False
+        return await self._ledger.apply([renew(rental, ttl_s, rental.owner, self._wall())])
+
+    async def release(self, rental_id: str) -> None:
+        rental = self._ledger.world.rentals[rental_id]
+        if rental.state not in ENDED | {RentalState.RELEASING}:
+            await self._ledger.apply([release(rental, "released", rental.owner, "asked for")])
+
+    def set_intent(self, worker_id: str, to: Intent) -> None:
+        worker = self._ledger.world.workers.get(worker_id)
+        if worker is None:
+            return
+        resumed = to is Intent.ACTIVE
+        already = worker.intent is to or (to is Intent.DRAINING and worker.intent is Intent.DRAINED)
+        if not already or (resumed and (worker.fault or worker.health is Health.QUARANTINED)):
+            cleared = {"fault": "", "verified_session": None} if resumed else {}
+            self._ledger.world.workers[worker_id] = replace(worker, intent=to, **cleared)
+            kind = "worker.resumed" if resumed else "worker.drain_started"
+            self._ledger.events.append(Event(kind, "operator", "asked for", worker_id=worker_id))
+        if resumed:
+            self._leases.forgive(worker_id)
+
+    def remove(self, worker_id: str) -> bool:
+        world = self._ledger.world
+        worker = world.workers.get(worker_id)
+        used = any(p.worker_id == worker_id and p.state in HOLDING for p in world.placements.values())
+        if worker is None or (worker.health is not Health.DOWN and used):
+            return False
+        del world.workers[worker_id]
+        self._ledger.tokens.pop(worker_id, None)
+        self._ledger.events.append(Event("worker.removed", "operator", "asked for", worker_id=worker_id))
+        self._leases.end(worker_id)
+        return True

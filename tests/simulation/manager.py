@@ -1,0 +1,203 @@
+"""One life of the manager: its real loops and its real rules, on a ledger that outlives it, killed at any await."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from decisions import Answer
+
+from orion.manager.api.call_home import CallHome, CallRefused
+from orion.manager.domain.leases import Beat, Leases
+from orion.manager.domain.model import Item
+from orion.manager.domain.states import Health, Intent
+from orion.manager.loops.expiry import ExpiryLoop
+from orion.manager.loops.health import HealthLoop
+from orion.manager.loops.reconciler import Reconciler
+from orion.manager.loops.timer import Loop
+from orion.manager.store.port import Registration
+from simulation.agents import JOIN_TOKEN
+from simulation.front import Front
+
+if TYPE_CHECKING:
+    from simulation.world import Simulation
+
+ROUND_S = 5.0
+"""Between rounds of each loop: less than what makes the manager think itself late, and few enough to be cheap."""
+EXPIRY_ROUND_S = 10.0
+WRITES = frozenset({"apply", "succeed", "fail", "register"})
+"""Being killed between a read and what is made of it is no different from being killed before the read."""
+
+
+class SimulatedManager:
+    def __init__(self, sim: Simulation) -> None:
+        self.sim = sim
+        self.dead = False
+        self.started_at = sim.loop.now
+        self.points_left: int | None = None
+        """Awaits until it is killed; None: it lives."""
+        self.random = Random(f"manager {sim.loop.now} {sim.schedule.seed}")
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.leases = leases = Leases(sim.clocks.freeze_after_s)
+        ledger: Any = LedgerWithPoints(self)
+        engine, reach = sim.engine_of(self), sim.reach_of(self)
+        self.reconciler = Reconciler(ledger, leases, engine, reach, sim.monotonic, sim.wall, sim.placement_ids)
+        self.reconciler.loop = Loop("reconciler", ROUND_S, self.reconciler.round)
+        hint = self.reconciler.loop.hint
+        self.health = HealthLoop(ledger, leases, sim.clocks, sim.door_is_open, sim.monotonic, hint)
+        self.health.interval_s = ROUND_S
+        self.health.loop = Loop("health", ROUND_S, self.health.round)
+        self.expiry = ExpiryLoop(ledger, sim.monotonic, sim.wall, hint)
+        self.expiry.loop = Loop("expiry", EXPIRY_ROUND_S, self.expiry.round)
+        self.reconciler.on_worker_change = self.health.loop.hint
+        self.call_home = CallHome(ledger, leases, reach, sim.monotonic)
+        self.front = Front(sim.ledger, leases, sim.wall)
+
+    def start(self) -> None:
+        self.spawn(self._run())
+
+    async def _run(self) -> None:
+        """As app.Manager restores what the database knows, and lets old leases lapse."""
+        workers = await self.sim.ledger.load_workers()
+        known = {w.id: w.session_id for w in workers.values() if w.session_id and w.health is not Health.DOWN}
+        self.sim.granted_s = granted_s = max(self.sim.granted_s, self.sim.clocks.freeze_after_s)
+        self.leases.restore(known, granted_s)
+        for loop in (self.health.loop, self.reconciler.loop, self.expiry.loop):
+            self.spawn(loop.run())
+        await asyncio.sleep(2 * granted_s)
+        self.sim.granted_s = self.sim.clocks.freeze_after_s
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Work that ends with the manager's process."""
+        task = self.sim.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def kill(self) -> None:
+        """As by SIGKILL: nothing that it has not committed has happened."""
+        self.dead = True
+        for task in sorted(self._tasks | set(self.reconciler._running.values()), key=lambda t: t.get_name()):
+            task.cancel()
+        self.sim.manager_died(self)
+
+    async def point(self) -> None:
+        """An await of the real program: others run meanwhile, or it is killed here."""
+        if self.points_left is not None and not self.dead:
+            self.points_left -= 1
+            if self.points_left < 0:
+                self.kill()
+        if self.dead:
+            raise asyncio.CancelledError
+        await asyncio.sleep(self._pause_s())
+        if self.dead:
+            raise asyncio.CancelledError
+
+    def _pause_s(self) -> float:
+        chance = self.random.random()
+        if self.sim.disk_is_slow:
+            return 6.0 * chance * chance
+        return chance if chance < 0.05 else 0.0
+
+    # -- the routes ------------------------------------------------------------------------------------------
+
+    async def answer(self, path: str, token: str, address: str, body: Mapping[str, Any]) -> Answer:
+        """As api/workers.py: who may ask, then the rules, then the status."""
+        await self.point()
+        own_id = next((w for w, valid in self.sim.ledger.tokens.items() if valid == token), None)
+        if own_id is None and (token != JOIN_TOKEN or path != "/api/register"):
+            return Answer(401, {"code": "unauthorized"})
+        try:
+            if path == "/api/register":
+                return await self._register(own_id, token, address, body)
+            return await self._heartbeat(own_id or "", body)
+        except CallRefused as refusal:
+            return Answer(409, {"code": refusal.code})
+
+    async def _register(self, own_id: str | None, token: str, address: str, body: Mapping[str, Any]) -> Answer:
+        claim = Registration(address, body["hostname"], (body["host_key"],), body["slots"], {}, body["boot_id"], "1")
+        welcome = await self.call_home.register(own_id, claim, _items(body))
+        self.health.loop.hint()
+        self.reconciler.loop.hint()
+        told = {
+            "worker_id": welcome.registered.worker_id,
+            "worker_token": welcome.registered.token or token,
+            "session_id": welcome.registered.session_id,
+            "heartbeat_interval_s": self.sim.clocks.heartbeat_s,
+            "lease_s": self.sim.clocks.freeze_after_s,
+            "authorized_keys": [],
+            "placements": _orders(welcome.orders),
+        }
+        return Answer(201, told)
+
+    async def _heartbeat(self, worker_id: str, body: Mapping[str, Any]) -> Answer:
+        leaving = body.get("leaving", False)
+        beat = Beat(body["session_id"], body["seq"], tuple(_items(body)), leaving, body["lease_s"])
+        found = await self.call_home.heartbeat(worker_id, beat)
+        self.leases.note(worker_id, self.sim.wall(), {})
+        if leaving:
+            self.health.loop.hint()
+        clocks = self.sim.clocks
+        next_s = clocks.heartbeat_s * self.random.uniform(0.9, 1.05)
+        told = {"lease_s": clocks.freeze_after_s, "next_heartbeat_s": next_s, "placements": _orders(found)}
+        return Answer(200, told)
+
+    async def rent(self, owner: str, key: str, ttl_s: int) -> Answer:
+        await self.point()
+        rental_id = self.front.rent(owner, key, ttl_s)
+        self.reconciler.loop.hint()
+        await self.point()
+        return Answer(201, {"id": rental_id})
+
+    async def renew(self, rental_id: str, ttl_s: int) -> Answer:
+        await self.point()
+        renewed = await self.front.renew(rental_id, ttl_s)
+        await self.point()
+        return Answer(200 if renewed else 409)
+
+    async def release(self, rental_id: str) -> Answer:
+        await self.point()
+        await self.front.release(rental_id)
+        self.reconciler.loop.hint()
+        await self.point()
+        return Answer(202)
+
+    async def set_intent(self, worker_id: str, to: Intent) -> Answer:
+        await self.point()
+        self.front.set_intent(worker_id, to)
+        self.health.loop.hint()
+        self.reconciler.loop.hint()
+        return Answer(200)
+
+    async def remove(self, worker_id: str) -> Answer:
+        await self.point()
+        return Answer(204 if self.front.remove(worker_id) else 409)
+
+
+class LedgerWithPoints:
+    """The ledger as one life of the manager has it: it may be killed before each transaction, and after a write."""
+
+    def __init__(self, manager: SimulatedManager) -> None:
+        self._manager = manager
+
+    def __getattr__(self, name: str) -> Any:
+        transaction = getattr(self._manager.sim.ledger, name)
+
+        async def with_points(*arguments: Any) -> Any:
+            await self._manager.point()
+            found = await transaction(*arguments)
+            if name in WRITES:
+                await self._manager.point()
+            return found
+
+        setattr(self, name, with_points)
+        return with_points
+
+
+def _items(body: Mapping[str, Any]) -> list[Item]:
+    return [Item(i["rental_id"], i["username"], i["uid"], i["epoch"]) for i in body["inventory"]]
+
+
+def _orders(found: list[tuple[Item, str]]) -> list[dict[str, Any]]:
+    return [{"rental_id": item.rental_id, "epoch": item.epoch, "want": want} for item, want in found]

@@ -1,0 +1,84 @@
+"""`make mutants`: every mutant is tried in a copy of the source, and somebody must notice each.
+
+python -m simulation.mutants.run [--schedules 400] [NAME...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from simulation.mutants.catalogue import ROOT, Mutant, all_mutants
+
+ENOUGH_S = 600
+
+
+def noticed_by(mutant: Mutant, schedules: int) -> str:
+    """Which test notices it; empty when none does."""
+    with tempfile.TemporaryDirectory(prefix="orion-mutant-") as folder:
+        copy = Path(folder)
+        for part in ("src", "worker", "tests", "playbooks"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        mutant.apply(copy)
+        return _simulation(copy, schedules) or _tests(copy, mutant.tests)
+
+
+def _simulation(copy: Path, schedules: int) -> str:
+    command = ["simulation.runner", "--schedules", str(schedules), "--raw"]
+    status, said = _run(copy, command)
+    if status == 0:
+        return ""
+    found = re.findall(r"^seed (\d+) breaks: [\d.]+: (.*?): ", said, re.MULTILINE)
+    seed, invariant = found[0] if found else ("?", said.strip().splitlines()[-1][:100])
+    return f"the simulation, seed {seed}: {invariant}"
+
+
+def _tests(copy: Path, tests: tuple[str, ...]) -> str:
+    if not tests:
+        return ""
+    status, said = _run(copy, ["pytest", "-q", "-x", "-p", "no:cacheprovider", *tests])
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+    return failed[0] if status == 1 and failed else ""
+
+
+def _run(copy: Path, module: list[str]) -> tuple[int, str]:
+    environment = os.environ | {"PYTHONPATH": f"{copy}/src:{copy}/worker:{copy}/tests", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *module],
+        cwd=copy,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=ENOUGH_S,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--schedules", type=int, default=400, help="that the simulation may take to notice one")
+    arguments.add_argument("names", nargs="*")
+    wanted = arguments.parse_args()
+    mutants = [m for m in all_mutants() if not wanted.names or m.name in wanted.names]
+    missed = []
+    for mutant in mutants:
+        started = time.perf_counter()
+        by = noticed_by(mutant, wanted.schedules) if mutant.applies() else ""
+        verdict = f"caught by {by}" if by else ("MISSED" if mutant.applies() else "DOES NOT APPLY any more")
+        print(f"{mutant.name:<38} {verdict}  ({time.perf_counter() - started:.1f} s)", flush=True)
+        missed += [] if by else [mutant.name]
+    print(f"{len(mutants)} mutants, {len(mutants) - len(missed)} caught" + (f", missed: {missed}" if missed else ""))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

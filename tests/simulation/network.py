@@ -1,0 +1,83 @@
+"""What lies between the workers, the proxy and the manager: messages are lost, late, repeated and reordered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from decisions import Answer
+
+if TYPE_CHECKING:
+    from simulation.agents import Container
+    from simulation.manager import SimulatedManager
+    from simulation.world import Simulation
+
+UNREACHABLE = Answer(502, {"code": "manager_unreachable"})
+LATEST_S = 25.0
+"""How late a message may come: longer than anybody waits for its answer."""
+
+Handler = Callable[["SimulatedManager"], Awaitable[Answer]]
+
+
+class Network:
+    def __init__(self, sim: Simulation) -> None:
+        self._sim = sim
+        self._random = Random(f"network {sim.schedule.seed}")
+        self.proxy_away = 0
+        """How many reasons there are for it to be away."""
+        self.bad = 0
+
+    async def call(self, sender: Container | None, handler: Handler, timeout_s: float) -> Answer:
+        """One request through the proxy to the manager; `sender` None is a client outside."""
+        answer: asyncio.Future[Answer] = self._sim.loop.create_future()
+        for delay_s in self._journeys():
+            self._sim.loop.call_later(delay_s, self._arrive, sender, handler, answer)
+        giving_up = self._sim.loop.call_later(timeout_s, _settle, answer, Answer(0, reason="timed out"))
+        try:
+            return await answer
+        finally:
+            giving_up.cancel()
+
+    def _arrive(self, sender: Container | None, handler: Handler, answer: asyncio.Future[Answer]) -> None:
+        if sender is not None and sender.cut_off:
+            return
+        if self.proxy_away:
+            _settle(answer, Answer(0, reason="connection refused"))
+        elif self._sim.manager is None:
+            _settle(answer, UNREACHABLE)
+        else:
+            self._sim.manager.spawn(self._serve(self._sim.manager, sender, handler, answer))
+
+    async def _serve(self, manager: Any, sender: Any, handler: Handler, answer: asyncio.Future[Answer]) -> None:
+        found = UNREACHABLE  # what the proxy says when the manager dies meanwhile
+        try:
+            found = await handler(manager)
+        finally:
+            for delay_s in self._journeys()[:1]:
+                self._sim.loop.call_later(delay_s, self._bring_back, sender, answer, found)
+
+    def _bring_back(self, sender: Container | None, answer: asyncio.Future[Answer], found: Answer) -> None:
+        if not self.proxy_away and not (sender is not None and sender.cut_off):
+            _settle(answer, found)
+
+    def _journeys(self) -> list[float]:
+        """How long each copy of a message is on its way; none: it is lost."""
+        random = self._random
+        usual_s = 0.001 + 0.02 * random.random()
+        if not self.bad:
+            return [usual_s]
+        chance = random.random()
+        if chance < 0.25:
+            return []
+        if chance < 0.45:
+            return [random.uniform(0.0, LATEST_S)]
+        if chance < 0.6:
+            return [usual_s, random.uniform(0.0, LATEST_S)]
+        return [usual_s]
+
+
+def _settle(answer: asyncio.Future[Answer], found: Answer) -> None:
+    if not answer.done():
+        answer.set_result(found)

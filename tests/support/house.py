@@ -1,0 +1,274 @@
+"""The whole manager in one test: real store, real API, virtual time, and a fake world of workers with their agents.
+
+Nothing runs by itself: `settle` plays rounds until nothing is left to do, `pass_time` lets the clocks go on and the
+agents send their heartbeats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import count
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from fastapi import FastAPI
+from sqlalchemy import select
+from support.builders import host_key
+
+from orion.manager.api.door import SECRET_HEADER
+from orion.manager.app import Manager, Ports, application, put_into
+from orion.manager.domain.brake import Brake
+from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorker, FakeWorld
+from orion.manager.engine.port import Host
+from orion.manager.settings import Secrets, Settings
+from orion.manager.store import events, tokens
+from orion.manager.store.database import News, Row, Store, rows
+from orion.manager.store.schema import placements
+from orion.manager.store.tokens import make_token
+
+PROXY_SECRET = "the-proxy-s-secret"
+START = 1_000.0
+WALL_START = 1_800_000_000.0
+STEP_S = 4.0
+"""Of virtual time between rounds: less than what makes the manager think itself late."""
+
+
+@dataclass
+class Clock:
+    now: float = START
+    wall_offset: float = WALL_START - START
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wall(self) -> float:
+        return self.now + self.wall_offset
+
+
+@dataclass
+class Door:
+    """In place of loops.door.DoorProbe: whether the manager reaches itself through the proxy."""
+
+    open: bool = True
+
+
+@dataclass
+class Agent:
+    """A worker's agent as the contract has it: registers, beats, obeys the orders of each reply."""
+
+    house: House
+    node: FakeWorker
+    hostname: str
+    slots: int = 1
+    token: str | None = None
+    worker_id: str = ""
+    session: str = ""
+    seq: int = 0
+    beating: bool = True
+    last_beat: float = 0.0
+    last_reply: dict[str, Any] = field(default_factory=dict)
+
+    async def register(self) -> httpx.Response:
+        body = {
+            "hostname": self.hostname,
+            "ssh_host_keys": list(self.node.host.host_keys),
+            "slots": self.slots,
+            "boot_id": "boot-0001",
+            "agent_version": "0.1",
+            "inventory": self.inventory(),
+        }
+        reply = await self._post("/api/register", body, self.token or self.house.secrets.join_token)
+        if reply.status_code == 201:
+            told = reply.json()
+            self.token, self.worker_id, self.session = told["worker_token"], told["worker_id"], told["session_id"]
+            self.node.host = replace(self.node.host, worker_id=self.worker_id)
+            self.seq, self.last_beat, self.last_reply = 0, self.house.clock.now, told
+            self._obey(told["placements"])
+        return reply
+
+    async def beat(self, **change: Any) -> httpx.Response:
+        self.seq += 1
+        body = {"session_id": self.session, "seq": self.seq, "inventory": self.inventory(), "lease_s": 75.0} | change
+        reply = await self._post("/api/heartbeat", body, self.token or "")
+        if reply.status_code == 200:
+            self.last_beat, self.last_reply = self.house.clock.now, reply.json()
+            self._obey(self.last_reply["placements"])
+        return reply
+
+    async def say_goodbye(self) -> None:
+        """As on SIGTERM: everything locked, one last heartbeat."""
+        self.node.come_back()
+        await self.beat(leaving=True)
+        self.die()
+
+    def die(self) -> None:
+        self.node.die()
+        self.beating = False
+
+    async def come_back(self) -> httpx.Response:
+        """As after a restart of its container: everything locked, then it calls home."""
+        self.node.come_back()
+        self.beating = True
+        return await self.register()
+
+    def inventory(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "rental_id": rental_id,
+                "username": account.username,
+                "uid": account.uid,
+                "epoch": account.epoch,
+                "state": "running" if account.unlocked else "locked",
+            }
+            for rental_id, account in self.node.accounts.items()
+        ]
+
+    def unlocked(self) -> dict[str, int]:
+        """The epoch of each rental that a renter could log in to here."""
+        return {r: a.epoch for r, a in self.node.accounts.items() if a.unlocked and self.node.alive}
+
+    async def _post(self, path: str, body: dict[str, Any], token: str) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {token}", "X-Real-IP": self.node.host.address}
+        return await self.house.http.post(path, json=body, headers=headers)
+
+    def _obey(self, orders: list[dict[str, Any]]) -> None:
+        for order in orders:
+            account = self.node.accounts.get(order["rental_id"])
+            if account and account.epoch == order["epoch"]:
+                run = order["want"] == "run"
+                self.node.accounts[order["rental_id"]] = replace(account, unlocked=run)
+
+
+@cache
+def _routes() -> FastAPI:
+    """Made once: FastAPI takes tens of milliseconds for it, and houses stand one after the other."""
+    return application(PROXY_SECRET)
+
+
+class House:
+    def __init__(self, store: Store, settings: Settings | None = None) -> None:
+        self.store = store
+        self.settings = settings or Settings(database_url=store.url)
+        self.secrets = Secrets(make_token("admin", "admin"), make_token("join", "join"), PROXY_SECRET, "", host_key(1))
+        self.clock = Clock()
+        self.door = Door()
+        self.world = FakeWorld()
+        self.agents: list[Agent] = []
+        self._numbers = count(1)
+        self.begin()
+
+    def begin(self) -> None:
+        """A new manager on the same store, as after a restart; `enter` lets it take over."""
+        ports = Ports(FakeEngine(self.world), FakeReach(self.world), self.door, self.clock.monotonic, self.clock.wall)  # type: ignore[arg-type]
+        self.app = _routes()
+        self.manager = Manager(self.settings, self.secrets, self.store, ports)
+        put_into(self.app, self.manager)
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        headers = {SECRET_HEADER: PROXY_SECRET, "X-Real-IP": "198.51.100.7"}
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://manager", headers=headers)
+        self.as_admin = self.client(self.secrets.admin_token)
+
+    async def restart(self) -> None:
+        await self.manager.reconciler.stop()
+        self.begin()
+        await self.manager.restore()
+
+    async def __aenter__(self) -> Self:
+        await self.manager.restore()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.manager.reconciler.stop()
+
+    def client(self, token: str) -> httpx.AsyncClient:
+        headers = {SECRET_HEADER: PROXY_SECRET, "X-Real-IP": "198.51.100.7", "Authorization": f"Bearer {token}"}
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://manager", headers=headers)
+
+    async def new_client(self, name: str, role: str = "client") -> httpx.AsyncClient:
+        _, token = await self.store.write(tokens.create, "admin", name, role, None)
+        return self.client(token)
+
+    def new_agent(self, slots: int = 1) -> Agent:
+        number = next(self._numbers)
+        host = Host("", f"172.20.128.{number}", (host_key(100 + number),))
+        agent = Agent(self, self.world.add(host), f"node-{number}", slots)
+        self.agents.append(agent)
+        return agent
+
+    async def join(self, slots: int = 1) -> Agent:
+        agent = self.new_agent(slots)
+        reply = await agent.register()
+        assert reply.status_code == 201, reply.text
+        await self.settle()
+        return agent
+
+    async def rent(self, **body: Any) -> dict[str, Any]:
+        """Ask for one and let everything happen that can happen now."""
+        reply = await self.as_admin.post("/api/rent", json={"wait_s": 0} | body)
+        assert reply.status_code in {201, 202}, reply.text
+        await self.settle()
+        return await self.rental(reply.json()["id"])
+
+    async def rental(self, rental_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = (await self.as_admin.get(f"/api/rentals/{rental_id}")).json()
+        return found
+
+    async def worker(self, agent: Agent) -> dict[str, Any]:
+        found: dict[str, Any] = (await self.as_admin.get(f"/api/workers/{agent.worker_id}")).json()
+        return found
+
+    async def health(self, agent: Agent) -> str:
+        return str((await self.worker(agent))["health"])
+
+    async def events(self, kind: str = "") -> list[Row]:
+        found = await self.store.read(events.page, None, None, None, 0, 10_000)
+        return [event for event in found if event["kind"].startswith(kind)]
+
+    async def placements(self) -> list[Row]:
+        return await self.store.read(lambda c: rows(c.execute(select(placements).order_by(placements.c.epoch))))
+
+    async def settle(self) -> None:
+        """Rounds, and the tasks that they start, until nothing more happens at this instant."""
+        hinted = self.manager.reconciler.loop._hinted
+        with self.store.news.listen(News.EVERYTHING) as changed:
+            for _ in range(30):
+                changed.clear()
+                hinted.clear()
+                await self.manager.health.round()
+                await self.manager.reconciler.round()
+                await self.finish_tasks()
+                if not changed.is_set() and not hinted.is_set():
+                    return
+        raise AssertionError("the platform does not come to rest")
+
+    async def finish_tasks(self) -> None:
+        await asyncio.gather(*self.manager.reconciler._running.values())
+
+    async def pass_time(self, seconds: float, step_s: float = STEP_S) -> None:
+        """Virtual time, with rounds all the while and the heartbeats of those that are beating."""
+        end = self.clock.now + seconds
+        while self.clock.now < end:
+            self.clock.now = min(end, self.clock.now + step_s)
+            for agent in self.agents:
+                if agent.beating and self.clock.now - agent.last_beat >= 30.0:
+                    await agent.beat()
+            await self.settle()
+
+    async def silence(self, agent: Agent, seconds: float) -> None:
+        """Until so long after its last heartbeat."""
+        agent.beating = False
+        await self.pass_time(agent.last_beat + seconds - self.clock.now)
+
+    def end_the_brake_of_the_start(self) -> None:
+        """As if the manager had been running for long."""
+        self.manager.health.brake = Brake(self.clock.now - 1000.0, None, "")
+
+    def live_copies(self, rental_id: str) -> list[int]:
+        """The epochs in which somebody could log in to a rental, over all workers that run."""
+        return [a.unlocked()[rental_id] for a in self.agents if rental_id in a.unlocked()]

@@ -1,0 +1,67 @@
+"""The arithmetic of `make up` with a subnet of one's own, asked of the shell that does it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("ORION_GATEWAY", "ORION_PROXY_ADDRESS", "ORION_APP_ADDRESS", "ORION_WORKER_RANGE")
+
+
+def shell(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    source = f". {ROOT}/scripts/common.sh; . {ROOT}/scripts/addresses.sh; {script}"
+    clean = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run(["bash", "-c", source], env=clean, capture_output=True, text=True, check=False)
+
+
+def derived(subnet: str, **environment: str) -> list[str]:
+    show = "; ".join(f'echo "${name}"' for name in NAMES)
+    return shell(f"derive_addresses; {show}", ORION_SUBNET=subnet, **environment).stdout.split()
+
+
+def test_the_default_subnet_derives_the_defaults_of_the_compose_file() -> None:
+    compose = (ROOT / "docker-compose.yml").read_text()
+    defaults = [set(re.findall(rf"\${{{name}:-([^}}]+)}}", compose)) for name in NAMES]
+    assert [{value} for value in derived("172.20.0.0/16")] == defaults
+
+
+@pytest.mark.parametrize("subnet", ["10.0.0.0/8", "10.77.0.0/16", "192.168.5.0/24", "192.168.5.240/28"])
+def test_the_fixed_addresses_are_inside_the_subnet_and_outside_the_workers_range(subnet: str) -> None:
+    *fixed, workers = derived(subnet)
+    inside = IPv4Network(subnet)
+    assert fixed == [str(inside[1]), str(inside[2]), str(inside[3])]
+    assert IPv4Network(workers) == list(inside.subnets())[1]
+
+
+def test_an_address_that_is_given_is_kept() -> None:
+    assert derived("10.77.0.0/16", ORION_APP_ADDRESS="10.77.0.9")[2] == "10.77.0.9"
+
+
+@pytest.mark.parametrize("subnet", ["junk", "10.77.0.0", "10.77.0.5/16", "10.77.0.0/30", "10.77.0.0/4"])
+def test_a_subnet_that_is_none_is_refused_in_one_line(subnet: str) -> None:
+    refused = shell("derive_addresses", ORION_SUBNET=subnet)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"orion: ORION_SUBNET={subnet}")
+    assert refused.stderr.count("\n") == 1
+
+
+networks = st.builds(
+    lambda address, prefix: IPv4Network((address >> (32 - prefix) << (32 - prefix), prefix)),
+    st.integers(10 << 24, (10 << 24) + (1 << 20)),
+    st.integers(8, 30),
+)
+
+
+@settings(max_examples=10)
+@given(st.lists(st.tuples(networks, networks), min_size=20, max_size=20))
+def test_networks_overlap_as_the_standard_library_says(pairs: list[tuple[IPv4Network, IPv4Network]]) -> None:
+    script = "; ".join(f"overlap {one} {other} && echo yes || echo no" for one, other in pairs)
+    assert shell(script).stdout.split() == ["yes" if one.overlaps(other) else "no" for one, other in pairs]

@@ -1,0 +1,255 @@
+"""The agent's calls with a manager and a clock of the test's own; the node below it is the real one, in a directory."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from call_home import CallHome
+from decisions import Answer
+from ledger import Record
+from node import Node, Settings
+from rental import Places, Rentals, Request
+
+from orion.wire import HeartbeatRequest, RegisterRequest
+
+JOIN = "orion_join_join_secret"
+KEY = "ssh-ed25519 " + "A" * 68
+
+
+@dataclass
+class FakeManager:
+    """Gives the scripted answers; time passes while it thinks."""
+
+    answers: deque[Answer] = field(default_factory=deque)
+    calls: list[tuple[str, str, dict[str, Any], float]] = field(default_factory=list)
+    now: float = 1000.0
+    thinks_s: float = 2.0
+
+    def post(self, path: str, token: str, body: dict[str, Any], timeout_s: float) -> Answer:
+        self.calls.append((path, token, body, timeout_s))
+        self.now += self.thinks_s
+        return self.answers.popleft()
+
+    def clock(self) -> float:
+        return self.now
+
+
+@dataclass
+class Bench:
+    root: Path
+    manager: FakeManager
+    node: Node
+    home: CallHome
+    log: list[str]
+
+    def step(self, *answers: Answer) -> float:
+        self.manager.answers.extend(answers)
+        return self.home.step()
+
+    @property
+    def identity(self) -> Path:
+        return self.root / "var/lib/orion/agent/identity.json"
+
+    @property
+    def last(self) -> tuple[str, str, dict[str, Any], float]:
+        return self.manager.calls[-1]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    (tmp_path / "etc/ssh").mkdir(parents=True)
+    (tmp_path / "etc/ssh/ssh_host_ed25519_key.pub").write_text(f"{KEY} root@here\n")
+    join = tmp_path / "run/orion-join/token"
+    join.parent.mkdir(parents=True)
+    join.write_text(f"{JOIN}\n")
+    log: list[str] = []
+    node = Node(Settings("http://manager", "172.20.0.3"), log.append, tmp_path)
+    manager = FakeManager()
+    home = CallHome(node, manager, manager.clock, lambda: 1.0, log.append)
+    return Bench(tmp_path, manager, node, home, log)
+
+
+def registered(worker_id: str = "w-abcdefgh", placements: list[dict[str, Any]] | None = None) -> Answer:
+    body = {
+        "worker_id": worker_id,
+        "worker_token": f"orion_worker_{worker_id}_s",
+        "session_id": "session-1234",
+        "heartbeat_interval_s": 30,
+        "lease_s": 75,
+        "authorized_keys": [KEY],
+        "placements": placements or [],
+    }
+    return Answer(201, body)
+
+
+def acknowledged(next_s: float = 30, placements: list[dict[str, Any]] | None = None) -> Answer:
+    return Answer(200, {"lease_s": 75, "next_heartbeat_s": next_s, "placements": placements or []})
+
+
+def a_rental(bench: Bench, epoch: int = 1) -> Rentals:
+    """A locked one; without the account, whose making needs root."""
+    rentals = Rentals(Places(bench.root))
+    rentals.ledger.keep(Record("one", "r-one", 100_001, epoch))
+    (bench.root / "etc/orion/locked/r-one").write_text("key\n")
+    return rentals
+
+
+def test_the_first_call_registers_with_the_join_token_and_keeps_what_it_was_given(bench: Bench) -> None:
+    assert bench.step(registered()) == 30
+    path, token, body, timeout_s = bench.last
+    assert (path, token, timeout_s) == ("/api/register", JOIN, 5.0)
+    assert RegisterRequest.model_validate(body).ssh_host_keys == [KEY]
+    assert json.loads(bench.identity.read_text())["worker_id"] == "w-abcdefgh"
+    assert bench.identity.stat().st_mode & 0o777 == 0o600
+    assert (bench.root / "etc/orion/keys/root").read_text() == f'from="172.20.0.3" {KEY}\n'
+
+
+def test_every_heartbeat_is_of_the_contract_and_obeys_the_interval_of_the_last_reply(bench: Bench) -> None:
+    bench.step(registered())
+    assert bench.step(acknowledged(next_s=7.5)) == 7.5
+    assert bench.step(acknowledged(next_s=31)) == 31
+    path, token, body, _ = bench.last
+    assert (path, token) == ("/api/heartbeat", "orion_worker_w-abcdefgh_s")
+    beat = HeartbeatRequest.model_validate(body)
+    assert (beat.session_id, beat.seq, beat.leaving) == ("session-1234", 2, False)
+
+
+def test_the_lease_runs_from_the_sending_of_the_last_acknowledged_call(bench: Bench) -> None:
+    bench.step(registered())
+    assert bench.home.acknowledged_at == 1000.0
+    bench.step(acknowledged())
+    assert bench.home.acknowledged_at == 1002.0
+    for silent in (Answer(0), Answer(429), Answer(502, {"code": "manager_unreachable"}), Answer(403)):
+        bench.step(silent)
+        assert bench.home.acknowledged_at == 1002.0
+
+
+def test_without_a_join_token_it_waits_says_so_once_and_calls_nobody(bench: Bench) -> None:
+    token = bench.root / "run/orion-join/token"
+    token.unlink()
+    assert [bench.step() for _ in range(3)] == [1.0, 1.0, 1.0]
+    assert bench.manager.calls == []
+    assert len(bench.log) == 1
+    token.write_text(JOIN)
+    assert bench.step(registered()) == 30
+
+
+def test_failed_registrations_are_tried_for_ever_ever_slower_one_line_each(bench: Bench) -> None:
+    waits = [bench.step(Answer(503)) for _ in range(8)]
+    assert waits == [1, 2, 4, 8, 16, 30, 30, 30]
+    assert len(bench.log) == 8
+    assert bench.step(registered()) == 30
+    bench.step(Answer(409, {"code": "stale_session"}))
+    assert bench.step(Answer(502)) == 1, "the count of failures began anew"
+
+
+@pytest.mark.parametrize("nobody", [Answer(0, reason="refused"), Answer(502, {"code": "manager_unreachable"})])
+def test_a_manager_that_is_not_there_yet_is_asked_every_few_seconds(bench: Bench, nobody: Answer) -> None:
+    assert [bench.step(nobody) for _ in range(5)] == [1, 2, 3, 3, 3]
+
+
+def test_a_failed_heartbeat_is_tried_again_soon_and_the_session_is_kept(bench: Bench) -> None:
+    bench.step(registered())
+    assert [bench.step(Answer(0, reason="timed out")) for _ in range(5)] == [1, 2, 3, 3, 3]
+    assert bench.step(acknowledged()) == 30
+    assert bench.log[-1] == "heartbeat acknowledged again after 5 failures"
+    assert [call[0] for call in bench.manager.calls].count("/api/register") == 1
+
+
+def test_a_server_that_asks_for_patience_gets_it(bench: Bench) -> None:
+    assert bench.step(Answer(429, {"code": "rate_limited"}, retry_after_s=12.0)) == 12.0
+
+
+def test_a_stale_session_registers_again_at_once_with_its_own_token(bench: Bench) -> None:
+    bench.step(registered())
+    assert bench.step(Answer(409, {"code": "stale_session"})) == 0.0
+    bench.step(registered())
+    assert bench.last[:2] == ("/api/register", "orion_worker_w-abcdefgh_s")
+
+
+@pytest.mark.parametrize("refusal", [Answer(401), Answer(409, {"code": "host_key_changed"})])
+def test_a_refused_identity_is_forgotten_and_the_join_token_asks_for_a_new_one(bench: Bench, refusal: Answer) -> None:
+    bench.step(registered())
+    bench.step(Answer(401))
+    assert bench.step(refusal) == 0.0
+    assert not bench.identity.exists()
+    bench.step(registered("w-bbbbbbbb"))
+    assert bench.last[:2] == ("/api/register", JOIN)
+    assert json.loads(bench.identity.read_text())["worker_id"] == "w-bbbbbbbb"
+
+
+def test_an_address_in_use_keeps_the_identity_and_tries_later(bench: Bench) -> None:
+    bench.step(registered())
+    bench.step(Answer(409, {"code": "stale_session"}))
+    assert bench.step(Answer(409, {"code": "address_in_use"})) == 1.0
+    assert bench.identity.exists()
+
+
+@pytest.mark.parametrize("broken", [{}, {"next_heartbeat_s": 0, "placements": []}, {"next_heartbeat_s": 30}])
+def test_a_reply_that_is_not_understood_renews_nothing(bench: Bench, broken: dict[str, Any]) -> None:
+    bench.step(registered())
+    assert bench.step(Answer(200, broken)) == 1.0
+    assert bench.home.acknowledged_at == 1000.0
+
+
+def test_a_half_written_identity_is_no_identity(bench: Bench) -> None:
+    bench.identity.write_text('{"worker_tok')
+    bench.step(registered())
+    assert bench.last[1] == JOIN
+
+
+def test_replies_unlock_and_lock_what_is_here(bench: Bench) -> None:
+    a_rental(bench)
+    run = [{"rental_id": "one", "epoch": 1, "want": "run"}]
+    bench.step(registered(placements=run))
+    assert bench.node.inventory()[0]["state"] == "running"
+    bench.step(acknowledged(placements=[{"rental_id": "one", "epoch": 1, "want": "hold"}]))
+    assert bench.node.inventory()[0]["state"] == "locked"
+    assert bench.log[-2:] == ["unlocked rental one at epoch 1", "locked rental one at epoch 1"]
+
+
+def test_once_it_is_leaving_no_reply_lets_a_renter_in(bench: Bench) -> None:
+    rentals = a_rental(bench)
+    bench.step(registered())
+    rentals.unlock(Request("one", 1))
+    bench.home.leave()
+    assert bench.node.inventory()[0]["state"] == "locked"
+    bench.step(acknowledged(placements=[{"rental_id": "one", "epoch": 1, "want": "run"}]))
+    assert bench.node.inventory()[0]["state"] == "locked"
+
+
+def test_the_goodbye_is_a_last_heartbeat_in_three_seconds_at_most(bench: Bench) -> None:
+    bench.home.say_goodbye()
+    assert bench.manager.calls == [], "who never registered has nobody to take leave of"
+    bench.step(registered())
+    bench.manager.answers.append(Answer(0, reason="timed out"))
+    bench.home.say_goodbye()
+    path, _, body, timeout_s = bench.last
+    assert (path, body["leaving"], timeout_s) == ("/api/heartbeat", True, 3.0)
+
+
+def test_a_rental_at_work_elsewhere_does_not_hold_the_heartbeat_up(bench: Bench) -> None:
+    rentals = a_rental(bench)
+    run = [{"rental_id": "one", "epoch": 1, "want": "run"}]
+    bench.step(registered())
+    with rentals.ledger.locked("one", wait_s=0):
+        assert bench.step(acknowledged(placements=run)) == 30
+    assert bench.node.inventory()[0]["state"] == "locked"
+    assert "another command for this rental" in bench.log[-1]
+    bench.step(acknowledged(placements=run))
+    assert bench.node.inventory()[0]["state"] == "running"
+
+
+def test_no_line_of_the_log_holds_a_token(bench: Bench) -> None:
+    bench.step(Answer(502, {"detail": "away"}))
+    bench.step(registered())
+    bench.step(Answer(401))
+    bench.step(Answer(401))
+    text = "\n".join(bench.log)
+    assert JOIN not in text
+    assert "orion_worker" not in text

@@ -1,0 +1,74 @@
+"""The agent's settings, and what it reads of the control group in both versions."""
+
+from __future__ import annotations
+
+import pytest
+from cgroup import Usage, processes_for_each_renter, usage
+from node import settings_from
+
+VERSION_1 = {
+    "cpuacct/cpuacct.usage": "2500000000\n",
+    "memory/memory.usage_in_bytes": "104857600\n",
+    "memory/memory.stat": "cache 1\ntotal_inactive_file 4857600\n",
+    "memory/memory.limit_in_bytes": "536870912\n",
+    "pids/pids.current": "7\n",
+    "pids/pids.max": "512\n",
+}
+VERSION_2 = {
+    "cgroup.controllers": "cpu memory pids\n",
+    "cpu.stat": "usage_usec 2500000\nuser_usec 1\n",
+    "memory.current": "104857600\n",
+    "memory.stat": "anon 1\ninactive_file 4857600\n",
+    "memory.max": "536870912\n",
+    "pids.current": "7\n",
+    "pids.max": "512\n",
+}
+
+
+@pytest.mark.parametrize("files", [VERSION_1, VERSION_2], ids=["version 1", "version 2"])
+def test_both_versions_of_control_groups_say_the_same(files: dict[str, str]) -> None:
+    assert usage(files.get) == Usage(2.5, 100_000_000, 536_870_912, 7, 512)
+
+
+def test_no_limit_is_zero_in_both_versions() -> None:
+    for files in (
+        VERSION_1 | {"memory/memory.limit_in_bytes": "9223372036854771712\n", "pids/pids.max": "max\n"},
+        VERSION_2 | {"memory.max": "max\n", "pids.max": "max\n"},
+    ):
+        found = usage(files.get)
+        assert (found.memory_limit_bytes, found.processes_limit) == (0, 0)
+
+
+def test_files_that_are_not_there_or_make_no_sense_are_zero() -> None:
+    assert usage(lambda _: None) == Usage(0, 0, 0, 0, 0)
+    assert usage({"cgroup.controllers": "", "memory.current": "no number"}.get) == Usage(0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("limit", "slots", "each"), [(512, 1, 448), (512, 4, 112), (0, 1, 448), (70, 4, 16)])
+def test_the_renters_together_leave_room_for_sshd_and_the_agent(limit: int, slots: int, each: int) -> None:
+    assert processes_for_each_renter(limit, slots) == each
+
+
+def test_settings_come_from_the_environment_with_defaults() -> None:
+    settings = settings_from({"ORION_APP_ADDRESS": "172.20.0.3", "ORION_LABELS": "zone=a,gpu="})
+    assert (settings.url, settings.slots) == ("http://manager_proxy", 1)
+    assert settings.labels == {"zone": "a", "gpu": ""}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"ORION_APP_ADDRESS": ""}, "ORION_APP_ADDRESS"),
+        ({"ORION_APP_ADDRESS": "x; reboot"}, "ORION_APP_ADDRESS"),
+        ({"ORION_URL": "ftp://x"}, "ORION_URL"),
+        ({"ORION_URL": "http://x/path"}, "ORION_URL"),
+        ({"ORION_SLOTS": "0"}, "ORION_SLOTS"),
+        ({"ORION_SLOTS": "many"}, "ORION_SLOTS"),
+        ({"ORION_LABELS": "zone"}, "ORION_LABELS"),
+        ({"ORION_LABELS": "=a"}, "ORION_LABELS"),
+        ({"ORION_LABELS": "zone=a b"}, "ORION_LABELS"),
+    ],
+)
+def test_a_wrong_setting_is_named(wrong: dict[str, str], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        settings_from({"ORION_APP_ADDRESS": "172.20.0.3"} | wrong)

@@ -1,0 +1,192 @@
+"""Tokens, events and the state of the whole, over the contract."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from starlette.types import Message
+from support.house import PROXY_SECRET, House
+from test_api_access import is_problem
+
+from orion import wire
+from orion.manager.domain.model import Event
+from orion.manager.store.database import record
+
+
+async def say(house: House, *kinds: str, owner: str | None = None, **ids: str) -> None:
+    for kind in kinds:
+        await house.store.write(record, Event(kind, "somebody", "because", owner, **ids))
+
+
+@asynccontextmanager
+async def stream(house: House, token: str, query: str = "", **headers: str) -> AsyncIterator[asyncio.Queue[str]]:
+    """The lines of a live stream as they come, by ASGI itself: httpx's transport waits for the end of a reply."""
+    lines: asyncio.Queue[str] = asyncio.Queue()
+    sent = {"accept": "text/event-stream", "authorization": f"Bearer {token}", "x-orion-proxy-secret": PROXY_SECRET}
+    sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "GET",
+        "path": "/api/events",
+        "query_string": query.encode(),
+        "headers": [(name.encode(), value.encode()) for name, value in sent.items()],
+    }
+
+    gone = asyncio.Event()
+
+    async def receive() -> Message:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        for line in message.get("body", b"").decode().splitlines():
+            if line:
+                await lines.put(line)
+
+    serving = asyncio.create_task(house.app(scope, receive, send))
+    try:
+        yield lines
+    finally:
+        gone.set()
+        await asyncio.wait_for(serving, 5)
+
+
+async def next_event(lines: asyncio.Queue[str]) -> tuple[int, str, wire.Event]:
+    parts = [(await asyncio.wait_for(lines.get(), 5)).split(": ", 1) for _ in range(3)]
+    assert [name for name, _ in parts] == ["id", "event", "data"]
+    return int(parts[0][1]), parts[1][1], wire.Event.model_validate_json(parts[2][1])
+
+
+async def test_a_token_is_shown_once_and_listed_without_its_secret(house: House) -> None:
+    reply = await house.as_admin.post("/api/tokens", json={"name": "bob"})
+    assert reply.status_code == 201
+    made = wire.TokenReply.model_validate(reply.json())
+    assert (made.name, made.role, made.expires_at, made.revoked_at) == ("bob", "client", None, None)
+    assert (await house.client(made.token).get("/api/status")).status_code == 200
+    listed = await house.as_admin.get("/api/tokens")
+    assert made.id in {token["id"] for token in listed.json()["items"]}
+    assert made.token[-43:] not in listed.text
+    assert "hash" not in listed.text
+
+
+async def test_a_token_may_end_by_itself(house: House) -> None:
+    made = (await house.as_admin.post("/api/tokens", json={"name": "bob", "ttl_s": 60})).json()
+    assert made["expires_at"] is not None
+
+
+async def test_a_revoked_token_is_worth_nothing_and_revoking_is_repeatable(house: House) -> None:
+    made = (await house.as_admin.post("/api/tokens", json={"name": "bob"})).json()
+    for _ in range(2):
+        assert (await house.as_admin.delete(f"/api/tokens/{made['id']}")).status_code == 204
+    is_problem(await house.client(made["token"]).get("/api/status"), 401, "unauthorized")
+    is_problem(await house.as_admin.delete("/api/tokens/never"), 404, "not_found")
+    assert [e["kind"] for e in await house.events("token.")] == ["token.created", "token.revoked"]
+
+
+async def test_a_made_join_token_lets_a_worker_in(house: House) -> None:
+    made = (await house.as_admin.post("/api/tokens", json={"name": "rack-2", "role": "join"})).json()
+    agent = house.new_agent()
+    agent.token = made["token"]
+    assert (await agent.register()).status_code == 201
+    assert agent.token != made["token"]
+
+
+async def test_tokens_are_listed_in_pages(house: House) -> None:
+    made = {(await house.as_admin.post("/api/tokens", json={"name": "bob"})).json()["id"] for _ in range(3)}
+    seen: list[str] = []
+    after = ""
+    while after is not None:
+        page = (
+            await house.as_admin.get("/api/tokens", params={"limit": 2} | ({"after": after} if after else {}))
+        ).json()
+        seen += [token["id"] for token in page["items"]]
+        after = page["next"]
+    assert seen == sorted(made | {"admin", "join"})
+
+
+async def test_events_come_in_order_in_pages(house: House) -> None:
+    await say(house, *(f"test.number_{number}" for number in range(5)))
+    first = (await house.as_admin.get("/api/events?limit=3")).json()
+    second = (await house.as_admin.get(f"/api/events?limit=3&after={first['next']}")).json()
+    assert [e["kind"][-1] for e in first["items"] + second["items"]] == list("01234")
+    assert second["next"] is None
+    wire.Event.model_validate(first["items"][0])
+
+
+async def test_a_client_reads_the_events_of_its_own_rentals_alone(house: House) -> None:
+    alice = await house.new_client("alice")
+    await say(house, "rental.queued", owner="alice", rental_id="hers")
+    await say(house, "rental.queued", owner="bob", rental_id="his")
+    await say(house, "worker.registered", worker_id="w-1")
+    seen = (await alice.get("/api/events")).json()["items"]
+    assert [e["rental_id"] for e in seen] == ["hers"]
+    assert (await alice.get("/api/events?rental_id=his")).json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    ("query", "found"), [("rental_id=r1", ["a"]), ("worker_id=w1", ["a", "b"]), ("", ["a", "b", "c"])]
+)
+async def test_events_are_filtered_by_rental_and_by_worker(house: House, query: str, found: list[str]) -> None:
+    await say(house, "a", rental_id="r1", worker_id="w1")
+    await say(house, "b", rental_id="r2", worker_id="w1")
+    await say(house, "c")
+    assert [e["kind"] for e in (await house.as_admin.get(f"/api/events?{query}")).json()["items"]] == found
+
+
+async def test_a_stream_tells_what_was_and_what_comes(house: House) -> None:
+    await say(house, "test.before")
+    async with stream(house, house.secrets.admin_token) as lines:
+        number, kind, event = await next_event(lines)
+        assert (kind, event.kind, event.id) == ("test.before", "test.before", number)
+        await say(house, "test.after")
+        assert (await next_event(lines))[:2] == (number + 1, "test.after")
+
+
+async def test_a_stream_goes_on_where_it_was_broken_off(house: House) -> None:
+    await say(house, "test.one", "test.two", "test.three")
+    async with stream(house, house.secrets.admin_token, last_event_id="1") as lines:
+        assert [(await next_event(lines))[1] for _ in range(2)] == ["test.two", "test.three"]
+    async with stream(house, house.secrets.admin_token, "after=2") as lines:
+        assert (await next_event(lines))[1] == "test.three"
+
+
+@pytest.mark.parametrize("number", ["rubbish", "", "-1", "9" * 20])
+async def test_a_stream_that_is_resumed_from_nowhere_breaks_nothing(house: House, number: str) -> None:
+    await say(house, "test.one")
+    async with stream(house, house.secrets.admin_token, last_event_id=number) as lines:
+        assert (await next_event(lines))[1] == "test.one"
+
+
+async def test_a_client_s_stream_holds_nothing_of_others(house: House) -> None:
+    made = (await house.as_admin.post("/api/tokens", json={"name": "alice"})).json()
+    await say(house, "test.his", owner="bob")
+    await say(house, "test.hers", owner="alice")
+    async with stream(house, made["token"]) as lines:
+        assert (await next_event(lines))[1] == "test.hers"
+
+
+async def test_a_stream_that_lags_behind_misses_nothing(house: House) -> None:
+    def many(connection: Any) -> None:
+        record(connection, *(Event(f"test.n{number}", "somebody", "because") for number in range(wire.MAX_PAGE + 20)))
+
+    await house.store.write(many)
+    async with stream(house, house.secrets.admin_token) as lines:
+        seen = [(await next_event(lines))[0] for _ in range(wire.MAX_PAGE + 20)]
+    assert seen == list(range(1, wire.MAX_PAGE + 21))
+
+
+async def test_the_status_counts_workers_rentals_and_slots_and_tells_of_the_brake(house: House) -> None:
+    await house.join(slots=2)
+    await house.rent()
+    reply = await house.as_admin.get("/api/status")
+    status = wire.Status.model_validate(reply.json())
+    assert (status.workers, status.rentals) == ({"ready": 1}, {"active": 1})
+    assert (status.slots, status.slots_free) == (2, 1)
+    assert status.brake == "the manager has just started"
+    house.end_the_brake_of_the_start()
+    assert json.loads((await house.as_admin.get("/api/status")).text)["brake"] is None

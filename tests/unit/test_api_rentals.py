@@ -1,0 +1,274 @@
+"""Renting over the contract: rent, wait, list, show, renew, release, and whose rental it is."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncssh
+import httpx
+import pytest
+from support.builders import host_key
+from support.house import WALL_START, Agent, House
+from test_api_access import is_problem
+
+from orion import wire
+
+
+@pytest.fixture
+async def alice(house: House) -> httpx.AsyncClient:
+    return await house.new_client("alice")
+
+
+@pytest.fixture
+async def agent(house: House) -> Agent:
+    return await house.join(slots=4)
+
+
+async def until_queued(house: House, known: int = 0) -> None:
+    """Until another rental is in the database; the request that made it goes on waiting."""
+    with house.store.news.listen("*") as changed:
+        while len(await house.events("rental.queued")) <= known:
+            await asyncio.wait_for(changed.wait(), 5)
+            changed.clear()
+
+
+async def rent_and_wait(house: House, client: httpx.AsyncClient, **body: Any) -> httpx.Response:
+    known = len(await house.events("rental.queued"))
+    asked = asyncio.create_task(client.post("/api/rent", json=body))
+    await until_queued(house, known)
+    await house.settle()
+    return await asyncio.wait_for(asked, 5)
+
+
+async def test_a_rent_answers_201_with_the_rental_when_it_is_active(
+    house: House, alice: httpx.AsyncClient, agent: Agent
+) -> None:
+    reply = await rent_and_wait(house, alice, name="lab", ttl_s=3600, labels={"course": "iac"})
+    assert reply.status_code == 201
+    rental = wire.RentReply.model_validate(reply.json())
+    assert reply.headers["location"] == f"/api/rentals/{rental.id}"
+    assert (rental.name, rental.owner, rental.state, rental.epoch) == ("lab", "alice", "active", 1)
+    assert (rental.worker_id, rental.username) == (agent.worker_id, f"r-{rental.id}")
+    assert rental.ssh_host_keys == list(agent.node.host.host_keys)
+    assert rental.labels == {"course": "iac"}
+    assert rental.expires_at == datetime.fromtimestamp(WALL_START, UTC) + timedelta(hours=1)
+    assert rental.last_safe_copy_at is None
+
+
+async def test_the_key_that_is_made_opens_the_rental_and_is_told_this_once(
+    house: House, alice: httpx.AsyncClient, agent: Agent
+) -> None:
+    told = (await rent_and_wait(house, alice)).json()
+    public = asyncssh.import_private_key(told["ssh_private_key"]).export_public_key().decode().strip()
+    assert agent.node.accounts[told["id"]].keys == (public,)
+    assert "ssh_private_key" not in (await alice.get(f"/api/rentals/{told['id']}")).json()
+    assert not any("PRIVATE" in str(event) for event in await house.events())
+
+
+async def test_the_renter_s_own_key_is_used_without_its_comment_and_none_is_made(
+    house: House, alice: httpx.AsyncClient, agent: Agent
+) -> None:
+    told = (await rent_and_wait(house, alice, ssh_public_key=f"{host_key(7)} alice@home")).json()
+    assert told["ssh_private_key"] is None
+    assert agent.node.accounts[told["id"]].keys == (host_key(7),)
+
+
+async def test_a_rent_that_does_not_wait_answers_202_at_once(house: House, alice: httpx.AsyncClient) -> None:
+    reply = await alice.post("/api/rent", json={"wait_s": 0})
+    assert (reply.status_code, reply.json()["state"]) == (202, "queued")
+
+
+async def test_a_rent_that_waited_in_vain_says_what_it_waits_for(house: House, alice: httpx.AsyncClient) -> None:
+    asked = asyncio.create_task(alice.post("/api/rent", json={"wait_s": 0.05}))
+    await until_queued(house)
+    await house.settle()
+    house.clock.now += 1
+    reply = await asyncio.wait_for(asked, 5)
+    assert reply.status_code == 202
+    assert reply.json()["explanation"] == "waiting: the pool has no worker. It starts by itself when one joins"
+
+
+async def test_a_rent_is_not_active_for_its_renter_before_the_key_of_this_reply_is_in_place(
+    house: House, alice: httpx.AsyncClient, agent: Agent
+) -> None:
+    headers = {"Idempotency-Key": "once"}
+    await alice.post("/api/rent", json={"wait_s": 0}, headers=headers)
+    await house.settle()
+    again = await alice.post("/api/rent", json={"wait_s": 0}, headers=headers)
+    assert (again.status_code, again.json()["state"]) == (202, "active")
+
+
+async def test_a_replay_answers_with_the_same_rental_and_a_key_that_opens_it(
+    house: House, alice: httpx.AsyncClient, agent: Agent
+) -> None:
+    headers = {"Idempotency-Key": "once"}
+    first = (await alice.post("/api/rent", json={"name": "lab", "wait_s": 0}, headers=headers)).json()
+    await house.settle()
+    asked = asyncio.create_task(alice.post("/api/rent", json={"name": "lab"}, headers=headers))
+    while not asked.done():
+        await house.settle()
+    again = asked.result()
+    assert (again.status_code, again.json()["id"]) == (201, first["id"])
+    public = asyncssh.import_private_key(again.json()["ssh_private_key"]).export_public_key().decode().strip()
+    assert agent.node.accounts[first["id"]].keys == (public,)
+    assert again.json()["ssh_private_key"] != first["ssh_private_key"]
+
+
+async def test_a_replay_with_the_renter_s_own_key_changes_nothing(
+    house: House, alice: httpx.AsyncClient, agent: Agent
+) -> None:
+    ask = {"ssh_public_key": host_key(7), "wait_s": 0}
+    headers = {"Idempotency-Key": "once"}
+    first = await alice.post("/api/rent", json=ask, headers=headers)
+    await house.settle()
+    again = await alice.post("/api/rent", json=ask | {"wait_s": 10}, headers=headers)
+    assert (again.status_code, again.json()["id"]) == (201, first.json()["id"])
+    assert len(await house.events("rental.queued")) == 1
+
+
+async def test_another_request_with_a_used_key_is_refused(house: House, alice: httpx.AsyncClient) -> None:
+    headers = {"Idempotency-Key": "once"}
+    await alice.post("/api/rent", json={"wait_s": 0}, headers=headers)
+    reply = await alice.post("/api/rent", json={"wait_s": 0, "ttl_s": 60}, headers=headers)
+    is_problem(reply, 409, "idempotency_conflict")
+
+
+async def test_a_name_of_a_living_rental_is_taken_for_its_owner_alone(house: House, alice: httpx.AsyncClient) -> None:
+    bob = await house.new_client("bob")
+    assert (await alice.post("/api/rent", json={"name": "lab", "wait_s": 0})).status_code == 202
+    is_problem(await alice.post("/api/rent", json={"name": "lab", "wait_s": 0}), 409, "name_taken")
+    assert (await bob.post("/api/rent", json={"name": "lab", "wait_s": 0})).status_code == 202
+
+
+async def test_a_client_sees_its_own_rentals_and_an_admin_everybody_s(house: House, alice: httpx.AsyncClient) -> None:
+    bob = await house.new_client("bob")
+    mine = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
+    his = (await bob.post("/api/rent", json={"wait_s": 0})).json()["id"]
+
+    async def ids(client: httpx.AsyncClient) -> set[str]:
+        return {item["id"] for item in (await client.get("/api/rentals")).json()["items"]}
+
+    assert await ids(alice) == {mine}
+    assert await ids(bob) == {his}
+    assert await ids(house.as_admin) == {mine, his}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [("GET", "", None), ("POST", "/renew", {"ttl_s": 60}), ("DELETE", "", None)],
+    ids=["show", "renew", "release"],
+)
+async def test_another_client_s_rental_is_as_unknown_as_one_that_never_was(
+    house: House, alice: httpx.AsyncClient, method: str, path: str, body: Any
+) -> None:
+    bob = await house.new_client("bob")
+    hers = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
+    theirs = await bob.request(method, f"/api/rentals/{hers}{path}", json=body)
+    nobody_s = await bob.request(method, f"/api/rentals/never{path}", json=body)
+    assert is_problem(theirs, 404, "not_found") == is_problem(nobody_s, 404, "not_found")
+    assert (await alice.get(f"/api/rentals/{hers}")).json()["state"] == "queued"
+
+
+async def test_an_admin_may_release_anybody_s_rental_and_the_event_names_who_did(
+    house: House, alice: httpx.AsyncClient
+) -> None:
+    hers = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
+    assert (await house.as_admin.delete(f"/api/rentals/{hers}")).status_code == 202
+    assert [(e["actor"], e["owner"]) for e in await house.events("rental.release_started")] == [("admin", "alice")]
+
+
+async def test_a_replaced_token_of_the_same_name_keeps_the_rentals(house: House, alice: httpx.AsyncClient) -> None:
+    hers = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
+    tokens = (await house.as_admin.get("/api/tokens")).json()["items"]
+    (old,) = [token["id"] for token in tokens if token["name"] == "alice"]
+    again = await house.new_client("alice")
+    assert (await house.as_admin.delete(f"/api/tokens/{old}")).status_code == 204
+    is_problem(await alice.get(f"/api/rentals/{hers}"), 401, "unauthorized")
+    assert (await again.get(f"/api/rentals/{hers}")).json()["owner"] == "alice"
+
+
+async def test_a_list_filters_by_exact_name_and_shows_what_ended_on_request(
+    house: House, alice: httpx.AsyncClient
+) -> None:
+    for name in ("lab", "lab-2"):
+        await alice.post("/api/rent", json={"name": name, "wait_s": 0})
+    (found,) = (await alice.get("/api/rentals?name=lab")).json()["items"]
+    assert found["name"] == "lab"
+    await alice.delete(f"/api/rentals/{found['id']}")
+    await house.settle()
+    assert (await alice.get("/api/rentals?name=lab")).json()["items"] == []
+    (ended,) = (await alice.get("/api/rentals?name=lab&ended=true")).json()["items"]
+    assert (ended["id"], ended["state"]) == (found["id"], "released")
+
+
+async def test_all_pages_of_a_list_hold_each_rental_once(house: House, alice: httpx.AsyncClient) -> None:
+    made = {(await alice.post("/api/rent", json={"wait_s": 0})).json()["id"] for _ in range(7)}
+    seen: list[str] = []
+    after: str | None = ""
+    while after is not None:
+        page = (await alice.get("/api/rentals", params={"limit": 3} | ({"after": after} if after else {}))).json()
+        assert len(page["items"]) <= 3
+        seen += [item["id"] for item in page["items"]]
+        after = page["next"]
+    assert seen == sorted(made)
+
+
+async def test_a_page_that_is_just_full_is_the_last_one(house: House, alice: httpx.AsyncClient) -> None:
+    for _ in range(3):
+        await alice.post("/api/rent", json={"wait_s": 0})
+    assert (await alice.get("/api/rentals?limit=3")).json()["next"] is None
+
+
+async def test_showing_waits_for_the_state_that_was_asked_for_and_is_woken_by_the_commit(
+    house: House, alice: httpx.AsyncClient
+) -> None:
+    rental_id = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
+    asked = asyncio.create_task(alice.get(f"/api/rentals/{rental_id}?state=active&wait_s=55"))
+    await house.settle()
+    assert not asked.done()
+    await house.join()
+    reply = await asyncio.wait_for(asked, 5)
+    assert reply.json()["state"] == "active"
+
+
+async def test_waiting_for_a_state_that_will_not_come_ends_with_the_rental(
+    house: House, alice: httpx.AsyncClient
+) -> None:
+    rental_id = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
+    asked = asyncio.create_task(alice.get(f"/api/rentals/{rental_id}?state=active&wait_s=55"))
+    await alice.delete(f"/api/rentals/{rental_id}")
+    await house.settle()
+    assert (await asyncio.wait_for(asked, 5)).json()["state"] == "released"
+
+
+async def test_a_renewal_counts_again_from_now(house: House, alice: httpx.AsyncClient, agent: Agent) -> None:
+    rental = (await rent_and_wait(house, alice, ttl_s=60)).json()
+    before = datetime.now(UTC)
+    reply = await alice.post(f"/api/rentals/{rental['id']}/renew", json={"ttl_s": 7200})
+    assert reply.status_code == 200
+    renewed = wire.Rental.model_validate(reply.json())
+    assert renewed.ttl_s == 7200
+    assert renewed.expires_at is not None
+    assert timedelta(0) <= renewed.expires_at - before - timedelta(hours=2) < timedelta(minutes=1)
+
+
+async def test_what_is_ending_is_not_renewed(house: House, alice: httpx.AsyncClient, agent: Agent) -> None:
+    rental = (await rent_and_wait(house, alice)).json()
+    await alice.delete(f"/api/rentals/{rental['id']}")
+    is_problem(await alice.post(f"/api/rentals/{rental['id']}/renew", json={}), 409, "ended")
+
+
+async def test_a_release_answers_202_while_it_is_cleaned_and_200_when_it_has_ended(
+    house: House, alice: httpx.AsyncClient, agent: Agent
+) -> None:
+    rental = (await rent_and_wait(house, alice)).json()
+    first = await alice.delete(f"/api/rentals/{rental['id']}")
+    assert (first.status_code, first.json()["state"]) == (202, "releasing")
+    waiting = asyncio.create_task(alice.delete(f"/api/rentals/{rental['id']}?wait_s=55"))
+    await house.settle()
+    ended = await asyncio.wait_for(waiting, 5)
+    assert (ended.status_code, ended.json()["state"], ended.json()["worker_id"]) == (200, "released", None)
+    again = await alice.delete(f"/api/rentals/{rental['id']}")
+    assert (again.status_code, again.json()["state"]) == (200, "released")

@@ -1,0 +1,269 @@
+"""Workers over the contract: how they call home, who they are taken for, and what operators may do with them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from support.builders import host_key
+from support.house import Agent, House
+from test_api_access import is_problem
+
+from orion import wire
+
+
+@pytest.fixture
+async def agent(house: House) -> Agent:
+    agent = await house.join()
+    house.end_the_brake_of_the_start()
+    return agent
+
+
+def keys_become(agent: Agent, *keys: str) -> None:
+    agent.node.host = replace(agent.node.host, host_keys=keys)
+
+
+async def test_a_registration_answers_with_all_that_the_agent_needs(house: House) -> None:
+    agent = house.new_agent()
+    told = wire.RegisterReply.model_validate((await agent.register()).json())
+    assert (told.heartbeat_interval_s, told.lease_s) == (30, 75)
+    assert told.authorized_keys == [house.secrets.ssh_public_key]
+    assert told.worker_token.startswith(f"orion_worker_{told.worker_id}_")
+    assert told.placements == []
+
+
+async def test_a_worker_s_address_is_the_one_that_the_proxy_saw(house: House, agent: Agent) -> None:
+    shown = wire.Worker.model_validate(await house.worker(agent))
+    assert (shown.address, shown.hostname) == (agent.node.host.address, agent.hostname)
+    assert (shown.health, shown.intent, shown.slots, shown.slots_free) == ("ready", "active", 1, 1)
+
+
+@pytest.mark.parametrize("address", ["172.20.0.2", "172.20.0.3", "172.20.0.1", "203.0.113.5", "", "rubbish"])
+async def test_nobody_registers_from_outside_the_pool(house: House, address: str) -> None:
+    agent = house.new_agent()
+    agent.node.host = replace(agent.node.host, address=address)
+    is_problem(await agent.register(), 403, "address_not_in_pool")
+    assert (await house.as_admin.get("/api/workers")).json()["items"] == []
+
+
+async def test_a_worker_with_its_token_keeps_its_identity_at_another_address_too(house: House, agent: Agent) -> None:
+    before = agent.worker_id, agent.token, agent.session
+    agent.node.host = replace(agent.node.host, address="172.20.128.99")
+    reply = await agent.register()
+    assert reply.status_code == 201
+    assert (agent.worker_id, agent.token) == before[:2]
+    assert agent.session != before[2]
+    assert (await house.worker(agent))["address"] == "172.20.128.99"
+
+
+async def test_a_worker_whose_reply_was_lost_is_the_same_worker_with_a_new_token(house: House, agent: Agent) -> None:
+    before = agent.worker_id, agent.token
+    agent.token = None
+    assert (await agent.register()).status_code == 201
+    assert agent.worker_id == before[0]
+    assert agent.token != before[1]
+    assert len((await house.as_admin.get("/api/workers")).json()["items"]) == 1
+    is_problem(
+        await house.client(before[1] or "").post("/api/heartbeat", json={"session_id": agent.session, "seq": 1}),
+        401,
+        "unauthorized",
+    )
+
+
+async def test_an_address_is_refused_while_the_worker_that_holds_it_answers_there(house: House, agent: Agent) -> None:
+    intruder = house.new_agent()
+    intruder.node.host = replace(intruder.node.host, address=agent.node.host.address)
+    problem = is_problem(await intruder.register(), 409, "address_in_use")
+    assert agent.worker_id in problem["detail"]
+    assert (await agent.beat()).status_code == 200
+
+
+@pytest.mark.parametrize("what", ["dead", "impostor"])
+async def test_an_address_whose_holder_does_not_answer_there_any_more_is_free(
+    house: House, agent: Agent, what: str
+) -> None:
+    newcomer = house.new_agent()
+    newcomer.node.host = replace(newcomer.node.host, address=agent.node.host.address)
+    if what == "dead":
+        agent.node.die()
+    else:
+        house.world.workers[agent.node.host.address, 22] = newcomer.node
+    assert (await newcomer.register()).status_code == 201
+    assert newcomer.worker_id != agent.worker_id
+
+
+async def test_a_worker_with_a_token_but_other_host_keys_is_not_taken_for_itself(house: House, agent: Agent) -> None:
+    keys_become(agent, host_key(777))
+    is_problem(await agent.register(), 409, "host_key_changed")
+
+
+async def test_a_worker_with_a_token_and_its_own_keys_is_itself_though_another_row_has_the_same_keys(
+    house: House, agent: Agent
+) -> None:
+    """An image with host keys baked in: two containers, one after the other at each other's address."""
+    twin = house.new_agent()
+    keys_become(twin, *agent.node.host.host_keys)
+    await twin.register()
+    assert twin.worker_id != agent.worker_id
+    twin.node.host = replace(twin.node.host, address=agent.node.host.address)
+    agent.node.die()
+    before = twin.worker_id
+    assert (await twin.register()).status_code == 201
+    assert twin.worker_id == before
+    assert (await twin.beat()).status_code == 200
+
+
+async def test_a_removed_worker_s_token_is_worth_nothing(house: House, agent: Agent) -> None:
+    agent.die()
+    await house.silence(agent, 91)
+    assert (await house.as_admin.delete(f"/api/workers/{agent.worker_id}")).status_code == 204
+    agent.node.come_back()
+    is_problem(await agent.register(), 401, "unauthorized")
+    agent.token = None
+    assert (await agent.register()).status_code == 201
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ssh_host_keys": []},
+        {"ssh_host_keys": ["rubbish"]},
+        {"slots": 0},
+        {"hostname": "-"},
+        {"boot_id": "x"},
+        {"address": "172.20.128.7"},
+        {"inventory": [{"rental_id": "x", "username": "root", "uid": 100_000, "epoch": 1, "state": "locked"}]},
+        {"inventory": [{"rental_id": "x", "username": "r-x", "uid": 0, "epoch": 1, "state": "locked"}]},
+        {"inventory": [{"rental_id": "../x", "username": "r-x", "uid": 100_000, "epoch": 1, "state": "locked"}]},
+    ],
+    ids=lambda change: f"{next(iter(change))} {str(change)[-60:]}",
+)
+async def test_a_registration_out_of_the_contract_is_refused(house: House, change: dict[str, Any]) -> None:
+    body = {"hostname": "n", "ssh_host_keys": [host_key(5)], "boot_id": "boot-0001", "agent_version": "1"} | change
+    client = house.client(house.secrets.join_token)
+    reply = await client.post("/api/register", json=body, headers={"X-Real-IP": "172.20.128.50"})
+    is_problem(reply, 422, "invalid_request")
+
+
+async def test_a_heartbeat_renews_and_tells_the_next_one_with_jitter(house: House, agent: Agent) -> None:
+    told = [wire.HeartbeatReply.model_validate((await agent.beat()).json()) for _ in range(20)]
+    assert {reply.lease_s for reply in told} == {75.0}
+    assert all(27 <= reply.next_heartbeat_s <= 31.5 for reply in told)
+    assert len({reply.next_heartbeat_s for reply in told}) > 1
+
+
+async def test_a_worker_with_the_longer_lease_of_other_clocks_is_asked_again_at_once(
+    house: House, agent: Agent
+) -> None:
+    reply = wire.HeartbeatReply.model_validate((await agent.beat(lease_s=80.0)).json())
+    assert (reply.lease_s, reply.next_heartbeat_s) == (75.0, 0.5)
+
+
+async def test_a_heartbeat_shows_people_the_load_and_when_it_came(house: House, agent: Agent) -> None:
+    load = {"cpu": 1.5, "memory_used_bytes": 10, "memory_limit_bytes": 20, "processes": 3}
+    await agent.beat(load=load)
+    await house.settle()
+    shown = wire.Worker.model_validate(await house.worker(agent))
+    assert shown.load.model_dump() == load
+    assert shown.last_heartbeat_at is not None
+    assert shown.last_heartbeat_at.timestamp() == pytest.approx(house.clock.wall())
+
+
+async def test_a_heartbeat_of_another_session_or_an_old_number_is_told_to_register(house: House, agent: Agent) -> None:
+    agent.seq = 10
+    assert (await agent.beat()).status_code == 200
+    is_problem(await agent.beat(seq=3), 409, "stale_session")
+    is_problem(await agent.beat(session_id="another-session"), 409, "stale_session")
+
+
+async def test_a_heartbeat_after_the_verdict_is_told_to_register(house: House, agent: Agent) -> None:
+    await house.silence(agent, 91)
+    assert await house.health(agent) == "down"
+    is_problem(await agent.beat(), 409, "stale_session")
+    assert (await agent.register()).status_code == 201
+    await house.settle()
+    assert await house.health(agent) == "ready"
+
+
+async def test_a_heartbeat_s_reply_says_what_to_run_and_what_to_purge(house: House, agent: Agent) -> None:
+    rental = await house.rent()
+    stranger = {"rental_id": "stranger", "username": "r-stranger", "uid": 100_500, "epoch": 1, "state": "locked"}
+    reply = await agent.beat(inventory=[*agent.inventory(), stranger])
+    assert reply.json()["placements"] == [
+        {"rental_id": rental["id"], "epoch": 1, "want": "run"},
+        {"rental_id": "stranger", "epoch": 1, "want": "purge"},
+    ]
+
+
+async def test_workers_are_listed_in_pages(house: House) -> None:
+    made = {(await house.join()).worker_id for _ in range(5)}
+    first = (await house.as_admin.get("/api/workers?limit=3")).json()
+    second = (await house.as_admin.get(f"/api/workers?limit=3&after={first['next']}")).json()
+    assert [w["id"] for w in first["items"] + second["items"]] == sorted(made)
+    assert second["next"] is None
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", ""), ("POST", "/drain"), ("POST", "/resume"), ("DELETE", "")])
+async def test_what_is_asked_of_a_worker_that_never_was_is_not_found(house: House, method: str, path: str) -> None:
+    is_problem(await house.as_admin.request(method, f"/api/workers/w-never{path}"), 404, "not_found")
+
+
+async def test_drain_and_resume_are_repeatable_and_leave_one_event_each(house: House, agent: Agent) -> None:
+    for _ in range(2):
+        reply = await house.as_admin.post(f"/api/workers/{agent.worker_id}/drain")
+        assert (reply.status_code, reply.json()["intent"]) == (200, "draining")
+    for _ in range(2):
+        reply = await house.as_admin.post(f"/api/workers/{agent.worker_id}/resume")
+        assert (reply.status_code, reply.json()["intent"]) == (200, "active")
+    assert len(await house.events("worker.drain_started")) == len(await house.events("worker.resumed")) == 1
+
+
+async def test_a_drained_worker_that_is_drained_again_stays_drained(house: House, agent: Agent) -> None:
+    for _ in range(2):
+        await house.as_admin.post(f"/api/workers/{agent.worker_id}/drain")
+        await house.settle()
+        assert (await house.worker(agent))["intent"] == "drained"
+
+
+async def test_a_worker_at_fault_is_resumed_before_it_was_judged_too(house: House, agent: Agent) -> None:
+    """What is wrong with it is what an operator's word ends, whatever it is called at that moment."""
+    agent.die()
+    rental = await house.rent()
+    agent.node.alive, agent.node.failure = True, "stuck"
+    agent.beating = True
+    assert rental["state"] != "active"
+    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.pass_time(140)
+    assert await house.health(agent) == "quarantined"
+    agent.die()
+    await house.silence(agent, 91)
+    assert await house.health(agent) == "down"
+    agent.node.failure = ""
+    await house.as_admin.post(f"/api/workers/{agent.worker_id}/resume")
+    await agent.come_back()
+    await house.settle()
+    assert await house.health(agent) == "ready"
+
+
+async def test_a_worker_in_use_is_not_removed_and_one_that_is_down_is(house: House, agent: Agent) -> None:
+    rental = await house.rent()
+    is_problem(await house.as_admin.delete(f"/api/workers/{agent.worker_id}"), 409, "worker_in_use")
+    agent.die()
+    await house.silence(agent, 91)
+    assert (await house.as_admin.delete(f"/api/workers/{agent.worker_id}")).status_code == 204
+    await house.settle()
+    waiting = await house.rental(rental["id"])
+    assert (waiting["state"], waiting["worker_id"]) == ("queued", None)
+    assert [p["state"] for p in await house.placements()] == ["purged"]
+
+
+async def test_an_idle_worker_is_removed_and_calls_home_as_a_new_one(house: House, agent: Agent) -> None:
+    before = agent.worker_id
+    assert (await house.as_admin.delete(f"/api/workers/{before}")).status_code == 204
+    is_problem(await agent.beat(), 401, "unauthorized")
+    agent.token = None
+    await agent.register()
+    await house.settle()
+    assert agent.worker_id != before
+    assert await house.health(agent) == "ready"

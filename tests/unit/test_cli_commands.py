@@ -1,0 +1,432 @@
+"""The command against a real HTTP server: what it prints, where, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from support.scripted_platform import (
+    HOST_KEY,
+    Answer,
+    ScriptedPlatform,
+    event,
+    page,
+    problem,
+    rental,
+    stream,
+    token,
+    worker,
+)
+
+from orion.cli import keys
+from orion.cli.app import run
+
+EVIL = "\x1b]0;owned\x07\x1b[31m[red]x[/red]\u202e\u009b2J"
+UP_TO_NOW = "2000-01-01T00:00:00Z"
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ScriptedPlatform]:
+    server = ScriptedPlatform()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def platform(server: ScriptedPlatform) -> ScriptedPlatform:
+    server.forget()
+    return server
+
+
+@pytest.fixture
+def orion(
+    platform: ScriptedPlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    """`orion ARGUMENTS`, logged in by the environment."""
+    (tmp_path / "token").write_text("orion_client_t1_secret")
+    monkeypatch.setenv("ORION_URL", platform.url)
+    monkeypatch.setenv("ORION_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("ORION_CA_FILE", raising=False)
+
+    def command(*arguments: str) -> Result:
+        status = run(arguments)
+        return Result(status, *capsys.readouterr())
+
+    return command
+
+
+@pytest.fixture
+def public_key(tmp_path: Path) -> Path:
+    file = tmp_path / "mine.pub"
+    file.write_text(f"{HOST_KEY} ada@lab\n")
+    return file
+
+
+def test_rent_prints_how_to_get_in(platform: ScriptedPlatform, orion: Command, public_key: Path) -> None:
+    platform.answer("POST", "/api/rent", Answer(201, rental()))
+    result = orion("rent", "--name", "box", "--ttl", "2h", "--key", str(public_key), "--label", "team=blue")
+    assert result.status == 0
+    assert "orion ssh box" in result.out
+    assert platform.calls[0].body == {
+        "name": "box",
+        "ssh_public_key": HOST_KEY,
+        "ttl_s": 7200,
+        "labels": {"team": "blue"},
+        "wait_s": 30,
+    }
+
+
+def test_rent_without_a_key_makes_one_once_and_says_so(
+    platform: ScriptedPlatform, orion: Command, tmp_path: Path
+) -> None:
+    platform.answer("POST", "/api/rent", Answer(201, rental()))
+    first, second = orion("rent"), orion("rent")
+    made = tmp_path / "orion" / "id_ed25519"
+    assert str(made) in first.err
+    assert str(made) not in second.err
+    assert made.stat().st_mode & 0o777 == 0o600
+    sent = {call.body["ssh_public_key"] for call in platform.calls}
+    assert sent == {" ".join(made.with_suffix(".pub").read_text().split()[:2])}
+    assert keys.identity_of("abcdefgh23") == made
+
+
+def test_a_chosen_key_is_remembered_until_the_release(
+    platform: ScriptedPlatform, orion: Command, public_key: Path
+) -> None:
+    public_key.with_suffix("").write_text("private")
+    platform.answer("POST", "/api/rent", Answer(201, rental()))
+    orion("rent", "--key", str(public_key.with_suffix("")))
+    assert keys.identity_of("abcdefgh23") == public_key.with_suffix("")
+    platform.answer("GET", "/api/rentals/box", rental())
+    platform.answer("DELETE", "/api/rentals/abcdefgh23", rental(state="released"))
+    assert orion("release", "box", "--yes").status == 0
+    assert keys.identity_of("abcdefgh23") is None
+
+
+def test_a_private_key_is_never_sent(platform: ScriptedPlatform, orion: Command, tmp_path: Path) -> None:
+    private = tmp_path / "private.pub"
+    private.write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nsecret\n")
+    result = orion("rent", "--key", str(private))
+    assert result.status == 2
+    assert platform.calls == []
+    assert "secret" not in result.err
+
+
+def test_a_rental_that_still_waits_has_its_own_status(
+    platform: ScriptedPlatform, orion: Command, public_key: Path
+) -> None:
+    platform.answer("POST", "/api/rent", Answer(202, rental(state="queued", explanation="no worker has a free slot.")))
+    result = orion("rent", "--key", str(public_key), "--wait", "0")
+    assert result.status == 7
+    assert "no worker has a free slot" in result.err
+    assert "orion ssh box" in result.err
+    assert platform.calls[0].body["wait_s"] == 0
+
+
+def test_a_long_wait_goes_on_after_the_first_answer(
+    platform: ScriptedPlatform, orion: Command, public_key: Path
+) -> None:
+    platform.answer("POST", "/api/rent", Answer(202, rental(state="queued")))
+    platform.answer("GET", "/api/rentals/abcdefgh23", rental())
+    result = orion("rent", "--key", str(public_key), "--wait", "10m")
+    assert result.status == 0
+    assert platform.calls[0].body["wait_s"] == 55
+    assert platform.calls[1].query["state"] == "active"
+
+
+def test_json_of_a_rental_is_the_contracts(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals/box", rental())
+    assert json.loads(orion("show", "box", "--json").out) == rental()
+    assert json.loads(orion("--json", "show", "box").out) == rental()
+
+
+def test_json_of_a_list_is_an_array(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals", page(rental(name="one")), page())
+    assert [one["name"] for one in json.loads(orion("ls", "--json").out)] == ["one"]
+    assert json.loads(orion("ls", "--json").out) == []
+
+
+def test_ls_shows_why_a_rental_is_not_active(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer(
+        "GET", "/api/rentals", page(rental(), rental(name="late", state="queued", explanation="pool is full"))
+    )
+    result = orion("ls")
+    assert result.out.splitlines()[0].split() == ["NAME", "ID", "STATE", "WORKER", "ENDS", "LAST", "COPY"]
+    assert "late: pool is full" in result.out
+    assert "OWNER" not in result.out
+
+
+def test_ls_shows_the_owner_where_there_are_several(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals", page(rental(), rental(owner="bob")))
+    assert "OWNER" in orion("ls").out
+
+
+@pytest.mark.parametrize(
+    "arguments", [("ls",), ("workers",), ("events",), ("token", "ls"), ("show", "box"), ("status",)]
+)
+def test_the_servers_words_cannot_steer_the_terminal(
+    platform: ScriptedPlatform, orion: Command, arguments: tuple[str, ...]
+) -> None:
+    evil = rental(state="queued", explanation=EVIL, owner=EVIL, labels={EVIL: EVIL}, worker_id=EVIL)
+    platform.answer("GET", "/api/rentals", page(evil, rental()))
+    platform.answer("GET", "/api/rentals/box", evil)
+    platform.answer(
+        "GET", "/api/workers", page(worker(hostname=EVIL, health="suspect", explanation=EVIL, labels={"a": EVIL}))
+    )
+    platform.answer("GET", "/api/events", page(event(1, kind=EVIL, reason=EVIL, actor=EVIL)))
+    platform.answer("GET", "/api/tokens", page(token(name=EVIL)))
+    counts = {"ready": 1}
+    status = {"version": EVIL, "brake": EVIL, "workers": counts, "rentals": {}, "slots": 1, "slots_free": 1}
+    platform.answer("GET", "/api/status", status)
+    result = orion(*arguments)
+    assert result.status == 0
+    assert_harmless(result.out)
+    assert "[red]x[/red]" in result.out
+
+
+def test_an_errors_words_cannot_steer_the_terminal(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/status", problem(500, EVIL, EVIL, {"X-Request-ID": "req1"}))
+    assert_harmless(orion("status").err)
+    assert_harmless(orion("status", "--json").err)
+
+
+def assert_harmless(text: str) -> None:
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+
+
+def test_tables_fit_a_terminal_of_80_columns(
+    platform: ScriptedPlatform, orion: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    long = rental(name="a" * 40, state="provisioning", last_safe_copy_at=UP_TO_NOW)
+    platform.answer("GET", "/api/rentals", page(long))
+    loaded = worker(health="quarantined", intent="draining", labels={"zone": "somewhere-far-away", "disk": "ssd"})
+    platform.answer("GET", "/api/workers", page(loaded))
+    for command in ("ls", "workers"):
+        lines = [_without_colours(line) for line in orion(command).out.splitlines()]
+        assert max(len(line.rstrip()) for line in lines) <= 80
+        assert not any("\u2026" in line for line in lines)
+
+
+def _without_colours(line: str) -> str:
+    return "".join(part.partition("m")[2] if index else part for index, part in enumerate(line.split("\x1b[")))
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (problem(401, "unauthorized", "no"), 4),
+        (problem(403, "forbidden", "no"), 4),
+        (problem(404, "not_found", "no"), 3),
+        (problem(409, "worker_in_use", "no"), 6),
+        (problem(422, "invalid_request", "no"), 2),
+        (problem(429, "rate_limited", "no"), 1),
+        (problem(502, "manager_unreachable", "no", {"X-Orion-Manager": "unreachable"}), 5),
+        (Answer(breaks=True), 5),
+        (Answer(body=b"<html>"), 1),
+    ],
+)
+def test_each_failure_has_its_status_in_words_and_in_json(
+    platform: ScriptedPlatform, orion: Command, answer: Answer, status: int
+) -> None:
+    platform.answer("GET", "/api/status", answer)
+    in_words, in_json = orion("status"), orion("status", "--json")
+    assert (in_words.status, in_json.status) == (status, status)
+    assert in_words.err.startswith("orion: ")
+    assert json.loads(in_json.err)["error"]["exit_code"] == status
+    assert in_words.out == in_json.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("nonsense",), ("rent", "--nonsense"), ("rent", "--ttl", "soon"), ("rent", "--label", "x"), ("show",), ()],
+)
+def test_wrong_usage_is_status_2(orion: Command, arguments: tuple[str, ...]) -> None:
+    result = orion(*arguments)
+    assert result.status == 2
+    assert result.err
+
+
+def test_wrong_usage_is_json_where_json_was_asked_for(orion: Command) -> None:
+    assert json.loads(orion("rent", "--nonsense", "--json").err)["error"]["exit_code"] == 2
+
+
+def test_help_tells_the_exit_statuses(orion: Command) -> None:
+    result = orion("--help")
+    assert result.status == 0
+    for line in ("3  no such thing", "7  still waiting", "5  the platform cannot be reached"):
+        assert line in result.out
+
+
+def test_an_ambiguous_name_lists_the_candidates(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals", page(rental(id="one"), rental(id="two", owner="bob")))
+    result = orion("show", "box", "--json")
+    assert result.status == 6
+    assert json.loads(result.err)["error"]["candidates"] == ["one", "two"]
+
+
+def test_release_asks_and_a_script_must_say_yes(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals/box", rental())
+    result = orion("release", "box")
+    assert result.status == 2
+    assert "--yes" in result.err
+    assert [call.method for call in platform.calls] == ["GET"]
+
+
+def test_a_release_that_goes_on_has_its_own_status(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals/box", rental())
+    platform.answer("DELETE", "/api/rentals/abcdefgh23", Answer(202, rental(state="releasing")))
+    assert orion("release", "box", "--yes", "--wait", "0").status == 7
+
+
+def test_a_release_is_repeatable(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals/box", rental(state="released"))
+    platform.answer("DELETE", "/api/rentals/abcdefgh23", rental(state="released"))
+    assert orion("release", "box").status == 0
+
+
+@pytest.mark.parametrize(("state", "status"), [("queued", 7), ("released", 6), ("failed", 6), ("releasing", 6)])
+def test_a_rental_that_cannot_be_entered_says_why(
+    platform: ScriptedPlatform, orion: Command, state: str, status: int
+) -> None:
+    platform.answer("GET", "/api/rentals/box", rental(state=state, explanation="that is so"))
+    platform.answer("GET", "/api/rentals/abcdefgh23", rental(state=state, explanation="that is so"))
+    result = orion("ssh", "--wait", "0", "box")
+    assert result.status == status
+    assert f"box is {state}: that is so" in result.err
+
+
+def test_a_key_that_is_gone_is_said_before_ssh_starts(
+    platform: ScriptedPlatform, orion: Command, public_key: Path
+) -> None:
+    platform.answer("POST", "/api/rent", Answer(201, rental()))
+    platform.answer("GET", "/api/rentals/box", rental())
+    orion("rent", "--key", str(public_key))
+    public_key.unlink()
+    result = orion("ssh", "box")
+    assert result.status == 2
+    assert "orion ssh -i FILE box" in result.err
+
+
+def test_a_rental_made_where_nothing_can_be_kept_is_still_reported(
+    platform: ScriptedPlatform, orion: Command, public_key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/proc/nowhere")
+    platform.answer("POST", "/api/rent", Answer(201, rental()))
+    result = orion("rent", "--key", str(public_key))
+    assert result.status == 0
+    assert f"-i {public_key}" in result.err
+    assert orion("rent").status == 1  # without a key there is nowhere to make one
+
+
+def test_renew_says_when_it_ends_now(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals/box", rental())
+    platform.answer("POST", "/api/rentals/abcdefgh23/renew", rental())
+    result = orion("renew", "box", "--ttl", "7d")
+    assert "box ends in" in result.out
+    assert platform.calls[-1].body == {"ttl_s": 604800}
+
+
+def test_the_pool_is_run_by_hostname_too(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/workers", page(worker()))
+    platform.answer("POST", "/api/workers/w-aaaa2222/drain", worker(intent="draining"))
+    platform.answer("POST", "/api/workers/w-aaaa2222/resume", worker())
+    platform.answer("DELETE", "/api/workers/w-aaaa2222", Answer(204))
+    assert "draining" in orion("drain", "0123456789ab").out
+    assert "ready" in orion("resume", "w-aaaa2222").out
+    assert orion("remove", "w-aaaa2222", "--yes").status == 0
+    assert platform.calls[-1].method == "DELETE"
+
+
+def test_a_new_token_is_alone_on_stdout(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("POST", "/api/tokens", Answer(201, token() | {"token": "orion_client_t9_shown"}))
+    result = orion("token", "create", "ada", "--ttl", "7d")
+    assert result.out == "orion_client_t9_shown\n"
+    assert platform.calls[0].body == {"name": "ada", "role": "client", "ttl_s": 604800}
+
+
+def test_a_token_is_revoked_by_name(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/tokens", page(token()))
+    platform.answer("DELETE", "/api/tokens/t1", Answer(204))
+    assert orion("token", "revoke", "ada", "-y").status == 0
+
+
+def test_events_shows_the_last_ones_and_follows_from_there(platform: ScriptedPlatform, orion: Command) -> None:
+    refused = problem(401, "unauthorized", "revoked")
+    past = page(event(1, reason="first"), event(2), event(3))
+    platform.answer("GET", "/api/events", past, stream(event(3), event(4, reason="latest")), refused)
+    result = orion("events", "-f", "-n", "2")
+    assert result.status == 4  # the script above ends it
+    assert "first" not in result.out
+    assert result.out.count("rental.activated") == 3
+    assert platform.calls[1].headers["Last-Event-ID"] == "3"
+
+
+def test_events_as_json_are_one_object_per_line(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/events", page(event(1), event(2)))
+    assert [json.loads(line)["id"] for line in orion("events", "--json").out.splitlines()] == [1, 2]
+
+
+def test_the_inventory_pins_the_host_key_of_each_worker_that_is_not_down(
+    platform: ScriptedPlatform, orion: Command
+) -> None:
+    platform.answer("GET", "/api/workers", page(worker(), worker(id="w-down", health="down")))
+    printed: dict[str, Any] = json.loads(orion("inventory", "--list").out)
+    assert printed["workers"]["hosts"] == ["w-aaaa2222"]
+    variables = printed["_meta"]["hostvars"]["w-aaaa2222"]
+    assert variables["ansible_host"] == "172.20.128.2"
+    arguments = shlex.split(variables["ansible_ssh_common_args"])
+    assert "StrictHostKeyChecking=yes" in arguments
+    assert f"KnownHostsCommand=/bin/echo w-aaaa2222 {HOST_KEY}" in arguments
+    assert json.loads(orion("inventory", "--host", "w-aaaa2222").out) == variables
+    assert orion("inventory", "--host", "w-down").status == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": "w; touch /tmp/x"},
+        {"address": "-oProxyCommand=x"},
+        {"ssh_host_keys": []},
+        {"ssh_host_keys": ["ssh-ed25519 AAAA%h;reboot"]},
+    ],
+)
+def test_the_inventory_holds_nothing_that_ssh_would_obey(
+    platform: ScriptedPlatform, orion: Command, change: dict[str, Any]
+) -> None:
+    platform.answer("GET", "/api/workers", page(worker(**change)))
+    assert json.loads(orion("inventory").out)["workers"]["hosts"] == []
+
+
+def test_login_stores_nothing_before_the_token_was_taken(
+    platform: ScriptedPlatform, orion: Command, tmp_path: Path
+) -> None:
+    platform.answer("GET", "/api/rentals", problem(401, "unauthorized", "unknown token"), page())
+    arguments = ("login", platform.url, "--token-file", str(tmp_path / "token"))
+    assert orion(*arguments).status == 4
+    assert not (tmp_path / "orion").exists()
+    assert orion(*arguments).status == 0
+    assert "orion_client_t1_secret" in (tmp_path / "orion" / "config.json").read_text()
+
+
+def test_not_logged_in_says_how(orion: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ORION_URL")
+    monkeypatch.delenv("ORION_TOKEN_FILE")
+    result = orion("ls")
+    assert result.status == 4
+    assert "orion login http://localhost:8080" in result.err

@@ -1,0 +1,194 @@
+"""Judging a worker: each rule of each state, and what it never says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from support.builders import SESSION, new_worker
+
+from orion.manager.domain.brake import Brake
+from orion.manager.domain.clocks import Clocks
+from orion.manager.domain.health import MAX_FLAPS, RULES, Evidence, judge
+from orion.manager.domain.leases import Lease
+from orion.manager.domain.model import Worker
+from orion.manager.domain.states import JOIN_DEADLINE_S, Health
+
+CLOCKS = Clocks()
+NOW = 10_000.0
+OFF = Brake(0.0, None, "")
+ON = Brake(0.0, NOW - 10, "because")
+
+
+def evidence(health: Health, silent_s: float = 1.0, **change: Any) -> Evidence:
+    """A verified worker that was last heard `silent_s` ago; `worker` and `lease` take changes of those."""
+    worker = replace(new_worker(health=health), **change.pop("worker", {}))
+    lease = replace(Lease(SESSION, NOW - silent_s, 5, (), lease_s=CLOCKS.freeze_after_s), **change.pop("lease", {}))
+    fields = {"brake": OFF, "refuge": True} | change
+    return Evidence(worker, lease, NOW, CLOCKS, **fields)
+
+
+def verdict(health: Health, silent_s: float = 1.0, **change: Any) -> Health | None:
+    found = judge(evidence(health, silent_s, **change))
+    return found.to if found else None
+
+
+UNVERIFIED = {"worker": {"verified_session": None}}
+NOT_HEARD_YET = {"lease": {"received_at": None, "inventory": None}}
+GOODBYE = {"lease": {"leaving_at": NOW - CLOCKS.goodbye_after_s}}
+
+
+def test_each_state_has_its_rules() -> None:
+    assert set(RULES) == set(Health)
+
+
+def test_a_ready_worker_that_is_heard_stays_as_it_is() -> None:
+    assert verdict(Health.READY) is None
+
+
+@pytest.mark.parametrize(("silent_s", "to"), [(39.9, None), (40.0, None), (40.1, Health.SUSPECT)])
+@pytest.mark.parametrize("health", [Health.READY, Health.JOINING])
+def test_silence_makes_a_worker_suspect(health: Health, silent_s: float, to: Health | None) -> None:
+    unverified = UNVERIFIED if health is Health.JOINING else {}
+    assert verdict(health, silent_s, **unverified) is to
+
+
+def test_a_brake_does_not_keep_anybody_from_becoming_suspect() -> None:
+    assert verdict(Health.READY, 41, brake=ON) is Health.SUSPECT
+
+
+def test_grace_that_begins_anew_hides_nobody_s_silence() -> None:
+    just_disturbed = Brake(NOW - 1, NOW - 1, "the manager cannot reach itself through the proxy")
+    assert verdict(Health.READY, 41, brake=just_disturbed) is Health.SUSPECT
+
+
+@pytest.mark.parametrize("health", [Health.SUSPECT, Health.UNKNOWN, Health.QUARANTINED])
+@pytest.mark.parametrize(("silent_s", "to"), [(90.0, None), (90.1, Health.DOWN)])
+def test_a_worker_is_down_when_its_lease_has_passed(health: Health, silent_s: float, to: Health | None) -> None:
+    broken = {"worker": {"fault": "broken"}} if health is Health.QUARANTINED else {}
+    assert verdict(health, silent_s, **broken) is to
+    assert verdict(health, silent_s, brake=ON, **broken) is None
+
+
+def test_a_ready_worker_is_suspect_before_it_is_down_however_long_the_silence_was() -> None:
+    assert verdict(Health.READY, 5000) is Health.SUSPECT
+
+
+def test_the_end_of_a_brake_gives_everybody_the_whole_grace_again() -> None:
+    just_ended = Brake(disturbed_at=NOW - 90, since=None, reason="")
+    assert verdict(Health.SUSPECT, 5000, brake=just_ended) is None
+    assert verdict(Health.SUSPECT, 5000, brake=replace(just_ended, disturbed_at=NOW - 90.1)) is Health.DOWN
+
+
+def test_a_worker_that_lives_by_a_longer_lease_of_former_clocks_gets_the_grace_of_those() -> None:
+    longer = {"lease": {"lease_s": 10 * CLOCKS.freeze_after_s}}
+    assert verdict(Health.SUSPECT, 899, **longer) is None
+    assert verdict(Health.SUSPECT, 901, **longer) is Health.DOWN
+
+
+def test_a_shorter_lease_than_the_clocks_ask_for_takes_no_grace_away() -> None:
+    assert verdict(Health.SUSPECT, 90, lease={"lease_s": 0.0}) is None
+
+
+@pytest.mark.parametrize("health", [Health.SUSPECT, Health.UNKNOWN])
+def test_a_verified_worker_that_is_heard_again_is_ready(health: Health) -> None:
+    assert verdict(health) is Health.READY
+
+
+@pytest.mark.parametrize("health", [Health.READY, Health.SUSPECT, Health.UNKNOWN, Health.DOWN])
+def test_a_worker_that_registered_again_is_checked_again(health: Health) -> None:
+    assert verdict(health, worker={"session_id": "new", "verified_session": SESSION}, lease={"session_id": "new"}) is (
+        Health.JOINING
+    )
+
+
+def test_a_down_worker_stays_down_until_it_is_heard_in_a_session_that_is_not_over() -> None:
+    down = new_worker(health=Health.DOWN)
+    assert judge(Evidence(down, None, NOW, CLOCKS, OFF, refuge=True)) is None
+    assert verdict(Health.DOWN, lease={"session_id": "another"}, worker={"verified_session": None}) is None
+    assert verdict(Health.DOWN, silent_s=41, **UNVERIFIED) is None
+
+
+def test_the_manager_s_own_absence_makes_a_ready_worker_unknown_and_not_suspect() -> None:
+    assert verdict(Health.READY, **NOT_HEARD_YET) is Health.UNKNOWN
+
+
+@pytest.mark.parametrize(("since_start_s", "to"), [(180.0, None), (180.1, Health.DOWN)])
+@pytest.mark.parametrize("health", [Health.UNKNOWN, Health.SUSPECT])
+def test_one_that_was_not_heard_since_the_manager_started_has_a_doubled_grace(
+    health: Health, since_start_s: float, to: Health | None
+) -> None:
+    started = Brake(NOW - since_start_s, None, "")
+    assert verdict(health, brake=started, **NOT_HEARD_YET) is to
+
+
+@pytest.mark.parametrize("health", [Health.JOINING, Health.READY, Health.SUSPECT, Health.UNKNOWN])
+def test_a_goodbye_is_acted_on_late_with_a_refuge_and_without_a_brake(health: Health) -> None:
+    unchanged = verdict(health)
+    assert verdict(health, **GOODBYE) is Health.DOWN
+    assert verdict(health, lease={"leaving_at": NOW - CLOCKS.goodbye_after_s + 0.1}) is unchanged
+    assert verdict(health, **GOODBYE, refuge=False) is unchanged
+    assert verdict(health, **GOODBYE, brake=ON) is unchanged
+
+
+def test_when_everything_is_stopped_the_workers_that_said_goodbye_become_suspect_and_hold_what_they_have() -> None:
+    assert verdict(Health.READY, 41, **GOODBYE, refuge=False) is Health.SUSPECT
+
+
+def test_a_joining_worker_is_ready_when_it_is_heard_and_verified() -> None:
+    assert verdict(Health.JOINING) is Health.READY
+    assert verdict(Health.JOINING, **UNVERIFIED) is None
+    assert verdict(Health.JOINING, worker={"session_id": "new"}) is None
+
+
+def test_a_worker_at_fault_is_quarantined_and_the_reason_says_how_to_go_on() -> None:
+    found = judge(evidence(Health.JOINING, worker={"fault": "rental x could not be cleaned up"}))
+    assert found.to is Health.QUARANTINED
+    assert found.reason == "rental x could not be cleaned up. Look at it, then: orion resume w-0001"
+
+
+@pytest.mark.parametrize(("losses", "to"), [(MAX_FLAPS - 1, Health.READY), (MAX_FLAPS, Health.QUARANTINED)])
+def test_a_worker_that_flaps_is_quarantined(losses: int, to: Health) -> None:
+    assert verdict(Health.JOINING, losses=losses) is to
+
+
+@pytest.mark.parametrize(("joining_s", "to"), [(JOIN_DEADLINE_S, None), (JOIN_DEADLINE_S + 0.1, Health.QUARANTINED)])
+def test_a_worker_that_cannot_be_verified_in_time_is_quarantined(joining_s: float, to: Health | None) -> None:
+    assert verdict(Health.JOINING, joining_s=joining_s, **UNVERIFIED) is to
+
+
+def test_the_reason_of_a_join_that_took_too_long_is_what_went_wrong_last() -> None:
+    late = evidence(Health.JOINING, joining_s=301, worker={"verified_session": None, "explanation": "no route"})
+    assert judge(late).reason.startswith("no route.")
+
+
+def test_a_worker_that_was_checked_is_ready_though_it_took_too_long() -> None:
+    assert verdict(Health.JOINING, joining_s=301) is Health.READY
+
+
+def test_a_quarantined_worker_stays_so_until_an_operator_resumes_it() -> None:
+    assert verdict(Health.QUARANTINED, worker={"fault": "broken"}) is None
+    assert verdict(Health.QUARANTINED) is Health.JOINING
+
+
+def test_a_resumed_worker_that_is_not_heard_stays_where_it_is() -> None:
+    assert verdict(Health.QUARANTINED, 41) is None
+
+
+def test_a_quarantined_worker_is_not_ready_by_its_heartbeats() -> None:
+    assert all(
+        verdict(Health.QUARANTINED, worker={"fault": "broken", "verified_session": verified}) is None
+        for verified in (None, SESSION)
+    )
+
+
+def test_a_reason_tells_how_long_it_was_silent() -> None:
+    assert judge(evidence(Health.SUSPECT, 91)).reason == "no heartbeat for 91 s"
+
+
+def test_a_worker_without_any_lease_is_judged_by_the_manager_s_start() -> None:
+    orphan: Worker = new_worker(health=Health.SUSPECT)
+    started = Brake(NOW - 181, None, "")
+    assert judge(Evidence(orphan, None, NOW, CLOCKS, started, refuge=False)).to is Health.DOWN
+    assert judge(Evidence(orphan, None, NOW, CLOCKS, replace(started, disturbed_at=NOW - 179), refuge=False)) is None

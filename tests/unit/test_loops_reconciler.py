@@ -1,0 +1,323 @@
+"""The reconciler: tasks that fail, back off, go elsewhere; clean-ups; what a killed manager leaves to the next one."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from support.house import Agent, House
+
+from orion.manager.domain.outcomes import MAX_ATTEMPTS
+from orion.manager.domain.reconcile import MAX_FAILURES
+from orion.manager.domain.states import CREATE_DEADLINE_S, DELETE_DEADLINE_S
+
+
+@pytest.fixture
+async def agent(house: House) -> Agent:
+    agent = await house.join()
+    house.end_the_brake_of_the_start()
+    return agent
+
+
+async def test_a_rental_runs_with_the_renter_s_key_under_its_own_account(house: House, agent: Agent) -> None:
+    rental = await house.rent()
+    account = agent.node.accounts[rental["id"]]
+    assert (account.username, account.epoch, account.unlocked) == (rental["username"], 1, True)
+    assert len(account.keys) == 1
+    assert rental["ssh_host_keys"] == list(agent.node.host.host_keys)
+
+
+async def test_a_released_rental_leaves_nothing_and_the_event_says_that_somebody_looked(
+    house: House, agent: Agent
+) -> None:
+    rental = await house.rent()
+    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.settle()
+    assert (await house.rental(rental["id"]))["state"] == "released"
+    assert agent.node.accounts == {}
+    (purged,) = await house.events("placement.purged")
+    assert purged["reason"] == "purged, then looked: nothing is left"
+    assert purged["details"]["report"]["left"] == []
+
+
+async def test_a_task_that_fails_is_tried_again_after_a_pause_that_grows(house: House, agent: Agent) -> None:
+    agent.node.failure = "no space left"
+    rental = await house.rent()
+    assert rental["state"] == "provisioning"
+    assert rental["explanation"] == "trying again: no space left"
+    for pause_s in (0.5, 1.0):
+        agent.node.asked.clear()
+        house.clock.now += pause_s - 0.1
+        await house.settle()
+        assert not agent.node.asked.is_set()
+        house.clock.now += 0.1
+        await house.settle()
+        assert agent.node.asked.is_set()
+
+
+async def test_a_task_that_went_well_after_all_is_not_held_against_the_worker(house: House, agent: Agent) -> None:
+    agent.node.failure = "a hiccup"
+    rental = await house.rent()
+    agent.node.failure = ""
+    await house.pass_time(1)
+    assert (await house.rental(rental["id"]))["state"] == "active"
+
+
+async def test_what_cannot_be_made_on_one_worker_is_made_on_another(house: House, agent: Agent) -> None:
+    agent.node.failure = "no space left"
+    rental = await house.rent()
+    other = await house.join()
+    for _ in range(MAX_ATTEMPTS):
+        await house.pass_time(1)
+    moved = await house.rental(rental["id"])
+    assert (moved["state"], moved["epoch"], moved["worker_id"]) == ("active", 2, other.worker_id)
+    agent.node.failure = ""
+    await house.pass_time(4)
+    assert [(p["epoch"], p["state"]) for p in await house.placements()] == [(1, "purged"), (2, "running")]
+
+
+async def test_what_was_not_made_before_its_deadline_is_made_on_another(house: House, agent: Agent) -> None:
+    agent.node.hang()
+    reply = await house.as_admin.post("/api/rent", json={"wait_s": 0})
+    for _ in range(3):
+        await house.manager.reconciler.round()
+    await asyncio.wait_for(agent.node.asked.wait(), 5)
+    other = house.new_agent()
+    await other.register()
+    house.clock.now += CREATE_DEADLINE_S + 1
+    await agent.beat()
+    await other.beat()
+    for _ in range(4):
+        await house.manager.health.round()
+        await house.manager.reconciler.round()
+        running = [t for key, t in house.manager.reconciler._running.items() if key[0] == other.worker_id]
+        await asyncio.gather(*running)
+    moved = await house.rental(reply.json()["id"])
+    assert (moved["state"], moved["worker_id"]) == ("active", other.worker_id)
+    agent.node.go_on()
+    await house.settle()
+    assert agent.node.accounts == {}, "what was made too late is purged"
+    assert house.live_copies(moved["id"]) == [2]
+
+
+async def test_a_rental_that_was_never_active_and_cannot_be_made_anywhere_fails(house: House, agent: Agent) -> None:
+    agents = [agent, *[await house.join() for _ in range(MAX_FAILURES - 1)]]
+    for each in agents:
+        each.node.failure = "no space left"
+    rental = await house.rent()
+    await house.pass_time(60)
+    failed = await house.rental(rental["id"])
+    assert failed["state"] == "failed"
+    assert failed["explanation"].startswith(f"it could not be made {MAX_FAILURES} times; last: worker ")
+
+
+async def test_a_clean_up_that_cannot_be_done_quarantines_the_worker(house: House, agent: Agent) -> None:
+    rental = await house.rent()
+    agent.node.failure = "a process that cannot be killed"
+    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.pass_time(DELETE_DEADLINE_S - 10)
+    assert await house.health(agent) == "ready"
+    assert (await house.rental(rental["id"]))["explanation"] == "trying again: a process that cannot be killed"
+    await house.pass_time(20)
+    worker = await house.worker(agent)
+    assert worker["health"] == "quarantined"
+    assert f"rental {rental['id']} could not be cleaned up" in worker["explanation"]
+    assert f"orion resume {agent.worker_id}" in worker["explanation"]
+
+
+async def test_a_quarantined_worker_gets_nothing_and_is_ready_again_after_it_was_cleaned_and_resumed(
+    house: House, agent: Agent
+) -> None:
+    rental = await house.rent()
+    agent.node.failure = "a process that cannot be killed"
+    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.pass_time(DELETE_DEADLINE_S + 10)
+    waiting = await house.rent()
+    assert waiting["explanation"].startswith("waiting: of 1 worker, 1 quarantined.")
+    agent.node.failure = ""
+    await house.pass_time(20)
+    assert (await house.rental(rental["id"]))["state"] == "released"
+    assert await house.health(agent) == "quarantined"
+    assert (await house.as_admin.post(f"/api/workers/{agent.worker_id}/resume")).status_code == 200
+    await house.settle()
+    assert await house.health(agent) == "ready"
+    assert (await house.rental(waiting["id"]))["state"] == "active"
+
+
+async def test_a_worker_that_restarts_three_times_an_hour_is_quarantined(house: House, agent: Agent) -> None:
+    for _ in range(3):
+        assert await house.health(agent) == "ready"
+        await agent.come_back()
+        await house.settle()
+    worker = await house.worker(agent)
+    assert worker["health"] == "quarantined"
+    assert "it was lost 3 times within 3600 s" in worker["explanation"]
+    await house.as_admin.post(f"/api/workers/{agent.worker_id}/resume")
+    await house.settle()
+    assert await house.health(agent) == "ready"
+
+
+async def test_restarts_that_are_far_apart_are_no_flapping(house: House, agent: Agent) -> None:
+    for _ in range(5):
+        await agent.come_back()
+        await house.settle()
+        house.clock.now += 1801
+        await agent.beat()
+        house.end_the_brake_of_the_start()
+    assert await house.health(agent) == "ready"
+
+
+@pytest.fixture
+async def stranger(house: House) -> Agent:
+    """It holds what the database has never placed, as after a restore of an older one."""
+    agent = house.new_agent()
+    rental = {"rental_id": "stranger", "username": "r-stranger", "uid": 100_500, "epoch": 7, "state": "running"}
+    agent.inventory = lambda: [rental] if "stranger" not in agent.node.tombstones else []  # type: ignore[method-assign]
+    reply = await agent.register()
+    assert reply.json()["placements"] == [{"rental_id": "stranger", "epoch": 7, "want": "purge"}]
+    await house.settle()
+    return agent
+
+
+async def test_what_the_database_has_never_placed_is_kept_until_an_operator_decides(
+    house: House, stranger: Agent
+) -> None:
+    for _ in range(2):
+        worker = await house.worker(stranger)
+        assert (worker["health"], worker["slots_free"]) == ("quarantined", 1)
+        assert "(stranger)" in worker["explanation"]
+        assert stranger.node.tombstones == {}
+        await house.as_admin.post(f"/api/workers/{stranger.worker_id}/resume")
+        await house.settle()
+
+
+async def test_a_worker_that_no_longer_shows_it_is_ready_again_by_itself(house: House, stranger: Agent) -> None:
+    assert await house.health(stranger) == "quarantined"
+    stranger.inventory = list  # type: ignore[method-assign]  deleted by hand
+    await stranger.beat()
+    await house.settle()
+    assert await house.health(stranger) == "ready"
+
+
+async def test_a_resumed_worker_has_time_again_for_a_clean_up_that_failed(house: House, agent: Agent) -> None:
+    rental = await house.rent()
+    agent.node.failure = "a process that cannot be killed"
+    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.pass_time(DELETE_DEADLINE_S + 10)
+    assert await house.health(agent) == "quarantined"
+    await house.as_admin.post(f"/api/workers/{agent.worker_id}/resume")
+    await house.pass_time(DELETE_DEADLINE_S - 10)
+    assert await house.health(agent) != "quarantined"
+    await house.pass_time(20)
+    assert await house.health(agent) == "quarantined", "its time is over again"
+
+
+async def test_what_an_operator_gives_up_is_purged_before_its_worker_is_ready(house: House, stranger: Agent) -> None:
+    reply = await house.as_admin.post(f"/api/workers/{stranger.worker_id}/resume?give_up=true")
+    assert reply.status_code == 200, reply.text
+    await house.settle()
+    assert stranger.node.tombstones == {"stranger": 7}
+    assert await house.health(stranger) == "ready"
+    (given_up,) = await house.events("rental.given_up")
+    assert (given_up["rental_id"], given_up["epoch"]) == ("stranger", 7)
+
+
+async def test_what_was_placed_once_and_has_ended_is_purged_before_its_worker_is_ready(house: House) -> None:
+    """A worker that was removed while it was away comes back as a new one, with what it had."""
+    agent = await house.join()
+    rental = await house.rent()
+    agent.die()
+    await house.silence(agent, 400.0)
+    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.as_admin.delete(f"/api/workers/{agent.worker_id}")
+    await house.settle()
+    agent.token = None
+    await agent.come_back()
+    await house.settle()
+    assert agent.node.tombstones == {rental["id"]: 1}
+    assert await house.health(agent) == "ready"
+    assert len(await house.events("worker.cleaned")) == 1
+
+
+async def test_a_worker_that_cannot_be_reached_by_ssh_is_not_ready_and_says_so(house: House) -> None:
+    agent = house.new_agent()
+    agent.node.alive = False
+    await agent.register()
+    await house.settle()
+    worker = await house.worker(agent)
+    assert (worker["health"], worker["explanation"]) == ("joining", "it cannot be reached by SSH")
+
+
+async def test_something_else_at_a_worker_s_address_is_not_taken_for_it(house: House) -> None:
+    agent, other = house.new_agent(), house.new_agent()
+    house.world.workers[agent.node.host.address, 22] = other.node
+    await agent.register()
+    await house.settle()
+    worker = await house.worker(agent)
+    assert worker["health"] == "joining"
+    assert "its host key is not the pinned one" in worker["explanation"]
+
+
+async def test_a_draining_worker_keeps_what_it_has_gets_nothing_new_and_is_drained_in_the_end(
+    house: House, agent: Agent
+) -> None:
+    agent.slots = 2
+    await agent.register()
+    await house.settle()
+    rental = await house.rent()
+    await house.as_admin.post(f"/api/workers/{agent.worker_id}/drain")
+    waiting = await house.rent()
+    assert waiting["explanation"].startswith("waiting: of 1 worker, 1 draining.")
+    assert (await house.rental(rental["id"]))["state"] == "active"
+    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.settle()
+    assert (await house.worker(agent))["intent"] == "drained"
+    await house.as_admin.post(f"/api/workers/{agent.worker_id}/resume")
+    await house.settle()
+    assert (await house.rental(waiting["id"]))["state"] == "active"
+
+
+@pytest.mark.parametrize("rounds", range(5))
+async def test_a_manager_that_is_killed_after_any_round_is_taken_over_from_there(
+    house: House, agent: Agent, rounds: int
+) -> None:
+    agent.node.hang()
+    reply = await house.as_admin.post("/api/rent", json={"wait_s": 0})
+    for _ in range(rounds):
+        await house.manager.reconciler.round()
+    await house.restart()
+    agent.node.go_on()
+    await agent.beat()
+    await house.settle()
+    rental = await house.rental(reply.json()["id"])
+    assert (rental["state"], rental["epoch"]) == ("active", 1)
+    assert house.live_copies(rental["id"]) == [1]
+
+
+async def test_a_new_key_is_put_in_place_of_the_old_one(house: House, agent: Agent) -> None:
+    headers = {"Idempotency-Key": "once"}
+    first = await house.as_admin.post("/api/rent", json={"wait_s": 0}, headers=headers)
+    await house.settle()
+    old = agent.node.accounts[first.json()["id"]].keys
+    await house.as_admin.post("/api/rent", json={"wait_s": 0}, headers=headers)
+    await house.settle()
+    assert agent.node.accounts[first.json()["id"]].keys != old
+    assert [e["kind"] for e in await house.events("rental.key")] == ["rental.key_changed"]
+
+
+async def test_migrations_are_served_before_new_rentals_and_a_head_that_does_not_fit_blocks_nobody(
+    house: House,
+) -> None:
+    first, second = await house.join(), await house.join()
+    house.end_the_brake_of_the_start()
+    running = [await house.rent(), await house.rent()]
+    waiting = await house.rent()
+    first.die()
+    await house.silence(first, 91)
+    lost = next(r for r in running if r["worker_id"] == first.worker_id)
+    third = await house.join()
+    assert (await house.rental(lost["id"]))["worker_id"] == third.worker_id
+    assert (await house.rental(waiting["id"]))["state"] == "queued"
+    await house.join()
+    assert (await house.rental(waiting["id"]))["state"] == "active"
+    assert second.beating

@@ -1,0 +1,16 @@
+"""The mutants of tests/simulation/mutants are of the source as it is; `make mutants` shows that each one is noticed."""
+
+from __future__ import annotations
+
+import pytest
+from simulation.mutants.catalogue import ROOT, Mutant, all_mutants
+
+
+@pytest.mark.parametrize("mutant", all_mutants(), ids=lambda mutant: mutant.name)
+def test_it_still_applies(mutant: Mutant) -> None:
+    assert mutant.applies(), f"{mutant.file} has changed: write tests/simulation/mutants/{mutant.name}.toml anew"
+    assert all((ROOT / test.split("::")[0]).exists() for test in mutant.tests)
+
+
+def test_there_are_enough() -> None:
+    assert len(all_mutants()) >= 15

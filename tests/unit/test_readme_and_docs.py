@@ -1,0 +1,179 @@
+"""README and docs tell the truth: both languages give the same commands, and what they name exists."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.readme import PAGES, READMES, ROOT, code, commands, shell_blocks
+from typer.main import get_command
+
+import orion.manager.api
+import orion.manager.gateway
+from orion.cli.app import app
+from orion.manager.settings import Settings
+
+COMPOSE = (ROOT / "docker-compose.yml").read_text()
+SERVICES = yaml.safe_load(COMPOSE)["services"]
+MANAGER_SETTINGS = {f"ORION_{name.upper()}": field.default for name, field in Settings.model_fields.items()}
+SKIPPED = {".git", ".venv", "node_modules", "__pycache__"}
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def test_both_readmes_give_the_same_commands() -> None:
+    english, french = ([commands(block) for block in shell_blocks(page)] for page in READMES)
+    assert english == french
+    assert len(english) >= 6
+
+
+@each_page
+def test_every_make_target_exists(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {target for text in code(page) for target in re.findall(r"\bmake (?:-s )?([a-z][a-z0-9-]*)", text)}
+    assert named <= targets
+    assert named or page not in READMES
+
+
+@each_page
+def test_every_variable_of_make_is_read_somewhere(page: Path) -> None:
+    readers = "".join(path.read_text() for path in [ROOT / "Makefile", *(ROOT / "scripts").iterdir()])
+    for text in code(page):
+        if re.search(r"\bmake [a-z]", text):
+            for name in re.findall(r"\b([A-Z][A-Z_]+)=[^\s$(]", text):
+                assert name in readers + COMPOSE, f"{text}: nothing reads {name}"
+
+
+@each_page
+def test_every_command_and_option_of_orion_exists(page: Path) -> None:
+    calls = [call for text in code(page) for call in re.findall(r"(?:^|[\s|(])orion((?: +[^\s|)]+)+)", text)]
+    for call in calls:
+        _check_call(call.split())
+    assert calls or page not in READMES
+
+
+@each_page
+def test_every_environment_variable_is_known(page: Path) -> None:
+    known = COMPOSE + "".join(path.read_text() for path in (ROOT / "scripts").iterdir())
+    known += (ROOT / "src/orion/login.py").read_text()
+    named = set(re.findall(r"\bORION_[A-Z_]*[A-Z]\b", page.read_text()))
+    assert {name for name in named if not re.search(rf"\b{name}\b", known)} == set()
+
+
+def test_what_compose_hands_to_the_manager_is_a_setting_of_it() -> None:
+    handed = {line.split("=")[0] for line in SERVICES["manager_app"]["environment"]}
+    assert handed <= set(MANAGER_SETTINGS)
+
+
+def test_the_defaults_of_the_table_are_the_defaults() -> None:
+    table = re.findall(r"^\| (`ORION_.*?) \| (.*?) \|", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    shown = {
+        name: value
+        for names, values in table
+        for name, value in zip(re.findall(r"ORION_\w+", names), values.split(", "), strict=True)
+    }
+    assert {name: _default(name) for name in shown} == shown
+    assert len(shown) >= 12
+
+
+@each_page
+def test_every_port_is_published_or_listened_on(page: Path) -> None:
+    published = {port for pair in SERVICES["manager_proxy"]["ports"] for port in re.findall(r"\d+", pair)}
+    exposed = {port for file in ROOT.glob("*/Dockerfile") for port in _exposed(file)}
+    named = (
+        r"(?:localhost|manager_app|manager_proxy|172\.20\.0\.\d+):(\d+)|\bports? (\d+)(?: \(HTTP\) (?:and|et) (\d+))?"
+    )
+    found = {port for groups in re.findall(named, page.read_text()) for port in groups if port}
+    assert found <= published | exposed | {str(MANAGER_SETTINGS["ORION_PORT"])}
+    assert {"8080", "8443", "5000"} <= found or page not in READMES
+
+
+@each_page
+def test_every_path_of_the_api_exists(page: Path) -> None:
+    routes = {_without_names(route) for route in _routes()} | {"/api/openapi.json"}
+    texts = [text.replace("$API", "/api") for text in code(page) if not text.endswith(".py")]
+    found = {_without_names(path) for text in texts for path in re.findall(r"/api/[^\s\"'`)|?]+", text)}
+    assert found <= routes
+    assert len(found) >= 5 or page not in READMES
+
+
+@each_page
+def test_every_file_exists(page: Path) -> None:
+    tree = {str(path.relative_to(ROOT)) for path in _tree()}
+    for name in {text for text in code(page) if _is_a_path(text)}:
+        inside = {path for path in tree if f"/{path}".endswith("/" + name.strip("/"))}
+        assert inside or _is_in_an_image(name), f"{page.name} names {name}"
+
+
+@each_page
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists()
+
+
+def _check_call(words: list[str]) -> None:
+    """`orion WORDS`: a command that there is, with options that it has."""
+    command: Any = get_command(app)
+    options = {"-h", "--help", "--json", "--version"}
+    while words and hasattr(command, "commands") and not words[0].startswith("-"):
+        name = words.pop(0)
+        assert name in command.commands, f"there is no orion {name}"
+        command = command.commands[name]
+    options |= {option for parameter in command.params for option in parameter.opts}
+    for word in words:
+        assert not re.match(r"--?[a-z]", word) or word in options, f"orion {command.name} has no {word}"
+
+
+def _default(variable: str) -> str:
+    """As the table writes it: that of compose, else the manager's own, else `none`."""
+    in_compose = re.search(rf"\$\{{{variable}:-([^}}]*)\}}", COMPOSE)
+    if in_compose:
+        return in_compose[1]
+    setting = MANAGER_SETTINGS.get(variable)
+    return "none" if setting is None else f"{setting:g}"
+
+
+def _exposed(dockerfile: Path) -> list[str]:
+    lines = re.findall(r"^EXPOSE (.*)$", dockerfile.read_text(), re.MULTILINE)
+    return [port for line in lines for port in line.split()]
+
+
+def _routes() -> set[str]:
+    found = set()
+    for package in (orion.manager.api, orion.manager.gateway):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            router = getattr(importlib.import_module(module.name), "router", None)
+            found |= {route.path for route in router.routes} if router else set()
+    return found
+
+
+def _without_names(path: str) -> str:
+    """`/api/rentals/$RENTAL` and `/api/rentals/{rental_id}` are the same path."""
+    return re.sub(r"\{[^}]*\}|\$[A-Z]+", "{}", path.rstrip("/"))
+
+
+def _tree() -> list[Path]:
+    tops = [path for path in ROOT.iterdir() if path.name not in SKIPPED and not path.name.startswith(".")]
+    below = [path for top in tops if top.is_dir() for path in top.rglob("*") if not SKIPPED & set(path.parts)]
+    return tops + below
+
+
+def _is_a_path(text: str) -> bool:
+    if not re.fullmatch(r"[A-Za-z_/][\w./-]*", text) or text.startswith(("/api/", "/healthz", "text/", "application/")):
+        return False
+    if text.startswith("/") and "orion" not in text:
+        return False  # of any Linux, or the user's own
+    return "/" in text or re.search(r"\.(ya?ml|py|sh|conf|md|crt|key|db)$", text) is not None
+
+
+def _is_in_an_image(name: str) -> bool:
+    """Something of an image or a volume: its code names it."""
+    rooms = [path for room in ("manager_app", "manager_proxy", "worker", "src") for path in (ROOT / room).rglob("*")]
+    kinds = {".py", ".sh", ".conf", ""}
+    wanted = name.rstrip("/")
+    return any(wanted in path.read_text() for path in rooms if path.is_file() and path.suffix in kinds)

@@ -1,0 +1,321 @@
+"""The worker's program for rentals: its rules, and its hands in a directory. With root and sshd: tests/integration."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import accounts
+import processes
+import pytest
+import traces
+from ledger import Ledger, Record, Refused, check_create, check_not_newer, check_unlock
+from rental import Places, Rentals, Request, answer, parse
+
+KEY = "ssh-ed25519 " + "A" * 68
+CREATE: dict[str, Any] = {
+    "rental_id": "one",
+    "username": "r-one",
+    "uid": 100_001,
+    "epoch": 1,
+    "public_keys": [KEY],
+}
+RECORD = Record("one", "r-one", 100_001, epoch=3)
+
+
+@pytest.fixture
+def etc(tmp_path: Path) -> Path:
+    folder = tmp_path / "etc"
+    folder.mkdir()
+    (folder / "passwd").write_text("root:x:0:0:root:/root:/bin/bash\n")
+    (folder / "group").write_text("root:x:0:\n")
+    (folder / "shadow").write_text("root:*:19000:0:99999:7:::\n")
+    return folder
+
+
+# The rule of epochs
+
+
+def test_no_epoch_is_made_that_is_older_than_seen_or_was_purged_or_is_half_purged() -> None:
+    check_create(None, 0, 1)
+    check_create(RECORD, 0, 3)
+    check_create(RECORD, 0, 4)
+    check_create(None, 3, 4)
+    for record, purged, epoch, code in (
+        (RECORD, 0, 2, "stale_epoch"),
+        (None, 3, 3, "purged"),
+        (None, 3, 2, "purged"),
+        (Record("one", "r-one", 100_001, 3, ending=True), 0, 4, "purge_unfinished"),
+    ):
+        with pytest.raises(Refused) as refusal:
+            check_create(record, purged, epoch)
+        assert refusal.value.code == code
+
+
+def test_only_the_very_epoch_that_is_here_is_unlocked() -> None:
+    check_unlock(RECORD, 0, 3)
+    for record, purged, epoch, code in (
+        (RECORD, 0, 2, "stale_epoch"),
+        (RECORD, 0, 4, "stale_epoch"),
+        (None, 0, 1, "unknown_rental"),
+        (None, 3, 3, "purged"),
+        (Record("one", "r-one", 100_001, 3, ending=True), 0, 3, "purged"),
+    ):
+        with pytest.raises(Refused) as refusal:
+            check_unlock(record, purged, epoch)
+        assert refusal.value.code == code
+
+
+def test_an_old_order_to_lock_or_purge_leaves_what_is_newer() -> None:
+    check_not_newer(None, 1)
+    check_not_newer(RECORD, 3)
+    check_not_newer(RECORD, 9)
+    with pytest.raises(Refused):
+        check_not_newer(RECORD, 2)
+
+
+def test_a_tombstone_outlives_a_crash_between_it_and_the_record(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.keep(RECORD)
+    (tmp_path / "tombstones/one").write_text("3")
+    assert ledger.living("one") is None
+    assert ledger.all_living() == []
+    ledger.keep(Record("one", "r-one", 100_001, epoch=4))
+    assert [record.epoch for record in ledger.all_living()] == [4]
+
+
+def test_a_tombstone_never_sinks_to_an_older_epoch(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.bury(Record("one", "r-one", 100_001, epoch=5))
+    ledger.bury(Record("one", "r-one", 100_001, epoch=2))
+    assert ledger.purged_epoch("one") == 5
+
+
+def test_one_command_at_a_time_for_a_rental_and_another_rental_does_not_wait(tmp_path: Path) -> None:
+    ledger, other_process = Ledger(tmp_path), Ledger(tmp_path)
+    with ledger.locked("one", wait_s=0):
+        with pytest.raises(Refused, match="still at work"), other_process.locked("one", wait_s=0):
+            pass
+        with other_process.locked("two", wait_s=0):
+            pass
+    with other_process.locked("one", wait_s=0):
+        pass
+
+
+# Requests
+
+
+def test_a_request_is_read() -> None:
+    request = parse("create", json.dumps(CREATE | {"deadline": None}))
+    assert request == Request("one", 1, "r-one", 100_001, (KEY,))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rental_id": "../etc"},
+        {"rental_id": ""},
+        {"username": "root"},
+        {"username": "r-one\nroot:x:0"},
+        {"username": "r-one:x"},
+        {"uid": 0},
+        {"uid": 99_999},
+        {"uid": "100001"},
+        {"uid": True},
+        {"epoch": 0},
+        {"epoch": 1.5},
+        {"public_keys": []},
+        {"public_keys": [f'command="x" {KEY}']},
+        {"public_keys": [f"{KEY}\n{KEY}"]},
+        {"unknown": 1},
+    ],
+)
+def test_a_request_that_could_do_harm_is_not_understood(wrong: dict[str, Any], tmp_path: Path) -> None:
+    status, report = answer("create", json.dumps(CREATE | wrong), Rentals(Places(tmp_path)), now=0)
+    assert (status, report["code"], report["changed"]) == (2, "invalid_request", False)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "nonsense", "{}"])
+def test_what_is_no_request_is_not_understood(text: str, tmp_path: Path) -> None:
+    assert answer("purge", text, Rentals(Places(tmp_path)), now=0)[0] == 2
+
+
+def test_a_passed_deadline_is_refused_by_every_command(tmp_path: Path) -> None:
+    rentals = Rentals(Places(tmp_path))
+    for command in ("create", "unlock", "lock", "purge"):
+        status, report = answer(command, json.dumps(CREATE | {"deadline": 99.0}), rentals, now=100.0)
+        assert (status, report["code"]) == (3, "deadline_passed")
+
+
+# Keys
+
+
+def test_unlocking_and_locking_move_the_keys_and_may_be_repeated(tmp_path: Path) -> None:
+    rentals = Rentals(Places(tmp_path))
+    rentals.ledger.keep(RECORD)
+    aside, in_place = tmp_path / "etc/orion/locked/r-one", tmp_path / "etc/orion/keys/r-one"
+    aside.write_text("key\n")
+    assert [rentals.unlock(Request("one", 3))["changed"] for _ in range(2)] == [True, False]
+    assert (in_place.read_text(), aside.exists()) == ("key\n", False)
+    assert rentals.inventory()[0]["state"] == "running"
+    assert [rentals.lock(Request("one", 3))["changed"] for _ in range(2)] == [True, False]
+    assert (aside.read_text(), in_place.exists()) == ("key\n", False)
+
+
+def test_what_has_no_keys_here_cannot_be_unlocked(tmp_path: Path) -> None:
+    rentals = Rentals(Places(tmp_path))
+    rentals.ledger.keep(RECORD)
+    with pytest.raises(Refused, match="not created"):
+        rentals.unlock(Request("one", 3))
+
+
+def test_locking_what_is_not_here_is_no_failure(tmp_path: Path) -> None:
+    assert Rentals(Places(tmp_path)).lock(Request("one", 3))["state"] == "absent"
+
+
+# Accounts
+
+
+def test_an_account_is_added_once_with_a_password_that_nothing_matches(etc: Path) -> None:
+    assert accounts.add(etc, "r-one", 100_001)
+    assert not accounts.add(etc, "r-one", 100_001)
+    assert "r-one:x:100001:100001::/home/r-one:/bin/bash\n" in (etc / "passwd").read_text()
+    assert "r-one:*:" in (etc / "shadow").read_text()
+    assert (etc / "passwd").read_text().startswith("root:x:0:0:")
+
+
+def test_a_half_made_account_is_completed(etc: Path) -> None:
+    accounts.add(etc, "r-one", 100_001)
+    (etc / "shadow").write_text("root:*:19000:0:99999:7:::\n")
+    assert accounts.add(etc, "r-one", 100_001)
+    assert accounts.found(etc, "r-one", 100_001) == [str(etc / name) for name in ("group", "passwd", "shadow")]
+
+
+def test_a_removed_account_leaves_no_line_and_all_others(etc: Path) -> None:
+    before = {name: (etc / name).read_text() for name in accounts.FILES}
+    accounts.add(etc, "r-one", 100_001)
+    assert accounts.remove(etc, "r-one", 100_001)
+    assert {name: (etc / name).read_text() for name in accounts.FILES} == before
+    assert not accounts.remove(etc, "r-one", 100_001)
+    assert accounts.found(etc, "r-one", 100_001) == []
+
+
+def test_the_modes_of_the_account_files_are_kept(etc: Path) -> None:
+    (etc / "shadow").chmod(0o640)
+    accounts.add(etc, "r-one", 100_001)
+    assert (etc / "shadow").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_name_with_another_number_is_anothers(etc: Path) -> None:
+    accounts.add(etc, "r-one", 100_001)
+    assert not accounts.taken_by_another(etc, "r-one", 100_001)
+    assert accounts.taken_by_another(etc, "r-one", 100_002)
+    assert accounts.taken_by_another(etc, "r-two", 100_001)
+
+
+# Traces
+
+
+def test_a_tree_is_removed_however_deep_and_its_links_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/file").write_text("x")
+    doomed = tmp_path / "doomed"
+    doomed.mkdir()
+    (doomed / "link").symlink_to(tmp_path / "kept")
+    (doomed / "many").mkdir()
+    for number in range(1500):
+        (doomed / f"many/{number}").mkdir()
+    here = os.open(doomed, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("deep", dir_fd=here)
+        inner = os.open("deep", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    parent = os.open(tmp_path, os.O_RDONLY)
+    removed = traces.remove_entry(parent, "doomed")
+    os.close(parent)
+    assert removed == 1 + 1 + 1 + 1500 + 1500
+    assert [place.name for place in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept/file").read_text() == "x"
+
+
+def test_what_a_neighbour_put_in_the_place_of_a_found_directory_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    found = os.lstat(tmp_path / "place")
+    (tmp_path / "place").rename(tmp_path / "away")
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place/file").write_text("the neighbour's")
+    parent = os.open(tmp_path, os.O_RDONLY)
+    assert traces.remove_entry(parent, "place", found) == 0
+    os.close(parent)
+    assert (tmp_path / "place/file").exists()
+
+
+def test_a_search_finds_what_has_the_number_and_does_not_go_through_links(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/file").write_text("x")
+    (tmp_path / "link").symlink_to("/etc")
+    ours = os.getuid()
+    found = {found.path.removeprefix(str(tmp_path)) for found in traces.owned(str(tmp_path), ours, [])}
+    assert found == {"/folder", "/link"}
+    assert list(traces.owned(str(tmp_path), 4_000_000_001, [])) == []
+
+
+def test_directories_of_others_that_are_too_deep_are_named(tmp_path: Path) -> None:
+    here = tmp_path
+    for _ in range(traces.DEEPEST + 2):
+        here /= "d"
+        here.mkdir()
+    unsearched: list[str] = []
+    list(traces.owned(str(tmp_path), 4_000_000_001, unsearched))
+    assert unsearched == [str(tmp_path) + "/d" * traces.DEEPEST]
+
+
+def test_places_to_look_are_those_where_somebody_could_write(tmp_path: Path) -> None:
+    (tmp_path / "with space").mkdir()
+    (tmp_path / "read-only").mkdir()
+    (tmp_path / "file").write_text("")
+    mountinfo = "\n".join(
+        [
+            f"1 0 0:1 / {tmp_path} rw,relatime - overlay overlay rw",
+            f"2 1 0:2 / {tmp_path}/with\\040space rw master:1 - tmpfs tmpfs rw",
+            f"3 1 0:3 / {tmp_path}/read-only ro,relatime - tmpfs tmpfs rw",
+            f"4 1 0:4 / {tmp_path}/file rw - ext4 /dev/vda rw",
+            "5 1 0:5 / /proc rw - proc proc rw",
+            "6 1 0:6 / /sys rw - sysfs sysfs rw",
+        ]
+    )
+    assert traces.writable_mounts(mountinfo) == [str(tmp_path), f"{tmp_path}/with space"]
+
+
+SHARED_MEMORY = """\
+       key      shmid perms                  size  cpid  lpid nattch   uid   gid  cuid  cgid      atime
+      4369          7  1600                  4096    10    10      1 100001 100001 100001 100001          0
+      4370          8   600                  4096    10    10      0 100001 100001 100001 100001          0
+      4371          9   600                  4096    10    10      0 100002 100002 100001 100001          0
+      4372         10   600                  4096    10    10      0 100002 100002 100002 100002          0
+"""
+
+
+def test_ipc_of_a_renter_is_what_it_owns_or_made_and_not_what_is_already_destroyed() -> None:
+    assert traces.ipc_of(SHARED_MEMORY, 100_001) == [8, 9]
+
+
+# Processes
+
+
+def test_a_process_belongs_to_all_four_of_its_uids_and_a_zombie_to_nobody() -> None:
+    status = "Name:\tsh\nState:\tS (sleeping)\nUid:\t0\t100001\t0\t100002\nGid:\t0\t0\t0\t0\n"
+    assert processes.owners(status) == {0, 100_001, 100_002}
+    assert processes.owners(status.replace("S (sleeping)", "Z (zombie)")) == set()
+    assert processes.owners("") == set()
+
+
+def test_ending_nobody_takes_no_time() -> None:
+    began = time.monotonic()
+    assert processes.end({}) == 0
+    assert time.monotonic() - began < 1

@@ -1,0 +1,187 @@
+"""No stuck state: what may not last ends as its table says, and a person is told what has waited too long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import pytest
+from support.builders import active_rental, new_placement, new_rental, new_worker, new_world
+from support.house import House
+
+from orion.manager.domain.brake import Brake
+from orion.manager.domain.clocks import Clocks
+from orion.manager.domain.health import Evidence, judge
+from orion.manager.domain.leases import Lease
+from orion.manager.domain.model import World, move_worker
+from orion.manager.domain.overdue import WHAT_TO_DO, overdue
+from orion.manager.domain.reconcile import Facts, decide
+from orion.manager.domain.states import (
+    JOIN_DEADLINE_S,
+    QUEUE_DEADLINE_S,
+    TABLES,
+    Health,
+    PlacementState,
+    RentalState,
+)
+
+R, P, H = RentalState, PlacementState, Health
+PATIENT = [
+    (kind, state) for kind, table in TABLES.items() for state, row in table.items() if row.deadline_s is not None
+]
+LATE_S = 1.0
+CALM = Brake(-10_000.0, None, "")
+
+
+def ids() -> Iterator[str]:
+    return (f"p-new-{number}" for number in count())
+
+
+def decided(world: World, late: str, rounds: int = 4, **facts: Any) -> World:
+    """The world after some rounds in which `late` has been in its state for longer than any deadline."""
+    new_ids = ids()
+    for _ in range(rounds):
+        decision = decide(world, Facts({}, frozenset(), {late: QUEUE_DEADLINE_S + LATE_S}, new_ids, **facts))
+        for step in decision.steps:
+            assert world.apply(step)
+    return world
+
+
+def judged(health: Health, silent_s: float, **change: Any) -> Health:
+    """What becomes of a worker that was in a state for too long."""
+    worker = new_worker(health=health, **change)
+    lease = Lease(worker.session_id or "", -silent_s)
+    verdict = judge(Evidence(worker, lease, 0.0, Clocks(), CALM, refuge=True, joining_s=JOIN_DEADLINE_S + LATE_S))
+    if verdict is None:
+        return health
+    move_worker(worker, verdict.to, verdict.reason)  # raises what is not in the table
+    return verdict.to
+
+
+def placed(state: PlacementState, rental_state: RentalState, worker_health: Health = H.READY) -> tuple[World, str]:
+    rental = new_rental(state=rental_state, epoch=1)
+    placement = new_placement(rental, new_worker(health=worker_health), state)
+    return new_world(rental, new_worker(health=worker_health), placement), placement.id
+
+
+@pytest.mark.parametrize(("kind", "state"), PATIENT)
+def test_each_state_that_may_not_last_has_an_owner_a_deadline_an_exit_and_words_for_a_person(
+    kind: str, state: str
+) -> None:
+    row = TABLES[kind][state]
+    assert row.owner in {"health", "reconciler"}
+    assert row.exits
+    assert row.overdue
+    assert WHAT_TO_DO[kind, state]
+
+
+def test_a_person_is_told_only_of_states_that_may_not_last_and_of_what_waits_for_one() -> None:
+    assert set(WHAT_TO_DO) == {*PATIENT, ("worker", H.QUARANTINED)}
+
+
+def test_a_place_that_is_reserved_for_too_long_is_prepared_or_given_up() -> None:
+    world, late = placed(P.RESERVED, R.PROVISIONING)
+    assert decided(world, late, rounds=1).placements[late].state is P.PREPARING
+    world, late = placed(P.RESERVED, R.RELEASING)
+    assert decided(world, late).placements[late].state is P.PURGED
+
+
+@pytest.mark.parametrize("worker_health", [H.READY, H.SUSPECT, H.UNKNOWN, H.JOINING, H.QUARANTINED])
+def test_what_is_made_for_too_long_has_failed_whatever_its_worker_is(worker_health: Health) -> None:
+    world, late = placed(P.PREPARING, R.PROVISIONING, worker_health)
+    decided(world, late, rounds=1)
+    assert world.placements[late].state is P.FAILED
+    assert world.rentals["rental0001"].state is R.QUEUED
+
+
+@pytest.mark.parametrize("worker_health", [H.READY, H.JOINING])
+@pytest.mark.parametrize(("state", "then"), [(P.STOPPING, P.FAILED), (P.FAILED, P.FAILED)])
+def test_what_is_cleaned_up_for_too_long_is_its_workers_fault(
+    state: PlacementState, then: PlacementState, worker_health: Health
+) -> None:
+    world, late = placed(state, R.RELEASING, worker_health)
+    decided(world, late, rounds=1)
+    assert world.placements[late].state is then
+    assert world.workers["w-0001"].fault
+    assert judged(H.JOINING, 0.0, fault="x", verified_session=None) is H.QUARANTINED
+
+
+def test_what_is_stopped_is_purged_by_the_next_round() -> None:
+    world, late = placed(P.STOPPED, R.RELEASING)
+    assert decided(world, late, rounds=1).placements[late].state is P.PURGED
+
+
+@pytest.mark.parametrize("state", [P.STOPPING, P.FAILED])
+def test_a_release_that_lasts_too_long_ends_when_its_worker_is_stopped_and_removed(state: PlacementState) -> None:
+    world, late = placed(state, R.RELEASING, H.DOWN)
+    assert decided(world, late).rentals["rental0001"].state is R.RELEASED
+    world, late = placed(state, R.RELEASING)
+    del world.workers["w-0001"]
+    assert decided(world, late).rentals["rental0001"].state is R.RELEASED
+
+
+def test_a_rental_that_was_never_active_does_not_wait_for_ever() -> None:
+    rental = new_rental()
+    assert decided(new_world(rental), rental.id).rentals[rental.id].state is R.FAILED
+
+
+def test_a_rental_that_was_active_waits_and_a_person_is_told() -> None:
+    rental = active_rental(state=R.QUEUED)
+    world = decided(new_world(rental), rental.id)
+    assert world.rentals[rental.id].state is R.QUEUED
+    (told,) = overdue(world, {rental.id: QUEUE_DEADLINE_S})
+    assert "no worker" in told.why
+    assert "start more workers" in told.what_to_do
+
+
+@pytest.mark.parametrize("state", [R.PROVISIONING, R.MIGRATING])
+def test_a_rental_that_is_made_nowhere_is_queued_again(state: RentalState) -> None:
+    rental = active_rental(state=state)
+    assert decided(new_world(rental), rental.id, rounds=1).rentals[rental.id].state is R.QUEUED
+
+
+@pytest.mark.parametrize("silent_s", [0.0, 50.0, 10_000.0])
+def test_a_worker_that_joins_for_too_long_is_quarantined_or_gone(silent_s: float) -> None:
+    assert judged(H.JOINING, silent_s, verified_session=None) in {H.QUARANTINED, H.SUSPECT, H.DOWN}
+
+
+@pytest.mark.parametrize("health", [H.SUSPECT, H.UNKNOWN])
+@pytest.mark.parametrize(("silent_s", "then"), [(0.0, H.READY), (10_000.0, H.DOWN)])
+def test_a_worker_in_doubt_is_ready_or_down(health: Health, silent_s: float, then: Health) -> None:
+    assert judged(health, silent_s) is then
+
+
+def test_nothing_that_is_in_time_is_overdue() -> None:
+    rental = active_rental()
+    worker = new_worker()
+    world = new_world(rental, worker, new_placement(rental, worker, P.RUNNING))
+    assert overdue(world, dict.fromkeys([*world.rentals, *world.workers, *world.placements], 1e9)) == []
+
+
+@pytest.mark.parametrize(("kind", "state"), PATIENT)
+def test_what_is_over_its_deadline_is_told_with_why_and_what_to_do(kind: str, state: str) -> None:
+    rental = new_rental(state=state if kind == "rental" else R.ACTIVE, explanation="something is wrong")
+    worker = new_worker(health=state if kind == "worker" else H.READY, explanation="something is wrong")
+    placement = new_placement(rental, worker, PlacementState(state) if kind == "placement" else P.RUNNING)
+    world = new_world(rental, worker, placement)
+    late = {"rental": rental.id, "worker": worker.id, "placement": placement.id}[kind]
+    assert overdue(world, {late: 60.0 if state != P.RESERVED else 59.0}) == []
+    (told,) = overdue(world, {late: 1e6})
+    assert (told.kind, told.id, told.state, told.since_s) == (kind, late, state, 1e6)
+    assert "something is wrong" in told.why
+    assert told.what_to_do
+    assert "{" not in told.what_to_do
+
+
+async def test_the_status_tells_an_admin_what_waits_and_a_client_nothing_of_others(house: House) -> None:
+    rental = await house.rent()
+    await house.pass_time(600.0)
+    client = await house.new_client("alice")
+    assert (await client.get("/api/status")).json()["overdue"] == []
+    (told,) = (await house.as_admin.get("/api/status")).json()["overdue"]
+    assert (told["kind"], told["id"], told["state"]) == ("rental", rental["id"], "queued")
+    assert told["since_s"] == pytest.approx(600.0, abs=10.0)
+    assert "no worker" in told["why"]
+    await house.join()
+    assert (await house.as_admin.get("/api/status")).json()["overdue"] == []

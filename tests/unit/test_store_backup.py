@@ -1,0 +1,330 @@
+"""Copies of the database, going back to one, and what a crash in the middle of that leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, text
+from support.builders import host_key
+from support.house import House
+
+from orion.manager.settings import Settings
+from orion.manager.store import tokens
+from orion.manager.store.backup import EPOCH_GAP, UID_GAP, Backups, NotABackup
+from orion.manager.store.database import MIGRATIONS, Store
+
+RENTAL = (
+    "INSERT INTO rentals (id, name, owner, username, uid, state, epoch, public_key, ttl_s, labels, created_at) "
+    "VALUES ('{0}', 'name-{0}', 'alice', 'r-{0}', {1}, '{2}', 3, 'key', 60, '{{}}', 1.0)"
+)
+
+
+def alembic_config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    return config
+
+
+REVISIONS = [script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()]
+
+
+def execute(database: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(database)) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def value(database: Path, query: str) -> Any:
+    with closing(sqlite3.connect(database)) as connection:
+        return connection.execute(query).fetchone()[0]
+
+
+def names(database: Path) -> list[str]:
+    return sorted(path.name for path in database.parent.iterdir() if path.name.startswith("orion.db"))
+
+
+@pytest.fixture
+def backups(database: Path) -> Backups:
+    return Backups(database)
+
+
+def given_back(backups: Backups, copy: Path) -> Path:
+    """As an upload of it."""
+    upload = backups.receive()
+    shutil.copy(copy, upload)
+    return upload
+
+
+def test_each_connection_is_durable_and_checked_and_there_is_one_writer(store: Store) -> None:
+    async def pragmas() -> list[list[Any]]:
+        wanted = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        asked = [store.read(lambda c: [c.execute(text(f"PRAGMA {p}")).scalar() for p in wanted]) for _ in range(8)]
+        return [
+            *await asyncio.gather(*asked),
+            await store.write(lambda c: [c.execute(text(f"PRAGMA {p}")).scalar() for p in wanted]),
+        ]
+
+    assert set(map(tuple, asyncio.run(pragmas()))) == {("wal", 2, 1, 10_000)}
+    assert store._writer._max_workers == 1
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_migrations_go_up_from_every_released_schema_and_keep_what_is_there(tmp_path: Path, revision: str) -> None:
+    database = tmp_path / "orion.db"
+    engine = create_engine(f"sqlite:///{database}")
+    config = alembic_config()
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+    engine.dispose()
+    execute(database, RENTAL.format("old", 100_007, "active"), "INSERT INTO counters VALUES ('uid', 100007)")
+    store = Store(f"sqlite:///{database}")
+    store.migrate()
+    store.close()
+    with (engine := create_engine(f"sqlite:///{database}")).connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), store_metadata()) == []
+    engine.dispose()
+    assert value(database, "SELECT uid FROM rentals WHERE id = 'old'") == 100_007
+
+
+def store_metadata() -> Any:
+    from orion.manager.store.schema import metadata  # noqa: PLC0415
+
+    return metadata
+
+
+async def test_a_copy_taken_while_others_write_is_whole_and_stands_alone(store: Store, backups: Backups) -> None:
+    async def write() -> None:
+        for number in range(60):
+            await store.write(tokens.create, "admin", f"name-{number}", "client", None)
+
+    writing = asyncio.create_task(write())
+    await asyncio.sleep(0)
+    copies = [await asyncio.to_thread(backups.copy) for _ in range(3)]
+    await writing
+    for copy in copies:
+        assert value(copy, "PRAGMA integrity_check") == "ok"
+        assert value(copy, "SELECT count(*) FROM tokens") == value(copy, "SELECT count(*) FROM events")
+        assert copy.stat().st_mode & 0o077 == 0, "nobody else may read it"
+
+
+async def test_a_copy_holds_no_secret(store: Store, backups: Backups) -> None:
+    _, client = await store.write(tokens.create, "admin", "alice", "client", None)
+    admin = tokens.make_token("admin", "admin")
+    await store.write(tokens.install, "admin", admin)
+    content = (await asyncio.to_thread(backups.copy)).read_bytes()
+    assert tokens.digest(client).encode() in content
+    for secret in (client, admin):
+        assert secret.rsplit("_", 1)[1].encode() not in content
+
+
+def test_a_database_that_is_no_file_has_no_copies_of_ours() -> None:
+    assert Backups.of("postgresql://somewhere/orion") is None
+    assert Backups.of("sqlite://") is None
+
+
+def no_sqlite(file: Path) -> None:
+    file.write_bytes(b"PK\x03\x04 a zip file")
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def overwritten(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[4096:8192] = b"\xff" * 4096
+    file.write_bytes(content)
+
+
+def of_another_program(file: Path) -> None:
+    file.unlink()
+    execute(file, "CREATE TABLE recipes (id)")
+
+
+def of_a_newer_version(file: Path) -> None:
+    execute(file, "UPDATE alembic_version SET version_num = '9999'")
+
+
+def with_a_trigger(file: Path) -> None:
+    execute(file, "CREATE TRIGGER t AFTER INSERT ON events BEGIN DELETE FROM rentals; END")
+
+
+def with_another_table(file: Path) -> None:
+    execute(file, "CREATE TABLE more (id INTEGER)")
+
+
+def with_rows_that_do_not_fit(file: Path) -> None:
+    execute(file, "INSERT INTO idempotency VALUES ('a', 'b', 'c', 'nowhere', 1.0)")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (no_sqlite, "not an SQLite database"),
+        (cut_off, "damaged|cannot be read|malformed"),
+        (overwritten, "damaged|cannot be read|malformed"),
+        (of_another_program, "not a database of Orion-Sec"),
+        (of_a_newer_version, "newer version"),
+        (with_a_trigger, "no backup has: t"),
+        (with_another_table, "tables are not those"),
+        (with_rows_that_do_not_fit, "do not fit together"),
+    ],
+)
+def test_what_is_no_backup_is_refused_and_nothing_changes(
+    backups: Backups, spoil: Callable[[Path], None], why: str
+) -> None:
+    upload = given_back(backups, backups.database)
+    spoil(upload)
+    before = backups.database.read_bytes()
+    with pytest.raises(NotABackup, match=why):
+        backups.stage(upload)
+    assert backups.database.read_bytes() == before
+    assert not list(backups.database.parent.glob("*staged*"))
+
+
+def test_a_plan_says_what_is_forgotten_and_what_comes_to_life_again(backups: Backups) -> None:
+    execute(
+        backups.database, *(RENTAL.format(*row) for row in (("both", 100_001, "active"), ("ends", 100_002, "active")))
+    )
+    upload = given_back(backups, backups.copy())
+    execute(
+        backups.database,
+        "UPDATE rentals SET state = 'released' WHERE id = 'ends'",
+        RENTAL.format("new", 100_003, "queued"),
+    )
+    plan = backups.stage(upload)
+    assert plan.rentals == 2
+    assert [known.id for known in plan.forgotten] == ["new"]
+    assert [known.id for known in plan.revived] == ["ends"]
+
+
+@pytest.fixture
+def accepted(backups: Backups) -> Backups:
+    """A restore that was accepted, of a database with one rental; another was made since."""
+    execute(backups.database, RENTAL.format("old", 100_001, "active"), "INSERT INTO counters VALUES ('uid', 100001)")
+    upload = given_back(backups, backups.copy())
+    execute(
+        backups.database,
+        RENTAL.format("new", 100_002, "active"),
+        "UPDATE counters SET value = 100002",
+        "INSERT INTO events (id, at, kind, actor, reason, details) VALUES (77, 1, 'x', 'x', 'x', '{}')",
+    )
+    assert not backups.accept("../../etc/passwd", "admin")
+    assert backups.accept(backups.stage(upload).id, "admin")
+    return backups
+
+
+def test_a_restore_gives_no_number_again(accepted: Backups) -> None:
+    assert accepted.swap_in()
+    assert value(accepted.database, "SELECT group_concat(id) FROM rentals") == "old"
+    assert value(accepted.database, "SELECT value FROM counters WHERE name = 'uid'") == 100_002 + UID_GAP
+    assert value(accepted.database, "SELECT epoch FROM rentals") == 3 + EPOCH_GAP
+    assert value(accepted.database, "SELECT id FROM events WHERE kind = 'platform.restored'") > 77
+
+
+def test_the_former_database_is_kept_and_nothing_else_is_left(accepted: Backups) -> None:
+    assert accepted.swap_in()
+    assert not accepted.swap_in(), "once"
+    assert value(accepted.replaced, "SELECT count(*) FROM rentals") == 2
+    assert names(accepted.database) == ["orion.db", "orion.db.before-restore"]
+
+
+@pytest.mark.parametrize("step", ["set aside", "replace"])
+def test_a_crash_in_the_middle_of_a_swap_leaves_one_or_the_other(
+    accepted: Backups, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    class Crash(BaseException):
+        """As a kill."""
+
+    def crash(*_: Any) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        if step == "set aside":
+            patch.setattr(Path, "hardlink_to", crash)
+        else:
+            patch.setattr(Path, "replace", crash)
+        with pytest.raises(Crash):
+            accepted.swap_in()
+    assert value(accepted.database, "SELECT count(*) FROM rentals") == 2, "still the former one"
+    assert accepted.swap_in()
+    assert value(accepted.database, "SELECT group_concat(id) FROM rentals") == "old"
+
+
+def test_the_log_of_a_killed_manager_never_meets_the_restored_database(accepted: Backups, tmp_path: Path) -> None:
+    """SQLite would play an old -wal file into whatever bears the database's name."""
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    connection = sqlite3.connect(accepted.database)
+    connection.execute(RENTAL.format("last", 100_009, "active"))
+    connection.commit()
+    for file in ("orion.db", "orion.db-wal", "orion.db-shm"):
+        shutil.copy(accepted.database.with_name(file), killed)
+    shutil.copy(accepted.accepted, killed)
+    connection.close()
+    there = Backups(killed / "orion.db")
+    assert there.swap_in()
+    assert value(there.database, "SELECT group_concat(id) FROM rentals") == "old"
+    assert value(there.replaced, "SELECT count(*) FROM rentals") == 3, "what was committed is in what is kept"
+
+
+def test_a_broken_database_can_be_replaced(accepted: Backups) -> None:
+    content = bytearray(accepted.database.read_bytes())
+    content[100:8192] = b"\xff" * 8092
+    accepted.database.write_bytes(content)
+    copy = accepted.accepted.rename(accepted.database.with_name("kept-elsewhere"))
+    plan = accepted.stage(given_back(accepted, copy))
+    assert plan.forgotten == []
+    assert accepted.accept(plan.id, "admin")
+    assert accepted.swap_in()
+    assert value(accepted.database, "SELECT group_concat(id) FROM rentals") == "old"
+
+
+async def test_an_administrator_takes_a_copy_and_goes_back_to_it(store: Store, database: Path) -> None:
+    async with House(store, Settings(database_url=f"sqlite:///{database}")) as house:
+        restarts: list[bool] = []
+        house.manager.services.restart = lambda: restarts.append(True)
+        client, _ = await store.write(tokens.create, "admin", "alice", "client", None)
+        await house.join()
+        rental = await house.rent(ssh_public_key=host_key(9001))
+        reply = await house.as_admin.get("/api/admin/backup")
+        assert reply.status_code == 200
+        assert reply.headers["content-type"] == "application/vnd.sqlite3"
+        assert int(reply.headers["content-length"]) == len(reply.content)
+        assert names(database) == ["orion.db", "orion.db-shm", "orion.db-wal"], "nothing is left beside it"
+        await store.write(tokens.revoke, "admin", client["id"])
+
+        refused = await house.as_admin.post("/api/admin/restore", content=b"something else")
+        assert (refused.status_code, refused.json()["code"]) == (422, "not_a_backup")
+        plan = await house.as_admin.post("/api/admin/restore", content=reply.content)
+        assert (plan.status_code, plan.json()["rentals"]) == (200, 1)
+        assert restarts == []
+        assert (await house.as_admin.post("/api/admin/restore/else")).status_code == 404
+        done = await house.as_admin.post(f"/api/admin/restore/{plan.json()['id']}")
+        assert (done.status_code, done.json()) == (202, {"kept_as": "orion.db.before-restore"})
+        assert restarts == [True]
+    store.close()
+    assert Backups(database).swap_in()
+    assert value(database, "SELECT id FROM rentals") == rental["id"]
+    assert value(database, "SELECT count(*) FROM tokens WHERE name = 'alice' AND revoked_at IS NOT NULL") == 1
+
+
+async def test_where_the_database_is_postgresql_its_own_tools_are_named(store: Store) -> None:
+    async with House(store, Settings(database_url="postgresql://somewhere/orion")) as house:
+        reply: httpx.Response = await house.as_admin.get("/api/admin/backup")
+    assert (reply.status_code, reply.json()["code"]) == (409, "not_sqlite")
+    assert "pg_dump" in reply.json()["detail"]

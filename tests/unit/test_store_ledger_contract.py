@@ -1,0 +1,197 @@
+"""One contract for the ledger in the database and the one in memory: what the simulation shows holds for both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import pytest
+from sqlalchemy import insert
+from sqlalchemy.exc import IntegrityError
+from support.builders import active_rental, host_key, new_placement, new_rental, new_worker, new_world
+
+from orion.manager.domain.expiry import WallClock, expire, release, renew
+from orion.manager.domain.model import Item, Placement, Step, World, move_placement, move_worker
+from orion.manager.domain.reconcile import Task, TaskKind
+from orion.manager.domain.states import Health, PlacementState, RentalState
+from orion.manager.store import events
+from orion.manager.store.database import Store
+from orion.manager.store.memory import InvariantBroken, MemoryLedger
+from orion.manager.store.port import Ledger, Registration, Registry
+from orion.manager.store.schema import placements, rentals, workers
+from orion.manager.store.sql import SqlLedger
+
+
+class Both(Ledger, Registry, Protocol):
+    """What both implement."""
+
+
+@dataclass
+class Bench:
+    """A ledger that holds a world, and how to look at it from outside."""
+
+    ledger: Both
+    store: Store | None = None
+
+    async def kinds(self) -> list[str]:
+        if self.store is None:
+            assert isinstance(self.ledger, MemoryLedger)
+            return [event.kind for event in self.ledger.events]
+        return [row["kind"] for row in await self.store.read(events.page, None, None, None, 0, 100)]
+
+
+WORKER, OTHER = new_worker(1, slots=2), new_worker(2)
+RENTAL, QUEUED = active_rental(1, epoch=3), new_rental(2)
+RUNNING = new_placement(RENTAL, WORKER, PlacementState.RUNNING)
+PURGED = new_placement(replace(RENTAL, epoch=1), OTHER, PlacementState.PURGED)
+ENDED = active_rental(4, state=RentalState.RELEASED)
+LEFT_OF_ENDED = new_placement(ENDED, OTHER, PlacementState.LOST)
+LONG_GONE = active_rental(5, state=RentalState.EXPIRED)
+TASK = Task(TaskKind.DELETE, WORKER.id, WORKER.session_id, Item(RENTAL.id, RENTAL.username, RENTAL.uid, 3), RUNNING.id)
+CLAIM = Registration("172.20.128.9", "node-9", (host_key(9),), 3, {}, "boot-0009", "0.1")
+
+
+def _put(connection: Any, world: World) -> None:
+    rest = {"labels": {}, "token_hash": "", "agent_version": "1", "load": {}, "registered_at": 1.0}
+    for worker in world.workers.values():
+        connection.execute(insert(workers), vars(worker) | {"host_keys": list(worker.host_keys)} | rest)
+    for rental in world.rentals.values():
+        connection.execute(insert(rentals), vars(rental) | {"labels": {}})
+    for placement in world.placements.values():
+        connection.execute(insert(placements), vars(placement) | {"created_at": 1.0})
+
+
+@pytest.fixture(params=["memory", "sql"])
+async def bench(request: pytest.FixtureRequest) -> Bench:
+    world = new_world(WORKER, OTHER, RENTAL, QUEUED, ENDED, LONG_GONE, RUNNING, LEFT_OF_ENDED, PURGED)
+    if request.param == "memory":
+        return Bench(MemoryLedger(world))
+    store: Store = request.getfixturevalue("store")
+    await store.write(_put, world)
+    return Bench(SqlLedger(store), store)
+
+
+def reserved(number: int, rental: Any, worker: Any, **change: Any) -> Step:
+    row = new_placement(replace(rental, epoch=rental.epoch + 1), worker, PlacementState.RESERVED, id=f"new-{number}")
+    return Step((), (), replace(row, **change))
+
+
+async def test_it_shows_what_lives_and_what_is_left_of_what_has_ended(bench: Bench) -> None:
+    assert await bench.ledger.load() == new_world(WORKER, OTHER, RENTAL, QUEUED, ENDED, RUNNING, LEFT_OF_ENDED)
+    assert await bench.ledger.load_workers() == {WORKER.id: WORKER, OTHER.id: OTHER}
+
+
+async def test_what_it_showed_does_not_change_afterwards(bench: Bench) -> None:
+    seen = await bench.ledger.load()
+    assert await bench.ledger.apply([release(RENTAL, "released", "alice", "asked for")])
+    assert seen.rentals[RENTAL.id] == RENTAL
+
+
+async def test_due_are_the_living_whose_time_is_over(bench: Bench) -> None:
+    assert await bench.ledger.due(5599.0) == []
+    assert await bench.ledger.due(5600.0) == [RENTAL]
+
+
+async def test_what_was_renewed_since_it_was_due_does_not_expire(bench: Bench) -> None:
+    wall = 5600.0
+    decided = expire(await bench.ledger.due(wall), wall, WallClock(0.0))
+    assert len(decided) == 1
+    assert await bench.ledger.apply([renew(RENTAL, 60, "alice", wall)])
+    assert not await bench.ledger.apply(decided)
+    assert (await bench.ledger.load()).rentals[RENTAL.id].state is RentalState.ACTIVE
+    assert await bench.ledger.apply(expire(await bench.ledger.due(wall + 60), wall + 60, WallClock(0.0)))
+
+
+async def test_a_step_is_applied_with_its_events(bench: Bench) -> None:
+    assert await bench.ledger.apply([release(RENTAL, "released", "alice", "asked for")])
+    assert (await bench.ledger.load()).rentals[RENTAL.id].state is RentalState.RELEASING
+    assert await bench.kinds() == ["rental.release_started"]
+
+
+async def test_steps_are_applied_up_to_the_first_stale_one(bench: Bench) -> None:
+    first = release(RENTAL, "released", "alice", "asked for")
+    stale = move_worker(replace(WORKER, session_id="another"), Health.SUSPECT, "silence")
+    after = move_worker(OTHER, Health.SUSPECT, "silence")
+    assert not await bench.ledger.apply([first, stale, after])
+    assert await bench.kinds() == ["rental.release_started"]
+    assert (await bench.ledger.load_workers())[OTHER.id] == OTHER
+
+
+BROKEN = {
+    "a second live placement": reserved(1, RENTAL, OTHER),
+    "a second placement in a slot": reserved(1, QUEUED, WORKER),
+    "an epoch that was used and purged": reserved(1, replace(RENTAL, epoch=0), OTHER, state=PlacementState.STOPPED),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+async def test_what_must_never_be_is_refused_and_nothing_of_the_transaction_stays(bench: Bench, what: str) -> None:
+    before = await bench.ledger.load()
+    harmless = move_worker(OTHER, Health.SUSPECT, "silence")
+    with pytest.raises((InvariantBroken, IntegrityError)):
+        await bench.ledger.apply([harmless, BROKEN[what]])
+    assert await bench.ledger.load() == before
+    assert await bench.kinds() == []
+
+
+async def test_a_free_slot_may_be_taken(bench: Bench) -> None:
+    assert await bench.ledger.apply([reserved(1, QUEUED, WORKER, slot=1)])
+    assert "new-1" in (await bench.ledger.load()).placements
+
+
+async def test_a_slot_is_free_when_its_placement_is_purged(bench: Bench) -> None:
+    stopping = move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")
+    await bench.ledger.apply([stopping])
+    await bench.ledger.succeed(TASK, {"left": []}, 9000.0)
+    assert RUNNING.id not in (await bench.ledger.load()).placements
+    assert (await bench.kinds())[-2:] == ["placement.stopped", "placement.purged"]
+    assert await bench.ledger.apply([reserved(1, QUEUED, WORKER)])
+
+
+async def test_a_success_that_nobody_waits_for_changes_nothing(bench: Bench) -> None:
+    before = await bench.ledger.load()
+    await bench.ledger.succeed(TASK, {"left": []}, 9000.0)
+    assert await bench.ledger.load() == before
+
+
+async def test_a_failure_is_explained_to_who_waits_for_it(bench: Bench) -> None:
+    await bench.ledger.apply([release(RENTAL, "released", "alice", "asked for")])
+    await bench.ledger.fail(TASK, "no space left", 1)
+    assert (await bench.ledger.load()).rentals[RENTAL.id].explanation == "trying again: no space left"
+
+
+async def test_that_workers_were_heard_changes_nothing_that_is_decided_by(bench: Bench) -> None:
+    before = await bench.ledger.load()
+    await bench.ledger.heard([(WORKER.id, 9000.0, {"cpu": 1.0})])
+    assert await bench.ledger.load() == before
+
+
+async def test_a_new_worker_is_joining_and_known_at_its_address(bench: Bench) -> None:
+    registered = await bench.ledger.register(CLAIM, None, True)
+    (known,) = await bench.ledger.known_at(CLAIM.address)
+    assert registered.token
+    assert (known.id, known.session_id) == (registered.worker_id, registered.session_id)
+    assert (known.health, known.slots, known.host_keys) == (Health.JOINING, 3, CLAIM.host_keys)
+    assert await bench.ledger.worker(known.id) == known
+
+
+async def test_a_worker_that_calls_home_again_has_a_new_session_and_the_same_health(bench: Bench) -> None:
+    registered = await bench.ledger.register(CLAIM, WORKER.id, False)
+    again = await bench.ledger.worker(WORKER.id)
+    assert registered.worker_id == WORKER.id
+    assert registered.token is None
+    assert again is not None
+    assert (again.health, again.address, again.verified_session) == (WORKER.health, CLAIM.address, None)
+    assert again.session_id == registered.session_id != WORKER.session_id
+    assert await bench.kinds() == ["worker.registered"]
+
+
+async def test_a_worker_has_its_placements_that_are_not_purged(bench: Bench) -> None:
+    found: list[Placement]
+    found, down = await bench.ledger.placements_of(OTHER.id)
+    assert (found, down) == ([LEFT_OF_ENDED], False)
+    await bench.ledger.apply([move_worker(OTHER, Health.SUSPECT, "silence")])
+    suspect = replace(OTHER, health=Health.SUSPECT)
+    await bench.ledger.apply([move_worker(suspect, Health.DOWN, "silence")])
+    assert (await bench.ledger.placements_of(OTHER.id))[1]
+    assert await bench.ledger.worker("w-unknown") is None

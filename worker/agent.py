@@ -1,0 +1,122 @@
+#!/usr/bin/python3 -Es
+"""The agent: the main process of a worker's container. If it dies, the container goes.
+
+It locks all rentals, starts sshd and keeps it alive, calls home for ever, and on SIGTERM locks, says goodbye and ends.
+The calls are made in a thread of their own, so that a slow request never delays the goodbye.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import cgroup
+from call_home import CallHome, HttpTransport
+from node import Node, Settings, settings_from
+
+LOOK_EVERY_S = 0.5
+AFTER_A_FAULT_S = 5.0
+RENTERS_OOM_SCORE = 500
+
+
+class Sshd:
+    """sshd, as a child that is started again whenever it dies.
+
+    Every session inherits the limit of processes; root is not subject to it. sshd gives its sessions the
+    out-of-memory score that it found at its own start: so it is started with the renters' score, which makes the
+    kernel choose their processes first, and is given the agent's own once it has started. (A renter may lower its
+    score again, but not below the agent's.)
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        limit = cgroup.usage(cgroup.read_file).processes_limit
+        processes = cgroup.processes_for_each_renter(limit, settings.slots)
+        # The manager reaches every worker from one address: a renter's failed log-ins must not shut it out.
+        exempt = f"PerSourcePenaltyExemptList={settings.app_address}"
+        self._command = ["prlimit", f"--nproc={processes}:{processes}", "--"]
+        self._command += ["choom", "-n", str(RENTERS_OOM_SCORE), "--"]
+        self._command += ["/usr/sbin/sshd", "-D", "-e", "-o", exempt]
+        self._own_score = Path("/proc/self/oom_score_adj").read_text()
+        self._settled = False
+        say(f"each renter may have {processes} processes")
+        self._child = self._start()
+
+    def look_after(self) -> None:
+        """Call it every LOOK_EVERY_S."""
+        status = self._child.poll()
+        if status is not None:
+            say(f"sshd ended with status {status}: starting it again")
+            self._child = self._start()
+        elif not self._settled:
+            Path(f"/proc/{self._child.pid}/oom_score_adj").write_text(self._own_score)
+            self._settled = True
+
+    def stop(self) -> None:
+        self._child.terminate()
+        try:
+            self._child.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._settled = False
+        return subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
+
+
+def say(line: str) -> None:
+    print(f"orion-agent: {line}", flush=True)  # noqa: T201 - the container's log
+
+
+def call_for_ever(home: CallHome, stopping: threading.Event) -> None:
+    wait_s = 0.0
+    while not stopping.wait(wait_s):
+        try:
+            wait_s = home.step()
+        except Exception as fault:
+            # A full disk or a reply nobody thought of must not end a container that renters work in.
+            where = traceback.extract_tb(fault.__traceback__)[-1]
+            say(f"unexpected: {fault!r} at {Path(where.filename).name}:{where.lineno}; going on")
+            wait_s = AFTER_A_FAULT_S
+
+
+def run(settings: Settings) -> None:
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    node = Node(settings, say)
+    node.lock_all()
+    sshd = Sshd(settings)
+    home = CallHome(node, HttpTransport(settings.url), boot_time_s, random.random, say)
+    threading.Thread(target=call_for_ever, args=(home, stopping), daemon=True).start()
+    while not stopping.wait(LOOK_EVERY_S):
+        sshd.look_after()
+    say("told to stop")
+    home.leave()
+    home.say_goodbye()
+    sshd.stop()
+
+
+def boot_time_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def main() -> int:
+    try:
+        settings = settings_from(os.environ)
+    except ValueError as error:
+        say(str(error))
+        return 2
+    say(f"calling home to {settings.url}")
+    run(settings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

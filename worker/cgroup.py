@@ -1,0 +1,85 @@
+"""What the container may use and uses, as its control group says: version 2, or version 1 where the host has that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+_NO_LIMIT_BYTES = 2**53
+"""Version 1 says "no limit" by a huge number."""
+
+Read = Callable[[str], str | None]
+"""The text of a file of the control group by its name, None where there is no such file."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    cpu_s: float
+    """Processor seconds since the container began."""
+    memory_used_bytes: int
+    memory_limit_bytes: int
+    """0: no limit."""
+    processes: int
+    processes_limit: int
+    """0: no limit."""
+
+
+def usage(read: Read) -> Usage:
+    if read("cgroup.controllers") is not None:
+        return _version_2(read)
+    return _version_1(read)
+
+
+def read_file(name: str) -> str | None:
+    try:
+        return (CGROUP / name).read_text()
+    except OSError:
+        return None
+
+
+def processes_for_each_renter(processes_limit: int, slots: int) -> int:
+    """So many that all renters together leave 64 for sshd, the agent and Ansible; never less than 16 each."""
+    return max(16, ((processes_limit or 512) - 64) // slots)
+
+
+def _version_2(read: Read) -> Usage:
+    used = _number(read("memory.current")) - _field(read("memory.stat"), "inactive_file")
+    return Usage(
+        cpu_s=_field(read("cpu.stat"), "usage_usec") / 1e6,
+        memory_used_bytes=max(0, used),
+        memory_limit_bytes=_limit(read("memory.max")),
+        processes=_number(read("pids.current")),
+        processes_limit=_limit(read("pids.max")),
+    )
+
+
+def _version_1(read: Read) -> Usage:
+    used = _number(read("memory/memory.usage_in_bytes"))
+    used -= _field(read("memory/memory.stat"), "total_inactive_file")
+    return Usage(
+        cpu_s=_number(read("cpuacct/cpuacct.usage")) / 1e9,
+        memory_used_bytes=max(0, used),
+        memory_limit_bytes=_limit(read("memory/memory.limit_in_bytes")),
+        processes=_number(read("pids/pids.current")),
+        processes_limit=_limit(read("pids/pids.max")),
+    )
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.strip().isdigit() else 0
+
+
+def _limit(text: str | None) -> int:
+    number = _number(text)
+    return number if number < _NO_LIMIT_BYTES else 0
+
+
+def _field(text: str | None, name: str) -> int:
+    """A line `name number` of a file of statistics."""
+    for line in (text or "").splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return _number(value)
+    return 0

@@ -1,0 +1,156 @@
+"""What the agent makes of what it hears. Pure: no clock, no network, no chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+REGISTER_RETRY_MAX_S = 30.0
+HEARTBEAT_RETRY_MAX_S = 5.0
+"""Shorter than for a registration: a lease runs out meanwhile, and a heartbeat costs the manager little."""
+
+UNREACHED_RETRY_MAX_S = 3.0
+"""While the manager is not there at all, asking costs it nothing; and a platform that starts is complete at once."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP reply, or that there was none: then `status` is 0 and `reason` says why."""
+
+    status: int
+    body: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    retry_after_s: float = 0.0
+
+    @property
+    def unreached(self) -> bool:
+        """The manager has not seen the request: nobody answered, or the proxy itself said so."""
+        return not self.status or self.body.get("code") == "manager_unreachable"
+
+    def __str__(self) -> str:
+        if not self.status:
+            return f"no answer ({self.reason})"
+        words = [str(self.body.get(name)) for name in ("code", "detail") if self.body.get(name)]
+        return f"{self.status} {': '.join(words)}".strip()[:300]
+
+
+class Next(Enum):
+    ACKNOWLEDGED = "the session is good, the lease is renewed"
+    REGISTER = "register again at once"
+    FORGET = "our token is not known any more: register as a new worker"
+    RETRY = "try the same again after a while"
+
+
+def after_register(answer: Answer, with_own_token: bool) -> Next:
+    if answer.status == 201:
+        return Next.ACKNOWLEDGED
+    if with_own_token and (answer.status == 401 or answer.body.get("code") == "host_key_changed"):
+        return Next.FORGET
+    return Next.RETRY
+
+
+def after_heartbeat(answer: Answer) -> Next:
+    """Only a 200 renews the lease."""
+    if answer.status == 200:
+        return Next.ACKNOWLEDGED
+    if answer.status == 401 or (answer.status == 409 and answer.body.get("code") == "stale_session"):
+        return Next.REGISTER
+    return Next.RETRY
+
+
+def backoff_s(attempt: int, longest_s: float, chance: float, at_least_s: float = 0.0) -> float:
+    """Seconds to wait after failure number `attempt` (from 1): full jitter below 1, 2, 4, ... `longest_s`.
+
+    `chance` is from 0 to 1; `at_least_s` what the server asked for.
+    """
+    return max(at_least_s, chance * min(longest_s, 2.0 ** min(attempt - 1, 16)))
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to do to a rental that is here."""
+
+    action: str
+    """`lock` or `unlock`."""
+    rental_id: str
+    epoch: int
+
+
+def orders(inventory: Iterable[dict[str, Any]], placements: Iterable[dict[str, Any]]) -> list[Order]:
+    """What a reply's placements mean for what is here; what the reply does not mention is left as it is.
+
+    One rental may be mentioned twice, with an old epoch to purge and a new one to run: an order for an epoch older
+    than ours is not about ours. An order to run a newer one means that ours is stale, and must not be let in.
+    """
+    wanted: dict[str, dict[str, Any]] = {}
+    for placement in placements:
+        other = wanted.get(placement["rental_id"])
+        if other is None or other["epoch"] < placement["epoch"]:
+            wanted[placement["rental_id"]] = placement
+    found = []
+    for item in inventory:
+        want = wanted.get(item["rental_id"])
+        if want is None or want["epoch"] < item["epoch"]:
+            continue
+        run = want["want"] == "run" and want["epoch"] == item["epoch"]
+        if run != (item["state"] == "running"):
+            found.append(Order("unlock" if run else "lock", item["rental_id"], item["epoch"]))
+    return found
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a registration gave."""
+
+    worker_id: str
+    worker_token: str
+    session_id: str
+    interval_s: float
+    lease_s: float
+    authorized_keys: tuple[str, ...]
+    placements: tuple[dict[str, Any], ...]
+
+
+def session_from(body: dict[str, Any]) -> Session:
+    """Raises ValueError for a reply that is not of the contract."""
+    try:
+        return Session(
+            worker_id=_text(body["worker_id"]),
+            worker_token=_text(body["worker_token"]),
+            session_id=_text(body["session_id"]),
+            interval_s=interval_from(body["heartbeat_interval_s"]),
+            lease_s=interval_from(body["lease_s"]),
+            authorized_keys=tuple(_text(key) for key in body["authorized_keys"]),
+            placements=placements_from(body["placements"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a registration: {error!r}") from error
+
+
+def placements_from(value: Any) -> tuple[dict[str, Any], ...]:
+    """Raises ValueError unless it is a list of {rental_id, epoch, want}."""
+    if not isinstance(value, list):
+        raise ValueError("placements is not a list")
+    for each in value:
+        named = isinstance(each, dict) and isinstance(each.get("rental_id"), str)
+        if not (named and type(each.get("epoch")) is int and each.get("want") in ("run", "hold", "purge")):
+            raise ValueError("a placement is not of the contract")
+    return tuple(value)
+
+
+def interval_from(value: Any) -> float:
+    """Seconds. Raises ValueError for what cannot be waited: it would stop the agent or spin it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("an interval is not a number")
+    if not 0.05 <= value <= 86_400:
+        raise ValueError(f"an interval of {value} s is not sensible")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value or "\n" in value:
+        raise ValueError("a text of the reply is empty or has more than a line")
+    return value

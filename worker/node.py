@@ -1,0 +1,152 @@
+"""The worker as the agent sees and changes it: its identity, its keys, its rentals, its load."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cgroup
+import processes
+from decisions import Order, Session
+from ledger import Refused, write_whole
+from rental import Places, Rentals, Request
+
+AGENT_VERSION = "0.1.0"
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    url: str
+    app_address: str
+    slots: int = 1
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def settings_from(environment: Mapping[str, str]) -> Settings:
+    """From ORION_*. Raises ValueError, saying which one and what it should be."""
+    url = environment.get("ORION_URL") or "http://manager_proxy"
+    if not re.fullmatch(r"http://[A-Za-z0-9._-]+(:\d{1,5})?/?", url):
+        raise ValueError(f"ORION_URL must be http://HOST or http://HOST:PORT, not {url!r}")
+    app_address = environment.get("ORION_APP_ADDRESS", "")
+    if not re.fullmatch(r"[0-9.]+", app_address):
+        raise ValueError(f"ORION_APP_ADDRESS must be the manager's IPv4 address, not {app_address!r}")
+    slots = environment.get("ORION_SLOTS") or "1"
+    if not (slots.isdigit() and 1 <= int(slots) <= 10_000):
+        raise ValueError(f"ORION_SLOTS must be a number from 1 to 10000, not {slots!r}")
+    return Settings(url.rstrip("/"), app_address, int(slots), _labels(environment.get("ORION_LABELS") or ""))
+
+
+class Node:
+    """`root` is another directory in tests; `say` writes one line to the log."""
+
+    def __init__(self, settings: Settings, say: Log, root: Path = Path("/")) -> None:
+        self._settings = settings
+        self._say = say
+        self._root = root
+        self._identity = root / "var/lib/orion/agent/identity.json"
+        self._join_token = root / "run/orion-join/token"
+        self._acknowledged = root / "run/orion/acknowledged"
+        self._boot_id = uuid.uuid4().hex
+        self._rentals = Rentals(Places(root), lock_wait_s=0.5)
+        self._last_load = (time.monotonic(), cgroup.usage(cgroup.read_file).cpu_s)
+        self._identity.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._acknowledged.parent.mkdir(parents=True, exist_ok=True)
+        self._acknowledged.unlink(missing_ok=True)
+
+    def describe(self) -> dict[str, Any]:
+        """What a registration says of this worker."""
+        keys = sorted((self._root / "etc/ssh").glob("ssh_host_*_key.pub"))
+        return {
+            "hostname": socket.gethostname(),
+            "ssh_host_keys": [" ".join(key.read_text().split()[:2]) for key in keys],
+            "slots": self._settings.slots,
+            "labels": dict(self._settings.labels),
+            "boot_id": self._boot_id,
+            "agent_version": AGENT_VERSION,
+            "inventory": self.inventory(),
+        }
+
+    def inventory(self) -> list[dict[str, Any]]:
+        return self._rentals.inventory()
+
+    def load(self) -> dict[str, Any]:
+        """`cpu` is the number of processors in use, averaged since the last call."""
+        now, use = time.monotonic(), cgroup.usage(cgroup.read_file)
+        then, cpu_s = self._last_load
+        self._last_load = (now, use.cpu_s)
+        return {
+            "cpu": round(max(0.0, use.cpu_s - cpu_s) / max(now - then, 0.001), 3),
+            "memory_used_bytes": use.memory_used_bytes,
+            "memory_limit_bytes": use.memory_limit_bytes,
+            "processes": use.processes,
+        }
+
+    def join_token(self) -> str | None:
+        """None until the manager has made it."""
+        try:
+            return self._join_token.read_text().strip() or None
+        except OSError:
+            return None
+
+    def own_token(self) -> str | None:
+        """The worker token of the identity that was given to this worker, if it has one."""
+        try:
+            token = json.loads(self._identity.read_text())["worker_token"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return token if isinstance(token, str) else None
+
+    def forget_identity(self) -> None:
+        self._identity.unlink(missing_ok=True)
+
+    def keep_identity(self, session: Session) -> None:
+        identity = {"worker_id": session.worker_id, "worker_token": session.worker_token}
+        write_whole(self._identity, json.dumps(identity))
+
+    def admit(self, keys: Iterable[str]) -> None:
+        """Root may be reached with the manager's keys, from the manager's address, and with nothing else."""
+        lines = [f'from="{self._settings.app_address}" {key}\n' for key in keys]
+        write_whole(self._root / "etc/orion/keys/root", "".join(lines))
+
+    def note_acknowledgement(self) -> None:
+        """For the health check of the image, which looks at the file's age."""
+        self._acknowledged.touch()
+
+    def carry_out(self, orders: Iterable[Order]) -> None:
+        for order in orders:
+            command = self._rentals.unlock if order.action == "unlock" else self._rentals.lock
+            try:
+                command(Request(order.rental_id, order.epoch))
+                self._say(f"{order.action}ed rental {order.rental_id} at epoch {order.epoch}")
+            except Refused as refusal:
+                self._say(f"did not {order.action} rental {order.rental_id}: {refusal}")
+
+    def lock_all(self, kill: bool = False) -> None:
+        """Nobody is let in any more; with `kill`, renters' processes are ended, all at once."""
+        records = self._rentals.ledger.all_living()
+        for record in records:
+            self._rentals.shut(record)
+        if kill and records:
+            killed = processes.end({record.uid: record.username for record in records}, within_s=3.0)
+            self._say(f"locked {len(records)} rentals and ended {killed} of their processes")
+
+
+def _labels(text: str) -> dict[str, str]:
+    labels = {}
+    for pair in filter(None, text.split(",")):
+        key, sign, value = pair.strip().partition("=")
+        if not sign or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}", key):
+            raise ValueError(f"ORION_LABELS must be KEY=VALUE,KEY=VALUE; this is not: {pair!r}")
+        if not re.fullmatch(r"[A-Za-z0-9._/-]{0,63}", value):
+            raise ValueError(f"ORION_LABELS: the value of {key} may have letters, digits and ._/- only")
+        labels[key] = value
+    return labels

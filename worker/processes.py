@@ -1,0 +1,121 @@
+"""The processes of a renter: finding them, and ending them though they fork while they are being killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+PROC = Path("/proc")
+END_WITHIN_S = 10.0
+_NOBODYS_ID = 4_000_000_000
+"""Above every number that a renter can have, and no account's."""
+
+
+def owners(status: str) -> set[int]:
+    """Real, effective, saved and file-system uid in the text of /proc/PID/status; none for a zombie."""
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    if fields.get("State", "").strip().startswith(("Z", "X")):
+        return set()
+    return {int(uid) for uid in fields.get("Uid", "").split()}
+
+
+def of(uids: Collection[int]) -> list[int]:
+    """Living processes that have one of these uids in any of their four places."""
+    return [pid for pid in _all() if not owners(_status(pid)).isdisjoint(uids)]
+
+
+def log_ins(usernames: Collection[str]) -> list[int]:
+    """sshd's own processes for these renters, which run as root and show the name in their title."""
+    return [pid for pid in _all() if _log_in_name(pid) in usernames]
+
+
+def end(renters: dict[int, str], within_s: float = END_WITHIN_S) -> int:
+    """Kill all processes of these renters (uid: username) and wait until none is left; returns how many it saw.
+
+    What is not gone in time, such as a process that the kernel cannot interrupt, is left for the caller to find.
+    """
+    found = [*of(renters), *log_ins(renters.values())]
+    seen = set(found)
+    last_moment = time.monotonic() + within_s
+    while time.monotonic() < last_moment:
+        for uid in renters:
+            _strike(uid)
+        for pid in found:
+            _kill(pid, renters)
+        found = [*of(renters), *log_ins(renters.values())]
+        if not found:
+            break
+        seen.update(found)
+        time.sleep(0.01)
+    return len(seen)
+
+
+def name_of(pid: int) -> str:
+    try:
+        return (PROC / str(pid) / "comm").read_text(errors="replace").strip()
+    except OSError:
+        return "gone"
+
+
+def _strike(uid: int) -> None:
+    """SIGKILL to every process of this uid in one step of the kernel, as none but that uid itself can send it.
+
+    Looking for processes and killing what was found, even after stopping it, is not enough: a program that goes on in
+    its child and ends the parent is never there any more when its turn comes (seen). kill(-1) holds the kernel's list,
+    and a fork that is under way gets the signal too. The sender has the uid as its effective one only, and a real one
+    that nobody has, so that the renter cannot strike first.
+    """
+    try:
+        child = os.fork()
+    except OSError:
+        return  # no room for a process: what was found is killed one by one, and then there is
+    if child == 0:
+        with suppress(OSError):
+            os.setgroups([])
+            os.setresgid(_NOBODYS_ID, _NOBODYS_ID, _NOBODYS_ID)
+            os.setresuid(_NOBODYS_ID, uid, _NOBODYS_ID)
+            os.kill(-1, signal.SIGKILL)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def _kill(pid: int, renters: dict[int, str]) -> None:
+    """Through a descriptor opened before the last look: a number that was given to another meanwhile is not hit."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        theirs = not owners(_status(pid)).isdisjoint(renters)
+        if theirs or _log_in_name(pid) in renters.values():
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _all() -> list[int]:
+    return [int(place.name) for place in PROC.iterdir() if place.name.isdigit()]
+
+
+def _status(pid: int) -> str:
+    try:
+        return (PROC / str(pid) / "status").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _log_in_name(pid: int) -> str | None:
+    """The renter's name in the title of one of sshd's processes of root: `sshd-session: r-abc [priv]`."""
+    try:
+        title = (PROC / str(pid) / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
+    except OSError:
+        return None
+    if not title.startswith("sshd-session: ") or owners(_status(pid)) != {0}:
+        return None
+    return title.removeprefix("sshd-session: ").split(" ")[0].split("@")[0]
