@@ -26,7 +26,8 @@ start_engine() {
     stage "Starting the Docker engine"
     if ! by_service_manager || ! engine_within 20; then
         # No service manager that would do it: on its own, and out of this terminal's reach.
-        as_root setsid sh -c 'exec dockerd >>/var/log/orion-dockerd.log 2>&1' </dev/null &
+        # It outlives this script, so it may hold nothing of it: whoever reads our output would wait for the engine's end.
+        (as_root setsid sh -c 'exec dockerd >>/var/log/orion-dockerd.log 2>&1') </dev/null >/dev/null 2>&1 &
         engine_within 30 || fail "the Docker engine does not start: see /var/log/orion-dockerd.log, or journalctl -u docker"
     fi
     done_stage
