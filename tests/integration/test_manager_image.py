@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from worker_support import ROOT, docker, wait_until
+from worker_support import CHECKOUT, ROOT, docker, wait_until
 
-IMAGE = "orion-manager-test"
+IMAGE = f"orion-manager-test:{CHECKOUT}"
 CAPABILITIES = ("CHOWN", "SETUID", "SETGID", "KILL")
 MANAGER, ENGINE = "900:900", "901:901"
 SECRETS = (

@@ -6,6 +6,7 @@ machine may connect to their sshd, as the app would.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -27,7 +28,9 @@ from typing import Any
 from orion.ssh import pinned_host_arguments
 
 ROOT = Path(__file__).parents[2]
-IMAGE = "orion-worker-test"
+CHECKOUT = hashlib.sha256(str(ROOT).encode()).hexdigest()[:6]
+"""Names of images and projects carry it: the tests of another checkout may run beside these."""
+IMAGE = f"orion-worker-test:{CHECKOUT}"
 PREFIX = f"orion-workertest-{secrets.token_hex(3)}"
 JOIN_TOKEN = f"orion_join_join_{'j' * 43}"
 CAPABILITIES = (
