@@ -71,8 +71,12 @@ class Stage:
         self.exits: list[int] = []
         self.wall_offset_s = 0.0
         self.secrets = Secrets(make_token("admin", "admin"), make_token("join", "join"), PROXY_SECRET, "", host_key(1))
+        self._kept_port = keep_port()
         self.settings = Settings(
-            database_url=f"sqlite:///{self.database}", lock_file=str(folder / "lock"), port=free_port(), **CLOCKS
+            database_url=f"sqlite:///{self.database}",
+            lock_file=str(folder / "lock"),
+            port=self._kept_port.getsockname()[1],
+            **CLOCKS,
         )
         self.clock = RealClock()
         self.world = FakeWorld()
@@ -104,6 +108,7 @@ class Stage:
                 await _end_of(self._process)
             await self.http.aclose()
             server.close()
+            self._kept_port.close()
 
     def arm(self) -> None:
         """Crash points count from here."""
@@ -270,7 +275,12 @@ def _host(fields: dict[str, Any]) -> Host:
     return Host(**fields | {"host_keys": tuple(fields["host_keys"])})
 
 
-def free_port() -> int:
-    with closing(socket.socket()) as listener:
-        listener.bind((LOOPBACK, 0))
-        return int(listener.getsockname()[1])
+def keep_port() -> socket.socket:
+    """A port that only who says SO_REUSEADDR, as a manager does, may listen on, also while no manager lives.
+
+    Left free between two managers, it would be given to another stage, whose manager then answers for this one.
+    """
+    kept = socket.socket()
+    kept.bind((LOOPBACK, 0))
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after the bind: no other bind to port 0 gets it
+    return kept
