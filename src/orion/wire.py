@@ -5,6 +5,7 @@ Times are RFC 3339 in UTC; durations are seconds and end in `_s`. Unknown fields
 
 from __future__ import annotations
 
+import base64
 import re
 from datetime import datetime
 from enum import StrEnum
@@ -28,6 +29,9 @@ SSH_KEY_TYPES = (
     "sk-ssh-ed25519@openssh.com",
     "sk-ecdsa-sha2-nistp256@openssh.com",
 )
+MIN_RSA_BITS = 2048
+KEY_FIELDS = range(2, 5)
+"""Its type, and what the algorithm needs: one (ed25519) to three (a security key of ECDSA)."""
 _SSH_KEY = re.compile(
     r"(?P<type>[a-z0-9@.\-]+) (?P<key>[A-Za-z0-9+/]{20,4096}={0,3})(?: [\x21-\x7e][\x20-\x7e]{0,127})?"
 )
@@ -83,7 +87,28 @@ def one_public_key(text: str) -> str:
     match = _SSH_KEY.fullmatch(text.strip())
     if not match or match["type"] not in SSH_KEY_TYPES:
         raise ValueError("must be one OpenSSH public key, such as 'ssh-ed25519 AAAA... comment', without options")
+    fields = _ssh_fields(match["key"])
+    if not fields or fields[0] != match["type"].encode():
+        raise ValueError(f"is damaged: its data is not that of a whole {match['type']} key")
+    if match["type"] == "ssh-rsa" and int.from_bytes(fields[-1], "big").bit_length() < MIN_RSA_BITS:
+        raise ValueError(f"is too weak: an RSA key needs {MIN_RSA_BITS} bits; ed25519 is better")
     return f"{match['type']} {match['key']}"
+
+
+def _ssh_fields(encoded: str) -> list[bytes]:
+    """The strings of an SSH key's data, each after its length in four bytes (RFC 4253, 6.6); none if it is damaged."""
+    try:
+        rest = base64.b64decode(encoded, validate=True)
+    except ValueError:
+        return []
+    fields = []
+    while rest:
+        length = int.from_bytes(rest[:4], "big")
+        fields.append(rest[4 : 4 + length])
+        if len(fields[-1]) < length or len(rest) < 4:
+            return []
+        rest = rest[4 + length :]
+    return fields if len(fields) in KEY_FIELDS else []
 
 
 PublicKey = Annotated[str, Field(max_length=8192), AfterValidator(one_public_key)]

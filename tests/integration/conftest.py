@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from platform_support import Platform, platform
 from worker_support import (
     IMAGE,
     PREFIX,
@@ -35,6 +36,13 @@ def worker_image() -> str:
     if done.returncode:
         pytest.fail(f"The worker's image cannot be built:\n{done.stderr[-3000:]}", pytrace=False)
     return IMAGE
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """The real door and the real manager, for those who come from outside."""
+    with platform(tmp_path_factory.mktemp("platform")) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ class Proxy:
 
     app_host: int
     project: str = field(default_factory=lambda: f"orion-proxytest-{secrets.token_hex(4)}")
-    network: str = field(default_factory=lambda: f"10.{130 + secrets.randbelow(120)}.{secrets.randbelow(256)}")
+    network: str = field(default_factory=lambda: f"10.{130 + secrets.randbelow(120)}.{1 + secrets.randbelow(255)}")
     http_port: int = field(default_factory=free_port)
     https_port: int = field(default_factory=free_port)
     tls_directory: Path | None = None

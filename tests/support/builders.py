@@ -11,7 +11,7 @@ SESSION = "session-1"
 
 
 def host_key(number: int) -> str:
-    return f"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI{number:043d}"
+    return f"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA{number:042d}"
 
 
 def new_worker(number: int = 1, **change: Any) -> Worker:

@@ -14,11 +14,12 @@ from decisions import Answer
 from ledger import Record
 from node import Node, Settings
 from rental import Places, Rentals, Request
+from support.builders import host_key
 
 from orion.wire import HeartbeatRequest, RegisterRequest
 
 JOIN = "orion_join_join_secret"
-KEY = "ssh-ed25519 " + "A" * 68
+KEY = host_key(1)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from structlog.typing import Processor
 
 from orion import __version__
-from orion.manager.api import admin, operations, problems, rentals, workers
+from orion.manager.api import admin, contract, operations, problems, rentals, workers
 from orion.manager.api.call_home import CallHome
 from orion.manager.api.door import Door, protocol_for
 from orion.manager.api.services import Services
@@ -170,9 +170,11 @@ def application(proxy_secret: str) -> FastAPI:
         openapi_url="/api/openapi.json",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would send a client to whatever its Host header says
         lifespan=lifespan,
     )
     problems.install(app)
+    contract.describe(app)
     for router in (workers.router, rentals.router, operations.router, admin.router, routes.router):
         app.include_router(router)
     app.add_middleware(Door, secret=proxy_secret)

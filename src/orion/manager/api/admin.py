@@ -12,6 +12,7 @@ from fastapi.responses import StreamingResponse
 
 from orion import wire
 from orion.manager.api import views
+from orion.manager.api.contract import refusals
 from orion.manager.api.problems import ApiProblem, not_found
 from orion.manager.api.services import Admin, Services, Shared
 from orion.manager.store.backup import Backups, Examined, NotABackup
@@ -23,7 +24,9 @@ MEDIA_TYPE = "application/vnd.sqlite3"
 _BODY = {"requestBody": {"required": True, "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}}
 
 
-@router.get("/backup", response_class=StreamingResponse, responses={200: {"content": {MEDIA_TYPE: {}}}})
+@router.get(
+    "/backup", response_class=StreamingResponse, responses={200: {"content": {MEDIA_TYPE: {}}}, **refusals(409, 507)}
+)
 async def backup(_: Admin, shared: Shared) -> StreamingResponse:
     """A consistent copy of the database, as one SQLite file. Holds hashes of tokens, and no secret."""
     backups = _backups(shared)
@@ -39,7 +42,7 @@ async def backup(_: Admin, shared: Shared) -> StreamingResponse:
     return StreamingResponse(_chunks(stream), media_type=MEDIA_TYPE, headers=headers)
 
 
-@router.post("/restore", openapi_extra=_BODY)
+@router.post("/restore", openapi_extra=_BODY, responses=refusals(409, 507))
 async def examine(request: Request, _: Admin, shared: Shared) -> wire.RestorePlan:
     """Take a backup and say what restoring it would do. Nothing changes before its plan is accepted."""
     backups = _backups(shared)
@@ -59,7 +62,7 @@ async def examine(request: Request, _: Admin, shared: Shared) -> wire.RestorePla
                 leftover.unlink(missing_ok=True)
 
 
-@router.post("/restore/{plan_id}", status_code=202)
+@router.post("/restore/{plan_id}", status_code=202, responses=refusals(404, 409))
 async def restore(plan_id: str, admin: Admin, shared: Shared) -> wire.Restoring:
     """Go back to it: the manager restarts with it. The former database is kept beside it."""
     backups = _backups(shared)

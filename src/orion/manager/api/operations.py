@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from orion import __version__, wire
 from orion.manager.api import views
+from orion.manager.api.contract import refusals
 from orion.manager.api.problems import not_found
 from orion.manager.api.services import Admin, Client, Services, Shared, visible_owner
 from orion.manager.store import events, rentals, tokens, workers
@@ -63,13 +64,18 @@ async def list_tokens(
     return wire.Page(**views.page(rows, limit, lambda row: str(row["id"]), views.token))
 
 
-@router.delete("/api/tokens/{token_id}", status_code=204, tags=["tokens"])
+@router.delete("/api/tokens/{token_id}", status_code=204, tags=["tokens"], responses=refusals(404))
 async def revoke_token(token_id: str, admin: Admin, shared: Shared) -> None:
     if not await shared.store.write(tokens.revoke, admin.name, token_id):
         raise not_found("token")
 
 
-@router.get("/api/events", tags=["events"], response_model=wire.Page[wire.Event])
+@router.get(
+    "/api/events",
+    tags=["events"],
+    response_model=wire.Page[wire.Event],
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
 async def list_events(
     principal: Client,
     shared: Shared,

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Header, Query, Response
 
 from orion import wire
 from orion.manager.api import views
+from orion.manager.api.contract import refusals
 from orion.manager.api.problems import ApiProblem, not_found
 from orion.manager.api.services import Client, Services, Shared, visible_owner
 from orion.manager.store import rentals
@@ -25,7 +26,7 @@ IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, patt
 WaitSeconds = Annotated[float, Query(ge=0, le=wire.MAX_WAIT_S)]
 
 
-@router.post("/rent", status_code=201, responses={202: {"model": wire.RentReply}})
+@router.post("/rent", status_code=201, responses={202: {"model": wire.RentReply}, **refusals(409)})
 async def rent(
     body: wire.RentRequest,
     principal: Client,
@@ -75,7 +76,7 @@ async def list_rentals(
     return wire.Page(**views.page(rows, limit, lambda row: str(row["id"]), views.rental))
 
 
-@router.get("/rentals/{rental_id}")
+@router.get("/rentals/{rental_id}", responses=refusals(404))
 async def show(
     rental_id: str,
     principal: Client,
@@ -88,7 +89,7 @@ async def show(
     return views.rental(row)
 
 
-@router.post("/rentals/{rental_id}/renew")
+@router.post("/rentals/{rental_id}/renew", responses=refusals(404, 409))
 async def renew(rental_id: str, body: wire.RenewRequest, principal: Client, shared: Shared) -> wire.Rental:
     """Count `ttl_s` again from now."""
     await find(shared, rental_id, principal)
@@ -97,7 +98,7 @@ async def renew(rental_id: str, body: wire.RenewRequest, principal: Client, shar
     return views.rental(await find(shared, rental_id, principal))
 
 
-@router.delete("/rentals/{rental_id}", status_code=202, responses={200: {"model": wire.Rental}})
+@router.delete("/rentals/{rental_id}", status_code=202, responses={200: {"model": wire.Rental}, **refusals(404)})
 async def release(
     rental_id: str, principal: Client, shared: Shared, response: Response, wait_s: WaitSeconds = 0
 ) -> wire.Rental:

@@ -80,8 +80,18 @@ async def _admin(connection: HTTPConnection, shared: Shared) -> Principal:
     return await authenticate(connection, shared, "admin")
 
 
+async def _caller_home(connection: HTTPConnection, shared: Shared) -> Principal:
+    return await authenticate(connection, shared, "join", "worker")
+
+
+async def _worker(connection: HTTPConnection, shared: Shared) -> Principal:
+    return await authenticate(connection, shared, "worker")
+
+
 Client = Annotated[Principal, Depends(_client)]
 Admin = Annotated[Principal, Depends(_admin)]
+CallerHome = Annotated[Principal, Depends(_caller_home)]
+CallingWorker = Annotated[Principal, Depends(_worker)]
 
 
 def visible_owner(principal: Principal) -> str | None:

@@ -12,8 +12,9 @@ from fastapi import APIRouter, Query, Request
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.call_home import CallRefused, Orders
+from orion.manager.api.contract import refusals
 from orion.manager.api.problems import ApiProblem, not_found
-from orion.manager.api.services import Admin, Shared, authenticate, client_address
+from orion.manager.api.services import Admin, CallerHome, CallingWorker, Shared, client_address
 from orion.manager.domain.leases import Beat
 from orion.manager.domain.model import Item
 from orion.manager.domain.states import Intent
@@ -26,10 +27,11 @@ CONFIRM_S = 0.5
 """Until the next heartbeat of a worker that still has the longer lease of other clocks: it counts until that tells."""
 
 
-@router.post("/register", status_code=201)
-async def register(body: wire.RegisterRequest, request: Request, shared: Shared) -> wire.RegisterReply:
+@router.post("/register", status_code=201, responses=refusals(409))
+async def register(
+    body: wire.RegisterRequest, principal: CallerHome, request: Request, shared: Shared
+) -> wire.RegisterReply:
     """A worker calls home, with its own token if it has one, else with the join token."""
-    principal = await authenticate(request, shared, "join", "worker")
     address = client_address(request)
     if not shared.settings.may_be_a_worker(address):
         detail = f"a worker calls home from inside {shared.settings.subnet}; this came from {address}"
@@ -55,10 +57,9 @@ async def register(body: wire.RegisterRequest, request: Request, shared: Shared)
     )
 
 
-@router.post("/heartbeat")
-async def heartbeat(body: wire.HeartbeatRequest, request: Request, shared: Shared) -> wire.HeartbeatReply:
+@router.post("/heartbeat", responses=refusals(409))
+async def heartbeat(body: wire.HeartbeatRequest, principal: CallingWorker, shared: Shared) -> wire.HeartbeatReply:
     """The heartbeat renews the worker's lease, if its session is current."""
-    principal = await authenticate(request, shared, "worker")
     beat = Beat(body.session_id, body.seq, tuple(_items(body.inventory)), body.leaving, body.lease_s)
     with _refusals():
         found = await shared.call_home.heartbeat(principal.id, beat)
@@ -81,12 +82,12 @@ async def list_workers(
     return wire.Page(**views.page(rows, limit, lambda row: str(row["id"]), views.worker))
 
 
-@router.get("/workers/{worker_id}")
+@router.get("/workers/{worker_id}", responses=refusals(404))
 async def show(worker_id: str, _: Admin, shared: Shared) -> wire.Worker:
     return _view(await shared.store.read(workers.one, worker_id))
 
 
-@router.post("/workers/{worker_id}/drain")
+@router.post("/workers/{worker_id}/drain", responses=refusals(404))
 async def drain(worker_id: str, admin: Admin, shared: Shared) -> wire.Worker:
     """No new rentals go there; `drained` when those that are there have ended. Repeatable."""
     row = await shared.store.write(workers.set_intent, admin.name, worker_id, Intent.DRAINING)
@@ -94,7 +95,7 @@ async def drain(worker_id: str, admin: Admin, shared: Shared) -> wire.Worker:
     return _view(row)
 
 
-@router.post("/workers/{worker_id}/resume")
+@router.post("/workers/{worker_id}/resume", responses=refusals(404))
 async def resume(
     worker_id: str,
     admin: Admin,
@@ -112,7 +113,7 @@ async def resume(
     return _view(row)
 
 
-@router.delete("/workers/{worker_id}", status_code=204)
+@router.delete("/workers/{worker_id}", status_code=204, responses=refusals(404, 409))
 async def remove(worker_id: str, admin: Admin, shared: Shared) -> None:
     """Forget a worker that is down or holds no rental. One that still runs calls home again as a new worker."""
     refusal = await shared.store.write(workers.remove, admin.name, worker_id)

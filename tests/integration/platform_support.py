@@ -1,0 +1,165 @@
+"""The real proxy in front of the real manager. Its worker alone is made up, and calls home from this machine.
+
+What is attacked through it is what is shipped; a rental on it is active in a moment and costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from proxy_support import SECRET, Proxy, proxy, wait_until
+from support.builders import host_key
+
+from orion.manager import app
+from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorld
+from orion.manager.engine.port import Host
+from orion.manager.settings import Secrets, Settings
+from orion.manager.store.database import Store
+from orion.manager.store.tokens import make_token
+
+PROCESSES = multiprocessing.get_context("forkserver")
+SLOTS = 64
+BEAT_S = 2.0
+WORKER_KEY = host_key(7)
+
+
+@dataclass(frozen=True)
+class Order:
+    settings: Settings
+    secrets: Secrets
+    log: Path
+    here: str
+    """This machine's address in the proxy's network: where the manager listens, and where the worker calls from."""
+
+
+def run_manager(order: Order) -> None:
+    """In a process of its own, until it is told to end."""
+    with order.log.open("ab", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    app.log_as_json()
+    world = FakeWorld()
+    world.add(Host("", order.here, (WORKER_KEY,)))
+    store = app.open_store(order.settings, Store)
+    ports = app.Ports(FakeEngine(world), FakeReach(world), None)
+    app.serve(order.settings, order.secrets, store, ports, order.here)
+
+
+class Platform:
+    def __init__(self, door: Proxy, folder: Path) -> None:
+        self.door = door
+        self.folder = folder
+        self.url = door.url
+        self.secrets = Secrets(make_token("admin", "admin"), make_token("join", "join"), SECRET, "", host_key(1))
+        self.log = folder / "manager.log"
+        wide = ".".join(door.network.split(".")[:2])
+        # Wider than the proxy's network, so that this machine's end of it may be a worker.
+        settings = Settings(
+            subnet=f"{wide}.0.0/16",
+            proxy_address=f"{door.network}.2",
+            app_address=f"{door.network}.3",
+            database_url=f"sqlite:///{folder / 'orion.db'}",
+            lock_file=str(folder / "lock"),
+        )
+        order = Order(settings, self.secrets, self.log, f"{door.network}.1")
+        self._process = PROCESSES.Process(target=run_manager, args=(order,), daemon=True)
+        self.worker_token = ""
+        self._stopping = threading.Event()
+        self._agent = threading.Thread(target=self._call_home, daemon=True)
+
+    def start(self) -> None:
+        self._process.start()
+        wait_until(lambda: httpx.get(f"{self.url}/healthz", trust_env=False).status_code == 200, "the manager answers")
+        self._agent.start()
+        wait_until(lambda: self.status()["workers"].get("ready") == 1, "the worker is ready")
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._agent.join()
+        self._process.terminate()
+        self._process.join()
+
+    def client(self, token: str | None = None, **how: Any) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {token or self.secrets.admin_token}"}
+        return httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=60, **how)
+
+    def status(self) -> dict[str, Any]:
+        with self.client() as admin:
+            return dict(admin.get("/api/status").raise_for_status().json())
+
+    def worker_health(self) -> str:
+        with self.client() as admin:
+            return str(admin.get("/api/workers").raise_for_status().json()["items"][0]["health"])
+
+    def token(self, name: str, role: str = "client", **wish: Any) -> str:
+        with self.client() as admin:
+            reply = admin.post("/api/tokens", json={"name": name, "role": role, **wish}).raise_for_status()
+            return str(reply.json()["token"])
+
+    def events(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        after = 0
+        with self.client() as admin:
+            while items := admin.get("/api/events", params={"after": after, "limit": 500}).json()["items"]:
+                found += items
+                after = items[-1]["id"]
+        return found
+
+    def _call_home(self) -> None:
+        """An agent as the contract has it, with nothing to tell; its word for what it holds is the engine's."""
+        body = {"hostname": "made-up", "ssh_host_keys": [WORKER_KEY], "slots": SLOTS, "boot_id": "boot-0001"}
+        with httpx.Client(base_url=self.url, trust_env=False, timeout=10) as http:
+            session, seq = "", 0
+            while not self._stopping.is_set():
+                headers = {"Authorization": f"Bearer {self.worker_token or self.secrets.join_token}"}
+                if not session:
+                    reply = http.post("/api/register", json=body | {"agent_version": "0.1"}, headers=headers)
+                    if reply.status_code == 201:
+                        self.worker_token, session, seq = reply.json()["worker_token"], reply.json()["session_id"], 0
+                else:
+                    seq += 1
+                    reply = http.post("/api/heartbeat", json={"session_id": session, "seq": seq}, headers=headers)
+                    if reply.status_code in {401, 409}:
+                        session = ""
+                self._stopping.wait(BEAT_S if reply.is_success else 0.2)
+
+
+@contextmanager
+def platform(folder: Path) -> Iterator[Platform]:
+    with proxy(app_host=1) as door:
+        door.give_secret()
+        wait_until(door.answers, "the proxy answers")
+        running = Platform(door, folder)
+        running.start()
+        try:
+            yield running
+        finally:
+            running.stop()
+
+
+async def raw(port: int, *parts: bytes, pause_s: float = 0.0, within_s: float = 5.0) -> bytes:
+    """All that comes back for these bytes, sent as they are, until the peer closes or `within_s` has passed."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    got = b""
+    try:
+        async with asyncio.timeout(within_s):
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(pause_s)
+            while part := await reader.read(65536):
+                got += part
+    except (TimeoutError, ConnectionError):
+        pass
+    finally:
+        writer.close()
+    return got

@@ -1,0 +1,185 @@
+"""From outside, through the real proxy, at the real manager: too much of one kind, beside which the others go on.
+
+Each flood is bounded in time and number, and comes from this machine alone: from one address, as one attacker's does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import re
+import secrets
+import socket
+import ssl
+import string
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from platform_support import Platform, raw
+from support.builders import host_key
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+FLOOD_S = 2.0
+AT_ONCE = 8
+IN_A_ROW = 100
+LAST = b"GET /.well-known/proxy HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+HEADER_TIMEOUT_S = 10.0
+"""client_header_timeout and client_body_timeout of manager_proxy/limits.conf."""
+
+
+def made_up_token(role: str) -> str:
+    return f"orion_{role}_x_{''.join(secrets.choice(string.ascii_letters) for _ in range(43))}"
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def written(method: str, path: str, role: str = "", body: dict[str, Any] | None = None) -> bytes:
+    """A request of somebody with a token of the right form, which is new each time."""
+    content = json.dumps(body).encode() if body is not None else b""
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    lines += [f"Authorization: Bearer {made_up_token(role)}"] if role else []
+    return "\r\n".join([*lines, f"Content-Length: {len(content)}", "", ""]).encode() + content
+
+
+BEAT = {"session_id": "a" * 32, "seq": 1}
+FLOODS: dict[str, tuple[Callable[[], bytes], int]] = {
+    "registrations": (lambda: written("POST", "/api/register", "join", {}), 429),
+    "heartbeats, each with another token": (lambda: written("POST", "/api/heartbeat", "worker", BEAT), 429),
+    "rents, each with another token": (lambda: written("POST", "/api/rent", "client", {}), 429),
+    "lists, each with another token": (lambda: written("GET", "/api/rentals", "client"), 429),
+    "health checks": (lambda: written("GET", "/healthz"), 429),
+    "what is not there": (lambda: written("GET", "/wp-login.php"), 404),
+}
+"""With an answer that the flood must get."""
+
+
+async def honest_calls(attacked: Platform, token: str) -> dict[str, int]:
+    """One call of each kind by those who live from them; the worker's own heartbeats go on by themselves."""
+    async with httpx.AsyncClient(base_url=attacked.url, trust_env=False, timeout=20) as http:
+        rented = await http.post("/api/rent", json={"ssh_public_key": host_key(3)}, headers=bearer(token))
+        place = f"/api/rentals/{rented.json()['id']}"
+        return {
+            "rent": rented.status_code,
+            "show": (await http.get(place, headers=bearer(token))).status_code,
+            "renew": (await http.post(f"{place}/renew", json={"ttl_s": 60}, headers=bearer(token))).status_code,
+            "release": (await http.delete(f"{place}?wait_s=20", headers=bearer(token))).status_code,
+        }
+
+
+HONEST = {"rent": 201, "show": 200, "renew": 200, "release": 200}
+
+
+@asynccontextmanager
+async def flooding(attacked: Platform, request: Callable[[], bytes]) -> AsyncIterator[Counter[int]]:
+    """As fast as it goes, many requests at a time on each connection, until the block ends."""
+    answers: Counter[int] = Counter()
+
+    async def attacker() -> None:
+        while True:
+            requests = b"".join(request() for _ in range(IN_A_ROW))
+            told = await raw(attacked.door.http_port, requests + LAST, within_s=20)
+            answers.update(int(status) for status in re.findall(rb"^HTTP/1.1 (\d+) ", told, re.MULTILINE))
+
+    attackers = [asyncio.create_task(attacker()) for _ in range(AT_ONCE)]
+    try:
+        yield answers
+    finally:
+        for task in attackers:
+            task.cancel()
+        ended = await asyncio.gather(*attackers, return_exceptions=True)
+    broken = [end for end in ended if not isinstance(end, asyncio.CancelledError)]
+    assert not broken, broken
+
+
+@pytest.mark.parametrize("kind", FLOODS)
+async def test_a_flood_of_one_kind_is_cut_and_every_other_kind_is_answered(attacked: Platform, kind: str) -> None:
+    request, answer = FLOODS[kind]
+    token = await asyncio.to_thread(attacked.token, f"honest-{list(FLOODS).index(kind)}")
+    async with flooding(attacked, request) as answers:
+        await asyncio.sleep(FLOOD_S)
+        # Of rents and of other calls an address has a share, which the flooder has spent for its neighbours as well.
+        if not kind.startswith(("rents", "lists")):
+            assert await honest_calls(attacked, token) == HONEST
+    assert await asyncio.to_thread(attacked.worker_health) == "ready"
+    assert answers[answer], answers
+    assert not [status for status in answers if status >= 500], answers
+
+
+async def test_connections_for_shells_and_streams_have_a_ceiling_and_calls_go_on(attacked: Platform) -> None:
+    token = await asyncio.to_thread(attacked.token, "streamer")
+    refused, open_ones = 0, []
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=attacked.url, trust_env=False, timeout=20, limits=limits) as http:
+        for _ in range(260):
+            request = http.build_request("GET", "/api/events", headers=bearer(token) | {"Accept": "text/event-stream"})
+            reply = await http.send(request, stream=True)
+            refused += reply.status_code == 429
+            open_ones.append(reply)
+        assert 55 <= refused <= 65, refused
+        assert await honest_calls(attacked, token) == HONEST
+        url = attacked.url.replace("http", "ws") + "/api/rentals/abcdefghij/ssh"
+        with pytest.raises(InvalidStatus) as refusal:
+            await connect(url, additional_headers=bearer(token), proxy=None)
+        assert refusal.value.response.status_code == 429
+        for reply in open_ones:
+            await reply.aclose()
+
+
+async def test_a_flood_of_handshakes_leaves_the_others_alone(attacked: Platform) -> None:
+    token = await asyncio.to_thread(attacked.token, "patient")
+    trusting_nobody = ssl.create_default_context()
+    done = itertools.count()
+
+    async def shake() -> None:
+        while True:
+            try:
+                await asyncio.open_connection("127.0.0.1", attacked.door.https_port, ssl=trusting_nobody)
+            except (ssl.SSLError, OSError):
+                next(done)
+
+    shaking = [asyncio.create_task(shake()) for _ in range(16)]
+    await asyncio.sleep(FLOOD_S)
+    found = await honest_calls(attacked, token)
+    for task in shaking:
+        task.cancel()
+    await asyncio.gather(*shaking, return_exceptions=True)
+    assert next(done) > 20
+    assert found == HONEST
+
+
+async def test_slow_clients_are_cut_and_cost_nobody_anything(attacked: Platform) -> None:
+    """300 that never end their headers, 100 that never end their body, 50 that never read what they asked for."""
+    token = await asyncio.to_thread(attacked.token, "hasty")
+    admin = attacked.secrets.admin_token.encode()
+    port = attacked.door.http_port
+    began = time.monotonic()
+    head = b"GET /api/rentals HTTP/1.1\r\nHost: x\r\nX-Slow: "
+    body = b"POST /api/rent HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\nContent-Type: application/json\r\n\r\n{"
+    greedy = b"GET /api/openapi.json HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + admin + b"\r\n\r\n"
+    drops = [b"x"] * 100
+    slow = [asyncio.create_task(raw(port, head, *drops, pause_s=1, within_s=25)) for _ in range(300)]
+    slow += [asyncio.create_task(raw(port, body, *drops[:12], pause_s=1, within_s=40)) for _ in range(100)]
+    deaf = [socket.create_connection(("127.0.0.1", port)) for _ in range(50)]
+    for connection in deaf:
+        connection.sendall(greedy * 40)
+    await asyncio.sleep(1)
+    assert await honest_calls(attacked, token) == HONEST
+    assert await asyncio.to_thread(attacked.worker_health) == "ready"
+    answers = await asyncio.gather(*slow[:300])
+    assert time.monotonic() - began >= HEADER_TIMEOUT_S
+    assert all(answer == b"" or answer.startswith(b"HTTP/1.1 408 ") for answer in answers), set(answers)
+    assert await honest_calls(attacked, token) == HONEST
+    for task in slow[300:]:
+        task.cancel()
+    await asyncio.gather(*slow[300:], return_exceptions=True)
+    for connection in deaf:
+        connection.close()

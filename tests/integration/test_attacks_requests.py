@@ -1,0 +1,422 @@
+"""From outside, through the real proxy, at the real manager: requests that are not what they seem."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gzip
+import json
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from platform_support import Platform, raw
+from support.builders import host_key
+
+KEY = host_key(3)
+NAME = "/api/rentals/smuggled"
+
+
+@pytest.fixture(scope="module")
+def alice(attacked: Platform) -> Iterator[httpx.Client]:
+    with attacked.client(attacked.token("alice")) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def rental(alice: httpx.Client) -> dict[str, Any]:
+    """Alice's: what the others want."""
+    reply = alice.post("/api/rent", json={"name": "treasure", "ssh_public_key": KEY})
+    assert reply.status_code == 201, reply.text
+    return dict(reply.json())
+
+
+def assert_problem(reply: httpx.Response, *statuses: int) -> dict[str, Any]:
+    assert reply.status_code in statuses, f"{reply.status_code} {reply.text[:300]}"
+    assert reply.headers["content-type"] == "application/problem+json"
+    problem = reply.json()
+    assert problem["status"] == reply.status_code
+    assert problem["code"]
+    assert problem["detail"]
+    return dict(problem)
+
+
+# Whose request it is
+
+
+def digits(token: str) -> str:
+    """The token with its last character changed."""
+    return token[:-1] + ("a" if token[-1] != "a" else "b")
+
+
+STRANGE_CREDENTIALS = {
+    "none": None,
+    "empty": "",
+    "no token": "Bearer",
+    "another scheme": "Basic b3Jpb246b3Jpb24=",
+    "very long": "Bearer " + "x" * 7000,
+    "not ASCII": "Bearer orion_admin_admin_ÄÖÜ".encode(),
+    "SQL": "Bearer orion_admin_' or 1=1 --_" + "a" * 43,
+    "another's id": "Bearer orion_admin_admin_" + "a" * 43,
+    "quoted": f'Bearer "orion_admin_admin_{"a" * 43}"',
+    "a list": f"Bearer orion_admin_admin_{'a' * 43}, Bearer orion_admin_admin_{'b' * 43}",
+}
+
+
+@pytest.mark.parametrize("credentials", STRANGE_CREDENTIALS.values(), ids=STRANGE_CREDENTIALS)
+def test_strange_credentials_are_none(attacked: Platform, credentials: str | bytes | None) -> None:
+    headers = {} if credentials is None else {"Authorization": credentials}
+    with httpx.Client(base_url=attacked.url, trust_env=False) as nobody:
+        for path in ("/api/rentals", "/api/workers", "/api/events", "/api/status"):
+            assert assert_problem(nobody.get(path, headers=headers), 401)["code"] == "unauthorized"
+        assert_problem(nobody.post("/api/rent", json={}, headers=headers), 401)
+
+
+def test_a_token_counts_in_its_header_alone(attacked: Platform) -> None:
+    token = attacked.secrets.admin_token
+    with httpx.Client(base_url=attacked.url, trust_env=False, cookies={"Authorization": token}) as nobody:
+        for name in ("token", "access_token", "authorization"):
+            assert_problem(nobody.get("/api/workers", params={name: token}), 401)
+        assert_problem(nobody.get("/api/workers", headers={"Proxy-Authorization": f"Bearer {token}"}), 401)
+        assert_problem(nobody.get("/api/workers", headers={"Authorization": f"Bearer {digits(token)}"}), 401)
+
+
+async def test_two_authorization_headers_are_refused(attacked: Platform) -> None:
+    token = attacked.secrets.admin_token.encode()
+    answer = await raw(
+        attacked.door.http_port,
+        b"GET /api/workers HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        b"Authorization: Bearer nothing\r\nAuthorization: Bearer " + token + b"\r\n\r\n",
+    )
+    assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 401 "))
+
+
+@pytest.mark.parametrize("role", ["client", "join", "worker", "nobody"])
+def test_a_token_of_another_role_opens_nothing(attacked: Platform, rental: dict[str, Any], role: str) -> None:
+    calls = [("GET", "/api/workers"), ("POST", "/api/tokens"), ("GET", "/api/admin/backup"), ("POST", "/api/heartbeat")]
+    if role != "client":
+        calls += [("GET", f"/api/rentals/{rental['id']}"), ("GET", "/api/events"), ("POST", "/api/rent")]
+    token = attacked.token("mallory", role) if role in {"client", "join"} else f"orion_{role}_x_{'a' * 43}"
+    with attacked.client(token) as mallory:
+        for method, path in calls:
+            assert_problem(mallory.request(method, path, json={}), 401, 403)
+
+
+def test_a_rental_of_another_is_as_unknown_as_one_that_never_was(attacked: Platform, rental: dict[str, Any]) -> None:
+    with attacked.client(attacked.token("eve")) as eve:
+        for identity in (rental["id"], "abcdefghij"):
+            place = f"/api/rentals/{identity}"
+            replies = [eve.get(place), eve.delete(place), eve.post(f"{place}/renew", json={"ttl_s": 60})]
+            replies.append(eve.get(f"{place}?state=active&wait_s=50"))
+            bodies = [assert_problem(reply, 404) for reply in replies]
+            assert {body["code"] for body in bodies} == {"not_found"}
+            assert identity not in json.dumps(bodies)
+        assert eve.get("/api/rentals").json()["items"] == []
+        assert eve.get("/api/events", params={"rental_id": rental["id"]}).json()["items"] == []
+    assert eve.is_closed
+
+
+def test_a_token_that_was_revoked_or_has_expired_opens_nothing(attacked: Platform) -> None:
+    with attacked.client() as admin:
+        made = admin.post("/api/tokens", json={"name": "temp", "role": "client"}).json()
+        with attacked.client(made["token"]) as temp:
+            assert temp.get("/api/rentals").status_code == 200
+            assert admin.delete(f"/api/tokens/{made['id']}").status_code == 204
+            assert_problem(temp.get("/api/rentals"), 401)
+
+
+# Bodies
+
+
+def rent_with(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+DAMAGED = {
+    "nothing": b"",
+    "not JSON": b"{",
+    "a list": b"[]",
+    "a string": b'"rent"',
+    "a number": b"7",
+    "null": b"null",
+    "two objects": b"{}{}",
+    "an unknown field": rent_with(admin=True),
+    "a known field of another call": rent_with(epoch=7),
+    "a deep list": b"[" * 100_000 + b"]" * 100_000,
+    "a deep object": b'{"labels":' * 20_000 + b"{}" + b"}" * 20_000,
+    "not UTF-8": b'{"name": "\xff\xfe"}',
+    "NUL": b'{"name": "a\x00b"}',
+    "NaN": b'{"ttl_s": NaN}',
+    "infinity": b'{"ttl_s": Infinity}',
+    "more than a float": b'{"wait_s": 1e400}',
+    "a number of 5,000 digits": b'{"ttl_s": ' + b"9" * 5000 + b"}",
+    "a fraction": rent_with(ttl_s=60.5),
+    "a truth for a number": rent_with(ttl_s=True),
+    "a list for a number": rent_with(ttl_s=[60]),
+    "compressed": gzip.compress(b" " * 5_000_000 + b"{}"),
+    "a form": b"name=a&ttl_s=60",
+    "XML": b'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><a>&b;</a>',
+}
+
+
+@pytest.mark.parametrize("body", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_body_is_refused(alice: httpx.Client, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    if body.startswith(b"\x1f\x8b"):
+        headers["Content-Encoding"] = "gzip"
+    assert_problem(alice.post("/api/rent", content=body, headers=headers), 400, 422)
+
+
+STRANGE_NAMES = [
+    *("", " ", "-", "-rf", "a b", "a\nb", "a\tb", "../../etc", "a/b", "a\\b", "$(id)", "`id`", "a;id", "a|id", "a&id"),
+    *("{{ 7*7 }}", "{% raw %}", "!!python/object/apply:os.system", "&a", "*a", "%00", "a\x00", "root", "Ä", "\uff41"),
+    *("a\u202eb", "a\u200bb", "\ud800", "😀", "x" * 65, "x" * 100_000, "r-root", "~", ".", "..", "a'b", 'a"b', "a:b"),
+]
+ALLOWED = {"root", "r-root"}
+"""A rental's name is nobody's account: that is made from its id."""
+
+
+@pytest.mark.parametrize("name", STRANGE_NAMES, ids=lambda name: ascii(name)[:30])
+def test_a_name_that_is_dangerous_anywhere_is_refused_by_its_field(alice: httpx.Client, name: str) -> None:
+    reply = alice.post("/api/rent", content=rent_with(name=name, ssh_public_key=KEY), headers=JSON)
+    if name in ALLOWED:
+        assert reply.json()["username"] == f"r-{reply.json()['id']}"
+        assert alice.delete(f"/api/rentals/{reply.json()['id']}").is_success
+    else:
+        assert assert_problem(reply, 422)["errors"][0]["field"] == "name"
+
+
+JSON = {"Content-Type": "application/json"}
+STRANGE_LABELS: list[Any] = [
+    {"a": "$(reboot)"}, {"a": "{{ lookup('pipe','id') }}"}, {"a": "!!python/name:x"}, {"a": "<script>"}, {"a": "'; --"},
+    {"a": "\ud800"}, {"\ud800": "a"}, {"a": "\x00"}, {"a": "x" * 10_000}, {"a": 7}, {"a": {"b": "c"}}, {"": "a"},
+    {f"k{number}": "v" for number in range(1000)}, ["a"], {"x" * 300: "v"}, {"a": None}, {"__class__": "x" * 400},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", STRANGE_LABELS, ids=lambda labels: ascii(labels)[:30])
+def test_labels_out_of_the_contract_are_refused_by_their_field(alice: httpx.Client, labels: Any) -> None:
+    reply = alice.post("/api/rent", content=rent_with(labels=labels, ssh_public_key=KEY), headers=JSON)
+    assert assert_problem(reply, 422)["errors"][0]["field"].startswith("labels")
+
+
+def blob(kind: str, *parts: bytes) -> str:
+    packed = b"".join(struct.pack(">I", len(part)) + part for part in (kind.encode(), *parts))
+    return base64.b64encode(packed).decode()
+
+
+GOOD_BLOB = KEY.split()[1]
+STRANGE_KEYS = {
+    "an option": f'command="id" {KEY}',
+    "an environment": f'environment="LD_PRELOAD=/tmp/x" {KEY}',
+    "from": f'from="*" {KEY}',
+    "cert-authority": f"cert-authority {KEY}",
+    "two keys": f"{KEY}\n{KEY}",
+    "a line after": f"{KEY}\nssh-ed25519 AAAA",
+    "a carriage return": f"{KEY}\rx",
+    "a comment with a newline": f"{KEY} me\ncommand",
+    "no blob": "ssh-ed25519",
+    "a damaged blob": f"ssh-ed25519 {GOOD_BLOB[:-8]}",
+    "not base64": "ssh-ed25519 !!!!!!!!!!!!!!!!!!!!!!!!!!!!",
+    "DSA": f"ssh-dss {blob('ssh-dss', b'1' * 128, b'1' * 20, b'1' * 128, b'1' * 128)}",
+    "a short RSA key": f"ssh-rsa {blob('ssh-rsa', bytes([1, 0, 1]), bytes([0]) + bytes([0xF1]) * 128)}",
+    "an unknown kind": f"ssh-quantum {blob('ssh-quantum', b'1' * 32)}",
+    "another kind than its blob": f"ssh-rsa {GOOD_BLOB}",
+    "a private key": "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n-----END OPENSSH PRIVATE KEY-----",
+    "a certificate": f"ssh-ed25519-cert-v01@openssh.com {GOOD_BLOB}",
+    "very long": f"ssh-rsa {'A' * 200_000}",
+    "empty": "",
+    "a shell": "$(id)",
+    "a path": "/etc/passwd",
+    "Jinja": "ssh-ed25519 {{ lookup('file','/etc/passwd') }}",
+}
+
+
+@pytest.mark.parametrize("key", STRANGE_KEYS.values(), ids=STRANGE_KEYS)
+def test_what_is_not_one_plain_public_key_is_refused(alice: httpx.Client, key: str) -> None:
+    reply = alice.post("/api/rent", content=rent_with(ssh_public_key=key), headers=JSON)
+    assert assert_problem(reply, 422)["errors"][0]["field"] == "ssh_public_key"
+
+
+TIMES = [-1, 0, 1, 59, 30 * 86_400 + 1, 10**15, 2**63, 10**300, -(2**63), "60", "", None, "1 day", {}, 60.0000001]
+
+
+@pytest.mark.parametrize("ttl_s", TIMES, ids=lambda value: repr(value)[:20])
+def test_a_time_out_of_bounds_is_refused_everywhere(
+    alice: httpx.Client, attacked: Platform, rental: dict[str, Any], ttl_s: Any
+) -> None:
+    before = alice.get(f"/api/rentals/{rental['id']}").json()["expires_at"]
+    assert_problem(alice.post("/api/rent", content=rent_with(ttl_s=ttl_s), headers=JSON), 422)
+    renew = alice.post(f"/api/rentals/{rental['id']}/renew", content=rent_with(ttl_s=ttl_s), headers=JSON)
+    assert_problem(renew, 422)
+    assert alice.get(f"/api/rentals/{rental['id']}").json()["expires_at"] == before
+
+
+@pytest.mark.parametrize("wait_s", [-1, 56, 1e308, "x", None], ids=repr)
+def test_nobody_makes_the_manager_wait_longer_than_it_says(
+    alice: httpx.Client, rental: dict[str, Any], wait_s: Any
+) -> None:
+    assert_problem(alice.post("/api/rent", content=rent_with(wait_s=wait_s), headers=JSON), 422)
+    if wait_s is not None:
+        assert_problem(alice.get(f"/api/rentals/{rental['id']}?state=failed&wait_s={wait_s}"), 422)
+
+
+# Idempotency keys
+
+
+def test_a_replayed_key_with_another_body_is_a_conflict_and_with_the_same_the_same(alice: httpx.Client) -> None:
+    def ask(**body: Any) -> httpx.Response:
+        return alice.post("/api/rent", json={"ssh_public_key": KEY} | body, headers={"Idempotency-Key": "once"})
+
+    first = ask(ttl_s=3600)
+    assert ask(ttl_s=3600).json()["id"] == first.json()["id"]
+    assert assert_problem(ask(ttl_s=3601), 409)["code"] == "idempotency_conflict"
+    assert alice.delete(f"/api/rentals/{first.json()['id']}").is_success
+
+
+def test_many_replays_at_once_rent_one_environment(alice: httpx.Client) -> None:
+    def ask(_: int) -> str:
+        reply = alice.post("/api/rent", json={"ssh_public_key": KEY}, headers={"Idempotency-Key": "many"})
+        return str(reply.json()["id"])
+
+    with ThreadPoolExecutor(16) as pool:
+        found = set(pool.map(ask, range(32)))
+    assert len(found) == 1
+    assert alice.delete(f"/api/rentals/{found.pop()}").is_success
+
+
+def test_a_key_is_its_owners_alone(attacked: Platform, alice: httpx.Client) -> None:
+    with attacked.client(attacked.token("zoe")) as zoe:
+        rented = [
+            client.post("/api/rent", json={"ssh_public_key": KEY}, headers={"Idempotency-Key": "shared"}).json()
+            for client in (alice, zoe)
+        ]
+        assert rented[0]["id"] != rented[1]["id"]
+        for client, made in zip((alice, zoe), rented, strict=True):
+            assert client.delete(f"/api/rentals/{made['id']}").is_success
+
+
+# Framing: one request in, one answer out, and nothing of it is ever taken for a second one
+
+
+def framed(*headers: bytes, body: bytes, path: bytes = b"/api/rent", version: bytes = b"HTTP/1.1") -> bytes:
+    lines = [b"POST " + path + b" " + version, b"Host: localhost", b"Content-Type: application/json", *headers]
+    return b"\r\n".join([*lines, b"", body])
+
+
+INNER = b"GET " + NAME.encode() + b" HTTP/1.1\r\nHost: localhost\r\nX: "
+CHUNKED = b"0\r\n\r\n" + INNER
+SMUGGLED = {
+    "two lengths": framed(b"Content-Length: 0", b"Content-Length: %d" % len(INNER), body=INNER),
+    "two lengths in one": framed(b"Content-Length: 0, %d" % len(INNER), body=INNER),
+    "length and chunks": framed(b"Content-Length: %d" % len(CHUNKED), b"Transfer-Encoding: chunked", body=CHUNKED),
+    "chunks and length": framed(b"Transfer-Encoding: chunked", b"Content-Length: 4", body=CHUNKED),
+    "chunks twice": framed(b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity", body=CHUNKED),
+    "chunks of a kind": framed(b"Transfer-Encoding: xchunked", body=CHUNKED),
+    "chunks among others": framed(b"Transfer-Encoding: gzip, chunked", body=CHUNKED),
+    "a space before the colon": framed(b"Transfer-Encoding : chunked", b"Content-Length: 4", body=CHUNKED),
+    "a tab in the value": framed(b"Transfer-Encoding:\tchunked\x0b", b"Content-Length: 4", body=CHUNKED),
+    "a folded header": framed(b"X: a\r\n Transfer-Encoding: chunked", b"Content-Length: 0, 9", body=CHUNKED),
+    "a negative length": framed(b"Content-Length: -1", body=INNER),
+    "a signed length": framed(b"Content-Length: +0", body=INNER),
+    "a hexadecimal length": framed(b"Content-Length: 0x0", body=INNER),
+    "an enormous length": framed(b"Content-Length: 99999999999999999999", body=INNER),
+    "an enormous chunk": framed(b"Transfer-Encoding: chunked", body=b"FFFFFFFFFFFFFFFFF\r\n" + INNER),
+    "a negative chunk": framed(b"Transfer-Encoding: chunked", body=b"-1\r\n" + INNER),
+    "a NUL in a header": framed(b"X-A: a\0b", b"Content-Length: 0", body=INNER),
+    "a header without a name": framed(b": a", b"Content-Length: 0, 1", body=INNER),
+    "chunks in HTTP/1.0": framed(b"Transfer-Encoding: chunked", body=CHUNKED, version=b"HTTP/1.0"),
+    "an unknown version": framed(b"Content-Length: 0", body=INNER, version=b"HTTP/3.7"),
+    "two hosts": b"GET /api/rentals HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n" + INNER,
+    "a second request in the address": b"GET /api/rentals HTTP/1.1\r\n\r\n" + INNER,
+}
+
+
+@pytest.mark.parametrize("request_bytes", SMUGGLED.values(), ids=SMUGGLED)
+async def test_a_request_of_doubtful_length_is_refused_and_nothing_of_it_is_a_second_one(
+    attacked: Platform, request_bytes: bytes
+) -> None:
+    answer = await raw(attacked.door.http_port, request_bytes, within_s=2)
+    assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 ", b"HTTP/1.1 501 ", b"HTTP/1.1 505 ")), answer[:200]
+    assert answer.count(b"HTTP/1.1 ") == 1, answer
+
+
+async def test_nothing_that_was_smuggled_was_ever_asked_for(attacked: Platform) -> None:
+    """After all of the above: the proxy's log, line by line."""
+    asked = [line for line in await asyncio.to_thread(attacked.door.access_log) if "smuggled" in line["path"]]
+    assert asked == []
+
+
+PATHS = {
+    "/api/../metrics": 404,
+    "/api/../../etc/passwd": 400,
+    "/api/rentals/..%2f..%2ftokens": 404,
+    "/api/rentals/%2e%2e/tokens": 404,
+    "/api/rentals/../tokens": 404,
+    "/api//tokens": 404,
+    "//api/tokens": 404,
+    "/api/tokens/": 404,
+    "/api/tokens;x=1": 404,
+    "/api/tokens%00": 400,
+    "/api/tokens%0d%0aX-Orion-Proxy-Secret:%20x": 404,
+    "/API/TOKENS": 404,
+    "/api/%74okens": 200,
+    "/api%2ftokens": 200,
+    "http://manager_app:5000/api/tokens": 400,
+    "http://elsewhere.example:5000/api/tokens": 200,
+    "http://169.254.169.254/latest/meta-data": 404,
+    "/\\evil.example/": 404,
+}
+"""As an administrator: 200 is the same call, by the same limits, written otherwise."""
+
+
+@pytest.mark.parametrize(("path", "status"), PATHS.items(), ids=PATHS)
+async def test_an_address_written_otherwise_leads_nowhere_else(attacked: Platform, path: str, status: int) -> None:
+    token = attacked.secrets.admin_token
+    lines = [f"GET {path} HTTP/1.1", "Host: localhost", "Connection: close", f"Authorization: Bearer {token}", "", ""]
+    answer = await raw(attacked.door.http_port, "\r\n".join(lines).encode())
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer[:300]
+    if status == 200:
+        assert b'"items"' in answer
+
+
+@pytest.mark.parametrize("method", ["TRACE", "CONNECT", "PUT", "PATCH", "PROPFIND", "OPTIONS", "X" * 200])
+def test_a_method_out_of_the_contract_does_nothing(alice: httpx.Client, rental: dict[str, Any], method: str) -> None:
+    overriding = {"X-HTTP-Method-Override": "DELETE", "X-Method-Override": "DELETE"}
+    reply = alice.request(method, f"/api/rentals/{rental['id']}", headers=overriding)
+    assert_problem(reply, 400, 405)
+    assert alice.get(f"/api/rentals/{rental['id']}").json()["state"] == "active"
+
+
+def test_the_proxys_own_headers_are_nobody_elses(attacked: Platform, alice: httpx.Client) -> None:
+    """A registration from a forged address is one from the address of the sender."""
+    forged = {
+        "X-Real-IP": "10.0.0.9",
+        "X-Forwarded-For": "10.0.0.9",
+        "X-Orion-Proxy-Secret": "guess",
+        "X-Request-ID": "mine",
+    }
+    reply = alice.get("/api/status", headers=forged)
+    assert reply.status_code == 200
+    assert reply.headers["x-request-id"] != "mine"
+    body = {"hostname": "h", "ssh_host_keys": [host_key(9)], "slots": 1, "boot_id": "boot-0009", "agent_version": "1"}
+    join = {"Authorization": f"Bearer {attacked.secrets.join_token}"} | forged
+    with httpx.Client(base_url=attacked.url, trust_env=False) as stranger:
+        # It is the address at which the honest worker answers: so it is in use.
+        assert assert_problem(stranger.post("/api/register", json=body, headers=join), 409)["code"] == "address_in_use"
+
+
+async def test_plain_http_is_not_upgraded_to_another_protocol(attacked: Platform) -> None:
+    answer = await raw(
+        attacked.door.http_port,
+        b"GET /api/rentals HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+        b"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n",
+        within_s=2,
+    )
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    old = await raw(attacked.door.http_port, b"GET /api/rentals\r\n", within_s=2)
+    assert b"problem" not in old or b"401" in old or b"400" in old
+    assert b"items" not in old
