@@ -3,7 +3,7 @@ SHELL := /bin/bash
 ORION_PY ?= $(shell scripts/command.sh python)
 UV ?= uv
 
-.PHONY: up down clean token demo logs status test test-fast test-integration test-e2e simulate mutants lint lock help
+.PHONY: up down clean token demo logs status test test-fast test-integration test-e2e simulate mutants bench lint lock help
 
 help:  ## what there is
 	@grep -E '^[a-z0-9-]+: .*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 20
@@ -47,6 +47,9 @@ simulate:  ## 10,000 histories of a platform on which everything goes wrong (SCH
 
 mutants:  ## break the code on purpose, one way after another: each must be noticed by a test
 	@scripts/test.sh mutants
+
+bench:  ## measure it against what it is made of, in under 15 minutes (ONLY=rent, burst, heartbeats or growth); see docs/performance.md
+	@scripts/test.sh bench $(ONLY)
 
 lint:  ## every linter and the type checker
 	@scripts/test.sh lint

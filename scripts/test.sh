@@ -1,5 +1,5 @@
 #!/bin/bash
-# test.sh lint | fast | integration | crash | e2e | all. Makes what it needs: .venv from the lock file, the engine, the base image.
+# test.sh lint | fast | integration | crash | e2e | bench | all. Makes what it needs: .venv from the lock file, the engine, the base image.
 HERE=$(dirname "$0")
 . "$HERE/common.sh"
 . "$HERE/packages.sh"
@@ -81,9 +81,16 @@ everything() {
     return $failed
 }
 
+# Growth is measured without engine and load generator.
+make_bench() {
+    if [ "$*" = growth ]; then return; fi
+    make_engine
+    command -v wrk >/dev/null || install_packages wrk
+}
+
 # A part of the tests that is a program of its own; its module and its arguments.
 run_program() {
-    PYTHONPATH=$PYTHONPATH:$ROOT/tests python -m "$@"
+    PYTHONPATH=$PYTHONPATH:$ROOT/tests:$ROOT python -m "$@"
 }
 
 cd "$ROOT"
@@ -91,6 +98,10 @@ make_venv
 case ${1:-all} in
 simulate) run_program simulation.runner "${@:2}" ;;
 mutants) run_program simulation.mutants.run "${@:2}" ;;
+bench)
+    make_bench "${@:2}"
+    run_program bench "${@:2}"
+    ;;
 lint) lint ;;
 fast) run_tests --parallel unit property simulation ;;
 crash) run_tests crash ;;
@@ -99,5 +110,5 @@ integration | e2e)
     run_tests "$1"
     ;;
 all) everything ;;
-*) fail "usage: test.sh lint | fast | integration | crash | e2e | simulate | mutants | all" ;;
+*) fail "usage: test.sh lint | fast | integration | crash | e2e | simulate | mutants | bench | all" ;;
 esac

@@ -1,0 +1,79 @@
+"""`python -m bench [rent burst heartbeats growth]`: measure, show, keep."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import burst, growth, heartbeats, rent
+from bench.report import RESULTS, Result, keep, machine, show
+
+NEEDS = {"rent": ("docker",), "burst": ("docker",), "heartbeats": ("docker", "wrk"), "growth": ()}
+
+
+def main() -> int:
+    # As Ctrl-C does: what was started is cleaned up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    arguments = _arguments()
+    parts: dict[str, Callable[[], Result]] = {
+        "rent": lambda: rent.measure(arguments.rounds, arguments.seconds),
+        "burst": lambda: burst.measure(arguments.rents),
+        "heartbeats": lambda: heartbeats.measure(arguments.workers, arguments.load_s),
+        "growth": lambda: growth.measure(arguments.sizes, arguments.samples),
+    }
+    chosen = arguments.parts or list(parts)
+    missing = {need for part in chosen for need in NEEDS[part] if not _there(need)}
+    if missing:
+        sys.exit(f"bench: needs {' and '.join(sorted(missing))}: make bench installs what is missing")
+    console = Console()
+    failed = False
+    for part in chosen:
+        told = machine()
+        if told["load_before"][0] > 0.5 * (os.cpu_count() or 1):
+            console.print(f"bench: the machine is busy (load {told['load_before'][0]}): ratios hold better than times")
+        result = parts[part]()
+        result.machine = told
+        keep(result, arguments.results)
+        show(result, console)
+        failed |= not all(target.met for target in result.targets)
+    console.print(f"bench: JSON and SVG are in {arguments.results}", highlight=False)
+    return 1 if failed and arguments.strict else 0
+
+
+def _there(program: str) -> bool:
+    if program == "docker":
+        return _answers(["docker", "info"])
+    return bool(shutil.which(program))
+
+
+def _answers(command: list[str]) -> bool:
+    return bool(shutil.which(command[0])) and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=list(NEEDS), metavar="PART", help=f"of {', '.join(NEEDS)}; all")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where JSON and SVG go")
+    parser.add_argument("--strict", action="store_true", help="end with 1 when a target is not reached")
+    parser.add_argument("--rounds", type=int, default=100, help="rent: rounds for each strategy")
+    parser.add_argument("--seconds", type=float, default=110, help="rent: at most, for each strategy")
+    parser.add_argument("--rents", type=int, default=200, help="burst: rents at once")
+    parser.add_argument("--workers", type=int, default=5000, help="heartbeats: simulated workers")
+    parser.add_argument("--load-s", type=float, default=8, help="heartbeats: length of a round of load")
+    parser.add_argument("--samples", type=int, default=100, help="growth: calls of each kind for each size")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[100, 1000, 10_000, 100_000], help="growth: registered workers"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

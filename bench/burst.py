@@ -1,0 +1,106 @@
+"""Many rents at once over four workers, then as many releases, against warm ssh to the same workers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from bench.baselines import baselines
+from bench.calls import Caller, Reply
+from bench.rent import Renter, has_strategies
+from bench.report import Result
+from bench.stack import Stack, running
+
+WORKERS = 4
+SLOTS = 64
+ROUNDS = 2
+WAIT_S = 55
+PER_BASELINE = 40
+
+
+@dataclass(frozen=True)
+class Burst:
+    """Calls that began together. `seconds` of each that succeeded; `whole_s` until the last."""
+
+    replies: list[Reply]
+    failures: int
+    whole_s: float
+
+    @property
+    def seconds(self) -> list[float]:
+        return [reply.seconds for reply in self.replies]
+
+    @property
+    def per_s(self) -> float:
+        return len(self.replies) / self.whole_s
+
+
+def measure(rents: int) -> Result:
+    result = Result("burst", f"{rents} rents at once over {WORKERS} workers, then {rents} releases")
+    settings = {"ORION_SLOTS": str(SLOTS)} | ({"ORION_ENGINE_STRATEGY": "auto"} if has_strategies() else {})
+    with running(WORKERS, settings) as stack:
+        renter = Renter(stack)
+        rounds = [_round(stack, renter, rents) for _ in range(ROUNDS)]
+    for name, bursts in (("rent", [one for one, _, _ in rounds]), ("release", [one for _, one, _ in rounds])):
+        result.times(f"one {name} of them", [second for burst in bursts for second in burst.seconds])
+        per_s = min(burst.per_s for burst in bursts)
+        result.value(f"{name}s a second (the slower round)", "1/s", per_s)
+        result.at_least(f"{name}s a second", per_s, 20)
+        result.at_most(f"failed {name}s", sum(burst.failures for burst in bursts), 0)
+    alone = sum(rate for _, _, rate in rounds) / ROUNDS
+    result.value(f"warm ssh, useradd and key, {WORKERS} workers one after the other", "1/s", alone)
+    return result
+
+
+def _round(stack: Stack, renter: Renter, rents: int) -> tuple[Burst, Burst, float]:
+    wish = {"ssh_public_key": renter.public_key, "wait_s": WAIT_S}
+    rented = _at_once(stack, [lambda door: door.call("POST", "/api/rent", wish)] * rents, 201)
+    _sample_gets_in(renter, [reply.body for reply in rented.replies])
+    released = _at_once(stack, [_release(reply.body["id"]) for reply in rented.replies], 200)
+    return rented, released, _warm_ssh(stack, renter)
+
+
+def _release(rental_id: str) -> Callable[[Caller], Reply]:
+    return lambda door: door.call("DELETE", f"/api/rentals/{rental_id}?wait_s={WAIT_S}")
+
+
+def _at_once(stack: Stack, calls: Sequence[Callable[[Caller], Reply]], wanted: int) -> Burst:
+    """Each on a connection of its own, all let go at the same moment."""
+    start = threading.Barrier(len(calls) + 1)
+
+    def one(call: Callable[[Caller], Reply]) -> Reply | None:
+        with stack.caller() as door:
+            door.must("GET", "/healthz")
+            start.wait()
+            try:
+                return call(door)
+            except OSError:
+                return None
+
+    with ThreadPoolExecutor(len(calls)) as together:
+        asked = [together.submit(one, call) for call in calls]
+        start.wait()
+        began = time.perf_counter()
+        replies = [one_asked.result() for one_asked in asked]
+        whole_s = time.perf_counter() - began
+    good = [reply for reply in replies if reply is not None and reply.status == wanted]
+    return Burst(good, len(calls) - len(good), whole_s)
+
+
+def _sample_gets_in(renter: Renter, rentals: Sequence[dict[str, Any]]) -> None:
+    for rental in rentals[:: max(1, len(rentals) // 8)]:
+        renter.gets_in(rental)
+
+
+def _warm_ssh(stack: Stack, renter: Renter) -> float:
+    """Accounts a second that warm ssh makes, one after the other, on the workers in turn."""
+    with baselines(stack, renter.public_key) as without:
+        workers = stack.ready_workers()
+        for worker in workers:
+            without.open(worker)
+        seconds = [without.warm_ssh(workers[number % len(workers)]) for number in range(PER_BASELINE)]
+    return len(seconds) / sum(seconds)

@@ -1,0 +1,239 @@
+"""Heartbeats through the proxy from simulated workers, against Nginx answering a constant itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bench import pool
+from bench.calls import Caller
+from bench.figures import median
+from bench.processes import cpu_s
+from bench.report import Result, Row
+from bench.stack import ROOT, Stack, run, running, wait_until
+
+ROUNDS = 3
+CONNECTIONS = 48
+THREADS = 1
+"""Of wrk: one is enough for several times what is measured, and leaves more of the machine to the platform."""
+FIRST_NUMBER = 1_000_000_000
+RENT_EVERY_S = 0.5
+AGENT_EVERY_S = 2.0
+READY_WITHIN_S = 60.0
+LOAD = {"cpu": 0.1, "memory_used_bytes": 40_000_000, "memory_limit_bytes": 512_000_000, "processes": 9}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one run of wrk saw. Times in seconds; processor time as a share of the whole machine."""
+
+    per_s: float
+    refused: int
+    broken: int
+    p50: float
+    p95: float
+    p99: float
+    wrk: float
+    proxy: float
+    manager: float
+
+
+def measure(workers: int, load_s: float) -> Result:
+    result = Result("heartbeats", f"Heartbeats through the proxy, {workers:,} simulated workers")
+    seed = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="orion-bench-") as folder:
+        settings = {"BENCH_WORKERS": str(workers), "BENCH_SEED": seed, "BENCH_LIMITS": str(_limits(Path(folder)))}
+        told = Path(folder) / "workers.tsv"
+        told.write_text("".join(f"{line}\n" for line in _lines(seed, workers)))
+        with running(0, settings, ("bench/heartbeats.yml",)) as stack, Agent(stack, seed, workers) as agent:
+            _warm_up(stack, told, workers)
+            suspects = _suspected(stack)
+            quiet, loaded, constant = _rounds(stack, agent, told, load_s)
+            suspects = _suspected(stack) - suspects
+    _tell(result, quiet, loaded, constant, suspects)
+    return result
+
+
+class Agent:
+    """The one worker with free slots, whose inventory changes: it calls home in earnest, as often as clocks ask."""
+
+    def __init__(self, stack: Stack, seed: str, number: int) -> None:
+        self._stack = stack
+        self._number = number
+        self._token = pool.token(seed, number)
+        self._held: dict[str, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Agent:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def rents(self, during: threading.Event) -> list[float]:
+        """Rent and release one after the other until `during` is set; the seconds of each rent."""
+        seconds = []
+        with self._stack.caller() as door:
+            while not during.wait(RENT_EVERY_S):
+                reply = door.must("POST", "/api/rent", {"ssh_public_key": pool.SOMEBODYS_KEY, "wait_s": 50})
+                if reply.status != 201:
+                    raise RuntimeError(f"a rent under load was answered with {reply.status}: {reply.body}")
+                seconds.append(reply.seconds)
+                self._hold(reply.body)
+                with self._lock:
+                    del self._held[reply.body["id"]]
+                door.must("DELETE", f"/api/rentals/{reply.body['id']}?wait_s=30")
+        return seconds
+
+    def _hold(self, rental: dict[str, Any]) -> None:
+        shown = {"rental_id": rental["id"], "username": rental["username"], "epoch": rental["epoch"]}
+        with self._lock:
+            self._held[rental["id"]] = shown | {"uid": 900_000, "state": "running"}
+
+    def _run(self) -> None:
+        seq = FIRST_NUMBER
+        with Caller("127.0.0.1", self._stack.http_port, self._token) as door:
+            while not self._ended.wait(AGENT_EVERY_S):
+                seq += 1
+                with self._lock:
+                    inventory = list(self._held.values())
+                body = {"session_id": pool.session(self._number), "seq": seq, "load": LOAD, "lease_s": 75}
+                door.call("POST", "/api/heartbeat", body | {"inventory": inventory})
+
+
+def _limits(folder: Path) -> Path:
+    """Production's own limits, and beside them the server that answers a constant."""
+    place = folder / "limits.conf"
+    ours = (ROOT / "manager_proxy" / "limits.conf").read_text()
+    place.write_text(ours + Path(__file__).with_name("constant.conf").read_text())
+    folder.chmod(0o755)
+    return place
+
+
+def _lines(seed: str, workers: int) -> list[str]:
+    def line(number: int) -> str:
+        rest = {"load": LOAD, "inventory": [pool.item(number)], "lease_s": 75.0, "leaving": False}
+        return f"{pool.token(seed, number)}\t{pool.session(number)}\t{json.dumps(rest)[1:]}"
+
+    return [line(number) for number in range(workers)]
+
+
+def _warm_up(stack: Stack, told: Path, workers: int) -> None:
+    """Heartbeats until nobody is unknown any more: after its start the manager has heard nobody."""
+    number = count(1)
+
+    def ready() -> bool:
+        one = next(number)
+        _wrk(stack, 80, told, one, min(2.0 * one, 10.0))
+        return _workers(stack).get("ready", 0) >= workers
+
+    wait_until("the simulated workers are ready", ready, READY_WITHIN_S)
+
+
+def _rounds(
+    stack: Stack, agent: Agent, told: Path, load_s: float
+) -> tuple[list[float], list[tuple[Load, list[float]]], list[Load]]:
+    """Rents without a load; each run of heartbeats with the rents during it; each run of the constant."""
+    quiet: list[float] = []
+    loaded: list[tuple[Load, list[float]]] = []
+    constant: list[Load] = []
+    for number in range(ROUNDS):
+        quiet += _rents_during(agent, lambda: time.sleep(load_s / 2))[1]
+        constant.append(_wrk(stack, 8081, told, 0, load_s / 2))
+        loaded.append(_rents_during(agent, partial(_wrk, stack, 80, told, 10_000 * (1 + number), load_s)))
+    return quiet, loaded, constant
+
+
+def _rents_during(agent: Agent, work: Callable[[], T]) -> tuple[T, list[float]]:
+    over = threading.Event()
+    with ThreadPoolExecutor(1) as aside:
+        rents = aside.submit(agent.rents, over)
+        try:
+            done = work()
+        finally:
+            over.set()
+        return done, rents.result()
+
+
+def _wrk(stack: Stack, port: int, told: Path, part: int, seconds: float) -> Load:
+    """`part`: each run's numbers begin above those of the run before."""
+    pids = {"proxy": stack.pid("manager_proxy"), "manager": stack.pid("manager_app")}
+    before = {name: cpu_s(pid) for name, pid in pids.items()}
+    own_before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    script = Path(__file__).with_name("heartbeat.lua")
+    options = [f"-t{THREADS}", f"-c{CONNECTIONS}", f"-d{seconds:g}s", "-s", str(script), "--timeout", "10s"]
+    address = f"http://{stack.proxy_address}:{port}/api/heartbeat"
+    first = FIRST_NUMBER + 10_000 * part
+    said = run(["wrk", *options, address, "--", str(told), str(first), str(THREADS)], seconds + 60)
+    own, whole = resource.getrusage(resource.RUSAGE_CHILDREN), (time.monotonic() - began) * (os.cpu_count() or 1)
+    told_by_wrk = json.loads(said.splitlines()[-1])
+    return Load(
+        told_by_wrk["requests"] / told_by_wrk["seconds"],
+        told_by_wrk["refused"],
+        told_by_wrk["broken"],
+        told_by_wrk["p50"],
+        told_by_wrk["p95"],
+        told_by_wrk["p99"],
+        (own.ru_utime + own.ru_stime - own_before.ru_utime - own_before.ru_stime) / whole,
+        proxy=(cpu_s(pids["proxy"]) - before["proxy"]) / whole,
+        manager=(cpu_s(pids["manager"]) - before["manager"]) / whole,
+    )
+
+
+def _workers(stack: Stack) -> dict[str, int]:
+    with stack.caller() as door:
+        found: dict[str, int] = door.must("GET", "/api/status").body["workers"]
+    return found
+
+
+def _suspected(stack: Stack) -> int:
+    """Workers that are not ready; of those that were before, each is one that was suspected without reason."""
+    return sum(number for health, number in _workers(stack).items() if health != "ready")
+
+
+def _tell(
+    result: Result, quiet: list[float], loaded: list[tuple[Load, list[float]]], constant: list[Load], suspects: int
+) -> None:
+    beats = [load for load, _ in loaded]
+    _row(result, "heartbeats, p50 p95 p99 of one", beats)
+    _row(result, "Nginx answering a constant, p50 p95 p99 of one", constant)
+    per_s, limit = median([load.per_s for load in beats]), median([load.per_s for load in constant])
+    result.value("heartbeats a second", "1/s", per_s)
+    result.value("constant answers a second", "1/s", limit)
+    result.value("heartbeats over constant answers", "ratio", per_s / limit)
+    for name in ("wrk", "proxy", "manager"):
+        share = median([getattr(load, name) for load in beats])
+        result.value(f"processor during heartbeats: {name}", "% of all", 100 * share)
+    result.times("a rent, nothing else (its engine job: 50 ms)", quiet)
+    under_load = [seconds for _, rents in loaded for seconds in rents]
+    result.times("a rent during the heartbeats", under_load)
+    failed = sum(load.refused + load.broken for load in [*beats, *constant])
+    result.at_least("heartbeats a second", per_s, 6000)
+    result.at_least("heartbeats a second, the goal", per_s, 10_000)
+    result.at_most("heartbeats refused or broken", failed, 0)
+    result.at_most("workers falsely suspected", suspects, 0)
+    result.at_most("slowest rent during the heartbeats", max(under_load, default=math.inf), 1, " s")
+
+
+def _row(result: Result, label: str, loads: list[Load]) -> None:
+    p50, p95, p99 = (1000 * median([getattr(load, name) for load in loads]) for name in ("p50", "p95", "p99"))
+    result.rows.append(Row(label, "ms", sum(1 for _ in loads), p50, p95, p99, "medians of the rounds"))
