@@ -12,10 +12,12 @@ fail() {
 [ -n "${ORION_APP_ADDRESS:-}" ] || fail "ORION_APP_ADDRESS is not set: it is the manager's address on orion_net"
 
 # What renters may not reach: orion_net as configured and as it really is, the gateway, and addresses that only have a
-# meaning on the local network. (169.254.0.0/16 is where clouds keep the host's credentials.)
+# meaning on the local network, where the machine itself, its other containers and its neighbours are. (169.254.0.0/16 is
+# where clouds keep the host's credentials.)
 connected=$(ip -o -4 route show scope link | cut -d ' ' -f 1 | paste -s -d ,)
 gateway=$(ip -o -4 route show default | cut -d ' ' -f 3 | paste -s -d ,)
-closed="$ORION_SUBNET,169.254.0.0/16,224.0.0.0/4,255.255.255.255${connected:+,$connected}${gateway:+,$gateway}"
+local=10.0.0.0/8,100.64.0.0/10,169.254.0.0/16,172.16.0.0/12,192.168.0.0/16
+closed="$ORION_SUBNET,$local,224.0.0.0/4,255.255.255.255${connected:+,$connected}${gateway:+,$gateway}"
 
 nft --define "app=$ORION_APP_ADDRESS" \
     --define "door={ $ORION_APP_ADDRESS, ${ORION_PROXY_ADDRESS:-$ORION_APP_ADDRESS} }" \

@@ -1,0 +1,296 @@
+"""A renter against its worker: ways up, ways out, ways to fill it, ways to stay. More is in test_worker_walls.py."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from rental_support import Rental, new_rental
+from worker_support import Network, SmallManager, Worker, docker, wait_until, worker
+
+TRY_TO = """
+import ctypes, os, socket, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def attempt(name, action):
+    ctypes.set_errno(0)
+    try:
+        result = action()
+        error = ctypes.get_errno() if result == -1 else 0
+    except OSError as failure:
+        error = failure.errno
+    print(name, os.strerror(error) if error else "WORKED")
+"""
+
+
+@pytest.fixture(scope="module")
+def rental(host: Worker, tmp_path_factory: pytest.TempPathFactory) -> Rental:
+    return new_rental(host, tmp_path_factory.mktemp("keys")).create_quickly()
+
+
+@pytest.fixture(scope="module")
+def roommate(host: Worker, tmp_path_factory: pytest.TempPathFactory) -> Rental:
+    """Another renter of the same worker."""
+    return new_rental(host, tmp_path_factory.mktemp("keys")).create_quickly()
+
+
+def outcomes(rental: Rental, attempts: str) -> dict[str, str]:
+    told = rental.python(TRY_TO + attempts)
+    return dict(line.split(" ", 1) for line in told.splitlines())
+
+
+# Ways up
+
+
+def test_nothing_that_asks_the_kernel_for_more_works(rental: Rental) -> None:
+    """Name spaces, mounts, modules, devices, tracing and kernel memory."""
+    found = outcomes(
+        rental,
+        """
+attempt("user-namespace", lambda: libc.unshare(0x10000000))
+attempt("mount-namespace", lambda: libc.unshare(0x00020000))
+attempt("mount", lambda: libc.mount(b"none", b"/tmp", b"tmpfs", 0, None))
+attempt("chroot", lambda: os.chroot("/tmp"))
+attempt("setuid", lambda: os.setuid(0))
+attempt("setgid", lambda: os.setgroups([0]))
+attempt("chown", lambda: os.chown(os.path.expanduser("~"), 0, 0))
+attempt("kill-root", lambda: os.kill(1, 9))
+attempt("trace-root", lambda: libc.ptrace(16, 1, 0, 0))
+attempt("raw-socket", lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1))
+attempt("raw-socket-6", lambda: socket.socket(socket.AF_INET6, socket.SOCK_RAW, 58))
+attempt("packet-socket-for-ARP", lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0x0806))
+attempt("network-namespace", lambda: libc.unshare(0x40000000))
+attempt("device", lambda: os.mknod("/tmp/disk", 0o60666, os.makedev(254, 0)))
+attempt("kernel-log", lambda: libc.syscall(103, 3, ctypes.create_string_buffer(64), 64))
+attempt("memory", lambda: open("/dev/mem", "rb").fileno())
+attempt("sysctl", lambda: open("/proc/sys/kernel/core_pattern", "w").fileno())
+attempt("sysrq", lambda: open("/proc/sysrq-trigger", "w").fileno())
+attempt("module", lambda: libc.syscall(175, b"x", 1, b""))
+attempt("clock", lambda: libc.settimeofday(ctypes.create_string_buffer(16), None))
+attempt("hostname", lambda: libc.sethostname(b"mine", 4))
+attempt("swap", lambda: libc.swapon(b"/tmp/x", 0))
+attempt("priority", lambda: os.setpriority(os.PRIO_PROCESS, 0, -5))
+attempt("oom", lambda: open("/proc/self/oom_score_adj", "w").write("-500") and os.listdir("/proc/1/fd"))
+attempt("cgroup", lambda: os.mkdir("/sys/fs/cgroup/mine"))
+attempt("bpf", lambda: libc.syscall(321, 0, ctypes.create_string_buffer(64), 64))
+attempt("perf", lambda: libc.syscall(298, ctypes.create_string_buffer(128), 0, -1, -1, 0))
+""",
+    )
+    assert len(found) == 27
+    assert [name for name, became in found.items() if became == "WORKED"] == []
+
+
+def test_what_others_run_can_be_listed_and_not_looked_into(rental: Rental, roommate: Rental) -> None:
+    roommate.ssh("SECRET=hush-hush setsid sleep 120 >/dev/null 2>&1 </dev/null &")
+    pid = rental.on.run("pgrep", "-u", str(roommate.uid), "sleep").split()[0]
+    for file in ("environ", "maps", "mem", "fd", "cwd", "root", "stack", "io"):
+        assert "hush-hush" not in rental.ssh(f"cat /proc/{pid}/{file}; ls -l /proc/{pid}/{file}").stdout
+        for victim in (pid, "1", rental.on.run("pgrep", "-x", "agent.py").strip()):
+            assert rental.ssh(f"head -c 1 /proc/{victim}/{file} || ls /proc/{victim}/{file}/").returncode != 0
+    assert rental.ssh(f"kill -9 {pid}").returncode != 0
+    everything = rental.ssh("cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null").stdout
+    assert "orion_" not in everything, "a token"
+
+
+def test_shared_directories_keep_each_renters_files_its_own(rental: Rental, roommate: Rental) -> None:
+    for place in ("/tmp", "/var/tmp", "/dev/shm"):  # noqa: S108
+        file = f"{place}/of-{roommate.uid}"
+        assert roommate.ssh(f"umask 077; echo mine > {file}").returncode == 0
+        tries = (
+            f"cat {file}",
+            f"rm -f {file}",
+            f"mv {file} {file}.x",
+            f"ln {file} ~/link-{roommate.uid}",
+            f"echo x > {file}",
+        )
+        for command in tries:
+            assert rental.ssh(command).returncode != 0, command
+        assert roommate.ssh(f"cat {file} && rm {file}").stdout == "mine\n"
+
+
+def test_a_renter_changes_nothing_of_how_it_is_let_in(rental: Rental) -> None:
+    for command in (
+        "echo x >> /etc/passwd",
+        "touch /etc/orion/keys/mine",
+        "rm /etc/ssh/ssh_host_ed25519_key.pub",
+        "touch /usr/local/sbin/x /usr/local/lib/orion/x /etc/cron.d/x /etc/profile.d/x /var/lib/orion/x /run/orion/x",
+        "crontab -l; at now; systemctl start x; su -; sudo -n id; newgrp root",
+    ):
+        done = rental.ssh(f"({command}) 2>&1")
+        assert done.returncode != 0, (command, done.stdout)
+    home = 'mkdir -p ~/.ssh; echo "command=\\"id\\" ssh-ed25519 AAAA" > ~/.ssh/authorized_keys; echo exit 7 > ~/.ssh/rc'
+    rental.ssh(f"{home}; echo LD_PRELOAD=/tmp/x > ~/.ssh/environment")
+    assert rental.ssh("echo still in; echo $LD_PRELOAD").stdout == "still in\n\n"
+
+
+# Ways out
+
+
+@pytest.fixture
+def machine() -> Iterator[tuple[str, int]]:
+    """A service of the machine that the platform runs on, at an address that is not of the platform's network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))
+        address = probe.getsockname()[0]
+    with socket.create_server((address, 0)) as service:
+        yield address, service.getsockname()[1]
+
+
+CONNECT = """
+import socket
+try: socket.create_connection(({address!r}, {port}), timeout=3).close(); print("open")
+except OSError as error: print(error.strerror or "silent")
+"""
+
+
+def test_the_machines_other_addresses_and_its_neighbourhood_are_closed_to_renters_and_open_to_root(
+    rental: Rental, machine: tuple[str, int], network: Network
+) -> None:
+    address, port = machine
+    assert rental.on.run("python3", "-c", CONNECT.format(address=address, port=port)).strip() == "open"
+    private = address.startswith(("10.", "192.168.", "172."))
+    for place in (address if private else "10.255.255.1", "172.17.0.1", "192.168.1.1", "100.64.0.1", "172.31.255.1"):
+        assert rental.python(CONNECT.format(address=place, port=port)).strip() == "No route to host", place
+
+
+def test_the_name_server_tells_names_and_carries_nothing_else(rental: Rental, neighbour: Worker) -> None:
+    """What it is known for: a renter's own loopback, with Docker's name server on it."""
+    listening = rental.ssh("cat /proc/net/tcp /proc/net/tcp6").stdout
+    assert rental.python(CONNECT.format(address="127.0.0.11", port=22)).strip() != "open"
+    assert listening
+
+
+# Ways to fill it
+
+
+def test_a_renter_who_takes_all_memory_is_ended_alone(rental: Rental, roommate: Rental) -> None:
+    started = docker("inspect", "-f", "{{.State.StartedAt}}", rental.on.name)
+    hog = "held = []\nwhile True: held.append(bytearray(16 << 20))"
+    with ThreadPoolExecutor(3) as pool:
+        hogs = [pool.submit(rental.ssh, "python3 -", hog) for _ in range(3)]
+        began = time.monotonic()
+        assert roommate.ssh("echo in").stdout == "in\n"
+        assert rental.on.ssh("root", rental.on.key, "echo in").stdout == "in\n"
+        assert time.monotonic() - began < 20
+        assert all(each.result().returncode != 0 for each in hogs)
+    assert docker("inspect", "-f", "{{.State.StartedAt}}", rental.on.name) == started
+    before = time.monotonic()
+    wait_until(lambda: rental.on.manager.of("/api/heartbeat", before), "heartbeats go on")
+
+
+def test_a_fork_bomb_does_not_keep_others_out(rental: Rental, roommate: Rental) -> None:
+    bomb = "import os, sys\nwhile True:\n  try: os.fork()\n  except OSError: pass"
+    bombing = subprocess.Popen(
+        [*rental.on.ssh_command(rental.username, rental.key), "timeout 8 python3 -"],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert bombing.stdin
+    bombing.stdin.write(bomb)
+    bombing.stdin.close()
+    wait_until(lambda: len(rental.on.run("pgrep", "-u", str(rental.uid), check=False).split()) > 30, "it goes off")
+    assert roommate.ssh("echo in").stdout == "in\n"
+    before = time.monotonic()
+    wait_until(lambda: rental.on.manager.of("/api/heartbeat", before), "heartbeats go on")
+    status, report = rental.on.rental("lock", rental_id=rental.rental_id, epoch=1, kill=True)
+    assert (status, report["state"]) == (0, "locked")
+    assert rental.on.run("pgrep", "-u", str(rental.uid), check=False) == ""
+    rental.on.rental("unlock", rental_id=rental.rental_id, epoch=1)
+    bombing.kill()
+    bombing.wait()
+    assert rental.lets_in()
+
+
+def test_open_files_watches_and_sessions_of_one_renter_are_not_the_others(rental: Rental, roommate: Rental) -> None:
+    greedy = """
+import ctypes, os, socket
+libc = ctypes.CDLL(None)
+held = []
+try:
+    while True: held.append(os.open("/", 0))
+except OSError as error: print(error.strerror)
+os.close(held.pop())
+while libc.inotify_init() >= 0: pass
+"""
+    assert rental.python(greedy) == "Too many open files\n"
+    idle = [
+        subprocess.Popen(
+            [*rental.on.ssh_command(rental.username, rental.key), "sleep 60"],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(40)
+    ]
+    try:
+        assert roommate.ssh("echo in").stdout == "in\n"
+        assert rental.on.ssh("root", rental.on.key, "echo in").stdout == "in\n"
+    finally:
+        for session in idle:
+            session.kill()
+        for session in idle:
+            session.wait()
+
+
+@pytest.fixture
+def small(network: Network, shared_manager: SmallManager, join: Path) -> Iterator[Worker]:
+    """A worker whose homes are a disk of 16 MB."""
+    with worker(network, shared_manager, join, "--tmpfs=/home:mode=0755,size=16m", slots=2) as made:
+        made.wait_registered()
+        yield made
+
+
+def test_a_full_disk_keeps_nobody_out_and_is_empty_after_the_release(small: Worker, folder: Path) -> None:
+    full, other = (new_rental(small, folder).create_quickly() for _ in range(2))
+    done = full.ssh("dd if=/dev/zero of=fill bs=1M; i=0; while echo > name-$i; do i=$((i+1)); done")
+    assert "No space left" in done.stderr
+    assert other.ssh("echo in").stdout == "in\n"
+    before = time.monotonic()
+    wait_until(lambda: small.manager.of("/api/heartbeat", before), "heartbeats go on")
+    status, report = small.rental("purge", **full.variables)
+    assert (status, report["left"]) == (0, []), report
+    assert other.ssh("dd if=/dev/zero of=room bs=1M count=8").returncode == 0
+
+
+# Ways to stay
+
+
+STAYS = r"""
+import os
+home = os.path.expanduser("~").encode()
+names = (b"\xff\xfe", b"new\nline", b"-rf", b" ", b"\x1b[2J", b"a" * 255, b"*", b"'", b'"$(id)"', b"\\", b"{{ 7 }}")
+for name in names:
+    os.mkdir(home + b"/" + name, 0o000)
+    open(b"/tmp/" + name, "w").close()
+os.mkdir(home + b"/many")
+for number in range(60000):
+    os.link(home + b"/many/0", home + b"/many/%d" % number) if number else open(home + b"/many/0", "w").close()
+os.truncate(home + b"/many/0", 1 << 40)
+os.chmod(home + b"/many", 0)
+os.chmod(home, 0)
+"""
+
+
+def test_strange_names_and_many_of_them_are_gone_after_the_release(rental: Rental) -> None:
+    leaving = new_rental(rental.on, rental.key.file.parent).create_quickly()
+    leaving.python(STAYS)
+    played = leaving.delete()
+    assert played.ok, played.output
+    assert leaving.traces() == ""
+
+
+def test_a_neighbours_file_cannot_be_taken_along_by_a_link(rental: Rental, roommate: Rental) -> None:
+    """A purge that followed a link, hard or symbolic, would end what is another's."""
+    assert roommate.ssh("chmod 711 .; echo mine > open; chmod 666 open; mkdir -m 777 shared").returncode == 0
+    leaving = new_rental(rental.on, rental.key.file.parent).create_quickly()
+    there = f"/home/{roommate.username}"
+    leaving.ssh(
+        f"ln {there}/open hard; ln -s {there}/open soft; ln -s {there}/shared dir; ln -s / root; ln -s /etc etc"
+    )
+    leaving.ssh(f"echo theirs > {there}/shared/left-there")
+    status, report = rental.on.rental("purge", **leaving.variables)
+    assert (status, report["left"]) == (0, []), report
+    assert roommate.ssh("cat open; ls shared").stdout == "mine\n"
+    assert leaving.traces() == ""
