@@ -23,6 +23,8 @@ REMOVE = "userdel --remove {name} 2>/dev/null; rm -f /etc/orion/keys/{name}"
 FIRST_UID = 60_000
 """Below those of rentals: to the worker's own books these accounts are none of theirs."""
 FIRST_STOCK_UID = 900_000_000
+DEFAULTS = {"ANSIBLE_CONFIG": "/dev/null", "ANSIBLE_LIBRARY": "/opt/orion/playbooks/library"}
+"""Ansible as it comes: without the pipelining and the named interpreter of playbooks/ansible.cfg."""
 
 
 class Baselines:
@@ -45,13 +47,17 @@ class Baselines:
         self._order(do="warm_ssh", worker=_known(worker), script=REMOVE.format(**names), given="")
         return float(done["seconds"])
 
-    def stock_playbook(self, worker: Mapping[str, Any]) -> float:
-        """Seconds of `ansible-playbook create_user.yml` from cold; its account is purged outside the clock."""
+    def stock_playbook(self, worker: Mapping[str, Any], settings: Mapping[str, str]) -> float:
+        """Seconds of `ansible-playbook create_user.yml` from cold; its account is purged outside the clock.
+
+        `settings`: of Ansible, on top of playbooks/ansible.cfg or (DEFAULTS) instead of it.
+        """
         number = next(self._numbers)
         rental = {"rental_id": f"bench{number:05d}", "username": f"r-bench{number:05d}", "epoch": 1}
         rental |= {"uid": FIRST_STOCK_UID + number}
-        variables = rental | {"public_keys": [self._key]}
-        done = self._order(do="playbook", worker=_known(worker), playbook="create_user", variables=variables)
+        variables = rental | {"public_keys": [self._key]} | {"rentals": [rental | {"public_keys": [self._key]}]}
+        asked = {"playbook": "create_user", "variables": variables, "settings": dict(settings)}
+        done = self._order(do="playbook", worker=_known(worker), **asked)
         self._order(
             do="warm_ssh", worker=_known(worker), script="/usr/local/sbin/orion-rental purge", given=json.dumps(rental)
         )

@@ -92,7 +92,7 @@ def measure(sizes: list[int], samples: int) -> Result:
         result.details[str(one.size)] = one.notes
     for label in found[0].values:
         points = [(one.size, median(one.values[label])) for one in found if one.values.get(label)]
-        _judge(result, label, points, complete=len(points) == len(found))
+        _judge(result, label, points, sizes=len(found))
     _promises(result, found[-1])
     return result
 
@@ -110,13 +110,13 @@ def _unit(label: str) -> tuple[str, float]:
     return {"memory": ("MB", 1.0), "processor, at rest": ("% of one core", 100.0)}.get(label, ("ms", 1000.0))
 
 
-def _judge(result: Result, label: str, points: list[tuple[int, float]], complete: bool) -> None:
+def _judge(result: Result, label: str, points: list[tuple[int, float]], sizes: int) -> None:
     """Whatever grows faster than it may is a defect, and so is what did not answer in time."""
     most = LINEAR if label in WHOLE else FLAT
     unit, factor = _unit(label)
     result.lines[f"{label} ({unit})"] = [(size, factor * value) for size, value in points]
-    if not complete:
-        result.at_least(f"{label}: sizes at which it answered in time", len(points), len(points) + 1)
+    if len(points) < sizes:
+        result.at_least(f"{label}: sizes at which it answered in time", len(points), sizes)
     if len(points) > 1:
         exponent = steepest([size for size, _ in points], [max(value, 1e-6) for _, value in points])
         result.at_most(f"{label}: cost grows as workers to the power of", round(exponent, 2), most)
@@ -225,9 +225,10 @@ def _longest_pause(manager: Manager) -> float:
 def _settled(manager: Manager, size: int, at: At) -> list[float]:
     """Seconds from the start until the manager has noted of everybody that it was not heard since; none in time: []."""
     deadline = time.monotonic() + SETTLE_WITHIN_S
+    asked = [f"/api/workers/{pool.worker_id(number)}" for number in (0, size // 2, size - 1)]
     with manager.caller() as door, suppress(OSError):  # one that does not answer at all has not settled either
         while time.monotonic() < deadline:
-            if door.must("GET", "/api/status").body["workers"].get("unknown", 0) >= size:
+            if all(door.must("GET", path).body["health"] == "unknown" for path in asked):
                 return [manager.started_s + SETTLE_WITHIN_S - (deadline - time.monotonic())]
             time.sleep(0.05)
     at.notes.append(f"the pool's state was not settled {SETTLE_WITHIN_S:g} s after the start")

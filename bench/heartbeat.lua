@@ -1,5 +1,6 @@
 -- wrk: each worker of the list sends its heartbeat in turn, with its own token, session and rising number.
--- Arguments: the file of the workers (one a line: token, session, the rest of the body; tab between), the first number.
+-- Arguments: the file of the workers (one a line: token, session, the rest of the body; tab between), the first number,
+-- the number of threads, and a header line for all requests or nothing.
 local threads = {}
 local number_of_threads = 0
 
@@ -11,6 +12,7 @@ end
 
 function init(arguments)
    local share, at = tonumber(arguments[3]), 0
+   local more = arguments[4] and (arguments[4] .. "\r\n") or ""
    heads, tails, position, seq = {}, {}, 0, tonumber(arguments[2])
    statuses = ""
    refused = 0
@@ -21,7 +23,7 @@ function init(arguments)
          -- Numbers have ten digits throughout, so the length never changes.
          local length = #front + 10 + 1 + #rest
          heads[#heads + 1] = "POST /api/heartbeat HTTP/1.1\r\nHost: manager_proxy\r\nAuthorization: Bearer " .. token
-            .. "\r\nContent-Type: application/json\r\nContent-Length: " .. length .. "\r\n\r\n" .. front
+            .. "\r\n" .. more .. "Content-Type: application/json\r\nContent-Length: " .. length .. "\r\n\r\n" .. front
          tails[#tails + 1] = "," .. rest
       end
       at = at + 1

@@ -53,6 +53,19 @@ class Load:
     manager: float
 
 
+@dataclass(frozen=True)
+class Round:
+    """What took turns: the constant, heartbeats over kept connections and over new ones, and rents, in seconds."""
+
+    constant: Load
+    beats: Load
+    anew: Load
+    quiet: list[float]
+    """Rents with nothing else going on."""
+    loaded: list[float]
+    """Rents during the heartbeats over kept connections."""
+
+
 def measure(workers: int, load_s: float) -> Result:
     result = Result("heartbeats", f"Heartbeats through the proxy, {workers:,} simulated workers")
     seed = secrets.token_hex(16)
@@ -63,9 +76,9 @@ def measure(workers: int, load_s: float) -> Result:
         with running(0, settings, ("bench/heartbeats.yml",)) as stack, Agent(stack, seed, workers) as agent:
             _warm_up(stack, told, workers)
             suspects = _suspected(stack)
-            quiet, loaded, constant = _rounds(stack, agent, told, load_s)
+            rounds = [_round(stack, agent, told, load_s, number) for number in range(ROUNDS)]
             suspects = _suspected(stack) - suspects
-    _tell(result, quiet, loaded, constant, suspects)
+    _tell(result, rounds, suspects)
     return result
 
 
@@ -149,18 +162,13 @@ def _warm_up(stack: Stack, told: Path, workers: int) -> None:
     wait_until("the simulated workers are ready", ready, READY_WITHIN_S)
 
 
-def _rounds(
-    stack: Stack, agent: Agent, told: Path, load_s: float
-) -> tuple[list[float], list[tuple[Load, list[float]]], list[Load]]:
-    """Rents without a load; each run of heartbeats with the rents during it; each run of the constant."""
-    quiet: list[float] = []
-    loaded: list[tuple[Load, list[float]]] = []
-    constant: list[Load] = []
-    for number in range(ROUNDS):
-        quiet += _rents_during(agent, lambda: time.sleep(load_s / 2))[1]
-        constant.append(_wrk(stack, 8081, told, 0, load_s / 2))
-        loaded.append(_rents_during(agent, partial(_wrk, stack, 80, told, 10_000 * (1 + number), load_s)))
-    return quiet, loaded, constant
+def _round(stack: Stack, agent: Agent, told: Path, load_s: float, number: int) -> Round:
+    part = 10_000 * (2 * number + 1)
+    _, quiet = _rents_during(agent, lambda: time.sleep(load_s / 2))
+    constant = _wrk(stack, 8081, told, 0, load_s / 2)
+    beats, loaded = _rents_during(agent, partial(_wrk, stack, 80, told, part, load_s))
+    anew = _wrk(stack, 80, told, part + 10_000, load_s / 2, "Connection: close")
+    return Round(constant, beats, anew, quiet, loaded)
 
 
 def _rents_during(agent: Agent, work: Callable[[], T]) -> tuple[T, list[float]]:
@@ -174,8 +182,8 @@ def _rents_during(agent: Agent, work: Callable[[], T]) -> tuple[T, list[float]]:
         return done, rents.result()
 
 
-def _wrk(stack: Stack, port: int, told: Path, part: int, seconds: float) -> Load:
-    """`part`: each run's numbers begin above those of the run before."""
+def _wrk(stack: Stack, port: int, told: Path, part: int, seconds: float, *headers: str) -> Load:
+    """`part`: each run's numbers begin above those of the run before. `headers`: one line for all requests."""
     pids = {"proxy": stack.pid("manager_proxy"), "manager": stack.pid("manager_app")}
     before = {name: cpu_s(pid) for name, pid in pids.items()}
     own_before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
@@ -183,7 +191,7 @@ def _wrk(stack: Stack, port: int, told: Path, part: int, seconds: float) -> Load
     options = [f"-t{THREADS}", f"-c{CONNECTIONS}", f"-d{seconds:g}s", "-s", str(script), "--timeout", "10s"]
     address = f"http://{stack.proxy_address}:{port}/api/heartbeat"
     first = FIRST_NUMBER + 10_000 * part
-    said = run(["wrk", *options, address, "--", str(told), str(first), str(THREADS)], seconds + 60)
+    said = run(["wrk", *options, address, "--", str(told), str(first), str(THREADS), *headers], seconds + 60)
     own, whole = resource.getrusage(resource.RUSAGE_CHILDREN), (time.monotonic() - began) * (os.cpu_count() or 1)
     told_by_wrk = json.loads(said.splitlines()[-1])
     return Load(
@@ -210,23 +218,24 @@ def _suspected(stack: Stack) -> int:
     return sum(number for health, number in _workers(stack).items() if health != "ready")
 
 
-def _tell(
-    result: Result, quiet: list[float], loaded: list[tuple[Load, list[float]]], constant: list[Load], suspects: int
-) -> None:
-    beats = [load for load, _ in loaded]
-    _row(result, "heartbeats, p50 p95 p99 of one", beats)
-    _row(result, "Nginx answering a constant, p50 p95 p99 of one", constant)
+def _tell(result: Result, rounds: list[Round], suspects: int) -> None:
+    constant = [one.constant for one in rounds]
+    beats, anew = [one.beats for one in rounds], [one.anew for one in rounds]
+    _row(result, "one heartbeat", beats)
+    _row(result, "one heartbeat on a connection of its own", anew)
+    _row(result, "Nginx answering a constant", constant)
     per_s, limit = median([load.per_s for load in beats]), median([load.per_s for load in constant])
     result.value("heartbeats a second", "1/s", per_s)
+    result.value("heartbeats a second, a connection each", "1/s", median([load.per_s for load in anew]))
     result.value("constant answers a second", "1/s", limit)
     result.value("heartbeats over constant answers", "ratio", per_s / limit)
     for name in ("wrk", "proxy", "manager"):
         share = median([getattr(load, name) for load in beats])
         result.value(f"processor during heartbeats: {name}", "% of all", 100 * share)
-    result.times("a rent, nothing else (its engine job: 50 ms)", quiet)
-    under_load = [seconds for _, rents in loaded for seconds in rents]
+    result.times("a rent, nothing else (its engine job: 50 ms)", [second for one in rounds for second in one.quiet])
+    under_load = [second for one in rounds for second in one.loaded]
     result.times("a rent during the heartbeats", under_load)
-    failed = sum(load.refused + load.broken for load in [*beats, *constant])
+    failed = sum(load.refused + load.broken for load in [*beats, *anew, *constant])
     result.at_least("heartbeats a second", per_s, 6000)
     result.at_least("heartbeats a second, the goal", per_s, 10_000)
     result.at_most("heartbeats refused or broken", failed, 0)

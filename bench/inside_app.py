@@ -34,8 +34,10 @@ def warm_ssh(worker: dict[str, Any], script: str, given: str) -> dict[str, Any]:
     return timed([*_ssh(worker), _target(worker), script], given)
 
 
-def stock_playbook(worker: dict[str, Any], playbook: str, variables: dict[str, Any]) -> dict[str, Any]:
-    """`ansible-playbook` from cold: a process and a connection of its own."""
+def stock_playbook(
+    worker: dict[str, Any], playbook: str, variables: dict[str, Any], settings: dict[str, str]
+) -> dict[str, Any]:
+    """`ansible-playbook` from cold: a process and a connection of its own. `settings`: more of its environment."""
     global _runs  # noqa: PLW0603 - one number for one process
     _runs += 1
     host = {
@@ -47,7 +49,9 @@ def stock_playbook(worker: dict[str, Any], playbook: str, variables: dict[str, A
     INVENTORY.write_text(json.dumps({"workers": {"hosts": {worker["id"]: host}}}))
     control = PLACE / f"cold-{_runs}"
     command = ["ansible-playbook", "-i", str(INVENTORY), f"/opt/orion/playbooks/{playbook}.yml"]
-    return timed(["env", f"ANSIBLE_SSH_CONTROL_PATH_DIR={control}", *command, "-e", json.dumps(variables)])
+    environment = {"ANSIBLE_SSH_CONTROL_PATH_DIR": str(control)} | settings
+    told = [f"{name}={value}" for name, value in environment.items()]
+    return timed(["env", *told, *command, "-e", json.dumps(variables)])
 
 
 def timed(command: list[str], given: str = "") -> dict[str, Any]:

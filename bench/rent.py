@@ -6,12 +6,13 @@ import os
 import subprocess
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
-from bench.baselines import Baselines, baselines
+from bench.baselines import DEFAULTS, Baselines, baselines
 from bench.calls import Caller, Reply
 from bench.figures import median, summary
 from bench.report import Result
@@ -22,6 +23,8 @@ from orion.wire import Rental
 STOCK_EVERY = 12
 """A stock playbook takes seconds: one in so many rounds is enough for its median."""
 SLOWEST_RELEASE_S = 30.0
+PARTS = 20
+"""Of what a rent is made of, each by itself: so many of each."""
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Way:
     rents: list[float]
     warm: list[float]
     stock: list[float]
+    defaults: list[float]
     steps: dict[str, list[float]]
 
 
@@ -86,7 +90,7 @@ def _strategy(name: str) -> dict[str, str]:
 
 def _interleaved(stack: Stack, renter: Renter, rounds: int, budget_s: float) -> Way:
     """Rent, warm ssh, and now and then a stock playbook, one after the other, so that all see the same machine."""
-    way = Way([], [], [], defaultdict(list))
+    way = Way([], [], [], [], defaultdict(list))
     aside = stack.ready_workers()[-1]
     deadline = time.monotonic() + budget_s
     with stack.caller() as door, baselines(stack, renter.public_key) as without:
@@ -100,11 +104,16 @@ def _interleaved(stack: Stack, renter: Renter, rounds: int, budget_s: float) -> 
                 break
             _round(renter, door, without, aside, way)
             if number % STOCK_EVERY == 0:
-                way.stock.append(without.stock_playbook(aside))
-        way.steps["(ssh alone: `true` over the warm connection)"] = [without.nothing(aside) for _ in range(20)]
-        way.steps["(ssh with the start of orion-rental on the worker)"] = [
-            without.module_alone(aside) for _ in range(20)
-        ]
+                way.stock.append(without.stock_playbook(aside, {}))
+                way.defaults.append(without.stock_playbook(aside, DEFAULTS))
+        parts: dict[str, Callable[[], float]] = {
+            "(the proxy alone: an answer of its own)": lambda: door.must("GET", "/.well-known/proxy").seconds,
+            "(proxy and manager: /healthz)": lambda: door.must("GET", "/healthz").seconds,
+            "(ssh alone: `true` over the warm connection)": lambda: without.nothing(aside),
+            "(ssh and the start of orion-rental on the worker)": lambda: without.module_alone(aside),
+        }
+        for part, measured in parts.items():
+            way.steps[part] = [measured() for _ in range(PARTS)]
         door.must("POST", f"/api/workers/{aside['id']}/resume")
     return way
 
@@ -147,6 +156,7 @@ def _tell(result: Result, strategy: str, way: Way) -> None:
     result.times(f"rent to 201{name}", way.rents)
     result.times(f"warm ssh: useradd and key{name}", way.warm)
     result.times(f"stock ansible-playbook from cold{name}", way.stock)
+    result.times(f"the same without our ansible.cfg{name}", way.defaults)
     for step, seconds in way.steps.items():
         if len(seconds) * 2 > len(way.rents) or step.startswith("("):
             result.times(f"  {step}{name}", seconds)
