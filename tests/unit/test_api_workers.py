@@ -93,6 +93,19 @@ async def test_an_address_whose_holder_does_not_answer_there_any_more_is_free(
     assert newcomer.worker_id != agent.worker_id
 
 
+async def test_a_storm_of_new_workers_from_one_address_leaves_one_of_them_behind(house: House, agent: Agent) -> None:
+    """What somebody with the join token can do who ends the sshd of his own worker first."""
+    agent.node.die()
+    for _ in range(30):
+        newcomer = house.new_agent()
+        newcomer.node.host = replace(newcomer.node.host, address=agent.node.host.address)
+        newcomer.node.die()
+        assert (await newcomer.register()).status_code == 201
+    known = [worker["id"] for worker in (await house.as_admin.get("/api/workers")).json()["items"]]
+    assert sorted(known) == sorted([agent.worker_id, newcomer.worker_id])
+    assert [worker_id for worker_id in known if house.manager.leases.get(worker_id)] == known
+
+
 async def test_a_worker_with_a_token_but_other_host_keys_is_not_taken_for_itself(house: House, agent: Agent) -> None:
     keys_become(agent, host_key(777))
     is_problem(await agent.register(), 409, "host_key_changed")

@@ -11,9 +11,9 @@ from sqlalchemy.exc import IntegrityError
 from support.builders import active_rental, host_key, new_placement, new_rental, new_worker, new_world
 
 from orion.manager.domain.expiry import WallClock, expire, release, renew
-from orion.manager.domain.model import Item, Placement, Step, World, move_placement, move_worker
+from orion.manager.domain.model import Item, Placement, Step, Worker, World, Write, move_placement, move_worker
 from orion.manager.domain.reconcile import Task, TaskKind
-from orion.manager.domain.states import Health, PlacementState, RentalState
+from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
 from orion.manager.store import events
 from orion.manager.store.database import Store
 from orion.manager.store.memory import InvariantBroken, MemoryLedger
@@ -39,6 +39,11 @@ class Bench:
             return [event.kind for event in self.ledger.events]
         return [row["kind"] for row in await self.store.read(events.page, None, None, None, 0, 100)]
 
+    async def become(self, worker: Worker, *healths: Health) -> None:
+        for health in healths:
+            assert await self.ledger.apply([move_worker(worker, health, "a test")])
+            worker = replace(worker, health=health)
+
 
 WORKER, OTHER = new_worker(1, slots=2), new_worker(2)
 RENTAL, QUEUED = active_rental(1, epoch=3), new_rental(2)
@@ -48,6 +53,14 @@ ENDED = active_rental(4, state=RentalState.RELEASED)
 LEFT_OF_ENDED = new_placement(ENDED, OTHER, PlacementState.LOST)
 LONG_GONE = active_rental(5, state=RentalState.EXPIRED)
 TASK = Task(TaskKind.DELETE, WORKER.id, WORKER.session_id, Item(RENTAL.id, RENTAL.username, RENTAL.uid, 3), RUNNING.id)
+WAY_TO: dict[Health, tuple[Health, ...]] = {
+    Health.JOINING: (),
+    Health.READY: (Health.READY,),
+    Health.SUSPECT: (Health.SUSPECT,),
+    Health.UNKNOWN: (Health.READY, Health.UNKNOWN),
+    Health.DOWN: (Health.DOWN,),
+    Health.QUARANTINED: (Health.QUARANTINED,),
+}
 CLAIM = Registration("172.20.128.9", "node-9", (host_key(9),), 3, {}, "boot-0009", "0.1")
 
 
@@ -184,6 +197,32 @@ async def test_a_worker_that_calls_home_again_has_a_new_session_and_the_same_hea
     assert (again.health, again.address, again.verified_session) == (WORKER.health, CLAIM.address, None)
     assert again.session_id == registered.session_id != WORKER.session_id
     assert await bench.kinds() == ["worker.registered"]
+
+
+@pytest.mark.parametrize("health", Health)
+async def test_whoever_was_at_the_address_of_a_new_worker_and_holds_nothing_is_forgotten(
+    bench: Bench, health: Health
+) -> None:
+    before = await bench.ledger.register(CLAIM, None, True)
+    (known,) = await bench.ledger.known_at(CLAIM.address)
+    await bench.become(known, *WAY_TO[health])
+    after = await bench.ledger.register(replace(CLAIM, host_keys=(host_key(10),)), None, True)
+    gone = health in {Health.JOINING, Health.DOWN}
+    assert after.replaced == ((before.worker_id,) if gone else ())
+    assert ("worker.removed" in await bench.kinds()) == gone
+    assert (await bench.ledger.worker(before.worker_id) is None) == gone
+    assert await bench.ledger.worker(after.worker_id)
+
+
+@pytest.mark.parametrize("keeps", ["a placement", "an intent"])
+async def test_whoever_was_at_the_address_of_a_new_worker_is_kept_for(bench: Bench, keeps: str) -> None:
+    await bench.become(OTHER, Health.SUSPECT, Health.DOWN)
+    if keeps == "an intent":
+        purged = move_placement(LEFT_OF_ENDED, "reconciler", PlacementState.PURGED, "a", "why")
+        await bench.ledger.apply([purged, Step((Write("worker", OTHER.id, {}, {"intent": Intent.DRAINING}),), ())])
+    newcomer = await bench.ledger.register(replace(CLAIM, address=OTHER.address), None, True)
+    assert newcomer.replaced == ()
+    assert await bench.ledger.worker(OTHER.id)
 
 
 async def test_a_worker_has_its_placements_that_are_not_purged(bench: Bench) -> None:

@@ -49,6 +49,8 @@ class CallHome:
         async with self._registering[claim.address]:
             worker_id = await self._identify(own_id, claim)
             registered = await self._registry.register(claim, worker_id, own_id is None)
+        for worker_id in registered.replaced:
+            self._leases.end(worker_id)
         self._leases.open(registered.worker_id, registered.session_id, self._monotonic(), items)
         return Welcome(registered, await self._orders(registered.worker_id, items))
 

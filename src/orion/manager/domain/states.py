@@ -52,6 +52,8 @@ LIVE = frozenset({PlacementState.RESERVED, PlacementState.PREPARING, PlacementSt
 """A rental has at most one placement in these states."""
 HOLDING = LIVE | {PlacementState.STOPPING, PlacementState.STOPPED, PlacementState.FAILED}
 """These take a slot of their worker, until purged or until the worker is down."""
+OUT_OF_SERVICE = frozenset({Health.JOINING, Health.DOWN})
+"""A worker that nobody counts on: not yet checked, or dead."""
 ENDED = frozenset({RentalState.RELEASED, RentalState.EXPIRED, RentalState.FAILED})
 
 CREATE_DEADLINE_S = 60.0

@@ -9,8 +9,8 @@ from typing import Any
 from orion.manager.domain import outcomes
 from orion.manager.domain.model import Event, Item, Placement, Rental, Step, Worker, World
 from orion.manager.domain.reconcile import Task
-from orion.manager.domain.states import ENDED, HOLDING, LIVE, Health, Intent, PlacementState
-from orion.manager.store.port import Notes, Registered, Registration
+from orion.manager.domain.states import ENDED, HOLDING, LIVE, OUT_OF_SERVICE, Health, Intent, PlacementState
+from orion.manager.store.port import ADDRESS_REUSED, Notes, Registered, Registration
 
 
 class InvariantBroken(Exception):
@@ -81,7 +81,7 @@ class MemoryLedger:
 
     async def register(self, claim: Registration, worker_id: str | None, new_token: bool) -> Registered:
         self._registrations += 1
-        identity = worker_id or f"w-{self._registrations:04d}"
+        identity = worker_id or f"w-new{self._registrations:04d}"
         session_id = f"session-{self._registrations:04d}"
         facts: dict[str, Any] = {"address": claim.address, "hostname": claim.hostname, "host_keys": claim.host_keys}
         facts |= {"slots": claim.slots, "boot_id": claim.boot_id, "session_id": session_id, "verified_session": None}
@@ -95,7 +95,16 @@ class MemoryLedger:
             self.tokens[identity] = token
         reason = "a new worker called home" if worker_id is None else "it called home again"
         self.events.append(Event("worker.registered", identity, reason, worker_id=identity))
-        return Registered(identity, session_id, token)
+        return Registered(identity, session_id, token, self._forget_others_at(claim.address, identity))
+
+    def _forget_others_at(self, address: str, identity: str) -> tuple[str, ...]:
+        holding = {p.worker_id for p in self.world.placements.values()}
+        others = (w for w in self.world.workers.values() if w.address == address and w.id not in {identity, *holding})
+        gone = sorted(w.id for w in others if w.health in OUT_OF_SERVICE and w.intent is Intent.ACTIVE)
+        for worker_id in gone:
+            del self.world.workers[worker_id]
+            self.events.append(Event("worker.removed", identity, ADDRESS_REUSED, worker_id=worker_id))
+        return tuple(gone)
 
     async def placements_of(self, worker_id: str) -> tuple[list[Placement], bool]:
         worker = self.world.workers.get(worker_id)

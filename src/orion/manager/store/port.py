@@ -16,6 +16,8 @@ from orion.manager.domain.reconcile import Task
 Notes = Iterable[tuple[str, float, Mapping[str, Any]]]
 """Worker id, UTC seconds when it was heard, its load."""
 
+ADDRESS_REUSED = "its address is another worker's now"
+
 
 class Ledger(Protocol):
     """What the loops read and write. Each call is one transaction."""
@@ -72,6 +74,8 @@ class Registered:
     session_id: str
     token: str | None
     """A new token; None when the worker keeps the one it has."""
+    replaced: tuple[str, ...] = ()
+    """Workers that were forgotten, because their address is this one's now."""
 
 
 class Registry(Protocol):
@@ -84,7 +88,12 @@ class Registry(Protocol):
     async def worker(self, worker_id: str) -> Worker | None: ...
 
     async def register(self, claim: Registration, worker_id: str | None, new_token: bool) -> Registered:
-        """Record a registration as facts: the health loop judges them. `worker_id` None makes a new worker."""
+        """Record a registration as facts: the health loop judges them. `worker_id` None makes a new worker.
+
+        Whoever else is known at its address, is joining or down and holds nothing is forgotten, unless an operator is
+        draining it: else each new container would leave one behind, and whoever has the join
+        token could fill the database from one address.
+        """
         ...
 
     async def placements_of(self, worker_id: str) -> tuple[list[Placement], bool]:

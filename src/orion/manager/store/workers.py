@@ -10,17 +10,17 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from orion.manager.domain.model import Event, Item, Placement
-from orion.manager.domain.states import HOLDING, Health, Intent, PlacementState, RentalState
+from orion.manager.domain.states import HOLDING, OUT_OF_SERVICE, Health, Intent, PlacementState, RentalState
 from orion.manager.store import ledger
 from orion.manager.store.database import Row, first, record, rows
 from orion.manager.store.names import new_id
-from orion.manager.store.port import Registered, Registration
+from orion.manager.store.port import ADDRESS_REUSED, Registered, Registration
 from orion.manager.store.schema import counters, placements, rentals, workers
 from orion.manager.store.tokens import digest, make_token
 
 
 def register(connection: Connection, body: Registration, worker_id: str | None, new_token: bool) -> Registered:
-    """Record a registration as facts: the health loop judges them. `worker_id` None makes a new worker."""
+    """See `port.Registry.register`."""
     session_id = secrets.token_hex(16)
     facts: dict[str, Any] = {
         "address": body.address,
@@ -46,7 +46,23 @@ def register(connection: Connection, body: Registration, worker_id: str | None, 
     reason = "a new worker called home" if worker_id is None else "it called home again"
     details = {"address": body.address, "hostname": body.hostname}
     record(connection, Event("worker.registered", identity, reason, worker_id=identity, details=details))
-    return Registered(identity, session_id, token)
+    return Registered(identity, session_id, token, _forget_others_at(connection, body.address, identity))
+
+
+def _forget_others_at(connection: Connection, address: str, identity: str) -> tuple[str, ...]:
+    held = select(placements.c.worker_id).where(placements.c.state != PlacementState.PURGED)
+    gone = select(workers.c.id).where(
+        workers.c.address == address,
+        workers.c.id != identity,
+        workers.c.health.in_(OUT_OF_SERVICE),
+        workers.c.intent == Intent.ACTIVE,
+        workers.c.id.not_in(held),
+    )
+    forgotten = tuple(connection.execute(gone.order_by(workers.c.id)).scalars())
+    for worker_id in forgotten:
+        connection.execute(delete(workers).where(workers.c.id == worker_id))
+        record(connection, Event("worker.removed", identity, ADDRESS_REUSED, worker_id=worker_id))
+    return forgotten
 
 
 def one(connection: Connection, worker_id: str) -> Row | None:
