@@ -73,6 +73,7 @@ class Platform:
         order = Order(settings, self.secrets, self.log, f"{door.network}.1")
         self._process = PROCESSES.Process(target=run_manager, args=(order,), daemon=True)
         self.worker_token = ""
+        self.session = ""
         self._stopping = threading.Event()
         self._agent = threading.Thread(target=self._call_home, daemon=True)
 
@@ -118,18 +119,19 @@ class Platform:
         """An agent as the contract has it, with nothing to tell; its word for what it holds is the engine's."""
         body = {"hostname": "made-up", "ssh_host_keys": [WORKER_KEY], "slots": SLOTS, "boot_id": "boot-0001"}
         with httpx.Client(base_url=self.url, trust_env=False, timeout=10) as http:
-            session, seq = "", 0
+            seq = 0
             while not self._stopping.is_set():
                 headers = {"Authorization": f"Bearer {self.worker_token or self.secrets.join_token}"}
-                if not session:
+                if not self.session:
                     reply = http.post("/api/register", json=body | {"agent_version": "0.1"}, headers=headers)
                     if reply.status_code == 201:
-                        self.worker_token, session, seq = reply.json()["worker_token"], reply.json()["session_id"], 0
+                        told, seq = reply.json(), 0
+                        self.worker_token, self.session = told["worker_token"], told["session_id"]
                 else:
                     seq += 1
-                    reply = http.post("/api/heartbeat", json={"session_id": session, "seq": seq}, headers=headers)
+                    reply = http.post("/api/heartbeat", json={"session_id": self.session, "seq": seq}, headers=headers)
                     if reply.status_code in {401, 409}:
-                        session = ""
+                        self.session = ""
                 self._stopping.wait(BEAT_S if reply.is_success else 0.2)
 
 
