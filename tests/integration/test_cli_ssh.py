@@ -40,6 +40,10 @@ def test_the_command_comes_after_the_host_and_is_never_an_option_of_ssh() -> Non
     assert built[-4:] == ["--", "r-abcdefgh23@box.orion", "-oProxyCommand=x", "ls"]
 
 
+def test_two_dashes_before_the_command_are_no_part_of_it() -> None:
+    assert arguments(None, "--", "ls", "--", "x")[-5:] == ["--", "r-abcdefgh23@box.orion", "ls", "--", "x"]
+
+
 def test_a_known_key_is_the_only_one_offered(tmp_path: Path) -> None:
     built = arguments(tmp_path / "key")
     assert built[built.index("-i") + 1] == str(tmp_path / "key")

@@ -61,6 +61,8 @@ def ssh(
 def ssh_arguments(rental: Rental, identity: Path | None, command: Sequence[str], tty: bool = False) -> list[str]:
     """The argument list of ssh. What came from the server is checked first: ssh would run some of it as commands."""
     worker_id, host_keys = _checked(rental)
+    if command and command[0] == "--":
+        command = command[1:]  # ssh, too, takes it for the end of its options
     # -P: a folder that somebody prepared must not slip its own modules in when it is the working directory.
     relay = [sys.executable, "-P", "-m", "orion.connect", rental.id]
     return [
