@@ -220,6 +220,7 @@ while libc.inotify_init() >= 0: pass
         subprocess.Popen(
             [*rental.on.ssh_command(rental.username, rental.key), "sleep 60"],
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # inherited, it would stay non-blocking: a killed ssh does not put that right
             stderr=subprocess.DEVNULL,
         )
         for _ in range(40)

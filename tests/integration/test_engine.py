@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import socket
@@ -34,12 +35,12 @@ class Process:
         shutil.copy(private_key, directory / "id_ed25519")
         self.start()
 
-    def start(self) -> None:
+    def start(self, stdout: int | None = None) -> None:
         command = [sys.executable, "-m", "orion.manager.engine.server", "--socket", self.socket]
         command += ["--directory", self.directory, "--playbooks", ROOT / "playbooks"]
         environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(command, env=environment, stderr=log)
+            self.process = subprocess.Popen(command, env=environment, stdout=stdout, stderr=log)
 
     def kill(self) -> None:
         self.process.kill()
@@ -165,6 +166,17 @@ def answers(host: Host) -> bool:
 
 
 def test_the_engine_ends_at_sigterm(process: Process) -> None:
+    wait_until(process.socket.exists, "it listens")
     process.process.send_signal(signal.SIGTERM)
     assert process.process.wait(20) == 0
     process.start()
+
+
+def test_the_engine_starts_though_somebody_made_its_output_non_blocking(process: Process) -> None:
+    process.end()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    process.start(stdout=writing)
+    wait_until(process.socket.exists, "it listens")
+    os.close(reading)
+    os.close(writing)

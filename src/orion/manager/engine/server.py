@@ -165,6 +165,9 @@ def listen(path: Path) -> socket.socket:
 
 def main() -> None:
     arguments = _arguments()
+    for descriptor in (0, 1, 2):
+        # Whoever shares them may have made them non-blocking (ssh does), and then Ansible does not start.
+        os.set_blocking(descriptor, True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from orion.manager.engine import playbook  # noqa: PLC0415 - it reads the environment that is set here
 
