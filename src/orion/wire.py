@@ -36,6 +36,8 @@ _SSH_KEY = re.compile(
     r"(?P<type>[a-z0-9@.\-]+) (?P<key>[A-Za-z0-9+/]{20,4096}={0,3})(?: [\x21-\x7e][\x20-\x7e]{0,127})?"
 )
 
+_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
+
 
 class WorkerHealth(StrEnum):
     JOINING = "joining"
@@ -111,8 +113,15 @@ def _ssh_fields(encoded: str) -> list[bytes]:
     return fields if len(fields) in KEY_FIELDS else []
 
 
+def plain_name(text: str) -> str:
+    """Harmless in a shell, in a URL and as a host's name. Raises ValueError for anything else."""
+    if not _NAME.fullmatch(text):
+        raise ValueError("must be lowercase letters, digits and hyphens, from a letter on, at most 40: such as my-lab")
+    return text
+
+
 PublicKey = Annotated[str, Field(max_length=8192), AfterValidator(one_public_key)]
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")]
+Name = Annotated[str, AfterValidator(plain_name), Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"})]
 LabelKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
 LabelValue = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{0,63}$")]
 Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=32)]

@@ -422,7 +422,6 @@ class Platform(RuleBasedStateMachine):
 Platform.TestCase.settings = settings(
     max_examples=30,
     stateful_step_count=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestShortHistories = Platform.TestCase

@@ -135,6 +135,12 @@ async def test_another_request_with_a_used_key_is_refused(house: House, alice: h
     is_problem(reply, 409, "idempotency_conflict")
 
 
+async def test_a_name_that_cannot_be_is_answered_with_what_can(alice: httpx.AsyncClient) -> None:
+    reply = await alice.post("/api/rent", json={"name": "My Lab\n", "wait_s": 0})
+    is_problem(reply, 422, "invalid_request")
+    assert reply.json()["detail"].startswith("name: must be lowercase letters, digits and hyphens")
+
+
 async def test_a_name_of_a_living_rental_is_taken_for_its_owner_alone(house: House, alice: httpx.AsyncClient) -> None:
     bob = await house.new_client("bob")
     assert (await alice.post("/api/rent", json={"name": "lab", "wait_s": 0})).status_code == 202

@@ -70,7 +70,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         errors: list[dict[str, object]] = [
-            {"field": ".".join(str(part) for part in item["loc"][1:]), "message": item["msg"]}
+            {
+                "field": ".".join(str(part) for part in item["loc"][1:]),
+                "message": item["msg"].removeprefix("Value error, "),
+            }
             for item in error.errors()[:20]
         ]
         first = "; ".join(f"{item['field'] or 'body'}: {item['message']}" for item in errors[:3])
