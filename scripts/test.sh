@@ -6,6 +6,7 @@ HERE=$(dirname "$0")
 . "$HERE/python.sh"
 
 VENV=$ROOT/.venv
+RESULTS=$VENV/results
 export PYTHONPATH="$ROOT/src:$ROOT/worker" PATH="$VENV/bin:$PATH"
 
 make_venv() {
@@ -52,33 +53,77 @@ check() {
     fi
 }
 
-# Only the layers that exist.
+# run_tests --alone | --spread | --by-file LAYER...: only the layers that exist.
 run_tests() {
     local layer place='' status=0 found=() options=()
-    # Only the fast layers share nothing, so only they may run side by side.
-    if [ "$1" = --parallel ]; then
+    case $1 in
+    --alone) ;;
+    # These share nothing at all. Their databases sync each commit: in memory that costs nothing.
+    --spread)
         options=(-n 2)
-        # Their databases sync each commit: in memory that costs nothing.
         [ ! -w /dev/shm ] || place=$(mktemp -d /dev/shm/orion-tests.XXXXXX)
         [ -z "$place" ] || options+=(--basetemp="$place/pytest")
-        shift
-    fi
+        ;;
+    # Two processes, each with containers, networks and ports of its own; the tests of one file stay together.
+    --by-file) options=(-n 2 --dist loadgroup) ;;
+    esac
+    shift
     for layer in "$@"; do
         if compgen -G "tests/$layer/test_*.py" >/dev/null; then found+=("tests/$layer"); fi
     done
     [ ${#found[@]} -gt 0 ] || fail "no tests in: $*"
-    python -m pytest -q "${options[@]}" "${found[@]}" </dev/null || status=$?
+    python -m pytest -q --junitxml="$RESULTS/${found[0]##*/}.xml" "${options[@]}" "${found[@]}" </dev/null || status=$?
     [ -z "$place" ] || rm -rf "$place"
     return $status
 }
 
+# Under names of this checkout, which stay: whatever a test builds and removes afterwards is then made from the cache.
+build_images() {
+    local checkout service
+    checkout=$(printf %s "$ROOT" | sha256sum | cut -c 1-6)
+    for service in worker proxy manager; do
+        docker build --quiet --tag "orion-$service-test:$checkout" --file "$(dockerfile_of $service)" . || return
+    done
+}
+
+dockerfile_of() {
+    case $1 in
+    worker) echo worker/Dockerfile ;;
+    proxy) echo manager_proxy/Dockerfile ;;
+    manager) echo manager_app/Dockerfile ;;
+    esac
+}
+
+# The images are made while the tests run that need none. Everything runs, whatever failed before it.
 everything() {
-    local failed=0
+    local failed=0 building
     lint || failed=1
     make_engine
+    build_images >"$VENV/images.log" 2>&1 </dev/null &
+    building=$!
     [ $failed -eq 0 ] || echo "lint FAILED, see above; the tests run all the same"
-    ORION_SCHEDULES=1000 run_tests unit property simulation integration crash e2e || failed=1
+    ORION_SCHEDULES=1000 run_tests --spread unit property simulation || failed=1
+    wait "$building" || {
+        cat "$VENV/images.log"
+        fail "the images cannot be built"
+    }
+    run_tests --by-file integration crash || failed=1
+    run_tests --alone e2e || failed=1
+    summary
     return $failed
+}
+
+# One line over all runs of pytest, as pytest would write it.
+summary() {
+    cat "$RESULTS"/*.xml | grep -o '<testsuite [^>]*>' | awk -F'"' -v seconds="$SECONDS" '
+        { for (i = 1; i < NF; i += 2) if (match($i, / (tests|errors|failures|skipped)=$/)) count[$i] += $(i + 1) }
+        END {
+            failed = count[" failures="]; errors = count[" errors="]; skipped = count[" skipped="]
+            if (failed) printf "%d failed, ", failed
+            if (errors) printf "%d errors, ", errors
+            if (skipped) printf "%d skipped, ", skipped
+            printf "%d passed in %.2fs\n", count[" tests="] - failed - errors - skipped, seconds
+        }'
 }
 
 # Growth is measured without engine and load generator.
@@ -95,6 +140,7 @@ run_program() {
 
 cd "$ROOT"
 make_venv
+rm -rf "$RESULTS"
 case ${1:-all} in
 simulate) run_program simulation.runner "${@:2}" ;;
 mutants) run_program simulation.mutants.run "${@:2}" ;;
@@ -103,11 +149,16 @@ bench)
     run_program bench "${@:2}"
     ;;
 lint) lint ;;
-fast) run_tests --parallel unit property simulation ;;
-crash) run_tests crash ;;
-integration | e2e)
+fast) run_tests --spread unit property simulation ;;
+crash) run_tests --by-file crash ;;
+integration)
     make_engine
-    run_tests "$1"
+    build_images >/dev/null
+    run_tests --by-file integration
+    ;;
+e2e)
+    make_engine
+    run_tests --alone e2e
     ;;
 all) everything ;;
 *) fail "usage: test.sh lint | fast | integration | crash | e2e | simulate | mutants | bench | all" ;;

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,12 @@ def compose_command() -> list[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Below those that the kernel gives to connections going out: nobody takes it before Docker does."""
+    while True:
+        port = 10_000 + secrets.randbelow(10_000)  # tests/e2e has those from 20,000
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("0.0.0.0", port))  # noqa: S104 - Docker will listen there too
+            return port
 
 
 def wait_until(condition: Callable[[], bool], what: str, within_s: float = 20) -> None:
@@ -54,7 +57,7 @@ class Proxy:
 
     app_host: int
     project: str = field(default_factory=lambda: f"orion-proxytest-{secrets.token_hex(4)}")
-    network: str = field(default_factory=lambda: f"10.{130 + secrets.randbelow(120)}.{1 + secrets.randbelow(255)}")
+    network: str = field(default_factory=lambda: f"10.{130 + secrets.randbelow(60)}.{1 + secrets.randbelow(255)}")
     http_port: int = field(default_factory=free_port)
     https_port: int = field(default_factory=free_port)
     tls_directory: Path | None = None
