@@ -83,7 +83,14 @@ build_images() {
     checkout=$(printf %s "$ROOT" | sha256sum | cut -c 1-6)
     for service in worker proxy manager; do
         docker build --quiet --tag "orion-$service-test:$checkout" --file "$(dockerfile_of $service)" . || return
-    done
+    done >"$VENV/images.log" 2>&1 </dev/null
+}
+
+images_or_fail() {
+    "$@" || {
+        cat "$VENV/images.log"
+        fail "the images cannot be built"
+    }
 }
 
 dockerfile_of() {
@@ -99,14 +106,11 @@ everything() {
     local failed=0 building
     lint || failed=1
     make_engine
-    build_images >"$VENV/images.log" 2>&1 </dev/null &
+    build_images &
     building=$!
     [ $failed -eq 0 ] || echo "lint FAILED, see above; the tests run all the same"
     ORION_SCHEDULES=1000 run_tests --spread unit property simulation || failed=1
-    wait "$building" || {
-        cat "$VENV/images.log"
-        fail "the images cannot be built"
-    }
+    images_or_fail wait "$building"
     run_tests --by-file integration crash || failed=1
     run_tests --alone e2e || failed=1
     summary
@@ -153,7 +157,7 @@ fast) run_tests --spread unit property simulation ;;
 crash) run_tests --by-file crash ;;
 integration)
     make_engine
-    build_images >/dev/null
+    images_or_fail build_images
     run_tests --by-file integration
     ;;
 e2e)

@@ -27,8 +27,12 @@ from worker_support import (
 
 HERE = Path(__file__).parent
 LONGEST = (
+    "test_attacks_renter.py",
     "test_proxy.py",
+    "test_attacks_floods.py",
     "test_engine.py",
+    "test_attacks_engine.py",
+    "test_playbooks_delete.py",
     "test_contract_fuzzed.py",
 )
 """They begin first, so that nobody waits for one of them in the end."""

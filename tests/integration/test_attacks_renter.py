@@ -78,9 +78,12 @@ attempt("oom", lambda: open("/proc/self/oom_score_adj", "w").write("-500") and o
 attempt("cgroup", lambda: os.mkdir("/sys/fs/cgroup/mine"))
 attempt("bpf", lambda: libc.syscall(321, 0, ctypes.create_string_buffer(64), 64))
 attempt("perf", lambda: libc.syscall(298, ctypes.create_string_buffer(128), 0, -1, -1, 0))
+attempt("keys-of-the-kernel", lambda: libc.syscall(248, b"user", b"mine", b"x", 1, -4))
+attempt("files-by-handle", lambda: libc.syscall(304, 0, ctypes.create_string_buffer(128), 0))
+attempt("page-faults", lambda: libc.syscall(323, 0))
 """,
     )
-    assert len(found) == 27
+    assert len(found) == 30
     assert [name for name, became in found.items() if became == "WORKED"] == []
 
 
@@ -280,6 +283,29 @@ def test_strange_names_and_many_of_them_are_gone_after_the_release(rental: Renta
     played = leaving.delete()
     assert played.ok, played.output
     assert leaving.traces() == ""
+
+
+UNREMOVABLE = """
+import fcntl
+here = os.path.expanduser("~/here")
+open(here, "w").close()
+file = os.open(here, os.O_RDONLY)
+for name, flag in (("immutable", 0x10), ("append-only", 0x20)):
+    attempt(name, lambda: fcntl.ioctl(file, 0x40086602, struct.pack("L", flag)))
+attempt("mount-over", lambda: libc.mount(b"/tmp", here.encode(), None, 4096, None))
+attempt("at", lambda: os.open("/var/spool/cron/atjobs/mine", os.O_CREAT | os.O_WRONLY))
+attempt("cron", lambda: os.open("/var/spool/cron/crontabs/mine", os.O_CREAT | os.O_WRONLY))
+attempt("timer", lambda: os.open("/etc/systemd/system/mine.timer", os.O_CREAT | os.O_WRONLY))
+attempt("linger", lambda: os.open("/var/lib/systemd/linger/mine", os.O_CREAT | os.O_WRONLY))
+attempt("group-of-another", lambda: os.chown(here, -1, 0))
+"""
+
+
+def test_a_renter_makes_nothing_that_a_purge_could_not_remove(rental: Rental) -> None:
+    """Immutable names, mounts, and what would start it again."""
+    found = outcomes(rental, "import struct\n" + UNREMOVABLE)
+    assert len(found) == 8
+    assert [name for name, became in found.items() if became == "WORKED"] == []
 
 
 def test_a_neighbours_file_cannot_be_taken_along_by_a_link(rental: Rental, roommate: Rental) -> None:

@@ -321,3 +321,67 @@ async def test_migrations_are_served_before_new_rentals_and_a_head_that_does_not
     await house.join()
     assert (await house.rental(waiting["id"]))["state"] == "active"
     assert second.beating
+
+
+# A worker that wants more than its share
+
+
+def at_work(house: House, agent: Agent) -> int:
+    return sum(worker_id == agent.worker_id for worker_id, _ in house.manager.reconciler._running)
+
+
+async def test_a_worker_on_which_things_fail_gets_one_task_at_a_time(house: House) -> None:
+    """Each task that hangs holds a part of the engine until its deadline, and the engine is everybody's."""
+    worker = await house.join(slots=8)
+    house.end_the_brake_of_the_start()
+    worker.node.hang()
+    for _ in range(8):
+        await house.as_admin.post("/api/rent", json={"wait_s": 0})
+    await house.manager.reconciler.round()
+    await asyncio.sleep(0)
+    assert at_work(house, worker) == 8
+    worker.node.failure = "broken"
+    worker.node.go_on()
+    await house.finish_tasks()
+    worker.node.hang()
+    for _ in range(3):
+        house.clock.now += 20.0
+        await house.manager.reconciler.round()
+        assert at_work(house, worker) == 1
+    worker.node.failure = ""
+    worker.node.go_on()
+    await house.finish_tasks()
+    await house.manager.reconciler.round()
+    assert at_work(house, worker) == 7, "with the first success it has its full share again"
+    await house.finish_tasks()
+    await house.settle()
+    assert len(worker.unlocked()) == 8
+
+
+async def test_what_only_its_inventory_shows_is_purged_by_and_by(house: House) -> None:
+    worker = await house.join(slots=6)
+    house.end_the_brake_of_the_start()
+    rentals = [await house.rent() for _ in range(6)]
+    accounts = dict(worker.node.accounts)
+    for rental in rentals:
+        await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.settle()
+    worker.node.accounts, worker.node.tombstones = accounts, {}
+    await worker.beat()
+    worker.node.hang()
+    await house.manager.reconciler.round()
+    await asyncio.sleep(0)
+    assert at_work(house, worker) == 2
+    worker.node.go_on()
+    await house.settle()
+    assert worker.node.accounts == {}
+
+
+async def test_an_event_keeps_no_more_of_a_report_than_a_person_reads(house: House, agent: Agent) -> None:
+    rental = await house.rent()
+    agent.node.purge = lambda _: {"left": [], "looked": ["x" * 1000] * 200}  # type: ignore[method-assign]
+    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.settle()
+    assert (await house.rental(rental["id"]))["state"] == "released"
+    (purged,) = await house.events("placement.purged")
+    assert purged["details"] == {"report": {"cut": True}}

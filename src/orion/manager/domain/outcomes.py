@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,8 @@ from orion.manager.domain.model import (
 from orion.manager.domain.reconcile import ACTOR, Task, TaskKind, give_up
 from orion.manager.domain.states import PlacementState, RentalState
 
+MOST_OF_A_REPORT = 4096
+"""Characters of a worker's report that its event keeps: a worker could fill the database with more."""
 MAX_ATTEMPTS = 3
 """Failed tries to make a rental on one worker before it is made on another."""
 
@@ -101,7 +104,7 @@ def _made(rental: Rental, placement: Placement, task: Task, wall: float) -> Step
 
 
 def _purged(world: World, task: Task, placement: Placement | None, report: Mapping[str, Any]) -> Step | None:
-    details = {"report": dict(report)}
+    details = {"report": _kept(report)}
     if placement is None:
         item = task.item
         event = Event(
@@ -125,3 +128,7 @@ def _purged(world: World, task: Task, placement: Placement | None, report: Mappi
     if placement.state in {PlacementState.FAILED, PlacementState.LOST, PlacementState.STOPPED}:
         return move_placement(placement, owner, PlacementState.PURGED, ACTOR, reason, details)
     return None
+
+
+def _kept(report: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(report) if len(json.dumps(report)) <= MOST_OF_A_REPORT else {"cut": True}

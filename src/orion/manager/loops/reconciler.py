@@ -7,6 +7,7 @@ how often a task has failed and for how long things have been as they are.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ JOB_DEADLINE_S = 30.0
 REACH_TIMEOUT_S = 5.0
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 15.0
+MOST_ORPHANS = 2
+"""Rentals that only its own inventory shows and that are purged at once on one worker: it may have made them up."""
 
 _ACTIONS = {TaskKind.CREATE: Action.CREATE, TaskKind.DELETE: Action.DELETE}
 _REACHED = {
@@ -66,6 +69,9 @@ class Reconciler:
         self._placement_ids = placement_ids or _random_ids()
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._failures: dict[Task, _Failure] = {}
+        self._at_work: Counter[str] = Counter()
+        self._failing: set[str] = set()
+        """Workers on which the last task failed."""
         self._since: dict[tuple[str, str], float] = {}
         self.loop = Loop("reconciler", INTERVAL_S, self.round)
         self.on_worker_change: Callable[[], None] = lambda: None
@@ -115,13 +121,27 @@ class Reconciler:
         return {identity: now - since for (identity, _), since in self._since.items()}
 
     def _forget_failures(self, wanted: tuple[Task, ...]) -> None:
-        self._failures = {task: failure for task, failure in self._failures.items() if task in set(wanted)}
+        still = set(wanted)
+        self._failures = {task: failure for task, failure in self._failures.items() if task in still}
+        concerned = {task.worker_id for task in wanted}
+        self._failing &= concerned
+        self._at_work = Counter({worker_id: n for worker_id, n in self._at_work.items() if n or worker_id in concerned})
 
     def _start(self, task: Task) -> None:
         failure = self._failures.get(task)
         if task.key in self._running or (failure and failure.again_at > self._monotonic()):
             return
+        if not self._has_a_share(task):
+            return
+        self._at_work[task.worker_id] += 1
         self._running[task.key] = asyncio.create_task(self._run(task))
+
+    def _has_a_share(self, task: Task) -> bool:
+        """The engine is everybody's: a worker that hangs with all that it is asked must not take all of it."""
+        at_work = self._at_work[task.worker_id]
+        if task.worker_id in self._failing:
+            return at_work < 1
+        return task.kind is not TaskKind.DELETE or task.placement_id is not None or at_work < MOST_ORPHANS
 
     async def _run(self, task: Task) -> None:
         try:
@@ -133,6 +153,7 @@ class Reconciler:
         finally:
             # In this order: the round that the hint brings must not find it running still.
             self._running.pop(task.key, None)
+            self._at_work[task.worker_id] -= 1
             self.loop.hint()
 
     async def _perform(self, task: Task) -> Outcome:
@@ -155,6 +176,7 @@ class Reconciler:
             await self._ledger.fail(task, outcome.message, failure.count)
             return
         self._failures.pop(task, None)
+        self._failing.discard(task.worker_id)
         if task.kind is TaskKind.DELETE and task.item:
             self._leases.cleaned(task.worker_id, task.item.rental_id, task.item.epoch)
         await self._ledger.succeed(task, outcome.report, self._wall())
@@ -166,6 +188,7 @@ class Reconciler:
         count = self._failures[task].count + 1 if task in self._failures else 1
         pause_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (count - 1))
         self._failures[task] = _Failure(count, self._monotonic() + pause_s)
+        self._failing.add(task.worker_id)
         asyncio.get_running_loop().call_later(pause_s, self.loop.hint)
         return self._failures[task]
 

@@ -1,0 +1,355 @@
+"""A worker in the hands of an attacker, against the engine that comes to it by SSH: it must stay that one worker.
+
+The attacker is root in the worker's container: it answers in place of Python, of orion-rental, or of sshd. Nothing
+here knows how the engine works: a job goes in by the port, and whatever the worker does, it is answered in time, the
+worker's words are data, and the honest worker beside it is served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from engine_contract import account, assert_done, new_job
+from test_engine import Process, RealBench
+from worker_support import Network, SmallManager, Worker, worker
+
+from orion.manager.engine.port import Host, Job, Outcome, Reached
+
+DEADLINE_S = 2.5
+MARGIN_S = 1.5
+"""Within which an engine that kills what is late has answered, on a busy machine."""
+HONEST_WITHIN_S = 8.0
+MOST_MEMORY = 512 << 20
+"""That all processes of the engine may take more than they did before."""
+
+WRAPPER = """#!/bin/bash
+# In place of /usr/bin/python3: the attacker chooses what each run of it is.
+case $(cat /run/evil) in
+hang) exec sleep 600 ;;
+output) exec yes "{}" ;;
+errors) exec yes "{}" >&2 ;;
+slowly) printf '{"changed": tr'; while sleep 0.3; do printf ' '; done ;;
+nothing) exit 0 ;;
+garbage) head -c 3000000 /dev/urandom; exit 0 ;;
+deep) head -c 2000000 /dev/zero | tr '\\0' '['; exit 0 ;;
+esac
+exec /usr/bin/python3.13 "$@"
+"""
+LIAR = """#!/usr/bin/python3.13
+import sys
+sys.stdout.write(open("/run/evil-report").read())
+"""
+
+
+class Evil:
+    """The attacker's own worker."""
+
+    def __init__(self, on: Worker) -> None:
+        self.on = on
+        self.host = Host("w-evilevil", on.address, on.host_keys)
+        self.become("honest")
+        self._replace("/usr/bin/python3", WRAPPER)
+
+    def become(self, mode: str) -> None:
+        """From the next connection on; those that the engine keeps are broken off."""
+        self._replace("/run/evil", mode)
+        self.on.run("sh", "-c", "pkill -KILL -f '^sshd-session' || true")
+
+    def answer(self, report: object) -> None:
+        """This is what its orion-rental says from now on."""
+        self._replace("/run/evil-report", report if isinstance(report, str) else json.dumps(report))
+        self._replace("/usr/local/sbin/orion-rental", LIAR)
+        self.become("liar")
+
+    def _replace(self, path: str, text: str) -> None:
+        write = f"cat > {path}.new && chmod 755 {path}.new && mv -f {path}.new {path}"
+        command = ["docker", "exec", "-i", self.on.name, "sh", "-c", write]
+        subprocess.run(command, input=text, text=True, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def evil(network: Network, shared_manager: SmallManager, join: Path) -> Iterator[Evil]:
+    with worker(network, shared_manager, join) as made:
+        made.wait_registered()
+        yield Evil(made)
+
+
+@pytest.fixture(scope="module")
+def process(folder: Path, shared_manager: SmallManager) -> Iterator[Process]:
+    directory = folder / "attacked-engine"
+    directory.mkdir(mode=0o700)
+    process = Process(directory, shared_manager.key.file)
+    yield process
+    process.end()
+
+
+@pytest.fixture
+async def bench(host: Worker, process: Process) -> AsyncIterator[RealBench]:
+    """The engine, and an honest worker."""
+    bench = RealBench(host, process)
+    yield bench
+    await bench.engine.close()
+
+
+async def timed(bench: RealBench, job: Job) -> tuple[Outcome, float]:
+    began = time.monotonic()
+    return await bench.engine.run(job), time.monotonic() - began
+
+
+async def serve_beside(bench: RealBench, hosts: list[Host]) -> list[Outcome]:
+    """A hostile job on each of the hosts and an honest one beside them: what the hostile ones ended with."""
+    hostile = [asyncio.create_task(timed(bench, new_job(host, deadline_s=DEADLINE_S))) for host in hosts]
+    await asyncio.sleep(0.2)
+    job = new_job(bench.host)
+    outcome, took_s = await timed(bench, job)
+    assert_done(outcome)
+    assert took_s < HONEST_WITHIN_S
+    ended = await asyncio.gather(*hostile)
+    assert max(took_s for _, took_s in ended) < DEADLINE_S + MARGIN_S
+    assert (await bench.accounts())[job.rental_id] == account(job)
+    return [outcome for outcome, _ in ended]
+
+
+# In place of Python: whatever comes back, or does not
+
+
+@pytest.mark.parametrize("mode", ["hang", "output", "errors", "slowly", "nothing", "garbage", "deep"])
+async def test_what_a_worker_sends_in_place_of_an_answer_is_a_failure_in_time_and_costs_nobody_else(
+    bench: RealBench, evil: Evil, mode: str
+) -> None:
+    evil.become(mode)
+    with memory_of(bench.process.process.pid) as most:
+        (outcome,) = await serve_beside(bench, [evil.host])
+    assert not outcome.ok
+    assert len(outcome.message) <= 1000
+    assert outcome.message.isprintable()
+    assert most() < MOST_MEMORY, f"{most() >> 20} MB"
+
+
+# In place of orion-rental: a report that is more than a report
+
+
+def lies(mark: Path, honest: Host) -> dict[str, object]:
+    run = f"touch {mark}"
+    template = f"{{{{ lookup('pipe', '{run}') }}}}"
+    trusted = {"__ansible_type": "TrustedAsTemplate", "value": template}
+    tagged = {
+        "__ansible_type": "_AnsibleTaggedStr",
+        "value": template,
+        "tags": [{"__ansible_type": "TrustedAsTemplate"}],
+    }
+    variables = {
+        "ansible_connection": "local",
+        "ansible_host": honest.address,
+        "ansible_python_interpreter": f"/bin/sh -c '{run}'",
+        "ansible_ssh_common_args": f"-o ProxyCommand='{run}' -o PermitLocalCommand=yes -o LocalCommand='{run}'",
+        "ansible_ssh_executable": f"/usr/bin/env {run}",
+        "ansible_remote_tmp": f"$({run})",
+        "ansible_become_exe": run,
+        "rental_id": template,
+        "epoch": template,
+    }
+    return {
+        "changed": True,
+        "epoch": 1,
+        "ansible_facts": variables | {"name": template, "tagged": tagged, "trusted": trusted},
+        "add_host": {"host_name": honest.worker_id, "groups": ["workers"], "host_vars": variables},
+        "add_group": "workers",
+        "include": str(mark),
+        "include_args": {"_raw_params": template},
+        "ansible_stats": {"data": {"x": template}, "per_host": True, "aggregate": True},
+        "ansible_included_var_files": [template],
+        "_ansible_delegated_vars": {"ansible_host": "127.0.0.1", "ansible_delegated_host": "localhost"},
+        "_ansible_notify": [template],
+        "results": [{"ansible_facts": variables, "add_host": {"host_name": "localhost"}}],
+        "msg": template,
+        "tagged": tagged,
+        "trusted": trusted,
+        "warnings": [template, "\x1b[2J"],
+        "deprecations": [{"msg": template, "version": "1"}],
+        "exception": template,
+        "diff": [{"before": template, "after": template}],
+    }
+
+
+@pytest.mark.parametrize("failed", [False, True])
+async def test_facts_hosts_templates_and_paths_that_a_worker_reports_do_nothing(
+    bench: RealBench, evil: Evil, tmp_path: Path, failed: bool
+) -> None:
+    mark = tmp_path / "mark"
+    before = await bench.accounts()
+    evil.answer(lies(mark, bench.host) | ({"failed": True} if failed else {}))
+    job = new_job(evil.host)
+    lied = await bench.engine.run(job)
+    assert lied.report.get("ansible_facts") is None
+    after = new_job(bench.host)
+    assert_done(await bench.engine.run(after))
+    again = await bench.engine.run(replace(job, epoch=2))
+    assert again.ok == lied.ok, "its own next job is one on itself again"
+    assert not mark.exists()
+    assert await bench.accounts() == before | {after.rental_id: account(after)}
+
+
+async def test_an_enormous_report_is_cut_and_a_report_that_is_none_is_a_failure(bench: RealBench, evil: Evil) -> None:
+    evil.answer({"changed": True, "epoch": 1, "looked": ["x" * 1000] * 4000, "left": []})
+    outcome = await bench.engine.run(new_job(evil.host))
+    assert len(json.dumps(outcome.report)) < 1 << 18
+    for none in ("", "7", "[]", "null", '"text"', "{" * 5000, '{"changed": NaN', "\x00\x1b[2J"):
+        evil.answer(none)
+        outcome = await bench.engine.run(new_job(evil.host))
+        assert not outcome.ok, none
+        assert outcome.message.isprintable()
+
+
+# In place of sshd
+
+
+class FakeSshd:
+    """A port at which something else than sshd is; each connection is handled in a thread of its own."""
+
+    def __init__(self, behave: Callable[[socket.socket], None]) -> None:
+        self._behave = behave
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listening.getsockname()[1]
+        self._threads = [threading.Thread(target=self._serve, daemon=True)]
+        self._threads[0].start()
+        self._open: list[socket.socket] = []
+
+    def _serve(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                accepted, _ = self._listening.accept()
+                self._open.append(accepted)
+                thread = threading.Thread(target=self._handle, args=(accepted,), daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _handle(self, peer: socket.socket) -> None:
+        with suppress(OSError), peer:  # the caller hung up
+            self._behave(peer)
+
+    def close(self) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        for peer in self._open:
+            with suppress(OSError):
+                peer.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(5)
+
+
+VERSION = b"SSH-2.0-OpenSSH_10.0\r\n"
+
+
+def says_nothing(peer: socket.socket) -> None:
+    while peer.recv(4096):
+        pass
+
+
+def talks_for_ever(peer: socket.socket) -> None:
+    while True:
+        peer.sendall(b"before the version, anything may be said\r\n" * 1000)
+
+
+def talks_without_an_end_of_line(peer: socket.socket) -> None:
+    while True:
+        peer.sendall(b"x" * 65536)
+
+
+def speaks_slowly(peer: socket.socket) -> None:
+    for byte in VERSION * 1000:
+        peer.sendall(bytes([byte]))
+        time.sleep(0.1)
+
+
+def promises_a_huge_packet(peer: socket.socket) -> None:
+    peer.sendall(VERSION + b"\xff\xff\xff\xff" + b"\x00" * 65536)
+    says_nothing(peer)
+
+
+def begins_and_stops(peer: socket.socket) -> None:
+    peer.sendall(VERSION)
+    says_nothing(peer)
+
+
+def hangs_up(peer: socket.socket) -> None:
+    peer.recv(1)
+
+
+BEHAVIOURS = (
+    says_nothing,
+    talks_for_ever,
+    talks_without_an_end_of_line,
+    speaks_slowly,
+    promises_a_huge_packet,
+    begins_and_stops,
+    hangs_up,
+)
+
+
+@pytest.fixture
+def fakes(evil: Evil) -> Iterator[list[Host]]:
+    running = [FakeSshd(behave) for behave in BEHAVIOURS]
+    yield [replace(evil.host, worker_id=f"w-fake{n}", address="127.0.0.1", port=f.port) for n, f in enumerate(running)]
+    for fake in running:
+        fake.close()
+
+
+async def test_what_is_no_sshd_is_unreachable_in_time_and_costs_nobody_else(
+    bench: RealBench, fakes: list[Host]
+) -> None:
+    with memory_of(bench.process.process.pid) as most:
+        for few in (fakes[:3], fakes[3:6], fakes[6:]):  # no more than leave room in an engine of four
+            assert not any(outcome.ok for outcome in await serve_beside(bench, few))
+    assert most() < MOST_MEMORY, f"{most() >> 20} MB"
+
+
+async def test_what_is_no_sshd_is_never_reached_and_is_given_up_in_time(bench: RealBench, fakes: list[Host]) -> None:
+    began = time.monotonic()
+    reached = await asyncio.gather(*(bench.reach.reach(host, 1.0) for host in fakes))
+    assert set(reached) == {Reached.NO}
+    assert time.monotonic() - began < 3
+    assert await bench.reach.reach(bench.host, 5) is Reached.YES
+
+
+# What it costs
+
+
+@contextmanager
+def memory_of(pid: int) -> Iterator[Callable[[], int]]:
+    """The most bytes that a process and its descendants took together beyond what they had, while the block ran."""
+    seen = [_family_memory(pid)]
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            seen.append(_family_memory(pid))
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield lambda: max(seen) - seen[0]
+    finally:
+        ended.set()
+        watching.join()
+
+
+def _family_memory(pid: int) -> int:
+    """What each has for itself: what a fork shares counts once."""
+    family, total = [pid], 0
+    for member in family:
+        with suppress(OSError):
+            rollup = Path(f"/proc/{member}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) << 10 for line in rollup if line.startswith("Pss:"))
+            family += map(int, Path(f"/proc/{member}/task/{member}/children").read_text().split())
+    return total
