@@ -22,6 +22,7 @@ from sqlalchemy import Connection, event
 
 from orion.manager import app
 from orion.manager.domain.model import Event
+from orion.manager.engine.ansible import RESTARTED
 from orion.manager.engine.port import Host, Job, Outcome, Reached
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store.database import Store
@@ -117,7 +118,11 @@ def described(function: Callable[..., Any], recorded: list[Event]) -> str:
 
 
 class RemoteEngine:
-    """Implements `port.Engine` in another process's world. A call is three points: before, under way, answered."""
+    """Implements `port.Engine` in another process's world.
+
+    A call is six points: the manager, or the engine's process, is killed before it, while it is under way, when it
+    has an answer. What is under way lands later, when the next one is already there.
+    """
 
     def __init__(self, stage: Path, points: Points) -> None:
         self._stage = stage
@@ -125,8 +130,17 @@ class RemoteEngine:
 
     async def run(self, job: Job) -> Outcome:
         self._points.reach(f"before {job.action}")
+        if self._points.is_last(f"the engine before {job.action}"):
+            return RESTARTED
         outlives_us = self._points.is_last(f"while {job.action} is under way")
-        answer = await ask(self._stage, {"job": asdict(job), "late": outlives_us}, outlives_us)
+        outlives_the_engine = self._points.is_last(f"the engine while {job.action} is under way")
+        question = {"job": asdict(job), "late": outlives_us or outlives_the_engine}
+        if outlives_the_engine:
+            await tell(self._stage, question)
+            return RESTARTED
+        answer = await ask(self._stage, question, outlives_us)
+        if self._points.is_last(f"the engine after {job.action}"):
+            return RESTARTED
         self._points.reach(f"after {job.action}")
         return Outcome(**answer)
 
@@ -156,3 +170,11 @@ async def ask(stage: Path, question: dict[str, Any], and_die: bool) -> dict[str,
         return dict(json.loads(await reader.readline()))
     finally:
         writer.close()
+
+
+async def tell(stage: Path, order: dict[str, Any]) -> None:
+    """Something for the world outside to do, of which nobody hears again."""
+    _, writer = await asyncio.open_unix_connection(stage)
+    writer.write(json.dumps(order).encode() + b"\n")
+    await writer.drain()
+    writer.close()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import httpx
 from crash import manager
+from crash.door import PointedDoor
 from support.builders import host_key
 from support.house import PROXY_SECRET, Agent
 
@@ -83,7 +84,10 @@ class Stage:
         self.agents: list[Agent] = []
         headers = {SECRET_HEADER: PROXY_SECRET, "X-Real-IP": "198.51.100.7"}
         self.http = httpx.AsyncClient(
-            base_url=f"http://{LOOPBACK}:{self.settings.port}", headers=headers, timeout=PATIENCE_S, trust_env=False
+            base_url=f"http://{LOOPBACK}:{self.settings.port}",
+            headers=headers,
+            timeout=PATIENCE_S,
+            transport=PointedDoor(self._is_last),
         )
         self._process: Any = None
         self._tasks: list[asyncio.Task[None]] = []

@@ -12,12 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-from alembic import command
-from alembic.autogenerate import compare_metadata
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 from support.builders import host_key
 from support.house import House
 
@@ -79,31 +76,6 @@ def test_each_connection_is_durable_and_checked_and_there_is_one_writer(store: S
 
     assert set(map(tuple, asyncio.run(pragmas()))) == {("wal", 2, 1, 10_000)}
     assert store._writer._max_workers == 1
-
-
-@pytest.mark.parametrize("revision", REVISIONS)
-def test_migrations_go_up_from_every_released_schema_and_keep_what_is_there(tmp_path: Path, revision: str) -> None:
-    database = tmp_path / "orion.db"
-    engine = create_engine(f"sqlite:///{database}")
-    config = alembic_config()
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, revision)
-    engine.dispose()
-    execute(database, RENTAL.format("old", 100_007, "active"), "INSERT INTO counters VALUES ('uid', 100007)")
-    store = Store(f"sqlite:///{database}")
-    store.migrate()
-    store.close()
-    with (engine := create_engine(f"sqlite:///{database}")).connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), store_metadata()) == []
-    engine.dispose()
-    assert value(database, "SELECT uid FROM rentals WHERE id = 'old'") == 100_007
-
-
-def store_metadata() -> Any:
-    from orion.manager.store.schema import metadata  # noqa: PLC0415
-
-    return metadata
 
 
 async def test_a_copy_taken_while_others_write_is_whole_and_stands_alone(store: Store, backups: Backups) -> None:
