@@ -20,7 +20,7 @@ class Mutant:
     old: str
     new: str
     tests: tuple[str, ...] = ()
-    """The tests that must notice it where the simulation does not; none: the simulation alone must."""
+    """Those that notice it sooner than the simulation, or where that does not; none: the simulation must."""
 
     def applies(self, root: Path = ROOT) -> bool:
         return (root / self.file).read_text().count(self.old) == 1

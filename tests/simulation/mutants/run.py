@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from simulation.mutants.catalogue import ROOT, Mutant, all_mutants
@@ -28,7 +29,7 @@ def noticed_by(mutant: Mutant, schedules: int) -> str:
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         mutant.apply(copy)
-        return _simulation(copy, schedules) or _tests(copy, mutant.tests)
+        return _tests(copy, mutant.tests) or _simulation(copy, schedules)
 
 
 def _simulation(copy: Path, schedules: int) -> str:
@@ -69,14 +70,20 @@ def main() -> int:
     arguments.add_argument("names", nargs="*")
     wanted = arguments.parse_args()
     mutants = [m for m in all_mutants() if not wanted.names or m.name in wanted.names]
-    missed = []
-    for mutant in mutants:
+    began = time.perf_counter()
+
+    def try_out(mutant: Mutant) -> bool:
         started = time.perf_counter()
         by = noticed_by(mutant, wanted.schedules) if mutant.applies() else ""
         verdict = f"caught by {by}" if by else ("MISSED" if mutant.applies() else "DOES NOT APPLY any more")
         print(f"{mutant.name:<38} {verdict}  ({time.perf_counter() - started:.1f} s)", flush=True)
-        missed += [] if by else [mutant.name]
-    print(f"{len(mutants)} mutants, {len(mutants) - len(missed)} caught" + (f", missed: {missed}" if missed else ""))
+        return bool(by)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        caught = list(pool.map(try_out, mutants))
+    missed = [mutant.name for mutant, is_caught in zip(mutants, caught, strict=True) if not is_caught]
+    took_s = time.perf_counter() - began
+    print(f"{len(mutants)} mutants, {sum(caught)} caught in {took_s:.0f} s{f', missed: {missed}' if missed else ''}")
     return 1 if missed else 0
 
 
