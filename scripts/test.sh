@@ -64,8 +64,8 @@ run_tests() {
         [ ! -w /dev/shm ] || place=$(mktemp -d /dev/shm/orion-tests.XXXXXX)
         [ -z "$place" ] || options+=(--basetemp="$place/pytest")
         ;;
-    # Two processes, each with containers, networks and ports of its own; the tests of one file stay together.
-    --by-file) options=(-n 2 --dist loadgroup) ;;
+    # Each process has containers, networks and ports of its own; the tests of one file stay together. Most of them wait.
+    --by-file) options=(-n 3 --dist loadgroup) ;;
     esac
     shift
     for layer in "$@"; do

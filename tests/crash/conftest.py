@@ -5,9 +5,28 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from crash.stage import PROCESSES
+import pytest
+from crash.stage import CRASH_POINTS, PROCESSES, VICTIMS
 
 ROOT = Path(__file__).parents[2]
 
 os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("src", "worker", "tests"))
 PROCESSES.set_forkserver_preload(["crash.manager", "support.house"])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    acts = [
+        dict(report.user_properties)[CRASH_POINTS] for report in reports if report.when == "call" and _counts(report)
+    ]
+    if acts:
+        terminalreporter.section("crash points")
+        for name, *counts, took_s in acts:
+            killed = ", ".join(f"the {who} at {count}" for who, count in zip(VICTIMS, counts, strict=True))
+            terminalreporter.line(f"{name}: killed {killed}, in {took_s} s")
+        totals = (f"the {who} {sum(act[1 + place] for act in acts)}" for place, who in enumerate(VICTIMS))
+        terminalreporter.line(f"all: {', '.join(totals)}")
+
+
+def _counts(report: pytest.TestReport) -> bool:
+    return any(name == CRASH_POINTS for name, _ in report.user_properties)

@@ -45,11 +45,19 @@ CLOCKS = {
     "flap_window_s": 0.001,  # a machine that is busy with tests quarantines nobody
 }
 
+VICTIMS = ("manager", "engine", "proxy")
+CRASH_POINTS = "crash points"
+"""The name under which a test records how many it killed at: for the summary, also of a process beside this one."""
+
 
 class Point(NamedTuple):
     name: str
     time: int
     """The first, second, ... time that it is reached."""
+
+    @property
+    def kills(self) -> str:
+        return next((who for who in VICTIMS if self.name.startswith(f"the {who} ")), "manager")
 
 
 class RealClock:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from crash.acts import ACTS, Act
 from crash.promises import broken
-from crash.stage import PATIENCE_S, Point, Stage, eventually
+from crash.stage import CRASH_POINTS, PATIENCE_S, VICTIMS, Point, Stage, eventually
 
 AT_ONCE = 4
-"""Runs of an act side by side, and two acts are: most of a run is waiting for clocks."""
+"""Runs of an act side by side, and some acts are: most of a run is waiting for clocks."""
 SAME_POINT = 2
 """How often the same commit or call is tried within one act; once where nothing happens, as a heartbeat's note."""
 
@@ -59,14 +60,14 @@ async def kill_at(folder: Path, act: Act, point: Point, limit: asyncio.Semaphore
 
 @pytest.mark.parametrize("name", ACTS)
 async def test_killed_at_any_point_nothing_is_lost_and_nothing_doubled(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     act, began = ACTS[name], time.monotonic()
     points = points_of(await perform(tmp_path / "record", act))
     limit = asyncio.Semaphore(AT_ONCE)
     runs = [kill_at(tmp_path / f"{number:03d}", act, point, limit) for number, point in enumerate(points)]
     wrong = [result for result in await asyncio.gather(*runs) if result]
-    with capsys.disabled():
-        print(f"\n{name}: killed at {len(points)} crash points in {time.monotonic() - began:.0f} s")  # noqa: T201
+    took_s = round(time.monotonic() - began)
+    record_property(CRASH_POINTS, [name, *(sum(point.kills == who for point in points) for who in VICTIMS), took_s])
     assert points
     assert not wrong, "\n".join([f"{len(wrong)} of {len(points)}:", *wrong])
