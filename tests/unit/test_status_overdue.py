@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
@@ -74,6 +74,49 @@ def test_each_state_that_may_not_last_has_an_owner_a_deadline_an_exit_and_words_
     assert row.exits
     assert row.overdue
     assert WHAT_TO_DO[kind, state]
+
+
+def ended(state: PlacementState, rental_state: RentalState) -> tuple[PlacementState, str]:
+    """A placement after one round, and what its worker is blamed for."""
+    world, late = placed(state, rental_state)
+    decided(world, late, rounds=1)
+    return world.placements[late].state, world.workers["w-0001"].fault
+
+
+def made_nowhere(state: RentalState) -> RentalState:
+    rental = new_rental(state=state) if state is R.QUEUED else active_rental(state=state)
+    return decided(new_world(rental), rental.id, rounds=1).rentals[rental.id].state
+
+
+def released_when_its_worker_is_removed() -> RentalState:
+    world, late = placed(P.FAILED, R.RELEASING)
+    del world.workers["w-0001"]
+    return decided(world, late).rentals["rental0001"].state
+
+
+BLAMED = "rental rental0001 could not be cleaned up"
+ENDINGS: dict[tuple[str, str], tuple[Callable[[], object], object]] = {
+    ("worker", H.JOINING): (lambda: judged(H.JOINING, 0.0, verified_session=None), H.QUARANTINED),
+    ("worker", H.SUSPECT): (lambda: judged(H.SUSPECT, 10_000.0), H.DOWN),
+    ("worker", H.UNKNOWN): (lambda: judged(H.UNKNOWN, 10_000.0), H.DOWN),
+    ("placement", P.RESERVED): (lambda: ended(P.RESERVED, R.PROVISIONING), (P.PREPARING, "")),
+    ("placement", P.PREPARING): (lambda: ended(P.PREPARING, R.PROVISIONING), (P.FAILED, "")),
+    ("placement", P.STOPPING): (lambda: ended(P.STOPPING, R.RELEASING), (P.FAILED, BLAMED)),
+    ("placement", P.STOPPED): (lambda: ended(P.STOPPED, R.RELEASING), (P.PURGED, "")),
+    ("placement", P.FAILED): (lambda: ended(P.FAILED, R.RELEASING), (P.FAILED, BLAMED)),  # the operator's from here on
+    ("rental", R.QUEUED): (lambda: made_nowhere(R.QUEUED), R.FAILED),
+    ("rental", R.PROVISIONING): (lambda: made_nowhere(R.PROVISIONING), R.QUEUED),
+    ("rental", R.MIGRATING): (lambda: made_nowhere(R.MIGRATING), R.QUEUED),
+    ("rental", R.RELEASING): (released_when_its_worker_is_removed, R.RELEASED),
+}
+
+
+@pytest.mark.parametrize(("kind", "state"), PATIENT)
+def test_each_state_that_may_not_last_ends_as_its_table_says_when_its_deadline_has_passed(
+    kind: str, state: str
+) -> None:
+    what_becomes_of_it, expected = ENDINGS[kind, state]
+    assert what_becomes_of_it() == expected
 
 
 def test_a_person_is_told_only_of_states_that_may_not_last_and_of_what_waits_for_one() -> None:
