@@ -154,7 +154,8 @@ class Manager:
 
     def stop(self) -> None:
         self._server.should_exit = True
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=60)
+        assert not self._thread.is_alive(), "the test's manager goes on, and would be found by the next test"
 
     async def _serve(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
