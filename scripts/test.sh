@@ -58,15 +58,16 @@ run_tests() {
     local layer place='' status=0 found=() options=()
     case $1 in
     --alone) ;;
-    # These share nothing at all. Their databases sync each commit: in memory that costs nothing.
-    --spread)
-        options=(-n 2)
-        [ ! -w /dev/shm ] || place=$(mktemp -d /dev/shm/orion-tests.XXXXXX)
-        [ -z "$place" ] || options+=(--basetemp="$place/pytest")
-        ;;
+    # These share nothing at all.
+    --spread) options=(-n 2) ;;
     # Each process has containers, networks and ports of its own; the tests of one file stay together. Most of them wait.
     --by-file) options=(-n 3 --dist loadgroup) ;;
     esac
+    # Their databases sync each commit: in memory that costs nothing.
+    if [ "$1" != --alone ] && [ -w /dev/shm ]; then
+        place=$(mktemp -d /dev/shm/orion-tests.XXXXXX)
+        options+=(--basetemp="$place/pytest")
+    fi
     shift
     for layer in "$@"; do
         if compgen -G "tests/$layer/test_*.py" >/dev/null; then found+=("tests/$layer"); fi
