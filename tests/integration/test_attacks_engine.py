@@ -133,6 +133,18 @@ async def test_what_a_worker_sends_in_place_of_an_answer_is_a_failure_in_time_an
     assert most() < MOST_MEMORY, f"{most() >> 20} MB"
 
 
+async def test_who_is_served_together_with_a_worker_that_hangs_does_not_wait_for_it(
+    bench: RealBench, evil: Evil
+) -> None:
+    """Asked for in the same instant, so that an engine that makes one run of several jobs may do so."""
+    evil.become("hang")
+    hanging = asyncio.create_task(bench.engine.run(new_job(evil.host, deadline_s=25.0)))
+    assert_done(await bench.engine.run(new_job(bench.host)))
+    assert not hanging.done()
+    await bench.engine.close()
+    assert not (await hanging).ok
+
+
 # In place of orion-rental: a report that is more than a report
 
 
