@@ -31,6 +31,8 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PATIENCE_S = 40.0
 """Far more than anything here takes on a busy machine."""
 BEAT_S, PAUSE_S, LATE_S = 0.3, 0.03, 0.3
+LOOK_S = 0.1
+"""Between two looks at how far it is: many runs look at once, and that must not be what keeps the machine busy."""
 CLOCKS = {
     "heartbeat_s": BEAT_S,
     "suspect_after_s": 0.4,
@@ -239,7 +241,7 @@ class Stage:
         while True:
             if check(await self.rental(rental)):
                 return
-            await asyncio.sleep(PAUSE_S)
+            await asyncio.sleep(LOOK_S)
 
     async def until_worker(self, agent: Agent, check: Callable[[dict[str, Any]], bool]) -> None:
         """The worker is known, and as `check` wants it."""
@@ -248,7 +250,7 @@ class Stage:
                 reply = await self.ask("GET", f"/api/workers/{agent.worker_id}")
                 if reply.status_code == 200 and check(reply.json()):
                     return
-            await asyncio.sleep(PAUSE_S)
+            await asyncio.sleep(LOOK_S)
 
     async def until_health(self, agent: Agent, health: str) -> None:
         await self.until_worker(agent, lambda worker: bool(worker["health"] == health))
@@ -280,7 +282,7 @@ async def eventually(check: Callable[[], bool]) -> None:
     while True:
         if check():
             return
-        await asyncio.sleep(3 * PAUSE_S)
+        await asyncio.sleep(LOOK_S)
 
 
 def _host(fields: dict[str, Any]) -> Host:
