@@ -18,7 +18,9 @@ import json
 import os
 import re
 import secrets
+import select
 import signal
+import socket
 import stat
 import string
 import subprocess
@@ -189,6 +191,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns the manager's status, 128 and the signal's number where a signal ended it."""
+        awoken = _wake_up_fd()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         engine = self._start_engine()
@@ -196,7 +199,10 @@ class Supervisor:
         if self._stopping:
             os.kill(manager.pid, signal.SIGTERM)
         while True:
-            pid, status = os.waitpid(-1, 0)
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                _wait_for_a_signal(awoken)
+                continue
             code = os.waitstatus_to_exitcode(status)
             if pid == manager.pid:
                 self._manager = None
@@ -243,6 +249,21 @@ class Supervisor:
             with suppress(OSError):
                 if entry.name.isdecimal() and entry.stat().st_uid == self._places.engine.uid:
                     os.kill(int(entry.name), signal.SIGKILL)
+
+
+def _wake_up_fd() -> socket.socket:
+    """Reads a byte for each signal: one that comes just before a wait that blocks would else be seen after it."""
+    awoken, wake = socket.socketpair()
+    for end in (awoken, wake):
+        end.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake.detach(), warn_on_full_buffer=False)
+    return awoken
+
+
+def _wait_for_a_signal(awoken: socket.socket) -> None:
+    select.select([awoken], [], [])
+    awoken.recv(4096)
 
 
 def _clean_environment(prefixes: tuple[str, ...]) -> dict[str, str]:

@@ -38,8 +38,12 @@ LONGEST = (
 """They begin first, so that nobody waits for one of them in the end."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of one file share its containers: they stay together when files run side by side."""
+    """The tests of one file share its containers: they stay together when files run side by side.
+
+    First of all, because xdist reads the marks when its own turn comes, which is before that of any conftest.
+    """
     for item in items:
         if item.path.parent == HERE:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
