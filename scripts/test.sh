@@ -61,7 +61,7 @@ run_tests() {
     # These share nothing at all.
     --spread) options=(-n 2) ;;
     # Each process has containers, networks and ports of its own; the tests of one file stay together. Most of them wait.
-    --by-file) options=(-n 3 --dist loadgroup) ;;
+    --by-file) options=(-n 3 --dist loadfile --no-loadscope-reorder) ;;
     esac
     # Their databases sync each commit: in memory that costs nothing. Some tests run programs that they have written.
     if [ "$1" != --alone ] && [ -w /dev/shm ] && ! grep -q ' /dev/shm .*noexec' /proc/mounts; then

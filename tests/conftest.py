@@ -1,6 +1,27 @@
-"""For all layers: a property is judged by what it says, not by how long a busy machine takes for one example."""
+"""For all layers: the longest begin first, and a property is judged by what it says, not by how long it takes."""
 
+from __future__ import annotations
+
+import pytest
 from hypothesis import settings
 
-settings.register_profile("orion", deadline=None)
+settings.register_profile("orion", deadline=None)  # one example may take long on a busy machine
 settings.load_profile("orion")
+
+LONGEST = (
+    "test_crash_points.py",
+    "test_attacks_renter.py",
+    "test_engine.py",
+    "test_attacks_engine.py",
+    "test_proxy.py",
+    "test_attacks_floods.py",
+    "test_playbooks_delete.py",
+    "test_contract_fuzzed.py",
+    "test_worker_agent.py",
+    "test_bench.py",
+)
+"""Where files run side by side nobody is to wait for one of them in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

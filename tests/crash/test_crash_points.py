@@ -12,8 +12,8 @@ from crash.acts import ACTS, Act
 from crash.promises import broken
 from crash.stage import CRASH_POINTS, PATIENCE_S, VICTIMS, Point, Stage, eventually
 
-AT_ONCE = 4
-"""Runs of an act side by side, and some acts are: most of a run is waiting for clocks."""
+AT_ONCE = 6
+"""Runs side by side: most of a run is waiting for clocks."""
 SAME_POINT = 2
 """How often the same commit or call is tried within one act; once where nothing happens, as a heartbeat's note."""
 

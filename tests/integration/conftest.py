@@ -25,30 +25,6 @@ from worker_support import (
     worker,
 )
 
-HERE = Path(__file__).parent
-LONGEST = (
-    "test_attacks_renter.py",
-    "test_proxy.py",
-    "test_attacks_floods.py",
-    "test_engine.py",
-    "test_attacks_engine.py",
-    "test_playbooks_delete.py",
-    "test_contract_fuzzed.py",
-)
-"""They begin first, so that nobody waits for one of them in the end."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of one file share its containers: they stay together when files run side by side.
-
-    First of all, because xdist reads the marks when its own turn comes, which is before that of any conftest.
-    """
-    for item in items:
-        if item.path.parent == HERE:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-
 
 @pytest.fixture(scope="session")
 def worker_image() -> str:
