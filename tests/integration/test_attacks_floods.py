@@ -28,6 +28,8 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 FLOOD_S = 2.0
+FLOODED_WITHIN_S = 60.0
+"""Until the flood is one: a busy machine takes its time for the first answers."""
 AT_ONCE = 8
 IN_A_ROW = 100
 LAST = b"GET /.well-known/proxy HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -95,8 +97,9 @@ HONEST = {"rent": 201, "show": 200, "renew": 200, "release": 200}
 
 @asynccontextmanager
 async def flooding(attacked: Platform, request: Callable[[], bytes]) -> AsyncIterator[Counter[int]]:
-    """As fast as it goes, many requests at a time on each connection, until the block ends."""
+    """As fast as it goes, many requests at a time on each connection, from when it is a flood until the block ends."""
     answers: Counter[int] = Counter()
+    begun = asyncio.Event()
 
     async def attacker() -> None:
         while True:
@@ -104,9 +107,13 @@ async def flooding(attacked: Platform, request: Callable[[], bytes]) -> AsyncIte
             told = await raw(attacked.door.http_port, requests + LAST, within_s=20)
             *flood, _last = re.findall(rb"HTTP/1\.1 (\d{3}) ", told) or [b""]
             answers.update(map(int, flood))
+            if sum(answers.values()) > IN_A_ROW:
+                begun.set()
 
     attackers = [asyncio.create_task(attacker()) for _ in range(AT_ONCE)]
     try:
+        async with asyncio.timeout(FLOODED_WITHIN_S):
+            await begun.wait()
         yield answers
     finally:
         for task in attackers:
@@ -128,7 +135,6 @@ async def test_a_flood_of_one_kind_is_cut_and_every_other_kind_is_answered(attac
             assert await honest_calls(attacked, token) == HONEST
     took_s = time.monotonic() - began
     assert await asyncio.to_thread(attacked.worker_health) == "ready"
-    assert sum(answers.values()) > IN_A_ROW
     let_through = sum(number for status, number in answers.items() if status != 429)
     if flood.rate:
         assert let_through <= flood.allows(took_s) + AT_ONCE
