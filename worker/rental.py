@@ -1,10 +1,13 @@
 #!/usr/bin/python3 -Es
 """The one program that makes, locks, unlocks and purges a rental on its worker, and keeps its epoch.
 
-    orion-rental create|lock|unlock|purge|inventory  < request.json  > report.json
+    orion-rental run|create|unlock|lock|purge|inventory  < request.json  > report.json
+    orion-rental serve                                   < requests, one a line  > answers, one a line
 
-The agent and Ansible's module both call it; it may be run by hand. Exit status: 0 done, 2 the request is not
-understood, 3 refused, 4 something of a purged rental is left. The report of a failure has `error` and `code`.
+The agent and Ansible's module both call it; it may be run by hand. A request is about one rental, or about several:
+`{"rentals": [request, ...]}`, whose report has one report for each, under `rentals`, in their order. Exit status: 0
+done, 2 the request is not understood, 3 refused, 4 something of a purged rental is left, and of several rentals the
+highest. The report of a failure has `error` and `code`.
 """
 
 from __future__ import annotations
@@ -14,19 +17,22 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import accounts
 import processes
+import standing
 import traces
 from ledger import Ledger, Record, Refused, check_create, check_not_newer, check_unlock, write_whole
 
 FIRST_UID = 100_000
 LOCK_WAIT_S = 20.0
+COMMANDS = ("run", "create", "unlock", "lock", "purge")
 SWEEPS = 3
 """A name may be passed over while its directory changes: an empty sweep ends the work, so many at most."""
 
@@ -112,6 +118,12 @@ class Rentals:
                 raise Refused("unknown_rental", "its keys are not here: it was not created at this epoch")
             return {"changed": changed, "epoch": record.epoch, "state": "running"}
 
+    def run(self, request: Request) -> Report:
+        """Created, then unlocked: two steps, each with its own look at the epoch."""
+        created = self.create(request)
+        unlocked = self.unlock(request)
+        return {**unlocked, "changed": created["changed"] or unlocked["changed"]}
+
     def lock(self, request: Request) -> Report:
         """Its keys are where sshd does not look; with `kill`, its processes are ended."""
         with self.ledger.locked(request.rental_id, self._lock_wait_s):
@@ -123,25 +135,34 @@ class Rentals:
             killed = processes.end({record.uid: record.username}) if request.kill else 0
             return {"changed": changed or killed > 0, "state": "locked", "killed": killed}
 
-    def purge(self, request: Request) -> Report:
-        """Nothing of it is left, and the report says so after looking. The epoch never comes back here."""
-        with self.ledger.locked(request.rental_id, self._lock_wait_s):
-            before = self.ledger.living(request.rental_id)
-            check_not_newer(before, request.epoch)
-            self._check_names(request, before)
-            ending = Record(request.rental_id, request.username, request.uid, request.epoch, ending=True)
-            self.ledger.keep(ending)
-            self._forget_keys(request.username)
-            renter = {request.uid: request.username}
-            killed = processes.end(renter)
-            accounts.remove(self._places.etc, request.username, request.uid)
-            killed += processes.end(renter)  # a log-in that was under way when the keys went
-            removed = self._remove_traces(request) + traces.remove_ipc(request.uid)
-            report = self._look_again(request)
-            if not report["left"]:
-                self.ledger.bury(ending)
-            changed = before is not None or killed + removed > 0
-            return {"changed": changed, "removed_files": removed, "killed": killed, **report}
+    def purge(self, requests: Sequence[Request]) -> list[Report | Refused]:
+        """Nothing of these rentals is left, and each report says so after looking. The epochs never come back here.
+
+        They are different ones, and share what takes long: two searches of the whole file system.
+        """
+        found: dict[str, Report | Refused] = {}
+        with ExitStack() as locks:
+            purged = []
+            for request in sorted(requests, key=lambda each: each.rental_id):  # in the same order as anybody else
+                try:
+                    locks.enter_context(self.ledger.locked(request.rental_id, self._lock_wait_s))
+                    before = self.ledger.living(request.rental_id)
+                    check_not_newer(before, request.epoch)
+                    self._check_names(request, before)
+                except Refused as refusal:
+                    found[request.rental_id] = refusal
+                else:
+                    self.ledger.keep(_ending(request))
+                    purged.append(request)
+                    found[request.rental_id] = {"changed": before is not None}
+            for request, report in zip(purged, self._purge(purged), strict=True):
+                if not report["left"]:
+                    self.ledger.bury(_ending(request))
+                known = found[request.rental_id]
+                assert isinstance(known, dict)  # noqa: S101 - only what was not refused is purged
+                changed = known["changed"] or report["killed"] + report["removed_files"] > 0
+                found[request.rental_id] = {**report, "changed": changed}
+        return [found[request.rental_id] for request in requests]
 
     def inventory(self) -> list[dict[str, Any]]:
         """The rentals that have something here, as the contract wants them."""
@@ -211,33 +232,63 @@ class Rentals:
             return False
         return True
 
-    def _remove_traces(self, request: Request) -> int:
+    def _purge(self, requests: Sequence[Request]) -> list[Report]:
+        if not requests:
+            return []
+        killed, removed = dict.fromkeys(requests, 0), dict.fromkeys(requests, 0)
+        for request in requests:
+            renter = {request.uid: request.username}
+            self._forget_keys(request.username)
+            killed[request] += processes.end(renter)
+            accounts.remove(self._places.etc, request.username, request.uid)
+            killed[request] += processes.end(renter)  # a log-in that was under way when the keys went
+            removed[request] += self._remove_named(request) + traces.remove_ipc(request.uid)
+        for uid, number in self._remove_owned({request.uid for request in requests}).items():
+            removed[next(each for each in requests if each.uid == uid)] += number
+        return [
+            {"removed_files": removed[each], "killed": killed[each], **report}
+            for each, report in zip(requests, self._look_again(requests), strict=True)
+        ]
+
+    def _remove_named(self, request: Request) -> int:
         removed = 0
         for place in traces.by_name(self._places.root, request.username):
             folder = os.open(place.parent, traces.OPEN_FOLDER)
             with suppress(OSError):
                 removed += traces.remove_entry(folder, place.name)
             os.close(folder)
+        return removed
+
+    def _remove_owned(self, uids: Collection[int]) -> Counter[int]:
+        removed: Counter[int] = Counter()
         for mount in self._mounts():
             for _ in range(SWEEPS):
-                found = [traces.remove(each) for each in traces.owned(mount, request.uid, [])]
-                removed += sum(found)
+                found = [(each.uid, traces.remove(each)) for each in traces.owned(mount, uids, [])]
+                for uid, number in found:
+                    removed[uid] += number
                 if not found:
                     break
         return removed
 
-    def _look_again(self, request: Request) -> Report:
+    def _look_again(self, requests: Sequence[Request]) -> list[Report]:
+        unsearched: list[str] = []
+        owned: dict[int, list[str]] = {request.uid: [] for request in requests}
+        mounts = self._mounts()
+        for mount in mounts:
+            for found in traces.owned(mount, owned.keys(), unsearched):
+                owned[found.uid].append(f"file {found.path[:300]}")
+        looked = ["processes", "accounts", "System V IPC", "keys, mail, cron, at", *mounts]
+        return [
+            {"left": (self._found(each) + owned[each.uid])[:50], "looked": looked, "unsearched": unsearched[:50]}
+            for each in requests
+        ]
+
+    def _found(self, request: Request) -> list[str]:
         left = [f"process {pid} ({processes.name_of(pid)})" for pid in processes.of([request.uid])]
         left += [f"log-in {pid}" for pid in processes.log_ins([request.username])]
         left += [f"line in {file}" for file in accounts.found(self._places.etc, request.username, request.uid)]
         left += [f"file {place}" for place in traces.by_name(self._places.root, request.username)]
-        left += [f"IPC {kind} {number}" for kind, number in traces.ipc(request.uid)]
-        unsearched: list[str] = []
-        mounts = self._mounts()
-        for mount in mounts:
-            left += [f"file {found.path[:300]}" for found in traces.owned(mount, request.uid, unsearched)]
-        looked = ["processes", "accounts", "System V IPC", "keys, mail, cron, at", *mounts]
-        return {"left": left[:50], "looked": looked, "unsearched": unsearched[:50]}
+        return left + [f"IPC {kind} {number}" for kind, number in traces.ipc(request.uid)]
 
     def _mounts(self) -> list[str]:
         if self._places.root != Path("/"):
@@ -247,7 +298,87 @@ class Rentals:
 
 def parse(command: str, text: str) -> Request:
     """The request of a command. Raises ValueError, in words for a person."""
-    data = json.loads(text)
+    return _understood(command, json.loads(text))
+
+
+def answer(command: str, text: str, rentals: Rentals, now: float) -> tuple[int, Report]:
+    """Exit status and report of one call. `now`: Unix time."""
+    if command == "inventory":
+        return 0, {"changed": False, "rentals": rentals.inventory()}
+    try:
+        asked = json.loads(text)
+    except ValueError as error:
+        return _not_understood(error)
+    if not (isinstance(asked, dict) and "rentals" in asked):
+        return _answer_one(command, asked, rentals, now)
+    several = asked["rentals"]
+    if not (isinstance(several, list) and several and len(asked) == 1):
+        return _not_understood("rentals must be a list of requests, and alone")
+    answers = _answer_all(command, several, rentals, now)
+    reports = [report for _, report in answers]
+    whole: Report = {"changed": any(report["changed"] for report in reports), "rentals": reports}
+    first = next((report for status, report in answers if status), None)
+    failure = {"error": first["error"], "code": first["code"]} if first else {}
+    return max(status for status, _ in answers), whole | failure
+
+
+def _answer_all(command: str, several: list[object], rentals: Rentals, now: float) -> list[tuple[int, Report]]:
+    """One after the other, but a purge of several is one."""
+    names = [one.get("rental_id") if isinstance(one, dict) else None for one in several]
+    if command != "purge" or len(set(map(str, names))) < len(names):
+        return [_answer_one(command, one, rentals, now) for one in several]
+    answers = [_request(command, one, now) for one in several]
+    reports = iter(rentals.purge([each for each in answers if isinstance(each, Request)]))
+    return [_purged(next(reports)) if isinstance(each, Request) else each for each in answers]
+
+
+def _answer_one(command: str, asked: object, rentals: Rentals, now: float) -> tuple[int, Report]:
+    commands: dict[str, Callable[[Request], Report]] = {
+        "run": rentals.run,
+        "create": rentals.create,
+        "lock": rentals.lock,
+        "unlock": rentals.unlock,
+    }
+    request = _request(command, asked, now)
+    if not isinstance(request, Request):
+        return request
+    if command == "purge":
+        return _purged(*rentals.purge([request]))
+    try:
+        return 0, commands[command](request)
+    except Refused as refusal:
+        return _refused(refusal)
+
+
+def _request(command: str, asked: object, now: float) -> Request | tuple[int, Report]:
+    """What was asked for, or what there is to answer at once."""
+    try:
+        request = _understood(command, asked)
+    except (ValueError, TypeError) as error:
+        return _not_understood(error)
+    if request.deadline is not None and now > request.deadline:
+        late = Refused("deadline_passed", "its deadline has passed: who ordered it no longer waits for it")
+        return _refused(late)
+    return request
+
+
+def _purged(report: Report | Refused) -> tuple[int, Report]:
+    if isinstance(report, Refused):
+        return _refused(report)
+    if report["left"]:
+        return 4, {**report, "error": "something of the rental is left on the worker", "code": "left_behind"}
+    return 0, report
+
+
+def _refused(refusal: Refused) -> tuple[int, Report]:
+    return 3, {"changed": False, "error": str(refusal), "code": refusal.code}
+
+
+def _not_understood(reason: object) -> tuple[int, Report]:
+    return 2, {"changed": False, "error": f"request not understood: {reason}", "code": "invalid_request"}
+
+
+def _understood(command: str, data: object) -> Request:
     if not isinstance(data, dict):
         raise ValueError("the request must be a JSON object")
     unknown = set(data) - set(Request.__dataclass_fields__)
@@ -257,38 +388,17 @@ def parse(command: str, text: str) -> Request:
     request = Request(**{**data, "public_keys": tuple(data.get("public_keys", ()))})
     _check(re.fullmatch(r"[a-z0-9-]{1,64}", request.rental_id), "rental_id is not an id")
     _check(type(request.epoch) is int and request.epoch >= 1, "epoch must be a whole number from 1")
-    if command in ("create", "purge"):
+    if command in ("run", "create", "purge"):
         _check(re.fullmatch(r"r-[a-z0-9]{1,30}", request.username), "username must be r- and an id")
         _check(type(request.uid) is int and FIRST_UID <= request.uid < 2**31, f"uid must be from {FIRST_UID}")
-    if command == "create":
+    if command in ("run", "create"):
         _check(request.public_keys, "public_keys is empty")
         _check(all(map(_PUBLIC_KEY.fullmatch, request.public_keys)), "public_keys must be plain public keys")
     return request
 
 
-def answer(command: str, text: str, rentals: Rentals, now: float) -> tuple[int, Report]:
-    """Exit status and report of one call. `now`: Unix time."""
-    if command == "inventory":
-        return 0, {"changed": False, "rentals": rentals.inventory()}
-    try:
-        request = parse(command, text)
-    except (ValueError, TypeError) as error:
-        return 2, {"changed": False, "error": f"request not understood: {error}", "code": "invalid_request"}
-    commands: dict[str, Callable[[Request], Report]] = {
-        "create": rentals.create,
-        "lock": rentals.lock,
-        "unlock": rentals.unlock,
-        "purge": rentals.purge,
-    }
-    try:
-        if request.deadline is not None and now > request.deadline:
-            raise Refused("deadline_passed", "its deadline has passed: who ordered it no longer waits for it")
-        report = commands[command](request)
-    except Refused as refusal:
-        return 3, {"changed": False, "error": str(refusal), "code": refusal.code}
-    if report.get("left"):
-        return 4, {**report, "error": "something of the rental is left on the worker", "code": "left_behind"}
-    return 0, report
+def _ending(request: Request) -> Record:
+    return Record(request.rental_id, request.username, request.uid, request.epoch, ending=True)
 
 
 def _check(truth: object, message: str) -> None:
@@ -297,15 +407,21 @@ def _check(truth: object, message: str) -> None:
 
 
 def main() -> int:
-    names = ("create", "lock", "unlock", "purge", "inventory")
-    if len(sys.argv) != 2 or sys.argv[1] not in names:
-        print(f"usage: orion-rental {'|'.join(names)} < request.json", file=sys.stderr)  # noqa: T201
+    if len(sys.argv) != 2 or sys.argv[1] not in (*COMMANDS, "inventory", "serve"):
+        print(f"usage: orion-rental {'|'.join((*COMMANDS, 'inventory', 'serve'))} < request.json", file=sys.stderr)  # noqa: T201
         return 2
     command = sys.argv[1]
+    if command == "serve":
+        standing.serve(_answer_now, COMMANDS, sys.stdin.fileno(), sys.stdout.fileno())
+        return 0
     text = "" if command == "inventory" else sys.stdin.read()
-    status, report = answer(command, text, Rentals(), time.time())
+    status, report = _answer_now(command, text)
     print(json.dumps(report))  # noqa: T201 - the report is the program's output
     return status
+
+
+def _answer_now(command: str, text: str) -> tuple[int, Report]:
+    return answer(command, text, Rentals(), time.time())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import itertools
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,8 @@ class Found:
     name: str
     status: os.stat_result
     path: str
+    uid: int
+    """Whose it is, of those that were looked for."""
     theirs: bool
 
 
@@ -62,14 +64,15 @@ def writable_mounts(mountinfo: str) -> list[str]:
     return [point for point in points if Path(point).is_dir()]
 
 
-def owned(root: str, uid: int, unsearched: list[str]) -> Iterator[Found]:
-    """All that has this uid or gid on the file system of `root`; what is below a directory of theirs is not listed.
+def owned(root: str, uids: Collection[int], unsearched: list[str]) -> Iterator[Found]:
+    """All that has one of these uids, or such a gid, on the file system of `root`; what is below a directory of theirs
+    is not listed.
 
     `unsearched` receives the directories of others that are too deep.
     """
     top = os.open(root, OPEN_FOLDER)
     try:
-        yield from _search(top, root.rstrip("/"), uid, os.fstat(top).st_dev, unsearched, 0)
+        yield from _search(top, root.rstrip("/"), uids, os.fstat(top).st_dev, unsearched, 0)
     finally:
         os.close(top)
 
@@ -140,7 +143,9 @@ def remove_ipc(uid: int) -> int:
     return len(found)
 
 
-def _search(folder: int, path: str, uid: int, device: int, unsearched: list[str], depth: int) -> Iterator[Found]:
+def _search(
+    folder: int, path: str, uids: Collection[int], device: int, unsearched: list[str], depth: int
+) -> Iterator[Found]:
     inner = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -148,9 +153,10 @@ def _search(folder: int, path: str, uid: int, device: int, unsearched: list[str]
                 status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            theirs = status.st_uid == uid
-            if theirs or status.st_gid == uid:
-                yield Found(folder, entry.name, status, f"{path}/{entry.name}", theirs)
+            theirs = status.st_uid in uids
+            if theirs or status.st_gid in uids:
+                uid = status.st_uid if theirs else status.st_gid
+                yield Found(folder, entry.name, status, f"{path}/{entry.name}", uid, theirs)
             if stat.S_ISDIR(status.st_mode) and not theirs and status.st_dev == device:
                 inner.append(entry.name)
     if inner and depth == DEEPEST:
@@ -162,7 +168,7 @@ def _search(folder: int, path: str, uid: int, device: int, unsearched: list[str]
         except OSError:
             continue  # a neighbour has replaced it meanwhile: what was there is not there any more
         try:
-            yield from _search(child, f"{path}/{name}", uid, device, unsearched, depth + 1)
+            yield from _search(child, f"{path}/{name}", uids, device, unsearched, depth + 1)
         finally:
             os.close(child)
 

@@ -1,6 +1,7 @@
-"""The engine's process with work that needs no worker: `engine_stub.py SOCKET CHILDREN`.
+"""The engine's process with work that needs no worker: `engine_stub.py SOCKET RUNNERS PATIENCE_S`.
 
-What a job does is in its rental_id; a job that waits opens a FIFO in the socket's directory.
+What a job does is in its rental_id; a job that waits opens a FIFO in the socket's directory. Those of one run follow
+one another.
 """
 
 from __future__ import annotations
@@ -10,19 +11,35 @@ import signal
 import sys
 from pathlib import Path
 
-from orion.manager.engine.protocol import MAX_LINE_BYTES, JobLine, OutcomeLine
+from orion.manager.engine.protocol import MAX_LINE_BYTES, BatchLine, Order, ResultLine
+from orion.manager.engine.runners import Say
 from orion.manager.engine.server import Server, listen
 
 SOCKET = Path(sys.argv[1])
 
 
-def run_playbook(job: JobLine, refused_after: float) -> OutcomeLine:
-    what = job.vars.rental_id
-    report = {"epoch": job.vars.epoch, "refused_after": refused_after}
+def play(batch: BatchLine, say: Say) -> None:
+    orders = [order for of_host in batch.hosts for order in of_host.orders]
+    for order in orders:
+        say(done(order, len(orders)))
+
+
+def done(order: Order, together: int) -> ResultLine:
+    what = order.vars.rental_id
+    report = {"epoch": order.vars.epoch, "refused_after": order.refused_after, "together": together}
     if what.startswith("wait"):
+        with (SOCKET.parent / f"{what}-begun").open("a") as begun:
+            begun.write(f"{os.getpid()}\n")
         report["gate"] = (SOCKET.parent / what).read_text()
+    elif what.startswith("unreachable"):
+        return ResultLine(number=order.number, ok=False, message=f"not there, with {together}", unreachable=True)
     elif what == "family":
         _found_a_family()
+        signal.pause()
+    elif what == "orphans":
+        if _found_a_family():
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.pause()
     elif what == "raise":
         raise RuntimeError("a fault in the engine")
     elif what == "killed":
@@ -31,21 +48,26 @@ def run_playbook(job: JobLine, refused_after: float) -> OutcomeLine:
         report["filling"] = "x" * (MAX_LINE_BYTES + 1)
     elif what == "large":
         report["filling"] = "x" * (MAX_LINE_BYTES // 2)
-    return OutcomeLine(id=job.id, ok=True, report=report)
+    return ResultLine(number=order.number, report=report)
 
 
-def _found_a_family() -> None:
-    """A child and a grandchild, each in a session of its own, as Ansible's workers are; none ever ends by itself."""
+def _found_a_family() -> bool:
+    """A child and a grandchild, each in a session of its own, as Ansible's workers are; none ever ends by itself.
+
+    True in their parent.
+    """
+    first = True
     for _ in range(2):
         if os.fork() == 0:
             os.setsid()
+            first = False
         else:
             break
     with (SOCKET.parent / "family").open("w") as family:
         family.write(f"{os.getpid()}\n")
-    signal.pause()
+    return first
 
 
 if __name__ == "__main__":
-    Server(listen(SOCKET), run_playbook, int(sys.argv[2])).serve()
+    Server(listen(SOCKET), play, int(sys.argv[2]), patience_s=float(sys.argv[3])).serve()
     SOCKET.unlink()

@@ -1,34 +1,41 @@
-"""Plays DIRECTORY/create_user.yml here, without SSH, once for each set of variables on stdin; outcomes on stdout."""
+"""Plays playbooks of DIRECTORY here, without SSH: on stdin a list of (file, user names of the rentals, workers), on stdout
+the results of each play, by the order's number."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
-from orion.manager.engine import children, playbook
-from orion.manager.engine.port import Host
+from orion.manager.engine import playbook
+from orion.manager.engine.port import Action
+from orion.manager.engine.protocol import BatchLine, HostLine, HostOrders, Order, ResultLine, Variables
 
-HERE = Host("w-abcdefgh", "127.0.0.1", ())
 OF_HERE = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
 
 
 def main(directory: Path) -> None:
     playbook.load(directory, directory)
-    running = [start(directory / "create_user.yml", variables) for variables in json.load(sys.stdin)]
-    sys.stdout.write(json.dumps([result(child) for child in running]))
+    sys.stdout.write(json.dumps([play(directory / file, *rest) for file, *rest in json.load(sys.stdin)]))
 
 
-def start(path: Path, variables: dict[str, str]) -> children.Child:
-    """In a child of its own, as the engine does."""
-    return children.start(lambda: playbook.play(path, HERE, OF_HERE, variables).model_dump_json().encode())
-
-
-def result(child: children.Child) -> object:
-    os.set_blocking(child.pipe, True)
-    with os.fdopen(child.pipe) as pipe:
-        return json.load(pipe)
+def play(path: Path, usernames: list[str], workers: list[str]) -> list[dict[str, object]]:
+    """Each worker has a rental for each user name. Nothing is checked here: the point is what Ansible makes of it."""
+    results: list[ResultLine] = []
+    numbers = iter(range(len(usernames) * len(workers)))
+    hosts = tuple(
+        HostOrders.model_construct(
+            host=HostLine.model_construct(worker_id=worker, address="127.0.0.1", port=22, host_keys=()),
+            orders=tuple(
+                Order(number=next(numbers), vars=Variables.model_construct(username=name), refused_after=0)
+                for name in usernames
+            ),
+        )
+        for worker in workers
+    )
+    batch = BatchLine.model_construct(action=Action.CREATE, hosts=hosts)
+    playbook.play(path, batch, lambda _: OF_HERE, results.append)
+    return [result.model_dump(mode="json") for result in sorted(results, key=lambda result: result.number)]
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from orion.manager.engine.reach import SshReach
 class Process:
     """The engine's process, as the entrypoint starts it."""
 
-    def __init__(self, directory: Path, private_key: Path) -> None:
+    def __init__(self, directory: Path, private_key: Path, strategy: str) -> None:
+        self.strategy = strategy
         self.socket = directory / "engine.sock"
         self.directory = directory
         self.log = directory / "engine.log"
@@ -37,7 +38,7 @@ class Process:
 
     def start(self, stdout: int | None = None) -> None:
         command = [sys.executable, "-m", "orion.manager.engine.server", "--socket", self.socket]
-        command += ["--directory", self.directory, "--playbooks", ROOT / "playbooks"]
+        command += ["--directory", self.directory, "--playbooks", ROOT / "playbooks", "--strategy", self.strategy]
         environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=stdout, stderr=log)
@@ -52,11 +53,10 @@ class Process:
 
 
 class RealBench(Bench):
-    def __init__(self, on: Worker, process: Process) -> None:
+    def __init__(self, on: Worker, engine: AnsibleEngine) -> None:
         self.on = on
-        self.process = process
         self.host = Host("w-realreal", on.address, on.host_keys)
-        self.engine = AnsibleEngine(process.socket)
+        self.engine = engine
         self.reach = SshReach(on.key.file.read_text())
 
     async def accounts(self) -> dict[str, Account]:
@@ -95,32 +95,42 @@ def mine(network: Network, calm_manager: SmallManager, join: Path) -> Iterator[W
 
 
 @pytest.fixture(scope="module")
-def process(folder: Path, calm_manager: SmallManager) -> Iterator[Process]:
-    directory = folder / "engine"
+def second(network: Network, calm_manager: SmallManager, join: Path) -> Iterator[Worker]:
+    with worker(network, calm_manager, join, slots=4) as made:
+        made.wait_registered()
+        yield made
+
+
+@pytest.fixture(scope="module", params=["linear", "mitogen"])
+def process(folder: Path, calm_manager: SmallManager, request: pytest.FixtureRequest) -> Iterator[Process]:
+    directory = folder / request.param
     directory.mkdir(mode=0o700)
-    process = Process(directory, calm_manager.key.file)
+    process = Process(directory, calm_manager.key.file, request.param)
     yield process
     process.end()
+    wait_until(lambda: not processes_that_name(directory), "nothing that the engine started is left")
 
 
 @pytest.fixture
 async def bench(mine: Worker, process: Process) -> AsyncIterator[RealBench]:
-    bench = RealBench(mine, process)
-    yield bench
-    await bench.engine.close()
+    engine = AnsibleEngine(process.socket)
+    yield RealBench(mine, engine)
+    await engine.close()
 
 
 class TestAnsibleEngine(EngineContract):
-    async def test_an_engine_that_is_killed_says_so_and_the_next_job_finds_the_new_one(self, bench: RealBench) -> None:
+    async def test_an_engine_that_is_killed_says_so_and_the_next_job_finds_the_new_one(
+        self, bench: RealBench, process: Process
+    ) -> None:
         assert_done(await bench.engine.run(new_job(bench.host)))
         await bench.pause()
         running = asyncio.create_task(bench.engine.run(new_job(bench.host)))
-        await asyncio.to_thread(wait_until, lambda: children(bench.process.process.pid), "the job runs")
-        bench.process.kill()
+        await asyncio.to_thread(wait_until, lambda: children(process.process.pid), "the job runs")
+        process.kill()
         outcome = await running
         assert (outcome.ok, outcome.message) == (False, "the engine was restarted")
         await bench.go_on()
-        bench.process.start()
+        process.start()
         job = new_job(bench.host)
         assert_done(await bench.engine.run(job))
         assert (await bench.accounts())[job.rental_id] == account(job)
@@ -139,7 +149,30 @@ class TestAnsibleEngine(EngineContract):
         assert_done(await bench.engine.run(new_job(bench.host)))
 
 
+    async def test_a_worker_that_hangs_costs_the_others_nothing(self, bench: RealBench, second: Worker) -> None:
+        other = Host("w-other", second.address, second.host_keys)
+        for host in (bench.host, other):
+            assert_done(await bench.engine.run(new_job(host)))
+        await bench.pause()
+        try:
+            hanging = [asyncio.create_task(bench.engine.run(new_job(bench.host, deadline_s=4))) for _ in range(3)]
+            async with asyncio.timeout(3):
+                for _ in range(3):
+                    outcomes = await asyncio.gather(*(bench.engine.run(new_job(other)) for _ in range(4)))
+                    assert [outcome.message for outcome in outcomes] == [""] * 4
+            ends = {outcome.message for outcome in await asyncio.gather(*hanging)}
+            assert ends <= {"timed out after 4 s", "timed out after 4 s, waiting for its turn"}
+        finally:
+            await bench.go_on()
+        assert_done(await bench.engine.run(new_job(bench.host)))
+
+
 class TestSshReach(ReachContract):
+    @pytest.fixture
+    def bench(self, mine: Worker, folder: Path) -> RealBench:
+        """The reach needs no engine's process."""
+        return RealBench(mine, AnsibleEngine(folder / "nowhere"))
+
     async def test_a_worker_that_does_not_know_our_key_is_not_reached(self, bench: RealBench, folder: Path) -> None:
         stranger = SshReach(make_key(folder).file.read_text())
         assert await stranger.reach(bench.host, 10) is Reached.NO
@@ -153,6 +186,12 @@ class TestSshReach(ReachContract):
     async def test_a_host_key_that_cannot_be_read_reaches_nobody(self, bench: RealBench) -> None:
         broken = replace(bench.host, host_keys=(OTHER_KEY[:-6],))
         assert await bench.reach.reach(broken, 10) is Reached.NO
+
+
+def processes_that_name(directory: Path) -> list[str]:
+    """Command lines in which it is found, of processes that live."""
+    lines = (place.read_bytes() for place in Path("/proc").glob("[0-9]*/cmdline") if place.parent.exists())
+    return [line.decode() for line in lines if str(directory).encode() in line]
 
 
 def children(pid: int) -> list[str]:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from engine_contract import KEY, OTHER_KEY
 
-from orion.manager.engine.playbook import MAX_MESSAGE, host_variables
+from orion.manager.engine.playbook import host_variables
 from orion.manager.engine.port import Host
+from orion.manager.engine.ssh import MAX_MESSAGE, ssh_command
 
 TEMPLATE = "{{ 6 * 7 }}"
 PLAYBOOK = """
@@ -23,37 +24,59 @@ PLAYBOOK = """
   tasks:
     - name: A value from a user
       say:
-        value: "{{ username }}"
+        rentals: "{{ rentals }}"
       register: said
     - name: A value from a worker
       say:
-        value: "{{ said.value }}"
-        by_worker: "{{ said.by_worker }}"
+        rentals: "{{ said.rentals }}"
 """
 MODULE = """
 from ansible.module_utils.basic import AnsibleModule
 
-module = AnsibleModule({"value": {"type": "str"}, "by_worker": {"type": "str", "default": "{{ 6 * 7 }}"}})
-if module.params["value"] == "fail":
-    module.fail_json(msg="first\\x1b[2Jsecond\\nthird " + "x" * 1000, code="because")
-module.exit_json(changed=module.params["value"] == "change", **module.params)
+module = AnsibleModule({"rentals": {"type": "list", "elements": "dict"}})
+reports = []
+for rental in module.params["rentals"]:
+    value = rental.get("username", rental.get("value"))
+    if value == "crash":
+        raise RuntimeError("a fault in the module")
+    report = {"changed": value == "change", "value": value, "by_worker": rental.get("by_worker", "{{ 6 * 7 }}")}
+    if value == "fail":
+        report = {"changed": False, "error": "first\\x1b[2Jsecond\\nthird " + "x" * 1000, "code": "because"}
+    reports.append(report)
+failed = [report["error"] for report in reports if "error" in report]
+module.exit_json(rentals=reports, failed=bool(failed), msg=(failed or ["well"])[0])
 """
+FILES = {
+    "create_user.yml": PLAYBOOK,
+    "undefined.yml": PLAYBOOK.replace("rentals: \"{{ rentals }}\"", "rentals: \"{{ nobody_said }}\""),
+    "nowhere.yml": PLAYBOOK.replace("workers", "nobody"),
+    "broken.yml": "- this: is no play\n",
+    "half.yml": PLAYBOOK + "    - name: It ends here\n      fail: {msg: enough}\n",
+}
+PLAYS = {
+    "good": ("create_user.yml", [TEMPLATE, "change"], ["w-one", "w-two"]),
+    "some fail": ("create_user.yml", ["fail", "change"], ["w-one"]),
+    "crash": ("create_user.yml", ["crash", "change"], ["w-one", "w-two"]),
+    "undefined": ("undefined.yml", ["change"], ["w-one"]),
+    "nowhere": ("nowhere.yml", ["change"], ["w-one"]),
+    "broken": ("broken.yml", ["change"], ["w-one"]),
+    "half": ("half.yml", ["change"], ["w-one"]),
+}
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of a play for each of these user names, in one process, because loading Ansible takes a while."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Of each play, in one process, because loading Ansible takes a while."""
     directory = tmp_path_factory.mktemp("playbooks")
     (directory / "library").mkdir()
     (directory / "library" / "say.py").write_text(MODULE)
     (directory / "ansible.cfg").write_text("[defaults]\n")
-    (directory / "create_user.yml").write_text(PLAYBOOK)
-    names = [TEMPLATE, "fail", "change"]
-    variables: list[dict[str, str]] = [*({"username": name} for name in names), {}, {"username": "x", "target": "no"}]
+    for name, text in FILES.items():
+        (directory / name).write_text(text)
     stub = Path(__file__).with_name("playbook_stub.py")
     done = subprocess.run(
         [sys.executable, stub, directory],
-        input=json.dumps(variables),
+        input=json.dumps(list(PLAYS.values())),
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
@@ -61,36 +84,50 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return dict(zip([*names, "undefined", "no host"], json.loads(done.stdout), strict=True))
+    last_line = done.stdout.splitlines()[-1]  # Ansible prints before it
+    return dict(zip(PLAYS, json.loads(last_line), strict=True))
 
 
-def test_a_template_in_a_value_of_a_user_is_not_evaluated(outcomes: dict[str, Any]) -> None:
-    assert outcomes[TEMPLATE]["report"]["value"] == TEMPLATE
+Results = dict[str, list[dict[str, Any]]]
 
 
-def test_a_template_in_a_value_of_a_worker_is_not_evaluated(outcomes: dict[str, Any]) -> None:
-    assert outcomes[TEMPLATE]["report"]["by_worker"] == TEMPLATE
+def test_a_template_in_a_value_of_a_user_or_a_worker_is_not_evaluated(results: Results) -> None:
+    for result in (results["good"][0], results["good"][2]):
+        assert (result["report"]["value"], result["report"]["by_worker"]) == (TEMPLATE, TEMPLATE)
 
 
-def test_a_report_is_what_the_module_said_and_nothing_of_ansible(outcomes: dict[str, Any]) -> None:
-    assert outcomes["change"]["report"] == {"changed": True, "value": "change", "by_worker": TEMPLATE}
+def test_each_order_has_the_report_of_its_own_rental_and_nothing_of_ansible(results: Results) -> None:
+    assert [result["ok"] for result in results["good"]] == [True] * 4
+    for result in (results["good"][1], results["good"][3]):
+        assert result["report"] == {"changed": True, "value": "change", "by_worker": TEMPLATE}
 
 
-def test_a_failure_is_one_short_line_that_cannot_move_a_cursor(outcomes: dict[str, Any]) -> None:
-    outcome = outcomes["fail"]
-    assert not outcome["ok"]
-    assert outcome["report"] == {"changed": False, "code": "because"}
-    assert outcome["message"].startswith("first [2Jsecond third xxx")
-    assert len(outcome["message"]) == MAX_MESSAGE
+def test_the_failure_of_one_rental_is_one_short_line_and_no_other_rental_s(results: Results) -> None:
+    failed, done = results["some fail"]
+    assert not failed["ok"]
+    assert failed["report"] == {"changed": False, "code": "because"}
+    assert failed["message"].startswith("first [2Jsecond third xxx"), "nothing in it can move a cursor"
+    assert len(failed["message"]) == MAX_MESSAGE
+    assert done["ok"]
 
 
-def test_a_playbook_that_cannot_run_is_a_failure(outcomes: dict[str, Any]) -> None:
-    assert not outcomes["undefined"]["ok"]
-    assert "username" in outcomes["undefined"]["message"]
+def test_a_task_that_breaks_is_the_failure_of_all_its_rentals(results: Results) -> None:
+    assert [result["ok"] for result in results["crash"]] == [False] * 4
+    assert "a fault in the module" in results["crash"][1]["message"]
 
 
-def test_a_play_that_meets_no_worker_is_a_failure(outcomes: dict[str, Any]) -> None:
-    assert (outcomes["no host"]["ok"], outcomes["no host"]["message"]) == (
+def test_a_later_task_that_fails_is_a_failure(results: Results) -> None:
+    assert (results["half"][0]["ok"], results["half"][0]["message"]) == (False, "enough")
+
+
+@pytest.mark.parametrize(("play", "message"), [("undefined", "nobody_said"), ("broken", "Ansible: ")])
+def test_a_playbook_that_cannot_run_is_a_failure(results: Results, play: str, message: str) -> None:
+    assert not results[play][0]["ok"]
+    assert message in results[play][0]["message"]
+
+
+def test_a_play_that_meets_no_worker_is_a_failure(results: Results) -> None:
+    assert (results["nowhere"][0]["ok"], results["nowhere"][0]["message"]) == (
         False,
         "the playbook did nothing on the worker",
     )
@@ -103,13 +140,15 @@ def test_a_worker_with_another_host_key_or_address_has_another_kept_connection()
         Host("w-abcdefgh", "192.0.2.7", (OTHER_KEY,)),
         Host("w-bcdefghi", "192.0.2.7", (KEY,)),
     ]
-    paths = {host_variables(host, Path("/run/orion/engine"))["ansible_control_path"] for host in hosts}
+    paths = {next(a for a in ssh_command(h, Path("/run/orion/engine")) if "ControlPath" in a) for h in hosts}
     assert len(paths) == len(hosts)
     assert all(len(path) < 108 - 17 for path in paths)  # a socket's path, and what ssh appends while it makes one
 
 
 def test_host_key_checking_is_never_off() -> None:
-    variables = host_variables(Host("w-abcdefgh", "192.0.2.7", (KEY,)), Path("/run/orion/engine"))
+    host = Host("w-abcdefgh", "192.0.2.7", (KEY,))
+    variables = host_variables(host, Path("/run/orion/engine"))
     assert variables["ansible_host_key_checking"] is True
-    assert "StrictHostKeyChecking=yes" in variables["ansible_ssh_common_args"]
-    assert KEY.split()[1] in variables["ansible_ssh_common_args"]
+    for arguments in (variables["ansible_ssh_common_args"], " ".join(ssh_command(host, Path("/run/orion/engine")))):
+        assert "StrictHostKeyChecking=yes" in arguments
+        assert KEY.split()[1] in arguments

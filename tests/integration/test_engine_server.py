@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from engine_contract import KEY
 
-CHILDREN = 2
+RUNNERS = 2
+PATIENCE_S = 0.4
 
 
 class Engine:
@@ -25,7 +26,7 @@ class Engine:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.path = directory / "engine.sock"
-        command = [sys.executable, str(Path(__file__).with_name("engine_stub.py")), str(self.path), str(CHILDREN)]
+        command = [sys.executable, str(Path(__file__).with_name("engine_stub.py")), str(self.path), str(RUNNERS), str(PATIENCE_S)]
         self.process = subprocess.Popen(command, env={"PYTHONPATH": os.pathsep.join(sys.path)})
         wait_until(self.path.exists)
         self.connection = self.connect()
@@ -33,6 +34,7 @@ class Engine:
     def connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(20)
+        self.heard = b""
         wait_until(lambda: connection.connect_ex(str(self.path)) == 0)
         return connection
 
@@ -42,12 +44,27 @@ class Engine:
     def submit(self, what: str, identifier: str = "1", **changes: Any) -> None:
         self.send(json.dumps(request(what, identifier) | changes).encode())
 
+    def submit_together(self, *jobs: tuple[str, str]) -> None:
+        """Each is what to do and on which worker; they arrive at once."""
+        lines = [request(what, what) | {"host": host(worker_id)} for what, worker_id in jobs]
+        self.send(b"\n".join(json.dumps(line).encode() for line in lines))
+
+    def occupy(self) -> list[Path]:
+        """All runners are at work until these gates are written to."""
+        gates = []
+        for name in [f"wait{number}" for number in range(RUNNERS)]:
+            gates.append(self.gate(name))
+            # On workers that no test had fail: those may not have all runners.
+            self.submit(name, name, host=host(f"w-{name}"))
+            wait_until((self.directory / f"{name}-begun").exists)
+        return gates
+
     def answer(self) -> dict[str, Any]:
-        line = b""
-        while not line.endswith(b"\n"):
-            part = self.connection.recv(1 if len(line) < 1 else 1 << 16)
+        while b"\n" not in self.heard:
+            part = self.connection.recv(1 << 16)
             assert part, "the engine closed the connection"
-            line += part
+            self.heard += part
+        line, _, self.heard = self.heard.partition(b"\n")
         return json.loads(line)
 
     def gate(self, name: str) -> Path:
@@ -81,17 +98,36 @@ def request(what: str, identifier: str = "1") -> dict[str, Any]:
     return {
         "id": identifier,
         "action": "create_user",
-        "host": {"worker_id": "w-abcdefgh", "address": "192.0.2.7", "port": 22, "host_keys": [KEY]},
+        "host": host("w-abcdefgh"),
         "vars": {"rental_id": what, "username": "r-abcdefghij", "uid": 100_000, "epoch": 7, "public_keys": []},
         "deadline_s": 30,
     }
 
 
-def wait_until(reached: Any) -> None:
+def host(worker_id: str) -> dict[str, Any]:
+    return {"worker_id": worker_id, "address": "192.0.2.7", "port": 22, "host_keys": [KEY]}
+
+
+def open_gate(gate: Path, text: str) -> None:
+    """Once a job waits there."""
+
+    def opened() -> int | None:
+        try:
+            return os.open(gate, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            return None
+
+    writing = wait_until(opened)
+    os.write(writing, text.encode())
+    os.close(writing)
+
+
+def wait_until(reached: Any) -> Any:
     deadline = time.monotonic() + 20
-    while not reached():
+    while not (found := reached()):
         assert time.monotonic() < deadline, "it did not come to pass within 20 s"
         os.sched_yield()
+    return found
 
 
 def gone(pid: int) -> bool:
@@ -147,15 +183,79 @@ def test_the_socket_is_for_its_owner_and_its_group(engine: Engine) -> None:
     assert engine.path.stat().st_mode & 0o777 == 0o660
 
 
-def test_only_so_many_jobs_run_at_once_and_the_rest_follow_in_order(engine: Engine) -> None:
-    gates = {name: engine.gate(name) for name in ("wait1", "wait2", "wait3", "wait4")}
-    for name in gates:
-        engine.submit(name, name)
+def test_only_so_many_runs_go_on_at_once_and_what_waits_goes_together_into_the_next(engine: Engine) -> None:
+    gates = engine.occupy()
+    engine.submit_together(("quick1", "w-a"), ("quick2", "w-b"), ("quick3", "w-a"))
     engine.catch_up()
-    assert len(engine.children()) == CHILDREN
-    for name in ("wait2", "wait1", "wait3", "wait4"):  # 3 can be let through only if 2 made room for it
-        gates[name].write_text(name)
-        assert engine.answer()["report"]["gate"] == name
+    assert len(engine.children()) == RUNNERS
+    open_gate(gates[1], "open")
+    assert engine.answer()["report"]["gate"] == "open"
+    answers = [engine.answer() for _ in range(3)]
+    assert {answer["id"] for answer in answers} == {"quick1", "quick2", "quick3"}
+    assert {answer["report"]["together"] for answer in answers} == {3}
+    open_gate(gates[0], "open")
+    engine.answer()
+
+
+def test_a_run_is_of_one_action(engine: Engine) -> None:
+    gates = engine.occupy()
+    for number, action in enumerate(("create_user", "delete_user", "create_user")):
+        engine.submit("quick", f"job-{number}", action=action)
+    engine.catch_up()
+    for gate in gates:
+        open_gate(gate, "open")
+    together = {answer["id"]: answer["report"]["together"] for answer in (engine.answer() for _ in range(5))}
+    assert (together["job-0"], together["job-1"], together["job-2"]) == (2, 1, 2)
+
+
+@pytest.mark.parametrize("what", ["raise", "killed", "huge"])
+def test_a_run_that_breaks_is_explained_to_the_job_that_broke_it_and_the_others_are_done(
+    engine: Engine, what: str
+) -> None:
+    gates = engine.occupy()
+    engine.submit_together(("quick1", "w-a"), (what, "w-b"), ("quick2", "w-c"))
+    engine.catch_up()
+    for gate in gates:
+        open_gate(gate, "open")
+    answers = {answer["id"]: answer for answer in (engine.answer() for _ in range(5))}
+    assert not answers[what]["ok"]
+    assert answers["quick1"]["report"]["together"] == 3, "it was done before the break"
+    assert answers["quick2"]["report"]["together"] == 1, "it was tried again, alone"
+
+
+def test_a_worker_that_holds_up_a_run_is_tried_again_alone_and_the_others_do_not_wait(engine: Engine) -> None:
+    gates, slow = engine.occupy(), engine.gate("wait9")
+    engine.submit_together(("quick1", "w-a"), ("quick2", "w-b"), ("wait9", "w-slow"))
+    engine.catch_up()
+    for gate in gates:
+        open_gate(gate, "open")
+    answers = {answer["id"]: answer for answer in (engine.answer() for _ in range(4))}
+    assert answers["quick1"]["report"]["together"] == answers["quick2"]["report"]["together"] == 3
+    wait_until(lambda: len((engine.directory / "wait9-begun").read_text().split()) == 2)
+    open_gate(slow, "at last")
+    late = engine.answer()
+    assert (late["id"], late["report"]["gate"], late["report"]["together"]) == ("wait9", "at last", 1)
+
+
+def test_what_could_not_be_reached_is_tried_once_more_alone(engine: Engine) -> None:
+    engine.submit_together(("unreachable", "w-gone"), ("quick", "w-gone"))
+    answers = {answer["id"]: answer for answer in (engine.answer() for _ in range(2))}
+    assert answers["unreachable"]["message"] == "not there, with 1"
+
+
+def test_workers_that_failed_lately_never_have_all_runners(engine: Engine) -> None:
+    engine.submit("unreachable", "x", host=host("w-bad1"))
+    engine.submit("unreachable", "y", host=host("w-bad2"))
+    for _ in range(2):
+        engine.answer()
+    gates = [engine.gate("wait1"), engine.gate("wait2")]
+    engine.submit("wait1", "bad1", host=host("w-bad1"))
+    engine.submit("wait2", "bad2", host=host("w-bad2"))
+    engine.submit("quick", "good")
+    assert engine.answer()["id"] == "good"
+    for number, gate in enumerate(gates, 1):
+        open_gate(gate, "open")
+        assert engine.answer()["id"] == f"bad{number}"
 
 
 def test_a_late_job_is_killed_with_all_that_it_started(engine: Engine) -> None:
@@ -169,21 +269,27 @@ def test_a_late_job_is_killed_with_all_that_it_started(engine: Engine) -> None:
 
 
 def test_a_job_that_never_gets_its_turn_is_answered_at_its_deadline(engine: Engine) -> None:
-    for name in ("wait1", "wait2"):
-        engine.gate(name)
-        engine.submit(name, name)
+    engine.occupy()
     engine.submit("quick", "late", deadline_s=0.05)
     answer = engine.answer()
     assert (answer["id"], answer["message"]) == ("late", "timed out after 0.05 s, waiting for its turn")
 
 
 @pytest.mark.parametrize("what", ["raise", "killed", "huge"])
-def test_a_child_that_fails_answers_as_failed_and_the_engine_goes_on(engine: Engine, what: str) -> None:
+def test_a_runner_that_fails_answers_as_failed_and_the_engine_goes_on(engine: Engine, what: str) -> None:
     engine.submit(what)
     answer = engine.answer()
     assert (answer["ok"], answer["message"]) == (False, "the engine's process for this job ended without a result")
     engine.submit("quick")
     assert engine.answer()["ok"]
+
+
+def test_nothing_outlives_the_runner_that_started_it(engine: Engine) -> None:
+    engine.gate("family")
+    engine.submit("orphans")
+    pids = family(engine)
+    assert not engine.answer()["ok"]
+    wait_until(lambda: all(gone(pid) for pid in pids))
 
 
 def test_a_report_larger_than_the_pipe_arrives_whole(engine: Engine) -> None:
@@ -258,7 +364,7 @@ def test_two_connections_do_not_hear_each_other(engine: Engine) -> None:
     other.sendall(json.dumps(request("quick", "1")).encode() + b"\n")
     assert json.loads(other.recv(1 << 16))["report"]["epoch"] == 7
     other.close()
-    gate.write_text("mine")
+    open_gate(gate, "mine")
     assert engine.answer()["report"]["gate"] == "mine"
 
 

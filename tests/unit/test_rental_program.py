@@ -260,9 +260,9 @@ def test_a_search_finds_what_has_the_number_and_does_not_go_through_links(tmp_pa
     (tmp_path / "folder/file").write_text("x")
     (tmp_path / "link").symlink_to("/etc")
     ours = os.getuid()
-    found = {found.path.removeprefix(str(tmp_path)) for found in traces.owned(str(tmp_path), ours, [])}
+    found = {found.path.removeprefix(str(tmp_path)) for found in traces.owned(str(tmp_path), [ours], [])}
     assert found == {"/folder", "/link"}
-    assert list(traces.owned(str(tmp_path), 4_000_000_001, [])) == []
+    assert list(traces.owned(str(tmp_path), [4_000_000_001], [])) == []
 
 
 def test_directories_of_others_that_are_too_deep_are_named(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_directories_of_others_that_are_too_deep_are_named(tmp_path: Path) -> No
         here /= "d"
         here.mkdir()
     unsearched: list[str] = []
-    list(traces.owned(str(tmp_path), 4_000_000_001, unsearched))
+    list(traces.owned(str(tmp_path), [4_000_000_001], unsearched))
     assert unsearched == [str(tmp_path) + "/d" * traces.DEEPEST]
 
 

@@ -1,27 +1,42 @@
-"""The engine's jobs: at most so many children at once, the rest in order of arrival, each bounded by its deadline."""
+"""The engine's jobs: the waiting ones go into batches, at most so many runs at once, each job bounded by its deadline.
+
+What one worker or one run does wrong costs the others nothing: results are taken as they come; a run that is held up
+is killed, and what it still owed is tried again, alone; a worker that failed lately stays out of batches, and such
+workers never have more than half of the runners.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import selectors
+import socket
 import time
-from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import count
 
 from pydantic import ValidationError
 
-from orion.manager.engine import children
-from orion.manager.engine.protocol import MAX_LINE_BYTES, JobLine, OutcomeLine
+from orion.manager.engine import runners
+from orion.manager.engine.batches import Waiting, choose
+from orion.manager.engine.held import Connections, Held, State
+from orion.manager.engine.protocol import MAX_LINE_BYTES, BatchLine, HostLine, HostOrders, JobLine, Order, OutcomeLine
+from orion.manager.engine.protocol import ResultLine as Result
+from orion.manager.engine.runners import Play
 
 READ_BYTES = 1 << 16
+PATIENCE_S = 5.0
+"""A run over several workers is killed when it takes longer than this, and a quarter more for each rental of one of
+them. A worker that hangs is mostly found before, by its connection."""
+SUSPECT_S = 60.0
+"""For so long a worker that failed stays out of batches, unless it succeeds meanwhile."""
+BATCHES_PER_RUNNER = 500
+NO_RESULT = "the engine's process for this job ended without a result"
+UNREACHABLE = "the worker cannot be reached by SSH: "
 
 log = logging.getLogger("orion.engine")
 
-RunPlaybook = Callable[[JobLine, float], OutcomeLine]
-"""Runs one job, in a child. The second argument: the wall clock's time after which the worker must refuse it."""
 Answer = Callable[[OutcomeLine], None]
 
 
@@ -29,126 +44,320 @@ Answer = Callable[[OutcomeLine], None]
 class Run:
     """One job, from its receipt to its answer."""
 
+    number: int
     job: JobLine
     owner: object
     answer: Answer
     received: float
-    child: children.Child | None = None
-    result: bytearray = field(default_factory=bytearray)
-    late: bool = False
+    refused_after: float
+    alone: bool = False
+    """It was in a run that failed: it is tried once more, in one of its own."""
+    held: Held | None = None
 
     @property
     def deadline(self) -> float:
         return self.received + self.job.deadline_s
 
 
+@dataclass(eq=False)
+class Runner:
+    """A process that plays batches, and the batch that it has."""
+
+    pid: int
+    socket: socket.socket
+    began: float = 0.0
+    runs: dict[int, Run] = field(default_factory=dict)
+    """What is not answered yet of its batch, by number."""
+    busy: bool = False
+    several: bool = False
+    """Its batch is over several workers."""
+    lone: bool = False
+    """Its batch is one job."""
+    killed: bool = False
+    suspect: bool = False
+    patience_s: float = 0.0
+    played: int = 0
+    outgoing: bytearray = field(default_factory=bytearray)
+    incoming: bytearray = field(default_factory=bytearray)
+
+
 class Pool:
     """`step` after each event; `patience` says for how long nothing will need a step unless an event comes."""
 
-    def __init__(self, selector: selectors.BaseSelector, run_playbook: RunPlaybook, most_children: int) -> None:
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        play: Play,
+        most_runners: int,
+        connections: Connections | None = None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        """`connections`: those that are held; None where a run makes its own."""
         self._selector = selector
-        self._run_playbook = run_playbook
-        self._most_children = most_children
-        self._waiting: deque[Run] = deque()
-        self._running: dict[int, Run] = {}
+        self._play = play
+        self._most_runners = most_runners
+        self._connections = connections
+        self._patience_s = patience_s
+        self._numbers = count(1)
+        self._waiting: list[Run] = []
+        self._runners: dict[int, Runner] = {}
+        self._suspects: dict[HostLine, float] = {}
+        """Until when."""
 
     def submit(self, job: JobLine, owner: object, answer: Answer) -> None:
         """The job is answered once, unless its owner is abandoned before."""
-        if any(run.owner is owner and run.job.id == job.id for run in (*self._waiting, *self._running.values())):
+        if any(run.owner is owner and run.job.id == job.id for run in self._all()):
             answer(OutcomeLine(id=job.id, ok=False, message="a job with this id is already in work"))
             return
-        self._waiting.append(Run(job, owner, answer, time.monotonic()))
+        now = time.monotonic()
+        self._waiting.append(Run(next(self._numbers), job, owner, answer, now, time.time() + job.deadline_s))
 
     def abandon(self, owner: object) -> None:
-        """Kill the owner's jobs; they are not answered."""
-        self._waiting = deque(run for run in self._waiting if run.owner is not owner)
-        for pid, run in self._running.items():
-            if run.owner is owner:
-                run.answer = lambda _: None
-                children.kill(pid)
+        """Let go of the owner's jobs; they are not answered. A run that is left with nothing is killed."""
+        self._waiting = [run for run in self._waiting if run.owner is not owner]
+        for runner in list(self._runners.values()):
+            theirs = [number for number, run in runner.runs.items() if run.owner is owner]
+            for number in theirs:
+                del runner.runs[number]
+            if theirs and not runner.runs:
+                self._kill(runner)
 
     def kill_all(self) -> None:
         self._waiting.clear()
-        for pid in self._running:
-            children.kill(pid)
+        for pid in self._runners:
+            runners.kill(pid)
 
     def patience(self) -> float | None:
-        deadlines = [run.deadline for run in (*self._waiting, *self._running.values()) if not run.late]
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        moments = [run.deadline for run in self._all()]
+        moments += [r.began + r.patience_s for r in self._runners.values() if r.several and not r.killed]
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
+
+    def prepare(self) -> None:
+        """Have one runner ready before it is needed."""
+        if not self._runners:
+            self._start_runner()
+
+    @property
+    def pids(self) -> Iterable[int]:
+        return self._runners.keys()
+
+    def reaped(self, pid: int) -> bool:
+        """Whether it was a runner; what it owed is tried again or answered."""
+        runner = self._runners.pop(pid, None)
+        if runner is None:
+            return False
+        self._receive(runner)
+        self._selector.unregister(runner.socket)
+        runner.socket.close()
+        for run in runner.runs.values():
+            self._try_again(run, NO_RESULT, as_part=runner.killed or not runner.lone)
+        return True
 
     def step(self) -> None:
-        self._reap()
-        self._end_late_ones(time.monotonic())
-        while self._waiting and len(self._running) < self._most_children:
-            self._start(self._waiting.popleft())
+        now = time.monotonic()
+        self._end_late_ones(now)
+        self._end_stragglers(now)
+        self._suspects = {host: until for host, until in self._suspects.items() if until > now}
+        while self._start_a_batch():
+            pass
 
-    def _start(self, run: Run) -> None:
-        refused_after = time.time() + run.deadline - time.monotonic()
-        work = self._run_playbook
+    def _all(self) -> Iterable[Run]:
+        yield from self._waiting
+        for runner in self._runners.values():
+            yield from runner.runs.values()
 
-        def in_child() -> bytes:
-            return work(run.job, refused_after).model_dump_json().encode()
+    # The start of a batch
 
+    def _start_a_batch(self) -> bool:
+        ready = [run for run in self._waiting if self._is_connected(run)]
+        waiting = [Waiting(r.number, r.job.action, r.job.host, r.alone, r.job.host in self._suspects) for r in ready]
+        suspects = sum(runner.suspect for runner in self._runners.values())
+        chosen = set(choose(waiting, suspects_too=suspects < max(1, self._most_runners // 2)))
+        runner = self._free_runner() if chosen else None
+        if runner is None:
+            return False
+        batch = [run for run in ready if run.number in chosen]
+        self._waiting = [run for run in self._waiting if run.number not in chosen]
+        self._assign(runner, batch)
+        return True
+
+    def _is_connected(self, run: Run) -> bool:
+        """Whether it can start now; where its worker cannot be reached it is answered."""
+        if self._connections is None:
+            return True
+        if run.held and run.held.state is State.CLOSED:
+            if not run.held.was_open:
+                self._suspect(run.job.host)
+                self._finish(run, Result(ok=False, message=f"{UNREACHABLE}{run.held.complaint}"))
+                return False
+            run.held = None  # it broke before it was used: a new one
+        if run.held is None:
+            try:
+                run.held = self._connections.to(run.job.host)
+            except OSError as error:
+                self._finish(run, Result(ok=False, message=f"the engine cannot start a process: {error}"))
+                return False
+        return run.held.state is State.OPEN
+
+    def _free_runner(self) -> Runner | None:
+        free = [runner for runner in self._runners.values() if not runner.busy]
+        if free:
+            return max(free, key=lambda runner: runner.played)  # its caches are the warmest
+        if len(self._runners) < self._most_runners:
+            return self._start_runner()
+        return None
+
+    def _start_runner(self) -> Runner | None:
         try:
-            child = children.start(in_child)
+            pid, connection = runners.start(self._play)
         except OSError as error:
-            run.answer(OutcomeLine(id=run.job.id, ok=False, message=f"the engine cannot start a process: {error}"))
-            return
-        run.child = child
-        self._running[child.pid] = run
-        self._selector.register(child.pipe, selectors.EVENT_READ, lambda _: self._read(run, child))
+            log.warning("the engine cannot start a process: %s", error)
+            return None
+        runner = self._runners[pid] = Runner(pid, connection)
+        self._selector.register(connection, selectors.EVENT_READ, lambda ready: self._serve(runner, ready))
+        return runner
 
-    def _read(self, run: Run, child: children.Child) -> None:
-        """A child that says too much is cut off; what is left of its answer is then no answer."""
-        with suppress(BlockingIOError):
-            while part := os.read(child.pipe, READ_BYTES):
-                run.result += part
-                if len(run.result) > MAX_LINE_BYTES:
-                    children.kill(child.pid)
-                    break
-            self._selector.unregister(child.pipe)
-
-    def _reap(self) -> None:
-        for pid in list(self._running):
-            if os.waitpid(pid, os.WNOHANG)[0]:
-                self._finish(self._running.pop(pid))
-
-    def _finish(self, run: Run) -> None:
-        assert run.child  # noqa: S101 - only what was started ends
-        if run.child.pipe in self._selector.get_map():
-            self._read(run, run.child)
-        with suppress(KeyError):
-            self._selector.unregister(run.child.pipe)
-        os.close(run.child.pipe)
-        outcome = _outcome(run)
-        log.info(
-            "%s of %s on %s: %s in %.2f s%s",
-            run.job.action,
-            run.job.vars.rental_id,
-            run.job.host.worker_id,
-            "done" if outcome.ok else "failed",
-            time.monotonic() - run.received,
-            f" ({outcome.message})" if outcome.message else "",
+    def _assign(self, runner: Runner, batch: list[Run]) -> None:
+        by_host: dict[HostLine, list[Run]] = {}
+        for run in batch:
+            by_host.setdefault(run.job.host, []).append(run)
+        most = max(len(runs) for runs in by_host.values())
+        runner.began, runner.busy = time.monotonic(), True
+        runner.several, runner.lone = len(by_host) > 1, len(batch) == 1
+        runner.patience_s = self._patience_s * (1 + most / 4)
+        runner.suspect = any(host in self._suspects for host in by_host)
+        runner.runs = {run.number: run for run in batch}
+        runner.played += 1
+        hosts = tuple(
+            HostOrders(
+                host=host,
+                orders=tuple(Order(number=r.number, vars=r.job.vars, refused_after=r.refused_after) for r in runs),
+                connection=runs[0].held.number if runs[0].held else 0,
+            )
+            for host, runs in by_host.items()
         )
-        run.answer(outcome)
+        runner.outgoing += BatchLine(action=batch[0].job.action, hosts=hosts).model_dump_json().encode() + b"\n"
+        self._send(runner)
+
+    # What a runner says
+
+    def _serve(self, runner: Runner, ready: int) -> None:
+        if ready & selectors.EVENT_WRITE:
+            self._send(runner)
+        if ready & selectors.EVENT_READ:
+            self._receive(runner)
+
+    def _send(self, runner: Runner) -> None:
+        try:
+            while runner.outgoing:
+                del runner.outgoing[: runner.socket.send(runner.outgoing)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            runner.outgoing.clear()  # it has died, and will be reaped
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if runner.outgoing else 0)
+        self._selector.modify(runner.socket, wanted, lambda ready: self._serve(runner, ready))
+
+    def _receive(self, runner: Runner) -> None:
+        """A runner that says too much, or what is no result, is killed."""
+        try:
+            while part := runner.socket.recv(READ_BYTES):
+                runner.incoming += part
+                if len(runner.incoming) > MAX_LINE_BYTES:
+                    runners.kill(runner.pid)
+                    return
+                *lines, rest = runner.incoming.split(b"\n")
+                runner.incoming = bytearray(rest)
+                for line in lines:
+                    self._take(runner, Result.model_validate_json(line))
+        except BlockingIOError:
+            return
+        except ValidationError:
+            runners.kill(runner.pid)
+        except OSError:
+            pass  # it has died, and will be reaped
+
+    def _take(self, runner: Runner, result: Result) -> None:
+        if result.finished:
+            for run in runner.runs.values():
+                self._finish(run, Result(ok=False, message=NO_RESULT))
+            runner.busy = runner.suspect = runner.several = False
+            runner.runs = {}
+            if runner.played >= BATCHES_PER_RUNNER:
+                self._kill(runner)
+            return
+        run = runner.runs.pop(result.number, None)
+        if run is None:
+            return
+        if result.unreachable:
+            self._suspect(run.job.host)
+            run.held = None
+            self._try_again(run, result.message, as_part=True)
+            return
+        self._suspects.pop(run.job.host, None)
+        self._finish(run, result)
+
+    # The ends
+
+    def _try_again(self, run: Run, message: str, as_part: bool) -> None:
+        """Once, and alone, what was not alone; else it is answered. `as_part`: it may have been another's fault."""
+        if as_part and not run.alone:
+            run.alone = True
+            self._waiting.append(run)
+        else:
+            self._finish(run, Result(ok=False, message=message))
 
     def _end_late_ones(self, now: float) -> None:
         for run in [run for run in self._waiting if run.deadline <= now]:
+            opening = run.held is not None and run.held.state is not State.OPEN
+            if opening:
+                self._suspect(run.job.host)
+            why = _timed_out(run) if opening else f"{_timed_out(run)}, waiting for its turn"
+            self._finish(run, Result(ok=False, message=why))
+        for runner in list(self._runners.values()):
+            late = [run for run in runner.runs.values() if run.deadline <= now]
+            for run in late:
+                del runner.runs[run.number]
+                self._give_up(run.job.host, _timed_out(run))
+                self._finish(run, Result(ok=False, message=_timed_out(run)))
+            if late:
+                self._kill(runner)
+
+    def _end_stragglers(self, now: float) -> None:
+        """Their results are not needed to go on: everybody else has been answered, and they are tried again alone."""
+        for runner in self._runners.values():
+            if runner.several and not runner.killed and runner.began + runner.patience_s <= now:
+                for run in runner.runs.values():
+                    self._give_up(run.job.host, "it did not answer in time")
+                    run.held = None
+                self._kill(runner)
+
+    def _kill(self, runner: Runner) -> None:
+        """What it owes is tried again when it is reaped."""
+        runner.busy = runner.killed = True
+        runners.kill(runner.pid)
+
+    def _give_up(self, host: HostLine, reason: str) -> None:
+        self._suspect(host)
+        if self._connections:
+            self._connections.drop(host, reason)
+
+    def _suspect(self, host: HostLine) -> None:
+        self._suspects[host] = time.monotonic() + SUSPECT_S
+
+    def _finish(self, run: Run, result: Result) -> None:
+        if run in self._waiting:
             self._waiting.remove(run)
-            run.answer(OutcomeLine(id=run.job.id, ok=False, message=f"{_timed_out(run)}, waiting for its turn"))
-        for pid, run in self._running.items():
-            if not run.late and run.deadline <= now:
-                run.late = True
-                children.kill(pid)
-
-
-def _outcome(run: Run) -> OutcomeLine:
-    if run.late:
-        return OutcomeLine(id=run.job.id, ok=False, message=_timed_out(run))
-    try:
-        return OutcomeLine.model_validate_json(bytes(run.result[:MAX_LINE_BYTES]))
-    except ValidationError:
-        return OutcomeLine(id=run.job.id, ok=False, message="the engine's process for this job ended without a result")
+        log.info(
+            "%s of %s on %s: %s in %.3f s%s",
+            run.job.action,
+            run.job.vars.rental_id,
+            run.job.host.worker_id,
+            "done" if result.ok else "failed",
+            time.monotonic() - run.received,
+            f" ({result.message})" if result.message else "",
+        )
+        run.answer(OutcomeLine(id=run.job.id, ok=result.ok, message=result.message, report=result.report))
 
 
 def _timed_out(run: Run) -> str:

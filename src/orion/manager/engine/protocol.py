@@ -1,6 +1,7 @@
 """What the manager and the engine's process say to each other: one JSON object per line over a Unix socket.
 
-The engine checks what it is told as if the manager were a stranger: it alone holds the SSH key of the workers.
+The engine checks what it is told as if the manager were a stranger: it alone holds the SSH key of the workers. The
+lines at the end are what the engine's own processes say to each other.
 """
 
 from __future__ import annotations
@@ -63,6 +64,40 @@ class OutcomeLine(Line):
 
     def outcome(self) -> Outcome:
         return Outcome(self.ok, self.message, self.report)
+
+
+class Order(Line):
+    """One job in a batch. `number`: the engine's own for it."""
+
+    number: int
+    vars: Variables
+    refused_after: float
+    """The wall clock's time after which the worker must refuse it."""
+
+
+class HostOrders(Line):
+    host: HostLine
+    orders: tuple[Order, ...]
+    connection: int = 0
+    """The number of the connection that is held to it, 0 where none is."""
+
+
+class BatchLine(Line):
+    """One run of one playbook over these hosts, which are all different."""
+
+    action: Action
+    hosts: tuple[HostOrders, ...]
+
+
+class ResultLine(Line):
+    """What came of one order; one with `finished` says that the whole run has ended."""
+
+    number: int = 0
+    ok: bool = True
+    message: str = ""
+    report: dict[str, Any] = {}
+    unreachable: bool = False
+    finished: bool = False
 
 
 def job_line(identifier: str, job: Job) -> bytes:

@@ -1,7 +1,9 @@
 """The engine's process: `python -m orion.manager.engine.server`, under a uid of its own.
 
-It listens on a Unix socket for jobs (protocol.py), forks one child for each (pool.py, children.py) and answers
-each once, in any order. A job's deadline counts from its receipt, so waiting for a turn is within it.
+It listens on a Unix socket for jobs (protocol.py), gives them in batches (pool.py, batches.py) to processes that stay
+(runners.py) and play them with Ansible (playbook.py), and answers each once, in any order. A job's deadline counts from
+its receipt, so waiting for a turn is within it. The connections to the workers are held here (held.py), where they
+outlive a run that has to be killed.
 
 It has one thread and loads Ansible once, so that a fork is safe and starts at once with everything loaded.
 
@@ -26,13 +28,18 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from orion.manager.engine.pool import Pool, RunPlaybook
+from orion.manager.engine import runners
+from orion.manager.engine.held import Connections
+from orion.manager.engine.pool import PATIENCE_S, Pool
+from orion.manager.engine.orders import Orders
 from orion.manager.engine.protocol import MAX_LINE_BYTES, JobLine, OutcomeLine
+from orion.manager.engine.runners import Play
 
 SOCKET = "/run/orion/engine.sock"
 DIRECTORY = "/run/orion/engine"
 PLAYBOOKS = "/opt/orion/playbooks"
 READ_BYTES = 1 << 16
+STRATEGIES = ("auto", "mitogen", "linear")
 
 log = logging.getLogger("orion.engine")
 
@@ -48,14 +55,25 @@ class Peer:
 
 
 class Server:
-    def __init__(self, listening: socket.socket, run_playbook: RunPlaybook, most_children: int) -> None:
+    def __init__(
+        self,
+        listening: socket.socket,
+        play: Play,
+        most_runners: int,
+        directory: Path | None = None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        """`directory`: where the key and the sockets of held connections are; None where a run makes its own."""
         self._listening = listening
         self._selector = selectors.DefaultSelector()
-        self._pool = Pool(self._selector, run_playbook, most_children)
+        self._connections = Connections(self._selector, directory) if directory else None
+        self._orders = Orders(self._selector, directory, self._connections) if directory and self._connections else None
+        self._pool = Pool(self._selector, play, most_runners, self._connections, patience_s)
         self._stopping = False
 
     def serve(self) -> None:
         """Until SIGTERM or SIGINT. All children are killed when it returns."""
+        runners.adopt_orphans()
         wakeup, wake = socket.socketpair()
         for end in (wakeup, wake, self._listening):
             end.setblocking(False)
@@ -65,11 +83,35 @@ class Server:
             signal.signal(number, self._stop)
         self._selector.register(wakeup, selectors.EVENT_READ, lambda _: wakeup.recv(READ_BYTES))
         self._selector.register(self._listening, selectors.EVENT_READ, lambda _: self._accept())
+        self._pool.prepare()
         while not self._stopping:
-            for key, ready in self._selector.select(self._pool.patience()):
-                key.data(ready)
+            for key, ready in self._selector.select(self._patience()):
+                if key.fd in self._selector.get_map():  # what came before it may have closed it
+                    key.data(ready)
+            self._reap()
+            if self._connections:
+                self._connections.step()
             self._pool.step()
         self._pool.kill_all()
+        if self._connections:
+            self._connections.close_all()
+        signal.set_wakeup_fd(-1)
+
+    def _patience(self) -> float | None:
+        moments = [self._pool.patience(), self._connections.patience() if self._connections else None]
+        return min((moment for moment in moments if moment is not None), default=None)
+
+    def _reap(self) -> None:
+        a_runner_ended = False
+        with suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    break
+                if not (self._connections and self._connections.reaped(pid, status)):
+                    a_runner_ended |= self._pool.reaped(pid)
+        if a_runner_ended:
+            runners.kill_strays([*self._pool.pids, *(self._connections.pids if self._connections else ())])
 
     def _stop(self, *_: object) -> None:
         self._stopping = True
@@ -171,11 +213,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from orion.manager.engine import playbook  # noqa: PLC0415 - it reads the environment that is set here
 
-    run_playbook = playbook.load(arguments.playbooks, arguments.directory)
+    play, strategy = playbook.load(arguments.playbooks, arguments.directory, arguments.strategy)
     listening = listen(arguments.socket)
-    log.info("ready on %s, at most %d jobs at once", arguments.socket, arguments.children)
+    log.info("ready on %s, strategy %s, at most %d runs at once", arguments.socket, strategy, arguments.runners)
     try:
-        Server(listening, run_playbook, arguments.children).serve()
+        # Mitogen makes connections of its own, in each runner.
+        Server(listening, play, arguments.runners, None if strategy == "mitogen" else arguments.directory).serve()
     finally:
         arguments.socket.unlink(missing_ok=True)
 
@@ -185,7 +228,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--socket", type=Path, default=Path(os.environ.get("ORION_ENGINE_SOCKET", SOCKET)))
     parser.add_argument("--directory", type=Path, default=Path(os.environ.get("ORION_ENGINE_DIRECTORY", DIRECTORY)))
     parser.add_argument("--playbooks", type=Path, default=Path(os.environ.get("ORION_PLAYBOOKS", PLAYBOOKS)))
-    parser.add_argument("--children", type=int, default=max(4, 2 * (os.cpu_count() or 1)))
+    parser.add_argument("--runners", type=int, default=max(4, 2 * (os.cpu_count() or 1)))
+    parser.add_argument("--strategy", choices=STRATEGIES, default=os.environ.get("ORION_ENGINE_STRATEGY") or "auto")
     return parser.parse_args()
 
 

@@ -1,47 +1,59 @@
-"""One forked child per job: started, read, and killed with everything that it started.
+"""Runners: forked processes with Ansible loaded, which play one batch after the other, and die with all they started.
 
-The parent must have one thread only, or a fork could copy a lock that is held.
+The parent must have one thread only, or a fork could copy a lock that is held. It is the reaper of whatever its
+runners leave behind when they die (`adopt_orphans`), so nothing that a run started can outlive it unseen.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
+import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-Work = Callable[[], bytes]
+from orion.manager.engine.protocol import BatchLine, ResultLine
+
+PR_SET_CHILD_SUBREAPER = 36
+
+Say = Callable[[ResultLine], None]
+Play = Callable[[BatchLine, Say], None]
+"""Plays one batch, in a runner; says each result as soon as it is known."""
 
 
-@dataclass(frozen=True)
-class Child:
-    pid: int
-    pipe: int
-    """Reads, without blocking, what the work returned."""
+def adopt_orphans() -> None:
+    """This process becomes the parent of what its descendants leave behind (see prctl(2))."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "this process cannot become a subreaper")
 
 
-def start(work: Work) -> Child:
-    """Run `work` in a child of its own session; what it returns comes through the pipe."""
-    reading, writing = os.pipe()
+def start(play: Play) -> tuple[int, socket.socket]:
+    """A runner in a session of its own: its pid, and the socket for its batches and results, one JSON object a line."""
+    ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
-        _run(work, writing)
-    os.close(writing)
-    os.set_blocking(reading, False)
-    return Child(pid, reading)
+        _run(play, theirs)
+    theirs.close()
+    ours.setblocking(False)
+    return pid, ours
+
+
+def kill_strays(known: Collection[int]) -> None:
+    """Kill the children of this process that are not known: what a runner that died has left."""
+    for pid in _children(os.getpid()) - set(known):
+        kill(pid)
 
 
 def kill(pid: int) -> None:
     """Kill the child and all its descendants.
 
     Its process group is not enough: Ansible gives each of its own workers a new session. Everybody is stopped
-    first, in passes until a pass finds nobody new, so that nobody can fork out of reach meanwhile. An SSH master
-    that already went to the background belongs to nobody and stays, for the next job to use.
+    first, in passes until a pass finds nobody new, so that nobody can fork out of reach meanwhile.
     """
     stopped: set[int] = set()
     while found := _family(pid) - stopped:
@@ -52,19 +64,26 @@ def kill(pid: int) -> None:
         _signal(member, signal.SIGKILL)
 
 
-def _run(work: Work, writing: int) -> None:
-    """In the child. Never returns: the code above belongs to the parent."""
+def _run(play: Play, connection: socket.socket) -> None:
+    """In the runner, until the other end closes. Never returns: the code above belongs to the parent."""
     status = 1
     try:
         os.setsid()
         _quiet_signals()
-        _only_keep(writing)
-        _write_all(writing, work())
+        _only_keep(connection.fileno())
+        with connection.makefile("rb") as batches:
+            for line in batches:
+                play(BatchLine.model_validate_json(line), lambda result: _send(connection, result))
+                _send(connection, ResultLine(finished=True))
         status = 0
     except BaseException:  # nothing may climb into the parent's code
         _write_all(2, traceback.format_exc().encode())
     finally:
         os._exit(status)
+
+
+def _send(connection: socket.socket, result: ResultLine) -> None:
+    connection.sendall(result.model_dump_json().encode() + b"\n")
 
 
 def _quiet_signals() -> None:
@@ -73,14 +92,14 @@ def _quiet_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _only_keep(writing: int) -> None:
+def _only_keep(descriptor: int) -> None:
     """Close the parent's sockets and pipes, and silence stdin and stdout; stderr stays for tracebacks."""
     gc.freeze()
     silence = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1):
         os.dup2(silence, number)
     for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are all that is wanted
-        if int(entry) not in (0, 1, 2, writing):
+        if int(entry) not in (0, 1, 2, descriptor):
             with suppress(OSError):
                 os.close(int(entry))
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
@@ -89,6 +108,11 @@ def _only_keep(writing: int) -> None:
 def _write_all(descriptor: int, content: bytes) -> None:
     while content:
         content = content[os.write(descriptor, content) :]
+
+
+def _children(pid: int) -> set[int]:
+    listing = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return {int(child) for child in listing.split()}
 
 
 def _family(pid: int) -> set[int]:

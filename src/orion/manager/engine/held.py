@@ -1,0 +1,263 @@
+"""The SSH connections that the engine holds: one for each worker, to a program that stays at its other end.
+
+`orion-rental serve` answers one JSON object per line (worker/standing.py). So an order costs neither a login nor the
+start of a program, and what a worker can send is JSON and nothing else: it is read here, bounded, and kept in
+memory. Each connection is a process of OpenSSH with the worker's host key pinned; it is the master of its control
+socket as well, so that other tasks of a playbook go through it too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import selectors
+import subprocess
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from enum import Enum
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from orion.manager.engine.protocol import HostLine
+from orion.manager.engine.ssh import control_path, explained, ssh_command
+
+READ_BYTES = 1 << 16
+MAX_LINE_BYTES = 1 << 20
+MAX_COMPLAINT_BYTES = 1 << 12
+OPEN_WITHIN_S = 8.0
+"""From the start of ssh to the first line of the program: more than ssh itself waits for the connection."""
+IDLE_S = 900.0
+MOST = 128
+"""Beyond so many, the one that was used the longest ago is closed."""
+SERVE = "exec /usr/local/sbin/orion-rental serve"
+
+log = logging.getLogger("orion.engine")
+
+Reply = Callable[[dict[str, Any]], None]
+"""Takes `status` and `report`, or `broken` and nothing else."""
+
+
+class State(Enum):
+    OPENING = "opening"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Held:
+    """One connection. `changed` is called when its state is another."""
+
+    def __init__(
+        self, number: int, host: HostLine, directory: Path, selector: selectors.BaseSelector, changed: Callable[[], None]
+    ) -> None:
+        self.number = number
+        self.host = host
+        self.state = State.OPENING
+        self.was_open = False
+        self.complaint = ""
+        """Why it is closed, for a person."""
+        self.used = self._began = time.monotonic()
+        self._selector = selector
+        self._changed = changed
+        self._asked: dict[int, Reply] = {}
+        self._numbers = count(1)
+        self._incoming = bytearray()
+        self._outgoing = bytearray()
+        self._errors = bytearray()
+        control_path(host.host(), directory).unlink(missing_ok=True)
+        self._process = subprocess.Popen(
+            [*ssh_command(host.host(), directory), SERVE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert stream is not None  # noqa: S101 - all three are pipes
+            os.set_blocking(stream.fileno(), False)
+        assert self._process.stdin and self._process.stdout and self._process.stderr  # noqa: S101, PT018 - as above
+        self._stdin, self._stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
+        self._stderr = self._process.stderr.fileno()
+        selector.register(self._stdout, selectors.EVENT_READ, lambda _: self._receive())
+        selector.register(self._stderr, selectors.EVENT_READ, lambda _: self._hear_complaint())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def opens_until(self) -> float | None:
+        return self._began + OPEN_WITHIN_S if self.state is State.OPENING else None
+
+    @property
+    def idle(self) -> bool:
+        return self.state is State.OPEN and not self._asked
+
+    def ask(self, command: str, request: object, reply: Reply) -> None:
+        """Answered once: by the worker, or with `broken` when the connection ends before."""
+        if self.state is not State.OPEN:
+            reply({"broken": self.complaint or "the connection is not open"})
+            return
+        self.used = time.monotonic()
+        number = next(self._numbers)
+        self._asked[number] = reply
+        self._outgoing += json.dumps({"id": number, "command": command, "request": request}).encode() + b"\n"
+        self._send()
+
+    def close(self, reason: str) -> None:
+        if self.state is State.CLOSED:
+            return
+        self._hear_complaint()
+        self.complaint = explained(self._errors.decode(errors="replace")) or reason
+        self.state = State.CLOSED
+        self._process.kill()
+        for descriptor in (self._stdin, self._stdout, self._stderr):
+            with suppress(KeyError):
+                self._selector.unregister(descriptor)
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            with suppress(OSError):
+                stream.close()  # type: ignore[union-attr]  # all three are pipes
+        for reply in self._asked.values():
+            reply({"broken": self.complaint})
+        self._asked.clear()
+        self._changed()
+
+    def reaped(self, status: int) -> None:
+        """Its process has ended, and its status was taken."""
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        with suppress(OSError, ValueError):
+            self._receive()
+        self.close("the connection was closed")
+
+    def _send(self) -> None:
+        try:
+            while self._outgoing:
+                del self._outgoing[: os.write(self._stdin, self._outgoing)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.close("the connection broke")
+            return
+        watched = self._stdin in self._selector.get_map()
+        if self._outgoing and not watched:
+            self._selector.register(self._stdin, selectors.EVENT_WRITE, lambda _: self._send())
+        elif not self._outgoing and watched:
+            self._selector.unregister(self._stdin)
+
+    def _receive(self) -> None:
+        try:
+            part = os.read(self._stdout, READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            part = b""
+        self._incoming += part
+        if len(self._incoming) > MAX_LINE_BYTES:
+            self.close("the worker said more than an answer can be")
+            return
+        *lines, rest = self._incoming.split(b"\n")
+        self._incoming = bytearray(rest)
+        for line in lines:
+            self._take(bytes(line))
+        if not part:
+            self.close("the connection was closed")
+
+    def _take(self, line: bytes) -> None:
+        """What is not an answer to what was asked ends the connection: it is not the program that we know."""
+        try:
+            said = json.loads(line)
+            if self.state is State.OPENING and said == {"ready": True}:
+                self.state, self.was_open = State.OPEN, True
+                self._changed()
+                return
+            number, status, report = said["id"], said["status"], said["report"]
+            if type(number) is not int or type(status) is not int or type(report) is not dict:
+                raise TypeError(line[:100])
+            reply = self._asked.pop(number)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            self.close("the worker said what is no answer")
+            return
+        reply({"status": status, "report": report})
+
+    def _hear_complaint(self) -> None:
+        try:
+            part = os.read(self._stderr, READ_BYTES)
+        except (BlockingIOError, ValueError):
+            return
+        except OSError:
+            part = b""
+        self._errors += part
+        del self._errors[:-MAX_COMPLAINT_BYTES]
+        if not part:
+            with suppress(KeyError):
+                self._selector.unregister(self._stderr)
+
+
+class Connections:
+    """`step` after each event; `patience` says for how long nothing will need a step unless an event comes."""
+
+    def __init__(self, selector: selectors.BaseSelector, directory: Path) -> None:
+        self._selector = selector
+        self._directory = directory
+        self._numbers = count(1)
+        self._held: dict[HostLine, Held] = {}
+        self._ending: dict[int, Held] = {}
+        """Processes that are not reaped yet."""
+
+    def to(self, host: HostLine) -> Held:
+        """The connection that is open or opening, or a new one. Raises OSError when no process can be started."""
+        held = self._held.get(host)
+        if held is None:
+            self._make_room()
+            held = Held(next(self._numbers), host, self._directory, self._selector, partial(self._forget_closed, host))
+            self._held[host] = self._ending[held.pid] = held
+        held.used = time.monotonic()
+        return held
+
+    def numbered(self, number: int) -> Held | None:
+        return next((held for held in self._held.values() if held.number == number), None)
+
+    def drop(self, host: HostLine, reason: str) -> None:
+        if host in self._held:
+            self._held[host].close(reason)
+
+    def close_all(self) -> None:
+        for held in list(self._held.values()):
+            held.close("the engine ends")
+
+    @property
+    def pids(self) -> Collection[int]:
+        return self._ending.keys()
+
+    def reaped(self, pid: int, status: int) -> bool:
+        """Whether it was the process of a connection."""
+        held = self._ending.pop(pid, None)
+        if held:
+            held.reaped(status)
+        return held is not None
+
+    def patience(self) -> float | None:
+        """Until an opening takes too long."""
+        moments = [held.opens_until for held in self._held.values() if held.opens_until is not None]
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
+
+    def step(self) -> None:
+        now = time.monotonic()
+        for held in list(self._held.values()):
+            if held.opens_until is not None and held.opens_until <= now:
+                held.close("nothing answered in time")
+            elif held.idle and held.used + IDLE_S <= now:
+                held.close("it was not used any more")
+
+    def _make_room(self) -> None:
+        idle = sorted((held for held in self._held.values() if held.idle), key=lambda held: held.used)
+        for held in idle[: max(0, len(self._held) - MOST + 1)]:
+            held.close("others are used more")
+
+    def _forget_closed(self, host: HostLine) -> None:
+        held = self._held.get(host)
+        if held and held.state is State.CLOSED:
+            del self._held[host]
