@@ -222,7 +222,9 @@ class Supervisor:
             os.kill(self._manager.pid, signal.SIGTERM)
 
     def _start_engine(self) -> Child:
-        environment = _clean_environment(("ORION_PLAYBOOKS",)) | {"HOME": str(self._places.run / "engine")}
+        environment = _clean_environment(("ORION_PLAYBOOKS", "ORION_ENGINE_STRATEGY")) | {
+            "HOME": str(self._places.run / "engine")
+        }
         return _start(self._engine_command, self._places.engine, environment)
 
     def _start_manager(self) -> Child:

@@ -30,6 +30,7 @@ from orion.wire import (
     Event,
     HeartbeatReply,
     HeartbeatRequest,
+    LogEntry,
     Page,
     RegisterReply,
     RegisterRequest,
@@ -185,6 +186,10 @@ class Orion:
             retry_for_s=RENT_RETRY_S,
         )
         return _read(Rental, reply)
+
+    def rental_log(self, rental_id: str) -> Iterator[LogEntry]:
+        """What the engine did for it, oldest first."""
+        return self._pages(LogEntry, _path("rentals", rental_id, "log"), {})
 
     # Workers
 

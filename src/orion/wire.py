@@ -280,6 +280,18 @@ class Event(Reply):
     details: dict[str, Any] = {}
 
 
+class LogEntry(Reply):
+    """One job of the provisioning engine, when it had ended."""
+
+    at: datetime
+    action: str = Field(description="The playbook: create_user or delete_user")
+    worker_id: str
+    epoch: int
+    ok: bool
+    seconds: float = Field(description="From the order to the outcome")
+    message: str
+
+
 class Overdue(Reply):
     """Something that has been in a state for longer than it should."""
 

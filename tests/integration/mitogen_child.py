@@ -1,17 +1,17 @@
-"""What root on a worker could make the interpreter there say to Mitogen in the engine; run by test_engine_mitogen.py."""
+"""What root on a worker could have its interpreter say to Mitogen in the engine: see test_engine_mitogen.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import mitogen.core
-from mitogen.core import ADD_ROUTE, CALL_SERVICE, GET_RESOURCE, Message
+from mitogen.core import ADD_ROUTE, CALL_SERVICE, Message
 
 FILE_SERVICE = "mitogen.service.FileService"
 
 
 @mitogen.core.takes_econtext
-def tell(econtext: Any, messages: list[dict[str, Any]]) -> None:
+def tell(messages: list[dict[str, Any]], econtext: Any) -> None:
     """Sends these as they are, whatever they claim."""
     protocol = econtext.router.stream_by_id(0).protocol
     for each in messages:
@@ -27,9 +27,3 @@ def let_me_have(path: str) -> dict[str, Any]:
     """With the engine's own authority: the file may be fetched by any worker from then on."""
     call = Message.pickled((FILE_SERVICE, "register", {"path": path}))
     return {"dst_id": 0, "src_id": 0, "auth_id": 0, "handle": CALL_SERVICE, "data": bytes(call.data)}
-
-
-def a_resource(me: int, package: str, name: str, reply_to: int) -> dict[str, Any]:
-    asked = Message.pickled((package, name))
-    common = {"dst_id": 0, "src_id": me, "auth_id": me, "handle": GET_RESOURCE, "data": bytes(asked.data)}
-    return common | {"reply_to": reply_to}

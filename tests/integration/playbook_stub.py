@@ -1,5 +1,7 @@
-"""Plays playbooks of DIRECTORY here, without SSH: on stdin a list of (file, user names of the rentals, workers), on stdout
-the results of each play, by the order's number."""
+"""Plays playbooks of DIRECTORY here, without SSH.
+
+On stdin a list of (file, user names of the rentals, workers), on stdout the results of each play, by number.
+"""
 
 from __future__ import annotations
 

@@ -148,7 +148,6 @@ class TestAnsibleEngine(EngineContract):
         await asyncio.to_thread(wait_until, lambda: answers(bench.host), "its sshd is back")
         assert_done(await bench.engine.run(new_job(bench.host)))
 
-
     async def test_a_worker_that_hangs_costs_the_others_nothing(self, bench: RealBench, second: Worker) -> None:
         other = Host("w-other", second.address, second.host_keys)
         for host in (bench.host, other):

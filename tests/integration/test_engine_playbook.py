@@ -48,7 +48,7 @@ module.exit_json(rentals=reports, failed=bool(failed), msg=(failed or ["well"])[
 """
 FILES = {
     "create_user.yml": PLAYBOOK,
-    "undefined.yml": PLAYBOOK.replace("rentals: \"{{ rentals }}\"", "rentals: \"{{ nobody_said }}\""),
+    "undefined.yml": PLAYBOOK.replace('rentals: "{{ rentals }}"', 'rentals: "{{ nobody_said }}"'),
     "nowhere.yml": PLAYBOOK.replace("workers", "nobody"),
     "broken.yml": "- this: is no play\n",
     "half.yml": PLAYBOOK + "    - name: It ends here\n      fail: {msg: enough}\n",

@@ -26,7 +26,13 @@ class Engine:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.path = directory / "engine.sock"
-        command = [sys.executable, str(Path(__file__).with_name("engine_stub.py")), str(self.path), str(RUNNERS), str(PATIENCE_S)]
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("engine_stub.py")),
+            str(self.path),
+            str(RUNNERS),
+            str(PATIENCE_S),
+        ]
         self.process = subprocess.Popen(command, env={"PYTHONPATH": os.pathsep.join(sys.path)})
         wait_until(self.path.exists)
         self.connection = self.connect()

@@ -45,6 +45,14 @@ def test_a_scale_that_is_no_scale_is_refused(monkeypatch: pytest.MonkeyPatch, sc
         Settings()
 
 
+def test_a_strategy_of_the_engine_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORION_ENGINE_STRATEGY", "mitogen")
+    assert Settings().engine_strategy == "mitogen"
+    monkeypatch.setenv("ORION_ENGINE_STRATEGY", "free")
+    with pytest.raises(ValidationError, match="'auto', 'mitogen' or 'linear'"):
+        Settings()
+
+
 @pytest.mark.parametrize("name", ["ORION_PROXY_ADDRESS", "ORION_APP_ADDRESS"])
 def test_an_address_outside_the_subnet_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "10.0.0.2")

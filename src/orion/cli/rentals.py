@@ -11,7 +11,7 @@ from orion.cli import durations, keys, output
 from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
 from orion.client import ENDED
 from orion.errors import Ended, InvalidInput, StillWaiting
-from orion.wire import DEFAULT_TTL_S, DEFAULT_WAIT_S, MAX_WAIT_S, Rental, RentalState
+from orion.wire import DEFAULT_TTL_S, DEFAULT_WAIT_S, MAX_WAIT_S, LogEntry, Rental, RentalState
 
 Ttl = Annotated[str, typer.Option(metavar="DURATION", help="How long, from now: 90s, 30m, 2h, 7d.")]
 Wait = Annotated[str, typer.Option(metavar="DURATION", help="How long to wait for it at most; 0 does not wait.")]
@@ -76,10 +76,17 @@ def ls(
     return None
 
 
-def show(rental: RentalName, as_json: AsJson = False) -> None:
+def show(
+    rental: RentalName,
+    log: Annotated[bool, typer.Option("--log", help="What was done for it on workers, instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show everything about a rental, also one that has ended."""
     with platform() as (orion, _tell):
         found = orion.find_rental(rental, ended=True)
+        entries = list(orion.rental_log(found.id)) if log else []
+    if log:
+        return _show_log(entries, as_json)
     if as_json:
         return output.emit(found)
     output.fields(_everything(found))
@@ -137,6 +144,29 @@ def _row(rental: Rental, owner: bool) -> list[str]:
         output.when(rental.last_safe_copy_at),
     ]
     return [*cells, rental.owner] if owner else cells
+
+
+def _show_log(entries: list[LogEntry], as_json: bool) -> None:
+    if as_json:
+        return output.emit(entries)
+    if not entries:
+        return output.note("nothing was done for it yet")
+    return output.table(
+        ["WHEN", "ACTION", "WORKER", "EPOCH", "OUTCOME", "SECONDS", "MESSAGE"],
+        [
+            [
+                output.when(one.at),
+                one.action,
+                one.worker_id,
+                str(one.epoch),
+                "done" if one.ok else "failed",
+                f"{one.seconds:.3f}",
+                one.message,
+            ]
+            for one in entries
+        ],
+        wide="MESSAGE",
+    )
 
 
 def _everything(rental: Rental) -> list[tuple[str, str]]:

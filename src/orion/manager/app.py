@@ -33,6 +33,7 @@ from orion.manager.engine.port import Engine, Reach
 from orion.manager.engine.reach import SshReach
 from orion.manager.gateway import routes
 from orion.manager.loops.door import DoorProbe
+from orion.manager.loops.engine_log import EngineLog, LoggedEngine
 from orion.manager.loops.expiry import ExpiryLoop
 from orion.manager.loops.health import HealthLoop
 from orion.manager.loops.reconciler import Reconciler
@@ -72,7 +73,9 @@ class Manager:
         self._ports = ports
         self._secrets = secrets
         self.ledger = SqlLedger(store)
-        self.reconciler = Reconciler(self.ledger, self.leases, ports.engine, ports.reach, ports.monotonic, ports.wall)
+        self.engine_log = EngineLog(store)
+        engine = LoggedEngine(ports.engine, self.engine_log.note, ports.monotonic, ports.wall)
+        self.reconciler = Reconciler(self.ledger, self.leases, engine, ports.reach, ports.monotonic, ports.wall)
         wake_reconciler = self.reconciler.loop.hint
         door = ports.door
         self.health = HealthLoop(
@@ -98,6 +101,7 @@ class Manager:
             wake_reconciler=wake_reconciler,
             wake_health=self.health.loop.hint,
             overdue=self._overdue,
+            engine_log=self.engine_log.of,
             restart=lambda: os.kill(os.getpid(), signal.SIGTERM),
         )
 
@@ -109,7 +113,7 @@ class Manager:
     async def running(self) -> AsyncIterator[None]:
         """Restore what the database knows, then run the loops until the end."""
         await self.restore()
-        loops: list[Loop] = [self.health.loop, self.reconciler.loop, self.expiry.loop]
+        loops: list[Loop] = [self.health.loop, self.reconciler.loop, self.expiry.loop, self.engine_log.loop]
         if self._ports.door:
             loops.append(self._ports.door.loop)
         running = [asyncio.create_task(loop.run(), name=loop.name) for loop in loops]
@@ -121,6 +125,7 @@ class Manager:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             await self.reconciler.stop()
+            await self.engine_log.flush()
             if self._ports.door:
                 await self._ports.door.close()
 

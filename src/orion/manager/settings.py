@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -26,6 +26,8 @@ class Settings(BaseSettings):
     database_url: str = "sqlite:////var/lib/orion/database/orion.db"
     lock_file: str = "/var/lib/orion/database/leader.lock"
     engine_socket: str = "/run/orion/engine.sock"
+    engine_strategy: Literal["auto", "mitogen", "linear"] = "auto"
+    """Of the engine's process, which takes it from the environment as well: here it is only checked."""
     port: int = 5000
 
     clock_scale: float = Field(1.0, gt=0, le=10, description="Multiplies every clock below")

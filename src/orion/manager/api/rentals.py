@@ -111,6 +111,13 @@ async def release(
     return views.rental(row)
 
 
+@router.get("/rentals/{rental_id}/log", responses=refusals(404))
+async def log(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wire.LogEntry]:
+    """What the engine did for it, oldest first: the latest 50."""
+    await find(shared, rental_id, principal)
+    return wire.Page(items=[views.log_entry(row) for row in await shared.engine_log(rental_id)])
+
+
 async def find(shared: Services, rental_id: str, principal: Principal) -> views.Row:
     """The rental, if this principal may know of it; another's is as unknown as one that never was."""
     row = await shared.store.read(rentals.one, rental_id, visible_owner(principal))

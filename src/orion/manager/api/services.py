@@ -17,7 +17,7 @@ from orion.manager.domain.overdue import Overdue
 from orion.manager.engine.port import Reach
 from orion.manager.settings import Settings
 from orion.manager.store import tokens
-from orion.manager.store.database import Store
+from orion.manager.store.database import Row, Store
 from orion.manager.store.tokens import Principal
 
 
@@ -38,6 +38,8 @@ class Services:
     wake_health: Callable[[], None]
     overdue: Callable[[], Awaitable[list[Overdue]]]
     """What has waited too long."""
+    engine_log: Callable[[str], Awaitable[list[Row]]]
+    """What the engine did for a rental, oldest first."""
     restart: Callable[[], None]
     """End, to be started again with what is then on the disk."""
     copying: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -71,6 +71,11 @@ def worker(row: Row) -> wire.Worker:
     )
 
 
+def log_entry(row: Row) -> wire.LogEntry:
+    names = ("epoch", "action", "worker_id", "ok", "seconds", "message")
+    return wire.LogEntry(at=time_of(row["at"]), **{name: row[name] for name in names})
+
+
 def token(row: Row) -> wire.Token:
     return wire.Token(**_token_fields(row))
 

@@ -51,7 +51,12 @@ class Held:
     """One connection. `changed` is called when its state is another."""
 
     def __init__(
-        self, number: int, host: HostLine, directory: Path, selector: selectors.BaseSelector, changed: Callable[[], None]
+        self,
+        number: int,
+        host: HostLine,
+        directory: Path,
+        selector: selectors.BaseSelector,
+        changed: Callable[[], None],
     ) -> None:
         self.number = number
         self.host = host

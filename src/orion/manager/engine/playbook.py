@@ -1,7 +1,7 @@
 """Runs of playbooks by Ansible's Python interface, in the process that calls it, over many workers at once.
 
 The playbooks are the files that an operator runs by hand. The differences: Ansible is already loaded, the inventory
-is the workers of the batch, each with the rentals that are its own, and what came of it is collected instead of printed.
+is the workers of the batch, each with its own rentals, and what came of it is collected instead of printed.
 
 Values from users and workers reach Ansible as plain strings. Since 2.19 it evaluates templates only in strings that
 are marked as trusted, which those of its own files are and ours are not: tests/integration/test_engine_playbook.py.
@@ -14,11 +14,12 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Mapping
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
-from orion.manager.engine.port import Host
-from orion.manager.engine.protocol import BatchLine, HostOrders, Order, ResultLine
+from orion.manager.engine.port import Action, Host
+from orion.manager.engine.protocol import BatchLine, HostLine, HostOrders, Order, ResultLine
 from orion.manager.engine.runners import Play, Say
 from orion.manager.engine.ssh import CONNECT_TIMEOUT_S, IMPOSTOR, control_path, explained, one_line, options
 
@@ -64,7 +65,19 @@ def load(playbooks: Path, directory: Path, wanted: str = "auto") -> tuple[Play, 
     def play_batch(batch: BatchLine, say: Say) -> None:
         play(playbooks / f"{batch.action}.yml", batch, lambda orders: of_host(orders, directory), say)
 
+    if strategy == "linear":
+        _warm_up(playbooks, directory)
     return play_batch, strategy
+
+
+def _warm_up(playbooks: Path, directory: Path) -> None:
+    """Play each playbook once for nobody: what Ansible loads only when it first needs it is there before the forks."""
+    nobody = HostLine.model_construct(worker_id="w-nobody", address=IPv4Address("192.0.2.1"), host_keys=("none none",))
+    of_nobody = host_variables(nobody.host(), directory) | {"ansible_connection": "orion_held"}
+    for action in Action:
+        batch = BatchLine(action=action, hosts=(HostOrders.model_construct(host=nobody, orders=(), connection=0),))
+        if (path := playbooks / f"{action}.yml").exists():
+            play(path, batch, lambda _: of_nobody, lambda _: None)
 
 
 def _strategy(wanted: str, directory: Path) -> str:

@@ -8,7 +8,6 @@ workers never have more than half of the runners.
 from __future__ import annotations
 
 import logging
-import os
 import selectors
 import socket
 import time
@@ -279,16 +278,11 @@ class Pool:
 
     def _take(self, runner: Runner, result: Result) -> None:
         if result.finished:
-            for run in runner.runs.values():
-                self._finish(run, Result(ok=False, message=NO_RESULT))
-            runner.busy = runner.suspect = runner.several = False
-            runner.runs = {}
-            if runner.played >= BATCHES_PER_RUNNER:
-                self._kill(runner)
+            self._take_end(runner)
             return
         run = runner.runs.pop(result.number, None)
         if run is None:
-            return
+            return  # it was too late
         if result.unreachable:
             self._suspect(run.job.host)
             run.held = None
@@ -296,6 +290,14 @@ class Pool:
             return
         self._suspects.pop(run.job.host, None)
         self._finish(run, result)
+
+    def _take_end(self, runner: Runner) -> None:
+        for run in runner.runs.values():
+            self._finish(run, Result(ok=False, message=NO_RESULT))
+        runner.busy = runner.suspect = runner.several = False
+        runner.runs = {}
+        if runner.played >= BATCHES_PER_RUNNER:
+            self._kill(runner)
 
     # The ends
 

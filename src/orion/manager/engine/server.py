@@ -30,8 +30,8 @@ from pydantic import ValidationError
 
 from orion.manager.engine import runners
 from orion.manager.engine.held import Connections
-from orion.manager.engine.pool import PATIENCE_S, Pool
 from orion.manager.engine.orders import Orders
+from orion.manager.engine.pool import PATIENCE_S, Pool
 from orion.manager.engine.protocol import MAX_LINE_BYTES, JobLine, OutcomeLine
 from orion.manager.engine.runners import Play
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     JSON,
+    Boolean,
     CheckConstraint,
     Column,
     Float,
@@ -138,6 +139,21 @@ events = Table(
     Column("worker_id", String(64), index=True),
     Column("epoch", Integer),
     Column("details", JSON, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+engine_log = Table(
+    "engine_log",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False),
+    Column("rental_id", String(64), nullable=False, index=True),
+    Column("epoch", Integer, nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("worker_id", String(64), nullable=False),
+    Column("ok", Boolean, nullable=False),
+    Column("seconds", Float, nullable=False),
+    Column("message", Text, nullable=False),
     sqlite_autoincrement=True,
 )
 
