@@ -23,7 +23,11 @@ REMOVE = "userdel --remove {name} 2>/dev/null; rm -f /etc/orion/keys/{name}"
 FIRST_UID = 60_000
 """Below those of rentals: to the worker's own books these accounts are none of theirs."""
 FIRST_STOCK_UID = 900_000_000
-DEFAULTS = {"ANSIBLE_CONFIG": "/dev/null", "ANSIBLE_LIBRARY": "/opt/orion/playbooks/library"}
+DEFAULTS = {
+    "ANSIBLE_CONFIG": "/dev/null",
+    "ANSIBLE_LIBRARY": "/opt/orion/playbooks/library",
+    "ANSIBLE_ACTION_PLUGINS": "/opt/orion/playbooks/action",
+}
 """Ansible as it comes: without the pipelining and the named interpreter of playbooks/ansible.cfg."""
 
 

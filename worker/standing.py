@@ -40,13 +40,13 @@ class _Standing:
         self._selector = selectors.DefaultSelector()
         self._received = b""
         self._ended = False
-        self._at_work: dict[int, tuple[int, bytearray]] = {}
-        """By the pipe to its process: that process, and what it has said."""
+        self._at_work: dict[int, tuple[int, object, bytearray]] = {}
+        """By the pipe to its process: that process, the id of its request, and what it has said."""
 
     def run(self) -> None:
         gc.freeze()  # what the forks share stays shared
         self._selector.register(self._incoming, selectors.EVENT_READ)
-        self._say({"ready": True})
+        self._write(b'{"ready": true}\n')
         while not self._ended or self._at_work:
             for key, _ in self._selector.select():
                 if key.fd == self._incoming:
@@ -74,7 +74,7 @@ class _Standing:
             if command not in self._commands:
                 raise ValueError(command)
         except (ValueError, KeyError, TypeError):
-            self._say({"id": None, "status": 2, "report": {"changed": False, "error": "this is no request"}})
+            self._write(_line(None, 2, {"changed": False, "error": "this is no request", "code": "invalid_request"}))
             return
         reading, writing = os.pipe()
         pid = os.fork()
@@ -82,24 +82,22 @@ class _Standing:
             self._work(writing, identifier, command, request)
         os.close(writing)
         self._selector.register(reading, selectors.EVENT_READ)
-        self._at_work[reading] = pid, bytearray()
+        self._at_work[reading] = pid, identifier, bytearray()
 
     def _work(self, writing: int, identifier: object, command: str, request: str) -> None:
         """In a process of its own, which ends here whatever happens; what breaks is told on stderr."""
         try:
             status, report = self._answer(command, request)
-            said = json.dumps({"id": identifier, "status": status, "report": report}).encode() + b"\n"
-            _write_all(writing, said)
+            _write_all(writing, _line(identifier, status, report))
         except BaseException as error:
-            said = json.dumps({"id": identifier, "status": 1, "report": _broken(error)}).encode() + b"\n"
             with suppress(OSError):
-                _write_all(writing, said)
+                _write_all(writing, _line(identifier, 1, _broken(error)))
                 sys.excepthook(type(error), error, error.__traceback__)
         finally:
             os._exit(0)
 
     def _collect(self, pipe: int) -> None:
-        pid, said = self._at_work[pipe]
+        pid, identifier, said = self._at_work[pipe]
         part = os.read(pipe, READ_BYTES)
         said += part
         if part:
@@ -108,15 +106,18 @@ class _Standing:
         os.close(pipe)
         os.waitpid(pid, 0)
         del self._at_work[pipe]
+        if not said.endswith(b"\n"):  # it was killed
+            said = bytearray(_line(identifier, 1, _broken(ChildProcessError("its process ended without an answer"))))
         self._write(bytes(said))
-
-    def _say(self, line: dict[str, Any]) -> None:
-        self._write(json.dumps(line).encode() + b"\n")
 
     def _write(self, whole_lines: bytes) -> None:
         """Nobody may be there any more to read it."""
         with suppress(OSError):
             _write_all(self._outgoing, whole_lines)
+
+
+def _line(identifier: object, status: int, report: dict[str, Any]) -> bytes:
+    return json.dumps({"id": identifier, "status": status, "report": report}).encode() + b"\n"
 
 
 def _broken(error: BaseException) -> dict[str, Any]:

@@ -154,3 +154,22 @@ def test_a_purge_that_was_killed_is_finished_by_the_next(rental: Rental) -> None
     status, report = rental.on.rental("purge", **rental.variables)
     assert (status, report["left"]) == (0, [])
     assert rental.traces() == ""
+
+
+def test_several_rentals_are_removed_in_one_order_and_one_that_is_refused_stays(host: Worker, folder: Path) -> None:
+    first, second, newer = (new_rental(host, folder).create_quickly() for _ in range(3))
+    newer.epoch = 2
+    newer.create_quickly()
+    for each in (first, second):
+        each.ssh("echo mine > ~/file; setsid sleep 1000 >/dev/null 2>&1 </dev/null &")
+    asked = [first.variables, newer.variables | {"epoch": 1}, second.variables]
+    played = host.playbook("delete_user", rentals=asked)
+    assert not played.ok
+    of_first, of_newer, of_second = played.last["rentals"]
+    assert of_newer["code"] == "stale_epoch"
+    for each, report in ((first, of_first), (second, of_second)):
+        assert report["left"] == []
+        assert report["killed"] >= 1
+        assert report["removed_files"] >= 2
+        assert each.traces() == ""
+    assert newer.lets_in()

@@ -27,6 +27,7 @@ ROUTES: list[tuple[str, str, dict[str, Any] | None, set[str]]] = [
     ("GET", "/api/rentals/x", None, {"client", "admin"}),
     ("POST", "/api/rentals/x/renew", {"ttl_s": 60}, {"client", "admin"}),
     ("DELETE", "/api/rentals/x", None, {"client", "admin"}),
+    ("GET", "/api/rentals/x/log", None, {"client", "admin"}),
     ("GET", "/api/events", None, {"client", "admin"}),
     ("GET", "/api/status", None, {"client", "admin"}),
     ("GET", "/api/workers", None, {"admin"}),

@@ -160,6 +160,26 @@ def test_json_of_a_list_is_an_array(platform: ScriptedPlatform, orion: Command) 
     assert json.loads(orion("ls", "--json").out) == []
 
 
+def test_show_with_log_tells_what_was_done_on_workers(platform: ScriptedPlatform, orion: Command) -> None:
+    entry = {"at": "2030-01-01T00:00:00Z", "action": "create_user", "worker_id": "w-aaaa2222", "epoch": 2}
+    entry |= {"ok": False, "seconds": 0.0421, "message": f"timed out {EVIL}"}
+    for _ in range(2):
+        platform.answer("GET", "/api/rentals/box", rental())
+        platform.answer("GET", "/api/rentals/abcdefgh23/log", page(entry))
+    shown = orion("show", "box", "--log")
+    assert shown.status == 0
+    for word in ("create_user", "w-aaaa2222", "failed", "0.042", "timed out"):
+        assert word in shown.out
+    assert "\x1b" not in shown.out
+    assert json.loads(orion("show", "box", "--log", "--json").out) == [entry]
+
+
+def test_show_with_log_says_when_nothing_was_done(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals/box", rental())
+    platform.answer("GET", "/api/rentals/abcdefgh23/log", page())
+    assert "nothing was done for it yet" in orion("show", "box", "--log").err
+
+
 def test_ls_shows_why_a_rental_is_not_active(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer(
         "GET", "/api/rentals", page(rental(), rental(name="late", state="queued", explanation="pool is full"))

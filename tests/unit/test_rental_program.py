@@ -150,6 +150,41 @@ def test_a_passed_deadline_is_refused_by_every_command(tmp_path: Path) -> None:
         assert (status, report["code"]) == (3, "deadline_passed")
 
 
+# Several rentals in one order
+
+
+def test_each_rental_of_an_order_is_done_or_refused_by_itself_and_the_worst_is_the_status(tmp_path: Path) -> None:
+    rentals = Rentals(Places(tmp_path))
+    rentals.ledger.keep(RECORD)
+    asked = [{"rental_id": "one", "epoch": 3}, {"rental_id": "one", "epoch": 2}, {"rental_id": "?", "epoch": 1}]
+    status, report = answer("lock", json.dumps({"rentals": asked}), rentals, now=0)
+    assert status == 3
+    assert report["error"] == "epoch 2 is older than epoch 3, which was seen here"
+    assert [one.get("code") for one in report["rentals"]] == [None, "stale_epoch", "invalid_request"]
+    assert answer("lock", json.dumps({"rentals": asked[:1]}), rentals, now=0)[0] == 0
+
+
+@pytest.mark.parametrize("rentals", [[], {}, "one", None])
+def test_a_list_of_nothing_is_not_understood(rentals: Any, tmp_path: Path) -> None:
+    status, report = answer("lock", json.dumps({"rentals": rentals}), Rentals(Places(tmp_path)), now=0)
+    assert (status, report["code"]) == (2, "invalid_request")
+
+
+def test_a_list_stands_alone(tmp_path: Path) -> None:
+    asked = {"rentals": [{"rental_id": "one", "epoch": 3}], "epoch": 4}
+    assert answer("lock", json.dumps(asked), Rentals(Places(tmp_path)), now=0)[0] == 2
+
+
+def test_what_is_refused_of_a_purge_of_several_is_refused_alone_and_in_its_place(tmp_path: Path) -> None:
+    rentals = Rentals(Places(tmp_path))
+    rentals.ledger.keep(RECORD)
+    old = {"rental_id": "one", "username": "r-one", "uid": 100_001, "epoch": 2}
+    late = {"rental_id": "two", "username": "r-two", "uid": 100_002, "epoch": 1, "deadline": 5.0}
+    status, report = answer("purge", json.dumps({"rentals": [late, old, {"rental_id": "?"}]}), rentals, now=9)
+    assert status == 3
+    assert [one["code"] for one in report["rentals"]] == ["deadline_passed", "stale_epoch", "invalid_request"]
+
+
 # Keys
 
 

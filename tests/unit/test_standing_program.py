@@ -1,0 +1,123 @@
+"""`orion-rental serve`: many orders over one connection, each answered once, and none in the way of another."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import standing
+
+COMMANDS = ("say", "wait", "break", "die", "flood")
+
+
+class Served:
+    """The program in a process of its own, as sshd starts it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        their_in, self.to = os.pipe()
+        self.back, their_out = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self.to)
+            os.close(self.back)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            standing.serve(self._answer, COMMANDS, their_in, their_out)
+            os._exit(0)
+        os.close(their_in)
+        os.close(their_out)
+        self.answers = os.fdopen(self.back)
+        assert json.loads(self.answers.readline()) == {"ready": True}
+
+    def _answer(self, command: str, text: str) -> tuple[int, dict[str, Any]]:
+        if command == "wait":
+            return 0, {"gate": (self.folder / "gate").read_text()}
+        if command == "break":
+            raise RuntimeError("a fault")
+        if command == "die":
+            os._exit(9)
+        if command == "flood":
+            return 0, {"filling": "x" * (1 << 18)}
+        return 0, {"heard": json.loads(text)}
+
+    def ask(self, identifier: int, command: str, request: Any = None) -> None:
+        line = json.dumps({"id": identifier, "command": command, "request": request})
+        os.write(self.to, line.encode() + b"\n")
+
+    def answer(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.answers.readline())
+        return found
+
+    def end(self) -> None:
+        os.close(self.to)
+        rest = self.answers.read()
+        self.answers.close()
+        assert os.waitpid(self.pid, 0)[1] == 0
+        assert rest == ""
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    running = Served(tmp_path)
+    yield running
+    running.end()
+
+
+def test_each_order_is_answered_under_its_own_number(served: Served) -> None:
+    for number in range(1, 6):
+        served.ask(number, "say", {"rental_id": f"r{number}"})
+    answers = {answer["id"]: answer for answer in (served.answer() for _ in range(5))}
+    assert {number: answer["report"]["heard"]["rental_id"] for number, answer in answers.items()} == {
+        number: f"r{number}" for number in range(1, 6)
+    }
+
+
+def test_one_that_takes_long_holds_up_no_other(served: Served) -> None:
+    os.mkfifo(served.folder / "gate")
+    served.ask(1, "wait")
+    served.ask(2, "say")
+    assert served.answer()["id"] == 2
+    (served.folder / "gate").write_text("open")
+    assert served.answer() == {"id": 1, "status": 0, "report": {"gate": "open"}}
+
+
+def test_an_order_that_breaks_is_answered_and_the_next_one_too(served: Served) -> None:
+    served.ask(1, "break")
+    answer = served.answer()
+    assert (answer["id"], answer["status"], answer["report"]["code"]) == (1, 1, "broken")
+    assert "a fault" in answer["report"]["error"]
+    served.ask(2, "say")
+    assert served.answer()["id"] == 2
+
+
+def test_an_order_whose_process_dies_is_answered_as_broken(served: Served) -> None:
+    served.ask(1, "die")
+    answer = served.answer()
+    assert (answer["id"], answer["report"]["code"]) == (1, "broken")
+
+
+@pytest.mark.parametrize("line", [b"", b"?", b"[]", b"{}", b'{"id": 1, "command": "rm", "request": {}}'])
+def test_what_is_no_order_is_said_to_be_none(served: Served, line: bytes) -> None:
+    os.write(served.to, line + b"\n")
+    assert served.answer()["id"] is None
+    served.ask(2, "say")
+    assert served.answer()["id"] == 2
+
+
+def test_large_answers_arrive_whole_side_by_side(served: Served) -> None:
+    for number in range(4):
+        served.ask(number, "flood")
+    answers = [served.answer() for _ in range(4)]
+    assert {answer["id"] for answer in answers} == {0, 1, 2, 3}
+    assert all(len(answer["report"]["filling"]) == 1 << 18 for answer in answers)
+
+
+def test_more_than_may_be_at_work_at_once_wait_and_are_all_answered(served: Served) -> None:
+    number = 3 * standing.MOST_AT_ONCE
+    for identifier in range(number):
+        served.ask(identifier, "say")
+    assert {served.answer()["id"] for _ in range(number)} == set(range(number))
