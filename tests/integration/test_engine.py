@@ -28,8 +28,9 @@ from orion.manager.engine.reach import SshReach
 class Process:
     """The engine's process, as the entrypoint starts it."""
 
-    def __init__(self, directory: Path, private_key: Path, strategy: str) -> None:
+    def __init__(self, directory: Path, private_key: Path, strategy: str, playbooks: Path = ROOT / "playbooks") -> None:
         self.strategy = strategy
+        self.playbooks = playbooks
         self.socket = directory / "engine.sock"
         self.directory = directory
         self.log = directory / "engine.log"
@@ -38,7 +39,7 @@ class Process:
 
     def start(self, stdout: int | None = None) -> None:
         command = [sys.executable, "-m", "orion.manager.engine.server", "--socket", self.socket]
-        command += ["--directory", self.directory, "--playbooks", ROOT / "playbooks", "--strategy", self.strategy]
+        command += ["--directory", self.directory, "--playbooks", self.playbooks, "--strategy", self.strategy]
         environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=stdout, stderr=log)
@@ -185,6 +186,27 @@ class TestSshReach(ReachContract):
     async def test_a_host_key_that_cannot_be_read_reaches_nobody(self, bench: RealBench) -> None:
         broken = replace(bench.host, host_keys=(OTHER_KEY[:-6],))
         assert await bench.reach.reach(broken, 10) is Reached.NO
+
+
+async def test_other_tasks_of_a_playbook_go_through_the_connection_that_is_held(
+    mine: Worker, folder: Path, calm_manager: SmallManager
+) -> None:
+    playbooks = folder / "extended"
+    shutil.copytree(ROOT / "playbooks", playbooks)
+    added = "    - name: What an operator added\n      ansible.builtin.command: hostname\n"
+    with (playbooks / "create_user.yml").open("a") as playbook:
+        playbook.write(added)
+    directory = folder / "held"
+    directory.mkdir(mode=0o700)
+    process = Process(directory, calm_manager.key.file, "auto", playbooks)
+    engine = AnsibleEngine(process.socket)
+    try:
+        assert_done(await engine.run(new_job(Host("w-extended", mine.address, mine.host_keys))))
+        held = [line for line in processes_that_name(directory) if line.startswith("ssh")]
+        assert len(held) == 1
+    finally:
+        await engine.close()
+        process.end()
 
 
 def processes_that_name(directory: Path) -> list[str]:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import selectors
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Collection
@@ -98,6 +99,10 @@ class Held:
         return self._began + OPEN_WITHIN_S if self.state is State.OPENING else None
 
     @property
+    def closed(self) -> bool:
+        return self.state is State.CLOSED
+
+    @property
     def idle(self) -> bool:
         return self.state is State.OPEN and not self._asked
 
@@ -113,12 +118,13 @@ class Held:
         self._send()
 
     def close(self, reason: str) -> None:
-        if self.state is State.CLOSED:
+        if self.closed:
             return
         self._hear_complaint()
         self.complaint = explained(self._errors.decode(errors="replace")) or reason
         self.state = State.CLOSED
-        self._process.kill()
+        if self._process.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)  # Popen's own would take its status, which is taken elsewhere
         for descriptor in (self._stdin, self._stdout, self._stderr):
             with suppress(KeyError):
                 self._selector.unregister(descriptor)
@@ -133,11 +139,14 @@ class Held:
     def reaped(self, status: int) -> None:
         """Its process has ended, and its status was taken."""
         self._process.returncode = os.waitstatus_to_exitcode(status)
-        with suppress(OSError, ValueError):
-            self._receive()
+        self._receive()
         self.close("the connection was closed")
 
+    # Each of these may be called once more after the end, when the numbers of its descriptors are another's.
+
     def _send(self) -> None:
+        if self.closed:
+            return
         try:
             while self._outgoing:
                 del self._outgoing[: os.write(self._stdin, self._outgoing)]
@@ -153,6 +162,8 @@ class Held:
             self._selector.unregister(self._stdin)
 
     def _receive(self) -> None:
+        if self.closed:
+            return
         try:
             part = os.read(self._stdout, READ_BYTES)
         except BlockingIOError:
@@ -166,7 +177,8 @@ class Held:
         *lines, rest = self._incoming.split(b"\n")
         self._incoming = bytearray(rest)
         for line in lines:
-            self._take(bytes(line))
+            if not self.closed:
+                self._take(bytes(line))
         if not part:
             self.close("the connection was closed")
 
@@ -188,9 +200,11 @@ class Held:
         reply({"status": status, "report": report})
 
     def _hear_complaint(self) -> None:
+        if self.closed:
+            return
         try:
             part = os.read(self._stderr, READ_BYTES)
-        except (BlockingIOError, ValueError):
+        except BlockingIOError:
             return
         except OSError:
             part = b""

@@ -48,6 +48,7 @@ def load(playbooks: Path, directory: Path, wanted: str = "auto") -> tuple[Play, 
         "ANSIBLE_LOCAL_TEMP": directory / "ansible" / "tmp",
         "ANSIBLE_CALLBACKS_ENABLED": "",
         "ANSIBLE_RETRY_FILES_ENABLED": "no",
+        "ANSIBLE_DEPRECATION_WARNINGS": "no",
         "ORION_HELD_SOCKET": directory / "held.sock",
     }
     os.environ.update({name: str(value) for name, value in settings.items()})
