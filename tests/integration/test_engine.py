@@ -155,15 +155,15 @@ class TestAnsibleEngine(EngineContract):
             assert_done(await bench.engine.run(new_job(host)))
         await bench.pause()
         try:
-            hanging = [asyncio.create_task(bench.engine.run(new_job(bench.host, deadline_s=4))) for _ in range(3)]
-            async with asyncio.timeout(3):
-                for _ in range(3):
-                    outcomes = await asyncio.gather(*(bench.engine.run(new_job(other)) for _ in range(4)))
-                    assert [outcome.message for outcome in outcomes] == [""] * 4
-            ends = {outcome.message for outcome in await asyncio.gather(*hanging)}
-            assert ends <= {"timed out after 4 s", "timed out after 4 s, waiting for its turn"}
+            hanging = [asyncio.create_task(bench.engine.run(new_job(bench.host))) for _ in range(3)]
+            for _ in range(3):
+                outcomes = await asyncio.gather(*(bench.engine.run(new_job(other)) for _ in range(4)))
+                assert [outcome.message for outcome in outcomes] == [""] * 4
+            assert not any(job.done() for job in hanging)
         finally:
             await bench.go_on()
+        for outcome in await asyncio.gather(*hanging):
+            assert outcome.ok or outcome.message.startswith("the worker cannot be reached by SSH")
         assert_done(await bench.engine.run(new_job(bench.host)))
 
 

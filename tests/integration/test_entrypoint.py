@@ -182,7 +182,7 @@ class Container:
         self.process = subprocess.Popen(
             arguments,
             cwd=directory,
-            env=os.environ | {"ORION_HEARTBEAT_S": "3", "PASSWORD": "hidden"},
+            env=os.environ | {"ORION_HEARTBEAT_S": "3", "ORION_ENGINE_STRATEGY": "linear", "PASSWORD": "hidden"},
             stderr=(directory / "log").open("w"),
         )
 
@@ -241,13 +241,14 @@ def test_the_manager_is_not_root_and_reads_its_secrets_from_a_pipe(run: Any) -> 
 
 
 @needs_root
-def test_the_engine_is_somebody_else_and_gets_neither_secrets_nor_settings(run: Any) -> None:
+def test_the_engine_is_somebody_else_and_gets_neither_secrets_nor_settings_but_its_own(run: Any) -> None:
     tell = "{ id -u; id -G; } > ids; ls /proc/self/fd > open; env > environment; echo > done; exec sleep 60"
     container = run("while [ ! -e done ]; do :; done", tell)
     assert container.ended() == 0
     assert container.read("ids").split() == [str(ENGINE)] * 2
     assert set(container.read("open").split()) <= {"0", "1", "2", "3"}  # 3: of the ls itself
     assert "ORION_HEARTBEAT_S" not in container.read("environment")
+    assert "ORION_ENGINE_STRATEGY=linear" in container.read("environment")
 
 
 @needs_root
