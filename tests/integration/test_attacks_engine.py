@@ -45,8 +45,21 @@ esac
 exec /usr/bin/python3.13 "$@"
 """
 LIAR = """#!/usr/bin/python3.13
-import sys
-sys.stdout.write(open("/run/evil-report").read())
+import json, sys
+said = open("/run/evil-report").read()
+if sys.argv[1:] != ["serve"]:
+    sys.exit(sys.stdout.write(said) * 0)
+print('{"ready": true}', flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    try:
+        report = json.loads(said)
+    except ValueError:
+        print(said, flush=True)
+        continue
+    if isinstance(report, dict):
+        report["rentals"] = [dict(report) for _ in asked["request"]["rentals"]]
+    print(json.dumps({"id": asked["id"], "status": 0, "report": report}), flush=True)
 """
 
 

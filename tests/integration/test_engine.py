@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,14 +28,18 @@ from orion.manager.engine.reach import SshReach
 class Process:
     """The engine's process, as the entrypoint starts it."""
 
-    def __init__(self, directory: Path, private_key: Path, strategy: str, playbooks: Path = ROOT / "playbooks") -> None:
+    def __init__(
+        self, directory: Path, private_key: Path | None, strategy: str = "auto", playbooks: Path = ROOT / "playbooks"
+    ) -> None:
+        """Starts where there is a key for it."""
         self.strategy = strategy
         self.playbooks = playbooks
         self.socket = directory / "engine.sock"
         self.directory = directory
         self.log = directory / "engine.log"
-        shutil.copy(private_key, directory / "id_ed25519")
-        self.start()
+        if private_key:
+            shutil.copy(private_key, directory / "id_ed25519")
+            self.start()
 
     def start(self, stdout: int | None = None) -> None:
         command = [sys.executable, "-m", "orion.manager.engine.server", "--socket", self.socket]
@@ -54,10 +58,11 @@ class Process:
 
 
 class RealBench(Bench):
-    def __init__(self, on: Worker, engine: AnsibleEngine) -> None:
+    def __init__(self, on: Worker, process: Process) -> None:
         self.on = on
+        self.process = process
         self.host = Host("w-realreal", on.address, on.host_keys)
-        self.engine = engine
+        self.engine = AnsibleEngine(process.socket)
         self.reach = SshReach(on.key.file.read_text())
 
     async def accounts(self) -> dict[str, Account]:
@@ -114,24 +119,22 @@ def process(folder: Path, calm_manager: SmallManager, request: pytest.FixtureReq
 
 @pytest.fixture
 async def bench(mine: Worker, process: Process) -> AsyncIterator[RealBench]:
-    engine = AnsibleEngine(process.socket)
-    yield RealBench(mine, engine)
-    await engine.close()
+    bench = RealBench(mine, process)
+    yield bench
+    await bench.engine.close()
 
 
 class TestAnsibleEngine(EngineContract):
-    async def test_an_engine_that_is_killed_says_so_and_the_next_job_finds_the_new_one(
-        self, bench: RealBench, process: Process
-    ) -> None:
+    async def test_an_engine_that_is_killed_says_so_and_the_next_job_finds_the_new_one(self, bench: RealBench) -> None:
         assert_done(await bench.engine.run(new_job(bench.host)))
         await bench.pause()
         running = asyncio.create_task(bench.engine.run(new_job(bench.host)))
-        await asyncio.to_thread(wait_until, lambda: children(process.process.pid), "the job runs")
-        process.kill()
+        await asyncio.to_thread(wait_until, lambda: children(bench.process.process.pid), "the job runs")
+        bench.process.kill()
         outcome = await running
         assert (outcome.ok, outcome.message) == (False, "the engine was restarted")
         await bench.go_on()
-        process.start()
+        bench.process.start()
         job = new_job(bench.host)
         assert_done(await bench.engine.run(job))
         assert (await bench.accounts())[job.rental_id] == account(job)
@@ -170,8 +173,8 @@ class TestAnsibleEngine(EngineContract):
 class TestSshReach(ReachContract):
     @pytest.fixture
     def bench(self, mine: Worker, folder: Path) -> RealBench:
-        """The reach needs no engine's process."""
-        return RealBench(mine, AnsibleEngine(folder / "nowhere"))
+        """The reach needs no engine: this one is never started."""
+        return RealBench(mine, Process(folder, None))
 
     async def test_a_worker_that_does_not_know_our_key_is_not_reached(self, bench: RealBench, folder: Path) -> None:
         stranger = SshReach(make_key(folder).file.read_text())
@@ -211,8 +214,11 @@ async def test_other_tasks_of_a_playbook_go_through_the_connection_that_is_held(
 
 def processes_that_name(directory: Path) -> list[str]:
     """Command lines in which it is found, of processes that live."""
-    lines = (place.read_bytes() for place in Path("/proc").glob("[0-9]*/cmdline") if place.parent.exists())
-    return [line.decode() for line in lines if str(directory).encode() in line]
+    lines = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended meanwhile
+            lines.append(place.read_bytes().decode())
+    return [line for line in lines if str(directory) in line]
 
 
 def children(pid: int) -> list[str]:

@@ -91,9 +91,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 Results = dict[str, list[dict[str, Any]]]
 
 
-def test_a_template_in_a_value_of_a_user_or_a_worker_is_not_evaluated(results: Results) -> None:
-    for result in (results["good"][0], results["good"][2]):
-        assert (result["report"]["value"], result["report"]["by_worker"]) == (TEMPLATE, TEMPLATE)
+def test_a_template_in_a_value_of_a_user_is_not_evaluated(results: Results) -> None:
+    assert [results["good"][number]["report"]["value"] for number in (0, 2)] == [TEMPLATE] * 2
+
+
+def test_a_template_in_a_value_of_a_worker_is_not_evaluated(results: Results) -> None:
+    assert [result["report"]["by_worker"] for result in results["good"]] == [TEMPLATE] * 4
 
 
 def test_each_order_has_the_report_of_its_own_rental_and_nothing_of_ansible(results: Results) -> None:
@@ -102,7 +105,8 @@ def test_each_order_has_the_report_of_its_own_rental_and_nothing_of_ansible(resu
         assert result["report"] == {"changed": True, "value": "change", "by_worker": TEMPLATE}
 
 
-def test_the_failure_of_one_rental_is_one_short_line_and_no_other_rental_s(results: Results) -> None:
+def test_a_failure_is_one_short_line_that_cannot_move_a_cursor(results: Results) -> None:
+    """And that of one rental is no other rental's."""
     failed, done = results["some fail"]
     assert not failed["ok"]
     assert failed["report"] == {"changed": False, "code": "because"}
