@@ -168,7 +168,7 @@ class Pool:
     # The start of a batch
 
     def _start_a_batch(self) -> bool:
-        ready = [run for run in self._waiting if self._is_connected(run)]
+        ready = [run for run in list(self._waiting) if self._is_connected(run)]
         waiting = [Waiting(r.number, r.job.action, r.job.host, r.alone, r.job.host in self._suspects) for r in ready]
         suspects = sum(runner.suspect for runner in self._runners.values())
         chosen = set(choose(waiting, suspects_too=suspects < max(1, self._most_runners // 2)))
