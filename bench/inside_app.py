@@ -46,6 +46,7 @@ def stock_playbook(
         "ansible_ssh_private_key_file": KEY,
         "ansible_ssh_common_args": shlex.join(pinned_host_arguments(worker["id"], worker["host_keys"])),
     }
+    Path("/tmp/orion-bench-empty.cfg").touch()  # noqa: S108 - for baselines.DEFAULTS: Ansible refuses /dev/null
     INVENTORY.write_text(json.dumps({"workers": {"hosts": {worker["id"]: host}}}))
     control = PLACE / f"cold-{_runs}"
     command = ["ansible-playbook", "-i", str(INVENTORY), f"/opt/orion/playbooks/{playbook}.yml"]

@@ -235,7 +235,7 @@ def test_the_manager_is_not_root_and_reads_its_secrets_from_a_pipe(run: Any) -> 
     names = {line.partition("=")[0] for line in container.read("environment").splitlines()}
     assert names - {"PWD", "_", "SHLVL", "OLDPWD"} == {
         *("HOME", "LANG", "PATH", "PYTHONUNBUFFERED"),
-        *("ORION_HEARTBEAT_S", "ORION_SECRETS_FD"),
+        *("ORION_ENGINE_STRATEGY", "ORION_HEARTBEAT_S", "ORION_SECRETS_FD"),
         *(name for name in os.environ if name.startswith("ORION_")),
     }
 
