@@ -30,6 +30,9 @@ DEFAULTS = {
 }
 """Ansible as it comes: without the pipelining and the named interpreter of playbooks/ansible.cfg."""
 
+_numbers = itertools.count(1)
+"""One count for all: what was purged on a worker does not come back there."""
+
 
 class Baselines:
     """Orders to inside_app.py, one at a time."""
@@ -38,14 +41,13 @@ class Baselines:
         self._asking = asking
         self._answers = answers
         self._key = public_key
-        self._numbers = itertools.count(1)
 
     def open(self, worker: Mapping[str, Any]) -> None:
         self._order(do="open", worker=_known(worker))
 
     def warm_ssh(self, worker: Mapping[str, Any]) -> float:
         """Seconds of useradd and key over the open connection; the account is removed outside the clock."""
-        number = next(self._numbers)
+        number = next(_numbers)
         names = {"name": f"bench{number}", "uid": FIRST_UID + number % 5000}
         done = self._order(do="warm_ssh", worker=_known(worker), script=ADD.format(**names), given=self._key + "\n")
         self._order(do="warm_ssh", worker=_known(worker), script=REMOVE.format(**names), given="")
@@ -56,7 +58,7 @@ class Baselines:
 
         `settings`: of Ansible, on top of playbooks/ansible.cfg or (DEFAULTS) instead of it.
         """
-        number = next(self._numbers)
+        number = next(_numbers)
         rental = {"rental_id": f"bench{number:05d}", "username": f"r-bench{number:05d}", "epoch": 1}
         rental |= {"uid": FIRST_STOCK_UID + number}
         variables = rental | {"public_keys": [self._key]} | {"rentals": [rental | {"public_keys": [self._key]}]}
