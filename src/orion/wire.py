@@ -140,10 +140,12 @@ class Reply(BaseModel):
 
 
 class Load(Request):
-    cpu: float = Field(0.0, ge=0, le=4096, description="Processors in use, averaged since the last heartbeat")
-    memory_used_bytes: int = Field(0, ge=0, lt=2**53)
-    memory_limit_bytes: int = Field(0, ge=0, lt=2**53, description="0: no limit")
-    processes: int = Field(0, ge=0, lt=2**31)
+    cpu: float = Field(
+        0.0, ge=0, le=4096, strict=True, description="Processors in use, averaged since the last heartbeat"
+    )
+    memory_used_bytes: int = Field(0, ge=0, lt=2**53, strict=True)
+    memory_limit_bytes: int = Field(0, ge=0, lt=2**53, strict=True, description="0: no limit")
+    processes: int = Field(0, ge=0, lt=2**31, strict=True)
 
 
 class InventoryItem(Request):
@@ -151,8 +153,8 @@ class InventoryItem(Request):
 
     rental_id: Id
     username: Annotated[str, StringConstraints(pattern=r"^r-[a-z0-9]{1,30}$")]
-    uid: int = Field(ge=100_000, lt=2**31)
-    epoch: int = Field(ge=1, lt=2**53)
+    uid: int = Field(ge=100_000, lt=2**31, strict=True)
+    epoch: int = Field(ge=1, lt=2**53, strict=True)
     state: Literal["locked", "running", "frozen"]
 
 
@@ -186,12 +188,18 @@ class RegisterReply(Reply):
 
 
 class HeartbeatRequest(Request):
+    """Numbers must be numbers: the manager reads most of these with another reader (api/heartbeat.py), as strictly."""
+
     session_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{8,64}$")]
-    seq: int = Field(ge=0, lt=2**53)
+    seq: int = Field(ge=0, lt=2**53, strict=True)
     load: Load = Load()
     inventory: Inventory = []
-    lease_s: float = Field(0, ge=0, le=86_400, description="The lease that the last reply gave it; 0: none yet")
-    leaving: bool = Field(False, description="The goodbye: the worker has stopped its rentals and is about to end")
+    lease_s: float = Field(
+        0, ge=0, le=86_400, strict=True, description="The lease that the last reply gave it; 0: none yet"
+    )
+    leaving: bool = Field(
+        False, strict=True, description="The goodbye: the worker has stopped its rentals and is about to end"
+    )
 
 
 class HeartbeatReply(Reply):

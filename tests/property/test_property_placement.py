@@ -29,7 +29,7 @@ POOLS = st.integers(0, 6).flatmap(lambda size: st.tuples(*(candidates(number) fo
 
 
 def fits(candidate: Candidate) -> bool:
-    return not any(refuses(candidate) for _, refuses in FILTERS)
+    return not any(refuses(candidate.standing) for _, refuses in FILTERS)
 
 
 def share(candidate: Candidate) -> float:

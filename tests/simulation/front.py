@@ -38,6 +38,7 @@ class Front:
                 created_at=self._wall(),
             )
             self._ledger.events.append(Event("rental.queued", owner, "asked for", owner, identity, epoch=0))
+            self._ledger.tell(rental_ids=[identity])
         return identity
 
     async def renew(self, rental_id: str, ttl_s: int) -> bool:
@@ -60,6 +61,7 @@ class Front:
         if not already or (resumed and (worker.fault or worker.health is Health.QUARANTINED)):
             cleared = {"fault": "", "verified_session": None} if resumed else {}
             self._ledger.world.workers[worker_id] = replace(worker, intent=to, **cleared)
+            self._ledger.tell([worker_id])
             kind = "worker.resumed" if resumed else "worker.drain_started"
             self._ledger.events.append(Event(kind, "operator", "asked for", worker_id=worker_id))
         if resumed:
@@ -74,5 +76,6 @@ class Front:
         del world.workers[worker_id]
         self._ledger.tokens.pop(worker_id, None)
         self._ledger.events.append(Event("worker.removed", "operator", "asked for", worker_id=worker_id))
+        self._ledger.tell([worker_id])
         self._leases.end(worker_id)
         return True

@@ -12,6 +12,7 @@ from decisions import Answer
 from orion.manager.api.call_home import CallHome, CallRefused
 from orion.manager.domain.leases import Beat, Leases
 from orion.manager.domain.model import Item
+from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health, Intent
 from orion.manager.loops.expiry import ExpiryLoop
 from orion.manager.loops.health import HealthLoop
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 ROUND_S = 5.0
 """Between rounds of each loop: less than what makes the manager think itself late, and few enough to be cheap."""
 EXPIRY_ROUND_S = 10.0
-WRITES = frozenset({"apply", "succeed", "fail", "register"})
+WRITES = frozenset({"apply", "apply_each", "finish", "register"})
 """Being killed between a read and what is made of it is no different from being killed before the read."""
 
 
@@ -43,16 +44,21 @@ class SimulatedManager:
         self.leases = leases = Leases(sim.clocks.freeze_after_s)
         ledger: Any = LedgerWithPoints(self)
         engine, reach = sim.engine_of(self), sim.reach_of(self)
-        self.reconciler = Reconciler(ledger, leases, engine, reach, sim.monotonic, sim.wall, sim.placement_ids)
+        self.roster = roster = Roster()
+        self.reconciler = Reconciler(ledger, roster, leases, engine, reach, sim.monotonic, sim.wall, sim.placement_ids)
+        self.reconciler.swept_at_once = 0  # the net is not there: what is not looked at in time is to be noticed
         self.reconciler.loop = Loop("reconciler", ROUND_S, self.reconciler.round)
         hint = self.reconciler.loop.hint
-        self.health = HealthLoop(ledger, leases, sim.clocks, sim.door_is_open, sim.monotonic, hint)
+        self.health = HealthLoop(ledger, roster, leases, sim.clocks, sim.door_is_open, sim.monotonic, hint)
+        self.health.swept_at_once = 0
         self.health.interval_s = ROUND_S
         self.health.loop = Loop("health", ROUND_S, self.health.round)
         self.expiry = ExpiryLoop(ledger, sim.monotonic, sim.wall, hint)
         self.expiry.loop = Loop("expiry", EXPIRY_ROUND_S, self.expiry.round)
         self.reconciler.on_worker_change = self.health.loop.hint
-        self.call_home = CallHome(ledger, leases, reach, sim.monotonic)
+        self.call_home = CallHome(
+            ledger, roster, leases, reach, sim.monotonic, self.reconciler.shown, self.health.look_at
+        )
         self.front = Front(sim.ledger, leases, sim.wall)
 
     def start(self) -> None:
@@ -60,8 +66,9 @@ class SimulatedManager:
 
     async def _run(self) -> None:
         """As app.Manager restores what the database knows, and lets old leases lapse."""
-        workers = await self.sim.ledger.load_workers()
-        known = {w.id: w.session_id for w in workers.values() if w.session_id and w.health is not Health.DOWN}
+        await self.sim.ledger.follow(lambda changes: self.roster.apply(changes, self.sim.monotonic()))
+        workers = self.roster.items()
+        known = {w: k.session_id for w, k in workers if k.session_id and k.health is not Health.DOWN}
         self.sim.granted_s = granted_s = max(self.sim.granted_s, self.sim.clocks.freeze_after_s)
         self.leases.restore(known, granted_s)
         for loop in (self.health.loop, self.reconciler.loop, self.expiry.loop):
@@ -78,7 +85,9 @@ class SimulatedManager:
     def kill(self) -> None:
         """As by SIGKILL: nothing that it has not committed has happened."""
         self.dead = True
-        for task in sorted(self._tasks | set(self.reconciler._running.values()), key=lambda t: t.get_name()):
+        writing = [self.reconciler._writing] if self.reconciler._writing else []
+        tasks = self._tasks | {*self.reconciler._running.values(), *writing}
+        for task in sorted(tasks, key=lambda t: t.get_name()):
             task.cancel()
         self.sim.manager_died(self)
 
@@ -134,7 +143,8 @@ class SimulatedManager:
     async def _heartbeat(self, worker_id: str, body: Mapping[str, Any]) -> Answer:
         leaving = body.get("leaving", False)
         beat = Beat(body["session_id"], body["seq"], tuple(_items(body)), leaving, body["lease_s"])
-        found = await self.call_home.heartbeat(worker_id, beat)
+        found = self.call_home.heartbeat(worker_id, beat)
+        await self.point()
         self.leases.note(worker_id, self.sim.wall(), {})
         if leaving:
             self.health.loop.hint()

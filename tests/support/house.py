@@ -17,15 +17,18 @@ import httpx
 from fastapi import FastAPI
 from sqlalchemy import select
 from support.builders import host_key
+from support.rosters import what_differs
 
 from orion.manager.api.door import SECRET_HEADER
 from orion.manager.app import Manager, Ports, application, put_into
 from orion.manager.domain.brake import Brake
+from orion.manager.domain.roster import Roster
 from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorker, FakeWorld
 from orion.manager.engine.port import Host
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store import events, tokens
 from orion.manager.store.database import News, Row, Store, rows
+from orion.manager.store.roster import everything
 from orion.manager.store.schema import placements
 from orion.manager.store.tokens import make_token
 
@@ -165,6 +168,8 @@ class House:
         ports = Ports(FakeEngine(self.world), FakeReach(self.world), self.door, self.clock.monotonic, self.clock.wall)  # type: ignore[arg-type]
         self.app = _routes()
         self.manager = Manager(self.settings, self.secrets, self.store, ports)
+        # The net is not there: what is not looked at in time is to be noticed.
+        self.manager.health.swept_at_once = self.manager.reconciler.swept_at_once = 0
         put_into(self.app, self.manager)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         headers = {SECRET_HEADER: PROXY_SECRET, "X-Real-IP": "198.51.100.7"}
@@ -244,8 +249,16 @@ class House:
                 await self.manager.reconciler.round()
                 await self.finish_tasks()
                 if not changed.is_set() and not hinted.is_set():
+                    await self.compare_roster()
                     return
         raise AssertionError("the platform does not come to rest")
+
+    async def compare_roster(self) -> None:
+        """What is in memory is what is in the database, whatever has happened."""
+        anew = Roster()
+        anew.apply(await self.store.read(everything), self.clock.now)
+        difference = what_differs(anew, self.manager.roster)
+        assert not difference, difference
 
     async def finish_tasks(self) -> None:
         await asyncio.gather(*self.manager.reconciler._running.values())

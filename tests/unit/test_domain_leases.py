@@ -26,7 +26,7 @@ def renew(leases: Leases, seq: int = 0, now: float = 20.0, session: str = "sessi
 
 def test_a_registration_opens_a_lease_with_its_inventory(leases: Leases) -> None:
     assert leases.get(WORKER) == Lease("session-1", 10.0, -1, (ITEM,), lease_s=LEASE_S)
-    assert leases.inventories() == {WORKER: (ITEM,)}
+    assert leases.inventories([WORKER]) == {WORKER: (ITEM,)}
     assert leases.heard_at == 10.0
 
 
@@ -68,7 +68,7 @@ def test_a_new_registration_ends_the_session_before(leases: Leases) -> None:
 def test_a_revoked_session_is_not_renewed_any_more(leases: Leases) -> None:
     assert leases.revoke(WORKER, leases.get(WORKER))
     assert not renew(leases, 1)
-    assert leases.inventories() == {}
+    assert leases.inventories([WORKER]) == {}
 
 
 def test_one_that_was_heard_since_it_was_looked_at_is_not_revoked(leases: Leases) -> None:
@@ -90,7 +90,7 @@ def test_after_a_restart_sessions_are_known_but_silent() -> None:
     leases.restore({WORKER: "session-1"}, 0.0)
     assert leases.get(WORKER) == Lease("session-1", lease_s=LEASE_S)
     assert leases.heard_at is None
-    assert leases.inventories() == {}, "what nobody has shown since is not taken for an empty inventory"
+    assert leases.inventories([WORKER]) == {}, "what nobody has shown since is not taken for an empty inventory"
 
 
 @pytest.mark.parametrize("seq", [0, 1, 900])
@@ -136,9 +136,9 @@ def test_a_heartbeat_after_the_goodbye_takes_it_back(leases: Leases) -> None:
 def test_what_the_manager_purged_is_not_found_in_the_older_inventory_again(leases: Leases) -> None:
     leases.renew(WORKER, Beat("session-1", 1, (ITEM, OTHER)), 20.0)
     leases.cleaned(WORKER, OTHER.rental_id, OTHER.epoch + 1)
-    assert leases.inventories() == {WORKER: (ITEM, OTHER)}
+    assert leases.inventories([WORKER]) == {WORKER: (ITEM, OTHER)}
     leases.cleaned(WORKER, OTHER.rental_id, OTHER.epoch)
-    assert leases.inventories() == {WORKER: (ITEM,)}
+    assert leases.inventories([WORKER]) == {WORKER: (ITEM,)}
     leases.cleaned("w-2", ITEM.rental_id, ITEM.epoch)
 
 
@@ -158,6 +158,13 @@ def test_a_restart_that_was_announced_is_no_loss_and_the_next_silence_is_one(lea
     assert leases.lost_ready(WORKER, 50.0, 100.0) == 1
 
 
+def test_what_is_shown_again_is_kept_once(leases: Leases) -> None:
+    shown = leases.get(WORKER).inventory
+    again = Item(ITEM.rental_id, ITEM.username, ITEM.uid, ITEM.epoch)
+    assert leases.renew(WORKER, Beat("session-1", 1, (again,)), 20.0)
+    assert leases.get(WORKER).inventory is shown
+
+
 def test_a_removed_worker_is_forgotten(leases: Leases) -> None:
     leases.lost_ready(WORKER, 10.0, 100.0)
     leases.end(WORKER)
@@ -168,6 +175,8 @@ def test_a_removed_worker_is_forgotten(leases: Leases) -> None:
 
 def test_notes_for_people_are_taken_once_and_the_last_of_a_worker_counts(leases: Leases) -> None:
     leases.note(WORKER, 1.0, {"cpu": 1})
+    leases.note("w-2", 1.5, {})
     leases.note(WORKER, 2.0, {"cpu": 2})
-    assert leases.take_notes() == [(WORKER, 2.0, {"cpu": 2})]
-    assert leases.take_notes() == []
+    assert leases.take_notes(1) == [(WORKER, 2.0, {"cpu": 2})], "who waits for longest comes first"
+    assert leases.take_notes(10) == [("w-2", 1.5, {})]
+    assert leases.take_notes(10) == []

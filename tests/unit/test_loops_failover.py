@@ -133,7 +133,7 @@ async def test_from_the_verdict_on_no_heartbeat_renews_the_lease(
     write = house.store.write
 
     async def a_heartbeat_comes_in_and_then_write(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if function is ledger.apply and not replies:
+        if function is ledger.apply_each and not replies:
             replies.append((await late.beat()).status_code)
         return await write(function, *args, **kwargs)
 
@@ -153,7 +153,7 @@ async def test_a_registration_between_the_look_and_the_verdict_saves_the_worker(
     write, registered = house.store.write, []
 
     async def it_registers_and_then_write(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if function is ledger.apply and not registered:
+        if function is ledger.apply_each and not registered:
             registered.append((await late.register()).status_code)
         return await write(function, *args, **kwargs)
 

@@ -9,10 +9,13 @@ import pytest
 from sqlalchemy import insert
 from sqlalchemy.exc import IntegrityError
 from support.builders import active_rental, host_key, new_placement, new_rental, new_worker, new_world
+from support.rosters import what_differs
 
 from orion.manager.domain.expiry import WallClock, expire, release, renew
-from orion.manager.domain.model import Item, Placement, Step, Worker, World, Write, move_placement, move_worker
+from orion.manager.domain.model import Item, Step, Worker, World, Write, move_placement, move_worker
+from orion.manager.domain.outcomes import Ended
 from orion.manager.domain.reconcile import Task, TaskKind
+from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
 from orion.manager.store import events
 from orion.manager.store.database import Store
@@ -91,7 +94,7 @@ def reserved(number: int, rental: Any, worker: Any, **change: Any) -> Step:
 
 async def test_it_shows_what_lives_and_what_is_left_of_what_has_ended(bench: Bench) -> None:
     assert await bench.ledger.load() == new_world(WORKER, OTHER, RENTAL, QUEUED, ENDED, RUNNING, LEFT_OF_ENDED)
-    assert await bench.ledger.load_workers() == {WORKER.id: WORKER, OTHER.id: OTHER}
+    assert await bench.ledger.workers([WORKER.id, "w-unknown"]) == {WORKER.id: WORKER}
 
 
 async def test_what_it_showed_does_not_change_afterwards(bench: Bench) -> None:
@@ -127,7 +130,7 @@ async def test_steps_are_applied_up_to_the_first_stale_one(bench: Bench) -> None
     after = move_worker(OTHER, Health.SUSPECT, "silence")
     assert not await bench.ledger.apply([first, stale, after])
     assert await bench.kinds() == ["rental.release_started"]
-    assert (await bench.ledger.load_workers())[OTHER.id] == OTHER
+    assert (await bench.ledger.workers([OTHER.id]))[OTHER.id] == OTHER
 
 
 BROKEN = {
@@ -155,7 +158,7 @@ async def test_a_free_slot_may_be_taken(bench: Bench) -> None:
 async def test_a_slot_is_free_when_its_placement_is_purged(bench: Bench) -> None:
     stopping = move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")
     await bench.ledger.apply([stopping])
-    await bench.ledger.succeed(TASK, {"left": []}, 9000.0)
+    await bench.ledger.finish([Ended(TASK, True, 9000.0, {"left": []})])
     assert RUNNING.id not in (await bench.ledger.load()).placements
     assert (await bench.kinds())[-2:] == ["placement.stopped", "placement.purged"]
     assert await bench.ledger.apply([reserved(1, QUEUED, WORKER)])
@@ -163,13 +166,13 @@ async def test_a_slot_is_free_when_its_placement_is_purged(bench: Bench) -> None
 
 async def test_a_success_that_nobody_waits_for_changes_nothing(bench: Bench) -> None:
     before = await bench.ledger.load()
-    await bench.ledger.succeed(TASK, {"left": []}, 9000.0)
+    await bench.ledger.finish([Ended(TASK, True, 9000.0, {"left": []})])
     assert await bench.ledger.load() == before
 
 
 async def test_a_failure_is_explained_to_who_waits_for_it(bench: Bench) -> None:
     await bench.ledger.apply([release(RENTAL, "released", "alice", "asked for")])
-    await bench.ledger.fail(TASK, "no space left", 1)
+    await bench.ledger.finish([Ended(TASK, False, 9000.0, message="no space left", attempts=1)])
     assert (await bench.ledger.load()).rentals[RENTAL.id].explanation == "trying again: no space left"
 
 
@@ -225,12 +228,56 @@ async def test_whoever_was_at_the_address_of_a_new_worker_is_kept_for(bench: Ben
     assert await bench.ledger.worker(OTHER.id)
 
 
-async def test_a_worker_has_its_placements_that_are_not_purged(bench: Bench) -> None:
-    found: list[Placement]
-    found, down = await bench.ledger.placements_of(OTHER.id)
-    assert (found, down) == ([LEFT_OF_ENDED], False)
-    await bench.ledger.apply([move_worker(OTHER, Health.SUSPECT, "silence")])
-    suspect = replace(OTHER, health=Health.SUSPECT)
-    await bench.ledger.apply([move_worker(suspect, Health.DOWN, "silence")])
-    assert (await bench.ledger.placements_of(OTHER.id))[1]
-    assert await bench.ledger.worker("w-unknown") is None
+async def test_a_look_shows_what_was_asked_for_whole_and_all_that_is_in_work(bench: Bench) -> None:
+    releasing = release(RENTAL, "released", "alice", "asked for")
+    assert await bench.ledger.apply([releasing])
+    everything = await bench.ledger.load()
+    seen = await bench.ledger.look({OTHER.id, "w-gone"}, {WORKER.id})
+    assert seen == replace(everything, whole=frozenset({OTHER.id, "w-gone"}), taken={WORKER.id: frozenset({0})})
+
+
+async def test_a_look_leaves_out_what_is_at_rest_elsewhere(bench: Bench) -> None:
+    seen = await bench.ledger.look((), ())
+    assert (seen.workers, seen.rentals, seen.placements) == ({}, {QUEUED.id: QUEUED}, {})
+    with_candidate = await bench.ledger.look((), {WORKER.id})
+    assert (with_candidate.workers, with_candidate.taken) == ({WORKER.id: WORKER}, {WORKER.id: {0}})
+    assert with_candidate.placements == {}, "only its slots"
+
+
+async def test_steps_that_have_nothing_to_do_with_each_other_are_applied_each_for_itself(bench: Bench) -> None:
+    stale = move_worker(replace(WORKER, session_id="another"), Health.SUSPECT, "silence")
+    good = move_worker(OTHER, Health.SUSPECT, "silence")
+    assert await bench.ledger.apply_each([stale, good]) == [False, True]
+    assert (await bench.ledger.workers([OTHER.id]))[OTHER.id].health is Health.SUSPECT
+    assert await bench.kinds() == ["worker.became_suspect"]
+
+
+async def test_tasks_that_end_together_are_all_written_and_each_sees_the_ones_before_it(bench: Bench) -> None:
+    await bench.ledger.apply([move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")])
+    reached = Task(TaskKind.REACH, OTHER.id, OTHER.session_id)
+    await bench.ledger.finish([Ended(one, True, 9000.0, {"left": []}) for one in (TASK, TASK, reached)])
+    assert await bench.kinds() == [
+        "placement.stopping",
+        "placement.stopped",
+        "placement.purged",
+        "worker.cleaned",
+        "worker.verified",
+    ]
+
+
+async def test_who_follows_is_told_what_is_there_and_then_what_each_commit_changed(bench: Bench) -> None:
+    followed, anew = Roster(), Roster()
+    await bench.ledger.follow(lambda changes: followed.apply(changes, 0.0))
+    assert [held.id for held in followed.held(WORKER.id)] == [RUNNING.id]
+    registered = await bench.ledger.register(CLAIM, None, True)
+    known = followed.worker(registered.worker_id)
+    assert known is not None
+    assert (known.health, known.session_id, known.verified) == (Health.JOINING, registered.session_id, False)
+    await bench.ledger.apply([move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")])
+    assert [held.state for held in followed.held(WORKER.id)] == [PlacementState.STOPPING]
+    await bench.ledger.finish([Ended(TASK, True, 9000.0, {"left": []})])
+    assert followed.held(WORKER.id) == ()
+    await bench.ledger.apply([reserved(1, QUEUED, WORKER)])
+    await bench.ledger.apply([release(QUEUED, "released", "alice", "asked for")])
+    await bench.ledger.follow(lambda changes: anew.apply(changes, 0.0))
+    assert not what_differs(anew, followed)

@@ -25,9 +25,12 @@ from orion import __version__
 from orion.manager.api import admin, contract, operations, problems, rentals, workers
 from orion.manager.api.call_home import CallHome
 from orion.manager.api.door import Door, protocol_for
+from orion.manager.api.heartbeat import Heartbeat
 from orion.manager.api.services import Services
 from orion.manager.domain.leases import Leases
-from orion.manager.domain.overdue import Overdue, overdue
+from orion.manager.domain.overdue import MOST_SHOWN, Overdue, overdue, workers_to_look_at
+from orion.manager.domain.roster import Roster
+from orion.manager.domain.states import Health
 from orion.manager.engine.ansible import AnsibleEngine
 from orion.manager.engine.port import Engine, Reach
 from orion.manager.engine.reach import SshReach
@@ -75,11 +78,15 @@ class Manager:
         self.ledger = SqlLedger(store)
         self.engine_log = EngineLog(store)
         engine = LoggedEngine(ports.engine, self.engine_log.note, ports.monotonic, ports.wall)
-        self.reconciler = Reconciler(self.ledger, self.leases, engine, ports.reach, ports.monotonic, ports.wall)
+        self.roster = Roster()
+        self.reconciler = Reconciler(
+            self.ledger, self.roster, self.leases, engine, ports.reach, ports.monotonic, ports.wall
+        )
         wake_reconciler = self.reconciler.loop.hint
         door = ports.door
         self.health = HealthLoop(
             self.ledger,
+            self.roster,
             self.leases,
             settings.clocks,
             lambda: door is None or door.open,
@@ -92,7 +99,16 @@ class Manager:
             settings=settings,
             store=store,
             leases=self.leases,
-            call_home=CallHome(self.ledger, self.leases, ports.reach, ports.monotonic),
+            roster=self.roster,
+            call_home=CallHome(
+                self.ledger,
+                self.roster,
+                self.leases,
+                ports.reach,
+                ports.monotonic,
+                self.reconciler.shown,
+                self.health.look_at,
+            ),
             reach=ports.reach,
             authorized_keys=(secrets.ssh_public_key,),
             monotonic=ports.monotonic,
@@ -106,8 +122,12 @@ class Manager:
         )
 
     async def _overdue(self) -> list[Overdue]:
-        world, ages = await self.reconciler.overdue_ages()
-        return overdue(world, ages | self.health.ages())
+        now = self._ports.monotonic()
+        late = workers_to_look_at(self.roster, now)
+        world, ages = await self.reconciler.overdue_world(late)
+        since = {w: self.roster.since(w) for w in late}
+        ages |= {worker_id: now - at for worker_id, at in since.items() if at is not None}
+        return overdue(world, ages)[:MOST_SHOWN]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -133,8 +153,9 @@ class Manager:
         """Take over what the secret files and the database know."""
         await self.store.write(tokens.install, "admin", self._secrets.admin_token)
         await self.store.write(tokens.install, "join", self._secrets.join_token)
-        known = await self.ledger.load_workers()
-        sessions = {w.id: w.session_id for w in known.values() if w.session_id and w.health != "down"}
+        await self.ledger.follow(lambda changes: self.roster.apply(changes, self._ports.monotonic()))
+        known = self.roster.items()
+        sessions = {w: k.session_id for w, k in known if k.session_id and k.health is not Health.DOWN}
         granted_s = max(await self.store.read(worker_rows.granted_lease), self._clocks.freeze_after_s)
         await self.store.write(worker_rows.grant_lease, granted_s)
         self.leases.restore(sessions, granted_s)
@@ -180,6 +201,7 @@ def application(proxy_secret: str) -> FastAPI:
     )
     problems.install(app)
     contract.describe(app)
+    app.router.routes.insert(0, Heartbeat())
     for router in (workers.router, rentals.router, operations.router, admin.router, routes.router):
         app.include_router(router)
     app.add_middleware(Door, secret=proxy_secret)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from orion.manager.domain.leases import Beat, Leases
 from orion.manager.domain.model import Item
 from orion.manager.domain.orders import orders
+from orion.manager.domain.roster import Roster
+from orion.manager.domain.states import Health
 from orion.manager.engine.port import Host, Reach, Reached
 from orion.manager.store.port import Registered, Registration, Registry
 
@@ -37,8 +39,21 @@ class Welcome:
 
 
 class CallHome:
-    def __init__(self, registry: Registry, leases: Leases, reach: Reach, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        roster: Roster,
+        leases: Leases,
+        reach: Reach,
+        monotonic: Callable[[], float],
+        on_inventory: Callable[[str, Sequence[Item]], None],
+        on_return: Callable[[str], None],
+    ) -> None:
+        """`on_inventory`: told what each call shows. `on_return`: told of a call of one that is not ready."""
         self._registry = registry
+        self._roster = roster
+        self._on_inventory = on_inventory
+        self._on_return = on_return
         self._leases = leases
         self._reach = reach
         self._monotonic = monotonic
@@ -52,13 +67,17 @@ class CallHome:
         for worker_id in registered.replaced:
             self._leases.end(worker_id)
         self._leases.open(registered.worker_id, registered.session_id, self._monotonic(), items)
-        return Welcome(registered, await self._orders(registered.worker_id, items))
+        self._on_return(registered.worker_id)
+        return Welcome(registered, self._orders(registered.worker_id, items))
 
-    async def heartbeat(self, worker_id: str, beat: Beat) -> Orders:
-        """It renews the worker's lease, if its session is current."""
+    def heartbeat(self, worker_id: str, beat: Beat) -> Orders:
+        """It renews the worker's lease, if its session is current. Asks nobody but memory: see domain/roster.py."""
         if not self._leases.renew(worker_id, beat, self._monotonic()):
             raise CallRefused("stale_session", "this session is over: register again")
-        return await self._orders(worker_id, beat.inventory)
+        known = self._roster.worker(worker_id)
+        if beat.leaving or known is None or known.health is not Health.READY:
+            self._on_return(worker_id)
+        return self._orders(worker_id, beat.inventory)
 
     async def _identify(self, own_id: str | None, claim: Registration) -> str | None:
         """Which worker this is; None: a new one.
@@ -83,8 +102,9 @@ class CallHome:
                 raise CallRefused("address_in_use", f"worker {holder.id} still answers at {claim.address}")
         return own_id
 
-    async def _orders(self, worker_id: str, items: Sequence[Item]) -> Orders:
+    def _orders(self, worker_id: str, items: Sequence[Item]) -> Orders:
+        self._on_inventory(worker_id, items)
         if not items:
             return []
-        placements, down = await self._registry.placements_of(worker_id)
-        return orders(items, placements, down)
+        known = self._roster.worker(worker_id)
+        return orders(items, self._roster.held(worker_id), known is not None and known.health is Health.DOWN)

@@ -16,7 +16,7 @@ from orion.manager.api import views
 from orion.manager.api.contract import refusals
 from orion.manager.api.problems import not_found
 from orion.manager.api.services import Admin, Client, Services, Shared, visible_owner
-from orion.manager.store import events, rentals, tokens, workers
+from orion.manager.store import events, tokens
 from orion.manager.store.database import News
 
 router = APIRouter()
@@ -36,14 +36,13 @@ async def healthz() -> JSONResponse:
 
 @router.get("/api/status", tags=["operations"])
 async def status(principal: Client, shared: Shared) -> wire.Status:
-    by_health, by_state = await shared.store.read(rentals.count)
-    slots, free = await shared.store.read(workers.slots)
+    slots, free = shared.roster.slots()
     waiting = await shared.overdue() if principal.role == "admin" else []
     return wire.Status(
         version=__version__,
         brake=shared.brake(),
-        workers=by_health,
-        rentals=by_state,
+        workers=shared.roster.by_health(),
+        rentals=shared.roster.by_state(),
         slots=slots,
         slots_free=free,
         overdue=[wire.Overdue(**vars(item)) for item in waiting],

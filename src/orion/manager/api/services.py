@@ -14,6 +14,7 @@ from orion.manager.api.call_home import CallHome
 from orion.manager.api.problems import ApiProblem
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.overdue import Overdue
+from orion.manager.domain.roster import Roster
 from orion.manager.engine.port import Reach
 from orion.manager.settings import Settings
 from orion.manager.store import tokens
@@ -25,6 +26,7 @@ from orion.manager.store.tokens import Principal
 class Services:
     settings: Settings
     store: Store
+    roster: Roster
     leases: Leases
     call_home: CallHome
     reach: Reach
@@ -59,6 +61,12 @@ def client_address(connection: HTTPConnection) -> str:
     return connection.headers.get("x-real-ip", "")
 
 
+def unauthorized() -> ApiProblem:
+    headers = {"WWW-Authenticate": 'Bearer realm="orion"'}
+    detail = "send a valid token as 'Authorization: Bearer TOKEN'; 'make token' prints the admin's"
+    return ApiProblem(401, "unauthorized", detail, headers)
+
+
 async def authenticate(connection: HTTPConnection, shared: Services, *roles: str) -> Principal:
     """Who asks. Raises 401 for anything but a valid token, 403 for one of another role."""
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
@@ -66,9 +74,7 @@ async def authenticate(connection: HTTPConnection, shared: Services, *roles: str
     if scheme.lower() == "bearer" and token:
         principal = await shared.store.read(tokens.authenticate, token.strip())
     if principal is None:
-        headers = {"WWW-Authenticate": 'Bearer realm="orion"'}
-        detail = "send a valid token as 'Authorization: Bearer TOKEN'; 'make token' prints the admin's"
-        raise ApiProblem(401, "unauthorized", detail, headers)
+        raise unauthorized()
     if principal.role not in roles:
         raise ApiProblem(403, "forbidden", f"a {principal.role} token may not do this; it takes: {', '.join(roles)}")
     return principal

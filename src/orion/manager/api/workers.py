@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Query, Request
 
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.call_home import CallRefused, Orders
 from orion.manager.api.contract import refusals
+from orion.manager.api.heartbeat import HeartbeatRequest, answer
 from orion.manager.api.problems import ApiProblem, not_found
 from orion.manager.api.services import Admin, CallerHome, CallingWorker, Shared, client_address
-from orion.manager.domain.leases import Beat
 from orion.manager.domain.model import Item
 from orion.manager.domain.states import Intent
 from orion.manager.store import workers
 from orion.manager.store.port import Registration
 
 router = APIRouter(prefix="/api", tags=["workers"])
-
-CONFIRM_S = 0.5
-"""Until the next heartbeat of a worker that still has the longer lease of other clocks: it counts until that tells."""
 
 
 @router.post("/register", status_code=201, responses=refusals(409))
@@ -59,19 +56,12 @@ async def register(
 
 @router.post("/heartbeat", responses=refusals(409))
 async def heartbeat(body: wire.HeartbeatRequest, principal: CallingWorker, shared: Shared) -> wire.HeartbeatReply:
-    """The heartbeat renews the worker's lease, if its session is current."""
-    beat = Beat(body.session_id, body.seq, tuple(_items(body.inventory)), body.leaving, body.lease_s)
-    with _refusals():
-        found = await shared.call_home.heartbeat(principal.id, beat)
-    shared.leases.note(principal.id, shared.wall(), body.load.model_dump())
-    if body.leaving:
-        shared.wake_health()
-    clocks = shared.settings.clocks
-    return wire.HeartbeatReply(
-        lease_s=clocks.freeze_after_s,
-        next_heartbeat_s=CONFIRM_S if body.lease_s > clocks.freeze_after_s else _with_jitter(clocks.heartbeat_s),
-        placements=_orders(found),
-    )
+    """The heartbeat renews the worker's lease, if its session is current.
+
+    What is well-formed was answered before it came here: see api/heartbeat.py.
+    """
+    reply = answer(shared, principal.id, msgspec.convert(body.model_dump(), HeartbeatRequest))
+    return wire.HeartbeatReply.model_validate_json(reply)
 
 
 @router.get("/workers")
@@ -148,7 +138,3 @@ def _orders(found: Orders) -> list[wire.PlacementOrder]:
 
 def _items(inventory: list[Any]) -> list[Item]:
     return [Item(item.rental_id, item.username, item.uid, item.epoch) for item in inventory]
-
-
-def _with_jitter(seconds: float) -> float:
-    return round(seconds * random.uniform(0.9, 1.05), 3)  # noqa: S311  spread, not secrecy

@@ -80,8 +80,10 @@ def _disturbance(seen: Observation, now: float, clocks: Clocks) -> tuple[str | N
 def _fell_silent_together(silent_since: Iterable[float], pool: int, lease_s: float) -> float | None:
     """When the last of them fell silent, if two or more and at least half of the pool did within one lease."""
     times = sorted(silent_since)
-    for first in range(len(times)):
-        together = [at for at in times[first:] if at - times[first] <= lease_s]
-        if len(together) >= 2 and len(together) * 2 >= pool:
-            return max(together)
+    end = 0
+    for first, at in enumerate(times):
+        while end < len(times) and times[end] - at <= lease_s:
+            end += 1
+        if end - first >= 2 and (end - first) * 2 >= pool:
+            return times[end - 1]
     return None

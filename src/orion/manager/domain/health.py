@@ -75,6 +75,22 @@ class Verdict:
 Rule = Callable[[Evidence], Verdict | None]
 
 
+def moments(evidence: Evidence) -> tuple[float, ...]:
+    """When time alone may change the verdict, if nothing else happens; some may have passed, waiting for the brake.
+
+    Everything else that a verdict rests on is told: a commit, a heartbeat, a goodbye, the end of the brake.
+    """
+    health, since = evidence.worker.health, evidence.now - evidence.joining_s
+    if health is Health.DOWN:
+        return ()
+    silent = evidence.now - evidence.unheard_s + evidence.clocks.suspect_after_s
+    passed = evidence.now - evidence.silence_s + evidence.grace_s
+    leaving_at = evidence.lease.leaving_at if evidence.lease else None
+    leaves = () if leaving_at is None else (leaving_at + evidence.clocks.goodbye_after_s,)
+    joined = (since + JOIN_DEADLINE_S,) if health is Health.JOINING else ()
+    return (silent, passed, *joined, *leaves)
+
+
 def judge(evidence: Evidence) -> Verdict | None:
     """The verdict on one worker; None leaves it as it is."""
     for rule in RULES[evidence.worker.health]:

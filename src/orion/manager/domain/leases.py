@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from orion.manager.domain.model import Item
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Lease:
     session_id: str
     received_at: float | None = None
@@ -28,7 +29,7 @@ class Lease:
     """The lease that it may still believe in: of other clocks, when the manager was restarted with new ones."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Beat:
     """A heartbeat as it came in."""
 
@@ -44,6 +45,7 @@ class Leases:
         """`lease_s`: the lease that replies give now."""
         self._granted_s = lease_s
         self._leases: dict[str, Lease] = {}
+        self._leaving: set[str] = set()
         self._losses: dict[str, tuple[float, ...]] = {}
         self._notes: dict[str, tuple[float, Mapping[str, Any]]] = {}
         self.heard_at: float | None = None
@@ -63,6 +65,7 @@ class Leases:
         """A registration: a new session replaces the one before."""
         before = self._leases.get(worker_id)
         announced = before is not None and before.leaving_at is not None
+        self._leaving.discard(worker_id)
         self._leases[worker_id] = Lease(
             session_id, now, inventory=tuple(inventory), announced=announced, lease_s=self._granted_s
         )
@@ -75,9 +78,15 @@ class Leases:
             return False
         leaving_at = (lease.leaving_at or now) if beat.leaving else None
         lease_s = min(beat.lease_s, self._granted_s)  # its word counts for no more than was ever given
-        self._leases[worker_id] = replace(
-            lease, received_at=now, seq=beat.seq, inventory=beat.inventory, leaving_at=leaving_at, lease_s=lease_s
+        # What has not changed is kept, so that a large pool's inventories are in memory once.
+        inventory = lease.inventory if lease.inventory == beat.inventory else beat.inventory
+        self._leases[worker_id] = Lease(
+            lease.session_id, now, beat.seq, inventory, leaving_at, lease.announced, lease_s
         )
+        if leaving_at is not None:
+            self._leaving.add(worker_id)
+        elif self._leaving:
+            self._leaving.discard(worker_id)
         self.heard_at = now
         return True
 
@@ -85,9 +94,10 @@ class Leases:
         """Remember when it was heard (UTC seconds) and its load, for people; written down in batches."""
         self._notes[worker_id] = (wall, load)
 
-    def take_notes(self) -> list[tuple[str, float, Mapping[str, Any]]]:
-        notes, self._notes = self._notes, {}
-        return [(worker_id, wall, load) for worker_id, (wall, load) in notes.items()]
+    def take_notes(self, number: int) -> list[tuple[str, float, Mapping[str, Any]]]:
+        """At most so many, those of who was not heard for longest; the rest waits, each with its latest."""
+        first = list(islice(self._notes, number))
+        return [(worker_id, *self._notes.pop(worker_id)) for worker_id in first]
 
     def revoke(self, worker_id: str, seen: Lease | None) -> bool:
         """End the session before a verdict of death is committed; False when it was renewed since it was seen.
@@ -96,13 +106,18 @@ class Leases:
         """
         if self._leases.get(worker_id) != seen:
             return False
-        self._leases.pop(worker_id, None)
+        self._forget(worker_id)
         return True
 
     def end(self, worker_id: str) -> None:
         """Forget a worker that was removed."""
-        self._leases.pop(worker_id, None)
+        self._forget(worker_id)
         self._losses.pop(worker_id, None)
+        self._notes.pop(worker_id, None)
+
+    def _forget(self, worker_id: str) -> None:
+        self._leases.pop(worker_id, None)
+        self._leaving.discard(worker_id)
 
     def get(self, worker_id: str) -> Lease | None:
         return self._leases.get(worker_id)
@@ -116,11 +131,12 @@ class Leases:
 
     def leaving(self) -> frozenset[str]:
         """The workers that said goodbye."""
-        return frozenset(w for w, lease in self._leases.items() if lease.leaving_at is not None)
+        return frozenset(self._leaving)
 
-    def inventories(self) -> dict[str, tuple[Item, ...]]:
-        """What each worker said it holds. Read this before the snapshot: see reconcile.decide."""
-        return {w: lease.inventory for w, lease in self._leases.items() if lease.inventory is not None}
+    def inventories(self, worker_ids: Iterable[str]) -> dict[str, tuple[Item, ...]]:
+        """What each of these workers said it holds. Read this before the snapshot: see reconcile.decide."""
+        known = ((worker_id, self._leases.get(worker_id)) for worker_id in worker_ids)
+        return {w: lease.inventory for w, lease in known if lease is not None and lease.inventory is not None}
 
     def lost_ready(self, worker_id: str, now: float, window_s: float) -> int:
         """Count one more loss of `ready`, unless it was announced; returns how many there were within the window."""

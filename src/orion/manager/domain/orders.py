@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from orion.manager.domain.model import Item, Placement
+from orion.manager.domain.roster import Held
 from orion.manager.domain.states import PlacementState
 
 
-def orders(items: Iterable[Item], placements: Iterable[Placement], down: bool) -> list[tuple[Item, str]]:
+def orders(items: Iterable[Item], placements: Iterable[Placement | Held], down: bool) -> list[tuple[Item, str]]:
     """`run` what runs there, `purge` what has no business there; `placements` are that worker's own.
 
     `down`: the worker was declared down and has only just called home. What runs there by the book is about to be

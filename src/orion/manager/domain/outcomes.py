@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orion.manager.domain.model import (
@@ -25,6 +25,25 @@ MOST_OF_A_REPORT = 4096
 """Characters of a worker's report that its event keeps: a worker could fill the database with more."""
 MAX_ATTEMPTS = 3
 """Failed tries to make a rental on one worker before it is made on another."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A task that has ended. `attempts`: how often it has failed, this time counted; `wall`: UTC seconds."""
+
+    task: Task
+    ok: bool
+    wall: float
+    report: Mapping[str, Any] = field(default_factory=dict)
+    message: str = ""
+    attempts: int = 0
+
+
+def follow(world: World, ended: Ended) -> Step | None:
+    """The step that records an outcome; None when it changes nothing any more."""
+    if ended.ok:
+        return succeeded(world, ended.task, ended.report, ended.wall)
+    return failed(world, ended.task, ended.message, ended.attempts)
 
 
 def succeeded(world: World, task: Task, report: Mapping[str, Any], wall: float) -> Step | None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orion.manager.domain.model import Placement, Rental, Worker, World
+from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import TABLES, Health, PlacementState, RentalState
 
+MOST_SHOWN = 200
 QUEUE_NOTICE_S = 300.0
 """A rental may wait in the queue for a day; a person wants to know of it sooner."""
 
@@ -48,9 +50,22 @@ def overdue(world: World, ages: Mapping[str, float]) -> list[Overdue]:
     return sorted(found, key=lambda item: -item.since_s)
 
 
-def _limit_s(item: Overdue) -> float:
-    if item.state == Health.QUARANTINED:
+def workers_to_look_at(roster: Roster, now: float) -> list[str]:
+    """Those over their deadline; where too many are, MOST_SHOWN of each health, the longest first."""
+    healths = (health for health in Health if _worker_limit_s(health) < float("inf"))
+    return [w for health in healths for w in roster.longest_in(health, _worker_limit_s(health), now, MOST_SHOWN)]
+
+
+def _worker_limit_s(health: Health) -> float:
+    if health is Health.QUARANTINED:
         return -1.0  # it waits for a person from the first moment
+    deadline_s = TABLES["worker"][health].deadline_s
+    return float("inf") if deadline_s is None else deadline_s
+
+
+def _limit_s(item: Overdue) -> float:
+    if item.kind == "worker":
+        return _worker_limit_s(Health(item.state))
     if (item.kind, item.state) == ("rental", RentalState.QUEUED):
         return QUEUE_NOTICE_S
     deadline_s = TABLES[item.kind][item.state].deadline_s

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from orion.manager.domain.model import Worker
+from orion.manager.domain.room import Rank, Room
 from orion.manager.domain.states import Health, Intent
+
+
+class Standing(NamedTuple):
+    """All that a worker is let through or refused by."""
+
+    health: Health
+    fault: bool
+    intent: Intent
+    leaving: bool
+    full: bool
+    failed_here: bool = False
+    """This rental could not be made here before."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +30,16 @@ class Candidate:
     used: frozenset[int]
     """Slot numbers that are taken."""
     failed_here: bool
-    """This rental could not be made here before."""
     leaving: bool
+
+    @property
+    def standing(self) -> Standing:
+        worker, full = self.worker, is_full(len(self.used), self.worker.slots)
+        return Standing(worker.health, bool(worker.fault), worker.intent, self.leaving, full, self.failed_here)
+
+    @property
+    def rank(self) -> Rank:
+        return rank(self.worker.id, self.worker.health, len(self.used), self.worker.slots)
 
 
 @dataclass(frozen=True)
@@ -31,15 +53,15 @@ class Refused:
     explanation: str
 
 
-Filter = tuple[str, Callable[[Candidate], bool]]
+Filter = tuple[str, Callable[[Standing], bool]]
 
 FILTERS: tuple[Filter, ...] = (
-    ("{health}", lambda c: c.worker.health not in {Health.READY, Health.UNKNOWN}),
-    ("at fault", lambda c: bool(c.worker.fault)),
-    ("draining", lambda c: c.worker.intent is not Intent.ACTIVE),
-    ("leaving", lambda c: c.leaving),
-    ("full", lambda c: len(c.used) >= c.worker.slots),
-    ("failed to make it", lambda c: c.failed_here),
+    ("{health}", lambda s: s.health not in {Health.READY, Health.UNKNOWN}),
+    ("at fault", lambda s: s.fault),
+    ("draining", lambda s: s.intent is not Intent.ACTIVE),
+    ("leaving", lambda s: s.leaving),
+    ("full", lambda s: s.full),
+    ("failed to make it", lambda s: s.failed_here),
 )
 
 
@@ -49,30 +71,72 @@ def choose(candidates: list[Candidate]) -> Chosen | Refused:
     An unknown one, which was ready before the manager was away, is taken only where no ready one fits: so a restart
     of the manager does not close the shop until the next heartbeats.
     """
-    refusals = {candidate.worker.id: _refusal(candidate) for candidate in candidates}
-    fit = [candidate for candidate in candidates if refusals[candidate.worker.id] is None]
+    fit = [candidate for candidate in candidates if not refusal(candidate.standing)]
     if not fit:
-        return Refused(_explain([reason for reason in refusals.values() if reason]))
-    best = min(fit, key=_rank)
+        return Refused(explain(Counter(refusal(candidate.standing) for candidate in candidates)))
+    best = min(fit, key=lambda candidate: candidate.rank)
     slot = next(number for number in range(best.worker.slots) if number not in best.used)
     return Chosen(best.worker.id, slot)
 
 
-def _rank(candidate: Candidate) -> tuple[bool, float, int, str]:
-    worker, used = candidate.worker, len(candidate.used)
-    return worker.health is not Health.READY, used / worker.slots, used, worker.id
+def is_full(used: int, slots: int) -> bool:
+    return used >= slots
 
 
-def _refusal(candidate: Candidate) -> str | None:
+def rank(worker_id: str, health: Health, used: int, slots: int) -> Rank:
+    return health is not Health.READY, used / slots, used, worker_id
+
+
+def refusal(standing: Standing) -> str:
+    """Which filter refuses it; empty when none does."""
     for reason, refuses in FILTERS:
-        if refuses(candidate):
-            return reason.format(health=candidate.worker.health)
-    return None
+        if refuses(standing):
+            return reason.format(health=standing.health)
+    return ""
 
 
-def _explain(reasons: list[str]) -> str:
+def explain(reasons: Mapping[str, int]) -> str:
+    """`reasons`: how many workers each filter refuses."""
     if not reasons:
         return "waiting: the pool has no worker. It starts by itself when one joins"
-    counted = [f"{number} {reason}" for reason, number in sorted(Counter(reasons).items())]
-    total = f"{len(reasons)} worker{'s' if len(reasons) > 1 else ''}"
+    counted = [f"{number} {reason}" for reason, number in sorted(reasons.items())]
+    number = sum(reasons.values())
+    total = f"{number} worker{'s' if number > 1 else ''}"
     return f"waiting: of {total}, {', '.join(counted)}. It starts by itself when one can take it"
+
+
+class Pool:
+    """The workers of one round: choices that follow each other, each in O(log n). `choose` is what each comes to."""
+
+    def __init__(self, candidates: Iterable[Candidate], elsewhere: Mapping[str, int]) -> None:
+        """`elsewhere`: why each worker that is not among the candidates can take nothing, counted; "" if it could."""
+        self._candidates = {candidate.worker.id: candidate for candidate in candidates}
+        self._room = Room()
+        self._reasons = Counter(elsewhere)
+        for candidate in self._candidates.values():
+            self._count(candidate, 1)
+
+    def choose(self, failed: Collection[str]) -> Chosen | Refused | None:
+        """`failed`: where this rental could not be made before. None: one that is not a candidate could take it."""
+        best = self._room.best(1, without=failed)
+        if best:
+            return choose([self._candidates[best[0]]])
+        reasons = Counter(self._reasons)
+        for worker_id in failed:
+            candidate = self._candidates.get(worker_id)
+            if candidate is not None:
+                standing = candidate.standing
+                reasons[refusal(standing)] -= 1
+                reasons[refusal(standing._replace(failed_here=True))] += 1
+        return None if reasons[""] > 0 else Refused(explain(+reasons))
+
+    def take(self, chosen: Chosen) -> None:
+        candidate = self._candidates[chosen.worker_id]
+        self._count(candidate, -1)
+        after = self._candidates[chosen.worker_id] = replace(candidate, used=candidate.used | {chosen.slot})
+        self._count(after, 1)
+
+    def _count(self, candidate: Candidate, one: int) -> None:
+        reason = refusal(candidate.standing)
+        self._reasons[reason] += one
+        self._room.put(candidate.worker.id, None if reason else candidate.rank)

@@ -1,4 +1,7 @@
-"""What to do next, from the whole snapshot: steps to commit and tasks to run. Pure; the same at start and on a hint.
+"""What to do next, from a snapshot: steps to commit and tasks to run. Pure; the same at start and on a hint.
+
+The snapshot may be a part of the world (model.World says which); what is decided from it is what the whole world would
+have decided about that part: tests/property/test_property_partial_world.py.
 
 Safe order: a placement row is committed before anything is made for it on a worker, and it holds its slot until the
 worker says, after looking, that nothing is left. Inventories must be read before the rest of the snapshot: what an
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from orion.manager.domain.model import (
+    Draft,
     Event,
     Item,
     Placement,
@@ -24,7 +28,7 @@ from orion.manager.domain.model import (
     move_placement,
     move_rental,
 )
-from orion.manager.domain.placement import Candidate, Chosen, choose
+from orion.manager.domain.placement import Candidate, Chosen, Pool, Refused
 from orion.manager.domain.states import (
     CREATE_DEADLINE_S,
     DELETE_DEADLINE_S,
@@ -44,6 +48,9 @@ MAX_FAILURES = 5
 
 REACHABLE = frozenset({Health.READY, Health.SUSPECT, Health.UNKNOWN, Health.QUARANTINED})
 """Workers on which a rental may be made or changed; a joining one is only cleaned."""
+
+MAX_PLACED = 256
+"""Rentals that get a place in one decision; the others in the next, so that none takes long."""
 
 HOLDS_STRANGERS = "it holds what the database has never placed"
 
@@ -97,7 +104,7 @@ class Facts:
 
 def decide(snapshot: World, facts: Facts) -> Decision:
     """The steps, in the order to commit them, and the tasks that the world after them asks for."""
-    world = snapshot.copy()
+    world = Draft(snapshot)
     steps: list[Step] = []
 
     def commit(step: Step | None) -> None:
@@ -108,8 +115,9 @@ def decide(snapshot: World, facts: Facts) -> Decision:
         commit(_keep_strangers(worker, facts))
     for placement in list(world.placements.values()):
         commit(_settle_placement(world, placement, facts))
+    places = _Places(world, facts)
     for rental in _queue(world):
-        commit(_settle_rental(world, rental, facts))
+        commit(_settle_rental(world, rental, facts, places))
     for placement in list(world.placements.values()):
         if placement.state is PlacementState.RESERVED:
             commit(_prepare(world, placement))
@@ -244,7 +252,7 @@ def _queue(world: World) -> list[Rental]:
     )
 
 
-def _settle_rental(world: World, rental: Rental, facts: Facts) -> Step | None:
+def _settle_rental(world: Draft, rental: Rental, facts: Facts, places: _Places) -> Step | None:
     if rental.state is RentalState.RELEASING:
         return _finish_release(world, rental)
     if world.live_placement(rental.id) is not None:
@@ -256,12 +264,12 @@ def _settle_rental(world: World, rental: Rental, facts: Facts) -> Step | None:
         return move_rental(rental, RentalState.FAILED, ACTOR, reason)
     if rental.activated_at is None and _age(rental.id, facts) > QUEUE_DEADLINE_S:
         return move_rental(rental, RentalState.FAILED, ACTOR, f"no worker was free within {QUEUE_DEADLINE_S:.0f} s")
-    return _place(world, rental, facts)
+    return places.place(rental)
 
 
-def _finish_release(world: World, rental: Rental) -> Step | None:
+def _finish_release(world: Draft, rental: Rental) -> Step | None:
     """Done when no placement of it can run any more; what a dead worker keeps is purged when it returns."""
-    left = [p for p in world.placements.values() if p.rental_id == rental.id and p.state is not PlacementState.PURGED]
+    left = [p for p in world.placements_of(rental.id) if p.state is not PlacementState.PURGED]
     if any(p.state in HOLDING for p in left):
         return None
     to = RentalState.EXPIRED if rental.end == "expired" else RentalState.RELEASED
@@ -272,44 +280,55 @@ def _finish_release(world: World, rental: Rental) -> Step | None:
     return move_rental(rental, to, ACTOR, reason)
 
 
-def _place(world: World, rental: Rental, facts: Facts) -> Step | None:
-    used = world.used_slots()
-    failed = {
-        p.worker_id for p in world.placements.values() if p.rental_id == rental.id and p.state is PlacementState.FAILED
-    }
-    candidates = [
-        Candidate(worker, frozenset(used[worker.id]), worker.id in failed, worker.id in facts.leaving)
-        for worker in world.workers.values()
-    ]
-    choice = choose(candidates)
-    if not isinstance(choice, Chosen):
-        return _wait(rental, choice.explanation)
+class _Places:
+    """Where the rentals of one decision go, one after the other."""
+
+    def __init__(self, world: Draft, facts: Facts) -> None:
+        self._world = world
+        self._new_ids = facts.new_ids
+        self._left = MAX_PLACED
+        known = (w for w in world.workers.values() if world.is_whole(w.id) or w.id in world.taken)
+        candidates = (Candidate(w, world.used_on(w.id), False, w.id in facts.leaving) for w in known)
+        self._pool = Pool(candidates, world.elsewhere)
+
+    def place(self, rental: Rental) -> Step | None:
+        if not self._left:
+            return None
+        failed = {p.worker_id for p in self._world.placements_of(rental.id) if p.state is PlacementState.FAILED}
+        choice = self._pool.choose(failed)
+        if isinstance(choice, Chosen):
+            self._left -= 1
+            self._pool.take(choice)
+            return _reserve(self._world.workers[choice.worker_id], rental, choice.slot, next(self._new_ids))
+        return _wait(rental, choice.explanation) if isinstance(choice, Refused) else None
+
+
+def _reserve(worker: Worker, rental: Rental, slot: int, placement_id: str) -> Step:
     placement = Placement(
-        next(facts.new_ids),
+        placement_id,
         rental.id,
-        choice.worker_id,
-        choice.slot,
+        worker.id,
+        slot,
         rental.epoch + 1,
         PlacementState.RESERVED,
     )
-    worker = world.workers[choice.worker_id]
     as_chosen = {"health": worker.health, "intent": worker.intent, "slots": worker.slots}
     still_fit = Write("worker", worker.id, as_chosen, {})
     reserved = Event(
         "placement.reserved",
         ACTOR,
-        f"slot {choice.slot}",
+        f"slot {slot}",
         rental.owner,
         rental.id,
-        choice.worker_id,
+        worker.id,
         placement.epoch,
     )
     if rental.state is RentalState.MIGRATING:
         expect = {"state": rental.state, "epoch": rental.epoch}
         raised = Write("rental", rental.id, expect, {"epoch": placement.epoch})
         return Step((still_fit, raised), (reserved,), placement)
-    reason = f"being made on worker {choice.worker_id}"
-    placed = move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, choice.worker_id, epoch=placement.epoch)
+    reason = f"being made on worker {worker.id}"
+    placed = move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, worker.id, epoch=placement.epoch)
     return merge((placed, Step((still_fit,), (reserved,), placement)))
 
 
@@ -329,8 +348,8 @@ def _prepare(world: World, placement: Placement) -> Step | None:
     return move_placement(placement, rental.owner, PlacementState.PREPARING, ACTOR, "making its account")
 
 
-def _drained(world: World, worker: Worker) -> Step | None:
-    if worker.intent is not Intent.DRAINING or world.used_slots()[worker.id]:
+def _drained(world: Draft, worker: Worker) -> Step | None:
+    if worker.intent is not Intent.DRAINING or not world.is_whole(worker.id) or world.used_on(worker.id):
         return None
     event = Event("worker.drained", ACTOR, "it holds no rental any more", worker_id=worker.id)
     return Step((Write("worker", worker.id, {"intent": Intent.DRAINING}, {"intent": Intent.DRAINED}),), (event,))
@@ -340,7 +359,7 @@ def _age(identity: str, facts: Facts) -> float:
     return facts.ages.get(identity, 0.0)
 
 
-def _tasks(world: World, facts: Facts) -> Iterator[Task]:
+def _tasks(world: Draft, facts: Facts) -> Iterator[Task]:
     for placement in world.placements.values():
         task = _task_of(world, placement, facts)
         if task is not None:
@@ -368,18 +387,19 @@ def _task_of(world: World, placement: Placement, facts: Facts) -> Task | None:
     return None
 
 
-def _tasks_of_worker(world: World, worker: Worker, facts: Facts) -> Iterator[Task]:
+def _tasks_of_worker(world: Draft, worker: Worker, facts: Facts) -> Iterator[Task]:
     """Purge what only the inventory knows; reach a joining worker once nothing stale is left on it."""
     inventory = facts.inventories.get(worker.id)
-    if worker.health is Health.DOWN or inventory is None:
+    if worker.health is Health.DOWN or inventory is None or not world.is_whole(worker.id):
         return
-    known = {(p.rental_id, p.epoch) for p in world.placements.values() if p.worker_id == worker.id}
+    placed = world.placements_on(worker.id)
+    known = {(p.rental_id, p.epoch) for p in placed}
     orphans = [item for item in inventory if (item.rental_id, item.epoch) not in known]
     for item in orphans:
         if (item.rental_id, item.epoch) in facts.strangers:
             continue
         yield Task(TaskKind.DELETE, worker.id, worker.session_id, item)
-    stale = any(p.worker_id == worker.id and p.state is PlacementState.LOST for p in world.placements.values())
+    stale = any(p.state is PlacementState.LOST for p in placed)
     unverified = worker.verified_session != worker.session_id
     if worker.health is Health.JOINING and unverified and not orphans and not stale and not worker.fault:
         yield Task(TaskKind.REACH, worker.id, worker.session_id)

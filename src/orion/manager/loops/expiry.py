@@ -8,7 +8,7 @@ import structlog
 
 from orion.manager.domain.expiry import WallClock, expire
 from orion.manager.loops.timer import Loop
-from orion.manager.store.port import Ledger
+from orion.manager.store.port import DUE_AT_ONCE, Ledger
 
 log = structlog.get_logger()
 
@@ -35,3 +35,5 @@ class ExpiryLoop:
         if steps:
             await self._ledger.apply(steps)
             self._on_expiry()
+        if len(steps) == DUE_AT_ONCE:
+            self.loop.hint()

@@ -1,27 +1,45 @@
-"""The health loop: the only one that judges workers and writes their health."""
+"""The health loop: the only one that judges workers and writes their health.
+
+It looks at a worker when something about it may have changed: a commit touched it (the roster tells), it was heard
+again or said goodbye (the heartbeat's route tells), or a moment has come at which time alone may change the verdict
+(domain/health.moments; kept lazily, so a heartbeat moves nothing here). What a round has no time for is due in the
+next. As a net below it, each round looks at some more workers until all have had their turn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import structlog
 
 from orion.manager.domain.brake import Brake, Observation, advance
 from orion.manager.domain.clocks import Clocks
-from orion.manager.domain.health import Evidence, Verdict, judge
-from orion.manager.domain.leases import Lease, Leases
-from orion.manager.domain.model import Worker, move_worker
-from orion.manager.domain.states import Health, Intent
+from orion.manager.domain.health import Evidence, Verdict, judge, moments
+from orion.manager.domain.leases import Leases
+from orion.manager.domain.model import Step, Worker, move_worker
+from orion.manager.domain.roster import Roster
+from orion.manager.domain.states import Health
 from orion.manager.loops.timer import Loop
 from orion.manager.store.port import Ledger
 
 log = structlog.get_logger()
+
+LOOKED_AT_ONCE = 200
+"""Workers judged from one snapshot: so that nobody is held up for long in between."""
+ROUND_BUDGET_S = 0.5
+SWEPT_AT_ONCE = 50
+NOTES_AT_ONCE = 2000
+JUST_NOW_S = 1.0
+"""A moment that passed so lately may not have counted yet when its worker was judged."""
 
 
 class HealthLoop:
     def __init__(
         self,
         ledger: Ledger,
+        roster: Roster,
         leases: Leases,
         clocks: Clocks,
         door_open: Callable[[], bool],
@@ -30,79 +48,170 @@ class HealthLoop:
     ) -> None:
         """`door_open`: whether the manager reached itself through the proxy the last time it asked."""
         self._ledger = ledger
+        self._roster = roster
         self._leases = leases
         self._clocks = clocks
         self._door_open = door_open
         self._monotonic = monotonic
         self._on_verdict = on_verdict
         self._began_at: float | None = None
-        self._since: dict[tuple[str, Health], float] = {}
+        self._due: dict[str, None] = {}
+        self._moments: list[tuple[float, str]] = []
+        self._planned: dict[str, float] = {}
+        self._silent: dict[str, float] = {}
+        self._until_the_brake_ends: dict[str, None] = {}
+        self._sweep: Iterator[str] = iter(())
+        self.swept_at_once = SWEPT_AT_ONCE
         self.brake = Brake.at_start(monotonic())
         self.interval_s = max(0.2, min(1.0, clocks.heartbeat_s / 30))
         self.loop = Loop("health", self.interval_s, self.round)
 
+    def look_at(self, worker_id: str) -> None:
+        """Judge it in the next round."""
+        self._due[worker_id] = None
+
     async def round(self) -> None:
-        now = self._monotonic()  # before the snapshot: see domain/health.py
-        notes = self._leases.take_notes()
+        began = self._monotonic()
+        notes = self._leases.take_notes(NOTES_AT_ONCE)
         if notes:
             await self._ledger.heard(notes)
-        workers = await self._ledger.load_workers()
-        self._advance_brake(workers, now)
-        self._since = {(w.id, w.health): self._since.get((w.id, w.health), now) for w in workers.values()}
-        for worker in workers.values():
-            evidence = self._evidence(worker, workers, now)
-            verdict = judge(evidence)
-            if verdict is not None:
-                await self._commit(evidence, verdict)
+        self._advance_brake(began)
+        self._find_due(began)
+        while self._due:
+            some = list(islice(self._due, LOOKED_AT_ONCE))
+            for worker_id in some:
+                del self._due[worker_id]
+            await self._judge(some)
+            if self._due and self._monotonic() - began > ROUND_BUDGET_S:
+                self.loop.hint()
+                return
 
-    def ages(self) -> dict[str, float]:
-        """Seconds that each worker has been in its state."""
-        now = self._monotonic()
-        return {worker_id: now - since for (worker_id, _), since in self._since.items()}
+    def _find_due(self, now: float) -> None:
+        self._due.update(dict.fromkeys(self._roster.take_changed()))
+        while self._moments and self._moments[0][0] <= now:
+            moment, worker_id = heapq.heappop(self._moments)
+            if self._planned.get(worker_id) == moment:
+                del self._planned[worker_id]
+                self._come_to(worker_id, now)
+        leaving = self._leases.leaving()
+        if leaving and not self.brake.on and self._roster.refuges(leaving):
+            self._due.update(dict.fromkeys(sorted(leaving)))
+        swept = list(islice(self._sweep, self.swept_at_once))
+        if len(swept) < self.swept_at_once:
+            self._sweep = iter(list(self._roster.ids()))
+        self._due.update(dict.fromkeys(swept))
 
-    def _advance_brake(self, workers: dict[str, Worker], now: float) -> None:
+    def _come_to(self, worker_id: str, now: float) -> None:
+        """A moment of its has come; most often a heartbeat has come before, and moved it."""
+        known, suspect_at = self._roster.worker(worker_id), self._suspect_at(worker_id)
+        if known is not None and known.health is Health.READY and suspect_at is not None and suspect_at > now:
+            self._wait_for(worker_id, suspect_at)
+        else:
+            self._due[worker_id] = None
+
+    def _wait_for(self, worker_id: str, moment: float) -> None:
+        if self._planned.get(worker_id) != moment:
+            self._planned[worker_id] = moment
+            heapq.heappush(self._moments, (moment, worker_id))
+
+    # -- the brake ---------------------------------------------------------------------------------------------------
+
+    def _advance_brake(self, now: float) -> None:
         late_s = 0.0 if self._began_at is None else now - self._began_at - self.interval_s
         self._began_at = now
-        pool = [w for w in workers.values() if w.health is not Health.DOWN and not self._is_leaving(w)]
-        silent = [self._silent_since(self._leases.get(w.id), now) for w in pool]
-        seen = Observation(
-            self._door_open(), late_s, self._leases.heard_at, tuple(at for at in silent if at is not None), len(pool)
-        )
+        leaving = self._leases.leaving()
+        pool = len(self._roster) - self._roster.number(Health.DOWN) - len(leaving)
+        silent = tuple(self._silent_since(now))
+        seen = Observation(self._door_open(), late_s, self._leases.heard_at, silent, pool)
         before, self.brake = self.brake, advance(self.brake, seen, now, self._clocks)
         if before.on != self.brake.on or before.reason != self.brake.reason:
             log.info("brake", on=self.brake.on, reason=self.brake.reason or f"ended: {before.reason}")
+        if not self.brake.on and self._until_the_brake_ends:
+            self._due |= self._until_the_brake_ends
+            self._until_the_brake_ends = {}
 
-    def _silent_since(self, lease: Lease | None, now: float) -> float | None:
-        if lease is None or lease.received_at is None:
+    def _silent_since(self, now: float) -> Iterator[float]:
+        """When each of those became suspect that have gone silent; whoever was heard since, or has left, is dropped."""
+        for worker_id in list(self._silent):
+            suspect_at = self._suspect_at(worker_id)
+            if suspect_at is None or suspect_at > now:
+                del self._silent[worker_id]
+            else:
+                yield suspect_at
+
+    def _suspect_at(self, worker_id: str) -> float | None:
+        known, lease = self._roster.worker(worker_id), self._leases.get(worker_id)
+        if known is None or known.health is Health.DOWN or lease is None or lease.leaving_at is not None:
             return None
-        suspect_at = lease.received_at + self._clocks.suspect_after_s
-        return suspect_at if suspect_at <= now else None
+        return None if lease.received_at is None else lease.received_at + self._clocks.suspect_after_s
 
-    def _evidence(self, worker: Worker, workers: dict[str, Worker], now: float) -> Evidence:
+    # -- verdicts ----------------------------------------------------------------------------------------------------
+
+    async def _judge(self, worker_ids: list[str]) -> None:
+        now = self._monotonic()  # before the snapshot: see domain/health.py
+        workers = await self._ledger.workers(worker_ids)
+        refuges = self._roster.refuges(self._leases.leaving())
+        verdicts: list[tuple[Evidence, Verdict]] = []
+        for worker in workers.values():
+            evidence = self._evidence(worker, refuges, now)
+            verdict = judge(evidence)
+            if verdict is None:
+                self._plan(evidence)
+            else:
+                verdicts.append((evidence, verdict))
+        await self._commit(verdicts)
+
+    def _evidence(self, worker: Worker, refuges: int, now: float) -> Evidence:
+        lease = self._leases.get(worker.id)
+        known = self._roster.worker(worker.id)
+        is_refuge = known is not None and known.is_refuge and (lease is None or lease.leaving_at is None)
+        joined_at = self._roster.since(worker.id) if worker.health is Health.JOINING else None
         return Evidence(
             worker,
-            self._leases.get(worker.id),
+            lease,
             now,
             self._clocks,
             self.brake,
-            any(self._is_refuge(other) for other in workers.values() if other.id != worker.id),
-            now - self._since.get((worker.id, Health.JOINING), now),
+            refuges > is_refuge,
+            0.0 if joined_at is None else now - joined_at,
             self._leases.losses(worker.id, now, self._clocks.flap_window_s),
         )
 
-    def _is_refuge(self, worker: Worker) -> bool:
-        return worker.health is Health.READY and worker.intent is Intent.ACTIVE and not self._is_leaving(worker)
+    def _plan(self, evidence: Evidence) -> None:
+        """When to look at it again."""
+        worker_id, now = evidence.worker.id, evidence.now
+        ahead = moments(evidence)
+        suspect_at = self._suspect_at(worker_id)
+        if suspect_at is not None and suspect_at <= now:
+            self._silent[worker_id] = suspect_at
+        if self.brake.on and any(moment <= now for moment in ahead):
+            self._until_the_brake_ends[worker_id] = None
+        lately = [moment for moment in ahead if moment > now - JUST_NOW_S]
+        if lately:
+            self._wait_for(worker_id, min(lately))
 
-    def _is_leaving(self, worker: Worker) -> bool:
-        lease = self._leases.get(worker.id)
-        return lease is not None and lease.leaving_at is not None
-
-    async def _commit(self, evidence: Evidence, verdict: Verdict) -> None:
-        worker = evidence.worker
-        if verdict.to is Health.DOWN and not self._leases.revoke(worker.id, evidence.lease):
-            return  # it was heard since: the verdict rests on nothing any more
-        if not await self._ledger.apply([move_worker(worker, verdict.to, verdict.reason)]):
+    async def _commit(self, verdicts: list[tuple[Evidence, Verdict]]) -> None:
+        """Whoever is declared down has no session any more before that is committed."""
+        standing: list[tuple[Evidence, Verdict]] = []
+        steps: list[Step] = []
+        for evidence, verdict in verdicts:
+            worker = evidence.worker
+            if verdict.to is Health.DOWN and not self._leases.revoke(worker.id, evidence.lease):
+                self.look_at(worker.id)
+                continue  # it was heard since: the verdict rests on nothing any more
+            standing.append((evidence, verdict))
+            steps.append(move_worker(worker, verdict.to, verdict.reason))
+        if not steps:
             return
+        applied = await self._ledger.apply_each(steps)
+        for (evidence, verdict), done in zip(standing, applied, strict=True):
+            if done:
+                self._tell(evidence, verdict)
+            else:
+                self.look_at(evidence.worker.id)
+
+    def _tell(self, evidence: Evidence, verdict: Verdict) -> None:
+        worker = evidence.worker
         log.info("worker", worker_id=worker.id, hostname=worker.hostname, health=verdict.to, reason=verdict.reason)
         flapped = worker.health is Health.READY and verdict.to in {Health.SUSPECT, Health.JOINING}
         if flapped and not self.brake.on:

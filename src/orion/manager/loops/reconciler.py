@@ -1,5 +1,10 @@
 """The reconciler: load, decide, apply, run, and feed the outcome back.
 
+A round looks at what is not at rest: the workers that the roster calls restless, those whose inventory does not agree
+with what is placed there, the rentals that wait, and the workers that could take them. What each of these is follows
+from rows and inventories as they are now. As a net below it, each round looks at some more workers, whatever they are,
+until all have had their turn.
+
 Killing the manager at any instant converges: nothing is kept here that the next round does not find again, except
 how often a task has failed and for how long things have been as they are.
 """
@@ -8,15 +13,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import structlog
 
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.model import Item, World
-from orion.manager.domain.reconcile import Facts, Task, TaskKind, decide
+from orion.manager.domain.outcomes import Ended
+from orion.manager.domain.reconcile import MAX_PLACED, Facts, Task, TaskKind, decide
+from orion.manager.domain.roster import Roster
+from orion.manager.domain.states import PlacementState
 from orion.manager.engine.port import Action, Engine, Host, Job, Outcome, Reach, Reached
 from orion.manager.loops.timer import Loop
 from orion.manager.store.names import new_id
@@ -31,6 +40,11 @@ FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 15.0
 MOST_ORPHANS = 2
 """Rentals that only its own inventory shows and that are purged at once on one worker: it may have made them up."""
+LOOKED_AT_ONCE = 400
+"""Workers of one round: so that no decision holds everybody else up."""
+SWEPT_AT_ONCE = 50
+SPARE_CANDIDATES = 16
+"""Beyond one for each rental that waits: for those that failed to make one of them."""
 
 _ACTIONS = {TaskKind.CREATE: Action.CREATE, TaskKind.DELETE: Action.DELETE}
 _REACHED = {
@@ -53,6 +67,7 @@ class Reconciler:
     def __init__(
         self,
         ledger: Ledger,
+        roster: Roster,
         leases: Leases,
         engine: Engine,
         reach: Reach,
@@ -61,6 +76,7 @@ class Reconciler:
         placement_ids: Iterator[str] | None = None,
     ) -> None:
         self._ledger = ledger
+        self._roster = roster
         self._leases = leases
         self._engine = engine
         self._reach = reach
@@ -72,36 +88,77 @@ class Reconciler:
         self._at_work: Counter[str] = Counter()
         self._failing: set[str] = set()
         """Workers on which the last task failed."""
-        self._since: dict[tuple[str, str], float] = {}
+        self._disagreeing: dict[str, None] = {}
+        self._sweep: Iterator[str] = iter(())
+        self._ended: list[tuple[Ended, asyncio.Future[None]]] = []
+        self._writing: asyncio.Task[None] | None = None
+        self.swept_at_once = SWEPT_AT_ONCE
         self.loop = Loop("reconciler", INTERVAL_S, self.round)
         self.on_worker_change: Callable[[], None] = lambda: None
         """Told when a task changed what the health loop judges by."""
 
+    def shown(self, worker_id: str, inventory: Sequence[Item]) -> None:
+        """What a worker that called home shows, compared with what is placed there."""
+        if self._roster.disagrees(worker_id, inventory):
+            self._disagreeing[worker_id] = None
+        else:
+            self._disagreeing.pop(worker_id, None)
+
     async def round(self) -> None:
-        """One pass over the whole world."""
-        inventories = self._leases.inventories()  # before the snapshot: see domain/reconcile.py
+        """One pass over all that is not at rest, or over a good part of it."""
+        looked_at = self._look_at()
+        inventories = self._leases.inventories(looked_at)  # before the snapshot: see domain/reconcile.py
         busy = set(self._running)  # before it too: what ends meanwhile is not yet done in this snapshot
-        world = await self._ledger.load()
+        world = await self._snapshot(looked_at)
         strangers = await self._strangers(world, inventories)
         decision = decide(world, self._facts(world, inventories, strangers))
         if decision.steps and not await self._ledger.apply(decision.steps):
             self.loop.hint()  # somebody else acted: decide again from what is true now
             return
-        self._forget_failures(decision.tasks)
+        self._forget_failures(looked_at, decision.tasks)
         for task in decision.tasks:
             if task.key not in busy:
                 self._start(task)
+        for worker_id, inventory in inventories.items():
+            self.shown(worker_id, inventory)
+        if decision.steps and self._is_more_than_one_round():
+            self.loop.hint()
 
     async def stop(self) -> None:
         """Let go of what runs; the next manager asks for it again."""
-        running = list(self._running.values())
+        running: list[asyncio.Task[None]] = list(self._running.values())
+        running += [self._writing] if self._writing else []
         for job in running:
             job.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
-    async def overdue_ages(self) -> tuple[World, dict[str, float]]:
-        """The world, and for how long each rental and placement has been as it is."""
-        return await self._ledger.load(), self._ages(self._monotonic())
+    async def overdue_world(self, worker_ids: Collection[str]) -> tuple[World, dict[str, float]]:
+        """These workers, all that is in work, and for how long each rental and placement has been as it is."""
+        world = await self._ledger.look({*worker_ids, *self._roster.restless(LOOKED_AT_ONCE)}, ())
+        return world, self._ages(world)
+
+    def _look_at(self) -> frozenset[str]:
+        restless = self._roster.restless(LOOKED_AT_ONCE)
+        disagreeing = list(islice(self._disagreeing, LOOKED_AT_ONCE))
+        for worker_id in disagreeing:
+            self._disagreeing[worker_id] = self._disagreeing.pop(worker_id)  # another's turn, if they are too many
+        swept = list(islice(self._sweep, self.swept_at_once))
+        if len(swept) < self.swept_at_once:
+            self._sweep = iter(list(self._roster.ids()))
+        return frozenset((*restless, *disagreeing, *swept))
+
+    def _is_more_than_one_round(self) -> bool:
+        many = max(self._roster.restless_number, len(self._disagreeing)) > LOOKED_AT_ONCE
+        return many or self._roster.waiting() > MAX_PLACED
+
+    async def _snapshot(self, looked_at: frozenset[str]) -> World:
+        leaving, wanted = self._leases.leaving(), min(self._roster.wanting(looked_at), MAX_PLACED)
+        candidates = self._roster.room.best(wanted + SPARE_CANDIDATES, without=leaving) if wanted else []
+        world = await self._ledger.look(looked_at, candidates)
+        if wanted:
+            here = [w for w in world.workers if world.is_whole(w) or w in world.taken]
+            world.elsewhere = self._roster.refusals(here, leaving)
+        return world
 
     async def _strangers(self, world: World, inventories: Inventories) -> frozenset[tuple[str, int]]:
         placed = {(p.rental_id, p.epoch) for p in world.placements.values()}
@@ -109,23 +166,24 @@ class Reconciler:
         return await self._ledger.never_placed(unknown) if unknown else frozenset()
 
     def _facts(self, world: World, inventories: Inventories, strangers: frozenset[tuple[str, int]]) -> Facts:
+        return Facts(inventories, self._leases.leaving(), self._ages(world), self._placement_ids, strangers)
+
+    def _ages(self, world: World) -> dict[str, float]:
         now = self._monotonic()
-        # With its worker's fault: when an operator resumes that, a failed clean-up has its time again.
-        faults = {worker.id: worker.fault for worker in world.workers.values()}
-        states = {(p.id, f"{p.state} {faults.get(p.worker_id, '')}") for p in world.placements.values()}
-        states |= {(r.id, str(r.state)) for r in world.rentals.values()}
-        self._since = {key: self._since.get(key, now) for key in states}
-        return Facts(inventories, self._leases.leaving(), self._ages(now), self._placement_ids, strangers)
+        moving = [p.id for p in world.placements.values() if p.state is not PlacementState.RUNNING]
+        return {identity: self._roster.age_of(identity, now) for identity in (*moving, *world.rentals)}
 
-    def _ages(self, now: float) -> dict[str, float]:
-        return {identity: now - since for (identity, _), since in self._since.items()}
-
-    def _forget_failures(self, wanted: tuple[Task, ...]) -> None:
+    def _forget_failures(self, looked_at: frozenset[str], wanted: Iterable[Task]) -> None:
+        """Of what is not wanted any more, or of a worker that was removed."""
         still = set(wanted)
-        self._failures = {task: failure for task, failure in self._failures.items() if task in still}
-        concerned = {task.worker_id for task in wanted}
-        self._failing &= concerned
-        self._at_work = Counter({worker_id: n for worker_id, n in self._at_work.items() if n or worker_id in concerned})
+        self._failures = {
+            task: failure
+            for task, failure in self._failures.items()
+            if task in still or not (task.worker_id in looked_at or self._roster.worker(task.worker_id) is None)
+        }
+        concerned = {task.worker_id for task in still}
+        self._failing = {w for w in self._failing if w in concerned or (w not in looked_at and self._roster.worker(w))}
+        self._at_work = Counter({worker_id: number for worker_id, number in self._at_work.items() if number})
 
     def _start(self, task: Task) -> None:
         failure = self._failures.get(task)
@@ -157,8 +215,7 @@ class Reconciler:
             self.loop.hint()
 
     async def _perform(self, task: Task) -> Outcome:
-        workers = await self._ledger.load_workers()
-        worker = workers.get(task.worker_id)
+        worker = (await self._ledger.workers([task.worker_id])).get(task.worker_id)
         if worker is None:
             return Outcome(False, "its worker was removed")
         host = Host(worker.id, worker.address, worker.host_keys)
@@ -173,16 +230,46 @@ class Reconciler:
         if not outcome.ok:
             failure = self._fail(task)
             log.warning("task failed", **_story(task), attempts=failure.count, message=outcome.message)
-            await self._ledger.fail(task, outcome.message, failure.count)
+            await self._write(Ended(task, False, self._wall(), message=outcome.message, attempts=failure.count))
             return
         self._failures.pop(task, None)
         self._failing.discard(task.worker_id)
         if task.kind is TaskKind.DELETE and task.item:
             self._leases.cleaned(task.worker_id, task.item.rental_id, task.item.epoch)
-        await self._ledger.succeed(task, outcome.report, self._wall())
+        await self._write(Ended(task, True, self._wall(), outcome.report))
         log.info("task done", **_story(task))
         if task.kind is not TaskKind.CREATE:
             self.on_worker_change()
+
+    async def _write(self, ended: Ended) -> None:
+        """With all the others that wait, in one transaction."""
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ended.append((ended, written))
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write_all())
+        await written
+
+    async def _write_all(self) -> None:
+        try:
+            while self._ended:
+                batch, self._ended = self._ended, []
+                await self._write_batch(batch)
+        finally:
+            self._writing = None
+
+    async def _write_batch(self, batch: list[tuple[Ended, asyncio.Future[None]]]) -> None:
+        try:
+            await self._ledger.finish([ended for ended, _ in batch])
+        except Exception as error:
+            if len(batch) > 1:  # one that cannot be written is nobody else's failure
+                for one in batch:
+                    await self._write_batch([one])
+            elif not batch[0][1].done():
+                batch[0][1].set_exception(error)
+            return
+        for _, written in batch:
+            if not written.done():
+                written.set_result(None)
 
     def _fail(self, task: Task) -> _Failure:
         count = self._failures[task].count + 1 if task in self._failures else 1

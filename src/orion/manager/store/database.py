@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -17,6 +18,8 @@ from sqlalchemy import Connection, Engine, Result, create_engine, event, insert
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
 from orion.manager.domain.model import Event
+from orion.manager.domain.roster import Changes
+from orion.manager.store import roster
 from orion.manager.store.schema import events
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -24,6 +27,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 P = ParamSpec("P")
 T = TypeVar("T")
 Row = dict[str, Any]
+_Transacted = tuple[Any, list[Event], Changes | None]
 
 
 class News:
@@ -55,12 +59,29 @@ class News:
                 changed.set()
 
 
+@dataclass
+class Touched:
+    """The rows that a transaction has changed, by id."""
+
+    workers: set[str] = field(default_factory=set)
+    rentals: set[str] = field(default_factory=set)
+    placements: set[str] = field(default_factory=set)
+    everything: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.everything or self.workers or self.rentals or self.placements)
+
+
+Follower = Callable[[Changes], None]
+
+
 class Store:
     """Runs functions of one connection, each in a transaction of its own: `await store.write(rows.insert, ...)`."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.news = News()
+        self._follower: Follower | None = None
         self._engine = _connect(url)
         self._writer = ThreadPoolExecutor(1, "store-writer")
         self._readers = ThreadPoolExecutor(4, "store-reader")
@@ -72,6 +93,14 @@ class Store:
         with self._engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+    async def follow(self, follower: Follower) -> None:
+        """Tell it, in the event loop, all that there is, and from then on what each commit changed, in their order.
+
+        Whoever has waited for a commit finds it told.
+        """
+        self._follower = follower
+        await self.write(lambda connection: setattr(touched(connection), "everything", True))
 
     async def write(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run it in the one writer's thread; commit when it returns, roll back when it raises."""
@@ -90,15 +119,22 @@ class Store:
         self._readers.shutdown()
         self._engine.dispose()
 
-    def _publish(self, transaction: asyncio.Future[tuple[Any, list[Event]]]) -> None:
-        if not transaction.cancelled() and transaction.exception() is None:
-            self.news.publish(transaction.result()[1])
+    def _publish(self, transaction: asyncio.Future[_Transacted]) -> None:
+        if transaction.cancelled() or transaction.exception() is not None:
+            return
+        _, committed, changes = transaction.result()
+        if changes is not None and self._follower is not None:
+            self._follower(changes)
+        self.news.publish(committed)
 
-    def _transact(self, function: Callable[..., T], args: Any, kwargs: Any) -> tuple[T, list[Event]]:
+    def _transact(self, function: Callable[..., T], args: Any, kwargs: Any) -> tuple[T, list[Event], Changes | None]:
         with self._engine.begin() as connection:
-            committed = connection.info["recorded"] = []  # the pool keeps it: a transaction that failed left its own
+            # The pool keeps these: a transaction that failed left its own.
+            committed = connection.info["recorded"] = []
+            rows_touched = connection.info["touched"] = Touched()
             result = function(connection, *args, **kwargs)
-        return result, committed
+            changes = roster.changes(connection, rows_touched) if self._follower and rows_touched else None
+        return result, committed, changes
 
     def _read(self, function: Callable[..., T], args: Any, kwargs: Any) -> T:
         with self._engine.connect() as connection:
@@ -113,6 +149,12 @@ def record(connection: Connection, *recorded: Event) -> None:
     rows = [vars(item) | {"at": at, "details": dict(item.details)} for item in recorded]
     connection.execute(insert(events), rows)
     connection.info["recorded"].extend(recorded)
+
+
+def touched(connection: Connection) -> Touched:
+    """To be told by whoever changes a worker, a rental or a placement: see store/roster.py."""
+    found: Touched = connection.info["touched"]
+    return found
 
 
 def rows(result: Result[Any]) -> list[Row]:

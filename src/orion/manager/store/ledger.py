@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, RowMapping, Table, and_, insert, select, update
+from sqlalchemy import Column, ColumnElement, Connection, RowMapping, Table, and_, insert, select, text, update
 
 from orion.manager.domain import outcomes
-from orion.manager.domain.model import Item, Placement, Rental, Step, Worker, World
-from orion.manager.domain.reconcile import Task
-from orion.manager.domain.states import ENDED, Health, Intent, PlacementState, RentalState
-from orion.manager.store.database import record
-from orion.manager.store.schema import placements, rentals, workers
+from orion.manager.domain.model import Item, Placement, Rental, Step, Worker, World, Write
+from orion.manager.domain.outcomes import Ended
+from orion.manager.domain.states import ENDED, HOLDING, Health, Intent, PlacementState, RentalState
+from orion.manager.store.database import record, touched
+from orion.manager.store.port import DUE_AT_ONCE, QUEUED_AT_ONCE
+from orion.manager.store.roster import OPEN, chunks
+from orion.manager.store.schema import LIVING, placements, rentals, workers
 
 TABLES: dict[str, Table] = {"worker": workers, "rental": rentals, "placement": placements}
+AT_WORK = (RentalState.PROVISIONING, RentalState.MIGRATING, RentalState.RELEASING)
+
+T = TypeVar("T")
 
 
 class _Dropped(Exception):
@@ -47,8 +52,26 @@ def never_placed(connection: Connection, items: Iterable[Item]) -> frozenset[tup
     return frozenset(shown - placed)
 
 
-def load_workers(connection: Connection) -> dict[str, Worker]:
-    return {row["id"]: worker(row) for row in connection.execute(select(workers)).mappings()}
+def look(connection: Connection, whole: Collection[str], candidates: Collection[str]) -> World:
+    """See `port.Ledger.look`."""
+    waiting = _rentals(connection, rentals.c.state.in_(AT_WORK))
+    waiting |= _rentals(connection, rentals.c.state == RentalState.QUEUED, QUEUED_AT_ONCE)
+    found = _in(connection, placements.c.worker_id, whole, placement)
+    found |= _in(connection, placements.c.rental_id, waiting, placement)
+    others = {p.rental_id for p in found.values()} - waiting.keys()
+    known = {p.worker_id for p in found.values()} | {*whole, *candidates}
+    return World(
+        load_workers(connection, known),
+        waiting | _by_id(connection, rentals, others, rental),
+        found,
+        frozenset(whole),
+        _taken(connection, set(candidates) - set(whole)),
+    )
+
+
+def load_workers(connection: Connection, ids: Iterable[str]) -> dict[str, Worker]:
+    """Those of these workers that there are."""
+    return _by_id(connection, workers, ids, worker)
 
 
 def load_known_at(connection: Connection, address: str) -> list[Worker]:
@@ -58,8 +81,9 @@ def load_known_at(connection: Connection, address: str) -> list[Worker]:
 
 
 def load_due(connection: Connection, wall: float) -> list[Rental]:
-    """Living rentals whose time is over at `wall` (UTC seconds)."""
-    due = select(rentals).where(rentals.c.expires_at <= wall, rentals.c.state.not_in(ENDED))
+    """See `port.Ledger.due`."""
+    over = (rentals.c.expires_at <= wall, rentals.c.state != RentalState.RELEASING, text(LIVING))
+    due = select(rentals).where(*over).order_by(rentals.c.expires_at, rentals.c.id).limit(DUE_AT_ONCE)
     return [rental(row) for row in connection.execute(due).mappings()]
 
 
@@ -71,38 +95,89 @@ def apply(connection: Connection, steps: Iterable[Step]) -> bool:
     return all(_apply_one(connection, step) for step in steps)
 
 
-def record_success(connection: Connection, task: Task, report: Mapping[str, Any], wall: float) -> None:
-    """Write what follows from a task that succeeded, if that is still of any use. `wall`: UTC seconds."""
-    step = outcomes.succeeded(load(connection), task, report, wall)
-    if step is not None:
-        apply(connection, [step])
+def apply_each(connection: Connection, steps: Iterable[Step]) -> list[bool]:
+    """Apply steps that have nothing to do with each other in one transaction; of each, whether it was applied."""
+    return [_apply_one(connection, step) for step in steps]
 
 
-def record_failure(connection: Connection, task: Task, message: str, attempts: int) -> None:
-    step = outcomes.failed(load(connection), task, message, attempts)
-    if step is not None:
-        apply(connection, [step])
+def finish(connection: Connection, ended: Sequence[Ended]) -> None:
+    """Write what follows from tasks that have ended, where that is still of any use, in one transaction."""
+    placed = _by_id(connection, placements, {e.task.placement_id for e in ended if e.task.placement_id}, placement)
+    placed = {identity: p for identity, p in placed.items() if p.state is not PlacementState.PURGED}
+    world = World({}, _by_id(connection, rentals, {p.rental_id for p in placed.values()}, rental), placed)
+    for one in ended:
+        step = outcomes.follow(world, one)
+        if step is not None and _apply_one(connection, step):
+            world.apply(step)
+            for write in step.writes:
+                if write.change.get("state") is PlacementState.PURGED:
+                    del world.placements[write.id]
+
+
+def _rentals(connection: Connection, which: ColumnElement[bool], limit: int | None = None) -> dict[str, Rental]:
+    """In the order of the queue."""
+    order = (rentals.c.activated_at.is_(None), rentals.c.created_at, rentals.c.id)
+    query = select(rentals).where(which).order_by(*order).limit(limit)
+    return {row["id"]: rental(row) for row in connection.execute(query).mappings()}
+
+
+def _in(
+    connection: Connection, column: Column[Any], values: Iterable[str], make: Callable[[RowMapping], Placement]
+) -> dict[str, Placement]:
+    """Placements that are not purged."""
+    found: dict[str, Placement] = {}
+    for some in chunks(values):
+        query = select(placements).where(column.in_(some), placements.c.state.in_(OPEN))
+        found.update((row["id"], make(row)) for row in connection.execute(query).mappings())
+    return found
+
+
+def _by_id(connection: Connection, table: Table, ids: Iterable[str], make: Callable[[RowMapping], T]) -> dict[str, T]:
+    found: dict[str, T] = {}
+    for some in chunks(ids):
+        query = select(table).where(table.c.id.in_(some))
+        found.update((row["id"], make(row)) for row in connection.execute(query).mappings())
+    return found
+
+
+def _taken(connection: Connection, ids: set[str]) -> dict[str, frozenset[int]]:
+    found: dict[str, set[int]] = {worker_id: set() for worker_id in ids}
+    for some in chunks(ids):
+        query = select(placements.c.worker_id, placements.c.slot)
+        held = query.where(placements.c.worker_id.in_(some), placements.c.state.in_(HOLDING))
+        for worker_id, slot in connection.execute(held):
+            found[worker_id].add(slot)
+    return {worker_id: frozenset(slots) for worker_id, slots in found.items()}
 
 
 def _apply_one(connection: Connection, step: Step) -> bool:
     try:
-        with connection.begin_nested():
-            for write in step.writes:
-                _write(connection, TABLES[write.kind], write.id, dict(write.expect), dict(write.change))
-            if step.placement:
-                connection.execute(insert(placements), vars(step.placement) | {"created_at": time.time()})
+        if len(step.writes) == 1 and not step.placement:
+            _write(connection, step.writes[0])  # it writes its row or it does not: nothing to take back
+        else:
+            with connection.begin_nested():
+                for write in step.writes:
+                    _write(connection, write)
+                if step.placement:
+                    connection.execute(insert(placements), vars(step.placement) | {"created_at": time.time()})
     except _Dropped:
         return False
+    if step.placement:
+        touched(connection).workers.add(step.placement.worker_id)
     record(connection, *step.events)
     return True
 
 
-def _write(connection: Connection, table: Table, identity: str, expect: dict[str, Any], change: dict[str, Any]) -> None:
-    guards = [table.c[column].is_not_distinct_from(value) for column, value in expect.items()]
-    values = change or {"id": identity}
-    result = connection.execute(update(table).where(and_(table.c.id == identity, *guards)).values(values))
+def _write(connection: Connection, write: Write) -> None:
+    table = TABLES[write.kind]
+    guards = [table.c[column].is_not_distinct_from(value) for column, value in write.expect.items()]
+    values = dict(write.change) or {"id": write.id}
+    result = connection.execute(update(table).where(and_(table.c.id == write.id, *guards)).values(values))
     if result.rowcount != 1:
         raise _Dropped
+    if write.change:
+        rows = touched(connection)
+        {"worker": rows.workers, "rental": rows.rentals, "placement": rows.placements}[write.kind].add(write.id)
 
 
 def worker(row: RowMapping) -> Worker:

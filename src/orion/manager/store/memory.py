@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from orion.manager.domain import outcomes
 from orion.manager.domain.model import Event, Item, Placement, Rental, Step, Worker, World
-from orion.manager.domain.reconcile import Task
-from orion.manager.domain.states import ENDED, HOLDING, LIVE, OUT_OF_SERVICE, Health, Intent, PlacementState
-from orion.manager.store.port import ADDRESS_REUSED, Notes, Registered, Registration
+from orion.manager.domain.outcomes import Ended
+from orion.manager.domain.roster import Changes, Held, Known
+from orion.manager.domain.states import (
+    ENDED,
+    HOLDING,
+    LIVE,
+    OUT_OF_SERVICE,
+    Health,
+    Intent,
+    PlacementState,
+    RentalState,
+)
+from orion.manager.store.port import ADDRESS_REUSED, DUE_AT_ONCE, QUEUED_AT_ONCE, Notes, Registered, Registration
 
 
 class InvariantBroken(Exception):
@@ -34,6 +45,28 @@ class MemoryLedger:
         open_ = {i: p for i, p in self.world.placements.items() if p.state is not PlacementState.PURGED}
         self.world.placements = open_
         self._registrations = 0
+        self._follower: Callable[[Changes], None] | None = None
+
+    async def follow(self, follower: Callable[[Changes], None]) -> None:
+        self._follower = follower
+        on = (p.worker_id for p in self.world.placements.values())
+        self.tell({*self.world.workers, *on}, self.world.rentals)
+
+    def tell(self, worker_ids: Iterable[str] = (), rental_ids: Iterable[str] = ()) -> None:
+        """Rows have changed: for whoever follows. Called by who changes them without a step, too."""
+        if self._follower is not None:
+            workers = {w: self._known(w) for w in sorted(worker_ids)}  # sorted: a replay tells the same
+            self._follower(Changes(workers, {r: self._state(r) for r in sorted(rental_ids)}))
+
+    def _known(self, worker_id: str) -> tuple[Known | None, tuple[Held, ...]]:
+        worker, rentals = self.world.workers.get(worker_id), self.world.rentals
+        here = (p for p in self.world.placements.values() if p.worker_id == worker_id)
+        held = tuple(Held.of(p, rentals.get(p.rental_id)) for p in here)
+        return Known.of(worker, "") if worker else None, held
+
+    def _state(self, rental_id: str) -> RentalState | None:
+        rental = self.world.rentals.get(rental_id)
+        return rental.state if rental and rental.state not in ENDED else None
 
     async def load(self) -> World:
         rentals, open_ = self.world.rentals, dict(self.world.placements)
@@ -44,31 +77,60 @@ class MemoryLedger:
     async def never_placed(self, items: Iterable[Item]) -> frozenset[tuple[str, int]]:
         return frozenset((item.rental_id, item.epoch) for item in items) - self._epochs
 
-    async def load_workers(self) -> dict[str, Worker]:
-        return dict(self.world.workers)
+    async def look(self, whole: Collection[str], candidates: Collection[str]) -> World:
+        world = self.world
+        queue = sorted(
+            (r for r in world.rentals.values() if r.state is RentalState.QUEUED),
+            key=lambda r: (r.activated_at is None, r.created_at, r.id),
+        )
+        at_rest = ENDED | {RentalState.ACTIVE, RentalState.QUEUED}
+        waiting = {r.id: r for r in world.rentals.values() if r.state not in at_rest}
+        waiting |= {r.id: r for r in queue[:QUEUED_AT_ONCE]}
+        found = {i: p for i, p in world.placements.items() if p.worker_id in whole or p.rental_id in waiting}
+        of_found = {p.rental_id for p in found.values()}
+        known = {p.worker_id for p in found.values()} | {*whole, *candidates}
+        used = world.used_slots()
+        return World(
+            await self.workers(known),
+            waiting | {i: world.rentals[i] for i in sorted(of_found - waiting.keys())},
+            found,
+            frozenset(whole),
+            {w: frozenset(used.get(w, ())) for w in set(candidates) - set(whole)},
+        )
+
+    async def workers(self, ids: Iterable[str]) -> dict[str, Worker]:
+        return {w: self.world.workers[w] for w in sorted(ids) if w in self.world.workers}
 
     async def due(self, wall: float) -> list[Rental]:
-        living = (r for r in self.world.rentals.values() if r.state not in ENDED)
-        return [r for r in living if r.expires_at is not None and r.expires_at <= wall]
+        living = (r for r in self.world.rentals.values() if r.state not in ENDED | {RentalState.RELEASING})
+        return [r for r in living if r.expires_at is not None and r.expires_at <= wall][:DUE_AT_ONCE]
 
     async def apply(self, steps: Iterable[Step]) -> bool:
-        before, events, epochs = self.world.copy(), len(self.events), set(self._epochs)
-        try:
+        with self._transaction():
             return all(self._apply_one(step) for step in steps)
+
+    async def apply_each(self, steps: Iterable[Step]) -> list[bool]:
+        with self._transaction():
+            return [self._apply_one(step) for step in steps]
+
+    async def finish(self, ended: Sequence[Ended]) -> None:
+        with self._transaction():
+            for one in ended:
+                step = outcomes.follow(self.world, one)
+                if step is not None:
+                    self._apply_one(step)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        before, events, epochs = self.world.copy(), len(self.events), set(self._epochs)
+        self._touched: tuple[set[str], set[str]] = set(), set()
+        try:
+            yield
         except InvariantBroken:
             self.world, self._epochs = before, epochs
             del self.events[events:]
             raise
-
-    async def succeed(self, task: Task, report: Mapping[str, Any], wall: float) -> None:
-        step = outcomes.succeeded(await self.load(), task, report, wall)
-        if step is not None:
-            await self.apply([step])
-
-    async def fail(self, task: Task, message: str, attempts: int) -> None:
-        step = outcomes.failed(await self.load(), task, message, attempts)
-        if step is not None:
-            await self.apply([step])
+        self.tell(*self._touched)
 
     async def heard(self, notes: Notes) -> None:
         self.last_heard |= {worker_id: at for worker_id, at, _ in notes}
@@ -95,7 +157,9 @@ class MemoryLedger:
             self.tokens[identity] = token
         reason = "a new worker called home" if worker_id is None else "it called home again"
         self.events.append(Event("worker.registered", identity, reason, worker_id=identity))
-        return Registered(identity, session_id, token, self._forget_others_at(claim.address, identity))
+        gone = self._forget_others_at(claim.address, identity)
+        self.tell((identity, *gone))
+        return Registered(identity, session_id, token, gone)
 
     def _forget_others_at(self, address: str, identity: str) -> tuple[str, ...]:
         holding = {p.worker_id for p in self.world.placements.values()}
@@ -106,15 +170,17 @@ class MemoryLedger:
             self.events.append(Event("worker.removed", identity, ADDRESS_REUSED, worker_id=worker_id))
         return tuple(gone)
 
-    async def placements_of(self, worker_id: str) -> tuple[list[Placement], bool]:
-        worker = self.world.workers.get(worker_id)
-        found = [p for p in self.world.placements.values() if p.worker_id == worker_id]
-        return found, worker is not None and worker.health is Health.DOWN
-
     def _apply_one(self, step: Step) -> bool:
         if not self.world.apply(step):
             return False
+        worker_ids, rental_ids = self._touched
+        for write in step.writes:
+            if write.kind == "placement":
+                worker_ids.add(self.world.placements[write.id].worker_id)
+            else:
+                {"worker": worker_ids, "rental": rental_ids}[write.kind].add(write.id)
         if step.placement:
+            worker_ids.add(step.placement.worker_id)
             self._check(step.placement)
             self._epochs.add((step.placement.rental_id, step.placement.epoch))
         for write in step.writes:

@@ -6,15 +6,20 @@ tests/unit/test_store_ledger_contract.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from orion.manager.domain.model import Item, Placement, Rental, Step, Worker, World
-from orion.manager.domain.reconcile import Task
+from orion.manager.domain.model import Item, Rental, Step, Worker, World
+from orion.manager.domain.outcomes import Ended
+from orion.manager.domain.roster import Changes
 
 Notes = Iterable[tuple[str, float, Mapping[str, Any]]]
 """Worker id, UTC seconds when it was heard, its load."""
+
+QUEUED_AT_ONCE = 1000
+"""Rentals of the queue that one look shows. No worker is free for those behind them before it is for one of these."""
+DUE_AT_ONCE = 500
 
 ADDRESS_REUSED = "its address is another worker's now"
 
@@ -22,18 +27,32 @@ ADDRESS_REUSED = "its address is another worker's now"
 class Ledger(Protocol):
     """What the loops read and write. Each call is one transaction."""
 
+    async def follow(self, follower: Callable[[Changes], None]) -> None:
+        """Tell it all that there is, then what each commit changes: see domain/roster.py."""
+        ...
+
     async def load(self) -> World:
         """All workers, living rentals, placements that are not purged, and the rentals of those."""
+        ...
+
+    async def look(self, whole: Collection[str], candidates: Collection[str]) -> World:
+        """The part of the world that these workers are, and all that is in work: what model.World asks of a part.
+
+        With every rental that is not at rest, but of those that wait in the queue only the first QUEUED_AT_ONCE; of
+        `candidates` only the workers themselves and their taken slots.
+        """
         ...
 
     async def never_placed(self, items: Iterable[Item]) -> frozenset[tuple[str, int]]:
         """Of what inventories show, what was never placed on any worker, as (rental id, epoch)."""
         ...
 
-    async def load_workers(self) -> dict[str, Worker]: ...
+    async def workers(self, ids: Iterable[str]) -> dict[str, Worker]:
+        """Those of these workers that there are."""
+        ...
 
     async def due(self, wall: float) -> list[Rental]:
-        """Living rentals whose time is over at `wall` (UTC seconds)."""
+        """Living rentals whose time is over at `wall` (UTC seconds), and that are not ending; DUE_AT_ONCE at most."""
         ...
 
     async def apply(self, steps: Iterable[Step]) -> bool:
@@ -44,11 +63,13 @@ class Ledger(Protocol):
         """
         ...
 
-    async def succeed(self, task: Task, report: Mapping[str, Any], wall: float) -> None:
-        """Write what follows from a task that succeeded, if that is still of any use."""
+    async def apply_each(self, steps: Iterable[Step]) -> list[bool]:
+        """Apply steps that have nothing to do with each other in one transaction; of each, whether it was applied."""
         ...
 
-    async def fail(self, task: Task, message: str, attempts: int) -> None: ...
+    async def finish(self, ended: Sequence[Ended]) -> None:
+        """Write what follows from tasks that have ended, where that is still of any use."""
+        ...
 
     async def heard(self, notes: Notes) -> None:
         """Write down when workers were last heard, for people to read."""
@@ -94,8 +115,4 @@ class Registry(Protocol):
         draining it: else each new container would leave one behind, and whoever has the join
         token could fill the database from one address.
         """
-        ...
-
-    async def placements_of(self, worker_id: str) -> tuple[list[Placement], bool]:
-        """What a worker has or may still have, its placements that are not purged; and whether it is down."""
         ...

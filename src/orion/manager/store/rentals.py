@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, and_, delete, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from orion.manager.domain.expiry import release, renew
 from orion.manager.domain.model import Event
 from orion.manager.domain.states import ENDED, LIVE, RentalState
 from orion.manager.store import ledger
-from orion.manager.store.database import Row, first, record, rows
+from orion.manager.store.database import Row, first, record, rows, touched
 from orion.manager.store.names import new_id, new_name
-from orion.manager.store.schema import counters, idempotency, placements, rentals, workers
+from orion.manager.store.schema import LIVING, counters, idempotency, placements, rentals, workers
 
 FIRST_UID = 100_000
 KEY_LIFETIME_S = 24 * 3600.0
@@ -77,6 +77,7 @@ def create(connection: Connection, wish: Wish) -> str:
     if wish.key is not None:
         used = {"owner": wish.owner, "key": wish.key, "request_hash": wish.request_hash}
         connection.execute(insert(idempotency), used | {"rental_id": identity, "created_at": now})
+    touched(connection).rentals.add(identity)
     record(connection, Event("rental.queued", wish.owner, "asked for", wish.owner, identity, epoch=0))
     return identity
 
@@ -94,6 +95,8 @@ def _replayed(connection: Connection, wish: Wish) -> str | None:
     if wish.made_key:
         living = and_(rentals.c.id == row["rental_id"], rentals.c.state.not_in({*ENDED, RentalState.RELEASING}))
         connection.execute(update(rentals).where(living).values(public_key=wish.public_key))
+        on = select(placements.c.worker_id).where(placements.c.rental_id == row["rental_id"])
+        touched(connection).workers.update(connection.execute(on).scalars())
     return str(row["rental_id"])
 
 
@@ -130,7 +133,7 @@ def page(
         if wanted is not None:
             query = query.where(column == wanted)
     if not ended:
-        query = query.where(rentals.c.state.not_in(ENDED))
+        query = query.where(text(LIVING))
     if after:
         query = query.where(rentals.c.id > after)
     return rows(connection.execute(query))
@@ -152,14 +155,6 @@ def extend(connection: Connection, rental_id: str, actor: str, ttl_s: int) -> bo
         return False
     ledger.apply(connection, [renew(rental, ttl_s, actor, time.time())])
     return True
-
-
-def count(connection: Connection) -> tuple[dict[str, int], dict[str, int]]:
-    """The number of workers by health and of living rentals by state."""
-    by_health = select(workers.c.health, func.count()).group_by(workers.c.health)
-    by_state = select(rentals.c.state, func.count()).where(rentals.c.state.not_in(ENDED)).group_by(rentals.c.state)
-    health = {str(key): int(number) for key, number in connection.execute(by_health)}
-    return health, {str(key): int(number) for key, number in connection.execute(by_state)}
 
 
 def _with_worker() -> Select[Any]:

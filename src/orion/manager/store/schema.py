@@ -52,6 +52,10 @@ workers = Table(
     Column("last_heartbeat_at", Float),
 )
 
+LIVING = "rentals.state NOT IN ('released', 'expired', 'failed')"
+"""As the partial indexes have it: a query that is to use one says it in the same words."""
+_LIVING = text(LIVING.removeprefix("rentals."))
+
 rentals = Table(
     "rentals",
     metadata,
@@ -77,10 +81,15 @@ rentals = Table(
         "owner",
         "name",
         unique=True,
-        sqlite_where=text("state NOT IN ('released', 'expired', 'failed')"),
-        postgresql_where=text("state NOT IN ('released', 'expired', 'failed')"),
+        sqlite_where=_LIVING,
+        postgresql_where=_LIVING,
     ),
     Index("ix_rentals_state", "state"),
+    # Pages of the living, of an owner's, by name; and those whose time is over: each without a look at all others.
+    Index("ix_rentals_living", "id", sqlite_where=_LIVING, postgresql_where=_LIVING),
+    Index("ix_rentals_owner_id", "owner", "id"),
+    Index("ix_rentals_name", "name"),
+    Index("ix_rentals_due", "expires_at", sqlite_where=_LIVING, postgresql_where=_LIVING),
 )
 
 _LIVE = text("state IN ('reserved', 'preparing', 'running')")
@@ -102,6 +111,7 @@ placements = Table(
     Index("uq_placements_live", "rental_id", unique=True, sqlite_where=_LIVE, postgresql_where=_LIVE),
     Index("uq_placements_slot", "worker_id", "slot", unique=True, sqlite_where=_HOLDING, postgresql_where=_HOLDING),
     Index("ix_placements_state", "state"),
+    Index("ix_placements_worker_id_state", "worker_id", "state"),
 )
 
 tokens = Table(

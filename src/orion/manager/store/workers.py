@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
-from orion.manager.domain.model import Event, Item, Placement
+from orion.manager.domain.model import Event, Item
 from orion.manager.domain.states import HOLDING, OUT_OF_SERVICE, Health, Intent, PlacementState, RentalState
 from orion.manager.store import ledger
-from orion.manager.store.database import Row, first, record, rows
+from orion.manager.store.database import Row, first, record, rows, touched
 from orion.manager.store.names import new_id
 from orion.manager.store.port import ADDRESS_REUSED, Registered, Registration
 from orion.manager.store.schema import counters, placements, rentals, workers
@@ -43,6 +43,7 @@ def register(connection: Connection, body: Registration, worker_id: str | None, 
         connection.execute(insert(workers), facts | birth | {"id": identity})
     else:
         connection.execute(update(workers).where(workers.c.id == worker_id).values(facts))
+    touched(connection).workers.add(identity)
     reason = "a new worker called home" if worker_id is None else "it called home again"
     details = {"address": body.address, "hostname": body.hostname}
     record(connection, Event("worker.registered", identity, reason, worker_id=identity, details=details))
@@ -59,6 +60,7 @@ def _forget_others_at(connection: Connection, address: str, identity: str) -> tu
         workers.c.id.not_in(held),
     )
     forgotten = tuple(connection.execute(gone.order_by(workers.c.id)).scalars())
+    touched(connection).workers.update(forgotten)
     for worker_id in forgotten:
         connection.execute(delete(workers).where(workers.c.id == worker_id))
         record(connection, Event("worker.removed", identity, ADDRESS_REUSED, worker_id=worker_id))
@@ -77,26 +79,13 @@ def page(connection: Connection, after: str | None, limit: int) -> list[Row]:
     return rows(connection.execute(query))
 
 
-def slots(connection: Connection) -> tuple[int, int]:
-    """Slots of all ready workers, and how many of them are free."""
-    ready = [row for row in connection.execute(_with_use()).mappings() if row["health"] == Health.READY]
-    return sum(row["slots"] for row in ready), sum(max(0, row["slots"] - row["used"]) for row in ready)
-
-
-def placements_of(connection: Connection, worker_id: str) -> tuple[list[Placement], bool]:
-    """What a worker has or may still have, its placements that are not purged; and whether it is down."""
-    query = select(placements).where(placements.c.worker_id == worker_id, placements.c.state != PlacementState.PURGED)
-    found = [ledger.placement(row) for row in connection.execute(query).mappings()]
-    health = connection.execute(select(workers.c.health).where(workers.c.id == worker_id)).scalar()
-    return found, health == Health.DOWN
-
-
 def heard(connection: Connection, news: Iterable[tuple[str, float, Mapping[str, Any]]]) -> None:
     """Write down when workers were last heard (UTC seconds) and their load, for people to read."""
-    for worker_id, at, load in news:
-        connection.execute(
-            update(workers).where(workers.c.id == worker_id).values(last_heartbeat_at=at, load=dict(load))
-        )
+    rows = [{"who": worker_id, "last_heartbeat_at": at, "load": dict(load)} for worker_id, at, load in news]
+    if rows:
+        same = workers.c.id == bindparam("who")
+        change: dict[str, Any] = {"last_heartbeat_at": bindparam("last_heartbeat_at"), "load": bindparam("load")}
+        connection.execute(update(workers).where(same).values(change), rows)
 
 
 def granted_lease(connection: Connection) -> float:
@@ -126,6 +115,7 @@ def set_intent(connection: Connection, actor: str, worker_id: str, to: Intent) -
     if resumed:
         change |= {"fault": "", "verified_session": None}
     connection.execute(update(workers).where(workers.c.id == worker_id).values(change))
+    touched(connection).workers.add(worker_id)
     kind = "worker.resumed" if resumed else "worker.drain_started"
     record(connection, Event(kind, actor, "asked for", worker_id=worker_id))
     return one(connection, worker_id)
@@ -144,6 +134,7 @@ def give_up(connection: Connection, actor: str, worker_id: str, items: Iterable[
         place = {"id": f"p-{new_id(12)}", "rental_id": item.rental_id, "worker_id": worker_id, "slot": 0}
         place |= {"epoch": item.epoch, "state": PlacementState.LOST, "created_at": time.time()}
         connection.execute(insert(placements), place)
+        touched(connection).workers.add(worker_id)
         reason = "the database had never placed it; an operator gave it up"
         record(connection, Event("rental.given_up", actor, reason, None, item.rental_id, worker_id, item.epoch))
 
@@ -156,6 +147,7 @@ def remove(connection: Connection, actor: str, worker_id: str) -> str | None:
     if row["health"] != Health.DOWN and row["used"]:
         return "worker_in_use"
     connection.execute(delete(workers).where(workers.c.id == worker_id))
+    touched(connection).workers.add(worker_id)
     record(connection, Event("worker.removed", actor, "asked for", worker_id=worker_id))
     return None
 

@@ -1,0 +1,177 @@
+"""The heartbeat's hot path: what is well-formed is answered here, from memory alone.
+
+The contract's own route (api/workers.py) stands behind it, and gets every request that this one does not understand.
+So the OpenAPI document, and what is refused and how, are FastAPI's, and only what pydantic would accept as well is
+answered here (tests/unit/test_api_heartbeat.py). What is in memory are the roster (domain/roster.py) and the leases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import random
+import re
+from typing import Annotated, Literal
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
+from starlette.types import Message, Receive, Scope, Send
+
+from orion.manager.api.call_home import CallRefused
+from orion.manager.api.problems import ApiProblem
+from orion.manager.api.services import Services, unauthorized
+from orion.manager.domain.leases import Beat
+from orion.manager.domain.model import Item
+
+CONFIRM_S = 0.5
+"""Until the next heartbeat of a worker that still has the longer lease of other clocks: it counts until that tells."""
+PATH = "/api/heartbeat"
+PASSED_ON = "orion.heartbeat.passed_on"
+MAX_ITEMS = 10_000
+_TOKEN = re.compile(rb"(?i:bearer) +(orion_worker_([a-z0-9-]{1,64})_[A-Za-z0-9]{43}) *")
+_JSON = {b"application/json", b"application/json; charset=utf-8"}
+
+Whole = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+
+
+class Load(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """As wire.Load."""
+
+    cpu: Annotated[float, msgspec.Meta(ge=0, le=4096)] = 0.0
+    memory_used_bytes: Whole = 0
+    memory_limit_bytes: Whole = 0
+    processes: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
+
+
+class InventoryItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """As wire.InventoryItem. A pattern's end is said as \\Z: to msgspec, `$` lets a newline through."""
+
+    rental_id: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}\Z")]
+    username: Annotated[str, msgspec.Meta(pattern=r"^r-[a-z0-9]{1,30}\Z")]
+    uid: Annotated[int, msgspec.Meta(ge=100_000, lt=2**31)]
+    epoch: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
+    state: Literal["locked", "running", "frozen"]
+
+
+class HeartbeatRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """As wire.HeartbeatRequest."""
+
+    session_id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9-]{8,64}\Z")]
+    seq: Whole
+    load: Load = Load()
+    inventory: Annotated[list[InventoryItem], msgspec.Meta(max_length=MAX_ITEMS)] = []
+    lease_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
+    leaving: bool = False
+
+
+class Order(msgspec.Struct, frozen=True):
+    """As wire.PlacementOrder."""
+
+    rental_id: str
+    epoch: int
+    want: str
+
+
+class HeartbeatReply(msgspec.Struct, frozen=True):
+    """As wire.HeartbeatReply."""
+
+    lease_s: float
+    next_heartbeat_s: float
+    placements: list[Order]
+
+
+_decode = msgspec.json.Decoder(HeartbeatRequest).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class Heartbeat(Route):
+    """Stands before the route of the same path, which gets what this one does not understand."""
+
+    def __init__(self) -> None:
+        super().__init__(PATH, _answer_or_pass_on, methods=["POST"], include_in_schema=False)
+        self.app = _answer_or_pass_on
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return (Match.NONE, {}) if PASSED_ON in scope else super().matches(scope)
+
+
+async def _answer_or_pass_on(scope: Scope, receive: Receive, send: Send) -> None:
+    body = await Request(scope, receive).body()
+    shared: Services = scope["app"].state.services
+    worker_id, is_json = _caller(shared, scope)
+    beat = _understood(body) if worker_id and is_json else None
+    if worker_id is None or beat is None:
+        scope[PASSED_ON] = True
+        await scope["app"].router(scope, _again(body, receive), send)
+        return
+    reply = answer(shared, worker_id, beat)
+    await Response(reply, media_type="application/json")(scope, receive, send)
+
+
+def answer(shared: Services, worker_id: str, body: HeartbeatRequest) -> bytes:
+    """Renew its lease and say what to do. Raises ApiProblem."""
+    items = tuple(Item(item.rental_id, item.username, item.uid, item.epoch) for item in body.inventory)
+    try:
+        found = shared.call_home.heartbeat(
+            worker_id, Beat(body.session_id, body.seq, items, body.leaving, body.lease_s)
+        )
+    except CallRefused as refusal:
+        raise ApiProblem(409, refusal.code, str(refusal)) from refusal
+    shared.leases.note(worker_id, shared.wall(), msgspec.structs.asdict(body.load))
+    if body.leaving:
+        shared.wake_health()
+    clocks = shared.settings.clocks
+    next_s = CONFIRM_S if body.lease_s > clocks.freeze_after_s else _with_jitter(clocks.heartbeat_s)
+    orders = [Order(item.rental_id, item.epoch, want) for item, want in found]
+    return _encode(HeartbeatReply(clocks.freeze_after_s, next_s, orders))
+
+
+def _understood(body: bytes) -> HeartbeatRequest | None:
+    try:
+        return _decode(body)
+    except (msgspec.DecodeError, ValueError):
+        return None
+
+
+def _caller(shared: Services, scope: Scope) -> tuple[str | None, bool]:
+    """Whose token it is, and whether the body is said to be JSON. Raises 401 for a worker's token that is not valid."""
+    worker_id, is_json = None, False
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            worker_id = _worker_of(shared, value)
+        elif name == b"content-type":
+            is_json = value in _JSON
+    return worker_id, is_json
+
+
+def _worker_of(shared: Services, header: bytes) -> str | None:
+    """None: no worker's token at all, so another refusal than this route's."""
+    match = _TOKEN.fullmatch(header)
+    if match is None:
+        return None
+    worker_id = match[2].decode()
+    known = shared.roster.worker(worker_id)
+    kept = known.token_hash if known else ""
+    if not hmac.compare_digest(kept, hashlib.sha256(match[1]).hexdigest()):
+        raise unauthorized()
+    return worker_id
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """The body, once more for whoever reads it now."""
+    sent = False
+
+    async def replay() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _with_jitter(seconds: float) -> float:
+    return round(seconds * random.uniform(0.9, 1.05), 3)  # noqa: S311  spread, not secrecy

@@ -1,0 +1,25 @@
+"""Indexes for a large pool"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+_LIVING = sa.text("state NOT IN ('released', 'expired', 'failed')")
+
+
+def upgrade() -> None:
+    op.create_index("ix_placements_worker_id_state", "placements", ["worker_id", "state"])
+    op.create_index("ix_rentals_living", "rentals", ["id"], sqlite_where=_LIVING, postgresql_where=_LIVING)
+    op.create_index("ix_rentals_owner_id", "rentals", ["owner", "id"])
+    op.create_index("ix_rentals_name", "rentals", ["name"])
+    op.create_index("ix_rentals_due", "rentals", ["expires_at"], sqlite_where=_LIVING, postgresql_where=_LIVING)
+
+
+def downgrade() -> None:
+    for name in ("ix_rentals_due", "ix_rentals_name", "ix_rentals_owner_id", "ix_rentals_living"):
+        op.drop_index(name, "rentals")
+    op.drop_index("ix_placements_worker_id_state", "placements")

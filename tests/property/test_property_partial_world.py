@@ -1,0 +1,103 @@
+"""What is decided from a part of the world is what the whole world would have decided, in any history."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from dataclasses import replace
+from random import Random
+from typing import Any, TypeVar
+
+import pytest
+from support.rosters import what_differs
+from test_property_reconciliation import INVARIANTS, RATES, Platform, _play
+
+from orion.manager.domain.leases import Beat, Leases
+from orion.manager.domain.model import World
+from orion.manager.domain.reconcile import Decision, Facts, decide
+from orion.manager.domain.roster import Roster
+from orion.manager.loops.reconciler import Reconciler
+from orion.manager.store.memory import MemoryLedger
+
+SEEDS, STEPS = 12, 300
+T = TypeVar("T")
+
+
+class Partly(Platform):
+    """Beside each decision from the whole, the one that the reconciler makes from the part that it would look at."""
+
+    parts: int = 0
+
+    def _decide(self, world: World) -> Decision:
+        decision = super()._decide(world)
+        ages = {identity: self.now - since for (identity, _), since in self.since.items()}
+        leaving = frozenset(self.leaving & self.inventories.keys())
+        start = next(self.numbers)
+
+        def facts(**different: Any) -> Facts:
+            ids = (f"p-{start:06d}-{number}" for number in range(1000))
+            return replace(Facts(dict(self.inventories), leaving, ages, ids), **different)
+
+        part, shown = self._part(world, leaving)
+        whole = decide(world, facts())
+        assert _told(decide(part, facts(inventories=shown))) == _told(whole)
+        self.parts += len(part.placements) < len(world.placements)
+        return decision
+
+    def _part(self, world: World, leaving: frozenset[str]) -> tuple[World, Any]:
+        ledger, roster, leases = MemoryLedger(world), Roster(), Leases(75.0)
+        reconciler = Reconciler(ledger, roster, leases, None, None, lambda: self.now, lambda: self.now)  # type: ignore[arg-type]
+        reconciler.swept_at_once = 0
+        _now(ledger.follow(lambda changes: roster.apply(changes, self.now)))
+        for worker_id, inventory in self.inventories.items():
+            leases.open(worker_id, "session", self.now, inventory)
+            leases.renew(worker_id, Beat("session", 1, inventory, worker_id in leaving), self.now)
+            reconciler.shown(worker_id, inventory)
+        looked_at = reconciler._look_at()
+        return _now(reconciler._snapshot(looked_at)), leases.inventories(looked_at)
+
+
+def _told(decision: Decision) -> tuple[list[str], list[str]]:
+    return sorted(map(repr, decision.steps)), sorted(map(repr, decision.tasks))
+
+
+def _now(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Of a ledger in memory, which waits for nothing."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    raise AssertionError("it waits")
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_part_of_the_world_decides_as_the_whole_does(seed: int) -> None:
+    random = Random(f"partly {seed}")  # noqa: S311  a history to play again, no secret
+    platform = Partly()
+    platform.a_pool([1, 2, 1])
+    luck = random.choice([0.3, 0.6, 0.9])
+    for _ in range(STEPS):
+        _play(platform, random, luck, random.choices(list(RATES), list(RATES.values()))[0])
+        for name in INVARIANTS:
+            getattr(platform, name)()
+    platform.teardown()
+    assert platform.parts, "it was the whole world every time"
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_roster_that_followed_each_step_is_one_that_was_filled_now(seed: int) -> None:
+    """Of the ledger in memory; House compares the one in the database whenever the platform comes to rest."""
+    random = Random(f"followed {seed}")  # noqa: S311
+    platform = Platform()
+    platform.a_pool([1, 2])
+    ledger, followed = MemoryLedger(platform.world), Roster()
+    _now(ledger.follow(lambda changes: followed.apply(changes, 0.0)))
+    for _ in range(STEPS):
+        _play(platform, random, 0.6, random.choices(list(RATES), list(RATES.values()))[0])
+        before, ledger.world = ledger.world, MemoryLedger(platform.world).world
+        placed = {p.worker_id for world in (before, ledger.world) for p in world.placements.values()}
+        workers = {*before.workers, *ledger.world.workers, *placed}
+        rentals = {*before.rentals, *ledger.world.rentals}
+        ledger.tell(random.sample(sorted(workers), len(workers)), random.sample(sorted(rentals), len(rentals)))
+        anew = Roster()
+        _now(MemoryLedger(platform.world).follow(lambda changes, anew=anew: anew.apply(changes, 0.0)))
+        assert not what_differs(anew, followed)

@@ -1,0 +1,193 @@
+"""The heartbeat's two readers take the same bodies and give the same answers; a token counts by what is committed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from support.house import Agent, House
+from test_api_access import is_problem
+
+from orion import wire
+from orion.manager.api import heartbeat
+from orion.manager.domain.model import move_worker
+from orion.manager.domain.states import Health
+from orion.manager.store import ledger
+
+ITEM = {"rental_id": "abcdef", "username": "r-abcdef", "uid": 100_001, "epoch": 1, "state": "running"}
+LOAD = {"cpu": 0.5, "memory_used_bytes": 1, "memory_limit_bytes": 2, "processes": 3}
+WHOLE = {"session_id": "session-0001", "seq": 1, "load": LOAD, "inventory": [ITEM], "lease_s": 75.0, "leaving": False}
+NUMBERS: list[Any] = [0, 1, -1, 2, 1.0, 1.5, -0.5, 1e3, 4096, 4097, 86_401, 99_999, 2**31, 2**53, 2**63, 10**30]
+TEXTS = ["", "1", "1.5", "true", "running", "abc", "abc\n", "r-abc", "r-abc\n", "session-0001\n", "x" * 64, "x" * 65]
+ODD = [None, True, False, "Ünïcode-0", "\u0000", [], {}, [1], {"a": 1}]
+PLACES = [
+    *((field,) for field in (*WHOLE, "another")),
+    *(("load", field) for field in (*LOAD, "another")),
+    *(("inventory", 0, field) for field in (*ITEM, "another")),
+]
+
+
+def put(value: Any, *place: Any) -> bytes:
+    """The body with one value replaced."""
+    body: Any = json.loads(json.dumps(WHOLE))
+    inner = body
+    for step in place[:-1]:
+        inner = inner[step]
+    inner[place[-1]] = value
+    return json.dumps(body).encode()
+
+
+def by_pydantic(raw: bytes) -> dict[str, Any] | None:
+    """As FastAPI reads it."""
+    try:
+        return wire.HeartbeatRequest.model_validate(json.loads(raw)).model_dump()
+    except (ValidationError, ValueError):
+        return None
+
+
+def by_msgspec(raw: bytes) -> dict[str, Any] | None:
+    found = heartbeat._understood(raw)
+    return None if found is None else msgspec.to_builtins(found)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: ".".join(map(str, place)))
+def test_both_readers_take_the_same_values_everywhere(place: tuple[Any, ...]) -> None:
+    for value in (*NUMBERS, *TEXTS, *ODD):
+        raw = put(value, *place)
+        assert by_msgspec(raw) == by_pydantic(raw), value
+
+
+@pytest.mark.parametrize("field", WHOLE)
+def test_both_readers_need_the_same_fields(field: str) -> None:
+    raw = json.dumps({name: value for name, value in WHOLE.items() if name != field}).encode()
+    assert by_msgspec(raw) == by_pydantic(raw)
+
+
+@pytest.mark.parametrize("number", [0, 10_000, 10_001])
+def test_both_readers_take_inventories_of_the_same_length(number: int) -> None:
+    raw = put([ITEM] * number, "inventory")
+    assert (by_msgspec(raw) is None, by_pydantic(raw) is None) == (number > 10_000, number > 10_000)
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*WHOLE, *ITEM, *LOAD]), inner),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(PLACES), ANY)
+def test_both_readers_take_the_same_of_whatever_may_come(place: tuple[Any, ...], value: Any) -> None:
+    raw = put(value, *place)
+    assert by_msgspec(raw) == by_pydantic(raw)
+
+
+@pytest.fixture
+async def agent(house: House) -> Agent:
+    agent = await house.join()
+    house.end_the_brake_of_the_start()
+    return agent
+
+
+async def post(house: House, agent: Agent, kind: str = "application/json", **request: Any) -> httpx.Response:
+    return await house.client(agent.token or "").post("/api/heartbeat", headers={"Content-Type": kind}, **request)
+
+
+def body_of(agent: Agent, **change: Any) -> str:
+    agent.seq += 1
+    return json.dumps(
+        {"session_id": agent.session, "seq": agent.seq, "inventory": agent.inventory(), "lease_s": 75.0} | change
+    )
+
+
+async def test_a_well_formed_heartbeat_asks_no_database(
+    house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await house.rent()
+
+    async def nobody(*_: Any, **__: Any) -> None:
+        raise AssertionError("the database was asked")
+
+    monkeypatch.setattr(house.store, "read", nobody)
+    monkeypatch.setattr(house.store, "write", nobody)
+    reply = await post(house, agent, content=body_of(agent))
+    assert reply.status_code == 200, reply.text
+    told = wire.HeartbeatReply.model_validate(reply.json())
+    assert [order.want for order in told.placements] == [wire.Want.RUN]
+
+
+async def test_the_route_behind_gives_the_same_answer(house: House, agent: Agent) -> None:
+    await house.rent()
+    fast = (await post(house, agent, content=body_of(agent))).json()
+    slow = (await post(house, agent, "application/json;charset=utf8", content=body_of(agent))).json()
+    assert fast["placements"] == slow["placements"] != []
+    assert (fast["lease_s"], fast.keys()) == (slow["lease_s"], slow.keys())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"session_id": "session-0001"}'])
+async def test_what_is_not_understood_is_refused_as_by_every_other_route(
+    house: House, agent: Agent, content: bytes
+) -> None:
+    is_problem(await post(house, agent, content=content), 422, "invalid_request")
+
+
+async def test_a_body_that_is_not_said_to_be_json_is_refused(house: House, agent: Agent) -> None:
+    reply = await post(house, agent, "text/plain", content=body_of(agent))
+    assert "Content-Type: application/json" in is_problem(reply, 422, "invalid_request")["detail"]
+
+
+@pytest.mark.parametrize("token", ["", "rubbish", "orion_worker_w-nobody_" + "x" * 43])
+async def test_a_token_that_is_nobody_s_is_refused(house: House, token: str) -> None:
+    reply = await house.client(token).post("/api/heartbeat", json=WHOLE)
+    is_problem(reply, 401, "unauthorized")
+    assert reply.headers["www-authenticate"].startswith("Bearer")
+
+
+async def test_another_worker_s_secret_under_this_worker_s_name_is_refused(house: House, agent: Agent) -> None:
+    other = await house.join()
+    name, secret = (agent.token or "").rpartition("_")[0], (other.token or "").rpartition("_")[2]
+    agent.token = f"{name}_{secret}"
+    is_problem(await agent.beat(), 401, "unauthorized")
+
+
+async def test_a_token_is_void_as_soon_as_another_was_given_and_the_new_one_outlives_a_restart(
+    house: House, agent: Agent
+) -> None:
+    old, agent.token = agent.token, None
+    await agent.register()
+    new = agent.token
+    for _ in range(2):
+        agent.token = new
+        assert (await agent.beat()).status_code == 200
+        agent.token = old
+        is_problem(await agent.beat(), 401, "unauthorized")
+        await house.restart()
+
+
+async def test_what_was_rolled_back_is_not_known(house: House, agent: Agent) -> None:
+    (worker,) = (await house.manager.ledger.workers([agent.worker_id])).values()
+
+    def half(connection: Any) -> None:
+        assert ledger.apply(connection, [move_worker(worker, Health.SUSPECT, "a test")])
+        raise RuntimeError("a full disk")
+
+    with pytest.raises(RuntimeError):
+        await house.store.write(half)
+    known = house.manager.roster.worker(agent.worker_id)
+    assert known is not None
+    assert known.health is Health.READY
+    await house.compare_roster()
+
+
+async def test_who_has_waited_for_a_commit_finds_it_in_memory(house: House, agent: Agent) -> None:
+    (worker,) = (await house.manager.ledger.workers([agent.worker_id])).values()
+    assert await house.manager.ledger.apply([move_worker(worker, Health.SUSPECT, "a test")])
+    known = house.manager.roster.worker(agent.worker_id)
+    assert known is not None
+    assert known.health is Health.SUSPECT
