@@ -25,6 +25,7 @@ from orion.manager.domain.brake import Brake
 from orion.manager.domain.roster import Roster
 from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorker, FakeWorld
 from orion.manager.engine.port import Host
+from orion.manager.loops.timer import Loop
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store import events, tokens
 from orion.manager.store.database import News, Row, Store, rows
@@ -56,6 +57,10 @@ class Door:
     """In place of loops.door.DoorProbe: whether the manager reaches itself through the proxy."""
 
     open: bool = True
+    loop: Loop = field(default_factory=lambda: Loop("door", 3600.0, _nothing))
+
+
+async def _nothing() -> None: ...
 
 
 @dataclass

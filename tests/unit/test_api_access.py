@@ -30,6 +30,7 @@ ROUTES: list[tuple[str, str, dict[str, Any] | None, set[str]]] = [
     ("GET", "/api/rentals/x/log", None, {"client", "admin"}),
     ("GET", "/api/events", None, {"client", "admin"}),
     ("GET", "/api/status", None, {"client", "admin"}),
+    ("GET", "/metrics", None, {"admin"}),
     ("GET", "/api/workers", None, {"admin"}),
     ("GET", "/api/workers/x", None, {"admin"}),
     ("POST", "/api/workers/x/drain", None, {"admin"}),

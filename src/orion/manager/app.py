@@ -26,6 +26,7 @@ from orion.manager.api import admin, contract, operations, problems, rentals, wo
 from orion.manager.api.call_home import CallHome
 from orion.manager.api.door import Door, protocol_for
 from orion.manager.api.heartbeat import Heartbeat
+from orion.manager.api.metrics import Metrics, Watched
 from orion.manager.api.services import Services
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.overdue import MOST_SHOWN, Overdue, overdue, workers_to_look_at
@@ -95,6 +96,18 @@ class Manager:
         )
         self.expiry = ExpiryLoop(self.ledger, ports.monotonic, ports.wall, wake_reconciler)
         self.reconciler.on_worker_change = self.health.loop.hint
+        self.metrics = Metrics(
+            Watched(
+                self.roster,
+                self.leases,
+                {loop.name: loop for loop in self.loops},
+                self._brake,
+                store.news.committed,
+                lambda: self.reconciler.running,
+                store.url,
+            )
+        )
+        self.reconciler.on_job = self.metrics.job_ended
         self.services = Services(
             settings=settings,
             store=store,
@@ -113,13 +126,22 @@ class Manager:
             authorized_keys=(secrets.ssh_public_key,),
             monotonic=ports.monotonic,
             wall=ports.wall,
-            brake=lambda: self.health.brake.reason if self.health.brake.on else None,
+            brake=self._brake,
             wake_reconciler=wake_reconciler,
             wake_health=self.health.loop.hint,
             overdue=self._overdue,
             engine_log=self.engine_log.of,
+            metrics=self.metrics,
             restart=lambda: os.kill(os.getpid(), signal.SIGTERM),
         )
+
+    @property
+    def loops(self) -> list[Loop]:
+        door = [self._ports.door.loop] if self._ports.door else []
+        return [self.health.loop, self.reconciler.loop, self.expiry.loop, self.engine_log.loop, *door]
+
+    def _brake(self) -> str | None:
+        return self.health.brake.reason if self.health.brake.on else None
 
     async def _overdue(self) -> list[Overdue]:
         now = self._ports.monotonic()
@@ -133,10 +155,7 @@ class Manager:
     async def running(self) -> AsyncIterator[None]:
         """Restore what the database knows, then run the loops until the end."""
         await self.restore()
-        loops: list[Loop] = [self.health.loop, self.reconciler.loop, self.expiry.loop, self.engine_log.loop]
-        if self._ports.door:
-            loops.append(self._ports.door.loop)
-        running = [asyncio.create_task(loop.run(), name=loop.name) for loop in loops]
+        running = [asyncio.create_task(loop.run(), name=loop.name) for loop in self.loops]
         running.append(asyncio.create_task(self._let_old_leases_lapse()))
         try:
             yield

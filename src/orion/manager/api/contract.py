@@ -62,7 +62,7 @@ def _complete(document: dict[str, Any]) -> dict[str, Any]:
     for path, operations in document["paths"].items():
         for operation in operations.values():
             answers = OF_THE_DOOR
-            if path.startswith("/api/"):
+            if path.startswith("/api/") or path == "/metrics":
                 operation["security"] = [{"token": []}]
                 answers = OF_THE_DOOR | OF_THE_MANAGER
             operation["responses"] |= {str(status): _refusal(meaning) for status, meaning in answers.items()}

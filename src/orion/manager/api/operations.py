@@ -9,10 +9,10 @@ from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from orion import __version__, wire
-from orion.manager.api import views
+from orion.manager.api import metrics, views
 from orion.manager.api.contract import refusals
 from orion.manager.api.problems import not_found
 from orion.manager.api.services import Admin, Client, Services, Shared, visible_owner
@@ -47,6 +47,13 @@ async def status(principal: Client, shared: Shared) -> wire.Status:
         slots_free=free,
         overdue=[wire.Overdue(**vars(item)) for item in waiting],
     )
+
+
+@router.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
+async def show_metrics(_: Admin, shared: Shared) -> Response:
+    """What an operator watches, in the text format of Prometheus."""
+    shared.metrics.last_event = await shared.store.read(events.last)
+    return Response(shared.metrics.text(), media_type=metrics.MEDIA_TYPE)
 
 
 @router.post("/api/tokens", status_code=201, tags=["tokens"])

@@ -35,6 +35,7 @@ async def rent(
     idempotency_key: IdempotencyKey = None,
 ) -> wire.RentReply:
     """Rent an environment: 201 when it is active, 202 while it is queued or in work after `wait_s`."""
+    began = shared.monotonic()
     private_key, public_key = (None, body.ssh_public_key) if body.ssh_public_key else _new_key()
     wish = rentals.Wish(
         principal.name,
@@ -49,15 +50,18 @@ async def rent(
     try:
         rental_id = await shared.store.write(rentals.create, wish)
     except rentals.NameTaken as error:
+        shared.metrics.refused("name_taken")
         detail = f"you have a living rental named {body.name}: choose another name or release it"
         raise ApiProblem(409, "name_taken", detail) from error
     except rentals.OtherRequest as error:
+        shared.metrics.refused("idempotency_conflict")
         detail = "this Idempotency-Key was used with another request within 24 h: use a new one"
         raise ApiProblem(409, "idempotency_conflict", detail) from error
     shared.wake_reconciler()
     row = await _wait(shared, rental_id, body.wait_s, _is_usable)
     response.status_code = 201 if _is_open(row) else 202
     response.headers["Location"] = f"/api/rentals/{rental_id}"
+    shared.metrics.rented(response.status_code, shared.monotonic() - began)
     return views.rent_reply(row, private_key)
 
 

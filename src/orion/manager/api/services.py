@@ -11,6 +11,7 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from orion.manager.api.call_home import CallHome
+from orion.manager.api.metrics import Metrics
 from orion.manager.api.problems import ApiProblem
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.overdue import Overdue
@@ -42,6 +43,7 @@ class Services:
     """What has waited too long."""
     engine_log: Callable[[str], Awaitable[list[Row]]]
     """What the engine did for a rental, oldest first."""
+    metrics: Metrics
     restart: Callable[[], None]
     """End, to be started again with what is then on the disk."""
     copying: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -48,6 +48,8 @@ class Leases:
         self._leaving: set[str] = set()
         self._losses: dict[str, tuple[float, ...]] = {}
         self._notes: dict[str, tuple[float, Mapping[str, Any]]] = {}
+        self.renewed = self.stale = 0
+        """Heartbeats so far: those that renewed a lease, and those that were told to register."""
         self.heard_at: float | None = None
         """When any worker was last heard."""
 
@@ -75,7 +77,9 @@ class Leases:
         """A heartbeat. False (nothing renewed) for a session that is not current, and for an old `seq`."""
         lease = self._leases.get(worker_id)
         if lease is None or lease.session_id != beat.session_id or beat.seq <= lease.seq:
+            self.stale += 1
             return False
+        self.renewed += 1
         leaving_at = (lease.leaving_at or now) if beat.leaving else None
         lease_s = min(beat.lease_s, self._granted_s)  # its word counts for no more than was ever given
         # What has not changed is kept, so that a large pool's inventories are in memory once.

@@ -96,6 +96,8 @@ class Reconciler:
         self.loop = Loop("reconciler", INTERVAL_S, self.round)
         self.on_worker_change: Callable[[], None] = lambda: None
         """Told when a task changed what the health loop judges by."""
+        self.on_job: Callable[[str, bool, float], None] = lambda _action, _ok, _seconds: None
+        """Told when a task has ended: of what kind it was, whether it succeeded, how long it took."""
 
     def shown(self, worker_id: str, inventory: Sequence[Item]) -> None:
         """What a worker that called home shows, compared with what is placed there."""
@@ -131,6 +133,11 @@ class Reconciler:
         for job in running:
             job.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+    @property
+    def running(self) -> int:
+        """Tasks under way."""
+        return len(self._running)
 
     async def overdue_world(self, worker_ids: Collection[str]) -> tuple[World, dict[str, float]]:
         """These workers, all that is in work, and for how long each rental and placement has been as it is."""
@@ -203,7 +210,9 @@ class Reconciler:
 
     async def _run(self, task: Task) -> None:
         try:
+            began = self._monotonic()
             outcome = await self._perform(task)
+            self.on_job(str(task.kind), outcome.ok, self._monotonic() - began)
             await self._feed_back(task, outcome)
         except Exception:
             log.exception("task failed", task=task.kind, worker_id=task.worker_id)

@@ -21,24 +21,35 @@ class Loop:
         self._hinted = asyncio.Event()
         self.failures = 0
         """Rounds that failed since the last one that succeeded."""
+        self.rounds = self.failed_rounds = 0
+        """Since the start: those that succeeded, and the others."""
+        self.seconds = self.late_s = 0.0
+        """Spent in rounds; and how much later than it should have the last round began that no hint brought."""
 
     def hint(self) -> None:
         self._hinted.set()
 
     async def run(self) -> None:
+        now = asyncio.get_running_loop().time
         while True:
+            began = now()
             try:
                 await self._round()
                 self.failures = 0
+                self.rounds += 1
             except Exception:
                 # The next round starts from the whole state again, so nothing is lost but time.
                 self.failures += 1
+                self.failed_rounds += 1
                 log.exception("round failed", loop=self.name, failures=self.failures)
+            self.seconds += now() - began
             await self._pause()
 
     async def _pause(self) -> None:
         timeout_s = self._interval_s * min(2**self.failures, 30) if self.failures else self._interval_s
+        planned = asyncio.get_running_loop().time() + timeout_s
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._hinted.wait()
+        self.late_s = max(0.0, asyncio.get_running_loop().time() - planned)
         self._hinted.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,6 +37,8 @@ class News:
 
     def __init__(self) -> None:
         self._listeners: dict[str, set[asyncio.Event]] = defaultdict(set)
+        self.committed: Counter[str] = Counter()
+        """Events since the start, by kind."""
 
     @contextmanager
     def listen(self, topic: str) -> Iterator[asyncio.Event]:
@@ -53,6 +55,7 @@ class News:
     def publish(self, committed: list[Event]) -> None:
         if not committed:
             return
+        self.committed.update(e.kind for e in committed)
         topics = {self.EVERYTHING} | {e.rental_id for e in committed if e.rental_id}
         for topic in topics:
             for changed in self._listeners.get(topic, ()):

@@ -1,0 +1,158 @@
+"""`GET /metrics`: what an operator watches, as Prometheus reads it. Names and alarms: docs/operations.md.
+
+What is known anyway is read when it is asked for, so a scrape is the whole cost; only durations are noted as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from orion import __version__
+from orion.manager.domain.leases import Leases
+from orion.manager.domain.roster import Roster
+from orion.manager.domain.states import ENDED, Health, RentalState
+from orion.manager.loops.timer import Loop
+from orion.manager.store.backup import Backups
+
+MEDIA_TYPE = CONTENT_TYPE_LATEST
+RENT_BUCKETS_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+JOB_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+@dataclass
+class Watched:
+    """What is asked at each scrape."""
+
+    roster: Roster
+    leases: Leases
+    loops: Mapping[str, Loop]
+    brake: Callable[[], str | None]
+    committed: Mapping[str, int]
+    """Events committed since the start, by kind."""
+    running_jobs: Callable[[], int]
+    database_url: str
+
+
+@dataclass
+class Metrics:
+    """One manager's: it is a registry of its own, so that several may live in one process."""
+
+    watched: Watched
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    last_event: int = 0
+
+    def __post_init__(self) -> None:
+        ProcessCollector(registry=self.registry)
+        self.registry.register(_Known(self))
+        self._rents = Histogram(
+            "orion_rent_seconds",
+            "From POST /api/rent to its answer, by status: 201 active, 202 still waiting when wait_s was over",
+            ["status"],
+            buckets=RENT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._jobs = Histogram(
+            "orion_engine_job_seconds",
+            "Jobs of the engine, and reaching workers",
+            ["action", "outcome"],
+            buckets=JOB_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._refused = Counter("orion_rents_refused_total", "Rents refused, by code", ["code"], registry=self.registry)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def rented(self, status: int, seconds: float) -> None:
+        self._rents.labels(str(status)).observe(seconds)
+
+    def refused(self, code: str) -> None:
+        self._refused.labels(code).inc()
+
+    def job_ended(self, action: str, ok: bool, seconds: float) -> None:
+        self._jobs.labels(action, "ok" if ok else "failed").observe(seconds)
+
+
+class _Known(Collector):
+    """What the manager knows anyway."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # without it the registry would ask for everything while the manager is being made
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._pool()
+        yield from self._traffic()
+        yield from self._loops()
+        yield from self._database()
+
+    def _pool(self) -> Iterator[Metric]:
+        roster, brake = self._metrics.watched.roster, self._metrics.watched.brake()
+        health, state, (slots, free) = roster.by_health(), roster.by_state(), roster.slots()
+        yield _labelled(GaugeMetricFamily, "orion_workers", "Workers", "health", {h: health.get(h, 0) for h in Health})
+        living = (s for s in RentalState if s not in ENDED)
+        yield _labelled(
+            GaugeMetricFamily, "orion_rentals", "Living rentals", "state", {s: state.get(s, 0) for s in living}
+        )
+        yield GaugeMetricFamily("orion_slots", "Slots of all ready workers", slots)
+        yield GaugeMetricFamily("orion_slots_free", "Free slots of all ready workers", free)
+        yield GaugeMetricFamily("orion_brake", "1 while no silent worker is declared down", int(brake is not None))
+        yield GaugeMetricFamily(
+            "orion_restless_workers", "Workers with something to do for the reconciler", roster.restless_number
+        )
+
+    def _traffic(self) -> Iterator[Metric]:
+        watched = self._metrics.watched
+        beats = {"renewed": watched.leases.renewed, "stale": watched.leases.stale}
+        yield _labelled(
+            CounterMetricFamily, "orion_heartbeats", "Heartbeats: a stale one is told to register", "outcome", beats
+        )
+        yield GaugeMetricFamily("orion_engine_jobs_running", "Jobs under way", watched.running_jobs())
+        moved = watched.committed.get("rental.migration_started", 0)
+        yield CounterMetricFamily("orion_migrations", "Rentals that lost their worker and were moved", moved)
+        yield _labelled(
+            CounterMetricFamily, "orion_events_committed", "Events since the start", "kind", dict(watched.committed)
+        )
+
+    def _loops(self) -> Iterator[Metric]:
+        rounds = CounterMetricFamily("orion_loop_rounds", "Rounds of a loop", labels=["loop", "outcome"])
+        seconds = CounterMetricFamily("orion_loop_seconds", "Time spent in rounds", labels=["loop"])
+        late = GaugeMetricFamily("orion_loop_late_seconds", "How much too late its last round began", labels=["loop"])
+        for name, loop in self._metrics.watched.loops.items():
+            rounds.add_metric([name, "ok"], loop.rounds)
+            rounds.add_metric([name, "failed"], loop.failed_rounds)
+            seconds.add_metric([name], loop.seconds)
+            late.add_metric([name], loop.late_s)
+        yield from (rounds, seconds, late)
+
+    def _database(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("orion_last_event_id", "Id of the newest event", self._metrics.last_event)
+        backups = Backups.of(self._metrics.watched.database_url)
+        if backups:
+            files = [backups.database.with_name(backups.database.name + suffix) for suffix in ("", "-wal")]
+            yield GaugeMetricFamily("orion_database_bytes", "The database and its log", sum(map(_size, files)))
+        info = GaugeMetricFamily("orion_info", "1, for the version", labels=["version"])
+        info.add_metric([__version__], 1)
+        yield info
+
+
+def _labelled(
+    family: type[GaugeMetricFamily | CounterMetricFamily], name: str, text: str, label: str, values: Mapping[str, int]
+) -> Metric:
+    found = family(name, text, labels=[label])
+    for value, number in values.items():
+        found.add_metric([str(value)], number)
+    return found
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0

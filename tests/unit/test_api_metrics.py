@@ -1,0 +1,87 @@
+"""What an operator watches: the figures follow what happens, and tell nobody's name."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from support.house import House
+
+Figures = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+async def figures(house: House) -> Figures:
+    reply = await house.as_admin.get("/metrics")
+    assert reply.status_code == 200
+    assert reply.headers["content-type"].startswith("text/plain")
+    families = list(text_string_to_metric_families(reply.text))
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def of(found: Figures, name: str, **labels: str) -> float:
+    return found[name, tuple(sorted(labels.items()))]
+
+
+async def test_an_empty_platform_has_all_its_figures_at_nothing(house: House) -> None:
+    found = await figures(house)
+    for health in ("joining", "ready", "suspect", "unknown", "down", "quarantined"):
+        assert of(found, "orion_workers", health=health) == 0
+    for state in ("queued", "provisioning", "active", "migrating", "releasing"):
+        assert of(found, "orion_rentals", state=state) == 0
+    assert of(found, "orion_slots") == of(found, "orion_slots_free") == 0
+    assert of(found, "orion_brake") == 1, "the manager has just started"
+    assert of(found, "orion_database_bytes") > 4096
+    assert of(found, "process_resident_memory_bytes") > 1e6
+    assert {labels for name, labels in found if name == "orion_loop_late_seconds"} == {
+        (("loop", name),) for name in ("health", "reconciler", "expiry", "door")
+    }
+
+
+async def test_figures_follow_what_happens(house: House) -> None:
+    first, second = await house.join(slots=2), await house.join()
+    house.end_the_brake_of_the_start()
+    rental = await house.rent()
+    await first.beat()
+    found = await figures(house)
+    assert of(found, "orion_workers", health="ready") == 2
+    assert of(found, "orion_rentals", state="active") == 1
+    assert (of(found, "orion_slots"), of(found, "orion_slots_free")) == (3, 2)
+    assert of(found, "orion_brake") == 0
+    assert of(found, "orion_rent_seconds_count", status="202") == 1
+    assert of(found, "orion_engine_job_seconds_count", action="create", outcome="ok") == 1
+    assert of(found, "orion_engine_job_seconds_count", action="reach", outcome="ok") == 2
+    assert of(found, "orion_heartbeats_total", outcome="renewed") == 1
+    assert of(found, "orion_migrations_total") == 0
+    assert of(found, "orion_events_committed_total", kind="rental.activated") == 1
+    assert of(found, "orion_last_event_id") == max(event["id"] for event in await house.events())
+    dead = first if rental["worker_id"] == first.worker_id else second
+    dead.die()
+    await house.silence(dead, 95)
+    found = await figures(house)
+    assert of(found, "orion_migrations_total") == 1
+    assert of(found, "orion_workers", health="down") == 1
+
+
+@pytest.mark.parametrize("code", ["name_taken", "idempotency_conflict"])
+async def test_what_is_refused_is_counted_by_its_code(house: House, code: str) -> None:
+    for name in ("one", "one" if code == "name_taken" else "two"):
+        headers = {"Idempotency-Key": "key"} if code == "idempotency_conflict" else {}
+        await house.as_admin.post("/api/rent", json={"wait_s": 0, "name": name}, headers=headers)
+    assert of(await figures(house), "orion_rents_refused_total", code=code) == 1
+
+
+async def test_a_job_that_fails_and_a_heartbeat_that_is_stale_are_told_apart(house: House) -> None:
+    agent = await house.join()
+    agent.node.failure = "no space left"
+    await house.rent()
+    await agent.beat(session_id="another-session")
+    found = await figures(house)
+    assert of(found, "orion_engine_job_seconds_count", action="create", outcome="failed") >= 1
+    assert of(found, "orion_heartbeats_total", outcome="stale") == 1
+
+
+async def test_nobody_s_name_is_in_them(house: House) -> None:
+    agent = await house.join()
+    rental = await house.rent(name="secret-project")
+    text = (await house.as_admin.get("/metrics")).text
+    for word in ("secret-project", rental["id"], agent.worker_id, agent.hostname, "admin"):
+        assert word not in text
