@@ -95,7 +95,7 @@ class PointedStore(Store):
         event.remove(self._engine, "commit", about_to_commit)
         self._points.reach("after the commit of migrate")
 
-    def _transact(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[Event]]:
+    def _transact(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[Event], Any]:
         name = ""
 
         def and_then(connection: Connection, *args: Any, **kwargs: Any) -> Any:

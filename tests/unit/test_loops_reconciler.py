@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from typing import Any
 
 import pytest
+from sqlalchemy import update
 from support.house import Agent, House
 
+from orion.manager.domain import reconcile
 from orion.manager.domain.outcomes import MAX_ATTEMPTS
 from orion.manager.domain.reconcile import MAX_FAILURES
 from orion.manager.domain.states import CREATE_DEADLINE_S, DELETE_DEADLINE_S
+from orion.manager.loops import reconciler
+from orion.manager.store.schema import rentals
 
 
 @pytest.fixture
@@ -385,3 +391,110 @@ async def test_an_event_keeps_no_more_of_a_report_than_a_person_reads(house: Hou
     assert (await house.rental(rental["id"]))["state"] == "released"
     (purged,) = await house.events("placement.purged")
     assert purged["details"] == {"report": {"cut": True}}
+
+
+def counted(house: House, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Transactions from now on, by the function that made them."""
+    calls: Counter[str] = Counter()
+
+    def counting(transaction: Any) -> Any:
+        async def count(function: Any, *args: Any, **kwargs: Any) -> Any:
+            calls[function.__name__] += 1
+            return await transaction(function, *args, **kwargs)
+
+        return count
+
+    for kind in ("read", "write"):
+        monkeypatch.setattr(house.store, kind, counting(getattr(house.store, kind)))
+    return calls
+
+
+async def test_many_rents_at_once_are_placed_and_written_down_together(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agents = [await house.join(slots=20) for _ in range(3)]
+    house.end_the_brake_of_the_start()
+    calls = counted(house, monkeypatch)
+    replies = await asyncio.gather(*(house.as_admin.post("/api/rent", json={"wait_s": 0}) for _ in range(60)))
+    await house.settle()
+    assert {(await house.rental(reply.json()["id"]))["state"] for reply in replies} == {"active"}
+    assert [len(agent.node.accounts) for agent in agents] == [20, 20, 20], "spread"
+    assert calls["finish"] <= 5, "60 outcomes that waited for each other"
+    assert calls["apply"] <= 5
+    await asyncio.gather(*(house.as_admin.delete(f"/api/rentals/{reply.json()['id']}") for reply in replies))
+    await house.settle()
+    assert [len(agent.node.accounts) for agent in agents] == [0, 0, 0]
+    assert calls["finish"] <= 10
+
+
+async def test_more_rentals_than_one_decision_places_are_all_placed(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconcile, "MAX_PLACED", 3)
+    monkeypatch.setattr(reconciler, "MAX_PLACED", 3)
+    await house.join(slots=20)
+    replies = [await house.as_admin.post("/api/rent", json={"wait_s": 0}) for _ in range(10)]
+    await house.settle()
+    assert {(await house.rental(reply.json()["id"]))["state"] for reply in replies} == {"active"}
+
+
+async def test_more_workers_than_one_round_looks_at_all_have_their_turn(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconciler, "LOOKED_AT_ONCE", 2)
+    agents = [house.new_agent() for _ in range(7)]
+    for agent in agents:
+        await agent.register()
+    await house.settle()
+    assert {await house.health(agent) for agent in agents} == {"ready"}
+
+
+async def test_one_outcome_that_cannot_be_written_is_no_other_s_failure(
+    house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = await house.join()
+    finish = house.manager.ledger.finish
+
+    async def not_for_the_first(ended: Any) -> None:
+        if any(one.task.worker_id == agent.worker_id for one in ended):
+            raise RuntimeError("this row cannot be written")
+        await finish(ended)
+
+    monkeypatch.setattr(house.manager.ledger, "finish", not_for_the_first)
+    rentals = [await house.as_admin.post("/api/rent", json={"wait_s": 0}) for _ in range(2)]
+    await house.manager.reconciler.round()
+    await house.finish_tasks()
+    monkeypatch.undo()
+    states = {r["worker_id"]: r["state"] for r in [await house.rental(reply.json()["id"]) for reply in rentals]}
+    assert states == {agent.worker_id: "provisioning", other.worker_id: "active"}
+
+
+async def test_a_pool_at_rest_is_not_looked_at(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    agents = [await house.join() for _ in range(5)]
+    house.end_the_brake_of_the_start()
+    await house.rent()
+    calls = counted(house, monkeypatch)
+    await house.pass_time(120)
+    assert {await house.health(agent) for agent in agents} == {"ready"}
+    assert calls["load_workers"] <= 2 * len(agents), "each at most once a lease, and not in each of 30 rounds"
+    assert calls["apply"] == calls["apply_each"] == calls["finish"] == 0
+    looks = [await house.manager.reconciler._snapshot(house.manager.reconciler._look_at()) for _ in range(2)]
+    assert all(not look.workers and not look.placements for look in looks)
+
+
+async def test_the_net_finds_what_nobody_told_of(house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change behind the roster's back, which no code makes: the slow look at everybody comes to it all the same."""
+    rental = await house.rent()
+    await house.store.write(_behind_its_back, rental["id"])
+    await house.manager.reconciler.round()
+    assert house.manager.reconciler.running == 0
+    house.manager.reconciler.swept_at_once = 1
+    for _ in range(3):
+        await house.manager.reconciler.round()
+        await house.finish_tasks()
+    assert agent.node.accounts[rental["id"]].keys == ("ssh-ed25519 another",)
+
+
+def _behind_its_back(connection: Any, rental_id: str) -> None:
+    change = {"public_key": "ssh-ed25519 another"}
+    connection.execute(update(rentals).where(rentals.c.id == rental_id).values(change))

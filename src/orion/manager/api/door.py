@@ -10,11 +10,11 @@ from asyncio import Transport
 from typing import Any
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 SECRET_HEADER = "x-orion-proxy-secret"  # noqa: S105  the header's name
+SECRET_HEADER_BYTES = SECRET_HEADER.encode()
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{8,64}")
 
 
@@ -58,24 +58,27 @@ class Door:
         if scope["type"] not in {"http", "websocket"}:
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")
+        secret, request_id = b"", ""
+        for name, value in scope["headers"]:
+            if name == SECRET_HEADER_BYTES:
+                secret = value
+            elif name == b"x-request-id":
+                request_id = value.decode("latin-1")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = secrets.token_hex(16)
+        id_header = (b"x-request-id", request_id.encode())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] in {"http.response.start", "websocket.http.response.start"}:
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                others = (header for header in message.get("headers", ()) if header[0].lower() != b"x-request-id")
+                message["headers"] = [*others, id_header]
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
-            if scope["path"] == "/healthz" or self._came_through(headers):
+            if scope["path"] == "/healthz" or hmac.compare_digest(secret, self._secret):
                 await self._app(scope, receive, send_with_id)
             else:
                 await _refuse(scope, send_with_id)
-
-    def _came_through(self, headers: Headers) -> bool:
-        return hmac.compare_digest(headers.get(SECRET_HEADER, "").encode(), self._secret)
 
 
 async def _refuse(scope: Scope, send: Send) -> None:

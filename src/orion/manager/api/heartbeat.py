@@ -14,13 +14,10 @@ import re
 from typing import Annotated, Literal
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Match, Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orion.manager.api.call_home import CallRefused
-from orion.manager.api.problems import ApiProblem
+from orion.manager.api.problems import ApiProblem, problem
 from orion.manager.api.services import Services, unauthorized
 from orion.manager.domain.leases import Beat
 from orion.manager.domain.model import Item
@@ -28,9 +25,9 @@ from orion.manager.domain.model import Item
 CONFIRM_S = 0.5
 """Until the next heartbeat of a worker that still has the longer lease of other clocks: it counts until that tells."""
 PATH = "/api/heartbeat"
-PASSED_ON = "orion.heartbeat.passed_on"
 MAX_ITEMS = 10_000
 _TOKEN = re.compile(rb"(?i:bearer) +(orion_worker_([a-z0-9-]{1,64})_[A-Za-z0-9]{43}) *")
+_SAYS_JSON = (b"content-type", b"application/json")
 _JSON = {b"application/json", b"application/json; charset=utf-8"}
 
 Whole = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
@@ -86,28 +83,47 @@ _decode = msgspec.json.Decoder(HeartbeatRequest).decode
 _encode = msgspec.json.Encoder().encode
 
 
-class Heartbeat(Route):
-    """Stands before the route of the same path, which gets what this one does not understand."""
+class Heartbeat:
+    """Stands before all routes; the one behind it gets what this one does not understand."""
 
-    def __init__(self) -> None:
-        super().__init__(PATH, _answer_or_pass_on, methods=["POST"], include_in_schema=False)
-        self.app = _answer_or_pass_on
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        return (Match.NONE, {}) if PASSED_ON in scope else super().matches(scope)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        body = await _whole_body(receive)
+        try:
+            reply = _reply(scope, body)
+        except ApiProblem as refusal:
+            told = problem(refusal.status, refusal.code, refusal.detail, refusal.headers)
+            await told(scope, receive, send)
+            return
+        if reply is None:
+            await self._app(scope, _again(body, receive), send)
+            return
+        length = (b"content-length", b"%d" % len(reply))
+        await send({"type": "http.response.start", "status": 200, "headers": [length, _SAYS_JSON]})
+        await send({"type": "http.response.body", "body": reply})
 
 
-async def _answer_or_pass_on(scope: Scope, receive: Receive, send: Send) -> None:
-    body = await Request(scope, receive).body()
+def _reply(scope: Scope, body: bytes) -> bytes | None:
+    """None: it is not understood. Raises ApiProblem."""
     shared: Services = scope["app"].state.services
     worker_id, is_json = _caller(shared, scope)
     beat = _understood(body) if worker_id and is_json else None
-    if worker_id is None or beat is None:
-        scope[PASSED_ON] = True
-        await scope["app"].router(scope, _again(body, receive), send)
-        return
-    reply = answer(shared, worker_id, beat)
-    await Response(reply, media_type="application/json")(scope, receive, send)
+    return None if worker_id is None or beat is None else answer(shared, worker_id, beat)
+
+
+async def _whole_body(receive: Receive) -> bytes:
+    """What a client that hung up has sent of it is no JSON."""
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    while message.get("more_body"):
+        message = await receive()
+        body += message.get("body", b"")
+    return body
 
 
 def answer(shared: Services, worker_id: str, body: HeartbeatRequest) -> bytes:

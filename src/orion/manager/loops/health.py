@@ -9,6 +9,7 @@ next. As a net below it, each round looks at some more workers until all have ha
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 
@@ -31,6 +32,8 @@ LOOKED_AT_ONCE = 200
 ROUND_BUDGET_S = 0.5
 SWEPT_AT_ONCE = 50
 NOTES_AT_ONCE = 2000
+LINES_AT_ONCE = 20
+"""Of the log, about verdicts that are alike and come together."""
 JUST_NOW_S = 1.0
 """A moment that passed so lately may not have counted yet when its worker was judged."""
 
@@ -204,16 +207,21 @@ class HealthLoop:
         if not steps:
             return
         applied = await self._ledger.apply_each(steps)
+        told = Counter((verdict.to, verdict.reason) for _, verdict in standing)
         for (evidence, verdict), done in zip(standing, applied, strict=True):
-            if done:
-                self._tell(evidence, verdict)
-            else:
+            if not done:
                 self.look_at(evidence.worker.id)
-
-    def _tell(self, evidence: Evidence, verdict: Verdict) -> None:
-        worker = evidence.worker
-        log.info("worker", worker_id=worker.id, hostname=worker.hostname, health=verdict.to, reason=verdict.reason)
-        flapped = worker.health is Health.READY and verdict.to in {Health.SUSPECT, Health.JOINING}
-        if flapped and not self.brake.on:
-            self._leases.lost_ready(worker.id, evidence.now, self._clocks.flap_window_s)
+                continue
+            self._note_loss(evidence, verdict)
+            if told[verdict.to, verdict.reason] <= LINES_AT_ONCE:
+                worker_id, hostname = evidence.worker.id, evidence.worker.hostname
+                log.info("worker", worker_id=worker_id, hostname=hostname, health=verdict.to, reason=verdict.reason)
+        for (health, reason), number in told.items():
+            if number > LINES_AT_ONCE:  # each has its event
+                log.info("workers", number=number, health=health, reason=reason)
         self._on_verdict()
+
+    def _note_loss(self, evidence: Evidence, verdict: Verdict) -> None:
+        lost = evidence.worker.health is Health.READY and verdict.to in {Health.SUSPECT, Health.JOINING}
+        if lost and not self.brake.on:
+            self._leases.lost_ready(evidence.worker.id, evidence.now, self._clocks.flap_window_s)

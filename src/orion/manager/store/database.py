@@ -103,7 +103,7 @@ class Store:
         Whoever has waited for a commit finds it told.
         """
         self._follower = follower
-        await self.write(lambda connection: setattr(touched(connection), "everything", True))
+        await self.write(_touch_everything)
 
     async def write(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run it in the one writer's thread; commit when it returns, roll back when it raises."""
@@ -158,6 +158,10 @@ def touched(connection: Connection) -> Touched:
     """To be told by whoever changes a worker, a rental or a placement: see store/roster.py."""
     found: Touched = connection.info["touched"]
     return found
+
+
+def _touch_everything(connection: Connection) -> None:
+    touched(connection).everything = True
 
 
 def rows(result: Result[Any]) -> list[Row]:

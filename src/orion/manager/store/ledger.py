@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import fields
+from itertools import groupby
 from typing import Any, TypeVar
 
-from sqlalchemy import Column, ColumnElement, Connection, RowMapping, Table, and_, insert, select, text, update
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    RowMapping,
+    Table,
+    and_,
+    bindparam,
+    insert,
+    select,
+    text,
+    update,
+)
 
 from orion.manager.domain import outcomes
 from orion.manager.domain.model import Item, Placement, Rental, Step, Worker, World, Write
@@ -19,6 +33,11 @@ from orion.manager.store.schema import LIVING, placements, rentals, workers
 
 TABLES: dict[str, Table] = {"worker": workers, "rental": rentals, "placement": placements}
 AT_WORK = (RentalState.PROVISIONING, RentalState.MIGRATING, RentalState.RELEASING)
+COLUMNS = {
+    table.name: select(*(table.c[field.name] for field in fields(kind)))
+    for table, kind in ((workers, Worker), (rentals, Rental), (placements, Placement))
+}
+"""What decisions are made from, and nothing else: what is read in thousands should not hold labels and loads."""
 
 T = TypeVar("T")
 
@@ -97,7 +116,46 @@ def apply(connection: Connection, steps: Iterable[Step]) -> bool:
 
 def apply_each(connection: Connection, steps: Iterable[Step]) -> list[bool]:
     """Apply steps that have nothing to do with each other in one transaction; of each, whether it was applied."""
-    return [_apply_one(connection, step) for step in steps]
+    applied: list[bool] = []
+    for _, group in groupby(steps, key=_shape):
+        alike = list(group)
+        if len(alike) > 1 and _apply_alike(connection, alike):
+            applied += [True] * len(alike)
+        else:
+            applied += [_apply_one(connection, step) for step in alike]
+    return applied
+
+
+def _shape(step: Step) -> tuple[Any, ...]:
+    """The same for steps of one write each that one statement can make."""
+    if len(step.writes) != 1 or step.placement:
+        return (id(step),)
+    (write,) = step.writes
+    return write.kind, tuple(write.expect), tuple(write.change)
+
+
+def _apply_alike(connection: Connection, steps: list[Step]) -> bool:
+    """All of them by one statement; False, and nothing has happened, when a row was not as its step expected it."""
+    if not connection.dialect.supports_sane_multi_rowcount:
+        return False
+    writes = [step.writes[0] for step in steps]
+    table, first = TABLES[writes[0].kind], writes[0]
+    guards = [table.c[column].is_not_distinct_from(bindparam(f"was_{column}")) for column in first.expect]
+    change: dict[str, Any] = {column: bindparam(f"to_{column}") for column in first.change}
+    rows = [
+        {"which": w.id} | {f"was_{c}": v for c, v in w.expect.items()} | {f"to_{c}": v for c, v in w.change.items()}
+        for w in writes
+    ]
+    statement = update(table).where(and_(table.c.id == bindparam("which"), *guards)).values(change)
+    try:
+        with connection.begin_nested():
+            if connection.execute(statement, rows).rowcount != len(rows):
+                raise _Dropped
+    except _Dropped:
+        return False
+    _touch(connection, writes)
+    record(connection, *(event for step in steps for event in step.events))
+    return True
 
 
 def finish(connection: Connection, ended: Sequence[Ended]) -> None:
@@ -117,7 +175,7 @@ def finish(connection: Connection, ended: Sequence[Ended]) -> None:
 def _rentals(connection: Connection, which: ColumnElement[bool], limit: int | None = None) -> dict[str, Rental]:
     """In the order of the queue."""
     order = (rentals.c.activated_at.is_(None), rentals.c.created_at, rentals.c.id)
-    query = select(rentals).where(which).order_by(*order).limit(limit)
+    query = COLUMNS["rentals"].where(which).order_by(*order).limit(limit)
     return {row["id"]: rental(row) for row in connection.execute(query).mappings()}
 
 
@@ -127,7 +185,7 @@ def _in(
     """Placements that are not purged."""
     found: dict[str, Placement] = {}
     for some in chunks(values):
-        query = select(placements).where(column.in_(some), placements.c.state.in_(OPEN))
+        query = COLUMNS["placements"].where(column.in_(some), placements.c.state.in_(OPEN))
         found.update((row["id"], make(row)) for row in connection.execute(query).mappings())
     return found
 
@@ -135,7 +193,7 @@ def _in(
 def _by_id(connection: Connection, table: Table, ids: Iterable[str], make: Callable[[RowMapping], T]) -> dict[str, T]:
     found: dict[str, T] = {}
     for some in chunks(ids):
-        query = select(table).where(table.c.id.in_(some))
+        query = COLUMNS[table.name].where(table.c.id.in_(some))
         found.update((row["id"], make(row)) for row in connection.execute(query).mappings())
     return found
 
@@ -176,8 +234,14 @@ def _write(connection: Connection, write: Write) -> None:
     if result.rowcount != 1:
         raise _Dropped
     if write.change:
-        rows = touched(connection)
-        {"worker": rows.workers, "rental": rows.rentals, "placement": rows.placements}[write.kind].add(write.id)
+        _touch(connection, [write])
+
+
+def _touch(connection: Connection, writes: Iterable[Write]) -> None:
+    rows = touched(connection)
+    ids = {"worker": rows.workers, "rental": rows.rentals, "placement": rows.placements}
+    for write in writes:
+        ids[write.kind].add(write.id)
 
 
 def worker(row: RowMapping) -> Worker:
