@@ -245,6 +245,22 @@ async def test_what_was_placed_once_and_has_ended_is_purged_before_its_worker_is
     assert len(await house.events("worker.cleaned")) == 1
 
 
+async def test_what_a_ready_worker_shows_again_after_it_was_purged_is_purged_again(house: House, agent: Agent) -> None:
+    """A module that outlived its deadline has done its work after all."""
+    rental = await house.rent()
+    account = agent.node.accounts[rental["id"]]
+    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.settle()
+    assert agent.node.accounts == {}
+    agent.node.accounts[rental["id"]] = account
+    reply = await agent.beat()
+    assert [order["want"] for order in reply.json()["placements"]] == ["purge"]
+    await house.settle()
+    assert agent.node.accounts == {}
+    assert await house.health(agent) == "ready"
+    assert len(await house.events("worker.cleaned")) == 1
+
+
 async def test_a_worker_that_cannot_be_reached_by_ssh_is_not_ready_and_says_so(house: House) -> None:
     agent = house.new_agent()
     agent.node.alive = False

@@ -219,6 +219,7 @@ def application(proxy_secret: str) -> FastAPI:
         openapi_url="/api/openapi.json",
         docs_url=None,
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},  # see api/metrics.py
         redirect_slashes=False,  # a redirect would send a client to whatever its Host header says
         lifespan=lifespan,
     )

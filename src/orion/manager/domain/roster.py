@@ -198,7 +198,7 @@ class Roster:
         placed = {(h.rental_id, h.epoch) for h in held}
         return (
             bool(known.fault)
-            or any(h.blank for h in held)
+            or any(h.blank and h.state is PlacementState.RUNNING for h in held)
             or any((item.rental_id, item.epoch) not in placed for item in inventory)
         )
 
