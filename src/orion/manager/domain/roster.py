@@ -57,6 +57,23 @@ class Known:
         verified = worker.session_id is not None and worker.verified_session == worker.session_id
         return Known(token_hash, worker.health, worker.intent, worker.slots, worker.session_id, verified, worker.fault)
 
+    def as_worker(self, worker_id: str) -> Worker:
+        """As far as it is known: all that its health is judged by."""
+        verified = self.session_id if self.verified else None
+        return Worker(
+            worker_id,
+            "",
+            "",
+            (),
+            self.slots,
+            self.health,
+            self.intent,
+            self.session_id,
+            "",
+            verified,
+            self.fault,
+        )
+
     @property
     def is_refuge(self) -> bool:
         return self.health is Health.READY and self.intent is Intent.ACTIVE

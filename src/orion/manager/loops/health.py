@@ -8,6 +8,7 @@ next. As a net below it, each round looks at some more workers until all have ha
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -152,8 +153,12 @@ class HealthLoop:
 
     async def _judge(self, worker_ids: list[str]) -> None:
         now = self._monotonic()  # before the snapshot: see domain/health.py
-        workers = await self._ledger.workers(worker_ids)
         refuges = self._roster.refuges(self._leases.leaving())
+        suspects = [worker_id for worker_id in worker_ids if self._may_change(worker_id, refuges, now)]
+        if not suspects:
+            await asyncio.sleep(0)  # others have their turn between two slices
+            return
+        workers = await self._ledger.workers(suspects)
         verdicts: list[tuple[Evidence, Verdict]] = []
         for worker in workers.values():
             evidence = self._evidence(worker, refuges, now)
@@ -163,6 +168,17 @@ class HealthLoop:
             else:
                 verdicts.append((evidence, verdict))
         await self._commit(verdicts)
+
+    def _may_change(self, worker_id: str, refuges: int, now: float) -> bool:
+        """By what is in memory; a verdict is given by the row itself. When not: plans when to look again."""
+        known = self._roster.worker(worker_id)
+        if known is None:
+            return False
+        evidence = self._evidence(known.as_worker(worker_id), refuges, now)
+        if judge(evidence) is not None:
+            return True
+        self._plan(evidence)
+        return False
 
     def _evidence(self, worker: Worker, refuges: int, now: float) -> Evidence:
         lease = self._leases.get(worker.id)
