@@ -27,7 +27,7 @@ CHECKS = (
 """What is accepted and what is refused is for test_attacks_requests.py: a key's data, say, is beyond a schema."""
 
 OF_RENTERS = r"/api/(rent.*|events|status)"
-OF_OPERATORS = r"/api/(workers.*|tokens|status|admin/backup)|/healthz"
+OF_OPERATORS = r"/api/(workers.*|tokens|status|admin/backup)|/healthz|/metrics"
 """Without the restore, which restarts the manager: tests/crash/test_restore_drill.py attacks that."""
 WITHIN_S = 240
 WAIT_S = 0.1

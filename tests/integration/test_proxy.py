@@ -112,10 +112,11 @@ def test_the_headers_of_the_contract_pass(client: httpx.Client) -> None:
     assert seen["content-length"] == "2"
 
 
-def test_healthz_passes_and_nothing_outside_the_contract_does(client: httpx.Client) -> None:
+def test_healthz_and_metrics_pass_and_nothing_outside_the_contract_does(client: httpx.Client) -> None:
     assert client.get("/healthz").json()["path"] == "/healthz"
+    assert client.get("/metrics").json()["path"] == "/metrics"
     assert client.get("/").text.startswith("Orion-Sec")
-    assert_problem(client.get("/metrics"), 404, "not_found")
+    assert_problem(client.get("/metrics/"), 404, "not_found")
     assert_problem(client.get("/.git/config"), 404, "not_found")
 
 
