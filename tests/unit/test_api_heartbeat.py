@@ -191,3 +191,20 @@ async def test_who_has_waited_for_a_commit_finds_it_in_memory(house: House, agen
     known = house.manager.roster.worker(agent.worker_id)
     assert known is not None
     assert known.health is Health.SUSPECT
+
+
+async def test_what_was_heard_is_written_once_a_second_whatever_brings_the_rounds(
+    house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[list[str]] = []
+
+    async def heard(notes: Any) -> None:
+        written.append([worker_id for worker_id, _, _ in notes])
+
+    monkeypatch.setattr(house.manager.ledger, "heard", heard)
+    for _ in range(4):
+        for _ in range(3):
+            await agent.beat()
+            await house.manager.health.round()
+        house.clock.now += 0.5
+    assert written == [[agent.worker_id]] * 2

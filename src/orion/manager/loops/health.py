@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import islice
 
 import structlog
@@ -33,6 +33,9 @@ LOOKED_AT_ONCE = 200
 ROUND_BUDGET_S = 0.5
 SWEPT_AT_ONCE = 50
 NOTES_AT_ONCE = 2000
+NOTES_EVERY_S = 1.0
+GONE_THROUGH_AT_ONCE = 5000
+"""Of what takes a microsecond each."""
 LINES_AT_ONCE = 20
 """Of the log, about verdicts that are alike and come together."""
 JUST_NOW_S = 1.0
@@ -59,6 +62,7 @@ class HealthLoop:
         self._monotonic = monotonic
         self._on_verdict = on_verdict
         self._began_at: float | None = None
+        self._noted_at: float | None = None
         self._due: dict[str, None] = {}
         self._moments: list[tuple[float, str]] = []
         self._planned: dict[str, float] = {}
@@ -76,11 +80,10 @@ class HealthLoop:
 
     async def round(self) -> None:
         began = self._monotonic()
-        notes = self._leases.take_notes(NOTES_AT_ONCE)
-        if notes:
-            await self._ledger.heard(notes)
-        self._advance_brake(began)
-        self._find_due(began)
+        await self._write_notes(began)
+        await self._advance_brake(began)
+        self._find_due()
+        self._come_to_moments(began)
         while self._due:
             some = list(islice(self._due, LOOKED_AT_ONCE))
             for worker_id in some:
@@ -90,13 +93,17 @@ class HealthLoop:
                 self.loop.hint()
                 return
 
-    def _find_due(self, now: float) -> None:
+    async def _write_notes(self, now: float) -> None:
+        """For people to read: once a second, however often a hint brings a round."""
+        if self._noted_at is not None and now - self._noted_at < NOTES_EVERY_S:
+            return
+        notes = self._leases.take_notes(NOTES_AT_ONCE)
+        if notes:
+            self._noted_at = now
+            await self._ledger.heard(notes)
+
+    def _find_due(self) -> None:
         self._due.update(dict.fromkeys(self._roster.take_changed()))
-        while self._moments and self._moments[0][0] <= now:
-            moment, worker_id = heapq.heappop(self._moments)
-            if self._planned.get(worker_id) == moment:
-                del self._planned[worker_id]
-                self._come_to(worker_id, now)
         leaving = self._leases.leaving()
         if leaving and not self.brake.on and self._roster.refuges(leaving):
             self._due.update(dict.fromkeys(sorted(leaving)))
@@ -104,6 +111,16 @@ class HealthLoop:
         if len(swept) < self.swept_at_once:
             self._sweep = iter(list(self._roster.ids()))
         self._due.update(dict.fromkeys(swept))
+
+    def _come_to_moments(self, now: float) -> None:
+        for _ in range(GONE_THROUGH_AT_ONCE):
+            if not self._moments or self._moments[0][0] > now:
+                return
+            moment, worker_id = heapq.heappop(self._moments)
+            if self._planned.get(worker_id) == moment:
+                del self._planned[worker_id]
+                self._come_to(worker_id, now)
+        self.loop.hint()  # for the rest
 
     def _come_to(self, worker_id: str, now: float) -> None:
         """A moment of its has come; most often a heartbeat has come before, and moved it."""
@@ -120,12 +137,12 @@ class HealthLoop:
 
     # -- the brake ---------------------------------------------------------------------------------------------------
 
-    def _advance_brake(self, now: float) -> None:
+    async def _advance_brake(self, now: float) -> None:
         late_s = 0.0 if self._began_at is None else now - self._began_at - self.interval_s
         self._began_at = now
         leaving = self._leases.leaving()
         pool = len(self._roster) - self._roster.number(Health.DOWN) - len(leaving)
-        silent = tuple(self._silent_since(now))
+        silent = tuple([at async for at in self._silent_since(now)])
         seen = Observation(self._door_open(), late_s, self._leases.heard_at, silent, pool)
         before, self.brake = self.brake, advance(self.brake, seen, now, self._clocks)
         if before.on != self.brake.on or before.reason != self.brake.reason:
@@ -134,9 +151,11 @@ class HealthLoop:
             self._due |= self._until_the_brake_ends
             self._until_the_brake_ends = {}
 
-    def _silent_since(self, now: float) -> Iterator[float]:
+    async def _silent_since(self, now: float) -> AsyncIterator[float]:
         """When each of those became suspect that have gone silent; whoever was heard since, or has left, is dropped."""
-        for worker_id in list(self._silent):
+        for number, worker_id in enumerate(list(self._silent), start=1):
+            if number % GONE_THROUGH_AT_ONCE == 0:
+                await asyncio.sleep(0)
             suspect_at = self._suspect_at(worker_id)
             if suspect_at is None or suspect_at > now:
                 del self._silent[worker_id]
