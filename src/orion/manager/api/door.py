@@ -6,7 +6,7 @@ import hmac
 import json
 import re
 import secrets
-from asyncio import Transport
+from asyncio import AbstractEventLoop, Transport
 from typing import Any
 
 import structlog
@@ -30,7 +30,7 @@ def protocol_for(peers: frozenset[str]) -> type[HttpToolsProtocol]:
                 transport.abort()
                 return
             self._kept = True
-            super().connection_made(transport)
+            super().connection_made(_InOnePiece(transport, self.loop))  # type: ignore[arg-type]
 
         def connection_lost(self, exc: Exception | None) -> None:
             if self._kept:
@@ -45,6 +45,35 @@ def protocol_for(peers: frozenset[str]) -> type[HttpToolsProtocol]:
                 super().eof_received()
 
     return DoorProtocol
+
+
+class _InOnePiece:
+    """A transport over which what is written in one go leaves in one piece.
+
+    Uvicorn writes the head of a reply and its body, each at once: two system calls, and the proxy is woken twice.
+    """
+
+    def __init__(self, transport: Transport, loop: AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._waiting: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        if not self._waiting:
+            self._loop.call_soon(self._flush)
+        self._waiting.append(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            whole, self._waiting = b"".join(self._waiting), []
+            self._transport.write(whole)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 class Door:

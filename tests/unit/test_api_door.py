@@ -1,0 +1,68 @@
+"""The inner side of the door, over a real socket: who is let in, and how a reply leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from starlette.types import Receive, Scope, Send
+from uvicorn import Config
+from uvicorn.server import ServerState
+
+from orion.manager.api.door import protocol_for
+
+LOOPBACK = "127.0.0.1"
+PIECES = [b"one", b"two", b"three" * 100_000]
+
+
+async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+    pieces = PIECES if scope["path"] == "/stream" else PIECES[:1]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for piece in pieces:
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+@asynccontextmanager
+async def connected(*peers: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    config = Config(answer, log_config=None, access_log=False, lifespan="off")
+    config.load()
+    protocol, state = protocol_for(frozenset(peers)), ServerState()
+    server = await asyncio.get_running_loop().create_server(
+        lambda: protocol(config=config, server_state=state, app_state={}), LOOPBACK, 0
+    )
+    async with server:
+        reader, writer = await asyncio.open_connection(LOOPBACK, server.sockets[0].getsockname()[1], limit=2**20)
+        yield reader, writer
+        writer.close()
+
+
+def request(path: str, connection: str = "keep-alive") -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: {connection}\r\n\r\n".encode()
+
+
+async def test_whoever_is_not_the_proxy_is_hung_up_on() -> None:
+    async with connected("192.0.2.1") as (reader, writer):
+        writer.write(request("/"))
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await asyncio.wait_for(reader.readexactly(1), 5)
+
+
+async def test_head_and_body_of_a_reply_leave_in_one_piece() -> None:
+    async with connected(LOOPBACK) as (reader, writer):
+        for _ in range(3):
+            writer.write(request("/"))
+            whole = await asyncio.wait_for(reader.read(2**16), 5)
+            assert whole.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert whole.endswith(b"3\r\none\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("path", ["/", "/stream"])
+async def test_nothing_of_a_reply_is_lost_when_the_connection_ends_with_it(path: str) -> None:
+    async with connected(LOOPBACK) as (reader, writer):
+        writer.write(request(path, "close"))
+        whole = await asyncio.wait_for(reader.read(), 5)
+        pieces = PIECES if path == "/stream" else PIECES[:1]
+        assert whole.partition(b"\r\n\r\n")[2] == b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
