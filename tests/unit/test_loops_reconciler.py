@@ -514,3 +514,38 @@ async def test_the_net_finds_what_nobody_told_of(house: House, agent: Agent, mon
 def _behind_its_back(connection: Any, rental_id: str) -> None:
     change = {"public_key": "ssh-ed25519 another"}
     connection.execute(update(rentals).where(rentals.c.id == rental_id).values(change))
+
+
+async def test_what_a_worker_shows_while_a_round_is_decided_is_looked_at_in_the_next(
+    house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rental = await house.rent()
+    account = agent.node.accounts[rental["id"]]
+    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.settle()
+    house.manager.reconciler.swept_at_once = 1
+    house.manager.reconciler._sweep = iter([agent.worker_id])  # so that this round is about it
+    snapshot, shown = house.manager.reconciler._snapshot, []
+
+    async def it_shows_something_and_then(looked_at: Any) -> Any:
+        if not shown:
+            agent.node.accounts[rental["id"]] = account
+            shown.append((await agent.beat()).status_code)
+        return await snapshot(looked_at)
+
+    monkeypatch.setattr(house.manager.reconciler, "_snapshot", it_shows_something_and_then)
+    await house.manager.reconciler.round()
+    house.manager.reconciler.swept_at_once = 0
+    await house.manager.reconciler.round()
+    await house.finish_tasks()
+    assert shown == [200]
+    assert agent.node.accounts == {}
+
+
+async def test_a_removed_worker_is_not_looked_at_for_ever(house: House, agent: Agent) -> None:
+    stranger = {"rental_id": "stranger", "username": "r-stranger", "uid": 100_500, "epoch": 7, "state": "running"}
+    await agent.beat(inventory=[stranger])
+    assert house.manager.reconciler._look_at() == {agent.worker_id}
+    await house.as_admin.delete(f"/api/workers/{agent.worker_id}")
+    await house.settle()
+    assert house.manager.reconciler._look_at() == frozenset()

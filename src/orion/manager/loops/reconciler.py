@@ -121,10 +121,18 @@ class Reconciler:
         for task in decision.tasks:
             if task.key not in busy:
                 self._start(task)
-        for worker_id, inventory in inventories.items():
-            self.shown(worker_id, inventory)
+        self._compare_again(looked_at)
         if decision.steps and self._is_more_than_one_round():
             self.loop.hint()
+
+    def _compare_again(self, looked_at: frozenset[str]) -> None:
+        """With what each shows by now, not with what this round was decided from."""
+        by_now = self._leases.inventories(looked_at)
+        for worker_id in looked_at:
+            if worker_id in by_now:
+                self.shown(worker_id, by_now[worker_id])
+            else:
+                self._disagreeing.pop(worker_id, None)
 
     async def stop(self) -> None:
         """Let go of what runs; the next manager asks for it again."""
