@@ -183,6 +183,17 @@ async def test_a_heartbeat_shows_people_the_load_and_when_it_came(house: House, 
     assert shown.last_heartbeat_at.timestamp() == pytest.approx(house.clock.wall())
 
 
+async def test_what_was_heard_is_shown_before_it_is_written_down(house: House, agent: Agent) -> None:
+    house.clock.now += 7.0
+    await agent.beat(load={"processes": 3})
+    (listed,) = (await house.as_admin.get("/api/workers")).json()["items"]
+    for shown in (listed, await house.worker(agent)):
+        told = wire.Worker.model_validate(shown)
+        assert told.load.processes == 3
+        assert told.last_heartbeat_at is not None
+        assert told.last_heartbeat_at.timestamp() == pytest.approx(house.clock.wall())
+
+
 async def test_a_heartbeat_of_another_session_or_an_old_number_is_told_to_register(house: House, agent: Agent) -> None:
     agent.seq = 10
     assert (await agent.beat()).status_code == 200

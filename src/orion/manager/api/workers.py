@@ -15,7 +15,7 @@ from orion.manager.api.call_home import CallRefused, Orders
 from orion.manager.api.contract import refusals
 from orion.manager.api.heartbeat import HeartbeatRequest, answer
 from orion.manager.api.problems import ApiProblem, not_found
-from orion.manager.api.services import Admin, CallerHome, CallingWorker, Shared, client_address
+from orion.manager.api.services import Admin, CallerHome, CallingWorker, Services, Shared, client_address
 from orion.manager.domain.model import Item
 from orion.manager.domain.states import Intent
 from orion.manager.store import workers
@@ -69,12 +69,12 @@ async def list_workers(
     _: Admin, shared: Shared, after: views.After = None, limit: views.Limit = 100
 ) -> wire.Page[wire.Worker]:
     rows = await shared.store.read(workers.page, after, limit + 1)
-    return wire.Page(**views.page(rows, limit, lambda row: str(row["id"]), views.worker))
+    return wire.Page(**views.page(rows, limit, lambda row: str(row["id"]), lambda row: _view(row, shared)))
 
 
 @router.get("/workers/{worker_id}", responses=refusals(404))
 async def show(worker_id: str, _: Admin, shared: Shared) -> wire.Worker:
-    return _view(await shared.store.read(workers.one, worker_id))
+    return _view(await shared.store.read(workers.one, worker_id), shared)
 
 
 @router.post("/workers/{worker_id}/drain", responses=refusals(404))
@@ -82,7 +82,7 @@ async def drain(worker_id: str, admin: Admin, shared: Shared) -> wire.Worker:
     """No new rentals go there; `drained` when those that are there have ended. Repeatable."""
     row = await shared.store.write(workers.set_intent, admin.name, worker_id, Intent.DRAINING)
     shared.wake_reconciler()
-    return _view(row)
+    return _view(row, shared)
 
 
 @router.post("/workers/{worker_id}/resume", responses=refusals(404))
@@ -100,7 +100,7 @@ async def resume(
     shared.leases.forgive(worker_id)
     shared.wake_health()
     shared.wake_reconciler()
-    return _view(row)
+    return _view(row, shared)
 
 
 @router.delete("/workers/{worker_id}", status_code=204, responses=refusals(404, 409))
@@ -116,10 +116,12 @@ async def remove(worker_id: str, admin: Admin, shared: Shared) -> None:
     shared.wake_reconciler()
 
 
-def _view(row: views.Row | None) -> wire.Worker:
+def _view(row: views.Row | None, shared: Services) -> wire.Worker:
+    """With what was heard since the row was last written."""
     if row is None:
         raise not_found("worker")
-    return views.worker(row)
+    noted = shared.leases.noted(row["id"])
+    return views.worker({**row, "last_heartbeat_at": noted[0], "load": noted[1]} if noted else row)
 
 
 @contextmanager

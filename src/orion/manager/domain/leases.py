@@ -98,6 +98,10 @@ class Leases:
         """Remember when it was heard (UTC seconds) and its load, for people; written down in batches."""
         self._notes[worker_id] = (wall, load)
 
+    def noted(self, worker_id: str) -> tuple[float, Mapping[str, Any]] | None:
+        """What is not written down yet: when it was heard (UTC seconds), and its load."""
+        return self._notes.get(worker_id)
+
     def take_notes(self, number: int) -> list[tuple[str, float, Mapping[str, Any]]]:
         """At most so many, those of who was not heard for longest; the rest waits, each with its latest."""
         first = list(islice(self._notes, number))

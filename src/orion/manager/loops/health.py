@@ -32,7 +32,8 @@ LOOKED_AT_ONCE = 200
 """Workers judged from one snapshot: so that nobody is held up for long in between."""
 ROUND_BUDGET_S = 0.5
 SWEPT_AT_ONCE = 50
-NOTES_AT_ONCE = 2000
+NOTES_AT_ONCE = 500
+"""Each dirties a page of the database: of a large pool some wait, and people are shown what waits (api/workers.py)."""
 NOTES_EVERY_S = 1.0
 GONE_THROUGH_AT_ONCE = 5000
 """Of what takes a microsecond each."""
