@@ -2,7 +2,8 @@
 """The agent: the main process of a worker's container. If it dies, the container goes.
 
 It locks all rentals, starts sshd and keeps it alive, calls home for ever, and on SIGTERM locks, says goodbye and ends.
-The calls are made in a thread of their own, so that a slow request never delays the goodbye.
+The calls are made in a thread of their own, so that a slow request never delays the goodbye; and the fence has one, so
+that nothing delays the freezing of what may not run any more.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from pathlib import Path
 
 import cgroup
 from call_home import CallHome, HttpTransport
+from decisions import may_run
+from fence import Fence
 from node import Node, Settings, settings_from
 
 LOOK_EVERY_S = 0.5
 AFTER_A_FAULT_S = 5.0
 RENTERS_OOM_SCORE = 500
+RENTERS_NICENESS = 5
+"""So that the agent gets the processor first when a renter takes all of it: when all wake from a pause, for one."""
 
 
 class Sshd:
@@ -42,6 +47,7 @@ class Sshd:
         exempt = f"PerSourcePenaltyExemptList={settings.app_address}"
         self._command = ["prlimit", f"--nproc={processes}:{processes}", "--"]
         self._command += ["choom", "-n", str(RENTERS_OOM_SCORE), "--"]
+        self._command += ["nice", "-n", str(RENTERS_NICENESS), "--"]
         self._command += ["/usr/sbin/sshd", "-D", "-e", "-o", exempt]
         self._own_score = Path("/proc/self/oom_score_adj").read_text()
         self._settled = False
@@ -92,8 +98,11 @@ def run(settings: Settings) -> None:
         signal.signal(number, lambda *_: stopping.set())
     node = Node(settings, say)
     node.lock_all()
+    fence = Fence(node.rentals, lambda: may_run(home.standing, home.unwatched_at, boot_time_s()), say)
+    fence.begin()
+    home = CallHome(node, HttpTransport(settings.url), boot_time_s, random.random, say, fence.renewed)
     sshd = Sshd(settings)
-    home = CallHome(node, HttpTransport(settings.url), boot_time_s, random.random, say)
+    threading.Thread(target=fence.run, daemon=True).start()
     threading.Thread(target=call_for_ever, args=(home, stopping), daemon=True).start()
     while not stopping.wait(LOOK_EVERY_S):
         sshd.look_after()

@@ -19,10 +19,14 @@ from decisions import (
     Answer,
     Next,
     Session,
+    Standing,
     after_heartbeat,
     after_register,
+    ask_within_s,
     backoff_s,
+    door_answer_from,
     interval_from,
+    may_run,
     orders,
     placements_from,
     session_from,
@@ -71,13 +75,16 @@ class HttpTransport:
             return Answer(0, reason=str(error) or type(error).__name__)
         finally:
             connection.close()
-        return Answer(reply.status, _json_object(text), reply.reason, _seconds(reply.headers.get("Retry-After")))
+        marked = reply.headers.get("X-Orion-Manager") == "unreachable"
+        pause_s = _seconds(reply.headers.get("Retry-After"))
+        return Answer(reply.status, _json_object(text), reply.reason, pause_s, marked)
 
 
 class CallHome:
     """`step` does the next thing and returns how many seconds to wait before the one after.
 
     `clock` is CLOCK_BOOTTIME, which goes on while the machine sleeps; `chance` gives numbers from 0 to 1.
+    `on_renewal` is told when the lease was renewed, before the reply is obeyed.
     """
 
     def __init__(
@@ -87,20 +94,27 @@ class CallHome:
         clock: Callable[[], float],
         chance: Callable[[], float],
         say: Log,
+        on_renewal: Callable[[], None] = lambda: None,
     ) -> None:
         self._node = node
         self._transport = transport
         self._clock = clock
         self._chance = chance
         self._say = say
+        self._on_renewal = on_renewal
         self._session: Session | None = None
         self._sequence = itertools.count(1)
         self._failures = 0
         self._waiting_for_token = False
         self._obeying = threading.Lock()
         self._leaving = False
-        self.acknowledged_at: float | None = None
-        """When the last acknowledged request was sent: the lease runs from there, not from the reply."""
+        self.standing = Standing()
+        self.unwatched_at: float | None = None
+        """When the manager's watch on this worker last ended; set by who sees it (watched.py)."""
+
+    @property
+    def acknowledged_at(self) -> float | None:
+        return self.standing.acknowledged_at
 
     def step(self) -> float:
         """Do it over the transport."""
@@ -118,6 +132,10 @@ class CallHome:
         if self._session:
             return self._heartbeat(self._session)
         return self._register()
+
+    def due_s(self) -> float:
+        """How long the next call may wait at most: shorter than what `step` said, when the watch has ended since."""
+        return ask_within_s(self.standing, self.unwatched_at, self._clock())
 
     def leave(self) -> None:
         """From here on no reply, not even one that is on its way, can let a renter in."""
@@ -147,6 +165,7 @@ class CallHome:
         self._waiting_for_token = False
         sent_at = self._clock()
         answer = yield Call("/api/register", token, self._node.describe())
+        self._note(answer, sent_at)
         match after_register(answer, with_own_token=own is not None):
             case Next.ACKNOWLEDGED:
                 return self._begin(answer, sent_at)
@@ -171,13 +190,14 @@ class CallHome:
         self._node.admit(session.authorized_keys)
         self._session = session
         self._say(f"registered as {session.worker_id}, heartbeat every {session.interval_s:g} s")
-        self._acknowledge(sent_at)
-        self._obey(session.placements)
+        self._acknowledge(session, sent_at)
+        self._obey(session.placements, sent_at)
         return session.interval_s
 
     def _heartbeat(self, session: Session) -> Talk:
         sent_at = self._clock()
         answer = yield Call("/api/heartbeat", session.worker_token, self._heartbeat_body(session))
+        self._note(answer, sent_at)
         match after_heartbeat(answer):
             case Next.ACKNOWLEDGED:
                 return self._go_on(session, answer, sent_at)
@@ -191,14 +211,15 @@ class CallHome:
         try:
             interval_s = interval_from(answer.body.get("next_heartbeat_s"))
             lease_s = interval_from(answer.body.get("lease_s"))
+            door_answer_s = door_answer_from(answer.body)
             placements = placements_from(answer.body.get("placements"))
         except ValueError as error:
             return self._try_later(f"heartbeat not understood: {error}", answer, HEARTBEAT_RETRY_MAX_S)
         if self._failures:
             self._say(f"heartbeat acknowledged again after {self._failures} failures")
-        self._session = replace(session, lease_s=lease_s)
-        self._acknowledge(sent_at)
-        self._obey(placements)
+        self._session = replace(session, lease_s=lease_s, door_answer_s=door_answer_s)
+        self._acknowledge(self._session, sent_at)
+        self._obey(placements, sent_at)
         return interval_s
 
     def _heartbeat_body(self, session: Session) -> dict[str, Any]:
@@ -211,19 +232,25 @@ class CallHome:
             "lease_s": session.lease_s,
         }
 
-    def _acknowledge(self, sent_at: float) -> None:
+    def _note(self, answer: Answer, sent_at: float) -> None:
+        self.standing = replace(self.standing, unreached_at=sent_at if answer.marked else None)
+
+    def _acknowledge(self, session: Session, sent_at: float) -> None:
         self._failures = 0
-        self.acknowledged_at = sent_at
+        self.standing = Standing(session.lease_s, session.door_answer_s, acknowledged_at=sent_at)
+        self._on_renewal()
         self._node.note_acknowledgement()
 
-    def _obey(self, placements: tuple[dict[str, Any], ...]) -> None:
+    def _obey(self, placements: tuple[dict[str, Any], ...], asked_at: float) -> None:
+        """Unless the reply is from before a sleep of this machine: then its lease may be over already."""
         with self._obeying:
-            if not self._leaving:
-                self._node.carry_out(orders(self._node.inventory(), placements))
+            if not self._leaving and may_run(self.standing, self.unwatched_at, self._clock()):
+                self._node.carry_out(orders(self._node.inventory(), placements), asked_at)
 
     def _try_later(self, what: str, answer: Answer, longest_s: float) -> float:
         self._failures += 1
         longest_s = min(longest_s, UNREACHED_RETRY_MAX_S) if answer.unreached else longest_s
+        longest_s = min(longest_s, self.due_s())
         wait_s = backoff_s(self._failures, longest_s, self._chance(), answer.retry_after_s)
         self._say(f"{what}: {answer}; next try in {wait_s:.1f} s")
         return wait_s

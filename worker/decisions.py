@@ -16,6 +16,18 @@ UNREACHED_RETRY_MAX_S = 3.0
 """While the manager is not there at all, asking costs it nothing; and a platform that starts is complete at once."""
 
 
+WATCH_GRACE_S = 1.0
+"""How long a worker may go on without word from the manager when the watch on it has ended.
+
+The manager takes silence for death 1.5 s after it saw that end (engine/watch.py): then all must have stood still.
+"""
+WATCH_SETTLES_S = 0.25
+"""Until the end of a watch has reached the manager, even if its message was lost once (TCP repeats it after 0.2 s).
+
+A call that is sent earlier may arrive before it, and so would not count against a proof of death.
+"""
+
+
 @dataclass(frozen=True)
 class Answer:
     """An HTTP reply, or that there was none: then `status` is 0 and `reason` says why."""
@@ -24,11 +36,13 @@ class Answer:
     body: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     retry_after_s: float = 0.0
+    marked: bool = False
+    """The proxy's own word, by a header that it lets nobody else set, that the manager cannot be reached."""
 
     @property
     def unreached(self) -> bool:
         """The manager has not seen the request: nobody answered, or the proxy itself said so."""
-        return not self.status or self.body.get("code") == "manager_unreachable"
+        return not self.status or self.marked
 
     def __str__(self) -> str:
         if not self.status:
@@ -70,13 +84,60 @@ def backoff_s(attempt: int, longest_s: float, chance: float, at_least_s: float =
 
 
 @dataclass(frozen=True)
+class Standing:
+    """What this worker's right to run rentals rests on. Times are its own CLOCK_BOOTTIME, of when a call was sent."""
+
+    lease_s: float = 0.0
+    door_answer_s: float = 0.0
+    """How old the proxy's word that the manager cannot be reached may be."""
+    acknowledged_at: float | None = None
+    """Of the last acknowledged call: the lease runs from there, not from the reply."""
+    unreached_at: float | None = None
+    """Of the last call, if the proxy's marked word was its answer; None: another answer, or none."""
+
+
+def may_run(standing: Standing, unwatched_at: float | None, now: float) -> bool:
+    """Whether rentals may run here. `unwatched_at`: when the manager's watch on this worker last ended.
+
+    By a lease: the manager lets it pass before it runs anything elsewhere. Or by the proxy's fresh word that the
+    manager cannot be reached, which then moves nothing. What was said before the watch ended counts for a moment only:
+    the manager may take that end, and silence after it, for this worker's death.
+    """
+    acknowledged_at, unreached_at = standing.acknowledged_at, standing.unreached_at
+    if unwatched_at is not None and now - unwatched_at >= WATCH_GRACE_S:
+        acknowledged_at = _not_before(unwatched_at + WATCH_SETTLES_S, acknowledged_at)
+        unreached_at = _not_before(unwatched_at + WATCH_SETTLES_S, unreached_at)
+    leased = acknowledged_at is not None and now - acknowledged_at < standing.lease_s
+    excused = unreached_at is not None and now - unreached_at < standing.door_answer_s
+    return leased or excused
+
+
+def ask_within_s(standing: Standing, unwatched_at: float | None, now: float) -> float:
+    """How long the next call may wait at most, in seconds: what is about to lose the right to run asks often."""
+    acknowledged_at, often_s = standing.acknowledged_at, 0.4 * standing.door_answer_s
+    if unwatched_at is not None and _not_before(unwatched_at + WATCH_SETTLES_S, acknowledged_at) is None:
+        return max(unwatched_at + WATCH_SETTLES_S - now, min(WATCH_SETTLES_S, often_s))
+    if acknowledged_at is None or not standing.lease_s:
+        return math.inf
+    return max(often_s, acknowledged_at + standing.lease_s - standing.door_answer_s - now)
+
+
+def _not_before(earliest: float, at: float | None) -> float | None:
+    return at if at is not None and at >= earliest else None
+
+
+@dataclass(frozen=True)
 class Order:
     """What to do to a rental that is here."""
 
     action: str
-    """`lock` or `unlock`."""
+    """`lock`, `unlock` or `thaw`."""
     rental_id: str
     epoch: int
+
+
+_TO_RUN = {"locked": "unlock", "frozen": "thaw"}
+_TO_SHUT = {"running": "lock"}
 
 
 def orders(inventory: Iterable[dict[str, Any]], placements: Iterable[dict[str, Any]]) -> list[Order]:
@@ -96,8 +157,9 @@ def orders(inventory: Iterable[dict[str, Any]], placements: Iterable[dict[str, A
         if want is None or want["epoch"] < item["epoch"]:
             continue
         run = want["want"] == "run" and want["epoch"] == item["epoch"]
-        if run != (item["state"] == "running"):
-            found.append(Order("unlock" if run else "lock", item["rental_id"], item["epoch"]))
+        action = (_TO_RUN if run else _TO_SHUT).get(item["state"])
+        if action:
+            found.append(Order(action, item["rental_id"], item["epoch"]))
     return found
 
 
@@ -110,6 +172,7 @@ class Session:
     session_id: str
     interval_s: float
     lease_s: float
+    door_answer_s: float
     authorized_keys: tuple[str, ...]
     placements: tuple[dict[str, Any], ...]
 
@@ -123,6 +186,7 @@ def session_from(body: dict[str, Any]) -> Session:
             session_id=_text(body["session_id"]),
             interval_s=interval_from(body["heartbeat_interval_s"]),
             lease_s=interval_from(body["lease_s"]),
+            door_answer_s=door_answer_from(body),
             authorized_keys=tuple(_text(key) for key in body["authorized_keys"]),
             placements=placements_from(body["placements"]),
         )
@@ -148,6 +212,13 @@ def interval_from(value: Any) -> float:
     if not 0.05 <= value <= 86_400:
         raise ValueError(f"an interval of {value} s is not sensible")
     return float(value)
+
+
+def door_answer_from(body: dict[str, Any]) -> float:
+    """`door_answer_s` of a reply; a manager from before it was told means the same share of the lease as by default."""
+    if "door_answer_s" in body:
+        return interval_from(body["door_answer_s"])
+    return interval_from(body.get("lease_s")) / 15
 
 
 def _text(value: Any) -> str:

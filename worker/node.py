@@ -56,7 +56,7 @@ class Node:
         self._join_token = root / "run/orion-join/token"
         self._acknowledged = root / "run/orion/acknowledged"
         self._boot_id = uuid.uuid4().hex
-        self._rentals = Rentals(Places(root), lock_wait_s=0.5)
+        self.rentals = Rentals(Places(root), lock_wait_s=0.5)
         self._last_load = (time.monotonic(), cgroup.usage(cgroup.read_file).cpu_s)
         self._identity.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._acknowledged.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ class Node:
         }
 
     def inventory(self) -> list[dict[str, Any]]:
-        return self._rentals.inventory()
+        return self.rentals.inventory()
 
     def load(self) -> dict[str, Any]:
         """`cpu` is the number of processors in use, averaged since the last call."""
@@ -121,20 +121,26 @@ class Node:
         """For the health check of the image, which looks at the file's age."""
         self._acknowledged.touch()
 
-    def carry_out(self, orders: Iterable[Order]) -> None:
+    def carry_out(self, orders: Iterable[Order], asked_at: float) -> None:
+        """`asked_at`: when the call was sent whose reply gives these orders (CLOCK_BOOTTIME)."""
         for order in orders:
-            command = self._rentals.unlock if order.action == "unlock" else self._rentals.lock
+            request = Request(order.rental_id, order.epoch)
             try:
-                command(Request(order.rental_id, order.epoch))
+                if order.action == "unlock":
+                    self.rentals.unlock(request)
+                elif order.action == "thaw":
+                    self.rentals.thaw(request, asked_at)
+                else:
+                    self.rentals.lock(request)
                 self._say(f"{order.action}ed rental {order.rental_id} at epoch {order.epoch}")
             except Refused as refusal:
                 self._say(f"did not {order.action} rental {order.rental_id}: {refusal}")
 
     def lock_all(self, kill: bool = False) -> None:
         """Nobody is let in any more; with `kill`, renters' processes are ended, all at once."""
-        records = self._rentals.ledger.all_living()
+        records = self.rentals.ledger.all_living()
         for record in records:
-            self._rentals.shut(record)
+            self.rentals.shut(record)
         if kill and records:
             killed = processes.end({record.uid: record.username for record in records}, within_s=3.0)
             self._say(f"locked {len(records)} rentals and ended {killed} of their processes")

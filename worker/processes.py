@@ -1,11 +1,11 @@
-"""The processes of a renter: finding them, and ending them though they fork while they are being killed."""
+"""The processes of a renter: finding them, and reaching all of them at once though they fork meanwhile."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,9 +16,12 @@ _NOBODYS_ID = 4_000_000_000
 
 
 def owners(status: str) -> set[int]:
-    """Real, effective, saved and file-system uid in the text of /proc/PID/status; none for a zombie."""
+    """Real, effective, saved and file-system uid in the text of /proc/PID/status; none for a zombie.
+
+    A process whose first thread has ended looks like a zombie while others go on in it.
+    """
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-    if fields.get("State", "").strip().startswith(("Z", "X")):
+    if fields.get("State", "").strip().startswith(("Z", "X")) and int(fields.get("Threads", 1)) < 2:
         return set()
     return {int(uid) for uid in fields.get("Uid", "").split()}
 
@@ -33,6 +36,23 @@ def log_ins(usernames: Collection[str]) -> list[int]:
     return [pid for pid in _all() if _log_in_name(pid) in usernames]
 
 
+def uids_from(first: int) -> set[int]:
+    """The uids from this one up that have a process."""
+    return {uid for pid in _all() for uid in owners(_status(pid)) if first <= uid < _NOBODYS_ID}
+
+
+def sessions(uid: int, username: str) -> list[int]:
+    """sshd's processes of root that hold this renter's log-ins: not those of which nobody knows yet who is there."""
+    parents = {parent_of(_status(pid)) for pid in of([uid])}
+    return [pid for pid in log_ins([username]) if pid in parents]
+
+
+def parent_of(status: str) -> int:
+    """The parent in the text of /proc/PID/status; 0 where there is none."""
+    found = [line for line in status.splitlines() if line.startswith("PPid:")]
+    return int(found[0].split()[1]) if found else 0
+
+
 def end(renters: dict[int, str], within_s: float = END_WITHIN_S) -> int:
     """Kill all processes of these renters (uid: username) and wait until none is left; returns how many it saw.
 
@@ -43,9 +63,9 @@ def end(renters: dict[int, str], within_s: float = END_WITHIN_S) -> int:
     last_moment = time.monotonic() + within_s
     while time.monotonic() < last_moment:
         for uid in renters:
-            _strike(uid)
+            strike(uid, signal.SIGKILL)
         for pid in found:
-            _kill(pid, renters)
+            send(pid, renters, signal.SIGKILL)
         found = [*of(renters), *log_ins(renters.values())]
         if not found:
             break
@@ -54,15 +74,10 @@ def end(renters: dict[int, str], within_s: float = END_WITHIN_S) -> int:
     return len(seen)
 
 
-def name_of(pid: int) -> str:
-    try:
-        return (PROC / str(pid) / "comm").read_text(errors="replace").strip()
-    except OSError:
-        return "gone"
+def strike(uid: int, number: signal.Signals) -> bool:
+    """A signal to every process of this uid in one step of the kernel, as none but that uid itself can send it.
 
-
-def _strike(uid: int) -> None:
-    """SIGKILL to every process of this uid in one step of the kernel, as none but that uid itself can send it.
+    False where there was no room for the sender: then whoever is found is reached one by one.
 
     Looking for processes and killing what was found, even after stopping it, is not enough: a program that goes on in
     its child and ends the parent is never there any more when its turn comes (seen). kill(-1) holds the kernel's list,
@@ -72,18 +87,19 @@ def _strike(uid: int) -> None:
     try:
         child = os.fork()
     except OSError:
-        return  # no room for a process: what was found is killed one by one, and then there is
+        return False
     if child == 0:
         with suppress(OSError):
             os.setgroups([])
             os.setresgid(_NOBODYS_ID, _NOBODYS_ID, _NOBODYS_ID)
             os.setresuid(_NOBODYS_ID, uid, _NOBODYS_ID)
-            os.kill(-1, signal.SIGKILL)
+            os.kill(-1, number)
         os._exit(0)
     os.waitpid(child, 0)
+    return True
 
 
-def _kill(pid: int, renters: dict[int, str]) -> None:
+def send(pid: int, renters: Mapping[int, str], number: signal.Signals) -> None:
     """Through a descriptor opened before the last look: a number that was given to another meanwhile is not hit."""
     try:
         descriptor = os.pidfd_open(pid)
@@ -92,11 +108,18 @@ def _kill(pid: int, renters: dict[int, str]) -> None:
     try:
         theirs = not owners(_status(pid)).isdisjoint(renters)
         if theirs or _log_in_name(pid) in renters.values():
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            signal.pidfd_send_signal(descriptor, number)
     except ProcessLookupError:
         pass
     finally:
         os.close(descriptor)
+
+
+def name_of(pid: int) -> str:
+    try:
+        return (PROC / str(pid) / "comm").read_text(errors="replace").strip()
+    except OSError:
+        return "gone"
 
 
 def _all() -> list[int]:

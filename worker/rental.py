@@ -1,8 +1,8 @@
 #!/usr/bin/python3 -Es
-"""The one program that makes, locks, unlocks and purges a rental on its worker, and keeps its epoch.
+"""The one program that makes, locks, freezes, thaws, unlocks and purges a rental on its worker, and keeps its epoch.
 
-    orion-rental run|create|unlock|lock|purge|inventory  < request.json  > report.json
-    orion-rental serve                                   < requests, one a line  > answers, one a line
+    orion-rental run|create|lock|unlock|freeze|thaw|purge|inventory  < request.json  > report.json
+    orion-rental serve                                               < requests, one a line  > answers, one a line
 
 The agent and Ansible's module both call it; it may be run by hand. A request is about one rental, or about several:
 `{"rentals": [request, ...]}`, whose report has one report for each, under `rentals`, in their order. Exit status: 0
@@ -28,11 +28,12 @@ import accounts
 import processes
 import standing
 import traces
+from freezing import Freezer
 from ledger import Ledger, Record, Refused, check_create, check_not_newer, check_unlock, write_whole
 
 FIRST_UID = 100_000
 LOCK_WAIT_S = 20.0
-COMMANDS = ("run", "create", "unlock", "lock", "purge")
+COMMANDS = ("run", "create", "lock", "unlock", "freeze", "thaw", "purge")
 SWEEPS = 3
 """A name may be passed over while its directory changes: an empty sweep ends the work, so many at most."""
 
@@ -88,6 +89,7 @@ class Rentals:
         self._places = places or Places()
         self._lock_wait_s = lock_wait_s
         self.ledger = Ledger(self._places.root / "var/lib/orion/rentals")
+        self.freezer = Freezer(self._places.root)
         self._places.keys.mkdir(mode=0o711, parents=True, exist_ok=True)
         self._places.locked_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -105,7 +107,7 @@ class Rentals:
             changed |= accounts.add(self._places.etc, request.username, request.uid)
             changed |= self._make_home(request)
             changed |= self._write_keys(request)
-            return {"changed": changed, "epoch": request.epoch, "state": self._state(request.username)}
+            return {"changed": changed, "epoch": request.epoch, "state": self._shown(request)}
 
     def unlock(self, request: Request) -> Report:
         """Its keys are where sshd looks."""
@@ -113,10 +115,29 @@ class Rentals:
             record = self.ledger.living(request.rental_id)
             check_unlock(record, self.ledger.purged_epoch(request.rental_id), request.epoch)
             assert record is not None  # noqa: S101 - check_unlock has refused it
-            changed = self._move_keys(self._places.locked_keys, self._places.keys, record.username)
-            if self._state(record.username) == "locked":
-                raise Refused("unknown_rental", "its keys are not here: it was not created at this epoch")
-            return {"changed": changed, "epoch": record.epoch, "state": "running"}
+            if self.freezer.is_frozen(record.rental_id):
+                raise Refused("frozen", "it is frozen: thaw it")
+            return {"changed": self._let_in(record), "epoch": record.epoch, "state": "running"}
+
+    def freeze(self, request: Request) -> Report:
+        """Nobody is let in, and nothing of it goes on, until it is thawed; its processes and files are kept."""
+        with self.ledger.locked(request.rental_id, self._lock_wait_s):
+            record = self.ledger.living(request.rental_id)
+            check_not_newer(record, request.epoch)
+            if record is None:
+                return {"changed": False, "state": "absent", "killed": 0}
+            self.shut(record)
+            changed, killed = self.freezer.freeze(record, ordered_at=_boot_time_s())
+            return {"changed": changed, "epoch": record.epoch, "state": "frozen", "killed": killed}
+
+    def thaw(self, request: Request, asked_at: float | None = None) -> Report:
+        """It goes on, and its renter is let in. `asked_at`: when the call was sent whose reply says so."""
+        with self.ledger.locked(request.rental_id, self._lock_wait_s):
+            record = self.ledger.living(request.rental_id)
+            check_unlock(record, self.ledger.purged_epoch(request.rental_id), request.epoch)
+            assert record is not None  # noqa: S101 - check_unlock has refused it
+            changed = self.freezer.thaw(record, asked_at)
+            return {"changed": self._let_in(record) or changed, "epoch": record.epoch, "state": "running"}
 
     def run(self, request: Request) -> Report:
         """Created, then unlocked: two steps, each with its own look at the epoch."""
@@ -172,7 +193,7 @@ class Rentals:
                 "username": record.username,
                 "uid": record.uid,
                 "epoch": record.epoch,
-                "state": self._state(record.username),
+                "state": self._shown(record),
             }
             for record in self.ledger.all_living()
         ]
@@ -218,6 +239,19 @@ class Rentals:
         write_whole(file, text, mode=0o640, group=request.uid)
         return True
 
+    def _let_in(self, record: Record) -> bool:
+        """Unless the lease ends meanwhile: whichever of the two looks last finds what the other did."""
+        changed = self._move_keys(self._places.locked_keys, self._places.keys, record.username)
+        if not self.freezer.has_lease:
+            self.shut(record)
+            raise Refused("no_lease", "this worker has no lease: nobody is let in")
+        if self._state(record.username) == "locked":
+            raise Refused("unknown_rental", "its keys are not here: it was not created at this epoch")
+        return changed
+
+    def _shown(self, of: Record | Request) -> str:
+        return "frozen" if self.freezer.is_frozen(of.rental_id) else self._state(of.username)
+
     def _state(self, username: str) -> str:
         return "running" if (self._places.keys / username).exists() else "locked"
 
@@ -242,6 +276,7 @@ class Rentals:
             killed[request] += processes.end(renter)
             accounts.remove(self._places.etc, request.username, request.uid)
             killed[request] += processes.end(renter)  # a log-in that was under way when the keys went
+            self.freezer.forget(request.rental_id)
             removed[request] += self._remove_named(request) + traces.remove_ipc(request.uid)
         for uid, number in self._remove_owned({request.uid for request in requests}).items():
             removed[next(each for each in requests if each.uid == uid)] += number
@@ -338,6 +373,8 @@ def _answer_one(command: str, asked: object, rentals: Rentals, now: float) -> tu
         "create": rentals.create,
         "lock": rentals.lock,
         "unlock": rentals.unlock,
+        "freeze": rentals.freeze,
+        "thaw": rentals.thaw,
     }
     request = _request(command, asked, now)
     if not isinstance(request, Request):
@@ -399,6 +436,10 @@ def _understood(command: str, data: object) -> Request:
 
 def _ending(request: Request) -> Record:
     return Record(request.rental_id, request.username, request.uid, request.epoch, ending=True)
+
+
+def _boot_time_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _check(truth: object, message: str) -> None:

@@ -38,7 +38,7 @@ RENTAL = {
     "deadline": {"type": "float"},
 }
 ARGUMENTS = {
-    "command": {"type": "str", "required": True, "choices": ["run", "create", "unlock", "lock", "purge"]},
+    "command": {"type": "str", "required": True, "choices": ["run", "create", "unlock", "lock", "freeze", "thaw", "purge"]},
     "rentals": {"type": "list", "elements": "dict", "required": True, "options": RENTAL},
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: orion_rental
-short_description: Make, lock, unlock or purge rentals on their worker
+short_description: Make, lock, unlock, freeze, thaw or purge rentals on their worker
 description:
   - Sends one order to C(orion-rental) on the worker, and returns that program's report.
   - Several rentals of one worker are one order. Each is done, or refused, by itself; the task has failed if one was.
@@ -13,7 +13,7 @@ options:
   command:
     description: What to do. C(run) is C(create), and then C(unlock) if this epoch is still the newest.
     type: str
-    choices: [run, create, unlock, lock, purge]
+    choices: [run, create, unlock, lock, freeze, thaw, purge]
     required: true
   rentals:
     description: The rentals.
@@ -90,9 +90,9 @@ removed_files:
   type: int
   returned: purge
 killed:
-  description: Number of processes ended.
+  description: Number of processes ended; by a freeze, because they fought it.
   type: int
-  returned: purge and lock
+  returned: purge, lock and freeze
 code:
   description: Why it was refused, as a stable word.
   type: str

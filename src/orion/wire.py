@@ -183,6 +183,7 @@ class RegisterReply(Reply):
     session_id: str
     heartbeat_interval_s: float
     lease_s: float
+    door_answer_s: float = Field(description="How old the proxy's word that the manager cannot be reached may be")
     authorized_keys: list[str] = Field(description="Lines for root's authorized keys: the manager's own")
     placements: list[PlacementOrder]
 
@@ -204,6 +205,7 @@ class HeartbeatRequest(Request):
 
 class HeartbeatReply(Reply):
     lease_s: float
+    door_answer_s: float
     next_heartbeat_s: float
     placements: list[PlacementOrder]
 

@@ -89,8 +89,12 @@ class SmallManager:
 
     key: Key
     interval_s: float = 0.5
+    lease_s: float = 75.0
+    door_answer_s: float = 5.0
     placements: list[dict[str, Any]] = field(default_factory=list)
     answers: deque[tuple[str, int, dict[str, Any]]] = field(default_factory=deque)
+    instead: tuple[int, dict[str, str]] | None = None
+    """Status and headers of every answer, as long as it is set: 0 is no answer at all."""
     calls: list[Call] = field(default_factory=list)
     url: str = ""
 
@@ -103,7 +107,7 @@ class SmallManager:
             _, status, body = self.answers.popleft()
             return status, body
         if call.path == "/api/heartbeat":
-            return 200, {"lease_s": 75, "next_heartbeat_s": self.interval_s, "placements": self.placements}
+            return 200, self._lease | {"next_heartbeat_s": self.interval_s, "placements": self.placements}
         own = re.fullmatch(r"orion_worker_(w-[a-z2-7]{8})_\w{43}", call.token)
         if not own and call.token != JOIN_TOKEN:
             return 401, {"code": "unauthorized"}
@@ -112,11 +116,15 @@ class SmallManager:
             "worker_id": worker_id,
             "worker_token": f"orion_worker_{worker_id}_{'s' * 43}",
             "session_id": secrets.token_hex(8),
+            **self._lease,
             "heartbeat_interval_s": self.interval_s,
-            "lease_s": 75,
             "authorized_keys": [self.key.public],
             "placements": self.placements,
         }
+
+    @property
+    def _lease(self) -> dict[str, Any]:
+        return {"lease_s": self.lease_s, "door_answer_s": self.door_answer_s}
 
 
 @contextmanager
@@ -126,8 +134,17 @@ def serving(manager: SmallManager, address: str) -> Iterator[SmallManager]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             token = self.headers["Authorization"].removeprefix("Bearer ")
             status, reply = manager.answer(Call(self.path, token, body, time.monotonic()))
+            headers: dict[str, str] = {}
+            if manager.instead:
+                status, headers = manager.instead
+                reply = {}
+            if not status:
+                self.close_connection = True
+                return
             data = json.dumps(reply).encode()
             self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -200,6 +217,7 @@ class Worker:
     def rental(self, command: str, **request: Any) -> tuple[int, dict[str, Any]]:
         """orion-rental as the manager would run it: over ssh, as root."""
         done = self.ssh("root", self.key, f"orion-rental {command}", json.dumps(request))
+        assert done.stdout, done.stderr
         return done.returncode, json.loads(done.stdout)
 
     def playbook(self, name: str, **variables: Any) -> Played:

@@ -179,11 +179,11 @@ class Container:
             for r in self.records.values()
         ]
 
-    def carry_out(self, orders: Iterable[Order]) -> None:
+    def carry_out(self, orders: Iterable[Order], asked_at: float) -> None:
         for order in orders:
             self.sim.say(self.name, f"{order.action}s {order.rental_id} at epoch {order.epoch}")
             try:
-                if order.action == "unlock":
+                if order.action in {"unlock", "thaw"}:
                     self.unlock(order.rental_id, order.epoch)
                 else:
                     self.lock(order.rental_id, order.epoch)

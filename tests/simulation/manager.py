@@ -135,6 +135,7 @@ class SimulatedManager:
             "session_id": welcome.registered.session_id,
             "heartbeat_interval_s": self.sim.clocks.heartbeat_s,
             "lease_s": self.sim.clocks.freeze_after_s,
+            "door_answer_s": self.sim.clocks.door_answer_s,
             "authorized_keys": [],
             "placements": _orders(welcome.orders),
         }
@@ -150,7 +151,12 @@ class SimulatedManager:
             self.health.loop.hint()
         clocks = self.sim.clocks
         next_s = clocks.heartbeat_s * self.random.uniform(0.9, 1.05)
-        told = {"lease_s": clocks.freeze_after_s, "next_heartbeat_s": next_s, "placements": _orders(found)}
+        told = {
+            "lease_s": clocks.freeze_after_s,
+            "door_answer_s": clocks.door_answer_s,
+            "next_heartbeat_s": next_s,
+            "placements": _orders(found),
+        }
         return Answer(200, told)
 
     async def rent(self, owner: str, key: str, ttl_s: int) -> Answer:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from simulation.manager import SimulatedManager
     from simulation.world import Simulation
 
-UNREACHABLE = Answer(502, {"code": "manager_unreachable"})
+UNREACHABLE = Answer(502, {"code": "manager_unreachable"}, marked=True)
 LATEST_S = 25.0
 """How late a message may come: longer than anybody waits for its answer."""
 

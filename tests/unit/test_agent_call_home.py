@@ -82,6 +82,7 @@ def registered(worker_id: str = "w-abcdefgh", placements: list[dict[str, Any]] |
         "session_id": "session-1234",
         "heartbeat_interval_s": 30,
         "lease_s": 75,
+        "door_answer_s": 5,
         "authorized_keys": [KEY],
         "placements": placements or [],
     }
@@ -89,7 +90,7 @@ def registered(worker_id: str = "w-abcdefgh", placements: list[dict[str, Any]] |
 
 
 def acknowledged(next_s: float = 30, placements: list[dict[str, Any]] | None = None) -> Answer:
-    return Answer(200, {"lease_s": 75, "next_heartbeat_s": next_s, "placements": placements or []})
+    return Answer(200, {"lease_s": 75, "door_answer_s": 5, "next_heartbeat_s": next_s, "placements": placements or []})
 
 
 def a_rental(bench: Bench, epoch: int = 1) -> Rentals:
@@ -125,7 +126,7 @@ def test_the_lease_runs_from_the_sending_of_the_last_acknowledged_call(bench: Be
     assert bench.home.acknowledged_at == 1000.0
     bench.step(acknowledged())
     assert bench.home.acknowledged_at == 1002.0
-    for silent in (Answer(0), Answer(429), Answer(502, {"code": "manager_unreachable"}), Answer(403)):
+    for silent in (Answer(0), Answer(429), Answer(502, marked=True), Answer(403)):
         bench.step(silent)
         assert bench.home.acknowledged_at == 1002.0
 
@@ -149,7 +150,7 @@ def test_failed_registrations_are_tried_for_ever_ever_slower_one_line_each(bench
     assert bench.step(Answer(502)) == 1, "the count of failures began anew"
 
 
-@pytest.mark.parametrize("nobody", [Answer(0, reason="refused"), Answer(502, {"code": "manager_unreachable"})])
+@pytest.mark.parametrize("nobody", [Answer(0, reason="refused"), Answer(502, marked=True)])
 def test_a_manager_that_is_not_there_yet_is_asked_every_few_seconds(bench: Bench, nobody: Answer) -> None:
     assert [bench.step(nobody) for _ in range(5)] == [1, 2, 3, 3, 3]
 

@@ -24,6 +24,7 @@ REGISTRATION: dict[str, Any] = {
     "session_id": "0123456789",
     "heartbeat_interval_s": 30,
     "lease_s": 75.0,
+    "door_answer_s": 5.0,
     "authorized_keys": ["ssh-ed25519 AAAA"],
     "placements": [],
     "a_field_of_a_newer_manager": True,

@@ -75,6 +75,7 @@ class HeartbeatReply(msgspec.Struct, frozen=True):
     """As wire.HeartbeatReply."""
 
     lease_s: float
+    door_answer_s: float
     next_heartbeat_s: float
     placements: list[Order]
 
@@ -141,7 +142,7 @@ def answer(shared: Services, worker_id: str, body: HeartbeatRequest) -> bytes:
     clocks = shared.settings.clocks
     next_s = CONFIRM_S if body.lease_s > clocks.freeze_after_s else _with_jitter(clocks.heartbeat_s)
     orders = [Order(item.rental_id, item.epoch, want) for item, want in found]
-    return _encode(HeartbeatReply(clocks.freeze_after_s, next_s, orders))
+    return _encode(HeartbeatReply(clocks.freeze_after_s, clocks.door_answer_s, next_s, orders))
 
 
 def _understood(body: bytes) -> HeartbeatRequest | None:

@@ -49,6 +49,7 @@ async def register(
         session_id=registered.session_id,
         heartbeat_interval_s=clocks.heartbeat_s,
         lease_s=clocks.freeze_after_s,
+        door_answer_s=clocks.door_answer_s,
         authorized_keys=list(shared.authorized_keys),
         placements=_orders(welcome.orders),
     )

@@ -1,0 +1,247 @@
+"""What runs on a worker without a lease stands still, whatever its renter prepared against it; and goes on after."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from rental_support import Rental, new_rental, placement
+from worker_support import Network, SmallManager, Worker, docker, make_key, serving, wait_until, worker
+
+LEASE_S = 1.5
+DOOR_ANSWER_S = 0.5
+FROZEN_WITHIN_S = LEASE_S + 1.0
+WAKE_BUDGET_S = 0.5
+AWAY = {"X-Orion-Manager": "unreachable"}
+
+TICKS = """
+import ctypes, fcntl, os, signal, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+log = os.open("ticks", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def tick():
+    os.write(log, b"%.3f\\n" % time.time())
+class Event(ctypes.Structure):
+    _fields_ = [("value", ctypes.c_void_p), ("signal", ctypes.c_int), ("rest", ctypes.c_int * 13)]
+def continued_every(nanoseconds):
+    signal.signal(signal.SIGCONT, lambda *_: None)
+    timer = ctypes.c_void_p()
+    times = (ctypes.c_long * 4)(0, nanoseconds, 0, nanoseconds)
+    assert not libc.timer_create(1, ctypes.byref(Event(None, signal.SIGCONT)), ctypes.byref(timer))
+    assert not libc.timer_settime(timer, 0, times, None)
+def tick_for_ever():
+    while True:
+        tick()
+        time.sleep(0.01)
+"""
+
+FIGHTS = {
+    "ignores hang-ups in a session of its own": "os.setsid(); tick_for_ever()",
+    "goes on in its child and ends": """
+while True:
+    tick()
+    if os.fork():
+        os._exit(0)
+""",
+    "is sent SIGCONT by another process of its own": """
+ticking = os.fork()
+if not ticking:
+    tick_for_ever()
+for _ in range(3):
+    if not os.fork():
+        os.setsid()
+while True:
+    os.kill(ticking, signal.SIGCONT)
+""",
+    "has the kernel send it SIGCONT by a timer": "continued_every(2_000_000)\ntick_for_ever()",
+    "stops itself again each time that a slow timer wakes it": """
+continued_every(300_000_000)
+while True:
+    tick()
+    os.kill(os.getpid(), signal.SIGSTOP)
+""",
+    "has ended its first thread": """
+import threading
+threading.Thread(target=tick_for_ever).start()
+libc.pthread_exit(None)
+""",
+}
+
+
+@dataclass
+class Scene:
+    worker: Worker
+    manager: SmallManager
+    rentals: dict[str, Rental]
+    cut_at: float = 0.0
+
+    def ticks(self, of: Rental) -> list[float]:
+        told = self.worker.run("sh", "-c", f"cat /home/{of.username}/ticks 2>/dev/null || true")
+        return [float(line) for line in told.split() if line.count(".") == 1]
+
+    def states(self, of: Rental) -> set[str]:
+        return set(self.worker.run("sh", "-c", f"ps -o stat= -u {of.uid} | cut -c1 || true").split())
+
+    def shown(self, of: Rental) -> str:
+        items = json.loads(self.worker.run("orion-rental", "inventory"))["rentals"]
+        return next(str(item["state"]) for item in items if item["rental_id"] == of.rental_id)
+
+    def cut(self, status: int = 0) -> None:
+        self.manager.instead = (status, {})
+        self.cut_at = time.time()
+
+    def mend(self) -> None:
+        self.manager.placements = [placement(rental, "run") for rental in self.rentals.values()]
+        self.manager.instead = None
+
+
+@contextmanager
+def scene(network: Network, join: Path, folder: Path, names: list[str]) -> Iterator[Scene]:
+    manager = SmallManager(make_key(folder), 0.2, LEASE_S, DOOR_ANSWER_S)
+    with serving(manager, network.gateway), worker(network, manager, join, "--cpus=1", slots=8) as new:
+        new.wait_registered()
+        yield Scene(new, manager, {name: new_rental(new, folder).create_quickly() for name in names})
+
+
+def run_in_background(rental: Rental, program: str) -> None:
+    done = rental.ssh("cat >program.py; nohup python3 program.py >out 2>&1 </dev/null &", TICKS + program)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def fought(network: Network, join: Path, folder: Path) -> Iterator[Scene]:
+    """Each fight in a rental of its own on one worker, whose manager then falls silent."""
+    with scene(network, join, folder, [*FIGHTS]) as found:
+        for name, program in FIGHTS.items():
+            run_in_background(found.rentals[name], program)
+        for name, rental in found.rentals.items():
+            wait_until(lambda one=rental: len(found.ticks(one)) > 2, f"what {name} is at work")
+        found.cut()
+        time.sleep(FROZEN_WITHIN_S + 1.5)
+        yield found
+
+
+@pytest.mark.parametrize("fight", FIGHTS)
+def test_a_renter_who_fights_the_freeze_loses(fought: Scene, fight: str) -> None:
+    rental = fought.rentals[fight]
+    ticks = fought.ticks(rental)
+    late = max(ticks) - fought.cut_at
+    assert 0 < late < FROZEN_WITHIN_S, f"{late:.3f} s\n{fought.worker.log()}"
+    assert fought.states(rental) <= {"T", "Z"}
+    assert not rental.lets_in()
+    assert fought.shown(rental) == "frozen"
+    time.sleep(0.4)
+    assert fought.ticks(rental) == ticks
+
+
+def test_everything_goes_on_where_it_stood_when_a_reply_says_run(network: Network, join: Path, folder: Path) -> None:
+    with scene(network, join, folder, ["one"]) as found:
+        rental = found.rentals["one"]
+        run_in_background(rental, "os.setsid(); tick_for_ever()")
+        rental.ssh("nohup sleep 777 >/dev/null 2>&1 & kill -STOP $!")
+        terminal = subprocess.Popen(
+            found.worker.ssh_command(rental.username, rental.key, "-tt"),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
+        )  # fmt: skip
+        assert terminal.stdin
+        terminal.stdin.write("PS1=; cat\n")
+        terminal.stdin.write("before\n")
+        wait_until(
+            lambda: "cat" in found.worker.run("ps", "-o", "comm=", "-u", str(rental.uid)), "the terminal is open"
+        )
+
+        began = time.monotonic()
+        found.cut(status=429)
+        wait_until(lambda: found.shown(rental) == "frozen", "frozen")
+        assert time.monotonic() - began < FROZEN_WITHIN_S
+        time.sleep(0.3)
+        assert found.states(rental) == {"T"}
+        ticks = found.ticks(rental)
+        terminal.stdin.write("while it stood\n")
+        time.sleep(0.5)
+        assert found.ticks(rental) == ticks
+        beats = found.manager.of("/api/heartbeat", after=began + LEASE_S + 0.5)
+        assert beats[-1].body["inventory"][0]["state"] == "frozen"
+        assert found.worker.rental("unlock", rental_id=rental.rental_id, epoch=1)[1]["code"] == "frozen"
+        assert found.worker.rental("thaw", rental_id=rental.rental_id, epoch=1)[1]["code"] == "no_lease"
+
+        found.mend()
+        wait_until(lambda: found.shown(rental) == "running", "thawed")
+        wait_until(lambda: len(found.ticks(rental)) > len(ticks), "it ticks again")
+        assert rental.lets_in()
+        terminal.stdin.write("after\nexit\n")
+        terminal.stdin.write("\x04exit\n")
+        said = terminal.communicate(timeout=10)[0]
+        assert "while it stood" in said
+        assert "after" in said
+        assert "Stopped" not in said, "its shell did not notice"
+        stopped = found.worker.run("sh", "-c", f"ps -o stat=,args= -u {rental.uid} | grep 'sleep 777'")
+        assert stopped.startswith("T"), "what the renter had stopped stays so"
+
+
+def test_a_worker_goes_on_while_the_proxy_says_that_the_manager_is_away(
+    network: Network, join: Path, folder: Path
+) -> None:
+    with scene(network, join, folder, ["one"]) as found:
+        rental = found.rentals["one"]
+        found.manager.instead = (502, AWAY)
+        time.sleep(LEASE_S + 1.5)
+        assert found.shown(rental) == "running"
+        assert rental.lets_in()
+        found.cut(status=502)
+        wait_until(lambda: found.shown(rental) == "frozen", "frozen", DOOR_ANSWER_S + 1.0)
+
+
+@pytest.mark.parametrize("asleep", ["its container", "its agent alone"])
+def test_a_worker_that_wakes_without_a_lease_freezes_before_it_does_anything_else(
+    network: Network, join: Path, folder: Path, asleep: str
+) -> None:
+    with scene(network, join, folder, ["one"]) as found:
+        rental = found.rentals["one"]
+        run_in_background(rental, "[os.fork() for _ in range(4)]\nwhile True: tick()")
+        wait_until(lambda: found.ticks(rental), "it ticks")
+        found.mend()
+        sleep, wake = {
+            "its container": (lambda: docker("pause", found.worker.name), lambda: docker("unpause", found.worker.name)),
+            "its agent alone": (
+                lambda: found.worker.run("pkill", "-STOP", "-f", "orion/agent.py"),
+                lambda: found.worker.run("pkill", "-CONT", "-f", "orion/agent.py"),
+            ),
+        }[asleep]
+        sleep()
+        found.cut()
+        time.sleep(LEASE_S + 0.5)
+        woke = time.time()
+        wake()
+        woke = time.time() if asleep == "its container" else woke
+        time.sleep(1.5)
+        late = max(found.ticks(rental)) - woke
+        assert late < WAKE_BUDGET_S, found.worker.log()
+        assert found.states(rental) == {"T"}
+
+
+def test_an_order_freezes_and_thaws_and_no_older_reply_does(network: Network, join: Path, folder: Path) -> None:
+    with scene(network, join, folder, ["one"]) as found:
+        rental = found.rentals["one"]
+        run_in_background(rental, "os.setsid(); tick_for_ever()")
+        order = {"rental_id": rental.rental_id, "epoch": rental.epoch}
+        played = found.worker.playbook("freeze", **order)
+        assert played.ok, played.output
+        assert (played.changed, played.last["state"]) == (True, "frozen")
+        ticks = found.ticks(rental)
+        assert not rental.lets_in()
+        again = found.worker.playbook("freeze", **order)
+        assert (again.ok, again.changed) == (True, False)
+        assert found.ticks(rental) == ticks
+        assert found.states(rental) == {"T"}
+        thawed = found.worker.playbook("thaw", **order)
+        assert (thawed.ok, thawed.changed, thawed.last["state"]) == (True, True, "running"), thawed.output
+        wait_until(lambda: len(found.ticks(rental)) > len(ticks), "it ticks again")
+        assert found.worker.rental("freeze", **order)[1]["state"] == "frozen"
+        assert rental.delete().last["left"] == []

@@ -1,0 +1,228 @@
+"""The fence on a worker in a directory: what becomes of marks, keys and the right to run. No process is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from signal import Signals
+
+import freezing
+import pytest
+import rental
+import stillness
+from fence import Fence
+from ledger import Record, Refused
+from rental import Places, Rentals, Request
+
+UID = 100_001
+
+
+@dataclass
+class Kernel:
+    """In place of the real one, on which a renter of somebody else may have the uid of this test's."""
+
+    running: set[int] = field(default_factory=set)
+    suspended: set[int] = field(default_factory=set)
+    stopped: set[int] = field(default_factory=set)
+    disk_is_full: bool = False
+
+    def uids_from(self, first: int) -> set[int]:
+        return {uid for uid in self.running | self.suspended | self.stopped if uid >= first}
+
+    def strike(self, uid: int, number: Signals) -> bool:
+        if uid in self.running:
+            self.running.discard(uid)
+            self.stopped.add(uid)
+        return True
+
+    def stopped_processes(self, uid: int) -> frozenset[tuple[int, int]]:
+        return frozenset({(uid, 1)} if uid in self.suspended | self.stopped else ())
+
+    def wake(self, uid: int, username: str, stay: frozenset[tuple[int, int]]) -> None:
+        if uid in self.stopped and (uid, 1) not in stay:
+            self.stopped.discard(uid)
+            self.running.add(uid)
+
+
+@dataclass
+class House:
+    root: Path
+    kernel: Kernel
+    rentals: Rentals
+    fence: Fence
+    right: list[bool]
+    said: list[str]
+
+    @property
+    def shown(self) -> str:
+        return str(self.rentals.inventory()[0]["state"])
+
+    def may_run(self, right: bool) -> None:
+        self.right[0] = right
+        if right:
+            self.fence.renewed()
+        self.fence.look()
+
+    def let_in(self) -> None:
+        self.may_run(True)
+        self.rentals.unlock(Request("one", 1))
+        self.kernel.running.add(UID)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    kernel = Kernel()
+    for name in ("uids_from", "strike"):
+        monkeypatch.setattr(f"processes.{name}", getattr(kernel, name))
+    monkeypatch.setattr("fence.stopped_processes", kernel.stopped_processes)
+    monkeypatch.setattr(freezing, "stopped_processes", kernel.stopped_processes)
+    monkeypatch.setattr(freezing, "wake", kernel.wake)
+    monkeypatch.setattr(stillness.Vigil, "hold", lambda self: not kernel.strike(self._uid, Signals.SIGSTOP))
+    return kernel
+
+
+@pytest.fixture
+def house(tmp_path: Path, kernel: Kernel) -> House:
+    rentals = Rentals(Places(tmp_path), lock_wait_s=0.0)
+    rentals.ledger.keep(Record("one", "r-one", UID, 1))
+    (tmp_path / "etc/orion/locked/r-one").write_text("key\n")
+    right, said = [False], list[str]()
+    fence = Fence(rentals, lambda: right[0], said.append)
+    fence.begin()
+    return House(tmp_path, kernel, rentals, fence, right, said)
+
+
+def test_at_its_start_nobody_is_let_in_before_there_is_a_lease(house: House) -> None:
+    house.fence.look()
+    assert house.shown == "locked", "what does not run is not frozen either"
+    with pytest.raises(Refused, match="no lease"):
+        house.rentals.unlock(Request("one", 1))
+    house.let_in()
+    assert house.shown == "running"
+
+
+def test_without_the_right_everything_stops_and_the_keys_go(house: House) -> None:
+    house.let_in()
+    house.may_run(False)
+    assert house.shown == "frozen"
+    assert (house.root / "etc/orion/locked/r-one").exists()
+    assert house.kernel.stopped == {UID}
+    assert house.said == ["no right to run: 1 rentals frozen"]
+
+
+def test_the_fence_never_thaws_that_takes_a_reply_and_a_lease(house: House) -> None:
+    house.let_in()
+    house.may_run(False)
+    with pytest.raises(Refused, match="no lease"):
+        house.rentals.thaw(Request("one", 1), asked_at=5.0)
+    house.may_run(True)
+    assert (house.shown, house.kernel.stopped) == ("frozen", {UID})
+    with pytest.raises(Refused, match="thaw it"):
+        house.rentals.unlock(Request("one", 1))
+    assert house.rentals.thaw(Request("one", 1), asked_at=5.0)["state"] == "running"
+    assert (house.shown, house.kernel.running) == ("running", {UID})
+
+
+@pytest.mark.parametrize("epoch", [2, 3])
+def test_only_the_very_epoch_that_is_here_is_thawed(house: House, epoch: int) -> None:
+    house.let_in()
+    house.may_run(False)
+    house.may_run(True)
+    with pytest.raises(Refused, match="epoch"):
+        house.rentals.thaw(Request("one", epoch))
+    assert house.shown == "frozen"
+
+
+def test_what_was_stopped_before_stays_so_over_two_freezes(house: House) -> None:
+    house.let_in()
+    house.kernel.running.clear()
+    house.kernel.suspended.add(UID)
+    house.may_run(False)
+    house.may_run(True)
+    house.may_run(False)
+    house.may_run(True)
+    house.rentals.thaw(Request("one", 1))
+    assert (house.kernel.suspended, house.kernel.running) == ({UID}, set())
+
+
+def test_the_fence_goes_first_and_notes_later_where_nothing_can_be_written(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.let_in()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(freezing.Freezer, "_write", full)
+        house.right[0] = False
+        with pytest.raises(OSError, match="No space"):
+            house.fence.look()
+        assert house.kernel.stopped == {UID}
+        house.right[0] = True
+        with pytest.raises(OSError, match="No space"):
+            house.fence.renewed()
+        assert not house.rentals.freezer.has_lease, "nobody is let in whose processes would be forgotten"
+    house.fence.renewed()
+    house.rentals.thaw(Request("one", 1))
+    assert house.kernel.running == {UID}
+
+
+def test_a_rental_that_comes_while_there_is_no_lease_is_frozen_too(house: House) -> None:
+    house.let_in()
+    house.may_run(False)
+    house.rentals.ledger.keep(Record("two", "r-two", UID + 1, 1))
+    house.kernel.running.add(UID + 1)
+    house.fence._again_at = 0.0
+    house.fence.look()
+    assert house.kernel.running == set()
+    assert [item["state"] for item in house.rentals.inventory()] == ["frozen", "frozen"]
+
+
+def test_an_order_to_freeze_outlives_a_reply_to_a_call_that_was_sent_before_it(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.let_in()
+    monkeypatch.setattr(rental, "_boot_time_s", lambda: 100.0)
+    assert house.rentals.freeze(Request("one", 1)) == {"changed": True, "epoch": 1, "state": "frozen", "killed": 0}
+    assert not house.rentals.freeze(Request("one", 1))["changed"]
+    with pytest.raises(Refused, match="since that was asked"):
+        house.rentals.thaw(Request("one", 1), asked_at=99.9)
+    assert house.rentals.thaw(Request("one", 1), asked_at=100.1)["changed"]
+    assert house.kernel.running == {UID}
+
+
+def test_an_order_to_freeze_is_not_undone_by_a_lease_that_was_lost_and_came_back(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.let_in()
+    monkeypatch.setattr(rental, "_boot_time_s", lambda: 100.0)
+    house.rentals.freeze(Request("one", 1))
+    house.may_run(False)
+    house.may_run(True)
+    with pytest.raises(Refused, match="since that was asked"):
+        house.rentals.thaw(Request("one", 1), asked_at=99.0)
+
+
+def test_an_older_order_freezes_nothing_newer_and_what_is_not_here_is_no_fault(house: House) -> None:
+    house.rentals.ledger.keep(Record("one", "r-one", UID, 3))
+    with pytest.raises(Refused, match="older"):
+        house.rentals.freeze(Request("one", 2))
+    assert house.rentals.freeze(Request("two", 1))["state"] == "absent"
+
+
+def test_marks_end_with_the_container(house: House) -> None:
+    house.let_in()
+    house.may_run(False)
+    house.fence.begin()
+    assert house.shown == "locked"
+    assert not house.rentals.freezer.has_lease
+
+
+def test_the_mark_of_a_rental_that_was_purged_goes(house: House) -> None:
+    house.let_in()
+    house.may_run(False)
+    house.rentals.ledger.bury(Record("one", "r-one", UID, 1))
+    house.fence._again_at = 0.0
+    house.fence.look()
+    assert house.rentals.freezer.frozen() == []

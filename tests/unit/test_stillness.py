@@ -1,0 +1,57 @@
+"""Who stands still and who fights it, from what the kernel shows; with real processes: tests/integration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import processes
+from stillness import Task, restless, still, task_of, woken
+
+STAT = "42 (a) R (b) T 1 42 42 0 -1 4194304 97 0 0 0 3 4 0 0 20 0 1 0 777 2510848 200 18446744073709551615"
+STATUS = (
+    "Name:\ta) R (b\nState:\tT (stopped)\nSigPnd:\t0000000000000000\nShdPnd:\t0000000000040000\n"
+    "voluntary_ctxt_switches:\t5\nnonvoluntary_ctxt_switches:\t6\n"
+)
+TASK = Task(42, 42, 777, "T", False, (5, 6, 7))
+
+
+def by_key(*tasks: Task) -> dict[tuple[int, int, int], Task]:
+    return {task.key: task for task in tasks}
+
+
+def test_a_task_is_read_whatever_the_renter_called_it() -> None:
+    assert task_of(42, STAT, STATUS) == replace(TASK, stopping=True)
+
+
+def test_all_stand_still_when_none_can_run_before_it_has_stopped() -> None:
+    assert still([TASK, replace(TASK, state="Z"), replace(TASK, state="D"), replace(TASK, state="t")])
+    assert not still([TASK, replace(TASK, state="S")])
+    assert not still([replace(TASK, state="R")])
+
+
+def test_who_goes_on_after_a_turn_is_restless_and_who_got_none_is_only_waiting() -> None:
+    running = replace(TASK, state="R")
+    assert restless(by_key(running), [replace(running, turns=(5, 7, 9))])
+    assert not restless(by_key(running), [running])
+    assert not restless(by_key(running), [replace(running, turns=(5, 7, 9), stopping=True)]), "it is about to stop"
+    assert not restless(by_key(running), [replace(running, state="T", turns=(6, 6, 7))])
+    assert not restless({}, [running]), "new since: the next look decides"
+
+
+def test_who_ran_since_it_was_seen_stopped_was_woken_even_if_it_is_stopped_again() -> None:
+    assert woken(by_key(TASK), [replace(TASK, turns=(6, 6, 7))])
+    assert woken(by_key(TASK), [replace(TASK, state="S", turns=(6, 6, 7))])
+    assert not woken(by_key(TASK), [TASK])
+    assert not woken(by_key(replace(TASK, state="D")), [replace(TASK, turns=(6, 6, 7))]), "it came back and stopped"
+    assert not woken(by_key(TASK), [replace(TASK, started=778, turns=(6, 6, 7))]), "its number is another's now"
+
+
+def test_a_process_whose_first_thread_has_ended_is_still_one() -> None:
+    zombie = "State:\tZ (zombie)\nUid:\t100001\t100001\t100001\t100001\nThreads:\t{}\n"
+    assert processes.owners(zombie.format(1)) == set()
+    assert processes.owners(zombie.format(2)) == {100_001}
+
+
+def test_the_parent_is_read_from_the_status() -> None:
+    assert processes.parent_of("Name:\tx\nPPid:\t17\n") == 17
+    assert processes.parent_of("") == 0

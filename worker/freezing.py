@@ -1,0 +1,140 @@
+"""Which rentals are frozen, and that this worker has no lease: marks in files, for the agent and the program alike.
+
+A mark stands before anything is stopped, and goes after everything was woken: whoever is killed in between leaves a
+rental that is frozen, and that is frozen or thawed again by the next who is told to. While a mark stands the agent
+repeats the freezing (worker/fence.py). Marks are gone after a restart of the container, and so are all processes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ledger import Record, Refused
+from stillness import Vigil, stopped_processes, wake
+
+COMMAND_WAITS_S = 5.0
+FENCE_WAITS_S = 0.1
+"""The fence goes on without the lock then: freezing twice harms nobody, not freezing does."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a thaw has to know of a freeze."""
+
+    stay: frozenset[tuple[int, int]]
+    """(pid, start) of processes that were stopped before: they stay so."""
+    ordered_at: float | None = None
+    """When an order froze it (CLOCK_BOOTTIME): no reply to a call that was sent before may thaw it."""
+
+
+class Freezer:
+    def __init__(self, root: Path) -> None:
+        self._folder = root / "run/orion/frozen"
+        self._no_lease = root / "run/orion/no-lease"
+        self._lock = root / "run/orion/freezing.lock"
+
+    def begin(self) -> None:
+        """At the start of the container: nothing runs, and there is no lease yet."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for mark in self._folder.iterdir():
+            mark.unlink()
+        self.set_lease(False)
+
+    @property
+    def has_lease(self) -> bool:
+        """Also where no agent keeps one, as in a test."""
+        return not self._no_lease.exists()
+
+    def set_lease(self, held: bool) -> None:
+        if held:
+            self._no_lease.unlink(missing_ok=True)
+        else:
+            self._no_lease.touch()
+
+    def is_frozen(self, rental_id: str) -> bool:
+        return (self._folder / rental_id).exists()
+
+    def frozen(self) -> list[str]:
+        return sorted(mark.name for mark in self._folder.glob("[!.]*")) if self._folder.is_dir() else []
+
+    def freeze(self, record: Record, ordered_at: float) -> tuple[bool, int]:
+        """By an order. Whether it was not frozen before, and how many processes were killed for fighting it."""
+        with self.locked(COMMAND_WAITS_S) as mine:
+            if not mine:
+                raise Refused("busy", "something else is being frozen or thawed; try again")
+            mark = self._read(record.rental_id)
+            stay = mark.stay if mark else stopped_processes(record.uid)
+            self._write(record.rental_id, Mark(stay, ordered_at))
+            return mark is None, Vigil(record.uid, record.username).hold()
+
+    def mark(self, record: Record, stay: frozenset[tuple[int, int]]) -> bool:
+        """By the fence, with the lock if it could get it; `stay` as in Mark. Whether it was not frozen before."""
+        if self.is_frozen(record.rental_id):
+            return False
+        self._write(record.rental_id, Mark(stay))
+        return True
+
+    def again(self, rental_id: str, vigil: Vigil) -> int:
+        """Repeat a freezing; how many processes were killed for fighting it. Not while it is being thawed."""
+        with self.locked(FENCE_WAITS_S) as mine:
+            due = self.is_frozen(rental_id) and (mine or not self.has_lease)
+            return vigil.hold() if due else 0
+
+    def thaw(self, record: Record, asked_at: float | None) -> bool:
+        """Whether it was frozen. `asked_at`: when the call was sent whose reply says so; None: it is an order."""
+        with self.locked(COMMAND_WAITS_S) as mine:
+            mark = self._read(record.rental_id)
+            if mark is None:
+                return False
+            if not mine:
+                raise Refused("busy", "something else is being frozen or thawed; try again")
+            if not self.has_lease:
+                raise Refused("no_lease", "this worker has no lease: nothing may run here")
+            if asked_at is not None and mark.ordered_at is not None and asked_at <= mark.ordered_at:
+                raise Refused("frozen_since", "it was frozen by an order since that was asked")
+            wake(record.uid, record.username, mark.stay)
+            self.forget(record.rental_id)
+            return True
+
+    def forget(self, rental_id: str) -> None:
+        (self._folder / rental_id).unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self, wait_s: float) -> Iterator[bool]:
+        """Gives whether the lock was got within that time."""
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock.open("a") as lock:
+            yield _got(lock.fileno(), wait_s)
+
+    def _read(self, rental_id: str) -> Mark | None:
+        try:
+            told = json.loads((self._folder / rental_id).read_text())
+        except FileNotFoundError:
+            return None
+        return Mark(frozenset((pid, started) for pid, started in told["stay"]), told["ordered_at"])
+
+    def _write(self, rental_id: str, mark: Mark) -> None:
+        """Whole or not at all, but not to the disk: it need not outlive the machine, and must not wait for it."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new = self._folder / f".{rental_id}"
+        new.write_text(json.dumps({"stay": sorted(mark.stay), "ordered_at": mark.ordered_at}))
+        new.replace(self._folder / rental_id)
+
+
+def _got(descriptor: int, wait_s: float) -> bool:
+    last_moment = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= last_moment:
+                return False
+            time.sleep(0.005)
+        else:
+            return True

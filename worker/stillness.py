@@ -1,0 +1,159 @@
+"""Keeping a renter's processes still though they fight it, and letting them go on.
+
+Why signals: the kernel's own freezer, cgroup.freeze, is not ours to write. Docker mounts the control groups read-only
+into a container without CAP_SYS_ADMIN, the renters' processes share the agent's group, and version 1 has no such file.
+So every process is sent SIGSTOP, which none can catch, by kill(-1) as its own uid, which reaches all at once.
+
+SIGCONT undoes it. When all are stopped no process of the renter can send it, and no other account may; but the kernel
+can, by a timer (timer_create: seen), a descriptor (F_SETSIG) or the death of a parent that the renter prepared. A
+stopped task does not run, so the kernel's count of its turns stands still: whoever has run since it was seen stopped
+has been woken. Once is forgiven, as a hang-up does it too; whoever does it again, or never stops, is killed with all
+the rental's processes. Its files are left.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import processes
+
+STOPPED = frozenset("Tt")
+AT_REST = STOPPED | frozenset("ZXD")
+"""Dead, or in the kernel without an end: what comes back from there finds its SIGSTOP before anything else."""
+PATIENCE_S = 1.0
+"""How long a process may take to stop. On a busy machine it gets no turn to do so; who gets one and goes on, fights."""
+BETWEEN_PASSES_S = 0.005
+FORGIVEN = 1
+"""Times that something may have woken while all was still."""
+
+Key = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A thread of a renter's process, as the kernel shows it."""
+
+    pid: int
+    tid: int
+    started: int
+    """In ticks since the machine's start: a number that was given to another is another task."""
+    state: str
+    stopping: bool
+    """SIGSTOP waits for its next turn."""
+    turns: tuple[int, ...]
+    """How often it gave up a processor or lost it, and the ticks that it used."""
+
+    @property
+    def key(self) -> Key:
+        return self.pid, self.tid, self.started
+
+
+def task_of(pid: int, stat: str, status: str) -> Task:
+    """From the texts of stat and status in /proc/PID/task/TID. The name in the former is the renter's to choose."""
+    tid, _, rest = stat.partition(" (")
+    fields = rest.rpartition(")")[2].split()
+    lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    pending = int(lines["SigPnd"], 16) | int(lines["ShdPnd"], 16)
+    switches = (int(lines["voluntary_ctxt_switches"]), int(lines["nonvoluntary_ctxt_switches"]))
+    ticks = int(fields[11]) + int(fields[12])
+    stopping = bool(pending & 1 << signal.SIGSTOP - 1)
+    return Task(pid, int(tid), int(fields[19]), fields[0], stopping, (*switches, ticks))
+
+
+def tasks_of(uid: int) -> list[Task]:
+    """All tasks of all processes of this uid."""
+    found = []
+    for pid in processes.of([uid]):
+        with suppress(OSError):  # it has ended meanwhile
+            for place in (processes.PROC / str(pid) / "task").iterdir():
+                with suppress(OSError):
+                    found.append(_read(pid, place))
+    return found
+
+
+def still(tasks: Iterable[Task]) -> bool:
+    return all(task.state in AT_REST for task in tasks)
+
+
+def restless(before: Mapping[Key, Task], now: Iterable[Task]) -> bool:
+    """Whether one has had a turn since `before` and goes on all the same; a task that got none is only waiting."""
+    return any(
+        task.state not in AT_REST and not task.stopping and task.turns != before.get(task.key, task).turns
+        for task in now
+    )
+
+
+def woken(before: Mapping[Key, Task], now: Iterable[Task]) -> bool:
+    """Whether one that stood stopped has run since."""
+    return any(
+        task.key in before and before[task.key].state in STOPPED and before[task.key].turns != task.turns
+        for task in now
+    )
+
+
+def stopped_processes(uid: int) -> frozenset[tuple[int, int]]:
+    """(pid, start) of those that are stopped: before a freeze, those that are to stay so after it."""
+    return frozenset((t.pid, t.started) for t in tasks_of(uid) if t.pid == t.tid and t.state == "T")
+
+
+class Vigil:
+    """Over one rental's processes: `hold` stops them, and every call after that finds who was awake meanwhile."""
+
+    def __init__(self, uid: int, username: str) -> None:
+        self._uid = uid
+        self._username = username
+        self._before: dict[Key, Task] = {}
+        self._wakings = 0
+
+    def hold(self) -> int:
+        """When it returns all stand still, or have been killed for fighting: how many were is returned."""
+        if woken(self._before, tasks_of(self._uid)):
+            self._wakings += 1
+        fights = self._wakings > FORGIVEN or not self._stop()
+        if fights:
+            return processes.end({self._uid: self._username}, PATIENCE_S)
+        self._before = {task.key: task for task in tasks_of(self._uid)}
+        return 0
+
+    def _stop(self) -> bool:
+        """Passes until one finds nobody at work. False if somebody fights it."""
+        renter = {self._uid: self._username}
+        first: dict[Key, Task] = {}
+        last_moment = time.monotonic() + PATIENCE_S
+        while True:
+            reached = processes.strike(self._uid, signal.SIGSTOP)
+            others = [] if reached else processes.of([self._uid])
+            for pid in (*others, *processes.sessions(self._uid, self._username)):
+                processes.send(pid, renter, signal.SIGSTOP)
+            time.sleep(BETWEEN_PASSES_S)
+            now = tasks_of(self._uid)
+            if still(now):
+                return True
+            if time.monotonic() > last_moment:
+                return not restless(first, now)
+            for task in now:
+                first.setdefault(task.key, task)
+
+
+def wake(uid: int, username: str, stay: frozenset[tuple[int, int]]) -> None:
+    """Let all go on but those that were stopped before.
+
+    The youngest first: a shell that woke before its child would find it stopped, and take it for suspended by its user.
+    """
+    renter = {uid: username}
+    found = {(task.started, task.pid) for task in tasks_of(uid) if task.pid == task.tid}
+    for started, pid in sorted(found, reverse=True):
+        if (pid, started) not in stay:
+            processes.send(pid, renter, signal.SIGCONT)
+    for pid in processes.log_ins([username]):
+        processes.send(pid, renter, signal.SIGCONT)
+
+
+def _read(pid: int, place: Path) -> Task:
+    stat, status = (place / "stat").read_text(errors="replace"), (place / "status").read_text(errors="replace")
+    return task_of(pid, stat, status)
