@@ -23,9 +23,11 @@ from call_home import CallHome, HttpTransport
 from decisions import may_run
 from fence import Fence
 from node import Node, Settings, settings_from
+from watched import Watched
 
 LOOK_EVERY_S = 0.5
 AFTER_A_FAULT_S = 5.0
+WATCH_PLACE = Path("/run/orion/watch")
 RENTERS_OOM_SCORE = 500
 RENTERS_NICENESS = 5
 """So that the agent gets the processor first when a renter takes all of it: when all wake from a pause, for one."""
@@ -80,9 +82,14 @@ def say(line: str) -> None:
     print(f"orion-agent: {line}", flush=True)  # noqa: T201 - the container's log
 
 
-def call_for_ever(home: CallHome, stopping: threading.Event) -> None:
+def call_for_ever(home: CallHome, stopping: threading.Event, hurry: threading.Event) -> None:
+    """`hurry` is set when the next call may have become due earlier, and when there is none any more."""
     wait_s = 0.0
-    while not stopping.wait(wait_s):
+    while not stopping.is_set():
+        if hurry.wait(wait_s):
+            hurry.clear()
+            wait_s = min(wait_s, home.due_s())
+            continue
         try:
             wait_s = home.step()
         except Exception as fault:
@@ -93,17 +100,30 @@ def call_for_ever(home: CallHome, stopping: threading.Event) -> None:
 
 
 def run(settings: Settings) -> None:
-    stopping = threading.Event()
+    stopping, hurry = threading.Event(), threading.Event()
+
+    def stop(*_: object) -> None:
+        stopping.set()
+        hurry.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, stop)
     node = Node(settings, say)
     node.lock_all()
     fence = Fence(node.rentals, lambda: may_run(home.standing, home.unwatched_at, boot_time_s()), say)
     fence.begin()
     home = CallHome(node, HttpTransport(settings.url), boot_time_s, random.random, say, fence.renewed)
+
+    def unwatched() -> None:
+        home.unwatched_at = boot_time_s()
+        say("the manager's watch has ended")
+        hurry.set()
+
+    watched = Watched(WATCH_PLACE, node.boot_id, unwatched)
     sshd = Sshd(settings)
-    threading.Thread(target=fence.run, daemon=True).start()
-    threading.Thread(target=call_for_ever, args=(home, stopping), daemon=True).start()
+    for work in (fence.run, watched.run):
+        threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True).start()
     while not stopping.wait(LOOK_EVERY_S):
         sshd.look_after()
     say("told to stop")

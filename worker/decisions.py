@@ -116,7 +116,8 @@ def ask_within_s(standing: Standing, unwatched_at: float | None, now: float) -> 
     """How long the next call may wait at most, in seconds: what is about to lose the right to run asks often."""
     acknowledged_at, often_s = standing.acknowledged_at, 0.4 * standing.door_answer_s
     if unwatched_at is not None and _not_before(unwatched_at + WATCH_SETTLES_S, acknowledged_at) is None:
-        return max(unwatched_at + WATCH_SETTLES_S - now, min(WATCH_SETTLES_S, often_s))
+        in_time = now - unwatched_at < WATCH_GRACE_S
+        return max(unwatched_at + WATCH_SETTLES_S - now, WATCH_SETTLES_S if in_time else often_s)
     if acknowledged_at is None or not standing.lease_s:
         return math.inf
     return max(often_s, acknowledged_at + standing.lease_s - standing.door_answer_s - now)

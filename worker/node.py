@@ -55,7 +55,7 @@ class Node:
         self._identity = root / "var/lib/orion/agent/identity.json"
         self._join_token = root / "run/orion-join/token"
         self._acknowledged = root / "run/orion/acknowledged"
-        self._boot_id = uuid.uuid4().hex
+        self.boot_id = uuid.uuid4().hex
         self.rentals = Rentals(Places(root), lock_wait_s=0.5)
         self._last_load = (time.monotonic(), cgroup.usage(cgroup.read_file).cpu_s)
         self._identity.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ class Node:
             "ssh_host_keys": [" ".join(key.read_text().split()[:2]) for key in keys],
             "slots": self._settings.slots,
             "labels": dict(self._settings.labels),
-            "boot_id": self._boot_id,
+            "boot_id": self.boot_id,
             "agent_version": AGENT_VERSION,
             "inventory": self.inventory(),
         }

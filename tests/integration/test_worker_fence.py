@@ -144,7 +144,7 @@ def test_everything_goes_on_where_it_stood_when_a_reply_says_run(network: Networ
     with scene(network, join, folder, ["one"]) as found:
         rental = found.rentals["one"]
         run_in_background(rental, "os.setsid(); tick_for_ever()")
-        rental.ssh("nohup sleep 777 >/dev/null 2>&1 & kill -STOP $!")
+        rental.ssh("nohup sleep 777 >/dev/null 2>&1 </dev/null & kill -STOP $!")
         terminal = subprocess.Popen(
             found.worker.ssh_command(rental.username, rental.key, "-tt"),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
@@ -236,8 +236,7 @@ def test_an_order_freezes_and_thaws_and_no_older_reply_does(network: Network, jo
         assert (played.changed, played.last["state"]) == (True, "frozen")
         ticks = found.ticks(rental)
         assert not rental.lets_in()
-        again = found.worker.playbook("freeze", **order)
-        assert (again.ok, again.changed) == (True, False)
+        assert found.worker.rental("freeze", **order)[1]["changed"] is False
         assert found.ticks(rental) == ticks
         assert found.states(rental) == {"T"}
         thawed = found.worker.playbook("thaw", **order)

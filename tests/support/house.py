@@ -259,11 +259,17 @@ class House:
         raise AssertionError("the platform does not come to rest")
 
     async def compare_roster(self) -> None:
-        """What is in memory is what is in the database, whatever has happened."""
-        anew = Roster()
-        anew.apply(await self.store.read(everything), self.clock.now)
-        difference = what_differs(anew, self.manager.roster)
-        assert not difference, difference
+        """What is in memory is what is in the database, whatever has happened.
+
+        A call of the test's that is under way may commit between the two looks: then it has come to rest by the next.
+        """
+        for _ in range(3):
+            anew = Roster()
+            anew.apply(await self.store.write(everything), self.clock.now)  # behind all that was written before
+            difference = what_differs(anew, self.manager.roster)
+            if not difference:
+                return
+        raise AssertionError(difference)
 
     async def finish_tasks(self) -> None:
         await asyncio.gather(*self.manager.reconciler._running.values())

@@ -10,7 +10,7 @@ from support.builders import SESSION, new_worker
 
 from orion.manager.domain.brake import Brake
 from orion.manager.domain.clocks import Clocks
-from orion.manager.domain.health import MAX_FLAPS, RULES, Evidence, judge
+from orion.manager.domain.health import MAX_FLAPS, RULES, WATCH_CLOSED, Evidence, Verdict, Watched, judge
 from orion.manager.domain.leases import Lease
 from orion.manager.domain.model import Worker
 from orion.manager.domain.states import JOIN_DEADLINE_S, Health
@@ -192,3 +192,48 @@ def test_a_worker_without_any_lease_is_judged_by_the_manager_s_start() -> None:
     started = Brake(NOW - 181, None, "")
     assert judge(Evidence(orphan, None, NOW, CLOCKS, started, refuge=False)).to is Health.DOWN
     assert judge(Evidence(orphan, None, NOW, CLOCKS, replace(started, disturbed_at=NOW - 179), refuge=False)) is None
+
+
+CLOSED = Watched(closed_at=NOW - 0.5)
+DEAD = Watched(closed_at=NOW - 0.5, proof="its container is gone")
+COUNTED_ON = [Health.READY, Health.SUSPECT, Health.UNKNOWN, Health.JOINING, Health.QUARANTINED]
+
+
+@pytest.mark.parametrize("health", COUNTED_ON)
+@pytest.mark.parametrize("brake", [OFF, ON])
+def test_a_proof_of_death_counts_at_once_and_in_a_brake_too(health: Health, brake: Brake) -> None:
+    assert judge(evidence(health, 3.0, brake=brake, watched=DEAD)) == Verdict(Health.DOWN, DEAD.proof)
+
+
+@pytest.mark.parametrize("health", COUNTED_ON)
+def test_who_was_heard_since_its_watch_was_closed_is_not_dead(health: Health) -> None:
+    assert verdict(health, 0.4, watched=DEAD) is not Health.DOWN
+    assert verdict(health, 0.5, watched=DEAD) is Health.DOWN, "in the same moment is before"
+
+
+def test_a_manager_that_was_away_can_prove_a_death_before_it_heard_anybody() -> None:
+    assert verdict(Health.UNKNOWN, watched=DEAD, **NOT_HEARD_YET) is Health.DOWN
+
+
+def test_who_said_goodbye_is_not_proved_dead_but_given_the_time_of_a_restart() -> None:
+    leaving = {"lease": {"leaving_at": NOW - 1.0}}
+    assert verdict(Health.READY, 3.0, watched=DEAD, **leaving) is None
+    assert verdict(Health.READY, 3.0, watched=CLOSED, **leaving) is None
+
+
+def test_a_closed_watch_makes_a_worker_suspect_until_it_is_heard_or_held_again() -> None:
+    assert judge(evidence(Health.READY, 3.0, watched=CLOSED)) == Verdict(Health.SUSPECT, WATCH_CLOSED)
+    assert verdict(Health.SUSPECT, 3.0, watched=CLOSED) is None
+    assert verdict(Health.SUSPECT, 0.1, watched=CLOSED) is Health.READY
+    assert verdict(Health.SUSPECT, 3.0, watched=Watched()) is Health.READY
+
+
+def test_to_be_suspect_by_a_closed_watch_is_no_loss_but_what_comes_of_it_is() -> None:
+    ready, suspect = new_worker(health=Health.READY), new_worker(health=Health.SUSPECT)
+    by_watch, by_silence = replace(suspect, explanation=WATCH_CLOSED), replace(suspect, explanation="no heartbeat")
+    assert not Verdict(Health.SUSPECT, WATCH_CLOSED).is_loss(ready)
+    assert not Verdict(Health.READY, "").is_loss(by_watch)
+    assert Verdict(Health.SUSPECT, "no heartbeat").is_loss(ready)
+    assert Verdict(Health.JOINING, "").is_loss(by_watch)
+    assert Verdict(Health.DOWN, DEAD.proof).is_loss(by_watch)
+    assert not Verdict(Health.DOWN, "").is_loss(by_silence), "it was counted when it fell silent"

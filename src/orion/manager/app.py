@@ -34,8 +34,9 @@ from orion.manager.domain.overdue import MOST_SHOWN, Overdue, overdue, workers_t
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health
 from orion.manager.engine.ansible import AnsibleEngine
-from orion.manager.engine.port import Engine, Reach
+from orion.manager.engine.port import Engine, Reach, Watch
 from orion.manager.engine.reach import SshReach
+from orion.manager.engine.watch import SshWatch
 from orion.manager.gateway import routes
 from orion.manager.loops.door import DoorProbe
 from orion.manager.loops.engine_log import EngineLog, LoggedEngine
@@ -43,6 +44,7 @@ from orion.manager.loops.expiry import ExpiryLoop
 from orion.manager.loops.health import HealthLoop
 from orion.manager.loops.reconciler import Reconciler
 from orion.manager.loops.timer import Loop
+from orion.manager.loops.watching import Watching
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store import tokens
 from orion.manager.store import workers as worker_rows
@@ -68,6 +70,8 @@ class Ports:
     """None: there is no proxy to ask through, as in tests without one."""
     monotonic: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
+    watch: Watch | None = None
+    """None: deaths are found by leases alone."""
 
 
 class Manager:
@@ -97,6 +101,8 @@ class Manager:
             ports.monotonic,
             wake_reconciler,
         )
+        self.watching = Watching(ports.watch, ports.monotonic, self.health.judge_now) if ports.watch else None
+        self.health.watching = self.watching
         self.expiry = ExpiryLoop(self.ledger, ports.monotonic, ports.wall, wake_reconciler)
         self.reconciler.on_worker_change = self.health.loop.hint
         self.metrics = Metrics(
@@ -168,6 +174,8 @@ class Manager:
             await asyncio.gather(*running, return_exceptions=True)
             await self.reconciler.stop()
             await self.engine_log.flush()
+            if self.watching:
+                await self.watching.stop()
             if self._ports.door:
                 await self._ports.door.close()
 
@@ -249,7 +257,8 @@ def main() -> None:
     lock = _lead(Path(settings.lock_file))
     store = open_store(settings, Store)
     door = DoorProbe(settings.door_url, settings.clocks.door_answer_s, min(1.0, settings.clocks.heartbeat_s / 30))
-    ports = Ports(AnsibleEngine(Path(settings.engine_socket)), SshReach(secrets.ssh_private_key), door)
+    reach = SshReach(secrets.ssh_private_key)
+    ports = Ports(AnsibleEngine(Path(settings.engine_socket)), reach, door, watch=SshWatch(reach))
     serve(settings, secrets, store, ports, "0.0.0.0")  # noqa: S104  the door hangs up on every peer but the proxy
     lock.close()
 

@@ -18,6 +18,19 @@ MAX_FLAPS = 3
 """Losses of `ready` within the flap window that quarantine a worker."""
 
 
+WATCH_CLOSED = "it closed the manager's watch on it"
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What the watch on a worker has found in its present session; see engine/watch.py."""
+
+    closed_at: float | None = None
+    """When its kernel closed the watch (monotonic seconds); None: it is held, or was lost so that it says nothing."""
+    proof: str = ""
+    """Why it must be dead, found out since then."""
+
+
 @dataclass(frozen=True)
 class Evidence:
     """All that one verdict rests on. `joining_s`: seconds in `joining`; `losses`: of `ready`, within the window."""
@@ -31,6 +44,18 @@ class Evidence:
     """Another worker is ready, active and not leaving: rentals have somewhere to go."""
     joining_s: float = 0.0
     losses: int = 0
+    watched: Watched = Watched()
+
+    @property
+    def leaving(self) -> bool:
+        return self.lease is not None and self.lease.leaving_at is not None
+
+    @property
+    def closed(self) -> bool:
+        """Its watch was closed, and it was not heard since: a dead one sends nothing. A goodbye told of its end."""
+        received_at, closed_at = self.lease.received_at if self.lease else None, self.watched.closed_at
+        heard = received_at is not None and closed_at is not None and received_at > closed_at
+        return closed_at is not None and not heard and not self.leaving
 
     @property
     def unheard_s(self) -> float:
@@ -71,6 +96,15 @@ class Verdict:
     to: Health
     reason: str
 
+    def is_loss(self, of: Worker) -> bool:
+        """Whether a worker that was ready is lost by it. To be suspect because a watch was closed is none, until more
+        comes of it: else a renter who brings that about could have its worker quarantined.
+        """
+        if of.health is Health.READY:
+            return self.to in {Health.SUSPECT, Health.JOINING, Health.DOWN} and self.reason != WATCH_CLOSED
+        watch_closed = of.health is Health.SUSPECT and of.explanation == WATCH_CLOSED
+        return watch_closed and self.to in {Health.JOINING, Health.DOWN}
+
 
 Rule = Callable[[Evidence], Verdict | None]
 
@@ -108,6 +142,19 @@ def _said_goodbye(e: Evidence) -> Verdict | None:
     return Verdict(Health.DOWN, "it said goodbye")
 
 
+def _proved_dead(e: Evidence) -> Verdict | None:
+    # In a brake too: this is no silence.
+    if not e.watched.proof or not e.closed:
+        return None
+    return Verdict(Health.DOWN, e.watched.proof)
+
+
+def _watch_closed(e: Evidence) -> Verdict | None:
+    if not e.closed:
+        return None
+    return Verdict(Health.SUSPECT, WATCH_CLOSED)
+
+
 def _lease_passed(e: Evidence) -> Verdict | None:
     if e.brake.on or e.silence_s <= e.grace_s:
         return None
@@ -128,7 +175,7 @@ def _unverified(e: Evidence) -> Verdict | None:
 
 
 def _verified(e: Evidence) -> Verdict | None:
-    if not e.heard or not e.verified:
+    if not e.heard or not e.verified or e.closed:
         return None
     return Verdict(Health.READY, "it is heard, it was reached by SSH, and nothing stale is on it")
 
@@ -168,6 +215,7 @@ def _manager_was_away(e: Evidence) -> Verdict | None:
 RULES: dict[Health, tuple[Rule, ...]] = {
     Health.JOINING: (
         _said_goodbye,
+        _proved_dead,
         _lease_passed,
         _silent,
         _at_fault,
@@ -175,9 +223,9 @@ RULES: dict[Health, tuple[Rule, ...]] = {
         _verified,
         _never_clean,
     ),
-    Health.READY: (_said_goodbye, _manager_was_away, _unverified, _silent),
-    Health.SUSPECT: (_said_goodbye, _lease_passed, _unverified, _verified),
-    Health.UNKNOWN: (_said_goodbye, _lease_passed, _unverified, _verified),
+    Health.READY: (_said_goodbye, _proved_dead, _manager_was_away, _unverified, _watch_closed, _silent),
+    Health.SUSPECT: (_said_goodbye, _proved_dead, _lease_passed, _unverified, _verified),
+    Health.UNKNOWN: (_said_goodbye, _proved_dead, _lease_passed, _unverified, _verified),
     Health.DOWN: (_unverified,),
-    Health.QUARANTINED: (_lease_passed, _resumed),
+    Health.QUARANTINED: (_proved_dead, _lease_passed, _resumed),
 }

@@ -1,4 +1,4 @@
-"""A small world of workers in memory, with an engine and a reach into it: for tests, and for trying things out.
+"""A small world of workers in memory, with an engine, a reach and a watch into it: for tests, and for trying out.
 
 It holds to the contract of the real ones (tests/engine_contract.py), the worker's epoch guard and tombstones included.
 """
@@ -6,10 +6,11 @@ It holds to the contract of the real ones (tests/engine_contract.py), the worker
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from orion.manager.engine.port import Action, Host, Job, Outcome, Reached
+from orion.manager.engine.port import Action, End, Host, Job, Outcome, Reached, Sign
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class FakeWorker:
     """Not empty: every job here fails with this message."""
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a job has reached this worker, whatever became of it."""
+    boot_id: str = "boot-0001"
     _going: asyncio.Event = field(default_factory=asyncio.Event)
+    _closing: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self._going.set()
@@ -48,6 +51,15 @@ class FakeWorker:
         """As a container that was killed; what hangs here fails at once."""
         self.alive = False
         self._going.set()
+        self.close_watches()
+
+    def close_watches(self) -> None:
+        """As when sshd is restarted: the connections end, and the next are taken."""
+        self._closing.set()
+        self._closing = asyncio.Event()
+
+    async def closed(self) -> None:
+        await self._closing.wait()
 
     def come_back(self) -> None:
         """Its file system as it was, every account locked."""
@@ -166,6 +178,30 @@ class FakeReach:
         if not worker.alive:
             return Reached.NO
         return Reached.YES if self.world.recognises(worker, host) else Reached.IMPOSTOR
+
+
+@dataclass
+class FakeWatch:
+    """Implements `port.Watch`; its silence takes no time."""
+
+    world: FakeWorld
+
+    async def hold(self, host: Host, boot_id: str, told: Callable[[Sign], None]) -> End:
+        await asyncio.sleep(0)
+        worker = self.world.at(host)
+        while worker is not None and self.world.recognises(worker, host):
+            if worker.boot_id != boot_id:
+                return End.NOT_HELD
+            told(Sign.HELD)
+            await worker.closed()
+            told(Sign.CLOSED)
+            await asyncio.sleep(0)
+            worker = self.world.at(host)
+            if worker is None:
+                return End.GONE
+            if not self.world.recognises(worker, host):
+                return End.REPLACED
+        return End.NOT_HELD
 
 
 def _unreachable(reason: str) -> Outcome:

@@ -1,12 +1,13 @@
 """The ports between the manager's loops and the world of workers: what runs a playbook, what reaches a worker.
 
-`AnsibleEngine` and `SshReach` are the real ones, `FakeEngine` and `FakeReach` (engine/fake.py) the shipped fakes;
+`AnsibleEngine`, `SshReach` and `SshWatch` are the real ones, those of engine/fake.py the shipped fakes;
 tests/unit/test_engine_contract.py holds the fakes to the contract that tests/integration/test_engine.py holds the real
 ones to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -70,4 +71,32 @@ class Reached(StrEnum):
 class Reach(Protocol):
     async def reach(self, host: Host, timeout_s: float) -> Reached:
         """Open one SSH connection as root with the manager's key, verify the pinned host key, close it."""
+        ...
+
+
+class Sign(StrEnum):
+    """What a watch tells while it goes on."""
+
+    HELD = "held"
+    CLOSED = "closed"
+    """Its kernel closed the connection; whether it is gone is being found out."""
+
+
+class End(StrEnum):
+    """How a watch ended."""
+
+    GONE = "gone"
+    """Its kernel closed the connection, and nothing has answered at its address since: a proof of death."""
+    REPLACED = "replaced"
+    """The same, but something else answers at its address, with another host key: a proof too."""
+    NOT_HELD = "not held"
+    """It could not be held, or was lost in a way that proves nothing."""
+
+
+class Watch(Protocol):
+    async def hold(self, host: Host, boot_id: str, told: Callable[[Sign], None]) -> End:
+        """Hold one connection to this worker, in this life of its container, until that ends for good.
+
+        Cancelled, it lets go with a word, so that the worker's agent makes nothing of it.
+        """
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import asyncssh
 
@@ -19,7 +20,7 @@ class SshReach:
     async def reach(self, host: Host, timeout_s: float) -> Reached:
         try:
             async with asyncio.timeout(timeout_s):
-                connection = await self._connect(host)
+                connection = await self.connect(host)
         except asyncssh.HostKeyNotVerifiable:
             return Reached.IMPOSTOR
         except asyncssh.KeyExchangeFailed as error:
@@ -30,9 +31,13 @@ class SshReach:
         connection.abort()
         return Reached.YES
 
-    async def _connect(self, host: Host) -> asyncssh.SSHClientConnection:
+    async def connect(
+        self, host: Host, client: Callable[[], asyncssh.SSHClient] = asyncssh.SSHClient
+    ) -> asyncssh.SSHClientConnection:
+        """One connection; raises OSError and asyncssh.Error. Nothing is ever sent over it by itself."""
         pinned = [asyncssh.import_public_key(key) for key in host.host_keys]
-        return await asyncssh.connect(
+        connection, _ = await asyncssh.create_connection(
+            client,
             host.address,
             host.port,
             username="root",
@@ -43,7 +48,9 @@ class SshReach:
             agent_path=None,
             config=None,
             server_host_key_algs=_algorithms(host),
+            tcp_keepalive=False,
         )
+        return connection
 
 
 def _algorithms(host: Host) -> list[str]:

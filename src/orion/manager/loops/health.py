@@ -18,12 +18,13 @@ import structlog
 
 from orion.manager.domain.brake import Brake, Observation, advance
 from orion.manager.domain.clocks import Clocks
-from orion.manager.domain.health import Evidence, Verdict, judge, moments
+from orion.manager.domain.health import Evidence, Verdict, Watched, judge, moments
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.model import Step, Worker, move_worker
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health
 from orion.manager.loops.timer import Loop
+from orion.manager.loops.watching import Watching
 from orion.manager.store.port import Ledger
 
 log = structlog.get_logger()
@@ -72,6 +73,8 @@ class HealthLoop:
         self._sweep: Iterator[str] = iter(())
         self.swept_at_once = SWEPT_AT_ONCE
         self.brake = Brake.at_start(monotonic())
+        self.watching: Watching | None = None
+        """What proves deaths; None: only leases do."""
         self.interval_s = max(0.2, min(1.0, clocks.heartbeat_s / 30))
         self.loop = Loop("health", self.interval_s, self.round)
 
@@ -79,11 +82,15 @@ class HealthLoop:
         """Judge it in the next round."""
         self._due[worker_id] = None
 
+    def judge_now(self, worker_id: str) -> None:
+        self.look_at(worker_id)
+        self.loop.hint()
+
     async def round(self) -> None:
         began = self._monotonic()
         await self._write_notes(began)
         await self._advance_brake(began)
-        self._find_due()
+        await self._watch(self._find_due())
         self._come_to_moments(began)
         while self._due:
             some = list(islice(self._due, LOOKED_AT_ONCE))
@@ -103,8 +110,10 @@ class HealthLoop:
             self._noted_at = now
             await self._ledger.heard(notes)
 
-    def _find_due(self) -> None:
-        self._due.update(dict.fromkeys(self._roster.take_changed()))
+    def _find_due(self) -> list[str]:
+        """Those of them that a commit touched, or whose turn it is."""
+        changed = self._roster.take_changed()
+        self._due.update(dict.fromkeys(changed))
         leaving = self._leases.leaving()
         if leaving and not self.brake.on and self._roster.refuges(leaving):
             self._due.update(dict.fromkeys(sorted(leaving)))
@@ -112,6 +121,22 @@ class HealthLoop:
         if len(swept) < self.swept_at_once:
             self._sweep = iter(list(self._roster.ids()))
         self._due.update(dict.fromkeys(swept))
+        return changed + swept
+
+    async def _watch(self, worker_ids: list[str]) -> None:
+        """Hold a watch on those that are counted on, and on no others."""
+        if self.watching is None:
+            return
+        begun: list[str] = []
+        for worker_id in worker_ids:
+            known = self._roster.worker(worker_id)
+            if known is None:
+                self.watching.forget(worker_id)
+            elif not self.watching.is_right(worker_id, known.session_id, known.health):
+                begun.append(worker_id)
+        for start in range(0, len(begun), LOOKED_AT_ONCE):
+            for worker in (await self._ledger.workers(begun[start : start + LOOKED_AT_ONCE])).values():
+                self.watching.see(worker)
 
     def _come_to_moments(self, now: float) -> None:
         for _ in range(GONE_THROUGH_AT_ONCE):
@@ -214,6 +239,7 @@ class HealthLoop:
             refuges > is_refuge,
             0.0 if joined_at is None else now - joined_at,
             self._leases.losses(worker.id, now, self._clocks.flap_window_s),
+            self.watching.found(worker) if self.watching else Watched(),
         )
 
     def _plan(self, evidence: Evidence) -> None:
@@ -258,6 +284,5 @@ class HealthLoop:
         self._on_verdict()
 
     def _note_loss(self, evidence: Evidence, verdict: Verdict) -> None:
-        lost = evidence.worker.health is Health.READY and verdict.to in {Health.SUSPECT, Health.JOINING}
-        if lost and not self.brake.on:
+        if verdict.is_loss(evidence.worker) and not self.brake.on:
             self._leases.lost_ready(evidence.worker.id, evidence.now, self._clocks.flap_window_s)

@@ -1,0 +1,113 @@
+"""The watch on a real worker: what its end tells the manager, and what the worker's agent makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from rental_support import new_rental
+from worker_support import Network, SmallManager, Worker, docker, worker
+
+from orion.manager.engine.port import End, Host, Sign
+from orion.manager.engine.reach import SshReach
+from orion.manager.engine.watch import SshWatch
+
+KILL_SSHD = ("pkill", "-KILL", "-x", "sshd|sshd-session")
+
+
+class Held:
+    """A watch on a worker, and all that it has told, with times."""
+
+    def __init__(self, on: Worker, manager: SmallManager) -> None:
+        boot_id = manager.of("/api/register")[-1].body["boot_id"]
+        watch = SshWatch(SshReach(on.key.file.read_text()))
+        host = Host(on.worker_id, on.address, on.host_keys)
+        self.told: list[Sign] = []
+        self.task = asyncio.create_task(watch.hold(host, boot_id, self.told.append))
+
+    async def until(self, *signs: Sign, within_s: float = 10.0) -> None:
+        deadline = time.monotonic() + within_s
+        while self.told != list(signs):
+            assert time.monotonic() < deadline, self.told
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def watched(on: Worker, manager: SmallManager) -> AsyncIterator[Held]:
+    held = Held(on, manager)
+    await held.until(Sign.HELD)
+    yield held
+    held.task.cancel()
+    await asyncio.gather(held.task, return_exceptions=True)
+
+
+async def shown(on: Worker) -> str:
+    return await asyncio.to_thread(on.run, "orion-rental", "inventory")
+
+
+async def test_a_watch_goes_over_a_restart_of_sshd_and_ends_with_the_container(
+    network: Network, manager: SmallManager, join: Path, folder: Path
+) -> None:
+    manager.interval_s = 30.0
+    with worker(network, manager, join) as new:
+        await asyncio.to_thread(new.wait_registered)
+        rental = await asyncio.to_thread(new_rental(new, folder).create_quickly)
+
+        async with watched(new, manager):
+            quiet = time.monotonic()
+        await asyncio.sleep(0.7)
+        assert manager.of("/api/heartbeat", after=quiet) == [], "the agent makes nothing of a watch that was let go"
+
+        async with watched(new, manager) as held:
+            ended = time.monotonic()
+            await asyncio.to_thread(new.run, *KILL_SSHD)
+            await held.until(Sign.HELD, Sign.CLOSED, Sign.HELD)
+            beats = manager.of("/api/heartbeat", after=ended)
+            assert len(beats) == 1, "it asked at once, and was answered"
+            assert beats[0].at - ended < 1.0
+            assert '"running"' in await shown(new)
+
+            began = time.monotonic()
+            await asyncio.to_thread(docker, "kill", new.name)
+            async with asyncio.timeout(10):
+                assert await held.task is End.GONE
+            assert time.monotonic() - began < 2.5
+            assert held.told[-1] is Sign.CLOSED
+        assert rental.username
+
+
+async def test_a_worker_whose_watch_ends_without_a_word_from_anybody_freezes_in_a_second(
+    network: Network, manager: SmallManager, join: Path, folder: Path
+) -> None:
+    with worker(network, manager, join) as new:
+        await asyncio.to_thread(new.wait_registered)
+        await asyncio.to_thread(new_rental(new, folder).create_quickly)
+        async with watched(new, manager) as held:
+            await asyncio.to_thread(docker, "network", "disconnect", network.name, new.name)
+            await asyncio.sleep(1.8)
+            assert held.told == [Sign.HELD], "a cut ends nothing: the lease decides"
+            assert '"running"' in await shown(new)
+            began = time.monotonic()
+            await asyncio.to_thread(new.run, *KILL_SSHD)
+            while '"frozen"' not in await shown(new):
+                assert time.monotonic() - began < 2.5, new.log()
+
+
+async def test_another_boot_of_the_container_is_not_watched_in_its_name(
+    network: Network, manager: SmallManager, join: Path
+) -> None:
+    with worker(network, manager, join) as new:
+        await asyncio.to_thread(new.wait_registered)
+        watch = SshWatch(SshReach(new.key.file.read_text()))
+        told: list[Sign] = []
+        assert await watch.hold(Host("w", new.address, new.host_keys), "another-boot", told.append) is End.NOT_HELD
+        assert told == []
+
+
+async def test_what_was_never_held_proves_nothing(manager: SmallManager) -> None:
+    watch = SshWatch(SshReach(manager.key.file.read_text()))
+    key = manager.key.public
+    assert await watch.hold(Host("w", "127.0.0.1", (key,), port=9), "boot", lambda _: None) is End.NOT_HELD

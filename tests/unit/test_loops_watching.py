@@ -1,0 +1,160 @@
+"""Who is watched, what a watch finds, and what the health loop makes of it; the watch itself is the shipped fake."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from support.builders import new_worker
+from support.house import House
+
+from orion.manager.domain.health import Watched
+from orion.manager.domain.model import Worker
+from orion.manager.domain.states import Health
+from orion.manager.engine.fake import FakeWatch, FakeWorker, FakeWorld
+from orion.manager.engine.port import Host
+from orion.manager.engine.watch import ATTEMPT_EVERY_S, SILENCE_S, Silence, breaks_silence
+from orion.manager.loops.watching import PROOFS, Watching
+
+
+class Scene:
+    def __init__(self) -> None:
+        self.world = FakeWorld()
+        self.now = 1000.0
+        self.changes = 0
+        self.watching = Watching(FakeWatch(self.world), lambda: self.now, self._count)
+        self.worker = new_worker(health=Health.READY)
+        self.node = self.add(self.worker)
+
+    def add(self, worker: Worker) -> FakeWorker:
+        node = self.world.add(Host(worker.id, worker.address, worker.host_keys))
+        node.boot_id = worker.boot_id
+        return node
+
+    async def rest(self) -> Watched:
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return self.watching.found(self.worker)
+
+    def _count(self, worker_id: str) -> None:
+        assert worker_id == self.worker.id
+        self.changes += 1
+
+
+@pytest.fixture
+async def scene() -> Scene:
+    scene = Scene()
+    scene.watching.see(scene.worker)
+    assert await scene.rest() == Watched()
+    return scene
+
+
+async def test_a_container_that_dies_is_proved_dead(scene: Scene) -> None:
+    scene.node.die()
+    found = await scene.rest()
+    assert (found.closed_at, found.proof) == (1000.0, PROOFS["gone"])
+    assert scene.changes >= 1, "the health loop is told"
+    await scene.watching.stop()
+
+
+async def test_a_restarted_sshd_leaves_nothing_behind(scene: Scene) -> None:
+    scene.node.close_watches()
+    assert await scene.rest() == Watched()
+    assert scene.changes == 2, "closed, and held again"
+    await scene.watching.stop()
+
+
+async def test_another_machine_at_the_address_is_a_proof_too(scene: Scene) -> None:
+    other = replace(scene.worker, id="w-other", host_keys=("ssh-ed25519 other",))
+    scene.add(other)
+    scene.node.die()
+    assert (await scene.rest()).proof == PROOFS["replaced"]
+    await scene.watching.stop()
+
+
+async def test_what_was_found_of_one_life_of_a_worker_says_nothing_of_the_next(scene: Scene) -> None:
+    scene.node.die()
+    assert (await scene.rest()).proof
+    again = replace(scene.worker, session_id="another", boot_id="boot-0002")
+    scene.watching.see(again)
+    assert scene.watching.found(again) == Watched()
+    await scene.watching.stop()
+
+
+@pytest.mark.parametrize("change", [{"health": Health.DOWN}, {"session_id": None}])
+async def test_who_is_down_or_has_no_session_is_not_watched(change: dict[str, str]) -> None:
+    scene = Scene()
+    scene.watching.see(replace(scene.worker, **change))  # type: ignore[arg-type]
+    assert scene.watching._tasks == {}
+
+
+async def test_who_was_removed_is_let_go(scene: Scene) -> None:
+    scene.watching.forget("w-another")
+    assert scene.watching._tasks
+    scene.watching.forget(scene.worker.id)
+    assert scene.watching._tasks == {}
+
+
+async def test_a_killed_worker_s_rental_moves_at_once_and_a_restarted_sshd_moves_nothing(house: House) -> None:
+    watching = Watching(FakeWatch(house.world), house.clock.monotonic, house.manager.health.judge_now)
+    house.manager.health.watching = watching
+    first, second = await house.join(), await house.join()
+    house.end_the_brake_of_the_start()
+    await house.pass_time(5.0)
+    rental = await house.rent()
+    holder = next(a for a in (first, second) if a.worker_id == rental["worker_id"])
+    await _rest(house)
+
+    holder.node.close_watches()
+    await _rest(house)
+    assert await house.health(holder) == "ready"
+    assert (await house.rental(rental["id"]))["epoch"] == 1
+
+    holder.node.die()
+    holder.beating = False
+    await _rest(house)
+    await house.settle()
+    assert await house.health(holder) == "down"
+    assert (await house.worker(holder))["explanation"] == PROOFS["gone"]
+    moved = await house.rental(rental["id"])
+    assert (moved["state"], moved["epoch"]) == ("active", 2)
+    assert house.manager.leases.losses(holder.worker_id, house.clock.now, 3600.0) == 1
+    await watching.stop()
+
+
+async def _rest(house: House) -> None:
+    for _ in range(5):
+        await house.settle()
+        await asyncio.sleep(0)
+
+
+def test_silence_proves_death_only_after_its_time_and_enough_attempts() -> None:
+    silence = Silence(100.0)
+    for _ in range(int(SILENCE_S / ATTEMPT_EVERY_S)):
+        silence.begun()
+    assert not silence.proves(100.0 + SILENCE_S - 0.01)
+    assert silence.proves(100.0 + SILENCE_S)
+    assert not Silence(100.0, attempts=2).proves(200.0), "nobody asked"
+
+
+def test_an_answer_of_any_kind_begins_the_silence_anew() -> None:
+    silence = Silence(100.0, attempts=9)
+    silence.broken(101.0)
+    assert not silence.proves(101.0 + SILENCE_S), "it takes new attempts too"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "breaks"),
+    [
+        (None, True),
+        (ConnectionRefusedError(111, "refused"), True),
+        (ConnectionResetError(104, "reset"), True),
+        (TimeoutError(110, "timed out"), False),
+        (OSError(113, "no route to host"), False),
+        (OSError(101, "our own network is unreachable"), True),
+        (OSError(24, "too many open files"), True),
+    ],
+)
+def test_only_what_the_other_end_left_unanswered_is_silence(outcome: OSError | None, breaks: bool) -> None:
+    assert breaks_silence(outcome) is breaks
