@@ -38,7 +38,11 @@ RENTAL = {
     "deadline": {"type": "float"},
 }
 ARGUMENTS = {
-    "command": {"type": "str", "required": True, "choices": ["run", "create", "unlock", "lock", "freeze", "thaw", "purge"]},
+    "command": {
+        "type": "str",
+        "required": True,
+        "choices": ["run", "create", "lock", "unlock", "freeze", "thaw", "purge"],
+    },
     "rentals": {"type": "list", "elements": "dict", "required": True, "options": RENTAL},
 }
 

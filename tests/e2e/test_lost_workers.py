@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import time
+from datetime import datetime
 
 import pytest
 from conftest import Figures, Rent
 from renter import Renter
-from stack import Container, Stack, story
+from stack import MOVED_WITHIN_S, Container, Stack, story
 from waiting import eventually
 
 from orion.client import Orion
+from orion.manager.engine.watch import SILENCE_S
 from orion.wire import Event, Rental, RentalState, WorkerHealth
 
 RETURNED_WITHIN_S = 45.0
+PROVED_WITHIN_S = 2.0
+BY_LEASE = "no heartbeat for"
+BY_PROOF = "its container is gone"
 
 
 @pytest.fixture
@@ -31,9 +37,12 @@ def test_a_killed_worker_gives_up_its_rental_and_is_cleaned_when_it_returns(
     dead = stack.container_of(rental.worker_id)
     mark, began = stack.mark(), time.monotonic()
     stack.docker("kill", dead.id)
+    stack.await_kind(mark, "worker.became_down", PROVED_WITHIN_S + 1.0, rental.worker_id)
+    figures["docker kill to down, by proof"] = f"{time.monotonic() - began:.1f} s"
+    assert time.monotonic() - began < PROVED_WITHIN_S + 0.5, "with the time that docker kill itself takes"
     stack.await_active(mark, rental, rental.epoch + 1)
     figures["docker kill to active again"] = f"{time.monotonic() - began:.1f} s"
-    _check_takeover(stack, mark, rental)
+    _check_takeover(stack, mark, rental, BY_PROOF)
     _check_moved(orion, rental, renter)
     assert renter.orion("ssh", "-i", str(renter.key), rental.name, "ls -A").stdout == "", "an empty home, no files yet"
 
@@ -50,10 +59,12 @@ def test_a_worker_that_sleeps_too_long_wakes_up_without_its_rental(
     mark = stack.mark()
     stack.docker("pause", asleep.id)
     stack.await_active(mark, rental, rental.epoch + 1)
-    _check_takeover(stack, mark, rental)
+    _check_takeover(stack, mark, rental, BY_LEASE)
+    assert not _frozen_at(stack, asleep), "it sleeps"
 
     mark = stack.mark()
     stack.docker("unpause", asleep.id)
+    assert eventually("it freezes as it wakes", lambda: _frozen_at(stack, asleep), 2)
     _check_return(stack, mark, rental, asleep)
     _check_moved(orion, rental, renter)
 
@@ -64,13 +75,32 @@ def test_a_worker_that_was_cut_off_comes_back_without_its_rental(
     alone = stack.container_of(rental.worker_id)
     mark = stack.mark()
     stack.docker("network", "disconnect", stack.network, alone.id)
+    down = stack.await_kind(mark, "worker.became_down", MOVED_WITHIN_S, rental.worker_id)
+    assert _states(stack, alone, rental) == {"T"}
+    frozen_at = _frozen_at(stack, alone)
+    assert frozen_at
+    assert frozen_at < down.at, f"frozen at {frozen_at}, taken over at {down.at}"
     stack.await_active(mark, rental, rental.epoch + 1)
-    _check_takeover(stack, mark, rental)
+    _check_takeover(stack, mark, rental, BY_LEASE)
 
     mark = stack.mark()
     stack.docker("network", "connect", stack.network, alone.id)
     _check_return(stack, mark, rental, alone)
     _check_moved(orion, rental, renter)
+
+
+def test_a_worker_whose_sshd_is_restarted_only_looks_suspect_for_a_moment(
+    stack: Stack, orion: Orion, rental: Rental, renter: Renter
+) -> None:
+    container = stack.container_of(rental.worker_id)
+    mark = stack.mark()
+    assert stack.exec(container.id, "pkill", "-KILL", "-x", "sshd|sshd-session").returncode == 0
+    stack.await_kind(mark, "worker.became_ready", 5, rental.worker_id)
+    time.sleep(SILENCE_S + 0.5)
+    assert _kinds(stack.events(mark)) == ["worker.became_suspect", "worker.became_ready"], story(stack.events(mark))
+    assert not _frozen_at(stack, container)
+    assert "T" not in _states(stack, container, rental)
+    assert renter.inside(orion.rental(rental.id), "cat kept") == "precious"
 
 
 def test_a_worker_that_restarts_quickly_keeps_its_rental_and_its_files(
@@ -90,14 +120,28 @@ def test_a_worker_that_restarts_quickly_keeps_its_rental_and_its_files(
     assert "worker.became_down" not in _kinds(happened, worker_id=worker_id)
 
 
-def _check_takeover(stack: Stack, mark: int, rental: Rental) -> None:
-    """The order of events: suspect first, down by its lease, and only then somewhere else."""
+def _states(stack: Stack, container: Container, rental: Rental) -> set[str]:
+    """Of the rental's processes, as ps shows them: T is stopped."""
+    shown = stack.exec(container.id, "ps", "-o", "stat=", "-U", rental.username).stdout
+    return {line.strip()[0] for line in shown.splitlines()}
+
+
+def _frozen_at(stack: Stack, container: Container) -> datetime | None:
+    """When its agent last said, in this life of its container, that it may not run anything."""
+    since = container.started_at.isoformat()
+    logged = stack.docker("logs", "--timestamps", "--since", since, container.id).splitlines()
+    times = [line.split()[0] for line in logged if "no right to run" in line]
+    return datetime.fromisoformat(re.sub(r"(\.\d{6})\d*Z$", r"\1+00:00", times[-1])) if times else None
+
+
+def _check_takeover(stack: Stack, mark: int, rental: Rental, reason: str) -> None:
+    """The order of events: suspect first, down by its lease or by proof, and only then somewhere else."""
     events = stack.events(mark)
     of_worker = _kinds(events, worker_id=rental.worker_id)
     verdicts = [kind for kind in of_worker if kind.startswith("worker.became_")]
     assert verdicts[-2:] == ["worker.became_suspect", "worker.became_down"], story(events)
     down = next(event for event in events if event.kind == "worker.became_down")
-    assert "no heartbeat for" in down.reason
+    assert reason in down.reason
     lost = next(event for event in events if event.kind == "placement.lost")
     assert (lost.rental_id, lost.worker_id, lost.epoch) == (rental.id, rental.worker_id, rental.epoch)
     activated = next(event for event in events if event.kind == "rental.activated")

@@ -1,8 +1,9 @@
 """Workers: containers with the real agent (worker/call_home.py) on a model of their file system.
 
 The model keeps what worker/rental.py keeps, by the same checks of worker/ledger.py: records with epochs, tombstones,
-keys that are in place or not. It also has what the agent will have when it freezes: nothing of a rental goes on when
-the lease, counted by the agent's own clock from when it sent its last acknowledged call, has run out.
+keys that are in place or not. And what the fence does is modelled: when the agent's own rule (decisions.may_run), by
+its own clock, has denied the right to run for as long as freezing may take, nothing of a rental goes on. The manager's
+watches end for both sides, or, where the way of SSH is cut, for the one at whose end it happened.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from call_home import Call, CallHome, Talk
-from decisions import Answer, Order, Session
+from decisions import Answer, Order, Session, may_run
 from ledger import Record, Refused, check_create, check_not_newer, check_unlock
 
 from orion.manager.domain.clocks import DRIFT, Clocks
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from simulation.world import Simulation
 
 JOIN_TOKEN = "the join token"
-CLOCKS = Clocks()
-STOPPED_AFTER_LEASES = (CLOCKS.freeze_after_s + CLOCKS.door_answer_s + CLOCKS.freeze_budget_s) / CLOCKS.freeze_after_s
-"""When everything of a rental stands still, in leases: the same at every scale of the clocks."""
+FREEZE_BUDGET_LEASES = Clocks().freeze_budget_s / Clocks().freeze_after_s
+"""How long freezing may take when a lease has ended, in leases: the same at every scale of the clocks."""
+FREEZE_BUDGET_S = 0.4
+"""The same when a watch has ended."""
 
 
 class Container:
@@ -41,8 +43,6 @@ class Container:
         self.clock_rate = 1.0 + DRIFT * self.random.uniform(-1.0, 1.0)
         self.host_key = f"ssh-ed25519 key-of-{self.name}"
         self.token: str | None = None
-        self.lease_s = 0.0
-        """Of the last reply: a manager that was restarted with other clocks gives another one."""
         self.records: dict[str, Record] = {}
         self.tombstones: dict[str, int] = {}
         self.unlocked: set[str] = set()
@@ -58,6 +58,9 @@ class Container:
         self._going.set()
         self._agent: asyncio.Task[None] | None = None
         self.home: CallHome | None = None
+        self.watches: set[asyncio.Future[bool]] = set()
+        """Held by a manager; the result says whether it noticed the end."""
+        self._hurry = asyncio.Event()
 
     # -- what happens to it ----------------------------------------------------------------------------------
 
@@ -77,6 +80,38 @@ class Container:
         self.up = False
         if self._agent:
             self._agent.cancel()
+        self._close_watches()
+
+    def kill_sshd(self) -> None:
+        """It is started again at once, and so are no connections."""
+        if self.up and not self.pauses and self.watches:
+            self._close_watches()
+            self.unwatched()
+
+    def _close_watches(self) -> None:
+        """The kernel says so to the other end, if there is a way."""
+        watches, self.watches = self.watches, set()
+        for watch in watches:
+            if not watch.done() and not self.no_ssh:
+                watch.set_result(True)
+
+    def manager_left(self, watch: asyncio.Future[bool]) -> None:
+        """The process that held it is gone."""
+        if watch in self.watches:
+            self.watches.discard(watch)
+            if self.up and not self.no_ssh:
+                self.unwatched()
+
+    def unwatched(self) -> None:
+        """The agent sees that a watch has ended; a paused one when it goes on."""
+        self.sim.spawn(self._notice(self.boots))
+
+    async def _notice(self, boots: int) -> None:
+        await self.going()
+        if self.home is not None and self.boots == boots:
+            self.sim.say(self.name, "is not watched any more")
+            self.home.unwatched_at = self.clock()
+            self._hurry.set()
 
     async def stop(self) -> None:
         """As on SIGTERM: everything locked, a goodbye, the end."""
@@ -120,7 +155,18 @@ class Container:
         while True:
             await self.going()
             wait_s = await self._drive(home.talk())
-            await asyncio.sleep(max(0.001, wait_s / self.clock_rate))
+            await self._wait(home, wait_s)
+
+    async def _wait(self, home: CallHome, wait_s: float) -> None:
+        """As agent.call_for_ever does."""
+        while True:
+            try:
+                async with asyncio.timeout(max(0.001, wait_s / self.clock_rate)):
+                    await self._hurry.wait()
+            except TimeoutError:
+                return
+            self._hurry.clear()
+            wait_s = min(wait_s, home.due_s())
 
     async def _drive(self, talk: Talk) -> float:
         try:
@@ -204,6 +250,8 @@ class Container:
 
     def unlock(self, rental_id: str, epoch: int) -> None:
         check_unlock(self.records.get(rental_id), self.tombstones.get(rental_id, 0), epoch)
+        if not self._may_run():
+            raise Refused("no_lease", "this worker has no lease: nobody is let in")
         self.unlocked.add(rental_id)
         self.frozen.discard(rental_id)
         self.sim.checker.look_at_copies()
@@ -232,11 +280,16 @@ class Container:
         return [(r, self.records[r].epoch) for r in sorted(self.unlocked - self.frozen) if r in self.records]
 
     def _freeze_what_has_no_lease(self) -> None:
-        acknowledged_at = self.home.acknowledged_at if self.home else None
-        if self.home and self.home._session:
-            self.lease_s = self.home._session.lease_s
-        if acknowledged_at is None or self.clock() - acknowledged_at >= self.lease_s * STOPPED_AFTER_LEASES:
+        if not self._may_run(FREEZE_BUDGET_S, FREEZE_BUDGET_LEASES):
             self.frozen |= self.unlocked
+
+    def _may_run(self, budget_s: float = 0.0, budget_leases: float = 0.0) -> bool:
+        """Or had the right until so short a time ago that it may not all be stopped yet."""
+        if self.home is None:
+            return False
+        standing, now = self.home.standing, self.clock()
+        by_lease = may_run(standing, None, now - budget_leases * standing.lease_s)
+        return by_lease and may_run(standing, self.home.unwatched_at, now - budget_s)
 
     def _state(self, record: Record) -> str:
         if record.rental_id not in self.unlocked:

@@ -1,4 +1,8 @@
-"""The engine and the reach into the simulated workers: jobs outlive the manager, are lost, and come late or twice."""
+"""The engine, the reach and the watch into the simulated workers.
+
+Jobs outlive the manager, are lost, and come late or twice. A watch ends when its worker's kernel says so, if that can
+get through; then the real rule of silence decides what is made of it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,11 @@ from typing import TYPE_CHECKING
 
 from ledger import Refused
 
-from orion.manager.engine.port import Action, Host, Job, Outcome, Reached
+from orion.manager.engine.port import Action, End, Host, Job, Outcome, Reached, Sign
+from orion.manager.engine.watch import ATTEMPT_EVERY_S, CONNECT_TIMEOUT_S, PROBE_AT_MOST_S, SILENCE_S, Silence, Told
 
 if TYPE_CHECKING:
+    from simulation.agents import Container
     from simulation.manager import SimulatedManager
     from simulation.world import Simulation
 
@@ -117,6 +123,62 @@ class SimulatedReach:
             found = Reached.YES if container.host_key in host.host_keys else Reached.IMPOSTOR
         await self.manager.point()
         return found
+
+
+@dataclass
+class SimulatedWatch:
+    """Implements `port.Watch`."""
+
+    sim: Simulation
+    manager: SimulatedManager
+
+    async def hold(self, host: Host, boot_id: str, told: Told) -> End:
+        await self.manager.point()
+        container = self._there(host)
+        if container is None or host.host_keys != (container.host_key,) or container.pauses:
+            await asyncio.sleep(CONNECT_TIMEOUT_S)
+            return End.NOT_HELD
+        while container.boot_id == boot_id:
+            await self._until_closed(container, told)
+            found = await self._probe(host, self.sim.loop.now)
+            if isinstance(found, End):
+                return found
+            container = found
+        return End.NOT_HELD
+
+    async def _until_closed(self, container: Container, told: Told) -> None:
+        watch: asyncio.Future[bool] = self.sim.loop.create_future()
+        container.watches.add(watch)
+        told(Sign.HELD)
+        try:
+            await watch
+        finally:
+            if self.manager.dead:
+                container.manager_left(watch)
+            container.watches.discard(watch)
+        await self.manager.point()
+        told(Sign.CLOSED)
+
+    async def _probe(self, host: Host, closed_at: float) -> Container | End:
+        silence = Silence(closed_at)
+        while self.sim.loop.now - closed_at < PROBE_AT_MOST_S:
+            silence.begun()
+            await asyncio.sleep(ATTEMPT_EVERY_S)
+            container = self._there(host)
+            if container is not None:
+                silence.broken(self.sim.loop.now)
+                if container.host_key not in host.host_keys:
+                    await asyncio.sleep(max(0.0, closed_at + SILENCE_S - self.sim.loop.now))
+                    return End.REPLACED
+                if not container.pauses:
+                    return container
+            if silence.proves(self.sim.loop.now):
+                return End.GONE
+        return End.NOT_HELD
+
+    def _there(self, host: Host) -> Container | None:
+        container = self.sim.container_at(host.address)
+        return container if container is not None and container.answers_ssh else None
 
 
 def _settle(outcome: asyncio.Future[Outcome], found: Outcome) -> None:

@@ -34,6 +34,9 @@ class Faults:
             "a worker is recreated": self._recreate,
             "a worker is cut off": lambda f: self._count(f, self._container(f), "cut_off"),
             "a worker cannot be reached by SSH": lambda f: self._count(f, self._container(f), "no_ssh"),
+            "a worker's sshd is killed": lambda f: self._container(f).kill_sshd(),
+            "a worker is cut off whole": self._cut_off,
+            "a worker is cut off as its sshd is killed": self._close_and_cut_off,
             "a worker's disk fails": lambda f: self._count(f, self._container(f), "disk_fails"),
             "a worker is paused": self._pause,
             "the network is bad": lambda f: self._count(f, sim.network, "bad"),
@@ -106,6 +109,18 @@ class Faults:
         container = self._container(fault)
         container.pause()
         self._for(fault.lasts_s, container.go_on)
+
+    def _cut_off(self, fault: Fault) -> None:
+        """From the proxy and from the manager's SSH."""
+        container = self._container(fault)
+        self._count(fault, container, "cut_off")
+        self._count(fault, container, "no_ssh")
+
+    def _close_and_cut_off(self, fault: Fault) -> None:
+        """What looks most like a death and is none."""
+        container = self._container(fault)
+        container.kill_sshd()
+        self._sim.loop.call_later(fault.figure, self._cut_off, fault)
 
     def _add(self, fault: Fault) -> None:
         self._sim.start_container(self._sim.new_container(int(fault.figure)))

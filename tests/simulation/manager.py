@@ -18,6 +18,7 @@ from orion.manager.loops.expiry import ExpiryLoop
 from orion.manager.loops.health import HealthLoop
 from orion.manager.loops.reconciler import Reconciler
 from orion.manager.loops.timer import Loop
+from orion.manager.loops.watching import Watching
 from orion.manager.store.port import Registration
 from simulation.agents import JOIN_TOKEN
 from simulation.front import Front
@@ -53,6 +54,8 @@ class SimulatedManager:
         self.health.swept_at_once = 0
         self.health.interval_s = ROUND_S
         self.health.loop = Loop("health", ROUND_S, self.health.round)
+        self.watching = Watching(sim.watch_of(self), sim.monotonic, self.health.judge_now)
+        self.health.watching = self.watching
         self.expiry = ExpiryLoop(ledger, sim.monotonic, sim.wall, hint)
         self.expiry.loop = Loop("expiry", EXPIRY_ROUND_S, self.expiry.round)
         self.reconciler.on_worker_change = self.health.loop.hint
@@ -86,7 +89,8 @@ class SimulatedManager:
         """As by SIGKILL: nothing that it has not committed has happened."""
         self.dead = True
         writing = [self.reconciler._writing] if self.reconciler._writing else []
-        tasks = self._tasks | {*self.reconciler._running.values(), *writing}
+        watches = {known.task for known in self.watching._tasks.values()}
+        tasks = self._tasks | {*self.reconciler._running.values(), *writing} | watches
         for task in sorted(tasks, key=lambda t: t.get_name()):
             task.cancel()
         self.sim.manager_died(self)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from simulation.world import Simulation
 
 UNREACHABLE = Answer(502, {"code": "manager_unreachable"}, marked=True)
+NO_ANSWER = Answer(502, {"code": "manager_no_answer"})
 LATEST_S = 25.0
 """How late a message may come: longer than anybody waits for its answer."""
 
@@ -51,7 +52,7 @@ class Network:
             self._sim.manager.spawn(self._serve(self._sim.manager, sender, handler, answer))
 
     async def _serve(self, manager: Any, sender: Any, handler: Handler, answer: asyncio.Future[Answer]) -> None:
-        found = UNREACHABLE  # what the proxy says when the manager dies meanwhile
+        found = NO_ANSWER  # what the proxy says when the manager dies meanwhile
         try:
             found = await handler(manager)
         finally:

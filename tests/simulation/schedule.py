@@ -91,12 +91,22 @@ def _long(kind: str) -> Make:
     )
 
 
+def _closing(kind: str, low_s: float, high_s: float) -> Make:
+    """The cut comes so long after the end of the connection."""
+    return lambda random, at_s: Fault(
+        at_s, kind, random.randrange(60), random.uniform(low_s, high_s), 2.0 * random.random() ** 2
+    )
+
+
 FAULTS: tuple[tuple[Make, int], ...] = (
     (_long("a worker is killed"), 4),
     (_long("a worker is stopped"), 3),
     (_long("a worker is recreated"), 3),
     (_long("a worker is cut off"), 4),
     (_short("a worker cannot be reached by SSH", 5.0, 120.0), 2),
+    (_once("a worker's sshd is killed"), 2),
+    (_long("a worker is cut off whole"), 2),
+    (_closing("a worker is cut off as its sshd is killed", 5.0, 150.0), 3),
     (_short("a worker is paused", 5.0, 250.0), 3),
     (_short("a worker's disk fails", 5.0, 400.0), 3),
     (_short("the network is bad", 10.0, 120.0), 4),

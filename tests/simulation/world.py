@@ -22,7 +22,7 @@ from orion.manager.store.memory import InvariantBroken, MemoryLedger
 from simulation.agents import Container
 from simulation.checker import Checker
 from simulation.clock import EverybodyWaits, VirtualLoop
-from simulation.engine import SimulatedEngine, SimulatedReach, Workshop
+from simulation.engine import SimulatedEngine, SimulatedReach, SimulatedWatch, Workshop
 from simulation.faults import Faults
 from simulation.manager import SimulatedManager
 from simulation.network import Network
@@ -140,6 +140,9 @@ class Simulation:
 
     def reach_of(self, manager: SimulatedManager) -> SimulatedReach:
         return SimulatedReach(self, manager)
+
+    def watch_of(self, manager: SimulatedManager) -> SimulatedWatch:
+        return SimulatedWatch(self, manager)
 
     def container_at(self, address: str) -> Container | None:
         return next((c for c in self.containers if c.up and c.address == address), None)

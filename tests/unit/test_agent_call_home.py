@@ -131,6 +131,40 @@ def test_the_lease_runs_from_the_sending_of_the_last_acknowledged_call(bench: Be
         assert bench.home.acknowledged_at == 1002.0
 
 
+def test_only_the_proxy_s_own_mark_on_the_last_answer_excuses_a_worker_without_a_lease(bench: Bench) -> None:
+    bench.step(registered())
+    bench.step(Answer(502, marked=True))
+    assert bench.home.standing.unreached_at == 1002.0, "of when it was asked"
+    for other in (Answer(0), Answer(429), Answer(403), Answer(502, {"code": "manager_unreachable"}), Answer(503)):
+        bench.step(Answer(502, marked=True))
+        bench.step(other)
+        assert bench.home.standing.unreached_at is None, other
+
+
+def test_a_reply_that_was_read_only_after_its_lease_is_not_obeyed(bench: Bench) -> None:
+    a_rental(bench)
+    bench.step(registered())
+    bench.manager.thinks_s = 80.0  # as when the machine sleeps while the reply is on its way
+    bench.step(acknowledged(placements=[{"rental_id": "one", "epoch": 1, "want": "run"}]))
+    assert bench.node.inventory()[0]["state"] == "locked"
+
+
+def test_the_next_call_is_due_at_once_when_the_watch_has_ended(bench: Bench) -> None:
+    bench.step(registered())
+    assert bench.home.due_s() > 60.0
+    bench.home.unwatched_at = bench.manager.now
+    assert bench.home.due_s() == 0.25
+    bench.manager.now += 0.3
+    bench.step(acknowledged())
+    assert bench.home.due_s() > 60.0
+
+
+def test_a_worker_whose_lease_is_about_to_end_asks_every_two_seconds(bench: Bench) -> None:
+    bench.step(registered())
+    bench.manager.now += 70.0
+    assert [bench.step(Answer(503)) for _ in range(4)] == [1.0, 2.0, 2.0, 2.0]
+
+
 def test_without_a_join_token_it_waits_says_so_once_and_calls_nobody(bench: Bench) -> None:
     token = bench.root / "run/orion-join/token"
     token.unlink()

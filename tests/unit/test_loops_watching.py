@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import asyncssh
 import pytest
 from support.builders import new_worker
 from support.house import House
@@ -14,7 +15,7 @@ from orion.manager.domain.model import Worker
 from orion.manager.domain.states import Health
 from orion.manager.engine.fake import FakeWatch, FakeWorker, FakeWorld
 from orion.manager.engine.port import Host
-from orion.manager.engine.watch import ATTEMPT_EVERY_S, SILENCE_S, Silence, breaks_silence
+from orion.manager.engine.watch import ATTEMPT_EVERY_S, SILENCE_S, Silence, breaks_silence, closed_by_peer
 from orion.manager.loops.watching import PROOFS, Watching
 
 
@@ -127,6 +128,20 @@ async def _rest(house: House) -> None:
     for _ in range(5):
         await house.settle()
         await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("ended", "closed"),
+    [
+        (asyncssh.ConnectionLost("FIN"), True),
+        (ConnectionResetError(104, "RST"), True),
+        (None, False),
+        (TimeoutError(110, "what we sent was never acknowledged"), False),
+        (OSError(113, "no route to host"), False),
+    ],
+)
+def test_only_an_end_that_came_from_the_other_side_begins_a_proof(ended: Exception | None, closed: bool) -> None:
+    assert closed_by_peer(ended) is closed
 
 
 def test_silence_proves_death_only_after_its_time_and_enough_attempts() -> None:

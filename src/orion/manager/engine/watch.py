@@ -81,6 +81,11 @@ def breaks_silence(outcome: OSError | None) -> bool:
     return outcome is None or outcome.errno not in SILENCE_ERRORS
 
 
+def closed_by_peer(ended: Exception | None) -> bool:
+    """Whether the other end's kernel said so; None: we did. What our own kernel gave up on (ETIMEDOUT) says nothing."""
+    return isinstance(ended, CLOSED_BY_PEER)
+
+
 @dataclass(eq=False)
 class _Held:
     """One connection, its channel to the agent, and how it ends."""
@@ -116,7 +121,7 @@ class SshWatch:
         while True:
             told(Sign.HELD)
             ended = await self._until_closed(held)
-            if not isinstance(ended, CLOSED_BY_PEER):
+            if not closed_by_peer(ended):
                 return End.NOT_HELD
             told(Sign.CLOSED)
             found = await self._probe(host, time.monotonic())
