@@ -1,4 +1,4 @@
-"""`python -m bench [rent burst heartbeats growth]`: measure, show, keep."""
+"""`python -m bench [rent burst heartbeats growth watch]`: measure, show, keep."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import burst, growth, heartbeats, rent
+from bench import burst, growth, heartbeats, rent, watch
 from bench.report import RESULTS, Result, keep, machine, show
 
-NEEDS = {"rent": ("docker",), "burst": ("docker",), "heartbeats": ("docker", "wrk"), "growth": ()}
+NEEDS = {"rent": ("docker",), "burst": ("docker",), "heartbeats": ("docker", "wrk"), "growth": (), "watch": ()}
 
 
 def main() -> int:
@@ -28,6 +28,7 @@ def main() -> int:
         "burst": lambda: burst.measure(arguments.rents),
         "heartbeats": lambda: heartbeats.measure(arguments.workers, arguments.load_s),
         "growth": lambda: growth.measure(arguments.sizes, arguments.samples),
+        "watch": lambda: watch.measure(arguments.watches),
     }
     chosen = arguments.parts or list(parts)
     missing = {need for part in chosen for need in NEEDS[part] if not _there(need)}
@@ -69,6 +70,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=5000, help="heartbeats: simulated workers")
     parser.add_argument("--load-s", type=float, default=8, help="heartbeats: length of a round of load")
     parser.add_argument("--samples", type=int, default=100, help="growth: calls of each kind for each size")
+    parser.add_argument("--watches", type=int, default=1000, help="watch: workers that are watched")
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[100, 1000, 10_000, 100_000], help="growth: registered workers"
     )

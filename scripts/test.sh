@@ -133,7 +133,7 @@ summary() {
 
 # Growth is measured without engine and load generator.
 make_bench() {
-    if [ "$*" = growth ]; then return; fi
+    if [ "$*" = growth ] || [ "$*" = watch ]; then return; fi
     make_engine
     command -v wrk >/dev/null || install_packages wrk
 }

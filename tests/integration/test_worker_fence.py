@@ -144,7 +144,7 @@ def test_everything_goes_on_where_it_stood_when_a_reply_says_run(network: Networ
     with scene(network, join, folder, ["one"]) as found:
         rental = found.rentals["one"]
         run_in_background(rental, "os.setsid(); tick_for_ever()")
-        rental.ssh("nohup sleep 777 >/dev/null 2>&1 </dev/null & kill -STOP $!")
+        rental.ssh("nohup sleep 777 >/dev/null 2>&1 </dev/null & sleep 0.3; kill -STOP $!")
         terminal = subprocess.Popen(
             found.worker.ssh_command(rental.username, rental.key, "-tt"),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,

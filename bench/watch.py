@@ -1,0 +1,138 @@
+"""What the manager's watches cost it: the real SshWatch on 1,000 SSH servers, which are one process on this machine.
+
+The servers ask every 15 s whether the other end is still there, as sshd of a worker does (worker/sshd_config): that is
+all that happens on a watch at rest.
+
+python -m bench.watch serve|hold N PORT KEYS is what the two processes run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import asyncssh
+
+from bench.processes import cpu_s, memory_mb
+from bench.report import Result, Row
+from orion.manager.engine.port import Host, Sign
+from orion.manager.engine.reach import SshReach
+from orion.manager.engine.watch import SshWatch
+
+REST_S = 30.0
+WITHIN_S = 180.0
+CLIENT_ALIVE_S = 15
+BOOT_ID = "boot-0001"
+
+
+def measure(watches: int) -> Result:
+    with TemporaryDirectory(prefix="orion-bench-") as folder:
+        asyncssh.generate_private_key("ssh-ed25519").write_private_key(f"{folder}/key")
+        asyncssh.read_private_key(f"{folder}/key").write_public_key(f"{folder}/key.pub")
+        serving = _start("serve", watches, 0, folder)
+        assert serving.stdout  # noqa: S101 - it is a pipe
+        port = int(serving.stdout.readline())
+        holding = _start("hold", watches, port, folder)
+        told = holding.communicate(timeout=WITHIN_S + REST_S + 30)[0]
+        serving.kill()
+        serving.wait()
+    found: dict[str, float] = json.loads(told.splitlines()[-1])
+    result = Result("watch", f"{watches} watches of one manager")
+    units = {
+        "memory": "KB",
+        "descriptors": "",
+        "processor, at rest": "%",
+        "processor, to begin": "ms",
+        "to begin all": "s",
+    }
+    for label, value in found.items():
+        each = label in {"memory", "descriptors", "processor, to begin"}
+        result.rows.append(Row(f"{label}{' of each' if each else ''}", units[label], watches, value))
+    result.at_most("processor, at rest", found["processor, at rest"], 5.0, " %")
+    return result
+
+
+class _Server(asyncssh.SSHServer):
+    def begin_auth(self, username: str) -> bool:
+        return True
+
+    def public_key_auth_supported(self) -> bool:
+        return True
+
+    def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        return True
+
+    def unix_connection_requested(self, dest_path: str) -> Any:
+        async def hello(reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]) -> None:
+            writer.write(f"{BOOT_ID}\n".encode())
+            await reader.read()
+
+        return hello
+
+
+async def _serve(folder: Path) -> None:
+    server = await asyncssh.listen(
+        "127.0.0.1",
+        0,
+        server_factory=_Server,
+        server_host_keys=[str(folder / "key")],
+        keepalive_interval=CLIENT_ALIVE_S,
+        login_timeout=0,
+        backlog=1024,
+    )
+    print(server.get_port(), flush=True)
+    await asyncio.Event().wait()
+
+
+async def _hold(watches: int, port: int, folder: Path) -> None:
+    watch = SshWatch(SshReach((folder / "key").read_text()))
+    host = Host("w", "127.0.0.1", ((folder / "key.pub").read_text().strip(),), port)
+    signs: list[Sign] = []
+    memory, descriptors, processor, began = memory_mb(os.getpid()), _descriptors(), cpu_s(os.getpid()), time.monotonic()
+    holding = [asyncio.create_task(watch.hold(host, BOOT_ID, signs.append)) for _ in range(watches)]
+    while len(signs) < watches:
+        assert time.monotonic() < began + WITHIN_S, f"{len(signs)} of {watches} are held"  # noqa: S101
+        await asyncio.sleep(0.1)
+    begun_s, begun_cpu_s = time.monotonic() - began, cpu_s(os.getpid()) - processor
+    rest = cpu_s(os.getpid())
+    await asyncio.sleep(REST_S)
+    rest = cpu_s(os.getpid()) - rest
+    found = {
+        "memory": 1024 * (memory_mb(os.getpid()) - memory) / watches,
+        "descriptors": (_descriptors() - descriptors) / watches,
+        "processor, to begin": 1000 * begun_cpu_s / watches,
+        "to begin all": begun_s,
+        "processor, at rest": 100 * rest / REST_S,
+    }
+    print(json.dumps({label: round(value, 2) for label, value in found.items()}), flush=True)
+    os._exit(0 if len(holding) == watches else 1)
+
+
+def _descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def _start(what: str, watches: int, port: int, folder: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "bench.watch", what, str(watches), str(port), folder]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def main() -> None:
+    what, watches, port, folder = sys.argv[1:]
+    most = int(watches) + 100
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, hard), hard))
+    work = _serve(Path(folder)) if what == "serve" else _hold(int(watches), int(port), Path(folder))
+    asyncio.run(work)
+
+
+if __name__ == "__main__":
+    main()
