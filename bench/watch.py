@@ -17,7 +17,6 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import asyncssh
 
@@ -70,12 +69,12 @@ class _Server(asyncssh.SSHServer):
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
         return True
 
-    def unix_connection_requested(self, dest_path: str) -> Any:
-        async def hello(reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]) -> None:
-            writer.write(f"{BOOT_ID}\n".encode())
-            await reader.read()
 
-        return hello
+async def _hello(process: asyncssh.SSHServerProcess[str]) -> None:
+    """As orion-watched and the agent behind it."""
+    process.stdout.write(f"{BOOT_ID}\n")
+    await process.stdin.read()
+    process.exit(0)
 
 
 async def _serve(folder: Path) -> None:
@@ -83,6 +82,7 @@ async def _serve(folder: Path) -> None:
         "127.0.0.1",
         0,
         server_factory=_Server,
+        process_factory=_hello,
         server_host_keys=[str(folder / "key")],
         keepalive_interval=CLIENT_ALIVE_S,
         login_timeout=0,

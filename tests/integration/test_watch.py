@@ -74,7 +74,7 @@ async def test_a_watch_goes_over_a_restart_of_sshd_and_ends_with_the_container(
             await asyncio.to_thread(docker, "kill", new.name)
             async with asyncio.timeout(10):
                 assert await held.task is End.GONE
-            assert time.monotonic() - began < 2.5
+            assert time.monotonic() - began < 4.0, "half of it on a machine that does nothing else"
             assert held.told[-1] is Sign.CLOSED
         assert rental.username
 

@@ -159,6 +159,7 @@ def test_the_fence_goes_first_and_notes_later_where_nothing_can_be_written(
         with pytest.raises(OSError, match="No space"):
             house.fence.look()
         assert house.kernel.stopped == {UID}
+        assert (house.root / "etc/orion/locked/r-one").exists()
         house.right[0] = True
         with pytest.raises(OSError, match="No space"):
             house.fence.renewed()

@@ -10,16 +10,30 @@ import pytest
 from watched import LET_GO, Watched
 
 
+class Watch:
+    """The manager's end of a watch, with the program in between."""
+
+    def __init__(self, place: Path) -> None:
+        self.ours, theirs = socket.socketpair()
+        with theirs:
+            self.program = socket.socket(socket.AF_UNIX)
+            self.program.connect(str(place))
+            socket.send_fds(self.program, [b"w"], [theirs.fileno(), theirs.fileno()])
+
+    def close(self) -> None:
+        self.ours.close()
+
+
 class House:
     def __init__(self, folder: Path) -> None:
         self.place = folder / "watch"
         self.ends = 0
         self.watched = Watched(self.place, "boot-1", self._count)
 
-    def watch(self) -> socket.socket:
-        made = socket.socket(socket.AF_UNIX)
-        made.connect(str(self.place))
-        self.watched.look(1.0)
+    def watch(self) -> Watch:
+        made = Watch(self.place)
+        for _ in range(2):
+            self.watched.look(0.2)
         return made
 
     def _count(self) -> None:
@@ -33,7 +47,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
 
 
 def test_whoever_watches_is_told_which_boot_this_is(house: House) -> None:
-    assert house.watch().recv(100) == b"boot-1\n"
+    assert house.watch().ours.recv(100) == b"boot-1\n"
     assert house.place.stat().st_mode & 0o777 == 0o600
 
 
@@ -48,9 +62,9 @@ def test_a_watch_that_ends_by_itself_is_told_of(house: House) -> None:
 
 def test_a_watch_that_was_let_go_with_the_last_word_is_not(house: House) -> None:
     watch = house.watch()
-    watch.sendall(LET_GO[:2])
+    watch.ours.sendall(LET_GO[:2])
     house.watched.look(1.0)
-    watch.sendall(LET_GO[2:])
+    watch.ours.sendall(LET_GO[2:])
     watch.close()
     for _ in range(3):
         house.watched.look(0.1)
@@ -59,7 +73,7 @@ def test_a_watch_that_was_let_go_with_the_last_word_is_not(house: House) -> None
 
 def test_the_last_word_must_be_the_last(house: House) -> None:
     watch = house.watch()
-    watch.sendall(LET_GO + b"no, wait")
+    watch.ours.sendall(LET_GO + b"no, wait")
     watch.close()
     for _ in range(3):
         house.watched.look(0.1)
@@ -76,8 +90,45 @@ def test_each_of_two_watches_has_its_own_end(house: House) -> None:
     assert house.ends == 2
 
 
+def test_the_program_in_between_lasts_as_long_as_the_watch_and_its_death_is_no_end_of_its_own(house: House) -> None:
+    watch = house.watch()
+    watch.program.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        watch.program.recv(1)
+    watch.close()
+    house.watched.look(1.0)
+    assert watch.program.recv(1) == b""
+
+
+def test_who_hands_over_nothing_does_not_watch(house: House) -> None:
+    stranger = socket.socket(socket.AF_UNIX)
+    stranger.connect(str(house.place))
+    house.watched.look(1.0)
+    stranger.send(b"w")
+    house.watched.look(1.0)
+    assert stranger.recv(1) == b""
+    assert house.ends == 0
+
+
+def test_who_cannot_look_tells_of_an_end(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Over(Exception): ...
+
+    def out_of_descriptors(_: float | None) -> None:
+        raise OSError(24, "Too many open files")
+
+    def pause(_: float) -> None:
+        raise Over
+
+    monkeypatch.setattr(house.watched, "look", out_of_descriptors)
+    monkeypatch.setattr("watched.time.sleep", pause)
+    with pytest.raises(Over):
+        house.watched.run()
+    assert house.ends == 1
+
+
 def test_nobody_but_root_may_watch(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("watched.ROOT", 100_001)
     watch = house.watch()
-    assert watch.recv(100) == b""
+    with pytest.raises(ConnectionResetError):
+        watch.program.recv(100)
     assert house.ends == 0

@@ -39,8 +39,11 @@ import asyncssh
 from orion.manager.engine.port import End, Host, Sign
 from orion.manager.engine.reach import SshReach
 
-PLACE = "/run/orion/watch"
+COMMAND = "orion-watched"
+"""On the worker: worker/watched.py."""
 LET_GO = b"end\n"
+HELLO_BYTES = 100
+"""A boot id. No more is ever read of a worker, which may be anybody's by now."""
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_S = 1.5
 """Unanswered for so long after the end: dead. More than the agent's WATCH_GRACE_S (worker/decisions.py), by what it
@@ -49,11 +52,13 @@ ATTEMPT_EVERY_S = 0.25
 LATE_S = 0.25
 """If a pause took so much longer than planned, it was the manager that was silent."""
 PROBE_AT_MOST_S = 15.0
+CHANNEL_S = 0.1
+LAST_WORD_S = 2.0
 SILENCE_ERRORS = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH})
 """Nobody has that address, or nobody answers there. All other errors but a refusal are our own."""
 CLOSED_BY_PEER = (asyncssh.DisconnectError, ConnectionResetError, BrokenPipeError)
 AT_ONCE = 4
-"""Handshakes at a time: each takes some 10 ms of the processor that the heartbeats are answered by."""
+"""Handshakes at a time: each takes some 5 ms of the processor that the heartbeats are answered by."""
 
 Told = Callable[[Sign], None]
 
@@ -91,8 +96,7 @@ class _Held:
     """One connection, its channel to the agent, and how it ends."""
 
     connection: asyncssh.SSHClientConnection
-    writer: asyncssh.SSHWriter[bytes]
-    reader: asyncssh.SSHReader[bytes]
+    process: asyncssh.SSHClientProcess[bytes]
     boot_id: str
     lost: asyncio.Future[Exception | None]
 
@@ -133,16 +137,29 @@ class SshWatch:
             held = found
 
     async def _until_closed(self, held: _Held) -> Exception | None:
-        """What ended it. The agent says nothing after its first line, so its channel is not read."""
+        """What ended it; None: we did, because the program at the other end ended, or said more than it has to."""
+        speaking = asyncio.ensure_future(held.process.stdout.read(1))
         try:
-            return await asyncio.shield(held.lost)
+            await asyncio.wait((held.lost, speaking), return_when=asyncio.FIRST_COMPLETED)
+            # When the connection ends, its channels do in the same moment.
+            await asyncio.wait((held.lost,), timeout=CHANNEL_S)
         except asyncio.CancelledError:
             await _let_go(held)
             raise
+        finally:
+            speaking.cancel()
+        if not held.lost.done():
+            held.connection.abort()
+            return None
+        return held.lost.result()
 
     async def _probe(self, host: Host, closed_at: float) -> _Held | End:
-        """What is at its address now: the same again, another one, or nobody."""
+        """What is at its address now: the same again, another one, or nobody.
+
+        Attempts go on while a handshake is under way: what took a connection may have been about to end (seen).
+        """
         silence, attempts = Silence(closed_at), set[asyncio.Task[bool]]()
+        handshake: asyncio.Task[_Held | End] | None = None
         try:
             while time.monotonic() - closed_at < PROBE_AT_MOST_S:
                 attempts.add(asyncio.create_task(_attempt(host, silence)))
@@ -153,9 +170,10 @@ class SshWatch:
                     silence.broken(time.monotonic())
                 taken = any(task.done() and task.result() for task in attempts)
                 attempts = {task for task in attempts if not task.done()}
-                if taken:
-                    found = await self._connect(host)
-                    silence.broken(time.monotonic())
+                if taken and handshake is None:
+                    handshake = asyncio.create_task(self._connect(host))
+                if handshake is not None and handshake.done():
+                    found, handshake = handshake.result(), None
                     if isinstance(found, _Held):
                         return found
                     if found is End.REPLACED:
@@ -165,23 +183,32 @@ class SshWatch:
                     return End.GONE
             return End.NOT_HELD
         finally:
-            for task in attempts:
+            left = [*attempts, *([handshake] if handshake else [])]
+            for task in left:
                 task.cancel()
-            await asyncio.gather(*attempts, return_exceptions=True)
+            for result in await asyncio.gather(*left, return_exceptions=True):
+                if isinstance(result, _Held):
+                    result.connection.abort()
 
     async def _connect(self, host: Host) -> _Held | End:
         async with self._shaking_hands:
             client = _Client()
+            held: _Held | None = None
+            connection: asyncssh.SSHClientConnection | None = None
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
                     connection = await self.reach.connect(host, lambda: client)
-                    reader, writer = await connection.open_unix_connection(PLACE)
-                    boot_id = (await reader.readline()).decode(errors="replace").strip()
+                    process = await connection.create_process(COMMAND, encoding=None, stderr=asyncssh.DEVNULL)
+                    boot_id = (await process.stdout.read(HELLO_BYTES)).decode(errors="replace").strip()
+                held = _Held(connection, process, boot_id, client.lost)
             except asyncssh.HostKeyNotVerifiable:
                 return End.REPLACED
             except (OSError, asyncssh.Error, ValueError):
                 return End.NOT_HELD
-            return _Held(connection, writer, reader, boot_id, client.lost)
+            finally:
+                if held is None and connection is not None:
+                    connection.abort()
+            return held
 
 
 async def _attempt(host: Host, silence: Silence) -> bool:
@@ -202,10 +229,10 @@ async def _attempt(host: Host, silence: Silence) -> bool:
 async def _let_go(held: _Held | End) -> None:
     """With the last word, so that the agent does not take it for an end that proves something."""
     if isinstance(held, _Held):
-        with suppress(OSError, asyncssh.Error):
-            held.writer.write(LET_GO)
-            held.writer.write_eof()
-        held.connection.close()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
-                await held.connection.wait_closed()
+        # The program ends when the agent has heard it. To close the connection before that would be the last word.
+        with suppress(OSError, asyncssh.Error, TimeoutError):
+            async with asyncio.timeout(LAST_WORD_S):
+                held.process.stdin.write(LET_GO)
+                held.process.stdin.write_eof()
+                await held.process.wait_closed()
+        held.connection.abort()

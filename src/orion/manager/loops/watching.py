@@ -20,7 +20,7 @@ from orion.manager.engine.port import End, Host, Sign, Watch
 
 log = structlog.get_logger()
 
-FIRST_PAUSE_S = 1.0
+FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 STEADY_AFTER_S = 60.0
 """A watch that was held so long begins again at once; one that is closed again and again costs little."""
@@ -91,10 +91,10 @@ class Watching:
                     self._note(worker, Watched(self.found(worker).closed_at, proof))
                     await asyncio.sleep(LONGEST_PAUSE_S)  # to be cancelled in: else it was heard since, and lives
                 self._note(worker, Watched())
-                pause_s = (
-                    FIRST_PAUSE_S if self._monotonic() - began > STEADY_AFTER_S else min(2 * pause_s, LONGEST_PAUSE_S)
-                )
+                if self._monotonic() - began > STEADY_AFTER_S:
+                    pause_s = FIRST_PAUSE_S
                 await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _told(self, worker: Worker, sign: Sign) -> None:
         self._note(worker, Watched(self._monotonic()) if sign is Sign.CLOSED else Watched())
