@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import asyncssh
 from rental_support import new_rental
 from worker_support import Network, SmallManager, Worker, docker, worker
 
@@ -111,3 +112,39 @@ async def test_what_was_never_held_proves_nothing(manager: SmallManager) -> None
     watch = SshWatch(SshReach(manager.key.file.read_text()))
     key = manager.key.public
     assert await watch.hold(Host("w", "127.0.0.1", (key,), port=9), "boot", lambda _: None) is End.NOT_HELD
+
+
+async def test_a_worker_that_talks_on_its_watch_is_not_listened_to(tmp_path: Path) -> None:
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    sent = 0
+
+    async def talk(process: asyncssh.SSHServerProcess[str]) -> None:
+        nonlocal sent
+        process.stdout.write("boot-0001\n")
+        await process.stdout.drain()
+        await asyncio.sleep(0.3)
+        with suppress(OSError, asyncssh.Error):
+            while sent < 2**28:
+                process.stdout.write("x" * 2**16)
+                await process.stdout.drain()
+                sent += 2**16
+
+    class Anybody(asyncssh.SSHServer):
+        def begin_auth(self, username: str) -> bool:
+            return True
+
+        def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+            return True
+
+        def public_key_auth_supported(self) -> bool:
+            return True
+
+    server = await asyncssh.listen("127.0.0.1", 0, server_factory=Anybody, server_host_keys=[key], process_factory=talk)
+    watch = SshWatch(SshReach(key.export_private_key().decode()))
+    host = Host("w", "127.0.0.1", (key.export_public_key().decode().strip(),), server.get_port())
+    told: list[Sign] = []
+    async with asyncio.timeout(10):
+        assert await watch.hold(host, "boot-0001", told.append) is End.NOT_HELD
+    assert told == [Sign.HELD]
+    assert sent < 2**24
+    server.close()
