@@ -48,7 +48,7 @@ def test_the_choice_fits_is_the_least_used_and_its_slot_is_free(pool: list[Candi
         return
     (chosen,) = [c for c in pool if c.worker.id == choice.worker_id]
     assert fits(chosen)
-    assert chosen.worker.health in {Health.READY, Health.UNKNOWN}
+    assert chosen.worker.health is Health.READY
     assert chosen.worker.intent is Intent.ACTIVE
     assert not chosen.leaving
     assert not chosen.failed_here

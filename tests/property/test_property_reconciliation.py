@@ -367,7 +367,7 @@ class Platform(RuleBasedStateMachine):
     def _chosen_well(self, step: Step, used: dict[str, set[int]], seen: World) -> None:
         placement = step.placement
         worker = seen.workers[placement.worker_id]
-        assert worker.health in {Health.READY, Health.UNKNOWN}
+        assert worker.health is Health.READY
         assert worker.intent is Intent.ACTIVE
         assert placement.slot not in used.get(worker.id, set())
         assert len(used.get(worker.id, set())) < worker.slots

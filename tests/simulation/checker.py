@@ -150,7 +150,7 @@ class Checker:
         held = [p for p in world.placements.values() if p.worker_id == placement.worker_id and p.state in HOLDING]
         if worker is None or placement.slot >= worker.slots or len({p.slot for p in held}) != len(held):
             self._sim.fail("no capacity is exceeded", f"{placement} on {worker}: {held}")
-        if worker is not None and worker.health not in {Health.READY, Health.UNKNOWN}:
+        if worker is not None and worker.health is not Health.READY:
             self._sim.fail("only a ready worker gets rentals", f"{placement} on {worker}")
 
     def look_at_copies(self) -> None:

@@ -20,7 +20,7 @@ def test_an_empty_pool_is_said_to_be_empty() -> None:
     assert choose([]) == Refused("waiting: the pool has no worker. It starts by itself when one joins")
 
 
-@pytest.mark.parametrize("health", sorted(set(Health) - {Health.READY, Health.UNKNOWN}))
+@pytest.mark.parametrize("health", sorted(set(Health) - {Health.READY}))
 def test_a_worker_that_is_not_ready_is_refused_with_its_health(health: Health) -> None:
     refused = choose([candidate(health=health)])
     assert refused == Refused(f"waiting: of 1 worker, 1 {health}. It starts by itself when one can take it")
@@ -56,12 +56,6 @@ def test_the_least_used_worker_is_chosen_by_its_share() -> None:
 def test_a_tie_goes_to_the_lower_id_whatever_the_order() -> None:
     pool = [candidate(number) for number in (3, 1, 2)]
     assert choose(pool) == choose(pool[::-1]) == Chosen("w-0001", 0)
-
-
-def test_one_that_was_ready_before_the_manager_was_away_is_taken_only_where_no_ready_one_fits() -> None:
-    unknown, ready = candidate(1, slots=4, health=Health.UNKNOWN), candidate(2, {0, 1, 2}, slots=4)
-    assert choose([unknown, ready]) == Chosen("w-0002", 3)
-    assert choose([unknown, candidate(2, {0}), candidate(3, health=Health.SUSPECT)]) == Chosen("w-0001", 0)
 
 
 def test_the_lowest_free_slot_is_taken() -> None:

@@ -282,12 +282,17 @@ async def test_one_that_died_while_the_manager_was_away_is_down_after_a_doubled_
     assert (await house.rental(rental["id"]))["epoch"] == 2
 
 
-async def test_a_rental_asked_for_before_the_first_heartbeats_after_a_restart_is_made(
+async def test_a_rental_asked_for_after_a_restart_is_made_where_a_worker_is_heard_first(
     house: House, pool: list[Agent]
 ) -> None:
     await house.restart()
     await house.settle()
-    assert (await house.rent())["state"] == "active"
+    rental = await house.rent()
+    assert (rental["state"], "unknown" in rental["explanation"]) == ("queued", True)
+    await pool[0].beat()
+    await house.settle()
+    made = await house.rental(rental["id"])
+    assert (made["state"], made["worker_id"]) == ("active", pool[0].worker_id)
 
 
 @pytest.mark.parametrize("away_s", [100, 290])

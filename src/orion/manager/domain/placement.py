@@ -39,7 +39,7 @@ class Candidate:
 
     @property
     def rank(self) -> Rank:
-        return rank(self.worker.id, self.worker.health, len(self.used), self.worker.slots)
+        return rank(self.worker.id, len(self.used), self.worker.slots)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Refused:
 Filter = tuple[str, Callable[[Standing], bool]]
 
 FILTERS: tuple[Filter, ...] = (
-    ("{health}", lambda s: s.health not in {Health.READY, Health.UNKNOWN}),
+    ("{health}", lambda s: s.health is not Health.READY),
     ("at fault", lambda s: s.fault),
     ("draining", lambda s: s.intent is not Intent.ACTIVE),
     ("leaving", lambda s: s.leaving),
@@ -68,8 +68,8 @@ FILTERS: tuple[Filter, ...] = (
 def choose(candidates: list[Candidate]) -> Chosen | Refused:
     """The least used worker that passes every filter; ties go to the lower id, so a replay decides the same.
 
-    An unknown one, which was ready before the manager was away, is taken only where no ready one fits: so a restart
-    of the manager does not close the shop until the next heartbeats.
+    An unknown one, which was ready before the manager was away, is not taken: it may have no lease, and then refuses to
+    let anybody in. Who can be reached is heard within two seconds of the manager's return (worker/decisions.py).
     """
     fit = [candidate for candidate in candidates if not refusal(candidate.standing)]
     if not fit:
@@ -83,8 +83,8 @@ def is_full(used: int, slots: int) -> bool:
     return used >= slots
 
 
-def rank(worker_id: str, health: Health, used: int, slots: int) -> Rank:
-    return health is not Health.READY, used / slots, used, worker_id
+def rank(worker_id: str, used: int, slots: int) -> Rank:
+    return used / slots, used, worker_id
 
 
 def refusal(standing: Standing) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Container
 
-Rank = tuple[bool, float, int, str]
-"""What `placement.choose` compares: not ready, share of its slots in use, number in use, its id. The least is first."""
+Rank = tuple[float, int, str]
+"""What `placement.choose` compares: share of its slots in use, number in use, its id. The least is first."""
 
 
 class Room:

@@ -332,4 +332,4 @@ def _standing(known: Known, used: int) -> Standing:
 def _rank(worker_id: str, known: Known | None, held: tuple[Held, ...]) -> Rank | None:
     if known is None or refusal(_standing(known, _used(held))):
         return None
-    return rank(worker_id, known.health, _used(held), known.slots)
+    return rank(worker_id, _used(held), known.slots)
