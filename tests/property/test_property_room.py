@@ -11,7 +11,7 @@ from test_property_placement import POOLS
 from orion.manager.domain.placement import Candidate, Chosen, Pool, Refused, choose
 from orion.manager.domain.room import Rank, Room
 
-RANKS = st.none() | st.tuples(st.booleans(), st.sampled_from([0.0, 0.5, 0.75]), st.integers(0, 3))
+RANKS = st.none() | st.tuples(st.sampled_from([0.0, 0.5, 0.75]), st.integers(0, 3))
 CHANGES = st.lists(st.tuples(st.sampled_from("abcdefgh"), RANKS), max_size=60)
 
 
