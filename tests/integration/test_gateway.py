@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import pytest
 import uvicorn
@@ -41,8 +42,8 @@ class Gateway:
             return
         self.relayed.put_nowait(await relay(websocket, stream))
 
-    def client(self) -> websocket_connect:
-        return websocket_connect(self.url, compression=None, max_size=None)
+    def client(self, connection: socket.socket | None = None) -> websocket_connect:
+        return websocket_connect(self.url, compression=None, max_size=None, sock=connection)
 
 
 @asynccontextmanager
@@ -219,9 +220,22 @@ async def test_the_largest_frame_is_relayed() -> None:
         assert len(await received(client, MAX_FRAME_BYTES)) == MAX_FRAME_BYTES
 
 
+def small_buffer(gateway: Gateway) -> socket.socket:
+    """A connection to it, without which the kernel may take a great deal in for a client that reads nothing."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    address = urlsplit(gateway.url)
+    connection.connect((address.hostname, address.port))
+    connection.setblocking(False)
+    return connection
+
+
 async def test_a_client_that_takes_nothing_stops_the_worker_and_not_the_memory() -> None:
-    """The worker offers more than all buffers on the way hold, and gets rid of it only when the client reads."""
-    offered = 32 << 20
+    """The worker offers more than all buffers on the way hold, and gets rid of it only when the client reads.
+
+    The kernel lets a receiver's buffer grow to tens of megabytes: hence a client whose buffer stays small.
+    """
+    offered = 96 << 20
     sent = 0
     stuck = asyncio.Event()
 
@@ -236,8 +250,9 @@ async def test_a_client_that_takes_nothing_stops_the_worker_and_not_the_memory()
             except TimeoutError:
                 stuck.set()
                 await writer.drain()
+        stuck.set()
 
-    async with gateway_to(pour) as gateway, gateway.client() as client:
+    async with gateway_to(pour) as gateway, gateway.client(small_buffer(gateway)) as client:
         await stuck.wait()
         assert sent < offered
         assert len(await received(client, offered)) == offered
