@@ -17,6 +17,11 @@ AT_ONCE = 6
 SAME_POINT = 2
 """How often the same commit or call is tried within one act; once where nothing happens, as a heartbeat's note."""
 
+ATTEMPTS = 3
+"""What depends on a timer (who is heard first after a restart) does not come again in every run."""
+MISSED = 0.1
+"""The share of the points of an act that may not have come again, and so were not tried in this run."""
+
 
 async def perform(folder: Path, act: Act, dies_at: Point | None = None) -> Stage:
     """One run of an act, until all is at rest. Raises AssertionError with what is wrong."""
@@ -45,17 +50,17 @@ def _is_a_note(point: Point) -> bool:
     return "commit" in point.name and "(" not in point.name
 
 
-async def kill_at(folder: Path, act: Act, point: Point, limit: asyncio.Semaphore) -> str | None:
-    """None when every promise was kept; what went wrong else."""
+async def kill_at(folder: Path, act: Act, point: Point, limit: asyncio.Semaphore) -> tuple[bool, str]:
+    """Whether it was killed there, and what was broken by that."""
     async with limit:
-        for attempt in range(3):  # what depends on a timer may not come again in every run
+        for attempt in range(ATTEMPTS):
             try:
                 stage = await perform(folder / str(attempt), act, point)
             except AssertionError as error:
-                return f"killed {point.name} (time {point.time}): {error}"
+                return True, f"killed {point.name} (time {point.time}): {error}"
             if stage.killed:
-                return None
-    return f"{point.name} (time {point.time}) was not reached again"
+                return True, ""
+    return False, ""
 
 
 @pytest.mark.parametrize("name", ACTS)
@@ -66,8 +71,12 @@ async def test_killed_at_any_point_nothing_is_lost_and_nothing_doubled(
     points = points_of(await perform(tmp_path / "record", act))
     limit = asyncio.Semaphore(AT_ONCE)
     runs = [kill_at(tmp_path / f"{number:03d}", act, point, limit) for number, point in enumerate(points)]
-    wrong = [result for result in await asyncio.gather(*runs) if result]
+    results = await asyncio.gather(*runs)
+    tried = [point for point, (killed, _) in zip(points, results, strict=True) if killed]
+    wrong = [broke for _, broke in results if broke]
     took_s = round(time.monotonic() - began)
-    record_property(CRASH_POINTS, [name, *(sum(point.kills == who for point in points) for who in VICTIMS), took_s])
+    record_property(CRASH_POINTS, [name, *(sum(point.kills == who for point in tried) for who in VICTIMS), took_s])
     assert points
     assert not wrong, "\n".join([f"{len(wrong)} of {len(points)}:", *wrong])
+    missed = [f"{point.name} (time {point.time})" for point in points if point not in tried]
+    assert len(missed) <= MISSED * len(points), "\n".join(["not reached again:", *missed])
