@@ -1,13 +1,15 @@
-"""What the manager's container starts with, as root: secrets, then two children that are not root.
+"""What the manager's container starts with, as root: secrets, then the manager, the engine and the vault.
 
 Usage: entrypoint.py MANAGER_COMMAND...
 
 1. Secrets that are missing are made, each whole or not at all, in directories that root alone may enter.
-2. The engine starts under a uid of its own, with a copy of the SSH key and nothing else to read; it is started again
-   whenever it ends.
-3. The manager starts under another uid. Its secrets reach it as one JSON object on an inherited pipe, whose number is
-   in ORION_SECRETS_FD: never in the environment, in an argument or in a file that it could read again.
-4. When the manager ends, so does all, with the manager's status. SIGTERM goes to the manager first, then to the engine.
+2. The engine starts under a uid of its own, with a copy of the SSH key and nothing else to read. The vault starts as
+   root, to act under the uids of rentals; its ssh has a uid of its own, with another copy of the key. Each is started
+   again whenever it ends.
+3. The manager starts under yet another uid. Its secrets reach it as one JSON object on an inherited pipe, whose number
+   is in ORION_SECRETS_FD: never in the environment, in an argument or in a file that it could read again.
+4. When the manager ends, so does all, with the manager's status. SIGTERM goes to the manager first, then to the
+   others.
 
 Of root's capabilities it needs CHOWN, SETUID, SETGID and KILL. Standard library only.
 """
@@ -39,7 +41,7 @@ PRIVATE_KEY = re.compile(r"-----BEGIN .* PRIVATE KEY-----\n.*", re.DOTALL)
 PUBLIC_KEY = re.compile(r"ssh-.*")
 SECRET_LENGTH = 43
 RESTART_PAUSE_S = 0.5
-ENGINE_GRACE_S = 3.0
+HELPER_GRACE_S = 3.0
 
 Child = subprocess.Popen[bytes]
 
@@ -61,6 +63,11 @@ class Places:
     root: Account = Account(0, 0)
     manager: Account = Account(900, 900)
     engine: Account = Account(901, 901)
+    files: Account = Account(902, 902)
+
+    @property
+    def vault(self) -> Path:
+        return self.run.with_name(f"{self.run.name}-vault")
 
 
 def main(command: Sequence[str]) -> int:
@@ -71,7 +78,7 @@ def main(command: Sequence[str]) -> int:
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         say(f"cannot start: {error}")
         return 1
-    return Supervisor(places, command, engine_command(places), held).run()
+    return Supervisor(places, command, helpers(places), held).run()
 
 
 def prepare(places: Places) -> dict[str, str]:
@@ -90,6 +97,7 @@ def prepare(places: Places) -> dict[str, str]:
         "ssh_public_key": kept(key.with_suffix(".pub"), lambda: public_half(key), PUBLIC_KEY),
     }
     prepare_engine(places, held["ssh_private_key"])
+    prepare_vault(places, held["ssh_private_key"])
     return held
 
 
@@ -99,14 +107,25 @@ def prepare_engine(places: Places, private_key: str) -> None:
 
     What was the engine's is taken back first: root without DAC_OVERRIDE could not write into it.
     """
-    directory = places.run / "engine"
-    for mine in (places.run, directory):
-        own(mine, places.root, 0o700)
+    own(places.run, places.root, 0o700)
+    give_key(places, places.run / "engine", places.engine, private_key)
+    own(places.run, Account(places.engine.uid, places.manager.gid), 0o2750)
+
+
+def prepare_vault(places: Places, private_key: str) -> None:
+    """Where copies are, each rental's in a directory of the rental's own uid; and the vault's sockets and key."""
+    own(places.data / "copies", places.root, 0o711)
+    own(places.vault, places.root, 0o711)
+    give_key(places, places.vault / "ssh", places.files, private_key)
+
+
+def give_key(places: Places, directory: Path, account: Account, private_key: str) -> None:
+    """A directory of this account's, with a copy of the key."""
+    own(directory, places.root, 0o700)
     copy = directory / "id_ed25519"
     write_whole(copy, private_key)
-    own(directory / copy.name, places.engine, 0o600)
-    own(directory, places.engine, 0o700)
-    own(places.run, Account(places.engine.uid, places.manager.gid), 0o2750)
+    own(copy, account, 0o600)
+    own(directory, account, 0o700)
 
 
 def own(path: Path, account: Account, mode: int) -> None:
@@ -170,21 +189,42 @@ def public_half(private_key: Path) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def engine_command(places: Places) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Helper:
+    """A child beside the manager that is started again whenever it ends."""
+
+    name: str
+    command: Sequence[str]
+    account: Account
+    leaves: int
+    """The uid of what it may leave running, which nobody would end any more: the uid is used for that alone."""
+    home: Path
+    settings: tuple[str, ...] = ()
+    """Of the environment."""
+
+
+def helpers(places: Places) -> tuple[Helper, ...]:
     where = ("--socket", str(places.run / "engine.sock"), "--directory", str(places.run / "engine"))
-    return (sys.executable, "-m", "orion.manager.engine.server", *where)
+    engine = (sys.executable, "-m", "orion.manager.engine.server", *where)
+    stores = ("--copies", str(places.data / "copies"), "--run", str(places.vault))
+    vault = (sys.executable, "-m", "orion.manager.engine.vault", *stores)
+    engine_settings = ("ORION_PLAYBOOKS", "ORION_ENGINE_STRATEGY")
+    return (
+        Helper("engine", engine, places.engine, places.engine.uid, places.run / "engine", engine_settings),
+        Helper("vault", vault, places.root, places.files.uid, places.vault),
+    )
 
 
 class Supervisor:
-    """Two children, and every orphan of the container: it may be process 1, so it reaps whatever ends.
+    """The children, and every orphan of the container: it may be process 1, so it reaps whatever ends.
 
     The children are kept as objects for as long as they run: one that is forgotten would ask for its status itself.
     """
 
-    def __init__(self, places: Places, manager: Sequence[str], engine: Sequence[str], held: dict[str, str]) -> None:
+    def __init__(self, places: Places, manager: Sequence[str], helpers: Sequence[Helper], held: dict[str, str]) -> None:
         self._places = places
         self._manager_command = manager
-        self._engine_command = engine
+        self._helpers = helpers
         self._held = held
         self._manager: Child | None = None
         self._stopping = False
@@ -194,7 +234,7 @@ class Supervisor:
         awoken = _wake_up_fd()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        engine = self._start_engine()
+        running = [(helper, _start_helper(helper)) for helper in self._helpers]
         manager = self._manager = self._start_manager()
         if self._stopping:
             os.kill(manager.pid, signal.SIGTERM)
@@ -207,25 +247,20 @@ class Supervisor:
             if pid == manager.pid:
                 self._manager = None
                 manager.returncode = code
-                self._end(engine)
+                _end([child for _, child in running])
                 return code if code >= 0 else 128 - code
-            if pid == engine.pid:
-                engine.returncode = code
-                say(f"the engine ended with {code}; starting it again")
-                self._kill_what_the_engine_left()
-                time.sleep(RESTART_PAUSE_S)
-                engine = self._start_engine()
+            for position, (helper, child) in enumerate(running):
+                if pid == child.pid:
+                    child.returncode = code
+                    say(f"the {helper.name} ended with {code}; starting it again")
+                    _kill_all_of(helper.leaves)
+                    time.sleep(RESTART_PAUSE_S)
+                    running[position] = (helper, _start_helper(helper))
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         self._stopping = True
         if self._manager:
             os.kill(self._manager.pid, signal.SIGTERM)
-
-    def _start_engine(self) -> Child:
-        environment = _clean_environment(("ORION_PLAYBOOKS", "ORION_ENGINE_STRATEGY")) | {
-            "HOME": str(self._places.run / "engine")
-        }
-        return _start(self._engine_command, self._places.engine, environment)
 
     def _start_manager(self) -> Child:
         reading, writing = os.pipe()
@@ -237,20 +272,28 @@ class Supervisor:
         finally:
             os.close(reading)
 
-    def _end(self, engine: Child) -> None:
-        engine.terminate()
-        try:
-            engine.wait(ENGINE_GRACE_S)
-        except subprocess.TimeoutExpired:
-            engine.kill()
-            engine.wait()
 
-    def _kill_what_the_engine_left(self) -> None:
-        """Its runs have nobody who would end them at their deadline. The uid is the engine's alone."""
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError):
-                if entry.name.isdecimal() and entry.stat().st_uid == self._places.engine.uid:
-                    os.kill(int(entry.name), signal.SIGKILL)
+def _start_helper(helper: Helper) -> Child:
+    return _start(helper.command, helper.account, _clean_environment(helper.settings) | {"HOME": str(helper.home)})
+
+
+def _end(children: Sequence[Child]) -> None:
+    for child in children:
+        child.terminate()
+    last_moment = time.monotonic() + HELPER_GRACE_S
+    for child in children:
+        try:
+            child.wait(max(0.0, last_moment - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _kill_all_of(uid: int) -> None:
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdecimal() and entry.stat().st_uid == uid:
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def _wake_up_fd() -> socket.socket:

@@ -23,6 +23,7 @@ make_venv() {
 make_engine() {
     local program
     command -v ssh >/dev/null || install_packages openssh-client
+    command -v rsync >/dev/null || install_packages rsync
     # For the commands of the README, which the tests type.
     for program in curl jq; do command -v "$program" >/dev/null || install_packages "$program"; done
     "$HERE/engine.sh"

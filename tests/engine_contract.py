@@ -74,6 +74,20 @@ class EngineContract:
         assert_done(await bench.engine.run(job))
         assert (await bench.accounts())[job.rental_id] == account(job)
 
+    async def test_a_prepared_rental_is_there_and_locked_until_it_is_created(self, bench: Bench) -> None:
+        job = new_job(bench.host)
+        prepared = replace(job, action=Action.PREPARE)
+        for _ in range(2):
+            outcome = await bench.engine.run(prepared)
+            assert_done(outcome)
+            assert outcome.report["state"] == "locked"
+        assert (await bench.accounts())[job.rental_id] == replace(account(job), unlocked=False)
+        assert_done(await bench.engine.run(job))
+        assert (await bench.accounts())[job.rental_id] == account(job)
+        again = await bench.engine.run(prepared)
+        assert again.report["state"] == "running", "who was let in is not locked out"
+        assert (await bench.accounts())[job.rental_id] == account(job)
+
     async def test_creating_again_changes_nothing_and_says_so(self, bench: Bench) -> None:
         job = new_job(bench.host)
         first = await bench.engine.run(job)

@@ -10,18 +10,20 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 class Refused(Exception):
-    """The worker will not do it, and says why. `code` is stable."""
+    """The worker will not do it, and says why. `code` is stable; `details` are for programs."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.details = dict(details or {})
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Record:
     uid: int
     epoch: int
     ending: bool = False
+    let_in: bool = False
+    """Its renter was let in at this epoch: what its home holds is newer than any copy."""
+    restored: str = ""
+    """The copy with which its home was filled at this epoch, or was begun to be."""
 
 
 def check_create(record: Record | None, purged_epoch: int, epoch: int) -> None:
@@ -55,6 +61,14 @@ def check_unlock(record: Record | None, purged_epoch: int, epoch: int) -> None:
         raise Refused("stale_epoch", f"epoch {epoch} is not epoch {record.epoch}, which is here")
 
 
+def check_receive(record: Record | None, purged_epoch: int, epoch: int) -> None:
+    """Raise Refused unless the home here is of exactly this epoch and nobody was let into it yet."""
+    check_unlock(record, purged_epoch, epoch)
+    if record and record.let_in:
+        told = {"restored": record.restored}
+        raise Refused("let_in", "its renter was let in here at this epoch: nothing is put over its files", told)
+
+
 def check_not_newer(record: Record | None, epoch: int) -> None:
     """Raise Refused if what is here is newer than the order to lock or purge it."""
     if record and epoch < record.epoch:
@@ -72,15 +86,18 @@ class Ledger:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @contextmanager
-    def locked(self, rental_id: str, wait_s: float) -> Iterator[None]:
-        """One at a time for each rental; a long purge of one holds up no other. Refused after `wait_s`."""
+    def locked(self, rental_id: str, wait_s: float) -> Iterator[int]:
+        """One at a time for each rental; a long purge of one holds up no other. Refused after `wait_s`.
+
+        Gives the lock's descriptor: a program that inherits it holds the lock for as long as it runs.
+        """
         with (self._locks / rental_id).open("w") as lock:
             last_moment = time.monotonic() + wait_s
             while not _try_lock(lock.fileno()):
                 if time.monotonic() >= last_moment:
                     raise Refused("busy", "another command for this rental is still at work; try again")
                 time.sleep(0.02)
-            yield
+            yield lock.fileno()
 
     def living(self, rental_id: str) -> Record | None:
         try:

@@ -3,6 +3,7 @@
 
     orion-rental run|create|lock|unlock|freeze|thaw|purge|inventory  < request.json  > report.json
     orion-rental serve                                               < requests, one a line  > answers, one a line
+    orion-rental send|receive                                        a line of JSON, then rsync's own bytes: see files.py
 
 The agent and Ansible's module both call it; it may be run by hand. A request is about one rental, or about several:
 `{"rentals": [request, ...]}`, whose report has one report for each, under `rentals`, in their order. Exit status: 0
@@ -20,11 +21,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import accounts
+import files
 import processes
 import standing
 import traces
@@ -241,12 +243,15 @@ class Rentals:
 
     def _let_in(self, record: Record) -> bool:
         """Unless the lease ends meanwhile: whichever of the two looks last finds what the other did."""
-        changed = self._move_keys(self._places.locked_keys, self._places.keys, record.username)
+        places = (self._places.locked_keys, self._places.keys)
+        if not any((place / record.username).exists() for place in places):
+            raise Refused("unknown_rental", "its keys are not here: it was not created at this epoch")
+        if not record.let_in:
+            self.ledger.keep(replace(record, let_in=True))  # before the keys: see files.py
+        changed = self._move_keys(*places, record.username)
         if not self.freezer.has_lease:
             self.shut(record)
             raise Refused("no_lease", "this worker has no lease: nobody is let in")
-        if self._state(record.username) == "locked":
-            raise Refused("unknown_rental", "its keys are not here: it was not created at this epoch")
         return changed
 
     def _shown(self, of: Record | Request) -> str:
@@ -448,13 +453,16 @@ def _check(truth: object, message: str) -> None:
 
 
 def main() -> int:
-    if len(sys.argv) != 2 or sys.argv[1] not in (*COMMANDS, "inventory", "serve"):
-        print(f"usage: orion-rental {'|'.join((*COMMANDS, 'inventory', 'serve'))} < request.json", file=sys.stderr)  # noqa: T201
+    names = (*COMMANDS, "inventory", "serve", *files.ARGUMENTS)
+    if len(sys.argv) != 2 or sys.argv[1] not in names:
+        print(f"usage: orion-rental {'|'.join(names)} < request.json", file=sys.stderr)  # noqa: T201
         return 2
     command = sys.argv[1]
     if command == "serve":
         standing.serve(_answer_now, COMMANDS, sys.stdin.fileno(), sys.stdout.fileno())
         return 0
+    if command in files.ARGUMENTS:
+        return files.carry(command, Rentals().ledger, Places().homes)
     text = "" if command == "inventory" else sys.stdin.read()
     status, report = _answer_now(command, text)
     print(json.dumps(report))  # noqa: T201 - the report is the program's output

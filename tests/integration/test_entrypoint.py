@@ -23,6 +23,7 @@ FILE = Path(__file__).parents[2] / "manager_app" / "entrypoint.py"
 
 MANAGER = 1_900_000_000 + os.getpid()
 ENGINE = MANAGER + 4_194_304
+FILES = ENGINE + 4_194_304
 """Nobody's on this machine. The supervisor kills all that runs under the engine's uid, and outside of a container
 that could be somebody else's: the uids of the image are those of every container that runs beside this test."""
 
@@ -46,9 +47,8 @@ entrypoint = load()
 def places(tmp_path: Path) -> Any:
     """All of one's own, so that no right is needed."""
     me = entrypoint.Account(os.geteuid(), os.getegid())
-    return entrypoint.Places(
-        tmp_path / "data", tmp_path / "join", tmp_path / "proxy", tmp_path / "run", root=me, manager=me, engine=me
-    )
+    everybody = {"root": me, "manager": me, "engine": me, "files": me}
+    return entrypoint.Places(tmp_path / "data", tmp_path / "join", tmp_path / "proxy", tmp_path / "run", **everybody)
 
 
 def secret_files(places: Any) -> dict[Path, re.Pattern[str]]:
@@ -94,6 +94,15 @@ def test_the_engine_gets_its_copy_of_the_key_and_a_place_for_its_socket(places: 
     assert (mode(copy), mode(copy.parent), mode(places.run)) == (0o600, 0o700, 0o2750)
 
 
+def test_the_vault_gets_a_place_for_copies_and_its_ssh_a_copy_of_the_key(places: Any) -> None:
+    held = entrypoint.prepare(places)
+    copy = places.vault / "ssh" / "id_ed25519"
+    assert copy.read_text() == held["ssh_private_key"]
+    assert (mode(copy), mode(copy.parent), mode(places.vault), mode(places.data / "copies")) == (
+        *(0o600, 0o700, 0o711, 0o711),
+    )
+
+
 def test_rights_that_were_widened_are_narrowed_again(places: Any) -> None:
     entrypoint.prepare(places)
     for directory in (places.data / "secrets", places.join, places.proxy, places.data / "database"):
@@ -125,7 +134,7 @@ def test_killed_at_any_instant_each_secret_is_whole_or_missing_and_the_next_star
                 assert survivors.setdefault(file, content) == content
         if ended:
             break
-        for directory in (places.data, places.join, places.proxy, places.run) if line % 7 == 0 else ():
+        for directory in (places.data, places.join, places.proxy, places.run, places.vault) if line % 7 == 0 else ():
             shutil.rmtree(directory, ignore_errors=True)  # now and then from the very beginning
             survivors.clear()
     else:
@@ -165,20 +174,24 @@ SUPERVISE = f"""
 import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from entrypoint import Account, Places, Supervisor
+from entrypoint import Account, Helper, Places, Supervisor
 os.umask(0o077)
 places = Places(run=Path(sys.argv[2]), manager=Account({MANAGER}, {MANAGER}), engine=Account({ENGINE}, {ENGINE}))
-manager, engine = (["sh", "-c", script] for script in sys.argv[3:])
-sys.exit(Supervisor(places, manager, engine, {{"admin_token": "x"}}).run())
+manager, engine, vault = (["sh", "-c", script] for script in sys.argv[3:])
+helpers = (
+    Helper("engine", engine, places.engine, {ENGINE}, places.run),
+    Helper("vault", vault, places.root, {FILES}, places.run),
+)
+sys.exit(Supervisor(places, manager, helpers, {{"admin_token": "x"}}).run())
 """
 
 
 class Container:
     """The supervisor in a process of its own, with shell scripts for children."""
 
-    def __init__(self, directory: Path, manager: str, engine: str = "exec sleep 60") -> None:
+    def __init__(self, directory: Path, manager: str, engine: str, vault: str) -> None:
         self.directory = directory
-        arguments = [sys.executable, "-c", SUPERVISE, str(FILE.parent), str(directory), manager, engine]
+        arguments = [sys.executable, "-c", SUPERVISE, str(FILE.parent), str(directory), manager, engine, vault]
         self.process = subprocess.Popen(
             arguments,
             cwd=directory,
@@ -205,8 +218,8 @@ def run() -> Iterator[Callable[..., Container]]:
     directory.chmod(0o777)
     started: list[Container] = []
 
-    def start(manager: str, engine: str = "exec sleep 60") -> Container:
-        started.append(Container(directory, manager, engine))
+    def start(manager: str, engine: str = "exec sleep 60", vault: str = "exec sleep 60") -> Container:
+        started.append(Container(directory, manager, engine, vault))
         return started[-1]
 
     yield start
@@ -268,6 +281,18 @@ def test_what_an_engine_left_running_is_killed_before_the_next_one_starts(run: A
     assert container.ended() == 0
     status = container.read("again")
     assert status == "\n" or "zombie" in status  # not every process 1 outside of a container reaps at once
+
+
+@needs_root
+def test_the_vault_stays_root_gets_neither_secrets_nor_settings_and_is_started_again(run: Any) -> None:
+    tell = "{ id -u; id -G; } > ids; ls /proc/self/fd > open; env > environment; echo > once"
+    tell = f"if [ -e once ]; then echo > twice; exec sleep 60; fi; {tell}"
+    container = run("while [ ! -e twice ]; do :; done", vault=tell)
+    assert container.ended() == 0
+    assert container.read("ids").split() == ["0", "0"]
+    assert set(container.read("open").split()) <= {"0", "1", "2", "3"}  # 3: of the ls itself
+    assert "ORION_HEARTBEAT_S" not in container.read("environment")
+    assert "the vault ended with 0; starting it again" in container.read("log")
 
 
 @needs_root

@@ -19,6 +19,9 @@ SECRETS = (
     "/var/lib/orion-proxy/secret",
 )
 DATABASE = "/var/lib/orion/database/orion.db"
+VAULT_SOCKET = "/run/orion-vault/vault.sock"
+FILES, FILES_KEY = "902:902", "/run/orion-vault/ssh/id_ed25519"
+RENTAL = "123456:123456"
 ENGINE_KEY = "/run/orion/engine/id_ed25519"
 
 
@@ -47,9 +50,15 @@ class Container:
         return {path.split("/")[2] for path in listing.split()}
 
 
+def build() -> str:
+    """The image's name, once it is there."""
+    docker("build", "--quiet", "--tag", IMAGE, "--file", f"{ROOT}/manager_app/Dockerfile", str(ROOT), timeout_s=900)
+    return IMAGE
+
+
 @pytest.fixture(scope="module")
 def manager() -> Iterator[Container]:
-    docker("build", "--quiet", "--tag", IMAGE, "--file", f"{ROOT}/manager_app/Dockerfile", str(ROOT), timeout_s=900)
+    build()
     name = f"orion-managertest-{secrets.token_hex(3)}"
     docker(
         "run", "--detach", "--name", name, "--network", "none", "--read-only", "--init",
@@ -87,6 +96,25 @@ def test_the_engines_socket_is_for_the_manager_and_itself(manager: Container) ->
     status = manager.run("stat", "--format", "%U %G %a", "/run/orion/engine.sock", user=MANAGER)
     assert status.split() == ["orion-engine", "orion", "660"]
     assert not manager.can("65534:65534", "-e", "/run/orion/engine.sock")
+
+
+def test_the_vault_listens_for_the_manager_and_its_ssh_key_is_its_own(manager: Container) -> None:
+    wait_until(lambda: manager.can("0:0", "-S", VAULT_SOCKET), "the vault listens", 30)
+    status = manager.run("stat", "--format", "%u %g %a", VAULT_SOCKET)
+    assert status.split() == ["0", "900", "660"]
+    assert manager.can(FILES, "-r", FILES_KEY)
+    for user in (MANAGER, ENGINE, RENTAL):
+        assert "Permission denied" in manager.run("sh", "-c", f"cat {FILES_KEY} 2>&1", user=user, check=False)
+
+
+def test_a_process_with_a_rentals_uid_reaches_nothing_of_the_manager(manager: Container) -> None:
+    """What speaks rsync with a worker has such a uid; whoever takes it over is there."""
+    for test, path in (
+        *(("-r", path) for path in (*SECRETS, DATABASE, ENGINE_KEY, "/var/lib/orion/copies")),
+        *(("-w", path) for path in ("/var/lib/orion", "/var/lib/orion/copies", "/run", "/opt/orion", VAULT_SOCKET)),
+        ("-e", "/run/orion/engine.sock"),
+    ):
+        assert not manager.can(RENTAL, test, path), (test, path)
 
 
 def test_neither_child_holds_a_capability_or_can_see_the_others_environment(manager: Container) -> None:

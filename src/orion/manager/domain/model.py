@@ -58,6 +58,12 @@ class Rental:
     end: Literal["released", "expired"] | None = None
     failures: int = 0
     explanation: str = ""
+    last_safe_copy_at: float | None = None
+    """UTC seconds at which the last complete copy of its files was begun."""
+    copy_problem: str = ""
+    """Why its files cannot be copied at present."""
+    restore_from: str | None = None
+    """What its next placement begins with, where that is not the newest copy: see domain/copies.py."""
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,12 @@ OUT_OF_SERVICE = frozenset({Health.JOINING, Health.DOWN})
 ENDED = frozenset({RentalState.RELEASED, RentalState.EXPIRED, RentalState.FAILED})
 
 CREATE_DEADLINE_S = 60.0
+RESTORE_DEADLINE_S = 600.0
+"""For one that was active before: its files are put there first."""
 DELETE_DEADLINE_S = 120.0
 JOIN_DEADLINE_S = 300.0
 QUEUE_DEADLINE_S = 24 * 3600.0
-PROVISIONING_DEADLINE_S = CREATE_DEADLINE_S + DELETE_DEADLINE_S
+PROVISIONING_DEADLINE_S = RESTORE_DEADLINE_S + DELETE_DEADLINE_S
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ HEALTH_TABLE: Mapping[str, Row] = {
 
 PLACEMENT_TABLE: Mapping[str, Row] = {
     P.RESERVED: _row({P.PREPARING, P.STOPPED, P.LOST}, "reconciler", 60.0, "prepared or stopped by the next round"),
-    P.PREPARING: _row({P.RUNNING, P.FAILED, P.STOPPING, P.LOST}, "reconciler", CREATE_DEADLINE_S, "failed"),
+    P.PREPARING: _row({P.RUNNING, P.FAILED, P.STOPPING, P.LOST}, "reconciler", RESTORE_DEADLINE_S, "failed"),
     P.RUNNING: _row({P.STOPPING, P.LOST}, "renter"),
     P.STOPPING: _row({P.STOPPED, P.FAILED, P.LOST}, "reconciler", DELETE_DEADLINE_S, "failed"),
     P.STOPPED: _row({P.PURGED}, "reconciler", DELETE_DEADLINE_S, "its worker is quarantined"),

@@ -35,6 +35,10 @@ class FakeWorker:
     host: Host
     accounts: dict[str, Account] = field(default_factory=dict)
     tombstones: dict[str, int] = field(default_factory=dict)
+    homes: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The files of each rental's home, by name."""
+    let_in: dict[str, int] = field(default_factory=dict)
+    """The epoch at which each rental's renter was let in."""
     alive: bool = True
     failure: str = ""
     """Not empty: every job here fails with this message."""
@@ -87,14 +91,20 @@ class FakeWorker:
             raise Refused(f"epoch {job.epoch} was purged here (tombstone of epoch {purged})")
         self._refuse_older(before, job)
         self._refuse_other_names(job)
-        account = Account(job.username, job.uid, job.epoch, job.public_keys, unlocked=True)
+        unlocked = job.action is Action.CREATE or bool(before and before.epoch == job.epoch and before.unlocked)
+        account = Account(job.username, job.uid, job.epoch, job.public_keys, unlocked)
         self.accounts[job.rental_id] = account
-        return {"changed": account != before, "epoch": job.epoch, "state": "running"}
+        self.homes.setdefault(job.rental_id, {})
+        if unlocked:
+            self.let_in[job.rental_id] = job.epoch
+        return {"changed": account != before, "epoch": job.epoch, "state": "running" if unlocked else "locked"}
 
     def purge(self, job: Job) -> dict[str, Any]:
         self._refuse_older(self.accounts.get(job.rental_id), job)
         self._refuse_other_names(job)
         before = self.accounts.pop(job.rental_id, None)
+        self.homes.pop(job.rental_id, None)
+        self.let_in.pop(job.rental_id, None)
         self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
         return {"changed": before is not None, "left": [], "removed_files": 0, "killed": 0, "looked": ["/"]}
 
@@ -153,7 +163,7 @@ class FakeEngine:
         if worker.failure:
             return Outcome(ok=False, message=worker.failure)
         try:
-            report = worker.create(job) if job.action is Action.CREATE else worker.purge(job)
+            report = worker.purge(job) if job.action is Action.DELETE else worker.create(job)
         except Refused as refusal:
             return Outcome(ok=False, message=str(refusal), report={"changed": False})
         return Outcome(ok=True, report=report)

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 class Action(StrEnum):
     CREATE = "create_user"
     """The account exists at this epoch with these keys and is unlocked. Idempotent: also used to change keys."""
+    PREPARE = "prepare_user"
+    """The same, and locked, unless this very epoch was unlocked before: so that its home can be filled first."""
     DELETE = "delete_user"
     """Nothing of the rental is left; the report says so after looking. Idempotent."""
 

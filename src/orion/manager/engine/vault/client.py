@@ -1,0 +1,128 @@
+"""The vault as the manager sees it: one connection for each request; hanging up ends the job."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from orion.manager.domain.copies import Copy, Generation
+from orion.manager.engine.protocol import HostLine
+from orion.manager.engine.vault.port import COPY_DEADLINE_S, RESTORE_DEADLINE_S, Copied, Home, Limits, VaultError
+from orion.manager.engine.vault.protocol import Action, ReplyLine, RequestLine, read
+
+MARGIN_S = 5.0
+"""Beyond a job's deadline, before the vault is taken for hung."""
+CONNECT_WITHIN_S = 5.0
+SHORT_S = 60.0
+LONGEST_REPLY = 1 << 20
+
+
+class VaultClient:
+    """Implements `port.Vault`."""
+
+    def __init__(self, socket_path: Path, margin_s: float = MARGIN_S) -> None:
+        self._socket_path = socket_path
+        self._margin_s = margin_s
+        self._under_way: dict[str, set[asyncio.Future[ReplyLine]]] = defaultdict(set)
+        """The copies and restores of each rental: a restore or a removal ends them."""
+
+    async def copy(
+        self, home: Home, limits: Limits, deadline_s: float = COPY_DEADLINE_S, spare: Generation | None = None
+    ) -> Copied:
+        more = {"max_files": limits.max_files, "max_bytes": limits.max_bytes, "generation": str(spare or "")}
+        reply = await self._begin(_line(Action.COPY, home, deadline_s, **more))
+        if reply.done is None:
+            raise VaultError("no_answer", "the vault's answer is not one")
+        return Copied(read(reply.done), tuple(read(copy) for copy in reply.copies))
+
+    async def restore(
+        self, home: Home, generation: Generation | None = None, deadline_s: float = RESTORE_DEADLINE_S
+    ) -> Copy | None:
+        line = _line(Action.RESTORE, home, deadline_s, generation=str(generation or ""))
+        await self._end_all_of(home.rental_id)
+        reply = await self._begin(line)
+        return read(reply.done) if reply.done else None
+
+    async def copies(self, rental_id: str, uid: int) -> list[Copy]:
+        line = RequestLine(action=Action.LIST, rental_id=rental_id, uid=uid, deadline_s=SHORT_S)
+        return [read(copy) for copy in (await self._ask(line, SHORT_S)).copies]
+
+    async def remove(self, rental_id: str, uid: int) -> None:
+        await self._end_all_of(rental_id)
+        await self._ask(RequestLine(action=Action.REMOVE, rental_id=rental_id, uid=uid, deadline_s=SHORT_S), SHORT_S)
+
+    async def rentals(self) -> list[str]:
+        return (await self._ask(RequestLine(action=Action.RENTALS, deadline_s=SHORT_S), SHORT_S)).rentals
+
+    async def _begin(self, line: RequestLine) -> ReplyLine:
+        """The reply; raises VaultError when something more urgent came for the same rental."""
+        under_way = self._under_way[line.rental_id]
+        asking = asyncio.ensure_future(self._ask(line, line.deadline_s))
+        under_way.add(asking)
+        try:
+            return await asking
+        except asyncio.CancelledError:
+            asking.cancel()
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            raise VaultError("superseded", "something more urgent came for this rental") from None
+        finally:
+            under_way.discard(asking)
+            if not under_way and self._under_way.get(line.rental_id) is under_way:
+                del self._under_way[line.rental_id]
+
+    async def _end_all_of(self, rental_id: str) -> None:
+        running = list(self._under_way.get(rental_id, ()))
+        for asking in running:
+            asking.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    async def _ask(self, line: RequestLine, deadline_s: float) -> ReplyLine:
+        try:
+            async with asyncio.timeout(CONNECT_WITHIN_S):
+                reader, writer = await asyncio.open_unix_connection(self._socket_path, limit=LONGEST_REPLY)
+        except (OSError, TimeoutError) as error:
+            raise VaultError("vault_away", "the part of the manager that keeps copies does not answer") from error
+        try:
+            async with asyncio.timeout(deadline_s + self._margin_s):
+                writer.write(line.model_dump_json().encode() + b"\n")
+                await writer.drain()
+                answer = await reader.readline()
+            reply = ReplyLine.model_validate_json(answer)
+        except TimeoutError as error:
+            raise VaultError("no_answer", "the vault did not answer in time") from error
+        except (OSError, ValueError) as error:
+            raise VaultError("no_answer", "the vault ended before it answered") from error
+        finally:
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+        if not reply.ok:
+            raise VaultError(reply.code, reply.message, reply.restored)
+        return reply
+
+
+def _line(action: Action, home: Home, deadline_s: float, **more: Any) -> RequestLine:
+    host = home.host
+    try:
+        return RequestLine(
+            action=action,
+            rental_id=home.rental_id,
+            uid=home.uid,
+            epoch=home.epoch,
+            host=HostLine(
+                worker_id=host.worker_id,
+                address=host.address,
+                port=host.port,
+                host_keys=host.host_keys,
+            ),
+            deadline_s=deadline_s,
+            **more,
+        )
+    except ValidationError as error:
+        raise VaultError("invalid_request", f"not a request for the vault: {error.errors()[0]['msg']}") from error

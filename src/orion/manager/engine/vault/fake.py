@@ -1,0 +1,120 @@
+"""A vault in memory, over the fake world of workers, by the contract of the real one: tests/vault_contract.py."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from orion.manager.domain.copies import Copy, Generation, kept, next_number
+from orion.manager.engine.fake import FakeWorker, FakeWorld
+from orion.manager.engine.vault.port import (
+    COPY_DEADLINE_S,
+    LET_IN,
+    NO_SUCH_GENERATION,
+    OVER_LIMIT,
+    RESTORE_DEADLINE_S,
+    Copied,
+    Home,
+    Limits,
+    VaultError,
+)
+
+Files = dict[str, str]
+
+
+@dataclass
+class FakeVault:
+    """Implements `port.Vault`. `wall`: UTC seconds."""
+
+    world: FakeWorld
+    wall: Callable[[], float]
+    stored: dict[str, dict[Generation, tuple[Copy, Files]]] = field(default_factory=dict)
+    failure: VaultError | None = None
+    """What every call raises."""
+    restored: list[tuple[str, int, str]] = field(default_factory=list)
+    """Rental, epoch and generation of each restore."""
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a copy or a restore was asked for."""
+    _put: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    async def copy(
+        self, home: Home, limits: Limits, deadline_s: float = COPY_DEADLINE_S, spare: Generation | None = None
+    ) -> Copied:
+        began_at = self.wall()
+        worker = await self._worker(home, deadline_s)
+        files = worker.homes[home.rental_id]
+        size = sum(len(content) for content in files.values())
+        if len(files) + 1 > limits.max_files or size > limits.max_bytes:
+            raise VaultError(OVER_LIMIT, "its home holds more than a copy may")
+        there = self.stored.setdefault(home.rental_id, {})
+        newest = max(there, default=None)
+        if newest and newest.epoch == home.epoch and there[newest][1] == files:
+            there[newest] = (replace(there[newest][0], at=began_at), dict(files))
+            return Copied(there[newest][0], self._copies(home.rental_id))
+        generation = Generation(home.epoch, next_number(list(there), home.epoch))
+        copy = Copy(generation, began_at, size, len(files) + 1)
+        there[generation] = (copy, dict(files))
+        for old in there.keys() - kept(there) - {spare}:
+            del there[old]
+        return Copied(copy, self._copies(home.rental_id))
+
+    async def restore(
+        self, home: Home, generation: Generation | None = None, deadline_s: float = RESTORE_DEADLINE_S
+    ) -> Copy | None:
+        await self._going()
+        there = self.stored.get(home.rental_id, {})
+        if not there:
+            return None
+        wanted = generation or max(there)
+        if wanted not in there:
+            raise VaultError(NO_SUCH_GENERATION, f"there is no copy {wanted}")
+        worker = await self._worker(home, deadline_s)
+        if worker.let_in.get(home.rental_id) == home.epoch:
+            before = self._put.get((home.rental_id, home.epoch), "")
+            raise VaultError(LET_IN, "its renter was let in here at this epoch", before)
+        copy, files = there[wanted]
+        worker.homes[home.rental_id] = dict(files)
+        self.restored.append((home.rental_id, home.epoch, str(wanted)))
+        self._put[home.rental_id, home.epoch] = str(wanted)
+        return copy
+
+    async def copies(self, rental_id: str, uid: int) -> list[Copy]:
+        await self._going()
+        return list(self._copies(rental_id))
+
+    async def remove(self, rental_id: str, uid: int) -> None:
+        await self._going()
+        self.stored.pop(rental_id, None)
+
+    async def rentals(self) -> list[str]:
+        await self._going()
+        return sorted(self.stored)
+
+    def _copies(self, rental_id: str) -> tuple[Copy, ...]:
+        return tuple(copy for _, (copy, _) in sorted(self.stored.get(rental_id, {}).items()))
+
+    async def _going(self) -> None:
+        await asyncio.sleep(0)
+        self.asked.set()
+        if self.failure:
+            raise self.failure
+
+    async def _worker(self, home: Home, deadline_s: float) -> FakeWorker:
+        await self._going()
+        worker = self.world.at(home.host)
+        if worker is None or not self.world.recognises(worker, home.host):
+            raise VaultError("unreachable", "the worker cannot be asked")
+        try:
+            async with asyncio.timeout(deadline_s):
+                await worker.going()
+        except TimeoutError as error:
+            raise VaultError("timed_out", "it took longer than it may") from error
+        account = worker.accounts.get(home.rental_id)
+        if not worker.alive:
+            raise VaultError("unreachable", "the worker cannot be asked")
+        if account is None:
+            raise VaultError("unknown_rental", "no such rental on this worker")
+        if account.epoch != home.epoch:
+            raise VaultError("stale_epoch", f"epoch {home.epoch} is not epoch {account.epoch}, which is here")
+        return worker

@@ -1,0 +1,269 @@
+"""The vault's jobs, each in a process of its own that was forked for it, and that ends with it.
+
+The process has root's right to act under another uid, and none to read what is another's: what is in a rental's
+directory is read, written and removed by a child that has become the rental's uid and is nobody else any more.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+from orion.manager.domain.copies import Generation
+from orion.manager.engine.port import Host
+from orion.manager.engine.vault import generations
+from orion.manager.engine.vault.port import NO_SUCH_GENERATION, VaultError
+from orion.manager.engine.vault.protocol import Action, ReplyLine, RequestLine, written
+from orion.manager.engine.vault.transfer import LISTS_BYTES, OPTIONS, Far, Told, Transfer, check
+from orion.manager.engine.vault.watch import Watch
+from orion.ssh import pinned_host_arguments
+
+LOCK_WAIT_S = 5.0
+FULLEST_DISK = 0.9
+"""A copy that is under way is given up when the disk is so full; none is begun from a lower mark on."""
+SSH_OPTIONS = (
+    "ControlMaster=auto", "ControlPersist=60s", "ConnectTimeout=5", "ServerAliveInterval=5", "ServerAliveCountMax=2",
+    "ForwardAgent=no", "ForwardX11=no", "ClearAllForwardings=yes", "IdentitiesOnly=yes", "IdentityAgent=none",
+    "BatchMode=yes", "LogLevel=ERROR",
+)  # fmt: skip
+NOBODYS_ID = 4_000_000_000
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the vault has its things."""
+
+    copies: Path = Path("/var/lib/orion/copies")
+    """Root's, 0711; one directory for each rental in it, of the rental's own uid, 0700."""
+    run: Path = Path("/run/orion-vault")
+    """Root's, 0711: the socket, the locks, and `ssh`, where the key is, of an account of its own."""
+    ssh_uid: int = 902
+
+    @property
+    def ssh(self) -> Path:
+        return self.run / "ssh"
+
+    @property
+    def locks(self) -> Path:
+        return self.run / "locks"
+
+
+class Job:
+    def __init__(self, request: RequestLine, places: Places, watch: Watch) -> None:
+        self._request = request
+        self._places = places
+        self._watch = watch
+        self._folder = places.copies / request.rental_id
+
+    def run(self) -> ReplyLine:
+        """Raises VaultError for what goes wrong, and Abandoned when nobody waits for it any more."""
+        if self._request.action is Action.RENTALS:
+            return ReplyLine(ok=True, rentals=sorted(place.name for place in self._places.copies.iterdir()))
+        work = {
+            Action.COPY: self._copy,
+            Action.RESTORE: self._restore,
+            Action.LIST: self._list,
+            Action.REMOVE: self._remove,
+        }[self._request.action]
+        with self._alone():
+            return work()
+
+    def _copy(self) -> ReplyLine:
+        request, began_at = self._request, time.time()
+        self._make_folder()
+        self._look_at_disk()
+        far = self._far("send", max_files=request.max_files, max_bytes=request.max_bytes)
+        base = self._as_renter(lambda: generations.begin(self._folder))
+        before = (f"--link-dest={self._folder / base / 'home'}",) if base else ()
+        arguments = (*OPTIONS, *before, "-ii", "--out-format=%i", "--stats", "--no-human-readable", "--info=nonreg0")
+        target = f"{self._folder / generations.INCOMING / 'home'}/"
+        transfer = Transfer(far, request.uid, self._watch, request.max_bytes + LISTS_BYTES, request.max_files + 1)
+        told = transfer.run((*arguments, "worker:.", target), self._look_at_disk, request.max_bytes)
+        check(told, "receiver")
+        made = _made(told, began_at)
+
+        def finish() -> list[dict[str, Any]]:
+            copy = generations.finish(self._folder, request.epoch, made, Generation.parse(request.generation))
+            return [written(copy), *map(written, generations.found(self._folder))]
+
+        done, *copies = self._as_renter(finish)
+        return ReplyLine(ok=True, done=done, copies=copies)
+
+    def _restore(self) -> ReplyLine:
+        complete = self._found()
+        if not complete:
+            return ReplyLine(ok=True)
+        wanted = self._request.generation or complete[-1]["generation"]
+        copy = next((each for each in complete if each["generation"] == wanted), None)
+        if copy is None:
+            there = ", ".join(each["generation"] for each in complete)
+            raise VaultError(NO_SUCH_GENERATION, f"there is no copy {wanted}; there are {there}")
+        far = self._far("receive", generation=wanted)
+        source = f"{self._folder / wanted / 'home'}/"
+        transfer = Transfer(far, self._request.uid, self._watch, LISTS_BYTES, float("inf"))
+        told = transfer.run((*OPTIONS, "--chmod=ug-s", source, "worker:."), lambda: None, None)
+        check(told, "sender")
+        return ReplyLine(ok=True, done=copy | {"skipped": [*copy["skipped"], *told.skipped()]}, copies=complete)
+
+    def _list(self) -> ReplyLine:
+        return ReplyLine(ok=True, copies=self._found())
+
+    def _remove(self) -> ReplyLine:
+        if self._folder.exists():
+            self._own_folder()
+            self._as_renter(lambda: generations.wipe(self._folder))
+            self._folder.rmdir()
+        return ReplyLine(ok=True)
+
+    def _found(self) -> list[dict[str, Any]]:
+        if not self._folder.exists():
+            return []
+        self._own_folder()
+        return self._as_renter(lambda: [written(copy) for copy in generations.found(self._folder)])
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One job for a rental at a time; and nothing that ran under its uid outlives it."""
+        with (self._places.locks / self._request.rental_id).open("w") as lock:
+            last_moment = time.monotonic() + min(LOCK_WAIT_S, self._watch.left_s)
+            while not _try_lock(lock.fileno()):
+                if time.monotonic() >= last_moment:
+                    raise VaultError("busy", "another job for this rental is still at work")
+                time.sleep(0.02)
+            try:
+                yield
+            finally:
+                _strike(self._request.uid)
+
+    def _make_folder(self) -> None:
+        with suppress(FileExistsError):
+            self._folder.mkdir(mode=0o700)
+            os.chown(self._folder, self._request.uid, self._request.uid)
+        self._own_folder()
+
+    def _own_folder(self) -> None:
+        """It is this uid's. One that was made and not yet given away, by a job that was killed then, is root's."""
+        status = self._folder.lstat()
+        if status.st_uid == os.geteuid() != self._request.uid:
+            os.chown(self._folder, self._request.uid, self._request.uid, follow_symlinks=False)
+        elif status.st_uid != self._request.uid:
+            raise VaultError("conflict", f"the copies of {self._request.rental_id} are another uid's")
+
+    def _look_at_disk(self) -> None:
+        usage = shutil.disk_usage(self._places.copies)
+        if usage.used > FULLEST_DISK * (usage.used + usage.free):
+            raise VaultError("disk_full", "the manager's disk is nearly full")
+
+    def _far(self, direction: str, **more: Any) -> Far:
+        request = self._request
+        if request.host is None:
+            raise VaultError("invalid_request", "it names no worker")
+        host = request.host.host()
+        environment = {"PATH": "/usr/bin:/bin", "HOME": str(self._places.ssh), "LANG": "C.UTF-8"}
+        account = (self._places.ssh_uid, self._places.ssh_uid)
+        far = Far(ssh_command(host, self._places.ssh), account, environment, direction)
+        identity = {"rental_id": request.rental_id, "epoch": request.epoch, "deadline": self._watch.unix_deadline()}
+        try:
+            far.greet(identity | more, self._watch)
+        except BaseException:
+            far.process.kill()
+            far.process.wait()
+            raise
+        return far
+
+    def _as_renter(self, work: Callable[[], T]) -> T:
+        """What `work` returns, done by a child that is the rental's uid."""
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reading)
+            _become_and_do(self._request.uid, work, writing)
+        os.close(writing)
+        try:
+            with os.fdopen(reading, "rb") as pipe:
+                content = b""
+                while True:
+                    self._watch.wait_for(pipe.fileno())
+                    part = os.read(pipe.fileno(), 1 << 16)
+                    if not part:
+                        break
+                    content += part
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        answer: dict[str, Any] = json.loads(content) if content else {"error": "it ended without a word"}
+        if "error" in answer:
+            raise VaultError("failed", f"the copies could not be kept: {answer['error']}")
+        result: T = answer["done"]
+        return result
+
+
+def ssh_command(host: Host, folder: Path) -> list[str]:
+    recognised = "\n".join((host.address, str(host.port), *host.host_keys))
+    control = folder / f"{host.worker_id}-{sha256(recognised.encode()).hexdigest()[:12]}"
+    options = [argument for option in (*SSH_OPTIONS, f"ControlPath={control}") for argument in ("-o", option)]
+    pinned = pinned_host_arguments(host.worker_id, host.host_keys)
+    key = str(folder / "id_ed25519")
+    return ["ssh", "-F", "none", "-T", "-i", key, *options, *pinned, "-p", str(host.port), f"root@{host.address}"]
+
+
+def _made(told: Told, at: float) -> generations.Made:
+    return generations.Made(at, told.number("bytes"), told.number("files"), told.items, told.unchanged, told.skipped())
+
+
+def _become_and_do(uid: int, work: Callable[[], Any], writing: int) -> None:
+    """In a child. Never returns."""
+    try:
+        _become(uid)
+        os.umask(0o077)
+        try:
+            answer = {"done": work()}
+        except OSError as error:
+            answer = {"error": str(error)}
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(json.dumps(answer).encode())
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _become(uid: int) -> None:
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+def _strike(uid: int) -> None:
+    """SIGKILL to all that runs under a rental's uid, in one step of the kernel, from a uid that it cannot strike."""
+    child = os.fork()
+    if child == 0:
+        with suppress(OSError):
+            os.setgroups([])
+            os.setresgid(NOBODYS_ID, NOBODYS_ID, NOBODYS_ID)
+            os.setresuid(NOBODYS_ID, uid, NOBODYS_ID)
+            os.kill(-1, signal.SIGKILL)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,94 @@
+"""The port between the manager's loops and the place where copies of homes are kept.
+
+`VaultClient` (client.py) is the real one, `FakeVault` (fake.py) the shipped fake; tests/vault_contract.py holds both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from orion.manager.domain.copies import Copy, Generation
+from orion.manager.engine.port import Host
+
+COPY_DEADLINE_S = 120.0
+RESTORE_DEADLINE_S = 300.0
+
+
+@dataclass(frozen=True)
+class Home:
+    """A rental's home on a worker, at one epoch."""
+
+    rental_id: str
+    uid: int
+    epoch: int
+    host: Host
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a copy may hold at most."""
+
+    max_files: int = 200_000
+    max_bytes: int = 2 << 30
+
+
+@dataclass(frozen=True)
+class Copied:
+    copy: Copy
+    kept: tuple[Copy, ...]
+    """All complete copies of the rental that are there now, oldest first, with this one."""
+
+
+class VaultError(Exception):
+    """It was not done; the message is for a person and holds no secret. `code` is stable, `restored` for let_in."""
+
+    def __init__(self, code: str, message: str, restored: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.restored = restored
+
+
+OF_THE_WORKER = frozenset(
+    ("unreachable", "failed", "refused", "no_home", "stale_epoch", "purged", "unknown_rental", "broken", "timed_out")
+)
+"""Codes for which another worker might do better: what could not be restored here is restored elsewhere."""
+LET_IN = "let_in"
+"""The renter was let in at this epoch: nothing is put over its files any more."""
+NO_SUCH_GENERATION = "no_such_generation"
+OVER_LIMIT = "over_limit"
+
+
+class Vault(Protocol):
+    """Every call ends within its deadline and a little, and raises VaultError for whatever goes wrong."""
+
+    async def copy(
+        self, home: Home, limits: Limits, deadline_s: float = COPY_DEADLINE_S, spare: Generation | None = None
+    ) -> Copied:
+        """Copy the home as it is now. What was copied before stays untouched until this one is complete.
+
+        Older copies make room then, but for `spare`, which somebody is about to ask for.
+        """
+        ...
+
+    async def restore(
+        self, home: Home, generation: Generation | None = None, deadline_s: float = RESTORE_DEADLINE_S
+    ) -> Copy | None:
+        """Fill the locked home with a copy, the newest if none is named; None: there is none, and nothing was done.
+
+        Ends a copy or another restore of the same rental that is under way: that raises with the code "superseded".
+        Repeatable until the renter is let in.
+        """
+        ...
+
+    async def copies(self, rental_id: str, uid: int) -> list[Copy]:
+        """The complete copies of a rental, oldest first."""
+        ...
+
+    async def remove(self, rental_id: str, uid: int) -> None:
+        """No copy of the rental is left. Repeatable."""
+        ...
+
+    async def rentals(self) -> list[str]:
+        """The rentals of which something is kept."""
+        ...

@@ -1,0 +1,68 @@
+"""What the manager and the vault say to each other: one JSON object each, one connection for each request.
+
+The vault checks what it is told as if the manager were a stranger: it alone may act under the rentals' uids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from orion.manager.domain.copies import Copy, Generation
+from orion.manager.engine.protocol import MAX_DEADLINE_S, HostLine
+from orion.wire import Id
+
+LONGEST_LINE = 1 << 16
+
+
+class Action(StrEnum):
+    COPY = "copy"
+    RESTORE = "restore"
+    LIST = "list"
+    REMOVE = "remove"
+    RENTALS = "rentals"
+
+
+class Line(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RequestLine(Line):
+    action: Action
+    rental_id: Id = "-"
+    uid: int = Field(100_000, ge=100_000, lt=2**31)
+    epoch: int = Field(1, ge=1, lt=2**53)
+    host: HostLine | None = None
+    generation: Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,15}-[1-9][0-9]{0,15})?$")] = ""
+    """To restore; of a copy, one that is to stay. Empty: the newest, or none in particular."""
+    max_files: int = Field(0, ge=0, lt=2**53)
+    max_bytes: int = Field(0, ge=0, lt=2**53)
+    deadline_s: float = Field(gt=0, le=MAX_DEADLINE_S)
+
+
+class ReplyLine(Line):
+    ok: bool
+    code: str = ""
+    message: str = ""
+    restored: str = ""
+    copies: list[dict[str, Any]] = []
+    """Complete copies, as `written` writes them; oldest first."""
+    done: dict[str, Any] | None = None
+    """The copy that was made or restored."""
+    rentals: list[str] = []
+
+
+def written(copy: Copy) -> dict[str, Any]:
+    return asdict(copy) | {"generation": str(copy.generation), "skipped": list(copy.skipped)}
+
+
+def read(data: dict[str, Any]) -> Copy:
+    """Raises ValueError, TypeError or KeyError for what `written` did not write."""
+    generation = Generation.parse(data["generation"])
+    if generation is None:
+        raise ValueError("not a generation")
+    skipped = tuple(str(name) for name in data["skipped"])
+    return Copy(generation, float(data["at"]), int(data["bytes"]), int(data["files"]), skipped)

@@ -1,0 +1,322 @@
+"""One run of rsync between a copy here and a home on a worker, with this process between the two.
+
+The rsync here runs under the rental's own uid, in a directory of that uid, and holds no key and no connection: its
+"remote shell" hands its two ends to this process (bridge.py), which carries the bytes to an ssh of another uid and
+counts them. The rsync there runs under the renter's uid, by `orion-rental send` or `receive`. So a worker that lies,
+and a renter that does, can make rsync do no more than spoil that rental's own copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from orion.manager.domain.copies import Generation
+from orion.manager.engine.vault.port import VaultError
+from orion.manager.engine.vault.watch import Watch
+
+BRIDGE = Path(__file__).with_name("bridge.py")
+OPTIONS = (
+    *("-rlptgo", "-H", "-S", "-X", "--numeric-ids", "--fake-super"),
+    *("--delete", "--modify-window=-1", "--stderr=client"),
+)
+"""Times are compared to the nanosecond (-1): by default, what changes twice within a second may look unchanged.
+
+The worker's files.py has what follows from these for its side; test_both_sides_mean_the_same compares them.
+"""
+MEMORY_BYTES = 1 << 30
+BUFFER_BYTES = 1 << 18
+LONGEST_TEXT = 1 << 16
+LISTS_BYTES = 64 << 20
+"""Of a stream, beyond the size of the files: their names and attributes, and what rsync says besides."""
+LONGEST_HELLO = 4096
+SKIPPED_SHOWN = 20
+VANISHED, PARTIAL = 24, 23
+"""Exit statuses of rsync: files went away meanwhile; some could not be read."""
+_CODE = re.compile(r"[a-z_]{1,40}")
+_ITEM = re.compile(rb"[<>ch.*][fdLDS][ .+?a-zA-Z]{9}")
+_UNCHANGED = re.compile(rb".. {9}")
+_NAMED = r'[a-z_]+(?: failed to open)? "(?:/home/[^/"]+/)?(.*)"(?: failed)?: .*'
+_SKIPPED = re.compile(rf"rsync: \[(?:sender|receiver|generator)\] {_NAMED}")
+_OURS_FAILED = re.compile(r"rsync: \[(receiver|generator|Receiver)\]")
+_NO_ROOM = re.compile(r"No space left|Disk quota exceeded|File too large", re.IGNORECASE)
+_NUMBER = {"files": re.compile(r"^Number of files: (\d+)", re.M), "bytes": re.compile(r"^Total file size: (\d+)", re.M)}
+
+
+@dataclass
+class Told:
+    """What the rsync here said."""
+
+    status: int = 0
+    items: int = 0
+    changed: int = 0
+    """Of the items, those that are not as in the copy before."""
+    text: bytearray = field(default_factory=bytearray)
+    """Its output without the lines of items."""
+    errors: str = ""
+
+    @property
+    def unchanged(self) -> bool:
+        """What cannot be opened is asked for again each time, and so looks new."""
+        return self.changed == self.errors.count("send_files failed to open")
+
+    def number(self, of: str) -> int:
+        match = _NUMBER[of].search(self.text.decode(errors="replace"))
+        return int(match[1]) if match else 0
+
+    def skipped(self) -> tuple[str, ...]:
+        """The names of what could not be read or written."""
+        names = [match[1] for line in self.errors.splitlines() if (match := _SKIPPED.match(line))]
+        return tuple(sorted({name[:200] for name in names})[:SKIPPED_SHOWN])
+
+
+class Far:
+    """`orion-rental` on the worker, by ssh; a refusal of it raises VaultError with its code."""
+
+    def __init__(self, ssh: Sequence[str], account: tuple[int, int], environment: dict[str, str], command: str) -> None:
+        self.process = subprocess.Popen(
+            [*ssh, f"orion-rental {command}"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+            env=environment, cwd="/", user=account[0], group=account[1], extra_groups=[], start_new_session=True,
+        )  # fmt: skip
+
+    def greet(self, request: dict[str, Any], watch: Watch) -> dict[str, Any]:
+        assert self.process.stdin  # noqa: S101 - it was asked for
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        line = self._line(watch)
+        try:
+            answer = dict(json.loads(line))
+        except (ValueError, TypeError) as error:
+            said = "its answer is not one" if line else self._last_words(watch)
+            raise VaultError("unreachable", f"the worker cannot be asked: {said}") from error
+        if answer.get("ok") is not True:
+            code, restored = str(answer.get("code")), str(answer.get("restored", ""))
+            known = code if _CODE.fullmatch(code) else "refused"
+            generation = restored if Generation.parse(restored) else ""
+            raise VaultError(known, plain(str(answer.get("error", "it was refused"))), generation)
+        return answer
+
+    def _line(self, watch: Watch) -> bytes:
+        """Byte by byte: what follows is rsync's."""
+        assert self.process.stdout  # noqa: S101
+        line = b""
+        while not line.endswith(b"\n") and len(line) < LONGEST_HELLO:
+            watch.wait_for(self.process.stdout.fileno())
+            byte = self.process.stdout.read(1)
+            if not byte:
+                break
+            line += byte
+        return line
+
+    def _last_words(self, watch: Watch) -> str:
+        assert self.process.stderr  # noqa: S101
+        watch.wait_for(self.process.stderr.fileno())
+        text = os.read(self.process.stderr.fileno(), LONGEST_TEXT).decode(errors="replace")
+        return plain((text.strip().splitlines() or ["it said nothing"])[-1])
+
+
+@dataclass(eq=False)
+class Flow:
+    """Bytes on their way in one direction, not more than `most` of them."""
+
+    source: int
+    target: int
+    most: float
+    waiting: bytearray = field(default_factory=bytearray)
+    carried: int = 0
+    ended: bool = False
+    """The source has nothing more."""
+    done: bool = False
+
+
+class Transfer:
+    def __init__(self, far: Far, uid: int, watch: Watch, most_bytes: float, most_items: float) -> None:
+        self._far = far
+        self._uid = uid
+        self._watch = watch
+        self._most_bytes = most_bytes
+        self._most_items = most_items
+        self._selector = selectors.DefaultSelector()
+        self._told = Told()
+        self._line = bytearray()
+        self._errors = bytearray()
+        self._open = 2  # rsync's output and its errors
+
+    def run(self, arguments: Sequence[str], look: Callable[[], None], largest_file: int | None) -> Told:
+        """Run rsync with these arguments, paths last. `look` is called about once a second, and may raise."""
+        mine, theirs = socket.socketpair()
+        command = ["rsync", "-e", f"{sys.executable} -I -S {BRIDGE} {theirs.fileno()}", *arguments]
+        rsync = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}, cwd="/", umask=0o077,
+            user=self._uid, group=self._uid, extra_groups=[], start_new_session=True,
+            pass_fds=(theirs.fileno(),), preexec_fn=partial(_confine, largest_file),  # noqa: PLW1509 - one thread
+        )  # fmt: skip
+        theirs.close()
+        try:
+            self._carry(rsync, mine, look)
+            self._told.status = rsync.wait(max(0.1, self._watch.left_s))
+        except subprocess.TimeoutExpired as error:
+            raise VaultError("timed_out", "it took longer than it may") from error
+        finally:
+            mine.close()
+            with suppress(ProcessLookupError):
+                os.killpg(rsync.pid, signal.SIGKILL)
+            rsync.wait()
+            self._far.process.kill()
+            self._far.process.wait()
+        self._told.errors = self._errors.decode(errors="replace")
+        return self._told
+
+    def _carry(self, rsync: subprocess.Popen[bytes], control: socket.socket, look: Callable[[], None]) -> None:
+        far = self._far.process
+        assert far.stdin and far.stdout and far.stderr and rsync.stdout and rsync.stderr  # noqa: S101, PT018
+        self._watch.wait_for(control.fileno())
+        _, (from_rsync, to_rsync), _, _ = _ends(control)
+        inward = Flow(far.stdout.fileno(), to_rsync, self._most_bytes)
+        outward = Flow(from_rsync, os.dup(far.stdin.fileno()), float("inf"))
+        far.stdin.close()
+        self._watch.register(self._selector)
+        self._register(rsync.stdout.fileno(), self._read_output)
+        self._register(rsync.stderr.fileno(), self._read_errors)
+        self._register(far.stderr.fileno(), self._read_far_errors)
+        for flow in (inward, outward):
+            os.set_blocking(flow.source, False)
+            os.set_blocking(flow.target, False)
+            self._arm(flow)
+        looked_at = time.monotonic()
+        while self._open:
+            for key, ready in self._watch.events(self._selector):
+                key.data(key.fd, ready)
+            if inward.done or not self._open:
+                control.close()  # the bridge ends, and with it what rsync takes for its remote shell
+            if time.monotonic() - looked_at > 1.0:
+                look()
+                looked_at = time.monotonic()
+
+    def _register(self, descriptor: int, take: Callable[[int, int], None]) -> None:
+        os.set_blocking(descriptor, False)
+        self._selector.register(descriptor, selectors.EVENT_READ, take)
+
+    def _arm(self, flow: Flow) -> None:
+        """Look at what the flow can go on with: its source, its target, or both."""
+        for descriptor, event, wanted in (
+            (flow.source, selectors.EVENT_READ, not flow.ended and len(flow.waiting) < BUFFER_BYTES),
+            (flow.target, selectors.EVENT_WRITE, bool(flow.waiting)),
+        ):
+            known = descriptor in self._selector.get_map()
+            if wanted and not known:
+                self._selector.register(descriptor, event, partial(self._move, flow))
+            elif known and not wanted:
+                self._selector.unregister(descriptor)
+        if flow.ended and not flow.waiting and not flow.done:
+            flow.done = True
+            os.close(flow.target)
+
+    def _move(self, flow: Flow, descriptor: int, _ready: int) -> None:
+        try:
+            if descriptor == flow.source:
+                part = os.read(flow.source, BUFFER_BYTES)
+                flow.carried += len(part)
+                flow.ended = not part
+                flow.waiting += part
+            else:
+                del flow.waiting[: os.write(flow.target, flow.waiting)]
+        except BlockingIOError:
+            return
+        except OSError:  # the other end is gone: rsync, or ssh, will say why
+            flow.ended = True
+            flow.waiting.clear()
+        if flow.carried > flow.most:
+            raise VaultError("over_limit", "more was sent than a copy may hold")
+        self._arm(flow)
+
+    def _read_output(self, descriptor: int, _ready: int) -> None:
+        *lines, rest = (self._line + self._part(descriptor)).split(b"\n")
+        self._line = bytearray(rest[-LONGEST_TEXT:])
+        for line in lines:
+            if not _ITEM.fullmatch(line):
+                self._told.text += line[:LONGEST_TEXT] + b"\n"
+                del self._told.text[:-LONGEST_TEXT]
+                continue
+            self._told.items += 1
+            self._told.changed += not _UNCHANGED.fullmatch(line)
+        if self._told.items > self._most_items:
+            raise VaultError("over_limit", "more files were sent than a copy may hold")
+
+    def _read_errors(self, descriptor: int, _ready: int) -> None:
+        self._errors += self._part(descriptor)
+        del self._errors[LONGEST_TEXT:]
+
+    def _read_far_errors(self, descriptor: int, _ready: int) -> None:
+        """ssh's, and of programs on the worker: read, so that nobody waits to write it, and believed in nothing."""
+        with suppress(BlockingIOError):
+            if not os.read(descriptor, LONGEST_TEXT):
+                self._selector.unregister(descriptor)
+
+    def _part(self, descriptor: int) -> bytes:
+        try:
+            part = os.read(descriptor, LONGEST_TEXT)
+        except BlockingIOError:
+            return b""
+        if not part:
+            self._selector.unregister(descriptor)
+            self._open -= 1
+        return part
+
+
+def check(told: Told, here: str) -> None:
+    """Raise VaultError unless rsync did all that could be done. `here`: what this side is, receiver or sender."""
+    mistakes = told.errors if here == "receiver" else ""
+    if told.status in {0, VANISHED}:
+        return
+    ours = _OURS_FAILED.search(mistakes) or (here == "sender" and _NO_ROOM.search(told.errors))
+    if told.status == PARTIAL and not ours:
+        return
+    if told.status == -signal.SIGXFSZ:
+        raise VaultError("over_limit", "a file is larger than all that a copy may hold")
+    if _NO_ROOM.search(told.errors):
+        where = "on the manager" if here == "receiver" else "on the worker"
+        raise VaultError("disk_full" if here == "receiver" else "failed", f"there is no room for it {where}")
+    lines = [line for line in told.errors.splitlines() if line.startswith(("rsync:", "rsync error:"))]
+    raise VaultError("failed", f"rsync ended with {told.status}: {plain((lines or ['it said nothing'])[0])}")
+
+
+def plain(text: str) -> str:
+    """One line for a person; a worker may have written it, so nothing that moves a cursor."""
+    return re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]+", " ", text).strip()[:300]
+
+
+def _ends(control: socket.socket) -> tuple[bytes, tuple[int, int], int, Any]:
+    data, descriptors, flags, address = socket.recv_fds(control, 1, 2)
+    if len(descriptors) != 2:
+        raise VaultError("failed", "rsync did not start")
+    return data, (descriptors[0], descriptors[1]), flags, address
+
+
+def _confine(largest_file: int | None) -> None:
+    """In the child, before it becomes rsync."""
+    os.nice(5)
+    for kind, most in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_NOFILE, 256),
+        (resource.RLIMIT_FSIZE, largest_file),
+    ):
+        if most is not None:
+            resource.setrlimit(kind, (most, most))

@@ -1,0 +1,312 @@
+"""Copies of homes on real workers, and homes made from copies: by the real vault, real ssh, real rsync.
+
+The renters here play every trick on it that a renter can; a worker that lies is in test_vault_attacks.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rental_support import Rental, new_rental
+from vault_contract import Bench, VaultContract, refusal
+from vault_support import RealVault, home_of, host_of, vault
+from worker_support import Worker
+
+from orion.manager.engine.vault.port import LET_IN, Home, Limits
+
+LIMITS = Limits(max_files=20_000, max_bytes=64 << 20)
+
+
+@pytest.fixture(scope="module")
+def real(pair: tuple[Worker, Worker], folder: Path) -> Iterator[RealVault]:
+    with vault(folder, pair[0].key) as running:
+        yield running
+
+
+class RealBench(Bench):
+    def __init__(self, real: RealVault, pair: tuple[Worker, Worker], folder: Path) -> None:
+        self.vault = real.client
+        self.hosts = (host_of(pair[0]), host_of(pair[1]))
+        self._workers = dict(zip(self.hosts, pair, strict=True))
+        self._key = pair[0].key.public
+        self._offset = 1000 * secrets.randbelow(10_000)
+
+    def new_home(self, epoch: int = 1) -> Home:
+        home = super().new_home(epoch)
+        return replace(home, uid=home.uid + self._offset)
+
+    async def create(self, home: Home, let_in: bool) -> None:
+        worker = self._workers[home.host]
+        request = {"rental_id": home.rental_id, "username": f"r-{home.rental_id}", "uid": home.uid}
+        await _rental(worker, "create", **request, epoch=home.epoch, public_keys=[self._key])
+        if let_in:
+            await _rental(worker, "unlock", rental_id=home.rental_id, epoch=home.epoch)
+
+    async def write(self, home: Home, name: str, content: str) -> None:
+        await self._in(home, f"printf %s '{content}' > {name}")
+
+    async def remove(self, home: Home, name: str) -> None:
+        await self._in(home, f"rm {name}")
+
+    async def files(self, home: Home) -> dict[str, str]:
+        script = "import json, os; print(json.dumps({n: open(n).read() for n in os.listdir('.')}))"
+        files: dict[str, str] = json.loads(await self._in(home, f'python3 -c "{script}"'))
+        return files
+
+    async def _in(self, home: Home, script: str) -> str:
+        become = ["setpriv", f"--reuid={home.uid}", f"--regid={home.uid}", "--clear-groups"]
+        command = [*become, "sh", "-c", f"cd /home/r-{home.rental_id} && {script}"]
+        return await asyncio.to_thread(self._workers[home.host].run, *command)
+
+
+async def _rental(worker: Worker, command: str, **request: Any) -> None:
+    status, report = await asyncio.to_thread(lambda: worker.rental(command, **request))
+    assert status == 0, report
+
+
+@pytest.fixture
+def bench(real: RealVault, pair: tuple[Worker, Worker], folder: Path) -> RealBench:
+    return RealBench(real, pair, folder)
+
+
+class TestRealVault(VaultContract):
+    pass
+
+
+# What a home may hold
+
+
+FURNISH = r"""
+import os, socket
+os.chdir(os.path.expanduser("~"))
+def put(name, content=b"x", mode=0o644):
+    with open(name, "wb") as file:
+        file.write(content)
+    os.chmod(name, mode)
+os.mkdir("folder")
+for name in (b"new\nline", b"'quotes\" $(id)`", b"\xff\xfe", b" space ", b"-rf", b"*", b"\x1b[2J", b"\\", b"a" * 255):
+    put(b"folder/" + name, name)
+put("small", b"content")
+os.link("small", "folder/hard link")
+os.symlink("/etc/shadow", "to-shadow")
+os.symlink("/etc", "to-etc")
+os.symlink("nowhere", "dangling")
+os.setxattr("small", "user.mine", b"\x00value")
+os.utime("small", ns=(1_000_000_000_123_456_789, 1_000_000_000_123_456_789))
+os.symlink("x", "dated link")
+os.utime("dated link", ns=(5, 1_100_000_000_000_000_007), follow_symlinks=False)
+with open("sparse", "wb") as file:
+    file.seek(30 << 20)
+    file.write(b"end")
+for mode in (0o400, 0o600, 0o755, 0o1777, 0o2755, 0o4755, 0o6777, 0o444):
+    put("mode-%o" % mode, b"m", mode)
+for mode in (0o500, 0o700, 0o1777, 0o2775):
+    os.mkdir("folder-%o" % mode)
+    put("folder-%o/inside" % mode)
+    os.chmod("folder-%o" % mode, mode)
+os.utime("folder", ns=(1_200_000_000_000_000_000, 1_200_000_000_000_000_000))
+os.mkfifo("fifo")
+socket.socket(socket.AF_UNIX).bind("socket")
+put("unreadable", b"secret", 0)
+os.mkdir("closed")
+put("closed/inside")
+os.chmod("closed", 0)
+os.chmod(".", 0o711)
+"""
+
+TELL = r"""
+import hashlib, json, os, stat
+os.chdir(os.path.expanduser("~"))
+told = {}
+def tell(path):
+    status = os.lstat(path)
+    kind = stat.S_IFMT(status.st_mode)
+    about = {"kind": kind, "mode": stat.S_IMODE(status.st_mode), "mtime": status.st_mtime_ns}
+    about |= {"uid": status.st_uid, "gid": status.st_gid}
+    if stat.S_ISLNK(kind):
+        about["to"] = os.fsdecode(os.readlink(path))
+    elif stat.S_ISREG(kind):
+        about |= {"size": status.st_size, "links": status.st_nlink, "few blocks": status.st_blocks < 1000}
+        about["xattr"] = {name: os.getxattr(path, name).hex() for name in os.listxattr(path)}
+        if status.st_mode & 0o400:
+            about["content"] = hashlib.sha256(open(path, "rb").read()).hexdigest()
+    elif stat.S_ISDIR(kind) and status.st_mode & 0o400:
+        for name in sorted(os.listdir(path)):
+            tell(os.path.join(path, name))
+    told[os.fsdecode(path).encode("utf-8", "surrogateescape").hex()] = about
+tell(b".")
+print(json.dumps(told))
+"""
+
+
+def told(rental: Rental) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(rental.python(TELL))
+    return {bytes.fromhex(name).decode(errors="backslashreplace"): about for name, about in found.items()}
+
+
+async def move(real: RealVault, rental: Rental, to: Worker) -> Rental:
+    """Restored on another worker at the next epoch, and let in."""
+    moved = replace(rental, on=to, epoch=rental.epoch + 1)
+    await _rental(to, "create", **moved.variables, public_keys=[moved.key.public])
+    assert await real.client.restore(home_of(moved))
+    await _rental(to, "unlock", rental_id=moved.rental_id, epoch=moved.epoch)
+    return moved
+
+
+@pytest.fixture
+def rental(host: Worker, folder: Path) -> Rental:
+    return new_rental(host, folder).create_quickly()
+
+
+async def test_a_restored_home_is_as_it_was_but_for_what_no_copy_may_bring(
+    real: RealVault, rental: Rental, neighbour: Worker
+) -> None:
+    rental.python(FURNISH)
+    before = told(rental)
+    copied = await real.client.copy(home_of(rental), LIMITS)
+    assert copied.copy.skipped == ("closed", "unreadable")
+    after = told(await move(real, rental, neighbour))
+    assert before.keys() - after.keys() == {"./fifo", "./socket", "./unreadable"}
+    assert after.keys() <= before.keys()
+    for name, about in after.items():
+        was = before[name] | {"mode": before[name]["mode"] & ~0o6000}
+        if name in {"./closed"}:
+            was.pop("mtime"), about.pop("mtime")
+        assert about == was, name
+
+
+async def test_ten_thousand_files_are_copied_and_an_unchanged_home_costs_little(
+    real: RealVault, rental: Rental, record_property: Any
+) -> None:
+    rental.ssh("mkdir many; cd many; seq 10000 | xargs touch")
+    first = (await real.client.copy(home_of(rental), LIMITS)).copy
+    assert first.files == 10_002
+    tooks = []
+    for _ in range(3):
+        began = time.monotonic()
+        again = (await real.client.copy(home_of(rental), LIMITS)).copy
+        tooks.append(time.monotonic() - began)
+        assert again.generation == first.generation
+    assert min(tooks) < 3, tooks
+
+
+async def test_a_home_of_ten_megabytes_that_has_not_changed_is_copied_in_a_moment(
+    real: RealVault, rental: Rental, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rental.ssh("head -c 10000000 /dev/urandom > large; mkdir d; cd d; seq 100 | xargs touch")
+    await real.client.copy(home_of(rental), LIMITS)
+    tooks = []
+    for _ in range(7):
+        began = time.monotonic()
+        await real.client.copy(home_of(rental), LIMITS)
+        tooks.append(time.monotonic() - began)
+    with capsys.disabled():
+        print(f"\na copy of an unchanged home of 10 MB: {sorted(tooks)[3]:.3f} s (median of 7)")  # noqa: T201
+    assert sorted(tooks)[3] < 1.5, tooks
+
+
+async def test_a_home_that_changes_while_it_is_read_is_copied_and_nothing_of_others_is_in_it(
+    real: RealVault, rental: Rental
+) -> None:
+    """Files that grow, links put in the place of files and of directories, as fast as the renter can."""
+    rental.ssh(
+        "mkdir swap away; echo mine > swap/shadow; echo mine > file; head -c 3000000 /dev/zero > grows; "
+        "(while :; do ln -sfT /etc/shadow file; rm -f file; echo mine > file; done) >/dev/null 2>&1 & "
+        "(while :; do mv swap away/; ln -s /etc swap; rm swap; mv away/swap .; done) >/dev/null 2>&1 & "
+        "(while :; do head -c 100000 /dev/zero >> grows; done) >/dev/null 2>&1 & true"
+    )
+    secret = rental.on.run("cat", "/etc/shadow")
+    for _ in range(4):
+        copy = (await real.client.copy(home_of(rental), Limits(20_000, 1 << 30))).copy
+        place = real.copy_of(home_of(rental), str(copy.generation))
+        content = {f.read_text() for f in (place / "file", place / "swap/shadow", place / "swap") if f.is_file()}
+        assert content <= {"mine\n", "", "/etc/shadow", "/etc"}, "a link is kept as a file with where it leads"
+        assert secret not in content
+    rental.ssh("kill -9 -1")
+
+
+async def test_a_home_that_its_renter_shut_is_not_taken_for_an_empty_one(real: RealVault, rental: Rental) -> None:
+    rental.ssh("echo precious > file")
+    copied = await real.client.copy(home_of(rental), LIMITS)
+    rental.ssh("chmod 0 .")
+    assert (await refusal(real.client.copy(home_of(rental), LIMITS))).code == "unreadable_home"
+    assert await real.client.copies(rental.rental_id, rental.uid) == [copied.copy]
+
+
+async def test_nobody_reads_a_neighbours_files_by_asking_for_them(
+    real: RealVault, rental: Rental, folder: Path
+) -> None:
+    other = new_rental(rental.on, folder).create_quickly()
+    other.ssh("echo secret > file")
+    await real.client.copy(home_of(other), LIMITS)
+    mixed = replace(home_of(other), uid=rental.uid)
+    assert (await refusal(real.client.copy(mixed, LIMITS))).code == "conflict"
+    assert (await refusal(real.client.restore(mixed))).code == "conflict"
+    for wrong in ("..", "../etc", other.username + "/..", ""):
+        assert (await refusal(real.client.copy(replace(mixed, rental_id=wrong), LIMITS))).code == "invalid_request"
+        done = rental.on.ssh(
+            "root",
+            rental.on.key,
+            "orion-rental send",
+            json.dumps({"rental_id": wrong, "epoch": 1, "deadline": 4e9}) + "\n",
+        )
+        assert (done.returncode, json.loads(done.stdout)["code"]) == (2, "invalid_request")
+    for uid in (0, 900, 902, 99_999):
+        assert (await refusal(real.client.copy(replace(mixed, uid=uid), LIMITS))).code == "invalid_request"
+
+
+async def test_what_is_kept_is_open_to_its_own_uid_alone(real: RealVault, rental: Rental) -> None:
+    await real.client.copy(home_of(rental), LIMITS)
+    place = real.copies / rental.rental_id
+    status = place.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (rental.uid, rental.uid, 0o700)
+    assert (real.folder / "run/ssh").stat().st_mode & 0o7777 == 0o700
+
+
+async def test_a_copy_that_is_cut_short_leaves_the_one_before_and_nothing_running(
+    real: RealVault, rental: Rental
+) -> None:
+    rental.ssh("echo first > file")
+    first = (await real.client.copy(home_of(rental), LIMITS)).copy
+    rental.ssh("head -c 60000000 /dev/urandom > large")
+    for pause_s in (0.05, 0.15, 0.3, 0.45):
+        copying = asyncio.create_task(real.client.copy(home_of(rental), LIMITS))
+        await asyncio.sleep(pause_s)
+        copying.cancel()
+        await asyncio.gather(copying, return_exceptions=True)
+    assert first in await real.client.copies(rental.rental_id, rental.uid)
+    assert await asyncio.to_thread(real.running, rental.uid) == ""
+    assert (await real.client.copy(home_of(rental), LIMITS)).copy.bytes > 60_000_000
+
+
+async def test_nobody_is_let_in_while_files_still_come_and_a_restore_that_was_cut_short_is_repeated(
+    real: RealVault, rental: Rental, neighbour: Worker
+) -> None:
+    rental.ssh("head -c 60000000 /dev/urandom > large; echo > small")
+    await real.client.copy(home_of(rental), LIMITS)
+    moved = replace(rental, on=neighbour, epoch=2)
+    await _rental(neighbour, "create", **moved.variables, public_keys=[moved.key.public])
+    restoring = asyncio.create_task(real.client.restore(home_of(moved)))
+    await asyncio.sleep(0.2)
+    restoring.cancel()
+    await asyncio.gather(restoring, return_exceptions=True)
+    assert not moved.lets_in()
+    first = asyncio.create_task(real.client.restore(home_of(moved)))
+    await asyncio.sleep(0.2)
+    restoring = asyncio.create_task(real.client.restore(home_of(moved)))
+    assert (await refusal(first)).code == "superseded"
+    await asyncio.sleep(0.1)
+    unlocking = asyncio.create_task(_rental(neighbour, "unlock", rental_id=moved.rental_id, epoch=2))
+    (copy,) = [await restoring]
+    assert copy
+    await unlocking
+    assert moved.ssh("stat -c %s large").stdout == "60000000\n"
+    assert (await refusal(real.client.restore(home_of(moved)))).code == LET_IN

@@ -1,0 +1,224 @@
+"""A worker that lies: what takes the place of `orion-rental send` may say what it likes, and speaks real rsync.
+
+The vault here is the shipped program, as root of this machine; only its ssh is replaced, by the liar.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import files
+import pytest
+from vault_contract import refusal
+from worker_support import ROOT, wait_until
+
+from orion.manager.engine.port import Host
+from orion.manager.engine.vault.client import VaultClient
+from orion.manager.engine.vault.port import Home, Limits
+from orion.manager.engine.vault.transfer import OPTIONS
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acting under other uids needs root; CI is root")
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA1u4uxDZrVBrtPLCdoyRvjgTAcxyaAZ7bVpKZbyTsA5"
+LIMITS = Limits(max_files=1000, max_bytes=4 << 20)
+VAULT = """
+import sys
+from orion.manager.engine.vault import __main__ as vault, jobs
+liar = sys.argv.pop(1)
+jobs.ssh_command = lambda host, folder: [sys.executable, liar]
+vault.main()
+"""
+LIAR = r"""
+import json, os, subprocess, sys, time
+while os.read(0, 1) not in (b"\n", b""):
+    pass
+def hello(**told):
+    os.write(1, json.dumps(told or {"ok": True}).encode() + b"\n")
+def rsync(change=lambda data: data):
+    options = ["-lHogtpXrSe.iLsfxCIvu", "--no-msgs2stderr", "--numeric-ids"]
+    program = ["rsync", "--server", "--sender", *options, ".", "."]
+    sender = subprocess.Popen(program, stdout=subprocess.PIPE)
+    while data := os.read(sender.stdout.fileno(), 1 << 20):
+        data = change(data)
+        while data:
+            data = data[os.write(1, data):]
+"""
+
+
+class Liar:
+    """What it says is a program; `home` is what it has to show. `begin` makes it another rental's worker."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.home = place / "home"
+        self.program = place / "liar.py"
+        self.client = VaultClient(place / "run/vault.sock")
+        self.begin()
+
+    def begin(self) -> None:
+        self.uid = 1_000_000_000 + secrets.randbelow(10**9)
+        self.name = f"liar{secrets.token_hex(4)}"
+        self.of = Home(self.name, self.uid, 1, Host("w-liar", "192.0.2.1", (KEY,)))
+        shutil.rmtree(self.home, ignore_errors=True)
+        self.home.mkdir()
+        self.says("hello(); rsync()")
+
+    def says(self, program: str) -> None:
+        self.program.write_text(f"{LIAR}\nos.chdir({str(self.home)!r})\n{program}\n")
+
+    def shows(self, **files: str) -> None:
+        for name, content in files.items():
+            (self.home / name).write_text(content)
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """The names and first bytes of all that is in the newest complete copy."""
+        places = [place for place in (self.place / "copies" / self.name).iterdir() if place.name != "incoming"]
+        newest = max(places, key=lambda place: int(place.name.split("-")[1])) / "home"
+        return {file.name: file.read_text()[:20] for file in newest.iterdir() if file.is_file()}
+
+    def running(self) -> list[str]:
+        wanted = f"Uid:\t{self.uid}\t"
+        found = []
+        for place in Path("/proc").iterdir():
+            with suppress(OSError):
+                status = (place / "status").read_text(errors="replace") if place.name.isdecimal() else ""
+                if wanted in status and "\nState:\tZ" not in status:
+                    found.append(str(place))
+        return found
+
+
+@pytest.fixture(scope="module")
+def liar(folder: Path) -> Iterator[Liar]:
+    place = folder / f"l{secrets.token_hex(3)}"
+    for directory in ("copies", "run", "run/ssh"):
+        (place / directory).mkdir(parents=True)
+    for directory in (folder, place, place / "copies"):
+        directory.chmod(0o711)
+    arguments = ["--copies", str(place / "copies"), "--run", str(place / "run"), "--ssh-uid", "0", "--group", "0"]
+    made = Liar(place)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    process = subprocess.Popen([sys.executable, "-c", VAULT, str(made.program), *arguments], env=environment)
+    try:
+        wait_until((place / "run/vault.sock").exists, "the vault listens")
+        yield made
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+async def copied(liar: Liar) -> Liar:
+    """One that was honest once."""
+    liar.begin()
+    liar.shows(honest="first")
+    await liar.client.copy(liar.of, LIMITS)
+    return liar
+
+
+def many(liar: Liar) -> None:
+    for number in range(1500):
+        (liar.home / f"file-{number}").touch()
+
+
+def much(liar: Liar) -> None:
+    for number in range(40):
+        (liar.home / f"file-{number}").write_bytes(os.urandom(3 << 20))
+
+
+def one_too_large(liar: Liar) -> None:
+    with (liar.home / "large").open("wb") as file:
+        file.truncate(1 << 40)
+
+
+def nothing(_: Liar) -> None:
+    """It has only its words."""
+
+
+@pytest.mark.parametrize(
+    ("has", "says", "codes"),
+    [
+        (many, "hello(); rsync()", {"over_limit"}),
+        (much, "hello(); rsync()", {"over_limit"}),
+        (one_too_large, "hello(); rsync()", {"over_limit"}),
+        (nothing, "hello()\nwhile True: os.write(1, bytes(1 << 16))", {"failed"}),
+        (nothing, "hello()\nwhile True: os.write(1, b'x' * (1 << 16))", {"failed"}),
+        (nothing, "hello()\nos.close(1)\ntime.sleep(60)", {"failed"}),
+        (nothing, "hello(); time.sleep(60)", {"timed_out"}),
+        (nothing, "time.sleep(60)", {"timed_out"}),
+        (nothing, "while True: os.write(1, b'x')", {"unreachable"}),
+        (nothing, "os.write(1, b'[]\\n')", {"refused"}),
+        (nothing, "sys.exit(1)", {"unreachable"}),
+        (nothing, "hello(ok=False, code='let_in\\x1b[2J', error='\\x1b]0;owned\\x07' + 'x' * 3000)", {"refused"}),
+        (nothing, "hello(ok=1)", {"refused"}),
+    ],
+)  # fmt: skip
+async def test_whatever_a_worker_says_ends_and_costs_nothing_of_what_is_kept(
+    copied: Liar, has: Callable[[Liar], None], says: str, codes: set[str]
+) -> None:
+    has(copied)
+    copied.says(says)
+    refused = await refusal(copied.client.copy(copied.of, LIMITS, deadline_s=3.0))
+    assert refused.code in codes, refused
+    assert "\x1b" not in str(refused)
+    assert len(str(refused)) < 500
+    assert copied.kept == {"honest": "first"}
+    wait_until(lambda: not copied.running(), "nothing of it runs any more", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("QQ_escape", "../escape"),
+        ("QQ_QQ_escape", "../../escape"),
+        ("Qtmp_escape", "/tmp/escape"),  # noqa: S108
+        ("link_escape", "link/escape"),
+    ],
+)
+async def test_names_that_lead_out_of_a_home_lead_nowhere(copied: Liar, name: str, told: str) -> None:
+    """The names have the same length, so that the stream stays what rsync expects."""
+    outside = copied.place / "outside"
+    outside.mkdir(exist_ok=True)
+    outside.chmod(0o777)
+    (copied.home / "link").symlink_to(outside)
+    copied.shows(**{name: "escaped"})
+    copied.says(f"hello(); rsync(lambda data: data.replace({name.encode()!r}, {told.encode()!r}))")
+    assert len(name) == len(told)
+    refused = await refusal(copied.client.copy(copied.of, LIMITS, deadline_s=10.0))
+    assert refused.code == "failed"
+    assert copied.kept == {"honest": "first"}
+    assert list(outside.iterdir()) == []
+    assert "escape" not in os.listdir("/tmp")  # noqa: PTH208, S108
+    assert [file for file in copied.place.rglob("escape*") if "home" not in file.parts[-2:]] == []
+
+
+def test_both_sides_mean_the_same(liar: Liar) -> None:
+    """What the worker runs is what rsync would have asked it to run, but for what only this side has to know."""
+    recorder = liar.place / "recorder"
+    recorder.write_text('#!/bin/sh\nshift\necho "$@" >&2\nexit 1\n')
+    recorder.chmod(0o755)
+    for direction, ends in (("send", ("worker:.", f"{liar.home}/")), ("receive", (f"{liar.home}/", "worker:."))):
+        command = ["rsync", "-e", str(recorder), *OPTIONS, *ends]
+        asked = subprocess.run(command, capture_output=True, text=True, check=False).stderr.splitlines()[0]
+        assert asked.split() == ["rsync", *files.ARGUMENTS[direction]]
+
+
+def test_a_worker_is_asked_by_a_key_that_what_speaks_with_it_cannot_read(liar: Liar) -> None:
+    """Whoever takes over the rsync here has its uid, and no more: no key, no socket, no other rental's copies."""
+    copied = liar
+    (copied.place / "run/ssh/id_ed25519").write_text("secret")
+    (copied.place / "copies/other").mkdir(mode=0o700)
+    tries = ("run/ssh/id_ed25519", "run/locks", "copies/other", "run/vault.sock")
+    become = ["setpriv", f"--reuid={copied.uid}", f"--regid={copied.uid}", "--clear-groups"]
+    (copied.place / "run/ssh").chmod(0o700)
+    for path in tries:
+        done = subprocess.run([*become, "test", "-r", str(copied.place / path)], check=False)
+        assert done.returncode == 1, path
+    assert subprocess.run([*become, "ls", str(copied.place / "copies")], capture_output=True, check=False).returncode

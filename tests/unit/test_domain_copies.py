@@ -1,0 +1,125 @@
+"""Which copies are kept and how they are named; what a worker's end of a copy refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import files
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ledger import Ledger, Record, Refused, check_receive
+
+from orion.manager.domain.copies import NEWEST_KEPT, Generation, kept, next_number
+
+GENERATIONS = st.lists(st.builds(Generation, st.integers(1, 5), st.integers(1, 9)), min_size=1, unique=True)
+
+
+@given(GENERATIONS)
+def test_the_newest_are_kept_and_the_newest_of_the_epoch_before_whatever_there_is(all_: list[Generation]) -> None:
+    staying = kept(all_)
+    newest = max(all_)
+    assert newest in staying <= set(all_)
+    assert staying >= set(sorted(all_)[-NEWEST_KEPT:])
+    before = [each for each in all_ if each.epoch < newest.epoch]
+    assert not before or max(before) in staying
+    assert len(staying) <= NEWEST_KEPT + 1
+    assert kept(staying) == staying, "what is kept once is not dropped without anything new"
+
+
+@given(GENERATIONS, st.integers(1, 5))
+def test_a_new_copy_comes_after_all_of_its_epoch(all_: list[Generation], epoch: int) -> None:
+    new = Generation(epoch, next_number(all_, epoch))
+    assert all(new > each for each in all_ if each.epoch <= epoch)
+
+
+def test_a_name_is_read_as_it_is_written_and_nothing_else_is_one() -> None:
+    assert Generation.parse(str(Generation(12, 345))) == Generation(12, 345)
+    for wrong in ("", "1", "1-", "-1", "0-1", "1-0", "01-1", "1-1\n", "../1-1", "incoming", "1-1-1", "1e3-1"):
+        assert Generation.parse(wrong) is None
+    assert Generation(2, 1) > Generation(1, 999)
+
+
+# The worker's end
+
+
+WISH: dict[str, Any] = {"rental_id": "one", "epoch": 3, "deadline": 2000.0}
+RECORD = Record("one", "r-one", 100_001, epoch=3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rental_id": "../etc"},
+        {"rental_id": ""},
+        {"rental_id": 7},
+        {"epoch": 0},
+        {"epoch": True},
+        {"epoch": "3"},
+        {"generation": "../../etc"},
+        {"unknown": 1},
+    ],
+)
+def test_what_could_do_harm_is_not_understood(wrong: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        files.parse(json.dumps(WISH | wrong).encode(), now=1000.0)
+
+
+def test_a_passed_deadline_is_refused() -> None:
+    assert files.parse(json.dumps(WISH).encode(), now=1000.0).epoch == 3
+    with pytest.raises(Refused, match="deadline"):
+        files.parse(json.dumps(WISH).encode(), now=2000.0)
+
+
+def test_only_a_home_of_this_epoch_that_nobody_was_let_into_is_filled() -> None:
+    check_receive(RECORD, 0, 3)
+    for record, purged, epoch, code in (
+        (RECORD, 0, 2, "stale_epoch"),
+        (RECORD, 0, 4, "stale_epoch"),
+        (None, 0, 3, "unknown_rental"),
+        (None, 3, 3, "purged"),
+        (Record("one", "r-one", 100_001, 3, ending=True), 0, 3, "purged"),
+        (Record("one", "r-one", 100_001, 3, let_in=True, restored="2-7"), 0, 3, "let_in"),
+    ):
+        with pytest.raises(Refused) as refusal:
+            check_receive(record, purged, epoch)
+        assert refusal.value.code == code
+    assert refusal.value.details == {"restored": "2-7"}
+
+
+def test_the_record_remembers_what_its_home_was_filled_with(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.keep(RECORD)
+    wish = files.Wish("one", 3, 2000.0, generation="2-7")
+    assert files.allowed("receive", ledger, wish).restored == "2-7"
+    assert ledger.living("one") == Record("one", "r-one", 100_001, 3, restored="2-7")
+
+
+def test_a_home_that_is_a_link_or_anothers_is_not_entered(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    here = os.getcwd()  # noqa: PTH109
+    for place, uid in (("link", os.getuid()), ("absent", os.getuid()), ("real", os.getuid() + 1)):
+        with pytest.raises(Refused) as refusal:
+            files.enter(tmp_path / place, uid)
+        assert refusal.value.code == "no_home"
+    assert os.getcwd() == here  # noqa: PTH109
+
+
+def test_files_are_counted_with_their_holes_and_links_are_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "deep/er/file").write_bytes(b"x" * 100)
+    (tmp_path / "to-etc").symlink_to("/etc")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(5000)
+    assert files.measure(files.Wish("one", 1, 0, 100, 10_000)) == {"files": 5, "bytes": 5100}
+    for limits in ((4, 10_000), (100, 5000)):
+        with pytest.raises(Refused) as refusal:
+            files.measure(files.Wish("one", 1, 0, *limits))
+        assert refusal.value.code == "over_limit"

@@ -1,0 +1,54 @@
+"""The fake vault keeps the contract that the real one is held to: tests/integration/test_vault.py."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+from engine_contract import KEY, OTHER_KEY
+from vault_contract import Bench, VaultContract
+
+from orion.manager.engine.fake import FakeEngine, FakeWorld
+from orion.manager.engine.port import Action, Host, Job
+from orion.manager.engine.vault.fake import FakeVault
+from orion.manager.engine.vault.port import Home
+
+
+class FakeBench(Bench):
+    def __init__(self) -> None:
+        self.world = FakeWorld()
+        self.hosts = (Host("w-one", "192.0.2.1", (KEY,)), Host("w-two", "192.0.2.2", (OTHER_KEY,)))
+        for host in self.hosts:
+            self.world.add(host)
+        ticks = count(1)
+        self.vault = FakeVault(self.world, lambda: float(next(ticks)))
+        self.engine = FakeEngine(self.world)
+
+    async def create(self, home: Home, let_in: bool) -> None:
+        action = Action.CREATE if let_in else Action.PREPARE
+        job = Job(action, home.host, home.rental_id, f"r-{home.rental_id}", home.uid, home.epoch, (KEY,))
+        outcome = await self.engine.run(job)
+        assert outcome.ok, outcome.message
+
+    async def write(self, home: Home, name: str, content: str) -> None:
+        self._files(home)[name] = content
+
+    async def remove(self, home: Home, name: str) -> None:
+        del self._files(home)[name]
+
+    async def files(self, home: Home) -> dict[str, str]:
+        return self._files(home)
+
+    def _files(self, home: Home) -> dict[str, str]:
+        worker = self.world.at(home.host)
+        assert worker
+        return worker.homes[home.rental_id]
+
+
+@pytest.fixture
+def bench() -> FakeBench:
+    return FakeBench()
+
+
+class TestFakeVault(VaultContract):
+    pass

@@ -1,0 +1,185 @@
+"""What every vault must do: unit tests run it on the fake, integration tests on the real one and real workers.
+
+They look at what is in homes and at what is kept, never at how it was asked for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from itertools import count
+
+import pytest
+
+from orion.manager.domain.copies import Generation
+from orion.manager.engine.port import Host
+from orion.manager.engine.vault.port import LET_IN, NO_SUCH_GENERATION, OVER_LIMIT, Home, Limits, Vault, VaultError
+
+LIMITS = Limits(max_files=1000, max_bytes=1 << 20)
+_numbers = count(1)
+
+
+class Bench(ABC):
+    """A vault and two workers."""
+
+    vault: Vault
+    hosts: tuple[Host, Host]
+
+    def new_home(self, epoch: int = 1) -> Home:
+        """Of a rental that nobody has heard of, on the first worker; `create` makes it."""
+        number = next(_numbers)
+        name = f"vault{number:03d}".translate(str.maketrans("0123456789", "abcdefghij"))
+        return Home(name, 2_000_000_000 + number, epoch, self.hosts[0])
+
+    def moved(self, home: Home) -> Home:
+        """The same rental, at its next epoch, on the other worker."""
+        other = next(host for host in self.hosts if host != home.host)
+        return replace(home, epoch=home.epoch + 1, host=other)
+
+    @abstractmethod
+    async def create(self, home: Home, let_in: bool) -> None: ...
+
+    @abstractmethod
+    async def write(self, home: Home, name: str, content: str) -> None: ...
+
+    @abstractmethod
+    async def remove(self, home: Home, name: str) -> None: ...
+
+    @abstractmethod
+    async def files(self, home: Home) -> dict[str, str]: ...
+
+
+async def refusal(awaitable: object) -> VaultError:
+    with pytest.raises(VaultError) as refused:
+        await awaitable  # type: ignore[misc]
+    return refused.value
+
+
+class VaultContract:
+    """A subclass gives the fixture `bench`."""
+
+    async def test_what_was_copied_from_one_worker_is_put_into_a_locked_home_on_another(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        await bench.write(home, "one", "first")
+        await bench.write(home, "two", "second")
+        copied = await bench.vault.copy(home, LIMITS)
+        assert (copied.copy.generation, copied.copy.files, copied.copy.bytes) == (Generation(1, 1), 3, 11)
+        target = bench.moved(home)
+        await bench.create(target, let_in=False)
+        assert await bench.vault.restore(target) == copied.copy
+        assert await bench.files(target) == {"one": "first", "two": "second"}
+
+    async def test_a_rental_without_a_copy_stays_as_it_is(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=False)
+        assert await bench.vault.restore(home) is None
+        assert await bench.files(home) == {}
+        assert await bench.vault.copies(home.rental_id, home.uid) == []
+
+    async def test_a_restore_may_be_repeated_until_the_renter_is_let_in_and_never_after(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        await bench.write(home, "file", "old")
+        await bench.vault.copy(home, LIMITS)
+        target = bench.moved(home)
+        await bench.create(target, let_in=False)
+        for _ in range(2):
+            assert await bench.vault.restore(target)
+        await bench.create(target, let_in=True)
+        await bench.write(target, "file", "newer than any copy")
+        refused = await refusal(bench.vault.restore(target))
+        assert (refused.code, refused.restored) == (LET_IN, "1-1")
+        assert await bench.files(target) == {"file": "newer than any copy"}
+
+    async def test_an_older_copy_is_restored_when_it_is_named_and_only_if_it_is_there(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        for content in ("a", "bb"):
+            await bench.write(home, "file", content)
+            await bench.vault.copy(home, LIMITS)
+        target = bench.moved(home)
+        await bench.create(target, let_in=False)
+        restored = await bench.vault.restore(target, Generation(1, 1))
+        assert restored
+        assert restored.generation == Generation(1, 1)
+        assert await bench.files(target) == {"file": "a"}
+        assert (await refusal(bench.vault.restore(target, Generation(1, 9)))).code == NO_SUCH_GENERATION
+        assert await bench.files(target) == {"file": "a"}
+
+    async def test_copies_are_ordered_by_epoch_first_and_the_newest_of_the_epoch_before_is_kept(
+        self, bench: Bench
+    ) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        for number in range(5):
+            await bench.write(home, "file", "x" * number)
+            kept = (await bench.vault.copy(home, LIMITS)).kept
+        assert [str(copy.generation) for copy in kept] == ["1-3", "1-4", "1-5"]
+        target = bench.moved(home)
+        await bench.create(target, let_in=False)
+        await bench.vault.restore(target)
+        await bench.create(target, let_in=True)
+        for number in range(4):
+            await bench.write(target, "file", "y" * number)
+            kept = (await bench.vault.copy(target, LIMITS)).kept
+        assert [str(copy.generation) for copy in kept] == ["1-5", "2-2", "2-3", "2-4"]
+        assert await bench.vault.copies(home.rental_id, home.uid) == list(kept)
+
+    async def test_a_home_that_has_not_changed_makes_the_newest_copy_younger(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        await bench.write(home, "file", "same")
+        await bench.write(home, "other", "")
+        first = (await bench.vault.copy(home, LIMITS)).copy
+        second = (await bench.vault.copy(home, LIMITS)).copy
+        assert second.generation == first.generation
+        assert second.at > first.at
+        await bench.remove(home, "other")
+        assert (await bench.vault.copy(home, LIMITS)).copy.generation == Generation(1, 2)
+
+    async def test_what_changes_within_a_second_and_keeps_its_size_has_changed(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        for number, content in enumerate(("one", "two", "six"), start=1):
+            await bench.write(home, "file", content)
+            assert (await bench.vault.copy(home, LIMITS)).copy.generation == Generation(1, number)
+
+    async def test_only_the_epoch_that_is_there_is_copied(self, bench: Bench) -> None:
+        home = bench.new_home(epoch=2)
+        await bench.create(home, let_in=True)
+        for epoch in (1, 3):
+            assert (await refusal(bench.vault.copy(replace(home, epoch=epoch), LIMITS))).code == "stale_epoch"
+        assert (await refusal(bench.vault.copy(bench.new_home(), LIMITS))).code == "unknown_rental"
+
+    async def test_a_home_over_its_limits_is_not_copied_and_the_last_copy_stays(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        await bench.write(home, "file", "x" * 2000)
+        copied = await bench.vault.copy(home, LIMITS)
+        await bench.write(home, "more", "x" * 2000)
+        for limits in (Limits(1000, 3000), Limits(1, 1 << 20)):
+            assert (await refusal(bench.vault.copy(home, limits))).code == OVER_LIMIT
+        assert await bench.vault.copies(home.rental_id, home.uid) == [copied.copy]
+
+    async def test_nothing_is_left_of_what_is_removed_and_only_of_that(self, bench: Bench) -> None:
+        homes = [bench.new_home(), bench.new_home()]
+        for home in homes:
+            await bench.create(home, let_in=True)
+            await bench.vault.copy(home, LIMITS)
+        gone, stays = homes
+        for _ in range(2):
+            await bench.vault.remove(gone.rental_id, gone.uid)
+        assert await bench.vault.copies(gone.rental_id, gone.uid) == []
+        kept = await bench.vault.rentals()
+        assert (gone.rental_id in kept, stays.rental_id in kept) == (False, True)
+
+    async def test_a_worker_that_does_not_answer_or_has_another_key_is_said_to_be_unreachable(
+        self, bench: Bench
+    ) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        nowhere = replace(home, host=replace(home.host, port=1))
+        impostor = replace(home, host=replace(home.host, host_keys=bench.hosts[1].host_keys))
+        for wrong in (nowhere, impostor):
+            assert (await refusal(bench.vault.copy(wrong, LIMITS))).code == "unreachable"

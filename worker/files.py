@@ -1,0 +1,180 @@
+"""The worker's end of a copy: `orion-rental send` and `orion-rental receive`, by SSH as root.
+
+One line of JSON comes in, one goes out; then this process is rsync, in the rental's home, under the renter's own uid.
+What root does here is only to look at the record and to open the home, without following a link: whatever a renter
+does with its files, and with this process, it can do already.
+
+`receive` holds the rental's lock until rsync ends, so nobody is let in, and nothing is purged, while files still come.
+It never fills a home whose renter was let in at this epoch: what is there then is newer than any copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import traces
+from ledger import Ledger, Record, Refused, check_receive, check_unlock
+
+RSYNC = "/usr/bin/rsync"
+_MEANING = "-lHogtpXrSe.iLsfxCIvu"
+"""Links, hard links, owner, group, times, modes, extended attributes, recursively, sparse; no devices, no FIFOs."""
+ARGUMENTS = {
+    "send": ("--server", "--sender", _MEANING, "--no-msgs2stderr", "--numeric-ids", ".", "."),
+    "receive": ("--server", _MEANING, "--no-msgs2stderr", "--delete", "-@-1", "--numeric-ids", ".", "."),
+}
+"""Fixed, whatever the other side says; rsync itself asks for the same with the options of engine/vault/transfer.py."""
+LONGEST_REQUEST = 4096
+LOCK_WAIT_S = 5.0
+NICENESS = 10
+NO_NEW_PRIVILEGES = 38
+"""prctl(2), PR_SET_NO_NEW_PRIVS."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    rental_id: str
+    epoch: int
+    deadline: float
+    """Unix time at which the transfer is ended."""
+    max_files: int = 0
+    max_bytes: int = 0
+    generation: str = ""
+    """The copy that is received, kept in the record."""
+
+
+def carry(direction: str, ledger: Ledger, homes: Path) -> int:
+    """Become rsync, or say why not; the exit status of a refusal."""
+    with ExitStack() as held:
+        try:
+            wish = parse(_read_line(), time.time())
+            if direction == "receive":
+                lock = held.enter_context(ledger.locked(wish.rental_id, LOCK_WAIT_S))
+                os.set_inheritable(lock, True)
+            record = allowed(direction, ledger, wish)
+            enter(homes / record.username, record.uid)
+            become(record.uid)
+            told = measure(wish) if direction == "send" else {}
+        except (ValueError, TypeError) as error:
+            return _answer(2, {"error": f"request not understood: {error}", "code": "invalid_request"})
+        except Refused as refusal:
+            return _answer(3, {"error": str(refusal), "code": refusal.code} | refusal.details)
+        _answer(0, {"ok": True} | told)
+        become_rsync(direction, wish)
+    return 1  # nothing comes back from there
+
+
+def parse(line: bytes, now: float) -> Wish:
+    """Raises ValueError or TypeError for what is no request, Refused for one that is late."""
+    wish = Wish(**json.loads(line))
+    if not isinstance(wish.rental_id, str) or not re.fullmatch(r"[a-z0-9-]{1,64}", wish.rental_id):
+        raise ValueError("rental_id is not an id")
+    if type(wish.epoch) is not int or wish.epoch < 1:
+        raise ValueError("epoch must be a whole number from 1")
+    if not re.fullmatch(r"[0-9-]{0,64}", wish.generation):
+        raise ValueError("generation is not one")
+    if wish.deadline <= now + 1:
+        raise Refused("deadline_passed", "its deadline has passed: who ordered it no longer waits for it")
+    return wish
+
+
+def allowed(direction: str, ledger: Ledger, wish: Wish) -> Record:
+    """The record of the rental, if it may be copied from, or into, at this epoch. Raises Refused."""
+    record = ledger.living(wish.rental_id)
+    check = check_unlock if direction == "send" else check_receive
+    check(record, ledger.purged_epoch(wish.rental_id), wish.epoch)
+    assert record is not None  # noqa: S101 - the check has refused it
+    if direction == "receive":
+        record = replace(record, restored=wish.generation)
+        ledger.keep(record)
+    return record
+
+
+def enter(home: Path, uid: int) -> None:
+    """Its home is the current directory. Raises Refused where that is not the renter's own directory."""
+    try:
+        folder = os.open(home, traces.OPEN_FOLDER)
+    except OSError as error:
+        raise Refused("no_home", f"its home is not there: {error.strerror}") from error
+    try:
+        if os.fstat(folder).st_uid != uid:
+            raise Refused("no_home", "its home is not its own")
+        os.fchdir(folder)
+    finally:
+        os.close(folder)
+
+
+def become(uid: int) -> None:
+    """The renter, for good, and gentle: what it does for itself comes first."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(NICENESS)
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    if ctypes.CDLL(None, use_errno=True).prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0):
+        raise Refused("broken", f"privileges cannot be given up: {os.strerror(ctypes.get_errno())}")
+
+
+def measure(wish: Wish) -> dict[str, int]:
+    """Number and size of the files in the current directory, holes counted; what cannot be looked at is passed over.
+
+    Raises Refused where that is more than a copy may have, and where the home itself cannot be read: a copy of it
+    would be empty, and would be taken for all that there is.
+    """
+    files, size, folders = 0, 0, [b"."]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    files += 1
+                    if files > wish.max_files:
+                        raise over(f"more than {wish.max_files} files", wish)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif entry.is_file(follow_symlinks=False):
+                        size += entry.stat(follow_symlinks=False).st_size
+        except OSError as error:
+            if folder == b".":
+                raise Refused("unreadable_home", f"its home cannot be read by its renter: {error.strerror}") from error
+        if size > wish.max_bytes:
+            raise over(f"more than {wish.max_bytes >> 20} MiB (holes in files counted)", wish)
+    return {"files": files, "bytes": size}
+
+
+def over(what: str, wish: Wish) -> Refused:
+    return Refused("over_limit", f"its home holds {what}", {"max_files": wish.max_files, "max_bytes": wish.max_bytes})
+
+
+def become_rsync(direction: str, wish: Wish) -> NoReturn:
+    """The alarm outlives the exec: whatever becomes of the other side, this one ends, and its lock with it."""
+    signal.alarm(max(1, int(wish.deadline - time.time())))
+    environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+    os.execve(RSYNC, ("rsync", *ARGUMENTS[direction]), environment)  # noqa: S606 - and no shell, on purpose
+
+
+def _read_line() -> bytes:
+    """Byte by byte: what follows is rsync's."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte or len(line) > LONGEST_REQUEST:
+            raise ValueError("it has no end")
+        line += byte
+    return line
+
+
+def _answer(status: int, report: dict[str, Any]) -> int:
+    sys.stdout.write(json.dumps(report) + "\n")
+    sys.stdout.flush()
+    return status
