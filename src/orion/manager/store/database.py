@@ -16,10 +16,12 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, Result, create_engine, event, insert
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import OperationalError
 
 from orion.manager.domain.model import Event
 from orion.manager.domain.roster import Changes
 from orion.manager.store import roster
+from orion.manager.store.ballast import Ballast
 from orion.manager.store.schema import events
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -86,6 +88,8 @@ class Store:
         self.news = News()
         self._follower: Follower | None = None
         self._engine = _connect(url)
+        self.ballast: Ballast | None = None
+        """What is thrown away when the disk is full."""
         self._writer = ThreadPoolExecutor(1, "store-writer")
         self._readers = ThreadPoolExecutor(4, "store-reader")
 
@@ -131,6 +135,18 @@ class Store:
         self.news.publish(committed)
 
     def _transact(self, function: Callable[..., T], args: Any, kwargs: Any) -> tuple[T, list[Event], Changes | None]:
+        if self.ballast:
+            self.ballast.take()
+        try:
+            return self._transact_once(function, args, kwargs)
+        except OperationalError as error:
+            if self.ballast is None or not self.ballast.drop(error):
+                raise
+        return self._transact_once(function, args, kwargs)
+
+    def _transact_once(
+        self, function: Callable[..., T], args: Any, kwargs: Any
+    ) -> tuple[T, list[Event], Changes | None]:
         with self._engine.begin() as connection:
             # The pool keeps these: a transaction that failed left its own.
             committed = connection.info["recorded"] = []

@@ -1,0 +1,78 @@
+"""What is thrown away when the disk is full, so that the manager can go on writing."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection
+from sqlalchemy.exc import OperationalError
+
+from orion.manager.store import ballast
+from orion.manager.store.ballast import Ballast
+from orion.manager.store.database import Store
+
+SIZE_BYTES = 1 << 20
+
+
+def problem(code: int) -> OperationalError:
+    cause = sqlite3.OperationalError("database or disk is full")
+    cause.sqlite_errorcode = code
+    return OperationalError("INSERT", {}, cause)
+
+
+def keep_ballast(store: Store, database: Path) -> Path:
+    store.ballast = Ballast.of(store.url, SIZE_BYTES)
+    return database.with_name(f"{database.name}.ballast")
+
+
+async def test_a_commit_for_which_there_is_no_room_is_made_in_the_room_of_the_ballast(
+    store: Store, database: Path
+) -> None:
+    file = keep_ballast(store, database)
+    tries = 0
+
+    def write(_: Connection) -> str:
+        nonlocal tries
+        tries += 1
+        if file.exists():
+            raise problem(sqlite3.SQLITE_FULL)
+        return "written"
+
+    assert await store.write(write) == "written"
+    assert tries == 2
+    with pytest.raises(OperationalError):
+        await store.write(lambda _: _raise(problem(sqlite3.SQLITE_FULL)))
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+async def test_what_has_nothing_to_do_with_room_costs_no_ballast(store: Store, database: Path) -> None:
+    file = keep_ballast(store, database)
+    with pytest.raises(OperationalError):
+        await store.write(lambda _: _raise(problem(sqlite3.SQLITE_BUSY)))
+    assert file.stat().st_size == SIZE_BYTES
+
+
+def test_it_takes_its_room_for_real_and_comes_back_when_there_is_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Ballast(tmp_path / "ballast", 1 << 20)
+    there.take()
+    assert (tmp_path / "ballast").stat().st_blocks * 512 >= 1 << 20
+    assert there.drop(problem(sqlite3.SQLITE_IOERR_WRITE))
+    there.take()
+    assert not (tmp_path / "ballast").exists(), "not at once: whoever needed the room has not used it yet"
+    monkeypatch.setattr(ballast, "LOOK_EVERY_S", 0.0)
+    there.take()
+    assert (tmp_path / "ballast").exists()
+
+
+def test_it_takes_nothing_of_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
+    room = os.statvfs(tmp_path)
+    Ballast(tmp_path / "ballast", room.f_bavail * room.f_frsize).take()
+    assert list(tmp_path.iterdir()) == []
