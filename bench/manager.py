@@ -17,7 +17,9 @@ from typing import Any
 
 from bench import pool
 from orion.manager import app
+from orion.manager.engine.fake import FakeWorld
 from orion.manager.engine.port import Host, Job, Outcome, Reached
+from orion.manager.engine.vault.fake import FakeVault
 from orion.manager.loops import reconciler
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store.database import Store
@@ -68,8 +70,10 @@ def main() -> None:
         pool.fill(settings.database_url, arguments.seed, arguments.workers, slots=1, spare=arguments.spare)
     tell_decisions()
     store = app.open_store(settings, Store)
-    # No door: it would ask itself through a proxy that growth does not have.
-    ports = app.Ports(IdleEngine(arguments.job_s), EverywhereReach(), None)
+    # No copies: their disk is full. No door: it would ask itself through a proxy that growth does not have.
+    ports = app.Ports(
+        IdleEngine(arguments.job_s), EverywhereReach(), FakeVault(FakeWorld(), time.time), None, lambda: 1.0
+    )
     app.serve(settings, secrets, store, ports, arguments.host)
 
 

@@ -9,9 +9,9 @@ import base64
 import re
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 DEFAULT_TTL_S = 24 * 3600
 MIN_TTL_S = 60
@@ -235,12 +235,38 @@ class Rental(Reply):
     ttl_s: int
     created_at: datetime
     expires_at: datetime | None = Field(description="Null before it was first active")
-    last_safe_copy_at: datetime | None
+    last_safe_copy_at: datetime | None = Field(description="When the last complete copy of its files was begun")
+    last_safe_copy_bytes: int | None = Field(None, description="The size of the files in it")
+    copy_problem: str = Field("", description="Why its files cannot be copied at present")
     explanation: str = Field(description="Why it is in its state, for a person")
 
 
 class RentReply(Rental):
     ssh_private_key: str | None = Field(None, description="Only in this reply, and only where no key was given")
+
+
+class Snapshot(Reply):
+    """A complete copy of a rental's files, kept by the manager."""
+
+    generation: str = Field(description="EPOCH-NUMBER; a later one has later files")
+    at: datetime = Field(description="When it was begun, for the last time that the home was found to be like it")
+    bytes: int
+    files: int = Field(description="Files, directories and links")
+    skipped: list[str] = Field(description="What the renter made unreadable even to itself: the first of them")
+
+
+class RestoreRequest(Request):
+    """Exactly one of `generation` and `empty`."""
+
+    generation: Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,15}-[1-9][0-9]{0,15}$")] | None = None
+    empty: bool = Field(False, description="Begin without any files")
+    discard: bool = Field(False, description="Do not copy first what is there now")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.generation is not None) == self.empty:
+            raise ValueError("give either generation or empty")
+        return self
 
 
 class Worker(Reply):
@@ -341,6 +367,7 @@ class Status(Reply):
     rentals: dict[str, int] = Field(description="Number of living rentals by state")
     slots: int
     slots_free: int
+    copies_paused: str | None = Field(None, description="Why no files are copied at present")
     overdue: list[Overdue] = Field([], description="What has waited too long, why, and what to do")
 
 

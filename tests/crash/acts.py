@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 import asyncssh
-from crash.stage import Stage, eventually
+from crash.stage import NEVER_S, Stage, eventually
 from support.builders import host_key
 
 HOUR_S = 3600
@@ -22,6 +22,9 @@ class Act:
     play: Callable[[Stage], Awaitable[None]]
     expected: Mapping[str, str] = field(default_factory=dict)
     """The state in which each rental ends, by name."""
+    snapshot_interval_s: float = NEVER_S
+    passes_over: str = ""
+    """A pattern: crash points with such names are another act's, or come by a timer and not in every run."""
     workers: int | None = 2
 
 
@@ -93,6 +96,28 @@ async def migrating(stage: Stage) -> None:
     await stage.until_health(dead, "ready")
 
 
+async def copying(stage: Stage) -> None:
+    """The first copy of a rental's files."""
+    stage.arm()
+    lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001))
+    await eventually(lambda: stage.kept(lab) == {})
+
+
+async def moving_files(stage: Stage) -> None:
+    """Files are copied; their worker dies; they are there before the renter is."""
+    lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001))
+    dead = stage.holder(await stage.rental(lab))
+    dead.node.homes[lab["id"]]["precious"] = "first"
+    await eventually(lambda: stage.kept(lab) == {"precious": "first"})
+    stage.arm()
+    dead.die()
+    await stage.until(lambda r: r["state"] == "active" and r["worker_id"] != dead.worker_id, lab)
+    home = stage.holder(await stage.rental(lab)).node.homes[lab["id"]]
+    assert home == {"precious": "first"}
+    stage.return_of(dead)
+    await stage.until_health(dead, "ready")
+
+
 async def operating(stage: Stage) -> None:
     """A token for a client, a worker that is drained and resumed."""
     stage.arm()
@@ -131,6 +156,8 @@ ACTS = {
     "failing": Act(failing, {"lab": "active"}),
     "expiring": Act(expiring, {"short": "expired", "long": "active"}),
     "migrating": Act(migrating, {"lab": "active"}),
+    "copying": Act(copying, {"lab": "active"}, snapshot_interval_s=10.0, passes_over="^(?!.*cop)"),
+    "moving_files": Act(moving_files, {"lab": "active"}, snapshot_interval_s=2.0, passes_over="cop"),
     "operating": Act(operating, {"lab": "released"}),
     "removing": Act(removing, {"lab": "active"}),
 }

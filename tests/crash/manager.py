@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import signal
 import socket
 import threading
@@ -21,9 +22,11 @@ from typing import Any
 from sqlalchemy import Connection, event
 
 from orion.manager import app
+from orion.manager.domain.copies import Copy, Generation
 from orion.manager.domain.model import Event
 from orion.manager.engine.ansible import RESTARTED
 from orion.manager.engine.port import Host, Job, Outcome, Reached
+from orion.manager.engine.vault.port import COPY_DEADLINE_S, RESTORE_DEADLINE_S, Copied, Home, Limits, VaultError
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store.database import Store
 
@@ -51,7 +54,8 @@ def run(order: Order) -> None:
     points = Points(order.stage)
     store = app.open_store(order.settings, lambda url: PointedStore(url, points))
     engine, reach = RemoteEngine(order.stage, points), RemoteReach(order.stage, points)
-    ports = app.Ports(engine, reach, None, wall=lambda: time.time() + order.wall_offset_s)
+    vault = RemoteVault(order.stage, points)
+    ports = app.Ports(engine, reach, vault, None, lambda: 0.0, wall=lambda: time.time() + order.wall_offset_s)
     app.serve(order.settings, order.secrets, store, ports, app.LOOPBACK)
 
 
@@ -157,6 +161,47 @@ class RemoteReach:
         answer = await ask(self._stage, {"reach": asdict(host), "timeout_s": timeout_s}, and_die=False)
         self._points.reach("after reach")
         return Reached(answer["reached"])
+
+
+class RemoteVault:
+    """Implements `port.Vault` in another process's world."""
+
+    def __init__(self, stage: Path, points: Points) -> None:
+        self._stage = stage
+        self._points = points
+
+    async def copy(
+        self, home: Home, limits: Limits, deadline_s: float = COPY_DEADLINE_S, spare: Generation | None = None
+    ) -> Copied:
+        done: Copied = await self._ask("copy", home, limits, deadline_s, spare)
+        return done
+
+    async def restore(
+        self, home: Home, generation: Generation | None = None, deadline_s: float = RESTORE_DEADLINE_S
+    ) -> Copy | None:
+        done: Copy | None = await self._ask("restore", home, generation)
+        return done
+
+    async def copies(self, rental_id: str, uid: int) -> list[Copy]:
+        done: list[Copy] = await self._ask("copies", rental_id, uid)
+        return done
+
+    async def remove(self, rental_id: str, uid: int) -> None:
+        await self._ask("remove", rental_id, uid)
+
+    async def rentals(self) -> list[str]:
+        done: list[str] = await self._ask("rentals")
+        return done
+
+    async def _ask(self, call: str, *given: Any) -> Any:
+        self._points.reach(f"before {call}")
+        outlives_us = self._points.is_last(f"while {call} is under way")
+        question = {"vault": call, "given": pickle.dumps(given).hex(), "late": outlives_us}
+        answer = pickle.loads(bytes.fromhex((await ask(self._stage, question, outlives_us))["done"]))  # noqa: S301
+        self._points.reach(f"after {call}")
+        if isinstance(answer, tuple):
+            raise VaultError(*answer)
+        return answer
 
 
 async def ask(stage: Path, question: dict[str, Any], and_die: bool) -> dict[str, Any]:

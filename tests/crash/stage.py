@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import pickle
+import re
 import socket
 import sqlite3
 import time
@@ -22,8 +24,11 @@ from support.house import PROXY_SECRET, Agent
 
 from orion.manager.api.door import SECRET_HEADER
 from orion.manager.app import LOOPBACK
+from orion.manager.domain.copies import Generation
 from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorld
 from orion.manager.engine.port import Action, Host, Job
+from orion.manager.engine.vault.fake import FakeVault
+from orion.manager.engine.vault.port import VaultError
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store.tokens import make_token
 
@@ -33,6 +38,7 @@ PATIENCE_S = 40.0
 BEAT_S, PAUSE_S, LATE_S = 0.3, 0.03, 0.3
 LOOK_S = 0.1
 """Between two looks at how far it is: many runs look at once, and that must not be what keeps the machine busy."""
+NEVER_S = 36_000.0
 CLOCKS = {
     "heartbeat_s": BEAT_S,
     "suspect_after_s": 0.4,
@@ -71,11 +77,14 @@ class RealClock:
 class Stage:
     """One run: a database, a manager on it that is started again whenever it dies, and its world, which lives on."""
 
-    def __init__(self, folder: Path, dies_at: Point | None = None) -> None:
+    def __init__(
+        self, folder: Path, dies_at: Point | None = None, snapshot_interval_s: float = NEVER_S, passes_over: str = ""
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.database = folder / "orion.db"
         self.dies_at = dies_at
+        self._passes_over = passes_over
         self.reached: Counter[str] = Counter()
         self.points: list[Point] = []
         self._armed = False
@@ -87,10 +96,13 @@ class Stage:
             database_url=f"sqlite:///{self.database}",
             lock_file=str(folder / "lock"),
             port=self._kept_port.getsockname()[1],
+            snapshot_interval_s=snapshot_interval_s,
+            ballast_bytes=0,
             **CLOCKS,
         )
         self.clock = RealClock()
         self.world = FakeWorld()
+        self.vault = FakeVault(self.world, time.time)
         self.agents: list[Agent] = []
         headers = {SECRET_HEADER: PROXY_SECRET, "X-Real-IP": "198.51.100.7"}
         self.http = httpx.AsyncClient(
@@ -163,13 +175,22 @@ class Stage:
             return {"reached": await FakeReach(self.world).reach(_host(question["reach"]), question["timeout_s"])}
         if question["late"]:
             await asyncio.sleep(LATE_S)
+        if "vault" in question:
+            return {"done": pickle.dumps(await self._ask_vault(question["vault"], question["given"])).hex()}
         fields = question["job"]
         kinds = {"action": Action(fields["action"]), "host": _host(fields["host"])}
         job = Job(**fields | kinds | {"public_keys": tuple(fields["public_keys"])})
         return vars(await FakeEngine(self.world).run(job))
 
+    async def _ask_vault(self, call: str, given: str) -> Any:
+        """What it returns; of what it refuses, code, message and `restored`."""
+        try:
+            return await getattr(self.vault, call)(*pickle.loads(bytes.fromhex(given)))  # noqa: S301
+        except VaultError as error:
+            return error.code, str(error), error.restored
+
     def _is_last(self, name: str) -> bool:
-        if not self._armed:
+        if not self._armed or (self._passes_over and re.search(self._passes_over, name)):
             return False
         self.reached[name] += 1
         point = Point(name, self.reached[name])
@@ -212,6 +233,12 @@ class Stage:
 
     def holder(self, rental: dict[str, Any]) -> Agent:
         return next(agent for agent in self.agents if agent.worker_id == rental["worker_id"])
+
+    def kept(self, rental: dict[str, Any]) -> dict[str, str] | None:
+        """The files of the newest copy that the manager has accepted."""
+        known = self.rows(f"SELECT epoch, number FROM copies WHERE rental_id = '{rental['id']}'")  # noqa: S608
+        newest = max((Generation(row["epoch"], row["number"]) for row in known), default=None)
+        return self.vault.stored[rental["id"]][newest][1] if newest else None
 
     # The clients: who gets no answer asks again, as the command line does
 

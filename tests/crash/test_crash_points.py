@@ -25,7 +25,7 @@ MISSED = 0.1
 
 async def perform(folder: Path, act: Act, dies_at: Point | None = None) -> Stage:
     """One run of an act, until all is at rest. Raises AssertionError with what is wrong."""
-    stage = Stage(folder, dies_at)
+    stage = Stage(folder, dies_at, act.snapshot_interval_s, act.passes_over)
     async with stage.running():
         try:
             async with asyncio.timeout(PATIENCE_S):

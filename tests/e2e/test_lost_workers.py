@@ -25,9 +25,14 @@ BY_PROOF = "its container is gone"
 
 @pytest.fixture
 def rental(stack: Stack, rent: Rent, renter: Renter) -> Rental:
-    """With a file in its home, once nothing that was before can delay what happens to its worker."""
+    """With a file in its home, once nothing that was before can delay what happens to its worker.
+
+    It writes a line each 0.2 s, numbered by the time, so that what is lost can be seen.
+    """
     rented = rent()
-    renter.inside(rented, "echo precious > kept; nohup sh -c 'while :; do sleep 1; done' >/dev/null 2>&1 &")
+    write = "while :; do date +%s.%N >> lines; sleep 0.2; done"
+    renter.inside(rented, f"echo precious > kept; chmod 640 kept; nohup sh -c '{write}' >/dev/null 2>&1 &")
+    stack.await_kind(0, "rental.copied", 30, rental_id=rented.id)
     stack.await_no_brake()
     return rented
 
@@ -38,13 +43,14 @@ def test_a_killed_worker_gives_up_its_rental_and_is_cleaned_when_it_returns(
     dead = stack.container_of(rental.worker_id)
     mark, began = stack.mark(), time.monotonic()
     stack.docker("kill", dead.id)
+    killed_at, shown = time.time(), orion.rental(rental.id)
     stack.await_kind(mark, "worker.became_down", PROVED_WITHIN_S, rental.worker_id)
     figures["docker kill to down, by proof"] = f"{time.monotonic() - began:.1f} s"
     stack.await_active(mark, rental, rental.epoch + 1)
     figures["docker kill to active again"] = f"{time.monotonic() - began:.1f} s"
     _check_takeover(stack, mark, rental, BY_PROOF)
     _check_moved(orion, rental, renter)
-    assert renter.orion("ssh", "-i", str(renter.key), rental.name, "ls -A").stdout == "", "an empty home, no files yet"
+    _check_files(orion, rental, renter, killed_at, shown, figures)
 
     mark = stack.mark()
     stack.docker("start", dead.id)
@@ -134,6 +140,21 @@ def _frozen_at(stack: Stack, container: Container) -> datetime | None:
     logged = stack.docker("logs", "--timestamps", "--since", since, container.id).splitlines()
     times = [line.split()[0] for line in logged if "no right to run" in line]
     return datetime.fromisoformat(re.sub(r"(\.\d{6})\d*Z$", r"\1+00:00", times[-1])) if times else None
+
+
+def _check_files(
+    orion: Orion, rental: Rental, renter: Renter, killed_at: float, shown: Rental, figures: Figures
+) -> None:
+    """They are back as they were, and what is missing is younger than the age that was shown at the time."""
+    moved = orion.rental(rental.id)
+    assert renter.inside(moved, "cat kept; stat -c %a kept") == "precious\n640"
+    last_line = float(renter.inside(moved, "tail -n 1 lines"))
+    assert shown.last_safe_copy_at
+    assert last_line >= shown.last_safe_copy_at.timestamp() - 0.5
+    figures["lines lost by a kill"] = f"{killed_at - last_line:.1f} s of them"
+    restored = next(event for event in orion.events(rental_id=rental.id) if event.kind == "rental.files_restored")
+    assert restored.details["generation"].startswith("1-")
+    assert restored.details["files"] >= 3
 
 
 def _check_takeover(stack: Stack, mark: int, rental: Rental, reason: str) -> None:

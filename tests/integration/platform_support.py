@@ -9,6 +9,7 @@ import asyncio
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from support.builders import host_key
 from orion.manager import app
 from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorld
 from orion.manager.engine.port import Host
+from orion.manager.engine.vault.fake import FakeVault
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store.database import Store
 from orion.manager.store.tokens import make_token
@@ -50,7 +52,7 @@ def run_manager(order: Order) -> None:
     world = FakeWorld()
     world.add(Host("", order.here, (WORKER_KEY,)))
     store = app.open_store(order.settings, Store)
-    ports = app.Ports(FakeEngine(world), FakeReach(world), None)
+    ports = app.Ports(FakeEngine(world), FakeReach(world), FakeVault(world, time.time), None, lambda: 0.0)
     app.serve(order.settings, order.secrets, store, ports, order.here)
 
 

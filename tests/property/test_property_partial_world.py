@@ -45,7 +45,9 @@ class Partly(Platform):
 
     def _part(self, world: World, leaving: frozenset[str]) -> tuple[World, Any]:
         ledger, roster, leases = MemoryLedger(world), Roster(), Leases(75.0)
-        reconciler = Reconciler(ledger, roster, leases, None, None, lambda: self.now, lambda: self.now)  # type: ignore[arg-type]
+        nobody: Any = None  # nothing is performed here
+        clock = lambda: self.now  # noqa: E731
+        reconciler = Reconciler(ledger, roster, leases, nobody, nobody, nobody, clock, clock)
         reconciler.swept_at_once = 0
         _now(ledger.follow(lambda changes: roster.apply(changes, self.now)))
         for worker_id, inventory in self.inventories.items():

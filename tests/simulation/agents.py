@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from call_home import Call, CallHome, Talk
 from decisions import Answer, Order, Session, may_run
-from ledger import Record, Refused, check_create, check_not_newer, check_unlock
+from ledger import Record, Refused, check_create, check_not_newer, check_receive, check_unlock
 
 from orion.manager.domain.clocks import DRIFT, Clocks
 from orion.manager.engine.port import Job
@@ -44,6 +45,8 @@ class Container:
         self.host_key = f"ssh-ed25519 key-of-{self.name}"
         self.token: str | None = None
         self.records: dict[str, Record] = {}
+        self.homes: dict[str, float] = {}
+        """Each home as the moment of the last thing that its renter wrote, who writes all the time."""
         self.tombstones: dict[str, int] = {}
         self.unlocked: set[str] = set()
         self.frozen: set[str] = set()
@@ -247,11 +250,16 @@ class Container:
         if record is None or record.epoch < job.epoch:
             self.unlocked.discard(job.rental_id)
             self.records[job.rental_id] = Record(job.rental_id, job.username, job.uid, job.epoch)
+            self.homes.setdefault(job.rental_id, 0.0)
 
     def unlock(self, rental_id: str, epoch: int) -> None:
-        check_unlock(self.records.get(rental_id), self.tombstones.get(rental_id, 0), epoch)
+        record = self.records.get(rental_id)
+        check_unlock(record, self.tombstones.get(rental_id, 0), epoch)
         if not self._may_run():
             raise Refused("no_lease", "this worker has no lease: nobody is let in")
+        if record is not None and not record.let_in:
+            self.sim.checker.let_in(rental_id, epoch, self.homes[rental_id])
+            self.records[rental_id] = replace(record, let_in=True)
         self.unlocked.add(rental_id)
         self.frozen.discard(rental_id)
         self.sim.checker.look_at_copies()
@@ -268,7 +276,20 @@ class Container:
     def end_purge(self, job: Job) -> None:
         check_not_newer(self.records.get(job.rental_id), job.epoch)
         self.records.pop(job.rental_id, None)
+        self.homes.pop(job.rental_id, None)
         self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
+
+    def read_home(self, rental_id: str, epoch: int) -> float:
+        """As `orion-rental send`."""
+        check_unlock(self.records.get(rental_id), self.tombstones.get(rental_id, 0), epoch)
+        if (rental_id, epoch) in self.running():
+            self.homes[rental_id] = self.sim.loop.now
+        return self.homes[rental_id]
+
+    def fill_home(self, rental_id: str, epoch: int, content: float) -> None:
+        """As `orion-rental receive`."""
+        check_receive(self.records.get(rental_id), self.tombstones.get(rental_id, 0), epoch)
+        self.homes[rental_id] = content
 
     # -- what runs here --------------------------------------------------------------------------------------
 

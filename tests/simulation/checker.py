@@ -12,6 +12,8 @@ Claimed, after each committed step:
 * a worker is ready only when every placement that it lost is purged;
 * where only the proxy and the manager were away, nobody is declared down and nothing moves.
 
+Claimed, whenever a renter is let in: its files are not older than the last safe copy that the manager has accepted.
+
 Claimed, whenever a worker obeys a reply, an account is unlocked or a placement begins to run: no rental runs on two
 workers. It runs where its account is unlocked at an epoch whose placement was running at some time (renters are led
 nowhere else), the container is up and not paused, and the worker has a lease by its own clock. The last is what the
@@ -152,6 +154,15 @@ class Checker:
             self._sim.fail("no capacity is exceeded", f"{placement} on {worker}: {held}")
         if worker is not None and worker.health is not Health.READY:
             self._sim.fail("only a ready worker gets rentals", f"{placement} on {worker}")
+
+    def let_in(self, rental_id: str, epoch: int, home: float) -> None:
+        """Fails when a renter finds files that are older than the last safe copy, at the epoch that counts."""
+        rental = self._sim.ledger.world.rentals.get(rental_id)
+        if rental is None or rental.epoch != epoch or rental.last_safe_copy_at is None:
+            return
+        if home < rental.last_safe_copy_at:
+            story = f"{rental_id} at epoch {epoch} has its files of {home:.1f}, not of {rental.last_safe_copy_at:.1f}"
+            self._sim.fail("files are as old as the last safe copy", story)
 
     def look_at_copies(self) -> None:
         """Fails when a rental runs on two workers."""

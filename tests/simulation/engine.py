@@ -7,6 +7,7 @@ get through; then the real rule of silence decides what is made of it.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
@@ -85,13 +86,13 @@ class Workshop:
         if container is None:
             return BROKEN
         await container.going()
-        steps = (
-            (container.create, lambda j: container.unlock(j.rental_id, j.epoch))
-            if job.action is Action.CREATE
-            else (container.begin_purge, container.end_purge)
-        )
+        steps: dict[Action, tuple[Callable[[Job], None], ...]] = {
+            Action.PREPARE: (container.create,),
+            Action.CREATE: (container.create, lambda j: container.unlock(j.rental_id, j.epoch)),
+            Action.DELETE: (container.begin_purge, container.end_purge),
+        }
         boots = container.boots
-        for step in steps:
+        for step in steps[job.action]:
             if container.boots != boots or self._sim.reachable(job.host) is not container:
                 return BROKEN
             if container.disk_fails:
@@ -103,7 +104,8 @@ class Workshop:
             except Refused as refusal:
                 return Outcome(False, str(refusal))
             await asyncio.sleep(0.02)
-        return Outcome(True, report={"left": []})
+        state = "running" if job.rental_id in container.unlocked else "locked"
+        return Outcome(True, report={"left": [], "state": state})
 
 
 @dataclass

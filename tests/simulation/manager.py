@@ -14,14 +14,17 @@ from orion.manager.domain.leases import Beat, Leases
 from orion.manager.domain.model import Item
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health, Intent
+from orion.manager.loops.copies import CopiesLoop, Plan
 from orion.manager.loops.expiry import ExpiryLoop
 from orion.manager.loops.health import HealthLoop
 from orion.manager.loops.reconciler import Reconciler
+from orion.manager.loops.restoring import Restorer
 from orion.manager.loops.timer import Loop
 from orion.manager.loops.watching import Watching
 from orion.manager.store.port import Registration
 from simulation.agents import JOIN_TOKEN
 from simulation.front import Front
+from simulation.vault import SimulatedVault
 
 if TYPE_CHECKING:
     from simulation.world import Simulation
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
 ROUND_S = 5.0
 """Between rounds of each loop: less than what makes the manager think itself late, and few enough to be cheap."""
 EXPIRY_ROUND_S = 10.0
-WRITES = frozenset({"apply", "apply_each", "finish", "register"})
+COPIES_ROUND_S = 12.0
+WRITES = frozenset({"apply", "apply_each", "finish", "register", "accept", "complain", "forget"})
 """Being killed between a read and what is made of it is no different from being killed before the read."""
 
 
@@ -43,10 +47,16 @@ class SimulatedManager:
         self.random = Random(f"manager {sim.loop.now} {sim.schedule.seed}")
         self._tasks: set[asyncio.Task[Any]] = set()
         self.leases = leases = Leases(sim.clocks.freeze_after_s)
-        ledger: Any = LedgerWithPoints(self)
+        ledger: Any = WithPoints(self, sim.ledger)
         engine, reach = sim.engine_of(self), sim.reach_of(self)
+        book: Any = WithPoints(self, sim.book)
+        vault = SimulatedVault(sim, self)
+        restorer = Restorer(engine, vault, book)
+        self.copies = CopiesLoop(book, vault, Plan(), sim.copies_disk, sim.monotonic, sim.wall, self.random)
+        self.copies.loop = Loop("copies", COPIES_ROUND_S, self.copies.round)
         self.roster = roster = Roster()
-        self.reconciler = Reconciler(ledger, roster, leases, engine, reach, sim.monotonic, sim.wall, sim.placement_ids)
+        clocks = sim.monotonic, sim.wall
+        self.reconciler = Reconciler(ledger, roster, leases, engine, reach, restorer, *clocks, sim.placement_ids)
         self.reconciler.swept_at_once = 0  # the net is not there: what is not looked at in time is to be noticed
         self.reconciler.loop = Loop("reconciler", ROUND_S, self.reconciler.round)
         hint = self.reconciler.loop.hint
@@ -74,7 +84,7 @@ class SimulatedManager:
         known = {w: k.session_id for w, k in workers if k.session_id and k.health is not Health.DOWN}
         self.sim.granted_s = granted_s = max(self.sim.granted_s, self.sim.clocks.freeze_after_s)
         self.leases.restore(known, granted_s)
-        for loop in (self.health.loop, self.reconciler.loop, self.expiry.loop):
+        for loop in (self.health.loop, self.reconciler.loop, self.expiry.loop, self.copies.loop):
             self.spawn(loop.run())
         await asyncio.sleep(2 * granted_s)
         self.sim.granted_s = self.sim.clocks.freeze_after_s
@@ -88,9 +98,9 @@ class SimulatedManager:
     def kill(self) -> None:
         """As by SIGKILL: nothing that it has not committed has happened."""
         self.dead = True
-        writing = [self.reconciler._writing] if self.reconciler._writing else []
+        others = [self.reconciler._writing, self.copies._sweeping, *self.copies._running.values()]
         watches = {known.task for known in self.watching._tasks.values()}
-        tasks = self._tasks | {*self.reconciler._running.values(), *writing} | watches
+        tasks = self._tasks | {*self.reconciler._running.values(), *(task for task in others if task)} | watches
         for task in sorted(tasks, key=lambda t: t.get_name()):
             task.cancel()
         self.sim.manager_died(self)
@@ -195,14 +205,15 @@ class SimulatedManager:
         return Answer(204 if self.front.remove(worker_id) else 409)
 
 
-class LedgerWithPoints:
-    """The ledger as one life of the manager has it: it may be killed before each transaction, and after a write."""
+class WithPoints:
+    """A ledger or book as one life of the manager has it: it may be killed before a transaction, and after a write."""
 
-    def __init__(self, manager: SimulatedManager) -> None:
+    def __init__(self, manager: SimulatedManager, target: object) -> None:
         self._manager = manager
+        self._target = target
 
     def __getattr__(self, name: str) -> Any:
-        transaction = getattr(self._manager.sim.ledger, name)
+        transaction = getattr(self._target, name)
 
         async def with_points(*arguments: Any) -> Any:
             await self._manager.point()

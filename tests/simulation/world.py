@@ -14,10 +14,12 @@ from typing import Any
 from decisions import Answer
 
 from orion.manager.domain.clocks import DRIFT, Clocks
+from orion.manager.domain.copies import Copy, Generation
 from orion.manager.domain.model import Step
 from orion.manager.domain.states import Health, Intent
 from orion.manager.engine.port import Host
-from orion.manager.loops import expiry, health, reconciler, timer
+from orion.manager.loops import copies, expiry, health, reconciler, timer
+from orion.manager.store.copies import MemoryCopyBook
 from orion.manager.store.memory import InvariantBroken, MemoryLedger
 from simulation.agents import Container
 from simulation.checker import Checker
@@ -84,6 +86,9 @@ class Simulation:
         """The longest lease that a manager has written down as given."""
         self.placement_ids: Iterator[str] = (f"p-{number:04d}" for number in count(1))
         self.ledger = WatchedLedger(self)
+        self.book = MemoryCopyBook(self.ledger)
+        self.stored: dict[str, dict[Generation, Copy]] = {}
+        """The copies of each rental's home; `at` is also what is in it: see agents.py."""
         self.network = Network(self)
         self.workshop = Workshop(self)
         self.checker = Checker(self)
@@ -134,6 +139,9 @@ class Simulation:
 
     def door_is_open(self) -> bool:
         return not self.network.proxy_away
+
+    def copies_disk(self) -> float:
+        return 0.0
 
     def engine_of(self, manager: SimulatedManager) -> SimulatedEngine:
         return SimulatedEngine(self, manager)
@@ -272,7 +280,7 @@ class _Log:
 
 @contextmanager
 def _quiet(sim: Simulation) -> Iterator[None]:
-    rooms: list[Any] = [expiry, health, reconciler, timer]
+    rooms: list[Any] = [copies, expiry, health, reconciler, timer]
     logs = [room.log for room in rooms]
     for room in rooms:
         room.log = _Log(sim)

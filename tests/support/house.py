@@ -25,6 +25,7 @@ from orion.manager.domain.brake import Brake
 from orion.manager.domain.roster import Roster
 from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorker, FakeWorld
 from orion.manager.engine.port import Host
+from orion.manager.engine.vault.fake import FakeVault
 from orion.manager.loops.timer import Loop
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store import events, tokens
@@ -164,13 +165,24 @@ class House:
         self.clock = Clock()
         self.door = Door()
         self.world = FakeWorld()
+        self.vault = FakeVault(self.world, self.clock.wall)
+        self.disk_share = 0.1
         self.agents: list[Agent] = []
         self._numbers = count(1)
         self.begin()
 
     def begin(self) -> None:
         """A new manager on the same store, as after a restart; `enter` lets it take over."""
-        ports = Ports(FakeEngine(self.world), FakeReach(self.world), self.door, self.clock.monotonic, self.clock.wall)  # type: ignore[arg-type]
+        door: Any = self.door
+        ports = Ports(
+            FakeEngine(self.world),
+            FakeReach(self.world),
+            self.vault,
+            door,
+            lambda: self.disk_share,
+            self.clock.monotonic,
+            self.clock.wall,
+        )
         self.app = _routes()
         self.manager = Manager(self.settings, self.secrets, self.store, ports)
         # The net is not there: what is not looked at in time is to be noticed.
@@ -182,6 +194,7 @@ class House:
         self.as_admin = self.client(self.secrets.admin_token)
 
     async def restart(self) -> None:
+        await self.manager.copies.stop()
         await self.manager.reconciler.stop()
         self.begin()
         await self.manager.restore()
@@ -193,6 +206,7 @@ class House:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.manager.copies.stop()
         await self.manager.reconciler.stop()
 
     def client(self, token: str) -> httpx.AsyncClient:

@@ -123,6 +123,8 @@ def rental(**changes: Any) -> dict[str, Any]:
         "created_at": "2030-01-01T00:00:00Z",
         "expires_at": "2130-01-01T00:00:00Z",
         "last_safe_copy_at": None,
+        "last_safe_copy_bytes": None,
+        "copy_problem": "",
         "explanation": "",
         **changes,
     }

@@ -28,6 +28,8 @@ ROUTES: list[tuple[str, str, dict[str, Any] | None, set[str]]] = [
     ("POST", "/api/rentals/x/renew", {"ttl_s": 60}, {"client", "admin"}),
     ("DELETE", "/api/rentals/x", None, {"client", "admin"}),
     ("GET", "/api/rentals/x/log", None, {"client", "admin"}),
+    ("GET", "/api/rentals/x/snapshots", None, {"client", "admin"}),
+    ("POST", "/api/rentals/x/restore", {"empty": True}, {"client", "admin"}),
     ("GET", "/api/events", None, {"client", "admin"}),
     ("GET", "/api/status", None, {"client", "admin"}),
     ("GET", "/metrics", None, {"admin"}),

@@ -60,12 +60,13 @@ async def test_a_silent_worker_is_suspect_then_down_and_its_rental_goes_on_elsew
     assert where(house, moved).unlocked() == {rental["id"]: 2}
     same = ("name", "username", "owner", "expires_at", "labels", "created_at")
     assert {key: moved[key] for key in same} == {key: rental[key] for key in same}
-    assert (await kinds(house, rental))[-6:] == [
+    assert (await kinds(house, rental))[-7:] == [
         "placement.lost",
         "rental.migration_started",
         "placement.reserved",
         "placement.preparing",
         "placement.running",
+        "rental.started_empty",
         "rental.activated",
     ]
 

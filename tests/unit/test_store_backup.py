@@ -200,6 +200,20 @@ def accepted(backups: Backups) -> Backups:
     return backups
 
 
+def test_what_was_ended_since_is_revived_without_the_copies_that_were_removed_with_it(backups: Backups) -> None:
+    execute(
+        backups.database,
+        RENTAL.format("stays", 100_001, "active"),
+        RENTAL.format("ends", 100_002, "active"),
+        "INSERT INTO copies VALUES ('stays', 1, 1, 5.0, 0, 1, '[]'), ('ends', 1, 1, 5.0, 0, 1, '[]')",
+    )
+    upload = given_back(backups, backups.copy())
+    execute(backups.database, "UPDATE rentals SET state = 'released' WHERE id = 'ends'")
+    assert backups.accept(backups.stage(upload).id, "admin")
+    assert backups.swap_in()
+    assert value(backups.database, "SELECT group_concat(rental_id) FROM copies") == "stays"
+
+
 def test_a_restore_gives_no_number_again(accepted: Backups) -> None:
     assert accepted.swap_in()
     assert value(accepted.database, "SELECT group_concat(id) FROM rentals") == "old"

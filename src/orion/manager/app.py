@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +24,7 @@ from pydantic import ValidationError
 from structlog.typing import Processor
 
 from orion import __version__
-from orion.manager.api import admin, contract, operations, problems, rentals, workers
+from orion.manager.api import admin, contract, operations, problems, rentals, snapshots, workers
 from orion.manager.api.call_home import CallHome
 from orion.manager.api.door import Door, protocol_for
 from orion.manager.api.heartbeat import Heartbeat
@@ -36,19 +37,25 @@ from orion.manager.domain.states import Health
 from orion.manager.engine.ansible import AnsibleEngine
 from orion.manager.engine.port import Engine, Reach, Watch
 from orion.manager.engine.reach import SshReach
+from orion.manager.engine.vault.client import VaultClient
+from orion.manager.engine.vault.port import Vault
 from orion.manager.engine.watch import SshWatch
 from orion.manager.gateway import routes
+from orion.manager.loops.copies import CopiesLoop, disk_share
 from orion.manager.loops.door import DoorProbe
 from orion.manager.loops.engine_log import EngineLog, LoggedEngine
 from orion.manager.loops.expiry import ExpiryLoop
 from orion.manager.loops.health import HealthLoop
 from orion.manager.loops.reconciler import Reconciler
+from orion.manager.loops.restoring import Restorer
 from orion.manager.loops.timer import Loop
 from orion.manager.loops.watching import Watching
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store import tokens
 from orion.manager.store import workers as worker_rows
 from orion.manager.store.backup import Backups
+from orion.manager.store.ballast import Ballast
+from orion.manager.store.copies import SqlCopyBook
 from orion.manager.store.database import Store
 from orion.manager.store.sql import SqlLedger
 
@@ -66,8 +73,11 @@ class Ports:
 
     engine: Engine
     reach: Reach
+    vault: Vault
     door: DoorProbe | None
     """None: there is no proxy to ask through, as in tests without one."""
+    copies_disk: Callable[[], float]
+    """How much of the disk that the copies are on is used, from 0 to 1."""
     monotonic: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
     watch: Watch | None = None
@@ -87,9 +97,12 @@ class Manager:
         self.engine_log = EngineLog(store)
         engine = LoggedEngine(ports.engine, self.engine_log.note, ports.monotonic, ports.wall)
         self.roster = Roster()
+        book = SqlCopyBook(store)
+        restorer = Restorer(engine, ports.vault, book)
         self.reconciler = Reconciler(
-            self.ledger, self.roster, self.leases, engine, ports.reach, ports.monotonic, ports.wall
+            self.ledger, self.roster, self.leases, engine, ports.reach, restorer, ports.monotonic, ports.wall
         )
+        self.copies = CopiesLoop(book, ports.vault, settings.copies, ports.copies_disk, ports.monotonic, ports.wall)
         wake_reconciler = self.reconciler.loop.hint
         door = ports.door
         self.health = HealthLoop(
@@ -141,13 +154,15 @@ class Manager:
             overdue=self._overdue,
             engine_log=self.engine_log.of,
             metrics=self.metrics,
+            copy_now=self.copies.copy_now,
+            copies_paused=lambda: self.copies.paused or None,
             restart=lambda: os.kill(os.getpid(), signal.SIGTERM),
         )
 
     @property
     def loops(self) -> list[Loop]:
         door = [self._ports.door.loop] if self._ports.door else []
-        return [self.health.loop, self.reconciler.loop, self.expiry.loop, self.engine_log.loop, *door]
+        return [self.health.loop, self.reconciler.loop, self.expiry.loop, self.copies.loop, self.engine_log.loop, *door]
 
     def _brake(self) -> str | None:
         return self.health.brake.reason if self.health.brake.on else None
@@ -172,6 +187,7 @@ class Manager:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+            await self.copies.stop()
             await self.reconciler.stop()
             await self.engine_log.flush()
             if self.watching:
@@ -234,7 +250,7 @@ def application(proxy_secret: str) -> FastAPI:
     app.add_middleware(Heartbeat)
     problems.install(app)
     contract.describe(app)
-    for router in (workers.router, rentals.router, operations.router, admin.router, routes.router):
+    for router in (workers.router, rentals.router, snapshots.router, operations.router, admin.router, routes.router):
         app.include_router(router)
     app.add_middleware(Door, secret=proxy_secret)
     return app
@@ -258,7 +274,14 @@ def main() -> None:
     store = open_store(settings, Store)
     door = DoorProbe(settings.door_url, settings.clocks.door_answer_s, min(1.0, settings.clocks.heartbeat_s / 30))
     reach = SshReach(secrets.ssh_private_key)
-    ports = Ports(AnsibleEngine(Path(settings.engine_socket)), reach, door, watch=SshWatch(reach))
+    ports = Ports(
+        AnsibleEngine(Path(settings.engine_socket)),
+        reach,
+        VaultClient(Path(settings.vault_socket)),
+        door,
+        partial(disk_share, Path(settings.copies_directory)),
+        watch=SshWatch(reach),
+    )
     serve(settings, secrets, store, ports, "0.0.0.0")  # noqa: S104  the door hangs up on every peer but the proxy
     lock.close()
 
@@ -269,6 +292,7 @@ def open_store(settings: Settings, make: Callable[[str], Store]) -> Store:
     if backups and backups.swap_in():
         log.warning("restored from a backup", former_database=backups.replaced.name)
     store = make(settings.database_url)
+    store.ballast = Ballast.of(settings.database_url, settings.ballast_bytes)
     store.migrate()
     return store
 

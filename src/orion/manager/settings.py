@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from orion.manager.domain.clocks import Clocks
+from orion.manager.engine.vault.port import Limits
+from orion.manager.loops.copies import Plan
 
 
 class Settings(BaseSettings):
@@ -28,7 +30,19 @@ class Settings(BaseSettings):
     engine_socket: str = "/run/orion/engine.sock"
     engine_strategy: Literal["auto", "mitogen", "linear"] = "auto"
     """Of the engine's process, which takes it from the environment as well: here it is only checked."""
+    vault_socket: str = "/run/orion-vault/vault.sock"
+    copies_directory: str = "/var/lib/orion/copies"
+    ballast_bytes: int = Field(
+        16 << 20, ge=0, lt=2**40, description="Beside the database; dropped when the disk is full"
+    )
     port: int = 5000
+
+    snapshot_interval_s: float = Field(
+        30.0, gt=0, description="Between copies of a rental's home; scaled as the clocks"
+    )
+    copies_at_once: int = Field(4, ge=1, le=32)
+    home_max_bytes: int = Field(2 << 30, ge=1 << 20, lt=2**53, description="A larger home is not copied")
+    home_max_files: int = Field(200_000, ge=100, lt=2**31)
 
     clock_scale: float = Field(1.0, gt=0, le=10, description="Multiplies every clock below")
     heartbeat_s: float = Clocks.heartbeat_s
@@ -46,6 +60,11 @@ class Settings(BaseSettings):
     @cached_property
     def clocks(self) -> Clocks:
         return Clocks(**{name: getattr(self, name) for name in vars(Clocks())}).scaled(self.clock_scale)
+
+    @property
+    def copies(self) -> Plan:
+        limits = Limits(self.home_max_files, self.home_max_bytes)
+        return Plan(self.snapshot_interval_s * self.clock_scale, self.copies_at_once, limits)
 
     @model_validator(mode="after")
     def _safe_clocks(self) -> Self:

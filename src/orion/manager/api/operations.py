@@ -45,6 +45,7 @@ async def status(principal: Client, shared: Shared) -> wire.Status:
         rentals=shared.roster.by_state(),
         slots=slots,
         slots_free=free,
+        copies_paused=shared.copies_paused(),
         overdue=[wire.Overdue(**vars(item)) for item in waiting],
     )
 

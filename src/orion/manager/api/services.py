@@ -13,6 +13,7 @@ from starlette.requests import HTTPConnection
 from orion.manager.api.call_home import CallHome
 from orion.manager.api.metrics import Metrics
 from orion.manager.api.problems import ApiProblem
+from orion.manager.domain.copies import Generation
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.overdue import Overdue
 from orion.manager.domain.roster import Roster
@@ -44,6 +45,9 @@ class Services:
     engine_log: Callable[[str], Awaitable[list[Row]]]
     """What the engine did for a rental, oldest first."""
     metrics: Metrics
+    copy_now: Callable[[str, Generation | None], Awaitable[str]]
+    """Copies a rental's files at once, and keeps an older copy; why that was not done, empty when it was."""
+    copies_paused: Callable[[], str | None]
     restart: Callable[[], None]
     """End, to be started again with what is then on the disk."""
     copying: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Query
 
 from orion import wire
+from orion.manager.domain.copies import Copy
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -50,8 +51,20 @@ def _rental_fields(row: Row) -> dict[str, Any]:
         "created_at": time_of(row["created_at"]),
         "expires_at": time_of(row["expires_at"]),
         "last_safe_copy_at": time_of(row["last_safe_copy_at"]),
+        "last_safe_copy_bytes": row["last_safe_copy_bytes"],
+        "copy_problem": row["copy_problem"],
         "explanation": row["explanation"],
     }
+
+
+def snapshot(copy: Copy) -> wire.Snapshot:
+    return wire.Snapshot(
+        generation=str(copy.generation),
+        at=datetime.fromtimestamp(copy.at, UTC),
+        bytes=copy.bytes,
+        files=copy.files,
+        skipped=list(copy.skipped),
+    )
 
 
 def worker(row: Row) -> wire.Worker:

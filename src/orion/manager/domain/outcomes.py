@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from orion.manager.domain import copies
 from orion.manager.domain.model import (
     Event,
     Placement,
@@ -56,7 +57,7 @@ def succeeded(world: World, task: Task, report: Mapping[str, Any], wall: float) 
     rental = world.rentals.get(placement.rental_id) if placement else None
     if placement is None or rental is None:
         return None
-    return _made(rental, placement, task, wall)
+    return _made(rental, placement, task, report, wall)
 
 
 def failed(world: World, task: Task, message: str, attempts: int) -> Step | None:
@@ -91,7 +92,7 @@ def _verified(task: Task) -> Step:
     return Step((Write("worker", task.worker_id, {"session_id": task.session_id}, change),), (event,))
 
 
-def _made(rental: Rental, placement: Placement, task: Task, wall: float) -> Step | None:
+def _made(rental: Rental, placement: Placement, task: Task, report: Mapping[str, Any], wall: float) -> Step | None:
     if placement.state is PlacementState.RUNNING:
         expect = {"state": PlacementState.RUNNING}
         changed = Event(
@@ -117,9 +118,13 @@ def _made(rental: Rental, placement: Placement, task: Task, wall: float) -> Step
     if rental.state not in {RentalState.PROVISIONING, RentalState.MIGRATING}:
         return running
     first = rental.activated_at is None
-    change = {"activated_at": wall, "expires_at": wall + rental.ttl_s} if first else {}
+    change: dict[str, Any] = {"activated_at": wall, "expires_at": wall + rental.ttl_s} if first else {}
+    change |= {"restore_from": None} if rental.restore_from else {}
     reason = f"running on worker {placement.worker_id}"
-    return merge((running, move_rental(rental, RentalState.ACTIVE, ACTOR, reason, placement.worker_id, **change)))
+    filled = copies.filled(rental, placement.worker_id, report, wall)
+    told = Step((), (filled,) if filled else ())
+    active = move_rental(rental, RentalState.ACTIVE, ACTOR, reason, placement.worker_id, **change)
+    return merge((running, told, active))
 
 
 def _purged(world: World, task: Task, placement: Placement | None, report: Mapping[str, Any]) -> Step | None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from orion.manager.domain import copies
 from orion.manager.domain.model import (
     Draft,
     Event,
@@ -36,6 +37,7 @@ from orion.manager.domain.states import (
     HOLDING,
     LIVE,
     QUEUE_DEADLINE_S,
+    RESTORE_DEADLINE_S,
     Health,
     Intent,
     PlacementState,
@@ -74,6 +76,8 @@ class Task:
     item: Item | None = None
     placement_id: str | None = None
     public_key: str = ""
+    restore: str | None = None
+    """What its home is filled with before its renter is let in: see copies.wanted."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -140,8 +144,9 @@ def _settle_placement(world: World, placement: Placement, facts: Facts) -> Step 
     if placement.state in LIVE and (rental is None or rental.state is RentalState.RELEASING):
         to = PlacementState.STOPPED if placement.state is PlacementState.RESERVED else PlacementState.STOPPING
         return move_placement(placement, owner, to, ACTOR, "its rental is being released")
-    if placement.state is PlacementState.PREPARING and _age(placement.id, facts) > CREATE_DEADLINE_S:
-        return give_up(placement, rental, f"it was not made within {CREATE_DEADLINE_S:.0f} s")
+    within_s = RESTORE_DEADLINE_S if rental and rental.activated_at is not None else CREATE_DEADLINE_S
+    if placement.state is PlacementState.PREPARING and _age(placement.id, facts) > within_s:
+        return give_up(placement, rental, f"it was not made within {within_s:.0f} s")
     if _is_missing(placement, facts):
         return _miss(placement, rental)
     at_fault = worker.health in ANSWERING and _age(placement.id, facts) > DELETE_DEADLINE_S
@@ -255,7 +260,7 @@ def _queue(world: World) -> list[Rental]:
 def _settle_rental(world: Draft, rental: Rental, facts: Facts, places: _Places) -> Step | None:
     if rental.state is RentalState.RELEASING:
         return _finish_release(world, rental)
-    if world.live_placement(rental.id) is not None:
+    if world.live_placement(rental.id) is not None or _is_being_stopped(world, rental):
         return None
     if rental.state is RentalState.PROVISIONING:
         return move_rental(rental, RentalState.QUEUED, ACTOR, "its place was lost")
@@ -265,6 +270,14 @@ def _settle_rental(world: Draft, rental: Rental, facts: Facts, places: _Places) 
     if rental.activated_at is None and _age(rental.id, facts) > QUEUE_DEADLINE_S:
         return move_rental(rental, RentalState.FAILED, ACTOR, f"no worker was free within {QUEUE_DEADLINE_S:.0f} s")
     return places.place(rental)
+
+
+def _is_being_stopped(world: Draft, rental: Rental) -> bool:
+    """It is to begin again from a copy, and what runs of it has not been seen to have ended."""
+    ending = {PlacementState.STOPPING, PlacementState.FAILED}
+    return rental.state is RentalState.MIGRATING and any(
+        p.epoch == rental.epoch and p.state in ending for p in world.placements_of(rental.id)
+    )
 
 
 def _finish_release(world: Draft, rental: Rental) -> Step | None:
@@ -381,7 +394,8 @@ def _task_of(world: World, placement: Placement, facts: Facts) -> Task | None:
     if placement.state is PlacementState.RUNNING and unseen:
         return None  # not made anew on a worker that may have lost or purged it: see _is_missing
     if wants_key and worker.health in REACHABLE:
-        return Task(TaskKind.CREATE, worker.id, worker.session_id, item, placement.id, rental.public_key)
+        restore = copies.wanted(rental) if placement.state is PlacementState.PREPARING else None
+        return Task(TaskKind.CREATE, worker.id, worker.session_id, item, placement.id, rental.public_key, restore)
     if placement.state in {PlacementState.STOPPING, PlacementState.FAILED, PlacementState.LOST}:
         return Task(TaskKind.DELETE, worker.id, worker.session_id, item, placement.id)
     return None

@@ -27,6 +27,7 @@ from orion.manager.domain.reconcile import MAX_PLACED, Facts, Task, TaskKind, de
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import PlacementState
 from orion.manager.engine.port import Action, Engine, Host, Job, Outcome, Reach, Reached
+from orion.manager.loops.restoring import WAITS, Restorer
 from orion.manager.loops.timer import Loop
 from orion.manager.store.names import new_id
 from orion.manager.store.port import Ledger
@@ -71,6 +72,7 @@ class Reconciler:
         leases: Leases,
         engine: Engine,
         reach: Reach,
+        restorer: Restorer,
         monotonic: Callable[[], float],
         wall: Callable[[], float],
         placement_ids: Iterator[str] | None = None,
@@ -80,6 +82,7 @@ class Reconciler:
         self._leases = leases
         self._engine = engine
         self._reach = reach
+        self._restorer = restorer
         self._monotonic = monotonic
         self._wall = wall
         self._placement_ids = placement_ids or _random_ids()
@@ -241,13 +244,16 @@ class Reconciler:
         item = task.item
         keys = (task.public_key,) if task.public_key else ()
         job = Job(_ACTIONS[task.kind], host, item.rental_id, item.username, item.uid, item.epoch, keys, JOB_DEADLINE_S)
+        if task.restore:
+            return await self._restorer.make(job, task.restore)
         return await self._engine.run(job)
 
     async def _feed_back(self, task: Task, outcome: Outcome) -> None:
         if not outcome.ok:
             failure = self._fail(task)
             log.warning("task failed", **_story(task), attempts=failure.count, message=outcome.message)
-            await self._write(Ended(task, False, self._wall(), message=outcome.message, attempts=failure.count))
+            attempts = 0 if outcome.report.get(WAITS) else failure.count
+            await self._write(Ended(task, False, self._wall(), message=outcome.message, attempts=attempts))
             return
         self._failures.pop(task, None)
         self._failing.discard(task.worker_id)

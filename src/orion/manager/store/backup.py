@@ -230,6 +230,8 @@ def _fit_into_the_present(connection: sqlite3.Connection, database: Path, actor:
     connection.execute("UPDATE counters SET value = value + ? WHERE name = 'uid'", (UID_GAP,))
     connection.execute(f"UPDATE rentals SET epoch = epoch + ? WHERE {_LIVING}", (EPOCH_GAP,))  # noqa: S608
     connection.execute("UPDATE placements SET public_key = '' WHERE state = 'running'")
+    # The copies of what has ended since were removed with it: it begins empty, and nobody waits for them.
+    connection.executemany("DELETE FROM copies WHERE rental_id = ?", [(identity,) for identity in now.ended])
     connection.execute("UPDATE workers SET session_id = NULL, verified_session = NULL")
     present = [row[0] for row in connection.execute(f"SELECT id FROM workers WHERE health IN {_PRESENT}")]  # noqa: S608
     connection.execute(f"UPDATE workers SET health = 'joining' WHERE health IN {_PRESENT}")  # noqa: S608
@@ -251,6 +253,7 @@ class _Present:
     counters: dict[str, int]
     revoked: dict[str, float]
     last_event: int
+    ended: list[str]
 
 
 def _present(database: Path) -> _Present:
@@ -260,9 +263,10 @@ def _present(database: Path) -> _Present:
             counters = dict(connection.execute("SELECT name, value FROM counters").fetchall())
             revoked = dict(connection.execute("SELECT id, revoked_at FROM tokens WHERE revoked_at IS NOT NULL"))
             (last,) = connection.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()
+            ended = [row[0] for row in connection.execute(f"SELECT id FROM rentals WHERE NOT ({_LIVING})")]  # noqa: S608
     except sqlite3.Error:
-        return _Present({}, {}, 0)
-    return _Present(counters, revoked, last)
+        return _Present({}, {}, 0, [])
+    return _Present(counters, revoked, last, ended)
 
 
 def _living(file: Path) -> dict[str, Known]:

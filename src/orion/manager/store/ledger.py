@@ -278,6 +278,9 @@ def rental(row: RowMapping) -> Rental:
         end=row["end"],
         failures=row["failures"],
         explanation=row["explanation"],
+        last_safe_copy_at=row["last_safe_copy_at"],
+        copy_problem=row["copy_problem"],
+        restore_from=row["restore_from"],
     )
 
 

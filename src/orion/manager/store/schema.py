@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     CheckConstraint,
     Column,
@@ -76,6 +77,9 @@ rentals = Table(
     Column("failures", Integer, nullable=False, server_default="0"),
     Column("explanation", Text, nullable=False, server_default=""),
     Column("last_safe_copy_at", Float),
+    Column("last_safe_copy_bytes", BigInteger),
+    Column("copy_problem", Text, nullable=False, server_default=""),
+    Column("restore_from", String(40)),
     Index(
         "uq_rentals_living_name",
         "owner",
@@ -112,6 +116,18 @@ placements = Table(
     Index("uq_placements_slot", "worker_id", "slot", unique=True, sqlite_where=_HOLDING, postgresql_where=_HOLDING),
     Index("ix_placements_state", "state"),
     Index("ix_placements_worker_id_state", "worker_id", "state"),
+)
+
+copies = Table(
+    "copies",
+    metadata,
+    Column("rental_id", String(64), ForeignKey("rentals.id"), primary_key=True),
+    Column("epoch", BigInteger, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", Float, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("files", BigInteger, nullable=False),
+    Column("skipped", JSON, nullable=False),
 )
 
 tokens = Table(

@@ -1,0 +1,181 @@
+"""The copies loop: homes of active rentals are copied in turn, and what nobody can ask for any more is removed.
+
+Nothing is kept here but when each is next; killing the manager at any instant loses that, and no copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import structlog
+
+from orion.manager.domain import copies
+from orion.manager.domain.copies import Generation
+from orion.manager.engine.port import Host
+from orion.manager.engine.vault.port import OVER_LIMIT, Home, Limits, Vault, VaultError
+from orion.manager.loops.timer import Loop
+from orion.manager.store.copies import CopyBook, Running
+
+log = structlog.get_logger()
+
+JITTER = 0.1
+"""Of the interval, so that rentals made together are not copied together for ever."""
+ROUNDS = 20
+"""In an interval."""
+SWEEP_S = 60.0
+FULL_DISK = 0.8
+"""From here on no copy is begun: the rest of the disk is for the database, and for takeovers."""
+SAID_AT_ONCE = frozenset((OVER_LIMIT, "unreadable_home", "disk_full"))
+"""Problems of the home or of this machine. Others may be a worker that is just dying: they are said when they stay."""
+OF_NO_ACCOUNT = frozenset(("superseded", "stale_epoch", "unknown_rental", "purged"))
+"""It is being moved or ended."""
+
+
+def disk_share(directory: Path) -> float:
+    """How much of its disk is used, from 0 to 1, without what is kept for root."""
+    usage = shutil.disk_usage(directory)
+    return usage.used / max(1, usage.used + usage.free)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`interval_s`: between copies of one rental."""
+
+    interval_s: float = 30.0
+    at_once: int = 4
+    limits: Limits = field(default_factory=Limits)
+
+
+class CopiesLoop:
+    def __init__(
+        self,
+        book: CopyBook,
+        vault: Vault,
+        plan: Plan,
+        disk_share: Callable[[], float],
+        monotonic: Callable[[], float],
+        wall: Callable[[], float],
+        random: Random | None = None,
+    ) -> None:
+        """`disk_share`: how much of the disk that the copies are on is used, from 0 to 1; raises OSError."""
+        self._book = book
+        self._vault = vault
+        self._plan = plan
+        self._disk_share = disk_share
+        self._monotonic = monotonic
+        self._wall = wall
+        self._random = random or Random()  # noqa: S311 - nothing secret
+        self._next_at: dict[str, float] = {}
+        self._failures: dict[str, int] = {}
+        self._running: dict[str, asyncio.Task[str]] = {}
+        self._sweeping: asyncio.Task[None] | None = None
+        self._swept_at = float("-inf")
+        self.paused = ""
+        """Why no copies are made at present."""
+        self.loop = Loop("copies", plan.interval_s / ROUNDS, self.round)
+
+    async def round(self) -> None:
+        now = self._monotonic()
+        self._look_at_disk()
+        if now >= self._swept_at + SWEEP_S and self._sweeping is None:
+            self._swept_at = now
+            self._sweeping = asyncio.create_task(self._sweep())
+        found = {each.rental.id: each for each in await self._book.running()}
+        for rental_id in self._running.keys() - found.keys():
+            self._running[rental_id].cancel()
+        for rental_id in found.keys() - self._next_at.keys():
+            self._next_at[rental_id] = now + self._plan.interval_s * self._random.uniform(0.0, JITTER)
+        self._next_at = {rental_id: at for rental_id, at in self._next_at.items() if rental_id in found}
+        self._failures = {rental_id: n for rental_id, n in self._failures.items() if rental_id in found}
+        if self.paused:
+            return
+        due = sorted((at, rental_id) for rental_id, at in self._next_at.items() if at <= now)
+        for _, rental_id in due:
+            if len(self._running) >= self._plan.at_once:
+                return
+            self._start(found[rental_id])
+
+    async def copy_now(self, rental_id: str, spare: Generation | None) -> str:
+        """Copy it at once, and keep `spare`; why that was not done, empty when it was."""
+        if rental_id in self._running:
+            await asyncio.wait([self._running[rental_id]])
+        found = next((each for each in await self._book.running() if each.rental.id == rental_id), None)
+        if found is None:
+            return "it does not run on a worker that is ready"
+        return await asyncio.shield(self._start(found, spare))
+
+    async def stop(self) -> None:
+        running = [*self._running.values(), *([self._sweeping] if self._sweeping else [])]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    def _start(self, found: Running, spare: Generation | None = None) -> asyncio.Task[str]:
+        rental_id = found.rental.id
+        if rental_id not in self._running:
+            task = self._running[rental_id] = asyncio.create_task(self._copy(found, spare))
+            task.add_done_callback(lambda _: self._done(rental_id))
+        return self._running[rental_id]
+
+    def _done(self, rental_id: str) -> None:
+        del self._running[rental_id]
+        pause_s = self._plan.interval_s * self._random.uniform(1.0 - JITTER, 1.0)
+        if rental_id in self._next_at:
+            self._next_at[rental_id] = self._monotonic() + pause_s
+        self.loop.hint()
+
+    async def _copy(self, found: Running, spare: Generation | None) -> str:
+        rental, placement, worker = found
+        home = Home(rental.id, rental.uid, placement.epoch, Host(worker.id, worker.address, worker.host_keys))
+        try:
+            copied = await self._vault.copy(home, self._plan.limits, spare=spare)
+            step = copies.accepted(rental, placement, copied.copy)
+            accepted = await self._book.accept(step, rental.id, copied.kept)
+            self._failures.pop(rental.id, None)
+        except VaultError as error:
+            await self._complain(found, error)
+            return str(error)
+        except Exception:
+            log.exception("a copy failed", rental_id=rental.id)
+            return "the manager failed: its log says why"
+        return "" if accepted else "it was stopped or moved meanwhile"
+
+    async def _complain(self, found: Running, error: VaultError) -> None:
+        rental = found.rental
+        if error.code in OF_NO_ACCOUNT:
+            return
+        failures = self._failures[rental.id] = self._failures.get(rental.id, 0) + 1
+        log.warning("not copied", rental_id=rental.id, code=error.code, message=str(error), failures=failures)
+        if error.code in SAID_AT_ONCE or failures > 1:
+            step = copies.failed(rental, found.placement, str(error))
+            if step:
+                await self._book.complain(step)
+
+    async def _sweep(self) -> None:
+        """Remove the copies of what has ended."""
+        try:
+            for rental_id, uid in await self._book.over(await self._vault.rentals(), self._wall()):
+                await self._vault.remove(rental_id, uid)
+                await self._book.forget(rental_id)
+        except VaultError as error:
+            log.warning("old copies cannot be removed", code=error.code, message=str(error))
+        except Exception:
+            log.exception("old copies cannot be removed")
+        finally:
+            self._sweeping = None
+
+    def _look_at_disk(self) -> None:
+        before = self.paused
+        try:
+            full = self._disk_share() >= FULL_DISK
+        except OSError as error:
+            self.paused = f"the disk of the copies cannot be looked at: {error.strerror}"
+        else:
+            self.paused = f"the manager's disk is {FULL_DISK:.0%} full or more: make room on it" if full else ""
+        if self.paused != before:
+            log.warning("copies", paused=self.paused or "no more")

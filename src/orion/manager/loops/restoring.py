@@ -1,0 +1,88 @@
+"""Filling the home of a rental that moved, before its renter is let in.
+
+Safe order: the account is made locked; the copy is put into its home; only then is it let in, by the usual job. Killed
+between any two, it is begun again: the worker refuses to put anything over the files of a renter that was let in at
+this epoch, and that counts as done. Files are never given up by themselves: what cannot be restored now is tried again,
+and only an operator or the renter may say that it is to begin without.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from orion.manager.domain.copies import EMPTY, NEWEST, Copy, Generation
+from orion.manager.engine.port import Action, Engine, Job, Outcome
+from orion.manager.engine.vault.port import LET_IN, NO_SUCH_GENERATION, OF_THE_WORKER, Home, Vault, VaultError
+from orion.manager.store.copies import CopyBook
+
+WAITS = "waits"
+"""In the report of a failure: another worker would do no better."""
+
+
+class Restorer:
+    def __init__(self, engine: Engine, vault: Vault, book: CopyBook) -> None:
+        self._engine = engine
+        self._vault = vault
+        self._book = book
+
+    async def make(self, job: Job, wanted: str) -> Outcome:
+        """The account is there with its files and its renter is let in; the report tells which copy it was."""
+        prepared = await self._engine.run(replace(job, action=Action.PREPARE))
+        if not prepared.ok:
+            return prepared
+        told: dict[str, Any] = {}
+        if prepared.report.get("state") != "running":
+            try:
+                told = {"restored": await self._fill(job, wanted)}
+            except VaultError as error:
+                return _refused(error)
+        made = await self._engine.run(job)
+        return replace(made, report={**made.report, **told})
+
+    async def _fill(self, job: Job, wanted: str) -> dict[str, Any]:
+        if wanted == EMPTY:
+            return {"reason": "without its files, as asked for"}
+        home = Home(job.rental_id, job.uid, job.epoch, job.host)
+        try:
+            copy = await (self._newest(home) if wanted == NEWEST else self._named(home, wanted))
+        except VaultError as error:
+            if error.code != LET_IN:
+                raise
+            return {"generation": error.restored, "reason": "its renter was let in already"}
+        return told_of(copy) if copy else {"reason": "there is no copy of its files yet"}
+
+    async def _named(self, home: Home, wanted: str) -> Copy | None:
+        copy = await self._vault.restore(home, Generation.parse(wanted))
+        if copy is None:
+            raise VaultError(NO_SUCH_GENERATION, f"there is no copy {wanted}, nor any other")
+        return copy
+
+    async def _newest(self, home: Home) -> Copy | None:
+        """That of the database, for it was accepted; what only the vault knows, where the database knows nothing.
+
+        One may be lost without the other: the database by going back to a backup, the copies with their disk.
+        """
+        known = await self._book.of(home.rental_id)
+        newest = known[-1].generation if known else None
+        try:
+            copy = await self._vault.restore(home, newest)
+        except VaultError as error:
+            if error.code != NO_SUCH_GENERATION:
+                raise
+            copy = await self._vault.restore(home)
+        if copy is None and known:
+            raise VaultError("copies_lost", "there were copies of its files, and they are not there any more")
+        return copy
+
+
+def told_of(copy: Copy) -> dict[str, Any]:
+    return asdict(copy) | {"generation": str(copy.generation), "skipped": list(copy.skipped)}
+
+
+def _refused(error: VaultError) -> Outcome:
+    message = (
+        f"its files cannot be restored now: {error}. To begin without them: orion restore --empty, or with an older "
+        "copy: orion restore --from"
+    )
+    return Outcome(ok=False, message=message, report={WAITS: error.code not in OF_THE_WORKER})

@@ -1,0 +1,192 @@
+"""What is known of the copies of homes. The copies themselves are the vault's; what it says is there is written here.
+
+`SqlCopyBook` is the real one, `MemoryCopyBook` the shipped fake; tests/unit/test_store_copies.py holds both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from sqlalchemy import Connection, and_, delete, insert, select
+
+from orion.manager.domain.copies import EMPTY, EXPIRED_KEPT_S, Copy, Generation, ask_to_restore
+from orion.manager.domain.model import Placement, Rental, Step, Worker
+from orion.manager.domain.states import ENDED, Health, PlacementState, RentalState
+from orion.manager.store import ledger
+from orion.manager.store.database import Store
+from orion.manager.store.memory import MemoryLedger
+from orion.manager.store.schema import copies, placements, rentals, workers
+
+
+class Running(NamedTuple):
+    """An active rental with the placement that runs, on a worker that is ready."""
+
+    rental: Rental
+    placement: Placement
+    worker: Worker
+
+
+class CopyBook(Protocol):
+    """Each call is one transaction."""
+
+    async def running(self) -> list[Running]:
+        """What can be copied now."""
+        ...
+
+    async def accept(self, step: Step, rental_id: str, there: Sequence[Copy]) -> bool:
+        """Apply the step of a new copy, and with it what copies there are now; False, and nothing, when it is late."""
+        ...
+
+    async def complain(self, step: Step) -> None: ...
+
+    async def of(self, rental_id: str) -> list[Copy]:
+        """The copies of a rental, oldest first."""
+        ...
+
+    async def over(self, rental_ids: Iterable[str], wall: float) -> list[tuple[str, int]]:
+        """Of these, those that have ended and whose copies nobody can ask for any more, with their uids."""
+        ...
+
+    async def forget(self, rental_id: str) -> None:
+        """Its copies are gone."""
+        ...
+
+
+class SqlCopyBook:
+    """Implements `CopyBook`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def running(self) -> list[Running]:
+        return await self._store.read(load_running)
+
+    async def accept(self, step: Step, rental_id: str, there: Sequence[Copy]) -> bool:
+        return await self._store.write(accept_copy, step, rental_id, there)
+
+    async def complain(self, step: Step) -> None:
+        await self._store.write(ledger.apply, [step])
+
+    async def of(self, rental_id: str) -> list[Copy]:
+        return await self._store.read(copies_of, rental_id)
+
+    async def over(self, rental_ids: Iterable[str], wall: float) -> list[tuple[str, int]]:
+        return await self._store.read(over, list(rental_ids), wall)
+
+    async def forget(self, rental_id: str) -> None:
+        await self._store.write(forget, rental_id)
+
+
+class MemoryCopyBook:
+    """Implements `CopyBook` over a ledger in memory."""
+
+    def __init__(self, world: MemoryLedger) -> None:
+        self._ledger = world
+        self.copies: dict[str, list[Copy]] = {}
+
+    async def running(self) -> list[Running]:
+        world = self._ledger.world
+        placed = [p for p in world.placements.values() if p.state is PlacementState.RUNNING]
+        found = [Running(world.rentals[p.rental_id], p, world.workers[p.worker_id]) for p in placed]
+        return [r for r in found if r.rental.state is RentalState.ACTIVE and r.worker.health is Health.READY]
+
+    async def accept(self, step: Step, rental_id: str, there: Sequence[Copy]) -> bool:
+        if not await self._ledger.apply([step]):
+            return False
+        self.copies[rental_id] = list(there)
+        return True
+
+    async def complain(self, step: Step) -> None:
+        await self._ledger.apply([step])
+
+    async def of(self, rental_id: str) -> list[Copy]:
+        return list(self.copies.get(rental_id, ()))
+
+    async def over(self, rental_ids: Iterable[str], wall: float) -> list[tuple[str, int]]:
+        known = [self._ledger.world.rentals[each] for each in rental_ids if each in self._ledger.world.rentals]
+        return [(rental.id, rental.uid) for rental in known if _is_over(rental, wall)]
+
+    async def forget(self, rental_id: str) -> None:
+        self.copies.pop(rental_id, None)
+
+
+def load_running(connection: Connection) -> list[Running]:
+    """By three short queries: their columns have the same names."""
+    runs = and_(
+        placements.c.state == PlacementState.RUNNING,
+        rentals.c.state == RentalState.ACTIVE,
+        workers.c.health == Health.READY,
+    )
+    joined = placements.join(rentals, rentals.c.id == placements.c.rental_id).join(
+        workers, workers.c.id == placements.c.worker_id
+    )
+    ids = select(placements.c.id, rentals.c.id, workers.c.id).select_from(joined).where(runs)
+    found = connection.execute(ids).all()
+    if not found:
+        return []
+    chosen = [select(table).where(table.c.id.in_(ids.with_only_columns(table.c.id))) for table in
+              (rentals, placements, workers)]  # fmt: skip
+    by_id = [{row["id"]: row for row in connection.execute(query).mappings()} for query in chosen]
+    return [
+        Running(ledger.rental(by_id[0][r]), ledger.placement(by_id[1][p]), ledger.worker(by_id[2][w]))
+        for p, r, w in found
+        if r in by_id[0] and p in by_id[1] and w in by_id[2]
+    ]
+
+
+def accept_copy(connection: Connection, step: Step, rental_id: str, there: Sequence[Copy]) -> bool:
+    if not ledger.apply(connection, [step]):
+        return False
+    forget(connection, rental_id)
+    if there:
+        connection.execute(insert(copies), [_row(rental_id, copy) for copy in there])
+    return True
+
+
+def copies_of(connection: Connection, rental_id: str) -> list[Copy]:
+    query = select(copies).where(copies.c.rental_id == rental_id).order_by(copies.c.epoch, copies.c.number)
+    return [
+        Copy(Generation(row["epoch"], row["number"]), row["at"], row["bytes"], row["files"], tuple(row["skipped"]))
+        for row in connection.execute(query).mappings()
+    ]
+
+
+def over(connection: Connection, rental_ids: Sequence[str], wall: float) -> list[tuple[str, int]]:
+    found = []
+    for start in range(0, len(rental_ids), 500):
+        some = select(rentals).where(rentals.c.id.in_(rental_ids[start : start + 500]), rentals.c.state.in_(ENDED))
+        rows = [ledger.rental(row) for row in connection.execute(some).mappings()]
+        found += [(rental.id, rental.uid) for rental in rows if _is_over(rental, wall)]
+    return found
+
+
+def begin_restore(connection: Connection, rental_id: str, actor: str, source: str) -> str:
+    """Make a rental begin anew with `source`; why it cannot, as a stable word, empty when it was done."""
+    rental = ledger.rental(connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one())
+    if rental.state in ENDED | {RentalState.RELEASING}:
+        return "ended"
+    if rental.activated_at is None:
+        return "not_active_yet"
+    if source != EMPTY and source not in {str(copy.generation) for copy in copies_of(connection, rental_id)}:
+        return "no_such_snapshot"
+    runs = and_(placements.c.rental_id == rental_id, placements.c.state == PlacementState.RUNNING)
+    row = connection.execute(select(placements).where(runs)).mappings().first()
+    running = ledger.placement(row) if row is not None and rental.state is RentalState.ACTIVE else None
+    ledger.apply(connection, [ask_to_restore(rental, running, source, actor)])
+    return ""
+
+
+def forget(connection: Connection, rental_id: str) -> None:
+    connection.execute(delete(copies).where(copies.c.rental_id == rental_id))
+
+
+def _is_over(rental: Rental, wall: float) -> bool:
+    if rental.state is RentalState.EXPIRED:
+        return wall > (rental.expires_at or 0.0) + EXPIRED_KEPT_S
+    return rental.state in ENDED
+
+
+def _row(rental_id: str, copy: Copy) -> dict[str, object]:
+    named = {"rental_id": rental_id, "epoch": copy.generation.epoch, "number": copy.generation.number}
+    return named | {"at": copy.at, "bytes": copy.bytes, "files": copy.files, "skipped": list(copy.skipped)}

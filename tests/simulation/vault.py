@@ -1,0 +1,98 @@
+"""The vault on the simulated workers: its jobs end with the manager that asked, and go wrong as the network does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, TypeVar
+
+from ledger import Refused
+
+from orion.manager.domain.copies import Copy, Generation, kept, next_number
+from orion.manager.engine.vault.port import (
+    COPY_DEADLINE_S,
+    NO_SUCH_GENERATION,
+    RESTORE_DEADLINE_S,
+    Copied,
+    Home,
+    Limits,
+    VaultError,
+)
+
+if TYPE_CHECKING:
+    from simulation.agents import Container
+    from simulation.manager import SimulatedManager
+    from simulation.world import Simulation
+
+T = TypeVar("T")
+
+
+@dataclass
+class SimulatedVault:
+    """Implements `port.Vault` for one life of the manager. What it keeps outlives it."""
+
+    sim: Simulation
+    manager: SimulatedManager
+
+    def __post_init__(self) -> None:
+        self._random = Random(f"vault {self.sim.loop.now} {self.sim.schedule.seed}")
+
+    async def copy(
+        self, home: Home, limits: Limits, deadline_s: float = COPY_DEADLINE_S, spare: Generation | None = None
+    ) -> Copied:
+        began_at = self.sim.loop.now
+        content = await self._on_worker(home, lambda container: container.read_home(home.rental_id, home.epoch))
+        there = self.sim.stored.setdefault(home.rental_id, {})
+        generation = Generation(home.epoch, next_number(list(there), home.epoch))
+        copy = there[generation] = Copy(generation, min(content, began_at), 1, 1)
+        for old in there.keys() - kept(there) - {spare}:
+            del there[old]
+        await self.manager.point()
+        return Copied(copy, tuple(there[each] for each in sorted(there)))
+
+    async def restore(
+        self, home: Home, generation: Generation | None = None, deadline_s: float = RESTORE_DEADLINE_S
+    ) -> Copy | None:
+        there = self.sim.stored.get(home.rental_id, {})
+        if not there:
+            await self.manager.point()
+            return None
+        wanted = generation or max(there)
+        if wanted not in there:
+            raise VaultError(NO_SUCH_GENERATION, f"there is no copy {wanted}")
+        copy = there[wanted]
+        await self._on_worker(home, lambda container: container.fill_home(home.rental_id, home.epoch, copy.at))
+        self.sim.say("vault", f"put copy {wanted} into {home.rental_id} at epoch {home.epoch}")
+        await self.manager.point()
+        return copy
+
+    async def copies(self, rental_id: str, uid: int) -> list[Copy]:
+        await self.manager.point()
+        there = self.sim.stored.get(rental_id, {})
+        return [there[each] for each in sorted(there)]
+
+    async def remove(self, rental_id: str, uid: int) -> None:
+        await self.manager.point()
+        self.sim.stored.pop(rental_id, None)
+
+    async def rentals(self) -> list[str]:
+        await self.manager.point()
+        return sorted(self.sim.stored)
+
+    async def _on_worker(self, home: Home, work: Callable[[Container], T]) -> T:
+        await self.manager.point()
+        chance = self._random.random() if self.sim.network.bad else 1.0
+        await asyncio.sleep(0.1 + (20.0 if chance < 0.3 else 1.0) * self._random.random())
+        container = self.sim.reachable(home.host)
+        if container is None or chance < 0.2:
+            raise VaultError("unreachable", "the worker cannot be asked")
+        boots = container.boots
+        await container.going()
+        if container.boots != boots or self.sim.reachable(home.host) is not container or container.disk_fails:
+            raise VaultError("failed", "the connection broke")
+        try:
+            return work(container)
+        except Refused as refusal:
+            raise VaultError(refusal.code, str(refusal), refusal.details.get("restored", "")) from refusal

@@ -1,0 +1,120 @@
+"""One contract for what is known of copies, in the database and in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from sqlalchemy import insert
+from support.builders import active_rental, new_placement, new_worker, new_world
+
+from orion.manager.domain import copies as rules
+from orion.manager.domain.copies import EXPIRED_KEPT_S, Copy, Generation
+from orion.manager.domain.model import World
+from orion.manager.domain.states import Health, PlacementState, RentalState
+from orion.manager.store import events
+from orion.manager.store.copies import CopyBook, MemoryCopyBook, Running, SqlCopyBook
+from orion.manager.store.database import Store
+from orion.manager.store.memory import MemoryLedger
+from orion.manager.store.schema import placements, rentals, workers
+
+WORKER, SUSPECT = new_worker(1, slots=4), new_worker(2, slots=4, health=Health.SUSPECT)
+RENTAL, ELSEWHERE = active_rental(1, epoch=3), active_rental(2)
+MOVING = active_rental(3, state=RentalState.MIGRATING)
+RELEASED = active_rental(4, state=RentalState.RELEASED)
+EXPIRED = active_rental(5, state=RentalState.EXPIRED)
+RUNNING = new_placement(RENTAL, WORKER, PlacementState.RUNNING)
+WORLD = new_world(
+    *(WORKER, SUSPECT, RENTAL, ELSEWHERE, MOVING, RELEASED, EXPIRED, RUNNING),
+    new_placement(ELSEWHERE, SUSPECT, PlacementState.RUNNING),
+    new_placement(MOVING, WORKER, PlacementState.PREPARING, slot=1),
+)
+COPY = Copy(Generation(3, 1), 5000.0, 12_345_678_901, 7, ("secret", "odd \x1b name"))
+
+
+@dataclass
+class Bench:
+    book: CopyBook
+    ledger: MemoryLedger | None = None
+    store: Store | None = None
+
+    async def kinds(self) -> list[str]:
+        if self.ledger:
+            return [event.kind for event in self.ledger.events]
+        assert self.store
+        return [row["kind"] for row in await self.store.read(events.page, None, None, None, 0, 100)]
+
+
+def _put(connection: Any, world: World) -> None:
+    rest = {"labels": {}, "token_hash": "", "agent_version": "1", "load": {}, "registered_at": 1.0}
+    for worker in world.workers.values():
+        connection.execute(insert(workers), vars(worker) | {"host_keys": list(worker.host_keys)} | rest)
+    for rental in world.rentals.values():
+        connection.execute(insert(rentals), vars(rental) | {"labels": {}})
+    for placement in world.placements.values():
+        connection.execute(insert(placements), vars(placement) | {"created_at": 1.0})
+
+
+@pytest.fixture(params=["memory", "sql"])
+async def bench(request: pytest.FixtureRequest) -> Bench:
+    if request.param == "memory":
+        ledger = MemoryLedger(WORLD)
+        return Bench(MemoryCopyBook(ledger), ledger=ledger)
+    store: Store = request.getfixturevalue("store")
+    await store.write(_put, WORLD)
+    return Bench(SqlCopyBook(store), store=store)
+
+
+async def test_what_runs_on_a_ready_worker_can_be_copied(bench: Bench) -> None:
+    assert await bench.book.running() == [Running(RENTAL, RUNNING, WORKER)]
+
+
+async def test_an_accepted_copy_is_known_and_shown_and_told_once(bench: Bench) -> None:
+    assert await bench.book.of(RENTAL.id) == []
+    assert await bench.book.accept(rules.accepted(RENTAL, RUNNING, COPY), RENTAL.id, [COPY])
+    assert await bench.book.of(RENTAL.id) == [COPY]
+    ((shown, _, _),) = await bench.book.running()
+    assert shown == replace(RENTAL, last_safe_copy_at=5000.0)
+    later = replace(COPY, generation=Generation(3, 2), at=5030.0)
+    assert await bench.book.accept(rules.accepted(shown, RUNNING, later), RENTAL.id, [COPY, later])
+    assert await bench.book.of(RENTAL.id) == [COPY, later]
+    assert await bench.kinds() == ["rental.copied"]
+
+
+async def test_a_copy_of_a_placement_that_runs_no_more_leaves_no_trace(bench: Bench) -> None:
+    late = replace(RUNNING, epoch=2)
+    assert not await bench.book.accept(rules.accepted(RENTAL, late, COPY), RENTAL.id, [COPY])
+    preparing = new_placement(MOVING, WORKER, PlacementState.PREPARING)
+    assert not await bench.book.accept(rules.accepted(MOVING, preparing, COPY), MOVING.id, [COPY])
+    assert await bench.book.of(RENTAL.id) == []
+    assert await bench.kinds() == []
+
+
+async def test_a_problem_is_told_when_it_comes_and_when_it_goes(bench: Bench) -> None:
+    for _ in range(2):
+        ((rental, _, _),) = await bench.book.running()
+        step = rules.failed(rental, RUNNING, "its home holds too much")
+        if step:
+            await bench.book.complain(step)
+    ((rental, _, _),) = await bench.book.running()
+    assert rental.copy_problem == "its home holds too much"
+    assert await bench.book.accept(rules.accepted(rental, RUNNING, COPY), RENTAL.id, [COPY])
+    ((rental, _, _),) = await bench.book.running()
+    assert rental.copy_problem == ""
+    assert await bench.kinds() == ["rental.copy_failed", "rental.copied"]
+
+
+async def test_copies_outlive_a_release_not_at_all_and_an_expiry_by_a_day(bench: Bench) -> None:
+    everybody = [RENTAL.id, MOVING.id, RELEASED.id, EXPIRED.id, "unknown"]
+    ended_at = EXPIRED.expires_at or 0.0
+    assert await bench.book.over(everybody, ended_at) == [(RELEASED.id, RELEASED.uid)]
+    over = await bench.book.over(everybody, ended_at + EXPIRED_KEPT_S + 1)
+    assert sorted(over) == [(RELEASED.id, RELEASED.uid), (EXPIRED.id, EXPIRED.uid)]
+
+
+async def test_what_is_forgotten_is_not_listed(bench: Bench) -> None:
+    await bench.book.accept(rules.accepted(RENTAL, RUNNING, COPY), RENTAL.id, [COPY])
+    for _ in range(2):
+        await bench.book.forget(RENTAL.id)
+    assert await bench.book.of(RENTAL.id) == []
