@@ -3,7 +3,7 @@
 
     orion-rental run|create|lock|unlock|freeze|thaw|purge|inventory  < request.json  > report.json
     orion-rental serve                                               < requests, one a line  > answers, one a line
-    orion-rental send|receive                                        a line of JSON, then rsync's own bytes: see files.py
+    orion-rental send|receive                                        a line of JSON, then rsync's bytes: see files.py
 
 The agent and Ansible's module both call it; it may be run by hand. A request is about one rental, or about several:
 `{"rentals": [request, ...]}`, whose report has one report for each, under `rentals`, in their order. Exit status: 0

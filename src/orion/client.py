@@ -40,7 +40,9 @@ from orion.wire import (
     RentReply,
     RentRequest,
     RestorePlan,
+    RestoreRequest,
     Restoring,
+    Snapshot,
     Status,
     Token,
     TokenReply,
@@ -55,6 +57,8 @@ STREAM_SILENCE_S = 45.0
 """The server sends a comment every 15 s: three are missing."""
 STREAM_RETRY_S = 300.0
 POLL_S = 10.0
+COPY_WAIT_S = 45.0
+"""For a copy of a home, which is made before it is given up."""
 ADMIN_WAIT_S = 600.0
 """For a copy of a large database."""
 ENDED = frozenset({RentalState.RELEASED, RentalState.EXPIRED, RentalState.FAILED})
@@ -190,6 +194,21 @@ class Orion:
     def rental_log(self, rental_id: str) -> Iterator[LogEntry]:
         """What the engine did for it, oldest first."""
         return self._pages(LogEntry, _path("rentals", rental_id, "log"), {})
+
+    def snapshots(self, rental_id: str) -> list[Snapshot]:
+        """The copies of its files that are kept, oldest first."""
+        return list(self._pages(Snapshot, _path("rentals", rental_id, "snapshots"), {}))
+
+    def restore_files(
+        self, rental_id: str, generation: str | None = None, *, empty: bool = False, discard: bool = False
+    ) -> Rental:
+        """Stop it, and have it begin again with that copy, or with nothing. It goes on by itself: look at `state`.
+
+        What is there now is copied first; if that fails it is refused, unless `discard`.
+        """
+        body = _valid(RestoreRequest, generation=generation, empty=empty, discard=discard)
+        path = _path("rentals", rental_id, "restore")
+        return _read(Rental, self._transport.send("POST", path, body=body, wait_s=COPY_WAIT_S))
 
     # Workers
 

@@ -185,7 +185,7 @@ def test_ls_shows_why_a_rental_is_not_active(platform: ScriptedPlatform, orion: 
         "GET", "/api/rentals", page(rental(), rental(name="late", state="queued", explanation="pool is full"))
     )
     result = orion("ls")
-    assert result.out.splitlines()[0].split() == ["NAME", "ID", "STATE", "WORKER", "ENDS", "LAST", "COPY"]
+    assert result.out.splitlines()[0].split() == ["NAME", "ID", "STATE", "WORKER", "ENDS", "LAST", "COPY", "SIZE"]
     assert "late: pool is full" in result.out
     assert "OWNER" not in result.out
 

@@ -135,6 +135,8 @@ def _default(variable: str) -> str:
     if in_compose:
         return in_compose[1]
     setting = MANAGER_SETTINGS.get(variable)
+    if isinstance(setting, int):
+        return str(setting)
     return "none" if setting is None else f"{setting:g}"
 
 

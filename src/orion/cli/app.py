@@ -9,7 +9,7 @@ import typer
 from typer.main import get_command
 
 from orion import __version__
-from orion.cli import access, admin, feed, output, pool, rentals, shell
+from orion.cli import access, admin, feed, output, pool, rentals, shell, snapshots
 from orion.errors import InvalidInput, OrionError
 
 _EPILOG = """\b
@@ -54,6 +54,8 @@ app.command()(rentals.ls)
 app.command()(rentals.show)
 app.command()(rentals.renew)
 app.command()(rentals.release)
+app.command()(snapshots.snapshots)
+app.command()(snapshots.restore)
 app.command()(feed.events)
 app.command()(pool.status)
 app.command()(pool.workers)

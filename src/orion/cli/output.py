@@ -112,6 +112,16 @@ def when(moment: datetime | None, absent: str = "-") -> str:
     return f"in {durations.rough(seconds)}" if seconds > 0 else f"{durations.rough(-seconds)} ago"
 
 
+def size(number: int | None, absent: str = "-") -> str:
+    """`812 B`, `10 MB`: in powers of 1000."""
+    if number is None:
+        return absent
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return f"{number} B"
+
+
 def labels(of: dict[str, str]) -> str:
     return ",".join(f"{key}={value}" if value else key for key, value in sorted(of.items())) or "-"
 

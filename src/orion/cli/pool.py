@@ -91,6 +91,7 @@ def status(as_json: AsJson = False) -> None:
             ("rentals", _counts(found.rentals)),
             ("slots", f"{found.slots_free} free of {found.slots}"),
             ("brake", found.brake or "off"),
+            ("copies", f"paused: {found.copies_paused}" if found.copies_paused else "on"),
         ]
     )
     for late in found.overdue:

@@ -68,11 +68,13 @@ def ls(
     if not rentals:
         return output.note("nothing is rented; try: orion rent")
     owners = len({one.owner for one in rentals}) > 1
-    headings = ["NAME", "ID", "STATE", "WORKER", "ENDS", "LAST COPY", *(["OWNER"] if owners else [])]
+    headings = ["NAME", "ID", "STATE", "WORKER", "ENDS", "LAST COPY", "SIZE", *(["OWNER"] if owners else [])]
     output.table(headings, [_row(one, owners) for one in rentals], wide="NAME")
     for one in rentals:
         if one.state not in {RentalState.ACTIVE, RentalState.RELEASED} and one.explanation:
             output.say(f"{output.plain(one.name)}: {output.plain(one.explanation)}")
+        if one.copy_problem:
+            output.say(f"{output.plain(one.name)} is not copied: {output.plain(one.copy_problem)}")
     return None
 
 
@@ -141,7 +143,8 @@ def _row(rental: Rental, owner: bool) -> list[str]:
         rental.state.value,
         rental.worker_id or "-",
         output.when(rental.expires_at),
-        output.when(rental.last_safe_copy_at),
+        output.when(rental.last_safe_copy_at) + ("!" if rental.copy_problem else ""),
+        output.size(rental.last_safe_copy_bytes),
     ]
     return [*cells, rental.owner] if owner else cells
 
@@ -183,8 +186,15 @@ def _everything(rental: Rental) -> list[tuple[str, str]]:
         ("time", durations.exact(rental.ttl_s)),
         ("rented", output.when(rental.created_at)),
         ("ends", output.when(rental.expires_at, "not begun")),
-        ("last copy", output.when(rental.last_safe_copy_at, "none")),
+        ("last copy", _last_copy(rental)),
     ]
+
+
+def _last_copy(rental: Rental) -> str:
+    last = output.when(rental.last_safe_copy_at, "none")
+    if rental.last_safe_copy_bytes is not None:
+        last += f", {output.size(rental.last_safe_copy_bytes)}"
+    return f"{last}; not copied now: {rental.copy_problem}" if rental.copy_problem else last
 
 
 def _labels(written: list[str]) -> dict[str, str]:
