@@ -6,6 +6,7 @@ Nothing is kept here but when each is next; killing the manager at any instant l
 from __future__ import annotations
 
 import asyncio
+import heapq
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ JITTER = 0.1
 """Of the interval, so that rentals made together are not copied together for ever."""
 ROUNDS = 20
 """In an interval."""
+LOOKING_SHARE = 0.05
+"""Of the time may be spent looking for what can be copied, however large the pool is."""
 SWEEP_S = 60.0
 FULL_DISK = 0.8
 """From here on no copy is begun: the rest of the disk is for the database, and for takeovers."""
@@ -75,6 +78,7 @@ class CopiesLoop:
         self._running: dict[str, asyncio.Task[str]] = {}
         self._sweeping: asyncio.Task[None] | None = None
         self._swept_at = float("-inf")
+        self._looks_at = float("-inf")
         self.paused = ""
         """Why no copies are made at present."""
         self.loop = Loop("copies", plan.interval_s / ROUNDS, self.round)
@@ -85,29 +89,33 @@ class CopiesLoop:
         if now >= self._swept_at + SWEEP_S and self._sweeping is None:
             self._swept_at = now
             self._sweeping = asyncio.create_task(self._sweep())
-        found = {each.rental.id: each for each in await self._book.running()}
-        for rental_id in self._running.keys() - found.keys():
+        if self.paused:
+            return
+        if now >= self._looks_at:
+            await self._look_who_runs(now)
+        free = self._plan.at_once - len(self._running)
+        due = (
+            (at, rental_id) for rental_id, at in self._next_at.items() if at <= now and rental_id not in self._running
+        )
+        for _, rental_id in heapq.nsmallest(free, due):
+            self._start(rental_id)
+
+    async def _look_who_runs(self, now: float) -> None:
+        found = frozenset(await self._book.running())
+        for rental_id in self._running.keys() - found:
             self._running[rental_id].cancel()
-        for rental_id in found.keys() - self._next_at.keys():
+        for rental_id in sorted(found - self._next_at.keys()):
             self._next_at[rental_id] = now + self._plan.interval_s * self._random.uniform(0.0, JITTER)
         self._next_at = {rental_id: at for rental_id, at in self._next_at.items() if rental_id in found}
         self._failures = {rental_id: n for rental_id, n in self._failures.items() if rental_id in found}
-        if self.paused:
-            return
-        due = sorted((at, rental_id) for rental_id, at in self._next_at.items() if at <= now)
-        for _, rental_id in due:
-            if len(self._running) >= self._plan.at_once:
-                return
-            self._start(found[rental_id])
+        ended = self._monotonic()
+        self._looks_at = ended + (ended - now) * (1 / LOOKING_SHARE - 1)
 
     async def copy_now(self, rental_id: str, spare: Generation | None) -> str:
         """Copy it at once, and keep `spare`; why that was not done, empty when it was."""
         if rental_id in self._running:
             await asyncio.wait([self._running[rental_id]])
-        found = next((each for each in await self._book.running() if each.rental.id == rental_id), None)
-        if found is None:
-            return "it does not run on a worker that is ready"
-        return await asyncio.shield(self._start(found, spare))
+        return await asyncio.shield(self._start(rental_id, spare))
 
     async def stop(self) -> None:
         running = [*self._running.values(), *([self._sweeping] if self._sweeping else [])]
@@ -115,10 +123,9 @@ class CopiesLoop:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
-    def _start(self, found: Running, spare: Generation | None = None) -> asyncio.Task[str]:
-        rental_id = found.rental.id
+    def _start(self, rental_id: str, spare: Generation | None = None) -> asyncio.Task[str]:
         if rental_id not in self._running:
-            task = self._running[rental_id] = asyncio.create_task(self._copy(found, spare))
+            task = self._running[rental_id] = asyncio.create_task(self._copy(rental_id, spare))
             task.add_done_callback(lambda _: self._done(rental_id))
         return self._running[rental_id]
 
@@ -129,7 +136,10 @@ class CopiesLoop:
             self._next_at[rental_id] = self._monotonic() + pause_s
         self.loop.hint()
 
-    async def _copy(self, found: Running, spare: Generation | None) -> str:
+    async def _copy(self, rental_id: str, spare: Generation | None) -> str:
+        found = await self._book.one(rental_id)
+        if found is None:
+            return "it does not run on a worker that is ready"
         rental, placement, worker = found
         home = Home(rental.id, rental.uid, placement.epoch, Host(worker.id, worker.address, worker.host_keys))
         try:

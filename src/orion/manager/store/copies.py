@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from sqlalchemy import Connection, and_, delete, insert, select
+from sqlalchemy import Column, Connection, and_, delete, insert, select
 
 from orion.manager.domain.copies import EMPTY, EXPIRED_KEPT_S, Copy, Generation, ask_to_restore
 from orion.manager.domain.model import Placement, Rental, Step, Worker
@@ -30,8 +30,12 @@ class Running(NamedTuple):
 class CopyBook(Protocol):
     """Each call is one transaction."""
 
-    async def running(self) -> list[Running]:
-        """What can be copied now."""
+    async def running(self) -> list[str]:
+        """The rentals that can be copied now."""
+        ...
+
+    async def one(self, rental_id: str) -> Running | None:
+        """None: it cannot be copied now."""
         ...
 
     async def accept(self, step: Step, rental_id: str, there: Sequence[Copy]) -> bool:
@@ -59,8 +63,11 @@ class SqlCopyBook:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def running(self) -> list[Running]:
+    async def running(self) -> list[str]:
         return await self._store.read(load_running)
+
+    async def one(self, rental_id: str) -> Running | None:
+        return await self._store.read(load_one, rental_id)
 
     async def accept(self, step: Step, rental_id: str, there: Sequence[Copy]) -> bool:
         return await self._store.write(accept_copy, step, rental_id, there)
@@ -85,7 +92,13 @@ class MemoryCopyBook:
         self._ledger = world
         self.copies: dict[str, list[Copy]] = {}
 
-    async def running(self) -> list[Running]:
+    async def running(self) -> list[str]:
+        return [one.rental.id for one in self._running()]
+
+    async def one(self, rental_id: str) -> Running | None:
+        return next((one for one in self._running() if one.rental.id == rental_id), None)
+
+    def _running(self) -> list[Running]:
         world = self._ledger.world
         placed = [p for p in world.placements.values() if p.state is PlacementState.RUNNING]
         found = [Running(world.rentals[p.rental_id], p, world.workers[p.worker_id]) for p in placed]
@@ -111,28 +124,38 @@ class MemoryCopyBook:
         self.copies.pop(rental_id, None)
 
 
-def load_running(connection: Connection) -> list[Running]:
-    """By three short queries: their columns have the same names."""
-    runs = and_(
-        placements.c.state == PlacementState.RUNNING,
-        rentals.c.state == RentalState.ACTIVE,
-        workers.c.health == Health.READY,
+def load_running(connection: Connection) -> list[str]:
+    return list(connection.execute(_running(rentals.c.id)).scalars())
+
+
+def load_one(connection: Connection, rental_id: str) -> Running | None:
+    found = connection.execute(
+        _running(rentals.c.id, placements.c.id, workers.c.id).where(rentals.c.id == rental_id)
+    ).first()
+    if found is None:
+        return None
+    # Their columns have the same names, hence three queries.
+    rental, placement, worker = (
+        connection.execute(select(table).where(table.c.id == identity)).mappings().one()
+        for table, identity in zip((rentals, placements, workers), found, strict=True)
     )
+    return Running(ledger.rental(rental), ledger.placement(placement), ledger.worker(worker))
+
+
+def _running(*columns: Column[str]) -> Any:
+    """Of active rentals whose placement runs on a worker that is ready."""
     joined = placements.join(rentals, rentals.c.id == placements.c.rental_id).join(
         workers, workers.c.id == placements.c.worker_id
     )
-    ids = select(placements.c.id, rentals.c.id, workers.c.id).select_from(joined).where(runs)
-    found = connection.execute(ids).all()
-    if not found:
-        return []
-    chosen = [select(table).where(table.c.id.in_(ids.with_only_columns(table.c.id))) for table in
-              (rentals, placements, workers)]  # fmt: skip
-    by_id = [{row["id"]: row for row in connection.execute(query).mappings()} for query in chosen]
-    return [
-        Running(ledger.rental(by_id[0][r]), ledger.placement(by_id[1][p]), ledger.worker(by_id[2][w]))
-        for p, r, w in found
-        if r in by_id[0] and p in by_id[1] and w in by_id[2]
-    ]
+    return (
+        select(*columns)
+        .select_from(joined)
+        .where(
+            placements.c.state == PlacementState.RUNNING,
+            rentals.c.state == RentalState.ACTIVE,
+            workers.c.health == Health.READY,
+        )
+    )
 
 
 def accept_copy(connection: Connection, step: Step, rental_id: str, there: Sequence[Copy]) -> bool:
