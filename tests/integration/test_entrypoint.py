@@ -174,15 +174,17 @@ SUPERVISE = f"""
 import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from entrypoint import Account, Helper, Places, Supervisor
+from dataclasses import replace
+from entrypoint import Account, Places, Supervisor, helpers
 os.umask(0o077)
 places = Places(run=Path(sys.argv[2]), manager=Account({MANAGER}, {MANAGER}), engine=Account({ENGINE}, {ENGINE}))
 manager, engine, vault = (["sh", "-c", script] for script in sys.argv[3:])
-helpers = (
-    Helper("engine", engine, places.engine, {ENGINE}, places.run),
-    Helper("vault", vault, places.root, {FILES}, places.run),
+real = dict(zip(("engine", "vault"), helpers(places)))
+mine = (
+    replace(real["engine"], command=engine, home=places.run),
+    replace(real["vault"], command=vault, home=places.run, leaves={FILES}),
 )
-sys.exit(Supervisor(places, manager, helpers, {{"admin_token": "x"}}).run())
+sys.exit(Supervisor(places, manager, mine, {{"admin_token": "x"}}).run())
 """
 
 
