@@ -36,6 +36,8 @@ TOKEN_FILE = "/var/lib/orion/secrets/admin_token"  # noqa: S105 - where it is, n
 FAST_SCALE = 0.1
 TAKEOVER_S = 90
 """With the default clocks; a takeover is waited for three times as long."""
+COPIED_WITHIN_S = 75
+"""Twice the interval, and what a busy machine takes besides."""
 
 Found = TypeVar("Found")
 
@@ -136,6 +138,7 @@ class Demo:
             self.speed_up()
         rental = self.rent()
         self.log_in(rental, "log in and do something")
+        self.await_copy(rental, datetime.now(UTC))
         worker = self.orion.worker(str(rental.worker_id))
         container = self.kill(worker)
         rental = self.watch_migration(rental)
@@ -193,6 +196,18 @@ class Demo:
         work = 'echo "I am $(id -un) on $(hostname)"; echo hello >> notes; wc -l notes'
         self.show_command("ssh", rental.name, work)
         self.story.measured(what, time.monotonic() - started)
+
+    def await_copy(self, rental: Rental, since: datetime) -> None:
+        """What is written after the last copy would be lost."""
+        self.story.chapter("Its home is copied, as every 30 s")
+        started = time.monotonic()
+        while time.monotonic() - started < COPIED_WITHIN_S:
+            copied_at = self.orion.rental(rental.id).last_safe_copy_at
+            if copied_at is not None and copied_at >= since:
+                self.story.measured("log in until its files are copied", time.monotonic() - started)
+                return
+            time.sleep(0.2)
+        raise Failed(f"its files were not copied within {COPIED_WITHIN_S} s: orion show {rental.name} says why")
 
     def kill(self, worker: Worker) -> str:
         container = self.platform.container_of(worker)
