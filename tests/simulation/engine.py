@@ -102,7 +102,7 @@ class Workshop:
             try:
                 step(job)
             except Refused as refusal:
-                return Outcome(False, str(refusal))
+                return Outcome(False, str(refusal), {"code": refusal.code})
             await asyncio.sleep(0.02)
         state = "running" if job.rental_id in container.unlocked else "locked"
         return Outcome(True, report={"left": [], "state": state})

@@ -54,6 +54,8 @@ _REACHED = {
     Reached.IMPOSTOR: Outcome(False, "something else answers at its address: its host key is not the pinned one"),
 }
 
+NO_LEASE = "no_lease"
+"""The code of that refusal (worker/rental.py)."""
 
 Inventories = Mapping[str, tuple[Item, ...]]
 
@@ -252,7 +254,9 @@ class Reconciler:
         if not outcome.ok:
             failure = self._fail(task)
             log.warning("task failed", **_story(task), attempts=failure.count, message=outcome.message)
-            attempts = 0 if outcome.report.get(WAITS) else failure.count
+            # A worker without a lease lets nobody in until its next heartbeat: that is no failure to make anything.
+            waits = outcome.report.get(WAITS) or outcome.report.get("code") == NO_LEASE
+            attempts = 0 if waits else failure.count
             await self._write(Ended(task, False, self._wall(), message=outcome.message, attempts=attempts))
             return
         self._failures.pop(task, None)
