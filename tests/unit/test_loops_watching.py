@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import asyncssh
 import pytest
+from decisions import WATCH_GRACE_S
+from fence import AGAIN_EVERY_S, LOOK_EVERY_S
 from support.builders import new_worker
 from support.house import House
 
@@ -142,6 +144,11 @@ async def _rest(house: House) -> None:
 )
 def test_only_an_end_that_came_from_the_other_side_begins_a_proof(ended: Exception | None, closed: bool) -> None:
     assert closed_by_peer(ended) is closed
+
+
+def test_a_living_worker_has_frozen_what_it_runs_before_its_silence_is_taken_for_death() -> None:
+    """The silence begins with the end of the watch, which the agent sees as well (docs/decisions.md)."""
+    assert WATCH_GRACE_S + LOOK_EVERY_S + AGAIN_EVERY_S < SILENCE_S
 
 
 def test_silence_proves_death_only_after_its_time_and_enough_attempts() -> None:
