@@ -100,7 +100,8 @@ class MemoryCopyBook:
 
     def _running(self) -> list[Running]:
         world = self._ledger.world
-        placed = [p for p in world.placements.values() if p.state is PlacementState.RUNNING]
+        running = [p for p in world.placements.values() if p.state is PlacementState.RUNNING]
+        placed = [p for p in running if p.worker_id in world.workers]
         found = [Running(world.rentals[p.rental_id], p, world.workers[p.worker_id]) for p in placed]
         return [r for r in found if r.rental.state is RentalState.ACTIVE and r.worker.health is Health.READY]
 
