@@ -28,6 +28,8 @@ AT_REST = STOPPED | frozenset("ZXD")
 PATIENCE_S = 1.0
 """How long a process may take to stop. On a busy machine it gets no turn to do so; who gets one and goes on, fights."""
 BETWEEN_PASSES_S = 0.005
+PARENTS_WITHIN_S = 0.2
+"""How long all parents together may take to stop before everybody is stopped at once, however long they take."""
 FORGIVEN = 1
 """Times that something may have woken while all was still."""
 
@@ -40,6 +42,7 @@ class Task:
 
     pid: int
     tid: int
+    parent: int
     started: int
     """In ticks since the machine's start: a number that was given to another is another task."""
     state: str
@@ -62,7 +65,7 @@ def task_of(pid: int, stat: str, status: str) -> Task:
     switches = (int(lines["voluntary_ctxt_switches"]), int(lines["nonvoluntary_ctxt_switches"]))
     ticks = int(fields[11]) + int(fields[12])
     stopping = bool(pending & 1 << signal.SIGSTOP - 1)
-    return Task(pid, int(tid), int(fields[19]), fields[0], stopping, (*switches, ticks))
+    return Task(pid, int(tid), int(fields[1]), int(fields[19]), fields[0], stopping, (*switches, ticks))
 
 
 def tasks_of(uid: int) -> list[Task]:
@@ -96,6 +99,13 @@ def woken(before: Mapping[Key, Task], now: Iterable[Task]) -> bool:
     )
 
 
+def parents(tasks: Iterable[Task]) -> list[int]:
+    """The numbers of those that have children among them, the oldest first."""
+    leaders = {task.pid: task for task in tasks if task.pid == task.tid}
+    found = {task.parent for task in leaders.values()} & leaders.keys()
+    return sorted(found, key=lambda pid: (leaders[pid].started, pid))
+
+
 def stopped_processes(uid: int) -> frozenset[tuple[int, int]]:
     """(pid, start) of those that are stopped: before a freeze, those that are to stay so after it."""
     return frozenset((t.pid, t.started) for t in tasks_of(uid) if t.pid == t.tid and t.state == "T")
@@ -123,6 +133,8 @@ class Vigil:
     def _stop(self) -> bool:
         """Passes until one finds nobody at work. False if somebody fights it."""
         renter = {self._uid: self._username}
+        if not self._before:
+            self._stop_parents(renter)
         first: dict[Key, Task] = {}
         last_moment = time.monotonic() + PATIENCE_S
         while True:
@@ -139,6 +151,18 @@ class Vigil:
             for task in now:
                 first.setdefault(task.key, task)
 
+    def _stop_parents(self, renter: Mapping[int, str]) -> None:
+        """The oldest first, each before its children: a shell that saw its child stop would take it for suspended by
+        its user, and say so when it goes on. It is a courtesy, and bounded: who fights it gets nothing by it.
+        """
+        last_moment = time.monotonic() + PARENTS_WITHIN_S
+        for parent in parents(tasks_of(self._uid)):
+            if time.monotonic() > last_moment:
+                return
+            processes.send(parent, renter, signal.SIGSTOP)
+            while not _stands(parent) and time.monotonic() <= last_moment:
+                time.sleep(0.0005)
+
 
 def wake(uid: int, username: str, stay: frozenset[tuple[int, int]]) -> None:
     """Let all go on but those that were stopped before.
@@ -152,6 +176,13 @@ def wake(uid: int, username: str, stay: frozenset[tuple[int, int]]) -> None:
             processes.send(pid, renter, signal.SIGCONT)
     for pid in processes.log_ins([username]):
         processes.send(pid, renter, signal.SIGCONT)
+
+
+def _stands(pid: int) -> bool:
+    try:
+        return _read(pid, processes.PROC / str(pid) / "task" / str(pid)).state in AT_REST
+    except OSError:
+        return True
 
 
 def _read(pid: int, place: Path) -> Task:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import processes
-from stillness import Task, restless, still, task_of, woken
+from stillness import Task, parents, restless, still, task_of, woken
 
 STAT = "42 (a) R (b) T 1 42 42 0 -1 4194304 97 0 0 0 3 4 0 0 20 0 1 0 777 2510848 200 18446744073709551615"
 STATUS = (
     "Name:\ta) R (b\nState:\tT (stopped)\nSigPnd:\t0000000000000000\nShdPnd:\t0000000000040000\n"
     "voluntary_ctxt_switches:\t5\nnonvoluntary_ctxt_switches:\t6\n"
 )
-TASK = Task(42, 42, 777, "T", False, (5, 6, 7))
+TASK = Task(42, 42, 1, 777, "T", False, (5, 6, 7))
 
 
 def by_key(*tasks: Task) -> dict[tuple[int, int, int], Task]:
@@ -44,6 +44,16 @@ def test_who_ran_since_it_was_seen_stopped_was_woken_even_if_it_is_stopped_again
     assert not woken(by_key(TASK), [TASK])
     assert not woken(by_key(replace(TASK, state="D")), [replace(TASK, turns=(6, 6, 7))]), "it came back and stopped"
     assert not woken(by_key(TASK), [replace(TASK, started=778, turns=(6, 6, 7))]), "its number is another's now"
+
+
+def test_parents_are_stopped_before_their_children_and_the_oldest_first() -> None:
+    def process(pid: int, parent: int, started: int) -> Task:
+        return replace(TASK, pid=pid, tid=pid, parent=parent, started=started)
+
+    outer, inner, leaf = process(70, 1, 100), process(50, 70, 200), process(60, 50, 200)
+    thread = replace(leaf, tid=61, parent=99)
+    assert parents([leaf, thread, inner, outer]) == [70, 50]
+    assert parents([leaf]) == []
 
 
 def test_a_process_whose_first_thread_has_ended_is_still_one() -> None:
