@@ -38,11 +38,12 @@ docker_networks() {
     docker network inspect --format '{{.Name}}{{range .IPAM.Config}} {{.Subnet}}{{end}}' "${all[@]}"
 }
 
-# Routes of this machine, Docker's own bridges aside: "interface a.b.c.d/n".
+# Routes of this machine, the bridges of Docker's present networks aside: "interface a.b.c.d/n".
 host_routes() {
-    local interface destination mask rest bits
+    local interface destination mask rest bits bridges
+    bridges=" docker0 $(docker network ls --format 'br-{{.ID}}' | tr '\n' ' ')"
     while read -r interface destination _ _ _ _ _ mask rest; do
-        [[ $interface != Iface && $interface != docker0 && ! $interface =~ ^br-[0-9a-f]{12}$ ]] || continue
+        [[ $interface != Iface && $bridges != *" $interface "* ]] || continue
         [ "$mask" != 00000000 ] || continue
         bits=$(prefix_of_mask "$mask")
         echo "$interface $((16#${destination:6:2})).$((16#${destination:4:2})).$((16#${destination:2:2})).$((16#${destination:0:2}))/$bits"
@@ -69,7 +70,10 @@ check_subnet() {
         overlap "$taken" "$subnet" && refuse_subnet "$subnet" "the Docker network $name ($taken)"
     done < <(docker_networks)
     while read -r name taken; do
-        overlap "$taken" "$subnet" && refuse_subnet "$subnet" "a route of this machine ($taken on $name)"
+        overlap "$taken" "$subnet" || continue
+        [[ ! $name =~ ^br-[0-9a-f]{12}$ ]] ||
+            fail "subnet $subnet is taken by a bridge that a former Docker engine left: ip link delete $name, then make up"
+        refuse_subnet "$subnet" "a route of this machine ($taken on $name)"
     done < <(host_routes)
     return 0
 }

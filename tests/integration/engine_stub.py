@@ -54,8 +54,9 @@ def done(order: Order, together: int) -> ResultLine:
 def _found_a_family() -> bool:
     """A child and a grandchild, each in a session of its own, as Ansible's workers are; none ever ends by itself.
 
-    True in their parent.
+    Each writes its number to the file `family`. True in their parent, once both have: it may die then.
     """
+    reading, writing = os.pipe()
     first = True
     for _ in range(2):
         if os.fork() == 0:
@@ -63,8 +64,11 @@ def _found_a_family() -> bool:
             first = False
         else:
             break
-    with (SOCKET.parent / "family").open("w") as family:
+    with (SOCKET.parent / "family").open("a") as family:
         family.write(f"{os.getpid()}\n")
+    os.close(writing)
+    if first:
+        os.read(reading, 1)
     return first
 
 
