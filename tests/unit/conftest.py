@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+from sqlalchemy import Engine, create_engine
 from support.house import House
 
 from orion.manager.store.database import Store
@@ -34,9 +35,17 @@ def database(migrated_database: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(migrated_database, tmp_path / "orion.db"))
 
 
+@pytest.fixture(scope="session")
+def statements() -> Engine:
+    """An engine that never connects: what one test's store has compiled, the next one finds here."""
+    return create_engine("sqlite://", query_cache_size=5000)
+
+
 @pytest.fixture
-def store(database: Path) -> Iterator[Store]:
+def store(database: Path, statements: Engine) -> Iterator[Store]:
     store = Store(f"sqlite:///{database}")
+    store._engine.dialect = store._engine.pool._dialect = statements.dialect
+    store._engine._compiled_cache = statements._compiled_cache
     yield store
     store.close()
 

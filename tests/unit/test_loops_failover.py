@@ -399,3 +399,14 @@ async def test_a_release_does_not_wait_for_a_worker_that_is_down(house: House, p
     await house.settle()
     assert dead.node.accounts == {}
     assert await house.health(dead) == "ready"
+
+
+async def test_when_all_are_silent_the_brake_ends_at_brake_max_and_they_are_looked_at_then(
+    house: House, pool: list[Agent]
+) -> None:
+    for agent in pool:
+        agent.beating = False
+    await house.pass_time(40 + 300 - 10)
+    assert [await house.health(a) for a in pool] == ["suspect"] * 3
+    await house.pass_time(30)
+    assert [await house.health(a) for a in pool] == ["down"] * 3

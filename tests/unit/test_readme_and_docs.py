@@ -6,16 +6,14 @@ import importlib
 import pkgutil
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from support.readme import PAGES, READMES, ROOT, code, commands, shell_blocks
-from typer.main import get_command
 
 import orion.manager.api
 import orion.manager.gateway
-from orion.cli.app import app
+from orion.cli import app
 from orion.manager.settings import Settings
 
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
@@ -118,7 +116,7 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
 
 def _check_call(words: list[str]) -> None:
     """`orion WORDS`: a command that there is, with options that it has."""
-    command: Any = get_command(app)
+    command = app.commands()
     options = {"-h", "--help", "--json", "--version"}
     while words and hasattr(command, "commands") and not words[0].startswith("-"):
         name = words.pop(0)
