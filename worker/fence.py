@@ -20,7 +20,7 @@ import processes
 from freezing import FENCE_WAITS_S
 from ledger import Record
 from rental import FIRST_UID, Rentals
-from stillness import Vigil, stopped_processes
+from stillness import PARENTS_WITHIN_S, Vigil, stop_parents, stopped_processes
 
 LOOK_EVERY_S = 0.1
 AGAIN_EVERY_S = 0.2
@@ -75,9 +75,11 @@ class Fence:
 
     def _fall(self) -> None:
         self._stay = self._stay or {}
+        last_moment = time.monotonic() + PARENTS_WITHIN_S
         with self._freezer.locked(FENCE_WAITS_S):
             for uid in processes.uids_from(FIRST_UID):
                 self._stay.setdefault(uid, stopped_processes(uid))
+                stop_parents(uid, last_moment)
                 processes.strike(uid, signal.SIGSTOP)
             self._shut()  # a rename succeeds on a full disk, where nothing below does
             self._freezer.set_lease(False)

@@ -29,7 +29,7 @@ PATIENCE_S = 1.0
 """How long a process may take to stop. On a busy machine it gets no turn to do so; who gets one and goes on, fights."""
 BETWEEN_PASSES_S = 0.005
 PARENTS_WITHIN_S = 0.2
-"""How long all parents together may take to stop before everybody is stopped at once, however long they take."""
+"""How long all parents together may take to stop before everybody is stopped at once."""
 FORGIVEN = 1
 """Times that something may have woken while all was still."""
 
@@ -134,7 +134,7 @@ class Vigil:
         """Passes until one finds nobody at work. False if somebody fights it."""
         renter = {self._uid: self._username}
         if not self._before:
-            self._stop_parents(renter)
+            stop_parents(self._uid, time.monotonic() + PARENTS_WITHIN_S)
         first: dict[Key, Task] = {}
         last_moment = time.monotonic() + PATIENCE_S
         while True:
@@ -151,17 +151,21 @@ class Vigil:
             for task in now:
                 first.setdefault(task.key, task)
 
-    def _stop_parents(self, renter: Mapping[int, str]) -> None:
-        """The oldest first, each before its children: a shell that saw its child stop would take it for suspended by
-        its user, and say so when it goes on. It is a courtesy, and bounded: who fights it gets nothing by it.
-        """
-        last_moment = time.monotonic() + PARENTS_WITHIN_S
-        for parent in parents(tasks_of(self._uid)):
+
+def stop_parents(uid: int, last_moment: float) -> None:
+    """The oldest first, each before its children, until that moment (monotonic seconds).
+
+    A shell that saw its child stop would take it for suspended by its user, and say so when it goes on. It is a
+    courtesy, and bounded: everybody is stopped at once after it, and who fights it gets nothing by it.
+    """
+    if time.monotonic() > last_moment:
+        return
+    for parent in parents(tasks_of(uid)):
+        processes.send(parent, {uid: ""}, signal.SIGSTOP)
+        while not _stands(parent):
             if time.monotonic() > last_moment:
                 return
-            processes.send(parent, renter, signal.SIGSTOP)
-            while not _stands(parent) and time.monotonic() <= last_moment:
-                time.sleep(0.0005)
+            time.sleep(0.0005)
 
 
 def wake(uid: int, username: str, stay: frozenset[tuple[int, int]]) -> None:

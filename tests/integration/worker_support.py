@@ -199,6 +199,7 @@ class Worker:
 
         call = wait_until(registration, f"{self.name} registers; its log:\n{self.log()}", within_s)
         wait_until(lambda: "registered as" in self.log(), "the agent has its identity")
+        wait_until(lambda: "Server listening on" in self.log(), "its sshd listens")
         self.host_keys = tuple(call.body["ssh_host_keys"])
         template = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
         self.address = docker("inspect", "-f", template, self.name).strip()

@@ -75,6 +75,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     for name in ("uids_from", "strike"):
         monkeypatch.setattr(f"processes.{name}", getattr(kernel, name))
     monkeypatch.setattr("fence.stopped_processes", kernel.stopped_processes)
+    monkeypatch.setattr("fence.stop_parents", lambda uid, last_moment: None)
     monkeypatch.setattr(freezing, "stopped_processes", kernel.stopped_processes)
     monkeypatch.setattr(freezing, "wake", kernel.wake)
     monkeypatch.setattr(stillness.Vigil, "hold", lambda self: not kernel.strike(self._uid, Signals.SIGSTOP))
