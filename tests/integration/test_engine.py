@@ -19,7 +19,7 @@ import pytest
 from engine_contract import OTHER_KEY, Bench, EngineContract, ReachContract, account, assert_done, new_job
 from worker_support import ROOT, Network, SmallManager, Worker, docker, make_key, serving, wait_until, worker
 
-from orion.manager.engine.ansible import AnsibleEngine
+from orion.manager.engine.ansible import AnsibleEngine, ReachedAndExpected
 from orion.manager.engine.fake import Account
 from orion.manager.engine.port import Host, Reached
 from orion.manager.engine.reach import SshReach
@@ -203,13 +203,23 @@ async def test_other_tasks_of_a_playbook_go_through_the_connection_that_is_held(
     directory.mkdir(mode=0o700)
     process = Process(directory, calm_manager.key.file, "auto", playbooks)
     engine = AnsibleEngine(process.socket)
+    host = Host("w-extended", mine.address, mine.host_keys)
     try:
-        assert_done(await engine.run(new_job(Host("w-extended", mine.address, mine.host_keys))))
-        held = [line for line in processes_that_name(directory) if line.startswith("ssh")]
-        assert len(held) == 1
+        assert (
+            await ReachedAndExpected(SshReach(calm_manager.key.file.read_text()), engine).reach(host, 10) is Reached.YES
+        )
+        await asyncio.to_thread(
+            wait_until, lambda: len(held_connections(directory)) == 1, "it is opened before any order"
+        )
+        assert_done(await engine.run(new_job(host)))
+        assert len(held_connections(directory)) == 1
     finally:
         await engine.close()
         process.end()
+
+
+def held_connections(directory: Path) -> list[str]:
+    return [line for line in processes_that_name(directory) if line.startswith("ssh")]
 
 
 def processes_that_name(directory: Path) -> list[str]:

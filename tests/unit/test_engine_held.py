@@ -141,9 +141,13 @@ def test_the_one_that_was_used_the_longest_ago_makes_room(bench: Bench, monkeypa
     assert [one.closed for one in (*made, third)] == [False, True, False]
 
 
-def test_one_that_is_not_used_is_closed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = bench.to(ECHO)
-    bench.until(lambda: made.state is State.OPEN)
+def test_of_those_that_are_not_used_a_few_are_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [bench.to(ECHO, name) for name in ("a", "b")]
+    bench.until(lambda: all(one.state is State.OPEN for one in made))
+    bench.connections.to(host("a"))
+    monkeypatch.setattr(held, "KEPT", 1)
+    bench.connections.step()
+    assert not any(one.closed for one in made), "it is not long ago"
     monkeypatch.setattr(held, "IDLE_S", 0.0)
     bench.connections.step()
-    assert made.closed
+    assert [one.closed for one in made] == [False, True]

@@ -34,7 +34,7 @@ from orion.manager.domain.leases import Leases
 from orion.manager.domain.overdue import MOST_SHOWN, Overdue, overdue, workers_to_look_at
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health
-from orion.manager.engine.ansible import AnsibleEngine
+from orion.manager.engine.ansible import AnsibleEngine, ReachedAndExpected
 from orion.manager.engine.port import Engine, Reach, Watch
 from orion.manager.engine.reach import SshReach
 from orion.manager.engine.vault.client import VaultClient
@@ -274,9 +274,10 @@ def main() -> None:
     store = open_store(settings, Store)
     door = DoorProbe(settings.door_url, settings.clocks.door_answer_s, min(1.0, settings.clocks.heartbeat_s / 30))
     reach = SshReach(secrets.ssh_private_key)
+    engine = AnsibleEngine(Path(settings.engine_socket))
     ports = Ports(
-        AnsibleEngine(Path(settings.engine_socket)),
-        reach,
+        engine,
+        ReachedAndExpected(reach, engine),
         VaultClient(Path(settings.vault_socket)),
         door,
         partial(disk_share, Path(settings.copies_directory)),

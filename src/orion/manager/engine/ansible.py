@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from orion.manager.engine.port import Job, Outcome
-from orion.manager.engine.protocol import MAX_LINE_BYTES, OutcomeLine, job_line
+from orion.manager.engine.port import Host, Job, Outcome, Reach, Reached
+from orion.manager.engine.protocol import MAX_LINE_BYTES, OutcomeLine, expect_line, job_line
 
 MARGIN_S = 10.0
 """Beyond a job's deadline, before the engine's process is taken for hung."""
@@ -48,6 +49,14 @@ class AnsibleEngine:
         except TimeoutError:
             return Outcome(ok=False, message="the engine did not answer in time")
 
+    async def expect(self, host: Host) -> None:
+        """Orders to this worker are to come: the engine opens its connection meanwhile. Whether it can is not told."""
+        try:
+            async with asyncio.timeout(self._margin_s):
+                await (await self._connected()).tell(expect_line(host))
+        except (TimeoutError, ValidationError) as error:
+            log.warning("the engine was not told that orders to %s are to come: %s", host.worker_id, error)
+
     async def close(self) -> None:
         """Ends the connection; the engine kills what is in flight, which answers that it was restarted."""
         if self._connection:
@@ -71,6 +80,20 @@ class AnsibleEngine:
             pause = min(2 * pause, LONGEST_RETRY_S)
 
 
+@dataclass
+class ReachedAndExpected:
+    """Implements `port.Reach` by another one: a worker that was reached is about to get orders."""
+
+    by: Reach
+    engine: AnsibleEngine
+
+    async def reach(self, host: Host, timeout_s: float) -> Reached:
+        reached = await self.by.reach(host, timeout_s)
+        if reached is Reached.YES:
+            await self.engine.expect(host)
+        return reached
+
+
 class Connection:
     """Answers come in any order; when it breaks, everybody who waits learns it at once."""
 
@@ -90,12 +113,15 @@ class Connection:
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._asked[identifier] = answer
         try:
-            self._writer.write(line)
-            with suppress(ConnectionError):  # then the reading ends as well, and answers
-                await self._writer.drain()
+            await self.tell(line)
             return await answer
         finally:
             del self._asked[identifier]
+
+    async def tell(self, line: bytes) -> None:
+        self._writer.write(line)
+        with suppress(ConnectionError):  # then the reading ends as well, and answers
+            await self._writer.drain()
 
     async def close(self) -> None:
         self._reading.cancel()

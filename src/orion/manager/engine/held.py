@@ -32,6 +32,8 @@ MAX_COMPLAINT_BYTES = 1 << 12
 OPEN_WITHIN_S = 8.0
 """From the start of ssh to the first line of the program: more than ssh itself waits for the connection."""
 IDLE_S = 900.0
+KEPT = 16
+"""So many stay though they are idle: a small pool's first order of the day need not wait for ssh."""
 MOST = 128
 """Beyond so many, the one that was used the longest ago is closed."""
 SERVE = "exec /usr/local/sbin/orion-rental serve"
@@ -268,13 +270,17 @@ class Connections:
         for held in list(self._held.values()):
             if held.opens_until is not None and held.opens_until <= now:
                 held.close("nothing answered in time")
-            elif held.idle and held.used + IDLE_S <= now:
+        spare = len(self._held) - KEPT
+        for held in self._longest_idle()[:spare] if spare > 0 else ():
+            if held.used + IDLE_S <= now:
                 held.close("it was not used any more")
 
     def _make_room(self) -> None:
-        idle = sorted((held for held in self._held.values() if held.idle), key=lambda held: held.used)
-        for held in idle[: max(0, len(self._held) - MOST + 1)]:
+        for held in self._longest_idle()[: max(0, len(self._held) - MOST + 1)]:
             held.close("others are used more")
+
+    def _longest_idle(self) -> list[Held]:
+        return sorted((held for held in self._held.values() if held.idle), key=lambda held: held.used)
 
     def _forget_closed(self, host: HostLine) -> None:
         held = self._held.get(host)

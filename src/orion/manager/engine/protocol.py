@@ -54,6 +54,12 @@ class JobLine(Line):
     deadline_s: float = Field(gt=0, le=MAX_DEADLINE_S)
 
 
+class ExpectLine(Line):
+    """Orders to this worker are to come: its connection may be opened. It is not answered."""
+
+    expect: HostLine
+
+
 class OutcomeLine(Line):
     """`id` is empty where the request was no request."""
 
@@ -105,12 +111,7 @@ def job_line(identifier: str, job: Job) -> bytes:
     line = JobLine(
         id=identifier,
         action=job.action,
-        host=HostLine(
-            worker_id=job.host.worker_id,
-            address=job.host.address,
-            port=job.host.port,
-            host_keys=job.host.host_keys,
-        ),
+        host=_host_line(job.host),
         vars=Variables(
             rental_id=job.rental_id,
             username=job.username,
@@ -121,3 +122,12 @@ def job_line(identifier: str, job: Job) -> bytes:
         deadline_s=job.deadline_s,
     )
     return line.model_dump_json().encode() + b"\n"
+
+
+def expect_line(host: Host) -> bytes:
+    """Raises ValueError for a host that the engine would refuse."""
+    return ExpectLine(expect=_host_line(host)).model_dump_json().encode() + b"\n"
+
+
+def _host_line(host: Host) -> HostLine:
+    return HostLine(worker_id=host.worker_id, address=host.address, port=host.port, host_keys=host.host_keys)

@@ -32,7 +32,7 @@ from orion.manager.engine import runners
 from orion.manager.engine.held import Connections
 from orion.manager.engine.orders import Orders
 from orion.manager.engine.pool import PATIENCE_S, Pool
-from orion.manager.engine.protocol import MAX_LINE_BYTES, JobLine, OutcomeLine
+from orion.manager.engine.protocol import MAX_LINE_BYTES, ExpectLine, JobLine, OutcomeLine
 from orion.manager.engine.runners import Play
 
 SOCKET = "/run/orion/engine.sock"
@@ -147,12 +147,26 @@ class Server:
             self._leave(peer)
 
     def _take(self, peer: Peer, line: bytes) -> None:
+        if self._is_word_of_orders_to_come(line):
+            return
         try:
             job = JobLine.model_validate_json(line)
         except ValidationError as error:
             self._answer(peer, OutcomeLine(id=_identifier(line), ok=False, message=_refusal(error)))
             return
         self._pool.submit(job, peer, partial(self._answer, peer))
+
+    def _is_word_of_orders_to_come(self, line: bytes) -> bool:
+        try:
+            expected = ExpectLine.model_validate_json(line).expect
+        except ValidationError:
+            return False
+        if self._connections:
+            try:
+                self._connections.to(expected)
+            except OSError as error:
+                log.warning("the engine cannot start a process: %s", error)
+        return True
 
     def _answer(self, peer: Peer, outcome: OutcomeLine) -> None:
         peer.outgoing += outcome.model_dump_json().encode() + b"\n"
