@@ -7,6 +7,10 @@ sleep is over by then, and CLOCK_BOOTTIME has gone on. It never thaws: that take
 The order on the way down: first everything of every renter is stopped, which needs no disk; then it is written down
 that there is no lease, which `unlock` and `thaw` look at last; then the keys go and the marks are made; then come the
 passes, for who came in meanwhile, and again every AGAIN_EVERY_S as long as a mark stands.
+
+A rental that nobody was let into yet is not frozen: no reply would ever thaw it. What runs under its uid is a transfer
+of its files, which would hold the rental's lock for as long as it stands; so that is ended, and begun again by the
+manager. (Or it is left of an earlier epoch, and must not run any more at all.)
 """
 
 from __future__ import annotations
@@ -97,7 +101,10 @@ class Fence:
     def _mark(self) -> int:
         marked = 0
         for record in self._shut():
-            marked += self._freezer.mark(record, (self._stay or {}).get(record.uid, frozenset()))
+            if record.let_in:
+                marked += self._freezer.mark(record, (self._stay or {}).get(record.uid, frozenset()))
+            else:  # whoever lets it in after this look finds that there is no lease
+                processes.strike(record.uid, signal.SIGKILL)
         return marked
 
     def _again(self) -> None:

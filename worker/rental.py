@@ -242,17 +242,27 @@ class Rentals:
         return True
 
     def _let_in(self, record: Record) -> bool:
-        """Unless the lease ends meanwhile: whichever of the two looks last finds what the other did."""
+        """Unless the lease ends meanwhile: whichever of the two looks last finds what the other did.
+
+        It looks first as well: the fence freezes whoever was let in, and only a reply to a running rental thaws.
+        """
+        self._check_lease()
         places = (self._places.locked_keys, self._places.keys)
         if not any((place / record.username).exists() for place in places):
             raise Refused("unknown_rental", "its keys are not here: it was not created at this epoch")
         if not record.let_in:
             self.ledger.keep(replace(record, let_in=True))  # before the keys: see files.py
         changed = self._move_keys(*places, record.username)
-        if not self.freezer.has_lease:
+        try:
+            self._check_lease()
+        except Refused:
             self.shut(record)
-            raise Refused("no_lease", "this worker has no lease: nobody is let in")
+            raise
         return changed
+
+    def _check_lease(self) -> None:
+        if not self.freezer.has_lease:
+            raise Refused("no_lease", "this worker has no lease: nobody is let in")
 
     def _shown(self, of: Record | Request) -> str:
         return "frozen" if self.freezer.is_frozen(of.rental_id) else self._state(of.username)

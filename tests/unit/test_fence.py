@@ -30,7 +30,10 @@ class Kernel:
         return {uid for uid in self.running | self.suspended | self.stopped if uid >= first}
 
     def strike(self, uid: int, number: Signals) -> bool:
-        if uid in self.running:
+        if number is Signals.SIGKILL:
+            for alive in (self.running, self.suspended, self.stopped):
+                alive.discard(uid)
+        elif uid in self.running:
             self.running.discard(uid)
             self.stopped.add(uid)
         return True
@@ -173,12 +176,24 @@ def test_the_fence_goes_first_and_notes_later_where_nothing_can_be_written(
 def test_a_rental_that_comes_while_there_is_no_lease_is_frozen_too(house: House) -> None:
     house.let_in()
     house.may_run(False)
-    house.rentals.ledger.keep(Record("two", "r-two", UID + 1, 1))
+    house.rentals.ledger.keep(Record("two", "r-two", UID + 1, 1, let_in=True))
     house.kernel.running.add(UID + 1)
     house.fence._again_at = 0.0
     house.fence.look()
     assert house.kernel.running == set()
     assert [item["state"] for item in house.rentals.inventory()] == ["frozen", "frozen"]
+
+
+def test_what_fills_a_home_is_ended_and_its_rental_can_be_made_again(house: House) -> None:
+    house.may_run(True)
+    house.kernel.running.add(UID)  # rsync, which would hold the rental's lock while it stands
+    house.may_run(False)
+    assert (house.kernel.running, house.kernel.stopped) == (set(), set())
+    assert (house.shown, house.said) == ("locked", ["no right to run: 0 rentals frozen"])
+    with pytest.raises(Refused, match="no lease"):
+        house.rentals.unlock(Request("one", 1))
+    house.may_run(True)
+    assert house.rentals.unlock(Request("one", 1))["state"] == "running"
 
 
 def test_an_order_to_freeze_outlives_a_reply_to_a_call_that_was_sent_before_it(
