@@ -33,6 +33,8 @@ from bench.stack import ROOT, json_lines
 from orion.manager.store.tokens import make_token
 
 PROXY_SECRET = "benchmark"  # noqa: S105 - of a manager that listens on the loopback for a minute
+ADDRESS = "172.20.0.1"
+"""That all calls seem to come from, and that all workers have registered from."""
 START_WITHIN_S = 60.0
 SETTLE_WITHIN_S = 45.0
 IDLE_S = 5.0
@@ -63,7 +65,7 @@ class Manager:
     started_s: float = 0.0
 
     def caller(self, token: str | None = None) -> Caller:
-        headers = {"X-Orion-Proxy-Secret": PROXY_SECRET, "X-Real-IP": "172.20.0.1"}
+        headers = {"X-Orion-Proxy-Secret": PROXY_SECRET, "X-Real-IP": ADDRESS}
         return Caller("127.0.0.1", self.port, token or self.admin_token, headers, CALL_WITHIN_S)
 
     def decisions(self) -> list[float]:
@@ -140,7 +142,7 @@ def _at(size: int, samples: int) -> At:
     with tempfile.TemporaryDirectory(prefix="orion-bench-") as place:
         seed = secrets.token_hex(16)
         url = f"sqlite:///{place}/orion.db"
-        pool.fill(url, seed, size, slots=2)
+        pool.fill(url, seed, size, 2, ADDRESS)
         at = At(size, time.monotonic() + SIZE_WITHIN_S)
         with _running(Path(place), url) as manager:
             at.values["start-up until it answers"] = [manager.started_s]

@@ -67,7 +67,8 @@ def main() -> None:
     settings = Settings()
     secrets = Secrets.from_pipe(int(os.environ["ORION_SECRETS_FD"]))
     if arguments.workers and not Path(settings.database_url.removeprefix("sqlite:///")).exists():
-        pool.fill(settings.database_url, arguments.seed, arguments.workers, slots=1, spare=arguments.spare)
+        gateway = str(settings.subnet.network_address + 1)  # of the machine that sends the heartbeats
+        pool.fill(settings.database_url, arguments.seed, arguments.workers, 1, gateway, arguments.spare)
     tell_decisions()
     store = app.open_store(settings, Store)
     # No copies: their disk is full. No door: it would ask itself through a proxy that growth does not have.

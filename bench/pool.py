@@ -46,10 +46,11 @@ def item(number: int) -> dict[str, Any]:
     return {"rental_id": rental_id(number), "username": _username(number), "uid": uid, "epoch": 1, "state": "running"}
 
 
-def fill(url: str, seed: str, number: int, slots: int, spare: int = 0) -> None:
+def fill(url: str, seed: str, number: int, slots: int, address: str, spare: int = 0) -> None:
     """So many ready workers, each with one active rental, and one more worker with `spare` free slots if that is not 0.
 
-    The schema is the one that the manager's own migrations make.
+    All are at the one address that the load comes from: a heartbeat from another one would not count. The schema is the
+    one that the manager's own migrations make.
     """
     store = Store(url)
     store.migrate()
@@ -58,7 +59,7 @@ def fill(url: str, seed: str, number: int, slots: int, spare: int = 0) -> None:
     now = time.time()
     with engine.begin() as connection:
         wanted: list[tuple[Table, Iterator[dict[str, Any]]]] = [
-            (workers, (_worker(one, seed, slots, now) for one in range(number))),
+            (workers, (_worker(one, seed, slots, address, now) for one in range(number))),
             (rentals, (_rental(one, now) for one in range(number))),
             (placements, (_placement(one, now) for one in range(number))),
             (events, (event for one in range(number) for event in _events(one, now))),
@@ -67,16 +68,16 @@ def fill(url: str, seed: str, number: int, slots: int, spare: int = 0) -> None:
             while some := list(islice(rows, BATCH)):
                 connection.execute(insert(table), some)
         if spare:
-            connection.execute(insert(workers), _worker(number, seed, spare, now))
+            connection.execute(insert(workers), _worker(number, seed, spare, address, now))
         connection.execute(insert(counters), {"name": "uid", "value": FIRST_UID + number})
     engine.dispose()
 
 
-def _worker(number: int, seed: str, slots: int, now: float) -> dict[str, Any]:
+def _worker(number: int, seed: str, slots: int, address: str, now: float) -> dict[str, Any]:
     return {
         "id": worker_id(number),
         "hostname": f"{number:012x}",
-        "address": f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}",
+        "address": address,
         "host_keys": [f"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI{number:043d}"],
         "slots": slots,
         "labels": {},

@@ -134,7 +134,7 @@ class SimulatedManager:
         try:
             if path == "/api/register":
                 return await self._register(own_id, token, address, body)
-            return await self._heartbeat(own_id or "", body)
+            return await self._heartbeat(own_id or "", address, body)
         except CallRefused as refusal:
             return Answer(409, {"code": refusal.code})
 
@@ -155,10 +155,10 @@ class SimulatedManager:
         }
         return Answer(201, told)
 
-    async def _heartbeat(self, worker_id: str, body: Mapping[str, Any]) -> Answer:
+    async def _heartbeat(self, worker_id: str, address: str, body: Mapping[str, Any]) -> Answer:
         leaving = body.get("leaving", False)
         beat = Beat(body["session_id"], body["seq"], tuple(_items(body)), leaving, body["lease_s"])
-        found = self.call_home.heartbeat(worker_id, beat)
+        found = self.call_home.heartbeat(worker_id, beat, address)
         await self.point()
         self.leases.note(worker_id, self.sim.wall(), {})
         if leaving:

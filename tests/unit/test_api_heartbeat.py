@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -96,7 +97,8 @@ async def agent(house: House) -> Agent:
 
 
 async def post(house: House, agent: Agent, kind: str = "application/json", **request: Any) -> httpx.Response:
-    return await house.client(agent.token or "").post("/api/heartbeat", headers={"Content-Type": kind}, **request)
+    headers = {"Content-Type": kind, "X-Real-IP": agent.node.host.address}
+    return await house.client(agent.token or "").post("/api/heartbeat", headers=headers, **request)
 
 
 def body_of(agent: Agent, **change: Any) -> str:
@@ -208,3 +210,24 @@ async def test_what_was_heard_is_written_once_a_second_whatever_brings_the_round
             await house.manager.health.round()
         house.clock.now += 0.5
     assert written == [[agent.worker_id]] * 2
+
+
+async def test_a_worker_that_comes_back_with_another_address_registers_again(house: House, agent: Agent) -> None:
+    rental = await house.rent()
+    places, before = house.world.workers, agent.node.host
+    agent.node.host = replace(before, address="172.20.128.77")
+    places["172.20.128.77", before.port] = places.pop((before.address, before.port))
+    house.clock.now += 5
+    refused = await agent.beat()
+    assert (refused.status_code, refused.json()["code"]) == (409, "stale_session")
+    assert "172.20.128.77" in refused.json()["detail"]
+    lease = house.manager.leases.get(agent.worker_id)
+    assert lease is not None
+    assert lease.received_at == agent.last_beat < house.clock.now, "nothing of it counts"
+    assert (await agent.register()).status_code == 201
+    await house.settle()
+    shown = await house.worker(agent)
+    assert (shown["address"], shown["health"]) == ("172.20.128.77", "ready")
+    after = await house.rental(rental["id"])
+    assert (after["state"], after["epoch"], after["worker_id"]) == ("active", 1, agent.worker_id)
+    assert (await agent.beat()).status_code == 200

@@ -70,11 +70,17 @@ class CallHome:
         self._on_return(registered.worker_id)
         return Welcome(registered, self._orders(registered.worker_id, items))
 
-    def heartbeat(self, worker_id: str, beat: Beat) -> Orders:
-        """It renews the worker's lease, if its session is current. Asks nobody but memory: see domain/roster.py."""
+    def heartbeat(self, worker_id: str, beat: Beat, address: str) -> Orders:
+        """It renews the worker's lease, if its session is current. Asks nobody but memory: see domain/roster.py.
+
+        A worker that was cut off may come back with another address within its lease. Everything goes to where it
+        registered from, so it must register again before anything of it counts.
+        """
+        known = self._roster.worker(worker_id)
+        if known is not None and known.address != address:
+            raise CallRefused("stale_session", f"you registered from {known.address}: register again from {address}")
         if not self._leases.renew(worker_id, beat, self._monotonic()):
             raise CallRefused("stale_session", "this session is over: register again")
-        known = self._roster.worker(worker_id)
         if beat.leaving or known is None or known.health is not Health.READY:
             self._on_return(worker_id)
         return self._orders(worker_id, beat.inventory)

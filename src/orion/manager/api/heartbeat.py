@@ -112,9 +112,9 @@ class Heartbeat:
 def _reply(scope: Scope, body: bytes) -> bytes | None:
     """None: it is not understood. Raises ApiProblem."""
     shared: Services = scope["app"].state.services
-    worker_id, is_json = _caller(shared, scope)
+    worker_id, is_json, address = _caller(shared, scope)
     beat = _understood(body) if worker_id and is_json else None
-    return None if worker_id is None or beat is None else answer(shared, worker_id, beat)
+    return None if worker_id is None or beat is None else answer(shared, worker_id, beat, address)
 
 
 async def _whole_body(receive: Receive) -> bytes:
@@ -127,12 +127,12 @@ async def _whole_body(receive: Receive) -> bytes:
     return body
 
 
-def answer(shared: Services, worker_id: str, body: HeartbeatRequest) -> bytes:
-    """Renew its lease and say what to do. Raises ApiProblem."""
+def answer(shared: Services, worker_id: str, body: HeartbeatRequest, address: str) -> bytes:
+    """Renew its lease and say what to do. `address`: the peer that the proxy saw. Raises ApiProblem."""
     items = tuple(Item(item.rental_id, item.username, item.uid, item.epoch) for item in body.inventory)
     try:
         found = shared.call_home.heartbeat(
-            worker_id, Beat(body.session_id, body.seq, items, body.leaving, body.lease_s)
+            worker_id, Beat(body.session_id, body.seq, items, body.leaving, body.lease_s), address
         )
     except CallRefused as refusal:
         raise ApiProblem(409, refusal.code, str(refusal)) from refusal
@@ -152,15 +152,20 @@ def _understood(body: bytes) -> HeartbeatRequest | None:
         return None
 
 
-def _caller(shared: Services, scope: Scope) -> tuple[str | None, bool]:
-    """Whose token it is, and whether the body is said to be JSON. Raises 401 for a worker's token that is not valid."""
-    worker_id, is_json = None, False
+def _caller(shared: Services, scope: Scope) -> tuple[str | None, bool, str]:
+    """Whose token it is, whether the body is said to be JSON, and the peer that the proxy saw.
+
+    Raises 401 for a worker's token that is not valid.
+    """
+    worker_id, is_json, address = None, False, ""
     for name, value in scope["headers"]:
         if name == b"authorization":
             worker_id = _worker_of(shared, value)
         elif name == b"content-type":
             is_json = value in _JSON
-    return worker_id, is_json
+        elif name == b"x-real-ip":
+            address = value.decode("latin-1")
+    return worker_id, is_json, address
 
 
 def _worker_of(shared: Services, header: bytes) -> str | None:

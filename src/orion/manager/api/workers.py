@@ -56,12 +56,15 @@ async def register(
 
 
 @router.post("/heartbeat", responses=refusals(409))
-async def heartbeat(body: wire.HeartbeatRequest, principal: CallingWorker, shared: Shared) -> wire.HeartbeatReply:
+async def heartbeat(
+    request: Request, body: wire.HeartbeatRequest, principal: CallingWorker, shared: Shared
+) -> wire.HeartbeatReply:
     """The heartbeat renews the worker's lease, if its session is current.
 
     What is well-formed was answered before it came here: see api/heartbeat.py.
     """
-    reply = answer(shared, principal.id, msgspec.convert(body.model_dump(), HeartbeatRequest))
+    beat = msgspec.convert(body.model_dump(), HeartbeatRequest)
+    reply = answer(shared, principal.id, beat, client_address(request))
     return wire.HeartbeatReply.model_validate_json(reply)
 
 

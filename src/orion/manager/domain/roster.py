@@ -50,12 +50,15 @@ class Known:
     session_id: str | None
     verified: bool
     """In its current session."""
-    fault: str = ""
+    fault: str
+    address: str
+    """From which it registered."""
 
     @staticmethod
     def of(worker: Worker, token_hash: str) -> Known:
         verified = worker.session_id is not None and worker.verified_session == worker.session_id
-        return Known(token_hash, worker.health, worker.intent, worker.slots, worker.session_id, verified, worker.fault)
+        w = worker
+        return Known(token_hash, w.health, w.intent, w.slots, w.session_id, verified, w.fault, w.address)
 
     def as_worker(self, worker_id: str) -> Worker:
         """As far as it is known: all that its health is judged by."""

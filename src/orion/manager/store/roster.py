@@ -32,6 +32,7 @@ _WORKERS = select(
     workers.c.session_id,
     workers.c.verified_session,
     workers.c.fault,
+    workers.c.address,
 )
 _HELD = (
     select(
@@ -94,9 +95,9 @@ def everything(connection: Connection) -> Changes:
 
 
 def _known(connection: Connection, query: Select[Any]) -> Iterator[tuple[str, Known]]:
-    for identity, token_hash, health, intent, slots, session, verified, fault in connection.execute(query):
+    for identity, token_hash, health, intent, slots, session, verified, fault, address in connection.execute(query):
         same = session is not None and verified == session
-        yield identity, Known(token_hash, _HEALTH[health], _INTENT[intent], slots, session, same, fault)
+        yield identity, Known(token_hash, _HEALTH[health], _INTENT[intent], slots, session, same, fault, address)
 
 
 def _add_held(connection: Connection, query: Select[Any], held: dict[str, list[Held]], same: dict[str, str]) -> None:
