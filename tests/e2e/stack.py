@@ -14,12 +14,13 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from ipaddress import IPv4Network
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -61,8 +62,14 @@ class Container:
 
 
 class Stack:
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, files: Sequence[Path] = (), settings: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """`files`: more compose files, on top of docker-compose.yml. `settings`: more of the environment."""
         self.folder = folder
+        self._files = (ROOT / "docker-compose.yml", *files)
+        self._settings = settings
+        self.slots = WORKERS * int(settings.get("ORION_SLOTS", "1"))
         self.subnet = _free_subnet()
         self.http_port, self.https_port = _free_ports(2)
         self.url = f"http://127.0.0.1:{self.http_port}"
@@ -97,7 +104,8 @@ class Stack:
         self.compose("down", "--volumes", "--remove-orphans", "--timeout", "3", timeout_s=180)
 
     def compose(self, *arguments: str, timeout_s: float = 120) -> str:
-        command = [*_compose_command(), "--env-file", str(self._empty), "-f", str(ROOT / "docker-compose.yml")]
+        files = [word for file in self._files for word in ("-f", str(file))]
+        command = [*_compose_command(), "--env-file", str(self._empty), *files]
         return _run([*command, *arguments], timeout_s, env=self.environment(), cwd=ROOT)
 
     def environment(self) -> dict[str, str]:
@@ -116,6 +124,7 @@ class Stack:
             "ORION_HTTPS_PORT": str(self.https_port),
             "ORION_CLOCK_SCALE": str(CLOCK_SCALE),
             "ORION_GOODBYE_AFTER_S": str(GOODBYE_S / CLOCK_SCALE),
+            **self._settings,
         }
 
     @property
@@ -261,7 +270,7 @@ class Stack:
         living = sum(rental.state is RentalState.ACTIVE for rental in orion.rentals())
         free = sum(worker.slots_free for worker in workers)
         ready = [worker for worker in workers if _is_ready(worker) and worker.hostname in hostnames]
-        return len(ready) == len(workers) == WORKERS and free == WORKERS - living
+        return len(ready) == len(workers) == WORKERS and free == self.slots - living
 
     def _revive(self) -> None:
         for container in self.containers():

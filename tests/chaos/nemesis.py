@@ -1,0 +1,195 @@
+"""What is done to the platform: planned from a seed as plain data, then done by one thread for each act.
+
+Acts overlap. Two acts with the same grip on one container wait for each other (nobody can pause what is dead); and a
+container may be cut off from the network while it is killed, paused or restarted. A further kind is one more line in
+KINDS; a planned act (drain, migrate) is one that asks the platform instead of Docker.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from random import Random
+
+from stack import WORKERS, Container, Stack
+
+from chaos.checker import PAUSE
+from chaos.history import Deed
+
+GAP_S = 2.5
+"""Between the beginnings of two acts, on average."""
+FIRST_ACT_S = 1.0
+WORKER, PROXY, MANAGER, KEEPER = "worker", "manager_proxy", "manager_app", "keeper"
+
+Undo = Callable[[], object]
+Do = Callable[[Stack, Container], Undo | None]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`weight`: how often in a deck. `lasts_s`: shortest and longest, in seconds. `grip`: what it holds."""
+
+    services: tuple[str, ...]
+    weight: int
+    lasts_s: tuple[float, float]
+    do: Do
+    grip: str = "life"
+
+
+@dataclass(frozen=True)
+class Act:
+    at_s: float
+    kind: str
+    service: str
+    number: int
+    lasts_s: float
+
+    def __str__(self) -> str:
+        lasting = f" for {self.lasts_s:.1f} s" if self.lasts_s else ""
+        return f"{self.at_s:6.1f} s: {self.kind} of {self.service} {self.number}{lasting}"
+
+
+def plan(seed: int, seconds: float) -> list[Act]:
+    """Kinds are dealt from a shuffled deck, so that also a short round has some of each that is frequent."""
+    chance = Random(seed)
+    acts: list[Act] = []
+    at_s, deck = FIRST_ACT_S, _deck(chance)
+    while at_s < seconds:
+        name, service = next(deck)
+        number = chance.randint(1, WORKERS) if service == WORKER else 1
+        lasts_s = min(chance.uniform(*KINDS[name].lasts_s), seconds - at_s)
+        acts.append(Act(round(at_s, 2), name, service, number, round(lasts_s, 2)))
+        at_s += chance.expovariate(1 / GAP_S)
+    return acts
+
+
+def _deck(chance: Random) -> Iterator[tuple[str, str]]:
+    while True:
+        cards = [(name, kind, share) for name, kind in KINDS.items() for share in range(kind.weight)]
+        chance.shuffle(cards)
+        yield from ((name, chance.choice(kind.services)) for name, kind, _ in cards)
+
+
+class Nemesis:
+    def __init__(self, stack: Stack, now: Callable[[], float], tell: Callable[[str], None]) -> None:
+        self._stack = stack
+        self._now = now
+        self._tell = tell
+        self._containers = {(one.service, one.number): one for one in stack.containers()}
+        self._grips: Mapping[tuple[str, str], threading.Lock] = defaultdict(threading.Lock)
+        self.deeds: list[Deed] = []
+        self.faults: list[str] = []
+        """What it could not do: then the round is no test."""
+
+    def run(self, acts: Iterable[Act]) -> None:
+        """Returns when all is done and undone."""
+        began = time.monotonic()
+        threads = [threading.Thread(target=self._act, args=(act, began), daemon=True) for act in acts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _act(self, act: Act, began: float) -> None:
+        time.sleep(max(0.0, began + act.at_s - time.monotonic()))
+        kind, container = KINDS[act.kind], self._containers[act.service, act.number]
+        with self._grips[container.id, kind.grip]:
+            self._tell(f"nemesis: {act}")
+            began_at = self._now()
+            try:
+                undo = kind.do(self._stack, container)
+                done_at = undone_from = undone_at = self._now()
+                if undo:
+                    time.sleep(act.lasts_s)
+                    undone_from = self._now()
+                    undo()
+                    undone_at = self._now()
+            except Exception as error:
+                self.faults.append(f"{act}: {error}")
+                return
+        host = container.hostname if act.service == WORKER else act.service
+        self.deeds.append(Deed(act.kind, host, began_at, done_at, undone_from, undone_at))
+
+
+def _kill(stack: Stack, container: Container) -> Undo:
+    stack.docker("kill", container.id)
+    return lambda: stack.docker("start", container.id)
+
+
+def _pause(stack: Stack, container: Container) -> Undo:
+    stack.docker("pause", container.id)
+    return lambda: stack.docker("unpause", container.id)
+
+
+def _restart(stack: Stack, container: Container) -> None:
+    stack.docker("restart", container.id)
+
+
+def _cut_off(stack: Stack, container: Container) -> Undo:
+    stack.docker("network", "disconnect", stack.network, container.id)
+    again = ["network", "connect", *_address_of(stack, container), stack.network, container.id]
+    return lambda: stack.docker(*again)
+
+
+def _address_of(stack: Stack, container: Container) -> list[str]:
+    """As docker-compose.yml gives it; a worker gets any other."""
+    addresses = {PROXY: "ORION_PROXY_ADDRESS", MANAGER: "ORION_APP_ADDRESS"}
+    if container.service not in addresses:
+        return []
+    return ["--ip", stack.environment()[addresses[container.service]], "--alias", container.service]
+
+
+def _kill_within(program: str) -> Do:
+    """A process inside, by what its command line holds: SIGKILL, as the kernel's when memory runs out."""
+
+    def kill(stack: Stack, container: Container) -> None:
+        killed = stack.exec(container.id, "python3", "-c", KILL, program)
+        # It may have been about to be started again by itself.
+        assert killed.returncode in {0, 9}, f"{program}: {killed.stderr}"
+
+    return kill
+
+
+KILL = """
+import os, pathlib, signal, sys
+found = []
+for entry in pathlib.Path("/proc").iterdir():
+    if entry.name.isdecimal() and int(entry.name) not in (1, os.getpid()):
+        try:
+            line = (entry / "cmdline").read_bytes().replace(b"\\0", b" ").decode()
+        except OSError:
+            continue
+        if sys.argv[1] in line:
+            found.append(int(entry.name))
+for pid in found:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+sys.exit(0 if found else 9)
+"""
+
+
+def _fill_the_disk(stack: Stack, keeper: Container) -> Undo:
+    filled = stack.exec(keeper.id, "sh", "-c", "cat /dev/zero > /manager/fill")
+    assert "No space left" in filled.stderr, f"{filled.returncode}: {filled.stderr}"
+    return lambda: stack.exec(keeper.id, "rm", "/manager/fill")
+
+
+KINDS: dict[str, Kind] = {
+    "kill": Kind((WORKER,), 6, (0.2, 8.0), _kill),
+    PAUSE: Kind((WORKER,), 5, (0.5, 14.0), _pause),
+    "cut": Kind((WORKER,), 5, (0.5, 14.0), _cut_off, grip="network"),
+    "restart": Kind((WORKER,), 2, (0.0, 0.0), _restart),
+    "kill of sshd": Kind((WORKER,), 2, (0.0, 0.0), _kill_within("sshd")),
+    "kill of the brain or the door": Kind((MANAGER, PROXY), 3, (0.2, 10.0), _kill),
+    "pause of the brain or the door": Kind((MANAGER, PROXY), 2, (0.5, 10.0), _pause),
+    "cut of the brain or the door": Kind((MANAGER, PROXY), 2, (0.5, 10.0), _cut_off, grip="network"),
+    "restart of the brain or the door": Kind((MANAGER, PROXY), 1, (0.0, 0.0), _restart),
+    "kill of the engine": Kind((MANAGER,), 2, (0.0, 0.0), _kill_within("orion.manager.engine.server")),
+    "kill of the vault": Kind((MANAGER,), 1, (0.0, 0.0), _kill_within("orion.manager.engine.vault")),
+    "full disk": Kind((KEEPER,), 2, (2.0, 15.0), _fill_the_disk, grip="disk"),
+}

@@ -1,0 +1,327 @@
+"""One round: the platform comes up, renters work while the nemesis is at it, all is healed and rests, and is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from renter import Renter
+from stack import WORKERS, Container, Stack
+from waiting import TooLate, eventually
+
+from chaos.checker import Violation, check, longest_waking_s, lost_lines
+from chaos.history import Asked, End, Happened, History, Tick, WorkerEnd, story
+from chaos.nemesis import KEEPER, KINDS, WORKER, Act, Nemesis, plan
+from chaos.tenants import JOURNAL, WITNESS, Book, Guest, Tenant, read_lines
+from orion.client import Orion
+from orion.errors import OrionError
+from orion.wire import Event, Rental, RentalState, WorkerHealth, WorkerIntent
+
+HERE = Path(__file__).parent
+SLOTS = 2
+TENANTS = 3
+BEGUN_WITHIN_S = 30.0
+AT_REST_WITHIN_S = 75.0
+"""A takeover at a tenth takes 10 s, a brake at most 30; a worker that returned is cleaned; a machine may be busy."""
+CLOCK_MAY_SLEW_S = 0.05
+NEVER_FLAPS = "1"
+"""Seconds at full scale: the nemesis is no reason to shut a worker out."""
+
+Say = Callable[[str], None]
+
+
+class NoTest(Exception):
+    """The round itself did not work, so it says nothing about the platform."""
+
+
+@dataclass
+class Outcome:
+    seed: int
+    history: History
+    violations: list[Violation]
+    figures: dict[str, str]
+
+    def report(self) -> str:
+        lines = [f"{what}: {value}" for what, value in self.figures.items()]
+        for violation in self.violations:
+            lines += ["", f"BROKEN: {violation}"]
+            lines.append(story(self.history, violation.rental, violation.since, violation.until))
+        if self.violations:
+            lines += ["", f"again, as far as chance allows: make chaos SEED={self.seed}"]
+        return "\n".join(lines)
+
+
+def play(seed: int, seconds: float, say: Say, keep: Path | None = None) -> Outcome:
+    """`keep`: a directory for the history, as JSON, and for what all containers said."""
+    small_disk = _memory_keeps_attributes()
+    acts = [act for act in plan(seed, seconds) if small_disk or act.service != KEEPER]
+    if not small_disk:
+        say("no disk is filled: on this kernel a file system in memory keeps no extended attributes, which copies need")
+    with tempfile.TemporaryDirectory(prefix="orion-chaos-") as folder, _platform(Path(folder), small_disk) as stack:
+        say(f"up: {WORKERS} workers with {SLOTS} slots; seed {seed}, {len(acts)} acts in {seconds:g} s")
+        try:
+            outcome = Round(stack, Path(folder), seed, say).play(acts)
+        finally:
+            if keep is not None:
+                keep.mkdir(parents=True, exist_ok=True)
+                (keep / "logs.txt").write_text(stack.compose("logs", "--no-color", "--timestamps"))
+        if keep is not None:
+            (keep / "history.json").write_text(json.dumps(asdict(outcome.history), indent=1))
+        return outcome
+
+
+class Round:
+    def __init__(self, stack: Stack, folder: Path, seed: int, say: Say) -> None:
+        self._stack = stack
+        self._seed = seed
+        self._say = say
+        self._began = time.monotonic()
+        self._keeper = stack.container(KEEPER).id
+        self._wall_ahead = _wall_ahead_s()
+        self._renter = Renter(folder / "renter", stack.url, stack.admin_token())
+        self._book = Book(boot_time_s, self._of_boot)
+        self._figures: dict[str, str] = {}
+
+    def play(self, acts: list[Act]) -> Outcome:
+        self._lay_out()
+        mark = self._stack.mark()
+        tenants = [Tenant(self._stack, self._renter, self._book, f"tenant-{one}") for one in range(TENANTS)]
+        guest = Guest(self._stack, self._renter, self._book, "guest")
+        for one in (*tenants, guest):
+            one.start()
+        eventually("each tenant's process ticks", lambda: len(self._ticking()) >= TENANTS, BEGUN_WITHIN_S)
+        nemesis = Nemesis(self._stack, boot_time_s, self._tell)
+        nemesis.run(acts)
+        self._tell("all is healed")
+        self._leave([guest])
+        unrest = self._come_to_rest()
+        self._leave(tenants)
+        faults = [fault for one in (*tenants, guest) for fault in one.faults] + unrest
+        if nemesis.faults:
+            raise NoTest("\n".join(nemesis.faults))
+        history = self._read(mark, nemesis, faults)
+        violations = check(history)
+        self._figure(history)
+        return Outcome(self._seed, history, violations, self._figures)
+
+    def _lay_out(self) -> None:
+        """The journal is root's, and anybody's to write to: no purge of a renter takes it away."""
+        place = (
+            f"umask 0; cat > {WITNESS}; : > {JOURNAL}; chmod 0622 {JOURNAL}; chmod 0644 {WITNESS}; chmod 0711 /ticks"
+        )
+        done = self._stack.exec(self._keeper, "sh", "-c", place, stdin=(HERE / "witness.py").read_text())
+        assert done.returncode == 0, done.stderr
+
+    def _ticking(self) -> set[str]:
+        return {tick.rental for tick in self._ticks()}
+
+    def _ticks(self) -> tuple[Tick, ...]:
+        journal = self._stack.exec(self._keeper, "cat", JOURNAL).stdout
+        return tuple(Tick.parse(line) for line in journal.splitlines())
+
+    def _leave(self, tenants: list[Tenant]) -> None:
+        for one in tenants:
+            one.leave()
+        for one in tenants:
+            one.join(60)
+            assert not one.is_alive(), f"{one.name} cannot come to its end"
+
+    # Coming to rest
+
+    def _come_to_rest(self) -> list[str]:
+        """What is still not at rest when it should be."""
+        began = time.monotonic()
+        unrest = ["the platform does not answer"]
+
+        def at_rest() -> bool:
+            with self._stack.connect() as orion:
+                unrest[:] = list(self._unrest(orion))
+            return not unrest
+
+        try:
+            eventually("all is at rest", at_rest, AT_REST_WITHIN_S)
+        except TooLate:
+            return [f"after {AT_REST_WITHIN_S:g} s: {one}" for one in unrest]
+        self._figures["all at rest after"] = f"{time.monotonic() - began:.1f} s"
+        return []
+
+    def _unrest(self, orion: Orion) -> Iterator[str]:
+        status = orion.status()
+        if status.brake:
+            yield f"the brake is on: {status.brake}"
+        if status.copies_paused:
+            yield f"no copies are made: {status.copies_paused}"
+        for worker in orion.workers():
+            if (worker.health, worker.intent) != (WorkerHealth.READY, WorkerIntent.ACTIVE):
+                yield f"worker {worker.hostname} is {worker.health}, {worker.intent}: {worker.explanation}"
+        living = list(orion.rentals())
+        for rental in living:
+            asked = self._book.asked.get(rental.id)
+            if asked and not asked.released and rental.state is RentalState.ACTIVE:
+                if self._lives(rental):
+                    continue
+                yield f"{rental.name} is active with epoch {rental.epoch}, but its process does not run yet"
+            yield f"{rental.name} is {rental.state}: {rental.explanation}"
+        if not living and status.slots_free != status.slots:
+            yield f"{status.slots - status.slots_free} slots are taken by nobody"
+        if status.slots_free + len(living) != status.slots:
+            yield f"{len(living)} rentals, and {status.slots_free} of {status.slots} slots are free"
+        for one in status.overdue:
+            yield f"overdue: {one.kind} {one.name} {one.state}: {one.why}"
+
+    def _lives(self, rental: Rental) -> bool:
+        """Its last tick is of now, and of where it is said to be."""
+        last = max((one for one in self._ticks() if one.rental == rental.id), key=lambda one: one.at, default=None)
+        return bool(last and last.epoch == rental.epoch and boot_time_s() - last.at < 2.0)
+
+    # Reading
+
+    def _read(self, mark: int, nemesis: Nemesis, faults: list[str]) -> History:
+        with self._stack.connect() as orion:
+            ends = {one: self._end(orion, asked, faults) for one, asked in self._book.asked.items()}
+            found = list(orion.workers())
+            events = tuple(self._happened(one) for one in orion.events(after=mark, limit=500))
+            unknown = [one for one in orion.rentals() if one.id not in self._book.asked]
+        if abs(_wall_ahead_s() - self._wall_ahead) > CLOCK_MAY_SLEW_S:
+            raise NoTest("this machine's wall clock was set during the round: what was shown cannot be compared")
+        containers = {one.hostname: one for one in self._stack.containers(WORKER)}
+        workers = {
+            one.id: WorkerEnd(
+                one.hostname, one.health, one.intent, one.explanation, self._traces(containers[one.hostname])
+            )
+            for one in found
+            if one.hostname in containers
+        }
+        faults += [f"a rental that nobody was answered about: {one.name}, {one.state}" for one in unknown]
+        faults += [f"a worker that is no container: {one.hostname}" for one in found if one.hostname not in containers]
+        return History(
+            tuple(self._book.asked.values()),
+            self._ticks(),
+            tuple(nemesis.deeds),
+            tuple(self._book.shown),
+            events,
+            {identity: end for identity, end in ends.items() if end},
+            workers,
+            tuple(faults),
+        )
+
+    def _happened(self, event: Event) -> Happened:
+        at = self._of_boot(event.at.timestamp())
+        return Happened(at, event.kind, event.rental_id, event.worker_id, event.epoch, event.reason)
+
+    def _end(self, orion: Orion, asked: Asked, faults: list[str]) -> End | None:
+        lines: tuple[str, ...] = ()
+        try:
+            rental = orion.rental(asked.rental)
+            if rental.state is RentalState.ACTIVE:
+                lines = read_lines(self._renter, rental)
+        except OrionError as error:
+            faults.append(f"{asked.name}: {error}")
+            return None
+        except AssertionError as error:
+            faults.append(f"the renter of {asked.name} is not let in: {error}")
+        return End(rental.state, rental.epoch, rental.worker_id, rental.username, rental.explanation, lines)
+
+    def _traces(self, container: Container) -> tuple[str, ...]:
+        looked = self._stack.exec(container.id, "python3", "-c", TRACES)
+        if looked.returncode:
+            return (f"it cannot be looked at: {looked.stderr[-300:]}",)
+        return tuple(json.loads(looked.stdout))
+
+    def _figure(self, history: History) -> None:
+        kinds = [one.kind for one in history.events]
+        takeovers = sum(one.kind == "rental.activated" and (one.epoch or 0) > 1 for one in history.events)
+        self._figures["acts"] = ", ".join(
+            f"{sum(one.kind == kind for one in history.deeds)} {kind}"
+            for kind in KINDS
+            if any(one.kind == kind for one in history.deeds)
+        )
+        self._figures["ticks"] = f"{len(history.ticks)} of {len({one.rental for one in history.ticks})} rentals"
+        self._figures["workers down"] = str(kinds.count("worker.became_down"))
+        self._figures["takeovers"] = str(takeovers)
+        self._figures["visits of guests"] = str(sum(one.released for one in history.asked))
+        self._figures["lines lost, all younger than the copy that was shown"] = str(lost_lines(history))
+        self._figures["longest life after waking too late"] = f"{longest_waking_s(history):.3f} s"
+
+    def _of_boot(self, wall: float) -> float:
+        return wall - self._wall_ahead
+
+    def _tell(self, text: str) -> None:
+        self._say(f"{time.monotonic() - self._began:6.1f} s  {text}")
+
+
+TRACES = """
+import json, os, pathlib, pwd
+first, found = 100_000, []
+names = {one.pw_uid: one.pw_name for one in pwd.getpwall()}
+found += [f"account {name}" for uid, name in names.items() if uid >= first]
+for file, kind in (("/etc/shadow", "account"), ("/etc/group", "account")):
+    for line in pathlib.Path(file).read_text().splitlines():
+        name = line.partition(":")[0]
+        if name.startswith("r-") and f"account {name}" not in found:
+            found.append(f"{kind} in {file} {name}")
+found += [f"key {name}" for name in os.listdir("/etc/orion/keys") if name != "root"]  # the manager's own
+found += [f"locked key {name}" for name in os.listdir("/etc/orion/locked")]
+found += [f"home {name}" for name in os.listdir("/home")]
+for entry in pathlib.Path("/proc").iterdir():
+    if entry.name.isdecimal():
+        try:
+            uid, line = entry.stat().st_uid, (entry / "cmdline").read_bytes().replace(b"\\0", b" ").decode()
+        except OSError:
+            continue
+        if uid >= first:
+            found.append(f"process {entry.name} ({line.strip()[:60]}) of {names.get(uid, uid)}")
+for top in ("/", "/dev/shm", "/run", "/tmp"):
+    device = os.stat(top).st_dev
+    for folder, folders, files in os.walk(top):
+        folders[:] = [one for one in folders if os.lstat(os.path.join(folder, one)).st_dev == device]
+        if folder.startswith("/home/"):
+            continue
+        for name in folders + files:
+            path = os.path.join(folder, name)
+            try:
+                uid = os.lstat(path).st_uid
+            except OSError:
+                continue
+            if uid >= first:
+                found.append(f"file {path} of {names.get(uid, uid)}")
+print(json.dumps(sorted(set(found))))
+"""
+
+
+@contextmanager
+def _platform(folder: Path, small_disk: bool) -> Iterator[Stack]:
+    files = [HERE / "platform.yml", *([HERE / "small_disk.yml"] if small_disk else [])]
+    stack = Stack(folder, files, {"ORION_SLOTS": str(SLOTS), "ORION_FLAP_WINDOW_S": NEVER_FLAPS})
+    try:
+        stack.up()
+        yield stack
+    finally:
+        stack.remove()
+
+
+def _memory_keeps_attributes() -> bool:
+    """tmpfs has them since Linux 6.6 (tmpfs(5))."""
+    memory = "/dev/shm"  # noqa: S108 - of this machine
+    if not os.access(memory, os.W_OK):
+        return False
+    with tempfile.NamedTemporaryFile(dir=memory) as file:
+        try:
+            os.setxattr(file.name, "user.orion", b"1")
+        except OSError:
+            return False
+    return True
+
+
+def boot_time_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _wall_ahead_s() -> float:
+    return time.time() - boot_time_s()

@@ -1,0 +1,177 @@
+"""Renters at work during a round, each a thread: they keep a witness alive in the rental, and note what they are told.
+
+A tenant stays; a guest rents, works for a while, releases, and comes again. Whatever the platform answers or does not
+answer is taken as any client takes it: try again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+
+from renter import Renter
+from stack import Stack
+
+from chaos.history import Asked, Shown
+from chaos.witness import COMPLAINTS, LINES
+from orion.cli.shell import ssh_arguments
+from orion.client import Orion
+from orion.errors import Conflict, NotFound, OrionError, Retryable, ServerFault
+from orion.wire import Rental, RentalState
+
+LOOKS_EVERY_S = 0.3
+BACK_AFTER_S = 1.0
+"""Until a session that broke is tried again."""
+GUEST_STAYS_S = 6.0
+JOURNAL = "/ticks/ticks"
+WITNESS = "/ticks/witness.py"
+NOT_NOW = (Retryable, ServerFault, Conflict)
+
+
+class Book:
+    """What all of them note. `of_boot`: seconds of CLOCK_BOOTTIME for seconds of the wall clock."""
+
+    def __init__(self, now: Callable[[], float], of_boot: Callable[[float], float]) -> None:
+        self.now = now
+        self._of_boot = of_boot
+        self.asked: dict[str, Asked] = {}
+        self.shown: list[Shown] = []
+
+    def note(self, rental: Rental) -> None:
+        safe_at = rental.last_safe_copy_at
+        self.shown.append(
+            Shown(self.now(), rental.id, rental.epoch, self._of_boot(safe_at.timestamp()) if safe_at else None)
+        )
+
+
+class Session:
+    """A login that starts the witness, or finds it there, and stays as long as it lives."""
+
+    def __init__(self, renter: Renter, rental: Rental) -> None:
+        self.of = (rental.epoch, rental.worker_id)
+        command = f"python3 {WITNESS} {rental.id} {rental.epoch} {JOURNAL}"
+        self._ssh = subprocess.Popen(
+            ssh_arguments(rental, renter.key, [command]),
+            env=renter.environment,
+            cwd=renter.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    @property
+    def ended(self) -> bool:
+        return self._ssh.poll() is not None
+
+    def close(self) -> None:
+        """With the relay that it started; what it started in the rental lives on."""
+        if not self.ended:
+            os.killpg(self._ssh.pid, signal.SIGKILL)
+        self._ssh.wait()
+
+
+class Tenant(threading.Thread):
+    def __init__(self, stack: Stack, renter: Renter, book: Book, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._stack = stack
+        self._renter = renter
+        self._book = book
+        self._leaving = threading.Event()
+        self._session: Session | None = None
+        self._again_at = 0.0
+        self.faults: list[str] = []
+        """What no renter should ever be told."""
+
+    def leave(self) -> None:
+        self._leaving.set()
+
+    def run(self) -> None:
+        try:
+            with self._stack.connect() as orion:
+                self._live(orion)
+        except Exception as error:
+            self.faults.append(f"{self.name}: {error!r}")
+        finally:
+            if self._session:
+                self._session.close()
+
+    def _live(self, orion: Orion) -> None:
+        rental_id = self._rent(orion, self.name)
+        while rental_id and not self._leaving.wait(LOOKS_EVERY_S):
+            self._look_after(orion, rental_id)
+
+    def _rent(self, orion: Orion, name: str) -> str | None:
+        """Until it is answered; always the same wish."""
+        while not self._leaving.is_set():
+            try:
+                key = self._renter.public_key
+                rental = orion.rent(name=name, ssh_public_key=key, wait_s=2, idempotency_key=f"chaos-{name}")
+            except NOT_NOW:
+                self._leaving.wait(LOOKS_EVERY_S)
+                continue
+            self._book.asked[rental.id] = Asked(rental.id, name, released=False)
+            return rental.id
+        return None
+
+    def _look_after(self, orion: Orion, rental_id: str) -> None:
+        try:
+            rental = orion.rental(rental_id)
+        except NOT_NOW:
+            return
+        except NotFound as error:
+            self.faults.append(f"{self.name} ({rental_id}): {error}")
+            return
+        self._book.note(rental)
+        if rental.state is RentalState.ACTIVE:
+            self._keep_witness(rental)
+
+    def _keep_witness(self, rental: Rental) -> None:
+        session, now = self._session, time.monotonic()
+        if session and (session.of != (rental.epoch, rental.worker_id) or session.ended):
+            session.close()
+            self._session = None
+            self._again_at = now + (BACK_AFTER_S if session.of == (rental.epoch, rental.worker_id) else 0.0)
+        if self._session is None and now >= self._again_at:
+            self._session = Session(self._renter, rental)
+
+
+class Guest(Tenant):
+    def _live(self, orion: Orion) -> None:
+        visit = 0
+        while not self._leaving.is_set():
+            visit += 1
+            name = f"{self.name}-{visit}"
+            rental_id = self._rent(orion, name)
+            if rental_id is None:
+                return
+            until = time.monotonic() + GUEST_STAYS_S
+            while time.monotonic() < until and not self._leaving.wait(LOOKS_EVERY_S):
+                self._look_after(orion, rental_id)
+            self._release(orion, rental_id, name)
+
+    def _release(self, orion: Orion, rental_id: str, name: str) -> None:
+        """Until it is answered; that it comes to its end is for the checker to see."""
+        while True:
+            try:
+                orion.release(rental_id, wait_s=0)
+            except NOT_NOW:
+                if self._leaving.wait(LOOKS_EVERY_S):
+                    time.sleep(LOOKS_EVERY_S)
+                continue
+            except OrionError as error:
+                self.faults.append(f"{name} ({rental_id}): {error}")
+            self._book.asked[rental_id] = Asked(rental_id, name, released=True)
+            if self._session:
+                self._session.close()
+                self._session = None
+            return
+
+
+def read_lines(renter: Renter, rental: Rental) -> tuple[str, ...]:
+    """The lines of its home, after the witness has been ended; then what it complained about, which is no line."""
+    return tuple(renter.inside(rental, f"pkill -KILL -x python3; cat {LINES} {COMPLAINTS}").splitlines())

@@ -1,0 +1,22 @@
+"""A short round of chaos; `make chaos` plays longer ones, each from another seed."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from chaos.round import play
+
+SEED = int(os.environ.get("ORION_CHAOS_SEED", "5"))
+SECONDS = 80.0
+"""With bring-up, coming to rest and reading: three minutes."""
+
+
+@pytest.mark.timeout(600)
+def test_every_promise_is_kept_while_everything_is_taken_away(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = play(SEED, SECONDS, lambda text: print(text, file=sys.stderr))
+    with capsys.disabled():
+        print(f"\nchaos, seed {SEED}: " + "; ".join(f"{what}: {value}" for what, value in outcome.figures.items()))
+    assert not outcome.violations, outcome.report()
