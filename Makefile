@@ -3,7 +3,8 @@ SHELL := /bin/bash
 ORION_PY ?= $(shell scripts/command.sh python)
 UV ?= uv
 
-.PHONY: up down clean token demo logs status test test-fast test-integration test-e2e simulate mutants bench lint lock help
+.PHONY: up down clean token demo logs status test test-fast test-integration test-e2e chaos simulate mutants bench bench-failover \
+	lint lock help
 
 help:  ## what there is
 	@grep -E '^[a-z0-9-]+: .*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 20
@@ -42,6 +43,10 @@ test-integration:  ## one part for real
 test-e2e:  ## the whole platform
 	@scripts/test.sh e2e
 
+# SECONDS is also a variable of bash, which does not export it.
+chaos:  ## renters at work while everything is killed, paused and cut off; a checker reads all (SECONDS=N; SEED=N replays)
+	@scripts/test.sh chaos $(if $(SEED),--seed $(SEED)) --seconds $(or $(SECONDS),300) $(if $(KEEP),--keep $(KEEP))
+
 simulate:  ## 10,000 histories of a platform on which everything goes wrong (SCHEDULES=N; SEED=N replays one and tells it)
 	@scripts/test.sh simulate $(if $(SEED),--seed $(SEED)) --schedules $(or $(SCHEDULES),10000)
 
@@ -50,6 +55,9 @@ mutants:  ## break the code on purpose, one way after another: each must be noti
 
 bench:  ## measure it against what it is made of, in under 15 minutes (ONLY=rent, burst, heartbeats, growth or watch); see docs/performance.md
 	@scripts/test.sh bench $(ONLY)
+
+bench-failover:  ## a worker is killed or cut off, the platform restarts: how long, and where the time goes, in under 15 minutes
+	@scripts/test.sh bench failover
 
 lint:  ## every linter and the type checker
 	@scripts/test.sh lint

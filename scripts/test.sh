@@ -1,5 +1,5 @@
 #!/bin/bash
-# test.sh lint | fast | integration | crash | e2e | bench | all. Makes what it needs: .venv from the lock file, the engine, the base image.
+# test.sh lint | fast | integration | crash | e2e | chaos | bench | all. Makes what it needs: .venv from the lock file, the engine, the base image.
 HERE=$(dirname "$0")
 . "$HERE/common.sh"
 . "$HERE/packages.sh"
@@ -115,6 +115,7 @@ everything() {
     images_or_fail wait "$building"
     run_tests --by-file integration crash || failed=1
     run_tests --alone e2e || failed=1
+    run_tests --alone chaos || failed=1
     summary
     return $failed
 }
@@ -150,6 +151,10 @@ rm -rf "$RESULTS"
 case ${1:-all} in
 simulate) run_program simulation.runner "${@:2}" ;;
 mutants) run_program simulation.mutants.run "${@:2}" ;;
+chaos)
+    make_engine
+    run_program chaos.runner "${@:2}"
+    ;;
 bench)
     make_bench "${@:2}"
     run_program bench "${@:2}"
@@ -167,5 +172,5 @@ e2e)
     run_tests --alone e2e
     ;;
 all) everything ;;
-*) fail "usage: test.sh lint | fast | integration | crash | e2e | simulate | mutants | bench | all" ;;
+*) fail "usage: test.sh lint | fast | integration | crash | e2e | chaos | simulate | mutants | bench | all" ;;
 esac
