@@ -1,4 +1,4 @@
-"""`python -m bench [rent burst heartbeats growth watch]`: measure, show, keep."""
+"""`python -m bench [rent burst heartbeats growth watch failover]`: measure, show, keep."""
 
 from __future__ import annotations
 
@@ -13,10 +13,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import burst, growth, heartbeats, rent, watch
+from bench import burst, failover, growth, heartbeats, rent, watch
 from bench.report import RESULTS, Result, keep, machine, show
 
-NEEDS = {"rent": ("docker",), "burst": ("docker",), "heartbeats": ("docker", "wrk"), "growth": (), "watch": ()}
+NEEDS = {
+    "rent": ("docker",),
+    "burst": ("docker",),
+    "heartbeats": ("docker", "wrk"),
+    "growth": (),
+    "watch": (),
+    "failover": ("docker",),
+}
+BY_ITSELF = "failover"
+"""Takes as long as all the others together: it is measured only when it is asked for."""
 
 
 def main() -> int:
@@ -29,8 +38,9 @@ def main() -> int:
         "heartbeats": lambda: heartbeats.measure(arguments.workers, arguments.load_s),
         "growth": lambda: growth.measure(arguments.sizes, arguments.samples),
         "watch": lambda: watch.measure(arguments.watches),
+        BY_ITSELF: lambda: failover.measure(arguments.runs),
     }
-    chosen = arguments.parts or list(parts)
+    chosen = arguments.parts or [part for part in parts if part != BY_ITSELF]
     missing = {need for part in chosen for need in NEEDS[part] if not _there(need)}
     if missing:
         sys.exit(f"bench: needs {' and '.join(sorted(missing))}: make bench installs what is missing")
@@ -61,7 +71,7 @@ def _answers(command: list[str]) -> bool:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=list(NEEDS), metavar="PART", help=f"of {', '.join(NEEDS)}; all")
+    parser.add_argument("parts", nargs="*", choices=list(NEEDS), metavar="PART", help=f"of {', '.join(NEEDS)}")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where JSON and SVG go")
     parser.add_argument("--strict", action="store_true", help="end with 1 when a target is not reached")
     parser.add_argument("--rounds", type=int, default=100, help="rent: rounds for each strategy")
@@ -70,6 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=5000, help="heartbeats: simulated workers")
     parser.add_argument("--load-s", type=float, default=8, help="heartbeats: length of a round of load")
     parser.add_argument("--samples", type=int, default=100, help="growth: calls of each kind for each size")
+    parser.add_argument("--runs", type=int, default=20, help="failover: runs of each case")
     parser.add_argument("--watches", type=int, default=1000, help="watch: workers that are watched")
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[100, 1000, 10_000, 100_000], help="growth: registered workers"

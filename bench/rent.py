@@ -58,13 +58,19 @@ class Renter:
 
     def gets_in(self, rental: dict[str, Any]) -> None:
         """Raises RuntimeError when the renter cannot log in: then the rent was no rent."""
-        command = ssh_arguments(Rental.model_validate(rental), self._key, ["id", "-un"])
+        if self.runs(rental, "id -un") != rental["username"]:
+            raise RuntimeError(f"somebody else is in {rental['id']}")
+
+    def runs(self, rental: dict[str, Any], command: str) -> str:
+        """What a command in the rental prints. Raises RuntimeError when it fails, or nobody is let in."""
+        arguments = ssh_arguments(Rental.model_validate(rental), self._key, [command])
         environment = {"PATH": os.environ["PATH"], "HOME": str(self._stack.folder), "PYTHONPATH": str(ROOT / "src")}
         environment |= {"ORION_URL": f"http://127.0.0.1:{self._stack.http_port}"}
         environment |= {"ORION_TOKEN_FILE": str(self._token_file)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-        if done.stdout.strip() != rental["username"]:
-            raise RuntimeError(f"no login to {rental['id']}, which was answered with 201: {done.stderr}")
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode:
+            raise RuntimeError(f"no login to {rental['id']}, which is said to be active: {done.stderr}")
+        return done.stdout.strip()
 
 
 def measure(rounds: int, budget_s: float) -> Result:

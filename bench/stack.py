@@ -40,6 +40,10 @@ class Stack:
         self.token = ""
 
     @property
+    def network(self) -> str:
+        return f"{PROJECT}_orion_net"
+
+    @property
     def proxy_address(self) -> IPv4Address:
         return self.subnet.network_address + 2
 
