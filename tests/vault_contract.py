@@ -77,6 +77,15 @@ class VaultContract:
         assert await bench.files(home) == {}
         assert await bench.vault.copies(home.rental_id, home.uid) == []
 
+    async def test_a_connection_at_hand_is_to_the_worker_with_the_pinned_host_key_or_to_nobody(
+        self, bench: Bench
+    ) -> None:
+        one, other = bench.hosts
+        await bench.vault.connect(one)
+        await bench.vault.connect(one)
+        refused = await refusal(bench.vault.connect(replace(one, host_keys=other.host_keys)))
+        assert refused.code == "unreachable"
+
     async def test_a_restore_may_be_repeated_until_the_renter_is_let_in_and_never_after(self, bench: Bench) -> None:
         home = bench.new_home()
         await bench.create(home, let_in=True)

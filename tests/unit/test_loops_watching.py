@@ -100,8 +100,8 @@ async def test_who_was_removed_is_let_go(scene: Scene) -> None:
 
 
 async def test_a_killed_worker_s_rental_moves_at_once_and_a_restarted_sshd_moves_nothing(house: House) -> None:
-    watching = Watching(FakeWatch(house.world), house.clock.monotonic, house.manager.health.judge_now)
-    house.manager.health.watching = watching
+    watching = Watching(FakeWatch(house.world), house.clock.monotonic, house.manager.watch_changed)
+    house.manager.health.watching = house.manager.watching = watching
     first, second = await house.join(), await house.join()
     house.end_the_brake_of_the_start()
     await house.pass_time(5.0)
@@ -120,6 +120,8 @@ async def test_a_killed_worker_s_rental_moves_at_once_and_a_restarted_sshd_moves
     await house.settle()
     assert await house.health(holder) == "down"
     assert (await house.worker(holder))["explanation"] == PROOFS["gone"]
+    other = second if holder is first else first
+    assert set(house.vault.connected) == {other.worker_id}, "it was at hand before the death was proved"
     moved = await house.rental(rental["id"])
     assert (moved["state"], moved["epoch"]) == ("active", 2)
     assert house.manager.leases.losses(holder.worker_id, house.clock.now, 3600.0) == 1

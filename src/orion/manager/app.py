@@ -46,6 +46,7 @@ from orion.manager.loops.door import DoorProbe
 from orion.manager.loops.engine_log import EngineLog, LoggedEngine
 from orion.manager.loops.expiry import ExpiryLoop
 from orion.manager.loops.health import HealthLoop
+from orion.manager.loops.readiness import Readiness
 from orion.manager.loops.reconciler import Reconciler
 from orion.manager.loops.restoring import Restorer
 from orion.manager.loops.timer import Loop
@@ -114,7 +115,8 @@ class Manager:
             ports.monotonic,
             wake_reconciler,
         )
-        self.watching = Watching(ports.watch, ports.monotonic, self.health.judge_now) if ports.watch else None
+        self.readiness = Readiness(self.ledger, self.roster, ports.vault)
+        self.watching = Watching(ports.watch, ports.monotonic, self.watch_changed) if ports.watch else None
         self.health.watching = self.watching
         self.expiry = ExpiryLoop(self.ledger, ports.monotonic, ports.wall, wake_reconciler)
         self.reconciler.on_worker_change = self.health.loop.hint
@@ -164,6 +166,11 @@ class Manager:
         door = [self._ports.door.loop] if self._ports.door else []
         return [self.health.loop, self.reconciler.loop, self.expiry.loop, self.copies.loop, self.engine_log.loop, *door]
 
+    def watch_changed(self, worker_id: str) -> None:
+        self.health.judge_now(worker_id)
+        if self.watching and self.watching.is_closed(worker_id):
+            self.readiness.prepare_for_loss_of(worker_id)
+
     def _brake(self) -> str | None:
         return self.health.brake.reason if self.health.brake.on else None
 
@@ -189,6 +196,7 @@ class Manager:
             await asyncio.gather(*running, return_exceptions=True)
             await self.copies.stop()
             await self.reconciler.stop()
+            await self.readiness.stop()
             await self.engine_log.flush()
             if self.watching:
                 await self.watching.stop()

@@ -71,6 +71,11 @@ class Watching:
         known = self._tasks.get(worker.id)
         return known.found if known and known.session_id == worker.session_id else Watched()
 
+    def is_closed(self, worker_id: str) -> bool:
+        """Whether its kernel closed the watch, and it is not proved dead: it may be in a moment."""
+        known = self._tasks.get(worker_id)
+        return known is not None and known.found.closed_at is not None and not known.found.proof
+
     async def stop(self) -> None:
         """Let go of all, so that no worker takes the manager's end for something that it must freeze for."""
         tasks = [known.task for known in self._tasks.values()]

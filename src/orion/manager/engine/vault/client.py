@@ -11,8 +11,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from orion.manager.domain.copies import Copy, Generation
+from orion.manager.engine.port import Host
 from orion.manager.engine.protocol import HostLine
-from orion.manager.engine.vault.port import COPY_DEADLINE_S, RESTORE_DEADLINE_S, Copied, Home, Limits, VaultError
+from orion.manager.engine.vault.port import (
+    CONNECT_DEADLINE_S,
+    COPY_DEADLINE_S,
+    RESTORE_DEADLINE_S,
+    Copied,
+    Home,
+    Limits,
+    VaultError,
+)
 from orion.manager.engine.vault.protocol import Action, ReplyLine, RequestLine, read
 
 MARGIN_S = 5.0
@@ -47,6 +56,10 @@ class VaultClient:
         await self._end_all_of(home.rental_id)
         reply = await self._begin(line)
         return read(reply.done) if reply.done else None
+
+    async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
+        line = RequestLine(action=Action.CONNECT, host=_host_line(host), deadline_s=deadline_s)
+        await self._ask(line, deadline_s)
 
     async def copies(self, rental_id: str, uid: int) -> list[Copy]:
         line = RequestLine(action=Action.LIST, rental_id=rental_id, uid=uid, deadline_s=SHORT_S)
@@ -108,21 +121,19 @@ class VaultClient:
 
 
 def _line(action: Action, home: Home, deadline_s: float, **more: Any) -> RequestLine:
-    host = home.host
     try:
         return RequestLine(
             action=action,
             rental_id=home.rental_id,
             uid=home.uid,
             epoch=home.epoch,
-            host=HostLine(
-                worker_id=host.worker_id,
-                address=host.address,
-                port=host.port,
-                host_keys=host.host_keys,
-            ),
+            host=_host_line(home.host),
             deadline_s=deadline_s,
             **more,
         )
     except ValidationError as error:
         raise VaultError("invalid_request", f"not a request for the vault: {error.errors()[0]['msg']}") from error
+
+
+def _host_line(host: Host) -> HostLine:
+    return HostLine(worker_id=host.worker_id, address=host.address, port=host.port, host_keys=host.host_keys)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from orion.manager.domain.copies import Copy, Generation, kept, next_number
 from orion.manager.engine.fake import FakeWorker, FakeWorld
+from orion.manager.engine.port import Host
 from orion.manager.engine.vault.port import (
+    CONNECT_DEADLINE_S,
     COPY_DEADLINE_S,
     LET_IN,
     NO_SUCH_GENERATION,
@@ -34,6 +36,8 @@ class FakeVault:
     """What every call raises."""
     restored: list[tuple[str, int, str]] = field(default_factory=list)
     """Rental, epoch and generation of each restore."""
+    connected: list[str] = field(default_factory=list)
+    """The workers to which a connection was wanted."""
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a copy or a restore was asked for."""
     _put: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -79,6 +83,11 @@ class FakeVault:
         self._put[home.rental_id, home.epoch] = str(wanted)
         return copy
 
+    async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
+        await self._going()
+        await self._reached(host, deadline_s)
+        self.connected.append(host.worker_id)
+
     async def copies(self, rental_id: str, uid: int) -> list[Copy]:
         await self._going()
         return list(self._copies(rental_id))
@@ -100,19 +109,23 @@ class FakeVault:
         if self.failure:
             raise self.failure
 
-    async def _worker(self, home: Home, deadline_s: float) -> FakeWorker:
-        await self._going()
-        worker = self.world.at(home.host)
-        if worker is None or not self.world.recognises(worker, home.host):
+    async def _reached(self, host: Host, deadline_s: float) -> FakeWorker:
+        worker = self.world.at(host)
+        if worker is None or not self.world.recognises(worker, host):
             raise VaultError("unreachable", "the worker cannot be asked")
         try:
             async with asyncio.timeout(deadline_s):
                 await worker.going()
         except TimeoutError as error:
             raise VaultError("timed_out", "it took longer than it may") from error
-        account = worker.accounts.get(home.rental_id)
         if not worker.alive:
             raise VaultError("unreachable", "the worker cannot be asked")
+        return worker
+
+    async def _worker(self, home: Home, deadline_s: float) -> FakeWorker:
+        await self._going()
+        worker = await self._reached(home.host, deadline_s)
+        account = worker.accounts.get(home.rental_id)
         if account is None:
             raise VaultError("unknown_rental", "no such rental on this worker")
         if account.epoch != home.epoch:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -71,6 +72,8 @@ class Job:
         """Raises VaultError for what goes wrong, and Abandoned when nobody waits for it any more."""
         if self._request.action is Action.RENTALS:
             return ReplyLine(ok=True, rentals=sorted(place.name for place in self._places.copies.iterdir()))
+        if self._request.action is Action.CONNECT:
+            return self._connect()
         work = {
             Action.COPY: self._copy,
             Action.RESTORE: self._restore,
@@ -116,6 +119,25 @@ class Job:
         told = transfer.run((*OPTIONS, "--chmod=ug-s", source, "worker:."), lambda: None, None)
         check(told, "sender")
         return ReplyLine(ok=True, done=copy | {"skipped": [*copy["skipped"], *told.skipped()]}, copies=complete)
+
+    def _connect(self) -> ReplyLine:
+        """What comes next finds a connection that is open (ControlPersist). Nothing is asked of the worker."""
+        command, environment = self._ssh()
+        account = self._places.ssh_uid
+        ssh = subprocess.Popen(
+            [*command, "true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=environment, cwd="/", user=account, group=account, extra_groups=[], start_new_session=True,
+        )  # fmt: skip
+        ended = os.pidfd_open(ssh.pid)
+        try:
+            self._watch.wait_for(ended)
+        finally:
+            os.close(ended)
+            ssh.kill()
+            status = ssh.wait()
+        if status:
+            raise VaultError("unreachable", "the worker cannot be asked")
+        return ReplyLine(ok=True)
 
     def _list(self) -> ReplyLine:
         return ReplyLine(ok=True, copies=self._found())
@@ -168,12 +190,9 @@ class Job:
 
     def _far(self, direction: str, **more: Any) -> Far:
         request = self._request
-        if request.host is None:
-            raise VaultError("invalid_request", "it names no worker")
-        host = request.host.host()
-        environment = {"PATH": "/usr/bin:/bin", "HOME": str(self._places.ssh), "LANG": "C.UTF-8"}
+        command, environment = self._ssh()
         account = (self._places.ssh_uid, self._places.ssh_uid)
-        far = Far(ssh_command(host, self._places.ssh), account, environment, direction)
+        far = Far(command, account, environment, direction)
         identity = {"rental_id": request.rental_id, "epoch": request.epoch, "deadline": self._watch.unix_deadline()}
         try:
             far.greet(identity | more, self._watch)
@@ -182,6 +201,13 @@ class Job:
             far.process.wait()
             raise
         return far
+
+    def _ssh(self) -> tuple[list[str], dict[str, str]]:
+        """The command that reaches the worker, and its environment."""
+        if self._request.host is None:
+            raise VaultError("invalid_request", "it names no worker")
+        environment = {"PATH": "/usr/bin:/bin", "HOME": str(self._places.ssh), "LANG": "C.UTF-8"}
+        return ssh_command(self._request.host.host(), self._places.ssh), environment
 
     def _as_renter(self, work: Callable[[], T]) -> T:
         """What `work` returns, done by a child that is the rental's uid."""

@@ -13,6 +13,7 @@ from orion.manager.engine.port import Host
 
 COPY_DEADLINE_S = 120.0
 RESTORE_DEADLINE_S = 300.0
+CONNECT_DEADLINE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ class Vault(Protocol):
         Ends a copy or another restore of the same rental that is under way: that raises with the code "superseded".
         Repeatable until the renter is let in.
         """
+        ...
+
+    async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
+        """Have a connection to this worker at hand, for a minute: something may be about to be restored there."""
         ...
 
     async def copies(self, rental_id: str, uid: int) -> list[Copy]:

@@ -24,6 +24,7 @@ class Action(StrEnum):
     LIST = "list"
     REMOVE = "remove"
     RENTALS = "rentals"
+    CONNECT = "connect"
 
 
 class Line(BaseModel):
