@@ -162,6 +162,15 @@ def test_silence_proves_death_only_after_its_time_and_enough_attempts() -> None:
     assert not Silence(100.0, attempts=2).proves(200.0), "nobody asked"
 
 
+def test_a_death_is_proved_as_soon_as_the_silence_was_long_enough() -> None:
+    silence = Silence(100.0)
+    assert silence.pause_s(100.0) == ATTEMPT_EVERY_S
+    silence.broken(100.01)  # by a refusal of what was just being taken down
+    assert silence.pause_s(101.25) == ATTEMPT_EVERY_S
+    assert silence.pause_s(101.5) == pytest.approx(0.01)
+    assert silence.pause_s(100.01 + SILENCE_S) == ATTEMPT_EVERY_S, "too few attempts: it does not spin"
+
+
 def test_an_answer_of_any_kind_begins_the_silence_anew() -> None:
     silence = Silence(100.0, attempts=9)
     silence.broken(101.0)

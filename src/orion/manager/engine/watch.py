@@ -77,6 +77,11 @@ class Silence:
         """An acceptance or a refusal, or something that says nothing about the other end: it begins anew."""
         self.since, self.attempts = now, 0
 
+    def pause_s(self, now: float) -> float:
+        """Until the next attempt, or until silence alone may prove it, whatever comes first: nobody waits longer."""
+        left_s = self.since + SILENCE_S - now
+        return left_s if 0 < left_s < ATTEMPT_EVERY_S else ATTEMPT_EVERY_S
+
     def proves(self, now: float) -> bool:
         return now - self.since >= SILENCE_S and self.attempts >= SILENCE_S / ATTEMPT_EVERY_S - 2
 
@@ -165,7 +170,7 @@ class SshWatch:
                 attempts.add(asyncio.create_task(_attempt(host, silence)))
                 silence.begun()
                 began = time.monotonic()
-                await asyncio.sleep(ATTEMPT_EVERY_S)
+                await asyncio.sleep(silence.pause_s(began))
                 if time.monotonic() - began > ATTEMPT_EVERY_S + LATE_S:
                     silence.broken(time.monotonic())
                 taken = any(task.done() and task.result() for task in attempts)
