@@ -8,8 +8,10 @@ and only an operator or the renter may say that it is to begin without.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from orion.manager.domain.copies import EMPTY, NEWEST, Copy, Generation
 from orion.manager.engine.port import Action, Engine, Job, Outcome
@@ -18,6 +20,10 @@ from orion.manager.store.copies import CopyBook
 
 WAITS = "waits"
 """In the report of a failure: another worker would do no better."""
+AT_ONCE = 8
+"""Homes that are filled at a time on one worker, which has a processor or two. A hundred that begin together are all
+late, and its sshd takes no more than 64 sessions of one connection.
+"""
 
 
 class Restorer:
@@ -25,6 +31,8 @@ class Restorer:
         self._engine = engine
         self._vault = vault
         self._book = book
+        self._shares: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        """Of each worker on which a home is being filled: one that hangs holds up no other."""
 
     async def make(self, job: Job, wanted: str) -> Outcome:
         """The account is there with its files and its renter is let in; the report tells which copy it was."""
@@ -33,8 +41,10 @@ class Restorer:
             return prepared
         told: dict[str, Any] = {}
         if prepared.report.get("state") != "running":
+            share = self._shares.setdefault(job.host.worker_id, asyncio.Semaphore(AT_ONCE))
             try:
-                told = {"restored": await self._fill(job, wanted)}
+                async with share:
+                    told = {"restored": await self._fill(job, wanted)}
             except VaultError as error:
                 return _refused(error)
         made = await self._engine.run(job)
