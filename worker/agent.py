@@ -111,6 +111,7 @@ def run(settings: Settings) -> None:
     node.lock_all()
     fence = Fence(node.rentals, lambda: may_run(home.standing, home.unwatched_at, boot_time_s()), say)
     fence.begin()
+    node.rentals.launcher.begin(node.boot_id)
     home = CallHome(node, HttpTransport(settings.url), boot_time_s, random.random, say, fence.renewed)
 
     def unwatched() -> None:

@@ -31,6 +31,7 @@ import processes
 import standing
 import traces
 from freezing import Freezer
+from launching import MARK, Launcher, is_command
 from ledger import Ledger, Record, Refused, check_create, check_not_newer, check_unlock, write_whole
 
 FIRST_UID = 100_000
@@ -51,6 +52,9 @@ class Request:
     uid: int = 0
     public_keys: tuple[str, ...] = ()
     kill: bool = False
+    start: str = ""
+    """The start command, to run when its renter is let in; `start_mark` says which run of it: see launching.py."""
+    start_mark: str = ""
     deadline: float | None = None
     """Unix time after which the order is void: who gave it has given up."""
 
@@ -92,6 +96,7 @@ class Rentals:
         self._lock_wait_s = lock_wait_s
         self.ledger = Ledger(self._places.root / "var/lib/orion/rentals")
         self.freezer = Freezer(self._places.root)
+        self.launcher = Launcher(self._places.root)
         self._places.keys.mkdir(mode=0o711, parents=True, exist_ok=True)
         self._places.locked_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -142,10 +147,12 @@ class Rentals:
             return {"changed": self._let_in(record) or changed, "epoch": record.epoch, "state": "running"}
 
     def run(self, request: Request) -> Report:
-        """Created, then unlocked: two steps, each with its own look at the epoch."""
+        """Created, then unlocked, then its start command runs: steps that each look at the epoch anew."""
         created = self.create(request)
         unlocked = self.unlock(request)
-        return {**unlocked, "changed": created["changed"] or unlocked["changed"]}
+        started = self._start(request) if request.start else {}
+        changed = created["changed"] or unlocked["changed"] or bool(started)
+        return {**unlocked, **started, "changed": changed}
 
     def lock(self, request: Request) -> Report:
         """Its keys are where sshd does not look; with `kill`, its processes are ended."""
@@ -264,6 +271,17 @@ class Rentals:
         if not self.freezer.has_lease:
             raise Refused("no_lease", "this worker has no lease: nobody is let in")
 
+    def _start(self, request: Request) -> Report:
+        """Under a lease, as whoever is let in: what starts as that ends is stopped by the fence's next look."""
+        with self.ledger.locked(request.rental_id, self._lock_wait_s):
+            record = self.ledger.living(request.rental_id)
+            check_unlock(record, self.ledger.purged_epoch(request.rental_id), request.epoch)
+            assert record is not None  # noqa: S101 - check_unlock has refused it
+            self._check_lease()
+            if self.freezer.is_frozen(record.rental_id):
+                raise Refused("no_lease", "it was frozen meanwhile: nothing of it may run")
+            return self.launcher.launch(record, request.start, request.start_mark)
+
     def _shown(self, of: Record | Request) -> str:
         return "frozen" if self.freezer.is_frozen(of.rental_id) else self._state(of.username)
 
@@ -292,6 +310,7 @@ class Rentals:
             accounts.remove(self._places.etc, request.username, request.uid)
             killed[request] += processes.end(renter)  # a log-in that was under way when the keys went
             self.freezer.forget(request.rental_id)
+            self.launcher.forget(request.rental_id)
             removed[request] += self._remove_named(request) + traces.remove_ipc(request.uid)
         for uid, number in self._remove_owned({request.uid for request in requests}).items():
             removed[next(each for each in requests if each.uid == uid)] += number
@@ -446,6 +465,8 @@ def _understood(command: str, data: object) -> Request:
     if command in ("run", "create"):
         _check(request.public_keys, "public_keys is empty")
         _check(all(map(_PUBLIC_KEY.fullmatch, request.public_keys)), "public_keys must be plain public keys")
+        _check(not request.start or is_command(request.start), "start must be one line of printable characters")
+        _check(not request.start or MARK.fullmatch(request.start_mark), "start_mark must be RUN@BOOT")
     return request
 
 

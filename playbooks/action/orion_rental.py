@@ -24,6 +24,8 @@ REPORTED = {
     "looked": list,
     "unsearched": list,
     "removed_files": int,
+    "started": bool,
+    "start_problem": str,
     "error": str,
     "code": str,
 }
@@ -35,6 +37,8 @@ RENTAL = {
     "uid": {"type": "int"},
     "public_keys": {"type": "list", "elements": "str", "no_log": False},
     "kill": {"type": "bool"},
+    "start": {"type": "str"},
+    "start_mark": {"type": "str"},
     "deadline": {"type": "float"},
 }
 ARGUMENTS = {

@@ -39,6 +39,14 @@ options:
         description: The keys that open it. For run and create.
         type: list
         elements: str
+      start:
+        description:
+          - A command that its shell runs, as the renter in its home, when the renter is let in. For run.
+          - It is not run again under the same I(start_mark).
+        type: str
+      start_mark:
+        description: Which run of I(start) it is, and in which life of the worker's container, as C(RUN@BOOT).
+        type: str
       kill:
         description: Also end its processes. For lock.
         type: bool
@@ -93,6 +101,10 @@ killed:
   description: Number of processes ended; by a freeze, because they fought it.
   type: int
   returned: purge, lock and freeze
+started:
+  description: Whether the start command is on its way; C(start_problem) says why not.
+  type: bool
+  returned: run, where it was to be started now
 code:
   description: Why it was refused, as a stable word.
   type: str

@@ -107,6 +107,7 @@ class Orion:
         ssh_public_key: str | None = None,
         ttl_s: int = DEFAULT_TTL_S,
         labels: dict[str, str] | None = None,
+        start: str | None = None,
         wait_s: float = DEFAULT_WAIT_S,
         idempotency_key: str | None = None,
         retry_for_s: float = RENT_RETRY_S,
@@ -115,10 +116,10 @@ class Orion:
 
         A broken connection is tried again with the same idempotency key, so that there is never a second rental.
         Without `ssh_public_key` the server makes a pair, and its private half is in this reply alone.
+        `start`: a command that its shell runs whenever it comes to be on a worker.
         """
-        request = _valid(
-            RentRequest, name=name, ssh_public_key=ssh_public_key, ttl_s=ttl_s, labels=labels or {}, wait_s=wait_s
-        )
+        fields = {"name": name, "ssh_public_key": ssh_public_key, "ttl_s": ttl_s, "start": start, "wait_s": wait_s}
+        request = _valid(RentRequest, **{**fields, "labels": labels or {}})
         headers = {"Idempotency-Key": idempotency_key or secrets.token_urlsafe(24)}
         reply = self._transport.send(
             "POST", "/api/rent", body=request, headers=headers, wait_s=wait_s, retry_for_s=retry_for_s
@@ -190,6 +191,10 @@ class Orion:
             retry_for_s=RENT_RETRY_S,
         )
         return _read(Rental, reply)
+
+    def start(self, rental_id: str) -> Rental:
+        """Run its start command now, also one that is not run any more."""
+        return _read(Rental, self._transport.send("POST", _path("rentals", rental_id, "start")))
 
     def rental_log(self, rental_id: str) -> Iterator[LogEntry]:
         """What the engine did for it, oldest first."""

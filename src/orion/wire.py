@@ -19,6 +19,7 @@ MAX_TTL_S = 30 * 24 * 3600
 DEFAULT_WAIT_S = 30
 MAX_WAIT_S = 55
 MAX_PAGE = 500
+MAX_START = 1000
 
 SSH_KEY_TYPES = (
     "ssh-ed25519",
@@ -120,10 +121,22 @@ def plain_name(text: str) -> str:
     return text
 
 
+def start_command(text: str) -> str:
+    """One line for a shell, which alone makes something of it. Raises ValueError for anything else."""
+    if not text.strip():
+        raise ValueError("must be a command, or be left out")
+    if len(text) > MAX_START or not text.isprintable():
+        raise ValueError(
+            f"must be one line of printable characters, at most {MAX_START}: put more into a file in the rental's home"
+        )
+    return text
+
+
 PublicKey = Annotated[str, Field(max_length=8192), AfterValidator(one_public_key)]
 Name = Annotated[str, AfterValidator(plain_name), Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"})]
 LabelKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
 LabelValue = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{0,63}$")]
+StartCommand = Annotated[str, AfterValidator(start_command), Field(json_schema_extra={"maxLength": MAX_START})]
 Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=32)]
 Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
 Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S, strict=True)]
@@ -215,6 +228,9 @@ class RentRequest(Request):
     ssh_public_key: PublicKey | None = None
     ttl_s: Ttl = DEFAULT_TTL_S
     labels: Labels = {}
+    start: StartCommand | None = Field(
+        None, description="Run by its shell, in its home, whenever it comes to be on a worker"
+    )
     wait_s: float = Field(DEFAULT_WAIT_S, ge=0, le=MAX_WAIT_S)
 
 
@@ -238,6 +254,8 @@ class Rental(Reply):
     last_safe_copy_at: datetime | None = Field(description="When the last complete copy of its files was begun")
     last_safe_copy_bytes: int | None = Field(None, description="The size of the files in it")
     copy_problem: str = Field("", description="Why its files cannot be copied at present")
+    start: str | None = Field(None, description="Its start command")
+    start_problem: str = Field("", description="Why its start command is not run any more")
     explanation: str = Field(description="Why it is in its state, for a person")
 
 
@@ -253,6 +271,7 @@ class Snapshot(Reply):
     bytes: int
     files: int = Field(description="Files, directories and links")
     skipped: list[str] = Field(description="What the renter made unreadable even to itself: the first of them")
+    salvage: bool = Field(False, description="What a lost worker still had when it came back: restored on request")
 
 
 class RestoreRequest(Request):

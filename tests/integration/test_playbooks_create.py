@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from rental_support import Rental, new_rental
-from worker_support import Worker, make_key
+from worker_support import Worker, make_key, wait_until
 
 
 @pytest.fixture
@@ -88,3 +88,51 @@ def test_a_name_or_number_of_another_rental_is_refused(rental: Rental, folder: P
         status, report = rental.on.rental(command, **other.variables, **keys)
         assert (status, report["code"]) == (3, "conflict")
     assert rental.lets_in()
+
+
+SERVE = """echo "I'm $(id -un) in $PWD, $SHELL"; tty; ulimit -u; ps -o sid=,pid= -p $$; exec sleep 1000"""
+
+
+def test_a_start_command_runs_as_its_renter_and_is_stopped_and_ended_as_all_that_is_its_own(rental: Rental) -> None:
+    def log() -> str:
+        return rental.on.run("sh", "-c", f"cat /home/{rental.username}/.orion/start.log || true")
+
+    def states() -> set[str]:
+        return set(rental.on.run("sh", "-c", f"ps -o stat= -u {rental.uid} | cut -c1").split())
+
+    boot = rental.on.run("cat", "/run/orion/boot-id").strip()
+    played = rental.create(start=SERVE, start_mark=f"1@{boot}")
+    assert played.ok, played.output
+    assert played.last["started"] is True
+    wait_until(lambda: len(log().splitlines()) == 5, "the command has said who it is")
+    _, who, terminal, processes, session = log().splitlines()
+    assert who == f"I'm {rental.username} in /home/{rental.username}, /bin/bash"
+    assert terminal == "not a tty"
+    assert processes == rental.ssh("ulimit -u").stdout.strip()
+    assert len(set(session.split())) == 1, "it leads a session of its own"
+    assert rental.ssh("stat -c %u:%a ~/.orion/start.log").stdout.strip() == f"{rental.uid}:600"
+    for _ in range(2):
+        again = rental.create(start=SERVE, start_mark=f"1@{boot}")
+        assert again.ok, again.output
+        assert not again.changed
+    assert log().count("runs:") == 1
+    assert rental.on.rental("freeze", rental_id=rental.rental_id, epoch=1)[0] == 0
+    assert states() == {"T"}
+    assert rental.on.rental("thaw", rental_id=rental.rental_id, epoch=1)[0] == 0
+    wait_until(lambda: "T" not in states(), "it goes on")
+    deleted = rental.delete()
+    assert deleted.ok, deleted.output
+    assert deleted.last["killed"] >= 2
+    assert rental.traces() == ""
+
+
+def test_a_renter_who_leaves_no_room_for_its_start_command_is_let_in_all_the_same(rental: Rental) -> None:
+    rental.create_quickly()
+    boot = rental.on.run("cat", "/run/orion/boot-id").strip()
+    rental.ssh("ln -s /etc/shadow .orion; (while true; do sleep 1000 & done) >/dev/null 2>&1 </dev/null &")
+    wait_until(lambda: "Resource" in rental.ssh("true").stderr or rental.ssh("true").returncode, "no process is left")
+    wish = {**rental.variables, "public_keys": [rental.key.public], "start": "echo x", "start_mark": f"1@{boot}"}
+    status, report = rental.on.rental("run", **wish)
+    assert (status, report["state"], report["started"]) == (0, "running", False), report
+    assert "cannot be run" in report["start_problem"]
+    assert rental.delete().ok

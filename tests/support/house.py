@@ -82,13 +82,14 @@ class Agent:
     beating: bool = True
     last_beat: float = 0.0
     last_reply: dict[str, Any] = field(default_factory=dict)
+    boot_id: str = "boot-0001"
 
     async def register(self) -> httpx.Response:
         body = {
             "hostname": self.hostname,
             "ssh_host_keys": list(self.node.host.host_keys),
             "slots": self.slots,
-            "boot_id": "boot-0001",
+            "boot_id": self.boot_id,
             "agent_version": "0.1",
             "inventory": self.inventory(),
         }

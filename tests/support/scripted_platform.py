@@ -125,6 +125,8 @@ def rental(**changes: Any) -> dict[str, Any]:
         "last_safe_copy_at": None,
         "last_safe_copy_bytes": None,
         "copy_problem": "",
+        "start": None,
+        "start_problem": "",
         "explanation": "",
         **changes,
     }

@@ -27,6 +27,10 @@ def rent(
         Path | None, typer.Option(metavar="FILE", help="Your public key; else one of orion's own, made if need be.")
     ] = None,
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be repeated.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--start", metavar="COMMAND", help="Run by its shell whenever it comes to be on a worker."),
+    ] = None,
     wait: Wait = DEFAULT_WAIT,
     as_json: AsJson = False,
 ) -> None:
@@ -35,7 +39,12 @@ def rent(
     public_key, identity = keys.public_key(key)
     with platform("renting") as (orion, tell):
         rental: Rental = orion.rent(
-            name=name, ssh_public_key=public_key, ttl_s=ttl_s, labels=labels, wait_s=min(within_s, MAX_WAIT_S)
+            name=name,
+            ssh_public_key=public_key,
+            ttl_s=ttl_s,
+            labels=labels,
+            start=start,
+            wait_s=min(within_s, MAX_WAIT_S),
         )
         keys.remember(rental.id, identity)
         if rental.state is not RentalState.ACTIVE and within_s > MAX_WAIT_S:
@@ -75,6 +84,8 @@ def ls(
             output.say(f"{output.plain(one.name)}: {output.plain(one.explanation)}")
         if one.copy_problem:
             output.say(f"{output.plain(one.name)} is not copied: {output.plain(one.copy_problem)}")
+        if one.start_problem:
+            output.say(f"{output.plain(one.name)}: {output.plain(one.start_problem)}")
     return None
 
 
@@ -95,6 +106,17 @@ def show(
     if found.state not in ENDED:
         output.say(f"\nGet in with: orion ssh {output.plain(found.name)}")
     return None
+
+
+def start(rental: RentalName, as_json: AsJson = False) -> None:
+    """Run a rental's start command now, also one that is not run any more; what still goes on of it is left alone."""
+    with platform() as (orion, _tell):
+        asked = orion.start(orion.find_rental(rental).id)
+    if as_json:
+        return output.emit(asked)
+    return output.say(
+        f"{output.plain(asked.name)} runs it; see what it says with: orion logs {output.plain(asked.name)}"
+    )
 
 
 def renew(rental: RentalName, ttl: Ttl = DEFAULT_TTL, as_json: AsJson = False) -> None:
@@ -187,6 +209,8 @@ def _everything(rental: Rental) -> list[tuple[str, str]]:
         ("rented", output.when(rental.created_at)),
         ("ends", output.when(rental.expires_at, "not begun")),
         ("last copy", _last_copy(rental)),
+        *([("start", rental.start)] if rental.start else []),
+        *([("not run", rental.start_problem)] if rental.start_problem else []),
     ]
 
 

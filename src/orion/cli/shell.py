@@ -20,6 +20,9 @@ from orion.errors import Ended, InvalidInput, LocalFault, StillWaiting, Unreadab
 from orion.ssh import pinned_host_arguments
 from orion.wire import Rental, RentalState, one_public_key
 
+START_LOG = ".orion/start.log"
+"""In the rental's home: see worker/start.py."""
+SHOW_LOG = ["tail", "-n", "1000"]
 _WORKER_ID = re.compile(r"[a-z0-9-]{1,64}")
 _USERNAME = re.compile(r"r-[a-z0-9]{1,30}")
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
@@ -44,9 +47,36 @@ def ssh(
     The exit status is that of the command, or of ssh.
     Options for orion come before RENTAL; everything after it is the command.
     """
+    found = _find(rental, wait)
+    _become(ssh_arguments(found, _identity(found, identity), command or [], tty))
+
+
+def logs(
+    rental: RentalName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what it says from now on.")] = False,
+    identity: Annotated[
+        Path | None, typer.Option("--identity", "-i", metavar="FILE", help="The private key to log in with.")
+    ] = None,
+    wait: Annotated[
+        str, typer.Option(metavar="DURATION", help="How long to wait while it is queued or on the move.")
+    ] = "60s",
+    as_json: AsJson = False,
+) -> None:
+    """Show what a rental's start command says: its log is a file in the rental, read through ssh."""
+    found = _find(rental, wait)
+    if found.start is None:
+        raise InvalidInput(f"{found.name} was rented without a start command: orion rent --start COMMAND")
+    command = SHOW_LOG + (["-F"] if follow else []) + [START_LOG]
+    _become(ssh_arguments(found, _identity(found, identity), command))
+
+
+def _find(rental: str, wait: str) -> Rental:
     within_s = durations.parse(wait)
     with platform(f"looking for {rental}") as (orion, tell):
-        found = _active(orion, orion.find_rental(rental, ended=True), within_s, tell)
+        return _active(orion, orion.find_rental(rental, ended=True), within_s, tell)
+
+
+def _identity(found: Rental, identity: Path | None) -> Path | None:
     known = identity or keys.identity_of(found.id)
     if known is not None and not known.exists():
         raise InvalidInput(f"the key of {found.name}, {known}, is gone: give one with orion ssh -i FILE {found.name}")
@@ -55,7 +85,7 @@ def ssh(
             f"orion: {output.plain(found.name)} was not rented from here; if your keys are refused: "
             f"orion ssh -i FILE {output.plain(found.name)}"
         )
-    _become(ssh_arguments(found, known, command or [], tty))
+    return known
 
 
 def ssh_arguments(rental: Rental, identity: Path | None, command: Sequence[str], tty: bool = False) -> list[str]:

@@ -22,6 +22,10 @@ from orion.manager.store.tokens import Principal
 router = APIRouter(prefix="/api", tags=["rentals"])
 
 ENDED = {wire.RentalState.RELEASED, wire.RentalState.EXPIRED, wire.RentalState.FAILED}
+_NOT_STARTED = {
+    "ended": "it is ending or has ended: rent a new one",
+    "no_start": "it was rented without a start command",
+}
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
 WaitSeconds = Annotated[float, Query(ge=0, le=wire.MAX_WAIT_S)]
 
@@ -45,7 +49,8 @@ async def rent(
         body.ttl_s,
         body.labels,
         idempotency_key,
-        hashlib.sha256(body.model_dump_json(exclude={"wait_s"}).encode()).hexdigest(),
+        hashlib.sha256(body.model_dump_json(exclude={"wait_s", *_left_out(body)}).encode()).hexdigest(),
+        body.start or "",
     )
     try:
         rental_id = await shared.store.write(rentals.create, wish)
@@ -115,6 +120,17 @@ async def release(
     return views.rental(row)
 
 
+@router.post("/rentals/{rental_id}/start", status_code=202, responses=refusals(404, 409))
+async def start(rental_id: str, principal: Client, shared: Shared) -> wire.Rental:
+    """Run its start command now, also one that is not run any more; what still goes on of it is left alone."""
+    await find(shared, rental_id, principal)
+    refused = await shared.store.write(rentals.begin_start, rental_id, principal.name)
+    if refused:
+        raise ApiProblem(409, refused, _NOT_STARTED[refused])
+    shared.wake_reconciler()
+    return views.rental(await find(shared, rental_id, principal))
+
+
 @router.get("/rentals/{rental_id}/log", responses=refusals(404))
 async def log(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wire.LogEntry]:
     """What the engine did for it, oldest first: the latest 50."""
@@ -145,6 +161,11 @@ async def _wait(shared: Services, rental_id: str, wait_s: float, done: Callable[
             with suppress(TimeoutError):
                 async with asyncio.timeout(left_s):
                     await changed.wait()
+
+
+def _left_out(body: wire.RentRequest) -> set[str]:
+    """What an older version did not know counts in a request's identity only where it is used."""
+    return set() if body.start else {"start"}
 
 
 def _is_usable(row: views.Row) -> bool:

@@ -53,6 +53,8 @@ def _rental_fields(row: Row) -> dict[str, Any]:
         "last_safe_copy_at": time_of(row["last_safe_copy_at"]),
         "last_safe_copy_bytes": row["last_safe_copy_bytes"],
         "copy_problem": row["copy_problem"],
+        "start": row["start"] or None,
+        "start_problem": row["start_problem"],
         "explanation": row["explanation"],
     }
 
@@ -64,6 +66,7 @@ def snapshot(copy: Copy) -> wire.Snapshot:
         bytes=copy.bytes,
         files=copy.files,
         skipped=list(copy.skipped),
+        salvage=copy.salvage,
     )
 
 

@@ -48,6 +48,8 @@ class Copy:
     """Files, directories and links."""
     skipped: tuple[str, ...] = ()
     """What the renter made unreadable even to itself, so that it is not in it; the first of them."""
+    salvage: bool = False
+    """What a worker that came back still had of an epoch that was lost: see `newest`."""
 
 
 def kept(generations: Iterable[Generation]) -> set[Generation]:

@@ -64,6 +64,16 @@ class Rental:
     """Why its files cannot be copied at present."""
     restore_from: str | None = None
     """What its next placement begins with, where that is not the newest copy: see domain/copies.py."""
+    let_in_epoch: int = 0
+    """The latest epoch at which its renter was let in, as far as the manager was told."""
+    start: str = ""
+    """Its start command, a line for its shell; empty: it has none. See domain/starting.py."""
+    start_run: int = 1
+    """Which run of it is wanted: one more each time that its owner asks for it."""
+    start_problem: str = ""
+    """Why it is not run any more."""
+    takeovers: tuple[float, ...] = ()
+    """UTC seconds at which it lately lost a worker on which its start command may have been run."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,10 @@ class Placement:
     state: PlacementState
     public_key: str = ""
     """The key that was last put on the worker; another one in the rental means it must be put there again."""
+    started: str = ""
+    """The run of the start command that it has had there: see domain/starting.py."""
+    salvaged: bool = False
+    """Of a lost one: what its worker still has of it was copied aside, or was given up."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orion.manager.domain import copies
+from orion.manager.domain import copies, starting
 from orion.manager.domain.model import (
     Event,
     Placement,
@@ -24,6 +24,7 @@ from orion.manager.domain.states import PlacementState, RentalState
 
 MOST_OF_A_REPORT = 4096
 """Characters of a worker's report that its event keeps: a worker could fill the database with more."""
+MOST_OF_A_PROBLEM = 300
 MAX_ATTEMPTS = 3
 """Failed tries to make a rental on one worker before it is made on another."""
 
@@ -93,6 +94,7 @@ def _verified(task: Task) -> Step:
 
 
 def _made(rental: Rental, placement: Placement, task: Task, report: Mapping[str, Any], wall: float) -> Step | None:
+    started = _started(rental, placement, task, report)
     if placement.state is PlacementState.RUNNING:
         expect = {"state": PlacementState.RUNNING}
         changed = Event(
@@ -104,7 +106,9 @@ def _made(rental: Rental, placement: Placement, task: Task, report: Mapping[str,
             task.worker_id,
             rental.epoch,
         )
-        return Step((Write("placement", placement.id, expect, {"public_key": task.public_key}),), (changed,))
+        events = (changed,) if placement.public_key != task.public_key else ()
+        keyed = Step((Write("placement", placement.id, expect, {"public_key": task.public_key}),), events)
+        return merge((keyed, started))
     if placement.state is not PlacementState.PREPARING:
         return None
     running = move_placement(
@@ -117,14 +121,25 @@ def _made(rental: Rental, placement: Placement, task: Task, report: Mapping[str,
     )
     if rental.state not in {RentalState.PROVISIONING, RentalState.MIGRATING}:
         return running
+    running = merge((running, started))
     first = rental.activated_at is None
     change: dict[str, Any] = {"activated_at": wall, "expires_at": wall + rental.ttl_s} if first else {}
     change |= {"restore_from": None} if rental.restore_from else {}
+    change |= {"let_in_epoch": placement.epoch}
     reason = f"running on worker {placement.worker_id}"
     filled = copies.filled(rental, placement.worker_id, report, wall)
     told = Step((), (filled,) if filled else ())
     active = move_rental(rental, RentalState.ACTIVE, ACTOR, reason, placement.worker_id, **change)
     return merge((running, told, active))
+
+
+def _started(rental: Rental, placement: Placement, task: Task, report: Mapping[str, Any]) -> Step:
+    """The run of its start command that it has had now, for good or ill."""
+    if not task.start_mark:
+        return Step(())
+    problem = str(report.get("start_problem", ""))[:MOST_OF_A_PROBLEM]
+    event = starting.ran(rental, placement, task.start_mark, problem)
+    return Step((Write("placement", placement.id, {}, {"started": task.start_mark}),), (event,))
 
 
 def _purged(world: World, task: Task, placement: Placement | None, report: Mapping[str, Any]) -> Step | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from orion.manager.domain import copies
+from orion.manager.domain import copies, starting
 from orion.manager.domain.model import (
     Draft,
     Event,
@@ -78,6 +78,9 @@ class Task:
     public_key: str = ""
     restore: str | None = None
     """What its home is filled with before its renter is let in: see copies.wanted."""
+    start: str = ""
+    start_mark: str = ""
+    """The start command to run when its renter is let in, and the run that it is: see starting.due."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -104,6 +107,8 @@ class Facts:
     ages: Mapping[str, float]
     new_ids: Iterator[str]
     strangers: frozenset[tuple[str, int]] = frozenset()
+    wall: float = 0.0
+    """UTC seconds: only start commands are counted by it."""
 
 
 def decide(snapshot: World, facts: Facts) -> Decision:
@@ -140,7 +145,10 @@ def _settle_placement(world: World, placement: Placement, facts: Facts) -> Step 
     if worker is None and placement.state in {PlacementState.FAILED, PlacementState.LOST}:
         return move_placement(placement, owner, PlacementState.PURGED, ACTOR, "its worker was removed")
     if worker is None or worker.health is Health.DOWN:
-        return _lose(worker, placement, rental)
+        return _lose(worker, placement, rental, facts)
+    restarted = starting.restarted(rental, placement, worker, facts.wall) if rental else None
+    if restarted is not None:
+        return restarted
     if placement.state in LIVE and (rental is None or rental.state is RentalState.RELEASING):
         to = PlacementState.STOPPED if placement.state is PlacementState.RESERVED else PlacementState.STOPPING
         return move_placement(placement, owner, to, ACTOR, "its rental is being released")
@@ -160,7 +168,7 @@ def _settle_placement(world: World, placement: Placement, facts: Facts) -> Step 
     return None
 
 
-def _lose(worker: Worker | None, placement: Placement, rental: Rental | None) -> Step | None:
+def _lose(worker: Worker | None, placement: Placement, rental: Rental | None, facts: Facts) -> Step | None:
     if placement.state not in LIVE | {PlacementState.STOPPING, PlacementState.FAILED}:
         return None
     owner = rental.owner if rental else None
@@ -170,12 +178,19 @@ def _lose(worker: Worker | None, placement: Placement, rental: Rental | None) ->
         lost = merge((Step((Write("worker", worker.id, {"health": Health.DOWN}, {}),)), lost))
     if rental is None or placement.state not in LIVE:
         return lost
+    change, events = starting.after_a_loss(rental, placement, facts.wall)
+    told = Step((), events)
     if rental.state is RentalState.ACTIVE:
         reason = f"worker {placement.worker_id} is down: moving to another one"
-        return merge((lost, move_rental(rental, RentalState.MIGRATING, ACTOR, reason, placement.worker_id)))
+        moved = move_rental(rental, RentalState.MIGRATING, ACTOR, reason, placement.worker_id, **change)
+        return merge((lost, moved, told))
     if rental.state is RentalState.PROVISIONING:
         reason = f"worker {placement.worker_id} went down while it was being made there"
-        return merge((lost, move_rental(rental, RentalState.QUEUED, ACTOR, reason, placement.worker_id)))
+        moved = move_rental(rental, RentalState.QUEUED, ACTOR, reason, placement.worker_id, **change)
+        return merge((lost, moved, told))
+    if rental.state is RentalState.MIGRATING and change:
+        here = {"state": rental.state, "epoch": rental.epoch}
+        return merge((lost, Step((Write("rental", rental.id, here, change),), events)))
     return lost
 
 
@@ -387,15 +402,18 @@ def _task_of(world: World, placement: Placement, facts: Facts) -> Task | None:
     if worker is None or worker.health is Health.DOWN or rental is None:
         return None
     item = Item(rental.id, rental.username, rental.uid, placement.epoch)
+    start_mark = starting.due(rental, placement, worker)
     wants_key = placement.state is PlacementState.PREPARING or (
-        placement.state is PlacementState.RUNNING and placement.public_key != rental.public_key
+        placement.state is PlacementState.RUNNING and (placement.public_key != rental.public_key or bool(start_mark))
     )
     unseen = not placement.public_key and facts.inventories.get(worker.id) is None
     if placement.state is PlacementState.RUNNING and unseen:
         return None  # not made anew on a worker that may have lost or purged it: see _is_missing
     if wants_key and worker.health in REACHABLE:
         restore = copies.wanted(rental) if placement.state is PlacementState.PREPARING else None
-        return Task(TaskKind.CREATE, worker.id, worker.session_id, item, placement.id, rental.public_key, restore)
+        start = rental.start if start_mark else ""
+        key = rental.public_key
+        return Task(TaskKind.CREATE, worker.id, worker.session_id, item, placement.id, key, restore, start, start_mark)
     if placement.state in {PlacementState.STOPPING, PlacementState.FAILED, PlacementState.LOST}:
         return Task(TaskKind.DELETE, worker.id, worker.session_id, item, placement.id)
     return None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from orion.manager.domain import starting
 from orion.manager.domain.model import Item, Placement, Rental, Worker
 from orion.manager.domain.placement import Standing, is_full, rank, refusal
 from orion.manager.domain.room import Rank, Room
@@ -31,12 +32,15 @@ class Held:
     """The rental's key is in place there."""
     blank: bool
     """No key was ever put in place: see reconcile._is_missing."""
+    start_due: bool = False
+    """Its start command is to be run there: see starting.due."""
 
     @staticmethod
-    def of(placement: Placement, rental: Rental | None) -> Held:
+    def of(placement: Placement, rental: Rental | None, worker: Worker | None = None) -> Held:
         keyed = rental is not None and placement.public_key == rental.public_key
+        start_due = rental is not None and worker is not None and bool(starting.due(rental, placement, worker))
         p = placement
-        return Held(p.id, p.rental_id, p.epoch, p.state, keyed, not p.public_key)
+        return Held(p.id, p.rental_id, p.epoch, p.state, keyed, not p.public_key, start_due)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,10 @@ RESTLESS: tuple[Rule, ...] = (
     (
         "another key is to be put in place",
         lambda w, held: w is not None and not _is_down(w) and any(not h.keyed and not h.blank for h in held),
+    ),
+    (
+        "a start command is to be run",
+        lambda w, held: w is not None and not _is_down(w) and any(h.start_due for h in held),
     ),
     (
         "it is to be reached",

@@ -39,6 +39,10 @@ class FakeWorker:
     """The files of each rental's home, by name."""
     let_in: dict[str, int] = field(default_factory=dict)
     """The epoch at which each rental's renter was let in."""
+    started: dict[str, list[str]] = field(default_factory=dict)
+    """The runs of its start command that each rental has had here, as marks."""
+    start_problem: str = ""
+    """Not empty: no start command can be run here, for this reason."""
     alive: bool = True
     failure: str = ""
     """Not empty: every job here fails with this message."""
@@ -97,7 +101,17 @@ class FakeWorker:
         self.homes.setdefault(job.rental_id, {})
         if unlocked:
             self.let_in[job.rental_id] = job.epoch
-        return {"changed": account != before, "epoch": job.epoch, "state": "running" if unlocked else "locked"}
+        report = {"changed": account != before, "epoch": job.epoch, "state": "running" if unlocked else "locked"}
+        return report | (self._start(job) if unlocked and job.start else {})
+
+    def _start(self, job: Job) -> dict[str, Any]:
+        runs = self.started.setdefault(job.rental_id, [])
+        if job.start_mark in runs:
+            return {}
+        if self.start_problem:
+            return {"started": False, "start_problem": self.start_problem}
+        runs.append(job.start_mark)
+        return {"started": True}
 
     def purge(self, job: Job) -> dict[str, Any]:
         self._refuse_older(self.accounts.get(job.rental_id), job)
@@ -105,6 +119,7 @@ class FakeWorker:
         before = self.accounts.pop(job.rental_id, None)
         self.homes.pop(job.rental_id, None)
         self.let_in.pop(job.rental_id, None)
+        self.started.pop(job.rental_id, None)
         self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
         return {"changed": before is not None, "left": [], "removed_files": 0, "killed": 0, "looked": ["/"]}
 

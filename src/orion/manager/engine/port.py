@@ -44,6 +44,10 @@ class Job:
     epoch: int
     public_keys: tuple[str, ...] = ()
     deadline_s: float = 60.0
+    start: str = ""
+    start_mark: str = ""
+    """To create: the command that the renter's shell runs when it is let in, and the run that it is. A run that it has
+    had there already is not had again."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, StringConstraints
 
 from orion.manager.engine.port import Action, Host, Job, Outcome
-from orion.wire import Id, PublicKey
+from orion.wire import Id, PublicKey, StartCommand
 
 MAX_LINE_BYTES = 1 << 20
 MAX_DEADLINE_S = 3600.0
@@ -44,6 +44,8 @@ class Variables(Line):
     uid: int = Field(ge=100_000, lt=2**31)
     epoch: int = Field(ge=1, lt=2**53)
     public_keys: Annotated[tuple[PublicKey, ...], Field(max_length=64)] = ()
+    start: StartCommand | None = None
+    start_mark: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,16}@[A-Za-z0-9-]{0,64}$")] | None = None
 
 
 class JobLine(Line):
@@ -118,6 +120,8 @@ def job_line(identifier: str, job: Job) -> bytes:
             uid=job.uid,
             epoch=job.epoch,
             public_keys=job.public_keys,
+            start=job.start or None,
+            start_mark=job.start_mark or None,
         ),
         deadline_s=job.deadline_s,
     )

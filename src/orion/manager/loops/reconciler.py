@@ -186,7 +186,8 @@ class Reconciler:
         return await self._ledger.never_placed(unknown) if unknown else frozenset()
 
     def _facts(self, world: World, inventories: Inventories, strangers: frozenset[tuple[str, int]]) -> Facts:
-        return Facts(inventories, self._leases.leaving(), self._ages(world), self._placement_ids, strangers)
+        ages = self._ages(world)
+        return Facts(inventories, self._leases.leaving(), ages, self._placement_ids, strangers, self._wall())
 
     def _ages(self, world: World) -> dict[str, float]:
         now = self._monotonic()
@@ -245,7 +246,8 @@ class Reconciler:
             return _REACHED[await self._reach.reach(host, REACH_TIMEOUT_S)]
         item = task.item
         keys = (task.public_key,) if task.public_key else ()
-        job = Job(_ACTIONS[task.kind], host, item.rental_id, item.username, item.uid, item.epoch, keys, JOB_DEADLINE_S)
+        who = item.rental_id, item.username, item.uid, item.epoch
+        job = Job(_ACTIONS[task.kind], host, *who, keys, JOB_DEADLINE_S, task.start, task.start_mark)
         if task.restore:
             return await self._restorer.make(job, task.restore)
         return await self._engine.run(job)

@@ -281,6 +281,11 @@ def rental(row: RowMapping) -> Rental:
         last_safe_copy_at=row["last_safe_copy_at"],
         copy_problem=row["copy_problem"],
         restore_from=row["restore_from"],
+        let_in_epoch=row["let_in_epoch"],
+        start=row["start"],
+        start_run=row["start_run"],
+        start_problem=row["start_problem"],
+        takeovers=tuple(row["takeovers"]),
     )
 
 
@@ -293,4 +298,6 @@ def placement(row: RowMapping) -> Placement:
         epoch=row["epoch"],
         state=PlacementState(row["state"]),
         public_key=row["public_key"],
+        started=row["started"],
+        salvaged=bool(row["salvaged"]),
     )

@@ -61,7 +61,7 @@ class MemoryLedger:
     def _known(self, worker_id: str) -> tuple[Known | None, tuple[Held, ...]]:
         worker, rentals = self.world.workers.get(worker_id), self.world.rentals
         here = (p for p in self.world.placements.values() if p.worker_id == worker_id)
-        held = tuple(Held.of(p, rentals.get(p.rental_id)) for p in here)
+        held = tuple(Held.of(p, rentals.get(p.rental_id), worker) for p in here)
         return Known.of(worker, "") if worker else None, held
 
     def _state(self, rental_id: str) -> RentalState | None:

@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 
 from orion.manager.domain.expiry import release, renew
 from orion.manager.domain.model import Event
+from orion.manager.domain.starting import ask_to_start
 from orion.manager.domain.states import ENDED, LIVE, RentalState
 from orion.manager.store import ledger
 from orion.manager.store.database import Row, first, record, rows, touched
@@ -43,6 +44,7 @@ class Wish:
     labels: Mapping[str, str]
     key: str | None
     request_hash: str
+    start: str = ""
 
 
 def create(connection: Connection, wish: Wish) -> str:
@@ -66,6 +68,7 @@ def create(connection: Connection, wish: Wish) -> str:
         "public_key": wish.public_key,
         "ttl_s": wish.ttl_s,
         "labels": dict(wish.labels),
+        "start": wish.start,
         "created_at": now,
         "explanation": "it is next",
     }
@@ -155,6 +158,20 @@ def extend(connection: Connection, rental_id: str, actor: str, ttl_s: int) -> bo
         return False
     ledger.apply(connection, [renew(rental, ttl_s, actor, time.time())])
     return True
+
+
+def begin_start(connection: Connection, rental_id: str, actor: str) -> str:
+    """Have its start command run; why that cannot be, as a stable word, empty when it was asked for."""
+    row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
+    rental = ledger.rental(row)
+    if rental.state in ENDED | {RentalState.RELEASING}:
+        return "ended"
+    if not rental.start:
+        return "no_start"
+    ledger.apply(connection, [ask_to_start(rental, actor)])
+    on = select(placements.c.worker_id).where(placements.c.rental_id == rental_id, placements.c.state.in_(LIVE))
+    touched(connection).workers.update(connection.execute(on).scalars())
+    return ""
 
 
 def _with_worker() -> Select[Any]:

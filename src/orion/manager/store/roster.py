@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Protocol
 
-from sqlalchemy import Connection, Select, select
+from sqlalchemy import Connection, Select, String, and_, cast, select
 
 from orion.manager.domain.roster import NOTHING, Changes, Held, Known
 from orion.manager.domain.states import ENDED, Health, Intent, PlacementState, RentalState
@@ -43,8 +43,17 @@ _HELD = (
         placements.c.state,
         placements.c.public_key == rentals.c.public_key,
         placements.c.public_key == "",
+        and_(
+            rentals.c.start != "",
+            rentals.c.start_problem == "",
+            placements.c.started != cast(rentals.c.start_run, String) + "@" + workers.c.boot_id,
+        ),
     )
-    .select_from(placements.join(rentals, rentals.c.id == placements.c.rental_id))
+    .select_from(
+        placements.join(rentals, rentals.c.id == placements.c.rental_id).outerjoin(
+            workers, workers.c.id == placements.c.worker_id
+        )
+    )
     .where(placements.c.state.in_(OPEN))
 )
 _RENTALS = select(rentals.c.id, rentals.c.state).where(rentals.c.state.in_(LIVING))
@@ -101,6 +110,7 @@ def _known(connection: Connection, query: Select[Any]) -> Iterator[tuple[str, Kn
 
 
 def _add_held(connection: Connection, query: Select[Any], held: dict[str, list[Held]], same: dict[str, str]) -> None:
-    for worker_id, identity, rental_id, epoch, state, keyed, blank in connection.execute(query):
-        found = Held(identity, same.get(rental_id, rental_id), epoch, _PLACEMENT[state], bool(keyed), bool(blank))
+    for worker_id, identity, rental_id, epoch, state, keyed, blank, start_due in connection.execute(query):
+        told = bool(keyed), bool(blank), bool(start_due)
+        found = Held(identity, same.get(rental_id, rental_id), epoch, _PLACEMENT[state], *told)
         held[same.get(worker_id, worker_id)].append(found)

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 
@@ -80,6 +81,11 @@ rentals = Table(
     Column("last_safe_copy_bytes", BigInteger),
     Column("copy_problem", Text, nullable=False, server_default=""),
     Column("restore_from", String(40)),
+    Column("let_in_epoch", BigInteger, nullable=False, server_default="0"),
+    Column("start", Text, nullable=False, server_default=""),
+    Column("start_run", Integer, nullable=False, server_default="1"),
+    Column("start_problem", Text, nullable=False, server_default=""),
+    Column("takeovers", JSON, nullable=False, server_default="[]"),
     Index(
         "uq_rentals_living_name",
         "owner",
@@ -110,6 +116,8 @@ placements = Table(
     Column("state", String(16), nullable=False),
     Column("public_key", Text, nullable=False, server_default=""),
     Column("created_at", Float, nullable=False),
+    Column("started", String(100), nullable=False, server_default=""),
+    Column("salvaged", Boolean, nullable=False, server_default=false()),
     UniqueConstraint("rental_id", "epoch"),
     # Never two live copies of a rental, and never two placements in one slot.
     Index("uq_placements_live", "rental_id", unique=True, sqlite_where=_LIVE, postgresql_where=_LIVE),
@@ -128,6 +136,7 @@ copies = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("files", BigInteger, nullable=False),
     Column("skipped", JSON, nullable=False),
+    Column("salvage", Boolean, nullable=False, server_default=false()),
 )
 
 tokens = Table(

@@ -1,0 +1,185 @@
+"""A rental's start command: run wherever it comes to be, and no more when it keeps losing its workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from support.builders import active_rental, new_placement, new_worker, new_world
+from support.house import Agent, House
+
+from orion import wire
+from orion.manager.domain.reconcile import Facts, decide
+from orion.manager.domain.starting import TAKEOVERS_WITHIN_S
+from orion.manager.domain.states import Health, PlacementState, RentalState
+
+SERVE = "exec ./serve --name \"$HOSTNAME\" {{ 7*7 }} '; rm -rf / #' $(id) é"
+
+
+@pytest.fixture
+async def pool(house: House) -> list[Agent]:
+    agents = [await house.join() for _ in range(2)]
+    house.end_the_brake_of_the_start()
+    return agents
+
+
+def holder(house: House, rental: dict[str, Any]) -> Agent:
+    return next(agent for agent in house.agents if agent.worker_id == rental["worker_id"])
+
+
+def runs(house: House, rental: dict[str, Any]) -> list[str]:
+    """Of its start command, where it is."""
+    return holder(house, rental).node.started.get(rental["id"], [])
+
+
+async def restart(agent: Agent, number: int) -> None:
+    """Its container: with another boot id, and nothing that ran in it."""
+    agent.boot_id = f"boot-{number:04d}"
+    agent.node.started.clear()
+    await agent.come_back()
+
+
+async def lose(house: House, rental: dict[str, Any]) -> dict[str, Any]:
+    """Its worker dies, it moves, and the worker is back when that is done."""
+    dead = holder(house, rental)
+    dead.die()
+    await house.silence(dead, 91)
+    await dead.come_back()
+    await house.pass_time(4)
+    return await house.rental(rental["id"])
+
+
+@pytest.mark.parametrize("given", [SERVE, "x" * wire.MAX_START, "true"])
+def test_a_start_command_is_any_one_line_and_is_kept_as_it_is(given: str) -> None:
+    assert wire.RentRequest(start=given).start == given
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "   ",
+        "a\nb",
+        "a\rb",
+        "a\0b",
+        "a\tb",
+        "\x1b[2J",
+        "a\u2028b",
+        "\u202eb",
+        "\ud800",
+        "x" * (wire.MAX_START + 1),
+        7,
+    ],
+)
+def test_what_is_no_line_for_a_shell_is_refused_with_what_it_should_be(given: Any) -> None:
+    with pytest.raises(ValidationError) as refused:
+        wire.RentRequest(start=given)
+    (error,) = refused.value.errors()
+    assert error["loc"] == ("start",)
+
+
+async def test_it_is_run_once_where_the_rental_is_and_shown(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent(start=SERVE)
+    assert (rental["start"], rental["start_problem"]) == (SERVE, "")
+    assert runs(house, rental) == ["1@boot-0001"]
+    await house.pass_time(120)
+    assert runs(house, rental) == ["1@boot-0001"]
+    assert [e["kind"] for e in await house.events("rental.start")] == ["rental.started"]
+    without = await house.rent()
+    assert (without["start"], runs(house, without)) == (None, [])
+
+
+async def test_it_is_run_again_after_a_migration_and_after_a_restart_of_the_container(
+    house: House, pool: list[Agent]
+) -> None:
+    rental = await house.rent(start=SERVE)
+    moved = await lose(house, rental)
+    assert (moved["epoch"], runs(house, moved)) == (2, ["1@boot-0001"])
+    await restart(holder(house, moved), 2)
+    await house.pass_time(4)
+    assert runs(house, moved) == ["1@boot-0002"]
+    assert (await house.rental(rental["id"]))["start_problem"] == ""
+
+
+async def test_one_that_keeps_losing_its_workers_is_run_no_more_until_it_is_asked_for(
+    house: House, pool: list[Agent]
+) -> None:
+    rental = await house.rent(start=SERVE, name="lab")
+    for _ in range(2):
+        rental = await lose(house, rental)
+        assert rental["start_problem"] == ""
+    rental = await lose(house, rental)
+    assert rental["state"] == "active"
+    assert "orion start lab" in rental["start_problem"]
+    assert runs(house, rental) == []
+    assert len(await house.events("rental.start_stopped")) == 1
+    asked = await house.as_admin.post(f"/api/rentals/{rental['id']}/start")
+    assert (asked.status_code, asked.json()["start_problem"]) == (202, "")
+    await house.settle()
+    assert runs(house, rental) == ["2@boot-0001"]
+    rental = await lose(house, rental)
+    assert (rental["start_problem"], runs(house, rental)) == ("", ["2@boot-0001"]), "it is counted anew"
+
+
+async def test_restarts_of_the_container_under_it_count_as_well(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent(start=SERVE)
+    for number in (2, 3, 4):
+        assert runs(house, rental)
+        await restart(holder(house, rental), number)
+        await house.pass_time(8)
+    assert runs(house, rental) == []
+    assert "orion start" in (await house.rental(rental["id"]))["start_problem"]
+
+
+async def test_losses_that_are_far_apart_are_nobody_s_fault(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent(start=SERVE)
+    for _ in range(3):
+        rental = await lose(house, rental)
+        await house.pass_time(TAKEOVERS_WITHIN_S / 2)
+        assert (rental["start_problem"], len(runs(house, rental))) == ("", 1)
+
+
+@pytest.mark.parametrize("state", [RentalState.PROVISIONING, RentalState.MIGRATING])
+def test_a_worker_that_was_lost_while_it_was_made_there_counts_too(state: RentalState) -> None:
+    dead = new_worker(1, health=Health.DOWN)
+    rental = active_rental(1, state=state, start=SERVE, takeovers=(1.0, 700.0, 800.0))
+    placement = new_placement(rental, dead, PlacementState.PREPARING)
+    facts = Facts({}, frozenset(), {}, iter(()), wall=1000.0)
+    world = new_world(dead, rental, placement)
+    for step in decide(world, facts).steps:
+        assert world.apply(step)
+    assert world.rentals[rental.id].takeovers == (700.0, 800.0, 1000.0)
+    assert "orion start" in world.rentals[rental.id].start_problem
+
+
+async def test_only_one_that_has_a_command_and_lives_can_be_started(house: House, pool: list[Agent]) -> None:
+    plain, serving = await house.rent(), await house.rent(start=SERVE)
+    refused = await house.as_admin.post(f"/api/rentals/{plain['id']}/start")
+    assert (refused.status_code, refused.json()["code"]) == (409, "no_start")
+    await house.as_admin.delete(f"/api/rentals/{serving['id']}")
+    await house.settle()
+    ended = await house.as_admin.post(f"/api/rentals/{serving['id']}/start")
+    assert (ended.status_code, ended.json()["code"]) == (409, "ended")
+    other = await house.new_client("bob")
+    assert (await other.post(f"/api/rentals/{plain['id']}/start")).status_code == 404
+
+
+async def test_why_it_could_not_be_run_is_told(house: House, pool: list[Agent]) -> None:
+    for agent in pool:
+        agent.node.start_problem = "its start command cannot be run: it ended with 1"
+    rental = await house.rent(start=SERVE)
+    assert rental["state"] == "active"
+    (event,) = await house.events("rental.start_failed")
+    assert event["reason"] == "its start command cannot be run: it ended with 1"
+
+
+async def test_a_repeated_request_without_a_command_is_the_one_from_before_there_were_any(
+    house: House, pool: list[Agent]
+) -> None:
+    headers = {"Idempotency-Key": "one"}
+    for body, status in (({}, 201), ({}, 201), ({"start": "true"}, 409)):
+        reply = await house.as_admin.post("/api/rent", json={"wait_s": 0} | body, headers=headers)
+        await house.settle()
+        assert reply.status_code in {status, 202}
+        assert (reply.status_code == 409) == (status == 409)
