@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engine_contract import OTHER_KEY, Bench, EngineContract, ReachContract, account, assert_done, new_job
+from engine_contract import OTHER_KEY, Bench, EngineContract, ReachContract, account, assert_done, deletion, new_job
 from worker_support import ROOT, Network, SmallManager, Worker, docker, make_key, serving, wait_until, worker
 
 from orion.manager.engine.ansible import AnsibleEngine, ReachedAndExpected
@@ -125,6 +126,21 @@ async def bench(mine: Worker, process: Process) -> AsyncIterator[RealBench]:
 
 
 class TestAnsibleEngine(EngineContract):
+    async def test_a_start_command_reaches_the_renter_s_shell_as_it_is_and_is_run_once(self, bench: RealBench) -> None:
+        said = "{{ 6 * 7 }} {% raw %} $(id -u) !unsafe \\ 'é"
+        mark = f"1@{bench.on.run('cat', '/run/orion/boot-id').strip()}"
+        job = replace(new_job(bench.host), start=f"echo {shlex.quote(said)}", start_mark=mark)
+        for started in (True, None):
+            outcome = await bench.engine.run(job)
+            assert_done(outcome)
+            assert outcome.report.get("started") is started
+        log = f"/home/{job.username}/.orion/start.log"
+        told = await asyncio.to_thread(
+            wait_until, lambda: (t := bench.on.run("sh", "-c", f"cat {log} || true")).count("\n") == 3 and t, "the command has ended"
+        )
+        assert told.splitlines()[1] == said
+        assert_done(await bench.engine.run(deletion(job)))
+
     async def test_an_engine_that_is_killed_says_so_and_the_next_job_finds_the_new_one(self, bench: RealBench) -> None:
         assert_done(await bench.engine.run(new_job(bench.host)))
         await bench.pause()
