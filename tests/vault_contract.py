@@ -13,7 +13,16 @@ import pytest
 
 from orion.manager.domain.copies import Generation
 from orion.manager.engine.port import Host
-from orion.manager.engine.vault.port import LET_IN, NO_SUCH_GENERATION, OVER_LIMIT, Home, Limits, Vault, VaultError
+from orion.manager.engine.vault.port import (
+    LET_IN,
+    NO_SUCH_GENERATION,
+    NOTHING_TO_SALVAGE,
+    OVER_LIMIT,
+    Home,
+    Limits,
+    Vault,
+    VaultError,
+)
 
 LIMITS = Limits(max_files=1000, max_bytes=1 << 20)
 _numbers = count(1)
@@ -192,3 +201,41 @@ class VaultContract:
         impostor = replace(home, host=replace(home.host, host_keys=bench.hosts[1].host_keys))
         for wrong in (nowhere, impostor):
             assert (await refusal(bench.vault.copy(wrong, LIMITS))).code == "unreachable"
+
+    async def test_what_is_left_of_a_lost_epoch_is_copied_aside_and_is_not_what_comes_next_by_itself(
+        self, bench: Bench
+    ) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        await bench.write(home, "file", "copied")
+        copied = await bench.vault.copy(home, LIMITS)
+        await bench.write(home, "file", "written after that")
+        salvaged = await bench.vault.salvage(home, LIMITS)
+        assert (salvaged.copy.generation, salvaged.copy.salvage) == (Generation(1, 2), True)
+        assert [copy.salvage for copy in salvaged.kept] == [False, True]
+        assert (await bench.vault.salvage(home, LIMITS)).copy.generation == Generation(1, 2), "once is enough"
+        target = bench.moved(home)
+        await bench.create(target, let_in=False)
+        assert await bench.vault.restore(target) == copied.copy
+        assert await bench.files(target) == {"file": "copied"}
+        assert await bench.vault.restore(target, Generation(1, 2))
+        assert await bench.files(target) == {"file": "written after that"}
+
+    async def test_a_lost_home_that_is_as_its_last_copy_makes_no_salvage(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        await bench.write(home, "file", "same")
+        copied = await bench.vault.copy(home, LIMITS)
+        salvaged = await bench.vault.salvage(home, LIMITS)
+        assert (salvaged.copy.generation, salvaged.copy.salvage) == (copied.copy.generation, False)
+
+    async def test_only_what_its_renter_had_at_that_very_epoch_is_salvaged(self, bench: Bench) -> None:
+        home = bench.new_home(epoch=2)
+        await bench.create(home, let_in=False)
+        assert (await refusal(bench.vault.salvage(home, LIMITS))).code == NOTHING_TO_SALVAGE
+        await bench.create(home, let_in=True)
+        for epoch in (1, 3):
+            assert (await refusal(bench.vault.salvage(replace(home, epoch=epoch), LIMITS))).code == "stale_epoch"
+        await bench.write(home, "file", "x" * 2000)
+        assert (await refusal(bench.vault.salvage(home, Limits(1000, 1000)))).code == OVER_LIMIT
+        assert await bench.vault.copies(home.rental_id, home.uid) == []

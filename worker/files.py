@@ -1,4 +1,4 @@
-"""The worker's end of a copy: `orion-rental send` and `orion-rental receive`, by SSH as root.
+"""The worker's end of a copy: `orion-rental send`, `orion-rental salvage` and `orion-rental receive`, by SSH as root.
 
 One line of JSON comes in, one goes out; then this process is rsync, in the rental's home, under the renter's own uid.
 What root does here is only to look at the record and to open the home, without following a link: whatever a renter
@@ -6,6 +6,9 @@ does with its files, and with this process, it can do already.
 
 `receive` holds the rental's lock until rsync ends, so nobody is let in, and nothing is purged, while files still come.
 It never fills a home whose renter was let in at this epoch: what is there then is newer than any copy.
+
+`salvage` sends a home of an epoch that was lost, before it is purged. Nothing of it runs any more, or it would be
+stopped with what reads its files: its processes are ended first, and it holds the rental's lock, too.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +33,10 @@ from ledger import Ledger, Record, Refused, check_receive, check_unlock
 RSYNC = "/usr/bin/rsync"
 _MEANING = "-lHogtpXrSe.iLsfxCIvu"
 """Links, hard links, owner, group, times, modes, extended attributes, recursively, sparse; no devices, no FIFOs."""
+_SEND = ("--server", "--sender", _MEANING, "--no-msgs2stderr", "--numeric-ids", ".", ".")
 ARGUMENTS = {
-    "send": ("--server", "--sender", _MEANING, "--no-msgs2stderr", "--numeric-ids", ".", "."),
+    "send": _SEND,
+    "salvage": _SEND,
     "receive": ("--server", _MEANING, "--no-msgs2stderr", "--delete", "-@-1", "--numeric-ids", ".", "."),
 }
 """Fixed, whatever the other side says; rsync itself asks for the same with the options of engine/vault/transfer.py."""
@@ -53,18 +59,20 @@ class Wish:
     """The copy that is received, kept in the record."""
 
 
-def carry(direction: str, ledger: Ledger, homes: Path) -> int:
-    """Become rsync, or say why not; the exit status of a refusal."""
+def carry(direction: str, ledger: Ledger, homes: Path, lay_down: Callable[[Record], None]) -> int:
+    """Become rsync, or say why not; the exit status of a refusal. `lay_down`: ends what runs of a rental, locked."""
     with ExitStack() as held:
         try:
             wish = parse(_read_line(), time.time())
-            if direction == "receive":
+            if direction != "send":
                 lock = held.enter_context(ledger.locked(wish.rental_id, LOCK_WAIT_S))
                 os.set_inheritable(lock, True)
             record = allowed(direction, ledger, wish)
+            if direction == "salvage":
+                lay_down(record)
             enter(homes / record.username, record.uid)
             become(record.uid)
-            told = measure(wish) if direction == "send" else {}
+            told = measure(wish) if direction != "receive" else {}
         except (ValueError, TypeError) as error:
             return _answer(2, {"error": f"request not understood: {error}", "code": "invalid_request"})
         except Refused as refusal:
@@ -91,9 +99,11 @@ def parse(line: bytes, now: float) -> Wish:
 def allowed(direction: str, ledger: Ledger, wish: Wish) -> Record:
     """The record of the rental, if it may be copied from, or into, at this epoch. Raises Refused."""
     record = ledger.living(wish.rental_id)
-    check = check_unlock if direction == "send" else check_receive
+    check = check_receive if direction == "receive" else check_unlock
     check(record, ledger.purged_epoch(wish.rental_id), wish.epoch)
     assert record is not None  # noqa: S101 - the check has refused it
+    if direction == "salvage" and not record.let_in:
+        raise Refused("nothing_to_salvage", "its renter was never let in here at this epoch")
     if direction == "receive":
         record = replace(record, restored=wish.generation)
         ledger.keep(record)

@@ -3,7 +3,7 @@
 
     orion-rental run|create|lock|unlock|freeze|thaw|purge|inventory  < request.json  > report.json
     orion-rental serve                                               < requests, one a line  > answers, one a line
-    orion-rental send|receive                                        a line of JSON, then rsync's bytes: see files.py
+    orion-rental send|salvage|receive                                a line of JSON, then rsync's bytes: see files.py
 
 The agent and Ansible's module both call it; it may be run by hand. A request is about one rental, or about several:
 `{"rentals": [request, ...]}`, whose report has one report for each, under `rentals`, in their order. Exit status: 0
@@ -36,6 +36,7 @@ from ledger import Ledger, Record, Refused, check_create, check_not_newer, check
 
 FIRST_UID = 100_000
 LOCK_WAIT_S = 20.0
+FREEZING_WAIT_S = 5.0
 COMMANDS = ("run", "create", "lock", "unlock", "freeze", "thaw", "purge")
 SWEEPS = 3
 """A name may be passed over while its directory changes: an empty sweep ends the work, so many at most."""
@@ -114,7 +115,8 @@ class Rentals:
             changed |= accounts.add(self._places.etc, request.username, request.uid)
             changed |= self._make_home(request)
             changed |= self._write_keys(request)
-            return {"changed": changed, "epoch": request.epoch, "state": self._shown(request)}
+            restored = {"restored": record.restored} if record and record.epoch == request.epoch else {}
+            return {"changed": changed, "epoch": request.epoch, "state": self._shown(request), **restored}
 
     def unlock(self, request: Request) -> Report:
         """Its keys are where sshd looks."""
@@ -210,6 +212,13 @@ class Rentals:
     def shut(self, record: Record) -> None:
         """Lock at once, whatever other command is at work on it: one rename, harmless between any two steps."""
         self._move_keys(self._places.keys, self._places.locked_keys, record.username)
+
+    def lay_down(self, record: Record) -> None:
+        """Nothing of it runs, nobody is let in, and nothing that reads its files is stopped. With the rental's lock."""
+        self.shut(record)
+        processes.end({record.uid: record.username})
+        with self.freezer.locked(FREEZING_WAIT_S):
+            self.freezer.forget(record.rental_id)
 
     def _check_names(self, request: Request, record: Record | None) -> None:
         """A rental keeps its name and number for ever; nothing is done to another's by a mistaken order."""
@@ -493,7 +502,8 @@ def main() -> int:
         standing.serve(_answer_now, COMMANDS, sys.stdin.fileno(), sys.stdout.fileno())
         return 0
     if command in files.ARGUMENTS:
-        return files.carry(command, Rentals().ledger, Places().homes)
+        rentals = Rentals()
+        return files.carry(command, rentals.ledger, Places().homes, rentals.lay_down)
     text = "" if command == "inventory" else sys.stdin.read()
     status, report = _answer_now(command, text)
     print(json.dumps(report))  # noqa: T201 - the report is the program's output

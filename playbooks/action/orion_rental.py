@@ -24,6 +24,7 @@ REPORTED = {
     "looked": list,
     "unsearched": list,
     "removed_files": int,
+    "restored": str,
     "started": bool,
     "start_problem": str,
     "error": str,

@@ -81,6 +81,10 @@ epoch:
   description: The epoch that is here now.
   type: int
   returned: run, create and unlock
+restored:
+  description: The copy with which its home was filled at this epoch, if it was.
+  type: str
+  returned: run and create
 left:
   description: What of the rental was found after its purge; empty, or the task has failed.
   type: list

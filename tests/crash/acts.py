@@ -118,6 +118,23 @@ async def moving_files(stage: Stage) -> None:
     await stage.until_health(dead, "ready")
 
 
+async def salvaging(stage: Stage) -> None:
+    """The only worker comes back with what was written after the last copy: that is what its rental begins with."""
+    lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001), start="serve")
+    (dead,) = stage.agents
+    dead.node.homes[lab["id"]]["precious"] = "first"
+    await eventually(lambda: stage.kept(lab) == {"precious": "first"})
+    dead.node.homes[lab["id"]]["precious"] = "later"
+    dead.die()
+    await stage.until(lambda r: r["state"] == "queued", lab)
+    stage.arm()
+    stage.return_of(dead)
+    await stage.until_health(dead, "ready")
+    await stage.until(lambda r: r["state"] == "active", lab)
+    assert dead.node.homes[lab["id"]] == {"precious": "later"}
+    assert dead.node.started[lab["id"]]
+
+
 async def operating(stage: Stage) -> None:
     """A token for a client, a worker that is drained and resumed."""
     stage.arm()
@@ -158,6 +175,7 @@ ACTS = {
     "migrating": Act(migrating, {"lab": "active"}),
     "copying": Act(copying, {"lab": "active"}, snapshot_interval_s=10.0, passes_over="^(?!.*cop)"),
     "moving_files": Act(moving_files, {"lab": "active"}, snapshot_interval_s=2.0, passes_over="cop"),
+    "salvaging": Act(salvaging, {"lab": "active"}, snapshot_interval_s=2.0, passes_over="cop", workers=1),
     "operating": Act(operating, {"lab": "released"}),
     "removing": Act(removing, {"lab": "active"}),
 }

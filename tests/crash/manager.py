@@ -26,7 +26,15 @@ from orion.manager.domain.copies import Copy, Generation
 from orion.manager.domain.model import Event
 from orion.manager.engine.ansible import RESTARTED
 from orion.manager.engine.port import Host, Job, Outcome, Reached
-from orion.manager.engine.vault.port import COPY_DEADLINE_S, RESTORE_DEADLINE_S, Copied, Home, Limits, VaultError
+from orion.manager.engine.vault.port import (
+    COPY_DEADLINE_S,
+    RESTORE_DEADLINE_S,
+    SALVAGE_DEADLINE_S,
+    Copied,
+    Home,
+    Limits,
+    VaultError,
+)
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store.database import Store
 
@@ -174,6 +182,10 @@ class RemoteVault:
         self, home: Home, limits: Limits, deadline_s: float = COPY_DEADLINE_S, spare: Generation | None = None
     ) -> Copied:
         done: Copied = await self._ask("copy", home, limits, deadline_s, spare)
+        return done
+
+    async def salvage(self, home: Home, limits: Limits, deadline_s: float = SALVAGE_DEADLINE_S) -> Copied:
+        done: Copied = await self._ask("salvage", home, limits, deadline_s)
         return done
 
     async def restore(

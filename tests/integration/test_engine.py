@@ -136,7 +136,9 @@ class TestAnsibleEngine(EngineContract):
             assert outcome.report.get("started") is started
         log = f"/home/{job.username}/.orion/start.log"
         told = await asyncio.to_thread(
-            wait_until, lambda: (t := bench.on.run("sh", "-c", f"cat {log} || true")).count("\n") == 3 and t, "the command has ended"
+            wait_until,
+            lambda: (t := bench.on.run("sh", "-c", f"cat {log} || true")).count("\n") == 3 and t,
+            "the command has ended",
         )
         assert told.splitlines()[1] == said
         assert_done(await bench.engine.run(deletion(job)))

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 JOIN_TOKEN = "the join token"
 FREEZE_BUDGET_LEASES = Clocks().freeze_budget_s / Clocks().freeze_after_s
 """How long freezing may take when a lease has ended, in leases: the same at every scale of the clocks."""
+SERVES, CRASHES = "serve", "crash"
+"""Start commands: one that goes on, and one that kills its worker."""
+CRASHES_AFTER_S, IS_BACK_AFTER_S = 3.0, 20.0
 FREEZE_BUDGET_S = 0.4
 """The same when a watch has ended."""
 
@@ -50,6 +53,8 @@ class Container:
         self.tombstones: dict[str, int] = {}
         self.unlocked: set[str] = set()
         self.frozen: set[str] = set()
+        self.started: set[tuple[str, int, str]] = set()
+        """The runs that start commands have had in this life."""
         self.up = False
         self.exists = True
         self.boots = 0
@@ -76,6 +81,7 @@ class Container:
         self.up = True
         self.unlocked.clear()
         self.frozen.clear()
+        self.started.clear()
         self.home = CallHome(self, self, self.clock, self.random.random, lambda line: self.sim.say(self.name, line))  # type: ignore[arg-type]
         self._agent = self.sim.loop.create_task(self._live(self.home))
 
@@ -244,6 +250,32 @@ class Container:
 
     # -- what is done to rentals here, as rental.Rentals -----------------------------------------------------
 
+    def start_command(self, job: Job) -> None:
+        """As launching.Launcher, in this life of the container."""
+        mark = (job.rental_id, job.epoch, job.start_mark)
+        if not job.start or mark in self.started or job.start_mark.partition("@")[2] != self.boot_id:
+            return
+        if not self._may_run():
+            raise Refused("no_lease", "this worker has no lease: nothing may run here")
+        self.started.add(mark)
+        self.sim.say(self.name, f"runs the start command of {job.rental_id}: {job.start_mark}")
+        self.sim.checker.started(job.rental_id, job.epoch)
+        if job.start == CRASHES and not self.sim.schedule.only_the_door:
+            self.sim.loop.call_later(CRASHES_AFTER_S, self._crash, self.boots)
+
+    def _crash(self, boots: int) -> None:
+        """Its container goes down with what a renter runs in it, and is started again."""
+        if not self.up or self.boots != boots:
+            return
+        self.sim.say(self.name, "is brought down by a start command")
+        self.kill()
+
+        def start_again() -> None:
+            if self.exists and not self.up:
+                self.sim.start_container(self)
+
+        self.sim.loop.call_later(IS_BACK_AFTER_S, start_again)
+
     def create(self, job: Job) -> None:
         record = self.records.get(job.rental_id)
         check_create(record, self.tombstones.get(job.rental_id, 0), job.epoch)
@@ -275,6 +307,7 @@ class Container:
 
     def end_purge(self, job: Job) -> None:
         check_not_newer(self.records.get(job.rental_id), job.epoch)
+        self.sim.checker.purged(self, job.rental_id, job.epoch)
         self.records.pop(job.rental_id, None)
         self.homes.pop(job.rental_id, None)
         self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
@@ -286,9 +319,22 @@ class Container:
             self.homes[rental_id] = self.sim.loop.now
         return self.homes[rental_id]
 
-    def fill_home(self, rental_id: str, epoch: int, content: float) -> None:
+    def salvage_home(self, rental_id: str, epoch: int) -> float:
+        """As `orion-rental salvage`."""
+        record = self.records.get(rental_id)
+        check_unlock(record, self.tombstones.get(rental_id, 0), epoch)
+        if record is None or not record.let_in:
+            raise Refused("nothing_to_salvage", "its renter was never let in here at this epoch")
+        self.unlocked.discard(rental_id)
+        self.frozen.discard(rental_id)
+        return self.homes[rental_id]
+
+    def fill_home(self, rental_id: str, epoch: int, content: float, generation: str) -> None:
         """As `orion-rental receive`."""
-        check_receive(self.records.get(rental_id), self.tombstones.get(rental_id, 0), epoch)
+        record = self.records.get(rental_id)
+        check_receive(record, self.tombstones.get(rental_id, 0), epoch)
+        assert record is not None
+        self.records[rental_id] = replace(record, restored=generation)
         self.homes[rental_id] = content
 
     # -- what runs here --------------------------------------------------------------------------------------

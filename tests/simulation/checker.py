@@ -12,7 +12,11 @@ Claimed, after each committed step:
 * a worker is ready only when every placement that it lost is purged;
 * where only the proxy and the manager were away, nobody is declared down and nothing moves.
 
-Claimed, whenever a renter is let in: its files are not older than the last safe copy that the manager has accepted.
+Claimed, whenever a renter is let in: its files are not older than the last safe copy that the manager has accepted; and
+what it finds is no salvage of an epoch before one at which it was let in. Claimed, whenever a home is purged: it is not
+one that was lost, of a rental that lives, and that was neither salvaged nor given up. Claimed, whenever a start command
+runs: its rental has not lost three workers within ten minutes before it was placed there; and in the end, that the
+command of each rental that runs has run in this life of its container.
 
 Claimed, whenever a worker obeys a reply, an account is unlocked or a placement begins to run: no rental runs on two
 workers. It runs where its account is unlocked at an epoch whose placement was running at some time (renters are led
@@ -25,6 +29,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from orion.manager.domain.copies import Copy
 from orion.manager.domain.expiry import SETTLE_S
 from orion.manager.domain.model import Placement, Rental, Step, Write
 from orion.manager.domain.reconcile import ANSWERING
@@ -39,6 +44,7 @@ LIVE = frozenset({"reserved", "preparing", "running"})
 HOLDING = LIVE | {"stopping", "stopped", "failed"}
 ENDED = frozenset({"released", "expired", "failed"})
 
+MOST_LOSSES, LOSSES_WITHIN_S = 3, 600.0
 OVERDUE_AFTER_S = 30.0
 """Beyond a deadline: some rounds, and the tasks and commits that they wait for."""
 
@@ -67,6 +73,10 @@ class Checker:
         self._ages: dict[tuple[str, str], tuple[str, float]] = {}
         self.acknowledged: set[str] = set()
         self.release_asked: set[str] = set()
+        self._losses: dict[str, list[float]] = {}
+        """When each rental lost workers on which its command may have run, by the wall clock."""
+        self._stopped_at: dict[str, int] = {}
+        """The epoch at which the start command of a rental had lost too many."""
         self.jump = (float("-inf"), 0.0)
         """When the wall clock last jumped, and by how much."""
 
@@ -99,6 +109,8 @@ class Checker:
             sim.fail("every transition has its event", f"{write.kind} {write.id} went to {to} without {kind}")
         if write.kind == "placement" and to == PlacementState.RUNNING:
             self._let_in.add((row.rental_id, row.epoch))
+        if write.kind == "placement" and to == PlacementState.LOST and source in {"preparing", "running"}:
+            self._lost(row)
         if write.kind == "rental":
             self._rental_moved(step, row, to, write)
         if to == Health.READY:
@@ -163,6 +175,39 @@ class Checker:
         if home < rental.last_safe_copy_at:
             story = f"{rental_id} at epoch {epoch} has its files of {home:.1f}, not of {rental.last_safe_copy_at:.1f}"
             self._sim.fail("files are as old as the last safe copy", story)
+
+    def _lost(self, placement: Placement) -> None:
+        at = self._losses.setdefault(placement.rental_id, [])
+        at.append(self._sim.wall())
+        if len([loss for loss in at if abs(at[-1] - loss) < LOSSES_WITHIN_S]) >= MOST_LOSSES:
+            self._stopped_at.setdefault(placement.rental_id, placement.epoch)
+
+    def started(self, rental_id: str, epoch: int) -> None:
+        """Fails when a start command that keeps losing its workers is run on another one."""
+        if epoch > self._stopped_at.get(rental_id, epoch):
+            self._sim.fail("a command that costs workers is stopped", f"{rental_id} runs it at epoch {epoch}")
+
+    def purged(self, container: Container, rental_id: str, epoch: int) -> None:
+        """Fails when a home goes that nobody has tried to copy aside."""
+        world = self._sim.ledger.world
+        rental = world.rentals.get(rental_id)
+        record = container.records.get(rental_id)
+        if rental is None or rental.activated_at is None or record is None or record.epoch != epoch:
+            return
+        if rental.state in ENDED | {RentalState.RELEASING}:
+            return
+        own = [p for p in world.placements.values() if (p.rental_id, p.epoch) == (rental_id, epoch)]
+        if any(p.state is PlacementState.LOST and not p.salvaged for p in own):
+            self._sim.fail("what a worker still has is salvaged before it is purged", f"{rental_id} of epoch {epoch}")
+
+    def filled(self, rental_id: str, copy: Copy) -> None:
+        """Fails when a rental begins by itself with what is older than where its renter was let in."""
+        rental = self._sim.ledger.world.rentals.get(rental_id)
+        if rental is None or str(copy.generation) == rental.began_with:
+            return
+        if copy.salvage and copy.generation.epoch < rental.let_in_epoch:
+            story = f"{rental_id}, which was let in at epoch {rental.let_in_epoch}, begins with {copy.generation}"
+            self._sim.fail("a salvage is restored on request", story)
 
     def look_at_copies(self) -> None:
         """Fails when a rental runs on two workers."""
@@ -276,9 +321,17 @@ class Checker:
                 found.add((self._sim.worker_id_of(container), item["rental_id"], item["epoch"]))
                 if item["state"] != "running":
                     return f"{item['rental_id']} on {container.name} is {item['state']}"
+                if self._has_not_started(container, item["rental_id"], item["epoch"]):
+                    return f"{item['rental_id']} on {container.name} has not run its start command"
         if found != running:
             return f"on the workers {sorted(found)}, in the ledger {sorted(running)}"
         return ""
+
+    def _has_not_started(self, container: Container, rental_id: str, epoch: int) -> bool:
+        rental = self._sim.ledger.world.rentals.get(rental_id)
+        if rental is None or not rental.start or rental.start_problem:
+            return False
+        return (rental_id, epoch, f"{rental.start_run}@{container.boot_id}") not in container.started
 
 
 def _state(row: Any) -> str:

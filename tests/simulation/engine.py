@@ -88,7 +88,11 @@ class Workshop:
         await container.going()
         steps: dict[Action, tuple[Callable[[Job], None], ...]] = {
             Action.PREPARE: (container.create,),
-            Action.CREATE: (container.create, lambda j: container.unlock(j.rental_id, j.epoch)),
+            Action.CREATE: (
+                container.create,
+                lambda j: container.unlock(j.rental_id, j.epoch),
+                container.start_command,
+            ),
             Action.DELETE: (container.begin_purge, container.end_purge),
         }
         boots = container.boots
@@ -105,7 +109,9 @@ class Workshop:
                 return Outcome(False, str(refusal), {"code": refusal.code})
             await asyncio.sleep(0.02)
         state = "running" if job.rental_id in container.unlocked else "locked"
-        return Outcome(True, report={"left": [], "state": state})
+        record = container.records.get(job.rental_id)
+        restored = {"restored": record.restored} if record and record.restored else {}
+        return Outcome(True, report={"left": [], "state": state} | restored)
 
 
 @dataclass

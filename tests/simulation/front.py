@@ -10,6 +10,7 @@ from orion.manager.domain.leases import Leases
 from orion.manager.domain.model import Event, Rental
 from orion.manager.domain.states import ENDED, HOLDING, Health, Intent, RentalState
 from orion.manager.store.memory import MemoryLedger
+from simulation.agents import CRASHES, SERVES
 
 FIRST_UID = 100_000
 
@@ -36,6 +37,7 @@ class Front:
                 public_key=f"key-{key}",
                 ttl_s=ttl_s,
                 created_at=self._wall(),
+                start=CRASHES if int(key) % 4 == 3 else SERVES if int(key) % 2 else "",
             )
             self._ledger.events.append(Event("rental.queued", owner, "asked for", owner, identity, epoch=0))
             self._ledger.tell(rental_ids=[identity])

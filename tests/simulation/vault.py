@@ -15,6 +15,7 @@ from orion.manager.engine.vault.port import (
     COPY_DEADLINE_S,
     NO_SUCH_GENERATION,
     RESTORE_DEADLINE_S,
+    SALVAGE_DEADLINE_S,
     Copied,
     Home,
     Limits,
@@ -44,10 +45,17 @@ class SimulatedVault:
     ) -> Copied:
         began_at = self.sim.loop.now
         content = await self._on_worker(home, lambda container: container.read_home(home.rental_id, home.epoch))
+        return await self._keep(home, min(content, began_at), spare)
+
+    async def salvage(self, home: Home, limits: Limits, deadline_s: float = SALVAGE_DEADLINE_S) -> Copied:
+        content = await self._on_worker(home, lambda container: container.salvage_home(home.rental_id, home.epoch))
+        return await self._keep(home, content, None, salvage=True)
+
+    async def _keep(self, home: Home, content: float, spare: Generation | None, salvage: bool = False) -> Copied:
         there = self.sim.stored.setdefault(home.rental_id, {})
         generation = Generation(home.epoch, next_number(list(there), home.epoch))
-        copy = there[generation] = Copy(generation, min(content, began_at), 1, 1)
-        for old in there.keys() - kept(there) - {spare}:
+        copy = there[generation] = Copy(generation, content, 1, 1, salvage=salvage)
+        for old in there.keys() - kept(there.values()) - {spare}:
             del there[old]
         await self.manager.point()
         return Copied(copy, tuple(there[each] for each in sorted(there)))
@@ -56,14 +64,17 @@ class SimulatedVault:
         self, home: Home, generation: Generation | None = None, deadline_s: float = RESTORE_DEADLINE_S
     ) -> Copy | None:
         there = self.sim.stored.get(home.rental_id, {})
-        if not there:
+        if not there or not (generation or any(not copy.salvage for copy in there.values())):
             await self.manager.point()
             return None
-        wanted = generation or max(there)
+        wanted = generation or max(each for each in there if not there[each].salvage)
         if wanted not in there:
             raise VaultError(NO_SUCH_GENERATION, f"there is no copy {wanted}")
         copy = there[wanted]
-        await self._on_worker(home, lambda container: container.fill_home(home.rental_id, home.epoch, copy.at))
+        self.sim.checker.filled(home.rental_id, copy)
+        await self._on_worker(
+            home, lambda container: container.fill_home(home.rental_id, home.epoch, copy.at, str(wanted))
+        )
         self.sim.say("vault", f"put copy {wanted} into {home.rental_id} at epoch {home.epoch}")
         await self.manager.point()
         return copy

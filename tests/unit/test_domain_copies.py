@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,53 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ledger import Ledger, Record, Refused, check_receive
+from support.builders import active_rental
 
-from orion.manager.domain.copies import NEWEST_KEPT, Generation, kept, next_number
+from orion.manager.domain.copies import NEWEST_KEPT, SALVAGES_KEPT, Copy, Generation, kept, newest, next_number
 
 GENERATIONS = st.lists(st.builds(Generation, st.integers(1, 5), st.integers(1, 9)), min_size=1, unique=True)
 
 
+def copy_of(generation: Generation) -> Copy:
+    return Copy(generation, 5.0, 0, 1)
+
+
 @given(GENERATIONS)
 def test_the_newest_are_kept_and_the_newest_of_the_epoch_before_whatever_there_is(all_: list[Generation]) -> None:
-    staying = kept(all_)
-    newest = max(all_)
-    assert newest in staying <= set(all_)
+    staying = kept(map(copy_of, all_))
+    latest = max(all_)
+    assert latest in staying <= set(all_)
     assert staying >= set(sorted(all_)[-NEWEST_KEPT:])
-    before = [each for each in all_ if each.epoch < newest.epoch]
+    before = [each for each in all_ if each.epoch < latest.epoch]
     assert not before or max(before) in staying
     assert len(staying) <= NEWEST_KEPT + 1
-    assert kept(staying) == staying, "what is kept once is not dropped without anything new"
+    assert kept(map(copy_of, staying)) == staying, "what is kept once is not dropped without anything new"
+
+
+@given(GENERATIONS, st.sets(st.integers(1, 5)))
+def test_salvages_drop_no_copy_and_no_copy_drops_them(all_: list[Generation], salvaged: set[int]) -> None:
+    copies = [copy_of(each) for each in all_ if each.epoch not in salvaged]
+    salvages = [replace(copy_of(each), salvage=True) for each in all_ if each.epoch in salvaged]
+    newest_ones = sorted(copy.generation for copy in salvages)[-SALVAGES_KEPT:]
+    assert kept([*copies, *salvages]) == kept(copies) | set(newest_ones)
+
+
+def test_a_salvage_is_what_a_rental_begins_with_only_if_its_renter_was_let_in_at_no_later_epoch() -> None:
+    copies = [copy_of(Generation(1, 7)), copy_of(Generation(2, 1))]
+    salvage = replace(copy_of(Generation(2, 2)), salvage=True)
+    second, third = active_rental(let_in_epoch=2), active_rental(let_in_epoch=3)
+    assert newest([*copies, salvage], second) == salvage
+    assert newest([*copies, salvage], third) == copies[-1]
+    assert newest([salvage], third) is None
+    assert newest([*copies, salvage, copy_of(Generation(3, 1))], second) == copy_of(Generation(3, 1))
+
+
+def test_what_it_began_with_at_the_last_is_what_it_begins_with_again_until_there_is_a_copy_of_that() -> None:
+    copies = [copy_of(Generation(1, 7)), copy_of(Generation(2, 1)), replace(copy_of(Generation(2, 2)), salvage=True)]
+    for name, copy in (("2-2", copies[2]), ("1-7", copies[0]), ("1-6", copies[1]), ("", copies[1])):
+        rental = active_rental(let_in_epoch=3, began_with=name)
+        assert newest(copies, rental) == copy
+        assert newest([*copies, copy_of(Generation(3, 1))], rental) == copy_of(Generation(3, 1))
 
 
 @given(GENERATIONS, st.integers(1, 5))

@@ -205,7 +205,7 @@ def test_what_was_ended_since_is_revived_without_the_copies_that_were_removed_wi
         backups.database,
         RENTAL.format("stays", 100_001, "active"),
         RENTAL.format("ends", 100_002, "active"),
-        "INSERT INTO copies VALUES ('stays', 1, 1, 5.0, 0, 1, '[]'), ('ends', 1, 1, 5.0, 0, 1, '[]')",
+        "INSERT INTO copies VALUES ('stays', 1, 1, 5.0, 0, 1, '[]', 0), ('ends', 1, 1, 5.0, 0, 1, '[]', 0)",
     )
     upload = given_back(backups, backups.copy())
     execute(backups.database, "UPDATE rentals SET state = 'released' WHERE id = 'ends'")

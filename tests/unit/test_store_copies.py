@@ -25,10 +25,13 @@ MOVING = active_rental(3, state=RentalState.MIGRATING)
 RELEASED = active_rental(4, state=RentalState.RELEASED)
 EXPIRED = active_rental(5, state=RentalState.EXPIRED)
 RUNNING = new_placement(RENTAL, WORKER, PlacementState.RUNNING)
+LOST = new_placement(RENTAL, SUSPECT, PlacementState.LOST, id="p-lost", epoch=2, slot=1)
 WORLD = new_world(
     *(WORKER, SUSPECT, RENTAL, ELSEWHERE, MOVING, RELEASED, EXPIRED, RUNNING),
     new_placement(ELSEWHERE, SUSPECT, PlacementState.RUNNING),
     new_placement(MOVING, WORKER, PlacementState.PREPARING, slot=1),
+    LOST,
+    replace(LOST, id="p-given-up", salvaged=True, epoch=1),
 )
 COPY = Copy(Generation(3, 1), 5000.0, 12_345_678_901, 7, ("secret", "odd \x1b name"))
 
@@ -126,3 +129,23 @@ async def test_what_is_forgotten_is_not_listed(bench: Bench) -> None:
     for _ in range(2):
         await bench.book.forget(RENTAL.id)
     assert await bench.book.of(RENTAL.id) == []
+
+
+async def test_what_is_salvaged_is_known_with_its_placement_and_only_once(bench: Bench) -> None:
+    salvage = replace(COPY, generation=Generation(2, 9), salvage=True)
+    assert await bench.book.lost(LOST.id) == (RENTAL, LOST)
+    assert [await bench.book.lost(each) for each in ("p-given-up", RUNNING.id, "p-unknown")] == [None] * 3
+    step = rules.salvaged(RENTAL, LOST, salvage)
+    assert await bench.book.accept(step, RENTAL.id, [salvage, COPY])
+    assert await bench.book.lost(LOST.id) is None
+    assert not await bench.book.accept(step, RENTAL.id, [])
+    assert await bench.book.of(RENTAL.id) == [salvage, COPY]
+    assert await bench.book.newest(RENTAL.id) == COPY
+    assert await bench.kinds() == ["rental.salvaged"]
+
+
+async def test_what_could_not_be_salvaged_is_given_up_once(bench: Bench) -> None:
+    for _ in range(2):
+        await bench.book.complain(rules.not_salvaged(RENTAL, LOST, "its home holds too much"))
+    assert await bench.book.lost(LOST.id) is None
+    assert await bench.kinds() == ["rental.salvage_failed"]

@@ -21,10 +21,17 @@ def snapshots(rental: RentalName, as_json: AsJson = False) -> None:
     if not copies:
         return output.note(f"there is no copy of {output.plain(found.name)} yet")
     rows = [
-        [one.generation, output.when(one.at), output.size(one.bytes), str(one.files), ", ".join(one.skipped) or "-"]
+        [
+            one.generation,
+            "salvage" if one.salvage else "copy",
+            output.when(one.at),
+            output.size(one.bytes),
+            str(one.files),
+            ", ".join(one.skipped) or "-",
+        ]
         for one in copies
     ]
-    return output.table(["GENERATION", "AGE", "SIZE", "FILES", "NOT IN IT"], rows, wide="NOT IN IT")
+    return output.table(["GENERATION", "KIND", "AGE", "SIZE", "FILES", "NOT IN IT"], rows, wide="NOT IN IT")
 
 
 def restore(

@@ -99,7 +99,7 @@ class Manager:
         engine = LoggedEngine(ports.engine, self.engine_log.note, ports.monotonic, ports.wall)
         self.roster = Roster()
         book = SqlCopyBook(store)
-        restorer = Restorer(engine, ports.vault, book)
+        restorer = Restorer(engine, ports.vault, book, settings.copies.limits)
         self.reconciler = Reconciler(
             self.ledger, self.roster, self.leases, engine, ports.reach, restorer, ports.monotonic, ports.wall
         )

@@ -2,6 +2,10 @@
 
 A copy counts only when it is complete. Copies are ordered by (epoch, number), so what an earlier placement left behind
 never comes after what a later one had.
+
+Salvage is what a worker that was down, and is back, still has of an epoch that was lost meanwhile: its home is copied
+aside before it is purged there. It has what was written after the last copy of its epoch, and may lack what was written
+at a later one; so it is restored on request only, unless its renter was let in at no later one: then it is the newest.
 """
 
 from __future__ import annotations
@@ -12,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from orion.manager.domain.model import Event, Placement, Rental, Step, Write, move_placement, move_rental
-from orion.manager.domain.states import PlacementState, RentalState
+from orion.manager.domain.states import ENDED, PlacementState, RentalState
 
 NEWEST_KEPT = 3
+SALVAGES_KEPT = 2
 EXPIRED_KEPT_S = 24 * 3600.0
 """An expired rental's last copy is kept for so long; a released one's goes at once."""
 _WRITTEN = re.compile(r"([1-9][0-9]{0,15})-([1-9][0-9]{0,15})")
@@ -52,11 +57,29 @@ class Copy:
     """What a worker that came back still had of an epoch that was lost: see `newest`."""
 
 
-def kept(generations: Iterable[Generation]) -> set[Generation]:
-    """Of the complete ones: the newest few, and the newest of the epoch before the latest."""
-    ordered = sorted(generations, reverse=True)
+def kept(complete: Iterable[Copy]) -> set[Generation]:
+    """Of the complete ones: the newest few, and the newest of the epoch before the latest; and the newest salvages."""
+    all_ = sorted(complete, key=lambda copy: copy.generation, reverse=True)
+    ordered = [copy.generation for copy in all_ if not copy.salvage]
+    salvages = [copy.generation for copy in all_ if copy.salvage]
     before = [generation for generation in ordered if generation.epoch < ordered[0].epoch]
-    return {*ordered[:NEWEST_KEPT], *before[:1]}
+    return {*ordered[:NEWEST_KEPT], *before[:1], *salvages[:SALVAGES_KEPT]}
+
+
+def newest(complete: Iterable[Copy], rental: Rental) -> Copy | None:
+    """What a rental begins with again by itself: the latest since its renter was last let in; else what it began with
+    then, which may be an older copy that was asked for, or a salvage; where nobody knows that, the latest copy."""
+    ordered = sorted(complete, key=lambda copy: copy.generation)
+    since = [copy for copy in ordered if copy.generation.epoch >= rental.let_in_epoch]
+    began_with = [copy for copy in ordered if str(copy.generation) == rental.began_with]
+    copies = [copy for copy in ordered if not copy.salvage]
+    return next((each[-1] for each in (since, began_with, copies) if each), None)
+
+
+def begins_from(complete: Iterable[Copy], epoch: int, salvage: bool) -> Copy | None:
+    """The copy that a new one of this epoch is compared with: the latest that it may be like."""
+    before = [c for c in complete if c.generation.epoch <= epoch and (salvage or not c.salvage)]
+    return max(before, key=lambda copy: copy.generation, default=None)
 
 
 def next_number(generations: Sequence[Generation], epoch: int) -> int:
@@ -90,6 +113,48 @@ def failed(rental: Rental, placement: Placement, problem: str) -> Step | None:
     return Step(_still_running(rental, placement, {"copy_problem": problem}), (event,))
 
 
+def wants_salvage(rental: Rental | None, placement: Placement) -> bool:
+    """Whether what its worker still has of a lost placement is to be copied aside before it is purged."""
+    if rental is None or placement.state is not PlacementState.LOST or placement.salvaged:
+        return False
+    return rental.activated_at is not None and rental.state not in ENDED | {RentalState.RELEASING}
+
+
+def salvaged(rental: Rental, placement: Placement, copy: Copy) -> Step:
+    """What its worker still had is kept; as a salvage, unless it is just as a copy that there is already."""
+    name, worker_id = copy.generation, placement.worker_id
+    # One that is being made just now may have been given an older copy already.
+    counts = copy.generation.epoch >= rental.let_in_epoch and rental.state is RentalState.QUEUED
+    had = f"worker {worker_id} came back with its files of epoch {placement.epoch}"
+    if not copy.salvage:
+        reason = f"{had}: they are as in copy {name}"
+    elif counts:
+        reason = f"{had}: they are kept as copy {name}, the newest, with which it begins again"
+    else:
+        reason = f"{had}: they are kept as copy {name}, and restored by: orion restore {rental.name} --from {name}"
+    change = {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes} if counts else {}
+    writes = (
+        _salvage_is_over(placement),
+        Write("rental", rental.id, {"let_in_epoch": rental.let_in_epoch, "state": rental.state}, change),
+    )
+    return Step(writes, (_event("rental.salvaged", reason, rental, worker_id, copy),))
+
+
+def not_salvaged(rental: Rental, placement: Placement, why: str) -> Step:
+    """What its worker had beyond the last copy is lost. `why` empty: it had nothing of its own."""
+    if not why:
+        return Step((_salvage_is_over(placement),))
+    reason = (
+        f"worker {placement.worker_id} came back with its files of epoch {placement.epoch}, and they could not be "
+        f"copied aside before they were purged: {why}. What was written there after the last copy of that epoch is lost"
+    )
+    return Step((_salvage_is_over(placement),), (_event("rental.salvage_failed", reason, rental, placement.worker_id),))
+
+
+def _salvage_is_over(placement: Placement) -> Write:
+    return Write("placement", placement.id, {"state": PlacementState.LOST, "salvaged": False}, {"salvaged": True})
+
+
 def ask_to_restore(rental: Rental, running: Placement | None, source: str, actor: str) -> Step:
     """Make it begin anew with `source`, a generation or EMPTY. What runs of it ends first, and is purged."""
     what = "without its files" if source == EMPTY else f"with copy {source}"
@@ -100,6 +165,12 @@ def ask_to_restore(rental: Rental, running: Placement | None, source: str, actor
     reason = f"it is stopped, to begin again {what}"
     stopping = move_placement(running, rental.owner, PlacementState.STOPPING, actor, reason)
     return stopping + move_rental(rental, RentalState.MIGRATING, actor, reason, running.worker_id, restore_from=source)
+
+
+def began_with(report: Mapping[str, Any]) -> str:
+    """Which copy a home was filled with, by the report of what filled it."""
+    generation = report.get("restored", {}).get("generation") or ""
+    return generation if Generation.parse(generation) else ""
 
 
 def filled(rental: Rental, worker_id: str, report: Mapping[str, Any], wall: float) -> Event | None:

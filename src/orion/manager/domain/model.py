@@ -66,6 +66,8 @@ class Rental:
     """What its next placement begins with, where that is not the newest copy: see domain/copies.py."""
     let_in_epoch: int = 0
     """The latest epoch at which its renter was let in, as far as the manager was told."""
+    began_with: str = ""
+    """The copy of its files that it began with at that epoch; empty: none, or nobody knows which."""
     start: str = ""
     """Its start command, a line for its shell; empty: it has none. See domain/starting.py."""
     start_run: int = 1

@@ -28,6 +28,9 @@ MOST_OF_A_PROBLEM = 300
 MAX_ATTEMPTS = 3
 """Failed tries to make a rental on one worker before it is made on another."""
 
+SALVAGE_ATTEMPTS = 2
+"""Failed tries to copy aside what a returned worker still has, before it is purged all the same."""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -53,6 +56,8 @@ def succeeded(world: World, task: Task, report: Mapping[str, Any], wall: float) 
     if task.kind is TaskKind.REACH:
         return _verified(task)
     placement = world.placements.get(task.placement_id or "")
+    if task.kind is TaskKind.SALVAGE:
+        return None  # it was written with the copy that it made: see loops/salvaging.py
     if task.kind is TaskKind.DELETE:
         return _purged(world, task, placement, report)
     rental = world.rentals.get(placement.rental_id) if placement else None
@@ -66,7 +71,21 @@ def failed(world: World, task: Task, message: str, attempts: int) -> Step | None
     placement = world.placements.get(task.placement_id or "")
     if placement and placement.state is PlacementState.PREPARING and attempts >= MAX_ATTEMPTS:
         return give_up(placement, world.rentals.get(placement.rental_id), message)
+    if task.kind is TaskKind.SALVAGE:
+        return _not_salvaged(world, placement, message, attempts)
     return _explained(world, task, placement, message)
+
+
+def _not_salvaged(world: World, placement: Placement | None, message: str, attempts: int) -> Step | None:
+    rental = world.rentals.get(placement.rental_id) if placement else None
+    if (
+        placement is None
+        or rental is None
+        or attempts < SALVAGE_ATTEMPTS
+        or not copies.wants_salvage(rental, placement)
+    ):
+        return None
+    return copies.not_salvaged(rental, placement, message)
 
 
 def _explained(world: World, task: Task, placement: Placement | None, message: str) -> Step | None:
@@ -125,7 +144,7 @@ def _made(rental: Rental, placement: Placement, task: Task, report: Mapping[str,
     first = rental.activated_at is None
     change: dict[str, Any] = {"activated_at": wall, "expires_at": wall + rental.ttl_s} if first else {}
     change |= {"restore_from": None} if rental.restore_from else {}
-    change |= {"let_in_epoch": placement.epoch}
+    change |= {"let_in_epoch": placement.epoch, "began_with": copies.began_with(report)}
     reason = f"running on worker {placement.worker_id}"
     filled = copies.filled(rental, placement.worker_id, report, wall)
     told = Step((), (filled,) if filled else ())

@@ -54,6 +54,10 @@ REACHABLE = frozenset({Health.READY, Health.SUSPECT, Health.UNKNOWN, Health.QUAR
 MAX_PLACED = 256
 """Rentals that get a place in one decision; the others in the next, so that none takes long."""
 
+SALVAGE_WITHIN_S = 150.0
+"""Of a worker's joining, which has JOIN_DEADLINE_S in all: what is not copied aside by then is given up. A try that is
+under way then ends first (loops/salvaging.py), and then it is purged."""
+
 HOLDS_STRANGERS = "it holds what the database has never placed"
 
 ANSWERING = frozenset({Health.READY, Health.JOINING})
@@ -64,6 +68,8 @@ class TaskKind(StrEnum):
     CREATE = "create"
     DELETE = "delete"
     REACH = "reach"
+    SALVAGE = "salvage"
+    """Copy aside what is left of a lost placement, before it is purged: see copies.wants_salvage."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the snapshot does not hold. `ages`: seconds that a placement or rental (by id) has been in its state.
+    """What the snapshot does not hold. `ages`: seconds that a placement, a rental or a worker that joins (by id) has
+    been in its state.
 
     `strangers`: what inventories show and the database has never placed anywhere, as (rental id, epoch). Nothing of
     ours can make one, for a placement is committed first: the database is older than the world, or it was lost.
@@ -163,6 +170,10 @@ def _settle_placement(world: World, placement: Placement, facts: Facts) -> Step 
         return merge((failed, _blame(worker, placement)))
     if placement.state is PlacementState.FAILED and at_fault and not worker.fault:
         return _blame(worker, placement)
+    if worker.health is Health.JOINING and _age(worker.id, facts) > SALVAGE_WITHIN_S:
+        given_up = _give_up_salvage(placement, rental)
+        if given_up is not None:
+            return given_up
     if placement.state is PlacementState.LOST and not _shown(placement, facts):
         return move_placement(placement, owner, PlacementState.PURGED, ACTOR, "its worker came back without it")
     return None
@@ -172,7 +183,10 @@ def _lose(worker: Worker | None, placement: Placement, rental: Rental | None, fa
     if placement.state not in LIVE | {PlacementState.STOPPING, PlacementState.FAILED}:
         return None
     owner = rental.owner if rental else None
-    lost = move_placement(placement, owner, PlacementState.LOST, ACTOR, "its worker is down")
+    nothing_to_salvage = placement.state not in starting.MAY_HAVE_RUN
+    lost = move_placement(
+        placement, owner, PlacementState.LOST, ACTOR, "its worker is down", salvaged=nothing_to_salvage
+    )
     if worker is not None:
         # A worker that is not down any more may have been told to run it: then it is lost no more.
         lost = merge((Step((Write("worker", worker.id, {"health": Health.DOWN}, {}),)), lost))
@@ -192,6 +206,13 @@ def _lose(worker: Worker | None, placement: Placement, rental: Rental | None, fa
         here = {"state": rental.state, "epoch": rental.epoch}
         return merge((lost, Step((Write("rental", rental.id, here, change),), events)))
     return lost
+
+
+def _give_up_salvage(placement: Placement, rental: Rental | None) -> Step | None:
+    """So that its worker is ready in time, whatever keeps its files from being copied aside."""
+    if rental is None or not copies.wants_salvage(rental, placement):
+        return None
+    return copies.not_salvaged(rental, placement, f"it took longer than {SALVAGE_WITHIN_S:.0f} s")
 
 
 def _is_missing(placement: Placement, facts: Facts) -> bool:
@@ -414,6 +435,8 @@ def _task_of(world: World, placement: Placement, facts: Facts) -> Task | None:
         start = rental.start if start_mark else ""
         key = rental.public_key
         return Task(TaskKind.CREATE, worker.id, worker.session_id, item, placement.id, key, restore, start, start_mark)
+    if copies.wants_salvage(rental, placement):
+        return Task(TaskKind.SALVAGE, worker.id, worker.session_id, item, placement.id)
     if placement.state in {PlacementState.STOPPING, PlacementState.FAILED, PlacementState.LOST}:
         return Task(TaskKind.DELETE, worker.id, worker.session_id, item, placement.id)
     return None

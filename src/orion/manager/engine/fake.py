@@ -41,6 +41,8 @@ class FakeWorker:
     """The epoch at which each rental's renter was let in."""
     started: dict[str, list[str]] = field(default_factory=dict)
     """The runs of its start command that each rental has had here, as marks."""
+    restored: dict[str, str] = field(default_factory=dict)
+    """The copy that each home was filled with."""
     start_problem: str = ""
     """Not empty: no start command can be run here, for this reason."""
     alive: bool = True
@@ -102,6 +104,8 @@ class FakeWorker:
         if unlocked:
             self.let_in[job.rental_id] = job.epoch
         report = {"changed": account != before, "epoch": job.epoch, "state": "running" if unlocked else "locked"}
+        if before and before.epoch == job.epoch and job.rental_id in self.restored:
+            report["restored"] = self.restored[job.rental_id]
         return report | (self._start(job) if unlocked and job.start else {})
 
     def _start(self, job: Job) -> dict[str, Any]:
@@ -120,6 +124,7 @@ class FakeWorker:
         self.homes.pop(job.rental_id, None)
         self.let_in.pop(job.rental_id, None)
         self.started.pop(job.rental_id, None)
+        self.restored.pop(job.rental_id, None)
         self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
         return {"changed": before is not None, "left": [], "removed_files": 0, "killed": 0, "looked": ["/"]}
 

@@ -35,8 +35,8 @@ FULL_DISK = 0.8
 """From here on no copy is begun: the rest of the disk is for the database, and for takeovers."""
 SAID_AT_ONCE = frozenset((OVER_LIMIT, "unreadable_home", "disk_full"))
 """Problems of the home or of this machine. Others may be a worker that is just dying: they are said when they stay."""
-OF_NO_ACCOUNT = frozenset(("superseded", "stale_epoch", "unknown_rental", "purged"))
-"""It is being moved or ended."""
+OF_NO_ACCOUNT = frozenset(("superseded", "stale_epoch", "unknown_rental", "purged", "busy"))
+"""It is being moved or ended, or what another worker still has of it is being copied aside."""
 
 
 def disk_share(directory: Path) -> float:

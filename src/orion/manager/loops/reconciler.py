@@ -25,9 +25,10 @@ from orion.manager.domain.model import Item, World
 from orion.manager.domain.outcomes import Ended
 from orion.manager.domain.reconcile import MAX_PLACED, Facts, Task, TaskKind, decide
 from orion.manager.domain.roster import Roster
-from orion.manager.domain.states import PlacementState
+from orion.manager.domain.states import Health, PlacementState
 from orion.manager.engine.port import Action, Engine, Host, Job, Outcome, Reach, Reached
 from orion.manager.loops.restoring import WAITS, Restorer
+from orion.manager.loops.salvaging import TRIES
 from orion.manager.loops.timer import Loop
 from orion.manager.store.names import new_id
 from orion.manager.store.port import Ledger
@@ -39,6 +40,8 @@ JOB_DEADLINE_S = 30.0
 REACH_TIMEOUT_S = 5.0
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 15.0
+MOST_SALVAGES = 2
+"""Homes that are copied aside at once on one worker."""
 MOST_ORPHANS = 2
 """Rentals that only its own inventory shows and that are purged at once on one worker: it may have made them up."""
 LOOKED_AT_ONCE = 400
@@ -192,7 +195,9 @@ class Reconciler:
     def _ages(self, world: World) -> dict[str, float]:
         now = self._monotonic()
         moving = [p.id for p in world.placements.values() if p.state is not PlacementState.RUNNING]
-        return {identity: self._roster.age_of(identity, now) for identity in (*moving, *world.rentals)}
+        ages = {identity: self._roster.age_of(identity, now) for identity in (*moving, *world.rentals)}
+        joining = (w.id for w in world.workers.values() if w.health is Health.JOINING)
+        return ages | {w: now - since for w in joining if (since := self._roster.since(w)) is not None}
 
     def _forget_failures(self, looked_at: frozenset[str], wanted: Iterable[Task]) -> None:
         """Of what is not wanted any more, or of a worker that was removed."""
@@ -220,6 +225,8 @@ class Reconciler:
         at_work = self._at_work[task.worker_id]
         if task.worker_id in self._failing:
             return at_work < 1
+        if task.kind is TaskKind.SALVAGE:
+            return at_work < MOST_SALVAGES
         return task.kind is not TaskKind.DELETE or task.placement_id is not None or at_work < MOST_ORPHANS
 
     async def _run(self, task: Task) -> None:
@@ -245,6 +252,8 @@ class Reconciler:
         if task.item is None:
             return _REACHED[await self._reach.reach(host, REACH_TIMEOUT_S)]
         item = task.item
+        if task.kind is TaskKind.SALVAGE:
+            return await self._restorer.salvager.salvage(host, item, task.placement_id or "")
         keys = (task.public_key,) if task.public_key else ()
         who = item.rental_id, item.username, item.uid, item.epoch
         job = Job(_ACTIONS[task.kind], host, *who, keys, JOB_DEADLINE_S, task.start, task.start_mark)
@@ -258,7 +267,7 @@ class Reconciler:
             log.warning("task failed", **_story(task), attempts=failure.count, message=outcome.message)
             # A worker without a lease lets nobody in until its next heartbeat: that is no failure to make anything.
             waits = outcome.report.get(WAITS) or outcome.report.get("code") == NO_LEASE
-            attempts = 0 if waits else failure.count
+            attempts = 0 if waits else failure.count * int(outcome.report.get(TRIES, 1))
             await self._write(Ended(task, False, self._wall(), message=outcome.message, attempts=attempts))
             return
         self._failures.pop(task, None)

@@ -15,9 +15,11 @@ from weakref import WeakValueDictionary
 
 from orion.manager.domain.copies import EMPTY, NEWEST, Copy, Generation
 from orion.manager.engine.port import Action, Engine, Job, Outcome
-from orion.manager.engine.vault.port import LET_IN, NO_SUCH_GENERATION, OF_THE_WORKER, Home, Vault, VaultError
+from orion.manager.engine.vault.port import LET_IN, NO_SUCH_GENERATION, OF_THE_WORKER, Home, Limits, Vault, VaultError
+from orion.manager.loops.salvaging import Salvager
 from orion.manager.store.copies import CopyBook
 
+LET_IN_BEFORE = "its renter was let in already"
 WAITS = "waits"
 """In the report of a failure: another worker would do no better."""
 AT_ONCE = 8
@@ -27,19 +29,20 @@ late, and its sshd takes no more than 64 sessions of one connection.
 
 
 class Restorer:
-    def __init__(self, engine: Engine, vault: Vault, book: CopyBook) -> None:
+    def __init__(self, engine: Engine, vault: Vault, book: CopyBook, limits: Limits | None = None) -> None:
         self._engine = engine
         self._vault = vault
         self._book = book
         self._shares: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         """Of each worker on which a home is being filled: one that hangs holds up no other."""
+        self.salvager = Salvager(vault, book, limits or Limits())
 
     async def make(self, job: Job, wanted: str) -> Outcome:
         """The account is there with its files and its renter is let in; the report tells which copy it was."""
         prepared = await self._engine.run(replace(job, action=Action.PREPARE))
         if not prepared.ok:
             return prepared
-        told: dict[str, Any] = {}
+        told: dict[str, Any] = {"restored": {"generation": prepared.report.get("restored"), "reason": LET_IN_BEFORE}}
         if prepared.report.get("state") != "running":
             share = self._shares.setdefault(job.host.worker_id, asyncio.Semaphore(AT_ONCE))
             try:
@@ -59,7 +62,7 @@ class Restorer:
         except VaultError as error:
             if error.code != LET_IN:
                 raise
-            return {"generation": error.restored, "reason": "its renter was let in already"}
+            return {"generation": error.restored, "reason": LET_IN_BEFORE}
         return told_of(copy) if copy else {"reason": "there is no copy of its files yet"}
 
     async def _named(self, home: Home, wanted: str) -> Copy | None:
@@ -73,15 +76,14 @@ class Restorer:
 
         One may be lost without the other: the database by going back to a backup, the copies with their disk.
         """
-        known = await self._book.of(home.rental_id)
-        newest = known[-1].generation if known else None
+        newest = await self._book.newest(home.rental_id)
         try:
-            copy = await self._vault.restore(home, newest)
+            copy = await self._vault.restore(home, newest.generation if newest else None)
         except VaultError as error:
             if error.code != NO_SUCH_GENERATION:
                 raise
             copy = await self._vault.restore(home)
-        if copy is None and known:
+        if copy is None and newest:
             raise VaultError("copies_lost", "there were copies of its files, and they are not there any more")
         return copy
 

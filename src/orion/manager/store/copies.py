@@ -10,7 +10,15 @@ from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Column, Connection, and_, delete, insert, select
 
-from orion.manager.domain.copies import EMPTY, EXPIRED_KEPT_S, Copy, Generation, ask_to_restore
+from orion.manager.domain.copies import (
+    EMPTY,
+    EXPIRED_KEPT_S,
+    Copy,
+    Generation,
+    ask_to_restore,
+    newest,
+    wants_salvage,
+)
 from orion.manager.domain.model import Placement, Rental, Step, Worker
 from orion.manager.domain.states import ENDED, Health, PlacementState, RentalState
 from orion.manager.store import ledger
@@ -48,6 +56,14 @@ class CopyBook(Protocol):
         """The copies of a rental, oldest first."""
         ...
 
+    async def newest(self, rental_id: str) -> Copy | None:
+        """That with which it begins again by itself."""
+        ...
+
+    async def lost(self, placement_id: str) -> tuple[Rental, Placement] | None:
+        """A placement of which something is to be salvaged; None: it is not any more."""
+        ...
+
     async def over(self, rental_ids: Iterable[str], wall: float) -> list[tuple[str, int]]:
         """Of these, those that have ended and whose copies nobody can ask for any more, with their uids."""
         ...
@@ -77,6 +93,12 @@ class SqlCopyBook:
 
     async def of(self, rental_id: str) -> list[Copy]:
         return await self._store.read(copies_of, rental_id)
+
+    async def newest(self, rental_id: str) -> Copy | None:
+        return await self._store.read(newest_of, rental_id)
+
+    async def lost(self, placement_id: str) -> tuple[Rental, Placement] | None:
+        return await self._store.read(lost, placement_id)
 
     async def over(self, rental_ids: Iterable[str], wall: float) -> list[tuple[str, int]]:
         return await self._store.read(over, list(rental_ids), wall)
@@ -116,6 +138,14 @@ class MemoryCopyBook:
 
     async def of(self, rental_id: str) -> list[Copy]:
         return list(self.copies.get(rental_id, ()))
+
+    async def newest(self, rental_id: str) -> Copy | None:
+        return newest(await self.of(rental_id), self._ledger.world.rentals[rental_id])
+
+    async def lost(self, placement_id: str) -> tuple[Rental, Placement] | None:
+        placement = self._ledger.world.placements.get(placement_id)
+        rental = self._ledger.world.rentals.get(placement.rental_id) if placement else None
+        return (rental, placement) if rental and placement and wants_salvage(rental, placement) else None
 
     async def over(self, rental_ids: Iterable[str], wall: float) -> list[tuple[str, int]]:
         known = [self._ledger.world.rentals[each] for each in rental_ids if each in self._ledger.world.rentals]
@@ -171,9 +201,31 @@ def accept_copy(connection: Connection, step: Step, rental_id: str, there: Seque
 def copies_of(connection: Connection, rental_id: str) -> list[Copy]:
     query = select(copies).where(copies.c.rental_id == rental_id).order_by(copies.c.epoch, copies.c.number)
     return [
-        Copy(Generation(row["epoch"], row["number"]), row["at"], row["bytes"], row["files"], tuple(row["skipped"]))
+        Copy(
+            Generation(row["epoch"], row["number"]),
+            row["at"],
+            row["bytes"],
+            row["files"],
+            tuple(row["skipped"]),
+            bool(row["salvage"]),
+        )
         for row in connection.execute(query).mappings()
     ]
+
+
+def newest_of(connection: Connection, rental_id: str) -> Copy | None:
+    row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
+    return newest(copies_of(connection, rental_id), ledger.rental(row))
+
+
+def lost(connection: Connection, placement_id: str) -> tuple[Rental, Placement] | None:
+    row = connection.execute(select(placements).where(placements.c.id == placement_id)).mappings().first()
+    if row is None:
+        return None
+    placement = ledger.placement(row)
+    found = connection.execute(select(rentals).where(rentals.c.id == placement.rental_id)).mappings().one()
+    rental = ledger.rental(found)
+    return (rental, placement) if wants_salvage(rental, placement) else None
 
 
 def over(connection: Connection, rental_ids: Sequence[str], wall: float) -> list[tuple[str, int]]:
@@ -213,4 +265,5 @@ def _is_over(rental: Rental, wall: float) -> bool:
 
 def _row(rental_id: str, copy: Copy) -> dict[str, object]:
     named = {"rental_id": rental_id, "epoch": copy.generation.epoch, "number": copy.generation.number}
-    return named | {"at": copy.at, "bytes": copy.bytes, "files": copy.files, "skipped": list(copy.skipped)}
+    told = {"at": copy.at, "bytes": copy.bytes, "files": copy.files, "skipped": list(copy.skipped)}
+    return named | told | {"salvage": copy.salvage}

@@ -282,6 +282,7 @@ def rental(row: RowMapping) -> Rental:
         copy_problem=row["copy_problem"],
         restore_from=row["restore_from"],
         let_in_epoch=row["let_in_epoch"],
+        began_with=row["began_with"],
         start=row["start"],
         start_run=row["start_run"],
         start_problem=row["start_problem"],

@@ -82,6 +82,7 @@ rentals = Table(
     Column("copy_problem", Text, nullable=False, server_default=""),
     Column("restore_from", String(40)),
     Column("let_in_epoch", BigInteger, nullable=False, server_default="0"),
+    Column("began_with", String(40), nullable=False, server_default=""),
     Column("start", Text, nullable=False, server_default=""),
     Column("start_run", Integer, nullable=False, server_default="1"),
     Column("start_problem", Text, nullable=False, server_default=""),

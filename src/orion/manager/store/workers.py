@@ -132,7 +132,8 @@ def give_up(connection: Connection, actor: str, worker_id: str, items: Iterable[
             row |= {"public_key": "", "ttl_s": 0, "labels": {}, "created_at": time.time(), "explanation": "given up"}
             connection.execute(insert(rentals), row)
         place = {"id": f"p-{new_id(12)}", "rental_id": item.rental_id, "worker_id": worker_id, "slot": 0}
-        place |= {"epoch": item.epoch, "state": PlacementState.LOST, "created_at": time.time()}
+        # Not salvaged: a worker's word that it has an epoch of some rental must not become a copy of that rental.
+        place |= {"epoch": item.epoch, "state": PlacementState.LOST, "created_at": time.time(), "salvaged": True}
         connection.execute(insert(placements), place)
         touched(connection).workers.add(worker_id)
         reason = "the database had never placed it; an operator gave it up"

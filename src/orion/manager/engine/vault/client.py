@@ -17,6 +17,7 @@ from orion.manager.engine.vault.port import (
     CONNECT_DEADLINE_S,
     COPY_DEADLINE_S,
     RESTORE_DEADLINE_S,
+    SALVAGE_DEADLINE_S,
     Copied,
     Home,
     Limits,
@@ -44,10 +45,11 @@ class VaultClient:
         self, home: Home, limits: Limits, deadline_s: float = COPY_DEADLINE_S, spare: Generation | None = None
     ) -> Copied:
         more = {"max_files": limits.max_files, "max_bytes": limits.max_bytes, "generation": str(spare or "")}
-        reply = await self._begin(_line(Action.COPY, home, deadline_s, **more))
-        if reply.done is None:
-            raise VaultError("no_answer", "the vault's answer is not one")
-        return Copied(read(reply.done), tuple(read(copy) for copy in reply.copies))
+        return _copied(await self._begin(_line(Action.COPY, home, deadline_s, **more)))
+
+    async def salvage(self, home: Home, limits: Limits, deadline_s: float = SALVAGE_DEADLINE_S) -> Copied:
+        more = {"max_files": limits.max_files, "max_bytes": limits.max_bytes}
+        return _copied(await self._begin(_line(Action.SALVAGE, home, deadline_s, **more)))
 
     async def restore(
         self, home: Home, generation: Generation | None = None, deadline_s: float = RESTORE_DEADLINE_S
@@ -118,6 +120,12 @@ class VaultClient:
         if not reply.ok:
             raise VaultError(reply.code, reply.message, reply.restored)
         return reply
+
+
+def _copied(reply: ReplyLine) -> Copied:
+    if reply.done is None:
+        raise VaultError("no_answer", "the vault's answer is not one")
+    return Copied(read(reply.done), tuple(read(copy) for copy in reply.copies))
 
 
 def _line(action: Action, home: Home, deadline_s: float, **more: Any) -> RequestLine:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from orion.manager.domain.copies import Copy, Generation, kept, next_number
+from orion.manager.domain.copies import Copy, Generation, begins_from, kept, next_number
 from orion.manager.engine.fake import FakeWorker, FakeWorld
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.port import (
@@ -14,8 +14,10 @@ from orion.manager.engine.vault.port import (
     COPY_DEADLINE_S,
     LET_IN,
     NO_SUCH_GENERATION,
+    NOTHING_TO_SALVAGE,
     OVER_LIMIT,
     RESTORE_DEADLINE_S,
+    SALVAGE_DEADLINE_S,
     Copied,
     Home,
     Limits,
@@ -51,15 +53,29 @@ class FakeVault:
         size = sum(len(content) for content in files.values())
         if len(files) + 1 > limits.max_files or size > limits.max_bytes:
             raise VaultError(OVER_LIMIT, "its home holds more than a copy may")
+        return self._keep(home, files, Copy(Generation(home.epoch, 1), began_at, size, len(files) + 1), spare)
+
+    async def salvage(self, home: Home, limits: Limits, deadline_s: float = SALVAGE_DEADLINE_S) -> Copied:
+        began_at = self.wall()
+        worker = await self._worker(home, deadline_s)
+        if worker.let_in.get(home.rental_id) != home.epoch:
+            raise VaultError(NOTHING_TO_SALVAGE, "its renter was never let in here")
+        files = worker.homes[home.rental_id]
+        size = sum(len(content) for content in files.values())
+        if len(files) + 1 > limits.max_files or size > limits.max_bytes:
+            raise VaultError(OVER_LIMIT, "its home holds more than a copy may")
+        copy = Copy(Generation(home.epoch, 1), began_at, size, len(files) + 1, salvage=True)
+        return self._keep(home, files, copy, None)
+
+    def _keep(self, home: Home, files: Files, copy: Copy, spare: Generation | None) -> Copied:
         there = self.stored.setdefault(home.rental_id, {})
-        newest = max(there, default=None)
-        if newest and newest.epoch == home.epoch and there[newest][1] == files:
-            there[newest] = (replace(there[newest][0], at=began_at), dict(files))
-            return Copied(there[newest][0], self._copies(home.rental_id))
-        generation = Generation(home.epoch, next_number(list(there), home.epoch))
-        copy = Copy(generation, began_at, size, len(files) + 1)
-        there[generation] = (copy, dict(files))
-        for old in there.keys() - kept(there) - {spare}:
+        base = begins_from(self._copies(home.rental_id), home.epoch, copy.salvage)
+        if base and base.generation.epoch == home.epoch and there[base.generation][1] == files:
+            there[base.generation] = (replace(base, at=copy.at), dict(files))
+            return Copied(there[base.generation][0], self._copies(home.rental_id))
+        copy = replace(copy, generation=Generation(home.epoch, next_number(list(there), home.epoch)))
+        there[copy.generation] = (copy, dict(files))
+        for old in there.keys() - kept(self._copies(home.rental_id)) - {spare}:
             del there[old]
         return Copied(copy, self._copies(home.rental_id))
 
@@ -68,9 +84,9 @@ class FakeVault:
     ) -> Copy | None:
         await self._going()
         there = self.stored.get(home.rental_id, {})
-        if not there:
+        wanted = generation or max((g for g, (copy, _) in there.items() if not copy.salvage), default=None)
+        if not there or wanted is None:
             return None
-        wanted = generation or max(there)
         if wanted not in there:
             raise VaultError(NO_SUCH_GENERATION, f"there is no copy {wanted}")
         worker = await self._worker(home, deadline_s)
@@ -80,7 +96,7 @@ class FakeVault:
         copy, files = there[wanted]
         worker.homes[home.rental_id] = dict(files)
         self.restored.append((home.rental_id, home.epoch, str(wanted)))
-        self._put[home.rental_id, home.epoch] = str(wanted)
+        self._put[home.rental_id, home.epoch] = worker.restored[home.rental_id] = str(wanted)
         return copy
 
     async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:

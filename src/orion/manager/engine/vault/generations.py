@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orion.manager.domain.copies import Copy, Generation, kept, next_number
+from orion.manager.domain.copies import Copy, Generation, begins_from, kept, next_number
 from orion.manager.engine.vault.protocol import read, written
 
 INCOMING = "incoming"
@@ -36,6 +36,7 @@ class Made:
     unchanged: bool
     """Each thing that it listed is as in the copy before."""
     skipped: tuple[str, ...]
+    salvage: bool = False
 
 
 def found(folder: Path) -> list[Copy]:
@@ -44,8 +45,8 @@ def found(folder: Path) -> list[Copy]:
     return sorted((copy for copy in copies if copy), key=lambda copy: copy.generation)
 
 
-def begin(folder: Path) -> str:
-    """Make room for a new copy; the name of the newest complete one, empty where there is none."""
+def begin(folder: Path, epoch: int, salvage: bool) -> str:
+    """Make room for a new copy; the name of the one that it is compared with, empty where there is none."""
     _remove(folder / INCOMING)
     complete = found(folder)
     for place in folder.iterdir():
@@ -53,18 +54,20 @@ def begin(folder: Path) -> str:
             _remove(place)
     (folder / INCOMING).mkdir(mode=0o700)
     # Its `home` is made by rsync: over one that is there it would say, each time, that something has changed.
-    return str(complete[-1].generation) if complete else ""
+    base = begins_from(complete, epoch, salvage)
+    return str(base.generation) if base else ""
 
 
 def finish(folder: Path, epoch: int, made: Made, spare: Generation | None = None) -> Copy:
-    """Make what is in `incoming` a complete copy; or, where nothing has changed, renew the newest.
+    """Make what is in `incoming` a complete copy; or, where nothing has changed, renew the one before it.
 
     Older ones make room, but for `spare`.
     """
     complete = found(folder)
-    copy = Copy(Generation(epoch, 1), made.at, made.bytes, made.files, made.skipped)
-    if complete and _is_same(folder, complete[-1], copy, made):
-        renewed = replace(complete[-1], at=made.at)
+    copy = Copy(Generation(epoch, 1), made.at, made.bytes, made.files, made.skipped, made.salvage)
+    base = begins_from(complete, epoch, made.salvage)
+    if base and _is_same(folder, base, copy, made):
+        renewed = replace(base, at=made.at)
         _write(folder / str(renewed.generation), renewed, made.items)
         _remove(folder / INCOMING)
         return renewed
@@ -74,7 +77,7 @@ def finish(folder: Path, epoch: int, made: Made, spare: Generation | None = None
     _flush_all(folder)
     (folder / INCOMING).rename(folder / str(copy.generation))
     _flush(folder)
-    staying = kept([*(each.generation for each in complete), copy.generation])
+    staying = kept([*complete, copy])
     for each in complete:
         if each.generation not in {*staying, spare}:
             _remove(folder / str(each.generation))
@@ -86,11 +89,11 @@ def wipe(folder: Path) -> None:
         _remove(place)
 
 
-def _is_same(folder: Path, newest: Copy, copy: Copy, made: Made) -> bool:
+def _is_same(folder: Path, base: Copy, copy: Copy, made: Made) -> bool:
     """Something that was deleted leaves no line of its own: then their number is another."""
-    same = (newest.files, newest.bytes, newest.skipped) == (copy.files, copy.bytes, copy.skipped)
-    items = _read(folder / str(newest.generation)).get("items")
-    return made.unchanged and same and items == made.items and newest.generation.epoch == copy.generation.epoch
+    same = (base.files, base.bytes, base.skipped) == (copy.files, copy.bytes, copy.skipped)
+    items = _read(folder / str(base.generation)).get("items")
+    return made.unchanged and same and items == made.items and base.generation.epoch == copy.generation.epoch
 
 
 def _about(place: Path) -> Copy | None:

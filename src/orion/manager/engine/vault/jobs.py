@@ -31,6 +31,8 @@ from orion.manager.engine.vault.watch import Watch
 from orion.ssh import pinned_host_arguments
 
 LOCK_WAIT_S = 5.0
+SALVAGE_WAIT_S = 45.0
+"""A salvage is in nobody's way and in no hurry: a copy of what runs elsewhere may end first."""
 FULLEST_DISK = 0.9
 """A copy that is under way is given up when the disk is so full; none is begun from a lower mark on."""
 SSH_OPTIONS = (
@@ -76,6 +78,7 @@ class Job:
             return self._connect()
         work = {
             Action.COPY: self._copy,
+            Action.SALVAGE: self._copy,
             Action.RESTORE: self._restore,
             Action.LIST: self._list,
             Action.REMOVE: self._remove,
@@ -87,15 +90,17 @@ class Job:
         request, began_at = self._request, time.time()
         self._make_folder()
         self._look_at_disk()
-        far = self._far("send", max_files=request.max_files, max_bytes=request.max_bytes)
-        base = self._as_renter(lambda: generations.begin(self._folder))
+        salvage = request.action is Action.SALVAGE
+        direction = "salvage" if salvage else "send"
+        far = self._far(direction, max_files=request.max_files, max_bytes=request.max_bytes)
+        base = self._as_renter(lambda: generations.begin(self._folder, request.epoch, salvage))
         before = (f"--link-dest={self._folder / base / 'home'}",) if base else ()
         arguments = (*OPTIONS, *before, "-ii", "--out-format=%i", "--stats", "--no-human-readable", "--info=nonreg0")
         target = f"{self._folder / generations.INCOMING / 'home'}/"
         transfer = Transfer(far, request.uid, self._watch, request.max_bytes + LISTS_BYTES, request.max_files + 1)
         told = transfer.run((*arguments, "worker:.", target), self._look_at_disk, request.max_bytes)
         check(told, "receiver")
-        made = _made(told, began_at)
+        made = _made(told, began_at, salvage)
 
         def finish() -> list[dict[str, Any]]:
             copy = generations.finish(self._folder, request.epoch, made, Generation.parse(request.generation))
@@ -106,9 +111,10 @@ class Job:
 
     def _restore(self) -> ReplyLine:
         complete = self._found()
-        if not complete:
+        newest = next((each["generation"] for each in reversed(complete) if not each["salvage"]), "")
+        wanted = self._request.generation or newest
+        if not complete or not wanted:
             return ReplyLine(ok=True)
-        wanted = self._request.generation or complete[-1]["generation"]
         copy = next((each for each in complete if each["generation"] == wanted), None)
         if copy is None:
             there = ", ".join(each["generation"] for each in complete)
@@ -159,7 +165,8 @@ class Job:
     def _alone(self) -> Iterator[None]:
         """One job for a rental at a time; and nothing that ran under its uid outlives it."""
         with (self._places.locks / self._request.rental_id).open("w") as lock:
-            last_moment = time.monotonic() + min(LOCK_WAIT_S, self._watch.left_s)
+            wait_s = SALVAGE_WAIT_S if self._request.action is Action.SALVAGE else LOCK_WAIT_S
+            last_moment = time.monotonic() + min(wait_s, self._watch.left_s)
             while not _try_lock(lock.fileno()):
                 if time.monotonic() >= last_moment:
                     raise VaultError("busy", "another job for this rental is still at work")
@@ -246,8 +253,9 @@ def ssh_command(host: Host, folder: Path) -> list[str]:
     return ["ssh", "-F", "none", "-T", "-i", key, *options, *pinned, "-p", str(host.port), f"root@{host.address}"]
 
 
-def _made(told: Told, at: float) -> generations.Made:
-    return generations.Made(at, told.number("bytes"), told.number("files"), told.items, told.unchanged, told.skipped())
+def _made(told: Told, at: float, salvage: bool) -> generations.Made:
+    figures = told.number("bytes"), told.number("files"), told.items
+    return generations.Made(at, *figures, told.unchanged, told.skipped(), salvage)
 
 
 def _become_and_do(uid: int, work: Callable[[], Any], writing: int) -> None:

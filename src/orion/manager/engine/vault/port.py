@@ -12,6 +12,7 @@ from orion.manager.domain.copies import Copy, Generation
 from orion.manager.engine.port import Host
 
 COPY_DEADLINE_S = 120.0
+SALVAGE_DEADLINE_S = 90.0
 RESTORE_DEADLINE_S = 300.0
 CONNECT_DEADLINE_S = 10.0
 
@@ -56,6 +57,7 @@ OF_THE_WORKER = frozenset(
 """Codes for which another worker might do better: what could not be restored here is restored elsewhere."""
 LET_IN = "let_in"
 """The renter was let in at this epoch: nothing is put over its files any more."""
+NOTHING_TO_SALVAGE = "nothing_to_salvage"
 NO_SUCH_GENERATION = "no_such_generation"
 OVER_LIMIT = "over_limit"
 
@@ -69,6 +71,14 @@ class Vault(Protocol):
         """Copy the home as it is now. What was copied before stays untouched until this one is complete.
 
         Older copies make room then, but for `spare`, which somebody is about to ask for.
+        """
+        ...
+
+    async def salvage(self, home: Home, limits: Limits, deadline_s: float = SALVAGE_DEADLINE_S) -> Copied:
+        """Copy aside a home whose placement was lost, of an epoch that may be long over: nothing of it runs any more.
+
+        Its renter's processes there are ended first. The copy is marked as a salvage; where the home is as in a copy
+        of its epoch that there is, it is that one. Refused with NOTHING_TO_SALVAGE where its renter was never let in.
         """
         ...
 

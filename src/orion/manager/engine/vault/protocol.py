@@ -20,6 +20,7 @@ LONGEST_LINE = 1 << 16
 
 class Action(StrEnum):
     COPY = "copy"
+    SALVAGE = "salvage"
     RESTORE = "restore"
     LIST = "list"
     REMOVE = "remove"
@@ -66,4 +67,5 @@ def read(data: dict[str, Any]) -> Copy:
     if generation is None:
         raise ValueError("not a generation")
     skipped = tuple(str(name) for name in data["skipped"])
-    return Copy(generation, float(data["at"]), int(data["bytes"]), int(data["files"]), skipped)
+    figures = float(data["at"]), int(data["bytes"]), int(data["files"])
+    return Copy(generation, *figures, skipped, bool(data.get("salvage", False)))

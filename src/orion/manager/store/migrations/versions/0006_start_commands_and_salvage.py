@@ -12,6 +12,7 @@ depends_on = None
 def upgrade() -> None:
     with op.batch_alter_table("rentals", schema=None) as batch_op:
         batch_op.add_column(sa.Column("let_in_epoch", sa.BigInteger(), server_default="0", nullable=False))
+        batch_op.add_column(sa.Column("began_with", sa.String(length=40), server_default="", nullable=False))
         batch_op.add_column(sa.Column("start", sa.Text(), server_default="", nullable=False))
         batch_op.add_column(sa.Column("start_run", sa.Integer(), server_default="1", nullable=False))
         batch_op.add_column(sa.Column("start_problem", sa.Text(), server_default="", nullable=False))
@@ -32,5 +33,5 @@ def downgrade() -> None:
         batch_op.drop_column("salvaged")
         batch_op.drop_column("started")
     with op.batch_alter_table("rentals", schema=None) as batch_op:
-        for name in ("takeovers", "start_problem", "start_run", "start", "let_in_epoch"):
+        for name in ("takeovers", "start_problem", "start_run", "start", "began_with", "let_in_epoch"):
             batch_op.drop_column(name)

@@ -1,0 +1,61 @@
+"""Copying aside what a worker that came back still has of a placement that was lost, before it is purged there.
+
+Only where the database says that the rental was placed on that worker, at the epoch that it had there, and only as a
+copy of that epoch, whatever the worker says. The note of the copy and that nothing more is to be salvaged are one
+transaction: killed before it, all is begun again, and a home that has not changed makes no second copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from orion.manager.domain import copies
+from orion.manager.domain.model import Item
+from orion.manager.domain.outcomes import SALVAGE_ATTEMPTS
+from orion.manager.engine.port import Host, Outcome
+from orion.manager.engine.vault.port import (
+    NOTHING_TO_SALVAGE,
+    OVER_LIMIT,
+    SALVAGE_DEADLINE_S,
+    Home,
+    Limits,
+    Vault,
+    VaultError,
+)
+from orion.manager.store.copies import CopyBook
+
+AT_ONCE = 8
+LONGEST_TRY_S = SALVAGE_DEADLINE_S + 5.0
+"""With the time that it waits for its turn."""
+FOR_GOOD = frozenset((OVER_LIMIT, "unreadable_home", "no_home", "purged", "stale_epoch", "unknown_rental", "conflict"))
+"""Another try would find the same."""
+TRIES = "tries"
+"""In the report of a failure: how many it counts for."""
+
+
+class Salvager:
+    def __init__(self, vault: Vault, book: CopyBook, limits: Limits) -> None:
+        self._vault = vault
+        self._book = book
+        self._limits = limits
+        self._places = asyncio.Semaphore(AT_ONCE)
+
+    async def salvage(self, host: Host, item: Item, placement_id: str) -> Outcome:
+        found = await self._book.lost(placement_id)
+        if found is None:
+            return Outcome(ok=True)  # somebody else has acted
+        rental, placement = found
+        home = Home(item.rental_id, item.uid, item.epoch, host)
+        try:
+            async with asyncio.timeout(LONGEST_TRY_S), self._places:
+                copied = await self._vault.salvage(home, self._limits)
+        except TimeoutError:
+            return Outcome(ok=False, message=f"it was not copied within {LONGEST_TRY_S:.0f} s")
+        except VaultError as error:
+            if error.code == NOTHING_TO_SALVAGE:
+                await self._book.complain(copies.not_salvaged(rental, placement, ""))
+                return Outcome(ok=True)
+            tries = SALVAGE_ATTEMPTS if error.code in FOR_GOOD else 1
+            return Outcome(ok=False, message=str(error), report={TRIES: tries})
+        await self._book.accept(copies.salvaged(rental, placement, copied.copy), rental.id, copied.kept)
+        return Outcome(ok=True)

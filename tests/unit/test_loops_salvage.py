@@ -1,0 +1,174 @@
+"""What a worker that comes back still has is copied aside before it is purged, and never keeps it from being ready."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from support.builders import active_rental, new_placement, new_worker, new_world
+from support.house import Agent, House
+from test_loops_copies import copied, files, holder, lose
+
+from orion.manager.domain.copies import Generation
+from orion.manager.domain.model import Item
+from orion.manager.domain.reconcile import SALVAGE_WITHIN_S, Facts, TaskKind, decide
+from orion.manager.domain.states import JOIN_DEADLINE_S, Health, PlacementState, RentalState
+from orion.manager.engine.vault.port import Copied, Home, Limits, VaultError
+from orion.manager.loops.reconciler import JOB_DEADLINE_S
+from orion.manager.loops.salvaging import LONGEST_TRY_S
+
+
+@pytest.fixture
+async def pool(house: House) -> list[Agent]:
+    return [await house.join(slots=4) for _ in range(2)]
+
+
+async def written_and_lost(house: House) -> tuple[dict[str, Any], Agent]:
+    """A rental that moved without what was written last, and the worker that has it."""
+    rental = await house.rent(name="lab")
+    files(house, rental)["file"] = "copied"
+    await copied(house, rental)
+    files(house, rental)["file"] = "written after that"
+    dead = holder(house, rental)
+    return await lose(house, rental), dead
+
+
+async def snapshots(house: House, rental: dict[str, Any]) -> list[tuple[str, bool]]:
+    found = (await house.as_admin.get(f"/api/rentals/{rental['id']}/snapshots")).json()["items"]
+    return [(one["generation"], one["salvage"]) for one in found]
+
+
+async def test_what_was_written_after_the_last_copy_is_kept_aside_and_restored_on_request(
+    house: House, pool: list[Agent]
+) -> None:
+    moved, dead = await written_and_lost(house)
+    assert files(house, moved) == {"file": "copied"}
+    await dead.come_back()
+    await house.settle()
+    assert (await house.health(dead), dead.node.homes) == ("ready", {})
+    assert await snapshots(house, moved) == [("1-1", False), ("1-2", True)]
+    (event,) = await house.events("rental.salvaged")
+    assert "orion restore lab --from 1-2" in event["reason"]
+    again = await lose(house, moved)
+    assert files(house, again) == {"file": "copied"}, "its renter was let in at a later epoch"
+    body = {"generation": "1-2", "discard": True}
+    assert (await house.as_admin.post(f"/api/rentals/{moved['id']}/restore", json=body)).status_code == 202
+    await house.pass_time(8)
+    back = await house.rental(moved["id"])
+    assert (back["state"], files(house, back)) == ("active", {"file": "written after that"})
+
+
+async def test_what_nobody_has_worked_on_since_is_the_newest_and_comes_back_by_itself(house: House) -> None:
+    await house.join()
+    waiting, dead = await written_and_lost(house)
+    assert waiting["state"] == "queued"
+    shown_before = waiting["last_safe_copy_at"]
+    await dead.come_back()
+    await house.pass_time(8)
+    back = await house.rental(waiting["id"])
+    assert (back["state"], files(house, back)) == ("active", {"file": "written after that"})
+    assert back["last_safe_copy_at"] > shown_before
+    assert [e["details"]["generation"] for e in await house.events("rental.files_restored")] == ["1-2"]
+
+
+async def test_a_home_that_was_copied_as_it_is_has_lost_nothing(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    files(house, rental)["file"] = "same"
+    await copied(house, rental)
+    dead = holder(house, rental)
+    await lose(house, rental)
+    await dead.come_back()
+    await house.settle()
+    assert await snapshots(house, rental) == [("1-1", False)]
+    assert [e["reason"].partition(": ")[2] for e in await house.events("rental.salvaged")] == [
+        "they are as in copy 1-1"
+    ]
+
+
+async def test_what_was_released_is_not_salvaged(house: House, pool: list[Agent]) -> None:
+    moved, dead = await written_and_lost(house)
+    await house.as_admin.delete(f"/api/rentals/{moved['id']}")
+    await house.settle()
+    assert (await house.rental(moved["id"]))["state"] == "released"
+    await dead.come_back()
+    await house.settle()
+    assert await house.health(dead) == "ready"
+    assert await house.events("rental.salvage") == []
+
+
+@pytest.mark.parametrize("code", ["unreachable", "over_limit", "unreadable_home", "failed", "purged"])
+async def test_what_cannot_be_salvaged_is_purged_all_the_same_and_what_was_lost_is_said(
+    house: House, pool: list[Agent], code: str
+) -> None:
+    moved, dead = await written_and_lost(house)
+    tries = []
+
+    async def refuse(home: Home, limits: Limits) -> Copied:
+        tries.append(home)
+        raise VaultError(code, "there is no way")
+
+    house.vault.salvage = refuse  # type: ignore[method-assign, assignment]
+    await dead.come_back()
+    await house.pass_time(12)
+    assert (await house.health(dead), dead.node.homes) == ("ready", {})
+    assert len(tries) == (2 if code in {"unreachable", "failed"} else 1)
+    assert {(home.rental_id, home.epoch, home.host.worker_id) for home in tries} == {(moved["id"], 1, dead.worker_id)}
+    (event,) = await house.events("rental.salvage_failed")
+    assert "there is no way" in event["reason"]
+    assert "is lost" in event["reason"]
+
+
+def test_a_worker_becomes_ready_in_time_though_a_salvage_never_ends() -> None:
+    """Whatever it hangs in: its worker has been joining for so long."""
+    joining = new_worker(1, health=Health.JOINING, verified_session=None)
+    rental = active_rental(1, epoch=2, state=RentalState.QUEUED)
+    lost = new_placement(replace(rental, epoch=1), joining, PlacementState.LOST)
+    world = new_world(joining, rental, lost)
+    shown = {joining.id: (Item(rental.id, rental.username, rental.uid, 1),)}
+    for age_s, kind in ((SALVAGE_WITHIN_S, TaskKind.SALVAGE), (SALVAGE_WITHIN_S + 1, TaskKind.DELETE)):
+        decision = decide(world, Facts(shown, frozenset(), {joining.id: age_s}, iter("p")))
+        assert [task.kind for task in decision.tasks] == [kind]
+    (event,) = [event for step in decision.steps for event in step.events if event.kind.startswith("rental.salvage")]
+    assert (event.kind, "is lost" in event.reason) == ("rental.salvage_failed", True)
+    assert SALVAGE_WITHIN_S + LONGEST_TRY_S + JOB_DEADLINE_S < JOIN_DEADLINE_S, "there is time to purge it"
+
+
+async def test_a_manager_that_ends_before_it_has_noted_a_salvage_makes_it_again_and_keeps_one(
+    house: House, pool: list[Agent]
+) -> None:
+    moved, dead = await written_and_lost(house)
+    salvage = house.vault.salvage
+
+    async def and_die(home: Home, limits: Limits) -> Copied:
+        await salvage(home, limits)
+        raise VaultError("no_answer", "the vault ended before it answered")
+
+    house.vault.salvage = and_die  # type: ignore[method-assign, assignment]
+    await dead.come_back()
+    await house.manager.reconciler.round()
+    await house.finish_tasks()
+    house.vault.salvage = salvage  # type: ignore[method-assign]
+    await house.restart()
+    await dead.register()
+    await house.pass_time(12)
+    assert await house.health(dead) == "ready"
+    assert await snapshots(house, moved) == [("1-1", False), ("1-2", True)]
+
+
+async def test_a_worker_gains_nothing_by_showing_what_was_never_placed_there(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    files(house, rental)["file"] = "mine"
+    await copied(house, rental)
+    evil = next(agent for agent in pool if agent.worker_id != rental["worker_id"])
+    account = holder(house, rental).node.accounts[rental["id"]]
+    evil.node.accounts[rental["id"]] = account.__class__(account.username, account.uid, 99, account.keys, False)
+    evil.node.homes[rental["id"]] = {"file": "evil"}
+    evil.node.let_in[rental["id"]] = 99
+    await evil.beat()
+    await house.settle()
+    resumed = await house.as_admin.post(f"/api/workers/{evil.worker_id}/resume?give_up=true")
+    assert resumed.status_code == 200
+    await house.pass_time(40)
+    assert house.vault.stored[rental["id"]].keys() == {Generation(1, 1)}
+    assert await snapshots(house, rental) == [("1-1", False)]
