@@ -8,7 +8,8 @@ does with its files, and with this process, it can do already.
 It never fills a home whose renter was let in at this epoch: what is there then is newer than any copy.
 
 `salvage` sends a home of an epoch that was lost, before it is purged. Nothing of it runs any more, or it would be
-stopped with what reads its files: its processes are ended first, and it holds the rental's lock, too.
+stopped with what reads its files: its processes are ended first, with the rental's lock. The rsync does not hold that:
+whoever purges meanwhile ends it as all that is the renter's.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def carry(direction: str, ledger: Ledger, homes: Path, lay_down: Callable[[Recor
             wish = parse(_read_line(), time.time())
             if direction != "send":
                 lock = held.enter_context(ledger.locked(wish.rental_id, LOCK_WAIT_S))
-                os.set_inheritable(lock, True)
+                os.set_inheritable(lock, direction == "receive")
             record = allowed(direction, ledger, wish)
             if direction == "salvage":
                 lay_down(record)

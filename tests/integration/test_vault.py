@@ -310,3 +310,18 @@ async def test_nobody_is_let_in_while_files_still_come_and_a_restore_that_was_cu
     await unlocking
     assert moved.ssh("stat -c %s large").stdout == "60000000\n"
     assert (await refusal(real.client.restore(home_of(moved)))).code == LET_IN
+
+
+async def test_a_home_that_is_frozen_is_salvaged_and_what_ran_in_it_is_ended(
+    real: RealVault, pair: tuple[Worker, Worker], folder: Path
+) -> None:
+    rental = new_rental(pair[0], folder).create_quickly()
+    rental.ssh("echo precious > file; setsid sleep 1000 >/dev/null 2>&1 </dev/null &")
+    status, _ = rental.on.rental("freeze", rental_id=rental.rental_id, epoch=1)
+    assert status == 0
+    salvaged = await real.client.salvage(home_of(rental), LIMITS)
+    assert salvaged.copy.salvage
+    assert (real.copy_of(home_of(rental), str(salvaged.copy.generation)) / "file").read_text() == "precious\n"
+    assert rental.on.run("ps", "-o", "pid=", "-u", str(rental.uid), check=False).strip() == ""
+    assert not rental.lets_in()
+    assert (await asyncio.to_thread(rental.delete)).ok
