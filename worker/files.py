@@ -19,16 +19,17 @@ import json
 import os
 import re
 import resource
+import select
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import traces
+from freezing import Freezer
 from ledger import Ledger, Record, Refused, check_receive, check_unlock
 
 RSYNC = "/usr/bin/rsync"
@@ -44,6 +45,8 @@ ARGUMENTS = {
 LONGEST_REQUEST = 4096
 LOCK_WAIT_S = 5.0
 NICENESS = 10
+WAY_OUT = "it is frozen: `orion thaw` lets it go on for ten minutes, to make room"
+SPARED = "it was thawed to make room, and is frozen again unless it does"
 NO_NEW_PRIVILEGES = 38
 """prctl(2), PR_SET_NO_NEW_PRIVS."""
 
@@ -60,8 +63,20 @@ class Wish:
     """The copy that is received, kept in the record."""
 
 
-def carry(direction: str, ledger: Ledger, homes: Path, lay_down: Callable[[Record], None]) -> int:
-    """Become rsync, or say why not; the exit status of a refusal. `lay_down`: ends what runs of a rental, locked."""
+class Keeper(Protocol):
+    """What is done to a rental besides: rental.Rentals."""
+
+    ledger: Ledger
+    freezer: Freezer
+
+    def lay_down(self, record: Record) -> None: ...
+
+    def hold_over(self, record: Record, what: str) -> bool: ...
+
+
+def carry(direction: str, keeper: Keeper, homes: Path) -> int:
+    """Become rsync, or say why not; the exit status of a refusal."""
+    ledger = keeper.ledger
     with ExitStack() as held:
         try:
             wish = parse(_read_line(), time.time())
@@ -70,10 +85,10 @@ def carry(direction: str, ledger: Ledger, homes: Path, lay_down: Callable[[Recor
                 os.set_inheritable(lock, direction == "receive")
             record = allowed(direction, ledger, wish)
             if direction == "salvage":
-                lay_down(record)
+                keeper.lay_down(record)
             enter(homes / record.username, record.uid)
+            told = look_through(direction, keeper, record, wish)
             become(record.uid)
-            told = measure(wish) if direction != "receive" else {}
         except (ValueError, TypeError) as error:
             return _answer(2, {"error": f"request not understood: {error}", "code": "invalid_request"})
         except Refused as refusal:
@@ -134,6 +149,53 @@ def become(uid: int) -> None:
     os.setresuid(uid, uid, uid)
     if ctypes.CDLL(None, use_errno=True).prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0):
         raise Refused("broken", f"privileges cannot be given up: {os.strerror(ctypes.get_errno())}")
+
+
+def look_through(direction: str, keeper: Keeper, record: Record, wish: Wish) -> dict[str, Any]:
+    """What there is to send. Raises Refused; a home that runs and holds more than it may is frozen then."""
+    if direction == "receive":
+        return {}
+    if direction == "send" and (what := keeper.freezer.is_over(record.rental_id)):
+        raise Refused("over_limit", f"{what}; {WAY_OUT}")  # it stands still: nothing is to be counted again
+    answer = measured_by_the_renter(record.uid, wish)
+    if answer.get("code") == "over_limit" and direction == "send":
+        held = keeper.hold_over(record, str(answer["error"]))
+        raise Refused("over_limit", f"{answer['error']}; {WAY_OUT if held else SPARED}", {"held": held})
+    if "code" in answer:
+        raise Refused(str(answer["code"]), str(answer["error"]))
+    return answer
+
+
+def measured_by_the_renter(uid: int, wish: Wish) -> dict[str, Any]:
+    """What `measure` finds in a process that is the renter, so that this one may still freeze it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _measure_and_tell(uid, wish, writing)
+    os.close(writing)
+    try:
+        ready, _, _ = select.select([reading], [], [], max(0.0, wish.deadline - time.time()))
+        told = os.read(reading, LONGEST_REQUEST) if ready else b""
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if not told:
+        raise Refused("failed", "its home could not be measured: that was ended, or took too long")
+    return dict(json.loads(told))
+
+
+def _measure_and_tell(uid: int, wish: Wish, writing: int) -> NoReturn:
+    """In the child, which ends here whatever happens."""
+    try:
+        become(uid)
+        try:
+            told: dict[str, Any] = dict(measure(wish))
+        except Refused as refusal:
+            told = {"code": refusal.code, "error": str(refusal)}
+        os.write(writing, json.dumps(told).encode())
+    finally:
+        os._exit(0)
 
 
 def measure(wish: Wish) -> dict[str, int]:

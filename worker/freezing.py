@@ -18,6 +18,9 @@ from pathlib import Path
 from ledger import Record, Refused
 from stillness import Vigil, stopped_processes, wake
 
+OVER_LIMIT = "over_limit"
+SPARED_S = 600.0
+"""What is thawed though its home holds too much has so long to make room."""
 COMMAND_WAITS_S = 5.0
 FENCE_WAITS_S = 0.1
 """The fence goes on without the lock then: freezing twice harms nobody, not freezing does."""
@@ -31,11 +34,14 @@ class Mark:
     """(pid, start) of processes that were stopped before: they stay so."""
     ordered_at: float | None = None
     """When an order froze it (CLOCK_BOOTTIME): no reply to a call that was sent before may thaw it."""
+    over: str = ""
+    """What its home holds too much of: then no reply at all thaws it, only an order."""
 
 
 class Freezer:
     def __init__(self, root: Path) -> None:
         self._folder = root / "run/orion/frozen"
+        self._spared = root / "run/orion/spared"
         self._no_lease = root / "run/orion/no-lease"
         self._lock = root / "run/orion/freezing.lock"
 
@@ -63,14 +69,30 @@ class Freezer:
     def frozen(self) -> list[str]:
         return sorted(mark.name for mark in self._folder.glob("[!.]*")) if self._folder.is_dir() else []
 
-    def freeze(self, record: Record, ordered_at: float) -> tuple[bool, int]:
-        """By an order. Whether it was not frozen before, and how many processes were killed for fighting it."""
+    def is_over(self, rental_id: str) -> str:
+        """What its home holds too much of, if it is frozen for that."""
+        mark = self._read(rental_id)
+        return mark.over if mark else ""
+
+    def is_spared(self, record: Record, now: float) -> bool:
+        """Whether it was thawed so short a time ago, at this epoch, that it may still be making room."""
+        try:
+            epoch, until = json.loads((self._spared / record.rental_id).read_text())
+        except FileNotFoundError:
+            return False
+        return bool(epoch == record.epoch and now < until)
+
+    def freeze(self, record: Record, ordered_at: float | None, over: str = "") -> tuple[bool, int]:
+        """By an order, or because its home is `over` its limits.
+
+        Whether it was not frozen before, and how many processes were killed for fighting it.
+        """
         with self.locked(COMMAND_WAITS_S) as mine:
             if not mine:
                 raise Refused("busy", "something else is being frozen or thawed; try again")
             mark = self._read(record.rental_id)
             stay = mark.stay if mark else stopped_processes(record.uid)
-            self._write(record.rental_id, Mark(stay, ordered_at))
+            self._write(record.rental_id, Mark(stay, ordered_at, over or (mark.over if mark else "")))
             return mark is None, Vigil(record.uid, record.username).hold()
 
     def mark(self, record: Record, stay: frozenset[tuple[int, int]]) -> bool:
@@ -98,12 +120,25 @@ class Freezer:
                 raise Refused("no_lease", "this worker has no lease: nothing may run here")
             if asked_at is not None and mark.ordered_at is not None and asked_at <= mark.ordered_at:
                 raise Refused("frozen_since", "it was frozen by an order since that was asked")
+            if mark.over:
+                self._spare(record, asked_at)
             wake(record.uid, record.username, mark.stay)
             self.forget(record.rental_id)
             return True
 
+    def _spare(self, record: Record, asked_at: float | None) -> None:
+        if asked_at is not None:
+            raise Refused(OVER_LIMIT, "its home holds more than it may: it is thawed by an order alone")
+        self._spared.mkdir(mode=0o700, parents=True, exist_ok=True)
+        until = time.clock_gettime(time.CLOCK_BOOTTIME) + SPARED_S
+        (self._spared / record.rental_id).write_text(json.dumps([record.epoch, until]))
+
     def forget(self, rental_id: str) -> None:
         (self._folder / rental_id).unlink(missing_ok=True)
+
+    def forget_purged(self, rental_id: str) -> None:
+        self.forget(rental_id)
+        (self._spared / rental_id).unlink(missing_ok=True)
 
     @contextmanager
     def locked(self, wait_s: float) -> Iterator[bool]:
@@ -117,13 +152,15 @@ class Freezer:
             told = json.loads((self._folder / rental_id).read_text())
         except FileNotFoundError:
             return None
-        return Mark(frozenset((pid, started) for pid, started in told["stay"]), told["ordered_at"])
+        stay = frozenset((pid, started) for pid, started in told["stay"])
+        return Mark(stay, told["ordered_at"], told.get("over", ""))
 
     def _write(self, rental_id: str, mark: Mark) -> None:
         """Whole or not at all, but not to the disk: it need not outlive the machine, and must not wait for it."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = self._folder / f".{rental_id}"
-        new.write_text(json.dumps({"stay": sorted(mark.stay), "ordered_at": mark.ordered_at}))
+        told = {"stay": sorted(mark.stay), "ordered_at": mark.ordered_at, "over": mark.over}
+        new.write_text(json.dumps(told))
         new.replace(self._folder / rental_id)
 
 

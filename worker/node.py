@@ -15,6 +15,7 @@ from typing import Any
 import cgroup
 import processes
 from decisions import Order, Session
+from freezing import OVER_LIMIT
 from ledger import Refused, write_whole
 from rental import Places, Rentals, Request
 
@@ -134,6 +135,8 @@ class Node:
                     self.rentals.lock(request)
                 self._say(f"{order.action}ed rental {order.rental_id} at epoch {order.epoch}")
             except Refused as refusal:
+                if refusal.code == OVER_LIMIT:
+                    continue  # it was said when it was frozen, and each reply asks again
                 self._say(f"did not {order.action} rental {order.rental_id}: {refusal}")
 
     def lock_all(self, kill: bool = False) -> None:

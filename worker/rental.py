@@ -213,6 +213,16 @@ class Rentals:
         """Lock at once, whatever other command is at work on it: one rename, harmless between any two steps."""
         self._move_keys(self._places.keys, self._places.locked_keys, record.username)
 
+    def hold_over(self, record: Record, what: str) -> bool:
+        """Freeze it because its home holds too much; False while it may make room, having been thawed for that."""
+        with self.ledger.locked(record.rental_id, self._lock_wait_s):
+            now = self.ledger.living(record.rental_id)
+            if now is None or now.epoch != record.epoch or self.freezer.is_spared(record, _boot_time_s()):
+                return False
+            self.shut(record)
+            self.freezer.freeze(record, None, over=what)
+            return True
+
     def lay_down(self, record: Record) -> None:
         """Nothing of it runs, nobody is let in, and nothing that reads its files is stopped. With the rental's lock."""
         self.shut(record)
@@ -318,7 +328,7 @@ class Rentals:
             killed[request] += processes.end(renter)
             accounts.remove(self._places.etc, request.username, request.uid)
             killed[request] += processes.end(renter)  # a log-in that was under way when the keys went
-            self.freezer.forget(request.rental_id)
+            self.freezer.forget_purged(request.rental_id)
             self.launcher.forget(request.rental_id)
             removed[request] += self._remove_named(request) + traces.remove_ipc(request.uid)
         for uid, number in self._remove_owned({request.uid for request in requests}).items():
@@ -503,7 +513,7 @@ def main() -> int:
         return 0
     if command in files.ARGUMENTS:
         rentals = Rentals()
-        return files.carry(command, rentals.ledger, Places().homes, rentals.lay_down)
+        return files.carry(command, rentals, Places().homes)
     text = "" if command == "inventory" else sys.stdin.read()
     status, report = _answer_now(command, text)
     print(json.dumps(report))  # noqa: T201 - the report is the program's output

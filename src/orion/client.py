@@ -196,6 +196,10 @@ class Orion:
         """Run its start command now, also one that is not run any more."""
         return _read(Rental, self._transport.send("POST", _path("rentals", rental_id, "start")))
 
+    def thaw(self, rental_id: str) -> Rental:
+        """Let it go on for a while though its home holds more than it may, to make room."""
+        return _read(Rental, self._transport.send("POST", _path("rentals", rental_id, "thaw")))
+
     def rental_log(self, rental_id: str) -> Iterator[LogEntry]:
         """What the engine did for it, oldest first."""
         return self._pages(LogEntry, _path("rentals", rental_id, "log"), {})

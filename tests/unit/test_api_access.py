@@ -31,6 +31,7 @@ ROUTES: list[tuple[str, str, dict[str, Any] | None, set[str]]] = [
     ("GET", "/api/rentals/x/snapshots", None, {"client", "admin"}),
     ("POST", "/api/rentals/x/restore", {"empty": True}, {"client", "admin"}),
     ("POST", "/api/rentals/x/start", None, {"client", "admin"}),
+    ("POST", "/api/rentals/x/thaw", None, {"client", "admin"}),
     ("GET", "/api/events", None, {"client", "admin"}),
     ("GET", "/api/status", None, {"client", "admin"}),
     ("GET", "/metrics", None, {"admin"}),

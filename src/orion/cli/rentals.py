@@ -119,6 +119,16 @@ def start(rental: RentalName, as_json: AsJson = False) -> None:
     )
 
 
+def thaw(rental: RentalName, as_json: AsJson = False) -> None:
+    """Let a rental go on that is frozen because its home holds too much: it has ten minutes to make room."""
+    with platform() as (orion, _tell):
+        thawed = orion.thaw(orion.find_rental(rental).id)
+    if as_json:
+        return output.emit(thawed)
+    name = output.plain(thawed.name)
+    return output.say(f"{name} goes on: make room within ten minutes, or release it. Get in with: orion ssh {name}")
+
+
 def renew(rental: RentalName, ttl: Ttl = DEFAULT_TTL, as_json: AsJson = False) -> None:
     """Count a rental's time again from now."""
     ttl_s = durations.parse(ttl)

@@ -73,7 +73,10 @@ def logs(
 def _find(rental: str, wait: str) -> Rental:
     within_s = durations.parse(wait)
     with platform(f"looking for {rental}") as (orion, tell):
-        return _active(orion, orion.find_rental(rental, ended=True), within_s, tell)
+        found = _active(orion, orion.find_rental(rental, ended=True), within_s, tell)
+    if found.copy_problem:  # it may be frozen for that, and then nobody is let in
+        output.note(f"orion: {output.plain(found.name)} is not copied: {output.plain(found.copy_problem)}", "yellow")
+    return found
 
 
 def _identity(found: Rental, identity: Path | None) -> Path | None:

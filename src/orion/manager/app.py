@@ -49,6 +49,7 @@ from orion.manager.loops.health import HealthLoop
 from orion.manager.loops.readiness import Readiness
 from orion.manager.loops.reconciler import Reconciler
 from orion.manager.loops.restoring import Restorer
+from orion.manager.loops.thawing import Thawer
 from orion.manager.loops.timer import Loop
 from orion.manager.loops.watching import Watching
 from orion.manager.settings import Secrets, Settings
@@ -157,6 +158,7 @@ class Manager:
             engine_log=self.engine_log.of,
             metrics=self.metrics,
             copy_now=self.copies.copy_now,
+            thaw=Thawer(engine, book).thaw,
             copies_paused=lambda: self.copies.paused or None,
             restart=lambda: os.kill(os.getpid(), signal.SIGTERM),
         )

@@ -131,6 +131,16 @@ async def start(rental_id: str, principal: Client, shared: Shared) -> wire.Renta
     return views.rental(await find(shared, rental_id, principal))
 
 
+@router.post("/rentals/{rental_id}/thaw", responses=refusals(404, 409))
+async def thaw(rental_id: str, principal: Client, shared: Shared) -> wire.Rental:
+    """Let it go on though its home holds more than it may: it has ten minutes to make room. Repeatable."""
+    await find(shared, rental_id, principal)
+    problem = await shared.thaw(rental_id, principal.name)
+    if problem:
+        raise ApiProblem(409, "not_thawed", f"it cannot be thawed now: {problem}")
+    return views.rental(await find(shared, rental_id, principal))
+
+
 @router.get("/rentals/{rental_id}/log", responses=refusals(404))
 async def log(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wire.LogEntry]:
     """What the engine did for it, oldest first: the latest 50."""

@@ -47,6 +47,8 @@ class Services:
     metrics: Metrics
     copy_now: Callable[[str, Generation | None], Awaitable[str]]
     """Copies a rental's files at once, and keeps an older copy; why that was not done, empty when it was."""
+    thaw: Callable[[str, str], Awaitable[str]]
+    """Has a rental go on that is over its limits, for an actor; why that could not be, empty when it does."""
     copies_paused: Callable[[], str | None]
     restart: Callable[[], None]
     """End, to be started again with what is then on the disk."""

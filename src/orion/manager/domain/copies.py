@@ -105,11 +105,19 @@ def accepted(rental: Rental, placement: Placement, copy: Copy) -> Step:
     return Step(_still_running(rental, placement, change), told)
 
 
-def failed(rental: Rental, placement: Placement, problem: str) -> Step | None:
+def failed(rental: Rental, placement: Placement, problem: str, over_limit: bool = False) -> Step | None:
     """Its files could not be copied; None when that is known already."""
     if rental.copy_problem == problem:
         return None
-    event = _event("rental.copy_failed", problem, rental, placement.worker_id)
+    kind = "rental.over_limit" if over_limit else "rental.copy_failed"
+    event = _event(kind, problem, rental, placement.worker_id)
+    return Step(_still_running(rental, placement, {"copy_problem": problem}), (event,))
+
+
+def thawed(rental: Rental, placement: Placement, actor: str) -> Step:
+    """It goes on, though its home holds more than it may."""
+    problem = "it was thawed to make room, and is frozen again unless it does within ten minutes"
+    event = _event("rental.thawed", problem, rental, placement.worker_id, actor=actor)
     return Step(_still_running(rental, placement, {"copy_problem": problem}), (event,))
 
 

@@ -41,6 +41,10 @@ class FakeWorker:
     """The epoch at which each rental's renter was let in."""
     started: dict[str, list[str]] = field(default_factory=dict)
     """The runs of its start command that each rental has had here, as marks."""
+    over: set[str] = field(default_factory=set)
+    """Rentals that are frozen because their homes hold too much."""
+    spared: set[str] = field(default_factory=set)
+    """Those that were thawed to make room."""
     restored: dict[str, str] = field(default_factory=dict)
     """The copy that each home was filled with."""
     start_problem: str = ""
@@ -117,6 +121,15 @@ class FakeWorker:
         runs.append(job.start_mark)
         return {"started": True}
 
+    def thaw(self, job: Job) -> dict[str, Any]:
+        account = self.accounts.get(job.rental_id)
+        if account is None or account.epoch != job.epoch:
+            raise Refused("no such rental on this worker")
+        changed = job.rental_id in self.over
+        self.over.discard(job.rental_id)
+        self.spared |= {job.rental_id} if changed else set()
+        return {"changed": changed, "epoch": job.epoch, "state": "running"}
+
     def purge(self, job: Job) -> dict[str, Any]:
         self._refuse_older(self.accounts.get(job.rental_id), job)
         self._refuse_other_names(job)
@@ -183,7 +196,8 @@ class FakeEngine:
         if worker.failure:
             return Outcome(ok=False, message=worker.failure)
         try:
-            report = worker.purge(job) if job.action is Action.DELETE else worker.create(job)
+            commands = {Action.DELETE: worker.purge, Action.THAW: worker.thaw}
+            report = commands.get(job.action, worker.create)(job)
         except Refused as refusal:
             return Outcome(ok=False, message=str(refusal), report={"changed": False})
         return Outcome(ok=True, report=report)

@@ -18,6 +18,8 @@ class Action(StrEnum):
     """The account exists at this epoch with these keys and is unlocked. Idempotent: also used to change keys."""
     PREPARE = "prepare_user"
     """The same, and locked, unless this very epoch was unlocked before: so that its home can be filled first."""
+    THAW = "thaw"
+    """What is frozen at this epoch goes on and its renter is let in; `changed` in the report says whether it was."""
     DELETE = "delete_user"
     """Nothing of the rental is left; the report says so after looking. Idempotent."""
 

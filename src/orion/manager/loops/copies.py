@@ -162,7 +162,7 @@ class CopiesLoop:
         failures = self._failures[rental.id] = self._failures.get(rental.id, 0) + 1
         log.warning("not copied", rental_id=rental.id, code=error.code, message=str(error), failures=failures)
         if error.code in SAID_AT_ONCE or failures > 1:
-            step = copies.failed(rental, found.placement, str(error))
+            step = copies.failed(rental, found.placement, str(error), error.code == OVER_LIMIT)
             if step:
                 await self._book.complain(step)
 

@@ -52,7 +52,9 @@ class FakeVault:
         files = worker.homes[home.rental_id]
         size = sum(len(content) for content in files.values())
         if len(files) + 1 > limits.max_files or size > limits.max_bytes:
-            raise VaultError(OVER_LIMIT, "its home holds more than a copy may")
+            held = home.rental_id not in worker.spared
+            worker.over |= {home.rental_id} if held else set()
+            raise VaultError(OVER_LIMIT, f"its home holds more than a copy may: {'frozen' if held else 'spared'}")
         return self._keep(home, files, Copy(Generation(home.epoch, 1), began_at, size, len(files) + 1), spare)
 
     async def salvage(self, home: Home, limits: Limits, deadline_s: float = SALVAGE_DEADLINE_S) -> Copied:
