@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rental_support import Rental, new_rental
+from rental_support import Rental, new_rental, placement
 from vault_contract import Bench, VaultContract, refusal
 from vault_support import RealVault, home_of, host_of, vault
-from worker_support import Worker
+from worker_support import Worker, wait_until
 
 from orion.manager.engine.vault.port import LET_IN, Home, Limits
 
@@ -325,3 +325,33 @@ async def test_a_home_that_is_frozen_is_salvaged_and_what_ran_in_it_is_ended(
     assert rental.on.run("ps", "-o", "pid=", "-u", str(rental.uid), check=False).strip() == ""
     assert not rental.lets_in()
     assert (await asyncio.to_thread(rental.delete)).ok
+
+
+async def test_a_home_over_its_limits_is_frozen_whatever_a_reply_says_and_its_renter_gets_out(
+    real: RealVault, pair: tuple[Worker, Worker], folder: Path
+) -> None:
+    rental = new_rental(pair[0], folder).create_quickly()
+    few = Limits(max_files=50, max_bytes=1 << 20)
+    rental.ssh("mkdir many && cd many && touch $(seq 60); setsid sleep 1000 >/dev/null 2>&1 </dev/null &")
+    over = await refusal(real.client.copy(home_of(rental), few))
+    assert (over.code, "more than 50 files" in str(over), "orion thaw" in str(over)) == ("over_limit", True, True)
+    states = ("ps", "-o", "stat=", "-u", str(rental.uid))
+    assert {state[0] for state in rental.on.run(*states).split()} == {"T"}
+    assert not rental.lets_in()
+    rental.on.manager.placements = [placement(rental, "run")]
+    heard = len(rental.on.manager.calls)
+    await asyncio.to_thread(
+        wait_until, lambda: len(rental.on.manager.calls) > heard + 3, "some replies have said that it is to run"
+    )
+    rental.on.manager.placements = []
+    assert not rental.lets_in(), "a reply does not thaw it"
+    assert str(await refusal(real.client.copy(home_of(rental), few))) == str(over), "it is not counted again"
+    thawed = await asyncio.to_thread(lambda: rental.on.playbook("thaw", rental_id=rental.rental_id, epoch=1))
+    assert thawed.ok, thawed.output
+    assert "unless it does" in str(await refusal(real.client.copy(home_of(rental), few)))
+    assert rental.ssh("rm -r many; echo kept > file").returncode == 0
+    copied = await real.client.copy(home_of(rental), few)
+    assert copied.copy.files == 2
+    assert rental.lets_in()
+    assert (await asyncio.to_thread(rental.delete)).ok
+    assert rental.traces() == ""
