@@ -61,10 +61,10 @@ def test_what_is_within_its_limits_is_counted_and_goes_on(keeper: Keeper) -> Non
     assert keeper.held == ""
 
 
-@pytest.mark.parametrize("limits", [wish(max_files=4), wish(max_bytes=49)])
-def test_what_is_over_is_frozen_and_the_way_out_is_said(keeper: Keeper, limits: Wish) -> None:
+@pytest.mark.parametrize("limits", [{"max_files": 4}, {"max_bytes": 49}])
+def test_what_is_over_is_frozen_and_the_way_out_is_said(keeper: Keeper, limits: dict[str, int]) -> None:
     with pytest.raises(Refused, match="orion thaw") as refused:
-        look_through("send", keeper, RECORD, limits)
+        look_through("send", keeper, RECORD, wish(**limits))
     assert refused.value.code == "over_limit"
     assert keeper.held.startswith("its home holds more than")
 

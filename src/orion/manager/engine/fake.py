@@ -124,7 +124,7 @@ class FakeWorker:
     def thaw(self, job: Job) -> dict[str, Any]:
         account = self.accounts.get(job.rental_id)
         if account is None or account.epoch != job.epoch:
-            raise Refused("no such rental on this worker")
+            raise Refused(f"epoch {job.epoch} is not here")
         changed = job.rental_id in self.over
         self.over.discard(job.rental_id)
         self.spared |= {job.rental_id} if changed else set()
