@@ -42,7 +42,8 @@ class Restorer:
         prepared = await self._engine.run(replace(job, action=Action.PREPARE))
         if not prepared.ok:
             return prepared
-        told: dict[str, Any] = {"restored": {"generation": prepared.report.get("restored"), "reason": LET_IN_BEFORE}}
+        before = prepared.report.get("restored")
+        told: dict[str, Any] = {"restored": {"generation": before, "reason": LET_IN_BEFORE}} if before else {}
         if prepared.report.get("state") != "running":
             share = self._shares.setdefault(job.host.worker_id, asyncio.Semaphore(AT_ONCE))
             try:
