@@ -65,7 +65,7 @@ def measure(runs: int) -> Result:
     result = Result("failover", "A worker is lost, or the platform restarts")
     with running(WORKERS, SETTINGS) as stack:
         scene = Scene(stack)
-        killed, many = _killed(scene, runs), _many_killed(scene, max(2, runs // 4))
+        killed, many = _killed(scene, runs), _many_killed(scene, max(2, runs // 5))
         cut = _cut_off(scene, CUT_AT_ONCE)
     with running(WORKERS, SETTINGS | {"ORION_CLOCK_SCALE": str(TENTH)}) as stack:
         scene = Scene(stack)
