@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -183,34 +182,14 @@ async def test_a_restored_home_is_as_it_was_but_for_what_no_copy_may_bring(
         assert about == was, name
 
 
-async def test_ten_thousand_files_are_copied_and_an_unchanged_home_costs_little(
-    real: RealVault, rental: Rental, record_property: Any
+async def test_ten_thousand_files_are_copied_and_an_unchanged_home_makes_no_other_generation(
+    real: RealVault, rental: Rental
 ) -> None:
     rental.ssh("mkdir many; cd many; seq 10000 | xargs touch")
     first = (await real.client.copy(home_of(rental), LIMITS)).copy
     assert first.files == 10_002
-    tooks = []
-    for _ in range(3):
-        began = time.monotonic()
-        again = (await real.client.copy(home_of(rental), LIMITS)).copy
-        tooks.append(time.monotonic() - began)
-        assert again.generation == first.generation
-    assert min(tooks) < 3, tooks
-
-
-async def test_a_home_of_ten_megabytes_that_has_not_changed_is_copied_in_a_moment(
-    real: RealVault, rental: Rental, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rental.ssh("head -c 10000000 /dev/urandom > large; mkdir d; cd d; seq 100 | xargs touch")
-    await real.client.copy(home_of(rental), LIMITS)
-    tooks = []
-    for _ in range(7):
-        began = time.monotonic()
-        await real.client.copy(home_of(rental), LIMITS)
-        tooks.append(time.monotonic() - began)
-    with capsys.disabled():
-        print(f"\na copy of an unchanged home of 10 MB: {sorted(tooks)[3]:.3f} s (median of 7)")  # noqa: T201
-    assert sorted(tooks)[3] < 1.5, tooks
+    again = (await real.client.copy(home_of(rental), LIMITS)).copy
+    assert again.generation == first.generation
 
 
 async def test_a_home_that_changes_while_it_is_read_is_copied_and_nothing_of_others_is_in_it(
