@@ -68,7 +68,7 @@ async def test_a_watch_goes_over_a_restart_of_sshd_and_ends_with_the_container(
             await held.until(Sign.HELD, Sign.CLOSED, Sign.HELD)
             beats = manager.of("/api/heartbeat", after=ended)
             assert len(beats) == 1, "it asked at once, and was answered"
-            assert beats[0].at - ended < 1.0
+            assert beats[0].at - ended < 3
             assert '"running"' in await shown(new)
 
             began = time.monotonic()
@@ -94,7 +94,7 @@ async def test_a_worker_whose_watch_ends_without_a_word_from_anybody_freezes_in_
             began = time.monotonic()
             await asyncio.to_thread(new.run, *KILL_SSHD)
             while '"frozen"' not in await shown(new):
-                assert time.monotonic() - began < 2.5, new.log()
+                assert time.monotonic() - began < 5, new.log()
 
 
 async def test_another_boot_of_the_container_is_not_watched_in_its_name(

@@ -179,7 +179,7 @@ time.sleep(60)
         assert limit - 10 <= made <= limit
         began = time.monotonic()
         assert rental.on.ssh("root", rental.on.key, "echo in").stdout == "in\n"
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
         status, report = rental.on.rental("lock", rental_id=rental.rental_id, epoch=1, kill=True)
         assert status == 0
         assert report["killed"] >= made
