@@ -24,6 +24,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import asyncssh
+
 from bench import pool
 from bench.calls import Caller
 from bench.figures import median, steepest
@@ -288,7 +290,14 @@ def _secrets(admin_token: str) -> dict[str, Any]:
         "proxy_secret": PROXY_SECRET,
         "ssh_private_key": "",
         "ssh_public_key": pool.SOMEBODYS_KEY,
+        "host_authority": _new_private_key(),
+        "user_authority": _new_private_key(),
     }
+
+
+def _new_private_key() -> str:
+    key: Any = asyncssh.generate_private_key("ssh-ed25519")
+    return str(key.export_private_key("openssh").decode())
 
 
 def _free_port() -> int:

@@ -95,6 +95,8 @@ def prepare(places: Places) -> dict[str, str]:
         "proxy_secret": kept(places.proxy / "secret", make_secret, PROXY_SECRET),
         "ssh_private_key": kept(key, make_ssh_key, PRIVATE_KEY) + "\n",
         "ssh_public_key": kept(key.with_suffix(".pub"), lambda: public_half(key), PUBLIC_KEY),
+        "host_authority": kept(private / "ssh_host_authority", make_ssh_key, PRIVATE_KEY) + "\n",
+        "user_authority": kept(private / "ssh_user_authority", make_ssh_key, PRIVATE_KEY) + "\n",
     }
     prepare_engine(places, held["ssh_private_key"])
     prepare_vault(places, held["ssh_private_key"])

@@ -6,12 +6,15 @@ They look at what is on the worker afterwards, never at how it was asked for.
 from __future__ import annotations
 
 import asyncio
+import time
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from itertools import count
 
 import pytest
+from support.builders import AUTHORITIES
 
+from orion.manager.engine.authority import Authority
 from orion.manager.engine.fake import Account
 from orion.manager.engine.port import Action, Engine, Host, Job, Outcome, Reach, Reached
 
@@ -117,6 +120,20 @@ class EngineContract:
         outcome = await bench.engine.run(replace(job, action=action, epoch=2, public_keys=(OTHER_KEY,)))
         assert not outcome.ok
         assert "epoch 2" in outcome.message
+        assert (await bench.accounts())[job.rental_id] == account(job)
+
+    async def test_a_certificate_is_for_the_very_epoch_that_is_there(self, bench: Bench) -> None:
+        job = new_job(bench.host, epoch=2)
+        authority = Authority(*AUTHORITIES, time.time)
+        issued = authority.host_certificate(authority.next_serial(), "w-any", job.host.host_keys, [job.rental_id])
+        certify = replace(job, action=Action.CERTIFY, host_certificate=issued.line, public_keys=())
+        assert not (await bench.engine.run(certify)).ok, "there is no such rental"
+        await bench.engine.run(job)
+        assert not (await bench.engine.run(replace(certify, epoch=3))).ok
+        for changed in (True, False):
+            outcome = await bench.engine.run(certify)
+            assert_done(outcome)
+            assert outcome.report["changed"] is changed
         assert (await bench.accounts())[job.rental_id] == account(job)
 
     async def test_a_deleted_rental_leaves_nothing_and_the_report_says_so(self, bench: Bench) -> None:

@@ -22,6 +22,7 @@ import cgroup
 from call_home import CallHome, HttpTransport
 from decisions import may_run
 from fence import Fence
+from host_certificate import Sshd as Listening
 from node import Node, Settings, settings_from
 from watched import PLACE, Watched
 
@@ -37,8 +38,9 @@ class Sshd:
 
     Every session inherits the limit of processes; root is not subject to it. sshd gives its sessions the
     out-of-memory score that it found at its own start: so it is started with the renters' score, which makes the
-    kernel choose their processes first, and is given the agent's own once it has started. (A renter may lower its
-    score again, but not below the agent's.)
+    kernel choose their processes first, and is given the agent's own once it has started, or begun anew for a new
+    certificate: before that it goes back to what it found. (A renter may lower its score again, but not below the
+    agent's.)
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -51,7 +53,8 @@ class Sshd:
         self._command += ["nice", "-n", str(RENTERS_NICENESS), "--"]
         self._command += ["/usr/sbin/sshd", "-D", "-e", "-o", exempt]
         self._own_score = Path("/proc/self/oom_score_adj").read_text()
-        self._settled = False
+        self._listening = Listening(Path("/"))
+        self._settled = 0
         say(f"each renter may have {processes} processes")
         self._child = self._start()
 
@@ -61,9 +64,8 @@ class Sshd:
         if status is not None:
             say(f"sshd ended with status {status}: starting it again")
             self._child = self._start()
-        elif not self._settled:
-            Path(f"/proc/{self._child.pid}/oom_score_adj").write_text(self._own_score)
-            self._settled = True
+        elif self._listening.begun() not in {0, self._settled}:
+            self._settle()
 
     def stop(self) -> None:
         self._child.terminate()
@@ -72,8 +74,15 @@ class Sshd:
         except subprocess.TimeoutExpired:
             self._child.kill()
 
+    def _settle(self) -> None:
+        with self._listening.held():
+            begun = self._listening.begun()
+            if begun:
+                Path(f"/proc/{self._child.pid}/oom_score_adj").write_text(self._own_score)
+                self._settled = begun
+
     def _start(self) -> subprocess.Popen[bytes]:
-        self._settled = False
+        self._listening.pid_file.unlink(missing_ok=True)
         return subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
 
 

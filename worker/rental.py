@@ -1,7 +1,7 @@
 #!/usr/bin/python3 -Es
 """The one program that makes, locks, freezes, thaws, unlocks and purges a rental on its worker, and keeps its epoch.
 
-    orion-rental run|create|lock|unlock|freeze|thaw|purge|inventory  < request.json  > report.json
+    orion-rental run|create|certify|lock|unlock|freeze|thaw|purge|inventory  < request.json  > report.json
     orion-rental serve                                               < requests, one a line  > answers, one a line
     orion-rental send|salvage|receive                                a line of JSON, then rsync's bytes: see files.py
 
@@ -31,13 +31,14 @@ import processes
 import standing
 import traces
 from freezing import Freezer
+from host_certificate import HostCertificate, read_certificate
 from launching import MARK, Launcher, is_command
 from ledger import Ledger, Record, Refused, check_create, check_not_newer, check_unlock, write_whole
 
 FIRST_UID = 100_000
 LOCK_WAIT_S = 20.0
 FREEZING_WAIT_S = 5.0
-COMMANDS = ("run", "create", "lock", "unlock", "freeze", "thaw", "purge")
+COMMANDS = ("run", "create", "certify", "lock", "unlock", "freeze", "thaw", "purge")
 SWEEPS = 3
 """A name may be passed over while its directory changes: an empty sweep ends the work, so many at most."""
 
@@ -52,6 +53,10 @@ class Request:
     username: str = ""
     uid: int = 0
     public_keys: tuple[str, ...] = ()
+    user_authority: str = ""
+    """The key that signs certificates for renters; empty: there are none."""
+    host_certificate: str = ""
+    """What sshd shows from now on, in which this rental is named; empty: as before."""
     kill: bool = False
     start: str = ""
     """The start command, to run when its renter is let in; `start_mark` says which run of it: see launching.py."""
@@ -98,6 +103,7 @@ class Rentals:
         self.ledger = Ledger(self._places.root / "var/lib/orion/rentals")
         self.freezer = Freezer(self._places.root)
         self.launcher = Launcher(self._places.root)
+        self._certificate = HostCertificate(self._places.root)
         self._places.keys.mkdir(mode=0o711, parents=True, exist_ok=True)
         self._places.locked_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -115,8 +121,18 @@ class Rentals:
             changed |= accounts.add(self._places.etc, request.username, request.uid)
             changed |= self._make_home(request)
             changed |= self._write_keys(request)
+            changed |= self._install(request)
             restored = {"restored": record.restored} if record and record.epoch == request.epoch else {}
             return {"changed": changed, "epoch": request.epoch, "state": self._shown(request), **restored}
+
+    def certify(self, request: Request) -> Report:
+        """sshd shows this certificate, or one that was signed later."""
+        with self.ledger.locked(request.rental_id, self._lock_wait_s):
+            record = self.ledger.living(request.rental_id)
+            check_unlock(record, self.ledger.purged_epoch(request.rental_id), request.epoch)
+            changed = self._install(request)
+        self._certificate.show()
+        return {"changed": changed, "epoch": request.epoch, "state": self._shown(record or request)}
 
     def unlock(self, request: Request) -> Report:
         """Its keys are where sshd looks."""
@@ -149,8 +165,13 @@ class Rentals:
             return {"changed": self._let_in(record) or changed, "epoch": record.epoch, "state": "running"}
 
     def run(self, request: Request) -> Report:
-        """Created, then unlocked, then its start command runs: steps that each look at the epoch anew."""
+        """Created, then unlocked, then its start command runs: steps that each look at the epoch anew.
+
+        Nobody is let in before sshd can show whose worker it is.
+        """
         created = self.create(request)
+        if request.host_certificate:
+            self._certificate.show()
         unlocked = self.unlock(request)
         started = self._start(request) if request.start else {}
         changed = created["changed"] or unlocked["changed"] or bool(started)
@@ -260,12 +281,19 @@ class Rentals:
         """Each key counts only from the app's address: people come in through the manager's relay."""
         source = self._places.app_address.read_text().strip()
         text = "".join(f'from="{source}" {key}\n' for key in request.public_keys)
+        if request.user_authority:
+            # In the same file, so that what shuts out the keys shuts out certificates in the same step.
+            principal = f"{request.rental_id}-{request.epoch}"
+            text += f'cert-authority,principals="{principal}",from="{source}" {request.user_authority}\n'
         running = self._state(request.username) == "running"
         file = (self._places.keys if running else self._places.locked_keys) / request.username
         if file.exists() and file.read_text() == text:
             return False
         write_whole(file, text, mode=0o640, group=request.uid)
         return True
+
+    def _install(self, request: Request) -> bool:
+        return bool(request.host_certificate) and self._certificate.install(request.host_certificate, time.time())
 
     def _let_in(self, record: Record) -> bool:
         """Unless the lease ends meanwhile: whichever of the two looks last finds what the other did.
@@ -424,6 +452,7 @@ def _answer_one(command: str, asked: object, rentals: Rentals, now: float) -> tu
     commands: dict[str, Callable[[Request], Report]] = {
         "run": rentals.run,
         "create": rentals.create,
+        "certify": rentals.certify,
         "lock": rentals.lock,
         "unlock": rentals.unlock,
         "freeze": rentals.freeze,
@@ -486,6 +515,12 @@ def _understood(command: str, data: object) -> Request:
         _check(all(map(_PUBLIC_KEY.fullmatch, request.public_keys)), "public_keys must be plain public keys")
         _check(not request.start or is_command(request.start), "start must be one line of printable characters")
         _check(not request.start or MARK.fullmatch(request.start_mark), "start_mark must be RUN@BOOT")
+    if command == "certify":
+        _check(request.host_certificate, "host_certificate is empty")
+    if request.host_certificate:
+        read_certificate(request.host_certificate)
+    if request.user_authority:
+        _check(_PUBLIC_KEY.fullmatch(request.user_authority), "user_authority must be a plain public key")
     return request
 
 

@@ -37,6 +37,8 @@ RENTAL = {
     "username": {"type": "str"},
     "uid": {"type": "int"},
     "public_keys": {"type": "list", "elements": "str", "no_log": False},
+    "user_authority": {"type": "str"},
+    "host_certificate": {"type": "str"},
     "kill": {"type": "bool"},
     "start": {"type": "str"},
     "start_mark": {"type": "str"},
@@ -46,7 +48,7 @@ ARGUMENTS = {
     "command": {
         "type": "str",
         "required": True,
-        "choices": ["run", "create", "lock", "unlock", "freeze", "thaw", "purge"],
+        "choices": ["run", "create", "certify", "lock", "unlock", "freeze", "thaw", "purge"],
     },
     "rentals": {"type": "list", "elements": "dict", "required": True, "options": RENTAL},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: orion_rental
-short_description: Make, lock, unlock, freeze, thaw or purge rentals on their worker
+short_description: Make, certify, lock, unlock, freeze, thaw or purge rentals on their worker
 description:
   - Sends one order to C(orion-rental) on the worker, and returns that program's report.
   - Several rentals of one worker are one order. Each is done, or refused, by itself; the task has failed if one was.
@@ -13,7 +13,7 @@ options:
   command:
     description: What to do. C(run) is C(create), and then C(unlock) if this epoch is still the newest.
     type: str
-    choices: [run, create, unlock, lock, freeze, thaw, purge]
+    choices: [run, create, certify, unlock, lock, freeze, thaw, purge]
     required: true
   rentals:
     description: The rentals.
@@ -46,6 +46,12 @@ options:
         type: str
       start_mark:
         description: Which run of I(start) it is, and in which life of the worker's container, as C(RUN@BOOT).
+        type: str
+      user_authority:
+        description: The key whose certificates open it too, when they name it and this epoch. For run and create.
+        type: str
+      host_certificate:
+        description: What sshd shows to renters, unless it has one that was signed later. For run, create and certify.
         type: str
       kill:
         description: Also end its processes. For lock.

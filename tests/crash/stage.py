@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import httpx
 from crash import manager
 from crash.door import PointedDoor
-from support.builders import host_key
+from support.builders import AUTHORITIES, host_key
 from support.house import PROXY_SECRET, Agent
 
 from orion.manager.api.door import SECRET_HEADER
@@ -90,7 +90,9 @@ class Stage:
         self._armed = False
         self.exits: list[int] = []
         self.wall_offset_s = 0.0
-        self.secrets = Secrets(make_token("admin", "admin"), make_token("join", "join"), PROXY_SECRET, "", host_key(1))
+        self.secrets = Secrets(
+            make_token("admin", "admin"), make_token("join", "join"), PROXY_SECRET, "", host_key(1), *AUTHORITIES
+        )
         self._kept_port = keep_port()
         self.settings = Settings(
             database_url=f"sqlite:///{self.database}",

@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 from proxy_support import SECRET, Proxy, proxy, wait_until
-from support.builders import host_key
+from support.builders import AUTHORITIES, host_key
 
 from orion.manager import app
 from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorld
@@ -61,7 +61,9 @@ class Platform:
         self.door = door
         self.folder = folder
         self.url = door.url
-        self.secrets = Secrets(make_token("admin", "admin"), make_token("join", "join"), SECRET, "", host_key(1))
+        self.secrets = Secrets(
+            make_token("admin", "admin"), make_token("join", "join"), SECRET, "", host_key(1), *AUTHORITIES
+        )
         self.log = folder / "manager.log"
         wide = ".".join(door.network.split(".")[:2])
         # Wider than the proxy's network, so that this machine's end of it may be a worker.

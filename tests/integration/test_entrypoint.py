@@ -60,6 +60,8 @@ def secret_files(places: Any) -> dict[Path, re.Pattern[str]]:
         places.data / "secrets/ssh_key": re.compile(
             r"-----BEGIN OPENSSH.*-----END OPENSSH PRIVATE KEY-----\n", re.DOTALL
         ),
+        places.data / "secrets/ssh_host_authority": re.compile(r"-----BEGIN OPENSSH.*KEY-----\n", re.DOTALL),
+        places.data / "secrets/ssh_user_authority": re.compile(r"-----BEGIN OPENSSH.*KEY-----\n", re.DOTALL),
         places.data / "secrets/ssh_key.pub": re.compile(r"ssh-ed25519 AAAA\S+ orion-manager\n"),
     }
 
@@ -77,7 +79,9 @@ def test_the_first_start_makes_every_secret_for_root_alone(places: Any) -> None:
 
 def test_the_manager_is_told_what_the_files_hold(places: Any) -> None:
     held = entrypoint.prepare(places)
-    assert sorted(held) == ["admin_token", "join_token", "proxy_secret", "ssh_private_key", "ssh_public_key"]
+    authorities = ["host_authority", "user_authority"]
+    tokens = ["admin_token", "join_token", "proxy_secret"]
+    assert sorted(held) == sorted([*authorities, *tokens, "ssh_private_key", "ssh_public_key"])
     assert held["admin_token"] == (places.data / "secrets/admin_token").read_text().strip()
     assert held["ssh_private_key"] == (places.data / "secrets/ssh_key").read_text()
 

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import asyncssh
+
 from orion.manager.domain.model import Placement, Rental, Worker, World
 from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
 
 SESSION = "session-1"
+
+
+def private_key() -> str:
+    key: Any = asyncssh.generate_private_key("ssh-ed25519")
+    return str(key.export_private_key("openssh").decode())
+
+
+AUTHORITIES = (private_key(), private_key())
+"""Of hosts, of users."""
 
 
 def host_key(number: int) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar
 import httpx
 from fastapi import FastAPI
 from sqlalchemy import select
-from support.builders import host_key
+from support.builders import AUTHORITIES, host_key
 from support.rosters import what_differs
 
 from orion.manager.api.door import SECRET_HEADER
@@ -178,7 +178,9 @@ class House:
         self.store = store
         store._writer = store._readers = AtOnce(1)
         self.settings = settings or Settings(database_url=store.url)
-        self.secrets = Secrets(make_token("admin", "admin"), make_token("join", "join"), PROXY_SECRET, "", host_key(1))
+        self.secrets = Secrets(
+            make_token("admin", "admin"), make_token("join", "join"), PROXY_SECRET, "", host_key(1), *AUTHORITIES
+        )
         self.clock = Clock()
         self.door = Door()
         self.world = FakeWorld()

@@ -102,6 +102,8 @@ def test_secrets_come_once_through_a_pipe_and_are_not_shown() -> None:
         "proxy_secret": "door",
         "ssh_private_key": "private",
         "ssh_public_key": "public",
+        "host_authority": "private",
+        "user_authority": "private",
     }
     os.write(writing, json.dumps(told).encode())
     os.close(writing)

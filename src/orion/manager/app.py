@@ -35,12 +35,14 @@ from orion.manager.domain.overdue import MOST_SHOWN, Overdue, overdue, workers_t
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health
 from orion.manager.engine.ansible import AnsibleEngine, ReachedAndExpected
+from orion.manager.engine.authority import Authority
 from orion.manager.engine.port import Engine, Reach, Watch
 from orion.manager.engine.reach import SshReach
 from orion.manager.engine.vault.client import VaultClient
 from orion.manager.engine.vault.port import Vault
 from orion.manager.engine.watch import SshWatch
 from orion.manager.gateway import routes
+from orion.manager.loops.certificates import Certificates, CertifyingEngine
 from orion.manager.loops.copies import CopiesLoop, disk_share
 from orion.manager.loops.door import DoorProbe
 from orion.manager.loops.engine_log import EngineLog, LoggedEngine
@@ -97,7 +99,10 @@ class Manager:
         self._secrets = secrets
         self.ledger = SqlLedger(store)
         self.engine_log = EngineLog(store)
-        engine = LoggedEngine(ports.engine, self.engine_log.note, ports.monotonic, ports.wall)
+        self.authority = Authority(secrets.host_authority, secrets.user_authority, ports.wall)
+        logged = LoggedEngine(ports.engine, self.engine_log.note, ports.monotonic, ports.wall)
+        self.certificates = Certificates(store, self.authority, logged, ports.wall)
+        engine = CertifyingEngine(logged, self.certificates, self.authority.of_users)
         self.roster = Roster()
         book = SqlCopyBook(store)
         restorer = Restorer(engine, ports.vault, book, settings.copies.limits)
@@ -199,6 +204,7 @@ class Manager:
             await self.copies.stop()
             await self.reconciler.stop()
             await self.readiness.stop()
+            await self.certificates.stop()
             await self.engine_log.flush()
             if self.watching:
                 await self.watching.stop()

@@ -104,6 +104,10 @@ class Secrets:
     proxy_secret: str
     ssh_private_key: str
     ssh_public_key: str
+    host_authority: str
+    """The private key that signs for workers."""
+    user_authority: str
+    """The private key that signs for renters."""
 
     @staticmethod
     def from_pipe(descriptor: int) -> Secrets:

@@ -55,6 +55,8 @@ class FakeWorker:
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a job has reached this worker, whatever became of it."""
     boot_id: str = "boot-0001"
+    host_certificate: str = ""
+    """What its sshd shows."""
     _going: asyncio.Event = field(default_factory=asyncio.Event)
     _closing: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -104,6 +106,7 @@ class FakeWorker:
         unlocked = job.action is Action.CREATE or bool(before and before.epoch == job.epoch and before.unlocked)
         account = Account(job.username, job.uid, job.epoch, job.public_keys, unlocked)
         self.accounts[job.rental_id] = account
+        self.host_certificate = job.host_certificate or self.host_certificate
         self.homes.setdefault(job.rental_id, {})
         if unlocked:
             self.let_in[job.rental_id] = job.epoch
@@ -129,6 +132,15 @@ class FakeWorker:
         self.over.discard(job.rental_id)
         self.spared |= {job.rental_id} if changed else set()
         return {"changed": changed, "epoch": job.epoch, "state": "running"}
+
+    def certify(self, job: Job) -> dict[str, Any]:
+        account = self.accounts.get(job.rental_id)
+        if account is None:
+            raise Refused("no such rental on this worker")
+        if account.epoch != job.epoch:
+            raise Refused(f"epoch {job.epoch} is not epoch {account.epoch}, which is here")
+        changed, self.host_certificate = self.host_certificate != job.host_certificate, job.host_certificate
+        return {"changed": changed, "epoch": job.epoch, "state": "running" if account.unlocked else "locked"}
 
     def purge(self, job: Job) -> dict[str, Any]:
         self._refuse_older(self.accounts.get(job.rental_id), job)
@@ -196,7 +208,7 @@ class FakeEngine:
         if worker.failure:
             return Outcome(ok=False, message=worker.failure)
         try:
-            commands = {Action.DELETE: worker.purge, Action.THAW: worker.thaw}
+            commands = {Action.DELETE: worker.purge, Action.THAW: worker.thaw, Action.CERTIFY: worker.certify}
             report = commands.get(job.action, worker.create)(job)
         except Refused as refusal:
             return Outcome(ok=False, message=str(refusal), report={"changed": False})

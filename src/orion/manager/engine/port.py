@@ -20,6 +20,8 @@ class Action(StrEnum):
     """The same, and locked, unless this very epoch was unlocked before: so that its home can be filled first."""
     THAW = "thaw"
     """What is frozen at this epoch goes on and its renter is let in; `changed` in the report says whether it was."""
+    CERTIFY = "certify_host"
+    """The worker shows this host certificate to the rental's renter, or one that was signed later. Idempotent."""
     DELETE = "delete_user"
     """Nothing of the rental is left; the report says so after looking. Idempotent."""
 
@@ -50,6 +52,10 @@ class Job:
     start_mark: str = ""
     """To create: the command that the renter's shell runs when it is let in, and the run that it is. A run that it has
     had there already is not had again."""
+    user_authority: str = ""
+    """The key whose certificates open the rental too; empty: none does. For CREATE and PREPARE."""
+    host_certificate: str = ""
+    """What its worker shows to renters from now on. For CREATE and CERTIFY."""
 
 
 @dataclass(frozen=True)

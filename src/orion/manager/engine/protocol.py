@@ -6,7 +6,7 @@ lines at the end are what the engine's own processes say to each other.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, StringConstraints
 
@@ -17,6 +17,9 @@ MAX_LINE_BYTES = 1 << 20
 MAX_DEADLINE_S = 3600.0
 
 WorkerId = Annotated[str, StringConstraints(pattern=r"^w-[a-z0-9]{1,30}$")]
+Certificate = Annotated[
+    str, StringConstraints(pattern=r"^(ssh-ed25519-cert-v01@openssh\.com [A-Za-z0-9+/]{20,16384}={0,3})?$")
+]
 Username = Annotated[str, StringConstraints(pattern=r"^r-[a-z0-9]{1,30}$")]
 
 
@@ -46,6 +49,8 @@ class Variables(Line):
     public_keys: Annotated[tuple[PublicKey, ...], Field(max_length=64)] = ()
     start: StartCommand | None = None
     start_mark: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,16}@[A-Za-z0-9-]{0,64}$")] | None = None
+    user_authority: PublicKey | Literal[""] = ""
+    host_certificate: Certificate = ""
 
 
 class JobLine(Line):
@@ -122,6 +127,8 @@ def job_line(identifier: str, job: Job) -> bytes:
             public_keys=job.public_keys,
             start=job.start or None,
             start_mark=job.start_mark or None,
+            user_authority=job.user_authority,
+            host_certificate=job.host_certificate,
         ),
         deadline_s=job.deadline_s,
     )

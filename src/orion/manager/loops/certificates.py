@@ -1,0 +1,119 @@
+"""Host certificates: each worker has one that names the rentals which are placed there, and shows it to their renters.
+
+A rental's own order brings the certificate that names it, so it is recognised from its first moment on. Later ones are
+asked for by whoever lets somebody in: where nobody comes, nothing has to be renewed, and a worker that is not the
+rental's any more is never asked. What is known here of what workers show is lost with the manager; the next to come in
+has it signed anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import structlog
+
+from orion.manager.domain.certificates import FRESH_S, Issued, NothingToSign
+from orion.manager.engine.authority import Authority
+from orion.manager.engine.port import Action, Engine, Host, Job, Outcome
+from orion.manager.store import certificates
+from orion.manager.store.database import Store
+
+log = structlog.get_logger()
+
+CERTIFY_WITHIN_S = 5.0
+JUST_VALID_S = 60.0
+
+
+class Certificates:
+    def __init__(self, store: Store, authority: Authority, engine: Engine, wall: Callable[[], float]) -> None:
+        self._store = store
+        self._authority = authority
+        self._engine = engine
+        self._wall = wall
+        self._shown: dict[str, Issued] = {}
+        """By worker; of workers that are not there any more too, until their certificate has ended."""
+        self._renewing: dict[str, asyncio.Task[None]] = {}
+
+    async def issue(self, host: Host) -> Issued | None:
+        """Signed now, of what is placed there now; None where that is nothing.
+
+        The serial first: so whatever was placed before a certificate was asked for is in every later one as well, and
+        it does not matter in which order they reach the worker.
+        """
+        serial = self._authority.next_serial()
+        rental_ids = await self._store.read(certificates.current_on, host.worker_id)
+        try:
+            return self._authority.host_certificate(serial, host.worker_id, host.host_keys, rental_ids)
+        except NothingToSign as reason:
+            log.warning("no host certificate", worker_id=host.worker_id, reason=str(reason))
+            return None
+
+    def shows(self, worker_id: str, issued: Issued) -> None:
+        """The worker has said so."""
+        now = self._wall()
+        self._shown = {w: known for w, known in self._shown.items() if known.valid_until > now}
+        before = self._shown.get(worker_id)
+        if before is None or before.serial < issued.serial:
+            self._shown[worker_id] = issued
+
+    async def ensure(self, job: Job) -> None:
+        """Its worker can be recognised as this rental's, as far as that can be brought about now.
+
+        `job`: of the rental, of whatever action. A renter's own ssh verifies what is shown: a failure opens nothing.
+        """
+        worker_id = job.host.worker_id
+        shown = self._shown.get(worker_id)
+        if shown and shown.serves(job.rental_id, job.host.host_keys, self._wall(), FRESH_S):
+            return
+        if worker_id not in self._renewing:
+            self._renewing[worker_id] = asyncio.create_task(self._renew(job))
+        if shown and shown.serves(job.rental_id, job.host.host_keys, self._wall(), JUST_VALID_S):
+            return
+        await asyncio.wait([self._renewing[worker_id]], timeout=CERTIFY_WITHIN_S)
+
+    async def stop(self) -> None:
+        running = list(self._renewing.values())
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    async def _renew(self, job: Job) -> None:
+        try:
+            issued = await self.issue(job.host)
+            if issued is None or job.rental_id not in issued.rental_ids:
+                return
+            order = replace(
+                job, action=Action.CERTIFY, host_certificate=issued.line, public_keys=(), deadline_s=CERTIFY_WITHIN_S
+            )
+            outcome = await self._engine.run(order)
+            if outcome.ok:
+                self.shows(job.host.worker_id, issued)
+            else:
+                log.warning("no host certificate", worker_id=job.host.worker_id, reason=outcome.message)
+        except Exception:
+            log.exception("no host certificate", worker_id=job.host.worker_id)
+        finally:
+            del self._renewing[job.host.worker_id]
+
+
+@dataclass
+class CertifyingEngine:
+    """Implements `port.Engine` by another one: whoever is let in finds a worker that can prove what it is."""
+
+    engine: Engine
+    certificates: Certificates
+    user_authority: str
+
+    async def run(self, job: Job) -> Outcome:
+        if job.action not in {Action.CREATE, Action.PREPARE}:
+            return await self.engine.run(job)
+        job = replace(job, user_authority=self.user_authority)
+        issued = await self.certificates.issue(job.host) if job.action is Action.CREATE else None
+        if issued is None:
+            return await self.engine.run(job)
+        outcome = await self.engine.run(replace(job, host_certificate=issued.line))
+        if outcome.ok:
+            self.certificates.shows(job.host.worker_id, issued)
+        return outcome

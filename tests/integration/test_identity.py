@@ -1,0 +1,202 @@
+"""Who lets in whom, on real workers: a renter's ssh verifies its worker, and a worker takes a renter's certificate.
+
+All that a renter's ssh knows is one line, the authority's; and all that a worker knows of renters is a file of root.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rental_support import Rental, new_rental
+from support.builders import AUTHORITIES, private_key
+from worker_support import Worker, wait_until
+
+from orion.manager.domain.certificates import LIFETIME_S, host_name
+from orion.manager.engine.authority import Authority
+
+AUTHORITY = Authority(*AUTHORITIES, time.time)
+FORMER = Authority(*AUTHORITIES, lambda: time.time() - LIFETIME_S - 60)
+ANOTHER = Authority(private_key(), private_key(), time.time)
+
+
+def certificate(on: Worker, *rentals: Rental, by: Authority = AUTHORITY) -> str:
+    return by.host_certificate(by.next_serial(), "w-test", on.host_keys, [each.rental_id for each in rentals]).line
+
+
+def let_in(rental: Rental, line: str = "", **other: Any) -> Rental:
+    line = line or certificate(rental.on, rental)
+    variables = rental.variables | {"public_keys": [rental.key.public], "user_authority": AUTHORITY.of_users} | other
+    status, report = rental.on.rental("run", **variables, host_certificate=line)
+    assert status == 0, report
+    return rental
+
+
+def shows(on: Worker, line: str) -> None:
+    """As root of that worker might: whatever certificate it has, its sshd shows."""
+    on.run("sh", "-c", f"echo '{line}' > /etc/ssh/orion_host_certificate.pub")
+    before = on.run("stat", "-c", "%y", "/run/sshd.pid")
+    on.run("sh", "-c", "kill -HUP $(cat /run/sshd.pid)")
+    wait_until(lambda: on.run("stat", "-c", "%y", "/run/sshd.pid", check=False) not in {"", before}, "sshd begins anew")
+
+
+def known_hosts(folder: Path) -> Path:
+    file = folder / "known_hosts_of_a_renter"
+    file.write_text(f"@cert-authority *.orion {AUTHORITY.of_hosts}\n")
+    return file
+
+
+def ssh_command(rental: Rental, to: Worker, *options: str) -> list[str]:
+    """As any tool of a renter runs it: nothing is known but the authority, and checking is on."""
+    return [
+        "ssh", "-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", "-o", "ConnectTimeout=5",
+        "-o", f"UserKnownHostsFile={known_hosts(rental.key.file.parent)}", "-o", "GlobalKnownHostsFile=none",
+        "-o", f"HostKeyAlias={host_name(rental.rental_id)}", "-o", "IdentitiesOnly=yes",
+        *(options or ("-i", str(rental.key.file))), f"{rental.username}@{to.address}",
+    ]  # fmt: skip
+
+
+def ssh(rental: Rental, to: Worker, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [*ssh_command(rental, to, *options), "id -un"]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=30)
+
+
+def is_refused(rental: Rental, to: Worker) -> bool:
+    """It never comes to a log-in: the host is not believed."""
+    done = ssh(rental, to)
+    assert done.returncode == 255, done.stdout
+    assert "Permission denied" not in done.stderr, done.stderr
+    return "Host key verification failed" in done.stderr
+
+
+@pytest.fixture
+def one(host: Worker, folder: Path) -> Iterator[Rental]:
+    made = new_rental(host, folder)
+    yield made
+    host.rental("purge", **made.variables)
+
+
+@pytest.fixture
+def another(host: Worker, folder: Path) -> Iterator[Rental]:
+    made = new_rental(host, folder)
+    yield made
+    host.rental("purge", **made.variables)
+
+
+def test_a_renter_recognises_its_worker_by_the_authority_alone_and_without_a_question(one: Rental) -> None:
+    let_in(one)
+    done = ssh(one, one.on)
+    assert (done.stdout, done.stderr, done.returncode) == (f"{one.username}\n", "", 0)
+
+
+def test_after_a_move_the_same_command_works_without_a_word(one: Rental, neighbour: Worker) -> None:
+    let_in(one)
+    there = Rental(neighbour, one.key, one.rental_id, one.uid, epoch=2)
+    let_in(there)
+    done = ssh(one, neighbour)
+    assert (done.stdout, done.stderr) == (f"{one.username}\n", "")
+    neighbour.rental("purge", **there.variables)
+
+
+def test_a_new_certificate_ends_no_session_and_leaves_sshd_hard_to_kill(one: Rental, another: Rental) -> None:
+    let_in(one)
+    command = [*ssh_command(one, one.on), "echo in; read line; echo $line"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as session:
+        assert session.stdin is not None
+        assert session.stdout is not None
+        assert session.stdout.readline() == "in\n"
+        let_in(another, certificate(one.on, one, another))
+        assert ssh(another, one.on).stdout == f"{another.username}\n"
+        assert ssh(one, one.on).stdout == f"{one.username}\n"
+        score = "cat /proc/$(cat /run/sshd.pid)/oom_score_adj /proc/1/oom_score_adj | uniq | wc -l"
+        wait_until(lambda: one.on.run("sh", "-c", score).strip() == "1", "sshd is as hard to kill as the agent")
+        out, _ = session.communicate("still here\n", timeout=20)
+    assert out == "still here\n"
+    assert one.ssh("cat /proc/self/oom_score_adj").stdout.strip() == "500", "and what renters run goes first"
+
+
+def test_a_neighbour_cannot_pass_for_it(one: Rental, neighbour: Worker, folder: Path) -> None:
+    """Neither with its own certificate, nor with none, nor with the one of the worker, which anybody may read."""
+    let_in(one)
+    its_own = new_rental(neighbour, folder)
+    let_in(its_own)
+    assert is_refused(one, neighbour)
+    shows(neighbour, certificate(one.on, one))
+    assert is_refused(one, neighbour)
+    shows(neighbour, "")
+    assert is_refused(one, neighbour)
+    neighbour.rental("purge", **its_own.variables)
+
+
+def test_a_former_worker_cannot_pass_for_it_when_its_hour_is_over(one: Rental, neighbour: Worker) -> None:
+    let_in(one)
+    shows(neighbour, certificate(neighbour, one, by=FORMER))
+    assert is_refused(one, neighbour)
+
+
+def test_a_certificate_of_anybody_else_is_worth_nothing(one: Rental, neighbour: Worker) -> None:
+    let_in(one)
+    shows(neighbour, certificate(neighbour, one, by=ANOTHER))
+    assert is_refused(one, neighbour)
+
+
+def test_another_rental_of_the_same_name_is_another_host(one: Rental, another: Rental) -> None:
+    """A name is used again; an id never is, and ids are what is verified."""
+    let_in(one, certificate(one.on, one))
+    status, report = one.on.rental("purge", **one.variables)
+    assert status == 0, report
+    let_in(another, certificate(one.on, another))
+    assert is_refused(one, one.on)
+    assert ssh(another, one.on).returncode == 0
+
+
+# Certificates of renters
+
+
+def user_certificate(rental: Rental, folder: Path, of: Rental | None = None, **how: Any) -> tuple[str, ...]:
+    """Options of ssh for one of a key that no worker knows. `of`: the rental for which it was signed."""
+    named = of or rental
+    key = new_rental(rental.on, folder).key
+    by, epoch = how.get("by", AUTHORITY), how.get("epoch", named.epoch)
+    source = how.get("source") or rental.on.run("cat", "/etc/orion/app_address").strip()
+    line, _ = by.user_certificate(key.public, named.rental_id, epoch, "alice", source, how.get("lasts_s", 60))
+    file = Path(f"{key.file}-cert.pub")
+    file.write_text(f"{line}\n")
+    return "-i", str(key.file), "-o", f"CertificateFile={file}"
+
+
+def test_a_renters_certificate_opens_its_own_rental_alone(one: Rental, another: Rental, folder: Path) -> None:
+    let_in(one)
+    let_in(another, certificate(one.on, one, another))
+    assert ssh(one, one.on, *user_certificate(one, folder)).stdout == f"{one.username}\n"
+    for wrong in (
+        user_certificate(one, folder, another),
+        user_certificate(one, folder, epoch=one.epoch + 1),
+        user_certificate(one, folder, by=ANOTHER),
+        user_certificate(one, folder, by=FORMER),
+        user_certificate(one, folder, source="192.0.2.1"),
+    ):
+        done = ssh(one, one.on, *wrong)
+        assert done.returncode == 255, wrong
+        assert "Permission denied" in done.stderr
+    as_root = ssh_command(one, one.on, *user_certificate(one, folder))
+    as_root[-1] = f"root@{one.on.address}"
+    done = subprocess.run([*as_root, "true"], capture_output=True, text=True, check=False, timeout=30)
+    assert "Permission denied" in done.stderr
+
+
+def test_a_lock_and_a_higher_epoch_shut_certificates_out_as_well_as_keys(one: Rental, folder: Path) -> None:
+    let_in(one)
+    held = user_certificate(one, folder)
+    one.on.rental("lock", rental_id=one.rental_id, epoch=one.epoch)
+    assert "Permission denied" in ssh(one, one.on, *held).stderr
+    one.on.rental("unlock", rental_id=one.rental_id, epoch=one.epoch)
+    assert ssh(one, one.on, *held).returncode == 0
+    one.epoch = 2
+    let_in(one)
+    assert "Permission denied" in ssh(one, one.on, *held).stderr
+    assert ssh(one, one.on, *user_certificate(one, folder)).returncode == 0

@@ -1,0 +1,79 @@
+"""Which certificate a worker shows: the one that was signed last, whichever came last. With sshd: tests/integration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from host_certificate import HostCertificate, read_certificate
+from support.builders import AUTHORITIES, host_key
+
+from orion.manager.domain.certificates import LIFETIME_S, NothingToSign
+from orion.manager.engine.authority import Authority
+
+NOW = 1_800_000_000.0
+
+
+def authority(now: float = NOW) -> Authority:
+    return Authority(*AUTHORITIES, lambda: now)
+
+
+def certificate(serial: int, now: float = NOW, *rental_ids: str) -> str:
+    return authority(now).host_certificate(serial, "w-one", [host_key(1)], rental_ids or ["abcdefghij"]).line
+
+
+def installed(root: Path) -> int:
+    return read_certificate((root / "etc/ssh/orion_host_certificate.pub").read_text()).serial
+
+
+def test_what_the_authority_signs_is_read_as_it_was_meant() -> None:
+    read = read_certificate(certificate(7))
+    assert read.serial == 7
+    assert read.is_valid(NOW)
+    assert read.is_valid(NOW + LIFETIME_S - 1)
+    assert not read.is_valid(NOW + LIFETIME_S)
+
+
+def test_a_certificate_is_never_signed_for_nobody() -> None:
+    with pytest.raises(NothingToSign):
+        authority().host_certificate(1, "w-one", [host_key(1)], [])
+
+
+def test_a_certificate_of_a_user_is_none_of_a_host() -> None:
+    line, _ = authority().user_certificate(host_key(2), "abcdefghij", 3, "alice", "172.20.0.3", 60)
+    with pytest.raises(ValueError, match="of a host"):
+        read_certificate(line)
+
+
+@pytest.mark.parametrize("line", ["", "ssh-ed25519 AAAA", f"{certificate(1)[:300]}", "x " * 20, host_key(1)])
+def test_what_is_no_certificate_is_not_installed(tmp_path: Path, line: str) -> None:
+    with pytest.raises(ValueError, match="this is no certificate"):
+        HostCertificate(tmp_path).install(line, NOW)
+
+
+def test_orders_that_cross_leave_the_one_that_was_signed_last(tmp_path: Path) -> None:
+    shown = HostCertificate(tmp_path)
+    assert shown.install(certificate(2), NOW)
+    assert not shown.install(certificate(1), NOW)
+    assert not shown.install(certificate(2), NOW)
+    assert installed(tmp_path) == 2
+    assert shown.install(certificate(3), NOW)
+    assert installed(tmp_path) == 3
+
+
+@pytest.mark.parametrize("now", [NOW + LIFETIME_S + 1, NOW - 3600])
+def test_one_that_is_not_valid_now_holds_no_place(tmp_path: Path, now: float) -> None:
+    """It has ended, or was signed by a clock that was ahead."""
+    shown = HostCertificate(tmp_path)
+    shown.install(certificate(9), NOW)
+    assert shown.install(certificate(2, now), now)
+    assert installed(tmp_path) == 2
+
+
+def test_where_no_sshd_listens_nobody_is_waited_for(tmp_path: Path) -> None:
+    shown = HostCertificate(tmp_path)
+    shown.install(certificate(1), NOW)
+    shown.show()
+    (tmp_path / "run/sshd.pid").write_text("no number")
+    shown.install(certificate(2), NOW)
+    shown.show()
