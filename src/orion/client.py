@@ -27,9 +27,14 @@ from orion.transport import OnRetry, Transport
 from orion.wire import (
     DEFAULT_TTL_S,
     DEFAULT_WAIT_S,
+    MAX_CERTIFICATE_S,
+    AddKeyRequest,
+    CertificateReply,
+    CertificateRequest,
     Event,
     HeartbeatReply,
     HeartbeatRequest,
+    Key,
     LogEntry,
     Page,
     RegisterReply,
@@ -43,6 +48,7 @@ from orion.wire import (
     RestoreRequest,
     Restoring,
     Snapshot,
+    SshAuthority,
     Status,
     Token,
     TokenReply,
@@ -218,6 +224,35 @@ class Orion:
         body = _valid(RestoreRequest, generation=generation, empty=empty, discard=discard)
         path = _path("rentals", rental_id, "restore")
         return _read(Rental, self._transport.send("POST", path, body=body, wait_s=COPY_WAIT_S))
+
+    # The way in
+
+    def ssh_authority(self) -> SshAuthority:
+        """By what ssh recognises the worker of any rental."""
+        return _read(SshAuthority, self._transport.send("GET", "/api/ssh-authority"))
+
+    def keys(self, rental_id: str) -> list[Key]:
+        return list(self._pages(Key, _path("rentals", rental_id, "keys"), {}))
+
+    def add_key(self, rental_id: str, ssh_public_key: str, wait_s: float = DEFAULT_WAIT_S) -> list[Key]:
+        """All keys with it; look at `in_place`. Repeatable, and so repeated over a broken connection."""
+        body = _valid(AddKeyRequest, ssh_public_key=ssh_public_key, wait_s=wait_s)
+        reply = self._transport.send(
+            "POST", _path("rentals", rental_id, "keys"), body=body, wait_s=wait_s, retry_for_s=RENT_RETRY_S
+        )
+        return _read(Page[Key], reply).items
+
+    def remove_key(self, rental_id: str, key_id: str, wait_s: float = DEFAULT_WAIT_S) -> list[Key]:
+        """All keys without it; look at `in_place`. Never the last one."""
+        path = _path("rentals", rental_id, "keys", key_id)
+        return _read(Page[Key], self._transport.send("DELETE", path, params={"wait_s": wait_s}, wait_s=wait_s)).items
+
+    def certificate(self, rental_id: str, ssh_public_key: str, ttl_s: int = MAX_CERTIFICATE_S) -> CertificateReply:
+        """A certificate for that key, which opens this rental for a while."""
+        body = _valid(CertificateRequest, ssh_public_key=ssh_public_key, ttl_s=ttl_s)
+        return _read(
+            CertificateReply, self._transport.send("POST", _path("rentals", rental_id, "certificate"), body=body)
+        )
 
     # Workers
 

@@ -6,6 +6,7 @@ Times are RFC 3339 in UTC; durations are seconds and end in `_s`. Unknown fields
 from __future__ import annotations
 
 import base64
+import hashlib
 import re
 from datetime import datetime
 from enum import StrEnum
@@ -20,6 +21,9 @@ DEFAULT_WAIT_S = 30
 MAX_WAIT_S = 55
 MAX_PAGE = 500
 MAX_START = 1000
+MAX_KEYS = 32
+"""Of a rental."""
+MAX_CERTIFICATE_S = 3600
 
 SSH_KEY_TYPES = (
     "ssh-ed25519",
@@ -96,6 +100,17 @@ def one_public_key(text: str) -> str:
     if match["type"] == "ssh-rsa" and int.from_bytes(fields[-1], "big").bit_length() < MIN_RSA_BITS:
         raise ValueError(f"is too weak: an RSA key needs {MIN_RSA_BITS} bits; ed25519 is better")
     return f"{match['type']} {match['key']}"
+
+
+def key_id(public_key: str) -> str:
+    """Of one public key, for an address: short, and nothing in it that an address would not have."""
+    return hashlib.sha256(base64.b64decode(public_key.split()[1])).hexdigest()[:16]
+
+
+def fingerprint(public_key: str) -> str:
+    """As `ssh-keygen -l` shows it."""
+    digest = hashlib.sha256(base64.b64decode(public_key.split()[1])).digest()
+    return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 
 def _ssh_fields(encoded: str) -> list[bytes]:
@@ -232,6 +247,39 @@ class RentRequest(Request):
         None, description="Run by its shell, in its home, whenever it comes to be on a worker"
     )
     wait_s: float = Field(DEFAULT_WAIT_S, ge=0, le=MAX_WAIT_S)
+
+
+class SshAuthority(Reply):
+    """By what a renter's ssh recognises every worker as that of a rental: its host certificate names the rental."""
+
+    public_key: str
+    known_hosts: str = Field(description="The line for a known_hosts file; the host's name is ID.orion (HostKeyAlias)")
+
+
+class Key(Reply):
+    """A key that opens a rental."""
+
+    id: str
+    fingerprint: str = Field(description="As ssh-keygen -l shows it")
+    public_key: str
+    in_place: bool = Field(description="Its worker has all keys as they are listed; false while that is under way")
+
+
+class AddKeyRequest(Request):
+    ssh_public_key: PublicKey
+    wait_s: float = Field(DEFAULT_WAIT_S, ge=0, le=MAX_WAIT_S)
+
+
+class CertificateRequest(Request):
+    """A certificate for this key, which need not be one of the rental's."""
+
+    ssh_public_key: PublicKey
+    ttl_s: int = Field(MAX_CERTIFICATE_S, ge=MIN_TTL_S, le=MAX_CERTIFICATE_S, strict=True)
+
+
+class CertificateReply(Reply):
+    certificate: str = Field(description="The line for a file KEY-cert.pub; it opens this rental, until it moves")
+    expires_at: datetime
 
 
 class RenewRequest(Request):

@@ -159,6 +159,9 @@ async def test_connections_for_shells_and_streams_have_a_ceiling_and_calls_go_on
         with pytest.raises(InvalidStatus) as refusal:
             await connect(url, additional_headers=bearer(token), proxy=None)
         assert refusal.value.response.status_code == 429
+        told = json.loads(refusal.value.response.body or b"")
+        assert told["code"] == "too_many_connections"
+        assert "200 sessions" in told["detail"]
         for reply in open_ones:
             await reply.aclose()
 

@@ -33,6 +33,7 @@ class Gateway:
     host: Host
     url: str = ""
     relayed: asyncio.Queue[Relayed] = field(default_factory=asyncio.Queue)
+    over: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     async def route(self, websocket: WebSocket) -> None:
         try:
@@ -40,7 +41,7 @@ class Gateway:
         except WorkerUnreachable as error:
             await websocket.send_denial_response(PlainTextResponse(str(error), 502))
             return
-        self.relayed.put_nowait(await relay(websocket, stream))
+        self.relayed.put_nowait(await relay(websocket, stream, self.over))
 
     def client(self, connection: socket.socket | None = None) -> websocket_connect:
         return websocket_connect(self.url, compression=None, max_size=None, sock=connection)

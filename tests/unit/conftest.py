@@ -10,7 +10,9 @@ import pytest
 import structlog
 from sqlalchemy import Engine, create_engine
 from support.house import House
+from support.way_in import Sshds
 
+from orion.manager.gateway import routes
 from orion.manager.store.database import Store
 
 
@@ -55,3 +57,12 @@ async def house(store: Store) -> AsyncIterator[House]:
     """The whole manager on virtual time, its rounds driven by hand, with a fake world of workers."""
     async with House(store) as house:
         yield house
+
+
+@pytest.fixture
+def sshds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshds]:
+    """What the gateway connects to in the place of workers."""
+    made = Sshds()
+    monkeypatch.setattr(routes, "connect", made.connect)
+    yield made
+    made.close()

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from structlog.typing import Processor
 
 from orion import __version__
-from orion.manager.api import admin, contract, operations, problems, rentals, snapshots, workers
+from orion.manager.api import access, admin, contract, operations, problems, rentals, snapshots, workers
 from orion.manager.api.call_home import CallHome
 from orion.manager.api.door import Door, protocol_for
 from orion.manager.api.heartbeat import Heartbeat
@@ -42,6 +42,7 @@ from orion.manager.engine.vault.client import VaultClient
 from orion.manager.engine.vault.port import Vault
 from orion.manager.engine.watch import SshWatch
 from orion.manager.gateway import routes
+from orion.manager.gateway.sessions import Sessions
 from orion.manager.loops.certificates import Certificates, CertifyingEngine
 from orion.manager.loops.copies import CopiesLoop, disk_share
 from orion.manager.loops.door import DoorProbe
@@ -103,6 +104,7 @@ class Manager:
         logged = LoggedEngine(ports.engine, self.engine_log.note, ports.monotonic, ports.wall)
         self.certificates = Certificates(store, self.authority, logged, ports.wall)
         engine = CertifyingEngine(logged, self.certificates, self.authority.of_users)
+        self.sessions = Sessions(store, ports.monotonic)
         self.roster = Roster()
         book = SqlCopyBook(store)
         restorer = Restorer(engine, ports.vault, book, settings.copies.limits)
@@ -165,13 +167,17 @@ class Manager:
             copy_now=self.copies.copy_now,
             thaw=Thawer(engine, book).thaw,
             copies_paused=lambda: self.copies.paused or None,
+            sessions=self.sessions,
+            recognisable=self.certificates.ensure,
+            authority=self.authority,
             restart=lambda: os.kill(os.getpid(), signal.SIGTERM),
         )
 
     @property
     def loops(self) -> list[Loop]:
         door = [self._ports.door.loop] if self._ports.door else []
-        return [self.health.loop, self.reconciler.loop, self.expiry.loop, self.copies.loop, self.engine_log.loop, *door]
+        deciding = [self.health.loop, self.reconciler.loop, self.expiry.loop, self.copies.loop]
+        return [*deciding, self.engine_log.loop, self.sessions.loop, *door]
 
     def watch_changed(self, worker_id: str) -> None:
         self.health.judge_now(worker_id)
@@ -206,6 +212,7 @@ class Manager:
             await self.readiness.stop()
             await self.certificates.stop()
             await self.engine_log.flush()
+            await self.sessions.flush()
             if self.watching:
                 await self.watching.stop()
             if self._ports.door:
@@ -266,8 +273,9 @@ def application(proxy_secret: str) -> FastAPI:
     app.add_middleware(Heartbeat)
     problems.install(app)
     contract.describe(app)
-    for router in (workers.router, rentals.router, snapshots.router, operations.router, admin.router, routes.router):
-        app.include_router(router)
+    rooms = (workers, rentals, access, snapshots, operations, admin, routes)
+    for room in rooms:
+        app.include_router(room.router)
     app.add_middleware(Door, secret=proxy_secret)
     return app
 

@@ -63,7 +63,7 @@ async def rent(
         detail = "this Idempotency-Key was used with another request within 24 h: use a new one"
         raise ApiProblem(409, "idempotency_conflict", detail) from error
     shared.wake_reconciler()
-    row = await _wait(shared, rental_id, body.wait_s, _is_usable)
+    row = await wait_for(shared, rental_id, body.wait_s, _is_usable)
     response.status_code = 201 if _is_open(row) else 202
     response.headers["Location"] = f"/api/rentals/{rental_id}"
     shared.metrics.rented(response.status_code, shared.monotonic() - began)
@@ -94,7 +94,7 @@ async def show(
     wait_s: WaitSeconds = 0,
 ) -> wire.Rental:
     await find(shared, rental_id, principal)
-    row = await _wait(shared, rental_id, wait_s if state else 0, lambda r: r["state"] in {state, *ENDED})
+    row = await wait_for(shared, rental_id, wait_s if state else 0, lambda r: r["state"] in {state, *ENDED})
     return views.rental(row)
 
 
@@ -115,7 +115,7 @@ async def release(
     await find(shared, rental_id, principal)
     await shared.store.write(rentals.begin_release, rental_id, principal.name)
     shared.wake_reconciler()
-    row = await _wait(shared, rental_id, wait_s, lambda r: r["state"] in ENDED)
+    row = await wait_for(shared, rental_id, wait_s, lambda r: r["state"] in ENDED)
     response.status_code = 200 if row["state"] in ENDED else 202
     return views.rental(row)
 
@@ -156,7 +156,7 @@ async def find(shared: Services, rental_id: str, principal: Principal) -> views.
     return row
 
 
-async def _wait(shared: Services, rental_id: str, wait_s: float, done: Callable[[views.Row], bool]) -> views.Row:
+async def wait_for(shared: Services, rental_id: str, wait_s: float, done: Callable[[views.Row], bool]) -> views.Row:
     """The rental when it is done, or as it is after `wait_s`; woken by commits, it never polls."""
     deadline = shared.monotonic() + wait_s
     with shared.store.news.listen(rental_id) as changed:

@@ -17,7 +17,9 @@ from orion.manager.domain.copies import Generation
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.overdue import Overdue
 from orion.manager.domain.roster import Roster
-from orion.manager.engine.port import Reach
+from orion.manager.engine.authority import Authority
+from orion.manager.engine.port import Job, Reach
+from orion.manager.gateway.sessions import Sessions
 from orion.manager.settings import Settings
 from orion.manager.store import tokens
 from orion.manager.store.database import Row, Store
@@ -50,6 +52,10 @@ class Services:
     thaw: Callable[[str, str], Awaitable[str]]
     """Has a rental go on that is over its limits, for an actor; why that could not be, empty when it does."""
     copies_paused: Callable[[], str | None]
+    sessions: Sessions
+    recognisable: Callable[[Job], Awaitable[None]]
+    """Has the worker of a rental show a certificate that names it: see loops/certificates.py."""
+    authority: Authority
     restart: Callable[[], None]
     """End, to be started again with what is then on the disk."""
     copying: asyncio.Lock = field(default_factory=asyncio.Lock)

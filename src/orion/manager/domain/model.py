@@ -51,6 +51,7 @@ class Rental:
     state: RentalState
     epoch: int
     public_key: str
+    """The keys that open it, one a line."""
     ttl_s: int
     created_at: float
     activated_at: float | None = None
@@ -87,7 +88,7 @@ class Placement:
     epoch: int
     state: PlacementState
     public_key: str = ""
-    """The key that was last put on the worker; another one in the rental means it must be put there again."""
+    """The keys that were last put on the worker; others in the rental mean that they must be put there again."""
     started: str = ""
     """The run of the start command that it has had there: see domain/starting.py."""
     salvaged: bool = False

@@ -119,7 +119,7 @@ def _made(rental: Rental, placement: Placement, task: Task, report: Mapping[str,
         changed = Event(
             "rental.key_changed",
             ACTOR,
-            "the new key is in place",
+            "its keys are in place",
             rental.owner,
             rental.id,
             task.worker_id,

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
+
 import structlog
 from fastapi import APIRouter, WebSocket
 
 from orion import wire
 from orion.manager.api.problems import ApiProblem, not_found, problem
-from orion.manager.api.services import Services, authenticate, visible_owner
-from orion.manager.engine.port import Host
-from orion.manager.gateway.ssh import WorkerUnreachable, connect, relay
+from orion.manager.api.services import Services, authenticate, client_address, visible_owner
+from orion.manager.domain.states import ENDED
+from orion.manager.engine.port import Action, Host, Job
+from orion.manager.gateway.sessions import Session
+from orion.manager.gateway.ssh import Relayed, WorkerUnreachable, connect, relay
 from orion.manager.store import rentals
+from orion.manager.store.database import Row
+from orion.manager.store.tokens import Principal
 
 log = structlog.get_logger()
 
@@ -19,26 +26,72 @@ router = APIRouter(prefix="/api", tags=["rentals"])
 
 @router.websocket("/rentals/{rental_id}/ssh")
 async def ssh(websocket: WebSocket, rental_id: str) -> None:
-    """Refusals are HTTP problems, sent before the WebSocket is accepted."""
+    """Refusals are HTTP problems, sent before the WebSocket is accepted.
+
+    `?wait_s=` waits for so long while the rental is queued, being made or on the move.
+    """
+    services: Services = websocket.app.state.services
     try:
-        host = await _where(websocket, websocket.app.state.services, rental_id)
-        stream = await connect(host)
+        await _let_through(websocket, services, rental_id)
     except ApiProblem as error:
         await websocket.send_denial_response(problem(error.status, error.code, error.detail, error.headers))
-        return
     except WorkerUnreachable as error:
         await websocket.send_denial_response(problem(502, "worker_unreachable", str(error)))
-        return
-    relayed = await relay(websocket, stream)
+
+
+async def _let_through(websocket: WebSocket, services: Services, rental_id: str) -> None:
+    sessions = services.sessions
+    principal = await authenticate(websocket, services, "client", "admin")
+    wait_s = _wait_s(websocket)
+    with sessions.beginning(rental_id) as session:
+        row = await _active(services, rental_id, principal, wait_s, session)
+        session.who, session.where_from, session.owner = principal.name, client_address(websocket), row["owner"]
+        session.worker_id, session.epoch = row["worker_id"], row["epoch"]
+        with sessions.carried(session):
+            job = _job(row)
+            await services.recognisable(job)
+            stream = await connect(job.host)
+            sessions.note_begin(session)
+            relayed = Relayed(0, 0, 0, "the manager ended it")
+            try:
+                relayed = await relay(websocket, stream, session.over)
+            finally:
+                sessions.note_end(session, relayed.reason, stream.to_worker, stream.to_client)
     log.info("relay ended", rental_id=rental_id, **vars(relayed))
 
 
-async def _where(websocket: WebSocket, services: Services, rental_id: str) -> Host:
-    """The worker that the rental runs on. Raises ApiProblem."""
-    principal = await authenticate(websocket, services, "client", "admin")
-    row = await services.store.read(rentals.one, rental_id, visible_owner(principal))
-    if row is None:
-        raise not_found("rental")
-    if row["state"] != wire.RentalState.ACTIVE:
-        raise ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}")
-    return Host(row["worker_id"], row["address"], tuple(row["host_keys"]))
+async def _active(services: Services, rental_id: str, principal: Principal, wait_s: float, session: Session) -> Row:
+    """The rental with the worker that it runs on. Raises ApiProblem."""
+    deadline = services.monotonic() + wait_s
+    with services.store.news.listen(rental_id) as changed:
+        while True:
+            changed.clear()
+            session.again()
+            row = await services.store.read(rentals.one, rental_id, visible_owner(principal))
+            if row is None:
+                raise not_found("rental")
+            left_s = deadline - services.monotonic()
+            if row["state"] == wire.RentalState.ACTIVE:
+                if session.over.done():
+                    continue  # something ended while it was read: look again
+                return row
+            if row["state"] in {*ENDED, wire.RentalState.RELEASING} or left_s <= 0:
+                raise ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await changed.wait()
+
+
+def _job(row: Row) -> Job:
+    host = Host(row["worker_id"], row["address"], tuple(row["host_keys"]))
+    return Job(Action.CERTIFY, host, row["id"], row["username"], row["uid"], row["epoch"])
+
+
+def _wait_s(websocket: WebSocket) -> float:
+    try:
+        asked = float(websocket.query_params.get("wait_s", "0"))
+    except ValueError:
+        asked = -1.0
+    if not 0 <= asked <= wire.MAX_WAIT_S:
+        raise ApiProblem(422, "invalid_request", f"wait_s: must be a number from 0 to {wire.MAX_WAIT_S}")
+    return asked

@@ -3,7 +3,7 @@
 Nothing is decrypted here: the renter's own ssh verifies the worker's host key, and logs in, through the relay.
 
     stream = await connect(host)         # raises WorkerUnreachable: answer with a problem, nothing is accepted yet
-    relayed = await relay(websocket, stream)
+    relayed = await relay(websocket, stream, over)     # `over`: a future that says why its time is over
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
@@ -24,7 +25,17 @@ MAX_FRAME_BYTES = 1 << 20
 STALLED_AFTER_S = 120
 """A worker that takes nothing for so long, or whose machine is gone, ends the relay. Longer than a takeover."""
 
+CLOSE_TIMEOUT_S = 5.0
+"""A client that takes nothing does not even take a close: then it is hung up on."""
+REFUSED_FOR_S = 1.0
+AGAIN_AFTER_S = 0.02
+"""sshd takes no connection for some milliseconds while it takes a new certificate."""
+
 NORMAL, UNSUPPORTED, TOO_BIG, BROKEN = 1000, 1003, 1009, 1011
+MOVED = 4001
+"""The rental is not on that worker any more; the reason says why."""
+LONGEST_REASON = 100
+"""Bytes: a close frame has room for 123."""
 
 
 class WorkerUnreachable(Exception):
@@ -65,18 +76,33 @@ async def connect(host: Host, timeout_s: float = CONNECT_TIMEOUT_S) -> SshStream
     """To the worker's sshd. Raises WorkerUnreachable, whose message a client may see."""
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(host.address, host.port, limit=READ_BYTES)
+            reader, writer = await _open(host)
     except OSError as error:
         raise WorkerUnreachable(f"the worker does not answer on its SSH port: {_reason(error)}") from error
     _tune(writer.get_extra_info("socket"))
     return SshStream(reader, writer)
 
 
-async def relay(websocket: WebSocket, stream: SshStream) -> Relayed:
-    """Accept the WebSocket and carry bytes both ways until either side ends. Both are closed when it returns."""
+async def _open(host: Host) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    loop = asyncio.get_running_loop()
+    give_up_at = loop.time() + REFUSED_FOR_S
+    while True:
+        try:
+            return await asyncio.open_connection(host.address, host.port, limit=READ_BYTES)
+        except ConnectionRefusedError:
+            if loop.time() >= give_up_at:
+                raise
+            await asyncio.sleep(AGAIN_AFTER_S)
+
+
+async def relay(websocket: WebSocket, stream: SshStream, over: asyncio.Future[str]) -> Relayed:
+    """Accept the WebSocket and carry bytes both ways until either side ends. Both are closed when it returns.
+
+    It ends as well when `over` is done, whose result is the reason.
+    """
     try:
         await websocket.accept()
-        ending = await _first_ending(websocket, stream)
+        ending = await _first_ending(websocket, stream, over)
         await _close(websocket, ending)
     except WebSocketDisconnect as gone:
         ending = Ending(gone.code, gone.reason or "")
@@ -85,15 +111,18 @@ async def relay(websocket: WebSocket, stream: SshStream) -> Relayed:
     return Relayed(stream.to_worker, stream.to_client, ending.code, ending.reason)
 
 
-async def _first_ending(websocket: WebSocket, stream: SshStream) -> Ending:
+async def _first_ending(websocket: WebSocket, stream: SshStream, over: asyncio.Future[str]) -> Ending:
     """Of the two directions; the other is then ended as well, whatever happens here."""
     pumps = [asyncio.create_task(pump(websocket, stream)) for pump in (_to_client, _to_worker)]
     try:
-        done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        waiting: list[asyncio.Future[Any]] = [*pumps, over]
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for pump in pumps:
             pump.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
+    if over in done:
+        return Ending(MOVED, over.result().encode()[:LONGEST_REASON].decode(errors="ignore"))
     return next(pump for pump in pumps if pump in done).result()
 
 
@@ -130,8 +159,9 @@ async def _to_worker(websocket: WebSocket, stream: SshStream) -> Ending:
 async def _close(websocket: WebSocket, ending: Ending) -> None:
     if WebSocketState.DISCONNECTED in (websocket.client_state, websocket.application_state):
         return
-    with suppress(RuntimeError, WebSocketDisconnect):  # it left in this moment
-        await websocket.close(ending.code, ending.reason)
+    with suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # it left in this moment
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await websocket.close(ending.code, ending.reason)
 
 
 def _tune(connection: socket.socket) -> None:

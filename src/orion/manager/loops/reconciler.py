@@ -254,7 +254,7 @@ class Reconciler:
         item = task.item
         if task.kind is TaskKind.SALVAGE:
             return await self._restorer.salvager.salvage(host, item, task.placement_id or "")
-        keys = (task.public_key,) if task.public_key else ()
+        keys = tuple(task.public_key.splitlines())
         who = item.rental_id, item.username, item.uid, item.epoch
         job = Job(_ACTIONS[task.kind], host, *who, keys, JOB_DEADLINE_S, task.start, task.start_mark)
         if task.restore:

@@ -41,6 +41,8 @@ class News:
         self._listeners: dict[str, set[asyncio.Event]] = defaultdict(set)
         self.committed: Counter[str] = Counter()
         """Events since the start, by kind."""
+        self.followers: list[Callable[[list[Event]], None]] = []
+        """Told of each commit's events, in their order, before whoever waited for the commit goes on."""
 
     @contextmanager
     def listen(self, topic: str) -> Iterator[asyncio.Event]:
@@ -58,6 +60,8 @@ class News:
         if not committed:
             return
         self.committed.update(e.kind for e in committed)
+        for follower in self.followers:
+            follower(committed)
         topics = {self.EVERYTHING} | {e.rental_id for e in committed if e.rental_id}
         for topic in topics:
             for changed in self._listeners.get(topic, ()):

@@ -14,7 +14,7 @@ from orion.manager.domain.expiry import release, renew
 from orion.manager.domain.model import Event
 from orion.manager.domain.starting import ask_to_start
 from orion.manager.domain.states import ENDED, LIVE, RentalState
-from orion.manager.store import ledger
+from orion.manager.store import keys, ledger
 from orion.manager.store.database import Row, first, record, rows, touched
 from orion.manager.store.names import new_id, new_name
 from orion.manager.store.schema import LIVING, counters, idempotency, placements, rentals, workers
@@ -97,9 +97,9 @@ def _replayed(connection: Connection, wish: Wish) -> str | None:
         raise OtherRequest(wish.key)
     if wish.made_key:
         living = and_(rentals.c.id == row["rental_id"], rentals.c.state.not_in({*ENDED, RentalState.RELEASING}))
-        connection.execute(update(rentals).where(living).values(public_key=wish.public_key))
-        on = select(placements.c.worker_id).where(placements.c.rental_id == row["rental_id"])
-        touched(connection).workers.update(connection.execute(on).scalars())
+        before = connection.execute(select(rentals.c.public_key).where(living)).scalar()
+        if before is not None:
+            keys.put(connection, row["rental_id"], keys.with_made_anew(before, wish.public_key))
     return str(row["rental_id"])
 
 

@@ -1,0 +1,112 @@
+"""How a renter gets in: by what it recognises its worker, and by which keys and certificates it is let in."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from fastapi import APIRouter, Response
+
+from orion import wire
+from orion.manager.api import views
+from orion.manager.api.contract import Responses, refusals
+from orion.manager.api.problems import ApiProblem, not_found
+from orion.manager.api.rentals import WaitSeconds, find, wait_for
+from orion.manager.api.services import Client, Services, Shared
+from orion.manager.domain.model import Event
+from orion.manager.store import keys
+from orion.manager.store.database import record
+
+router = APIRouter(prefix="/api", tags=["rentals"])
+
+_CHANGED: Responses = {202: {"model": wire.Page[wire.Key]}, **refusals(404, 409)}
+_REFUSALS = {
+    "ended": "it is ending or has ended",
+    "too_many_keys": f"it has {wire.MAX_KEYS} keys, and may have no more: remove one first",
+    "last_key": "it is the only one, and nobody could open the rental any more: add another first, then remove it",
+}
+
+
+@router.get("/ssh-authority")
+async def ssh_authority(_: Client, shared: Shared) -> wire.SshAuthority:
+    """By what a renter's ssh verifies the worker of any rental, wherever that moves."""
+    key = shared.authority.of_hosts
+    return wire.SshAuthority(public_key=key, known_hosts=f"@cert-authority *.orion {key}")
+
+
+@router.get("/rentals/{rental_id}/keys", responses=refusals(404))
+async def list_keys(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wire.Key]:
+    """The keys that open it: all of them, for they are few."""
+    return _keys(await find(shared, rental_id, principal))
+
+
+@router.post("/rentals/{rental_id}/keys", status_code=201, responses=_CHANGED)
+async def add_key(
+    rental_id: str, body: wire.AddKeyRequest, principal: Client, shared: Shared, response: Response
+) -> wire.Page[wire.Key]:
+    """Add a key: 201 when its worker has it, 202 when that is still under way after `wait_s`. Repeatable."""
+    await find(shared, rental_id, principal)
+    _refuse(await shared.store.write(keys.add, rental_id, principal.name, body.ssh_public_key))
+    return await _in_place(shared, rental_id, body.wait_s, response, 201)
+
+
+@router.delete("/rentals/{rental_id}/keys/{key_id}", responses=_CHANGED)
+async def remove_key(
+    rental_id: str,
+    key_id: str,
+    principal: Client,
+    shared: Shared,
+    response: Response,
+    wait_s: WaitSeconds = wire.DEFAULT_WAIT_S,
+) -> wire.Page[wire.Key]:
+    """Remove a key, but not the last: 200 when it opens nothing any more. Sessions that it has opened go on."""
+    await find(shared, rental_id, principal)
+    _refuse(await shared.store.write(keys.remove, rental_id, principal.name, key_id))
+    return await _in_place(shared, rental_id, wait_s, response, 200)
+
+
+@router.post("/rentals/{rental_id}/certificate", status_code=201, responses=refusals(404, 409))
+async def certificate(
+    rental_id: str, body: wire.CertificateRequest, principal: Client, shared: Shared
+) -> wire.CertificateReply:
+    """A certificate that opens this rental for an hour at most, and not after it has moved or ended."""
+    row = await find(shared, rental_id, principal)
+    if row["state"] != wire.RentalState.ACTIVE:
+        raise ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}")
+    source = str(shared.settings.app_address)
+    signed, until = shared.authority.user_certificate(
+        body.ssh_public_key, rental_id, row["epoch"], principal.name, source, body.ttl_s
+    )
+    told = {"fingerprint": wire.fingerprint(body.ssh_public_key), "seconds": body.ttl_s}
+    place = (row["owner"], rental_id, row["worker_id"], row["epoch"], told)
+    event = Event("rental.certificate_issued", principal.name, "asked for", *place)
+    await shared.store.write(record, event)
+    return wire.CertificateReply(certificate=signed, expires_at=datetime.fromtimestamp(until, UTC))
+
+
+async def _in_place(
+    shared: Services, rental_id: str, wait_s: float, response: Response, status: int
+) -> wire.Page[wire.Key]:
+    """Where nobody can be let in at present there is nothing to wait for: who is let in later is so by these keys."""
+    shared.wake_reconciler()
+    row = await wait_for(shared, rental_id, wait_s, lambda r: _is_settled(r) or r["state"] != wire.RentalState.ACTIVE)
+    response.status_code = status if _is_settled(row) else 202
+    return _keys(row)
+
+
+def _is_settled(row: views.Row) -> bool:
+    return bool(row["key_in_place"])
+
+
+def _keys(row: views.Row) -> wire.Page[wire.Key]:
+    found = [
+        wire.Key(id=wire.key_id(key), fingerprint=wire.fingerprint(key), public_key=key, in_place=_is_settled(row))
+        for key in row["public_key"].splitlines()
+    ]
+    return wire.Page(items=found)
+
+
+def _refuse(code: str) -> None:
+    if code == "no_such_key":
+        raise not_found("key of this rental")
+    if code:
+        raise ApiProblem(409, code, _REFUSALS[code])

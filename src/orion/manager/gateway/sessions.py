@@ -1,0 +1,156 @@
+"""Who is in, where, and since when; how many may be; and the end of those whose worker is the rental's no more.
+
+A session that begins is listened for before the rental is looked up, so none outlives a change that came in between.
+Beginnings and ends are written down once a second, all in one transaction: who, from where, to which rental, for how
+long and how many bytes, and never what. A manager that is killed loses the last second of it, and the ends of what it
+carried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from orion.manager.api.problems import ApiProblem
+from orion.manager.domain.model import Event
+from orion.manager.loops.timer import Loop
+from orion.manager.store.database import Store, record
+
+INTERVAL_S = 1.0
+MOST_PENDING = 10_000
+ENDS = frozenset(f"placement.{state}" for state in ("stopping", "stopped", "failed", "lost", "purged"))
+"""Events after which nobody has any business on that worker."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sessions at once. A young one may not have logged in: sshd of a worker takes 200 of those, and then refuses
+    whoever comes, the manager included, for all come from the manager's address."""
+
+    of_a_rental: int = 100
+    of_all: int = 1000
+    young_of_a_rental: int = 50
+    young_of_a_worker: int = 150
+    young_s: float = 25.0
+    """A little more than sshd waits for a log-in (LoginGraceTime)."""
+
+
+@dataclass(eq=False)
+class Session:
+    rental_id: str
+    began: float
+    id: str = field(default_factory=lambda: secrets.token_hex(6))
+    who: str = ""
+    where_from: str = ""
+    owner: str = ""
+    worker_id: str = ""
+    epoch: int = 0
+    over: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """Why its worker is the rental's no more."""
+
+    def again(self) -> None:
+        """It is about to look its rental up: what ended before that is no concern of it."""
+        self.over = asyncio.get_running_loop().create_future()
+
+    def end(self, reason: str) -> None:
+        if not self.over.done():
+            self.over.set_result(reason)
+
+
+class Sessions:
+    def __init__(self, store: Store, monotonic: Callable[[], float], limits: Limits | None = None) -> None:
+        self._store = store
+        self._monotonic = monotonic
+        self.limits = limits or Limits()
+        self._listening: dict[str, set[Session]] = {}
+        """By rental: whoever is in, or about to come in."""
+        self._inside: dict[str, set[Session]] = {}
+        """By worker."""
+        self.inside = 0
+        self._pending: deque[Event] = deque(maxlen=MOST_PENDING)
+        self._writing = asyncio.Lock()
+        self.loop = Loop("sessions", INTERVAL_S, self.flush)
+        store.news.followers.append(self.hear)
+
+    @contextmanager
+    def beginning(self, rental_id: str) -> Iterator[Session]:
+        """From before the rental is looked up until the session has ended."""
+        session = Session(rental_id, self._monotonic())
+        self._listening.setdefault(rental_id, set()).add(session)
+        try:
+            yield session
+        finally:
+            _forget(self._listening, rental_id, session)
+
+    @contextmanager
+    def carried(self, session: Session) -> Iterator[None]:
+        """While it is relayed to its worker. Raises ApiProblem where there are too many."""
+        self._check(session)
+        self._inside.setdefault(session.worker_id, set()).add(session)
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+            _forget(self._inside, session.worker_id, session)
+
+    def hear(self, committed: Sequence[Event]) -> None:
+        """What was committed: ends the sessions of placements that are over, in the same moment."""
+        for event in committed:
+            if event.kind not in ENDS or event.rental_id not in self._listening:
+                continue
+            for session in self._listening[event.rental_id]:
+                # One that has not looked yet has epoch 0, and might have looked just before.
+                if session.epoch <= (event.epoch or 0):
+                    session.end(event.reason)
+
+    def note_begin(self, session: Session) -> None:
+        self._note(session, "rental.session_opened", "let through to its worker", {})
+
+    def note_end(self, session: Session, reason: str, to_worker: int, to_client: int) -> None:
+        seconds = round(self._monotonic() - session.began, 3)
+        told = {"seconds": seconds, "bytes_to_worker": to_worker, "bytes_to_client": to_client}
+        self._note(session, "rental.session_closed", reason or "ended", told)
+
+    async def flush(self) -> None:
+        if not self._pending:
+            return
+        async with self._writing:
+            events = list(self._pending)
+            self._pending.clear()
+            try:
+                await self._store.write(record, *events)
+            except BaseException:
+                self._pending.extendleft(reversed(events))
+                raise
+
+    def _note(self, session: Session, kind: str, reason: str, told: dict[str, float]) -> None:
+        details = {"session": session.id, "from": session.where_from} | told
+        place = (session.owner, session.rental_id, session.worker_id, session.epoch)
+        self._pending.append(Event(kind, session.who, reason, *place, details))
+
+    def _check(self, new: Session) -> None:
+        limits, there = self.limits, self._inside.get(new.worker_id, set())
+        its = [session for session in there if session.rental_id == new.rental_id]
+        young = [session for session in there if new.began - session.began < limits.young_s]
+        young_of_its = sum(session.rental_id == new.rental_id for session in young)
+        if self.inside >= limits.of_all:
+            raise _too_many(f"the platform carries {limits.of_all} sessions, and no more")
+        if len(its) >= limits.of_a_rental:
+            raise _too_many(f"the rental has {limits.of_a_rental} sessions, and may have no more: end one")
+        if young_of_its >= limits.young_of_a_rental or len(young) >= limits.young_of_a_worker:
+            raise _too_many("too many sessions were begun there at once: try again in half a minute")
+
+
+def _too_many(detail: str) -> ApiProblem:
+    return ApiProblem(429, "too_many_sessions", detail, {"Retry-After": "5"})
+
+
+def _forget(by: dict[str, set[Session]], key: str, session: Session) -> None:
+    by[key].discard(session)
+    if not by[key]:
+        del by[key]

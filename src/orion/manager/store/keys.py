@@ -1,0 +1,70 @@
+"""The keys that open a rental, one a line in its row. The reconciler puts them on its worker when they change."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, select, update
+
+from orion import wire
+from orion.manager.domain.model import Event, Rental
+from orion.manager.domain.states import ENDED, RentalState
+from orion.manager.store import ledger
+from orion.manager.store.database import record, touched
+from orion.manager.store.schema import placements, rentals
+
+
+def with_made_anew(before: str, made: str) -> str:
+    """The keys after a replay of the request that made one: it alone counts, unless its renter has added others."""
+    known = before.splitlines()
+    if len(known) == 1:
+        return made
+    return "\n".join([*known[-(wire.MAX_KEYS - 1) :], made])
+
+
+def add(connection: Connection, rental_id: str, actor: str, key: str) -> str:
+    """Why not, as a code; empty when it is one of them now. Repeatable."""
+    rental = _living(connection, rental_id)
+    if rental is None:
+        return "ended"
+    known = rental.public_key.splitlines()
+    if key in known:
+        return ""
+    if len(known) >= wire.MAX_KEYS:
+        return "too_many_keys"
+    put(connection, rental_id, "\n".join([*known, key]))
+    record(connection, _event("rental.key_added", rental, actor, key))
+    return ""
+
+
+def remove(connection: Connection, rental_id: str, actor: str, key_id: str) -> str:
+    """Why not, as a code; empty when it is gone. The last one stays: a rental that nobody can open is of no use."""
+    rental = _living(connection, rental_id)
+    if rental is None:
+        return "ended"
+    known = rental.public_key.splitlines()
+    removed = next((key for key in known if wire.key_id(key) == key_id), None)
+    if removed is None:
+        return "no_such_key"
+    if len(known) == 1:
+        return "last_key"
+    put(connection, rental_id, "\n".join(key for key in known if key != removed))
+    record(connection, _event("rental.key_removed", rental, actor, removed))
+    return ""
+
+
+def put(connection: Connection, rental_id: str, keys: str) -> None:
+    connection.execute(update(rentals).where(rentals.c.id == rental_id).values(public_key=keys))
+    on = select(placements.c.worker_id).where(placements.c.rental_id == rental_id)
+    rows = touched(connection)
+    rows.rentals.add(rental_id)
+    rows.workers.update(connection.execute(on).scalars())
+
+
+def _living(connection: Connection, rental_id: str) -> Rental | None:
+    row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
+    rental = ledger.rental(row)
+    return None if rental.state in ENDED | {RentalState.RELEASING} else rental
+
+
+def _event(kind: str, rental: Rental, actor: str, key: str) -> Event:
+    reason = wire.fingerprint(key)
+    return Event(kind, actor, reason, rental.owner, rental.id, epoch=rental.epoch)

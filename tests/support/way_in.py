@@ -1,0 +1,93 @@
+"""A renter's connection to a rental of the house: the real route, with sockets in the place of a worker's sshd."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from support.house import PROXY_SECRET, House
+
+from orion.manager.engine.port import Host
+from orion.manager.gateway.ssh import SshStream
+
+
+@dataclass
+class Sshds:
+    """What was connected to, in order: each worker's host, and sshd's end of the connection."""
+
+    connected: list[tuple[Host, socket.socket]] = field(default_factory=list)
+
+    async def connect(self, host: Host) -> SshStream:
+        ours, its = socket.socketpair()
+        its.setblocking(False)
+        self.connected.append((host, its))
+        return SshStream(*await asyncio.open_connection(sock=ours))
+
+    def close(self) -> None:
+        for _, its in self.connected:
+            its.close()
+
+
+@dataclass
+class Client:
+    """The other end of the WebSocket, as the server sees it."""
+
+    said: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
+    heard: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
+    serving: asyncio.Task[None] | None = None
+
+    async def hears(self) -> dict[str, Any]:
+        return await asyncio.wait_for(self.heard.get(), 10)
+
+    async def is_in(self) -> bool:
+        return (await self.hears())["type"] == "websocket.accept"
+
+    async def refusal(self) -> dict[str, Any]:
+        """The problem that it got in place of a WebSocket."""
+        start, body = await self.hears(), await self.hears()
+        assert start["type"] == "websocket.http.response.start", start
+        assert (b"content-type", b"application/problem+json") in start["headers"]
+        told: dict[str, Any] = json.loads(body["body"])
+        assert told["status"] == start["status"]
+        return told
+
+    async def leave(self) -> None:
+        self.said.put_nowait({"type": "websocket.disconnect", "code": 1000})
+        await self.ended()
+
+    async def ended(self) -> None:
+        assert self.serving
+        await asyncio.wait_for(asyncio.shield(self.serving), 10)
+
+
+@asynccontextmanager
+async def coming_in(house: House, rental_id: str, token: str, query: str = "") -> AsyncIterator[Client]:
+    client = Client()
+    client.said.put_nowait({"type": "websocket.connect"})
+    headers = {"authorization": f"Bearer {token}", "x-orion-proxy-secret": PROXY_SECRET, "x-real-ip": "198.51.100.7"}
+    path = f"/api/rentals/{rental_id}/ssh"
+    scope = {
+        "type": "websocket",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "subprotocols": [],
+        "extensions": {"websocket.http.response": {}},
+    }
+
+    async def send(message: dict[str, Any]) -> None:
+        client.heard.put_nowait(message)
+
+    client.serving = asyncio.create_task(house.app(scope, client.said.get, send))  # type: ignore[arg-type]
+    try:
+        yield client
+    finally:
+        client.serving.cancel()
+        await asyncio.gather(client.serving, return_exceptions=True)

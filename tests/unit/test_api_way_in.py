@@ -1,0 +1,179 @@
+"""Keys of a living rental, certificates for renters, and the one line by which renters recognise workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import asyncssh
+import pytest
+from support.builders import host_key
+from support.house import House
+
+from orion import wire
+
+MINE, OTHER = host_key(21), host_key(22)
+
+
+def on_the_worker(house: House, rental: dict[str, Any]) -> tuple[str, ...]:
+    [agent] = [agent for agent in house.agents if agent.worker_id == rental["worker_id"]]
+    return agent.node.accounts[rental["id"]].keys
+
+
+async def keys_of(house: House, rental: dict[str, Any]) -> list[str]:
+    listed = (await house.as_admin.get(f"/api/rentals/{rental['id']}/keys")).json()["items"]
+    return [item["public_key"] for item in listed]
+
+
+async def test_a_key_is_added_to_a_living_rental_and_removed_again(house: House) -> None:
+    await house.join()
+    rental = await house.rent(ssh_public_key=MINE)
+    path = f"/api/rentals/{rental['id']}/keys"
+    reply = await house.as_admin.post(path, json={"ssh_public_key": f"{OTHER} of a colleague", "wait_s": 0})
+    assert reply.status_code == 202, reply.text
+    assert [item["in_place"] for item in reply.json()["items"]] == [False, False]
+    await house.settle()
+    assert on_the_worker(house, rental) == (MINE, OTHER)
+    again = await house.as_admin.post(path, json={"ssh_public_key": OTHER, "wait_s": 0})
+    assert (again.status_code, [item["in_place"] for item in again.json()["items"]]) == (201, [True, True])
+    removed = await house.as_admin.delete(f"{path}/{wire.key_id(MINE)}", params={"wait_s": 0})
+    assert removed.status_code == 202
+    await house.settle()
+    assert on_the_worker(house, rental) == (OTHER,)
+    assert [e["reason"] for e in await house.events("rental.key_")][:1] == [wire.fingerprint(OTHER)]
+
+
+async def test_the_last_key_stays(house: House) -> None:
+    await house.join()
+    rental = await house.rent(ssh_public_key=MINE)
+    refused = await house.as_admin.delete(f"/api/rentals/{rental['id']}/keys/{wire.key_id(MINE)}")
+    assert (refused.status_code, refused.json()["code"]) == (409, "last_key")
+    assert await keys_of(house, rental) == [MINE]
+
+
+async def test_keys_survive_a_takeover_and_those_removed_meanwhile_do_not_come_back(house: House) -> None:
+    first, second = await house.join(), await house.join()
+    rental = await house.rent(ssh_public_key=MINE)
+    there = first if rental["worker_id"] == first.worker_id else second
+    path = f"/api/rentals/{rental['id']}/keys"
+    await house.as_admin.post(path, json={"ssh_public_key": OTHER, "wait_s": 0})
+    await house.settle()
+    there.die()
+    await house.as_admin.delete(f"{path}/{wire.key_id(MINE)}", params={"wait_s": 0})
+    await house.silence(there, 100)
+    await house.pass_time(10)
+    moved = await house.rental(rental["id"])
+    assert moved["worker_id"] != rental["worker_id"]
+    assert on_the_worker(house, moved) == (OTHER,)
+
+
+async def test_a_worker_that_fails_gets_the_keys_when_it_does_not_any_more(house: House) -> None:
+    """As one whose rental is frozen: the order is refused until it is thawed, and asked for again."""
+    worker = await house.join()
+    rental = await house.rent(ssh_public_key=MINE)
+    worker.node.failure = "it is frozen: thaw it"
+    await house.as_admin.post(f"/api/rentals/{rental['id']}/keys", json={"ssh_public_key": OTHER, "wait_s": 0})
+    await house.settle()
+    assert on_the_worker(house, rental) == (MINE,)
+    worker.node.failure = ""
+    await house.pass_time(60)
+    assert on_the_worker(house, rental) == (MINE, OTHER)
+
+
+@pytest.mark.parametrize("key", ["", "ssh-ed25519", f'command="x" {OTHER}', f"{OTHER}\n{MINE}", "ssh-rsa AAAA"])
+async def test_what_is_not_one_plain_key_is_refused_as_when_renting(house: House, key: str) -> None:
+    await house.join()
+    rental = await house.rent(ssh_public_key=MINE)
+    for path in ("keys", "certificate"):
+        refused = await house.as_admin.post(f"/api/rentals/{rental['id']}/{path}", json={"ssh_public_key": key})
+        assert refused.status_code == 422
+    assert await keys_of(house, rental) == [MINE]
+
+
+async def test_there_is_an_end_to_the_number_of_keys(house: House) -> None:
+    await house.join()
+    rental = await house.rent(ssh_public_key=MINE)
+    path = f"/api/rentals/{rental['id']}/keys"
+    for number in range(wire.MAX_KEYS):
+        refused = await house.as_admin.post(path, json={"ssh_public_key": host_key(100 + number), "wait_s": 0})
+    assert (refused.status_code, refused.json()["code"]) == (409, "too_many_keys")
+    assert len(await keys_of(house, rental)) == wire.MAX_KEYS
+
+
+async def test_a_rental_of_another_has_no_keys_and_no_certificates(house: House) -> None:
+    await house.join()
+    rental = await house.rent(ssh_public_key=MINE)
+    mallory = await house.new_client("mallory")
+    path = f"/api/rentals/{rental['id']}"
+    body = {"ssh_public_key": OTHER}
+    for reply in (
+        await mallory.get(f"{path}/keys"),
+        await mallory.post(f"{path}/keys", json=body),
+        await mallory.delete(f"{path}/keys/{wire.key_id(MINE)}"),
+        await mallory.post(f"{path}/certificate", json=body),
+    ):
+        assert reply.status_code == 404
+    assert await keys_of(house, rental) == [MINE]
+
+
+async def test_a_rental_that_ended_takes_no_keys_and_gives_no_certificates(house: House) -> None:
+    await house.join()
+    rental = await house.rent(ssh_public_key=MINE)
+    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.settle()
+    path, body = f"/api/rentals/{rental['id']}", {"ssh_public_key": OTHER}
+    assert (await house.as_admin.post(f"{path}/keys", json=body)).json()["code"] == "ended"
+    assert (await house.as_admin.delete(f"{path}/keys/{wire.key_id(MINE)}")).json()["code"] == "ended"
+    assert (await house.as_admin.post(f"{path}/certificate", json=body)).json()["code"] == "not_active"
+
+
+async def test_a_replay_that_makes_a_new_key_leaves_those_that_were_added(house: House) -> None:
+    await house.join()
+    rental = await house.rent(ssh_public_key=MINE)
+    await house.as_admin.post(f"/api/rentals/{rental['id']}/keys", json={"ssh_public_key": OTHER, "wait_s": 0})
+    headers = {"Idempotency-Key": "once"}
+    made = (await house.as_admin.post("/api/rent", json={"wait_s": 0}, headers=headers)).json()
+    path = f"/api/rentals/{made['id']}/keys"
+    await house.as_admin.post(path, json={"ssh_public_key": OTHER, "wait_s": 0})
+    await house.as_admin.post("/api/rent", json={"wait_s": 0}, headers=headers)
+    found = await keys_of(house, made)
+    assert OTHER in found
+    assert len(found) == 3
+
+
+async def test_a_certificate_is_of_the_authority_of_users_for_this_rental_as_it_is_now(house: House) -> None:
+    await house.join()
+    rental = await house.rent(ssh_public_key=MINE)
+    body = {"ssh_public_key": OTHER, "ttl_s": 600}
+    reply = await house.as_admin.post(f"/api/rentals/{rental['id']}/certificate", json=body)
+    assert reply.status_code == 201, reply.text
+    signed: Any = asyncssh.import_certificate(reply.json()["certificate"])
+    assert signed.principals == [f"{rental['id']}-1"]
+    assert str(signed.options["source-address"][0]).startswith("172.20.0.3")
+    assert signed._valid_before == int(house.clock.wall() + 600)
+    signer = " ".join(signed.signing_key.export_public_key("openssh").decode().split()[:2])
+    assert signer == house.manager.authority.of_users
+    [event] = await house.events("rental.certificate_issued")
+    assert event["details"] == {"fingerprint": wire.fingerprint(OTHER), "seconds": 600}
+
+
+@pytest.mark.parametrize("ttl_s", [0, 59, 3601, -1, "600"])
+async def test_a_certificate_lasts_an_hour_at_most(house: House, ttl_s: Any) -> None:
+    await house.join()
+    rental = await house.rent(ssh_public_key=MINE)
+    body = {"ssh_public_key": OTHER, "ttl_s": ttl_s}
+    assert (await house.as_admin.post(f"/api/rentals/{rental['id']}/certificate", json=body)).status_code == 422
+
+
+async def test_the_line_for_known_hosts_vouches_for_our_hosts_alone(house: House) -> None:
+    told = (await (await house.new_client("alice")).get("/api/ssh-authority")).json()
+    assert told["known_hosts"] == f"@cert-authority *.orion {house.manager.authority.of_hosts}"
+    assert (await house.http.get("/api/ssh-authority")).status_code == 401
+
+
+async def test_who_is_let_in_by_a_certificate_is_told_to_the_worker_with_the_keys(house: House) -> None:
+    jobs = []
+    run = house.manager.certificates._engine.run
+    house.manager.certificates._engine.run = lambda job: (jobs.append(job), run(job))[1]  # type: ignore[method-assign]
+    await house.join()
+    await house.rent()
+    assert [job.user_authority for job in jobs] == [house.manager.authority.of_users]

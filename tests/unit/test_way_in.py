@@ -1,0 +1,201 @@
+"""Who is let through to a worker, for how long, and what is written down about it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import pytest
+from support.house import House
+from support.way_in import Sshds, coming_in
+
+from orion.manager.gateway.sessions import Limits
+from orion.manager.gateway.ssh import MOVED
+from orion.manager.store import tokens
+
+
+async def token_of(house: House, name: str, role: str = "client") -> str:
+    _, token = await house.store.write(tokens.create, "admin", name, role, None)
+    return token
+
+
+async def test_a_session_leads_to_the_one_worker_that_is_the_rentals(house: House, sshds: Sshds) -> None:
+    """Two workers have held it, and the former one still has a certificate that is good for an hour: nobody is brought
+    to it any more."""
+    first, second = await house.join(), await house.join()
+    rental = await house.rent()
+    there, other = (first, second) if rental["worker_id"] == first.worker_id else (second, first)
+    there.die()
+    await house.silence(there, 100)
+    await house.pass_time(10)
+    there.node.alive = True
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        assert await client.is_in()
+        [(host, sshd)] = sshds.connected
+        assert (host.worker_id, host.host_keys) == (other.worker_id, other.node.host.host_keys)
+        client.said.put_nowait({"type": "websocket.receive", "bytes": b"SSH-2.0-x"})
+        assert await asyncio.get_running_loop().sock_recv(sshd, 100) == b"SSH-2.0-x"
+        await client.leave()
+
+
+async def test_another_clients_token_opens_nothing_and_reaches_no_worker(house: House, sshds: Sshds) -> None:
+    await house.join()
+    rental = await house.rent()
+    for role, status in (("client", 404), ("join", 403)):
+        async with coming_in(house, rental["id"], await token_of(house, "mallory", role)) as client:
+            assert (await client.refusal())["status"] == status
+    async with coming_in(house, rental["id"], "orion_client_nobody_x") as client:
+        assert (await client.refusal())["status"] == 401
+    assert sshds.connected == []
+
+
+async def test_a_rental_that_is_queued_or_over_is_refused_with_its_reason(house: House, sshds: Sshds) -> None:
+    rental = await house.rent()
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        told = await client.refusal()
+    assert (told["status"], told["code"]) == (409, "not_active")
+    assert "queued" in told["detail"]
+    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.settle()
+    async with coming_in(house, rental["id"], house.secrets.admin_token, "wait_s=55") as client:
+        assert "released" in (await client.refusal())["detail"]
+    assert sshds.connected == []
+
+
+async def test_who_waits_comes_in_when_the_rental_is_there(house: House, sshds: Sshds) -> None:
+    rental = await house.rent()
+    async with coming_in(house, rental["id"], house.secrets.admin_token, "wait_s=55") as client:
+        await house.join()
+        await house.settle()
+        assert await client.is_in()
+        await client.leave()
+    assert len(sshds.connected) == 1
+
+
+@pytest.mark.parametrize("wait_s", ["-1", "nan", "1000", "x"])
+async def test_nobody_waits_for_longer_than_the_contract_says(house: House, wait_s: str) -> None:
+    rental = await house.rent()
+    async with coming_in(house, rental["id"], house.secrets.admin_token, f"wait_s={wait_s}") as client:
+        assert (await client.refusal())["status"] == 422
+
+
+async def test_a_session_ends_at_once_when_its_worker_is_lost_and_says_so(house: House, sshds: Sshds) -> None:
+    worker = await house.join()
+    rental = await house.rent()
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        assert await client.is_in()
+        house.end_the_brake_of_the_start()
+        worker.die()
+        await house.silence(worker, 100)
+        await house.pass_time(10)
+        told = await client.hears()
+        assert (told["type"], told["code"], told["reason"]) == ("websocket.close", MOVED, "its worker is down")
+        await client.ended()
+    assert sshds.connected[0][1].recv(1) == b"", "and its connection to the worker is closed"
+
+
+async def test_a_release_ends_the_sessions_of_that_rental_alone(house: House, sshds: Sshds) -> None:
+    await house.join(slots=2)
+    one, other = await house.rent(), await house.rent()
+    async with (
+        coming_in(house, one["id"], house.secrets.admin_token) as ending,
+        coming_in(house, other["id"], house.secrets.admin_token) as staying,
+    ):
+        assert await ending.is_in()
+        assert await staying.is_in()
+        await house.as_admin.delete(f"/api/rentals/{one['id']}")
+        await house.settle()
+        assert (await ending.hears())["code"] == MOVED
+        assert staying.heard.empty()
+        await staying.leave()
+    assert len(sshds.connected) == 2
+
+
+async def test_every_session_is_two_events_and_never_what_was_said(house: House, sshds: Sshds) -> None:
+    await house.join()
+    token = await token_of(house, "alice")
+    rental = (await house.client(token).post("/api/rent", json={"wait_s": 0})).json()
+    await house.settle()
+    async with coming_in(house, rental["id"], token) as client:
+        assert await client.is_in()
+        client.said.put_nowait({"type": "websocket.receive", "bytes": b"the secret"})
+        assert await asyncio.get_running_loop().sock_recv(sshds.connected[0][1], 100) == b"the secret"
+        house.clock.now += 61.5
+        await client.leave()
+    assert await house.events("rental.session") == [], "not on the way of the session: once a second, all together"
+    await house.manager.sessions.flush()
+    opened, closed = await house.events("rental.session")
+    assert (opened["kind"], closed["kind"]) == ("rental.session_opened", "rental.session_closed")
+    for event in (opened, closed):
+        assert (event["actor"], event["owner"], event["rental_id"], event["epoch"]) == (
+            "alice",
+            "alice",
+            rental["id"],
+            1,
+        )
+        assert event["details"]["from"] == "198.51.100.7"
+        assert event["details"]["session"] == opened["details"]["session"]
+        assert "secret" not in str(event)
+    assert closed["details"] | {"session": "", "from": ""} == {
+        "session": "", "from": "", "seconds": 61.5, "bytes_to_worker": 10, "bytes_to_client": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (Limits(of_a_rental=2), "the rental has 2 sessions"),
+        (Limits(of_all=2), "the platform carries 2 sessions"),
+        (Limits(young_of_a_rental=2), "begun there at once"),
+        (Limits(young_of_a_worker=2), "begun there at once"),
+    ],
+)
+async def test_a_limit_answers_with_its_reason(house: House, sshds: Sshds, limits: Limits, said: str) -> None:
+    await house.join()
+    rental = await house.rent()
+    house.manager.sessions.limits = limits
+    async with AsyncExitStack() as inside:
+        for _ in range(2):
+            client = await inside.enter_async_context(coming_in(house, rental["id"], house.secrets.admin_token))
+            assert await client.is_in()
+        async with coming_in(house, rental["id"], house.secrets.admin_token) as one_more:
+            told = await one_more.refusal()
+        assert (told["status"], told["code"]) == (429, "too_many_sessions")
+        assert said in told["detail"]
+        assert len(sshds.connected) == 2
+        if limits.young_of_a_rental == 2:
+            house.clock.now += limits.young_s
+            async with coming_in(house, rental["id"], house.secrets.admin_token) as later:
+                assert await later.is_in(), "those that have logged in since do not count"
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as after:
+        assert await after.is_in() or limits.young_of_a_rental == 2, "who left takes no place"
+
+
+async def test_sessions_of_one_rental_do_not_keep_another_out(house: House, sshds: Sshds) -> None:
+    await house.join(slots=2)
+    one, other = await house.rent(), await house.rent()
+    house.manager.sessions.limits = Limits(of_a_rental=1, young_of_a_rental=1)
+    async with (
+        coming_in(house, one["id"], house.secrets.admin_token) as first,
+        coming_in(house, other["id"], house.secrets.admin_token) as second,
+    ):
+        assert await first.is_in()
+        assert await second.is_in()
+    assert len(sshds.connected) == 2
+
+
+async def test_a_renter_is_recognised_before_it_is_let_through(house: House, sshds: Sshds) -> None:
+    worker = await house.join()
+    rental = await house.rent()
+    before = worker.node.host_certificate
+    house.clock.now += 3600
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        assert await client.is_in()
+    assert worker.node.host_certificate != before
+    assert len(sshds.connected) == 1
+
+
+def test_the_limits_leave_the_managers_own_connections_room() -> None:
+    """sshd of a worker drops some of those that have not logged in from 200 on (MaxStartups)."""
+    assert Limits().young_of_a_worker < 200
+    assert 2 * Limits().young_of_a_rental < Limits().young_of_a_worker
