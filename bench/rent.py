@@ -17,7 +17,8 @@ from bench.calls import Caller, Reply
 from bench.figures import median, summary
 from bench.report import Result
 from bench.stack import ROOT, Stack, running
-from orion.cli.shell import ssh_arguments
+from orion.cli.shell import Wish, ssh_arguments
+from orion.client import Orion
 from orion.wire import Rental
 
 STOCK_EVERY = 12
@@ -49,6 +50,8 @@ class Renter:
         self._token_file = stack.folder / "token"
         self._token_file.write_text(stack.token)
         self._token_file.chmod(0o600)
+        with Orion.at(f"http://127.0.0.1:{stack.http_port}", stack.token) as orion:
+            self._authority = orion.ssh_authority().known_hosts
 
     def rent(self, door: Caller) -> Reply:
         reply = door.call("POST", "/api/rent", {"ssh_public_key": self.public_key, "wait_s": 50})
@@ -63,7 +66,7 @@ class Renter:
 
     def runs(self, rental: dict[str, Any], command: str) -> str:
         """What a command in the rental prints. Raises RuntimeError when it fails, or nobody is let in."""
-        arguments = ssh_arguments(Rental.model_validate(rental), self._key, [command])
+        arguments = ssh_arguments(Rental.model_validate(rental), self._authority, Wish((command,), self._key))
         environment = {"PATH": os.environ["PATH"], "HOME": str(self._stack.folder), "PYTHONPATH": str(ROOT / "src")}
         environment |= {"ORION_URL": f"http://127.0.0.1:{self._stack.http_port}"}
         environment |= {"ORION_TOKEN_FILE": str(self._token_file)}

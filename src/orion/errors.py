@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import socket
-import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 
@@ -184,6 +182,8 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes, now: datetime 
 
 def no_reply(url: str, error: BaseException) -> OrionError:
     """The exception for a connection that failed or broke, whatever library noticed it."""
+    import ssl  # noqa: PLC0415 - it takes long to load, and where nothing failed nobody needs it
+
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -213,6 +213,8 @@ def _seconds(retry_after: str | None, now: datetime) -> float | None:
         return None
     if retry_after.strip().isdecimal():
         return float(retry_after)
+    from email.utils import parsedate_to_datetime  # noqa: PLC0415 - as above
+
     try:
         return max(0.0, (parsedate_to_datetime(retry_after) - now).total_seconds())
     except (ValueError, TypeError):

@@ -1,32 +1,34 @@
 """Where the platform is and who we are there: one small file, or the environment.
 
-Standard library only, for the same reason as `orion.errors`.
+Standard library only, for the same reason as `orion.errors`; and what takes long to load only where it is needed.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
-import ssl
-import tempfile
-import urllib.request
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
+
+if TYPE_CHECKING:
+    import ssl
 
 from orion.errors import InvalidInput, LocalFault, NotLoggedIn
 
 _HOW = "run: orion login http://localhost:8080"
 
 
-@dataclass(frozen=True)
-class Login:
+class Login(NamedTuple):
     url: str
-    token: str = field(repr=False)
+    token: str
     ca_file: str | None = None
     """The only certificate (or authority) to trust, in PEM; None: those that the system trusts."""
+
+    def __repr__(self) -> str:
+        return f"Login({self.url!r})"  # never the token: it must not reach a log
 
 
 def folder(environment: Mapping[str, str] = os.environ) -> Path:
@@ -74,6 +76,8 @@ def private_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 def write_private(path: Path, text: str) -> None:
     """Replace the file in one step; nobody else can read it at any moment."""
+    import tempfile  # noqa: PLC0415 - see above
+
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # made with mode 0600
     try:
         with os.fdopen(handle, "w") as file:
@@ -120,10 +124,14 @@ def clean_url(text: str) -> str:
 
 
 def is_this_machine(host: str) -> bool:
+    if not host[:1].isdigit() and ":" not in host:
+        return host == "localhost" or host.endswith(".localhost")
+    import ipaddress  # noqa: PLC0415 - see above
+
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        return False
 
 
 def proxy_for(url: str) -> str | None:
@@ -133,7 +141,11 @@ def proxy_for(url: str) -> str | None:
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
-    if is_this_machine(host) or urllib.request.proxy_bypass(host):
+    if is_this_machine(host) or not _may_have_proxies():
+        return None
+    import urllib.request  # noqa: PLC0415 - see above
+
+    if urllib.request.proxy_bypass(host):
         return None
     proxies = urllib.request.getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
@@ -146,8 +158,15 @@ def proxy_for(url: str) -> str | None:
     return proxy
 
 
+def _may_have_proxies() -> bool:
+    """On other systems than Linux the settings of the desktop count as well."""
+    return sys.platform != "linux" or any(name.lower().endswith("_proxy") for name in os.environ)
+
+
 def tls_context(login: Login) -> ssl.SSLContext:
     """Verification is always on. For plain http one that trusts nobody: the system's authorities take long to load."""
+    import ssl  # noqa: PLC0415 - see above
+
     if not login.url.startswith("https://"):
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:

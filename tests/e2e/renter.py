@@ -14,12 +14,14 @@ import sys
 import termios
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from stack import ROOT
 
-from orion.cli.shell import ssh_arguments
+from orion.cli.shell import Wish, ssh_arguments
+from orion.client import Orion
 from orion.wire import Rental
 
 COMMAND = (sys.executable, "-m", "orion.cli")
@@ -31,6 +33,7 @@ class Renter:
         """Logs in with the command itself."""
         self.folder = folder
         self.token = token
+        self.url = url
         self.key = make_key(folder / "id_ed25519")
         self.token_file = folder / "token"
         self.token_file.write_text(token)
@@ -66,11 +69,20 @@ class Renter:
 
     def ssh(self, rental: Rental, command: str, key: Path | None = None, **environment: str) -> Done:
         """As `orion ssh` calls it, for a rental that may be made up."""
-        return self._run(ssh_arguments(rental, key or self.key, [command]), 60, environment)
+        return self._run(self.arguments(rental, command, key), 60, environment)
+
+    def arguments(self, rental: Rental, command: str, key: Path | None = None) -> list[str]:
+        return ssh_arguments(rental, self.authority, Wish((command,), key or self.key))
+
+    @cached_property
+    def authority(self) -> str:
+        """By what it recognises workers."""
+        with Orion.at(self.url, self.token) as orion:
+            return orion.ssh_authority().known_hosts
 
     def receives(self, rental: Rental, command: str) -> str:
         """The SHA-256 of what a command sends here."""
-        arguments = ssh_arguments(rental, self.key, [command])
+        arguments = self.arguments(rental, command)
         sent = subprocess.run(
             arguments, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60, check=True
         )
@@ -103,6 +115,10 @@ class Renter:
             child.kill()
             child.wait()
             os.close(ours)
+
+    def run(self, command: Sequence[str]) -> Done:
+        """Any command, with this renter's home."""
+        return self._run(command, 60)
 
     def _run(self, command: Sequence[str], timeout_s: float, environment: Mapping[str, str] | None = None) -> Done:
         return subprocess.run(

@@ -9,39 +9,41 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.builders import AUTHORITIES
 from support.scripted_platform import HOST_KEY, ScriptedPlatform, rental
 from websockets.asyncio.server import ServerConnection, serve
 
-from orion.cli.shell import ssh_arguments
+from orion.cli.shell import Wish, ssh_arguments
 from orion.errors import UnreadableReply
+from orion.manager.engine.authority import Authority
 from orion.wire import Rental
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 CAN_RUN_SSHD = SSHD is not None and (os.geteuid() != 0 or Path("/run/sshd").is_dir())
 
 
-def arguments(identity: Path | None = None, *command: str, **changes: Any) -> list[str]:
-    return ssh_arguments(Rental.model_validate(rental(**changes)), identity, command)
+AUTHORITY = f"@cert-authority *.orion {HOST_KEY}"
 
 
-def test_the_host_key_is_pinned_and_checking_is_on() -> None:
+def arguments(identity: Path | None = None, *command: str, authority: str = AUTHORITY, **changes: Any) -> list[str]:
+    return ssh_arguments(Rental.model_validate(rental(**changes)), authority, Wish(command, identity))
+
+
+def test_the_worker_is_recognised_by_the_rentals_id_and_checking_is_on() -> None:
     built = arguments()
     assert "StrictHostKeyChecking=yes" in built
-    assert "HostKeyAlias=w-aaaa2222" in built
-    assert f"KnownHostsCommand=/bin/echo w-aaaa2222 {HOST_KEY}" in built
+    assert "HostKeyAlias=abcdefgh23.orion" in built
+    assert f"KnownHostsCommand=/bin/echo @cert-authority *.orion {HOST_KEY}" in built
 
 
 def test_the_command_comes_after_the_host_and_is_never_an_option_of_ssh() -> None:
     built = arguments(None, "-oProxyCommand=x", "ls")
     assert built[-4:] == ["--", "r-abcdefgh23@box.orion", "-oProxyCommand=x", "ls"]
-
-
-def test_two_dashes_before_the_command_are_no_part_of_it() -> None:
-    assert arguments(None, "--", "ls", "--", "x")[-5:] == ["--", "r-abcdefgh23@box.orion", "ls", "--", "x"]
 
 
 def test_a_known_key_is_the_only_one_offered(tmp_path: Path) -> None:
@@ -55,14 +57,14 @@ def test_a_known_key_is_the_only_one_offered(tmp_path: Path) -> None:
     [
         {"username": "-oProxyCommand=x"},
         {"username": "root"},
-        {"worker_id": "w;reboot"},
-        {"worker_id": "w %h"},
-        {"worker_id": None},
         {"id": "x y"},
+        {"id": "x;reboot"},
         {"name": "-oProxyCommand=x"},
-        {"ssh_host_keys": []},
-        {"ssh_host_keys": ["ssh-ed25519 $(reboot)"]},
-        {"ssh_host_keys": [f"{HOST_KEY}\nssh-ed25519 other"]},
+        {"authority": ""},
+        {"authority": f"@cert-authority * {HOST_KEY}"},
+        {"authority": f"*.orion {HOST_KEY}"},
+        {"authority": "@cert-authority *.orion ssh-ed25519 $(reboot)"},
+        {"authority": f"{AUTHORITY}\n* {HOST_KEY}"},
     ],
 )
 def test_nothing_from_the_server_reaches_ssh_that_it_would_obey(change: dict[str, Any]) -> None:
@@ -105,31 +107,37 @@ def test_it_becomes_ssh_whose_status_is_ours(environment: dict[str, str]) -> Non
     platform = ScriptedPlatform()
     platform.answer("GET", "/api/rentals/box", rental(state="migrating"))
     platform.answer("GET", "/api/rentals/abcdefgh23", rental(worker_id="w-bbbb3333"))
-    done = orion_ssh(platform, environment, "box", "ls", "-l", "--json")
+    platform.answer("GET", "/api/ssh-authority", {"public_key": HOST_KEY, "known_hosts": AUTHORITY})
+    done = orion_ssh(platform, environment, "box", "--", "ls", "-l", "--json")
     platform.stop()
     assert done.returncode == 42, done.stderr
     given = json.loads(done.stdout)
     assert given[-4:] == ["r-abcdefgh23@box.orion", "ls", "-l", "--json"]
-    assert "HostKeyAlias=w-bbbb3333" in given
+    assert "HostKeyAlias=abcdefgh23.orion" in given
 
 
 @pytest.mark.skipif(not CAN_RUN_SSHD, reason="needs sshd (openssh-server), and /run/sshd when run as root")
-@pytest.mark.parametrize("pinned", ["its own key", "another key"])
-async def test_only_the_pinned_host_key_is_spoken_to(environment: dict[str, str], tmp_path: Path, pinned: str) -> None:
-    for name in ("host", "other"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)  # noqa: ASYNC221
-    public = tmp_path / ("host.pub" if pinned == "its own key" else "other.pub")
-    found = Rental.model_validate(rental(ssh_host_keys=[public.read_text()]))
+@pytest.mark.parametrize("named", ["its own rental", "another rental", "nobody, without a certificate"])
+async def test_only_a_worker_that_proves_to_be_the_rentals_is_spoken_to(
+    environment: dict[str, str], tmp_path: Path, named: str
+) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "host"], check=True)  # noqa: ASYNC221
+    host_key = " ".join((tmp_path / "host.pub").read_text().split()[:2])
+    authority = Authority(*AUTHORITIES, time.time)
+    rental_id = "abcdefgh23" if named == "its own rental" else "another234"
+    certificate = authority.host_certificate(1, "w-aaaa2222", [host_key], [rental_id]).line
+    (tmp_path / "host-cert.pub").write_text("" if named.startswith("nobody") else f"{certificate}\n")
+    found, line = Rental.model_validate(rental()), f"@cert-authority *.orion {authority.of_hosts}"
     async with serve(lambda socket: sshd(socket, tmp_path / "host"), "127.0.0.1", 0, compression=None) as server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        ssh, *options = ssh_arguments(found, None, ["true"])
+        ssh, *options = ssh_arguments(found, line, Wish(("true",)))
         process = await asyncio.create_subprocess_exec(
             *(ssh, "-F", "none", "-o", "BatchMode=yes", *options),
             env={**environment, "ORION_URL": url}, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
         _out, said = await asyncio.wait_for(process.communicate(), 20)
     # The user of the rental is unknown to this machine: being refused as a user means that the host was accepted.
-    expected = b"Permission denied" if pinned == "its own key" else b"Host key verification failed"
+    expected = b"Permission denied" if named == "its own rental" else b"Host key verification failed"
     assert expected in said, said.decode()
     assert process.returncode == 255
 
@@ -137,7 +145,18 @@ async def test_only_the_pinned_host_key_is_spoken_to(environment: dict[str, str]
 async def sshd(connection: ServerConnection, host_key: Path) -> None:
     """One sshd for one connection, as inetd starts it."""
     ours, its = socket.socketpair()
-    options = ["-i", "-e", "-f", "/dev/null", "-h", str(host_key), "-o", "UsePAM=no"]
+    options = [
+        "-i",
+        "-e",
+        "-f",
+        "/dev/null",
+        "-h",
+        str(host_key),
+        "-o",
+        f"HostCertificate={host_key}-cert.pub",
+        "-o",
+        "UsePAM=no",
+    ]
     process = await asyncio.create_subprocess_exec(
         str(SSHD), *options, stdin=its, stdout=its, stderr=subprocess.DEVNULL
     )

@@ -29,7 +29,7 @@ async def platform(relay: Relay, context: ssl.SSLContext | None = None) -> Async
     def admit(connection: ServerConnection, request: Request) -> Response | None:
         if request.headers.get("Authorization") != f"Bearer {TOKEN}":
             return refusal(connection, HTTPStatus.UNAUTHORIZED, "the token is unknown")
-        if request.path != "/api/rentals/abcdefgh23/ssh":
+        if request.path.partition("?")[0] != "/api/rentals/abcdefgh23/ssh":
             return refusal(connection, HTTPStatus.NOT_FOUND, "there is no such\x1b[31m rental")
         return None
 

@@ -10,7 +10,7 @@ import typer
 from typer.main import get_command
 
 from orion import __version__
-from orion.cli import access, admin, feed, output, pool, rentals, shell, snapshots
+from orion.cli import access, admin, config_ssh, feed, output, pool, rental_keys, rentals, shell, snapshots
 from orion.errors import InvalidInput, OrionError
 
 _EPILOG = """\b
@@ -51,6 +51,7 @@ def _everywhere(
 app.command()(access.login)
 app.command()(rentals.rent)
 app.command(context_settings={"allow_interspersed_args": False})(shell.ssh)
+app.command("config-ssh")(config_ssh.config_ssh)
 app.command()(rentals.ls)
 app.command()(rentals.show)
 app.command()(rentals.start)
@@ -67,6 +68,7 @@ app.command()(pool.drain)
 app.command()(pool.resume)
 app.command()(pool.remove)
 app.command()(pool.inventory)
+app.add_typer(rental_keys.commands, name="keys")
 app.add_typer(access.tokens, name="token")
 app.add_typer(admin.commands, name="admin")
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from orion.cli import durations, keys, output
+from orion.cli import config_ssh, durations, keys, output
 from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
 from orion.client import ENDED
 from orion.errors import Ended, InvalidInput, StillWaiting
@@ -50,6 +50,7 @@ def rent(
         if rental.state is not RentalState.ACTIVE and within_s > MAX_WAIT_S:
             left_s = within_s - MAX_WAIT_S
             rental = orion.wait_for(rental.id, RentalState.ACTIVE, left_s, lambda one: tell(situation(one)))
+    config_ssh.refresh()
     _report_rented(rental, as_json)
 
 
@@ -154,6 +155,7 @@ def release(rental: RentalName, yes: Yes = False, wait: Wait = DEFAULT_WAIT, as_
             left_s = within_s - MAX_WAIT_S
             released = orion.wait_for(found.id, RentalState.RELEASED, left_s, lambda one: tell(situation(one)))
     keys.forget(found.id)
+    config_ssh.refresh()
     if as_json:
         output.emit(released)
     if released.state not in ENDED:

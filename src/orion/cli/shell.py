@@ -1,4 +1,4 @@
-"""ssh: the machine's own ssh, through the platform, with the worker's host key pinned."""
+"""ssh: the machine's own ssh, through the platform, which comes back by itself where a session is lost."""
 
 from __future__ import annotations
 
@@ -6,26 +6,41 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from orion.cli import durations, keys, output
+from orion import login
+from orion.cli import durations, keys, output, staying
 from orion.cli.rentals import situation
 from orion.cli.session import AsJson, RentalName, platform
 from orion.client import ENDED, Orion
-from orion.errors import Ended, InvalidInput, LocalFault, StillWaiting, UnreadableReply
-from orion.ssh import pinned_host_arguments
-from orion.wire import Rental, RentalState, one_public_key
+from orion.errors import Ended, InvalidInput, LocalFault, OrionError, StillWaiting, UnreadableReply
+from orion.ssh_rentals import check_authority, check_names, connect_command
+from orion.wire import Rental, RentalState
 
 START_LOG = ".orion/start.log"
 """In the rental's home: see worker/start.py."""
 SHOW_LOG = ["tail", "-n", "1000"]
-_WORKER_ID = re.compile(r"[a-z0-9-]{1,64}")
-_USERNAME = re.compile(r"r-[a-z0-9]{1,30}")
-_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
+SHORT_S = 5.0
+MOST_SHORT = 3
+"""Sessions in a row that were lost before they had lasted: then something else is wrong than a worker."""
+PERSISTENT = "infocmp >/dev/null 2>&1 || export TERM=xterm-256color; exec tmux new-session -A -s orion"
+"""Comes back to the screen that is there, or makes one; also for terminals that the worker has never heard of."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to run there, and how to log in. `identity` None: with whatever keys there are."""
+
+    command: tuple[str, ...] = ()
+    identity: Path | None = None
+    tty: bool = False
+    certified: bool = False
 
 
 def ssh(
@@ -37,6 +52,12 @@ def ssh(
         Path | None, typer.Option("--identity", "-i", metavar="FILE", help="The private key to log in with.")
     ] = None,
     tty: Annotated[bool, typer.Option("--tty", "-t", help="Give the command a terminal.")] = False,
+    cert: Annotated[
+        bool, typer.Option("--cert", help="Log in by a certificate for an hour, not by a key that the rental knows.")
+    ] = False,
+    persist: Annotated[
+        bool, typer.Option("--persist", help="In tmux: whoever comes back finds the screen as it was.")
+    ] = False,
     wait: Annotated[
         str, typer.Option(metavar="DURATION", help="How long to wait while it is queued or on the move.")
     ] = "60s",
@@ -44,11 +65,17 @@ def ssh(
 ) -> None:
     """Open a shell in a rental, or run a command.
 
+    A shell that is lost, with its worker or on the way, is opened again as soon as the rental is there. A command is
+    not: it may have done its work.
     The exit status is that of the command, or of ssh.
     Options for orion come before RENTAL; everything after it is the command.
     """
     found = _find(rental, wait)
-    _become(ssh_arguments(found, _identity(found, identity), command or [], tty))
+    wish = _wish(found, _after_two_dashes(command or []), identity, tty, cert, persist)
+    arguments = _opening(found, wish)
+    if sys.stdin.isatty() and (persist or not wish.command):
+        raise typer.Exit(_stay(found, wish, arguments, durations.parse(wait)))
+    _become(arguments)
 
 
 def logs(
@@ -67,7 +94,7 @@ def logs(
     if found.start is None:
         raise InvalidInput(f"{found.name} was rented without a start command: orion rent --start COMMAND")
     command = SHOW_LOG + (["-F"] if follow else []) + [START_LOG]
-    _become(ssh_arguments(found, _identity(found, identity), command))
+    _become(_opening(found, Wish(tuple(command), _identity(found, identity))))
 
 
 def _find(rental: str, wait: str) -> Rental:
@@ -86,34 +113,101 @@ def _identity(found: Rental, identity: Path | None) -> Path | None:
     if known is None and sys.stderr.isatty():
         output.note(
             f"orion: {output.plain(found.name)} was not rented from here; if your keys are refused: "
-            f"orion ssh -i FILE {output.plain(found.name)}"
+            f"orion ssh -i FILE {output.plain(found.name)}, or orion ssh --cert {output.plain(found.name)}"
         )
     return known
 
 
-def ssh_arguments(rental: Rental, identity: Path | None, command: Sequence[str], tty: bool = False) -> list[str]:
-    """The argument list of ssh. What came from the server is checked first: ssh would run some of it as commands."""
-    worker_id, host_keys = _checked(rental)
-    if command and command[0] == "--":
-        command = command[1:]  # ssh, too, takes it for the end of its options
-    # -P: a folder that somebody prepared must not slip its own modules in when it is the working directory.
-    relay = [sys.executable, "-P", "-m", "orion.connect", rental.id]
+def _opening(rental: Rental, wish: Wish) -> list[str]:
+    with platform() as (orion, _tell):
+        return _arguments(orion, rental, wish)
+
+
+def ssh_arguments(rental: Rental, authority: str, wish: Wish, certificate: Path | None = None) -> list[str]:
+    """The argument list of ssh. What came from the server is checked first: ssh would run some of it as commands.
+
+    `authority`: the line by which the worker is recognised, whichever it is, as this rental's.
+    """
+    check_names(rental.id, rental.name, rental.username)
+    check_authority(authority)
     return [
         "ssh",
-        "-o", f"ProxyCommand={shlex.join(relay).replace('%', '%%')}",
-        *pinned_host_arguments(worker_id, host_keys),
-        *_identity_options(identity),
+        "-o", f"ProxyCommand={connect_command(rental.id)}",
+        "-o", "StrictHostKeyChecking=yes",
+        "-o", f"HostKeyAlias={rental.id}.orion",
+        "-o", f"KnownHostsCommand=/bin/echo {authority}",
+        "-o", "UserKnownHostsFile=none",
+        "-o", "GlobalKnownHostsFile=none",
+        "-o", "UpdateHostKeys=no",
+        *_identity_options(wish.identity),
+        *(["-o", f"CertificateFile={certificate}"] if certificate else []),
         # A connection shared with an earlier one could lead to where the rental was before it moved.
         "-o", "ControlMaster=no",
         "-o", "ControlPath=none",
         # When the worker dies silently, the shell ends within a minute instead of hanging.
         "-o", "ServerAliveInterval=15",
         "-o", "ServerAliveCountMax=3",
-        *(["-t"] if tty else []),
+        *(["-t"] if wish.tty else []),
         "--",
         f"{rental.username}@{rental.name}.orion",
-        *command,
+        *wish.command,
     ]  # fmt: skip
+
+
+def _wish(
+    rental: Rental, command: Sequence[str], identity: Path | None, tty: bool, cert: bool, persist: bool
+) -> Wish:
+    if cert and identity is None and keys.identity_of(rental.id) is None:
+        identity = keys.public_key(None)[1]
+    known = _identity(rental, identity)
+    if persist:
+        inside = [shlex.quote(" ".join(command))] if command else []
+        command, tty = [" ".join([PERSISTENT, *inside])], True
+    return Wish(tuple(command), known, tty, cert)
+
+
+def _after_two_dashes(command: list[str]) -> list[str]:
+    return command[1:] if command[:1] == ["--"] else command  # ssh, too, takes it for the end of its options
+
+
+def _arguments(orion: Orion, rental: Rental, wish: Wish) -> list[str]:
+    authority = orion.ssh_authority().known_hosts
+    certificate = _new_certificate(orion, rental, wish.identity) if wish.certified and wish.identity else None
+    return ssh_arguments(rental, authority, wish, certificate)
+
+
+def _new_certificate(orion: Orion, rental: Rental, identity: Path) -> Path:
+    public_key, _ = keys.public_key(identity)
+    signed = orion.certificate(rental.id, public_key).certificate
+    if not re.fullmatch(r"[a-z0-9@.-]+ [A-Za-z0-9+/=]+", signed):
+        raise UnreadableReply("the platform sent something else than a certificate")
+    file = login.private_folder() / f"{rental.id}-cert.pub"
+    login.write_private(file, f"{signed}\n")
+    return file
+
+
+def _stay(rental: Rental, wish: Wish, arguments: list[str], within_s: float) -> int:
+    """Be ssh until it ends by itself; the status of that. Raises OrionError where the rental does not come back."""
+    short = 0
+    while True:
+        began = time.monotonic()
+        left = staying.run(arguments)
+        if not left.lost:
+            return left.status
+        short = short + 1 if time.monotonic() - began < SHORT_S else 0
+        if short >= MOST_SHORT:
+            raise OrionError(f"the connection was lost {short} times in a row: {left.reason or 'nobody said why'}")
+        output.note(f"orion: the connection to {output.plain(rental.name)} is lost; coming back", "yellow")
+        with platform(f"waiting for {rental.name}") as (orion, tell):
+            now = orion.wait_for(rental.id, RentalState.ACTIVE, within_s, lambda one: tell(situation(one)))
+            _active(orion, now, 0, tell)
+            arguments = _arguments(orion, now, wish)
+        if now.epoch != rental.epoch:
+            copied = output.when(now.last_safe_copy_at, "never")
+            output.note(
+                f"orion: {output.plain(now.name)} is on another worker; its files were copied {copied}", "yellow"
+            )
+        rental = now
 
 
 def _active(orion: Orion, rental: Rental, within_s: float, tell: output.Tell) -> Rental:
@@ -125,22 +219,6 @@ def _active(orion: Orion, rental: Rental, within_s: float, tell: output.Tell) ->
     if rental.state is not RentalState.ACTIVE:
         raise StillWaiting(f"{situation(rental)}. Wait longer with: orion ssh --wait 10m {rental.name}")
     return rental
-
-
-def _checked(rental: Rental) -> tuple[str, list[str]]:
-    safe = (
-        _WORKER_ID.fullmatch(rental.worker_id or "")
-        and _WORKER_ID.fullmatch(rental.id)
-        and _USERNAME.fullmatch(rental.username)
-        and _NAME.fullmatch(rental.name)
-    )
-    try:
-        host_keys = [one_public_key(key) for key in rental.ssh_host_keys]
-    except ValueError:
-        host_keys = []
-    if not safe or not host_keys:
-        raise UnreadableReply(f"the platform does not say how to recognise the worker of {rental.name}: try again")
-    return str(rental.worker_id), host_keys
 
 
 def _identity_options(identity: Path | None) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from typing import Any
 
 import structlog
 from fastapi import APIRouter, WebSocket
@@ -14,7 +15,7 @@ from orion.manager.api.services import Services, authenticate, client_address, v
 from orion.manager.domain.states import ENDED
 from orion.manager.engine.port import Action, Host, Job
 from orion.manager.gateway.sessions import Session
-from orion.manager.gateway.ssh import Relayed, WorkerUnreachable, connect, relay
+from orion.manager.gateway.ssh import Relayed, SshStream, WorkerUnreachable, connect, relay
 from orion.manager.store import rentals
 from orion.manager.store.database import Row
 from orion.manager.store.tokens import Principal
@@ -40,29 +41,47 @@ async def ssh(websocket: WebSocket, rental_id: str) -> None:
 
 
 async def _let_through(websocket: WebSocket, services: Services, rental_id: str) -> None:
-    sessions = services.sessions
     principal = await authenticate(websocket, services, "client", "admin")
-    wait_s = _wait_s(websocket)
-    with sessions.beginning(rental_id) as session:
-        row = await _active(services, rental_id, principal, wait_s, session)
-        session.who, session.where_from, session.owner = principal.name, client_address(websocket), row["owner"]
-        session.worker_id, session.epoch = row["worker_id"], row["epoch"]
-        with sessions.carried(session):
-            job = _job(row)
-            await services.recognisable(job)
-            stream = await connect(job.host)
-            sessions.note_begin(session)
-            relayed = Relayed(0, 0, 0, "the manager ended it")
-            try:
-                relayed = await relay(websocket, stream, session.over)
-            finally:
-                sessions.note_end(session, relayed.reason, stream.to_worker, stream.to_client)
-    log.info("relay ended", rental_id=rental_id, **vars(relayed))
+    deadline = services.monotonic() + _wait_s(websocket)
+    with services.sessions.beginning(rental_id) as session:
+        session.who, session.where_from = principal.name, client_address(websocket)
+        while True:
+            row = await _active(services, rental_id, principal, deadline, session)
+            session.owner, session.worker_id, session.epoch = row["owner"], row["worker_id"], row["epoch"]
+            with services.sessions.carried(session):
+                job = _job(row)
+                await services.recognisable(job)
+                stream = await _connected(job.host, session.over)
+                if stream is not None:
+                    await _carry(websocket, services, session, stream)
+                    return
 
 
-async def _active(services: Services, rental_id: str, principal: Principal, wait_s: float, session: Session) -> Row:
-    """The rental with the worker that it runs on. Raises ApiProblem."""
-    deadline = services.monotonic() + wait_s
+async def _connected(host: Host, over: asyncio.Future[str]) -> SshStream | None:
+    """None where the rental left that worker while it did not answer: to wait for it any longer is of no use."""
+    connecting = asyncio.create_task(connect(host))
+    waiting: list[asyncio.Future[Any]] = [connecting, over]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    if connecting.done():
+        return connecting.result()
+    connecting.cancel()
+    with suppress(asyncio.CancelledError, WorkerUnreachable):
+        (await connecting).close()
+    return None
+
+
+async def _carry(websocket: WebSocket, services: Services, session: Session, stream: SshStream) -> None:
+    services.sessions.note_begin(session)
+    relayed = Relayed(0, 0, 0, "the manager ended it")
+    try:
+        relayed = await relay(websocket, stream, session.over)
+    finally:
+        services.sessions.note_end(session, relayed.reason, stream.to_worker, stream.to_client)
+    log.info("relay ended", rental_id=session.rental_id, **vars(relayed))
+
+
+async def _active(services: Services, rental_id: str, principal: Principal, deadline: float, session: Session) -> Row:
+    """The rental with the worker that it runs on. Raises ApiProblem, after `deadline` (monotonic) at the latest."""
     with services.store.news.listen(rental_id) as changed:
         while True:
             changed.clear()

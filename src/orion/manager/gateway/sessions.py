@@ -54,6 +54,7 @@ class Session:
 
     def again(self) -> None:
         """It is about to look its rental up: what ended before that is no concern of it."""
+        self.epoch = 0
         self.over = asyncio.get_running_loop().create_future()
 
     def end(self, reason: str) -> None:

@@ -1,0 +1,92 @@
+"""keys: which keys open a rental."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orion.cli import keys, output
+from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
+from orion.errors import InvalidInput, StillWaiting
+from orion.wire import Key, one_public_key
+
+commands = typer.Typer(no_args_is_help=True)
+
+
+@commands.callback()
+def _of(context: typer.Context, rental: RentalName) -> None:
+    """List, add and remove the keys that open a rental: orion keys RENTAL ls."""
+    context.obj = rental
+
+
+@commands.command("ls")
+def list_keys(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the keys that open it."""
+    with platform() as (orion, _tell):
+        found = orion.keys(orion.find_rental(context.obj).id)
+    return _show(found, as_json)
+
+
+@commands.command("add")
+def add_key(
+    context: typer.Context,
+    file: Annotated[
+        Path | None, typer.Argument(help="A public key; - is stdin. Else orion's own, made if need be.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let one more key open it."""
+    if file is not None and str(file) == "-":
+        key, identity = _from_stdin(), None
+    else:
+        key, identity = keys.public_key(file)
+    with platform("adding the key") as (orion, _tell):
+        rental = orion.find_rental(context.obj)
+        found = orion.add_key(rental.id, key)
+    if identity is not None and keys.identity_of(rental.id) is None:
+        keys.remember(rental.id, identity)
+    _show(found, as_json)
+    _wait_for_all(found)
+
+
+@commands.command("rm")
+def remove_key(
+    context: typer.Context,
+    key: Annotated[str, typer.Argument(help="Its id or fingerprint (orion keys RENTAL ls).", show_default=False)],
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let a key open it no more. Sessions that it has opened go on; the last key stays."""
+    with platform() as (orion, _tell):
+        rental = orion.find_rental(context.obj)
+        known = orion.keys(rental.id)
+    found = next((one for one in known if key in {one.id, one.fingerprint}), None)
+    if found is None:
+        raise InvalidInput(f"{rental.name} has no key {key!r}: orion keys {rental.name} ls shows them")
+    confirm(f"Let {found.fingerprint} open {rental.name} no more?", yes)
+    with platform("removing the key") as (orion, _tell):
+        left = orion.remove_key(rental.id, found.id)
+    _show(left, as_json)
+    _wait_for_all(left)
+
+
+def _from_stdin() -> str:
+    try:
+        return one_public_key(sys.stdin.read())
+    except ValueError as error:
+        raise InvalidInput(f"the key {error}") from error
+
+
+def _show(found: list[Key], as_json: bool) -> None:
+    if as_json:
+        return output.emit(found)
+    rows = [[one.id, one.fingerprint, one.public_key.split()[0], "yes" if one.in_place else "not yet"] for one in found]
+    return output.table(["ID", "FINGERPRINT", "KIND", "IN PLACE"], rows, wide="FINGERPRINT")
+
+
+def _wait_for_all(found: list[Key]) -> None:
+    if not all(one.in_place for one in found):
+        raise StillWaiting("its worker does not have them yet: that goes on by itself, at the latest when it moves")

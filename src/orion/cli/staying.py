@@ -1,0 +1,86 @@
+"""ssh as a child that may be lost and started again: signals, the terminal and the status are as if it were us."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orion.connect import REPORT
+from orion.errors import LocalFault
+
+LOST = 255
+"""ssh's own status: the connection failed or broke."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """How ssh ended. `lost`: by no doing of its own; `reason` says why, where that is known."""
+
+    status: int
+    lost: bool
+    reason: str
+
+
+def run(arguments: Sequence[str]) -> Left:
+    """ssh from its start to its end. Raises LocalFault where there is none."""
+    with tempfile.TemporaryDirectory(prefix="orion-") as folder:
+        report = Path(folder) / "report"
+        try:
+            child = subprocess.Popen(arguments, env=os.environ | {REPORT: str(report)})
+        except FileNotFoundError as error:
+            raise LocalFault("ssh is not installed on this machine: apt install openssh-client") from error
+        with _as_its_shadow(child):
+            status = _wait(child)
+        told = _read(report)
+    return Left(status, status == LOST and told.get("lost") is True, str(told.get("reason") or ""))
+
+
+@contextmanager
+def _as_its_shadow(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """What the terminal sends goes to ssh as well, which knows what to do with it; what others send us is passed on."""
+
+    def pass_on(number: int, _frame: object) -> None:
+        child.send_signal(number)
+
+    def leave_to_ssh(_number: int, _frame: object) -> None: ...
+
+    handlers = {
+        signal.SIGINT: leave_to_ssh,
+        signal.SIGQUIT: leave_to_ssh,
+        signal.SIGTERM: pass_on,
+        signal.SIGHUP: pass_on,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """Its status, as a shell has it. Where ssh stops itself (~^Z), so do we, so that the shell goes on."""
+    while True:
+        _, status = os.waitpid(child.pid, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(child.pid, signal.SIGCONT)
+            continue
+        child.returncode = os.waitstatus_to_exitcode(status)
+        return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _read(report: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(report.read_text())
+    except (OSError, ValueError):
+        return {}  # ssh ended it before it could say anything: then that was ssh's own end
+    return told if isinstance(told, dict) else {}

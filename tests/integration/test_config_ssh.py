@@ -1,0 +1,201 @@
+"""`orion config-ssh`, as the machine's own ssh reads what it has written (ssh -G)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.scripted_platform import HOST_KEY, ScriptedPlatform, rental
+
+THEIRS = b"# mine\r\nHost *\n  User somebody\n  ServerAliveInterval 60\n\nHost work\n  HostName 192.0.2.1"
+"""With a line end of another system, and none at the end."""
+AUTHORITY = f"@cert-authority *.orion {HOST_KEY}"
+
+
+class Machine:
+    """Somebody's home, with a login, and ssh."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.platform = ScriptedPlatform()
+        self.rentals(rental())
+        self.platform.answer("GET", "/api/ssh-authority", {"public_key": HOST_KEY, "known_hosts": AUTHORITY})
+        self.config = home / ".ssh/config"
+        token = home / "token"
+        token.write_text("orion_client_t1_secret")
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(home),
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "ORION_URL": self.platform.url,
+            "ORION_TOKEN_FILE": str(token),
+        }
+
+    def rentals(self, *found: dict[str, Any]) -> None:
+        self.platform.answer("GET", "/api/rentals", {"items": list(found), "next": None})
+
+    def orion(self, *arguments: str, status: int = 0) -> str:
+        done = self._run([sys.executable, "-P", "-m", "orion.cli", *arguments])
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+
+    def asks(self, host: str) -> dict[str, str]:
+        """What ssh would do for that host, by option."""
+        done = self._run(["ssh", "-F", str(self.config), "-G", host])
+        assert done.returncode == 0, done.stderr
+        lines = (line.partition(" ") for line in done.stdout.splitlines())
+        options: dict[str, str] = {}
+        for name, _, value in lines:
+            options.setdefault(name, value)
+        return options
+
+    def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, env=self.environment, cwd=self.home, capture_output=True, text=True, timeout=20, check=False
+        )
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    (tmp_path / ".ssh").mkdir(mode=0o700)
+    made = Machine(tmp_path)
+    made.config.write_bytes(THEIRS)
+    made.config.chmod(0o644)
+    yield made
+    made.platform.stop()
+
+
+def test_plain_ssh_reaches_a_rental_by_its_name_or_id_with_every_host_verified(machine: Machine) -> None:
+    machine.orion("config-ssh")
+    for host in ("box.orion", "abcdefgh23.orion"):
+        asked = machine.asks(host)
+        assert asked["user"] == "r-abcdefgh23"
+        assert asked["hostkeyalias"] == "abcdefgh23.orion"
+        assert asked["stricthostkeychecking"] == "true"
+        assert asked["proxycommand"].endswith("-m orion.connect abcdefgh23")
+        known = machine.home / ".config/orion/ssh/known_hosts"
+        assert asked["userknownhostsfile"] == str(known)
+        assert known.read_text() == f"{AUTHORITY}\n"
+
+
+def test_what_was_there_still_counts_for_everything_else(machine: Machine) -> None:
+    before = [machine.asks(host) for host in ("work", "elsewhere.example", "orion")]
+    machine.orion("config-ssh")
+    assert [machine.asks(host) for host in ("work", "elsewhere.example", "orion")] == before
+
+
+def test_it_can_be_repeated_and_taken_away_without_a_trace(machine: Machine) -> None:
+    machine.orion("config-ssh")
+    once = machine.config.read_bytes()
+    assert once.endswith(THEIRS)
+    assert once.count(b"Include") == 1
+    machine.orion("config-ssh")
+    assert machine.config.read_bytes() == once
+    machine.orion("config-ssh", "--remove")
+    assert machine.config.read_bytes() == THEIRS
+    assert machine.config.stat().st_mode & 0o777 == 0o644
+    assert not (machine.home / ".config/orion/ssh").exists()
+    machine.orion("config-ssh", "--remove")
+    assert machine.config.read_bytes() == THEIRS
+
+
+def test_a_dry_run_shows_what_would_change_and_changes_nothing(machine: Machine) -> None:
+    shown = machine.orion("config-ssh", "--dry-run")
+    assert "+Include" in shown
+    assert machine.config.read_bytes() == THEIRS
+    assert not (machine.home / ".config/orion/ssh").exists()
+    assert machine.platform.calls == []
+
+
+def test_a_link_stays_a_link_and_a_missing_file_is_made_for_its_owner_alone(machine: Machine) -> None:
+    kept = machine.home / "dotfiles"
+    machine.config.rename(kept)
+    machine.config.symlink_to(kept)
+    machine.orion("config-ssh")
+    assert machine.config.is_symlink()
+    assert kept.read_bytes().endswith(THEIRS)
+    machine.config.unlink()
+    machine.orion("config-ssh")
+    assert machine.config.stat().st_mode & 0o777 == 0o600
+    assert machine.asks("box.orion")["user"] == "r-abcdefgh23"
+
+
+def test_a_rental_that_was_made_elsewhere_is_learned_when_ssh_asks_for_it(machine: Machine) -> None:
+    machine.orion("config-ssh")
+    machine.rentals(rental(), rental(id="another234", name="web", username="r-another234"))
+    machine.platform.calls.clear()
+    assert machine.asks("box.orion")["user"] == "r-abcdefgh23"
+    assert machine.platform.calls == [], "what is known is not asked for"
+    assert machine.asks("web.orion")["user"] == "r-another234"
+
+
+def test_a_name_that_nobody_has_leads_nowhere_and_is_told(machine: Machine) -> None:
+    machine.orion("config-ssh")
+    asked = machine.asks("nothing.orion")
+    assert asked["proxycommand"].endswith("orion.connect --unknown")
+    assert asked["stricthostkeychecking"] == "true"
+    done = machine._run(["ssh", "-F", str(machine.config), "-o", "BatchMode=yes", "nothing.orion"])
+    assert "no living rental of this name" in done.stderr
+    assert done.returncode == 255
+
+
+def test_a_name_that_two_bear_is_nobodys(machine: Machine) -> None:
+    machine.rentals(rental(), rental(id="another234", username="r-another234", owner="bob"))
+    machine.orion("config-ssh")
+    assert "--unknown" in machine.asks("box.orion")["proxycommand"]
+    assert machine.asks("another234.orion")["user"] == "r-another234"
+
+
+@pytest.mark.parametrize("host", ["$(touch pwned).orion", "x;touch pwned.orion", "'`touch pwned`'.orion"])
+def test_a_hosts_name_never_becomes_a_command(machine: Machine, host: str) -> None:
+    machine.orion("config-ssh")
+    for options in (["-G"], ["-o", "BatchMode=yes"]):
+        machine._run(["ssh", "-F", str(machine.config), *options, "--", host])
+    assert not (machine.home / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "box\nHost *\n ProxyCommand touch pwned"},
+        {"name": "*"},
+        {"username": "root"},
+        {"id": "x y"},
+        {"id": "../x"},
+    ],
+)
+def test_what_the_platform_says_never_becomes_a_line_of_the_configuration(
+    machine: Machine, change: dict[str, Any]
+) -> None:
+    machine.rentals(rental(**change))
+    machine.orion("config-ssh", status=1)
+    assert machine.config.read_bytes() == THEIRS
+    assert not (machine.home / ".config/orion/ssh/rentals").exists()
+
+
+def test_renting_and_releasing_keep_it_in_step(machine: Machine) -> None:
+    machine.orion("config-ssh")
+    machine.rentals()
+    ended = rental(state="released")
+    machine.platform.answer("GET", "/api/rentals/box", ended)
+    machine.platform.answer("DELETE", "/api/rentals/abcdefgh23", ended)
+    machine.orion("release", "box", "--yes")
+    assert "--unknown" in machine.asks("box.orion")["proxycommand"]
+
+
+def test_the_relay_starts_without_what_the_other_commands_need() -> None:
+    """`orion connect` is started for every session, by the same program as all other commands."""
+    heavy = "{'typer', 'rich', 'pydantic', 'httpx', 'websockets', 'asyncio', 'ssl', 'http.client'} & set(sys.modules)"
+    program = (
+        "import sys\nsys.argv = ['orion', 'connect', '--unknown']\nfrom orion.cli import main\n"
+        f"try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 2\nassert not {heavy}, {heavy}"
+    )
+    environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "no living rental of this name" in done.stderr
