@@ -66,12 +66,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def relay(account: Login, rental_id: str) -> None:
     """Carry bytes both ways until one side ends. Raises OrionError."""
-    report: dict[str, object] = {"opened": False, "lost": False, "reason": ""}
+    report: dict[str, object] = {"lost": False, "there": False, "reason": ""}
     try:
         connection, early = _open(account, rental_id)
-        report["opened"] = True
         with connection:
-            report["lost"] = not Carrier(connection, early).run()
+            carrier = Carrier(connection, early)
+            try:
+                report["lost"] = not carrier.run()
+            finally:
+                report["there"] = carrier.was_closed
     except OrionError as error:
         report |= {"lost": True, "reason": str(error)}
         raise
@@ -154,6 +157,11 @@ class Carrier:
         if code != frames.NORMAL:
             raise OrionError(reason or "the connection to the rental was cut")
         return not self._stdin_open
+
+    @property
+    def was_closed(self) -> bool:
+        """By the platform, because of what happened at the rental's worker; else it broke on the way."""
+        return self._incoming.closed is not None
 
     def _is_over(self) -> bool:
         """Nothing more comes from stdin, and for a while nothing came from the other side."""

@@ -21,6 +21,7 @@ ORDER = (
     "test_by_hand.py",
     "test_renting.py",
     "test_getting_in.py",
+    "test_way_in.py",
     "test_owners.py",
     "test_following_events.py",
     "test_pool.py",

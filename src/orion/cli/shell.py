@@ -29,6 +29,8 @@ SHOW_LOG = ["tail", "-n", "1000"]
 SHORT_S = 5.0
 MOST_SHORT = 3
 """Sessions in a row that were lost before they had lasted: then something else is wrong than a worker."""
+KNOWN_WITHIN_S = 3.0
+"""Twice what the manager needs to be sure that a worker that was killed is gone."""
 PERSISTENT = "infocmp >/dev/null 2>&1 || export TERM=xterm-256color; exec tmux new-session -A -s orion"
 """Comes back to the screen that is there, or makes one; also for terminals that the worker has never heard of."""
 
@@ -199,6 +201,9 @@ def _stay(rental: Rental, wish: Wish, arguments: list[str], within_s: float) -> 
             raise OrionError(f"the connection was lost {short} times in a row: {left.reason or 'nobody said why'}")
         output.note(f"orion: the connection to {output.plain(rental.name)} is lost; coming back", "yellow")
         with platform(f"waiting for {rental.name}") as (orion, tell):
+            if left.there:
+                # That its worker is gone is known a moment later: whoever asks at once is told that it is active.
+                orion.rental(rental.id, wait_s=KNOWN_WITHIN_S, state=RentalState.MIGRATING)
             now = orion.wait_for(rental.id, RentalState.ACTIVE, within_s, lambda one: tell(situation(one)))
             _active(orion, now, 0, tell)
             arguments = _arguments(orion, now, wish)

@@ -26,6 +26,8 @@ class Left:
 
     status: int
     lost: bool
+    there: bool
+    """It was lost at the rental's worker, and not on the way to the platform."""
     reason: str
 
 
@@ -40,7 +42,8 @@ def run(arguments: Sequence[str]) -> Left:
         with _as_its_shadow(child):
             status = _wait(child)
         told = _read(report)
-    return Left(status, status == LOST and told.get("lost") is True, str(told.get("reason") or ""))
+    lost = status == LOST and told.get("lost") is True
+    return Left(status, lost, told.get("there") is True, str(told.get("reason") or ""))
 
 
 @contextmanager

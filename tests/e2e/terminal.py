@@ -1,0 +1,69 @@
+"""A program at a terminal: what is typed, and what is on the screen."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass
+class Terminal:
+    program: subprocess.Popen[bytes]
+    screen: int
+    seen: bytes = b""
+
+    def type(self, text: str) -> None:
+        os.write(self.screen, text.encode())
+
+    def shows(self, awaited: str, within_s: float) -> str:
+        """Wait until it shows this, after what it had shown when something was last awaited; all until then."""
+        deadline = time.monotonic() + within_s
+        while awaited.encode() not in self.seen:
+            ready, _, _ = select.select([self.screen], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"not within {within_s} s: {awaited!r}, but {self.seen.decode(errors='replace')!r}"
+            try:
+                part = os.read(self.screen, 4096)
+            except OSError:  # how a terminal says that nobody writes to it any more
+                part = b""
+            assert part, f"it ended without {awaited!r}: {self.seen.decode(errors='replace')!r}"
+            self.seen += part
+        shown, _, self.seen = self.seen.partition(awaited.encode())
+        return shown.decode(errors="replace")
+
+    def ends(self, within_s: float) -> int:
+        """Its status. What it still shows is read, or it could not end."""
+        deadline = time.monotonic() + within_s
+        while self.program.poll() is None:
+            assert time.monotonic() < deadline, f"it does not end: {self.seen.decode(errors='replace')!r}"
+            if select.select([self.screen], [], [], 0.05)[0]:
+                try:
+                    self.seen += os.read(self.screen, 4096)
+                except OSError:
+                    continue
+        return int(self.program.returncode)
+
+
+@contextmanager
+def at_a_terminal(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[Terminal]:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    program = subprocess.Popen(
+        command, env={**environment, "TERM": "xterm"}, stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        yield Terminal(program, ours)
+    finally:
+        os.killpg(program.pid, 9)
+        program.wait()
+        os.close(ours)

@@ -1,0 +1,220 @@
+"""The way in with the tools that people have, through takeovers, and what is written down about it."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import Figures
+from renter import COMMAND, Renter, make_key
+from stack import Stack
+from terminal import at_a_terminal
+from waiting import eventually
+
+from orion.client import Orion
+from orion.wire import Rental
+
+BACK_WITHIN_S = 30.0
+
+
+@pytest.fixture
+def config(renter: Renter) -> Iterator[str]:
+    """Of ssh, as `orion config-ssh` leaves it. (ssh itself looks into the home that the system knows.)"""
+    renter.orion("config-ssh")
+    yield str(renter.folder / ".ssh/config")
+    renter.orion("config-ssh", "--remove")
+
+
+@pytest.fixture
+def lab(stack: Stack, config: str, renter: Renter) -> Iterator[Rental]:
+    assert stack.url == renter.url
+    renter.orion("rent", "--name", "lab", "--key", str(renter.key))
+    with Orion.at(renter.url, renter.token) as orion:
+        yield orion.find_rental("lab")
+
+
+def test_ssh_scp_sftp_rsync_and_ansible_reach_a_rental_by_its_name(
+    lab: Rental, config: str, renter: Renter, tmp_path: Path
+) -> None:
+    said = renter.run(["ssh", "-F", config, "lab.orion", "id -un"])
+    assert (said.stdout, said.stderr) == (f"{lab.username}\n", "")
+    content = os.urandom(300_000)
+    (tmp_path / "sent").write_bytes(content)
+    sent = str(tmp_path / "sent")
+    for number, command in enumerate(
+        (
+            ["scp", "-q", "-F", config, sent, "lab.orion:by-scp"],
+            ["rsync", "-e", f"ssh -F {config}", sent, "lab.orion:by-rsync"],
+            ["scp", "-q", "-F", config, "lab.orion:by-scp", f"{tmp_path}/back-0"],
+            ["rsync", "-e", f"ssh -F {config}", "lab.orion:by-rsync", f"{tmp_path}/back-1"],
+            ["sftp", "-q", "-F", config, "-b", "-", "lab.orion:by-scp", f"{tmp_path}/back-2"],
+        )
+    ):
+        done = renter.run(command)
+        assert done.returncode == 0, (number, done.stderr)
+    for number in range(3):
+        assert (tmp_path / f"back-{number}").read_bytes() == content
+    ansible = [str(Path(sys.executable).with_name("ansible")), "all", "-i", "lab.orion,", "-m", "ping"]
+    pinged = renter.run([*ansible, "--ssh-common-args", f"-F {config}"])
+    assert '"ping": "pong"' in pinged.stdout, pinged.stdout + pinged.stderr
+
+
+def test_ports_are_carried_both_ways(lab: Rental, config: str, renter: Renter) -> None:
+    assert lab.username
+    serve = (
+        "import socket; s=socket.create_server(('127.0.0.1', 7777)); print('up', flush=True); s.accept()[0].send(b'in')"
+    )
+    local = _free_port()
+    there = ["ssh", "-F", config, "-L", f"{local}:localhost:7777", "lab.orion", f'python3 -c "{serve}"']
+    with subprocess.Popen(there, env=renter.environment, stdout=subprocess.PIPE, text=True) as serving:
+        assert serving.stdout is not None
+        assert serving.stdout.readline() == "up\n"
+        with socket.create_connection(("127.0.0.1", local), 20) as carried:
+            assert carried.recv(10) == b"in"
+    with socket.create_server(("127.0.0.1", 0)) as here:
+        threading.Thread(target=lambda: here.accept()[0].send(b"out"), daemon=True).start()
+        ask = "import socket; print(socket.create_connection(('127.0.0.1', 7778), 20).recv(10).decode())"
+        back = f"7778:127.0.0.1:{here.getsockname()[1]}"
+        done = renter.run(["ssh", "-F", config, "-R", back, "lab.orion", f'python3 -c "{ask}"'])
+    assert done.stdout == "out\n", done.stderr
+
+
+def test_keys_and_certificates(lab: Rental, renter: Renter, tmp_path: Path, orion: Orion) -> None:
+    second = make_key(tmp_path / "second")
+    renter.orion("keys", "lab", "add", str(second))
+    assert renter.ssh(lab, "true", second).returncode == 0
+    first = next(key for key in renter.orion_json("keys", "lab", "ls") if key["public_key"] in renter.public_key)
+    renter.orion("keys", "lab", "rm", first["fingerprint"], "--yes")
+    assert renter.ssh(lab, "true").returncode == 255
+    last = renter.orion_json("keys", "lab", "ls")[0]
+    assert "only one" in renter.orion("keys", "lab", "rm", last["id"], "--yes", status=6).stderr
+    stranger = make_key(tmp_path / "stranger")
+    said = renter.orion("ssh", "--cert", "-i", str(stranger), "lab", "id", "-un")
+    assert said.stdout == f"{lab.username}\n"
+    kinds = [event.kind for event in orion.events(rental_id=lab.id)]
+    assert {"rental.key_added", "rental.key_removed", "rental.certificate_issued"} <= set(kinds)
+
+
+def test_a_session_is_two_events_with_who_from_where_how_long_and_how_much(
+    lab: Rental, renter: Renter, orion: Orion
+) -> None:
+    renter.orion("ssh", "lab", "head -c 100000 /dev/zero")
+
+    def closed() -> list[dict[str, object]]:
+        return [e.details for e in orion.events(rental_id=lab.id) if e.kind == "rental.session_closed"]
+
+    eventually("the end of the session is written down", closed, 10)
+    [told] = closed()
+    assert int(str(told["bytes_to_client"])) > 100_000
+    assert 0 < float(str(told["seconds"])) < 60
+    assert re.fullmatch(r"[0-9.]+", str(told["from"]))
+
+
+def test_a_shell_comes_back_by_itself_when_its_worker_dies_and_plain_ssh_as_well(
+    stack: Stack, lab: Rental, config: str, renter: Renter, figures: Figures
+) -> None:
+    renter.inside(lab, "echo precious > kept; sync")
+    stack.await_kind(0, "rental.copied", 30, rental_id=lab.id)
+    stack.await_no_brake()
+    with at_a_terminal([*COMMAND, "ssh", "lab"], renter.environment) as shell:
+        shell.shows("$ ", 30)
+        mark, began = stack.mark(), time.monotonic()
+        stack.docker("kill", stack.container_of(lab.worker_id).id)
+        shell.shows("is lost; coming back", BACK_WITHIN_S)
+        figures["docker kill to a word of it in the shell"] = f"{time.monotonic() - began:.1f} s"
+        shell.shows("is on another worker", BACK_WITHIN_S)
+        shell.shows("$ ", BACK_WITHIN_S)
+        figures["docker kill to a prompt on another worker"] = f"{time.monotonic() - began:.1f} s"
+        shell.type("cat kept; exit 5\n")
+        shell.shows("precious", 10)
+        assert shell.ends(10) == 5
+    stack.await_active(mark, lab, lab.epoch + 1)
+    again = renter.run(["ssh", "-F", config, "lab.orion", "cat kept"])
+    assert (again.stdout, again.stderr) == ("precious\n", ""), "the same command, without a word"
+
+
+def test_plain_ssh_waits_for_a_rental_that_is_on_the_move(
+    stack: Stack, lab: Rental, config: str, renter: Renter
+) -> None:
+    stack.await_no_brake()
+    machine = renter.run(["ssh", "-F", config, "lab.orion", "hostname"]).stdout
+    stack.docker("kill", stack.container_of(lab.worker_id).id)
+    moved = renter.run(["ssh", "-F", config, "-o", "BatchMode=yes", "lab.orion", "hostname"])
+    assert moved.returncode == 0, moved.stderr
+    assert moved.stdout != machine
+    assert "host key" not in moved.stderr.lower()
+
+
+def test_with_persist_a_break_on_the_way_gives_the_screen_back(lab: Rental, renter: Renter) -> None:
+    assert lab.name == "lab"
+    with a_way_that_breaks(urlsplit(renter.url).port or 80) as way:
+        there = {"ORION_URL": f"http://127.0.0.1:{way.port}", "ORION_TOKEN_FILE": str(renter.token_file)}
+        with at_a_terminal([*COMMAND, "ssh", "--persist", "lab"], renter.environment | there) as shell:
+            shell.shows("$ ", 30)
+            shell.type("MARK=only-in-this-shell\n")
+            shell.shows("$ ", 10)
+            way.cut()
+            shell.shows("is lost; coming back", BACK_WITHIN_S)
+            shell.shows("only-in-this-shell", BACK_WITHIN_S)
+            shell.type("clear; echo it is $MARK\n")
+            shell.shows("it is only-in-this-shell", 10)
+            shell.type("exit\n")
+            assert shell.ends(20) == 0
+
+
+class Way:
+    """Of bytes to a port of this machine, which may be cut and is open again at once."""
+
+    def __init__(self, to: int) -> None:
+        self._to = to
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listening.getsockname()[1])
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def cut(self) -> None:
+        for end in self._open:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._open.clear()
+
+    def close(self) -> None:
+        self._listening.close()
+        self.cut()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                here, _ = self._listening.accept()
+                there = socket.create_connection(("127.0.0.1", self._to))
+                self._open += [here, there]
+                for source, target in ((here, there), (there, here)):
+                    threading.Thread(target=self._carry, args=(source, target), daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while part := source.recv(65536):
+                target.sendall(part)
+            target.shutdown(socket.SHUT_WR)
+
+
+@contextmanager
+def a_way_that_breaks(to: int) -> Iterator[Way]:
+    way = Way(to)
+    yield way
+    way.close()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
