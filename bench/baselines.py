@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -74,6 +74,11 @@ class Baselines:
         asked = json.dumps({"rental_id": "nobody0000", "epoch": 1})
         script = "/usr/local/sbin/orion-rental lock || test $? -eq 3"
         return float(self._order(do="warm_ssh", worker=_known(worker), script=script, given=asked)["seconds"])
+
+    def session(self, command: Sequence[str], environment: Mapping[str, str], files: Mapping[str, str]) -> float:
+        """Seconds of a command of a renter, run where a worker takes connections from. `files`: beside it, private."""
+        done = self._order(do="session", command=list(command), environment=dict(environment), files=dict(files))
+        return float(done["seconds"])
 
     def nothing(self, worker: Mapping[str, Any]) -> float:
         """Seconds of `true` over the open connection."""

@@ -32,8 +32,8 @@ WAIT_S = 50
 KEEP_TRYING_S = 90.0
 """A worker that does not answer is found to be gone, and its rental made elsewhere, within less."""
 PAUSE_S = 1.0
-CHUNK_BYTES = 1 << 16
-MOST_WAITING = 1 << 18
+CHUNK_BYTES = 1 << 18
+MOST_WAITING = 1 << 20
 """Bytes in either direction that were taken and not given on."""
 PING_EVERY_S = 20.0
 """Keeps the connection alive in gateways on the way. No answer is no failure: a renter who stops reading (Ctrl-S, a
@@ -224,6 +224,16 @@ class Carrier:
         except OSError:
             self._reader_gone = True
 
+    def _written(self, content: bytes) -> int:
+        """How much of it stdout took at once, without a copy."""
+        try:
+            return os.write(1, content)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self._reader_gone = True
+            return len(content)
+
     def _receive(self) -> None:
         while self._incoming.closed is None and len(self._to_write) < MOST_WAITING:
             try:
@@ -241,7 +251,7 @@ class Carrier:
     def _take(self, part: bytes) -> None:
         try:
             for content in self._incoming.feed(part):
-                self._to_write += content
+                self._to_write += content if self._to_write else content[self._written(content) :]
                 self._last_sound = time.monotonic()
         except frames.ProtocolError as error:
             raise UnreadableReply(str(error)) from error

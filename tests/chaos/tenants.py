@@ -18,7 +18,6 @@ from stack import Stack
 
 from chaos.history import Asked, Shown
 from chaos.witness import COMPLAINTS, LINES
-from orion.cli.shell import ssh_arguments
 from orion.client import Orion
 from orion.errors import Conflict, NotFound, OrionError, Retryable, ServerFault
 from orion.wire import Rental, RentalState
@@ -55,7 +54,7 @@ class Session:
         self.of = (rental.epoch, rental.worker_id)
         command = f"python3 {WITNESS} {rental.id} {rental.epoch} {JOURNAL}"
         self._ssh = subprocess.Popen(
-            ssh_arguments(rental, renter.key, [command]),
+            renter.arguments(rental, command),
             env=renter.environment,
             cwd=renter.folder,
             stdin=subprocess.DEVNULL,

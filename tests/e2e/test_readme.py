@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,11 @@ def home(tmp_path: Path, renter: Renter) -> Path:
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m orion.cli "$@"\n')
     command.chmod(0o755)
+    # ssh looks for its configuration in the home that the system knows, whatever HOME says; and scp for ssh.
+    for name in ("ssh", "scp"):
+        program = tmp_path / "bin" / name
+        program.write_text(f'#!/bin/sh\nexec {shutil.which(name)} -F "$HOME/.ssh/config" "$@"\n')
+        program.chmod(0o755)
     return tmp_path
 
 
@@ -109,6 +115,15 @@ def test_the_full_flow_of_the_readme(stack: Stack, orion: Orion, reader: Reader,
     assert others, "the machine that was killed and started again was shown"
     if "orion" in block:  # logged in, killed; logged in elsewhere; started
         assert [line == first for line in others] == [True, False, True]
+
+
+def test_the_tools_of_the_readme(stack: Stack, orion: Orion, reader: Reader, home: Path) -> None:
+    machines = {one.hostname for one in stack.containers("worker")}
+    printed = reader.types("orion config-ssh")
+    assert len([line for line in printed if line in machines]) == 2
+    (rented,) = orion.rentals(name="desk", ended=True)
+    assert rented.state is RentalState.RELEASED
+    assert (home / ".ssh/config").read_bytes() == b""
 
 
 def test_the_playbooks_of_the_readme(rent: Rent, renter: Renter, reader: Reader) -> None:

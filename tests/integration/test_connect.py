@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import ssl
 import subprocess
@@ -82,28 +83,31 @@ async def _from_tcp(connection: ServerConnection, reader: asyncio.StreamReader) 
 
 
 async def run(
-    port: int, given: bytes, *, rental_id: str = "abcdefgh23", token: str = TOKEN, scheme: str = "http", ca: str = ""
-) -> subprocess.CompletedProcess[bytes]:
-    process = await start(port, rental_id=rental_id, token=token, scheme=scheme, ca=ca)
+    port: int, given: bytes, *, rental_id: str = "abcdefgh23", token: str = TOKEN, scheme: str = "http", ca: str = "",
+    host: str = "localhost", **environment: str,
+) -> subprocess.CompletedProcess[bytes]:  # fmt: skip
+    process = await start(port, rental_id=rental_id, token=token, scheme=scheme, ca=ca, host=host, **environment)
     out, err = await asyncio.wait_for(process.communicate(given), 20)
     return subprocess.CompletedProcess([], process.returncode or 0, out, err)
 
 
 async def start(
-    port: int, *, rental_id: str = "abcdefgh23", token: str = TOKEN, scheme: str = "http", ca: str = ""
-) -> asyncio.subprocess.Process:
+    port: int, *, rental_id: str = "abcdefgh23", token: str = TOKEN, scheme: str = "http", ca: str = "",
+    host: str = "localhost", **more: str,
+) -> asyncio.subprocess.Process:  # fmt: skip
     reading, writing = os.pipe()
     os.write(writing, token.encode())
     os.close(writing)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "ORION_URL": f"{scheme}://localhost:{port}",
+        "ORION_URL": f"{scheme}://{host}:{port}",
         "ORION_TOKEN_FILE": f"/dev/fd/{reading}",
         "ORION_CA_FILE": ca,
         # A forward proxy that is not there: this machine is reached without it.
         "http_proxy": "http://127.0.0.1:9",
         "https_proxy": "http://127.0.0.1:9",
+        **more,
     }
     pipe = subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
@@ -277,6 +281,65 @@ async def test_tls_is_verified_and_a_given_certificate_is_enough(tmp_path: Path)
     assert (trusted.stdout, trusted.returncode) == (b"END\xff", 0)
     assert (unknown.stdout, unknown.returncode) == (b"", 5)
     assert b"--ca-file" in unknown.stderr
+
+
+async def test_a_forward_proxy_is_asked_for_the_platform_and_nothing_else() -> None:
+    asked: list[bytes] = []
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        there, back = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        with suppress(ConnectionError):
+            await asyncio.gather(_pour(reader, back), _pour(there, writer))
+
+    async with platform(echo) as port, await asyncio.start_server(forward, "127.0.0.1", 0) as proxy:
+        address = f"http://somebody:se%20cret@127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+        done = await run(port, b"END\xff", host="platform.example", http_proxy=address)
+    assert (done.stdout, done.returncode) == (b"END\xff", 0), done.stderr
+    assert asked[0].startswith(f"CONNECT platform.example:{port} HTTP/1.1\r\n".encode())
+    assert b"Proxy-Authorization: Basic c29tZWJvZHk6c2UgY3JldA==\r\n" in asked[0]
+    assert TOKEN.encode() not in asked[0]
+
+
+async def _pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while part := await reader.read(65536):
+        writer.write(part)
+    writer.close()
+
+
+async def test_how_it_ended_is_told_to_who_asked_for_it(tmp_path: Path) -> None:
+    async def moved(connection: ServerConnection) -> None:
+        await connection.close(4001, "its worker is down")
+
+    report = tmp_path / "report"
+    async with platform(moved) as port:
+        lost = await run(port, b"", ORION_CONNECT_REPORT=str(report))
+    told = json.loads(report.read_text())
+    assert (told["lost"], told["there"]) == (True, True)
+    assert told["reason"].endswith("its worker is down")
+    assert lost.stderr == b"orion: the rental is not on that worker any more: its worker is down\n"
+    async with platform(echo) as port:
+        await run(port, b"END\xff", ORION_CONNECT_REPORT=str(report))
+    assert json.loads(report.read_text())["lost"] is False, "stdin had ended: it was ssh's own end"
+
+
+async def test_a_worker_that_does_not_answer_yet_is_tried_again() -> None:
+    tries = 0
+
+    def not_yet(connection: ServerConnection, _request: Request) -> Response | None:
+        nonlocal tries
+        tries += 1
+        if tries > 2:
+            return None
+        reply = connection.respond(HTTPStatus.BAD_GATEWAY, '{"code": "worker_unreachable", "detail": "no answer"}')
+        reply.headers["Content-Type"] = "application/problem+json"
+        return reply
+
+    async with serve(echo, "127.0.0.1", 0, process_request=not_yet, compression=None, close_timeout=0.2) as server:
+        done = await run(server.sockets[0].getsockname()[1], b"END\xff")
+    assert (done.stdout, done.returncode) == (b"END\xff", 0)
+    assert done.stderr == b"orion: no answer; trying again\n", "said once"
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:

@@ -215,6 +215,26 @@ async def test_what_is_not_relayed_closes_with_its_reason(frame: str | bytes, co
         assert (await gateway.relayed.get()).to_worker == 0
 
 
+async def test_a_frame_of_a_gigabyte_is_refused_by_its_header() -> None:
+    """Nobody waits for what it announces, and no memory is taken for it."""
+    async with gateway_to(echo) as gateway, gateway.client() as client:
+        head = b"\x82\xff" + (1 << 30).to_bytes(8, "big") + b"mask"
+        client.transport.write(head)
+        with pytest.raises(ConnectionClosed):
+            await client.recv()
+        assert client.close_code == 1009
+        assert (await gateway.relayed.get()).to_worker == 0
+
+
+async def test_a_message_in_many_frames_is_bounded_as_one() -> None:
+    async with gateway_to(echo) as gateway, gateway.client() as client:
+        part = b"x" * 65536
+        with pytest.raises(ConnectionClosed):
+            await client.send(part for _ in range(1 << 14))
+        assert client.close_code == 1009
+        assert (await gateway.relayed.get()).to_worker == 0
+
+
 async def test_the_largest_frame_is_relayed() -> None:
     async with gateway_to(echo) as gateway, gateway.client() as client:
         await client.send(b"x" * MAX_FRAME_BYTES)

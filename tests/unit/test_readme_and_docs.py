@@ -122,6 +122,8 @@ def _check_call(words: list[str]) -> None:
         name = words.pop(0)
         assert name in command.commands, f"there is no orion {name}"
         command = command.commands[name]
+        if hasattr(command, "commands"):  # such as the rental in `orion keys RENTAL ls`
+            words = words[sum(parameter.param_type_name == "argument" for parameter in command.params) :]
     options |= {option for parameter in command.params for option in parameter.opts}
     for word in words:
         assert not re.match(r"--?[a-z]", word) or word in options, f"orion {command.name} has no {word}"

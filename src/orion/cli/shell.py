@@ -19,6 +19,7 @@ from orion.cli import durations, keys, output, staying
 from orion.cli.rentals import situation
 from orion.cli.session import AsJson, RentalName, platform
 from orion.client import ENDED, Orion
+from orion.connect import main as relay
 from orion.errors import Ended, InvalidInput, LocalFault, OrionError, StillWaiting, UnreadableReply
 from orion.ssh_rentals import check_authority, check_names, connect_command
 from orion.wire import Rental, RentalState
@@ -123,6 +124,13 @@ def _identity(found: Rental, identity: Path | None) -> Path | None:
 def _opening(rental: Rental, wish: Wish) -> list[str]:
     with platform() as (orion, _tell):
         return _arguments(orion, rental, wish)
+
+
+def connect(
+    rental_id: Annotated[str, typer.Argument(metavar="RENTAL_ID", help="Its id.", show_default=False)],
+) -> None:
+    """What ssh runs for each session: stdin and stdout become one SSH connection. See config-ssh."""
+    raise typer.Exit(relay([rental_id]))  # cli/__init__.py does so without loading any of this
 
 
 def ssh_arguments(rental: Rental, authority: str, wish: Wish, certificate: Path | None = None) -> list[str]:

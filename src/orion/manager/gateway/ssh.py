@@ -20,7 +20,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from orion.manager.engine.port import Host
 
 CONNECT_TIMEOUT_S = 5.0
-READ_BYTES = 64 * 1024
+READ_BYTES = 256 * 1024
 MAX_FRAME_BYTES = 1 << 20
 STALLED_AFTER_S = 120
 """A worker that takes nothing for so long, or whose machine is gone, ends the relay. Longer than a takeover."""

@@ -1,0 +1,170 @@
+"""What the way in costs: opening a session, copying 1 GB, and 200 sessions in which nothing happens.
+
+A worker takes SSH from the manager's address alone, so all of it runs in the manager's container, the direct way and
+the way through the door in turn: the same ssh, the same sshd, the same machine. The way through the door is the whole
+of it: `orion connect` as ssh's ProxyCommand, Nginx, the manager, the worker.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from bench.baselines import Baselines, baselines
+from bench.calls import Caller
+from bench.figures import median
+from bench.processes import family, memory_mb
+from bench.report import Result
+from bench.stack import Stack, running, wait_until
+from orion import frames, stream
+from orion.login import Login
+from orion.ssh import pinned_host_arguments
+
+GIGABYTE = 1 << 30
+RENTALS = 6
+IDLE = 200
+INSIDE = "/tmp/orion-bench"  # noqa: S108 - as inside_app.py has it
+PYTHON = "/opt/orion/venv/bin/python"
+SETTLED_S = 2.0
+
+
+class Ways:
+    """The same rental, directly and through the door."""
+
+    def __init__(self, stack: Stack, rental: dict[str, Any], worker: dict[str, Any], authority: str, key: str) -> None:
+        self._rental = rental
+        self._worker = worker
+        self._authority = authority
+        self.files = {"key": key, "ca.pem": stack.inside("manager_proxy", "cat", "/etc/orion-tls/tls.crt")}
+
+    def direct(self, program: str, *rest: str) -> list[str]:
+        pinned = pinned_host_arguments(self._worker["id"], self._worker["ssh_host_keys"])
+        return [program, *self._common(), *pinned, *self._to(rest)]
+
+    def door(self, program: str, *rest: str) -> list[str]:
+        connect = shlex.join([PYTHON, "-P", "-m", "orion.connect", self._rental["id"]])
+        verified = [
+            "-o", f"ProxyCommand={connect}", "-o", "StrictHostKeyChecking=yes",
+            "-o", f"HostKeyAlias={self._rental['id']}.orion", "-o", f"KnownHostsCommand=/bin/echo {self._authority}",
+            "-o", "UserKnownHostsFile=none", "-o", "GlobalKnownHostsFile=none",
+        ]  # fmt: skip
+        return [program, *self._common(), *verified, *self._to(rest)]
+
+    def _common(self) -> list[str]:
+        return ["-F", "none", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-i", f"{INSIDE}/key"]
+
+    def _to(self, rest: tuple[str, ...]) -> list[str]:
+        target = f"{self._rental['username']}@{self._worker['address']}"
+        return [part.replace("TARGET", target) for part in rest]
+
+
+def measure(openings: int, copies: int) -> Result:
+    result = Result("sessions", "The way in, beside ssh to the same sshd")
+    with running(3, {"ORION_SLOTS": "4"}) as stack, stack.caller() as door:
+        key = stack.folder / "key"
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+        public_key = key.with_suffix(".pub").read_text().strip()
+        rentals = [_rent(door, public_key) for _ in range(RENTALS)]
+        authority = door.must("GET", "/api/ssh-authority").body["known_hosts"]
+        workers = {worker["id"]: worker for worker in stack.ready_workers()}
+        ways = Ways(stack, rentals[0], workers[rentals[0]["worker_id"]], authority, key.read_text())
+        with baselines(stack, public_key) as inside:
+            inside.open(workers[rentals[0]["worker_id"]])  # makes its folder
+            _openings(result, inside, ways, openings)
+            _copies(result, inside, ways, copies)
+        _idle(result, stack, rentals)
+    return result
+
+
+def _openings(result: Result, inside: Baselines, ways: Ways, rounds: int) -> None:
+    direct, through, secure = [], [], []
+    for _ in range(rounds):
+        direct.append(inside.session(ways.direct("ssh", "TARGET", "true"), {}, ways.files))
+        through.append(inside.session(ways.door("ssh", "TARGET", "true"), _plain(), ways.files))
+        secure.append(inside.session(ways.door("ssh", "TARGET", "true"), _tls(), ways.files))
+    result.times("ssh, and `true`: directly", direct)
+    result.times("the same through the door, HTTP", through)
+    result.times("the same through the door, TLS", secure)
+    result.at_most("opening through the door over directly, p50", median(through) / median(direct), 1.5)
+
+
+def _copies(result: Result, inside: Baselines, ways: Ways, rounds: int) -> None:
+    inside.session(ways.direct("ssh", "TARGET", f"truncate -s {GIGABYTE} large"), {}, ways.files)
+    copy = ("-q", "TARGET:large", "/dev/null")
+    direct, through, secure = [], [], []
+    for _ in range(rounds):
+        direct.append(GIGABYTE / 1e6 / inside.session(ways.direct("scp", *copy), {}, ways.files))
+        through.append(GIGABYTE / 1e6 / inside.session(ways.door("scp", *copy), _plain(), ways.files))
+        secure.append(GIGABYTE / 1e6 / inside.session(ways.door("scp", *copy), _tls(), ways.files))
+    result.value("scp of 1 GB: directly", "MB/s", median(direct))
+    result.value("the same through the door, HTTP", "MB/s", median(through))
+    result.value("the same through the door, TLS", "MB/s", median(secure))
+    result.at_least("scp through the door over directly, HTTP", median(through) / median(direct), 0.4)
+    result.value("scp through the door over directly, TLS", "", median(secure) / median(direct))
+
+
+def _idle(result: Result, stack: Stack, rentals: list[dict[str, Any]]) -> None:
+    """Sessions that stand at sshd's greeting: what the manager keeps of one does not depend on what it carries."""
+    account = Login(f"http://127.0.0.1:{stack.http_port}", stack.token)
+    manager = _manager(stack)
+    before = memory_mb(manager)
+    with ExitStack() as open_ones:
+        for number in range(IDLE):
+            rental_id = rentals[number % len(rentals)]["id"]
+            open_ones.enter_context(_session(account, rental_id))
+        time.sleep(SETTLED_S)
+        during = memory_mb(manager)
+    result.value(f"the manager's memory before {IDLE} sessions", "MB", before)
+    result.value(f"with {IDLE} sessions", "MB", during)
+    result.at_most(f"{IDLE} idle sessions cost the manager", during - before, 100, " MB")
+
+
+def _session(account: Login, rental_id: str) -> Any:
+    upgrade = {
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": frames.new_key(),
+    }
+    connection = stream.connect(account, 20)
+    head, _ = stream.ask(connection, account, f"/api/rentals/{rental_id}/ssh", upgrade)
+    if head.status != 101:
+        raise RuntimeError(
+            f"a session was answered with {head.status}: {stream.rest_of_refusal(connection, head, b'')!r}"
+        )
+    return connection
+
+
+def _manager(stack: Stack) -> int:
+    for pid in family(stack.pid("manager_app")):
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:3] == [b"-m", b"orion.manager.app"]:
+                return pid
+    raise ProcessLookupError("there is no manager")
+
+
+def _rent(door: Caller, public_key: str) -> dict[str, Any]:
+    rental: dict[str, Any] = door.must("POST", "/api/rent", {"ssh_public_key": public_key, "wait_s": 50}).body
+    wait_until("it is active", lambda: _state(door, rental["id"]) == "active", 30)
+    return dict(door.must("GET", f"/api/rentals/{rental['id']}").body)
+
+
+def _state(door: Caller, rental_id: str) -> str:
+    return str(door.must("GET", f"/api/rentals/{rental_id}").body["state"])
+
+
+def _plain() -> dict[str, str]:
+    return {}
+
+
+def _tls() -> dict[str, str]:
+    token = "/var/lib/orion/secrets/admin_token"  # noqa: S105 - where it is
+    return {
+        "ORION_URL": "https://manager_proxy",
+        "ORION_TOKEN_FILE": token,
+        "ORION_CA_FILE": f"{INSIDE}/ca.pem",
+    }

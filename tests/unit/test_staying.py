@@ -1,0 +1,82 @@
+"""ssh as a child: its status is ours, signals go where they should, and what ended it is known."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from orion.cli import staying
+
+REPORTS = (
+    "import json, os, sys; open(os.environ['ORION_CONNECT_REPORT'], 'w').write(sys.argv[1]); sys.exit(int(sys.argv[2]))"
+)
+
+
+def python(program: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", program, *arguments]
+
+
+@pytest.mark.parametrize(
+    ("told", "status", "lost"),
+    [
+        ({"lost": True, "there": True, "reason": "its worker is down"}, 255, True),
+        ({"lost": True}, 0, False),
+        ({"lost": True}, 1, False),
+        ({"lost": False}, 255, False),
+        ({}, 255, False),
+        ([], 255, False),
+    ],
+)
+def test_only_what_was_lost_and_not_ended_is_lost(told: object, status: int, lost: bool) -> None:
+    left = staying.run(python(REPORTS, json.dumps(told), str(status)))
+    assert (left.status, left.lost) == (status, lost)
+    if lost:
+        assert (left.there, left.reason) == (True, "its worker is down")
+
+
+def test_without_a_report_it_was_ssh_s_own_end() -> None:
+    assert staying.run(python("import sys; sys.exit(255)")) == staying.Left(255, lost=False, there=False, reason="")
+
+
+def test_who_was_killed_has_the_status_that_a_shell_tells() -> None:
+    assert staying.run(python("import os; os.kill(os.getpid(), 9)")).status == 137
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_from_elsewhere_is_passed_on(number: signal.Signals, tmp_path: Path) -> None:
+    """As ours, while ssh runs: it ends, and we go on to say so."""
+    ready = tmp_path / "ready"
+    program = (
+        f"import signal, sys, pathlib; signal.signal({int(number)}, lambda *_: sys.exit(7)); "
+        f"pathlib.Path({str(ready)!r}).touch(); signal.pause()"
+    )
+
+    def send() -> None:
+        while not ready.exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert staying.run(python(program)).status == 7
+    sender.join()
+
+
+def test_who_stops_itself_stops_us_and_goes_on_with_us() -> None:
+    """As ~^Z of ssh does: the shell must get its terminal back."""
+    child = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP); raise SystemExit(5)"
+    ours = f"import sys; from orion.cli import staying; sys.exit(staying.run([sys.executable, '-c', {child!r}]).status)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen(python(ours), env=environment) as process:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(20) == 5
