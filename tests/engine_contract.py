@@ -61,6 +61,12 @@ def account(job: Job) -> Account:
     return Account(job.username, job.uid, job.epoch, job.public_keys, unlocked=True)
 
 
+def certificate(job: Job) -> str:
+    """What its worker could show to this rental's renter."""
+    authority = Authority(*AUTHORITIES, time.time)
+    return authority.host_certificate(authority.next_serial(), "w-any", job.host.host_keys, [job.rental_id]).line
+
+
 def assert_done(outcome: Outcome) -> None:
     assert outcome.ok, outcome.message
 
@@ -117,16 +123,16 @@ class EngineContract:
     async def test_a_lower_epoch_is_refused_and_changes_nothing(self, bench: Bench, action: Action) -> None:
         job = new_job(bench.host, epoch=3)
         await bench.engine.run(job)
-        outcome = await bench.engine.run(replace(job, action=action, epoch=2, public_keys=(OTHER_KEY,)))
+        line = certificate(job) if action is Action.CERTIFY else ""
+        older = replace(job, action=action, epoch=2, public_keys=(OTHER_KEY,), host_certificate=line)
+        outcome = await bench.engine.run(older)
         assert not outcome.ok
         assert "epoch 2" in outcome.message
         assert (await bench.accounts())[job.rental_id] == account(job)
 
     async def test_a_certificate_is_for_the_very_epoch_that_is_there(self, bench: Bench) -> None:
         job = new_job(bench.host, epoch=2)
-        authority = Authority(*AUTHORITIES, time.time)
-        issued = authority.host_certificate(authority.next_serial(), "w-any", job.host.host_keys, [job.rental_id])
-        certify = replace(job, action=Action.CERTIFY, host_certificate=issued.line, public_keys=())
+        certify = replace(job, action=Action.CERTIFY, host_certificate=certificate(job), public_keys=())
         assert not (await bench.engine.run(certify)).ok, "there is no such rental"
         await bench.engine.run(job)
         assert not (await bench.engine.run(replace(certify, epoch=3))).ok
