@@ -48,6 +48,7 @@ def home(tmp_path: Path, renter: Renter) -> Path:
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m orion.cli "$@"\n')
     command.chmod(0o755)
+    (tmp_path / ".ssh/config").touch()
     # ssh looks for its configuration in the home that the system knows, whatever HOME says; and scp for ssh.
     for name in ("ssh", "scp"):
         program = tmp_path / "bin" / name

@@ -19,6 +19,7 @@ TITLES = {
     405: "Method not allowed",
     409: "Conflict",
     422: "Invalid request",
+    429: "Too many requests",
     500: "Internal error",
     502: "Bad gateway",
     503: "Not available",
