@@ -39,6 +39,13 @@ def test_a_certificate_is_never_signed_for_nobody() -> None:
         authority().host_certificate(1, "w-one", [host_key(1)], [])
 
 
+@pytest.mark.parametrize("key", ["ssh-ed25519 AAAA", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAAWE=", "ssh-rsa AAAA"])
+def test_what_is_no_key_of_a_host_keeps_nobody_from_making_rentals_there(key: str) -> None:
+    """A worker says what its keys are; whether they are is found out when it is reached."""
+    with pytest.raises(NothingToSign):
+        authority().host_certificate(1, "w-one", [key], ["abcdefghij"])
+
+
 def test_a_certificate_of_a_user_is_none_of_a_host() -> None:
     line, _ = authority().user_certificate(host_key(2), "abcdefghij", 3, "alice", "172.20.0.3", 60)
     with pytest.raises(ValueError, match="of a host"):

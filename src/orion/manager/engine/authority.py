@@ -57,9 +57,13 @@ class Authority:
         key = next((key for key in host_keys if key.startswith(f"{ED25519} ")), None)
         if key is None:
             raise NothingToSign(f"worker {worker_id} has no host key of kind {ED25519}")
+        try:
+            public_key = asyncssh.import_public_key(key)
+        except asyncssh.KeyImportError as error:
+            raise NothingToSign(f"the host key of worker {worker_id} is none: {error}") from error
         now = self._wall()
         made = self._hosts.generate_host_certificate(
-            asyncssh.import_public_key(key),
+            public_key,
             worker_id,
             serial=serial,
             principals=[host_name(rental_id) for rental_id in named],
