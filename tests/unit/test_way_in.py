@@ -9,9 +9,11 @@ import pytest
 from support.house import House
 from support.way_in import Sshds, coming_in
 
+from orion.manager.domain.model import Event
 from orion.manager.gateway.sessions import Limits
 from orion.manager.gateway.ssh import MOVED
 from orion.manager.store import tokens
+from orion.manager.store.database import record
 
 
 async def token_of(house: House, name: str, role: str = "client") -> str:
@@ -109,6 +111,21 @@ async def test_a_release_ends_the_sessions_of_that_rental_alone(house: House, ss
         assert staying.heard.empty()
         await staying.leave()
     assert len(sshds.connected) == 2
+
+
+async def test_what_ends_of_another_epoch_ends_no_session(house: House, sshds: Sshds) -> None:
+    await house.join()
+    rental = await house.rent()
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        assert await client.is_in()
+        for epoch in (rental["epoch"] - 1, rental["epoch"] + 1):
+            other = Event("placement.failed", "reconciler", "it came to nothing", rental_id=rental["id"], epoch=epoch)
+            await house.store.write(record, other)
+        assert client.heard.empty()
+        its_own = Event("placement.lost", "reconciler", "its worker is down", rental_id=rental["id"], epoch=1)
+        await house.store.write(record, its_own)
+        assert (await client.hears())["code"] == MOVED
+    assert len(sshds.connected) == 1
 
 
 async def test_every_session_is_two_events_and_never_what_was_said(house: House, sshds: Sshds) -> None:

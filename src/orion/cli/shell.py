@@ -164,9 +164,7 @@ def ssh_arguments(rental: Rental, authority: str, wish: Wish, certificate: Path 
     ]  # fmt: skip
 
 
-def _wish(
-    rental: Rental, command: Sequence[str], identity: Path | None, tty: bool, cert: bool, persist: bool
-) -> Wish:
+def _wish(rental: Rental, command: Sequence[str], identity: Path | None, tty: bool, cert: bool, persist: bool) -> Wish:
     if cert and identity is None and keys.identity_of(rental.id) is None:
         identity = keys.public_key(None)[1]
     known = _identity(rental, identity)

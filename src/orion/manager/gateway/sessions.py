@@ -105,8 +105,9 @@ class Sessions:
             if event.kind not in ENDS or event.rental_id not in self._listening:
                 continue
             for session in self._listening[event.rental_id]:
-                # One that has not looked yet has epoch 0, and might have looked just before.
-                if session.epoch <= (event.epoch or 0):
+                # One that has not looked yet has epoch 0, and might have looked just before. What ends of another
+                # epoch is no concern of it: a placement that was, or one that was made beside it and came to nothing.
+                if session.epoch in {0, event.epoch}:
                     session.end(event.reason)
 
     def note_begin(self, session: Session) -> None:
