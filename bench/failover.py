@@ -65,18 +65,20 @@ def measure(runs: int) -> Result:
     result = Result("failover", "A worker is lost, or the platform restarts")
     with running(WORKERS, SETTINGS) as stack:
         scene = Scene(stack)
-        killed, many = _killed(scene, runs), _many_killed(scene, max(2, runs // 5))
+        moved, killed, many = _moved(scene, runs), _killed(scene, runs), _many_killed(scene, max(2, runs // 5))
         cut = _cut_off(scene, CUT_AT_ONCE)
     with running(WORKERS, SETTINGS | {"ORION_CLOCK_SCALE": str(TENTH)}) as stack:
         scene = Scene(stack)
         cut_at_a_tenth = _cut_off(scene, runs)
         restarts = _restarts(scene, runs)
+    moved.tell(result, "a planned move of 100 MB: held to active elsewhere")
     killed.tell(result, "docker kill to active again elsewhere, 10 MB")
     many.tell(result, f"docker kill to all {MANY} active elsewhere")
     cut.tell(result, "docker network disconnect to active elsewhere")
     cut_at_a_tenth.tell(result, "the same with all clocks at a tenth")
     for service, case in restarts.items():
         case.tell(result, f"docker restart of {service} to all {WORKERS} workers ready")
+    result.at_most("a planned move of 100 MB: the longest pause", max(moved.seconds), 1, " s")
     result.at_most("killed, 10 MB: p50", median(killed.seconds), 2, " s")
     result.at_most("killed, 10 MB: p99", summary(killed.seconds).p99, 3, " s")
     result.at_most(f"killed with {MANY} rentals: the slowest", max(many.seconds), 15, " s")
@@ -158,6 +160,26 @@ class Scene:
         found = self.renter.runs(self.rental(rental_id), CHECKSUM)
         if found != checksum:
             raise RuntimeError(f"the files of {rental_id} are not what they were")
+
+
+def _moved(scene: Scene, runs: int) -> Case:
+    """One rental with 100 MB is moved again and again; its renter can do nothing from the hold until it is active."""
+    rental, checksum = scene.rent(1_000_000)
+    case = Case()
+    for _ in range(runs):
+        before, after, began = scene.rental(rental["id"]), scene.last_event(), time.time()
+        scene.door.must("POST", f"/api/rentals/{rental['id']}/migrate?wait_s=50")
+        events = scene.await_active(after, {rental["id"]: before["epoch"] + 1})
+        held, switched, active = (_at(events, f"rental.{kind}") for kind in ("held", "moved", "activated"))
+        time.sleep(1.1)  # what the engine did is written down once a second
+        log = scene.door.must("GET", f"/api/rentals/{rental['id']}/log").body["items"]
+        frozen = next(_unix(one["at"]) for one in log if one["action"] == "freeze" and _unix(one["at"]) > held)
+        steps = {"(asked for -> held: filled while it runs)": held - began, "held -> it stands still": frozen - held}
+        steps |= {"it stands still -> all of it is there": switched - frozen, "-> active": active - switched}
+        case.add(active - held, steps)
+        scene.check(rental["id"], checksum)
+    scene.release(rental["id"])
+    return case
 
 
 def _killed(scene: Scene, runs: int) -> Case:

@@ -1,7 +1,8 @@
 #!/usr/bin/python3 -Es
 """The agent: the main process of a worker's container. If it dies, the container goes.
 
-It locks all rentals, starts sshd and keeps it alive, calls home for ever, and on SIGTERM locks, says goodbye and ends.
+It locks all rentals, starts sshd and keeps it alive, and calls home for ever. On SIGTERM it waits until the manager has
+taken its rentals to other workers, or parked them, as long as the grace lasts; then it locks, says goodbye and ends.
 The calls are made in a thread of their own, so that a slow request never delays the goodbye; and the fence has one, so
 that nothing delays the freezing of what may not run any more.
 """
@@ -27,6 +28,7 @@ from node import Node, Settings, settings_from
 from watched import PLACE, Watched
 
 LOOK_EVERY_S = 0.5
+LOOK_OFTEN_S = 0.1
 AFTER_A_FAULT_S = 5.0
 RENTERS_OOM_SCORE = 500
 RENTERS_NICENESS = 5
@@ -108,11 +110,10 @@ def call_for_ever(home: CallHome, stopping: threading.Event, hurry: threading.Ev
 
 
 def run(settings: Settings) -> None:
-    stopping, hurry = threading.Event(), threading.Event()
+    told, stopping, hurry = threading.Event(), threading.Event(), threading.Event()
 
     def stop(*_: object) -> None:
-        stopping.set()
-        hurry.set()
+        told.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
@@ -133,9 +134,17 @@ def run(settings: Settings) -> None:
     for work in (fence.run, watched.run):
         threading.Thread(target=work, daemon=True).start()
     threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True).start()
-    while not stopping.wait(LOOK_EVERY_S):
+    while not told.wait(LOOK_EVERY_S):
         sshd.look_after()
     say("told to stop")
+    home.vacate()
+    hurry.set()
+    last_moment = time.monotonic() + settings.stop_grace_s
+    while home.is_vacating() and time.monotonic() < last_moment:
+        sshd.look_after()
+        time.sleep(LOOK_OFTEN_S)
+    stopping.set()
+    hurry.set()
     home.leave()
     home.say_goodbye()
     sshd.stop()

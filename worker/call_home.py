@@ -35,6 +35,10 @@ from node import Log, Node
 
 REQUEST_TIMEOUT_S = 5.0
 GOODBYE_TIMEOUT_S = 3.0
+VACATING_BEAT_S = 0.4
+"""Between calls while the manager takes away what is here: each shows what is left, and takes what to do with it."""
+VACATING_PATIENCE_S = 6.0
+"""How long a manager that takes things away may be silent: it may have been killed, and another be about to go on."""
 TOKEN_POLL_S = 1.0
 LARGEST_REPLY_BYTES = 4 * 2**20
 
@@ -108,6 +112,7 @@ class CallHome:
         self._waiting_for_token = False
         self._obeying = threading.Lock()
         self._leaving = False
+        self._vacating_since: float | None = None
         self.standing = Standing()
         self.unwatched_at: float | None = None
         """When the manager's watch on this worker last ended; set by who sees it (watched.py)."""
@@ -135,7 +140,19 @@ class CallHome:
 
     def due_s(self) -> float:
         """How long the next call may wait at most: shorter than what `step` said, when the watch has ended since."""
-        return ask_within_s(self.standing, self.unwatched_at, self._clock())
+        within_s = ask_within_s(self.standing, self.unwatched_at, self._clock())
+        return within_s if self._vacating_since is None else min(within_s, VACATING_BEAT_S)
+
+    def vacate(self) -> None:
+        """Ask the manager, from the next call on, to take away what is here. It goes on meanwhile."""
+        self._vacating_since = self._clock()
+
+    def is_vacating(self) -> bool:
+        """Whether there is a point in waiting: something is left here, and a manager that answers takes it away."""
+        if self._vacating_since is None or self._session is None or not self._node.inventory():
+            return False
+        heard_at = max(self._vacating_since, self.standing.acknowledged_at or 0.0)
+        return self._clock() - heard_at < VACATING_PATIENCE_S
 
     def leave(self) -> None:
         """From here on no reply, not even one that is on its way, can let a renter in."""
@@ -154,6 +171,7 @@ class CallHome:
         session = self._session
         if session is None:
             return None
+        self._vacating_since = None
         body = {**self._heartbeat_body(session), "leaving": True}
         return Call("/api/heartbeat", session.worker_token, body, GOODBYE_TIMEOUT_S)
 
@@ -220,10 +238,11 @@ class CallHome:
         self._session = replace(session, lease_s=lease_s, door_answer_s=door_answer_s)
         self._acknowledge(self._session, sent_at)
         self._obey(placements, sent_at)
-        return interval_s
+        return interval_s if self._vacating_since is None else min(interval_s, VACATING_BEAT_S)
 
     def _heartbeat_body(self, session: Session) -> dict[str, Any]:
         return {
+            **({"vacating": True} if self._vacating_since is not None else {}),
             "session_id": session.session_id,
             "seq": next(self._sequence),
             "load": self._node.load(),

@@ -21,8 +21,10 @@ import re
 import resource
 import select
 import signal
+import stat
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +63,8 @@ class Wish:
     max_bytes: int = 0
     generation: str = ""
     """The copy that is received, kept in the record."""
+    moving: bool = False
+    """For a planned move: nothing may be left behind because its renter has shut its home to itself."""
 
 
 class Keeper(Protocol):
@@ -86,8 +90,10 @@ def carry(direction: str, keeper: Keeper, homes: Path) -> int:
             record = allowed(direction, ledger, wish)
             if direction == "salvage":
                 keeper.lay_down(record)
-            enter(homes / record.username, record.uid)
+            enter(homes / record.username, record.uid, wish.moving)
             told = look_through(direction, keeper, record, wish)
+            if direction == "send":
+                keeper.freezer.spare(record, os.getpid())
             become(record.uid)
         except (ValueError, TypeError) as error:
             return _answer(2, {"error": f"request not understood: {error}", "code": "invalid_request"})
@@ -126,7 +132,7 @@ def allowed(direction: str, ledger: Ledger, wish: Wish) -> Record:
     return record
 
 
-def enter(home: Path, uid: int) -> None:
+def enter(home: Path, uid: int, open_it: bool = False) -> None:
     """Its home is the current directory. Raises Refused where that is not the renter's own directory."""
     try:
         folder = os.open(home, traces.OPEN_FOLDER)
@@ -135,6 +141,8 @@ def enter(home: Path, uid: int) -> None:
     try:
         if os.fstat(folder).st_uid != uid:
             raise Refused("no_home", "its home is not its own")
+        if open_it:
+            os.fchmod(folder, stat.S_IMODE(os.fstat(folder).st_mode) | 0o700)
         os.fchdir(folder)
     finally:
         os.close(folder)
@@ -155,10 +163,10 @@ def look_through(direction: str, keeper: Keeper, record: Record, wish: Wish) -> 
     """What there is to send. Raises Refused; a home that runs and holds more than it may is frozen then."""
     if direction == "receive":
         return {}
-    if direction == "send" and (what := keeper.freezer.is_over(record.rental_id)):
+    if direction == "send" and not wish.moving and (what := keeper.freezer.is_over(record.rental_id)):
         raise Refused("over_limit", f"{what}; {WAY_OUT}")  # it stands still: nothing is to be counted again
-    answer = measured_by_the_renter(record.uid, wish)
-    if answer.get("code") == "over_limit" and direction == "send":
+    answer = measured_by_the_renter(record.uid, wish, lambda counting: keeper.freezer.spare(record, counting))
+    if answer.get("code") == "over_limit" and direction == "send" and not wish.moving:
         held = keeper.hold_over(record, str(answer["error"]))
         raise Refused("over_limit", f"{answer['error']}; {WAY_OUT if held else SPARED}", {"held": held})
     if "code" in answer:
@@ -166,7 +174,7 @@ def look_through(direction: str, keeper: Keeper, record: Record, wish: Wish) -> 
     return answer
 
 
-def measured_by_the_renter(uid: int, wish: Wish) -> dict[str, Any]:
+def measured_by_the_renter(uid: int, wish: Wish, spare: Callable[[int], None] = lambda _pid: None) -> dict[str, Any]:
     """What `measure` finds in a process that is the renter, so that this one may still freeze it."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -174,6 +182,7 @@ def measured_by_the_renter(uid: int, wish: Wish) -> dict[str, Any]:
         _measure_and_tell(uid, wish, writing)
     os.close(writing)
     try:
+        spare(child)
         ready, _, _ = select.select([reading], [], [], max(0.0, wish.deadline - time.time()))
         told = os.read(reading, LONGEST_REQUEST) if ready else b""
     finally:

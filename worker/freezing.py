@@ -12,11 +12,11 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ledger import Record, Refused
-from stillness import Vigil, stopped_processes, wake
+from stillness import Vigil, started_at, stopped_processes, wake
 
 OVER_LIMIT = "over_limit"
 SPARED_S = 600.0
@@ -36,12 +36,15 @@ class Mark:
     """When an order froze it (CLOCK_BOOTTIME): no reply to a call that was sent before may thaw it."""
     over: str = ""
     """What its home holds too much of: then no reply at all thaws it, only an order."""
+    move: int = 0
+    """The planned move for which an order froze it, by a number that only rises: no order of an earlier thaws it."""
 
 
 class Freezer:
     def __init__(self, root: Path) -> None:
         self._folder = root / "run/orion/frozen"
         self._spared = root / "run/orion/spared"
+        self._copying = root / "run/orion/copying"
         self._no_lease = root / "run/orion/no-lease"
         self._lock = root / "run/orion/freezing.lock"
 
@@ -82,18 +85,35 @@ class Freezer:
             return False
         return bool(epoch == record.epoch and now < until)
 
-    def freeze(self, record: Record, ordered_at: float | None, over: str = "") -> tuple[bool, int]:
+    def freeze(self, record: Record, ordered_at: float | None, over: str = "", move: int = 0) -> tuple[bool, int]:
         """By an order, or because its home is `over` its limits.
 
-        Whether it was not frozen before, and how many processes were killed for fighting it.
+        Whether it was not frozen before, and how many processes were killed for fighting it. Nothing is spared any
+        more, so that all stands still when it returns.
         """
         with self.locked(COMMAND_WAITS_S) as mine:
             if not mine:
                 raise Refused("busy", "something else is being frozen or thawed; try again")
             mark = self._read(record.rental_id)
             stay = mark.stay if mark else stopped_processes(record.uid)
-            self._write(record.rental_id, Mark(stay, ordered_at, over or (mark.over if mark else "")))
+            before = mark or Mark(frozenset())
+            self._write(record.rental_id, Mark(stay, ordered_at, over or before.over, max(move, before.move)))
+            (self._copying / record.rental_id).unlink(missing_ok=True)
             return mark is None, Vigil(record.uid, record.username).hold()
+
+    def spare(self, record: Record, pid: int) -> None:
+        """Of what stands still, one process goes on: the one that copies the files, under the renter's uid."""
+        if self.is_frozen(record.rental_id):
+            self._copying.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self._copying / record.rental_id).write_text(json.dumps([pid, started_at(pid)]))
+
+    def spared(self, rental_id: str) -> tuple[int, int] | None:
+        """(pid, start) of the one that goes on."""
+        try:
+            pid, started = json.loads((self._copying / rental_id).read_text())
+        except (OSError, ValueError):
+            return None
+        return pid, started
 
     def mark(self, record: Record, stay: frozenset[tuple[int, int]]) -> bool:
         """By the fence, with the lock if it could get it; `stay` as in Mark. Whether it was not frozen before."""
@@ -106,9 +126,9 @@ class Freezer:
         """Repeat a freezing; how many processes were killed for fighting it. Not while it is being thawed."""
         with self.locked(FENCE_WAITS_S) as mine:
             due = self.is_frozen(rental_id) and (mine or not self.has_lease)
-            return vigil.hold() if due else 0
+            return vigil.hold(self.spared(rental_id)) if due else 0
 
-    def thaw(self, record: Record, asked_at: float | None) -> bool:
+    def thaw(self, record: Record, asked_at: float | None, move: int = 0) -> bool:
         """Whether it was frozen. `asked_at`: when the call was sent whose reply says so; None: it is an order."""
         with self.locked(COMMAND_WAITS_S) as mine:
             mark = self._read(record.rental_id)
@@ -120,6 +140,11 @@ class Freezer:
                 raise Refused("no_lease", "this worker has no lease: nothing may run here")
             if asked_at is not None and mark.ordered_at is not None and asked_at <= mark.ordered_at:
                 raise Refused("frozen_since", "it was frozen by an order since that was asked")
+            if asked_at is None and move < mark.move:
+                raise Refused("frozen_since", f"it stands still for planned move {mark.move}, which is a later one")
+            if mark.over and move:
+                self._write(record.rental_id, replace(mark, move=0))  # it stood still before, and goes on standing
+                raise Refused(OVER_LIMIT, "its home holds more than it may: its owner alone may have it go on")
             if mark.over:
                 self._spare(record, asked_at)
             wake(record.uid, record.username, mark.stay)
@@ -153,13 +178,13 @@ class Freezer:
         except FileNotFoundError:
             return None
         stay = frozenset((pid, started) for pid, started in told["stay"])
-        return Mark(stay, told["ordered_at"], told.get("over", ""))
+        return Mark(stay, told["ordered_at"], told.get("over", ""), told.get("move", 0))
 
     def _write(self, rental_id: str, mark: Mark) -> None:
         """Whole or not at all, but not to the disk: it need not outlive the machine, and must not wait for it."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = self._folder / f".{rental_id}"
-        told = {"stay": sorted(mark.stay), "ordered_at": mark.ordered_at, "over": mark.over}
+        told = {"stay": sorted(mark.stay), "ordered_at": mark.ordered_at, "over": mark.over, "move": mark.move}
         new.write_text(json.dumps(told))
         new.replace(self._folder / rental_id)
 

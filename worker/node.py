@@ -30,6 +30,8 @@ class Settings:
     app_address: str
     slots: int = 1
     labels: Mapping[str, str] = field(default_factory=dict)
+    stop_grace_s: float = 8.0
+    """How long it may wait when it is told to stop; what sends the signal must wait somewhat longer (Docker: 10 s)."""
 
 
 def settings_from(environment: Mapping[str, str]) -> Settings:
@@ -43,7 +45,11 @@ def settings_from(environment: Mapping[str, str]) -> Settings:
     slots = environment.get("ORION_SLOTS") or "1"
     if not (slots.isdigit() and 1 <= int(slots) <= 10_000):
         raise ValueError(f"ORION_SLOTS must be a number from 1 to 10000, not {slots!r}")
-    return Settings(url.rstrip("/"), app_address, int(slots), _labels(environment.get("ORION_LABELS") or ""))
+    grace = environment.get("ORION_STOP_GRACE_S") or str(Settings.stop_grace_s)
+    if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", grace):
+        raise ValueError(f"ORION_STOP_GRACE_S must be a number of seconds, not {grace!r}")
+    labels = _labels(environment.get("ORION_LABELS") or "")
+    return Settings(url.rstrip("/"), app_address, int(slots), labels, float(grace))
 
 
 class Node:

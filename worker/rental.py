@@ -63,6 +63,8 @@ class Request:
     start_mark: str = ""
     deadline: float | None = None
     """Unix time after which the order is void: who gave it has given up."""
+    move: int = 0
+    """For freeze and thaw: the planned move that it is for, by a number that only rises for a rental."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Rentals:
             if record is None:
                 return {"changed": False, "state": "absent", "killed": 0}
             self.shut(record)
-            changed, killed = self.freezer.freeze(record, ordered_at=_boot_time_s())
+            changed, killed = self.freezer.freeze(record, _boot_time_s(), move=request.move)
             return {"changed": changed, "epoch": record.epoch, "state": "frozen", "killed": killed}
 
     def thaw(self, request: Request, asked_at: float | None = None) -> Report:
@@ -161,7 +163,7 @@ class Rentals:
             record = self.ledger.living(request.rental_id)
             check_unlock(record, self.ledger.purged_epoch(request.rental_id), request.epoch)
             assert record is not None  # noqa: S101 - check_unlock has refused it
-            changed = self.freezer.thaw(record, asked_at)
+            changed = self.freezer.thaw(record, asked_at, request.move)
             return {"changed": self._let_in(record) or changed, "epoch": record.epoch, "state": "running"}
 
     def run(self, request: Request) -> Report:
@@ -507,6 +509,7 @@ def _understood(command: str, data: object) -> Request:
     request = Request(**{**data, "public_keys": tuple(data.get("public_keys", ()))})
     _check(re.fullmatch(r"[a-z0-9-]{1,64}", request.rental_id), "rental_id is not an id")
     _check(type(request.epoch) is int and request.epoch >= 1, "epoch must be a whole number from 1")
+    _check(type(request.move) is int and request.move >= 0, "move must be a whole number from 0")
     if command in ("run", "create", "purge"):
         _check(re.fullmatch(r"r-[a-z0-9]{1,30}", request.username), "username must be r- and an id")
         _check(type(request.uid) is int and FIRST_UID <= request.uid < 2**31, f"uid must be from {FIRST_UID}")

@@ -120,17 +120,23 @@ class Vigil:
         self._before: dict[Key, Task] = {}
         self._wakings = 0
 
-    def hold(self) -> int:
-        """When it returns all stand still, or have been killed for fighting: how many were is returned."""
-        if woken(self._before, tasks_of(self._uid)):
+    def hold(self, spared: tuple[int, int] | None = None) -> int:
+        """When it returns all stand still, or have been killed for fighting: how many were is returned.
+
+        `spared`: (pid, start) of a process that is not the renter's doing, and goes on.
+        """
+        if woken(self._before, self._tasks(spared)):
             self._wakings += 1
-        fights = self._wakings > FORGIVEN or not self._stop()
+        fights = self._wakings > FORGIVEN or not self._stop(spared)
         if fights:
             return processes.end({self._uid: self._username}, PATIENCE_S)
-        self._before = {task.key: task for task in tasks_of(self._uid)}
+        self._before = {task.key: task for task in self._tasks(spared)}
         return 0
 
-    def _stop(self) -> bool:
+    def _tasks(self, spared: tuple[int, int] | None) -> list[Task]:
+        return [task for task in tasks_of(self._uid) if spared is None or task.pid != spared[0]]
+
+    def _stop(self, spared: tuple[int, int] | None) -> bool:
         """Passes until one finds nobody at work. False if somebody fights it."""
         renter = {self._uid: self._username}
         if not self._before:
@@ -142,8 +148,10 @@ class Vigil:
             others = [] if reached else processes.of([self._uid])
             for pid in (*others, *processes.sessions(self._uid, self._username)):
                 processes.send(pid, renter, signal.SIGSTOP)
+            if spared is not None and started_at(spared[0]) == spared[1]:
+                processes.send(spared[0], renter, signal.SIGCONT)
             time.sleep(BETWEEN_PASSES_S)
-            now = tasks_of(self._uid)
+            now = self._tasks(spared)
             if still(now):
                 return True
             if time.monotonic() > last_moment:
@@ -180,6 +188,14 @@ def wake(uid: int, username: str, stay: frozenset[tuple[int, int]]) -> None:
             processes.send(pid, renter, signal.SIGCONT)
     for pid in processes.log_ins([username]):
         processes.send(pid, renter, signal.SIGCONT)
+
+
+def started_at(pid: int) -> int:
+    """In ticks since the machine's start; 0: there is none of that number."""
+    try:
+        return _read(pid, processes.PROC / str(pid) / "task" / str(pid)).started
+    except OSError:
+        return 0
 
 
 def _stands(pid: int) -> bool:

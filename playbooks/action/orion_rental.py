@@ -42,6 +42,7 @@ RENTAL = {
     "kill": {"type": "bool"},
     "start": {"type": "str"},
     "start_mark": {"type": "str"},
+    "move": {"type": "int"},
     "deadline": {"type": "float"},
 }
 ARGUMENTS = {

@@ -56,6 +56,9 @@ options:
       kill:
         description: Also end its processes. For lock.
         type: bool
+      move:
+        description: For freeze and thaw, the planned move that it is for. No order of an earlier one thaws it.
+        type: int
       deadline:
         description: Unix time in seconds after which the worker refuses.
         type: float

@@ -55,6 +55,7 @@ from orion.wire import (
     TokenRequest,
     Worker,
     WorkerHealth,
+    WorkerIntent,
 )
 
 RENT_RETRY_S = 15.0
@@ -63,6 +64,7 @@ STREAM_SILENCE_S = 45.0
 """The server sends a comment every 15 s: three are missing."""
 STREAM_RETRY_S = 300.0
 POLL_S = 10.0
+MOVE_POLL_S = 0.5
 COPY_WAIT_S = 45.0
 """For a copy of a home, which is made before it is given up."""
 ADMIN_WAIT_S = 600.0
@@ -205,6 +207,45 @@ class Orion:
     def thaw(self, rental_id: str) -> Rental:
         """Let it go on for a while though its home holds more than it may, to make room."""
         return _read(Rental, self._transport.send("POST", _path("rentals", rental_id, "thaw")))
+
+    def migrate(self, rental_id: str, *, wait_s: float | None = None) -> Rental:
+        """Move it to another worker. With `wait_s`, waits until it is there: look at `moving_to` and `state`.
+
+        Raises Conflict when it cannot be moved; then it goes on where it is. Not repeated over a broken connection: it
+        may have been moved by then, and would be again.
+        """
+        path = _path("rentals", rental_id, "migrate")
+        return _read(Rental, self._transport.send("POST", path, params={"wait_s": wait_s}, wait_s=wait_s or 0))
+
+    def wait_until_moved(
+        self, rental_id: str, within_s: float, on_change: Callable[[Rental], None] = lambda _rental: None
+    ) -> Rental:
+        """The rental once nothing of a move is under way any more, or as it is after `within_s`."""
+        transport = self._transport
+        give_up_at = transport.clock() + within_s
+        while True:
+            rental = self.wait_for(rental_id, RentalState.ACTIVE, max(0.0, give_up_at - transport.clock()), on_change)
+            if (rental.moving_to is None and rental.state is RentalState.ACTIVE) or rental.state in ENDED:
+                return rental
+            if transport.clock() >= give_up_at:
+                return rental
+            transport.sleep(MOVE_POLL_S)
+
+    def wait_until_drained(self, worker_id: str, on_change: Callable[[Worker], None] = lambda _worker: None) -> Worker:
+        """The worker once it is drained, or is not draining any more. Waits through outages, however long it takes."""
+        transport, failures = self._transport, 0
+        while True:
+            try:
+                worker = self.worker(worker_id)
+            except Retryable as error:
+                failures += 1
+                transport.pause(error, failures, transport.clock() + STREAM_RETRY_S)
+                continue
+            failures = 0
+            on_change(worker)
+            if worker.intent is not WorkerIntent.DRAINING:
+                return worker
+            transport.sleep(MOVE_POLL_S)
 
     def rental_log(self, rental_id: str) -> Iterator[LogEntry]:
         """What the engine did for it, oldest first."""

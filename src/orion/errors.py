@@ -81,6 +81,13 @@ class Ended(OrionError):
     exit_code = 6
 
 
+class NotMoved(OrionError):
+    """It could not be moved, and goes on where it is."""
+
+    code = "not_moved"
+    exit_code = 6
+
+
 class StillWaiting(OrionError):
     """It was accepted and goes on by itself, but was not done in the time that was given."""
 

@@ -77,6 +77,10 @@ class Role(StrEnum):
     WORKER = "worker"
 
 
+NOT_MOVED = "could not be moved: "
+"""How the explanation of a rental begins that was to go to another worker, and goes on where it is."""
+
+
 class Want(StrEnum):
     """What the manager wants of a rental that a worker holds."""
 
@@ -226,6 +230,9 @@ class HeartbeatRequest(Request):
     lease_s: float = Field(
         0, ge=0, le=86_400, strict=True, description="The lease that the last reply gave it; 0: none yet"
     )
+    vacating: bool = Field(
+        False, strict=True, description="The worker was told to stop, and waits for its rentals to be taken away"
+    )
     leaving: bool = Field(
         False, strict=True, description="The goodbye: the worker has stopped its rentals and is about to end"
     )
@@ -293,6 +300,7 @@ class Rental(Reply):
     state: RentalState
     epoch: int = Field(description="Rises with each placement; 0 before the first")
     worker_id: str | None
+    moving_to: str | None = Field(None, description="The worker to which it is being moved, from the one that it is on")
     username: str
     ssh_host_keys: list[str] = Field(description="Of the worker it is on; empty while it is on none")
     labels: dict[str, str]

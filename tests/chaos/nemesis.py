@@ -125,7 +125,7 @@ def _pause(stack: Stack, container: Container) -> Undo:
 
 
 def _restart(stack: Stack, container: Container) -> None:
-    stack.docker("restart", container.id)
+    stack.docker("restart", container.id, timeout_s=120)
 
 
 def _cut_off(stack: Stack, container: Container) -> Undo:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 import asyncssh
-from crash.stage import NEVER_S, Stage, eventually
+from crash.stage import NEVER_S, PAUSE_S, Stage, eventually
 from support.builders import host_key
 
 HOUR_S = 3600
@@ -152,6 +153,42 @@ async def operating(stage: Stage) -> None:
     assert (await stage.ask("GET", "/api/rentals", token)).status_code == 401
 
 
+async def moving(stage: Stage) -> None:
+    """It is moved while it runs, with what it wrote last; asked for again by who got no answer."""
+    lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001))
+    source = stage.holder(await stage.rental(lab))
+    source.node.homes[lab["id"]]["precious"] = "first"
+    stage.arm()
+    while True:
+        reply = await stage.ask("POST", f"/api/rentals/{lab['id']}/migrate?wait_s=20")
+        now = await stage.rental(lab)
+        if now["worker_id"] not in {None, source.worker_id} and now["state"] == "active":
+            break
+        assert reply.status_code in {200, 202, 409}, reply.text
+        await asyncio.sleep(PAUSE_S)
+    await stage.until(lambda r: r["state"] == "active" and not r["moving_to"], lab)
+    await eventually(lambda: not source.node.accounts or lab["id"] not in source.node.accounts)
+    home = stage.holder(await stage.rental(lab)).node.homes[lab["id"]]
+    assert home == {"precious": "first"}
+
+
+async def draining(stage: Stage) -> None:
+    """It is moved away by a drain, which ends; then its worker is told to stop, and it is parked."""
+    lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001))
+    source = stage.holder(await stage.rental(lab))
+    other = next(agent for agent in stage.agents if agent is not source)
+    source.node.homes[lab["id"]]["precious"] = "first"
+    stage.arm()
+    assert (await stage.ask("POST", f"/api/workers/{source.worker_id}/drain")).status_code == 200
+    await stage.until_worker(source, lambda worker: worker["intent"] == "drained")
+    other.vacating = True
+    await eventually(lambda: not other.node.accounts)
+    other.vacating = False
+    assert (await stage.ask("POST", f"/api/workers/{source.worker_id}/resume")).status_code == 200
+    await stage.until(lambda r: r["state"] == "active", lab)
+    assert stage.holder(await stage.rental(lab)).node.homes[lab["id"]] == {"precious": "first"}
+
+
 async def removing(stage: Stage) -> None:
     """A worker is removed while it is dead, and comes back as a new one with what it still has."""
     lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001))
@@ -176,6 +213,8 @@ ACTS = {
     "copying": Act(copying, {"lab": "active"}, snapshot_interval_s=10.0, passes_over="^(?!.*cop)"),
     "moving_files": Act(moving_files, {"lab": "active"}, snapshot_interval_s=2.0, passes_over="cop"),
     "salvaging": Act(salvaging, {"lab": "active"}, snapshot_interval_s=2.0, passes_over="cop", workers=1),
+    "moving": Act(moving, {"lab": "active"}),
+    "draining": Act(draining, {"lab": "active"}, passes_over="cop|restor|user"),
     "operating": Act(operating, {"lab": "released"}),
     "removing": Act(removing, {"lab": "active"}),
 }

@@ -179,9 +179,14 @@ class RemoteVault:
         self._points = points
 
     async def copy(
-        self, home: Home, limits: Limits, deadline_s: float = COPY_DEADLINE_S, spare: Generation | None = None
+        self,
+        home: Home,
+        limits: Limits,
+        deadline_s: float = COPY_DEADLINE_S,
+        spare: Generation | None = None,
+        moving: bool = False,
     ) -> Copied:
-        done: Copied = await self._ask("copy", home, limits, deadline_s, spare)
+        done: Copied = await self._ask("copy", home, limits, deadline_s, spare, moving)
         return done
 
     async def salvage(self, home: Home, limits: Limits, deadline_s: float = SALVAGE_DEADLINE_S) -> Copied:

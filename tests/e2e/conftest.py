@@ -25,6 +25,7 @@ ORDER = (
     "test_owners.py",
     "test_following_events.py",
     "test_pool.py",
+    "test_planned_moves.py",
     "test_scaling.py",
     "test_readme.py",
     "test_lost_workers.py",

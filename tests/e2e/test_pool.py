@@ -10,7 +10,7 @@ from waiting import eventually
 
 from orion.client import Orion
 from orion.errors import Conflict
-from orion.wire import Rental, RentalState, WorkerHealth, WorkerIntent
+from orion.wire import Rental, RentalState, WorkerHealth
 
 
 @pytest.mark.usefixtures("all_slots")
@@ -32,29 +32,6 @@ def test_a_full_pool_queues_with_an_explanation_and_goes_on_by_itself(
     assert active.state is RentalState.ACTIVE, story(stack.events(mark))
     assert active.worker_id == rentals[0].worker_id
     assert renter.gets_in(active)
-
-
-@pytest.mark.usefixtures("all_slots")
-def test_draining_sends_nothing_new_to_a_worker_until_it_is_resumed(
-    stack: Stack, orion: Orion, rent: Rent, renter: Renter
-) -> None:
-    mark, stays = stack.mark(), rent("stays")
-    drained = str(stays.worker_id)
-    renter.orion("drain", drained)
-    others = [rent() for _ in range(stack.free_slots())]
-    assert drained not in {one.worker_id for one in others}
-    assert renter.gets_in(stays), "what runs there goes on"
-    waiting = orion.rent(name="waiting", ssh_public_key=renter.public_key, wait_s=0)
-
-    orion.release(stays.id, wait_s=30)
-    stack.await_kind(mark, "worker.drained", 10, drained)
-    assert orion.worker(drained).intent is WorkerIntent.DRAINED
-    still = orion.rental(waiting.id, state=RentalState.ACTIVE, wait_s=2)
-    assert still.state is RentalState.QUEUED
-    eventually("it says that one is draining", lambda: "1 draining" in orion.rental(waiting.id).explanation, 20)
-    renter.orion("resume", drained)
-    active = orion.rental(waiting.id, state=RentalState.ACTIVE, wait_s=50)
-    assert (active.state, active.worker_id) == (RentalState.ACTIVE, drained)
 
 
 def test_a_worker_that_holds_a_rental_is_not_removed(orion: Orion, rent: Rent, renter: Renter) -> None:

@@ -218,6 +218,11 @@ async def test_a_home_that_its_renter_shut_is_not_taken_for_an_empty_one(real: R
     rental.ssh("chmod 0 .")
     assert (await refusal(real.client.copy(home_of(rental), LIMITS))).code == "unreadable_home"
     assert await real.client.copies(rental.rental_id, rental.uid) == [copied.copy]
+    await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=rental.epoch, move=2)
+    for _ in range(2):
+        moving = (await real.client.copy(home_of(rental), LIMITS, deadline_s=20, moving=True)).copy
+    assert (real.copy_of(home_of(rental), str(moving.generation)) / "file").read_text() == "precious\n"
+    await _rental(rental.on, "thaw", rental_id=rental.rental_id, epoch=rental.epoch, move=2)
 
 
 async def test_nobody_reads_a_neighbours_files_by_asking_for_them(

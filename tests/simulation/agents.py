@@ -30,6 +30,8 @@ FREEZE_BUDGET_LEASES = Clocks().freeze_budget_s / Clocks().freeze_after_s
 SERVES, CRASHES = "serve", "crash"
 """Start commands: one that goes on, and one that kills its worker."""
 CRASHES_AFTER_S, IS_BACK_AFTER_S = 3.0, 20.0
+STOP_GRACE_S = 55.0
+LOOK_OFTEN_S = 0.5
 FREEZE_BUDGET_S = 0.4
 """The same when a watch has ended."""
 
@@ -53,6 +55,9 @@ class Container:
         self.tombstones: dict[str, int] = {}
         self.unlocked: set[str] = set()
         self.frozen: set[str] = set()
+        """Without a lease."""
+        self.held: dict[str, tuple[int, float]] = {}
+        """By an order: the planned move that it was for, and when."""
         self.started: set[tuple[str, int, str]] = set()
         """The runs that start commands have had in this life."""
         self.up = False
@@ -82,6 +87,7 @@ class Container:
         self.unlocked.clear()
         self.frozen.clear()
         self.started.clear()
+        self.held.clear()
         self.home = CallHome(self, self, self.clock, self.random.random, lambda line: self.sim.say(self.name, line))  # type: ignore[arg-type]
         self._agent = self.sim.loop.create_task(self._live(self.home))
 
@@ -123,8 +129,17 @@ class Container:
             self._hurry.set()
 
     async def stop(self) -> None:
-        """As on SIGTERM: everything locked, a goodbye, the end."""
+        """As on SIGTERM: what is here is taken away, as long as the grace lasts; all locked, a goodbye, the end."""
         home, boots = self.home, self.boots
+        if home is not None and self.up:
+            home.vacate()
+            self._hurry.set()
+            last_moment = self.sim.loop.now + STOP_GRACE_S
+            while self.boots == boots and self.up and home.is_vacating() and self.sim.loop.now < last_moment:
+                await asyncio.sleep(LOOK_OFTEN_S)
+                await self.going()
+            if self.boots != boots or not self.up:
+                return
         if self._agent:
             self._agent.cancel()
         if home is not None:
@@ -238,7 +253,9 @@ class Container:
         for order in orders:
             self.sim.say(self.name, f"{order.action}s {order.rental_id} at epoch {order.epoch}")
             try:
-                if order.action in {"unlock", "thaw"}:
+                if order.action == "thaw":
+                    self.thaw(order.rental_id, order.epoch, asked_at)
+                elif order.action == "unlock":
                     self.unlock(order.rental_id, order.epoch)
                 else:
                     self.lock(order.rental_id, order.epoch)
@@ -289,12 +306,34 @@ class Container:
         check_unlock(record, self.tombstones.get(rental_id, 0), epoch)
         if not self._may_run():
             raise Refused("no_lease", "this worker has no lease: nobody is let in")
+        if rental_id in self.held:
+            raise Refused("frozen", "it is frozen: thaw it")
         if record is not None and not record.let_in:
             self.sim.checker.let_in(rental_id, epoch, self.homes[rental_id])
             self.records[rental_id] = replace(record, let_in=True)
         self.unlocked.add(rental_id)
         self.frozen.discard(rental_id)
         self.sim.checker.look_at_copies()
+
+    def freeze(self, job: Job) -> None:
+        record = self.records.get(job.rental_id)
+        check_unlock(record, self.tombstones.get(job.rental_id, 0), job.epoch)
+        before, _ = self.held.get(job.rental_id, (0, 0.0))
+        if (job.rental_id, job.epoch) in self.running():
+            self.homes[job.rental_id] = self.sim.loop.now
+        self.held[job.rental_id] = max(before, job.move), self.clock()
+        self.unlocked.discard(job.rental_id)
+
+    def thaw(self, rental_id: str, epoch: int, asked_at: float | None, move: int = 0) -> None:
+        """As freezing.Freezer.thaw: not by an older reply, nor by an order of an earlier move."""
+        check_unlock(self.records.get(rental_id), self.tombstones.get(rental_id, 0), epoch)
+        held, ordered_at = self.held.get(rental_id, (0, 0.0))
+        if not self._may_run():
+            raise Refused("no_lease", "this worker has no lease: nothing may run here")
+        if rental_id in self.held and (move < held if asked_at is None else asked_at <= ordered_at):
+            raise Refused("frozen_since", "it was frozen since")
+        self.held.pop(rental_id, None)
+        self.unlock(rental_id, epoch)
 
     def lock(self, rental_id: str, epoch: int) -> None:
         check_not_newer(self.records.get(rental_id), epoch)
@@ -309,6 +348,7 @@ class Container:
         check_not_newer(self.records.get(job.rental_id), job.epoch)
         self.sim.checker.purged(self, job.rental_id, job.epoch)
         self.records.pop(job.rental_id, None)
+        self.held.pop(job.rental_id, None)
         self.homes.pop(job.rental_id, None)
         self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
 
@@ -359,6 +399,8 @@ class Container:
         return by_lease and may_run(standing, self.home.unwatched_at, now - budget_s)
 
     def _state(self, record: Record) -> str:
+        if record.rental_id in self.held:
+            return "frozen"
         if record.rental_id not in self.unlocked:
             return "locked"
         return "frozen" if record.rental_id in self.frozen else "running"

@@ -2,8 +2,8 @@
 
 Claimed, after each committed step:
 * a step moves rows only along their tables, and carries the event of each move;
-* a rental has at most one placement in LIVE, a slot at most one in HOLDING, no slot lies beyond its worker's, and the
-  epoch of a rental only rises and is that of its live placement;
+* a rental has at most one placement in LIVE and one standby beside it, a slot at most one in HOLDING, no slot lies
+  beyond its worker's, and the epoch of a rental only rises and is that of its live placement;
 * an active rental runs; what has ended holds nothing; what was once active never fails;
 * a rental that was answered with success ends only because its client asked or its time is over, by a wall clock that
   has not jumped within this life of the manager and the time that it takes to be believed again;
@@ -17,6 +17,9 @@ what it finds is no salvage of an epoch before one at which it was let in. Claim
 one that was lost, of a rental that lives, and that was neither salvaged nor given up. Claimed, whenever a start command
 runs: its rental has not lost three workers within ten minutes before it was placed there; and in the end, that the
 command of each rental that runs has run in this life of its container.
+
+Claimed, too, whenever a renter is let in: its files are not older than anything that was written before the switch of
+a planned move. And a switch finds nothing at work where it was.
 
 Claimed, whenever a worker obeys a reply, an account is unlocked or a placement begins to run: no rental runs on two
 workers. It runs where its account is unlocked at an epoch whose placement was running at some time (renters are led
@@ -32,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from orion.manager.domain.copies import Copy
 from orion.manager.domain.expiry import SETTLE_S
 from orion.manager.domain.model import Placement, Rental, Step, Write
+from orion.manager.domain.moves import HELD_DEADLINE_S
 from orion.manager.domain.reconcile import ANSWERING
 from orion.manager.domain.states import TABLES, Health, PlacementState, RentalState
 
@@ -70,6 +74,8 @@ class Checker:
         self._sim = sim
         self._let_in: set[tuple[str, int]] = set()
         self._was_active: set[str] = set()
+        self._written: dict[str, tuple[int, float]] = {}
+        """Of rentals that were moved: the epoch that ended, and when the last thing was written in it."""
         self._ages: dict[tuple[str, str], tuple[str, float]] = {}
         self.acknowledged: set[str] = set()
         self.release_asked: set[str] = set()
@@ -111,6 +117,8 @@ class Checker:
             self._let_in.add((row.rental_id, row.epoch))
         if write.kind == "placement" and to == PlacementState.LOST and source in {"preparing", "running"}:
             self._lost(row)
+        if write.kind == "placement" and to == PlacementState.STOPPING and row.held and write.change.get("state"):
+            self._switched(step, row)
         if write.kind == "rental":
             self._rental_moved(step, row, to, write)
         if to == Health.READY:
@@ -119,6 +127,17 @@ class Checker:
                 sim.fail("a ready worker holds nothing stale", f"{write.id}: {stale}")
         if sim.schedule.only_the_door and to in {Health.DOWN, RentalState.MIGRATING}:
             sim.fail("no stampede", f"only the door was away, and {write.kind} {write.id} became {to}")
+
+    def _switched(self, step: Step, row: Placement) -> None:
+        """What was held ends because of its move, not of a release."""
+        if not any(w.kind == "rental" and w.change.get("state") == RentalState.MIGRATING for w in step.writes):
+            return
+        sim = self._sim
+        for container in sim.containers:
+            if sim.worker_id_of(container) == row.worker_id and row.rental_id in container.homes:
+                if (row.rental_id, row.epoch) in container.running():
+                    sim.fail("nothing is lost in a planned move", f"{row.rental_id} still runs on {container.name}")
+                self._written[row.rental_id] = row.epoch, container.homes[row.rental_id]
 
     def _rental_moved(self, step: Step, rental: Rental, to: str, write: Write) -> None:
         if to == RentalState.ACTIVE:
@@ -146,7 +165,9 @@ class Checker:
         world = self._sim.ledger.world
         rental = world.rentals[rental_id]
         own = [p for p in world.placements.values() if p.rental_id == rental_id]
-        live = [p for p in own if p.state in LIVE]
+        live = [p for p in own if p.state in LIVE and not p.standby]
+        if len([p for p in own if p.state in LIVE and p.standby]) > 1:
+            self._sim.fail("never two standbys", f"{rental_id}: {own}")
         if len(live) > 1:
             self._sim.fail("never two live placements", f"{rental_id}: {[p.id for p in live]}")
         if before is not None and rental.epoch < before.epoch:
@@ -172,6 +193,10 @@ class Checker:
         rental = self._sim.ledger.world.rentals.get(rental_id)
         if rental is None or rental.epoch != epoch or rental.last_safe_copy_at is None:
             return
+        before, written = self._written.get(rental_id, (epoch, 0.0))
+        if before < epoch and home < written:
+            story = f"{rental_id} at epoch {epoch} has its files of {home:.1f}, and wrote until {written:.1f}"
+            self._sim.fail("nothing is lost in a planned move", story)
         if home < rental.last_safe_copy_at:
             story = f"{rental_id} at epoch {epoch} has its files of {home:.1f}, not of {rental.last_safe_copy_at:.1f}"
             self._sim.fail("files are as old as the last safe copy", story)
@@ -237,8 +262,9 @@ class Checker:
         rows += [("rental", r.id, r.state, r) for r in world.rentals.values()]
         rows += [("placement", p.id, p.state, p) for p in world.placements.values()]
         before, self._ages = self._ages, {}
+        rows += [("hold", p.id, p.state, p) for p in world.placements.values() if p.held and p.state == "running"]
         for kind, identity, state, row in rows:
-            deadline_s = TABLES[kind][state].deadline_s
+            deadline_s = HELD_DEADLINE_S if kind == "hold" else TABLES[kind][state].deadline_s
             if deadline_s is None:
                 continue
             was, age_s = before.get((kind, identity), ("", 0.0))
@@ -303,6 +329,8 @@ class Checker:
             if rental.state not in resting:
                 return f"{rental.id} is {rental.state}: {rental.explanation}"
         for placement in world.placements.values():
+            if placement.held and placement.state is PlacementState.RUNNING:
+                return f"placement {placement.id} of {placement.rental_id} stands still"
             lost = placement.state is PlacementState.LOST
             gone = world.workers.get(placement.worker_id)
             if placement.state is not PlacementState.RUNNING and not (lost and gone and gone.health is Health.DOWN):

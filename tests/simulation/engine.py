@@ -93,6 +93,8 @@ class Workshop:
                 lambda j: container.unlock(j.rental_id, j.epoch),
                 container.start_command,
             ),
+            Action.FREEZE: (container.freeze,),
+            Action.THAW: (lambda j: container.thaw(j.rental_id, j.epoch, None, j.move),),
             Action.DELETE: (container.begin_purge, container.end_purge),
         }
         boots = container.boots
@@ -109,9 +111,10 @@ class Workshop:
                 return Outcome(False, str(refusal), {"code": refusal.code})
             await asyncio.sleep(0.02)
         state = "running" if job.rental_id in container.unlocked else "locked"
+        state = "frozen" if job.rental_id in container.held else state
         record = container.records.get(job.rental_id)
         restored = {"restored": record.restored} if record and record.restored else {}
-        return Outcome(True, report={"left": [], "state": state} | restored)
+        return Outcome(True, report={"left": [], "state": state, "epoch": job.epoch} | restored)
 
 
 @dataclass

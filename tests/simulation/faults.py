@@ -31,6 +31,7 @@ class Faults:
         self._kinds: dict[str, Callable[[Fault], None]] = {
             "a worker is killed": self._kill,
             "a worker is stopped": self._stop_worker,
+            "all workers are stopped": self._stop_all,
             "a worker is recreated": self._recreate,
             "a worker is cut off": lambda f: self._count(f, self._container(f), "cut_off"),
             "a worker cannot be reached by SSH": lambda f: self._count(f, self._container(f), "no_ssh"),
@@ -53,6 +54,7 @@ class Faults:
             "a client rents": self._rent,
             "a client renews": self._renew,
             "a client releases": self._release,
+            "a client migrates": self._migrate,
             "a client repeats its request": self._repeat,
         }
 
@@ -83,7 +85,14 @@ class Faults:
         self._for(fault.lasts_s, lambda: self._start(container))
 
     def _stop_worker(self, fault: Fault) -> None:
-        container = self._container(fault)
+        self._stop(self._container(fault), fault)
+
+    def _stop_all(self, fault: Fault) -> None:
+        """As Compose does, one shortly after the other."""
+        for number, container in enumerate(c for c in self._sim.containers if c.exists):
+            self._sim.loop.call_later(number * fault.figure, self._stop, container, fault)
+
+    def _stop(self, container: Container, fault: Fault) -> None:
         if container.up:
             self._sim.spawn(container.stop())
         self._for(max(4.0, fault.lasts_s), lambda: self._start(container))
@@ -198,6 +207,11 @@ class Faults:
         if rental_id:
             self._sim.checker.release_asked.add(rental_id)
             self._sim.client(f"release {rental_id}", lambda manager: manager.release(rental_id))
+
+    def _migrate(self, fault: Fault) -> None:
+        rental_id = self._acknowledged(fault)
+        if rental_id:
+            self._sim.client(f"migrate {rental_id}", lambda manager: manager.migrate(rental_id))
 
     def _acknowledged(self, fault: Fault) -> str:
         known = sorted(self._sim.checker.acknowledged)

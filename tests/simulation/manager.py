@@ -12,11 +12,13 @@ from decisions import Answer
 from orion.manager.api.call_home import CallHome, CallRefused
 from orion.manager.domain.leases import Beat, Leases
 from orion.manager.domain.model import Item
+from orion.manager.domain.moves import NotMoved
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health, Intent
 from orion.manager.loops.copies import CopiesLoop, Plan
 from orion.manager.loops.expiry import ExpiryLoop
 from orion.manager.loops.health import HealthLoop
+from orion.manager.loops.moving import Mover
 from orion.manager.loops.reconciler import Reconciler
 from orion.manager.loops.restoring import Restorer
 from orion.manager.loops.timer import Loop
@@ -52,11 +54,12 @@ class SimulatedManager:
         book: Any = WithPoints(self, sim.book)
         vault = SimulatedVault(sim, self)
         restorer = Restorer(engine, vault, book)
+        mover = Mover(engine, vault, book, Plan().limits, sim.monotonic)
         self.copies = CopiesLoop(book, vault, Plan(), sim.copies_disk, sim.monotonic, sim.wall, self.random)
         self.copies.loop = Loop("copies", COPIES_ROUND_S, self.copies.round)
         self.roster = roster = Roster()
         clocks = sim.monotonic, sim.wall
-        self.reconciler = Reconciler(ledger, roster, leases, engine, reach, restorer, *clocks, sim.placement_ids)
+        self.reconciler = Reconciler(ledger, roster, leases, engine, reach, restorer, mover, *clocks, sim.placement_ids)
         self.reconciler.swept_at_once = 0  # the net is not there: what is not looked at in time is to be noticed
         self.reconciler.loop = Loop("reconciler", ROUND_S, self.reconciler.round)
         hint = self.reconciler.loop.hint
@@ -157,12 +160,15 @@ class SimulatedManager:
 
     async def _heartbeat(self, worker_id: str, address: str, body: Mapping[str, Any]) -> Answer:
         leaving = body.get("leaving", False)
-        beat = Beat(body["session_id"], body["seq"], tuple(_items(body)), leaving, body["lease_s"])
+        vacating = body.get("vacating", False)
+        beat = Beat(body["session_id"], body["seq"], tuple(_items(body)), leaving, body["lease_s"], vacating)
         found = self.call_home.heartbeat(worker_id, beat, address)
         await self.point()
         self.leases.note(worker_id, self.sim.wall(), {})
         if leaving:
             self.health.loop.hint()
+        if vacating:
+            self.reconciler.loop.hint()
         clocks = self.sim.clocks
         next_s = clocks.heartbeat_s * self.random.uniform(0.9, 1.05)
         told = {
@@ -185,6 +191,15 @@ class SimulatedManager:
         renewed = await self.front.renew(rental_id, ttl_s)
         await self.point()
         return Answer(200 if renewed else 409)
+
+    async def migrate(self, rental_id: str) -> Answer:
+        await self.point()
+        placed = self.sim.ledger.world.live_placement(rental_id)
+        try:
+            await self.reconciler.ask_to_move(rental_id, placed.worker_id if placed else "", "client")
+        except NotMoved as refusal:
+            return Answer(409, {"code": refusal.code})
+        return Answer(202)
 
     async def release(self, rental_id: str) -> Answer:
         await self.point()

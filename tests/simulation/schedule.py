@@ -116,7 +116,7 @@ FAULTS: tuple[tuple[Make, int], ...] = (
     (_short("the manager's disk is slow", 10.0, 60.0), 1),
     (_once("the wall clock jumps", 3600.0, -3600.0, 1.0, -1.0, 90.0), 2),
     (_once("a worker is added", 1, 2), 2),
-    (_once("a worker is drained"), 1),
+    (_once("a worker is drained"), 4),
     (_once("a worker is resumed"), 1),
     (_once("a worker is removed"), 1),
     (_short("a worker is given up", 100.0, 250.0), 2),
@@ -124,4 +124,6 @@ FAULTS: tuple[tuple[Make, int], ...] = (
     (_once("a client renews", 60, 600), 2),
     (_once("a client releases"), 4),
     (_once("a client repeats its request"), 2),
+    (_once("a client migrates"), 9),
+    (_closing("all workers are stopped", 5.0, 150.0), 2),
 )

@@ -41,7 +41,12 @@ class SimulatedVault:
         self._random = Random(f"vault {self.sim.loop.now} {self.sim.schedule.seed}")
 
     async def copy(
-        self, home: Home, limits: Limits, deadline_s: float = COPY_DEADLINE_S, spare: Generation | None = None
+        self,
+        home: Home,
+        limits: Limits,
+        deadline_s: float = COPY_DEADLINE_S,
+        spare: Generation | None = None,
+        moving: bool = False,
     ) -> Copied:
         began_at = self.sim.loop.now
         content = await self._on_worker(home, lambda container: container.read_home(home.rental_id, home.epoch))

@@ -80,6 +80,8 @@ class Agent:
     session: str = ""
     seq: int = 0
     beating: bool = True
+    vacating: bool = False
+    """It was told to stop, and waits until nothing is left on it."""
     last_beat: float = 0.0
     last_reply: dict[str, Any] = field(default_factory=dict)
     boot_id: str = "boot-0001"
@@ -105,6 +107,7 @@ class Agent:
     async def beat(self, **change: Any) -> httpx.Response:
         self.seq += 1
         body = {"session_id": self.session, "seq": self.seq, "inventory": self.inventory(), "lease_s": 75.0} | change
+        body |= {"vacating": True} if self.vacating else {}
         reply = await self._post("/api/heartbeat", body, self.token or "")
         if reply.status_code == 200:
             self.last_beat, self.last_reply = self.house.clock.now, reply.json()
@@ -153,6 +156,8 @@ class Agent:
             if account and account.epoch == order["epoch"]:
                 run = order["want"] == "run"
                 self.node.accounts[order["rental_id"]] = replace(account, unlocked=run)
+                if run:
+                    self.node.frozen.pop(order["rental_id"], None)
 
 
 @cache
@@ -305,7 +310,8 @@ class House:
         raise AssertionError(difference)
 
     async def finish_tasks(self) -> None:
-        await asyncio.gather(*self.manager.reconciler._running.values())
+        """To their ends, or until they are cancelled; what fails in one is its own outcome."""
+        await asyncio.gather(*self.manager.reconciler._running.values(), return_exceptions=True)
 
     async def pass_time(self, seconds: float, step_s: float = STEP_S) -> None:
         """Virtual time, with rounds all the while and the heartbeats of those that are beating."""

@@ -116,6 +116,7 @@ def rental(**changes: Any) -> dict[str, Any]:
         "state": "active",
         "epoch": 1,
         "worker_id": "w-aaaa2222",
+        "moving_to": None,
         "username": "r-abcdefgh23",
         "ssh_host_keys": [HOST_KEY],
         "labels": {},

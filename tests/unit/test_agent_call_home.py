@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from call_home import CallHome
+from call_home import VACATING_BEAT_S, VACATING_PATIENCE_S, CallHome
 from decisions import Answer
 from ledger import Record
 from node import Node, Settings
@@ -257,6 +257,35 @@ def test_once_it_is_leaving_no_reply_lets_a_renter_in(bench: Bench) -> None:
     assert bench.node.inventory()[0]["state"] == "locked"
     bench.step(acknowledged(placements=[{"rental_id": "one", "epoch": 1, "want": "run"}]))
     assert bench.node.inventory()[0]["state"] == "locked"
+
+
+def test_told_to_stop_it_asks_often_until_nothing_is_left_here(bench: Bench) -> None:
+    rentals = a_rental(bench)
+    bench.step(registered())
+    assert not bench.home.is_vacating()
+    bench.home.vacate()
+    assert bench.home.due_s() == VACATING_BEAT_S
+    assert bench.step(acknowledged(placements=[{"rental_id": "one", "epoch": 1, "want": "run"}])) == VACATING_BEAT_S
+    assert HeartbeatRequest.model_validate(bench.last[2]).vacating
+    assert bench.node.inventory()[0]["state"] == "running", "it goes on until it is moved"
+    assert bench.home.is_vacating()
+    rentals.ledger.bury(Record("one", "r-one", 100_001, 1))
+    assert not bench.home.is_vacating()
+    bench.manager.answers.append(acknowledged())
+    bench.home.say_goodbye()
+    assert "vacating" not in bench.last[2]
+
+
+def test_told_to_stop_it_does_not_wait_for_a_manager_that_is_not_there(bench: Bench) -> None:
+    a_rental(bench)
+    bench.home.vacate()
+    assert not bench.home.is_vacating(), "it never registered"
+    bench.step(registered())
+    for answer in (Answer(0), Answer(422)):
+        assert bench.home.is_vacating()
+        bench.step(answer)
+    assert bench.manager.now - 1000.0 >= VACATING_PATIENCE_S
+    assert not bench.home.is_vacating()
 
 
 def test_the_goodbye_is_a_last_heartbeat_in_three_seconds_at_most(bench: Bench) -> None:

@@ -65,6 +65,7 @@ def test_settings_come_from_the_environment_with_defaults() -> None:
         ({"ORION_SLOTS": "0"}, "ORION_SLOTS"),
         ({"ORION_SLOTS": "many"}, "ORION_SLOTS"),
         ({"ORION_LABELS": "zone"}, "ORION_LABELS"),
+        ({"ORION_STOP_GRACE_S": "soon"}, "ORION_STOP_GRACE_S"),
         ({"ORION_LABELS": "=a"}, "ORION_LABELS"),
         ({"ORION_LABELS": "zone=a b"}, "ORION_LABELS"),
     ],

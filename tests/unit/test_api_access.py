@@ -27,6 +27,7 @@ ROUTES: list[tuple[str, str, dict[str, Any] | None, set[str]]] = [
     ("GET", "/api/rentals/x", None, {"client", "admin"}),
     ("POST", "/api/rentals/x/renew", {"ttl_s": 60}, {"client", "admin"}),
     ("DELETE", "/api/rentals/x", None, {"client", "admin"}),
+    ("POST", "/api/rentals/x/migrate", None, {"client", "admin"}),
     ("GET", "/api/rentals/x/log", None, {"client", "admin"}),
     ("GET", "/api/rentals/x/snapshots", None, {"client", "admin"}),
     ("POST", "/api/rentals/x/restore", {"empty": True}, {"client", "admin"}),

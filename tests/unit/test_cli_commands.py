@@ -24,6 +24,7 @@ from support.scripted_platform import (
 
 from orion.cli import keys
 from orion.cli.app import run
+from orion.wire import NOT_MOVED
 
 EVIL = "\x1b]0;owned\x07\x1b[31m[red]x[/red]\u202e\u009b2J"
 UP_TO_NOW = "2000-01-01T00:00:00Z"
@@ -367,10 +368,76 @@ def test_the_pool_is_run_by_hostname_too(platform: ScriptedPlatform, orion: Comm
     platform.answer("POST", "/api/workers/w-aaaa2222/drain", worker(intent="draining"))
     platform.answer("POST", "/api/workers/w-aaaa2222/resume", worker())
     platform.answer("DELETE", "/api/workers/w-aaaa2222", Answer(204))
-    assert "draining" in orion("drain", "0123456789ab").out
+    assert "draining" in orion("drain", "0123456789ab", "--no-wait").out
     assert "ready" in orion("resume", "w-aaaa2222").out
     assert orion("remove", "w-aaaa2222", "--yes").status == 0
     assert platform.calls[-1].method == "DELETE"
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orion.client.MOVE_POLL_S", 0.0)
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_drain_says_what_it_waits_for_once_and_ends_when_it_is_drained(
+    platform: ScriptedPlatform, orion: Command
+) -> None:
+    waits = worker(intent="draining", explanation="1 rental is to be moved away, and no worker can take one")
+    cleaning = worker(intent="draining")
+    stays = rental(explanation=f"{NOT_MOVED}its home holds too much {EVIL}")
+    platform.answer("GET", "/api/workers", page(worker()))
+    platform.answer("POST", "/api/workers/w-aaaa2222/drain", waits)
+    platform.answer("GET", "/api/workers/w-aaaa2222", waits, waits, cleaning, worker(intent="drained"))
+    platform.answer("GET", "/api/rentals", page(stays, rental(name="elsewhere", worker_id="w-bbbb3333")))
+    result = orion("drain", "w-aaaa2222")
+    assert (result.status, result.out) == (0, "w-aaaa2222 is drained.\n")
+    assert result.err.count("no worker can take one") == 1
+    assert result.err.count("box: could not be moved: its home holds too much") == 1
+    assert "\x1b" not in result.err
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_drain_that_somebody_ends_is_not_said_to_be_done(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/workers", page(worker()))
+    platform.answer("POST", "/api/workers/w-aaaa2222/drain", worker(intent="draining"))
+    platform.answer("GET", "/api/workers/w-aaaa2222", worker())
+    assert orion("drain", "w-aaaa2222").status == 6
+
+
+def test_migrate_says_where_it_is_now(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals/box", rental())
+    platform.answer("POST", "/api/rentals/abcdefgh23/migrate", rental(worker_id="w-bbbb3333", epoch=2))
+    result = orion("migrate", "box", "--wait", "30s")
+    assert (result.status, result.out) == (0, "box is on worker w-bbbb3333 now.\n")
+    assert platform.calls[-1].query == {"wait_s": "30"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "said"),
+    [
+        (problem(409, "nowhere_to_go", "no other worker can take it"), 6, "no other worker can take it"),
+        (Answer(202, rental(moving_to="w-bbbb3333")), 7, "It goes on by itself"),
+        (rental(explanation="could not be moved: no"), 6, "goes on where it is: could not be moved: no"),
+    ],
+)
+def test_migrate_says_why_it_is_not_there(
+    platform: ScriptedPlatform, orion: Command, answer: Answer | dict[str, Any], status: int, said: str
+) -> None:
+    platform.answer("GET", "/api/rentals/box", rental())
+    platform.answer("POST", "/api/rentals/abcdefgh23/migrate", answer)
+    result = orion("migrate", "box", "--wait", "1s")
+    assert result.status == status
+    assert said in result.err
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_migrate_waits_beyond_one_answer_of_the_server(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("POST", "/api/rentals/abcdefgh23/migrate", Answer(202, rental(moving_to="w-bbbb3333")))
+    moved = rental(worker_id="w-bbbb3333", epoch=2)
+    platform.answer("GET", "/api/rentals/box", rental())
+    platform.answer("GET", "/api/rentals/abcdefgh23", rental(moving_to="w-bbbb3333"), rental(state="migrating"), moved)
+    assert orion("migrate", "box", "--wait", "2m").out == "box is on worker w-bbbb3333 now.\n"
 
 
 def test_a_new_token_is_alone_on_stdout(platform: ScriptedPlatform, orion: Command) -> None:

@@ -43,7 +43,6 @@ AT_REST = {
     "a worker that was quarantined while it joined": (
         replace(WORKER, health=Health.JOINING, verified_session=None, fault="it flaps"),
     ),
-    "a draining worker with what runs there": (replace(WORKER, intent=Intent.DRAINING), RUNNING),
     "a drained worker": (replace(WORKER, intent=Intent.DRAINED),),
     "one that nobody knows and that holds nothing": (None,),
     "what runs without a key after a restore, until its worker shows it": (WORKER, replace(RUNNING, public_key="")),
@@ -51,6 +50,9 @@ AT_REST = {
 RESTLESS = {
     "a removed worker": (None, in_state(PlacementState.LOST)),
     "a dead worker with what ran there": (replace(WORKER, health=Health.DOWN), RUNNING),
+    "a draining worker with what runs there": (replace(WORKER, intent=Intent.DRAINING), RUNNING),
+    "a quarantined worker with what runs there": (replace(WORKER, health=Health.QUARANTINED), RUNNING),
+    "what stands still": (WORKER, replace(RUNNING, held=2)),
     "something reserved": (WORKER, in_state(PlacementState.RESERVED)),
     "something being cleaned up": (WORKER, in_state(PlacementState.STOPPING)),
     "something that could not be made": (WORKER, in_state(PlacementState.FAILED)),

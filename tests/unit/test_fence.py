@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
@@ -81,7 +82,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr("fence.stop_parents", lambda uid, last_moment: None)
     monkeypatch.setattr(freezing, "stopped_processes", kernel.stopped_processes)
     monkeypatch.setattr(freezing, "wake", kernel.wake)
-    monkeypatch.setattr(stillness.Vigil, "hold", lambda self: not kernel.strike(self._uid, Signals.SIGSTOP))
+    monkeypatch.setattr(
+        stillness.Vigil, "hold", lambda self, _spared=None: not kernel.strike(self._uid, Signals.SIGSTOP)
+    )
     return kernel
 
 
@@ -243,3 +246,30 @@ def test_the_mark_of_a_rental_that_was_purged_goes(house: House) -> None:
     house.fence._again_at = 0.0
     house.fence.look()
     assert house.rentals.freezer.frozen() == []
+
+
+def test_no_order_of_an_earlier_move_thaws_what_a_later_one_froze(house: House) -> None:
+    house.let_in()
+    house.rentals.freeze(Request("one", 1, move=7))
+    house.rentals.freeze(Request("one", 1, move=5))
+    for earlier in (0, 5, 6):
+        with pytest.raises(Refused, match="planned move 7"):
+            house.rentals.thaw(Request("one", 1, move=earlier))
+    assert (house.shown, house.kernel.stopped) == ("frozen", {UID})
+    house.may_run(False)
+    house.may_run(True)
+    with pytest.raises(Refused, match="planned move 7"):
+        house.rentals.thaw(Request("one", 1, move=6))
+    assert house.rentals.thaw(Request("one", 1, move=7))["state"] == "running"
+
+
+def test_of_what_is_frozen_the_one_that_copies_is_spared_until_it_is_frozen_again(house: House) -> None:
+    (record,) = house.rentals.ledger.all_living()
+    house.let_in()
+    house.rentals.freezer.spare(record, os.getpid())
+    assert house.rentals.freezer.spared("one") is None, "what is not frozen needs nobody to be spared"
+    house.rentals.freeze(Request("one", 1, move=2))
+    house.rentals.freezer.spare(record, os.getpid())
+    assert house.rentals.freezer.spared("one") == (os.getpid(), stillness.started_at(os.getpid()))
+    house.rentals.freeze(Request("one", 1, move=2))
+    assert house.rentals.freezer.spared("one") is None

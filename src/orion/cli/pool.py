@@ -6,6 +6,7 @@ import ipaddress
 import re
 import shlex
 from collections.abc import Iterable
+from itertools import count
 from typing import Annotated, Any
 
 import typer
@@ -13,10 +14,12 @@ import typer
 from orion.cli import output
 from orion.cli.durations import rough
 from orion.cli.session import AsJson, WorkerName, Yes, confirm, platform
-from orion.errors import NotFound
+from orion.errors import Ended, NotFound
 from orion.ssh import pinned_host_arguments
-from orion.wire import Worker, WorkerHealth, WorkerIntent, one_public_key
+from orion.wire import NOT_MOVED, Worker, WorkerHealth, WorkerIntent, one_public_key
 
+LOOK_AT_RENTALS = 10
+"""Every so many looks at the worker: there may be thousands of them."""
 _WORKER_ID = re.compile(r"[a-z0-9-]{1,64}")
 
 
@@ -37,13 +40,45 @@ def workers(as_json: AsJson = False) -> None:
     return None
 
 
-def drain(worker: WorkerName, as_json: AsJson = False) -> None:
-    """Place nothing new on a worker; it is drained when its rentals have ended."""
+def drain(
+    worker: WorkerName,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until it is drained.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Move everything away from a worker, with all files, and place nothing new on it."""
     with platform() as (orion, _tell):
         drained = orion.drain(orion.find_worker(worker).id)
+    if not no_wait:
+        drained = _wait_until_drained(drained)
     if as_json:
         return output.emit(drained)
-    return output.say(f"{output.plain(drained.id)} is {drained.intent.value}; watch it with: orion events -f")
+    if drained.intent is WorkerIntent.ACTIVE:
+        raise Ended(f"{drained.id} is not being drained any more: somebody resumed it")
+    more = "" if drained.intent is WorkerIntent.DRAINED else "; it goes on by itself, see: orion workers"
+    return output.say(f"{output.plain(drained.id)} is {drained.intent.value}{more}.")
+
+
+def _wait_until_drained(worker: Worker) -> Worker:
+    """Tells what it waits for, each time that this is something else."""
+    told: set[str] = set()
+    looks = count()
+
+    def note(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            output.note(output.plain(text))
+
+    with platform(f"draining {worker.id}") as (orion, tell):
+
+        def changed(now: Worker) -> None:
+            tell(f"draining {now.id}: {now.explanation or 'cleaning up'}")
+            note(f"{now.id}: {now.explanation or 'its rentals are away; cleaning up'}")
+            asked = next(looks) % LOOK_AT_RENTALS == 0
+            for rental in orion.rentals() if now.explanation and asked else ():
+                if rental.worker_id == now.id and rental.explanation.startswith(NOT_MOVED):
+                    note(f"{rental.name}: {rental.explanation}")
+
+        return orion.wait_until_drained(worker.id, changed)
 
 
 def resume(

@@ -1,4 +1,4 @@
-"""rent, ls, show, renew, release."""
+"""rent, ls, show, renew, migrate, release."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from orion.cli import config_ssh, durations, keys, output
 from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
 from orion.client import ENDED
-from orion.errors import Ended, InvalidInput, StillWaiting
+from orion.errors import Ended, InvalidInput, NotMoved, StillWaiting
 from orion.wire import DEFAULT_TTL_S, DEFAULT_WAIT_S, MAX_WAIT_S, LogEntry, Rental, RentalState
 
 Ttl = Annotated[str, typer.Option(metavar="DURATION", help="How long, from now: 90s, 30m, 2h, 7d.")]
@@ -18,6 +18,7 @@ Wait = Annotated[str, typer.Option(metavar="DURATION", help="How long to wait fo
 
 DEFAULT_TTL = durations.exact(DEFAULT_TTL_S)
 DEFAULT_WAIT = durations.exact(DEFAULT_WAIT_S)
+DEFAULT_MOVE_WAIT = "10m"
 
 
 def rent(
@@ -142,6 +143,29 @@ def renew(rental: RentalName, ttl: Ttl = DEFAULT_TTL, as_json: AsJson = False) -
     )
 
 
+def migrate(rental: RentalName, wait: Wait = DEFAULT_MOVE_WAIT, as_json: AsJson = False) -> None:
+    """Move a rental to another worker, with all its files."""
+    within_s = durations.parse(wait)
+    with platform() as (orion, _tell):
+        before = orion.find_rental(rental)
+    with platform(f"moving {before.name}") as (orion, tell):
+        moved = orion.migrate(before.id, wait_s=min(within_s, MAX_WAIT_S))
+        if not _is_there(moved) and within_s > MAX_WAIT_S:
+            moved = orion.wait_until_moved(before.id, within_s - MAX_WAIT_S, lambda one: tell(situation(one)))
+    if as_json:
+        output.emit(moved)
+    if not _is_there(moved):
+        raise StillWaiting(f"{situation(moved)}. It goes on by itself")
+    if moved.worker_id == before.worker_id:
+        raise NotMoved(f"{moved.name} goes on where it is: {moved.explanation}")
+    if not as_json:
+        output.say(f"{output.plain(moved.name)} is on worker {output.plain(moved.worker_id or '-')} now.")
+
+
+def _is_there(rental: Rental) -> bool:
+    return rental.state in ENDED or (rental.state is RentalState.ACTIVE and rental.moving_to is None)
+
+
 def release(rental: RentalName, yes: Yes = False, wait: Wait = DEFAULT_WAIT, as_json: AsJson = False) -> None:
     """End a rental: everything in it is deleted."""
     within_s = durations.parse(wait)
@@ -213,7 +237,7 @@ def _everything(rental: Rental) -> list[tuple[str, str]]:
         ("owner", rental.owner),
         ("state", rental.state.value),
         ("because", rental.explanation or "-"),
-        ("worker", rental.worker_id or "-"),
+        ("worker", _where(rental)),
         ("epoch", str(rental.epoch)),
         ("user", rental.username),
         ("labels", output.labels(rental.labels)),
@@ -224,6 +248,11 @@ def _everything(rental: Rental) -> list[tuple[str, str]]:
         *([("start", rental.start)] if rental.start else []),
         *([("not run", rental.start_problem)] if rental.start_problem else []),
     ]
+
+
+def _where(rental: Rental) -> str:
+    where = rental.worker_id or "-"
+    return f"{where}, moving to {rental.moving_to}" if rental.moving_to else where
 
 
 def _last_copy(rental: Rental) -> str:

@@ -49,6 +49,7 @@ from orion.manager.loops.door import DoorProbe
 from orion.manager.loops.engine_log import EngineLog, LoggedEngine
 from orion.manager.loops.expiry import ExpiryLoop
 from orion.manager.loops.health import HealthLoop
+from orion.manager.loops.moving import Mover
 from orion.manager.loops.readiness import Readiness
 from orion.manager.loops.reconciler import Reconciler
 from orion.manager.loops.restoring import Restorer
@@ -108,8 +109,9 @@ class Manager:
         self.roster = Roster()
         book = SqlCopyBook(store)
         restorer = Restorer(engine, ports.vault, book, settings.copies.limits)
+        mover = Mover(engine, ports.vault, book, settings.copies.limits, ports.monotonic)
         self.reconciler = Reconciler(
-            self.ledger, self.roster, self.leases, engine, ports.reach, restorer, ports.monotonic, ports.wall
+            self.ledger, self.roster, self.leases, engine, ports.reach, restorer, mover, ports.monotonic, ports.wall
         )
         self.copies = CopiesLoop(book, ports.vault, settings.copies, ports.copies_disk, ports.monotonic, ports.wall)
         wake_reconciler = self.reconciler.loop.hint
@@ -166,6 +168,7 @@ class Manager:
             metrics=self.metrics,
             copy_now=self.copies.copy_now,
             thaw=Thawer(engine, book).thaw,
+            move=self.reconciler.ask_to_move,
             copies_paused=lambda: self.copies.paused or None,
             sessions=self.sessions,
             recognisable=self.certificates.ensure,

@@ -60,6 +60,7 @@ class HeartbeatRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     load: Load = Load()
     inventory: Annotated[list[InventoryItem], msgspec.Meta(max_length=MAX_ITEMS)] = []
     lease_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
+    vacating: bool = False
     leaving: bool = False
 
 
@@ -132,13 +133,17 @@ def answer(shared: Services, worker_id: str, body: HeartbeatRequest, address: st
     items = tuple(Item(item.rental_id, item.username, item.uid, item.epoch) for item in body.inventory)
     try:
         found = shared.call_home.heartbeat(
-            worker_id, Beat(body.session_id, body.seq, items, body.leaving, body.lease_s), address
+            worker_id,
+            Beat(body.session_id, body.seq, items, body.leaving, body.lease_s, body.vacating),
+            address,
         )
     except CallRefused as refusal:
         raise ApiProblem(409, refusal.code, str(refusal)) from refusal
     shared.leases.note(worker_id, shared.wall(), msgspec.structs.asdict(body.load))
     if body.leaving:
         shared.wake_health()
+    if body.vacating:
+        shared.wake_reconciler()
     clocks = shared.settings.clocks
     next_s = CONFIRM_S if body.lease_s > clocks.freeze_after_s else _with_jitter(clocks.heartbeat_s)
     orders = [Order(item.rental_id, item.epoch, want) for item, want in found]

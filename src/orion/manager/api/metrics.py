@@ -117,8 +117,11 @@ class _Known(Collector):
             CounterMetricFamily, "orion_heartbeats", "Heartbeats: a stale one is told to register", "outcome", beats
         )
         yield GaugeMetricFamily("orion_engine_jobs_running", "Jobs under way", watched.running_jobs())
-        moved = watched.committed.get("rental.migration_started", 0)
-        yield CounterMetricFamily("orion_migrations", "Rentals that lost their worker and were moved", moved)
+        moved = {kind: watched.committed.get(f"rental.{kind}", 0) for kind in ("moved", "parked", "migration_started")}
+        planned = moved["moved"] + moved["parked"]
+        lost = moved["migration_started"] - planned
+        yield CounterMetricFamily("orion_migrations", "Rentals that lost their worker and were moved", lost)
+        yield CounterMetricFamily("orion_planned_moves", "Rentals that were moved or parked with all files", planned)
         yield _labelled(
             CounterMetricFamily, "orion_events_committed", "Events since the start", "kind", dict(watched.committed)
         )

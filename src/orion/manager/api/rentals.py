@@ -16,6 +16,7 @@ from orion.manager.api import views
 from orion.manager.api.contract import refusals
 from orion.manager.api.problems import ApiProblem, not_found
 from orion.manager.api.services import Client, Services, Shared, visible_owner
+from orion.manager.domain.moves import NotMoved
 from orion.manager.store import rentals
 from orion.manager.store.tokens import Principal
 
@@ -141,6 +142,28 @@ async def thaw(rental_id: str, principal: Client, shared: Shared) -> wire.Rental
     return views.rental(await find(shared, rental_id, principal))
 
 
+@router.post(
+    "/rentals/{rental_id}/migrate", status_code=202, responses={200: {"model": wire.Rental}, **refusals(404, 409)}
+)
+async def migrate(
+    rental_id: str, principal: Client, shared: Shared, response: Response, wait_s: WaitSeconds = 0
+) -> wire.Rental:
+    """Move it to another worker with all its files: 200 when it is there, 202 while it is on its way. Repeatable.
+
+    It goes on where it is until all is ready there, and stands still for a moment. What could not be moved goes on.
+    """
+    before = await find(shared, rental_id, principal)
+    try:
+        await shared.move(rental_id, before["worker_id"] or "", principal.name)
+    except NotMoved as refusal:
+        raise ApiProblem(409, refusal.code, str(refusal)) from refusal
+    row = await _wait(shared, rental_id, wait_s, _is_at_rest)
+    if _is_at_rest(row) and row["worker_id"] == before["worker_id"]:
+        raise ApiProblem(409, "not_moved", f"it goes on where it is: {row['explanation']}")
+    response.status_code = 200 if _is_at_rest(row) else 202
+    return views.rental(row)
+
+
 @router.get("/rentals/{rental_id}/log", responses=refusals(404))
 async def log(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wire.LogEntry]:
     """What the engine did for it, oldest first: the latest 50."""
@@ -186,6 +209,11 @@ def _is_usable(row: views.Row) -> bool:
 def _is_open(row: views.Row) -> bool:
     """Active, with the key that this reply tells."""
     return row["state"] == wire.RentalState.ACTIVE and bool(row["key_in_place"])
+
+
+def _is_at_rest(row: views.Row) -> bool:
+    """Where it is to be, or at its end."""
+    return row["state"] in ENDED or (row["state"] == wire.RentalState.ACTIVE and row["moving_to"] is None)
 
 
 def _new_key() -> tuple[str, str]:

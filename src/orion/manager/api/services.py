@@ -51,6 +51,8 @@ class Services:
     """Copies a rental's files at once, and keeps an older copy; why that was not done, empty when it was."""
     thaw: Callable[[str, str], Awaitable[str]]
     """Has a rental go on that is over its limits, for an actor; why that could not be, empty when it does."""
+    move: Callable[[str, str, str], Awaitable[None]]
+    """Begins a planned move of a rental, from a worker, for somebody. Raises moves.NotMoved."""
     copies_paused: Callable[[], str | None]
     sessions: Sessions
     recognisable: Callable[[Job], Awaitable[None]]

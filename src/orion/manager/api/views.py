@@ -44,6 +44,7 @@ def _rental_fields(row: Row) -> dict[str, Any]:
         "state": row["state"],
         "epoch": row["epoch"],
         "worker_id": row["worker_id"],
+        "moving_to": row["moving_to"],
         "username": row["username"],
         "ssh_host_keys": row["host_keys"] or [],
         "labels": row["labels"],

@@ -17,7 +17,8 @@ from orion.manager.api.heartbeat import HeartbeatRequest, answer
 from orion.manager.api.problems import ApiProblem, not_found
 from orion.manager.api.services import Admin, CallerHome, CallingWorker, Services, Shared, client_address
 from orion.manager.domain.model import Item
-from orion.manager.domain.states import Intent
+from orion.manager.domain.placement import counted
+from orion.manager.domain.states import LIVE, Intent
 from orion.manager.store import workers
 from orion.manager.store.port import Registration
 
@@ -83,7 +84,7 @@ async def show(worker_id: str, _: Admin, shared: Shared) -> wire.Worker:
 
 @router.post("/workers/{worker_id}/drain", responses=refusals(404))
 async def drain(worker_id: str, admin: Admin, shared: Shared) -> wire.Worker:
-    """No new rentals go there; `drained` when those that are there have ended. Repeatable."""
+    """No new rentals go there, and those that are there are moved away; `drained` when none is left. Repeatable."""
     row = await shared.store.write(workers.set_intent, admin.name, worker_id, Intent.DRAINING)
     shared.wake_reconciler()
     return _view(row, shared)
@@ -125,7 +126,20 @@ def _view(row: views.Row | None, shared: Services) -> wire.Worker:
     if row is None:
         raise not_found("worker")
     noted = shared.leases.noted(row["id"])
-    return views.worker({**row, "last_heartbeat_at": noted[0], "load": noted[1]} if noted else row)
+    shown = {**row, "explanation": row["explanation"] or _why_it_drains(row, shared)}
+    return views.worker({**shown, "last_heartbeat_at": noted[0], "load": noted[1]} if noted else shown)
+
+
+def _why_it_drains(row: views.Row, shared: Services) -> str:
+    """What a drain still waits for."""
+    left = sum(held.state in LIVE for held in shared.roster.held(row["id"]))
+    if row["intent"] != Intent.DRAINING or not left:
+        return ""
+    what = f"{left} rental{'s are' if left > 1 else ' is'} to be moved away"
+    leaving = shared.leases.leaving()
+    if shared.roster.room.best(1, without=leaving):
+        return what
+    return f"{what}, and no worker can take one: {counted(shared.roster.refusals((), leaving))}"
 
 
 @contextmanager

@@ -202,7 +202,7 @@ def _still_running(rental: Rental, placement: Placement, change: Mapping[str, An
     """Guards of what is only true while the placement that was copied is the one that runs."""
     return (
         Write("placement", placement.id, {"state": PlacementState.RUNNING, "epoch": placement.epoch}, {}),
-        Write("rental", rental.id, {"state": RentalState.ACTIVE, "epoch": placement.epoch}, change),
+        Write("rental", rental.id, {"state": RentalState.ACTIVE, "epoch": rental.epoch}, change),
     )
 
 

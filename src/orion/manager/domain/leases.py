@@ -23,6 +23,8 @@ class Lease:
     inventory: tuple[Item, ...] | None = None
     leaving_at: float | None = None
     """When the worker said goodbye."""
+    vacating_at: float | None = None
+    """When the worker first said that it was told to stop, and waits for its rentals to be taken away."""
     announced: bool = False
     """The session before ended with a goodbye: this one is a restart that was meant."""
     lease_s: float = 0.0
@@ -38,6 +40,7 @@ class Beat:
     inventory: tuple[Item, ...] = ()
     leaving: bool = False
     lease_s: float = 0.0
+    vacating: bool = False
 
 
 class Leases:
@@ -46,6 +49,7 @@ class Leases:
         self._granted_s = lease_s
         self._leases: dict[str, Lease] = {}
         self._leaving: set[str] = set()
+        self._vacating: dict[str, float] = {}
         self._losses: dict[str, tuple[float, ...]] = {}
         self._notes: dict[str, tuple[float, Mapping[str, Any]]] = {}
         self.renewed = self.stale = 0
@@ -68,6 +72,7 @@ class Leases:
         before = self._leases.get(worker_id)
         announced = before is not None and before.leaving_at is not None
         self._leaving.discard(worker_id)
+        self._vacating.pop(worker_id, None)
         self._leases[worker_id] = Lease(
             session_id, now, inventory=tuple(inventory), announced=announced, lease_s=self._granted_s
         )
@@ -84,15 +89,23 @@ class Leases:
         lease_s = min(beat.lease_s, self._granted_s)  # its word counts for no more than was ever given
         # What has not changed is kept, so that a large pool's inventories are in memory once.
         inventory = lease.inventory if lease.inventory == beat.inventory else beat.inventory
+        vacating_at = (lease.vacating_at or now) if beat.vacating or beat.leaving else None
         self._leases[worker_id] = Lease(
-            lease.session_id, now, beat.seq, inventory, leaving_at, lease.announced, lease_s
+            lease.session_id, now, beat.seq, inventory, leaving_at, vacating_at, lease.announced, lease_s
         )
+        self._note_vacating(worker_id, vacating_at if beat.vacating else None)
         if leaving_at is not None:
             self._leaving.add(worker_id)
         elif self._leaving:
             self._leaving.discard(worker_id)
         self.heard_at = now
         return True
+
+    def _note_vacating(self, worker_id: str, at: float | None) -> None:
+        if at is not None:
+            self._vacating[worker_id] = at
+        elif self._vacating:
+            self._vacating.pop(worker_id, None)
 
     def note(self, worker_id: str, wall: float, load: Mapping[str, Any]) -> None:
         """Remember when it was heard (UTC seconds) and its load, for people; written down in batches."""
@@ -126,6 +139,7 @@ class Leases:
     def _forget(self, worker_id: str) -> None:
         self._leases.pop(worker_id, None)
         self._leaving.discard(worker_id)
+        self._vacating.pop(worker_id, None)
 
     def get(self, worker_id: str) -> Lease | None:
         return self._leases.get(worker_id)
@@ -138,8 +152,12 @@ class Leases:
             self._leases[worker_id] = replace(lease, inventory=kept)
 
     def leaving(self) -> frozenset[str]:
-        """The workers that said goodbye."""
-        return frozenset(self._leaving)
+        """The workers that said goodbye, or are about to."""
+        return frozenset(self._leaving | self._vacating.keys()) if self._vacating else frozenset(self._leaving)
+
+    def vacating(self, before: float) -> frozenset[str]:
+        """Those that said before then that they wait for their rentals to be taken away, and still do."""
+        return frozenset(worker_id for worker_id, at in self._vacating.items() if at <= before)
 
     def inventories(self, worker_ids: Iterable[str]) -> dict[str, tuple[Item, ...]]:
         """What each of these workers said it holds. Read this before the snapshot: see reconcile.decide."""

@@ -77,6 +77,13 @@ class Rental:
     """Why it is not run any more."""
     takeovers: tuple[float, ...] = ()
     """UTC seconds at which it lately lost a worker on which its start command may have been run."""
+    last_epoch: int = 0
+    """The highest number that a planned move of it was given; see domain/moves.py."""
+
+    @property
+    def next_epoch(self) -> int:
+        """Never given before: workers remember those of moves that came to nothing, too."""
+        return max(self.epoch, self.last_epoch) + 1
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,12 @@ class Placement:
     """The run of the start command that it has had there: see domain/starting.py."""
     salvaged: bool = False
     """Of a lost one: what its worker still has of it was copied aside, or was given up."""
+    standby: bool = False
+    """It is being filled beside the one that runs; it becomes its rental's with the step that raises the epoch."""
+    held: int = 0
+    """The planned move for which it stands still; 0: none. Once it is stopping: that it stood still before."""
+    filled: str = ""
+    """The copy that a standby was filled with."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +231,8 @@ class World:
     """Workers, living rentals and placements that are not purged, by id. Decisions work on a copy of their own.
 
     It may be a part of the whole, but then a part that is enough: each placement comes with its worker and its rental,
-    each rental that is not at rest with all its placements, and each worker in `whole` with all of its own.
+    each rental that is not at rest with all its placements, each that has a standby too, and each worker in `whole`
+    with all of its own.
     """
 
     workers: dict[str, Worker]
@@ -258,7 +272,10 @@ class World:
         return True
 
     def live_placement(self, rental_id: str) -> Placement | None:
-        return next((p for p in self.placements_of(rental_id) if p.state in LIVE), None)
+        return next((p for p in self.placements_of(rental_id) if p.state in LIVE and not p.standby), None)
+
+    def standby_of(self, rental_id: str) -> Placement | None:
+        return next((p for p in self.placements_of(rental_id) if p.state in LIVE and p.standby), None)
 
     def placements_of(self, rental_id: str) -> list[Placement]:
         return [p for p in self.placements.values() if p.rental_id == rental_id]

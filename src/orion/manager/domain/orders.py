@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from orion.manager.domain.model import Item, Placement
 from orion.manager.domain.roster import Held
-from orion.manager.domain.states import PlacementState
+from orion.manager.domain.states import LIVE, PlacementState
 
 
 def orders(items: Iterable[Item], placements: Iterable[Placement | Held], down: bool) -> list[tuple[Item, str]]:
@@ -16,14 +16,14 @@ def orders(items: Iterable[Item], placements: Iterable[Placement | Held], down: 
     taken away, or will be left to it: it must `hold` until that is decided.
 
     A placement that is being made is not mentioned: its playbook unlocks it, and a reply that crosses it on the way
-    must not lock it again.
+    must not lock it again. One that stands still for a planned move must `hold`: see domain/moves.py.
     """
-    states = {(p.rental_id, p.epoch): p.state for p in placements}
+    known = {(p.rental_id, p.epoch): p for p in placements}
     found = []
     for item in items:
-        state = states.get((item.rental_id, item.epoch))
-        if state is PlacementState.RUNNING:
-            found.append((item, "hold" if down else "run"))
-        elif state not in {PlacementState.RESERVED, PlacementState.PREPARING}:
+        placement = known.get((item.rental_id, item.epoch))
+        if placement is None or placement.state not in LIVE:
             found.append((item, "purge"))
+        elif placement.state is PlacementState.RUNNING:
+            found.append((item, "hold" if down or placement.held else "run"))
     return found

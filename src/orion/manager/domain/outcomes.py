@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orion.manager.domain import copies, starting
+from orion.manager.domain import copies, moves, starting
 from orion.manager.domain.model import (
     Event,
     Placement,
@@ -60,6 +60,8 @@ def succeeded(world: World, task: Task, report: Mapping[str, Any], wall: float) 
         return None  # it was written with the copy that it made: see loops/salvaging.py
     if task.kind is TaskKind.DELETE:
         return _purged(world, task, placement, report)
+    if task.source is not None:
+        return _moved(world, task, placement, task.source, report)
     rental = world.rentals.get(placement.rental_id) if placement else None
     if placement is None or rental is None:
         return None
@@ -69,6 +71,8 @@ def succeeded(world: World, task: Task, report: Mapping[str, Any], wall: float) 
 def failed(world: World, task: Task, message: str, attempts: int) -> Step | None:
     """The step after a failure: making it elsewhere after MAX_ATTEMPTS, else only what a person sees meanwhile."""
     placement = world.placements.get(task.placement_id or "")
+    if task.source is not None:
+        return _not_moved(world, task, placement, task.source, message, attempts)
     if placement and placement.state is PlacementState.PREPARING and attempts >= MAX_ATTEMPTS:
         return give_up(placement, world.rentals.get(placement.rental_id), message)
     if task.kind is TaskKind.SALVAGE:
@@ -86,6 +90,40 @@ def _not_salvaged(world: World, placement: Placement | None, message: str, attem
     ):
         return None
     return copies.not_salvaged(rental, placement, message)
+
+
+def _moved(
+    world: World, task: Task, placement: Placement | None, source: moves.Source, report: Mapping[str, Any]
+) -> Step | None:
+    rental, placed = _of_move(world, source)
+    if rental is None or placed is None or task.kind is TaskKind.THAW:
+        return None
+    generation = str(report.get("generation", ""))
+    if task.kind is TaskKind.PARK:
+        return moves.switch(rental, placed, None, source, generation)
+    if placement is None or task.kind is TaskKind.SEED:
+        return None if placement is None else moves.seeded(rental, placement, generation)
+    return moves.switch(rental, placed, placement, source, generation)
+
+
+def _not_moved(
+    world: World, task: Task, placement: Placement | None, source: moves.Source, message: str, attempts: int
+) -> Step | None:
+    """What stands still is let go on at once; a standby is filled again first."""
+    rental, placed = _of_move(world, source)
+    if rental is None or placed is None or not moves.can_move(rental, placed) or task.kind is TaskKind.THAW:
+        return None
+    if placed.held != source.move or (task.kind is TaskKind.SEED and attempts < MAX_ATTEMPTS):
+        return None
+    if task.kind is TaskKind.PARK:
+        return moves.abandon(rental, placed, None, message)
+    waits = placement is not None and placement.standby and placement.state is PlacementState.PREPARING
+    return moves.abandon(rental, placed, placement, message) if waits else None
+
+
+def _of_move(world: World, source: moves.Source) -> tuple[Rental | None, Placement | None]:
+    placed = world.placements.get(source.placement_id)
+    return (world.rentals.get(placed.rental_id) if placed else None), placed
 
 
 def _explained(world: World, task: Task, placement: Placement | None, message: str) -> Step | None:

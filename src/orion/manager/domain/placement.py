@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from orion.manager.domain.model import Worker
@@ -51,6 +51,8 @@ class Chosen:
 @dataclass(frozen=True)
 class Refused:
     explanation: str
+    counted: str = field(default="", compare=False)
+    """Why nobody can take it, without the rest of the sentence."""
 
 
 Filter = tuple[str, Callable[[Standing], bool]]
@@ -73,7 +75,8 @@ def choose(candidates: list[Candidate]) -> Chosen | Refused:
     """
     fit = [candidate for candidate in candidates if not refusal(candidate.standing)]
     if not fit:
-        return Refused(explain(Counter(refusal(candidate.standing) for candidate in candidates)))
+        reasons = Counter(refusal(candidate.standing) for candidate in candidates)
+        return Refused(explain(reasons), counted(reasons))
     best = min(fit, key=lambda candidate: candidate.rank)
     slot = next(number for number in range(best.worker.slots) if number not in best.used)
     return Chosen(best.worker.id, slot)
@@ -99,10 +102,14 @@ def explain(reasons: Mapping[str, int]) -> str:
     """`reasons`: how many workers each filter refuses."""
     if not reasons:
         return "waiting: the pool has no worker. It starts by itself when one joins"
-    counted = [f"{number} {reason}" for reason, number in sorted(reasons.items())]
+    return f"waiting: {counted(reasons)}. It starts by itself when one can take it"
+
+
+def counted(reasons: Mapping[str, int]) -> str:
+    """`of 2 workers, 1 full, 1 draining`"""
     number = sum(reasons.values())
-    total = f"{number} worker{'s' if number > 1 else ''}"
-    return f"waiting: of {total}, {', '.join(counted)}. It starts by itself when one can take it"
+    listed = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
+    return f"of {number} worker{'s' if number > 1 else ''}, {listed}" if number else "the pool has no worker"
 
 
 class Pool:
@@ -116,9 +123,12 @@ class Pool:
         for candidate in self._candidates.values():
             self._count(candidate, 1)
 
-    def choose(self, failed: Collection[str]) -> Chosen | Refused | None:
-        """`failed`: where this rental could not be made before. None: one that is not a candidate could take it."""
-        best = self._room.best(1, without=failed)
+    def choose(self, failed: Collection[str], own: str = "") -> Chosen | Refused | None:
+        """`failed`: where this rental could not be made before; `own`: where it is, and is not to stay.
+
+        None: one that is not a candidate could take it.
+        """
+        best = self._room.best(1, without={*failed, own})
         if best:
             return choose([self._candidates[best[0]]])
         reasons = Counter(self._reasons)
@@ -128,7 +138,10 @@ class Pool:
                 standing = candidate.standing
                 reasons[refusal(standing)] -= 1
                 reasons[refusal(standing._replace(failed_here=True))] += 1
-        return None if reasons[""] > 0 else Refused(explain(+reasons))
+        if own in self._candidates and own not in failed:
+            reasons[refusal(self._candidates[own].standing)] -= 1
+            reasons["where it is"] += 1
+        return None if reasons[""] > 0 else Refused(explain(+reasons), counted(+reasons))
 
     def take(self, chosen: Chosen) -> None:
         candidate = self._candidates[chosen.worker_id]

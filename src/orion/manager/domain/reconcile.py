@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from orion.manager.domain import copies, starting
+from orion.manager.domain import copies, moves, starting
 from orion.manager.domain.model import (
     Draft,
     Event,
@@ -70,6 +70,10 @@ class TaskKind(StrEnum):
     REACH = "reach"
     SALVAGE = "salvage"
     """Copy aside what is left of a lost placement, before it is purged: see copies.wants_salvage."""
+    SEED = "seed"
+    FINISH = "finish"
+    PARK = "park"
+    THAW = "thaw"
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,16 @@ class Task:
     start: str = ""
     start_mark: str = ""
     """The start command to run when its renter is let in, and the run that it is: see starting.due."""
+    filled: str = ""
+    """The copy that is in its home already, put there by a planned move."""
+    source: moves.Source | None = None
+    """What a planned move takes away: see domain/moves.py."""
+
+    @property
+    def placement_ids(self) -> tuple[str, ...]:
+        """What its outcome is about."""
+        both = self.placement_id, self.source and self.source.placement_id
+        return tuple(identity for identity in both if identity)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -116,6 +130,10 @@ class Facts:
     strangers: frozenset[tuple[str, int]] = frozenset()
     wall: float = 0.0
     """UTC seconds: only start commands are counted by it."""
+    vacating: frozenset[str] = frozenset()
+    """Workers that were told to stop, and wait for their rentals to be taken away. They are among `leaving`."""
+    resting: frozenset[str] = frozenset()
+    """Rentals whose planned move has failed lately."""
 
 
 def decide(snapshot: World, facts: Facts) -> Decision:
@@ -134,12 +152,16 @@ def decide(snapshot: World, facts: Facts) -> Decision:
     places = _Places(world, facts)
     for rental in _queue(world):
         commit(_settle_rental(world, rental, facts, places))
+    for placement in sorted(world.placements.values(), key=lambda p: (p.worker_id not in facts.vacating, p.id)):
+        commit(_settle_move(world, placement, facts, places))
     for placement in list(world.placements.values()):
         if placement.state is PlacementState.RESERVED:
             commit(_prepare(world, placement))
     for worker in list(world.workers.values()):
         commit(_drained(world, worker))
-    return Decision(tuple(steps), tuple(_tasks(world, facts)))
+    held = (moves.Source(p.id, p.worker_id, p.epoch, p.held) for p in snapshot.placements.values() if p.held)
+    thaws = (task for task in (thaw(world, source) for source in held) if task)
+    return Decision(tuple(steps), (*_tasks(world, facts), *thaws))
 
 
 def _settle_placement(world: World, placement: Placement, facts: Facts) -> Step | None:
@@ -190,7 +212,7 @@ def _lose(worker: Worker | None, placement: Placement, rental: Rental | None, fa
     if worker is not None:
         # A worker that is not down any more may have been told to run it: then it is lost no more.
         lost = merge((Step((Write("worker", worker.id, {"health": Health.DOWN}, {}),)), lost))
-    if rental is None or placement.state not in LIVE:
+    if rental is None or placement.state not in LIVE or placement.standby:
         return lost
     change, events = starting.after_a_loss(rental, placement, facts.wall)
     told = Step((), events)
@@ -298,6 +320,10 @@ def _settle_rental(world: Draft, rental: Rental, facts: Facts, places: _Places) 
         return _finish_release(world, rental)
     if world.live_placement(rental.id) is not None or _is_being_stopped(world, rental):
         return None
+    standby = world.standby_of(rental.id)
+    if standby is not None:
+        problem = moves.problem_of(standby, rental, world.workers.get(standby.worker_id), facts.leaving)
+        return moves.end_standby(standby, rental.owner, problem) if problem else moves.promote(rental, standby)
     if rental.state is RentalState.PROVISIONING:
         return move_rental(rental, RentalState.QUEUED, ACTOR, "its place was lost")
     if rental.activated_at is None and rental.failures >= MAX_FAILURES:
@@ -309,11 +335,35 @@ def _settle_rental(world: Draft, rental: Rental, facts: Facts, places: _Places) 
 
 
 def _is_being_stopped(world: Draft, rental: Rental) -> bool:
-    """It is to begin again from a copy, and what runs of it has not been seen to have ended."""
+    """It is to begin again from a copy, and what runs of it has not been seen to have ended, or to stand still."""
     ending = {PlacementState.STOPPING, PlacementState.FAILED}
     return rental.state is RentalState.MIGRATING and any(
-        p.epoch == rental.epoch and p.state in ending for p in world.placements_of(rental.id)
+        p.epoch == rental.epoch and p.state in ending and not p.held for p in world.placements_of(rental.id)
     )
+
+
+def _settle_move(world: Draft, placement: Placement, facts: Facts, places: _Places) -> Step | None:
+    """The next step of a planned move, the first one included: see domain/moves.py."""
+    worker, rental = world.workers.get(placement.worker_id), world.rentals.get(placement.rental_id)
+    if placement.standby or worker is None or rental is None or not moves.can_move(rental, placement):
+        return None
+    standby = world.standby_of(rental.id)
+    why = moves.must_leave(worker, facts.vacating)
+    if placement.held and _age(placement.id, facts) > moves.HELD_DEADLINE_S:
+        return moves.abandon(rental, placement, standby, f"it stood still for {moves.HELD_DEADLINE_S:.0f} s")
+    if standby is not None:
+        problem = moves.problem_of(standby, rental, world.workers.get(standby.worker_id), facts.leaving)
+        if problem:
+            return moves.abandon(rental, placement, standby, problem)
+        if standby.state is PlacementState.PREPARING and standby.filled and not placement.held:
+            return moves.hold(rental, placement, standby, f"for its move to worker {standby.worker_id}")
+        return None
+    if placement.held:
+        parks = worker.id in facts.vacating
+        return None if parks else moves.abandon(rental, placement, None, "where it was to go is not ready any more")
+    if not why or rental.id in facts.resting:
+        return None
+    return places.move(rental, placement, why, parks=worker.id in facts.vacating)
 
 
 def _finish_release(world: Draft, rental: Rental) -> Step | None:
@@ -336,6 +386,7 @@ class _Places:
         self._world = world
         self._new_ids = facts.new_ids
         self._left = MAX_PLACED
+        self._moves_left = moves.MOST_AT_ONCE - moves.under_way(world)
         known = (w for w in world.workers.values() if world.is_whole(w.id) or w.id in world.taken)
         candidates = (Candidate(w, world.used_on(w.id), False, w.id in facts.leaving) for w in known)
         self._pool = Pool(candidates, world.elsewhere)
@@ -351,6 +402,48 @@ class _Places:
             return _reserve(self._world.workers[choice.worker_id], rental, choice.slot, next(self._new_ids))
         return _wait(rental, choice.explanation) if isinstance(choice, Refused) else None
 
+    def move(self, rental: Rental, placement: Placement, why: str, parks: bool) -> Step | None:
+        """To another worker, if one can take it. `parks`: else it is to wait, with all its files."""
+        if self._moves_left <= 0:
+            return None
+        failed = {p.worker_id for p in self._world.placements_of(rental.id) if p.state is PlacementState.FAILED}
+        choice = self._pool.choose(failed, placement.worker_id)
+        if isinstance(choice, Chosen):
+            self._moves_left -= 1
+            self._pool.take(choice)
+            target = self._world.workers[choice.worker_id]
+            return moves.begin(rental, placement, target, choice.slot, next(self._new_ids), ACTOR, why)
+        if isinstance(choice, Refused) and parks:
+            self._moves_left -= 1
+            return moves.hold(rental, placement, None, f"{why}, and nothing can take it")
+        return None
+
+    def asked(self, rental: Rental, placement: Placement, actor: str) -> Step:
+        """The same, because somebody asked for it. Raises moves.NotMoved."""
+        if self._moves_left <= moves.MOST_AT_ONCE - moves.MOST_ASKED_FOR:
+            raise moves.NotMoved("too_many_moves", "others are being moved just now: try again in a minute")
+        choice = self._pool.choose((), placement.worker_id)
+        if isinstance(choice, Chosen):
+            target, new_id = self._world.workers[choice.worker_id], next(self._new_ids)
+            return moves.begin(rental, placement, target, choice.slot, new_id, actor, "asked for")
+        why = choice.counted if choice else "the pool is changing: try again"
+        raise moves.NotMoved("nowhere_to_go", f"no other worker can take it, so it goes on where it is: {why}")
+
+
+def ask_to_move(world: World, rental_id: str, actor: str, facts: Facts) -> Step | None:
+    """Begin a planned move that somebody asked for; None when it is under way. Raises moves.NotMoved."""
+    draft = Draft(world)
+    rental, placement = draft.rentals.get(rental_id), draft.live_placement(rental_id)
+    if draft.standby_of(rental_id) is not None:
+        return None
+    if rental is None or placement is None or not moves.can_move(rental, placement):
+        state = f"it is {rental.state}: {rental.explanation}" if rental else "it has ended"
+        raise moves.NotMoved("not_active", state)
+    worker = draft.workers.get(placement.worker_id)
+    if worker is None or worker.health not in moves.LEAVABLE:
+        raise moves.NotMoved("worker_not_ready", "its worker does not answer just now: nothing can be copied from it")
+    return _Places(draft, facts).asked(rental, placement, actor)
+
 
 def _reserve(worker: Worker, rental: Rental, slot: int, placement_id: str) -> Step:
     placement = Placement(
@@ -358,7 +451,7 @@ def _reserve(worker: Worker, rental: Rental, slot: int, placement_id: str) -> St
         rental.id,
         worker.id,
         slot,
-        rental.epoch + 1,
+        rental.next_epoch,
         PlacementState.RESERVED,
     )
     as_chosen = {"health": worker.health, "intent": worker.intent, "slots": worker.slots}
@@ -427,19 +520,58 @@ def _task_of(world: World, placement: Placement, facts: Facts) -> Task | None:
     wants_key = placement.state is PlacementState.PREPARING or (
         placement.state is PlacementState.RUNNING and (placement.public_key != rental.public_key or bool(start_mark))
     )
+    if placement.standby or placement.held:
+        task = _task_of_move(world, worker, rental, placement, item, facts)
+        if task is not None or placement.state in LIVE:
+            return task
     unseen = not placement.public_key and facts.inventories.get(worker.id) is None
     if placement.state is PlacementState.RUNNING and unseen:
         return None  # not made anew on a worker that may have lost or purged it: see _is_missing
     if wants_key and worker.health in REACHABLE:
         restore = copies.wanted(rental) if placement.state is PlacementState.PREPARING else None
+        filled = placement.filled if restore == copies.NEWEST else ""
         start = rental.start if start_mark else ""
-        key = rental.public_key
-        return Task(TaskKind.CREATE, worker.id, worker.session_id, item, placement.id, key, restore, start, start_mark)
-    if copies.wants_salvage(rental, placement):
+        key, fill = rental.public_key, (restore, start, start_mark, filled)
+        return Task(TaskKind.CREATE, worker.id, worker.session_id, item, placement.id, key, *fill)
+    if not placement.standby and copies.wants_salvage(rental, placement):
         return Task(TaskKind.SALVAGE, worker.id, worker.session_id, item, placement.id)
     if placement.state in {PlacementState.STOPPING, PlacementState.FAILED, PlacementState.LOST}:
         return Task(TaskKind.DELETE, worker.id, worker.session_id, item, placement.id)
     return None
+
+
+def _task_of_move(
+    world: World, worker: Worker, rental: Rental, placement: Placement, item: Item, facts: Facts
+) -> Task | None:
+    if placement.standby:
+        placed = world.live_placement(rental.id)
+        if placement.state is not PlacementState.PREPARING or placed is None or not moves.can_move(rental, placed):
+            return None
+        if placed.held and placed.held != placement.epoch:
+            return None
+        kind = TaskKind.FINISH if placed.held else TaskKind.SEED
+        if not placed.held and placement.filled:
+            return None
+        source = moves.Source(placed.id, placed.worker_id, placed.epoch, placed.held)
+        key = rental.public_key
+        return Task(kind, worker.id, worker.session_id, item, placement.id, key, source=source)
+    stands_alone = placement.state is PlacementState.RUNNING and world.standby_of(rental.id) is None
+    if stands_alone and worker.id in facts.vacating and moves.can_move(rental, placement):
+        source = moves.Source(placement.id, worker.id, placement.epoch, placement.held)
+        return Task(TaskKind.PARK, worker.id, worker.session_id, item, placement.id, source=source)
+    return None
+
+
+def thaw(world: World, source: moves.Source) -> Task | None:
+    """What has just been let go on need not wait for its worker's next heartbeat, which would thaw it too."""
+    placement, worker = world.placements.get(source.placement_id), world.workers.get(source.worker_id)
+    rental = world.rentals.get(placement.rental_id) if placement else None
+    if placement is None or worker is None or rental is None:
+        return None
+    if placement.held or placement.state is not PlacementState.RUNNING:
+        return None
+    item = Item(rental.id, rental.username, rental.uid, placement.epoch)
+    return Task(TaskKind.THAW, worker.id, worker.session_id, item, placement.id, source=source)
 
 
 def _tasks_of_worker(world: Draft, worker: Worker, facts: Facts) -> Iterator[Task]:

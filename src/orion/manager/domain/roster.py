@@ -34,13 +34,17 @@ class Held:
     """No key was ever put in place: see reconcile._is_missing."""
     start_due: bool = False
     """Its start command is to be run there: see starting.due."""
+    standby: bool = False
+    held: int = 0
+    """The planned move for which it stands still; 0: none."""
 
     @staticmethod
     def of(placement: Placement, rental: Rental | None, worker: Worker | None = None) -> Held:
         keyed = rental is not None and placement.public_key == rental.public_key
         start_due = rental is not None and worker is not None and bool(starting.due(rental, placement, worker))
         p = placement
-        return Held(p.id, p.rental_id, p.epoch, p.state, keyed, not p.public_key, start_due)
+        key = keyed, not p.public_key
+        return Held(p.id, p.rental_id, p.epoch, p.state, *key, start_due, p.standby, p.held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +124,16 @@ RESTLESS: tuple[Rule, ...] = (
         lambda w, _: w is not None and w.health is Health.JOINING and not w.verified and not w.fault,
     ),
     (
-        "it is empty, and draining",
-        lambda w, held: w is not None and w.intent is Intent.DRAINING and not any(_holds(h) for h in held),
+        "it is draining",
+        lambda w, held: w is not None and w.intent is Intent.DRAINING,
+    ),
+    (
+        "what runs on it is to be moved away",
+        lambda w, held: w is not None and w.health is Health.QUARANTINED and any(h.state in LIVE for h in held),
+    ),
+    (
+        "something on it stands still",
+        lambda w, held: w is not None and not _is_down(w) and any(_stands(h) for h in held),
     ),
 )
 """Why a worker needs the reconciler. Everything else about it is at rest, as long as its inventory agrees."""
@@ -192,11 +204,11 @@ class Roster:
     ) -> None:
         # With its worker's fault: when an operator resumes that, a failed clean-up has its time again.
         same_fault = (before.fault if before else "") == (known.fault if known else "")
-        states = {h.id: h.state for h in had if same_fault}
+        states = {h.id: (h.state, _stands(h)) for h in had if same_fault}
         since = {h.id: self._unsettled.pop(h.id, now) for h in had}
         for h in held:
-            if h.state is not PlacementState.RUNNING:
-                self._unsettled[h.id] = since[h.id] if states.get(h.id) is h.state else now
+            if h.state is not PlacementState.RUNNING or h.held:
+                self._unsettled[h.id] = since[h.id] if states.get(h.id) == (h.state, _stands(h)) else now
 
     def _put_rental(self, rental_id: str, state: RentalState | None, now: float) -> None:
         before = self._rentals.get(rental_id)
@@ -295,10 +307,13 @@ class Roster:
         """Rentals that may ask for a place."""
         return len(self._by_state[RentalState.QUEUED]) + len(self._by_state[RentalState.MIGRATING])
 
-    def wanting(self, looked_at: Iterable[str]) -> int:
-        """How many rentals may ask for a place when these workers are looked at: those that wait or will be lost."""
+    def wanting(self, looked_at: Iterable[str], leaving: Collection[str] = ()) -> int:
+        """How many rentals may ask for a place when these workers are looked at: those that wait, will be lost or
+        are to be moved away. `leaving`: the workers that are about to stop."""
         return self.waiting() + sum(
-            h.blank or h.state in ON_THE_WAY or (h.state in LIVE and _is_away(self._workers.get(worker_id)))
+            h.blank
+            or h.state in ON_THE_WAY
+            or (h.state in LIVE and (worker_id in leaving or _is_left(self._workers.get(worker_id))))
             for worker_id in looked_at
             for h in self.held(worker_id)
         )
@@ -309,7 +324,7 @@ class Roster:
         return self._by_health[known.health].get(worker_id) if known else None
 
     def age_of(self, identity: str, now: float) -> float:
-        """Seconds that a rental, or a placement that does not run, has been in its state."""
+        """Seconds that a rental has been in its state, or a placement that does not run, or stands still."""
         since = self._unsettled.get(identity)
         if since is None and identity in self._rentals:
             since = self._by_state[self._rentals[identity]][identity]
@@ -320,8 +335,13 @@ class Roster:
         return [w for w, since in islice(self._by_health[health].items(), number) if now - since > beyond_s]
 
 
-def _is_away(known: Known | None) -> bool:
-    return known is None or known.health is Health.DOWN
+def _is_left(known: Known | None) -> bool:
+    """What runs there will have to be somewhere else."""
+    return known is None or known.health in {Health.DOWN, Health.QUARANTINED} or known.intent is Intent.DRAINING
+
+
+def _stands(held: Held) -> bool:
+    return held.state is PlacementState.RUNNING and bool(held.held)
 
 
 def _is_down(known: Known | None) -> bool:

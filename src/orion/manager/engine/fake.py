@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orion.manager.engine.port import Action, End, Host, Job, Outcome, Reached, Sign
@@ -37,6 +37,8 @@ class FakeWorker:
     tombstones: dict[str, int] = field(default_factory=dict)
     homes: dict[str, dict[str, str]] = field(default_factory=dict)
     """The files of each rental's home, by name."""
+    frozen: dict[str, int] = field(default_factory=dict)
+    """The rentals that stand still, with the planned move for which they do."""
     let_in: dict[str, int] = field(default_factory=dict)
     """The epoch at which each rental's renter was let in."""
     started: dict[str, list[str]] = field(default_factory=dict)
@@ -80,6 +82,7 @@ class FakeWorker:
     def come_back(self) -> None:
         """Its file system as it was, every account locked."""
         self.alive = True
+        self.frozen.clear()
         self.accounts = {
             rental_id: Account(a.username, a.uid, a.epoch, a.keys, unlocked=False)
             for rental_id, a in self.accounts.items()
@@ -103,6 +106,8 @@ class FakeWorker:
             raise Refused(f"epoch {job.epoch} was purged here (tombstone of epoch {purged})")
         self._refuse_older(before, job)
         self._refuse_other_names(job)
+        if job.action is Action.CREATE and job.rental_id in self.frozen:
+            raise Refused("it is frozen: thaw it")
         unlocked = job.action is Action.CREATE or bool(before and before.epoch == job.epoch and before.unlocked)
         account = Account(job.username, job.uid, job.epoch, job.public_keys, unlocked)
         self.accounts[job.rental_id] = account
@@ -124,14 +129,32 @@ class FakeWorker:
         runs.append(job.start_mark)
         return {"started": True}
 
+    def freeze(self, job: Job) -> dict[str, Any]:
+        account = self._here(job)
+        self.frozen[job.rental_id] = max(job.move, self.frozen.get(job.rental_id, 0))
+        self.accounts[job.rental_id] = replace(account, unlocked=False)
+        return {"changed": account.unlocked, "epoch": job.epoch, "state": "frozen", "killed": 0}
+
     def thaw(self, job: Job) -> dict[str, Any]:
+        account = self._here(job)
+        if job.move < self.frozen.get(job.rental_id, 0):
+            raise Refused(f"it stands still for planned move {self.frozen[job.rental_id]}, which is a later one")
+        over = job.rental_id in self.over
+        if over and job.move:
+            self.frozen.pop(job.rental_id, None)
+            raise Refused("its home holds more than it may: its owner alone may have it go on")
+        changed = over or not account.unlocked
+        self.frozen.pop(job.rental_id, None)
+        self.over.discard(job.rental_id)
+        self.spared |= {job.rental_id} if over else set()
+        self.accounts[job.rental_id] = replace(account, unlocked=True)
+        return {"changed": changed, "epoch": job.epoch, "state": "running"}
+
+    def _here(self, job: Job) -> Account:
         account = self.accounts.get(job.rental_id)
         if account is None or account.epoch != job.epoch:
             raise Refused(f"epoch {job.epoch} is not here")
-        changed = job.rental_id in self.over
-        self.over.discard(job.rental_id)
-        self.spared |= {job.rental_id} if changed else set()
-        return {"changed": changed, "epoch": job.epoch, "state": "running"}
+        return account
 
     def certify(self, job: Job) -> dict[str, Any]:
         account = self.accounts.get(job.rental_id)
@@ -150,6 +173,7 @@ class FakeWorker:
         self.let_in.pop(job.rental_id, None)
         self.started.pop(job.rental_id, None)
         self.restored.pop(job.rental_id, None)
+        self.frozen.pop(job.rental_id, None)
         self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
         return {"changed": before is not None, "left": [], "removed_files": 0, "killed": 0, "looked": ["/"]}
 
@@ -208,11 +232,19 @@ class FakeEngine:
         if worker.failure:
             return Outcome(ok=False, message=worker.failure)
         try:
-            commands = {Action.DELETE: worker.purge, Action.THAW: worker.thaw, Action.CERTIFY: worker.certify}
-            report = commands.get(job.action, worker.create)(job)
+            report = self._work(worker, job.action)(job)
         except Refused as refusal:
             return Outcome(ok=False, message=str(refusal), report={"changed": False})
         return Outcome(ok=True, report=report)
+
+    def _work(self, worker: FakeWorker, action: Action) -> Callable[[Job], dict[str, Any]]:
+        others = {
+            Action.DELETE: worker.purge,
+            Action.FREEZE: worker.freeze,
+            Action.THAW: worker.thaw,
+            Action.CERTIFY: worker.certify,
+        }
+        return others.get(action, worker.create)
 
 
 @dataclass

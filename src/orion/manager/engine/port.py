@@ -18,8 +18,11 @@ class Action(StrEnum):
     """The account exists at this epoch with these keys and is unlocked. Idempotent: also used to change keys."""
     PREPARE = "prepare_user"
     """The same, and locked, unless this very epoch was unlocked before: so that its home can be filled first."""
+    FREEZE = "freeze"
+    """Nobody is let in and nothing of it goes on, whatever went on before; its files are kept. Idempotent."""
     THAW = "thaw"
-    """What is frozen at this epoch goes on and its renter is let in; `changed` in the report says whether it was."""
+    """What is frozen at this epoch goes on and its renter is let in, unless it was frozen for a later planned move than
+    this order's; `changed` in the report says whether it was."""
     CERTIFY = "certify_host"
     """The worker shows this host certificate to the rental's renter, or one that was signed later. Idempotent."""
     DELETE = "delete_user"
@@ -56,6 +59,8 @@ class Job:
     """The key whose certificates open the rental too; empty: none does. For CREATE and PREPARE."""
     host_certificate: str = ""
     """What its worker shows to renters from now on. For CREATE and CERTIFY."""
+    move: int = 0
+    """For FREEZE and THAW: the planned move, by a number that only rises for a rental."""
 
 
 @dataclass(frozen=True)

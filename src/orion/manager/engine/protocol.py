@@ -51,6 +51,7 @@ class Variables(Line):
     start_mark: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,16}@[A-Za-z0-9-]{0,64}$")] | None = None
     user_authority: PublicKey | Literal[""] = ""
     host_certificate: Certificate = ""
+    move: int = Field(0, ge=0, lt=2**53)
 
 
 class JobLine(Line):
@@ -129,6 +130,7 @@ def job_line(identifier: str, job: Job) -> bytes:
             start_mark=job.start_mark or None,
             user_authority=job.user_authority,
             host_certificate=job.host_certificate,
+            move=job.move,
         ),
         deadline_s=job.deadline_s,
     )

@@ -228,7 +228,9 @@ class HealthLoop:
     def _evidence(self, worker: Worker, refuges: int, now: float) -> Evidence:
         lease = self._leases.get(worker.id)
         known = self._roster.worker(worker.id)
-        is_refuge = known is not None and known.is_refuge and (lease is None or lease.leaving_at is None)
+        is_refuge = (
+            known is not None and known.is_refuge and (lease is None or (lease.leaving_at or lease.vacating_at) is None)
+        )
         joined_at = self._roster.since(worker.id) if worker.health is Health.JOINING else None
         return Evidence(
             worker,

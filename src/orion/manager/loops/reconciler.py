@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -22,11 +22,13 @@ import structlog
 
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.model import Item, World
+from orion.manager.domain.moves import NotMoved, Source
 from orion.manager.domain.outcomes import Ended
-from orion.manager.domain.reconcile import MAX_PLACED, Facts, Task, TaskKind, decide
+from orion.manager.domain.reconcile import MAX_PLACED, Facts, Task, TaskKind, ask_to_move, decide, thaw
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health, PlacementState
 from orion.manager.engine.port import Action, Engine, Host, Job, Outcome, Reach, Reached
+from orion.manager.loops.moving import Mover
 from orion.manager.loops.restoring import WAITS, Restorer
 from orion.manager.loops.salvaging import TRIES
 from orion.manager.loops.timer import Loop
@@ -47,10 +49,19 @@ MOST_ORPHANS = 2
 LOOKED_AT_ONCE = 400
 """Workers of one round: so that no decision holds everybody else up."""
 SWEPT_AT_ONCE = 50
+MOST_TRIES = 5
+"""To begin a move while others act."""
 SPARE_CANDIDATES = 16
 """Beyond one for each rental that waits: for those that failed to make one of them."""
 
-_ACTIONS = {TaskKind.CREATE: Action.CREATE, TaskKind.DELETE: Action.DELETE}
+VACATING_SETTLES_S = 1.0
+"""Until the rentals of a worker that was told to stop are moved: where all are told, none is to move among them."""
+FIRST_REST_S = 2.0
+LONGEST_REST_S = 300.0
+"""Between two attempts to move what could not be moved."""
+
+_ACTIONS = {TaskKind.CREATE: Action.CREATE, TaskKind.DELETE: Action.DELETE, TaskKind.THAW: Action.THAW}
+_MOVES = frozenset({TaskKind.SEED, TaskKind.FINISH, TaskKind.PARK})
 _REACHED = {
     Reached.YES: Outcome(True),
     Reached.NO: Outcome(False, "it cannot be reached by SSH"),
@@ -78,6 +89,7 @@ class Reconciler:
         engine: Engine,
         reach: Reach,
         restorer: Restorer,
+        mover: Mover,
         monotonic: Callable[[], float],
         wall: Callable[[], float],
         placement_ids: Iterator[str] | None = None,
@@ -88,10 +100,15 @@ class Reconciler:
         self._engine = engine
         self._reach = reach
         self._restorer = restorer
+        self._mover = mover
         self._monotonic = monotonic
         self._wall = wall
         self._placement_ids = placement_ids or _random_ids()
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._moving: dict[tuple[str, str], Task] = {}
+        """Of those that run, the parts of planned moves."""
+        self._rests: dict[str, _Failure] = {}
+        """Of rentals that could not be moved."""
         self._failures: dict[Task, _Failure] = {}
         self._at_work: Counter[str] = Counter()
         self._failing: set[str] = set()
@@ -126,6 +143,7 @@ class Reconciler:
             self.loop.hint()  # somebody else acted: decide again from what is true now
             return
         self._forget_failures(looked_at, decision.tasks)
+        self._end_what_is_not_moved(busy, decision.tasks)
         for task in decision.tasks:
             if task.key not in busy:
                 self._start(task)
@@ -160,6 +178,21 @@ class Reconciler:
         world = await self._ledger.look({*worker_ids, *self._roster.restless(LOOKED_AT_ONCE)}, ())
         return world, self._ages(world)
 
+    async def ask_to_move(self, rental_id: str, worker_id: str, actor: str) -> None:
+        """Begin a planned move from that worker, unless it is under way. Raises moves.NotMoved."""
+        for _ in range(MOST_TRIES):
+            leaving = self._leases.leaving()
+            candidates = self._roster.room.best(SPARE_CANDIDATES, without={*leaving, worker_id})
+            world = await self._ledger.look({worker_id}, candidates)
+            here = [w for w in world.workers if world.is_whole(w) or w in world.taken]
+            world.elsewhere = self._roster.refusals(here, leaving)
+            facts = Facts({}, leaving, {}, self._placement_ids)
+            step = ask_to_move(world, rental_id, actor, facts)
+            if step is None or await self._ledger.apply([step]):
+                self.loop.hint()
+                return
+        raise NotMoved("busy", "it is changing just now: try again")
+
     def _look_at(self) -> frozenset[str]:
         restless = self._roster.restless(LOOKED_AT_ONCE)
         disagreeing = list(islice(self._disagreeing, LOOKED_AT_ONCE))
@@ -168,14 +201,25 @@ class Reconciler:
         swept = list(islice(self._sweep, self.swept_at_once))
         if len(swept) < self.swept_at_once:
             self._sweep = iter(list(self._roster.ids()))
-        return frozenset((*restless, *disagreeing, *swept))
+        vacating = (w for w in self._vacating() if self._roster.held(w))
+        return frozenset((*restless, *disagreeing, *vacating, *swept))
+
+    def _vacating(self) -> frozenset[str]:
+        return self._leases.vacating(self._monotonic() - VACATING_SETTLES_S)
+
+    def _end_what_is_not_moved(self, busy: set[tuple[str, str]], wanted: Iterable[Task]) -> None:
+        """Its move was given up, or overtaken by something else, before this snapshot."""
+        still = {task.key for task in wanted if task.kind in _MOVES}
+        for key in self._moving.keys() & busy - still:
+            self._running[key].cancel()
 
     def _is_more_than_one_round(self) -> bool:
         many = max(self._roster.restless_number, len(self._disagreeing)) > LOOKED_AT_ONCE
         return many or self._roster.waiting() > MAX_PLACED
 
     async def _snapshot(self, looked_at: frozenset[str]) -> World:
-        leaving, wanted = self._leases.leaving(), min(self._roster.wanting(looked_at), MAX_PLACED)
+        leaving = self._leases.leaving()
+        wanted = min(self._roster.wanting(looked_at, leaving), MAX_PLACED)
         candidates = self._roster.room.best(wanted + SPARE_CANDIDATES, without=leaving) if wanted else []
         world = await self._ledger.look(looked_at, candidates)
         if wanted:
@@ -189,12 +233,15 @@ class Reconciler:
         return await self._ledger.never_placed(unknown) if unknown else frozenset()
 
     def _facts(self, world: World, inventories: Inventories, strangers: frozenset[tuple[str, int]]) -> Facts:
-        ages = self._ages(world)
-        return Facts(inventories, self._leases.leaving(), ages, self._placement_ids, strangers, self._wall())
+        now = self._monotonic()
+        resting = frozenset(rental_id for rental_id, failure in self._rests.items() if failure.again_at > now)
+        ages, leaving = self._ages(world), self._leases.leaving()
+        moving = self._vacating(), resting
+        return Facts(inventories, leaving, ages, self._placement_ids, strangers, self._wall(), *moving)
 
     def _ages(self, world: World) -> dict[str, float]:
         now = self._monotonic()
-        moving = [p.id for p in world.placements.values() if p.state is not PlacementState.RUNNING]
+        moving = [p.id for p in world.placements.values() if p.state is not PlacementState.RUNNING or p.held]
         ages = {identity: self._roster.age_of(identity, now) for identity in (*moving, *world.rentals)}
         joining = (w.id for w in world.workers.values() if w.health is Health.JOINING)
         return ages | {w: now - since for w in joining if (since := self._roster.since(w)) is not None}
@@ -217,12 +264,17 @@ class Reconciler:
             return
         if not self._has_a_share(task):
             return
-        self._at_work[task.worker_id] += 1
         self._running[task.key] = asyncio.create_task(self._run(task))
+        if task.kind in _MOVES:
+            self._moving[task.key] = task
+        else:
+            self._at_work[task.worker_id] += 1
 
     def _has_a_share(self, task: Task) -> bool:
         """The engine is everybody's: a worker that hangs with all that it is asked must not take all of it."""
         at_work = self._at_work[task.worker_id]
+        if task.kind in _MOVES:
+            return True  # they are few, take long, and fail by the worker that is left as often as by this one
         if task.worker_id in self._failing:
             return at_work < 1
         if task.kind is TaskKind.SALVAGE:
@@ -241,25 +293,39 @@ class Reconciler:
         finally:
             # In this order: the round that the hint brings must not find it running still.
             self._running.pop(task.key, None)
-            self._at_work[task.worker_id] -= 1
+            if self._moving.pop(task.key, None) is None:
+                self._at_work[task.worker_id] -= 1
             self.loop.hint()
 
     async def _perform(self, task: Task) -> Outcome:
-        worker = (await self._ledger.workers([task.worker_id])).get(task.worker_id)
-        if worker is None:
+        ids = {task.worker_id, *((task.source.worker_id,) if task.source else ())}
+        workers = await self._ledger.workers(ids)
+        if len(workers) < len(ids):
             return Outcome(False, "its worker was removed")
-        host = Host(worker.id, worker.address, worker.host_keys)
+        hosts = {w.id: Host(w.id, w.address, w.host_keys) for w in workers.values()}
+        host = hosts[task.worker_id]
         if task.item is None:
             return _REACHED[await self._reach.reach(host, REACH_TIMEOUT_S)]
         item = task.item
         if task.kind is TaskKind.SALVAGE:
             return await self._restorer.salvager.salvage(host, item, task.placement_id or "")
-        keys = tuple(task.public_key.splitlines())
+        keys, action = tuple(task.public_key.splitlines()), _ACTIONS.get(task.kind, Action.PREPARE)
         who = item.rental_id, item.username, item.uid, item.epoch
-        job = Job(_ACTIONS[task.kind], host, *who, keys, JOB_DEADLINE_S, task.start, task.start_mark)
+        job = Job(action, host, *who, keys, JOB_DEADLINE_S, task.start, task.start_mark)
+        if task.source:
+            return await self._move(task, job, hosts[task.source.worker_id], task.source)
         if task.restore:
-            return await self._restorer.make(job, task.restore)
+            return await self._restorer.make(job, task.restore, task.filled)
         return await self._engine.run(job)
+
+    async def _move(self, task: Task, job: Job, host: Host, source: Source) -> Outcome:
+        away = replace(job, host=host, epoch=source.epoch, move=source.move)
+        if task.kind is TaskKind.THAW:
+            return await self._engine.run(away)
+        if task.kind is TaskKind.PARK:
+            return await self._mover.park(away)
+        part = self._mover.finish if task.kind is TaskKind.FINISH else self._mover.seed
+        return await part(away, job)
 
     async def _feed_back(self, task: Task, outcome: Outcome) -> None:
         if not outcome.ok:
@@ -268,16 +334,29 @@ class Reconciler:
             # A worker without a lease lets nobody in until its next heartbeat: that is no failure to make anything.
             waits = outcome.report.get(WAITS) or outcome.report.get("code") == NO_LEASE
             attempts = 0 if waits else failure.count * int(outcome.report.get(TRIES, 1))
+            if task.source and task.item and task.kind is not TaskKind.THAW:
+                self._rest(task.item.rental_id)
             await self._write(Ended(task, False, self._wall(), message=outcome.message, attempts=attempts))
+            await self._thaw_after(task)
             return
         self._failures.pop(task, None)
         self._failing.discard(task.worker_id)
+        if task.source and task.item and task.kind in {TaskKind.FINISH, TaskKind.PARK}:
+            self._rests.pop(task.item.rental_id, None)
         if task.kind is TaskKind.DELETE and task.item:
             self._leases.cleaned(task.worker_id, task.item.rental_id, task.item.epoch)
         await self._write(Ended(task, True, self._wall(), outcome.report))
         log.info("task done", **_story(task))
         if task.kind is not TaskKind.CREATE:
             self.on_worker_change()
+
+    async def _thaw_after(self, task: Task) -> None:
+        """What stood still for a move that has failed goes on at once."""
+        if task.source is None or not task.source.move or task.kind is TaskKind.THAW:
+            return
+        thawing = thaw(await self._ledger.look({task.source.worker_id}, ()), task.source)
+        if thawing is not None:
+            self._start(thawing)
 
     async def _write(self, ended: Ended) -> None:
         """With all the others that wait, in one transaction."""
@@ -309,11 +388,20 @@ class Reconciler:
             if not written.done():
                 written.set_result(None)
 
+    def _rest(self, rental_id: str) -> None:
+        """The longer, the more often it could not be moved."""
+        now = self._monotonic()
+        self._rests = {r: f for r, f in self._rests.items() if f.again_at > now - LONGEST_REST_S}
+        count = self._rests[rental_id].count + 1 if rental_id in self._rests else 1
+        rest_s = min(LONGEST_REST_S, FIRST_REST_S * 2 ** (count - 1))
+        self._rests[rental_id] = _Failure(count, now + rest_s)
+
     def _fail(self, task: Task) -> _Failure:
         count = self._failures[task].count + 1 if task in self._failures else 1
         pause_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (count - 1))
         self._failures[task] = _Failure(count, self._monotonic() + pause_s)
-        self._failing.add(task.worker_id)
+        if task.kind not in _MOVES:
+            self._failing.add(task.worker_id)
         asyncio.get_running_loop().call_later(pause_s, self.loop.hint)
         return self._failures[task]
 

@@ -37,22 +37,29 @@ class Restorer:
         """Of each worker on which a home is being filled: one that hangs holds up no other."""
         self.salvager = Salvager(vault, book, limits or Limits())
 
-    async def make(self, job: Job, wanted: str) -> Outcome:
-        """The account is there with its files and its renter is let in; the report tells which copy it was."""
+    async def make(self, job: Job, wanted: str, filled: str = "") -> Outcome:
+        """The account is there with its files and its renter is let in; the report tells which copy it was.
+
+        `filled`: the copy that a planned move has put there already.
+        """
+        if filled:
+            made = await self._engine.run(job)
+            told = {"generation": filled, "reason": "moved with all its files"}
+            return replace(made, report={**made.report, "restored": told})
         prepared = await self._engine.run(replace(job, action=Action.PREPARE))
         if not prepared.ok:
             return prepared
         before = prepared.report.get("restored")
-        told: dict[str, Any] = {"restored": {"generation": before, "reason": LET_IN_BEFORE}} if before else {}
+        found: dict[str, Any] = {"restored": {"generation": before, "reason": LET_IN_BEFORE}} if before else {}
         if prepared.report.get("state") != "running":
             share = self._shares.setdefault(job.host.worker_id, asyncio.Semaphore(AT_ONCE))
             try:
                 async with share:
-                    told = {"restored": await self._fill(job, wanted)}
+                    found = {"restored": await self._fill(job, wanted)}
             except VaultError as error:
                 return _refused(error)
         made = await self._engine.run(job)
-        return replace(made, report={**made.report, **told})
+        return replace(made, report={**made.report, **found})
 
     async def _fill(self, job: Job, wanted: str) -> dict[str, Any]:
         if wanted == EMPTY:

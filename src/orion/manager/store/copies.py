@@ -20,15 +20,17 @@ from orion.manager.domain.copies import (
     wants_salvage,
 )
 from orion.manager.domain.model import Placement, Rental, Step, Worker
-from orion.manager.domain.states import ENDED, Health, PlacementState, RentalState
+from orion.manager.domain.states import ENDED, LIVE, Health, PlacementState, RentalState
 from orion.manager.store import ledger
 from orion.manager.store.database import Store
 from orion.manager.store.memory import MemoryLedger
 from orion.manager.store.schema import copies, placements, rentals, workers
 
+standbys = placements.alias()
+
 
 class Running(NamedTuple):
-    """An active rental with the placement that runs, on a worker that is ready."""
+    """An active rental with the placement that runs, on a worker that is ready, and is not being moved away."""
 
     rental: Rental
     placement: Placement
@@ -44,6 +46,10 @@ class CopyBook(Protocol):
 
     async def one(self, rental_id: str) -> Running | None:
         """None: it cannot be copied now."""
+        ...
+
+    async def moving(self, rental_id: str) -> Running | None:
+        """The same for a planned move, whose worker need not be ready. None: it does not run any more."""
         ...
 
     async def accept(self, step: Step, rental_id: str, there: Sequence[Copy]) -> bool:
@@ -85,6 +91,9 @@ class SqlCopyBook:
     async def one(self, rental_id: str) -> Running | None:
         return await self._store.read(load_one, rental_id)
 
+    async def moving(self, rental_id: str) -> Running | None:
+        return await self._store.read(load_moving, rental_id)
+
     async def accept(self, step: Step, rental_id: str, there: Sequence[Copy]) -> bool:
         return await self._store.write(accept_copy, step, rental_id, there)
 
@@ -120,9 +129,19 @@ class MemoryCopyBook:
     async def one(self, rental_id: str) -> Running | None:
         return next((one for one in self._running() if one.rental.id == rental_id), None)
 
+    async def moving(self, rental_id: str) -> Running | None:
+        world, rental = self._ledger.world, self._ledger.world.rentals.get(rental_id)
+        live = world.live_placement(rental_id)
+        if rental is None or live is None or rental.state is not RentalState.ACTIVE:
+            return None
+        worker = world.workers.get(live.worker_id)
+        return Running(rental, live, worker) if worker and live.state is PlacementState.RUNNING else None
+
     def _running(self) -> list[Running]:
         world = self._ledger.world
+        moving = {p.rental_id for p in world.placements.values() if p.state in LIVE and (p.standby or p.held)}
         running = [p for p in world.placements.values() if p.state is PlacementState.RUNNING]
+        running = [p for p in running if p.rental_id not in moving]
         placed = [p for p in running if p.worker_id in world.workers]
         found = [Running(world.rentals[p.rental_id], p, world.workers[p.worker_id]) for p in placed]
         return [r for r in found if r.rental.state is RentalState.ACTIVE and r.worker.health is Health.READY]
@@ -160,9 +179,15 @@ def load_running(connection: Connection) -> list[str]:
 
 
 def load_one(connection: Connection, rental_id: str) -> Running | None:
-    found = connection.execute(
-        _running(rentals.c.id, placements.c.id, workers.c.id).where(rentals.c.id == rental_id)
-    ).first()
+    return _load(connection, _running(rentals.c.id, placements.c.id, workers.c.id), rental_id)
+
+
+def load_moving(connection: Connection, rental_id: str) -> Running | None:
+    return _load(connection, _placed(rentals.c.id, placements.c.id, workers.c.id), rental_id)
+
+
+def _load(connection: Connection, query: Any, rental_id: str) -> Running | None:
+    found = connection.execute(query.where(rentals.c.id == rental_id)).first()
     if found is None:
         return None
     # Their columns have the same names, hence three queries.
@@ -174,19 +199,19 @@ def load_one(connection: Connection, rental_id: str) -> Running | None:
 
 
 def _running(*columns: Column[str]) -> Any:
-    """Of active rentals whose placement runs on a worker that is ready."""
+    """Of active rentals whose placement runs on a worker that is ready; a planned move copies for itself."""
+    moving = select(standbys.c.rental_id).where(standbys.c.standby.is_(True), standbys.c.state.in_(LIVE))
+    at_rest = (placements.c.held == 0, workers.c.health == Health.READY, rentals.c.id.not_in(moving))
+    return _placed(*columns).where(*at_rest)
+
+
+def _placed(*columns: Column[str]) -> Any:
+    """Of active rentals whose placement runs."""
     joined = placements.join(rentals, rentals.c.id == placements.c.rental_id).join(
         workers, workers.c.id == placements.c.worker_id
     )
-    return (
-        select(*columns)
-        .select_from(joined)
-        .where(
-            placements.c.state == PlacementState.RUNNING,
-            rentals.c.state == RentalState.ACTIVE,
-            workers.c.health == Health.READY,
-        )
-    )
+    runs = (placements.c.state == PlacementState.RUNNING, rentals.c.state == RentalState.ACTIVE)
+    return select(*columns).select_from(joined).where(*runs)
 
 
 def accept_copy(connection: Connection, step: Step, rental_id: str, there: Sequence[Copy]) -> bool:

@@ -29,7 +29,7 @@ from orion.manager.domain.states import ENDED, HOLDING, Health, Intent, Placemen
 from orion.manager.store.database import record, touched
 from orion.manager.store.port import DUE_AT_ONCE, QUEUED_AT_ONCE
 from orion.manager.store.roster import OPEN, chunks
-from orion.manager.store.schema import LIVING, placements, rentals, workers
+from orion.manager.store.schema import LIVING, STANDBY, placements, rentals, workers
 
 TABLES: dict[str, Table] = {"worker": workers, "rental": rentals, "placement": placements}
 AT_WORK = (RentalState.PROVISIONING, RentalState.MIGRATING, RentalState.RELEASING)
@@ -40,6 +40,9 @@ COLUMNS = {
 """What decisions are made from, and nothing else: what is read in thousands should not hold labels and loads."""
 
 T = TypeVar("T")
+
+
+_MOVING = select(placements.c.rental_id).where(text(STANDBY))
 
 
 class _Dropped(Exception):
@@ -75,6 +78,7 @@ def look(connection: Connection, whole: Collection[str], candidates: Collection[
     """See `port.Ledger.look`."""
     waiting = _rentals(connection, rentals.c.state.in_(AT_WORK))
     waiting |= _rentals(connection, rentals.c.state == RentalState.QUEUED, QUEUED_AT_ONCE)
+    waiting |= _rentals(connection, rentals.c.id.in_(_MOVING))
     found = _in(connection, placements.c.worker_id, whole, placement)
     found |= _in(connection, placements.c.rental_id, waiting, placement)
     others = {p.rental_id for p in found.values()} - waiting.keys()
@@ -160,7 +164,8 @@ def _apply_alike(connection: Connection, steps: list[Step]) -> bool:
 
 def finish(connection: Connection, ended: Sequence[Ended]) -> None:
     """Write what follows from tasks that have ended, where that is still of any use, in one transaction."""
-    placed = _by_id(connection, placements, {e.task.placement_id for e in ended if e.task.placement_id}, placement)
+    wanted = {identity for e in ended for identity in e.task.placement_ids}
+    placed = _by_id(connection, placements, wanted, placement)
     placed = {identity: p for identity, p in placed.items() if p.state is not PlacementState.PURGED}
     world = World({}, _by_id(connection, rentals, {p.rental_id for p in placed.values()}, rental), placed)
     for one in ended:
@@ -287,6 +292,7 @@ def rental(row: RowMapping) -> Rental:
         start_run=row["start_run"],
         start_problem=row["start_problem"],
         takeovers=tuple(row["takeovers"]),
+        last_epoch=row["last_epoch"],
     )
 
 
@@ -301,4 +307,7 @@ def placement(row: RowMapping) -> Placement:
         public_key=row["public_key"],
         started=row["started"],
         salvaged=bool(row["salvaged"]),
+        standby=row["standby"],
+        held=row["held"],
+        filled=row["filled"],
     )

@@ -86,6 +86,8 @@ class MemoryLedger:
         at_rest = ENDED | {RentalState.ACTIVE, RentalState.QUEUED}
         waiting = {r.id: r for r in world.rentals.values() if r.state not in at_rest}
         waiting |= {r.id: r for r in queue[:QUEUED_AT_ONCE]}
+        moving = sorted(p.rental_id for p in world.placements.values() if p.standby and p.state in LIVE)
+        waiting |= {i: world.rentals[i] for i in moving}
         found = {i: p for i, p in world.placements.items() if p.worker_id in whole or p.rental_id in waiting}
         of_found = {p.rental_id for p in found.values()}
         known = {p.worker_id for p in found.values()} | {*whole, *candidates}
@@ -192,8 +194,9 @@ class MemoryLedger:
     def _check(self, new: Placement) -> None:
         """No state is ever entered from outside of LIVE and of HOLDING, so a new row alone can break these."""
         others = [p for p in self.world.placements.values() if p.id != new.id]
-        if any(p.rental_id == new.rental_id and p.state in LIVE for p in others):
-            raise InvariantBroken(f"rental {new.rental_id} has two live placements")
+        alike = [p for p in others if p.rental_id == new.rental_id and p.state in LIVE and p.standby == new.standby]
+        if alike:
+            raise InvariantBroken(f"rental {new.rental_id} has two live placements, or two standbys")
         if any((p.worker_id, p.slot) == (new.worker_id, new.slot) and p.state in HOLDING for p in others):
             raise InvariantBroken(f"slot {new.slot} of worker {new.worker_id} is taken")
         if (new.rental_id, new.epoch) in self._epochs:

@@ -175,13 +175,17 @@ def begin_start(connection: Connection, rental_id: str, actor: str) -> str:
 
 
 def _with_worker() -> Select[Any]:
-    """With `worker_id`, `address`, `host_keys` of the worker that it is on, and `key_in_place`."""
-    live = and_(placements.c.rental_id == rentals.c.id, placements.c.state.in_(LIVE))
+    """With `worker_id`, `address`, `host_keys` of the worker that it is on, `key_in_place`, and `moving_to`."""
+    of_it = and_(placements.c.rental_id == rentals.c.id, placements.c.state.in_(LIVE))
+    live = and_(of_it, placements.c.standby.is_(False))
     joined = rentals.outerjoin(placements, live).outerjoin(workers, workers.c.id == placements.c.worker_id)
+    standby = placements.alias()
+    moving_to = select(standby.c.worker_id).where(standby.c.rental_id == rentals.c.id, standby.c.standby.is_(True))
     return select(
         rentals,
         placements.c.worker_id,
         workers.c.address,
         workers.c.host_keys,
         (placements.c.public_key == rentals.c.public_key).label("key_in_place"),
+        moving_to.where(standby.c.state.in_(LIVE)).scalar_subquery().label("moving_to"),
     ).select_from(joined)

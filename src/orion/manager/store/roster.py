@@ -48,6 +48,8 @@ _HELD = (
             rentals.c.start_problem == "",
             placements.c.started != cast(rentals.c.start_run, String) + "@" + workers.c.boot_id,
         ),
+        placements.c.standby,
+        placements.c.held,
     )
     .select_from(
         placements.join(rentals, rentals.c.id == placements.c.rental_id).outerjoin(
@@ -110,7 +112,7 @@ def _known(connection: Connection, query: Select[Any]) -> Iterator[tuple[str, Kn
 
 
 def _add_held(connection: Connection, query: Select[Any], held: dict[str, list[Held]], same: dict[str, str]) -> None:
-    for worker_id, identity, rental_id, epoch, state, keyed, blank, start_due in connection.execute(query):
-        told = bool(keyed), bool(blank), bool(start_due)
+    for worker_id, identity, rental_id, epoch, state, keyed, blank, start_due, *move in connection.execute(query):
+        told = bool(keyed), bool(blank), bool(start_due), *move
         found = Held(identity, same.get(rental_id, rental_id), epoch, _PLACEMENT[state], *told)
         held[same.get(worker_id, worker_id)].append(found)

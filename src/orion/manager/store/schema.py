@@ -87,6 +87,7 @@ rentals = Table(
     Column("start_run", Integer, nullable=False, server_default="1"),
     Column("start_problem", Text, nullable=False, server_default=""),
     Column("takeovers", JSON, nullable=False, server_default="[]"),
+    Column("last_epoch", Integer, nullable=False, server_default="0"),
     Index(
         "uq_rentals_living_name",
         "owner",
@@ -103,7 +104,10 @@ rentals = Table(
     Index("ix_rentals_due", "expires_at", sqlite_where=_LIVING, postgresql_where=_LIVING),
 )
 
-_LIVE = text("state IN ('reserved', 'preparing', 'running')")
+_LIVE = text("state IN ('reserved', 'preparing', 'running') AND NOT standby")
+STANDBY = "state IN ('reserved', 'preparing', 'running') AND standby"
+"""Of a planned move that has begun and is not over."""
+_STANDBY = text(STANDBY)
 _HOLDING = text("state IN ('reserved', 'preparing', 'running', 'stopping', 'stopped', 'failed')")
 
 placements = Table(
@@ -116,12 +120,16 @@ placements = Table(
     Column("epoch", Integer, nullable=False),
     Column("state", String(16), nullable=False),
     Column("public_key", Text, nullable=False, server_default=""),
+    Column("standby", Boolean, nullable=False, server_default=false()),
+    Column("held", Integer, nullable=False, server_default="0"),
+    Column("filled", String(40), nullable=False, server_default=""),
     Column("created_at", Float, nullable=False),
     Column("started", String(100), nullable=False, server_default=""),
     Column("salvaged", Boolean, nullable=False, server_default=false()),
     UniqueConstraint("rental_id", "epoch"),
     # Never two live copies of a rental, and never two placements in one slot.
     Index("uq_placements_live", "rental_id", unique=True, sqlite_where=_LIVE, postgresql_where=_LIVE),
+    Index("uq_placements_standby", "rental_id", unique=True, sqlite_where=_STANDBY, postgresql_where=_STANDBY),
     Index("uq_placements_slot", "worker_id", "slot", unique=True, sqlite_where=_HOLDING, postgresql_where=_HOLDING),
     Index("ix_placements_state", "state"),
     Index("ix_placements_worker_id_state", "worker_id", "state"),

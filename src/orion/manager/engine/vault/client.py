@@ -42,10 +42,18 @@ class VaultClient:
         """The copies and restores of each rental: a restore or a removal ends them."""
 
     async def copy(
-        self, home: Home, limits: Limits, deadline_s: float = COPY_DEADLINE_S, spare: Generation | None = None
+        self,
+        home: Home,
+        limits: Limits,
+        deadline_s: float = COPY_DEADLINE_S,
+        spare: Generation | None = None,
+        moving: bool = False,
     ) -> Copied:
         more = {"max_files": limits.max_files, "max_bytes": limits.max_bytes, "generation": str(spare or "")}
-        return _copied(await self._begin(_line(Action.COPY, home, deadline_s, **more)))
+        line = _line(Action.COPY, home, deadline_s, moving=moving, **more)
+        if moving:
+            await self._end_all_of(home.rental_id)
+        return _copied(await self._begin(line))
 
     async def salvage(self, home: Home, limits: Limits, deadline_s: float = SALVAGE_DEADLINE_S) -> Copied:
         more = {"max_files": limits.max_files, "max_bytes": limits.max_bytes}

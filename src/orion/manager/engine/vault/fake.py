@@ -45,7 +45,12 @@ class FakeVault:
     _put: dict[tuple[str, int], str] = field(default_factory=dict)
 
     async def copy(
-        self, home: Home, limits: Limits, deadline_s: float = COPY_DEADLINE_S, spare: Generation | None = None
+        self,
+        home: Home,
+        limits: Limits,
+        deadline_s: float = COPY_DEADLINE_S,
+        spare: Generation | None = None,
+        moving: bool = False,
     ) -> Copied:
         began_at = self.wall()
         worker = await self._worker(home, deadline_s)

@@ -92,7 +92,7 @@ class Job:
         self._look_at_disk()
         salvage = request.action is Action.SALVAGE
         direction = "salvage" if salvage else "send"
-        far = self._far(direction, max_files=request.max_files, max_bytes=request.max_bytes)
+        far = self._far(direction, max_files=request.max_files, max_bytes=request.max_bytes, moving=request.moving)
         base = self._as_renter(lambda: generations.begin(self._folder, request.epoch, salvage))
         before = (f"--link-dest={self._folder / base / 'home'}",) if base else ()
         arguments = (*OPTIONS, *before, "-ii", "--out-format=%i", "--stats", "--no-human-readable", "--info=nonreg0")

@@ -66,11 +66,17 @@ class Vault(Protocol):
     """Every call ends within its deadline and a little, and raises VaultError for whatever goes wrong."""
 
     async def copy(
-        self, home: Home, limits: Limits, deadline_s: float = COPY_DEADLINE_S, spare: Generation | None = None
+        self,
+        home: Home,
+        limits: Limits,
+        deadline_s: float = COPY_DEADLINE_S,
+        spare: Generation | None = None,
+        moving: bool = False,
     ) -> Copied:
         """Copy the home as it is now. What was copied before stays untouched until this one is complete.
 
-        Older copies make room then, but for `spare`, which somebody is about to ask for.
+        Older copies make room then, but for `spare`, which somebody is about to ask for. `moving`: for a planned move;
+        it ends another copy of the rental that is under way, and opens a home that its renter has shut to itself.
         """
         ...
 

@@ -42,6 +42,7 @@ class RequestLine(Line):
     """To restore; of a copy, one that is to stay. Empty: the newest, or none in particular."""
     max_files: int = Field(0, ge=0, lt=2**53)
     max_bytes: int = Field(0, ge=0, lt=2**53)
+    moving: bool = False
     deadline_s: float = Field(gt=0, le=MAX_DEADLINE_S)
 
 

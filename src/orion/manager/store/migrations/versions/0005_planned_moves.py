@@ -1,0 +1,38 @@
+"""Planned moves"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0005"
+down_revision = "0004"
+branch_labels = None
+depends_on = None
+
+_BEFORE = sa.text("state IN ('reserved', 'preparing', 'running')")
+_LIVE = sa.text("state IN ('reserved', 'preparing', 'running') AND NOT standby")
+_STANDBY = sa.text("state IN ('reserved', 'preparing', 'running') AND standby")
+
+
+def upgrade() -> None:
+    with op.batch_alter_table("rentals", schema=None) as batch_op:
+        batch_op.add_column(sa.Column("last_epoch", sa.Integer(), server_default="0", nullable=False))
+    with op.batch_alter_table("placements", schema=None) as batch_op:
+        batch_op.add_column(sa.Column("standby", sa.Boolean(), server_default=sa.false(), nullable=False))
+        batch_op.add_column(sa.Column("held", sa.Integer(), server_default="0", nullable=False))
+        batch_op.add_column(sa.Column("filled", sa.String(length=40), server_default="", nullable=False))
+    op.drop_index("uq_placements_live", "placements")
+    for name, which in (("uq_placements_live", _LIVE), ("uq_placements_standby", _STANDBY)):
+        op.create_index(name, "placements", ["rental_id"], unique=True, sqlite_where=which, postgresql_where=which)
+
+
+def downgrade() -> None:
+    op.drop_index("uq_placements_standby", "placements")
+    op.drop_index("uq_placements_live", "placements")
+    with op.batch_alter_table("placements", schema=None) as batch_op:
+        for name in ("filled", "held", "standby"):
+            batch_op.drop_column(name)
+    op.create_index(
+        "uq_placements_live", "placements", ["rental_id"], unique=True, sqlite_where=_BEFORE, postgresql_where=_BEFORE
+    )
+    with op.batch_alter_table("rentals", schema=None) as batch_op:
+        batch_op.drop_column("last_epoch")

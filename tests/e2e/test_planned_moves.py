@@ -1,0 +1,124 @@
+"""Nothing is one byte old after a planned move: one that was asked for, a drain, the end of everything."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from conftest import Figures, Rent
+from renter import Renter
+from stack import WHOLE_WITHIN_S, WORKERS, Stack, story
+from waiting import eventually
+
+from orion.cli.shell import ssh_arguments
+from orion.client import Orion
+from orion.errors import Conflict
+from orion.wire import Event, Rental, RentalState, WorkerIntent
+
+COUNTING = "i=0; while :; do i=$((i+1)); echo $i >> lines; echo $i; sleep 0.01; done"
+BULK = (
+    "head -c 100000000 /dev/urandom > bulk; mkdir many; for i in $(seq 500); do echo $i > many/$i; done; sha256sum bulk"
+)
+
+
+@contextmanager
+def counting(renter: Renter, rental: Rental) -> Iterator[subprocess.Popen[str]]:
+    """A renter at work, who writes numbers down and tells each one that is written."""
+    arguments = ssh_arguments(rental, renter.key, [COUNTING])
+    with subprocess.Popen(
+        arguments, env=renter.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    ) as at_work:
+        try:
+            assert at_work.stdout
+            assert at_work.stdout.readline() == "1\n"
+            yield at_work
+        finally:
+            at_work.kill()
+
+
+def told(at_work: subprocess.Popen[str]) -> int:
+    """The last number that the renter was told, once the session has ended."""
+    said, _ = at_work.communicate(timeout=30)
+    return max((int(line) for line in said.split("\n")[:-1]), default=1)
+
+
+def check_nothing_is_missing(renter: Renter, moved: Rental, last_told: int) -> None:
+    lines = [int(line) for line in renter.inside(moved, "cat lines").split()]
+    assert lines == list(range(1, len(lines) + 1))
+    assert len(lines) >= last_told
+
+
+def kinds(events: list[Event], rental: Rental) -> list[str]:
+    return [event.kind for event in events if event.rental_id == rental.id]
+
+
+def test_a_rental_of_100_mb_is_moved_while_its_renter_works(
+    stack: Stack, orion: Orion, rent: Rent, renter: Renter, figures: Figures
+) -> None:
+    rental = rent("mover")
+    bulk = renter.inside(rental, BULK)
+    with counting(renter, rental) as at_work:
+        mark = stack.mark()
+        said = renter.orion("migrate", "mover")
+        last_told = told(at_work)
+    moved = orion.rental(rental.id)
+    assert said.stdout == f"mover is on worker {moved.worker_id} now.\n"
+    assert (moved.state, moved.epoch) == (RentalState.ACTIVE, rental.epoch + 1)
+    assert moved.worker_id != rental.worker_id
+    check_nothing_is_missing(renter, moved, last_told)
+    assert renter.inside(moved, "sha256sum bulk; ls many | wc -l") == f"{bulk}\n500"
+    events = stack.events(mark)
+    held, active = (next(e for e in events if e.kind == kind) for kind in ("rental.held", "rental.activated"))
+    figures["planned move of 100 MB: held to active"] = f"{(active.at - held.at).total_seconds():.2f} s"
+    assert "placement.lost" not in kinds(events, rental), story(events)
+    eventually("nothing is left where it was", lambda: "placement.purged" in kinds(stack.events(mark), rental), 20)
+
+
+@pytest.mark.usefixtures("all_slots")
+def test_a_drain_moves_what_it_can_says_what_it_waits_for_and_ends(
+    stack: Stack, orion: Orion, rent: Rent, renter: Renter
+) -> None:
+    rentals = [rent() for _ in range(WORKERS)]
+    stays, other = rentals[0], rentals[1]
+    drained = str(stays.worker_id)
+    with pytest.raises(Conflict, match="no other worker can take it") as refused:
+        orion.migrate(stays.id)
+    assert refused.value.code == "nowhere_to_go"
+    with counting(renter, stays) as at_work:
+        renter.orion("drain", drained, "--no-wait")
+        waits = "1 rental is to be moved away, and no worker can take one: of 3 workers, 1 draining, 2 full"
+        assert orion.worker(drained).explanation == waits
+        orion.release(other.id)
+        said = renter.orion("drain", drained)
+        last_told = told(at_work)
+    assert said.stdout == f"{drained} is drained.\n"
+    moved = orion.rental(stays.id)
+    assert (moved.state, moved.worker_id) == (RentalState.ACTIVE, other.worker_id)
+    check_nothing_is_missing(renter, moved, last_told)
+    waiting = orion.rent(ssh_public_key=renter.public_key, wait_s=0)
+    eventually("it says that one is drained", lambda: "1 draining" in orion.rental(waiting.id).explanation, 20)
+    renter.orion("resume", drained)
+    active = orion.rental(waiting.id, state=RentalState.ACTIVE, wait_s=50)
+    assert (active.state, active.worker_id) == (RentalState.ACTIVE, drained)
+
+
+def test_all_is_parked_when_everything_goes_down_and_comes_back_on_new_workers(
+    stack: Stack, orion: Orion, rent: Rent, renter: Renter, figures: Figures
+) -> None:
+    rentals = [rent(), rent()]
+    with counting(renter, rentals[0]) as first, counting(renter, rentals[1]) as second:
+        mark, began = stack.mark(), time.monotonic()
+        stack.compose("down", timeout_s=180)
+        figures["docker compose down, two rentals at work"] = f"{time.monotonic() - began:.1f} s"
+        last_told = [told(first), told(second)]
+    stack.scale(WORKERS)
+    eventually("the door answers", orion.status, WHOLE_WITHIN_S)
+    for rental, last in zip(rentals, last_told, strict=True):
+        stack.await_active(mark, rental, rental.epoch + 2)  # being parked has a number of its own
+        check_nothing_is_missing(renter, orion.rental(rental.id), last)
+    assert "placement.lost" not in [event.kind for event in stack.events(mark)], story(stack.events(mark))
+    for worker in orion.workers():
+        assert worker.intent is WorkerIntent.ACTIVE

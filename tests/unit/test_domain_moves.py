@@ -1,0 +1,150 @@
+"""The steps of a planned move: what each rests on, and that whoever acted meanwhile wins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import count
+
+import pytest
+from support.builders import active_rental, new_placement, new_rental, new_worker, new_world
+
+from orion import wire
+from orion.manager.domain import moves
+from orion.manager.domain.model import Placement, World
+from orion.manager.domain.reconcile import Facts, TaskKind, ask_to_move, decide
+from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
+
+SOURCE, TARGET = new_worker(1), new_worker(2)
+RENTAL = active_rental(last_epoch=4)
+RUNNING = new_placement(RENTAL, SOURCE, PlacementState.RUNNING)
+STANDBY = replace(
+    new_placement(RENTAL, TARGET, PlacementState.PREPARING), id="p-standby", epoch=4, standby=True, filled="1-3"
+)
+HELD = replace(RUNNING, held=4)
+OF_HELD = moves.Source(RUNNING.id, SOURCE.id, 1, 4)
+
+
+def facts(**more: frozenset[str]) -> Facts:
+    leaving = more.get("vacating", frozenset())
+    return Facts({}, leaving, {}, (f"p-new-{number}" for number in count()), **more)
+
+
+def world(*placements: Placement) -> World:
+    return new_world(SOURCE, TARGET, RENTAL, *placements)
+
+
+def test_the_words_are_the_contract_s() -> None:
+    assert moves.NOT_MOVED == wire.NOT_MOVED
+
+
+def test_a_switch_raises_the_epoch_and_ends_what_was_held_in_one_step() -> None:
+    after = world(HELD, STANDBY)
+    step = moves.switch(RENTAL, HELD, STANDBY, OF_HELD, "1-9")
+    assert step
+    assert after.apply(step)
+    rental = after.rentals[RENTAL.id]
+    assert (rental.state, rental.epoch) == (RentalState.MIGRATING, 4)
+    assert after.placements[RUNNING.id].state is PlacementState.STOPPING
+    live = after.live_placement(RENTAL.id)
+    assert live == replace(STANDBY, standby=False, filled="1-9")
+
+
+@pytest.mark.parametrize(
+    ("placement", "standby"),
+    [
+        (RUNNING, STANDBY),
+        (replace(HELD, held=5), STANDBY),
+        (replace(HELD, held=5), None),
+        (replace(HELD, state=PlacementState.STOPPING), STANDBY),
+        (HELD, replace(STANDBY, state=PlacementState.FAILED)),
+        (HELD, replace(STANDBY, epoch=5)),
+        (HELD, replace(STANDBY, standby=False)),
+    ],
+)
+def test_nothing_is_switched_that_is_not_held_for_this_very_move(
+    placement: Placement, standby: Placement | None
+) -> None:
+    assert moves.switch(RENTAL, placement, standby, OF_HELD, "1-9") is None
+
+
+def test_a_switch_that_was_decided_before_somebody_else_acted_is_dropped() -> None:
+    step = moves.switch(RENTAL, HELD, STANDBY, OF_HELD, "1-9")
+    assert step
+    for changed in (replace(HELD, held=0), replace(HELD, held=7)):
+        assert not world(changed, STANDBY).apply(step)
+    assert not world(HELD, replace(STANDBY, state=PlacementState.FAILED)).apply(step)
+
+
+def test_only_what_is_filled_is_waited_for_with_a_hold() -> None:
+    empty = replace(STANDBY, filled="")
+    (task,) = decide(world(RUNNING, empty), facts()).tasks
+    assert task.kind is TaskKind.SEED
+    decision = decide(world(RUNNING, STANDBY), facts())
+    assert [task.kind for task in decision.tasks] == [TaskKind.FINISH]
+    assert decision.steps[0].events[0].kind == "rental.held"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        replace(TARGET, intent=Intent.DRAINING),
+        replace(TARGET, health=Health.JOINING),
+        replace(TARGET, health=Health.QUARANTINED),
+        replace(TARGET, fault="it flaps"),
+    ],
+)
+def test_a_standby_on_a_worker_that_takes_nothing_any_more_is_given_up_and_what_is_held_thawed(target: object) -> None:
+    now = new_world(SOURCE, target, RENTAL, HELD, STANDBY)  # type: ignore[arg-type]
+    decision = decide(now, facts())
+    for step in decision.steps:
+        assert now.apply(step)
+    assert now.placements[STANDBY.id].state is PlacementState.FAILED
+    assert now.placements[RUNNING.id].held == 0
+    thaw = next(task for task in decision.tasks if task.kind is TaskKind.THAW)
+    assert (thaw.worker_id, thaw.source) == (SOURCE.id, OF_HELD)
+
+
+def test_what_is_held_without_a_standby_is_parked_only_while_its_worker_waits_for_that() -> None:
+    leaving = frozenset({SOURCE.id})
+    assert [task.kind for task in decide(world(HELD), facts(vacating=leaving)).tasks] == [TaskKind.PARK]
+    assert [task.kind for task in decide(world(HELD), facts()).tasks] == [TaskKind.THAW]
+
+
+def test_what_is_parked_is_placed_at_once_where_there_is_room_though_it_was_not_purged_yet() -> None:
+    parked = replace(HELD, state=PlacementState.STOPPING)
+    waiting = replace(RENTAL, state=RentalState.MIGRATING)
+    now = new_world(SOURCE, TARGET, waiting, parked)
+    for step in decide(now, facts()).steps:
+        assert now.apply(step)
+    live = now.live_placement(RENTAL.id)
+    assert live
+    assert (live.worker_id, live.epoch) == (TARGET.id, 5)
+
+
+def test_no_more_are_moved_at_once_than_is_good_for_all() -> None:
+    source, target = (
+        replace(SOURCE, slots=20, intent=Intent.DRAINING),
+        replace(TARGET, slots=20),
+    )
+    rentals = [active_rental(number) for number in range(1, 15)]
+    placed = [
+        replace(new_placement(rental, source, PlacementState.RUNNING), slot=number)
+        for number, rental in enumerate(rentals)
+    ]
+    now = new_world(source, target, *rentals, *placed)
+    for step in decide(now, facts()).steps:
+        assert now.apply(step)
+    assert moves.under_way(now) == moves.MOST_AT_ONCE
+    still = next(rental for rental in rentals if now.standby_of(rental.id) is None)
+    with pytest.raises(moves.NotMoved) as refused:
+        ask_to_move(now, still.id, "alice", facts())
+    assert refused.value.code == "too_many_moves"
+
+
+def test_a_silent_worker_is_not_moved_away_from() -> None:
+    silent = replace(SOURCE, health=Health.SUSPECT)
+    with pytest.raises(moves.NotMoved) as refused:
+        ask_to_move(new_world(silent, TARGET, RENTAL, RUNNING), RENTAL.id, "alice", facts())
+    assert refused.value.code == "worker_not_ready"
+    with pytest.raises(moves.NotMoved, match="it has ended"):
+        ask_to_move(world(), new_rental(2).id, "alice", facts())
