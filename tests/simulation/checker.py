@@ -115,7 +115,8 @@ class Checker:
             sim.fail("every transition has its event", f"{write.kind} {write.id} went to {to} without {kind}")
         if write.kind == "placement" and to == PlacementState.RUNNING:
             self._let_in.add((row.rental_id, row.epoch))
-        if write.kind == "placement" and to == PlacementState.LOST and source in {"preparing", "running"}:
+        may_hold_files = source in {"preparing", "running"} and not getattr(row, "standby", False)
+        if write.kind == "placement" and to == PlacementState.LOST and may_hold_files:
             self._lost(row)
         if write.kind == "placement" and to == PlacementState.STOPPING and row.held and write.change.get("state"):
             self._switched(step, row)
@@ -222,7 +223,7 @@ class Checker:
         if rental.state in ENDED | {RentalState.RELEASING}:
             return
         own = [p for p in world.placements.values() if (p.rental_id, p.epoch) == (rental_id, epoch)]
-        if any(p.state is PlacementState.LOST and not p.salvaged for p in own):
+        if any(p.state is PlacementState.LOST and not p.salvaged and not p.standby for p in own):
             self._sim.fail("what a worker still has is salvaged before it is purged", f"{rental_id} of epoch {epoch}")
 
     def filled(self, rental_id: str, copy: Copy) -> None:

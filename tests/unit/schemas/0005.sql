@@ -56,22 +56,19 @@ CREATE TABLE idempotency (
 	CONSTRAINT fk_idempotency_rental_id FOREIGN KEY(rental_id) REFERENCES rentals (id)
 );
 INSERT INTO "idempotency" VALUES('alice','key-1','hash','old',1.0);
-CREATE TABLE "placements" (
+CREATE TABLE placements (
 	id VARCHAR(64) NOT NULL, 
 	rental_id VARCHAR(64) NOT NULL, 
 	worker_id VARCHAR(64) NOT NULL, 
 	slot INTEGER NOT NULL, 
 	epoch INTEGER NOT NULL, 
 	state VARCHAR(16) NOT NULL, 
-	public_key TEXT DEFAULT ('') NOT NULL, 
-	created_at FLOAT NOT NULL, 
-	standby BOOLEAN DEFAULT 0 NOT NULL, 
-	held INTEGER DEFAULT '0' NOT NULL, 
-	filled VARCHAR(40) DEFAULT '' NOT NULL, 
+	public_key TEXT DEFAULT '' NOT NULL, 
+	created_at FLOAT NOT NULL, standby BOOLEAN DEFAULT 0 NOT NULL, held INTEGER DEFAULT '0' NOT NULL, filled VARCHAR(40) DEFAULT '' NOT NULL, 
 	CONSTRAINT pk_placements PRIMARY KEY (id), 
 	CONSTRAINT fk_placements_rental_id FOREIGN KEY(rental_id) REFERENCES rentals (id), 
-	CONSTRAINT uq_placements_rental_id_epoch UNIQUE (rental_id, epoch), 
-	CONSTRAINT ck_placements_slot CHECK (slot >= 0)
+	CONSTRAINT ck_placements_slot CHECK (slot >= 0), 
+	CONSTRAINT uq_placements_rental_id_epoch UNIQUE (rental_id, epoch)
 );
 INSERT INTO "placements" VALUES('p-old','old','w-old',0,3,'running','',1.0,0,0,'');
 CREATE TABLE rentals (
@@ -139,14 +136,14 @@ CREATE INDEX ix_rentals_state ON rentals (state);
 CREATE UNIQUE INDEX uq_rentals_living_name ON rentals (owner, name) WHERE state NOT IN ('released', 'expired', 'failed');
 CREATE INDEX ix_workers_address ON workers (address);
 CREATE INDEX ix_idempotency_created_at ON idempotency (created_at);
+CREATE INDEX ix_placements_state ON placements (state);
+CREATE UNIQUE INDEX uq_placements_slot ON placements (worker_id, slot) WHERE state IN ('reserved', 'preparing', 'running', 'stopping', 'stopped', 'failed');
 CREATE INDEX ix_engine_log_rental_id ON engine_log (rental_id);
+CREATE INDEX ix_placements_worker_id_state ON placements (worker_id, state);
 CREATE INDEX ix_rentals_living ON rentals (id) WHERE state NOT IN ('released', 'expired', 'failed');
 CREATE INDEX ix_rentals_owner_id ON rentals (owner, id);
 CREATE INDEX ix_rentals_name ON rentals (name);
 CREATE INDEX ix_rentals_due ON rentals (expires_at) WHERE state NOT IN ('released', 'expired', 'failed');
-CREATE INDEX ix_placements_state ON placements (state);
-CREATE INDEX ix_placements_worker_id_state ON placements (worker_id, state);
-CREATE UNIQUE INDEX uq_placements_slot ON placements (worker_id, slot) WHERE state IN ('reserved', 'preparing', 'running', 'stopping', 'stopped', 'failed');
 CREATE UNIQUE INDEX uq_placements_live ON placements (rental_id) WHERE state IN ('reserved', 'preparing', 'running') AND NOT standby;
 CREATE UNIQUE INDEX uq_placements_standby ON placements (rental_id) WHERE state IN ('reserved', 'preparing', 'running') AND standby;
 DELETE FROM "sqlite_sequence";

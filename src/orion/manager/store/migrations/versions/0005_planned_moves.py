@@ -14,12 +14,11 @@ _STANDBY = sa.text("state IN ('reserved', 'preparing', 'running') AND standby")
 
 
 def upgrade() -> None:
-    with op.batch_alter_table("rentals", schema=None) as batch_op:
-        batch_op.add_column(sa.Column("last_epoch", sa.Integer(), server_default="0", nullable=False))
-    with op.batch_alter_table("placements", schema=None) as batch_op:
-        batch_op.add_column(sa.Column("standby", sa.Boolean(), server_default=sa.false(), nullable=False))
-        batch_op.add_column(sa.Column("held", sa.Integer(), server_default="0", nullable=False))
-        batch_op.add_column(sa.Column("filled", sa.String(length=40), server_default="", nullable=False))
+    # One by one: a batch would write the tables of SQLite anew, with their constraints in any order.
+    op.add_column("rentals", sa.Column("last_epoch", sa.Integer(), server_default="0", nullable=False))
+    op.add_column("placements", sa.Column("standby", sa.Boolean(), server_default=sa.false(), nullable=False))
+    op.add_column("placements", sa.Column("held", sa.Integer(), server_default="0", nullable=False))
+    op.add_column("placements", sa.Column("filled", sa.String(length=40), server_default="", nullable=False))
     op.drop_index("uq_placements_live", "placements")
     for name, which in (("uq_placements_live", _LIVE), ("uq_placements_standby", _STANDBY)):
         op.create_index(name, "placements", ["rental_id"], unique=True, sqlite_where=which, postgresql_where=which)
