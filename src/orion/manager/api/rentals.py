@@ -157,7 +157,7 @@ async def migrate(
         await shared.move(rental_id, before["worker_id"] or "", principal.name)
     except NotMoved as refusal:
         raise ApiProblem(409, refusal.code, str(refusal)) from refusal
-    row = await _wait(shared, rental_id, wait_s, _is_at_rest)
+    row = await wait_for(shared, rental_id, wait_s, _is_at_rest)
     if _is_at_rest(row) and row["worker_id"] == before["worker_id"]:
         raise ApiProblem(409, "not_moved", f"it goes on where it is: {row['explanation']}")
     response.status_code = 200 if _is_at_rest(row) else 202
