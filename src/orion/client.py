@@ -50,6 +50,7 @@ from orion.wire import (
     Snapshot,
     SshAuthority,
     Status,
+    TerminalTicket,
     Token,
     TokenReply,
     TokenRequest,
@@ -294,6 +295,15 @@ class Orion:
         return _read(
             CertificateReply, self._transport.send("POST", _path("rentals", rental_id, "certificate"), body=body)
         )
+
+    def terminal_ticket(self, rental_id: str) -> TerminalTicket:
+        """For one terminal in a browser: `terminal_url` makes the address of it."""
+        return _read(TerminalTicket, self._transport.send("POST", _path("rentals", rental_id, "terminal")))
+
+    def terminal_url(self, rental_id: str) -> str:
+        """Opens a terminal in a browser, once, within a minute. What is behind the # no browser ever sends anywhere."""
+        ticket = self.terminal_ticket(rental_id).ticket
+        return f"{self.url}/terminal/#{quote(rental_id, safe='')}/{quote(ticket, safe='')}"
 
     # Workers
 

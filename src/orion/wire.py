@@ -289,6 +289,13 @@ class CertificateReply(Reply):
     expires_at: datetime
 
 
+class TerminalTicket(Reply):
+    """For one terminal in a browser: the second subprotocol of the WebSocket, after `orion.terminal`."""
+
+    ticket: str
+    expires_in_s: float
+
+
 class RenewRequest(Request):
     ttl_s: Ttl = DEFAULT_TTL_S
 

@@ -26,6 +26,7 @@ from orion.manager.app import Manager, Ports, application, put_into
 from orion.manager.domain.brake import Brake
 from orion.manager.domain.roster import Roster
 from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorker, FakeWorld
+from orion.manager.engine.fake_shell import FakeShells
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.fake import FakeVault
 from orion.manager.loops.timer import Loop
@@ -191,6 +192,7 @@ class House:
         self.world = FakeWorld()
         self.vault = FakeVault(self.world, self.clock.wall)
         self.disk_share = 0.1
+        self.shells = FakeShells()
         self.agents: list[Agent] = []
         self._numbers = count(1)
         self.begin()
@@ -206,6 +208,7 @@ class House:
             lambda: self.disk_share,
             self.clock.monotonic,
             self.clock.wall,
+            shells=self.shells,
         )
         self.app = _routes()
         self.manager = Manager(self.settings, self.secrets, self.store, ports)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,12 +65,18 @@ class Client:
         await asyncio.wait_for(asyncio.shield(self.serving), 10)
 
 
+def coming_in(house: House, rental_id: str, token: str, query: str = "") -> AbstractAsyncContextManager[Client]:
+    return connecting(house, f"/api/rentals/{rental_id}/ssh", {"authorization": f"Bearer {token}"}, query=query)
+
+
 @asynccontextmanager
-async def coming_in(house: House, rental_id: str, token: str, query: str = "") -> AsyncIterator[Client]:
+async def connecting(
+    house: House, path: str, headers: dict[str, str], subprotocols: Sequence[str] = (), query: str = ""
+) -> AsyncIterator[Client]:
+    """To a WebSocket of the house, as through the proxy."""
     client = Client()
     client.said.put_nowait({"type": "websocket.connect"})
-    headers = {"authorization": f"Bearer {token}", "x-orion-proxy-secret": PROXY_SECRET, "x-real-ip": "198.51.100.7"}
-    path = f"/api/rentals/{rental_id}/ssh"
+    headers = {"x-orion-proxy-secret": PROXY_SECRET, "x-real-ip": "198.51.100.7"} | headers
     scope = {
         "type": "websocket",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -78,7 +84,7 @@ async def coming_in(house: House, rental_id: str, token: str, query: str = "") -
         "raw_path": path.encode(),
         "query_string": query.encode(),
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
-        "subprotocols": [],
+        "subprotocols": list(subprotocols),
         "extensions": {"websocket.http.response": {}},
     }
 

@@ -38,6 +38,7 @@ ROUTES: list[tuple[str, str, dict[str, Any] | None, set[str]]] = [
     ("POST", "/api/rentals/x/keys", {"ssh_public_key": host_key(1)}, {"client", "admin"}),
     ("DELETE", "/api/rentals/x/keys/x", None, {"client", "admin"}),
     ("POST", "/api/rentals/x/certificate", {"ssh_public_key": host_key(1)}, {"client", "admin"}),
+    ("POST", "/api/rentals/x/terminal", None, {"client", "admin"}),
     ("GET", "/api/events", None, {"client", "admin"}),
     ("GET", "/api/status", None, {"client", "admin"}),
     ("GET", "/metrics", None, {"admin"}),

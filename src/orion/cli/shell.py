@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import time
+import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,25 @@ def _identity(found: Rental, identity: Path | None) -> Path | None:
 def _opening(rental: Rental, wish: Wish) -> list[str]:
     with platform() as (orion, _tell):
         return _arguments(orion, rental, wish)
+
+
+def terminal(
+    rental: RentalName,
+    show: Annotated[bool, typer.Option("--open", help="Open it in this machine's browser.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the address of a terminal in a browser: good once, for a minute.
+
+    It works where there is no ssh. Unlike with ssh, the platform can read what passes.
+    """
+    with platform(f"looking for {rental}") as (orion, _tell):
+        url = orion.terminal_url(orion.find_rental(rental).id)
+    if as_json:
+        output.emit({"url": url})
+    else:
+        output.say(url)
+    if show and not webbrowser.open(url):
+        raise LocalFault("no browser was found on this machine: open the address in one yourself, within a minute")
 
 
 def connect(

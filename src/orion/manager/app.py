@@ -36,13 +36,15 @@ from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health
 from orion.manager.engine.ansible import AnsibleEngine, ReachedAndExpected
 from orion.manager.engine.authority import Authority
-from orion.manager.engine.port import Engine, Reach, Watch
+from orion.manager.engine.port import Engine, Reach, Shells, Watch
 from orion.manager.engine.reach import SshReach
+from orion.manager.engine.shell import SshShells
 from orion.manager.engine.vault.client import VaultClient
 from orion.manager.engine.vault.port import Vault
 from orion.manager.engine.watch import SshWatch
-from orion.manager.gateway import routes
+from orion.manager.gateway import routes, terminals
 from orion.manager.gateway.sessions import Sessions
+from orion.manager.gateway.tickets import Terminals
 from orion.manager.loops.certificates import Certificates, CertifyingEngine
 from orion.manager.loops.copies import CopiesLoop, disk_share
 from orion.manager.loops.door import DoorProbe
@@ -88,6 +90,8 @@ class Ports:
     wall: Callable[[], float] = time.time
     watch: Watch | None = None
     """None: deaths are found by leases alone."""
+    shells: Shells | None = None
+    """None: of the workers' sshd, with certificates of this manager's own authority."""
 
 
 class Manager:
@@ -106,6 +110,7 @@ class Manager:
         self.certificates = Certificates(store, self.authority, logged, ports.wall)
         engine = CertifyingEngine(logged, self.certificates, self.authority.of_users)
         self.sessions = Sessions(store, ports.monotonic)
+        self.terminals = Terminals(ports.monotonic)
         self.roster = Roster()
         book = SqlCopyBook(store)
         restorer = Restorer(engine, ports.vault, book, settings.copies.limits)
@@ -173,6 +178,8 @@ class Manager:
             sessions=self.sessions,
             recognisable=self.certificates.ensure,
             authority=self.authority,
+            shells=ports.shells or SshShells(self.authority, str(settings.app_address)),
+            terminals=self.terminals,
             restart=lambda: os.kill(os.getpid(), signal.SIGTERM),
         )
 
@@ -276,7 +283,7 @@ def application(proxy_secret: str) -> FastAPI:
     app.add_middleware(Heartbeat)
     problems.install(app)
     contract.describe(app)
-    rooms = (workers, rentals, access, snapshots, operations, admin, routes)
+    rooms = (workers, rentals, access, snapshots, operations, admin, routes, terminals)
     for room in rooms:
         app.include_router(room.router)
     app.add_middleware(Door, secret=proxy_secret)

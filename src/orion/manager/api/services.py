@@ -18,8 +18,9 @@ from orion.manager.domain.leases import Leases
 from orion.manager.domain.overdue import Overdue
 from orion.manager.domain.roster import Roster
 from orion.manager.engine.authority import Authority
-from orion.manager.engine.port import Job, Reach
+from orion.manager.engine.port import Job, Reach, Shells
 from orion.manager.gateway.sessions import Sessions
+from orion.manager.gateway.tickets import Terminals
 from orion.manager.settings import Settings
 from orion.manager.store import tokens
 from orion.manager.store.database import Row, Store
@@ -58,6 +59,8 @@ class Services:
     recognisable: Callable[[Job], Awaitable[None]]
     """Has the worker of a rental show a certificate that names it: see loops/certificates.py."""
     authority: Authority
+    shells: Shells
+    terminals: Terminals
     restart: Callable[[], None]
     """End, to be started again with what is then on the disk."""
     copying: asyncio.Lock = field(default_factory=asyncio.Lock)

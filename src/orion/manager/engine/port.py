@@ -119,3 +119,41 @@ class Watch(Protocol):
         Cancelled, it lets go with a word, so that the worker's agent makes nothing of it.
         """
         ...
+
+
+class ShellUnreachable(Exception):
+    """The worker gives no shell. A client may see the message."""
+
+
+@dataclass(frozen=True)
+class Login:
+    """Whose shell, and who asked for it."""
+
+    username: str
+    rental_id: str
+    epoch: int
+    who: str
+
+
+class Shell(Protocol):
+    """A renter's shell in a terminal of its own."""
+
+    async def read(self) -> bytes:
+        """What it wrote next; empty when it has ended or is lost. Who does not read holds it up."""
+
+    async def write(self, data: bytes) -> None:
+        """Returns when the worker has room for more. What the shell does not take any more is dropped."""
+
+    def resize(self, columns: int, rows: int) -> None: ...
+
+    async def how_it_ended(self) -> str | None:
+        """After the last read: in words; None when nobody said that it has ended, so that its worker may be gone."""
+
+    def close(self) -> None: ...
+
+
+class Shells(Protocol):
+    """Opens them. `size`: columns and rows."""
+
+    async def open(self, host: Host, login: Login, size: tuple[int, int]) -> Shell:
+        """Raises ShellUnreachable, within seconds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import asyncssh
 
@@ -35,22 +36,28 @@ class SshReach:
         self, host: Host, client: Callable[[], asyncssh.SSHClient] = asyncssh.SSHClient
     ) -> asyncssh.SSHClientConnection:
         """One connection; raises OSError and asyncssh.Error. Nothing is ever sent over it by itself."""
-        pinned = [asyncssh.import_public_key(key) for key in host.host_keys]
         connection, _ = await asyncssh.create_connection(
             client,
             host.address,
             host.port,
             username="root",
-            known_hosts=(pinned, [], []),
             client_keys=[self._key],
-            preferred_auth="publickey",
-            disable_trivial_auth=True,
-            agent_path=None,
-            config=None,
-            server_host_key_algs=_algorithms(host),
             tcp_keepalive=False,
+            **pinned(host),
         )
         return connection
+
+
+def pinned(host: Host) -> dict[str, Any]:
+    """What every connection to a worker is made with: its host key and no other, and nothing of this machine's own."""
+    return {
+        "known_hosts": ([asyncssh.import_public_key(key) for key in host.host_keys], [], []),
+        "preferred_auth": "publickey",
+        "disable_trivial_auth": True,
+        "agent_path": None,
+        "config": None,
+        "server_host_key_algs": _algorithms(host),
+    }
 
 
 def _algorithms(host: Host) -> list[str]:

@@ -46,10 +46,10 @@ async def _let_through(websocket: WebSocket, services: Services, rental_id: str)
     with services.sessions.beginning(rental_id) as session:
         session.who, session.where_from = principal.name, client_address(websocket)
         while True:
-            row = await _active(services, rental_id, principal, deadline, session)
+            row = await active(services, rental_id, principal, deadline, session)
             session.owner, session.worker_id, session.epoch = row["owner"], row["worker_id"], row["epoch"]
             with services.sessions.carried(session):
-                job = _job(row)
+                job = job_of(row)
                 await services.recognisable(job)
                 stream = await _connected(job.host, session.over)
                 if stream is not None:
@@ -80,7 +80,7 @@ async def _carry(websocket: WebSocket, services: Services, session: Session, str
     log.info("relay ended", rental_id=session.rental_id, **vars(relayed))
 
 
-async def _active(services: Services, rental_id: str, principal: Principal, deadline: float, session: Session) -> Row:
+async def active(services: Services, rental_id: str, principal: Principal, deadline: float, session: Session) -> Row:
     """The rental with the worker that it runs on. Raises ApiProblem, after `deadline` (monotonic) at the latest."""
     with services.store.news.listen(rental_id) as changed:
         while True:
@@ -101,7 +101,7 @@ async def _active(services: Services, rental_id: str, principal: Principal, dead
                     await changed.wait()
 
 
-def _job(row: Row) -> Job:
+def job_of(row: Row) -> Job:
     host = Host(row["worker_id"], row["address"], tuple(row["host_keys"]))
     return Job(Action.CERTIFY, host, row["id"], row["username"], row["uid"], row["epoch"])
 

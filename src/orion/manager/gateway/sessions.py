@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from orion.manager.api.problems import ApiProblem
 from orion.manager.domain.model import Event
@@ -49,6 +50,8 @@ class Session:
     owner: str = ""
     worker_id: str = ""
     epoch: int = 0
+    also: dict[str, Any] = field(default_factory=dict)
+    """What else its events tell."""
     over: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Why its worker is the rental's no more."""
 
@@ -131,7 +134,7 @@ class Sessions:
                 raise
 
     def _note(self, session: Session, kind: str, reason: str, told: dict[str, float]) -> None:
-        details = {"session": session.id, "from": session.where_from} | told
+        details = {"session": session.id, "from": session.where_from} | session.also | told
         place = (session.owner, session.rental_id, session.worker_id, session.epoch)
         self._pending.append(Event(kind, session.who, reason, *place, details))
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, RowMapping, delete, insert, select, update
 
 from orion.manager.domain.model import Event
 from orion.manager.store.database import Row, record, rows
@@ -52,9 +52,14 @@ def authenticate(connection: Connection, token: str) -> Principal | None:
     kept = connection.execute(select(tokens).where(tokens.c.id == identity)).mappings().first()
     if kept is None or kept["role"] != role or not hmac.compare_digest(kept["hash"], digest(token)):
         return None
-    if kept["revoked_at"] is not None or (kept["expires_at"] is not None and kept["expires_at"] <= time.time()):
-        return None
-    return Principal(role, identity, kept["name"])
+    return None if _is_over(kept) else Principal(role, identity, kept["name"])
+
+
+def is_valid(connection: Connection, principal: Principal) -> bool:
+    """Whether the token by which a person, or an admin, was known is still good."""
+    query = select(tokens).where(tokens.c.id == principal.id, tokens.c.role == principal.role)
+    kept = connection.execute(query).mappings().first()
+    return kept is not None and not _is_over(kept)
 
 
 def install(connection: Connection, role: str, token: str) -> None:
@@ -83,6 +88,10 @@ def create(connection: Connection, actor: str, name: str, role: str, ttl_s: int 
     connection.execute(insert(tokens), row)
     record(connection, Event("token.created", actor, f"{role} token {identity} for {name}"))
     return rows(connection.execute(select(tokens).where(tokens.c.id == identity)))[0], token
+
+
+def _is_over(kept: RowMapping) -> bool:
+    return kept["revoked_at"] is not None or (kept["expires_at"] is not None and kept["expires_at"] <= time.time())
 
 
 def page(connection: Connection, after: str | None, limit: int) -> list[Row]:

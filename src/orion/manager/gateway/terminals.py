@@ -1,0 +1,160 @@
+"""The way in for a browser: a ticket by the token, then a WebSocket by the ticket, which carries a terminal.
+
+A page cannot give a WebSocket an Authorization header, and what stands in an address is logged: so the ticket comes as
+a subprotocol. A browser also says which page opens the connection (Origin): only the platform's own may.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import urlsplit
+
+import structlog
+from fastapi import APIRouter, WebSocket
+
+from orion import wire
+from orion.manager.api.contract import refusals
+from orion.manager.api.problems import ApiProblem, problem
+from orion.manager.api.rentals import find
+from orion.manager.api.services import Client, Services, Shared, client_address
+from orion.manager.engine.port import Login, Shell, ShellUnreachable
+from orion.manager.gateway.routes import active, job_of
+from orion.manager.gateway.sessions import Session
+from orion.manager.gateway.ssh import NORMAL, Ending
+from orion.manager.gateway.terminal import COME_AGAIN, OVER, Page, carry, serve
+from orion.manager.gateway.tickets import LIFETIME_S
+from orion.manager.store import tokens
+from orion.manager.store.database import Row
+from orion.manager.store.tokens import Principal
+
+SUBPROTOCOL = "orion.terminal"
+
+log = structlog.get_logger()
+
+router = APIRouter(prefix="/api", tags=["rentals"])
+
+
+@router.post("/rentals/{rental_id}/terminal", status_code=201, responses=refusals(404, 409))
+async def ticket(rental_id: str, principal: Client, shared: Shared) -> wire.TerminalTicket:
+    """A ticket for a terminal in a browser: good once, for a minute, as the second subprotocol of the WebSocket."""
+    row = await find(shared, rental_id, principal)
+    if row["state"] != wire.RentalState.ACTIVE:
+        raise ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}")
+    shared.terminals.check(rental_id)
+    issued = shared.terminals.tickets.issue(rental_id, principal)
+    return wire.TerminalTicket(ticket=issued, expires_in_s=LIFETIME_S)
+
+
+@router.websocket("/rentals/{rental_id}/terminal")
+async def terminal(websocket: WebSocket, rental_id: str) -> None:
+    """Refusals are HTTP problems, sent before the WebSocket is accepted."""
+    services: Services = websocket.app.state.services
+    try:
+        _check_origin(websocket)
+        principal = await _redeem(websocket, services, rental_id)
+        with services.terminals.opened(rental_id):
+            await websocket.accept(SUBPROTOCOL)
+            page = Page(websocket, services.terminals.terms)
+            where_from = client_address(websocket)
+            ending = await serve(page, _visits(services, page, rental_id, principal, where_from))
+    except ApiProblem as error:
+        await websocket.send_denial_response(problem(error.status, error.code, error.detail, error.headers))
+        return
+    log.info("terminal ended", rental_id=rental_id, code=ending.code, reason=ending.reason)
+
+
+def _check_origin(websocket: WebSocket) -> None:
+    """Of the proxy's address as the browser knows it, port and all. Programs send none, and have a ticket or not."""
+    origin = websocket.headers.get("origin")
+    if origin is None:
+        return
+    host = websocket.headers.get("x-forwarded-host", "")
+    try:
+        theirs = urlsplit(origin).netloc
+    except ValueError:
+        theirs = ""
+    if not host or theirs.lower() != host.lower():
+        raise ApiProblem(403, "cross_site", "a terminal is opened from the platform's own pages alone")
+
+
+async def _redeem(websocket: WebSocket, services: Services, rental_id: str) -> Principal:
+    offered = websocket.scope["subprotocols"]
+    if len(offered) != 2 or offered[0] != SUBPROTOCOL:
+        raise ApiProblem(401, "no_ticket", f"offer two subprotocols: {SUBPROTOCOL}, and a ticket")
+    principal = services.terminals.tickets.redeem(offered[1], rental_id)
+    if principal is None or not await services.store.read(tokens.is_valid, principal):
+        detail = f"a ticket is good once, for {LIFETIME_S:.0f} s, for its own rental: ask for a new one"
+        raise ApiProblem(401, "no_ticket", detail)
+    return principal
+
+
+async def _visits(services: Services, page: Page, rental_id: str, principal: Principal, where_from: str) -> Ending:
+    """One shell after the other, wherever the rental is, until one ends by itself or the rental does."""
+    await page.tell("connecting", "Opening a shell")
+    no_later = services.monotonic() + services.terminals.terms.total_s
+    while True:
+        with services.sessions.beginning(rental_id) as session:
+            try:
+                row = await active(services, rental_id, principal, no_later, session)
+            except ApiProblem as error:
+                return Ending(OVER, error.detail)
+            if not await services.store.read(tokens.is_valid, principal):
+                return Ending(OVER, "the token by which the terminal was opened is not valid any more")
+            session.who, session.where_from, session.owner = principal.name, where_from, row["owner"]
+            session.worker_id, session.epoch, session.also = row["worker_id"], row["epoch"], {"by": "browser terminal"}
+            try:
+                with services.sessions.carried(session):
+                    shell = await _open(services, page, row, principal, session)
+                    if shell and (how := await _use(services, page, shell, session)):
+                        return Ending(NORMAL, how)
+            except ApiProblem as error:
+                return Ending(COME_AGAIN, error.detail)
+        if session.over.done():
+            await page.tell("waiting", f"The rental is on the move: {session.over.result()}")
+        else:
+            await asyncio.sleep(services.terminals.terms.again_after_s)
+
+
+async def _open(services: Services, page: Page, row: Row, principal: Principal, session: Session) -> Shell | None:
+    """None: not now; the page was told."""
+    login = Login(row["username"], row["id"], row["epoch"], principal.name)
+    opening = asyncio.create_task(services.shells.open(job_of(row).host, login, page.size))
+    wanted = False
+    try:
+        await asyncio.wait((opening, session.over), return_when=asyncio.FIRST_COMPLETED)
+        if opening.done():
+            shell, wanted = opening.result(), True
+            return shell
+    except ShellUnreachable as error:
+        await page.tell("waiting", f"No shell yet: {error}")
+    finally:
+        if not wanted:
+            opening.add_done_callback(_close)
+            opening.cancel()
+    return None
+
+
+def _close(opened: asyncio.Task[Shell]) -> None:
+    """Nobody waits for it any more."""
+    if not opened.cancelled() and opened.exception() is None:
+        opened.result().close()
+
+
+async def _use(services: Services, page: Page, shell: Shell, session: Session) -> str | None:
+    """How it ended; None: it is lost, and the page was told."""
+    services.sessions.note_begin(session)
+    reason = "the page was closed"
+    page.attach(True)
+    try:
+        shell.resize(*page.size)
+        await page.tell("connected", "")
+        how = await carry(page, shell, session.over)
+        lost = "the connection to the worker broke"
+        reason = how or (session.over.result() if session.over.done() else lost)
+        if how is None and not session.over.done():
+            await page.tell("waiting", f"{lost.capitalize()}. What ran in the shell may be lost")
+        return how
+    finally:
+        shell.close()
+        services.sessions.note_end(session, reason, page.taken, page.shown)
+        page.attach(False)

@@ -1,0 +1,96 @@
+"""Who may open a terminal in a browser, by tickets, and how many may.
+
+A page cannot send a token with a WebSocket, and a token belongs into no address.
+
+A ticket is good once, for a minute, for one rental. Only hashes are kept, in memory: a manager that restarts knows
+none.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from orion.manager.api.problems import ApiProblem
+from orion.manager.gateway.terminal import Terms
+from orion.manager.store.tokens import Principal, digest
+
+LIFETIME_S = 60.0
+MOST = 2000
+MOST_OF_ONE = 50
+"""Unused ones, for all that one token has asked for: nobody can use up the others' share."""
+MOST_OF_A_RENTAL = 20
+MOST_OF_ALL = 200
+"""Terminals at once. Of each the manager is the SSH client: that costs more than to relay bytes."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    rental_id: str
+    principal: Principal
+    ends_at: float
+
+
+class Tickets:
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._kept: dict[str, Ticket] = {}
+        """By their hash, in the order in which they end."""
+
+    def issue(self, rental_id: str, principal: Principal) -> str:
+        """A new one. Raises ApiProblem where there are too many."""
+        now = self._monotonic()
+        self._drop_old(now)
+        its = sum(kept.principal.id == principal.id for kept in self._kept.values())
+        if its >= MOST_OF_ONE or len(self._kept) >= MOST:
+            detail = f"too many tickets wait to be used: each is over after {LIFETIME_S:.0f} s"
+            raise ApiProblem(429, "too_many_tickets", detail, {"Retry-After": "5"})
+        ticket = secrets.token_urlsafe(32)
+        self._kept[digest(ticket)] = Ticket(rental_id, principal, now + LIFETIME_S)
+        return ticket
+
+    def redeem(self, ticket: str, rental_id: str) -> Principal | None:
+        """Who asked for it; None unless it is good for this rental. It is used up in either case."""
+        kept = self._kept.pop(digest(ticket), None)
+        if kept is None or kept.rental_id != rental_id or kept.ends_at <= self._monotonic():
+            return None
+        return kept.principal
+
+    def _drop_old(self, now: float) -> None:
+        while self._kept:
+            first = next(iter(self._kept))
+            if self._kept[first].ends_at > now:
+                return
+            del self._kept[first]
+
+
+class Terminals:
+    """Those that are open, and the tickets for more."""
+
+    def __init__(self, monotonic: Callable[[], float], terms: Terms | None = None) -> None:
+        self.tickets = Tickets(monotonic)
+        self.terms = terms or Terms()
+        self._open: Counter[str] = Counter()
+
+    def check(self, rental_id: str) -> None:
+        """Raises ApiProblem where there are too many."""
+        if self._open[rental_id] >= MOST_OF_A_RENTAL:
+            detail = f"the rental has {MOST_OF_A_RENTAL} terminals open in browsers, and may have no more: close one"
+            raise ApiProblem(429, "too_many_terminals", detail, {"Retry-After": "5"})
+        if self._open.total() >= MOST_OF_ALL:
+            detail = f"the platform serves {MOST_OF_ALL} terminals in browsers, and no more: ssh goes on to work"
+            raise ApiProblem(503, "too_many_terminals", detail, {"Retry-After": "30"})
+
+    @contextmanager
+    def opened(self, rental_id: str) -> Iterator[None]:
+        """Raises ApiProblem where there are too many."""
+        self.check(rental_id)
+        self._open[rental_id] += 1
+        try:
+            yield
+        finally:
+            self._open[rental_id] -= 1
+            self._open += Counter()  # forgets what is at zero

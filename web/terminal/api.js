@@ -1,0 +1,36 @@
+// The two calls that need a token. It is an argument, and kept nowhere here.
+
+export class Refused extends Error {
+  constructor(status, code, detail) {
+    super(detail);
+    this.status = status;
+    this.code = code;
+  }
+
+  // Whether the same may be granted a little later.
+  get mayPass() {
+    return this.status === 0 || this.status === 429 || this.status >= 500 || this.code === "not_active";
+  }
+}
+
+export async function findRental(nameOrId, token) {
+  const found = await ask("GET", `/api/rentals?name=${encodeURIComponent(nameOrId)}`, token);
+  if (found.items.length > 1) throw new Refused(409, "ambiguous", `Several rentals are called ${nameOrId}: give the id of one.`);
+  return found.items[0] ?? (await ask("GET", `/api/rentals/${encodeURIComponent(nameOrId)}`, token));
+}
+
+export async function ticketFor(rental, token) {
+  return (await ask("POST", `/api/rentals/${encodeURIComponent(rental)}/terminal`, token)).ticket;
+}
+
+async function ask(method, path, token) {
+  let reply;
+  try {
+    reply = await fetch(path, { method, headers: { Authorization: `Bearer ${token}` }, cache: "no-store" });
+  } catch {
+    throw new Refused(0, "unreachable", "The platform cannot be reached.");
+  }
+  const told = await reply.json().catch(() => ({}));
+  if (!reply.ok) throw new Refused(reply.status, told.code, told.detail ?? `The platform answers ${reply.status}.`);
+  return told;
+}
