@@ -30,6 +30,11 @@ make_engine() {
     "$HERE/base-image.sh"
 }
 
+# For the terminal in a browser.
+make_browser() {
+    command -v chromium >/dev/null || install_packages chromium
+}
+
 # Every linter runs, whatever the one before it said.
 lint() {
     local failed=0
@@ -108,6 +113,7 @@ everything() {
     local failed=0 building
     lint || failed=1
     make_engine
+    make_browser
     build_images &
     building=$!
     [ $failed -eq 0 ] || echo "lint FAILED, see above; the tests run all the same"
@@ -169,6 +175,7 @@ integration)
     ;;
 e2e)
     make_engine
+    make_browser
     run_tests --alone e2e
     ;;
 all) everything ;;

@@ -22,6 +22,7 @@ ORDER = (
     "test_renting.py",
     "test_getting_in.py",
     "test_way_in.py",
+    "test_browser_terminal.py",
     "test_owners.py",
     "test_following_events.py",
     "test_pool.py",

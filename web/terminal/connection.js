@@ -11,6 +11,7 @@ export class Connection {
   #shown = 0;
   #waiting = [];
   #inFlight = 0;
+  #state = "connecting";
 
   // on.output(bytes, shown): shown() is called when they are on the screen; on.state(state, message); on.close(code, reason)
   constructor(rental, ticket, size, on) {
@@ -24,21 +25,21 @@ export class Connection {
       if (typeof data === "string") {
         const told = JSON.parse(data);
         if ("took" in told) this.#took(told.took);
-        else on.state(told.state, told.message);
+        else {
+          this.#enter(told.state);
+          on.state(told.state, told.message);
+        }
       } else {
         on.output(new Uint8Array(data), () => this.#acknowledge(data.byteLength));
       }
     });
   }
 
+  // What is typed before the first shell is there waits for it; what is typed while one is lost is meant for nobody.
   type(bytes) {
+    if (this.#state !== "connecting" && this.#state !== "connected") return;
     this.#waiting.push(bytes);
     this.#send();
-  }
-
-  // What was typed and has not left yet is meant for a shell that is gone.
-  forget() {
-    this.#waiting = [];
   }
 
   resize(columns, rows) {
@@ -49,13 +50,20 @@ export class Connection {
     this.#socket.close(1000);
   }
 
+  #enter(state) {
+    this.#state = state;
+    if (state === "connected") this.#send();
+    else this.#waiting = [];
+  }
+
   #took(count) {
     this.#inFlight -= count;
     this.#send();
   }
 
   #send() {
-    while (this.#waiting.length && this.#inFlight < IN_FLIGHT_BYTES && this.#socket.readyState === WebSocket.OPEN) {
+    const open = this.#state === "connected" && this.#socket.readyState === WebSocket.OPEN;
+    while (open && this.#waiting.length && this.#inFlight < IN_FLIGHT_BYTES) {
       const first = this.#waiting.shift();
       if (first.length > CHUNK_BYTES) this.#waiting.unshift(first.subarray(CHUNK_BYTES));
       const chunk = first.subarray(0, CHUNK_BYTES);

@@ -88,7 +88,6 @@ function heard(state, message) {
     connected = true;
     terminal.focus();
   } else if (state === "waiting") {
-    connection?.forget();
     if (at("status").textContent !== message) note(message);
     say("waiting", message);
   } else if (state === "ended") {
