@@ -134,6 +134,28 @@ def test_replies_carry_the_security_headers_and_no_version(client: httpx.Client)
         assert headers["cache-control"] == "no-store"
 
 
+def test_the_page_with_the_terminal_may_load_its_own_scripts_alone(client: httpx.Client) -> None:
+    kinds = {"": "html", "terminal.js": "javascript", "terminal.css": "css", "xterm/xterm.js": "javascript"}
+    for name, kind in kinds.items():
+        reply = client.get(f"/terminal/{name}")
+        assert (reply.status_code, reply.headers["content-type"]) == (200, f"text/{kind}; charset=utf-8")
+        rules = dict(rule.split(" ", 1) for rule in reply.headers["content-security-policy"].split("; "))
+        assert (rules["default-src"], rules["script-src"], rules["connect-src"]) == ("'none'", "'self'", "'self'")
+        assert rules["frame-ancestors"] == "'none'"
+        assert reply.headers["x-frame-options"] == "DENY"
+    assert client.get("/terminal").headers["location"] == "/terminal/"
+    assert_problem(client.get("/terminal/nothing.js"), 404, "not_found")
+    assert_problem(client.get("/terminal/xterm/"), 404, "not_found")
+    assert_problem(client.post("/terminal/", content=b"x"), 405, "method_not_allowed")
+    assert "script-src" not in client.get("/terminals/").headers["content-security-policy"]
+
+
+def test_the_manager_is_told_the_host_with_its_port_as_the_browser_knows_it(client: httpx.Client, door: Proxy) -> None:
+    forged = {"X-Forwarded-Host": "evil.example"}
+    seen = headers_at_manager(client.get("/api/rentals/abc/terminal", headers=forged))
+    assert seen["x-forwarded-host"] == f"127.0.0.1:{door.http_port}"
+
+
 @pytest.mark.parametrize("status", [401, 404, 413, 429, 500, 502, 503, 504])
 def test_an_error_of_the_manager_passes_as_it_is_and_unmarked(client: httpx.Client, status: int) -> None:
     reply = client.get(f"/api/answer/{status}")

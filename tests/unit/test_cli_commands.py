@@ -332,6 +332,23 @@ def test_a_rental_that_cannot_be_entered_says_why(
     assert f"box is {state}: that is so" in result.err
 
 
+def test_the_address_of_a_terminal_has_the_ticket_where_no_browser_sends_it(
+    platform: ScriptedPlatform, orion: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: not opened.append(url))  # type: ignore[func-returns-value]
+    platform.answer("GET", "/api/rentals/box", rental())
+    platform.answer("POST", "/api/rentals/abcdefgh23/terminal", Answer(201, {"ticket": "t-_1", "expires_in_s": 60.0}))
+    url = f"{platform.url}/terminal/#abcdefgh23/t-_1"
+    assert orion("terminal", "box").out == f"{url}\n"
+    assert json.loads(orion("terminal", "box", "--json").out) == {"url": url}
+    assert opened == []
+    assert orion("terminal", "box", "--open").status == 0
+    assert opened == [url]
+    monkeypatch.setattr("webbrowser.open", lambda url: False)
+    assert "no browser" in orion("terminal", "box", "--open").err
+
+
 def test_a_key_that_is_gone_is_said_before_ssh_starts(
     platform: ScriptedPlatform, orion: Command, public_key: Path
 ) -> None:
