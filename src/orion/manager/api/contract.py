@@ -31,6 +31,7 @@ OF_THE_MANAGER = {
 OF_A_ROUTE = {
     404: "There is none, or it is not yours",
     409: "It contradicts what is; `code` says what",
+    503: "The platform has no room for more of it at present",
     507: "No room on the disk for it",
 }
 

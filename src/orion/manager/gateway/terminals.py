@@ -34,7 +34,7 @@ log = structlog.get_logger()
 router = APIRouter(prefix="/api", tags=["rentals"])
 
 
-@router.post("/rentals/{rental_id}/terminal", status_code=201, responses=refusals(404, 409))
+@router.post("/rentals/{rental_id}/terminal", status_code=201, responses=refusals(404, 409, 503))
 async def ticket(rental_id: str, principal: Client, shared: Shared) -> wire.TerminalTicket:
     """A ticket for a terminal in a browser: good once, for a minute, as the second subprotocol of the WebSocket."""
     row = await find(shared, rental_id, principal)
