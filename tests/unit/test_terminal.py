@@ -299,7 +299,7 @@ async def test_when_the_rental_moves_the_page_waits_and_gets_a_shell_there(house
         await house.silence(first, 100)
         await house.pass_time(10)
         page.types(b"rm -rf half a comm")
-        assert "on the move" in await page.sees("waiting")
+        assert "left its worker" in await page.sees("waiting")
         await page.sees("connected")
         again = house.shells.opened[-1]
         assert (shell.closed, again.closed) == (True, False)

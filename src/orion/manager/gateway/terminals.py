@@ -110,7 +110,7 @@ async def _visits(services: Services, page: Page, rental_id: str, principal: Pri
             except ApiProblem as error:
                 return Ending(COME_AGAIN, error.detail)
         if session.over.done():
-            await page.tell("waiting", f"The rental is on the move: {session.over.result()}")
+            await page.tell("waiting", f"The rental has left its worker: {session.over.result()}")
         else:
             await asyncio.sleep(services.terminals.terms.again_after_s)
 
