@@ -164,6 +164,23 @@ def test_the_page_takes_a_token_and_keeps_it_nowhere(
     assert not any(renter.token in asked for asked in screen.asked)
 
 
+def test_a_page_with_a_token_comes_back_by_itself_when_the_manager_was_away(
+    stack: Stack, rental: Rental, renter: Renter, new_screen: Callable[[], Screen]
+) -> None:
+    screen = new_screen()
+    screen.page.goto(f"{stack.url}/terminal/")
+    screen.page.get_by_label("Rental").fill(rental.id)
+    screen.page.get_by_label("Your token").fill(renter.token)
+    screen.page.get_by_role("button", name="Open").click()
+    screen.is_connected()
+    stack.docker("kill", stack.container("manager_app").id)
+    expect(screen.page.locator("#status")).not_to_have_text("Connected", timeout=WITHIN_MS)
+    stack.docker("start", stack.container("manager_app").id)
+    screen.is_connected(MOVED_WITHIN_S * 1000)
+    screen.types("echo ag''ain\n")
+    screen.shows("again")
+
+
 def test_a_flood_of_100_mb_ends_and_disturbs_nobody(
     stack: Stack, rental: Rental, renter: Renter, new_screen: Callable[[], Screen], orion: Orion, figures: Figures
 ) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import MutableMapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import pytest
+from starlette.websockets import WebSocket
 from structlog.testing import capture_logs
 from support.browser import opening, terminal, ticket, turns
 from support.house import Agent, House
 from support.way_in import connecting
 
+from orion.manager.gateway import terminal as carrying
 from orion.manager.gateway import tickets
-from orion.manager.gateway.terminal import INPUT_BYTES, MAX_FRAME_BYTES, TELL_BYTES, Terms
+from orion.manager.gateway.ssh import Ending
+from orion.manager.gateway.terminal import INPUT_BYTES, MAX_FRAME_BYTES, TELL_BYTES, TIME_OVER, Page, Terms, serve
 from orion.manager.gateway.tickets import LIFETIME_S, MOST_OF_ONE
 
 HOST = {"x-forwarded-host": "orion.example:8443"}
@@ -377,6 +381,29 @@ async def test_its_time_is_over_and_it_says_why(house: House, terms: dict[str, f
         assert (closed["code"], closed["reason"]) == (4002, words)
         await page.client.ended()
     assert all(shell.closed for shell in house.shells.opened)
+
+
+async def test_a_page_that_takes_nothing_is_hung_up_on_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carrying, "CLOSE_TIMEOUT_S", 0.01)
+    said: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+    said.put_nowait({"type": "websocket.connect"})
+    sent: list[str] = []
+
+    async def send(message: MutableMapping[str, object]) -> None:
+        sent.append(str(message["type"]))
+        if message["type"] != "websocket.accept":
+            await asyncio.Event().wait()
+
+    async def visits(page: Page) -> Ending:
+        while True:
+            await page.show(b"x")
+
+    websocket = WebSocket({"type": "websocket", "headers": []}, said.get, send)
+    await websocket.accept()
+    page = Page(websocket, Terms(idle_s=0.01))
+    ending = await asyncio.wait_for(serve(page, visits(page)), 10)
+    assert ending.code == TIME_OVER
+    assert sent == ["websocket.accept", "websocket.send", "websocket.send"], "a block, and the last word"
 
 
 async def test_a_page_that_leaves_leaves_nothing_behind(house: House) -> None:
