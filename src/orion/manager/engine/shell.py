@@ -42,6 +42,8 @@ class SshShells:
             raise ShellUnreachable("another machine answers in the worker's place") from error
         except asyncssh.PermissionDenied as error:
             raise ShellUnreachable("the worker lets nobody into the rental at present") from error
+        except asyncssh.ChannelOpenError as error:
+            raise ShellUnreachable("it starts no shell: has the rental as many processes as it may?") from error
         except (OSError, asyncssh.Error, ValueError) as error:
             raise ShellUnreachable("the worker does not answer") from error
 
