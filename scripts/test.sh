@@ -1,5 +1,5 @@
 #!/bin/bash
-# test.sh lint | fast | integration | crash | e2e | chaos | bench | all. Makes what it needs: .venv from the lock file, the engine, the base image.
+# test.sh lint | fast | manager | integration | crash | e2e | chaos | bench | all. Makes what it needs: .venv from the lock file, the engine, the base image.
 HERE=$(dirname "$0")
 . "$HERE/common.sh"
 . "$HERE/packages.sh"
@@ -117,7 +117,7 @@ everything() {
     build_images &
     building=$!
     [ $failed -eq 0 ] || echo "lint FAILED, see above; the tests run all the same"
-    ORION_SCHEDULES=1000 run_tests --spread unit property simulation || failed=1
+    ORION_SCHEDULES=1000 run_tests --spread unit property manager simulation || failed=1
     images_or_fail wait "$building"
     run_tests --by-file integration crash || failed=1
     run_tests --alone e2e || failed=1
@@ -168,6 +168,7 @@ bench)
 lint) lint ;;
 fast) run_tests --spread unit property simulation ;;
 crash) run_tests --by-file crash ;;
+manager) run_tests --spread manager ;;
 integration)
     make_engine
     images_or_fail build_images
@@ -179,5 +180,5 @@ e2e)
     run_tests --alone e2e
     ;;
 all) everything ;;
-*) fail "usage: test.sh lint | fast | integration | crash | e2e | chaos | simulate | mutants | bench | all" ;;
+*) fail "usage: test.sh lint | fast | manager | integration | crash | e2e | chaos | simulate | mutants | bench | all" ;;
 esac

@@ -2,7 +2,7 @@
 
 The contract's own route (api/workers.py) stands behind it, and gets every request that this one does not understand.
 So the OpenAPI document, and what is refused and how, are FastAPI's, and only what pydantic would accept as well is
-answered here (tests/unit/test_api_heartbeat.py). What is in memory are the roster (domain/roster.py) and the leases.
+answered here (tests/manager/test_api_heartbeat.py). What is in memory are the roster (domain/roster.py) and the leases.
 """
 
 from __future__ import annotations

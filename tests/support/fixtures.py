@@ -1,0 +1,68 @@
+"""A store on a real SQLite file for each test, copied from one that was migrated once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+from sqlalchemy import Engine, create_engine
+from support.house import House
+from support.way_in import Sshds
+
+from orion.manager.gateway import routes
+from orion.manager.store.database import Store
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plain_log() -> None:
+    """An exception in the log is told in seconds by the default renderer, which draws boxes around it."""
+    plain = [structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()]
+    structlog.configure(processors=plain)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("database") / "migrated.db"
+    store = Store(f"sqlite:///{path}")
+    store.migrate()
+    store.close()
+    return path
+
+
+@pytest.fixture
+def database(migrated_database: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(migrated_database, tmp_path / "orion.db"))
+
+
+@pytest.fixture(scope="session")
+def statements() -> Engine:
+    """An engine that never connects: what one test's store has compiled, the next one finds here."""
+    return create_engine("sqlite://", query_cache_size=5000)
+
+
+@pytest.fixture
+def store(database: Path, statements: Engine) -> Iterator[Store]:
+    store = Store(f"sqlite:///{database}")
+    store._engine.dialect = store._engine.pool._dialect = statements.dialect
+    store._engine._compiled_cache = statements._compiled_cache
+    yield store
+    store.close()
+
+
+@pytest.fixture
+async def house(store: Store) -> AsyncIterator[House]:
+    """The whole manager on virtual time, its rounds driven by hand, with a fake world of workers."""
+    async with House(store) as house:
+        yield house
+
+
+@pytest.fixture
+def sshds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshds]:
+    """What the gateway connects to in the place of workers."""
+    made = Sshds()
+    monkeypatch.setattr(routes, "connect", made.connect)
+    yield made
+    made.close()
