@@ -273,7 +273,7 @@ def application(proxy_secret: str) -> FastAPI:
     app = FastAPI(
         title="Orion-Sec",
         version=__version__,
-        openapi_url="/api/openapi.json",
+        openapi_url=None,  # see api/contract.py
         docs_url=None,
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},  # see api/metrics.py

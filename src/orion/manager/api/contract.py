@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from fastapi.openapi.utils import get_openapi
 
 from orion import wire
 
+PATH = "/api/openapi.json"
 OF_THE_DOOR = {
     400: "The request is not well-formed HTTP",
     405: "No call, or not this one, takes this method",
@@ -44,14 +46,24 @@ def refusals(*statuses: int) -> Responses:
 
 
 def describe(app: FastAPI) -> None:
-    """Make the application's document whole."""
+    """Make the application's document whole, and serve it to anyone.
+
+    It is written once: more than 100 KB, which nobody should have us write again for each call without a token.
+    """
+    written: list[bytes] = []
 
     def document() -> dict[str, Any]:
         if not app.openapi_schema:
             app.openapi_schema = _complete(get_openapi(title=app.title, version=app.version, routes=app.routes))
         return app.openapi_schema
 
+    async def serve() -> Response:
+        if not written:
+            written.append(json.dumps(document(), ensure_ascii=False, separators=(",", ":")).encode())
+        return Response(written[0], media_type="application/json")
+
     app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to extend it
+    app.add_api_route(PATH, serve, methods=["GET"], include_in_schema=False)
 
 
 def _complete(document: dict[str, Any]) -> dict[str, Any]:
