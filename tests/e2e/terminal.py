@@ -11,7 +11,7 @@ import subprocess
 import termios
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 
@@ -64,6 +64,7 @@ def at_a_terminal(command: Sequence[str], environment: Mapping[str, str]) -> Ite
     try:
         yield Terminal(program, ours)
     finally:
-        os.killpg(program.pid, 9)
+        with suppress(ProcessLookupError):
+            os.killpg(program.pid, 9)
         program.wait()
         os.close(ours)

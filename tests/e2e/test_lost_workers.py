@@ -103,9 +103,10 @@ def test_a_worker_whose_sshd_is_restarted_only_looks_suspect_for_a_moment(
     stack.await_kind(mark, "worker.became_ready", 5, rental.worker_id)
     time.sleep(SILENCE_S + 0.5)
     happened = stack.events(mark)
-    verdicts = _kinds(happened, worker_id=str(rental.worker_id))
+    verdicts = [kind for kind in _kinds(happened, worker_id=str(rental.worker_id)) if kind.startswith("worker.")]
     assert verdicts == ["worker.became_suspect", "worker.became_ready"], story(happened)
-    assert _kinds(happened, rental_id=rental.id) == [], story(happened)
+    of_rental = [kind for kind in _kinds(happened, rental_id=rental.id) if not kind.startswith("rental.session_")]
+    assert of_rental == [], story(happened)
     assert _frozen_at(stack, container) == frozen_before
     assert "T" not in _states(stack, container, rental)
     assert renter.inside(orion.rental(rental.id), "cat kept") == "precious"

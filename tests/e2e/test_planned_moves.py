@@ -13,7 +13,6 @@ from renter import Renter
 from stack import WHOLE_WITHIN_S, WORKERS, Stack, story
 from waiting import eventually
 
-from orion.cli.shell import ssh_arguments
 from orion.client import Orion
 from orion.errors import Conflict
 from orion.wire import Event, Rental, RentalState, WorkerIntent
@@ -27,7 +26,7 @@ BULK = (
 @contextmanager
 def counting(renter: Renter, rental: Rental) -> Iterator[subprocess.Popen[str]]:
     """A renter at work, who writes numbers down and tells each one that is written."""
-    arguments = ssh_arguments(rental, renter.key, [COUNTING])
+    arguments = renter.arguments(rental, COUNTING)
     with subprocess.Popen(
         arguments, env=renter.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
     ) as at_work:

@@ -81,7 +81,7 @@ FLOODS = {
 
 async def honest_calls(attacked: Platform, token: str) -> dict[str, int]:
     """One call of each kind by those who live from them; the worker's own heartbeats go on by themselves."""
-    async with httpx.AsyncClient(base_url=attacked.url, trust_env=False, timeout=20) as http:
+    async with httpx.AsyncClient(base_url=attacked.url, trust_env=False, timeout=60) as http:
         rented = await http.post("/api/rent", json={"ssh_public_key": host_key(3)}, headers=bearer(token))
         place = f"/api/rentals/{rented.json()['id']}"
         return {
