@@ -50,9 +50,9 @@ class Book:
 class Session:
     """A login that starts the witness, or finds it there, and stays as long as it lives."""
 
-    def __init__(self, renter: Renter, rental: Rental) -> None:
+    def __init__(self, renter: Renter, rental: Rental, host: str) -> None:
         self.of = (rental.epoch, rental.worker_id)
-        command = f"python3 {WITNESS} {rental.id} {rental.epoch} {JOURNAL}"
+        command = f"python3 {WITNESS} {rental.id} {rental.epoch} {host} {JOURNAL}"
         self._ssh = subprocess.Popen(
             renter.arguments(rental, command),
             env=renter.environment,
@@ -120,6 +120,7 @@ class Tenant(threading.Thread):
     def _look_after(self, orion: Orion, rental_id: str) -> None:
         try:
             rental = orion.rental(rental_id)
+            host = orion.worker(rental.worker_id).hostname if rental.worker_id else ""
         except NOT_NOW:
             return
         except NotFound as error:
@@ -127,16 +128,16 @@ class Tenant(threading.Thread):
             return
         self._book.note(rental)
         if rental.state is RentalState.ACTIVE:
-            self._keep_witness(rental)
+            self._keep_witness(rental, host)
 
-    def _keep_witness(self, rental: Rental) -> None:
+    def _keep_witness(self, rental: Rental, host: str) -> None:
         session, now = self._session, time.monotonic()
         if session and (session.of != (rental.epoch, rental.worker_id) or session.ended):
             session.close()
             self._session = None
             self._again_at = now + (BACK_AFTER_S if session.of == (rental.epoch, rental.worker_id) else 0.0)
         if self._session is None and now >= self._again_at:
-            self._session = Session(self._renter, rental)
+            self._session = Session(self._renter, rental, host)
 
 
 class Guest(Tenant):

@@ -1,10 +1,12 @@
 """What a renter runs in the rental: a process that lives on there, writes lines in the home, and says that it is alive.
 
-    python3 witness.py RENTAL EPOCH JOURNAL
+    python3 witness.py RENTAL EPOCH HOST JOURNAL
 
-Starts it unless it runs already, and stays as long as it does. A line is one write: its number, the time, who wrote it
-where, and a checksum. After each line a tick goes to JOURNAL, outside of the home, which outlives it: what is in there
-was acknowledged, and whoever ticked was alive. Times are CLOCK_BOOTTIME, which all containers of a machine share.
+Starts it unless it runs already, and stays as long as it does. On another host than HOST it starts nothing: a renter's
+ssh follows the rental, which may have moved since its epoch was read. A line is one write: its number, the time, who
+wrote it where, and a checksum. After each line a tick goes to JOURNAL, outside of the home, which outlives it: what is
+in there was acknowledged, and whoever ticked was alive. Times are CLOCK_BOOTTIME, which all containers of a machine
+share.
 Standard library only, Python 3.11 or later.
 """
 
@@ -36,7 +38,9 @@ def number_of(line: str, rental: str) -> int | None:
     return int(words[0]) if whole and words[2] == rental else None
 
 
-def main(rental: str, epoch: int, journal: str) -> None:
+def main(rental: str, epoch: int, host: str, journal: str) -> None:
+    if socket.gethostname() != host:
+        return
     lock = os.open(".witness", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,4 +86,4 @@ def _now() -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])
