@@ -110,8 +110,10 @@ def test_the_full_flow_of_the_readme(stack: Stack, orion: Orion, reader: Reader,
     printed = reader.types(block)
     rented = max(orion.rentals(name="lab", ended=True), key=lambda one: one.created_at)
     activated = [event for event in stack.events(mark, rented.id) if event.kind == "rental.activated"]
-    assert (rented.state, rented.epoch) == (RentalState.RELEASED, 2)
-    assert len({event.worker_id for event in activated}) == 2
+    epochs = 3 if "orion" in block else 2  # one for the takeover, one for the planned move
+    assert (rented.state, rented.epoch) == (RentalState.RELEASED, epochs)
+    assert len(activated) == epochs
+    assert len({event.worker_id for event in activated}) >= 2
     first, *others = [line for line in printed if line in machines]
     assert others, "the machine that was killed and started again was shown"
     if "orion" in block:  # logged in, killed; logged in elsewhere; started

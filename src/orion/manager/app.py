@@ -209,6 +209,7 @@ class Manager:
     async def running(self) -> AsyncIterator[None]:
         """Restore what the database knows, then run the loops until the end."""
         await self.restore()
+        await self.health.round()  # before anything is placed: nobody was heard yet, and some may be gone for good
         running = [asyncio.create_task(loop.run(), name=loop.name) for loop in self.loops]
         running.append(asyncio.create_task(self._let_old_leases_lapse()))
         try:
