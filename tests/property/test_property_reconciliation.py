@@ -34,7 +34,7 @@ from orion.manager.domain.states import (
 )
 
 INVARIANTS = (
-    "a_rental_has_at_most_one_live_placement",
+    "a_rental_has_at_most_one_live_placement_and_one_standby",
     "no_two_placements_share_a_slot",
     "the_epoch_of_a_rental_is_that_of_its_newest_placement",
     "an_active_rental_runs",
@@ -228,8 +228,8 @@ class Platform(RuleBasedStateMachine):
     # -- what must always be ----------------------------------------------------------------------------------------
 
     @invariant()
-    def a_rental_has_at_most_one_live_placement(self) -> None:
-        live = Counter(p.rental_id for p in self.world.placements.values() if p.state in LIVE)
+    def a_rental_has_at_most_one_live_placement_and_one_standby(self) -> None:
+        live = Counter((p.rental_id, p.standby) for p in self.world.placements.values() if p.state in LIVE)
         assert all(number == 1 for number in live.values())
 
     @invariant()
@@ -240,9 +240,12 @@ class Platform(RuleBasedStateMachine):
     @invariant()
     def the_epoch_of_a_rental_is_that_of_its_newest_placement(self) -> None:
         for placement in self.world.placements.values():
-            assert placement.epoch <= self.world.rentals[placement.rental_id].epoch
-            if placement.state in LIVE:
-                assert placement.epoch == self.world.rentals[placement.rental_id].epoch
+            rental = self.world.rentals[placement.rental_id]
+            assert placement.epoch < rental.next_epoch
+            if placement.state in LIVE and placement.standby:
+                assert placement.epoch > rental.epoch, "it was never let in"
+            elif placement.state in LIVE:
+                assert placement.epoch == rental.epoch
 
     @invariant()
     def an_active_rental_runs(self) -> None:
@@ -402,9 +405,11 @@ class Platform(RuleBasedStateMachine):
     def _end(self, task: Task, well: bool) -> None:
         worker = self.world.workers.get(task.worker_id)
         well = well and worker is not None
-        if well and task.item:
+        made = task.kind in {TaskKind.CREATE, TaskKind.SEED, TaskKind.FINISH}
+        removed = task.kind in {TaskKind.DELETE, TaskKind.SALVAGE}  # what was salvaged is purged next
+        if well and task.item and (made or removed):
             kept = {item for item in self.disks[task.worker_id] if item.rental_id != task.item.rental_id}
-            self.disks[task.worker_id] = kept | ({task.item} if task.kind is TaskKind.CREATE else set())
+            self.disks[task.worker_id] = kept | ({task.item} if made else set())
         if well and task.kind is TaskKind.DELETE and task.worker_id in self.inventories:
             shown = self.inventories[task.worker_id]
             cleaned = (task.item.rental_id, task.item.epoch)
