@@ -104,6 +104,8 @@ class Reconciler:
         self._monotonic = monotonic
         self._wall = wall
         self._placement_ids = placement_ids or _random_ids()
+        self._placing = asyncio.Lock()
+        """From the look to the commit of whoever gives slots away: two that looked at once would give the same one."""
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._moving: dict[tuple[str, str], Task] = {}
         """Of those that run, the parts of planned moves."""
@@ -136,12 +138,13 @@ class Reconciler:
         looked_at = self._look_at()
         inventories = self._leases.inventories(looked_at)  # before the snapshot: see domain/reconcile.py
         busy = set(self._running)  # before it too: what ends meanwhile is not yet done in this snapshot
-        world = await self._snapshot(looked_at)
-        strangers = await self._strangers(world, inventories)
-        decision = decide(world, self._facts(world, inventories, strangers))
-        if decision.steps and not await self._ledger.apply(decision.steps):
-            self.loop.hint()  # somebody else acted: decide again from what is true now
-            return
+        async with self._placing:
+            world = await self._snapshot(looked_at)
+            strangers = await self._strangers(world, inventories)
+            decision = decide(world, self._facts(world, inventories, strangers))
+            if decision.steps and not await self._ledger.apply(decision.steps):
+                self.loop.hint()  # somebody else acted: decide again from what is true now
+                return
         self._forget_failures(looked_at, decision.tasks)
         self._end_what_is_not_moved(busy, decision.tasks)
         for task in decision.tasks:
@@ -182,15 +185,16 @@ class Reconciler:
         """Begin a planned move from that worker, unless it is under way. Raises moves.NotMoved."""
         for _ in range(MOST_TRIES):
             leaving = self._leases.leaving()
-            candidates = self._roster.room.best(SPARE_CANDIDATES, without={*leaving, worker_id})
-            world = await self._ledger.look({worker_id}, candidates)
-            here = [w for w in world.workers if world.is_whole(w) or w in world.taken]
-            world.elsewhere = self._roster.refusals(here, leaving)
-            facts = Facts({}, leaving, {}, self._placement_ids)
-            step = ask_to_move(world, rental_id, actor, facts)
-            if step is None or await self._ledger.apply([step]):
-                self.loop.hint()
-                return
+            async with self._placing:
+                candidates = self._roster.room.best(SPARE_CANDIDATES, without={*leaving, worker_id})
+                world = await self._ledger.look({worker_id}, candidates)
+                here = [w for w in world.workers if world.is_whole(w) or w in world.taken]
+                world.elsewhere = self._roster.refusals(here, leaving)
+                facts = Facts({}, leaving, {}, self._placement_ids)
+                step = ask_to_move(world, rental_id, actor, facts)
+                if step is None or await self._ledger.apply([step]):
+                    self.loop.hint()
+                    return
         raise NotMoved("busy", "it is changing just now: try again")
 
     def _look_at(self) -> frozenset[str]:
