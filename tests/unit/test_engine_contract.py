@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from engine_contract import KEY, Bench, EngineContract, ReachContract, account, new_job
 
+from orion.manager.engine import ansible
+from orion.manager.engine.ansible import AnsibleEngine, ReachedAndExpected
 from orion.manager.engine.fake import Account, FakeEngine, FakeReach, FakeWorker, FakeWorld
 from orion.manager.engine.port import Host, Reached
 
@@ -61,3 +64,15 @@ class TestFakeEngine(EngineContract):
 
 class TestFakeReach(ReachContract):
     pass
+
+
+async def test_a_worker_that_was_reached_does_not_wait_for_an_engine_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ansible, "EXPECT_WITHIN_S", 0.01)
+    world = FakeWorld()
+    host = Host("w-one", "192.0.2.1", (KEY,))
+    world.add(host)
+    reach = ReachedAndExpected(FakeReach(world), AnsibleEngine(tmp_path / "nobody.sock"))
+    async with asyncio.timeout(5):
+        assert await reach.reach(host, 1.0) is Reached.YES

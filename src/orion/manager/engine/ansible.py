@@ -16,6 +16,8 @@ from orion.manager.engine.protocol import MAX_LINE_BYTES, OutcomeLine, expect_li
 
 MARGIN_S = 10.0
 """Beyond a job's deadline, before the engine's process is taken for hung."""
+EXPECT_WITHIN_S = 1.0
+"""A word in advance is worth no longer wait: a worker that was reached must not wait for an engine that is away."""
 FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 1.0
 
@@ -52,7 +54,7 @@ class AnsibleEngine:
     async def expect(self, host: Host) -> None:
         """Orders to this worker are to come: the engine opens its connection meanwhile. Whether it can is not told."""
         try:
-            async with asyncio.timeout(self._margin_s):
+            async with asyncio.timeout(EXPECT_WITHIN_S):
                 await (await self._connected()).tell(expect_line(host))
         except (TimeoutError, ValidationError) as error:
             log.warning("the engine was not told that orders to %s are to come: %s", host.worker_id, error)

@@ -184,8 +184,8 @@ class Reconciler:
     async def ask_to_move(self, rental_id: str, worker_id: str, actor: str) -> None:
         """Begin a planned move from that worker, unless it is under way. Raises moves.NotMoved."""
         for _ in range(MOST_TRIES):
-            leaving = self._leases.leaving()
             async with self._placing:
+                leaving = self._leases.leaving()
                 candidates = self._roster.room.best(SPARE_CANDIDATES, without={*leaving, worker_id})
                 world = await self._ledger.look({worker_id}, candidates)
                 here = [w for w in world.workers if world.is_whole(w) or w in world.taken]
