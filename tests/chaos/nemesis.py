@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from random import Random
 
 from stack import WORKERS, Container, Stack
+from support.containers import pause
 
 from chaos.checker import PAUSE
 from chaos.history import Deed
@@ -120,7 +121,7 @@ def _kill(stack: Stack, container: Container) -> Undo:
 
 
 def _pause(stack: Stack, container: Container) -> Undo:
-    stack.docker("pause", container.id)
+    pause(container.id)
     return lambda: stack.docker("unpause", container.id)
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import Rent
 from renter import Renter
 from stack import TAKEOVER_S, WHOLE_WITHIN_S, Stack, story
+from support.containers import pause
 from waiting import eventually
 
 from orion.client import Orion
@@ -34,7 +35,7 @@ def _kill_the_manager(stack: Stack) -> Callable[[], object]:
 
 def _pause_the_manager(stack: Stack) -> Callable[[], object]:
     container = stack.container("manager_app").id
-    stack.docker("pause", container)
+    pause(container)
     return lambda: stack.docker("unpause", container)
 
 

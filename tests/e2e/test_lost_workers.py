@@ -10,6 +10,7 @@ import pytest
 from conftest import Figures, Rent
 from renter import Renter
 from stack import MOVED_WITHIN_S, Container, Stack, story
+from support.containers import pause
 from waiting import eventually
 
 from orion.client import Orion
@@ -63,7 +64,7 @@ def test_a_worker_that_sleeps_too_long_wakes_up_without_its_rental(
 ) -> None:
     asleep = stack.container_of(rental.worker_id)
     mark = stack.mark()
-    stack.docker("pause", asleep.id)
+    pause(asleep.id)
     stack.await_active(mark, rental, rental.epoch + 1)
     _check_takeover(stack, mark, rental, BY_LEASE)
 

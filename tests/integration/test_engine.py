@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from engine_contract import OTHER_KEY, Bench, EngineContract, ReachContract, account, assert_done, deletion, new_job
+from support.containers import pause
 from worker_support import ROOT, Network, SmallManager, Worker, docker, make_key, serving, wait_until, worker
 
 from orion.manager.engine.ansible import AnsibleEngine, ReachedAndExpected
@@ -81,7 +82,7 @@ class RealBench(Bench):
         return await asyncio.to_thread(self.on.run, *command)
 
     async def pause(self) -> None:
-        docker("pause", self.on.name)
+        await asyncio.to_thread(pause, self.on.name)
 
     async def go_on(self) -> None:
         docker("unpause", self.on.name)
@@ -223,6 +224,7 @@ async def test_other_tasks_of_a_playbook_go_through_the_connection_that_is_held(
     engine = AnsibleEngine(process.socket)
     host = Host("w-extended", mine.address, mine.host_keys)
     try:
+        await asyncio.to_thread(wait_until, process.socket.exists, "the engine listens")
         assert (
             await ReachedAndExpected(SshReach(calm_manager.key.file.read_text()), engine).reach(host, 10) is Reached.YES
         )

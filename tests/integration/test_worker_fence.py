@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from rental_support import Rental, new_rental, placement
+from support.containers import pause
 from worker_support import Network, SmallManager, Worker, docker, make_key, serving, wait_until, worker
 
 LEASE_S = 3.0
@@ -213,7 +214,7 @@ def test_a_worker_that_wakes_without_a_lease_freezes_before_it_does_anything_els
         wait_until(lambda: found.ticks(rental), "it ticks")
         found.mend()
         sleep, wake = {
-            "its container": (lambda: docker("pause", found.worker.name), lambda: docker("unpause", found.worker.name)),
+            "its container": (lambda: pause(found.worker.name), lambda: docker("unpause", found.worker.name)),
             "its agent alone": (
                 lambda: found.worker.run("pkill", "-STOP", "-f", "orion/agent.py"),
                 lambda: found.worker.run("pkill", "-CONT", "-f", "orion/agent.py"),
