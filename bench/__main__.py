@@ -1,4 +1,4 @@
-"""`python -m bench [rent burst sessions heartbeats growth watch failover]`: measure, show, keep."""
+"""`python -m bench [rent burst sessions keystrokes heartbeats growth watch failover]`: measure, show, keep."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import burst, failover, growth, heartbeats, rent, sessions, watch
+from bench import burst, failover, growth, heartbeats, keystrokes, rent, sessions, watch
 from bench.report import RESULTS, Result, keep, machine, show
 
 NEEDS = {
     "rent": ("docker",),
     "burst": ("docker",),
     "sessions": ("docker",),
+    "keystrokes": ("docker", "ssh"),
     "heartbeats": ("docker", "wrk"),
     "growth": (),
     "watch": (),
@@ -37,6 +38,7 @@ def main() -> int:
         "rent": lambda: rent.measure(arguments.rounds, arguments.seconds),
         "burst": lambda: burst.measure(arguments.rents),
         "sessions": lambda: sessions.measure(arguments.openings, arguments.copies),
+        "keystrokes": lambda: keystrokes.measure(arguments.keys),
         "heartbeats": lambda: heartbeats.measure(arguments.workers, arguments.load_s),
         "growth": lambda: growth.measure(arguments.sizes, arguments.samples),
         "watch": lambda: watch.measure(arguments.watches),
@@ -81,6 +83,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rents", type=int, default=200, help="burst: rents at once")
     parser.add_argument("--openings", type=int, default=40, help="sessions: rounds of opening one")
     parser.add_argument("--copies", type=int, default=5, help="sessions: rounds of copying 1 GB")
+    parser.add_argument("--keys", type=int, default=500, help="keystrokes: keys for each way, alone and beside others")
     parser.add_argument("--workers", type=int, default=5000, help="heartbeats: simulated workers")
     parser.add_argument("--load-s", type=float, default=8, help="heartbeats: length of a round of load")
     parser.add_argument("--samples", type=int, default=100, help="growth: calls of each kind for each size")

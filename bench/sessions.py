@@ -65,10 +65,9 @@ class Ways:
 def measure(openings: int, copies: int) -> Result:
     result = Result("sessions", "The way in, beside ssh to the same sshd")
     with running(3, {"ORION_SLOTS": "4"}) as stack, stack.caller() as door:
-        key = stack.folder / "key"
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+        key = key_pair(stack.folder)
         public_key = key.with_suffix(".pub").read_text().strip()
-        rentals = [_rent(door, public_key) for _ in range(RENTALS)]
+        rentals = [rent(door, public_key) for _ in range(RENTALS)]
         authority = door.must("GET", "/api/ssh-authority").body["known_hosts"]
         workers = {worker["id"]: worker for worker in stack.ready_workers()}
         ways = Ways(stack, rentals[0], workers[rentals[0]["worker_id"]], authority, key.read_text())
@@ -147,7 +146,13 @@ def _manager(stack: Stack) -> int:
     raise ProcessLookupError("there is no manager")
 
 
-def _rent(door: Caller, public_key: str) -> dict[str, Any]:
+def key_pair(folder: Path) -> Path:
+    key = folder / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    return key
+
+
+def rent(door: Caller, public_key: str) -> dict[str, Any]:
     rental: dict[str, Any] = door.must("POST", "/api/rent", {"ssh_public_key": public_key, "wait_s": 50}).body
     wait_until("it is active", lambda: _state(door, rental["id"]) == "active", 30)
     return dict(door.must("GET", f"/api/rentals/{rental['id']}").body)
