@@ -343,7 +343,7 @@ async def test_a_released_rental_ends_it_and_says_so(house: House) -> None:
     assert "releas" in words
 
 
-async def test_a_token_that_is_revoked_gets_no_other_shell(house: House) -> None:
+async def test_a_terminal_ends_in_the_moment_in_which_its_token_is_revoked(house: House) -> None:
     alice = await house.new_client("alice")
     await house.join()
     rental_id = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
@@ -352,14 +352,10 @@ async def test_a_token_that_is_revoked_gets_no_other_shell(house: House) -> None
         assert await page.client.is_in()
         await page.sees("connecting")
         await page.sees("connected")
-        tokens = (await house.as_admin.get("/api/tokens")).json()["items"]
-        await house.as_admin.delete(f"/api/tokens/{next(t['id'] for t in tokens if t['name'] == 'alice')}")
-        has_terms(house, again_after_s=0.0)
-        house.shells.opened[-1].end(None)
-        await page.sees("waiting")
+        await house.revoke("alice")
         code, words = await page.is_closed()
-    assert code == 4000
-    assert "token" in words
+    assert (code, house.shells.opened[-1].closed) == (4000, True)
+    assert "has been revoked" in words
 
 
 @pytest.mark.parametrize(

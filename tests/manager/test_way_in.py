@@ -11,7 +11,7 @@ from support.way_in import Sshds, coming_in
 
 from orion.manager.domain.model import Event
 from orion.manager.gateway.sessions import Limits
-from orion.manager.gateway.ssh import MOVED
+from orion.manager.gateway.ssh import MOVED, REVOKED
 from orion.manager.store import tokens
 from orion.manager.store.database import record
 
@@ -111,6 +111,34 @@ async def test_a_release_ends_the_sessions_of_that_rental_alone(house: House, ss
         assert staying.heard.empty()
         await staying.leave()
     assert len(sshds.connected) == 2
+
+
+async def test_a_revoked_token_ends_its_own_sessions_at_once_and_no_others(house: House, sshds: Sshds) -> None:
+    await house.join()
+    one = await house.rent()
+    alice = await token_of(house, "alice", "admin")
+    async with (
+        coming_in(house, one["id"], alice) as ending,
+        coming_in(house, one["id"], house.secrets.admin_token) as staying,
+    ):
+        assert await ending.is_in()
+        assert await staying.is_in()
+        await house.revoke("alice")
+        told = await ending.hears()
+        assert (told["code"], told["reason"]) == (REVOKED, "the token by which it was opened has been revoked")
+        assert staying.heard.empty()
+        await staying.leave()
+
+
+async def test_a_token_that_is_revoked_while_it_waits_for_its_rental_opens_nothing(house: House, sshds: Sshds) -> None:
+    waiting = await house.rent()
+    async with coming_in(house, waiting["id"], await token_of(house, "alice", "admin"), "wait_s=50") as client:
+        await house.pass_time(1)
+        await house.revoke("alice")
+        await house.join()
+        await house.settle()
+        assert (await client.refusal())["status"] == 401
+    assert sshds.connected == []
 
 
 async def test_what_ends_of_another_epoch_ends_no_session(house: House, sshds: Sshds) -> None:

@@ -245,6 +245,12 @@ class House:
         _, token = await self.store.write(tokens.create, "admin", name, role, None)
         return self.client(token)
 
+    async def revoke(self, name: str) -> None:
+        """The one token of this name."""
+        found = (await self.as_admin.get("/api/tokens")).json()["items"]
+        [identity] = [token["id"] for token in found if token["name"] == name]
+        assert (await self.as_admin.delete(f"/api/tokens/{identity}")).is_success
+
     def new_agent(self, slots: int = 1) -> Agent:
         number = next(self._numbers)
         host = Host("", f"172.20.128.{number}", (host_key(100 + number),))

@@ -11,12 +11,12 @@ from fastapi import APIRouter, WebSocket
 
 from orion import wire
 from orion.manager.api.problems import ApiProblem, not_found, problem
-from orion.manager.api.services import Services, authenticate, client_address, visible_owner
+from orion.manager.api.services import Services, authenticate, client_address, unauthorized, visible_owner
 from orion.manager.domain.states import ENDED
 from orion.manager.engine.port import Action, Host, Job
 from orion.manager.gateway.sessions import Session
-from orion.manager.gateway.ssh import Relayed, SshStream, WorkerUnreachable, connect, relay
-from orion.manager.store import rentals
+from orion.manager.gateway.ssh import REVOKED, Ending, Relayed, SshStream, WorkerUnreachable, connect, relay
+from orion.manager.store import rentals, tokens
 from orion.manager.store.database import Row
 from orion.manager.store.tokens import Principal
 
@@ -45,6 +45,7 @@ async def _let_through(websocket: WebSocket, services: Services, rental_id: str)
     deadline = services.monotonic() + _wait_s(websocket)
     with services.sessions.beginning(rental_id) as session:
         session.who, session.where_from = principal.name, client_address(websocket)
+        await opened_by(services, principal, session)
         while True:
             row = await active(services, rental_id, principal, deadline, session)
             session.owner, session.worker_id, session.epoch = row["owner"], row["worker_id"], row["epoch"]
@@ -57,7 +58,7 @@ async def _let_through(websocket: WebSocket, services: Services, rental_id: str)
                     return
 
 
-async def _connected(host: Host, over: asyncio.Future[str]) -> SshStream | None:
+async def _connected(host: Host, over: asyncio.Future[Ending]) -> SshStream | None:
     """None where the rental left that worker while it did not answer: to wait for it any longer is of no use."""
     connecting = asyncio.create_task(connect(host))
     waiting: list[asyncio.Future[Any]] = [connecting, over]
@@ -80,6 +81,13 @@ async def _carry(websocket: WebSocket, services: Services, session: Session, str
     log.info("relay ended", rental_id=session.rental_id, **vars(relayed))
 
 
+async def opened_by(services: Services, principal: Principal, session: Session) -> None:
+    """From now on it ends with its token. Raises ApiProblem where that was revoked in this moment."""
+    session.token_id = principal.id
+    if not await services.store.read(tokens.is_valid, principal):
+        raise unauthorized()
+
+
 async def active(services: Services, rental_id: str, principal: Principal, deadline: float, session: Session) -> Row:
     """The rental with the worker that it runs on. Raises ApiProblem, after `deadline` (monotonic) at the latest."""
     with services.store.news.listen(rental_id) as changed:
@@ -91,9 +99,11 @@ async def active(services: Services, rental_id: str, principal: Principal, deadl
                 raise not_found("rental")
             left_s = deadline - services.monotonic()
             if row["state"] == wire.RentalState.ACTIVE:
-                if session.over.done():
-                    continue  # something ended while it was read: look again
-                return row
+                if not session.over.done():
+                    return row
+                if session.over.result().code == REVOKED:
+                    raise unauthorized()
+                continue  # something ended while it was read: look again
             if row["state"] in {*ENDED, wire.RentalState.RELEASING} or left_s <= 0:
                 raise ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}")
             with suppress(TimeoutError):

@@ -18,7 +18,9 @@ from typing import Any
 
 from orion.manager.api.problems import ApiProblem
 from orion.manager.domain.model import Event
+from orion.manager.gateway.ssh import MOVED, REVOKED, Ending
 from orion.manager.loops.timer import Loop
+from orion.manager.store import tokens
 from orion.manager.store.database import Store, record
 
 INTERVAL_S = 1.0
@@ -52,17 +54,20 @@ class Session:
     epoch: int = 0
     also: dict[str, Any] = field(default_factory=dict)
     """What else its events tell."""
-    over: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    """Why its worker is the rental's no more."""
+    token_id: str = ""
+    over: asyncio.Future[Ending] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """Why its worker is the rental's no more, or its token nobody's."""
 
     def again(self) -> None:
-        """It is about to look its rental up: what ended before that is no concern of it."""
+        """It is about to look its rental up: what ended there before that is no concern of it."""
         self.epoch = 0
+        if self.over.done() and self.over.result().code == REVOKED:
+            return
         self.over = asyncio.get_running_loop().create_future()
 
-    def end(self, reason: str) -> None:
+    def end(self, ending: Ending) -> None:
         if not self.over.done():
-            self.over.set_result(reason)
+            self.over.set_result(ending)
 
 
 class Sessions:
@@ -103,15 +108,23 @@ class Sessions:
             _forget(self._inside, session.worker_id, session)
 
     def hear(self, committed: Sequence[Event]) -> None:
-        """What was committed: ends the sessions of placements that are over, in the same moment."""
+        """What was committed: ends the sessions of placements and of tokens that are over, in the same moment."""
         for event in committed:
+            if event.kind == tokens.REVOKED:
+                self._end_those_by(str(event.details["token_id"]))
             if event.kind not in ENDS or event.rental_id not in self._listening:
                 continue
             for session in self._listening[event.rental_id]:
                 # One that has not looked yet has epoch 0, and might have looked just before. What ends of another
                 # epoch is no concern of it: a placement that was, or one that was made beside it and came to nothing.
                 if session.epoch in {0, event.epoch}:
-                    session.end(event.reason)
+                    session.end(Ending(MOVED, event.reason))
+
+    def _end_those_by(self, token_id: str) -> None:
+        for sessions in self._listening.values():
+            for session in sessions:
+                if session.token_id == token_id:
+                    session.end(Ending(REVOKED, "the token by which it was opened has been revoked"))
 
     def note_begin(self, session: Session) -> None:
         self._note(session, "rental.session_opened", "let through to its worker", {})

@@ -3,7 +3,7 @@
 Nothing is decrypted here: the renter's own ssh verifies the worker's host key, and logs in, through the relay.
 
     stream = await connect(host)         # raises WorkerUnreachable: answer with a problem, nothing is accepted yet
-    relayed = await relay(websocket, stream, over)     # `over`: a future that says why its time is over
+    relayed = await relay(websocket, stream, over)     # `over`: a future that says how its time is over
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ AGAIN_AFTER_S = 0.02
 NORMAL, UNSUPPORTED, TOO_BIG, BROKEN = 1000, 1003, 1009, 1011
 MOVED = 4001
 """The rental is not on that worker any more; the reason says why."""
+REVOKED = 4003
+"""The token by which it was opened is not valid any more."""
 LONGEST_REASON = 100
 """Bytes: a close frame has room for 123."""
 
@@ -95,10 +97,10 @@ async def _open(host: Host) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]
             await asyncio.sleep(AGAIN_AFTER_S)
 
 
-async def relay(websocket: WebSocket, stream: SshStream, over: asyncio.Future[str]) -> Relayed:
+async def relay(websocket: WebSocket, stream: SshStream, over: asyncio.Future[Ending]) -> Relayed:
     """Accept the WebSocket and carry bytes both ways until either side ends. Both are closed when it returns.
 
-    It ends as well when `over` is done, whose result is the reason.
+    It ends as well when `over` is done, by its result.
     """
     try:
         await websocket.accept()
@@ -111,7 +113,7 @@ async def relay(websocket: WebSocket, stream: SshStream, over: asyncio.Future[st
     return Relayed(stream.to_worker, stream.to_client, ending.code, ending.reason)
 
 
-async def _first_ending(websocket: WebSocket, stream: SshStream, over: asyncio.Future[str]) -> Ending:
+async def _first_ending(websocket: WebSocket, stream: SshStream, over: asyncio.Future[Ending]) -> Ending:
     """Of the two directions; the other is then ended as well, whatever happens here."""
     pumps = [asyncio.create_task(pump(websocket, stream)) for pump in (_to_client, _to_worker)]
     try:
@@ -122,7 +124,8 @@ async def _first_ending(websocket: WebSocket, stream: SshStream, over: asyncio.F
             pump.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
     if over in done:
-        return Ending(MOVED, over.result().encode()[:LONGEST_REASON].decode(errors="ignore"))
+        told = over.result()
+        return Ending(told.code, told.reason.encode()[:LONGEST_REASON].decode(errors="ignore"))
     return next(pump for pump in pumps if pump in done).result()
 
 

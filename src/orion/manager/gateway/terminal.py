@@ -201,7 +201,7 @@ async def serve(page: Page, visits: Coroutine[Any, Any, Ending]) -> Ending:
     return ending
 
 
-async def carry(page: Page, shell: Shell, over: asyncio.Future[str]) -> str | None:
+async def carry(page: Page, shell: Shell, over: asyncio.Future[Ending]) -> str | None:
     """Between the page and one shell, until that has ended: how. None: it is lost, or `over` is done."""
     running = [asyncio.create_task(part(page, shell)) for part in (_show, _type, _resize)]
     waiting: list[asyncio.Future[Any]] = [*running, over]

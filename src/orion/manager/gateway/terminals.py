@@ -18,9 +18,9 @@ from orion.manager.api.problems import ApiProblem, problem
 from orion.manager.api.rentals import find
 from orion.manager.api.services import Client, Services, Shared, client_address
 from orion.manager.engine.port import Login, Shell, ShellUnreachable
-from orion.manager.gateway.routes import active, job_of
+from orion.manager.gateway.routes import active, job_of, opened_by
 from orion.manager.gateway.sessions import Session
-from orion.manager.gateway.ssh import NORMAL, Ending
+from orion.manager.gateway.ssh import NORMAL, REVOKED, Ending
 from orion.manager.gateway.terminal import COME_AGAIN, OVER, Page, carry, serve
 from orion.manager.gateway.tickets import LIFETIME_S
 from orion.manager.store import tokens
@@ -95,11 +95,10 @@ async def _visits(services: Services, page: Page, rental_id: str, principal: Pri
     while True:
         with services.sessions.beginning(rental_id) as session:
             try:
+                await opened_by(services, principal, session)
                 row = await active(services, rental_id, principal, no_later, session)
             except ApiProblem as error:
                 return Ending(OVER, error.detail)
-            if not await services.store.read(tokens.is_valid, principal):
-                return Ending(OVER, "the token by which the terminal was opened is not valid any more")
             session.who, session.where_from, session.owner = principal.name, where_from, row["owner"]
             session.worker_id, session.epoch, session.also = row["worker_id"], row["epoch"], {"by": "browser terminal"}
             try:
@@ -110,7 +109,9 @@ async def _visits(services: Services, page: Page, rental_id: str, principal: Pri
             except ApiProblem as error:
                 return Ending(COME_AGAIN, error.detail)
         if session.over.done():
-            await page.tell("waiting", f"The rental has left its worker: {session.over.result()}")
+            if session.over.result().code == REVOKED:
+                return Ending(OVER, session.over.result().reason)
+            await page.tell("waiting", f"The rental has left its worker: {session.over.result().reason}")
         else:
             await asyncio.sleep(services.terminals.terms.again_after_s)
 
@@ -150,7 +151,7 @@ async def _use(services: Services, page: Page, shell: Shell, session: Session) -
         await page.tell("connected", "")
         how = await carry(page, shell, session.over)
         lost = "the connection to the worker broke"
-        reason = how or (session.over.result() if session.over.done() else lost)
+        reason = how or (session.over.result().reason if session.over.done() else lost)
         if how is None and not session.over.done():
             await page.tell("waiting", f"{lost.capitalize()}. What ran in the shell may be lost")
         return how

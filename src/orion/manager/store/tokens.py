@@ -18,6 +18,8 @@ from orion.manager.store.database import Row, record, rows
 from orion.manager.store.schema import tokens, workers
 
 _TOKEN = re.compile(r"orion_(admin|client|join|worker)_([a-z0-9-]{1,64})_([A-Za-z0-9]{43})")
+REVOKED = "token.revoked"
+
 _ALPHABET = string.ascii_letters + string.digits
 
 
@@ -108,5 +110,6 @@ def revoke(connection: Connection, actor: str, identity: str) -> bool:
         return False
     if row["revoked_at"] is None:
         connection.execute(update(tokens).where(tokens.c.id == identity).values(revoked_at=time.time()))
-        record(connection, Event("token.revoked", actor, f"{row['role']} token {identity} of {row['name']}"))
+        reason = f"{row['role']} token {identity} of {row['name']}"
+        record(connection, Event(REVOKED, actor, reason, details={"token_id": identity}))
     return True
