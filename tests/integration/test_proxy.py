@@ -407,7 +407,10 @@ def test_while_the_manager_is_away_the_proxy_says_so_and_finds_it_again(door: Pr
     again.stop()
 
 
-def test_the_certificate_outlives_a_restart_and_the_proxy_starts_without_the_manager(door: Proxy) -> None:
+def test_the_certificate_outlives_a_restart_and_the_proxy_starts_without_the_manager(
+    door: Proxy, manager: Manager
+) -> None:
+    manager.stop()
     before = certificate(door)
     door.compose("restart", "--timeout", "5", "manager_proxy")
     wait_until(door.answers, "the proxy answers again")
