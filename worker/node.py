@@ -20,6 +20,8 @@ from ledger import Refused, write_whole
 from rental import Places, Rentals, Request
 
 AGENT_VERSION = "0.1.0"
+MAX_SLOTS = 256
+"""What the manager takes at most."""
 
 Log = Callable[[str], None]
 
@@ -43,8 +45,8 @@ def settings_from(environment: Mapping[str, str]) -> Settings:
     if not re.fullmatch(r"[0-9.]+", app_address):
         raise ValueError(f"ORION_APP_ADDRESS must be the manager's IPv4 address, not {app_address!r}")
     slots = environment.get("ORION_SLOTS") or "1"
-    if not (slots.isdigit() and 1 <= int(slots) <= 10_000):
-        raise ValueError(f"ORION_SLOTS must be a number from 1 to 10000, not {slots!r}")
+    if not (slots.isdigit() and 1 <= int(slots) <= MAX_SLOTS):
+        raise ValueError(f"ORION_SLOTS must be a number from 1 to {MAX_SLOTS}, not {slots!r}")
     grace = environment.get("ORION_STOP_GRACE_S") or str(Settings.stop_grace_s)
     if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", grace):
         raise ValueError(f"ORION_STOP_GRACE_S must be a number of seconds, not {grace!r}")

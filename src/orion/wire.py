@@ -21,6 +21,8 @@ DEFAULT_WAIT_S = 30
 MAX_WAIT_S = 55
 MAX_PAGE = 500
 MAX_START = 1000
+MAX_SLOTS = 256
+"""Of one worker, whose certificate names all its rentals: OpenSSH reads no more names."""
 MAX_KEYS = 32
 """Of a rental."""
 MAX_CERTIFICATE_S = 3600
@@ -202,7 +204,7 @@ class PlacementOrder(Reply):
 class RegisterRequest(Request):
     hostname: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$")]
     ssh_host_keys: Annotated[list[PublicKey], Field(min_length=1, max_length=8)]
-    slots: int = Field(1, ge=1, le=10_000)
+    slots: int = Field(1, ge=1, le=MAX_SLOTS)
     labels: Labels = {}
     boot_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{8,64}$")]
     agent_version: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.+-]{1,64}$")]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 from cgroup import Usage, processes_for_each_renter, usage
-from node import settings_from
+from node import MAX_SLOTS, settings_from
+
+from orion import wire
+from orion.manager.domain.certificates import MOST_NAMES
 
 VERSION_1 = {
     "cpuacct/cpuacct.usage": "2500000000\n",
@@ -49,6 +52,11 @@ def test_the_renters_together_leave_room_for_sshd_and_the_agent(limit: int, slot
     assert processes_for_each_renter(limit, slots) == each
 
 
+def test_a_worker_offers_no_more_than_one_certificate_can_name_and_the_contract_takes() -> None:
+    assert MAX_SLOTS == wire.MAX_SLOTS == MOST_NAMES
+    assert settings_from({"ORION_APP_ADDRESS": "172.20.0.3", "ORION_SLOTS": f"{MAX_SLOTS}"}).slots == MAX_SLOTS
+
+
 def test_settings_come_from_the_environment_with_defaults() -> None:
     settings = settings_from({"ORION_APP_ADDRESS": "172.20.0.3", "ORION_LABELS": "zone=a,gpu="})
     assert (settings.url, settings.slots) == ("http://manager_proxy", 1)
@@ -64,6 +72,7 @@ def test_settings_come_from_the_environment_with_defaults() -> None:
         ({"ORION_URL": "http://x/path"}, "ORION_URL"),
         ({"ORION_SLOTS": "0"}, "ORION_SLOTS"),
         ({"ORION_SLOTS": "many"}, "ORION_SLOTS"),
+        ({"ORION_SLOTS": f"{MAX_SLOTS + 1}"}, "from 1 to 256"),
         ({"ORION_LABELS": "zone"}, "ORION_LABELS"),
         ({"ORION_STOP_GRACE_S": "soon"}, "ORION_STOP_GRACE_S"),
         ({"ORION_LABELS": "=a"}, "ORION_LABELS"),
