@@ -13,7 +13,7 @@ from orion.manager.domain import moves
 from orion.manager.domain.model import move_worker
 from orion.manager.domain.states import Health
 from orion.manager.engine.port import Action, Job, Outcome
-from orion.manager.engine.vault.port import OVER_LIMIT, VaultError
+from orion.manager.engine.vault.port import OVER_LIMIT, Copied, VaultError
 
 TOO_LARGE = VaultError(OVER_LIMIT, "its home holds too much")
 
@@ -363,6 +363,40 @@ async def test_where_all_are_told_to_stop_everything_is_parked_and_comes_back(ho
     back = [await house.rental(rental["id"]) for rental in rentals]
     assert [rental["state"] for rental in back] == ["active"] * 3
     assert [files(house, rental)["file"] for rental in back] == ["0", "1", "2"]
+
+
+async def test_a_copy_that_was_begun_before_it_stood_still_does_not_take_the_place_of_the_last_one(
+    house: House,
+) -> None:
+    """It was made before the last one, and is noted after it: the manager's disk is slow."""
+    agent = await house.join()
+    rental = await house.rent()
+    files(house, rental)["file"] = "copied"
+    was_made, may_be_noted, copy = asyncio.Event(), asyncio.Event(), house.vault.copy
+
+    async def made_and_held_up(*arguments: Any, moving: bool = False, **named: Any) -> Copied:
+        made = await copy(*arguments, **named)
+        if not moving:
+            was_made.set()
+            await may_be_noted.wait()
+        return made
+
+    async def note(_job: Job) -> None:
+        may_be_noted.set()
+        await begun
+
+    house.vault.copy = made_and_held_up  # type: ignore[method-assign]
+    begun = asyncio.create_task(house.manager.copies.copy_now(rental["id"], None))
+    await was_made.wait()
+    files(house, rental)["file"] = "written before it stood still"
+    Interference(house, Action.FREEZE, note, time=2)
+    await vacate(house, agent)
+    assert begun.result() == "it was stopped or moved meanwhile"
+    assert (await house.rental(rental["id"]))["state"] == "queued"
+    await agent.say_goodbye()
+    await house.join()
+    back = await house.rental(rental["id"])
+    assert (back["state"], files(house, back)) == ("active", {"file": "written before it stood still"})
 
 
 async def test_one_that_is_told_to_stop_last_passes_on_what_it_was_about_to_get(

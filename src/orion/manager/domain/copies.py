@@ -98,11 +98,15 @@ def wanted(rental: Rental) -> str | None:
 
 
 def accepted(rental: Rental, placement: Placement, copy: Copy) -> Step:
-    """A complete copy counts, if its placement is still the one that runs. Told only when something is better now."""
+    """A complete copy counts, if its placement is still the one that runs. Told only when something is better now.
+
+    One that was begun before a planned move held it is late once it is held: it must not take the place of the last
+    copy, which has every byte.
+    """
     change = {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes, "copy_problem": ""}
     event = _event("rental.copied", "its files are copied from now on", rental, placement.worker_id, copy)
     told = (event,) if rental.last_safe_copy_at is None or rental.copy_problem else ()
-    return Step(_still_running(rental, placement, change), told)
+    return Step(_still_running(rental, placement, change, held=placement.held), told)
 
 
 def failed(rental: Rental, placement: Placement, problem: str, over_limit: bool = False) -> Step | None:
@@ -198,10 +202,12 @@ def filled(rental: Rental, worker_id: str, report: Mapping[str, Any], wall: floa
     return _event("rental.files_restored", reason, rental, worker_id, details={**restored, "age_s": round(age_s, 1)})
 
 
-def _still_running(rental: Rental, placement: Placement, change: Mapping[str, Any]) -> tuple[Write, ...]:
+def _still_running(
+    rental: Rental, placement: Placement, change: Mapping[str, Any], **expect: object
+) -> tuple[Write, ...]:
     """Guards of what is only true while the placement that was copied is the one that runs."""
     return (
-        Write("placement", placement.id, {"state": PlacementState.RUNNING, "epoch": placement.epoch}, {}),
+        Write("placement", placement.id, {"state": PlacementState.RUNNING, "epoch": placement.epoch} | expect, {}),
         Write("rental", rental.id, {"state": RentalState.ACTIVE, "epoch": rental.epoch}, change),
     )
 
