@@ -229,6 +229,17 @@ class VaultContract:
         salvaged = await bench.vault.salvage(home, LIMITS)
         assert (salvaged.copy.generation, salvaged.copy.salvage) == (copied.copy.generation, False)
 
+    async def test_the_latest_salvages_stay_and_besides_the_one_that_is_needed(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        for number, spare in ((1, None), (2, None), (3, Generation(1, 1)), (4, Generation(1, 1)), (5, None)):
+            await bench.write(home, "file", f"version {number}")
+            salvaged = await bench.vault.salvage(home, LIMITS, spare=spare)
+            oldest = (1,) if number == 1 or spare else ()
+            latest = (number - 1, number) if number > 1 else ()
+            staying = {1, 2} if number == 2 else {*oldest, *latest}
+            assert {copy.generation.number for copy in salvaged.kept} == staying
+
     async def test_only_what_its_renter_had_at_that_very_epoch_is_salvaged(self, bench: Bench) -> None:
         home = bench.new_home(epoch=2)
         await bench.create(home, let_in=False)

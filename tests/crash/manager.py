@@ -189,8 +189,14 @@ class RemoteVault:
         done: Copied = await self._ask("copy", home, limits, deadline_s, spare, moving)
         return done
 
-    async def salvage(self, home: Home, limits: Limits, deadline_s: float = SALVAGE_DEADLINE_S) -> Copied:
-        done: Copied = await self._ask("salvage", home, limits, deadline_s)
+    async def salvage(
+        self,
+        home: Home,
+        limits: Limits,
+        deadline_s: float = SALVAGE_DEADLINE_S,
+        spare: Generation | None = None,
+    ) -> Copied:
+        done: Copied = await self._ask("salvage", home, limits, deadline_s, spare)
         return done
 
     async def restore(

@@ -39,6 +39,11 @@ async def snapshots(house: House, rental: dict[str, Any]) -> list[tuple[str, boo
     return [(one["generation"], one["salvage"]) for one in found]
 
 
+async def intend(house: House, agent: Agent, what: str) -> None:
+    assert (await house.as_admin.post(f"/api/workers/{agent.worker_id}/{what}")).status_code == 200
+    await house.settle()
+
+
 async def test_what_was_written_after_the_last_copy_is_kept_aside_and_restored_on_request(
     house: House, pool: list[Agent]
 ) -> None:
@@ -104,7 +109,7 @@ async def test_what_cannot_be_salvaged_is_purged_all_the_same_and_what_was_lost_
     moved, dead = await written_and_lost(house)
     tries = []
 
-    async def refuse(home: Home, limits: Limits) -> Copied:
+    async def refuse(home: Home, limits: Limits, spare: Generation | None = None) -> Copied:
         tries.append(home)
         raise VaultError(code, "there is no way")
 
@@ -140,8 +145,8 @@ async def test_a_manager_that_ends_before_it_has_noted_a_salvage_makes_it_again_
     moved, dead = await written_and_lost(house)
     salvage = house.vault.salvage
 
-    async def and_die(home: Home, limits: Limits) -> Copied:
-        await salvage(home, limits)
+    async def and_die(home: Home, limits: Limits, spare: Generation | None = None) -> Copied:
+        await salvage(home, limits, spare=spare)
         raise VaultError("no_answer", "the vault ended before it answered")
 
     house.vault.salvage = and_die  # type: ignore[method-assign, assignment]
@@ -172,3 +177,35 @@ async def test_a_worker_gains_nothing_by_showing_what_was_never_placed_there(hou
     await house.pass_time(40)
     assert house.vault.stored[rental["id"]].keys() == {Generation(1, 1)}
     assert await snapshots(house, rental) == [("1-1", False)]
+
+
+async def test_what_a_rental_began_with_is_kept_however_many_salvages_come(house: House) -> None:
+    """Salvaged at epoch 1 and copied at no epoch since: three more workers come and go, and come back."""
+    agents = [await house.join(slots=4) for _ in range(4)]
+    rental = await house.rent()
+    files(house, rental)["file"] = "copied"
+    await copied(house, rental)
+    files(house, rental)["file"] = "salvaged"
+    for agent in agents:
+        if agent.worker_id != rental["worker_id"]:
+            await intend(house, agent, "drain")
+    first = holder(house, rental)
+    assert (await lose(house, rental))["state"] == "queued"
+    await first.come_back()
+    for agent in agents:
+        if agent is not first:
+            await intend(house, agent, "resume")
+    await house.pass_time(8)
+    gone: list[Agent] = []
+    for _ in range(2):
+        rental = await house.rental(rental["id"])
+        assert (rental["state"], files(house, rental)) == ("active", {"file": "salvaged"})
+        files(house, rental)[f"of epoch {rental['epoch']}"] = "x"
+        gone.append(holder(house, rental))
+        await lose(house, rental)
+    for agent in gone:
+        await agent.come_back()
+        await house.pass_time(8)
+    assert ("1-2", True) in await snapshots(house, rental)
+    again = await lose(house, await house.rental(rental["id"]))
+    assert (again["state"], files(house, again)) == ("active", {"file": "salvaged"})

@@ -52,9 +52,15 @@ class SimulatedVault:
         content = await self._on_worker(home, lambda container: container.read_home(home.rental_id, home.epoch))
         return await self._keep(home, min(content, began_at), spare)
 
-    async def salvage(self, home: Home, limits: Limits, deadline_s: float = SALVAGE_DEADLINE_S) -> Copied:
+    async def salvage(
+        self,
+        home: Home,
+        limits: Limits,
+        deadline_s: float = SALVAGE_DEADLINE_S,
+        spare: Generation | None = None,
+    ) -> Copied:
         content = await self._on_worker(home, lambda container: container.salvage_home(home.rental_id, home.epoch))
-        return await self._keep(home, content, None, salvage=True)
+        return await self._keep(home, content, spare, salvage=True)
 
     async def _keep(self, home: Home, content: float, spare: Generation | None, salvage: bool = False) -> Copied:
         there = self.sim.stored.setdefault(home.rental_id, {})

@@ -2,7 +2,8 @@
 
 Only where the database says that the rental was placed on that worker, at the epoch that it had there, and only as a
 copy of that epoch, whatever the worker says. The note of the copy and that nothing more is to be salvaged are one
-transaction: killed before it, all is begun again, and a home that has not changed makes no second copy.
+transaction: killed before it, all is begun again, and a home that has not changed makes no second copy. Only a few
+salvages are kept, but what the rental is to begin with again stays: it may be one of them, and older than all others.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 
 from orion.manager.domain import copies
+from orion.manager.domain.copies import Generation
 from orion.manager.domain.model import Item
 from orion.manager.domain.outcomes import SALVAGE_ATTEMPTS
 from orion.manager.engine.port import Host, Outcome
@@ -46,9 +48,11 @@ class Salvager:
             return Outcome(ok=True)  # somebody else has acted
         rental, placement = found
         home = Home(item.rental_id, item.uid, item.epoch, host)
+        needed = await self._book.newest(rental.id)
+        spare = Generation.parse(rental.restore_from or "") or (needed.generation if needed else None)
         try:
             async with asyncio.timeout(LONGEST_TRY_S), self._places:
-                copied = await self._vault.salvage(home, self._limits)
+                copied = await self._vault.salvage(home, self._limits, spare=spare)
         except TimeoutError:
             return Outcome(ok=False, message=f"it was not copied within {LONGEST_TRY_S:.0f} s")
         except VaultError as error:

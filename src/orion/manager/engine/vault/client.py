@@ -55,8 +55,14 @@ class VaultClient:
             await self._end_all_of(home.rental_id)
         return _copied(await self._begin(line))
 
-    async def salvage(self, home: Home, limits: Limits, deadline_s: float = SALVAGE_DEADLINE_S) -> Copied:
-        more = {"max_files": limits.max_files, "max_bytes": limits.max_bytes}
+    async def salvage(
+        self,
+        home: Home,
+        limits: Limits,
+        deadline_s: float = SALVAGE_DEADLINE_S,
+        spare: Generation | None = None,
+    ) -> Copied:
+        more = {"max_files": limits.max_files, "max_bytes": limits.max_bytes, "generation": str(spare or "")}
         return _copied(await self._begin(_line(Action.SALVAGE, home, deadline_s, **more)))
 
     async def restore(

@@ -62,7 +62,13 @@ class FakeVault:
             raise VaultError(OVER_LIMIT, f"its home holds more than a copy may: {'frozen' if held else 'spared'}")
         return self._keep(home, files, Copy(Generation(home.epoch, 1), began_at, size, len(files) + 1), spare)
 
-    async def salvage(self, home: Home, limits: Limits, deadline_s: float = SALVAGE_DEADLINE_S) -> Copied:
+    async def salvage(
+        self,
+        home: Home,
+        limits: Limits,
+        deadline_s: float = SALVAGE_DEADLINE_S,
+        spare: Generation | None = None,
+    ) -> Copied:
         began_at = self.wall()
         worker = await self._worker(home, deadline_s)
         if worker.let_in.get(home.rental_id) != home.epoch:
@@ -72,7 +78,7 @@ class FakeVault:
         if len(files) + 1 > limits.max_files or size > limits.max_bytes:
             raise VaultError(OVER_LIMIT, "its home holds more than a copy may")
         copy = Copy(Generation(home.epoch, 1), began_at, size, len(files) + 1, salvage=True)
-        return self._keep(home, files, copy, None)
+        return self._keep(home, files, copy, spare)
 
     def _keep(self, home: Home, files: Files, copy: Copy, spare: Generation | None) -> Copied:
         there = self.stored.setdefault(home.rental_id, {})

@@ -80,11 +80,18 @@ class Vault(Protocol):
         """
         ...
 
-    async def salvage(self, home: Home, limits: Limits, deadline_s: float = SALVAGE_DEADLINE_S) -> Copied:
+    async def salvage(
+        self,
+        home: Home,
+        limits: Limits,
+        deadline_s: float = SALVAGE_DEADLINE_S,
+        spare: Generation | None = None,
+    ) -> Copied:
         """Copy aside a home whose placement was lost, of an epoch that may be long over: nothing of it runs any more.
 
         Its renter's processes there are ended first. The copy is marked as a salvage; where the home is as in a copy
         of its epoch that there is, it is that one. Refused with NOTHING_TO_SALVAGE where its renter was never let in.
+        Older copies make room as for `copy`.
         """
         ...
 
