@@ -8,7 +8,8 @@ Claimed, after each committed step:
 * a rental that was answered with success ends only because its client asked or its time is over, by a wall clock that
   has not jumped within this life of the manager and the time that it takes to be believed again;
 * no state lasts beyond its deadline. Not counted: time without a manager (a restarted one counts anew) or with a slow
-  disk, workers under a brake, and clean-ups on workers that do not answer or already wait for an operator;
+  disk, workers under a brake, and clean-ups on workers that do not answer or already wait for an operator (who resumes
+  one gives them their time again);
 * a worker is ready only when every placement that it lost is purged;
 * where only the proxy and the manager were away, nobody is declared down and nothing moves.
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 LIVE = frozenset({"reserved", "preparing", "running"})
 HOLDING = LIVE | {"stopping", "stopped", "failed"}
 ENDED = frozenset({"released", "expired", "failed"})
+CLEANED_UP = frozenset({"stopping", "stopped", "failed"})
 
 MOST_LOSSES, LOSSES_WITHIN_S = 3, 600.0
 OVERDUE_AFTER_S = 30.0
@@ -76,7 +78,8 @@ class Checker:
         self._was_active: set[str] = set()
         self._written: dict[str, tuple[int, float]] = {}
         """Of rentals that were moved: the epoch that ended, and when the last thing was written in it."""
-        self._ages: dict[tuple[str, str], tuple[str, float]] = {}
+        self._ages: dict[tuple[str, str], tuple[tuple[str, bool], float]] = {}
+        """How long each row has been in its state, and whether it waited for an operator meanwhile."""
         self.acknowledged: set[str] = set()
         self.release_asked: set[str] = set()
         self._losses: dict[str, list[float]] = {}
@@ -268,9 +271,10 @@ class Checker:
             deadline_s = HELD_DEADLINE_S if kind == "hold" else TABLES[kind][state].deadline_s
             if deadline_s is None:
                 continue
-            was, age_s = before.get((kind, identity), ("", 0.0))
-            age_s = 0.0 if was != state else age_s + (0.0 if self._excused(kind, row) else passed_s)
-            self._ages[kind, identity] = state, age_s
+            episode = state, self._waits_for_an_operator(kind, row)
+            was, age_s = before.get((kind, identity), (("", False), 0.0))
+            age_s = 0.0 if was != episode else age_s + (0.0 if self._excused(kind, row) else passed_s)
+            self._ages[kind, identity] = episode, age_s
             if age_s > deadline_s + OVERDUE_AFTER_S:
                 self._sim.fail("no state lasts beyond its deadline", f"{kind} {identity} is {state} for {age_s:.0f} s")
 
@@ -288,9 +292,13 @@ class Checker:
             held = any(p.rental_id == row.id and p.state in HOLDING for p in world.placements.values())
             return row.state is RentalState.RELEASING and held
         worker = world.workers.get(row.worker_id)
-        if row.state in {PlacementState.STOPPING, PlacementState.FAILED, PlacementState.STOPPED}:
+        if row.state in CLEANED_UP:
             return worker is None or worker.health not in ANSWERING or bool(worker.fault)
         return False
+
+    def _waits_for_an_operator(self, kind: str, row: Any) -> bool:
+        worker = self._sim.ledger.world.workers.get(row.worker_id) if kind == "placement" else None
+        return worker is not None and row.state in CLEANED_UP and bool(worker.fault)
 
     # -- in the end ------------------------------------------------------------------------------------------
 
