@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,12 @@ from orion.manager.domain.copies import Generation
 from orion.manager.domain.model import Item
 from orion.manager.domain.reconcile import SALVAGE_WITHIN_S, Facts, TaskKind, decide
 from orion.manager.domain.states import JOIN_DEADLINE_S, Health, PlacementState, RentalState
+from orion.manager.engine.fake import FakeWatch, Refused
+from orion.manager.engine.port import Action, Job
 from orion.manager.engine.vault.port import Copied, Home, Limits, VaultError
 from orion.manager.loops.reconciler import JOB_DEADLINE_S
 from orion.manager.loops.salvaging import LONGEST_TRY_S
+from orion.manager.loops.watching import Watching
 
 
 @pytest.fixture
@@ -37,6 +41,32 @@ async def written_and_lost(house: House) -> tuple[dict[str, Any], Agent]:
 async def snapshots(house: House, rental: dict[str, Any]) -> list[tuple[str, bool]]:
     found = (await house.as_admin.get(f"/api/rentals/{rental['id']}/snapshots")).json()["items"]
     return [(one["generation"], one["salvage"]) for one in found]
+
+
+def lets_in_and_dies(agent: Agent, written: str) -> None:
+    """The next renter that it lets in writes something; nobody hears of that before its end."""
+    create = agent.node.create
+
+    def create_and_die(job: Job) -> dict[str, Any]:
+        report = create(job)
+        if job.action is Action.PREPARE:
+            return report
+        agent.node.homes[job.rental_id]["file"] = written
+        agent.node.create = create  # type: ignore[method-assign]
+        agent.die()
+        raise Refused("the connection broke")
+
+    agent.node.create = create_and_die  # type: ignore[method-assign]
+
+
+@pytest.fixture
+async def watched(house: House) -> AsyncIterator[House]:
+    """Deaths are proved, before a second try to make anything there has failed."""
+    watching = Watching(FakeWatch(house.world), house.clock.monotonic, house.manager.watch_changed)
+    house.manager.health.watching = house.manager.watching = watching
+    house.end_the_brake_of_the_start()
+    yield house
+    await watching.stop()
 
 
 async def intend(house: House, agent: Agent, what: str) -> None:
@@ -177,6 +207,93 @@ async def test_a_worker_gains_nothing_by_showing_what_was_never_placed_there(hou
     await house.pass_time(40)
     assert house.vault.stored[rental["id"]].keys() == {Generation(1, 1)}
     assert await snapshots(house, rental) == [("1-1", False)]
+
+
+# What nobody lived to tell
+
+
+@pytest.mark.parametrize("first_back", ["the latest", "the one before"])
+async def test_where_a_renter_was_let_in_unheard_is_the_newest_whoever_comes_back_first(
+    watched: House, first_back: str
+) -> None:
+    """The second worker lets it in and dies, and the manager knows only of the first, until both have come back."""
+    first = await watched.join()
+    rental = await watched.rent(name="lab")
+    files(watched, rental)["file"] = "copied"
+    await copied(watched, rental)
+    files(watched, rental)["file"] = "written at epoch 1"
+    second = await watched.join()
+    lets_in_and_dies(second, "written at epoch 2")
+    first.die()
+    await watched.pass_time(12)
+    assert (await watched.rental(rental["id"]))["state"] == "queued"
+    for agent in (first, second):
+        await intend(watched, agent, "drain")  # nothing is made anew before both are back
+    for agent in (second, first) if first_back == "the latest" else (first, second):
+        await agent.come_back()
+        await watched.pass_time(8)
+        assert agent.node.homes == {}
+    shown = await watched.rental(rental["id"])
+    found = (await watched.as_admin.get(f"/api/rentals/{rental['id']}/snapshots")).json()["items"]
+    newest = next(one for one in found if one["generation"] == "2-1")
+    assert (shown["state"], shown["last_safe_copy_at"]) == ("queued", newest["at"]), "the age of what it begins with"
+    told = {event["details"]["generation"]: event["reason"] for event in await watched.events("rental.salvaged")}
+    assert "with which it begins again" in told["2-1"]
+    assert ("orion restore lab --from 1-2" in told["1-2"]) == (first_back == "the latest")
+    await intend(watched, first, "resume")
+    await watched.pass_time(8)
+    back = await watched.rental(rental["id"])
+    assert (back["state"], files(watched, back)) == ("active", {"file": "written at epoch 2"})
+
+
+async def test_what_was_never_active_keeps_what_was_written_where_it_was_let_in_unheard(watched: House) -> None:
+    only = await watched.join()
+    lets_in_and_dies(only, "written before anybody knew")
+    rental = await watched.rent()
+    await watched.pass_time(8)
+    waiting = await watched.rental(rental["id"])
+    assert (waiting["state"], waiting["last_safe_copy_at"]) == ("queued", None)
+    await only.come_back()
+    await watched.pass_time(8)
+    back = await watched.rental(rental["id"])
+    assert (back["state"], files(watched, back)) == ("active", {"file": "written before anybody knew"})
+    assert back["last_safe_copy_at"]
+
+
+async def test_what_was_never_active_and_is_made_elsewhere_meanwhile_has_it_kept_aside(watched: House) -> None:
+    dead = await watched.join()
+    lets_in_and_dies(dead, "written before anybody knew")
+    rental = await watched.rent(name="lab")
+    await watched.pass_time(8)
+    await watched.join()
+    made = await watched.rental(rental["id"])
+    assert (made["state"], files(watched, made)) == ("active", {})
+    await dead.come_back()
+    await watched.pass_time(8)
+    assert (await watched.health(dead), dead.node.homes) == ("ready", {})
+    assert await snapshots(watched, made) == [("1-1", True)]
+    (event,) = await watched.events("rental.salvaged")
+    assert "orion restore lab --from 1-1" in event["reason"]
+
+
+async def test_a_worker_that_never_let_anybody_in_has_nothing_to_salvage_and_nothing_is_said(watched: House) -> None:
+    only = await watched.join()
+    create = only.node.create
+
+    def make_and_die(job: Job) -> dict[str, Any]:
+        create(replace(job, action=Action.PREPARE))
+        only.die()
+        raise Refused("the connection broke")
+
+    only.node.create = make_and_die  # type: ignore[method-assign]
+    rental = await watched.rent()
+    await watched.pass_time(8)
+    only.node.create = create  # type: ignore[method-assign]
+    await only.come_back()
+    await watched.pass_time(8)
+    assert (await watched.rental(rental["id"]))["state"] == "active"
+    assert await snapshots(watched, rental) == []
+    assert await watched.events("rental.salvage") == []
 
 
 async def test_what_a_rental_began_with_is_kept_however_many_salvages_come(house: House) -> None:

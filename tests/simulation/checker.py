@@ -221,7 +221,7 @@ class Checker:
         world = self._sim.ledger.world
         rental = world.rentals.get(rental_id)
         record = container.records.get(rental_id)
-        if rental is None or rental.activated_at is None or record is None or record.epoch != epoch:
+        if rental is None or record is None or record.epoch != epoch:
             return
         if rental.state in ENDED | {RentalState.RELEASING}:
             return

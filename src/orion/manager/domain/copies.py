@@ -93,8 +93,15 @@ ACTOR = "copies"
 
 
 def wanted(rental: Rental) -> str | None:
-    """What its next placement begins with; None for one that was never active, which has nothing to lose."""
-    return None if rental.activated_at is None else rental.restore_from or NEWEST
+    """What its next placement begins with; None for one whose renter was never let in, which has nothing to lose."""
+    return (rental.restore_from or NEWEST) if was_let_in(rental) else None
+
+
+def was_let_in(rental: Rental) -> bool:
+    """Whether its renter was let in anywhere, as far as the manager was told: by the end of the task, or by a salvage
+    of what nobody lived to tell. Then it has files, though it may never have been active.
+    """
+    return rental.activated_at is not None or rental.let_in_epoch > 0
 
 
 def accepted(rental: Rental, placement: Placement, copy: Copy) -> Step:
@@ -126,17 +133,24 @@ def thawed(rental: Rental, placement: Placement, actor: str) -> Step:
 
 
 def wants_salvage(rental: Rental | None, placement: Placement) -> bool:
-    """Whether what its worker still has of a lost placement is to be copied aside before it is purged."""
+    """Whether what its worker still has of a lost placement is to be copied aside before it is purged.
+
+    Also where no renter is known to have been let in: only the worker knows (NOTHING_TO_SALVAGE).
+    """
     if rental is None or placement.state is not PlacementState.LOST or placement.salvaged:
         return False
-    return rental.activated_at is not None and rental.state not in ENDED | {RentalState.RELEASING}
+    return rental.state not in ENDED | {RentalState.RELEASING}
 
 
 def salvaged(rental: Rental, placement: Placement, copy: Copy) -> Step:
-    """What its worker still had is kept; as a salvage, unless it is just as a copy that there is already."""
+    """What its worker still had is kept; as a salvage, unless it is just as a copy that there is already.
+
+    And it is news that its renter was let in at that epoch: a worker that dies just then takes the outcome with it.
+    """
     name, worker_id = copy.generation, placement.worker_id
+    is_latest = placement.epoch >= rental.let_in_epoch
     # One that is being made just now may have been given an older copy already.
-    counts = copy.generation.epoch >= rental.let_in_epoch and rental.state is RentalState.QUEUED
+    counts = is_latest and rental.state is RentalState.QUEUED
     had = f"worker {worker_id} came back with its files of epoch {placement.epoch}"
     if not copy.salvage:
         reason = f"{had}: they are as in copy {name}"
@@ -144,7 +158,8 @@ def salvaged(rental: Rental, placement: Placement, copy: Copy) -> Step:
         reason = f"{had}: they are kept as copy {name}, the newest, with which it begins again"
     else:
         reason = f"{had}: they are kept as copy {name}, and restored by: orion restore {rental.name} --from {name}"
-    change = {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes} if counts else {}
+    change: dict[str, Any] = {"let_in_epoch": placement.epoch, "began_with": str(name)} if is_latest else {}
+    change |= {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes} if counts else {}
     writes = (
         _salvage_is_over(placement),
         Write("rental", rental.id, {"let_in_epoch": rental.let_in_epoch, "state": rental.state}, change),

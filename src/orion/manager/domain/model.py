@@ -68,7 +68,7 @@ class Rental:
     let_in_epoch: int = 0
     """The latest epoch at which its renter was let in, as far as the manager was told."""
     began_with: str = ""
-    """The copy of its files that it began with at that epoch; empty: none, or nobody knows which."""
+    """The copy of its files that it began with at that epoch, or that was made of its end; empty: none is known."""
     start: str = ""
     """Its start command, a line for its shell; empty: it has none. See domain/starting.py."""
     start_run: int = 1

@@ -181,7 +181,7 @@ def _settle_placement(world: World, placement: Placement, facts: Facts) -> Step 
     if placement.state in LIVE and (rental is None or rental.state is RentalState.RELEASING):
         to = PlacementState.STOPPED if placement.state is PlacementState.RESERVED else PlacementState.STOPPING
         return move_placement(placement, owner, to, ACTOR, "its rental is being released")
-    within_s = RESTORE_DEADLINE_S if rental and rental.activated_at is not None else CREATE_DEADLINE_S
+    within_s = RESTORE_DEADLINE_S if rental and copies.wanted(rental) else CREATE_DEADLINE_S
     if placement.state is PlacementState.PREPARING and _age(placement.id, facts) > within_s:
         return give_up(placement, rental, f"it was not made within {within_s:.0f} s")
     if _is_missing(placement, facts):

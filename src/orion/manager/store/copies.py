@@ -18,6 +18,7 @@ from orion.manager.domain.copies import (
     ask_to_restore,
     newest,
     wants_salvage,
+    was_let_in,
 )
 from orion.manager.domain.model import Placement, Rental, Step, Worker
 from orion.manager.domain.states import ENDED, LIVE, Health, PlacementState, RentalState
@@ -267,7 +268,7 @@ def begin_restore(connection: Connection, rental_id: str, actor: str, source: st
     rental = ledger.rental(connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one())
     if rental.state in ENDED | {RentalState.RELEASING}:
         return "ended"
-    if rental.activated_at is None:
+    if not was_let_in(rental):
         return "not_active_yet"
     if source != EMPTY and source not in {str(copy.generation) for copy in copies_of(connection, rental_id)}:
         return "no_such_snapshot"
