@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from support.house import Agent, House
 from orion import wire
 from orion.manager.domain.reconcile import Facts, decide
 from orion.manager.domain.starting import TAKEOVERS_WITHIN_S
-from orion.manager.domain.states import Health, PlacementState, RentalState
+from orion.manager.domain.states import DELETE_DEADLINE_S, Health, PlacementState, RentalState
+from orion.manager.engine.fake import Refused
+from orion.manager.engine.port import Job
 
 SERVE = "exec ./serve --name \"$HOSTNAME\" {{ 7*7 }} '; rm -rf / #' $(id) é"
 
@@ -154,6 +157,56 @@ def test_a_worker_that_was_lost_while_it_was_made_there_counts_too(state: Rental
         assert world.apply(step)
     assert world.rentals[rental.id].takeovers == (700.0, 800.0, 1000.0)
     assert "orion start" in world.rentals[rental.id].start_problem
+
+
+@pytest.mark.parametrize(
+    ("start", "state", "age_s", "goes_on"),
+    [
+        (SERVE, PlacementState.FAILED, 10.0, False),
+        (SERVE, PlacementState.FAILED, DELETE_DEADLINE_S + 1.0, True),
+        (SERVE, PlacementState.LOST, 10.0, True),
+        ("", PlacementState.FAILED, 10.0, True),
+    ],
+)
+def test_where_it_may_have_been_run_it_is_ended_before_it_is_run_elsewhere(
+    start: str, state: PlacementState, age_s: float, goes_on: bool
+) -> None:
+    """Making it there was given up: how its last try ended may be unknown, and the worker lives."""
+    where = new_worker(1, health=Health.READY if state is PlacementState.FAILED else Health.JOINING)
+    rental = active_rental(1, state=RentalState.QUEUED, start=start)
+    given_up = new_placement(rental, where, state)
+    world = new_world(where, new_worker(2), rental, given_up)
+    facts = Facts({}, frozenset(), {given_up.id: age_s}, iter(["p-new"]), wall=1000.0)
+    for step in decide(world, facts).steps:
+        assert world.apply(step)
+    assert (world.live_placement(rental.id) is not None) is goes_on
+    assert goes_on or "waiting until worker w-0001 has ended" in world.rentals[rental.id].explanation
+
+
+async def test_what_was_given_up_is_purged_before_it_is_run_again_anywhere(house: House, pool: list[Agent]) -> None:
+    nodes = [agent.node for agent in pool]
+    whole, purged = [(node.create, node.purge) for node in nodes], list[int]()
+
+    def run_and_say_nothing(number: int, job: Job) -> dict[str, Any]:
+        whole[number][0](job)
+        raise Refused("the connection broke")
+
+    def note_and_purge(number: int, job: Job) -> dict[str, Any]:
+        for node, (create, _) in zip(nodes, whole, strict=True):
+            node.create = create  # type: ignore[method-assign]
+        purged.append(sum(len(node.started) for node in nodes))
+        if len(purged) < 3:
+            raise Refused("no space left")
+        return whole[number][1](job)
+
+    for number, node in enumerate(nodes):
+        node.create = partial(run_and_say_nothing, number)  # type: ignore[method-assign]
+        node.purge = partial(note_and_purge, number)  # type: ignore[method-assign]
+    rental = await house.rent(start=SERVE)
+    await house.pass_time(24)
+    assert purged == [1, 1, 1], "it ran there and nowhere else"
+    assert (await house.rental(rental["id"]))["state"] == "active"
+    assert sum(len(node.started) for node in nodes) == 1
 
 
 async def test_only_one_that_has_a_command_and_lives_can_be_started(house: House, pool: list[Agent]) -> None:

@@ -24,9 +24,10 @@ a planned move. And a switch finds nothing at work where it was.
 
 Claimed, whenever a worker obeys a reply, an account is unlocked or a placement begins to run: no rental runs on two
 workers. It runs where its account is unlocked at an epoch whose placement was running at some time (renters are led
-nowhere else), the container is up and not paused, and the worker has a lease by its own clock. The last is what the
-agent will enforce by freezing; here the model of the worker does. Not claimed: anything about a container in the moment
-in which it wakes from a pause (`wake_budget`), nor about accounts that were unlocked where nobody was ever led.
+nowhere else) or at which its start command was run, the container is up and not paused, and the worker has a lease by
+its own clock. The last is what the agent will enforce by freezing; here the model of the worker does. Not claimed:
+anything about a container in the moment in which it wakes from a pause (`wake_budget`), nor about accounts that were
+unlocked where nobody was ever led and nothing was run.
 """
 
 from __future__ import annotations
@@ -213,6 +214,7 @@ class Checker:
 
     def started(self, rental_id: str, epoch: int) -> None:
         """Fails when a start command that keeps losing its workers is run on another one."""
+        self._let_in.add((rental_id, epoch))
         if epoch > self._stopped_at.get(rental_id, epoch):
             self._sim.fail("a command that costs workers is stopped", f"{rental_id} runs it at epoch {epoch}")
 

@@ -331,6 +331,9 @@ def _settle_rental(world: Draft, rental: Rental, facts: Facts, places: _Places) 
         return move_rental(rental, RentalState.FAILED, ACTOR, reason)
     if rental.activated_at is None and _age(rental.id, facts) > QUEUE_DEADLINE_S:
         return move_rental(rental, RentalState.FAILED, ACTOR, f"no worker was free within {QUEUE_DEADLINE_S:.0f} s")
+    at_work = _may_be_at_work(world, rental, facts)
+    if at_work is not None:
+        return _wait(rental, f"waiting until worker {at_work.worker_id} has ended what it may have begun of it")
     return places.place(rental)
 
 
@@ -340,6 +343,19 @@ def _is_being_stopped(world: Draft, rental: Rental) -> bool:
     return rental.state is RentalState.MIGRATING and any(
         p.epoch == rental.epoch and p.state in ending and not p.held for p in world.placements_of(rental.id)
     )
+
+
+def _may_be_at_work(world: Draft, rental: Rental, facts: Facts) -> Placement | None:
+    """Where it was given up, and its start command may be running: how the last try there ended may be unknown.
+
+    Nobody else is led there, so a rental without a command goes on elsewhere at once. A clean-up that passes its
+    deadline holds up its worker, and the rental no longer.
+    """
+    if not rental.start or rental.start_problem:
+        return None
+    given_up = (p for p in world.placements_of(rental.id) if p.state is PlacementState.FAILED)
+    own = (p for p in given_up if not p.standby and not p.held)
+    return next((p for p in own if _age(p.id, facts) <= DELETE_DEADLINE_S), None)
 
 
 def _settle_move(world: Draft, placement: Placement, facts: Facts, places: _Places) -> Step | None:
