@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import update
 from support.house import Agent, House
 
-from orion.manager.domain import reconcile
+from orion.manager.domain import places
 from orion.manager.domain.outcomes import MAX_ATTEMPTS
 from orion.manager.domain.reconcile import MAX_FAILURES
 from orion.manager.domain.states import CREATE_DEADLINE_S, DELETE_DEADLINE_S
@@ -446,7 +446,7 @@ async def test_many_rents_at_once_are_placed_and_written_down_together(
 async def test_more_rentals_than_one_decision_places_are_all_placed(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconcile, "MAX_PLACED", 3)
+    monkeypatch.setattr(places, "MAX_PLACED", 3)
     monkeypatch.setattr(reconciler, "MAX_PLACED", 3)
     await house.join(slots=20)
     replies = [await house.as_admin.post("/api/rent", json={"wait_s": 0}) for _ in range(10)]

@@ -12,9 +12,11 @@ from support.house import Agent, House
 from test_loops_copies import copied, files, holder, lose
 
 from orion.manager.domain.copies import Generation
+from orion.manager.domain.facts import Facts
 from orion.manager.domain.model import Item
-from orion.manager.domain.reconcile import SALVAGE_WITHIN_S, Facts, TaskKind, decide
+from orion.manager.domain.reconcile import SALVAGE_WITHIN_S, decide
 from orion.manager.domain.states import JOIN_DEADLINE_S, Health, PlacementState, RentalState
+from orion.manager.domain.tasks import TaskKind
 from orion.manager.engine.fake import FakeWatch, Refused
 from orion.manager.engine.port import Action, Job
 from orion.manager.engine.vault.port import Copied, Home, Limits, VaultError

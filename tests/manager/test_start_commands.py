@@ -11,7 +11,8 @@ from support.builders import active_rental, new_placement, new_worker, new_world
 from support.house import Agent, House
 
 from orion import wire
-from orion.manager.domain.reconcile import Facts, decide
+from orion.manager.domain.facts import Facts
+from orion.manager.domain.reconcile import decide
 from orion.manager.domain.starting import TAKEOVERS_WITHIN_S
 from orion.manager.domain.states import DELETE_DEADLINE_S, Health, PlacementState, RentalState
 from orion.manager.engine.fake import Refused

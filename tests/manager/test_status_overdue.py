@@ -12,11 +12,12 @@ from support.house import House
 
 from orion.manager.domain.brake import Brake
 from orion.manager.domain.clocks import Clocks
+from orion.manager.domain.facts import Facts
 from orion.manager.domain.health import Evidence, judge
 from orion.manager.domain.leases import Lease
 from orion.manager.domain.model import World, move_worker
 from orion.manager.domain.overdue import WHAT_TO_DO, overdue
-from orion.manager.domain.reconcile import Facts, decide
+from orion.manager.domain.reconcile import decide
 from orion.manager.domain.states import (
     JOIN_DEADLINE_S,
     QUEUE_DEADLINE_S,

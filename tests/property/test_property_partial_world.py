@@ -11,9 +11,10 @@ import pytest
 from support.rosters import what_differs
 from test_property_reconciliation import INVARIANTS, RATES, Platform, _play
 
+from orion.manager.domain.facts import Facts
 from orion.manager.domain.leases import Beat, Leases
 from orion.manager.domain.model import World
-from orion.manager.domain.reconcile import Decision, Facts, decide
+from orion.manager.domain.reconcile import Decision, decide
 from orion.manager.domain.roster import Roster
 from orion.manager.loops.reconciler import Reconciler
 from orion.manager.store.memory import MemoryLedger

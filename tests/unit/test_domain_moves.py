@@ -10,9 +10,12 @@ from support.builders import active_rental, new_placement, new_rental, new_worke
 
 from orion import wire
 from orion.manager.domain import moves
+from orion.manager.domain.facts import Facts
 from orion.manager.domain.model import Placement, World
-from orion.manager.domain.reconcile import Facts, TaskKind, ask_to_move, decide
+from orion.manager.domain.places import ask_to_move
+from orion.manager.domain.reconcile import decide
 from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
+from orion.manager.domain.tasks import TaskKind
 
 SOURCE, TARGET = new_worker(1), new_worker(2)
 RENTAL = active_rental(last_epoch=4)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from support.builders import active_rental, new_rental, new_worker, new_world
 
+from orion.manager.domain.facts import Facts
 from orion.manager.domain.model import Rental
-from orion.manager.domain.reconcile import Facts, decide
+from orion.manager.domain.reconcile import decide
 from orion.manager.domain.states import Health, Intent, RentalState
 
 WORKER = new_worker(1, slots=2)

@@ -14,9 +14,9 @@ from support.rosters import what_differs
 from orion.manager.domain.expiry import WallClock, expire, release, renew
 from orion.manager.domain.model import Item, Step, Worker, World, Write, move_placement, move_worker
 from orion.manager.domain.outcomes import Ended
-from orion.manager.domain.reconcile import Task, TaskKind
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
+from orion.manager.domain.tasks import Task, TaskKind
 from orion.manager.store import events
 from orion.manager.store.database import Store
 from orion.manager.store.memory import InvariantBroken, MemoryLedger

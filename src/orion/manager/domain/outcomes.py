@@ -19,8 +19,10 @@ from orion.manager.domain.model import (
     move_placement,
     move_rental,
 )
-from orion.manager.domain.reconcile import ACTOR, Task, TaskKind, give_up
+from orion.manager.domain.moves import ACTOR
+from orion.manager.domain.reconcile import give_up
 from orion.manager.domain.states import PlacementState, RentalState
+from orion.manager.domain.tasks import Task, TaskKind
 
 MOST_OF_A_REPORT = 4096
 """Characters of a worker's report that its event keeps: a worker could fill the database with more."""

@@ -20,13 +20,16 @@ from typing import Any
 
 import structlog
 
+from orion.manager.domain.facts import Facts
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.model import Item, World
 from orion.manager.domain.moves import NotMoved, Source
 from orion.manager.domain.outcomes import Ended
-from orion.manager.domain.reconcile import MAX_PLACED, Facts, Task, TaskKind, ask_to_move, decide, thaw
+from orion.manager.domain.places import MAX_PLACED, ask_to_move
+from orion.manager.domain.reconcile import decide
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health, PlacementState
+from orion.manager.domain.tasks import Task, TaskKind, thaw
 from orion.manager.engine.port import Action, Engine, Host, Job, Outcome, Reach, Reached
 from orion.manager.loops.moving import Mover
 from orion.manager.loops.restoring import WAITS, Restorer

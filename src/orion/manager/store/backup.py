@@ -221,7 +221,7 @@ def _bring_up_to_date(file: Path) -> None:
 def _fit_into_the_present(connection: sqlite3.Connection, database: Path, actor: str) -> None:
     """The workers went on: what was given since is not given again, and each has to show what it holds.
 
-    A running placement without its key is looked for before anything is believed of it: see reconcile._missing.
+    A running placement without its key is looked for before anything is believed of it: see reconcile._is_missing.
     """
     now = _present(database)
     for name, value in now.counters.items():

@@ -1,0 +1,40 @@
+"""What decisions rest on besides the rows: inventories, ages, who is about to leave. Data, as of one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from orion.manager.domain.model import Item, Placement
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the snapshot does not hold. `ages`: seconds that a placement, a rental or a worker that joins (by id) has
+    been in its state.
+
+    `strangers`: what inventories show and the database has never placed anywhere, as (rental id, epoch). Nothing of
+    ours can make one, for a placement is committed first: the database is older than the world, or it was lost.
+    """
+
+    inventories: Mapping[str, tuple[Item, ...]]
+    leaving: frozenset[str]
+    ages: Mapping[str, float]
+    new_ids: Iterator[str]
+    strangers: frozenset[tuple[str, int]] = frozenset()
+    wall: float = 0.0
+    """UTC seconds: only start commands are counted by it."""
+    vacating: frozenset[str] = frozenset()
+    """Workers that were told to stop, and wait for their rentals to be taken away. They are among `leaving`."""
+    resting: frozenset[str] = frozenset()
+    """Rentals whose planned move has failed lately."""
+
+    def age(self, identity: str) -> float:
+        return self.ages.get(identity, 0.0)
+
+    def shows(self, placement: Placement) -> bool:
+        """Whether its worker still shows it, or has not shown anything yet."""
+        inventory = self.inventories.get(placement.worker_id)
+        return inventory is None or any(
+            (item.rental_id, item.epoch) == (placement.rental_id, placement.epoch) for item in inventory
+        )

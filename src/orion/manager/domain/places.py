@@ -1,0 +1,129 @@
+"""Where rentals go: what one decision gives to one after the other, and what it says to those that get nothing."""
+
+from __future__ import annotations
+
+from orion.manager.domain import moves
+from orion.manager.domain.facts import Facts
+from orion.manager.domain.model import (
+    Draft,
+    Event,
+    Placement,
+    Rental,
+    Step,
+    Worker,
+    World,
+    Write,
+    merge,
+    move_rental,
+)
+from orion.manager.domain.moves import ACTOR
+from orion.manager.domain.placement import Candidate, Chosen, Pool, Refused
+from orion.manager.domain.states import PlacementState, RentalState
+
+MAX_PLACED = 256
+"""Rentals that get a place in one decision; the others in the next, so that none takes long."""
+
+
+class Places:
+    """Where the rentals of one decision go, one after the other."""
+
+    def __init__(self, world: Draft, facts: Facts) -> None:
+        self._world = world
+        self._new_ids = facts.new_ids
+        self._left = MAX_PLACED
+        self._moves_left = moves.MOST_AT_ONCE - moves.under_way(world)
+        known = (w for w in world.workers.values() if world.is_whole(w.id) or w.id in world.taken)
+        candidates = (Candidate(w, world.used_on(w.id), False, w.id in facts.leaving) for w in known)
+        self._pool = Pool(candidates, world.elsewhere)
+
+    def place(self, rental: Rental) -> Step | None:
+        if not self._left:
+            return None
+        failed = {p.worker_id for p in self._world.placements_of(rental.id) if p.state is PlacementState.FAILED}
+        choice = self._pool.choose(failed)
+        if isinstance(choice, Chosen):
+            self._left -= 1
+            self._pool.take(choice)
+            return _reserve(self._world.workers[choice.worker_id], rental, choice.slot, next(self._new_ids))
+        return wait(rental, choice.explanation) if isinstance(choice, Refused) else None
+
+    def move(self, rental: Rental, placement: Placement, why: str, parks: bool) -> Step | None:
+        """To another worker, if one can take it. `parks`: else it is to wait, with all its files."""
+        if self._moves_left <= 0:
+            return None
+        failed = {p.worker_id for p in self._world.placements_of(rental.id) if p.state is PlacementState.FAILED}
+        choice = self._pool.choose(failed, placement.worker_id)
+        if isinstance(choice, Chosen):
+            self._moves_left -= 1
+            self._pool.take(choice)
+            target = self._world.workers[choice.worker_id]
+            return moves.begin(rental, placement, target, choice.slot, next(self._new_ids), ACTOR, why)
+        if isinstance(choice, Refused) and parks:
+            self._moves_left -= 1
+            return moves.hold(rental, placement, None, f"{why}, and nothing can take it")
+        return None
+
+    def asked(self, rental: Rental, placement: Placement, actor: str) -> Step:
+        """The same, because somebody asked for it. Raises moves.NotMoved."""
+        if self._moves_left <= moves.MOST_AT_ONCE - moves.MOST_ASKED_FOR:
+            raise moves.NotMoved("too_many_moves", "others are being moved just now: try again in a minute")
+        choice = self._pool.choose((), placement.worker_id)
+        if isinstance(choice, Chosen):
+            target, new_id = self._world.workers[choice.worker_id], next(self._new_ids)
+            return moves.begin(rental, placement, target, choice.slot, new_id, actor, "asked for")
+        why = choice.counted if choice else "the pool is changing: try again"
+        raise moves.NotMoved("nowhere_to_go", f"no other worker can take it, so it goes on where it is: {why}")
+
+
+def ask_to_move(world: World, rental_id: str, actor: str, facts: Facts) -> Step | None:
+    """Begin a planned move that somebody asked for; None when it is under way. Raises moves.NotMoved."""
+    draft = Draft(world)
+    rental, placement = draft.rentals.get(rental_id), draft.live_placement(rental_id)
+    if draft.standby_of(rental_id) is not None:
+        return None
+    if rental is None or placement is None or not moves.can_move(rental, placement):
+        state = f"it is {rental.state}: {rental.explanation}" if rental else "it has ended"
+        raise moves.NotMoved("not_active", state)
+    worker = draft.workers.get(placement.worker_id)
+    if worker is None or worker.health not in moves.LEAVABLE:
+        raise moves.NotMoved("worker_not_ready", "its worker does not answer just now: nothing can be copied from it")
+    return Places(draft, facts).asked(rental, placement, actor)
+
+
+def wait(rental: Rental, explanation: str) -> Step | None:
+    """It has no place yet; None where that is said already."""
+    if rental.state is RentalState.MIGRATING:
+        return move_rental(rental, RentalState.QUEUED, ACTOR, explanation)
+    if rental.explanation == explanation:
+        return None
+    expect = {"state": rental.state, "epoch": rental.epoch}
+    return Step((Write("rental", rental.id, expect, {"explanation": explanation}),))
+
+
+def _reserve(worker: Worker, rental: Rental, slot: int, placement_id: str) -> Step:
+    placement = Placement(
+        placement_id,
+        rental.id,
+        worker.id,
+        slot,
+        rental.next_epoch,
+        PlacementState.RESERVED,
+    )
+    as_chosen = {"health": worker.health, "intent": worker.intent, "slots": worker.slots}
+    still_fit = Write("worker", worker.id, as_chosen, {})
+    reserved = Event(
+        "placement.reserved",
+        ACTOR,
+        f"slot {slot}",
+        rental.owner,
+        rental.id,
+        worker.id,
+        placement.epoch,
+    )
+    if rental.state is RentalState.MIGRATING:
+        expect = {"state": rental.state, "epoch": rental.epoch}
+        raised = Write("rental", rental.id, expect, {"epoch": placement.epoch})
+        return Step((still_fit, raised), (reserved,), placement)
+    reason = f"being made on worker {worker.id}"
+    placed = move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, worker.id, epoch=placement.epoch)
+    return merge((placed, Step((still_fit,), (reserved,), placement)))
