@@ -5,8 +5,9 @@ Claimed, after each committed step:
 * a rental has at most one placement in LIVE and one standby beside it, a slot at most one in HOLDING, no slot lies
   beyond its worker's, and the epoch of a rental only rises and is that of its live placement;
 * an active rental runs; what has ended holds nothing; what was once active never fails;
-* a rental that was answered with success ends only because its client asked or its time is over, by a wall clock that
-  has not jumped within this life of the manager and the time that it takes to be believed again;
+* a rental that was answered with success ends only because its client asked or its time is over: not earlier by what
+  the wall clock has jumped since its end was said, within this life of the manager and the time that it takes to be
+  believed again (a clock that was put back before anybody could look has not jumped);
 * no state lasts beyond its deadline. Not counted: time without a manager (a restarted one counts anew) or with a slow
   disk, workers under a brake, and clean-ups on workers that do not answer or already wait for an operator (who resumes
   one gives them their time again);
@@ -87,8 +88,10 @@ class Checker:
         """When each rental lost workers on which its command may have run, by the wall clock."""
         self._stopped_at: dict[str, int] = {}
         """The epoch at which the start command of a rental had lost too many."""
-        self.jump = (float("-inf"), 0.0)
-        """When the wall clock last jumped, and by how much."""
+        self.jumps: list[tuple[float, float]] = []
+        """When the wall clock jumped, and by how much."""
+        self._time_given: dict[str, float] = {}
+        """When the end of each rental was last said, by the wall clock of that moment."""
 
     # -- after each step -------------------------------------------------------------------------------------
 
@@ -99,6 +102,7 @@ class Checker:
             if to is not None and to != states[write.kind, write.id]:
                 self._moved(step, write, before[write.kind, write.id], states[write.kind, write.id], to)
                 states[write.kind, write.id] = to
+        self._time_given |= {w.id: self._sim.loop.now for w in step.writes if "expires_at" in w.change}
         touched = {w.id for w in step.writes if w.kind == "rental"}
         touched |= {before["placement", w.id].rental_id for w in step.writes if w.kind == "placement"}
         touched |= {step.placement.rental_id} if step.placement else set()
@@ -159,11 +163,12 @@ class Checker:
     def _check_expiry(self, rental: Rental) -> None:
         """What was decided before a jump may be committed after it; what is decided after it must wait."""
         sim, expires_at = self._sim, rental.expires_at or float("inf")
-        at, forward_s = self.jump
-        if expires_at > sim.wall() - min(0.0, forward_s) + 1.0:
+        _, last_s = self.jumps[-1] if self.jumps else (0.0, 0.0)
+        if expires_at > sim.wall() - min(0.0, last_s) + 1.0:
             sim.fail("no rental is lost", f"{rental.id} expires before its time")
-        believed = sim.manager is None or at <= sim.manager.started_at or sim.loop.now - at > SETTLE_S * 0.95
-        if not believed and expires_at > sim.wall() - forward_s + 1.0:
+        not_believed = max(sim.manager.started_at if sim.manager else sim.loop.now, sim.loop.now - SETTLE_S * 0.95)
+        since = max(not_believed, self._time_given[rental.id])
+        if expires_at > sim.wall() - sum(by_s for at, by_s in self.jumps if at > since) + 1.0:
             sim.fail("a clock that jumped expires nobody", f"{rental.id} expires")
 
     def _check_rental(self, rental_id: str, before: Rental | None) -> None:

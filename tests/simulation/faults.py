@@ -148,7 +148,7 @@ class Faults:
     def _jump(self, fault: Fault) -> None:
         self._sim.wall_offset += fault.figure
         if abs(fault.figure) > 2.0:
-            self._sim.checker.jump = self._sim.loop.now, fault.figure
+            self._sim.checker.jumps.append((self._sim.loop.now, fault.figure))
 
     def _intend(self, fault: Fault, to: Intent) -> None:
         worker_id = self._sim.worker_id_of(self._container(fault))
