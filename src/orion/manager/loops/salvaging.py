@@ -12,7 +12,7 @@ import asyncio
 
 from orion.manager.domain import copies
 from orion.manager.domain.copies import Generation
-from orion.manager.domain.model import Item
+from orion.manager.domain.model import Item, Rental
 from orion.manager.domain.outcomes import SALVAGE_ATTEMPTS
 from orion.manager.engine.port import Host, Outcome
 from orion.manager.engine.vault.port import (
@@ -43,16 +43,14 @@ class Salvager:
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def salvage(self, host: Host, item: Item, placement_id: str) -> Outcome:
-        found = await self._book.lost(placement_id)
-        if found is None:
-            return Outcome(ok=True)  # somebody else has acted
-        rental, placement = found
         home = Home(item.rental_id, item.uid, item.epoch, host)
-        needed = await self._book.newest(rental.id)
-        spare = Generation.parse(rental.restore_from or "") or (needed.generation if needed else None)
         try:
             async with asyncio.timeout(LONGEST_TRY_S), self._places:
-                copied = await self._vault.salvage(home, self._limits, spare=spare)
+                found = await self._book.lost(placement_id)
+                if found is None:
+                    return Outcome(ok=True)  # somebody else has acted
+                rental, placement = found
+                copied = await self._vault.salvage(home, self._limits, spare=await self._needed(rental))
         except TimeoutError:
             return Outcome(ok=False, message=f"it was not copied within {LONGEST_TRY_S:.0f} s")
         except VaultError as error:
@@ -63,3 +61,8 @@ class Salvager:
             return Outcome(ok=False, message=str(error), report={TRIES: tries})
         await self._book.accept(copies.salvaged(rental, placement, copied.copy), rental.id, copied.kept)
         return Outcome(ok=True)
+
+    async def _needed(self, rental: Rental) -> Generation | None:
+        """With which it begins again."""
+        newest = await self._book.newest(rental.id)
+        return Generation.parse(rental.restore_from or "") or (newest.generation if newest else None)
