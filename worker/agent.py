@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +27,10 @@ from fence import Fence
 from host_certificate import Sshd as Listening
 from node import Node, Settings, settings_from
 from watched import PLACE, Watched
+
+WEB_PORT = 80
+"""Where the proxy brings what is for a rental's web ports. Below 1024, so that no renter can take it."""
+WEB_DOOR = "/usr/local/lib/orion/web_door.py"
 
 LOOK_EVERY_S = 0.5
 LOOK_OFTEN_S = 0.1
@@ -88,6 +93,29 @@ class Sshd:
         return subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
 
 
+class WebDoor:
+    """web_door.py, as a child that is started again whenever it dies. The socket is kept here, so nobody is refused."""
+
+    def __init__(self, proxy_address: str) -> None:
+        self._command = [WEB_DOOR, proxy_address]
+        self._socket = socket.create_server(("0.0.0.0", WEB_PORT), backlog=256)  # noqa: S104 - see network.nft
+        self._child = self._start()
+
+    def look_after(self) -> None:
+        """Call it every LOOK_EVERY_S."""
+        status = self._child.poll()
+        if status is not None:
+            say(f"the door for web ports ended with status {status}: starting it again")
+            self._child = self._start()
+
+    def stop(self) -> None:
+        self._child.kill()
+        self._child.wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self._command, stdin=self._socket.fileno())
+
+
 def say(line: str) -> None:
     print(f"orion-agent: {line}", flush=True)  # noqa: T201 - the container's log
 
@@ -131,11 +159,13 @@ def run(settings: Settings) -> None:
 
     watched = Watched(PLACE, node.boot_id, unwatched)
     sshd = Sshd(settings)
+    web_door = WebDoor(settings.proxy_address)
     for work in (fence.run, watched.run):
         threading.Thread(target=work, daemon=True).start()
     threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True).start()
     while not told.wait(LOOK_EVERY_S):
         sshd.look_after()
+        web_door.look_after()
     say("told to stop")
     home.vacate()
     hurry.set()
@@ -147,6 +177,7 @@ def run(settings: Settings) -> None:
     hurry.set()
     home.leave()
     home.say_goodbye()
+    web_door.stop()
     sshd.stop()
 
 

@@ -20,7 +20,7 @@ local=10.0.0.0/8,100.64.0.0/10,169.254.0.0/16,172.16.0.0/12,192.168.0.0/16
 closed="$ORION_SUBNET,$local,224.0.0.0/4,255.255.255.255${connected:+,$connected}${gateway:+,$gateway}"
 
 nft --define "app=$ORION_APP_ADDRESS" \
-    --define "door={ $ORION_APP_ADDRESS, ${ORION_PROXY_ADDRESS:-$ORION_APP_ADDRESS} }" \
+    --define "proxy=${ORION_PROXY_ADDRESS:-$ORION_APP_ADDRESS}" \
     --define "closed={ $closed }" \
     --file /etc/orion/network.nft \
     || fail "the packet filter could not be set (needs nf_tables in the kernel, and the capability NET_ADMIN): not starting without it"

@@ -30,6 +30,8 @@ Log = Callable[[str], None]
 class Settings:
     url: str
     app_address: str
+    proxy_address: str = ""
+    """Whose connections the door for web ports takes."""
     slots: int = 1
     labels: Mapping[str, str] = field(default_factory=dict)
     stop_grace_s: float = 8.0
@@ -44,6 +46,9 @@ def settings_from(environment: Mapping[str, str]) -> Settings:
     app_address = environment.get("ORION_APP_ADDRESS", "")
     if not re.fullmatch(r"[0-9.]+", app_address):
         raise ValueError(f"ORION_APP_ADDRESS must be the manager's IPv4 address, not {app_address!r}")
+    proxy_address = environment.get("ORION_PROXY_ADDRESS") or app_address
+    if not re.fullmatch(r"[0-9.]+", proxy_address):
+        raise ValueError(f"ORION_PROXY_ADDRESS must be the proxy's IPv4 address, not {proxy_address!r}")
     slots = environment.get("ORION_SLOTS") or "1"
     if not (slots.isdigit() and 1 <= int(slots) <= MAX_SLOTS):
         raise ValueError(f"ORION_SLOTS must be a number from 1 to {MAX_SLOTS}, not {slots!r}")
@@ -51,7 +56,7 @@ def settings_from(environment: Mapping[str, str]) -> Settings:
     if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", grace):
         raise ValueError(f"ORION_STOP_GRACE_S must be a number of seconds, not {grace!r}")
     labels = _labels(environment.get("ORION_LABELS") or "")
-    return Settings(url.rstrip("/"), app_address, int(slots), labels, float(grace))
+    return Settings(url.rstrip("/"), app_address, proxy_address, int(slots), labels, float(grace))
 
 
 class Node:
@@ -64,12 +69,14 @@ class Node:
         self._identity = root / "var/lib/orion/agent/identity.json"
         self._join_token = root / "run/orion-join/token"
         self._acknowledged = root / "run/orion/acknowledged"
+        self._session = root / "run/orion/session"
         self.boot_id = uuid.uuid4().hex
         self.rentals = Rentals(Places(root), lock_wait_s=0.5)
         self._last_load = (time.monotonic(), cgroup.usage(cgroup.read_file).cpu_s)
         self._identity.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._acknowledged.parent.mkdir(parents=True, exist_ok=True)
         self._acknowledged.unlink(missing_ok=True)
+        self._session.unlink(missing_ok=True)
 
     def describe(self) -> dict[str, Any]:
         """What a registration says of this worker."""
@@ -120,6 +127,7 @@ class Node:
     def keep_identity(self, session: Session) -> None:
         identity = {"worker_id": session.worker_id, "worker_token": session.worker_token}
         write_whole(self._identity, json.dumps(identity))
+        write_whole(self._session, session.session_id)  # web_door.py knows the manager's passes by it
 
     def admit(self, keys: Iterable[str]) -> None:
         """Root may be reached with the manager's keys, from the manager's address, and with nothing else."""

@@ -24,6 +24,9 @@ MAX_START = 1000
 MAX_SLOTS = 256
 """Of one worker, whose certificate names all its rentals: OpenSSH reads no more names."""
 MAX_KEYS = 32
+MIN_PORT, MAX_PORT = 1024, 65535
+"""Of what a rental's processes may listen on."""
+MAX_PUBLIC_PORTS = 32
 """Of a rental."""
 MAX_CERTIFICATE_S = 3600
 
@@ -298,6 +301,26 @@ class TerminalTicket(Reply):
     expires_in_s: float
 
 
+class WebPort(Reply):
+    """A port that the rental's processes may listen on, as the proxy shows it."""
+
+    port: int
+    public: bool = Field(description="Whether anybody may open it; else its owner, and admins")
+    path: str = Field(description="Where it is on the platform's own address")
+    host: str | None = Field(None, description="The host name of its own that it has as well")
+
+
+class ExposeRequest(Request):
+    public: bool = Field(strict=True)
+
+
+class WebPortTicket(WebPort):
+    """For one browser: the address /.orion/open/#RENTAL/PORT/TICKET, of either host, opens the port there."""
+
+    ticket: str
+    expires_in_s: float
+
+
 class RenewRequest(Request):
     ttl_s: Ttl = DEFAULT_TTL_S
 
@@ -321,6 +344,7 @@ class Rental(Reply):
     copy_problem: str = Field("", description="Why its files cannot be copied at present")
     start: str | None = Field(None, description="Its start command")
     start_problem: str = Field("", description="Why its start command is not run any more")
+    public_ports: list[int] = Field([], description="The web ports that anybody may open")
     explanation: str = Field(description="Why it is in its state, for a person")
 
 

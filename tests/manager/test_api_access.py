@@ -39,6 +39,9 @@ ROUTES: list[tuple[str, str, dict[str, Any] | None, set[str]]] = [
     ("DELETE", "/api/rentals/x/keys/x", None, {"client", "admin"}),
     ("POST", "/api/rentals/x/certificate", {"ssh_public_key": host_key(1)}, {"client", "admin"}),
     ("POST", "/api/rentals/x/terminal", None, {"client", "admin"}),
+    ("GET", "/api/rentals/x/ports", None, {"client", "admin"}),
+    ("PUT", "/api/rentals/x/ports/8000", {"public": True}, {"client", "admin"}),
+    ("POST", "/api/rentals/x/ports/8000/ticket", None, {"client", "admin"}),
     ("GET", "/api/events", None, {"client", "admin"}),
     ("GET", "/api/status", None, {"client", "admin"}),
     ("GET", "/metrics", None, {"admin"}),
@@ -127,7 +130,7 @@ async def test_a_call_takes_its_roles_and_no_other(
 async def test_each_route_of_the_contract_is_in_the_list_above(house: House) -> None:
     described = house.app.openapi()["paths"]
     found = {f"{method.upper()} {path}" for path, methods in described.items() for method in methods}
-    listed = {re.sub(r"/x\b", "/{}", name) for name in NAMES} | {"GET /healthz"}
+    listed = {re.sub(r"/(x|8000)\b", "/{}", name) for name in NAMES} | {"GET /healthz"}
     assert {re.sub(r"\{\w+\}", "{}", name) for name in found} == listed
 
 

@@ -42,9 +42,10 @@ from orion.manager.engine.shell import SshShells
 from orion.manager.engine.vault.client import VaultClient
 from orion.manager.engine.vault.port import Vault
 from orion.manager.engine.watch import SshWatch
-from orion.manager.gateway import routes, terminals
+from orion.manager.gateway import routes, terminals, web
 from orion.manager.gateway.sessions import Sessions
-from orion.manager.gateway.tickets import Terminals
+from orion.manager.gateway.tickets import Terminals, Tickets
+from orion.manager.gateway.ways import Keys
 from orion.manager.loops.certificates import Certificates, CertifyingEngine
 from orion.manager.loops.copies import CopiesLoop, disk_share
 from orion.manager.loops.door import DoorProbe
@@ -180,6 +181,8 @@ class Manager:
             authority=self.authority,
             shells=ports.shells or SshShells(self.authority, str(settings.app_address)),
             terminals=self.terminals,
+            port_tickets=Tickets(ports.monotonic),
+            port_keys=Keys(secrets.proxy_secret),
             restart=lambda: os.kill(os.getpid(), signal.SIGTERM),
         )
 
@@ -284,9 +287,10 @@ def application(proxy_secret: str) -> FastAPI:
     app.add_middleware(Heartbeat)
     problems.install(app)
     contract.describe(app)
-    rooms = (workers, rentals, access, snapshots, operations, admin, routes, terminals)
+    rooms = (workers, rentals, access, snapshots, operations, admin, routes, terminals, web)
     for room in rooms:
         app.include_router(room.router)
+    app.include_router(web.inside)
     app.add_middleware(Door, secret=proxy_secret)
     return app
 

@@ -36,6 +36,11 @@ class Settings(BaseSettings):
         16 << 20, ge=0, lt=2**40, description="Beside the database; dropped when the disk is full"
     )
     port: int = 5000
+    apps_domain: str = Field(
+        "",
+        pattern=r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*)?$",
+        description="Under which each web port of a rental has a host name of its own; the proxy has it as well",
+    )
 
     snapshot_interval_s: float = Field(
         30.0, gt=0, description="Between copies of a rental's home; scaled as the clocks"

@@ -20,7 +20,8 @@ from orion.manager.domain.roster import Roster
 from orion.manager.engine.authority import Authority
 from orion.manager.engine.port import Job, Reach, Shells
 from orion.manager.gateway.sessions import Sessions
-from orion.manager.gateway.tickets import Terminals
+from orion.manager.gateway.tickets import Terminals, Tickets
+from orion.manager.gateway.ways import Keys
 from orion.manager.settings import Settings
 from orion.manager.store import tokens
 from orion.manager.store.database import Row, Store
@@ -61,6 +62,8 @@ class Services:
     authority: Authority
     shells: Shells
     terminals: Terminals
+    port_tickets: Tickets
+    port_keys: Keys
     restart: Callable[[], None]
     """End, to be started again with what is then on the disk."""
     copying: asyncio.Lock = field(default_factory=asyncio.Lock)

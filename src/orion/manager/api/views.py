@@ -56,6 +56,7 @@ def _rental_fields(row: Row) -> dict[str, Any]:
         "copy_problem": row["copy_problem"],
         "start": row["start"] or None,
         "start_problem": row["start_problem"],
+        "public_ports": row["public_ports"],
         "explanation": row["explanation"],
     }
 

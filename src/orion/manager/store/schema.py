@@ -88,6 +88,7 @@ rentals = Table(
     Column("start_problem", Text, nullable=False, server_default=""),
     Column("takeovers", JSON, nullable=False, server_default="[]"),
     Column("last_epoch", Integer, nullable=False, server_default="0"),
+    Column("public_ports", JSON, nullable=False, server_default="[]"),
     Index(
         "uq_rentals_living_name",
         "owner",

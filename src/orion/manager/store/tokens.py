@@ -59,9 +59,14 @@ def authenticate(connection: Connection, token: str) -> Principal | None:
 
 def is_valid(connection: Connection, principal: Principal) -> bool:
     """Whether the token by which a person, or an admin, was known is still good."""
-    query = select(tokens).where(tokens.c.id == principal.id, tokens.c.role == principal.role)
+    return named(connection, principal.role, principal.id) is not None
+
+
+def named(connection: Connection, role: str, identity: str) -> Principal | None:
+    """Whose token of a person or an admin this is; None for one that is over or unknown."""
+    query = select(tokens).where(tokens.c.id == identity, tokens.c.role == role)
     kept = connection.execute(query).mappings().first()
-    return kept is not None and not _is_over(kept)
+    return Principal(role, identity, kept["name"]) if kept is not None and not _is_over(kept) else None
 
 
 def install(connection: Connection, role: str, token: str) -> None:

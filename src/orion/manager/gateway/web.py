@@ -1,0 +1,256 @@
+"""Web ports: who may open which, and where it is. The proxy asks before each request, and carries the bytes itself.
+
+On a host name of its own a browser has its key in a cookie. On the platform's address there are no cookies at all, for
+there all rentals and the platform itself share what cookies are kept for: so the key stands in the path, and what is
+served there has an origin of its own by the sandbox that the proxy sets (manager_proxy/web_port.conf).
+"""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from http.cookies import CookieError, SimpleCookie
+from typing import Annotated
+from urllib.parse import parse_qs, urlsplit
+
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import HTMLResponse, Response
+
+from orion import wire
+from orion.manager.api.contract import refusals
+from orion.manager.api.problems import TITLES, ApiProblem, not_found, problem
+from orion.manager.api.rentals import find
+from orion.manager.api.services import Client, Services, Shared, authenticate, client_address, visible_owner
+from orion.manager.domain.model import Event
+from orion.manager.domain.states import ENDED
+from orion.manager.gateway.tickets import LIFETIME_S
+from orion.manager.gateway.ways import LIFETIME_S as KEY_LIFETIME_S
+from orion.manager.gateway.ways import Named, signed_pass
+from orion.manager.store import tokens, web_ports
+from orion.manager.store.database import Row, record
+from orion.manager.store.tokens import Principal
+
+COOKIE = "orion_port"
+LARGEST_FORM_BYTES = 1000
+_OVER = {*ENDED, wire.RentalState.RELEASING}
+_REFUSALS = {
+    "ended": "it is ending or has ended",
+    "too_many_ports": f"{wire.MAX_PUBLIC_PORTS} of its ports are public, and no more may be: make one private first",
+}
+_PRIVATE = "this port is private: `orion open RENTAL PORT` opens it in a browser, and a program sends its token"
+
+router = APIRouter(prefix="/api", tags=["rentals"])
+inside = APIRouter(prefix="/web", include_in_schema=False)
+"""For the proxy itself, which brings nobody there from outside but with what it says of them."""
+
+Port = Annotated[int, Path(ge=wire.MIN_PORT, le=wire.MAX_PORT)]
+
+
+@router.get("/rentals/{rental_id}/ports", responses=refusals(404))
+async def list_ports(rental_id: str, principal: Client, shared: Shared, request: Request) -> wire.Page[wire.WebPort]:
+    """The ports that anybody may open. All others from 1024 on are its owner's, whenever something listens there."""
+    row = await find(shared, rental_id, principal)
+    return wire.Page(items=[_web_port(shared, request, rental_id, port, True) for port in row["public_ports"]])
+
+
+@router.put("/rentals/{rental_id}/ports/{port}", responses=refusals(404, 409))
+async def expose(
+    rental_id: str, port: Port, body: wire.ExposeRequest, principal: Client, shared: Shared, request: Request
+) -> wire.WebPort:
+    """Open a port to everybody, or to its owner alone again. Repeatable; it counts from the next request on."""
+    await find(shared, rental_id, principal)
+    code = await shared.store.write(web_ports.expose, rental_id, principal.name, port, body.public)
+    if code:
+        raise ApiProblem(409, code, _REFUSALS[code])
+    return _web_port(shared, request, rental_id, port, body.public)
+
+
+@router.post("/rentals/{rental_id}/ports/{port}/ticket", status_code=201, responses=refusals(404, 409))
+async def ticket(rental_id: str, port: Port, principal: Client, shared: Shared, request: Request) -> wire.WebPortTicket:
+    """A ticket by which a browser opens the port: good once, for a minute. What it gets for it lasts eight hours."""
+    row = await find(shared, rental_id, principal)
+    if row["state"] in _OVER:
+        raise ApiProblem(409, "ended", f"the rental is {row['state']}")
+    issued = shared.port_tickets.issue(_topic(rental_id, port), principal)
+    known = _web_port(shared, request, rental_id, port, port in row["public_ports"])
+    return wire.WebPortTicket(**known.model_dump(), ticket=issued, expires_in_s=LIFETIME_S)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the proxy says of a request: it has checked the form of rental and port."""
+
+    rental_id: str
+    port: int
+    on_own_host: bool
+    cross_site: bool
+    """A page from elsewhere has the browser ask, with whatever cookie that has."""
+
+    @staticmethod
+    def of(request: Request) -> Asked:
+        port = request.headers.get("x-orion-port", "")
+        if not (port.isascii() and port.isdigit() and wire.MIN_PORT <= int(port) <= wire.MAX_PORT):
+            raise ApiProblem(404, "not_found", f"a web port is a number from {wire.MIN_PORT} to {wire.MAX_PORT}")
+        own = request.headers.get("x-orion-own-host") == "1"
+        return Asked(request.headers.get("x-orion-rental", ""), int(port), own, _is_cross_site(request))
+
+
+@inside.get("/way")
+async def way(request: Request, shared: Shared) -> Response:
+    """204 and where the request leads to. Any other answer is a refusal, which the proxy asks for a second time, to
+    show it: then `X-Orion-Explain` is set, and what is not refused any more is to be tried again."""
+    explains = "x-orion-explain" in request.headers
+    try:
+        asked = Asked.of(request)
+        row = await shared.store.read(web_ports.look, asked.rental_id)
+        is_public = row is not None and asked.port in row["public_ports"] and row["state"] not in _OVER
+        principal = None if is_public else await _who(request, shared, asked)
+        headers = _leads_to(row, asked, principal, is_public)
+        if explains:
+            raise _later("worker_unreachable", "its worker does not answer: try again in a moment")
+    except ApiProblem as refusal:
+        return _shown(request, refusal) if explains else Response(status_code=403)
+    return Response(status_code=204, headers=headers)
+
+
+@inside.post("/open")
+async def open_port(request: Request, shared: Shared) -> Response:
+    """A browser gives its ticket, and is sent on with a key."""
+    try:
+        asked, told = await _form(request)
+        principal = shared.port_tickets.redeem(told, _topic(asked.rental_id, asked.port))
+        if principal is None or not await shared.store.read(tokens.is_valid, principal):
+            detail = f"this address was good once, for {LIFETIME_S:.0f} s: `orion open` prints another one"
+            raise ApiProblem(401, "no_ticket", detail)
+        row = await shared.store.read(web_ports.look, asked.rental_id)
+        if row is None:
+            raise not_found("rental")
+    except ApiProblem as refusal:
+        return _shown(request, refusal)
+    details = {"port": asked.port, "from": client_address(request)}
+    place = (row["owner"], row["id"], row["worker_id"], row["epoch"], details)
+    await shared.store.write(record, Event("rental.port_opened", principal.name, "by a ticket", *place))
+    key = shared.port_keys.make(asked.rental_id, asked.port, Named(principal.role, principal.id), shared.wall())
+    if not asked.on_own_host:
+        return Response(status_code=303, headers={"Location": f"{_path(asked.rental_id, asked.port)}~{key}/"})
+    sent_on = Response(status_code=303, headers={"Location": "/"})
+    secure = request.headers.get("x-forwarded-proto") == "https"
+    sent_on.set_cookie(COOKIE, key, max_age=int(KEY_LIFETIME_S), httponly=True, samesite="lax", secure=secure)
+    return sent_on
+
+
+async def _who(request: Request, shared: Services, asked: Asked) -> Principal:
+    """Who asks, of those who could be the owner. Raises 401 for anybody else, whether there is such a rental or not."""
+    if "orion_" in request.headers.get("authorization", ""):
+        return await authenticate(request, shared, "client", "admin")
+    held = [request.headers.get("x-orion-key", "")]
+    if asked.on_own_host:
+        held = _cookies(request)
+    for key in held:
+        named = shared.port_keys.read(key, asked.rental_id, asked.port, shared.wall())
+        principal = await shared.store.read(tokens.named, named.role, named.token_id) if named else None
+        if principal is not None:
+            if asked.on_own_host and asked.cross_site:
+                raise ApiProblem(403, "cross_site", "a page from elsewhere asks for this")
+            return principal
+    raise ApiProblem(401, "private", _PRIVATE, {"WWW-Authenticate": 'Bearer realm="orion"'})
+
+
+def _leads_to(row: Row | None, asked: Asked, principal: Principal | None, is_public: bool) -> dict[str, str]:
+    """The headers that tell the proxy where. `principal` is None for what is public alone."""
+    if row is None or (principal and visible_owner(principal) not in {None, row["owner"]}):
+        raise not_found("rental")
+    if row["state"] in _OVER:
+        raise ApiProblem(404, "ended", f"the rental is {row['state']}")
+    if row["state"] != wire.RentalState.ACTIVE or not row["session_id"]:
+        why = f" ({row['state']}: {row['explanation']})" if principal else ""
+        raise _later("not_active", f"the rental is on no worker at present{why}: try again in a moment")
+    signed = signed_pass(row["session_id"], row["id"], row["epoch"], asked.port)
+    return {
+        "X-Orion-Worker": row["address"],
+        "X-Orion-Pass": signed,
+        "X-Orion-Resource-Policy": "" if is_public else "same-origin",
+    }
+
+
+def _later(code: str, detail: str) -> ApiProblem:
+    return ApiProblem(503, code, detail, {"Retry-After": "2"})
+
+
+def _shown(request: Request, refusal: ApiProblem) -> Response:
+    if "text/html" not in request.headers.get("accept", ""):
+        return problem(refusal.status, refusal.code, refusal.detail, refusal.headers)
+    title = TITLES.get(refusal.status, "Error")
+    body = f"<!doctype html>\n<title>{title}</title>\n<h1>{title}</h1>\n<p>{html.escape(refusal.detail)}</p>\n"
+    return HTMLResponse(body, refusal.status, refusal.headers)
+
+
+async def _form(request: Request) -> tuple[Asked, str]:
+    """The rental, the port and the ticket of a form."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > LARGEST_FORM_BYTES:
+            raise ApiProblem(413, "body_too_large", "this is no ticket")
+    fields = parse_qs(body.decode("latin-1"), max_num_fields=8)
+    rental_id, port, told = (fields.get(name, [""])[0] for name in ("rental", "port", "ticket"))
+    if not (port.isascii() and port.isdigit() and len(port) <= 5):
+        raise ApiProblem(422, "invalid_request", "port: must be a number")
+    own = request.headers.get("x-orion-own-host") == "1"
+    if own and (rental_id, port) != (request.headers.get("x-orion-rental"), request.headers.get("x-orion-port")):
+        raise ApiProblem(422, "invalid_request", "the ticket is for another host")
+    return Asked(rental_id, int(port), own, cross_site=False), told
+
+
+def _cookies(request: Request) -> list[str]:
+    """All of that name: another host of the same site may have set one that is none."""
+    found = []
+    for pair in request.headers.get("cookie", "").split(";"):
+        try:
+            found += [one.value for one in SimpleCookie(pair.strip()).values() if one.key == COOKIE]
+        except CookieError:
+            continue
+    return found[:5]
+
+
+def _is_cross_site(request: Request) -> bool:
+    """Another rental's page is of the same site where they share a domain, and so has the browser send the cookie.
+
+    To follow a link to it is no harm. What a browser does not tell, the cookie's own SameSite and the header
+    Cross-Origin-Resource-Policy have to hold.
+    """
+    headers = request.headers
+    origin = headers.get("origin")
+    try:
+        if origin is not None and urlsplit(origin).netloc.lower() != headers.get("x-forwarded-host", "").lower():
+            return True
+    except ValueError:
+        return True
+    if headers.get("sec-fetch-site", "none") in {"same-origin", "none"}:
+        return False
+    follows = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+    return not (follows and headers.get("x-orion-method") in {"GET", "HEAD"})
+
+
+def _web_port(shared: Services, request: Request, rental_id: str, port: int, public: bool) -> wire.WebPort:
+    domain = shared.settings.apps_domain
+    if not domain and _is_this_machine(request.headers.get("x-forwarded-host", "")):
+        domain = "localhost"
+    host = f"{port}-{rental_id}.{domain}" if domain else None
+    return wire.WebPort(port=port, public=public, path=_path(rental_id, port), host=host)
+
+
+def _is_this_machine(host: str) -> bool:
+    """Browsers take every name under localhost for their own machine, without asking anybody."""
+    try:
+        return urlsplit(f"//{host}").hostname in {"localhost", "127.0.0.1", "::1"}
+    except ValueError:
+        return False
+
+
+def _path(rental_id: str, port: int) -> str:
+    return f"/r/{rental_id}/{port}/"
+
+
+def _topic(rental_id: str, port: int) -> str:
+    return f"{rental_id}:{port}"

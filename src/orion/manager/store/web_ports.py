@@ -1,0 +1,41 @@
+"""The web ports of rentals: which are open to everybody, and where the rental's processes are."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, and_, select, update
+
+from orion import wire
+from orion.manager.domain.model import Event
+from orion.manager.domain.states import ENDED, LIVE, RentalState
+from orion.manager.store.database import Row, first, record, touched
+from orion.manager.store.schema import placements, rentals, workers
+
+
+def look(connection: Connection, rental_id: str) -> Row | None:
+    """What decides about a request to one of its ports. `session_id`: of its worker, empty while it has none."""
+    live = and_(placements.c.rental_id == rentals.c.id, placements.c.state.in_(LIVE), placements.c.standby.is_(False))
+    joined = rentals.outerjoin(placements, live).outerjoin(workers, workers.c.id == placements.c.worker_id)
+    wanted = (
+        *(rentals.c.id, rentals.c.owner, rentals.c.state, rentals.c.epoch, rentals.c.explanation),
+        *(rentals.c.public_ports, placements.c.worker_id, workers.c.address, workers.c.session_id),
+    )
+    return first(connection.execute(select(*wanted).select_from(joined).where(rentals.c.id == rental_id)))
+
+
+def expose(connection: Connection, rental_id: str, actor: str, port: int, public: bool) -> str:
+    """Open a port to everybody, or to its owner alone; why not, as a code, empty when it is so. Repeatable."""
+    row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
+    if row["state"] in ENDED | {RentalState.RELEASING}:
+        return "ended"
+    before: list[int] = row["public_ports"]
+    if public == (port in before):
+        return ""
+    if public and len(before) >= wire.MAX_PUBLIC_PORTS:
+        return "too_many_ports"
+    after = sorted({*before, port} if public else {*before} - {port})
+    connection.execute(update(rentals).where(rentals.c.id == rental_id).values(public_ports=after))
+    touched(connection).rentals.add(rental_id)
+    kind = "rental.port_published" if public else "rental.port_closed"
+    event = Event(kind, actor, "asked for", row["owner"], rental_id, epoch=row["epoch"], details={"port": port})
+    record(connection, event)
+    return ""

@@ -1,0 +1,298 @@
+"""The worker's door for web ports: whose socket a port is, what a pass opens, and what passes through."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+import web_door
+from freezing import Freezer
+from ledger import Ledger, Record
+from listeners import Reached, listeners, reach
+from web_door import Refusal, Tenants, Way, WebDoor, answer, opened, signature, take_pass
+
+SESSION = "5e55" * 8
+WAY = Way("abcd234567", 3, 8000)
+RECORD = Record("abcd234567", "r-abcd234567", 100_001, 3, let_in=True)
+OURS, ANOTHERS = 100_001, 100_002
+WITHIN_S = 10.0
+
+
+# Whose port it is
+
+
+def table(*lines: tuple[str, int, int, int], state: str = "0A") -> str:
+    """As the kernel writes it: (address, port, uid, inode)."""
+    written = ["  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode"]
+    for address, port, uid, inode in lines:
+        packed = ip_address(address).packed
+        words = [f"{int.from_bytes(packed[at : at + 4], sys.byteorder):08X}" for at in range(0, len(packed), 4)]
+        near = f"{''.join(words)}:{port:04X}"
+        written.append(f"   0: {near} 00000000:0000 {state} 00000000:00000000 00:00000000 00000000 {uid} 0 {inode} 1 0")
+    return "\n".join(written) + "\n"
+
+
+def reached(*lines: tuple[str, int, int, int]) -> Reached | None:
+    v4 = table(*[line for line in lines if ":" not in line[0]])
+    return reach(listeners(v4, table(*[line for line in lines if ":" in line[0]])), OURS, 8000)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::ffff:127.0.0.1"])  # noqa: S104
+def test_a_socket_of_its_own_is_reached_where_it_listens(address: str) -> None:
+    assert reached((address, 8000, OURS, 7)) == Reached("127.0.0.1", frozenset({7}))
+
+
+@pytest.mark.parametrize("address", ["::1", "::"])
+def test_one_that_listens_by_ipv6_is_reached_so(address: str) -> None:
+    assert reached((address, 8000, OURS, 7)) == Reached("::1", frozenset({7}))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (),
+        (("127.0.0.1", 8001, OURS, 7),),
+        (("127.0.0.1", 8000, ANOTHERS, 7),),
+        (("127.0.0.1", 8000, 0, 7),),
+        (("172.20.128.4", 8000, OURS, 7), ("10.0.0.1", 8000, OURS, 8)),
+        (("127.0.0.2", 8000, OURS, 7),),
+        # Whoever else could answer in its place.
+        (("0.0.0.0", 8000, OURS, 7), ("127.0.0.1", 8000, ANOTHERS, 8)),  # noqa: S104
+        (("127.0.0.1", 8000, OURS, 7), ("::", 8000, ANOTHERS, 8)),
+        (("::1", 8000, ANOTHERS, 7), ("::", 8000, OURS, 8)),
+    ],
+)
+def test_a_port_that_another_could_answer_on_is_not_the_rentals(lines: tuple[tuple[str, int, int, int], ...]) -> None:
+    assert reached(*lines) is None
+
+
+def test_what_only_has_a_connection_from_that_port_does_not_listen() -> None:
+    assert listeners(table(("127.0.0.1", 8000, OURS, 7), state="01"), "") == []
+
+
+def test_the_kernels_own_list_is_understood() -> None:
+    tables = [file.read_text() for file in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if file.exists()]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        tables = [file.read_text() for file in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if file.exists()]
+        [found] = [each for each in listeners(*tables) if each.port == port]
+    assert str(found.address) == "127.0.0.1"
+
+
+# Passes
+
+
+def told(way: Way = WAY, session: str = SESSION) -> str:
+    return f"{way.rental_id} {way.epoch} {way.port} {signature(session, way)}"
+
+
+def test_a_pass_of_the_session_opens_its_way() -> None:
+    assert opened(told(), SESSION) == WAY
+
+
+@pytest.mark.parametrize(
+    ("tried", "session"),
+    [
+        (told(session="another"), SESSION),
+        (told(), "another"),
+        (told(session=""), ""),
+        (told().replace(" 3 ", " 4 "), SESSION),
+        (told().replace(" 8000 ", " 8001 "), SESSION),
+        (told().replace("abcd", "abce"), SESSION),
+        (told().upper(), SESSION),
+        ("", SESSION),
+        (f"../../etc/x 3 8000 {'0' * 64}", SESSION),
+    ],
+)
+def test_any_other_pass_opens_nothing(tried: str, session: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        opened(tried, session)
+    assert refused.value.status == 403
+
+
+def test_the_pass_is_taken_out_of_what_the_renter_gets() -> None:
+    head = b"GET /x HTTP/1.1\r\nHost: a\r\nx-orion-PASS: it\r\nAccept: b\r\n\r\n"
+    assert take_pass(head) == ("it", b"GET /x HTTP/1.1\r\nHost: a\r\nAccept: b\r\n\r\n")
+
+
+@pytest.mark.parametrize("passes", [b"", b"X-Orion-Pass: a\r\nX-Orion-Pass: a\r\n", b"X-Orion-Pass : a\r\n" * 2])
+def test_no_pass_and_two_are_none(passes: bytes) -> None:
+    with pytest.raises(Refusal):
+        take_pass(b"GET / HTTP/1.1\r\n" + passes + b"\r\n")
+
+
+def test_a_refusal_is_for_programs_or_for_people() -> None:
+    refusal = Refusal(503, "frozen", "still <now>")
+    assert b"Retry-After: 2" in answer(refusal, as_html=False)
+    assert b'"code": "frozen"' in answer(refusal, as_html=False)
+    assert b"still &lt;now&gt;" in answer(refusal, as_html=True)
+
+
+# Who is here
+
+
+def test_only_who_is_here_at_that_epoch_let_in_and_not_frozen_is_found(tmp_path: Path) -> None:
+    tenants, ledger, freezer = Tenants(tmp_path), Ledger(tmp_path / "var/lib/orion/rentals"), Freezer(tmp_path)
+
+    def refusal() -> str:
+        try:
+            assert tenants.find(WAY) == RECORD
+        except Refusal as refused:
+            return refused.code
+        return ""
+
+    assert refusal() == "not_here"
+    for other in (replace(RECORD, let_in=False), replace(RECORD, ending=True), replace(RECORD, epoch=4)):
+        ledger.keep(other)
+        assert refusal() == "not_here", other
+    ledger.keep(RECORD)
+    assert refusal() == ""
+    freezer.mark(RECORD, frozenset())
+    assert refusal() == "frozen"
+    freezer.forget(RECORD.rental_id)
+    freezer.set_lease(False)
+    assert refusal() == "frozen"
+    freezer.set_lease(True)
+    assert refusal() == ""
+    ledger.bury(RECORD)
+    assert refusal() == "not_here"
+
+
+# What passes
+
+
+class Stage:
+    """A door and a renter's server behind it, both on this machine's loopback."""
+
+    def __init__(self, root: Path) -> None:
+        self.ledger = Ledger(root / "var/lib/orion/rentals")
+        self.ledger.keep(RECORD)
+        (root / "run/orion").mkdir(parents=True)
+        (root / "run/orion/session").write_text(SESSION)
+        self.looks: list[Reached | None] = []
+        self.on_look: Callable[[], None] = lambda: None
+        self.door = WebDoor(Tenants(root), frozenset({"127.0.0.1"}), self._look)
+        self.received = b""
+        self.connections = 0
+        self.gone = asyncio.Event()
+        self.server_port = self.door_port = 0
+
+    def _look(self, uid: int, port: int) -> Reached | None:
+        assert (uid, port) == (RECORD.uid, self.server_port)
+        return self.looks.pop(0) if self.looks else Reached("127.0.0.1", frozenset({7}))
+
+    async def renter(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        with suppress(asyncio.IncompleteReadError):
+            self.received = await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\nfirst ")
+        while part := await reader.read(100):
+            writer.write(part)
+        self.gone.set()
+        writer.close()
+
+    async def ask(self, told: str, text: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.door_port)
+        writer.write(b"POST /x HTTP/1.1\r\nX-Orion-Pass: " + told.encode() + b"\r\nA: b\r\n\r\n" + text)
+        return reader, writer
+
+    @property
+    def way(self) -> Way:
+        return replace(WAY, port=self.server_port)
+
+
+async def ended(reader: asyncio.StreamReader) -> bytes:
+    """What still comes until the connection is closed, or reset."""
+    try:
+        return await reader.read()
+    except ConnectionResetError:
+        return b""
+
+
+@asynccontextmanager
+async def standing(root: Path) -> AsyncIterator[Stage]:
+    stage = Stage(root)
+    async with asyncio.timeout(WITHIN_S):
+        renter = await asyncio.start_server(stage.renter, "127.0.0.1", 0)
+        listener = socket.create_server(("127.0.0.1", 0))
+        stage.server_port, stage.door_port = renter.sockets[0].getsockname()[1], listener.getsockname()[1]
+        serving = asyncio.create_task(stage.door.serve(listener))
+        try:
+            yield stage
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            renter.close()
+
+
+async def test_bytes_pass_both_ways_as_they_are_without_the_pass(tmp_path: Path) -> None:
+    async with standing(tmp_path) as stage:
+        reader, writer = await stage.ask(told(stage.way), b"one\0")
+        assert await reader.readuntil(b"one\0") == b"HTTP/1.1 200 OK\r\n\r\nfirst one\0"
+        writer.write(b"two")
+        assert await reader.readexactly(3) == b"two"
+        assert stage.received == b"POST /x HTTP/1.1\r\nA: b\r\n\r\n"
+        writer.close()
+        await stage.gone.wait()
+
+
+async def test_a_connection_ends_with_the_rentals_right_to_run_here(tmp_path: Path) -> None:
+    async with standing(tmp_path) as stage:
+        reader, writer = await stage.ask(told(stage.way))
+        await reader.readuntil(b"first ")
+        stage.ledger.keep(replace(RECORD, epoch=4))
+        stage.door.look_again()
+        assert await ended(reader) == b""
+        await stage.gone.wait()
+        writer.close()
+
+
+async def test_a_port_that_is_taken_by_another_while_it_is_connected_to_gets_nothing(tmp_path: Path) -> None:
+    async with standing(tmp_path) as stage:
+        for after in (None, Reached("127.0.0.1", frozenset({8}))):
+            stage.looks = [Reached("127.0.0.1", frozenset({7})), after]
+            reader, writer = await stage.ask(told(stage.way), b"secret")
+            assert b"nothing_listens" in await reader.read()
+            writer.close()
+        assert stage.received == b""
+
+
+async def test_a_former_epoch_and_a_foreign_pass_reach_nobody(tmp_path: Path) -> None:
+    async with standing(tmp_path) as stage:
+        for tried, code in (
+            (told(replace(stage.way, epoch=2)), b"not_here"),
+            (told(replace(stage.way, epoch=4)), b"not_here"),
+            (told(stage.way, session="of another worker"), b"no_pass"),
+        ):
+            reader, writer = await stage.ask(tried)
+            assert code in await reader.read()
+            writer.close()
+        assert stage.connections == 0
+
+
+async def test_a_rental_has_so_many_connections_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_door, "MOST_OF_A_RENTAL", 2)
+    async with standing(tmp_path) as stage:
+        inside = [await stage.ask(told(stage.way)) for _ in range(2)]
+        for reader, _ in inside:
+            await reader.readuntil(b"first ")
+        reader, writer = await stage.ask(told(stage.way))
+        assert b"too_many_connections" in await reader.read()
+        for _, one in [*inside, (reader, writer)]:
+            one.close()
+
+
+async def test_who_is_not_the_proxy_is_hung_up_on(tmp_path: Path) -> None:
+    async with standing(tmp_path) as stage:
+        stage.door._peers = frozenset({"127.0.0.9"})
+        reader, writer = await stage.ask(told(stage.way))
+        assert await ended(reader) == b""
+        writer.close()
+        assert stage.connections == 0

@@ -1,0 +1,63 @@
+"""Who listens on a port of this worker's loopback, by the texts of /proc/net/tcp and tcp6. Pure.
+
+Renters of one worker share its loopback, so that a port is free for whoever comes first. What is sent to a rental's
+port may reach its own processes alone: the kernel says which uid a socket belongs to.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+LISTENING = "0A"
+_V4 = frozenset(map(ip_address, ("127.0.0.1", "0.0.0.0", "::ffff:127.0.0.1", "::ffff:0.0.0.0")))  # noqa: S104
+_V6 = frozenset(map(ip_address, ("::1", "::")))
+_BOTH = ip_address("::")
+"""A socket there may take IPv4 as well, or not: the list does not say."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    address: IPv4Address | IPv6Address
+    port: int
+    uid: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Where to connect to, and the sockets any of which may take the connection: they are all the rental's."""
+
+    address: str
+    inodes: frozenset[int]
+
+
+def listeners(*tables: str) -> list[Listener]:
+    """From /proc/net/tcp and /proc/net/tcp6."""
+    found = []
+    for table in tables:
+        for line in table.splitlines()[1:]:
+            fields = line.split()
+            if len(fields) > 9 and fields[3] == LISTENING:
+                address, _, port = fields[1].partition(":")
+                found.append(Listener(_address(address), int(port, 16), int(fields[7]), int(fields[9])))
+    return found
+
+
+def reach(there: Iterable[Listener], uid: int, port: int) -> Reached | None:
+    """None unless whatever could take a connection to that port is this uid's."""
+    on_port = [each for each in there if each.port == port]
+    v4 = [each for each in on_port if each.address in _V4]
+    v6 = [each for each in on_port if each.address in _V6]
+    may_answer = [*v4, *(each for each in v6 if each.address == _BOTH)] if v4 else v6
+    if not may_answer or any(each.uid != uid for each in may_answer):
+        return None
+    return Reached("127.0.0.1" if v4 else "::1", frozenset(each.inode for each in may_answer))
+
+
+def _address(text: str) -> IPv4Address | IPv6Address:
+    """The kernel writes each four bytes as one number of the machine's own order."""
+    words = [int(text[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(text), 8)]
+    return ip_address(b"".join(words))

@@ -1,0 +1,301 @@
+#!/usr/bin/python3 -Es
+"""Carries what the proxy brings for a rental's web port to the rental's own process, and to nothing else.
+
+    web_door.py PROXY_ADDRESS          the listening socket is its stdin
+
+A process of its own, so that no byte of a renter takes the agent's time; the agent starts it, again where it dies, and
+keeps the socket. It is root, to read who is here, without any of root's capabilities.
+
+The proxy sends one request on each connection, with a pass that the manager made for it: rental, epoch, port, signed
+with the secret of this worker's session. What is checked, in this order: the peer is the proxy; the pass is the
+manager's; the rental is here at this very epoch, let in, and not frozen; whatever listens on the port is a socket of
+the rental's uid, before the connection to it and after. Then bytes are passed on, both ways, as they are. A connection
+ends as soon as the rental's right to run here does.
+
+What it cannot carry it answers itself, in words for people or for programs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import hashlib
+import hmac
+import html
+import json
+import os
+import re
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from freezing import Freezer
+from ledger import Ledger, Record
+from listeners import Reached, listeners, reach
+
+HEADER = b"x-orion-pass"
+LARGEST_HEAD_BYTES = 96 << 10
+HEAD_WITHIN_S = 5.0
+CONNECT_WITHIN_S = 5.0
+LINGER_S = 2.0
+"""So long is read what was sent and is not wanted: a connection that is closed over it would take the answer along."""
+LOOK_EVERY_S = 0.2
+READ_BYTES = 64 << 10
+MOST_OF_ALL = 200
+MOST_OF_A_RENTAL = 100
+NICENESS = 5
+_PASS = re.compile(r"([a-z0-9-]{1,64}) ([1-9][0-9]{0,17}) ([1-9][0-9]{3,4}) ([0-9a-f]{64})")
+_TITLES = {400: "Bad Request", 403: "Forbidden", 502: "Bad Gateway", 503: "Service Unavailable"}
+
+
+class Refusal(Exception):
+    """Why nothing is carried, as whoever asked will read it."""
+
+    def __init__(self, status: int, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Way:
+    rental_id: str
+    epoch: int
+    port: int
+
+
+def signature(session_id: str, way: Way) -> str:
+    """As src/orion/manager/gateway/ways.py makes it."""
+    signed = f"{way.rental_id} {way.epoch} {way.port}"
+    return hmac.new(session_id.encode(), signed.encode(), hashlib.sha256).hexdigest()
+
+
+def opened(told: str, session_id: str) -> Way:
+    """The way that a pass opens. Raises Refusal for one that this worker's session did not sign."""
+    match = _PASS.fullmatch(told)
+    if not match or not session_id:
+        raise Refusal(403, "no_pass", "this door is for the platform's proxy alone")
+    way = Way(match[1], int(match[2]), int(match[3]))
+    if not hmac.compare_digest(signature(session_id, way), match[4]):
+        raise Refusal(403, "no_pass", "this door is for the platform's proxy alone")
+    return way
+
+
+def take_pass(head: bytes) -> tuple[str, bytes]:
+    """The pass in the head of a request, and the head without it. Raises Refusal where there is not exactly one."""
+    lines = head.split(b"\r\n")
+    passes = [line for line in lines[1:] if line.partition(b":")[0].strip().lower() == HEADER]
+    if len(passes) != 1:
+        raise Refusal(403, "no_pass", "this door is for the platform's proxy alone")
+    told = passes[0].partition(b":")[2].strip().decode("latin-1")
+    return told, b"\r\n".join(line for line in lines if line is not passes[0])
+
+
+def wants_html(head: bytes) -> bool:
+    return any(line.lower().startswith(b"accept:") and b"text/html" in line.lower() for line in head.split(b"\r\n"))
+
+
+def answer(refusal: Refusal, as_html: bool) -> bytes:
+    title, detail = _TITLES[refusal.status], str(refusal)
+    if as_html:
+        kind = "text/html; charset=utf-8"
+        body = f"<!doctype html><title>{title}</title><h1>{title}</h1><p>{html.escape(detail)}</p>\n"
+    else:
+        kind = "application/problem+json"
+        problem = {"type": "about:blank", "title": title, "status": refusal.status, "code": refusal.code}
+        body = json.dumps(problem | {"detail": detail})
+    lines = [f"HTTP/1.1 {refusal.status} {title}", f"Content-Type: {kind}", f"Content-Length: {len(body.encode())}"]
+    lines += ["Cache-Control: no-store", "Connection: close"]
+    lines += ["Retry-After: 2"] if refusal.status == 503 else []
+    return ("\r\n".join([*lines, "", ""]) + body).encode()
+
+
+class Tenants:
+    """Who is here and may run, by what the agent and orion-rental keep. `root` is another directory in tests."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._ledger = Ledger(root / "var/lib/orion/rentals")
+        self._freezer = Freezer(root)
+        self._session = root / "run/orion/session"
+
+    def session_id(self) -> str:
+        try:
+            return self._session.read_text()
+        except FileNotFoundError:
+            return ""
+
+    def find(self, way: Way) -> Record:
+        """Raises Refusal unless it may run here at that epoch."""
+        record = self._ledger.living(way.rental_id)
+        if record is None or record.epoch != way.epoch or record.ending or not record.let_in:
+            raise Refusal(503, "not_here", "the rental is not here, or not any more: try again in a moment")
+        if self._freezer.is_frozen(way.rental_id) or not self._freezer.has_lease:
+            raise Refusal(503, "frozen", "the rental stands still at present: try again in a moment")
+        return record
+
+
+def look_at_port(uid: int, port: int) -> Reached | None:
+    return reach(listeners(_read("/proc/net/tcp"), _read("/proc/net/tcp6")), uid, port)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except FileNotFoundError:
+        return ""  # without IPv6
+
+
+class WebDoor:
+    """`look` is given a uid and a port."""
+
+    def __init__(
+        self, tenants: Tenants, peers: frozenset[str], look: Callable[[int, int], Reached | None] = look_at_port
+    ) -> None:
+        self._tenants = tenants
+        self._peers = peers
+        self._look = look
+        self._carried: dict[asyncio.Task[None], Way] = {}
+
+    async def serve(self, listener: socket.socket) -> None:
+        """For ever."""
+        server = await asyncio.start_server(self._admit, sock=listener, limit=READ_BYTES)
+        async with server:
+            while True:
+                await asyncio.sleep(LOOK_EVERY_S)
+                self.look_again()
+
+    def look_again(self) -> None:
+        """End what is carried for whoever may not run here any more."""
+        for way in set(self._carried.values()):
+            try:
+                self._tenants.find(way)
+            except Refusal:
+                for task, its in self._carried.items():
+                    if its == way:
+                        task.cancel()
+
+    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = writer.get_extra_info("peername")
+        if not peer or peer[0] not in self._peers:
+            writer.transport.abort()
+            return
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        head = b""
+        try:
+            async with asyncio.timeout(HEAD_WITHIN_S):
+                head = await _head(reader)
+            told, rest = take_pass(head)
+            await self._carry(reader, writer, opened(told, self._tenants.session_id()), rest)
+        except Refusal as refusal:
+            with suppress(OSError):
+                writer.write(answer(refusal, wants_html(head)))
+                writer.write_eof()
+                await _linger(reader)
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            pass  # it has hung up, or says nothing
+        finally:
+            writer.close()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Way, head: bytes) -> None:
+        of_it = Counter(self._carried.values())
+        if sum(of_it.values()) >= MOST_OF_ALL or of_it[way] >= MOST_OF_A_RENTAL:
+            raise Refusal(503, "too_many_connections", "it has as many connections as it may have: try again")
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in one
+        self._carried[task] = way
+        try:
+            far_reader, far_writer = await self._connect(way)
+            try:
+                far_writer.write(head)
+                await _both_ways((reader, far_writer), (far_reader, writer))
+            finally:
+                far_writer.close()
+        except asyncio.CancelledError:
+            writer.transport.abort()  # nothing more of it, not even what waits to be sent
+            if task.uncancel():
+                raise
+        finally:
+            del self._carried[task]
+
+    async def _connect(self, way: Way) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """To a socket of the rental's own. Who takes a port in between is found by the second look."""
+        uid = self._tenants.find(way).uid
+        nobody = Refusal(502, "nothing_listens", f"nothing of this rental listens on port {way.port}: start it there")
+        before = self._look(uid, way.port)
+        if before is None:
+            raise nobody
+        try:
+            async with asyncio.timeout(CONNECT_WITHIN_S):
+                reader, writer = await asyncio.open_connection(before.address, way.port, limit=READ_BYTES)
+        except OSError as error:
+            raise nobody from error
+        after = self._look(uid, way.port)
+        if after is None or not before.inodes <= after.inodes:
+            writer.transport.abort()
+            raise nobody
+        return reader, writer
+
+
+async def _head(reader: asyncio.StreamReader) -> bytes:
+    """Up to and with the empty line; what comes behind it stays."""
+    head = b""
+    while b"\r\n\r\n" not in head[-4:]:
+        head += await reader.readuntil(b"\r\n")
+        if len(head) > LARGEST_HEAD_BYTES:
+            raise Refusal(400, "head_too_large", "the headers of the request are too large")
+    return head
+
+
+async def _both_ways(*ways: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
+    """Until either ends."""
+    pumps = [asyncio.create_task(_pump(*way)) for way in ways]
+    try:
+        await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(OSError):
+        while part := await reader.read(READ_BYTES):
+            writer.write(part)
+            await writer.drain()
+
+
+async def _linger(reader: asyncio.StreamReader) -> None:
+    with suppress(OSError, TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while await reader.read(READ_BYTES):
+                pass
+
+
+def give_up_capabilities() -> None:
+    """For good, as nothing is executed afterwards. capset(2), version 3: effective, permitted, inheritable, twice."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    nothing = (ctypes.c_uint32 * 6)()
+    if libc.capset(header, nothing):
+        raise OSError(ctypes.get_errno(), "the capabilities cannot be given up")
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print("usage: web_door.py PROXY_ADDRESS < listening socket", file=sys.stderr)  # noqa: T201
+        return 2
+    give_up_capabilities()
+    os.nice(NICENESS)
+    gc.freeze()
+    listener = socket.socket(fileno=os.dup(0))
+    asyncio.run(WebDoor(Tenants(), frozenset({sys.argv[1]})).serve(listener))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
