@@ -29,6 +29,22 @@ write_secret() {
     printf 'proxy_set_header X-Orion-Proxy-Secret %s;\n' "$value" >/run/orion-secret.conf
 }
 
+# The names under which web ports have hosts of their own. What is under localhost is each browser's own machine.
+write_web_hosts() {
+    domains='localhost'
+    if [ -n "${ORION_APPS_DOMAIN:-}" ]; then
+        case $ORION_APPS_DOMAIN in
+        *[!a-z0-9.-]* | .* | *. | -*)
+            echo "ORION_APPS_DOMAIN must be a domain in lower-case letters, such as apps.example.org" >&2
+            exit 1
+            ;;
+        esac
+        domains="$domains|$(echo "$ORION_APPS_DOMAIN" | sed 's/\./\\./g')"
+    fi
+    printf 'server_name "~^(?<web_port>[1-9][0-9]{3,4})-(?<web_rental>[a-z2-7]{10})\\.(?:%s)$";\n' "$domains" \
+        >/run/orion-web-hosts.conf
+}
+
 # The user's own pair is left alone; ours is made when there is none, and again a month before it ends.
 see_to_certificate() {
     if [ -s "$tls/tls.crt" ] && [ -s "$tls/tls.key" ]; then
@@ -44,7 +60,7 @@ see_to_certificate() {
 
 make_certificate() {
     names="DNS:localhost,DNS:manager_proxy,IP:127.0.0.1"
-    for name in $(echo "${ORION_TLS_NAMES:-}" | tr ',' ' '); do
+    for name in $(echo "${ORION_TLS_NAMES:-}${ORION_APPS_DOMAIN:+,*.$ORION_APPS_DOMAIN}" | tr ',' ' '); do
         case $name in
         *[!0-9.]*) names="$names,DNS:$name" ;;
         *) names="$names,IP:$name" ;;
@@ -63,6 +79,7 @@ make_certificate() {
 
 wait_for_secret
 write_secret
+write_web_hosts
 see_to_certificate
 # -e: the log that is compiled in cannot be opened on a read-only file system.
 exec nginx -e stderr -g 'daemon off;'

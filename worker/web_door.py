@@ -39,6 +39,8 @@ from ledger import Ledger, Record
 from listeners import Reached, listeners, reach
 
 HEADER = b"x-orion-pass"
+OURS = b"x-orion-"
+"""No header of a client that is called so is passed on, either."""
 LARGEST_HEAD_BYTES = 96 << 10
 HEAD_WITHIN_S = 5.0
 CONNECT_WITHIN_S = 5.0
@@ -87,13 +89,13 @@ def opened(told: str, session_id: str) -> Way:
 
 
 def take_pass(head: bytes) -> tuple[str, bytes]:
-    """The pass in the head of a request, and the head without it. Raises Refusal where there is not exactly one."""
+    """The pass in the head of a request, and the head without it and its like. Raises Refusal unless there is one."""
     lines = head.split(b"\r\n")
     passes = [line for line in lines[1:] if line.partition(b":")[0].strip().lower() == HEADER]
     if len(passes) != 1:
         raise Refusal(403, "no_pass", "this door is for the platform's proxy alone")
     told = passes[0].partition(b":")[2].strip().decode("latin-1")
-    return told, b"\r\n".join(line for line in lines if line is not passes[0])
+    return told, b"\r\n".join(line for line in lines if not line.lower().startswith(OURS))
 
 
 def wants_html(head: bytes) -> bool:

@@ -118,7 +118,7 @@ def test_any_other_pass_opens_nothing(tried: str, session: str) -> None:
 
 
 def test_the_pass_is_taken_out_of_what_the_renter_gets() -> None:
-    head = b"GET /x HTTP/1.1\r\nHost: a\r\nx-orion-PASS: it\r\nAccept: b\r\n\r\n"
+    head = b"GET /x HTTP/1.1\r\nHost: a\r\nx-orion-PASS: it\r\nX-Orion-Other: c\r\nAccept: b\r\n\r\n"
     assert take_pass(head) == ("it", b"GET /x HTTP/1.1\r\nHost: a\r\nAccept: b\r\n\r\n")
 
 

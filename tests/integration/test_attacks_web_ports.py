@@ -1,0 +1,415 @@
+"""Web ports through the real proxy and the real manager: what a renter's process gets, says and must not reach."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import httpx
+import pytest
+from platform_support import Platform, raw
+from proxy_support import SECRET, wait_until
+from support.builders import host_key
+from web_support import SECRETS, MadeUpWorker, made_up_worker, our_cookie
+
+NOTHING = b""
+MB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def alice(attacked: Platform) -> Iterator[httpx.Client]:
+    with attacked.client(attacked.token("alice")) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def nobody(attacked: Platform) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=attacked.url, trust_env=False, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def rental_id(alice: httpx.Client) -> str:
+    reply = alice.post("/api/rent", json={"name": "web", "ssh_public_key": host_key(3)})
+    assert reply.status_code == 201, reply.text
+    return str(reply.json()["id"])
+
+
+@pytest.fixture(scope="module")
+def worker(attacked: Platform, rental_id: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUpWorker]:
+    with made_up_worker(attacked, tmp_path_factory.mktemp("worker")) as running:
+        running.holds(rental_id)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def public(alice: httpx.Client, rental_id: str, worker: MadeUpWorker) -> str:
+    """Its path, which ends without a slash."""
+    reply = alice.put(f"/api/rentals/{rental_id}/ports/{worker.renter.port}", json={"public": True})
+    return str(reply.raise_for_status().json()["path"]).rstrip("/")
+
+
+@pytest.fixture
+def private(alice: httpx.Client, rental_id: str, worker: MadeUpWorker, public: str) -> Iterator[str]:
+    path = f"/api/rentals/{rental_id}/ports/{worker.renter.port}"
+    alice.put(path, json={"public": False}).raise_for_status()
+    yield public
+    alice.put(path, json={"public": True}).raise_for_status()
+
+
+def headers_at_renter(reply: httpx.Response) -> dict[str, str]:
+    assert reply.status_code == 200, reply.text
+    pairs = [(name.lower(), value) for name, value in reply.json()["headers"]]
+    assert len(pairs) == len(dict(pairs)), f"a header came twice: {pairs}"
+    return dict(pairs)
+
+
+# What a renter's process gets
+
+
+def test_a_renters_process_gets_nothing_of_the_platforms_and_nothing_forged(
+    attacked: Platform, alice: httpx.Client, public: str
+) -> None:
+    forged = {
+        "Cookie": "a=b; orion_port=c",
+        "X-Orion-Pass": "abcdefghij 1 8000 " + "0" * 64,
+        "X-Orion-Proxy-Secret": "guess",
+        "X-Orion-Worker": "127.0.0.1",
+        "X-Orion-Key": "guess",
+        "X-Forwarded-For": "6.6.6.6",
+        "X-Real-IP": "6.6.6.6",
+        "Forwarded": "for=6.6.6.6",
+        "X-Forwarded-Prefix": "/elsewhere",
+    }
+    seen = headers_at_renter(alice.get(f"{public}/x?y=%2F..", headers=forged))
+    text = json.dumps(seen)
+    for secret in (SECRET, alice.headers["Authorization"].split()[1], "6.6.6.6", "guess", "elsewhere", "0" * 64):
+        assert secret not in text, text
+    assert not [name for name in seen if name.startswith("x-orion") or name in {"cookie", "authorization"}], text
+    assert seen["x-forwarded-prefix"] == public
+    assert seen["x-real-ip"] == seen["x-forwarded-for"] == f"{attacked.door.network}.1"
+    assert seen["host"] == seen["x-forwarded-host"] == f"127.0.0.1:{attacked.door.http_port}"
+    assert seen["connection"] == "close"
+
+
+def test_a_path_behind_the_port_passes_as_it_was_sent_and_so_does_a_log_in_of_the_renters_own(
+    nobody: httpx.Client, public: str
+) -> None:
+    reply = nobody.get(f"{public}/a%2Fb//c/~d?e=%00", headers={"Authorization": "Basic YTpi"})
+    assert reply.json()["line"] == "GET /a%2Fb//c/~d?e=%00 HTTP/1.1"
+    assert headers_at_renter(reply)["authorization"] == "Basic YTpi"
+    assert nobody.get(public).headers["location"] == f"{public}/"
+
+
+# What it says
+
+
+def test_what_a_renters_process_says_counts_for_its_own_page_alone(nobody: httpx.Client, public: str) -> None:
+    said = nobody.get(f"{public}/free").headers
+    policies = said.get_list("content-security-policy")
+    assert policies[0] == "sandbox allow-same-origin", "more of them only narrow"
+    assert policies[1].startswith("sandbox allow-scripts")
+    assert "allow-same-origin" not in policies[1]
+    assert said.get_list("referrer-policy") == ["no-referrer"]
+    assert said.get_list("access-control-allow-origin") == ["*"]
+    assert len(said.get_list("x-request-id")) == 1
+    assert said["x-request-id"] != "mine"
+    for name in ("set-cookie", "clear-site-data", "nel", "report-to", "strict-transport-security", "alt-svc"):
+        assert name not in said
+    for name in ("accept-ch", "access-control-allow-credentials", "x-orion-manager"):
+        assert name not in said
+
+
+@pytest.mark.parametrize("number", range(len(SECRETS)))
+def test_the_proxy_obeys_nothing_that_a_renters_process_says(nobody: httpx.Client, public: str, number: int) -> None:
+    assert nobody.get(f"{public}/accel/{number}").text == "its own"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500, 502, 503])
+def test_an_error_of_the_renters_is_the_renters(nobody: httpx.Client, public: str, status: int) -> None:
+    reply = nobody.get(f"{public}/status/{status}")
+    assert (reply.status_code, reply.text) == (status, "as the renter says")
+    assert "sandbox" in reply.headers["content-security-policy"]
+
+
+def test_a_redirect_of_a_program_that_knows_no_prefix_stays_in_its_port(nobody: httpx.Client, public: str) -> None:
+    assert nobody.get(f"{public}/redirect").headers["location"] == f"{public}/login?a=b"
+
+
+def test_a_page_in_a_sandbox_may_ask_its_own_port_first_whether_it_may_ask(nobody: httpx.Client, public: str) -> None:
+    asks = {"Origin": "null", "Access-Control-Request-Method": "POST"}
+    reply = nobody.options(f"{public}/x", headers=asks)
+    assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (204, "*")
+    assert "access-control-allow-credentials" not in reply.headers
+
+
+def test_the_calls_of_the_platform_are_not_opened_to_other_pages(alice: httpx.Client, public: str) -> None:
+    for path in ("/api/rentals", "/terminal/", "/r/x", f"{public[:-5]}/80/"):
+        reply = alice.get(path, headers={"Origin": "null"})
+        assert "access-control-allow-origin" not in reply.headers
+        assert "default-src 'none'" in reply.headers["content-security-policy"]
+
+
+# Tricks
+
+
+def tricks(rental_id: str, port: int, door: str) -> list[str]:
+    its, other = f"/r/{rental_id}/{port}", "aaaaaaaaaa"
+    return [
+        f"{its}/../../{other}/{port}/",
+        f"{its}/../../../r/{other}/{port}/",
+        f"{its}/..%2f..%2f..%2f../../../../../api/rentals",
+        f"{its}/../../../api/status",
+        f"{its}/../../../.web/way",
+        f"/r/{other}/../{rental_id}/{port}/x/../../../{other}/{port}/",
+        f"//r/{rental_id}/{port}/",
+        f"/r//{rental_id}/{port}/",
+        f"/r/{rental_id}//{port}/",
+        f"/%72/{rental_id}/{port}/",
+        f"/r/{rental_id}/%38000/",
+        f"/r/{rental_id}%2f{port}/",
+        f"/r/{rental_id}/{port}%2f",
+        f"/r/{rental_id}/{port}\\x",
+        f"/R/{rental_id}/{port}/",
+        f"/r/{rental_id.upper()}/{port}/",
+        f"/r/{rental_id}/0{port}/",
+        f"/r/{rental_id}/+{port}/",
+        f"/r/{rental_id}/{port}:22/",
+        f"/r/{rental_id}/{port}@127.0.0.1:22/",
+        f"/r/{rental_id}@127.0.0.1/{port}/",
+        *(f"/r/{rental_id}/{number}/" for number in (22, 80, 443, 5000 + 65536, 0, 65536, 1023, 99999)),
+        *(f"/r/{host}/{port}/" for host in (f"{door}.1", f"{door}.2", f"{door}.3", "127.0.0.1", "169.254.169.254")),
+        *(f"/r/{host}/5000/" for host in ("manager_app", "localhost", "[::1]", "0x7f000001", "2130706433")),
+        f"/r/{rental_id}/",
+        "/r/",
+        "/.web/way",
+        "/.web/refused",
+        "/web/way",
+        "/web/open",
+    ]
+
+
+async def test_an_address_that_is_a_trick_reaches_no_process_and_no_call(
+    attacked: Platform, alice: httpx.Client, worker: MadeUpWorker, rental_id: str, public: str
+) -> None:
+    before, token = len(worker.renter.heads), alice.headers["Authorization"]
+    for path in tricks(rental_id, worker.renter.port, attacked.door.network):
+        lines = [f"GET {path} HTTP/1.1", "Host: x", f"Authorization: {token}", "Connection: close", "", ""]
+        answer = await raw(attacked.door.http_port, "\r\n".join(lines).encode())
+        assert answer.split()[1] in {b"400", b"404"}, (path, answer[:300])
+        assert b"x-orion-pass" not in answer.lower(), path
+    assert len(worker.renter.heads) == before
+
+
+@pytest.mark.parametrize(
+    "target", ["http://evil.example{}/x", "http://127.0.0.1:5000{}/x", "http://x@evil.example{}/x"]
+)
+async def test_another_host_in_the_request_line_or_its_header_leads_nowhere_else(
+    attacked: Platform, worker: MadeUpWorker, public: str, target: str
+) -> None:
+    for host in ("evil.example", "manager_app:5000", f"{attacked.door.network}.3"):
+        request = f"GET {target.format(public)} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+        answer = await raw(attacked.door.http_port, request.encode())
+        assert b"GET /x HTTP/1.1" in answer or answer.split()[1] == b"400", answer[:300]
+
+
+@pytest.mark.parametrize(
+    "line", ["Content-Length: 5\r\nContent-Length: 6", "Transfer-Encoding: chunked, identity", "X : y"]
+)
+async def test_a_request_of_doubtful_length_never_gets_to_a_renters_process(
+    attacked: Platform, worker: MadeUpWorker, public: str, line: str
+) -> None:
+    before = len(worker.renter.heads)
+    smuggled = f"GET {public}/smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+    request = f"POST {public}/x HTTP/1.1\r\nHost: x\r\n{line}\r\n\r\n0\r\n\r\n{smuggled}"
+    answer = await raw(attacked.door.http_port, request.encode(), within_s=3)
+    assert answer.startswith(b"HTTP/1.1 400") or answer == NOTHING or b"501" in answer, answer
+    assert not [head for head in worker.renter.heads[before:] if b"smuggled" in head]
+
+
+async def test_both_lengths_at_once_are_one_request_or_none(
+    attacked: Platform, worker: MadeUpWorker, public: str
+) -> None:
+    before = len(worker.renter.heads)
+    inner = b"GET /smuggled HTTP/1.1\r\nHost: x\r\nX-Orion-Pass: x\r\n\r\n"
+    head = (
+        f"POST {public}/x HTTP/1.1\r\nHost: x\r\nContent-Length: {len(inner) + 5}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    await raw(attacked.door.http_port, head.encode() + b"0\r\n\r\n" + inner, within_s=2)
+    assert not [head for head in worker.renter.heads[before:] if b"smuggled" in head.split(b"\r\n")[0]]
+
+
+def test_a_second_answer_on_a_renters_connection_is_nobodys(nobody: httpx.Client, public: str) -> None:
+    for _ in range(3):
+        assert nobody.get(f"{public}/twice").text == "first"
+        assert nobody.get("/healthz").json() == {"status": "ok"}
+
+
+# Who may, and where there is nothing
+
+
+def test_a_private_port_is_told_apart_from_nothing_by_its_owner_alone(
+    attacked: Platform, nobody: httpx.Client, alice: httpx.Client, private: str, worker: MadeUpWorker
+) -> None:
+    before = len(worker.renter.heads)
+    refused = nobody.get(f"{private}/x")
+    assert (refused.status_code, refused.json()["code"]) == (401, "private")
+    assert "sandbox" not in refused.headers["content-security-policy"], "this page is the platform's own"
+    assert nobody.get("/r/aaaaaaaaaa/8000/").json()["code"] == "private"
+    with attacked.client(attacked.token("mallory")) as mallory:
+        assert mallory.get(f"{private}/x").json()["code"] == "not_found"
+        assert mallory.post(f"{private}/x", content=b"x" * 1000).json()["code"] == "not_found"
+        assert mallory.post(f"{private}/x", content=b"x" * MB).json()["code"] == "body_too_large"
+    assert len(worker.renter.heads) == before
+    assert alice.get(f"{private}/x").status_code == 200
+
+
+def test_a_browser_opens_a_private_port_by_a_ticket_and_its_key_is_in_no_log(
+    attacked: Platform, alice: httpx.Client, nobody: httpx.Client, private: str, rental_id: str, worker: MadeUpWorker
+) -> None:
+    page = nobody.get("/.orion/open/")
+    assert "form-action 'self'" in page.headers["content-security-policy"]
+    port = str(worker.renter.port)
+    ticket = alice.post(f"/api/rentals/{rental_id}/ports/{port}/ticket").json()["ticket"]
+    form = {"rental": rental_id, "port": port, "ticket": ticket}
+    sent_on = nobody.post("/.orion/open/ticket", data=form)
+    assert (sent_on.status_code, "set-cookie" in sent_on.headers) == (303, False)
+    assert nobody.post("/.orion/open/ticket", data=form).status_code == 401
+    assert nobody.get("/.orion/open/ticket").status_code == 404
+    address = sent_on.headers["location"]
+    seen = headers_at_renter(nobody.get(f"{address}x"))
+    assert seen["x-forwarded-prefix"] == address.rstrip("/")
+    key = address.partition("~")[2].rstrip("/")
+    assert nobody.get(f"{address}redirect").headers["location"] == f"{address}login?a=b"
+    for strange in (key[:-1], key + "x", key.replace("client", "admin"), "x" * 43 + key[43:]):
+        assert nobody.get(f"{private}/~{strange}/x").status_code == 401, strange
+    other = f"/r/{rental_id}/{worker.renter.port + 1}/~{key}/x"
+    assert nobody.get(other).status_code == 401
+    wait_until(lambda: any(line["path"] == f"{private}/~/x" for line in attacked.door.access_log()), "it is in the log")
+    assert key[:43] not in attacked.door.logs()
+
+
+def test_where_nothing_listens_and_where_nothing_is_is_said(
+    alice: httpx.Client, rental_id: str, worker: MadeUpWorker, public: str
+) -> None:
+    reply = alice.get(f"/r/{rental_id}/{worker.renter.port - 1}/")
+    assert (reply.status_code, reply.json()["code"]) == (502, "nothing_listens")
+    page = alice.get(f"/r/{rental_id}/{worker.renter.port - 1}/", headers={"Accept": "text/html"})
+    assert page.headers["content-type"].startswith("text/html")
+    worker.holds(rental_id, epoch=2)  # which the manager does not know of
+    reply = alice.get(f"{public}/x")
+    assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (503, "not_here", "2")
+    worker.holds(rental_id)
+
+
+def test_a_worker_that_does_not_answer_is_to_be_waited_for(
+    attacked: Platform, alice: httpx.Client, public: str, worker: MadeUpWorker
+) -> None:
+    worker.door._peers = frozenset()  # it hangs up on the proxy
+    reply = alice.get(f"{public}/x")
+    worker.door._peers = frozenset({f"{attacked.door.network}.2"})
+    assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (503, "worker_unreachable", "2")
+
+
+# What passes
+
+
+def test_streams_pass_as_they_come(nobody: httpx.Client, public: str, worker: MadeUpWorker) -> None:
+    with nobody.stream("GET", f"{public}/stream") as reply:
+        lines = reply.iter_lines()
+        assert next(lines) == "one"
+        worker.goes_on()
+        assert next(lines) == "two"
+
+
+def test_large_bodies_pass_without_being_kept(nobody: httpx.Client, public: str) -> None:
+    assert nobody.post(f"{public}/upload", content=b"x" * 40 * MB).text == str(40 * MB)
+
+
+async def test_a_websocket_passes_and_ends_when_the_rental_may_not_run_there_any_more(
+    attacked: Platform, rental_id: str, worker: MadeUpWorker, public: str
+) -> None:
+    request = f"GET {public}/ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n"
+    answer = await raw(attacked.door.http_port, request.encode(), b"echoed", pause_s=0.3, within_s=1.5)
+    assert answer.startswith(b"HTTP/1.1 101")
+    assert answer.endswith(b"echoed")
+    with socket.create_connection(("127.0.0.1", attacked.door.http_port)) as there:
+        there.settimeout(20)
+        there.sendall(request.encode())
+        assert there.recv(1000).startswith(b"HTTP/1.1 101")
+        worker.holds(rental_id, epoch=2)
+        try:
+            while there.recv(1000):
+                pass
+        except ConnectionResetError:
+            pass
+        worker.holds(rental_id)
+
+
+def test_only_a_websocket_is_an_upgrade(nobody: httpx.Client, public: str) -> None:
+    seen = headers_at_renter(nobody.get(f"{public}/x", headers={"Upgrade": "h2c", "HTTP2-Settings": "x"}))
+    assert "upgrade" not in seen
+    assert seen["connection"] == "close"
+
+
+def test_a_rental_has_a_hundred_connections_and_calls_go_on(
+    attacked: Platform, nobody: httpx.Client, public: str
+) -> None:
+    with ExitStack() as open_ones:
+        request = f"GET {public}/wait HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        for _ in range(100):
+            one = open_ones.enter_context(socket.create_connection(("127.0.0.1", attacked.door.http_port)))
+            one.sendall(request)
+            assert one.recv(100).startswith(b"HTTP/1.1 200")
+        refused = nobody.get(f"{public}/x")
+        assert (refused.status_code, refused.json()["code"]) == (429, "too_many_connections")
+        assert nobody.get("/healthz").status_code == 200
+    deadline = time.monotonic() + 20
+    while nobody.get(f"{public}/x").status_code != 200:
+        assert time.monotonic() < deadline, "who has gone is not forgotten"
+
+
+# On a host name of its own
+
+
+def test_on_its_own_host_it_has_cookies_and_headers_of_its_own_and_never_ours(
+    attacked: Platform, alice: httpx.Client, nobody: httpx.Client, private: str, rental_id: str, worker: MadeUpWorker
+) -> None:
+    port = str(worker.renter.port)
+    host = f"{port}-{rental_id}.localhost:{attacked.door.http_port}"
+    assert nobody.get("/x", headers={"Host": host}).json()["code"] == "private"
+    ticket = alice.post(f"/api/rentals/{rental_id}/ports/{port}/ticket").json()
+    assert ticket["host"] == host.partition(":")[0]
+    form = {"rental": rental_id, "port": port, "ticket": ticket["ticket"]}
+    sent_on = nobody.post("/.orion/open/ticket", data=form, headers={"Host": host})
+    assert (sent_on.status_code, sent_on.headers["location"]) == (303, "/")
+    cookie = sent_on.headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    key = cookie.partition(";")[0].partition("=")[2]
+    nobody.cookies.clear()
+    for sent, passed in (
+        (our_cookie(key), None),
+        (f"a=b; {our_cookie(key)}", "a=b;"),
+        (f"{our_cookie(key)}; a=b; c=d", " a=b; c=d"),
+        (f"a=b; {our_cookie(key)}; c=d", "a=b; c=d"),
+        (f"{our_cookie('x')}; {our_cookie(key)}; c=d", None),
+    ):
+        seen = headers_at_renter(nobody.get("/x", headers={"Host": host, "Cookie": sent}))
+        assert seen.get("cookie", "").strip() == (passed or "").strip(), sent
+        assert key not in json.dumps(seen)
+        assert "x-forwarded-prefix" not in seen
+    said = nobody.get("/free", headers={"Host": host, "Cookie": our_cookie(key)}).headers
+    assert len(said.get_list("set-cookie")) == 2
+    assert said.get_list("cross-origin-resource-policy") == ["same-origin"]
+    assert said.get_list("content-security-policy")[1] == "frame-ancestors 'self'"
+    assert "strict-transport-security" not in said
+    stolen = {"Host": host, "Cookie": our_cookie(key), "Origin": "http://8000-aaaaaaaaaa.localhost"}
+    assert nobody.get("/x", headers=stolen).status_code == 403
+    elsewhere = {"Host": f"8000-{rental_id}.localhost", "Cookie": our_cookie(key)}
+    assert nobody.get("/x", headers=elsewhere).status_code == 401
+    assert nobody.get("/api/rentals", headers={"Host": host}).json()["code"] == "private", "no call of the platform"
+    for path in ("/.web/way", "/.orion/x"):
+        assert SECRET not in nobody.get(path, headers={"Host": host, "Cookie": our_cookie(key)}).text

@@ -1,0 +1,151 @@
+"""The door of a made-up worker, with a renter's server behind it, both on this machine: see platform_support.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ledger import Ledger, Record
+from listeners import Reached, listeners, reach
+from platform_support import Platform
+from web_door import Tenants, WebDoor
+
+from orion.manager.gateway.web import COOKIE
+
+TOO_FREE = (
+    *("Set-Cookie: a=b; Path=/; Domain=example", "Set-Cookie: orion_port=c", 'Clear-Site-Data: "*"', "NEL: {}"),
+    *("Strict-Transport-Security: max-age=9", 'Alt-Svc: h3=":1"', "Report-To: {}", "X-Request-ID: mine"),
+    *("Content-Security-Policy: sandbox allow-same-origin", "Referrer-Policy: unsafe-url", "Accept-CH: DPR"),
+    *("X-Orion-Manager: unreachable", "Access-Control-Allow-Credentials: true", "Cross-Origin-Resource-Policy: x"),
+)
+SECRETS = ("/.web/way", "/.web/refused", "/api/events", "/terminal/index.html", "/.problem/internal")
+"""Where an X-Accel-Redirect would like to lead."""
+
+
+class Renter:
+    """A server that tells what it got, says what it should not, and streams."""
+
+    def __init__(self) -> None:
+        self.heads: list[bytes] = []
+        self.port = 0
+        self.goes_on = asyncio.Event()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            self.heads.append(head)
+            await self._answer(head, reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async def _answer(self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        path = head.split()[1].decode().partition("?")[0]
+        if path == "/free":
+            writer.write(_reply("200 OK", *TOO_FREE))
+        elif path.startswith("/accel/"):
+            to = SECRETS[int(path[-1])]
+            writer.write(_reply("200 OK", f"X-Accel-Redirect: {to}", "X-Accel-Buffering: yes", body="its own"))
+        elif path == "/redirect":
+            writer.write(_reply("302 Found", "Location: /login?a=b"))
+        elif path.startswith("/status/"):
+            writer.write(_reply(f"{path[-3:]} Whatever", body="as the renter says"))
+        elif path == "/twice":
+            writer.write(_reply("200 OK", body="first") + _reply("200 OK", body="second"))
+        elif path == "/stream":
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\none\n")
+            await self.goes_on.wait()
+            writer.write(b"two\n")
+        elif path == "/wait":
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            await reader.read()
+        elif path == "/upload":
+            size = 0
+            while size < int(head.lower().partition(b"content-length: ")[2].split()[0]):
+                size += len(await reader.read(1 << 16))
+            writer.write(_reply("200 OK", body=str(size)))
+        elif b"upgrade: websocket" in head.lower():
+            writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n")
+            while part := await reader.read(100):
+                writer.write(part)
+        else:
+            lines = head.decode("latin-1").split("\r\n")
+            headers = [line.partition(": ")[::2] for line in lines[1:] if line]
+            writer.write(_reply("200 OK", body=json.dumps({"line": lines[0], "headers": headers})))
+        await writer.drain()
+
+
+def _reply(status: str, *lines: str, body: str = "") -> bytes:
+    head = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *lines]
+    return ("\r\n".join([*head, "", ""]) + body).encode()
+
+
+class MadeUpWorker:
+    """Its door takes what the real proxy brings by a pass of the real manager."""
+
+    def __init__(self, platform: Platform, root: Path) -> None:
+        self.address = f"{platform.door.network}.1"
+        self._platform = platform
+        self._root = root
+        self.ledger = Ledger(root / "var/lib/orion/rentals")
+        (root / "run/orion").mkdir(parents=True)
+        self.renter = Renter()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def holds(self, rental_id: str, epoch: int = 1) -> None:
+        (self._root / "run/orion/session").write_text(self._platform.session)
+        self.ledger.keep(Record(rental_id, f"r-{rental_id}", os.getuid(), epoch, let_in=True))
+
+    def goes_on(self) -> None:
+        self._loop.call_soon_threadsafe(self.renter.goes_on.set)
+
+    async def _begin(self) -> None:
+        server = await asyncio.start_server(self.renter.serve, "127.0.0.1", 0)
+        self.renter.port = server.sockets[0].getsockname()[1]
+        self.door = WebDoor(Tenants(self._root), frozenset({f"{self._platform.door.network}.2"}), self._look)
+        self._listener = socket.create_server((self.address, 80))
+        self._serving = (server, asyncio.create_task(self.door.serve(self._listener)))
+
+    def _look(self, uid: int, port: int) -> Reached | None:
+        """Of this machine, where nothing else is a renter's."""
+        if port != self.renter.port:
+            return None
+        return reach(listeners(Path("/proc/net/tcp").read_text()), uid, port)
+
+    def start(self) -> None:
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._begin(), self._loop).result(10)
+
+    async def _end(self) -> None:
+        server, serving = self._serving
+        server.close()
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+    def stop(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._listener.close()
+
+
+@contextmanager
+def made_up_worker(platform: Platform, root: Path) -> Iterator[MadeUpWorker]:
+    worker = MadeUpWorker(platform, root)
+    worker.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+
+
+def our_cookie(key: str) -> str:
+    return f"{COOKIE}={key}"
