@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import IO, Any, Literal, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -32,6 +32,7 @@ from orion.wire import (
     CertificateReply,
     CertificateRequest,
     Event,
+    ExposeRequest,
     HeartbeatReply,
     HeartbeatRequest,
     Key,
@@ -54,6 +55,8 @@ from orion.wire import (
     Token,
     TokenReply,
     TokenRequest,
+    WebPort,
+    WebPortTicket,
     Worker,
     WorkerHealth,
     WorkerIntent,
@@ -304,6 +307,39 @@ class Orion:
         """Opens a terminal in a browser, once, within a minute. What is behind the # no browser ever sends anywhere."""
         ticket = self.terminal_ticket(rental_id).ticket
         return f"{self.url}/terminal/#{quote(rental_id, safe='')}/{quote(ticket, safe='')}"
+
+    # Web ports
+
+    def public_ports(self, rental_id: str) -> list[WebPort]:
+        return list(self._pages(WebPort, _path("rentals", rental_id, "ports"), {}))
+
+    def expose(self, rental_id: str, port: int, public: bool) -> WebPort:
+        """Open a web port to everybody, or to its owner alone again. Repeatable."""
+        path = _path("rentals", rental_id, "ports", str(port))
+        body = _valid(ExposeRequest, public=public)
+        return _read(WebPort, self._transport.send("PUT", path, body=body, retry_for_s=RENT_RETRY_S))
+
+    def web_port_ticket(self, rental_id: str, port: int) -> WebPortTicket:
+        """For one browser: `opening_url` makes the address of it."""
+        path = _path("rentals", rental_id, "ports", str(port), "ticket")
+        return _read(WebPortTicket, self._transport.send("POST", path))
+
+    def opening_url(self, rental_id: str, ticket: WebPortTicket, own_host: bool = True) -> str:
+        """Opens the port in a browser, once, within a minute. What is behind the # no browser ever sends anywhere."""
+        told = "/".join(quote(part, safe="") for part in (rental_id, str(ticket.port), ticket.ticket))
+        return f"{self._base(ticket, own_host)}/.orion/open/#{told}"
+
+    def port_url(self, port: WebPort, own_host: bool = True) -> str:
+        """Where it is, for whoever may open it."""
+        base = self._base(port, own_host)
+        return f"{base}/" if base != self.url else f"{base}{port.path}"
+
+    def _base(self, port: WebPort, own_host: bool) -> str:
+        """A host name of its own keeps a page apart from everything else, as the sandbox of the other address does."""
+        if port.host is None or not own_host:
+            return self.url
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{port.host}{f':{parts.port}' if parts.port else ''}"
 
     # Workers
 

@@ -306,8 +306,8 @@ class WebPort(Reply):
 
     port: int
     public: bool = Field(description="Whether anybody may open it; else its owner, and admins")
-    path: str = Field(description="Where it is on the platform's own address")
-    host: str | None = Field(None, description="The host name of its own that it has as well")
+    path: str = Field(pattern=r"^/[A-Za-z0-9/-]+$", description="Where it is on the platform's own address")
+    host: str | None = Field(None, pattern=r"^[a-z0-9.-]+$", description="The host name of its own that it has as well")
 
 
 class ExposeRequest(Request):

@@ -91,7 +91,7 @@ class ScriptedPlatform:
                 if answer.status != 204:
                     self.wfile.write(raw)
 
-            do_GET = do_POST = do_DELETE = _serve  # noqa: N815 - the names that http.server calls
+            do_GET = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815 - the names that http.server calls
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -128,6 +128,7 @@ def rental(**changes: Any) -> dict[str, Any]:
         "copy_problem": "",
         "start": None,
         "start_problem": "",
+        "public_ports": [],
         "explanation": "",
         **changes,
     }

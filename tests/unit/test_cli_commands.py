@@ -349,6 +349,50 @@ def test_the_address_of_a_terminal_has_the_ticket_where_no_browser_sends_it(
     assert "no browser" in orion("terminal", "box", "--open").err
 
 
+WEB_PORT = {"port": 8000, "public": True, "path": "/r/abcdefgh23/8000/"}
+
+
+def test_a_web_port_is_opened_by_an_address_whose_ticket_no_browser_sends(
+    platform: ScriptedPlatform, orion: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: not opened.append(url))  # type: ignore[func-returns-value]
+    platform.answer("GET", "/api/rentals/box", rental())
+    told = WEB_PORT | {"host": "8000-abcdefgh23.localhost", "ticket": "t-_1", "expires_in_s": 60.0}
+    platform.answer("POST", "/api/rentals/abcdefgh23/ports/8000/ticket", Answer(201, told))
+    behind = "/.orion/open/#abcdefgh23/8000/t-_1"
+    own = platform.url.replace("127.0.0.1", "8000-abcdefgh23.localhost")
+    assert orion("open", "box", "8000").out == f"{own}{behind}\n"
+    assert json.loads(orion("open", "box", "8000", "--json").out) == {"url": own + behind}
+    assert opened == []
+    assert orion("open", "box", "8000", "--path", "--browser").out == f"{platform.url}{behind}\n"
+    assert opened == [platform.url + behind]
+    monkeypatch.setattr("webbrowser.open", lambda url: False)
+    assert "no browser" in orion("open", "box", "8000", "--browser").err
+
+
+def test_a_web_port_is_made_public_and_private_and_is_shown(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals/box", rental(public_ports=[8000]))
+    platform.answer("PUT", "/api/rentals/abcdefgh23/ports/8000", WEB_PORT, WEB_PORT | {"public": False})
+    assert f"{platform.url}/r/abcdefgh23/8000/" in orion("expose", "box", "8000", "--public").out
+    assert "orion open box 8000" in orion("expose", "box", "8000", "--private").out
+    assert [call.body for call in platform.calls if call.method == "PUT"] == [{"public": True}, {"public": False}]
+    assert orion("expose", "box", "8000").status == 2
+    assert orion("expose", "box", "22", "--public").status == 2
+    platform.answer("GET", "/api/rentals/abcdefgh23/ports", page(WEB_PORT), page())
+    assert f"{platform.url}/r/abcdefgh23/8000/" in orion("ports", "box").out
+    assert "orion open box PORT" in orion("ports", "box").err
+    assert "public ports" in orion("show", "box").out
+
+
+@pytest.mark.parametrize("host", ["evil.example/x", "a@evil.example", "evil.example:1", "-x\n"])
+def test_a_host_that_is_none_is_not_opened(platform: ScriptedPlatform, orion: Command, host: str) -> None:
+    platform.answer("GET", "/api/rentals/box", rental())
+    told = WEB_PORT | {"host": host, "ticket": "t", "expires_in_s": 60.0}
+    platform.answer("POST", "/api/rentals/abcdefgh23/ports/8000/ticket", Answer(201, told))
+    assert orion("open", "box", "8000").status == 1
+
+
 def test_a_key_that_is_gone_is_said_before_ssh_starts(
     platform: ScriptedPlatform, orion: Command, public_key: Path
 ) -> None:

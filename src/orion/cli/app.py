@@ -10,7 +10,7 @@ import typer
 from typer.main import get_command
 
 from orion import __version__
-from orion.cli import access, admin, config_ssh, feed, output, pool, rental_keys, rentals, shell, snapshots
+from orion.cli import access, admin, config_ssh, feed, output, pool, rental_keys, rentals, shell, snapshots, web_ports
 from orion.errors import InvalidInput, OrionError
 
 _EPILOG = """\b
@@ -54,6 +54,9 @@ app.command(context_settings={"allow_interspersed_args": False})(shell.ssh)
 app.command("config-ssh")(config_ssh.config_ssh)
 app.command()(shell.connect)
 app.command()(shell.terminal)
+app.command("open")(web_ports.open_port)
+app.command()(web_ports.expose)
+app.command()(web_ports.ports)
 app.command()(rentals.ls)
 app.command()(rentals.show)
 app.command()(rentals.start)

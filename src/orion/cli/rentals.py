@@ -245,6 +245,7 @@ def _everything(rental: Rental) -> list[tuple[str, str]]:
         ("rented", output.when(rental.created_at)),
         ("ends", output.when(rental.expires_at, "not begun")),
         ("last copy", _last_copy(rental)),
+        *([("public ports", " ".join(map(str, rental.public_ports)))] if rental.public_ports else []),
         *([("start", rental.start)] if rental.start else []),
         *([("not run", rental.start_problem)] if rental.start_problem else []),
     ]

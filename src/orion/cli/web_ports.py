@@ -1,0 +1,72 @@
+"""open, expose, ports: what a rental's processes serve, in a browser."""
+
+from __future__ import annotations
+
+import webbrowser
+from typing import Annotated
+
+import typer
+
+from orion.cli import output
+from orion.cli.session import AsJson, RentalName, platform
+from orion.errors import InvalidInput, LocalFault
+from orion.wire import MAX_PORT, MIN_PORT
+
+Port = Annotated[int, typer.Argument(min=MIN_PORT, max=MAX_PORT, help="What something listens on.", show_default=False)]
+ByPath = Annotated[
+    bool, typer.Option("--path", help="Below the platform's own address, where names of hosts lead nowhere.")
+]
+
+
+def open_port(
+    rental: RentalName,
+    port: Port,
+    browser: Annotated[bool, typer.Option("--browser", help="Open it in this machine's browser.")] = False,
+    by_path: ByPath = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the address of a web port, for a browser: good once, for a minute. Then that browser has eight hours."""
+    with platform(f"looking for {rental}") as (orion, _tell):
+        rental_id = orion.find_rental(rental).id
+        url = orion.opening_url(rental_id, orion.web_port_ticket(rental_id, port), own_host=not by_path)
+    if as_json:
+        output.emit({"url": url})
+    else:
+        output.say(output.plain(url))
+    if browser and not webbrowser.open(url):
+        raise LocalFault("no browser was found on this machine: open the address in one yourself, within a minute")
+
+
+def expose(
+    rental: RentalName,
+    port: Port,
+    public: Annotated[
+        bool | None, typer.Option("--public/--private", help="To everybody, or to its owner alone again.")
+    ] = None,
+    by_path: ByPath = False,
+    as_json: AsJson = False,
+) -> None:
+    """Open a web port of a rental to everybody who reaches the platform, or close it again."""
+    if public is None:
+        raise InvalidInput("say --public or --private")
+    with platform() as (orion, _tell):
+        exposed = orion.expose(orion.find_rental(rental).id, port, public)
+        url = orion.port_url(exposed, own_host=not by_path)
+    if as_json:
+        return output.emit({**exposed.model_dump(), "url": url})
+    if exposed.public:
+        return output.say(f"Anybody may open {output.plain(url)}")
+    return output.say(f"Its owner alone may open it now: orion open {output.plain(rental)} {port}")
+
+
+def ports(rental: RentalName, by_path: ByPath = False, as_json: AsJson = False) -> None:
+    """List the web ports that everybody may open."""
+    with platform() as (orion, _tell):
+        found = orion.public_ports(orion.find_rental(rental).id)
+        urls = [orion.port_url(one, own_host=not by_path) for one in found]
+    if as_json:
+        return output.emit(found)
+    if not found:
+        return output.note(f"its owner alone may open what it serves: orion open {output.plain(rental)} PORT")
+    rows = [[str(one.port), output.plain(url)] for one, url in zip(found, urls, strict=True)]
+    return output.table(["PORT", "ADDRESS"], rows, wide="ADDRESS")
