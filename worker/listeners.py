@@ -28,9 +28,9 @@ class Listener:
 
 @dataclass(frozen=True)
 class Reached:
-    """Where to connect to, and the sockets any of which may take the connection: they are all the rental's."""
+    """Where to connect to, one after the other, and the sockets that may take the connection: all the rental's."""
 
-    address: str
+    addresses: tuple[str, ...]
     inodes: frozenset[int]
 
 
@@ -54,7 +54,9 @@ def reach(there: Iterable[Listener], uid: int, port: int) -> Reached | None:
     may_answer = [*v4, *(each for each in v6 if each.address == _BOTH)] if v4 else v6
     if not may_answer or any(each.uid != uid for each in may_answer):
         return None
-    return Reached("127.0.0.1" if v4 else "::1", frozenset(each.inode for each in may_answer))
+    by_v4 = v4 or any(each.address == _BOTH for each in v6)
+    addresses = (*(["127.0.0.1"] if by_v4 else []), *([] if v4 else ["::1"]))
+    return Reached(addresses, frozenset(each.inode for each in may_answer))
 
 
 def _address(text: str) -> IPv4Address | IPv6Address:

@@ -231,11 +231,13 @@ class WebDoor:
         before = self._look(uid, way.port)
         if before is None:
             raise nobody
-        try:
-            async with asyncio.timeout(CONNECT_WITHIN_S):
-                reader, writer = await asyncio.open_connection(before.address, way.port, limit=READ_BYTES)
-        except OSError as error:
-            raise nobody from error
+        for address in before.addresses:
+            with suppress(OSError):  # TimeoutError is one
+                async with asyncio.timeout(CONNECT_WITHIN_S):
+                    reader, writer = await asyncio.open_connection(address, way.port, limit=READ_BYTES)
+                    break
+        else:
+            raise nobody
         after = self._look(uid, way.port)
         if after is None or not before.inodes <= after.inodes:
             writer.transport.abort()
