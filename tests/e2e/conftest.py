@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import pytest
+from playwright.sync_api import Browser, Playwright, sync_playwright
 from renter import Renter
 from stack import Stack, running, story
 from waiting import eventually
@@ -23,6 +26,7 @@ ORDER = (
     "test_getting_in.py",
     "test_way_in.py",
     "test_browser_terminal.py",
+    "test_web_ports.py",
     "test_owners.py",
     "test_following_events.py",
     "test_pool.py",
@@ -114,6 +118,23 @@ def rent(orion: Orion, renter: Renter) -> Rent:
         return rental
 
     return make
+
+
+@pytest.fixture(scope="module")
+def playwright() -> Iterator[Playwright]:
+    with sync_playwright() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chromium(playwright: Playwright) -> Iterator[Browser]:
+    program = shutil.which("chromium")
+    if not program:
+        pytest.fail("These tests need a browser: apt install chromium (scripts/test.sh does)", pytrace=False)
+    # Its sandbox refuses to run as root, as tests do; it opens our own pages alone.
+    browser = playwright.chromium.launch(executable_path=program, chromium_sandbox=os.geteuid() != 0)
+    yield browser
+    browser.close()
 
 
 @pytest.hookimpl(wrapper=True)

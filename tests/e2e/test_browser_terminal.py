@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import Figures, Rent
-from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from renter import Renter
 from stack import MOVED_WITHIN_S, Stack
 from waiting import eventually
@@ -24,23 +22,6 @@ from orion.wire import Rental
 
 WITHIN_MS = 30_000
 FLOOD_WITHIN_MS = 120_000
-
-
-@pytest.fixture(scope="module")
-def playwright() -> Iterator[Playwright]:
-    with sync_playwright() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def chromium(playwright: Playwright) -> Iterator[Browser]:
-    program = shutil.which("chromium")
-    if not program:
-        pytest.fail("These tests need a browser: apt install chromium (scripts/test.sh does)", pytrace=False)
-    # Its sandbox refuses to run as root, as tests do; it opens our own pages alone.
-    browser = playwright.chromium.launch(executable_path=program, chromium_sandbox=os.geteuid() != 0)
-    yield browser
-    browser.close()
 
 
 class Screen:

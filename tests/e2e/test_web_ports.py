@@ -1,0 +1,143 @@
+"""What a renter serves, in a real Chromium: it works, is found again after a move, and gets nothing of others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, expect
+from renter import Renter
+from stack import MOVED_WITHIN_S, Stack
+from waiting import eventually
+
+from orion.client import Orion
+from orion.wire import Rental, RentalState
+
+PORT = "8000"
+SERVED = Path(__file__).with_name("served.py").read_text()
+START = "while [ ! -s served.py ]; do sleep 0.1; done; exec python3 served.py"
+WITHIN_S = 30.0
+
+
+@pytest.fixture
+def context(chromium: Browser) -> Iterator[BrowserContext]:
+    context = chromium.new_context()
+    context.set_default_timeout(WITHIN_S * 1000)
+    yield context
+    context.close()
+
+
+def serving(orion: Orion, renter: Renter, name: str) -> Rental:
+    rental = orion.rent(name=name, ssh_public_key=renter.public_key, start=START)
+    assert rental.state is RentalState.ACTIVE, rental.explanation
+    written = renter.ssh(rental, f"cat > served.new <<'END'\n{SERVED}\nEND\nmv served.new served.py")
+    assert written.returncode == 0, written.stderr
+    return rental
+
+
+def who(url: str, **headers: str) -> str:
+    """The machine that answers there; empty while none does."""
+    reply = httpx.get(f"{url}who", headers=headers, trust_env=False)
+    return reply.text if reply.status_code == 200 else ""
+
+
+def loads(page: Page, url: str) -> None:
+    page.goto(url)
+    expect(page).to_have_title("loaded", timeout=WITHIN_S * 1000)
+
+
+def found(page: Page) -> dict[str, Any]:
+    return dict(json.loads(page.evaluate("found()")))
+
+
+def seen(renter: Renter, rental: Rental) -> str:
+    """All that its server was ever sent."""
+    return renter.ssh(rental, "cat seen.jsonl").stdout
+
+
+def test_what_is_served_works_in_a_browser_follows_a_move_and_learns_nothing(
+    stack: Stack, orion: Orion, renter: Renter, context: BrowserContext
+) -> None:
+    rental = serving(orion, renter, "served")
+    path = f"{stack.url}/r/{rental.id}/{PORT}/"
+    token = {"Authorization": f"Bearer {renter.token}"}
+    assert httpx.get(path, trust_env=False).json()["code"] == "private"
+    before = eventually("it is served", lambda: who(path, **token), WITHIN_S)
+
+    # Below the platform's own address: a sandbox, in which all works that needs nothing of this address.
+    page = context.new_page()
+    loads(page, renter.orion("open", rental.name, PORT, "--path").stdout.strip())
+    assert page.url.startswith(f"{path}~"), page.url
+    its = found(page)
+    assert (its["origin"], its["cookie"], its["storage"]) == ("null", "SecurityError", "SecurityError")
+    assert (its["data"], its["posted"], its["socket"]) == ('"data"', '"data"', "echoed")
+    assert (its["coloured"], its["image"]) == ("rgb(1, 2, 3)", 7)
+    assert context.cookies() == []
+    for address in ("/api/status", "/terminal/", f"/r/{rental.id}/8001/"):
+        tried = json.loads(page.evaluate("tries(arguments_)".replace("arguments_", json.dumps(stack.url + address))))
+        assert tried == {"fetched": "TypeError", "socket": "refused", "script": "refused", "framed": "closed"}, address
+
+    # On its own host name: everything that a page on its own may have.
+    own = context.new_page()
+    loads(own, renter.orion("open", rental.name, PORT).stdout.strip())
+    host = f"{PORT}-{rental.id}.localhost:{stack.http_port}"
+    assert own.url == f"http://{host}/"
+    its = found(own)
+    assert (its["origin"], its["cookie"], its["storage"]) == (f"http://{host}", "own=1", "1")
+    assert (its["data"], its["posted"], its["socket"]) == ('"data"', '"data"', "echoed")
+    assert (its["coloured"], its["image"]) == ("rgb(1, 2, 3)", 7)
+    [ours] = [cookie for cookie in context.cookies() if cookie["name"] == "orion_port"]
+    assert (ours["httpOnly"], ours["sameSite"], ours["domain"]) == (True, "Lax", host.partition(":")[0])
+
+    # To everybody, and wherever it moves.
+    public = renter.orion("expose", rental.name, PORT, "--public", "--path").stdout
+    assert path in public
+    assert who(path) == before
+    renter.orion("migrate", rental.name)
+    expect(own).to_have_title("cut", timeout=WITHIN_S * 1000)
+    after = eventually("it is served there", lambda: who(path), MOVED_WITHIN_S)
+    assert after != before
+    loads(own, f"http://{host}/")
+    loads(page, page.url)
+    renter.orion("expose", rental.name, PORT, "--private")
+    assert httpx.get(path, trust_env=False).json()["code"] == "private"
+    loads(own, f"http://{host}/")
+
+    all_of_it = seen(renter, rental)
+    for secret in (renter.token, ours["value"], "X-Orion", "orion_port", "Authorization"):
+        assert secret not in all_of_it, secret
+    renter.orion("release", rental.name, "--yes")
+    gone = httpx.get(path, headers=token, trust_env=False)
+    assert (gone.status_code, gone.json()["code"]) == (404, "ended")
+    kinds = [event.kind for event in orion.events(rental_id=rental.id) if event.kind.startswith("rental.port")]
+    assert kinds == ["rental.port_opened", "rental.port_opened", "rental.port_published", "rental.port_closed"]
+
+
+def test_a_page_of_one_rental_gets_nothing_of_another_that_the_same_browser_may_open(
+    stack: Stack, orion: Orion, renter: Renter, context: BrowserContext
+) -> None:
+    mine, hostile = serving(orion, renter, "mine"), serving(orion, renter, "hostile")
+    for rental in (mine, hostile):
+        path = f"{stack.url}/r/{rental.id}/{PORT}/"
+        token = {"Authorization": f"Bearer {renter.token}"}
+        eventually("it is served", lambda path=path, token=token: who(path, **token), WITHIN_S)
+    page = context.new_page()
+    addresses = {}
+    for way in ((), ("--path",)):
+        for rental in (mine, hostile):
+            loads(page, renter.orion("open", rental.name, PORT, *way).stdout.strip())
+            addresses[rental.id, way] = page.url
+    asked_before = seen(renter, mine)
+    refused = {"fetched": "TypeError", "socket": "refused", "script": "refused"}
+    for way in ((), ("--path",)):
+        loads(page, addresses[hostile.id, way])
+        for target in (f"http://{PORT}-{mine.id}.localhost:{stack.http_port}/", f"{stack.url}/r/{mine.id}/{PORT}/"):
+            tried = json.loads(page.evaluate(f"tries({json.dumps(target)})"))
+            assert tried.pop("framed") in {"closed", "SecurityError"}, (way, target)
+            assert tried == refused, (way, target)
+    assert seen(renter, mine) == asked_before, "not even asked"
+    loads(page, addresses[mine.id, ()])
