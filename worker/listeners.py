@@ -1,7 +1,7 @@
-"""Who listens on a port of this worker's loopback, by the texts of /proc/net/tcp and tcp6. Pure.
+"""Who listens on a port of this worker's loopback. Pure.
 
 Renters of one worker share its loopback, so that a port is free for whoever comes first. What is sent to a rental's
-port may reach its own processes alone: the kernel says which uid a socket belongs to.
+port may reach its own processes alone: the kernel says which uid a socket belongs to (socket_diag.py).
 """
 
 from __future__ import annotations

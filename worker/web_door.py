@@ -36,7 +36,8 @@ from pathlib import Path
 
 from freezing import Freezer
 from ledger import Ledger, Record
-from listeners import Reached, listeners, reach
+from listeners import Reached, reach
+from socket_diag import listening
 
 HEADER = b"x-orion-pass"
 OURS = b"x-orion-"
@@ -142,14 +143,7 @@ class Tenants:
 
 
 def look_at_port(uid: int, port: int) -> Reached | None:
-    return reach(listeners(_read("/proc/net/tcp"), _read("/proc/net/tcp6")), uid, port)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except FileNotFoundError:
-        return ""  # without IPv6
+    return reach(listening(), uid, port)
 
 
 class WebDoor:

@@ -129,6 +129,18 @@ def test_the_tools_of_the_readme(stack: Stack, orion: Orion, reader: Reader, hom
     assert (home / ".ssh/config").read_bytes() == b""
 
 
+def test_the_web_port_of_the_readme(stack: Stack, reader: Reader) -> None:
+    printed = reader.types("orion open site")
+    [opening] = [line for line in printed if "/.orion/open/#" in line]
+    [public] = [line for line in printed if line.startswith("Anybody may open http")]
+    [listed] = [line for line in printed if line.startswith("8000 ")]
+    host = public.rpartition("//")[2].rstrip("/")
+    assert host.startswith("8000-")
+    assert host.endswith(f".localhost:{stack.http_port}")
+    assert host in opening
+    assert host in listed
+
+
 def test_the_playbooks_of_the_readme(rent: Rent, renter: Renter, reader: Reader) -> None:
     rental = rent("by-hand")
     uid = renter.inside(rental, "id -u")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -347,6 +348,15 @@ async def test_a_websocket_passes_and_ends_when_the_rental_may_not_run_there_any
         except ConnectionResetError:
             pass
         worker.holds(rental_id)
+
+
+def test_the_same_over_https_and_http_2(attacked: Platform, public: str) -> None:
+    url = f"https://127.0.0.1:{attacked.door.https_port}{public}/x"
+    command = ["curl", "-sSk", "--http2", "--max-time", "20", "-w", "\n%{http_version}", url]
+    body, _, version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.rpartition("\n")
+    seen = {name.lower(): value for name, value in json.loads(body)["headers"]}
+    assert version == "2"
+    assert (seen["x-forwarded-proto"], seen["host"]) == ("https", f"127.0.0.1:{attacked.door.https_port}")
 
 
 def test_only_a_websocket_is_an_upgrade(nobody: httpx.Client, public: str) -> None:

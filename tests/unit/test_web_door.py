@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -12,10 +13,11 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+import socket_diag
 import web_door
 from freezing import Freezer
 from ledger import Ledger, Record
-from listeners import Reached, listeners, reach
+from listeners import Listener, Reached, listeners, reach
 from web_door import Refusal, Tenants, Way, WebDoor, answer, opened, signature, take_pass
 
 SESSION = "5e55" * 8
@@ -77,13 +79,21 @@ def test_what_only_has_a_connection_from_that_port_does_not_listen() -> None:
     assert listeners(table(("127.0.0.1", 8000, OURS, 7), state="01"), "") == []
 
 
-def test_the_kernels_own_list_is_understood() -> None:
-    tables = [file.read_text() for file in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if file.exists()]
-    with socket.create_server(("127.0.0.1", 0)) as server:
+@pytest.mark.parametrize(("address", "family"), [("127.0.0.1", socket.AF_INET), ("::", socket.AF_INET6)])
+def test_the_kernel_says_the_same_in_either_way(address: str, family: socket.AddressFamily) -> None:
+    with socket.create_server((address, 0), family=family) as server:
         port = server.getsockname()[1]
         tables = [file.read_text() for file in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if file.exists()]
-        [found] = [each for each in listeners(*tables) if each.port == port]
-    assert str(found.address) == "127.0.0.1"
+        [read] = [each for each in listeners(*tables) if each.port == port]
+        [asked] = [each for each in socket_diag.listening() if each.port == port]
+    assert asked == read == Listener(ip_address(address), port, os.geteuid(), read.inode)
+
+
+def test_a_kernel_that_cannot_be_asked_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket_diag, "SOCK_DIAG_BY_FAMILY", 77)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert [each.uid for each in socket_diag.listening() if each.port == port] == [os.geteuid()]
 
 
 # Passes
