@@ -29,10 +29,11 @@ import re
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from freezing import Freezer
 from ledger import Ledger, Record
@@ -49,6 +50,10 @@ LINGER_S = 2.0
 """So long is read what was sent and is not wanted: a connection that is closed over it would take the answer along."""
 LOOK_EVERY_S = 0.2
 READ_BYTES = 64 << 10
+LONGEST_STATUS_BYTES = 1000
+_STATUS = re.compile(rb"HTTP/1\.[01] [1-9][0-9]{2}( [^\r\n\0]*)?\r?\n")
+MARK = b"X-Orion-Door: 1\r\n"
+"""In each answer, so that the proxy can tell one that it has read from what it could not read (web_port.js there)."""
 MOST_OF_ALL = 200
 MOST_OF_A_RENTAL = 100
 NICENESS = 5
@@ -112,8 +117,13 @@ def answer(refusal: Refusal, as_html: bool) -> bytes:
         kind = "application/problem+json"
         problem = {"type": "about:blank", "title": title, "status": refusal.status, "code": refusal.code}
         body = json.dumps(problem | {"detail": detail})
-    lines = [f"HTTP/1.1 {refusal.status} {title}", f"Content-Type: {kind}", f"Content-Length: {len(body.encode())}"]
-    lines += ["Cache-Control: no-store", "Connection: close"]
+    lines = [
+        f"HTTP/1.1 {refusal.status} {title}",
+        MARK.decode().strip(),
+        "Cache-Control: no-store",
+        "Connection: close",
+    ]
+    lines += [f"Content-Type: {kind}", f"Content-Length: {len(body.encode())}"]
     lines += ["Retry-After: 2"] if refusal.status == 503 else []
     return ("\r\n".join([*lines, "", ""]) + body).encode()
 
@@ -208,7 +218,7 @@ class WebDoor:
             far_reader, far_writer = await self._connect(way)
             try:
                 far_writer.write(head)
-                await _both_ways((reader, far_writer), (far_reader, writer))
+                await _both_ways(_pump(reader, far_writer), _pump_answer(far_reader, writer))
             finally:
                 far_writer.close()
         except asyncio.CancelledError:
@@ -249,15 +259,32 @@ async def _head(reader: asyncio.StreamReader) -> bytes:
     return head
 
 
-async def _both_ways(*ways: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
-    """Until either ends."""
-    pumps = [asyncio.create_task(_pump(*way)) for way in ways]
+async def _both_ways(*ways: Coroutine[Any, Any, None]) -> None:
+    """Until either ends. Raises the Refusal that one ends with."""
+    pumps = [asyncio.create_task(way) for way in ways]
     try:
-        await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        for pump in done:
+            pump.result()
     finally:
         for pump in pumps:
             pump.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Of an answer the first line is looked at, and marked; what is none is not passed on at all."""
+    with suppress(OSError):
+        line = b""
+        while not line.endswith(b"\n") and len(line) < LONGEST_STATUS_BYTES:
+            part = await reader.read(1)
+            if not part:
+                break
+            line += part
+        if not _STATUS.fullmatch(line):
+            raise Refusal(502, "no_http", "what listens there does not answer in HTTP")
+        writer.write(line + MARK)
+    await _pump(reader, writer)
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

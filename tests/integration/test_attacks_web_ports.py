@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import time
@@ -11,10 +12,11 @@ from contextlib import ExitStack
 
 import httpx
 import pytest
+import web_door
 from platform_support import Platform, raw
 from proxy_support import SECRET, wait_until
 from support.builders import host_key
-from web_support import SECRETS, MadeUpWorker, made_up_worker, our_cookie
+from web_support import SECRETS, SLOP, MadeUpWorker, made_up_worker, our_cookie
 
 NOTHING = b""
 MB = 1 << 20
@@ -127,6 +129,22 @@ def test_what_a_renters_process_says_counts_for_its_own_page_alone(nobody: httpx
 @pytest.mark.parametrize("number", range(len(SECRETS)))
 def test_the_proxy_obeys_nothing_that_a_renters_process_says(nobody: httpx.Client, public: str, number: int) -> None:
     assert nobody.get(f"{public}/accel/{number}").text == "its own"
+
+
+@pytest.mark.parametrize("number", range(len(SLOP)))
+async def test_what_is_no_answer_does_not_pass_as_one_without_the_sandbox(
+    attacked: Platform, worker: MadeUpWorker, public: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from a renter; nor from a worker in other hands, whose door looks at nothing."""
+    for door_looks in (True, False):
+        if not door_looks:
+            monkeypatch.setattr(web_door, "_STATUS", re.compile(rb".*", re.DOTALL))
+            monkeypatch.setattr(web_door, "MARK", b"")
+        for more in (b"", b"Upgrade: websocket\r\nConnection: upgrade\r\n") if number != 4 else (b"",):
+            request = f"GET {public}/slop/{number} HTTP/1.1\r\nHost: x\r\n".encode() + more + b"\r\n"
+            answer = await raw(attacked.door.http_port, request, request, within_s=2)
+            assert b"<script>" not in answer, answer
+            assert not answer or b"no_http" in answer
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 500, 502, 503])

@@ -24,6 +24,15 @@ TOO_FREE = (
     *("Content-Security-Policy: sandbox allow-same-origin", "Referrer-Policy: unsafe-url", "Accept-CH: DPR"),
     *("X-Orion-Manager: unreachable", "Access-Control-Allow-Credentials: true", "Cross-Origin-Resource-Policy: x"),
 )
+SLOP = (
+    b"\n\n",
+    b"x",
+    b"HTTP/1.1 100 Continue\r\n\r\n",
+    b"HTTP/1.1 103 Early\r\n\r\n",
+    b"HTTP/1.1 101 x\r\n\r\n",
+    b"HTTP/2 200\r\n",
+)
+"""What Nginx passes on as it is, and a browser finds an answer behind."""
 SECRETS = ("/.web/way", "/.web/refused", "/api/events", "/terminal/index.html", "/.problem/internal")
 """Where an X-Accel-Redirect would like to lead."""
 
@@ -48,17 +57,9 @@ class Renter:
 
     async def _answer(self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         path = head.split()[1].decode().partition("?")[0]
-        if path == "/free":
-            writer.write(_reply("200 OK", *TOO_FREE))
-        elif path.startswith("/accel/"):
-            to = SECRETS[int(path[-1])]
-            writer.write(_reply("200 OK", f"X-Accel-Redirect: {to}", "X-Accel-Buffering: yes", body="its own"))
-        elif path == "/redirect":
-            writer.write(_reply("302 Found", "Location: /login?a=b"))
-        elif path.startswith("/status/"):
-            writer.write(_reply(f"{path[-3:]} Whatever", body="as the renter says"))
-        elif path == "/twice":
-            writer.write(_reply("200 OK", body="first") + _reply("200 OK", body="second"))
+        said = _scripted(path)
+        if said:
+            writer.write(said)
         elif path == "/stream":
             writer.write(b"HTTP/1.1 200 OK\r\n\r\none\n")
             await self.goes_on.wait()
@@ -80,6 +81,23 @@ class Renter:
             headers = [line.partition(": ")[::2] for line in lines[1:] if line]
             writer.write(_reply("200 OK", body=json.dumps({"line": lines[0], "headers": headers})))
         await writer.drain()
+
+
+def _scripted(path: str) -> bytes:
+    """Empty where the path is not one of these."""
+    kind, _, number = path[1:].partition("/")
+    if kind == "accel":
+        return _reply("200 OK", f"X-Accel-Redirect: {SECRETS[int(number)]}", "X-Accel-Buffering: yes", body="its own")
+    if kind == "slop":
+        return SLOP[int(number)] + _reply("200 OK", "Content-Type: text/html", body="<script>")
+    if kind == "status":
+        return _reply(f"{number} Whatever", body="as the renter says")
+    fixed = {
+        "free": _reply("200 OK", *TOO_FREE),
+        "redirect": _reply("302 Found", "Location: /login?a=b"),
+        "twice": _reply("200 OK", body="first") + _reply("200 OK", body="second"),
+    }
+    return fixed.get(kind, b"")
 
 
 def _reply(status: str, *lines: str, body: str = "") -> bytes:

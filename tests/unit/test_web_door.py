@@ -190,6 +190,7 @@ class Stage:
         self.on_look: Callable[[], None] = lambda: None
         self.door = WebDoor(Tenants(root), frozenset({"127.0.0.1"}), self._look)
         self.received = b""
+        self.says = b"HTTP/1.1 200 OK\r\n\r\nfirst "
         self.connections = 0
         self.gone = asyncio.Event()
         self.server_port = self.door_port = 0
@@ -202,8 +203,8 @@ class Stage:
         self.connections += 1
         with suppress(asyncio.IncompleteReadError):
             self.received = await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\n\r\nfirst ")
-        while part := await reader.read(100):
+        writer.write(self.says)
+        while self.says.endswith(b"first ") and (part := await reader.read(100)):
             writer.write(part)
         self.gone.set()
         writer.close()
@@ -245,12 +246,21 @@ async def standing(root: Path) -> AsyncIterator[Stage]:
 async def test_bytes_pass_both_ways_as_they_are_without_the_pass(tmp_path: Path) -> None:
     async with standing(tmp_path) as stage:
         reader, writer = await stage.ask(told(stage.way), b"one\0")
-        assert await reader.readuntil(b"one\0") == b"HTTP/1.1 200 OK\r\n\r\nfirst one\0"
+        assert await reader.readuntil(b"one\0") == b"HTTP/1.1 200 OK\r\nX-Orion-Door: 1\r\n\r\nfirst one\0"
         writer.write(b"two")
         assert await reader.readexactly(3) == b"two"
         assert stage.received == b"POST /x HTTP/1.1\r\nA: b\r\n\r\n"
         writer.close()
         await stage.gone.wait()
+
+
+@pytest.mark.parametrize("says", [b"", b"\n\nHTTP/1.1 200 OK\r\n\r\n", b"SSH-2.0-x\r\n", b"HTTP/1.1 20", b"x" * 5000])
+async def test_what_does_not_answer_in_http_is_not_passed_on(tmp_path: Path, says: bytes) -> None:
+    async with standing(tmp_path) as stage:
+        stage.says = says
+        reader, writer = await stage.ask(told(stage.way), b"end")
+        assert b"no_http" in await reader.read()
+        writer.close()
 
 
 async def test_a_connection_ends_with_the_rentals_right_to_run_here(tmp_path: Path) -> None:
