@@ -94,26 +94,28 @@ class Sshd:
 
 
 class WebDoor:
-    """web_door.py, as a child that is started again whenever it dies. The socket is kept here, so nobody is refused."""
+    """web_door.py, as a child that is started again whenever it dies. The socket is kept here, so nobody is refused.
+
+    It is not started at once: a worker is to be reached by SSH first.
+    """
 
     def __init__(self, proxy_address: str) -> None:
         self._command = [WEB_DOOR, proxy_address]
         self._socket = socket.create_server(("0.0.0.0", WEB_PORT), backlog=256)  # noqa: S104 - see network.nft
-        self._child = self._start()
+        self._child: subprocess.Popen[bytes] | None = None
 
     def look_after(self) -> None:
         """Call it every LOOK_EVERY_S."""
-        status = self._child.poll()
+        status = self._child.poll() if self._child else None
         if status is not None:
             say(f"the door for web ports ended with status {status}: starting it again")
-            self._child = self._start()
+        if self._child is None or status is not None:
+            self._child = subprocess.Popen(self._command, stdin=self._socket.fileno())
 
     def stop(self) -> None:
-        self._child.kill()
-        self._child.wait()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(self._command, stdin=self._socket.fileno())
+        if self._child:
+            self._child.kill()
+            self._child.wait()
 
 
 def say(line: str) -> None:

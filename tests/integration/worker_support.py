@@ -13,6 +13,7 @@ import re
 import secrets
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -54,6 +55,12 @@ def wait_until(condition: Callable[[], Any], what: str, within_s: float = 15) ->
         assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
         time.sleep(0.05)
     return found
+
+
+def is_open(address: str, port: int) -> bool:
+    with socket.socket() as there:
+        there.settimeout(1)
+        return there.connect_ex((address, port)) == 0
 
 
 @dataclass
@@ -199,10 +206,10 @@ class Worker:
 
         call = wait_until(registration, f"{self.name} registers; its log:\n{self.log()}", within_s)
         wait_until(lambda: "registered as" in self.log(), "the agent has its identity")
-        wait_until(lambda: "Server listening on" in self.log(), "its sshd listens")
         self.host_keys = tuple(call.body["ssh_host_keys"])
         template = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
         self.address = docker("inspect", "-f", template, self.name).strip()
+        wait_until(lambda: is_open(self.address, 22), "its sshd listens")  # anew: its log is that of all its lives
 
     def ssh_command(self, user: str, key: Key, *options: str) -> list[str]:
         return [
