@@ -126,20 +126,17 @@ async def test_only_the_proxy_asks_the_way(house: House) -> None:
     assert "/web/way" not in (await house.http.get("/api/openapi.json")).json()["paths"]
 
 
-@pytest.mark.parametrize("port", ["22", "80", "1023", "65536", "0", "-1", "", "8000 ", "8e3", "٨٠٠٠", "99999999999999"])
+@pytest.mark.parametrize("port", ["22", "80", "1023", "65536", "0", "-1", "", "80 00", "8e3", "٨٠٠٠", "9" * 14])
 async def test_what_is_no_port_of_a_renter_leads_nowhere(house: House, port: str) -> None:
-    asking = Asking(house, "abcdefghij")
-    told = asking.about | {"X-Orion-Port": port.strip() if port == "8000 " else port}
-    if port == "8000 ":
-        told["X-Orion-Port"] = "80 00"
-    headers = {name: value.encode() for name, value in told.items()}
-    reply = await house.http.get("/web/way", headers=headers | {"X-Orion-Explain": b"1"})
+    told = Asking(house, "abcdefghij").about | {"X-Orion-Port": port, "X-Orion-Explain": "1"}
+    reply = await house.http.get("/web/way", headers={name: value.encode() for name, value in told.items()})
     assert (reply.status_code, reply.json()["code"]) == (404, "not_found")
-    if port.isascii() and port.strip().lstrip("-").isdigit():
-        assert (await house.as_admin.put(f"/api/rentals/x/ports/{port}", json={"public": True})).status_code in {
-            404,
-            422,
-        }
+
+
+@pytest.mark.parametrize("port", ["22", "1023", "65536", "0", "-1", "8e3"])
+async def test_only_a_port_of_a_renter_is_made_public(house: House, port: str) -> None:
+    refused = await house.as_admin.put(f"/api/rentals/x/ports/{port}", json={"public": True})
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
 
 
 async def test_so_many_ports_may_be_public_and_none_of_a_rental_that_is_over(house: House) -> None:

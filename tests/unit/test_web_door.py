@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from ipaddress import ip_address
@@ -187,7 +187,6 @@ class Stage:
         (root / "run/orion").mkdir(parents=True)
         (root / "run/orion/session").write_text(SESSION)
         self.looks: list[Reached | None] = []
-        self.on_look: Callable[[], None] = lambda: None
         self.door = WebDoor(Tenants(root), frozenset({"127.0.0.1"}), self._look)
         self.received = b""
         self.says = b"HTTP/1.1 200 OK\r\n\r\nfirst "
