@@ -397,7 +397,7 @@ def test_the_health_check_passes(door: Proxy) -> None:
 
 def test_while_the_manager_is_away_the_proxy_says_so_and_finds_it_again(door: Proxy, manager: Manager) -> None:
     manager.stop()
-    for path in (HEARTBEAT, REST, "/healthz"):
+    for path in (HEARTBEAT, REST, "/healthz", "/r/aaaaaaaaaa/8000/"):
         reply = httpx.post(f"{door.url}{path}", trust_env=False)
         assert_problem(reply, 502, "manager_unreachable")
         assert reply.headers["x-orion-manager"] == "unreachable"
