@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from orion.manager.domain.copies import Generation
 from orion.manager.engine.vault.port import VaultError
@@ -85,19 +85,34 @@ class Told:
 
 
 class Far:
-    """`orion-rental` on the worker, by ssh; a refusal of it raises VaultError with its code."""
+    """`orion-rental` on the worker, by ssh, for the length of a block: it is asked at once, and heard later."""
 
-    def __init__(self, ssh: Sequence[str], account: tuple[int, int], environment: dict[str, str], command: str) -> None:
+    def __init__(
+        self,
+        ssh: Sequence[str],
+        account: tuple[int, int],
+        environment: dict[str, str],
+        command: str,
+        request: dict[str, Any],
+    ) -> None:
         self.process = subprocess.Popen(
             [*ssh, f"orion-rental {command}"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
             env=environment, cwd="/", user=account[0], group=account[1], extra_groups=[], start_new_session=True,
         )  # fmt: skip
-
-    def greet(self, request: dict[str, Any], watch: Watch) -> dict[str, Any]:
         assert self.process.stdin  # noqa: S101 - it was asked for
         with suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def hear(self, watch: Watch) -> None:
+        """Its answer: a refusal raises VaultError with its code."""
         line = self._line(watch)
         try:
             answer = dict(json.loads(line))
@@ -109,7 +124,6 @@ class Far:
             known = code if _CODE.fullmatch(code) else "refused"
             generation = restored if Generation.parse(restored) else ""
             raise VaultError(known, plain(str(answer.get("error", "it was refused"))), generation)
-        return answer
 
     def _line(self, watch: Watch) -> bytes:
         """Byte by byte: what follows is rsync's."""
@@ -158,7 +172,10 @@ class Transfer:
         self._open = 2  # rsync's output and its errors
 
     def run(self, arguments: Sequence[str], look: Callable[[], None], largest_file: int | None) -> Told:
-        """Run rsync with these arguments, paths last. `look` is called about once a second, and may raise."""
+        """Run rsync with these arguments, paths last. `look` is called about once a second, and may raise.
+
+        The rsync here starts while the worker makes up its mind; nothing goes to it or comes from it before that.
+        """
         mine, theirs = socket.socketpair()
         command = ["rsync", "-e", f"{sys.executable} -I -S {BRIDGE} {theirs.fileno()}", *arguments]
         rsync = subprocess.Popen(
@@ -169,6 +186,7 @@ class Transfer:
         )  # fmt: skip
         theirs.close()
         try:
+            self._far.hear(self._watch)
             self._carry(rsync, mine, look)
             self._told.status = rsync.wait(max(0.1, self._watch.left_s))
         except subprocess.TimeoutExpired as error:
@@ -178,8 +196,6 @@ class Transfer:
             with suppress(ProcessLookupError):
                 os.killpg(rsync.pid, signal.SIGKILL)
             rsync.wait()
-            self._far.process.kill()
-            self._far.process.wait()
         self._told.errors = self._errors.decode(errors="replace")
         return self._told
 
