@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -56,6 +58,9 @@ class Scene:
         self.renter = Renter(stack)
         self.number = workers
         self._last_event = 0
+
+    def tell(self, case: str, done: int) -> None:
+        print(f"bench: {case}: {done} runs are done, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
 
     def ask(self, method: str, path: str) -> Any:
         """By a connection of its own: the proxy closes one on which nothing was asked for a while."""
