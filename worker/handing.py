@@ -18,8 +18,11 @@ TAKEN = b"!"
 CONNECT_WITHIN_S = 1.0
 
 
-def hand_over(command: str, place: str = PLACE) -> bool:
-    """Whether it was taken; then it has ended by now, and so have input and output."""
+def hand_over(command: str, place: str = PLACE) -> int | None:
+    """The exit status of what was handed over, which has ended by now; None: nobody took it, nothing was read.
+
+    It has become rsync, whose status nobody asks for, or it was refused: only that has one.
+    """
     with_it = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
         with_it.settimeout(CONNECT_WITHIN_S)
@@ -28,22 +31,23 @@ def hand_over(command: str, place: str = PLACE) -> bool:
         ends = b"".join(end.to_bytes(4, sys.byteorder) for end in (0, 1, 2))
         with_it.sendmsg([command.encode()], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, ends)])
         if with_it.recv(len(TAKEN)) != TAKEN:
-            return False
+            return None
     except OSError:
-        return False
+        return None
     for end in (0, 1, 2):
         os.close(end)
     try:
-        while with_it.recv(1):
-            pass
+        said = with_it.recv(1)
     except OSError:
-        pass
-    return True
+        said = b""
+    return said[0] if said else 0
 
 
 def main() -> int:
-    if len(sys.argv) == 2 and sys.argv[1] in TRANSFERS and hand_over(sys.argv[1]):
-        os._exit(0)  # whatever Python would still write has nowhere to go
+    if len(sys.argv) == 2 and sys.argv[1] in TRANSFERS:
+        status = hand_over(sys.argv[1])
+        if status is not None:
+            os._exit(status)  # whatever Python would still write has nowhere to go
     import rental  # noqa: PLC0415 - it is what takes so long
 
     return rental.main()

@@ -172,6 +172,7 @@ class _Standing:
                 asker.sendall(TAKEN)
                 asker.set_inheritable(True)
                 status = self._transfers.carry(command.decode())
+                asker.sendall(bytes([status]))
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
         finally:

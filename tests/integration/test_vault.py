@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +212,32 @@ async def test_a_home_that_changes_while_it_is_read_is_copied_and_nothing_of_oth
         assert content <= {"mine\n", "", "/etc/shadow", "/etc"}, "a link is kept as a file with where it leads"
         assert secret not in content
     rental.ssh("kill -9 -1")
+
+
+@contextmanager
+def _standing(worker: Worker) -> Iterator[None]:
+    """As while the manager's engine holds its connection to it."""
+    serving = ["docker", "exec", "-i", worker.name, "orion-rental", "serve"]
+    with subprocess.Popen(serving, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as standing:
+        assert standing.stdout
+        assert json.loads(standing.stdout.readline()) == {"ready": True}
+        yield
+
+
+async def test_what_stands_there_does_the_transfers_without_loading_anything(real: RealVault, rental: Rental) -> None:
+    rental.ssh("echo precious > file")
+    program, aside = "/usr/local/lib/orion/rental.py", "/usr/local/lib/orion/aside.py"
+    with _standing(rental.on):
+        rental.on.run("mv", program, aside)
+        try:
+            copied = await real.client.copy(home_of(rental), LIMITS)
+            stale = await refusal(real.client.copy(replace(home_of(rental), epoch=7), LIMITS))
+            again = await refusal(real.client.restore(home_of(rental)))
+        finally:
+            rental.on.run("mv", aside, program)
+    assert (real.copy_of(home_of(rental), str(copied.copy.generation)) / "file").read_text() == "precious\n"
+    assert (stale.code, again.code) == ("stale_epoch", LET_IN)
+    assert (await real.client.copy(home_of(rental), LIMITS)).copy.files == copied.copy.files, "nobody stands there now"
 
 
 async def test_a_home_that_its_renter_shut_is_not_taken_for_an_empty_one(real: RealVault, rental: Rental) -> None:

@@ -19,7 +19,7 @@ import standing
 COMMANDS = ("say", "wait", "break", "die", "flood")
 
 
-HAND_OVER = "import handing, sys; sys.exit(not handing.hand_over(sys.argv[1], sys.argv[2]))"
+HAND_OVER = "import handing, sys; sys.exit(handing.hand_over(sys.argv[1], sys.argv[2]))"
 
 
 def _echo(command: str) -> int:
@@ -27,7 +27,7 @@ def _echo(command: str) -> int:
     os.write(1, f"{command}: ".encode())
     while part := os.read(0, 100):
         os.write(1, part)
-    return 0
+    return 3
 
 
 class Served:
@@ -153,7 +153,7 @@ def test_transfers_are_done_side_by_side_with_what_each_was_given(served: Served
         assert second.communicate(b"two", timeout=30)[0] == b"send: two"
         assert first.poll() is None, "it stays as long as its transfer goes on"
         assert first.communicate(b"one", timeout=30)[0] == b"send: one"
-    assert (first.returncode, second.returncode) == (0, 0)
+    assert (first.returncode, second.returncode) == (3, 3)
     served.ask(1, "say", "still here")
     assert served.answer()["report"] == {"heard": "still here"}
 
@@ -163,7 +163,7 @@ def test_nobody_but_root_hands_over_a_transfer(served: Served) -> None:
 
 
 def test_what_nobody_takes_is_not_handed_over(tmp_path: Path) -> None:
-    assert not handing.hand_over("send", str(tmp_path / "nobody"))
+    assert handing.hand_over("send", str(tmp_path / "nobody")) is None
     place = tmp_path / "dies"
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(place))
@@ -174,5 +174,5 @@ def test_what_nobody_takes_is_not_handed_over(tmp_path: Path) -> None:
 
         dying = threading.Thread(target=die)
         dying.start()
-        assert not handing.hand_over("send", str(place))
+        assert handing.hand_over("send", str(place)) is None
         dying.join()
