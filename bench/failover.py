@@ -17,7 +17,7 @@ from itertools import pairwise
 
 from bench.figures import median, summary
 from bench.report import Result
-from bench.scene import BACK_WITHIN_S, Case, Json, Scene, at, unix
+from bench.scene import BACK_WITHIN_S, Case, Json, Scene, at, each, unix
 from bench.stack import run, running, wait_until
 from orion.manager.domain.clocks import Clocks
 
@@ -135,7 +135,7 @@ def _many_killed(scene: Scene, runs: int, result: Result) -> None:
     ids, case = list(scene.workers()), Case()
     for one in ids[1:]:
         scene.ask("POST", f"/api/workers/{one}/drain")
-    rentals = [scene.rent() for _ in range(MANY)]
+    rentals = each(lambda _: scene.rent(), range(MANY))
     scene.fill_all(scene.workers()[ids[0]]["hostname"], 1000)
     scene.await_copies([one["id"] for one in rentals])
     checksums = {one["id"]: scene.checksum(one["id"]) for one in rentals[:: MANY // CHECKED]}
@@ -144,8 +144,7 @@ def _many_killed(scene: Scene, runs: int, result: Result) -> None:
         scene.ask("POST", f"/api/workers/{target}/resume")
         scene.tell("many", number)
         _kill_one_with_many(scene, [one["id"] for one in rentals], killed, target, case)
-        for one, checksum in checksums.items():
-            scene.check(one, checksum)
+        each(lambda one: scene.check(*one), checksums.items())
     case.tell(result, f"docker kill to all {MANY} active elsewhere")
     result.at_most(f"killed with {MANY} rentals: the slowest", max(case.seconds), 15, " s")
 
@@ -177,7 +176,7 @@ def _processor_s(container: str) -> float:
 
 def _restarts(scene: Scene, runs: int, result: Result) -> None:
     """Proxy and manager are restarted in turn with 50 rentals; afterwards nothing has moved and nobody was down."""
-    rentals = [scene.rent()["id"] for _ in range(RESTARTED)]
+    rentals = [rental["id"] for rental in each(lambda _: scene.rent(), range(RESTARTED))]
     before, after = [scene.rental(one) for one in rentals], scene.last_event()
     cases = {"manager_proxy": Case(), "manager_app": Case()}
     for number in range(runs):
@@ -197,8 +196,7 @@ def _restarts(scene: Scene, runs: int, result: Result) -> None:
         (one["worker_id"], one["epoch"]) != (now["worker_id"], now["epoch"])
         for one, now in zip(before, (scene.rental(rental) for rental in rentals), strict=True)
     )
-    for rental in rentals:
-        scene.release(rental)
+    each(scene.release, rentals)
     for service, case in cases.items():
         case.tell(result, f"docker restart of {service} to all {scene.number} workers ready")
     result.at_most(f"restarts with {RESTARTED} rentals: migrations and false downs", moved, 0)
@@ -215,17 +213,15 @@ def _cut_off(scene: Scene, runs: int, result: Result) -> None:
     """CUT_AT_ONCE workers lose the network, each with a rental, which must stand still before it is anywhere else."""
     case = Case()
     rentals = [scene.rent() for _ in range(WORKERS)]  # one on each: they go where least is used
-    checksums = {one["id"]: scene.fill(one, 1000) for one in rentals}
+    checksums = dict(each(lambda one: (one["id"], scene.fill(one, 1000)), rentals))
     scene.await_copies(list(checksums))
     while len(case.seconds) < runs:
         scene.tell("cut", len(case.seconds))
         scene.await_no_brake()
         victims = {one["worker_id"]: one for one in map(scene.rental, checksums)}
         _cut(scene, [victims[worker] for worker in sorted(victims)][:CUT_AT_ONCE], case)
-        for rental_id, checksum in checksums.items():
-            scene.check(rental_id, checksum)
-    for rental_id in checksums:
-        scene.release(rental_id)
+        each(lambda one: scene.check(*one), checksums.items())
+    each(scene.release, checksums)
     case.tell(result, "docker network disconnect to active elsewhere")
     result.at_most("cut off: the slowest", max(case.seconds), Clocks().takeover_after_s + 5, " s")
     margins = case.steps["from the freeze of the old copy to the verdict"]
