@@ -129,7 +129,11 @@ def run(settings: Settings) -> None:
         say("the manager's watch has ended")
         hurry.set()
 
-    watched = Watched(PLACE, node.boot_id, unwatched)
+    def let_go() -> None:
+        home.let_go_at = boot_time_s()
+        hurry.set()
+
+    watched = Watched(PLACE, node.boot_id, unwatched, let_go)
     sshd = Sshd(settings)
     for work in (fence.run, watched.run):
         threading.Thread(target=work, daemon=True).start()
