@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from handing import PLACE
 from rental_support import Rental, new_rental, placement
 from vault_contract import Bench, VaultContract, refusal
 from vault_support import RealVault, home_of, host_of, vault
@@ -233,10 +234,12 @@ async def test_what_stands_there_does_the_transfers_without_loading_anything(rea
             copied = await real.client.copy(home_of(rental), LIMITS)
             stale = await refusal(real.client.copy(replace(home_of(rental), epoch=7), LIMITS))
             again = await refusal(real.client.restore(home_of(rental)))
+            knocked = rental.ssh(f"python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect(\"{PLACE}\")'")
         finally:
             rental.on.run("mv", aside, program)
     assert (real.copy_of(home_of(rental), str(copied.copy.generation)) / "file").read_text() == "precious\n"
     assert (stale.code, again.code) == ("stale_epoch", LET_IN)
+    assert "PermissionError" in knocked.stderr
     assert (await real.client.copy(home_of(rental), LIMITS)).copy.files == copied.copy.files, "nobody stands there now"
 
 
