@@ -94,7 +94,7 @@ def carry(direction: str, keeper: Keeper, homes: Path) -> int:
             told = look_through(direction, keeper, record, wish)
             if direction == "send":
                 keeper.freezer.spare(record, os.getpid())
-            become(record.uid)
+            become(record.uid, gently=not (direction == "receive" or wish.moving))
         except (ValueError, TypeError) as error:
             return _answer(2, {"error": f"request not understood: {error}", "code": "invalid_request"})
         except Refused as refusal:
@@ -148,10 +148,11 @@ def enter(home: Path, uid: int, open_it: bool = False) -> None:
         os.close(folder)
 
 
-def become(uid: int) -> None:
-    """The renter, for good, and gentle: what it does for itself comes first."""
+def become(uid: int, gently: bool) -> None:
+    """The renter, for good. `gently`: what it and others do for themselves comes first; else somebody waits for it."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(NICENESS)
+    if gently:
+        os.nice(NICENESS)
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
@@ -197,7 +198,7 @@ def measured_by_the_renter(uid: int, wish: Wish, spare: Callable[[int], None] = 
 def _measure_and_tell(uid: int, wish: Wish, writing: int) -> NoReturn:
     """In the child, which ends here whatever happens."""
     try:
-        become(uid)
+        become(uid, gently=not wish.moving)
         try:
             told: dict[str, Any] = dict(measure(wish))
         except Refused as refusal:

@@ -98,7 +98,8 @@ class Job:
             before = (f"--link-dest={self._folder / base / 'home'}",) if base else ()
             told_of = ("-ii", "--out-format=%i", "--stats", "--no-human-readable", "--info=nonreg0")
             target = f"{self._folder / generations.INCOMING / 'home'}/"
-            transfer = Transfer(far, request.uid, self._watch, request.max_bytes + LISTS_BYTES, request.max_files + 1)
+            most = request.max_bytes + LISTS_BYTES, request.max_files + 1
+            transfer = Transfer(far, request.uid, self._watch, *most, gently=not request.moving)
             arguments = (*OPTIONS, *before, *told_of, "worker:.", target)
             told = transfer.run(arguments, self._look_at_disk, request.max_bytes)
         check(told, "receiver")
@@ -123,7 +124,7 @@ class Job:
             raise VaultError(NO_SUCH_GENERATION, f"there is no copy {wanted}; there are {there}")
         source = f"{self._folder / wanted / 'home'}/"
         with self._far("receive", generation=wanted) as far:
-            transfer = Transfer(far, self._request.uid, self._watch, LISTS_BYTES, float("inf"))
+            transfer = Transfer(far, self._request.uid, self._watch, LISTS_BYTES, float("inf"), gently=False)
             told = transfer.run((*OPTIONS, "--chmod=ug-s", source, "worker:."), lambda: None, None)
         check(told, "sender")
         return ReplyLine(ok=True, done=copy | {"skipped": [*copy["skipped"], *told.skipped()]}, copies=complete)

@@ -39,6 +39,7 @@ OPTIONS = (
 The worker's files.py has what follows from these for its side; test_both_sides_mean_the_same compares them.
 """
 MEMORY_BYTES = 1 << 30
+NICENESS = 5
 BUFFER_BYTES = 1 << 18
 LONGEST_TEXT = 1 << 16
 LISTS_BYTES = 64 << 20
@@ -159,7 +160,9 @@ class Flow:
 
 
 class Transfer:
-    def __init__(self, far: Far, uid: int, watch: Watch, most_bytes: float, most_items: float) -> None:
+    def __init__(self, far: Far, uid: int, watch: Watch, most_bytes: float, most_items: float, gently: bool) -> None:
+        """`gently`: nobody waits for it."""
+        self._gently = gently
         self._far = far
         self._uid = uid
         self._watch = watch
@@ -182,7 +185,7 @@ class Transfer:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
             env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}, cwd="/", umask=0o077,
             user=self._uid, group=self._uid, extra_groups=[], start_new_session=True,
-            pass_fds=(theirs.fileno(),), preexec_fn=partial(_confine, largest_file),  # noqa: PLW1509 - one thread
+            pass_fds=(theirs.fileno(),), preexec_fn=partial(_confine, largest_file, self._gently),  # noqa: PLW1509 - one thread
         )  # fmt: skip
         theirs.close()
         try:
@@ -325,9 +328,10 @@ def _ends(control: socket.socket) -> tuple[bytes, tuple[int, int], int, Any]:
     return data, (descriptors[0], descriptors[1]), flags, address
 
 
-def _confine(largest_file: int | None) -> None:
+def _confine(largest_file: int | None, gently: bool) -> None:
     """In the child, before it becomes rsync."""
-    os.nice(5)
+    if gently:
+        os.nice(NICENESS)
     for kind, most in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_AS, MEMORY_BYTES),
