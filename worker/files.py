@@ -45,6 +45,8 @@ ARGUMENTS = {
 }
 """Fixed, whatever the other side says; rsync itself asks for the same with the options of engine/vault/transfer.py."""
 LONGEST_REQUEST = 4096
+MADE_WITHIN_S = 1.0
+LOOK_EVERY_S = 0.005
 LOCK_WAIT_S = 5.0
 NICENESS = 10
 WAY_OUT = "it is frozen: `orion thaw` lets it go on for ten minutes, to make room"
@@ -84,6 +86,8 @@ def carry(direction: str, keeper: Keeper, homes: Path) -> int:
     with ExitStack() as held:
         try:
             wish = parse(_read_line(), time.time())
+            if direction == "receive":
+                await_account(ledger, wish)
             if direction != "send":
                 lock = held.enter_context(ledger.locked(wish.rental_id, LOCK_WAIT_S))
                 os.set_inheritable(lock, direction == "receive")
@@ -116,6 +120,16 @@ def parse(line: bytes, now: float) -> Wish:
     if wish.deadline <= now + 1:
         raise Refused("deadline_passed", "its deadline has passed: who ordered it no longer waits for it")
     return wish
+
+
+def await_account(ledger: Ledger, wish: Wish) -> None:
+    """Whoever fills a home may come a moment before it is made; whether it may be filled is looked at afterwards."""
+    last_moment = time.monotonic() + MADE_WITHIN_S
+    while ledger.purged_epoch(wish.rental_id) < wish.epoch and time.monotonic() < last_moment:
+        record = ledger.living(wish.rental_id)
+        if record and record.epoch >= wish.epoch:
+            return
+        time.sleep(LOOK_EVERY_S)
 
 
 def allowed(direction: str, ledger: Ledger, wish: Wish) -> Record:

@@ -10,7 +10,7 @@ from engine_contract import KEY
 
 from orion.manager.domain.copies import NEWEST, Copy, Generation
 from orion.manager.engine.fake import FakeEngine, FakeWorld
-from orion.manager.engine.port import Action, Host, Job
+from orion.manager.engine.port import Action, Host, Job, Outcome
 from orion.manager.engine.vault.fake import FakeVault
 from orion.manager.engine.vault.port import RESTORE_DEADLINE_S, Home
 from orion.manager.loops import restoring
@@ -115,6 +115,41 @@ async def test_who_is_filled_alone_is_let_in_at_once(monkeypatch: pytest.MonkeyP
     restorer = Restorer(FakeEngine(world), FakeVault(world, lambda: 0.0), NoBook())  # type: ignore[arg-type]
     async with asyncio.timeout(30):
         assert (await restorer.make(_job(WORKS, 0), NEWEST)).ok
+
+
+class Asked(FakeEngine):
+    """Makes no account before somebody has asked for the files of its rental."""
+
+    def __init__(self, world: FakeWorld, vault: FakeVault) -> None:
+        super().__init__(world)
+        self._vault = vault
+
+    async def run(self, job: Job) -> Outcome:
+        if job.action is Action.PREPARE:
+            await self._vault.asked.wait()
+        return await super().run(job)
+
+
+async def test_the_copy_of_one_rental_is_sent_for_while_its_account_is_made() -> None:
+    worker = (world := FakeWorld()).add(WORKS)
+    vault = FakeVault(world, lambda: 0.0)
+    restorer = Restorer(Asked(world, vault), vault, NoBook())  # type: ignore[arg-type]
+    async with asyncio.timeout(30):
+        assert (await restorer.make(_job(WORKS, 0), NEWEST)).ok
+    assert worker.accounts[_job(WORKS, 0).rental_id].unlocked
+
+
+async def test_of_many_only_one_is_sent_for_before_its_account_is_there() -> None:
+    world = FakeWorld()
+    world.add(WORKS)
+    vault = Slow(world)
+    restorer = Restorer(Asked(world, Stops(world, set())), vault, NoBook())  # type: ignore[arg-type]
+    making = [asyncio.create_task(restorer.make(_job(WORKS, number), NEWEST)) for number in range(2 * AT_ONCE)]
+    await _spin()
+    assert vault.most[WORKS.worker_id] == 1
+    for one in making:
+        one.cancel()
+    await asyncio.gather(*making, return_exceptions=True)
 
 
 async def _spin() -> None:

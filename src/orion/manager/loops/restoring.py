@@ -2,15 +2,16 @@
 
 Safe order: the account is made locked; the copy is put into its home; only then is it let in, by the usual job. Killed
 between any two, it is begun again: the worker refuses to put anything over the files of a renter that was let in at
-this epoch, and that counts as done. Files are never given up by themselves: what cannot be restored now is tried again,
-and only an operator or the renter may say that it is to begin without.
+this epoch, and that counts as done. Where one rental alone is made, its copy is sent for while its account is made: the
+worker waits for that, and refuses before. Files are never given up by themselves: what cannot be restored now is tried
+again, and only an operator or the renter may say that it is to begin without.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -40,9 +41,19 @@ class _Worker:
 
     def __init__(self) -> None:
         self._share = asyncio.Semaphore(AT_ONCE)
+        self._made = 0
         self._filling = 0
         self._ready = 0
         self._door = asyncio.Event()
+
+    @contextmanager
+    def making(self) -> Iterator[bool]:
+        """Whether no other rental is being made there."""
+        self._made += 1
+        try:
+            yield self._made == 1
+        finally:
+            self._made -= 1
 
     @asynccontextmanager
     async def filling(self) -> AsyncIterator[None]:
@@ -92,21 +103,40 @@ class Restorer:
             made = await self._engine.run(job)
             told = {"generation": filled, "reason": "moved with all its files"}
             return replace(made, report={**made.report, "restored": told})
+        worker = self._workers.setdefault(job.host.worker_id, _Worker())
+        with worker.making() as alone:
+            early = asyncio.create_task(self._fill(job, wanted)) if alone else None
+            try:
+                return await self._make(job, wanted, worker, early)
+            finally:
+                if early:
+                    early.cancel()
+                    await asyncio.gather(early, return_exceptions=True)
+
+    async def _make(
+        self, job: Job, wanted: str, worker: _Worker, early: asyncio.Task[dict[str, Any]] | None
+    ) -> Outcome:
+        """`early`: its home is being filled already, as soon as the worker has it, which refuses that before."""
         prepared = await self._engine.run(replace(job, action=Action.PREPARE))
         if not prepared.ok:
             return prepared
         before = prepared.report.get("restored")
         found: dict[str, Any] = {"restored": {"generation": before, "reason": LET_IN_BEFORE}} if before else {}
         if prepared.report.get("state") != "running":
-            worker = self._workers.setdefault(job.host.worker_id, _Worker())
             try:
                 async with worker.filling():
-                    found = {"restored": await self._fill(job, wanted)}
+                    found = {"restored": await self._filled(job, wanted, early)}
             except VaultError as error:
                 return _refused(error)
             await worker.together()
         made = await self._engine.run(job)
         return replace(made, report={**made.report, **found})
+
+    async def _filled(self, job: Job, wanted: str, early: asyncio.Task[dict[str, Any]] | None) -> dict[str, Any]:
+        if early:
+            with suppress(VaultError):  # it came too early
+                return await early
+        return await self._fill(job, wanted)
 
     async def _fill(self, job: Job, wanted: str) -> dict[str, Any]:
         if wanted == EMPTY:
