@@ -215,6 +215,21 @@ async def test_a_home_that_changes_while_it_is_read_is_copied_and_nothing_of_oth
     rental.ssh("kill -9 -1")
 
 
+async def test_a_copy_that_comes_before_its_account_fills_the_home_as_soon_as_that_is_there(bench: RealBench) -> None:
+    home = bench.new_home()
+    await bench.create(home, let_in=True)
+    await bench.write(home, "file", "precious")
+    copied = await bench.vault.copy(home, LIMITS)
+    there = replace(home, host=bench.hosts[1], epoch=2)
+    coming = asyncio.create_task(bench.vault.restore(there))
+    await asyncio.sleep(0.1)  # it comes first, mostly; what is true in the end is true either way
+    await bench.create(there, let_in=False)
+    assert await coming == copied.copy
+    assert await bench.files(there) == {"file": "precious"}
+    never = await refusal(bench.vault.restore(replace(there, epoch=3)))
+    assert never.code == "stale_epoch", "it does not wait for ever"
+
+
 @contextmanager
 def _standing(worker: Worker) -> Iterator[None]:
     """As while the manager's engine holds its connection to it."""
