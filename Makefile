@@ -56,7 +56,7 @@ mutants:  ## break the code on purpose, one way after another: each must be noti
 bench:  ## measure it against what it is made of, in under 15 minutes (ONLY=rent, burst, sessions, keystrokes, heartbeats, growth or watch); see docs/performance.md
 	@scripts/test.sh bench $(ONLY)
 
-bench-failover:  ## a worker is killed or cut off, the platform restarts: how long, and where the time goes, in under 15 minutes
+bench-failover:  ## a worker is killed or cut off, the platform restarts: how long, and where the time goes, in about 15 minutes
 	@scripts/test.sh bench failover
 
 lint:  ## every linter and the type checker
