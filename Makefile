@@ -44,7 +44,7 @@ test-e2e:  ## the whole platform
 	@scripts/test.sh e2e
 
 # SECONDS is also a variable of bash, which does not export it.
-chaos:  ## renters at work while everything is killed, paused and cut off; a checker reads all (SECONDS=N; SEED=N replays)
+chaos:  ## renters at work while everything is killed, paused, cut off, drained and taken away; a checker reads all (SECONDS=N; SEED=N replays)
 	@scripts/test.sh chaos $(if $(SEED),--seed $(SEED)) --seconds $(or $(SECONDS),300) $(if $(KEEP),--keep $(KEEP))
 
 simulate:  ## 10,000 histories of a platform on which everything goes wrong (SCHEDULES=N; SEED=N replays one and tells it)
@@ -56,7 +56,7 @@ mutants:  ## break the code on purpose, one way after another: each must be noti
 bench:  ## measure it against what it is made of, in under 15 minutes (ONLY=rent, burst, sessions, keystrokes, heartbeats, growth or watch); see docs/performance.md
 	@scripts/test.sh bench $(ONLY)
 
-bench-failover:  ## a worker is killed or cut off, the platform restarts: how long, and where the time goes, in under 15 minutes
+bench-failover:  ## a worker is killed or cut off, the platform restarts: how long, and where the time goes, in about 15 minutes
 	@scripts/test.sh bench failover
 
 lint:  ## every linter and the type checker

@@ -42,7 +42,7 @@ def main() -> int:
         "heartbeats": lambda: heartbeats.measure(arguments.workers, arguments.load_s),
         "growth": lambda: growth.measure(arguments.sizes, arguments.samples),
         "watch": lambda: watch.measure(arguments.watches),
-        BY_ITSELF: lambda: failover.measure(arguments.runs),
+        BY_ITSELF: lambda: failover.measure(arguments.runs, arguments.cases),
     }
     chosen = arguments.parts or [part for part in parts if part != BY_ITSELF]
     missing = {need for part in chosen for need in NEEDS[part] if not _there(need)}
@@ -88,6 +88,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--load-s", type=float, default=8, help="heartbeats: length of a round of load")
     parser.add_argument("--samples", type=int, default=100, help="growth: calls of each kind for each size")
     parser.add_argument("--runs", type=int, default=20, help="failover: runs of each case")
+    cases = failover.CASES
+    parser.add_argument("--cases", nargs="+", choices=cases, default=cases, help="failover: which of its cases")
     parser.add_argument("--watches", type=int, default=1000, help="watch: workers that are watched")
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[100, 1000, 10_000, 100_000], help="growth: registered workers"

@@ -69,13 +69,20 @@ class Stack:
 
     def ready_workers(self) -> list[dict[str, Any]]:
         with self.caller() as door:
-            workers: list[dict[str, Any]] = door.must("GET", "/api/workers").body["items"]
+            workers: list[dict[str, Any]] = door.must("GET", "/api/workers?limit=200").body["items"]
         return [one for one in workers if one["health"] == "ready" and one["intent"] == "active"]
 
     def container(self, service: str) -> str:
-        filters = (f"com.docker.compose.project={PROJECT}", f"com.docker.compose.service={service}")
-        options = [word for one in filters for word in ("--filter", f"label={one}")]
-        return run(["docker", "ps", "--quiet", *options], 30).split()[0]
+        return self.containers(service)[0]
+
+    def containers(self, *services: str) -> list[str]:
+        """Those that run."""
+        found: list[str] = []
+        for service in services:
+            filters = (f"com.docker.compose.project={PROJECT}", f"com.docker.compose.service={service}")
+            options = [word for one in filters for word in ("--filter", f"label={one}")]
+            found += run(["docker", "ps", "--quiet", *options], 30).split()
+        return found
 
     def pid(self, service: str) -> int:
         return int(run(["docker", "inspect", "-f", "{{.State.Pid}}", self.container(service)], 30))

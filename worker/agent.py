@@ -159,7 +159,11 @@ def run(settings: Settings) -> None:
         say("the manager's watch has ended")
         hurry.set()
 
-    watched = Watched(PLACE, node.boot_id, unwatched)
+    def let_go() -> None:
+        home.let_go_at = boot_time_s()
+        hurry.set()
+
+    watched = Watched(PLACE, node.boot_id, unwatched, let_go)
     sshd = Sshd(settings)
     web_door = WebDoor(settings.proxy_address)
     for work in (fence.run, watched.run):

@@ -116,6 +116,8 @@ class CallHome:
         self.standing = Standing()
         self.unwatched_at: float | None = None
         """When the manager's watch on this worker last ended; set by who sees it (watched.py)."""
+        self.let_go_at: float | None = None
+        """When the manager last ended it in order. Mostly it is being started again then, and has heard nobody yet."""
 
     @property
     def acknowledged_at(self) -> float | None:
@@ -140,7 +142,8 @@ class CallHome:
 
     def due_s(self) -> float:
         """How long the next call may wait at most: shorter than what `step` said, when the watch has ended since."""
-        within_s = ask_within_s(self.standing, self.unwatched_at, self._clock())
+        ended_at = max((at for at in (self.unwatched_at, self.let_go_at) if at is not None), default=None)
+        within_s = ask_within_s(self.standing, ended_at, self._clock())
         return within_s if self._vacating_since is None else min(within_s, VACATING_BEAT_S)
 
     def vacate(self) -> None:

@@ -120,13 +120,12 @@ class Fence:
             if record is None:
                 self._freezer.forget(rental_id)  # it was purged meanwhile
                 continue
-            self._rentals.shut(record)
             key = (rental_id, record.uid)
             held[key] = self._vigils.get(key) or Vigil(record.uid, record.username)
             self._hold(record, held[key])
         self._vigils = held
 
     def _hold(self, record: Record, vigil: Vigil) -> None:
-        killed = self._freezer.again(record.rental_id, vigil)
+        killed = self._freezer.again(record.rental_id, vigil, lambda: self._rentals.shut(record))
         if killed:
             self._say(f"rental {record.rental_id} fought being frozen: {killed} of its processes were ended")

@@ -45,6 +45,8 @@ ARGUMENTS = {
 }
 """Fixed, whatever the other side says; rsync itself asks for the same with the options of engine/vault/transfer.py."""
 LONGEST_REQUEST = 4096
+MADE_WITHIN_S = 1.0
+LOOK_EVERY_S = 0.005
 LOCK_WAIT_S = 5.0
 NICENESS = 10
 WAY_OUT = "it is frozen: `orion thaw` lets it go on for ten minutes, to make room"
@@ -84,6 +86,8 @@ def carry(direction: str, keeper: Keeper, homes: Path) -> int:
     with ExitStack() as held:
         try:
             wish = parse(_read_line(), time.time())
+            if direction == "receive":
+                await_account(ledger, wish)
             if direction != "send":
                 lock = held.enter_context(ledger.locked(wish.rental_id, LOCK_WAIT_S))
                 os.set_inheritable(lock, direction == "receive")
@@ -94,7 +98,7 @@ def carry(direction: str, keeper: Keeper, homes: Path) -> int:
             told = look_through(direction, keeper, record, wish)
             if direction == "send":
                 keeper.freezer.spare(record, os.getpid())
-            become(record.uid)
+            become(record.uid, gently=not (direction == "receive" or wish.moving))
         except (ValueError, TypeError) as error:
             return _answer(2, {"error": f"request not understood: {error}", "code": "invalid_request"})
         except Refused as refusal:
@@ -116,6 +120,16 @@ def parse(line: bytes, now: float) -> Wish:
     if wish.deadline <= now + 1:
         raise Refused("deadline_passed", "its deadline has passed: who ordered it no longer waits for it")
     return wish
+
+
+def await_account(ledger: Ledger, wish: Wish) -> None:
+    """Whoever fills a home may come a moment before it is made; whether it may be filled is looked at afterwards."""
+    last_moment = time.monotonic() + MADE_WITHIN_S
+    while ledger.purged_epoch(wish.rental_id) < wish.epoch and time.monotonic() < last_moment:
+        record = ledger.living(wish.rental_id)
+        if record and record.epoch >= wish.epoch:
+            return
+        time.sleep(LOOK_EVERY_S)
 
 
 def allowed(direction: str, ledger: Ledger, wish: Wish) -> Record:
@@ -148,10 +162,11 @@ def enter(home: Path, uid: int, open_it: bool = False) -> None:
         os.close(folder)
 
 
-def become(uid: int) -> None:
-    """The renter, for good, and gentle: what it does for itself comes first."""
+def become(uid: int, gently: bool) -> None:
+    """The renter, for good. `gently`: what it and others do for themselves comes first; else somebody waits for it."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(NICENESS)
+    if gently:
+        os.nice(NICENESS)
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
@@ -197,7 +212,7 @@ def measured_by_the_renter(uid: int, wish: Wish, spare: Callable[[int], None] = 
 def _measure_and_tell(uid: int, wish: Wish, writing: int) -> NoReturn:
     """In the child, which ends here whatever happens."""
     try:
-        become(uid)
+        become(uid, gently=not wish.moving)
         try:
             told: dict[str, Any] = dict(measure(wish))
         except Refused as refusal:

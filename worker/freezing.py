@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,11 +122,16 @@ class Freezer:
         self._write(record.rental_id, Mark(stay))
         return True
 
-    def again(self, rental_id: str, vigil: Vigil) -> int:
-        """Repeat a freezing; how many processes were killed for fighting it. Not while it is being thawed."""
+    def again(self, rental_id: str, vigil: Vigil, shut: Callable[[], None]) -> int:
+        """Repeat a freezing; how many processes were killed for fighting it. Not while it is being thawed.
+
+        `shut`: takes its keys away. Once it is thawed, they are where its renter is let in by them.
+        """
         with self.locked(FENCE_WAITS_S) as mine:
-            due = self.is_frozen(rental_id) and (mine or not self.has_lease)
-            return vigil.hold(self.spared(rental_id)) if due else 0
+            if not self.is_frozen(rental_id) or not (mine or not self.has_lease):
+                return 0
+            shut()
+            return vigil.hold(self.spared(rental_id))
 
     def thaw(self, record: Record, asked_at: float | None, move: int = 0) -> bool:
         """Whether it was frozen. `asked_at`: when the call was sent whose reply says so; None: it is an order."""

@@ -1,4 +1,4 @@
-#!/usr/bin/python3 -Es
+#!/usr/bin/python3 -ES
 """The one program that makes, locks, freezes, thaws, unlocks and purges a rental on its worker, and keeps its epoch.
 
     orion-rental run|create|certify|lock|unlock|freeze|thaw|purge|inventory  < request.json  > report.json
@@ -31,6 +31,7 @@ import processes
 import standing
 import traces
 from freezing import Freezer
+from handing import PLACE
 from host_certificate import HostCertificate, read_certificate
 from launching import MARK, Launcher, is_command
 from ledger import Ledger, Record, Refused, check_create, check_not_newer, check_unlock, write_whole
@@ -547,11 +548,11 @@ def main() -> int:
         return 2
     command = sys.argv[1]
     if command == "serve":
-        standing.serve(_answer_now, COMMANDS, sys.stdin.fileno(), sys.stdout.fileno())
+        transfers = standing.Transfers(Path(PLACE), _carry_now)
+        standing.serve(_answer_now, COMMANDS, sys.stdin.fileno(), sys.stdout.fileno(), transfers)
         return 0
     if command in files.ARGUMENTS:
-        rentals = Rentals()
-        return files.carry(command, rentals, Places().homes)
+        return _carry_now(command)
     text = "" if command == "inventory" else sys.stdin.read()
     status, report = _answer_now(command, text)
     print(json.dumps(report))  # noqa: T201 - the report is the program's output
@@ -560,6 +561,10 @@ def main() -> int:
 
 def _answer_now(command: str, text: str) -> tuple[int, Report]:
     return answer(command, text, Rentals(), time.time())
+
+
+def _carry_now(direction: str) -> int:
+    return files.carry(direction, Rentals(), Places().homes)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ Requests come one a line, `{"id": 1, "command": "run", "request": {...}}`, answe
 that it listens. Each request is answered by a process of its own, so that one that takes long, or breaks, is no other's
 trouble. When the connection ends, what is at work goes on to its end: an order is void by its epoch and its deadline,
 not by who still listens.
+
+While it stands, it also does the transfers of files that come by sessions of their own (handing.py), each in a process
+of its own as well: it has everything loaded.
 """
 
 from __future__ import annotations
@@ -13,10 +16,15 @@ import gc
 import json
 import os
 import selectors
+import socket
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from handing import TAKEN, TRANSFERS
 
 MOST_AT_ONCE = 16
 """More requests than so many wait in the connection."""
@@ -26,13 +34,30 @@ READ_BYTES = 1 << 16
 Answer = Callable[[str, str], tuple[int, dict[str, Any]]]
 
 
-def serve(answer: Answer, commands: Collection[str], incoming: int, outgoing: int) -> None:
+@dataclass(frozen=True)
+class Transfers:
+    """`carry`: does the one that it is named, over standard input and output, and does not return before its end."""
+
+    place: Path
+    carry: Callable[[str], int]
+
+
+def serve(
+    answer: Answer, commands: Collection[str], incoming: int, outgoing: int, transfers: Transfers | None = None
+) -> None:
     """Until `incoming` ends and all that was asked is answered. `answer`: the status and the report of a command."""
-    _Standing(answer, commands, incoming, outgoing).run()
+    _Standing(answer, commands, incoming, outgoing, transfers).run()
 
 
 class _Standing:
-    def __init__(self, answer: Answer, commands: Collection[str], incoming: int, outgoing: int) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        commands: Collection[str],
+        incoming: int,
+        outgoing: int,
+        transfers: Transfers | None,
+    ) -> None:
         self._answer = answer
         self._commands = commands
         self._incoming = incoming
@@ -42,15 +67,25 @@ class _Standing:
         self._ended = False
         self._at_work: dict[int, tuple[int, object, bytearray]] = {}
         """By the pipe to its process: that process, the id of its request, and what it has said."""
+        self._transfers = transfers
+        self._listening = _listen(transfers.place) if transfers else None
+        self._carrying: dict[int, int] = {}
+        """The processes of transfers, by a descriptor that says when each has ended."""
 
     def run(self) -> None:
         gc.freeze()  # what the forks share stays shared
+        if self._listening:
+            self._selector.register(self._listening, selectors.EVENT_READ)
         self._selector.register(self._incoming, selectors.EVENT_READ)
         self._write(b'{"ready": true}\n')
         while not self._ended or self._at_work:
             for key, _ in self._selector.select():
                 if key.fd == self._incoming:
                     self._read()
+                elif key.fileobj is self._listening:
+                    self._begin_transfer()
+                elif key.fd in self._carrying:
+                    self._end_transfer(key.fd)
                 else:
                     self._collect(key.fd)
             self._start_what_waits()
@@ -110,10 +145,62 @@ class _Standing:
             said = bytearray(_line(identifier, 1, _broken(ChildProcessError("its process ended without an answer"))))
         self._write(bytes(said))
 
+    def _begin_transfer(self) -> None:
+        assert self._listening  # noqa: S101 - who else has told of it
+        try:
+            asker, _ = self._listening.accept()
+        except BlockingIOError:
+            return
+        with asker:
+            pid = os.fork()
+            if pid == 0:
+                self._carry(asker)
+        ended = os.pidfd_open(pid)
+        self._carrying[ended] = pid
+        self._selector.register(ended, selectors.EVENT_READ)
+
+    def _carry(self, asker: socket.socket) -> None:
+        """In a process of its own, which ends here or becomes rsync; who handed it over waits until `asker` is shut."""
+        status = 1
+        try:
+            asker.setblocking(True)
+            command, ends, _, _ = socket.recv_fds(asker, len(max(TRANSFERS, key=len)), 3)
+            if len(ends) == 3 and self._transfers and command.decode() in TRANSFERS:
+                for standard, end in enumerate(ends):
+                    os.dup2(end, standard)
+                    os.close(end)
+                asker.sendall(TAKEN)
+                asker.set_inheritable(True)
+                status = self._transfers.carry(command.decode())
+                asker.sendall(bytes([status]))
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+        finally:
+            os._exit(status)
+
+    def _end_transfer(self, ended: int) -> None:
+        self._selector.unregister(ended)
+        os.close(ended)
+        os.waitpid(self._carrying.pop(ended), 0)
+
     def _write(self, whole_lines: bytes) -> None:
         """Nobody may be there any more to read it."""
         with suppress(OSError):
             _write_all(self._outgoing, whole_lines)
+
+
+def _listen(place: Path) -> socket.socket:
+    """For root alone. Whoever stood there before may go on with what it has; the next come here."""
+    place.unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o177)
+    try:
+        listening.bind(str(place))
+    finally:
+        os.umask(before)
+    listening.listen(64)
+    listening.setblocking(False)
+    return listening
 
 
 def _line(identifier: object, status: int, report: dict[str, Any]) -> bytes:

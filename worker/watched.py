@@ -33,11 +33,12 @@ BLIND_PAUSE_S = 1.0
 
 
 class Watched:
-    """`on_end` is told of each watch that ends without its last word."""
+    """`on_end` is told of each watch that ends without its last word, `on_let_go` of each that ends with it."""
 
-    def __init__(self, place: Path, boot_id: str, on_end: Callable[[], None]) -> None:
+    def __init__(self, place: Path, boot_id: str, on_end: Callable[[], None], on_let_go: Callable[[], None]) -> None:
         self._hello = f"{boot_id}\n".encode()
         self._on_end = on_end
+        self._on_let_go = on_let_go
         self._said: dict[int, bytes] = {}
         """The end of what came in by each watch that lasts."""
         self._programs: dict[int, socket.socket] = {}
@@ -98,7 +99,9 @@ class Watched:
         self._ready.unregister(heard)
         os.close(heard)
         self._programs.pop(heard).close()
-        if self._said.pop(heard) != LET_GO:
+        if self._said.pop(heard) == LET_GO:
+            self._on_let_go()
+        else:
             self._on_end()
 
 

@@ -140,6 +140,37 @@ def _no_line_is_lost_beyond_the_shown_age(history: History) -> Iterator[Violatio
             yield Violation("nothing lost", text, one.rental, lost[0].at - 10)
 
 
+def _a_planned_move_loses_nothing(history: History) -> Iterator[Violation]:
+    """Not one line of an epoch that a planned move has ended, whatever became of the worker that it was moved to."""
+    ticks_of = _by_rental(history)
+    for one in _kept(history):
+        there = {_written(line) for line in history.ends[one.rental].lines}
+        for epoch, at in _moved_by_plan(history, one.rental):
+            of_epoch = (tick for tick in ticks_of.get(one.rental, ()) if tick.epoch == epoch)
+            lost = [tick for tick in of_epoch if (tick.number, tick.host, tick.epoch) not in there]
+            if lost:
+                text = (
+                    f"{len(lost)} lines of {one.name} ({one.rental}) are lost that were there when it was moved as "
+                    f"planned at {at:.3f}: line {lost[0].number}, written on {lost[0].host} at {lost[0].at:.3f} in "
+                    f"epoch {epoch}"
+                )
+                yield Violation("nothing lost", text, one.rental, lost[0].at - 10, at + 30)
+
+
+def _moved_by_plan(history: History, rental: str) -> Iterator[tuple[int, float]]:
+    """The epochs that a planned move has ended, and when."""
+    let_in = [e.epoch for e in history.events if e.rental == rental and e.kind == "rental.activated" and e.epoch]
+    for event in history.events:
+        if event.rental != rental or not event.epoch:
+            continue
+        if event.kind == "rental.parked":
+            yield event.epoch, event.at
+        elif event.kind == "rental.moved":  # with the epoch that it has there
+            yield from (
+                (epoch, event.at) for epoch in [max((e for e in let_in if e < event.epoch), default=0)] if epoch
+            )
+
+
 def lost_lines(history: History) -> int:
     """Of those that are still there in the end: what takeovers cost."""
     ticks_of, lost = _by_rental(history), 0
@@ -254,6 +285,7 @@ RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
     _never_alive_twice,
     _lines_are_whole,
     _no_line_is_lost_beyond_the_shown_age,
+    _a_planned_move_loses_nothing,
     _every_kept_rental_goes_on,
     _nobody_dies_for_nothing,
     _nothing_is_left,

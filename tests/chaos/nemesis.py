@@ -1,8 +1,9 @@
 """What is done to the platform: planned from a seed as plain data, then done by one thread for each act.
 
 Acts overlap. Two acts with the same grip on one container wait for each other (nobody can pause what is dead); and a
-container may be cut off from the network while it is killed, paused or restarted. A further kind is one more line in
-KINDS; a planned act (drain, migrate) is one that asks the platform instead of Docker.
+container may be cut off from the network while it is killed, paused or restarted, and drained whatever else happens to
+it. A further kind is one more line in KINDS; a planned act is one that asks the platform instead of Docker, until that
+answers.
 """
 
 from __future__ import annotations
@@ -11,33 +12,48 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from random import Random
+from typing import TypeVar
 
 from stack import WORKERS, Container, Stack
 from support.containers import pause
 
 from chaos.checker import PAUSE
 from chaos.history import Deed
+from chaos.tenants import NOT_NOW
+from orion.client import Orion
+from orion.errors import Conflict, NotFound
+from orion.wire import RentalState
 
 GAP_S = 2.5
 """Between the beginnings of two acts, on average."""
 FIRST_ACT_S = 1.0
 WORKER, PROXY, MANAGER, KEEPER = "worker", "manager_proxy", "manager_app", "keeper"
 
-Undo = Callable[[], object]
+ASKED_EVERY_S = 0.5
+ANSWERED_WITHIN_S = 90.0
+GOODBYE_WITHIN_S = 15
+"""A quarter of what docker-compose.yml gives, and several times what it takes, unless somebody is away whom it needs.
+Then it is killed in the middle of its goodbye, and the round goes on."""
+LIFE, NETWORK, INTENT, DISK, POOL = "life", "network", "intent", "disk", "pool"
+
+Undo = Callable[[], Container | None]
+"""Returns the container that has taken its place, where another one has."""
 Do = Callable[[Stack, Container], Undo | None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`weight`: how often in a deck. `lasts_s`: shortest and longest, in seconds. `grip`: what it holds."""
+    """`weight`: how often in a deck. `lasts_s`: shortest and longest, in seconds. `grips`: what it holds."""
 
     services: tuple[str, ...]
     weight: int
     lasts_s: tuple[float, float]
     do: Do
-    grip: str = "life"
+    grips: tuple[str, ...] = (LIFE,)
 
 
 @dataclass(frozen=True)
@@ -80,8 +96,11 @@ class Nemesis:
         self._now = now
         self._tell = tell
         self._containers = {(one.service, one.number): one for one in stack.containers()}
-        self._grips: Mapping[tuple[str, str], threading.Lock] = defaultdict(threading.Lock)
+        """By the number that each had at first: whoever takes its place has another one."""
+        self._grips: Mapping[tuple[object, str], threading.Lock] = defaultdict(threading.Lock)
         self.deeds: list[Deed] = []
+        self.gone: set[str] = set()
+        """Hostnames of workers that were taken away for good."""
         self.faults: list[str] = []
         """What it could not do: then the round is no test."""
 
@@ -96,8 +115,11 @@ class Nemesis:
 
     def _act(self, act: Act, began: float) -> None:
         time.sleep(max(0.0, began + act.at_s - time.monotonic()))
-        kind, container = KINDS[act.kind], self._containers[act.service, act.number]
-        with self._grips[container.id, kind.grip]:
+        kind, place = KINDS[act.kind], (act.service, act.number)
+        with ExitStack() as held:
+            for grip in kind.grips:
+                held.enter_context(self._grips[None if grip == POOL else place, grip])
+            container = self._containers[place]
             self._tell(f"nemesis: {act}")
             began_at = self._now()
             try:
@@ -106,7 +128,7 @@ class Nemesis:
                 if undo:
                     time.sleep(act.lasts_s)
                     undone_from = self._now()
-                    undo()
+                    self._replace(place, undo())
                     undone_at = self._now()
             except Exception as error:
                 self.faults.append(f"{act}: {error}")
@@ -114,15 +136,27 @@ class Nemesis:
         host = container.hostname if act.service == WORKER else act.service
         self.deeds.append(Deed(act.kind, host, began_at, done_at, undone_from, undone_at))
 
+    def _replace(self, place: tuple[str, int], container: Container | None) -> None:
+        if container is not None:
+            self.gone.add(self._containers[place].hostname)
+            self._containers[place] = container
+
+
+def _docker(stack: Stack, *arguments: str) -> Undo:
+    def do() -> None:
+        stack.docker(*arguments)
+
+    return do
+
 
 def _kill(stack: Stack, container: Container) -> Undo:
     stack.docker("kill", container.id)
-    return lambda: stack.docker("start", container.id)
+    return _docker(stack, "start", container.id)
 
 
 def _pause(stack: Stack, container: Container) -> Undo:
     pause(container.id)
-    return lambda: stack.docker("unpause", container.id)
+    return _docker(stack, "unpause", container.id)
 
 
 def _restart(stack: Stack, container: Container) -> None:
@@ -132,7 +166,7 @@ def _restart(stack: Stack, container: Container) -> None:
 def _cut_off(stack: Stack, container: Container) -> Undo:
     stack.docker("network", "disconnect", stack.network, container.id)
     again = ["network", "connect", *_address_of(stack, container), stack.network, container.id]
-    return lambda: stack.docker(*again)
+    return _docker(stack, *again)
 
 
 def _address_of(stack: Stack, container: Container) -> list[str]:
@@ -177,20 +211,89 @@ sys.exit(0 if found else 9)
 def _fill_the_disk(stack: Stack, keeper: Container) -> Undo:
     filled = stack.exec(keeper.id, "sh", "-c", "cat /dev/zero > /manager/fill")
     assert "No space left" in filled.stderr, f"{filled.returncode}: {filled.stderr}"
-    return lambda: stack.exec(keeper.id, "rm", "/manager/fill")
+    return _docker(stack, "exec", keeper.id, "rm", "/manager/fill")
+
+
+def _drain(stack: Stack, container: Container) -> Undo | None:
+    worker = _answered(stack, lambda orion: orion.drain(orion.find_worker(container.hostname).id))
+    if worker is None:
+        return None
+
+    def resume() -> None:
+        _answered(stack, lambda orion: orion.resume(worker.id))
+
+    return resume
+
+
+def _migrate(stack: Stack, container: Container) -> None:
+    """Whatever is active there, where the platform knows of a place."""
+
+    def ask(orion: Orion) -> None:
+        here = orion.find_worker(container.hostname).id
+        for rental in orion.rentals():
+            if rental.worker_id == here and rental.state is RentalState.ACTIVE:
+                with suppress(Conflict):  # it goes on where it is
+                    orion.migrate(rental.id, wait_s=0)
+
+    _answered(stack, ask)
+
+
+def _answered(stack: Stack, ask: Callable[[Orion], T]) -> T | None:
+    """None: what it is about is not known, or not any more."""
+    last_moment = time.monotonic() + ANSWERED_WITHIN_S
+    while True:
+        try:
+            with stack.connect() as orion:
+                return ask(orion)
+        except NotFound:
+            return None
+        except NOT_NOW:
+            if time.monotonic() > last_moment:
+                raise
+        time.sleep(ASKED_EVERY_S)
+
+
+def _scale_down(stack: Stack, container: Container) -> Undo:
+    """As `up --scale worker=N` does it with fewer, but with any of them: SIGTERM, its grace, and it is gone for good.
+
+    With more again there is another one in its place; Compose makes it, and whoever is dead meanwhile stays so.
+    """
+    stack.docker("stop", "--time", str(GOODBYE_WITHIN_S), container.id, timeout_s=GOODBYE_WITHIN_S + 30)
+    stack.docker("rm", container.id)
+
+    def scale_up() -> Container:
+        before = {one.id for one in stack.containers(WORKER)}
+        more = (
+            "--no-start",
+            "--no-build",
+            "--no-recreate",
+            "--no-deps",
+            "--scale",
+            f"{WORKER}={len(before) + 1}",
+            WORKER,
+        )
+        stack.compose("up", *more)
+        (newcomer,) = (one for one in stack.containers(WORKER) if one.id not in before)
+        stack.docker("start", newcomer.id)
+        return newcomer
+
+    return scale_up
 
 
 KINDS: dict[str, Kind] = {
     "kill": Kind((WORKER,), 6, (0.2, 8.0), _kill),
     PAUSE: Kind((WORKER,), 5, (0.5, 14.0), _pause),
-    "cut": Kind((WORKER,), 5, (0.5, 14.0), _cut_off, grip="network"),
+    "cut": Kind((WORKER,), 5, (0.5, 14.0), _cut_off, (NETWORK,)),
     "restart": Kind((WORKER,), 2, (0.0, 0.0), _restart),
+    "drain": Kind((WORKER,), 2, (1.0, 10.0), _drain, (INTENT,)),
+    "migrate": Kind((WORKER,), 3, (0.0, 0.0), _migrate, (INTENT,)),
+    "scale down": Kind((WORKER,), 2, (0.5, 8.0), _scale_down, (POOL, LIFE, NETWORK)),
     "kill of sshd": Kind((WORKER,), 2, (0.0, 0.0), _kill_within("sshd")),
     "kill of the brain or the door": Kind((MANAGER, PROXY), 3, (0.2, 10.0), _kill),
     "pause of the brain or the door": Kind((MANAGER, PROXY), 2, (0.5, 10.0), _pause),
-    "cut of the brain or the door": Kind((MANAGER, PROXY), 2, (0.5, 10.0), _cut_off, grip="network"),
+    "cut of the brain or the door": Kind((MANAGER, PROXY), 2, (0.5, 10.0), _cut_off, (NETWORK,)),
     "restart of the brain or the door": Kind((MANAGER, PROXY), 1, (0.0, 0.0), _restart),
     "kill of the engine": Kind((MANAGER,), 2, (0.0, 0.0), _kill_within("orion.manager.engine.server")),
     "kill of the vault": Kind((MANAGER,), 1, (0.0, 0.0), _kill_within("orion.manager.engine.vault")),
-    "full disk": Kind((KEEPER,), 2, (2.0, 15.0), _fill_the_disk, grip="disk"),
+    "full disk": Kind((KEEPER,), 2, (2.0, 15.0), _fill_the_disk, (DISK,)),
 }

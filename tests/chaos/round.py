@@ -100,7 +100,7 @@ class Round:
         nemesis.run(acts)
         self._tell("all is healed")
         self._leave([guest])
-        unrest = self._come_to_rest()
+        unrest = self._come_to_rest(nemesis.gone)
         self._leave(tenants)
         faults = [fault for one in (*tenants, guest) for fault in one.faults] + unrest
         if nemesis.faults:
@@ -134,14 +134,14 @@ class Round:
 
     # Coming to rest
 
-    def _come_to_rest(self) -> list[str]:
-        """What is still not at rest when it should be."""
+    def _come_to_rest(self, gone: set[str]) -> list[str]:
+        """What is still not at rest when it should be. `gone`: hostnames of workers that are not there any more."""
         began = time.monotonic()
         unrest = ["the platform does not answer"]
 
         def at_rest() -> bool:
             with self._stack.connect() as orion:
-                unrest[:] = list(self._unrest(orion))
+                unrest[:] = [*self._forget(orion, gone), *self._unrest(orion)]
             return not unrest
 
         try:
@@ -150,6 +150,14 @@ class Round:
             return [f"after {AT_REST_WITHIN_S:g} s: {one}" for one in unrest]
         self._figures["all at rest after"] = f"{time.monotonic() - began:.1f} s"
         return []
+
+    def _forget(self, orion: Orion, gone: set[str]) -> Iterator[str]:
+        """As an operator does it with workers that were taken away: nothing may be left of them."""
+        for worker in orion.workers():
+            if worker.hostname in gone and worker.health is WorkerHealth.DOWN:
+                orion.remove_worker(worker.id)
+            elif worker.hostname in gone:
+                yield f"worker {worker.hostname} was taken away, and is {worker.health}: {worker.explanation}"
 
     def _unrest(self, orion: Orion) -> Iterator[str]:
         status = orion.status()
@@ -243,6 +251,7 @@ class Round:
             if any(one.kind == kind for one in history.deeds)
         )
         self._figures["ticks"] = f"{len(history.ticks)} of {len({one.rental for one in history.ticks})} rentals"
+        self._figures["planned moves"] = str(kinds.count("rental.moved") + kinds.count("rental.parked"))
         self._figures["workers down"] = str(kinds.count("worker.became_down"))
         self._figures["takeovers"] = str(takeovers)
         self._figures["visits of guests"] = str(sum(one.released for one in history.asked))

@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from handing import PLACE
 from rental_support import Rental, new_rental, placement
 from vault_contract import Bench, VaultContract, refusal
 from vault_support import RealVault, home_of, host_of, vault
@@ -210,6 +213,49 @@ async def test_a_home_that_changes_while_it_is_read_is_copied_and_nothing_of_oth
         assert content <= {"mine\n", "", "/etc/shadow", "/etc"}, "a link is kept as a file with where it leads"
         assert secret not in content
     rental.ssh("kill -9 -1")
+
+
+async def test_a_copy_that_comes_before_its_account_fills_the_home_as_soon_as_that_is_there(bench: RealBench) -> None:
+    home = bench.new_home()
+    await bench.create(home, let_in=True)
+    await bench.write(home, "file", "precious")
+    copied = await bench.vault.copy(home, LIMITS)
+    there = replace(home, host=bench.hosts[1], epoch=2)
+    coming = asyncio.create_task(bench.vault.restore(there))
+    await asyncio.sleep(0.1)  # it comes first, mostly; what is true in the end is true either way
+    await bench.create(there, let_in=False)
+    assert await coming == copied.copy
+    assert await bench.files(there) == {"file": "precious"}
+    never = await refusal(bench.vault.restore(replace(there, epoch=3)))
+    assert never.code == "stale_epoch", "it does not wait for ever"
+
+
+@contextmanager
+def _standing(worker: Worker) -> Iterator[None]:
+    """As while the manager's engine holds its connection to it."""
+    serving = ["docker", "exec", "-i", worker.name, "orion-rental", "serve"]
+    with subprocess.Popen(serving, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as standing:
+        assert standing.stdout
+        assert json.loads(standing.stdout.readline()) == {"ready": True}
+        yield
+
+
+async def test_what_stands_there_does_the_transfers_without_loading_anything(real: RealVault, rental: Rental) -> None:
+    rental.ssh("echo precious > file")
+    program, aside = "/usr/local/lib/orion/rental.py", "/usr/local/lib/orion/aside.py"
+    with _standing(rental.on):
+        rental.on.run("mv", program, aside)
+        try:
+            copied = await real.client.copy(home_of(rental), LIMITS)
+            stale = await refusal(real.client.copy(replace(home_of(rental), epoch=7), LIMITS))
+            again = await refusal(real.client.restore(home_of(rental)))
+            knocked = rental.ssh(f"python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect(\"{PLACE}\")'")
+        finally:
+            rental.on.run("mv", aside, program)
+    assert (real.copy_of(home_of(rental), str(copied.copy.generation)) / "file").read_text() == "precious\n"
+    assert (stale.code, again.code) == ("stale_epoch", LET_IN)
+    assert "PermissionError" in knocked.stderr
+    assert (await real.client.copy(home_of(rental), LIMITS)).copy.files == copied.copy.files, "nobody stands there now"
 
 
 async def test_a_home_that_its_renter_shut_is_not_taken_for_an_empty_one(real: RealVault, rental: Rental) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import asyncssh
 from rental_support import new_rental
-from worker_support import Network, SmallManager, Worker, docker, worker
+from worker_support import Network, SmallManager, Worker, docker, wait_until, worker
 
 from orion.manager.engine.port import End, Host, Sign
 from orion.manager.engine.reach import SshReach
@@ -59,8 +59,10 @@ async def test_a_watch_goes_over_a_restart_of_sshd_and_ends_with_the_container(
 
         async with watched(new, manager):
             quiet = time.monotonic()
-        await asyncio.sleep(0.7)
-        assert manager.of("/api/heartbeat", after=quiet) == [], "the agent makes nothing of a watch that was let go"
+        await asyncio.to_thread(wait_until, lambda: manager.of("/api/heartbeat", after=quiet), "it asks who comes next")
+        await asyncio.sleep(1.2)  # when it would stand still, had nobody let go
+        assert len(manager.of("/api/heartbeat", after=quiet)) == 1, "it was heard"
+        assert '"running"' in await shown(new)
 
         async with watched(new, manager) as held:
             ended = time.monotonic()

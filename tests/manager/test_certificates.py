@@ -119,3 +119,14 @@ async def test_an_order_of_a_former_epoch_brings_no_certificate(house: House) ->
     house.clock.now += LIFETIME_S
     await house.manager.certificates.ensure(replace(job, epoch=job.epoch + 1))
     assert worker.node.host_certificate == before
+
+
+async def test_those_that_are_taken_over_together_are_named_by_one_certificate(house: House) -> None:
+    first = await house.join(slots=8)
+    rentals_there = [await house.rent() for _ in range(6)]
+    other = await house.join(slots=8)
+    first.die()
+    await house.silence(first, 100)
+    await house.pass_time(10)
+    assert named(other.node.host_certificate) == {rental["id"] for rental in rentals_there}
+    assert other.node.sshd_begun < len(rentals_there)

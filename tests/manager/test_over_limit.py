@@ -48,7 +48,7 @@ def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keeper:
     for number in range(5):
         (home / str(number)).write_text("x" * 10)
     monkeypatch.chdir(home)
-    monkeypatch.setattr(files, "become", lambda _: None)  # it needs root
+    monkeypatch.setattr(files, "become", lambda _uid, gently: None)  # it needs root
     return Keeper(Ledger(tmp_path / "ledger"), Freezer(tmp_path))
 
 

@@ -159,6 +159,15 @@ def test_the_next_call_is_due_at_once_when_the_watch_has_ended(bench: Bench) -> 
     assert bench.home.due_s() > 60.0
 
 
+def test_a_manager_that_ended_in_order_is_asked_until_the_next_one_has_heard_it(bench: Bench) -> None:
+    bench.step(registered())
+    bench.home.let_go_at = bench.manager.now
+    bench.manager.now += 1.5
+    assert [bench.step(Answer(503)) for _ in range(3)] == [1.0, 2.0, 2.0]
+    bench.step(acknowledged())
+    assert bench.home.due_s() > 60.0
+
+
 def test_a_worker_whose_lease_is_about_to_end_asks_every_two_seconds(bench: Bench) -> None:
     bench.step(registered())
     bench.manager.now += 70.0

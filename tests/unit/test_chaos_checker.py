@@ -108,6 +108,18 @@ def test_one_epoch_on_two_workers_is_noticed() -> None:
     assert texts[0] == f"never two live copies: epoch 2 of {LAB} lives on {SECOND} and on {FIRST}"
 
 
+def test_a_line_that_a_planned_move_has_lost_is_noticed_however_young_it_was() -> None:
+    moved = Happened(11.8, "rental.moved", LAB, "w-second", 2, "moved with all its files")
+    (text,) = _broken(replace(GOOD, events=tuple(sorted((*GOOD.events, moved), key=lambda one: one.at))))
+    assert text.startswith("nothing lost: 1 lines of lab")
+    assert f"line 5, written on {FIRST} at 9.000 in epoch 1" in text
+
+
+def test_a_line_that_was_written_where_it_is_parked_may_not_be_lost_either() -> None:
+    parked = Happened(10.5, "rental.parked", LAB, "w-first", 1, "moved away, to wait")
+    assert len(_broken(replace(GOOD, events=tuple(sorted((*GOOD.events, parked), key=lambda one: one.at))))) == 1
+
+
 def _paused(until: float, stale: Iterable[float]) -> History:
     deed = Deed("pause", FIRST, KILLED_AT, KILLED_AT + 0.1, until, until + 0.4)
     return replace(GOOD, deeds=(deed,), ticks=(*GOOD.ticks, *_ticks(LAB, FIRST, 1, 50, 6, stale)))

@@ -273,3 +273,24 @@ def test_of_what_is_frozen_the_one_that_copies_is_spared_until_it_is_frozen_agai
     assert house.rentals.freezer.spared("one") == (os.getpid(), stillness.started_at(os.getpid()))
     house.rentals.freeze(Request("one", 1, move=2))
     assert house.rentals.freezer.spared("one") is None
+
+
+def test_whoever_is_thawed_while_the_fence_looks_stays_let_in(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its renter is shut out until the next reply to a heartbeat finds that (chaos has seen it)."""
+    monkeypatch.setattr("fence.AGAIN_EVERY_S", 0.0)
+    house.let_in()
+    house.may_run(False)
+    house.right[0] = True
+    house.fence.renewed()
+    seen = house.rentals.freezer.frozen
+
+    def thawed_then() -> list[str]:
+        frozen = seen()
+        for _ in frozen:
+            house.rentals.thaw(Request("one", 1))
+        return frozen
+
+    monkeypatch.setattr(house.rentals.freezer, "frozen", thawed_then)
+    house.fence.look()
+    assert house.shown == "running"
+    assert house.kernel.running == {UID}

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import handing
 import pytest
 import standing
 
 COMMANDS = ("say", "wait", "break", "die", "flood")
+
+
+HAND_OVER = "import handing, sys; sys.exit(handing.hand_over(sys.argv[1], sys.argv[2]))"
+
+
+def _echo(command: str) -> int:
+    """A transfer that says what it is, then what it hears."""
+    os.write(1, f"{command}: ".encode())
+    while part := os.read(0, 100):
+        os.write(1, part)
+    return 3
 
 
 class Served:
@@ -26,7 +42,8 @@ class Served:
             os.close(self.to)
             os.close(self.back)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            standing.serve(self._answer, COMMANDS, their_in, their_out)
+            transfers = standing.Transfers(folder / "transfers", _echo)
+            standing.serve(self._answer, COMMANDS, their_in, their_out, transfers)
             os._exit(0)
         os.close(their_in)
         os.close(their_out)
@@ -121,3 +138,41 @@ def test_more_than_may_be_at_work_at_once_wait_and_are_all_answered(served: Serv
     for identifier in range(number):
         served.ask(identifier, "say")
     assert {served.answer()["id"] for _ in range(number)} == set(range(number))
+
+
+def _handed_over(place: Path) -> subprocess.Popen[bytes]:
+    """As sshd starts it."""
+    command = [sys.executable, "-c", HAND_OVER, "send", str(place)]
+    environment = os.environ | {"PYTHONPATH": str(Path(handing.__file__).parent)}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+
+def test_transfers_are_done_side_by_side_with_what_each_was_given(served: Served) -> None:
+    place = served.folder / "transfers"
+    with _handed_over(place) as first, _handed_over(place) as second:
+        assert second.communicate(b"two", timeout=30)[0] == b"send: two"
+        assert first.poll() is None, "it stays as long as its transfer goes on"
+        assert first.communicate(b"one", timeout=30)[0] == b"send: one"
+    assert (first.returncode, second.returncode) == (3, 3)
+    served.ask(1, "say", "still here")
+    assert served.answer()["report"] == {"heard": "still here"}
+
+
+def test_nobody_but_root_hands_over_a_transfer(served: Served) -> None:
+    assert (served.folder / "transfers").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_nobody_takes_is_not_handed_over(tmp_path: Path) -> None:
+    assert handing.hand_over("send", str(tmp_path / "nobody")) is None
+    place = tmp_path / "dies"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(place))
+        listening.listen()
+
+        def die() -> None:
+            listening.accept()[0].close()
+
+        dying = threading.Thread(target=die)
+        dying.start()
+        assert handing.hand_over("send", str(place)) is None
+        dying.join()

@@ -76,7 +76,7 @@ async def bench(request: pytest.FixtureRequest) -> Bench:
 
 
 async def test_what_runs_on_a_ready_worker_can_be_copied(bench: Bench) -> None:
-    assert await bench.book.running() == [RENTAL.id]
+    assert await bench.book.running() == {RENTAL.id: RENTAL.epoch}
     assert await bench.book.one(RENTAL.id) == Running(RENTAL, RUNNING, WORKER)
     assert await bench.book.one(MOVING.id) is None
 

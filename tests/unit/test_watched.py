@@ -28,7 +28,8 @@ class House:
     def __init__(self, folder: Path) -> None:
         self.place = folder / "watch"
         self.ends = 0
-        self.watched = Watched(self.place, "boot-1", self._count)
+        self.let_go = 0
+        self.watched = Watched(self.place, "boot-1", self._count, self._count_let_go)
 
     def watch(self) -> Watch:
         made = Watch(self.place)
@@ -38,6 +39,9 @@ class House:
 
     def _count(self) -> None:
         self.ends += 1
+
+    def _count_let_go(self) -> None:
+        self.let_go += 1
 
 
 @pytest.fixture
@@ -68,7 +72,7 @@ def test_a_watch_that_was_let_go_with_the_last_word_is_not(house: House) -> None
     watch.close()
     for _ in range(3):
         house.watched.look(0.1)
-    assert house.ends == 0
+    assert (house.ends, house.let_go) == (0, 1)
 
 
 def test_the_last_word_must_be_the_last(house: House) -> None:
@@ -77,7 +81,7 @@ def test_the_last_word_must_be_the_last(house: House) -> None:
     watch.close()
     for _ in range(3):
         house.watched.look(0.1)
-    assert house.ends == 1
+    assert (house.ends, house.let_go) == (1, 0)
 
 
 def test_each_of_two_watches_has_its_own_end(house: House) -> None:

@@ -59,6 +59,8 @@ class FakeWorker:
     boot_id: str = "boot-0001"
     host_certificate: str = ""
     """What its sshd shows."""
+    sshd_begun: int = 0
+    """How often its sshd began anew, to show another one."""
     _going: asyncio.Event = field(default_factory=asyncio.Event)
     _closing: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -111,7 +113,7 @@ class FakeWorker:
         unlocked = job.action is Action.CREATE or bool(before and before.epoch == job.epoch and before.unlocked)
         account = Account(job.username, job.uid, job.epoch, job.public_keys, unlocked)
         self.accounts[job.rental_id] = account
-        self.host_certificate = job.host_certificate or self.host_certificate
+        self._show(job.host_certificate)
         self.homes.setdefault(job.rental_id, {})
         if unlocked:
             self.let_in[job.rental_id] = job.epoch
@@ -162,8 +164,15 @@ class FakeWorker:
             raise Refused("no such rental on this worker")
         if account.epoch != job.epoch:
             raise Refused(f"epoch {job.epoch} is not epoch {account.epoch}, which is here")
-        changed, self.host_certificate = self.host_certificate != job.host_certificate, job.host_certificate
+        changed = self._show(job.host_certificate)
         return {"changed": changed, "epoch": job.epoch, "state": "running" if account.unlocked else "locked"}
+
+    def _show(self, certificate: str) -> bool:
+        if certificate in {"", self.host_certificate}:
+            return False
+        self.host_certificate = certificate
+        self.sshd_begun += 1
+        return True
 
     def purge(self, job: Job) -> dict[str, Any]:
         self._refuse_older(self.accounts.get(job.rental_id), job)

@@ -34,6 +34,9 @@ class Certificates:
         self._wall = wall
         self._shown: dict[str, Issued] = {}
         """By worker; of workers that are not there any more too, until their certificate has ended."""
+        self._signed: dict[str, Issued] = {}
+        """The last of each worker, whether it shows it by now or not; as above."""
+        self._signing: dict[str, asyncio.Task[Issued | None]] = {}
         self._renewing: dict[str, asyncio.Task[None]] = {}
 
     async def issue(self, host: Host) -> Issued | None:
@@ -45,18 +48,38 @@ class Certificates:
         serial = self._authority.next_serial()
         rental_ids = await self._store.read(certificates.current_on, host.worker_id)
         try:
-            return self._authority.host_certificate(serial, host.worker_id, host.host_keys, rental_ids)
+            issued = self._authority.host_certificate(serial, host.worker_id, host.host_keys, rental_ids)
         except NothingToSign as reason:
             log.warning("no host certificate", worker_id=host.worker_id, reason=str(reason))
             return None
+        _keep_newest(self._signed, host.worker_id, issued, self._wall())
+        return issued
+
+    async def naming(self, job: Job) -> Issued | None:
+        """The last that was signed for its worker, if that names the rental and is good for a while; else a new one.
+
+        So those that are placed on a worker together come with one and the same, and its sshd begins anew once, not for
+        each of a hundred.
+        """
+        worker_id = job.host.worker_id
+        if not self._is_named(job) and worker_id in self._signing:
+            await asyncio.wait([self._signing[worker_id]])
+        if self._is_named(job):
+            return self._signed[worker_id]
+        signing = self._signing[worker_id] = asyncio.create_task(self.issue(job.host))
+        try:
+            return await signing
+        finally:
+            if self._signing.get(worker_id) is signing:
+                del self._signing[worker_id]
+
+    def _is_named(self, job: Job) -> bool:
+        last = self._signed.get(job.host.worker_id)
+        return last is not None and last.serves(job.rental_id, job.host.host_keys, self._wall(), FRESH_S)
 
     def shows(self, worker_id: str, issued: Issued) -> None:
         """The worker has said so."""
-        now = self._wall()
-        self._shown = {w: known for w, known in self._shown.items() if known.valid_until > now}
-        before = self._shown.get(worker_id)
-        if before is None or before.serial < issued.serial:
-            self._shown[worker_id] = issued
+        _keep_newest(self._shown, worker_id, issued, self._wall())
 
     async def ensure(self, job: Job) -> None:
         """Its worker can be recognised as this rental's, as far as that can be brought about now.
@@ -110,10 +133,19 @@ class CertifyingEngine:
         if job.action not in {Action.CREATE, Action.PREPARE}:
             return await self.engine.run(job)
         job = replace(job, user_authority=self.user_authority)
-        issued = await self.certificates.issue(job.host) if job.action is Action.CREATE else None
+        issued = await self.certificates.naming(job) if job.action is Action.CREATE else None
         if issued is None:
             return await self.engine.run(job)
         outcome = await self.engine.run(replace(job, host_certificate=issued.line))
         if outcome.ok:
             self.certificates.shows(job.host.worker_id, issued)
         return outcome
+
+
+def _keep_newest(known: dict[str, Issued], worker_id: str, issued: Issued, now: float) -> None:
+    """And forget those that have ended."""
+    for ended in [w for w, one in known.items() if one.valid_until <= now]:
+        del known[ended]
+    before = known.get(worker_id)
+    if before is None or before.serial < issued.serial:
+        known[worker_id] = issued

@@ -26,6 +26,10 @@ log = structlog.get_logger()
 
 JITTER = 0.1
 """Of the interval, so that rentals made together are not copied together for ever."""
+SPREAD = 0.5
+"""The same for those that were moved: a worker's rentals move together, and have the files of their last copies."""
+KNOWN_S = 3600.0
+"""For so long it is remembered in which epoch a rental was that cannot be copied any more."""
 ROUNDS = 20
 """In an interval."""
 LOOKING_SHARE = 0.05
@@ -74,6 +78,8 @@ class CopiesLoop:
         self._wall = wall
         self._random = random or Random()  # noqa: S311 - nothing secret
         self._next_at: dict[str, float] = {}
+        self._epochs: dict[str, tuple[int, float]] = {}
+        """Of each rental that could be copied: in which epoch, and when that was last seen."""
         self._failures: dict[str, int] = {}
         self._running: dict[str, asyncio.Task[str]] = {}
         self._sweeping: asyncio.Task[None] | None = None
@@ -101,15 +107,26 @@ class CopiesLoop:
             self._start(rental_id)
 
     async def _look_who_runs(self, now: float) -> None:
-        found = frozenset(await self._book.running())
-        for rental_id in self._running.keys() - found:
+        found = await self._book.running()
+        for rental_id in self._running.keys() - found.keys():
             self._running[rental_id].cancel()
-        for rental_id in sorted(found - self._next_at.keys()):
-            self._next_at[rental_id] = now + self._plan.interval_s * self._random.uniform(0.0, JITTER)
+        for rental_id in sorted(found.keys() - self._next_at.keys()):
+            self._next_at[rental_id] = now + self._plan.interval_s * self._first_share(rental_id, found[rental_id])
         self._next_at = {rental_id: at for rental_id, at in self._next_at.items() if rental_id in found}
+        self._epochs |= {rental_id: (epoch, now) for rental_id, epoch in found.items()}
+        self._epochs = {rental_id: last for rental_id, last in self._epochs.items() if now - last[1] < KNOWN_S}
         self._failures = {rental_id: n for rental_id, n in self._failures.items() if rental_id in found}
         ended = self._monotonic()
         self._looks_at = ended + (ended - now) * (1 / LOOKING_SHARE - 1)
+
+    def _first_share(self, rental_id: str, epoch: int) -> float:
+        """Of the interval, until its first copy where it is now.
+
+        To copy at once what was just moved would take the processors from what is still to be restored.
+        """
+        known = self._epochs.get(rental_id)
+        was_moved = known is not None and known[0] < epoch
+        return self._random.uniform(1.0 - SPREAD, 1.0) if was_moved else self._random.uniform(0.0, JITTER)
 
     async def copy_now(self, rental_id: str, spare: Generation | None) -> str:
         """Copy it at once, and keep `spare`; why that was not done, empty when it was."""

@@ -2,13 +2,16 @@
 
 Safe order: the account is made locked; the copy is put into its home; only then is it let in, by the usual job. Killed
 between any two, it is begun again: the worker refuses to put anything over the files of a renter that was let in at
-this epoch, and that counts as done. Files are never given up by themselves: what cannot be restored now is tried again,
-and only an operator or the renter may say that it is to begin without.
+this epoch, and that counts as done. Where one rental alone is made, its copy is sent for while its account is made: the
+worker waits for that, and refuses before. Files are never given up by themselves: what cannot be restored now is tried
+again, and only an operator or the renter may say that it is to begin without.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -26,6 +29,61 @@ AT_ONCE = 8
 """Homes that are filled at a time on one worker, which has a processor or two. A hundred that begin together are all
 late, and its sshd takes no more than 64 sessions of one connection.
 """
+TOGETHER = 8
+TOGETHER_S = 0.4
+"""While others of their worker are being filled, those whose files are there wait so long at most until so many are:
+one run of Ansible lets in all of them, and costs little more than for one. Where nobody else is filled, nobody waits.
+"""
+
+
+class _Worker:
+    """On which homes are being filled: one that hangs holds up no other."""
+
+    def __init__(self) -> None:
+        self._share = asyncio.Semaphore(AT_ONCE)
+        self._made = 0
+        self._filling = 0
+        self._ready = 0
+        self._door = asyncio.Event()
+
+    @contextmanager
+    def making(self) -> Iterator[bool]:
+        """Whether no other rental is being made there."""
+        self._made += 1
+        try:
+            yield self._made == 1
+        finally:
+            self._made -= 1
+
+    @asynccontextmanager
+    async def filling(self) -> AsyncIterator[None]:
+        self._filling += 1
+        try:
+            async with self._share:
+                yield
+        finally:
+            self._filling -= 1
+            if not self._filling:
+                self._open()
+
+    async def together(self) -> None:
+        """Until those that are ready by now may be let in."""
+        self._ready += 1
+        if not self._filling or self._ready >= TOGETHER:
+            self._open()
+            return
+        door = self._door
+        try:
+            async with asyncio.timeout(TOGETHER_S):
+                await door.wait()
+        except TimeoutError:
+            if door is self._door:
+                self._open()
+
+    def _open(self) -> None:
+        """For those that wait at it; the next wait at another one."""
+        self._door.set()
+        self._door, self._ready = asyncio.Event(), 0
 
 
 class Restorer:
@@ -33,8 +91,7 @@ class Restorer:
         self._engine = engine
         self._vault = vault
         self._book = book
-        self._shares: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
-        """Of each worker on which a home is being filled: one that hangs holds up no other."""
+        self._workers: WeakValueDictionary[str, _Worker] = WeakValueDictionary()
         self.salvager = Salvager(vault, book, limits or Limits())
 
     async def make(self, job: Job, wanted: str, filled: str = "") -> Outcome:
@@ -46,20 +103,40 @@ class Restorer:
             made = await self._engine.run(job)
             told = {"generation": filled, "reason": "moved with all its files"}
             return replace(made, report={**made.report, "restored": told})
+        worker = self._workers.setdefault(job.host.worker_id, _Worker())
+        with worker.making() as alone:
+            early = asyncio.create_task(self._fill(job, wanted)) if alone else None
+            try:
+                return await self._make(job, wanted, worker, early)
+            finally:
+                if early:
+                    early.cancel()
+                    await asyncio.gather(early, return_exceptions=True)
+
+    async def _make(
+        self, job: Job, wanted: str, worker: _Worker, early: asyncio.Task[dict[str, Any]] | None
+    ) -> Outcome:
+        """`early`: its home is being filled already, as soon as the worker has it, which refuses that before."""
         prepared = await self._engine.run(replace(job, action=Action.PREPARE))
         if not prepared.ok:
             return prepared
         before = prepared.report.get("restored")
         found: dict[str, Any] = {"restored": {"generation": before, "reason": LET_IN_BEFORE}} if before else {}
         if prepared.report.get("state") != "running":
-            share = self._shares.setdefault(job.host.worker_id, asyncio.Semaphore(AT_ONCE))
             try:
-                async with share:
-                    found = {"restored": await self._fill(job, wanted)}
+                async with worker.filling():
+                    found = {"restored": await self._filled(job, wanted, early)}
             except VaultError as error:
                 return _refused(error)
+            await worker.together()
         made = await self._engine.run(job)
         return replace(made, report={**made.report, **found})
+
+    async def _filled(self, job: Job, wanted: str, early: asyncio.Task[dict[str, Any]] | None) -> dict[str, Any]:
+        if early:
+            with suppress(VaultError):  # it came too early
+                return await early
+        return await self._fill(job, wanted)
 
     async def _fill(self, job: Job, wanted: str) -> dict[str, Any]:
         if wanted == EMPTY:

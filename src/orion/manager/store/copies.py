@@ -41,8 +41,8 @@ class Running(NamedTuple):
 class CopyBook(Protocol):
     """Each call is one transaction."""
 
-    async def running(self) -> list[str]:
-        """The rentals that can be copied now."""
+    async def running(self) -> dict[str, int]:
+        """The rentals that can be copied now, each with its epoch."""
         ...
 
     async def one(self, rental_id: str) -> Running | None:
@@ -86,7 +86,7 @@ class SqlCopyBook:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def running(self) -> list[str]:
+    async def running(self) -> dict[str, int]:
         return await self._store.read(load_running)
 
     async def one(self, rental_id: str) -> Running | None:
@@ -124,8 +124,8 @@ class MemoryCopyBook:
         self._ledger = world
         self.copies: dict[str, list[Copy]] = {}
 
-    async def running(self) -> list[str]:
-        return [one.rental.id for one in self._running()]
+    async def running(self) -> dict[str, int]:
+        return {one.rental.id: one.rental.epoch for one in self._running()}
 
     async def one(self, rental_id: str) -> Running | None:
         return next((one for one in self._running() if one.rental.id == rental_id), None)
@@ -175,8 +175,9 @@ class MemoryCopyBook:
         self.copies.pop(rental_id, None)
 
 
-def load_running(connection: Connection) -> list[str]:
-    return list(connection.execute(_running(rentals.c.id)).scalars())
+def load_running(connection: Connection) -> dict[str, int]:
+    rows = connection.execute(_running(rentals.c.id, rentals.c.epoch))
+    return {row.id: row.epoch for row in rows}
 
 
 def load_one(connection: Connection, rental_id: str) -> Running | None:
@@ -199,7 +200,7 @@ def _load(connection: Connection, query: Any, rental_id: str) -> Running | None:
     return Running(ledger.rental(rental), ledger.placement(placement), ledger.worker(worker))
 
 
-def _running(*columns: Column[str]) -> Any:
+def _running(*columns: Column[Any]) -> Any:
     """Of active rentals whose placement runs on a worker that is ready; a planned move copies for itself."""
     moving = select(standbys.c.rental_id).where(standbys.c.standby.is_(True), standbys.c.state.in_(LIVE))
     at_rest = (placements.c.held == 0, workers.c.health == Health.READY, rentals.c.id.not_in(moving))

@@ -92,13 +92,16 @@ class Job:
         self._look_at_disk()
         salvage = request.action is Action.SALVAGE
         direction = "salvage" if salvage else "send"
-        far = self._far(direction, max_files=request.max_files, max_bytes=request.max_bytes, moving=request.moving)
-        base = self._as_renter(lambda: generations.begin(self._folder, request.epoch, salvage))
-        before = (f"--link-dest={self._folder / base / 'home'}",) if base else ()
-        arguments = (*OPTIONS, *before, "-ii", "--out-format=%i", "--stats", "--no-human-readable", "--info=nonreg0")
-        target = f"{self._folder / generations.INCOMING / 'home'}/"
-        transfer = Transfer(far, request.uid, self._watch, request.max_bytes + LISTS_BYTES, request.max_files + 1)
-        told = transfer.run((*arguments, "worker:.", target), self._look_at_disk, request.max_bytes)
+        limits = {"max_files": request.max_files, "max_bytes": request.max_bytes}
+        with self._far(direction, **limits, moving=request.moving) as far:
+            base = self._as_renter(lambda: generations.begin(self._folder, request.epoch, salvage))
+            before = (f"--link-dest={self._folder / base / 'home'}",) if base else ()
+            told_of = ("-ii", "--out-format=%i", "--stats", "--no-human-readable", "--info=nonreg0")
+            target = f"{self._folder / generations.INCOMING / 'home'}/"
+            most = request.max_bytes + LISTS_BYTES, request.max_files + 1
+            transfer = Transfer(far, request.uid, self._watch, *most, gently=not request.moving)
+            arguments = (*OPTIONS, *before, *told_of, "worker:.", target)
+            told = transfer.run(arguments, self._look_at_disk, request.max_bytes)
         check(told, "receiver")
         made = _made(told, began_at, salvage)
 
@@ -119,10 +122,10 @@ class Job:
         if copy is None:
             there = ", ".join(each["generation"] for each in complete)
             raise VaultError(NO_SUCH_GENERATION, f"there is no copy {wanted}; there are {there}")
-        far = self._far("receive", generation=wanted)
         source = f"{self._folder / wanted / 'home'}/"
-        transfer = Transfer(far, self._request.uid, self._watch, LISTS_BYTES, float("inf"))
-        told = transfer.run((*OPTIONS, "--chmod=ug-s", source, "worker:."), lambda: None, None)
+        with self._far("receive", generation=wanted) as far:
+            transfer = Transfer(far, self._request.uid, self._watch, LISTS_BYTES, float("inf"), gently=False)
+            told = transfer.run((*OPTIONS, "--chmod=ug-s", source, "worker:."), lambda: None, None)
         check(told, "sender")
         return ReplyLine(ok=True, done=copy | {"skipped": [*copy["skipped"], *told.skipped()]}, copies=complete)
 
@@ -199,15 +202,8 @@ class Job:
         request = self._request
         command, environment = self._ssh()
         account = (self._places.ssh_uid, self._places.ssh_uid)
-        far = Far(command, account, environment, direction)
         identity = {"rental_id": request.rental_id, "epoch": request.epoch, "deadline": self._watch.unix_deadline()}
-        try:
-            far.greet(identity | more, self._watch)
-        except BaseException:
-            far.process.kill()
-            far.process.wait()
-            raise
-        return far
+        return Far(command, account, environment, direction, identity | more)
 
     def _ssh(self) -> tuple[list[str], dict[str, str]]:
         """The command that reaches the worker, and its environment."""

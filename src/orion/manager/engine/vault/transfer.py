@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from orion.manager.domain.copies import Generation
 from orion.manager.engine.vault.port import VaultError
@@ -39,6 +39,7 @@ OPTIONS = (
 The worker's files.py has what follows from these for its side; test_both_sides_mean_the_same compares them.
 """
 MEMORY_BYTES = 1 << 30
+NICENESS = 5
 BUFFER_BYTES = 1 << 18
 LONGEST_TEXT = 1 << 16
 LISTS_BYTES = 64 << 20
@@ -85,19 +86,34 @@ class Told:
 
 
 class Far:
-    """`orion-rental` on the worker, by ssh; a refusal of it raises VaultError with its code."""
+    """`orion-rental` on the worker, by ssh, for the length of a block: it is asked at once, and heard later."""
 
-    def __init__(self, ssh: Sequence[str], account: tuple[int, int], environment: dict[str, str], command: str) -> None:
+    def __init__(
+        self,
+        ssh: Sequence[str],
+        account: tuple[int, int],
+        environment: dict[str, str],
+        command: str,
+        request: dict[str, Any],
+    ) -> None:
         self.process = subprocess.Popen(
             [*ssh, f"orion-rental {command}"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
             env=environment, cwd="/", user=account[0], group=account[1], extra_groups=[], start_new_session=True,
         )  # fmt: skip
-
-    def greet(self, request: dict[str, Any], watch: Watch) -> dict[str, Any]:
         assert self.process.stdin  # noqa: S101 - it was asked for
         with suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def hear(self, watch: Watch) -> None:
+        """Its answer: a refusal raises VaultError with its code."""
         line = self._line(watch)
         try:
             answer = dict(json.loads(line))
@@ -109,7 +125,6 @@ class Far:
             known = code if _CODE.fullmatch(code) else "refused"
             generation = restored if Generation.parse(restored) else ""
             raise VaultError(known, plain(str(answer.get("error", "it was refused"))), generation)
-        return answer
 
     def _line(self, watch: Watch) -> bytes:
         """Byte by byte: what follows is rsync's."""
@@ -145,7 +160,9 @@ class Flow:
 
 
 class Transfer:
-    def __init__(self, far: Far, uid: int, watch: Watch, most_bytes: float, most_items: float) -> None:
+    def __init__(self, far: Far, uid: int, watch: Watch, most_bytes: float, most_items: float, gently: bool) -> None:
+        """`gently`: nobody waits for it."""
+        self._gently = gently
         self._far = far
         self._uid = uid
         self._watch = watch
@@ -158,17 +175,21 @@ class Transfer:
         self._open = 2  # rsync's output and its errors
 
     def run(self, arguments: Sequence[str], look: Callable[[], None], largest_file: int | None) -> Told:
-        """Run rsync with these arguments, paths last. `look` is called about once a second, and may raise."""
+        """Run rsync with these arguments, paths last. `look` is called about once a second, and may raise.
+
+        The rsync here starts while the worker makes up its mind; nothing goes to it or comes from it before that.
+        """
         mine, theirs = socket.socketpair()
         command = ["rsync", "-e", f"{sys.executable} -I -S {BRIDGE} {theirs.fileno()}", *arguments]
         rsync = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
             env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}, cwd="/", umask=0o077,
             user=self._uid, group=self._uid, extra_groups=[], start_new_session=True,
-            pass_fds=(theirs.fileno(),), preexec_fn=partial(_confine, largest_file),  # noqa: PLW1509 - one thread
+            pass_fds=(theirs.fileno(),), preexec_fn=partial(_confine, largest_file, self._gently),  # noqa: PLW1509 - one thread
         )  # fmt: skip
         theirs.close()
         try:
+            self._far.hear(self._watch)
             self._carry(rsync, mine, look)
             self._told.status = rsync.wait(max(0.1, self._watch.left_s))
         except subprocess.TimeoutExpired as error:
@@ -178,8 +199,6 @@ class Transfer:
             with suppress(ProcessLookupError):
                 os.killpg(rsync.pid, signal.SIGKILL)
             rsync.wait()
-            self._far.process.kill()
-            self._far.process.wait()
         self._told.errors = self._errors.decode(errors="replace")
         return self._told
 
@@ -309,9 +328,10 @@ def _ends(control: socket.socket) -> tuple[bytes, tuple[int, int], int, Any]:
     return data, (descriptors[0], descriptors[1]), flags, address
 
 
-def _confine(largest_file: int | None) -> None:
+def _confine(largest_file: int | None, gently: bool) -> None:
     """In the child, before it becomes rsync."""
-    os.nice(5)
+    if gently:
+        os.nice(NICENESS)
     for kind, most in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_AS, MEMORY_BYTES),
