@@ -18,8 +18,8 @@ from worker_support import Network, SmallManager, Worker, docker, make_key, serv
 LEASE_S = 3.0
 DOOR_ANSWER_S = 0.5
 BUSY_S = 4.0
-"""What the worker, on one processor that its renters use up, may be late by where other tests run beside this one. By the
-clocks of the platform 15 s lie between a lease's end and a takeover."""
+"""What the worker, on one processor that its renters use up, may be late by where other tests run beside this one.
+By the clocks of the platform 15 s lie between a lease's end and a takeover."""
 FROZEN_WITHIN_S = LEASE_S + BUSY_S
 WAKE_BUDGET_S = 0.5
 AWAY = {"X-Orion-Manager": "unreachable"}
