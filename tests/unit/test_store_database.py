@@ -11,10 +11,11 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, func, insert, inspect, select, text
+from sqlalchemy.event import listen
 from sqlalchemy.exc import IntegrityError
 
 from orion.manager.domain.model import Event
-from orion.manager.store import events
+from orion.manager.store import events, ledger
 from orion.manager.store.database import News, Store, record
 from orion.manager.store.schema import counters, metadata, placements, rentals, workers
 
@@ -235,3 +236,15 @@ async def test_what_was_committed_is_news_though_its_writer_no_longer_waits(stor
         go_on.set()
         await asyncio.wait_for(changed.wait(), 10)
     assert writing.cancelled()
+
+
+async def test_who_is_on_the_move_is_found_without_a_look_at_all_that_run(store: Store) -> None:
+    def plan(connection: Connection) -> str:
+        asked: list[str] = []
+        listen(connection, "before_cursor_execute", lambda _c, _cursor, statement, *_: asked.append(statement))
+        ledger.look(connection, (), ())
+        [about_moves] = [statement for statement in asked if "AND standby" in statement]
+        return str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {about_moves}").all())
+
+    assert "uq_placements_standby" in await store.read(plan)
+    assert "SCAN rentals" not in await store.read(plan)

@@ -9,11 +9,11 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from sqlalchemy import (
-    Boolean,
     Column,
     ColumnElement,
     Connection,
     RowMapping,
+    Select,
     Table,
     and_,
     bindparam,
@@ -94,8 +94,10 @@ def look(connection: Connection, whole: Collection[str], candidates: Collection[
 def _moving(connection: Connection) -> ColumnElement[bool]:
     """Of a rental: it has a standby. SQLite would take the index of states, and read every running placement."""
     by_index = " INDEXED BY uq_placements_standby" if connection.dialect.name == "sqlite" else ""
-    standbys = f"SELECT rental_id FROM placements{by_index} WHERE {STANDBY}"  # noqa: S608 - nothing from outside
-    return literal_column(f"rentals.id IN ({standbys})", Boolean())
+    standbys: Select[Any] = (
+        select(literal_column("rental_id")).select_from(text(f"placements{by_index}")).where(text(STANDBY))
+    )
+    return rentals.c.id.in_(standbys)
 
 
 def load_workers(connection: Connection, ids: Iterable[str]) -> dict[str, Worker]:
