@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import select
-import shlex
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from websockets.typing import Subprotocol
 from bench.calls import Caller
 from bench.figures import percentile
 from bench.report import Result
-from bench.sessions import key_pair, rent
+from bench.sessions import as_its_renter, key_pair, rent, through_the_door
 from bench.stack import ROOT, Stack, running
 
 RENTALS = 6
@@ -127,18 +126,13 @@ def _shown(page: ClientConnection, within_s: float) -> bytes:
 @contextmanager
 def _ssh(stack: Stack, door: Caller, rental: dict[str, Any], key: str) -> Iterator[_Typist]:
     """As a renter's machine has it, here on the host."""
-    known_hosts = stack.folder / "known_hosts"
-    known_hosts.write_text(door.must("GET", "/api/ssh-authority").body["known_hosts"] + "\n")
+    authority = door.must("GET", "/api/ssh-authority").body["known_hosts"]
     token = stack.folder / "token"
     token.touch(mode=0o600)
     token.write_text(stack.token)
-    connecting = shlex.join([sys.executable, "-P", "-m", "orion.connect", rental["id"]])
-    command = [
-        "ssh", "-tt", "-F", "none", "-i", key, "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes",
-        "-o", f"ProxyCommand={connecting}", "-o", "StrictHostKeyChecking=yes",
-        "-o", f"HostKeyAlias={rental['id']}.orion", "-o", f"UserKnownHostsFile={known_hosts}",
-        "-o", "GlobalKnownHostsFile=none", f"{rental['username']}@{rental['id']}.orion", f"echo {READY}; exec cat",
-    ]  # fmt: skip
+    through = through_the_door(sys.executable, rental["id"], authority)
+    to = f"{rental['username']}@{rental['id']}.orion"
+    command = ["ssh", "-tt", *as_its_renter(key), *through, to, f"echo {READY}; exec cat"]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT / "src"),
         "ORION_URL": f"http://127.0.0.1:{stack.http_port}",

@@ -43,23 +43,29 @@ class Ways:
 
     def direct(self, program: str, *rest: str) -> list[str]:
         pinned = pinned_host_arguments(self._worker["id"], self._worker["ssh_host_keys"])
-        return [program, *self._common(), *pinned, *self._to(rest)]
+        return [program, *as_its_renter(f"{INSIDE}/key"), *pinned, *self._to(rest)]
 
     def door(self, program: str, *rest: str) -> list[str]:
-        connect = shlex.join([PYTHON, "-P", "-m", "orion.connect", self._rental["id"]])
-        verified = [
-            "-o", f"ProxyCommand={connect}", "-o", "StrictHostKeyChecking=yes",
-            "-o", f"HostKeyAlias={self._rental['id']}.orion", "-o", f"KnownHostsCommand=/bin/echo {self._authority}",
-            "-o", "UserKnownHostsFile=none", "-o", "GlobalKnownHostsFile=none",
-        ]  # fmt: skip
-        return [program, *self._common(), *verified, *self._to(rest)]
-
-    def _common(self) -> list[str]:
-        return ["-F", "none", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-i", f"{INSIDE}/key"]
+        through = through_the_door(PYTHON, self._rental["id"], self._authority)
+        return [program, *as_its_renter(f"{INSIDE}/key"), *through, *self._to(rest)]
 
     def _to(self, rest: tuple[str, ...]) -> list[str]:
         target = f"{self._rental['username']}@{self._worker['address']}"
         return [part.replace("TARGET", target) for part in rest]
+
+
+def as_its_renter(key: str) -> list[str]:
+    return ["-F", "none", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-i", key]
+
+
+def through_the_door(python: str, rental_id: str, authority: str) -> list[str]:
+    """Options of ssh: `orion connect` leads to the worker, and the platform's authority vouches for it."""
+    connect = shlex.join([python, "-P", "-m", "orion.connect", rental_id])
+    return [
+        "-o", f"ProxyCommand={connect}", "-o", "StrictHostKeyChecking=yes", "-o", f"HostKeyAlias={rental_id}.orion",
+        "-o", f"KnownHostsCommand=/bin/echo {authority}", "-o", "UserKnownHostsFile=none",
+        "-o", "GlobalKnownHostsFile=none",
+    ]  # fmt: skip
 
 
 def measure(openings: int, copies: int) -> Result:

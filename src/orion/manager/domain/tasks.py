@@ -100,7 +100,7 @@ def _task_of(world: World, placement: Placement, facts: Facts) -> Task | None:
             return task
     unseen = not placement.public_key and facts.inventories.get(worker.id) is None
     if placement.state is PlacementState.RUNNING and unseen:
-        return None  # not made anew on a worker that may have lost or purged it: see _is_missing
+        return None  # not made anew on a worker that may have lost or purged it: see reconcile._is_missing
     if wants_key and worker.health in REACHABLE:
         restore = copies.wanted(rental) if placement.state is PlacementState.PREPARING else None
         filled = placement.filled if restore == copies.NEWEST else ""
