@@ -90,9 +90,9 @@ def test_a_shell_in_a_browser_with_sizes_colours_letters_and_vim(
     colour = red.evaluate("one => getComputedStyle(one).color")
     assert colour != page.locator(".xterm-rows").evaluate("one => getComputedStyle(one).color")
 
-    screen.types("clear; echo si''ze $(stty size).\n")
-    screen.shows("size ")
-    before = screen.text().split("size ")[-1].split(".")[0].split()
+    screen.types("clear; echo si''ze=$(stty size).\n")
+    screen.shows("size=")  # a space at its end would count for nothing: what was typed has that
+    before = screen.text().split("size=")[-1].split(".")[0].split()
     assert all(number.isdigit() for number in before), before
     page.set_viewport_size({"width": 600, "height": 400})
     screen.types(f"while [ \"$(stty size)\" = '{' '.join(before)}' ]; do sleep 0.1; done; echo aft''er\n")
