@@ -43,6 +43,7 @@ from orion.manager.engine.vault.client import VaultClient
 from orion.manager.engine.vault.port import Vault
 from orion.manager.engine.watch import SshWatch
 from orion.manager.gateway import routes, terminals, web
+from orion.manager.gateway.openings import Openings
 from orion.manager.gateway.sessions import Sessions
 from orion.manager.gateway.tickets import Terminals, Tickets
 from orion.manager.gateway.ways import Keys
@@ -110,6 +111,7 @@ class Manager:
         logged = LoggedEngine(ports.engine, self.engine_log.note, ports.monotonic, ports.wall)
         self.certificates = Certificates(store, self.authority, logged, ports.wall)
         engine = CertifyingEngine(logged, self.certificates, self.authority.of_users)
+        self.openings = Openings(store)
         self.sessions = Sessions(store, ports.monotonic)
         self.terminals = Terminals(ports.monotonic)
         self.roster = Roster()
@@ -176,6 +178,7 @@ class Manager:
             thaw=Thawer(engine, book).thaw,
             move=self.reconciler.ask_to_move,
             copies_paused=lambda: self.copies.paused or None,
+            openings=self.openings,
             sessions=self.sessions,
             recognisable=self.certificates.ensure,
             authority=self.authority,

@@ -15,6 +15,7 @@ from orion.manager.api.services import Client, Services, Shared
 from orion.manager.domain.model import Event
 from orion.manager.store import keys
 from orion.manager.store.database import record
+from orion.manager.store.tokens import Principal
 
 router = APIRouter(prefix="/api", tags=["rentals"])
 
@@ -46,7 +47,7 @@ async def add_key(
     """Add a key: 201 when its worker has it, 202 when that is still under way after `wait_s`. Repeatable."""
     await find(shared, rental_id, principal)
     _refuse(await shared.store.write(keys.add, rental_id, principal.name, body.ssh_public_key))
-    return await _in_place(shared, rental_id, body.wait_s, response, 201)
+    return await _in_place(shared, principal, rental_id, body.wait_s, response, 201)
 
 
 @router.delete("/rentals/{rental_id}/keys/{key_id}", responses=_CHANGED)
@@ -61,7 +62,7 @@ async def remove_key(
     """Remove a key, but not the last: 200 when it opens nothing any more. Sessions that it has opened go on."""
     await find(shared, rental_id, principal)
     _refuse(await shared.store.write(keys.remove, rental_id, principal.name, key_id))
-    return await _in_place(shared, rental_id, wait_s, response, 200)
+    return await _in_place(shared, principal, rental_id, wait_s, response, 200)
 
 
 @router.post("/rentals/{rental_id}/certificate", status_code=201, responses=refusals(404, 409))
@@ -84,11 +85,13 @@ async def certificate(
 
 
 async def _in_place(
-    shared: Services, rental_id: str, wait_s: float, response: Response, status: int
+    shared: Services, principal: Principal, rental_id: str, wait_s: float, response: Response, status: int
 ) -> wire.Page[wire.Key]:
     """Where nobody can be let in at present there is nothing to wait for: who is let in later is so by these keys."""
     shared.wake_reconciler()
-    row = await wait_for(shared, rental_id, wait_s, lambda r: _is_settled(r) or r["state"] != wire.RentalState.ACTIVE)
+    row = await wait_for(
+        shared, principal, rental_id, wait_s, lambda r: _is_settled(r) or r["state"] != wire.RentalState.ACTIVE
+    )
     response.status_code = status if _is_settled(row) else 202
     return _keys(row)
 

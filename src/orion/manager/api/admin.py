@@ -15,6 +15,7 @@ from orion.manager.api import views
 from orion.manager.api.contract import refusals
 from orion.manager.api.problems import ApiProblem, not_found
 from orion.manager.api.services import Admin, Services, Shared
+from orion.manager.gateway.openings import Streamed
 from orion.manager.store.backup import Backups, Examined, NotABackup
 
 router = APIRouter(prefix="/api/admin", tags=["operations"])
@@ -27,7 +28,7 @@ _BODY = {"requestBody": {"required": True, "content": {MEDIA_TYPE: {"schema": {"
 @router.get(
     "/backup", response_class=StreamingResponse, responses={200: {"content": {MEDIA_TYPE: {}}}, **refusals(409, 507)}
 )
-async def backup(_: Admin, shared: Shared) -> StreamingResponse:
+async def backup(admin: Admin, shared: Shared) -> StreamingResponse:
     """A consistent copy of the database, as one SQLite file. Holds hashes of tokens, and no secret."""
     backups = _backups(shared)
     async with shared.copying:
@@ -39,7 +40,7 @@ async def backup(_: Admin, shared: Shared) -> StreamingResponse:
         copy.unlink()  # what is open stays readable, and nothing is left whatever happens now
     size = stream.seek(0, 2)
     headers = {"Content-Length": str(size), "Content-Disposition": 'attachment; filename="orion.db"'}
-    return StreamingResponse(_chunks(stream), media_type=MEDIA_TYPE, headers=headers)
+    return Streamed(_chunks(stream), shared.openings, admin, MEDIA_TYPE, headers)
 
 
 @router.post("/restore", openapi_extra=_BODY, responses=refusals(409, 507))

@@ -17,8 +17,8 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orion.manager.api.call_home import CallRefused
-from orion.manager.api.problems import ApiProblem, problem
-from orion.manager.api.services import Services, unauthorized
+from orion.manager.api.problems import ApiProblem, problem, unauthorized
+from orion.manager.api.services import Services
 from orion.manager.domain.leases import Beat
 from orion.manager.domain.model import Item
 

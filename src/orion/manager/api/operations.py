@@ -9,13 +9,14 @@ from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from orion import __version__, wire
 from orion.manager.api import metrics, views
 from orion.manager.api.contract import refusals
 from orion.manager.api.problems import not_found
 from orion.manager.api.services import Admin, Client, Services, Shared, visible_owner
+from orion.manager.gateway.openings import Streamed
 from orion.manager.store import events, tokens
 from orion.manager.store.database import News
 
@@ -98,7 +99,8 @@ async def list_events(
     if "text/event-stream" in accept:
         start = int(last_event_id) if _EVENT_ID.fullmatch(last_event_id) else after
         stream = _stream(shared, owner, rental_id, worker_id, start)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        told = {"Cache-Control": "no-store"}
+        return Streamed(stream, shared.openings, principal, "text/event-stream", told, ": the token is over\n\n")
     rows = await shared.store.read(events.page, owner, rental_id, worker_id, after, limit + 1)
     page = wire.Page[wire.Event](**views.page(rows, limit, lambda row: str(row["id"]), views.event))
     return Response(page.model_dump_json(), media_type="application/json")

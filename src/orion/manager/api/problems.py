@@ -38,6 +38,12 @@ class ApiProblem(Exception):
         self.headers = headers or {}
 
 
+def unauthorized(detail: str = "") -> ApiProblem:
+    headers = {"WWW-Authenticate": 'Bearer realm="orion"'}
+    usual = "send a valid token as 'Authorization: Bearer TOKEN'; 'make token' prints the admin's"
+    return ApiProblem(401, "unauthorized", detail or usual, headers)
+
+
 def not_found(what: str) -> ApiProblem:
     return ApiProblem(404, "not_found", f"there is no such {what}, or it is not yours")
 

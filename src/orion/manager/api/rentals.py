@@ -64,7 +64,7 @@ async def rent(
         detail = "this Idempotency-Key was used with another request within 24 h: use a new one"
         raise ApiProblem(409, "idempotency_conflict", detail) from error
     shared.wake_reconciler()
-    row = await wait_for(shared, rental_id, body.wait_s, _is_usable)
+    row = await wait_for(shared, principal, rental_id, body.wait_s, _is_usable)
     response.status_code = 201 if _is_open(row) else 202
     response.headers["Location"] = f"/api/rentals/{rental_id}"
     shared.metrics.rented(response.status_code, shared.monotonic() - began)
@@ -95,7 +95,7 @@ async def show(
     wait_s: WaitSeconds = 0,
 ) -> wire.Rental:
     await find(shared, rental_id, principal)
-    row = await wait_for(shared, rental_id, wait_s if state else 0, lambda r: r["state"] in {state, *ENDED})
+    row = await wait_for(shared, principal, rental_id, wait_s if state else 0, lambda r: r["state"] in {state, *ENDED})
     return views.rental(row)
 
 
@@ -116,7 +116,7 @@ async def release(
     await find(shared, rental_id, principal)
     await shared.store.write(rentals.begin_release, rental_id, principal.name)
     shared.wake_reconciler()
-    row = await wait_for(shared, rental_id, wait_s, lambda r: r["state"] in ENDED)
+    row = await wait_for(shared, principal, rental_id, wait_s, lambda r: r["state"] in ENDED)
     response.status_code = 200 if row["state"] in ENDED else 202
     return views.rental(row)
 
@@ -157,7 +157,7 @@ async def migrate(
         await shared.move(rental_id, before["worker_id"] or "", principal.name)
     except NotMoved as refusal:
         raise ApiProblem(409, refusal.code, str(refusal)) from refusal
-    row = await wait_for(shared, rental_id, wait_s, _is_at_rest)
+    row = await wait_for(shared, principal, rental_id, wait_s, _is_at_rest)
     if _is_at_rest(row) and row["worker_id"] == before["worker_id"]:
         raise ApiProblem(409, "not_moved", f"it goes on where it is: {row['explanation']}")
     response.status_code = 200 if _is_at_rest(row) else 202
@@ -179,21 +179,36 @@ async def find(shared: Services, rental_id: str, principal: Principal) -> views.
     return row
 
 
-async def wait_for(shared: Services, rental_id: str, wait_s: float, done: Callable[[views.Row], bool]) -> views.Row:
-    """The rental when it is done, or as it is after `wait_s`; woken by commits, it never polls."""
+async def wait_for(
+    shared: Services, principal: Principal, rental_id: str, wait_s: float, done: Callable[[views.Row], bool]
+) -> views.Row:
+    """Return the rental when it is done, or as it is after `wait_s`; woken by commits, it never polls.
+
+    Raise 401 as soon as the token of whoever waits is over.
+    """
     deadline = shared.monotonic() + wait_s
     with shared.store.news.listen(rental_id) as changed:
-        while True:
-            changed.clear()
-            row = await shared.store.read(rentals.one, rental_id, None)
-            if row is None:
-                raise not_found("rental")
-            left_s = deadline - shared.monotonic()
-            if done(row) or left_s <= 0:
-                return row
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left_s):
-                    await changed.wait()
+        row = await _seen(shared, rental_id)
+        if done(row) or wait_s <= 0:
+            return row
+        async with shared.openings.by(principal) as opening:
+            opening.wakes(changed)
+            while True:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(deadline - shared.monotonic()):
+                        await changed.wait()
+                changed.clear()
+                opening.check()
+                row = await _seen(shared, rental_id)
+                if done(row) or shared.monotonic() >= deadline:
+                    return row
+
+
+async def _seen(shared: Services, rental_id: str) -> views.Row:
+    row = await shared.store.read(rentals.one, rental_id, None)
+    if row is None:
+        raise not_found("rental")
+    return row
 
 
 def _left_out(body: wire.RentRequest) -> set[str]:

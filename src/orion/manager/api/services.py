@@ -12,13 +12,14 @@ from starlette.requests import HTTPConnection
 
 from orion.manager.api.call_home import CallHome
 from orion.manager.api.metrics import Metrics
-from orion.manager.api.problems import ApiProblem
+from orion.manager.api.problems import ApiProblem, unauthorized
 from orion.manager.domain.copies import Generation
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.overdue import Overdue
 from orion.manager.domain.roster import Roster
 from orion.manager.engine.authority import Authority
 from orion.manager.engine.port import Job, Reach, Shells
+from orion.manager.gateway.openings import Openings
 from orion.manager.gateway.sessions import Sessions
 from orion.manager.gateway.tickets import Terminals, Tickets
 from orion.manager.gateway.ways import Keys
@@ -56,6 +57,7 @@ class Services:
     move: Callable[[str, str, str], Awaitable[None]]
     """Begins a planned move of a rental, from a worker, for somebody. Raises moves.NotMoved."""
     copies_paused: Callable[[], str | None]
+    openings: Openings
     sessions: Sessions
     recognisable: Callable[[Job], Awaitable[None]]
     """Has the worker of a rental show a certificate that names it: see loops/certificates.py."""
@@ -81,12 +83,6 @@ Shared = Annotated[Services, Depends(services)]
 def client_address(connection: HTTPConnection) -> str:
     """The peer that the proxy saw; the proxy overwrites what a client sends."""
     return connection.headers.get("x-real-ip", "")
-
-
-def unauthorized() -> ApiProblem:
-    headers = {"WWW-Authenticate": 'Bearer realm="orion"'}
-    detail = "send a valid token as 'Authorization: Bearer TOKEN'; 'make token' prints the admin's"
-    return ApiProblem(401, "unauthorized", detail, headers)
 
 
 async def authenticate(connection: HTTPConnection, shared: Services, *roles: str) -> Principal:

@@ -47,7 +47,9 @@ async def restore(rental_id: str, body: wire.RestoreRequest, principal: Client, 
     if source != EMPTY and source not in {str(copy.generation) for copy in known}:
         raise not_found("snapshot")
     if row["state"] == wire.RentalState.ACTIVE and not body.discard:
-        await _copy_first(shared, rental_id, Generation.parse(source))
+        async with shared.openings.by(principal) as opening:
+            await _copy_first(shared, rental_id, Generation.parse(source))
+            opening.check()
     refused = await shared.store.write(copies.begin_restore, rental_id, principal.name, source)
     if refused:
         raise ApiProblem(409, refused, _REFUSALS[refused])

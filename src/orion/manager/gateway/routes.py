@@ -11,12 +11,12 @@ from fastapi import APIRouter, WebSocket
 
 from orion import wire
 from orion.manager.api.problems import ApiProblem, not_found, problem
-from orion.manager.api.services import Services, authenticate, client_address, unauthorized, visible_owner
+from orion.manager.api.services import Services, authenticate, client_address, visible_owner
 from orion.manager.domain.states import ENDED
 from orion.manager.engine.port import Action, Host, Job
 from orion.manager.gateway.sessions import Session
-from orion.manager.gateway.ssh import REVOKED, Ending, Relayed, SshStream, WorkerUnreachable, connect, relay
-from orion.manager.store import rentals, tokens
+from orion.manager.gateway.ssh import Ending, Relayed, SshStream, WorkerUnreachable, connect, relay
+from orion.manager.store import rentals
 from orion.manager.store.database import Row
 from orion.manager.store.tokens import Principal
 
@@ -45,17 +45,25 @@ async def _let_through(websocket: WebSocket, services: Services, rental_id: str)
     deadline = services.monotonic() + _wait_s(websocket)
     with services.sessions.beginning(rental_id) as session:
         session.who, session.where_from = principal.name, client_address(websocket)
-        await opened_by(services, principal, session)
-        while True:
-            row = await active(services, rental_id, principal, deadline, session)
-            session.owner, session.worker_id, session.epoch = row["owner"], row["worker_id"], row["epoch"]
-            with services.sessions.carried(session):
-                job = job_of(row)
-                await services.recognisable(job)
-                stream = await _connected(job.host, session.over)
-                if stream is not None:
-                    await _carry(websocket, services, session, stream)
-                    return
+        async with services.openings.by(principal) as opening:
+            session.opened_by(opening)
+            await _bring_in(websocket, services, principal, session, deadline)
+
+
+async def _bring_in(
+    websocket: WebSocket, services: Services, principal: Principal, session: Session, deadline: float
+) -> None:
+    rental_id = session.rental_id
+    while True:
+        row = await active(services, rental_id, principal, deadline, session)
+        session.owner, session.worker_id, session.epoch = row["owner"], row["worker_id"], row["epoch"]
+        with services.sessions.carried(session):
+            job = job_of(row)
+            await services.recognisable(job)
+            stream = await _connected(job.host, session.over)
+            if stream is not None:
+                await _carry(websocket, services, session, stream)
+                return
 
 
 async def _connected(host: Host, over: asyncio.Future[Ending]) -> SshStream | None:
@@ -81,18 +89,13 @@ async def _carry(websocket: WebSocket, services: Services, session: Session, str
     log.info("relay ended", rental_id=session.rental_id, **vars(relayed))
 
 
-async def opened_by(services: Services, principal: Principal, session: Session) -> None:
-    """From now on it ends with its token. Raises ApiProblem where that was revoked in this moment."""
-    session.token_id = principal.id
-    if not await services.store.read(tokens.is_valid, principal):
-        raise unauthorized()
-
-
 async def active(services: Services, rental_id: str, principal: Principal, deadline: float, session: Session) -> Row:
     """The rental with the worker that it runs on. Raises ApiProblem, after `deadline` (monotonic) at the latest."""
     with services.store.news.listen(rental_id) as changed:
+        session.opening.wakes(changed)
         while True:
             changed.clear()
+            session.opening.check()
             session.again()
             row = await services.store.read(rentals.one, rental_id, visible_owner(principal))
             if row is None:
@@ -101,8 +104,6 @@ async def active(services: Services, rental_id: str, principal: Principal, deadl
             if row["state"] == wire.RentalState.ACTIVE:
                 if not session.over.done():
                     return row
-                if session.over.result().code == REVOKED:
-                    raise unauthorized()
                 continue  # something ended while it was read: look again
             if row["state"] in {*ENDED, wire.RentalState.RELEASING} or left_s <= 0:
                 raise ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}")

@@ -18,9 +18,9 @@ from typing import Any
 
 from orion.manager.api.problems import ApiProblem
 from orion.manager.domain.model import Event
+from orion.manager.gateway.openings import Opening
 from orion.manager.gateway.ssh import MOVED, REVOKED, Ending
 from orion.manager.loops.timer import Loop
-from orion.manager.store import tokens
 from orion.manager.store.database import Store, record
 
 INTERVAL_S = 1.0
@@ -54,14 +54,20 @@ class Session:
     epoch: int = 0
     also: dict[str, Any] = field(default_factory=dict)
     """What else its events tell."""
-    token_id: str = ""
+    opening: Opening = field(default_factory=Opening)
+    """Says when the token by which it was opened is over."""
     over: asyncio.Future[Ending] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Why its worker is the rental's no more, or its token nobody's."""
+
+    def opened_by(self, opening: Opening) -> None:
+        """End with the token of this opening."""
+        self.opening = opening
+        opening.over.add_done_callback(lambda over: self.end(Ending(REVOKED, over.result())))
 
     def again(self) -> None:
         """It is about to look its rental up: what ended there before that is no concern of it."""
         self.epoch = 0
-        if self.over.done() and self.over.result().code == REVOKED:
+        if self.opening.over.done():
             return
         self.over = asyncio.get_running_loop().create_future()
 
@@ -108,10 +114,8 @@ class Sessions:
             _forget(self._inside, session.worker_id, session)
 
     def hear(self, committed: Sequence[Event]) -> None:
-        """What was committed: ends the sessions of placements and of tokens that are over, in the same moment."""
+        """What was committed: ends the sessions of placements that are over, in the same moment."""
         for event in committed:
-            if event.kind == tokens.REVOKED:
-                self._end_those_by(str(event.details["token_id"]))
             if event.kind not in ENDS or event.rental_id not in self._listening:
                 continue
             for session in self._listening[event.rental_id]:
@@ -119,12 +123,6 @@ class Sessions:
                 # epoch is no concern of it: a placement that was, or one that was made beside it and came to nothing.
                 if session.epoch in {0, event.epoch}:
                     session.end(Ending(MOVED, event.reason))
-
-    def _end_those_by(self, token_id: str) -> None:
-        for sessions in self._listening.values():
-            for session in sessions:
-                if session.token_id == token_id:
-                    session.end(Ending(REVOKED, "the token by which it was opened has been revoked"))
 
     def note_begin(self, session: Session) -> None:
         self._note(session, "rental.session_opened", "let through to its worker", {})

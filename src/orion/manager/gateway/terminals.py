@@ -18,7 +18,8 @@ from orion.manager.api.problems import ApiProblem, problem
 from orion.manager.api.rentals import find
 from orion.manager.api.services import Client, Services, Shared, client_address
 from orion.manager.engine.port import Login, Shell, ShellUnreachable
-from orion.manager.gateway.routes import active, job_of, opened_by
+from orion.manager.gateway.openings import Opening
+from orion.manager.gateway.routes import active, job_of
 from orion.manager.gateway.sessions import Session
 from orion.manager.gateway.ssh import NORMAL, REVOKED, Ending
 from orion.manager.gateway.terminal import COME_AGAIN, OVER, Page, carry, serve
@@ -89,13 +90,23 @@ async def _redeem(websocket: WebSocket, services: Services, rental_id: str) -> P
 
 
 async def _visits(services: Services, page: Page, rental_id: str, principal: Principal, where_from: str) -> Ending:
-    """One shell after the other, wherever the rental is, until one ends by itself or the rental does."""
+    """Open one shell after the other, wherever the rental is, until one ends by itself, the rental or the token."""
+    try:
+        async with services.openings.by(principal) as opening:
+            return await _visit(services, page, rental_id, principal, where_from, opening)
+    except ApiProblem as error:
+        return Ending(OVER, error.detail)
+
+
+async def _visit(
+    services: Services, page: Page, rental_id: str, principal: Principal, where_from: str, opening: Opening
+) -> Ending:
     await page.tell("connecting", "Opening a shell")
     no_later = services.monotonic() + services.terminals.terms.total_s
     while True:
         with services.sessions.beginning(rental_id) as session:
+            session.opened_by(opening)
             try:
-                await opened_by(services, principal, session)
                 row = await active(services, rental_id, principal, no_later, session)
             except ApiProblem as error:
                 return Ending(OVER, error.detail)

@@ -8,7 +8,7 @@ import re
 import secrets
 import string
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, delete, insert, select, update
@@ -20,6 +20,7 @@ from orion.manager.store.schema import tokens, workers
 _TOKEN = re.compile(r"orion_(admin|client|join|worker)_([a-z0-9-]{1,64})_([A-Za-z0-9]{43})")
 REVOKED = "token.revoked"
 
+MARK_LENGTH = 16
 _ALPHABET = string.ascii_letters + string.digits
 
 
@@ -30,6 +31,10 @@ class Principal:
     role: str
     id: str
     name: str
+    mark: str = field(default="", compare=False)
+    """The beginning of the token's hash: a token that is made anew in its file keeps its id and not its mark."""
+    expires_at: float | None = field(default=None, compare=False)
+    """Unix seconds at which the token ends; None: it does not end by itself."""
 
 
 def make_token(role: str, identity: str) -> str:
@@ -54,19 +59,20 @@ def authenticate(connection: Connection, token: str) -> Principal | None:
     kept = connection.execute(select(tokens).where(tokens.c.id == identity)).mappings().first()
     if kept is None or kept["role"] != role or not hmac.compare_digest(kept["hash"], digest(token)):
         return None
-    return None if _is_over(kept) else Principal(role, identity, kept["name"])
+    return None if _is_over(kept) else _principal(kept)
 
 
 def is_valid(connection: Connection, principal: Principal) -> bool:
-    """Whether the token by which a person, or an admin, was known is still good."""
-    return named(connection, principal.role, principal.id) is not None
+    """Return whether the token by which a person, or an admin, was known is still good, and still the same."""
+    known = named(connection, principal.role, principal.id)
+    return known is not None and known.mark == principal.mark
 
 
 def named(connection: Connection, role: str, identity: str) -> Principal | None:
     """Whose token of a person or an admin this is; None for one that is over or unknown."""
     query = select(tokens).where(tokens.c.id == identity, tokens.c.role == role)
     kept = connection.execute(query).mappings().first()
-    return Principal(role, identity, kept["name"]) if kept is not None and not _is_over(kept) else None
+    return _principal(kept) if kept is not None and not _is_over(kept) else None
 
 
 def install(connection: Connection, role: str, token: str) -> None:
@@ -95,6 +101,10 @@ def create(connection: Connection, actor: str, name: str, role: str, ttl_s: int 
     connection.execute(insert(tokens), row)
     record(connection, Event("token.created", actor, f"{role} token {identity} for {name}"))
     return rows(connection.execute(select(tokens).where(tokens.c.id == identity)))[0], token
+
+
+def _principal(kept: RowMapping) -> Principal:
+    return Principal(kept["role"], kept["id"], kept["name"], kept["hash"][:MARK_LENGTH], kept["expires_at"])
 
 
 def _is_over(kept: RowMapping) -> bool:
