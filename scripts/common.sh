@@ -5,9 +5,13 @@ PATH=$PATH:/usr/sbin:/sbin # where dockerd is, for those who are not root
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 DOCKER_SOCKET=/var/run/docker.sock
-# What `make up` keeps in .env, so that a later plain `docker compose` command means the same platform.
-KEPT_SETTINGS=(COMPOSE_PROJECT_NAME ORION_SUBNET ORION_GATEWAY ORION_PROXY_ADDRESS ORION_APP_ADDRESS ORION_WORKER_RANGE
-    ORION_HTTP_PORT ORION_HTTPS_PORT ORION_TLS_DIR ORION_TLS_NAMES ORION_APPS_DOMAIN)
+# What `make up` keeps in .env, so that a later make up, or a plain `docker compose` command, means the same platform:
+# every setting of docker-compose.yml, and the number of workers. What the file gives a fixed value is no setting.
+# shellcheck disable=SC2034 # for the scripts that source this
+mapfile -t KEPT_SETTINGS < <(
+    printf '%s\n' COMPOSE_PROJECT_NAME ORION_WORKERS
+    grep -oE '\$\{ORION_[A-Z_]+|^ *- ORION_[A-Z_]+$' "$ROOT/docker-compose.yml" | grep -oE 'ORION_[A-Z_]+' | sort -u
+)
 STAGE_OPEN=
 
 fail() {
@@ -51,28 +55,75 @@ docker() { with_docker "$(type -P docker || echo docker)" "$@"; }
 
 has_compose() { docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null; }
 
+# Docker Compose with the project and the settings that load_settings found.
 compose() {
+    local where=()
+    # docker-compose 1.29 counts the directory among what a container is made from: it stays the first one's.
+    [ -z "${FIRST_DIRECTORY:-}" ] || where=(--project-directory "$FIRST_DIRECTORY" --file "$ROOT/docker-compose.yml")
+    compose_here "${where[@]}" "$@"
+}
+
+# Docker Compose in this directory, whatever directory the containers were made from. Everything that is set was
+# exported by load_settings: .env itself may be another platform's.
+compose_here() {
     if docker compose version >/dev/null 2>&1; then
-        (cd "$ROOT" && docker compose "$@")
+        (cd "$ROOT" && docker compose --env-file scripts/none.env "$@")
     elif command -v docker-compose >/dev/null; then
-        (cd "$ROOT" && with_docker docker-compose "$@")
+        (cd "$ROOT" && with_docker docker-compose --env-file scripts/none.env "$@")
     else
         fail "no Docker Compose here: make up installs it"
     fi
 }
 
-kept_setting() { if [ -e "$ROOT/.env" ]; then sed -n "s/^$1=//p" "$ROOT/.env" | tail -n 1; fi; }
+# Whether .env holds the settings of the platform that was named.
+is_kept_platform() {
+    local recorded
+    recorded=$(kept_setting COMPOSE_PROJECT_NAME)
+    [ -z "${GIVEN_PROJECT:-}" ] || [ "$GIVEN_PROJECT" = "${recorded:-orion-sec}" ]
+}
+
+# Print a kept setting. A value with unusual characters stands between apostrophes, as Compose reads it too.
+kept_setting() {
+    local value
+    if [ -e "$ROOT/.env" ]; then value=$(sed -n "s/^$1=//p" "$ROOT/.env" | tail -n 1); fi
+    if [[ ${value:-} == \'*\' ]]; then value=${value:1:-1}; fi
+    echo "${value:-}"
+}
+
+kept_names() { if [ -e "$ROOT/.env" ]; then sed -nE 's/^([A-Za-z_][A-Za-z0-9_]*)=.*/\1/p' "$ROOT/.env"; fi; }
 
 # Settings count in this order: the environment, .env, the defaults of docker-compose.yml.
 load_settings() {
-    # shellcheck disable=SC2034 # for the scripts that source this
     GIVEN_PROJECT=${COMPOSE_PROJECT_NAME:-}
-    local name value
-    for name in "${KEPT_SETTINGS[@]}"; do
+    local name value directory
+    directory=$(directory_of "${GIVEN_PROJECT:-$(kept_project)}")
+    # Another clone of the same platform: what was set there stays set here.
+    if [ ! -e "$ROOT/.env" ] && [ -z "$GIVEN_PROJECT" ] && [ -n "$directory" ] && [ -r "$directory/.env" ]; then
+        (umask 077 && cat "$directory/.env" >"$ROOT/.env")
+    fi
+    for name in $(kept_names); do
+        is_kept_platform || break
         value=$(kept_setting "$name")
         if [ -n "$value" ] && [ -z "${!name+set}" ]; then export "$name=$value"; fi
     done
     export COMPOSE_PROJECT_NAME=${COMPOSE_PROJECT_NAME:-$(default_project)}
+    directory=$(directory_of "$COMPOSE_PROJECT_NAME")
+    FIRST_DIRECTORY=
+    if [ -n "$directory" ] && [ "$directory" != "$ROOT" ] && [ -d "$directory" ]; then FIRST_DIRECTORY=$directory; fi
+}
+
+kept_project() {
+    local recorded
+    recorded=$(kept_setting COMPOSE_PROJECT_NAME)
+    echo "${recorded:-$(default_project)}"
+}
+
+# Print the directory from which the containers of a project were made; nothing where there are none.
+directory_of() {
+    local first
+    first=$(docker ps --all --quiet --filter "label=com.docker.compose.project=$1" 2>/dev/null | tail -n 1)
+    [ -n "$first" ] || return 0
+    docker inspect --format '{{index .Config.Labels "com.docker.compose.project.working_dir"}}' "$first"
 }
 
 # A platform that was started by a plain `docker compose up` in this directory is gone on with, under its name.

@@ -103,11 +103,15 @@ class Platform:
     def label(self, container: str, name: str) -> str:
         return self.docker("inspect", "--format", f'{{{{index .Config.Labels "{name}"}}}}', container).strip()
 
-    def container_of(self, worker: Worker) -> str:
-        """A worker's hostname is the beginning of its container's id."""
+    def workers(self) -> list[str]:
+        """The ids of the workers' containers, running or not."""
         mine = ["--filter", f"label=com.docker.compose.project={self.project}"]
         every = self.docker("ps", "-aq", "--no-trunc", *mine, "--filter", "label=com.docker.compose.service=worker")
-        found = [one for one in every.split() if one.startswith(worker.hostname)]
+        return every.split()
+
+    def container_of(self, worker: Worker) -> str:
+        """A worker's hostname is the beginning of its container's id."""
+        found = [one for one in self.workers() if one.startswith(worker.hostname)]
         if len(found) != 1:
             raise Failed(f"no container of {self.project} has the hostname {worker.hostname}")
         return found[0]
@@ -151,8 +155,10 @@ class Demo:
         self.show_command("workers")
         ready = [one for one in self.orion.workers() if one.health is WorkerHealth.READY]
         if sum(one.slots_free > 0 for one in ready) < 2:
+            # Never fewer than there are: that would take a place away from somebody.
+            more = len(self.platform.workers()) + 2 - sum(one.slots_free > 0 for one in ready)
             raise Failed(
-                "a rental can move only where two workers have a free slot: make up WORKERS=3, or release some"
+                f"a rental can move only where two workers have a free slot: WORKERS={more} make up, or release some"
             )
         if fast and any(True for _ in self.orion.rentals()):
             raise Failed(

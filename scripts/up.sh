@@ -1,13 +1,14 @@
 #!/bin/bash
-# From a bare Debian or Ubuntu to a platform whose workers are all ready. Run again it changes nothing that runs.
-#   WORKERS=N (default: as many as there are, else 3) and the settings of docker-compose.yml, such as ORION_SUBNET.
+# From a bare Debian or Ubuntu to a platform whose workers are all ready. Run again it changes nothing that was not asked
+# for; what it changes, it does by planned moves (rollout.py), after asking where somebody rents (CONFIRM=yes answers).
+#   WORKERS=N (default: as many as there are, else 3) and the settings of docker-compose.yml, such as ORION_SUBNET: what
+#   was set once stays set, in .env; ORION_SLOTS= (empty) goes back to the default.
 HERE=$(dirname "$0")
 . "$HERE/common.sh"
 . "$HERE/packages.sh"
 . "$HERE/python.sh"
 . "$HERE/addresses.sh"
 
-READY_WITHIN_S=${ORION_READY_WITHIN_S:-150}
 FIRST_BUILD_MB=3000
 
 # Two at once would get in each other's way. What outlives this script must not hold the lock: hence 9>&- below.
@@ -25,30 +26,59 @@ check_disk() {
         fail "too little disk: building needs $FIRST_BUILD_MB MB where Docker keeps its images, and $free MB are free"
 }
 
-# An explicit name of another project (a test's) leaves .env alone.
-keep_settings() {
-    local name recorded
-    recorded=$(kept_setting COMPOSE_PROJECT_NAME)
-    if [ -n "$GIVEN_PROJECT" ] && [ "$GIVEN_PROJECT" != "${recorded:-orion-sec}" ]; then return; fi
-    if [ -z "${ORION_TLS_NAMES+set}" ] && [ -z "$(containers_of "$COMPOSE_PROJECT_NAME" manager_proxy)" ]; then
+# What was typed, to be typed again.
+typed_command() {
+    local name words=
+    for name in WORKERS "${KEPT_SETTINGS[@]}"; do
+        [ -n "${!name+set}" ] || continue
+        if [ "$name" = ORION_DATABASE_URL ]; then
+            words+="$name=\"\$$name\" " # it may hold a password
+        else
+            words+="$name=$(printf %q "${!name}") "
+        fi
+    done
+    echo "${words}make up"
+}
+
+# The names of the certificate stay those of the proxy that is there; a first one is given this machine's.
+name_certificate() {
+    local proxy
+    [ -z "${ORION_TLS_NAMES+set}" ] || return 0
+    proxy=$(containers_of "$COMPOSE_PROJECT_NAME" manager_proxy | head -n 1)
+    if [ -n "$proxy" ]; then
+        ORION_TLS_NAMES=$(docker inspect --format '{{range .Config.Env}}{{println .}}{{end}}' "$proxy" | sed -n 's/^ORION_TLS_NAMES=//p')
+    else
         ORION_TLS_NAMES=$(hostname)
-        export ORION_TLS_NAMES
     fi
+    if [ -n "$ORION_TLS_NAMES" ]; then export ORION_TLS_NAMES; else unset ORION_TLS_NAMES; fi
+}
+
+# What was given empty goes back to its default.
+forget_empty_settings() {
+    local name
     for name in "${KEPT_SETTINGS[@]}"; do
-        if [ -n "${!name:-}" ] && [ "${!name}" != "$(kept_setting "$name")" ]; then keep_setting "$name" "${!name}"; fi
+        [ -z "${!name+set}" ] || [ -n "${!name}" ] || unset "$name"
     done
 }
 
-keep_setting() {
-    [ -e "$ROOT/.env" ] || echo "# Kept by make up; it counts for plain docker compose commands as well." >"$ROOT/.env"
-    sed -i "/^$1=/d" "$ROOT/.env"
-    echo "$1=$2" >>"$ROOT/.env"
+# An explicit name of another project (a test's) leaves .env alone.
+keep_settings() {
+    local name
+    is_kept_platform || return 0
+    export ORION_WORKERS=${WORKERS:-${ORION_WORKERS:-}}
+    for name in "${KEPT_SETTINGS[@]}"; do
+        if [ "${!name:-}" != "$(kept_setting "$name")" ]; then keep_setting "$name" "${!name:-}"; fi
+    done
 }
 
-number_of_workers() {
-    local existing
-    existing=$(containers_of "$COMPOSE_PROJECT_NAME" worker | wc -l)
-    echo "${WORKERS:-$((existing > 0 ? existing : 3))}"
+# keep_setting NAME VALUE, which may be empty. .env may hold a password of the database.
+keep_setting() {
+    local value=$2
+    [[ $value != *[\'$'\n'\']* && $value != *\'* ]] || fail "$1 cannot be kept: it has an apostrophe or a line break in it"
+    [[ $value =~ ^[A-Za-z0-9._/:,=@%+-]*$ ]] || value="'$value'"
+    [ -e "$ROOT/.env" ] || (umask 077 && echo "# Kept by make up; it counts for plain docker compose commands as well." >"$ROOT/.env")
+    sed -i "/^$1=/d" "$ROOT/.env"
+    [ -z "$value" ] || echo "$1=$value" >>"$ROOT/.env"
 }
 
 # logged FILE WHAT COMMAND...: its output is shown only when it fails.
@@ -66,7 +96,7 @@ build() {
     stage "Building the three images"
     local parallel=()
     docker compose version >/dev/null 2>&1 || parallel=(--parallel)
-    logged "$LOGS/build.log" "building the images" compose build "${parallel[@]}"
+    logged "$LOGS/build.log" "building the images" compose_here build "${parallel[@]}"
     done_stage
 }
 
@@ -77,38 +107,16 @@ install_command() {
     done_stage
 }
 
-start() {
-    stage "Starting proxy, manager and $1 worker(s)"
-    logged "$LOGS/start.log" "starting" compose up --detach --scale "worker=$1"
-    done_stage
-}
+rollout() { "$("$HERE/command.sh" python)" -B "$HERE/rollout.py" "$@" 9>&-; }
 
-ready_workers() {
-    local app
-    app=$(containers_of "$COMPOSE_PROJECT_NAME" manager_app | head -n 1)
-    docker exec "$app" orion status --json 2>/dev/null |
-        "$("$HERE/command.sh" python)" -c 'import json, sys; print(json.load(sys.stdin)["workers"].get("ready", 0))' 2>/dev/null ||
-        echo 0
-}
+# Start what stands there, then say what would change for those who rent, and ask.
+ask() { rollout ask || exit $?; }
 
-gives_up() {
-    local service
-    for service in manager_app manager_proxy worker; do
-        while read -r container; do
-            [ "$(docker inspect --format '{{.RestartCount}}' "$container")" -lt 4 ] || return 0
-        done < <(containers_of "$COMPOSE_PROJECT_NAME" "$service")
-    done
-    return 1
-}
-
-wait_until_ready() {
-    local ready=0 deadline=$((SECONDS + READY_WITHIN_S))
-    stage "Waiting until $1 worker(s) are ready"
-    while ready=$(ready_workers) && [ "$ready" -lt "$1" ]; do
-        if [ $SECONDS -ge $deadline ] || gives_up; then explain "$ready of $1 workers are ready after $((SECONDS - STAGE_STARTED)) s"; fi
-        sleep 0.3
-    done
-    done_stage
+go() {
+    local status=0
+    ORION_WHY=$LOGS/why rollout go || status=$?
+    [ "$status" -ne 3 ] || explain "$(cat "$LOGS/why")"
+    [ "$status" -eq 0 ] || exit "$status"
 }
 
 # The first part of the platform that is not well, and the last that it said.
@@ -138,7 +146,7 @@ say_what_next() {
     local http=${ORION_HTTP_PORT:-8080} https=${ORION_HTTPS_PORT:-8443}
     cat <<TEXT
 
-Orion-Sec is up: $1 worker(s) ready, $SECONDS s in all.
+Orion-Sec is up: $(containers_of "$COMPOSE_PROJECT_NAME" worker | wc -l) worker(s) ready, $SECONDS s in all.
   Address:      http://localhost:$http and https://localhost:$https (a certificate of its own)
   Admin token:  make token
 Try next:
@@ -148,10 +156,13 @@ Try next:
 TEXT
 }
 
+UP_COMMAND=$(typed_command)
+export UP_COMMAND
 if [ -n "${ORION_SUBNET:-}" ]; then derive_addresses; fi
 [[ ${WORKERS:-3} =~ ^[0-9]+$ ]] || fail "WORKERS=$WORKERS is no number"
 "$HERE/engine.sh" 9>&-
 load_settings
+forget_empty_settings
 check_subnet
 [ "${ORION_HTTP_PORT:-8080}" != "${ORION_HTTPS_PORT:-8443}" ] || fail "HTTP and HTTPS cannot share port ${ORION_HTTP_PORT:-8080}"
 check_port ORION_HTTP_PORT 8080
@@ -159,11 +170,11 @@ check_port ORION_HTTPS_PORT 8443
 check_disk
 "$HERE/base-image.sh" 9>&-
 LOGS=$(mktemp -d /tmp/orion-up.XXXXXX)
-keep_settings
+name_certificate
 build
 install_command
-wanted=$(number_of_workers)
-start "$wanted"
-wait_until_ready "$wanted"
+ask
+keep_settings
+go
 rmdir "$LOGS"
-say_what_next "$wanted"
+say_what_next
