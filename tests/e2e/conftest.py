@@ -32,6 +32,7 @@ ORDER = (
     "test_pool.py",
     "test_planned_moves.py",
     "test_scaling.py",
+    "test_make_up.py",
     "test_readme.py",
     "test_lost_workers.py",
     "test_lost_manager.py",

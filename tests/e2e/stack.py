@@ -245,7 +245,7 @@ class Stack:
     def restore(self) -> None:
         """All containers as they were, none of the last test's rentals, three ready workers that nobody blames."""
         self._revive()
-        if [one.number for one in self.containers("worker")] != list(range(1, WORKERS + 1)):
+        if len(self.containers("worker")) != WORKERS:
             self.scale(WORKERS)
         with self.connect() as orion:
             eventually("the door answers", self._answers, WHOLE_WITHIN_S)
