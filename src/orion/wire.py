@@ -325,6 +325,17 @@ class RenewRequest(Request):
     ttl_s: Ttl = DEFAULT_TTL_S
 
 
+class Snapshot(Reply):
+    """A complete copy of a rental's files, kept by the manager."""
+
+    generation: str = Field(description="EPOCH-NUMBER; a later one has later files")
+    at: datetime = Field(description="When it was begun, for the last time that the home was found to be like it")
+    bytes: int
+    files: int = Field(description="Files, directories and links")
+    skipped: list[str] = Field(description="What the renter made unreadable even to itself: the first of them")
+    salvage: bool = Field(False, description="What a lost worker still had when it came back: restored on request")
+
+
 class Rental(Reply):
     id: str
     name: str
@@ -342,6 +353,10 @@ class Rental(Reply):
     last_safe_copy_at: datetime | None = Field(description="When the last complete copy of its files was begun")
     last_safe_copy_bytes: int | None = Field(None, description="The size of the files in it")
     copy_problem: str = Field("", description="Why its files cannot be copied at present")
+    home_warning: str = Field("", description="What its home holds, from 80 % of what it may hold")
+    salvage: Snapshot | None = Field(
+        None, description="The newest of what lost workers still had and it does not have; shown for a week"
+    )
     start: str | None = Field(None, description="Its start command")
     start_problem: str = Field("", description="Why its start command is not run any more")
     public_ports: list[int] = Field([], description="The web ports that anybody may open")
@@ -350,17 +365,6 @@ class Rental(Reply):
 
 class RentReply(Rental):
     ssh_private_key: str | None = Field(None, description="Only in this reply, and only where no key was given")
-
-
-class Snapshot(Reply):
-    """A complete copy of a rental's files, kept by the manager."""
-
-    generation: str = Field(description="EPOCH-NUMBER; a later one has later files")
-    at: datetime = Field(description="When it was begun, for the last time that the home was found to be like it")
-    bytes: int
-    files: int = Field(description="Files, directories and links")
-    skipped: list[str] = Field(description="What the renter made unreadable even to itself: the first of them")
-    salvage: bool = Field(False, description="What a lost worker still had when it came back: restored on request")
 
 
 class RestoreRequest(Request):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from datetime import datetime
+from datetime import UTC, datetime
 
 import pytest
 from conftest import Figures, Rent
@@ -25,7 +25,7 @@ BY_PROOF = "its container is gone"
 
 
 @pytest.fixture
-def rental(stack: Stack, rent: Rent, renter: Renter) -> Rental:
+def rental(stack: Stack, orion: Orion, rent: Rent, renter: Renter) -> Rental:
     """With a file in its home, once nothing that was before can delay what happens to its worker.
 
     It writes a line each 0.2 s, numbered by the time, so that what is lost can be seen.
@@ -33,7 +33,8 @@ def rental(stack: Stack, rent: Rent, renter: Renter) -> Rental:
     rented = rent()
     write = "while :; do date +%s.%N >> lines; sleep 0.2; done"
     renter.inside(rented, f"echo precious > kept; chmod 640 kept; nohup sh -c '{write}' >/dev/null 2>&1 &")
-    stack.await_kind(0, "rental.copied", 30, rental_id=rented.id)
+    written_at = datetime.now(UTC)
+    eventually("it is copied", lambda: (orion.rental(rented.id).last_safe_copy_at or written_at) > written_at, 30)
     stack.await_no_brake()
     return rented
 

@@ -11,6 +11,7 @@ from support.house import Agent, House
 from orion.manager.domain.copies import EXPIRED_KEPT_S
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.port import Home, Limits, VaultError
+from orion.manager.loops import restoring
 from orion.manager.settings import Settings
 from orion.manager.store.database import Store
 
@@ -119,9 +120,7 @@ async def test_a_rental_that_was_never_copied_begins_empty_and_the_event_says_so
 ) -> None:
     moved = await lose(house, await house.rent())
     assert (moved["state"], files(house, moved)) == ("active", {})
-    assert [event["reason"] for event in await house.events("rental.started_empty")] == [
-        "there is no copy of its files yet"
-    ]
+    assert [event["reason"] for event in await house.events("rental.started_empty")] == [restoring.NO_COPY]
 
 
 async def test_copies_that_are_gone_from_the_disk_are_not_taken_for_none(house: House, pool: list[Agent]) -> None:
@@ -245,9 +244,9 @@ async def test_a_home_that_is_too_large_says_so_once_and_again_when_it_is_copied
 
 async def test_a_worker_that_does_not_answer_once_is_no_news(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
+    await copied(house, rental)
     house.vault.failure = VaultError("unreachable", "the worker cannot be asked")
-    await copy_round(house)
-    await house.pass_time(4)
+    await house.pass_time(31)
     await copy_round(house)
     assert (await house.rental(rental["id"]))["copy_problem"] == ""
     await house.pass_time(31)

@@ -23,6 +23,8 @@ from orion.manager.engine.vault.port import Copied, Home, Limits, VaultError
 from orion.manager.loops.reconciler import JOB_DEADLINE_S
 from orion.manager.loops.salvaging import LONGEST_TRY_S
 from orion.manager.loops.watching import Watching
+from orion.manager.settings import Settings
+from orion.manager.store.database import Store
 
 
 @pytest.fixture
@@ -87,8 +89,9 @@ async def test_what_was_written_after_the_last_copy_is_kept_aside_and_restored_o
     assert await snapshots(house, moved) == [("1-1", False), ("1-2", True)]
     (event,) = await house.events("rental.salvaged")
     assert "orion restore lab --from 1-2" in event["reason"]
+    await copied(house, moved)
     again = await lose(house, moved)
-    assert files(house, again) == {"file": "copied"}, "its renter was let in at a later epoch"
+    assert files(house, again) == {"file": "copied"}, "there is a copy of a later epoch"
     body = {"generation": "1-2", "discard": True}
     assert (await house.as_admin.post(f"/api/rentals/{moved['id']}/restore", json=body)).status_code == 202
     await house.pass_time(8)
@@ -298,33 +301,195 @@ async def test_a_worker_that_never_let_anybody_in_has_nothing_to_salvage_and_not
     assert await watched.events("rental.salvage") == []
 
 
-async def test_what_a_rental_began_with_is_kept_however_many_salvages_come(house: House) -> None:
-    """Salvaged at epoch 1 and copied at no epoch since: three more workers come and go, and come back."""
-    agents = [await house.join(slots=4) for _ in range(4)]
-    rental = await house.rent()
+async def lost_three_times(house: House) -> tuple[dict[str, Any], list[Agent]]:
+    """A rental that is active at epoch 4, copied at epoch 1 alone, and the workers that it had before, in order.
+
+    It was written at each epoch, and began with copy 1-1 at each but the first.
+    """
+    for _ in range(5):
+        await house.join(slots=4)
+    rental = await house.rent(name="lab")
     files(house, rental)["file"] = "copied"
     await copied(house, rental)
-    files(house, rental)["file"] = "salvaged"
-    for agent in agents:
-        if agent.worker_id != rental["worker_id"]:
-            await intend(house, agent, "drain")
-    first = holder(house, rental)
-    assert (await lose(house, rental))["state"] == "queued"
-    await first.come_back()
-    for agent in agents:
-        if agent is not first:
-            await intend(house, agent, "resume")
-    await house.pass_time(8)
     gone: list[Agent] = []
-    for _ in range(2):
-        rental = await house.rental(rental["id"])
-        assert (rental["state"], files(house, rental)) == ("active", {"file": "salvaged"})
-        files(house, rental)[f"of epoch {rental['epoch']}"] = "x"
+    for epoch in range(1, 4):
+        files(house, rental)[f"of epoch {epoch}"] = "x"
         gone.append(holder(house, rental))
-        await lose(house, rental)
+        rental = await lose(house, rental)
+        assert (rental["state"], files(house, rental)) == ("active", {"file": "copied"})
+    return rental, gone
+
+
+async def test_the_same_home_counts_before_others_that_were_filled_from_it_and_is_kept_however_many_come(
+    house: House,
+) -> None:
+    rental, gone = await lost_three_times(house)
     for agent in gone:
         await agent.come_back()
         await house.pass_time(8)
-    assert ("1-2", True) in await snapshots(house, rental)
-    again = await lose(house, await house.rental(rental["id"]))
-    assert (again["state"], files(house, again)) == ("active", {"file": "salvaged"})
+    assert {("1-2", True), ("2-1", True), ("3-1", True)} <= set(await snapshots(house, rental))
+    again = await lose(house, rental)
+    assert (again["state"], files(house, again)) == ("active", {"file": "copied", "of epoch 1": "x"})
+    assert (await house.rental(rental["id"]))["salvage"]["generation"] == "3-1", "the others wait for their owner"
+
+
+async def test_what_was_filled_with_a_copy_and_written_since_counts_before_that_copy(house: House) -> None:
+    """Two kills without a copy in between, and only the second worker is back at the third."""
+    rental, gone = await lost_three_times(house)
+    await gone[1].come_back()
+    await house.pass_time(8)
+    (event,) = await house.events("rental.salvaged")
+    assert "with which it begins again if it loses its worker before it is copied" in event["reason"]
+    again = await lose(house, rental)
+    assert (again["state"], files(house, again)) == ("active", {"file": "copied", "of epoch 2": "x"})
+
+
+async def test_of_two_kills_within_a_minute_the_second_brings_what_was_salvaged_of_the_first(
+    house: House, pool: list[Agent]
+) -> None:
+    moved, dead = await written_and_lost(house)
+    assert files(house, moved) == {"file": "copied"}
+    await dead.come_back()
+    await house.pass_time(8)
+    again = await lose(house, await house.rental(moved["id"]))
+    assert (again["state"], files(house, again)) == ("active", {"file": "written after that"})
+    assert again["salvage"] is None, "it has it"
+
+
+async def test_who_went_back_to_an_older_copy_is_not_given_what_was_later_in_that_home(
+    house: House, pool: list[Agent]
+) -> None:
+    await house.join(slots=4)
+    rental = await house.rent()
+    files(house, rental)["file"] = "older"
+    await copied(house, rental)
+    files(house, rental)["file"] = "rejected"
+    await copied(house, rental)
+    body = {"generation": "1-1", "discard": True}
+    assert (await house.as_admin.post(f"/api/rentals/{rental['id']}/restore", json=body)).status_code == 202
+    await house.pass_time(8)
+    for _ in range(2):
+        rental = await lose(house, await house.rental(rental["id"]))
+        assert (rental["state"], files(house, rental)) == ("active", {"file": "older"})
+
+
+async def test_a_salvage_that_waits_is_shown_until_its_rental_has_it(house: House, pool: list[Agent]) -> None:
+    moved, dead = await written_and_lost(house)
+    files(house, moved)["of epoch 2"] = "x"
+    await copied(house, moved)
+    assert (await house.rental(moved["id"]))["salvage"] is None
+    await dead.come_back()
+    await house.pass_time(8)
+    listed = (await house.as_admin.get("/api/rentals")).json()["items"]
+    for shown in (await house.rental(moved["id"]), *listed):
+        assert (shown["salvage"]["generation"], shown["salvage"]["bytes"]) == ("1-2", len("written after that"))
+    body = {"generation": "1-2"}
+    assert (await house.as_admin.post(f"/api/rentals/{moved['id']}/restore", json=body)).status_code == 202
+    await house.pass_time(8)
+    back = await house.rental(moved["id"])
+    assert (back["state"], files(house, back), back["salvage"]) == ("active", {"file": "written after that"}, None)
+
+
+# What no copy was made of
+
+
+@pytest.fixture
+async def patient(store: Store) -> AsyncIterator[House]:
+    """A house with two workers, whose rentals wait ten minutes for files that no copy has."""
+    async with House(store, Settings(database_url=store.url, uncopied_wait_s=600)) as house:
+        for _ in range(2):
+            await house.join(slots=4)
+        yield house
+
+
+async def lost_before_its_first_copy(house: House) -> tuple[dict[str, Any], Agent]:
+    rental = await house.rent(name="lab")
+    files(house, rental)["file"] = "typed briskly"
+    dead = holder(house, rental)
+    return await lose(house, rental), dead
+
+
+async def test_what_was_lost_before_its_first_copy_waits_for_its_worker_and_says_both_ways_out(
+    patient: House,
+) -> None:
+    waiting, dead = await lost_before_its_first_copy(patient)
+    assert waiting["state"] == "queued"
+    for words in (dead.worker_id, "started", "10 min", "orion restore lab --empty"):
+        assert words in waiting["explanation"]
+    (event,) = await patient.events("rental.files_awaited")
+    assert (event["rental_id"], event["worker_id"], event["epoch"]) == (waiting["id"], dead.worker_id, 1)
+    await patient.pass_time(400)
+    assert (await patient.rental(waiting["id"]))["state"] == "queued"
+    (late,) = (await patient.as_admin.get("/api/status")).json()["overdue"]
+    assert "orion restore lab --empty" in late["what_to_do"]
+    await dead.come_back()
+    await patient.pass_time(12)
+    back = await patient.rental(waiting["id"])
+    assert (back["state"], files(patient, back)) == ("active", {"file": "typed briskly"})
+    assert await patient.events("rental.started_empty") == []
+    assert len(await patient.events("rental.files_awaited")) == 1
+
+
+async def test_a_worker_that_is_back_is_waited_for_until_it_has_handed_the_files_over(patient: House) -> None:
+    waiting, dead = await lost_before_its_first_copy(patient)
+    await patient.pass_time(560)
+    patient.vault.failure = VaultError("vault_away", "the part of the manager that keeps copies does not answer")
+    await dead.come_back()
+    await patient.manager.health.round()
+    patient.manager.reconciler._awaits_files_s = 1.0  # its time is over while it joins
+    await patient.manager.reconciler.round()
+    assert (await patient.rental(waiting["id"]))["state"] == "queued"
+    patient.vault.failure = None
+    await patient.pass_time(12)
+    back = await patient.rental(waiting["id"])
+    assert (back["state"], files(patient, back)) == ("active", {"file": "typed briskly"})
+
+
+async def test_it_begins_empty_when_its_time_is_over_and_what_comes_back_later_waits_for_its_owner(
+    patient: House,
+) -> None:
+    waiting, dead = await lost_before_its_first_copy(patient)
+    await patient.pass_time(590)
+    assert (await patient.rental(waiting["id"]))["state"] == "queued"
+    await patient.pass_time(20)
+    back = await patient.rental(waiting["id"])
+    assert (back["state"], files(patient, back)) == ("active", {})
+    (event,) = await patient.events("rental.started_empty")
+    assert "kept when that comes back" in event["reason"]
+    await dead.come_back()
+    await patient.pass_time(12)
+    assert (await patient.rental(back["id"]))["salvage"]["generation"] == "1-1"
+
+
+async def test_its_owner_may_say_that_it_begins_empty_now(patient: House) -> None:
+    waiting, _dead = await lost_before_its_first_copy(patient)
+    body = {"empty": True}
+    assert (await patient.as_admin.post(f"/api/rentals/{waiting['id']}/restore", json=body)).status_code == 202
+    await patient.pass_time(8)
+    back = await patient.rental(waiting["id"])
+    assert (back["state"], files(patient, back)) == ("active", {})
+
+
+async def test_nobody_waits_for_a_worker_that_was_removed(patient: House) -> None:
+    waiting, dead = await lost_before_its_first_copy(patient)
+    assert (await patient.as_admin.delete(f"/api/workers/{dead.worker_id}")).is_success
+    await patient.pass_time(8)
+    assert (await patient.rental(waiting["id"]))["state"] == "active"
+
+
+async def test_a_standby_without_files_does_not_take_over_what_has_no_copy(patient: House) -> None:
+    rental = await patient.rent(name="lab")
+    files(patient, rental)["file"] = "typed briskly"
+    patient.end_the_brake_of_the_start()
+    dead = holder(patient, rental)
+    patient.vault.failure = VaultError("unreachable", "the worker cannot be asked")
+    assert (await patient.as_admin.post(f"/api/rentals/{rental['id']}/migrate")).status_code == 202
+    dead.die()
+    await patient.silence(dead, 91)
+    waiting = await patient.rental(rental["id"])
+    assert (waiting["state"], "orion restore lab --empty" in waiting["explanation"]) == ("queued", True)
+    patient.vault.failure = None
+    await dead.come_back()
+    await patient.pass_time(12)
+    back = await patient.rental(rental["id"])
+    assert (back["state"], files(patient, back)) == ("active", {"file": "typed briskly"})

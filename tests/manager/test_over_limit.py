@@ -146,3 +146,15 @@ async def test_its_owner_is_told_and_lets_it_go_on_to_make_room(house: House) ->
     await house.silence(agent, 91)
     refused = await house.as_admin.post(f"/api/rentals/{rental['id']}/thaw")
     assert (refused.status_code, refused.json()["code"]) == (409, "not_thawed")
+
+
+async def test_its_owner_is_warned_before_its_home_is_too_large(house: House) -> None:
+    await house.join()
+    rental = await house.rent(name="lab")
+    house.manager.copies._plan = Plan(limits=Limits(max_files=100, max_bytes=10_000_000))
+    for size, warned in ((7_900_000, False), (8_000_000, True), (9_000_000, True), (100, False), (8_500_000, True)):
+        files_of(house, rental)["large"] = "x" * size
+        shown = await copied(house, rental)
+        assert (("of 10.0 MB" in shown["home_warning"]), shown["copy_problem"]) == (warned, "")
+    reasons = [event["reason"] for event in await house.events("rental.home_nearly_full")]
+    assert ["8.0 MB" in reasons[0], "8.5 MB" in reasons[1], len(reasons)] == [True, True, 2]

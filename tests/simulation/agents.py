@@ -92,6 +92,7 @@ class Container:
         self._agent = self.sim.loop.create_task(self._live(self.home))
 
     def kill(self) -> None:
+        self._write()
         self.up = False
         if self._agent:
             self._agent.cancel()
@@ -151,6 +152,7 @@ class Container:
             self.kill()
 
     def pause(self) -> None:
+        self._write()
         self.pauses += 1
         self._going.clear()
 
@@ -352,6 +354,11 @@ class Container:
         self.homes.pop(job.rental_id, None)
         self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
 
+    def _write(self) -> None:
+        """Whoever is at work has written until now."""
+        for rental_id, _ in self.running():
+            self.homes[rental_id] = self.sim.loop.now
+
     def read_home(self, rental_id: str, epoch: int) -> float:
         """As `orion-rental send`."""
         check_unlock(self.records.get(rental_id), self.tombstones.get(rental_id, 0), epoch)
@@ -376,6 +383,7 @@ class Container:
         assert record is not None
         self.records[rental_id] = replace(record, restored=generation)
         self.homes[rental_id] = content
+        self.sim.checker.origins[rental_id, epoch] = generation
 
     # -- what runs here --------------------------------------------------------------------------------------
 

@@ -15,10 +15,12 @@ Claimed, after each committed step:
 * where only the proxy and the manager were away, nobody is declared down and nothing moves.
 
 Claimed, whenever a renter is let in: its files are not older than the last safe copy that the manager has accepted; and
-what it finds is no salvage of an epoch before one at which it was let in. Claimed, whenever a home is purged: it is not
-one that was lost, of a rental that lives, and that was neither salvaged nor given up. Claimed, whenever a start command
-runs: its rental has not lost three workers within ten minutes before it was placed there; and in the end, that the
-command of each rental that runs has run in this life of its container.
+what it finds is no salvage of an epoch before one at which it was let in, unless that has all that it had then; and it
+is not empty as long as its only files are on a worker that was lost less than AWAITS_FILES_S ago and may come back.
+Claimed, whenever a copy is chosen for a takeover: no other is known that has all of it and more. Claimed, whenever a
+home is purged: it is not one that was lost, of a rental that lives, and that was neither salvaged nor given up.
+Claimed, whenever a start command runs: its rental has not lost three workers within ten minutes before it was placed
+there; and in the end, that the command of each rental that runs has run in this life of its container.
 
 Claimed, too, whenever a renter is let in: its files are not older than anything that was written before the switch of
 a planned move. And a switch finds nothing at work where it was.
@@ -33,9 +35,10 @@ unlocked where nobody was ever led and nothing was run.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from orion.manager.domain.copies import Copy
+from orion.manager.domain.copies import Copy, Generation
 from orion.manager.domain.expiry import SETTLE_S
 from orion.manager.domain.model import Placement, Rental, Step, Write
 from orion.manager.domain.moves import HELD_DEADLINE_S
@@ -84,6 +87,10 @@ class Checker:
         """How long each row has been in its state, and whether it waited for an operator meanwhile."""
         self.acknowledged: set[str] = set()
         self.release_asked: set[str] = set()
+        self.origins: dict[tuple[str, int], str] = {}
+        """With which copy the home of each rental was filled, by epoch."""
+        self._lost_at: dict[tuple[str, int], float] = {}
+        """When each rental was lost, by epoch."""
         self._losses: dict[str, list[float]] = {}
         """When each rental lost workers on which its command may have run, by the wall clock."""
         self._stopped_at: dict[str, int] = {}
@@ -201,7 +208,11 @@ class Checker:
     def let_in(self, rental_id: str, epoch: int, home: float) -> None:
         """Fails when a renter finds files that are older than the last safe copy, at the epoch that counts."""
         rental = self._sim.ledger.world.rentals.get(rental_id)
-        if rental is None or rental.epoch != epoch or rental.last_safe_copy_at is None:
+        if rental is None or rental.epoch != epoch:
+            return
+        if not home and 0 < rental.let_in_epoch < epoch:
+            self._begins_empty(rental, epoch)
+        if rental.last_safe_copy_at is None:
             return
         before, written = self._written.get(rental_id, (epoch, 0.0))
         if before < epoch and home < written:
@@ -211,7 +222,17 @@ class Checker:
             story = f"{rental_id} at epoch {epoch} has its files of {home:.1f}, not of {rental.last_safe_copy_at:.1f}"
             self._sim.fail("files are as old as the last safe copy", story)
 
+    def _begins_empty(self, rental: Rental, epoch: int) -> None:
+        sim, world, before = self._sim, self._sim.ledger.world, rental.let_in_epoch
+        own = [p for p in world.placements.values() if (p.rental_id, p.epoch) == (rental.id, before)]
+        may_come_back = any(p.state is PlacementState.LOST and p.worker_id in world.workers for p in own)
+        waited_s = sim.loop.now - self._lost_at.get((rental.id, before), float("-inf"))
+        if may_come_back and not own[0].salvaged and waited_s < sim.awaits_files_s * 0.97:
+            story = f"{rental.id} at epoch {epoch}, {waited_s:.0f} s after its worker of epoch {before} was lost"
+            sim.fail("what no copy was made of is waited for", story)
+
     def _lost(self, placement: Placement) -> None:
+        self._lost_at[placement.rental_id, placement.epoch] = self._sim.loop.now
         at = self._losses.setdefault(placement.rental_id, [])
         at.append(self._sim.wall())
         if len([loss for loss in at if abs(at[-1] - loss) < LOSSES_WITHIN_S]) >= MOST_LOSSES:
@@ -241,9 +262,27 @@ class Checker:
         rental = self._sim.ledger.world.rentals.get(rental_id)
         if rental is None or str(copy.generation) == rental.began_with:
             return
-        if copy.salvage and copy.generation.epoch < rental.let_in_epoch:
+        began_with = Generation.parse(rental.began_with)
+        has_all = began_with is None or self._has_all_of(rental_id, copy.generation, began_with)
+        if copy.salvage and copy.generation.epoch < rental.let_in_epoch and not has_all:
             story = f"{rental_id}, which was let in at epoch {rental.let_in_epoch}, begins with {copy.generation}"
             self._sim.fail("a salvage is restored on request", story)
+
+    def chosen(self, rental_id: str, known: Iterable[Copy], copy: Copy | None) -> None:
+        """Fails when a rental is to begin with less than is known of it."""
+        for other in known:
+            if copy is None or self._has_all_of(rental_id, other.generation, copy.generation):
+                story = f"{rental_id} begins with {copy and copy.generation}, though there is {other.generation}"
+                self._sim.fail("the newest safe state wins", story)
+
+    def _has_all_of(self, rental_id: str, later: Generation, earlier: Generation) -> bool:
+        """Whether it is another one, of the same home or of one that was filled with that; as the manager was told."""
+        while later.epoch > earlier.epoch and (rental_id, later.epoch) in self._let_in:
+            before = Generation.parse(self.origins.get((rental_id, later.epoch), ""))
+            if before is None or before == earlier:
+                return before is not None
+            later = before
+        return later.epoch == earlier.epoch and later.number > earlier.number
 
     def look_at_copies(self) -> None:
         """Fails when a rental runs on two workers."""

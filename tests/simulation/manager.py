@@ -35,6 +35,8 @@ ROUND_S = 5.0
 """Between rounds of each loop: less than what makes the manager think itself late, and few enough to be cheap."""
 EXPIRY_ROUND_S = 10.0
 COPIES_ROUND_S = 12.0
+AWAITS_FILES_S = 120.0
+"""Shorter than ORION_UNCOPIED_WAIT_S: so that both of its ends are seen in a history."""
 WRITES = frozenset({"apply", "apply_each", "finish", "register", "accept", "complain", "forget"})
 """Being killed between a read and what is made of it is no different from being killed before the read."""
 
@@ -59,7 +61,8 @@ class SimulatedManager:
         self.copies.loop = Loop("copies", COPIES_ROUND_S, self.copies.round)
         self.roster = roster = Roster()
         clocks = sim.monotonic, sim.wall
-        self.reconciler = Reconciler(ledger, roster, leases, engine, reach, restorer, mover, *clocks, sim.placement_ids)
+        more = *clocks, sim.placement_ids, AWAITS_FILES_S
+        self.reconciler = Reconciler(ledger, roster, leases, engine, reach, restorer, mover, *more)
         self.reconciler.swept_at_once = 0  # the net is not there: what is not looked at in time is to be noticed
         self.reconciler.loop = Loop("reconciler", ROUND_S, self.reconciler.round)
         hint = self.reconciler.loop.hint

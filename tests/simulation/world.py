@@ -26,7 +26,7 @@ from simulation.checker import Checker
 from simulation.clock import EverybodyWaits, VirtualLoop
 from simulation.engine import SimulatedEngine, SimulatedReach, SimulatedWatch, Workshop
 from simulation.faults import Faults
-from simulation.manager import SimulatedManager
+from simulation.manager import AWAITS_FILES_S, SimulatedManager
 from simulation.network import Network
 from simulation.schedule import Schedule
 
@@ -72,6 +72,17 @@ class WatchedLedger(MemoryLedger):
         return applied
 
 
+class WatchedBook(MemoryCopyBook):
+    def __init__(self, sim: Simulation) -> None:
+        super().__init__(sim.ledger)
+        self._sim = sim
+
+    async def newest(self, rental_id: str) -> Copy | None:
+        found = await super().newest(rental_id)
+        self._sim.checker.chosen(rental_id, self.copies.get(rental_id, ()), found)
+        return found
+
+
 class Simulation:
     def __init__(self, schedule: Schedule, tell: bool = False) -> None:
         self.schedule = schedule
@@ -82,11 +93,12 @@ class Simulation:
         self.random = Random(f"platform {schedule.seed}")
         self.clocks = self.next_clocks = Clocks()
         """The manager's, and those of the next manager."""
+        self.awaits_files_s = AWAITS_FILES_S
         self.granted_s = 0.0
         """The longest lease that a manager has written down as given."""
         self.placement_ids: Iterator[str] = (f"p-{number:04d}" for number in count(1))
         self.ledger = WatchedLedger(self)
-        self.book = MemoryCopyBook(self.ledger)
+        self.book = WatchedBook(self)
         self.stored: dict[str, dict[Generation, Copy]] = {}
         """The copies of each rental's home; `at` is also what is in it: see agents.py."""
         self.network = Network(self)

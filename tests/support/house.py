@@ -183,7 +183,8 @@ class House:
     def __init__(self, store: Store, settings: Settings | None = None) -> None:
         self.store = store
         store._writer = store._readers = AtOnce(1)
-        self.settings = settings or Settings(database_url=store.url)
+        # What is lost before it was copied begins empty at once, but where a test is about that.
+        self.settings = settings or Settings(database_url=store.url, uncopied_wait_s=0)
         self.secrets = Secrets(
             make_token("admin", "admin"), make_token("join", "join"), PROXY_SECRET, "", host_key(1), *AUTHORITIES
         )

@@ -126,6 +126,8 @@ def rental(**changes: Any) -> dict[str, Any]:
         "last_safe_copy_at": None,
         "last_safe_copy_bytes": None,
         "copy_problem": "",
+        "home_warning": "",
+        "salvage": None,
         "start": None,
         "start_problem": "",
         "public_ports": [],

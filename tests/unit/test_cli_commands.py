@@ -191,6 +191,34 @@ def test_ls_shows_why_a_rental_is_not_active(platform: ScriptedPlatform, orion: 
     assert "OWNER" not in result.out
 
 
+SALVAGE = {
+    "generation": "1-4",
+    "at": "2030-01-01T00:00:00Z",
+    "bytes": 12_000,
+    "files": 3,
+    "skipped": [],
+    "salvage": True,
+}
+
+
+@pytest.mark.parametrize("arguments", [("ls",), ("show", "box"), ("ssh", "box", "true")])
+def test_a_home_that_is_nearly_full_and_a_salvage_that_waits_are_said(
+    platform: ScriptedPlatform, orion: Command, arguments: tuple[str, ...]
+) -> None:
+    told = rental(home_warning="its home holds 9.0 MB of 10.0 MB", salvage=SALVAGE)
+    platform.answer("GET", "/api/rentals", page(told))
+    result = orion(*arguments)
+    for words in ("its home holds 9.0 MB of 10.0 MB", "1-4, 12 kB, ", "orion restore box --from 1-4"):
+        assert words in result.out + result.err
+
+
+def test_what_is_over_its_limit_is_not_said_to_be_nearly_so(platform: ScriptedPlatform, orion: Command) -> None:
+    told = rental(home_warning="its home holds 9.0 MB of 10.0 MB", copy_problem="it is frozen")
+    platform.answer("GET", "/api/rentals", page(told))
+    said = orion("ls").out
+    assert ("it is frozen" in said, "9.0 MB" in said) == (True, False)
+
+
 def test_ls_shows_the_owner_where_there_are_several(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals", page(rental(), rental(owner="bob")))
     assert "OWNER" in orion("ls").out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from orion.manager.domain.model import Event
 from orion.manager.engine.fake import FakeWorld
 from orion.manager.engine.vault.fake import FakeVault
 from orion.manager.loops.copies import JITTER, SPREAD, CopiesLoop, Plan
@@ -50,6 +51,35 @@ async def _round(loop: CopiesLoop) -> None:
     await loop.round()
     for _ in range(5):  # what it has begun ends
         await asyncio.sleep(0)
+
+
+async def test_what_is_let_in_is_copied_at_once_and_again_after_its_first_session() -> None:
+    book = Book()
+    vault = FakeVault(FakeWorld(), lambda: book.now)
+    loop = CopiesLoop(book, vault, PLAN, lambda: 0.0, lambda: book.now, lambda: book.now)  # type: ignore[arg-type]
+
+    async def at_once(kind: str) -> bool:
+        book.begun = {}
+        loop.hear([Event(kind, "", "", rental_id="one", epoch=book.epochs["one"])])
+        await _round(loop)
+        return bool(book.begun)
+
+    async def much_later(epoch: int) -> None:
+        await _nothing_runs(book, loop)
+        book.epochs = {"one": epoch}
+        await _round(loop)
+
+    await _round(loop)
+    book.epochs = {"one": 1}
+    assert await at_once("rental.activated")
+    assert not await at_once("rental.session_opened")
+    assert await at_once("rental.session_closed")
+    assert not await at_once("rental.session_closed"), "by then it is copied every so often"
+    await much_later(2)
+    assert not await at_once("rental.activated"), "it is as its copy is: others may still be restored"
+    assert await at_once("rental.session_closed")
+    assert await at_once("rental.started_empty")
+    await loop.stop()
 
 
 async def test_what_a_takeover_has_just_restored_is_not_copied_while_others_are_restored() -> None:

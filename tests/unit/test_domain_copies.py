@@ -13,9 +13,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ledger import Ledger, Record, Refused, check_receive
-from support.builders import active_rental
+from support.builders import active_rental, new_placement, new_worker
 
-from orion.manager.domain.copies import NEWEST_KEPT, SALVAGES_KEPT, Copy, Generation, kept, newest, next_number
+from orion.manager.domain.copies import (
+    EMPTY,
+    MOST_ORIGINS,
+    NEWEST_KEPT,
+    SALVAGE_SHOWN_S,
+    SALVAGES_KEPT,
+    Copy,
+    Generation,
+    accepted,
+    kept,
+    let_in,
+    nearly_full,
+    newest,
+    next_number,
+    waiting_salvage,
+)
+from orion.manager.domain.model import Origin, Rental
+from orion.manager.domain.states import PlacementState, RentalState
 
 GENERATIONS = st.lists(st.builds(Generation, st.integers(1, 5), st.integers(1, 9)), min_size=1, unique=True)
 
@@ -60,6 +77,100 @@ def test_what_it_began_with_at_the_last_is_what_it_begins_with_again_until_there
         rental = active_rental(let_in_epoch=3, began_with=name)
         assert newest(copies, rental) == copy
         assert newest([*copies, copy_of(Generation(3, 1))], rental) == copy_of(Generation(3, 1))
+
+
+def salvage_of(epoch: int, number: int) -> Copy:
+    return replace(copy_of(Generation(epoch, number)), salvage=True)
+
+
+FIRST, LATER, OF_SECOND, OF_THIRD = copy_of(Generation(1, 3)), salvage_of(1, 4), salvage_of(2, 1), salvage_of(3, 1)
+CHAIN = (Origin(1, "", False), Origin(2, "1-3", False), Origin(3, "1-3", False), Origin(4, "1-3", False))
+
+
+def lineage(*origins: Origin, **change: Any) -> Rental:
+    """A rental that was last let in at the epoch of the last of these."""
+    return active_rental(lineage=origins, let_in_epoch=origins[-1].epoch, began_with=origins[-1].generation, **change)
+
+
+@pytest.mark.parametrize(
+    ("there", "begins"),
+    [
+        ([FIRST], FIRST),
+        ([FIRST, LATER], LATER),
+        ([FIRST, OF_SECOND], OF_SECOND),
+        ([FIRST, OF_SECOND, OF_THIRD], OF_THIRD),
+        ([FIRST, LATER, OF_SECOND, OF_THIRD], LATER),
+        ([LATER], LATER),
+        ([FIRST, LATER, copy_of(Generation(4, 1))], copy_of(Generation(4, 1))),
+    ],
+)
+def test_what_has_all_that_it_began_with_and_more_is_what_it_begins_with_again(there: list[Copy], begins: Copy) -> None:
+    assert newest(there, lineage(*CHAIN)) == begins
+
+
+def test_what_grew_out_of_what_grew_counts_too() -> None:
+    deeper = (*CHAIN[:2], Origin(3, "2-1", False), Origin(4, "1-3", False))
+    assert newest([FIRST, OF_SECOND, OF_THIRD], lineage(*deeper)) == OF_THIRD
+
+
+def test_what_was_asked_for_gives_up_what_was_later_in_that_home_and_nothing_that_began_with_it() -> None:
+    asked = (Origin(1, "", False), Origin(2, "1-3", True))
+    assert newest([FIRST, LATER], lineage(*asked)) == FIRST
+    begun_again = lineage(*asked)
+    for epoch in (3, 4):
+        begun_again = replace(begun_again, **let_in(begun_again, epoch, "1-3"))
+    assert [origin.asked for origin in begun_again.lineage] == [False, True, True, True]
+    assert newest([FIRST, LATER], begun_again) == FIRST
+    assert newest([FIRST, LATER, OF_SECOND], begun_again) == OF_SECOND
+    assert not let_in(begun_again, 5, "4-1")["lineage"][-1].asked
+
+
+def test_of_what_began_empty_a_salvage_is_the_newest_unless_it_was_to_begin_empty() -> None:
+    by_itself = lineage(Origin(1, "", False), Origin(2, "", False))
+    assert newest([salvage_of(1, 1)], by_itself) == salvage_of(1, 1)
+    asked = lineage(Origin(1, "", False), Origin(2, "", True))
+    assert newest([salvage_of(1, 1)], asked) is None
+    assert let_in(active_rental(restore_from=EMPTY), 2, "")["lineage"] == (Origin(2, "", True),)
+
+
+def test_a_lineage_that_leads_back_to_itself_ends() -> None:
+    assert newest([FIRST, OF_SECOND], lineage(Origin(2, "2-1", False), Origin(3, "2-1", False))) == OF_SECOND
+
+
+def test_of_its_origins_the_latest_are_kept() -> None:
+    rental = active_rental()
+    for epoch in range(1, 100):
+        rental = replace(rental, **let_in(rental, epoch, f"{epoch}-1"))
+    assert [origin.epoch for origin in rental.lineage] == list(range(100 - MOST_ORIGINS, 100))
+
+
+def test_a_salvage_waits_until_the_rental_has_it_or_a_week_is_over() -> None:
+    there = [FIRST, LATER, OF_SECOND]
+    runs = lineage(*CHAIN)
+    assert waiting_salvage(there, runs, wall=10.0) == OF_SECOND
+    assert waiting_salvage(there, runs, wall=5.0 + SALVAGE_SHOWN_S) is None
+    assert waiting_salvage([FIRST], runs, wall=10.0) is None
+    has_both = lineage(*CHAIN[:2], Origin(3, "2-1", False))
+    assert waiting_salvage([FIRST, OF_SECOND], has_both, wall=10.0) is None
+    assert waiting_salvage(there, has_both, wall=10.0) == LATER
+    queued = replace(runs, state=RentalState.QUEUED)
+    assert waiting_salvage([FIRST, LATER], queued, wall=10.0) is None, "it begins with it"
+    assert waiting_salvage([FIRST, LATER], replace(queued, restore_from="1-3"), wall=10.0) == LATER
+    assert waiting_salvage(there, replace(runs, state=RentalState.RELEASED), wall=10.0) is None
+
+
+def test_a_home_that_is_nearly_full_is_told_when_it_becomes_so_and_again_after_it_was_not() -> None:
+    worker, rental = new_worker(1), active_rental(1)
+    runs = new_placement(rental, worker, PlacementState.RUNNING)
+    told: list[str] = []
+    for size, files_ in ((799, 1), (800, 1), (900, 79), (100, 80), (799, 79), (1000, 100)):
+        copy = replace(copy_of(Generation(1, 1)), bytes=size, files=files_)
+        step = accepted(rental, runs, copy, nearly_full(copy, 1000, 100))
+        rental = replace(rental, **{k: v for k, v in step.writes[1].change.items() if hasattr(rental, k)})
+        told += [f"{size}: {event.reason}" for event in step.events if event.kind == "rental.home_nearly_full"]
+        assert bool(rental.home_warning) is (size >= 800 or files_ >= 80)
+    assert [reason.partition(":")[0] for reason in told] == ["800", "1000"]
+    assert "100 of 100 files" in told[-1]
 
 
 @given(GENERATIONS, st.integers(1, 5))

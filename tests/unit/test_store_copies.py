@@ -135,7 +135,7 @@ async def test_what_is_salvaged_is_known_with_its_placement_and_only_once(bench:
     salvage = replace(COPY, generation=Generation(2, 9), salvage=True)
     assert await bench.book.lost(LOST.id) == (RENTAL, LOST)
     assert [await bench.book.lost(each) for each in ("p-given-up", RUNNING.id, "p-unknown")] == [None] * 3
-    step = rules.salvaged(RENTAL, LOST, salvage)
+    step = rules.salvaged(RENTAL, LOST, salvage, [salvage, COPY])
     assert await bench.book.accept(step, RENTAL.id, [salvage, COPY])
     assert await bench.book.lost(LOST.id) is None
     assert not await bench.book.accept(step, RENTAL.id, [])

@@ -84,8 +84,8 @@ def ls(
     for one in rentals:
         if one.state not in {RentalState.ACTIVE, RentalState.RELEASED} and one.explanation:
             output.say(f"{output.plain(one.name)}: {output.plain(one.explanation)}")
-        if one.copy_problem:
-            output.say(f"{output.plain(one.name)} is not copied: {output.plain(one.copy_problem)}")
+        for notice in notices(one):
+            output.say(notice)
         if one.start_problem:
             output.say(f"{output.plain(one.name)}: {output.plain(one.start_problem)}")
     return None
@@ -194,6 +194,27 @@ def situation(rental: Rental) -> str:
     return f"{rental.name} is {rental.state.value}" + (f": {explanation}" if explanation else "")
 
 
+def notices(rental: Rental) -> list[str]:
+    """Return what the owner should know of a rental's files, a line each, fit for a terminal."""
+    name, found = output.plain(rental.name), []
+    if rental.copy_problem:
+        found.append(f"{name} is not copied: {output.plain(rental.copy_problem)}")
+    elif rental.home_warning:
+        found.append(f"{name}: {output.plain(rental.home_warning)}")
+    if rental.salvage:
+        found.append(f"{name} does not have what a lost worker still had of it: {_salvage(rental)}")
+    return found
+
+
+def _salvage(rental: Rental) -> str:
+    """`1-4, 12 kB, of 3 min ago: orion restore lab --from 1-4`"""
+    if rental.salvage is None:
+        return ""
+    one, generation = rental.salvage, output.plain(rental.salvage.generation)
+    restore = f"orion restore {output.plain(rental.name)} --from {generation}"
+    return f"{generation}, {output.size(one.bytes)}, of {output.when(one.at)}: {restore}"
+
+
 def _row(rental: Rental, owner: bool) -> list[str]:
     cells = [
         rental.name,
@@ -245,6 +266,8 @@ def _everything(rental: Rental) -> list[tuple[str, str]]:
         ("rented", output.when(rental.created_at)),
         ("ends", output.when(rental.expires_at, "not begun")),
         ("last copy", _last_copy(rental)),
+        *([("home", rental.home_warning)] if rental.home_warning else []),
+        *([("salvage", _salvage(rental))] if rental.salvage else []),
         *([("public ports", " ".join(map(str, rental.public_ports)))] if rental.public_ports else []),
         *([("start", rental.start)] if rental.start else []),
         *([("not run", rental.start_problem)] if rental.start_problem else []),

@@ -17,7 +17,7 @@ import typer
 
 from orion import login
 from orion.cli import durations, keys, output, staying
-from orion.cli.rentals import situation
+from orion.cli.rentals import notices, situation
 from orion.cli.session import AsJson, RentalName, platform
 from orion.client import ENDED, Orion
 from orion.connect import main as relay
@@ -105,8 +105,8 @@ def _find(rental: str, wait: str) -> Rental:
     within_s = durations.parse(wait)
     with platform(f"looking for {rental}") as (orion, tell):
         found = _active(orion, orion.find_rental(rental, ended=True), within_s, tell)
-    if found.copy_problem:  # it may be frozen for that, and then nobody is let in
-        output.note(f"orion: {output.plain(found.name)} is not copied: {output.plain(found.copy_problem)}", "yellow")
+    for notice in notices(found):  # it may be frozen for what it holds, and then nobody is let in
+        output.note(f"orion: {notice}", "yellow")
     return found
 
 

@@ -119,9 +119,19 @@ class Manager:
         restorer = Restorer(engine, ports.vault, book, settings.copies.limits)
         mover = Mover(engine, ports.vault, book, settings.copies.limits, ports.monotonic)
         self.reconciler = Reconciler(
-            self.ledger, self.roster, self.leases, engine, ports.reach, restorer, mover, ports.monotonic, ports.wall
+            self.ledger,
+            self.roster,
+            self.leases,
+            engine,
+            ports.reach,
+            restorer,
+            mover,
+            ports.monotonic,
+            ports.wall,
+            awaits_files_s=settings.awaits_files_s,
         )
         self.copies = CopiesLoop(book, ports.vault, settings.copies, ports.copies_disk, ports.monotonic, ports.wall)
+        store.news.followers.append(self.copies.hear)
         wake_reconciler = self.reconciler.loop.hint
         door = ports.door
         self.health = HealthLoop(

@@ -45,6 +45,9 @@ class Settings(BaseSettings):
     snapshot_interval_s: float = Field(
         30.0, gt=0, description="Between copies of a rental's home; scaled as the clocks"
     )
+    uncopied_wait_s: float = Field(
+        600.0, ge=0, description="A rental of which there is no copy waits so long for its lost worker; scaled as well"
+    )
     copies_at_once: int = Field(4, ge=1, le=32)
     home_max_bytes: int = Field(2 << 30, ge=1 << 20, lt=2**53, description="A larger home is not copied")
     home_max_files: int = Field(200_000, ge=100, lt=2**31)
@@ -70,6 +73,10 @@ class Settings(BaseSettings):
     def copies(self) -> Plan:
         limits = Limits(self.home_max_files, self.home_max_bytes)
         return Plan(self.snapshot_interval_s * self.clock_scale, self.copies_at_once, limits)
+
+    @property
+    def awaits_files_s(self) -> float:
+        return self.uncopied_wait_s * self.clock_scale
 
     @model_validator(mode="after")
     def _safe_clocks(self) -> Self:

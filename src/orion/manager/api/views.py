@@ -54,6 +54,8 @@ def _rental_fields(row: Row) -> dict[str, Any]:
         "last_safe_copy_at": time_of(row["last_safe_copy_at"]),
         "last_safe_copy_bytes": row["last_safe_copy_bytes"],
         "copy_problem": row["copy_problem"],
+        "home_warning": row["home_warning"],
+        "salvage": row["salvage"] and snapshot(row["salvage"]),
         "start": row["start"] or None,
         "start_problem": row["start_problem"],
         "public_ports": row["public_ports"],

@@ -5,23 +5,31 @@ never comes after what a later one had.
 
 Salvage is what a worker that was down, and is back, still has of an epoch that was lost meanwhile: its home is copied
 aside before it is purged there. It has what was written after the last copy of its epoch, and may lack what was written
-at a later one; so it is restored on request only, unless its renter was let in at no later one: then it is the newest.
+at a later one. A rental begins with it by itself only where nothing that is known of a later epoch is given up by that:
+where its renter was let in at no later one, or where there is no copy of the later ones and they began with an earlier
+state of that very home. Every other salvage waits until somebody asks for it (`waiting_salvage`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from orion.manager.domain.model import Event, Placement, Rental, Step, Write, move_placement, move_rental
+from orion.manager.domain.model import Event, Origin, Placement, Rental, Step, Write, move_placement, move_rental
 from orion.manager.domain.states import ENDED, PlacementState, RentalState
 
 NEWEST_KEPT = 3
 SALVAGES_KEPT = 2
 EXPIRED_KEPT_S = 24 * 3600.0
 """An expired rental's last copy is kept for so long; a released one's goes at once."""
+SALVAGE_SHOWN_S = 7 * 24 * 3600.0
+"""A salvage that waits for its owner is shown for so long; it is kept and listed for longer."""
+NEARLY_FULL = 0.8
+"""The share of what a home may hold from which on its renter is warned."""
+MOST_ORIGINS = 32
+"""Epochs of a rental whose origins are kept. A salvage of an earlier epoch waits to be asked for."""
 _WRITTEN = re.compile(r"([1-9][0-9]{0,15})-([1-9][0-9]{0,15})")
 
 
@@ -67,13 +75,85 @@ def kept(complete: Iterable[Copy]) -> set[Generation]:
 
 
 def newest(complete: Iterable[Copy], rental: Rental) -> Copy | None:
-    """What a rental begins with again by itself: the latest since its renter was last let in; else what it began with
-    then, which may be an older copy that was asked for, or a salvage; where nobody knows that, the latest copy."""
+    """Return what a rental begins with again by itself: the latest copy since its renter was last let in; else the
+    latest state that grew out of what it began with then; where nobody knows that, the latest copy."""
     ordered = sorted(complete, key=lambda copy: copy.generation)
     since = [copy for copy in ordered if copy.generation.epoch >= rental.let_in_epoch]
-    began_with = [copy for copy in ordered if str(copy.generation) == rental.began_with]
+    began_with = _latest_of_what_it_began_with(ordered, rental)
     copies = [copy for copy in ordered if not copy.salvage]
     return next((each[-1] for each in (since, began_with, copies) if each), None)
+
+
+def _latest_of_what_it_began_with(ordered: Sequence[Copy], rental: Rental) -> list[Copy]:
+    """Return the kept copies from what the rental began with to the latest state that has all of it.
+
+    A later copy of the same home has all of an earlier one, and so has a copy of a home that was filled with it. Where
+    both are there, each lacks something of the other: the same home counts, for the other one may be unchanged. Who
+    asked for an older copy has given up what was later in that home.
+    """
+    chain = [copy for copy in ordered if str(copy.generation) == rental.began_with]
+    origin = _origin(rental, rental.let_in_epoch)
+    if origin is None:
+        return chain
+    latest, asked = Generation.parse(rental.began_with), origin.asked
+    while True:
+        name = str(latest) if latest else ""
+        later = [copy for copy in ordered if latest is None or copy.generation > latest]
+        same_home = [c for c in later if latest and not asked and c.generation.epoch == latest.epoch]
+        filled_with_it = [c for c in later if Origin(c.generation.epoch, name, asked) in rental.lineage]
+        if latest is None and not asked:  # anything is more than nothing
+            filled_with_it += [copy for copy in later if _origin(rental, copy.generation.epoch) is None]
+            filled_with_it.sort(key=lambda copy: copy.generation)
+        grown = same_home or filled_with_it
+        if not grown:
+            return chain
+        chain.append(grown[-1])
+        latest, asked = grown[-1].generation, False
+
+
+def waiting_salvage(complete: Iterable[Copy], rental: Rental, wall: float) -> Copy | None:
+    """Return the newest salvage that is no part of what the rental has, or is about to begin with; None: there is none.
+
+    `wall`: UTC seconds. Without a time each would be shown for as long as the rental lives.
+    """
+    if rental.state in ENDED | {RentalState.RELEASING}:
+        return None
+    all_ = list(complete)
+    runs = rental.state is RentalState.ACTIVE
+    again = newest(all_, rental)
+    begins = rental.restore_from or (str(again.generation) if again else "")
+    has = _ancestors(rental, rental.began_with if runs else begins)
+    shown = [copy for copy in all_ if copy.salvage and wall - copy.at < SALVAGE_SHOWN_S]
+    shown = [copy for copy in shown if not (runs and copy.generation.epoch >= rental.let_in_epoch)]
+    waiting = [c for c in shown if c.generation.number > has.get(c.generation.epoch, 0)]
+    return max(waiting, key=lambda copy: copy.generation, default=None)
+
+
+def _ancestors(rental: Rental, name: str) -> dict[int, int]:
+    """Return the copies that a copy has grown out of, itself included: the latest number of each epoch."""
+    found: dict[int, int] = {}
+    generation = Generation.parse(name)
+    while generation and generation.epoch not in found:
+        found[generation.epoch] = generation.number
+        origin = _origin(rental, generation.epoch)
+        generation = Generation.parse(origin.generation) if origin else None
+    return found
+
+
+def _origin(rental: Rental, epoch: int) -> Origin | None:
+    return next((origin for origin in rental.lineage if origin.epoch == epoch), None)
+
+
+def let_in(rental: Rental, epoch: int, generation: str) -> dict[str, Any]:
+    """Return what changes in a rental whose renter is let in at `epoch`, with that copy in the home; empty: with none.
+
+    What was asked for stays asked for while there is no copy of the epoch that began with it.
+    """
+    before = _origin(rental, rental.let_in_epoch)
+    same = before is not None and before.asked and before.generation == generation
+    origin = Origin(epoch, generation, rental.restore_from is not None or same)
+    others = [each for each in rental.lineage if each.epoch != epoch]
+    return {"let_in_epoch": epoch, "began_with": generation, "lineage": (*others, origin)[-MOST_ORIGINS:]}
 
 
 def begins_from(complete: Iterable[Copy], epoch: int, salvage: bool) -> Copy | None:
@@ -104,16 +184,42 @@ def was_let_in(rental: Rental) -> bool:
     return rental.activated_at is not None or rental.let_in_epoch > 0
 
 
-def accepted(rental: Rental, placement: Placement, copy: Copy) -> Step:
-    """A complete copy counts, if its placement is still the one that runs. Told only when something is better now.
+def is_without_copies(rental: Rental) -> bool:
+    """Return whether its files are nowhere but where it ran: no copy of them is known, and none was asked for."""
+    never = rental.last_safe_copy_at is None and not rental.began_with
+    return was_let_in(rental) and never and rental.restore_from is None
+
+
+def nearly_full(copy: Copy, max_bytes: int, max_files: int) -> str:
+    """Return a warning if a home holds NEARLY_FULL of what it may, or more; else an empty text."""
+    held = []
+    if copy.bytes >= NEARLY_FULL * max_bytes:
+        held.append(f"{_megabytes(copy.bytes)} of {_megabytes(max_bytes)}")
+    if copy.files >= NEARLY_FULL * max_files:
+        held.append(f"{copy.files:,} of {max_files:,} files")
+    if not held:
+        return ""
+    return f"its home holds {' and '.join(held)}: with more than that it is frozen and not copied, so make room"
+
+
+def _megabytes(number: int) -> str:
+    return f"{number / 10**6:,.1f} MB"
+
+
+def accepted(rental: Rental, placement: Placement, copy: Copy, warning: str = "") -> Step:
+    """A complete copy counts, if its placement is still the one that runs. Told only when something is better now, or
+    when the home has become nearly full: `warning` says that, see `nearly_full`.
 
     One that was begun before a planned move held it is late once it is held: it must not take the place of the last
     copy, which has every byte.
     """
     change = {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes, "copy_problem": ""}
+    change |= {"home_warning": warning}
     event = _event("rental.copied", "its files are copied from now on", rental, placement.worker_id, copy)
-    told = (event,) if rental.last_safe_copy_at is None or rental.copy_problem else ()
-    return Step(_still_running(rental, placement, change, held=placement.held), told)
+    told = [event] if rental.last_safe_copy_at is None or rental.copy_problem else []
+    if warning and not rental.home_warning:
+        told.append(_event("rental.home_nearly_full", warning, rental, placement.worker_id, copy))
+    return Step(_still_running(rental, placement, change, held=placement.held), tuple(told))
 
 
 def failed(rental: Rental, placement: Placement, problem: str, over_limit: bool = False) -> Step | None:
@@ -142,23 +248,31 @@ def wants_salvage(rental: Rental | None, placement: Placement) -> bool:
     return rental.state not in ENDED | {RentalState.RELEASING}
 
 
-def salvaged(rental: Rental, placement: Placement, copy: Copy) -> Step:
+def salvaged(rental: Rental, placement: Placement, copy: Copy, there: Iterable[Copy]) -> Step:
     """What its worker still had is kept; as a salvage, unless it is just as a copy that there is already.
 
     And it is news that its renter was let in at that epoch: a worker that dies just then takes the outcome with it.
+    `there`: all complete copies, with this one.
     """
     name, worker_id = copy.generation, placement.worker_id
     is_latest = placement.epoch >= rental.let_in_epoch
+    change: dict[str, Any] = {"let_in_epoch": placement.epoch, "began_with": str(name)} if is_latest else {}
+    begins = rental.restore_from is None and newest(there, replace(rental, **change)) == copy
     # One that is being made just now may have been given an older copy already.
-    counts = is_latest and rental.state is RentalState.QUEUED
+    counts = begins and rental.state is RentalState.QUEUED
+    restore = f"orion restore {rental.name} --from {name}"
     had = f"worker {worker_id} came back with its files of epoch {placement.epoch}"
     if not copy.salvage:
         reason = f"{had}: they are as in copy {name}"
     elif counts:
         reason = f"{had}: they are kept as copy {name}, the newest, with which it begins again"
+    elif begins:
+        reason = (
+            f"{had}: they are kept as copy {name}, with which it begins again if it loses its worker before it is "
+            f"copied where it is now; they are restored now by: {restore}"
+        )
     else:
-        reason = f"{had}: they are kept as copy {name}, and restored by: orion restore {rental.name} --from {name}"
-    change: dict[str, Any] = {"let_in_epoch": placement.epoch, "began_with": str(name)} if is_latest else {}
+        reason = f"{had}: they are kept as copy {name}, and restored by: {restore}"
     change |= {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes} if counts else {}
     writes = (
         _salvage_is_over(placement),

@@ -28,6 +28,8 @@ class Facts:
     """Workers that were told to stop, and wait for their rentals to be taken away. They are among `leaving`."""
     resting: frozenset[str] = frozenset()
     """Rentals whose planned move has failed lately."""
+    awaits_files_s: float = 0.0
+    """Seconds that a rental of which there is no copy waits for the worker that was lost with its files; 0: none."""
 
     def age(self, identity: str) -> float:
         return self.ages.get(identity, 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from orion.manager.domain.states import (
     HOLDING,
@@ -41,6 +41,16 @@ class Worker:
     explanation: str = ""
 
 
+class Origin(NamedTuple):
+    """What a rental's home was filled with before its renter was let in at one epoch."""
+
+    epoch: int
+    generation: str
+    """The name of the copy; empty: the home was empty."""
+    asked: bool
+    """Somebody had asked for this copy, or for an empty home; else it was the newest known."""
+
+
 @dataclass(frozen=True)
 class Rental:
     id: str
@@ -63,12 +73,16 @@ class Rental:
     """UTC seconds at which the last complete copy of its files was begun."""
     copy_problem: str = ""
     """Why its files cannot be copied at present."""
+    home_warning: str = ""
+    """What its home holds, if that is nearly as much as it may: see copies.nearly_full."""
     restore_from: str | None = None
     """What its next placement begins with, where that is not the newest copy: see domain/copies.py."""
     let_in_epoch: int = 0
     """The latest epoch at which its renter was let in, as far as the manager was told."""
     began_with: str = ""
     """The copy of its files that it began with at that epoch, or that was made of its end; empty: none is known."""
+    lineage: tuple[Origin, ...] = ()
+    """The origins of its latest epochs, oldest first; none is known of an epoch from before these were written down."""
     start: str = ""
     """Its start command, a line for its shell; empty: it has none. See domain/starting.py."""
     start_run: int = 1

@@ -184,7 +184,7 @@ def _made(rental: Rental, placement: Placement, task: Task, report: Mapping[str,
     first = rental.activated_at is None
     change: dict[str, Any] = {"activated_at": wall, "expires_at": wall + rental.ttl_s} if first else {}
     change |= {"restore_from": None} if rental.restore_from else {}
-    change |= {"let_in_epoch": placement.epoch, "began_with": copies.began_with(report)}
+    change |= copies.let_in(rental, placement.epoch, copies.began_with(report))
     reason = f"running on worker {placement.worker_id}"
     filled = copies.filled(rental, placement.worker_id, report, wall)
     told = Step((), (filled,) if filled else ())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orion.manager.domain.model import Placement, Rental, Worker, World
+from orion.manager.domain.places import AWAITS_FILES
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import TABLES, Health, PlacementState, RentalState
 
@@ -90,6 +91,8 @@ def _worker(worker: Worker, since_s: float) -> Overdue:
 
 def _rental(rental: Rental, live: Placement | None, since_s: float) -> Overdue:
     what = _what_to_do("rental", rental.state, live.worker_id if live else "ITS-WORKER")
+    if rental.explanation.startswith(AWAITS_FILES):
+        what = f"start its worker again, or begin without its files: orion restore {rental.name} --empty"
     return Overdue("rental", rental.id, rental.name, rental.state, since_s, rental.explanation, what)
 
 

@@ -20,6 +20,8 @@ from orion.manager.domain.moves import ACTOR
 from orion.manager.domain.placement import Candidate, Chosen, Pool, Refused
 from orion.manager.domain.states import PlacementState, RentalState
 
+AWAITS_FILES = "it waits for its files: "
+"""How the explanation of a rental begins that waits for a lost worker."""
 MAX_PLACED = 256
 """Rentals that get a place in one decision; the others in the next, so that none takes long."""
 
@@ -98,6 +100,20 @@ def wait(rental: Rental, explanation: str) -> Step | None:
         return None
     expect = {"state": rental.state, "epoch": rental.epoch}
     return Step((Write("rental", rental.id, expect, {"explanation": explanation}),))
+
+
+def wait_for_files(rental: Rental, worker_id: str, within_s: float) -> Step | None:
+    """Return the step that says that it waits for a lost worker, which has its only files; None: it is said already."""
+    within = f"{within_s / 60:.0f} min" if within_s >= 120 else f"{within_s:.0f} s"
+    explanation = (
+        f"{AWAITS_FILES}worker {worker_id} was lost before the first copy of them. It begins again when that worker is "
+        f"started and has handed them over; without them after {within}, or now by: orion restore {rental.name} --empty"
+    )
+    step = wait(rental, explanation)
+    if step is None:
+        return None
+    event = Event("rental.files_awaited", ACTOR, explanation, rental.owner, rental.id, worker_id, rental.epoch)
+    return step + Step((), (event,))
 
 
 def _reserve(worker: Worker, rental: Rental, slot: int, placement_id: str) -> Step:

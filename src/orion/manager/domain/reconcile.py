@@ -28,7 +28,7 @@ from orion.manager.domain.model import (
     move_rental,
 )
 from orion.manager.domain.moves import ACTOR
-from orion.manager.domain.places import Places, wait
+from orion.manager.domain.places import Places, wait, wait_for_files
 from orion.manager.domain.states import (
     CREATE_DEADLINE_S,
     DELETE_DEADLINE_S,
@@ -239,9 +239,11 @@ def _settle_rental(world: Draft, rental: Rental, facts: Facts, places: Places) -
         return _finish_release(world, rental)
     if world.live_placement(rental.id) is not None or _is_being_stopped(world, rental):
         return None
+    lost = _may_come_back_with_its_files(world, rental, facts)
     standby = world.standby_of(rental.id)
     if standby is not None:
         problem = moves.problem_of(standby, rental, world.workers.get(standby.worker_id), facts.leaving)
+        problem = problem or ("no copy of its files was made for it" if lost else "")
         return moves.end_standby(standby, rental.owner, problem) if problem else moves.promote(rental, standby)
     if rental.state is RentalState.PROVISIONING:
         return move_rental(rental, RentalState.QUEUED, ACTOR, "its place was lost")
@@ -253,7 +255,26 @@ def _settle_rental(world: Draft, rental: Rental, facts: Facts, places: Places) -
     at_work = _may_be_at_work(world, rental, facts)
     if at_work is not None:
         return wait(rental, f"waiting until worker {at_work.worker_id} has ended what it may have begun of it")
+    if lost is not None:
+        return wait_for_files(rental, lost.worker_id, facts.awaits_files_s)
     return places.place(rental)
+
+
+def _may_come_back_with_its_files(world: Draft, rental: Rental, facts: Facts) -> Placement | None:
+    """Return the lost placement whose worker is waited for, because the only files of the rental are there.
+
+    A worker that joins has come back: it has its own deadline (SALVAGE_WITHIN_S) to hand them over.
+    """
+    if not facts.awaits_files_s or not copies.is_without_copies(rental):
+        return None
+    for placement in world.placements_of(rental.id):
+        worker = world.workers.get(placement.worker_id)
+        holds = copies.wants_salvage(rental, placement) and not placement.standby
+        if worker is None or not holds or placement.epoch < rental.let_in_epoch:
+            continue
+        if worker.health is Health.JOINING or facts.age(placement.id) < facts.awaits_files_s:
+            return placement
+    return None
 
 
 def _is_being_stopped(world: Draft, rental: Rental) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -17,6 +17,7 @@ import structlog
 
 from orion.manager.domain import copies
 from orion.manager.domain.copies import Generation
+from orion.manager.domain.model import Event
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.port import OVER_LIMIT, Home, Limits, Vault, VaultError
 from orion.manager.loops.timer import Loop
@@ -30,6 +31,8 @@ SPREAD = 0.5
 """The same for those that were moved: a worker's rentals move together, and have the files of their last copies."""
 KNOWN_S = 3600.0
 """For so long it is remembered in which epoch a rental was that cannot be copied any more."""
+FIRST_TRIES = 3
+"""To copy a rental for the first time, one soon after the other, before its problem is said."""
 ROUNDS = 20
 """In an interval."""
 LOOKING_SHARE = 0.05
@@ -81,6 +84,12 @@ class CopiesLoop:
         self._epochs: dict[str, tuple[int, float]] = {}
         """Of each rental that could be copied: in which epoch, and when that was last seen."""
         self._failures: dict[str, int] = {}
+        self._uncopied: set[str] = set()
+        """Rentals whose first copy has failed."""
+        self._visited: set[str] = set()
+        """Rentals in which a session has ended where they are now."""
+        self._again: set[str] = set()
+        """Rentals whose copy is under way, and that are to be copied again at once."""
         self._running: dict[str, asyncio.Task[str]] = {}
         self._sweeping: asyncio.Task[None] | None = None
         self._swept_at = float("-inf")
@@ -106,6 +115,21 @@ class CopiesLoop:
         for _, rental_id in heapq.nsmallest(free, due):
             self._start(rental_id)
 
+    def hear(self, committed: Sequence[Event]) -> None:
+        """Copy at once what has just been let in with files that no copy has, and again after its first session."""
+        for event in committed:
+            if event.rental_id and self._has_files_of_its_own(event, event.rental_id):
+                self._again |= {event.rental_id} & self._running.keys()
+                self._next_at[event.rental_id] = self._monotonic()
+                self.loop.hint()
+
+    def _has_files_of_its_own(self, event: Event, rental_id: str) -> bool:
+        if event.kind == "rental.session_closed" and rental_id not in self._visited:
+            self._visited.add(rental_id)
+            return True
+        is_new = event.kind == "rental.activated" and rental_id not in self._epochs
+        return is_new or event.kind == "rental.started_empty"
+
     async def _look_who_runs(self, now: float) -> None:
         found = await self._book.running()
         for rental_id in self._running.keys() - found.keys():
@@ -116,6 +140,8 @@ class CopiesLoop:
         self._epochs |= {rental_id: (epoch, now) for rental_id, epoch in found.items()}
         self._epochs = {rental_id: last for rental_id, last in self._epochs.items() if now - last[1] < KNOWN_S}
         self._failures = {rental_id: n for rental_id, n in self._failures.items() if rental_id in found}
+        self._uncopied &= found.keys()
+        self._visited &= found.keys()
         ended = self._monotonic()
         self._looks_at = ended + (ended - now) * (1 / LOOKING_SHARE - 1)
 
@@ -148,10 +174,18 @@ class CopiesLoop:
 
     def _done(self, rental_id: str) -> None:
         del self._running[rental_id]
-        pause_s = self._plan.interval_s * self._random.uniform(1.0 - JITTER, 1.0)
+        pause_s = 0.0 if rental_id in self._again else self._pause_s(rental_id)
+        self._again.discard(rental_id)
         if rental_id in self._next_at:
             self._next_at[rental_id] = self._monotonic() + pause_s
         self.loop.hint()
+
+    def _pause_s(self, rental_id: str) -> float:
+        """Return the seconds until it is copied again: fewer at first where its first copy has failed."""
+        share = self._random.uniform(1.0 - JITTER, 1.0)
+        if rental_id in self._uncopied:
+            share *= min(1.0, JITTER * 2.0 ** max(0, self._failures.get(rental_id, 0) - 1))
+        return self._plan.interval_s * share
 
     async def _copy(self, rental_id: str, spare: Generation | None) -> str:
         found = await self._book.one(rental_id)
@@ -161,9 +195,12 @@ class CopiesLoop:
         home = Home(rental.id, rental.uid, placement.epoch, Host(worker.id, worker.address, worker.host_keys))
         try:
             copied = await self._vault.copy(home, self._plan.limits, spare=spare)
-            step = copies.accepted(rental, placement, copied.copy)
+            limits = self._plan.limits
+            warning = copies.nearly_full(copied.copy, limits.max_bytes, limits.max_files)
+            step = copies.accepted(rental, placement, copied.copy, warning)
             accepted = await self._book.accept(step, rental.id, copied.kept)
             self._failures.pop(rental.id, None)
+            self._uncopied.discard(rental.id)
         except VaultError as error:
             await self._complain(found, error)
             return str(error)
@@ -174,11 +211,13 @@ class CopiesLoop:
 
     async def _complain(self, found: Running, error: VaultError) -> None:
         rental = found.rental
+        if rental.last_safe_copy_at is None:
+            self._uncopied.add(rental.id)
         if error.code in OF_NO_ACCOUNT:
             return
         failures = self._failures[rental.id] = self._failures.get(rental.id, 0) + 1
         log.warning("not copied", rental_id=rental.id, code=error.code, message=str(error), failures=failures)
-        if error.code in SAID_AT_ONCE or failures > 1:
+        if error.code in SAID_AT_ONCE or failures > (FIRST_TRIES if rental.id in self._uncopied else 1):
             step = copies.failed(rental, found.placement, str(error), error.code == OVER_LIMIT)
             if step:
                 await self._book.complain(step)

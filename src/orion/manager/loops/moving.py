@@ -36,6 +36,7 @@ class Mover:
         self._engine = engine
         self._vault = vault
         self._book = book
+        self._may_hold = limits
         self._limits = Limits(limits.max_files * ROOMIER, limits.max_bytes * ROOMIER)
         self._monotonic = monotonic
 
@@ -96,7 +97,8 @@ class Mover:
         if found is None:
             raise VaultError("superseded", "it was ended or moved meanwhile")
         copied = await self._vault.copy(_home(source), self._limits, COPY_DEADLINE_S, moving=True)
-        step = copies.accepted(found.rental, found.placement, copied.copy)
+        warning = copies.nearly_full(copied.copy, self._may_hold.max_bytes, self._may_hold.max_files)
+        step = copies.accepted(found.rental, found.placement, copied.copy, warning)
         if not await self._book.accept(step, source.rental_id, copied.kept):
             raise VaultError("superseded", "it was ended or moved meanwhile")
         return copied.copy

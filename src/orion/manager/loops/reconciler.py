@@ -96,7 +96,9 @@ class Reconciler:
         monotonic: Callable[[], float],
         wall: Callable[[], float],
         placement_ids: Iterator[str] | None = None,
+        awaits_files_s: float = 0.0,
     ) -> None:
+        """`awaits_files_s`: see domain/facts.py."""
         self._ledger = ledger
         self._roster = roster
         self._leases = leases
@@ -107,6 +109,7 @@ class Reconciler:
         self._monotonic = monotonic
         self._wall = wall
         self._placement_ids = placement_ids or _random_ids()
+        self._awaits_files_s = awaits_files_s
         self._placing = asyncio.Lock()
         """From the look to the commit of whoever gives slots away: two that looked at once would give the same one."""
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -243,8 +246,8 @@ class Reconciler:
         now = self._monotonic()
         resting = frozenset(rental_id for rental_id, failure in self._rests.items() if failure.again_at > now)
         ages, leaving = self._ages(world), self._leases.leaving()
-        moving = self._vacating(), resting
-        return Facts(inventories, leaving, ages, self._placement_ids, strangers, self._wall(), *moving)
+        more = self._vacating(), resting, self._awaits_files_s
+        return Facts(inventories, leaving, ages, self._placement_ids, strangers, self._wall(), *more)
 
     def _ages(self, world: World) -> dict[str, float]:
         now = self._monotonic()

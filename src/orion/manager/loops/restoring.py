@@ -23,6 +23,7 @@ from orion.manager.loops.salvaging import Salvager
 from orion.manager.store.copies import CopyBook
 
 LET_IN_BEFORE = "its renter was let in already"
+NO_COPY = "there is no copy of its files; what a lost worker may still have of them is kept when that comes back"
 WAITS = "waits"
 """In the report of a failure: another worker would do no better."""
 AT_ONCE = 8
@@ -148,7 +149,7 @@ class Restorer:
             if error.code != LET_IN:
                 raise
             return {"generation": error.restored, "reason": LET_IN_BEFORE}
-        return told_of(copy) if copy else {"reason": "there is no copy of its files yet"}
+        return told_of(copy) if copy else {"reason": NO_COPY}
 
     async def _named(self, home: Home, wanted: str) -> Copy | None:
         copy = await self._vault.restore(home, Generation.parse(wanted))

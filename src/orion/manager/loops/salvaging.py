@@ -59,7 +59,7 @@ class Salvager:
                 return Outcome(ok=True)
             tries = SALVAGE_ATTEMPTS if error.code in FOR_GOOD else 1
             return Outcome(ok=False, message=str(error), report={TRIES: tries})
-        await self._book.accept(copies.salvaged(rental, placement, copied.copy), rental.id, copied.kept)
+        await self._book.accept(copies.salvaged(rental, placement, copied.copy, copied.kept), rental.id, copied.kept)
         return Outcome(ok=True)
 
     async def _needed(self, rental: Rental) -> Generation | None:

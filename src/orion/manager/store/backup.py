@@ -230,7 +230,8 @@ def _fit_into_the_present(connection: sqlite3.Connection, database: Path, actor:
     connection.execute("UPDATE counters SET value = value + ? WHERE name = 'uid'", (UID_GAP,))
     connection.execute(f"UPDATE rentals SET epoch = epoch + ? WHERE {_LIVING}", (EPOCH_GAP,))  # noqa: S608
     # Who was let in since, nobody knows: what a worker still has of an epoch from before is restored on request only.
-    connection.execute(f"UPDATE rentals SET let_in_epoch = epoch, began_with = '' WHERE {_LIVING}")  # noqa: S608
+    nobody_knows = "let_in_epoch = epoch, began_with = '', lineage = '[]'"
+    connection.execute(f"UPDATE rentals SET {nobody_knows} WHERE {_LIVING}")  # noqa: S608
     connection.execute("UPDATE placements SET public_key = '' WHERE state = 'running'")
     # The copies of what has ended since were removed with it: it begins empty, and nobody waits for them.
     connection.executemany("DELETE FROM copies WHERE rental_id = ?", [(identity,) for identity in now.ended])

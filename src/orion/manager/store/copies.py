@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from sqlalchemy import Column, Connection, and_, delete, insert, select
+from sqlalchemy import Column, Connection, RowMapping, and_, delete, insert, select
 
 from orion.manager.domain.copies import (
     EMPTY,
@@ -25,6 +25,7 @@ from orion.manager.domain.states import ENDED, LIVE, Health, PlacementState, Ren
 from orion.manager.store import ledger
 from orion.manager.store.database import Store
 from orion.manager.store.memory import MemoryLedger
+from orion.manager.store.roster import chunks
 from orion.manager.store.schema import copies, placements, rentals, workers
 
 standbys = placements.alias()
@@ -227,17 +228,23 @@ def accept_copy(connection: Connection, step: Step, rental_id: str, there: Seque
 
 def copies_of(connection: Connection, rental_id: str) -> list[Copy]:
     query = select(copies).where(copies.c.rental_id == rental_id).order_by(copies.c.epoch, copies.c.number)
-    return [
-        Copy(
-            Generation(row["epoch"], row["number"]),
-            row["at"],
-            row["bytes"],
-            row["files"],
-            tuple(row["skipped"]),
-            bool(row["salvage"]),
-        )
-        for row in connection.execute(query).mappings()
-    ]
+    return [_copy(row) for row in connection.execute(query).mappings()]
+
+
+def with_salvages(connection: Connection, rental_ids: Iterable[str]) -> dict[str, list[Copy]]:
+    """Return all copies of those of these rentals that have a salvage among them."""
+    found: dict[str, list[Copy]] = {}
+    salvages = copies.alias()
+    for some in chunks(rental_ids):
+        have = select(salvages.c.rental_id).where(salvages.c.rental_id.in_(some), salvages.c.salvage.is_(True))
+        for row in connection.execute(select(copies).where(copies.c.rental_id.in_(have))).mappings():
+            found.setdefault(row["rental_id"], []).append(_copy(row))
+    return found
+
+
+def _copy(row: RowMapping) -> Copy:
+    generation, skipped = Generation(row["epoch"], row["number"]), tuple(row["skipped"])
+    return Copy(generation, row["at"], row["bytes"], row["files"], skipped, bool(row["salvage"]))
 
 
 def newest_of(connection: Connection, rental_id: str) -> Copy | None:

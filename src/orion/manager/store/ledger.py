@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import groupby
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 
 from orion.manager.domain import outcomes
-from orion.manager.domain.model import Item, Placement, Rental, Step, Worker, World, Write
+from orion.manager.domain.model import Item, Origin, Placement, Rental, Step, Worker, World, Write
 from orion.manager.domain.outcomes import Ended
 from orion.manager.domain.states import ENDED, HOLDING, Health, Intent, PlacementState, RentalState
 from orion.manager.store.database import record, touched
@@ -274,7 +274,7 @@ def worker(row: RowMapping) -> Worker:
     )
 
 
-def rental(row: RowMapping) -> Rental:
+def rental(row: RowMapping | Mapping[str, Any]) -> Rental:
     return Rental(
         id=row["id"],
         name=row["name"],
@@ -293,9 +293,11 @@ def rental(row: RowMapping) -> Rental:
         explanation=row["explanation"],
         last_safe_copy_at=row["last_safe_copy_at"],
         copy_problem=row["copy_problem"],
+        home_warning=row["home_warning"],
         restore_from=row["restore_from"],
         let_in_epoch=row["let_in_epoch"],
         began_with=row["began_with"],
+        lineage=tuple(Origin(*origin) for origin in row["lineage"]),
         start=row["start"],
         start_run=row["start_run"],
         start_problem=row["start_problem"],

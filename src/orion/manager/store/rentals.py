@@ -10,11 +10,12 @@ from typing import Any
 from sqlalchemy import Connection, Select, and_, delete, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
+from orion.manager.domain.copies import waiting_salvage
 from orion.manager.domain.expiry import release, renew
 from orion.manager.domain.model import Event
 from orion.manager.domain.starting import ask_to_start
 from orion.manager.domain.states import ENDED, LIVE, RentalState
-from orion.manager.store import keys, ledger
+from orion.manager.store import copies, keys, ledger
 from orion.manager.store.database import Row, first, record, rows, touched
 from orion.manager.store.names import new_id, new_name
 from orion.manager.store.schema import LIVING, counters, idempotency, placements, rentals, workers
@@ -124,7 +125,8 @@ def one(connection: Connection, rental_id: str, owner: str | None) -> Row | None
     query = _with_worker().where(rentals.c.id == rental_id)
     if owner is not None:
         query = query.where(rentals.c.owner == owner)
-    return first(connection.execute(query))
+    found = first(connection.execute(query))
+    return found and _with_salvage(connection, [found])[0]
 
 
 def page(
@@ -139,7 +141,7 @@ def page(
         query = query.where(text(LIVING))
     if after:
         query = query.where(rentals.c.id > after)
-    return rows(connection.execute(query))
+    return _with_salvage(connection, rows(connection.execute(query)))
 
 
 def begin_release(connection: Connection, rental_id: str, actor: str) -> None:
@@ -172,6 +174,16 @@ def begin_start(connection: Connection, rental_id: str, actor: str) -> str:
     on = select(placements.c.worker_id).where(placements.c.rental_id == rental_id, placements.c.state.in_(LIVE))
     touched(connection).workers.update(connection.execute(on).scalars())
     return ""
+
+
+def _with_salvage(connection: Connection, found: list[Row]) -> list[Row]:
+    """Add to each rental its `salvage`: see copies.waiting_salvage."""
+    some = copies.with_salvages(connection, [row["id"] for row in found])
+    now = time.time()
+    for row in found:
+        of_it = some.get(row["id"])
+        row["salvage"] = waiting_salvage(of_it, ledger.rental(row), now) if of_it else None
+    return found
 
 
 def _with_worker() -> Select[Any]:

@@ -83,6 +83,8 @@ rentals = Table(
     Column("restore_from", String(40)),
     Column("let_in_epoch", BigInteger, nullable=False, server_default="0"),
     Column("began_with", String(40), nullable=False, server_default=""),
+    Column("lineage", JSON, nullable=False, server_default="[]"),
+    Column("home_warning", Text, nullable=False, server_default=""),
     Column("start", Text, nullable=False, server_default=""),
     Column("start_run", Integer, nullable=False, server_default="1"),
     Column("start_problem", Text, nullable=False, server_default=""),
