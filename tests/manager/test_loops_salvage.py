@@ -11,6 +11,7 @@ from support.builders import active_rental, new_placement, new_worker, new_world
 from support.house import Agent, House
 from test_loops_copies import copied, files, holder, lose
 
+from orion.manager.domain import outcomes
 from orion.manager.domain.copies import Generation
 from orion.manager.domain.facts import Facts
 from orion.manager.domain.model import Item
@@ -477,13 +478,18 @@ async def test_nobody_waits_for_a_worker_that_was_removed(patient: House) -> Non
     assert (await patient.rental(waiting["id"]))["state"] == "active"
 
 
-async def test_a_standby_without_files_does_not_take_over_what_has_no_copy(patient: House) -> None:
+async def test_a_standby_without_files_does_not_take_over_what_has_no_copy(
+    patient: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcomes, "MAX_ATTEMPTS", 1000)  # filling it goes on failing until its source dies
     rental = await patient.rent(name="lab")
     files(patient, rental)["file"] = "typed briskly"
     patient.end_the_brake_of_the_start()
     dead = holder(patient, rental)
     patient.vault.failure = VaultError("unreachable", "the worker cannot be asked")
     assert (await patient.as_admin.post(f"/api/rentals/{rental['id']}/migrate")).status_code == 202
+    await patient.pass_time(4)
+    assert (await patient.rental(rental["id"]))["moving_to"]
     dead.die()
     await patient.silence(dead, 91)
     waiting = await patient.rental(rental["id"])
