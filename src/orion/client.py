@@ -60,6 +60,7 @@ from orion.wire import (
     Worker,
     WorkerHealth,
     WorkerIntent,
+    in_words,
 )
 
 RENT_RETRY_S = 15.0
@@ -138,8 +139,11 @@ class Orion:
         )
         return _read(RentReply, reply)
 
-    def rentals(self, *, name: str | None = None, ended: bool = False, limit: int | None = None) -> Iterator[Rental]:
-        query = {"name": name, "ended": "true" if ended else None, "limit": limit}
+    def rentals(
+        self, *, name: str | None = None, ended: bool = False, mine: bool = False, limit: int | None = None
+    ) -> Iterator[Rental]:
+        """Yield the living rentals, with `ended` all. `mine` leaves out those of others, which an admin sees."""
+        query = {"name": name, "ended": "true" if ended else None, "mine": "true" if mine else None, "limit": limit}
         return self._pages(Rental, "/api/rentals", query)
 
     def rental(self, rental_id: str, *, wait_s: float | None = None, state: RentalState | None = None) -> Rental:
@@ -148,19 +152,29 @@ class Orion:
         return _read(Rental, self._transport.send("GET", _path("rentals", rental_id), params=query, wait_s=wait_s or 0))
 
     def find_rental(self, id_or_name: str, *, ended: bool = False) -> Rental:
-        """By id, else by name among the living, else (with `ended`) the latest that bore the name."""
+        """Find it by id, else by name among the living, else (with `ended`) the latest that bore the name.
+
+        To an admin, who sees everybody's, a name is that of an own rental first.
+        """
         if _ID.fullmatch(id_or_name):
             try:
                 return self.rental(id_or_name)
             except NotFound:
                 pass
-            living = list(self.rentals(name=id_or_name))
+            living = self._named(id_or_name, ended=False)
             if living:
                 return _only(living, id_or_name, lambda one: f"{one.id} of {one.owner}")
-            past = list(self.rentals(name=id_or_name, ended=True)) if ended else []
+            past = self._named(id_or_name, ended=True) if ended else []
             if past:
                 return max(past, key=lambda one: one.created_at)
         raise NotFound(404, "not_found", f"there is no rental {id_or_name!r}: orion ls shows yours")
+
+    def _named(self, name: str, ended: bool) -> list[Rental]:
+        """Return the rentals of this name: only own ones where others' bear it too."""
+        found = list(self.rentals(name=name, ended=ended))
+        if len({one.owner for one in found}) < 2:
+            return found
+        return list(self.rentals(name=name, ended=ended, mine=True)) or found
 
     def wait_for(
         self,
@@ -369,6 +383,22 @@ class Orion:
         query = {"give_up": "true" if give_up else None}
         return _read(Worker, self._transport.send("POST", _path("workers", worker_id, "resume"), params=query))
 
+    def wait_until_ready(
+        self, worker: Worker, within_s: float, on_change: Callable[[Worker], None] = lambda _worker: None
+    ) -> Worker:
+        """Return the worker once it is ready, or as it is after `within_s`, or once it was checked and quarantined."""
+        transport, checked = self._transport, False
+        give_up_at = transport.clock() + within_s
+        while worker.health is not WorkerHealth.READY and transport.clock() < give_up_at:
+            quarantined = worker.health is WorkerHealth.QUARANTINED
+            if checked and quarantined:
+                return worker
+            checked = checked or not quarantined
+            transport.sleep(MOVE_POLL_S)
+            worker = self.worker(worker.id)
+            on_change(worker)
+        return worker
+
     def remove_worker(self, worker_id: str) -> None:
         self._transport.send("DELETE", _path("workers", worker_id))
 
@@ -519,7 +549,7 @@ def _valid(model: type[_Model], **fields: Any) -> _Model:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InvalidInput(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise InvalidInput(f"{where} {in_words(first)}") from error
 
 
 def _read(model: type[_Model], reply: httpx.Response) -> _Model:

@@ -103,12 +103,18 @@ def clean_token(text: str) -> str:
     """A token as a header may carry it; refused here rather than by a confusing error of the HTTP client."""
     token = text.strip()
     if not token or not all("!" <= letter <= "~" for letter in token):
-        raise NotLoggedIn("that is not a token: it must be one word, such as orion_client_..., from: make token")
+        raise NotLoggedIn(
+            "that is not a token: it must be one word, such as orion_client_..., from whoever runs the platform "
+            "(on its machine the admin's: make -s token)"
+        )
     return token
 
 
 def clean_url(text: str) -> str:
-    """`http(s)://host[:port][/prefix]`. Where no scheme is given: http for this machine, else https."""
+    """Return `http(s)://host[:port][/prefix]`. Where no scheme is given: http for this machine, else https.
+
+    The address of the API, which people copy from the pages, is understood as that of the platform.
+    """
     if "://" not in text:
         text = ("http://" if is_this_machine(urlsplit(f"//{text}").hostname or "") else "https://") + text
     try:
@@ -120,7 +126,7 @@ def clean_url(text: str) -> str:
         raise InvalidInput(f"{text!r} is not an address such as http://localhost:8080")
     if parts.username is not None or parts.query or parts.fragment or not text.isprintable() or " " in text:
         raise InvalidInput(f"{text!r} must be only an address, such as http://localhost:8080")
-    return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+    return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/").removesuffix("/api"), "", ""))
 
 
 def is_this_machine(host: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
@@ -17,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 DEFAULT_TTL_S = 24 * 3600
 MIN_TTL_S = 60
 MAX_TTL_S = 30 * 24 * 3600
+MAX_TOKEN_TTL_S = 10 * 365 * 24 * 3600
 DEFAULT_WAIT_S = 30
 MAX_WAIT_S = 55
 MAX_PAGE = 500
@@ -164,6 +166,50 @@ StartCommand = Annotated[str, AfterValidator(start_command), Field(json_schema_e
 Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=32)]
 Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
 Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S, strict=True)]
+
+
+_IN_WORDS = {
+    "missing": "is missing",
+    "extra_forbidden": "is no field of this request",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be more than {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be less than {lt}",
+    "string_too_long": "must be at most {max_length} characters",
+    "string_too_short": "must be at least {min_length} characters",
+    "too_long": "must have at most {max_length} entries",
+    "too_short": "must have at least {min_length} entries",
+    "string_pattern_mismatch": "must have the form {pattern}",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "enum": "must be {expected}",
+    "literal_error": "must be {expected}",
+    "json_invalid": "is not JSON: {error}",
+}
+"""What each type of a validation error means in words, to follow the name of the field."""
+_LABELS = (
+    "must be letters, digits and . _ / - on both sides, such as team=blue: at most 63 on each, "
+    "the key from a letter or digit on"
+)
+
+
+def in_words(error: Mapping[str, Any]) -> str:
+    """Return what is wrong with a field, to follow its name. `error` is one of a ValidationError's `errors()`."""
+    if error["type"] == "string_pattern_mismatch" and "labels" in error["loc"]:
+        return _LABELS
+    words = _IN_WORDS.get(error["type"])
+    return (
+        words.format(**error["ctx"]) if words and "{" in words else words or error["msg"].removeprefix("Value error, ")
+    )
 
 
 class Request(BaseModel):
@@ -399,7 +445,7 @@ class Worker(Reply):
 class TokenRequest(Request):
     name: Name
     role: Literal["client", "admin", "join"] = "client"
-    ttl_s: int | None = Field(None, ge=MIN_TTL_S, le=10 * 365 * 24 * 3600, strict=True)
+    ttl_s: int | None = Field(None, ge=MIN_TTL_S, le=MAX_TOKEN_TTL_S, strict=True)
 
 
 class Token(Reply):

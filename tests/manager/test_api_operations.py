@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -74,16 +75,41 @@ async def test_a_token_is_shown_once_and_listed_without_its_secret(house: House)
     assert "hash" not in listed.text
 
 
-async def test_a_token_may_end_by_itself(house: House) -> None:
+async def test_a_token_may_end_by_itself_and_says_so_to_who_has_it(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = (await house.as_admin.post("/api/tokens", json={"name": "bob", "ttl_s": 60})).json()
     assert made["expires_at"] is not None
+    now = time.time()
+    monkeypatch.setattr("orion.manager.store.tokens.time.time", lambda: now + 61)
+    refused = is_problem(await house.client(made["token"]).get("/api/status"), 401, "unauthorized")
+    assert refused["detail"].startswith("the time of this token is over")
+
+
+@pytest.mark.parametrize("end", ["wrong", "gone"])
+async def test_who_has_not_the_whole_token_learns_nothing_of_it(house: House, end: str) -> None:
+    made = (await house.as_admin.post("/api/tokens", json={"name": "bob"})).json()
+    if end == "gone":
+        await house.as_admin.delete(f"/api/tokens/{made['id']}")
+    guessed = made["token"][:-43] + "A" * 43
+    refused = is_problem(await house.client(guessed).get("/api/status"), 401, "unauthorized")
+    assert refused["detail"].startswith("this token is not known here")
+
+
+async def test_who_sends_no_token_is_told_of_none_that_an_operator_alone_could_print(house: House) -> None:
+    for sent in ("", "Bearer", "Basic eDp5", "Bearer two words"):
+        reply = await house.client("x").get("/api/status", headers={"Authorization": sent})
+        refused = is_problem(reply, 401, "unauthorized")
+        assert "Ask whoever runs this platform" in refused["detail"]
+        assert "make" not in refused["detail"]
 
 
 async def test_a_revoked_token_is_worth_nothing_and_revoking_is_repeatable(house: House) -> None:
     made = (await house.as_admin.post("/api/tokens", json={"name": "bob"})).json()
     for _ in range(2):
         assert (await house.as_admin.delete(f"/api/tokens/{made['id']}")).status_code == 204
-    is_problem(await house.client(made["token"]).get("/api/status"), 401, "unauthorized")
+    refused = is_problem(await house.client(made["token"]).get("/api/status"), 401, "unauthorized")
+    assert refused["detail"].startswith("this token was revoked. Ask whoever runs this platform")
     is_problem(await house.as_admin.delete("/api/tokens/never"), 404, "not_found")
     assert [e["kind"] for e in await house.events("token.")] == ["token.created", "token.revoked"]
 

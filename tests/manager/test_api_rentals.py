@@ -138,7 +138,7 @@ async def test_another_request_with_a_used_key_is_refused(house: House, alice: h
 async def test_a_name_that_cannot_be_is_answered_with_what_can(alice: httpx.AsyncClient) -> None:
     reply = await alice.post("/api/rent", json={"name": "My Lab\n", "wait_s": 0})
     is_problem(reply, 422, "invalid_request")
-    assert reply.json()["detail"].startswith("name: must be lowercase letters, digits and hyphens")
+    assert reply.json()["detail"].startswith("name must be lowercase letters, digits and hyphens")
 
 
 async def test_a_name_of_a_living_rental_is_taken_for_its_owner_alone(house: House, alice: httpx.AsyncClient) -> None:
@@ -146,6 +146,14 @@ async def test_a_name_of_a_living_rental_is_taken_for_its_owner_alone(house: Hou
     assert (await alice.post("/api/rent", json={"name": "lab", "wait_s": 0})).status_code == 202
     is_problem(await alice.post("/api/rent", json={"name": "lab", "wait_s": 0}), 409, "name_taken")
     assert (await bob.post("/api/rent", json={"name": "lab", "wait_s": 0})).status_code == 202
+
+
+async def test_an_admin_may_ask_for_its_own_rentals_alone(house: House, alice: httpx.AsyncClient) -> None:
+    for who in (alice, house.as_admin):
+        assert (await who.post("/api/rent", json={"name": "desk", "wait_s": 0})).status_code == 202
+    for who, owner in ((house.as_admin, "admin"), (alice, "alice")):
+        (found,) = (await who.get("/api/rentals?name=desk&mine=true")).json()["items"]
+        assert found["owner"] == owner
 
 
 async def test_a_client_sees_its_own_rentals_and_an_admin_everybody_s(house: House, alice: httpx.AsyncClient) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from support.readme import ROOT
 from support.scripted_platform import (
     HOST_KEY,
     Answer,
@@ -24,7 +28,8 @@ from support.scripted_platform import (
 
 from orion.cli import keys
 from orion.cli.app import run
-from orion.wire import NOT_MOVED
+from orion.client import Orion
+from orion.wire import NOT_MOVED, RentReply
 
 EVIL = "\x1b]0;owned\x07\x1b[31m[red]x[/red]\u202e\u009b2J"
 UP_TO_NOW = "2000-01-01T00:00:00Z"
@@ -272,6 +277,24 @@ def test_tables_fit_a_terminal_of_80_columns(
         assert not any("\u2026" in line for line in lines)
 
 
+@pytest.mark.parametrize("columns", [30, 60])
+def test_a_narrow_terminal_cuts_nothing_that_has_to_be_typed(
+    platform: ScriptedPlatform, orion: Command, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    late = rental(name="my-second-lab", state="provisioning", last_safe_copy_at=UP_TO_NOW)
+    platform.answer("GET", "/api/rentals", page(rental(name="my-lab"), late))
+    platform.answer("GET", "/api/workers", page(worker(health="quarantined", labels={"zone": "far-away"})))
+    for command, typed in (
+        ("ls", ["my-lab", "my-second-lab", "abcdefgh23"]),
+        ("workers", ["w-aaaa2222", "0123456789ab"]),
+    ):
+        lines = [_without_colours(line) for line in orion(command).out.splitlines()]
+        assert max(len(line.rstrip()) for line in lines) <= columns
+        assert set(typed) <= {word for line in lines for word in line.split()}
+
+
 def _without_colours(line: str) -> str:
     return "".join(part.partition("m")[2] if index else part for index, part in enumerate(line.split("\x1b[")))
 
@@ -444,6 +467,183 @@ def test_a_rental_made_where_nothing_can_be_kept_is_still_reported(
     assert orion("rent").status == 1  # without a key there is nowhere to make one
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("rent", "--ttl", "31d"),
+        ("rent", "--ttl", "0"),
+        ("renew", "box", "--ttl", "5w"),
+        ("token", "create", "a", "--ttl", "0"),
+    ],
+)
+def test_a_time_out_of_its_bounds_is_refused_in_words_and_nothing_is_sent(
+    platform: ScriptedPlatform, orion: Command, arguments: tuple[str, ...]
+) -> None:
+    result = orion(*arguments)
+    assert result.status == 2
+    assert result.err.startswith("orion: --ttl is ")
+    assert "must be at least 1m and at most" in result.err
+    assert platform.calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--name", "Lab"), "name must be lowercase letters, digits and hyphens"),
+        (("--label", "team=two words"), "labels.team must be letters, digits and . _ / -"),
+        (("--start", " "), "start must be a command"),
+    ],
+)
+def test_what_can_never_be_rented_is_refused_in_words(
+    platform: ScriptedPlatform, orion: Command, public_key: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    result = orion("rent", "--key", str(public_key), *arguments)
+    assert (result.status, platform.calls) == (2, [])
+    assert said in result.err
+
+
+def test_ctrl_c_while_renting_says_what_stays_rented(
+    platform: ScriptedPlatform, orion: Command, public_key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rent = Orion.rent
+
+    def interrupted(self: Orion, **asked: Any) -> RentReply:
+        monkeypatch.setattr(Orion, "rent", rent)
+        rent(self, **asked)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Orion, "rent", interrupted)
+    platform.answer("POST", "/api/rent", Answer(202, rental(state="queued", explanation="no worker has a free slot")))
+    result = orion("rent", "--key", str(public_key))
+    assert result.status == 130
+    assert "box is queued: no worker has a free slot. It stays rented; get in with: orion ssh box" in result.err
+    assert "orion release box" in result.err
+    first, again = platform.calls
+    assert first.headers["Idempotency-Key"] == again.headers["Idempotency-Key"]
+    assert again.body["wait_s"] == 0
+    assert keys.identity_of("abcdefgh23") is not None
+
+
+def test_ctrl_c_while_renting_and_no_platform_says_where_to_look(
+    platform: ScriptedPlatform, orion: Command, public_key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Orion, **asked: Any) -> RentReply:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Orion, "rent", interrupted)
+    result = orion("rent", "--key", str(public_key))
+    assert result.status == 130
+    assert "it may have been rented all the same; see: orion ls" in result.err
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "said"),
+    [
+        ("migrate", ("migrate", "box"), "the move of box has begun, it goes on by itself"),
+        ("release", ("release", "box", "--yes"), "the release of box has begun, it goes on by itself"),
+        ("restore_files", ("restore", "box", "--empty", "--yes"), "box may begin again without its files"),
+        ("wait_until_drained", ("drain", "w-aaaa2222"), "orion resume w-aaaa2222 ends it"),
+        ("wait_until_ready", ("resume", "w-aaaa2222"), "w-aaaa2222 is resumed, and checked by itself"),
+    ],
+)
+def test_ctrl_c_says_what_goes_on(
+    platform: ScriptedPlatform,
+    orion: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Orion, call, interrupted)
+    platform.answer("GET", "/api/rentals/box", rental())
+    platform.answer("GET", "/api/workers", page(worker()))
+    for what in ("drain", "resume"):
+        platform.answer("POST", f"/api/workers/w-aaaa2222/{what}", worker())
+    result = orion(*arguments)
+    assert result.status == 130
+    assert said in result.err
+
+
+def test_an_admins_own_rental_goes_before_others_of_its_name(platform: ScriptedPlatform, orion: Command) -> None:
+    own, other = rental(id="own", owner="admin"), rental(id="other", owner="bob")
+    platform.answer("GET", "/api/rentals", page(other, own), page(own))
+    assert json.loads(orion("show", "box", "--json").out)["id"] == "own"
+    assert platform.calls[-1].query == {"name": "box", "mine": "true"}
+    platform.answer("GET", "/api/rentals", page(), page(other, own), page(own))
+    assert json.loads(orion("show", "box", "--json").out)["id"] == "own"
+
+
+def test_a_healthy_rental_that_is_thawed_is_said_to_be_well(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals/box", rental())
+    frozen = rental(copy_problem="it was thawed to make room, and is frozen again unless it does within ten minutes")
+    platform.answer("POST", "/api/rentals/abcdefgh23/thaw", rental(), frozen)
+    assert orion("thaw", "box").out == "box was not frozen: nothing has changed.\n"
+    assert "within ten minutes" in orion("thaw", "box").out
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_resume_waits_until_the_worker_was_checked(platform: ScriptedPlatform, orion: Command) -> None:
+    quarantined, joining = worker(health="quarantined"), worker(health="joining")
+    platform.answer("GET", "/api/workers", page(quarantined))
+    platform.answer("POST", "/api/workers/w-aaaa2222/resume", quarantined)
+    platform.answer("GET", "/api/workers/w-aaaa2222", quarantined, joining, worker())
+    result = orion("resume", "w-aaaa2222")
+    assert (result.status, result.out) == (0, "w-aaaa2222 is ready.\n")
+    platform.answer("GET", "/api/workers/w-aaaa2222", joining, worker(health="quarantined", explanation="it is dirty."))
+    result = orion("resume", "w-aaaa2222")
+    assert result.status == 7
+    assert "w-aaaa2222 is quarantined: it is dirty. It was resumed" in result.err
+    assert orion("resume", "w-aaaa2222", "--wait", "0").status == 7
+
+
+def test_whoever_is_not_logged_in_is_told_before_a_key_is_made(
+    orion: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ORION_URL")
+    monkeypatch.delenv("ORION_TOKEN_FILE")
+    for arguments in (("rent",), ("keys", "box", "add")):
+        result = orion(*arguments)
+        assert result.status == 4
+        assert "not logged in" in result.err
+    assert not (tmp_path / "orion").exists()
+
+
+OTHER_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMJmT9oQyXJXw1cMyxGBLCFfEDPrgh2TyT2PnTrEFpGr"
+
+
+def test_a_file_of_keys_may_hold_remarks_and_several_keys(
+    platform: ScriptedPlatform, orion: Command, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.pub"
+    file.write_text(f"# of the laptop\n\n{HOST_KEY} ada@lab\n")
+    platform.answer("POST", "/api/rent", Answer(201, rental()))
+    assert orion("rent", "--key", str(file)).status == 0
+    assert platform.calls[-1].body["ssh_public_key"] == HOST_KEY
+    file.write_text(f"{HOST_KEY} ada@lab\n# and of the desk\n{OTHER_KEY}\n")
+    refused = orion("rent", "--key", str(file))
+    assert refused.status == 2
+    assert "holds 2 keys" in refused.err
+    assert "orion keys RENTAL add" in refused.err
+    platform.answer("GET", "/api/rentals/box", rental())
+    platform.answer("POST", "/api/rentals/abcdefgh23/keys", Answer(201, page()))
+    platform.calls.clear()
+    assert orion("keys", "box", "add", str(file)).status == 0
+    assert [call.body["ssh_public_key"] for call in platform.calls if call.method == "POST"] == [HOST_KEY, OTHER_KEY]
+    file.write_text("# nothing\n")
+    assert "must be one OpenSSH public key" in orion("keys", "box", "add", str(file)).err
+
+
+def test_removing_a_key_that_is_not_there_is_no_such_thing(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals/box", rental())
+    platform.answer("GET", "/api/rentals/abcdefgh23/keys", page())
+    result = orion("keys", "box", "rm", "nothing", "--yes")
+    assert result.status == 3
+    assert "orion keys box ls shows them" in result.err
+
+
 def test_renew_says_when_it_ends_now(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals/box", rental())
     platform.answer("POST", "/api/rentals/abcdefgh23/renew", rental())
@@ -606,3 +806,31 @@ def test_not_logged_in_says_how(orion: Command, monkeypatch: pytest.MonkeyPatch)
     result = orion("ls")
     assert result.status == 4
     assert "orion login http://localhost:8080" in result.err
+
+
+def by_itself(arguments: list[str], **streams: Any) -> subprocess.CompletedProcess[str]:
+    """`orion ARGUMENTS` as a process of its own, whose output is buffered as it is for a user."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {"PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", "orion.cli", *arguments]
+    return subprocess.run(command, env=environment, text=True, check=False, **streams)
+
+
+@pytest.mark.parametrize("arguments", [["events", "--json"], ["ls", "--json"], ["ls"], ["--help"]])
+def test_a_reader_that_has_enough_ends_the_command_without_a_word(
+    platform: ScriptedPlatform, orion: Command, arguments: list[str]
+) -> None:
+    platform.answer("GET", "/api/events", page(*(event(number) for number in range(500))))
+    platform.answer("GET", "/api/rentals", page(rental()))
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = by_itself(arguments, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_help_of_what_ssh_runs_is_shown(option: str) -> None:
+    done = by_itself(["connect", option], capture_output=True)
+    assert done.returncode == 0
+    assert "What ssh runs for each session" in done.stdout

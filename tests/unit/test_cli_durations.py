@@ -25,16 +25,35 @@ def test_any_text_is_a_duration_or_a_clear_refusal(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90s", 90), ("30m", 1800), ("2h", 7200), ("7d", 604800), ("1h30m", 5400), ("0", 0), ("45", 45), (" 2H ", 7200)],
+    [
+        ("90s", 90),
+        ("30m", 1800),
+        ("2h", 7200),
+        ("7d", 604800),
+        ("1h30m", 5400),
+        ("0", 0),
+        ("45", 45),
+        (" 2H ", 7200),
+        ("1w", 604800),
+        ("1w1d", 691200),
+    ],
 )
 def test_the_usual_ways_to_write_one(text: str, seconds: int) -> None:
     assert durations.parse(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "h", "-5s", "5 s", "1.5h", "30m2h", "2w", "٣s", "9" * 40])
+@pytest.mark.parametrize("text", ["", "h", "-5s", "5 s", "1.5h", "30m2h", "1d1w", "2 hours", "٣s", "9" * 40])
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(InvalidInput):
         durations.parse(text)
+
+
+@pytest.mark.parametrize("text", ["0", "59s", "31d", "5w"])
+def test_a_duration_out_of_its_bounds_is_refused_with_the_bounds_in_words(text: str) -> None:
+    with pytest.raises(InvalidInput, match=f"^--ttl is {text}, and must be at least 1m and at most 30d$"):
+        durations.within(text, "--ttl", 60, 30 * 86400)
+    assert durations.within("60", "--ttl", 60, 30 * 86400) == 60
+    assert durations.within("30d", "--ttl", 60, 30 * 86400) == 30 * 86400
 
 
 @given(st.floats(min_value=0, max_value=10**8))

@@ -114,6 +114,8 @@ def test_it_is_json_that_a_person_can_read(environment: dict[str, str]) -> None:
         ("[::1]:8080", "http://[::1]:8080"),
         ("lab.example:8443", "https://lab.example:8443"),
         ("https://lab.example/orion/", "https://lab.example/orion"),
+        ("http://localhost:8080/api/", "http://localhost:8080"),
+        ("https://lab.example/orion/api", "https://lab.example/orion"),
     ],
 )
 def test_an_address_is_understood(written: str, meant: str) -> None:

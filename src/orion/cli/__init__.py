@@ -7,7 +7,7 @@ import sys
 
 def main() -> None:
     arguments = sys.argv[1:]
-    if arguments[:1] == ["connect"]:
+    if arguments[:1] == ["connect"] and not {"-h", "--help"} & set(arguments):
         # ssh starts it for every session: it must not wait for what the other commands need.
         from orion.connect import main as connect  # noqa: PLC0415
 

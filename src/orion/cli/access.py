@@ -15,6 +15,7 @@ from orion.cli import durations, output
 from orion.cli.session import AsJson, Yes, confirm, platform
 from orion.client import Orion
 from orion.login import Login
+from orion.wire import MAX_TOKEN_TTL_S, MIN_TTL_S
 
 tokens = typer.Typer(no_args_is_help=True, help="Make, list and revoke tokens.")
 
@@ -59,7 +60,7 @@ def create_token(
     as_json: AsJson = False,
 ) -> None:
     """Make a token. It is shown this once: on stdout, alone."""
-    ttl_s = durations.parse(ttl) if ttl is not None else None
+    ttl_s = durations.within(ttl, "--ttl", MIN_TTL_S, MAX_TOKEN_TTL_S) if ttl is not None else None
     with platform() as (orion, _tell):
         made = orion.create_token(name, role.value, ttl_s)
     if as_json:

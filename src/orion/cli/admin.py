@@ -62,7 +62,8 @@ def restore(
     if not as_json:
         _show(plan)
     confirm("Go back to it?", yes)
-    with platform("restarting the manager") as (orion, _tell):
+    goes_on = "the restore may go on by itself; see: docker compose logs manager_app"
+    with platform("restarting the manager", goes_on) as (orion, _tell):
         done = orion.restore(plan)
         _wait_for_restart(orion)
     if as_json:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from collections.abc import Sequence
 from functools import cache
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 from typer.main import get_command
@@ -12,6 +15,9 @@ from typer.main import get_command
 from orion import __version__
 from orion.cli import access, admin, config_ssh, feed, output, pool, rental_keys, rentals, shell, snapshots, web_ports
 from orion.errors import InvalidInput, OrionError
+
+PIPE_CLOSED = 128 + signal.SIGPIPE
+"""The exit status of a program that the kernel ends because nobody reads any more what it says."""
 
 _EPILOG = """\b
 Exit status, for scripts:
@@ -86,7 +92,26 @@ def commands() -> Any:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line; its exit status."""
+    """Run one command line; return its exit status."""
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()  # not at the interpreter's end, where nobody could catch what comes of it
+    except (BrokenPipeError, SystemExit):  # the second is what Typer and Rich make of the first
+        _let_go(sys.stdout)
+        _let_go(sys.stderr)
+        return PIPE_CLOSED
+    return status
+
+
+def _let_go(stream: IO[str]) -> None:
+    """Let what nobody reads any more go nowhere: whoever read, as `head` does, has enough."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _run(arguments: Sequence[str]) -> int:
     as_json = _wants_json(arguments)
     try:
         return commands().main(list(arguments), prog_name="orion", standalone_mode=False) or 0

@@ -6,23 +6,34 @@ import re
 
 from orion.errors import InvalidInput
 
-_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+_UNITS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
 _ENOUGH = {"s": 120, "min": 120, "h": 48}
-_WRITTEN = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
+_WRITTEN = re.compile(r"(?:(\d+)w)?(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
 
 
 def parse(text: str) -> int:
-    """Seconds of `90s`, `30m`, `2h`, `7d`, `1h30m`, or of a bare number of seconds."""
+    """Return the seconds of `90s`, `30m`, `2h`, `7d`, `1w`, `1h30m`, or of a bare number of seconds."""
     match = _WRITTEN.fullmatch(text.strip().lower())
     if not match or not any(match.groups()) or len(text) > 20 or not text.isascii():
-        raise InvalidInput(f"{text!r} is not a duration such as 90s, 30m, 2h or 7d")
+        raise InvalidInput(f"{text!r} is not a duration. Write it without blanks: 90s, 30m, 2h, 7d, 1w or 1h30m")
     return sum(int(number or 0) * unit for number, unit in zip(match.groups(), _UNITS.values(), strict=True))
+
+
+def within(text: str, option: str, least_s: int, most_s: int) -> int:
+    """Return the seconds of a duration. Raise InvalidInput, in words, if it is shorter or longer than it may be."""
+    seconds = parse(text)
+    if not least_s <= seconds <= most_s:
+        bounds = f"at least {exact(least_s)} and at most {exact(most_s)}"
+        raise InvalidInput(f"{option} is {text.strip()}, and must be {bounds}")
+    return seconds
 
 
 def exact(seconds: int) -> str:
     """The shortest form that `parse` reads back as the same number."""
     parts = []
     for letter, unit in _UNITS.items():
+        if letter == "w":
+            continue  # people count 30 days rather than four weeks and two days
         number, seconds = divmod(seconds, unit)
         if number:
             parts.append(f"{number}{letter}")

@@ -25,20 +25,37 @@ def own_key() -> Path:
 
 
 def public_key(chosen: Path | None) -> tuple[str, Path]:
-    """The public key to rent with, and the file that `ssh -i` wants: the chosen key, else our own, made if need be."""
+    """Return the one public key to rent with, and the file that `ssh -i` wants. Without a choice it is our own key."""
+    found, identity = public_keys(chosen)
+    if len(found) > 1:
+        more = "rent with a file of one, and add the others with: orion keys RENTAL add FILE"
+        raise InvalidInput(f"{chosen} holds {len(found)} keys: {more}")
+    return found[0], identity
+
+
+def listed(text: str) -> list[str]:
+    """Return the public keys of a file, without its blank lines and remarks. Raise ValueError if it has none."""
+    lines = (line.strip() for line in text.splitlines())
+    return [one_public_key(line) for line in lines if line and not line.startswith("#")] or [one_public_key("")]
+
+
+def public_keys(chosen: Path | None) -> tuple[list[str], Path]:
+    """Return the public keys of the chosen file, and the file that `ssh -i` wants: else our own, made if need be."""
     if chosen is None:
         _make_own_key()
         chosen = own_key()
     public = chosen if chosen.suffix == ".pub" else chosen.with_name(chosen.name + ".pub")
     try:
-        key = one_public_key(public.read_text())
+        found = listed(public.read_text())
     except FileNotFoundError:
         raise InvalidInput(f"there is no public key {public}: ssh-keygen -t ed25519 makes a pair") from None
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"{public}: {error}") from error
+    except OSError as error:
+        raise InvalidInput(f"cannot read {public}: {error.strerror}") from error
+    except ValueError as error:
+        raise InvalidInput(f"what {public} holds {error}") from error
     private = public.with_suffix("")
     # Only the public half is here when an agent or a security key holds the private one: ssh -i takes it as well.
-    return key, (private if private.exists() else public).absolute()
+    return found, (private if private.exists() else public).absolute()
 
 
 def remember(rental_id: str, identity: Path) -> None:

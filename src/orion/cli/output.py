@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import BaseModel
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +20,8 @@ from orion.cli import durations
 from orion.errors import ApiError, OrionError
 
 Tell = Callable[[str], None]
+LEAST_WIDE = 10
+"""Columns of the terminal that the cell of a table which folds has at least."""
 AT_ONCE_S = 0.4
 """What is done sooner needs no moving line."""
 
@@ -57,13 +60,36 @@ def emit_line(value: BaseModel) -> None:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], wide: str | None = None) -> None:
-    """Columns without lines. All keep their width except `wide`, which folds where the terminal ends."""
+    """Print columns without lines. All keep their width except `wide`, which folds where the terminal ends.
+
+    Where the terminal is too narrow for that, each row is a list of its cells: what has to be typed is never cut.
+    """
+    console = _stdout()
+    cells = [[plain(cell) for cell in row] for row in rows]
+    if _least_width(headings, cells, wide) > console.width:
+        return _lists(headings, cells)
     grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for heading in headings:
         grid.add_column(heading, no_wrap=heading != wide, overflow="fold")
-    for row in rows:
-        grid.add_row(*(Text(plain(cell)) for cell in row))
-    _stdout().print(grid)
+    for row in cells:
+        grid.add_row(*(Text(cell) for cell in row))
+    return console.print(grid)
+
+
+def _least_width(headings: Sequence[str], rows: Sequence[Sequence[str]], wide: str | None) -> int:
+    """Return how many columns of the terminal a table needs at least."""
+    width = -2  # there is nothing behind the last one
+    for position, heading in enumerate(headings):
+        longest = max(cell_len(text) for text in (heading, *(row[position] for row in rows)))
+        width += 2 + (min(longest, LEAST_WIDE) if heading == wide else longest)
+    return width
+
+
+def _lists(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    for number, row in enumerate(rows):
+        if number:
+            say("")
+        fields([(heading.lower(), cell) for heading, cell in zip(headings, row, strict=True)])
 
 
 def fields(pairs: Sequence[tuple[str, str]]) -> None:

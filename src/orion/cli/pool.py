@@ -11,13 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from orion.cli import output
+from orion.cli import durations, output
 from orion.cli.durations import rough
 from orion.cli.session import AsJson, WorkerName, Yes, confirm, platform
-from orion.errors import Ended, NotFound
+from orion.errors import Ended, NotFound, StillWaiting
 from orion.ssh import pinned_host_arguments
 from orion.wire import NOT_MOVED, Worker, WorkerHealth, WorkerIntent, one_public_key
 
+DEFAULT_RESUME_WAIT = "30s"
 LOOK_AT_RENTALS = 10
 """Every so many looks at the worker: there may be thousands of them."""
 _WORKER_ID = re.compile(r"[a-z0-9-]{1,64}")
@@ -68,7 +69,8 @@ def _wait_until_drained(worker: Worker) -> Worker:
             told.add(text)
             output.note(output.plain(text))
 
-    with platform(f"draining {worker.id}") as (orion, tell):
+    goes_on = f"the drain of {worker.id} goes on by itself; orion resume {worker.id} ends it"
+    with platform(f"draining {worker.id}", goes_on) as (orion, tell):
 
         def changed(now: Worker) -> None:
             tell(f"draining {now.id}: {now.explanation or 'cleaning up'}")
@@ -86,19 +88,35 @@ def resume(
     give_up: Annotated[
         bool, typer.Option("--give-up", help="Also end what it holds and the database has never placed.")
     ] = False,
+    wait: Annotated[
+        str, typer.Option(metavar="DURATION", help="How long to wait until it is ready at most; 0 does not wait.")
+    ] = DEFAULT_RESUME_WAIT,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let a drained or quarantined worker take rentals again."""
+    """Let a drained or quarantined worker take rentals again. It is checked first, which takes some seconds."""
+    within_s = durations.parse(wait)
     with platform() as (orion, _tell):
         found = orion.find_worker(worker)
     if give_up:
         confirm(f"End for good, files and all, what {found.id} holds and the database does not know?", yes)
     with platform() as (orion, _tell):
         resumed = orion.resume(found.id, give_up=give_up)
+    goes_on = f"{found.id} is resumed, and checked by itself; see: orion workers"
+    with platform(f"waiting until {found.id} is ready", goes_on) as (orion, tell):
+        resumed = orion.wait_until_ready(resumed, within_s, lambda one: tell(_situation(one)))
     if as_json:
-        return output.emit(resumed)
-    return output.say(f"{output.plain(resumed.id)} is {_health(resumed)}.")
+        output.emit(resumed)
+    if resumed.health is not WorkerHealth.READY:
+        raise StillWaiting(f"{_situation(resumed)}. It was resumed, and is checked by itself; see: orion workers")
+    if not as_json:
+        output.say(f"{output.plain(resumed.id)} is {_health(resumed)}.")
+
+
+def _situation(worker: Worker) -> str:
+    """`w-aaaa2222 is joining: not checked yet`"""
+    explanation = worker.explanation.rstrip(".")
+    return f"{worker.id} is {_health(worker)}" + (f": {explanation}" if explanation else "")
 
 
 def remove(worker: WorkerName, yes: Yes = False, as_json: AsJson = False) -> None:

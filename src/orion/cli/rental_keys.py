@@ -10,8 +10,8 @@ import typer
 
 from orion.cli import keys, output
 from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
-from orion.errors import InvalidInput, StillWaiting
-from orion.wire import Key, one_public_key
+from orion.errors import InvalidInput, NotFound, StillWaiting
+from orion.wire import Key
 
 commands = typer.Typer(no_args_is_help=True)
 
@@ -34,18 +34,24 @@ def list_keys(context: typer.Context, as_json: AsJson = False) -> None:
 def add_key(
     context: typer.Context,
     file: Annotated[
-        Path | None, typer.Argument(help="A public key; - is stdin. Else orion's own, made if need be.")
+        Path | None,
+        typer.Argument(help="A file of public keys, one a line; - is stdin. Else orion's own key, made if need be."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let one more key open it."""
-    if file is not None and str(file) == "-":
-        key, identity = _from_stdin(), None
-    else:
-        key, identity = keys.public_key(file)
-    with platform("adding the key") as (orion, _tell):
+    """Let more keys open it."""
+    with platform() as (orion, _tell):  # before a key is made: whoever is not logged in, or has no such rental, is told
         rental = orion.find_rental(context.obj)
-        found = orion.add_key(rental.id, key)
+    if file is not None and str(file) == "-":
+        added, identity = _from_stdin(), None
+    else:
+        added, identity = keys.public_keys(file)
+    with platform("adding the key", f"it may have been added all the same; see: orion keys {rental.name} ls") as (
+        orion,
+        _,
+    ):
+        for key in added:
+            found = orion.add_key(rental.id, key)
     if identity is not None and keys.identity_of(rental.id) is None:
         keys.remember(rental.id, identity)
     _show(found, as_json)
@@ -65,19 +71,20 @@ def remove_key(
         known = orion.keys(rental.id)
     found = next((one for one in known if key in {one.id, one.fingerprint}), None)
     if found is None:
-        raise InvalidInput(f"{rental.name} has no key {key!r}: orion keys {rental.name} ls shows them")
+        raise NotFound(404, "not_found", f"{rental.name} has no key {key!r}: orion keys {rental.name} ls shows them")
     confirm(f"Let {found.fingerprint} open {rental.name} no more?", yes)
-    with platform("removing the key") as (orion, _tell):
+    goes_on = f"it may have been removed all the same; see: orion keys {rental.name} ls"
+    with platform("removing the key", goes_on) as (orion, _tell):
         left = orion.remove_key(rental.id, found.id)
     _show(left, as_json)
     _wait_for_all(left)
 
 
-def _from_stdin() -> str:
+def _from_stdin() -> list[str]:
     try:
-        return one_public_key(sys.stdin.read())
+        return keys.listed(sys.stdin.read())
     except ValueError as error:
-        raise InvalidInput(f"the key {error}") from error
+        raise InvalidInput(f"what stdin holds {error}") from error
 
 
 def _show(found: list[Key], as_json: bool) -> None:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from orion import login
 from orion.cli import config_ssh, durations, keys, output
 from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
 from orion.client import ENDED
-from orion.errors import Ended, InvalidInput, NotMoved, StillWaiting
-from orion.wire import DEFAULT_TTL_S, DEFAULT_WAIT_S, MAX_WAIT_S, LogEntry, Rental, RentalState
+from orion.errors import Ended, InvalidInput, NotMoved, OrionError, StillWaiting
+from orion.wire import (
+    DEFAULT_TTL_S,
+    DEFAULT_WAIT_S,
+    MAX_TTL_S,
+    MAX_WAIT_S,
+    MIN_TTL_S,
+    LogEntry,
+    Rental,
+    RentalState,
+)
 
-Ttl = Annotated[str, typer.Option(metavar="DURATION", help="How long, from now: 90s, 30m, 2h, 7d.")]
+Ttl = Annotated[str, typer.Option(metavar="DURATION", help="How long, from now: 90s, 30m, 2h, 7d, 1w; at most 30d.")]
 Wait = Annotated[str, typer.Option(metavar="DURATION", help="How long to wait for it at most; 0 does not wait.")]
 
 DEFAULT_TTL = durations.exact(DEFAULT_TTL_S)
@@ -36,23 +47,46 @@ def rent(
     as_json: AsJson = False,
 ) -> None:
     """Rent an environment, and say how to get in."""
-    within_s, ttl_s, labels = durations.parse(wait), durations.parse(ttl), _labels(label or [])
+    within_s, labels = durations.parse(wait), _labels(label or [])
+    ttl_s = durations.within(ttl, "--ttl", MIN_TTL_S, MAX_TTL_S)
+    login.load()  # whoever is not logged in is told so before a key is made
     public_key, identity = keys.public_key(key)
-    with platform("renting") as (orion, tell):
-        rental: Rental = orion.rent(
-            name=name,
-            ssh_public_key=public_key,
-            ttl_s=ttl_s,
-            labels=labels,
-            start=start,
-            wait_s=min(within_s, MAX_WAIT_S),
-        )
-        keys.remember(rental.id, identity)
-        if rental.state is not RentalState.ACTIVE and within_s > MAX_WAIT_S:
-            left_s = within_s - MAX_WAIT_S
-            rental = orion.wait_for(rental.id, RentalState.ACTIVE, left_s, lambda one: tell(situation(one)))
+    asked: dict[str, Any] = {
+        "name": name,
+        "ssh_public_key": public_key,
+        "ttl_s": ttl_s,
+        "labels": labels,
+        "start": start,
+    }
+    asked["idempotency_key"] = secrets.token_urlsafe(24)
+    try:
+        with platform("renting") as (orion, tell):
+            rental: Rental = orion.rent(**asked, wait_s=min(within_s, MAX_WAIT_S))
+            keys.remember(rental.id, identity)
+            if rental.state is not RentalState.ACTIVE and within_s > MAX_WAIT_S:
+                left_s = within_s - MAX_WAIT_S
+                rental = orion.wait_for(rental.id, RentalState.ACTIVE, left_s, lambda one: tell(situation(one)))
+    except KeyboardInterrupt:
+        _say_what_is_rented(asked, identity)
+        raise
     config_ssh.refresh()
     _report_rented(rental, as_json)
+
+
+def _say_what_is_rented(asked: dict[str, Any], identity: Path) -> None:
+    """Say what Ctrl-C leaves behind. The same request with the same key is answered with the same rental."""
+    output.note("")
+    try:
+        with platform("asking what was rented") as (orion, _tell):
+            rental = orion.rent(**asked, wait_s=0, retry_for_s=0)
+    except (KeyboardInterrupt, OrionError):
+        output.note("orion: it may have been rented all the same; see: orion ls")
+        return
+    keys.remember(rental.id, identity)
+    config_ssh.refresh()
+    name = output.plain(rental.name)
+    output.note(f"orion: {output.plain(situation(rental))}. It stays rented; get in with: orion ssh {name}")
+    output.note(f"  end it with: orion release {name}")
 
 
 def _report_rented(rental: Rental, as_json: bool) -> None:
@@ -128,12 +162,15 @@ def thaw(rental: RentalName, as_json: AsJson = False) -> None:
     if as_json:
         return output.emit(thawed)
     name = output.plain(thawed.name)
-    return output.say(f"{name} goes on: make room within ten minutes, or release it. Get in with: orion ssh {name}")
+    if not thawed.copy_problem:
+        return output.say(f"{name} was not frozen: nothing has changed.")
+    output.say(f"{name} goes on: {output.plain(thawed.copy_problem)}.")
+    return output.say(f"Remove files, or release it. Get in with: orion ssh {name}")
 
 
 def renew(rental: RentalName, ttl: Ttl = DEFAULT_TTL, as_json: AsJson = False) -> None:
     """Count a rental's time again from now."""
-    ttl_s = durations.parse(ttl)
+    ttl_s = durations.within(ttl, "--ttl", MIN_TTL_S, MAX_TTL_S)
     with platform() as (orion, _tell):
         renewed = orion.renew(orion.find_rental(rental).id, ttl_s)
     if as_json:
@@ -148,7 +185,8 @@ def migrate(rental: RentalName, wait: Wait = DEFAULT_MOVE_WAIT, as_json: AsJson 
     within_s = durations.parse(wait)
     with platform() as (orion, _tell):
         before = orion.find_rental(rental)
-    with platform(f"moving {before.name}") as (orion, tell):
+    goes_on = f"if the move of {before.name} has begun, it goes on by itself; see: orion show {before.name}"
+    with platform(f"moving {before.name}", goes_on) as (orion, tell):
         moved = orion.migrate(before.id, wait_s=min(within_s, MAX_WAIT_S))
         if not _is_there(moved) and within_s > MAX_WAIT_S:
             moved = orion.wait_until_moved(before.id, within_s - MAX_WAIT_S, lambda one: tell(situation(one)))
@@ -173,7 +211,8 @@ def release(rental: RentalName, yes: Yes = False, wait: Wait = DEFAULT_WAIT, as_
         found = orion.find_rental(rental, ended=True)
     if found.state not in ENDED:
         confirm(f"Release {found.name} and delete everything in it?", yes)
-    with platform(f"releasing {found.name}") as (orion, tell):
+    goes_on = f"if the release of {found.name} has begun, it goes on by itself; see: orion show {found.id}"
+    with platform(f"releasing {found.name}", goes_on) as (orion, tell):
         released = orion.release(found.id, wait_s=min(within_s, MAX_WAIT_S))
         if released.state not in ENDED and within_s > MAX_WAIT_S:
             left_s = within_s - MAX_WAIT_S

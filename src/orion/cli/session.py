@@ -27,15 +27,32 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 @contextmanager
-def platform(doing: str = "") -> Iterator[tuple[Orion, output.Tell]]:
-    """The connection, and a function that tells a watching person what is going on."""
-    with Orion.logged_in() as orion, output.progress(doing or "asking the platform") as tell:
+def platform(doing: str = "", if_interrupted: str = "") -> Iterator[tuple[Orion, output.Tell]]:
+    """Yield the connection, and a function that tells a watching person what is going on.
+
+    `if_interrupted` says what Ctrl-C leaves behind.
+    """
+    with (
+        _explained(if_interrupted),
+        Orion.logged_in() as orion,
+        output.progress(doing or "asking the platform") as tell,
+    ):
 
         def retrying(error: Retryable, pause_s: float) -> None:
             tell(f"{error}; trying again in {pause_s:.0f} s")
 
         orion.when_retrying(retrying)
         yield orion, tell
+
+
+@contextmanager
+def _explained(if_interrupted: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if if_interrupted:
+            output.note(f"\norion: {output.plain(if_interrupted)}")
+        raise
 
 
 def confirm(question: str, yes: bool) -> None:

@@ -51,7 +51,8 @@ def restore(
         found = orion.find_rental(rental)
     what = "without its files" if empty else f"with copy {source}"
     confirm(f"Stop {found.name}, end all that runs in it, and begin again {what}?", yes)
-    with platform(f"copying {found.name} as it is now") as (orion, _tell):
+    goes_on = f"{found.name} may begin again {what} all the same; see: orion show {found.name}"
+    with platform(f"copying {found.name} as it is now", goes_on) as (orion, _tell):
         asked = orion.restore_files(found.id, source, empty=empty, discard=discard)
     if as_json:
         return output.emit(asked)

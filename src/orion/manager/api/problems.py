@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from orion.wire import in_words
 
 log = structlog.get_logger()
 
@@ -38,10 +43,11 @@ class ApiProblem(Exception):
         self.headers = headers or {}
 
 
-def unauthorized(detail: str = "") -> ApiProblem:
+def unauthorized(why: str = "this token is not valid here") -> ApiProblem:
+    """Return the refusal of a token. Most who read it cannot make tokens: it sends them to whoever can."""
     headers = {"WWW-Authenticate": 'Bearer realm="orion"'}
-    usual = "send a valid token as 'Authorization: Bearer TOKEN'; 'make token' prints the admin's"
-    return ApiProblem(401, "unauthorized", detail or usual, headers)
+    detail = f"{why}. Ask whoever runs this platform for a token, then log in with it: orion login URL"
+    return ApiProblem(401, "unauthorized", detail, headers)
 
 
 def not_found(what: str) -> ApiProblem:
@@ -77,13 +83,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         errors: list[dict[str, object]] = [
-            {
-                "field": ".".join(str(part) for part in item["loc"][1:]),
-                "message": item["msg"].removeprefix("Value error, "),
-            }
-            for item in error.errors()[:20]
+            {"field": _field(item), "message": in_words(item)} for item in error.errors()[:20]
         ]
-        first = "; ".join(f"{item['field'] or 'body'}: {item['message']}" for item in errors[:3])
+        first = "; ".join(f"{item['field'] or 'the body'} {item['message']}" for item in errors[:3])
         if error.body and "json" not in request.headers.get("content-type", ""):
             first = f"send JSON, with the header 'Content-Type: application/json' ({first})"
         return problem(422, "invalid_request", first, errors=errors)
@@ -94,6 +96,11 @@ def install(app: FastAPI) -> None:
         return problem(error.status_code, code, str(error.detail), dict(error.headers or {}))
 
     app.add_middleware(Mistakes)
+
+
+def _field(error: Mapping[str, Any]) -> str:
+    """Return the name of the field at fault; empty for the body as a whole, of which JSON's reader gives a position."""
+    return "" if error["type"] == "json_invalid" else ".".join(str(part) for part in error["loc"][1:])
 
 
 class Mistakes:

@@ -77,11 +77,12 @@ async def list_rentals(
     shared: Shared,
     name: Annotated[str | None, Query(max_length=64)] = None,
     ended: bool = False,
+    mine: Annotated[bool, Query(description="Only those of the token's own name, to an admin as well")] = False,
     after: views.After = None,
     limit: views.Limit = 100,
 ) -> wire.Page[wire.Rental]:
     """Living rentals, with `ended` all of them: a client's own, an admin's everybody's."""
-    owner = visible_owner(principal)
+    owner = principal.name if mine else visible_owner(principal)
     rows = await shared.store.read(rentals.page, owner, name, ended, after, limit + 1)
     return wire.Page(**views.page(rows, limit, lambda row: str(row["id"]), views.rental))
 

@@ -88,13 +88,16 @@ def client_address(connection: HTTPConnection) -> str:
 async def authenticate(connection: HTTPConnection, shared: Services, *roles: str) -> Principal:
     """Who asks. Raises 401 for anything but a valid token, 403 for one of another role."""
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
-    principal = None
-    if scheme.lower() == "bearer" and token:
-        principal = await shared.store.read(tokens.authenticate, token.strip())
+    if scheme.lower() != "bearer" or not token.strip():
+        raise unauthorized("no token was sent: it belongs into the header 'Authorization: Bearer TOKEN'")
+    principal = await shared.store.read(tokens.authenticate, token.strip())
     if principal is None:
-        raise unauthorized()
+        raise unauthorized(await shared.store.read(tokens.why_refused, token.strip()))
     if principal.role not in roles:
-        raise ApiProblem(403, "forbidden", f"a {principal.role} token may not do this; it takes: {', '.join(roles)}")
+        may = " or ".join(roles)
+        raise ApiProblem(
+            403, "forbidden", f"this takes a token of the role {may}, and yours is of the role {principal.role}"
+        )
     return principal
 
 

@@ -123,5 +123,5 @@ def _wait_s(websocket: WebSocket) -> float:
     except ValueError:
         asked = -1.0
     if not 0 <= asked <= wire.MAX_WAIT_S:
-        raise ApiProblem(422, "invalid_request", f"wait_s: must be a number from 0 to {wire.MAX_WAIT_S}")
+        raise ApiProblem(422, "invalid_request", f"wait_s must be a number from 0 to {wire.MAX_WAIT_S}")
     return asked

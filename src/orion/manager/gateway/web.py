@@ -195,7 +195,7 @@ async def _form(request: Request) -> tuple[Asked, str]:
     fields = parse_qs(body.decode("latin-1"), max_num_fields=8)
     rental_id, port, told = (fields.get(name, [""])[0] for name in ("rental", "port", "ticket"))
     if not (port.isascii() and port.isdigit() and len(port) <= 5):
-        raise ApiProblem(422, "invalid_request", "port: must be a number")
+        raise ApiProblem(422, "invalid_request", "port must be a number")
     own = request.headers.get("x-orion-own-host") == "1"
     if own and (rental_id, port) != (request.headers.get("x-orion-rental"), request.headers.get("x-orion-port")):
         raise ApiProblem(422, "invalid_request", "the ticket is for another host")

@@ -62,6 +62,17 @@ def authenticate(connection: Connection, token: str) -> Principal | None:
     return None if _is_over(kept) else _principal(kept)
 
 
+def why_refused(connection: Connection, token: str) -> str:
+    """Return why a token is not valid. Only who has the whole token learns more than that it is unknown."""
+    match = _TOKEN.fullmatch(token)
+    if not match:
+        return "what was sent is no token of Orion: a token is one word, such as orion_client_..."
+    kept = connection.execute(select(tokens).where(tokens.c.id == match[2])).mappings().first()
+    if kept is None or not hmac.compare_digest(kept["hash"], digest(token)):
+        return "this token is not known here: it may be another platform's, or have been replaced"
+    return "this token was revoked" if kept["revoked_at"] is not None else "the time of this token is over"
+
+
 def is_valid(connection: Connection, principal: Principal) -> bool:
     """Return whether the token by which a person, or an admin, was known is still good, and still the same."""
     known = named(connection, principal.role, principal.id)
