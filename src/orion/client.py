@@ -435,10 +435,15 @@ class Orion:
         after: int | None = None,
         rental_id: str | None = None,
         worker_id: str | None = None,
+        newest_first: bool = False,
         limit: int | None = None,
     ) -> Iterator[Event]:
-        """What happened so far, oldest first."""
+        """Yield what happened so far, oldest first or from the end; pages of `limit` are asked for as they are needed.
+
+        Only the newest events are kept: one of the kind `events.missed` says which of those after `after` are removed.
+        """
         query = {"after": after, "rental_id": rental_id, "worker_id": worker_id, "limit": limit}
+        query |= {"newest_first": "true" if newest_first else None}
         return self._pages(Event, "/api/events", query)
 
     def follow_events(

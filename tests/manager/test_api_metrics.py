@@ -32,7 +32,8 @@ async def test_an_empty_platform_has_all_its_figures_at_nothing(house: House) ->
     assert of(found, "orion_database_bytes") > 4096
     assert of(found, "process_resident_memory_bytes") > 1e6
     assert {labels for name, labels in found if name == "orion_loop_late_seconds"} == {
-        (("loop", name),) for name in ("health", "reconciler", "expiry", "copies", "engine log", "sessions", "door")
+        (("loop", name),)
+        for name in ("health", "reconciler", "expiry", "copies", "engine log", "sessions", "retention", "door")
     }
 
 

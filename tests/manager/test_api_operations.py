@@ -17,6 +17,7 @@ from test_api_access import is_problem
 from orion import wire
 from orion.manager.domain.model import Event
 from orion.manager.store.database import record
+from orion.manager.store.events import BATCH
 
 
 async def say(house: House, *kinds: str, owner: str | None = None, **ids: str) -> None:
@@ -142,6 +143,83 @@ async def test_events_come_in_order_in_pages(house: House) -> None:
     assert [e["kind"][-1] for e in first["items"] + second["items"]] == list("01234")
     assert second["next"] is None
     wire.Event.model_validate(first["items"][0])
+
+
+async def test_events_come_in_pages_from_the_end(house: House) -> None:
+    await say(house, *(f"test.number_{number}" for number in range(5)), owner="alice")
+    await say(house, "test.others")
+    alice = await house.new_client("alice")
+    first = (await alice.get("/api/events?newest_first=true&limit=3")).json()
+    second = (await alice.get(f"/api/events?newest_first=true&limit=3&after={first['next']}")).json()
+    assert [e["kind"][-1] for e in first["items"] + second["items"]] == list("43210")
+    assert second["next"] is None
+
+
+async def remove(house: House, number: int) -> None:
+    """Have the oldest events removed until this many are left."""
+    house.manager.retention._kept = number
+    await house.manager.retention.round()
+
+
+def write_many(connection: Any) -> None:
+    record(connection, *(Event(f"test.n{number}", "somebody", "because") for number in range(2 * BATCH + 50)))
+
+
+async def test_the_oldest_events_are_removed_in_batches_and_that_is_an_event(house: House) -> None:
+    await house.store.write(write_many)
+    await remove(house, BATCH + 50)
+    (told,) = await house.events("events.removed")
+    assert (told["actor"], told["owner"]) == ("retention", None)
+    assert told["details"] == {"up_to": BATCH, "number": BATCH}
+    left = await house.events()
+    assert left[0]["id"] == told["details"]["up_to"] + 1
+    assert len(left) == BATCH + 51
+    await remove(house, BATCH + 50)
+    assert await house.events() == left, "less than a batch too much stays: what is removed is an event itself"
+
+
+async def test_a_long_list_of_old_events_is_removed_batch_by_batch(house: House) -> None:
+    await house.store.write(write_many)
+    await remove(house, 10)
+    assert len(await house.events("events.removed")) == 2
+    await remove(house, 10_000)
+    assert len(await house.events("events.removed")) == 2
+
+
+async def test_who_asks_for_events_that_are_removed_is_told_which_and_goes_on(house: House) -> None:
+    await house.store.write(write_many)
+    await remove(house, BATCH + 50)
+    first = (await house.events())[0]["id"]
+    page = (await house.as_admin.get("/api/events?after=5&limit=2")).json()
+    missed, following = (wire.Event.model_validate(item) for item in page["items"])
+    assert (missed.kind, missed.id, following.id) == ("events.missed", first - 1, first)
+    assert f"the events from number 6 to {first - 1} were removed" in missed.reason
+    going_on = (await house.as_admin.get(f"/api/events?after={missed.id}&limit=1")).json()
+    assert going_on["items"][0]["id"] == first
+    assert (await house.as_admin.get("/api/events?limit=1")).json()["items"][0]["id"] == first, "who asks for all"
+
+
+async def test_a_stream_that_resumes_below_what_is_kept_is_told_and_misses_nothing_else(house: House) -> None:
+    await house.store.write(write_many)
+    await remove(house, BATCH + 50)
+    kept = [event["id"] for event in await house.events()]
+    assert len(kept) > wire.MAX_PAGE, "a page that is full is followed by the next"
+    async with stream(house, house.secrets.admin_token, last_event_id="5") as lines:
+        number, kind, _ = await next_event(lines)
+        assert (number, kind) == (kept[0] - 1, "events.missed")
+        assert [(await next_event(lines))[0] for _ in kept] == kept
+
+
+async def test_a_stream_goes_on_while_what_it_has_told_is_removed(house: House) -> None:
+    await house.store.write(write_many)
+    async with stream(house, house.secrets.admin_token, last_event_id=str(2 * BATCH + 40)) as lines:
+        told = [await next_event(lines) for _ in range(10)]
+        await remove(house, 10)
+        await say(house, "test.afterwards")
+        after = [await next_event(lines) for _ in range(3)]
+    numbers = [number for number, _, _ in told + after]
+    assert numbers == list(range(numbers[0], numbers[0] + 13))
+    assert [kind for _, kind, _ in after] == ["events.removed", "events.removed", "test.afterwards"]
 
 
 async def test_a_client_reads_the_events_of_its_own_rentals_alone(house: House) -> None:

@@ -744,17 +744,30 @@ def test_a_token_is_revoked_by_name(platform: ScriptedPlatform, orion: Command) 
 
 def test_events_shows_the_last_ones_and_follows_from_there(platform: ScriptedPlatform, orion: Command) -> None:
     refused = problem(401, "unauthorized", "revoked")
-    past = page(event(1, reason="first"), event(2), event(3))
+    past = page(event(3), event(2), event(1, reason="first"), following="1")
     platform.answer("GET", "/api/events", past, stream(event(3), event(4, reason="latest")), refused)
     result = orion("events", "-f", "-n", "2")
     assert result.status == 4  # the script above ends it
     assert "first" not in result.out
     assert result.out.count("rental.activated") == 3
+    assert platform.calls[0].query == {"newest_first": "true", "limit": "2"}
     assert platform.calls[1].headers["Last-Event-ID"] == "3"
 
 
+def test_events_asks_for_no_more_pages_than_it_shows(platform: ScriptedPlatform, orion: Command) -> None:
+    pages = [page(*(event(n) for n in range(end, end - 500, -1)), following=str(end - 499)) for end in (2000, 1500)]
+    platform.answer("GET", "/api/events", *pages)
+    shown = [json.loads(line)["id"] for line in orion("events", "-n", "700", "--json").out.splitlines()]
+    assert shown == list(range(1301, 2001))
+    assert [call.query.get("after") for call in platform.calls] == [None, "1501"]
+    platform.calls.clear()
+    platform.answer("GET", "/api/events", page(event(7), following="7"))
+    assert orion("events", "-n", "0").out == ""
+    assert len(platform.calls) == 1
+
+
 def test_events_as_json_are_one_object_per_line(platform: ScriptedPlatform, orion: Command) -> None:
-    platform.answer("GET", "/api/events", page(event(1), event(2)))
+    platform.answer("GET", "/api/events", page(event(2), event(1)))
     assert [json.loads(line)["id"] for line in orion("events", "--json").out.splitlines()] == [1, 2]
 
 

@@ -13,8 +13,11 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
+from structlog.testing import capture_logs
 
-from orion.manager.store.database import MIGRATIONS, Store
+from orion.manager import app
+from orion.manager.settings import Settings
+from orion.manager.store.database import MIGRATIONS, NewerSchema, Store, known_revisions
 from orion.manager.store.schema import metadata
 
 DUMPS = sorted((Path(__file__).parent / "schemas").glob("*.sql"))
@@ -69,6 +72,53 @@ def test_migrations_go_up_from_every_released_schema_and_keep_what_is_there(dump
     after = rows(database)
     for table in TABLES:
         assert [old.items() <= new.items() for old, new in zip(before[table], after[table], strict=True)] == [True]
+
+
+def of_a_newer_version(database: Path) -> Path:
+    store = Store(f"sqlite:///{database}")
+    store.migrate()
+    store.close()
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        connection.commit()
+    return database
+
+
+def test_a_schema_of_a_newer_version_is_said_in_words_and_left_alone(tmp_path: Path) -> None:
+    database = of_a_newer_version(tmp_path / "orion.db")
+    before = shape(database)
+    store = Store(f"sqlite:///{database}")
+    with pytest.raises(
+        NewerSchema, match=r"schema 9999, which this version .* does not know.*Start that version again"
+    ):
+        store.migrate()
+    store.close()
+    assert shape(database) == before
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("9999",)]
+
+
+def test_a_manager_waits_for_a_database_that_it_understands_instead_of_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = of_a_newer_version(tmp_path / "orion.db")
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == app.LOOKS_PER_WORD + 1:  # an operator has put it right
+            with closing(sqlite3.connect(database)) as connection:
+                connection.execute("DELETE FROM alembic_version")
+                connection.execute("INSERT INTO alembic_version VALUES (?)", (sorted(known_revisions())[-1],))
+                connection.commit()
+
+    monkeypatch.setattr(app.time, "sleep", sleep)
+    with capture_logs() as told:
+        app._open_store_in_time(Settings(database_url=f"sqlite:///{database}", ballast_bytes=0)).close()
+    assert pauses == [app.LOOK_AGAIN_S] * (app.LOOKS_PER_WORD + 1)
+    waits = [line["why"] for line in told if "it waits for a database" in line["event"]]
+    assert len(waits) == 2, "one line in five minutes"
+    assert "schema 9999" in waits[0]
 
 
 @each_release

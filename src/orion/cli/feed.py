@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from typing import Annotated
+from itertools import islice
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +12,7 @@ from orion.cli.session import AsJson, platform
 from orion.client import Orion
 from orion.errors import Retryable
 from orion.transport import OnRetry
-from orion.wire import Event
+from orion.wire import MAX_PAGE, Event
 
 
 def events(
@@ -28,8 +27,13 @@ def events(
     with platform() as (orion, _tell):
         rental_id = orion.find_rental(rental, ended=True).id if rental else None
         worker_id = orion.find_worker(worker).id if worker else None
-        past = orion.events(after=after or 0, rental_id=rental_id, worker_id=worker_id, limit=500)
-        shown = list(past) if after is not None else _tail(past, last)
+        whose: dict[str, Any] = {"rental_id": rental_id, "worker_id": worker_id}
+        if after is not None:
+            shown = list(orion.events(after=after, limit=MAX_PAGE, **whose))
+        else:
+            wanted = max(1, last)  # at least one: where to go on
+            newest = orion.events(newest_first=True, limit=min(wanted, MAX_PAGE), **whose)
+            shown = list(islice(newest, wanted))[::-1]
         reached = shown[-1].id if shown else after or 0
     for event in shown if last or after is not None else []:
         _print(event, as_json)
@@ -51,11 +55,6 @@ def _tell_once() -> OnRetry:
             output.note(f"orion: {output.plain(told)} Trying again.", "dim")
 
     return tell
-
-
-def _tail(events: Iterable[Event], last: int) -> list[Event]:
-    """The API lists the oldest first: the last ones are known at the end. At least one is kept, for where to go on."""
-    return list(deque(events, maxlen=max(1, last)))
 
 
 def _print(event: Event, as_json: bool) -> None:

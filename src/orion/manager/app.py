@@ -57,6 +57,7 @@ from orion.manager.loops.moving import Mover
 from orion.manager.loops.readiness import Readiness
 from orion.manager.loops.reconciler import Reconciler
 from orion.manager.loops.restoring import Restorer
+from orion.manager.loops.retention import RetentionLoop
 from orion.manager.loops.thawing import Thawer
 from orion.manager.loops.timer import Loop
 from orion.manager.loops.watching import Watching
@@ -66,13 +67,16 @@ from orion.manager.store import workers as worker_rows
 from orion.manager.store.backup import Backups
 from orion.manager.store.ballast import Ballast
 from orion.manager.store.copies import SqlCopyBook
-from orion.manager.store.database import Store
+from orion.manager.store.database import NewerSchema, Store
 from orion.manager.store.sql import SqlLedger
 
 log = structlog.get_logger()
 
 LOOPBACK = "127.0.0.1"
 GRACEFUL_SHUTDOWN_S = 5
+LOOK_AGAIN_S = 10.0
+LOOKS_PER_WORD = 30
+"""How often a database of a newer version is looked at again, and how many looks there are for a line in the log."""
 GARBAGE_THRESHOLDS = 5_000, 20, 100
 """Of the collector's generations: what a request leaves dies young, so the oldest is seldom looked through."""
 
@@ -113,6 +117,7 @@ class Manager:
         engine = CertifyingEngine(logged, self.certificates, self.authority.of_users)
         self.openings = Openings(store)
         self.sessions = Sessions(store, ports.monotonic)
+        self.retention = RetentionLoop(store, settings.events_kept)
         self.terminals = Terminals(ports.monotonic)
         self.roster = Roster()
         book = SqlCopyBook(store)
@@ -203,7 +208,7 @@ class Manager:
     def loops(self) -> list[Loop]:
         door = [self._ports.door.loop] if self._ports.door else []
         deciding = [self.health.loop, self.reconciler.loop, self.expiry.loop, self.copies.loop]
-        return [*deciding, self.engine_log.loop, self.sessions.loop, *door]
+        return [*deciding, self.engine_log.loop, self.sessions.loop, self.retention.loop, *door]
 
     def watch_changed(self, worker_id: str) -> None:
         self.health.judge_now(worker_id)
@@ -323,7 +328,7 @@ def main() -> None:
         sys.exit("\n".join(f"ORION settings: {item['msg']}" for item in error.errors()))
     secrets = Secrets.from_pipe(int(os.environ["ORION_SECRETS_FD"]))
     lock = _lead(Path(settings.lock_file))
-    store = open_store(settings, Store)
+    store = _open_store_in_time(settings)
     door = DoorProbe(settings.door_url, settings.clocks.door_answer_s, min(1.0, settings.clocks.heartbeat_s / 30))
     reach = SshReach(secrets.ssh_private_key)
     engine = AnsibleEngine(Path(settings.engine_socket))
@@ -339,6 +344,22 @@ def main() -> None:
     lock.close()
 
 
+def _open_store_in_time(settings: Settings) -> Store:
+    """Open the database, and wait where it is of a newer version: ending would only have the container start again.
+
+    Nothing listens meanwhile, so the proxy says that the manager is not there, and no worker freezes what runs on it.
+    """
+    looks = 0
+    while True:
+        try:
+            return open_store(settings, Store)
+        except NewerSchema as newer:
+            if looks % LOOKS_PER_WORD == 0:
+                log.error("the manager does not start: it waits for a database that it understands", why=str(newer))
+        looks += 1
+        time.sleep(LOOK_AGAIN_S)
+
+
 def open_store(settings: Settings, make: Callable[[str], Store]) -> Store:
     """The database as it should be: that of a restore which was accepted, its schema up to date."""
     backups = Backups.of(settings.database_url)
@@ -346,7 +367,11 @@ def open_store(settings: Settings, make: Callable[[str], Store]) -> Store:
         log.warning("restored from a backup", former_database=backups.replaced.name)
     store = make(settings.database_url)
     store.ballast = Ballast.of(settings.database_url, settings.ballast_bytes)
-    store.migrate()
+    try:
+        store.migrate()
+    except BaseException:
+        store.close()
+        raise
     return store
 
 

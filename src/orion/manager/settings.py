@@ -52,6 +52,8 @@ class Settings(BaseSettings):
     home_max_bytes: int = Field(2 << 30, ge=1 << 20, lt=2**53, description="A larger home is not copied")
     home_max_files: int = Field(200_000, ge=100, lt=2**31)
 
+    events_kept: int = Field(1_000_000, ge=10_000, lt=2**31, description="The newest events; older ones are removed")
+
     clock_scale: float = Field(1.0, gt=0, le=10, description="Multiplies every clock below")
     heartbeat_s: float = Clocks.heartbeat_s
     suspect_after_s: float = Clocks.suspect_after_s

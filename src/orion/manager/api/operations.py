@@ -88,20 +88,27 @@ async def list_events(
     principal: Client,
     shared: Shared,
     after: EventId = 0,
+    newest_first: Annotated[
+        bool, Query(description="From the end; `after` then goes on with older ones. Not for a stream")
+    ] = False,
     limit: views.Limit = 100,
     rental_id: Filter = None,
     worker_id: Filter = None,
     accept: Annotated[str, Header()] = "",
     last_event_id: Annotated[str, Header(max_length=20)] = "",
 ) -> Response:
-    """A page, or with `Accept: text/event-stream` a live stream that resumes by Last-Event-ID."""
+    """A page, or with `Accept: text/event-stream` a live stream that resumes by Last-Event-ID.
+
+    Only the newest are kept. Where some of those after `after` were removed, the first item is of the kind
+    `events.missed` and says which; its id is that of the last one removed, so whoever goes on from it is right.
+    """
     owner = visible_owner(principal)
     if "text/event-stream" in accept:
         start = int(last_event_id) if _EVENT_ID.fullmatch(last_event_id) else after
         stream = _stream(shared, owner, rental_id, worker_id, start)
         told = {"Cache-Control": "no-store"}
         return Streamed(stream, shared.openings, principal, "text/event-stream", told, ": the token is over\n\n")
-    rows = await shared.store.read(events.page, owner, rental_id, worker_id, after, limit + 1)
+    rows = await shared.store.read(events.page, owner, rental_id, worker_id, after, limit + 1, newest_first)
     page = wire.Page[wire.Event](**views.page(rows, limit, lambda row: str(row["id"]), views.event))
     return Response(page.model_dump_json(), media_type="application/json")
 
@@ -116,7 +123,7 @@ async def _stream(
             for row in rows:
                 after = row["id"]
                 yield f"id: {after}\nevent: {row['kind']}\ndata: {views.event(row).model_dump_json()}\n\n"
-            if len(rows) == wire.MAX_PAGE:
+            if len(rows) >= wire.MAX_PAGE:
                 continue
             with suppress(TimeoutError):
                 async with asyncio.timeout(STREAM_SILENCE_S):

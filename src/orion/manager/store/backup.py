@@ -17,13 +17,11 @@ from pathlib import Path
 from secrets import token_hex
 
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, make_url
 
 from orion.manager.domain.states import ENDED
-from orion.manager.store.database import MIGRATIONS, Store
+from orion.manager.store.database import Store, known_revisions
 from orion.manager.store.schema import metadata
 
 UID_GAP = 10_000
@@ -192,16 +190,10 @@ def _examine(file: Path) -> None:
             revisions = [row[0] for row in connection.execute("SELECT version_num FROM alembic_version")]
         except sqlite3.OperationalError as error:
             raise NotABackup("it is not a database of Orion-Sec") from error
-        if len(revisions) != 1 or revisions[0] not in _known_revisions():
+        if len(revisions) != 1 or revisions[0] not in known_revisions():
             raise NotABackup(f"its schema {revisions} is unknown here: it may be of a newer version")
         if connection.execute("PRAGMA foreign_key_check").fetchone():
             raise NotABackup("its rows do not fit together")
-
-
-def _known_revisions() -> set[str]:
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    return {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
 
 
 def _bring_up_to_date(file: Path) -> None:

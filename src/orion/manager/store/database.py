@@ -14,10 +14,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, Result, create_engine, event, insert
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import OperationalError
 
+from orion import __version__
 from orion.manager.domain.model import Event
 from orion.manager.domain.roster import Changes
 from orion.manager.store import roster
@@ -30,6 +33,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Row = dict[str, Any]
 _Transacted = tuple[Any, list[Event], Changes | None]
+
+
+class NewerSchema(Exception):
+    """A newer version of this program has changed the database's schema."""
 
 
 class News:
@@ -98,10 +105,19 @@ class Store:
         self._readers = ThreadPoolExecutor(4, "store-reader")
 
     def migrate(self) -> None:
-        """Bring the schema up to date. Blocks: called before the event loop runs."""
-        config = Config()
-        config.set_main_option("script_location", str(MIGRATIONS))
+        """Bring the schema up to date; raise NewerSchema where it is beyond that.
+
+        This blocks: it is called before the event loop runs.
+        """
+        config = _migrations()
         with self._engine.begin() as connection:
+            unknown = set(MigrationContext.configure(connection).get_current_heads()) - known_revisions()
+            if unknown:
+                raise NewerSchema(
+                    f"the database has the schema {', '.join(sorted(unknown))}, which this version of Orion-Sec "
+                    f"({__version__}) does not know: a newer version has made it. Nothing in it was changed. "
+                    "Start that version again: see docs/operations.md"
+                )
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
@@ -164,6 +180,11 @@ class Store:
             return function(connection, *args, **kwargs)
 
 
+def known_revisions() -> set[str]:
+    """Return the versions of the schema that this program knows."""
+    return {script.revision for script in ScriptDirectory.from_config(_migrations()).walk_revisions()}
+
+
 def record(connection: Connection, *recorded: Event) -> None:
     """Write events in the transaction that makes them true."""
     if not recorded:
@@ -192,6 +213,12 @@ def rows(result: Result[Any]) -> list[Row]:
 def first(result: Result[Any]) -> Row | None:
     found = result.mappings().first()
     return dict(found) if found is not None else None
+
+
+def _migrations() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    return config
 
 
 def _connect(url: str) -> Engine:

@@ -1,24 +1,80 @@
-"""Reading events, oldest first."""
+"""Reading events, and removing the oldest.
+
+How many are kept is counted, and not measured by a clock: a clock that is wrong removes nothing.
+"""
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, func, select
+import time
 
-from orion.manager.store.database import Row, rows
+from sqlalchemy import Connection, delete, func, select
+
+from orion.manager.domain.model import Event
+from orion.manager.store.database import Row, record, rows
 from orion.manager.store.schema import events
+
+BATCH = 1000
+"""Events that one transaction removes, which takes some milliseconds of the one writer."""
+REMOVED = "events.removed"
+MISSED = "events.missed"
+"""The kind of what stands in a list or a stream for events that were asked for and are removed."""
 
 
 def page(
-    connection: Connection, owner: str | None, rental_id: str | None, worker_id: str | None, after: int, limit: int
+    connection: Connection,
+    owner: str | None,
+    rental_id: str | None,
+    worker_id: str | None,
+    after: int,
+    limit: int,
+    newest_first: bool = False,
 ) -> list[Row]:
-    """Events with an id above `after`. `owner` None: everybody's."""
-    query = select(events).where(events.c.id > after).order_by(events.c.id).limit(limit)
+    """Return events with an id above `after`, oldest first; `owner` None: everybody's.
+
+    With `newest_first` they come from the end, and those with an id below `after`, where that is not 0. Where events
+    after `after` were removed, the first row says so.
+    """
+    query = select(events).order_by(events.c.id.desc() if newest_first else events.c.id).limit(limit)
+    if not newest_first:
+        query = query.where(events.c.id > after)
+    elif after:
+        query = query.where(events.c.id < after)
     for wanted, column in ((owner, events.c.owner), (rental_id, events.c.rental_id), (worker_id, events.c.worker_id)):
         if wanted is not None:
             query = query.where(column == wanted)
-    return rows(connection.execute(query))
+    missed = _missed(connection, after) if after and not newest_first else []
+    return missed + rows(connection.execute(query))
 
 
 def last(connection: Connection) -> int:
-    """The id of the newest event; 0 before the first."""
+    """Return the id of the newest event; 0 before the first."""
     return int(connection.execute(select(func.coalesce(func.max(events.c.id), 0))).scalar_one())
+
+
+def too_old(connection: Connection, kept: int) -> int:
+    """Return the id of the newest event that is not among the newest `kept`; 0 where there is none."""
+    newest_too_old = select(events.c.id).order_by(events.c.id.desc()).offset(kept).limit(1)
+    return connection.execute(newest_too_old).scalar() or 0
+
+
+def remove_batch(connection: Connection, up_to: int, kept: int) -> bool:
+    """Remove the oldest BATCH events with ids up to `up_to`, and write that down; False where there are not as many."""
+    oldest = select(events.c.id).where(events.c.id <= up_to).order_by(events.c.id).limit(BATCH)
+    ids = connection.execute(oldest).scalars().all()
+    if len(ids) < BATCH:
+        return False
+    connection.execute(delete(events).where(events.c.id <= ids[-1]))
+    reason = f"the oldest {BATCH} events, up to number {ids[-1]}, were removed: the newest {kept} are kept"
+    record(connection, Event(REMOVED, "retention", reason, details={"up_to": ids[-1], "number": BATCH}))
+    return True
+
+
+def _missed(connection: Connection, after: int) -> list[Row]:
+    """Return what stands for the events after `after` that were removed, if any were. It is not in the database."""
+    first = connection.execute(select(func.min(events.c.id))).scalar()
+    if first is None or first <= after + 1:
+        return []
+    reason = f"the events from number {after + 1} to {first - 1} were removed: only the newest are kept"
+    nobody: Row = dict.fromkeys(("owner", "rental_id", "worker_id", "epoch"))
+    told: Row = {"id": first - 1, "at": time.time(), "kind": MISSED, "actor": "retention", "reason": reason}
+    return [told | nobody | {"details": {"from": after + 1, "to": first - 1}}]

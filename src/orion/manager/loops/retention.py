@@ -1,0 +1,24 @@
+"""The retention loop: removes the oldest events, a batch at a time, so that nobody waits for it."""
+
+from __future__ import annotations
+
+from orion.manager.loops.timer import Loop
+from orion.manager.store import events
+from orion.manager.store.database import Store
+
+INTERVAL_S = 60.0
+MOST_BATCHES = 100
+"""Batches of one round: what a former version has left is removed in some rounds."""
+
+
+class RetentionLoop:
+    def __init__(self, store: Store, kept: int) -> None:
+        self._store = store
+        self._kept = kept
+        self.loop = Loop("retention", INTERVAL_S, self.round)
+
+    async def round(self) -> None:
+        up_to = await self._store.read(events.too_old, self._kept)
+        for _ in range(MOST_BATCHES):
+            if not up_to or not await self._store.write(events.remove_batch, up_to, self._kept):
+                return
