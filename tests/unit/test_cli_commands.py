@@ -636,6 +636,44 @@ def test_a_file_of_keys_may_hold_remarks_and_several_keys(
     assert "must be one OpenSSH public key" in orion("keys", "box", "add", str(file)).err
 
 
+@pytest.mark.parametrize("before", [None, "", "Host other\n"])
+def test_config_ssh_leaves_behind_what_there_was_before(
+    platform: ScriptedPlatform, orion: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / ".ssh/config"
+    if before is not None:
+        file.parent.mkdir()
+        file.write_text(before)
+    authority = f"@cert-authority *.orion {HOST_KEY}"
+    platform.answer("GET", "/api/ssh-authority", {"public_key": HOST_KEY, "known_hosts": authority})
+    platform.answer("GET", "/api/rentals", page(rental()))
+    for _ in range(2):  # it may be repeated
+        assert orion("config-ssh").status == 0
+        assert "Include" in file.read_text()
+    assert orion("config-ssh", "--remove").status == 0
+    assert (file.read_text() if file.exists() else None) == before
+    assert not (tmp_path / "orion/ssh").exists()
+
+
+def test_the_list_of_keys_says_which_of_them_this_machine_has(
+    platform: ScriptedPlatform, orion: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh/id_ed25519.pub").write_text(f"{HOST_KEY} ada@lab\n")
+    (tmp_path / ".ssh/broken.pub").write_bytes(b"\xff")
+    platform.answer("GET", "/api/rentals/box", rental())
+    found = [{"id": id_, "fingerprint": f"SHA256:{id_}", "public_key": key, "in_place": True} for id_, key in
+             (("mine", HOST_KEY), ("other", OTHER_KEY))]  # fmt: skip
+    platform.answer("GET", "/api/rentals/abcdefgh23/keys", page(*found))
+    listed = orion("keys", "box", "ls").out
+    mine, other = (line for line in listed.splitlines() if "SHA256" in line)
+    assert f"{tmp_path}/.ssh/id_ed25519 (ada@lab)" in mine
+    assert other.split()[-1] == "-"
+    assert_harmless(listed)
+
+
 def test_removing_a_key_that_is_not_there_is_no_such_thing(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals/box", rental())
     platform.answer("GET", "/api/rentals/abcdefgh23/keys", page())
@@ -847,3 +885,10 @@ def test_the_help_of_what_ssh_runs_is_shown(option: str) -> None:
     done = by_itself(["connect", option], capture_output=True)
     assert done.returncode == 0
     assert "What ssh runs for each session" in done.stdout
+
+
+def test_the_list_of_commands_cuts_no_sentence(orion: Command) -> None:
+    for arguments in (("--help",), ("keys", "box", "--help"), ("token", "--help"), ("admin", "--help")):
+        listed = orion(*arguments).out.partition("Commands:")[2]
+        assert listed
+        assert "..." not in listed

@@ -27,16 +27,30 @@ class TokenRole(StrEnum):
 
 
 def login(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Such as http://localhost:8080.", show_default=False)],
+    url: Annotated[
+        str,
+        typer.Argument(
+            metavar="URL", help="The platform's address, such as http://localhost:8080.", show_default=False
+        ),
+    ],
     token_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the token is; - is stdin. Else you are asked.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The file that holds the token; - is stdin. Without it you are asked for the token."
+        ),
     ] = None,
     ca_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The certificate to trust, in PEM, when it is self-signed.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The platform's own certificate, in PEM, where no known authority has signed it."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Log in, after trying the token; it is kept for this user alone."""
+    """Log in to a platform.
+
+    The token is tried first, and kept in a file that this user alone can read.
+    """
     account = Login(logins.clean_url(url), _token(token_file), str(ca_file) if ca_file else None)
     with Orion(account) as orion, output.progress(f"trying {account.url}"):
         next(orion.rentals(limit=1), None)
@@ -52,14 +66,19 @@ def login(
 
 @tokens.command("create")
 def create_token(
-    name: Annotated[str, typer.Argument(help="Whose token: the owner of what is rented with it.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="The name of whoever gets it, who owns what is rented with it.", show_default=False)
+    ],
     role: Annotated[TokenRole, typer.Option(help="What it may do.")] = TokenRole.CLIENT,
     ttl: Annotated[
-        str | None, typer.Option(metavar="DURATION", help="How long it is good; else until revoked.")
+        str | None, typer.Option(metavar="DURATION", help="How long it is valid; without it until it is revoked.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a token. It is shown this once: on stdout, alone."""
+    """Make a token.
+
+    It is printed this once, alone on stdout, and cannot be shown again.
+    """
     ttl_s = durations.within(ttl, "--ttl", MIN_TTL_S, MAX_TOKEN_TTL_S) if ttl is not None else None
     with platform() as (orion, _tell):
         made = orion.create_token(name, role.value, ttl_s)
@@ -92,11 +111,16 @@ def list_tokens(as_json: AsJson = False) -> None:
 
 @tokens.command("revoke")
 def revoke_token(
-    token: Annotated[str, typer.Argument(help="Its id, or the name of the only one so called.", show_default=False)],
+    token: Annotated[
+        str, typer.Argument(help="The token's id, or its name where no other token has that.", show_default=False)
+    ],
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Revoke a token at once. What was rented with it goes on."""
+    """Revoke a token at once.
+
+    What was rented with it goes on; what was opened with it ends.
+    """
     with platform() as (orion, _tell):
         found = orion.find_token(token)
     confirm(f"Revoke {found.id} ({found.role.value} of {found.name})?", yes)

@@ -27,7 +27,10 @@ def backup(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A new file; - is stdout.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
-    """Write a copy of the database, taken while everything runs."""
+    """Write a copy of the database to a file.
+
+    Everything goes on meanwhile.
+    """
     if file == "-":
         with platform("copying the database") as (orion, _tell):
             return orion.backup(sys.stdout.buffer)
@@ -105,4 +108,4 @@ def _wait_for_restart(orion: Orion) -> None:
             continue
         if away or time.monotonic() - began > RESTART_S / 4:
             return
-    raise LocalFault("the manager has not come back yet: look at `docker compose logs manager_app`")
+    raise LocalFault("the manager has not come back yet. Whoever has the platform's machine reads why in: make logs")

@@ -45,7 +45,7 @@ app = typer.Typer(
 
 @app.callback()
 def _everywhere(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, whatever the command.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with any command.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
     del as_json  # the option of the same name of each command looks here

@@ -25,19 +25,27 @@ def config_ssh(
     remove: Annotated[bool, typer.Option("--remove", help="Take away what this command has written.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Have ssh, scp, rsync, VS Code and Ansible reach your rentals: ssh NAME.orion.
+    """Make your rentals reachable as NAME.orion.
 
-    One line is put before everything else in ~/.ssh/config, and what it includes beside the login. May be repeated.
+    ssh, scp, rsync, VS Code and Ansible then reach them. One line is put before everything else in ~/.ssh/config, and
+    what that includes is kept beside the login. The command may be repeated.
     """
     file = _ssh_config()
     before = _content(file)
     after = without(before) if remove else with_include(before)
     if not dry_run:
         if remove:
+            made_here = _made_here().exists()
+            _made_here().unlink(missing_ok=True)
             ssh_rentals.remove()
         else:
+            made_here = False
             ssh_rentals.learn(login.load())
-        if after != before:
+            if not file.exists():
+                _made_here().touch(mode=0o600)
+        if made_here and not after:
+            file.unlink(missing_ok=True)
+        elif after != before:
             _replace(file, after)
     _report(file, before, after, dry_run, as_json)
     if not as_json and not remove and not dry_run:
@@ -72,6 +80,11 @@ def refresh() -> None:
         ssh_rentals.learn(login.load())
     except (OrionError, OSError) as error:
         output.note(f"orion: ssh does not know of it yet ({error}); try: orion config-ssh")
+
+
+def _made_here() -> Path:
+    """Return the mark of a ~/.ssh/config that was not there before us, and goes with us if nobody has used it."""
+    return ssh_rentals.folder() / "made-config"
 
 
 def _ssh_config() -> Path:

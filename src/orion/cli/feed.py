@@ -19,11 +19,13 @@ def events(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens from now on.")] = False,
     rental: Annotated[str | None, typer.Option(help="Only of this rental.")] = None,
     worker: Annotated[str | None, typer.Option(help="Only of this worker.")] = None,
-    last: Annotated[int, typer.Option("--last", "-n", min=0, help="How many of the past.")] = 20,
-    after: Annotated[int | None, typer.Option(metavar="ID", help="All after this event instead.")] = None,
+    last: Annotated[int, typer.Option("--last", "-n", min=0, help="How many of the latest to show.")] = 20,
+    after: Annotated[
+        int | None, typer.Option(metavar="ID", help="Show all after the event of this number instead.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the events; with --json one object per line."""
+    """Show what happened; with --json one object per line."""
     with platform() as (orion, _tell):
         rental_id = orion.find_rental(rental, ended=True).id if rental else None
         worker_id = orion.find_worker(worker).id if worker else None

@@ -8,7 +8,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from orion import login
@@ -56,6 +56,17 @@ def public_keys(chosen: Path | None) -> tuple[list[str], Path]:
     private = public.with_suffix("")
     # Only the public half is here when an agent or a security key holds the private one: ssh -i takes it as well.
     return found, (private if private.exists() else public).absolute()
+
+
+def on_this_machine() -> dict[str, str]:
+    """Return where this machine has a public key, with its comment: of the usual places, by the key itself."""
+    found = {}
+    for file in [*sorted((Path.home() / ".ssh").glob("*.pub")), own_key().with_suffix(".pub")]:
+        with suppress(OSError, ValueError):  # what cannot be read, or is no key, is no help here
+            text = file.read_text().strip()
+            comment = " ".join(text.split()[2:])
+            found[one_public_key(text)] = f"{file.with_suffix('')}{f' ({comment})' if comment else ''}"
+    return found
 
 
 def remember(rental_id: str, identity: Path) -> None:

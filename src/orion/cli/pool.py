@@ -31,7 +31,7 @@ def workers(as_json: AsJson = False) -> None:
     if as_json:
         return output.emit(found)
     if not found:
-        return output.note("no worker has called home yet; start some with: make up WORKERS=3")
+        return output.note("no worker has called home yet; start some with: WORKERS=3 make up")
     output.table(
         ["ID", "HOSTNAME", "HEALTH", "FREE", "LOAD", "HEARTBEAT", "LABELS"], [_row(one) for one in found], wide="LABELS"
     )
@@ -46,7 +46,10 @@ def drain(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until it is drained.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Move everything away from a worker, with all files, and place nothing new on it."""
+    """Move all rentals away from a worker.
+
+    They keep all their files, and nothing new is placed on the worker until it is resumed.
+    """
     with platform() as (orion, _tell):
         drained = orion.drain(orion.find_worker(worker).id)
     if not no_wait:
@@ -86,7 +89,8 @@ def _wait_until_drained(worker: Worker) -> Worker:
 def resume(
     worker: WorkerName,
     give_up: Annotated[
-        bool, typer.Option("--give-up", help="Also end what it holds and the database has never placed.")
+        bool,
+        typer.Option("--give-up", help="Also end, files and all, the rentals on it that the database does not know."),
     ] = False,
     wait: Annotated[
         str, typer.Option(metavar="DURATION", help="How long to wait until it is ready at most; 0 does not wait.")
@@ -94,7 +98,10 @@ def resume(
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let a drained or quarantined worker take rentals again. It is checked first, which takes some seconds."""
+    """Let a worker take rentals again.
+
+    It was drained or quarantined. It is checked first, which takes some seconds.
+    """
     within_s = durations.parse(wait)
     with platform() as (orion, _tell):
         found = orion.find_worker(worker)
@@ -160,7 +167,7 @@ def inventory(
     host: Annotated[str | None, typer.Option(help="The variables of one host.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the workers for Ansible (ansible-playbook -i)."""
+    """Print the workers for ansible-playbook -i."""
     del list_all, as_json  # there is nothing else that this could print
     with platform() as (orion, _tell):
         hosts = ansible_hosts(orion.workers())

@@ -18,7 +18,7 @@ commands = typer.Typer(no_args_is_help=True)
 
 @commands.callback()
 def _of(context: typer.Context, rental: RentalName) -> None:
-    """List, add and remove the keys that open a rental: orion keys RENTAL ls."""
+    """List, add and remove a rental's keys."""
     context.obj = rental
 
 
@@ -65,7 +65,10 @@ def remove_key(
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let a key open it no more. Sessions that it has opened go on; the last key stays."""
+    """Let a key open it no more.
+
+    Sessions that the key has opened go on. The last key cannot be removed.
+    """
     with platform() as (orion, _tell):
         rental = orion.find_rental(context.obj)
         known = orion.keys(rental.id)
@@ -90,10 +93,22 @@ def _from_stdin() -> list[str]:
 def _show(found: list[Key], as_json: bool) -> None:
     if as_json:
         return output.emit(found)
-    rows = [[one.id, one.fingerprint, one.public_key.split()[0], "yes" if one.in_place else "not yet"] for one in found]
-    return output.table(["ID", "FINGERPRINT", "KIND", "IN PLACE"], rows, wide="FINGERPRINT")
+    here = keys.on_this_machine()
+    rows = [
+        [
+            one.id,
+            one.fingerprint,
+            one.public_key.split()[0],
+            "yes" if one.in_place else "not yet",
+            here.get(one.public_key, "-"),
+        ]
+        for one in found
+    ]
+    return output.table(["ID", "FINGERPRINT", "KIND", "IN PLACE", "ON THIS MACHINE"], rows, wide="FINGERPRINT")
 
 
 def _wait_for_all(found: list[Key]) -> None:
     if not all(one.in_place for one in found):
-        raise StillWaiting("its worker does not have them yet: that goes on by itself, at the latest when it moves")
+        raise StillWaiting(
+            "the keys are changed, and the rental's worker does not have them yet: it gets them by itself"
+        )

@@ -25,7 +25,9 @@ from orion.wire import (
 )
 
 Ttl = Annotated[str, typer.Option(metavar="DURATION", help="How long, from now: 90s, 30m, 2h, 7d, 1w; at most 30d.")]
-Wait = Annotated[str, typer.Option(metavar="DURATION", help="How long to wait for it at most; 0 does not wait.")]
+Wait = Annotated[
+    str, typer.Option(metavar="DURATION", help="How long to wait at most; 0 does not wait. It goes on all the same.")
+]
 
 DEFAULT_TTL = durations.exact(DEFAULT_TTL_S)
 DEFAULT_WAIT = durations.exact(DEFAULT_WAIT_S)
@@ -33,15 +35,24 @@ DEFAULT_MOVE_WAIT = "10m"
 
 
 def rent(
-    name: Annotated[str | None, typer.Option(help="A name for it; made up if not given.")] = None,
+    name: Annotated[str | None, typer.Option(help="The rental's name. Without it a name is made up.")] = None,
     ttl: Ttl = DEFAULT_TTL,
     key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Your public key; else one of orion's own, made if need be.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Your public key. Without it orion uses a key of its own, made at the first time."
+        ),
     ] = None,
-    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be repeated.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label of yours; may be repeated.")
+    ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--start", metavar="COMMAND", help="Run by its shell whenever it comes to be on a worker."),
+        typer.Option(
+            "--start",
+            metavar="COMMAND",
+            help="A command that the rental's shell runs at the beginning, and again after each move.",
+        ),
     ] = None,
     wait: Wait = DEFAULT_WAIT,
     as_json: AsJson = False,
@@ -102,7 +113,7 @@ def _report_rented(rental: Rental, as_json: bool) -> None:
 
 
 def ls(
-    ended: Annotated[bool, typer.Option("--ended", "-a", help="Those that have ended as well.")] = False,
+    ended: Annotated[bool, typer.Option("--ended", "-a", help="Show those that have ended as well.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List your rentals; an admin sees everybody's."""
@@ -127,7 +138,7 @@ def ls(
 
 def show(
     rental: RentalName,
-    log: Annotated[bool, typer.Option("--log", help="What was done for it on workers, instead.")] = False,
+    log: Annotated[bool, typer.Option("--log", help="Show what was done for it on workers instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show everything about a rental, also one that has ended."""
@@ -145,18 +156,23 @@ def show(
 
 
 def start(rental: RentalName, as_json: AsJson = False) -> None:
-    """Run a rental's start command now, also one that is not run any more; what still goes on of it is left alone."""
+    """Run a rental's start command now.
+
+    This is also the way on where it is not run any more by itself. What still runs of it is left alone.
+    """
     with platform() as (orion, _tell):
         asked = orion.start(orion.find_rental(rental).id)
     if as_json:
         return output.emit(asked)
-    return output.say(
-        f"{output.plain(asked.name)} runs it; see what it says with: orion logs {output.plain(asked.name)}"
-    )
+    name = output.plain(asked.name)
+    return output.say(f"{name} runs its start command; see what that says with: orion logs {name}")
 
 
 def thaw(rental: RentalName, as_json: AsJson = False) -> None:
-    """Let a rental go on that is frozen because its home holds too much: it has ten minutes to make room."""
+    """Let a rental go on that is frozen for its size.
+
+    Its home holds too much: there are ten minutes to remove files.
+    """
     with platform() as (orion, _tell):
         thawed = orion.thaw(orion.find_rental(rental).id)
     if as_json:
@@ -169,7 +185,7 @@ def thaw(rental: RentalName, as_json: AsJson = False) -> None:
 
 
 def renew(rental: RentalName, ttl: Ttl = DEFAULT_TTL, as_json: AsJson = False) -> None:
-    """Count a rental's time again from now."""
+    """Give a rental a new time, counted from now."""
     ttl_s = durations.within(ttl, "--ttl", MIN_TTL_S, MAX_TTL_S)
     with platform() as (orion, _tell):
         renewed = orion.renew(orion.find_rental(rental).id, ttl_s)

@@ -93,7 +93,10 @@ def logs(
     ] = "60s",
     as_json: AsJson = False,
 ) -> None:
-    """Show what a rental's start command says: its log is a file in the rental, read through ssh."""
+    """Show what a rental's start command says.
+
+    Its log is ~/.orion/start.log in the rental, and is read through ssh.
+    """
     found = _find(rental, wait)
     if found.start is None:
         raise InvalidInput(f"{found.name} was rented without a start command: orion rent --start COMMAND")
@@ -132,9 +135,10 @@ def terminal(
     show: Annotated[bool, typer.Option("--open", help="Open it in this machine's browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the address of a terminal in a browser: good once, for a minute.
+    """Print the address of a terminal in a browser.
 
-    It works where there is no ssh. Unlike with ssh, the platform can read what passes.
+    The address is good once, for a minute. It works where there is no ssh. Unlike with ssh, the platform can read what
+    passes.
     """
     with platform(f"looking for {rental}") as (orion, _tell):
         url = orion.terminal_url(orion.find_rental(rental).id)
@@ -147,9 +151,12 @@ def terminal(
 
 
 def connect(
-    rental_id: Annotated[str, typer.Argument(metavar="RENTAL_ID", help="Its id.", show_default=False)],
+    rental_id: Annotated[str, typer.Argument(metavar="RENTAL_ID", help="The rental's id.", show_default=False)],
 ) -> None:
-    """What ssh runs for each session: stdin and stdout become one SSH connection. See config-ssh."""
+    """What ssh runs for each session: not for people.
+
+    Its stdin and stdout become one SSH connection to the rental. `orion config-ssh` has ssh run it.
+    """
     raise typer.Exit(relay([rental_id]))  # cli/__init__.py does so without loading any of this
 
 

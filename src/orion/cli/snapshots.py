@@ -39,12 +39,15 @@ def restore(
     source: Annotated[
         str | None, typer.Option("--from", metavar="GENERATION", help="A copy that `orion snapshots` lists.")
     ] = None,
-    empty: Annotated[bool, typer.Option("--empty", help="Without any files.")] = False,
+    empty: Annotated[bool, typer.Option("--empty", help="Begin again without any files.")] = False,
     discard: Annotated[bool, typer.Option("--discard", help="Do not copy first what is there now.")] = False,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Stop a rental, and have it begin again with an older copy of its files, or with none."""
+    """Go back to an older copy of a rental's files.
+
+    The rental is stopped, all that runs in it ends, and it begins again with that copy, or without files.
+    """
     if (source is None) != empty:
         raise InvalidInput("give either --from GENERATION or --empty; orion snapshots lists the copies")
     with platform() as (orion, _tell):

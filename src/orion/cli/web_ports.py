@@ -12,9 +12,18 @@ from orion.cli.session import AsJson, RentalName, platform
 from orion.errors import InvalidInput, LocalFault
 from orion.wire import MAX_PORT, MIN_PORT
 
-Port = Annotated[int, typer.Argument(min=MIN_PORT, max=MAX_PORT, help="What something listens on.", show_default=False)]
+Port = Annotated[
+    int,
+    typer.Argument(
+        min=MIN_PORT, max=MAX_PORT, help="The port that a program in the rental listens on.", show_default=False
+    ),
+]
 ByPath = Annotated[
-    bool, typer.Option("--path", help="Below the platform's own address, where names of hosts lead nowhere.")
+    bool,
+    typer.Option(
+        "--path",
+        help="Give the address below the platform's own: for where a name such as 8000-ID.localhost leads nowhere.",
+    ),
 ]
 
 
@@ -25,7 +34,10 @@ def open_port(
     by_path: ByPath = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the address of a web port, for a browser: good once, for a minute. Then that browser has eight hours."""
+    """Print the address of a web port, for a browser.
+
+    The address is good once, for a minute; the browser that opens it may go on for eight hours.
+    """
     with platform(f"looking for {rental}") as (orion, _tell):
         rental_id = orion.find_rental(rental).id
         url = orion.opening_url(rental_id, orion.web_port_ticket(rental_id, port), own_host=not by_path)
@@ -46,7 +58,10 @@ def expose(
     by_path: ByPath = False,
     as_json: AsJson = False,
 ) -> None:
-    """Open a web port of a rental to everybody who reaches the platform, or close it again."""
+    """Make a web port public, or private again.
+
+    A public port is open to everybody who reaches the platform.
+    """
     if public is None:
         raise InvalidInput("say --public or --private")
     with platform() as (orion, _tell):
@@ -60,7 +75,7 @@ def expose(
 
 
 def ports(rental: RentalName, by_path: ByPath = False, as_json: AsJson = False) -> None:
-    """List the web ports that everybody may open."""
+    """List a rental's public web ports."""
     with platform() as (orion, _tell):
         found = orion.public_ports(orion.find_rental(rental).id)
         urls = [orion.port_url(one, own_host=not by_path) for one in found]

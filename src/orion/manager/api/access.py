@@ -21,9 +21,9 @@ router = APIRouter(prefix="/api", tags=["rentals"])
 
 _CHANGED: Responses = {202: {"model": wire.Page[wire.Key]}, **refusals(404, 409)}
 _REFUSALS = {
-    "ended": "it is ending or has ended",
-    "too_many_keys": f"it has {wire.MAX_KEYS} keys, and may have no more: remove one first",
-    "last_key": "it is the only one, and nobody could open the rental any more: add another first, then remove it",
+    "ended": "the rental is ending or has ended",
+    "too_many_keys": f"the rental has {wire.MAX_KEYS} keys, and may have no more: remove one first",
+    "last_key": "this is the rental's only key: add another one first, or nobody could open it any more",
 }
 
 

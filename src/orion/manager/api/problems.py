@@ -123,5 +123,5 @@ class Mistakes:
             if scope["type"] != "http" or started:
                 raise
             log.error("request failed", path=scope["path"], exc_info=error)
-            detail = "the manager made a mistake; its log has the story under this request's id"
+            detail = "the manager failed at this; its log says why, under the id of this request (X-Request-ID)"
             await problem(500, "internal_error", detail)(scope, receive, send)

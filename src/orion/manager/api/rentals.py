@@ -24,8 +24,8 @@ router = APIRouter(prefix="/api", tags=["rentals"])
 
 ENDED = {wire.RentalState.RELEASED, wire.RentalState.EXPIRED, wire.RentalState.FAILED}
 _NOT_STARTED = {
-    "ended": "it is ending or has ended: rent a new one",
-    "no_start": "it was rented without a start command",
+    "ended": "the rental is ending or has ended: rent another with: orion rent",
+    "no_start": "the rental has no start command: one is given when renting, with: orion rent --start COMMAND",
 }
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
 WaitSeconds = Annotated[float, Query(ge=0, le=wire.MAX_WAIT_S)]
@@ -57,7 +57,7 @@ async def rent(
         rental_id = await shared.store.write(rentals.create, wish)
     except rentals.NameTaken as error:
         shared.metrics.refused("name_taken")
-        detail = f"you have a living rental named {body.name}: choose another name or release it"
+        detail = f"you have a rental named {body.name}: choose another name, or end it with: orion release {body.name}"
         raise ApiProblem(409, "name_taken", detail) from error
     except rentals.OtherRequest as error:
         shared.metrics.refused("idempotency_conflict")
@@ -105,7 +105,7 @@ async def renew(rental_id: str, body: wire.RenewRequest, principal: Client, shar
     """Count `ttl_s` again from now."""
     await find(shared, rental_id, principal)
     if not await shared.store.write(rentals.extend, rental_id, principal.name, body.ttl_s):
-        raise ApiProblem(409, "ended", "it is ending or has ended: rent a new one")
+        raise ApiProblem(409, "ended", "the rental is ending or has ended: rent another with: orion rent")
     return views.rental(await find(shared, rental_id, principal))
 
 
@@ -139,7 +139,7 @@ async def thaw(rental_id: str, principal: Client, shared: Shared) -> wire.Rental
     await find(shared, rental_id, principal)
     problem = await shared.thaw(rental_id, principal.name)
     if problem:
-        raise ApiProblem(409, "not_thawed", f"it cannot be thawed now: {problem}")
+        raise ApiProblem(409, "not_thawed", f"the rental cannot be thawed now: {problem}")
     return views.rental(await find(shared, rental_id, principal))
 
 
@@ -160,7 +160,7 @@ async def migrate(
         raise ApiProblem(409, refusal.code, str(refusal)) from refusal
     row = await wait_for(shared, principal, rental_id, wait_s, _is_at_rest)
     if _is_at_rest(row) and row["worker_id"] == before["worker_id"]:
-        raise ApiProblem(409, "not_moved", f"it goes on where it is: {row['explanation']}")
+        raise ApiProblem(409, "not_moved", f"the rental goes on where it is: {row['explanation']}")
     response.status_code = 200 if _is_at_rest(row) else 202
     return views.rental(row)
 

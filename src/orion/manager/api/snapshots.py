@@ -20,9 +20,9 @@ router = APIRouter(prefix="/api", tags=["rentals"])
 COPY_WITHIN_S = 40.0
 """Less than the proxy waits for an answer."""
 _REFUSALS = {
-    "ended": "it is ending or has ended",
+    "ended": "the rental is ending or has ended",
     "no_such_snapshot": "that copy has made room for later ones meanwhile: orion snapshots lists those that are kept",
-    "not_active_yet": "it was never active, so there is nothing to restore",
+    "not_active_yet": "the rental was never active, so there is nothing to restore",
 }
 
 
@@ -64,5 +64,5 @@ async def _copy_first(shared: Services, rental_id: str, spare: Generation | None
     except TimeoutError:
         problem = f"that takes longer than {COPY_WITHIN_S:.0f} s"
     if problem:
-        detail = f"its files as they are now cannot be copied first: {problem}. Say discard to lose them"
+        detail = f"the files as they are now cannot be copied first: {problem}. To lose them: orion restore --discard"
         raise ApiProblem(409, "not_copied", detail)

@@ -115,7 +115,9 @@ async def remove(worker_id: str, admin: Admin, shared: Shared) -> None:
     if refusal == "not_found":
         raise not_found("worker")
     if refusal:
-        detail = "it holds rentals: drain it and wait for their end, or stop it and wait until it is down"
+        detail = (
+            "the worker holds rentals: move them away with: orion drain WORKER; or stop it, and wait until it is down"
+        )
         raise ApiProblem(409, refusal, detail)
     shared.leases.end(worker_id)
     shared.wake_reconciler()

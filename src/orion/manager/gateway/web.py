@@ -34,7 +34,7 @@ COOKIE = "orion_port"
 LARGEST_FORM_BYTES = 1000
 _OVER = {*ENDED, wire.RentalState.RELEASING}
 _REFUSALS = {
-    "ended": "it is ending or has ended",
+    "ended": "the rental is ending or has ended",
     "too_many_ports": f"{wire.MAX_PUBLIC_PORTS} of its ports are public, and no more may be: make one private first",
 }
 _PRIVATE = "this port is private: `orion open RENTAL PORT` opens it in a browser, and a program sends its token"
