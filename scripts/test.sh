@@ -30,9 +30,10 @@ make_engine() {
     "$HERE/base-image.sh"
 }
 
-# For the terminal in a browser.
+# For the terminal in a browser, and the one that it is compared with.
 make_browser() {
-    command -v chromium >/dev/null || install_packages chromium
+    local program
+    for program in chromium tmux; do command -v "$program" >/dev/null || install_packages "$program"; done
 }
 
 # Every linter runs, whatever the one before it said.
@@ -171,6 +172,7 @@ crash) run_tests --by-file crash ;;
 manager) run_tests --spread manager ;;
 integration)
     make_engine
+    make_browser
     images_or_fail build_images
     run_tests --by-file integration
     ;;

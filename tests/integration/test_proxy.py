@@ -136,6 +136,7 @@ def test_replies_carry_the_security_headers_and_no_version(client: httpx.Client)
 
 def test_the_page_with_the_terminal_may_load_its_own_scripts_alone(client: httpx.Client) -> None:
     kinds = {"": "html", "terminal.js": "javascript", "terminal.css": "css", "xterm/xterm.js": "javascript"}
+    kinds |= {f"xterm/xterm-addon-{name}.js": "javascript" for name in ("fit", "unicode11", "web-links")}
     for name, kind in kinds.items():
         reply = client.get(f"/terminal/{name}")
         assert (reply.status_code, reply.headers["content-type"]) == (200, f"text/{kind}; charset=utf-8")

@@ -10,15 +10,16 @@ from dataclasses import replace
 import pytest
 from starlette.websockets import WebSocket
 from structlog.testing import capture_logs
-from support.browser import opening, terminal, ticket, turns
+from support.browser import is_connected, opening, terminal, ticket, turns
 from support.house import Agent, House
 from support.way_in import connecting
 
+from orion.manager.engine.port import Host, Login, Shell
 from orion.manager.gateway import terminal as carrying
 from orion.manager.gateway import tickets
 from orion.manager.gateway.ssh import Ending
 from orion.manager.gateway.terminal import INPUT_BYTES, MAX_FRAME_BYTES, TELL_BYTES, TIME_OVER, Page, Terms, serve
-from orion.manager.gateway.tickets import LIFETIME_S, MOST_OF_ONE
+from orion.manager.gateway.tickets import LIFETIME_S, MOST_OF_ONE, RESUME_WITHIN_S
 
 HOST = {"x-forwarded-host": "orion.example:8443"}
 
@@ -144,6 +145,105 @@ async def test_where_the_host_is_not_known_no_page_comes_in(house: House) -> Non
         assert (await page.client.refusal())["status"] == 403
 
 
+# Reloads
+
+
+async def test_a_page_knows_the_name_of_its_rental(house: House) -> None:
+    await house.join()
+    rental = await house.rent(name="desk")
+    async with opening(house, rental["id"], await ticket(house.as_admin, rental["id"])) as page:
+        assert (await is_connected(page))["name"] == "desk"
+
+
+async def resume_key(house: House, rental_id: str) -> str:
+    """Open a terminal and leave it as a page that is reloaded; return the key that the page got."""
+    async with opening(house, rental_id, await ticket(house.as_admin, rental_id)) as page:
+        key = str((await is_connected(page))["resume"])
+        page.client.said.put_nowait({"type": "websocket.disconnect", "code": 1001})
+        await page.client.ended()
+    return key
+
+
+async def test_a_page_that_is_reloaded_opens_its_terminal_again_and_no_other(house: House) -> None:
+    await house.join(slots=2)
+    first, other = [str((await house.rent())["id"]) for _ in range(2)]
+    key = await resume_key(house, first)
+    assert key not in str(vars(house.manager.terminals.resumes)["_kept"].keys())
+    async with opening(house, other, key) as page:
+        assert (await page.client.refusal())["status"] == 401
+    async with opening(house, first, key) as page:
+        assert (await is_connected(page))["resume"] == key
+    assert house.shells.opened[-1].login.rental_id == first
+    for path in (f"/api/rentals/{first}", "/api/status"):
+        reply = await house.as_admin.get(path, headers={"Authorization": f"Bearer {key}"})
+        assert reply.status_code == 401, "it is no token"
+
+
+async def test_a_resume_key_ends_some_minutes_after_its_page_has_left(house: House) -> None:
+    _, rental_id = await rented(house)
+    key = await resume_key(house, rental_id)
+    house.clock.now += RESUME_WITHIN_S - 1
+    async with opening(house, rental_id, key) as page:
+        await is_connected(page)
+        house.clock.now += 2 * RESUME_WITHIN_S
+        async with opening(house, rental_id, key) as second:
+            await is_connected(second)
+        page.client.said.put_nowait({"type": "websocket.disconnect", "code": 1006})
+        await page.client.ended()
+    house.clock.now += RESUME_WITHIN_S
+    async with opening(house, rental_id, key) as page:
+        assert (await page.client.refusal())["code"] == "no_ticket"
+
+
+async def test_a_resume_key_ends_with_its_token(house: House) -> None:
+    alice = await house.new_client("alice")
+    await house.join()
+    rental_id = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
+    await house.settle()
+    async with opening(house, rental_id, await ticket(alice, rental_id)) as page:
+        key = (await is_connected(page))["resume"]
+        page.client.said.put_nowait({"type": "websocket.disconnect", "code": 1001})
+        await page.client.ended()
+    await house.revoke("alice")
+    async with opening(house, rental_id, key) as page:
+        assert (await page.client.refusal())["status"] == 401
+
+
+async def test_a_resume_key_ends_with_what_it_was_for(house: House) -> None:
+    _, rental_id = await rented(house)
+    async with opening(house, rental_id, await ticket(house.as_admin, rental_id)) as page:
+        key = (await is_connected(page))["resume"]
+        house.shells.opened[-1].end("the shell has ended")
+        assert (await page.is_closed())[0] == 1000
+    async with opening(house, rental_id, key) as page:
+        assert (await page.client.refusal())["status"] == 401
+
+
+async def test_a_reload_gives_a_terminal_no_more_time_than_it_had(house: House) -> None:
+    _, rental_id = await rented(house)
+    has_terms(house, total_s=60.0)
+    key = await resume_key(house, rental_id)
+    house.clock.now += 100.0
+    async with opening(house, rental_id, key) as page:
+        assert await page.client.is_in()
+        while (told := await page.told())["state"] != "ended":
+            pass
+    assert told["message"] == "a terminal stays open for 1 min at most"
+
+
+async def test_pages_that_have_left_keep_a_bounded_number_of_keys(house: House) -> None:
+    _, rental_id = await rented(house)
+    terminals = house.manager.terminals
+    principal = terminals.tickets.redeem(await ticket(house.as_admin, rental_id), rental_id)
+    assert principal is not None
+    keys = []
+    for _ in range(MOST_OF_ONE + 5):
+        right = terminals.resumes.begin(rental_id, principal)
+        with terminals.resumes.used(right):
+            keys.append(right.key)
+    assert [key for key in keys if terminals.resumes.redeem(key, rental_id)] == keys[5:], "the oldest go first"
+
+
 # Bytes
 
 
@@ -163,6 +263,29 @@ async def test_the_shell_is_as_large_as_the_page_and_follows_it(house: House) ->
         assert shell.size == (80, 24)
         page.controls(resize=[132, 43])
         await turns(lambda: shell.size == (132, 43), "the shell is told")
+
+
+async def test_the_shell_begins_with_the_size_of_the_page(house: House) -> None:
+    _, rental_id = await rented(house)
+    begun: list[tuple[int, int]] = []
+    open_one = house.shells.open
+
+    async def noted(host: Host, login: Login, size: tuple[int, int]) -> Shell:
+        begun.append(size)
+        return await open_one(host, login, size)
+
+    house.shells.open = noted  # type: ignore[method-assign]
+    async with opening(house, rental_id, await ticket(house.as_admin, rental_id), "columns=132&rows=43") as page:
+        await is_connected(page)
+    assert begun == [(132, 43)]
+
+
+@pytest.mark.parametrize("query", ["columns=0&rows=1", "columns=1&rows=1001", "columns=x", "columns=1e9&rows=2"])
+async def test_a_page_of_no_size_gets_no_shell(house: House, query: str) -> None:
+    _, rental_id = await rented(house)
+    async with opening(house, rental_id, await ticket(house.as_admin, rental_id), query) as page:
+        assert not await page.client.is_in()
+    assert house.shells.opened == []
 
 
 NO_CONTROLS = (

@@ -59,11 +59,20 @@ class Page:
 
 
 @asynccontextmanager
-async def opening(house: House, rental_id: str, by: str, **headers: str) -> AsyncIterator[Page]:
-    """With that ticket."""
+async def opening(house: House, rental_id: str, by: str, query: str = "", **headers: str) -> AsyncIterator[Page]:
+    """Open a WebSocket by that ticket or resume key."""
     path = f"/api/rentals/{rental_id}/terminal"
-    async with connecting(house, path, headers, ("orion.terminal", by)) as client:
+    async with connecting(house, path, headers, ("orion.terminal", by), query) as client:
         yield Page(client)
+
+
+async def is_connected(page: Page) -> dict[str, Any]:
+    """Wait until the page has its shell; return what it is told then."""
+    assert await page.client.is_in()
+    await page.sees("connecting")
+    told = await page.told()
+    assert told["state"] == "connected", told
+    return told
 
 
 @asynccontextmanager

@@ -9,5 +9,5 @@ if (rental && port && ticket) {
   form.ticket.value = ticket;
   form.submit();
 } else {
-  document.getElementById("status").textContent = "This address was opened before: orion open RENTAL PORT prints another.";
+  document.getElementById("status").textContent = "There is no ticket in this address: it was opened before, or its end is missing. “orion open RENTAL PORT” prints another one.";
 }

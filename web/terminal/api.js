@@ -1,5 +1,11 @@
 // The two calls that need a token. It is an argument, and kept nowhere here.
 
+// Where the platform speaks to a program, and a person reads it here.
+const FOR_A_PERSON = {
+  unauthorized: "This token opens nothing: it is mistyped, was revoked, or its time is over. “make token” on the platform's machine prints the administrator's; everybody else gets one from an administrator.",
+  not_found: "You have no rental of this name or id. “orion ls” lists yours.",
+};
+
 export class Refused extends Error {
   constructor(status, code, detail) {
     super(detail);
@@ -23,6 +29,15 @@ export async function ticketFor(rental, token) {
   return (await ask("POST", `/api/rentals/${encodeURIComponent(rental)}/terminal`, token)).ticket;
 }
 
+// Whether the platform does.
+export async function answers() {
+  try {
+    return (await fetch("/healthz", { cache: "no-store" })).ok;
+  } catch {
+    return false;
+  }
+}
+
 async function ask(method, path, token) {
   let reply;
   try {
@@ -31,6 +46,6 @@ async function ask(method, path, token) {
     throw new Refused(0, "unreachable", "The platform cannot be reached.");
   }
   const told = await reply.json().catch(() => ({}));
-  if (!reply.ok) throw new Refused(reply.status, told.code, told.detail ?? `The platform answers ${reply.status}.`);
+  if (!reply.ok) throw new Refused(reply.status, told.code, FOR_A_PERSON[told.code] ?? told.detail ?? `The platform answers ${reply.status}.`);
   return told;
 }

@@ -12,14 +12,18 @@ export class Connection {
   #waiting = [];
   #inFlight = 0;
   #state = "connecting";
+  #size;
 
-  // on.output(bytes, shown): shown() is called when they are on the screen; on.state(state, message); on.close(code, reason)
+  // on.output(bytes, shown): shown() is called when they are on the screen; on.state({state, message});
+  // where it is connected also the rental's name, and a key to resume by; on.close(code, reason)
   constructor(rental, ticket, size, on) {
     const url = new URL(`/api/rentals/${encodeURIComponent(rental)}/terminal`, location.href);
     url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
+    this.#size = size;
+    url.search = new URLSearchParams({ columns: size[0], rows: size[1] });
     this.#socket = new WebSocket(url, [SUBPROTOCOL, ticket]);
     this.#socket.binaryType = "arraybuffer";
-    this.#socket.addEventListener("open", () => this.resize(...size));
+    this.#socket.addEventListener("open", () => this.resize(...this.#size));
     this.#socket.addEventListener("close", (event) => on.close(event.code, event.reason));
     this.#socket.addEventListener("message", ({ data }) => {
       if (typeof data === "string") {
@@ -27,7 +31,7 @@ export class Connection {
         if ("took" in told) this.#took(told.took);
         else {
           this.#enter(told.state);
-          on.state(told.state, told.message);
+          on.state(told);
         }
       } else {
         on.output(new Uint8Array(data), () => this.#acknowledge(data.byteLength));
@@ -42,7 +46,9 @@ export class Connection {
     this.#send();
   }
 
+  // Before it is open the size waits; then the last one counts.
   resize(columns, rows) {
+    this.#size = [columns, rows];
     this.#control({ resize: [columns, rows] });
   }
 

@@ -1,41 +1,82 @@
 // The page: a terminal, who it belongs to, and what its state is.
 
-import { Refused, findRental, ticketFor } from "./api.js";
+import { Refused, answers, findRental, ticketFor } from "./api.js";
 import { Connection } from "./connection.js";
+import { Screen, copy } from "./screen.js";
 
-const { Terminal, FitAddon } = globalThis;
 const [NORMAL, OVER, TIME_OVER] = [1000, 4000, 4002];
 const AGAIN_AFTER_MS = 2000;
-// Leaves what a program that is gone has set: the other screen, the mouse, pasted text in brackets, colours.
-const FRESH = "\x1b[?1049l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[!p\x1b[0m";
-const LIGHT = {
-  background: "#ffffff", foreground: "#1b1f24", cursor: "#0b5fbd", cursorAccent: "#ffffff", selectionBackground: "#b6d6fb",
-  black: "#24292f", red: "#b3261e", green: "#1a6f37", yellow: "#7d4e00", blue: "#0b5fbd", magenta: "#8250df", cyan: "#1b6f7a", white: "#6e7781",
-  brightBlack: "#57606a", brightRed: "#9b1c15", brightGreen: "#116329", brightYellow: "#633c01", brightBlue: "#0a4f9e", brightMagenta: "#6639ba", brightCyan: "#115a63", brightWhite: "#424a53",
-};
-const DARK = {
-  background: "#11151a", foreground: "#e6e9ed", cursor: "#6cb1ff", cursorAccent: "#11151a", selectionBackground: "#2d4f77",
-  black: "#3b444d", red: "#ff8f86", green: "#63d188", yellow: "#f0b04c", blue: "#6cb1ff", magenta: "#d2a8ff", cyan: "#5fd0dc", white: "#c9d1d9",
-  brightBlack: "#8b949e", brightRed: "#ffb1aa", brightGreen: "#8be6a6", brightYellow: "#ffd08a", brightBlue: "#9ccbff", brightMagenta: "#e2c5ff", brightCyan: "#94e6ee", brightWhite: "#ffffff",
-};
+// A bar that has just come up takes no click: it was meant for what was there before.
+const CLICKABLE_AFTER_MS = 700;
+const KEPT = "terminal"; // in sessionStorage: this tab's, and gone with it
 
 const at = (id) => document.getElementById(id);
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const encoder = new TextEncoder();
 
-let terminal;
+let screen;
 let connection = null;
-let rental = "";
+let rental = ""; // its id, or what was typed for it
 let token = ""; // in memory alone; empty where the page was opened by a ticket
+let resumeKey = ""; // opens this one rental's terminal again, after a reload too
+let resumed = false; // by such a key, after a reload
 let connected = false; // to a shell, once at least
+let lost = ""; // when and why the shell before this one was
+let mayCopy = true; // programs may ask to
+let clickable;
 
 function say(state, message) {
   at("status").dataset.state = state;
   at("status").textContent = message;
 }
 
-function note(message) {
-  terminal.write(`${FRESH}\r\n\x1b[2m— ${message.replace(/[\x00-\x1f\x7f-\x9f]/g, " ")}\x1b[0m\r\n`);
+function notice(message) {
+  at("notice").hidden = !message;
+  at("notice-text").textContent = message;
+}
+
+function lose(reason) {
+  if (!connected || lost) return;
+  lost = `The shell was lost at ${new Date().toLocaleTimeString()}: ${reason.replace(/\.$/, "")}.`;
+  notice(lost);
+}
+
+// What a program wants to copy is shown whole, and copied by a click of the one who has seen it.
+function askToCopy(text) {
+  if (!mayCopy) return;
+  clearTimeout(clickable);
+  at("copy").disabled = true;
+  clickable = setTimeout(() => { at("copy").disabled = false; }, CLICKABLE_AFTER_MS);
+  at("copying-text").textContent = text.replace(/\p{Cf}/gu, "\ufffd");
+  at("copying-what").textContent = `A program in the rental asks to copy ${text.length} characters to your clipboard:`;
+  at("copy").onclick = () => {
+    copy(text);
+    at("copying").hidden = true;
+    screen.focus();
+  };
+  at("copying").hidden = false;
+}
+
+function named(name) {
+  at("rental").textContent = name;
+  at("rental").title = `id ${rental}`;
+  document.title = `${name} · Orion-Sec`;
+}
+
+function keep(key, name) {
+  resumeKey = key;
+  try {
+    if (key) sessionStorage.setItem(KEPT, JSON.stringify({ rental, key, name }));
+    else sessionStorage.removeItem(KEPT);
+  } catch {
+    return; // the browser keeps nothing for this page: then a reload asks again
+  }
+}
+
+function kept() {
+  try {
+    return JSON.parse(sessionStorage.getItem(KEPT));
+  } catch {
+    return null;
+  }
 }
 
 function ask(why = "") {
@@ -49,51 +90,43 @@ function ask(why = "") {
 function showTerminal() {
   at("ask").hidden = true;
   at("screen").hidden = at("hint").hidden = at("reader-switch").hidden = false;
-  if (terminal) return;
-  terminal = new Terminal({ theme: dark.matches ? DARK : LIGHT, fontSize: 15, scrollback: 5000, cursorBlink: false });
-  const fit = new FitAddon.FitAddon();
-  terminal.loadAddon(fit);
-  terminal.open(at("screen"));
-  fit.fit();
-  new ResizeObserver(() => requestAnimationFrame(() => fit.fit())).observe(at("screen"));
-  dark.addEventListener("change", () => { terminal.options.theme = dark.matches ? DARK : LIGHT; });
-  terminal.onResize(({ cols, rows }) => connection?.resize(cols, rows));
-  terminal.onData((text) => connection?.type(encoder.encode(text)));
-  terminal.onBinary((text) => connection?.type(Uint8Array.from(text, (one) => one.charCodeAt(0))));
-  terminal.attachCustomKeyEventHandler((event) => {
-    if (!(event.key === "F6" && event.ctrlKey)) return true;
-    if (event.type === "keydown") at("reader").focus();
-    return false;
+  screen ??= new Screen(at("screen"), {
+    typed: (bytes) => connection?.type(bytes),
+    resized: (columns, rows) => connection?.resize(columns, rows),
+    leave: () => at("reader").focus(),
+    copy: askToCopy,
+    link: (url) => {
+      at("target").hidden = !url;
+      at("target").textContent = url;
+    },
   });
 }
 
+// By a ticket, or by the resume key that an earlier terminal of this page was given.
 function open(ticket) {
   showTerminal();
   at("again").hidden = true;
-  at("rental").textContent = rental;
-  document.title = `${rental} · Orion-Sec`;
   say("connecting", "Connecting…");
-  const mine = new Connection(rental, ticket, [terminal.cols, terminal.rows], {
-    output: (bytes, shown) => terminal.write(bytes, shown),
-    state: (state, message) => heard(state, message),
+  const mine = new Connection(rental, ticket, screen.size, {
+    output: (bytes, shown) => screen.show(bytes, shown),
+    state: heard,
     close: (code, reason) => { if (connection === mine) ended(code, reason); },
   });
   connection = mine;
 }
 
-function heard(state, message) {
+function heard({ state, message, name, resume }) {
   if (state === "connected") {
     say("connected", "Connected");
-    if (connected) note("connected again");
+    named(name);
+    keep(resume, name);
+    if (connected) screen.renew();
+    if (lost) notice(`${lost} This is a new one; what the other had shown is above: scroll up.`);
     connected = true;
-    terminal.focus();
-  } else if (state === "waiting") {
-    if (at("status").textContent !== message) note(message);
-    say("waiting", message);
-  } else if (state === "ended") {
-    say("ended", message);
-    note(message);
+    lost = "";
+    screen.focus();
   } else {
+    if (state === "waiting") lose(message);
     say(state, message);
   }
 }
@@ -101,25 +134,33 @@ function heard(state, message) {
 function ended(code, reason) {
   connection = null;
   if ([NORMAL, OVER, TIME_OVER].includes(code)) {
+    keep("");
     say("ended", reason || "Closed");
     at("again").hidden = false;
-  } else if (token) {
-    note(reason || "the connection broke");
+  } else if (token || resumeKey) {
+    lose(reason || "the connection broke");
     comeBack();
   } else if (connected) {
-    say("ended", `${reason || "The connection broke"}. For another: orion terminal`);
+    keep("");
+    say("ended", `${reason || "The connection broke"}. “orion terminal ${at("rental").textContent}” prints an address for another terminal`);
     at("again").hidden = false;
+  } else if (resumed) {
+    keep("");
+    ask("This terminal cannot be opened again: its right ended, or the manager was restarted. Ask for another with “orion terminal RENTAL”, or give a token.");
+    say("ended", "Not connected");
   } else {
-    ask("That address does not open a terminal any more: it is good once, for a minute. Ask for another with “orion terminal”, or give a token.");
+    ask("This address does not open a terminal any more: it is good once, for a minute. Ask for another with “orion terminal RENTAL”, or give a token.");
     say("ended", "Not connected");
   }
 }
 
-// With the token, until it works or will never.
+// With the token or the resume key, until it works or will never.
 async function comeBack() {
   for (;;) {
     try {
-      open(await ticketFor(rental, token));
+      if (token) open(await ticketFor(rental, token));
+      else if (await answers()) resume();
+      else throw new Refused(0, "unreachable", "The platform cannot be reached.");
       return;
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
@@ -133,6 +174,14 @@ async function comeBack() {
     }
     await new Promise((done) => setTimeout(done, AGAIN_AFTER_MS));
   }
+}
+
+// Once: a refusal says that the key is over, as the platform was there a moment before.
+function resume() {
+  const key = resumeKey;
+  resumed = true;
+  resumeKey = "";
+  open(key);
 }
 
 at("ask").addEventListener("submit", async (event) => {
@@ -151,14 +200,29 @@ at("ask").addEventListener("submit", async (event) => {
 });
 
 at("again").addEventListener("click", () => (token ? comeBack() : ask()));
+at("notice-close").addEventListener("click", () => {
+  notice("");
+  screen.focus();
+});
+at("refuse").addEventListener("click", () => {
+  mayCopy = false;
+  at("copying").hidden = true;
+  screen.focus();
+});
 at("reader").addEventListener("change", () => {
-  terminal.options.screenReaderMode = at("reader").checked;
-  terminal.focus();
+  screen.readerMode = at("reader").checked;
+  screen.focus();
 });
 
 // The ticket leaves the address bar, and the history, before anything else happens.
 const [given, ticket] = location.hash.slice(1).split("/").map(decodeURIComponent);
 history.replaceState(null, "", location.pathname);
-rental = given;
+const before = given ? null : kept();
+rental = given || before?.rental || "";
 if (given && ticket) open(ticket);
-else ask();
+else if (before) {
+  named(before.name);
+  showTerminal();
+  resumeKey = before.key;
+  comeBack();
+} else ask();

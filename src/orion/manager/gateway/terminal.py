@@ -7,6 +7,9 @@ Binary frames are the terminal's bytes, both ways. Text frames are JSON:
     {"took": n}                           to the page: the shell has taken n more bytes
     {"state": "connecting" | "connected" | "waiting" | "ended", "message": "..."}     to the page
 
+The state "connected" also has the "name" of the rental and the "resume" key by which the page opens the terminal again
+after a reload (tickets.py). The first size stands in the address: ?columns=132&rows=43.
+
 Both directions are counted, and neither goes on while too much is unacknowledged. So a flood waits in the worker and
 not in here or in the browser; and a paste waits in the page, so that the page's own acknowledgements never queue behind
 it: with neither of the two, a program that echoes a large paste would wait for the page, and the page for the program.
@@ -57,12 +60,16 @@ class Terms:
 class Page:
     """The browser's end."""
 
-    def __init__(self, websocket: WebSocket, terms: Terms) -> None:
+    def __init__(
+        self, websocket: WebSocket, terms: Terms, size: tuple[int, int] = (80, 24), open_for_s: float = 0.0
+    ) -> None:
+        """`open_for_s`: how long the terminal has been open before its page was reloaded."""
         self._websocket = websocket
         self._terms = terms
         self._loop = asyncio.get_running_loop()
-        self._began = self._active_at = self._loop.time()
-        self.size = (80, 24)
+        self._active_at = self._loop.time()
+        self._began = self._active_at - open_for_s
+        self.size = size
         self.resized = asyncio.Event()
         self.shown = self.taken = 0
         """Bytes of the present shell."""
@@ -82,8 +89,8 @@ class Page:
         self._typed.clear()
         self._typed_less.set()
 
-    async def tell(self, state: str, message: str) -> None:
-        await self._send(state=state, message=message)
+    async def tell(self, state: str, message: str, **more: str) -> None:
+        await self._send(state=state, message=message, **more)
 
     async def show(self, part: bytes) -> None:
         """Returns when more may be shown."""

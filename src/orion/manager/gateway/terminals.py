@@ -7,10 +7,11 @@ a subprotocol. A browser also says which page opens the connection (Origin): onl
 from __future__ import annotations
 
 import asyncio
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import structlog
-from fastapi import APIRouter, WebSocket
+from fastapi import APIRouter, Query, WebSocket
 
 from orion import wire
 from orion.manager.api.contract import refusals
@@ -22,13 +23,14 @@ from orion.manager.gateway.openings import Opening
 from orion.manager.gateway.routes import active, job_of
 from orion.manager.gateway.sessions import Session
 from orion.manager.gateway.ssh import NORMAL, REVOKED, Ending
-from orion.manager.gateway.terminal import COME_AGAIN, OVER, Page, carry, serve
-from orion.manager.gateway.tickets import LIFETIME_S
+from orion.manager.gateway.terminal import COME_AGAIN, LARGEST_SIZE, OVER, TIME_OVER, Page, carry, serve
+from orion.manager.gateway.tickets import LIFETIME_S, Resume
 from orion.manager.store import tokens
 from orion.manager.store.database import Row
 from orion.manager.store.tokens import Principal
 
 SUBPROTOCOL = "orion.terminal"
+Size = Annotated[int, Query(ge=1, le=LARGEST_SIZE)]
 
 log = structlog.get_logger()
 
@@ -47,17 +49,19 @@ async def ticket(rental_id: str, principal: Client, shared: Shared) -> wire.Term
 
 
 @router.websocket("/rentals/{rental_id}/terminal")
-async def terminal(websocket: WebSocket, rental_id: str) -> None:
+async def terminal(websocket: WebSocket, rental_id: str, columns: Size = 80, rows: Size = 24) -> None:
     """Refusals are HTTP problems, sent before the WebSocket is accepted."""
     services: Services = websocket.app.state.services
     try:
         _check_origin(websocket)
-        principal = await _redeem(websocket, services, rental_id)
-        with services.terminals.opened(rental_id):
+        resume = await _redeem(websocket, services, rental_id)
+        resumes = services.terminals.resumes
+        with services.terminals.opened(rental_id), resumes.used(resume):
             await websocket.accept(SUBPROTOCOL)
-            page = Page(websocket, services.terminals.terms)
-            where_from = client_address(websocket)
-            ending = await serve(page, _visits(services, page, rental_id, principal, where_from))
+            page = Page(websocket, services.terminals.terms, (columns, rows), services.monotonic() - resume.began_at)
+            ending = await serve(page, _visits(services, page, resume, client_address(websocket)))
+            if ending.code in {NORMAL, OVER, TIME_OVER}:
+                resumes.forget(resume)
     except ApiProblem as error:
         await websocket.send_denial_response(problem(error.status, error.code, error.detail, error.headers))
         return
@@ -78,29 +82,34 @@ def _check_origin(websocket: WebSocket) -> None:
         raise ApiProblem(403, "cross_site", "a terminal is opened from the platform's own pages alone")
 
 
-async def _redeem(websocket: WebSocket, services: Services, rental_id: str) -> Principal:
+async def _redeem(websocket: WebSocket, services: Services, rental_id: str) -> Resume:
+    """Return the right to open this terminal: a ticket makes a new one, a resume key belongs to one."""
     offered = websocket.scope["subprotocols"]
     if len(offered) != 2 or offered[0] != SUBPROTOCOL:
         raise ApiProblem(401, "no_ticket", f"offer two subprotocols: {SUBPROTOCOL}, and a ticket")
-    principal = services.terminals.tickets.redeem(offered[1], rental_id)
-    if principal is None or not await services.store.read(tokens.is_valid, principal):
+    terminals = services.terminals
+    principal = terminals.tickets.redeem(offered[1], rental_id)
+    if principal is None:
+        resume = terminals.resumes.redeem(offered[1], rental_id)
+    else:
+        resume = terminals.resumes.begin(rental_id, principal)
+    if resume is None or not await services.store.read(tokens.is_valid, resume.principal):
         detail = f"a ticket is good once, for {LIFETIME_S:.0f} s, for its own rental: ask for a new one"
         raise ApiProblem(401, "no_ticket", detail)
-    return principal
+    return resume
 
 
-async def _visits(services: Services, page: Page, rental_id: str, principal: Principal, where_from: str) -> Ending:
+async def _visits(services: Services, page: Page, resume: Resume, where_from: str) -> Ending:
     """Open one shell after the other, wherever the rental is, until one ends by itself, the rental or the token."""
     try:
-        async with services.openings.by(principal) as opening:
-            return await _visit(services, page, rental_id, principal, where_from, opening)
+        async with services.openings.by(resume.principal) as opening:
+            return await _visit(services, page, resume, where_from, opening)
     except ApiProblem as error:
         return Ending(OVER, error.detail)
 
 
-async def _visit(
-    services: Services, page: Page, rental_id: str, principal: Principal, where_from: str, opening: Opening
-) -> Ending:
+async def _visit(services: Services, page: Page, resume: Resume, where_from: str, opening: Opening) -> Ending:
+    rental_id, principal = resume.rental_id, resume.principal
     await page.tell("connecting", "Opening a shell")
     no_later = services.monotonic() + services.terminals.terms.total_s
     while True:
@@ -115,7 +124,8 @@ async def _visit(
             try:
                 with services.sessions.carried(session):
                     shell = await _open(services, page, row, principal, session)
-                    if shell and (how := await _use(services, page, shell, session)):
+                    about = {"name": row["name"], "resume": resume.key}
+                    if shell and (how := await _use(services, page, shell, session, about)):
                         return Ending(NORMAL, how)
             except ApiProblem as error:
                 return Ending(COME_AGAIN, error.detail)
@@ -152,14 +162,14 @@ def _close(opened: asyncio.Task[Shell]) -> None:
         opened.result().close()
 
 
-async def _use(services: Services, page: Page, shell: Shell, session: Session) -> str | None:
+async def _use(services: Services, page: Page, shell: Shell, session: Session, about: dict[str, str]) -> str | None:
     """How it ended; None: it is lost, and the page was told."""
     services.sessions.note_begin(session)
     reason = "the page was closed"
     page.attach(True)
     try:
         shell.resize(*page.size)
-        await page.tell("connected", "")
+        await page.tell("connected", "", **about)
         how = await carry(page, shell, session.over)
         lost = "the connection to the worker broke"
         reason = how or (session.over.result().reason if session.over.done() else lost)

