@@ -99,6 +99,7 @@ class Stage:
             lock_file=str(folder / "lock"),
             port=self._kept_port.getsockname()[1],
             snapshot_interval_s=snapshot_interval_s,
+            uncopied_wait_s=0,  # an act may lose a worker before the first copy
             ballast_bytes=0,
             **CLOCKS,
         )
