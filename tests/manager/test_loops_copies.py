@@ -12,6 +12,7 @@ from orion.manager.domain.copies import EXPIRED_KEPT_S
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.port import Home, Limits, VaultError
 from orion.manager.loops import restoring
+from orion.manager.loops.copies import FIRST_TRIES
 from orion.manager.settings import Settings
 from orion.manager.store.database import Store
 
@@ -353,3 +354,24 @@ async def test_a_rental_that_was_never_active_has_nothing_to_restore(house: Hous
     waiting = await house.rent()
     refused = await house.as_admin.post(f"/api/rentals/{waiting['id']}/restore", json={"empty": True})
     assert (refused.status_code, refused.json()["code"]) == (409, "not_active_yet")
+
+
+async def test_a_first_copy_that_fails_is_tried_again_soon_and_said_when_it_goes_on_failing(
+    house: House, pool: list[Agent]
+) -> None:
+    house.vault.failure = VaultError("unreachable", "the worker cannot be asked")
+    rental = await house.rent()
+    tries = []
+    for _ in range(8):
+        await copy_round(house)
+        tries.append(house.manager.copies._failures[rental["id"]])
+        problem = (await house.rental(rental["id"]))["copy_problem"]
+        assert bool(problem) is (tries[-1] > FIRST_TRIES)
+        await house.pass_time(3)
+    assert tries[:2] == [1, 2]
+    assert tries[-1] == 4, "ever less often"
+    house.vault.failure = None
+    await house.pass_time(31)
+    await copy_round(house)
+    shown = await house.rental(rental["id"])
+    assert (bool(shown["last_safe_copy_at"]), shown["copy_problem"]) == (True, "")
