@@ -89,8 +89,8 @@ async def expiring(stage: Stage) -> None:
 async def migrating(stage: Stage) -> None:
     """A worker dies with a rental; it is made anew elsewhere; the worker returns, and is cleaned before it is ready."""
     lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001))
-    await eventually(lambda: stage.kept(lab) == {})
     dead = stage.holder(await stage.rental(lab))
+    await eventually(lambda: stage.kept(lab) == {})
     stage.arm()
     dead.die()
     await stage.until(lambda r: r["state"] == "active" and r["worker_id"] != dead.worker_id, lab)
@@ -193,8 +193,8 @@ async def draining(stage: Stage) -> None:
 async def removing(stage: Stage) -> None:
     """A worker is removed while it is dead, and comes back as a new one with what it still has."""
     lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001))
-    await eventually(lambda: stage.kept(lab) == {})
     dead = stage.holder(await stage.rental(lab))
+    await eventually(lambda: stage.kept(lab) == {})
     dead.die()
     await stage.until(lambda r: r["state"] == "active" and r["worker_id"] != dead.worker_id, lab)
     stage.arm()
