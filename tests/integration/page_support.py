@@ -31,6 +31,7 @@ from orion.manager.api.door import SECRET_HEADER_BYTES
 from orion.manager.engine.port import Host, Login, Shell
 
 WITHIN_S = 60
+expect.set_options(timeout=WITHIN_S * 1000)
 SHELL = ("setsid", "--ctty", "bash", "--noprofile", "--norc")
 
 
@@ -146,6 +147,7 @@ class Window:
 
     def __init__(self, page: Page) -> None:
         self.page = page
+        page.set_default_timeout(WITHIN_S * 1000)
         self.complaints: list[str] = []
         page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -155,7 +157,7 @@ class Window:
         return self.page.context
 
     async def is_connected(self) -> None:
-        await expect(self.page.locator("#status")).to_have_text("Connected", timeout=WITHIN_S * 1000)
+        await expect(self.page.locator("#status")).to_have_text("Connected")
 
     async def runs(self, line: str, awaited: str = "") -> None:
         await self.page.keyboard.type(line + "\n")
@@ -163,7 +165,7 @@ class Window:
             await self.shows(awaited)
 
     async def shows(self, text: str) -> None:
-        await expect(self.page.locator(".xterm-rows")).to_contain_text(text, timeout=WITHIN_S * 1000)
+        await expect(self.page.locator(".xterm-rows")).to_contain_text(text)
 
     async def rows(self) -> list[str]:
         texts = await self.page.evaluate(
