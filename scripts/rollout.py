@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from rollout_plan import WORKER, Container, Plan, Pool, must_ask, number_wanted,
 
 from orion.cli.output import plain
 from orion.client import ENDED, Orion
-from orion.errors import NotFound, OrionError
+from orion.errors import Conflict, NotFound, OrionError
 from orion.wire import Rental, RentalState, Worker, WorkerHealth, WorkerIntent
 
 HERE = Path(__file__).resolve().parent
@@ -36,6 +37,8 @@ STALLED_AFTER_S = 900.0
 """Without any progress for so long, the command ends; what is under way goes on by itself."""
 STOP_WITHIN_S = 660
 """More than stop_grace_period of docker-compose.yml: what finds no place is parked meanwhile."""
+CONTAINER_NAME = re.compile(r"[0-9a-f]{12}")
+"""The hostname that Docker gives a container: the beginning of its id."""
 TOO_MANY_RESTARTS = 4
 LOOK_EVERY_S = 1.0
 TAKES = frozenset({WorkerHealth.READY, WorkerHealth.QUARANTINED})
@@ -225,10 +228,38 @@ def stand_up(containers: Sequence[Container], afterwards: ExitStack) -> Pool:
         stage.done()
     try:
         orion = wait_for_manager(afterwards, 60 if stopped else 15)
+        declare_the_gone(orion)
         wait_until_heard(orion, [one for one in containers if one.service == WORKER] if stopped else [])
         return pool_of(orion)
     except (NotReady, OrionError):
         return Pool({}, {}, known=False)
+
+
+def not_in_engine(orion: Orion) -> list[Worker]:
+    """Return the workers of which the engine has no container, running or not, of whatever project."""
+    ids = docker("ps", "-aq", "--no-trunc").split()
+    named = (one for one in orion.workers() if CONTAINER_NAME.fullmatch(one.hostname))
+    return [one for one in named if not any(container.startswith(one.hostname) for container in ids)]
+
+
+def declare_the_gone(orion: Orion) -> None:
+    """Hand the engine's word on to the manager: what ran in a container that was removed need not be waited for."""
+    for worker in not_in_engine(orion):
+        if worker.health is WorkerHealth.DOWN:
+            continue
+        names = [one.name for one in living(orion) if one.worker_id == worker.id]
+        with suppress(Conflict, NotFound):  # it answers, so it is in another engine
+            orion.declare_gone(worker.id)
+            what = f": {shown(names)} {'goes' if len(names) == 1 else 'go'} on from the last copy" if names else ""
+            say(plain(f"The container of worker {worker.id} was removed{what}"))
+
+
+def forget_the_gone(orion: Orion) -> None:
+    """What was in a container that was removed cannot come back any more: there is nothing to keep its worker for."""
+    for worker in not_in_engine(orion):
+        if worker.health is WorkerHealth.DOWN:
+            with suppress(NotFound, Conflict):
+                orion.remove_worker(worker.id)
 
 
 def wait_until_heard(orion: Orion, workers: Sequence[Container]) -> None:
@@ -279,6 +310,7 @@ def go() -> int:
         await_ready(orion, [one for one in workers if one not in retire], number)
         stage.done()
         outcome = Emptying(orion, retire).run() if retire else Outcome()
+        forget_the_gone(orion)
     report(outcome)
     return 1 if outcome.kept else IN_PLACE
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import cgroup
 from call_home import CallHome, HttpTransport
-from decisions import may_run
+from decisions import may_run, stop_grace_s
 from fence import Fence
 from host_certificate import Sshd as Listening
 from node import Node, Settings, settings_from
@@ -175,7 +175,9 @@ def run(settings: Settings) -> None:
     say("told to stop")
     home.vacate()
     hurry.set()
-    last_moment = time.monotonic() + settings.stop_grace_s
+    began = time.monotonic()
+    grace_s = stop_grace_s(settings.stop_grace_s, settings.stop_grace_max_s, *node.to_be_carried())
+    last_moment = began + grace_s
     while home.is_vacating() and time.monotonic() < last_moment:
         sshd.look_after()
         time.sleep(LOOK_OFTEN_S)

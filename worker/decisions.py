@@ -28,6 +28,16 @@ A call that is sent earlier may arrive before it, and so would not count against
 """
 
 
+CARRIED_FILES_S = 150
+CARRIED_BYTES_S = 4 * 2**20
+"""What a planned move, or a park, carries in a second at least, on a machine that does other things as well."""
+
+
+def stop_grace_s(least_s: float, most_s: float, files: int, size: int) -> float:
+    """Return how long a worker that was told to stop may wait until what it holds was carried away."""
+    return min(most_s, least_s + files / CARRIED_FILES_S + size / CARRIED_BYTES_S)
+
+
 @dataclass(frozen=True)
 class Answer:
     """An HTTP reply, or that there was none: then `status` is 0 and `reason` says why."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from ledger import Refused, write_whole
 from rental import Places, Rentals, Request
 
 AGENT_VERSION = "0.1.0"
+ENOUGH_FILES = 200_000
+"""More than that need the longest grace in any case."""
 MAX_SLOTS = 256
 """What the manager takes at most."""
 
@@ -35,7 +39,9 @@ class Settings:
     slots: int = 1
     labels: Mapping[str, str] = field(default_factory=dict)
     stop_grace_s: float = 8.0
-    """How long it may wait when it is told to stop; what sends the signal must wait somewhat longer (Docker: 10 s)."""
+    """How long it may wait when it is told to stop, and has little to be carried away."""
+    stop_grace_max_s: float = 8.0
+    """How long it may wait in any case; what sends the signal must wait somewhat longer (Docker: 10 s)."""
 
 
 def settings_from(environment: Mapping[str, str]) -> Settings:
@@ -52,11 +58,10 @@ def settings_from(environment: Mapping[str, str]) -> Settings:
     slots = environment.get("ORION_SLOTS") or "1"
     if not (slots.isdigit() and 1 <= int(slots) <= MAX_SLOTS):
         raise ValueError(f"ORION_SLOTS must be a number from 1 to {MAX_SLOTS}, not {slots!r}")
-    grace = environment.get("ORION_STOP_GRACE_S") or str(Settings.stop_grace_s)
-    if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", grace):
-        raise ValueError(f"ORION_STOP_GRACE_S must be a number of seconds, not {grace!r}")
+    grace_s = _seconds_of(environment, "ORION_STOP_GRACE_S", Settings.stop_grace_s)
+    grace_max_s = max(grace_s, _seconds_of(environment, "ORION_STOP_GRACE_MAX_S", grace_s))
     labels = _labels(environment.get("ORION_LABELS") or "")
-    return Settings(url.rstrip("/"), app_address, proxy_address, int(slots), labels, float(grace))
+    return Settings(url.rstrip("/"), app_address, proxy_address, int(slots), labels, grace_s, grace_max_s)
 
 
 class Node:
@@ -105,6 +110,10 @@ class Node:
             "memory_limit_bytes": use.memory_limit_bytes,
             "processes": use.processes,
         }
+
+    def to_be_carried(self) -> tuple[int, int]:
+        """Return the number and the bytes of the files in all homes here, as far as ENOUGH_FILES."""
+        return count_files(self._root / "home" / record.username for record in self.rentals.ledger.all_living())
 
     def join_token(self) -> str | None:
         """None until the manager has made it."""
@@ -163,6 +172,27 @@ class Node:
         if kill and records:
             killed = processes.end({record.uid: record.username for record in records}, within_s=3.0)
             self._say(f"locked {len(records)} rentals and ended {killed} of their processes")
+
+
+def count_files(homes: Iterable[Path]) -> tuple[int, int]:
+    """Return the number and the bytes of what is in these folders, as far as ENOUGH_FILES. No link is followed."""
+    files, size, folders = 0, 0, [str(home) for home in homes]
+    while folders and files < ENOUGH_FILES:
+        with suppress(OSError), os.scandir(folders.pop()) as entries:  # the renter may be at work there
+            for entry in entries:
+                files += 1
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    size += entry.stat(follow_symlinks=False).st_size
+    return files, size
+
+
+def _seconds_of(environment: Mapping[str, str], name: str, default: float) -> float:
+    text = environment.get(name) or str(default)
+    if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text):
+        raise ValueError(f"{name} must be a number of seconds, not {text!r}")
+    return float(text)
 
 
 def _labels(text: str) -> dict[str, str]:

@@ -38,6 +38,7 @@ from orion.wire import (
     Key,
     LogEntry,
     Page,
+    Pruned,
     RegisterReply,
     RegisterRequest,
     RenewRequest,
@@ -398,6 +399,14 @@ class Orion:
             worker = self.worker(worker.id)
             on_change(worker)
         return worker
+
+    def declare_gone(self, worker_id: str) -> Worker:
+        """Say that the worker's container is not there any more: what ran there is taken over at once."""
+        return _read(Worker, self._transport.send("POST", _path("workers", worker_id, "gone")))
+
+    def prune_workers(self) -> Pruned:
+        """Forget all workers that are down and of which nothing is missing."""
+        return _read(Pruned, self._transport.send("POST", _path("workers", "prune")))
 
     def remove_worker(self, worker_id: str) -> None:
         self._transport.send("DELETE", _path("workers", worker_id))

@@ -442,6 +442,16 @@ class Worker(Reply):
     explanation: str
 
 
+class Kept(Reply):
+    id: str
+    why: str = Field(description="Why this worker, which is down, is not forgotten")
+
+
+class Pruned(Reply):
+    forgotten: list[str]
+    kept: list[Kept]
+
+
 class TokenRequest(Request):
     name: Name
     role: Literal["client", "admin", "join"] = "client"

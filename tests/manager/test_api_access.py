@@ -49,6 +49,8 @@ ROUTES: list[tuple[str, str, dict[str, Any] | None, set[str]]] = [
     ("GET", "/api/workers/x", None, {"admin"}),
     ("POST", "/api/workers/x/drain", None, {"admin"}),
     ("POST", "/api/workers/x/resume", None, {"admin"}),
+    ("POST", "/api/workers/x/gone", None, {"admin"}),
+    ("POST", "/api/workers/prune", None, {"admin"}),
     ("DELETE", "/api/workers/x", None, {"admin"}),
     ("POST", "/api/tokens", {"name": "bob"}, {"admin"}),
     ("GET", "/api/tokens", None, {"admin"}),

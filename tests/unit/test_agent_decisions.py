@@ -16,6 +16,7 @@ from decisions import (
     orders,
     placements_from,
     session_from,
+    stop_grace_s,
 )
 
 REGISTRATION: dict[str, Any] = {
@@ -165,3 +166,11 @@ def test_an_answer_says_in_one_line_what_it_was() -> None:
         "409 stale_session: register again"
     )
     assert str(Answer(502)) == "502"
+
+
+def test_the_grace_of_a_stop_grows_with_what_has_to_be_carried() -> None:
+    """551 MB in 26,800 files did not leave within 55 s, and came back from an old copy."""
+    assert stop_grace_s(55, 590, files=0, size=0) == 55
+    assert 300 < stop_grace_s(55, 590, files=26_800, size=551_000_000) < 590
+    assert stop_grace_s(55, 590, files=10**6, size=10**12) == 590
+    assert stop_grace_s(8, 8, files=26_800, size=551_000_000) == 8

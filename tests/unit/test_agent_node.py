@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from cgroup import Usage, processes_for_each_renter, usage
-from node import MAX_SLOTS, settings_from
+from node import MAX_SLOTS, count_files, settings_from
 
 from orion import wire
 from orion.manager.domain.certificates import MOST_NAMES
@@ -75,6 +77,7 @@ def test_settings_come_from_the_environment_with_defaults() -> None:
         ({"ORION_SLOTS": f"{MAX_SLOTS + 1}"}, "from 1 to 256"),
         ({"ORION_LABELS": "zone"}, "ORION_LABELS"),
         ({"ORION_STOP_GRACE_S": "soon"}, "ORION_STOP_GRACE_S"),
+        ({"ORION_STOP_GRACE_MAX_S": "-1"}, "ORION_STOP_GRACE_MAX_S"),
         ({"ORION_LABELS": "=a"}, "ORION_LABELS"),
         ({"ORION_LABELS": "zone=a b"}, "ORION_LABELS"),
     ],
@@ -82,3 +85,20 @@ def test_settings_come_from_the_environment_with_defaults() -> None:
 def test_a_wrong_setting_is_named(wrong: dict[str, str], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         settings_from({"ORION_APP_ADDRESS": "172.20.0.3"} | wrong)
+
+
+def test_what_has_to_be_carried_is_counted_without_following_links(tmp_path: Path) -> None:
+    (tmp_path / "a/deep").mkdir(parents=True)
+    (tmp_path / "a/deep/file").write_bytes(b"x" * 1000)
+    (tmp_path / "a/loop").symlink_to(tmp_path)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/file").write_bytes(b"x" * 10)
+    assert count_files([tmp_path / "a", tmp_path / "b", tmp_path / "never"]) == (4, 1010)
+
+
+def test_the_grace_may_grow_only_where_it_is_said_how_far() -> None:
+    alone = settings_from({"ORION_APP_ADDRESS": "172.20.0.3", "ORION_STOP_GRACE_S": "20"})
+    assert (alone.stop_grace_s, alone.stop_grace_max_s) == (20, 20)
+    both = {"ORION_STOP_GRACE_S": "55", "ORION_STOP_GRACE_MAX_S": "590"}
+    grows = settings_from({"ORION_APP_ADDRESS": "172.20.0.3"} | both)
+    assert (grows.stop_grace_s, grows.stop_grace_max_s) == (55, 590)

@@ -701,6 +701,23 @@ def test_the_pool_is_run_by_hostname_too(platform: ScriptedPlatform, orion: Comm
     assert platform.calls[-1].method == "DELETE"
 
 
+def test_the_dead_are_pruned_and_those_that_stay_are_named(platform: ScriptedPlatform, orion: Command) -> None:
+    kept = {"id": "w-bbbb3333", "why": "it may still have what was written last in desk"}
+    platform.answer("POST", "/api/workers/prune", {"forgotten": ["w-aaaa2222"], "kept": [kept]})
+    said = orion("workers", "prune").out
+    assert "Forgotten: w-aaaa2222." in said
+    assert "Kept: w-bbbb3333: it may still have what was written last in desk" in said
+    assert json.loads(orion("workers", "prune", "--json").out)["kept"] == [kept]
+
+
+def test_a_worker_is_declared_gone_only_when_somebody_means_it(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/workers", page(worker()))
+    platform.answer("POST", "/api/workers/w-aaaa2222/gone", worker(health="down"))
+    assert "add --yes" in orion("workers", "gone", "0123456789ab").err
+    assert [call.method for call in platform.calls] == ["GET"]
+    assert "its rentals go on elsewhere" in orion("workers", "gone", "0123456789ab", "--yes").out
+
+
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orion.client.MOVE_POLL_S", 0.0)

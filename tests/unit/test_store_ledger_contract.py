@@ -281,3 +281,12 @@ async def test_who_follows_is_told_what_is_there_and_then_what_each_commit_chang
     await bench.ledger.apply([release(QUEUED, "released", "alice", "asked for")])
     await bench.ledger.follow(lambda changes: anew.apply(changes, 0.0))
     assert not what_differs(anew, followed)
+
+
+async def test_of_the_dead_those_are_forgotten_of_which_nothing_is_missing(bench: Bench) -> None:
+    """Not the one that may have the newest files of a living rental; what it has of an ended one nobody misses."""
+    await bench.become(WORKER, Health.SUSPECT, Health.DOWN)
+    assert await bench.ledger.forget([WORKER.id, OTHER.id]) == ()
+    await bench.become(OTHER, Health.SUSPECT, Health.DOWN)
+    assert await bench.ledger.forget([WORKER.id, OTHER.id, "w-never"]) == (OTHER.id,)
+    assert (await bench.ledger.workers([WORKER.id, OTHER.id])).keys() == {WORKER.id}

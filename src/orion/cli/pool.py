@@ -24,8 +24,14 @@ LOOK_AT_RENTALS = 10
 _WORKER_ID = re.compile(r"[a-z0-9-]{1,64}")
 
 
-def workers(as_json: AsJson = False) -> None:
+commands = typer.Typer(invoke_without_command=True)
+
+
+@commands.callback()
+def workers(context: typer.Context, as_json: AsJson = False) -> None:
     """List the workers of the pool."""
+    if context.invoked_subcommand is not None:
+        return None
     with platform() as (orion, _tell):
         found = list(orion.workers())
     if as_json:
@@ -39,6 +45,33 @@ def workers(as_json: AsJson = False) -> None:
         if one.explanation and one.health is not WorkerHealth.READY:
             output.say(f"{output.plain(one.id)}: {output.plain(one.explanation)}")
     return None
+
+
+@commands.command()
+def prune(as_json: AsJson = False) -> None:
+    """Forget the workers that are down and of which nothing is missing; an hour later that happens by itself."""
+    with platform() as (orion, _tell):
+        done = orion.prune_workers()
+    if as_json:
+        return output.emit(done)
+    output.say(f"Forgotten: {output.plain(', '.join(done.forgotten)) or 'none'}.")
+    for one in done.kept:
+        output.say(output.plain(f"Kept: {one.id}: {one.why}"))
+    return None
+
+
+@commands.command()
+def gone(worker: WorkerName, yes: Yes = False, as_json: AsJson = False) -> None:
+    """Say that a worker's container is not there any more, so that what ran there is taken over at once."""
+    with platform() as (orion, _tell):
+        found = orion.find_worker(worker)
+    what = "one that only lost its network runs on beside what is taken over, until its lease has passed"
+    confirm(f"Is the container of {found.id} ({found.hostname}) really removed, or stopped? ({what})", yes)
+    with platform() as (orion, _tell):
+        declared = orion.declare_gone(found.id)
+    if as_json:
+        return output.emit(declared)
+    return output.say(f"{output.plain(found.id)} is given up; its rentals go on elsewhere: orion events -f")
 
 
 def drain(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orion.manager.domain.leases import Beat, Leases
-from orion.manager.domain.model import Item
+from orion.manager.domain.model import Item, Worker
 from orion.manager.domain.orders import orders
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health
@@ -62,11 +62,13 @@ class CallHome:
     async def register(self, own_id: str | None, claim: Registration, items: Sequence[Item]) -> Welcome:
         """`own_id`: whose token it came with; None: it came with the join token, and gets one of its own."""
         async with self._registering[claim.address]:
-            worker_id = await self._identify(own_id, claim)
+            known = await self._registry.known_at(claim.address)
+            worker_id = await self._identify(own_id, claim, known)
             registered = await self._registry.register(claim, worker_id, own_id is None)
         for worker_id in registered.replaced:
             self._leases.end(worker_id)
         self._leases.open(registered.worker_id, registered.session_id, self._monotonic(), items)
+        self._leases.displace((holder.id for holder in known), registered.worker_id)
         self._on_return(registered.worker_id)
         return Welcome(registered, self._orders(registered.worker_id, items))
 
@@ -85,14 +87,13 @@ class CallHome:
             self._on_return(worker_id)
         return self._orders(worker_id, beat.inventory)
 
-    async def _identify(self, own_id: str | None, claim: Registration) -> str | None:
-        """Which worker this is; None: a new one.
+    async def _identify(self, own_id: str | None, claim: Registration, known: Sequence[Worker]) -> str | None:
+        """Which worker this is; None: a new one. `known`: the workers that are known at its address.
 
         With its own token it is itself, as long as its host keys are the pinned ones. With the join token it is new,
         unless a worker with these very host keys is known at this address: then it is that one, whose answer was lost.
         An address is refused only while the worker that holds it still answers there with its pinned host key.
         """
-        known = await self._registry.known_at(claim.address)
         if own_id is not None:
             own = await self._registry.worker(own_id)
             if own is None or own.host_keys != claim.host_keys:

@@ -11,15 +11,16 @@ from fastapi import APIRouter, Query, Request
 
 from orion import wire
 from orion.manager.api import views
-from orion.manager.api.call_home import CallRefused, Orders
+from orion.manager.api.call_home import PROBE_TIMEOUT_S, CallRefused, Orders
 from orion.manager.api.contract import refusals
 from orion.manager.api.heartbeat import HeartbeatRequest, answer
 from orion.manager.api.problems import ApiProblem, not_found
 from orion.manager.api.services import Admin, CallerHome, CallingWorker, Services, Shared, client_address
 from orion.manager.domain.model import Item
 from orion.manager.domain.placement import counted
-from orion.manager.domain.states import LIVE, Intent
-from orion.manager.store import workers
+from orion.manager.domain.states import LIVE, Health, Intent
+from orion.manager.engine.port import Host, Reached
+from orion.manager.store import ledger, workers
 from orion.manager.store.port import Registration
 
 router = APIRouter(prefix="/api", tags=["workers"])
@@ -123,13 +124,55 @@ async def remove(worker_id: str, admin: Admin, shared: Shared) -> None:
     shared.wake_reconciler()
 
 
+@router.post("/workers/{worker_id}/gone", responses=refusals(404, 409))
+async def gone(worker_id: str, admin: Admin, shared: Shared) -> wire.Worker:
+    """Take an operator's word that its container is not there any more: it is down at once. Repeatable.
+
+    For who knows it from the container engine. A worker that lives and is only cut off would run on for as long as its
+    lease lasts, beside what is taken over.
+    """
+    known = (await shared.store.read(ledger.load_workers, [worker_id])).get(worker_id)
+    if known is None:
+        raise not_found("worker")
+    if known.health is not Health.DOWN:
+        host = Host(known.id, known.address, known.host_keys)
+        if await shared.reach.reach(host, PROBE_TIMEOUT_S) is Reached.YES:
+            detail = f"it answers at {known.address} with its own host key: stop it, or drain it"
+            raise ApiProblem(409, "worker_answers", detail)
+        shared.leases.declare_gone(worker_id)
+        await shared.store.write(workers.declared_gone, admin.name, worker_id)
+        shared.wake_health()
+    return _view(await shared.store.read(workers.one, worker_id), shared)
+
+
+@router.post("/workers/prune")
+async def prune(admin: Admin, shared: Shared) -> wire.Pruned:
+    """Forget all workers that are down and of which nothing is missing. They are forgotten by themselves after 1 h."""
+    done = await shared.store.write(workers.prune, admin.name)
+    for worker_id in done.forgotten:
+        shared.leases.end(worker_id)
+    shared.wake_reconciler()
+    kept = [wire.Kept(id=worker_id, why=why) for worker_id, why in done.kept.items()]
+    return wire.Pruned(forgotten=list(done.forgotten), kept=kept)
+
+
 def _view(row: views.Row | None, shared: Services) -> wire.Worker:
     """With what was heard since the row was last written."""
     if row is None:
         raise not_found("worker")
     noted = shared.leases.noted(row["id"])
-    shown = {**row, "explanation": row["explanation"] or _why_it_drains(row, shared)}
+    shown = {**row, "explanation": _displaced(row, shared) or row["explanation"] or _why_it_drains(row, shared)}
     return views.worker({**shown, "last_heartbeat_at": noted[0], "load": noted[1]} if noted else shown)
+
+
+def _displaced(row: views.Row, shared: Services) -> str:
+    other = shared.leases.displaced_by(row["id"])
+    if not other or row["health"] == Health.DOWN:
+        return ""
+    return (
+        f"worker {other} has its address now: its container is gone, or has no network. It is down when its lease has "
+        f"passed; at once, where the container is gone: orion workers gone {row['id']}"
+    )
 
 
 def _why_it_drains(row: views.Row, shared: Services) -> str:

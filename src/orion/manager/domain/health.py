@@ -19,6 +19,11 @@ MAX_FLAPS = 3
 
 
 WATCH_CLOSED = "it closed the manager's watch on it"
+DECLARED_GONE = "an operator said that its container is not there any more"
+FORGET_AFTER_S = 3600.0
+"""A worker that has been down for so long, and of which nothing is missing, is forgotten."""
+FORGET_EVERY_S = 60.0
+FORGOTTEN_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,12 @@ class Evidence:
 
     @property
     def grace_s(self) -> float:
-        """By the lease that the worker may believe in; doubled for those not heard since this manager started."""
-        known = self.lease is not None and self.lease.received_at is not None
+        """By the lease that the worker may believe in; doubled for those not heard since this manager started.
+
+        Not for one whose address another worker has: it will not be heard there. It may live on without a network all
+        the same, so its lease must pass.
+        """
+        known = self.lease is not None and (self.lease.received_at is not None or bool(self.lease.displaced_by))
         longer = self.lease.lease_s / self.clocks.freeze_after_s if self.lease else 0.0
         return self.clocks.takeover_after_s * max(1.0, longer) * (1 if known else 2)
 
@@ -147,6 +156,13 @@ def _proved_dead(e: Evidence) -> Verdict | None:
     if not e.watched.proof or not e.closed:
         return None
     return Verdict(Health.DOWN, e.watched.proof)
+
+
+def _declared_gone(e: Evidence) -> Verdict | None:
+    # In a brake too: this is no silence. A word that came before it was last heard counts for nothing.
+    if e.lease is None or not e.lease.gone:
+        return None
+    return Verdict(Health.DOWN, DECLARED_GONE)
 
 
 def _watch_closed(e: Evidence) -> Verdict | None:
@@ -215,6 +231,7 @@ def _manager_was_away(e: Evidence) -> Verdict | None:
 RULES: dict[Health, tuple[Rule, ...]] = {
     Health.JOINING: (
         _said_goodbye,
+        _declared_gone,
         _proved_dead,
         _lease_passed,
         _silent,
@@ -223,9 +240,9 @@ RULES: dict[Health, tuple[Rule, ...]] = {
         _verified,
         _never_clean,
     ),
-    Health.READY: (_said_goodbye, _proved_dead, _manager_was_away, _unverified, _watch_closed, _silent),
-    Health.SUSPECT: (_said_goodbye, _proved_dead, _lease_passed, _unverified, _verified),
-    Health.UNKNOWN: (_said_goodbye, _proved_dead, _lease_passed, _unverified, _verified),
+    Health.READY: (_said_goodbye, _declared_gone, _proved_dead, _manager_was_away, _unverified, _watch_closed, _silent),
+    Health.SUSPECT: (_said_goodbye, _declared_gone, _proved_dead, _lease_passed, _unverified, _verified),
+    Health.UNKNOWN: (_said_goodbye, _declared_gone, _proved_dead, _lease_passed, _unverified, _verified),
     Health.DOWN: (_unverified,),
-    Health.QUARANTINED: (_proved_dead, _lease_passed, _resumed),
+    Health.QUARANTINED: (_declared_gone, _proved_dead, _lease_passed, _resumed),
 }

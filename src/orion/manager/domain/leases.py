@@ -29,6 +29,10 @@ class Lease:
     """The session before ended with a goodbye: this one is a restart that was meant."""
     lease_s: float = 0.0
     """The lease that it may still believe in: of other clocks, when the manager was restarted with new ones."""
+    gone: bool = False
+    """An operator said, after it was last heard, that its container is not there any more."""
+    displaced_by: str = ""
+    """The worker that has registered from its address since it was last heard; empty: none has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,24 @@ class Leases:
             return False
         self._forget(worker_id)
         return True
+
+    def declare_gone(self, worker_id: str) -> None:
+        """Note an operator's word that its container is not there any more. Whatever is heard of it voids that."""
+        lease = self._leases.get(worker_id)
+        if lease is not None:
+            self._leases[worker_id] = replace(lease, gone=True)
+
+    def displace(self, worker_ids: Iterable[str], by: str) -> None:
+        """Note that another worker has their address now. Whatever is heard of one of them voids that."""
+        for worker_id in worker_ids:
+            lease = self._leases.get(worker_id)
+            if lease is not None and worker_id != by:
+                self._leases[worker_id] = replace(lease, displaced_by=by)
+
+    def displaced_by(self, worker_id: str) -> str:
+        """Return the worker that has its address now; empty where none has."""
+        lease = self._leases.get(worker_id)
+        return lease.displaced_by if lease is not None else ""
 
     def end(self, worker_id: str) -> None:
         """Forget a worker that was removed."""

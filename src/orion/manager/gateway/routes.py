@@ -58,6 +58,12 @@ async def _bring_in(
         row = await active(services, rental_id, principal, deadline, session)
         session.owner, session.worker_id, session.epoch = row["owner"], row["worker_id"], row["epoch"]
         with services.sessions.carried(session):
+            other = services.leases.displaced_by(row["worker_id"])
+            if other:
+                raise WorkerUnreachable(
+                    f"its worker {row['worker_id']} is gone, and {other} has its address now: the rental is taken "
+                    "over as soon as the lease of the lost one has passed"
+                )
             job = job_of(row)
             await services.recognisable(job)
             stream = await _connected(job.host, session.over)

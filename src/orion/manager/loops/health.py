@@ -18,7 +18,16 @@ import structlog
 
 from orion.manager.domain.brake import Brake, Observation, advance
 from orion.manager.domain.clocks import Clocks
-from orion.manager.domain.health import Evidence, Verdict, Watched, judge, moments
+from orion.manager.domain.health import (
+    FORGET_AFTER_S,
+    FORGET_EVERY_S,
+    FORGOTTEN_AT_ONCE,
+    Evidence,
+    Verdict,
+    Watched,
+    judge,
+    moments,
+)
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.model import Step, Worker, move_worker
 from orion.manager.domain.roster import Roster
@@ -65,6 +74,7 @@ class HealthLoop:
         self._on_verdict = on_verdict
         self._began_at: float | None = None
         self._noted_at: float | None = None
+        self._forgot_at = monotonic()
         self._due: dict[str, None] = {}
         self._moments: list[tuple[float, str]] = []
         self._planned: dict[str, float] = {}
@@ -100,6 +110,16 @@ class HealthLoop:
             if self._due and self._monotonic() - began > ROUND_BUDGET_S:
                 self.loop.hint()
                 return
+        await self._forget_the_dead(began)
+
+    async def _forget_the_dead(self, now: float) -> None:
+        """Those that have been down for long, and of which nothing is missing."""
+        if now - self._forgot_at < FORGET_EVERY_S:
+            return
+        self._forgot_at = now
+        dead = self._roster.longest_in(Health.DOWN, FORGET_AFTER_S, now, FORGOTTEN_AT_ONCE)
+        for worker_id in await self._ledger.forget(dead) if dead else ():
+            self._leases.end(worker_id)
 
     async def _write_notes(self, now: float) -> None:
         """For people to read: once a second, however often a hint brings a round."""

@@ -134,6 +134,21 @@ class MemoryLedger:
             raise
         self.tell(*self._touched)
 
+    async def forget(self, worker_ids: Collection[str]) -> tuple[str, ...]:
+        world = self.world
+        living = {one.id for one in world.rentals.values() if one.state not in ENDED}
+        missing = {
+            p.worker_id
+            for p in world.placements.values()
+            if p.state is not PlacementState.PURGED and not p.salvaged and p.rental_id in living
+        }
+        down = (world.workers[one] for one in sorted(worker_ids) if one in world.workers and one not in missing)
+        gone = tuple(w.id for w in down if w.health is Health.DOWN and w.intent is Intent.ACTIVE)
+        for worker_id in gone:
+            del world.workers[worker_id]
+        self.tell(gone)
+        return gone
+
     async def heard(self, notes: Notes) -> None:
         self.last_heard |= {worker_id: at for worker_id, at, _ in notes}
 

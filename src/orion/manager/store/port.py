@@ -71,6 +71,14 @@ class Ledger(Protocol):
         """Write what follows from tasks that have ended, where that is still of any use."""
         ...
 
+    async def forget(self, worker_ids: Collection[str]) -> tuple[str, ...]:
+        """Forget those of these workers that are down and of which nothing is missing; return their ids.
+
+        Missing is what a worker that is down may still have of a living rental, and nobody has copied aside. Those
+        that an operator is draining stay: they may be away for long, and are to come back as what they are.
+        """
+        ...
+
     async def heard(self, notes: Notes) -> None:
         """Write down when workers were last heard, for people to read."""
         ...

@@ -45,6 +45,9 @@ class SqlLedger:
     async def finish(self, ended: Sequence[Ended]) -> None:
         await self._store.write(ledger.finish, ended)
 
+    async def forget(self, worker_ids: Collection[str]) -> tuple[str, ...]:
+        return (await self._store.write(workers.prune, "health", worker_ids)).forgotten
+
     async def heard(self, notes: Notes) -> None:
         await self._store.write(workers.heard, notes)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
@@ -121,6 +122,13 @@ def set_intent(connection: Connection, actor: str, worker_id: str, to: Intent) -
     return one(connection, worker_id)
 
 
+def declared_gone(connection: Connection, actor: str, worker_id: str) -> None:
+    """Write down an operator's word that its container is not there any more; the health loop acts on it."""
+    touched(connection).workers.add(worker_id)
+    reason = "its container is not there any more, they say"
+    record(connection, Event("worker.declared_gone", actor, reason, worker_id=worker_id))
+
+
 def give_up(connection: Connection, actor: str, worker_id: str, items: Iterable[Item]) -> None:
     """An operator's word that what the database has never placed may be purged: it becomes known as lost there."""
     strangers = ledger.never_placed(connection, list(items))
@@ -151,6 +159,56 @@ def remove(connection: Connection, actor: str, worker_id: str) -> str | None:
     touched(connection).workers.add(worker_id)
     record(connection, Event("worker.removed", actor, "asked for", worker_id=worker_id))
     return None
+
+
+@dataclass(frozen=True)
+class Pruned:
+    forgotten: tuple[str, ...]
+    kept: Mapping[str, str]
+    """Why each of the other workers that are down is not forgotten, by its id."""
+
+
+def prune(connection: Connection, actor: str, worker_ids: Collection[str] | None = None) -> Pruned:
+    """See `port.Ledger.forget`; None means all workers that are down."""
+    down = select(workers.c.id, workers.c.intent).where(workers.c.health == Health.DOWN).order_by(workers.c.id)
+    asked = connection.execute(down).all()
+    missing = _missing(connection)
+    forgotten, kept = [], {}
+    for worker_id, intent in (row for row in asked if worker_ids is None or row.id in worker_ids):
+        if worker_id in missing:
+            names = ", ".join(sorted(missing[worker_id]))
+            kept[worker_id] = (
+                f"it may still have what was written last in {names}: start it, or orion remove {worker_id}"
+            )
+        elif intent != Intent.ACTIVE:
+            kept[worker_id] = f"an operator drained it: orion remove {worker_id}, or resume it"
+        else:
+            forgotten.append(worker_id)
+            connection.execute(delete(workers).where(workers.c.id == worker_id))
+            reason = "it is down, and nothing of it is missing"
+            record(connection, Event("worker.removed", actor, reason, worker_id=worker_id))
+    touched(connection).workers.update(forgotten)
+    return Pruned(tuple(forgotten), kept)
+
+
+def _missing(connection: Connection) -> dict[str, list[str]]:
+    """Return the names of the living rentals of which a worker that is down may have the newest files, by worker."""
+    ended = (RentalState.RELEASED, RentalState.EXPIRED, RentalState.FAILED)
+    query = (
+        select(placements.c.worker_id, rentals.c.name)
+        .join(rentals, rentals.c.id == placements.c.rental_id)
+        .join(workers, workers.c.id == placements.c.worker_id)
+        .where(
+            workers.c.health == Health.DOWN,
+            placements.c.state != PlacementState.PURGED,
+            placements.c.salvaged.is_(False),
+            rentals.c.state.not_in(ended),
+        )
+    )
+    found: dict[str, list[str]] = {}
+    for worker_id, name in connection.execute(query):
+        found.setdefault(worker_id, []).append(name)
+    return found
 
 
 def _with_use() -> Any:
