@@ -219,7 +219,7 @@ def stand_up(containers: Sequence[Container], afterwards: ExitStack) -> Pool:
     stopped = [one for one in containers if not one.running]
     if any(one.service != WORKER for one in stopped):
         stage = Stage("Starting proxy and manager")
-        compose("up", "--detach", "--no-build", "--no-deps", "manager_app", "manager_proxy")
+        compose("up", "--detach", "--no-build", "manager_app", "manager_proxy")
         stage.done()
     workers = [one for one in stopped if one.service == WORKER]
     if workers:
@@ -322,8 +322,9 @@ def start(containers: Sequence[Container], number: int, afterwards: ExitStack) -
         compose("up", "--detach", "--no-build", "--scale", f"worker={number}")
         stage.done()
         return plan((), number, Pool({}, {}))
-    # Compose would take workers that stand still for such as are to be made anew: so they are never left to it.
-    compose("up", "--detach", "--no-build", "--no-deps", "manager_app", "manager_proxy")
+    # docker-compose 1.29 makes anew what stands still while another service changes: so workers are never left to it.
+    # Nor is --no-deps used: with it, Compose 2 reckons another hash of the same settings.
+    compose("up", "--detach", "--no-build", "manager_app", "manager_proxy")
     workers = [one for one in containers if one.service == WORKER]
     stopped = [one.id for one in workers if not one.running]
     if stopped:
@@ -333,7 +334,7 @@ def start(containers: Sequence[Container], number: int, afterwards: ExitStack) -
         planned = plan(containers, number, pool_of(wait_for_manager(afterwards, READY_WITHIN_S)))
     if planned.create:
         scale = f"worker={len(workers) + planned.create}"
-        compose("up", "--detach", "--no-build", "--no-deps", "--no-recreate", "--scale", scale, WORKER)
+        compose("up", "--detach", "--no-build", "--no-recreate", "--scale", scale, WORKER)
     stage.done()
     return planned
 
