@@ -5,13 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 
 import pytest
 from conftest import Figures, Rent
 from renter import Renter
 from stack import ROOT, WORKERS, Container, Stack, story
-from waiting import eventually
 
 from orion.client import Orion
 from orion.wire import Rental, RentalState
@@ -84,27 +82,6 @@ def test_other_settings_and_a_restart_of_the_machine_cost_a_rental_nothing(
     same = _workers(stack)
     assert "Moved" not in rolled(stack, ORION_SLOTS="1")
     assert _workers(stack) == same, "what is as it should be is left alone"
-
-
-@pytest.mark.timeout(600)
-def test_a_worker_that_was_removed_while_the_manager_was_away_is_not_waited_for(
-    stack: Stack, orion: Orion, renter: Renter, rent: Rent
-) -> None:
-    rental = rent("left-behind")
-    renter.inside(rental, "echo kept > file")
-    written = datetime.now(UTC)
-    eventually("it is copied", lambda: (orion.rental(rental.id).last_safe_copy_at or written) > written, 60)
-    mark, holder = stack.mark(), stack.container_of(rental.worker_id)
-    stack.docker("kill", stack.container("manager_app").id)
-    stack.docker("rm", "--force", holder.id)
-    said = rolled(stack, WORKERS=str(WORKERS))
-    assert f"The container of worker {rental.worker_id} was removed: {rental.name} goes on from the last copy" in said
-    stack.await_active(mark, rental, rental.epoch + 1)
-    down = stack.await_kind(mark, "worker.became_down", 1, rental.worker_id)
-    assert down.reason == "an operator said that its container is not there any more"
-    assert renter.inside(orion.rental(rental.id), "cat file") == "kept"
-    assert rental.worker_id not in {one.id for one in orion.workers()}
-    assert len(_workers(stack)) == WORKERS
 
 
 def _workers(stack: Stack) -> list[str]:
