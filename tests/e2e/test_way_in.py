@@ -153,6 +153,7 @@ def test_a_shell_comes_back_by_itself_when_its_worker_dies_and_plain_ssh_as_well
 def test_plain_ssh_waits_for_a_rental_that_is_on_the_move(
     stack: Stack, lab: Rental, config: str, renter: Renter
 ) -> None:
+    stack.await_kind(0, "rental.copied", 30, rental_id=lab.id)  # one that was never copied waits for its worker
     stack.await_no_brake()
     machine = renter.run(["ssh", "-F", config, "lab.orion", "hostname"]).stdout
     stack.docker("kill", stack.container_of(lab.worker_id).id)
