@@ -160,6 +160,12 @@ def test_json_of_a_rental_is_the_contracts(platform: ScriptedPlatform, orion: Co
     assert json.loads(orion("--json", "show", "box").out) == rental()
 
 
+def test_show_says_where_a_start_command_tells_how_it_ended(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals/box", rental(start="./serve"), rental())
+    assert "orion logs box" in orion("show", "box").out
+    assert "orion logs" not in orion("show", "box").out
+
+
 def test_json_of_a_list_is_an_array(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals", page(rental(name="one")), page())
     assert [one["name"] for one in json.loads(orion("ls", "--json").out)] == ["one"]

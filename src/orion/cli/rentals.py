@@ -324,7 +324,7 @@ def _everything(rental: Rental) -> list[tuple[str, str]]:
         *([("home", rental.home_warning)] if rental.home_warning else []),
         *([("salvage", _salvage(rental))] if rental.salvage else []),
         *([("public ports", " ".join(map(str, rental.public_ports)))] if rental.public_ports else []),
-        *([("start", rental.start)] if rental.start else []),
+        *([("start", rental.start), ("its log", f"orion logs {rental.name}")] if rental.start else []),
         *([("not run", rental.start_problem)] if rental.start_problem else []),
     ]
 
