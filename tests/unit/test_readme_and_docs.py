@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,56 @@ def test_both_readmes_give_the_same_commands() -> None:
     english, french = ([commands(block) for block in shell_blocks(page)] for page in READMES)
     assert english == french
     assert len(english) >= 6
+
+
+def block_with(text: str) -> str:
+    (block,) = (block for block in shell_blocks(READMES[0]) if text in block)
+    return block
+
+
+def typed(script: str, home: Path, **programs: str) -> subprocess.CompletedProcess[str]:
+    """What a shell does with these lines, with programs of ours in place of what the machine may not have."""
+    for name, does in programs.items():
+        (home / name).write_text(f"#!/bin/sh\n{does}\n")
+        (home / name).chmod(0o755)
+    environment = {"PATH": f"{home}:{os.environ['PATH']}", "HOME": str(home)}
+    return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("tried", [False, True])
+def test_the_proof_of_the_closed_door_says_nothing_where_nothing_was_tried(tmp_path: Path, tried: bool) -> None:
+    """As with a Compose that does not know the command, or a platform that is not up."""
+    script = block_with("echo refused").replace("scripts/compose.sh", "compose")
+    inside = 'shift 3; exec "$@"' if tried else "exit 1"
+    curl = 'case "$*" in *manager_proxy*) printf ok;; *) exit 56;; esac'
+    done = typed(script, tmp_path, compose=inside, curl=curl)
+    assert done.stdout == ("ok through the door\nrefused\n" if tried else "")
+    assert (done.returncode == 0) is tried
+
+
+def test_the_proof_of_the_closed_door_fails_where_it_is_open(tmp_path: Path) -> None:
+    script = block_with("echo refused").replace("scripts/compose.sh", "compose")
+    done = typed(script, tmp_path, compose='shift 3; exec "$@"', curl="printf ok")
+    assert done.returncode
+    assert "refused" not in done.stdout
+
+
+def test_the_curl_flow_makes_a_key_where_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / ".ssh").mkdir()
+    lines = [line for line in commands(block_with("$API/rent ")) if "~/.ssh" in line]
+    done = typed("\n".join([*lines, 'echo "$KEY"']), tmp_path)
+    assert done.stdout.startswith("ssh-ed25519 AAAA"), done.stderr
+
+
+@pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
+def test_points_are_numbered_one_after_the_other(page: Path) -> None:
+    numbers = [int(number) for number in re.findall(r"^(\d+)\. \*\*", page.read_text(), re.MULTILINE)]
+    assert numbers[:8] == list(range(1, 9))
+
+
+def test_both_readmes_name_the_same_files_and_calls() -> None:
+    english, french = ({text for text in code(page) if re.search(r"\.yml$|^/", text)} for page in READMES)
+    assert english - french - {"/r/RENTAL/PORT/"} == set()
 
 
 @each_page
