@@ -24,7 +24,7 @@ import processes
 from freezing import FENCE_WAITS_S
 from ledger import Record
 from rental import FIRST_UID, Rentals
-from stillness import PARENTS_WITHIN_S, Vigil, stop_parents, stopped_processes
+from stillness import PARENTS_WITHIN_S, Vigil, stop_parents
 
 LOOK_EVERY_S = 0.1
 AGAIN_EVERY_S = 0.2
@@ -48,6 +48,7 @@ class Fence:
     def begin(self) -> None:
         """At the start of the container, before anybody can be let in."""
         self._freezer.begin()
+        self._rentals.begin()
 
     def renewed(self) -> None:
         """Rentals may be let in again, if it is still true: a reply may be from before a sleep."""
@@ -82,7 +83,7 @@ class Fence:
         last_moment = time.monotonic() + PARENTS_WITHIN_S
         with self._freezer.locked(FENCE_WAITS_S):
             for uid in processes.uids_from(FIRST_UID):
-                self._stay.setdefault(uid, stopped_processes(uid))
+                self._stay.setdefault(uid, self._freezer.stopped_before(uid))
                 stop_parents(uid, last_moment)
                 processes.strike(uid, signal.SIGSTOP)
             self._shut()  # a rename succeeds on a full disk, where nothing below does
@@ -112,6 +113,9 @@ class Fence:
             for uid in processes.uids_from(FIRST_UID):
                 processes.strike(uid, signal.SIGSTOP)
             self._mark()
+        for rental_id in self._freezer.overdue(time.clock_gettime(time.CLOCK_BOOTTIME)):
+            self._freezer.resume(rental_id)
+            self._say(f"rental {rental_id} was paused for a snapshot that did not end; it goes on")
         frozen = self._freezer.frozen()
         living = {record.rental_id: record for record in self._rentals.ledger.all_living()} if frozen else {}
         held: dict[tuple[str, int], Vigil] = {}

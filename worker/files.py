@@ -1,15 +1,20 @@
-"""The worker's end of a copy: `orion-rental send`, `orion-rental salvage` and `orion-rental receive`, by SSH as root.
+"""The worker's end of a transfer: `orion-rental send`, `salvage` and `receive`, by SSH as root.
 
-One line of JSON comes in, one goes out; then this process is rsync, in the rental's home, under the renter's own uid.
-What root does here is only to look at the record and to open the home, without following a link: whatever a renter
-does with its files, and with this process, it can do already.
+One line of JSON comes in and one goes out; then an rsync takes over the connection, which is never root.
 
-`receive` holds the rental's lock until rsync ends, so nobody is let in, and nothing is purged, while files still come.
-It never fills a home whose renter was let in at this epoch: what is there then is newer than any copy.
+`send` makes a snapshot of a home: a state that existed at one moment. The manager names the snapshot that it has, by
+its mark; only what changed since then is sent. The order of the steps:
+1. Scan the home while its programs run, and set aside what changed (snapshot.py), again while that helps.
+2. Take the rental's lock, stop its programs, scan once more, set aside what changed since step 1, let them go on.
+3. Write down the scan under the mark of the new snapshot, answer, and send what was set aside.
+Where nothing changed nothing is stopped. A rental that is frozen already is not stopped and not let go on. A process
+that dies between stop and go-on leaves a mark, by which the fence lets the rental go on after PAUSE_ENDS_S.
 
-`salvage` sends a home of an epoch that was lost, before it is purged. Nothing of it runs any more, or it would be
-stopped with what reads its files: its processes are ended first, with the rental's lock. The rsync does not hold that:
-whoever purges meanwhile ends it as all that is the renter's.
+`salvage` is the same for a home of an epoch that was lost, before it is purged. Its processes are ended first.
+
+`receive` fills a home, under the renter's own uid. It holds the rental's lock until that ends, so nobody is let in,
+and nothing is purged, while files still come. It never fills a home whose renter was let in at this epoch: what is
+there then is newer than any snapshot.
 """
 
 from __future__ import annotations
@@ -21,34 +26,69 @@ import re
 import resource
 import select
 import signal
-import stat
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import traces
-from freezing import Freezer
+from freezing import Freezer, got_lock
 from ledger import Ledger, Record, Refused, check_receive, check_unlock
+from processes import FIRST_SENDER
+from snapshot import (
+    NAMES_SHOWN,
+    Aside,
+    Entry,
+    Manifest,
+    Manifests,
+    Scan,
+    digest_at,
+    entry,
+    fresh,
+    gone,
+    mapped_inodes,
+    path_of,
+    racy,
+    scan,
+    size_of,
+    topmost,
+)
+from stillness import has_run, tasks_of
 
 RSYNC = "/usr/bin/rsync"
-_MEANING = "-lHogtpXrSe.iLsfxCIvu"
-"""Links, hard links, owner, group, times, modes, extended attributes, recursively, sparse; no devices, no FIFOs."""
-_SEND = ("--server", "--sender", _MEANING, "--no-msgs2stderr", "--numeric-ids", ".", ".")
+_SEND = ("--server", "--sender")
+_CHANGES, _ALL = "-lHogtpAXIRSe.LsfxCIvu", "-lHogtpAXrSe.iLsfxCIvu"
+_KINDS = ("--specials", "--no-msgs2stderr")
+_LIST = ("--delete-missing-args", "--numeric-ids", "--files-from", "../list", "--from0")
+_TO_FILL = ("-@-1", "--numeric-ids", ".", ".")
 ARGUMENTS = {
-    "send": _SEND,
-    "salvage": _SEND,
-    "receive": ("--server", _MEANING, "--no-msgs2stderr", "--delete", "-@-1", "--numeric-ids", ".", "."),
+    "send": (*_SEND, _CHANGES, *_KINDS, *_LIST, "--fake-super", ".", "."),
+    "whole": (*_SEND, _ALL.replace("rS", "rcS"), *_KINDS, "--numeric-ids", "--fake-super", ".", "."),
+    "receive": ("--server", _ALL, *_KINDS, "--delete", *_TO_FILL),
+    "update": ("--server", _CHANGES, *_KINDS, "--force", "--delete-missing-args", *_TO_FILL),
 }
-"""Fixed, whatever the other side says; rsync itself asks for the same with the options of engine/vault/transfer.py."""
+"""The arguments of rsync here: for what changed, for a whole home, to fill a home, and to bring one up to date.
+
+They are fixed, whatever the other side says; rsync asks for the same with the options of engine/vault/transfer.py.
+"""
+TRANSFERS = ("send", "salvage", "receive")
+MARK = re.compile(r"[0-9a-f]{0,32}")
 LONGEST_REQUEST = 4096
 MADE_WITHIN_S = 1.0
 LOOK_EVERY_S = 0.005
 LOCK_WAIT_S = 5.0
 NICENESS = 10
+SMALL_BYTES, SMALL_NUMBER = 4 << 20, 64
+"""Bytes and number of changed files from which on they are set aside before the rental is stopped, not only then."""
+MOST_ROUNDS = 4
+HELPS = 0.7
+"""The share of the bytes of the round before that a round may have left, to be worth another."""
+PAUSE_MOST_S = 10.0
+PAUSE_ENDS_S = 12.0
+PAUSE_TRIES = 3
+"""How often a pause is begun again in which something ran all the same, such as a log-in that came just then."""
 WAY_OUT = "it is frozen: `orion thaw` lets it go on for ten minutes, to make room"
 SPARED = "it was thawed to make room, and is frozen again unless it does"
 NO_NEW_PRIVILEGES = 38
@@ -65,8 +105,12 @@ class Wish:
     max_bytes: int = 0
     generation: str = ""
     """The copy that is received, kept in the record."""
+    base: str = ""
+    """The mark of the snapshot that the other side has: only what changed since is sent. Empty: it has none."""
+    mark: str = ""
+    """The mark of the snapshot that is sent or received."""
     moving: bool = False
-    """For a planned move: nothing may be left behind because its renter has shut its home to itself."""
+    """Whether it is for a planned move: somebody waits, and nothing may be left behind."""
 
 
 class Keeper(Protocol):
@@ -74,38 +118,241 @@ class Keeper(Protocol):
 
     ledger: Ledger
     freezer: Freezer
+    manifests: Manifests
 
     def lay_down(self, record: Record) -> None: ...
 
     def hold_over(self, record: Record, what: str) -> bool: ...
 
 
-def carry(direction: str, keeper: Keeper, homes: Path) -> int:
-    """Become rsync, or say why not; the exit status of a refusal."""
+def sender_of(uid: int) -> int:
+    """Return the uid of the account that sends a rental's files: of nobody else, and out of the renter's reach."""
+    return uid + FIRST_SENDER
+
+
+def carry(direction: str, keeper: Keeper, places: Path, homes: Path) -> int:
+    """Do one transfer over standard input and output; return the exit status. `places`: where things are set aside."""
+    try:
+        wish = parse(_read_line(), time.time())
+        if direction == "receive":
+            return _receive(keeper, wish, homes)
+        return _send(direction, keeper, wish, places, homes)
+    except (ValueError, TypeError) as error:
+        return _answer(2, {"error": f"request not understood: {error}", "code": "invalid_request"})
+    except Refused as refusal:
+        return _answer(3, {"error": str(refusal), "code": refusal.code} | refusal.details)
+
+
+def _receive(keeper: Keeper, wish: Wish, homes: Path) -> int:
     ledger = keeper.ledger
-    with ExitStack() as held:
-        try:
-            wish = parse(_read_line(), time.time())
-            if direction == "receive":
-                await_account(ledger, wish)
-            if direction != "send":
-                lock = held.enter_context(ledger.locked(wish.rental_id, LOCK_WAIT_S))
-                os.set_inheritable(lock, direction == "receive")
-            record = allowed(direction, ledger, wish)
-            if direction == "salvage":
+    await_account(ledger, wish)
+    with ledger.locked(wish.rental_id, LOCK_WAIT_S) as lock:
+        os.set_inheritable(lock, True)
+        record = allowed("receive", ledger, wish)
+        os.close(enter(homes / record.username, record.uid))
+        update = bool(wish.base)
+        if update and keeper.manifests.read(wish.rental_id, wish.base) is None:
+            raise Refused("no_base", "its home here is not known to hold what is to be brought up to date")
+        keeper.manifests.forget(wish.rental_id)
+        _answer(0, {"ok": True})
+        status = run_rsync("update" if update else "receive", record.uid, wish.deadline, gently=False)
+        if status == 0 and wish.mark:
+            looked = scan(sys.maxsize, _monotonic(wish.deadline), strict=True)
+            keeper.manifests.write(wish.rental_id, wish.mark, Manifest(looked, _doubtful_now(looked)))
+    return status
+
+
+def _doubtful_now(looked: Scan) -> dict[bytes, str]:
+    """Return the files that may change without showing it; nobody has been let in, so they are as they were filled."""
+    return {found.path: "" for found in map(entry, looked.lines) if racy(found, looked.at)}
+
+
+def _send(direction: str, keeper: Keeper, wish: Wish, places: Path, homes: Path) -> int:
+    ledger = keeper.ledger
+    place = places / wish.rental_id
+    places.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (places / f".{wish.rental_id}").open("w") as alone:
+        if not got_lock(alone.fileno(), LOCK_WAIT_S):
+            raise Refused("busy", "another transfer of this rental's files is still at work")
+        record = allowed(direction, ledger, wish)
+        if direction == "salvage":
+            with ledger.locked(wish.rental_id, LOCK_WAIT_S):
+                record = allowed(direction, ledger, wish)
                 keeper.lay_down(record)
-            enter(homes / record.username, record.uid, wish.moving)
-            told = look_through(direction, keeper, record, wish)
-            if direction == "send":
-                keeper.freezer.spare(record, os.getpid())
-            become(record.uid, gently=not (direction == "receive" or wish.moving))
-        except (ValueError, TypeError) as error:
-            return _answer(2, {"error": f"request not understood: {error}", "code": "invalid_request"})
-        except Refused as refusal:
-            return _answer(3, {"error": str(refusal), "code": refusal.code} | refusal.details)
-        _answer(0, {"ok": True} | told)
-        become_rsync(direction, wish)
-    return 1  # nothing comes back from there
+        elif not wish.moving and (what := keeper.freezer.is_over(record.rental_id)):
+            raise Refused("over_limit", f"{what}; {WAY_OUT}")  # it stands still: nothing is to be counted again
+        home = enter(homes / record.username, record.uid)
+        try:
+            aside = Aside(home, place, record.uid, sender_of(record.uid))
+            if not wish.moving:
+                os.nice(NICENESS)
+            try:
+                told = told_of(keeper, record, Snapshot(keeper, record, wish, aside, home, direction == "salvage"))
+                _answer(0, {"ok": True} | told)
+                if told["same"]:
+                    return 0
+                os.fchdir(aside.top)
+                return run_rsync("whole" if told["whole"] else "send", aside.sender, wish.deadline, not wish.moving)
+            finally:
+                aside.remove()
+        finally:
+            os.close(home)
+
+
+def told_of(keeper: Keeper, record: Record, snapshot: Snapshot) -> dict[str, Any]:
+    """Return what the other side is told. A home that runs and holds more than it may is frozen."""
+    try:
+        return snapshot.make()
+    except Refused as refusal:
+        if refusal.code != "over_limit" or not snapshot.is_regular:
+            raise
+        held = keeper.hold_over(record, str(refusal))
+        raise Refused("over_limit", f"{refusal}; {WAY_OUT if held else SPARED}", {"held": held}) from refusal
+
+
+class Snapshot:
+    """The making of one snapshot; `make` returns what the other side is told of it."""
+
+    def __init__(self, keeper: Keeper, record: Record, wish: Wish, aside: Aside, home: int, salvage: bool) -> None:
+        self._keeper = keeper
+        self._record = record
+        self._wish = wish
+        self._aside = aside
+        self._home = home
+        self._salvage = salvage
+        self._last_moment = _monotonic(wish.deadline)
+        self._base = keeper.manifests.read(wish.rental_id, wish.base) if wish.base else None
+        self._known = self._base or Manifest(Scan(frozenset(), 0.0))
+        self._missing: dict[bytes, str] = {}
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether it is one of those that are made every so often."""
+        return not (self._salvage or self._wish.moving)
+
+    def make(self) -> dict[str, Any]:
+        mapped = self._mapped()
+        now = scan(self._wish.max_files, self._last_moment, strict=False)
+        self._check_size(now)
+        if self._base and self._is_same(now):
+            return {"same": True, "whole": False, "age_s": time.time() - now.at} | self._figures(now)
+        now, aside_of = self._set_aside_what_runs(now, mapped)
+        with self._keeper.ledger.locked(self._record.rental_id, LOCK_WAIT_S):
+            check_unlock(
+                self._keeper.ledger.living(self._record.rental_id),
+                self._keeper.ledger.purged_epoch(self._record.rental_id),
+                self._record.epoch,
+            )
+            began = time.monotonic()
+            last, pause_s, mapped = self._while_it_stands(now, aside_of, mapped)
+        manifest = self._settle(last, mapped)
+        self._keeper.manifests.write(self._record.rental_id, self._wish.mark, manifest, self._wish.base)
+        return {
+            "same": False, "whole": self._base is None, "pause_s": round(pause_s, 4),
+            "age_s": round(time.monotonic() - began, 4), "changed": len(fresh(last, self._known.scan)),
+        } | self._figures(last)  # fmt: skip
+
+    def _set_aside_what_runs(self, now: Scan, mapped: frozenset[int]) -> tuple[Scan, Scan]:
+        """Copy what changed while programs go on; return the last scan, and the scan up to which all is copied."""
+        waiting = fresh(now, self._known.scan)
+        copied, before = Scan(self._known.scan.lines, 0.0), float("inf")
+        stands = self._salvage or self._keeper.freezer.is_frozen(self._record.rental_id)
+        for _ in range(0 if stands else MOST_ROUNDS):
+            left = sum(each.size for each in waiting.values() if each.kind == b"f")
+            if (left <= SMALL_BYTES and len(waiting) <= SMALL_NUMBER) or left > HELPS * before:
+                break
+            self._aside.keep(waiting.values(), self._look)
+            before, copied = left, now
+            now = scan(self._wish.max_files, self._last_moment, strict=False)
+            waiting = fresh(now, copied)
+        return now, copied
+
+    def _while_it_stands(self, now: Scan, copied: Scan, mapped: frozenset[int]) -> tuple[Scan, float, frozenset[int]]:
+        """Copy the rest while nothing of it runs; return the scan of that moment, the pause, and what was mapped."""
+        freezer, record = self._keeper.freezer, self._record
+        for _ in range(PAUSE_TRIES):
+            began = time.monotonic()
+            until = time.clock_gettime(time.CLOCK_BOOTTIME) + PAUSE_ENDS_S
+            tasks = frozenset() if self._salvage else freezer.pause(record, until)
+            stood = tasks is None
+            try:
+                mapped = mapped | self._mapped()
+                before = tasks_of(record.uid) if tasks is None else tasks
+                self._last_moment = min(_monotonic(self._wish.deadline), time.monotonic() + PAUSE_MOST_S)
+                last = scan(self._wish.max_files, self._last_moment, strict=True)
+                self._aside.keep(self._rest(last, copied, mapped), self._look)
+                if not has_run(before, tasks_of(record.uid)) and not self._aside.vanished:
+                    return last, 0.0 if stood or self._salvage else time.monotonic() - began, mapped
+            finally:
+                if not stood and not self._salvage:
+                    freezer.resume(record.rental_id)
+            self._last_moment = _monotonic(self._wish.deadline)
+        raise Refused("restless", "something ran, or came in, each time that its programs were stopped for a snapshot")
+
+    def _rest(self, last: Scan, copied: Scan, mapped: frozenset[int]) -> list[Entry]:
+        """Return what has to be copied while nothing runs: what changed since, or may have without showing it."""
+        rest = fresh(last, copied)
+        for path, found in fresh(last, self._known.scan).items():
+            if racy(found, copied.at) or found.path in self._aside.vanished:
+                rest[path] = found
+        doubtful = self._known.doubtful.keys()
+        if mapped or doubtful:
+            inodes = {str(inode).encode() for inode in mapped}
+            for line in last.lines:
+                if line.split(b" ", 1)[0] in inodes or (doubtful and path_of(line) in doubtful):
+                    rest[path_of(line)] = entry(line)
+        self._aside.vanished.clear()
+        return list(rest.values())
+
+    def _settle(self, last: Scan, mapped: frozenset[int]) -> Manifest:
+        """Write the list of what is sent; return the manifest of the snapshot. Everything goes on meanwhile."""
+        changed = fresh(last, self._known.scan)
+        inodes = {str(inode).encode() for inode in mapped}
+        doubtful = {path: found for path, found in changed.items() if racy(found, last.at)}
+        for line in last.lines if inodes or self._known.doubtful else ():
+            if line.split(b" ", 1)[0] in inodes or path_of(line) in self._known.doubtful:
+                doubtful[path_of(line)] = entry(line)
+        removed = gone(last, self._known.scan)
+        others = [found.path for found in changed.values() if found.kind != b"d"]
+        sent = [*(changed.keys() | doubtful.keys()), b"."]
+        self._aside.settle(sent)
+        listed = [*sent, *topmost(removed, others)]
+        self._aside.write_list([path[2:] if path.startswith(b"./") else path for path in listed])
+        missing = {path: why for path, why in self._known.missing.items() if path not in changed.keys() | removed}
+        missing |= self._aside.poorer | self._aside.missing
+        if missing and self._wish.moving:
+            names = ", ".join(f"{_shown(path)} ({why})" for path, why in sorted(missing.items())[:3])
+            raise Refused("cannot_carry", f"{len(missing)} of its files cannot be carried whole: {names}")
+        self._missing = missing
+        hashes = {path: self._aside.digest(path) for path in doubtful if doubtful[path].kind == b"f"}
+        return Manifest(last, hashes, missing)
+
+    def _is_same(self, now: Scan) -> bool:
+        """Return whether the home is as in the snapshot that the other side has. Nothing is stopped to find out."""
+        self._missing = self._known.missing
+        if now.lines != self._known.scan.lines:
+            return False
+        uid = self._record.uid
+        return all(found and digest_at(self._home, path, uid) == found for path, found in self._known.doubtful.items())
+
+    def _check_size(self, now: Scan) -> None:
+        if size_of(now) > self._wish.max_bytes:
+            most = self._wish.max_bytes >> 20
+            raise Refused("over_limit", f"its home holds more than {most} MiB (holes in files counted)")
+
+    def _figures(self, of: Scan) -> dict[str, Any]:
+        names = [_shown(path) for path in sorted(self._missing)[:NAMES_SHOWN]]
+        return {"files": len(of.lines), "skipped": names}
+
+    def _mapped(self) -> frozenset[int]:
+        return mapped_inodes(self._record.uid)
+
+    def _look(self) -> None:
+        """Raise Refused where the deadline has passed, or nobody waits any more."""
+        if time.monotonic() > self._last_moment:
+            raise Refused("timed_out", "setting aside what changed took longer than it may")
+        if hung_up():
+            raise Refused("abandoned", "nobody waits for it any more")
 
 
 def parse(line: bytes, now: float) -> Wish:
@@ -117,6 +364,8 @@ def parse(line: bytes, now: float) -> Wish:
         raise ValueError("epoch must be a whole number from 1")
     if not re.fullmatch(r"[0-9-]{0,64}", wish.generation):
         raise ValueError("generation is not one")
+    if not (MARK.fullmatch(wish.base) and MARK.fullmatch(wish.mark)):
+        raise ValueError("base and mark must be marks")
     if wish.deadline <= now + 1:
         raise Refused("deadline_passed", "its deadline has passed: who ordered it no longer waits for it")
     return wish
@@ -146,27 +395,22 @@ def allowed(direction: str, ledger: Ledger, wish: Wish) -> Record:
     return record
 
 
-def enter(home: Path, uid: int, open_it: bool = False) -> None:
-    """Its home is the current directory. Raises Refused where that is not the renter's own directory."""
+def enter(home: Path, uid: int) -> int:
+    """Make a home the current directory; return it opened. Raise Refused where it is not the renter's own directory."""
     try:
         folder = os.open(home, traces.OPEN_FOLDER)
     except OSError as error:
         raise Refused("no_home", f"its home is not there: {error.strerror}") from error
-    try:
-        if os.fstat(folder).st_uid != uid:
-            raise Refused("no_home", "its home is not its own")
-        if open_it:
-            os.fchmod(folder, stat.S_IMODE(os.fstat(folder).st_mode) | 0o700)
-        os.fchdir(folder)
-    finally:
+    if os.fstat(folder).st_uid != uid:
         os.close(folder)
+        raise Refused("no_home", "its home is not its own")
+    os.fchdir(folder)
+    return folder
 
 
-def become(uid: int, gently: bool) -> None:
-    """The renter, for good. `gently`: what it and others do for themselves comes first; else somebody waits for it."""
+def become(uid: int) -> None:
+    """Be this uid for good, without any privilege."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if gently:
-        os.nice(NICENESS)
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
@@ -174,90 +418,41 @@ def become(uid: int, gently: bool) -> None:
         raise Refused("broken", f"privileges cannot be given up: {os.strerror(ctypes.get_errno())}")
 
 
-def look_through(direction: str, keeper: Keeper, record: Record, wish: Wish) -> dict[str, Any]:
-    """What there is to send. Raises Refused; a home that runs and holds more than it may is frozen then."""
-    if direction == "receive":
-        return {}
-    if direction == "send" and not wish.moving and (what := keeper.freezer.is_over(record.rental_id)):
-        raise Refused("over_limit", f"{what}; {WAY_OUT}")  # it stands still: nothing is to be counted again
-    answer = measured_by_the_renter(record.uid, wish, lambda counting: keeper.freezer.spare(record, counting))
-    if answer.get("code") == "over_limit" and direction == "send" and not wish.moving:
-        held = keeper.hold_over(record, str(answer["error"]))
-        raise Refused("over_limit", f"{answer['error']}; {WAY_OUT if held else SPARED}", {"held": held})
-    if "code" in answer:
-        raise Refused(str(answer["code"]), str(answer["error"]))
-    return answer
-
-
-def measured_by_the_renter(uid: int, wish: Wish, spare: Callable[[int], None] = lambda _pid: None) -> dict[str, Any]:
-    """What `measure` finds in a process that is the renter, so that this one may still freeze it."""
-    reading, writing = os.pipe()
+def run_rsync(kind: str, uid: int, deadline: float, gently: bool) -> int:
+    """Have rsync take over the connection, in the current directory, and end it at its deadline; return its status."""
     child = os.fork()
     if child == 0:
-        _measure_and_tell(uid, wish, writing)
-    os.close(writing)
-    try:
-        spare(child)
-        ready, _, _ = select.select([reading], [], [], max(0.0, wish.deadline - time.time()))
-        told = os.read(reading, LONGEST_REQUEST) if ready else b""
-    finally:
-        os.close(reading)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    if not told:
-        raise Refused("failed", "its home could not be measured: that was ended, or took too long")
-    return dict(json.loads(told))
-
-
-def _measure_and_tell(uid: int, wish: Wish, writing: int) -> NoReturn:
-    """In the child, which ends here whatever happens."""
-    try:
-        become(uid, gently=not wish.moving)
         try:
-            told: dict[str, Any] = dict(measure(wish))
-        except Refused as refusal:
-            told = {"code": refusal.code, "error": str(refusal)}
-        os.write(writing, json.dumps(told).encode())
+            if gently:
+                os.nice(NICENESS)
+            become(uid)
+            os.execve(RSYNC, ("rsync", *ARGUMENTS[kind]), {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"})  # noqa: S606
+        finally:
+            os._exit(1)
+    ended = os.pidfd_open(child)
+    try:
+        select.select([ended], [], [], max(0.0, deadline - time.time()))
     finally:
-        os._exit(0)
+        os.close(ended)
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) & 0xFF
 
 
-def measure(wish: Wish) -> dict[str, int]:
-    """Number and size of the files in the current directory, holes counted; what cannot be looked at is passed over.
-
-    Raises Refused where that is more than a copy may have, and where the home itself cannot be read: a copy of it
-    would be empty, and would be taken for all that there is.
-    """
-    files, size, folders = 0, 0, [b"."]
-    while folders:
-        folder = folders.pop()
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    files += 1
-                    if files > wish.max_files:
-                        raise over(f"more than {wish.max_files} files", wish)
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
-                    elif entry.is_file(follow_symlinks=False):
-                        size += entry.stat(follow_symlinks=False).st_size
-        except OSError as error:
-            if folder == b".":
-                raise Refused("unreadable_home", f"its home cannot be read by its renter: {error.strerror}") from error
-        if size > wish.max_bytes:
-            raise over(f"more than {wish.max_bytes >> 20} MiB (holes in files counted)", wish)
-    return {"files": files, "bytes": size}
+def hung_up() -> bool:
+    """Return whether the other end of standard output is closed."""
+    look = select.poll()
+    look.register(1, 0)
+    return bool(look.poll(0))
 
 
-def over(what: str, wish: Wish) -> Refused:
-    return Refused("over_limit", f"its home holds {what}", {"max_files": wish.max_files, "max_bytes": wish.max_bytes})
+def _shown(path: bytes) -> str:
+    return os.fsdecode(path[2:] if path.startswith(b"./") else path).encode(errors="backslashreplace").decode()[:200]
 
 
-def become_rsync(direction: str, wish: Wish) -> NoReturn:
-    """The alarm outlives the exec: whatever becomes of the other side, this one ends, and its lock with it."""
-    signal.alarm(max(1, int(wish.deadline - time.time())))
-    environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
-    os.execve(RSYNC, ("rsync", *ARGUMENTS[direction]), environment)  # noqa: S606 - and no shell, on purpose
+def _monotonic(deadline: float) -> float:
+    return time.monotonic() + deadline - time.time()
 
 
 def _read_line() -> bytes:

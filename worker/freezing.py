@@ -11,17 +11,20 @@ import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ledger import Record, Refused
-from stillness import Vigil, started_at, stopped_processes, wake
+from stillness import Task, Vigil, stop, stopped_processes, wake
 
 OVER_LIMIT = "over_limit"
 SPARED_S = 600.0
 """What is thawed though its home holds too much has so long to make room."""
 COMMAND_WAITS_S = 5.0
+STOPPED_WITHIN_S = 1.0
+"""Seconds within which all processes of a rental have to stand for a snapshot."""
 FENCE_WAITS_S = 0.1
 """The fence goes on without the lock then: freezing twice harms nobody, not freezing does."""
 
@@ -44,14 +47,14 @@ class Freezer:
     def __init__(self, root: Path) -> None:
         self._folder = root / "run/orion/frozen"
         self._spared = root / "run/orion/spared"
-        self._copying = root / "run/orion/copying"
+        self._pausing = root / "run/orion/pausing"
         self._no_lease = root / "run/orion/no-lease"
         self._lock = root / "run/orion/freezing.lock"
 
     def begin(self) -> None:
         """At the start of the container: nothing runs, and there is no lease yet."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for mark in self._folder.iterdir():
+        for mark in (*self._folder.iterdir(), *self._pausing.glob("*")):
             mark.unlink()
         self.set_lease(False)
 
@@ -88,32 +91,68 @@ class Freezer:
     def freeze(self, record: Record, ordered_at: float | None, over: str = "", move: int = 0) -> tuple[bool, int]:
         """By an order, or because its home is `over` its limits.
 
-        Whether it was not frozen before, and how many processes were killed for fighting it. Nothing is spared any
-        more, so that all stands still when it returns.
+        Whether it was not frozen before, and how many processes were killed for fighting it.
         """
         with self.locked(COMMAND_WAITS_S) as mine:
             if not mine:
                 raise Refused("busy", "something else is being frozen or thawed; try again")
             mark = self._read(record.rental_id)
-            stay = mark.stay if mark else stopped_processes(record.uid)
+            stay = mark.stay if mark else self.stopped_before(record.uid)
             before = mark or Mark(frozenset())
             self._write(record.rental_id, Mark(stay, ordered_at, over or before.over, max(move, before.move)))
-            (self._copying / record.rental_id).unlink(missing_ok=True)
             return mark is None, Vigil(record.uid, record.username).hold()
 
-    def spare(self, record: Record, pid: int) -> None:
-        """Of what stands still, one process goes on: the one that copies the files, under the renter's uid."""
-        if self.is_frozen(record.rental_id):
-            self._copying.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (self._copying / record.rental_id).write_text(json.dumps([pid, started_at(pid)]))
+    def pause(self, record: Record, until: float) -> frozenset[Task] | None:
+        """Stop all processes of a rental for a moment; return them as they stand. None: it stands still already.
 
-    def spared(self, rental_id: str) -> tuple[int, int] | None:
-        """(pid, start) of the one that goes on."""
-        try:
-            pid, started = json.loads((self._copying / rental_id).read_text())
-        except (OSError, ValueError):
-            return None
-        return pid, started
+        `until`: the moment (CLOCK_BOOTTIME) at which the fence lets them go on if nobody has. Raise Refused if they
+        cannot be stopped in time; they go on then.
+        """
+        with self.locked(COMMAND_WAITS_S) as mine:
+            if not mine:
+                raise Refused("busy", "something else is being frozen or thawed; try again")
+            if self.is_frozen(record.rental_id):
+                return None
+            stay = self.stopped_before(record.uid)
+            self._pausing.mkdir(mode=0o700, parents=True, exist_ok=True)
+            told = {"uid": record.uid, "username": record.username, "stay": sorted(stay), "until": until}
+            (self._pausing / record.rental_id).write_text(json.dumps(told))
+        tasks = stop(record.uid, record.username, STOPPED_WITHIN_S)
+        if tasks is None:
+            self.resume(record.rental_id)
+            raise Refused("restless", "its programs could not be stopped for the moment that a snapshot takes")
+        return frozenset(tasks)
+
+    def resume(self, rental_id: str) -> None:
+        """End a pause, if there is one. What was frozen meanwhile stays frozen, and so does all without a lease."""
+        with self.locked(COMMAND_WAITS_S):
+            mark = self._pausing / rental_id
+            try:
+                told = json.loads(mark.read_text())
+            except (OSError, ValueError):
+                mark.unlink(missing_ok=True)
+                return
+            if self.has_lease and not self.is_frozen(rental_id):
+                wake(told["uid"], told["username"], frozenset((pid, started) for pid, started in told["stay"]))
+            mark.unlink(missing_ok=True)
+
+    def overdue(self, now: float) -> list[str]:
+        """Return the rentals whose pause nobody has ended in time."""
+        return [rental_id for rental_id, told in self._pauses() if told["until"] < now]
+
+    def stopped_before(self, uid: int) -> frozenset[tuple[int, int]]:
+        """Return (pid, start) of the processes that are stopped by their renter, and not by a pause."""
+        for _, told in self._pauses():
+            if told["uid"] == uid:
+                return frozenset((pid, started) for pid, started in told["stay"])
+        return stopped_processes(uid)
+
+    def _pauses(self) -> list[tuple[str, dict[str, Any]]]:
+        found = []
+        for mark in self._pausing.glob("[!.]*") if self._pausing.is_dir() else ():
+            with suppress(OSError, ValueError):
+                found.append((mark.name, dict(json.loads(mark.read_text()))))
+        return found
 
     def mark(self, record: Record, stay: frozenset[tuple[int, int]]) -> bool:
         """By the fence, with the lock if it could get it; `stay` as in Mark. Whether it was not frozen before."""
@@ -131,7 +170,7 @@ class Freezer:
             if not self.is_frozen(rental_id) or not (mine or not self.has_lease):
                 return 0
             shut()
-            return vigil.hold(self.spared(rental_id))
+            return vigil.hold()
 
     def thaw(self, record: Record, asked_at: float | None, move: int = 0) -> bool:
         """Whether it was frozen. `asked_at`: when the call was sent whose reply says so; None: it is an order."""
@@ -175,7 +214,7 @@ class Freezer:
         """Gives whether the lock was got within that time."""
         self._lock.parent.mkdir(parents=True, exist_ok=True)
         with self._lock.open("a") as lock:
-            yield _got(lock.fileno(), wait_s)
+            yield got_lock(lock.fileno(), wait_s)
 
     def _read(self, rental_id: str) -> Mark | None:
         try:
@@ -194,7 +233,8 @@ class Freezer:
         new.replace(self._folder / rental_id)
 
 
-def _got(descriptor: int, wait_s: float) -> bool:
+def got_lock(descriptor: int, wait_s: float) -> bool:
+    """Return whether the lock on an open file was got within that time."""
     last_moment = time.monotonic() + wait_s
     while True:
         try:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 PROC = Path("/proc")
 END_WITHIN_S = 10.0
+FIRST_SENDER = 1 << 31
+"""The uid from which on the accounts are that send the files of rentals; every renter's is below it."""
 _NOBODYS_ID = 4_000_000_000
 """Above every number that a renter can have, and no account's."""
 
@@ -37,8 +39,8 @@ def log_ins(usernames: Collection[str]) -> list[int]:
 
 
 def uids_from(first: int) -> set[int]:
-    """The uids from this one up that have a process."""
-    return {uid for pid in _all() for uid in owners(_status(pid)) if first <= uid < _NOBODYS_ID}
+    """Return the uids from this one up that have a process, without those that send files (files.sender_of)."""
+    return {uid for pid in _all() for uid in owners(_status(pid)) if first <= uid < FIRST_SENDER}
 
 
 def sessions(uid: int, username: str) -> list[int]:

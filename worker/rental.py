@@ -35,6 +35,7 @@ from handing import PLACE
 from host_certificate import HostCertificate, read_certificate
 from launching import MARK, Launcher, is_command
 from ledger import Ledger, Record, Refused, check_create, check_not_newer, check_unlock, write_whole
+from snapshot import Manifests, remove_tree
 
 FIRST_UID = 100_000
 LOCK_WAIT_S = 20.0
@@ -96,6 +97,11 @@ class Places:
     def homes(self) -> Path:
         return self.root / "home"
 
+    @property
+    def aside(self) -> Path:
+        """Where files of rentals are set aside for a snapshot: root's, and on the file system of the homes."""
+        return self.root / "var/lib/orion/aside"
+
 
 class Rentals:
     """The commands. Each may be repeated, and may be killed at any instant and then repeated."""
@@ -106,6 +112,7 @@ class Rentals:
         self.ledger = Ledger(self._places.root / "var/lib/orion/rentals")
         self.freezer = Freezer(self._places.root)
         self.launcher = Launcher(self._places.root)
+        self.manifests = Manifests(self._places.root)
         self._certificate = HostCertificate(self._places.root)
         self._places.keys.mkdir(mode=0o711, parents=True, exist_ok=True)
         self._places.locked_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -237,6 +244,10 @@ class Rentals:
         """Lock at once, whatever other command is at work on it: one rename, harmless between any two steps."""
         self._move_keys(self._places.keys, self._places.locked_keys, record.username)
 
+    def begin(self) -> None:
+        """At the start of the container: what was set aside for a transfer is of no use any more."""
+        remove_tree(self._places.aside)
+
     def hold_over(self, record: Record, what: str) -> bool:
         """Freeze it because its home holds too much; False while it may make room, having been thawed for that."""
         with self.ledger.locked(record.rental_id, self._lock_wait_s):
@@ -354,13 +365,15 @@ class Rentals:
             return []
         killed, removed = dict.fromkeys(requests, 0), dict.fromkeys(requests, 0)
         for request in requests:
-            renter = {request.uid: request.username}
+            renter = {request.uid: request.username, files.sender_of(request.uid): request.username}
             self._forget_keys(request.username)
             killed[request] += processes.end(renter)
             accounts.remove(self._places.etc, request.username, request.uid)
             killed[request] += processes.end(renter)  # a log-in that was under way when the keys went
             self.freezer.forget_purged(request.rental_id)
             self.launcher.forget(request.rental_id)
+            self.manifests.forget(request.rental_id)
+            remove_tree(self._places.aside / request.rental_id)
             removed[request] += self._remove_named(request) + traces.remove_ipc(request.uid)
         for uid, number in self._remove_owned({request.uid for request in requests}).items():
             removed[next(each for each in requests if each.uid == uid)] += number
@@ -542,7 +555,7 @@ def _check(truth: object, message: str) -> None:
 
 
 def main() -> int:
-    names = (*COMMANDS, "inventory", "serve", *files.ARGUMENTS)
+    names = (*COMMANDS, "inventory", "serve", *files.TRANSFERS)
     if len(sys.argv) != 2 or sys.argv[1] not in names:
         print(f"usage: orion-rental {'|'.join(names)} < request.json", file=sys.stderr)  # noqa: T201
         return 2
@@ -551,7 +564,7 @@ def main() -> int:
         transfers = standing.Transfers(Path(PLACE), _carry_now)
         standing.serve(_answer_now, COMMANDS, sys.stdin.fileno(), sys.stdout.fileno(), transfers)
         return 0
-    if command in files.ARGUMENTS:
+    if command in files.TRANSFERS:
         return _carry_now(command)
     text = "" if command == "inventory" else sys.stdin.read()
     status, report = _answer_now(command, text)
@@ -564,7 +577,8 @@ def _answer_now(command: str, text: str) -> tuple[int, Report]:
 
 
 def _carry_now(direction: str) -> int:
-    return files.carry(direction, Rentals(), Places().homes)
+    places = Places()
+    return files.carry(direction, Rentals(places), places.aside, places.homes)
 
 
 if __name__ == "__main__":

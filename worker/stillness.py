@@ -28,6 +28,8 @@ AT_REST = STOPPED | frozenset("ZXD")
 PATIENCE_S = 1.0
 """How long a process may take to stop. On a busy machine it gets no turn to do so; who gets one and goes on, fights."""
 BETWEEN_PASSES_S = 0.005
+BETWEEN_STOPS_S = 0.001
+"""The same for a pause, which its renter notices."""
 PARENTS_WITHIN_S = 0.2
 """How long all parents together may take to stop before everybody is stopped at once."""
 FORGIVEN = 1
@@ -120,23 +122,17 @@ class Vigil:
         self._before: dict[Key, Task] = {}
         self._wakings = 0
 
-    def hold(self, spared: tuple[int, int] | None = None) -> int:
-        """When it returns all stand still, or have been killed for fighting: how many were is returned.
-
-        `spared`: (pid, start) of a process that is not the renter's doing, and goes on.
-        """
-        if woken(self._before, self._tasks(spared)):
+    def hold(self) -> int:
+        """When it returns all stand still, or have been killed for fighting: how many were is returned."""
+        if woken(self._before, tasks_of(self._uid)):
             self._wakings += 1
-        fights = self._wakings > FORGIVEN or not self._stop(spared)
+        fights = self._wakings > FORGIVEN or not self._stop()
         if fights:
             return processes.end({self._uid: self._username}, PATIENCE_S)
-        self._before = {task.key: task for task in self._tasks(spared)}
+        self._before = {task.key: task for task in tasks_of(self._uid)}
         return 0
 
-    def _tasks(self, spared: tuple[int, int] | None) -> list[Task]:
-        return [task for task in tasks_of(self._uid) if spared is None or task.pid != spared[0]]
-
-    def _stop(self, spared: tuple[int, int] | None) -> bool:
+    def _stop(self) -> bool:
         """Passes until one finds nobody at work. False if somebody fights it."""
         renter = {self._uid: self._username}
         if not self._before:
@@ -148,16 +144,40 @@ class Vigil:
             others = [] if reached else processes.of([self._uid])
             for pid in (*others, *processes.sessions(self._uid, self._username)):
                 processes.send(pid, renter, signal.SIGSTOP)
-            if spared is not None and started_at(spared[0]) == spared[1]:
-                processes.send(spared[0], renter, signal.SIGCONT)
             time.sleep(BETWEEN_PASSES_S)
-            now = self._tasks(spared)
+            now = tasks_of(self._uid)
             if still(now):
                 return True
             if time.monotonic() > last_moment:
                 return not restless(first, now)
             for task in now:
                 first.setdefault(task.key, task)
+
+
+def stop(uid: int, username: str, within_s: float) -> list[Task] | None:
+    """Stop all processes of a renter for a moment; return their tasks as they stand, None if they do not in time.
+
+    The processes of sshd that belong to root go on: they write no file of the renter's, and nothing is hung up.
+    """
+    last_moment = time.monotonic() + within_s
+    stop_parents(uid, min(last_moment, time.monotonic() + PARENTS_WITHIN_S))
+    while True:
+        if not processes.strike(uid, signal.SIGSTOP):
+            for pid in processes.of([uid]):
+                processes.send(pid, {uid: username}, signal.SIGSTOP)
+        found = tasks_of(uid)
+        if still(found):
+            return found
+        if time.monotonic() > last_moment:
+            return None
+        time.sleep(BETWEEN_STOPS_S)
+
+
+def has_run(before: Iterable[Task], now: Iterable[Task]) -> bool:
+    """Return whether a task is new, or one that stood stopped has had a turn since."""
+    known = {task.key: task for task in before}
+    found = list(now)
+    return woken(known, found) or any(task.key not in known for task in found)
 
 
 def stop_parents(uid: int, last_moment: float) -> None:
@@ -188,14 +208,6 @@ def wake(uid: int, username: str, stay: frozenset[tuple[int, int]]) -> None:
             processes.send(pid, renter, signal.SIGCONT)
     for pid in processes.log_ins([username]):
         processes.send(pid, renter, signal.SIGCONT)
-
-
-def started_at(pid: int) -> int:
-    """In ticks since the machine's start; 0: there is none of that number."""
-    try:
-        return _read(pid, processes.PROC / str(pid) / "task" / str(pid)).started
-    except OSError:
-        return 0
 
 
 def _stands(pid: int) -> bool:

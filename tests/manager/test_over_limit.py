@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import files
 import freezing
 import pytest
-from files import Wish, look_through, measured_by_the_renter
 from freezing import Freezer
-from ledger import Ledger, Record, Refused
+from ledger import Record, Refused
 from support.house import Agent, House
 from test_loops_copies import copied, holder
 from test_loops_copies import files as files_of
@@ -23,75 +19,6 @@ from orion.manager.loops.copies import Plan
 
 RECORD = Record("one", "r-one", 3_999_999_001, epoch=2, let_in=True)
 """Of a uid that nobody has: there is nothing to stop."""
-
-
-@dataclass
-class Keeper:
-    """In place of rental.Rentals: what it does to a rental is written down."""
-
-    ledger: Ledger
-    freezer: Freezer
-    spares: bool = False
-    held: str = ""
-
-    def lay_down(self, record: Record) -> None: ...
-
-    def hold_over(self, record: Record, what: str) -> bool:
-        self.held = "" if self.spares else what
-        return not self.spares
-
-
-@pytest.fixture
-def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keeper:
-    home = tmp_path / "home"
-    home.mkdir()
-    for number in range(5):
-        (home / str(number)).write_text("x" * 10)
-    monkeypatch.chdir(home)
-    monkeypatch.setattr(files, "become", lambda _uid, gently: None)  # it needs root
-    return Keeper(Ledger(tmp_path / "ledger"), Freezer(tmp_path))
-
-
-def wish(max_files: int = 10, max_bytes: int = 1000, within_s: float = 20.0) -> Wish:
-    return Wish("one", 2, time.time() + within_s, max_files, max_bytes)
-
-
-def test_what_is_within_its_limits_is_counted_and_goes_on(keeper: Keeper) -> None:
-    assert look_through("send", keeper, RECORD, wish()) == {"files": 5, "bytes": 50}
-    assert keeper.held == ""
-
-
-@pytest.mark.parametrize("limits", [{"max_files": 4}, {"max_bytes": 49}])
-def test_what_is_over_is_frozen_and_the_way_out_is_said(keeper: Keeper, limits: dict[str, int]) -> None:
-    with pytest.raises(Refused, match="orion thaw") as refused:
-        look_through("send", keeper, RECORD, wish(**limits))
-    assert refused.value.code == "over_limit"
-    assert keeper.held.startswith("its home holds more than")
-
-
-def test_what_was_thawed_to_make_room_goes_on_and_is_not_copied(keeper: Keeper) -> None:
-    keeper.spares = True
-    with pytest.raises(Refused, match="unless it does"):
-        look_through("send", keeper, RECORD, wish(max_files=1))
-    assert keeper.held == ""
-
-
-def test_what_is_frozen_for_its_size_is_not_counted_again(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper.freezer.freeze(RECORD, None, over="its home holds more than 4 files")
-    monkeypatch.setattr(files, "measure", lambda _: pytest.fail("it was counted"))
-    with pytest.raises(Refused, match="4 files; it is frozen: `orion thaw`"):
-        look_through("send", keeper, RECORD, wish(max_files=4))
-
-
-def test_counting_that_its_renter_ends_or_holds_up_is_a_failure_in_time(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "measure", lambda _: os._exit(0))
-    with pytest.raises(Refused, match="could not be measured"):
-        measured_by_the_renter(RECORD.uid, wish())
-    monkeypatch.setattr(files, "measure", lambda _: time.sleep(1000))
-    with pytest.raises(Refused, match="could not be measured"):
-        measured_by_the_renter(RECORD.uid, wish(within_s=0.1))
 
 
 def test_no_reply_thaws_what_is_over_and_an_order_gives_it_time(tmp_path: Path) -> None:

@@ -72,7 +72,11 @@ class SimulatedVault:
         return Copied(copy, tuple(there[each] for each in sorted(there)))
 
     async def restore(
-        self, home: Home, generation: Generation | None = None, deadline_s: float = RESTORE_DEADLINE_S
+        self,
+        home: Home,
+        generation: Generation | None = None,
+        deadline_s: float = RESTORE_DEADLINE_S,
+        filled: Generation | None = None,
     ) -> Copy | None:
         there = self.sim.stored.get(home.rental_id, {})
         if not there or not (generation or any(not copy.salvage for copy in there.values())):

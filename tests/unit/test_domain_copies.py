@@ -203,6 +203,8 @@ RECORD = Record("one", "r-one", 100_001, epoch=3)
         {"epoch": True},
         {"epoch": "3"},
         {"generation": "../../etc"},
+        {"base": "../../etc"},
+        {"mark": "A/"},
         {"unknown": 1},
     ],
 )
@@ -250,19 +252,3 @@ def test_a_home_that_is_a_link_or_anothers_is_not_entered(tmp_path: Path) -> Non
             files.enter(tmp_path / place, uid)
         assert refusal.value.code == "no_home"
     assert os.getcwd() == here  # noqa: PTH109
-
-
-def test_files_are_counted_with_their_holes_and_links_are_not_followed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "deep/er").mkdir(parents=True)
-    (tmp_path / "deep/er/file").write_bytes(b"x" * 100)
-    (tmp_path / "to-etc").symlink_to("/etc")
-    with (tmp_path / "sparse").open("wb") as file:
-        file.truncate(5000)
-    assert files.measure(files.Wish("one", 1, 0, 100, 10_000)) == {"files": 5, "bytes": 5100}
-    for limits in ((4, 10_000), (100, 5000)):
-        with pytest.raises(Refused) as refusal:
-            files.measure(files.Wish("one", 1, 0, *limits))
-        assert refusal.value.code == "over_limit"

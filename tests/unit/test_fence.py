@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
@@ -38,6 +38,10 @@ class Kernel:
             self.running.discard(uid)
             self.stopped.add(uid)
         return True
+
+    def stop(self, uid: int, username: str, within_s: float) -> list[stillness.Task]:
+        self.strike(uid, Signals.SIGSTOP)
+        return []
 
     def stopped_processes(self, uid: int) -> frozenset[tuple[int, int]]:
         return frozenset({(uid, 1)} if uid in self.suspended | self.stopped else ())
@@ -78,13 +82,11 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     kernel = Kernel()
     for name in ("uids_from", "strike"):
         monkeypatch.setattr(f"processes.{name}", getattr(kernel, name))
-    monkeypatch.setattr("fence.stopped_processes", kernel.stopped_processes)
     monkeypatch.setattr("fence.stop_parents", lambda uid, last_moment: None)
     monkeypatch.setattr(freezing, "stopped_processes", kernel.stopped_processes)
     monkeypatch.setattr(freezing, "wake", kernel.wake)
-    monkeypatch.setattr(
-        stillness.Vigil, "hold", lambda self, _spared=None: not kernel.strike(self._uid, Signals.SIGSTOP)
-    )
+    monkeypatch.setattr(freezing, "stop", kernel.stop)
+    monkeypatch.setattr(stillness.Vigil, "hold", lambda self: not kernel.strike(self._uid, Signals.SIGSTOP))
     return kernel
 
 
@@ -263,16 +265,69 @@ def test_no_order_of_an_earlier_move_thaws_what_a_later_one_froze(house: House) 
     assert house.rentals.thaw(Request("one", 1, move=7))["state"] == "running"
 
 
-def test_of_what_is_frozen_the_one_that_copies_is_spared_until_it_is_frozen_again(house: House) -> None:
+def pause(house: House, seconds: float = 10.0) -> frozenset[stillness.Task] | None:
     (record,) = house.rentals.ledger.all_living()
+    return house.rentals.freezer.pause(record, time.clock_gettime(time.CLOCK_BOOTTIME) + seconds)
+
+
+def test_a_pause_stops_a_rental_and_its_end_lets_go_on_what_went_on_before(house: House) -> None:
     house.let_in()
-    house.rentals.freezer.spare(record, os.getpid())
-    assert house.rentals.freezer.spared("one") is None, "what is not frozen needs nobody to be spared"
+    house.kernel.suspended.add(UID)
+    assert pause(house) == frozenset()
+    assert (house.kernel.running, house.shown) == (set(), "running"), "its renter may log in meanwhile"
+    house.rentals.freezer.resume("one")
+    assert house.kernel.stopped == {UID}, "it was stopped before: so it stays"
+    house.kernel.suspended.clear()
+    house.kernel.running, house.kernel.stopped = {UID}, set()
+    assert pause(house) == frozenset()
+    house.rentals.freezer.resume("one")
+    house.rentals.freezer.resume("one")
+    assert house.kernel.running == {UID}
+
+
+def test_a_pause_that_nobody_ended_is_ended_by_the_fence(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fence.AGAIN_EVERY_S", 0.0)
+    house.let_in()
+    pause(house, seconds=60)
+    house.fence.look()
+    assert house.kernel.running == set(), "there is time left"
+    pause(house, seconds=-1)
+    house.fence.look()
+    assert house.kernel.running == {UID}
+    assert "did not end" in house.said[-1]
+
+
+def test_what_is_frozen_is_not_paused_and_the_end_of_a_pause_thaws_nothing(house: House) -> None:
+    house.let_in()
+    pause(house)
     house.rentals.freeze(Request("one", 1, move=2))
-    house.rentals.freezer.spare(record, os.getpid())
-    assert house.rentals.freezer.spared("one") == (os.getpid(), stillness.started_at(os.getpid()))
-    house.rentals.freeze(Request("one", 1, move=2))
-    assert house.rentals.freezer.spared("one") is None
+    house.rentals.freezer.resume("one")
+    assert (house.kernel.running, house.shown) == (set(), "frozen")
+    assert pause(house) is None
+    house.rentals.thaw(Request("one", 1, move=2))
+    assert house.kernel.running == {UID}, "what the pause had stopped was not taken for stopped by its renter"
+
+
+def test_a_lease_that_is_lost_in_a_pause_keeps_everything_still_and_wakes_all_of_it_later(house: House) -> None:
+    house.let_in()
+    pause(house)
+    house.may_run(False)
+    house.rentals.freezer.resume("one")
+    assert house.kernel.running == set()
+    house.right[0] = True
+    house.fence.renewed()
+    house.rentals.thaw(Request("one", 1))
+    assert house.kernel.running == {UID}
+
+
+def test_programs_that_cannot_be_stopped_go_on_and_there_is_no_snapshot(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.let_in()
+    monkeypatch.setattr("freezing.stop", lambda uid, *_: house.kernel.strike(uid, Signals.SIGSTOP) and None)
+    with pytest.raises(Refused) as refused:
+        pause(house)
+    assert (refused.value.code, house.kernel.running) == ("restless", {UID})
 
 
 def test_whoever_is_thawed_while_the_fence_looks_stays_let_in(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

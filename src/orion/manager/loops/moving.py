@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from orion.manager.domain import copies
-from orion.manager.domain.copies import Copy
+from orion.manager.domain.copies import Copy, Generation
 from orion.manager.engine.port import Action, Engine, Job, Outcome
 from orion.manager.engine.vault.port import Home, Limits, Vault, VaultError
 from orion.manager.store.copies import CopyBook
@@ -25,6 +25,8 @@ FINISH_WITHIN_S = 280.0
 MOST_ROUNDS = 3
 SOON_S = 2.0
 """A round that took no longer leaves little to copy for when the rental stands still."""
+MOST_REMEMBERED = 100
+"""Standbys of which it is remembered with what they were filled; of an older one the whole home is compared."""
 ROOMIER = 4
 """Times what a home may hold to be copied every so often: one that has grown too large may be moved all the same."""
 
@@ -39,6 +41,8 @@ class Mover:
         self._may_hold = limits
         self._limits = Limits(limits.max_files * ROOMIER, limits.max_bytes * ROOMIER)
         self._monotonic = monotonic
+        self._filled: dict[tuple[str, int], Generation] = {}
+        """The snapshot with which each standby was filled last, by rental and epoch."""
 
     async def seed(self, source: Job, standby: Job) -> Outcome:
         """The standby has the files as they were at most a moment ago; the report tells which copy that is."""
@@ -59,7 +63,7 @@ class Mover:
         for _ in range(MOST_ROUNDS):
             began = self._monotonic()
             copy = await self._copy(source)
-            await self._vault.restore(_home(standby), copy.generation, RESTORE_DEADLINE_S)
+            await self._fill(standby, copy)
             if self._monotonic() - began < SOON_S:
                 break
         return _done(copy)
@@ -67,20 +71,13 @@ class Mover:
     async def _finish(self, source: Job, standby: Job) -> Outcome:
         await self._freeze(source)
         copy = await self._copy(source)
-        # The one process that was spared, which read the files, goes on no more: see worker/freezing.py.
-        still = asyncio.ensure_future(self._freeze(source))
-        try:
-            await self._vault.restore(_home(standby), copy.generation, RESTORE_DEADLINE_S)
-            await still
-        finally:
-            still.cancel()
+        await self._fill(standby, copy)
+        self._filled.pop((standby.rental_id, standby.epoch), None)
         return _done(copy)
 
     async def _park(self, source: Job) -> Outcome:
         await self._freeze(source)
-        copy = await self._copy(source)
-        await self._freeze(source)
-        return _done(copy)
+        return _done(await self._copy(source))
 
     async def _freeze(self, source: Job) -> None:
         """Raises VaultError unless all of it stands still."""
@@ -90,6 +87,14 @@ class Mover:
             raise VaultError("not_frozen", frozen.message)
         if frozen.report.get("state") != "frozen" or frozen.report.get("epoch") != source.epoch:
             raise VaultError("not_frozen", "its worker does not have it any more")
+
+    async def _fill(self, standby: Job, copy: Copy) -> None:
+        key = standby.rental_id, standby.epoch
+        before = self._filled.pop(key, None)
+        await self._vault.restore(_home(standby), copy.generation, RESTORE_DEADLINE_S, filled=before)
+        self._filled = {key: copy.generation} | self._filled
+        while len(self._filled) > MOST_REMEMBERED:
+            self._filled.popitem()
 
     async def _copy(self, source: Job) -> Copy:
         """Complete, and accepted: so that it is the one that counts, whatever happens next."""

@@ -66,9 +66,14 @@ class VaultClient:
         return _copied(await self._begin(_line(Action.SALVAGE, home, deadline_s, **more)))
 
     async def restore(
-        self, home: Home, generation: Generation | None = None, deadline_s: float = RESTORE_DEADLINE_S
+        self,
+        home: Home,
+        generation: Generation | None = None,
+        deadline_s: float = RESTORE_DEADLINE_S,
+        filled: Generation | None = None,
     ) -> Copy | None:
-        line = _line(Action.RESTORE, home, deadline_s, generation=str(generation or ""))
+        more = {"generation": str(generation or ""), "filled": str(filled or "")}
+        line = _line(Action.RESTORE, home, deadline_s, **more)
         await self._end_all_of(home.rental_id)
         reply = await self._begin(line)
         return read(reply.done) if reply.done else None
@@ -139,7 +144,7 @@ class VaultClient:
 def _copied(reply: ReplyLine) -> Copied:
     if reply.done is None:
         raise VaultError("no_answer", "the vault's answer is not one")
-    return Copied(read(reply.done), tuple(read(copy) for copy in reply.copies))
+    return Copied(read(reply.done), tuple(read(copy) for copy in reply.copies), reply.pause_s)
 
 
 def _line(action: Action, home: Home, deadline_s: float, **more: Any) -> RequestLine:

@@ -93,7 +93,11 @@ class FakeVault:
         return Copied(copy, self._copies(home.rental_id))
 
     async def restore(
-        self, home: Home, generation: Generation | None = None, deadline_s: float = RESTORE_DEADLINE_S
+        self,
+        home: Home,
+        generation: Generation | None = None,
+        deadline_s: float = RESTORE_DEADLINE_S,
+        filled: Generation | None = None,
     ) -> Copy | None:
         await self._going()
         there = self.stored.get(home.rental_id, {})

@@ -2,10 +2,11 @@
 
     incoming/          a copy that is being made, or what is left of one
     E-N/home/          a complete copy: generation N of epoch E
-    E-N/about.json     when, how large, what is missing
+    E-N/about.json     when, how large, what is missing, its mark, and the mark of the one that it was made from
+    E-N/changes        the paths that differ from the one that it was made from, each followed by a zero byte
 
 A copy is made complete by one rename, after all of it was written to the disk: a crash at any instant leaves it whole
-or not at all. Unchanged files are hard links to the copy before.
+or not at all. Unchanged files are hard links to the copy before. A mark names a state of a home, at the worker too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import ctypes
 import json
 import os
 import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,60 +25,88 @@ from orion.manager.domain.copies import Copy, Generation, begins_from, kept, nex
 from orion.manager.engine.vault.protocol import read, written
 
 INCOMING = "incoming"
+CHANGES = "changes"
 
 
 @dataclass(frozen=True)
 class Made:
-    """What rsync tells of a copy that it has completed in `incoming`."""
+    """What is known of a copy that is complete in `incoming`."""
 
     at: float
-    bytes: int
-    files: int
-    items: int
-    """What it listed; with an unchanged home always the same number."""
-    unchanged: bool
-    """Each thing that it listed is as in the copy before."""
+    mark: str
     skipped: tuple[str, ...]
     salvage: bool = False
 
 
 def found(folder: Path) -> list[Copy]:
-    """The complete copies, oldest first."""
+    """Return the complete copies, oldest first."""
     copies = [_about(place) for place in folder.iterdir() if Generation.parse(place.name)]
     return sorted((copy for copy in copies if copy), key=lambda copy: copy.generation)
 
 
-def begin(folder: Path, epoch: int, salvage: bool) -> str:
-    """Make room for a new copy; the name of the one that it is compared with, empty where there is none."""
+def begin(folder: Path, epoch: int, salvage: bool) -> dict[str, Any]:
+    """Make room for a new copy; return the name and the mark of the one that it is made from, empty for none."""
     _remove(folder / INCOMING)
     complete = found(folder)
     for place in folder.iterdir():
         if place.name not in {str(copy.generation) for copy in complete}:
             _remove(place)
     (folder / INCOMING).mkdir(mode=0o700)
-    # Its `home` is made by rsync: over one that is there it would say, each time, that something has changed.
     base = begins_from(complete, epoch, salvage)
-    return str(base.generation) if base else ""
+    if base is None:
+        return {"generation": "", "mark": "", "same_epoch": False}
+    mark = str(_read(folder / str(base.generation)).get("mark", ""))
+    return {"generation": str(base.generation), "mark": mark, "same_epoch": base.generation.epoch == epoch}
 
 
-def finish(folder: Path, epoch: int, made: Made, spare: Generation | None = None) -> Copy:
-    """Make what is in `incoming` a complete copy; or, where nothing has changed, renew the one before it.
+def clone(folder: Path, generation: str) -> bool:
+    """Fill `incoming` with hard links to a complete copy; of none, with an empty home."""
+    target = folder / INCOMING / "home"
+    if not generation:
+        target.mkdir(mode=0o700)
+        return True
+    source = folder / generation / "home"
+    done = subprocess.run(["cp", "-al", "--", source, target], stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"copy {generation} cannot be begun from: {done.stderr[:200]}")
+    return True
 
-    Older ones make room, but for `spare`.
+
+def renew(folder: Path, generation: str, at: float) -> Copy:
+    """Make a complete copy younger: the home is still as it says."""
+    about = _read(folder / generation)
+    renewed = replace(read(about | {"generation": generation}), at=at)
+    _write(folder / generation, about | written(renewed))
+    return renewed
+
+
+def finish(
+    folder: Path,
+    epoch: int,
+    made: Made,
+    limits: tuple[int, int],
+    base: str,
+    changed: Sequence[bytes] | None,
+    spare: Generation | None = None,
+) -> Copy:
+    """Make what is in `incoming` a complete copy. Older ones make room, but for `spare`.
+
+    `limits`: the most files and bytes that it may hold; OSError is raised for more. `changed`: the paths that differ
+    from `base`; None: they are not known.
     """
     complete = found(folder)
-    copy = Copy(Generation(epoch, 1), made.at, made.bytes, made.files, made.skipped, made.salvage)
-    base = begins_from(complete, epoch, made.salvage)
-    if base and _is_same(folder, base, copy, made):
-        renewed = replace(base, at=made.at)
-        _write(folder / str(renewed.generation), renewed, made.items)
-        _remove(folder / INCOMING)
-        return renewed
-    number = next_number([each.generation for each in complete], epoch)
-    copy = replace(copy, generation=Generation(epoch, number))
-    _write(folder / INCOMING, copy, made.items)
+    files, size = _measure(folder / INCOMING / "home")
+    if files > limits[0] + 1 or size > limits[1]:
+        raise OSError(f"it holds {files} files and {size} bytes, which is more than a copy may")
+    generation = Generation(epoch, next_number([each.generation for each in complete], epoch))
+    copy = Copy(generation, made.at, size, files, made.skipped, made.salvage)
+    about = written(copy) | {"mark": made.mark, "base": ""}
+    if base and changed is not None and all(_is_inside(path) for path in changed):
+        about["base"] = base
+        (folder / INCOMING / CHANGES).write_bytes(b"".join(path.rstrip(b"/") + b"\0" for path in changed))
+    _write(folder / INCOMING, about)
     _flush_all(folder)
-    (folder / INCOMING).rename(folder / str(copy.generation))
+    (folder / INCOMING).rename(folder / str(generation))
     _flush(folder)
     staying = kept([*complete, copy])
     for each in complete:
@@ -84,16 +115,30 @@ def finish(folder: Path, epoch: int, made: Made, spare: Generation | None = None
     return copy
 
 
+def marks(folder: Path, generation: str, filled: str) -> dict[str, str]:
+    """Return the mark of a copy, and as `base` that of `filled` if the copy was made from it, else an empty one."""
+    about = _read(folder / generation)
+    base = ""
+    with suppress(OSError, ValueError):
+        if filled and about.get("base") == filled:
+            base = str(_read(folder / filled).get("mark", ""))
+    return {"mark": str(about.get("mark", "")), "base": base}
+
+
 def wipe(folder: Path) -> None:
     for place in folder.iterdir():
         _remove(place)
 
 
-def _is_same(folder: Path, base: Copy, copy: Copy, made: Made) -> bool:
-    """Something that was deleted leaves no line of its own: then their number is another."""
-    same = (base.files, base.bytes, base.skipped) == (copy.files, copy.bytes, copy.skipped)
-    items = _read(folder / str(base.generation)).get("items")
-    return made.unchanged and same and items == made.items and base.generation.epoch == copy.generation.epoch
+def _measure(home: Path) -> tuple[int, int]:
+    """Return the number of entries, and the bytes of files with their holes."""
+    looked = subprocess.run(["find", ".", "-printf", r"%y%s\n"], cwd=home, capture_output=True, check=True)
+    lines = looked.stdout.splitlines()
+    return len(lines), sum(int(line[1:]) for line in lines if line[:1] == b"f")
+
+
+def _is_inside(path: bytes) -> bool:
+    return not path.startswith(b"/") and b".." not in path.split(b"/")
 
 
 def _about(place: Path) -> Copy | None:
@@ -107,9 +152,9 @@ def _read(place: Path) -> dict[str, Any]:
     return dict(json.loads((place / "about.json").read_text()))
 
 
-def _write(place: Path, copy: Copy, items: int) -> None:
+def _write(place: Path, about: dict[str, Any]) -> None:
     partial = place / "about.partial"
-    partial.write_text(json.dumps(written(copy) | {"items": items}))
+    partial.write_text(json.dumps(about))
     partial.replace(place / "about.json")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -24,9 +25,9 @@ from typing import Any, TypeVar
 from orion.manager.domain.copies import Generation
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault import generations
-from orion.manager.engine.vault.port import NO_SUCH_GENERATION, VaultError
+from orion.manager.engine.vault.port import NO_BASE, NO_SUCH_GENERATION, VaultError
 from orion.manager.engine.vault.protocol import Action, ReplyLine, RequestLine, written
-from orion.manager.engine.vault.transfer import LISTS_BYTES, OPTIONS, Far, Told, Transfer, check
+from orion.manager.engine.vault.transfer import LISTS_BYTES, OPTIONS, Far, Hello, Told, Transfer, check
 from orion.manager.engine.vault.watch import Watch
 from orion.ssh import pinned_host_arguments
 
@@ -87,30 +88,54 @@ class Job:
             return work()
 
     def _copy(self) -> ReplyLine:
-        request, began_at = self._request, time.time()
+        """Make a snapshot: a copy of the one before, brought up to date with what changed at the worker since."""
+        request = self._request
         self._make_folder()
         self._look_at_disk()
         salvage = request.action is Action.SALVAGE
-        direction = "salvage" if salvage else "send"
+        base = self._as_renter(lambda: generations.begin(self._folder, request.epoch, salvage))
+        mark = secrets.token_hex(16)
         limits = {"max_files": request.max_files, "max_bytes": request.max_bytes}
-        with self._far(direction, **limits, moving=request.moving) as far:
-            base = self._as_renter(lambda: generations.begin(self._folder, request.epoch, salvage))
-            before = (f"--link-dest={self._folder / base / 'home'}",) if base else ()
-            told_of = ("-ii", "--out-format=%i", "--stats", "--no-human-readable", "--info=nonreg0")
-            target = f"{self._folder / generations.INCOMING / 'home'}/"
-            most = request.max_bytes + LISTS_BYTES, request.max_files + 1
-            transfer = Transfer(far, request.uid, self._watch, *most, gently=not request.moving)
-            arguments = (*OPTIONS, *before, *told_of, "worker:.", target)
-            told = transfer.run(arguments, self._look_at_disk, request.max_bytes)
-        check(told, "receiver")
-        made = _made(told, began_at, salvage)
+        wish = limits | {"base": base["mark"], "mark": mark, "moving": request.moving}
+        with self._far("salvage" if salvage else "send", **wish) as far:
+            asked_at = time.time()
+            hello = Hello.of(far.hear(self._watch))
+            at = max(asked_at, time.time() - hello.age_s)
+            told = Told()
+            if not hello.same:
+                if not hello.whole:
+                    self._as_renter(lambda: generations.clone(self._folder, base["generation"]))
+                told = self._receive(far, hello, base["generation"])
+            elif not base["same_epoch"]:
+                self._as_renter(lambda: generations.clone(self._folder, base["generation"]))
+        made = generations.Made(at, base["mark"] if hello.same else mark, hello.skipped, salvage)
 
         def finish() -> list[dict[str, Any]]:
-            copy = generations.finish(self._folder, request.epoch, made, Generation.parse(request.generation))
+            if hello.same and base["same_epoch"]:
+                copy = generations.renew(self._folder, base["generation"], at)
+            else:
+                changed = None if hello.whole else told.names
+                limits = request.max_files, request.max_bytes
+                spare = Generation.parse(request.generation)
+                copy = generations.finish(self._folder, request.epoch, made, limits, base["generation"], changed, spare)
             return [written(copy), *map(written, generations.found(self._folder))]
 
         done, *copies = self._as_renter(finish)
-        return ReplyLine(ok=True, done=done, copies=copies)
+        return ReplyLine(ok=True, done=done, copies=copies, pause_s=hello.pause_s)
+
+    def _receive(self, far: Far, hello: Hello, base: str) -> Told:
+        request = self._request
+        kind = "whole" if hello.whole else "send"
+        before = (f"--link-dest={self._folder / base / 'home'}",) if hello.whole and base else ()
+        told_of = ("-ii", "--out-format=%i %n", "--info=nonreg0")
+        target = f"{self._folder / generations.INCOMING / 'home'}/"
+        # What was removed is listed as well: every entry may have been replaced.
+        most = request.max_bytes + LISTS_BYTES, 2 * request.max_files + 2
+        transfer = Transfer(far, request.uid, self._watch, *most, gently=not request.moving)
+        arguments = (*OPTIONS[kind], *before, *told_of, "worker:.", target)
+        told = transfer.run(arguments, self._look_at_disk, request.max_bytes, heard=True)
+        check(told, "receiver")
+        return told
 
     def _restore(self) -> ReplyLine:
         complete = self._found()
@@ -122,12 +147,29 @@ class Job:
         if copy is None:
             there = ", ".join(each["generation"] for each in complete)
             raise VaultError(NO_SUCH_GENERATION, f"there is no copy {wanted}; there are {there}")
-        source = f"{self._folder / wanted / 'home'}/"
-        with self._far("receive", generation=wanted) as far:
-            transfer = Transfer(far, self._request.uid, self._watch, LISTS_BYTES, float("inf"), gently=False)
-            told = transfer.run((*OPTIONS, "--chmod=ug-s", source, "worker:."), lambda: None, None)
-        check(told, "sender")
+        told = self._fill(wanted)
         return ReplyLine(ok=True, done=copy | {"skipped": [*copy["skipped"], *told.skipped()]}, copies=complete)
+
+    def _fill(self, wanted: str) -> Told:
+        """Fill the home with a snapshot; where it is known to hold the one before, with what changed since."""
+        source = self._folder / wanted
+        marks = self._as_renter(lambda: generations.marks(self._folder, wanted, self._request.filled))
+        if marks["base"]:
+            changes = source / generations.CHANGES
+            try:
+                return self._send("update", (f"--files-from={changes}",), wanted, marks)
+            except VaultError as error:
+                if error.code != NO_BASE:
+                    raise
+        return self._send("receive", (), wanted, marks | {"base": ""})
+
+    def _send(self, kind: str, more: tuple[str, ...], wanted: str, marks: dict[str, str]) -> Told:
+        source = f"{self._folder / wanted / 'home'}/"
+        with self._far("receive", generation=wanted, **marks) as far:
+            transfer = Transfer(far, self._request.uid, self._watch, LISTS_BYTES, float("inf"), gently=False)
+            told = transfer.run((*OPTIONS[kind], *more, "--chmod=Fug-s", source, "worker:."), lambda: None, None)
+        check(told, "sender")
+        return told
 
     def _connect(self) -> ReplyLine:
         """What comes next finds a connection that is open (ControlPersist). Nothing is asked of the worker."""
@@ -247,11 +289,6 @@ def ssh_command(host: Host, folder: Path) -> list[str]:
     pinned = pinned_host_arguments(host.worker_id, host.host_keys)
     key = str(folder / "id_ed25519")
     return ["ssh", "-F", "none", "-T", "-i", key, *options, *pinned, "-p", str(host.port), f"root@{host.address}"]
-
-
-def _made(told: Told, at: float, salvage: bool) -> generations.Made:
-    figures = told.number("bytes"), told.number("files"), told.items
-    return generations.Made(at, *figures, told.unchanged, told.skipped(), salvage)
 
 
 def _become_and_do(uid: int, work: Callable[[], Any], writing: int) -> None:

@@ -40,6 +40,8 @@ class Copied:
     copy: Copy
     kept: tuple[Copy, ...]
     """All complete copies of the rental that are there now, oldest first, with this one."""
+    pause_s: float = 0.0
+    """The seconds for which the programs of the rental stood still for it."""
 
 
 class VaultError(Exception):
@@ -59,6 +61,8 @@ LET_IN = "let_in"
 """The renter was let in at this epoch: nothing is put over its files any more."""
 NOTHING_TO_SALVAGE = "nothing_to_salvage"
 NO_SUCH_GENERATION = "no_such_generation"
+NO_BASE = "no_base"
+"""The home is not known to hold the snapshot that it is to be brought up to date from."""
 OVER_LIMIT = "over_limit"
 
 
@@ -73,10 +77,10 @@ class Vault(Protocol):
         spare: Generation | None = None,
         moving: bool = False,
     ) -> Copied:
-        """Copy the home as it is now. What was copied before stays untouched until this one is complete.
+        """Copy the home as it was at one moment. What was copied before stays untouched until this one is complete.
 
         Older copies make room then, but for `spare`, which somebody is about to ask for. `moving`: for a planned move;
-        it ends another copy of the rental that is under way, and opens a home that its renter has shut to itself.
+        it ends another copy of the rental that is under way, and is refused where something cannot be carried whole.
         """
         ...
 
@@ -96,10 +100,15 @@ class Vault(Protocol):
         ...
 
     async def restore(
-        self, home: Home, generation: Generation | None = None, deadline_s: float = RESTORE_DEADLINE_S
+        self,
+        home: Home,
+        generation: Generation | None = None,
+        deadline_s: float = RESTORE_DEADLINE_S,
+        filled: Generation | None = None,
     ) -> Copy | None:
         """Fill the locked home with a copy, the newest if none is named; None: there is none, and nothing was done.
 
+        `filled`: the copy with which the home was filled before; what changed since then may be all that is sent.
         Ends a copy or another restore of the same rental that is under way: that raises with the code "superseded".
         Repeatable until the renter is let in.
         """

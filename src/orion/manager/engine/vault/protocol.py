@@ -40,6 +40,8 @@ class RequestLine(Line):
     host: HostLine | None = None
     generation: Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,15}-[1-9][0-9]{0,15})?$")] = ""
     """To restore; of a copy, one that is to stay. Empty: the newest, or none in particular."""
+    filled: Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,15}-[1-9][0-9]{0,15})?$")] = ""
+    """Of a restore, the copy with which the home was filled before. Empty: it is not known."""
     max_files: int = Field(0, ge=0, lt=2**53)
     max_bytes: int = Field(0, ge=0, lt=2**53)
     moving: bool = False
@@ -56,6 +58,8 @@ class ReplyLine(Line):
     done: dict[str, Any] | None = None
     """The copy that was made or restored."""
     rentals: list[str] = []
+    pause_s: float = 0.0
+    """The seconds for which the programs of the rental stood still."""
 
 
 def written(copy: Copy) -> dict[str, Any]:

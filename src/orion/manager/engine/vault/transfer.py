@@ -30,13 +30,18 @@ from orion.manager.engine.vault.port import VaultError
 from orion.manager.engine.vault.watch import Watch
 
 BRIDGE = Path(__file__).with_name("bridge.py")
-OPTIONS = (
-    *("-rlptgo", "-H", "-S", "-X", "--numeric-ids", "--fake-super"),
-    *("--delete", "--modify-window=-1", "--stderr=client"),
-)
-"""Times are compared to the nanosecond (-1): by default, what changes twice within a second may look unchanged.
+_ALWAYS = ("-lptgo", "-H", "-S", "-X", "-A", "--specials", "--numeric-ids", "--fake-super", "--stderr=client")
+_CHANGES = ("-I", "--from0", "--delete-missing-args", "--force")
+OPTIONS = {
+    "send": (*_ALWAYS, "-M--fake-super", *_CHANGES, "--files-from=:../list"),
+    "whole": (*_ALWAYS, "-M--fake-super", "-r", "-c"),
+    "receive": (*_ALWAYS, "-r", "--delete", "--modify-window=-1"),
+    "update": (*_ALWAYS, *_CHANGES, "--modify-window=-1"),
+}
+"""The options of rsync for what the worker's files.py calls by these names; test_both_sides_mean_the_same compares.
 
-The worker's files.py has what follows from these for its side; test_both_sides_mean_the_same compares them.
+What changed is always transferred, whatever its time and size (-I): the worker knows better what changed. Where a home
+is filled times are compared to the nanosecond (--modify-window=-1).
 """
 MEMORY_BYTES = 1 << 30
 NICENESS = 5
@@ -44,18 +49,17 @@ BUFFER_BYTES = 1 << 18
 LONGEST_TEXT = 1 << 16
 LISTS_BYTES = 64 << 20
 """Of a stream, beyond the size of the files: their names and attributes, and what rsync says besides."""
-LONGEST_HELLO = 4096
+LONGEST_HELLO = 16384
 SKIPPED_SHOWN = 20
-VANISHED, PARTIAL = 24, 23
-"""Exit statuses of rsync: files went away meanwhile; some could not be read."""
+LONGEST_S = 3600.0
+PARTIAL = 23
+"""The exit status of rsync where something could not be carried whole."""
 _CODE = re.compile(r"[a-z_]{1,40}")
-_ITEM = re.compile(rb"[<>ch.*][fdLDS][ .+?a-zA-Z]{9}")
-_UNCHANGED = re.compile(rb".. {9}")
+_ITEM = re.compile(rb"(?:[<>ch.][fdLDS][ .+?a-zA-Z]{9}|\*deleting  ) (.*)", re.DOTALL)
+_ESCAPED = re.compile(rb"\\#([0-7]{3})")
 _NAMED = r'[a-z_]+(?: failed to open)? "(?:/home/[^/"]+/)?(.*)"(?: failed)?: .*'
 _SKIPPED = re.compile(rf"rsync: \[(?:sender|receiver|generator)\] {_NAMED}")
-_OURS_FAILED = re.compile(r"rsync: \[(receiver|generator|Receiver)\]")
 _NO_ROOM = re.compile(r"No space left|Disk quota exceeded|File too large", re.IGNORECASE)
-_NUMBER = {"files": re.compile(r"^Number of files: (\d+)", re.M), "bytes": re.compile(r"^Total file size: (\d+)", re.M)}
 
 
 @dataclass
@@ -63,26 +67,38 @@ class Told:
     """What the rsync here said."""
 
     status: int = 0
-    items: int = 0
-    changed: int = 0
-    """Of the items, those that are not as in the copy before."""
-    text: bytearray = field(default_factory=bytearray)
-    """Its output without the lines of items."""
+    names: list[bytes] = field(default_factory=list)
+    """The paths of what was brought up to date or removed, as they are on the disk."""
     errors: str = ""
 
-    @property
-    def unchanged(self) -> bool:
-        """What cannot be opened is asked for again each time, and so looks new."""
-        return self.changed == self.errors.count("send_files failed to open")
-
-    def number(self, of: str) -> int:
-        match = _NUMBER[of].search(self.text.decode(errors="replace"))
-        return int(match[1]) if match else 0
-
     def skipped(self) -> tuple[str, ...]:
-        """The names of what could not be read or written."""
+        """Return the names of what could not be read or written."""
         names = [match[1] for line in self.errors.splitlines() if (match := _SKIPPED.match(line))]
         return tuple(sorted({name[:200] for name in names})[:SKIPPED_SHOWN])
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The worker's answer to a request for a snapshot; nothing in it is believed but about that rental's home."""
+
+    same: bool = False
+    """Whether the home is as in the snapshot that was named as its base; then nothing follows."""
+    whole: bool = False
+    """Whether the whole home follows, because the worker does not know the base."""
+    age_s: float = 0.0
+    pause_s: float = 0.0
+    """The seconds for which the programs of the rental stood still."""
+    skipped: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, answer: dict[str, Any]) -> Self:
+        """Raise VaultError for what is no such answer."""
+        try:
+            skipped = tuple(plain(str(name))[:200] for name in list(answer.get("skipped", ()))[:SKIPPED_SHOWN])
+            age_s, pause_s = (min(max(0.0, float(answer.get(name, 0))), LONGEST_S) for name in ("age_s", "pause_s"))
+            return cls(answer.get("same") is True, answer.get("whole") is True, age_s, pause_s, skipped)
+        except (TypeError, ValueError) as error:
+            raise VaultError("unreachable", "the worker cannot be asked: its answer is not one") from error
 
 
 class Far:
@@ -112,8 +128,8 @@ class Far:
         self.process.kill()
         self.process.wait()
 
-    def hear(self, watch: Watch) -> None:
-        """Its answer: a refusal raises VaultError with its code."""
+    def hear(self, watch: Watch) -> dict[str, Any]:
+        """Return the answer. Raise VaultError with its code for a refusal."""
         line = self._line(watch)
         try:
             answer = dict(json.loads(line))
@@ -125,6 +141,7 @@ class Far:
             known = code if _CODE.fullmatch(code) else "refused"
             generation = restored if Generation.parse(restored) else ""
             raise VaultError(known, plain(str(answer.get("error", "it was refused"))), generation)
+        return answer
 
     def _line(self, watch: Watch) -> bytes:
         """Byte by byte: what follows is rsync's."""
@@ -174,10 +191,13 @@ class Transfer:
         self._errors = bytearray()
         self._open = 2  # rsync's output and its errors
 
-    def run(self, arguments: Sequence[str], look: Callable[[], None], largest_file: int | None) -> Told:
+    def run(
+        self, arguments: Sequence[str], look: Callable[[], None], largest_file: int | None, heard: bool = False
+    ) -> Told:
         """Run rsync with these arguments, paths last. `look` is called about once a second, and may raise.
 
-        The rsync here starts while the worker makes up its mind; nothing goes to it or comes from it before that.
+        Unless the worker was heard already, the rsync here starts while the worker makes up its mind; nothing goes to
+        it or comes from it before that.
         """
         mine, theirs = socket.socketpair()
         command = ["rsync", "-e", f"{sys.executable} -I -S {BRIDGE} {theirs.fileno()}", *arguments]
@@ -189,7 +209,8 @@ class Transfer:
         )  # fmt: skip
         theirs.close()
         try:
-            self._far.hear(self._watch)
+            if not heard:
+                self._far.hear(self._watch)
             self._carry(rsync, mine, look)
             self._told.status = rsync.wait(max(0.1, self._watch.left_s))
         except subprocess.TimeoutExpired as error:
@@ -269,13 +290,9 @@ class Transfer:
         *lines, rest = (self._line + self._part(descriptor)).split(b"\n")
         self._line = bytearray(rest[-LONGEST_TEXT:])
         for line in lines:
-            if not _ITEM.fullmatch(line):
-                self._told.text += line[:LONGEST_TEXT] + b"\n"
-                del self._told.text[:-LONGEST_TEXT]
-                continue
-            self._told.items += 1
-            self._told.changed += not _UNCHANGED.fullmatch(line)
-        if self._told.items > self._most_items:
+            if item := _ITEM.fullmatch(line):
+                self._told.names.append(_ESCAPED.sub(lambda octal: bytes([int(octal[1], 8) & 0xFF]), item[1]))
+        if len(self._told.names) > self._most_items:
             raise VaultError("over_limit", "more files were sent than a copy may hold")
 
     def _read_errors(self, descriptor: int, _ready: int) -> None:
@@ -300,12 +317,13 @@ class Transfer:
 
 
 def check(told: Told, here: str) -> None:
-    """Raise VaultError unless rsync did all that could be done. `here`: what this side is, receiver or sender."""
-    mistakes = told.errors if here == "receiver" else ""
-    if told.status in {0, VANISHED}:
+    """Raise VaultError unless rsync did all that it had to. `here`: what this side is, receiver or sender.
+
+    A snapshot is received whole or not at all. A home is filled with what can be put into it: what it lacks is named.
+    """
+    if told.status == 0:
         return
-    ours = _OURS_FAILED.search(mistakes) or (here == "sender" and _NO_ROOM.search(told.errors))
-    if told.status == PARTIAL and not ours:
+    if told.status == PARTIAL and here == "sender" and not _NO_ROOM.search(told.errors):
         return
     if told.status == -signal.SIGXFSZ:
         raise VaultError("over_limit", "a file is larger than all that a copy may hold")

@@ -1,0 +1,471 @@
+"""Snapshots on a worker, in directories: what is found changed, and that what is set aside existed.
+
+The renter's programs are functions here that run whenever the worker looks, unless they are stopped; real programs are
+in tests/integration/test_vault.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import files
+import pytest
+import snapshot
+from files import Snapshot, Wish
+from freezing import Freezer, Mark
+from ledger import Ledger, Record, Refused
+from snapshot import STAT, Aside, Manifest, Manifests, Scan, access_list, scan
+from stillness import Task
+
+UID = os.getuid()
+RECORD = Record("one", "r-one", UID, epoch=2, let_in=True)
+BASE, MARK = "aa", "bb"
+
+
+@dataclass
+class Programs(Freezer):
+    """The renter's programs, which do their work whenever somebody looks, but not in a pause."""
+
+    root: Path
+    work: Callable[[], Any] = lambda: None
+    paused: bool = False
+    pauses: int = 0
+    tasks: list[Task] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.root)
+
+    def run(self) -> None:
+        if not self.paused:
+            self.work()
+
+    def pause(self, record: Record, until: float) -> frozenset[Task] | None:
+        if self.is_frozen(record.rental_id):
+            return None
+        self.paused, self.pauses = True, self.pauses + 1
+        return frozenset(self.tasks)
+
+    def resume(self, rental_id: str) -> None:
+        self.paused = False
+
+
+@dataclass
+class Keeper:
+    """In place of rental.Rentals: what it does to a rental is written down."""
+
+    ledger: Ledger
+    freezer: Programs
+    manifests: Manifests
+    spares: bool = False
+    held: str = ""
+
+    def lay_down(self, record: Record) -> None: ...
+
+    def hold_over(self, record: Record, what: str) -> bool:
+        self.held = "" if self.spares else what
+        return not self.spares
+
+
+@dataclass
+class House:
+    """A worker with one home; `snapshot` returns what the manager is told."""
+
+    root: Path
+    keeper: Keeper
+    sent: dict[str, Any] = field(default_factory=dict)
+    listed: set[str] = field(default_factory=set)
+
+    @property
+    def home(self) -> Path:
+        return self.root / "home"
+
+    def snapshot(self, base: str = "", mark: str = MARK, **more: Any) -> dict[str, Any]:
+        wish = Wish(**{"rental_id": "one", "epoch": 2, "deadline": time.time() + 60, "max_files": 1000,
+                       "max_bytes": 1 << 30, "base": base, "mark": mark} | more)  # fmt: skip
+        home = files.enter(self.home, UID)
+        aside = Aside(home, self.root / "aside/one", UID, UID)
+        try:
+            made = Snapshot(self.keeper, RECORD, wish, aside, home, salvage=False)
+            told = files.told_of(self.keeper, RECORD, made)
+            self.sent = {} if told["same"] else tree(aside.tree)
+            if not told["same"]:
+                self.listed = {os.fsdecode(name) for name in (aside.place / "list").read_bytes().split(b"\0")}
+            return told
+        finally:
+            aside.remove()
+            os.close(home)
+
+
+def tree(place: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for folder, _, names in os.walk(place):
+        for name in names:
+            file = Path(folder, name)
+            found[str(file.relative_to(place))] = os.readlink(file) if file.is_symlink() else file.read_bytes()  # noqa: PTH115
+    return found
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "aside").mkdir()
+    programs = Programs(tmp_path)
+    ledger = Ledger(tmp_path / "ledger")
+    ledger.keep(RECORD)
+    here = House(tmp_path, Keeper(ledger, programs, Manifests(tmp_path)))
+    monkeypatch.setattr(files, "mapped_inodes", lambda uid: frozenset())
+    monkeypatch.setattr(files, "tasks_of", lambda uid: list(programs.tasks))
+    monkeypatch.setattr(files, "hung_up", programs.run)
+    monkeypatch.setattr(os, "nice", lambda by: 0)
+    monkeypatch.chdir(tmp_path)
+    return here
+
+
+def aged(folder: Path) -> None:
+    """Wait until the clock of the file system has gone on: what is written now is not doubtful any more."""
+    newest = max(path.lstat().st_ctime for path in [folder, *folder.rglob("*")])
+    while time.time() < newest + snapshot.RACY_S + 0.01:
+        pass
+
+
+def test_a_first_snapshot_has_everything_and_an_unchanged_home_is_the_same_without_a_pause(house: House) -> None:
+    (house.home / "deep/er").mkdir(parents=True)
+    (house.home / "deep/er/file").write_text("content")
+    aged(house.home)
+    told = house.snapshot(mark=BASE)
+    assert (told["same"], told["whole"], told["files"]) == (False, True, 4)
+    assert house.sent == {"deep/er/file": b"content"}
+    assert house.snapshot(base=BASE)["same"]
+    assert house.keeper.freezer.pauses == 1
+
+
+def test_only_what_changed_is_sent_and_what_was_removed_is_listed(house: House) -> None:
+    for name in ("stays", "grows", "goes", "folder/goes too", "folder/stays", "other/inner/deep"):
+        (house.home / name).parent.mkdir(parents=True, exist_ok=True)
+        (house.home / name).write_text("x")
+    aged(house.home)
+    house.snapshot(mark=BASE)
+    (house.home / "grows").write_text("xx")
+    (house.home / "goes").unlink()
+    (house.home / "folder/goes too").unlink()
+    for name in ("other/inner/deep",):
+        (house.home / name).unlink()
+    (house.home / "other/inner").rmdir()
+    (house.home / "other").rmdir()
+    (house.home / "other").write_text("a file now")
+    aged(house.home)
+    told = house.snapshot(base=BASE)
+    assert not told["whole"]
+    assert house.sent == {"grows": b"xx", "other": b"a file now"}
+    assert house.listed == {".", "grows", "goes", "folder", "folder/goes too", "other"}
+
+
+def test_a_change_that_keeps_size_and_time_is_sent(house: House) -> None:
+    file = house.home / "file"
+    file.write_text("old")
+    os.utime(file, ns=(5, 7))
+    aged(house.home)
+    house.snapshot(mark=BASE)
+    file.write_text("new")
+    os.utime(file, ns=(5, 7))
+    aged(house.home)
+    assert not house.snapshot(base=BASE)["same"]
+    assert house.sent == {"file": b"new"}
+
+
+def test_a_change_that_comes_as_soon_as_the_scan_that_its_ctime_does_not_tell_it_is_found_by_its_content(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "RACY_S", 1e9)  # everything is as young as that
+    file = house.home / "file"
+    file.write_text("old")
+    house.snapshot(mark=BASE)
+    assert house.snapshot(base=BASE)["same"]
+    known = house.keeper.manifests.read("one", BASE)
+    assert known
+    assert set(known.doubtful) == {b"./file"}
+    file.write_text("new")
+    now = known.scan.lines
+    monkeypatch.setattr(files, "scan", lambda *_, **__: Scan(now, known.scan.at))  # as if no time had been written
+    assert not house.snapshot(base=BASE)["same"]
+    assert house.sent["file"] == b"new"
+
+
+def test_what_a_program_has_mapped_for_writing_is_taken_again_while_it_stands(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = house.home / "mapped"
+    file.write_text("old")
+    aged(house.home)
+    house.snapshot(mark=BASE)
+    inode = file.stat().st_ino
+    known = house.keeper.manifests.read("one", BASE)
+    assert known
+    monkeypatch.setattr(files, "mapped_inodes", lambda uid: frozenset({inode}))
+    (house.home / "other").write_text("x")
+    aged(house.home)
+    house.snapshot(base=BASE)
+    assert house.sent == {"mapped": b"old", "other": b"x"}
+    kept = house.keeper.manifests.read("one", MARK)
+    assert kept
+    assert set(kept.doubtful) == {b"./mapped"}
+
+
+class Counter:
+    """A program that writes a number to `A` and then to `zz_B`, each time that it gets to run: A is never behind."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.number = 0
+
+    def __call__(self) -> None:
+        if self.number % 2 == 0:
+            (self.home / "A").write_text(str(self.number // 2 + 1))
+        else:
+            (self.home / "zz_B").write_text(str(self.number // 2 + 1))
+        self.number += 1
+
+
+def test_a_snapshot_is_a_state_that_existed(house: House) -> None:
+    """Files that are written in an order are in it in that order, however much is copied meanwhile."""
+    counter = house.keeper.freezer.work = Counter(house.home)
+    for name in ("A", "zz_B"):
+        (house.home / name).write_text("0")
+    for number in range(100):
+        (house.home / f"m{number}").write_text("x")
+    base = ""
+    for mark in ("01", "02", "03"):
+        for number in range(100):
+            (house.home / f"m{number}").write_text(f"{mark} {number}")
+        before = counter.number
+        house.snapshot(base=base, mark=mark)
+        assert counter.number > before + 50, "the program worked while its files were read"
+        ahead, behind = (int(house.sent[name]) for name in ("A", "zz_B"))
+        assert behind <= ahead <= behind + 1
+        base = mark
+
+
+def test_something_that_ran_in_the_pause_is_noticed_and_the_pause_begun_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (house.home / "file").write_text("x")
+    comes = Task(7, 7, 1, 7, "S", False, (1,))
+    seen = [[comes], [], []]
+    monkeypatch.setattr(files, "tasks_of", lambda uid: seen.pop(0))
+    house.snapshot(mark=BASE)
+    assert house.keeper.freezer.pauses == 2
+    monkeypatch.setattr(files, "tasks_of", lambda uid: [comes])
+    (house.home / "file").write_text("y")
+    with pytest.raises(Refused) as refused:
+        house.snapshot(base=BASE)
+    assert refused.value.code == "restless"
+    assert not house.keeper.freezer.paused
+
+
+def test_a_pause_ends_whatever_goes_wrong_in_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    (house.home / "file").write_text("x")
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Aside, "_copy", full)
+    with pytest.raises(Refused) as refused:
+        house.snapshot()
+    assert refused.value.code == "no_room"
+    assert not house.keeper.freezer.paused
+    assert house.keeper.manifests.read("one", MARK) is None
+
+
+def test_a_frozen_home_is_not_stopped_and_not_let_go_on(house: House) -> None:
+    (house.home / "file").write_text("x")
+    house.keeper.freezer.mark(RECORD, frozenset())
+    house.snapshot(moving=True)
+    assert house.sent == {"file": b"x"}
+    assert house.keeper.freezer.pauses == 0
+
+
+def furnish(home: Path) -> None:
+    (home / "dir").mkdir()
+    (home / "dir/file").write_text("x")
+    os.link(home / "dir/file", home / "other name")
+    (home / "link").symlink_to("/etc/shadow")
+    os.mkfifo(home / "fifo")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(home / "socket"))
+    with (home / "sparse").open("wb") as file:
+        file.seek(8 << 20)
+        file.write(b"end")
+    os.setxattr(home / "dir/file", "user.mine", b"\0value")
+    for name in (b"\xff\xfe", b"new\nline", b"-rf", b"a" * 255):
+        (home / os.fsdecode(name)).write_bytes(name)
+    for path, when in (("link", 5), ("dir/file", 1_000_000_000_123_456_789), ("dir", 77)):
+        os.utime(home / path, ns=(when, when), follow_symlinks=False)
+    (home / "shut").write_text("secret")
+    (home / "shut").chmod(0)
+    (home / "closed").mkdir()
+    (home / "closed/inside").write_text("x")
+    (home / "closed").chmod(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root reads what a renter has shut; CI is root")
+def test_entries_of_every_kind_are_set_aside_with_all_that_belongs_to_them(house: House) -> None:
+    furnish(house.home)
+    home = files.enter(house.home, UID)
+    aside = Aside(home, house.root / "aside/one", UID, 12345)
+    looked = scan(100, time.monotonic() + 20, strict=True)
+    aside.keep([snapshot.entry(line) for line in looked.lines], lambda: None)
+    aside.settle([snapshot.path_of(line) for line in looked.lines])
+    assert (aside.missing, aside.poorer, aside.vanished) == ({}, {}, set())
+    beside = aside.tree
+    for path in (house.home, *sorted(house.home.rglob("*"))):
+        copy, was = beside / path.relative_to(house.home), path.lstat()
+        assert copy.lstat().st_uid == 12345
+        assert copy.lstat().st_mtime_ns == was.st_mtime_ns
+        if path.is_symlink():
+            assert copy.readlink() == path.readlink()
+            continue
+        assert os.getxattr(copy, STAT).decode() == f"{was.st_mode:o} 0,0 {was.st_uid}:{was.st_gid}"
+        if path.is_file():
+            assert copy.read_bytes() == path.read_bytes()
+    assert os.getxattr(beside / "dir/file", "user.mine") == b"\0value"
+    assert (beside / "dir/file").samefile(beside / "other name")
+    assert (beside / "sparse").stat().st_blocks < 1000
+    aside.remove()
+    assert not beside.exists()
+    os.close(home)
+
+
+def test_a_link_in_the_place_of_a_folder_or_a_file_leads_nowhere(house: House, tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/file").write_text("secret")
+    (house.home / "folder").mkdir()
+    (house.home / "folder/file").write_text("mine")
+    (house.home / "plain").write_text("mine")
+    home = files.enter(house.home, UID)
+    looked = scan(100, time.monotonic() + 20, strict=True)
+    (house.home / "folder").rename(house.home / "away")
+    (house.home / "folder").symlink_to(tmp_path / "secret")
+    (house.home / "plain").unlink()
+    (house.home / "plain").symlink_to(tmp_path / "secret/file")
+    aside = Aside(home, house.root / "aside/one", UID, UID)
+    aside.keep([snapshot.entry(line) for line in looked.lines], lambda: None)
+    assert aside.vanished == {b"./folder/file"}
+    assert (aside.tree / "folder").readlink() == tmp_path / "secret"
+    assert tree(aside.tree) == {"plain": str(tmp_path / "secret/file")}
+    aside.remove()
+    os.close(home)
+
+
+def test_what_cannot_be_carried_refuses_a_move_by_its_name_and_is_named_by_other_snapshots(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (house.home / "theirs").write_text("x")
+    (house.home / "mine").write_text("x")
+    aged(house.home)
+    real = os.stat
+    inode = (house.home / "theirs").stat().st_ino
+
+    def foreign(*arguments: Any, **named: Any) -> Any:
+        status = real(*arguments, **named)
+        return os.stat_result((*status[:4], UID + 1, *status[5:])) if status.st_ino == inode else status
+
+    monkeypatch.setattr(snapshot.os, "stat", foreign)
+    with pytest.raises(Refused, match=r"1 of its files cannot be carried whole: theirs \(it belongs to"):
+        house.snapshot(moving=True)
+    told = house.snapshot(mark=BASE)
+    assert (told["skipped"], house.sent) == (["theirs"], {"mine": b"x"})
+    assert house.snapshot(base=BASE)["skipped"] == ["theirs"], "it is still missing"
+
+
+@pytest.mark.parametrize("limits", [{"max_files": 5}, {"max_bytes": 49}])
+def test_what_is_over_its_limits_is_frozen_and_the_way_out_is_said(house: House, limits: dict[str, int]) -> None:
+    for number in range(5):
+        (house.home / str(number)).write_text("x" * 10)
+    assert house.snapshot()["files"] == 6
+    with pytest.raises(Refused, match="orion thaw") as refused:
+        house.snapshot(**limits)
+    assert (refused.value.code, refused.value.details) == ("over_limit", {"held": True})
+    assert house.keeper.held.startswith("its home holds more than")
+    house.keeper.spares = True
+    with pytest.raises(Refused, match="unless it does"):
+        house.snapshot(**limits)
+    with pytest.raises(Refused) as moving:
+        house.snapshot(moving=True, **limits)
+    assert "orion thaw" not in str(moving.value), "a planned move freezes nobody for that"
+
+
+def test_a_manifest_is_read_as_it_was_written_and_half_of_one_is_none(tmp_path: Path) -> None:
+    manifests = Manifests(tmp_path)
+    manifest = Manifest(Scan(frozenset({b"1 2 ./a\xff", b"3 4 ./b\n"}), 5.0), {b"./a\xff": "f00"}, {b"./c": "why"})
+    for mark, stays in (("01", ""), ("02", "01"), ("03", "02")):
+        manifests.write("one", mark, manifest, stays)
+    assert manifests.read("one", "03") == manifest
+    assert manifests.read("one", "02") == manifest
+    assert manifests.read("one", "01") is None
+    place = tmp_path / "var/lib/orion/manifests/one/03"
+    assert place.stat().st_mode & 0o777 == 0o600
+    place.write_bytes(place.read_bytes()[:-3])
+    assert manifests.read("one", "03") is None
+    manifests.forget("one")
+    assert manifests.read("one", "02") is None
+
+
+def acl(entries: Iterable[tuple[int, int, int]]) -> bytes:
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *each) for each in entries)
+
+
+def test_an_access_list_is_written_as_rsync_writes_it(tmp_path: Path) -> None:
+    none = 0xFFFFFFFF
+    named = [(2, 7, 5), (2, 4, 100_002), (4, 4, none), (8, 5, 7)]
+    lists = (
+        [(1, 6, none), *named, (16, 7, none), (32, 0, none)],
+        [(1, 6, none), (2, 7, 5), (4, 5, none), (16, 5, none), (32, 1, none)],
+    )
+    for number, entries in enumerate(lists):
+        source, copy = tmp_path / f"from{number}", tmp_path / f"to{number}"
+        for folder in (source, copy):
+            folder.mkdir()
+        try:
+            os.setxattr(source, "system.posix_acl_access", acl(entries))
+            os.setxattr(source, "system.posix_acl_default", acl(entries))
+        except OSError as error:
+            pytest.skip(f"the file system of the tests keeps no access lists ({error}); CI's does")
+        subprocess.run(["rsync", "-rAX", "-M--fake-super", f"{source}/", f"{copy}/"], check=True)
+        for kind, name in (("access", "user.rsync.%aacl"), ("default", "user.rsync.%dacl")):
+            mine = access_list(os.getxattr(source, f"system.posix_acl_{kind}"), default=kind == "default")
+            assert mine == os.getxattr(copy, name), (number, kind)
+
+def test_a_file_that_another_takes_the_place_of_before_it_is_opened_is_not_read(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (house.home / "file").write_text("mine")
+    home = files.enter(house.home, UID)
+    looked = scan(100, time.monotonic() + 20, strict=True)
+    aside = Aside(home, house.root / "aside/one", UID, UID)
+    real = os.fstat
+    monkeypatch.setattr(snapshot.os, "fstat", lambda fd: os.stat_result((*real(fd)[:4], UID + 1, *real(fd)[5:])))
+    aside.keep([each for line in looked.lines if (each := snapshot.entry(line)).kind == b"f"], lambda: None)
+    monkeypatch.undo()
+    assert (aside.vanished, tree(aside.tree)) == ({b"./file"}, {})
+    aside.remove()
+    os.close(home)
+
+
+def test_what_is_frozen_for_its_size_is_not_looked_through_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.keeper.freezer._write("one", Mark(frozenset(), over="its home holds more than 4 files"))
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(files, "_answer", lambda status, report: said.append(report) or status)
+    wish = {"rental_id": "one", "epoch": 2, "deadline": time.time() + 60, "max_files": 4, "max_bytes": 10, "mark": MARK}
+    monkeypatch.setattr(files, "_read_line", lambda: json.dumps(wish).encode())
+    monkeypatch.setattr(files, "scan", lambda *_, **__: pytest.fail("it was looked through"))
+    assert files.carry("send", house.keeper, house.root / "aside", house.root) == 3
+    assert "4 files; it is frozen: `orion thaw`" in said[0]["error"]
