@@ -193,6 +193,19 @@ def _written(line: str) -> tuple[int, str, int]:
     return (int(number) if number.isdecimal() else 0, host, int(epoch) if epoch.isdecimal() else 0)
 
 
+def _what_is_given_back_existed(history: History) -> Iterator[Violation]:
+    """Return what no instant can have left: a sum that never was, a later file older than an earlier, an entry less."""
+    for one in history.found:
+        if one.faults:
+            what = "; ".join(one.faults)
+            text = f"what {one.rental} was given on {one.host} with epoch {one.epoch} never existed: {what}"
+            yield Violation("a state that existed", text, one.rental, one.at - 30, one.at + 5)
+    for asked in _kept(history):
+        if faults := history.ends[asked.rental].faults:
+            text = f"what {asked.name} ({asked.rental}) has in the end never existed: {'; '.join(faults)[:1500]}"
+            yield Violation("a state that existed", text, asked.rental)
+
+
 def _every_kept_rental_goes_on(history: History) -> Iterator[Violation]:
     """Its renter is let in where it is in the end, and what is run there goes on."""
     for one in _kept(history):
@@ -286,6 +299,7 @@ RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
     _lines_are_whole,
     _no_line_is_lost_beyond_the_shown_age,
     _a_planned_move_loses_nothing,
+    _what_is_given_back_existed,
     _every_kept_rental_goes_on,
     _nobody_dies_for_nothing,
     _nothing_is_left,

@@ -5,6 +5,7 @@ All times are CLOCK_BOOTTIME of the one machine, in seconds; a host is a worker'
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -62,6 +63,23 @@ class Happened:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What a renter's bank found wrong with the files that it was to go on with; in most cases nothing."""
+
+    at: float
+    rental: str
+    host: str
+    epoch: int
+    faults: tuple[str, ...]
+
+    @staticmethod
+    def parse(line: str) -> Found:
+        told = json.loads(line)
+        rental, host, epoch = told["words"].split()
+        return Found(told["at"], rental, host, int(epoch), tuple(told["faults"]))
+
+
+@dataclass(frozen=True)
 class Asked:
     """A rental that was answered with success, and what its renter did with it in the end."""
 
@@ -72,7 +90,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class End:
-    """How a rental was found when all had come to rest. `lines`: of its home, as its renter reads them."""
+    """How a rental was found when all had come to rest. `lines`: of its home, as its renter reads them.
+
+    `faults`: what is wrong with its banks and with its difficult tree.
+    """
 
     state: str
     epoch: int
@@ -80,6 +101,7 @@ class End:
     username: str
     explanation: str
     lines: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +122,7 @@ class History:
     deeds: tuple[Deed, ...] = ()
     shown: tuple[Shown, ...] = ()
     events: tuple[Happened, ...] = ()
+    found: tuple[Found, ...] = ()
     ends: dict[str, End] = field(default_factory=dict)
     """By rental."""
     workers: dict[str, WorkerEnd] = field(default_factory=dict)
@@ -154,5 +177,9 @@ def story(history: History, rental: str | None, since: float, until: float) -> s
             where = f"on {hosts.get(event.worker, event.worker)}" if event.worker else ""
             epoch = f"epoch {event.epoch}" if event.epoch else ""
             told.append((event.at, f"  event {event.kind} {event.rental or ''} {where} {epoch} - {event.reason}"))
+    for found in history.found:
+        if found.rental == rental:
+            seen = "; ".join(found.faults) or "all is as it was at one moment"
+            told.append((found.at, f"  its bank on {found.host}, epoch {found.epoch}: {seen}"))
     told += [(run.first.at, f"    {run}") for run in runs(one for one in history.ticks if one.rental == rental)]
     return "\n".join(f"  {at:12.3f} {text}" for at, text in sorted(told) if since <= at <= until)

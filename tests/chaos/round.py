@@ -16,17 +16,21 @@ from stack import WORKERS, Container, Stack
 from waiting import TooLate, eventually
 
 from chaos.checker import Violation, check, longest_waking_s, lost_lines
-from chaos.history import Asked, End, Happened, History, Tick, WorkerEnd, story
+from chaos.history import Asked, End, Found, Happened, History, Tick, WorkerEnd, story
 from chaos.nemesis import KEEPER, KINDS, WORKER, Act, Nemesis, plan
-from chaos.tenants import JOURNAL, WITNESS, Book, Guest, Tenant, read_lines
+from chaos.tenants import FOUND, JOURNAL, PLACE, Book, Guest, Tenant, read_faults, read_lines
 from orion.client import Orion
 from orion.errors import OrionError
 from orion.wire import Event, Rental, RentalState, WorkerHealth, WorkerIntent
 
 HERE = Path(__file__).parent
+SUPPORT = HERE.parent / "support"
+PROGRAMS = (HERE / "witness.py", HERE / "postgres.py", SUPPORT / "bank.py", SUPPORT / "difficult_tree.py")
+"""What renters run."""
 SLOTS = 2
 TENANTS = 3
 BEGUN_WITHIN_S = 30.0
+OPEN_WITHIN_S = 90.0
 AT_REST_WITHIN_S = 75.0
 """A takeover at a tenth takes 10 s, a brake at most 30; a worker that returned is cleaned; a machine may be busy."""
 CLOCK_MAY_SLEW_S = 0.05
@@ -57,16 +61,22 @@ class Outcome:
         return "\n".join(lines)
 
 
-def play(seed: int, seconds: float, say: Say, keep: Path | None = None) -> Outcome:
-    """`keep`: a directory for the history, as JSON, and for what all containers said."""
+def play(seed: int, seconds: float, say: Say, keep: Path | None = None, postgres: bool = False) -> Outcome:
+    """`keep`: a directory for the history, as JSON, and for what all containers said.
+
+    `postgres`: one tenant has a PostgreSQL besides, which the workers' image gets in a layer of its own.
+    """
     small_disk = _memory_keeps_attributes()
     acts = [act for act in plan(seed, seconds) if small_disk or act.service != KEEPER]
     if not small_disk:
         say("no disk is filled: on this kernel a file system in memory keeps no extended attributes, which copies need")
-    with tempfile.TemporaryDirectory(prefix="orion-chaos-") as folder, _platform(Path(folder), small_disk) as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="orion-chaos-") as folder,
+        _platform(Path(folder), small_disk, postgres) as stack,
+    ):
         say(f"up: {WORKERS} workers with {SLOTS} slots; seed {seed}, {len(acts)} acts in {seconds:g} s")
         try:
-            outcome = Round(stack, Path(folder), seed, say).play(acts)
+            outcome = Round(stack, Path(folder), seed, say, postgres).play(acts)
         finally:
             if keep is not None:
                 keep.mkdir(parents=True, exist_ok=True)
@@ -77,8 +87,9 @@ def play(seed: int, seconds: float, say: Say, keep: Path | None = None) -> Outco
 
 
 class Round:
-    def __init__(self, stack: Stack, folder: Path, seed: int, say: Say) -> None:
+    def __init__(self, stack: Stack, folder: Path, seed: int, say: Say, postgres: bool) -> None:
         self._stack = stack
+        self._postgres = postgres
         self._seed = seed
         self._say = say
         self._began = time.monotonic()
@@ -91,11 +102,16 @@ class Round:
     def play(self, acts: list[Act]) -> Outcome:
         self._lay_out()
         mark = self._stack.mark()
-        tenants = [Tenant(self._stack, self._renter, self._book, f"tenant-{one}") for one in range(TENANTS)]
+        tenants = [
+            Tenant(self._stack, self._renter, self._book, f"tenant-{one}", self._postgres and one == 0)
+            for one in range(TENANTS)
+        ]
         guest = Guest(self._stack, self._renter, self._book, "guest")
         for one in (*tenants, guest):
             one.start()
         eventually("each tenant's process ticks", lambda: len(self._ticking()) >= TENANTS, BEGUN_WITHIN_S)
+        banks = TENANTS + self._postgres
+        eventually("each tenant's bank is open", lambda: len(self._found()) >= banks, OPEN_WITHIN_S)
         nemesis = Nemesis(self._stack, boot_time_s, self._tell)
         nemesis.run(acts)
         self._tell("all is healed")
@@ -111,11 +127,13 @@ class Round:
         return Outcome(self._seed, history, violations, self._figures)
 
     def _lay_out(self) -> None:
-        """The journal is root's, and anybody's to write to: no purge of a renter takes it away."""
-        place = (
-            f"umask 0; cat > {WITNESS}; : > {JOURNAL}; chmod 0622 {JOURNAL}; chmod 0644 {WITNESS}; chmod 0711 /ticks"
-        )
-        done = self._stack.exec(self._keeper, "sh", "-c", place, stdin=(HERE / "witness.py").read_text())
+        """The journals are root's, and anybody's to write to: no purge of a renter takes them away."""
+        for program in PROGRAMS:
+            self._lay_down(f"cat > {PLACE}/{program.name}; chmod 0644 {PLACE}/{program.name}", program.read_text())
+        self._lay_down(f"for one in {JOURNAL} {FOUND}; do : > $one; chmod 0622 $one; done; chmod 0711 {PLACE}")
+
+    def _lay_down(self, command: str, stdin: str = "") -> None:
+        done = self._stack.exec(self._keeper, "sh", "-c", f"umask 0; {command}", stdin=stdin)
         assert done.returncode == 0, done.stderr
 
     def _ticking(self) -> set[str]:
@@ -124,6 +142,11 @@ class Round:
     def _ticks(self) -> tuple[Tick, ...]:
         journal = self._stack.exec(self._keeper, "cat", JOURNAL).stdout
         return tuple(Tick.parse(line) for line in journal.splitlines())
+
+    def _found(self) -> tuple[Found, ...]:
+        """What banks found wherever they were started again."""
+        journal = self._stack.exec(self._keeper, "cat", FOUND).stdout
+        return tuple(Found.parse(line) for line in journal.splitlines())
 
     def _leave(self, tenants: list[Tenant]) -> None:
         for one in tenants:
@@ -214,6 +237,7 @@ class Round:
             tuple(nemesis.deeds),
             tuple(self._book.shown),
             events,
+            self._found(),
             {identity: end for identity, end in ends.items() if end},
             workers,
             tuple(faults),
@@ -225,16 +249,18 @@ class Round:
 
     def _end(self, orion: Orion, asked: Asked, faults: list[str]) -> End | None:
         lines: tuple[str, ...] = ()
+        wrong: tuple[str, ...] = ()
         try:
             rental = orion.rental(asked.rental)
             if rental.state is RentalState.ACTIVE:
                 lines = read_lines(self._renter, rental)
+                wrong = read_faults(self._renter, rental)
         except OrionError as error:
             faults.append(f"{asked.name}: {error}")
             return None
         except AssertionError as error:
             faults.append(f"the renter of {asked.name} is not let in: {error}")
-        return End(rental.state, rental.epoch, rental.worker_id, rental.username, rental.explanation, lines)
+        return End(rental.state, rental.epoch, rental.worker_id, rental.username, rental.explanation, lines, wrong)
 
     def _traces(self, container: Container) -> tuple[str, ...]:
         looked = self._stack.exec(container.id, "python3", "-c", TRACES)
@@ -251,6 +277,7 @@ class Round:
             if any(one.kind == kind for one in history.deeds)
         )
         self._figures["ticks"] = f"{len(history.ticks)} of {len({one.rental for one in history.ticks})} rentals"
+        self._figures["states looked at by banks"] = str(len(history.found))
         self._figures["planned moves"] = str(kinds.count("rental.moved") + kinds.count("rental.parked"))
         self._figures["workers down"] = str(kinds.count("worker.became_down"))
         self._figures["takeovers"] = str(takeovers)
@@ -304,10 +331,31 @@ print(json.dumps(sorted(set(found))))
 """
 
 
+class _WithPostgres(Stack):
+    """Workers whose image has one more layer."""
+
+    def build(self) -> None:
+        super().build()
+        image = f"{self.environment()['COMPOSE_PROJECT_NAME']}-chaos-worker"  # as in postgres.yml
+        layer = (
+            "--tag",
+            image,
+            "--build-arg",
+            f"WORKER={image}",
+            "--file",
+            str(HERE / "postgres.Dockerfile"),
+            str(HERE),
+        )
+        self.docker("build", "--quiet", *layer, timeout_s=900)
+
+
 @contextmanager
-def _platform(folder: Path, small_disk: bool) -> Iterator[Stack]:
+def _platform(folder: Path, small_disk: bool, postgres: bool) -> Iterator[Stack]:
     files = [HERE / "platform.yml", *([HERE / "small_disk.yml"] if small_disk else [])]
-    stack = Stack(folder, files, {"ORION_SLOTS": str(SLOTS), "ORION_FLAP_WINDOW_S": NEVER_FLAPS})
+    files += [HERE / "postgres.yml"] if postgres else []
+    settings = {"ORION_SLOTS": str(SLOTS), "ORION_FLAP_WINDOW_S": NEVER_FLAPS}
+    settings |= {"CHAOS_SMALL_DISK": "600m"} if postgres else {}
+    stack = (_WithPostgres if postgres else Stack)(folder, files, settings)
     try:
         stack.up()
         yield stack

@@ -6,6 +6,7 @@ answer is taken as any client takes it: try again.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -26,8 +27,16 @@ LOOKS_EVERY_S = 0.3
 BACK_AFTER_S = 1.0
 """Until a session that broke is tried again."""
 GUEST_STAYS_S = 6.0
-JOURNAL = "/ticks/ticks"
-WITNESS = "/ticks/witness.py"
+PLACE = "/ticks"
+JOURNAL = f"{PLACE}/ticks"
+FOUND = f"{PLACE}/found"
+WITNESS, BANK, TREE, POSTGRES = (f"{PLACE}/{name}.py" for name in ("witness", "bank", "difficult_tree", "postgres"))
+MAKE_TREE = (
+    "[ -e tree ] || { chmod -R u+rwx tree.new; rm -rf tree.new; "
+    f"python3 {TREE} make tree.new && python3 {TREE} describe tree.new > listing && mv tree.new tree; }}"
+)
+"""Whoever finds a tree finds its listing, whenever a copy was made."""
+CHECK_TREE = f"[ ! -e tree ] || python3 {TREE} describe tree | diff listing - | head -n 40"
 NOT_NOW = (Retryable, ServerFault, Conflict)
 
 
@@ -48,11 +57,20 @@ class Book:
 
 
 class Session:
-    """A login that starts the witness, or finds it there, and stays as long as it lives."""
+    """A login that starts the witness, or finds it there, and stays as long as it lives.
 
-    def __init__(self, renter: Renter, rental: Rental, host: str) -> None:
+    Behind it work a bank in SQLite, a tree of difficult files, and a bank in PostgreSQL where that is there and wanted.
+    """
+
+    def __init__(self, renter: Renter, rental: Rental, host: str, postgres: bool) -> None:
         self.of = (rental.epoch, rental.worker_id)
-        command = f"python3 {WITNESS} {rental.id} {rental.epoch} {host} {JOURNAL}"
+        words = f"'{rental.id} {host} {rental.epoch}'"
+        besides = [f"python3 {BANK} start bank {FOUND} {words}", f"flock -n tree.lock sh -c '{MAKE_TREE}'"]
+        besides += [f"python3 {POSTGRES} start postgres {FOUND} {words}"] if postgres else []
+        command = (
+            f"( {'; '.join(besides)} ) >/dev/null 2>&1 </dev/null & "
+            f"exec python3 {WITNESS} {rental.id} {rental.epoch} {host} {JOURNAL}"
+        )
         self._ssh = subprocess.Popen(
             renter.arguments(rental, command),
             env=renter.environment,
@@ -75,8 +93,9 @@ class Session:
 
 
 class Tenant(threading.Thread):
-    def __init__(self, stack: Stack, renter: Renter, book: Book, name: str) -> None:
+    def __init__(self, stack: Stack, renter: Renter, book: Book, name: str, postgres: bool = False) -> None:
         super().__init__(name=name, daemon=True)
+        self._postgres = postgres
         self._stack = stack
         self._renter = renter
         self._book = book
@@ -137,7 +156,7 @@ class Tenant(threading.Thread):
             self._session = None
             self._again_at = now + (BACK_AFTER_S if session.of == (rental.epoch, rental.worker_id) else 0.0)
         if self._session is None and now >= self._again_at:
-            self._session = Session(self._renter, rental, host)
+            self._session = Session(self._renter, rental, host, self._postgres)
 
 
 class Guest(Tenant):
@@ -173,5 +192,17 @@ class Guest(Tenant):
 
 
 def read_lines(renter: Renter, rental: Rental) -> tuple[str, ...]:
-    """The lines of its home, after the witness has been ended; then what it complained about, which is no line."""
-    return tuple(renter.inside(rental, f"pkill -KILL -x python3; cat {LINES} {COMPLAINTS}").splitlines())
+    """The lines of its home, after all that works there has been ended; then what the witness complained about."""
+    ended = "pkill -KILL -x 'python3|postgres|pgbench'"
+    return tuple(renter.inside(rental, f"{ended}; cat {LINES} {COMPLAINTS}").splitlines())
+
+
+def read_faults(renter: Renter, rental: Rental) -> tuple[str, ...]:
+    """What is wrong with its banks and with its tree, once nothing works there any more."""
+    found: list[str] = []
+    for folder, program in (("bank", BANK), ("postgres", POSTGRES)):
+        needed = folder == "bank"  # the other takes its time to be made
+        look = f"python3 {program} check {folder} || true"
+        told = renter.inside(rental, look if needed else f"[ ! -e {folder} ] || {look}")
+        found += json.loads(told or "[]")
+    return (*found, *renter.inside(rental, CHECK_TREE).splitlines())

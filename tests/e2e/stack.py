@@ -84,7 +84,7 @@ class Stack:
 
     def up(self) -> None:
         self.remove()
-        self.compose("build", timeout_s=900)
+        self.build()
         try:
             self.scale(WORKERS)
             eventually("the door answers", self._answers, UP_WITHIN_S)
@@ -92,6 +92,9 @@ class Stack:
         except (AssertionError, subprocess.TimeoutExpired):
             sys.stderr.write(self.telling_logs())
             raise
+
+    def build(self) -> None:
+        self.compose("build", timeout_s=900)
 
     def scale(self, workers: int) -> None:
         self.compose("up", "-d", "--no-build", "--no-recreate", "--scale", f"worker={workers}", timeout_s=180)

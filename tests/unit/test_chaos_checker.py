@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 from chaos.checker import WAKE_BUDGET_S, check, longest_waking_s, lost_lines
-from chaos.history import Asked, Deed, End, Happened, History, Shown, Tick, WorkerEnd, story
+from chaos.history import Asked, Deed, End, Found, Happened, History, Shown, Tick, WorkerEnd, story
 from chaos.nemesis import KINDS, plan
 from chaos.witness import line_of, number_of
 
@@ -148,6 +149,18 @@ def test_a_lost_line_that_is_older_than_the_copy_that_was_shown_is_noticed() -> 
     (text,) = _broken(history)
     assert f"1 lines of lab ({LAB}) are lost" in text
     assert "line 4" in text
+
+
+def test_a_state_that_never_existed_is_noticed_where_it_was_given_back_and_in_the_end() -> None:
+    line = json.dumps({"words": f"{LAB} {SECOND} 2", "at": 12.2, "faults": ["19999988 of 20000000 units"]})
+    (found,) = check(replace(GOOD, found=(Found.parse(line), Found(14.0, LAB, SECOND, 2, ()))))
+    assert str(found) == (
+        f"a state that existed: what {LAB} was given on {SECOND} with epoch 2 never existed: 19999988 of 20000000 units"
+    )
+    told = story(replace(GOOD, found=(Found.parse(line),)), LAB, found.since, found.until)
+    assert f"its bank on {SECOND}, epoch 2: 19999988 of" in told
+    (text,) = _broken(_with_end(faults=("< './tree/x' file 0000",)))
+    assert text.endswith("has in the end never existed: < './tree/x' file 0000")
 
 
 def test_what_a_later_epoch_was_shown_says_nothing_about_the_lines_of_an_earlier_one() -> None:
