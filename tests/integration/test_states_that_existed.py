@@ -1,0 +1,220 @@
+"""What a copy keeps of a home is a state that existed, and every entry of it: real workers, the real snapshot service.
+
+The renter's bank (support/bank.py) notices a state that never was; support/difficult_tree.py holds what is difficult.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import secrets
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rental_support import Rental, new_rental
+from support import bank, difficult_tree
+from test_vault import _rental, move
+from vault_contract import refusal
+from vault_support import RealVault, home_of, vault
+from worker_support import Worker, wait_until
+
+from orion.manager.engine.vault.port import Copied, Limits
+
+ROOMY = Limits(max_files=100_000, max_bytes=1 << 30)
+MOVE = 1_000_000
+"""The number of a planned move, which only rises."""
+BANK_S = 60.0
+BALLAST = "head -c 60000000 /dev/urandom > bank/c"
+"""It lies between the bank's files by its name: a copy that reads one after the other takes them at other instants."""
+ATTRIBUTES_MB = 100
+
+
+@pytest.fixture(scope="module")
+def real(pair: tuple[Worker, Worker], folder: Path) -> Iterator[RealVault]:
+    with vault(folder, pair[0].key) as running:
+        yield running
+
+
+@pytest.fixture
+def rental(pair: tuple[Worker, Worker], folder: Path) -> Iterator[Rental]:
+    made = new_rental(pair[0], folder).create_quickly()
+    yield made
+    _remove(made, pair)
+
+
+def _remove(rental: Rental, pair: tuple[Worker, Worker]) -> None:
+    for worker in pair:
+        for epoch in range(1, 4):
+            worker.rental("purge", rental_id=rental.rental_id, username=rental.username, uid=rental.uid, epoch=epoch)
+
+
+def _lay_down(rental: Rental, program: object) -> str:
+    """A program of the renter, where no copy of its home finds it."""
+    path = f"/tmp/{rental.username}-{secrets.token_hex(3)}.py"  # noqa: S108 - of the renter
+    source = Path(str(program.__file__)).read_text()  # type: ignore[attr-defined]
+    done = rental.ssh(f"cat > {path}", source)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def _make_tree(rental: Rental, megabytes: int = 0) -> list[str]:
+    _as_renter(rental, _lay_down(rental, difficult_tree), "make", f"/home/{rental.username}/tree", str(megabytes))
+    return _listing(rental)
+
+
+def _listing(rental: Rental) -> list[str]:
+    program = _lay_down(rental, difficult_tree)
+    return _as_renter(rental, program, "describe", f"/home/{rental.username}/tree").splitlines()
+
+
+def _as_renter(rental: Rental, *command: str) -> str:
+    """Without a session, which has to end within 30 s."""
+    become = ("setpriv", f"--reuid={rental.uid}", f"--regid={rental.uid}", "--clear-groups")
+    return rental.on.run(*become, "python3", *command)
+
+
+def _differences(before: list[str], after: list[str]) -> str:
+    lines = difflib.unified_diff(before, after, "before", "after", n=0, lineterm="")
+    return "\n".join(line for line in lines if not line.startswith("@@"))
+
+
+async def _moved(real: RealVault, rental: Rental, to: Worker) -> Rental:
+    """As a planned move does it: copied while it runs, stopped, copied again, and made elsewhere."""
+    await real.client.copy(home_of(rental), ROOMY)
+    await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=rental.epoch, move=MOVE)
+    await real.client.copy(home_of(rental), ROOMY, deadline_s=60, moving=True)
+    return await move(real, rental, to)
+
+
+async def _taken_over(real: RealVault, rental: Rental, to: Worker) -> Rental:
+    """As after the loss of its worker: from the last periodic copy."""
+    copied = await real.client.copy(home_of(rental), ROOMY)
+    assert copied.copy.skipped == ()
+    return await move(real, rental, to)
+
+
+async def _recovered(real: RealVault, rental: Rental, to: Worker) -> Rental:
+    """As its owner restores what its lost worker still had when it came back."""
+    salvaged = await real.client.salvage(home_of(rental), ROOMY)
+    assert salvaged.copy.skipped == ()
+    made = replace(rental, on=to, epoch=rental.epoch + 1)
+    await _rental(to, "create", **made.variables, public_keys=[made.key.public])
+    assert await real.client.restore(home_of(made), salvaged.copy.generation)
+    await _rental(to, "unlock", rental_id=made.rental_id, epoch=made.epoch)
+    return made
+
+
+WAYS = {"planned move": _moved, "takeover": _taken_over, "recovered snapshot": _recovered}
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_every_entry_of_a_home_is_carried_byte_by_byte_and_mode_by_mode(
+    way: str, real: RealVault, rental: Rental, neighbour: Worker
+) -> None:
+    before = await asyncio.to_thread(_make_tree, rental)
+    after = await asyncio.to_thread(_listing, await WAYS[way](real, rental, neighbour))
+    assert not _differences(before, after), f"by {way}:\n{_differences(before, after)}"
+
+
+async def test_a_home_that_was_moved_twice_is_still_as_it_was(
+    real: RealVault, rental: Rental, pair: tuple[Worker, Worker]
+) -> None:
+    before = await asyncio.to_thread(_make_tree, rental)
+    there = await _moved(real, rental, pair[1])
+    await _rental(pair[0], "purge", **rental.variables)
+    back = await _taken_over(real, there, pair[0])
+    after = await asyncio.to_thread(_listing, back)
+    assert not _differences(before, after), _differences(before, after)
+
+
+async def test_a_hundred_megabytes_of_attributes_are_carried(
+    real: RealVault, rental: Rental, neighbour: Worker
+) -> None:
+    before = await asyncio.to_thread(_make_tree, rental, ATTRIBUTES_MB)
+    carried = sum("user.large" in line for line in before)
+    if not carried:
+        pytest.skip("the workers' file system carries no attributes of renters")
+    assert carried * difficult_tree.LARGEST_ATTRIBUTE > 0.95 * (ATTRIBUTES_MB << 20)
+    after = await asyncio.to_thread(_listing, await _moved(real, rental, neighbour))
+    assert not _differences(before, after), _differences(before, after)[:4000]
+
+
+ODD = {
+    "a file of root's that it can read": "echo x > odd; chmod 644 odd; chown root:root odd",
+    "a file of root's that is shut to it": "echo x > odd; chmod 600 odd; chown root:root odd",
+    "a folder of root's with files": "mkdir odd; echo x > odd/inside; chown -R root:root odd",
+    "a file of another renter's uid": "echo x > odd; chown 99999:99999 odd",
+    "an attribute that rsync takes for its own": (
+        'echo x > odd; python3 -c \'import os; os.setxattr("odd", "user.rsync.%stat", b"100644 0,0 0:0")\'; '
+        "chown --reference=. odd"
+    ),
+    "a path longer than any that can be named": (
+        'python3 -c \'import os\nfor _ in range(45): os.mkdir("o" * 100); os.chdir("o" * 100)\nopen("odd", "w")\'; '
+        "chown -R --reference=. o*"
+    ),
+}
+ODD_LISTING = (
+    "find . -printf '%p %y %m %U:%G %s %T@\\n' | sort; "
+    "find . -name odd -type f -maxdepth 1 -exec python3 -c "
+    "'import os, sys; print({n: os.getxattr(sys.argv[1], n) for n in os.listxattr(sys.argv[1])})' '{}' ';'"
+)
+
+
+@pytest.mark.parametrize("what", ODD)
+async def test_what_cannot_be_carried_refuses_the_move_by_its_name(
+    what: str, real: RealVault, rental: Rental, neighbour: Worker
+) -> None:
+    home = f"cd /home/{rental.username}"
+    rental.ssh("echo precious > kept")
+    rental.on.run("sh", "-ec", f"{home}; {ODD[what]}")
+    before = rental.on.run("sh", "-c", f"{home}; {ODD_LISTING}")
+    await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=1, move=MOVE)
+    copying = asyncio.create_task(real.client.copy(home_of(rental), ROOMY, deadline_s=60, moving=True))
+    (told,) = await asyncio.gather(copying, return_exceptions=True)
+    if isinstance(told, Copied):
+        moved = await move(real, rental, neighbour)
+        after = moved.on.run("sh", "-c", f"{home}; {ODD_LISTING}")
+        assert after == before, f"{what} is not as it was, and the move was not refused"
+    else:
+        text = str(await refusal(real.client.copy(home_of(rental), ROOMY, deadline_s=60, moving=True)))
+        assert "odd" in text or "oooooooooo" in text, f"{what}: refused without its name: {text}"
+
+
+def _open_bank(rental: Rental) -> None:
+    """Let the renter's bank work in `bank`, and return when some steps are done."""
+    program = _lay_down(rental, bank)
+    rental.ssh(f"nohup python3 {program} run bank >/dev/null 2>&1 </dev/null & echo")
+    wait_until(lambda: rental.ssh("cat bank/zz_B").stdout > "000000000005", "the bank works", BANK_S)
+    rental.ssh(BALLAST)
+
+
+async def test_every_periodic_copy_is_a_state_that_existed(real: RealVault, rental: Rental) -> None:
+    await asyncio.to_thread(_open_bank, rental)
+    steps, torn = set(), []
+    for _ in range(6):
+        copy = (await real.client.copy(home_of(rental), ROOMY)).copy
+        kept = real.copy_of(home_of(rental), str(copy.generation)) / "bank"
+        torn += [f"copy {copy.generation}: {fault}" for fault in bank.faults(kept)]
+        steps.add((kept / "zz_B").read_text())
+        await asyncio.sleep(0.3)
+    assert not torn, "\n".join(torn)
+    assert len(steps) > 3, "the bank went on between the copies"
+
+
+async def test_what_is_left_of_a_lost_epoch_is_a_state_that_existed(real: RealVault, rental: Rental) -> None:
+    await asyncio.to_thread(_open_bank, rental)
+    salvaged = (await real.client.salvage(home_of(rental), ROOMY)).copy
+    assert bank.faults(real.copy_of(home_of(rental), str(salvaged.generation)) / "bank") == []
+
+
+async def test_what_is_restored_elsewhere_is_a_state_that_existed_and_its_program_goes_on(
+    real: RealVault, rental: Rental, neighbour: Worker
+) -> None:
+    await asyncio.to_thread(_open_bank, rental)
+    await real.client.copy(home_of(rental), ROOMY)
+    there = await move(real, rental, neighbour)
+    program = await asyncio.to_thread(_lay_down, there, bank)
+    told = await asyncio.to_thread(there.ssh, f"python3 {program} check bank && python3 {program} run bank 3")
+    assert (told.returncode, told.stdout) == (0, "[]\n"), told.stdout + told.stderr
