@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 import pytest
 from conftest import Figures, Rent
+from precious import check_all_is_there, furnish
 from renter import Renter
 from stack import MOVED_WITHIN_S, Container, Stack, story
 from support.containers import pause
@@ -42,7 +43,8 @@ def rental(stack: Stack, orion: Orion, rent: Rent, renter: Renter) -> Rental:
 def test_a_killed_worker_gives_up_its_rental_and_is_cleaned_when_it_returns(
     stack: Stack, orion: Orion, rental: Rental, renter: Renter, figures: Figures
 ) -> None:
-    dead = stack.container_of(rental.worker_id)
+    dead, tree = stack.container_of(rental.worker_id), furnish(renter, rental)
+    _await_copy(orion, rental)
     mark, began = stack.mark(), time.monotonic()
     stack.docker("kill", dead.id)
     killed_at, shown = time.time(), orion.rental(rental.id)
@@ -53,6 +55,7 @@ def test_a_killed_worker_gives_up_its_rental_and_is_cleaned_when_it_returns(
     _check_takeover(stack, mark, rental, BY_PROOF)
     _check_moved(orion, rental, renter)
     _check_files(orion, rental, renter, killed_at, shown, figures)
+    check_all_is_there(renter, orion.rental(rental.id), tree)
 
     mark = stack.mark()
     stack.docker("start", dead.id)
@@ -155,6 +158,17 @@ def _check_files(
     restored = next(event for event in orion.events(rental_id=rental.id) if event.kind == "rental.files_restored")
     assert restored.details["generation"].startswith("1-")
     assert restored.details["files"] >= 3
+
+
+def _await_copy(orion: Orion, rental: Rental) -> None:
+    """Return when there is a copy of its home as it is now."""
+    now = time.time()
+
+    def is_copied() -> bool:
+        began_at = orion.rental(rental.id).last_safe_copy_at
+        return began_at is not None and began_at.timestamp() >= now
+
+    eventually("its home is copied as it is now", is_copied, 30)
 
 
 def _check_takeover(stack: Stack, mark: int, rental: Rental, reason: str) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 from conftest import Figures, Rent
+from precious import check_all_is_there, furnish
 from renter import Renter
 from stack import WHOLE_WITHIN_S, WORKERS, Stack, story
 from waiting import eventually
@@ -58,7 +59,7 @@ def test_a_rental_of_100_mb_is_moved_while_its_renter_works(
     stack: Stack, orion: Orion, rent: Rent, renter: Renter, figures: Figures
 ) -> None:
     rental = rent("mover")
-    bulk = renter.inside(rental, BULK)
+    bulk, tree = renter.inside(rental, BULK), furnish(renter, rental)
     with counting(renter, rental) as at_work:
         mark = stack.mark()
         said = renter.orion("migrate", "mover")
@@ -68,6 +69,7 @@ def test_a_rental_of_100_mb_is_moved_while_its_renter_works(
     assert (moved.state, moved.epoch) == (RentalState.ACTIVE, rental.epoch + 1)
     assert moved.worker_id != rental.worker_id
     check_nothing_is_missing(renter, moved, last_told)
+    check_all_is_there(renter, moved, tree)
     assert renter.inside(moved, "sha256sum bulk; ls many | wc -l") == f"{bulk}\n500"
     events = stack.events(mark)
     held, active = (next(e for e in events if e.kind == kind) for kind in ("rental.held", "rental.activated"))
@@ -108,6 +110,7 @@ def test_all_is_parked_when_everything_goes_down_and_comes_back_on_new_workers(
     stack: Stack, orion: Orion, rent: Rent, renter: Renter, figures: Figures
 ) -> None:
     rentals = [rent(), rent()]
+    tree = furnish(renter, rentals[0])
     with counting(renter, rentals[0]) as first, counting(renter, rentals[1]) as second:
         mark, began = stack.mark(), time.monotonic()
         stack.compose("down", timeout_s=180)
@@ -118,6 +121,7 @@ def test_all_is_parked_when_everything_goes_down_and_comes_back_on_new_workers(
     for rental, last in zip(rentals, last_told, strict=True):
         stack.await_active(mark, rental, rental.epoch + 2)  # being parked has a number of its own
         check_nothing_is_missing(renter, orion.rental(rental.id), last)
+    check_all_is_there(renter, orion.rental(rentals[0].id), tree)
     assert "placement.lost" not in [event.kind for event in stack.events(mark)], story(stack.events(mark))
     for worker in orion.workers():
         assert worker.intent is WorkerIntent.ACTIVE
