@@ -1,4 +1,7 @@
-"""`python -m bench [rent burst sessions keystrokes heartbeats growth watch failover]`: measure, show, keep."""
+"""`python -m bench [rent burst sessions keystrokes heartbeats growth watch snapshots failover]`.
+
+Measures, shows and keeps. Without a name it measures all but those that take long.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import burst, failover, growth, heartbeats, keystrokes, rent, sessions, watch
+from bench import burst, failover, growth, heartbeats, keystrokes, rent, sessions, snapshots, watch
 from bench.report import RESULTS, Result, keep, machine, show
 
 NEEDS = {
@@ -24,10 +27,11 @@ NEEDS = {
     "heartbeats": ("docker", "wrk"),
     "growth": (),
     "watch": (),
+    "snapshots": ("docker",),
     "failover": ("docker",),
 }
-BY_ITSELF = "failover"
-"""Takes as long as all the others together: it is measured only when it is asked for."""
+BY_THEMSELVES = ("snapshots", "failover")
+"""They take as long as all the others together: they are measured only when they are asked for."""
 
 
 def main() -> int:
@@ -42,9 +46,10 @@ def main() -> int:
         "heartbeats": lambda: heartbeats.measure(arguments.workers, arguments.load_s),
         "growth": lambda: growth.measure(arguments.sizes, arguments.samples),
         "watch": lambda: watch.measure(arguments.watches),
-        BY_ITSELF: lambda: failover.measure(arguments.runs, arguments.cases),
+        "snapshots": lambda: snapshots.measure(arguments.megabytes, arguments.case_s, arguments.interval_s),
+        "failover": lambda: failover.measure(arguments.runs, arguments.cases, arguments.homes),
     }
-    chosen = arguments.parts or [part for part in parts if part != BY_ITSELF]
+    chosen = arguments.parts or [part for part in parts if part not in BY_THEMSELVES]
     missing = {need for part in chosen for need in NEEDS[part] if not _there(need)}
     if missing:
         sys.exit(f"bench: needs {' and '.join(sorted(missing))}: make bench installs what is missing")
@@ -97,6 +102,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=20, help="failover: runs of each case")
     cases = failover.CASES
     parser.add_argument("--cases", nargs="+", choices=cases, default=cases, help="failover: which of its cases")
+    homes = tuple(failover.HOMES)
+    parser.add_argument("--homes", nargs="+", choices=homes, default=homes, help="failover: which homes are moved")
+    sizes = snapshots.SIZES_MB
+    parser.add_argument("--megabytes", type=int, nargs="+", default=sizes, help="snapshots: sizes of homes")
+    parser.add_argument("--case-s", type=float, default=45, help="snapshots: length of each case")
+    parser.add_argument("--interval-s", type=float, default=10, help="snapshots: between two copies")
     parser.add_argument("--watches", type=int, default=1000, help="watch: workers that are watched")
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[100, 1000, 10_000, 100_000], help="growth: registered workers"

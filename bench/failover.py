@@ -15,11 +15,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 from bench.figures import median, summary
 from bench.report import Result
-from bench.scene import BACK_WITHIN_S, Case, Json, Scene, at, each, unix
+from bench.scene import BACK_WITHIN_S, Case, Json, Scene, at, each, processor_s, unix
 from bench.stack import run, running, wait_until
 from orion.manager.domain.clocks import Clocks
 
@@ -43,14 +44,24 @@ AT_A_TENTH = {
     "ORION_SNAPSHOT_INTERVAL_S": "300",  # scaled too: copies are made as often as ever
 }
 FILES = ("bench/failover.yml",)
-V1, V2 = "cpuacct/cpuacct.usage", "cpu.stat"
+HOMES = {"100MB": (100, 100), "500MB": (500, 26_000), "1GB": (1000, 100_000)}
+"""Megabytes and files."""
+SMALLEST = "100MB"
+RUNS_OF_LARGE = 5
+MOVED_WITHIN_S = 300.0
 CASES = ("moved", "killed", "cut", "many", "restarts")
 Measure = Callable[[Scene, int, Result], None]
 
 
-def measure(runs: int, chosen: Sequence[str] = CASES) -> Result:
+def measure(runs: int, chosen: Sequence[str] = CASES, homes: Sequence[str] = tuple(HOMES)) -> Result:
+    """`homes`: which of HOMES are moved."""
     result = Result("failover", "A worker is lost, or the platform restarts")
-    cases: dict[str, Measure] = {"moved": _moved, "killed": _killed, "cut": _cut_off, "many": _many_killed}
+    cases: dict[str, Measure] = {
+        "moved": partial(_moved, homes=homes),
+        "killed": _killed,
+        "cut": _cut_off,
+        "many": _many_killed,
+    }
     if wanted := [name for name in cases if name in chosen]:
         with _scene(WORKERS, SETTINGS, result) as scene:
             for name in wanted:
@@ -75,16 +86,21 @@ def _timed(case: Measure, scene: Scene, runs: int, result: Result) -> None:
     result.value("  (all of it, with what is between the runs)", "s", time.monotonic() - began)
 
 
-def _moved(scene: Scene, runs: int, result: Result) -> None:
-    """One rental with 100 MB is moved again and again; its renter can do nothing from the hold until it is active."""
-    rental, case = scene.rent(), Case()
-    checksum = scene.fill(rental, 1_000_000)
+def _moved(scene: Scene, runs: int, result: Result, homes: Sequence[str]) -> None:
+    """One rental after the other is moved again and again: a renter can do nothing from the hold until it is active."""
+    for name in homes:
+        _moved_home(scene, runs if name == SMALLEST else min(runs, RUNS_OF_LARGE), result, HOMES[name])
+
+
+def _moved_home(scene: Scene, runs: int, result: Result, home: tuple[int, int]) -> None:
+    rental, case, what = scene.rent(), Case(), f"a planned move of {home[0]:,} MB in {home[1]:,} files"
+    checksum = scene.fill_with(rental, *home)
     scene.await_copies([rental["id"]])
     for number in range(runs):
-        scene.tell("moved", number)
+        scene.tell(what, number)
         before, after, began = scene.rental(rental["id"]), scene.last_event(), time.time()
         scene.ask("POST", f"/api/rentals/{rental['id']}/migrate?wait_s=50")
-        events = scene.await_active(after, {rental["id"]: before["epoch"] + 1})
+        events = scene.await_active(after, {rental["id"]: before["epoch"] + 1}, MOVED_WITHIN_S)
         held, switched, active = (at(events, f"rental.{kind}") for kind in ("held", "moved", "activated"))
         time.sleep(1.1)  # what the engine did is written down once a second
         log = scene.ask("GET", f"/api/rentals/{rental['id']}/log")["items"]
@@ -94,8 +110,8 @@ def _moved(scene: Scene, runs: int, result: Result) -> None:
         case.add(active - held, steps)
         scene.check(rental["id"], checksum)
     scene.release(rental["id"])
-    case.tell(result, "a planned move of 100 MB: held to active elsewhere")
-    result.at_most("a planned move of 100 MB: the longest pause", max(case.seconds), 1, " s")
+    case.tell(result, f"{what}: held to active elsewhere")
+    result.at_most(f"{what}: the longest pause", max(case.seconds), 1, " s")
 
 
 def _killed(scene: Scene, runs: int, result: Result) -> None:
@@ -169,24 +185,18 @@ def _kill_one_with_many(scene: Scene, rental_ids: Sequence[str], killed: str, ta
     manager, other = scene.stack.container("manager_app"), hosts[target]["hostname"]
     counted = {"the manager": manager, "the worker that takes them": other}
     epochs = {one: scene.rental(one)["epoch"] + 1 for one in rental_ids}
-    before = {who: _processor_s(container) for who, container in counted.items()}
+    before = {who: processor_s(container) for who, container in counted.items()}
     began = time.time()
     run(["docker", "kill", hosts[killed]["hostname"]], 30)
     events = scene.await_active(after, epochs)
     for who, container in counted.items():
-        case.steps[f"(processor time of {who})"].append(_processor_s(container) - before[who])
+        case.steps[f"(processor time of {who})"].append(processor_s(container) - before[who])
     active = sorted(unix(e["at"]) - began for e in events if e["kind"] == "rental.activated")
     down, prepared = at(events, "worker.became_down"), at(events, "placement.preparing")
     steps = {"docker kill -> it is proved dead": down - began, "it is proved dead -> first places": prepared - down}
     steps |= {"first places -> first active": began + active[0] - prepared}
     case.add(active[-1], steps | {"first active -> last active": active[-1] - active[0]})
     case.steps["each of the rentals"] += active
-
-
-def _processor_s(container: str) -> float:
-    """That it has had of all processors, by the control group of either version."""
-    told = run(["docker", "exec", container, "sh", "-c", f"cd /sys/fs/cgroup; cat {V1} 2>/dev/null || cat {V2}"], 30)
-    return int(told) / 1e9 if told.strip().isdecimal() else int(told.split()[1]) / 1e6
 
 
 def _restarts(scene: Scene, runs: int, result: Result) -> None:

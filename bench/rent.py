@@ -64,13 +64,13 @@ class Renter:
         if self.runs(rental, "id -un") != rental["username"]:
             raise RuntimeError(f"somebody else is in {rental['id']}")
 
-    def runs(self, rental: dict[str, Any], command: str) -> str:
+    def runs(self, rental: dict[str, Any], command: str, within_s: float = 60) -> str:
         """What a command in the rental prints. Raises RuntimeError when it fails, or nobody is let in."""
         arguments = ssh_arguments(Rental.model_validate(rental), self._authority, Wish((command,), self._key))
         environment = {"PATH": os.environ["PATH"], "HOME": str(self._stack.folder), "PYTHONPATH": str(ROOT / "src")}
         environment |= {"ORION_URL": f"http://127.0.0.1:{self._stack.http_port}"}
         environment |= {"ORION_TOKEN_FILE": str(self._token_file)}
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=within_s, check=False)
         if done.returncode:
             raise RuntimeError(f"no login to {rental['id']}, which is said to be active: {done.stderr}")
         return done.stdout.strip()

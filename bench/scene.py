@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections import defaultdict
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 from bench.rent import Renter
@@ -27,10 +29,13 @@ done
 rm -r /tmp/files
 """
 """All homes of a worker at once, by its root: a hundred logins would take half a minute."""
+PROGRAM = Path(__file__).with_name("inside_rental.py")
+FILLED_WITHIN_S = 240.0
 BACK_WITHIN_S = 90.0
 COPIED_WITHIN_S = 120.0
 READY_WITHIN_S = 180.0
 BRAKE_WITHIN_S = 320.0
+V1, V2 = "cpuacct/cpuacct.usage", "cpu.stat"
 
 Json = dict[str, Any]
 A = TypeVar("A")
@@ -95,11 +100,16 @@ class Scene:
         """A hundred files in its home; their checksum."""
         return self.renter.runs(rental, f"{HOME.format(bytes=bytes_each)}; {CHECKSUM}")
 
+    def fill_with(self, rental: Json, megabytes: int, files: int) -> str:
+        """So many files of the same size in its home; their checksum."""
+        program = shlex.join(["python3", "-c", PROGRAM.read_text(), "fill", str(megabytes), str(files)])
+        return self.renter.runs(rental, f"{program}; {CHECKSUM}", FILLED_WITHIN_S)
+
     def fill_all(self, hostname: str, bytes_each: int) -> None:
         run(["docker", "exec", hostname, "sh", "-ec", FILL_ALL.format(bytes=bytes_each)], 60)
 
     def checksum(self, rental_id: str) -> str:
-        return self.renter.runs(self.rental(rental_id), CHECKSUM)
+        return self.renter.runs(self.rental(rental_id), CHECKSUM, FILLED_WITHIN_S)
 
     def await_copies(self, rental_ids: Sequence[str]) -> None:
         """Of their homes as they are now."""
@@ -166,3 +176,9 @@ def unix(text: str) -> float:
     """Docker writes nanoseconds, which Python 3.11 does not read."""
     whole, _, fraction = text.rstrip("Z").removesuffix("+00:00").partition(".")
     return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
+
+
+def processor_s(container: str) -> float:
+    """That it has had of all processors, by the control group of either version."""
+    told = run(["docker", "exec", container, "sh", "-c", f"cd /sys/fs/cgroup; cat {V1} 2>/dev/null || cat {V2}"], 30)
+    return int(told) / 1e9 if told.strip().isdecimal() else int(told.split()[1]) / 1e6

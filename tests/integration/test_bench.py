@@ -30,7 +30,7 @@ def test_growth_is_measured_and_kept(tmp_path: Path) -> None:
     assert "one heartbeat" in done.stdout
 
 
-def test_where_no_part_is_named_all_are_measured_but_that_of_failovers(tmp_path: Path) -> None:
+def test_where_no_part_is_named_all_are_measured_but_those_of_failovers_and_snapshots(tmp_path: Path) -> None:
     done = bench("--results", str(tmp_path), PATH=str(tmp_path))
     assert done.returncode != 0
     assert "needs docker and ssh and wrk" in done.stderr

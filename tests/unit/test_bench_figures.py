@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from bench.figures import growth, percentile, steepest, summary
 from bench.rent import steps
+from bench.snapshots import longest_each
 
 
 def test_a_percentile_is_the_nearest_rank() -> None:
@@ -68,3 +69,9 @@ def test_the_steps_of_a_rent_add_up_to_its_time() -> None:
         "rental.activated -> the answer",
     ]
     assert sum(found.values()) == pytest.approx(0.1)
+
+
+def test_of_each_round_the_longest_gap_that_began_in_it_counts() -> None:
+    gaps = [(1.0, 0.02), (1.5, 0.05), (3.0, 0.01), (9.0, 1.0)]
+    assert longest_each(gaps, [3.0, 1.0, 4.0, 5.0]) == [0.05, 0.01, 0.0]
+    assert longest_each(gaps, [1.0]) == []
