@@ -170,7 +170,7 @@ def _doubtful_now(looked: Scan) -> dict[bytes, str]:
 def _send(direction: str, keeper: Keeper, wish: Wish, places: Path, homes: Path) -> int:
     ledger = keeper.ledger
     place = places / wish.rental_id
-    places.mkdir(mode=0o700, parents=True, exist_ok=True)
+    places.mkdir(mode=0o711, parents=True, exist_ok=True)
     with (places / f".{wish.rental_id}").open("w") as alone:
         if not got_lock(alone.fileno(), LOCK_WAIT_S):
             raise Refused("busy", "another transfer of this rental's files is still at work")

@@ -23,7 +23,7 @@ OVER_LIMIT = "over_limit"
 SPARED_S = 600.0
 """What is thawed though its home holds too much has so long to make room."""
 COMMAND_WAITS_S = 5.0
-STOPPED_WITHIN_S = 1.0
+STOPPED_WITHIN_S = 2.0
 """Seconds within which all processes of a rental have to stand for a snapshot."""
 FENCE_WAITS_S = 0.1
 """The fence goes on without the lock then: freezing twice harms nobody, not freezing does."""

@@ -99,8 +99,11 @@ class Places:
 
     @property
     def aside(self) -> Path:
-        """Where files of rentals are set aside for a snapshot: root's, and on the file system of the homes."""
-        return self.root / "var/lib/orion/aside"
+        """Where files of rentals are set aside for a snapshot: root's, and on the file system of the homes.
+
+        Not below /var/lib/orion, which is closed to those who send them.
+        """
+        return self.root / "var/lib/orion-aside"
 
 
 class Rentals:
