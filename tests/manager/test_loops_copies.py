@@ -226,6 +226,36 @@ async def test_every_rental_is_copied_once_in_an_interval_a_few_at_a_time(house:
     assert all(2 <= made.count(r["id"]) <= 3 for r in rentals), "in 67 s, every 27 to 30 s"
 
 
+async def test_programs_stand_still_for_half_a_percent_of_the_time_at_most_and_who_is_copied_less_often_is_told(
+    house: House, pool: list[Agent]
+) -> None:
+    rental = await house.rent()
+
+    async def copies_within(seconds: int) -> int:
+        made = 0
+        for number in range(seconds // 10):
+            files(house, rental)["file"] = f"{house.vault.pause_s} {number}"
+            before = (await house.rental(rental["id"]))["last_safe_copy_at"]
+            await house.pass_time(10)
+            await copy_round(house)
+            made += (await house.rental(rental["id"]))["last_safe_copy_at"] != before
+        return made
+
+    assert await copies_within(120) in range(3, 6), "every half minute"
+    house.vault.pause_s = 0.6
+    await copies_within(60)
+    assert await copies_within(480) in range(3, 6), "every two minutes"
+    (event,) = await house.events("rental.copy_interval_changed")
+    assert "stood still for 0.60 s" in event["reason"]
+    assert "every 120 s" in event["reason"]
+    house.vault.pause_s = 0.01
+    await copies_within(120)
+    assert await copies_within(120) in range(3, 6)
+    assert [e["reason"].split("every ")[1][:5] for e in await house.events("rental.copy_interval_changed")] == [
+        "120 s", "30 s ",
+    ]  # fmt: skip
+
+
 async def test_a_home_that_is_too_large_says_so_once_and_again_when_it_is_copied(store: Store) -> None:
     async with House(store, Settings(database_url=store.url, home_max_bytes=1 << 20)) as house:
         await house.join()

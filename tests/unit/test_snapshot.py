@@ -444,6 +444,7 @@ def test_an_access_list_is_written_as_rsync_writes_it(tmp_path: Path) -> None:
             mine = access_list(os.getxattr(source, f"system.posix_acl_{kind}"), default=kind == "default")
             assert mine == os.getxattr(copy, name), (number, kind)
 
+
 def test_a_file_that_another_takes_the_place_of_before_it_is_opened_is_not_read(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,8 @@ class Settings(BaseSettings):
     @property
     def copies(self) -> Plan:
         limits = Limits(self.home_max_files, self.home_max_bytes)
-        return Plan(self.snapshot_interval_s * self.clock_scale, self.copies_at_once, limits)
+        share = Plan.paused_share / self.clock_scale  # a pause does not scale
+        return Plan(self.snapshot_interval_s * self.clock_scale, self.copies_at_once, limits, share)
 
     @property
     def awaits_files_s(self) -> float:

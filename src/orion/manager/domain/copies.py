@@ -222,6 +222,16 @@ def accepted(rental: Rental, placement: Placement, copy: Copy, warning: str = ""
     return Step(_still_running(rental, placement, change, held=placement.held), tuple(told))
 
 
+def interval_changed(rental: Rental, placement: Placement, pause_s: float, interval_s: float) -> Step:
+    """Tell its owner how often a rental is copied from now on. `pause_s`: how long its programs were stopped last."""
+    reason = (
+        f"its programs stood still for {pause_s:.2f} s while its files were set aside, so they are copied every "
+        f"{interval_s:.0f} s from now on; a smaller pause brings them back to the usual interval"
+    )
+    told = _event("rental.copy_interval_changed", reason, rental, placement.worker_id)
+    return Step((), (told,))
+
+
 def failed(rental: Rental, placement: Placement, problem: str, over_limit: bool = False) -> Step | None:
     """Its files could not be copied; None when that is known already."""
     if rental.copy_problem == problem:

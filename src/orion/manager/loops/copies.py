@@ -17,7 +17,7 @@ import structlog
 
 from orion.manager.domain import copies
 from orion.manager.domain.copies import Generation
-from orion.manager.domain.model import Event
+from orion.manager.domain.model import Event, Step
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.port import OVER_LIMIT, Home, Limits, Vault, VaultError
 from orion.manager.loops.timer import Loop
@@ -40,6 +40,8 @@ LOOKING_SHARE = 0.05
 SWEEP_S = 60.0
 FULL_DISK = 0.8
 """From here on no copy is begun: the rest of the disk is for the database, and for takeovers."""
+TOLD_FROM = 1.5
+"""Times the usual interval from which on a rental is told that it is copied less often."""
 SAID_AT_ONCE = frozenset((OVER_LIMIT, "unreadable_home", "disk_full"))
 """Problems of the home or of this machine. Others may be a worker that is just dying: they are said when they stay."""
 OF_NO_ACCOUNT = frozenset(("superseded", "stale_epoch", "unknown_rental", "purged", "busy"))
@@ -59,6 +61,12 @@ class Plan:
     interval_s: float = 30.0
     at_once: int = 4
     limits: Limits = field(default_factory=Limits)
+    paused_share: float = 0.005
+    """The share of its time for which the programs of a rental may be stopped for copies."""
+
+    def interval_after(self, pause_s: float) -> float:
+        """Return the seconds until a rental is copied again whose programs were stopped for so long."""
+        return max(self.interval_s, pause_s / self.paused_share)
 
 
 class CopiesLoop:
@@ -88,6 +96,8 @@ class CopiesLoop:
         """Rentals whose first copy has failed."""
         self._visited: set[str] = set()
         """Rentals in which a session has ended where they are now."""
+        self._intervals: dict[str, float] = {}
+        """The seconds between copies of each rental whose programs would else be stopped for too much of the time."""
         self._again: set[str] = set()
         """Rentals whose copy is under way, and that are to be copied again at once."""
         self._running: dict[str, asyncio.Task[str]] = {}
@@ -141,6 +151,7 @@ class CopiesLoop:
         self._epochs = {rental_id: last for rental_id, last in self._epochs.items() if now - last[1] < KNOWN_S}
         self._failures = {rental_id: n for rental_id, n in self._failures.items() if rental_id in found}
         self._uncopied &= found.keys()
+        self._intervals = {rental_id: s for rental_id, s in self._intervals.items() if rental_id in found}
         self._visited &= found.keys()
         ended = self._monotonic()
         self._looks_at = ended + (ended - now) * (1 / LOOKING_SHARE - 1)
@@ -185,7 +196,7 @@ class CopiesLoop:
         share = self._random.uniform(1.0 - JITTER, 1.0)
         if rental_id in self._uncopied:
             share *= min(1.0, JITTER * 2.0 ** max(0, self._failures.get(rental_id, 0) - 1))
-        return self._plan.interval_s * share
+        return self._intervals.get(rental_id, self._plan.interval_s) * share
 
     async def _copy(self, rental_id: str, spare: Generation | None) -> str:
         found = await self._book.one(rental_id)
@@ -198,6 +209,7 @@ class CopiesLoop:
             limits = self._plan.limits
             warning = copies.nearly_full(copied.copy, limits.max_bytes, limits.max_files)
             step = copies.accepted(rental, placement, copied.copy, warning)
+            step += self._slower(found, copied.pause_s)
             accepted = await self._book.accept(step, rental.id, copied.kept)
             self._failures.pop(rental.id, None)
             self._uncopied.discard(rental.id)
@@ -208,6 +220,16 @@ class CopiesLoop:
             log.exception("a copy failed", rental_id=rental.id)
             return "the manager failed: its log says why"
         return "" if accepted else "it was stopped or moved meanwhile"
+
+    def _slower(self, found: Running, pause_s: float) -> Step:
+        """Return what is told when the interval of a rental's copies changes, and remember the interval."""
+        rental_id, interval_s = found.rental.id, self._plan.interval_after(pause_s)
+        before = self._intervals.pop(rental_id, self._plan.interval_s)
+        if interval_s > self._plan.interval_s:
+            self._intervals[rental_id] = interval_s
+        if (interval_s > TOLD_FROM * self._plan.interval_s) == (before > TOLD_FROM * self._plan.interval_s):
+            return Step(())
+        return copies.interval_changed(found.rental, found.placement, pause_s, interval_s)
 
     async def _complain(self, found: Running, error: VaultError) -> None:
         rental = found.rental

@@ -42,6 +42,8 @@ class FakeVault:
     """The workers to which a connection was wanted."""
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a copy or a restore was asked for."""
+    pause_s: float = 0.0
+    """The seconds for which programs stand still for a copy that differs from the one before."""
     _put: dict[tuple[str, int], str] = field(default_factory=dict)
 
     async def copy(
@@ -90,7 +92,7 @@ class FakeVault:
         there[copy.generation] = (copy, dict(files))
         for old in there.keys() - kept(self._copies(home.rental_id)) - {spare}:
             del there[old]
-        return Copied(copy, self._copies(home.rental_id))
+        return Copied(copy, self._copies(home.rental_id), self.pause_s)
 
     async def restore(
         self,
