@@ -28,8 +28,9 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,11 +45,13 @@ from snapshot import (
     Manifest,
     Manifests,
     Scan,
+    close_folders,
     digest_at,
     entry,
     fresh,
     gone,
     mapped_inodes,
+    odd_folders,
     path_of,
     racy,
     scan,
@@ -75,7 +78,9 @@ They are fixed, whatever the other side says; rsync asks for the same with the o
 """
 TRANSFERS = ("send", "salvage", "receive")
 MARK = re.compile(r"[0-9a-f]{0,32}")
-LONGEST_REQUEST = 4096
+LONGEST_REQUEST = 16384
+MOST_ODD_BYTES = 4000
+"""Bytes of the paths of odd directories that the other side is told of; beyond that, they are named as not whole."""
 MADE_WITHIN_S = 1.0
 LOOK_EVERY_S = 0.005
 LOCK_WAIT_S = 5.0
@@ -109,6 +114,8 @@ class Wish:
     """The mark of the snapshot that the other side has: only what changed since is sent. Empty: it has none."""
     mark: str = ""
     """The mark of the snapshot that is sent or received."""
+    folders: Mapping[str, int] = field(default_factory=dict)
+    """Modes that directories of a home that is filled have to get, by path in hexadecimal: see odd_folders."""
     moving: bool = False
     """Whether it is for a planned move: somebody waits, and nothing may be left behind."""
 
@@ -149,13 +156,15 @@ def _receive(keeper: Keeper, wish: Wish, homes: Path) -> int:
     with ledger.locked(wish.rental_id, LOCK_WAIT_S) as lock:
         os.set_inheritable(lock, True)
         record = allowed("receive", ledger, wish)
-        os.close(enter(homes / record.username, record.uid))
+        home = enter(homes / record.username, record.uid)
         update = bool(wish.base)
         if update and keeper.manifests.read(wish.rental_id, wish.base) is None:
             raise Refused("no_base", "its home here is not known to hold what is to be brought up to date")
         keeper.manifests.forget(wish.rental_id)
         _answer(0, {"ok": True})
         status = run_rsync("update" if update else "receive", record.uid, wish.deadline, gently=False)
+        close_folders(home, {bytes.fromhex(path): mode for path, mode in wish.folders.items()}, record.uid)
+        os.close(home)
         if status == 0 and wish.mark:
             looked = scan(sys.maxsize, _monotonic(wish.deadline), strict=True)
             keeper.manifests.write(wish.rental_id, wish.mark, Manifest(looked, _doubtful_now(looked)))
@@ -224,6 +233,7 @@ class Snapshot:
         self._base = keeper.manifests.read(wish.rental_id, wish.base) if wish.base else None
         self._known = self._base or Manifest(Scan(frozenset(), 0.0))
         self._missing: dict[bytes, str] = {}
+        self._folders: dict[str, int] = {}
 
     @property
     def is_regular(self) -> bool:
@@ -249,7 +259,7 @@ class Snapshot:
         self._keeper.manifests.write(self._record.rental_id, self._wish.mark, manifest, self._wish.base)
         return {
             "same": False, "whole": self._base is None, "pause_s": round(pause_s, 4),
-            "age_s": round(time.monotonic() - began, 4), "changed": len(fresh(last, self._known.scan)),
+            "age_s": round(time.monotonic() - began, 4), "folders": self._folders,
         } | self._figures(last)  # fmt: skip
 
     def _set_aside_what_runs(self, now: Scan, mapped: frozenset[int]) -> tuple[Scan, Scan]:
@@ -320,6 +330,13 @@ class Snapshot:
         self._aside.write_list([path[2:] if path.startswith(b"./") else path for path in listed])
         missing = {path: why for path, why in self._known.missing.items() if path not in changed.keys() | removed}
         missing |= self._aside.poorer | self._aside.missing
+        self._folders, room = {}, MOST_ODD_BYTES
+        for path, mode in sorted(odd_folders(last).items()):
+            room -= len(path)
+            if room >= 0:
+                self._folders[path.hex()] = mode
+            else:
+                missing[path] = f"its mode {mode:o} comes back as {mode | 0o700:o}"
         if missing and self._wish.moving:
             names = ", ".join(f"{_shown(path)} ({why})" for path, why in sorted(missing.items())[:3])
             raise Refused("cannot_carry", f"{len(missing)} of its files cannot be carried whole: {names}")
@@ -366,6 +383,9 @@ def parse(line: bytes, now: float) -> Wish:
         raise ValueError("generation is not one")
     if not (MARK.fullmatch(wish.base) and MARK.fullmatch(wish.mark)):
         raise ValueError("base and mark must be marks")
+    for path, mode in wish.folders.items():
+        if not (re.fullmatch(r"2e(2f([0-9a-f]{2})+)?", path) and 0 <= mode < 0o10000):
+            raise ValueError("folders must be modes by path")
     if wish.deadline <= now + 1:
         raise Refused("deadline_passed", "its deadline has passed: who ordered it no longer waits for it")
     return wish

@@ -26,7 +26,7 @@ import struct
 import subprocess
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +131,46 @@ def scan(most_entries: int, last_moment: float, strict: bool) -> Scan:
 def size_of(of: Scan) -> int:
     """Return the bytes of all files, holes counted."""
     return sum(int(line.split(b" ", 3)[2]) for line in of.lines if line.split(b" ", 8)[6] == b"f")
+
+
+def odd_folders(of: Scan) -> dict[bytes, int]:
+    """Return the modes of directories that their owner may write to and not list or enter, by path.
+
+    rsync opens such a directory to fill it, and does not close it again.
+    """
+    found = {}
+    for line in of.lines:
+        _, _, _, mode, _, _, kind, _, path = line.split(b" ", 8)
+        if kind == b"d" and int(mode, 8) & 0o200 and int(mode, 8) & 0o500 != 0o500:
+            found[path] = int(mode, 8)
+    return found
+
+
+def close_folders(home: int, folders: Mapping[bytes, int], uid: int) -> None:
+    """Give these directories of a home their modes, those that lie deeper first. What is not there is passed over."""
+    for path, mode in sorted(folders.items(), key=lambda each: -each[0].count(b"/")):
+        with suppress(OSError):
+            folder = _open_below(home, path.split(b"/")[1:])
+            try:
+                if os.fstat(folder).st_uid == uid:
+                    os.fchmod(folder, mode)
+            finally:
+                os.close(folder)
+
+
+def _open_below(home: int, names: Iterable[bytes]) -> int:
+    folder = os.dup(home)
+    try:
+        for name in names:
+            if name == b"..":
+                raise FileNotFoundError(errno.ENOENT, "not below the home")
+            inner = os.open(name, traces.OPEN_FOLDER, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+    except BaseException:
+        os.close(folder)
+        raise
+    return folder
 
 
 def fresh(now: Scan, before: Scan) -> dict[bytes, Entry]:
@@ -307,6 +347,7 @@ class Aside:
         self._staged.add(each.path)
         if stat.S_ISLNK(status.st_mode):
             _make_link(os.readlink(name, dir_fd=at_home), name, beside, self.sender, status)
+            written[status.st_ino] = each.path
             return 0
         copied = self._keep_file(each.path, name, at_home, beside, status)
         written[status.st_ino] = each.path
@@ -492,23 +533,20 @@ def digest(descriptor: int) -> str:
 
 def digest_at(home: int, path: bytes, uid: int) -> str:
     """Return the SHA-256 of a file in a home; empty where it cannot be compared."""
-    folder = os.dup(home)
+    *folders, name = path.split(b"/")[1:]
     try:
-        *folders, name = path.split(b"/")[1:]
-        for each in folders:
-            inner = os.open(each, traces.OPEN_FOLDER, dir_fd=folder)
-            os.close(folder)
-            folder = inner
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME, dir_fd=folder)
+        folder = _open_below(home, folders)
         try:
-            status = os.fstat(descriptor)
-            return digest(descriptor) if stat.S_ISREG(status.st_mode) and status.st_uid == uid else ""
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME, dir_fd=folder)
         finally:
-            os.close(descriptor)
-    except (OSError, ValueError):
+            os.close(folder)
+    except OSError:
         return ""
+    try:
+        status = os.fstat(descriptor)
+        return digest(descriptor) if stat.S_ISREG(status.st_mode) and status.st_uid == uid else ""
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 class Manifests:

@@ -42,8 +42,9 @@ while os.read(0, 1) not in (b"\n", b""):
 def hello(**told):
     os.write(1, json.dumps(told or {"ok": True}).encode() + b"\n")
 def rsync(change=lambda data: data):
-    options = ["-lHogtpXrSe.iLsfxCIvu", "--no-msgs2stderr", "--numeric-ids"]
-    program = ["rsync", "--server", "--sender", *options, ".", "."]
+    with open("../list", "wb") as listed:
+        listed.write(b"\0".join(map(os.fsencode, os.listdir("."))))
+    program = ["rsync", *ARGUMENTS]
     sender = subprocess.Popen(program, stdout=subprocess.PIPE)
     while data := os.read(sender.stdout.fileno(), 1 << 20):
         data = change(data)
@@ -71,7 +72,8 @@ class Liar:
         self.says("hello(); rsync()")
 
     def says(self, program: str) -> None:
-        self.program.write_text(f"{LIAR}\nos.chdir({str(self.home)!r})\n{program}\n")
+        begin = f"ARGUMENTS = {files.ARGUMENTS['send']}\nos.chdir({str(self.home)!r})"
+        self.program.write_text(f"{LIAR}\n{begin}\n{program}\n")
 
     def shows(self, **files: str) -> None:
         for name, content in files.items():
@@ -129,7 +131,7 @@ def many(liar: Liar) -> None:
 
 
 def much(liar: Liar) -> None:
-    for number in range(40):
+    for number in range(48):
         (liar.home / f"file-{number}").write_bytes(os.urandom(3 << 20))
 
 
@@ -158,6 +160,9 @@ def nothing(_: Liar) -> None:
         (nothing, "sys.exit(1)", {"unreachable"}),
         (nothing, "hello(ok=False, code='let_in\\x1b[2J', error='\\x1b]0;owned\\x07' + 'x' * 3000)", {"refused"}),
         (nothing, "hello(ok=1)", {"refused"}),
+        (nothing, "hello(ok=True, whole=True, age_s='x')", {"unreachable"}),
+        (nothing, "hello(ok=True, folders=7)", {"unreachable"}),
+        (many, "hello(ok=True, age_s=-1e300); rsync()", {"failed"}),
     ],
 )  # fmt: skip
 async def test_whatever_a_worker_says_ends_and_costs_nothing_of_what_is_kept(
@@ -204,10 +209,19 @@ def test_both_sides_mean_the_same(liar: Liar) -> None:
     recorder = liar.place / "recorder"
     recorder.write_text('#!/bin/sh\nshift\necho "$@" >&2\nexit 1\n')
     recorder.chmod(0o755)
-    for direction, ends in (("send", ("worker:.", f"{liar.home}/")), ("receive", (f"{liar.home}/", "worker:."))):
-        command = ["rsync", "-e", str(recorder), *OPTIONS, *ends]
+    listed = liar.place / "listed"
+    listed.write_bytes(b"file\0")
+    inward, outward = ("worker:.", f"{liar.home}/"), (f"{liar.home}/", "worker:.")
+    for kind, more, ends in (
+        ("send", (), inward),
+        ("whole", (), inward),
+        ("receive", (), outward),
+        ("update", (f"--files-from={listed}",), outward),
+    ):
+        command = ["rsync", "-e", str(recorder), *OPTIONS[kind], *more, *ends]
         asked = subprocess.run(command, capture_output=True, text=True, check=False).stderr.splitlines()[0]
-        assert asked.split() == ["rsync", *files.ARGUMENTS[direction]]
+        assert asked.split() == ["rsync", *files.ARGUMENTS[kind]], kind
+    assert OPTIONS.keys() == files.ARGUMENTS.keys()
 
 
 def test_a_worker_is_asked_by_a_key_that_what_speaks_with_it_cannot_read(liar: Liar) -> None:

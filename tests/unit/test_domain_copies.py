@@ -205,6 +205,9 @@ RECORD = Record("one", "r-one", 100_001, epoch=3)
         {"generation": "../../etc"},
         {"base": "../../etc"},
         {"mark": "A/"},
+        {"folders": {"2e2f": 0o700}},
+        {"folders": {"2f657463": 0o700}},
+        {"folders": {"2e": 0o100000}},
         {"unknown": 1},
     ],
 )

@@ -12,6 +12,7 @@ or not at all. Unchanged files are hard links to the copy before. A mark names a
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import subprocess
@@ -35,6 +36,8 @@ class Made:
     at: float
     mark: str
     skipped: tuple[str, ...]
+    folders: dict[str, int]
+    """Modes that directories have to get when a home is filled with it, by path in hexadecimal."""
     salvage: bool = False
 
 
@@ -54,9 +57,12 @@ def begin(folder: Path, epoch: int, salvage: bool) -> dict[str, Any]:
     (folder / INCOMING).mkdir(mode=0o700)
     base = begins_from(complete, epoch, salvage)
     if base is None:
-        return {"generation": "", "mark": "", "same_epoch": False}
-    mark = str(_read(folder / str(base.generation)).get("mark", ""))
-    return {"generation": str(base.generation), "mark": mark, "same_epoch": base.generation.epoch == epoch}
+        return {"generation": "", "mark": "", "same_epoch": False, "folders": {}}
+    about = _read(folder / str(base.generation))
+    return {
+        "generation": str(base.generation), "mark": str(about.get("mark", "")),
+        "same_epoch": base.generation.epoch == epoch, "folders": about.get("folders", {}),
+    }  # fmt: skip
 
 
 def clone(folder: Path, generation: str) -> bool:
@@ -97,10 +103,10 @@ def finish(
     complete = found(folder)
     files, size = _measure(folder / INCOMING / "home")
     if files > limits[0] + 1 or size > limits[1]:
-        raise OSError(f"it holds {files} files and {size} bytes, which is more than a copy may")
+        raise OSError(errno.EFBIG, f"it holds {files} files and {size} bytes, which is more than a copy may")
     generation = Generation(epoch, next_number([each.generation for each in complete], epoch))
     copy = Copy(generation, made.at, size, files, made.skipped, made.salvage)
-    about = written(copy) | {"mark": made.mark, "base": ""}
+    about = written(copy) | {"mark": made.mark, "base": "", "folders": made.folders}
     if base and changed is not None and all(_is_inside(path) for path in changed):
         about["base"] = base
         (folder / INCOMING / CHANGES).write_bytes(b"".join(path.rstrip(b"/") + b"\0" for path in changed))
@@ -115,14 +121,17 @@ def finish(
     return copy
 
 
-def marks(folder: Path, generation: str, filled: str) -> dict[str, str]:
-    """Return the mark of a copy, and as `base` that of `filled` if the copy was made from it, else an empty one."""
+def marks(folder: Path, generation: str, filled: str) -> dict[str, Any]:
+    """Return what a worker has to know that is filled with a copy: its mark and the modes of some directories.
+
+    `base` is the mark of `filled` if the copy was made from that one, else empty.
+    """
     about = _read(folder / generation)
     base = ""
     with suppress(OSError, ValueError):
         if filled and about.get("base") == filled:
             base = str(_read(folder / filled).get("mark", ""))
-    return {"mark": str(about.get("mark", "")), "base": base}
+    return {"mark": str(about.get("mark", "")), "base": base, "folders": about.get("folders", {})}
 
 
 def wipe(folder: Path) -> None:

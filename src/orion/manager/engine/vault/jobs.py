@@ -6,6 +6,7 @@ directory is read, written and removed by a child that has become the rental's u
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -25,7 +26,7 @@ from typing import Any, TypeVar
 from orion.manager.domain.copies import Generation
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault import generations
-from orion.manager.engine.vault.port import NO_BASE, NO_SUCH_GENERATION, VaultError
+from orion.manager.engine.vault.port import NO_BASE, NO_SUCH_GENERATION, OVER_LIMIT, VaultError
 from orion.manager.engine.vault.protocol import Action, ReplyLine, RequestLine, written
 from orion.manager.engine.vault.transfer import LISTS_BYTES, OPTIONS, Far, Hello, Told, Transfer, check
 from orion.manager.engine.vault.watch import Watch
@@ -108,7 +109,8 @@ class Job:
                 told = self._receive(far, hello, base["generation"])
             elif not base["same_epoch"]:
                 self._as_renter(lambda: generations.clone(self._folder, base["generation"]))
-        made = generations.Made(at, base["mark"] if hello.same else mark, hello.skipped, salvage)
+        folders = base["folders"] if hello.same else hello.folders
+        made = generations.Made(at, base["mark"] if hello.same else mark, hello.skipped, folders, salvage)
 
         def finish() -> list[dict[str, Any]]:
             if hello.same and base["same_epoch"]:
@@ -163,11 +165,11 @@ class Job:
                     raise
         return self._send("receive", (), wanted, marks | {"base": ""})
 
-    def _send(self, kind: str, more: tuple[str, ...], wanted: str, marks: dict[str, str]) -> Told:
+    def _send(self, kind: str, more: tuple[str, ...], wanted: str, marks: dict[str, Any]) -> Told:
         source = f"{self._folder / wanted / 'home'}/"
         with self._far("receive", generation=wanted, **marks) as far:
             transfer = Transfer(far, self._request.uid, self._watch, LISTS_BYTES, float("inf"), gently=False)
-            told = transfer.run((*OPTIONS[kind], *more, "--chmod=Fug-s", source, "worker:."), lambda: None, None)
+            told = transfer.run((*OPTIONS[kind], *more, source, "worker:."), lambda: None, None)
         check(told, "sender")
         return told
 
@@ -277,7 +279,7 @@ class Job:
             os.waitpid(pid, 0)
         answer: dict[str, Any] = json.loads(content) if content else {"error": "it ended without a word"}
         if "error" in answer:
-            raise VaultError("failed", f"the copies could not be kept: {answer['error']}")
+            raise VaultError(answer.get("code", "failed"), f"the copies could not be kept: {answer['error']}")
         result: T = answer["done"]
         return result
 
@@ -299,7 +301,7 @@ def _become_and_do(uid: int, work: Callable[[], Any], writing: int) -> None:
         try:
             answer = {"done": work()}
         except OSError as error:
-            answer = {"error": str(error)}
+            answer = {"error": str(error), "code": OVER_LIMIT if error.errno == errno.EFBIG else "failed"}
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(json.dumps(answer).encode())
         os._exit(0)

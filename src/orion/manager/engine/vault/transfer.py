@@ -47,7 +47,7 @@ MEMORY_BYTES = 1 << 30
 NICENESS = 5
 BUFFER_BYTES = 1 << 18
 LONGEST_TEXT = 1 << 16
-LISTS_BYTES = 64 << 20
+LISTS_BYTES = 128 << 20
 """Of a stream, beyond the size of the files: their names and attributes, and what rsync says besides."""
 LONGEST_HELLO = 16384
 SKIPPED_SHOWN = 20
@@ -89,6 +89,8 @@ class Hello:
     pause_s: float = 0.0
     """The seconds for which the programs of the rental stood still."""
     skipped: tuple[str, ...] = ()
+    folders: dict[str, int] = field(default_factory=dict)
+    """Modes that are to be given to directories again when the home is filled, by path in hexadecimal."""
 
     @classmethod
     def of(cls, answer: dict[str, Any]) -> Self:
@@ -96,7 +98,8 @@ class Hello:
         try:
             skipped = tuple(plain(str(name))[:200] for name in list(answer.get("skipped", ()))[:SKIPPED_SHOWN])
             age_s, pause_s = (min(max(0.0, float(answer.get(name, 0))), LONGEST_S) for name in ("age_s", "pause_s"))
-            return cls(answer.get("same") is True, answer.get("whole") is True, age_s, pause_s, skipped)
+            folders = {str(path): int(mode) for path, mode in dict(answer.get("folders", {})).items()}
+            return cls(answer.get("same") is True, answer.get("whole") is True, age_s, pause_s, skipped, folders)
         except (TypeError, ValueError) as error:
             raise VaultError("unreachable", "the worker cannot be asked: its answer is not one") from error
 
