@@ -28,7 +28,16 @@ from orion.manager.engine.port import Host
 from orion.manager.engine.vault import generations
 from orion.manager.engine.vault.port import NO_BASE, NO_SUCH_GENERATION, OVER_LIMIT, VaultError
 from orion.manager.engine.vault.protocol import Action, ReplyLine, RequestLine, written
-from orion.manager.engine.vault.transfer import LISTS_BYTES, OPTIONS, Far, Hello, Told, Transfer, check
+from orion.manager.engine.vault.transfer import (
+    LISTS_BYTES,
+    LISTS_BYTES_A_FILE,
+    OPTIONS,
+    Far,
+    Hello,
+    Told,
+    Transfer,
+    check,
+)
 from orion.manager.engine.vault.watch import Watch
 from orion.ssh import pinned_host_arguments
 
@@ -132,7 +141,8 @@ class Job:
         told_of = ("-ii", "--out-format=%i %n", "--info=nonreg0")
         target = f"{self._folder / generations.INCOMING / 'home'}/"
         # What was removed is listed as well: every entry may have been replaced.
-        most = request.max_bytes + LISTS_BYTES, 2 * request.max_files + 2
+        lists = LISTS_BYTES + LISTS_BYTES_A_FILE * request.max_files
+        most = request.max_bytes + lists, 2 * request.max_files + 2
         transfer = Transfer(far, request.uid, self._watch, *most, gently=not request.moving)
         arguments = (*OPTIONS[kind], *before, *told_of, "worker:.", target)
         told = transfer.run(arguments, self._look_at_disk, request.max_bytes, heard=True)

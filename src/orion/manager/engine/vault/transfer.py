@@ -47,8 +47,9 @@ MEMORY_BYTES = 1 << 30
 NICENESS = 5
 BUFFER_BYTES = 1 << 18
 LONGEST_TEXT = 1 << 16
-LISTS_BYTES = 128 << 20
-"""Of a stream, beyond the size of the files: their names and attributes, and what rsync says besides."""
+LISTS_BYTES = 8 << 20
+LISTS_BYTES_A_FILE = 1200
+"""Bytes of a stream beyond the content of files, and more for each file: names, attributes, what rsync says."""
 LONGEST_HELLO = 16384
 SKIPPED_SHOWN = 20
 LONGEST_S = 3600.0
