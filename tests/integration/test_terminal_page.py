@@ -364,9 +364,8 @@ async def test_a_link_opens_a_page_that_knows_nothing_of_this_one_and_only_over_
         for address in ("javascript:alert(1)", "file:///etc/passwd", "https://evil.example/x"):
             await window.does(f"printf '\\033]8;;{address}\\033\\\\bank''\\033]8;;\\033\\\\\\n'")
             link = page.locator(".xterm-rows > div", has_text="bank").last
-            await link.hover(
-                position={"x": 30, "y": 8}
-            )  # xterm.js looks for a link when the mouse comes to another cell
+            # xterm.js looks for links anew when the mouse comes from another line.
+            await page.locator(".xterm-rows > div", has_text="mark").last.hover(position={"x": 8, "y": 8})
             await link.click(position={"x": 8, "y": 8})
         await eventually("what was asked", lambda: _copy(asked), ["Open https://evil.example/x?"])
         assert len(window.context.pages) == 1
