@@ -112,6 +112,10 @@ class Orion:
         """Have `tell(error, pause_s)` called before each pause, so that a person can be told."""
         self._transport.on_retry = tell
 
+    def be_patient(self, for_s: float) -> None:
+        """Try what only reads again for so long while the platform does not answer, as when it is being restarted."""
+        self._transport.patience_s = for_s
+
     # Rentals
 
     def rent(
@@ -308,11 +312,10 @@ class Orion:
         return _read(Page[Key], self._transport.send("DELETE", path, params={"wait_s": wait_s}, wait_s=wait_s)).items
 
     def certificate(self, rental_id: str, ssh_public_key: str, ttl_s: int = MAX_CERTIFICATE_S) -> CertificateReply:
-        """A certificate for that key, which opens this rental for a while."""
+        """A certificate for that key, which opens this rental for a while. Asked for twice, there are two."""
         body = _valid(CertificateRequest, ssh_public_key=ssh_public_key, ttl_s=ttl_s)
-        return _read(
-            CertificateReply, self._transport.send("POST", _path("rentals", rental_id, "certificate"), body=body)
-        )
+        path = _path("rentals", rental_id, "certificate")
+        return _read(CertificateReply, self._transport.send("POST", path, body=body, retry_for_s=RENT_RETRY_S))
 
     def terminal_ticket(self, rental_id: str) -> TerminalTicket:
         """For one terminal in a browser: `terminal_url` makes the address of it."""

@@ -1,27 +1,33 @@
 """What the machine's own ssh knows of our rentals, by `orion config-ssh`: three files beside the login.
 
-    config        the same for ever: it includes the next, asks for what is not in there, and has every host verified
-    rentals       one block for each living rental: its account, its keys, and the name that its worker must prove
+    config        one block for each living rental (its account, its keys, the name that its worker must prove); it asks
+                  for a name that is not among them, and has every host verified
+    rentals       the blocks again, which `config` includes after it has asked
     known_hosts   one line: the platform's authority for hosts
 
-`rentals` is written anew by `orion config-ssh`, `rent` and `release`, and by `orion connect --learn`, which ssh itself
-runs when it is given a name that it does not know. Standard library only, as `orion.connect`.
+They are written anew by `orion config-ssh`, `rent` and `release`, and by `orion connect --learn`, which ssh itself runs
+when it is given a name that it does not know. The blocks are in `config` itself because not every tool follows an
+Include of an included file. Nothing is put in place before the machine's ssh has read it without complaint: a line that
+ssh refuses would end every ssh of this user. Standard library only, as `orion.connect`.
 """
 
 from __future__ import annotations
 
+import binascii
 import json
 import os
 import re
-import shlex
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from orion import login, stream
-from orion.errors import OrionError, UnreadableReply, no_reply, refusal
+from orion.errors import InvalidInput, LocalFault, OrionError, UnreadableReply, no_reply, refusal
 from orion.login import Login
 
 DOMAIN = "orion"
@@ -29,6 +35,19 @@ ANSWER_S = 15.0
 PAGE = 500
 MOST = 2000
 """Rentals of an administrator, who sees everybody's."""
+CERTIFICATE_S = 3600
+"""Seconds that a certificate is asked for."""
+CONNECT_TIMEOUT_S = 180
+"""Seconds that ssh waits for a worker to answer: longer than `orion connect` waits for a rental (KEEP_TRYING_S)."""
+ENOUGH_S = 600
+"""Seconds that a certificate must still be good for, to be used again: log-ins that follow must not be surprised."""
+CHECK_S = 10.0
+"""Seconds within which ssh has read its configuration."""
+_PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
+"""What no shell, no ssh and no other reader of ssh's configuration takes for anything but itself."""
+_GLOB_CLASSES = {"*": "[*]", "?": "[?]", "[": "[[]", '"': "[!-#]", "%": "[#-&]", "$": "[#-&]", "\\": "[Z-^]"}
+"""Classes of glob(7) that match a character, and at most four others, without writing it: versions of ssh differ in
+what they make of it in an Include."""
 _ID = re.compile(r"[a-z0-9-]{1,64}")
 _USERNAME = re.compile(r"r-[a-z0-9]{1,30}")
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
@@ -59,13 +78,17 @@ def learn_again() -> bool:
 
 
 def write(rentals: Iterable[Mapping[str, Any]], authority: str) -> None:
-    """Raises UnreadableReply for what ssh would take for something else, OSError."""
+    """Raises UnreadableReply for what ssh would take for something else, LocalFault for what it refuses, OSError."""
     check_authority(authority)
+    check_place()
     login.private_folder()
     folder().mkdir(mode=0o700, exist_ok=True)
+    known = "".join(blocks(list(rentals), _identities()))
+    written = configuration(known)
+    check_by_ssh(written)
     login.write_private(folder() / "known_hosts", f"{authority}\n")
-    login.write_private(folder() / "rentals", "".join(blocks(list(rentals), _identities())))
-    login.write_private(folder() / "config", configuration())
+    login.write_private(folder() / "rentals", known)
+    login.write_private(folder() / "config", written)
 
 
 def remove() -> None:
@@ -75,28 +98,73 @@ def remove() -> None:
         folder().rmdir()
 
 
-def configuration() -> str:
-    """What ssh reads of rentals, whichever there are. Names reach no command: ssh hands a host's name to a shell."""
-    known = f'"{folder() / "rentals"}"'
+def check_place() -> None:
+    """Raise InvalidInput if the folder's path cannot be written in ssh's configuration in any way."""
+    place = str(folder())
+    if not place.isprintable() or "${" in place:
+        raise InvalidInput(f"ssh would misunderstand the path {place!r}: set XDG_CONFIG_HOME to another folder")
+
+
+def include_line() -> str:
+    """Return the line that includes `config`. Raises InvalidInput as `check_place`."""
+    check_place()
+    return _include(folder() / "config")
+
+
+def check_by_ssh(written: str) -> None:
+    """Raise LocalFault if the machine's ssh does not read this text as a configuration, or not as it is meant.
+
+    Without an ssh there is nothing that it could break. No command of the text is run: the user is one of our accounts.
+    """
+    program = shutil.which("ssh")
+    if program is None:
+        return
+    candidate = folder() / "candidate"
+    command = [program, "-F", str(candidate), "-G", "-l", "r-check", f"check.{DOMAIN}"]
+    try:
+        login.write_private(candidate, written)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=CHECK_S, errors="replace"
+        )
+    except subprocess.TimeoutExpired as error:
+        raise LocalFault(f"ssh did not read its configuration within {CHECK_S:.0f} s: nothing was changed") from error
+    finally:
+        candidate.unlink(missing_ok=True)
+    if done.returncode or "orion.connect --unknown" not in done.stdout:
+        said = (done.stderr.strip().splitlines() or ["it does not find what is included"])[0]
+        raise LocalFault(
+            f"ssh of this machine would not understand its new configuration ({said}), so nothing was changed: "
+            "set XDG_CONFIG_HOME to a folder whose path has letters, digits and - only"
+        )
+
+
+def configuration(known: str) -> str:
+    """Return what ssh reads of rentals. Names reach no command: ssh hands a host's name to a shell.
+
+    `known` are the blocks of the rentals that are known now.
+    """
     return f"""\
 # Written by orion config-ssh; orion config-ssh --remove takes it away. What is changed here is lost.
-Include {known}
-
+{known}
 # A name that is not known yet. (Blocks of rentals name an account, so this is not run for what is known.)
 Match host *.{DOMAIN} !user r-* exec "{connect_command("--learn")}"
-    Include {known}
-
+    {_include(folder() / "rentals")}
+# A connection that is shared with an earlier one leads to where the rental was before it moved.
 Host *.{DOMAIN}
     ProxyCommand {connect_command("--unknown")}
-    UserKnownHostsFile {_quoted(folder() / "known_hosts")}
+    UserKnownHostsFile {quoted(folder() / "known_hosts")}
     GlobalKnownHostsFile none
     StrictHostKeyChecking yes
     UpdateHostKeys no
     VerifyHostKeyDNS no
     CheckHostIP no
     ForwardAgent no
+    ControlMaster no
+    ControlPath none
+    ConnectTimeout {CONNECT_TIMEOUT_S}
     ServerAliveInterval 15
     ServerAliveCountMax 3
+    SendEnv LC_* COLORTERM NO_COLOR
 """
 
 
@@ -110,7 +178,7 @@ def blocks(rentals: list[Mapping[str, Any]], identities: Mapping[str, str]) -> I
         yield f"Host {' '.join(f'{host}.{DOMAIN}' for host in hosts)}\n"
         yield f"    User {username}\n    HostKeyAlias {rental_id}.{DOMAIN}\n"
         yield f"    ProxyCommand {connect_command(rental_id)}\n"
-        yield from (f"    {line}\n" for line in _identity_lines(identities.get(rental_id)))
+        yield from _identity_lines(rental_id, hosts, identities.get(rental_id))
 
 
 def check_names(rental_id: str, name: str, username: str) -> None:
@@ -126,20 +194,43 @@ def check_authority(line: str) -> None:
 
 
 def connect_command(argument: str) -> str:
-    """For ssh, which has a shell run it. -P: a folder that somebody prepared must not slip its own modules in."""
+    """Return the command for ssh, which has a shell run it; other tools split it at blanks and run it without one.
+
+    A word that any of them could misunderstand stands there in base 64. -P: a folder that somebody prepared must not
+    slip its own modules in.
+    """
     command = [sys.executable, "-P", "-m", "orion.connect", argument]
     if place := os.environ.get("XDG_CONFIG_HOME"):
         command = ["env", f"XDG_CONFIG_HOME={place}", *command]
-    return shlex.join(command).replace("%", "%%")
+    if all(_PLAIN.fullmatch(word) for word in command):
+        return " ".join(command)
+    return f"/bin/sh -c 'IFS=;set -f;exec {' '.join(_spelt(word) for word in command)}'"
 
 
-def _identity_lines(known: str | None) -> list[str]:
-    if known:
-        # Without IdentitiesOnly an agent with many keys uses up the attempts before this one is tried.
-        return [f"IdentityFile {_quoted(Path(known))}", "IdentitiesOnly yes"]
-    own, home = login.folder() / "id_ed25519", Path.home() / ".ssh"
-    usual = [home / name for name in ("id_ed25519", "id_ecdsa", "id_rsa")]
-    return [f"IdentityFile {_quoted(file)}" for file in (own, *usual) if file.exists()]
+def _spelt(word: str) -> str:
+    if _PLAIN.fullmatch(word):
+        return word
+    return f"$(echo {binascii.b2a_base64(os.fsencode(word), newline=False).decode()}|base64 -d)"
+
+
+def _include(path: Path) -> str:
+    """An absolute path in quotes, for ~ is no home in quotes."""
+    return f'Include "{"".join(_GLOB_CLASSES.get(letter, letter) for letter in str(path))}"\n'
+
+
+def _identity_lines(rental_id: str, hosts: list[str], recorded: str | None) -> Iterator[str]:
+    """The recorded key if its file is there, else a certificate for our own, made anew when ssh is about to need it.
+
+    With IdentitiesOnly: an agent with many keys would use up the attempts before the right one is tried.
+    """
+    identity = Path(recorded) if recorded else login.folder() / "id_ed25519"
+    if "${" not in str(identity) and str(identity).isprintable():
+        yield f"    IdentityFile {quoted(identity)}\n    IdentitiesOnly yes\n"
+    if recorded and identity.exists():
+        return
+    names = ",".join(f"{host}.{DOMAIN}" for host in hosts)
+    yield f'Match host {names} exec "{connect_command(f"--certify={rental_id}")}"\n'
+    yield f"    CertificateFile {quoted(certificate_file(rental_id))}\n"
 
 
 def _identities() -> dict[str, str]:
@@ -150,9 +241,41 @@ def _identities() -> dict[str, str]:
     return {str(rental_id): str(file) for rental_id, file in known.items()} if isinstance(known, dict) else {}
 
 
-def _quoted(path: Path) -> str:
-    """For the options in which ssh looks for tokens."""
-    return '"' + str(path).replace("%", "%%") + '"'
+def quoted(path: Path) -> str:
+    """Return the path as a value of the options in which ssh looks for tokens."""
+    return '"' + str(path).replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def certificate_file(rental_id: str) -> Path:
+    return login.folder() / f"{rental_id}-cert.pub"
+
+
+def certify(account: Login, rental_id: str, epoch: int) -> None:
+    """Have a certificate of our own key for that rental at that epoch in its file. Raises OrionError."""
+    file = certificate_file(rental_id)
+    with suppress(OSError, ValueError):
+        held_epoch, until = file.read_text().split()[2].split("/")
+        if int(held_epoch) == epoch and int(until) > time.time() + ENOUGH_S:
+            return
+    try:
+        public_key = " ".join((login.folder() / "id_ed25519.pub").read_text().split()[:2])
+    except OSError as error:
+        raise LocalFault("orion's own key is not there: orion config-ssh makes it") from error
+    asked = {"ssh_public_key": public_key, "ttl_s": CERTIFICATE_S}
+    signed = str(_ask(account, f"/api/rentals/{rental_id}/certificate", asked).get("certificate"))
+    check_certificate(signed)
+    login.write_private(file, f"{signed} {epoch}/{int(time.time()) + CERTIFICATE_S}\n")
+
+
+def check_certificate(line: str) -> None:
+    """Raise UnreadableReply for what is no certificate."""
+    if not re.fullmatch(r"[a-z0-9@.-]+ [A-Za-z0-9+/=]+", line):
+        raise UnreadableReply("the platform sent something else than a certificate")
+
+
+def look_up(account: Login, rental_id: str, wait_s: float) -> dict[str, Any]:
+    """The rental, once it is active or has ended, or after `wait_s`. Raises OrionError."""
+    return _ask(account, f"/api/rentals/{rental_id}?state=active&wait_s={wait_s:g}", within_s=ANSWER_S + wait_s)
 
 
 def _rentals(account: Login) -> list[Mapping[str, Any]]:
@@ -167,21 +290,24 @@ def _rentals(account: Login) -> list[Mapping[str, Any]]:
     return found
 
 
-def _ask(account: Login, path: str) -> dict[str, Any]:
+def _ask(
+    account: Login, path: str, body: Mapping[str, Any] | None = None, within_s: float = ANSWER_S
+) -> dict[str, Any]:
+    """Send a GET, or a POST where there is a body. Raises OrionError."""
     import http.client  # noqa: PLC0415 - it takes long to load, and a session that opens does not need it
 
     try:
-        with stream.connect(account, ANSWER_S) as connection:
-            stream.send_get(connection, account, path, {"Connection": "close"})
+        with stream.connect(account, within_s) as connection:
+            stream.send(connection, account, path, {"Connection": "close"}, body)
             reply = http.client.HTTPResponse(connection)
             reply.begin()
-            body = reply.read()
+            content = reply.read()
     except (OSError, http.client.HTTPException) as error:
         raise no_reply(account.url, error) from error
-    if reply.status != 200:
+    if reply.status not in {200, 201}:
         headers = stream.Head((name.lower(), value) for name, value in reply.getheaders())
-        raise refusal(reply.status, headers, body)
+        raise refusal(reply.status, headers, content)
     try:
-        return dict(json.loads(body))
+        return dict(json.loads(content))
     except (ValueError, TypeError) as error:
         raise UnreadableReply(f"{account.url} answered something else than Orion does") from error

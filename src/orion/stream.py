@@ -5,8 +5,10 @@ says so, and with the certificate that was pinned there. Standard library only, 
 from __future__ import annotations
 
 import binascii
+import json
 import socket
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from orion import __version__, login
@@ -35,21 +37,26 @@ def connect(account: Login, within_s: float) -> socket.socket:
 
 def ask(stream: socket.socket, account: Login, path: str, headers: Mapping[str, str]) -> tuple[Head, bytes]:
     """Send a GET; the head of its reply, and what has come after it. Raises OSError."""
-    send_get(stream, account, path, headers)
+    send(stream, account, path, headers)
     return _reply(stream, account.url)
 
 
-def send_get(stream: socket.socket, account: Login, path: str, headers: Mapping[str, str]) -> None:
-    """Raises OSError."""
+def send(
+    stream: socket.socket, account: Login, path: str, headers: Mapping[str, str], body: Mapping[str, Any] | None = None
+) -> None:
+    """Send a GET, or a POST where there is a body. Raises OSError."""
     parts = urlsplit(account.url)
+    content = b"" if body is None else json.dumps(body).encode()
+    if body is not None:
+        headers = {**headers, "Content-Type": "application/json", "Content-Length": str(len(content))}
     lines = [
-        f"GET {parts.path}{path} HTTP/1.1",
+        f"{'GET' if body is None else 'POST'} {parts.path}{path} HTTP/1.1",
         f"Host: {parts.netloc}",
         f"Authorization: Bearer {account.token}",
         f"User-Agent: orion/{__version__}",
         *(f"{name}: {value}" for name, value in headers.items()),
     ]
-    stream.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
+    stream.sendall(("\r\n".join(lines) + "\r\n\r\n").encode() + content)
 
 
 class Head(dict[str, str]):

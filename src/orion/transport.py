@@ -45,6 +45,8 @@ class Transport:
         self.sleep = sleep
         self.clock = clock
         self.on_retry: OnRetry = lambda _error, _pause: None
+        self.patience_s = 0.0
+        """Seconds for which a GET is tried again, whatever its caller says: it changes nothing."""
         self._client = httpx.Client(
             base_url=login.url,
             headers={"Authorization": f"Bearer {login.token}", "User-Agent": f"orion/{__version__}"},
@@ -80,6 +82,8 @@ class Transport:
             timeout=httpx.Timeout(CONNECT_S, read=wait_s + ANSWER_S, write=ANSWER_S),
         )
         failures, give_up_at = 0, 0.0
+        if method == "GET":
+            retry_for_s = max(retry_for_s, self.patience_s)
         while True:
             try:
                 return self._once(request)

@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.builders import AUTHORITIES
-from support.scripted_platform import HOST_KEY, ScriptedPlatform, rental
+from support.scripted_platform import HOST_KEY, Answer, ScriptedPlatform, problem, rental
 from websockets.asyncio.server import ServerConnection, serve
 
 from orion.cli.shell import Wish, ssh_arguments
@@ -48,8 +49,26 @@ def test_the_command_comes_after_the_host_and_is_never_an_option_of_ssh() -> Non
 
 def test_a_known_key_is_the_only_one_offered(tmp_path: Path) -> None:
     built = arguments(tmp_path / "key")
-    assert built[built.index("-i") + 1] == str(tmp_path / "key")
+    assert f'IdentityFile="{tmp_path / "key"}"' in built
     assert "IdentitiesOnly=yes" in built
+
+
+@pytest.mark.parametrize("odd", ["it's", 'a "b"', "a b", "100%h", "$HOME", "a\\b", "#1", "ärger"])
+def test_a_path_of_a_key_or_certificate_is_what_ssh_reads(tmp_path: Path, odd: str) -> None:
+    key, certificate = tmp_path / odd / "key", tmp_path / odd / "key-cert.pub"
+    found = Rental.model_validate(rental())
+    ssh, *options = ssh_arguments(found, AUTHORITY, Wish((), key), certificate)
+    done = subprocess.run([ssh, "-F", "none", "-G", *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.replace("%%", "%").splitlines()
+    assert f"identityfile {key}" in told
+    assert f"certificatefile {certificate}" in told
+
+
+def test_an_agent_is_forwarded_only_where_that_is_asked_for() -> None:
+    found = Rental.model_validate(rental())
+    assert "ForwardAgent=no" in ssh_arguments(found, AUTHORITY, Wish())
+    assert "ForwardAgent=yes" in ssh_arguments(found, AUTHORITY, Wish(forward_agent=True))
 
 
 @pytest.mark.parametrize(
@@ -102,18 +121,85 @@ def recording_ssh(environment: dict[str, str], tmp_path: Path) -> Path:
     return program
 
 
-@pytest.mark.usefixtures("recording_ssh")
-def test_it_becomes_ssh_whose_status_is_ours(environment: dict[str, str]) -> None:
+CERTIFICATE = "ssh-ed25519-cert-v01@openssh.com AAAAIHNzaC1lZDI1NTE5"
+
+
+@pytest.fixture
+def a_rental_that_comes() -> Iterator[ScriptedPlatform]:
+    """It was on the move when it was looked for."""
     platform = ScriptedPlatform()
     platform.answer("GET", "/api/rentals/box", rental(state="migrating"))
     platform.answer("GET", "/api/rentals/abcdefgh23", rental(worker_id="w-bbbb3333"))
     platform.answer("GET", "/api/ssh-authority", {"public_key": HOST_KEY, "known_hosts": AUTHORITY})
-    done = orion_ssh(platform, environment, "box", "--", "ls", "-l", "--json")
+    signed = {"certificate": CERTIFICATE, "expires_at": "2130-01-01T00:00:00Z"}
+    platform.answer("POST", "/api/rentals/abcdefgh23/certificate", signed)
+    yield platform
     platform.stop()
+
+
+def has_recorded_key(environment: dict[str, str]) -> Path:
+    key = Path(environment["HOME"]) / "recorded"
+    key.touch(mode=0o600)
+    place = Path(environment["HOME"]) / ".config/orion"
+    place.mkdir(parents=True)
+    (place / "keys.json").write_text(json.dumps({"abcdefgh23": str(key)}))
+    return key
+
+
+@pytest.mark.usefixtures("recording_ssh")
+def test_it_becomes_ssh_whose_status_is_ours(
+    environment: dict[str, str], a_rental_that_comes: ScriptedPlatform
+) -> None:
+    key = has_recorded_key(environment)
+    done = orion_ssh(a_rental_that_comes, environment, "box", "--", "ls", "-l", "--json")
     assert done.returncode == 42, done.stderr
     given = json.loads(done.stdout)
     assert given[-4:] == ["r-abcdefgh23@box.orion", "ls", "-l", "--json"]
     assert "HostKeyAlias=abcdefgh23.orion" in given
+    assert f'IdentityFile="{key}"' in given
+    assert not [option for option in given if option.startswith("CertificateFile")]
+
+
+@pytest.mark.usefixtures("recording_ssh")
+@pytest.mark.parametrize("why", ["rented elsewhere", "its key is gone", "asked for"])
+def test_a_certificate_opens_what_no_key_of_this_machine_opens(
+    environment: dict[str, str], a_rental_that_comes: ScriptedPlatform, why: str
+) -> None:
+    if why != "rented elsewhere":
+        key = has_recorded_key(environment)
+        if why == "its key is gone":
+            key.unlink()
+    done = orion_ssh(a_rental_that_comes, environment, *(["--cert"] if why == "asked for" else []), "box")
+    assert done.returncode == 42, done.stderr
+    given = json.loads(done.stdout)
+    own = Path(environment["HOME"]) / ".config/orion"
+    assert f'IdentityFile="{own / "id_ed25519"}"' in given
+    assert f'CertificateFile="{own / "abcdefgh23-cert.pub"}"' in given
+    assert (own / "abcdefgh23-cert.pub").read_text().startswith(CERTIFICATE)
+    asked = next(call for call in a_rental_that_comes.calls if call.method == "POST")
+    assert asked.body["ssh_public_key"] == " ".join((own / "id_ed25519.pub").read_text().split()[:2])
+
+
+@pytest.mark.usefixtures("recording_ssh")
+def test_a_manager_that_is_being_restarted_is_waited_for(
+    environment: dict[str, str], a_rental_that_comes: ScriptedPlatform
+) -> None:
+    has_recorded_key(environment)
+    away = problem(502, "manager_unreachable", "no manager: try again", {"X-Orion-Manager": "unreachable"})
+    there = {"public_key": HOST_KEY, "known_hosts": AUTHORITY}
+    a_rental_that_comes.answer("GET", "/api/rentals/box", away, rental())
+    a_rental_that_comes.answer("GET", "/api/ssh-authority", away, Answer(body=there))
+    assert orion_ssh(a_rental_that_comes, environment, "box", "true").returncode == 42
+
+
+@pytest.mark.parametrize("shell", ["/usr/sbin/nologin", "/bin/false", "/nowhere/zsh"])
+def test_ssh_gets_a_shell_that_can_start_its_proxy_command(
+    environment: dict[str, str], recording_ssh: Path, a_rental_that_comes: ScriptedPlatform, shell: str
+) -> None:
+    has_recorded_key(environment)
+    recording_ssh.write_text('#!/bin/sh\necho "$SHELL"\n')
+    done = orion_ssh(a_rental_that_comes, environment | {"SHELL": shell}, "box", "true")
+    assert (done.stdout, done.returncode) == ("/bin/sh\n", 0), done.stderr
 
 
 @pytest.mark.skipif(not CAN_RUN_SSHD, reason="needs sshd (openssh-server), and /run/sshd when run as root")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ class Machine:
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        self.python = sys.executable
         self.platform = ScriptedPlatform()
         self.rentals(rental())
         self.platform.answer("GET", "/api/ssh-authority", {"public_key": HOST_KEY, "known_hosts": AUTHORITY})
@@ -36,23 +39,35 @@ class Machine:
             "ORION_TOKEN_FILE": str(token),
         }
 
+    def has_key_of(self, rental_id: str) -> Path:
+        """As `orion rent` leaves it: the key is there, and it is known which rental it opens."""
+        key = self.home / ".ssh/of rental"
+        key.touch(mode=0o600)
+        place = Path(self.environment.get("XDG_CONFIG_HOME", self.home / ".config")) / "orion"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "keys.json").write_text(json.dumps({rental_id: str(key)}))
+        return key
+
     def rentals(self, *found: dict[str, Any]) -> None:
         self.platform.answer("GET", "/api/rentals", {"items": list(found), "next": None})
 
     def orion(self, *arguments: str, status: int = 0) -> str:
-        done = self._run([sys.executable, "-P", "-m", "orion.cli", *arguments])
+        done = self._run([self.python, "-P", "-m", "orion.cli", *arguments])
         assert done.returncode == status, done.stderr
         return done.stdout + done.stderr
 
     def asks(self, host: str) -> dict[str, str]:
         """What ssh would do for that host, by option."""
-        done = self._run(["ssh", "-F", str(self.config), "-G", host])
+        done = self.run_ssh("-G", host)
         assert done.returncode == 0, done.stderr
         lines = (line.partition(" ") for line in done.stdout.splitlines())
         options: dict[str, str] = {}
         for name, _, value in lines:
             options.setdefault(name, value)
         return options
+
+    def run_ssh(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self._run(["ssh", "-F", str(self.config), *arguments])
 
     def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -126,6 +141,7 @@ def test_a_link_stays_a_link_and_a_missing_file_is_made_for_its_owner_alone(mach
 
 
 def test_a_rental_that_was_made_elsewhere_is_learned_when_ssh_asks_for_it(machine: Machine) -> None:
+    machine.has_key_of("abcdefgh23")
     machine.orion("config-ssh")
     machine.rentals(rental(), rental(id="another234", name="web", username="r-another234"))
     machine.platform.calls.clear()
@@ -149,6 +165,131 @@ def test_a_name_that_two_bear_is_nobodys(machine: Machine) -> None:
     machine.orion("config-ssh")
     assert "--unknown" in machine.asks("box.orion")["proxycommand"]
     assert machine.asks("another234.orion")["user"] == "r-another234"
+
+
+ODD = 'it\'s a "b"  100%h%% $HOME $(touch pwned) #1 a\\b [x]*? ä;b&c|d'
+"""One path with all of them: a shell, ssh and glob(7) each obey another part of it."""
+
+
+def read(path: str) -> str:
+    """ssh -G shows each % as it is written: twice."""
+    return re.sub("%+", "%", path)
+
+
+@pytest.mark.parametrize("where", ["HOME", "XDG_CONFIG_HOME", "program"])
+def test_whatever_a_path_holds_ssh_reads_it_and_everything_else_goes_on(tmp_path: Path, where: str) -> None:
+    place = tmp_path / ODD
+    (place / ".ssh").mkdir(parents=True)
+    home = place if where == "HOME" else tmp_path
+    (home / ".ssh").mkdir(exist_ok=True)
+    machine = Machine(home)
+    try:
+        machine.config.write_bytes(THEIRS)
+        if where == "XDG_CONFIG_HOME":
+            machine.environment["XDG_CONFIG_HOME"] = str(place)
+        if where == "program":
+            machine.python = str(place / "python")
+            Path(machine.python).symlink_to(sys.executable)
+            machine.environment["PYTHONHOME"] = sys.base_prefix
+        key = machine.has_key_of("abcdefgh23")
+        before = machine.asks("work")
+        machine.orion("config-ssh")
+        assert machine.asks("work") == before
+        asked = machine.asks("box.orion")
+        assert asked["user"] == "r-abcdefgh23"
+        assert read(asked["identityfile"]) == read(str(key))
+        known = Path(machine.environment.get("XDG_CONFIG_HOME", home / ".config")) / "orion/ssh/known_hosts"
+        assert read(asked["userknownhostsfile"]) == read(str(known))
+        machine.platform.calls.clear()
+        done = machine.run_ssh("-o", "BatchMode=yes", "box.orion")
+        assert machine.platform.calls[0].path == "/api/rentals/abcdefgh23/ssh", done.stderr
+        machine.rentals(rental(), rental(id="another234", name="web", username="r-another234"))
+        assert machine.asks("web.orion")["user"] == "r-another234", "and asks for what it does not know"
+        machine.orion("config-ssh", "--remove")
+        assert machine.config.read_bytes() == THEIRS
+        assert not list(tmp_path.rglob("pwned"))
+    finally:
+        machine.platform.stop()
+
+
+@pytest.mark.parametrize("place", ["new\nline", "${HOME}"])
+def test_a_path_that_no_way_of_writing_leads_to_is_refused_and_nothing_changes(machine: Machine, place: str) -> None:
+    machine.environment["XDG_CONFIG_HOME"] = str(machine.home / place)
+    assert "XDG_CONFIG_HOME" in machine.orion("config-ssh", status=2)
+    assert machine.config.read_bytes() == THEIRS
+
+
+def test_what_ssh_would_refuse_is_never_put_in_place(machine: Machine) -> None:
+    """Whatever we wrote wrongly: a configuration that ssh does not read would end every ssh of this user."""
+    machine.orion("config-ssh")
+    before = (machine.home / ".config/orion/ssh/config").read_text()
+    strict = machine.home / "bin/ssh"
+    strict.parent.mkdir()
+    strict.write_text("#!/bin/sh\necho 'line 3: invalid quotes' >&2\nexit 255\n")
+    strict.chmod(0o755)
+    machine.environment["PATH"] = f"{strict.parent}:{machine.environment['PATH']}"
+    machine.rentals(rental(), rental(id="another234", name="web", username="r-another234"))
+    assert "invalid quotes" in machine.orion("config-ssh", status=1)
+    assert (machine.home / ".config/orion/ssh/config").read_text() == before
+    assert not (machine.home / ".config/orion/ssh/candidate").exists()
+
+
+def test_another_users_home_is_left_alone(machine: Machine) -> None:
+    """As with sudo: files of root in it would end every ssh of that user."""
+    if os.geteuid():
+        pytest.skip("Only root can make a file that is another user's.")
+    os.chown(machine.home, 12345, 12345)
+    assert "another user's home" in machine.orion("config-ssh", status=1)
+    assert machine.config.read_bytes() == THEIRS
+
+
+def test_one_level_of_inclusion_is_enough_for_a_rental_that_is_known(machine: Machine) -> None:
+    """For tools that follow no Include of an included file, or none at all and are given this file."""
+    machine.has_key_of("abcdefgh23")
+    machine.orion("config-ssh")
+    (machine.home / ".config/orion/ssh/rentals").unlink()
+    assert machine.asks("box.orion")["user"] == "r-abcdefgh23"
+
+
+def test_a_rental_without_a_key_here_is_opened_by_a_certificate_that_is_asked_for_once_an_epoch(
+    machine: Machine,
+) -> None:
+    machine.platform.answer("GET", "/api/rentals/abcdefgh23", rental(epoch=1))
+    certificate = {"certificate": "ssh-ed25519-cert-v01@openssh.com AAAA", "expires_at": "2130-01-01T00:00:00Z"}
+    machine.platform.answer("POST", "/api/rentals/abcdefgh23/certificate", certificate)
+    machine.orion("config-ssh")
+    place = machine.home / ".config/orion"
+
+    def times_asked() -> int:
+        return sum(call.method == "POST" for call in machine.platform.calls)
+
+    for epoch, times in ((1, 1), (1, 1), (2, 2)):
+        machine.platform.answer("GET", "/api/rentals/abcdefgh23", rental(epoch=epoch))
+        asked = machine.asks("box.orion")
+        assert asked["identityfile"] == str(place / "id_ed25519")
+        assert asked["identitiesonly"] == "yes", "an agent with many keys leaves it its turn"
+        assert asked["certificatefile"] == str(place / "abcdefgh23-cert.pub")
+        assert (place / "abcdefgh23-cert.pub").read_text().startswith("ssh-ed25519-cert-v01@openssh.com AAAA ")
+        assert times_asked() == times
+
+
+def test_a_shared_connection_and_the_users_agent_are_not_for_rentals_unless_asked_for(machine: Machine) -> None:
+    machine.config.write_bytes(
+        b"Host *\n ControlMaster auto\n ControlPath ~/.ssh/%C\n ForwardAgent yes\n ConnectTimeout 5\n"
+    )
+    machine.has_key_of("abcdefgh23")
+    machine.orion("config-ssh")
+    asked = machine.asks("box.orion")
+    assert asked["controlmaster"] == "false"
+    assert "controlpath" not in asked
+    assert asked["forwardagent"] == "no"
+    assert int(asked["connecttimeout"]) > 100, "longer than the relay waits for a rental"
+    assert "LC_*" in asked["sendenv"]
+
+
+def test_a_shell_that_starts_no_proxy_command_is_pointed_at(machine: Machine) -> None:
+    machine.environment["SHELL"] = "/usr/sbin/nologin"
+    assert "SHELL=/bin/sh ssh" in machine.orion("config-ssh")
 
 
 @pytest.mark.parametrize("host", ["$(touch pwned).orion", "x;touch pwned.orion", "'`touch pwned`'.orion"])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
 import ssl
 import subprocess
 import sys
+import time
+import tty
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
@@ -17,6 +20,10 @@ import pytest
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
+
+from orion import connect, ssh_rentals
+from orion.connect import SAY_EVERY_S, TIDY
+from orion.errors import OrionError
 
 Relay = Callable[[ServerConnection], Awaitable[None]]
 TOKEN = "orion_client_t1_secret"
@@ -93,7 +100,7 @@ async def run(
 
 async def start(
     port: int, *, rental_id: str = "abcdefgh23", token: str = TOKEN, scheme: str = "http", ca: str = "",
-    host: str = "localhost", **more: str,
+    host: str = "localhost", stderr: int = subprocess.PIPE, **more: str,
 ) -> asyncio.subprocess.Process:  # fmt: skip
     reading, writing = os.pipe()
     os.write(writing, token.encode())
@@ -112,7 +119,7 @@ async def start(
     pipe = subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "orion.connect", rental_id),
-        stdin=pipe, stdout=pipe, stderr=pipe, env=environment, pass_fds=[reading],
+        stdin=pipe, stdout=pipe, stderr=stderr, env=environment, pass_fds=[reading],
     )  # fmt: skip
     os.close(reading)
     return process
@@ -309,16 +316,13 @@ async def _pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 async def test_how_it_ended_is_told_to_who_asked_for_it(tmp_path: Path) -> None:
-    async def moved(connection: ServerConnection) -> None:
-        await connection.close(4001, "its worker is down")
-
     report = tmp_path / "report"
     async with platform(moved) as port:
         lost = await run(port, b"", ORION_CONNECT_REPORT=str(report))
     told = json.loads(report.read_text())
     assert (told["lost"], told["there"]) == (True, True)
     assert told["reason"].endswith("its worker is down")
-    assert lost.stderr == b"orion: the rental is not on that worker any more: its worker is down\n"
+    assert lost.stderr == b"", "whoever asked for the report says it"
     async with platform(echo) as port:
         await run(port, b"END\xff", ORION_CONNECT_REPORT=str(report))
     assert json.loads(report.read_text())["lost"] is False, "stdin had ended: it was ssh's own end"
@@ -339,7 +343,130 @@ async def test_a_worker_that_does_not_answer_yet_is_tried_again() -> None:
     async with serve(echo, "127.0.0.1", 0, process_request=not_yet, compression=None, close_timeout=0.2) as server:
         done = await run(server.sockets[0].getsockname()[1], b"END\xff")
     assert (done.stdout, done.returncode) == (b"END\xff", 0)
-    assert done.stderr == b"orion: no answer; trying again\n", "said once"
+    assert done.stderr == b"orion: no answer; waiting\n", "said once"
+
+
+async def moved(connection: ServerConnection) -> None:
+    """A session that begins, and whose rental then leaves its worker."""
+    await connection.send(b"SSH-2.0-x\r\n")
+    await connection.close(4001, "its worker is down")
+
+
+async def test_a_rental_that_is_on_the_move_is_waited_for_and_its_reason_is_said_at_once() -> None:
+    asked: list[str] = []
+
+    def not_yet(connection: ServerConnection, request: Request) -> Response | None:
+        asked.append(request.path.partition("?")[2])
+        if len(asked) > 3:
+            return None
+        reply = connection.respond(HTTPStatus.CONFLICT, '{"code": "not_active", "detail": "it is queued: no slot"}')
+        reply.headers["Retry-After"] = "5"
+        return reply
+
+    async with serve(echo, "127.0.0.1", 0, process_request=not_yet, compression=None, close_timeout=0.2) as server:
+        done = await run(server.sockets[0].getsockname()[1], b"END\xff")
+    assert (done.stdout, done.returncode) == (b"END\xff", 0)
+    assert done.stderr == b"orion: it is queued: no slot; waiting\n"
+    assert asked == ["wait_s=0", "wait_s=5", "wait_s=5", "wait_s=5"], "the reason first, then a word every five seconds"
+
+
+async def test_a_rental_that_is_over_is_not_waited_for() -> None:
+    def over(connection: ServerConnection, _request: Request) -> Response:
+        return connection.respond(HTTPStatus.CONFLICT, '{"code": "not_active", "detail": "it is released"}')
+
+    async with serve(echo, "127.0.0.1", 0, process_request=over, compression=None, close_timeout=0.2) as server:
+        done = await run(server.sockets[0].getsockname()[1], b"")
+    assert (done.returncode, done.stderr) == (6, b"orion: it is released\n")
+
+
+async def test_what_the_platform_has_to_say_to_who_comes_in_is_said() -> None:
+    def noticed(_connection: ServerConnection, _request: Request, response: Response) -> None:
+        response.headers["X-Orion-Notice"] = "box is not copied: it is frozen\x85[2J"
+
+    async with serve(echo, "127.0.0.1", 0, process_response=noticed, compression=None, close_timeout=0.2) as server:
+        done = await run(server.sockets[0].getsockname()[1], b"END\xff")
+    assert (done.stdout, done.stderr) == (b"END\xff", b"orion: box is not copied: it is frozen [2J\n")
+
+
+async def test_a_worker_that_is_lost_before_it_has_said_anything_is_followed_by_the_next() -> None:
+    """Paused, it takes connections and says nothing: ssh does not notice that it speaks with another one."""
+    sessions = 0
+
+    async def first_silent(connection: ServerConnection) -> None:
+        nonlocal sessions
+        sessions += 1
+        if sessions > 1:
+            return await echo(connection)
+        assert await connection.recv() == b"SSH-2.0-a END\xff"
+        await asyncio.sleep(SAY_EVERY_S + 0.5)
+        return await connection.close(4001, "its worker is down")
+
+    async with platform(first_silent) as port:
+        process = await start(port)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"SSH-2.0-a END\xff")
+        assert await asyncio.wait_for(process.stdout.read(), 20) == b"SSH-2.0-a END\xff"
+        assert await process.wait() == 0
+        assert process.stderr is not None
+        said = (await process.stderr.read()).decode().splitlines()
+    assert said == [
+        "orion: its worker does not answer yet; waiting",
+        "orion: the rental is not on that worker any more: its worker is down; waiting",
+    ]
+
+
+@pytest.mark.parametrize("raw", [True, False])
+async def test_a_session_that_is_lost_leaves_a_terminal_in_order(raw: bool) -> None:
+    """As with an editor open: ssh has the terminal, and a line that only ends would begin where the last one did."""
+    ours, theirs = pty.openpty()
+    if raw:
+        tty.setraw(theirs)
+    async with platform(moved) as port:
+        process = await start(port, stderr=theirs)
+        os.close(theirs)
+        assert process.stdout is not None
+        assert await asyncio.wait_for(process.stdout.read(), 20) == b"SSH-2.0-x\r\n"
+        began = time.monotonic()
+        assert process.stdin is not None
+        process.stdin.write(b"what ssh still says finds a reader")
+        process.stdin.close()
+        assert await process.wait() == 1
+        assert time.monotonic() - began < 5
+    said = os.read(ours, 1000)
+    os.close(ours)
+    line = b"orion: the rental is not on that worker any more: its worker is down\r\n"
+    assert said == (TIDY.encode() if raw else b"") + line
+
+
+def test_why_it_takes_so_long_is_said_at_once_and_every_five_seconds_and_at_last_raised(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 1000.0
+
+    class Clock:
+        monotonic = staticmethod(lambda: now)
+        sleep = staticmethod(lambda _seconds: None)
+
+    monkeypatch.setattr(connect, "time", Clock)
+    patience, reason = connect.Patience(), OrionError("it is queued: no slot")
+    for seconds in range(13):
+        now = 1000.0 + seconds
+        patience.wait_after(reason)
+    patience.wait_after(OrionError("it is on the move"))
+    assert capsys.readouterr().err.splitlines() == [
+        "orion: it is queued: no slot; waiting",
+        "orion: it is queued: no slot; waiting (5 s)",
+        "orion: it is queued: no slot; waiting (10 s)",
+        "orion: it is on the move; waiting (12 s)",
+    ]
+    now = 1000.0 + connect.KEEP_TRYING_S + 1
+    with pytest.raises(OrionError, match="no slot"):
+        patience.wait_after(reason)
+
+
+def test_ssh_waits_for_as_long_as_the_relay_does() -> None:
+    assert connect.KEEP_TRYING_S + connect.OPEN_S < ssh_rentals.CONNECT_TIMEOUT_S
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:

@@ -6,6 +6,7 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
+from sqlalchemy import Connection, update
 from support.house import House
 from support.way_in import Sshds, coming_in
 
@@ -14,6 +15,7 @@ from orion.manager.gateway.sessions import Limits
 from orion.manager.gateway.ssh import MOVED, REVOKED
 from orion.manager.store import tokens
 from orion.manager.store.database import record
+from orion.manager.store.schema import placements, rentals
 
 
 async def token_of(house: House, name: str, role: str = "client") -> str:
@@ -62,6 +64,58 @@ async def test_a_rental_that_is_queued_or_over_is_refused_with_its_reason(house:
     async with coming_in(house, rental["id"], house.secrets.admin_token, "wait_s=55") as client:
         assert "released" in (await client.refusal())["detail"]
     assert sshds.connected == []
+
+
+async def test_what_is_worth_waiting_for_is_told_from_what_is_over(house: House, sshds: Sshds) -> None:
+    """By Retry-After: a client that says every few seconds what it waits for asks again."""
+    rental = await house.rent()
+    for again in ("5", ""):
+        async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+            start = await client.hears()
+            assert dict(start["headers"]).get(b"retry-after", b"").decode() == again
+        await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+        await house.settle()
+    assert sshds.connected == []
+
+
+async def test_nobody_is_let_through_to_a_rental_that_stands_still_for_its_move(house: House, sshds: Sshds) -> None:
+    """Its sshd would say that permission is denied."""
+    await house.join()
+    rental = await house.rent()
+
+    async def hold(move: int) -> None:
+        def put(connection: Connection) -> None:
+            connection.execute(update(placements).values(held=move))
+            record(connection, Event("rental.held", "reconciler", "it moves", rental_id=rental["id"], epoch=1))
+
+        await house.store.write(put)
+
+    await hold(1)
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        told = await client.refusal()
+        assert (told["status"], told["code"]) == (409, "not_active")
+        assert "stands still for a moment" in told["detail"]
+    async with coming_in(house, rental["id"], house.secrets.admin_token, "wait_s=50") as client:
+        await hold(0)
+        assert await client.is_in()
+        await client.leave()
+    assert len(sshds.connected) == 1
+
+
+async def test_who_comes_in_is_told_why_its_rental_may_be_frozen(house: House, sshds: Sshds) -> None:
+    await house.join()
+    rental = await house.rent()
+    problem = "its home holds too much: 3 GB\r\nX: y\u00e9; it is frozen: `orion thaw` lets it go on"
+    await house.store.write(lambda connection: connection.execute(update(rentals).values(copy_problem=problem)))
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        accepted = await client.hears()
+        [(name, said)] = accepted["headers"]
+        assert name == b"X-Orion-Notice"
+        assert said.decode() == f"{rental['name']} is not copied: {problem}".replace("\r", "?").replace(
+            "\n", "?"
+        ).replace("\u00e9", "?")
+        await client.leave()
+    assert len(sshds.connected) == 1
 
 
 async def test_who_waits_comes_in_when_the_rental_is_there(house: House, sshds: Sshds) -> None:

@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from orion import login, ssh_rentals
-from orion.cli import output
+from orion.cli import keys, output, staying
 from orion.cli.session import AsJson
-from orion.errors import InvalidInput, LocalFault, OrionError
+from orion.errors import LocalFault, OrionError
 
 REMARK = (
     b"# By orion config-ssh, for your rentals (NAME.orion); orion config-ssh --remove takes these two lines away.\n"
@@ -40,7 +40,11 @@ def config_ssh(
             ssh_rentals.remove()
         else:
             made_here = False
-            ssh_rentals.learn(login.load())
+            _check_home()
+            account = login.load()
+            keys.public_key(None)
+            ssh_rentals.learn(account)
+            ssh_rentals.check_by_ssh(include_line().decode())
             if not file.exists():
                 _made_here().touch(mode=0o600)
         if made_here and not after:
@@ -50,14 +54,12 @@ def config_ssh(
     _report(file, before, after, dry_run, as_json)
     if not as_json and not remove and not dry_run:
         output.say("Get in with: ssh NAME.orion")
+        if not staying.is_usable(os.environ.get("SHELL", "/bin/sh")):
+            output.note("ssh starts its ProxyCommand by $SHELL, which is no shell here: SHELL=/bin/sh ssh NAME.orion")
 
 
 def include_line() -> bytes:
-    """Quoted: a home may have a space in its name. It is an absolute path, for ~ is no home in quotes."""
-    place = str(ssh_rentals.folder() / "config")
-    if not place.isprintable() or set(place) & set('"*?[]'):
-        raise InvalidInput(f"ssh would misunderstand the path {place!r}: set XDG_CONFIG_HOME to another folder")
-    return f'Include "{place}"\n'.encode()
+    return ssh_rentals.include_line().encode()
 
 
 def with_include(before: bytes) -> bytes:
@@ -85,6 +87,13 @@ def refresh() -> None:
 def _made_here() -> Path:
     """Return the mark of a ~/.ssh/config that was not there before us, and goes with us if nobody has used it."""
     return ssh_rentals.folder() / "made-config"
+
+
+def _check_home() -> None:
+    """Raise LocalFault in the home of another user: files that ssh may not read would end all of that user's ssh."""
+    home = Path.home()
+    if home.exists() and home.stat().st_uid != os.geteuid():
+        raise LocalFault(f"{home} is another user's home: run this as that user, or set HOME to your own")
 
 
 def _ssh_config() -> Path:

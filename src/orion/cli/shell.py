@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 import time
 import webbrowser
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +19,17 @@ from orion.cli import durations, keys, output, staying
 from orion.cli.rentals import notices, situation
 from orion.cli.session import AsJson, RentalName, platform
 from orion.client import ENDED, Orion
+from orion.connect import TIDY
 from orion.connect import main as relay
-from orion.errors import Ended, InvalidInput, LocalFault, OrionError, StillWaiting, UnreadableReply
-from orion.ssh_rentals import check_authority, check_names, connect_command
+from orion.errors import Ended, InvalidInput, LocalFault, OrionError, StillWaiting
+from orion.ssh_rentals import (
+    certificate_file,
+    check_authority,
+    check_certificate,
+    check_names,
+    connect_command,
+    quoted,
+)
 from orion.wire import Rental, RentalState
 
 START_LOG = ".orion/start.log"
@@ -31,6 +38,8 @@ SHOW_LOG = ["tail", "-n", "1000"]
 SHORT_S = 5.0
 MOST_SHORT = 3
 """Sessions in a row that were lost before they had lasted: then something else is wrong than a worker."""
+COMES_BACK_S = 120.0
+"""A worker that falls silent is down after 90 s; the manager is restarted within less."""
 KNOWN_WITHIN_S = 3.0
 """Twice what the manager needs to be sure that a worker that was killed is gone."""
 PERSISTENT = "infocmp >/dev/null 2>&1 || export TERM=xterm-256color; exec tmux new-session -A -s orion"
@@ -39,12 +48,13 @@ PERSISTENT = "infocmp >/dev/null 2>&1 || export TERM=xterm-256color; exec tmux n
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to run there, and how to log in. `identity` None: with whatever keys there are."""
+    """What is to run there, and how to log in. `identity` None: with orion's own key."""
 
     command: tuple[str, ...] = ()
     identity: Path | None = None
     tty: bool = False
     certified: bool = False
+    forward_agent: bool = False
 
 
 def ssh(
@@ -62,6 +72,12 @@ def ssh(
     persist: Annotated[
         bool, typer.Option("--persist", help="In tmux: whoever comes back finds the screen as it was.")
     ] = False,
+    forward_agent: Annotated[
+        bool,
+        typer.Option(
+            "--forward-agent", "-A", help="Let programs there use your SSH agent, as long as the session lasts."
+        ),
+    ] = False,
     wait: Annotated[
         str, typer.Option(metavar="DURATION", help="How long to wait while it is queued or on the move.")
     ] = "60s",
@@ -71,11 +87,13 @@ def ssh(
 
     A shell that is lost, with its worker or on the way, is opened again as soon as the rental is there. A command is
     not: it may have done its work.
+    A rental of which this machine has no key is opened by a certificate.
     The exit status is that of the command, or of ssh.
     Options for orion come before RENTAL; everything after it is the command.
     """
     found = _find(rental, wait)
     wish = _wish(found, _after_two_dashes(command or []), identity, tty, cert, persist)
+    wish = replace(wish, forward_agent=forward_agent)
     arguments = _opening(found, wish)
     if sys.stdin.isatty() and (persist or not wish.command):
         raise typer.Exit(_stay(found, wish, arguments, durations.parse(wait)))
@@ -101,32 +119,22 @@ def logs(
     if found.start is None:
         raise InvalidInput(f"{found.name} was rented without a start command: orion rent --start COMMAND")
     command = SHOW_LOG + (["-F"] if follow else []) + [START_LOG]
-    _become(_opening(found, Wish(tuple(command), _identity(found, identity))))
+    _become(_opening(found, _wish(found, command, identity)))
 
 
 def _find(rental: str, wait: str) -> Rental:
     within_s = durations.parse(wait)
     with platform(f"looking for {rental}") as (orion, tell):
+        orion.be_patient(within_s)
         found = _active(orion, orion.find_rental(rental, ended=True), within_s, tell)
     for notice in notices(found):  # it may be frozen for what it holds, and then nobody is let in
         output.note(f"orion: {notice}", "yellow")
     return found
 
 
-def _identity(found: Rental, identity: Path | None) -> Path | None:
-    known = identity or keys.identity_of(found.id)
-    if known is not None and not known.exists():
-        raise InvalidInput(f"the key of {found.name}, {known}, is gone: give one with orion ssh -i FILE {found.name}")
-    if known is None and sys.stderr.isatty():
-        output.note(
-            f"orion: {output.plain(found.name)} was not rented from here; if your keys are refused: "
-            f"orion ssh -i FILE {output.plain(found.name)}, or orion ssh --cert {output.plain(found.name)}"
-        )
-    return known
-
-
 def _opening(rental: Rental, wish: Wish) -> list[str]:
     with platform() as (orion, _tell):
+        orion.be_patient(COMES_BACK_S)
         return _arguments(orion, rental, wish)
 
 
@@ -177,13 +185,16 @@ def ssh_arguments(rental: Rental, authority: str, wish: Wish, certificate: Path 
         "-o", "GlobalKnownHostsFile=none",
         "-o", "UpdateHostKeys=no",
         *_identity_options(wish.identity),
-        *(["-o", f"CertificateFile={certificate}"] if certificate else []),
+        *(["-o", f"CertificateFile={quoted(certificate)}"] if certificate else []),
         # A connection shared with an earlier one could lead to where the rental was before it moved.
         "-o", "ControlMaster=no",
         "-o", "ControlPath=none",
         # When the worker dies silently, the shell ends within a minute instead of hanging.
         "-o", "ServerAliveInterval=15",
         "-o", "ServerAliveCountMax=3",
+        # Only who asks for it this time: whoever is root there could use the agent as well.
+        "-o", f"ForwardAgent={'yes' if wish.forward_agent else 'no'}",
+        "-o", "SendEnv=LC_* COLORTERM NO_COLOR",
         *(["-t"] if wish.tty else []),
         "--",
         f"{rental.username}@{rental.name}.orion",
@@ -191,14 +202,24 @@ def ssh_arguments(rental: Rental, authority: str, wish: Wish, certificate: Path 
     ]  # fmt: skip
 
 
-def _wish(rental: Rental, command: Sequence[str], identity: Path | None, tty: bool, cert: bool, persist: bool) -> Wish:
-    if cert and identity is None and keys.identity_of(rental.id) is None:
-        identity = keys.public_key(None)[1]
-    known = _identity(rental, identity)
+def _wish(
+    rental: Rental,
+    command: Sequence[str],
+    identity: Path | None,
+    tty: bool = False,
+    cert: bool = False,
+    persist: bool = False,
+) -> Wish:
+    """By the key that was given, or the one that the rental was rented with, or by a certificate for orion's own."""
+    recorded = None if cert else keys.identity_of(rental.id)
+    if identity is None and recorded is not None and recorded.exists():
+        identity = recorded
+    if identity is None:
+        identity, cert = keys.public_key(None)[1], True
     if persist:
         inside = [shlex.quote(" ".join(command))] if command else []
         command, tty = [" ".join([PERSISTENT, *inside])], True
-    return Wish(tuple(command), known, tty, cert)
+    return Wish(tuple(command), identity, tty, cert)
 
 
 def _after_two_dashes(command: list[str]) -> list[str]:
@@ -214,9 +235,9 @@ def _arguments(orion: Orion, rental: Rental, wish: Wish) -> list[str]:
 def _new_certificate(orion: Orion, rental: Rental, identity: Path) -> Path:
     public_key, _ = keys.public_key(identity)
     signed = orion.certificate(rental.id, public_key).certificate
-    if not re.fullmatch(r"[a-z0-9@.-]+ [A-Za-z0-9+/=]+", signed):
-        raise UnreadableReply("the platform sent something else than a certificate")
-    file = login.private_folder() / f"{rental.id}-cert.pub"
+    check_certificate(signed)
+    login.private_folder()
+    file = certificate_file(rental.id)
     login.write_private(file, f"{signed}\n")
     return file
 
@@ -229,15 +250,18 @@ def _stay(rental: Rental, wish: Wish, arguments: list[str], within_s: float) -> 
         left = staying.run(arguments)
         if not left.lost:
             return left.status
+        sys.stderr.write(TIDY)
         short = short + 1 if time.monotonic() - began < SHORT_S else 0
         if short >= MOST_SHORT:
             raise OrionError(f"the connection was lost {short} times in a row: {left.reason or 'nobody said why'}")
         output.note(f"orion: the connection to {output.plain(rental.name)} is lost; coming back", "yellow")
         with platform(f"waiting for {rental.name}") as (orion, tell):
+            orion.be_patient(COMES_BACK_S)
             if left.there:
                 # That its worker is gone is known a moment later: whoever asks at once is told that it is active.
                 orion.rental(rental.id, wait_s=KNOWN_WITHIN_S, state=RentalState.MIGRATING)
-            now = orion.wait_for(rental.id, RentalState.ACTIVE, within_s, lambda one: tell(situation(one)))
+            patience_s = max(within_s, COMES_BACK_S)
+            now = orion.wait_for(rental.id, RentalState.ACTIVE, patience_s, lambda one: tell(situation(one)))
             _active(orion, now, 0, tell)
             arguments = _arguments(orion, now, wish)
         if now.epoch != rental.epoch:
@@ -260,11 +284,9 @@ def _active(orion: Orion, rental: Rental, within_s: float, tell: output.Tell) ->
 
 
 def _identity_options(identity: Path | None) -> list[str]:
-    if identity is not None:
-        # Without IdentitiesOnly an agent with many keys uses up the attempts before this one is tried.
-        return ["-o", "IdentitiesOnly=yes", "-i", str(identity)]
-    own = keys.own_key()
-    return ["-i", str(own)] if own.exists() else []
+    # Without IdentitiesOnly an agent with many keys uses up the attempts before this one is tried.
+    identity = identity or keys.own_key()
+    return ["-o", "IdentitiesOnly=yes", "-o", f"IdentityFile={quoted(identity)}"]
 
 
 def _become(arguments: list[str]) -> None:
@@ -272,6 +294,6 @@ def _become(arguments: list[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        os.execvp(arguments[0], arguments)  # noqa: S606 - no shell is wanted
+        os.execvpe(arguments[0], arguments, staying.environment())  # noqa: S606 - no shell is wanted
     except FileNotFoundError as error:
         raise LocalFault("ssh is not installed on this machine: apt install openssh-client") from error

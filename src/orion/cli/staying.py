@@ -31,12 +31,23 @@ class Left:
     reason: str
 
 
+def is_usable(shell: str) -> bool:
+    """Return whether it is a program that runs commands: services often have one that refuses."""
+    return Path(shell).name not in {"nologin", "false", "true"} and os.access(shell, os.X_OK)
+
+
+def environment() -> dict[str, str]:
+    """Return what ssh is started with. It starts its ProxyCommand by $SHELL."""
+    usable = is_usable(os.environ.get("SHELL", "/bin/sh"))
+    return dict(os.environ) if usable else os.environ | {"SHELL": "/bin/sh"}
+
+
 def run(arguments: Sequence[str]) -> Left:
     """ssh from its start to its end. Raises LocalFault where there is none."""
     with tempfile.TemporaryDirectory(prefix="orion-") as folder:
         report = Path(folder) / "report"
         try:
-            child = subprocess.Popen(arguments, env=os.environ | {REPORT: str(report)})
+            child = subprocess.Popen(arguments, env=environment() | {REPORT: str(report)})
         except FileNotFoundError as error:
             raise LocalFault("ssh is not installed on this machine: apt install openssh-client") from error
         with _as_its_shadow(child):

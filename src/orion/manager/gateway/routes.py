@@ -15,7 +15,7 @@ from orion.manager.api.services import Services, authenticate, client_address, v
 from orion.manager.domain.states import ENDED
 from orion.manager.engine.port import Action, Host, Job
 from orion.manager.gateway.sessions import Session
-from orion.manager.gateway.ssh import Ending, Relayed, SshStream, WorkerUnreachable, connect, relay
+from orion.manager.gateway.ssh import NOTICE, Ending, Relayed, SshStream, WorkerUnreachable, connect, relay
 from orion.manager.store import rentals
 from orion.manager.store.database import Row
 from orion.manager.store.tokens import Principal
@@ -23,6 +23,10 @@ from orion.manager.store.tokens import Principal
 log = structlog.get_logger()
 
 router = APIRouter(prefix="/api", tags=["rentals"])
+
+LONGEST_NOTICE = 300
+"""Letters."""
+_OVER = frozenset({*ENDED, wire.RentalState.RELEASING})
 
 
 @router.websocket("/rentals/{rental_id}/ssh")
@@ -68,7 +72,7 @@ async def _bring_in(
             await services.recognisable(job)
             stream = await _connected(job.host, session.over)
             if stream is not None:
-                await _carry(websocket, services, session, stream)
+                await _carry(websocket, services, session, stream, _notice(row))
                 return
 
 
@@ -85,11 +89,13 @@ async def _connected(host: Host, over: asyncio.Future[Ending]) -> SshStream | No
     return None
 
 
-async def _carry(websocket: WebSocket, services: Services, session: Session, stream: SshStream) -> None:
+async def _carry(
+    websocket: WebSocket, services: Services, session: Session, stream: SshStream, headers: dict[str, str]
+) -> None:
     services.sessions.note_begin(session)
     relayed = Relayed(0, 0, 0, "the manager ended it")
     try:
-        relayed = await relay(websocket, stream, session.over)
+        relayed = await relay(websocket, stream, session.over, headers)
     finally:
         services.sessions.note_end(session, relayed.reason, stream.to_worker, stream.to_client)
     log.info("relay ended", rental_id=session.rental_id, **vars(relayed))
@@ -107,15 +113,33 @@ async def active(services: Services, rental_id: str, principal: Principal, deadl
             if row is None:
                 raise not_found("rental")
             left_s = deadline - services.monotonic()
-            if row["state"] == wire.RentalState.ACTIVE:
+            if row["state"] == wire.RentalState.ACTIVE and not row["held"]:
                 if not session.over.done():
                     return row
                 continue  # something ended while it was read: look again
-            if row["state"] in {*ENDED, wire.RentalState.RELEASING} or left_s <= 0:
-                raise ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}")
+            if row["state"] in _OVER or left_s <= 0:
+                raise _not_active(row)
             with suppress(TimeoutError):
                 async with asyncio.timeout(left_s):
                     await changed.wait()
+
+
+def _not_active(row: Row) -> ApiProblem:
+    """With Retry-After where it is worth waiting for."""
+    again = {} if row["state"] in _OVER else {"Retry-After": "5"}
+    if row["state"] == wire.RentalState.ACTIVE:
+        return ApiProblem(409, "not_active", "the rental is being moved: it stands still for a moment", again)
+    return ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}", again)
+
+
+def _notice(row: Row) -> dict[str, str]:
+    """What somebody who comes in should know: a rental that is not copied may be frozen, and then its sshd says only
+    that permission is denied.
+    """
+    if not row["copy_problem"]:
+        return {}
+    said = f"{row['name']} is not copied: {row['copy_problem']}"[:LONGEST_NOTICE]
+    return {NOTICE: "".join(letter if " " <= letter <= "~" else "?" for letter in said)}
 
 
 def job_of(row: Row) -> Job:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ MOVED = 4001
 """The rental is not on that worker any more; the reason says why."""
 REVOKED = 4003
 """The token by which it was opened is not valid any more."""
+NOTICE = "X-Orion-Notice"
+"""A header of the answer to a client that is let through: what a person should know."""
 LONGEST_REASON = 100
 """Bytes: a close frame has room for 123."""
 
@@ -97,13 +100,15 @@ async def _open(host: Host) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]
             await asyncio.sleep(AGAIN_AFTER_S)
 
 
-async def relay(websocket: WebSocket, stream: SshStream, over: asyncio.Future[Ending]) -> Relayed:
+async def relay(
+    websocket: WebSocket, stream: SshStream, over: asyncio.Future[Ending], headers: Mapping[str, str] | None = None
+) -> Relayed:
     """Accept the WebSocket and carry bytes both ways until either side ends. Both are closed when it returns.
 
-    It ends as well when `over` is done, by its result.
+    `headers` go with the acceptance. It ends as well when `over` is done, by its result.
     """
     try:
-        await websocket.accept()
+        await websocket.accept(headers=[(name.encode(), value.encode()) for name, value in (headers or {}).items()])
         ending = await _first_ending(websocket, stream, over)
         await _close(websocket, ending)
     except WebSocketDisconnect as gone:
