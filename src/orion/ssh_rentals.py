@@ -164,7 +164,7 @@ Host *.{DOMAIN}
     ConnectTimeout {CONNECT_TIMEOUT_S}
     ServerAliveInterval 15
     ServerAliveCountMax 3
-    SendEnv LC_* COLORTERM NO_COLOR
+    SendEnv COLORTERM NO_COLOR
 """
 
 

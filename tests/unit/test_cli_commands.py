@@ -450,18 +450,6 @@ def test_a_host_that_is_none_is_not_opened(platform: ScriptedPlatform, orion: Co
     assert orion("open", "box", "8000").status == 1
 
 
-def test_a_key_that_is_gone_is_said_before_ssh_starts(
-    platform: ScriptedPlatform, orion: Command, public_key: Path
-) -> None:
-    platform.answer("POST", "/api/rent", Answer(201, rental()))
-    platform.answer("GET", "/api/rentals/box", rental())
-    orion("rent", "--key", str(public_key))
-    public_key.unlink()
-    result = orion("ssh", "box")
-    assert result.status == 2
-    assert "orion ssh -i FILE box" in result.err
-
-
 def test_a_rental_made_where_nothing_can_be_kept_is_still_reported(
     platform: ScriptedPlatform, orion: Command, public_key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
