@@ -253,7 +253,7 @@ def certificate_file(rental_id: str) -> Path:
 def certify(account: Login, rental_id: str, epoch: int) -> None:
     """Have a certificate of our own key for that rental at that epoch in its file. Raises OrionError."""
     file = certificate_file(rental_id)
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, IndexError):  # one that `orion ssh` left says neither
         held_epoch, until = file.read_text().split()[2].split("/")
         if int(held_epoch) == epoch and int(until) > time.time() + ENOUGH_S:
             return

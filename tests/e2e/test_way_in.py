@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import socket
@@ -15,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import asyncssh
 import pytest
 from conftest import Figures
 from renter import COMMAND, Renter, make_key
@@ -23,6 +25,7 @@ from terminal import at_a_terminal
 from waiting import eventually
 
 from orion.client import Orion
+from orion.connect import TIDY
 from orion.wire import Rental
 
 BACK_WITHIN_S = 30.0
@@ -88,6 +91,76 @@ def test_ports_are_carried_both_ways(lab: Rental, config: str, renter: Renter) -
         back = f"7778:127.0.0.1:{here.getsockname()[1]}"
         done = renter.run(["ssh", "-F", config, "-R", back, "lab.orion", f'python3 -c "{ask}"'])
     assert done.stdout == "out\n", done.stderr
+
+
+def test_asyncssh_reads_the_same_configuration(
+    lab: Rental, config: str, renter: Renter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It follows what is included, runs the command, and believes the authority alone."""
+    for name, value in renter.environment.items():
+        monkeypatch.setenv(name, value)
+    known_hosts = str(renter.folder / ".config/orion/ssh/known_hosts")
+
+    async def ask() -> object:
+        async with asyncssh.connect("lab.orion", config=[config], known_hosts=known_hosts) as connection:
+            return (await connection.run("id -un", check=True)).stdout
+
+    assert asyncio.run(ask()) == f"{lab.username}\n"
+
+
+def test_git_and_an_editors_way(lab: Rental, config: str, renter: Renter, tmp_path: Path) -> None:
+    """git pushes and clones by ssh. An editor sends a script to a shell without a terminal, asks for an early answer,
+    and reaches the server that this starts by a SOCKS proxy of the same ssh.
+    """
+    renter.run(["ssh", "-F", config, "lab.orion", "git init -q --bare there.git"])
+    repository = tmp_path / "repository"
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    git = ["git", "-C", str(repository), *identity, "-c", f"core.sshCommand=ssh -F {config}"]
+    subprocess.run(["git", "init", "-q", "-b", "main", str(repository)], check=True)
+    (repository / "file").write_text("content")
+    for command in (["add", "."], ["commit", "-qm", "first"], ["push", "-q", "lab.orion:there.git", "main"]):
+        done = renter.run([*git, *command])
+        assert done.returncode == 0, done.stderr
+    cloned = renter.run([*git, "clone", "-q", "-b", "main", "lab.orion:there.git", str(tmp_path / "clone")])
+    assert (cloned.returncode, (tmp_path / "clone/file").read_text()) == (0, "content"), cloned.stderr
+
+    port = _free_port()
+    serve = (
+        "import socket; s=socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); "
+        "s.accept()[0].send(b'in')"
+    )
+    editor = ["ssh", "-F", config, "-T", "-D", str(port), "-o", "ConnectTimeout=15", "lab.orion", "bash"]
+    with subprocess.Popen(
+        editor, env=renter.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as session:
+        assert session.stdin is not None
+        assert session.stdout is not None
+        session.stdin.write(f'python3 -c "{serve}"\n')
+        session.stdin.flush()
+        there = int(session.stdout.readline())
+        with socket.create_connection(("127.0.0.1", port), 20) as proxied:
+            proxied.sendall(b"\x05\x01\x00")
+            assert proxied.recv(2) == b"\x05\x00"
+            proxied.sendall(b"\x05\x01\x00\x01\x7f\x00\x00\x01" + there.to_bytes(2, "big"))
+            assert proxied.recv(10)[:2] == b"\x05\x00"
+            assert proxied.recv(2) == b"in"
+        session.stdin.close()
+
+
+def test_a_restart_of_the_manager_gives_the_shell_back(stack: Stack, lab: Rental, renter: Renter) -> None:
+    """And a terminal that an editor had is put right before anything is said on it."""
+    with at_a_terminal([*COMMAND, "ssh", "--persist", "lab"], renter.environment) as shell:
+        shell.shows("$ ", 30)
+        shell.type("MARK=only-in-this-shell\n")
+        shell.shows("$ ", 10)
+        stack.docker("restart", stack.container("manager_app").id)
+        before = shell.shows("is lost; coming back", BACK_WITHIN_S)
+        assert TIDY in before
+        shell.shows("only-in-this-shell", 2 * BACK_WITHIN_S)
+        shell.type("clear; echo it is $MARK; exit 5\n")
+        shell.shows("it is only-in-this-shell", 10)
+        assert shell.ends(20) == 0
+    assert lab.name == "lab"
 
 
 def test_keys_and_certificates(lab: Rental, renter: Renter, tmp_path: Path, orion: Orion) -> None:

@@ -260,6 +260,8 @@ def test_a_rental_without_a_key_here_is_opened_by_a_certificate_that_is_asked_fo
     machine.orion("config-ssh")
     place = machine.home / ".config/orion"
 
+    (place / "abcdefgh23-cert.pub").write_text("ssh-ed25519-cert-v01@openssh.com AAAA\n")  # as `orion ssh` leaves it
+
     def times_asked() -> int:
         return sum(call.method == "POST" for call in machine.platform.calls)
 
