@@ -147,6 +147,17 @@ def test_git_and_an_editors_way(lab: Rental, config: str, renter: Renter, tmp_pa
         session.stdin.close()
 
 
+def test_a_rental_of_which_this_machine_has_no_key_is_opened_by_a_certificate(
+    lab: Rental, renter: Renter, tmp_path: Path
+) -> None:
+    """A second machine with the same token: by its own command and by plain ssh."""
+    second = Renter(tmp_path / "second", renter.url, renter.token)
+    assert second.orion("ssh", "lab", "id -un").stdout == f"{lab.username}\n"
+    second.orion("config-ssh")
+    said = second.run(["ssh", "-F", str(second.folder / ".ssh/config"), "lab.orion", "id -un"])
+    assert (said.stdout, said.stderr) == (f"{lab.username}\n", "")
+
+
 def test_a_restart_of_the_manager_gives_the_shell_back(stack: Stack, lab: Rental, renter: Renter) -> None:
     """And a terminal that an editor had is put right before anything is said on it."""
     with at_a_terminal([*COMMAND, "ssh", "--persist", "lab"], renter.environment) as shell:
@@ -171,7 +182,7 @@ def test_keys_and_certificates(lab: Rental, renter: Renter, tmp_path: Path, orio
     renter.orion("keys", "lab", "rm", first["fingerprint"], "--yes")
     assert renter.ssh(lab, "true").returncode == 255
     last = renter.orion_json("keys", "lab", "ls")[0]
-    assert "only one" in renter.orion("keys", "lab", "rm", last["id"], "--yes", status=6).stderr
+    assert "only key" in renter.orion("keys", "lab", "rm", last["id"], "--yes", status=6).stderr
     stranger = make_key(tmp_path / "stranger")
     said = renter.orion("ssh", "--cert", "-i", str(stranger), "lab", "id", "-un")
     assert said.stdout == f"{lab.username}\n"
