@@ -164,7 +164,7 @@ Host *.{DOMAIN}
     ConnectTimeout {CONNECT_TIMEOUT_S}
     ServerAliveInterval 15
     ServerAliveCountMax 3
-    SendEnv COLORTERM NO_COLOR
+    SendEnv LC_* COLORTERM NO_COLOR
 """
 
 

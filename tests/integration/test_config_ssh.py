@@ -286,7 +286,7 @@ def test_a_shared_connection_and_the_users_agent_are_not_for_rentals_unless_aske
     assert "controlpath" not in asked
     assert asked["forwardagent"] == "no"
     assert int(asked["connecttimeout"]) > 100, "longer than the relay waits for a rental"
-    assert "COLORTERM" in asked["sendenv"]
+    assert "LC_*" in asked["sendenv"]
 
 
 def test_a_shell_that_starts_no_proxy_command_is_pointed_at(machine: Machine) -> None:

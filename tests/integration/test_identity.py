@@ -5,9 +5,11 @@ All that a renter's ssh knows is one line, the authority's; and all that a worke
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +202,54 @@ def test_a_lock_and_a_higher_epoch_shut_certificates_out_as_well_as_keys(one: Re
     let_in(one)
     assert "Permission denied" in ssh(one, one.on, *held).stderr
     assert ssh(one, one.on, *user_certificate(one, folder)).returncode == 0
+
+
+# What a renter's ssh brings along
+
+
+def test_an_agent_is_reached_where_ssh_forwards_it_and_only_by_its_renter(one: Rental, another: Rental) -> None:
+    """So that `git clone git@...` works in a rental. A roommate reaches neither the socket nor its folder."""
+    let_in(one)
+    let_in(another, certificate(one.on, one, another))
+    with agent_with(one.key.file) as socket:
+        ask = "ssh-add -L; echo $SSH_AUTH_SOCK; echo waiting; read line"
+        forwarding = [*ssh_command(one, one.on)[:-1], "-A", f"{one.username}@{one.on.address}", ask]
+        environment = os.environ | {"SSH_AUTH_SOCK": socket}
+        with subprocess.Popen(
+            forwarding, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        ) as it:
+            assert it.stdout is not None
+            assert one.key.public in it.stdout.readline()
+            there = it.stdout.readline().strip()
+            assert it.stdout.readline() == "waiting\n"
+            stolen = another.ssh(f"SSH_AUTH_SOCK={there} ssh-add -L")
+            assert stolen.returncode == 2, stolen.stdout
+            it.communicate("\n", timeout=20)
+        without = subprocess.run(
+            [*ssh_command(one, one.on), "ssh-add -L"], env=environment, capture_output=True, text=True, check=False
+        )
+        assert without.returncode == 2, "who does not ask for it has none there"
+
+
+def test_languages_colours_and_terminals_of_a_renters_machine_are_known(one: Rental) -> None:
+    let_in(one)
+    told = os.environ | {"LC_ALL": "fr_FR.UTF-8", "COLORTERM": "truecolor", "ODD": "x"}
+    options = ("-i", str(one.key.file), "-o", "SendEnv=LC_* COLORTERM ODD")
+    ask = "bash -c 'printf é | wc -m'; perl -e 1; echo $LC_ALL $COLORTERM $ODD"
+    command = [*ssh_command(one, one.on, *options), ask]
+    done = subprocess.run(command, env=told, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("1\nfr_FR.UTF-8 truecolor\n", "")
+    for terminal in ("xterm-kitty", "xterm-ghostty", "alacritty", "wezterm", "foot"):
+        assert one.ssh(f"TERM={terminal} infocmp").returncode == 0, terminal
+    assert one.ssh("TERM=never-heard-of bash -lc 'echo $TERM'").stdout == "xterm-256color\n"
+
+
+@contextmanager
+def agent_with(key: Path) -> Iterator[str]:
+    """The socket of an agent of ours, which holds that key."""
+    socket = f"{key}.agent"
+    with subprocess.Popen(["ssh-agent", "-D", "-a", socket], stdout=subprocess.DEVNULL) as agent:
+        wait_until(lambda: Path(socket).exists(), "the agent listens")
+        subprocess.run(["ssh-add", "-q", str(key)], env=os.environ | {"SSH_AUTH_SOCK": socket}, check=True)
+        yield socket
+        agent.terminate()

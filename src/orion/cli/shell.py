@@ -194,7 +194,7 @@ def ssh_arguments(rental: Rental, authority: str, wish: Wish, certificate: Path 
         "-o", "ServerAliveCountMax=3",
         # Only who asks for it this time: whoever is root there could use the agent as well.
         "-o", f"ForwardAgent={'yes' if wish.forward_agent else 'no'}",
-        "-o", "SendEnv=COLORTERM NO_COLOR",
+        "-o", "SendEnv=LC_* COLORTERM NO_COLOR",
         *(["-t"] if wish.tty else []),
         "--",
         f"{rental.username}@{rental.name}.orion",
