@@ -44,6 +44,8 @@ HEADER = b"x-orion-pass"
 OURS = b"x-orion-"
 """No header of a client that is called so is passed on, either."""
 LARGEST_HEAD_BYTES = 96 << 10
+LARGEST_ANSWER_HEAD_BYTES = 30 << 10
+"""The proxy reads 32 KB (proxy_buffer_size in web_port.conf), this door's own mark included."""
 HEAD_WITHIN_S = 5.0
 CONNECT_WITHIN_S = 5.0
 LINGER_S = 2.0
@@ -52,6 +54,10 @@ LOOK_EVERY_S = 0.2
 READ_BYTES = 64 << 10
 LONGEST_STATUS_BYTES = 1000
 _STATUS = re.compile(rb"HTTP/1\.[01] [1-9][0-9]{2}( [^\r\n\0]*)?\r?\n")
+_INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)")
+"""A status that only precedes the answer (RFC 9110, 15.2), such as 103 Early Hints; 101 is an answer itself."""
+MOST_INTERIM = 20
+_EMPTY_LINE = re.compile(rb"\n\r?\n")
 MARK = b"X-Orion-Door: 1\r\n"
 """In each answer, so that the proxy can tell one that it has read from what it could not read (web_port.js there)."""
 MOST_OF_ALL = 200
@@ -209,8 +215,12 @@ class WebDoor:
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Way, head: bytes) -> None:
         of_it = Counter(self._carried.values())
-        if sum(of_it.values()) >= MOST_OF_ALL or of_it[way] >= MOST_OF_A_RENTAL:
-            raise Refusal(503, "too_many_connections", "it has as many connections as it may have: try again")
+        if of_it[way] >= MOST_OF_A_RENTAL:
+            detail = f"port {way.port} of this rental has {MOST_OF_A_RENTAL} connections open, and may have no more"
+            raise Refusal(503, "too_many_connections", f"{detail}: close some")
+        if sum(of_it.values()) >= MOST_OF_ALL:
+            detail = f"the worker of this rental carries {MOST_OF_ALL} connections to web ports, and no more"
+            raise Refusal(503, "too_many_connections", f"{detail}: try again in a moment")
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in one
         self._carried[task] = way
@@ -241,7 +251,8 @@ class WebDoor:
                     reader, writer = await asyncio.open_connection(address, way.port, limit=READ_BYTES)
                     break
         else:
-            raise nobody
+            detail = f"a process of this rental listens on port {way.port} and took no connection: look at it there"
+            raise Refusal(502, "not_accepted", detail)
         after = self._look(uid, way.port)
         if after is None or not before.inodes <= after.inodes:
             writer.transport.abort()
@@ -273,18 +284,54 @@ async def _both_ways(*ways: Coroutine[Any, Any, None]) -> None:
 
 
 async def _pump_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Of an answer the first line is looked at, and marked; what is none is not passed on at all."""
+    """Pass on an answer whose head was read whole, with a mark. Raises Refusal for what is none.
+
+    What precedes the answer (1xx) stays here: Nginx would take it for the whole answer, and the answer for something
+    else. Nobody misses it: a hint is only a hint, and the proxy itself says when a body may come.
+    """
     with suppress(OSError):
-        line = b""
-        while not line.endswith(b"\n") and len(line) < LONGEST_STATUS_BYTES:
-            part = await reader.read(1)
-            if not part:
+        head, rest = await _answer_head(reader, b"")
+        for _ in range(MOST_INTERIM):
+            if not _INTERIM.match(head):
                 break
-            line += part
-        if not _STATUS.fullmatch(line):
-            raise Refusal(502, "no_http", "what listens there does not answer in HTTP")
-        writer.write(line + MARK)
+            head, rest = await _answer_head(reader, rest)
+        else:
+            raise Refusal(502, "no_http", f"what listens there sent {MOST_INTERIM} interim answers (1xx) and no other")
+        status, end, fields = head.partition(b"\n")
+        writer.write(status + end + MARK + fields + rest)
     await _pump(reader, writer)
+
+
+async def _answer_head(reader: asyncio.StreamReader, came: bytes) -> tuple[bytes, bytes]:
+    """Return the next head, up to and with its empty line, and what came behind it. Raises Refusal for what is none.
+
+    `came` is what was read before.
+    """
+    looked = 0
+    while True:
+        status = came[: came.find(b"\n") + 1]
+        if (status or len(came) > LONGEST_STATUS_BYTES) and not _STATUS.fullmatch(status):
+            raise Refusal(502, "no_http", "what listens there does not answer in HTTP")
+        end = _EMPTY_LINE.search(came, looked)
+        if end and end.end() <= LARGEST_ANSWER_HEAD_BYTES:
+            return came[: end.end()], came[end.end() :]
+        if end or len(came) > LARGEST_ANSWER_HEAD_BYTES:
+            detail = f"what listens there sends more than {LARGEST_ANSWER_HEAD_BYTES >> 10} KB of headers"
+            raise Refusal(502, "answer_head_too_large", f"{detail}: it may set too many cookies, or too large ones")
+        looked = max(0, len(came) - 2)
+        part = await reader.read(READ_BYTES)
+        if not part:
+            raise _broken_off(came)
+        came += part
+
+
+def _broken_off(came: bytes) -> Refusal:
+    """Return what is said of a connection that ended before the head of its answer did."""
+    if not came:
+        return Refusal(502, "no_answer", "what listens there closed the connection without an answer")
+    if b"\n" not in came:
+        return Refusal(502, "no_http", "what listens there does not answer in HTTP")
+    return Refusal(502, "no_answer", "what listens there closed the connection amid the headers of its answer")
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

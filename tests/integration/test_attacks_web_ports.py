@@ -139,12 +139,79 @@ async def test_what_is_no_answer_does_not_pass_as_one_without_the_sandbox(
     for door_looks in (True, False):
         if not door_looks:
             monkeypatch.setattr(web_door, "_STATUS", re.compile(rb".*", re.DOTALL))
+            monkeypatch.setattr(web_door, "_INTERIM", re.compile(rb"never"))
             monkeypatch.setattr(web_door, "MARK", b"")
         for more in (b"", b"Upgrade: websocket\r\nConnection: upgrade\r\n") if number != 4 else (b"",):
             request = f"GET {public}/slop/{number} HTTP/1.1\r\nHost: x\r\n".encode() + more + b"\r\n"
             answer = await raw(attacked.door.http_port, request, request, within_s=2)
             assert b"<script>" not in answer, answer
             assert not answer or b"no_http" in answer
+
+
+async def test_hints_before_an_answer_do_no_harm_and_only_the_workers_door_takes_them(
+    attacked: Platform, worker: MadeUpWorker, nobody: httpx.Client, public: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = nobody.get(f"{public}/hints")
+    assert (reply.status_code, reply.text) == (200, "its own")
+    assert "sandbox" in reply.headers["content-security-policy"]
+    assert "link" not in reply.headers
+    monkeypatch.setattr(web_door, "_INTERIM", re.compile(rb"never"))
+    request = f"GET {public}/hints HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    assert await raw(attacked.door.http_port, request, within_s=2) == NOTHING
+
+
+@pytest.mark.parametrize("kilobytes", [5, 28])
+def test_an_answer_may_have_large_cookies(
+    nobody: httpx.Client, public: str, rental_id: str, worker: MadeUpWorker, attacked: Platform, kilobytes: int
+) -> None:
+    assert nobody.get(f"{public}/cookie/{kilobytes}").text == "its own"
+    host = f"{worker.renter.port}-{rental_id}.localhost:{attacked.door.http_port}"
+    own = nobody.get(f"/cookie/{kilobytes}", headers={"Host": host})
+    nobody.cookies.clear()
+    assert own.headers["set-cookie"] == f"a={'b' * (kilobytes << 10)}; Path=/"
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "says"),
+    [
+        ("cookie/40", "answer_head_too_large", "30 KB"),
+        ("malformed", "answer_unreadable", "malformed"),
+        ("silence", "no_answer", "without an answer"),
+    ],
+)
+def test_a_renters_answer_that_cannot_be_passed_on_is_blamed_on_nobody_else(
+    nobody: httpx.Client, public: str, path: str, code: str, says: str
+) -> None:
+    reply = nobody.get(f"{public}/{path}")
+    assert (reply.status_code, reply.json()["code"]) == (502, code)
+    assert says in reply.json()["detail"]
+
+
+@pytest.mark.parametrize("method", ["PROPFIND", "REPORT", "MKCOL", "QUERY", "VERSION-CONTROL"])
+def test_a_renters_program_may_know_more_methods_than_the_platform(
+    nobody: httpx.Client, public: str, rental_id: str, worker: MadeUpWorker, attacked: Platform, method: str
+) -> None:
+    host = f"{worker.renter.port}-{rental_id}.localhost:{attacked.door.http_port}"
+    for path, headers in ((f"{public}/x", {}), ("/x", {"Host": host})):
+        reply = nobody.request(method, path, headers=headers, content=b"<a/>")
+        assert reply.json().get("line") == f"{method} /x HTTP/1.1", reply.text
+    assert nobody.request(method, "/api/rentals").json()["code"] == "method_not_allowed"
+    assert nobody.request("TRACE", f"{public}/x").status_code == 405
+
+
+def test_its_owner_finds_a_rental_by_its_name(
+    alice: httpx.Client, nobody: httpx.Client, private: str, rental_id: str, worker: MadeUpWorker
+) -> None:
+    port = worker.renter.port
+    sent_on = alice.get(f"/r/web/{port}/a%2Fb?c=d")
+    assert (sent_on.status_code, sent_on.headers["location"]) == (307, f"/r/{rental_id}/{port}/a%2Fb?c=d")
+    followed = alice.put(f"/r/web/{port}", content=b"x", follow_redirects=True)
+    assert followed.json()["line"] == "PUT / HTTP/1.1"
+    stranger = nobody.get(f"/r/web/{port}/")
+    assert (stranger.status_code, stranger.json()["code"]) == (401, "private")
+    assert f"`orion open web {port}`" in stranger.json()["detail"]
+    for path in ("/r/web/", "/r/web/80/", "/r/x"):
+        assert "orion open" in alice.get(path).json()["detail"]
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 500, 502, 503])
@@ -394,6 +461,7 @@ def test_a_rental_has_a_hundred_connections_and_calls_go_on(
             assert one.recv(100).startswith(b"HTTP/1.1 200")
         refused = nobody.get(f"{public}/x")
         assert (refused.status_code, refused.json()["code"]) == (429, "too_many_connections")
+        assert "web ports of this rental" in refused.json()["detail"]
         assert nobody.get("/healthz").status_code == 200
     deadline = time.monotonic() + 20
     while nobody.get(f"{public}/x").status_code != 200:

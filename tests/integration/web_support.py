@@ -27,8 +27,8 @@ TOO_FREE = (
 SLOP = (
     b"\n\n",
     b"x",
-    b"HTTP/1.1 100 Continue\r\n\r\n",
-    b"HTTP/1.1 103 Early\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\n<",
+    b"HTTP/1.1 103 Early\r\n\r\n<",
     b"HTTP/1.1 101 x\r\n\r\n",
     b"HTTP/2 200\r\n",
 )
@@ -58,7 +58,9 @@ class Renter:
     async def _answer(self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         path = head.split()[1].decode().partition("?")[0]
         said = _scripted(path)
-        if said:
+        if said == b"\0":
+            pass  # it hangs up
+        elif said:
             writer.write(said)
         elif path == "/stream":
             writer.write(b"HTTP/1.1 200 OK\r\n\r\none\n")
@@ -92,7 +94,12 @@ def _scripted(path: str) -> bytes:
         return SLOP[int(number)] + _reply("200 OK", "Content-Type: text/html", body="<script>")
     if kind == "status":
         return _reply(f"{number} Whatever", body="as the renter says")
+    if kind == "cookie":
+        return _reply("200 OK", f"Set-Cookie: a={'b' * (int(number) << 10)}; Path=/", body="its own")
     fixed = {
+        "hints": b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + _reply("200 OK", body="its own"),
+        "malformed": b"HTTP/1.1 200 OK\r\nA\0: b\r\n\r\n",
+        "silence": b"\0",
         "free": _reply("200 OK", *TOO_FREE),
         "redirect": _reply("302 Found", "Location: /login?a=b"),
         "twice": _reply("200 OK", body="first") + _reply("200 OK", body="second"),

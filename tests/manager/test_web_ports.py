@@ -117,6 +117,40 @@ async def test_a_stranger_learns_nothing_of_what_there_is(house: House) -> None:
     assert await there.refusal(Authorization="Bearer orion_client_x_y") == (401, "unauthorized")
 
 
+async def test_a_rental_is_found_by_its_name_by_its_owner_alone(house: House) -> None:
+    await house.join()
+    alice, mallory = await house.new_client("alice"), await house.new_client("mallory")
+    rental_id = (await alice.post("/api/rent", json={"name": "production", "wait_s": 0})).json()["id"]
+    await house.settle()
+    named = Asking(house, "production")
+    assert not await named.lets_in(**token(alice)), "the proxy is to ask why not"
+    sent_on = await named.way(X_Orion_Explain="1", X_Orion_Rest="/a%2Fb?c=d", **token(alice))
+    assert (sent_on.status_code, sent_on.headers["location"]) == (307, f"/r/{rental_id}/{PORT}/a%2Fb?c=d")
+    elsewhere = await named.way(X_Orion_Explain="1", X_Orion_Rest="//evil.example/", **token(alice))
+    assert elsewhere.headers["location"].startswith(f"/r/{rental_id}/{PORT}/")
+    assert await named.refusal(**token(mallory)) == await named.refusal(**token(house.as_admin)) == (404, "not_found")
+    stranger = (await named.way(X_Orion_Explain="1")).json()
+    assert stranger["code"] == "private"
+    assert f"`orion open production {PORT}`" in stranger["detail"]
+
+
+@pytest.mark.parametrize(
+    ("seen", "status", "code"),
+    [
+        ("", 503, "try_again"),
+        ("not_connected", 503, "worker_unreachable"),
+        ("no_answer", 503, "worker_unreachable"),
+        ("unreadable", 502, "answer_unreadable"),
+        ("what no proxy says", 503, "try_again"),
+    ],
+)
+async def test_what_the_proxy_could_not_serve_is_said_by_what_it_saw(
+    house: House, seen: str, status: int, code: str
+) -> None:
+    _, rental_id, alice = await rented(house)
+    assert await Asking(house, rental_id).refusal(X_Orion_Seen=seen, **token(alice)) == (status, code)
+
+
 async def test_only_the_proxy_asks_the_way(house: House) -> None:
     """From outside nobody comes to this address; and whoever came would have to know the proxy's secret."""
     _, rental_id, alice = await rented(house)
@@ -228,15 +262,10 @@ async def test_what_is_refused_is_told_to_people_and_to_programs(house: House) -
     asking = Asking(house, "abcdefghij")
     page = await asking.way(X_Orion_Explain="1", Accept="text/html,*/*")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
-    assert "orion open RENTAL PORT" in page.text
+    assert f"orion open abcdefghij {PORT}" in page.text
     told = await asking.way(X_Orion_Explain="1", Accept="*/*")
     assert told.headers["content-type"] == "application/problem+json"
     assert told.headers["www-authenticate"].startswith("Bearer")
-
-
-async def test_what_is_not_refused_when_it_is_asked_again_is_a_worker_that_does_not_answer(house: House) -> None:
-    _, rental_id, alice = await rented(house)
-    assert await Asking(house, rental_id).refusal(**token(alice)) == (503, "worker_unreachable")
 
 
 # Browsers

@@ -253,12 +253,54 @@ async def test_bytes_pass_both_ways_as_they_are_without_the_pass(tmp_path: Path)
         await stage.gone.wait()
 
 
-@pytest.mark.parametrize("says", [b"", b"\n\nHTTP/1.1 200 OK\r\n\r\n", b"SSH-2.0-x\r\n", b"HTTP/1.1 20", b"x" * 5000])
-async def test_what_does_not_answer_in_http_is_not_passed_on(tmp_path: Path, says: bytes) -> None:
+HTML = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n<p>"
+NO_ANSWERS = [
+    (b"", b"no_answer"),
+    (b"HTTP/1.1 200 OK\r\nA: b\r\n", b"no_answer"),
+    (b"HTTP/1.1 103 Early Hints\r\n\r\n", b"no_answer"),
+    (b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n", b"no_answer"),
+    (b"\n\n" + HTML, b"no_http"),
+    (b"SSH-2.0-x\r\n", b"no_http"),
+    (b"HTTP/1.1 20", b"no_http"),
+    (b"x" * 5000, b"no_http"),
+    (b"HTTP/1.1 103 Early Hints\r\n\r\n<script>" + HTML, b"no_http"),
+    (b"HTTP/1.1 103 Early Hints\r\n\r\n" * 30 + HTML, b"no_http"),
+    (b"HTTP/1.1 200 OK\r\nA: " + b"b" * 31_000 + b"\r\n\r\n", b"answer_head_too_large"),
+    (b"HTTP/1.1 200 OK\r\nA: " + b"b" * 100_000, b"answer_head_too_large"),
+]
+
+
+@pytest.mark.parametrize(("says", "code"), NO_ANSWERS)
+async def test_what_does_not_answer_in_http_is_not_passed_on(tmp_path: Path, says: bytes, code: bytes) -> None:
     async with standing(tmp_path) as stage:
         stage.says = says
         reader, writer = await stage.ask(told(stage.way), b"end")
-        assert b"no_http" in await reader.read()
+        answered = await reader.read()
+        assert code in answered
+        assert b"<" not in answered
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        b"HTTP/1.1 103 Early Hints\r\nLink: </a>; rel=preload\r\n\r\n",
+        b"HTTP/1.1 100 Continue\n\nHTTP/1.1 102 Processing\r\n\r\n",
+    ],
+)
+async def test_hints_before_an_answer_stay_at_the_door_and_the_answer_passes(tmp_path: Path, before: bytes) -> None:
+    async with standing(tmp_path) as stage:
+        stage.says = before + HTML
+        reader, writer = await stage.ask(told(stage.way))
+        assert await reader.read() == b"HTTP/1.1 200 OK\r\nX-Orion-Door: 1\r\nContent-Length: 3\r\n\r\n<p>"
+        writer.close()
+
+
+async def test_what_listens_and_takes_no_connection_is_said_to_do_so(tmp_path: Path) -> None:
+    async with standing(tmp_path) as stage:
+        stage.looks = [Reached(("127.0.0.254",), frozenset({7}))]  # it refuses: nothing is there
+        reader, writer = await stage.ask(told(stage.way))
+        assert b"not_accepted" in await reader.read()
         writer.close()
 
 

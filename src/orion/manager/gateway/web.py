@@ -26,7 +26,7 @@ from orion.manager.domain.states import ENDED
 from orion.manager.gateway.tickets import LIFETIME_S
 from orion.manager.gateway.ways import LIFETIME_S as KEY_LIFETIME_S
 from orion.manager.gateway.ways import Named, signed_pass
-from orion.manager.store import tokens, web_ports
+from orion.manager.store import rentals, tokens, web_ports
 from orion.manager.store.database import Row, record
 from orion.manager.store.tokens import Principal
 
@@ -37,7 +37,13 @@ _REFUSALS = {
     "ended": "the rental is ending or has ended",
     "too_many_ports": f"{wire.MAX_PUBLIC_PORTS} of its ports are public, and no more may be: make one private first",
 }
-_PRIVATE = "this port is private: `orion open RENTAL PORT` opens it in a browser, and a program sends its token"
+_SEEN = {
+    "": ("try_again", "what stood in the way a moment ago is over: try again"),
+    "not_connected": ("worker_unreachable", "the proxy gets no connection to the rental's worker: try again in a moment"),
+    "no_answer": ("worker_unreachable", "the rental's worker took the request and gave no answer: look before you repeat it"),
+    "unreadable": ("answer_unreadable", "the proxy cannot read the headers of the answer: they are malformed or too large"),
+}
+"""What the proxy says that it saw (web_maps.conf), and the code and words for whoever asked."""
 
 router = APIRouter(prefix="/api", tags=["rentals"])
 inside = APIRouter(prefix="/web", include_in_schema=False)
@@ -105,9 +111,13 @@ async def way(request: Request, shared: Shared) -> Response:
         row = await shared.store.read(web_ports.look, asked.rental_id)
         is_public = row is not None and asked.port in row["public_ports"] and row["state"] not in _OVER
         principal = None if is_public else await _who(request, shared, asked)
+        if row is None and principal is not None and explains:
+            row = await _named(shared, asked.rental_id, principal)
+            if row is not None:
+                return _sent_on(request, row["id"], asked.port)
         headers = _leads_to(row, asked, principal, is_public)
         if explains:
-            raise _later("worker_unreachable", "its worker does not answer: try again in a moment")
+            raise _unserved(request.headers.get("x-orion-seen", ""))
     except ApiProblem as refusal:
         return _shown(request, refusal) if explains else Response(status_code=403)
     return Response(status_code=204, headers=headers)
@@ -153,7 +163,23 @@ async def _who(request: Request, shared: Services, asked: Asked) -> Principal:
             if asked.on_own_host and asked.cross_site:
                 raise ApiProblem(403, "cross_site", "a page from elsewhere asks for this")
             return principal
-    raise ApiProblem(401, "private", _PRIVATE, {"WWW-Authenticate": 'Bearer realm="orion"'})
+    detail = (
+        f"nothing is open to everybody here: `orion open {asked.rental_id} {asked.port}` opens a port of your own in a"
+        " browser, and a program sends its token (Authorization: Bearer TOKEN)"
+    )
+    raise ApiProblem(401, "private", detail, {"WWW-Authenticate": 'Bearer realm="orion"'})
+
+
+async def _named(shared: Services, name: str, principal: Principal) -> Row | None:
+    """Return the living rental that the principal itself owns under that name."""
+    found = await shared.store.read(rentals.page, principal.name, name, False, None, 1)
+    return found[0] if found else None
+
+
+def _sent_on(request: Request, rental_id: str, port: int) -> Response:
+    """Return the redirect from a rental's name to its id, with all that stood behind the port."""
+    rest = request.headers.get("x-orion-rest", "").removeprefix("/")
+    return Response(status_code=307, headers={"Location": f"{_path(rental_id, port)}{rest}"})
 
 
 def _leads_to(row: Row | None, asked: Asked, principal: Principal | None, is_public: bool) -> dict[str, str]:
@@ -164,13 +190,19 @@ def _leads_to(row: Row | None, asked: Asked, principal: Principal | None, is_pub
         raise ApiProblem(404, "ended", f"the rental is {row['state']}")
     if row["state"] != wire.RentalState.ACTIVE or not row["session_id"]:
         why = f" ({row['state']}: {row['explanation']})" if principal else ""
-        raise _later("not_active", f"the rental is on no worker at present{why}: try again in a moment")
+        raise _later("not_active", f"the rental does not run at present{why}: try again in a moment")
     signed = signed_pass(row["session_id"], row["id"], row["epoch"], asked.port)
     return {
         "X-Orion-Worker": row["address"],
         "X-Orion-Pass": signed,
         "X-Orion-Resource-Policy": "" if is_public else "same-origin",
     }
+
+
+def _unserved(seen: str) -> ApiProblem:
+    """Return the refusal for a request that nothing forbids, and that the proxy could not serve all the same."""
+    code, detail = _SEEN.get(seen, _SEEN[""])
+    return ApiProblem(502, code, detail) if code == "answer_unreadable" else _later(code, detail)
 
 
 def _later(code: str, detail: str) -> ApiProblem:
