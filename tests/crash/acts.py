@@ -24,8 +24,11 @@ class Act:
     expected: Mapping[str, str] = field(default_factory=dict)
     """The state in which each rental ends, by name."""
     snapshot_interval_s: float = NEVER_S
-    passes_over: str = ""
-    """A pattern: crash points with such names are another act's, or come by a timer and not in every run."""
+    passes_over: str = "cop"
+    """A pattern: crash points with such names are another act's, or come by a timer and not in every run.
+
+    Whatever is let in is copied at once: what becomes of that is tried by `copying`.
+    """
     workers: int | None = 2
 
 
