@@ -1,16 +1,18 @@
 #!/usr/bin/python3 -Es
 """Carries what the proxy brings for a rental's web port to the rental's own process, and to nothing else.
 
-    web_door.py PROXY_ADDRESS          the listening socket is its stdin
+    web_door.py PROXY_ADDRESS APP_ADDRESS          the listening socket is its stdin
 
 A process of its own, so that no byte of a renter takes the agent's time; the agent starts it, again where it dies, and
 keeps the socket. It is root, to read who is here, without any of root's capabilities.
 
-The proxy sends one request on each connection, with a pass that the manager made for it: rental, epoch, port, signed
-with the secret of this worker's session. What is checked, in this order: the peer is the proxy; the pass is the
+The proxy sends one request on each connection, with a pass that the manager made for it: rental, epoch, port, what
+opens it (a token, or that the port is public), a number and for how long, signed with the secret of this worker's
+session. What is checked, in this order: the peer is the proxy; the pass is the
 manager's; the rental is here at this very epoch, let in, and not frozen; whatever listens on the port is a socket of
 the rental's uid, before the connection to it and after. Then bytes are passed on, both ways, as they are. A connection
-ends as soon as the rental's right to run here does.
+ends as soon as the rental's right to run here does, when the time in its pass is over, and when the manager says that
+what opened it has ended (src/orion/manager/gateway/web_ends.py).
 
 What it cannot carry it answers itself, in words for people or for programs.
 """
@@ -28,10 +30,11 @@ import os
 import re
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ from listeners import Reached, reach
 from socket_diag import listening
 
 HEADER = b"x-orion-pass"
+END = b"x-orion-end"
 OURS = b"x-orion-"
 """No header of a client that is called so is passed on, either."""
 LARGEST_HEAD_BYTES = 96 << 10
@@ -63,7 +67,14 @@ MARK = b"X-Orion-Door: 1\r\n"
 MOST_OF_ALL = 200
 MOST_OF_A_RENTAL = 100
 NICENESS = 5
-_PASS = re.compile(r"([a-z0-9-]{1,64}) ([1-9][0-9]{0,17}) ([1-9][0-9]{3,4}) ([0-9a-f]{64})")
+_PASS = re.compile(
+    r"([a-z0-9-]{1,64}) ([1-9][0-9]{0,17}) ([1-9][0-9]{3,4})"
+    r" (public|[a-z]{5,6}\.[a-z0-9-]{1,64}\.[0-9a-f]{16}) ([1-9][0-9]{0,17}) (0|[1-9][0-9]{0,14}) ([0-9a-f]{64})"
+)
+_END = re.compile(r"([1-9][0-9]{0,17}) ([0-9a-f]{64})")
+LARGEST_END_BYTES = 256 << 10
+REMEMBERED_S = 120.0
+"""What has ended is known for so long. A pass comes within a minute: for no longer the proxy tries to connect."""
 _TITLES = {400: "Bad Request", 403: "Forbidden", 502: "Bad Gateway", 503: "Service Unavailable"}
 
 
@@ -81,12 +92,30 @@ class Way:
     rental_id: str
     epoch: int
     port: int
+    grant: str = field(default="public", compare=False)
+    number: int = field(default=1, compare=False)
+    """Passes and messages of what has ended have rising numbers."""
+    left_ms: int = field(default=0, compare=False)
+    """0: it does not end by itself."""
+
+    @property
+    def told(self) -> str:
+        return f"{self.rental_id} {self.epoch} {self.port} {self.grant} {self.number} {self.left_ms}"
+
+    @property
+    def opened_by(self) -> str:
+        """As the manager names what has ended."""
+        return f"{self.rental_id} {self.port} {self.grant}"
 
 
 def signature(session_id: str, way: Way) -> str:
     """As src/orion/manager/gateway/ways.py makes it."""
-    signed = f"{way.rental_id} {way.epoch} {way.port}"
-    return hmac.new(session_id.encode(), signed.encode(), hashlib.sha256).hexdigest()
+    return hmac.new(session_id.encode(), way.told.encode(), hashlib.sha256).hexdigest()
+
+
+def end_signature(session_id: str, number: int, lines: bytes) -> str:
+    """As src/orion/manager/gateway/web_ends.py makes it."""
+    return hmac.new(session_id.encode(), b"end %d " % number + lines, hashlib.sha256).hexdigest()
 
 
 def opened(told: str, session_id: str) -> Way:
@@ -94,8 +123,8 @@ def opened(told: str, session_id: str) -> Way:
     match = _PASS.fullmatch(told)
     if not match or not session_id:
         raise Refusal(403, "no_pass", "this door is for the platform's proxy alone")
-    way = Way(match[1], int(match[2]), int(match[3]))
-    if not hmac.compare_digest(signature(session_id, way), match[4]):
+    way = Way(match[1], int(match[2]), int(match[3]), match[4], int(match[5]), int(match[6]))
+    if not hmac.compare_digest(signature(session_id, way), match[7]):
         raise Refusal(403, "no_pass", "this door is for the platform's proxy alone")
     return way
 
@@ -108,6 +137,12 @@ def take_pass(head: bytes) -> tuple[str, bytes]:
         raise Refusal(403, "no_pass", "this door is for the platform's proxy alone")
     told = passes[0].partition(b":")[2].strip().decode("latin-1")
     return told, b"\r\n".join(line for line in lines if not line.lower().startswith(OURS))
+
+
+def header(head: bytes, name: bytes) -> str:
+    """Return the value of a header; empty unless it is there once."""
+    found = [line.partition(b":")[2] for line in head.split(b"\r\n")[1:] if line.partition(b":")[0].lower() == name]
+    return found[0].strip().decode("latin-1") if len(found) == 1 else ""
 
 
 def wants_html(head: bytes) -> bool:
@@ -163,15 +198,22 @@ def look_at_port(uid: int, port: int) -> Reached | None:
 
 
 class WebDoor:
-    """`look` is given a uid and a port."""
+    """`look` is given a uid and a port; `managers` are the addresses that may say what has ended."""
 
     def __init__(
-        self, tenants: Tenants, peers: frozenset[str], look: Callable[[int, int], Reached | None] = look_at_port
+        self,
+        tenants: Tenants,
+        peers: frozenset[str],
+        look: Callable[[int, int], Reached | None] = look_at_port,
+        managers: frozenset[str] = frozenset(),
     ) -> None:
         self._tenants = tenants
         self._peers = peers
         self._look = look
+        self._managers = managers
         self._carried: dict[asyncio.Task[None], Way] = {}
+        self._ended: dict[str, tuple[int, float]] = {}
+        """What has ended, as the manager names it: up to which number, and until when that is remembered."""
 
     async def serve(self, listener: socket.socket) -> None:
         """For ever."""
@@ -193,7 +235,7 @@ class WebDoor:
 
     async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = writer.get_extra_info("peername")
-        if not peer or peer[0] not in self._peers:
+        if not peer or peer[0] not in self._peers | self._managers:
             writer.transport.abort()
             return
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -201,6 +243,11 @@ class WebDoor:
         try:
             async with asyncio.timeout(HEAD_WITHIN_S):
                 head = await _head(reader)
+            if peer[0] in self._managers and (told := header(head, END)):
+                await self._hear(reader, writer, told, head)
+                return
+            if peer[0] not in self._peers:
+                raise Refusal(403, "no_pass", "this door is for the platform's proxy alone")
             told, rest = take_pass(head)
             await self._carry(reader, writer, opened(told, self._tenants.session_id()), rest)
         except Refusal as refusal:
@@ -213,6 +260,36 @@ class WebDoor:
         finally:
             writer.close()
 
+    async def _hear(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, told: str, head: bytes) -> None:
+        """End what the manager says is over, and answer with what is open then."""
+        match, size = _END.fullmatch(told), header(head, b"content-length")
+        if not match or not re.fullmatch(r"[0-9]{1,9}", size) or int(size) > LARGEST_END_BYTES:
+            raise Refusal(400, "no_end", "this does not say what has ended")
+        async with asyncio.timeout(HEAD_WITHIN_S):
+            lines = await reader.readexactly(int(size))
+        session_id, number = self._tenants.session_id(), int(match[1])
+        if not session_id or not hmac.compare_digest(end_signature(session_id, number, lines), match[2]):
+            raise Refusal(403, "no_end", "this is not of the manager of this session")
+        self.end(lines.decode("latin-1").splitlines(), number)
+        is_open = "\n".join(sorted({way.opened_by for way in self._carried.values()})).encode()
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(is_open) + is_open)
+        with suppress(OSError):
+            await writer.drain()
+
+    def end(self, lines: list[str], number: int) -> None:
+        """End what was opened by a pass with a lower number and one of these: `RENTAL PORT GRANT`, or `* * GRANT`."""
+        now = time.monotonic()
+        self._ended = {line: known for line, known in self._ended.items() if known[1] > now}
+        self._ended |= dict.fromkeys(lines, (number, now + REMEMBERED_S))
+        for task, way in list(self._carried.items()):
+            if self._has_ended(way):
+                del self._carried[task]
+                task.cancel()
+
+    def _has_ended(self, way: Way) -> bool:
+        known = (self._ended.get(line) for line in (way.opened_by, f"* * {way.grant}"))
+        return any(way.number < found[0] for found in known if found)
+
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Way, head: bytes) -> None:
         of_it = Counter(self._carried.values())
         if of_it[way] >= MOST_OF_A_RENTAL:
@@ -221,9 +298,12 @@ class WebDoor:
         if sum(of_it.values()) >= MOST_OF_ALL:
             detail = f"the worker of this rental carries {MOST_OF_ALL} connections to web ports, and no more"
             raise Refusal(503, "too_many_connections", f"{detail}: try again in a moment")
+        if self._has_ended(way):
+            raise Refusal(403, "ended", "what opened this port has ended: open it anew")
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in one
         self._carried[task] = way
+        ends = asyncio.get_running_loop().call_later(way.left_ms / 1000, task.cancel) if way.left_ms else None
         try:
             far_reader, far_writer = await self._connect(way)
             try:
@@ -236,7 +316,9 @@ class WebDoor:
             if task.uncancel():
                 raise
         finally:
-            del self._carried[task]
+            if ends:
+                ends.cancel()
+            self._carried.pop(task, None)
 
     async def _connect(self, way: Way) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """To a socket of the rental's own. Who takes a port in between is found by the second look."""
@@ -358,14 +440,15 @@ def give_up_capabilities() -> None:
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        print("usage: web_door.py PROXY_ADDRESS < listening socket", file=sys.stderr)  # noqa: T201
+    if len(sys.argv) != 3:
+        print("usage: web_door.py PROXY_ADDRESS APP_ADDRESS < listening socket", file=sys.stderr)  # noqa: T201
         return 2
     give_up_capabilities()
     os.nice(NICENESS)
     gc.freeze()
     listener = socket.socket(fileno=os.dup(0))
-    asyncio.run(WebDoor(Tenants(), frozenset({sys.argv[1]})).serve(listener))
+    door = WebDoor(Tenants(), frozenset({sys.argv[1]}), managers=frozenset({sys.argv[2]}))
+    asyncio.run(door.serve(listener))
     return 0
 
 

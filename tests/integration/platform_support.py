@@ -52,7 +52,9 @@ def run_manager(order: Order) -> None:
     world = FakeWorld()
     world.add(Host("", order.here, (WORKER_KEY,)))
     store = app.open_store(order.settings, Store)
-    ports = app.Ports(FakeEngine(world), FakeReach(world), FakeVault(world, time.time), None, lambda: 0.0)
+    ports = app.Ports(
+        FakeEngine(world), FakeReach(world), FakeVault(world, time.time), None, lambda: 0.0, tell_door=app.tell_door
+    )
     app.serve(order.settings, order.secrets, store, ports, order.here)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import socket
+import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
@@ -17,6 +18,8 @@ from platform_support import Platform, raw
 from proxy_support import SECRET, wait_until
 from support.builders import host_key
 from web_support import SECRETS, SLOP, MadeUpWorker, made_up_worker, our_cookie
+
+from orion import wire
 
 NOTHING = b""
 MB = 1 << 20
@@ -433,6 +436,60 @@ async def test_a_websocket_passes_and_ends_when_the_rental_may_not_run_there_any
         except ConnectionResetError:
             pass
         worker.holds(rental_id)
+
+
+@pytest.fixture(params=["made private", "revoked", "its time is over"])
+def opened(
+    attacked: Platform,
+    alice: httpx.Client,
+    rental_id: str,
+    worker: MadeUpWorker,
+    public: str,
+    request: pytest.FixtureRequest,
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Headers that open the port, and what ends that."""
+    path = f"/api/rentals/{rental_id}/ports/{worker.renter.port}"
+    if request.param == "made private":
+        yield "", lambda: alice.put(path, json={"public": False}).raise_for_status()
+        alice.put(path, json={"public": True}).raise_for_status()
+        return
+    alice.put(path, json={"public": False}).raise_for_status()
+    with attacked.client(attacked.secrets.admin_token) as admin:
+        by_itself = request.param == "its time is over"
+        ttl_s = wire.MIN_TTL_S if by_itself else None
+        token = admin.post("/api/tokens", json={"name": "alice", "ttl_s": ttl_s}).raise_for_status().json()
+        ends = f"/api/tokens/{token['id']}"
+        if by_itself:  # sooner than a token can be asked for
+            with sqlite3.connect(attacked.folder / "orion.db", timeout=10) as database:
+                database.execute("UPDATE tokens SET expires_at = ? WHERE id = ?", (time.time() + 4, token["id"]))
+        yield (
+            f"Authorization: Bearer {token['token']}\r\n",
+            (lambda: None) if by_itself else lambda: admin.delete(ends).raise_for_status(),
+        )
+        admin.delete(ends).raise_for_status()
+    alice.put(path, json={"public": True}).raise_for_status()
+
+
+def test_an_open_connection_ends_with_what_opened_it(
+    attacked: Platform, public: str, opened: tuple[str, Callable[[], object]]
+) -> None:
+    """A WebSocket, and a download that never ends; neither is asked about again while it is open."""
+    headers, end = opened
+    upgrade = f"GET {public}/ws HTTP/1.1\r\nHost: x\r\n{headers}Upgrade: websocket\r\nConnection: upgrade\r\n\r\n"
+    download = f"GET {public}/wait HTTP/1.1\r\nHost: x\r\n{headers}\r\n"
+    with ExitStack() as open_ones:
+        connections = []
+        for text, status in ((upgrade, b"HTTP/1.1 101"), (download, b"HTTP/1.1 200")):
+            there = open_ones.enter_context(socket.create_connection(("127.0.0.1", attacked.door.http_port)))
+            there.settimeout(20)
+            there.sendall(text.encode())
+            assert there.recv(1000).startswith(status)
+            connections.append(there)
+        end()
+        for there in connections:
+            with suppress(ConnectionResetError):
+                while there.recv(1000):
+                    pass
 
 
 def test_the_same_over_https_and_http_2(attacked: Platform, public: str) -> None:

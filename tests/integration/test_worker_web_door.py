@@ -61,7 +61,7 @@ def serving(rental: Rental, says: str, address: str = "127.0.0.1", port: int = P
 
 
 def request(way: Way, session: str) -> bytes:
-    told = f"{way.rental_id} {way.epoch} {way.port} {signature(session, way)}"
+    told = f"{way.told} {signature(session, way)}"
     return f"GET /x HTTP/1.1\r\nHost: h\r\nX-Orion-Pass: {told}\r\n\r\n".encode()
 
 

@@ -135,7 +135,9 @@ class MadeUpWorker:
     async def _begin(self) -> None:
         server = await asyncio.start_server(self.renter.serve, "127.0.0.1", 0)
         self.renter.port = server.sockets[0].getsockname()[1]
-        self.door = WebDoor(Tenants(self._root), frozenset({f"{self._platform.door.network}.2"}), self._look)
+        self.door = WebDoor(
+            Tenants(self._root), frozenset({f"{self._platform.door.network}.2"}), self._look, frozenset({self.address})
+        )
         self._listener = socket.create_server((self.address, 80))
         self._serving = (server, asyncio.create_task(self.door.serve(self._listener)))
 

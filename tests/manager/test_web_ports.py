@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -10,8 +14,11 @@ from support.house import Agent, House
 from web_door import Refusal, Way, opened
 
 from orion import wire
-from orion.manager.gateway import tickets, ways
+from orion.manager.api import services
+from orion.manager.gateway import tickets, ways, web_ends
 from orion.manager.gateway.ways import Keys, Named
+from orion.manager.store import tokens
+from orion.manager.store.tokens import make_token
 
 PORT = 8000
 PATH_HOST, OWN_HOST = "orion.example:8443", "8000-it.apps.example"
@@ -336,7 +343,7 @@ async def test_a_ticket_for_anothers_rental_is_not_given(house: House) -> None:
 
 
 def test_a_key_is_nothing_but_what_was_signed() -> None:
-    keys, named = Keys("secret"), Named("client", "t-1")
+    keys, named = Keys("secret"), Named("client", "t-1", "0123456789abcdef")
     made = keys.make("abcdefghij", PORT, named, 1000.0)
     assert keys.read(made, "abcdefghij", PORT, 1000.0) == named
     signature, _, told = made.partition(".")
@@ -419,3 +426,126 @@ async def test_a_form_that_is_none_is_refused(house: House, form: dict[str, str]
     reply = await house.http.post("/web/open", data=form)
     assert reply.status_code in {401, 413, 422}
     assert reply.json()["code"] in {"no_ticket", "body_too_large", "invalid_request"}
+
+
+# What is open ends with what opened it
+
+
+class Doors:
+    """In place of the workers' doors: what is open there, what they were told, and whether they answer."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        self.told: list[tuple[str, tuple[str, ...]]] = []
+        self.is_open: list[str] = []
+        self.away = 0
+        house.manager.web_ends._tell = self.tell
+
+    async def tell(self, address: str, session_id: str, number: int, over: Sequence[str]) -> list[str]:
+        if self.away:
+            self.away -= 1
+            raise ConnectionRefusedError
+        [agent] = [agent for agent in self.house.agents if agent.node.host.address == address]
+        assert session_id == agent.session
+        self.told.append((agent.worker_id, tuple(over)))
+        self.is_open = [line for line in self.is_open if line not in over and f"* * {line.split()[2]}" not in over]
+        return self.is_open
+
+    async def hear_all(self) -> list[tuple[str, tuple[str, ...]]]:
+        await asyncio.wait_for(asyncio.gather(*self.house.manager.web_ends._telling), 10)
+        return self.told
+
+
+async def passed(house: House, agent: Agent, rental_id: str, **headers: str) -> Way:
+    reply = await Asking(house, rental_id).way(**headers)
+    assert reply.status_code == 204, reply.text
+    return opened(reply.headers["x-orion-pass"], agent.session)
+
+
+async def test_the_doors_that_a_token_led_to_are_told_when_it_is_revoked(house: House) -> None:
+    worker, rental_id, alice = await rented(house)
+    await house.join()
+    doors = Doors(house)
+    way = await passed(house, worker, rental_id, **token(alice))
+    other = await passed(house, worker, rental_id, **token(house.as_admin))
+    assert way.grant.startswith("client.")
+    assert way.number < other.number
+    await house.revoke("alice")
+    assert await doors.hear_all() == [(worker.worker_id, (f"* * {way.grant}",))]
+
+
+async def test_a_door_is_told_when_a_port_is_made_private_again(house: House) -> None:
+    worker, rental_id, alice = await rented(house)
+    doors = Doors(house)
+    await expose(alice, rental_id)
+    assert (await passed(house, worker, rental_id)).grant == "public"
+    await expose(alice, rental_id, public=False)
+    assert await doors.hear_all() == [(worker.worker_id, (f"{rental_id} {PORT} public",))]
+
+
+async def test_a_door_that_does_not_answer_is_told_until_it_has_heard(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_ends, "AGAIN_AFTER_S", 0.01)
+    worker, rental_id, alice = await rented(house)
+    doors = Doors(house)
+    way = await passed(house, worker, rental_id, **token(alice))
+    doors.away = 3
+    await house.revoke("alice")
+    assert await doors.hear_all() == [(worker.worker_id, (f"* * {way.grant}",))]
+
+
+async def test_a_token_that_is_revoked_while_its_pass_is_made_gets_none(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, rental_id, alice = await rented(house)
+    looked_up = services.authenticate
+
+    async def authenticated(*asked: Any) -> Any:
+        found = await looked_up(*asked)
+        await house.revoke("alice")
+        return found
+
+    monkeypatch.setattr("orion.manager.gateway.web.authenticate", authenticated)
+    assert not await Asking(house, rental_id).lets_in(**token(alice))
+
+
+async def test_a_manager_that_begins_asks_what_is_open_and_ends_what_may_not_be(house: House) -> None:
+    """It was away when a token ended, a port was closed, or the admin's token was made anew in its file."""
+    worker, rental_id, alice = await rented(house)
+    await expose(alice, rental_id, port=8001)
+    mallory = await house.new_client("mallory")
+    good = await passed(house, worker, rental_id, **token(alice))
+    gone = (await passed(house, worker, rental_id, **token(house.as_admin))).grant.replace("admin.admin.", "admin.x.")
+    anew = f"admin.admin.{'0' * 16}"
+    assert mallory
+    await house.restart()
+    doors = Doors(house)
+    keep = [f"{rental_id} {PORT} {good.grant}", f"{rental_id} 8001 public"]
+    end = [f"{rental_id} {PORT} {gone}", f"{rental_id} {PORT} {anew}", f"{rental_id} 8002 public"]
+    doors.is_open = keep + end
+    house.manager.web_ends.begin()
+    assert await doors.hear_all() == [(worker.worker_id, ()), (worker.worker_id, tuple(end))]
+    assert doors.is_open == keep
+    await house.revoke("alice")
+    assert (await doors.hear_all())[2:] == [(worker.worker_id, (f"* * {good.grant}",))]
+
+
+async def test_a_pass_lasts_no_longer_than_the_key_or_the_token(house: House) -> None:
+    worker, rental_id, alice = await rented(house)
+    assert (await passed(house, worker, rental_id, **token(alice))).left_ms == 0
+    held = await key(house, alice, rental_id)
+    assert (await passed(house, worker, rental_id, X_Orion_Key=held)).left_ms == ways.LIFETIME_S * 1000
+    ttl_s = int(house.clock.wall() - time.time()) + 600
+    _, short = await house.store.write(tokens.create, "admin", "alice", "client", ttl_s)
+    left_ms = (await passed(house, worker, rental_id, **token(house.client(short)))).left_ms
+    assert 590_000 < left_ms <= 600_000
+
+
+async def test_a_key_of_a_token_that_was_made_anew_in_its_file_opens_nothing(house: House) -> None:
+    _, rental_id, _ = await rented(house)
+    held = await key(house, house.as_admin, rental_id)
+    assert await Asking(house, rental_id).lets_in(X_Orion_Key=held)
+    house.secrets = replace(house.secrets, admin_token=make_token("admin", "admin"))
+    await house.restart()
+    assert not await Asking(house, rental_id).lets_in(X_Orion_Key=held)

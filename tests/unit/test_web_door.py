@@ -18,7 +18,7 @@ import web_door
 from freezing import Freezer
 from ledger import Ledger, Record
 from listeners import Listener, Reached, listeners, reach
-from web_door import Refusal, Tenants, Way, WebDoor, answer, opened, signature, take_pass
+from web_door import Refusal, Tenants, Way, WebDoor, answer, end_signature, opened, signature, take_pass
 
 SESSION = "5e55" * 8
 WAY = Way("abcd234567", 3, 8000)
@@ -100,7 +100,7 @@ def test_a_kernel_that_cannot_be_asked_is_read(monkeypatch: pytest.MonkeyPatch) 
 
 
 def told(way: Way = WAY, session: str = SESSION) -> str:
-    return f"{way.rental_id} {way.epoch} {way.port} {signature(session, way)}"
+    return f"{way.told} {signature(session, way)}"
 
 
 def test_a_pass_of_the_session_opens_its_way() -> None:
@@ -187,7 +187,7 @@ class Stage:
         (root / "run/orion").mkdir(parents=True)
         (root / "run/orion/session").write_text(SESSION)
         self.looks: list[Reached | None] = []
-        self.door = WebDoor(Tenants(root), frozenset({"127.0.0.1"}), self._look)
+        self.door = WebDoor(Tenants(root), frozenset({"127.0.0.1"}), self._look, frozenset({"127.0.0.1"}))
         self.received = b""
         self.says = b"HTTP/1.1 200 OK\r\n\r\nfirst "
         self.connections = 0
@@ -212,6 +212,16 @@ class Stage:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.door_port)
         writer.write(b"POST /x HTTP/1.1\r\nX-Orion-Pass: " + told.encode() + b"\r\nA: b\r\n\r\n" + text)
         return reader, writer
+
+    async def tell(self, *over: str, number: int, session: str = SESSION) -> bytes:
+        """As the manager does; the answer."""
+        lines = "\n".join(over).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.door_port)
+        signed = f"X-Orion-End: {number} {end_signature(session, number, lines)}"
+        writer.write(f"POST / HTTP/1.1\r\n{signed}\r\nContent-Length: {len(lines)}\r\n\r\n".encode() + lines)
+        answer = await reader.read()
+        writer.close()
+        return answer
 
     @property
     def way(self) -> Way:
@@ -315,6 +325,58 @@ async def test_a_connection_ends_with_the_rentals_right_to_run_here(tmp_path: Pa
         writer.close()
 
 
+ALICE, BOB = "client.a11ce.0123456789abcdef", "client.b0b.0123456789abcdef"
+
+
+async def test_a_connection_ends_when_the_manager_says_that_what_opened_it_has_ended(tmp_path: Path) -> None:
+    """By a token, everywhere, or because the port is public; what was opened by another goes on."""
+    async with standing(tmp_path) as stage:
+        port = stage.server_port
+        grants = ("public", ALICE, BOB)
+        ways = [replace(stage.way, grant=grant, number=number) for number, grant in enumerate(grants, 10)]
+        readers = {}
+        for way in ways:
+            readers[way.grant], _ = await stage.ask(told(way))
+            await readers[way.grant].readuntil(b"first ")
+        is_open = await stage.tell(number=20)
+        assert is_open.endswith("\n".join(sorted(f"abcd234567 {port} {grant}" for grant in grants)).encode())
+        assert (await stage.tell(f"* * {ALICE}", number=21)).endswith(f"{BOB}\nabcd234567 {port} public".encode())
+        assert await ended(readers[ALICE]) == b""
+        assert (await stage.tell(f"abcd234567 {port} public", number=22)).endswith(f"{port} {BOB}".encode())
+        assert await ended(readers["public"]) == b""
+        assert (await stage.tell("abcd234567 1 public", number=23)).endswith(f"{port} {BOB}".encode())
+
+
+async def test_a_pass_that_was_on_its_way_when_its_grant_ended_opens_nothing(tmp_path: Path) -> None:
+    async with standing(tmp_path) as stage:
+        way = replace(stage.way, number=10)
+        await stage.tell(f"abcd234567 {way.port} public", number=11)
+        reader, _ = await stage.ask(told(way))
+        assert b'"ended"' in await reader.read()
+        assert stage.connections == 0
+        reader, _ = await stage.ask(told(replace(way, number=12)))
+        assert (await reader.readuntil(b"first ")).startswith(b"HTTP/1.1 200"), "it was made public again since"
+
+
+async def test_a_connection_ends_with_the_time_in_its_pass(tmp_path: Path) -> None:
+    async with standing(tmp_path) as stage:
+        reader, _ = await stage.ask(told(replace(stage.way, grant=ALICE, left_ms=200)))
+        await reader.readuntil(b"first ")
+        assert await ended(reader) == b""
+        await stage.gone.wait()
+
+
+async def test_only_the_manager_of_this_session_says_what_has_ended(tmp_path: Path) -> None:
+    async with standing(tmp_path) as stage:
+        way = stage.way
+        reader, _ = await stage.ask(told(way))
+        await reader.readuntil(b"first ")
+        assert b'"no_end"' in await stage.tell(f"abcd234567 {way.port} public", number=9, session="another")
+        stage.door._managers = frozenset({"127.0.0.9"})
+        assert b'"no_pass"' in await stage.tell(f"abcd234567 {way.port} public", number=9)
+        assert list(stage.door._carried.values()) == [way]
+
+
 async def test_a_port_that_is_taken_by_another_while_it_is_connected_to_gets_nothing(tmp_path: Path) -> None:
     async with standing(tmp_path) as stage:
         for after in (None, Reached(("127.0.0.1",), frozenset({8}))):
@@ -352,7 +414,7 @@ async def test_a_rental_has_so_many_connections_and_no_more(tmp_path: Path, monk
 
 async def test_who_is_not_the_proxy_is_hung_up_on(tmp_path: Path) -> None:
     async with standing(tmp_path) as stage:
-        stage.door._peers = frozenset({"127.0.0.9"})
+        stage.door._peers = stage.door._managers = frozenset({"127.0.0.9"})
         reader, writer = await stage.ask(told(stage.way))
         assert await ended(reader) == b""
         writer.close()

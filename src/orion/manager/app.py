@@ -47,6 +47,7 @@ from orion.manager.gateway.openings import Openings
 from orion.manager.gateway.sessions import Sessions
 from orion.manager.gateway.tickets import Terminals, Tickets
 from orion.manager.gateway.ways import Keys
+from orion.manager.gateway.web_ends import Tell, WebEnds, tell_door
 from orion.manager.loops.certificates import Certificates, CertifyingEngine
 from orion.manager.loops.copies import CopiesLoop, disk_share
 from orion.manager.loops.door import DoorProbe
@@ -98,6 +99,8 @@ class Ports:
     """None: deaths are found by leases alone."""
     shells: Shells | None = None
     """None: of the workers' sshd, with certificates of this manager's own authority."""
+    tell_door: Tell | None = None
+    """None: there are no doors for web ports that could be told what has ended."""
 
 
 class Manager:
@@ -120,6 +123,7 @@ class Manager:
         self.retention = RetentionLoop(store, settings.events_kept)
         self.terminals = Terminals(ports.monotonic)
         self.roster = Roster()
+        self.web_ends = WebEnds(store, self.roster, ports.tell_door)
         book = SqlCopyBook(store)
         restorer = Restorer(engine, ports.vault, book, settings.copies.limits)
         mover = Mover(engine, ports.vault, book, settings.copies.limits, ports.monotonic)
@@ -194,6 +198,7 @@ class Manager:
             move=self.reconciler.ask_to_move,
             copies_paused=lambda: self.copies.paused or None,
             openings=self.openings,
+            web_ends=self.web_ends,
             sessions=self.sessions,
             recognisable=self.certificates.ensure,
             authority=self.authority,
@@ -233,9 +238,11 @@ class Manager:
         await self.health.round()  # before anything is placed: nobody was heard yet, and some may be gone for good
         running = [asyncio.create_task(loop.run(), name=loop.name) for loop in self.loops]
         running.append(asyncio.create_task(self._let_old_leases_lapse()))
+        self.web_ends.begin()
         try:
             yield
         finally:
+            await self.web_ends.stop()
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
@@ -339,6 +346,7 @@ def main() -> None:
         door,
         partial(disk_share, Path(settings.copies_directory)),
         watch=SshWatch(reach),
+        tell_door=tell_door,
     )
     serve(settings, secrets, store, ports, "0.0.0.0")  # noqa: S104  the door hangs up on every peer but the proxy
     lock.close()

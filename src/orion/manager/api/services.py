@@ -23,6 +23,7 @@ from orion.manager.gateway.openings import Openings
 from orion.manager.gateway.sessions import Sessions
 from orion.manager.gateway.tickets import Terminals, Tickets
 from orion.manager.gateway.ways import Keys
+from orion.manager.gateway.web_ends import WebEnds
 from orion.manager.settings import Settings
 from orion.manager.store import tokens
 from orion.manager.store.database import Row, Store
@@ -58,6 +59,7 @@ class Services:
     """Begins a planned move of a rental, from a worker, for somebody. Raises moves.NotMoved."""
     copies_paused: Callable[[], str | None]
     openings: Openings
+    web_ends: WebEnds
     sessions: Sessions
     recognisable: Callable[[Job], Awaitable[None]]
     """Has the worker of a rental show a certificate that names it: see loops/certificates.py."""

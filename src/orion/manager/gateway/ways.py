@@ -1,11 +1,13 @@
 """What opens a web port: passes, which a worker's door knows, and keys, which a browser holds for a while. Pure.
 
-A pass is for one rental at one epoch, on one port. It is signed with the secret of the worker's session, which that
-worker and the manager alone know, and which ends with each registration: so a pass for one worker, or for a former one
-at its address, is worth nothing to another.
+A pass is for one rental at one epoch, on one port. It says what opens that port, and for how long that is good, so that
+a connection ends with it (gateway/web_ends.py). It is signed with the secret of the worker's session, which that worker
+and the manager alone know, and which ends with each registration: so a pass for one worker, or for a former one at its
+address, is worth nothing to another.
 
-A key is for one rental and one port, in the name of one token, and signed by the manager: nothing of it is kept, so it
-outlives a restart. Whose token it is, and that this is still valid and may open the rental, is asked at each request.
+A key is for one rental and one port, in the name of one token; one that is made anew in its file is another. The key is
+signed by the manager, and nothing of it is kept, so it outlives a restart. Whose token it is, and that this is still
+valid and may open the rental, is asked at each request.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ import base64
 import hashlib
 import hmac
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LIFETIME_S = 8 * 3600.0
 """Of a key: a working day."""
-_KEY = re.compile(r"([A-Za-z0-9_-]{43})\.(([0-9a-f]{1,12})\.(client|admin)\.([a-z0-9-]{1,64}))")
+_KEY = re.compile(r"([A-Za-z0-9_-]{43})\.(([0-9a-f]{1,12})\.(client|admin)\.([a-z0-9-]{1,47})-([0-9a-f]{16}))")
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,17 @@ class Named:
 
     role: str
     token_id: str
+    mark: str
+    ends_at: float = field(default=0.0, compare=False)
+    """Unix seconds at which the key ends."""
 
 
-def signed_pass(session_id: str, rental_id: str, epoch: int, port: int) -> str:
-    """As worker/web_door.py reads it."""
-    told = f"{rental_id} {epoch} {port}"
+def signed_pass(
+    session_id: str, rental_id: str, epoch: int, port: int, grant: str, number: int, left_s: float | None
+) -> str:
+    """Return a pass as worker/web_door.py reads it. `left_s` None: its grant does not end by itself."""
+    left_ms = 0 if left_s is None else max(1, int(left_s * 1000))
+    told = f"{rental_id} {epoch} {port} {grant} {number} {left_ms}"
     return f"{told} {hmac.new(session_id.encode(), told.encode(), hashlib.sha256).hexdigest()}"
 
 
@@ -41,7 +49,7 @@ class Keys:
 
     def make(self, rental_id: str, port: int, named: Named, now: float) -> str:
         """`now`: Unix time. Nothing in it needs to be escaped in a path or in a cookie."""
-        told = f"{int(now + LIFETIME_S):x}.{named.role}.{named.token_id}"
+        told = f"{int(now + LIFETIME_S):x}.{named.role}.{named.token_id}-{named.mark}"
         return f"{self._signature(rental_id, port, told)}.{told}"
 
     def read(self, key: str, rental_id: str, port: int, now: float) -> Named | None:
@@ -49,7 +57,8 @@ class Keys:
         match = _KEY.fullmatch(key)
         if not match or not hmac.compare_digest(match[1], self._signature(rental_id, port, match[2])):
             return None
-        return Named(match[4], match[5]) if now < int(match[3], 16) else None
+        ends_at = int(match[3], 16)
+        return Named(match[4], match[5], match[6], ends_at) if now < ends_at else None
 
     def _signature(self, rental_id: str, port: int, told: str) -> str:
         signed = f"{rental_id} {port} {told}".encode()

@@ -26,6 +26,7 @@ from orion.manager.domain.states import ENDED
 from orion.manager.gateway.tickets import LIFETIME_S
 from orion.manager.gateway.ways import LIFETIME_S as KEY_LIFETIME_S
 from orion.manager.gateway.ways import Named, signed_pass
+from orion.manager.gateway.web_ends import PUBLIC
 from orion.manager.store import rentals, tokens, web_ports
 from orion.manager.store.database import Row, record
 from orion.manager.store.tokens import Principal
@@ -63,7 +64,7 @@ async def list_ports(rental_id: str, principal: Client, shared: Shared, request:
 async def expose(
     rental_id: str, port: Port, body: wire.ExposeRequest, principal: Client, shared: Shared, request: Request
 ) -> wire.WebPort:
-    """Open a port to everybody, or to its owner alone again. Repeatable; it counts from the next request on."""
+    """Open a port to everybody, or to its owner alone again. Repeatable; connections that this does not allow end."""
     await find(shared, rental_id, principal)
     code = await shared.store.write(web_ports.expose, rental_id, principal.name, port, body.public)
     if code:
@@ -106,16 +107,17 @@ async def way(request: Request, shared: Shared) -> Response:
     """204 and where the request leads to. Any other answer is a refusal, which the proxy asks for a second time, to
     show it: then `X-Orion-Explain` is set, and what is not refused any more is to be tried again."""
     explains = "x-orion-explain" in request.headers
+    number = shared.web_ends.number()
     try:
         asked = Asked.of(request)
         row = await shared.store.read(web_ports.look, asked.rental_id)
         is_public = row is not None and asked.port in row["public_ports"] and row["state"] not in _OVER
-        principal = None if is_public else await _who(request, shared, asked)
-        if row is None and principal is not None and explains:
-            row = await _named(shared, asked.rental_id, principal)
+        who = None if is_public else await _who(request, shared, asked)
+        if row is None and who is not None and explains:
+            row = await _named(shared, asked.rental_id, who.principal)
             if row is not None:
                 return _sent_on(request, row["id"], asked.port)
-        headers = _leads_to(row, asked, principal, is_public)
+        headers = _leads_to(shared, row, asked, who, number)
         if explains:
             raise _unserved(request.headers.get("x-orion-seen", ""))
     except ApiProblem as refusal:
@@ -140,7 +142,9 @@ async def open_port(request: Request, shared: Shared) -> Response:
     details = {"port": asked.port, "from": client_address(request)}
     place = (row["owner"], row["id"], row["worker_id"], row["epoch"], details)
     await shared.store.write(record, Event("rental.port_opened", principal.name, "by a ticket", *place))
-    key = shared.port_keys.make(asked.rental_id, asked.port, Named(principal.role, principal.id), shared.wall())
+    key = shared.port_keys.make(
+        asked.rental_id, asked.port, Named(principal.role, principal.id, principal.mark), shared.wall()
+    )
     if not asked.on_own_host:
         return Response(status_code=303, headers={"Location": f"{_path(asked.rental_id, asked.port)}~{key}/"})
     sent_on = Response(status_code=303, headers={"Location": "/"})
@@ -149,20 +153,31 @@ async def open_port(request: Request, shared: Shared) -> Response:
     return sent_on
 
 
-async def _who(request: Request, shared: Services, asked: Asked) -> Principal:
+@dataclass(frozen=True)
+class Who:
+    """Who opens a private port, by a token or in its name."""
+
+    principal: Principal
+    ends_at: float | None
+    """Unix seconds at which the token or the key ends."""
+
+
+async def _who(request: Request, shared: Services, asked: Asked) -> Who:
     """Who asks, of those who could be the owner. Raises 401 for anybody else, whether there is such a rental or not."""
     if "orion_" in request.headers.get("authorization", ""):
-        return await authenticate(request, shared, "client", "admin")
+        principal = await authenticate(request, shared, "client", "admin")
+        return Who(principal, principal.expires_at)
     held = [request.headers.get("x-orion-key", "")]
     if asked.on_own_host:
         held = _cookies(request)
     for key in held:
         named = shared.port_keys.read(key, asked.rental_id, asked.port, shared.wall())
-        principal = await shared.store.read(tokens.named, named.role, named.token_id) if named else None
-        if principal is not None:
+        known = await shared.store.read(tokens.named, named.role, named.token_id) if named else None
+        if named is not None and known is not None and known.mark == named.mark:
             if asked.on_own_host and asked.cross_site:
                 raise ApiProblem(403, "cross_site", "a page from elsewhere asks for this")
-            return principal
+            ends = [at for at in (known.expires_at, named.ends_at) if at is not None]
+            return Who(known, min(ends))
     detail = (
         f"nothing is open to everybody here: `orion open {asked.rental_id} {asked.port}` opens a port of your own in a"
         " browser, and a program sends its token (Authorization: Bearer TOKEN)"
@@ -182,8 +197,9 @@ def _sent_on(request: Request, rental_id: str, port: int) -> Response:
     return Response(status_code=307, headers={"Location": f"{_path(rental_id, port)}{rest}"})
 
 
-def _leads_to(row: Row | None, asked: Asked, principal: Principal | None, is_public: bool) -> dict[str, str]:
-    """The headers that tell the proxy where. `principal` is None for what is public alone."""
+def _leads_to(shared: Services, row: Row | None, asked: Asked, who: Who | None, number: int) -> dict[str, str]:
+    """The headers that tell the proxy where. `who` is None for what is public alone."""
+    principal = who.principal if who else None
     if row is None or (principal and visible_owner(principal) not in {None, row["owner"]}):
         raise not_found("rental")
     if row["state"] in _OVER:
@@ -191,11 +207,13 @@ def _leads_to(row: Row | None, asked: Asked, principal: Principal | None, is_pub
     if row["state"] != wire.RentalState.ACTIVE or not row["session_id"]:
         why = f" ({row['state']}: {row['explanation']})" if principal else ""
         raise _later("not_active", f"the rental does not run at present{why}: try again in a moment")
-    signed = signed_pass(row["session_id"], row["id"], row["epoch"], asked.port)
+    grant = shared.web_ends.note(who.principal, row["worker_id"]) if who else PUBLIC
+    left_s = who.ends_at - shared.wall() if who and who.ends_at is not None else None
+    signed = signed_pass(row["session_id"], row["id"], row["epoch"], asked.port, grant, number, left_s)
     return {
         "X-Orion-Worker": row["address"],
         "X-Orion-Pass": signed,
-        "X-Orion-Resource-Policy": "" if is_public else "same-origin",
+        "X-Orion-Resource-Policy": "same-origin" if who else "",
     }
 
 

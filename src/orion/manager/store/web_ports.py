@@ -10,6 +10,8 @@ from orion.manager.domain.states import ENDED, LIVE, RentalState
 from orion.manager.store.database import Row, first, record, touched
 from orion.manager.store.schema import placements, rentals, workers
 
+CLOSED = "rental.port_closed"
+
 
 def look(connection: Connection, rental_id: str) -> Row | None:
     """What decides about a request to one of its ports. `session_id`: of its worker, empty while it has none."""
@@ -35,7 +37,7 @@ def expose(connection: Connection, rental_id: str, actor: str, port: int, public
     after = sorted({*before, port} if public else {*before} - {port})
     connection.execute(update(rentals).where(rentals.c.id == rental_id).values(public_ports=after))
     touched(connection).rentals.add(rental_id)
-    kind = "rental.port_published" if public else "rental.port_closed"
+    kind = "rental.port_published" if public else CLOSED
     event = Event(kind, actor, "asked for", row["owner"], rental_id, epoch=row["epoch"], details={"port": port})
     record(connection, event)
     return ""
