@@ -526,6 +526,10 @@ class Orion:
         """Go back to it. The manager restarts: it is away for some seconds."""
         return _read(Restoring, self._transport.send("POST", _path("admin", "restore", plan.id)))
 
+    def confirm_clock(self) -> None:
+        """Have the manager believe its clock as it is."""
+        self._transport.send("POST", "/api/admin/clock")
+
     def healthz(self) -> None:
         """Raises unless the manager answers through the proxy."""
         self._transport.send("GET", "/healthz")

@@ -536,6 +536,7 @@ class Status(Reply):
     slots: int
     slots_free: int
     copies_paused: str | None = Field(None, description="Why no files are copied at present")
+    clock: str | None = Field(None, description="Why the manager's clock is not believed, so that nobody expires")
     overdue: list[Overdue] = Field([], description="What has waited too long, why, and what to do")
 
 

@@ -23,6 +23,8 @@ from orion.manager.engine.authority import Authority
 
 AUTHORITY = Authority(*AUTHORITIES, time.time)
 FORMER = Authority(*AUTHORITIES, lambda: time.time() - LIFETIME_S - 60)
+AHEAD = Authority(*AUTHORITIES, lambda: time.time() + 7200)
+"""For whom a renter's clock is two hours late, and a worker's too."""
 ANOTHER = Authority(private_key(), private_key(), time.time)
 
 
@@ -93,6 +95,17 @@ def test_a_renter_recognises_its_worker_by_the_authority_alone_and_without_a_que
     let_in(one)
     done = ssh(one, one.on)
     assert (done.stdout, done.stderr, done.returncode) == (f"{one.username}\n", "", 0)
+
+
+def test_a_renter_whose_clock_is_late_is_not_refused(one: Rental) -> None:
+    let_in(one, certificate(one.on, one, by=AHEAD))
+    done = ssh(one, one.on)
+    assert (done.stdout, done.stderr) == (f"{one.username}\n", "")
+    let_in(one)
+    shown = one.on.run("ssh-keygen", "-L", "-f", "/etc/ssh/orion_host_certificate.pub")
+    ends = time.strptime(shown.partition(" to ")[2].split()[0], "%Y-%m-%dT%H:%M:%S")
+    now = time.strptime(one.on.run("date", "+%Y-%m-%dT%H:%M:%S").strip(), "%Y-%m-%dT%H:%M:%S")
+    assert time.mktime(ends) <= time.mktime(now) + LIFETIME_S, "what was signed ahead of time holds no place"
 
 
 def test_after_a_move_the_same_command_works_without_a_word(one: Rental, neighbour: Worker) -> None:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import asyncssh
+import pytest
+from host_certificate import read_certificate
 from support.house import House
 
 from orion.manager.domain.certificates import FRESH_S, LIFETIME_S
@@ -91,6 +93,25 @@ async def test_one_that_is_over_is_renewed_before_anybody_is_let_in(house: House
     house.clock.now += LIFETIME_S
     await house.manager.certificates.ensure(job)
     assert worker.node.host_certificate != before
+
+
+@pytest.mark.parametrize("ahead_s", [120.0, 7200.0, 40 * 86_400.0])
+async def test_one_that_was_signed_while_the_clock_was_ahead_is_renewed_when_the_clock_is_back(
+    house: House, ahead_s: float
+) -> None:
+    worker = await house.join()
+    job = await job_of(house, (await house.rent())["id"])
+    house.clock.wall_offset += ahead_s
+    house.clock.now += LIFETIME_S
+    await house.manager.certificates.ensure(job)
+    wrong = worker.node.host_certificate
+    house.clock.wall_offset -= ahead_s
+    await house.manager.certificates.ensure(job)
+    assert worker.node.host_certificate != wrong
+    assert read_certificate(worker.node.host_certificate).serial > read_certificate(wrong).serial
+    right = worker.node.host_certificate
+    await house.manager.certificates.ensure(job)
+    assert worker.node.host_certificate == right
 
 
 async def test_after_a_restart_of_the_manager_the_first_to_come_has_it_signed_anew(house: House) -> None:

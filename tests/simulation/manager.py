@@ -15,6 +15,7 @@ from orion.manager.domain.model import Item
 from orion.manager.domain.moves import NotMoved
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health, Intent
+from orion.manager.loops.clock import TrustedClock
 from orion.manager.loops.copies import CopiesLoop, Plan
 from orion.manager.loops.expiry import ExpiryLoop
 from orion.manager.loops.health import HealthLoop
@@ -72,7 +73,7 @@ class SimulatedManager:
         self.health.loop = Loop("health", ROUND_S, self.health.round)
         self.watching = Watching(sim.watch_of(self), sim.monotonic, self.health.judge_now)
         self.health.watching = self.watching
-        self.expiry = ExpiryLoop(ledger, sim.monotonic, sim.wall, hint)
+        self.expiry = ExpiryLoop(ledger, TrustedClock(*clocks), sim.wall, hint)
         self.expiry.loop = Loop("expiry", EXPIRY_ROUND_S, self.expiry.round)
         self.reconciler.on_worker_change = self.health.loop.hint
         self.call_home = CallHome(

@@ -18,7 +18,7 @@ from orion.manager.domain.copies import Copy, Generation
 from orion.manager.domain.model import Step
 from orion.manager.domain.states import Health, Intent
 from orion.manager.engine.port import Host
-from orion.manager.loops import copies, expiry, health, reconciler, timer
+from orion.manager.loops import clock, copies, health, reconciler, timer
 from orion.manager.store.copies import MemoryCopyBook
 from orion.manager.store.memory import InvariantBroken, MemoryLedger
 from simulation.agents import Container
@@ -292,7 +292,7 @@ class _Log:
 
 @contextmanager
 def _quiet(sim: Simulation) -> Iterator[None]:
-    rooms: list[Any] = [copies, expiry, health, reconciler, timer]
+    rooms: list[Any] = [clock, copies, health, reconciler, timer]
     logs = [room.log for room in rooms]
     for room in rooms:
         room.log = _Log(sim)

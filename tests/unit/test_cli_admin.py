@@ -108,3 +108,25 @@ def test_giving_up_what_the_database_does_not_know_is_asked_for(platform: Script
     assert run(["resume", found, "--give-up"]) == 2
     assert run(["resume", found, "--give-up", "--yes"]) == 0
     assert [call.query for call in platform.calls if call.method == "POST"] == [{"give_up": "true"}]
+
+
+DOUBTED = "it shows 2030-01-01 00:00:00 UTC, 40.0 days ahead of what it should"
+
+
+def test_a_clock_that_is_not_believed_is_shown_and_confirmed_when_somebody_says_so(
+    platform: ScriptedPlatform, capsys: pytest.CaptureFixture[str]
+) -> None:
+    platform.answer("GET", "/api/status", Answer(body=STATUS | {"clock": DOUBTED}))
+    platform.answer("POST", "/api/admin/clock", Answer(204))
+    assert run(["status"]) == 0
+    assert DOUBTED in capsys.readouterr().out
+    assert run(["admin", "confirm-clock"]) == 2, "nobody is there to ask"
+    assert [call.path for call in platform.calls if call.method == "POST"] == []
+    assert run(["admin", "confirm-clock", "--yes"]) == 0
+    assert [call.path for call in platform.calls if call.method == "POST"] == ["/api/admin/clock"]
+
+
+def test_a_clock_that_is_believed_is_not_confirmed(platform: ScriptedPlatform) -> None:
+    platform.answer("GET", "/api/status", Answer(body=STATUS))
+    assert run(["admin", "confirm-clock"]) == 0
+    assert [call.method for call in platform.calls] == ["GET"]

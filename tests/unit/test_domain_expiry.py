@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.builders import active_rental, new_rental
 
-from orion.manager.domain.expiry import SETTLE_S, WallClock, expire, release, renew
+from orion.manager.domain.expiry import FAR_S, NEAR_S, SETTLE_S, Mark, WallClock, expire, release, renew
 from orion.manager.domain.states import ENDED, RentalState
 
 WALL = 1_800_000_000.0
@@ -40,7 +40,7 @@ def test_one_that_was_active_expires_wherever_it_is(state: RentalState) -> None:
     assert len(expire([active_rental(state=state, expires_at=WALL)], WALL + 1, BELIEVED)) == 1
 
 
-@pytest.mark.parametrize("jump_s", [3600.0, -3600.0, 2.1, -2.1])
+@pytest.mark.parametrize("jump_s", [NEAR_S - 1, 1 - NEAR_S, 2.1, -2.1])
 def test_a_clock_that_jumped_expires_nobody_until_it_has_gone_evenly_for_a_while(jump_s: float) -> None:
     rental = active_rental(expires_at=WALL)
     clock, now = WallClock(WALL), 0.0
@@ -54,11 +54,88 @@ def test_a_clock_that_jumped_expires_nobody_until_it_has_gone_evenly_for_a_while
 
 
 def test_a_second_jump_starts_the_wait_again() -> None:
-    clock = WallClock(WALL).observe(WALL + 100, 0.0)
-    clock = clock.observe(WALL + 250 + 300, 250.0)
-    clock = clock.observe(WALL + 300 + 300, 300.0)
+    clock = WallClock(WALL).observe(WALL + 10, 0.0)
+    clock = clock.observe(WALL + 250 + 30, 250.0)
+    clock = clock.observe(WALL + 300 + 30, 300.0)
     assert not clock.believed
-    assert clock.observe(WALL + 550 + 300, 550.0).believed
+    assert clock.observe(WALL + 550 + 30, 550.0).believed
+
+
+@pytest.mark.parametrize("jump_s", [NEAR_S + 1, -NEAR_S - 1, 40 * 86_400.0, -3600.0])
+def test_a_clock_that_is_far_is_never_believed_by_itself(jump_s: float) -> None:
+    rental = active_rental(expires_at=WALL)
+    clock = WallClock(WALL)
+    for now in range(0, 100_000, 10):
+        clock = clock.observe(WALL + jump_s + now, float(now))
+        assert expire([rental], WALL + jump_s + now, clock) == []
+    assert not clock.settles
+    assert abs(clock.far_s - jump_s) < 1
+    assert clock.confirmed().believed
+
+
+def test_a_clock_that_comes_back_is_believed_when_it_has_gone_evenly_for_a_while() -> None:
+    clock = WallClock(WALL).observe(WALL + 86_400, 0.0)
+    clock = clock.observe(WALL + 1000, 1000.0)
+    assert not clock.believed
+    assert clock.settles
+    assert clock.observe(WALL + 1000 + SETTLE_S, 1000 + SETTLE_S).believed
+
+
+def test_many_small_jumps_do_not_carry_a_clock_far() -> None:
+    """Not faster than one that settles does: each has to go evenly, and near to what was believed before it."""
+    clock = WallClock(WALL)
+    for number in range(1, 100):
+        clock = clock.observe(WALL + 100 * number, 0.0)
+    assert not clock.settles
+    assert clock.far_s == 9900
+
+
+MARK = Mark(WALL, 1000.0, 7)
+
+
+@pytest.mark.parametrize(
+    ("wall", "now", "boot_id", "mark", "last_event_at", "believed"),
+    [
+        (WALL, 0.0, 7, None, None, True),
+        # The machine has run on: what the clock should show is known exactly, however long the manager was away.
+        (WALL + 86_400 * 9, 1000.0 + 86_400 * 9, 7, MARK, WALL - 5, True),
+        (WALL + 86_400 * 9 + 500, 1000.0 + 86_400 * 9, 7, MARK, WALL - 5, True),  # slewed
+        (WALL + 86_400 * 40, 1010.0, 7, MARK, WALL, False),
+        (WALL + 100, 1010.0, 7, MARK, WALL, False),
+        (WALL - 100, 1010.0, 7, MARK, WALL, False),
+        # The machine has begun again: it was off for a time that nobody knows.
+        (WALL + FAR_S - 1, 20.0, 8, MARK, WALL, True),
+        (WALL + FAR_S + 1, 20.0, 8, MARK, WALL, False),
+        (WALL + 86_400 * 40, 20.0, 8, MARK, WALL, False),
+        (WALL - NEAR_S - 1, 20.0, 8, MARK, WALL, False),
+        (WALL + 50, 20.0, 0, Mark(WALL, 1000.0, 0), WALL, True),
+        # An event that was written by a clock that was ahead does not count where the mark is known.
+        (WALL + 10, 20.0, 8, MARK, WALL + 86_400, True),
+        (WALL + 10, 20.0, 8, None, WALL, True),
+        (WALL + 86_400 * 40, 20.0, 8, None, WALL, False),
+    ],
+)
+def test_a_manager_that_begins_compares_its_clock_with_what_is_known(
+    wall: float, now: float, boot_id: int, mark: Mark | None, last_event_at: float | None, believed: bool
+) -> None:
+    clock = WallClock.at_start(wall, now, boot_id, mark, last_event_at)
+    assert clock.believed is believed
+    if not believed:
+        assert expire([active_rental(expires_at=0.0)], wall, clock.observe(wall, now)) == []
+
+
+def test_after_a_start_of_the_machine_a_clock_that_is_set_right_settles() -> None:
+    """It was two hours ahead, for the machine keeps local time, until NTP was heard."""
+    clock = WallClock.at_start(WALL + 7200, 20.0, 8, MARK, None)
+    clock = clock.observe(WALL + 600, 40.0)
+    assert clock.settles
+    assert clock.observe(WALL + 600 + SETTLE_S, 40.0 + SETTLE_S).believed
+
+
+def test_one_that_is_ended_late_is_said_to_end_now_so_that_its_copies_are_kept_from_now() -> None:
+    for late_s, ends_at in ((10.0, None), (86_400.0 * 3, WALL + 86_400.0 * 3)):
+        (step,) = expire([active_rental(expires_at=WALL)], WALL + late_s, BELIEVED)
+        assert step.writes[0].change.get("expires_at") == ends_at
 
 
 def test_a_clock_that_is_slewed_is_believed_all_the_way() -> None:

@@ -8,7 +8,7 @@ import pytest
 from host_certificate import HostCertificate, read_certificate
 from support.builders import AUTHORITIES, host_key
 
-from orion.manager.domain.certificates import LIFETIME_S, NothingToSign
+from orion.manager.domain.certificates import BACKDATED_S, LIFETIME_S, NothingToSign
 from orion.manager.engine.authority import Authority
 
 NOW = 1_800_000_000.0
@@ -68,7 +68,7 @@ def test_orders_that_cross_leave_the_one_that_was_signed_last(tmp_path: Path) ->
     assert installed(tmp_path) == 3
 
 
-@pytest.mark.parametrize("now", [NOW + LIFETIME_S + 1, NOW - 3600])
+@pytest.mark.parametrize("now", [NOW + LIFETIME_S + 1, NOW - 3600, NOW - 120, NOW - 2 * BACKDATED_S])
 def test_one_that_is_not_valid_now_holds_no_place(tmp_path: Path, now: float) -> None:
     """It has ended, or was signed by a clock that was ahead."""
     shown = HostCertificate(tmp_path)

@@ -50,6 +50,19 @@ def backup(
     return output.say(f"{target}: {target.stat().st_size >> 10} KiB. The secrets are not in it: see docs/operations.md")
 
 
+@commands.command("confirm-clock")
+def confirm_clock(yes: Yes = False, as_json: AsJson = False) -> None:
+    """Say that the manager's clock is right, where it is not believed: then rentals expire by it again."""
+    with platform() as (orion, _tell):
+        problem = orion.status().clock
+    if problem is None:
+        return output.emit({"confirmed": False}) if as_json else output.say("The manager's clock is believed.")
+    confirm(f"The manager's clock: {output.plain(problem)}. Is it right now? What is over by it ends at once", yes)
+    with platform() as (orion, _tell):
+        orion.confirm_clock()
+    return output.emit({"confirmed": True}) if as_json else output.say("The manager's clock is believed from now on.")
+
+
 @commands.command()
 def restore(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What `orion admin backup` wrote.", show_default=False)],

@@ -184,6 +184,7 @@ def status(as_json: AsJson = False) -> None:
             ("rentals", _counts(found.rentals)),
             ("slots", f"{found.slots_free} free of {found.slots}"),
             ("brake", found.brake or "off"),
+            *([("clock", found.clock)] if found.clock else []),
             ("copies", f"paused: {found.copies_paused}" if found.copies_paused else "on"),
         ]
     )

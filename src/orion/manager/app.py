@@ -49,6 +49,7 @@ from orion.manager.gateway.tickets import Terminals, Tickets
 from orion.manager.gateway.ways import Keys
 from orion.manager.gateway.web_ends import Tell, WebEnds, tell_door
 from orion.manager.loops.certificates import Certificates, CertifyingEngine
+from orion.manager.loops.clock import TrustedClock, boot_id, boot_time_s
 from orion.manager.loops.copies import CopiesLoop, disk_share
 from orion.manager.loops.door import DoorProbe
 from orion.manager.loops.engine_log import EngineLog, LoggedEngine
@@ -99,6 +100,9 @@ class Ports:
     """None: deaths are found by leases alone."""
     shells: Shells | None = None
     """None: of the workers' sshd, with certificates of this manager's own authority."""
+    boot_time: Callable[[], float] | None = None
+    """Seconds since the machine began, as boot_id says which beginning; None: `monotonic`."""
+    boot_id: int = 0
     tell_door: Tell | None = None
     """None: there are no doors for web ports that could be told what has ended."""
 
@@ -139,7 +143,9 @@ class Manager:
             ports.wall,
             awaits_files_s=settings.awaits_files_s,
         )
-        self.copies = CopiesLoop(book, ports.vault, settings.copies, ports.copies_disk, ports.monotonic, ports.wall)
+        self.clock = TrustedClock(ports.boot_time or ports.monotonic, ports.wall, ports.boot_id, store)
+        removals = self.clock.wall_of_removals
+        self.copies = CopiesLoop(book, ports.vault, settings.copies, ports.copies_disk, ports.monotonic, removals)
         store.news.followers.append(self.copies.hear)
         wake_reconciler = self.reconciler.loop.hint
         door = ports.door
@@ -155,7 +161,7 @@ class Manager:
         self.readiness = Readiness(self.ledger, self.roster, ports.vault)
         self.watching = Watching(ports.watch, ports.monotonic, self.watch_changed) if ports.watch else None
         self.health.watching = self.watching
-        self.expiry = ExpiryLoop(self.ledger, ports.monotonic, ports.wall, wake_reconciler)
+        self.expiry = ExpiryLoop(self.ledger, self.clock, ports.wall, wake_reconciler)
         self.reconciler.on_worker_change = self.health.loop.hint
         self.metrics = Metrics(
             Watched(
@@ -166,6 +172,7 @@ class Manager:
                 store.news.committed,
                 lambda: self.reconciler.running,
                 store.url,
+                lambda: not self.clock.problem,
             )
         )
         self.reconciler.on_job = self.metrics.job_ended
@@ -197,6 +204,7 @@ class Manager:
             thaw=Thawer(engine, book).thaw,
             move=self.reconciler.ask_to_move,
             copies_paused=lambda: self.copies.paused or None,
+            clock=self.clock,
             openings=self.openings,
             web_ends=self.web_ends,
             sessions=self.sessions,
@@ -261,6 +269,7 @@ class Manager:
         """Take over what the secret files and the database know."""
         await self.store.write(tokens.install, "admin", self._secrets.admin_token)
         await self.store.write(tokens.install, "join", self._secrets.join_token)
+        await self.clock.begin()
         await self.ledger.follow(lambda changes: self.roster.apply(changes, self._ports.monotonic()))
         known = self.roster.items()
         sessions = {w: k.session_id for w, k in known if k.session_id and k.health is not Health.DOWN}
@@ -347,6 +356,8 @@ def main() -> None:
         partial(disk_share, Path(settings.copies_directory)),
         watch=SshWatch(reach),
         tell_door=tell_door,
+        boot_time=boot_time_s,
+        boot_id=boot_id(),
     )
     serve(settings, secrets, store, ports, "0.0.0.0")  # noqa: S104  the door hangs up on every peer but the proxy
     lock.close()

@@ -43,6 +43,12 @@ async def backup(admin: Admin, shared: Shared) -> StreamingResponse:
     return Streamed(_chunks(stream), shared.openings, admin, MEDIA_TYPE, headers)
 
 
+@router.post("/clock", status_code=204)
+async def confirm_clock(admin: Admin, shared: Shared) -> None:
+    """Believe the manager's clock as it is, where it was not: then what is over by it ends. Repeatable."""
+    await shared.clock.confirm(admin.name)
+
+
 @router.post("/restore", openapi_extra=_BODY, responses=refusals(409, 507))
 async def examine(request: Request, _: Admin, shared: Shared) -> wire.RestorePlan:
     """Take a backup and say what restoring it would do. Nothing changes before its plan is accepted."""

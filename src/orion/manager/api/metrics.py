@@ -38,6 +38,7 @@ class Watched:
     """Events committed since the start, by kind."""
     running_jobs: Callable[[], int]
     database_url: str
+    clock_is_believed: Callable[[], bool]
 
 
 @dataclass
@@ -106,6 +107,8 @@ class _Known(Collector):
         yield GaugeMetricFamily("orion_slots", "Slots of all ready workers", slots)
         yield GaugeMetricFamily("orion_slots_free", "Free slots of all ready workers", free)
         yield GaugeMetricFamily("orion_brake", "1 while no silent worker is declared down", int(brake is not None))
+        believed = int(self._metrics.watched.clock_is_believed())
+        yield GaugeMetricFamily("orion_clock_believed", "0 while nobody expires because the clock is doubted", believed)
         yield GaugeMetricFamily(
             "orion_restless_workers", "Workers with something to do for the reconciler", roster.restless_number
         )

@@ -47,6 +47,7 @@ async def status(principal: Client, shared: Shared) -> wire.Status:
         slots=slots,
         slots_free=free,
         copies_paused=shared.copies_paused(),
+        clock=shared.clock.problem or None,
         overdue=[wire.Overdue(**vars(item)) for item in waiting],
     )
 

@@ -24,6 +24,7 @@ from orion.manager.gateway.sessions import Sessions
 from orion.manager.gateway.tickets import Terminals, Tickets
 from orion.manager.gateway.ways import Keys
 from orion.manager.gateway.web_ends import WebEnds
+from orion.manager.loops.clock import TrustedClock
 from orion.manager.settings import Settings
 from orion.manager.store import tokens
 from orion.manager.store.database import Row, Store
@@ -58,6 +59,7 @@ class Services:
     move: Callable[[str, str, str], Awaitable[None]]
     """Begins a planned move of a rental, from a worker, for somebody. Raises moves.NotMoved."""
     copies_paused: Callable[[], str | None]
+    clock: TrustedClock
     openings: Openings
     web_ends: WebEnds
     sessions: Sessions

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from orion.manager.domain.states import PlacementState, RentalState
 
 LIFETIME_S = 3600.0
-BACKDATED_S = 300.0
-"""For clients whose clocks are late."""
+BACKDATED_S = 24 * 3600.0
+"""A client's clock may be late by so much: nobody can use a certificate before it is signed, whenever it begins."""
+AHEAD_S = 60.0
+"""A certificate that lasts longer than its lifetime by more than this was signed while the clock was ahead."""
 FRESH_S = 900.0
 """One that is good for less is renewed when somebody is let in by it."""
 MOST_NAMES = 256
@@ -57,4 +59,4 @@ class Issued:
     def serves(self, rental_id: str, host_keys: Collection[str], now: float, for_s: float) -> bool:
         """Whether a renter of this rental recognises that worker by it for so long."""
         same = rental_id in self.rental_ids and tuple(host_keys) == self.host_keys
-        return same and self.valid_until - now >= for_s
+        return same and for_s <= self.valid_until - now <= LIFETIME_S + AHEAD_S

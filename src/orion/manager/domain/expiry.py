@@ -1,4 +1,4 @@
-"""Ending rentals whose time is over, by a wall clock that is believed only while it has not jumped."""
+"""Ending rentals whose time is over, by a wall clock that is believed only while nothing speaks against it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,96 @@ from orion.manager.domain.model import Event, Rental, Step, Write, move_rental
 from orion.manager.domain.states import ENDED, RentalState
 
 JUMP_S = 2.0
-"""A larger change between two rounds is a jump; slewing by NTP is far slower."""
+"""A larger change between two looks is a jump; slewing by NTP is far slower."""
 SETTLE_S = 300.0
-"""A clock that jumped is believed again when it has gone evenly for so long."""
-_ENDING = ENDED | {RentalState.RELEASING}
+"""A clock that jumped is believed again when it has gone evenly for so long near to where it should be."""
+NEAR_S = 120.0
+"""A clock that is no further than this from where it should be settles by itself; any other waits for an operator."""
+FAR_S = 3600.0
+"""A machine that begins anew was off for a time that nobody knows: so far ahead of the last known time is believed."""
+DRIFT = 0.001
+"""How far, as a share of the time that passed, a clock may be slewed while the manager is away."""
+LATE_S = 60.0
+"""A rental that is ended later than this is said to end now, so that its copies are kept from now on."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment at which the wall clock was believed."""
+
+    wall: float
+    """Unix seconds."""
+    boot: float
+    """Seconds since the machine began; a suspended machine counts on."""
+    boot_id: int
+    """Which beginning of the machine; 0: unknown."""
 
 
 @dataclass(frozen=True)
 class WallClock:
-    """The wall clock compared with the monotonic one, from round to round."""
+    """The wall clock compared with one that cannot be set, from look to look."""
 
     offset_s: float
+    """Of the wall clock from the other one at the last look."""
+    believed_offset_s: float | None = None
+    """What the offset should be; None: what it is."""
     jumped_at: float | None = None
-    """Monotonic seconds of the last jump."""
+    """Seconds, by the other clock, of the last jump; None: nothing speaks against this clock."""
+    ahead_s: float = NEAR_S
+    """How far ahead of what it should be the clock may be and settle by itself."""
+
+    @staticmethod
+    def at_start(wall: float, now: float, boot_id: int, mark: Mark | None, last_event_at: float | None) -> WallClock:
+        """Return the clock of a manager that begins; `last_event_at` counts only where there is no mark.
+
+        Since the same start of the machine it is known exactly what the clock should show. Otherwise it should show no
+        less than the last known time, and not much more.
+        """
+        offset = wall - now
+        if mark is not None and boot_id and mark.boot_id == boot_id and now >= mark.boot:
+            clock = WallClock(offset, mark.wall - mark.boot, now)
+            slewed_s = JUMP_S + DRIFT * (now - mark.boot)
+            return WallClock(offset) if abs(clock.far_s) <= slewed_s else clock
+        known = mark.wall if mark is not None else last_event_at
+        if known is None:
+            return WallClock(offset)
+        clock = WallClock(offset, known - now, now, FAR_S)
+        return WallClock(offset) if clock._is_near else clock
 
     def observe(self, wall: float, now: float) -> WallClock:
         offset = wall - now
         if abs(offset - self.offset_s) > JUMP_S:
-            return WallClock(offset, now)
-        settled = self.jumped_at is not None and now - self.jumped_at >= SETTLE_S
-        return replace(self, offset_s=offset, jumped_at=None if settled else self.jumped_at)
+            return replace(self, offset_s=offset, believed_offset_s=self._should_be_s, jumped_at=now)
+        if self.jumped_at is None:
+            return WallClock(offset)
+        looked = replace(self, offset_s=offset)
+        return WallClock(offset) if looked._is_near and now - self.jumped_at >= SETTLE_S else looked
+
+    def confirmed(self) -> WallClock:
+        """Return the clock as an operator believes it, as it is."""
+        return WallClock(self.offset_s)
 
     @property
     def believed(self) -> bool:
         return self.jumped_at is None
+
+    @property
+    def far_s(self) -> float:
+        """How far ahead of what it should show the clock is; negative: how far behind."""
+        return self.offset_s - self._should_be_s
+
+    @property
+    def settles(self) -> bool:
+        """Whether a clock that is not believed will be, by itself, when it has gone evenly for a while."""
+        return self._is_near
+
+    @property
+    def _should_be_s(self) -> float:
+        return self.offset_s if self.believed_offset_s is None else self.believed_offset_s
+
+    @property
+    def _is_near(self) -> bool:
+        return -NEAR_S <= self.far_s <= self.ahead_s
 
 
 def expire(rentals: Iterable[Rental], wall: float, clock: WallClock) -> list[Step]:
@@ -40,7 +106,7 @@ def expire(rentals: Iterable[Rental], wall: float, clock: WallClock) -> list[Ste
     if not clock.believed:
         return []
     return [
-        _end_unless_renewed(rental)
+        _end_unless_renewed(rental, wall)
         for rental in rentals
         if rental.expires_at is not None
         and rental.expires_at <= wall
@@ -48,11 +114,14 @@ def expire(rentals: Iterable[Rental], wall: float, clock: WallClock) -> list[Ste
     ]
 
 
-def _end_unless_renewed(rental: Rental) -> Step:
+def _end_unless_renewed(rental: Rental, wall: float) -> Step:
+    late = wall - (rental.expires_at or wall) > LATE_S
     # A renewal that was answered meanwhile must not be undone by what was seen before it.
     step = release(rental, "expired", "expiry", "its time is over")
     (write,) = step.writes
-    return replace(step, writes=(replace(write, expect={**write.expect, "expires_at": rental.expires_at}),))
+    expect = {**write.expect, "expires_at": rental.expires_at}
+    change = {**write.change, "expires_at": wall} if late else write.change
+    return replace(step, writes=(replace(write, expect=expect, change=change),))
 
 
 def release(rental: Rental, end: str, actor: str, reason: str) -> Step:
