@@ -540,6 +540,10 @@ class Status(Reply):
     overdue: list[Overdue] = Field([], description="What has waited too long, why, and what to do")
 
 
+class ManagerClock(Reply):
+    problem: str | None = Field(description="Why the manager's clock is not believed; null: it is")
+
+
 T = TypeVar("T")
 
 

@@ -58,6 +58,7 @@ ROUTES: list[tuple[str, str, dict[str, Any] | None, set[str]]] = [
     ("GET", "/api/admin/backup", None, {"admin"}),
     ("POST", "/api/admin/restore", {}, {"admin"}),
     ("POST", "/api/admin/restore/x", None, {"admin"}),
+    ("POST", "/api/admin/clock", None, {"admin"}),
 ]
 NAMES = [f"{method} {path}" for method, path, _, _ in ROUTES]
 REGISTRATION = {"hostname": "node", "ssh_host_keys": [host_key(1)], "boot_id": "boot-0001", "agent_version": "0.1"}

@@ -117,7 +117,7 @@ def test_a_clock_that_is_not_believed_is_shown_and_confirmed_when_somebody_says_
     platform: ScriptedPlatform, capsys: pytest.CaptureFixture[str]
 ) -> None:
     platform.answer("GET", "/api/status", Answer(body=STATUS | {"clock": DOUBTED}))
-    platform.answer("POST", "/api/admin/clock", Answer(204))
+    platform.answer("POST", "/api/admin/clock", Answer(body={"problem": None}))
     assert run(["status"]) == 0
     assert DOUBTED in capsys.readouterr().out
     assert run(["admin", "confirm-clock"]) == 2, "nobody is there to ask"

@@ -43,10 +43,11 @@ async def backup(admin: Admin, shared: Shared) -> StreamingResponse:
     return Streamed(_chunks(stream), shared.openings, admin, MEDIA_TYPE, headers)
 
 
-@router.post("/clock", status_code=204)
-async def confirm_clock(admin: Admin, shared: Shared) -> None:
+@router.post("/clock")
+async def confirm_clock(admin: Admin, shared: Shared) -> wire.ManagerClock:
     """Believe the manager's clock as it is, where it was not: then what is over by it ends. Repeatable."""
     await shared.clock.confirm(admin.name)
+    return wire.ManagerClock(problem=shared.clock.problem or None)
 
 
 @router.post("/restore", openapi_extra=_BODY, responses=refusals(409, 507))
