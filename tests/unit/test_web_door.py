@@ -20,6 +20,9 @@ from ledger import Ledger, Record
 from listeners import Listener, Reached, listeners, reach
 from web_door import Refusal, Tenants, Way, WebDoor, answer, end_signature, opened, signature, take_pass
 
+from orion.manager.gateway import web_ends
+from orion.manager.gateway.ways import signed_pass
+
 SESSION = "5e55" * 8
 WAY = Way("abcd234567", 3, 8000)
 RECORD = Record("abcd234567", "r-abcd234567", 100_001, 3, let_in=True)
@@ -345,6 +348,20 @@ async def test_a_connection_ends_when_the_manager_says_that_what_opened_it_has_e
         assert (await stage.tell(f"abcd234567 {port} public", number=22)).endswith(f"{port} {BOB}".encode())
         assert await ended(readers["public"]) == b""
         assert (await stage.tell("abcd234567 1 public", number=23)).endswith(f"{port} {BOB}".encode())
+
+
+async def test_the_manager_and_the_door_speak_the_same_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with standing(tmp_path) as stage:
+        monkeypatch.setattr(web_ends, "DOOR_PORT", stage.door_port)
+        way, told_by = stage.way, web_ends.tell_door
+        signed = signed_pass(SESSION, way.rental_id, way.epoch, way.port, ALICE, 10, None)
+        reader, _ = await stage.ask(signed)
+        await reader.readuntil(b"first ")
+        assert await told_by("127.0.0.1", SESSION, 11, []) == [f"{way.rental_id} {way.port} {ALICE}"]
+        with pytest.raises(ValueError, match="403"):
+            await told_by("127.0.0.1", "another session", 12, [f"* * {ALICE}"])
+        assert await told_by("127.0.0.1", SESSION, 13, [f"* * {ALICE}"]) == []
+        assert await ended(reader) == b""
 
 
 async def test_a_pass_that_was_on_its_way_when_its_grant_ended_opens_nothing(tmp_path: Path) -> None:
