@@ -52,7 +52,7 @@ def backup(
 
 @commands.command("confirm-clock")
 def confirm_clock(yes: Yes = False, as_json: AsJson = False) -> None:
-    """Say that the manager's clock is right, where it is not believed: then rentals expire by it again."""
+    """Say that the manager's clock is right, if it is doubted."""
     with platform() as (orion, _tell):
         problem = orion.status().clock
     if problem is None:
