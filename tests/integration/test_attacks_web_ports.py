@@ -476,7 +476,8 @@ def test_an_open_connection_ends_with_what_opened_it(
     """A WebSocket, and a download that never ends; neither is asked about again while it is open."""
     headers, end = opened
     upgrade = f"GET {public}/ws HTTP/1.1\r\nHost: x\r\n{headers}Upgrade: websocket\r\nConnection: upgrade\r\n\r\n"
-    download = f"GET {public}/wait HTTP/1.1\r\nHost: x\r\n{headers}\r\n"
+    # Without it Nginx ends the answer, and keeps its connection with the client for the next request.
+    download = f"GET {public}/wait HTTP/1.1\r\nHost: x\r\n{headers}Connection: close\r\n\r\n"
     with ExitStack() as open_ones:
         connections = []
         for text, status in ((upgrade, b"HTTP/1.1 101"), (download, b"HTTP/1.1 200")):
