@@ -154,7 +154,7 @@ async def test_what_is_no_answer_does_not_pass_as_one_without_the_sandbox(
 async def test_hints_before_an_answer_do_no_harm_and_only_the_workers_door_takes_them(
     attacked: Platform, worker: MadeUpWorker, nobody: httpx.Client, public: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reply = nobody.get(f"{public}/hints")
+    reply = await asyncio.to_thread(nobody.get, f"{public}/hints")
     assert (reply.status_code, reply.text) == (200, "its own")
     assert "sandbox" in reply.headers["content-security-policy"]
     assert "link" not in reply.headers
