@@ -41,13 +41,16 @@ _REFUSALS = {
 _SEEN = {
     "": ("try_again", "what stood in the way a moment ago is over: try again"),
     "not_connected": (
-        "worker_unreachable", "the proxy gets no connection to the rental's worker: try again in a moment",
+        "worker_unreachable",
+        "the proxy gets no connection to the rental's worker: try again in a moment",
     ),
     "no_answer": (
-        "worker_unreachable", "the rental's worker took the request and gave no answer: look before you repeat it",
+        "worker_unreachable",
+        "the rental's worker took the request and gave no answer: look before you repeat it",
     ),
     "unreadable": (
-        "answer_unreadable", "the proxy cannot read the headers of the answer: they are malformed or too large",
+        "answer_unreadable",
+        "the proxy cannot read the headers of the answer: they are malformed or too large",
     ),
 }
 """What the proxy says that it saw (web_maps.conf), and the code and words for whoever asked."""
