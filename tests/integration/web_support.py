@@ -136,7 +136,10 @@ class MadeUpWorker:
         server = await asyncio.start_server(self.renter.serve, "127.0.0.1", 0)
         self.renter.port = server.sockets[0].getsockname()[1]
         self.door = WebDoor(
-            Tenants(self._root), frozenset({f"{self._platform.door.network}.2"}), self._look, frozenset({self.address})
+            Tenants(self._root),
+            frozenset({f"{self._platform.door.network}.2"}),
+            self._look,
+            frozenset({_comes_from(self.address)}),
         )
         self._listener = socket.create_server((self.address, 80))
         self._serving = (server, asyncio.create_task(self.door.serve(self._listener)))
@@ -176,3 +179,11 @@ def made_up_worker(platform: Platform, root: Path) -> Iterator[MadeUpWorker]:
 
 def our_cookie(key: str) -> str:
     return f"{COOKIE}={key}"
+
+
+def _comes_from(address: str) -> str:
+    """Return the address that this machine, where the manager runs, comes from: Docker may translate it."""
+    with socket.create_server((address, 0)) as listening, socket.create_connection(listening.getsockname()):
+        accepted, peer = listening.accept()
+        accepted.close()
+        return str(peer[0])
