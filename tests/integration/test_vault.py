@@ -170,6 +170,9 @@ def rental(host: Worker, folder: Path) -> Rental:
 
 async def test_a_restored_home_is_as_it_was(real: RealVault, rental: Rental, neighbour: Worker) -> None:
     rental.python(FURNISH)
+    rental.ssh("touch -hd '2010-01-01 00:00:00.1' folder 'dated link'")
+    await real.client.copy(home_of(rental), LIMITS)
+    rental.ssh("touch -hd '2010-01-01 00:00:00.2' folder 'dated link'")
     before = told(rental)
     copied = await real.client.copy(home_of(rental), LIMITS)
     assert copied.copy.skipped == ()

@@ -30,18 +30,21 @@ from orion.manager.engine.vault.port import VaultError
 from orion.manager.engine.vault.watch import Watch
 
 BRIDGE = Path(__file__).with_name("bridge.py")
-_ALWAYS = ("-lptgo", "-H", "-S", "-X", "-A", "--specials", "--numeric-ids", "--fake-super", "--stderr=client")
+_ALWAYS = (
+    *("-lptgo", "-H", "-S", "-X", "-A", "--specials", "--numeric-ids", "--fake-super"),
+    *("--modify-window=-1", "--stderr=client"),
+)
 _CHANGES = ("-I", "--from0", "--delete-missing-args", "--force")
 OPTIONS = {
     "send": (*_ALWAYS, "-M--fake-super", *_CHANGES, "--files-from=:../list"),
     "whole": (*_ALWAYS, "-M--fake-super", "-r", "-c"),
-    "receive": (*_ALWAYS, "-r", "--delete", "--modify-window=-1"),
-    "update": (*_ALWAYS, *_CHANGES, "--modify-window=-1"),
+    "receive": (*_ALWAYS, "-r", "--delete"),
+    "update": (*_ALWAYS, *_CHANGES),
 }
 """The options of rsync for what the worker's files.py calls by these names; test_both_sides_mean_the_same compares.
 
-What changed is always transferred, whatever its time and size (-I): the worker knows better what changed. Where a home
-is filled times are compared to the nanosecond (--modify-window=-1).
+What changed is always transferred, whatever its time and size (-I): the worker knows better what changed. Times are
+compared to the nanosecond (-1): by default, a directory that changes twice within a second keeps the first time.
 """
 MEMORY_BYTES = 1 << 30
 NICENESS = 5
