@@ -33,9 +33,11 @@ class Bench:
         self.connections = Connections(self.selector, folder)
 
     def to(self, script: str, name: str = "abcdefgh") -> Held:
-        program = self.folder / "ssh"
+        # In the place of the one before, which a shell may be reading at this moment.
+        program = self.folder / "new"
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
+        program.replace(self.folder / "ssh")
         return self.connections.to(host(name))
 
     def until(self, reached: Callable[[], Any]) -> None:
