@@ -200,7 +200,11 @@ class RemoteVault:
         return done
 
     async def restore(
-        self, home: Home, generation: Generation | None = None, deadline_s: float = RESTORE_DEADLINE_S
+        self,
+        home: Home,
+        generation: Generation | None = None,
+        deadline_s: float = RESTORE_DEADLINE_S,
+        filled: Generation | None = None,
     ) -> Copy | None:
         done: Copy | None = await self._ask("restore", home, generation)
         return done
