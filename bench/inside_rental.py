@@ -21,7 +21,7 @@ FOLDER = Path("files")
 MEGABYTE = 1_000_000
 LOOK_EVERY_S = 0.002
 GAP_S = 0.01
-"""What is shorter is the scheduler's."""
+"""Seconds from which a gap counts; shorter ones come from the scheduler."""
 FILES_IN_A_FOLDER = 1000
 
 
@@ -47,7 +47,7 @@ def work(megabytes: int, rate: float, seconds: float) -> list[tuple[float, float
 
 
 def _write(files: int, rate: float) -> None:
-    """In place, one file after the other in no order, as a database does it; for ever."""
+    """Rewrite files in place, one after the other in no order, as a database does; never return."""
     chance, due = random.Random(), time.monotonic()
     while True:
         number = chance.randrange(files)

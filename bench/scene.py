@@ -179,6 +179,6 @@ def unix(text: str) -> float:
 
 
 def processor_s(container: str) -> float:
-    """That it has had of all processors, by the control group of either version."""
+    """Return the processor seconds that it used, by the control group of either version."""
     told = run(["docker", "exec", container, "sh", "-c", f"cd /sys/fs/cgroup; cat {V1} 2>/dev/null || cat {V2}"], 30)
     return int(told) / 1e9 if told.strip().isdecimal() else int(told.split()[1]) / 1e6

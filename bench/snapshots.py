@@ -28,7 +28,7 @@ NEVER_S = 86_400.0
 """Between copies, where none is wanted while it is measured."""
 LOOK_EVERY_S = 0.2
 MORE_S = 120.0
-"""That a program may take beyond its time: to be started, and to fill a home."""
+"""Seconds that a program may take beyond its time, to be started and to fill a home."""
 WORKERS = 2
 
 Gap = tuple[float, float]
@@ -38,12 +38,12 @@ Case = tuple[int, float]
 
 @dataclass
 class Watched:
-    """What was seen while a program wrote for `seconds`."""
+    """The gaps and the costs that were seen while a program wrote for `seconds`."""
 
     seconds: float
     gaps: list[Gap]
     manager_s: float
-    """Of the processors, as `worker_s`."""
+    """Processor seconds of the manager, as `worker_s`."""
     worker_s: float
     copied_at: list[float] = field(default_factory=list)
     """When each copy that was finished meanwhile had been begun (Unix time)."""

@@ -255,7 +255,7 @@ def declare_the_gone(orion: Orion) -> None:
 
 
 def forget_the_gone(orion: Orion) -> None:
-    """What was in a container that was removed cannot come back any more: there is nothing to keep its worker for."""
+    """Forget the workers whose container was removed: such a container cannot come back."""
     for worker in not_in_engine(orion):
         if worker.health is WorkerHealth.DOWN:
             with suppress(NotFound, Conflict):
