@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import socket
 import sqlite3
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing, suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ from orion.manager.settings import Secrets, Settings
 from orion.manager.store.tokens import make_token
 
 PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([manager.__name__])  # a manager that is started again does not import all anew
 PATIENCE_S = 40.0
 """Far more than anything here takes on a busy machine."""
 BEAT_S, PAUSE_S, LATE_S = 0.3, 0.03, 0.3
@@ -124,6 +128,7 @@ class Stage:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Stage]:
+        start_forkserver()
         server = await asyncio.start_unix_server(self._serve, self.folder / "stage", limit=2**20)
         self._tasks.append(asyncio.create_task(self._keep_it_running()))
         try:
@@ -295,6 +300,18 @@ class Stage:
 
     def log(self) -> str:
         return self.database.with_suffix(".log").read_text()
+
+
+def start_forkserver() -> None:
+    """Start the process that managers are forked from, unless it runs. It finds what it preloads by $PYTHONPATH only."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 async def _end_of(process: Any) -> None:

@@ -405,3 +405,18 @@ async def test_a_first_copy_that_fails_is_tried_again_soon_and_said_when_it_goes
     await copy_round(house)
     shown = await house.rental(rental["id"])
     assert (bool(shown["last_safe_copy_at"]), shown["copy_problem"]) == (True, "")
+
+
+async def test_a_rental_whose_worker_was_suspect_when_it_was_due_is_copied_soon_after_it_is_ready_again(
+    house: House, pool: list[Agent]
+) -> None:
+    """Also its first copy, which is due in the moment in which it becomes active."""
+    rental = await house.rent()
+    silent = holder(house, rental)
+    await house.silence(silent, 46)
+    assert "not run on a worker that is ready" in await house.manager.copies.copy_now(rental["id"], None)
+    silent.beating = True
+    for _ in range(3):  # a tenth of the interval at most after it is found
+        await house.pass_time(2)
+        await copy_round(house)
+    assert (await house.rental(rental["id"]))["last_safe_copy_at"]

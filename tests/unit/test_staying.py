@@ -55,8 +55,8 @@ def test_a_signal_from_elsewhere_is_passed_on(number: signal.Signals, tmp_path: 
     """As ours, while ssh runs: it ends, and we go on to say so."""
     ready = tmp_path / "ready"
     program = (
-        f"import signal, sys, pathlib; signal.signal({int(number)}, lambda *_: sys.exit(7)); "
-        f"pathlib.Path({str(ready)!r}).touch(); signal.pause()"
+        f"import signal, sys, pathlib; signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}]); "
+        f"pathlib.Path({str(ready)!r}).touch(); signal.sigwait([{int(number)}]); sys.exit(7)"
     )
 
     def send() -> None:

@@ -50,19 +50,23 @@ def run(arguments: Sequence[str]) -> Left:
             child = subprocess.Popen(arguments, env=environment() | {REPORT: str(report)})
         except FileNotFoundError as error:
             raise LocalFault("ssh is not installed on this machine: apt install openssh-client") from error
-        with _as_its_shadow(child):
-            status = _wait(child)
+        with _as_its_shadow(child) as woken:
+            status = _wait(child, woken)
         told = _read(report)
     lost = status == LOST and told.get("lost") is True
     return Left(status, lost, told.get("there") is True, str(told.get("reason") or ""))
 
 
 @contextmanager
-def _as_its_shadow(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """What the terminal sends goes to ssh as well, which knows what to do with it; what others send us is passed on."""
+def _as_its_shadow(child: subprocess.Popen[bytes]) -> Iterator[int]:
+    """What the terminal sends goes to ssh as well, which knows what to do with it; what others send us is passed on.
+
+    Yields a descriptor that can be read after each signal: a handler alone does not end a wait that begins just then.
+    """
 
     def pass_on(number: int, _frame: object) -> None:
-        child.send_signal(number)
+        if child.returncode is None:
+            os.kill(child.pid, number)  # not send_signal, which may take the status that _wait waits for
 
     def leave_to_ssh(_number: int, _frame: object) -> None: ...
 
@@ -71,19 +75,29 @@ def _as_its_shadow(child: subprocess.Popen[bytes]) -> Iterator[None]:
         signal.SIGQUIT: leave_to_ssh,
         signal.SIGTERM: pass_on,
         signal.SIGHUP: pass_on,
+        signal.SIGCHLD: lambda _number, _frame: None,
     }
+    woken, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    wakes_before = signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield
+        yield woken
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakes_before)
+        os.close(woken)
+        os.close(wakes)
 
 
-def _wait(child: subprocess.Popen[bytes]) -> int:
+def _wait(child: subprocess.Popen[bytes], woken: int) -> int:
     """Its status, as a shell has it. Where ssh stops itself (~^Z), so do we, so that the shell goes on."""
     while True:
-        _, status = os.waitpid(child.pid, os.WUNTRACED)
+        changed, status = os.waitpid(child.pid, os.WUNTRACED | os.WNOHANG)
+        if not changed:
+            os.read(woken, 4096)
+            continue
         if os.WIFSTOPPED(status):
             os.kill(os.getpid(), signal.SIGSTOP)
             os.kill(child.pid, signal.SIGCONT)

@@ -201,6 +201,7 @@ class CopiesLoop:
     async def _copy(self, rental_id: str, spare: Generation | None) -> str:
         found = await self._book.one(rental_id)
         if found is None:
+            self._next_at.pop(rental_id, None)  # due soon after it is found to run again
             return "it does not run on a worker that is ready"
         rental, placement, worker = found
         home = Home(rental.id, rental.uid, placement.epoch, Host(worker.id, worker.address, worker.host_keys))
