@@ -303,7 +303,7 @@ class Stage:
 
 
 def start_forkserver() -> None:
-    """Start the process that managers are forked from, unless it runs. It finds what it preloads by $PYTHONPATH only."""
+    """Start the process that managers are forked from. It finds what it preloads by $PYTHONPATH only."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     try:

@@ -100,10 +100,15 @@ class Stack:
         self.compose("up", "-d", "--no-build", "--no-recreate", "--scale", f"worker={workers}", timeout_s=180)
 
     def remove(self) -> None:
-        """Containers, network and volumes of the project, also those of a run that was cut short."""
+        """Containers, network and volumes of the project, also those of a run that was cut short.
+
+        The containers first: the engine (20.10) starts a worker again that `down` has to kill after its grace.
+        """
         for container in self.containers():
             if container.paused:
                 self.docker("unpause", container.id)
+        if found := [container.id for container in self.containers()]:
+            self.docker("rm", "--force", "--volumes", *found)
         self.compose("down", "--volumes", "--remove-orphans", "--timeout", "3", timeout_s=180)
 
     def compose(self, *arguments: str, timeout_s: float = 120) -> str:
@@ -117,7 +122,6 @@ class Stack:
         first = self.subnet.network_address
         return kept | {
             "COMPOSE_PROJECT_NAME": PROJECT,
-            "COMPOSE_INTERACTIVE_NO_CLI": "1",
             "ORION_SUBNET": str(self.subnet),
             "ORION_GATEWAY": str(first + 1),
             "ORION_PROXY_ADDRESS": str(first + 2),
