@@ -66,7 +66,7 @@ class Launcher:
             done = subprocess.run(
                 ["/usr/bin/python3", "-I", "-S", str(PROGRAM), command],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                cwd=home, env=environment(record.username), umask=0o022,
+                cwd=home, env=environment(record), umask=0o022,
                 user=record.uid, group=record.uid, extra_groups=[], start_new_session=True,
                 timeout=WITHIN_S, check=False,
             )  # fmt: skip
@@ -77,11 +77,18 @@ class Launcher:
         return f"its start command cannot be run: it ended with {done.returncode}" if done.returncode else ""
 
 
-def environment(username: str) -> dict[str, str]:
-    """As a log-in by ssh has it. Nothing of ours."""
-    named = dict.fromkeys(("USER", "LOGNAME"), username)
-    path = "/usr/local/bin:/usr/bin:/bin:/usr/games"
-    return named | {"HOME": f"/home/{username}", "SHELL": "/bin/bash", "PATH": path, "LANG": "C.UTF-8"}
+def environment(record: Record) -> dict[str, str]:
+    """Return what a log-in by ssh has in its environment. Nothing of ours."""
+    named = dict.fromkeys(("USER", "LOGNAME"), record.username)
+    home, path = f"/home/{record.username}", "/usr/local/bin:/usr/bin:/bin:/usr/games"
+    named |= {"HOME": home, "SHELL": "/bin/bash", "PATH": path, "LANG": "C.UTF-8"}
+    return named | told_of_itself(record.rental_id, record.rental_name)
+
+
+def told_of_itself(rental_id: str, rental_name: str) -> dict[str, str]:
+    """Return the variables by which a rental's processes know which rental they are in. sshd_config lists them."""
+    named = {"ORION_RENTAL": rental_name} if rental_name else {}
+    return named | {"ORION_RENTAL_ID": rental_id}
 
 
 def _text(file: Path) -> str:

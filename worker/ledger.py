@@ -39,6 +39,8 @@ class Record:
     """Its renter was let in at this epoch: what its home holds is newer than any copy."""
     restored: str = ""
     """The copy with which its home was filled at this epoch, or was begun to be."""
+    rental_name: str = ""
+    """The name that its owner knows it by; empty where the order that made it had none."""
 
 
 def check_create(record: Record | None, purged_epoch: int, epoch: int) -> None:

@@ -33,7 +33,7 @@ import traces
 from freezing import Freezer
 from handing import PLACE
 from host_certificate import HostCertificate, read_certificate
-from launching import MARK, Launcher, is_command
+from launching import MARK, Launcher, is_command, told_of_itself
 from ledger import Ledger, Record, Refused, check_create, check_not_newer, check_unlock, write_whole
 from snapshot import Manifests, remove_tree
 
@@ -45,6 +45,7 @@ SWEEPS = 3
 """A name may be passed over while its directory changes: an empty sweep ends the work, so many at most."""
 
 Report = dict[str, Any]
+_RENTAL_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _PUBLIC_KEY = re.compile(r"[a-z0-9@.-]+ [A-Za-z0-9+/]{20,8000}={0,3}( [\x20-\x7e]{0,200})?")
 
 
@@ -55,6 +56,8 @@ class Request:
     username: str = ""
     uid: int = 0
     public_keys: tuple[str, ...] = ()
+    rental_name: str = ""
+    """The name that the rental's sessions are told; empty: the one that an earlier order told, if one did."""
     user_authority: str = ""
     """The key that signs certificates for renters; empty: there are none."""
     host_certificate: str = ""
@@ -127,13 +130,18 @@ class Rentals:
             check_create(record, self.ledger.purged_epoch(request.rental_id), request.epoch)
             self._check_names(request, record)
             changed = False
+            name = request.rental_name or (record.rental_name if record else "")
             if record is None or record.epoch < request.epoch:
                 self._forget_keys(request.username)
-                self.ledger.keep(Record(request.rental_id, request.username, request.uid, request.epoch))
+                who = request.rental_id, request.username, request.uid, request.epoch
+                self.ledger.keep(Record(*who, rental_name=name))
+                changed = True
+            elif record.rental_name != name:
+                self.ledger.keep(replace(record, rental_name=name))
                 changed = True
             changed |= accounts.add(self._places.etc, request.username, request.uid)
             changed |= self._make_home(request)
-            changed |= self._write_keys(request)
+            changed |= self._write_keys(request, name)
             changed |= self._install(request)
             restored = {"restored": record.restored} if record and record.epoch == request.epoch else {}
             return {"changed": changed, "epoch": request.epoch, "state": self._shown(request), **restored}
@@ -294,14 +302,16 @@ class Rentals:
             os.close(folder)
         return True
 
-    def _write_keys(self, request: Request) -> bool:
+    def _write_keys(self, request: Request, name: str) -> bool:
         """Each key counts only from the app's address: people come in through the manager's relay."""
         source = self._places.app_address.read_text().strip()
-        text = "".join(f'from="{source}" {key}\n' for key in request.public_keys)
+        told = told_of_itself(request.rental_id, name).items()
+        limits = ",".join([f'from="{source}"', *(f'environment="{variable}={value}"' for variable, value in told)])
+        text = "".join(f"{limits} {key}\n" for key in request.public_keys)
         if request.user_authority:
             # In the same file, so that what shuts out the keys shuts out certificates in the same step.
             principal = f"{request.rental_id}-{request.epoch}"
-            text += f'cert-authority,principals="{principal}",from="{source}" {request.user_authority}\n'
+            text += f'cert-authority,principals="{principal}",{limits} {request.user_authority}\n'
         running = self._state(request.username) == "running"
         file = (self._places.keys if running else self._places.locked_keys) / request.username
         if file.exists() and file.read_text() == text:
@@ -533,6 +543,7 @@ def _understood(command: str, data: object) -> Request:
     if command in ("run", "create"):
         _check(request.public_keys, "public_keys is empty")
         _check(all(map(_PUBLIC_KEY.fullmatch, request.public_keys)), "public_keys must be plain public keys")
+        _check(not request.rental_name or _RENTAL_NAME.fullmatch(request.rental_name), "rental_name is no name")
         _check(not request.start or is_command(request.start), "start must be one line of printable characters")
         _check(not request.start or MARK.fullmatch(request.start_mark), "start_mark must be RUN@BOOT")
     if command == "certify":

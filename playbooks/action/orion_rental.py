@@ -37,6 +37,7 @@ RENTAL = {
     "username": {"type": "str"},
     "uid": {"type": "int"},
     "public_keys": {"type": "list", "elements": "str", "no_log": False},
+    "rental_name": {"type": "str"},
     "user_authority": {"type": "str"},
     "host_certificate": {"type": "str"},
     "kill": {"type": "bool"},

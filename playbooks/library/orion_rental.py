@@ -47,6 +47,9 @@ options:
       start_mark:
         description: Which run of I(start) it is, and in which life of the worker's container, as C(RUN@BOOT).
         type: str
+      rental_name:
+        description: The name that its sessions find in the variable ORION_RENTAL. For run and create.
+        type: str
       user_authority:
         description: The key whose certificates open it too, when they name it and this epoch. For run and create.
         type: str

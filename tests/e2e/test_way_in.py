@@ -184,8 +184,8 @@ def test_keys_and_certificates(lab: Rental, renter: Renter, tmp_path: Path, orio
     last = renter.orion_json("keys", "lab", "ls")[0]
     assert "only key" in renter.orion("keys", "lab", "rm", last["id"], "--yes", status=6).stderr
     stranger = make_key(tmp_path / "stranger")
-    said = renter.orion("ssh", "--cert", "-i", str(stranger), "lab", "id", "-un")
-    assert said.stdout == f"{lab.username}\n"
+    said = renter.orion("ssh", "--cert", "-i", str(stranger), "lab", "echo $(id -un) $ORION_RENTAL")
+    assert said.stdout == f"{lab.username} lab\n"
     kinds = [event.kind for event in orion.events(rental_id=lab.id)]
     assert {"rental.key_added", "rental.key_removed", "rental.certificate_issued"} <= set(kinds)
 

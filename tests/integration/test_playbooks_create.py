@@ -39,6 +39,22 @@ def test_new_keys_replace_the_old_ones_while_it_runs(rental: Rental, folder: Pat
     assert not rental.lets_in()
 
 
+SAYS = "echo $ORION_RENTAL,$ORION_RENTAL_ID"
+
+
+def test_its_sessions_know_the_rentals_name_in_variables_and_in_the_prompt(rental: Rental) -> None:
+    assert rental.create(rental_name="my-lab").ok
+    assert rental.ssh(SAYS).stdout == f"my-lab,{rental.rental_id}\n"
+    prompt = rental.ssh("cd /tmp; bash -i", "exit\n").stderr
+    assert "my-lab:/tmp$ " in prompt, prompt
+    rental.ssh("mkdir -p .ssh; echo LD_PRELOAD=/tmp/x > .ssh/environment; echo ORION_RENTAL=mine >> .ssh/environment")
+    assert rental.ssh("echo $LD_PRELOAD").stdout == "\n", "what a home says counts for nothing else"
+    status, _ = rental.on.rental("create", **rental.variables, public_keys=[rental.key.public])
+    assert status == 0
+    rental.ssh("rm -r .ssh")
+    assert rental.ssh(SAYS).stdout == f"my-lab,{rental.rental_id}\n", "an order by hand leaves the name as it was"
+
+
 def test_a_created_account_is_locked_until_its_epoch_is_unlocked(rental: Rental) -> None:
     rental.on.rental("create", **rental.variables, public_keys=[rental.key.public])
     assert not rental.lets_in()

@@ -63,6 +63,13 @@ class Interference:
         return outcome
 
 
+async def test_a_rental_is_told_its_name_wherever_it_is_made(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent(name="lab")
+    assert holder(house, rental).node.names == {rental["id"]: "lab"}
+    await migrate(house, rental)
+    assert [agent.node.names for agent in pool] == [{rental["id"]: "lab"}] * 2
+
+
 async def test_a_moved_rental_has_what_it_wrote_until_it_stood_still(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     files(house, rental)["early"] = "1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,14 @@ def test_an_old_order_to_lock_or_purge_leaves_what_is_newer() -> None:
         check_not_newer(RECORD, 2)
 
 
+def test_a_record_of_before_there_were_names_is_read(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text('{"rental_id": "one", "username": "r-one", "uid": 100001, "epoch": 3}')
+    ledger = Ledger(tmp_path)
+    assert ledger.living("one") == RECORD
+    ledger.keep(replace(RECORD, rental_name="lab"))
+    assert ledger.living("one") == Record("one", "r-one", 100_001, 3, rental_name="lab")
+
+
 def test_a_tombstone_outlives_a_crash_between_it_and_the_record(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.keep(RECORD)
@@ -130,6 +139,9 @@ def test_a_request_is_read() -> None:
         {"public_keys": []},
         {"public_keys": [f'command="x" {KEY}']},
         {"public_keys": [f"{KEY}\n{KEY}"]},
+        {"rental_name": 'a",command="b'},
+        {"rental_name": "Lab"},
+        {"rental_name": "a\n"},
         {"unknown": 1},
     ],
 )

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,13 @@ def test_the_command_is_one_argument_of_a_program_that_is_the_renter_s(tmp_path:
     assert how["start_new_session"]
     assert {how["stdin"], how["stdout"], how["stderr"]} == {subprocess.DEVNULL}
     assert how["cwd"] == tmp_path / "home/r-one"
-    assert set(how["env"]) == {"HOME", "USER", "LOGNAME", "SHELL", "PATH", "LANG"}
+    assert set(how["env"]) == {"HOME", "USER", "LOGNAME", "SHELL", "PATH", "LANG", "ORION_RENTAL_ID"}
+
+
+def test_a_start_command_knows_the_name_and_the_id_of_its_rental(tmp_path: Path, calls: list[Any]) -> None:
+    Launcher(tmp_path).launch(replace(RECORD, rental_name="lab"), "serve", "1@boot")
+    ((_, how),) = calls
+    assert (how["env"]["ORION_RENTAL"], how["env"]["ORION_RENTAL_ID"]) == ("lab", "one")
 
 
 def test_each_run_is_had_once_in_a_life_of_the_container_and_at_an_epoch(tmp_path: Path, calls: list[Any]) -> None:

@@ -47,6 +47,8 @@ class Task:
     """The start command to run when its renter is let in, and the run that it is: see starting.due."""
     filled: str = ""
     """The copy that is in its home already, put there by a planned move."""
+    rental_name: str = ""
+    """The name that the rental's own sessions are told, where an account is made."""
     source: moves.Source | None = None
     """What a planned move takes away: see domain/moves.py."""
 
@@ -105,7 +107,7 @@ def _task_of(world: World, placement: Placement, facts: Facts) -> Task | None:
         restore = copies.wanted(rental) if placement.state is PlacementState.PREPARING else None
         filled = placement.filled if restore == copies.NEWEST else ""
         start = rental.start if start_mark else ""
-        key, fill = rental.public_key, (restore, start, start_mark, filled)
+        key, fill = rental.public_key, (restore, start, start_mark, filled, rental.name)
         return Task(TaskKind.CREATE, worker.id, worker.session_id, item, placement.id, key, *fill)
     if not placement.standby and copies.wants_salvage(rental, placement):
         return Task(TaskKind.SALVAGE, worker.id, worker.session_id, item, placement.id)
@@ -127,8 +129,8 @@ def _task_of_move(
         if not placed.held and placement.filled:
             return None
         source = moves.Source(placed.id, placed.worker_id, placed.epoch, placed.held)
-        key = rental.public_key
-        return Task(kind, worker.id, worker.session_id, item, placement.id, key, source=source)
+        key, name = rental.public_key, rental.name
+        return Task(kind, worker.id, worker.session_id, item, placement.id, key, rental_name=name, source=source)
     stands_alone = placement.state is PlacementState.RUNNING and world.standby_of(rental.id) is None
     if stands_alone and worker.id in facts.vacating and moves.can_move(rental, placement):
         source = moves.Source(placement.id, worker.id, placement.epoch, placement.held)

@@ -49,6 +49,8 @@ class FakeWorker:
     """Those that were thawed to make room."""
     restored: dict[str, str] = field(default_factory=dict)
     """The copy that each home was filled with."""
+    names: dict[str, str] = field(default_factory=dict)
+    """The name that each rental's sessions are told."""
     start_problem: str = ""
     """Not empty: no start command can be run here, for this reason."""
     alive: bool = True
@@ -113,6 +115,7 @@ class FakeWorker:
         unlocked = job.action is Action.CREATE or bool(before and before.epoch == job.epoch and before.unlocked)
         account = Account(job.username, job.uid, job.epoch, job.public_keys, unlocked)
         self.accounts[job.rental_id] = account
+        self.names[job.rental_id] = job.rental_name
         self._show(job.host_certificate)
         self.homes.setdefault(job.rental_id, {})
         if unlocked:

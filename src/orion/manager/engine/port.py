@@ -55,6 +55,8 @@ class Job:
     start_mark: str = ""
     """To create: the command that the renter's shell runs when it is let in, and the run that it is. A run that it has
     had there already is not had again."""
+    rental_name: str = ""
+    """The name that the rental's sessions are told; empty: none. For CREATE and PREPARE."""
     user_authority: str = ""
     """The key whose certificates open the rental too; empty: none does. For CREATE and PREPARE."""
     host_certificate: str = ""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, StringConstraints
 
 from orion.manager.engine.port import Action, Host, Job, Outcome
-from orion.wire import Id, PublicKey, StartCommand
+from orion.wire import Id, Name, PublicKey, StartCommand
 
 MAX_LINE_BYTES = 1 << 20
 MAX_DEADLINE_S = 3600.0
@@ -49,6 +49,7 @@ class Variables(Line):
     public_keys: Annotated[tuple[PublicKey, ...], Field(max_length=64)] = ()
     start: StartCommand | None = None
     start_mark: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,16}@[A-Za-z0-9-]{0,64}$")] | None = None
+    rental_name: Name | None = None
     user_authority: PublicKey | Literal[""] = ""
     host_certificate: Certificate = ""
     move: int = Field(0, ge=0, lt=2**53)
@@ -128,6 +129,7 @@ def job_line(identifier: str, job: Job) -> bytes:
             public_keys=job.public_keys,
             start=job.start or None,
             start_mark=job.start_mark or None,
+            rental_name=job.rental_name or None,
             user_authority=job.user_authority,
             host_certificate=job.host_certificate,
             move=job.move,

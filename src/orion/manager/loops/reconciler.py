@@ -321,7 +321,7 @@ class Reconciler:
             return await self._restorer.salvager.salvage(host, item, task.placement_id or "")
         keys, action = tuple(task.public_key.splitlines()), _ACTIONS.get(task.kind, Action.PREPARE)
         who = item.rental_id, item.username, item.uid, item.epoch
-        job = Job(action, host, *who, keys, JOB_DEADLINE_S, task.start, task.start_mark)
+        job = Job(action, host, *who, keys, JOB_DEADLINE_S, task.start, task.start_mark, task.rental_name)
         if task.source:
             return await self._move(task, job, hosts[task.source.worker_id], task.source)
         if task.restore:
