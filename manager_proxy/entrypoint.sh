@@ -1,10 +1,15 @@
 #!/bin/sh
-# Waits for the secret, sees to the certificate, then becomes Nginx.
+# Waits for the secret, sees to the certificate, then runs Nginx, and has it take a new certificate while it runs.
 set -eu
 umask 077
 
 secret=/run/orion-proxy/secret
 tls=/etc/orion-tls
+# A renewed certificate is served so many seconds later at most; a second one not sooner than half an hour after it, for
+# each reload may leave two workers of Nginx to what they still carry (worker_shutdown_timeout), and they have a limit.
+look_every_s=10
+reload_every_s=1800
+goodbye_s=3
 
 wait_for_secret() {
     waited=0
@@ -45,6 +50,39 @@ write_web_hosts() {
         >/run/orion-web-hosts.conf
 }
 
+# Who may say where a request comes from: addresses and networks, separated by commas. By default nobody.
+write_trusted() {
+    : >/run/orion-trusted.conf
+    trusted=$(echo "${ORION_TRUSTED_PROXIES:-}" | tr ',' ' ')
+    for network in $trusted; do
+        case $network in
+        *[!0-9a-fA-F.:/]* | */*/* | */0 | */00 | */)
+            echo "ORION_TRUSTED_PROXIES: $network is no address and no network such as 192.0.2.7 or 10.1.0.0/24" >&2
+            exit 1
+            ;;
+        esac
+        echo "set_real_ip_from $network;" >>/run/orion-trusted.conf
+    done
+    # shellcheck disable=SC2016 # a variable of Nginx
+    {
+        echo 'geo $realip_remote_addr $by_trusted_proxy {'
+        echo '    default 0;'
+        for network in $trusted; do echo "    $network 1;"; done
+        echo '}'
+    } >>/run/orion-trusted.conf
+}
+
+# By IPv6 as well, where this container has it.
+write_listen() {
+    : >/run/orion-listen.conf
+    : >/run/orion-listen-too.conf
+    [ -s /proc/net/if_inet6 ] || return 0
+    for port in '80' '443 ssl'; do
+        echo "listen [::]:$port default_server reuseport so_keepalive=60s:10s:3;" >>/run/orion-listen.conf
+        echo "listen [::]:$port;" >>/run/orion-listen-too.conf
+    done
+}
+
 # The user's own pair is left alone; ours is made when there is none, and again a month before it ends.
 see_to_certificate() {
     if [ -s "$tls/tls.crt" ] && [ -s "$tls/tls.key" ]; then
@@ -77,9 +115,56 @@ make_certificate() {
     echo "made a certificate for $names"
 }
 
+pair() {
+    cat "$tls/tls.crt" "$tls/tls.key" 2>/dev/null | sha256sum
+}
+
+# While the two files are being replaced they do not fit together.
+is_whole() {
+    of_key=$(openssl pkey -in "$tls/tls.key" -pubout 2>/dev/null) || return 1
+    of_certificate=$(openssl x509 -in "$tls/tls.crt" -noout -pubkey 2>/dev/null) || return 1
+    [ "$of_key" = "$of_certificate" ]
+}
+
+# Nginx keeps what it serves where it cannot take the new pair.
+watch_certificate() {
+    served=$1
+    waits_s=0
+    looks=0
+    while sleep "$look_every_s"; do
+        waits_s=$((waits_s > look_every_s ? waits_s - look_every_s : 0))
+        looks=$(((looks + 1) % 360))
+        [ "$looks" -ne 0 ] || see_to_certificate
+        found=$(pair)
+        if [ "$found" != "$served" ] && [ "$waits_s" -eq 0 ] && is_whole; then
+            echo "the certificate in $tls has changed: it is served from now on"
+            kill -HUP "$nginx" || return 0
+            served=$found
+            waits_s=$reload_every_s
+        fi
+    done
+}
+
+# shellcheck disable=SC2329 # by the trap
+end() {
+    kill -QUIT "$nginx" 2>/dev/null || true
+    (sleep "$goodbye_s" && kill -TERM "$nginx") 2>/dev/null &
+}
+
 wait_for_secret
 write_secret
 write_web_hosts
+write_trusted
+write_listen
 see_to_certificate
+before=$(pair)
 # -e: the log that is compiled in cannot be opened on a read-only file system.
-exec nginx -e stderr -g 'daemon off;'
+nginx -e stderr -g 'daemon off;' &
+nginx=$!
+trap end QUIT TERM INT
+watch_certificate "$before" &
+# A signal ends the first wait; the second is for the end of Nginx itself.
+status=0
+wait "$nginx" || status=$?
+wait "$nginx" || status=$?
+exit "$status"

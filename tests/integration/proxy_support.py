@@ -61,6 +61,12 @@ class Proxy:
     http_port: int = field(default_factory=free_port)
     https_port: int = field(default_factory=free_port)
     tls_directory: Path | None = None
+    trusts_outer: bool = True
+
+    @property
+    def outer_address(self) -> str:
+        """The address of an outer proxy, which is trusted unless a test wants nobody to be."""
+        return f"{self.network}.50"
 
     @property
     def url(self) -> str:
@@ -82,6 +88,8 @@ class Proxy:
             "ORION_HTTPS_PORT": str(self.https_port),
             "ORION_TLS_NAMES": "lab.example,192.0.2.7",
         }
+        if self.trusts_outer:
+            own["ORION_TRUSTED_PROXIES"] = f"{self.outer_address},2001:db8:ffff::/48"
         if self.tls_directory:
             own["ORION_TLS_DIR"] = str(self.tls_directory)
         return {**os.environ, **own}
@@ -114,21 +122,86 @@ class Proxy:
         lines = [line[line.index("{") :] for line in self.logs().splitlines() if '{"time"' in line]
         return [json.loads(line) for line in lines]
 
+    def image(self) -> str:
+        container = self.compose("ps", "-q", "manager_proxy").strip()
+        shown = subprocess.run(
+            ["docker", "inspect", "--format", "{{.Image}}", container], capture_output=True, text=True, check=True
+        )
+        return shown.stdout.strip()
+
     def answers(self) -> bool:
-        try:
-            return httpx.get(self.url, trust_env=False).status_code == 200
-        except httpx.TransportError:
-            return False
+        return _answers(self.url)
 
     def down(self) -> None:
         self.compose("down", "--volumes", "--rmi", "local", "--timeout", "3")
 
 
+OUTER = """
+error_log stderr crit;
+pid /tmp/outer.pid;
+events {{}}
+http {{
+    map $http_upgrade $outer_connection {{ "" ""; default upgrade; }}
+    client_body_temp_path /tmp/b;
+    proxy_temp_path /tmp/p;
+    fastcgi_temp_path /tmp/f;
+    uwsgi_temp_path /tmp/u;
+    scgi_temp_path /tmp/s;
+    server {{
+        listen 8000;
+        proxy_http_version 1.1;
+        proxy_buffering off;
+        proxy_set_header Host $http_host;
+        proxy_set_header Upgrade $http_upgrade;
+        proxy_set_header Connection $outer_connection;
+        location /orion/ {{
+            proxy_set_header Host $http_host;
+            proxy_set_header Upgrade $http_upgrade;
+            proxy_set_header Connection $outer_connection;
+            proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+            proxy_set_header X-Forwarded-Proto https;
+            proxy_set_header X-Forwarded-Prefix /orion;
+            proxy_pass http://{inner}/;
+        }}
+        location / {{
+            proxy_set_header X-Forwarded-For $http_x_says;
+            proxy_pass http://{inner};
+        }}
+    }}
+}}
+"""
+"""An Nginx as an operator may have one: the platform below /orion/, and elsewhere any visitor that a test names."""
+
+
 @contextmanager
-def proxy(app_host: int, tls_directory: Path | None = None) -> Iterator[Proxy]:
+def outer_proxy(inner: Proxy) -> Iterator[str]:
+    """Run a second Nginx before the first one; its address."""
+    image = inner.image()
+    name = f"{inner.project}-outer"
+    command = ["docker", "run", "--detach", "--rm", "--name", name, "--network", f"{inner.project}_orion_net"]
+    command += ["--ip", inner.outer_address, "--entrypoint", "sh", image, "-c"]
+    command += ["printf '%s' \"$0\" > /tmp/outer.conf; exec nginx -c /tmp/outer.conf -g 'daemon off;'"]
+    subprocess.run([*command, OUTER.format(inner=f"{inner.network}.2")], check=True, capture_output=True)
+    address = f"http://{inner.outer_address}:8000"
+    try:
+        wait_until(lambda: _answers(f"{address}/"), "the outer proxy answers")
+        yield address
+    finally:
+        subprocess.run(["docker", "rm", "--force", name], check=True, capture_output=True)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@contextmanager
+def proxy(app_host: int, tls_directory: Path | None = None, trusts_outer: bool = True) -> Iterator[Proxy]:
     if not shutil.which("docker"):
         raise RuntimeError("these tests need a Docker engine: make up installs one")
-    running = Proxy(app_host=app_host, tls_directory=tls_directory)
+    running = Proxy(app_host=app_host, tls_directory=tls_directory, trusts_outer=trusts_outer)
     try:
         running.up()
         yield running

@@ -16,11 +16,15 @@ import httpx
 import pytest
 import web_door
 from platform_support import Platform, raw
-from proxy_support import SECRET, wait_until
+from proxy_support import SECRET, outer_proxy, wait_until
 from support.builders import host_key
 from web_support import SECRETS, SLOP, MadeUpWorker, made_up_worker, our_cookie
 
+<<<<<<< HEAD
 from orion import wire
+=======
+from orion.client import Orion
+>>>>>>> be5a9ed (proxy: trusted outer proxies, a path before everything, IPv6, and renewed certificates without a restart)
 
 NOTHING = b""
 MB = 1 << 20
@@ -216,6 +220,33 @@ def test_its_owner_finds_a_rental_by_its_name(
     assert f"`orion open web {port}`" in stranger.json()["detail"]
     for path in ("/r/web/", "/r/web/80/", "/r/x"):
         assert "orion open" in alice.get(path).json()["detail"]
+
+
+def test_below_a_path_of_an_outer_proxy_a_web_port_and_its_key_are_found(
+    attacked: Platform, alice: httpx.Client, private: str, rental_id: str, worker: MadeUpWorker
+) -> None:
+    port, token = worker.renter.port, alice.headers["Authorization"].split()[1]
+    with (
+        outer_proxy(attacked.door) as outer,
+        Orion.at(f"{outer}/orion", token) as orion,
+        httpx.Client(base_url=outer, trust_env=False, timeout=30) as browser,
+    ):
+        assert [rental.id for rental in orion.rentals()] == [rental_id]
+        ticket = orion.web_port_ticket(rental_id, port)
+        assert orion.opening_url(rental_id, ticket).startswith(f"{outer}/orion/.orion/open/#")
+        assert orion.port_url(ticket) == f"{outer}/orion{private}/"
+        assert browser.get("/orion/.orion/open/").status_code == 200
+        form = {"rental": rental_id, "port": str(port), "ticket": ticket.ticket}
+        opened = browser.post("/orion/.orion/open/ticket", data=form).headers["location"]
+        assert opened.startswith(f"/orion{private}/~")
+        seen = headers_at_renter(browser.get(f"{opened}x"))
+        assert seen["x-forwarded-prefix"] == opened.rstrip("/")
+        assert (seen["x-forwarded-proto"], seen["x-real-ip"]) == ("https", f"{attacked.door.network}.1")
+        for program in ("redirect", "knows"):
+            assert browser.get(f"{opened}{program}").headers["location"].startswith(f"{opened}login"), program
+        assert browser.get(f"/orion{private}").headers["location"] == f"/orion{private}/"
+        named = browser.get(f"/orion/r/web/{port}/x", headers={"Authorization": f"Bearer {token}"})
+        assert named.headers["location"] == f"/orion{private}/x"
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 500, 502, 503])

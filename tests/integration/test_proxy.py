@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import subprocess
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from proxy_support import SECRET, Manager, Proxy, proxy, wait_until
+from proxy_support import ROOT, SECRET, Manager, Proxy, outer_proxy, proxy, wait_until
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -354,6 +356,86 @@ def test_http_to_the_port_of_https_is_a_problem(door: Proxy, client: httpx.Clien
     assert_problem(httpx.get(f"http://127.0.0.1:{door.https_port}{REST}", trust_env=False), 400, "invalid_request")
 
 
+def test_a_renewed_certificate_is_served_within_15_s_and_what_is_open_stays_open(
+    door: Proxy, client: httpx.Client
+) -> None:
+    before = certificate(door)
+    new_pair = (
+        "cd /etc/orion-tls; openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 9"
+        " -subj /CN=renewed -addext subjectAltName=DNS:localhost -keyout /tmp/new.key -out /tmp/new.crt 2>/tmp/said"
+    )
+    assert door.exec("sh", "-c", f"{new_pair} && cp /tmp/new.key tls.key").returncode == 0
+    with connect(websocket_url(door), proxy=None) as shell:
+        time.sleep(11)  # it has looked, and half of a pair is none
+        assert certificate(door) == before
+        assert door.exec("sh", "-c", "cp /tmp/new.crt /etc/orion-tls/tls.crt").returncode == 0
+        wait_until(lambda: certificate(door) != before, "the new certificate is served", 15)
+        shell.send(b"still there")
+        assert shell.recv() == b"still there"
+    assert httpx.get(f"https://localhost:{door.https_port}/", verify=trusting(certificate(door))).status_code == 200
+
+
+# An outer proxy
+
+
+@pytest.fixture(scope="module")
+def outer(door: Proxy, manager: Manager) -> Iterator[str]:
+    with outer_proxy(door) as address:
+        yield address
+
+
+def test_a_trusted_outer_proxy_is_believed_about_the_visitor(door: Proxy, outer: str) -> None:
+    forged = {"X-Forwarded-For": "6.6.6.6", "X-Real-IP": "6.6.6.6", "X-Forwarded-Prefix": "/evil"}
+    seen = headers_at_manager(httpx.get(f"{outer}/orion{REST}", headers=forged, trust_env=False))
+    assert seen["x-real-ip"] == f"{door.network}.1"
+    assert seen["x-forwarded-proto"] == "https"
+    assert seen["x-forwarded-host"] == f"{door.outer_address}:8000"
+    says = headers_at_manager(httpx.get(f"{outer}{REST}", headers={"X-Says": "2001:db8::7"}, trust_env=False))
+    assert says["x-real-ip"] == "2001:db8::7"
+    direct = headers_at_manager(httpx.get(f"{door.url}{REST}", headers={"X-Forwarded-For": "6.6.6.6"}, trust_env=False))
+    assert direct["x-real-ip"] == f"{door.network}.1"
+
+
+def test_no_outer_proxy_makes_a_worker_of_a_visitor(door: Proxy, outer: str) -> None:
+    for path in (REGISTER, HEARTBEAT):
+        headers = bearer(900, "worker") | {"X-Says": f"{door.network}.200"}
+        seen = headers_at_manager(httpx.post(f"{outer}{path}", headers=headers, trust_env=False))
+        assert seen["x-real-ip"] == door.outer_address, path
+
+
+def test_visitors_behind_an_outer_proxy_have_limits_of_their_own_and_ipv6_ones_by_their_network(
+    door: Proxy, outer: str
+) -> None:
+    with httpx.Client(base_url=outer, trust_env=False, timeout=30) as visitors:
+
+        def flood_of(addresses: list[str]) -> set[int]:
+            with ThreadPoolExecutor(16) as pool:
+                calls = pool.map(lambda one: visitors.post(RENT, headers={"X-Says": one}).status_code, addresses)
+                return set(calls)
+
+        assert flood_of([f"203.0.113.{n % 200}" for n in range(600)]) == {200}
+        assert flood_of(["203.0.113.201"] * 600) == {200, 429}
+        assert flood_of([f"2001:db8:0:1::{n:x}" for n in range(600)]) == {200, 429}
+        assert flood_of([f"2001:db8:1:{n:x}::1" for n in range(600)]) == {200}
+        assert flood_of([f"::ffff:198.51.100.{n % 200}" for n in range(600)]) == {200}
+
+
+def test_everything_works_below_a_path_of_an_outer_proxy(door: Proxy, outer: str) -> None:
+    with httpx.Client(base_url=f"{outer}/orion", trust_env=False) as visitor:
+        assert visitor.get("/terminal").headers["location"] == "/orion/terminal/"
+        page = visitor.get("/terminal/")
+        assert page.status_code == 200
+        assert "/orion/api/openapi.json" in visitor.get("/").text
+    with connect(f"{outer}/orion/api/rentals/abc/ssh".replace("http", "ws"), proxy=None) as shell:
+        shell.send(b"below a path")
+        assert shell.recv() == b"below a path"
+
+
+def test_no_page_of_the_platform_names_an_address_that_a_path_before_it_would_break() -> None:
+    for page in (ROOT / "web").rglob("*.*"):
+        assert not re.search(r"""[("'`=]/[a-z.]""", page.read_text()), page
+
+
 # The container
 
 
@@ -429,10 +511,11 @@ def own_certificate(tmp_path: Path) -> Path:
 
 
 def test_with_nobody_at_the_address_and_a_certificate_of_the_users_own(own_certificate: Path) -> None:
-    with proxy(app_host=77, tls_directory=own_certificate) as lonely:
+    with proxy(app_host=77, tls_directory=own_certificate, trusts_outer=False) as lonely:
         lonely.give_secret()
         wait_until(lonely.answers, "the proxy answers")
         assert certificate(lonely) == (own_certificate / "tls.crt").read_text()
+        assert "set_real_ip_from" not in lonely.exec("cat", "/run/orion-trusted.conf").stdout, "nobody is trusted"
         for _ in range(2):
             reply = httpx.post(f"{lonely.url}{HEARTBEAT}", trust_env=False)
             assert reply.status_code in {502, 504}

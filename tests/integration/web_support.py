@@ -69,6 +69,9 @@ class Renter:
         elif path == "/wait":
             writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
             await reader.read()
+        elif path == "/knows":
+            prefix = head.decode().partition("X-Forwarded-Prefix: ")[2].partition("\r\n")[0]
+            writer.write(_reply("302 Found", f"Location: {prefix}/login"))
         elif path == "/upload":
             size = 0
             while size < int(head.lower().partition(b"content-length: ")[2].split()[0]):

@@ -111,7 +111,7 @@ def test_every_command_and_option_of_orion_exists(page: Path) -> None:
 @each_page
 def test_every_environment_variable_is_known(page: Path) -> None:
     known = COMPOSE + "".join(path.read_text() for path in (ROOT / "scripts").glob("*.*"))
-    known += (ROOT / "src/orion/login.py").read_text()
+    known += (ROOT / "src/orion/login.py").read_text() + (ROOT / "worker/sshd_config").read_text()
     named = set(re.findall(r"\bORION_[A-Z_]*[A-Z]\b", page.read_text()))
     assert {name for name in named if not re.search(rf"\b{name}\b", known)} == set()
 
@@ -186,7 +186,7 @@ def _default(variable: str) -> str:
     """As the table writes it: that of compose, else the manager's own, else `none`."""
     in_compose = re.search(rf"\$\{{{variable}:-([^}}]*)\}}", COMPOSE)
     if in_compose:
-        return in_compose[1]
+        return in_compose[1] or "none"
     setting = MANAGER_SETTINGS.get(variable)
     if isinstance(setting, int):
         return str(setting)

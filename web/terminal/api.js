@@ -20,13 +20,13 @@ export class Refused extends Error {
 }
 
 export async function findRental(nameOrId, token) {
-  const found = await ask("GET", `/api/rentals?name=${encodeURIComponent(nameOrId)}`, token);
+  const found = await ask("GET", `../api/rentals?name=${encodeURIComponent(nameOrId)}`, token);
   if (found.items.length > 1) throw new Refused(409, "ambiguous", `Several rentals are called ${nameOrId}: give the id of one.`);
-  return found.items[0] ?? (await ask("GET", `/api/rentals/${encodeURIComponent(nameOrId)}`, token));
+  return found.items[0] ?? (await ask("GET", `../api/rentals/${encodeURIComponent(nameOrId)}`, token));
 }
 
 export async function ticketFor(rental, token) {
-  return (await ask("POST", `/api/rentals/${encodeURIComponent(rental)}/terminal`, token)).ticket;
+  return (await ask("POST", `../api/rentals/${encodeURIComponent(rental)}/terminal`, token)).ticket;
 }
 
 // Whether the platform does.

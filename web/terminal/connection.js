@@ -17,7 +17,7 @@ export class Connection {
   // on.output(bytes, shown): shown() is called when they are on the screen; on.state({state, message});
   // where it is connected also the rental's name, and a key to resume by; on.close(code, reason)
   constructor(rental, ticket, size, on) {
-    const url = new URL(`/api/rentals/${encodeURIComponent(rental)}/terminal`, location.href);
+    const url = new URL(`../api/rentals/${encodeURIComponent(rental)}/terminal`, location.href);
     url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
     this.#size = size;
     url.search = new URLSearchParams({ columns: size[0], rows: size[1] });

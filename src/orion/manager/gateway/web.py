@@ -155,7 +155,8 @@ async def open_port(request: Request, shared: Shared) -> Response:
         asked.rental_id, asked.port, Named(principal.role, principal.id, principal.mark), shared.wall()
     )
     if not asked.on_own_host:
-        return Response(status_code=303, headers={"Location": f"{_path(asked.rental_id, asked.port)}~{key}/"})
+        opened = f"{_outer_prefix(request)}{_path(asked.rental_id, asked.port)}~{key}/"
+        return Response(status_code=303, headers={"Location": opened})
     sent_on = Response(status_code=303, headers={"Location": "/"})
     secure = request.headers.get("x-forwarded-proto") == "https"
     sent_on.set_cookie(COOKIE, key, max_age=int(KEY_LIFETIME_S), httponly=True, samesite="lax", secure=secure)
@@ -203,7 +204,12 @@ async def _named(shared: Services, name: str, principal: Principal) -> Row | Non
 def _sent_on(request: Request, rental_id: str, port: int) -> Response:
     """Return the redirect from a rental's name to its id, with all that stood behind the port."""
     rest = request.headers.get("x-orion-rest", "").removeprefix("/")
-    return Response(status_code=307, headers={"Location": f"{_path(rental_id, port)}{rest}"})
+    return Response(status_code=307, headers={"Location": f"{_outer_prefix(request)}{_path(rental_id, port)}{rest}"})
+
+
+def _outer_prefix(request: Request) -> str:
+    """Return the path below which a trusted outer proxy serves the platform: the proxy has checked it."""
+    return request.headers.get("x-forwarded-prefix", "")
 
 
 def _leads_to(shared: Services, row: Row | None, asked: Asked, who: Who | None, number: int) -> dict[str, str]:
