@@ -20,11 +20,8 @@ from proxy_support import SECRET, outer_proxy, wait_until
 from support.builders import host_key
 from web_support import SECRETS, SLOP, MadeUpWorker, made_up_worker, our_cookie
 
-<<<<<<< HEAD
 from orion import wire
-=======
 from orion.client import Orion
->>>>>>> be5a9ed (proxy: trusted outer proxies, a path before everything, IPv6, and renewed certificates without a restart)
 
 NOTHING = b""
 MB = 1 << 20
