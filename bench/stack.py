@@ -94,13 +94,7 @@ class Stack:
         return self.compose("logs", "--no-color", "--tail", str(tail), service).splitlines()
 
     def remove(self) -> None:
-        """Containers, network, volumes and images of the project, also those of a run that was cut short.
-
-        The containers by force: the engine (20.10) may start a worker again that `down` has to kill.
-        """
-        found = run(["docker", "ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={PROJECT}"], 60)
-        if found:
-            run(["docker", "rm", "--force", *found.split()], 180)
+        """Containers, network, volumes and images of the project, also those of a run that was cut short."""
         self.compose("down", "--volumes", "--remove-orphans", "--rmi", "local", "--timeout", "3", timeout_s=180)
 
     def compose(self, *arguments: str, timeout_s: float = 120) -> str:

@@ -10,9 +10,6 @@ if [ "${CONFIRM:-}" != yes ]; then
     [[ $answer == [yY]* ]] || fail "nothing was removed"
 fi
 stage "Removing containers, network, volumes and images"
-# By force: Docker 20.10 may start a worker again that compose down has to kill while it copies its rentals a last time.
-mapfile -t containers < <(docker ps --all --quiet --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME")
-[ ${#containers[@]} -eq 0 ] || docker rm --force "${containers[@]}" >/dev/null || fail "the containers cannot be removed, see above"
 compose down --volumes --rmi local --remove-orphans --timeout 5 >/dev/null 2>&1 || fail "docker compose down failed: run it to see why"
 done_stage
 if [ -z "$GIVEN_PROJECT" ] || [ "$GIVEN_PROJECT" = "$(kept_setting COMPOSE_PROJECT_NAME)" ]; then

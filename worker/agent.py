@@ -147,6 +147,7 @@ def run(settings: Settings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # blocked by entrypoint.sh
     node = Node(settings, say)
     node.lock_all()
     fence = Fence(node.rentals, lambda: may_run(home.standing, home.unwatched_at, boot_time_s()), say)

@@ -2,6 +2,8 @@
 # The start of a worker, as root: the packet filter, the host keys; then NET_ADMIN and what could regain it are given
 # up for good, and the agent is the main process. Whatever fails here ends the container with one clear line.
 set -eu
+# The kernel keeps a signal from process 1 that has no handler for it: docker stop would wait for its whole grace.
+trap 'exit 0' TERM INT
 
 fail() {
     echo "orion-worker: $*" >&2
@@ -43,6 +45,7 @@ if [ "$(cat /proc/sys/net/ipv4/ip_unprivileged_port_start)" -le 22 ]; then
         "net.ipv4.ip_unprivileged_port_start=1024 and add the capability NET_BIND_SERVICE" >&2
 fi
 
-# tini reaps what renters orphan; -s makes it do so where another init is process 1.
-exec setpriv --inh-caps=-all --bounding-set=-net_admin,-net_raw,-setpcap -- \
+# tini reaps what renters orphan; -s makes it do so where another init is process 1. What comes before the agent can take
+# SIGTERM is kept for it: the agent unblocks it.
+exec env --block-signal=TERM,INT setpriv --inh-caps=-all --bounding-set=-net_admin,-net_raw,-setpcap -- \
     /usr/bin/tini -s -- /usr/local/lib/orion/agent.py

@@ -102,7 +102,7 @@ class Stack:
     def remove(self) -> None:
         """Containers, network and volumes of the project, also those of a run that was cut short.
 
-        The containers first: the engine (20.10) starts a worker again that `down` has to kill after its grace.
+        By force: the engine may still be at a command whose client was given up, as the second half of a restart.
         """
         for container in self.containers():
             if container.paused:

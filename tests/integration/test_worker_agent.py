@@ -103,6 +103,19 @@ def test_a_worker_keeps_its_identity_and_host_key_over_a_restart_and_says_goodby
         assert rental.lets_in()
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.2, 0.6])
+def test_a_worker_that_is_told_to_stop_while_it_starts_does_not_wait_to_be_killed(
+    network: Network, manager: SmallManager, join: Path, after_s: float
+) -> None:
+    """Process 1 gets no signal that it has no handler for, and the grace of a worker is ten minutes."""
+    with worker(network, manager, join) as new:
+        time.sleep(after_s)
+        docker("restart", "--time", "20", new.name)
+        time.sleep(after_s)
+        docker("stop", "--time", "20", new.name)
+        assert docker("inspect", "-f", "{{.State.ExitCode}}", new.name).strip() != "137"
+
+
 @pytest.mark.parametrize("want", ["hold", "purge"])
 def test_a_reply_that_says_hold_or_purge_locks_and_another_epoch_says_nothing(
     network: Network, manager: SmallManager, join: Path, folder: Path, want: str
