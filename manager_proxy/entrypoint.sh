@@ -152,6 +152,7 @@ end() {
     (sleep "$goodbye_s" && kill -TERM "$nginx") 2>/dev/null &
 }
 
+trap 'exit 0' QUIT TERM INT # process 1 gets no signal that it has no handler for
 wait_for_secret
 write_secret
 write_web_hosts
