@@ -86,7 +86,7 @@ write_listen() {
 # The user's own pair is left alone; ours is made when there is none, and again a month before it ends.
 see_to_certificate() {
     if [ -s "$tls/tls.crt" ] && [ -s "$tls/tls.key" ]; then
-        if ! [ -e "$tls/made-by-orion" ] || openssl x509 -in "$tls/tls.crt" -noout -checkend 2592000 >/dev/null; then
+        if ! is_ours || openssl x509 -in "$tls/tls.crt" -noout -checkend 2592000 >/dev/null; then
             return
         fi
     elif [ -e "$tls/tls.crt" ] || [ -e "$tls/tls.key" ]; then
@@ -94,6 +94,11 @@ see_to_certificate() {
         exit 1
     fi
     make_certificate
+}
+
+# The mark stays where the user's own pair took the place of ours.
+is_ours() {
+    [ -e "$tls/made-by-orion" ] && openssl x509 -in "$tls/tls.crt" -noout -subject | grep -q 'CN *= *Orion-Sec$'
 }
 
 make_certificate() {

@@ -32,7 +32,7 @@ export async function ticketFor(rental, token) {
 // Whether the platform does.
 export async function answers() {
   try {
-    return (await fetch("/healthz", { cache: "no-store" })).ok;
+    return (await fetch("../healthz", { cache: "no-store" })).ok;
   } catch {
     return false;
   }
