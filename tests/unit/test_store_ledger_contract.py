@@ -217,6 +217,23 @@ async def test_whoever_was_at_the_address_of_a_new_worker_and_holds_nothing_is_f
     assert await bench.ledger.worker(after.worker_id)
 
 
+@pytest.mark.parametrize("health", Health)
+async def test_a_worker_that_never_had_the_answer_to_its_registration_is_known_once(
+    bench: Bench, health: Health
+) -> None:
+    """Its network was cut meanwhile, and it has another address: its host keys say which machine it is."""
+    before = await bench.ledger.register(CLAIM, None, True)
+    (known,) = await bench.ledger.known_at(CLAIM.address)
+    await bench.become(known, *WAY_TO[health])
+    stranger = await bench.ledger.register(
+        replace(CLAIM, address="172.20.128.98", host_keys=("no", "other")), None, True
+    )
+    after = await bench.ledger.register(replace(CLAIM, address="172.20.128.99"), None, True)
+    gone = health in {Health.JOINING, Health.SUSPECT, Health.DOWN}
+    assert (stranger.replaced, after.replaced) == ((), (before.worker_id,) if gone else ())
+    assert (await bench.ledger.worker(before.worker_id) is None) == gone
+
+
 @pytest.mark.parametrize("keeps", ["a placement", "an intent"])
 async def test_whoever_was_at_the_address_of_a_new_worker_is_kept_for(bench: Bench, keeps: str) -> None:
     await bench.become(OTHER, Health.SUSPECT, Health.DOWN)

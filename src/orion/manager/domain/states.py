@@ -54,6 +54,8 @@ HOLDING = LIVE | {PlacementState.STOPPING, PlacementState.STOPPED, PlacementStat
 """These take a slot of their worker, until purged or until the worker is down."""
 OUT_OF_SERVICE = frozenset({Health.JOINING, Health.DOWN})
 """A worker that nobody counts on: not yet checked, or dead."""
+SILENT = OUT_OF_SERVICE | {Health.SUSPECT}
+"""A worker that need not be there any more."""
 ENDED = frozenset({RentalState.RELEASED, RentalState.EXPIRED, RentalState.FAILED})
 
 CREATE_DEADLINE_S = 60.0

@@ -16,12 +16,21 @@ from orion.manager.domain.states import (
     HOLDING,
     LIVE,
     OUT_OF_SERVICE,
+    SILENT,
     Health,
     Intent,
     PlacementState,
     RentalState,
 )
-from orion.manager.store.port import ADDRESS_REUSED, DUE_AT_ONCE, QUEUED_AT_ONCE, Notes, Registered, Registration
+from orion.manager.store.port import (
+    ADDRESS_REUSED,
+    DUE_AT_ONCE,
+    QUEUED_AT_ONCE,
+    REGISTERED_AGAIN,
+    Notes,
+    Registered,
+    Registration,
+)
 
 
 class InvariantBroken(Exception):
@@ -174,17 +183,25 @@ class MemoryLedger:
             self.tokens[identity] = token
         reason = "a new worker called home" if worker_id is None else "it called home again"
         self.events.append(Event("worker.registered", identity, reason, worker_id=identity))
-        gone = self._forget_others_at(claim.address, identity)
+        gone = self._forget_former(claim, identity)
         self.tell((identity, *gone))
         return Registered(identity, session_id, token, gone)
 
-    def _forget_others_at(self, address: str, identity: str) -> tuple[str, ...]:
+    def _forget_former(self, claim: Registration, identity: str) -> tuple[str, ...]:
+        """See `workers.register`."""
         holding = {p.worker_id for p in self.world.placements.values()}
-        others = (w for w in self.world.workers.values() if w.address == address and w.id not in {identity, *holding})
-        gone = sorted(w.id for w in others if w.health in OUT_OF_SERVICE and w.intent is Intent.ACTIVE)
-        for worker_id in gone:
-            del self.world.workers[worker_id]
-            self.events.append(Event("worker.removed", identity, ADDRESS_REUSED, worker_id=worker_id))
+        gone = []
+        for other in [
+            self.world.workers[each] for each in sorted(self.world.workers) if each not in {identity, *holding}
+        ]:
+            at_it = other.address == claim.address
+            same = other.host_keys == claim.host_keys and (at_it or other.hostname == claim.hostname)
+            again, reused = same and other.health in SILENT, at_it and other.health in OUT_OF_SERVICE
+            if (again or reused) and other.intent is Intent.ACTIVE:
+                gone.append(other.id)
+                del self.world.workers[other.id]
+                reason = REGISTERED_AGAIN if again else ADDRESS_REUSED
+                self.events.append(Event("worker.removed", identity, reason, worker_id=other.id))
         return tuple(gone)
 
     def _apply_one(self, step: Step) -> bool:

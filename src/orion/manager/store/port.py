@@ -22,6 +22,7 @@ QUEUED_AT_ONCE = 1000
 DUE_AT_ONCE = 500
 
 ADDRESS_REUSED = "its address is another worker's now"
+REGISTERED_AGAIN = "the same machine has registered again, under another identity"
 
 
 class Ledger(Protocol):

@@ -11,11 +11,11 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from orion.manager.domain.model import Event, Item
-from orion.manager.domain.states import HOLDING, OUT_OF_SERVICE, Health, Intent, PlacementState, RentalState
+from orion.manager.domain.states import HOLDING, OUT_OF_SERVICE, SILENT, Health, Intent, PlacementState, RentalState
 from orion.manager.store import ledger
 from orion.manager.store.database import Row, first, record, rows, touched
 from orion.manager.store.names import new_id
-from orion.manager.store.port import ADDRESS_REUSED, Registered, Registration
+from orion.manager.store.port import ADDRESS_REUSED, REGISTERED_AGAIN, Registered, Registration
 from orion.manager.store.schema import counters, placements, rentals, workers
 from orion.manager.store.tokens import digest, make_token
 
@@ -48,24 +48,33 @@ def register(connection: Connection, body: Registration, worker_id: str | None, 
     reason = "a new worker called home" if worker_id is None else "it called home again"
     details = {"address": body.address, "hostname": body.hostname}
     record(connection, Event("worker.registered", identity, reason, worker_id=identity, details=details))
-    return Registered(identity, session_id, token, _forget_others_at(connection, body.address, identity))
+    return Registered(identity, session_id, token, _forget_former(connection, body, identity))
 
 
-def _forget_others_at(connection: Connection, address: str, identity: str) -> tuple[str, ...]:
+def _forget_former(connection: Connection, body: Registration, identity: str) -> tuple[str, ...]:
+    """Remove workers that hold nothing and cannot be there any more; return their ids.
+
+    One at the same address, or the same machine (by its host keys) under the identity of which it was never told.
+    """
     held = select(placements.c.worker_id).where(placements.c.state != PlacementState.PURGED)
-    gone = select(workers.c.id).where(
-        workers.c.address == address,
+    others = select(workers.c.id, workers.c.address, workers.c.health, workers.c.host_keys).where(
+        (workers.c.address == body.address) | (workers.c.hostname == body.hostname),
         workers.c.id != identity,
-        workers.c.health.in_(OUT_OF_SERVICE),
+        workers.c.health.in_(SILENT),
         workers.c.intent == Intent.ACTIVE,
         workers.c.id.not_in(held),
     )
-    forgotten = tuple(connection.execute(gone.order_by(workers.c.id)).scalars())
+    forgotten = {}
+    for other in connection.execute(others.order_by(workers.c.id)):
+        if tuple(other.host_keys) == body.host_keys:
+            forgotten[other.id] = REGISTERED_AGAIN
+        elif other.address == body.address and other.health in OUT_OF_SERVICE:
+            forgotten[other.id] = ADDRESS_REUSED
     touched(connection).workers.update(forgotten)
-    for worker_id in forgotten:
+    for worker_id, reason in forgotten.items():
         connection.execute(delete(workers).where(workers.c.id == worker_id))
-        record(connection, Event("worker.removed", identity, ADDRESS_REUSED, worker_id=worker_id))
-    return forgotten
+        record(connection, Event("worker.removed", identity, reason, worker_id=worker_id))
+    return tuple(forgotten)
 
 
 def one(connection: Connection, worker_id: str) -> Row | None:
