@@ -271,6 +271,21 @@ class RegisterReply(Reply):
     placements: list[PlacementOrder]
 
 
+class StartEnd(Request):
+    """How the run of a start command ended that its worker has had. `unseen`: with the program that kept its output."""
+
+    rental_id: Id
+    epoch: int = Field(ge=1, lt=2**53, strict=True)
+    run: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,16}@[A-Za-z0-9-]{0,64}$")]
+    how: Annotated[str, StringConstraints(pattern=r"^(status [0-9]{1,3}|signal [0-9]{1,2}|unseen)$")]
+    ago_s: float = Field(0, ge=0, le=1e9, strict=True)
+
+
+FURTHER_FIELDS = ("start_ends",)
+"""Fields of a heartbeat that a worker sends only to a manager that has said that it takes them: an older one refuses
+what it does not know."""
+
+
 class HeartbeatRequest(Request):
     """Numbers must be numbers: the manager reads most of these with another reader (api/heartbeat.py), as strictly."""
 
@@ -281,6 +296,7 @@ class HeartbeatRequest(Request):
     lease_s: float = Field(
         0, ge=0, le=86_400, strict=True, description="The lease that the last reply gave it; 0: none yet"
     )
+    start_ends: Annotated[list[StartEnd], Field(max_length=MAX_SLOTS)] = []
     vacating: bool = Field(
         False, strict=True, description="The worker was told to stop, and waits for its rentals to be taken away"
     )
@@ -294,6 +310,7 @@ class HeartbeatReply(Reply):
     door_answer_s: float
     next_heartbeat_s: float
     placements: list[PlacementOrder]
+    takes: list[str] = Field([], description="Fields that the next heartbeat may have as well: see FURTHER_FIELDS")
 
 
 class RentRequest(Request):
@@ -405,6 +422,10 @@ class Rental(Reply):
     )
     start: str | None = Field(None, description="Its start command")
     start_problem: str = Field("", description="Why its start command is not run any more")
+    start_end: str = Field(
+        "", description="How its start command ended: status N, signal N or unseen; empty: it runs, or is about to"
+    )
+    start_ended_at: datetime | None = Field(None, description="When that was, by the word of its worker")
     public_ports: list[int] = Field([], description="The web ports that anybody may open")
     explanation: str = Field(description="Why it is in its state, for a person")
 

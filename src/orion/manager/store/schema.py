@@ -129,6 +129,8 @@ placements = Table(
     Column("created_at", Float, nullable=False),
     Column("started", String(100), nullable=False, server_default=""),
     Column("salvaged", Boolean, nullable=False, server_default=false()),
+    Column("start_end", String(20), nullable=False, server_default=""),
+    Column("start_ended_at", Float),
     UniqueConstraint("rental_id", "epoch"),
     # Never two live copies of a rental, and never two placements in one slot.
     Index("uq_placements_live", "rental_id", unique=True, sqlite_where=_LIVE, postgresql_where=_LIVE),
