@@ -230,6 +230,34 @@ def test_what_is_over_its_limit_is_not_said_to_be_nearly_so(platform: ScriptedPl
     assert ("it is frozen" in said, "9.0 MB" in said) == (True, False)
 
 
+@pytest.mark.parametrize(
+    ("end", "short", "whole"),
+    [
+        ("status 3", "active (start: status 3)", "it ended with status 3, "),
+        ("signal 9", "active (start: signal 9)", "it was ended by signal 9, "),
+        ("unseen", "active (start: ended)", "it has ended, "),
+    ],
+)
+def test_a_start_command_that_ended_is_said_with_what_to_type(
+    platform: ScriptedPlatform, orion: Command, end: str, short: str, whole: str
+) -> None:
+    told = rental(start="./serve", start_end=end, start_ended_at="2020-01-01T00:00:00Z")
+    platform.answer("GET", "/api/rentals", page(told))
+    platform.answer("GET", "/api/rentals/box", told)
+    assert short in orion("ls").out
+    shown = orion("show", "box").out
+    for words in (whole, "what it said: orion logs box", "to run it again: orion start box"):
+        assert words in shown
+    assert json.loads(orion("ls", "--json").out)[0]["start_end"] == end
+
+
+def test_a_start_command_that_runs_is_not_remarked(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals", page(rental(start="./serve")))
+    platform.answer("GET", "/api/rentals/box", rental(start="./serve"))
+    assert "(start" not in orion("ls").out
+    assert "ended" not in orion("show", "box").out
+
+
 def test_ls_shows_the_owner_where_there_are_several(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals", page(rental(), rental(owner="bob")))
     assert "OWNER" in orion("ls").out
@@ -241,7 +269,8 @@ def test_ls_shows_the_owner_where_there_are_several(platform: ScriptedPlatform, 
 def test_the_servers_words_cannot_steer_the_terminal(
     platform: ScriptedPlatform, orion: Command, arguments: tuple[str, ...]
 ) -> None:
-    evil = rental(state="queued", explanation=EVIL, owner=EVIL, labels={EVIL: EVIL}, worker_id=EVIL)
+    evil = rental(state="queued", explanation=EVIL, owner=EVIL, labels={EVIL: EVIL}, worker_id=EVIL, start=EVIL)
+    evil |= {"start_end": EVIL}
     platform.answer("GET", "/api/rentals", page(evil, rental()))
     platform.answer("GET", "/api/rentals/box", evil)
     platform.answer(
