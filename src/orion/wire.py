@@ -26,6 +26,8 @@ MAX_START = 1000
 MAX_SLOTS = 256
 """Of one worker, whose certificate names all its rentals: OpenSSH reads no more names."""
 MAX_KEYS = 32
+MAX_COMMENT = 100
+"""Characters of a key's comment that are kept."""
 MIN_PORT, MAX_PORT = 1024, 65535
 """Of what a rental's processes may listen on."""
 MAX_PUBLIC_PORTS = 32
@@ -45,7 +47,7 @@ MIN_RSA_BITS = 2048
 KEY_FIELDS = range(2, 5)
 """Its type, and what the algorithm needs: one (ed25519) to three (a security key of ECDSA)."""
 _SSH_KEY = re.compile(
-    r"(?P<type>[a-z0-9@.\-]+) (?P<key>[A-Za-z0-9+/]{20,4096}={0,3})(?: [\x21-\x7e][\x20-\x7e]{0,127})?"
+    r"(?P<type>[a-z0-9@.\-]+) (?P<key>[A-Za-z0-9+/]{20,4096}={0,3})(?: (?P<comment>[\x21-\x7e][\x20-\x7e]{0,127}))?"
 )
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
@@ -113,6 +115,17 @@ def one_public_key(text: str) -> str:
     return f"{match['type']} {match['key']}"
 
 
+def comment_of(text: str) -> str:
+    """Return what a public key is called, in printable ASCII: at most MAX_COMMENT characters of its comment."""
+    match = _SSH_KEY.fullmatch(text.strip())
+    return (match["comment"] or "")[:MAX_COMMENT].rstrip() if match else ""
+
+
+def named_key(text: str) -> str:
+    """One public key as `one_public_key` has it, with its comment. Raises ValueError as that does."""
+    return f"{one_public_key(text)} {comment_of(text)}".rstrip()
+
+
 def key_id(public_key: str) -> str:
     """Of one public key, for an address: short, and nothing in it that an address would not have."""
     return hashlib.sha256(base64.b64decode(public_key.split()[1])).hexdigest()[:16]
@@ -159,6 +172,8 @@ def start_command(text: str) -> str:
 
 
 PublicKey = Annotated[str, Field(max_length=8192), AfterValidator(one_public_key)]
+NamedKey = Annotated[str, Field(max_length=8192), AfterValidator(named_key)]
+"""With its comment, which is for people: only what `one_public_key` leaves of it goes into a file of keys."""
 Name = Annotated[str, AfterValidator(plain_name), Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"})]
 LabelKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
 LabelValue = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{0,63}$")]
@@ -315,7 +330,7 @@ class HeartbeatReply(Reply):
 
 class RentRequest(Request):
     name: Name | None = None
-    ssh_public_key: PublicKey | None = None
+    ssh_public_key: NamedKey | None = None
     ttl_s: Ttl = DEFAULT_TTL_S
     labels: Labels = {}
     start: StartCommand | None = Field(
@@ -337,11 +352,12 @@ class Key(Reply):
     id: str
     fingerprint: str = Field(description="As ssh-keygen -l shows it")
     public_key: str
+    comment: str = Field("", description="What it is called, as it was given: the platform makes nothing of it")
     in_place: bool = Field(description="Its worker has all keys as they are listed; false while that is under way")
 
 
 class AddKeyRequest(Request):
-    ssh_public_key: PublicKey
+    ssh_public_key: NamedKey
     wait_s: float = Field(DEFAULT_WAIT_S, ge=0, le=MAX_WAIT_S)
 
 

@@ -46,6 +46,8 @@ class Wish:
     key: str | None
     request_hash: str
     start: str = ""
+    comment: str = ""
+    """What its key is called."""
 
 
 def create(connection: Connection, wish: Wish) -> str:
@@ -67,6 +69,7 @@ def create(connection: Connection, wish: Wish) -> str:
         "state": RentalState.QUEUED,
         "epoch": 0,
         "public_key": wish.public_key,
+        "key_comments": keys.comments_after({}, wish.public_key, wish.public_key, wish.comment) if wish.comment else {},
         "ttl_s": wish.ttl_s,
         "labels": dict(wish.labels),
         "start": wish.start,

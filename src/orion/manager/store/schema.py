@@ -91,6 +91,7 @@ rentals = Table(
     Column("takeovers", JSON, nullable=False, server_default="[]"),
     Column("last_epoch", Integer, nullable=False, server_default="0"),
     Column("public_ports", JSON, nullable=False, server_default="[]"),
+    Column("key_comments", JSON, nullable=False, server_default="{}"),
     Index(
         "uq_rentals_living_name",
         "owner",
