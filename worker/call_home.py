@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from decisions import (
     HEARTBEAT_RETRY_MAX_S,
     REGISTER_RETRY_MAX_S,
+    START_ENDS,
     UNREACHED_RETRY_MAX_S,
     Answer,
     Next,
@@ -30,6 +31,7 @@ from decisions import (
     orders,
     placements_from,
     session_from,
+    takes_from,
 )
 from node import Log, Node
 
@@ -112,6 +114,7 @@ class CallHome:
         self._waiting_for_token = False
         self._obeying = threading.Lock()
         self._leaving = False
+        self._takes: frozenset[str] = frozenset()
         self._vacating_since: float | None = None
         self.standing = Standing()
         self.unwatched_at: float | None = None
@@ -217,7 +220,10 @@ class CallHome:
 
     def _heartbeat(self, session: Session) -> Talk:
         sent_at = self._clock()
-        answer = yield Call("/api/heartbeat", session.worker_token, self._heartbeat_body(session))
+        more = {START_ENDS: self._node.start_ends()} if START_ENDS in self._takes else {}
+        answer = yield Call("/api/heartbeat", session.worker_token, self._heartbeat_body(session) | more)
+        # After a failure nothing further is told: an older manager may have come, and the lease runs.
+        self._takes = takes_from(answer.body) if answer.status == 200 else frozenset()
         self._note(answer, sent_at)
         match after_heartbeat(answer):
             case Next.ACKNOWLEDGED:

@@ -174,6 +174,16 @@ def orders(inventory: Iterable[dict[str, Any]], placements: Iterable[dict[str, A
     return found
 
 
+START_ENDS = "start_ends"
+"""A field of a heartbeat that a manager from before it would refuse."""
+
+
+def takes_from(body: dict[str, Any]) -> frozenset[str]:
+    """Return the further fields that the manager takes in a heartbeat, by its reply to the last one."""
+    takes = body.get("takes")
+    return frozenset(each for each in takes if isinstance(each, str)) if isinstance(takes, list) else frozenset()
+
+
 @dataclass(frozen=True)
 class Session:
     """What a registration gave."""

@@ -6,11 +6,17 @@ outlives the order, and is stopped, woken and ended with all other processes of 
 
 A mark in /run/orion/started says which run it has had, at which epoch. It is written when the command is on its way:
 who is killed between the two has it run twice, which a service that is to come back survives better than never.
+
+How a run ended stands in a file that the renter's program keeps (start.py). It is the renter's word: so it is read as
+any file of a renter's, without following a link or waiting, and only for the run that the mark says.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
+import stat
 import subprocess
 from pathlib import Path
 
@@ -18,6 +24,12 @@ from ledger import Record
 
 LONGEST = 1000
 MARK = re.compile(r"[0-9]{1,16}@[A-Za-z0-9-]{0,64}")
+NOTE = (".orion", "start.run")
+"""In the home: see start.py."""
+NOTED = re.compile(
+    rb"([0-9]+) ([0-9]+@[A-Za-z0-9-]*)\n(?:(status [0-9]{1,3}|signal [0-9]{1,2}) ([0-9]{1,12}\.[0-9])\n)?"
+)
+MOST_OF_A_NOTE = 200
 PROGRAM = Path(__file__).with_name("start.py")
 WITHIN_S = 10.0
 """Until it has gone its own way: the renter may have stopped it, or have used up its processes."""
@@ -47,7 +59,7 @@ class Launcher:
         wanted = f"{record.epoch} {mark}"
         if _text(file) == wanted or self._is_of_another_boot(mark):
             return {}
-        problem = self._run(record, command)
+        problem = self._run(record, wanted, command)
         self._marks.mkdir(mode=0o700, parents=True, exist_ok=True)
         file.write_text(wanted)
         return {"changed": True, "started": not problem} | ({"start_problem": problem} if problem else {})
@@ -55,16 +67,54 @@ class Launcher:
     def forget(self, rental_id: str) -> None:
         (self._marks / rental_id).unlink(missing_ok=True)
 
+    def ended(self, record: Record, now: float) -> dict[str, object] | None:
+        """Return how the run that it has had here ended, as a heartbeat has it. None: it goes on, or nothing is known.
+
+        `now`: CLOCK_BOOTTIME. A run that was ended with the program that keeps its output is `unseen`.
+        """
+        wanted = _text(self._marks / record.rental_id)
+        noted = NOTED.fullmatch(self._note(record)) if wanted else None
+        if noted is None or b" ".join(noted.group(1, 2)).decode() != wanted or int(noted[1]) != record.epoch:
+            return None
+        ago_s = max(0.0, now - float(noted[4])) if noted[4] else 0.0
+        how = noted[3].decode() if noted[3] else "unseen"
+        return {
+            "rental_id": record.rental_id,
+            "epoch": record.epoch,
+            "run": noted[2].decode(),
+            "how": how,
+            "ago_s": round(ago_s, 1),
+        }
+
+    def _note(self, record: Record) -> bytes:
+        """What its program has noted; empty where that still runs, or it is no plain file of this renter's."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        opened: list[int] = []
+        try:
+            opened.append(os.open(self._homes / record.username, flags | os.O_DIRECTORY))
+            opened.append(os.open(NOTE[0], flags | os.O_DIRECTORY, dir_fd=opened[-1]))
+            opened.append(os.open(NOTE[1], flags, dir_fd=opened[-1]))
+            found = os.fstat(opened[-1])
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != record.uid:
+                return b""
+            fcntl.flock(opened[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.read(opened[-1], MOST_OF_A_NOTE)
+        except OSError:
+            return b""
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+
     def _is_of_another_boot(self, mark: str) -> bool:
         boot_id = _text(self._boot)
         return bool(boot_id) and mark.partition("@")[2] != boot_id
 
-    def _run(self, record: Record, command: str) -> str:
+    def _run(self, record: Record, which: str, command: str) -> str:
         """Why it could not be run; empty where it was."""
         home = self._homes / record.username
         try:
             done = subprocess.run(
-                ["/usr/bin/python3", "-I", "-S", str(PROGRAM), command],
+                ["/usr/bin/python3", "-I", "-S", str(PROGRAM), which, command],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 cwd=home, env=environment(record), umask=0o022,
                 user=record.uid, group=record.uid, extra_groups=[], start_new_session=True,

@@ -99,6 +99,12 @@ class Node:
     def inventory(self) -> list[dict[str, Any]]:
         return self.rentals.inventory()
 
+    def start_ends(self) -> list[dict[str, Any]]:
+        """How the start commands ended that were run here and do not run any more."""
+        now, launcher = time.clock_gettime(time.CLOCK_BOOTTIME), self.rentals.launcher
+        ends = (launcher.ended(record, now) for record in self.rentals.ledger.all_living())
+        return [end for end in ends if end is not None][:MAX_SLOTS]
+
     def load(self) -> dict[str, Any]:
         """`cpu` is the number of processors in use, averaged since the last call."""
         now, use = time.monotonic(), cgroup.usage(cgroup.read_file)

@@ -1,24 +1,30 @@
 #!/usr/bin/python3 -IS
 """Runs a rental's start command in its login shell, and keeps what it says. Runs as the renter, and is nobody else.
 
-    start.py COMMAND        in the renter's home
+    start.py RUN COMMAND        in the renter's home
 
 It goes its own way at once: who called it only learns that it could. What the command says goes to ~/.orion/start.log,
 which is opened with the renter's own rights, so that whatever the renter puts there leads nowhere that it could not go
 anyway; at LARGEST_BYTES the file makes room, as start.log.1. Where it cannot be written, what is said is lost, and the
 command goes on all the same.
+
+~/.orion/start.run holds RUN, and how that ended once it has; it is locked as long as this program runs. The agent reads
+it (launching.py), and believes it of this rental alone.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 LOG = Path(".orion/start.log")
+NOTE = Path(".orion/start.run")
 LARGEST_BYTES = 1 << 20
 READ_BYTES = 1 << 16
 
@@ -65,9 +71,35 @@ class Log:
         return descriptor
 
 
-def run(command: str) -> None:
-    """Until the command, and all that it leaves behind with its output, has ended."""
-    log = Log()
+class Note:
+    """Which run this is, and how it ended. Nobody is kept waiting for it: where it cannot be kept, nothing is told."""
+
+    def __init__(self, run: str) -> None:
+        self._descriptor: int | None = None
+        with suppress(OSError):
+            self._descriptor = self._begin(f"{run}\n".encode())
+
+    def end(self, how: str) -> None:
+        """Note how the run ended and when, by the clock that no one can set."""
+        if self._descriptor is not None:
+            with suppress(OSError):
+                os.write(self._descriptor, f"{how} {time.clock_gettime(time.CLOCK_BOOTTIME):.1f}\n".encode())
+
+    def _begin(self, content: bytes) -> int:
+        """A file of its own for each run, and whole in its place: an earlier run may still hold the one before."""
+        new = NOTE.with_name(f"{NOTE.name}.{os.getpid()}")
+        new.parent.mkdir(mode=0o700, exist_ok=True)
+        new.unlink(missing_ok=True)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(descriptor, content)
+        new.replace(NOTE)
+        return descriptor
+
+
+def run(which: str, command: str) -> None:
+    """Until the command, and all that it leaves behind with its output, has ended. `which`: see launching.py."""
+    log, note = Log(), Note(which)
     log.say(f"runs: {command}")
     shell = subprocess.Popen(
         ["/bin/bash", "--login", "-c", command],
@@ -81,6 +113,7 @@ def run(command: str) -> None:
         log.write(content)
     status = shell.wait()
     log.say(f"it was ended by signal {-status}" if status < 0 else f"it ended with status {status}")
+    note.end(f"signal {-status}" if status < 0 else f"status {status}")
 
 
 def main() -> int:
@@ -90,7 +123,7 @@ def main() -> int:
     except OSError:
         return 1  # the renter has as many processes as it may have
     os.setsid()
-    run(sys.argv[1])
+    run(*sys.argv[1:])
     return 0
 
 

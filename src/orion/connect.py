@@ -56,6 +56,10 @@ MOVED = 4001
 """The platform's close code when the rental left its worker, or its worker it."""
 NOTICE = "X-Orion-Notice"
 """A header of the platform: what somebody who comes in should know."""
+REMARK = "X-Orion-Remark"
+"""The same, of what can wait: it is said at a log-in alone."""
+SAID = "ORION_CONNECT_SAID"
+"""Set by who has said it already."""
 TIDY = (
     "\x1b7\x1b[?1049l"  # leave the alternate screen; where there was none, the cursor stays: it was saved just before
     "\x1b[!p\x1b[0m\x1b>"  # margins, insert mode, cursor keys, cursor, colours, keypad
@@ -197,6 +201,8 @@ def _open_once(account: Login, rental_id: str, wait_s: float) -> tuple[socket.so
             raise UnreadableReply(f"{account.url} does not take connections to rentals")
         if notice := head.get(NOTICE):
             _say(notice)
+        if (remark := head.get(REMARK)) and SAID not in os.environ and _is_log_in():
+            _say(remark)
     except OSError as error:
         connection.close()
         raise no_reply(account.url, error) from error
@@ -418,6 +424,18 @@ def _say(text: str, tidy: bool = False) -> None:
     start, end = (TIDY if tidy and raw else ""), ("\r\n" if raw else "\n")
     sys.stderr.write(f"{start}orion: {line}{end}")
     sys.stderr.flush()
+
+
+def _is_log_in() -> bool:
+    """Return whether ssh, which has started this, reads from a terminal. scp, sftp, rsync and git give it a pipe.
+
+    Where that cannot be seen nobody is told: what copies files must not be disturbed.
+    """
+    try:
+        reads = Path(f"/proc/{os.getppid()}/fd/0").readlink()
+    except OSError:
+        return False
+    return str(reads).startswith(("/dev/pts/", "/dev/tty", "/dev/console"))
 
 
 def _is_raw(number: int) -> bool:

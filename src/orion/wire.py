@@ -26,6 +26,8 @@ MAX_START = 1000
 MAX_SLOTS = 256
 """Of one worker, whose certificate names all its rentals: OpenSSH reads no more names."""
 MAX_KEYS = 32
+MAX_COMMENT = 100
+"""Characters of a key's comment that are kept."""
 MIN_PORT, MAX_PORT = 1024, 65535
 """Of what a rental's processes may listen on."""
 MAX_PUBLIC_PORTS = 32
@@ -45,7 +47,7 @@ MIN_RSA_BITS = 2048
 KEY_FIELDS = range(2, 5)
 """Its type, and what the algorithm needs: one (ed25519) to three (a security key of ECDSA)."""
 _SSH_KEY = re.compile(
-    r"(?P<type>[a-z0-9@.\-]+) (?P<key>[A-Za-z0-9+/]{20,4096}={0,3})(?: [\x21-\x7e][\x20-\x7e]{0,127})?"
+    r"(?P<type>[a-z0-9@.\-]+) (?P<key>[A-Za-z0-9+/]{20,4096}={0,3})(?: (?P<comment>[\x21-\x7e][\x20-\x7e]{0,127}))?"
 )
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
@@ -113,6 +115,17 @@ def one_public_key(text: str) -> str:
     return f"{match['type']} {match['key']}"
 
 
+def comment_of(text: str) -> str:
+    """Return what a public key is called, in printable ASCII: at most MAX_COMMENT characters of its comment."""
+    match = _SSH_KEY.fullmatch(text.strip())
+    return (match["comment"] or "")[:MAX_COMMENT].rstrip() if match else ""
+
+
+def named_key(text: str) -> str:
+    """One public key as `one_public_key` has it, with its comment. Raises ValueError as that does."""
+    return f"{one_public_key(text)} {comment_of(text)}".rstrip()
+
+
 def key_id(public_key: str) -> str:
     """Of one public key, for an address: short, and nothing in it that an address would not have."""
     return hashlib.sha256(base64.b64decode(public_key.split()[1])).hexdigest()[:16]
@@ -159,6 +172,8 @@ def start_command(text: str) -> str:
 
 
 PublicKey = Annotated[str, Field(max_length=8192), AfterValidator(one_public_key)]
+NamedKey = Annotated[str, Field(max_length=8192), AfterValidator(named_key)]
+"""With its comment, which is for people: only what `one_public_key` leaves of it goes into a file of keys."""
 Name = Annotated[str, AfterValidator(plain_name), Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"})]
 LabelKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
 LabelValue = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{0,63}$")]
@@ -271,6 +286,21 @@ class RegisterReply(Reply):
     placements: list[PlacementOrder]
 
 
+class StartEnd(Request):
+    """How the run of a start command ended that its worker has had. `unseen`: with the program that kept its output."""
+
+    rental_id: Id
+    epoch: int = Field(ge=1, lt=2**53, strict=True)
+    run: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,16}@[A-Za-z0-9-]{0,64}$")]
+    how: Annotated[str, StringConstraints(pattern=r"^(status [0-9]{1,3}|signal [0-9]{1,2}|unseen)$")]
+    ago_s: float = Field(0, ge=0, le=1e9, strict=True)
+
+
+FURTHER_FIELDS = ("start_ends",)
+"""Fields of a heartbeat that a worker sends only to a manager that has said that it takes them: an older one refuses
+what it does not know."""
+
+
 class HeartbeatRequest(Request):
     """Numbers must be numbers: the manager reads most of these with another reader (api/heartbeat.py), as strictly."""
 
@@ -281,6 +311,7 @@ class HeartbeatRequest(Request):
     lease_s: float = Field(
         0, ge=0, le=86_400, strict=True, description="The lease that the last reply gave it; 0: none yet"
     )
+    start_ends: Annotated[list[StartEnd], Field(max_length=MAX_SLOTS)] = []
     vacating: bool = Field(
         False, strict=True, description="The worker was told to stop, and waits for its rentals to be taken away"
     )
@@ -294,11 +325,12 @@ class HeartbeatReply(Reply):
     door_answer_s: float
     next_heartbeat_s: float
     placements: list[PlacementOrder]
+    takes: list[str] = Field([], description="Fields that the next heartbeat may have as well: see FURTHER_FIELDS")
 
 
 class RentRequest(Request):
     name: Name | None = None
-    ssh_public_key: PublicKey | None = None
+    ssh_public_key: NamedKey | None = None
     ttl_s: Ttl = DEFAULT_TTL_S
     labels: Labels = {}
     start: StartCommand | None = Field(
@@ -320,11 +352,12 @@ class Key(Reply):
     id: str
     fingerprint: str = Field(description="As ssh-keygen -l shows it")
     public_key: str
+    comment: str = Field("", description="What it is called, as it was given: the platform makes nothing of it")
     in_place: bool = Field(description="Its worker has all keys as they are listed; false while that is under way")
 
 
 class AddKeyRequest(Request):
-    ssh_public_key: PublicKey
+    ssh_public_key: NamedKey
     wait_s: float = Field(DEFAULT_WAIT_S, ge=0, le=MAX_WAIT_S)
 
 
@@ -405,6 +438,10 @@ class Rental(Reply):
     )
     start: str | None = Field(None, description="Its start command")
     start_problem: str = Field("", description="Why its start command is not run any more")
+    start_end: str = Field(
+        "", description="How its start command ended: status N, signal N or unseen; empty: it runs, or is about to"
+    )
+    start_ended_at: datetime | None = Field(None, description="When that was, by the word of its worker")
     public_ports: list[int] = Field([], description="The web ports that anybody may open")
     explanation: str = Field(description="Why it is in its state, for a person")
 

@@ -100,7 +100,8 @@ async def run(
 
 async def start(
     port: int, *, rental_id: str = "abcdefgh23", token: str = TOKEN, scheme: str = "http", ca: str = "",
-    host: str = "localhost", stderr: int = subprocess.PIPE, **more: str,
+    host: str = "localhost", stderr: int = subprocess.PIPE, stdin: int = subprocess.PIPE, by: tuple[str, ...] = (),
+    **more: str,
 ) -> asyncio.subprocess.Process:  # fmt: skip
     reading, writing = os.pipe()
     os.write(writing, token.encode())
@@ -118,8 +119,8 @@ async def start(
     }
     pipe = subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "orion.connect", rental_id),
-        stdin=pipe, stdout=pipe, stderr=stderr, env=environment, pass_fds=[reading],
+        *(*by, sys.executable, "-P", "-m", "orion.connect", rental_id),
+        stdin=stdin, stdout=pipe, stderr=stderr, env=environment, pass_fds=[reading],
     )  # fmt: skip
     os.close(reading)
     return process
@@ -386,6 +387,33 @@ async def test_what_the_platform_has_to_say_to_who_comes_in_is_said() -> None:
     async with serve(echo, "127.0.0.1", 0, process_response=noticed, compression=None, close_timeout=0.2) as server:
         done = await run(server.sockets[0].getsockname()[1], b"END\xff")
     assert (done.stdout, done.stderr) == (b"END\xff", b"orion: box is not copied: it is frozen [2J\n")
+
+
+REMARKED = b"orion: box: its home holds 9.0 MB of 10.0 MB [2J\n"
+
+
+@pytest.mark.parametrize(
+    ("stdin_of_ssh", "said_before", "told"),
+    [("a terminal", {}, REMARKED), ("a pipe", {}, b""), ("a terminal", {"ORION_CONNECT_SAID": "1"}, b"")],
+)
+async def test_what_can_wait_is_said_at_a_log_in_and_never_to_scp_rsync_or_who_was_told_already(
+    stdin_of_ssh: str, said_before: dict[str, str], told: bytes
+) -> None:
+    """A program that copies files starts ssh with a pipe as its stdin, whoever watches."""
+
+    def remarked(_connection: ServerConnection, _request: Request, response: Response) -> None:
+        response.headers["X-Orion-Remark"] = "box: its home holds 9.0 MB of 10.0 MB\x85[2J"
+
+    ours, terminal = pty.openpty()
+    in_place_of_ssh = ("sh", "-c", 'printf "END\\377" | "$@"; :', "sh")
+    stdin = terminal if stdin_of_ssh == "a terminal" else subprocess.PIPE
+    async with serve(echo, "127.0.0.1", 0, process_response=remarked, compression=None, close_timeout=0.2) as server:
+        port = server.sockets[0].getsockname()[1]
+        process = await start(port, by=in_place_of_ssh, stdin=stdin, **said_before)
+        out, err = await asyncio.wait_for(process.communicate(), 20)
+    os.close(ours)
+    os.close(terminal)
+    assert (out, err) == (b"END\xff", told)
 
 
 async def test_a_worker_that_is_lost_before_it_has_said_anything_is_followed_by_the_next() -> None:

@@ -23,14 +23,36 @@ from orion.manager.store import ledger
 
 ITEM = {"rental_id": "abcdef", "username": "r-abcdef", "uid": 100_001, "epoch": 1, "state": "running"}
 LOAD = {"cpu": 0.5, "memory_used_bytes": 1, "memory_limit_bytes": 2, "processes": 3}
-WHOLE = {"session_id": "session-0001", "seq": 1, "load": LOAD, "inventory": [ITEM], "lease_s": 75.0, "leaving": False}
+END = {"rental_id": "abcdef", "epoch": 1, "run": "1@boot-0001", "how": "status 3", "ago_s": 5.0}
+WHOLE = {
+    "session_id": "session-0001",
+    "seq": 1,
+    "load": LOAD,
+    "inventory": [ITEM],
+    "lease_s": 75.0,
+    "start_ends": [END],
+    "leaving": False,
+}
 NUMBERS: list[Any] = [0, 1, -1, 2, 1.0, 1.5, -0.5, 1e3, 4096, 4097, 86_401, 99_999, 2**31, 2**53, 2**63, 10**30]
 TEXTS = ["", "1", "1.5", "true", "running", "abc", "abc\n", "r-abc", "r-abc\n", "session-0001\n", "x" * 64, "x" * 65]
+TEXTS += [
+    "1@boot",
+    "1@boot\n",
+    "1@",
+    "@boot",
+    "status 3",
+    "status 3\n",
+    "status 1000",
+    "signal 9",
+    "signal 99 ",
+    "unseen",
+]
 ODD = [None, True, False, "Ünïcode-0", "\u0000", [], {}, [1], {"a": 1}]
 PLACES = [
     *((field,) for field in (*WHOLE, "another")),
     *(("load", field) for field in (*LOAD, "another")),
     *(("inventory", 0, field) for field in (*ITEM, "another")),
+    *(("start_ends", 0, field) for field in (*END, "another")),
 ]
 
 
@@ -74,6 +96,12 @@ def test_both_readers_need_the_same_fields(field: str) -> None:
 def test_both_readers_take_inventories_of_the_same_length(number: int) -> None:
     raw = put([ITEM] * number, "inventory")
     assert (by_msgspec(raw) is None, by_pydantic(raw) is None) == (number > 10_000, number > 10_000)
+
+
+@pytest.mark.parametrize("number", [0, 256, 257])
+def test_both_readers_take_as_many_ends_of_start_commands(number: int) -> None:
+    raw = put([END] * number, "start_ends")
+    assert (by_msgspec(raw) is None, by_pydantic(raw) is None) == (number > 256, number > 256)
 
 
 ANY = st.recursive(

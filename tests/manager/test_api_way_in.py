@@ -42,6 +42,46 @@ async def test_a_key_is_added_to_a_living_rental_and_removed_again(house: House)
     assert [e["reason"] for e in await house.events("rental.key_")][:1] == [wire.fingerprint(OTHER)]
 
 
+async def comments_of(house: House, rental: dict[str, Any]) -> list[str]:
+    listed = (await house.as_admin.get(f"/api/rentals/{rental['id']}/keys")).json()["items"]
+    return [item["comment"] for item in listed]
+
+
+async def test_the_comment_of_a_key_is_kept_for_people_and_goes_to_no_worker(house: House) -> None:
+    await house.join()
+    rental = await house.rent(ssh_public_key=f"{MINE} ada@desk")
+    path = f"/api/rentals/{rental['id']}/keys"
+    await house.as_admin.post(path, json={"ssh_public_key": f"{OTHER} {'x' * 128}", "wait_s": 0})
+    await house.settle()
+    assert await comments_of(house, rental) == ["ada@desk", "x" * 100]
+    assert await keys_of(house, rental) == list(on_the_worker(house, rental)) == [MINE, OTHER]
+    for line, comment in ((f"{OTHER} bob's key", "bob's key"), (OTHER, "bob's key")):
+        again = await house.as_admin.post(path, json={"ssh_public_key": line, "wait_s": 0})
+        assert (again.status_code, again.json()["items"][1]["comment"]) == (201, comment)
+    await house.as_admin.delete(f"{path}/{wire.key_id(OTHER)}", params={"wait_s": 0})
+    await house.as_admin.post(path, json={"ssh_public_key": OTHER, "wait_s": 0})
+    assert await comments_of(house, rental) == ["ada@desk", ""], "a comment goes with its key"
+
+
+@pytest.mark.parametrize("comment", ["a\x1b[2J", "a\tb", "a\nb", "a\x7f", "\u00e9", "x" * 129])
+async def test_a_comment_that_is_no_short_printable_line_is_refused(house: House, comment: str) -> None:
+    await house.join()
+    rental = await house.rent(ssh_public_key=MINE)
+    body = {"ssh_public_key": f"{OTHER} {comment}", "wait_s": 0}
+    assert (await house.as_admin.post(f"/api/rentals/{rental['id']}/keys", json=body)).status_code == 422
+
+
+async def test_a_repeated_request_is_the_same_whatever_its_key_is_called(house: House) -> None:
+    await house.join()
+    headers = {"Idempotency-Key": "once"}
+    ids = set()
+    for line in (f"{MINE} ada@desk", MINE, f"{MINE} another"):
+        reply = await house.as_admin.post("/api/rent", json={"wait_s": 0, "ssh_public_key": line}, headers=headers)
+        ids.add(reply.json()["id"])
+    assert len(ids) == 1
+    assert await comments_of(house, {"id": ids.pop()}) == ["ada@desk"]
+
+
 async def test_the_last_key_stays(house: House) -> None:
     await house.join()
     rental = await house.rent(ssh_public_key=MINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -240,3 +241,102 @@ async def test_a_repeated_request_without_a_command_is_the_one_from_before_there
         await house.settle()
         assert reply.status_code in {status, 202}
         assert (reply.status_code == 409) == (status == 409)
+
+
+def an_end(rental: dict[str, Any], run: str = "1@boot-0001", how: str = "status 3", **change: Any) -> dict[str, Any]:
+    return {"rental_id": rental["id"], "epoch": rental["epoch"], "run": run, "how": how, "ago_s": 10.0} | change
+
+
+async def tell(house: House, agent: Agent, *ends: dict[str, Any]) -> None:
+    """In a heartbeat, and again in all that follow."""
+    agent.start_ends = list(ends)
+    assert (await agent.beat()).status_code == 200
+    await house.settle()
+
+
+async def shown_end(house: House, rental: dict[str, Any]) -> str:
+    end: str = (await house.rental(rental["id"]))["start_end"]
+    return end
+
+
+async def test_how_a_start_command_ended_is_shown_and_told_once(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent(start=SERVE)
+    assert (rental["start_end"], rental["start_ended_at"]) == ("", None)
+    at = house.clock.wall() - 10.0
+    await tell(house, holder(house, rental), an_end(rental))
+    found = await house.rental(rental["id"])
+    assert found["start_end"] == "status 3"
+    assert abs(datetime.fromisoformat(found["start_ended_at"]).timestamp() - at) < 5.0
+    await house.pass_time(120)
+    (event,) = await house.events("rental.start_ended")
+    assert event["reason"] == "its start command ended with status 3: orion logs shows what it said"
+    assert (event["owner"], event["details"]) == (rental["owner"], {"run": "1", "how": "status 3"})
+    assert runs(house, rental) == ["1@boot-0001"], "when it ends it is not run again"
+    assert (await house.rental(rental["id"]))["start_ended_at"] == found["start_ended_at"]
+
+
+async def test_the_end_of_a_run_is_forgotten_with_the_next_one(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent(start=SERVE)
+    await tell(house, holder(house, rental), an_end(rental))
+    await house.as_admin.post(f"/api/rentals/{rental['id']}/start")
+    await house.settle()
+    assert runs(house, rental) == ["1@boot-0001", "2@boot-0001"]
+    assert await shown_end(house, rental) == "", "what its worker still tells is of the run before"
+    await tell(house, holder(house, rental), an_end(rental, "2@boot-0001", "signal 9"))
+    assert await shown_end(house, rental) == "signal 9"
+    await restart(holder(house, rental), 2)
+    await house.pass_time(8)
+    assert (runs(house, rental), await shown_end(house, rental)) == (["2@boot-0002"], "")
+    moved = await lose(house, rental)
+    assert moved["start_end"] == ""
+
+
+async def test_a_worker_is_believed_once_for_each_run_and_about_its_own_rentals_alone(
+    house: House, pool: list[Agent]
+) -> None:
+    rental = await house.rent(start=SERVE)
+    here = holder(house, rental)
+    there = next(agent for agent in pool if agent is not here)
+    await tell(house, there, an_end(rental))
+    wrong = ({"epoch": 2}, {"run": "2@boot-0001"}, {"run": "1@boot-0002"}, {"rental_id": "another"})
+    await tell(house, here, *(an_end(rental, **change) for change in wrong))
+    assert await shown_end(house, rental) == ""
+    for number in range(4):
+        await tell(house, here, an_end(rental, how=f"status {number}"))
+    assert await shown_end(house, rental) == "status 0"
+    assert len(await house.events("rental.start_ended")) == 1
+
+
+async def test_a_manager_that_was_restarted_tells_it_no_second_time(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent(start=SERVE)
+    await tell(house, holder(house, rental), an_end(rental))
+    await house.restart()
+    await house.pass_time(60)
+    assert await shown_end(house, rental) == "status 3"
+    assert len(await house.events("rental.start_ended")) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"how": "status 3\n"},
+        {"how": "\x1b[2J"},
+        {"how": "status 1000"},
+        {"run": "x"},
+        {"run": "1@" + "x" * 65},
+        {"ago_s": -1.0},
+        {"ago_s": 1e12},
+        {"ago_s": "5"},
+        {"more": 1},
+    ],
+)
+async def test_an_end_that_is_not_of_the_contract_is_refused(
+    house: House, pool: list[Agent], wrong: dict[str, Any]
+) -> None:
+    rental = await house.rent(start=SERVE)
+    reply = await holder(house, rental).beat(start_ends=[an_end(rental) | wrong])
+    assert (reply.status_code, reply.json()["code"]) == (422, "invalid_request")
+
+
+async def test_replies_say_which_fields_the_next_heartbeat_may_have(house: House, pool: list[Agent]) -> None:
+    assert (await pool[0].beat()).json()["takes"] == ["start_ends"]

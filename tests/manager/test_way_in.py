@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection, insert, update
+from support.browser import is_connected, opening, ticket
 from support.house import House
 from support.way_in import Sshds, coming_in
 
@@ -15,7 +18,7 @@ from orion.manager.gateway.sessions import Limits
 from orion.manager.gateway.ssh import MOVED, REVOKED
 from orion.manager.store import tokens
 from orion.manager.store.database import record
-from orion.manager.store.schema import placements, rentals
+from orion.manager.store.schema import copies, placements, rentals
 
 
 async def token_of(house: House, name: str, role: str = "client") -> str:
@@ -116,6 +119,42 @@ async def test_who_comes_in_is_told_why_its_rental_may_be_frozen(house: House, s
         ).replace("\u00e9", "?")
         await client.leave()
     assert len(sshds.connected) == 1
+
+
+async def nearly_full_with_a_salvage(house: House) -> dict[str, Any]:
+    rental = await house.rent()
+    row = {"rental_id": rental["id"], "epoch": 1, "number": 4, "at": time.time(), "bytes": 12_000, "files": 3}
+    warned = update(rentals).values(home_warning="its home holds 9.0 MB of 10.0 MB", let_in_epoch=2)
+    await house.store.write(lambda connection: connection.execute(warned))
+    salvage = insert(copies).values(row | {"skipped": [], "salvage": True})
+    await house.store.write(lambda connection: connection.execute(salvage))
+    return rental
+
+
+async def test_who_logs_in_is_told_of_a_home_that_is_nearly_full_and_of_a_salvage_that_waits(
+    house: House, sshds: Sshds
+) -> None:
+    await house.join()
+    rental = await nearly_full_with_a_salvage(house)
+    told = (
+        f"{rental['name']}: its home holds 9.0 MB of 10.0 MB; it does not have what a lost worker still had of it: "
+        f"orion restore {rental['name']} --from 1-4"
+    )
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        assert (await client.hears())["headers"] == [(b"X-Orion-Remark", told.encode())]
+        await client.leave()
+    async with opening(house, rental["id"], await ticket(house.as_admin, rental["id"])) as page:
+        assert (await is_connected(page))["notice"] == told
+
+
+async def test_who_logs_in_where_nothing_waits_is_told_nothing(house: House, sshds: Sshds) -> None:
+    await house.join()
+    rental = await house.rent()
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        assert (await client.hears())["headers"] == []
+        await client.leave()
+    async with opening(house, rental["id"], await ticket(house.as_admin, rental["id"])) as page:
+        assert "notice" not in await is_connected(page)
 
 
 async def test_who_waits_comes_in_when_the_rental_is_there(house: House, sshds: Sshds) -> None:

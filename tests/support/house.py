@@ -85,6 +85,8 @@ class Agent:
     """It was told to stop, and waits until nothing is left on it."""
     last_beat: float = 0.0
     last_reply: dict[str, Any] = field(default_factory=dict)
+    start_ends: list[dict[str, Any]] = field(default_factory=list)
+    """What its heartbeats say of start commands that ended."""
     boot_id: str = "boot-0001"
 
     async def register(self) -> httpx.Response:
@@ -109,6 +111,7 @@ class Agent:
         self.seq += 1
         body = {"session_id": self.session, "seq": self.seq, "inventory": self.inventory(), "lease_s": 75.0} | change
         body |= {"vacating": True} if self.vacating else {}
+        body |= {"start_ends": self.start_ends} if self.start_ends else {}
         reply = await self._post("/api/heartbeat", body, self.token or "")
         if reply.status_code == 200:
             self.last_beat, self.last_reply = self.house.clock.now, reply.json()

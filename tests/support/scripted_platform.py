@@ -130,6 +130,8 @@ def rental(**changes: Any) -> dict[str, Any]:
         "salvage": None,
         "start": None,
         "start_problem": "",
+        "start_end": "",
+        "start_ended_at": None,
         "public_ports": [],
         "explanation": "",
         **changes,

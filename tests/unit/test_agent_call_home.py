@@ -327,3 +327,56 @@ def test_no_line_of_the_log_holds_a_token(bench: Bench) -> None:
     text = "\n".join(bench.log)
     assert JOIN not in text
     assert "orion_worker" not in text
+
+
+ENDED = {"rental_id": "one", "epoch": 1, "run": "1@boot", "how": "status 3", "ago_s": 5.0}
+
+
+def of_a_manager_that_takes_ends(*more: str) -> Answer:
+    return Answer(200, {**acknowledged().body, "takes": ["start_ends", *more]})
+
+
+@pytest.fixture
+def ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """How a start command ended that was run here."""
+    a_rental(bench)
+    monkeypatch.setattr(bench.node.rentals.launcher, "ended", lambda *_: ENDED)
+    return ENDED
+
+
+def test_a_manager_that_takes_how_start_commands_ended_is_told(bench: Bench, ended: dict[str, Any]) -> None:
+    bench.step(registered())
+    bench.step(of_a_manager_that_takes_ends("what nobody has heard of"))
+    assert "start_ends" not in bench.last[2], "it had not said so yet"
+    bench.step(of_a_manager_that_takes_ends())
+    assert bench.last[2]["start_ends"] == [ended]
+    (told,) = HeartbeatRequest.model_validate(bench.last[2]).start_ends
+    assert told.model_dump() == ended
+
+
+@pytest.mark.parametrize("takes", [None, "start_ends", 7, [["start_ends"]], {"start_ends": True}])
+def test_an_older_manager_is_told_nothing_that_it_would_refuse(bench: Bench, ended: dict[str, Any], takes: Any) -> None:
+    bench.step(registered())
+    for _ in range(3):
+        bench.step(Answer(200, acknowledged().body | ({} if takes is None else {"takes": takes})))
+        assert "start_ends" not in bench.last[2]
+
+
+@pytest.mark.parametrize("refusal", [Answer(422, {"code": "invalid_request"}), Answer(502, marked=True), Answer(0)])
+def test_a_heartbeat_after_a_failed_one_is_such_as_every_manager_takes(
+    bench: Bench, ended: dict[str, Any], refusal: Answer
+) -> None:
+    """The manager may have been replaced by an older one meanwhile, and the lease runs."""
+    bench.step(registered())
+    bench.step(of_a_manager_that_takes_ends())
+    bench.step(refusal)
+    assert "start_ends" in bench.last[2]
+    bench.step(acknowledged())
+    assert "start_ends" not in bench.last[2]
+
+
+def test_no_more_ends_are_told_than_a_heartbeat_may_have(bench: Bench, ended: dict[str, Any]) -> None:
+    records = [Record(f"r{number}", f"r-{number}", 100_001 + number, 1) for number in range(300)]
+    for record in records:
+        bench.node.rentals.ledger.keep(record)
+    assert len(bench.node.start_ends()) == 256

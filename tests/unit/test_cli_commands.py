@@ -89,7 +89,7 @@ def test_rent_prints_how_to_get_in(platform: ScriptedPlatform, orion: Command, p
     assert "orion ssh box" in result.out
     assert platform.calls[0].body == {
         "name": "box",
-        "ssh_public_key": HOST_KEY,
+        "ssh_public_key": f"{HOST_KEY} ada@lab",
         "ttl_s": 7200,
         "labels": {"team": "blue"},
         "wait_s": 30,
@@ -106,7 +106,7 @@ def test_rent_without_a_key_makes_one_once_and_says_so(
     assert str(made) not in second.err
     assert made.stat().st_mode & 0o777 == 0o600
     sent = {call.body["ssh_public_key"] for call in platform.calls}
-    assert sent == {" ".join(made.with_suffix(".pub").read_text().split()[:2])}
+    assert sent == {made.with_suffix(".pub").read_text().strip()}
     assert keys.identity_of("abcdefgh23") == made
 
 
@@ -230,6 +230,34 @@ def test_what_is_over_its_limit_is_not_said_to_be_nearly_so(platform: ScriptedPl
     assert ("it is frozen" in said, "9.0 MB" in said) == (True, False)
 
 
+@pytest.mark.parametrize(
+    ("end", "short", "whole"),
+    [
+        ("status 3", "active (start: status 3)", "it ended with status 3, "),
+        ("signal 9", "active (start: signal 9)", "it was ended by signal 9, "),
+        ("unseen", "active (start: ended)", "it has ended, "),
+    ],
+)
+def test_a_start_command_that_ended_is_said_with_what_to_type(
+    platform: ScriptedPlatform, orion: Command, end: str, short: str, whole: str
+) -> None:
+    told = rental(start="./serve", start_end=end, start_ended_at="2020-01-01T00:00:00Z")
+    platform.answer("GET", "/api/rentals", page(told))
+    platform.answer("GET", "/api/rentals/box", told)
+    assert short in orion("ls").out
+    shown = orion("show", "box").out
+    for words in (whole, "what it said: orion logs box", "to run it again: orion start box"):
+        assert words in shown
+    assert json.loads(orion("ls", "--json").out)[0]["start_end"] == end
+
+
+def test_a_start_command_that_runs_is_not_remarked(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals", page(rental(start="./serve")))
+    platform.answer("GET", "/api/rentals/box", rental(start="./serve"))
+    assert "(start" not in orion("ls").out
+    assert "ended" not in orion("show", "box").out
+
+
 def test_ls_shows_the_owner_where_there_are_several(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals", page(rental(), rental(owner="bob")))
     assert "OWNER" in orion("ls").out
@@ -241,7 +269,8 @@ def test_ls_shows_the_owner_where_there_are_several(platform: ScriptedPlatform, 
 def test_the_servers_words_cannot_steer_the_terminal(
     platform: ScriptedPlatform, orion: Command, arguments: tuple[str, ...]
 ) -> None:
-    evil = rental(state="queued", explanation=EVIL, owner=EVIL, labels={EVIL: EVIL}, worker_id=EVIL)
+    evil = rental(state="queued", explanation=EVIL, owner=EVIL, labels={EVIL: EVIL}, worker_id=EVIL, start=EVIL)
+    evil |= {"start_end": EVIL}
     platform.answer("GET", "/api/rentals", page(evil, rental()))
     platform.answer("GET", "/api/rentals/box", evil)
     platform.answer(
@@ -615,7 +644,7 @@ def test_a_file_of_keys_may_hold_remarks_and_several_keys(
     file.write_text(f"# of the laptop\n\n{HOST_KEY} ada@lab\n")
     platform.answer("POST", "/api/rent", Answer(201, rental()))
     assert orion("rent", "--key", str(file)).status == 0
-    assert platform.calls[-1].body["ssh_public_key"] == HOST_KEY
+    assert platform.calls[-1].body["ssh_public_key"] == f"{HOST_KEY} ada@lab"
     file.write_text(f"{HOST_KEY} ada@lab\n# and of the desk\n{OTHER_KEY}\n")
     refused = orion("rent", "--key", str(file))
     assert refused.status == 2
@@ -625,7 +654,8 @@ def test_a_file_of_keys_may_hold_remarks_and_several_keys(
     platform.answer("POST", "/api/rentals/abcdefgh23/keys", Answer(201, page()))
     platform.calls.clear()
     assert orion("keys", "box", "add", str(file)).status == 0
-    assert [call.body["ssh_public_key"] for call in platform.calls if call.method == "POST"] == [HOST_KEY, OTHER_KEY]
+    sent = [call.body["ssh_public_key"] for call in platform.calls if call.method == "POST"]
+    assert sent == [f"{HOST_KEY} ada@lab", OTHER_KEY]
     file.write_text("# nothing\n")
     assert "must be one OpenSSH public key" in orion("keys", "box", "add", str(file)).err
 
@@ -658,12 +688,15 @@ def test_the_list_of_keys_says_which_of_them_this_machine_has(
     (tmp_path / ".ssh/id_ed25519.pub").write_text(f"{HOST_KEY} ada@lab\n")
     (tmp_path / ".ssh/broken.pub").write_bytes(b"\xff")
     platform.answer("GET", "/api/rentals/box", rental())
-    found = [{"id": id_, "fingerprint": f"SHA256:{id_}", "public_key": key, "in_place": True} for id_, key in
-             (("mine", HOST_KEY), ("other", OTHER_KEY))]  # fmt: skip
+    found = [{"id": id_, "fingerprint": f"SHA256:{id_}", "public_key": key, "in_place": True,
+              "comment": comment} for id_, key, comment in
+             (("mine", HOST_KEY, ""), ("other", OTHER_KEY, "bob's desk"))]  # fmt: skip
     platform.answer("GET", "/api/rentals/abcdefgh23/keys", page(*found))
     listed = orion("keys", "box", "ls").out
     mine, other = (line for line in listed.splitlines() if "SHA256" in line)
-    assert f"{tmp_path}/.ssh/id_ed25519 (ada@lab)" in mine
+    assert "ada@lab" in mine, "a platform that does not know what it is called"
+    assert mine.split()[-1] == f"{tmp_path}/.ssh/id_ed25519"
+    assert "bob's desk" in other
     assert other.split()[-1] == "-"
     assert_harmless(listed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,7 +40,7 @@ def test_the_command_is_one_argument_of_a_program_that_is_the_renter_s(tmp_path:
     evil = "x'; $(reboot) `id` {{ 7 }} \\ --help"
     assert Launcher(tmp_path).launch(RECORD, evil, "1@boot")["started"] is True
     ((arguments, how),) = calls
-    assert arguments[-1] == evil
+    assert arguments[-2:] == ["2 1@boot", evil]
     assert (how["user"], how["group"], how["extra_groups"]) == (100_001, 100_001, [])
     assert how["start_new_session"]
     assert {how["stdin"], how["stdout"], how["stderr"]} == {subprocess.DEVNULL}
@@ -80,10 +81,10 @@ def test_a_worker_takes_no_other_command_than_the_manager_does(wrong: dict[str, 
         parse("run", json.dumps(CREATE | {"start": "true", "start_mark": "../1"}))
 
 
-def run_in(home: Path, command: str) -> None:
+def run_in(home: Path, command: str, run: str = "2 1@boot") -> None:
     """As the renter: until the command has ended."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
-    program = f"import start; start.run({command!r})"
+    program = f"import start; start.run({run!r}, {command!r})"
     subprocess.run(
         [sys.executable, "-c", program],
         cwd=home,
@@ -137,7 +138,7 @@ def test_where_its_log_cannot_be_written_it_runs_all_the_same(tmp_path: Path, tr
 def test_who_starts_it_does_not_wait_for_it(tmp_path: Path) -> None:
     began = time.monotonic()
     os.mkfifo(tmp_path / "gate")
-    command = [sys.executable, "-I", "-S", start.__file__, "read line < gate; echo $line > done"]
+    command = [sys.executable, "-I", "-S", start.__file__, "2 1@boot", "read line < gate; echo $line > done"]
     subprocess.run(command, cwd=tmp_path, timeout=30, check=True)
     assert not (tmp_path / "done").exists()
     (tmp_path / "gate").write_text("through\n")
@@ -145,3 +146,87 @@ def test_who_starts_it_does_not_wait_for_it(tmp_path: Path) -> None:
         assert time.monotonic() < began + 30, "it did not go on by itself"
         time.sleep(0.01)
     assert (tmp_path / "done").read_text() == "through\n"
+
+
+def was_launched(root: Path, run: str = "2 1@boot") -> tuple[Launcher, Record, Path]:
+    """Its launcher, the record of a rental whose home is of this test's user, and that home."""
+    marks, home = root / "run/orion/started", root / "home/r-one"
+    marks.mkdir(parents=True)
+    (marks / "one").write_text(run)
+    home.mkdir(parents=True)
+    return Launcher(root), Record("one", "r-one", os.getuid(), epoch=2), home
+
+
+@pytest.mark.parametrize(
+    ("command", "how"), [("exit 3", "status 3"), ("true", "status 0"), ("kill -KILL $$", "signal 9")]
+)
+def test_how_a_start_command_ended_is_told_with_its_run(tmp_path: Path, command: str, how: str) -> None:
+    launcher, record, home = was_launched(tmp_path)
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert launcher.ended(record, now) is None, "it has not begun yet"
+    run_in(home, command)
+    told = launcher.ended(record, now + 100.0)
+    assert told is not None
+    assert (told["rental_id"], told["epoch"], told["run"], told["how"]) == ("one", 2, "1@boot", how)
+    assert 0.0 <= told["ago_s"] <= 100.0
+
+
+def test_a_start_command_that_runs_has_not_ended_and_one_whose_keeper_was_killed_has(tmp_path: Path) -> None:
+    launcher, record, home = was_launched(tmp_path)
+    program = (
+        f"import start; start.run('2 1@boot', 'echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/ran; sleep 60')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(start.__file__).parent)}
+    keeper = subprocess.Popen([sys.executable, "-c", program], cwd=home, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "ran").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert launcher.ended(record, 0.0) is None
+    keeper.kill()
+    keeper.wait()
+    os.killpg(int((tmp_path / "ran").read_text()), signal.SIGKILL)
+    told = launcher.ended(record, 0.0)
+    assert told is not None
+    assert (told["how"], told["ago_s"]) == ("unseen", 0.0)
+
+
+@pytest.mark.parametrize("run", ["1 1@boot", "2 2@boot", "2 1@another"])
+def test_the_end_of_another_run_or_at_another_place_is_not_told(tmp_path: Path, run: str) -> None:
+    """It came with the files of the home, or the command was asked for again."""
+    launcher, record, home = was_launched(tmp_path)
+    run_in(home, "exit 3", run)
+    assert launcher.ended(record, 0.0) is None
+
+
+@pytest.mark.parametrize(
+    "written",
+    [b"", b"2 1@boot", b"\xff\n", b"2 1@boot\nstatus 1000 5.0\n", b"2 1@boot\nstatus 3 nan\n", b"2 1@boot\nrm -rf /\n"],
+)
+def test_what_a_renter_writes_in_place_of_an_end_is_no_end(tmp_path: Path, written: bytes) -> None:
+    launcher, record, home = was_launched(tmp_path)
+    (home / ".orion").mkdir()
+    (home / ".orion/start.run").write_bytes(written)
+    assert launcher.ended(record, 0.0) is None
+
+
+@pytest.mark.parametrize("trick", ["a link", "a link for the folder", "a FIFO", "a folder", "another's"])
+def test_a_renter_cannot_have_the_agent_read_or_wait_for_anything_else(tmp_path: Path, trick: str) -> None:
+    launcher, record, home = was_launched(tmp_path)
+    told, elsewhere = home / ".orion/start.run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "start.run").write_text("2 1@boot\nstatus 3 5.0\n")
+    if trick == "a link for the folder":
+        told.parent.symlink_to(elsewhere)
+    else:
+        told.parent.mkdir()
+    if trick == "a link":
+        told.symlink_to(elsewhere / "start.run")
+    elif trick == "a FIFO":
+        os.mkfifo(told)
+    elif trick == "a folder":
+        told.mkdir()
+    elif trick == "another's":
+        told.write_text("2 1@boot\nstatus 3 5.0\n")
+        record = Record("one", "r-one", os.getuid() + 1, epoch=2)
+    assert launcher.ended(record, 0.0) is None

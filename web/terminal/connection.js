@@ -15,7 +15,7 @@ export class Connection {
   #size;
 
   // on.output(bytes, shown): shown() is called when they are on the screen; on.state({state, message});
-  // where it is connected also the rental's name, and a key to resume by; on.close(code, reason)
+  // where it is connected also the rental's name, a key to resume by, and a notice if any; on.close(code, reason)
   constructor(rental, ticket, size, on) {
     const url = new URL(`../api/rentals/${encodeURIComponent(rental)}/terminal`, location.href);
     url.protocol = location.protocol === "https:" ? "wss:" : "ws:";

@@ -115,13 +115,14 @@ function open(ticket) {
   connection = mine;
 }
 
-function heard({ state, message, name, resume }) {
+function heard({ state, message, name, resume, notice: word }) {
   if (state === "connected") {
     say("connected", "Connected");
     named(name);
     keep(resume, name);
     if (connected) screen.renew();
     if (lost) notice(`${lost} This is a new one; what the other had shown is above: scroll up.`);
+    else if (word) notice(word);
     connected = true;
     lost = "";
     screen.focus();

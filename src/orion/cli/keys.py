@@ -14,7 +14,7 @@ from pathlib import Path
 from orion import login
 from orion.cli import output
 from orion.errors import InvalidInput, LocalFault
-from orion.wire import one_public_key
+from orion.wire import comment_of, named_key, one_public_key
 
 REMEMBERED = 1000
 """Rentals whose key is kept in mind; the oldest are forgotten."""
@@ -34,9 +34,12 @@ def public_key(chosen: Path | None) -> tuple[str, Path]:
 
 
 def listed(text: str) -> list[str]:
-    """Return the public keys of a file, without its blank lines and remarks. Raise ValueError if it has none."""
+    """Return the public keys of a file with their comments, without blank lines and remarks.
+
+    Raise ValueError if it has none.
+    """
     lines = (line.strip() for line in text.splitlines())
-    return [one_public_key(line) for line in lines if line and not line.startswith("#")] or [one_public_key("")]
+    return [named_key(line) for line in lines if line and not line.startswith("#")] or [named_key("")]
 
 
 def public_keys(chosen: Path | None) -> tuple[list[str], Path]:
@@ -58,14 +61,13 @@ def public_keys(chosen: Path | None) -> tuple[list[str], Path]:
     return found, (private if private.exists() else public).absolute()
 
 
-def on_this_machine() -> dict[str, str]:
-    """Return where this machine has a public key, with its comment: of the usual places, by the key itself."""
+def on_this_machine() -> dict[str, tuple[str, str]]:
+    """Return where this machine has a public key, and its comment: of the usual places, by the key itself."""
     found = {}
     for file in [*sorted((Path.home() / ".ssh").glob("*.pub")), own_key().with_suffix(".pub")]:
         with suppress(OSError, ValueError):  # what cannot be read, or is no key, is no help here
             text = file.read_text().strip()
-            comment = " ".join(text.split()[2:])
-            found[one_public_key(text)] = f"{file.with_suffix('')}{f' ({comment})' if comment else ''}"
+            found[one_public_key(text)] = str(file.with_suffix("")), comment_of(text)
     return found
 
 

@@ -93,18 +93,21 @@ def _from_stdin() -> list[str]:
 def _show(found: list[Key], as_json: bool) -> None:
     if as_json:
         return output.emit(found)
-    here = keys.on_this_machine()
+    here, nowhere = keys.on_this_machine(), ("-", "")
     rows = [
         [
             one.id,
             one.fingerprint,
             one.public_key.split()[0],
             "yes" if one.in_place else "not yet",
-            here.get(one.public_key, "-"),
+            one.comment or here.get(one.public_key, nowhere)[1] or "-",
+            here.get(one.public_key, nowhere)[0],
         ]
         for one in found
     ]
-    return output.table(["ID", "FINGERPRINT", "KIND", "IN PLACE", "ON THIS MACHINE"], rows, wide="FINGERPRINT")
+    return output.table(
+        ["ID", "FINGERPRINT", "KIND", "IN PLACE", "COMMENT", "ON THIS MACHINE"], rows, wide="FINGERPRINT"
+    )
 
 
 def _wait_for_all(found: list[Key]) -> None:

@@ -274,13 +274,28 @@ def _row(rental: Rental, owner: bool) -> list[str]:
     cells = [
         rental.name,
         rental.id,
-        rental.state.value,
+        _state(rental),
         rental.worker_id or "-",
         output.when(rental.expires_at),
         output.when(rental.last_safe_copy_at) + ("!" if rental.copy_problem else ""),
         output.size(rental.last_safe_copy_bytes),
     ]
     return [*cells, rental.owner] if owner else cells
+
+
+def _state(rental: Rental) -> str:
+    """`active`, or `active (start: status 3)` where its start command does not run any more."""
+    if not rental.start_end:
+        return rental.state.value
+    return f"{rental.state.value} (start: {rental.start_end.replace('unseen', 'ended')})"
+
+
+def _start_end(rental: Rental) -> str:
+    """`it ended with status 3, 2 min ago; what it said: orion logs lab; to run it again: orion start lab`"""
+    kind, _, number = rental.start_end.partition(" ")
+    words = {"status": f"it ended with status {number}", "signal": f"it was ended by signal {number}"}
+    how, at, name = words.get(kind, "it has ended"), output.when(rental.start_ended_at), rental.name
+    return f"{how}, {at}; what it said: orion logs {name}; to run it again: orion start {name}"
 
 
 def _show_log(entries: list[LogEntry], as_json: bool) -> None:
@@ -325,6 +340,7 @@ def _everything(rental: Rental) -> list[tuple[str, str]]:
         *([("salvage", _salvage(rental))] if rental.salvage else []),
         *([("public ports", " ".join(map(str, rental.public_ports)))] if rental.public_ports else []),
         *([("start", rental.start), ("its log", f"orion logs {rental.name}")] if rental.start else []),
+        *([("its end", _start_end(rental))] if rental.start_end else []),
         *([("not run", rental.start_problem)] if rental.start_problem else []),
     ]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orion.connect import REPORT
+from orion.connect import REPORT, SAID
 from orion.errors import LocalFault
 
 LOST = 255
@@ -37,9 +37,9 @@ def is_usable(shell: str) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Return what ssh is started with. It starts its ProxyCommand by $SHELL."""
+    """Return what ssh is started with. It starts its ProxyCommand by $SHELL, which need not say again what was said."""
     usable = is_usable(os.environ.get("SHELL", "/bin/sh"))
-    return dict(os.environ) if usable else os.environ | {"SHELL": "/bin/sh"}
+    return os.environ | {SAID: "1"} | ({} if usable else {"SHELL": "/bin/sh"})
 
 
 def run(arguments: Sequence[str]) -> Left:

@@ -46,7 +46,8 @@ async def add_key(
 ) -> wire.Page[wire.Key]:
     """Add a key: 201 when its worker has it, 202 when that is still under way after `wait_s`. Repeatable."""
     await find(shared, rental_id, principal)
-    _refuse(await shared.store.write(keys.add, rental_id, principal.name, body.ssh_public_key))
+    key, comment = wire.one_public_key(body.ssh_public_key), wire.comment_of(body.ssh_public_key)
+    _refuse(await shared.store.write(keys.add, rental_id, principal.name, key, comment))
     return await _in_place(shared, principal, rental_id, body.wait_s, response, 201)
 
 
@@ -102,7 +103,13 @@ def _is_settled(row: views.Row) -> bool:
 
 def _keys(row: views.Row) -> wire.Page[wire.Key]:
     found = [
-        wire.Key(id=wire.key_id(key), fingerprint=wire.fingerprint(key), public_key=key, in_place=_is_settled(row))
+        wire.Key(
+            id=wire.key_id(key),
+            fingerprint=wire.fingerprint(key),
+            public_key=key,
+            comment=row["key_comments"].get(wire.key_id(key), ""),
+            in_place=_is_settled(row),
+        )
         for key in row["public_key"].splitlines()
     ]
     return wire.Page(items=found)

@@ -20,7 +20,8 @@ from orion.manager.api.call_home import CallRefused
 from orion.manager.api.problems import ApiProblem, problem, unauthorized
 from orion.manager.api.services import Services
 from orion.manager.domain.leases import Beat
-from orion.manager.domain.model import Item
+from orion.manager.domain.model import CommandEnd, Item
+from orion.wire import FURTHER_FIELDS, MAX_SLOTS
 
 CONFIRM_S = 0.5
 """Until the next heartbeat of a worker that still has the longer lease of other clocks: it counts until that tells."""
@@ -52,6 +53,16 @@ class InventoryItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     state: Literal["locked", "running", "frozen"]
 
 
+class StartEnd(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """As wire.StartEnd."""
+
+    rental_id: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}\Z")]
+    epoch: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
+    run: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,16}@[A-Za-z0-9-]{0,64}\Z")]
+    how: Annotated[str, msgspec.Meta(pattern=r"^(status [0-9]{1,3}|signal [0-9]{1,2}|unseen)\Z")]
+    ago_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
+
+
 class HeartbeatRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """As wire.HeartbeatRequest."""
 
@@ -60,6 +71,7 @@ class HeartbeatRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     load: Load = Load()
     inventory: Annotated[list[InventoryItem], msgspec.Meta(max_length=MAX_ITEMS)] = []
     lease_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
+    start_ends: Annotated[list[StartEnd], msgspec.Meta(max_length=MAX_SLOTS)] = []
     vacating: bool = False
     leaving: bool = False
 
@@ -79,6 +91,7 @@ class HeartbeatReply(msgspec.Struct, frozen=True):
     door_answer_s: float
     next_heartbeat_s: float
     placements: list[Order]
+    takes: tuple[str, ...] = FURTHER_FIELDS
 
 
 _decode = msgspec.json.Decoder(HeartbeatRequest).decode
@@ -131,15 +144,14 @@ async def _whole_body(receive: Receive) -> bytes:
 def answer(shared: Services, worker_id: str, body: HeartbeatRequest, address: str) -> bytes:
     """Renew its lease and say what to do. `address`: the peer that the proxy saw. Raises ApiProblem."""
     items = tuple(Item(item.rental_id, item.username, item.uid, item.epoch) for item in body.inventory)
+    wall = shared.wall()
+    ends = tuple(CommandEnd(e.rental_id, e.epoch, e.run, e.how, wall - e.ago_s) for e in body.start_ends)
+    beat = Beat(body.session_id, body.seq, items, body.leaving, body.lease_s, body.vacating, ends)
     try:
-        found = shared.call_home.heartbeat(
-            worker_id,
-            Beat(body.session_id, body.seq, items, body.leaving, body.lease_s, body.vacating),
-            address,
-        )
+        found = shared.call_home.heartbeat(worker_id, beat, address)
     except CallRefused as refusal:
         raise ApiProblem(409, refusal.code, str(refusal)) from refusal
-    shared.leases.note(worker_id, shared.wall(), msgspec.structs.asdict(body.load))
+    shared.leases.note(worker_id, wall, msgspec.structs.asdict(body.load))
     if body.leaving:
         shared.wake_health()
     if body.vacating:

@@ -41,6 +41,9 @@ async def rent(
 ) -> wire.RentReply:
     """Rent an environment: 201 when it is active, 202 while it is queued or in work after `wait_s`."""
     began = shared.monotonic()
+    comment = wire.comment_of(body.ssh_public_key or "")
+    if body.ssh_public_key:  # what it is called makes no other request
+        body = body.model_copy(update={"ssh_public_key": wire.one_public_key(body.ssh_public_key)})
     private_key, public_key = (None, body.ssh_public_key) if body.ssh_public_key else _new_key()
     wish = rentals.Wish(
         principal.name,
@@ -52,6 +55,7 @@ async def rent(
         idempotency_key,
         hashlib.sha256(body.model_dump_json(exclude={"wait_s", *_left_out(body)}).encode()).hexdigest(),
         body.start or "",
+        comment,
     )
     try:
         rental_id = await shared.store.write(rentals.create, wish)

@@ -58,6 +58,8 @@ def _rental_fields(row: Row) -> dict[str, Any]:
         "salvage": row["salvage"] and snapshot(row["salvage"]),
         "start": row["start"] or None,
         "start_problem": row["start_problem"],
+        "start_end": row["start_end"] or "",
+        "start_ended_at": time_of(row["start_ended_at"]),
         "public_ports": row["public_ports"],
         "explanation": row["explanation"],
     }

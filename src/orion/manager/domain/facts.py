@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from orion.manager.domain.model import Item, Placement
+from orion.manager.domain.model import CommandEnd, Item, Placement
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Facts:
     """Rentals whose planned move has failed lately."""
     awaits_files_s: float = 0.0
     """Seconds that a rental of which there is no copy waits for the worker that was lost with its files; 0: none."""
+
+    start_ends: Mapping[str, tuple[CommandEnd, ...]] = field(default_factory=dict)
+    """How start commands ended, as each worker tells it."""
 
     def age(self, identity: str) -> float:
         return self.ages.get(identity, 0.0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from orion.manager.domain.model import Item
+from orion.manager.domain.model import CommandEnd, Item
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class Beat:
     leaving: bool = False
     lease_s: float = 0.0
     vacating: bool = False
+    start_ends: tuple[CommandEnd, ...] = ()
 
 
 class Leases:
@@ -55,6 +56,7 @@ class Leases:
         self._leaving: set[str] = set()
         self._vacating: dict[str, float] = {}
         self._losses: dict[str, tuple[float, ...]] = {}
+        self._start_ends: dict[str, tuple[CommandEnd, ...]] = {}
         self._notes: dict[str, tuple[float, Mapping[str, Any]]] = {}
         self.renewed = self.stale = 0
         """Heartbeats so far: those that renewed a lease, and those that were told to register."""
@@ -75,8 +77,7 @@ class Leases:
         """A registration: a new session replaces the one before."""
         before = self._leases.get(worker_id)
         announced = before is not None and before.leaving_at is not None
-        self._leaving.discard(worker_id)
-        self._vacating.pop(worker_id, None)
+        self._forget(worker_id)
         self._leases[worker_id] = Lease(
             session_id, now, inventory=tuple(inventory), announced=announced, lease_s=self._granted_s
         )
@@ -98,6 +99,7 @@ class Leases:
             lease.session_id, now, beat.seq, inventory, leaving_at, vacating_at, lease.announced, lease_s
         )
         self._note_vacating(worker_id, vacating_at if beat.vacating else None)
+        self._note_ends(worker_id, beat.start_ends)
         if leaving_at is not None:
             self._leaving.add(worker_id)
         elif self._leaving:
@@ -110,6 +112,12 @@ class Leases:
             self._vacating[worker_id] = at
         elif self._vacating:
             self._vacating.pop(worker_id, None)
+
+    def _note_ends(self, worker_id: str, ends: tuple[CommandEnd, ...]) -> None:
+        if ends:
+            self._start_ends[worker_id] = ends
+        elif self._start_ends:
+            self._start_ends.pop(worker_id, None)
 
     def note(self, worker_id: str, wall: float, load: Mapping[str, Any]) -> None:
         """Remember when it was heard (UTC seconds) and its load, for people; written down in batches."""
@@ -162,6 +170,7 @@ class Leases:
         self._leases.pop(worker_id, None)
         self._leaving.discard(worker_id)
         self._vacating.pop(worker_id, None)
+        self._start_ends.pop(worker_id, None)
 
     def get(self, worker_id: str) -> Lease | None:
         return self._leases.get(worker_id)
@@ -185,6 +194,10 @@ class Leases:
         """What each of these workers said it holds. Read this before the snapshot: see reconcile.decide."""
         known = ((worker_id, self._leases.get(worker_id)) for worker_id in worker_ids)
         return {w: lease.inventory for w, lease in known if lease is not None and lease.inventory is not None}
+
+    def start_ends(self, worker_id: str) -> tuple[CommandEnd, ...]:
+        """Return which start commands do not run there any more, as its last heartbeat says."""
+        return self._start_ends.get(worker_id, ())
 
     def lost_ready(self, worker_id: str, now: float, window_s: float) -> int:
         """Count one more loss of `ready`, unless it was announced; returns how many there were within the window."""

@@ -112,6 +112,9 @@ class Placement:
     """The keys that were last put on the worker; others in the rental mean that they must be put there again."""
     started: str = ""
     """The run of the start command that it has had there: see domain/starting.py."""
+    start_end: str = ""
+    """How that run ended, as CommandEnd.how; empty: it goes on, as far as is known."""
+    start_ended_at: float | None = None
     salvaged: bool = False
     """Of a lost one: what its worker still has of it was copied aside, or was given up."""
     standby: bool = False
@@ -130,6 +133,20 @@ class Item:
     username: str
     uid: int
     epoch: int
+
+
+@dataclass(frozen=True)
+class CommandEnd:
+    """How a run of a start command ended, as its worker tells it: believed only about what is placed on that worker."""
+
+    rental_id: str
+    epoch: int
+    run: str
+    """As Placement.started."""
+    how: str
+    """`status N`, `signal N` or `unseen`."""
+    at: float
+    """UTC seconds."""
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def _started(rental: Rental, placement: Placement, task: Task, report: Mapping[s
         return Step(())
     problem = str(report.get("start_problem", ""))[:MOST_OF_A_PROBLEM]
     event = starting.ran(rental, placement, task.start_mark, problem)
-    return Step((Write("placement", placement.id, {}, {"started": task.start_mark}),), (event,))
+    return Step((Write("placement", placement.id, {}, starting.run_anew(task.start_mark)),), (event,))
 
 
 def _purged(world: World, task: Task, placement: Placement | None, report: Mapping[str, Any]) -> Step | None:

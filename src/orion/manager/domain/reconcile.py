@@ -125,7 +125,7 @@ def _settle_placement(world: World, placement: Placement, facts: Facts) -> Step 
             return given_up
     if placement.state is PlacementState.LOST and not facts.shows(placement):
         return move_placement(placement, owner, PlacementState.PURGED, ACTOR, "its worker came back without it")
-    return None
+    return starting.ended(rental, placement, facts.start_ends.get(worker.id, ())) if rental else None
 
 
 def _lose(worker: Worker | None, placement: Placement, rental: Rental | None, facts: Facts) -> Step | None:

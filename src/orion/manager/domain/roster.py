@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from orion.manager.domain import starting
-from orion.manager.domain.model import Item, Placement, Rental, Worker
+from orion.manager.domain.model import CommandEnd, Item, Placement, Rental, Worker
 from orion.manager.domain.placement import Standing, is_full, rank, refusal
 from orion.manager.domain.room import Rank, Room
 from orion.manager.domain.states import ENDED, HOLDING, LIVE, Health, Intent, PlacementState, RentalState
@@ -37,6 +37,8 @@ class Held:
     standby: bool = False
     held: int = 0
     """The planned move for which it stands still; 0: none."""
+    start_ended: bool = False
+    """How its start command ended is written down."""
 
     @staticmethod
     def of(placement: Placement, rental: Rental | None, worker: Worker | None = None) -> Held:
@@ -44,7 +46,7 @@ class Held:
         start_due = rental is not None and worker is not None and bool(starting.due(rental, placement, worker))
         p = placement
         key = keyed, not p.public_key
-        return Held(p.id, p.rental_id, p.epoch, p.state, *key, start_due, p.standby, p.held)
+        return Held(p.id, p.rental_id, p.epoch, p.state, *key, start_due, p.standby, p.held, bool(p.start_end))
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +242,14 @@ class Roster:
             bool(known.fault)
             or any(h.blank and h.state is PlacementState.RUNNING for h in held)
             or any((item.rental_id, item.epoch) not in placed for item in inventory)
+        )
+
+    def tells_ends(self, worker_id: str, ends: Iterable[CommandEnd]) -> bool:
+        """Whether a worker says of a start command that it ended, and that is not written down."""
+        told = {(end.rental_id, end.epoch) for end in ends}
+        return bool(told) and any(
+            (h.rental_id, h.epoch) in told and h.state is PlacementState.RUNNING and not (h.start_ended or h.start_due)
+            for h in self.held(worker_id)
         )
 
     # -- the pool ----------------------------------------------------------------------------------------------------

@@ -4,15 +4,17 @@ It is run once in each life of each worker's container that the rental comes to 
 for it. What was run is written on the placement as a mark, `RUN@BOOT`: which run was asked for, in which life of the
 container. So a restart of the container, after which nothing of the rental goes on, asks for it again by itself.
 
+How a run ended is the worker's word, written down once for each run: so a worker that lies makes one event of it.
+
 One that keeps killing its workers is run no more: TAKEOVERS of them lost within TAKEOVERS_WITHIN_S.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orion.manager.domain.model import Event, Placement, Rental, Step, Worker, Write
+from orion.manager.domain.model import CommandEnd, Event, Placement, Rental, Step, Worker, Write
 from orion.manager.domain.states import PlacementState
 
 ACTOR = "reconciler"
@@ -61,10 +63,35 @@ def restarted(rental: Rental, placement: Placement, worker: Worker, wall: float)
         return None
     here = {"state": placement.state, "started": placement.started}
     writes = (
-        Write("placement", placement.id, here, {"started": ""}),
+        Write("placement", placement.id, here, run_anew("")),
         Write("rental", rental.id, {"state": rental.state, "epoch": rental.epoch}, change),
     )
     return Step(writes, events)
+
+
+def run_anew(mark: str) -> dict[str, Any]:
+    """Return what changes in a placement with a run of the command: of this one nobody knows an end."""
+    return {"started": mark, "start_end": "", "start_ended_at": None}
+
+
+def ended(rental: Rental, placement: Placement, ends: Iterable[CommandEnd]) -> Step | None:
+    """The step that writes down how the run ended that the placement has had; None: nothing is known, or it is."""
+    if placement.state is not PlacementState.RUNNING or not placement.started or placement.start_end:
+        return None
+    this = (placement.rental_id, placement.epoch, placement.started)
+    end = next((end for end in ends if (end.rental_id, end.epoch, end.run) == this), None)
+    if end is None:
+        return None
+    expect = {"state": placement.state, "started": placement.started, "start_end": ""}
+    write = Write("placement", placement.id, expect, {"start_end": end.how, "start_ended_at": end.at})
+    reason = f"its start command {in_words(end.how)}: orion logs shows what it said"
+    run = {"run": end.run.partition("@")[0], "how": end.how}
+    return Step((write,), (_event("rental.start_ended", ACTOR, reason, rental, placement, run),))
+
+
+def in_words(how: str) -> str:
+    kind, _, number = how.partition(" ")
+    return {"status": f"ended with status {number}", "signal": f"was ended by signal {number}"}.get(kind, "has ended")
 
 
 def ran(rental: Rental, placement: Placement, mark: str, problem: str) -> Event:

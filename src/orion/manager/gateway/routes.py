@@ -15,7 +15,7 @@ from orion.manager.api.services import Services, authenticate, client_address, v
 from orion.manager.domain.states import ENDED
 from orion.manager.engine.port import Action, Host, Job
 from orion.manager.gateway.sessions import Session
-from orion.manager.gateway.ssh import NOTICE, Ending, Relayed, SshStream, WorkerUnreachable, connect, relay
+from orion.manager.gateway.ssh import NOTICE, REMARK, Ending, Relayed, SshStream, WorkerUnreachable, connect, relay
 from orion.manager.store import rentals
 from orion.manager.store.database import Row
 from orion.manager.store.tokens import Principal
@@ -72,7 +72,7 @@ async def _bring_in(
             await services.recognisable(job)
             stream = await _connected(job.host, session.over)
             if stream is not None:
-                await _carry(websocket, services, session, stream, _notice(row))
+                await _carry(websocket, services, session, stream, _notice(row) | _remark(row))
                 return
 
 
@@ -139,7 +139,25 @@ def _notice(row: Row) -> dict[str, str]:
     if not row["copy_problem"]:
         return {}
     said = f"{row['name']} is not copied: {row['copy_problem']}"[:LONGEST_NOTICE]
-    return {NOTICE: "".join(letter if " " <= letter <= "~" else "?" for letter in said)}
+    return {NOTICE: _printable(said)}
+
+
+def _remark(row: Row) -> dict[str, str]:
+    said = remarks(row)[:LONGEST_NOTICE]
+    return {REMARK: _printable(said)} if said else {}
+
+
+def remarks(row: Row) -> str:
+    """Return what its owner should know of its files at a log-in, in a line; empty: there is nothing."""
+    found = [row["home_warning"]] if row["home_warning"] and not row["copy_problem"] else []
+    if row["salvage"]:
+        restore = f"orion restore {row['name']} --from {row['salvage'].generation}"
+        found.append(f"it does not have what a lost worker still had of it: {restore}")
+    return f"{row['name']}: {'; '.join(found)}" if found else ""
+
+
+def _printable(said: str) -> str:
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in said)
 
 
 def job_of(row: Row) -> Job:

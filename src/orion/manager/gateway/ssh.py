@@ -39,6 +39,8 @@ REVOKED = 4003
 """The token by which it was opened is not valid any more."""
 NOTICE = "X-Orion-Notice"
 """A header of the answer to a client that is let through: what a person should know."""
+REMARK = "X-Orion-Remark"
+"""The same, of what can wait: for somebody who logs in, and not for a program that copies files."""
 LONGEST_REASON = 100
 """Bytes: a close frame has room for 123."""
 

@@ -7,8 +7,9 @@ Binary frames are the terminal's bytes, both ways. Text frames are JSON:
     {"took": n}                           to the page: the shell has taken n more bytes
     {"state": "connecting" | "connected" | "waiting" | "ended", "message": "..."}     to the page
 
-The state "connected" also has the "name" of the rental and the "resume" key by which the page opens the terminal again
-after a reload (tickets.py). The first size stands in the address: ?columns=132&rows=43.
+The state "connected" also has the "name" of the rental, the "resume" key by which the page opens the terminal again
+after a reload (tickets.py), and a "notice" where there is something to know of the rental's files. The first size
+stands in the address: ?columns=132&rows=43.
 
 Both directions are counted, and neither goes on while too much is unacknowledged. So a flood waits in the worker and
 not in here or in the browser; and a paste waits in the page, so that the page's own acknowledgements never queue behind

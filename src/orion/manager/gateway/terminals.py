@@ -20,7 +20,7 @@ from orion.manager.api.rentals import find
 from orion.manager.api.services import Client, Services, Shared, client_address
 from orion.manager.engine.port import Login, Shell, ShellUnreachable
 from orion.manager.gateway.openings import Opening
-from orion.manager.gateway.routes import active, job_of
+from orion.manager.gateway.routes import active, job_of, remarks
 from orion.manager.gateway.sessions import Session
 from orion.manager.gateway.ssh import NORMAL, REVOKED, Ending
 from orion.manager.gateway.terminal import COME_AGAIN, LARGEST_SIZE, OVER, TIME_OVER, Page, carry, serve
@@ -125,6 +125,7 @@ async def _visit(services: Services, page: Page, resume: Resume, where_from: str
                 with services.sessions.carried(session):
                     shell = await _open(services, page, row, principal, session)
                     about = {"name": row["name"], "resume": resume.key}
+                    about |= {"notice": said} if (said := remarks(row)) else {}
                     if shell and (how := await _use(services, page, shell, session, about)):
                         return Ending(NORMAL, how)
             except ApiProblem as error:

@@ -134,7 +134,8 @@ class Reconciler:
 
     def shown(self, worker_id: str, inventory: Sequence[Item]) -> None:
         """What a worker that called home shows, compared with what is placed there."""
-        if self._roster.disagrees(worker_id, inventory):
+        news = self._roster.tells_ends(worker_id, self._leases.start_ends(worker_id))
+        if news or self._roster.disagrees(worker_id, inventory):
             self._disagreeing[worker_id] = None
         else:
             self._disagreeing.pop(worker_id, None)
@@ -246,7 +247,8 @@ class Reconciler:
         now = self._monotonic()
         resting = frozenset(rental_id for rental_id, failure in self._rests.items() if failure.again_at > now)
         ages, leaving = self._ages(world), self._leases.leaving()
-        more = self._vacating(), resting, self._awaits_files_s
+        ends = {worker_id: self._leases.start_ends(worker_id) for worker_id in inventories}
+        more = self._vacating(), resting, self._awaits_files_s, ends
         return Facts(inventories, leaving, ages, self._placement_ids, strangers, self._wall(), *more)
 
     def _ages(self, world: World) -> dict[str, float]:

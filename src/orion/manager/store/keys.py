@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sqlalchemy import Connection, select, update
 
 from orion import wire
@@ -20,17 +22,30 @@ def with_made_anew(before: str, made: str) -> str:
     return "\n".join([*known[-(wire.MAX_KEYS - 1) :], made])
 
 
-def add(connection: Connection, rental_id: str, actor: str, key: str) -> str:
-    """Why not, as a code; empty when it is one of them now. Repeatable."""
+def comments_after(before: Mapping[str, str], keys: str, key: str, comment: str) -> dict[str, str]:
+    """Return what each of the keys is called, by its id, when `key` is called `comment`; empty: as before."""
+    ids = {wire.key_id(each) for each in keys.splitlines()}
+    named = {**before, wire.key_id(key): comment} if comment else before
+    return {key_id: name for key_id, name in named.items() if key_id in ids}
+
+
+def add(connection: Connection, rental_id: str, actor: str, key: str, comment: str = "") -> str:
+    """Why not, as a code; empty when it is one of them now. Repeatable.
+
+    `comment`: what it is called, for people; no worker gets it.
+    """
     rental = _living(connection, rental_id)
     if rental is None:
         return "ended"
     known = rental.public_key.splitlines()
     if key in known:
+        _keep_comments(connection, rental_id, rental.public_key, key, comment)
         return ""
     if len(known) >= wire.MAX_KEYS:
         return "too_many_keys"
-    put(connection, rental_id, "\n".join([*known, key]))
+    all_ = "\n".join([*known, key])
+    put(connection, rental_id, all_)
+    _keep_comments(connection, rental_id, all_, key, comment)
     record(connection, _event("rental.key_added", rental, actor, key))
     return ""
 
@@ -46,7 +61,9 @@ def remove(connection: Connection, rental_id: str, actor: str, key_id: str) -> s
         return "no_such_key"
     if len(known) == 1:
         return "last_key"
-    put(connection, rental_id, "\n".join(key for key in known if key != removed))
+    left = "\n".join(key for key in known if key != removed)
+    put(connection, rental_id, left)
+    _keep_comments(connection, rental_id, left)
     record(connection, _event("rental.key_removed", rental, actor, removed))
     return ""
 
@@ -57,6 +74,14 @@ def put(connection: Connection, rental_id: str, keys: str) -> None:
     rows = touched(connection)
     rows.rentals.add(rental_id)
     rows.workers.update(connection.execute(on).scalars())
+
+
+def _keep_comments(connection: Connection, rental_id: str, keys: str, key: str = "", comment: str = "") -> None:
+    this = rentals.c.id == rental_id
+    before = connection.execute(select(rentals.c.key_comments).where(this)).scalar_one()
+    now = comments_after(before, keys, key, comment)
+    if now != before:
+        connection.execute(update(rentals).where(this).values(key_comments=now))
 
 
 def _living(connection: Connection, rental_id: str) -> Rental | None:

@@ -316,6 +316,8 @@ def placement(row: RowMapping) -> Placement:
         state=PlacementState(row["state"]),
         public_key=row["public_key"],
         started=row["started"],
+        start_end=row["start_end"],
+        start_ended_at=row["start_ended_at"],
         salvaged=bool(row["salvaged"]),
         standby=row["standby"],
         held=row["held"],

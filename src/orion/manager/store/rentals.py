@@ -46,6 +46,8 @@ class Wish:
     key: str | None
     request_hash: str
     start: str = ""
+    comment: str = ""
+    """What its key is called."""
 
 
 def create(connection: Connection, wish: Wish) -> str:
@@ -67,6 +69,7 @@ def create(connection: Connection, wish: Wish) -> str:
         "state": RentalState.QUEUED,
         "epoch": 0,
         "public_key": wish.public_key,
+        "key_comments": keys.comments_after({}, wish.public_key, wish.public_key, wish.comment) if wish.comment else {},
         "ttl_s": wish.ttl_s,
         "labels": dict(wish.labels),
         "start": wish.start,
@@ -187,7 +190,8 @@ def _with_salvage(connection: Connection, found: list[Row]) -> list[Row]:
 
 
 def _with_worker() -> Select[Any]:
-    """With `worker_id`, `address`, `host_keys` of the worker that it is on, `key_in_place`, `held`, and `moving_to`."""
+    """With `worker_id`, `address`, `host_keys` of the worker that it is on, `key_in_place`, `held`, and `moving_to`;
+    and how the start command ended there."""
     of_it = and_(placements.c.rental_id == rentals.c.id, placements.c.state.in_(LIVE))
     live = and_(of_it, placements.c.standby.is_(False))
     joined = rentals.outerjoin(placements, live).outerjoin(workers, workers.c.id == placements.c.worker_id)
@@ -199,6 +203,8 @@ def _with_worker() -> Select[Any]:
         workers.c.address,
         workers.c.host_keys,
         placements.c.held,
+        placements.c.start_end,
+        placements.c.start_ended_at,
         (placements.c.public_key == rentals.c.public_key).label("key_in_place"),
         moving_to.where(standby.c.state.in_(LIVE)).scalar_subquery().label("moving_to"),
     ).select_from(joined)

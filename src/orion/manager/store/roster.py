@@ -50,6 +50,7 @@ _HELD = (
         ),
         placements.c.standby,
         placements.c.held,
+        placements.c.start_end != "",
     )
     .select_from(
         placements.join(rentals, rentals.c.id == placements.c.rental_id).outerjoin(
@@ -112,7 +113,9 @@ def _known(connection: Connection, query: Select[Any]) -> Iterator[tuple[str, Kn
 
 
 def _add_held(connection: Connection, query: Select[Any], held: dict[str, list[Held]], same: dict[str, str]) -> None:
-    for worker_id, identity, rental_id, epoch, state, keyed, blank, start_due, *move in connection.execute(query):
-        told = bool(keyed), bool(blank), bool(start_due), *move
+    for worker_id, identity, rental_id, epoch, state, keyed, blank, start_due, *move, ended in connection.execute(
+        query
+    ):
+        told = bool(keyed), bool(blank), bool(start_due), *move, bool(ended)
         found = Held(identity, same.get(rental_id, rental_id), epoch, _PLACEMENT[state], *told)
         held[same.get(worker_id, worker_id)].append(found)

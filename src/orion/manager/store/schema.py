@@ -91,6 +91,7 @@ rentals = Table(
     Column("takeovers", JSON, nullable=False, server_default="[]"),
     Column("last_epoch", Integer, nullable=False, server_default="0"),
     Column("public_ports", JSON, nullable=False, server_default="[]"),
+    Column("key_comments", JSON, nullable=False, server_default="{}"),
     Index(
         "uq_rentals_living_name",
         "owner",
@@ -129,6 +130,8 @@ placements = Table(
     Column("created_at", Float, nullable=False),
     Column("started", String(100), nullable=False, server_default=""),
     Column("salvaged", Boolean, nullable=False, server_default=false()),
+    Column("start_end", String(20), nullable=False, server_default=""),
+    Column("start_ended_at", Float),
     UniqueConstraint("rental_id", "epoch"),
     # Never two live copies of a rental, and never two placements in one slot.
     Index("uq_placements_live", "rental_id", unique=True, sqlite_where=_LIVE, postgresql_where=_LIVE),
