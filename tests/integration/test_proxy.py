@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import subprocess
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -334,6 +335,9 @@ def test_the_certificate_bears_the_names_asked_for(door: Proxy, tmp_path: Path) 
     )
     for name in ("DNS:localhost", "DNS:lab.example", "IP Address:192.0.2.7", "id-ecPublicKey"):
         assert name in shown.stdout
+    from_when = ["openssl", "x509", "-in", pem, "-noout", "-startdate"]
+    begins = subprocess.run(from_when, capture_output=True, text=True, check=True).stdout.strip().partition("=")[2]
+    assert ssl.cert_time_to_seconds(begins) < time.time() - 86_400, "a client's clock may be late"
 
 
 def test_old_protocols_are_refused(door: Proxy) -> None:
