@@ -110,13 +110,12 @@ make_certificate() {
         esac
     done
     touch "$tls/made-by-orion"
-    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 825 -subj "/CN=Orion-Sec" \
-        -addext "subjectAltName=$names" -addext "keyUsage=critical,digitalSignature" \
-        -addext "extendedKeyUsage=serverAuth" \
-        -keyout "$tls/tls.key" -out "$tls/tls.crt" 2>/run/openssl.log || {
+    sign_certificate "$names" 2>/run/openssl.log || {
         cat /run/openssl.log >&2
         exit 1
     }
+    cp /run/certificate/tls.key /run/certificate/tls.crt "$tls/" || exit 1
+    rm -r /run/certificate
     echo "made a certificate for $names"
 }
 
@@ -155,6 +154,39 @@ watch_certificate() {
 end() {
     kill -QUIT "$nginx" 2>/dev/null || true
     (sleep "$goodbye_s" && kill -TERM "$nginx") 2>/dev/null &
+}
+
+# It begins a day before it is made, for a client's clock may be late. Only `openssl ca` can say so in every OpenSSL 3.
+sign_certificate() {
+    rm -rf /run/certificate && mkdir /run/certificate && : >/run/certificate/database || return
+    cat >/run/certificate/openssl.cnf <<EOF || return
+[ca]
+default_ca = own
+[own]
+database = /run/certificate/database
+new_certs_dir = /run/certificate
+rand_serial = yes
+default_md = sha256
+policy = names
+x509_extensions = extensions
+[names]
+commonName = supplied
+[req]
+distinguished_name = nothing
+[nothing]
+[extensions]
+basicConstraints = critical,CA:TRUE
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid:always
+subjectAltName = $1
+keyUsage = critical,digitalSignature
+extendedKeyUsage = serverAuth
+EOF
+    openssl req -new -config /run/certificate/openssl.cnf -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes \
+        -subj "/CN=Orion-Sec" -keyout /run/certificate/tls.key -out /run/certificate/request || return
+    openssl ca -batch -selfsign -notext -config /run/certificate/openssl.cnf -keyfile /run/certificate/tls.key \
+        -startdate "$(date -u -d '1 day ago' +%Y%m%d%H%M%SZ)" -enddate "$(date -u -d '823 days' +%Y%m%d%H%M%SZ)" \
+        -in /run/certificate/request -out /run/certificate/tls.crt
 }
 
 trap 'exit 0' QUIT TERM INT # process 1 gets no signal that it has no handler for

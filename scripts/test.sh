@@ -36,6 +36,16 @@ make_browser() {
     for program in chromium tmux; do command -v "$program" >/dev/null || install_packages "$program"; done
 }
 
+# What makes the proxy's certificate.
+make_openssl() {
+    command -v openssl >/dev/null || install_packages openssl
+}
+
+# For a manager whose clock is wrong.
+make_clock() {
+    command -v faketime >/dev/null || install_packages faketime
+}
+
 # Every linter runs, whatever the one before it said.
 lint() {
     local failed=0
@@ -115,6 +125,8 @@ everything() {
     lint || failed=1
     make_engine
     make_browser
+    make_openssl
+    make_clock
     build_images &
     building=$!
     [ $failed -eq 0 ] || echo "lint FAILED, see above; the tests run all the same"
@@ -167,8 +179,14 @@ bench)
     run_program bench "${@:2}"
     ;;
 lint) lint ;;
-fast) run_tests --spread unit property simulation ;;
-crash) run_tests --by-file crash ;;
+fast)
+    make_openssl
+    run_tests --spread unit property simulation
+    ;;
+crash)
+    make_clock
+    run_tests --by-file crash
+    ;;
 manager) run_tests --spread manager ;;
 integration)
     make_engine

@@ -94,6 +94,7 @@ class Stage:
         self._armed = False
         self.exits: list[int] = []
         self.wall_offset_s = 0.0
+        self.faketime = ""
         self.secrets = Secrets(
             make_token("admin", "admin"), make_token("join", "join"), PROXY_SECRET, "", host_key(1), *AUTHORITIES
         )
@@ -156,7 +157,7 @@ class Stage:
     async def _keep_it_running(self) -> None:
         while True:
             where = (self.database, self.folder / "stage", self.settings.port)
-            order = manager.Order(*where, self.settings, self.secrets, self.wall_offset_s)
+            order = manager.Order(*where, self.settings, self.secrets, self.wall_offset_s, self.faketime)
             self._process = PROCESSES.Process(target=manager.run, args=(order,), daemon=True)
             self._process.start()
             await _end_of(self._process)

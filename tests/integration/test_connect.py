@@ -9,7 +9,6 @@ import pty
 import ssl
 import subprocess
 import sys
-import time
 import tty
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -455,12 +454,10 @@ async def test_a_session_that_is_lost_leaves_a_terminal_in_order(raw: bool) -> N
         os.close(theirs)
         assert process.stdout is not None
         assert await asyncio.wait_for(process.stdout.read(), 20) == b"SSH-2.0-x\r\n"
-        began = time.monotonic()
         assert process.stdin is not None
         process.stdin.write(b"what ssh still says finds a reader")
         process.stdin.close()
-        assert await process.wait() == 1
-        assert time.monotonic() - began < 5
+        assert await asyncio.wait_for(process.wait(), 20) == 1
     said = os.read(ours, 1000)
     os.close(ours)
     line = b"orion: the rental is not on that worker any more: its worker is down\r\n"

@@ -336,6 +336,9 @@ def test_the_certificate_bears_the_names_asked_for(door: Proxy, tmp_path: Path) 
     )
     for name in ("DNS:localhost", "DNS:lab.example", "IP Address:192.0.2.7", "id-ecPublicKey"):
         assert name in shown.stdout
+    from_when = ["openssl", "x509", "-in", pem, "-noout", "-startdate"]
+    begins = subprocess.run(from_when, capture_output=True, text=True, check=True).stdout.strip().partition("=")[2]
+    assert ssl.cert_time_to_seconds(begins) < time.time() - 86_400, "a client's clock may be late"
 
 
 def test_old_protocols_are_refused(door: Proxy) -> None:

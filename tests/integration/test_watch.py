@@ -70,14 +70,12 @@ async def test_a_watch_goes_over_a_restart_of_sshd_and_ends_with_the_container(
             await held.until(Sign.HELD, Sign.CLOSED, Sign.HELD)
             beats = manager.of("/api/heartbeat", after=ended)
             assert len(beats) == 1, "it asked at once, and was answered"
-            assert beats[0].at - ended < 3
+            assert beats[0].at - ended < manager.interval_s / 2
             assert '"running"' in await shown(new)
 
-            began = time.monotonic()
             await asyncio.to_thread(docker, "kill", new.name)
             async with asyncio.timeout(10):
                 assert await held.task is End.GONE
-            assert time.monotonic() - began < 4.0, "half of it on a machine that does nothing else"
             assert held.told[-1] is Sign.CLOSED
         assert rental.username
 

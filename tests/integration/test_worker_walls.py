@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,9 +176,8 @@ time.sleep(60)
         hoarder.stdin.close()
         made = int(hoarder.stdout.readline())
         assert limit - 10 <= made <= limit
-        began = time.monotonic()
         assert rental.on.ssh("root", rental.on.key, "echo in").stdout == "in\n"
-        assert time.monotonic() - began < 10
+        assert hoarder.poll() is None, "its processes were there all the time"
         status, report = rental.on.rental("lock", rental_id=rental.rental_id, epoch=1, kill=True)
         assert status == 0
         assert report["killed"] >= made

@@ -193,6 +193,65 @@ async def test_a_clock_that_is_far_ahead_ends_nothing_until_an_operator_confirms
     assert await doubted(house) is None, "what was confirmed is known to the next manager"
 
 
+async def opens(client: httpx.AsyncClient) -> bool:
+    return (await client.get("/api/rentals")).status_code == 200
+
+
+async def rents(client: httpx.AsyncClient, key: str) -> str:
+    """The id of the rental that this idempotency key makes, or has made."""
+    reply = await client.post("/api/rent", json={"wait_s": 0}, headers={"Idempotency-Key": key})
+    return str(reply.json()["id"])
+
+
+@pytest.mark.parametrize("begins", [False, True], ids=["it jumps", "the manager begins with it"])
+async def test_a_clock_that_is_far_ahead_ends_no_token_and_forgets_no_idempotency_key(
+    house: House, begins: bool
+) -> None:
+    """Tokens go on to end by the clock as it was believed, until an operator confirms the other one."""
+    alice, bob = await house.new_client("alice", ttl_s=3600), await house.new_client("bob", ttl_s=30 * 86_400)
+    made = await rents(bob, "key-1")
+    house.clock.wall_offset += 40 * 86_400
+    if begins:
+        await house.restart()
+    await house.manager.expiry.round()
+    await house.manager.retention.round()
+    assert await opens(alice)
+    assert await opens(bob)
+    assert await rents(bob, "key-1") == made
+    house.clock.now += 3600
+    assert not await opens(alice), "its time is over by the clock that was believed"
+    made_meanwhile = await rents(bob, "key-2")
+
+    await house.as_admin.post("/api/admin/clock")
+    await house.manager.retention.round()
+    assert not await opens(bob)
+    assert await rents(await house.new_client("bob"), "key-1") != made
+    assert await rents(await house.new_client("bob"), "key-2") == made_meanwhile, "it is an hour old at most"
+
+
+async def test_a_token_whose_time_is_over_opens_nothing_though_the_clock_goes_back(house: House) -> None:
+    alice = await house.new_client("alice", ttl_s=60)
+    house.clock.now += 60
+    assert not await opens(alice)
+    await house.manager.expiry.round()
+    house.clock.wall_offset -= 86_400
+    assert not await opens(alice)
+    await house.restart()
+    assert await doubted(house)
+    assert not await opens(alice)
+
+
+async def test_a_token_that_is_made_while_the_clock_is_doubted_lasts_as_long_as_was_said(house: House) -> None:
+    house.clock.wall_offset -= 86_400
+    made = (await house.as_admin.post("/api/tokens", json={"name": "alice", "ttl_s": 3600})).json()
+    alice = house.client(made["token"])
+    house.clock.now += 1800
+    house.clock.wall_offset += 86_400
+    assert await opens(alice)
+    house.clock.now += 1801
+    assert not await opens(alice)
+
+
 async def test_a_clock_that_comes_back_is_believed_by_itself_and_it_is_said(house: House) -> None:
     await house.join()
     house.clock.wall_offset += 86_400

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import httpx
 import pytest
@@ -17,7 +16,7 @@ from orion.manager.gateway.ssh import REVOKED
 from orion.manager.store import tokens
 
 SOON_S = 0.3
-"""The time of a token that ends by itself: it ends by the real clock, as store/tokens.py has it."""
+"""The time of a token that ends by itself. So often its openings look at the clock, which a test lets go on."""
 WITHIN_S = 10.0
 
 
@@ -30,13 +29,19 @@ class Short:
         self.token = ""
 
     async def begins(self, name: str = "short", role: str = "admin") -> str:
-        ttl_s: Any = SOON_S if self.ends_by_itself else None
-        _, self.token = await self._house.store.write(tokens.create, "admin", name, role, ttl_s)
+        ends_at = self._house.clock.wall() + SOON_S if self.ends_by_itself else None
+        _, self.token = await self._house.store.write(tokens.create, "admin", name, role, ends_at)
         return self.token
 
     async def ends(self, name: str = "short") -> None:
-        if not self.ends_by_itself:
+        if self.ends_by_itself:
+            self._house.clock.now += SOON_S
+        else:
             await self._house.revoke(name)
+
+
+def open_now(house: House) -> list[Opening]:
+    return [opening for its in house.manager.openings._open.values() for opening in its]
 
 
 @pytest.fixture(params=[False, True], ids=["revoked", "its time is over"])
@@ -173,8 +178,9 @@ async def test_a_copy_that_is_made_before_a_restore_does_not_outlive_the_right_t
     asked = asyncio.create_task(client.post(f"/api/rentals/{rental['id']}/restore", json={"empty": True}))
     await asyncio.wait_for(copying.wait(), WITHIN_S)
     await short.ends()
-    while (await client.get("/api/rentals")).status_code != 401:  # noqa: ASYNC110 - nothing tells when
-        await asyncio.sleep(0.01)
+    _, waiting = await asyncio.wait([opening.over for opening in open_now(house)], timeout=WITHIN_S)
+    assert not waiting
+    assert (await client.get("/api/rentals")).status_code == 401
     copied.set()
     assert (await asked).status_code == 401
     assert not await house.events("rental.restore")

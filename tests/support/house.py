@@ -245,8 +245,9 @@ class House:
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://manager", headers=headers)
 
-    async def new_client(self, name: str, role: str = "client") -> httpx.AsyncClient:
-        _, token = await self.store.write(tokens.create, "admin", name, role, None)
+    async def new_client(self, name: str, role: str = "client", ttl_s: float | None = None) -> httpx.AsyncClient:
+        ends_at = None if ttl_s is None else self.clock.wall() + ttl_s
+        _, token = await self.store.write(tokens.create, "admin", name, role, ends_at)
         return self.client(token)
 
     async def revoke(self, name: str) -> None:

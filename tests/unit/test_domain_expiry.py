@@ -81,6 +81,13 @@ def test_a_clock_that_comes_back_is_believed_when_it_has_gone_evenly_for_a_while
     assert clock.observe(WALL + 1000 + SETTLE_S, 1000 + SETTLE_S).believed
 
 
+@pytest.mark.parametrize("jump_s", [-3600.0, 5.0, 40 * 86_400.0])
+def test_what_was_believed_goes_on_beside_a_clock_that_jumped(jump_s: float) -> None:
+    clock = WallClock(WALL).observe(WALL + 10, 10.0).observe(WALL + 20 + jump_s, 20.0).observe(WALL + 50 + jump_s, 50.0)
+    assert clock.as_believed(60.0) == WALL + 60
+    assert clock.confirmed().as_believed(60.0) == WALL + 60 + jump_s
+
+
 def test_many_small_jumps_do_not_carry_a_clock_far() -> None:
     """Not faster than one that settles does: each has to go evenly, and near to what was believed before it."""
     clock = WallClock(WALL)
@@ -122,6 +129,20 @@ def test_a_manager_that_begins_compares_its_clock_with_what_is_known(
     assert clock.believed is believed
     if not believed:
         assert expire([active_rental(expires_at=0.0)], wall, clock.observe(wall, now)) == []
+
+
+@pytest.mark.parametrize(
+    ("now", "boot_id", "believed"),
+    [(1000.0 + 86_400, 7, WALL + 86_400), (20.0, 8, WALL)],
+    ids=["went on", "began anew"],
+)
+def test_a_manager_that_begins_with_a_wrong_clock_goes_on_from_what_was_known(
+    now: float, boot_id: int, believed: float
+) -> None:
+    """For how long a machine was off nobody knows: no less than the last known time is what can be said."""
+    clock = WallClock.at_start(WALL + 40 * 86_400, now, boot_id, MARK, WALL)
+    assert not clock.believed
+    assert clock.as_believed(now) == believed
 
 
 def test_after_a_start_of_the_machine_a_clock_that_is_set_right_settles() -> None:

@@ -470,3 +470,48 @@ def test_what_is_frozen_for_its_size_is_not_looked_through_again(house: House, m
     monkeypatch.setattr(files, "scan", lambda *_, **__: pytest.fail("it was looked through"))
     assert files.carry("send", house.keeper, house.root / "aside", house.root) == 3
     assert "4 files; it is frozen: `orion thaw`" in said[0]["error"]
+
+
+# Who comes before the account
+
+
+class Machine:
+    """The worker's clock, which goes on when somebody waits, and what happens meanwhile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.happens_at: list[tuple[float, Callable[[], object]]] = []
+        monkeypatch.setattr("files.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("files.time.sleep", self._wait)
+
+    def _wait(self, seconds: float) -> None:
+        self.now += seconds
+        for at, happens in [each for each in self.happens_at if each[0] <= self.now]:
+            self.happens_at.remove((at, happens))
+            happens()
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def test_who_fills_a_home_waits_a_moment_for_its_account(tmp_path: Path, machine: Machine) -> None:
+    ledger = Ledger(tmp_path)
+    machine.happens_at.append((0.9 * files.MADE_WITHIN_S, lambda: ledger.keep(RECORD)))
+    files.await_account(ledger, Wish("one", RECORD.epoch, 0.0))
+    assert machine.happens_at == []
+    assert machine.now < files.MADE_WITHIN_S
+
+
+def test_who_fills_a_home_does_not_wait_for_ever_nor_for_what_was_purged(tmp_path: Path, machine: Machine) -> None:
+    ledger = Ledger(tmp_path)
+    files.await_account(ledger, Wish("one", RECORD.epoch, 0.0))
+    assert machine.now == pytest.approx(files.MADE_WITHIN_S, abs=0.01)
+    with pytest.raises(Refused) as refusal:
+        files.allowed("receive", ledger, Wish("one", RECORD.epoch, 0.0))
+    assert refusal.value.code == "unknown_rental"
+    ledger.bury(RECORD)
+    waited_s = machine.now
+    files.await_account(ledger, Wish("one", RECORD.epoch, 0.0))
+    assert machine.now == waited_s

@@ -13,11 +13,11 @@ from orion.manager.domain.states import RentalState
 from orion.manager.store import events, ledger, rentals
 from orion.manager.store.database import Store
 from orion.manager.store.rentals import FIRST_UID, KEY_LIFETIME_S, NameTaken, OtherRequest, Wish
-from orion.manager.store.schema import idempotency
 from orion.manager.store.schema import rentals as table
 
 WISH = Wish("alice", None, host_key(1), False, 3600, {}, None, "hash-1")
 KEYED = replace(WISH, key="key-1")
+NOW = 1_800_000_000.0
 
 
 async def state_is(store: Store, rental_id: str, state: RentalState) -> None:
@@ -75,10 +75,11 @@ async def test_a_key_is_its_owner_s_alone(store: Store) -> None:
     assert await store.write(rentals.create, replace(KEYED, owner="bob", request_hash="hash-2")) != first
 
 
-async def test_a_key_is_forgotten_after_a_day(store: Store) -> None:
-    first = await store.write(rentals.create, KEYED)
-    older = idempotency.c.created_at - KEY_LIFETIME_S - 1
-    await store.write(lambda c: c.execute(update(idempotency).values(created_at=older)).rowcount)
+async def test_a_key_is_forgotten_a_day_after_its_rent(store: Store) -> None:
+    first = await store.write(rentals.create, replace(KEYED, key_begins_at=NOW))
+    await store.write(rentals.forget_keys, NOW + KEY_LIFETIME_S)
+    assert await store.write(rentals.create, KEYED) == first
+    await store.write(rentals.forget_keys, NOW + KEY_LIFETIME_S + 1)
     assert await store.write(rentals.create, replace(KEYED, request_hash="hash-2")) != first
 
 

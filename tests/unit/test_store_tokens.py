@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select
 
 from orion.manager.store import tokens
 from orion.manager.store import workers as worker_rows
@@ -19,12 +17,11 @@ ALICE = ("admin", "alice", "client", None)
 CLAIM = Registration("172.20.128.1", "node-1", ("ssh-ed25519 AAAA",), 1, {}, "boot-0001", "0.1")
 
 
-async def who(store: Store, token: str) -> Principal | None:
-    return await store.read(tokens.authenticate, token)
+NOW = 1_800_000_000.0
 
 
-async def change(store: Store, identity: str, **values: Any) -> None:
-    await store.write(lambda c: c.execute(update(table).where(table.c.id == identity).values(values)).rowcount)
+async def who(store: Store, token: str, now: float = NOW) -> Principal | None:
+    return await store.read(tokens.authenticate, token, now)
 
 
 async def test_a_token_opens_as_whom_it_was_made_for(store: Store) -> None:
@@ -58,10 +55,13 @@ async def test_what_is_no_token_opens_nothing(store: Store) -> None:
 
 
 async def test_an_expired_token_opens_nothing(store: Store) -> None:
-    row, token = await store.write(tokens.create, "admin", "alice", "client", 60)
-    assert await who(store, token) is not None
-    await change(store, row["id"], expires_at=1.0)
-    assert await who(store, token) is None
+    row, token = await store.write(tokens.create, "admin", "alice", "client", NOW + 60)
+    principal = await who(store, token, NOW + 59)
+    assert principal is not None
+    assert await store.read(tokens.is_valid, principal, NOW + 59)
+    assert await who(store, token, NOW + 60) is None
+    assert not await store.read(tokens.is_valid, principal, NOW + 60)
+    assert await store.read(tokens.named, "client", row["id"], NOW + 60) is None
 
 
 async def test_a_revoked_token_opens_nothing_and_revoking_it_again_is_a_success(store: Store) -> None:

@@ -117,17 +117,18 @@ class Manager:
         self._ports = ports
         self._secrets = secrets
         self.ledger = SqlLedger(store)
+        self.clock = TrustedClock(ports.boot_time or ports.monotonic, ports.wall, ports.boot_id, store)
         self.engine_log = EngineLog(store)
         self.authority = Authority(secrets.host_authority, secrets.user_authority, ports.wall)
         logged = LoggedEngine(ports.engine, self.engine_log.note, ports.monotonic, ports.wall)
         self.certificates = Certificates(store, self.authority, logged, ports.wall)
         engine = CertifyingEngine(logged, self.certificates, self.authority.of_users)
-        self.openings = Openings(store)
+        self.openings = Openings(store, self.clock.wall_of_tokens)
         self.sessions = Sessions(store, ports.monotonic)
-        self.retention = RetentionLoop(store, settings.events_kept)
+        self.retention = RetentionLoop(store, settings.events_kept, self.clock.wall_of_removals)
         self.terminals = Terminals(ports.monotonic)
         self.roster = Roster()
-        self.web_ends = WebEnds(store, self.roster, ports.tell_door)
+        self.web_ends = WebEnds(store, self.roster, ports.tell_door, self.clock.wall_of_tokens)
         book = SqlCopyBook(store)
         restorer = Restorer(engine, ports.vault, book, settings.copies.limits)
         mover = Mover(engine, ports.vault, book, settings.copies.limits, ports.monotonic)
@@ -143,7 +144,6 @@ class Manager:
             ports.wall,
             awaits_files_s=settings.awaits_files_s,
         )
-        self.clock = TrustedClock(ports.boot_time or ports.monotonic, ports.wall, ports.boot_id, store)
         removals = self.clock.wall_of_removals
         self.copies = CopiesLoop(book, ports.vault, settings.copies, ports.copies_disk, ports.monotonic, removals)
         store.news.followers.append(self.copies.hear)

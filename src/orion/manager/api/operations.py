@@ -61,7 +61,8 @@ async def show_metrics(_: Admin, shared: Shared) -> Response:
 
 @router.post("/api/tokens", status_code=201, tags=["tokens"])
 async def create_token(body: wire.TokenRequest, admin: Admin, shared: Shared) -> wire.TokenReply:
-    row, secret = await shared.store.write(tokens.create, admin.name, body.name, body.role, body.ttl_s)
+    ends_at = None if body.ttl_s is None else shared.clock.wall_of_tokens() + body.ttl_s
+    row, secret = await shared.store.write(tokens.create, admin.name, body.name, body.role, ends_at)
     return views.token_reply(row, secret)
 
 

@@ -56,6 +56,8 @@ async def rent(
         hashlib.sha256(body.model_dump_json(exclude={"wait_s", *_left_out(body)}).encode()).hexdigest(),
         body.start or "",
         comment,
+        # Whichever clock is right in the end: a key that goes too early lets a rent that comes again make a second one.
+        key_begins_at=max(shared.wall(), shared.clock.wall_of_tokens()),
     )
     try:
         rental_id = await shared.store.write(rentals.create, wish)

@@ -94,7 +94,7 @@ async def authenticate(connection: HTTPConnection, shared: Services, *roles: str
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
         raise unauthorized("no token was sent: it belongs into the header 'Authorization: Bearer TOKEN'")
-    principal = await shared.store.read(tokens.authenticate, token.strip())
+    principal = await shared.store.read(tokens.authenticate, token.strip(), shared.clock.wall_of_tokens())
     if principal is None:
         raise unauthorized(await shared.store.read(tokens.why_refused, token.strip()))
     if principal.role not in roles:

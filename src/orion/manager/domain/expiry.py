@@ -78,6 +78,10 @@ class WallClock:
         """Return the clock as an operator believes it, as it is."""
         return WallClock(self.offset_s)
 
+    def as_believed(self, now: float) -> float:
+        """Return Unix seconds at `now`, of the other clock, by what this one should show."""
+        return now + self._should_be_s
+
     @property
     def believed(self) -> bool:
         return self.jumped_at is None

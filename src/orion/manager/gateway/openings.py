@@ -9,7 +9,6 @@ A revocation is heard when it is committed. The end of a token's time is a timer
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -55,8 +54,8 @@ class Opening:
 
 
 class Openings:
-    def __init__(self, store: Store, wall: Callable[[], float] = time.time) -> None:
-        """`wall`: Unix time, by the clock that store/tokens.py goes by."""
+    def __init__(self, store: Store, wall: Callable[[], float]) -> None:
+        """`wall`: Unix time, by the clock that tokens end by."""
         self._store = store
         self._wall = wall
         self._open: dict[str, set[Opening]] = {}
@@ -72,7 +71,7 @@ class Openings:
         timer: list[asyncio.TimerHandle] = []
         try:
             # Only now: a revocation that came before the line above was not heard by this opening.
-            known = await self._store.read(tokens.named, principal.role, principal.id)
+            known = await self._store.read(tokens.named, principal.role, principal.id, self._wall())
             if known is None or known.mark != principal.mark:
                 raise unauthorized()
             if known.expires_at is not None:

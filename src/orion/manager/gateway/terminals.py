@@ -93,7 +93,8 @@ async def _redeem(websocket: WebSocket, services: Services, rental_id: str) -> R
         resume = terminals.resumes.redeem(offered[1], rental_id)
     else:
         resume = terminals.resumes.begin(rental_id, principal)
-    if resume is None or not await services.store.read(tokens.is_valid, resume.principal):
+    now = services.clock.wall_of_tokens()
+    if resume is None or not await services.store.read(tokens.is_valid, resume.principal, now):
         detail = f"a ticket is good once, for {LIFETIME_S:.0f} s, for its own rental: ask for a new one"
         raise ApiProblem(401, "no_ticket", detail)
     return resume

@@ -140,7 +140,8 @@ async def open_port(request: Request, shared: Shared) -> Response:
     try:
         asked, told = await _form(request)
         principal = shared.port_tickets.redeem(told, _topic(asked.rental_id, asked.port))
-        if principal is None or not await shared.store.read(tokens.is_valid, principal):
+        now = shared.clock.wall_of_tokens()
+        if principal is None or not await shared.store.read(tokens.is_valid, principal, now):
             detail = f"this address was good once, for {LIFETIME_S:.0f} s: `orion open` prints another one"
             raise ApiProblem(401, "no_ticket", detail)
         row = await shared.store.read(web_ports.look, asked.rental_id)
@@ -151,9 +152,7 @@ async def open_port(request: Request, shared: Shared) -> Response:
     details = {"port": asked.port, "from": client_address(request)}
     place = (row["owner"], row["id"], row["worker_id"], row["epoch"], details)
     await shared.store.write(record, Event("rental.port_opened", principal.name, "by a ticket", *place))
-    key = shared.port_keys.make(
-        asked.rental_id, asked.port, Named(principal.role, principal.id, principal.mark), shared.wall()
-    )
+    key = shared.port_keys.make(asked.rental_id, asked.port, Named(principal.role, principal.id, principal.mark), now)
     if not asked.on_own_host:
         opened = f"{_outer_prefix(request)}{_path(asked.rental_id, asked.port)}~{key}/"
         return Response(status_code=303, headers={"Location": opened})
@@ -180,9 +179,10 @@ async def _who(request: Request, shared: Services, asked: Asked) -> Who:
     held = [request.headers.get("x-orion-key", "")]
     if asked.on_own_host:
         held = _cookies(request)
+    now = shared.clock.wall_of_tokens()
     for key in held:
-        named = shared.port_keys.read(key, asked.rental_id, asked.port, shared.wall())
-        known = await shared.store.read(tokens.named, named.role, named.token_id) if named else None
+        named = shared.port_keys.read(key, asked.rental_id, asked.port, now)
+        known = await shared.store.read(tokens.named, named.role, named.token_id, now) if named else None
         if named is not None and known is not None and known.mark == named.mark:
             if asked.on_own_host and asked.cross_site:
                 raise ApiProblem(403, "cross_site", "a page from elsewhere asks for this")
@@ -223,7 +223,7 @@ def _leads_to(shared: Services, row: Row | None, asked: Asked, who: Who | None, 
         why = f" ({row['state']}: {row['explanation']})" if principal else ""
         raise _later("not_active", f"the rental does not run at present{why}: try again in a moment")
     grant = shared.web_ends.note(who.principal, row["worker_id"]) if who else PUBLIC
-    left_s = who.ends_at - shared.wall() if who and who.ends_at is not None else None
+    left_s = who.ends_at - shared.clock.wall_of_tokens() if who and who.ends_at is not None else None
     signed = signed_pass(row["session_id"], row["id"], row["epoch"], asked.port, grant, number, left_s)
     return {
         "X-Orion-Worker": row["address"],

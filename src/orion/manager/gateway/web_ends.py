@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
@@ -72,8 +71,8 @@ async def tell_door(address: str, session_id: str, number: int, over: Sequence[s
 
 
 class WebEnds:
-    def __init__(self, store: Store, roster: Roster, tell: Tell | None, wall: Callable[[], float] = time.time) -> None:
-        """`tell` None: there are no doors, as in tests without one."""
+    def __init__(self, store: Store, roster: Roster, tell: Tell | None, wall: Callable[[], float]) -> None:
+        """`tell` None: there are no doors, as in tests without one. `wall`: Unix time, by which tokens end."""
         self._store = store
         self._roster = roster
         self._tell = tell
@@ -142,7 +141,7 @@ class WebEnds:
         if grant == PUBLIC:
             return int(port) in row["public_ports"]
         role, token_id, _ = grant.split(".")
-        principal = await self._store.read(tokens.named, role, token_id)
+        principal = await self._store.read(tokens.named, role, token_id, self._wall())
         if principal is None or grant_of(principal) != grant:
             return False
         self._passes.setdefault(token_id, {}).setdefault(worker_id, set()).add(grant)

@@ -1,7 +1,8 @@
 """The wall clock as far as it is believed: what cannot be undone is done by it alone only while it is.
 
-A manager that begins with a clock far from what it should be, or whose clock jumps, says so, and nobody expires and no
-kept copies are removed until the clock agrees again or an operator confirms it.
+A manager that begins with a clock far from what it should be, or whose clock jumps, says so. Nobody expires, and
+neither kept copies nor idempotency keys are removed, until the clock agrees again or an operator confirms it. Tokens
+end meanwhile by the clock as it was believed.
 """
 
 from __future__ import annotations
@@ -93,9 +94,18 @@ class TrustedClock:
         return f"it shows {shown}, {self._far()} what it should: nobody expires and no kept copy is removed {waits}"
 
     def wall_of_removals(self) -> float:
-        """Return Unix seconds by which kept copies may be removed; before all times while the clock is not believed."""
+        """Return Unix seconds by which things that were kept may go; before all times while the clock is doubted."""
         self._observe()
         return self._wall() if self._clock.believed else float("-inf")
+
+    def wall_of_tokens(self) -> float:
+        """Return Unix seconds by which tokens end: by the clock as it was last believed, carried on by the other one.
+
+        So a token whose time is over stays so, whatever the clock shows. While a machine was off nothing was carried
+        on: then it is less than the time, until the clock is believed again.
+        """
+        self._observe()
+        return self._wall() if self._clock.believed else self._clock.as_believed(self._now())
 
     def _observe(self) -> None:
         self._clock = self._clock.observe(self._wall(), self._now())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, Select, and_, delete, insert, select, text, update
@@ -48,6 +48,8 @@ class Wish:
     start: str = ""
     comment: str = ""
     """What its key is called."""
+    key_begins_at: float = field(default_factory=time.time)
+    """Unix seconds from which the lifetime of its idempotency key counts."""
 
 
 def create(connection: Connection, wish: Wish) -> str:
@@ -83,16 +85,20 @@ def create(connection: Connection, wish: Wish) -> str:
         raise NameTaken(wish.name) from error
     if wish.key is not None:
         used = {"owner": wish.owner, "key": wish.key, "request_hash": wish.request_hash}
-        connection.execute(insert(idempotency), used | {"rental_id": identity, "created_at": now})
+        connection.execute(insert(idempotency), used | {"rental_id": identity, "created_at": wish.key_begins_at})
     touched(connection).rentals.add(identity)
     record(connection, Event("rental.queued", wish.owner, "asked for", wish.owner, identity, epoch=0))
     return identity
 
 
+def forget_keys(connection: Connection, now: float) -> None:
+    """Remove the idempotency keys whose lifetime is over at `now` (Unix seconds)."""
+    connection.execute(delete(idempotency).where(idempotency.c.created_at < now - KEY_LIFETIME_S))
+
+
 def _replayed(connection: Connection, wish: Wish) -> str | None:
     if wish.key is None:
         return None
-    connection.execute(delete(idempotency).where(idempotency.c.created_at < time.time() - KEY_LIFETIME_S))
     same = and_(idempotency.c.owner == wish.owner, idempotency.c.key == wish.key)
     row = connection.execute(select(idempotency).where(same)).mappings().first()
     if row is None:

@@ -47,8 +47,8 @@ def digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def authenticate(connection: Connection, token: str) -> Principal | None:
-    """Whose token it is; None for anything wrong, expired, revoked or unknown."""
+def authenticate(connection: Connection, token: str, now: float) -> Principal | None:
+    """Whose token it is at `now` (Unix seconds); None for anything wrong, expired, revoked or unknown."""
     match = _TOKEN.fullmatch(token)
     if not match:
         return None
@@ -59,7 +59,7 @@ def authenticate(connection: Connection, token: str) -> Principal | None:
     kept = connection.execute(select(tokens).where(tokens.c.id == identity)).mappings().first()
     if kept is None or kept["role"] != role or not hmac.compare_digest(kept["hash"], digest(token)):
         return None
-    return None if _is_over(kept) else _principal(kept)
+    return None if _is_over(kept, now) else _principal(kept)
 
 
 def why_refused(connection: Connection, token: str) -> str:
@@ -73,17 +73,17 @@ def why_refused(connection: Connection, token: str) -> str:
     return "this token was revoked" if kept["revoked_at"] is not None else "the time of this token is over"
 
 
-def is_valid(connection: Connection, principal: Principal) -> bool:
+def is_valid(connection: Connection, principal: Principal, now: float) -> bool:
     """Return whether the token by which a person, or an admin, was known is still good, and still the same."""
-    known = named(connection, principal.role, principal.id)
+    known = named(connection, principal.role, principal.id, now)
     return known is not None and known.mark == principal.mark
 
 
-def named(connection: Connection, role: str, identity: str) -> Principal | None:
+def named(connection: Connection, role: str, identity: str, now: float) -> Principal | None:
     """Whose token of a person or an admin this is; None for one that is over or unknown."""
     query = select(tokens).where(tokens.c.id == identity, tokens.c.role == role)
     kept = connection.execute(query).mappings().first()
-    return _principal(kept) if kept is not None and not _is_over(kept) else None
+    return _principal(kept) if kept is not None and not _is_over(kept, now) else None
 
 
 def install(connection: Connection, role: str, token: str) -> None:
@@ -102,13 +102,13 @@ def install(connection: Connection, role: str, token: str) -> None:
     connection.execute(insert(tokens), row)
 
 
-def create(connection: Connection, actor: str, name: str, role: str, ttl_s: int | None) -> tuple[Row, str]:
-    """A new token's row and the token itself, which is not kept."""
+def create(connection: Connection, actor: str, name: str, role: str, ends_at: float | None) -> tuple[Row, str]:
+    """A new token's row and the token itself, which is not kept. `ends_at`: Unix seconds; None: not by itself."""
     identity = secrets.token_hex(5)
     token = make_token(role, identity)
     now = time.time()
     row: dict[str, Any] = {"id": identity, "name": name, "role": role, "hash": digest(token), "created_at": now}
-    row["expires_at"] = now + ttl_s if ttl_s is not None else None
+    row["expires_at"] = ends_at
     connection.execute(insert(tokens), row)
     record(connection, Event("token.created", actor, f"{role} token {identity} for {name}"))
     return rows(connection.execute(select(tokens).where(tokens.c.id == identity)))[0], token
@@ -118,8 +118,8 @@ def _principal(kept: RowMapping) -> Principal:
     return Principal(kept["role"], kept["id"], kept["name"], kept["hash"][:MARK_LENGTH], kept["expires_at"])
 
 
-def _is_over(kept: RowMapping) -> bool:
-    return kept["revoked_at"] is not None or (kept["expires_at"] is not None and kept["expires_at"] <= time.time())
+def _is_over(kept: RowMapping, now: float) -> bool:
+    return kept["revoked_at"] is not None or (kept["expires_at"] is not None and kept["expires_at"] <= now)
 
 
 def page(connection: Connection, after: str | None, limit: int) -> list[Row]:
