@@ -45,6 +45,7 @@ def hand_over(command: str, place: str = PLACE) -> int | None:
 
 def main() -> int:
     if len(sys.argv) == 2 and sys.argv[1] in TRANSFERS:
+        os.write(1, b"\n")  # whoever asked is connected: what takes time from now on is the work itself
         status = hand_over(sys.argv[1])
         if status is not None:
             os._exit(status)  # whatever Python would still write has nowhere to go

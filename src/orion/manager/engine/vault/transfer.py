@@ -66,6 +66,10 @@ _SKIPPED = re.compile(rf"rsync: \[(?:sender|receiver|generator)\] {_NAMED}")
 _NO_ROOM = re.compile(r"No space left|Disk quota exceeded|File too large", re.IGNORECASE)
 
 
+REACHED_WITHIN_S = 20.0
+"""For a connection to the worker, and the first that is heard from there."""
+
+
 @dataclass
 class Told:
     """What the rsync here said."""
@@ -136,8 +140,14 @@ class Far:
         self.process.wait()
 
     def hear(self, watch: Watch) -> dict[str, Any]:
-        """Return the answer. Raise VaultError with its code for a refusal."""
-        line = self._line(watch)
+        """Return the answer. Raise VaultError with its code for a refusal, and where the worker is not reached in time.
+
+        The worker says an empty line as soon as it is reached, and answers when it has made up its mind. An ssh that still
+        agrees on keys waits for ever for a worker whose address is gone.
+        """
+        line = self._line(watch, REACHED_WITHIN_S)
+        if line == b"\n":
+            line = self._line(watch)
         try:
             answer = dict(json.loads(line))
         except (ValueError, TypeError) as error:
@@ -150,12 +160,13 @@ class Far:
             raise VaultError(known, plain(str(answer.get("error", "it was refused"))), generation)
         return answer
 
-    def _line(self, watch: Watch) -> bytes:
+    def _line(self, watch: Watch, within_s: float = float("inf")) -> bytes:
         """Byte by byte: what follows is rsync's."""
         assert self.process.stdout  # noqa: S101
         line = b""
         while not line.endswith(b"\n") and len(line) < LONGEST_HELLO:
-            watch.wait_for(self.process.stdout.fileno())
+            if not watch.wait_for(self.process.stdout.fileno(), within_s):
+                raise VaultError("unreachable", f"the worker cannot be asked: no answer within {within_s:g} s")
             byte = self.process.stdout.read(1)
             if not byte:
                 break

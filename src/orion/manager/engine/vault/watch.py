@@ -26,10 +26,12 @@ class Watch:
     def unix_deadline(self) -> float:
         return time.time() + self.left_s
 
-    def wait_for(self, descriptor: int) -> None:
-        """Until it can be read from."""
-        ready, _, _ = select.select([descriptor, self._asker.fileno()], [], [], max(0.0, self.left_s))
+    def wait_for(self, descriptor: int, within_s: float = float("inf")) -> bool:
+        """Wait until it can be read from; return False if that is not so within so many seconds."""
+        waits_s = max(0.0, min(self.left_s, within_s))
+        ready, _, _ = select.select([descriptor, self._asker.fileno()], [], [], waits_s)
         self._look(self._asker.fileno() in ready)
+        return descriptor in ready
 
     def events(self, selector: selectors.BaseSelector) -> list[tuple[selectors.SelectorKey, int]]:
         """The next events of a selector in which `register` put the asker."""

@@ -1,0 +1,49 @@
+"""How long the vault waits for a worker: to be reached, and then for its answer."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from orion.manager.engine.vault import transfer
+from orion.manager.engine.vault.port import VaultError
+from orion.manager.engine.vault.transfer import Far
+from orion.manager.engine.vault.watch import Watch
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="ssh runs as an account of its own")
+
+
+@pytest.fixture
+def watch() -> Iterator[Watch]:
+    asker, client = socket.socketpair()
+    with asker, client:
+        yield Watch(asker, 300.0)
+
+
+def heard(shell: str, watch: Watch) -> dict[str, object]:
+    """What is heard from a program in the place of ssh."""
+    with Far(["sh", "-c", shell], (0, 0), {"PATH": "/usr/bin:/bin"}, "send", {}) as far:
+        return far.hear(watch)
+
+
+def test_a_worker_that_is_not_reached_is_given_up_long_before_the_job_s_deadline(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "REACHED_WITHIN_S", 0.05)
+    with pytest.raises(VaultError, match=r"no answer within 0\.05 s") as refused:
+        heard("exec sleep 300", watch)
+    assert refused.value.code == "unreachable"
+    assert watch.left_s > 200
+
+
+def test_a_worker_that_was_reached_may_take_its_time_to_answer(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "REACHED_WITHIN_S", 5.0)
+    slow = 'echo; read -r request; sleep 0.1; echo \'{"ok": true, "same": true}\''
+    assert heard(slow, watch)["same"] is True
+
+
+def test_an_answer_without_a_word_before_it_is_heard_too(watch: Watch) -> None:
+    assert heard("read -r request; echo '{\"ok\": true}'", watch) == {"ok": True}
