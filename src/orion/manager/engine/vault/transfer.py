@@ -142,8 +142,8 @@ class Far:
     def hear(self, watch: Watch) -> dict[str, Any]:
         """Return the answer. Raise VaultError with its code for a refusal, and where the worker is not reached in time.
 
-        The worker says an empty line as soon as it is reached, and answers when it has made up its mind. An ssh that still
-        agrees on keys waits for ever for a worker whose address is gone.
+        The worker says an empty line as soon as it is reached, and answers when it has made up its mind. An ssh that
+        still agrees on keys waits for ever for a worker whose address is gone.
         """
         line = self._line(watch, REACHED_WITHIN_S)
         if line == b"\n":
