@@ -19,13 +19,14 @@ from typing import TypeVar
 
 from stack import WORKERS, Container, Stack
 from support.containers import pause
+from waiting import TooLate, eventually
 
 from chaos.checker import PAUSE
 from chaos.history import Deed
 from chaos.tenants import NOT_NOW
 from orion.client import Orion
 from orion.errors import Conflict, NotFound
-from orion.wire import RentalState
+from orion.wire import RentalState, WorkerIntent
 
 GAP_S = 2.5
 """Between the beginnings of two acts, on average."""
@@ -37,6 +38,8 @@ ANSWERED_WITHIN_S = 90.0
 GOODBYE_WITHIN_S = 15
 """A quarter of what docker-compose.yml gives, and several times what it takes, unless somebody is away whom it needs.
 Then it is killed in the middle of its goodbye, and the round goes on."""
+EMPTY_WITHIN_S = 30
+"""A worker that is replaced is told to stop after so long, whatever is on it."""
 LIFE, NETWORK, INTENT, DISK, POOL = "life", "network", "intent", "disk", "pool"
 
 Undo = Callable[[], Container | None]
@@ -258,26 +261,42 @@ def _scale_down(stack: Stack, container: Container) -> Undo:
 
     With more again there is another one in its place; Compose makes it, and whoever is dead meanwhile stays so.
     """
+    _stop_for_good(stack, container)
+    return lambda: _another(stack)
+
+
+def _another(stack: Stack) -> Container:
+    """Make one worker more and start it, whatever the others do."""
+    before = {one.id for one in stack.containers(WORKER)}
+    scale = ("--scale", f"{WORKER}={len(before) + 1}", WORKER)
+    stack.compose("up", "--no-start", "--no-build", "--no-recreate", "--no-deps", *scale)
+    (newcomer,) = (one for one in stack.containers(WORKER) if one.id not in before)
+    stack.docker("start", newcomer.id)
+    return newcomer
+
+
+def _replace(stack: Stack, container: Container) -> Undo:
+    """As `make up` does it with a worker of other settings: another one first, then this one is emptied and goes.
+
+    What finds no place in time is parked by the worker's own goodbye, as there.
+    """
+    newcomer = _another(stack)
+    worker = _answered(stack, lambda orion: orion.drain(orion.find_worker(container.hostname).id))
+    if worker is not None:
+        with suppress(TooLate):
+            eventually("it is empty", lambda: _is_drained(stack, worker.id), EMPTY_WITHIN_S)
+    _stop_for_good(stack, container)
+    return lambda: newcomer
+
+
+def _is_drained(stack: Stack, worker_id: str) -> bool:
+    worker = _answered(stack, lambda orion: orion.worker(worker_id))
+    return worker is None or worker.intent is WorkerIntent.DRAINED
+
+
+def _stop_for_good(stack: Stack, container: Container) -> None:
     stack.docker("stop", "--time", str(GOODBYE_WITHIN_S), container.id, timeout_s=GOODBYE_WITHIN_S + 30)
     stack.docker("rm", container.id)
-
-    def scale_up() -> Container:
-        before = {one.id for one in stack.containers(WORKER)}
-        more = (
-            "--no-start",
-            "--no-build",
-            "--no-recreate",
-            "--no-deps",
-            "--scale",
-            f"{WORKER}={len(before) + 1}",
-            WORKER,
-        )
-        stack.compose("up", *more)
-        (newcomer,) = (one for one in stack.containers(WORKER) if one.id not in before)
-        stack.docker("start", newcomer.id)
-        return newcomer
-
-    return scale_up
 
 
 KINDS: dict[str, Kind] = {
@@ -288,6 +307,7 @@ KINDS: dict[str, Kind] = {
     "drain": Kind((WORKER,), 2, (1.0, 10.0), _drain, (INTENT,)),
     "migrate": Kind((WORKER,), 3, (0.0, 0.0), _migrate, (INTENT,)),
     "scale down": Kind((WORKER,), 2, (0.5, 8.0), _scale_down, (POOL, LIFE, NETWORK)),
+    "replacement": Kind((WORKER,), 1, (0.0, 0.0), _replace, (POOL, LIFE, NETWORK, INTENT)),
     "kill of sshd": Kind((WORKER,), 2, (0.0, 0.0), _kill_within("sshd")),
     "kill of the brain or the door": Kind((MANAGER, PROXY), 3, (0.2, 10.0), _kill),
     "pause of the brain or the door": Kind((MANAGER, PROXY), 2, (0.5, 10.0), _pause),
