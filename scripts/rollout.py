@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rollout_plan import WORKER, Container, Plan, Pool, must_ask, number_wanted, plan, shown, told
+from rollout_plan import WORKER, Container, Plan, Pool, must_ask, number_wanted, plan, shown, stranded, told
 
 from orion.cli.output import plain
 from orion.client import ENDED, Orion
@@ -44,6 +44,8 @@ LOOK_EVERY_S = 1.0
 TAKES = frozenset({WorkerHealth.READY, WorkerHealth.QUARANTINED})
 NO_PLACE = "no worker can take one"
 """As api/workers.py says it of a drain."""
+WAY_OF_FILES = "org.orion-sec.files"
+"""The label of a worker's image that says how it and the manager carry files."""
 IN_PLACE = 0
 NOT_READY = 3
 
@@ -110,29 +112,33 @@ def look() -> list[Container]:
         return []
     hashes = dict(line.split() for line in compose("config", "--hash", "*").splitlines() if line.strip())
     described = json.loads(docker("inspect", *found))
-    images = {name: _image_id(name) for name in {one["Config"]["Image"] for one in described}}
+    images = {name: _image(name) for name in {one["Config"]["Image"] for one in described}}
     return [_container(one, hashes, images) for one in described if _label(one, "oneoff") != "True"]
 
 
-def _container(described: dict[str, Any], hashes: dict[str, str], images: dict[str, str]) -> Container:
-    service = _label(described, "service")
-    image = images[described["Config"]["Image"]]
-    same = hashes.get(service) == _label(described, "config-hash") and image in {"", described["Image"]}
+def _container(described: dict[str, Any], hashes: dict[str, str], images: dict[str, dict[str, Any]]) -> Container:
+    service, image = _label(described, "service"), images[described["Config"]["Image"]]
+    same = hashes.get(service) == _label(described, "config-hash") and image.get("Id") in {None, described["Image"]}
+    foreign = bool(image) and _way_of_files(image) != _way_of_files(described)
     number, state = _label(described, "container-number"), described["State"]
     restarts = described.get("RestartCount", 0)
-    return Container(described["Id"], service, int(number or 0), state["Running"], not same, restarts)
+    return Container(described["Id"], service, int(number or 0), state["Running"], not same, restarts, foreign)
+
+
+def _way_of_files(described: dict[str, Any]) -> str:
+    return str((described["Config"].get("Labels") or {}).get(WAY_OF_FILES, ""))
 
 
 def _label(described: dict[str, Any], name: str) -> str:
     return str(described["Config"]["Labels"].get(f"com.docker.compose.{name}", ""))
 
 
-def _image_id(name: str) -> str:
-    """Return the id that an image's name has now; empty where it has none any more."""
+def _image(name: str) -> dict[str, Any]:
+    """Return the image that has a name now, as the engine describes it; empty where there is none any more."""
     try:
-        return docker("image", "inspect", "--format", "{{.Id}}", name).strip()
+        return dict(json.loads(docker("image", "inspect", name))[0])
     except Failed:
-        return ""
+        return {}
 
 
 def is_empty(container: Container) -> bool:
@@ -197,6 +203,12 @@ def ask() -> int:
         pool = stand_up(containers, afterwards)
     containers = look()
     planned, slots = plan(containers, wanted(containers), pool), int(os.environ.get("ORION_SLOTS") or 1)
+    if names := stranded(planned, pool):
+        again = os.environ.get("UP_COMMAND") or "make up"
+        raise Failed(
+            f"nothing was changed: the workers that run are of another version, which cannot hand over {shown(names)} "
+            f"to this one. Type: make down (it parks them with all their files), then: {again} (it brings them back)"
+        )
     if not must_ask(planned, pool):
         return IN_PLACE
     say("This changes what runs:")
@@ -217,6 +229,12 @@ def stand_up(containers: Sequence[Container], afterwards: ExitStack) -> Pool:
     if not containers:
         return Pool({}, {})
     stopped = [one for one in containers if not one.running]
+    # What make down has emptied need not start again to be removed.
+    empty = [one for one in stopped if one.service == WORKER and one.outdated and is_empty(one)]
+    if empty:
+        docker("rm", *(one.id for one in empty))
+        containers = [one for one in containers if one not in empty]
+        stopped = [one for one in stopped if one not in empty]
     if any(one.service != WORKER for one in stopped):
         stage = Stage("Starting proxy and manager")
         compose("up", "--detach", "--no-build", "manager_app", "manager_proxy")

@@ -21,6 +21,8 @@ class Container:
     outdated: bool
     """Its settings or its image are others than Compose would give it now."""
     restarts: int = 0
+    foreign: bool = False
+    """Its program and the manager that would start now carry files in different ways."""
 
     @property
     def hostname(self) -> str:
@@ -92,6 +94,11 @@ def homeless(planned: Plan, pool: Pool, containers: Sequence[Container], slots: 
 def concerned(planned: Plan, pool: Pool) -> list[str]:
     """Return the names of the rentals on the workers that go."""
     return sorted(name for one in planned.retire for name in pool.rentals.get(one.hostname, ()))
+
+
+def stranded(planned: Plan, pool: Pool) -> list[str]:
+    """Return the names of the rentals that the new manager could not move: their workers are of another version."""
+    return sorted(name for one in planned.retire if one.foreign for name in pool.rentals.get(one.hostname, ()))
 
 
 def must_ask(planned: Plan, pool: Pool) -> bool:

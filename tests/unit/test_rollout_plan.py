@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.rollout_plan import Container, Plan, Pool, concerned, homeless, must_ask, number_wanted, plan, told
+from scripts.rollout_plan import (
+    Container,
+    Plan,
+    Pool,
+    concerned,
+    homeless,
+    must_ask,
+    number_wanted,
+    plan,
+    stranded,
+    told,
+)
 
 APP = Container("a" * 64, "manager_app", 1, running=True, outdated=False)
 PROXY = Container("b" * 64, "manager_proxy", 1, running=True, outdated=False)
@@ -38,6 +51,14 @@ def test_workers_of_other_settings_go_after_as_many_new_ones_have_come() -> None
     assert concerned(planned, busy) == ["a", "b", "c"]
     assert homeless(planned, busy, [APP, PROXY, *old], slots=1) == 0
     assert "3 rentals there move, files and all: a, b, c" in told(planned, busy, [*old], 1)
+
+
+def test_rentals_on_workers_that_carry_files_in_another_way_are_named_and_nobody_else_s() -> None:
+    """An older version of the program: its rentals cannot be moved by the new manager."""
+    old = [replace(worker(number, outdated=True), foreign=number < 3) for number in (1, 2, 3)]
+    busy = pool((old[0], ["b", "a"]), (old[1], []), (old[2], ["c"]), slots=4)
+    assert stranded(plan([APP, PROXY, *old], 3, busy), busy) == ["a", "b"]
+    assert stranded(plan([APP, PROXY, *old], 3, pool()), pool()) == []
 
 
 def test_fewer_slots_than_rentals_are_said_before() -> None:
