@@ -87,10 +87,9 @@ LOCK_WAIT_S = 5.0
 NICENESS = 10
 SMALL_BYTES, SMALL_NUMBER = 4 << 20, 64
 """Bytes and number of changed files from which on they are set aside before the rental is stopped, not only then."""
+MOST_ROUNDS = 4
 HELPS = 0.7
 """The share of the bytes of the round before that a round may have left, to be worth another."""
-BURST_ENDS_S, CALM_S = 10.0, 1.0
-"""How long the end of a burst of writing is waited for, and how long nothing is written when it has ended."""
 PAUSE_MOST_S = 10.0
 PAUSE_ENDS_S = 12.0
 PAUSE_TRIES = 3
@@ -264,27 +263,14 @@ class Snapshot:
         } | self._figures(last)  # fmt: skip
 
     def _set_aside_what_runs(self, now: Scan, mapped: frozenset[int]) -> tuple[Scan, Scan]:
-        """Copy what changed while programs go on; return the last scan, and the scan up to which all is copied.
-
-        What more is written meanwhile than a round can copy, as when an archive is unpacked, has to be copied while the
-        programs stand: so its end is waited for, but not for long.
-        """
+        """Copy what changed while programs go on; return the last scan, and the scan up to which all is copied."""
         waiting = fresh(now, self._known.scan)
         copied, before = Scan(self._known.scan.lines, 0.0), float("inf")
         stands = self._salvage or self._keeper.freezer.is_frozen(self._record.rental_id)
-        ends_at = 0.0 if self._wish.moving else time.monotonic() + BURST_ENDS_S
-        while not stands:
+        for _ in range(0 if stands else MOST_ROUNDS):
             left = sum(each.size for each in waiting.values() if each.kind == b"f")
-            if left <= SMALL_BYTES and len(waiting) <= SMALL_NUMBER:
+            if (left <= SMALL_BYTES and len(waiting) <= SMALL_NUMBER) or left > HELPS * before:
                 break
-            if left >= HELPS * before:
-                if time.monotonic() >= ends_at:
-                    break
-                time.sleep(CALM_S)
-                earlier, now = now, scan(self._wish.max_files, self._last_moment, strict=False)
-                waiting = fresh(now, copied)
-                before = float("inf") if now.lines == earlier.lines else before
-                continue
             self._aside.keep(waiting.values(), self._look)
             before, copied = left, now
             now = scan(self._wish.max_files, self._last_moment, strict=False)

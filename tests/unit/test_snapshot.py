@@ -254,46 +254,6 @@ def test_a_snapshot_is_a_state_that_existed(house: House) -> None:
         base = mark
 
 
-@pytest.mark.parametrize(("bursts", "ends"), [(5, True), (1000, False)])
-def test_a_burst_of_writing_is_waited_for_and_not_copied_in_the_pause(
-    house: House, monkeypatch: pytest.MonkeyPatch, bursts: int, ends: bool
-) -> None:
-    """As when an archive is unpacked; one that does not end is copied in the pause after all."""
-    now, written, copied_in_pause = 0.0, 0, 0
-    keep = Aside.keep
-
-    def burst() -> None:
-        nonlocal written
-        written += 1
-        if written <= bursts:
-            for number in range(100):
-                (house.home / f"{written}-{number}").write_text("x")
-
-    def pass_time(seconds: float) -> None:
-        nonlocal now
-        now += seconds
-        burst()
-
-    def kept(aside: Aside, entries: Any, look: Callable[[], None]) -> int:
-        nonlocal copied_in_pause
-        entries = list(entries)
-        copied_in_pause += len([one for one in entries if one.kind == b"f"]) if house.keeper.freezer.paused else 0
-        if not house.keeper.freezer.paused:
-            burst()
-        return keep(aside, entries, look)
-
-    house.snapshot(mark=BASE)
-    burst()
-    monkeypatch.setattr(files.time, "sleep", pass_time)
-    monkeypatch.setattr(files.time, "monotonic", lambda: now)
-    monkeypatch.setattr(Aside, "keep", kept)
-    monkeypatch.setattr(snapshot, "RACY_S", -1e9)  # nothing is taken again for its youth
-    house.snapshot(base=BASE, max_files=10_000)
-    assert (copied_in_pause == 0) == ends
-    assert len(house.sent) == 100 * min(written, bursts)
-    assert now <= files.BURST_ENDS_S + files.CALM_S
-
-
 def test_something_that_ran_in_the_pause_is_noticed_and_the_pause_begun_again(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
