@@ -76,7 +76,7 @@ write_trusted() {
 write_listen() {
     : >/run/orion-listen.conf
     : >/run/orion-listen-too.conf
-    [ -s /proc/net/if_inet6 ] || return 0
+    grep -q . /proc/net/if_inet6 2>/dev/null || return 0 # -s says of every file there that it is empty
     for port in '80' '443 ssl'; do
         echo "listen [::]:$port default_server reuseport so_keepalive=60s:10s:3;" >>/run/orion-listen.conf
         echo "listen [::]:$port;" >>/run/orion-listen-too.conf
@@ -98,7 +98,15 @@ see_to_certificate() {
 
 # The mark stays where the user's own pair took the place of ours.
 is_ours() {
-    [ -e "$tls/made-by-orion" ] && openssl x509 -in "$tls/tls.crt" -noout -subject | grep -q 'CN *= *Orion-Sec$'
+    [ -e "$tls/made-by-orion" ] && openssl x509 -in "$tls/tls.crt" -noout -subject 2>/dev/null | grep -q 'CN *= *Orion-Sec$'
+}
+
+# Ours was being made when the container was stopped: a part is missing, or the two do not fit. No key is thrown away.
+mend_certificate() {
+    [ -e "$tls/made-by-orion" ] && ! is_whole || return 0
+    [ ! -s "$tls/tls.crt" ] || is_ours || return 0
+    [ ! -s "$tls/tls.key" ] || mv "$tls/tls.key" "$tls/tls.key.before"
+    rm -f "$tls/tls.crt" "$tls/tls.key"
 }
 
 make_certificate() {
@@ -114,7 +122,10 @@ make_certificate() {
         cat /run/openssl.log >&2
         exit 1
     }
-    cp /run/certificate/tls.key /run/certificate/tls.crt "$tls/" || exit 1
+    # Each whole in its place: a disk that is full, or a stop in between, leaves the pair before.
+    for part in tls.key tls.crt; do
+        if ! { cp "/run/certificate/$part" "$tls/new-$part" && mv "$tls/new-$part" "$tls/$part"; }; then exit 1; fi
+    done
     rm -r /run/certificate
     echo "made a certificate for $names"
 }
@@ -195,6 +206,7 @@ write_secret
 write_web_hosts
 write_trusted
 write_listen
+mend_certificate
 see_to_certificate
 before=$(pair)
 # -e: the log that is compiled in cannot be opened on a read-only file system.
@@ -203,7 +215,5 @@ nginx=$!
 trap end QUIT TERM INT
 watch_certificate "$before" &
 # A signal ends the first wait; the second is for the end of Nginx itself.
-status=0
-wait "$nginx" || status=$?
-wait "$nginx" || status=$?
-exit "$status"
+wait "$nginx" || true
+if wait "$nginx"; then exit 0; else exit $?; fi

@@ -141,6 +141,11 @@ def _image(name: str) -> dict[str, Any]:
         return {}
 
 
+def is_left_over(container: Container) -> bool:
+    """Whether it is a stopped worker of other settings on which nothing is: make down has parked what was there."""
+    return container.service == WORKER and container.outdated and not container.running and is_empty(container)
+
+
 def is_empty(container: Container) -> bool:
     """Whether no home of a rental is in it, by the engine's own word: running or not."""
     changed = docker("diff", container.id).splitlines()
@@ -156,7 +161,9 @@ def connect(afterwards: ExitStack) -> Orion:
     published = compose("port", "manager_proxy", "80").strip().splitlines()
     if not published:
         raise Failed("the proxy publishes no port")
-    return afterwards.enter_context(Orion.at(f"http://localhost:{published[0].rpartition(':')[2]}", token))
+    address, _, port = published[0].rpartition(":")
+    host = "localhost" if address in {"0.0.0.0", "[::]", "::", ""} else address  # noqa: S104 - what Docker says of any
+    return afterwards.enter_context(Orion.at(f"http://{host}:{port}", token))
 
 
 def wait_for_manager(afterwards: ExitStack, within_s: float) -> Orion:
@@ -199,6 +206,7 @@ def may_take(worker: Worker) -> bool:
 def ask() -> int:
     """Start what stands there, say what would change for those who rent, and ask."""
     containers = look()
+    refuse_what_cannot_be_fetched(containers)
     with ExitStack() as afterwards:
         pool = stand_up(containers, afterwards)
     containers = look()
@@ -224,17 +232,26 @@ def ask() -> int:
     return IN_PLACE
 
 
+def refuse_what_cannot_be_fetched(containers: Sequence[Container]) -> None:
+    """Raise Failed where an older version was stopped with rentals on its workers: the new manager is not to start."""
+    if any(not one.running for one in containers if one.service != WORKER):
+        full = [one.hostname for one in containers if one.foreign and one.service == WORKER and not is_empty(one)]
+        if full:
+            raise Failed(
+                f"nothing was changed: {shown(full)} of an older version still holds rentals, and this version cannot "
+                "fetch their files. With the older version: make up, then make down until all is parked; then this one"
+            )
+
+
 def stand_up(containers: Sequence[Container], afterwards: ExitStack) -> Pool:
     """Start what stands there and does not run, workers as they are: they may alone hold what was last written."""
     if not containers:
         return Pool({}, {})
     stopped = [one for one in containers if not one.running]
-    # What make down has emptied need not start again to be removed.
-    empty = [one for one in stopped if one.service == WORKER and one.outdated and is_empty(one)]
-    if empty:
-        docker("rm", *(one.id for one in empty))
-        containers = [one for one in containers if one not in empty]
-        stopped = [one for one in stopped if one not in empty]
+    # What make down has emptied is removed later (go) and need not start for that.
+    empty = [one for one in stopped if is_left_over(one)]
+    containers = [one for one in containers if one not in empty]
+    stopped = [one for one in stopped if one not in empty]
     if any(one.service != WORKER for one in stopped):
         stage = Stage("Starting proxy and manager")
         compose("up", "--detach", "--no-build", "manager_app", "manager_proxy")
@@ -319,6 +336,10 @@ class Outcome:
 def go() -> int:
     containers = look()
     number = wanted(containers)
+    left_over = [one for one in containers if is_left_over(one)]
+    if left_over:
+        docker("rm", *(one.id for one in left_over))
+        containers = [one for one in containers if one not in left_over]
     with ExitStack() as afterwards:
         planned = start(containers, number, afterwards)
         stage = Stage(f"Waiting until {number} worker(s) are ready")

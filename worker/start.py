@@ -92,8 +92,13 @@ class Note:
         new.unlink(missing_ok=True)
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(descriptor, content)
-        new.replace(NOTE)
+        try:
+            os.write(descriptor, content)
+            new.replace(NOTE)
+        except OSError:
+            os.close(descriptor)
+            new.unlink(missing_ok=True)
+            raise
         return descriptor
 
 

@@ -27,7 +27,7 @@ class Tls:
 
     def see_to_it(self, **settings: str) -> str:
         """Run what the entrypoint runs; return what it says."""
-        command = ["sh", "-c", f"{self._functions}\nsee_to_certificate"]
+        command = ["sh", "-c", f"{self._functions}\nmend_certificate\nsee_to_certificate"]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -83,3 +83,28 @@ def test_a_certificate_is_made_once_and_nobody_else_reads_its_key(proxy: Tls) ->
     assert sorted(file.name for file in proxy.tls.iterdir()) == ["made-by-orion", "tls.crt", "tls.key"]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(proxy.tls / "tls.crt", proxy.tls / "tls.key")
+
+
+@pytest.mark.parametrize("left", ["a key alone", "an empty key", "another key", "an empty certificate"])
+def test_a_pair_that_was_being_made_when_the_proxy_was_stopped_is_made_anew(proxy: Tls, left: str) -> None:
+    proxy.see_to_it()
+    key, certificate = proxy.tls / "tls.key", proxy.tls / "tls.crt"
+    if left == "a key alone":
+        certificate.unlink()
+    elif left == "another key":
+        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(key)], check=True)
+    else:
+        (key if "key" in left else certificate).write_bytes(b"")
+    assert "made a certificate" in proxy.see_to_it()
+    assert proxy.verifies(certificate.stat().st_mtime)
+    assert "made a certificate" not in proxy.see_to_it()
+
+
+def test_a_user_s_own_pair_in_the_place_of_ours_is_left_alone(proxy: Tls) -> None:
+    proxy.see_to_it()
+    key, certificate = proxy.tls / "tls.key", proxy.tls / "tls.crt"
+    own = ["openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-days", "3", "-subj", "/CN=example.org"]
+    subprocess.run([*own, "-keyout", str(key), "-out", str(certificate)], capture_output=True, check=True)
+    before = key.read_bytes(), certificate.read_bytes()
+    assert "made a certificate" not in proxy.see_to_it()
+    assert (key.read_bytes(), certificate.read_bytes()) == before

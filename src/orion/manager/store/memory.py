@@ -195,7 +195,8 @@ class MemoryLedger:
             self.world.workers[each] for each in sorted(self.world.workers) if each not in {identity, *holding}
         ]:
             at_it = other.address == claim.address
-            same = other.host_keys == claim.host_keys and (at_it or other.hostname == claim.hostname)
+            same = (other.host_keys, other.boot_id) == (claim.host_keys, claim.boot_id)
+            same = same and (at_it or other.hostname == claim.hostname)
             again, reused = same and other.health in SILENT, at_it and other.health in OUT_OF_SERVICE
             if (again or reused) and other.intent is Intent.ACTIVE:
                 gone.append(other.id)

@@ -54,10 +54,11 @@ def register(connection: Connection, body: Registration, worker_id: str | None, 
 def _forget_former(connection: Connection, body: Registration, identity: str) -> tuple[str, ...]:
     """Remove workers that hold nothing and cannot be there any more; return their ids.
 
-    One at the same address, or the same machine (by its host keys) under the identity of which it was never told.
+    One at the same address, or the same agent (by its host keys and the number of its start, which nobody else is told)
+    under the identity of which it never heard.
     """
     held = select(placements.c.worker_id).where(placements.c.state != PlacementState.PURGED)
-    others = select(workers.c.id, workers.c.address, workers.c.health, workers.c.host_keys).where(
+    others = select(workers.c.id, workers.c.address, workers.c.health, workers.c.host_keys, workers.c.boot_id).where(
         (workers.c.address == body.address) | (workers.c.hostname == body.hostname),
         workers.c.id != identity,
         workers.c.health.in_(SILENT),
@@ -66,7 +67,7 @@ def _forget_former(connection: Connection, body: Registration, identity: str) ->
     )
     forgotten = {}
     for other in connection.execute(others.order_by(workers.c.id)):
-        if tuple(other.host_keys) == body.host_keys:
+        if (tuple(other.host_keys), other.boot_id) == (body.host_keys, body.boot_id):
             forgotten[other.id] = REGISTERED_AGAIN
         elif other.address == body.address and other.health in OUT_OF_SERVICE:
             forgotten[other.id] = ADDRESS_REUSED
