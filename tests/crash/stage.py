@@ -37,7 +37,7 @@ from orion.manager.store.tokens import make_token
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([manager.__name__])  # a manager that is started again does not import all anew
-PATIENCE_S = 40.0
+PATIENCE_S = 120.0
 """Far more than anything here takes on a busy machine."""
 BEAT_S, PAUSE_S, LATE_S = 0.3, 0.03, 0.3
 LOOK_S = 0.1

@@ -12,7 +12,7 @@ from crash.acts import ACTS, Act
 from crash.promises import broken
 from crash.stage import CRASH_POINTS, PATIENCE_S, VICTIMS, Point, Stage, eventually
 
-AT_ONCE = 10
+AT_ONCE = 6
 """Runs side by side: most of a run is waiting for clocks."""
 SAME_POINT = 2
 """How often the same commit or call is tried within one act; once where nothing happens, as a heartbeat's note."""
