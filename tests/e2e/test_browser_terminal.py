@@ -104,7 +104,7 @@ def test_a_shell_in_a_browser_with_sizes_colours_letters_and_vim(
     screen.shows("line two")
     page.keyboard.press("Escape")
     screen.types(":wq\n")
-    screen.shows(f"{rental.username}@")  # the prompt: what is typed before that, vi throws away
+    screen.shows(f"{rental.name}:~$")  # the prompt: what is typed before that, vi throws away
     screen.types("clear; echo lin''es $(wc -l < written)\n")
     screen.shows("lines 2")
     assert renter.inside(rental, "cat written") == "in a browser\nline two"
