@@ -94,10 +94,12 @@ def strike(uid: int, number: signal.Signals) -> bool:
         with suppress(OSError):
             os.setgroups([])
             os.setresgid(_NOBODYS_ID, _NOBODYS_ID, _NOBODYS_ID)
-            os.setresuid(_NOBODYS_ID, uid, _NOBODYS_ID)
+            own = _NOBODYS_ID + os.getpid()  # one for each sender: two strikes at a time must not hit each other
+            os.setresuid(own, uid, own)
             os.kill(-1, number)
         os._exit(0)
-    os.waitpid(child, 0)
+    while os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1]):
+        os.kill(child, signal.SIGCONT)  # whoever stopped it must not have this process wait for ever
     return True
 
 

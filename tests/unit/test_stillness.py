@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 
 import processes
+import pytest
 from stillness import Task, parents, restless, still, task_of, woken
 
 STAT = "42 (a) R (b) T 1 42 42 0 -1 4194304 97 0 0 0 3 4 0 0 20 0 1 0 777 2510848 200 18446744073709551615"
@@ -65,3 +68,14 @@ def test_a_process_whose_first_thread_has_ended_is_still_one() -> None:
 def test_the_parent_is_read_from_the_status() -> None:
     assert processes.parent_of("Name:\tx\nPPid:\t17\n") == 17
     assert processes.parent_of("") == 0
+
+
+def test_a_strike_that_is_stopped_itself_goes_on_and_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the fence's own strike, while what is frozen is purged."""
+    kill = os.kill
+
+    def stopped_first(pid: int, number: int) -> None:
+        kill(os.getpid() if pid == -1 else pid, signal.SIGSTOP if pid == -1 else number)
+
+    monkeypatch.setattr(os, "kill", stopped_first)
+    assert processes.strike(4_100_000_000, signal.SIGTERM)
