@@ -142,8 +142,8 @@ def _image(name: str) -> dict[str, Any]:
 
 
 def is_left_over(container: Container) -> bool:
-    """Whether it is a stopped worker of other settings on which nothing is: make down has parked what was there."""
-    return container.service == WORKER and container.outdated and not container.running and is_empty(container)
+    """Whether it is a stopped worker of another version on which nothing is: make down has parked what was there."""
+    return container.service == WORKER and container.foreign and not container.running and is_empty(container)
 
 
 def is_empty(container: Container) -> bool:
