@@ -130,6 +130,39 @@ make_certificate() {
     echo "made a certificate for $names"
 }
 
+# It begins a day before it is made, for a client's clock may be late. Only `openssl ca` can say so in every OpenSSL 3.
+sign_certificate() {
+    rm -rf /run/certificate && mkdir /run/certificate && : >/run/certificate/database || return
+    cat >/run/certificate/openssl.cnf <<EOF || return
+[ca]
+default_ca = own
+[own]
+database = /run/certificate/database
+new_certs_dir = /run/certificate
+rand_serial = yes
+default_md = sha256
+policy = names
+x509_extensions = extensions
+[names]
+commonName = supplied
+[req]
+distinguished_name = nothing
+[nothing]
+[extensions]
+basicConstraints = critical,CA:TRUE
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid:always
+subjectAltName = $1
+keyUsage = critical,digitalSignature
+extendedKeyUsage = serverAuth
+EOF
+    openssl req -new -config /run/certificate/openssl.cnf -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes \
+        -subj "/CN=Orion-Sec" -keyout /run/certificate/tls.key -out /run/certificate/request || return
+    openssl ca -batch -selfsign -notext -config /run/certificate/openssl.cnf -keyfile /run/certificate/tls.key \
+        -startdate "$(date -u -d '1 day ago' +%Y%m%d%H%M%SZ)" -enddate "$(date -u -d '823 days' +%Y%m%d%H%M%SZ)" \
+        -in /run/certificate/request -out /run/certificate/tls.crt
+}
+
 pair() {
     cat "$tls/tls.crt" "$tls/tls.key" 2>/dev/null | sha256sum
 }
@@ -165,39 +198,6 @@ watch_certificate() {
 end() {
     kill -QUIT "$nginx" 2>/dev/null || true
     (sleep "$goodbye_s" && kill -TERM "$nginx") 2>/dev/null &
-}
-
-# It begins a day before it is made, for a client's clock may be late. Only `openssl ca` can say so in every OpenSSL 3.
-sign_certificate() {
-    rm -rf /run/certificate && mkdir /run/certificate && : >/run/certificate/database || return
-    cat >/run/certificate/openssl.cnf <<EOF || return
-[ca]
-default_ca = own
-[own]
-database = /run/certificate/database
-new_certs_dir = /run/certificate
-rand_serial = yes
-default_md = sha256
-policy = names
-x509_extensions = extensions
-[names]
-commonName = supplied
-[req]
-distinguished_name = nothing
-[nothing]
-[extensions]
-basicConstraints = critical,CA:TRUE
-subjectKeyIdentifier = hash
-authorityKeyIdentifier = keyid:always
-subjectAltName = $1
-keyUsage = critical,digitalSignature
-extendedKeyUsage = serverAuth
-EOF
-    openssl req -new -config /run/certificate/openssl.cnf -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes \
-        -subj "/CN=Orion-Sec" -keyout /run/certificate/tls.key -out /run/certificate/request || return
-    openssl ca -batch -selfsign -notext -config /run/certificate/openssl.cnf -keyfile /run/certificate/tls.key \
-        -startdate "$(date -u -d '1 day ago' +%Y%m%d%H%M%SZ)" -enddate "$(date -u -d '823 days' +%Y%m%d%H%M%SZ)" \
-        -in /run/certificate/request -out /run/certificate/tls.crt
 }
 
 trap 'exit 0' QUIT TERM INT # process 1 gets no signal that it has no handler for

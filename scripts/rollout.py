@@ -10,18 +10,16 @@ on where it was. scripts/up.sh calls this; everything is read from the environme
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from rollout_engine import Failed, compose, docker, is_empty, is_left_over, look
 from rollout_plan import WORKER, Container, Plan, Pool, must_ask, number_wanted, plan, shown, stranded, told
 
 from orion.cli.output import plain
@@ -30,7 +28,6 @@ from orion.errors import Conflict, NotFound, OrionError
 from orion.wire import Rental, RentalState, Worker, WorkerHealth, WorkerIntent
 
 HERE = Path(__file__).resolve().parent
-COMPOSE = str(HERE / "compose.sh")
 TOKEN_FILE = "/var/lib/orion/secrets/admin_token"  # noqa: S105 - where it is, not what it is
 READY_WITHIN_S = float(os.environ.get("ORION_READY_WITHIN_S") or 150)
 STALLED_AFTER_S = 900.0
@@ -44,40 +41,12 @@ LOOK_EVERY_S = 1.0
 TAKES = frozenset({WorkerHealth.READY, WorkerHealth.QUARANTINED})
 NO_PLACE = "no worker can take one"
 """As api/workers.py says it of a drain."""
-WAY_OF_FILES = "org.orion-sec.files"
-"""The label of a worker's image that says how it and the manager carry files."""
 IN_PLACE = 0
 NOT_READY = 3
 
 
-class Failed(Exception):
-    """Something did not go as it should; the message says what was seen, and what to do."""
-
-
 class NotReady(Failed):
     """The platform did not come up: up.sh shows the last words of its services."""
-
-
-def run(*command: str, within_s: float = 180) -> str:
-    """Return what it printed. Raise Failed with what it complained of."""
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=within_s, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise Failed(f"{' '.join(command[-4:])} did not end within {within_s:.0f} s") from error
-    if done.returncode:
-        raise Failed(f"{' '.join(command[-4:])} failed: {(done.stderr or done.stdout).strip()[-1500:]}")
-    return done.stdout
-
-
-def docker(*arguments: str, within_s: float = 180) -> str:
-    direct = os.geteuid() == 0 or os.access("/var/run/docker.sock", os.W_OK) or "DOCKER_HOST" in os.environ
-    return run(*([] if direct else ["sudo"]), "docker", *arguments, within_s=within_s)
-
-
-def compose(*arguments: str) -> str:
-    return run(COMPOSE, *arguments, within_s=600)
 
 
 def say(text: str) -> None:
@@ -100,56 +69,6 @@ class Stage:
 
     def done(self) -> None:
         say(f"{'' if self._open else f'{chr(32) * 58}'}{time.monotonic() - self._began:4.0f} s")
-
-
-# What the engine shows
-
-
-def look() -> list[Container]:
-    project = os.environ["COMPOSE_PROJECT_NAME"]
-    found = docker("ps", "-aq", "--no-trunc", "--filter", f"label=com.docker.compose.project={project}").split()
-    if not found:
-        return []
-    hashes = dict(line.split() for line in compose("config", "--hash", "*").splitlines() if line.strip())
-    described = json.loads(docker("inspect", *found))
-    images = {name: _image(name) for name in {one["Config"]["Image"] for one in described}}
-    return [_container(one, hashes, images) for one in described if _label(one, "oneoff") != "True"]
-
-
-def _container(described: dict[str, Any], hashes: dict[str, str], images: dict[str, dict[str, Any]]) -> Container:
-    service, image = _label(described, "service"), images[described["Config"]["Image"]]
-    same = hashes.get(service) == _label(described, "config-hash") and image.get("Id") in {None, described["Image"]}
-    foreign = bool(image) and _way_of_files(image) != _way_of_files(described)
-    number, state = _label(described, "container-number"), described["State"]
-    restarts = described.get("RestartCount", 0)
-    return Container(described["Id"], service, int(number or 0), state["Running"], not same, restarts, foreign)
-
-
-def _way_of_files(described: dict[str, Any]) -> str:
-    return str((described["Config"].get("Labels") or {}).get(WAY_OF_FILES, ""))
-
-
-def _label(described: dict[str, Any], name: str) -> str:
-    return str(described["Config"]["Labels"].get(f"com.docker.compose.{name}", ""))
-
-
-def _image(name: str) -> dict[str, Any]:
-    """Return the image that has a name now, as the engine describes it; empty where there is none any more."""
-    try:
-        return dict(json.loads(docker("image", "inspect", name))[0])
-    except Failed:
-        return {}
-
-
-def is_left_over(container: Container) -> bool:
-    """Whether it is a stopped worker of another version on which nothing is: make down has parked what was there."""
-    return container.service == WORKER and container.foreign and not container.running and is_empty(container)
-
-
-def is_empty(container: Container) -> bool:
-    """Whether no home of a rental is in it, by the engine's own word: running or not."""
-    changed = docker("diff", container.id).splitlines()
-    return not any(line.startswith(("A /home/r-", "C /home/r-")) for line in changed)
 
 
 # What the manager says
@@ -206,17 +125,12 @@ def may_take(worker: Worker) -> bool:
 def ask() -> int:
     """Start what stands there, say what would change for those who rent, and ask."""
     containers = look()
-    refuse_what_cannot_be_fetched(containers)
+    if why := stranded(containers, is_empty, os.environ.get("UP_COMMAND") or "make up"):
+        raise Failed(f"nothing was changed: {why}")
     with ExitStack() as afterwards:
         pool = stand_up(containers, afterwards)
     containers = look()
     planned, slots = plan(containers, wanted(containers), pool), int(os.environ.get("ORION_SLOTS") or 1)
-    if names := stranded(planned, pool):
-        again = os.environ.get("UP_COMMAND") or "make up"
-        raise Failed(
-            f"nothing was changed: the workers that run are of another version, which cannot hand over {shown(names)} "
-            f"to this one. Type: make down (it parks them with all their files), then: {again} (it brings them back)"
-        )
     if not must_ask(planned, pool):
         return IN_PLACE
     say("This changes what runs:")
@@ -230,17 +144,6 @@ def ask() -> int:
     if not input("Do it? [y/N] ").lower().startswith("y"):
         raise Failed("nothing was changed")
     return IN_PLACE
-
-
-def refuse_what_cannot_be_fetched(containers: Sequence[Container]) -> None:
-    """Raise Failed where an older version was stopped with rentals on its workers: the new manager is not to start."""
-    if any(not one.running for one in containers if one.service != WORKER):
-        full = [one.hostname for one in containers if one.foreign and one.service == WORKER and not is_empty(one)]
-        if full:
-            raise Failed(
-                f"nothing was changed: {shown(full)} of an older version still holds rentals, and this version cannot "
-                "fetch their files. With the older version: make up, then make down until all is parked; then this one"
-            )
 
 
 def stand_up(containers: Sequence[Container], afterwards: ExitStack) -> Pool:

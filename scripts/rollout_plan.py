@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 WORKER = "worker"
@@ -96,9 +96,19 @@ def concerned(planned: Plan, pool: Pool) -> list[str]:
     return sorted(name for one in planned.retire for name in pool.rentals.get(one.hostname, ()))
 
 
-def stranded(planned: Plan, pool: Pool) -> list[str]:
-    """Return the names of the rentals that the new manager could not move: their workers are of another version."""
-    return sorted(name for one in planned.retire if one.foreign for name in pool.rentals.get(one.hostname, ()))
+def stranded(containers: Sequence[Container], is_empty: Callable[[Container], bool], again: str) -> str:
+    """Return what is in the way where workers of another version hold rentals, and the way out; empty: nothing is.
+
+    `again`: the command that was typed. The new manager cannot ask such a worker for its files; the former one can.
+    """
+    workers = [one for one in containers if one.service == WORKER and one.foreign]
+    full = [one.hostname for one in workers if not is_empty(one)]
+    if not full:
+        return ""
+    what = f"{shown(full)} of another version hold rentals, and this version cannot fetch their files"
+    if all(one.running for one in containers if one.service in SERVICES):
+        return f"{what}. Type: make down (it parks them with all their files), then: {again} (it brings them back)"
+    return f"{what}. With the former version: make up, then make down until all is parked; then: {again}"
 
 
 def must_ask(planned: Plan, pool: Pool) -> bool:

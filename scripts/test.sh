@@ -20,30 +20,23 @@ make_venv() {
     done_stage
 }
 
+# need PROGRAM [PACKAGE]
+need() { command -v "$1" >/dev/null || install_packages "${2:-$1}"; }
+
 make_engine() {
-    local program
-    command -v ssh >/dev/null || install_packages openssh-client
-    command -v rsync >/dev/null || install_packages rsync
+    need ssh openssh-client
+    need rsync
     # For the commands of the README, which the tests type.
-    for program in curl jq; do command -v "$program" >/dev/null || install_packages "$program"; done
+    need curl
+    need jq
     "$HERE/engine.sh"
     "$HERE/base-image.sh"
 }
 
 # For the terminal in a browser, and the one that it is compared with.
 make_browser() {
-    local program
-    for program in chromium tmux; do command -v "$program" >/dev/null || install_packages "$program"; done
-}
-
-# What makes the proxy's certificate.
-make_openssl() {
-    command -v openssl >/dev/null || install_packages openssl
-}
-
-# For a manager whose clock is wrong.
-make_clock() {
-    command -v faketime >/dev/null || install_packages faketime
+    need chromium
+    need tmux
 }
 
 # Every linter runs, whatever the one before it said.
@@ -125,8 +118,8 @@ everything() {
     lint || failed=1
     make_engine
     make_browser
-    make_openssl
-    make_clock
+    need openssl
+    need faketime
     build_images &
     building=$!
     [ $failed -eq 0 ] || echo "lint FAILED, see above; the tests run all the same"
@@ -156,7 +149,7 @@ summary() {
 make_bench() {
     if [ "$*" = growth ] || [ "$*" = watch ]; then return; fi
     make_engine
-    command -v wrk >/dev/null || install_packages wrk
+    need wrk
 }
 
 # A part of the tests that is a program of its own; its module and its arguments.
@@ -180,11 +173,11 @@ bench)
     ;;
 lint) lint ;;
 fast)
-    make_openssl
+    need openssl # makes the proxy's certificate
     run_tests --spread unit property simulation
     ;;
 crash)
-    make_clock
+    need faketime # for a manager whose clock is wrong
     run_tests --by-file crash
     ;;
 manager) run_tests --spread manager ;;

@@ -76,6 +76,8 @@ class Launcher:
         noted = NOTED.fullmatch(self._note(record)) if wanted else None
         if noted is None or b" ".join(noted.group(1, 2)).decode() != wanted or int(noted[1]) != record.epoch:
             return None
+        if self._is_of_another_boot(noted[2].decode()):
+            return None  # it ended with the container, and is run again unless it was given up
         ago_s = max(0.0, now - float(noted[4])) if noted[4] else 0.0
         how = noted[3].decode() if noted[3] else "unseen"
         return {

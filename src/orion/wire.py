@@ -173,7 +173,7 @@ def start_command(text: str) -> str:
 
 PublicKey = Annotated[str, Field(max_length=8192), AfterValidator(one_public_key)]
 NamedKey = Annotated[str, Field(max_length=8192), AfterValidator(named_key)]
-"""With its comment, which is for people: only what `one_public_key` leaves of it goes into a file of keys."""
+"""A public key with its comment, which is for people: a file of keys gets what `one_public_key` leaves of it."""
 Name = Annotated[str, AfterValidator(plain_name), Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"})]
 LabelKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
 LabelValue = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{0,63}$")]

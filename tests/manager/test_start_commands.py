@@ -248,7 +248,7 @@ def an_end(rental: dict[str, Any], run: str = "1@boot-0001", how: str = "status 
 
 
 async def tell(house: House, agent: Agent, *ends: dict[str, Any]) -> None:
-    """In a heartbeat, and again in all that follow."""
+    """Send the ends in a heartbeat, and again in all that follow."""
     agent.start_ends = list(ends)
     assert (await agent.beat()).status_code == 200
     await house.settle()

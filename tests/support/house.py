@@ -86,7 +86,7 @@ class Agent:
     last_beat: float = 0.0
     last_reply: dict[str, Any] = field(default_factory=dict)
     start_ends: list[dict[str, Any]] = field(default_factory=list)
-    """What its heartbeats say of start commands that ended."""
+    """The ends of start commands that its heartbeats tell, as wire.StartEnd."""
     boot_id: str = "boot-0001"
 
     async def register(self) -> httpx.Response:

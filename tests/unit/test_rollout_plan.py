@@ -53,12 +53,21 @@ def test_workers_of_other_settings_go_after_as_many_new_ones_have_come() -> None
     assert "3 rentals there move, files and all: a, b, c" in told(planned, busy, [*old], 1)
 
 
-def test_rentals_on_workers_that_carry_files_in_another_way_are_named_and_nobody_else_s() -> None:
-    """An older version of the program: its rentals cannot be moved by the new manager."""
+def test_workers_of_another_version_that_hold_rentals_are_named_with_the_way_out_and_no_others() -> None:
+    """The new manager cannot move what is on them."""
     old = [replace(worker(number, outdated=True), foreign=number < 3) for number in (1, 2, 3)]
-    busy = pool((old[0], ["b", "a"]), (old[1], []), (old[2], ["c"]), slots=4)
-    assert stranded(plan([APP, PROXY, *old], 3, busy), busy) == ["a", "b"]
-    assert stranded(plan([APP, PROXY, *old], 3, pool()), pool()) == []
+    empty = {old[1].id}
+    says = stranded([APP, PROXY, *old], lambda one: one.id in empty, "WORKERS=3 make up")
+    assert says.startswith(f"{old[0].hostname} of another version")
+    assert says.endswith(
+        "make down (it parks them with all their files), then: WORKERS=3 make up (it brings them back)"
+    )
+    assert not {old[1].hostname, old[2].hostname} & set(says.split())
+    stopped = replace(APP, running=False)
+    assert "With the former version: make up" in stranded(
+        [stopped, PROXY, *old], lambda one: one.id in empty, "make up"
+    )
+    assert stranded([APP, PROXY, *old], lambda _: True, "make up") == ""
 
 
 def test_fewer_slots_than_rentals_are_said_before() -> None:

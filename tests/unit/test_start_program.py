@@ -191,6 +191,15 @@ def test_a_start_command_that_runs_has_not_ended_and_one_whose_keeper_was_killed
     assert (told["how"], told["ago_s"]) == ("unseen", 0.0)
 
 
+def test_what_ended_with_the_container_is_not_told(tmp_path: Path) -> None:
+    """It is run again there, unless it was given up: nobody has to look at that worker again and again."""
+    launcher, record, home = was_launched(tmp_path)
+    run_in(home, "exit 3", "2 1@boot")
+    assert launcher.ended(record, 0.0) is not None
+    launcher.begin("another")
+    assert launcher.ended(record, 0.0) is None
+
+
 @pytest.mark.parametrize("run", ["1 1@boot", "2 2@boot", "2 1@another"])
 def test_the_end_of_another_run_or_at_another_place_is_not_told(tmp_path: Path, run: str) -> None:
     """It came with the files of the home, or the command was asked for again."""

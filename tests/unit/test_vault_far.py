@@ -40,9 +40,17 @@ def test_a_worker_that_is_not_reached_is_given_up_long_before_the_job_s_deadline
 
 
 def test_a_worker_that_was_reached_may_take_its_time_to_answer(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "REACHED_WITHIN_S", 5.0)
-    slow = 'echo; read -r request; sleep 0.1; echo \'{"ok": true, "same": true}\''
-    assert heard(slow, watch)["same"] is True
+    waits: list[float] = []
+    wait_for = watch.wait_for
+
+    def noted(descriptor: int, within_s: float = float("inf")) -> bool:
+        waits.append(within_s)
+        return wait_for(descriptor, within_s)
+
+    monkeypatch.setattr(watch, "wait_for", noted)
+    assert heard('echo; read -r request; echo \'{"ok": true, "same": true}\'', watch)["same"] is True
+    assert waits[0] == transfer.REACHED_WITHIN_S
+    assert set(waits[1:]) == {float("inf")}
 
 
 def test_an_answer_without_a_word_before_it_is_heard_too(watch: Watch) -> None:

@@ -59,9 +59,9 @@ def run(arguments: Sequence[str]) -> Left:
 
 @contextmanager
 def _as_its_shadow(child: subprocess.Popen[bytes]) -> Iterator[int]:
-    """What the terminal sends goes to ssh as well, which knows what to do with it; what others send us is passed on.
+    """Handle signals while ssh runs: leave those of the terminal to ssh, which gets them too, and pass on all others.
 
-    Yields a descriptor that can be read after each signal: a handler alone does not end a wait that begins just then.
+    Yield a descriptor that is readable after each signal: a handler alone does not end a wait that begins just then.
     """
 
     def pass_on(number: int, _frame: object) -> None:

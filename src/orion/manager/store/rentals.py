@@ -47,7 +47,7 @@ class Wish:
     request_hash: str
     start: str = ""
     comment: str = ""
-    """What its key is called."""
+    """The name of its key, for people; empty: it has none."""
     key_begins_at: float = field(default_factory=time.time)
     """Unix seconds from which the lifetime of its idempotency key counts."""
 
@@ -71,7 +71,7 @@ def create(connection: Connection, wish: Wish) -> str:
         "state": RentalState.QUEUED,
         "epoch": 0,
         "public_key": wish.public_key,
-        "key_comments": keys.comments_after({}, wish.public_key, wish.public_key, wish.comment) if wish.comment else {},
+        "key_comments": keys.comments_after({}, wish.public_key, wish.public_key, wish.comment),
         "ttl_s": wish.ttl_s,
         "labels": dict(wish.labels),
         "start": wish.start,
@@ -196,8 +196,10 @@ def _with_salvage(connection: Connection, found: list[Row]) -> list[Row]:
 
 
 def _with_worker() -> Select[Any]:
-    """With `worker_id`, `address`, `host_keys` of the worker that it is on, `key_in_place`, `held`, and `moving_to`;
-    and how the start command ended there."""
+    """Return the query of rentals, each with the worker that it is on and what is known of it there.
+
+    Columns: `worker_id`, `address`, `host_keys`, `key_in_place`, `held`, `moving_to`, `start_end`, `start_ended_at`.
+    """
     of_it = and_(placements.c.rental_id == rentals.c.id, placements.c.state.in_(LIVE))
     live = and_(of_it, placements.c.standby.is_(False))
     joined = rentals.outerjoin(placements, live).outerjoin(workers, workers.c.id == placements.c.worker_id)

@@ -48,7 +48,7 @@ def digest(token: str) -> str:
 
 
 def authenticate(connection: Connection, token: str, now: float) -> Principal | None:
-    """Whose token it is at `now` (Unix seconds); None for anything wrong, expired, revoked or unknown."""
+    """Return whose token it is at `now` (Unix seconds); None for anything wrong, expired, revoked or unknown."""
     match = _TOKEN.fullmatch(token)
     if not match:
         return None
@@ -80,7 +80,7 @@ def is_valid(connection: Connection, principal: Principal, now: float) -> bool:
 
 
 def named(connection: Connection, role: str, identity: str, now: float) -> Principal | None:
-    """Whose token of a person or an admin this is; None for one that is over or unknown."""
+    """Return whose token this is, a person's or an admin's; None for one that is over at `now` or unknown."""
     query = select(tokens).where(tokens.c.id == identity, tokens.c.role == role)
     kept = connection.execute(query).mappings().first()
     return _principal(kept) if kept is not None and not _is_over(kept, now) else None

@@ -56,6 +56,8 @@ LISTS_BYTES_A_FILE = 1200
 LONGEST_HELLO = 16384
 SKIPPED_SHOWN = 20
 LONGEST_S = 3600.0
+REACHED_WITHIN_S = 20.0
+"""Seconds until a worker must have been reached and have said its first line."""
 PARTIAL = 23
 """The exit status of rsync where something could not be carried whole."""
 _CODE = re.compile(r"[a-z_]{1,40}")
@@ -64,10 +66,6 @@ _ESCAPED = re.compile(rb"\\#([0-7]{3})")
 _NAMED = r'[a-z_]+(?: failed to open)? "(?:/home/[^/"]+/)?(.*)"(?: failed)?: .*'
 _SKIPPED = re.compile(rf"rsync: \[(?:sender|receiver|generator)\] {_NAMED}")
 _NO_ROOM = re.compile(r"No space left|Disk quota exceeded|File too large", re.IGNORECASE)
-
-
-REACHED_WITHIN_S = 20.0
-"""For a connection to the worker, and the first that is heard from there."""
 
 
 @dataclass
