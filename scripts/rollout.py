@@ -247,6 +247,8 @@ def go() -> int:
         planned = start(containers, number, afterwards)
         stage = Stage(f"Waiting until {number} worker(s) are ready")
         orion = wait_for_manager(afterwards, READY_WITHIN_S)
+        if left_over:
+            declare_the_gone(orion)
         workers = [one for one in look() if one.service == WORKER]
         retire = [one for one in workers if one.id in {old.id for old in planned.retire}]
         await_ready(orion, [one for one in workers if one not in retire], number)
