@@ -245,10 +245,10 @@ def go() -> int:
         containers = [one for one in containers if one not in left_over]
     with ExitStack() as afterwards:
         planned = start(containers, number, afterwards)
+        if left_over:
+            declare_the_gone(wait_for_manager(afterwards, READY_WITHIN_S))
         stage = Stage(f"Waiting until {number} worker(s) are ready")
         orion = wait_for_manager(afterwards, READY_WITHIN_S)
-        if left_over:
-            declare_the_gone(orion)
         workers = [one for one in look() if one.service == WORKER]
         retire = [one for one in workers if one.id in {old.id for old in planned.retire}]
         await_ready(orion, [one for one in workers if one not in retire], number)
