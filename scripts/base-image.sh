@@ -20,7 +20,7 @@ make_image() {
     stage "No registry in reach: making $IMAGE from Debian's archive"
     work=$(mktemp -d /tmp/orion-base.XXXXXX)
     trap 'as_root rm -rf "$work"' EXIT
-    bootstrap >"$work/log" 2>&1 || {
+    fetch "$work/log" bootstrap || {
         tail -n 5 "$work/log" >&2
         fail "mmdebstrap could not make the base image: is Debian's archive in reach?"
     }

@@ -31,6 +31,17 @@ done_stage() {
     printf '%4d s%s\n' $((SECONDS - STAGE_STARTED)) "${1:+  $1}"
 }
 
+# fetch LOG COMMAND...: run a command that fetches from the network up to three times, and add what it says to LOG.
+fetch() {
+    local log=$1 pause
+    shift
+    for pause in 5 20 ''; do
+        if "$@" >>"$log" 2>&1 </dev/null; then return; fi
+        [ -z "$pause" ] || sleep "$pause"
+    done
+    return 1
+}
+
 # need_root WHAT FOR
 need_root() {
     [ "$(id -u)" -eq 0 ] || command -v sudo >/dev/null || fail "$1 needs root: run this as root, or install sudo"

@@ -2,8 +2,12 @@
 # Debian and Ubuntu packages. To be sourced after common.sh.
 
 apt_knows() {
-    refresh_package_lists /dev/null
-    command -v apt-cache >/dev/null && [ -n "$(apt-cache search --names-only "^$1\$" 2>/dev/null)" ]
+    command -v apt-cache >/dev/null || return 1
+    lists_are_new || {
+        need_root "apt-get update"
+        apt_update >/dev/null 2>&1
+    }
+    [ -n "$(apt-cache search --names-only "^$1\$" 2>/dev/null)" ]
 }
 
 install_packages() {
@@ -14,17 +18,28 @@ install_packages() {
     stage "Installing $*"
     local log
     log=$(mktemp /tmp/orion-apt.XXXXXX)
-    refresh_package_lists "$log"
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=120 install --yes "$@" \
-        >>"$log" 2>&1 </dev/null || fail "apt-get install $* failed: see $log"
+    fetch "$log" apt_install "$@" || {
+        echo >&2
+        grep -E '^(E|Err|dpkg)[: ]' "$log" | tail -n 10 >&2
+        fail "apt-get install $* failed three times, for the reasons above; everything that it said: $log"
+    }
     rm -f "$log"
     done_stage
 }
 
-# Lists of today are new enough; a bare machine has none.
-refresh_package_lists() {
-    command -v apt-get >/dev/null || return 0
-    [ -z "$(find /var/lib/apt/lists -maxdepth 1 -name '*Packages*' -mmin -1440 -print -quit 2>/dev/null)" ] || return 0
-    need_root "apt-get update"
-    as_root apt-get -o DPkg::Lock::Timeout=120 update >>"$1" 2>&1 </dev/null || true
+# What the lists name may have been replaced since they were read: after a failure they are read again.
+apt_install() {
+    lists_are_new || apt_update
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=120 install --yes "$@" || {
+        apt_update
+        return 1
+    }
 }
+
+# Lists of today are new enough; a bare machine has none.
+lists_are_new() {
+    [ -n "$(find /var/lib/apt/lists -maxdepth 1 -name '*Packages*' -mmin -1440 -print -quit 2>/dev/null)" ]
+}
+
+# Without new lists the old ones may do: what they lack is said by the install.
+apt_update() { as_root apt-get -o DPkg::Lock::Timeout=120 update </dev/null || true; }

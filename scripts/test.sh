@@ -92,9 +92,11 @@ run_tests() {
 build_images() {
     local checkout service
     checkout=$(printf %s "$ROOT" | sha256sum | cut -c 1-6)
+    : >"$VENV/images.log"
     for service in worker proxy manager; do
-        docker build --quiet --tag "orion-$service-test:$checkout" --file "$(dockerfile_of $service)" . || return
-    done >"$VENV/images.log" 2>&1 </dev/null
+        fetch "$VENV/images.log" \
+            docker build --quiet --tag "orion-$service-test:$checkout" --file "$(dockerfile_of $service)" . || return
+    done
 }
 
 images_or_fail() {

@@ -1,0 +1,53 @@
+"""What `make up` and `make test` install with apt, where the network fails for a moment or for good."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Fails as often as the file "failures" in $STATE has lines, and writes each call into "calls".
+APT_GET = """#!/bin/bash
+shift 2 # -o DPkg::Lock::Timeout=...
+echo "$*" >>"$STATE/calls"
+[ "$1" = install ] || exit 0
+[ -s "$STATE/failures" ] || exit 0
+echo "E: $(head -n 1 "$STATE/failures")"
+sed -i 1d "$STATE/failures"
+exit 100
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    for name, text in {"apt-get": APT_GET, "sleep": "#!/bin/sh\n", "sudo": '#!/bin/sh\nexec "$@"\n'}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def install(machine: Path, *packages: str) -> subprocess.CompletedProcess[str]:
+    script = '. "$0/scripts/common.sh"; . "$0/scripts/packages.sh"; install_packages "$@"'
+    environment = {"PATH": f"{machine}:{os.environ['PATH']}", "STATE": str(machine)}
+    command = ["bash", "-c", script, str(ROOT), *packages]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_package_that_was_replaced_since_the_lists_were_read_is_installed_from_new_lists(machine: Path) -> None:
+    (machine / "failures").write_text("Failed to fetch chromium_1_amd64.deb  404  Not Found\n")
+    done = install(machine, "chromium")
+    assert done.returncode == 0, done.stderr
+    calls = (machine / "calls").read_text().splitlines()
+    assert calls[-3:] == ["install --yes chromium", "update", "install --yes chromium"]
+
+
+def test_an_archive_that_stays_out_of_reach_is_given_up_with_apts_own_reason(machine: Path) -> None:
+    (machine / "failures").write_text("Failed to fetch tmux_3_amd64.deb  Connection refused\n" * 3)
+    done = install(machine, "tmux")
+    assert done.returncode == 1
+    assert "E: Failed to fetch tmux_3_amd64.deb  Connection refused" in done.stderr
+    assert "apt-get install tmux failed three times, for the reasons above; everything that it said: " in done.stderr
+    assert (machine / "calls").read_text().count("install --yes tmux") == 3
