@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class Page:
         self._attached = False
         self._unacknowledged = 0
         self._acknowledged = asyncio.Event()
-        self._free_at = 0.0
+        self._free_at = -math.inf
         self._typed = bytearray()
         self._typed_more, self._typed_less = asyncio.Event(), asyncio.Event()
         self._untold = 0
