@@ -6,6 +6,7 @@ One line of JSON comes in and one goes out; then an rsync takes over the connect
 its mark; only what changed since then is sent. The order of the steps:
 1. Scan the home while its programs run, and set aside what changed (snapshot.py), again while that helps.
 2. Take the rental's lock, stop its programs, scan once more, set aside what changed since step 1, let them go on.
+   Where that takes longer than the manager allows, let them go on and refuse; where it will, refuse before.
 3. Write down the scan under the mark of the new snapshot, answer, and send what was set aside.
 Where nothing changed nothing is stopped. A rental that is frozen already is not stopped and not let go on. A process
 that dies between stop and go-on leaves a mark, by which the fence lets the rental go on after PAUSE_ENDS_S.
@@ -118,6 +119,8 @@ class Wish:
     """Modes that directories of a home that is filled have to get, by path in hexadecimal: see odd_folders."""
     moving: bool = False
     """Whether it is for a planned move: somebody waits, and nothing may be left behind."""
+    pause_s: float = PAUSE_MOST_S
+    """The seconds for which the programs of the rental may be stopped for it, unless it is for a planned move."""
 
 
 class Keeper(Protocol):
@@ -234,6 +237,8 @@ class Snapshot:
         self._known = self._base or Manifest(Scan(frozenset(), 0.0))
         self._missing: dict[bytes, str] = {}
         self._folders: dict[str, int] = {}
+        self._scan_s = 0.0
+        self._pause_most_s = PAUSE_MOST_S if wish.moving else min(PAUSE_MOST_S, wish.pause_s)
 
     @property
     def is_regular(self) -> bool:
@@ -242,7 +247,7 @@ class Snapshot:
 
     def make(self) -> dict[str, Any]:
         mapped = self._mapped()
-        now = scan(self._wish.max_files, self._last_moment, strict=False)
+        now = self._scan()
         self._check_size(now)
         if self._base and self._is_same(now):
             return {"same": True, "whole": False, "age_s": time.time() - now.at} | self._figures(now)
@@ -266,16 +271,33 @@ class Snapshot:
         """Copy what changed while programs go on; return the last scan, and the scan up to which all is copied."""
         waiting = fresh(now, self._known.scan)
         copied, before = Scan(self._known.scan.lines, 0.0), float("inf")
-        stands = self._salvage or self._keeper.freezer.is_frozen(self._record.rental_id)
-        for _ in range(0 if stands else MOST_ROUNDS):
-            left = sum(each.size for each in waiting.values() if each.kind == b"f")
+        if self._salvage or self._keeper.freezer.is_frozen(self._record.rental_id):
+            return now, copied
+        keeping_s = 0.0
+        for _ in range(MOST_ROUNDS):
+            left = _bytes_of(waiting)
             if (left <= SMALL_BYTES and len(waiting) <= SMALL_NUMBER) or left > HELPS * before:
                 break
+            began, number = time.monotonic(), len(waiting)
             self._aside.keep(waiting.values(), self._look)
+            took_s = time.monotonic() - began
             before, copied = left, now
-            now = scan(self._wish.max_files, self._last_moment, strict=False)
+            now = self._scan()
             waiting = fresh(now, copied)
+            keeping_s = took_s * max(_bytes_of(waiting) / max(1, left), len(waiting) / number)
+        if self.is_regular and self._scan_s + keeping_s > self._pause_most_s:
+            raise self._too_long(f"would have to stand still for some {self._scan_s + keeping_s:.1f} s")
         return now, copied
+
+    def _scan(self) -> Scan:
+        """Return a scan of what may go on meanwhile, and remember how long it took."""
+        began = time.monotonic()
+        found = scan(self._wish.max_files, self._last_moment, strict=False)
+        self._scan_s = time.monotonic() - began
+        return found
+
+    def _too_long(self, what: str) -> Refused:
+        return Refused("pause_too_long", f"its programs {what} for a snapshot: so much changes in its home at once")
 
     def _while_it_stands(self, now: Scan, copied: Scan, mapped: frozenset[int]) -> tuple[Scan, float, frozenset[int]]:
         """Copy the rest while nothing of it runs; return the scan of that moment, the pause, and what was mapped."""
@@ -288,11 +310,15 @@ class Snapshot:
             try:
                 mapped = mapped | self._mapped()
                 before = tasks_of(record.uid) if tasks is None else tasks
-                self._last_moment = min(_monotonic(self._wish.deadline), time.monotonic() + PAUSE_MOST_S)
+                self._last_moment = min(_monotonic(self._wish.deadline), time.monotonic() + self._pause_most_s)
                 last = scan(self._wish.max_files, self._last_moment, strict=True)
                 self._aside.keep(self._rest(last, copied, mapped), self._look)
                 if not has_run(before, tasks_of(record.uid)) and not self._aside.vanished:
                     return last, 0.0 if stood or self._salvage else time.monotonic() - began, mapped
+            except Refused as refusal:
+                if refusal.code == "timed_out" and self._last_moment < _monotonic(self._wish.deadline):
+                    raise self._too_long(f"stood still for {time.monotonic() - began:.1f} s in vain") from refusal
+                raise
             finally:
                 if not stood and not self._salvage:
                     freezer.resume(record.rental_id)
@@ -372,6 +398,10 @@ class Snapshot:
             raise Refused("abandoned", "nobody waits for it any more")
 
 
+def _bytes_of(entries: Mapping[bytes, Entry]) -> int:
+    return sum(each.size for each in entries.values() if each.kind == b"f")
+
+
 def parse(line: bytes, now: float) -> Wish:
     """Raises ValueError or TypeError for what is no request, Refused for one that is late."""
     wish = Wish(**json.loads(line))
@@ -386,6 +416,8 @@ def parse(line: bytes, now: float) -> Wish:
     for path, mode in wish.folders.items():
         if not (re.fullmatch(r"2e(2f([0-9a-f]{2})+)?", path) and 0 <= mode < 0o10000):
             raise ValueError("folders must be modes by path")
+    if not wish.pause_s > 0:
+        raise ValueError("pause_s must be a number over 0")
     if wish.deadline <= now + 1:
         raise Refused("deadline_passed", "its deadline has passed: who ordered it no longer waits for it")
     return wish

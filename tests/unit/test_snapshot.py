@@ -285,6 +285,60 @@ def test_a_pause_ends_whatever_goes_wrong_in_it(house: House, monkeypatch: pytes
     assert house.keeper.manifests.read("one", MARK) is None
 
 
+def test_a_pause_that_takes_longer_than_it_may_ends_and_is_refused(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (house.home / "file").write_text("x")
+    look = files.scan
+
+    def slow(most_entries: int, last_moment: float, strict: bool) -> snapshot.Scan:
+        return look(most_entries, 0.0 if strict else last_moment, strict)
+
+    monkeypatch.setattr(files, "scan", slow)
+    with pytest.raises(Refused) as refused:
+        house.snapshot(pause_s=9)
+    assert refused.value.code == "pause_too_long"
+    assert (house.keeper.freezer.pauses, house.keeper.freezer.paused) == (1, False)
+
+
+def test_where_a_pause_will_be_too_long_nothing_is_stopped(house: House) -> None:
+    for number in range(200):
+        (house.home / f"m{number}").write_text("x")
+    with pytest.raises(Refused) as refused:
+        house.snapshot(pause_s=1e-6)
+    assert (refused.value.code, house.keeper.freezer.pauses) == ("pause_too_long", 0)
+    house.snapshot(pause_s=1e-6, moving=True)
+    assert (len(house.sent), house.keeper.freezer.pauses) == (200, 1)
+
+
+@pytest.mark.parametrize("written", [0, 200])
+def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
+    house: House, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    """Half a minute to copy 200 files, and `written` of them were written again meanwhile."""
+    now = [1000.0]
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    keep = Aside.keep
+
+    def slowly(aside: Aside, entries: Iterable[snapshot.Entry], look: Callable[[], None]) -> int:
+        copied = keep(aside, entries, look)
+        if not house.keeper.freezer.paused:
+            now[0] += 30.0
+            for number in range(written):
+                (house.home / f"m{number}").write_text("y")
+        return copied
+
+    monkeypatch.setattr(Aside, "keep", slowly)
+    for number in range(200):
+        (house.home / f"m{number}").write_text("x")
+    if written:
+        with pytest.raises(Refused, match="would have to stand still for some 30"):
+            house.snapshot()
+    else:
+        house.snapshot()
+    assert house.keeper.freezer.pauses == (0 if written else 1)
+
+
 def test_a_frozen_home_is_not_stopped_and_not_let_go_on(house: House) -> None:
     (house.home / "file").write_text("x")
     house.keeper.freezer.mark(RECORD, frozenset())

@@ -9,7 +9,7 @@ import asyncio
 import heapq
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
@@ -17,9 +17,10 @@ import structlog
 
 from orion.manager.domain import copies
 from orion.manager.domain.copies import Generation
-from orion.manager.domain.model import Event, Step
+from orion.manager.domain.model import Event
+from orion.manager.domain.pacing import LONGEST_PAUSE_S, Pace
 from orion.manager.engine.port import Host
-from orion.manager.engine.vault.port import OVER_LIMIT, Home, Limits, Vault, VaultError
+from orion.manager.engine.vault.port import OVER_LIMIT, PAUSE_TOO_LONG, Home, Limits, Vault, VaultError
 from orion.manager.loops.timer import Loop
 from orion.manager.store.copies import CopyBook, Running
 
@@ -40,8 +41,6 @@ LOOKING_SHARE = 0.05
 SWEEP_S = 60.0
 FULL_DISK = 0.8
 """From here on no copy is begun: the rest of the disk is for the database, and for takeovers."""
-TOLD_FROM = 1.5
-"""Times the usual interval from which on a rental is told that it is copied less often."""
 SAID_AT_ONCE = frozenset((OVER_LIMIT, "unreadable_home", "disk_full"))
 """Problems of the home or of this machine. Others may be a worker that is just dying: they are said when they stay."""
 OF_NO_ACCOUNT = frozenset(("superseded", "stale_epoch", "unknown_rental", "purged", "busy"))
@@ -64,9 +63,9 @@ class Plan:
     paused_share: float = 0.005
     """The share of its time for which the programs of a rental may be stopped for copies."""
 
-    def interval_after(self, pause_s: float) -> float:
-        """Return the seconds until a rental is copied again whose programs were stopped for so long."""
-        return max(self.interval_s, pause_s / self.paused_share)
+    def pace(self) -> Pace:
+        """Return the pace of a rental that was not copied yet."""
+        return Pace(self.interval_s, self.paused_share, wait_s=self.interval_s)
 
 
 class CopiesLoop:
@@ -96,8 +95,7 @@ class CopiesLoop:
         """Rentals whose first copy has failed."""
         self._visited: set[str] = set()
         """Rentals in which a session has ended where they are now."""
-        self._intervals: dict[str, float] = {}
-        """The seconds between copies of each rental whose programs would else be stopped for too much of the time."""
+        self._paces: dict[str, Pace] = {}
         self._again: set[str] = set()
         """Rentals whose copy is under way, and that are to be copied again at once."""
         self._running: dict[str, asyncio.Task[str]] = {}
@@ -151,7 +149,7 @@ class CopiesLoop:
         self._epochs = {rental_id: last for rental_id, last in self._epochs.items() if now - last[1] < KNOWN_S}
         self._failures = {rental_id: n for rental_id, n in self._failures.items() if rental_id in found}
         self._uncopied &= found.keys()
-        self._intervals = {rental_id: s for rental_id, s in self._intervals.items() if rental_id in found}
+        self._paces = {rental_id: pace for rental_id, pace in self._paces.items() if rental_id in found}
         self._visited &= found.keys()
         ended = self._monotonic()
         self._looks_at = ended + (ended - now) * (1 / LOOKING_SHARE - 1)
@@ -169,7 +167,7 @@ class CopiesLoop:
         """Copy it at once, and keep `spare`; why that was not done, empty when it was."""
         if rental_id in self._running:
             await asyncio.wait([self._running[rental_id]])
-        return await asyncio.shield(self._start(rental_id, spare))
+        return await asyncio.shield(self._start(rental_id, spare, asked=True))
 
     async def stop(self) -> None:
         running = [*self._running.values(), *([self._sweeping] if self._sweeping else [])]
@@ -177,9 +175,9 @@ class CopiesLoop:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
-    def _start(self, rental_id: str, spare: Generation | None = None) -> asyncio.Task[str]:
+    def _start(self, rental_id: str, spare: Generation | None = None, asked: bool = False) -> asyncio.Task[str]:
         if rental_id not in self._running:
-            task = self._running[rental_id] = asyncio.create_task(self._copy(rental_id, spare))
+            task = self._running[rental_id] = asyncio.create_task(self._copy(rental_id, spare, asked))
             task.add_done_callback(lambda _: self._done(rental_id))
         return self._running[rental_id]
 
@@ -196,41 +194,39 @@ class CopiesLoop:
         share = self._random.uniform(1.0 - JITTER, 1.0)
         if rental_id in self._uncopied:
             share *= min(1.0, JITTER * 2.0 ** max(0, self._failures.get(rental_id, 0) - 1))
-        return self._intervals.get(rental_id, self._plan.interval_s) * share
+        pace = self._paces.get(rental_id)
+        return pace.wait_s if pace and pace.wait_s > self._plan.interval_s else self._plan.interval_s * share
 
-    async def _copy(self, rental_id: str, spare: Generation | None) -> str:
+    async def _copy(self, rental_id: str, spare: Generation | None, asked: bool) -> str:
+        """Return why no copy was made; empty when one was. `asked`: somebody waits for it, so any pause is allowed."""
         found = await self._book.one(rental_id)
         if found is None:
             self._next_at.pop(rental_id, None)  # due soon after it is found to run again
             return "it does not run on a worker that is ready"
         rental, placement, worker = found
         home = Home(rental.id, rental.uid, placement.epoch, Host(worker.id, worker.address, worker.host_keys))
+        limits, pace = self._plan.limits, self._paces.setdefault(rental_id, self._plan.pace())
+        if not asked:
+            limits = replace(limits, pause_s=pace.allowed_s(self._monotonic()))
         try:
-            copied = await self._vault.copy(home, self._plan.limits, spare=spare)
-            limits = self._plan.limits
+            copied = await self._vault.copy(home, limits, spare=spare)
             warning = copies.nearly_full(copied.copy, limits.max_bytes, limits.max_files)
             step = copies.accepted(rental, placement, copied.copy, warning)
-            step += self._slower(found, copied.pause_s)
+            if pace.copied(self._monotonic(), copied.pause_s):
+                step += copies.interval_changed(rental, placement, copied.pause_s, pace.interval_s)
             accepted = await self._book.accept(step, rental.id, copied.kept)
             self._failures.pop(rental.id, None)
             self._uncopied.discard(rental.id)
         except VaultError as error:
-            await self._complain(found, error)
+            if error.code == PAUSE_TOO_LONG and pace.too_long(self._monotonic()):
+                await self._book.complain(copies.interval_changed(rental, placement, pace.pause_s, pace.interval_s))
+            if error.code != PAUSE_TOO_LONG or limits.pause_s >= LONGEST_PAUSE_S:
+                await self._complain(found, error)
             return str(error)
         except Exception:
             log.exception("a copy failed", rental_id=rental.id)
             return "the manager failed: its log says why"
         return "" if accepted else "it was stopped or moved meanwhile"
-
-    def _slower(self, found: Running, pause_s: float) -> Step:
-        """Return what is told when the interval of a rental's copies changes, and remember the interval."""
-        rental_id, interval_s = found.rental.id, self._plan.interval_after(pause_s)
-        before = self._intervals.pop(rental_id, self._plan.interval_s)
-        if interval_s > self._plan.interval_s:
-            self._intervals[rental_id] = interval_s
-        if (interval_s > TOLD_FROM * self._plan.interval_s) == (before > TOLD_FROM * self._plan.interval_s):
-            return Step(())
-        return copies.interval_changed(found.rental, found.placement, pause_s, interval_s)
 
     async def _complain(self, found: Running, error: VaultError) -> None:
         rental = found.rental

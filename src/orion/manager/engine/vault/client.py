@@ -50,7 +50,7 @@ class VaultClient:
         moving: bool = False,
     ) -> Copied:
         more = {"max_files": limits.max_files, "max_bytes": limits.max_bytes, "generation": str(spare or "")}
-        line = _line(Action.COPY, home, deadline_s, moving=moving, **more)
+        line = _line(Action.COPY, home, deadline_s, moving=moving, pause_s=limits.pause_s, **more)
         if moving:
             await self._end_all_of(home.rental_id)
         return _copied(await self._begin(line))

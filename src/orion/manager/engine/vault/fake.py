@@ -16,6 +16,7 @@ from orion.manager.engine.vault.port import (
     NO_SUCH_GENERATION,
     NOTHING_TO_SALVAGE,
     OVER_LIMIT,
+    PAUSE_TOO_LONG,
     RESTORE_DEADLINE_S,
     SALVAGE_DEADLINE_S,
     Copied,
@@ -62,6 +63,8 @@ class FakeVault:
             held = home.rental_id not in worker.spared
             worker.over |= {home.rental_id} if held else set()
             raise VaultError(OVER_LIMIT, f"its home holds more than a copy may: {'frozen' if held else 'spared'}")
+        if self.pause_s > limits.pause_s and not moving:
+            raise VaultError(PAUSE_TOO_LONG, f"its programs would have to stand still for {self.pause_s} s")
         return self._keep(home, files, Copy(Generation(home.epoch, 1), began_at, size, len(files) + 1), spare)
 
     async def salvage(

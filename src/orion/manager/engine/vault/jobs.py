@@ -106,7 +106,7 @@ class Job:
         base = self._as_renter(lambda: generations.begin(self._folder, request.epoch, salvage))
         mark = secrets.token_hex(16)
         limits = {"max_files": request.max_files, "max_bytes": request.max_bytes}
-        wish = limits | {"base": base["mark"], "mark": mark, "moving": request.moving}
+        wish = limits | {"base": base["mark"], "mark": mark, "moving": request.moving, "pause_s": request.pause_s}
         with self._far("salvage" if salvage else "send", **wish) as far:
             asked_at = time.time()
             hello = Hello.of(far.hear(self._watch))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from orion.manager.domain.copies import Copy, Generation
+from orion.manager.domain.pacing import LONGEST_PAUSE_S
 from orion.manager.engine.port import Host
 
 COPY_DEADLINE_S = 120.0
@@ -33,6 +34,8 @@ class Limits:
 
     max_files: int = 200_000
     max_bytes: int = 2 << 30
+    pause_s: float = LONGEST_PAUSE_S
+    """The seconds for which the programs of a rental may stand still for a copy that is not for a planned move."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ NO_SUCH_GENERATION = "no_such_generation"
 NO_BASE = "no_base"
 """The home is not known to hold the snapshot that it is to be brought up to date from."""
 OVER_LIMIT = "over_limit"
+PAUSE_TOO_LONG = "pause_too_long"
 
 
 class Vault(Protocol):

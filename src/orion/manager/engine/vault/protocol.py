@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from orion.manager.domain.copies import Copy, Generation
+from orion.manager.domain.pacing import LONGEST_PAUSE_S
 from orion.manager.engine.protocol import MAX_DEADLINE_S, HostLine
 from orion.wire import Id
 
@@ -45,6 +46,8 @@ class RequestLine(Line):
     max_files: int = Field(0, ge=0, lt=2**53)
     max_bytes: int = Field(0, ge=0, lt=2**53)
     moving: bool = False
+    pause_s: float = Field(LONGEST_PAUSE_S, gt=0, le=LONGEST_PAUSE_S)
+    """Of a copy, the seconds for which the programs of the rental may stand still."""
     deadline_s: float = Field(gt=0, le=MAX_DEADLINE_S)
 
 

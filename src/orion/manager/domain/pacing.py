@@ -1,0 +1,69 @@
+"""How often a rental is copied whose programs have to stand still for a copy.
+
+Programs may stand still for a share of the time. A pause that is longer than the share of one interval is paid off by
+the time that follows it. Until that has passed the rental is tried again all the same, at growing intervals, for what
+changes now may be little: then a copy needs a short pause only, and no longer one is allowed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LONGEST_PAUSE_S = 10.0
+"""The worker's own limit as well (worker/files.py)."""
+SHORT_PAUSE_S = 0.1
+"""A pause that is allowed at each copy: p99 of a pause with 100 MB changed is to be no longer."""
+TOLD_FROM = 1.5
+"""Times the usual interval from which on a rental is told that it is copied less often."""
+PAID_SOON = 2.0
+"""Times the usual interval within which to wait for the end of a debt is better than to try in vain before."""
+
+
+@dataclass
+class Pace:
+    """The copies of one rental. All times are monotonic seconds; `share` of the time is for pauses."""
+
+    usual_s: float
+    share: float
+    paid_at: float = float("-inf")
+    """From when on the time that has passed covers all pauses so far."""
+    wait_s: float = 0.0
+    """The seconds until the next copy is tried."""
+    pause_s: float = 0.0
+    """The last long pause, or the last one that was paid for before another copy."""
+    refused: int = 0
+    """How often in succession a copy was not made because its pause would have been too long."""
+    is_slower: bool = False
+    """Whether its owner was told that it is copied less often."""
+
+    def allowed_s(self, now: float) -> float:
+        """Return the seconds for which its programs may stand still for a copy that is made now."""
+        return LONGEST_PAUSE_S if now >= self.paid_at else SHORT_PAUSE_S
+
+    @property
+    def interval_s(self) -> float:
+        """Return the seconds between copies, each with a pause like the last long one if it is copied less often."""
+        return max(self.usual_s, self.pause_s / self.share) if self.is_slower else self.usual_s
+
+    def copied(self, now: float, pause_s: float) -> bool:
+        """Note a copy and its pause; return whether its owner is to be told of another interval."""
+        self.refused = 0
+        is_paid, cost_s = now >= self.paid_at, pause_s / self.share
+        self.paid_at = max(self.paid_at, now) + cost_s
+        if is_paid or cost_s > self.usual_s:
+            self.pause_s = pause_s
+        owed_s = self.paid_at - now
+        self.wait_s = owed_s if self.usual_s < owed_s <= PAID_SOON * self.usual_s else self.usual_s
+        was_slower, is_long = self.is_slower, cost_s > TOLD_FROM * self.usual_s
+        self.is_slower = is_long and (was_slower or self.wait_s > self.usual_s)
+        return self.is_slower != was_slower
+
+    def too_long(self, now: float) -> bool:
+        """Note that a copy was not made, for it needs a longer pause; return whether its owner is to be told."""
+        self.refused += 1
+        if now >= self.paid_at:
+            self.pause_s = LONGEST_PAUSE_S
+            self.paid_at = now + LONGEST_PAUSE_S / self.share
+        self.wait_s = min(self.usual_s * 2**self.refused, self.paid_at - now)
+        told, self.is_slower = self.is_slower, True
+        return not told

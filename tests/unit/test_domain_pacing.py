@@ -1,0 +1,76 @@
+"""When a rental is copied again whose programs stood still for a copy, or would have had to for too long."""
+
+from __future__ import annotations
+
+import pytest
+
+from orion.manager.domain.pacing import LONGEST_PAUSE_S, SHORT_PAUSE_S, TOLD_FROM, Pace
+
+USUAL_S = 30.0
+SHARE = 0.005
+
+
+def play(pauses: list[float], until: float) -> tuple[list[tuple[float, float]], list[float]]:
+    """Copy again and again a home whose n-th copy needs the n-th of these pauses, the last one for ever.
+
+    Return the moments and pauses of the copies, and the moments in which its owner was told of another interval.
+    """
+    pace, now, made, told = Pace(USUAL_S, SHARE), 0.0, [], []
+    waiting = list(pauses)
+    while now < until:
+        pause_s = waiting[0] if len(waiting) == 1 else waiting.pop(0)
+        if pause_s <= pace.allowed_s(now):
+            made.append((now, pause_s))
+            changed = pace.copied(now, pause_s)
+        else:
+            changed = pace.too_long(now)
+        told += [now] if changed else []
+        now += pace.wait_s
+    return made, told
+
+
+def test_short_pauses_change_nothing() -> None:
+    made, told = play([0.02], 300)
+    assert [at for at, _ in made] == [30.0 * number for number in range(10)]
+    assert told == []
+
+
+def test_one_long_pause_keeps_nobody_from_being_copied_who_writes_little_afterwards() -> None:
+    """A large tree was unpacked while it was copied: to wait for 1,000 s would leave all that comes next uncopied."""
+    made, told = play([5.0, 0.02], 300)
+    assert [at for at, _ in made] == [30.0 * number for number in range(10)]
+    assert told == []
+
+
+def test_what_is_written_in_a_burst_is_copied_soon_after_it() -> None:
+    made, told = play([5.0, 2.0, 2.0, 0.02], 400)
+    assert [at for at, _ in made][:4] == [0.0, 30 + 60 + 120, 240.0, 270.0]
+    assert told == [30.0, 210.0], "that it is copied less often, and that it is not any more"
+
+
+@pytest.mark.parametrize("pause_s", [0.16, 0.3, 0.6, 2.0, 9.0])
+def test_who_writes_much_all_the_time_stands_still_for_its_share_at_most_and_is_told_once(pause_s: float) -> None:
+    hours = 20 * 3600.0
+    made, told = play([pause_s], hours)
+    assert sum(pause for _, pause in made) <= SHARE * hours + pause_s
+    assert len(made) == pytest.approx(hours * SHARE / pause_s, abs=1), "as often as that share allows"
+    assert len(told) == (pause_s / SHARE > TOLD_FROM * USUAL_S)
+
+
+def test_a_pause_that_is_paid_off_soon_is_waited_for() -> None:
+    made, told = play([0.25], 160)
+    assert [at for at, _ in made] == [0.0, 50.0, 100.0, 150.0], "and not tried in vain between"
+    assert told == [0.0]
+
+
+def test_what_no_pause_is_enough_for_is_tried_in_all_intervals_and_told_once() -> None:
+    made, told = play([LONGEST_PAUSE_S + 1], 5000)
+    assert (made, told) == ([], [0.0])
+
+
+def test_in_a_debt_a_short_pause_is_allowed() -> None:
+    pace = Pace(USUAL_S, SHARE)
+    assert pace.allowed_s(0.0) == LONGEST_PAUSE_S
+    pace.copied(0.0, 1.0)
+    assert pace.allowed_s(199.0) == SHORT_PAUSE_S
+    assert pace.allowed_s(200.0) == LONGEST_PAUSE_S
