@@ -114,7 +114,7 @@ def test_a_start_command_runs_as_its_renter_and_is_stopped_and_ended_as_all_that
         return rental.on.run("sh", "-c", f"cat /home/{rental.username}/.orion/start.log || true")
 
     def states() -> set[str]:
-        return set(rental.on.run("sh", "-c", f"ps -o stat= -u {rental.uid} | cut -c1").split())
+        return set(rental.on.run("sh", "-c", f"ps -o stat= -U {rental.uid} | cut -c1").split())
 
     boot = rental.on.run("cat", "/run/orion/boot-id").strip()
     played = rental.create(start=SERVE, start_mark=f"1@{boot}")

@@ -93,7 +93,8 @@ class Scene:
         return [float(line) for line in told.split() if line.count(".") == 1]
 
     def states(self, of: Rental) -> set[str]:
-        return set(self.worker.run("sh", "-c", f"ps -o stat= -u {of.uid} | cut -c1 || true").split())
+        """By the real uid: the agent's own helper, which stops them again, has theirs as its effective one."""
+        return set(self.worker.run("sh", "-c", f"ps -o stat= -U {of.uid} | cut -c1 || true").split())
 
     def shown(self, of: Rental) -> str:
         items = json.loads(self.worker.run("orion-rental", "inventory"))["rentals"]
