@@ -337,6 +337,10 @@ class Emptying:
         workers = {one.hostname: one for one in self._orion.workers()}
         on_old = self._rentals_on({one.id for name, one in workers.items() if name in self._left})
         moving = sorted(one.name for one in on_old if one.moving_to)
+        known = [workers[name] for name in self._left if name in workers]
+        active = [worker.id for worker in known if worker.intent is WorkerIntent.ACTIVE]
+        if active:
+            self._orion.drain_together(active)
         empty: dict[str, Worker | None] = {}
         for hostname, container in list(self._left.items()):
             worker = workers.get(hostname)
@@ -344,8 +348,6 @@ class Emptying:
                 empty[hostname] = None
             elif worker is None:
                 continue
-            elif worker.intent is WorkerIntent.ACTIVE:
-                self._orion.drain(worker.id)
             elif worker.intent is WorkerIntent.DRAINED and worker.health in TAKES and is_empty(container):
                 empty[hostname] = worker
             elif NO_PLACE in worker.explanation and not moving:

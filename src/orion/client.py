@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import IO, Any, Literal, TypeVar
 from urllib.parse import quote, urlsplit
@@ -31,6 +31,7 @@ from orion.wire import (
     AddKeyRequest,
     CertificateReply,
     CertificateRequest,
+    DrainRequest,
     Event,
     ExposeRequest,
     HeartbeatReply,
@@ -381,6 +382,11 @@ class Orion:
 
     def drain(self, worker_id: str) -> Worker:
         return _read(Worker, self._transport.send("POST", _path("workers", worker_id, "drain")))
+
+    def drain_together(self, worker_ids: Iterable[str]) -> list[Worker]:
+        """Drain several workers in the same moment: nothing is moved from one of them to another."""
+        body = _valid(DrainRequest, worker_ids=list(worker_ids))
+        return _read(Page[Worker], self._transport.send("POST", _path("workers", "drain"), body=body)).items
 
     def resume(self, worker_id: str, *, give_up: bool = False) -> Worker:
         """`give_up`: also end for good what it holds and the database has never placed."""

@@ -479,6 +479,10 @@ class Worker(Reply):
     explanation: str
 
 
+class DrainRequest(Request):
+    worker_ids: list[Id] = Field(min_length=1, max_length=1000, description="Nothing is moved from one to another")
+
+
 class Kept(Reply):
     id: str
     why: str = Field(description="Why this worker, which is down, is not forgotten")

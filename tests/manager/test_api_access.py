@@ -48,6 +48,7 @@ ROUTES: list[tuple[str, str, dict[str, Any] | None, set[str]]] = [
     ("GET", "/api/workers", None, {"admin"}),
     ("GET", "/api/workers/x", None, {"admin"}),
     ("POST", "/api/workers/x/drain", None, {"admin"}),
+    ("POST", "/api/workers/drain", {"worker_ids": ["x"]}, {"admin"}),
     ("POST", "/api/workers/x/resume", None, {"admin"}),
     ("POST", "/api/workers/x/gone", None, {"admin"}),
     ("POST", "/api/workers/prune", None, {"admin"}),

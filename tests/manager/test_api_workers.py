@@ -243,6 +243,26 @@ async def test_drain_and_resume_are_repeatable_and_leave_one_event_each(house: H
     assert len(await house.events("worker.drain_started")) == len(await house.events("worker.resumed")) == 1
 
 
+async def test_workers_that_are_drained_together_are_not_moved_to(house: House) -> None:
+    """One after the other, the rental of the first would move to the roomy one, and away from there again."""
+    first = await house.join(slots=1)
+    rental = await house.rent()
+    roomy, last = await house.join(slots=4), await house.join(slots=1)
+    ids = [first.worker_id, roomy.worker_id]
+    reply = await house.as_admin.post("/api/workers/drain", json={"worker_ids": ids})
+    assert [(one["id"], one["intent"]) for one in reply.json()["items"]] == [(each, "draining") for each in ids]
+    await house.settle()
+    moves = await house.events("rental.move_started")
+    assert [event["worker_id"] for event in moves] == [last.worker_id]
+    assert (await house.rental(rental["id"]))["worker_id"] == last.worker_id
+
+
+async def test_of_workers_of_which_one_never_was_none_is_drained(house: House, agent: Agent) -> None:
+    reply = await house.as_admin.post("/api/workers/drain", json={"worker_ids": [agent.worker_id, "w-never"]})
+    is_problem(reply, 404, "not_found")
+    assert (await house.worker(agent))["intent"] == "active"
+
+
 async def test_a_drained_worker_that_is_drained_again_stays_drained(house: House, agent: Agent) -> None:
     for _ in range(2):
         await house.as_admin.post(f"/api/workers/{agent.worker_id}/drain")

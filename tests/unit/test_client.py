@@ -353,6 +353,7 @@ def test_the_remaining_calls_are_where_the_contract_says(platform: ScriptedPlatf
     platform.answer("POST", "/api/rentals/r/renew", rental())
     platform.answer("GET", "/api/workers/w", worker())
     platform.answer("POST", "/api/workers/w/drain", worker(intent="draining"))
+    platform.answer("POST", "/api/workers/drain", {"items": [worker(intent="draining")], "next": None})
     platform.answer("POST", "/api/workers/w/resume", worker())
     platform.answer("DELETE", "/api/workers/w", Answer(204))
     platform.answer("POST", "/api/tokens", Answer(201, token() | {"token": TOKEN}))
@@ -361,6 +362,7 @@ def test_the_remaining_calls_are_where_the_contract_says(platform: ScriptedPlatf
     platform.answer("GET", "/api/openapi.json", {"openapi": "3.1.0"})
     assert orion.renew("r", 60).ttl_s == 86400
     assert orion.worker("w").id == orion.resume("w").id == orion.drain("w").id
+    assert [one.intent for one in orion.drain_together(["w"])] == ["draining"]
     orion.remove_worker("w")
     assert orion.create_token("ada", ttl_s=60).token == TOKEN
     orion.revoke_token("t1")

@@ -132,6 +132,14 @@ def set_intent(connection: Connection, actor: str, worker_id: str, to: Intent) -
     return one(connection, worker_id)
 
 
+def drain_together(connection: Connection, actor: str, worker_ids: Iterable[str]) -> list[Row | None]:
+    """Drain them all; where one is None there is no such worker, and nothing was changed."""
+    found = [one(connection, worker_id) for worker_id in worker_ids]
+    if None in found:
+        return found
+    return [set_intent(connection, actor, row["id"], Intent.DRAINING) for row in found if row]
+
+
 def declared_gone(connection: Connection, actor: str, worker_id: str) -> None:
     """Write down an operator's word that its container is not there any more; the health loop acts on it."""
     touched(connection).workers.add(worker_id)
