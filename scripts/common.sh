@@ -71,7 +71,24 @@ compose() {
     local where=()
     # docker-compose 1.29 counts the directory among what a container is made from: it stays the first one's.
     [ -z "${FIRST_DIRECTORY:-}" ] || where=(--project-directory "$FIRST_DIRECTORY" --file "$ROOT/docker-compose.yml")
+    if [ "${1:-}" = exec ]; then
+        local index
+        index=$(index_for "${@:2}") || exit 1
+        set -- exec "$index" "${@:2}"
+    fi
     compose_here "${where[@]}" "$@"
+}
+
+# index_for [OPTION...] SERVICE...: print the option by which `exec` takes a container that runs. By itself Compose looks
+# for number 1, which a replacement of the workers removes, and 1.29 says nothing where there is none.
+index_for() {
+    local word number
+    for word in "$@"; do [[ $word == -* ]] || break; done
+    number=$(docker ps --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" \
+        --filter "label=com.docker.compose.service=$word" \
+        --format '{{.Label "com.docker.compose.container-number"}}' | sort -n | head -n 1)
+    [ -n "$number" ] || fail "no container of $word runs in $COMPOSE_PROJECT_NAME: make up starts the platform"
+    echo "--index=$number"
 }
 
 # Docker Compose in this directory, whatever directory the containers were made from. Everything that is set was
