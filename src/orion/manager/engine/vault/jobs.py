@@ -334,7 +334,8 @@ def _strike(uid: int) -> None:
         with suppress(OSError):
             os.setgroups([])
             os.setresgid(NOBODYS_ID, NOBODYS_ID, NOBODYS_ID)
-            os.setresuid(NOBODYS_ID, uid, NOBODYS_ID)
+            own = NOBODYS_ID + os.getpid()  # one for each job: two that end at a time must not hit each other
+            os.setresuid(own, uid, own)
             os.kill(-1, signal.SIGKILL)
         os._exit(0)
     os.waitpid(child, 0)
