@@ -33,7 +33,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import traces
 from freezing import Freezer, got_lock
@@ -55,6 +55,7 @@ from snapshot import (
     odd_folders,
     path_of,
     racy,
+    remove_tree,
     scan,
     size_of,
     topmost,
@@ -183,9 +184,12 @@ def _send(direction: str, keeper: Keeper, wish: Wish, places: Path, homes: Path)
     ledger = keeper.ledger
     place = places / wish.rental_id
     places.mkdir(mode=0o711, parents=True, exist_ok=True)
-    with (places / f".{wish.rental_id}").open("w") as alone:
+    with _lock_of(places, wish.rental_id) as alone:
         if not got_lock(alone.fileno(), LOCK_WAIT_S):
             raise Refused("busy", "another transfer of this rental's files is still at work")
+        alone.truncate(0)
+        alone.write(f"{os.getpid()}\n")
+        alone.flush()
         record = allowed(direction, ledger, wish)
         if direction == "salvage":
             with ledger.locked(wish.rental_id, LOCK_WAIT_S):
@@ -209,6 +213,30 @@ def _send(direction: str, keeper: Keeper, wish: Wish, places: Path, homes: Path)
                 aside.remove()
         finally:
             os.close(home)
+
+
+def _lock_of(places: Path, rental_id: str) -> IO[str]:
+    """Return the open file whose lock a transfer holds that sets files aside; its process number is in it."""
+    return (places / f".{rental_id}").open("a+")
+
+
+def forget_aside(places: Path, rental_id: str) -> None:
+    """Remove what is set aside of a purged rental, and end the transfer that is under way. No other begins then.
+
+    Two that remove a tree at a time leave parts of it behind (seen). Raise Refused if the transfer does not end.
+    """
+    if not places.is_dir():
+        return
+    last_moment = time.monotonic() + LOCK_WAIT_S
+    with _lock_of(places, rental_id) as alone:
+        while not got_lock(alone.fileno(), LOOK_EVERY_S):
+            alone.seek(0)
+            with suppress(ValueError, ProcessLookupError):  # it has not written its number yet, or has just ended
+                os.kill(int(alone.read()), signal.SIGKILL)
+            if time.monotonic() > last_moment:
+                raise Refused("busy", "a transfer of its files does not end")
+        remove_tree(places / rental_id)
+        (places / f".{rental_id}").unlink(missing_ok=True)
 
 
 def told_of(keeper: Keeper, record: Record, snapshot: Snapshot) -> dict[str, Any]:

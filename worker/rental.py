@@ -386,7 +386,7 @@ class Rentals:
             self.freezer.forget_purged(request.rental_id)
             self.launcher.forget(request.rental_id)
             self.manifests.forget(request.rental_id)
-            remove_tree(self._places.aside / request.rental_id)
+            files.forget_aside(self._places.aside, request.rental_id)
             removed[request] += self._remove_named(request) + traces.remove_ipc(request.uid)
         for uid, number in self._remove_owned({request.uid for request in requests}).items():
             removed[next(each for each in requests if each.uid == uid)] += number

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -345,6 +346,29 @@ def test_a_frozen_home_is_not_stopped_and_not_let_go_on(house: House) -> None:
     house.snapshot(moving=True)
     assert house.sent == {"file": b"x"}
     assert house.keeper.freezer.pauses == 0
+
+
+def test_a_purge_ends_the_transfer_that_sets_files_aside_and_leaves_nothing_of_it(tmp_path: Path) -> None:
+    places = tmp_path / "aside"
+    (places / "one").mkdir(parents=True)
+    child = os.fork()
+    if child == 0:
+        try:
+            with files._lock_of(places, "one") as alone:
+                assert files.got_lock(alone.fileno(), 0)
+                alone.write(f"{os.getpid()}\n")
+                alone.flush()
+                for number in range(5000):
+                    (places / f"one/{number}/inner").mkdir(parents=True)
+        finally:
+            os._exit(1)
+    while not ((places / "one/100").exists() or os.waitpid(child, os.WNOHANG)[0]):
+        pass
+    files.forget_aside(places, "one")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert list(places.iterdir()) == []
+    files.forget_aside(places, "another")
+    files.forget_aside(tmp_path / "nothing was ever set aside here", "one")
 
 
 def furnish(home: Path) -> None:
