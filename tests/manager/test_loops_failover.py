@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -69,6 +70,26 @@ async def test_a_silent_worker_is_suspect_then_down_and_its_rental_goes_on_elsew
         "rental.started_empty",
         "rental.activated",
     ]
+
+
+async def test_a_release_ends_the_filling_of_a_home_that_hangs(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    begun = asyncio.Event()
+
+    async def hang(*_: Any, **__: Any) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    house.vault.restore = hang  # type: ignore[method-assign, assignment]
+    dead = where(house, rental)
+    dead.die()
+    taken_over = asyncio.create_task(house.silence(dead, 91))
+    await begun.wait()
+    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.manager.reconciler.round()
+    async with asyncio.timeout(10):
+        await taken_over
+    assert (await house.rental(rental["id"]))["state"] == "released"
 
 
 async def test_a_worker_that_missed_one_heartbeat_loses_nothing(house: House, pool: list[Agent]) -> None:

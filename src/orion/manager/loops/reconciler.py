@@ -64,7 +64,7 @@ LONGEST_REST_S = 300.0
 """Between two attempts to move what could not be moved."""
 
 _ACTIONS = {TaskKind.CREATE: Action.CREATE, TaskKind.DELETE: Action.DELETE, TaskKind.THAW: Action.THAW}
-_MOVES = frozenset({TaskKind.SEED, TaskKind.FINISH, TaskKind.PARK})
+MOVES = frozenset({TaskKind.SEED, TaskKind.FINISH, TaskKind.PARK})
 _REACHED = {
     Reached.YES: Outcome(True),
     Reached.NO: Outcome(False, "it cannot be reached by SSH"),
@@ -113,8 +113,8 @@ class Reconciler:
         self._placing = asyncio.Lock()
         """From the look to the commit of whoever gives slots away: two that looked at once would give the same one."""
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._moving: dict[tuple[str, str], Task] = {}
-        """Of those that run, the parts of planned moves."""
+        self._tasks: dict[tuple[str, str], Task] = {}
+        """What each of those that run is about."""
         self._rests: dict[str, _Failure] = {}
         """Of rentals that could not be moved."""
         self._failures: dict[Task, _Failure] = {}
@@ -153,7 +153,7 @@ class Reconciler:
                 self.loop.hint()  # somebody else acted: decide again from what is true now
                 return
         self._forget_failures(looked_at, decision.tasks)
-        self._end_what_is_not_moved(busy, decision.tasks)
+        self._end_what_is_overtaken(busy, decision.tasks)
         for task in decision.tasks:
             if task.key not in busy:
                 self._start(task)
@@ -218,11 +218,19 @@ class Reconciler:
     def _vacating(self) -> frozenset[str]:
         return self._leases.vacating(self._monotonic() - VACATING_SETTLES_S)
 
-    def _end_what_is_not_moved(self, busy: set[tuple[str, str]], wanted: Iterable[Task]) -> None:
-        """Its move was given up, or overtaken by something else, before this snapshot."""
-        still = {task.key for task in wanted if task.kind in _MOVES}
-        for key in self._moving.keys() & busy - still:
-            self._running[key].cancel()
+    def _end_what_is_overtaken(self, busy: set[tuple[str, str]], wanted: Iterable[Task]) -> None:
+        """End parts of a move that was given up before this snapshot, and the filling of a home that is to go away.
+
+        To fill a home may take minutes. As long as it is under way nothing else of that rental is done on that worker,
+        nor salvaged elsewhere.
+        """
+        instead = {task.key: task.kind for task in wanted}
+        for key in self._tasks.keys() & busy:
+            task = self._tasks[key]
+            is_given_up = task.kind in MOVES and instead.get(key) not in MOVES
+            is_to_go = task.kind is TaskKind.CREATE and task.restore and instead.get(key) is TaskKind.DELETE
+            if is_given_up or is_to_go:
+                self._running[key].cancel()
 
     def _is_more_than_one_round(self) -> bool:
         many = max(self._roster.restless_number, len(self._disagreeing)) > LOOKED_AT_ONCE
@@ -277,15 +285,14 @@ class Reconciler:
         if not self._has_a_share(task):
             return
         self._running[task.key] = asyncio.create_task(self._run(task))
-        if task.kind in _MOVES:
-            self._moving[task.key] = task
-        else:
+        self._tasks[task.key] = task
+        if task.kind not in MOVES:
             self._at_work[task.worker_id] += 1
 
     def _has_a_share(self, task: Task) -> bool:
         """The engine is everybody's: a worker that hangs with all that it is asked must not take all of it."""
         at_work = self._at_work[task.worker_id]
-        if task.kind in _MOVES:
+        if task.kind in MOVES:
             return True  # they are few, take long, and fail by the worker that is left as often as by this one
         if task.worker_id in self._failing:
             return at_work < 1
@@ -305,7 +312,8 @@ class Reconciler:
         finally:
             # In this order: the round that the hint brings must not find it running still.
             self._running.pop(task.key, None)
-            if self._moving.pop(task.key, None) is None:
+            self._tasks.pop(task.key, None)
+            if task.kind not in MOVES:
                 self._at_work[task.worker_id] -= 1
             self.loop.hint()
 
@@ -412,7 +420,7 @@ class Reconciler:
         count = self._failures[task].count + 1 if task in self._failures else 1
         pause_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (count - 1))
         self._failures[task] = _Failure(count, self._monotonic() + pause_s)
-        if task.kind not in _MOVES:
+        if task.kind not in MOVES:
             self._failing.add(task.worker_id)
         asyncio.get_running_loop().call_later(pause_s, self.loop.hint)
         return self._failures[task]
