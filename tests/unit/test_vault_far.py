@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from orion.manager.engine.vault import transfer
 from orion.manager.engine.vault.port import VaultError
-from orion.manager.engine.vault.transfer import Far
+from orion.manager.engine.vault.transfer import Far, Transfer
 from orion.manager.engine.vault.watch import Watch
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="ssh runs as an account of its own")
@@ -55,3 +58,37 @@ def test_a_worker_that_was_reached_may_take_its_time_to_answer(watch: Watch, mon
 
 def test_an_answer_without_a_word_before_it_is_heard_too(watch: Watch) -> None:
     assert heard("read -r request; echo '{\"ok\": true}'", watch) == {"ok": True}
+
+
+RSYNC = """
+import array, os, socket, sys
+asked, answered = socket.socketpair(), socket.socketpair()
+ends = array.array("i", [asked[1].fileno(), answered[1].fileno()])
+socket.socket(fileno=int(sys.argv[1])).sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, ends)])
+asked[1].close(), answered[1].close()
+try:
+    while True:
+        os.write(asked[0].fileno(), bytes(1 << 16))
+except OSError:
+    sys.exit(12)
+"""
+"""As an rsync that first writes all that it has, and then would read that nobody answers any more."""
+
+
+@pytest.mark.parametrize("worker", ["exit", "exec >/dev/null; exec sleep 300"])
+def test_an_rsync_that_still_writes_ends_with_the_connection_to_its_worker(worker: str, watch: Watch) -> None:
+    mine, theirs = socket.socketpair()
+    rsync = subprocess.Popen(
+        [sys.executable, "-c", RSYNC, str(theirs.fileno())],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(theirs.fileno(),), bufsize=0,
+    )  # fmt: skip
+    theirs.close()
+    try:
+        with Far(["sh", "-c", worker], (0, 0), {"PATH": "/usr/bin:/bin"}, "receive", {}) as far:
+            watch._ends_at = time.monotonic() + 20.0
+            Transfer(far, 0, watch, 1e9, 1e9, gently=False)._carry(rsync, mine, lambda: None)
+        assert rsync.wait(20) == 12
+    finally:
+        rsync.kill()
+        rsync.wait()
+        mine.close()

@@ -185,11 +185,18 @@ class Flow:
     source: int
     target: int
     most: float
+    closes_source: bool = False
+    """Whether the source is closed at the end: an rsync that still writes would wait for ever to be read."""
     waiting: bytearray = field(default_factory=bytearray)
     carried: int = 0
     ended: bool = False
-    """The source has nothing more."""
+    """The source has nothing more, or nobody takes it."""
     done: bool = False
+
+    def end(self) -> None:
+        """Carry nothing more: nobody takes it."""
+        self.ended = True
+        self.waiting.clear()
 
 
 class Transfer:
@@ -245,7 +252,7 @@ class Transfer:
         self._watch.wait_for(control.fileno())
         _, (from_rsync, to_rsync), _, _ = _ends(control)
         inward = Flow(far.stdout.fileno(), to_rsync, self._most_bytes)
-        outward = Flow(from_rsync, os.dup(far.stdin.fileno()), float("inf"))
+        outward = Flow(from_rsync, os.dup(far.stdin.fileno()), float("inf"), closes_source=True)
         far.stdin.close()
         self._watch.register(self._selector)
         self._register(rsync.stdout.fileno(), self._read_output)
@@ -261,6 +268,9 @@ class Transfer:
                 key.data(key.fd, ready)
             if inward.done or not self._open:
                 control.close()  # the bridge ends, and with it what rsync takes for its remote shell
+                if not outward.done:
+                    outward.end()
+                    self._arm(outward)
             if time.monotonic() - looked_at > 1.0:
                 look()
                 looked_at = time.monotonic()
@@ -283,6 +293,8 @@ class Transfer:
         if flow.ended and not flow.waiting and not flow.done:
             flow.done = True
             os.close(flow.target)
+            if flow.closes_source:
+                os.close(flow.source)
 
     def _move(self, flow: Flow, descriptor: int, _ready: int) -> None:
         try:
@@ -296,8 +308,7 @@ class Transfer:
         except BlockingIOError:
             return
         except OSError:  # the other end is gone: rsync, or ssh, will say why
-            flow.ended = True
-            flow.waiting.clear()
+            flow.end()
         if flow.carried > flow.most:
             raise VaultError("over_limit", "more was sent than a copy may hold")
         self._arm(flow)
