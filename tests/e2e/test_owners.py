@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,10 +66,17 @@ def test_a_client_is_no_operator(bob: Orion) -> None:
 
 
 def test_a_revoked_token_opens_nothing_but_its_rentals_go_on(
-    stack: Stack, orion: Orion, renter: Renter, bob: Orion
+    stack: Stack, orion: Orion, renter: Renter, bob: Orion, token_file: Path
 ) -> None:
     own = bob.rent(name="goes-on", ssh_public_key=renter.public_key)
-    renter.orion("token", "revoke", "bob", "--yes")
+    header = f"Authorization: Bearer {token_file.read_text().strip()}"
+    follow = ["curl", "-sN", "--max-time", "30", "-H", header, "-H", "Accept: text/event-stream"]
+    with subprocess.Popen([*follow, f"{stack.url}/api/events"], stdout=subprocess.PIPE, text=True) as stream:
+        assert stream.stdout
+        assert any("rental.activated" in line for line in stream.stdout), "it brings what is this client's"
+        renter.orion("token", "revoke", "bob", "--yes")
+        stream.stdout.read()
+        assert stream.wait() == 0, "its connection ended in order, and not by curl's own limit"
     with pytest.raises(Unauthorized) as refusal:
         list(bob.rentals())
     assert refusal.value.status == 401
