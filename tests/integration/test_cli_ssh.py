@@ -160,6 +160,18 @@ def test_it_becomes_ssh_whose_status_is_ours(
     assert not [option for option in given if option.startswith("CertificateFile")]
 
 
+def test_an_ssh_that_is_too_old_is_told_apart_before_it_complains_of_an_option(
+    environment: dict[str, str], recording_ssh: Path, a_rental_that_comes: ScriptedPlatform
+) -> None:
+    recording_ssh.write_text("#!/bin/sh\necho OpenSSH_8.4p1 Debian-5, OpenSSL 1.1.1w >&2\n")
+    done = orion_ssh(a_rental_that_comes, environment, "box")
+    assert done.returncode == 1
+    assert done.stderr.replace("\n", " ").strip() == (
+        "orion: orion ssh needs OpenSSH 8.5 or newer, and this machine has 8.4: type orion config-ssh once, then ssh "
+        "NAME.orion"
+    )
+
+
 @pytest.mark.usefixtures("recording_ssh")
 @pytest.mark.parametrize("why", ["rented elsewhere", "its key is gone", "asked for"])
 def test_a_certificate_opens_what_no_key_of_this_machine_opens(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import subprocess
 import sys
 import time
 import webbrowser
@@ -35,6 +37,8 @@ from orion.wire import Rental, RentalState
 START_LOG = ".orion/start.log"
 """In the rental's home: see worker/start.py."""
 SHOW_LOG = ["tail", "-n", "1000"]
+OLDEST = (8, 5)
+"""The first OpenSSH with KnownHostsCommand."""
 SHORT_S = 5.0
 MOST_SHORT = 3
 """Sessions in a row that were lost before they had lasted: then something else is wrong than a worker."""
@@ -123,6 +127,7 @@ def logs(
 
 
 def _find(rental: str, wait: str) -> Rental:
+    _check_version()
     within_s = durations.parse(wait)
     with platform(f"looking for {rental}") as (orion, tell):
         orion.be_patient(within_s)
@@ -287,6 +292,21 @@ def _identity_options(identity: Path | None) -> list[str]:
     # Without IdentitiesOnly an agent with many keys uses up the attempts before this one is tried.
     identity = identity or keys.own_key()
     return ["-o", "IdentitiesOnly=yes", "-o", f"IdentityFile={quoted(identity)}"]
+
+
+def _check_version() -> None:
+    """Raise LocalFault for an OpenSSH that does not know what ssh_arguments asks for. What is unknown may know it."""
+    try:
+        said = subprocess.run(["ssh", "-V"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise LocalFault("ssh is not installed on this machine: apt install openssh-client") from error
+    found = re.match(r"OpenSSH_(\d+)\.(\d+)", said.stderr)
+    if found and (int(found[1]), int(found[2])) < OLDEST:
+        needed, here = ".".join(map(str, OLDEST)), f"{found[1]}.{found[2]}"
+        raise LocalFault(
+            f"orion ssh needs OpenSSH {needed} or newer, and this machine has {here}: type orion config-ssh once, "
+            "then ssh NAME.orion"
+        )
 
 
 def _become(arguments: list[str]) -> None:
