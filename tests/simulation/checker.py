@@ -210,9 +210,9 @@ class Checker:
         rental = self._sim.ledger.world.rentals.get(rental_id)
         if rental is None or rental.epoch != epoch:
             return
-        if not home and 0 < rental.let_in_epoch < epoch:
-            self._begins_empty(rental, epoch)
         if rental.last_safe_copy_at is None:
+            if not home and 0 < rental.let_in_epoch < epoch:
+                self._begins_empty(rental, epoch)
             return
         before, written = self._written.get(rental_id, (epoch, 0.0))
         if before < epoch and home < written:
