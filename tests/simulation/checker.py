@@ -38,7 +38,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from orion.manager.domain.copies import Copy, Generation
+from orion.manager.domain.copies import Copy, Generation, waiting_salvage
 from orion.manager.domain.expiry import SETTLE_S
 from orion.manager.domain.model import Placement, Rental, Step, Write
 from orion.manager.domain.moves import HELD_DEADLINE_S
@@ -269,8 +269,16 @@ class Checker:
             self._sim.fail("a salvage is restored on request", story)
 
     def chosen(self, rental_id: str, known: Iterable[Copy], copy: Copy | None) -> None:
-        """Fails when a rental is to begin with less than is known of it."""
+        """Fails when a rental is to begin with less than is known of it, and nobody is told of what is more.
+
+        Of a salvage it is not known what its home was filled with, where its worker died as its renter was let in.
+        """
+        rental, known = self._sim.ledger.world.rentals[rental_id], list(known)
+        origins = {origin.epoch for origin in rental.lineage}
         for other in known:
+            is_told = other.salvage and other.generation.epoch not in origins
+            if is_told and waiting_salvage(known, rental, other.at) is not None:
+                continue
             if copy is None or self._has_all_of(rental_id, other.generation, copy.generation):
                 story = f"{rental_id} begins with {copy and copy.generation}, though there is {other.generation}"
                 self._sim.fail("the newest safe state wins", story)
