@@ -27,10 +27,11 @@ install_packages() {
     done_stage
 }
 
-# What the lists name may have been replaced since they were read: after a failure they are read again.
+# What the lists name may have been replaced since they were read, and an earlier install may have been interrupted.
 apt_install() {
     lists_are_new || apt_update
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=120 install --yes "$@" || {
+        as_root env DEBIAN_FRONTEND=noninteractive dpkg --configure --pending || true
         apt_update
         return 1
     }

@@ -20,10 +20,15 @@ sed -i 1d "$STATE/failures"
 exit 100
 """
 
+DPKG = """#!/bin/sh
+echo "dpkg $*" >>"$STATE/calls"
+"""
+
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
-    for name, text in {"apt-get": APT_GET, "sleep": "#!/bin/sh\n", "sudo": '#!/bin/sh\nexec "$@"\n'}.items():
+    programs = {"apt-get": APT_GET, "dpkg": DPKG, "sleep": "#!/bin/sh\n", "sudo": '#!/bin/sh\nexec "$@"\n'}
+    for name, text in programs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     return tmp_path
@@ -36,12 +41,13 @@ def install(machine: Path, *packages: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_a_package_that_was_replaced_since_the_lists_were_read_is_installed_from_new_lists(machine: Path) -> None:
+def test_what_was_replaced_since_the_lists_were_read_or_was_interrupted_is_installed_then(machine: Path) -> None:
     (machine / "failures").write_text("Failed to fetch chromium_1_amd64.deb  404  Not Found\n")
     done = install(machine, "chromium")
     assert done.returncode == 0, done.stderr
     calls = (machine / "calls").read_text().splitlines()
-    assert calls[-3:] == ["install --yes chromium", "update", "install --yes chromium"]
+    first, again = "install --yes chromium", "install --yes chromium"
+    assert calls[-4:] == [first, "dpkg --configure --pending", "update", again]
 
 
 def test_an_archive_that_stays_out_of_reach_is_given_up_with_apts_own_reason(machine: Path) -> None:
