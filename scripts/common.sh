@@ -82,12 +82,19 @@ compose() {
 # index_for [OPTION...] SERVICE...: print the option by which `exec` takes a container that runs. By itself Compose looks
 # for number 1, which a replacement of the workers removes, and 1.29 says nothing where there is none.
 index_for() {
-    local word number
-    for word in "$@"; do [[ $word == -* ]] || break; done
+    local service='' number
+    while [ $# -gt 0 ] && [ -z "$service" ]; do
+        case $1 in
+        -u | --user | -e | --env | -w | --workdir) shift ;;
+        -*) ;;
+        *) service=$1 ;;
+        esac
+        shift
+    done
     number=$(docker ps --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" \
-        --filter "label=com.docker.compose.service=$word" \
+        --filter "label=com.docker.compose.service=$service" --filter label=com.docker.compose.oneoff=False \
         --format '{{.Label "com.docker.compose.container-number"}}' | sort -n | head -n 1)
-    [ -n "$number" ] || fail "no container of $word runs in $COMPOSE_PROJECT_NAME: make up starts the platform"
+    [ -n "$number" ] || fail "no container of ${service:-it} runs in $COMPOSE_PROJECT_NAME: make up starts the platform"
     echo "--index=$number"
 }
 

@@ -20,7 +20,7 @@ install_packages() {
     log=$(mktemp /tmp/orion-apt.XXXXXX)
     fetch "$log" apt_install "$@" || {
         echo >&2
-        grep -E '^(E|Err|dpkg)[: ]' "$log" | tail -n 10 >&2
+        { grep -E '^(E|Err|dpkg|sudo)[: ]' "$log" || tail -n 5 "$log"; } | tail -n 10 >&2
         fail "apt-get install $* failed three times, for the reasons above; everything that it said: $log"
     }
     rm -f "$log"

@@ -386,7 +386,8 @@ class Rentals:
             self.freezer.forget_purged(request.rental_id)
             self.launcher.forget(request.rental_id)
             self.manifests.forget(request.rental_id)
-            files.forget_aside(self._places.aside, request.rental_id)
+            with suppress(Refused):  # what stays is found below
+                files.forget_aside(self._places.aside, request.rental_id)
             removed[request] += self._remove_named(request) + traces.remove_ipc(request.uid)
         for uid, number in self._remove_owned({request.uid for request in requests}).items():
             removed[next(each for each in requests if each.uid == uid)] += number
@@ -432,7 +433,8 @@ class Rentals:
         left = [f"process {pid} ({processes.name_of(pid)})" for pid in processes.of([request.uid])]
         left += [f"log-in {pid}" for pid in processes.log_ins([request.username])]
         left += [f"line in {file}" for file in accounts.found(self._places.etc, request.username, request.uid)]
-        left += [f"file {place}" for place in traces.by_name(self._places.root, request.username)]
+        named = [*traces.by_name(self._places.root, request.username), self._places.aside / request.rental_id]
+        left += [f"file {place}" for place in named if os.path.lexists(place)]
         return left + [f"IPC {kind} {number}" for kind, number in traces.ipc(request.uid)]
 
     def _mounts(self) -> list[str]:

@@ -255,6 +255,8 @@ class Aside:
         self._staged: set[bytes] = set()
         """The paths of what was copied."""
         self._can_clone = True
+        self._look: Callable[[], None] = lambda: None
+        """Called between two parts of a file; may raise."""
         remove_tree(place)
         self.tree.mkdir(mode=0o700, parents=True)
         for made in (place, self.tree):
@@ -275,6 +277,7 @@ class Aside:
     def keep(self, entries: Iterable[Entry], look: Callable[[], None]) -> int:
         """Copy these as they are now, over what was copied before; return the bytes of the files. `look` may raise."""
         self._attributes(self._home, self.top, os.fstat(self._home), b".")
+        self._look = look
         copied = 0
         chain: list[tuple[bytes, int, int]] = []
         written: dict[int, bytes] = {}
@@ -439,6 +442,7 @@ class Aside:
                     raise
                 break
             while begin < end:
+                self._look()
                 moved = _move_bytes(source, target, begin, min(CHUNK, end - begin))
                 if not moved:
                     break  # it was made shorter meanwhile: it is a file that is copied again

@@ -277,7 +277,8 @@ class Checker:
         origins = {origin.epoch for origin in rental.lineage}
         for other in known:
             is_told = other.salvage and other.generation.epoch not in origins
-            if is_told and waiting_salvage(known, rental, other.at) is not None:
+            told = waiting_salvage(known, rental, other.at) if is_told else None
+            if told is not None and told.generation >= other.generation:
                 continue
             if copy is None or self._has_all_of(rental_id, other.generation, copy.generation):
                 story = f"{rental_id} begins with {copy and copy.generation}, though there is {other.generation}"

@@ -42,6 +42,11 @@ def test_a_command_runs_in_the_first_container_that_there_is(programs: Path) -> 
     assert (done.stdout, done.stderr, done.returncode) == ("exec --index=9 -T worker hostname -f\n", "", 0)
 
 
+def test_an_option_with_a_value_is_not_taken_for_the_service(programs: Path) -> None:
+    done = typed(programs, "exec", "-u", "root", "-e", "A=worker", "worker", "id", numbers="4\n")
+    assert done.stdout == "exec --index=4 -u root -e A=worker worker id\n"
+
+
 def test_where_none_runs_that_is_said(programs: Path) -> None:
     done = typed(programs, "exec", "-T", "worker", "hostname", numbers="")
     assert (done.stdout, done.returncode) == ("", 1)

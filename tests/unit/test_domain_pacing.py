@@ -23,7 +23,7 @@ def play(pauses: list[float], until: float) -> tuple[list[tuple[float, float]], 
             made.append((now, pause_s))
             changed = pace.copied(now, pause_s)
         else:
-            changed = pace.too_long(now)
+            changed = pace.too_long(now, 0.0)
         told += [now] if changed else []
         now += pace.wait_s
     return made, told
@@ -66,6 +66,27 @@ def test_a_pause_that_is_paid_off_soon_is_waited_for() -> None:
 def test_what_no_pause_is_enough_for_is_tried_in_all_intervals_and_told_once() -> None:
     made, told = play([LONGEST_PAUSE_S + 1], 5000)
     assert (made, told) == ([], [0.0])
+
+
+def test_a_pause_in_vain_is_paid_off_and_one_that_was_foreseen_costs_nothing() -> None:
+    foreseen, in_vain = Pace(USUAL_S, SHARE), Pace(USUAL_S, SHARE)
+    foreseen.too_long(0.0, 0.0)
+    in_vain.too_long(0.0, LONGEST_PAUSE_S)
+    assert [pace.allowed_s(60.0) for pace in (foreseen, in_vain)] == [LONGEST_PAUSE_S, SHORT_PAUSE_S]
+    assert (foreseen.wait_s, in_vain.wait_s) == (60.0, 60.0)
+
+
+def test_who_stands_still_for_longer_than_allowed_is_copied_again_when_that_is_paid_off() -> None:
+    """Its worker did not foresee it, and will not the next time."""
+    pace, now = Pace(USUAL_S, SHARE), 0.0
+    stood = 0.0
+    while now < 36_000:
+        pace.copied(now, 2.0)
+        stood += 2.0
+        now += pace.wait_s
+    assert stood <= SHARE * now + 4.0
+    pace.copied(now, 0.02)
+    assert pace.paid_at - now < LONGEST_PAUSE_S / SHARE + 1, "and what it owes has an end"
 
 
 def test_in_a_debt_a_short_pause_is_allowed() -> None:

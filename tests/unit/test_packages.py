@@ -50,6 +50,14 @@ def test_what_was_replaced_since_the_lists_were_read_or_was_interrupted_is_insta
     assert calls[-4:] == [first, "dpkg --configure --pending", "update", again]
 
 
+def test_a_reason_that_is_not_apts_is_shown_too(machine: Path) -> None:
+    (machine / "apt-get").write_text("#!/bin/sh\necho 'a password is required'\nexit 1\n")
+    done = install(machine, "tmux")
+    assert done.returncode == 1
+    assert "a password is required" in done.stderr
+    assert "apt-get install tmux failed three times" in done.stderr
+
+
 def test_an_archive_that_stays_out_of_reach_is_given_up_with_apts_own_reason(machine: Path) -> None:
     (machine / "failures").write_text("Failed to fetch tmux_3_amd64.deb  Connection refused\n" * 3)
     done = install(machine, "tmux")

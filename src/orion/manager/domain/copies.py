@@ -232,6 +232,12 @@ def interval_changed(rental: Rental, placement: Placement, pause_s: float, inter
     return Step((), (told,))
 
 
+def copied_less_often(rental: Rental, placement: Placement, problem: str) -> Step:
+    """Tell its owner that a rental is copied as soon as less of it changes. `problem`: why it was not copied now."""
+    reason = f"{problem}. It is tried again, ever later, and copied as soon as less changes"
+    return Step((), (_event("rental.copy_interval_changed", reason, rental, placement.worker_id),))
+
+
 def failed(rental: Rental, placement: Placement, problem: str, over_limit: bool = False) -> Step | None:
     """Its files could not be copied; None when that is known already."""
     if rental.copy_problem == problem:

@@ -49,21 +49,29 @@ class Pace:
         """Note a copy and its pause; return whether its owner is to be told of another interval."""
         self.refused = 0
         is_paid, cost_s = now >= self.paid_at, pause_s / self.share
-        self.paid_at = max(self.paid_at, now) + cost_s
+        self._owe(now, cost_s)
         if is_paid or cost_s > self.usual_s:
             self.pause_s = pause_s
         owed_s = self.paid_at - now
-        self.wait_s = owed_s if self.usual_s < owed_s <= PAID_SOON * self.usual_s else self.usual_s
+        # Where it took longer than it was allowed to, the worker did not foresee that, and would not again.
+        is_waited_for = self.usual_s < owed_s <= PAID_SOON * self.usual_s or (not is_paid and cost_s > self.usual_s)
+        self.wait_s = owed_s if is_waited_for else self.usual_s
         was_slower, is_long = self.is_slower, cost_s > TOLD_FROM * self.usual_s
         self.is_slower = is_long and (was_slower or self.wait_s > self.usual_s)
         return self.is_slower != was_slower
 
-    def too_long(self, now: float) -> bool:
-        """Note that a copy was not made, for it needs a longer pause; return whether its owner is to be told."""
+    def too_long(self, now: float, stood_s: float) -> bool:
+        """Note that a copy was not made, for it needs a longer pause; return whether its owner is to be told.
+
+        `stood_s`: for how long programs stood still all the same.
+        """
         self.refused += 1
-        if now >= self.paid_at:
-            self.pause_s = LONGEST_PAUSE_S
-            self.paid_at = now + LONGEST_PAUSE_S / self.share
-        self.wait_s = min(self.usual_s * 2**self.refused, self.paid_at - now)
+        self._owe(now, stood_s / self.share)
+        wait_s = self.usual_s * 2**self.refused
+        owed_s = self.paid_at - now
+        self.wait_s = min(wait_s, owed_s if owed_s > 0 else LONGEST_PAUSE_S / self.share)
         told, self.is_slower = self.is_slower, True
         return not told
+
+    def _owe(self, now: float, cost_s: float) -> None:
+        self.paid_at = min(max(self.paid_at, now) + cost_s, now + LONGEST_PAUSE_S / self.share)

@@ -20,7 +20,7 @@ from orion.manager.domain.copies import Generation
 from orion.manager.domain.model import Event
 from orion.manager.domain.pacing import LONGEST_PAUSE_S, Pace
 from orion.manager.engine.port import Host
-from orion.manager.engine.vault.port import OVER_LIMIT, PAUSE_TOO_LONG, Home, Limits, Vault, VaultError
+from orion.manager.engine.vault.port import OVER_LIMIT, PAUSE_IN_VAIN, PAUSE_TOO_LONG, Home, Limits, Vault, VaultError
 from orion.manager.loops.timer import Loop
 from orion.manager.store.copies import CopyBook, Running
 
@@ -165,7 +165,7 @@ class CopiesLoop:
 
     async def copy_now(self, rental_id: str, spare: Generation | None) -> str:
         """Copy it at once, and keep `spare`; why that was not done, empty when it was."""
-        if rental_id in self._running:
+        while rental_id in self._running:
             await asyncio.wait([self._running[rental_id]])
         return await asyncio.shield(self._start(rental_id, spare, asked=True))
 
@@ -218,9 +218,11 @@ class CopiesLoop:
             self._failures.pop(rental.id, None)
             self._uncopied.discard(rental.id)
         except VaultError as error:
-            if error.code == PAUSE_TOO_LONG and pace.too_long(self._monotonic()):
-                await self._book.complain(copies.interval_changed(rental, placement, pace.pause_s, pace.interval_s))
-            if error.code != PAUSE_TOO_LONG or limits.pause_s >= LONGEST_PAUSE_S:
+            if error.code in {PAUSE_TOO_LONG, PAUSE_IN_VAIN}:
+                stood_s = limits.pause_s if error.code == PAUSE_IN_VAIN else 0.0
+                if pace.too_long(self._monotonic(), stood_s):
+                    await self._book.complain(copies.copied_less_often(rental, placement, str(error)))
+            if limits.pause_s >= LONGEST_PAUSE_S or error.code not in {PAUSE_TOO_LONG, PAUSE_IN_VAIN}:
                 await self._complain(found, error)
             return str(error)
         except Exception:

@@ -224,12 +224,14 @@ class Reconciler:
         To fill a home may take minutes. As long as it is under way nothing else of that rental is done on that worker,
         nor salvaged elsewhere.
         """
-        instead = {task.key: task.kind for task in wanted}
+        kinds: dict[tuple[str, str], set[TaskKind]] = {}
+        for task in wanted:
+            kinds.setdefault(task.key, set()).add(task.kind)
         for key in self._tasks.keys() & busy:
-            task = self._tasks[key]
-            is_given_up = task.kind in MOVES and instead.get(key) not in MOVES
-            is_to_go = task.kind is TaskKind.CREATE and task.restore and instead.get(key) is TaskKind.DELETE
-            if is_given_up or is_to_go:
+            task, now = self._tasks[key], kinds.get(key, set())
+            is_given_up = task.kind in MOVES and not now & MOVES
+            is_filling = task.kind is TaskKind.CREATE and bool(task.restore)
+            if is_given_up or (is_filling and TaskKind.DELETE in now and TaskKind.CREATE not in now):
                 self._running[key].cancel()
 
     def _is_more_than_one_round(self) -> bool:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orion.manager.domain.copies import Generation
+from orion.manager.domain.pacing import LONGEST_PAUSE_S
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault import generations
 from orion.manager.engine.vault.port import NO_BASE, NO_SUCH_GENERATION, OVER_LIMIT, VaultError
@@ -106,7 +107,9 @@ class Job:
         base = self._as_renter(lambda: generations.begin(self._folder, request.epoch, salvage))
         mark = secrets.token_hex(16)
         limits = {"max_files": request.max_files, "max_bytes": request.max_bytes}
-        wish = limits | {"base": base["mark"], "mark": mark, "moving": request.moving, "pause_s": request.pause_s}
+        wish = limits | {"base": base["mark"], "mark": mark, "moving": request.moving}
+        if request.pause_s < LONGEST_PAUSE_S:  # which is what a worker assumes, one of an earlier version too
+            wish["pause_s"] = request.pause_s
         with self._far("salvage" if salvage else "send", **wish) as far:
             asked_at = time.time()
             hello = Hello.of(far.hear(self._watch))

@@ -68,6 +68,9 @@ NO_BASE = "no_base"
 """The home is not known to hold the snapshot that it is to be brought up to date from."""
 OVER_LIMIT = "over_limit"
 PAUSE_TOO_LONG = "pause_too_long"
+"""Programs would have to stand still for longer than they may; they did not."""
+PAUSE_IN_VAIN = "pause_in_vain"
+"""They stood still for as long as they may, and that was too short."""
 
 
 class Vault(Protocol):
