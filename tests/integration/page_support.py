@@ -203,7 +203,7 @@ async def eventually(what: str, look: Callable[[], Awaitable[Any]], wanted: Any)
             break
         await asyncio.sleep(0.1)
         seen = await look()
-    assert seen == wanted, what
+    assert seen == wanted, f"{what}: {seen} is not {wanted}"
 
 
 class Tmux:

@@ -175,6 +175,35 @@ async def test_the_screen_of_a_new_shell_is_what_tmux_shows_whatever_the_one_bef
             await window.page.locator("#notice-close").click()
 
 
+ANOTHER_SCREEN = """async () => {
+    const { Screen } = await import(new URL("screen.js", location.href));
+    const place = document.body.appendChild(document.createElement("div"));
+    place.id = "another";
+    place.style.height = "300px";
+    const nothing = () => {};
+    const on = { typed: nothing, resized: nothing, leave: nothing, copy: nothing, link: nothing };
+    const screen = new Screen(place, on);
+    const show = (text) => new Promise((shown) => screen.show(new TextEncoder().encode(text), shown));
+    show("of the shell before");
+    screen.renew();
+    show("$ ");
+    screen.renew();
+    await show("# ");
+}"""
+
+
+async def test_what_a_new_shell_says_at_once_stands_on_the_empty_screen(site: Site) -> None:
+    """Not before it, where it would be cleared away: the prompt would be missing."""
+    async with site.open() as window:
+        await window.page.evaluate(ANOTHER_SCREEN)
+
+        async def first_rows() -> list[str]:
+            texts = await window.page.locator("#another .xterm-rows > div").all_text_contents()
+            return [text.replace("\xa0", " ").strip() for text in texts[:2]]
+
+        await eventually("the prompt of the last shell, alone", first_rows, ["#", ""])
+
+
 async def _is(value: bool) -> bool:
     return value
 

@@ -24,6 +24,7 @@ const encoder = new TextEncoder();
 export class Screen {
   #terminal;
   #fit;
+  #waiting = null; // while the screen is being emptied: what comes after that
 
   // on.typed(bytes); on.resized(columns, rows); on.leave(): the keyboard goes elsewhere; on.copy(text): a program wants to copy;
   // on.link(url): the mouse is over a link, or over none
@@ -65,20 +66,32 @@ export class Screen {
   }
 
   show(bytes, shown) {
-    this.#terminal.write(bytes, shown);
+    this.#inOrder(() => this.#terminal.write(bytes, shown));
   }
 
   // An empty screen for the next shell, as a new terminal has it; what stood on it is in the lines above.
   renew() {
-    this.#terminal.write(encoder.encode(LEAVE), () => {
-      const { buffer, cols, rows } = this.#terminal;
-      let used = rows;
-      while (used && !buffer.normal.getLine(buffer.normal.baseY + used - 1)?.translateToString(true)) used -= 1;
-      let stops = "";
-      for (let column = 9; column <= cols; column += 8) stops += `\x1b[${column}G\x1bH`;
-      this.#terminal.write(`\x1b[${rows};1H${"\n".repeat(used)}\x1b[2J${stops}\x1b[H`);
-      this.#terminal.scrollToBottom();
+    this.#inOrder(() => {
+      this.#waiting = [];
+      this.#terminal.write(encoder.encode(LEAVE), () => {
+        const { buffer, cols, rows } = this.#terminal;
+        let used = rows;
+        while (used && !buffer.normal.getLine(buffer.normal.baseY + used - 1)?.translateToString(true)) used -= 1;
+        let stops = "";
+        for (let column = 9; column <= cols; column += 8) stops += `\x1b[${column}G\x1bH`;
+        this.#terminal.write(`\x1b[${rows};1H${"\n".repeat(used)}\x1b[2J${stops}\x1b[H`);
+        this.#terminal.scrollToBottom();
+        const waiting = this.#waiting;
+        this.#waiting = null;
+        waiting.forEach((what) => this.#inOrder(what));
+      });
     });
+  }
+
+  // What the next shell says must not come before the screen is empty: the terminal reads what it is given a moment later.
+  #inOrder(what) {
+    if (this.#waiting) this.#waiting.push(what);
+    else what();
   }
 
   focus() {
