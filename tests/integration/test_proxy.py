@@ -10,14 +10,17 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 from proxy_support import ROOT, SECRET, Manager, Proxy, outer_proxy, proxy, wait_until
 from websockets.exceptions import InvalidStatus
-from websockets.sync.client import connect
+from websockets.sync import client as websocket
 
+connect = partial(websocket.connect, proxy=None, open_timeout=60)
+"""Its own limit of 10 s was once too short, where other tests start containers and browsers meanwhile."""
 HEARTBEAT, REGISTER, RENT, REST = "/api/heartbeat", "/api/register", "/api/rent", "/api/rentals"
 
 
@@ -282,14 +285,14 @@ def websocket_url(door: Proxy, rental: str = "abc", scheme: str = "ws") -> str:
 
 
 def test_a_websocket_passes_both_ways(door: Proxy, client: httpx.Client) -> None:
-    with connect(websocket_url(door), additional_headers=bearer(), proxy=None) as shell:
+    with connect(websocket_url(door), additional_headers=bearer()) as shell:
         for message in (b"\0\1\2", b"x" * 60_000):
             shell.send(message)
             assert shell.recv() == message
 
 
 def test_a_websocket_that_the_manager_refuses_is_refused_in_its_words(door: Proxy, client: httpx.Client) -> None:
-    with pytest.raises(InvalidStatus) as refusal, connect(websocket_url(door, "other"), proxy=None):
+    with pytest.raises(InvalidStatus) as refusal, connect(websocket_url(door, "other")):
         pass
     assert refusal.value.response.status_code == 403
     assert refusal.value.response.body == b"not yours"
@@ -323,7 +326,7 @@ def test_the_certificate_made_at_first_start_verifies(door: Proxy, client: httpx
     for host in ("localhost", "127.0.0.1"):
         reply = httpx.get(f"https://{host}:{door.https_port}{REST}", verify=trust, trust_env=False)
         assert headers_at_manager(reply)["x-forwarded-proto"] == "https"
-    with connect(websocket_url(door, scheme="wss"), ssl=trust, proxy=None) as shell:
+    with connect(websocket_url(door, scheme="wss"), ssl=trust) as shell:
         shell.send(b"over TLS")
         assert shell.recv() == b"over TLS"
 
@@ -368,7 +371,7 @@ def test_a_renewed_certificate_is_served_within_15_s_and_what_is_open_stays_open
         " -subj /CN=renewed -addext subjectAltName=DNS:localhost -keyout /tmp/new.key -out /tmp/new.crt 2>/tmp/said"
     )
     assert door.exec("sh", "-c", f"{new_pair} && cp /tmp/new.key tls.key").returncode == 0
-    with connect(websocket_url(door), proxy=None) as shell:
+    with connect(websocket_url(door)) as shell:
         time.sleep(11)  # it has looked, and half of a pair is none
         assert certificate(door) == before
         assert door.exec("sh", "-c", "cp /tmp/new.crt /etc/orion-tls/tls.crt").returncode == 0
@@ -438,7 +441,7 @@ def test_everything_works_below_a_path_of_an_outer_proxy(door: Proxy, outer: str
         page = visitor.get("/terminal/")
         assert page.status_code == 200
         assert "/orion/api/openapi.json" in visitor.get("/").text
-    with connect(f"{outer}/orion/api/rentals/abc/ssh".replace("http", "ws"), proxy=None) as shell:
+    with connect(f"{outer}/orion/api/rentals/abc/ssh".replace("http", "ws")) as shell:
         shell.send(b"below a path")
         assert shell.recv() == b"below a path"
 
