@@ -1,4 +1,4 @@
-"""What Docker shows of the platform, for rollout.py, and how it is asked."""
+"""Ask Docker for the containers of the platform and for what is in them, for rollout.py."""
 
 from __future__ import annotations
 

@@ -317,7 +317,7 @@ class Snapshot:
             waiting = fresh(now, copied)
             more = max(_bytes_of(waiting) / max(SMALL_BYTES, left), len(waiting) / max(SMALL_NUMBER, number))
             keeping_s = took_s * more
-        pause_s = self._scan_s + keeping_s + self._doubtful_bytes(now, mapped) / COPIED_A_SECOND
+        pause_s = self._scan_s + keeping_s + _bytes_of(self._unseen(now, mapped)) / COPIED_A_SECOND
         if self.is_regular and pause_s > self._pause_most_s:
             what = f"would have to stand still for some {pause_s:.1f} s"
             raise Refused("pause_too_long", f"its programs {what} for a snapshot: {SO_MUCH}")
@@ -333,13 +333,15 @@ class Snapshot:
         self._scan_s = _processor_s() - began
         return found
 
-    def _doubtful_bytes(self, now: Scan, mapped: frozenset[int]) -> int:
-        """Return the bytes of files that are copied in the pause because they may change without showing it."""
-        doubtful, inodes = self._known.doubtful.keys(), {str(inode).encode() for inode in mapped}
-        if not (doubtful or inodes):
-            return 0
-        lines = (line for line in now.lines if line.split(b" ", 1)[0] in inodes or path_of(line) in doubtful)
-        return sum(entry(line).size for line in lines)
+    def _unseen(self, of: Scan, mapped: frozenset[int]) -> dict[bytes, Entry]:
+        """Return by path what may change without showing it: mapped for writing, or doubtful in the snapshot before."""
+        doubtful, inodes = self._known.doubtful, {str(inode).encode() for inode in mapped}
+        lines = of.lines if doubtful or inodes else ()
+        return {
+            path_of(line): entry(line)
+            for line in lines
+            if line.split(b" ", 1)[0] in inodes or (doubtful and path_of(line) in doubtful)
+        }
 
     def _while_it_stands(self, now: Scan, copied: Scan, mapped: frozenset[int]) -> tuple[Scan, float, frozenset[int]]:
         """Copy the rest while nothing of it runs; return the scan of that moment, the pause, and what was mapped."""
@@ -348,24 +350,24 @@ class Snapshot:
             began = time.monotonic()
             until = time.clock_gettime(time.CLOCK_BOOTTIME) + PAUSE_ENDS_S
             tasks = frozenset() if self._salvage else freezer.pause(record, until)
-            stood = tasks is None
+            is_pause = tasks is not None and not self._salvage
+            ends_at = _monotonic(self._wish.deadline)
+            self._last_moment = min(ends_at, began + self._pause_most_s) if is_pause else ends_at
             try:
                 mapped = mapped | self._mapped()
                 before = tasks_of(record.uid) if tasks is None else tasks
-                if not (stood or self._salvage):
-                    self._last_moment = min(_monotonic(self._wish.deadline), time.monotonic() + self._pause_most_s)
                 last = scan(self._wish.max_files, self._last_moment, strict=True)
                 self._aside.keep(self._rest(last, copied, mapped), self._look)
                 self._look()
                 if not has_run(before, tasks_of(record.uid)) and not self._aside.vanished:
-                    return last, 0.0 if stood or self._salvage else time.monotonic() - began, mapped
+                    return last, time.monotonic() - began if is_pause else 0.0, mapped
             except Refused as refusal:
-                if refusal.code == "timed_out" and self._last_moment < _monotonic(self._wish.deadline):
+                if refusal.code == "timed_out" and self._last_moment < ends_at:
                     what = f"stood still for {time.monotonic() - began:.1f} s in vain"
                     raise Refused("pause_in_vain", f"its programs {what} for a snapshot: {SO_MUCH}") from refusal
                 raise
             finally:
-                if not stood and not self._salvage:
+                if is_pause:
                     freezer.resume(record.rental_id)
             self._last_moment = _monotonic(self._wish.deadline)
         raise Refused("restless", "something ran, or came in, each time that its programs were stopped for a snapshot")
@@ -376,23 +378,15 @@ class Snapshot:
         for path, found in fresh(last, self._known.scan).items():
             if racy(found, copied.at) or found.path in self._aside.vanished:
                 rest[path] = found
-        doubtful = self._known.doubtful.keys()
-        if mapped or doubtful:
-            inodes = {str(inode).encode() for inode in mapped}
-            for line in last.lines:
-                if line.split(b" ", 1)[0] in inodes or (doubtful and path_of(line) in doubtful):
-                    rest[path_of(line)] = entry(line)
+        rest |= self._unseen(last, mapped)
         self._aside.vanished.clear()
         return list(rest.values())
 
     def _settle(self, last: Scan, mapped: frozenset[int]) -> Manifest:
         """Write the list of what is sent; return the manifest of the snapshot. Everything goes on meanwhile."""
         changed = fresh(last, self._known.scan)
-        inodes = {str(inode).encode() for inode in mapped}
         doubtful = {path: found for path, found in changed.items() if racy(found, last.at)}
-        for line in last.lines if inodes or self._known.doubtful else ():
-            if line.split(b" ", 1)[0] in inodes or path_of(line) in self._known.doubtful:
-                doubtful[path_of(line)] = entry(line)
+        doubtful |= self._unseen(last, mapped)
         removed = gone(last, self._known.scan)
         others = [found.path for found in changed.values() if found.kind != b"d"]
         sent = [*(changed.keys() | doubtful.keys()), b"."]

@@ -381,7 +381,7 @@ def test_a_renewed_certificate_is_served_within_15_s_and_what_is_open_stays_open
     new = door.exec("cat", "/etc/orion-tls/tls.crt").stdout
 
     def is_served() -> bool:
-        """For a moment the processes of before still accept connections as well."""
+        """Return whether a connection meets the new one: for a moment the processes of before still accept some."""
         try:
             return httpx.get(f"https://localhost:{door.https_port}/", verify=trusting(new)).status_code == 200
         except httpx.ConnectError:

@@ -93,7 +93,7 @@ class Scene:
         return [float(line) for line in told.split() if line.count(".") == 1]
 
     def states(self, of: Rental) -> set[str]:
-        """By the real uid: the agent's own helper, which stops them again, has theirs as its effective one."""
+        """Return those of all processes with this real uid. (The agent's own helper has it as its effective one.)"""
         return set(self.worker.run("sh", "-c", f"ps -o stat= -U {of.uid} | cut -c1 || true").split())
 
     def shown(self, of: Rental) -> str:

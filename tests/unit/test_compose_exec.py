@@ -1,4 +1,4 @@
-"""In which container `scripts/compose.sh exec` runs a command: asked of the shell, with a stand-in for the engine."""
+"""The container in which `scripts/compose.sh exec` runs a command: asked of the shell, with a stand-in for Docker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `make up` and `make test` install with apt, where the network fails for a moment or for good."""
+"""Tests of what is installed with apt, where the network fails for a moment or for good."""
 
 from __future__ import annotations
 

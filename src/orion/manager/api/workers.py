@@ -93,7 +93,7 @@ async def drain(worker_id: str, admin: Admin, shared: Shared) -> wire.Worker:
 
 @router.post("/workers/drain", responses=refusals(404))
 async def drain_together(body: wire.DrainRequest, admin: Admin, shared: Shared) -> wire.Page[wire.Worker]:
-    """As a drain of each, but all in the same moment: no rental moves to a worker that is drained next. Repeatable."""
+    """Drain them all in the same moment: no rental moves to a worker that is drained next. Repeatable."""
     rows = await shared.store.write(workers.drain_together, admin.name, body.worker_ids)
     shared.wake_reconciler()
     return wire.Page(items=[_view(row, shared) for row in rows], next=None)

@@ -1,4 +1,4 @@
-"""How often a rental is copied whose programs have to stand still for a copy.
+"""The pace of a rental's copies, where its programs have to stand still for them.
 
 Programs may stand still for a share of the time. A pause that is longer than the share of one interval is paid off by
 the time that follows it. Until that has passed the rental is tried again all the same, at growing intervals, for what
@@ -26,7 +26,7 @@ class Pace:
     usual_s: float
     share: float
     paid_at: float = float("-inf")
-    """From when on the time that has passed covers all pauses so far."""
+    """The moment from which on the time that has passed covers all pauses so far."""
     wait_s: float = 0.0
     """The seconds until the next copy is tried."""
     pause_s: float = 0.0

@@ -43,6 +43,8 @@ FULL_DISK = 0.8
 """From here on no copy is begun: the rest of the disk is for the database, and for takeovers."""
 SAID_AT_ONCE = frozenset((OVER_LIMIT, "unreadable_home", "disk_full"))
 """Problems of the home or of this machine. Others may be a worker that is just dying: they are said when they stay."""
+OF_THE_PAUSE = frozenset((PAUSE_TOO_LONG, PAUSE_IN_VAIN))
+"""Too much changes at once; that is told as another interval, unless the longest pause was allowed."""
 OF_NO_ACCOUNT = frozenset(("superseded", "stale_epoch", "unknown_rental", "purged", "busy"))
 """It is being moved or ended, or what another worker still has of it is being copied aside."""
 
@@ -218,11 +220,11 @@ class CopiesLoop:
             self._failures.pop(rental.id, None)
             self._uncopied.discard(rental.id)
         except VaultError as error:
-            if error.code in {PAUSE_TOO_LONG, PAUSE_IN_VAIN}:
+            if error.code in OF_THE_PAUSE:
                 stood_s = limits.pause_s if error.code == PAUSE_IN_VAIN else 0.0
                 if pace.too_long(self._monotonic(), stood_s):
                     await self._book.complain(copies.copied_less_often(rental, placement, str(error)))
-            if limits.pause_s >= LONGEST_PAUSE_S or error.code not in {PAUSE_TOO_LONG, PAUSE_IN_VAIN}:
+            if limits.pause_s >= LONGEST_PAUSE_S or error.code not in OF_THE_PAUSE:
                 await self._complain(found, error)
             return str(error)
         except Exception:

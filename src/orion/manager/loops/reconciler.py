@@ -114,7 +114,7 @@ class Reconciler:
         """From the look to the commit of whoever gives slots away: two that looked at once would give the same one."""
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._tasks: dict[tuple[str, str], Task] = {}
-        """What each of those that run is about."""
+        """The tasks under way, by the same keys."""
         self._rests: dict[str, _Failure] = {}
         """Of rentals that could not be moved."""
         self._failures: dict[Task, _Failure] = {}

@@ -47,7 +47,7 @@ class RequestLine(Line):
     max_bytes: int = Field(0, ge=0, lt=2**53)
     moving: bool = False
     pause_s: float = Field(LONGEST_PAUSE_S, gt=0, le=LONGEST_PAUSE_S)
-    """Of a copy, the seconds for which the programs of the rental may stand still."""
+    """The seconds for which the programs of the rental may stand still for a copy."""
     deadline_s: float = Field(gt=0, le=MAX_DEADLINE_S)
 
 
