@@ -72,7 +72,8 @@ check_subnet() {
     while read -r name taken; do
         overlap "$taken" "$subnet" || continue
         [[ ! $name =~ ^br-[0-9a-f]{12}$ ]] ||
-            fail "subnet $subnet is taken by a bridge that a former Docker engine left: ip link delete $name, then make up"
+            fail "subnet $subnet is taken by a bridge that a former Docker engine left, with rules of the firewall: restart the
+  machine, or as root: ip link delete $name; iptables-save | grep -v $name | iptables-restore; then make up"
         refuse_subnet "$subnet" "a route of this machine ($taken on $name)"
     done < <(host_routes)
     return 0

@@ -65,3 +65,12 @@ networks = st.builds(
 def test_networks_overlap_as_the_standard_library_says(pairs: list[tuple[IPv4Network, IPv4Network]]) -> None:
     script = "; ".join(f"overlap {one} {other} && echo yes || echo no" for one, other in pairs)
     assert shell(script).stdout.split() == ["yes" if one.overlaps(other) else "no" for one, other in pairs]
+
+
+def test_a_bridge_of_a_former_engine_is_removed_with_its_rules_of_the_firewall() -> None:
+    """Its rule of masquerading hides who speaks in the new network: the manager then refuses the proxy itself."""
+    fakes = "docker_networks() { :; }; host_routes() { echo br-0123456789ab 172.20.0.0/16; }"
+    done = shell(f"{fakes}; check_subnet", COMPOSE_PROJECT_NAME="tried")
+    assert done.returncode == 1
+    way_out = "ip link delete br-0123456789ab; iptables-save | grep -v br-0123456789ab | iptables-restore; then make up"
+    assert way_out in done.stderr
