@@ -110,6 +110,26 @@ class VaultContract:
         assert (refused.code, refused.restored) == (LET_IN, "1-1")
         assert await bench.files(target) == {"file": "newer than any copy"}
 
+    async def test_a_copy_that_was_prepared_for_holds_what_changed_since(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        for name in ("changed", "removed", "same"):
+            await bench.write(home, name, name)
+        first = (await bench.vault.copy(home, LIMITS, moving=True)).copy.generation
+        target = bench.moved(home)
+        await bench.create(target, let_in=False)
+        assert await bench.vault.restore(target, first, again=True)
+        await bench.write(home, "changed", "twice")
+        await bench.remove(home, "removed")
+        last = await bench.vault.copy(home, LIMITS, moving=True)
+        assert [str(copy.generation) for copy in last.kept] == ["1-1", "1-2"]
+        assert await bench.vault.restore(target, last.copy.generation, filled=first) == last.copy
+        assert await bench.files(target) == {"changed": "twice", "same": "same"}
+        other = bench.moved(target)
+        await bench.create(other, let_in=False)
+        await bench.vault.restore(other, first)
+        assert await bench.files(other) == {"changed": "changed", "removed": "removed", "same": "same"}
+
     async def test_an_older_copy_is_restored_when_it_is_named_and_only_if_it_is_there(self, bench: Bench) -> None:
         home = bench.new_home()
         await bench.create(home, let_in=True)

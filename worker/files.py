@@ -55,6 +55,7 @@ from snapshot import (
     odd_folders,
     path_of,
     racy,
+    racy_in,
     remove_tree,
     scan,
     size_of,
@@ -180,7 +181,7 @@ def _receive(keeper: Keeper, wish: Wish, homes: Path) -> int:
 
 def _doubtful_now(looked: Scan) -> dict[bytes, str]:
     """Return the files that may change without showing it; nobody has been let in, so they are as they were filled."""
-    return {found.path: "" for found in map(entry, looked.lines) if racy(found, looked.at)}
+    return {found.path: "" for found in racy_in(looked)}
 
 
 def _send(direction: str, keeper: Keeper, wish: Wish, places: Path, homes: Path) -> int:
@@ -269,6 +270,8 @@ class Snapshot:
         self._missing: dict[bytes, str] = {}
         self._folders: dict[str, int] = {}
         self._scan_s = 0.0
+        self._stands_still = salvage or keeper.freezer.is_frozen(record.rental_id)
+        """Whether nothing of the rental runs already: its home is scanned once only then."""
         self._pause_most_s = PAUSE_MOST_S if wish.moving else min(PAUSE_MOST_S, wish.pause_s)
 
     @property
@@ -277,12 +280,14 @@ class Snapshot:
         return not (self._salvage or self._wish.moving)
 
     def make(self) -> dict[str, Any]:
-        mapped = self._mapped()
-        now = self._scan()
-        self._check_size(now)
-        if self._base and self._is_same(now):
-            return {"same": True, "whole": False, "age_s": time.time() - now.at} | self._figures(now)
-        now, aside_of = self._set_aside_what_runs(now, mapped)
+        copied, mapped = Scan(self._known.scan.lines, 0.0), frozenset[int]()
+        if not self._stands_still:
+            mapped = self._mapped()
+            now = self._scan()
+            self._check_size(now)
+            if self._base and self._is_same(now):
+                return self._same(now)
+            copied = self._set_aside_what_runs(now, mapped)
         with self._keeper.ledger.locked(self._record.rental_id, LOCK_WAIT_S):
             check_unlock(
                 self._keeper.ledger.living(self._record.rental_id),
@@ -290,7 +295,9 @@ class Snapshot:
                 self._record.epoch,
             )
             began = time.monotonic()
-            last, pause_s, mapped = self._while_it_stands(now, aside_of, mapped)
+            last, pause_s, mapped = self._while_it_stands(copied, mapped)
+        if self._stands_still and self._base and self._is_same(last):
+            return self._same(last)
         manifest = self._settle(last, mapped)
         self._keeper.manifests.write(self._record.rental_id, self._wish.mark, manifest, self._wish.base)
         return {
@@ -298,12 +305,13 @@ class Snapshot:
             "age_s": round(time.monotonic() - began, 4), "folders": self._folders,
         } | self._figures(last)  # fmt: skip
 
-    def _set_aside_what_runs(self, now: Scan, mapped: frozenset[int]) -> tuple[Scan, Scan]:
-        """Copy what changed while programs go on; return the last scan, and the scan up to which all is copied."""
+    def _same(self, now: Scan) -> dict[str, Any]:
+        return {"same": True, "whole": False, "age_s": time.time() - now.at} | self._figures(now)
+
+    def _set_aside_what_runs(self, now: Scan, mapped: frozenset[int]) -> Scan:
+        """Copy what changed while programs go on; return the scan up to which all is copied."""
         waiting = fresh(now, self._known.scan)
         copied, before = Scan(self._known.scan.lines, 0.0), float("inf")
-        if self._salvage or self._keeper.freezer.is_frozen(self._record.rental_id):
-            return now, copied
         keeping_s = 0.0
         for _ in range(MOST_ROUNDS):
             left = _bytes_of(waiting)
@@ -321,7 +329,7 @@ class Snapshot:
         if self.is_regular and pause_s > self._pause_most_s:
             what = f"would have to stand still for some {pause_s:.1f} s"
             raise Refused("pause_too_long", f"its programs {what} for a snapshot: {SO_MUCH}")
-        return now, copied
+        return copied
 
     def _scan(self) -> Scan:
         """Return a scan of what may go on meanwhile, and remember the processor time that it took.
@@ -343,7 +351,7 @@ class Snapshot:
             if line.split(b" ", 1)[0] in inodes or (doubtful and path_of(line) in doubtful)
         }
 
-    def _while_it_stands(self, now: Scan, copied: Scan, mapped: frozenset[int]) -> tuple[Scan, float, frozenset[int]]:
+    def _while_it_stands(self, copied: Scan, mapped: frozenset[int]) -> tuple[Scan, float, frozenset[int]]:
         """Copy the rest while nothing of it runs; return the scan of that moment, the pause, and what was mapped."""
         freezer, record = self._keeper.freezer, self._record
         for _ in range(PAUSE_TRIES):
@@ -357,6 +365,8 @@ class Snapshot:
                 mapped = mapped | self._mapped()
                 before = tasks_of(record.uid) if tasks is None else tasks
                 last = scan(self._wish.max_files, self._last_moment, strict=True)
+                if self._stands_still:
+                    self._check_size(last)
                 self._aside.keep(self._rest(last, copied, mapped), self._look)
                 self._look()
                 if not has_run(before, tasks_of(record.uid)) and not self._aside.vanished:

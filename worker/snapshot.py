@@ -191,6 +191,12 @@ def racy(found: Entry, at: float) -> bool:
     return found.kind == b"f" and found.changed_at > at - RACY_S
 
 
+def racy_in(of: Scan) -> list[Entry]:
+    """Return the entries of a scan that are racy at its own time."""
+    since = of.at - RACY_S
+    return [found for line in of.lines if float(line.split(b" ", 6)[5]) > since and racy(found := entry(line), of.at)]
+
+
 def topmost(paths: Collection[bytes], replaced: Collection[bytes]) -> list[bytes]:
     """Return those paths that lie below no other of them, and below nothing that is no directory any more."""
     covers = {*paths, *replaced}

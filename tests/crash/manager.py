@@ -233,6 +233,7 @@ class RemoteVault:
         generation: Generation | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
         filled: Generation | None = None,
+        again: bool = False,
     ) -> Copy | None:
         done: Copy | None = await self._ask("restore", home, generation)
         return done

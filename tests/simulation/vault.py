@@ -77,6 +77,7 @@ class SimulatedVault:
         generation: Generation | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
         filled: Generation | None = None,
+        again: bool = False,
     ) -> Copy | None:
         there = self.sim.stored.get(home.rental_id, {})
         if not there or not (generation or any(not copy.salvage for copy in there.values())):

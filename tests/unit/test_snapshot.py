@@ -348,6 +348,25 @@ def test_a_frozen_home_is_not_stopped_and_not_let_go_on(house: House) -> None:
     assert house.keeper.freezer.pauses == 0
 
 
+def test_a_frozen_home_is_looked_through_once_whether_or_not_it_changed(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (house.home / "file").write_text("x")
+    aged(house.home)
+    house.snapshot(mark=BASE)
+    scans: list[bool] = []
+    monkeypatch.setattr(files, "scan", lambda *arguments, strict: scans.append(strict) or scan(*arguments, strict))
+    house.keeper.freezer.mark(RECORD, frozenset())
+    assert house.snapshot(base=BASE, moving=True)["same"]
+    (house.home / "other").write_text("y")
+    assert not house.snapshot(base=BASE, moving=True)["same"]
+    assert house.sent == {"other": b"y"}
+    with pytest.raises(Refused) as refused:
+        house.snapshot(base=BASE, moving=True, max_files=2)
+    assert refused.value.code == "over_limit"
+    assert scans == [True, True, True]
+
+
 def test_a_purge_ends_the_transfer_that_sets_files_aside_and_leaves_nothing_of_it(tmp_path: Path) -> None:
     places = tmp_path / "aside"
     (places / "one").mkdir(parents=True)

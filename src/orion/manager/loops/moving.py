@@ -63,7 +63,7 @@ class Mover:
         for _ in range(MOST_ROUNDS):
             began = self._monotonic()
             copy = await self._copy(source)
-            await self._fill(standby, copy)
+            await self._fill(standby, copy, again=True)
             if self._monotonic() - began < SOON_S:
                 break
         return _done(copy)
@@ -71,7 +71,7 @@ class Mover:
     async def _finish(self, source: Job, standby: Job) -> Outcome:
         await self._freeze(source)
         copy = await self._copy(source)
-        await self._fill(standby, copy)
+        await self._fill(standby, copy, again=False)
         self._filled.pop((standby.rental_id, standby.epoch), None)
         return _done(copy)
 
@@ -88,10 +88,10 @@ class Mover:
         if frozen.report.get("state") != "frozen" or frozen.report.get("epoch") != source.epoch:
             raise VaultError("not_frozen", "its worker does not have it any more")
 
-    async def _fill(self, standby: Job, copy: Copy) -> None:
+    async def _fill(self, standby: Job, copy: Copy, again: bool) -> None:
         key = standby.rental_id, standby.epoch
         before = self._filled.pop(key, None)
-        await self._vault.restore(_home(standby), copy.generation, RESTORE_DEADLINE_S, filled=before)
+        await self._vault.restore(_home(standby), copy.generation, RESTORE_DEADLINE_S, before, again)
         self._filled = {key: copy.generation} | self._filled
         while len(self._filled) > MOST_REMEMBERED:
             self._filled.popitem()

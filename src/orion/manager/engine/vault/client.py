@@ -71,9 +71,10 @@ class VaultClient:
         generation: Generation | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
         filled: Generation | None = None,
+        again: bool = False,
     ) -> Copy | None:
         more = {"generation": str(generation or ""), "filled": str(filled or "")}
-        line = _line(Action.RESTORE, home, deadline_s, **more)
+        line = _line(Action.RESTORE, home, deadline_s, again=again, **more)
         await self._end_all_of(home.rental_id)
         reply = await self._begin(line)
         return read(reply.done) if reply.done else None

@@ -103,6 +103,7 @@ class FakeVault:
         generation: Generation | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
         filled: Generation | None = None,
+        again: bool = False,
     ) -> Copy | None:
         await self._going()
         there = self.stored.get(home.rental_id, {})

@@ -1,6 +1,8 @@
 """The directory of one rental's copies. Everything here runs under the rental's own uid, which owns all of it.
 
     incoming/          a copy that is being made, or what is left of one
+    next-E-N/          a tree of hard links to the home of E-N, made before the copy that begins from it
+    old-E-N/           a copy that made room and is still to be removed
     E-N/home/          a complete copy: generation N of epoch E
     E-N/about.json     when, how large, what is missing, its mark, and the mark of the one that it was made from
     E-N/changes        the paths that differ from the one that it was made from, each followed by a zero byte
@@ -26,6 +28,7 @@ from orion.manager.domain.copies import Copy, Generation, begins_from, kept, nex
 from orion.manager.engine.vault.protocol import read, written
 
 INCOMING = "incoming"
+NEXT, OLD = "next-", "old-"
 CHANGES = "changes"
 
 
@@ -49,13 +52,10 @@ def found(folder: Path) -> list[Copy]:
 
 def begin(folder: Path, epoch: int, salvage: bool) -> dict[str, Any]:
     """Make room for a new copy; return the name and the mark of the one that it is made from, empty for none."""
-    _remove(folder / INCOMING)
     complete = found(folder)
-    for place in folder.iterdir():
-        if place.name not in {str(copy.generation) for copy in complete}:
-            _remove(place)
-    (folder / INCOMING).mkdir(mode=0o700)
     base = begins_from(complete, epoch, salvage)
+    _sweep(folder, complete, str(base.generation) if base else "")
+    (folder / INCOMING).mkdir(mode=0o700)
     if base is None:
         return {"generation": "", "mark": "", "same_epoch": False, "folders": {}}
     about = _read(folder / str(base.generation))
@@ -65,11 +65,27 @@ def begin(folder: Path, epoch: int, salvage: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def prepare(folder: Path, generation: str) -> bool:
+    """Do beforehand what depends on the number of files in a copy that begins from this one."""
+    _sweep(folder, found(folder), generation)
+    prepared = folder / f"{NEXT}{generation}"
+    if not prepared.exists():
+        (folder / INCOMING).mkdir(mode=0o700)
+        clone(folder, generation)
+        (folder / INCOMING / "home").rename(prepared)
+        (folder / INCOMING).rmdir()
+    _flush_all(folder)
+    return True
+
+
 def clone(folder: Path, generation: str) -> bool:
     """Fill `incoming` with hard links to a complete copy; of none, with an empty home."""
     target = folder / INCOMING / "home"
     if not generation:
         target.mkdir(mode=0o700)
+        return True
+    with suppress(FileNotFoundError):
+        (folder / f"{NEXT}{generation}").rename(target)
         return True
     source = folder / generation / "home"
     done = subprocess.run(["cp", "-al", "--", source, target], stderr=subprocess.PIPE, text=True, check=False)
@@ -94,8 +110,10 @@ def finish(
     base: str,
     changed: Sequence[bytes] | None,
     spare: Generation | None = None,
+    in_haste: bool = False,
 ) -> Copy:
-    """Make what is in `incoming` a complete copy. Older ones make room, but for `spare`.
+    """Make what is in `incoming` a complete copy. Older ones make room, but for `spare`: the next copy removes them
+    if it is `in_haste`.
 
     `limits`: the most files and bytes that it may hold; OSError is raised for more. `changed`: the paths that differ
     from `base`; None: they are not known.
@@ -117,7 +135,9 @@ def finish(
     staying = kept([*complete, copy])
     for each in complete:
         if each.generation not in {*staying, spare}:
-            _remove(folder / str(each.generation))
+            old = (folder / str(each.generation)).rename(folder / f"{OLD}{each.generation}")
+            if not in_haste:
+                _remove(old)
     return copy
 
 
@@ -137,6 +157,14 @@ def marks(folder: Path, generation: str, filled: str) -> dict[str, Any]:
 def wipe(folder: Path) -> None:
     for place in folder.iterdir():
         _remove(place)
+
+
+def _sweep(folder: Path, complete: Sequence[Copy], begun_from: str) -> None:
+    """Remove all but the complete copies, and what was prepared for one that begins from `begun_from`."""
+    staying = {str(copy.generation) for copy in complete} | {f"{NEXT}{begun_from}"}
+    for place in folder.iterdir():
+        if place.name not in staying:
+            _remove(place)
 
 
 def _measure(home: Path) -> tuple[int, int]:

@@ -131,7 +131,8 @@ class Job:
                 changed = None if hello.whole else told.names
                 limits = request.max_files, request.max_bytes
                 spare = Generation.parse(request.generation)
-                copy = generations.finish(self._folder, request.epoch, made, limits, base["generation"], changed, spare)
+                about = self._folder, request.epoch, made, limits, base["generation"], changed, spare
+                copy = generations.finish(*about, in_haste=request.moving)
             return [written(copy), *map(written, generations.found(self._folder))]
 
         done, *copies = self._as_renter(finish)
@@ -163,6 +164,8 @@ class Job:
             there = ", ".join(each["generation"] for each in complete)
             raise VaultError(NO_SUCH_GENERATION, f"there is no copy {wanted}; there are {there}")
         told = self._fill(wanted)
+        if self._request.again:
+            self._as_renter(lambda: generations.prepare(self._folder, wanted))
         return ReplyLine(ok=True, done=copy | {"skipped": [*copy["skipped"], *told.skipped()]}, copies=complete)
 
     def _fill(self, wanted: str) -> Told:

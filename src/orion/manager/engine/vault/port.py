@@ -112,10 +112,12 @@ class Vault(Protocol):
         generation: Generation | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
         filled: Generation | None = None,
+        again: bool = False,
     ) -> Copy | None:
         """Fill the locked home with a copy, the newest if none is named; None: there is none, and nothing was done.
 
         `filled`: the copy with which the home was filled before; what changed since then may be all that is sent.
+        `again`: another copy will follow, for which a renter waits; what can be done for it beforehand is done.
         Ends a copy or another restore of the same rental that is under way: that raises with the code "superseded".
         Repeatable until the renter is let in.
         """

@@ -43,6 +43,8 @@ class RequestLine(Line):
     """To restore; of a copy, one that is to stay. Empty: the newest, or none in particular."""
     filled: Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,15}-[1-9][0-9]{0,15})?$")] = ""
     """Of a restore, the copy with which the home was filled before. Empty: it is not known."""
+    again: bool = False
+    """Whether a restore is followed by another copy, which is prepared as far as it can be."""
     max_files: int = Field(0, ge=0, lt=2**53)
     max_bytes: int = Field(0, ge=0, lt=2**53)
     moving: bool = False
