@@ -254,8 +254,9 @@ def certify(account: Login, rental_id: str, epoch: int) -> None:
     """Have a certificate of our own key for that rental at that epoch in its file. Raises OrionError."""
     file = certificate_file(rental_id)
     with suppress(OSError, ValueError, IndexError):  # one that `orion ssh` left says neither
-        held_epoch, until = file.read_text().split()[2].split("/")
-        if int(held_epoch) == epoch and int(until) > time.time() + ENOUGH_S:
+        held_epoch, *asked_at = map(int, file.read_text().split()[2].split("/"))
+        wall, going = asked_at
+        if held_epoch == epoch and _is_fresh(wall, going):
             return
     try:
         public_key = " ".join((login.folder() / "id_ed25519.pub").read_text().split()[:2])
@@ -264,7 +265,16 @@ def certify(account: Login, rental_id: str, epoch: int) -> None:
     asked = {"ssh_public_key": public_key, "ttl_s": CERTIFICATE_S}
     signed = str(_ask(account, f"/api/rentals/{rental_id}/certificate", asked).get("certificate"))
     check_certificate(signed)
-    login.write_private(file, f"{signed} {epoch}/{int(time.time()) + CERTIFICATE_S}\n")
+    login.write_private(file, f"{signed} {epoch}/{int(time.time())}/{int(time.monotonic())}\n")
+
+
+def _is_fresh(wall: int, going: int) -> bool:
+    """Return whether what was asked for then still serves, by two clocks: one may be set, the other stops in sleep.
+
+    It ends by the worker's clock, which this machine does not know.
+    """
+    ages_s = (time.time() - wall, time.monotonic() - going)
+    return min(ages_s) >= 0 and max(ages_s) < CERTIFICATE_S - ENOUGH_S
 
 
 def check_certificate(line: str) -> None:

@@ -428,7 +428,9 @@ class Rental(Reply):
     labels: dict[str, str]
     ttl_s: int
     created_at: datetime
-    expires_at: datetime | None = Field(description="Null before it was first active")
+    expires_at: datetime | None = Field(
+        description="Null before it was first active, and while its time is not counted as the clock is doubted"
+    )
     last_safe_copy_at: datetime | None = Field(description="When the last complete copy of its files was begun")
     last_safe_copy_bytes: int | None = Field(None, description="The size of the files in it")
     copy_problem: str = Field("", description="Why its files cannot be copied at present")

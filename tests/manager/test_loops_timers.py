@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
 
 import httpx
 import pytest
@@ -250,6 +251,39 @@ async def test_a_token_that_is_made_while_the_clock_is_doubted_lasts_as_long_as_
     assert await opens(alice)
     house.clock.now += 1801
     assert not await opens(alice)
+
+
+@pytest.mark.parametrize("wrong_s", [-2 * 86_400, 2 * 86_400], ids=["behind", "ahead"])
+@pytest.mark.parametrize("is_right", [False, True], ids=["it is set right", "an operator confirms it"])
+async def test_a_time_that_begins_while_the_clock_is_doubted_lasts_as_long_as_was_said(
+    house: House, wrong_s: float, is_right: bool
+) -> None:
+    """A new rental and a renewed one: their time is counted from the moment in which the clock is believed again."""
+    await house.join(slots=2)
+    before = await house.rent(ttl_s=3600)
+    house.clock.wall_offset += wrong_s
+    await house.manager.expiry.round()
+    rental = await house.rent(ttl_s=6 * 3600)
+    renewed = (await house.as_admin.post(f"/api/rentals/{before['id']}/renew", json={"ttl_s": 6 * 3600})).json()
+    assert (rental["state"], rental["expires_at"], renewed["expires_at"]) == ("active", None, None)
+    if is_right:
+        await house.as_admin.post("/api/admin/clock")
+    else:
+        house.clock.wall_offset -= wrong_s
+        await house.manager.expiry.round()
+        house.clock.now += SETTLE_S
+    await house.manager.expiry.round()
+    assert await doubted(house) is None
+    both = [await house.rental(each["id"]) for each in (rental, before)]
+    for each in both:
+        left_s = datetime.fromisoformat(each["expires_at"]).timestamp() - house.clock.wall()
+        assert (each["state"], round(left_s)) == ("active", 6 * 3600)
+    house.clock.now += 6 * 3600 - 1
+    await house.manager.expiry.round()
+    assert {(await house.rental(each["id"]))["state"] for each in both} == {"active"}
+    house.clock.now += 1
+    await house.manager.expiry.round()
+    assert {(await house.rental(each["id"]))["state"] for each in both} == {"releasing"}
 
 
 async def test_a_clock_that_comes_back_is_believed_by_itself_and_it_is_said(house: House) -> None:

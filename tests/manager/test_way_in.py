@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -123,7 +122,7 @@ async def test_who_comes_in_is_told_why_its_rental_may_be_frozen(house: House, s
 
 async def nearly_full_with_a_salvage(house: House) -> dict[str, Any]:
     rental = await house.rent()
-    row = {"rental_id": rental["id"], "epoch": 1, "number": 4, "at": time.time(), "bytes": 12_000, "files": 3}
+    row = {"rental_id": rental["id"], "epoch": 1, "number": 4, "at": house.clock.wall(), "bytes": 12_000, "files": 3}
     warned = update(rentals).values(home_warning="its home holds 9.0 MB of 10.0 MB", let_in_epoch=2)
     await house.store.write(lambda connection: connection.execute(warned))
     salvage = insert(copies).values(row | {"skipped": [], "salvage": True})
@@ -145,6 +144,16 @@ async def test_who_logs_in_is_told_of_a_home_that_is_nearly_full_and_of_a_salvag
         await client.leave()
     async with opening(house, rental["id"], await ticket(house.as_admin, rental["id"])) as page:
         assert (await is_connected(page))["notice"] == told
+
+
+async def test_a_salvage_is_shown_for_a_week_by_a_clock_that_is_believed(house: House) -> None:
+    await house.join()
+    rental = await nearly_full_with_a_salvage(house)
+    house.clock.wall_offset += 8 * 86_400
+    assert (await house.rental(rental["id"]))["salvage"]["generation"] == "1-4"
+    assert (await house.as_admin.get("/api/rentals")).json()["items"][0]["salvage"]
+    await house.as_admin.post("/api/admin/clock")
+    assert (await house.rental(rental["id"]))["salvage"] is None
 
 
 async def test_who_logs_in_where_nothing_waits_is_told_nothing(house: House, sshds: Sshds) -> None:

@@ -21,7 +21,7 @@ from support.builders import host_key, new_rental, new_worker, new_world
 from orion.manager.domain.expiry import release, renew
 from orion.manager.domain.facts import Facts
 from orion.manager.domain.model import Item, Placement, Rental, Step, Worker, World, move_worker
-from orion.manager.domain.outcomes import failed, succeeded
+from orion.manager.domain.outcomes import Ended, failed, succeeded
 from orion.manager.domain.reconcile import Decision, decide
 from orion.manager.domain.states import (
     ENDED,
@@ -418,7 +418,7 @@ class Platform(RuleBasedStateMachine):
             self.inventories[task.worker_id] = tuple(i for i in shown if (i.rental_id, i.epoch) != cleaned)
         self.attempts[task] += 1
         step = (
-            succeeded(self.world, task, {"left": []}, self.now)
+            succeeded(self.world, Ended(task, True, self.now, self.now, {"left": []}))
             if well
             else failed(self.world, task, "it broke", self.attempts[task])
         )

@@ -187,6 +187,10 @@ def test_a_renewal_counts_again_from_now() -> None:
     assert [(e.kind, e.actor) for e in step.events] == [("rental.renewed", "alice")]
 
 
+def test_a_renewal_by_a_doubted_clock_is_not_counted_by_it() -> None:
+    assert renew(active_rental(), 60, "alice", None).writes[0].change == {"ttl_s": 60, "expires_at": None}
+
+
 def test_a_renewal_of_one_that_was_never_active_does_not_begin_its_time() -> None:
     assert renew(new_rental(), 60, "alice", WALL).writes[0].change == {"ttl_s": 60}
 

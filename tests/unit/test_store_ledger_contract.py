@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from support.builders import active_rental, host_key, new_placement, new_rental, new_worker, new_world
 from support.rosters import what_differs
 
-from orion.manager.domain.expiry import WallClock, expire, release, renew
+from orion.manager.domain.expiry import WallClock, count, expire, release, renew
 from orion.manager.domain.model import Item, Step, Worker, World, Write, move_placement, move_worker
 from orion.manager.domain.outcomes import Ended
 from orion.manager.domain.roster import Roster
@@ -108,6 +108,21 @@ async def test_due_are_the_living_whose_time_is_over(bench: Bench) -> None:
     assert await bench.ledger.due(5600.0) == [RENTAL]
 
 
+async def test_a_time_that_is_not_counted_is_counted_once_the_clock_is_believed(bench: Bench) -> None:
+    doubted = WallClock(0.0).observe(86_400.0, 0.0)
+    assert await bench.ledger.uncounted() == []
+    assert await bench.ledger.apply([renew(RENTAL, 60, "alice", None)])
+    assert await bench.ledger.due(1e12) == []
+    (uncounted,) = await bench.ledger.uncounted()
+    assert (uncounted.id, uncounted.ttl_s, uncounted.expires_at) == (RENTAL.id, 60, None)
+    assert count([uncounted], 7000.0, doubted) == []
+    counted = count([uncounted], 7000.0, WallClock(0.0))
+    assert await bench.ledger.apply(counted)
+    assert not await bench.ledger.apply(counted), "it was counted meanwhile"
+    assert await bench.ledger.uncounted() == []
+    assert [rental.expires_at for rental in await bench.ledger.due(7060.0)] == [7060.0]
+
+
 async def test_what_was_renewed_since_it_was_due_does_not_expire(bench: Bench) -> None:
     wall = 5600.0
     decided = expire(await bench.ledger.due(wall), wall, WallClock(0.0))
@@ -158,7 +173,7 @@ async def test_a_free_slot_may_be_taken(bench: Bench) -> None:
 async def test_a_slot_is_free_when_its_placement_is_purged(bench: Bench) -> None:
     stopping = move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")
     await bench.ledger.apply([stopping])
-    await bench.ledger.finish([Ended(TASK, True, 9000.0, {"left": []})])
+    await bench.ledger.finish([Ended(TASK, True, 9000.0, 9000.0, {"left": []})])
     assert RUNNING.id not in (await bench.ledger.load()).placements
     assert (await bench.kinds())[-2:] == ["placement.stopped", "placement.purged"]
     assert await bench.ledger.apply([reserved(1, QUEUED, WORKER)])
@@ -166,13 +181,13 @@ async def test_a_slot_is_free_when_its_placement_is_purged(bench: Bench) -> None
 
 async def test_a_success_that_nobody_waits_for_changes_nothing(bench: Bench) -> None:
     before = await bench.ledger.load()
-    await bench.ledger.finish([Ended(TASK, True, 9000.0, {"left": []})])
+    await bench.ledger.finish([Ended(TASK, True, 9000.0, 9000.0, {"left": []})])
     assert await bench.ledger.load() == before
 
 
 async def test_a_failure_is_explained_to_who_waits_for_it(bench: Bench) -> None:
     await bench.ledger.apply([release(RENTAL, "released", "alice", "asked for")])
-    await bench.ledger.finish([Ended(TASK, False, 9000.0, message="no space left", attempts=1)])
+    await bench.ledger.finish([Ended(TASK, False, 9000.0, 9000.0, message="no space left", attempts=1)])
     assert (await bench.ledger.load()).rentals[RENTAL.id].explanation == "trying again: no space left"
 
 
@@ -273,7 +288,7 @@ async def test_steps_that_have_nothing_to_do_with_each_other_are_applied_each_fo
 async def test_tasks_that_end_together_are_all_written_and_each_sees_the_ones_before_it(bench: Bench) -> None:
     await bench.ledger.apply([move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")])
     reached = Task(TaskKind.REACH, OTHER.id, OTHER.session_id)
-    await bench.ledger.finish([Ended(one, True, 9000.0, {"left": []}) for one in (TASK, TASK, reached)])
+    await bench.ledger.finish([Ended(one, True, 9000.0, 9000.0, {"left": []}) for one in (TASK, TASK, reached)])
     assert await bench.kinds() == [
         "placement.stopping",
         "placement.stopped",
@@ -293,7 +308,7 @@ async def test_who_follows_is_told_what_is_there_and_then_what_each_commit_chang
     assert (known.health, known.session_id, known.verified) == (Health.JOINING, registered.session_id, False)
     await bench.ledger.apply([move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")])
     assert [held.state for held in followed.held(WORKER.id)] == [PlacementState.STOPPING]
-    await bench.ledger.finish([Ended(TASK, True, 9000.0, {"left": []})])
+    await bench.ledger.finish([Ended(TASK, True, 9000.0, 9000.0, {"left": []})])
     assert followed.held(WORKER.id) == ()
     await bench.ledger.apply([reserved(1, QUEUED, WORKER)])
     await bench.ledger.apply([release(QUEUED, "released", "alice", "asked for")])

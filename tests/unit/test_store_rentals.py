@@ -127,9 +127,9 @@ async def test_a_release_begins_once(store: Store) -> None:
 
 async def test_what_is_ending_is_not_renewed(store: Store) -> None:
     rental_id = await store.write(rentals.create, WISH)
-    assert await store.write(rentals.extend, rental_id, "alice", 60)
+    assert await store.write(rentals.extend, rental_id, "alice", 60, 0.0)
     await store.write(rentals.begin_release, rental_id, "alice")
-    assert not await store.write(rentals.extend, rental_id, "alice", 60)
+    assert not await store.write(rentals.extend, rental_id, "alice", 60, 0.0)
 
 
 async def test_another_owner_s_rental_is_as_unknown_as_one_that_never_was(store: Store) -> None:

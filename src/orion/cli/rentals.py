@@ -100,6 +100,11 @@ def _say_what_is_rented(asked: dict[str, Any], identity: Path) -> None:
     output.note(f"  end it with: orion release {name}")
 
 
+def _end(rental: Rental) -> str:
+    """`in 3 h`; of one whose time is not counted yet, how much that is."""
+    return output.when(rental.expires_at, f"{durations.exact(rental.ttl_s)} after its time has begun")
+
+
 def _report_rented(rental: Rental, as_json: bool) -> None:
     if as_json:
         output.emit(rental)
@@ -108,7 +113,7 @@ def _report_rented(rental: Rental, as_json: bool) -> None:
     if rental.state is not RentalState.ACTIVE:
         raise StillWaiting(f"{situation(rental)}. It stays rented; get in with: orion ssh {rental.name}")
     if not as_json:
-        output.say(f"{output.plain(rental.name)} is yours, and ends {output.when(rental.expires_at)}.")
+        output.say(f"{output.plain(rental.name)} is yours, and ends {_end(rental)}.")
         output.say(f"Get in with: orion ssh {output.plain(rental.name)}")
 
 
@@ -191,9 +196,7 @@ def renew(rental: RentalName, ttl: Ttl = DEFAULT_TTL, as_json: AsJson = False) -
         renewed = orion.renew(orion.find_rental(rental).id, ttl_s)
     if as_json:
         return output.emit(renewed)
-    return output.say(
-        f"{output.plain(renewed.name)} ends {output.when(renewed.expires_at, 'once its time has begun')}."
-    )
+    return output.say(f"{output.plain(renewed.name)} ends {_end(renewed)}.")
 
 
 def migrate(rental: RentalName, wait: Wait = DEFAULT_MOVE_WAIT, as_json: AsJson = False) -> None:
@@ -334,7 +337,7 @@ def _everything(rental: Rental) -> list[tuple[str, str]]:
         ("labels", output.labels(rental.labels)),
         ("time", durations.exact(rental.ttl_s)),
         ("rented", output.when(rental.created_at)),
-        ("ends", output.when(rental.expires_at, "not begun")),
+        ("ends", _end(rental)),
         ("last copy", _last_copy(rental)),
         *([("home", rental.home_warning)] if rental.home_warning else []),
         *([("salvage", _salvage(rental))] if rental.salvage else []),

@@ -142,6 +142,7 @@ class Manager:
             mover,
             ports.monotonic,
             ports.wall,
+            self.clock.counts_from,
             awaits_files_s=settings.awaits_files_s,
         )
         removals = self.clock.wall_of_removals

@@ -89,7 +89,7 @@ async def list_rentals(
 ) -> wire.Page[wire.Rental]:
     """Living rentals, with `ended` all of them: a client's own, an admin's everybody's."""
     owner = principal.name if mine else visible_owner(principal)
-    rows = await shared.store.read(rentals.page, owner, name, ended, after, limit + 1)
+    rows = await shared.store.read(rentals.page, owner, name, ended, after, limit + 1, shared.clock.wall_of_removals())
     return wire.Page(**views.page(rows, limit, lambda row: str(row["id"]), views.rental))
 
 
@@ -110,7 +110,7 @@ async def show(
 async def renew(rental_id: str, body: wire.RenewRequest, principal: Client, shared: Shared) -> wire.Rental:
     """Count `ttl_s` again from now."""
     await find(shared, rental_id, principal)
-    if not await shared.store.write(rentals.extend, rental_id, principal.name, body.ttl_s):
+    if not await shared.store.write(rentals.extend, rental_id, principal.name, body.ttl_s, shared.clock.counts_from()):
         raise ApiProblem(409, "ended", "the rental is ending or has ended: rent another with: orion rent")
     return views.rental(await find(shared, rental_id, principal))
 
@@ -180,7 +180,7 @@ async def log(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wi
 
 async def find(shared: Services, rental_id: str, principal: Principal) -> views.Row:
     """The rental, if this principal may know of it; another's is as unknown as one that never was."""
-    row = await shared.store.read(rentals.one, rental_id, visible_owner(principal))
+    row = await shared.store.read(rentals.one, rental_id, visible_owner(principal), shared.clock.wall_of_removals())
     if row is None:
         raise not_found("rental")
     return row
@@ -212,7 +212,7 @@ async def wait_for(
 
 
 async def _seen(shared: Services, rental_id: str) -> views.Row:
-    row = await shared.store.read(rentals.one, rental_id, None)
+    row = await shared.store.read(rentals.one, rental_id, None, shared.clock.wall_of_removals())
     if row is None:
         raise not_found("rental")
     return row

@@ -105,6 +105,24 @@ class WallClock:
         return -NEAR_S <= self.far_s <= self.ahead_s
 
 
+def end_of(ttl_s: int, counts_from: float | None) -> float | None:
+    """Return the Unix seconds at which a time that is counted from `counts_from` ends; None while it is not counted."""
+    return None if counts_from is None else counts_from + ttl_s
+
+
+def count(rentals: Iterable[Rental], wall: float, clock: WallClock) -> list[Step]:
+    """Return the steps that count the time, from now on, of rentals that began or were renewed by a doubted clock.
+
+    No time is counted by a clock that may be set right: it would be over in a moment, or last for ever.
+    """
+    if not clock.believed:
+        return []
+    return [
+        Step((Write("rental", rental.id, {"expires_at": None}, {"expires_at": wall + rental.ttl_s}),), ())
+        for rental in rentals
+    ]
+
+
 def expire(rentals: Iterable[Rental], wall: float, clock: WallClock) -> list[Step]:
     """A release for each rental whose time is over; nothing while the clock is not believed."""
     if not clock.believed:
@@ -133,10 +151,13 @@ def release(rental: Rental, end: str, actor: str, reason: str) -> Step:
     return move_rental(rental, RentalState.RELEASING, actor, reason, end=end)
 
 
-def renew(rental: Rental, ttl_s: int, actor: str, wall: float) -> Step:
-    """Count `ttl_s` again from now; the time of one that was never active has not begun."""
-    change: dict[str, float] = {"ttl_s": ttl_s}
+def renew(rental: Rental, ttl_s: int, actor: str, counts_from: float | None) -> Step:
+    """Count `ttl_s` again from `counts_from` (Unix seconds), or None while the clock is doubted: see `count`.
+
+    The time of a rental that was never active has not begun.
+    """
+    change: dict[str, float | None] = {"ttl_s": ttl_s}
     if rental.activated_at is not None:
-        change["expires_at"] = wall + ttl_s
+        change["expires_at"] = end_of(ttl_s, counts_from)
     event = Event("rental.renewed", actor, f"for {ttl_s} s", rental.owner, rental.id, epoch=rental.epoch)
     return Step((Write("rental", rental.id, {"state": rental.state}, change),), (event,))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orion.manager.domain import copies, moves, starting
+from orion.manager.domain.expiry import end_of
 from orion.manager.domain.model import (
     Event,
     Placement,
@@ -41,6 +42,8 @@ class Ended:
     task: Task
     ok: bool
     wall: float
+    counts_from: float | None
+    """The UTC seconds from which a rental's time is counted that begins now; None: see expiry.count."""
     report: Mapping[str, Any] = field(default_factory=dict)
     message: str = ""
     attempts: int = 0
@@ -49,12 +52,13 @@ class Ended:
 def follow(world: World, ended: Ended) -> Step | None:
     """The step that records an outcome; None when it changes nothing any more."""
     if ended.ok:
-        return succeeded(world, ended.task, ended.report, ended.wall)
+        return succeeded(world, ended)
     return failed(world, ended.task, ended.message, ended.attempts)
 
 
-def succeeded(world: World, task: Task, report: Mapping[str, Any], wall: float) -> Step | None:
-    """The step that records a success; None when it changes nothing any more. `wall`: UTC seconds."""
+def succeeded(world: World, ended: Ended) -> Step | None:
+    """The step that records a success; None when it changes nothing any more."""
+    task, report = ended.task, ended.report
     if task.kind is TaskKind.REACH:
         return _verified(task)
     placement = world.placements.get(task.placement_id or "")
@@ -67,7 +71,7 @@ def succeeded(world: World, task: Task, report: Mapping[str, Any], wall: float) 
     rental = world.rentals.get(placement.rental_id) if placement else None
     if placement is None or rental is None:
         return None
-    return _made(rental, placement, task, report, wall)
+    return _made(rental, placement, ended)
 
 
 def failed(world: World, task: Task, message: str, attempts: int) -> Step | None:
@@ -152,7 +156,8 @@ def _verified(task: Task) -> Step:
     return Step((Write("worker", task.worker_id, {"session_id": task.session_id}, change),), (event,))
 
 
-def _made(rental: Rental, placement: Placement, task: Task, report: Mapping[str, Any], wall: float) -> Step | None:
+def _made(rental: Rental, placement: Placement, ended: Ended) -> Step | None:
+    task, report, wall = ended.task, ended.report, ended.wall
     started = _started(rental, placement, task, report)
     if placement.state is PlacementState.RUNNING:
         expect = {"state": PlacementState.RUNNING}
@@ -182,7 +187,8 @@ def _made(rental: Rental, placement: Placement, task: Task, report: Mapping[str,
         return running
     running = merge((running, started))
     first = rental.activated_at is None
-    change: dict[str, Any] = {"activated_at": wall, "expires_at": wall + rental.ttl_s} if first else {}
+    ends_at = end_of(rental.ttl_s, ended.counts_from)
+    change: dict[str, Any] = {"activated_at": wall, "expires_at": ends_at} if first else {}
     change |= {"restore_from": None} if rental.restore_from else {}
     change |= copies.let_in(rental, placement.epoch, copies.began_with(report))
     reason = f"running on worker {placement.worker_id}"

@@ -109,7 +109,9 @@ async def active(services: Services, rental_id: str, principal: Principal, deadl
             changed.clear()
             session.opening.check()
             session.again()
-            row = await services.store.read(rentals.one, rental_id, visible_owner(principal))
+            row = await services.store.read(
+                rentals.one, rental_id, visible_owner(principal), services.clock.wall_of_removals()
+            )
             if row is None:
                 raise not_found("rental")
             left_s = deadline - services.monotonic()

@@ -98,6 +98,11 @@ class TrustedClock:
         self._observe()
         return self._wall() if self._clock.believed else float("-inf")
 
+    def counts_from(self) -> float | None:
+        """Return Unix seconds from which a time is counted that begins now; None while the clock is doubted."""
+        self._observe()
+        return self._wall() if self._clock.believed else None
+
     def wall_of_tokens(self) -> float:
         """Return Unix seconds by which tokens end: by the clock as it was last believed, carried on by the other one.
 

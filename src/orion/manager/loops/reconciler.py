@@ -95,10 +95,11 @@ class Reconciler:
         mover: Mover,
         monotonic: Callable[[], float],
         wall: Callable[[], float],
+        counts_from: Callable[[], float | None],
         placement_ids: Iterator[str] | None = None,
         awaits_files_s: float = 0.0,
     ) -> None:
-        """`awaits_files_s`: see domain/facts.py."""
+        """`counts_from`: see TrustedClock. `awaits_files_s`: see domain/facts.py."""
         self._ledger = ledger
         self._roster = roster
         self._leases = leases
@@ -108,6 +109,7 @@ class Reconciler:
         self._mover = mover
         self._monotonic = monotonic
         self._wall = wall
+        self._counts_from = counts_from
         self._placement_ids = placement_ids or _random_ids()
         self._awaits_files_s = awaits_files_s
         self._placing = asyncio.Lock()
@@ -358,7 +360,7 @@ class Reconciler:
             attempts = 0 if waits else failure.count * int(outcome.report.get(TRIES, 1))
             if task.source and task.item and task.kind is not TaskKind.THAW:
                 self._rest(task.item.rental_id)
-            await self._write(Ended(task, False, self._wall(), message=outcome.message, attempts=attempts))
+            await self._write(self._end_of(task, outcome, attempts))
             await self._thaw_after(task)
             return
         self._failures.pop(task, None)
@@ -367,10 +369,14 @@ class Reconciler:
             self._rests.pop(task.item.rental_id, None)
         if task.kind is TaskKind.DELETE and task.item:
             self._leases.cleaned(task.worker_id, task.item.rental_id, task.item.epoch)
-        await self._write(Ended(task, True, self._wall(), outcome.report))
+        await self._write(self._end_of(task, outcome))
         log.info("task done", **_story(task))
         if task.kind is not TaskKind.CREATE:
             self.on_worker_change()
+
+    def _end_of(self, task: Task, outcome: Outcome, attempts: int = 0) -> Ended:
+        when = self._wall(), self._counts_from()
+        return Ended(task, outcome.ok, *when, outcome.report, outcome.message, attempts)
 
     async def _thaw_after(self, task: Task) -> None:
         """What stood still for a move that has failed goes on at once."""

@@ -118,6 +118,13 @@ def load_due(connection: Connection, wall: float) -> list[Rental]:
     return [rental(row) for row in connection.execute(due).mappings()]
 
 
+def load_uncounted(connection: Connection) -> list[Rental]:
+    """See `port.Ledger.uncounted`."""
+    begun = (rentals.c.expires_at.is_(None), rentals.c.activated_at.is_not(None))
+    found = select(rentals).where(*begun, rentals.c.state != RentalState.RELEASING, text(LIVING)).limit(DUE_AT_ONCE)
+    return [rental(row) for row in connection.execute(found).mappings()]
+
+
 def apply(connection: Connection, steps: Iterable[Step]) -> bool:
     """Apply the steps in one transaction, up to the first that finds a row not as it expected; False if there is one.
 

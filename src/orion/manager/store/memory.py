@@ -116,6 +116,10 @@ class MemoryLedger:
         living = (r for r in self.world.rentals.values() if r.state not in ENDED | {RentalState.RELEASING})
         return [r for r in living if r.expires_at is not None and r.expires_at <= wall][:DUE_AT_ONCE]
 
+    async def uncounted(self) -> list[Rental]:
+        living = (r for r in self.world.rentals.values() if r.state not in ENDED | {RentalState.RELEASING})
+        return [r for r in living if r.activated_at is not None and r.expires_at is None][:DUE_AT_ONCE]
+
     async def apply(self, steps: Iterable[Step]) -> bool:
         with self._transaction():
             return all(self._apply_one(step) for step in steps)

@@ -56,6 +56,10 @@ class Ledger(Protocol):
         """Living rentals whose time is over at `wall` (UTC seconds), and that are not ending; DUE_AT_ONCE at most."""
         ...
 
+    async def uncounted(self) -> list[Rental]:
+        """Living rentals that were active and have no end, and that are not ending; DUE_AT_ONCE at most."""
+        ...
+
     async def apply(self, steps: Iterable[Step]) -> bool:
         """Apply the steps up to the first that finds a row not as it expected; False if there is one.
 

@@ -129,19 +129,28 @@ def _next_uid(connection: Connection) -> int:
     return int(connection.execute(select(counters.c.value).where(same)).scalar_one())
 
 
-def one(connection: Connection, rental_id: str, owner: str | None) -> Row | None:
-    """A rental with its worker; None when there is none or it is another owner's (`owner` None: anybody's)."""
+def one(connection: Connection, rental_id: str, owner: str | None, wall: float = float("-inf")) -> Row | None:
+    """A rental with its worker; None when there is none or it is another owner's (`owner` None: anybody's).
+
+    `wall`: Unix seconds, after which a salvage is not shown for ever; less than all times: each is shown.
+    """
     query = _with_worker().where(rentals.c.id == rental_id)
     if owner is not None:
         query = query.where(rentals.c.owner == owner)
     found = first(connection.execute(query))
-    return found and _with_salvage(connection, [found])[0]
+    return found and _with_salvage(connection, [found], wall)[0]
 
 
 def page(
-    connection: Connection, owner: str | None, name: str | None, ended: bool, after: str | None, limit: int
+    connection: Connection,
+    owner: str | None,
+    name: str | None,
+    ended: bool,
+    after: str | None,
+    limit: int,
+    wall: float = float("-inf"),
 ) -> list[Row]:
-    """Rentals by id. `owner` None: everybody's; `ended`: those that ended too."""
+    """Rentals by id. `owner` None: everybody's; `ended`: those that ended too; `wall` as for `one`."""
     query = _with_worker().order_by(rentals.c.id).limit(limit)
     for wanted, column in ((owner, rentals.c.owner), (name, rentals.c.name)):
         if wanted is not None:
@@ -150,7 +159,7 @@ def page(
         query = query.where(text(LIVING))
     if after:
         query = query.where(rentals.c.id > after)
-    return _with_salvage(connection, rows(connection.execute(query)))
+    return _with_salvage(connection, rows(connection.execute(query)), wall)
 
 
 def begin_release(connection: Connection, rental_id: str, actor: str) -> None:
@@ -161,13 +170,13 @@ def begin_release(connection: Connection, rental_id: str, actor: str) -> None:
         ledger.apply(connection, [release(rental, "released", actor, "asked for")])
 
 
-def extend(connection: Connection, rental_id: str, actor: str, ttl_s: int) -> bool:
-    """Renew a living rental; False when it is ending or has ended."""
+def extend(connection: Connection, rental_id: str, actor: str, ttl_s: int, counts_from: float | None) -> bool:
+    """Renew a living rental, as expiry.renew; return False when it is ending or has ended."""
     row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
     rental = ledger.rental(row)
     if rental.state in ENDED | {RentalState.RELEASING}:
         return False
-    ledger.apply(connection, [renew(rental, ttl_s, actor, time.time())])
+    ledger.apply(connection, [renew(rental, ttl_s, actor, counts_from)])
     return True
 
 
@@ -185,13 +194,12 @@ def begin_start(connection: Connection, rental_id: str, actor: str) -> str:
     return ""
 
 
-def _with_salvage(connection: Connection, found: list[Row]) -> list[Row]:
+def _with_salvage(connection: Connection, found: list[Row], wall: float) -> list[Row]:
     """Add to each rental its `salvage`: see copies.waiting_salvage."""
     some = copies.with_salvages(connection, [row["id"] for row in found])
-    now = time.time()
     for row in found:
         of_it = some.get(row["id"])
-        row["salvage"] = waiting_salvage(of_it, ledger.rental(row), now) if of_it else None
+        row["salvage"] = waiting_salvage(of_it, ledger.rental(row), wall) if of_it else None
     return found
 
 

@@ -36,6 +36,9 @@ class SqlLedger:
     async def due(self, wall: float) -> list[Rental]:
         return await self._store.read(ledger.load_due, wall)
 
+    async def uncounted(self) -> list[Rental]:
+        return await self._store.read(ledger.load_uncounted)
+
     async def apply(self, steps: Iterable[Step]) -> bool:
         return await self._store.write(ledger.apply, steps)
 
