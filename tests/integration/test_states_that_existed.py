@@ -18,7 +18,7 @@ from support import bank, difficult_tree
 from test_vault import _rental, move
 from vault_contract import refusal
 from vault_support import RealVault, home_of, vault
-from worker_support import Worker, wait_until
+from worker_support import Worker, docker, wait_until
 
 from orion.manager.engine.vault.port import Copied, Limits
 
@@ -70,9 +70,9 @@ def _listing(rental: Rental) -> list[str]:
 
 
 def _as_renter(rental: Rental, *command: str) -> str:
-    """Without a session, which has to end within 30 s."""
+    """Without a session, which has to end within 30 s: a busy disk may take minutes for 100 MB of attributes."""
     become = ("setpriv", f"--reuid={rental.uid}", f"--regid={rental.uid}", "--clear-groups")
-    return rental.on.run(*become, "python3", *command)
+    return docker("exec", rental.on.name, *become, "python3", *command, timeout_s=600)
 
 
 def _differences(before: list[str], after: list[str]) -> str:
