@@ -21,7 +21,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ DOMAIN = "orion"
 ANSWER_S = 15.0
 PAGE = 500
 MOST = 2000
-"""Rentals of an administrator, who sees everybody's."""
+"""Rentals of everybody, whom an administrator sees: own ones are known besides."""
 CERTIFICATE_S = 3600
 """Seconds that a certificate is asked for."""
 CONNECT_TIMEOUT_S = 180
@@ -65,7 +66,8 @@ def is_configured() -> bool:
 def learn(account: Login) -> None:
     """Ask the platform, and write what it says. Raises OrionError."""
     authority = str(_ask(account, "/api/ssh-authority").get("known_hosts"))
-    write(_rentals(account), authority)
+    own, others = own_and_others(account)
+    write(own, others, authority)
 
 
 def learn_again() -> bool:
@@ -77,13 +79,15 @@ def learn_again() -> bool:
     return False
 
 
-def write(rentals: Iterable[Mapping[str, Any]], authority: str) -> None:
-    """Raises UnreadableReply for what ssh would take for something else, LocalFault for what it refuses, OSError."""
+def write(own: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], authority: str) -> None:
+    """Write all three files. Raises UnreadableReply for what ssh would take for something else, LocalFault for what it
+    refuses, OSError.
+    """
     check_authority(authority)
     check_place()
     login.private_folder()
     folder().mkdir(mode=0o700, exist_ok=True)
-    known = "".join(blocks(list(rentals), _identities()))
+    known = "".join(blocks(own, others, _identities()))
     written = configuration(known)
     check_by_ssh(written)
     login.write_private(folder() / "known_hosts", f"{authority}\n")
@@ -168,17 +172,23 @@ Host *.{DOMAIN}
 """
 
 
-def blocks(rentals: list[Mapping[str, Any]], identities: Mapping[str, str]) -> Iterator[str]:
-    """One for each rental; a name that several bear is nobody's, and each of those has its id."""
-    names = [rental.get("name") for rental in rentals]
-    for rental in rentals:
-        rental_id, name, username = (str(rental.get(field)) for field in ("id", "name", "username"))
-        check_names(rental_id, name, username)
-        hosts = [rental_id] if names.count(name) > 1 else [name, rental_id]
-        yield f"Host {' '.join(f'{host}.{DOMAIN}' for host in hosts)}\n"
-        yield f"    User {username}\n    HostKeyAlias {rental_id}.{DOMAIN}\n"
-        yield f"    ProxyCommand {connect_command(rental_id)}\n"
-        yield from _identity_lines(rental_id, hosts, identities.get(rental_id))
+def blocks(
+    own: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], identities: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield one block for each rental, which has its id, and its name if that is nobody else's.
+
+    An own rental's name goes before others', as in `Orion.find_rental`.
+    """
+    for rentals, rivals in ((own, own), (others, [*own, *others])):
+        bearers = Counter(str(rental.get("name")) for rental in rivals)
+        for rental in rentals:
+            rental_id, name, username = (str(rental.get(field)) for field in ("id", "name", "username"))
+            check_names(rental_id, name, username)
+            hosts = [rental_id] if bearers[name] > 1 else [name, rental_id]
+            yield f"Host {' '.join(f'{host}.{DOMAIN}' for host in hosts)}\n"
+            yield f"    User {username}\n    HostKeyAlias {rental_id}.{DOMAIN}\n"
+            yield f"    ProxyCommand {connect_command(rental_id)}\n"
+            yield from _identity_lines(rental_id, username, hosts, identities.get(rental_id))
 
 
 def check_names(rental_id: str, name: str, username: str) -> None:
@@ -218,10 +228,11 @@ def _include(path: Path) -> str:
     return f'Include "{"".join(_GLOB_CLASSES.get(letter, letter) for letter in str(path))}"\n'
 
 
-def _identity_lines(rental_id: str, hosts: list[str], recorded: str | None) -> Iterator[str]:
+def _identity_lines(rental_id: str, username: str, hosts: list[str], recorded: str | None) -> Iterator[str]:
     """The recorded key if its file is there, else a certificate for our own, made anew when ssh is about to need it.
 
-    With IdentitiesOnly: an agent with many keys would use up the attempts before the right one is tried.
+    With IdentitiesOnly: an agent with many keys would use up the attempts before the right one is tried. The
+    certificate is for that account alone: `orion ssh` logs in to another's rental of the same name at that name.
     """
     identity = Path(recorded) if recorded else login.folder() / "id_ed25519"
     if "${" not in str(identity) and str(identity).isprintable():
@@ -229,7 +240,7 @@ def _identity_lines(rental_id: str, hosts: list[str], recorded: str | None) -> I
     if recorded and identity.exists():
         return
     names = ",".join(f"{host}.{DOMAIN}" for host in hosts)
-    yield f'Match host {names} exec "{connect_command(f"--certify={rental_id}")}"\n'
+    yield f'Match host {names} user {username} exec "{connect_command(f"--certify={rental_id}")}"\n'
     yield f"    CertificateFile {quoted(certificate_file(rental_id))}\n"
 
 
@@ -288,11 +299,24 @@ def look_up(account: Login, rental_id: str, wait_s: float) -> dict[str, Any]:
     return _ask(account, f"/api/rentals/{rental_id}?state=active&wait_s={wait_s:g}", within_s=ANSWER_S + wait_s)
 
 
-def _rentals(account: Login) -> list[Mapping[str, Any]]:
+def own_and_others(account: Login) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Return the living rentals of this login's name, and those that an administrator sees besides. Raises OrionError.
+
+    All that one owner has counts as own: no two of them bear the same name. So a client is asked for nothing twice.
+    """
+    found = _rentals(account)
+    if len({str(rental.get("owner")) for rental in found}) < 2 and len(found) < MOST:
+        return found, []
+    own = _rentals(account, "&mine=true")
+    known = {str(rental.get("id")) for rental in own}
+    return own, [rental for rental in found if str(rental.get("id")) not in known]
+
+
+def _rentals(account: Login, which: str = "") -> list[Mapping[str, Any]]:
     found: list[Mapping[str, Any]] = []
     after = ""
     while len(found) < MOST:
-        page = _ask(account, f"/api/rentals?limit={PAGE}{after}")
+        page = _ask(account, f"/api/rentals?limit={PAGE}{which}{after}")
         found += page.get("items") or []
         if not page.get("next"):
             break

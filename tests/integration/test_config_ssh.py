@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.scripted_platform import HOST_KEY, ScriptedPlatform, rental
+from support.scripted_platform import HOST_KEY, ScriptedPlatform, page, rental
+
+from orion import ssh_rentals
+from orion.login import Login
 
 THEIRS = b"# mine\r\nHost *\n  User somebody\n  ServerAliveInterval 60\n\nHost work\n  HostName 192.0.2.1"
 """With a line end of another system, and none at the end."""
@@ -49,7 +52,10 @@ class Machine:
         return key
 
     def rentals(self, *found: dict[str, Any]) -> None:
-        self.platform.answer("GET", "/api/rentals", {"items": list(found), "next": None})
+        """Show these to whoever asks for everybody's, and ada's, whose login this is, to whoever asks for own ones."""
+        own = [one for one in found if one["owner"] == "ada"]
+        self.platform.answer("GET", "/api/rentals", page(*found))
+        self.platform.answer("GET", "/api/rentals?mine=true", page(*own))
 
     def orion(self, *arguments: str, status: int = 0) -> str:
         done = self._run([self.python, "-P", "-m", "orion.cli", *arguments])
@@ -160,11 +166,42 @@ def test_a_name_that_nobody_has_leads_nowhere_and_is_told(machine: Machine) -> N
     assert done.returncode == 255
 
 
-def test_a_name_that_two_bear_is_nobodys(machine: Machine) -> None:
-    machine.rentals(rental(), rental(id="another234", username="r-another234", owner="bob"))
+def test_a_name_that_two_others_bear_is_nobodys(machine: Machine) -> None:
+    machine.rentals(rental(owner="carol"), rental(id="another234", username="r-another234", owner="bob"))
     machine.orion("config-ssh")
     assert "--unknown" in machine.asks("box.orion")["proxycommand"]
     assert machine.asks("another234.orion")["user"] == "r-another234"
+
+
+def test_an_admins_own_rental_goes_before_others_of_its_name(machine: Machine) -> None:
+    """As it does in `orion show` and `orion ssh`."""
+    machine.rentals(rental(id="another234", username="r-another234", owner="bob"), rental(owner="ada"))
+    machine.has_key_of("abcdefgh23")
+    machine.orion("config-ssh")
+    asked = machine.asks("box.orion")
+    assert asked["user"] == "r-abcdefgh23"
+    assert asked["hostkeyalias"] == "abcdefgh23.orion"
+    assert machine.asks("another234.orion")["user"] == "r-another234"
+
+
+def test_an_own_rental_is_known_however_many_others_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh_rentals, "MOST", 2)
+    platform = ScriptedPlatform()
+    platform.answer("GET", "/api/rentals", page(rental(id="another234", owner="bob"), following="another234"))
+    platform.answer("GET", "/api/rentals?mine=true", page(rental()))
+    own, others = ssh_rentals.own_and_others(Login(platform.url, "orion_client_t1_secret", None))
+    platform.stop()
+    assert [one["id"] for one in own] == ["abcdefgh23"]
+    assert {one["id"] for one in others} == {"another234"}
+
+
+def test_the_own_rental_of_a_shared_name_lends_the_other_no_certificate_of_its_own(machine: Machine) -> None:
+    """`orion ssh` logs in to the other one, by its id, at the name that both bear."""
+    machine.rentals(rental(id="another234", username="r-another234", owner="bob"), rental(owner="ada"))
+    machine.orion("config-ssh")
+    machine.platform.calls.clear()
+    assert "certificatefile" not in machine.asks("r-another234@box.orion")
+    assert machine.platform.calls == []
 
 
 ODD = 'it\'s a "b"  100%h%% $HOME $(touch pwned) #1 a\\b [x]*? ä;b&c|d'

@@ -33,7 +33,10 @@ class Call:
 
 
 class ScriptedPlatform:
-    """`answer` queues answers for a call; the last one stays."""
+    """`answer` queues answers for a call; the last one stays.
+
+    One for a path with a query, such as `/api/rentals?mine=true`, is for calls that ask for that, whatever else too.
+    """
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -57,7 +60,8 @@ class ScriptedPlatform:
 
     def _next(self, call: Call) -> Answer:
         self.calls.append(call)
-        waiting = self._answers.get((call.method, call.path))
+        asked = [path for (method, path) in self._answers if method == call.method and _is_asked_for(path, call)]
+        waiting = self._answers.get((call.method, max(asked, key=len, default="")))
         if not waiting:
             return problem(404, "not_found", "there is no such thing")
         return waiting.pop(0) if len(waiting) > 1 else waiting[0]
@@ -97,6 +101,12 @@ class ScriptedPlatform:
                 pass
 
         return Handler
+
+
+def _is_asked_for(path: str, call: Call) -> bool:
+    """Return whether an answer for this path, with a query or without one, is one to the call."""
+    parts = urlsplit(path)
+    return parts.path == call.path and dict(parse_qsl(parts.query)).items() <= call.query.items()
 
 
 def problem(status: int, code: str, detail: str, headers: Mapping[str, str] | None = None) -> Answer:
