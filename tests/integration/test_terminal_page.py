@@ -10,10 +10,11 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import pytest
 from page_support import PtyShell, PtyShells, Tmux, Window, chromium, eventually, served
-from playwright.async_api import expect
+from playwright.async_api import Route, expect
 from proxy_support import Proxy, proxy, wait_until
 from support.browser import ticket
 from support.fixtures import database, house, migrated_database, statements, store  # noqa: F401
@@ -23,6 +24,7 @@ from orion.manager.gateway.terminal import Terms
 
 SIZES = ((1000, 420), (1280, 800), (420, 780), (900, 600))
 FIRST_SIZE = SIZES[-1]
+WEB = Path(__file__).parents[2] / "web"
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +302,32 @@ async def test_a_reload_after_the_right_has_ended_asks_again(site: Site) -> None
         await expect(window.page.locator("#why")).to_contain_text("cannot be opened again")
         assert await window.page.evaluate("sessionStorage.length") == 0
         window.complaints.clear()  # Chromium tells of each WebSocket that is refused
+
+
+@pytest.mark.parametrize(
+    ("owners", "found"), [(["bob", "admin"], "admin"), (["bob", "carol"], "Several"), (["bob"], "bob")]
+)
+async def test_an_admins_own_rental_goes_before_others_of_its_name(owners: list[str], found: str) -> None:
+    """As it does for the command and for ssh. An administrator sees everybody's."""
+    everybodys = [{"id": f"of-{owner}"} for owner in owners]
+
+    async def answer(route: Route) -> None:
+        asked = urlsplit(route.request.url)
+        if asked.path == "/terminal/api.js":
+            await route.fulfill(path=WEB / "terminal/api.js", content_type="text/javascript")
+        elif asked.path == "/api/rentals":
+            own = [one for one in everybodys if one["id"] == "of-admin"]
+            await route.fulfill(json={"items": own if "mine=true" in asked.query else everybodys})
+        else:
+            await route.fulfill(body="<!doctype html>", content_type="text/html")
+
+    program = """import("/terminal/api.js").then((api) => api.findRental("desk", "token"))
+        .then((rental) => rental.id, (error) => error.message)"""
+    async with chromium() as browser:
+        page = await browser.new_page()
+        await page.route("**/*", answer)
+        await page.goto("http://platform.example/terminal/")
+        assert found in await page.evaluate(program)
 
 
 # The clipboard and links

@@ -19,10 +19,16 @@ export class Refused extends Error {
   }
 }
 
+// An administrator sees everybody's: an own rental goes before others of its name.
 export async function findRental(nameOrId, token) {
-  const found = await ask("GET", `../api/rentals?name=${encodeURIComponent(nameOrId)}`, token);
-  if (found.items.length > 1) throw new Refused(409, "ambiguous", `Several rentals are called ${nameOrId}: give the id of one.`);
-  return found.items[0] ?? (await ask("GET", `../api/rentals/${encodeURIComponent(nameOrId)}`, token));
+  const named = `../api/rentals?name=${encodeURIComponent(nameOrId)}`;
+  let found = (await ask("GET", named, token)).items;
+  if (found.length > 1) {
+    const own = (await ask("GET", `${named}&mine=true`, token)).items;
+    if (own.length !== 1) throw new Refused(409, "ambiguous", `Several rentals are called ${nameOrId}: give the id of one.`);
+    found = own;
+  }
+  return found[0] ?? (await ask("GET", `../api/rentals/${encodeURIComponent(nameOrId)}`, token));
 }
 
 export async function ticketFor(rental, token) {
