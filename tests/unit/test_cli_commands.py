@@ -599,12 +599,26 @@ def test_an_admins_own_rental_goes_before_others_of_its_name(platform: ScriptedP
     assert json.loads(orion("show", "box", "--json").out)["id"] == "own"
 
 
-def test_a_healthy_rental_that_is_thawed_is_said_to_be_well(platform: ScriptedPlatform, orion: Command) -> None:
-    platform.answer("GET", "/api/rentals/box", rental())
-    frozen = rental(copy_problem="it was thawed to make room, and is frozen again unless it does within ten minutes")
-    platform.answer("POST", "/api/rentals/abcdefgh23/thaw", rental(), frozen)
-    assert orion("thaw", "box").out == "box was not frozen: nothing has changed.\n"
-    assert "within ten minutes" in orion("thaw", "box").out
+THAWED = "it was thawed to make room, and is frozen again unless it does within ten minutes"
+
+
+@pytest.mark.parametrize("problem", ["", "the worker cannot be asked", THAWED])
+def test_a_rental_that_was_not_frozen_is_not_said_to_go_on(
+    platform: ScriptedPlatform, orion: Command, problem: str
+) -> None:
+    platform.answer("GET", "/api/rentals/box", rental(copy_problem=problem))
+    platform.answer("POST", "/api/rentals/abcdefgh23/thaw", rental(copy_problem=problem))
+    first, *rest = orion("thaw", "box").out.splitlines()
+    assert first == "box was not frozen: nothing has changed."
+    assert rest == ([f"box is not copied: {problem}"] if problem else [])
+
+
+def test_a_rental_that_was_frozen_goes_on_and_its_time_is_said(platform: ScriptedPlatform, orion: Command) -> None:
+    platform.answer("GET", "/api/rentals/box", rental(copy_problem="its home holds too much; it is frozen"))
+    platform.answer("POST", "/api/rentals/abcdefgh23/thaw", rental(copy_problem=THAWED))
+    said = orion("thaw", "box").out
+    assert f"box goes on: {THAWED}." in said
+    assert "Remove files" in said
 
 
 @pytest.mark.usefixtures("no_pauses")

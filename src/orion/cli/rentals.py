@@ -179,12 +179,14 @@ def thaw(rental: RentalName, as_json: AsJson = False) -> None:
     Its home holds too much: there are ten minutes to remove files.
     """
     with platform() as (orion, _tell):
-        thawed = orion.thaw(orion.find_rental(rental).id)
+        before = orion.find_rental(rental)
+        thawed = orion.thaw(before.id)
     if as_json:
         return output.emit(thawed)
     name = output.plain(thawed.name)
-    if not thawed.copy_problem:
-        return output.say(f"{name} was not frozen: nothing has changed.")
+    if thawed.copy_problem in {"", before.copy_problem}:  # a thaw has a problem of its own: to be frozen again
+        output.say(f"{name} was not frozen: nothing has changed.")
+        return output.say(_not_copied(thawed)) if thawed.copy_problem else None
     output.say(f"{name} goes on: {output.plain(thawed.copy_problem)}.")
     return output.say(f"Remove files, or release it. Get in with: orion ssh {name}")
 
@@ -256,12 +258,16 @@ def notices(rental: Rental) -> list[str]:
     """Return what the owner should know of a rental's files, a line each, fit for a terminal."""
     name, found = output.plain(rental.name), []
     if rental.copy_problem:
-        found.append(f"{name} is not copied: {output.plain(rental.copy_problem)}")
+        found.append(_not_copied(rental))
     elif rental.home_warning:
         found.append(f"{name}: {output.plain(rental.home_warning)}")
     if rental.salvage:
         found.append(f"{name} does not have what a lost worker still had of it: {_salvage(rental)}")
     return found
+
+
+def _not_copied(rental: Rental) -> str:
+    return f"{output.plain(rental.name)} is not copied: {output.plain(rental.copy_problem)}"
 
 
 def _salvage(rental: Rental) -> str:
