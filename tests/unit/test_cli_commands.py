@@ -451,10 +451,34 @@ def test_a_web_port_is_opened_by_an_address_whose_ticket_no_browser_sends(
     assert orion("open", "box", "8000").out == f"{own}{behind}\n"
     assert json.loads(orion("open", "box", "8000", "--json").out) == {"url": own + behind}
     assert opened == []
+    assert orion("open", "box", "8000").err == ""
     assert orion("open", "box", "8000", "--path", "--browser").out == f"{platform.url}{behind}\n"
     assert opened == [platform.url + behind]
     monkeypatch.setattr("webbrowser.open", lambda url: False)
     assert "no browser" in orion("open", "box", "8000", "--browser").err
+
+
+@pytest.mark.parametrize("host", [None, "8000-abcdefgh23.localhost"])
+@pytest.mark.parametrize("further", [(), ("--browser",)])
+def test_what_does_not_work_below_a_path_is_said_with_the_way_that_works(
+    platform: ScriptedPlatform,
+    orion: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    host: str | None,
+    further: tuple[str, ...],
+) -> None:
+    """As Jupyter, which stays blank there, and Vite's scripts, which are blocked."""
+    monkeypatch.setattr("webbrowser.open", lambda _url: True)
+    platform.answer("GET", "/api/rentals/box", rental())
+    told = WEB_PORT | {"host": host, "ticket": "t-_1", "expires_in_s": 60.0}
+    platform.answer("POST", "/api/rentals/abcdefgh23/ports/8000/ticket", Answer(201, told))
+    result = orion("open", "box", "8000", *(["--path"] if host else []), *further)
+    assert result.status == 0
+    assert result.err.count("\n") == 1
+    for words in ("sandbox", "Jupyter", "Vite", "ssh -L 8000:127.0.0.1:8000 box.orion", "http://127.0.0.1:8000/"):
+        assert words in result.err
+    assert ("leave --path away" in result.err) is (host is not None)
+    assert orion("open", "box", "8000", "--path", "--json").err == "", "a program knows what it does"
 
 
 def test_a_web_port_is_made_public_and_private_and_is_shown(platform: ScriptedPlatform, orion: Command) -> None:

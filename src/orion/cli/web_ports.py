@@ -40,13 +40,27 @@ def open_port(
     """
     with platform(f"looking for {rental}") as (orion, _tell):
         rental_id = orion.find_rental(rental).id
-        url = orion.opening_url(rental_id, orion.web_port_ticket(rental_id, port), own_host=not by_path)
+        ticket = orion.web_port_ticket(rental_id, port)
+        url = orion.opening_url(rental_id, ticket, own_host=not by_path)
     if as_json:
         output.emit({"url": url})
     else:
+        if by_path or ticket.host is None:
+            output.note(f"orion: {_below_a_path(rental, port, has_host=ticket.host is not None)}", "yellow")
         output.say(output.plain(url))
     if browser and not webbrowser.open(url):
         raise LocalFault("no browser was found on this machine: open the address in one yourself, within a minute")
+
+
+def _below_a_path(rental: str, port: int, has_host: bool) -> str:
+    """Return what does not work at an address below the platform's own, and what does: see docs/operations.md."""
+    other_way = "leave --path away" if has_host else "an operator sets ORION_APPS_DOMAIN"
+    forward = f"ssh -L {port}:127.0.0.1:{port} {output.plain(rental)}.orion"
+    return (
+        "below the platform's own address a page is in a sandbox, without cookies and storage: Jupyter stays blank "
+        f"there and Vite's scripts are blocked. All of it works after {forward} (once orion config-ssh was run) at "
+        f"http://127.0.0.1:{port}/; or {other_way}"
+    )
 
 
 def expose(
