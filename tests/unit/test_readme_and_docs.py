@@ -7,6 +7,7 @@ import os
 import pkgutil
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,15 @@ def block_with(text: str) -> str:
     return block
 
 
-def typed(script: str, home: Path, **programs: str) -> subprocess.CompletedProcess[str]:
+def typed(
+    script: str, home: Path, shell: Sequence[str] = ("bash",), **programs: str
+) -> subprocess.CompletedProcess[str]:
     """What a shell does with these lines, with programs of ours in place of what the machine may not have."""
     for name, does in programs.items():
         (home / name).write_text(f"#!/bin/sh\n{does}\n")
         (home / name).chmod(0o755)
     environment = {"PATH": f"{home}:{os.environ['PATH']}", "HOME": str(home)}
-    return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(shell, input=script, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("tried", [False, True])
@@ -69,6 +72,37 @@ def test_the_curl_flow_makes_a_key_where_there_is_none(tmp_path: Path) -> None:
     lines = [line for line in commands(block_with("$API/rent ")) if "~/.ssh" in line]
     done = typed("\n".join([*lines, 'echo "$KEY"']), tmp_path)
     assert done.stdout.startswith("ssh-ed25519 AAAA"), done.stderr
+
+
+RENTED = '{"id": "abcdefgh23", "state": "queued", "worker_id": null, "explanation": "no worker has a free slot"}'
+REFUSED = '{"status": 409, "code": "%s", "detail": "%s"}'
+
+
+@pytest.mark.parametrize(
+    ("rent", "show", "said"),
+    [
+        (REFUSED % ("name_taken", "you have a rental named lab"), REFUSED % ("not_found", "-"), "a rental named lab"),
+        (REFUSED % ("unauthorized", "the token is unknown"),) * 2 + ("the token is unknown",),
+        (RENTED, RENTED, "no worker has a free slot"),
+        (RENTED, REFUSED % ("not_found", "there is no such rental"), "there is no such rental"),
+        ("", "", "was not rented"),
+    ],
+    ids=["refused", "not let in", "queued", "gone", "no answer"],
+)
+def test_the_curl_flow_ends_nothing_where_nothing_was_rented(tmp_path: Path, rent: str, show: str, said: str) -> None:
+    """Each line that cannot go on says why; the shell that it is typed into goes on."""
+    (tmp_path / ".ssh").mkdir()
+    script = "\n".join([*commands(block_with("$API/rent ")), "echo the shell goes on"])
+    asked = f"{tmp_path}/asked"
+    curl = f"""echo "$*" >> {asked}; case "$*" in */api/rent) echo '{rent}';; *) echo '{show}';; esac"""
+    programs = {"curl": curl, "docker": f'echo "docker $*" >> {asked}', "make": "echo token"}
+    done = typed(script, tmp_path, ("bash", "--norc", "--noprofile", "-i"), **programs)
+    assert "the shell goes on" in done.stdout
+    assert said in "".join(re.findall("^(?:bash|jq): .*", done.stderr, re.MULTILINE)), done.stderr
+    calls = (tmp_path / "asked").read_text()
+    assert "docker" not in calls
+    assert "null" not in calls
+    assert not re.search(r"rentals/(\?|$)|rental_id=($|&)|-X DELETE .*rentals/\?", calls, re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
@@ -148,6 +182,7 @@ def test_every_port_is_published_or_listened_on(page: Path) -> None:
 def test_every_path_of_the_api_exists(page: Path) -> None:
     routes = {_without_names(route) for route in _routes()} | {"/api/openapi.json"}
     texts = [text.replace("$API", "/api") for text in code(page) if not text.endswith(".py")]
+    texts = [re.sub(r"\$\{([A-Z]+):\?[^}]*\}", r"$\1", text) for text in texts]
     found = {_without_names(path) for text in texts for path in re.findall(r"/api/[^\s\"'`)|?]+", text)}
     assert found <= routes
     assert len(found) >= 5 or page not in READMES
