@@ -434,7 +434,9 @@ class Rental(Reply):
     last_safe_copy_at: datetime | None = Field(description="When the last complete copy of its files was begun")
     last_safe_copy_bytes: int | None = Field(None, description="The size of the files in it")
     copy_problem: str = Field("", description="Why its files cannot be copied at present")
-    home_warning: str = Field("", description="What its home holds, from 80 % of what it may hold")
+    home_warning: str = Field(
+        "", description="What its home holds, from 80 % of what it may hold; how often it is copied, if less than usual"
+    )
     salvage: Snapshot | None = Field(
         None, description="The newest of what lost workers still had and it does not have; shown for a week"
     )

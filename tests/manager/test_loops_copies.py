@@ -241,7 +241,11 @@ async def test_programs_stand_still_for_half_a_percent_of_the_time_at_most_and_w
             made += (await house.rental(rental["id"]))["last_safe_copy_at"] != before
         return made
 
+    async def warning() -> str:
+        return str((await house.rental(rental["id"]))["home_warning"])
+
     assert await copies_within(120) in range(3, 6), "every half minute"
+    assert await warning() == ""
     house.vault.pause_s = 0.6
     await copies_within(60)
     assert await copies_within(480) in range(3, 6), "every two minutes"
@@ -250,11 +254,27 @@ async def test_programs_stand_still_for_half_a_percent_of_the_time_at_most_and_w
         "its programs would have to stand still for 0.6 s. It is tried again, ever later, and copied as soon as less "
         "changes"
     )
+    assert "it is copied every 120 s only" in await warning()
     house.vault.pause_s = 0.01
     await copies_within(120)
     assert await copies_within(120) in range(3, 6)
     _, back = await house.events("rental.copy_interval_changed")
     assert "stood still for 0.01 s while its files were set aside, so they are copied every 30 s" in back["reason"]
+    assert await warning() == ""
+
+
+async def test_who_is_not_copied_again_before_a_pause_is_paid_off_is_shown_that_at_once(
+    house: House, pool: list[Agent]
+) -> None:
+    rental = await house.rent()
+    house.vault.pause_s = 9.0
+    for number in range(2):
+        files(house, rental)["file"] = str(number)
+        shown = await copied(house, rental)
+        await house.pass_time(31)
+    assert len(await house.events("rental.copy_interval_changed")) == 1
+    assert "it is copied every 1800 s only" in shown["home_warning"]
+    assert shown["copy_problem"] == ""
 
 
 async def test_a_home_that_is_too_large_says_so_once_and_again_when_it_is_copied(store: Store) -> None:

@@ -24,6 +24,8 @@ from orion.manager.domain.copies import (
     Copy,
     Generation,
     accepted,
+    copied_less_often,
+    copied_rarely,
     kept,
     let_in,
     nearly_full,
@@ -171,6 +173,26 @@ def test_a_home_that_is_nearly_full_is_told_when_it_becomes_so_and_again_after_i
         assert bool(rental.home_warning) is (size >= 800 or files_ >= 80)
     assert [reason.partition(":")[0] for reason in told] == ["800", "1000"]
     assert "100 of 100 files" in told[-1]
+
+
+def test_a_home_that_is_copied_rarely_is_shown_beside_one_that_is_nearly_full_and_does_not_hide_its_event() -> None:
+    worker, rental = new_worker(1), active_rental(1)
+    runs = new_placement(rental, worker, PlacementState.RUNNING)
+    rarely, copy = copied_rarely(120.0, 30.0), replace(copy_of(Generation(1, 1)), bytes=900)
+    full = nearly_full(copy, 1000, 100)
+    for before, warning, slower, shown in (
+        ("", "", rarely, rarely),
+        (rarely, full, rarely, f"{full}; {rarely}"),
+        (f"{full}; {rarely}", full, "", full),
+        (rarely, "", "", ""),
+    ):
+        step = accepted(replace(rental, home_warning=before), runs, copy, warning, slower)
+        assert step.writes[1].change["home_warning"] == shown
+        told = [event.kind for event in step.events if event.kind == "rental.home_nearly_full"]
+        assert bool(told) is (bool(warning) and full not in before)
+    for before, shown in (("", rarely), (full, f"{full}; {rarely}"), (f"{full}; {rarely}", f"{full}; {rarely}")):
+        step = copied_less_often(replace(rental, home_warning=before), runs, "it would stand still", rarely)
+        assert step.writes[1].change["home_warning"] == shown
 
 
 @given(GENERATIONS, st.integers(1, 5))

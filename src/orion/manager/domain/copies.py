@@ -26,6 +26,10 @@ EXPIRED_KEPT_S = 24 * 3600.0
 """An expired rental's last copy is kept for so long; a released one's goes at once."""
 SALVAGE_SHOWN_S = 7 * 24 * 3600.0
 """A salvage that waits for its owner is shown for so long; it is kept and listed for longer."""
+HOLDS = "its home holds "
+"""How the warning begins that a home is nearly full."""
+RARELY = "so much of its home changes at once that it is copied "
+"""How the warning begins that a home is copied less often than usual."""
 NEARLY_FULL = 0.8
 """The share of what a home may hold from which on its renter is warned."""
 MOST_ORIGINS = 32
@@ -199,27 +203,40 @@ def nearly_full(copy: Copy, max_bytes: int, max_files: int) -> str:
         held.append(f"{copy.files:,} of {max_files:,} files")
     if not held:
         return ""
-    return f"its home holds {' and '.join(held)}: with more than that it is frozen and not copied, so make room"
+    return f"{HOLDS}{' and '.join(held)}: with more than that it is frozen and not copied, so make room"
 
 
 def _megabytes(number: int) -> str:
     return f"{number / 10**6:,.1f} MB"
 
 
-def accepted(rental: Rental, placement: Placement, copy: Copy, warning: str = "") -> Step:
+def copied_rarely(interval_s: float, usual_s: float) -> str:
+    """Return the warning of a home whose programs would stand still for too long if it were copied as often as usual.
+
+    `interval_s`: the seconds between its copies, as far as they are known to be more than `usual_s`.
+    """
+    how_often = f"every {interval_s:.0f} s only" if interval_s > usual_s else f"less often than every {usual_s:.0f} s"
+    return f"{RARELY}{how_often}, until less does"
+
+
+def accepted(rental: Rental, placement: Placement, copy: Copy, warning: str = "", rarely: str = "") -> Step:
     """A complete copy counts, if its placement is still the one that runs. Told only when something is better now, or
-    when the home has become nearly full: `warning` says that, see `nearly_full`.
+    when the home has become nearly full: `warning` says that, see `nearly_full`. `rarely`: see `copied_rarely`.
 
     One that was begun before a planned move held it is late once it is held: it must not take the place of the last
     copy, which has every byte.
     """
     change = {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes, "copy_problem": ""}
-    change |= {"home_warning": warning}
+    change |= {"home_warning": _both(warning, rarely)}
     event = _event("rental.copied", "its files are copied from now on", rental, placement.worker_id, copy)
     told = [event] if rental.last_safe_copy_at is None or rental.copy_problem else []
-    if warning and not rental.home_warning:
+    if warning and not rental.home_warning.startswith(HOLDS):
         told.append(_event("rental.home_nearly_full", warning, rental, placement.worker_id, copy))
     return Step(_still_running(rental, placement, change, held=placement.held), tuple(told))
+
+
+def _both(*warnings: str) -> str:
+    return "; ".join(warning for warning in warnings if warning)
 
 
 def interval_changed(rental: Rental, placement: Placement, pause_s: float, interval_s: float) -> Step:
@@ -232,10 +249,15 @@ def interval_changed(rental: Rental, placement: Placement, pause_s: float, inter
     return Step((), (told,))
 
 
-def copied_less_often(rental: Rental, placement: Placement, problem: str) -> Step:
-    """Tell its owner that a rental is copied as soon as less of it changes. `problem`: why it was not copied now."""
+def copied_less_often(rental: Rental, placement: Placement, problem: str, rarely: str) -> Step:
+    """Tell its owner that a rental is copied as soon as less of it changes. `problem`: why it was not copied now.
+
+    `rarely` is shown until it is copied as often as usual: see `copied_rarely`.
+    """
     reason = f"{problem}. It is tried again, ever later, and copied as soon as less changes"
-    return Step((), (_event("rental.copy_interval_changed", reason, rental, placement.worker_id),))
+    event = _event("rental.copy_interval_changed", reason, rental, placement.worker_id)
+    full = rental.home_warning.partition(RARELY)[0].removesuffix("; ")
+    return Step(_still_running(rental, placement, {"home_warning": _both(full, rarely)}), (event,))
 
 
 def failed(rental: Rental, placement: Placement, problem: str, over_limit: bool = False) -> Step | None:

@@ -24,7 +24,7 @@ log = structlog.get_logger()
 
 router = APIRouter(prefix="/api", tags=["rentals"])
 
-LONGEST_NOTICE = 300
+LONGEST_NOTICE = 500
 """Letters."""
 _OVER = frozenset({*ENDED, wire.RentalState.RELEASING})
 

@@ -55,6 +55,10 @@ def disk_share(directory: Path) -> float:
     return usage.used / max(1, usage.used + usage.free)
 
 
+def _rarely(pace: Pace) -> str:
+    return copies.copied_rarely(pace.interval_s, pace.usual_s) if pace.is_slower else ""
+
+
 @dataclass(frozen=True)
 class Plan:
     """`interval_s`: between copies of one rental."""
@@ -213,8 +217,9 @@ class CopiesLoop:
         try:
             copied = await self._vault.copy(home, limits, spare=spare)
             warning = copies.nearly_full(copied.copy, limits.max_bytes, limits.max_files)
-            step = copies.accepted(rental, placement, copied.copy, warning)
-            if pace.copied(self._monotonic(), copied.pause_s):
+            is_changed = pace.copied(self._monotonic(), copied.pause_s)
+            step = copies.accepted(rental, placement, copied.copy, warning, _rarely(pace))
+            if is_changed:
                 step += copies.interval_changed(rental, placement, copied.pause_s, pace.interval_s)
             accepted = await self._book.accept(step, rental.id, copied.kept)
             self._failures.pop(rental.id, None)
@@ -223,7 +228,8 @@ class CopiesLoop:
             if error.code in OF_THE_PAUSE:
                 stood_s = limits.pause_s if error.code == PAUSE_IN_VAIN else 0.0
                 if pace.too_long(self._monotonic(), stood_s):
-                    await self._book.complain(copies.copied_less_often(rental, placement, str(error)))
+                    step = copies.copied_less_often(rental, placement, str(error), _rarely(pace))
+                    await self._book.complain(step)
             if limits.pause_s >= LONGEST_PAUSE_S or error.code not in OF_THE_PAUSE:
                 await self._complain(found, error)
             return str(error)
