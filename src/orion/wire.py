@@ -411,7 +411,9 @@ class Snapshot(Reply):
     at: datetime = Field(description="When it was begun, for the last time that the home was found to be like it")
     bytes: int
     files: int = Field(description="Files, directories and links")
-    skipped: list[str] = Field(description="What the renter made unreadable even to itself: the first of them")
+    skipped: list[str] = Field(
+        description="What could not be carried whole, and is missing or lacks attributes or its mode: the first names"
+    )
     salvage: bool = Field(False, description="What a lost worker still had when it came back: restored on request")
 
 

@@ -31,7 +31,7 @@ def snapshots(rental: RentalName, as_json: AsJson = False) -> None:
         ]
         for one in copies
     ]
-    return output.table(["GENERATION", "KIND", "AGE", "SIZE", "FILES", "NOT IN IT"], rows, wide="NOT IN IT")
+    return output.table(["GENERATION", "KIND", "AGE", "SIZE", "FILES", "NOT WHOLE"], rows, wide="NOT WHOLE")
 
 
 def restore(

@@ -64,7 +64,7 @@ class Copy:
     files: int
     """Files, directories and links."""
     skipped: tuple[str, ...] = ()
-    """What the renter made unreadable even to itself, so that it is not in it; the first of them."""
+    """What could not be carried whole, and is missing or lacks attributes or its mode: the first names."""
     salvage: bool = False
     """What a worker that came back still had of an epoch that was lost: see `newest`."""
 
@@ -365,7 +365,7 @@ def filled(rental: Rental, worker_id: str, report: Mapping[str, Any], wall: floa
     age_s = max(0.0, wall - restored["at"])
     reason = f"copy {name}, {age_s:.0f} s old, {restored['files']} files, {restored['bytes']} bytes"
     if restored["skipped"]:
-        reason += f"; not in it: {', '.join(restored['skipped'][:3])}"
+        reason += f"; not whole in it: {', '.join(restored['skipped'][:3])}"
     return _event("rental.files_restored", reason, rental, worker_id, details={**restored, "age_s": round(age_s, 1)})
 
 
