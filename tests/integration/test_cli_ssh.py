@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from support.builders import AUTHORITIES
 from support.scripted_platform import HOST_KEY, Answer, ScriptedPlatform, problem, rental
 from websockets.asyncio.server import ServerConnection, serve
 
+from orion import ssh_rentals
 from orion.cli.shell import Wish, ssh_arguments
 from orion.errors import UnreadableReply
 from orion.manager.engine.authority import Authority
@@ -240,7 +243,62 @@ async def test_only_a_worker_that_proves_to_be_the_rentals_is_spoken_to(
     assert process.returncode == 255
 
 
-async def sshd(connection: ServerConnection, host_key: Path) -> None:
+@contextmanager
+def agent_with_keys(folder: Path, number: int) -> Iterator[dict[str, str]]:
+    """A real agent that holds so many keys, none of which opens anything; the environment of its clients."""
+    where = {"SSH_AUTH_SOCK": str(folder / "agent")}
+    with subprocess.Popen(["ssh-agent", "-D", "-a", where["SSH_AUTH_SOCK"]], stdout=subprocess.DEVNULL) as agent:
+        try:
+            give_up_at = time.monotonic() + 20
+            while not Path(where["SSH_AUTH_SOCK"]).is_socket():
+                assert time.monotonic() < give_up_at, "the agent does not start"
+                time.sleep(0.01)
+            for each in range(number):
+                key = folder / f"other{each}"
+                subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+                subprocess.run(["ssh-add", "-q", key], env={**os.environ, **where}, check=True)
+                key.unlink()
+            yield where
+        finally:
+            agent.terminate()
+
+
+@pytest.mark.skipif(not CAN_RUN_SSHD, reason="needs sshd (openssh-server), and /run/sshd when run as root")
+@pytest.mark.parametrize("changed", [[], ["-o", "IdentitiesOnly=no"]], ids=["as written", "without IdentitiesOnly"])
+async def test_the_written_configuration_lets_in_by_a_key_in_a_file_whatever_an_agent_holds(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: list[str]
+) -> None:
+    """sshd hears six keys (MaxAuthTries), and ssh offers those of an agent before one that is only in a file."""
+    for name in ("host", "recorded"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)  # noqa: ASYNC221
+    authority = Authority(*AUTHORITIES, time.time)
+    host_key = " ".join((tmp_path / "host.pub").read_text().split()[:2])
+    certificate = authority.host_certificate(1, "w-aaaa2222", [host_key], ["abcdefgh23"]).line
+    (tmp_path / "host-cert.pub").write_text(f"{certificate}\n")
+    place = tmp_path / "config"
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(place))
+    (place / "orion").mkdir(parents=True)
+    (place / "orion/keys.json").write_text(json.dumps({"abcdefgh23": str(tmp_path / "recorded")}))
+    ssh_rentals.write([rental()], [], f"@cert-authority *.orion {authority.of_hosts}")
+    takes = ["-o", f"AuthorizedKeysFile={tmp_path / 'recorded.pub'}", "-o", "StrictModes=no"]
+    # The account of the rental is unknown to this machine: the user of the test logs in as itself.
+    command = ["ssh", "-F", str(ssh_rentals.folder() / "config"), "-l", getpass.getuser(), "-o", "BatchMode=yes"]
+    with agent_with_keys(tmp_path, 7) as where:
+        async with serve(lambda web: sshd(web, tmp_path / "host", *takes), "127.0.0.1", 0, compression=None) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            process = await asyncio.create_subprocess_exec(
+                *command, *changed, "box.orion", "echo is in",
+                env={**environment, **where, "ORION_URL": url},
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
+            out, said = await asyncio.wait_for(process.communicate(), 60)
+    if changed:
+        assert b"Too many authentication failures" in said, said.decode()
+    else:
+        assert (out, process.returncode) == (b"is in\n", 0), said.decode()
+
+
+async def sshd(connection: ServerConnection, host_key: Path, *further: str) -> None:
     """One sshd for one connection, as inetd starts it."""
     ours, its = socket.socketpair()
     options = [
@@ -254,6 +312,7 @@ async def sshd(connection: ServerConnection, host_key: Path) -> None:
         f"HostCertificate={host_key}-cert.pub",
         "-o",
         "UsePAM=no",
+        *further,
     ]
     process = await asyncio.create_subprocess_exec(
         str(SSHD), *options, stdin=its, stdout=its, stderr=subprocess.DEVNULL
@@ -274,5 +333,6 @@ async def sshd(connection: ServerConnection, host_key: Path) -> None:
     finally:
         writer.close()
         downward.cancel()
-        process.kill()
+        with suppress(ProcessLookupError):  # it ends by itself where it refuses
+            process.kill()
         await process.wait()
