@@ -6,16 +6,19 @@ import asyncio
 import json
 import os
 import pty
+import re
 import ssl
 import subprocess
 import sys
 import tty
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+from support.scripted_platform import HOST_KEY, ScriptedPlatform, rental
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
@@ -488,6 +491,56 @@ def test_why_it_takes_so_long_is_said_at_once_and_every_five_seconds_and_at_last
     now = 1000.0 + connect.KEEP_TRYING_S + 1
     with pytest.raises(OrionError, match="no slot"):
         patience.wait_after(reason)
+
+
+CERTIFICATE = "ssh-ed25519-cert-v01@openssh.com AAAAIHNzaC1lZDI1NTE5"
+
+
+@pytest.fixture
+def certifying(tmp_path: Path) -> Iterator[ScriptedPlatform]:
+    """A platform that signs a certificate, and a folder with a key of our own that no rental knows."""
+    (tmp_path / "orion").mkdir()
+    (tmp_path / "orion/id_ed25519.pub").write_text(f"{HOST_KEY} orion\n")
+    made = ScriptedPlatform()
+    signed = {"certificate": CERTIFICATE, "expires_at": "2130-01-01T00:00:00Z"}
+    made.answer("POST", "/api/rentals/abcdefgh23/certificate", signed)
+    yield made
+    made.stop()
+
+
+async def certified(platform: ScriptedPlatform, folder: Path) -> subprocess.CompletedProcess[bytes]:
+    """As ssh runs it before it opens a rental of which this machine has no key."""
+    port = urlsplit(platform.url).port or 0
+    return await run(port, b"", rental_id="--certify=abcdefgh23", host="127.0.0.1", XDG_CONFIG_HOME=str(folder))
+
+
+async def test_a_certificate_waits_for_a_rental_that_is_queued_or_on_the_move(
+    certifying: ScriptedPlatform, tmp_path: Path
+) -> None:
+    """An earlier one would be for the epoch that is over, and open nothing."""
+    queued = rental(state="queued", explanation="no worker has a free slot")
+    moving = rental(state="migrating", explanation="its worker is down")
+    certifying.answer("GET", "/api/rentals/abcdefgh23", queued, queued, moving, rental(epoch=3))
+    done = await certified(certifying, tmp_path)
+    assert (done.returncode, done.stdout) == (0, b"")
+    first, second = done.stderr.decode().splitlines()
+    assert first == "orion: the rental is queued: no worker has a free slot; waiting"
+    assert re.fullmatch(r"orion: the rental is migrating: its worker is down; waiting \(\d+ s\)", second)
+    *looks, signs = certifying.calls
+    assert [call.query["wait_s"] for call in looks] == ["0", "5", "5", "5"], "the platform waits, and not this side"
+    assert (signs.method, signs.body["ssh_public_key"]) == ("POST", HOST_KEY)
+    signed, epoch = (tmp_path / "orion/abcdefgh23-cert.pub").read_text().rsplit(" ", 1)
+    assert (signed, epoch.partition("/")[0]) == (CERTIFICATE, "3")
+
+
+@pytest.mark.parametrize("state", ["releasing", "released", "failed"])
+async def test_no_certificate_is_waited_for_where_the_rental_is_over(
+    certifying: ScriptedPlatform, tmp_path: Path, state: str
+) -> None:
+    certifying.answer("GET", "/api/rentals/abcdefgh23", rental(state=state, explanation="asked for"))
+    done = await certified(certifying, tmp_path)
+    assert (done.returncode, done.stderr.decode()) == (1, f"orion: the rental is {state}: asked for\n")
+    assert [call.method for call in certifying.calls] == ["GET"]
 
 
 def test_ssh_waits_for_as_long_as_the_relay_does() -> None:
