@@ -34,6 +34,8 @@ NEARLY_FULL = 0.8
 """The share of what a home may hold from which on its renter is warned."""
 MOST_ORIGINS = 32
 """Epochs of a rental whose origins are kept. A salvage of an earlier epoch waits to be asked for."""
+NAMES_SHOWN = 3
+"""Names of files that a copy lacks, in a sentence about it; its details have those that are known."""
 _WRITTEN = re.compile(r"([1-9][0-9]{0,15})-([1-9][0-9]{0,15})")
 
 
@@ -364,9 +366,19 @@ def filled(rental: Rental, worker_id: str, report: Mapping[str, Any], wall: floa
         return _event("rental.files_restored", f"copy {name}", rental, worker_id, details={"generation": name})
     age_s = max(0.0, wall - restored["at"])
     reason = f"copy {name}, {age_s:.0f} s old, {restored['files']} files, {restored['bytes']} bytes"
-    if restored["skipped"]:
-        reason += f"; not whole in it: {', '.join(restored['skipped'][:3])}"
+    reason += f"; not whole in it: {_first(restored['skipped'])}" if restored["skipped"] else ""
     return _event("rental.files_restored", reason, rental, worker_id, details={**restored, "age_s": round(age_s, 1)})
+
+
+def lacking(report: Mapping[str, Any]) -> str:
+    """Return what the explanation of a rental adds where the copy in its home lacks something; else an empty text."""
+    restored = report.get("restored", {})
+    skipped = restored.get("skipped")
+    return f"; its files are from copy {restored['generation']}, which lacks {_first(skipped)}" if skipped else ""
+
+
+def _first(skipped: Sequence[str]) -> str:
+    return ", ".join(skipped[:NAMES_SHOWN])
 
 
 def _still_running(

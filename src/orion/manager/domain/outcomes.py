@@ -191,7 +191,7 @@ def _made(rental: Rental, placement: Placement, ended: Ended) -> Step | None:
     change: dict[str, Any] = {"activated_at": wall, "expires_at": ends_at} if first else {}
     change |= {"restore_from": None} if rental.restore_from else {}
     change |= copies.let_in(rental, placement.epoch, copies.began_with(report))
-    reason = f"running on worker {placement.worker_id}"
+    reason = f"running on worker {placement.worker_id}{copies.lacking(report)}"
     filled = copies.filled(rental, placement.worker_id, report, wall)
     told = Step((), (filled,) if filled else ())
     active = move_rental(rental, RentalState.ACTIVE, ACTOR, reason, placement.worker_id, **change)

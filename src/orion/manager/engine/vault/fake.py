@@ -45,6 +45,8 @@ class FakeVault:
     """Set when a copy or a restore was asked for."""
     pause_s: float = 0.0
     """The seconds for which programs stand still for a copy that differs from the one before."""
+    unreadable: set[str] = field(default_factory=set)
+    """The names of files that their renter has made unreadable even to itself, in whatever home they are."""
     _put: dict[tuple[str, int], str] = field(default_factory=dict)
 
     async def copy(
@@ -57,7 +59,7 @@ class FakeVault:
     ) -> Copied:
         began_at = self.wall()
         worker = await self._worker(home, deadline_s)
-        files = worker.homes[home.rental_id]
+        files, skipped = self._readable(worker.homes[home.rental_id])
         size = sum(len(content) for content in files.values())
         if len(files) + 1 > limits.max_files or size > limits.max_bytes:
             held = home.rental_id not in worker.spared
@@ -65,7 +67,8 @@ class FakeVault:
             raise VaultError(OVER_LIMIT, f"its home holds more than a copy may: {'frozen' if held else 'spared'}")
         if self.pause_s > limits.pause_s and not moving:
             raise VaultError(PAUSE_TOO_LONG, f"its programs would have to stand still for {self.pause_s} s")
-        return self._keep(home, files, Copy(Generation(home.epoch, 1), began_at, size, len(files) + 1), spare)
+        copy = Copy(Generation(home.epoch, 1), began_at, size, len(files) + 1, skipped)
+        return self._keep(home, files, copy, spare)
 
     async def salvage(
         self,
@@ -78,12 +81,17 @@ class FakeVault:
         worker = await self._worker(home, deadline_s)
         if worker.let_in.get(home.rental_id) != home.epoch:
             raise VaultError(NOTHING_TO_SALVAGE, "its renter was never let in here")
-        files = worker.homes[home.rental_id]
+        files, skipped = self._readable(worker.homes[home.rental_id])
         size = sum(len(content) for content in files.values())
         if len(files) + 1 > limits.max_files or size > limits.max_bytes:
             raise VaultError(OVER_LIMIT, "its home holds more than a copy may")
-        copy = Copy(Generation(home.epoch, 1), began_at, size, len(files) + 1, salvage=True)
+        copy = Copy(Generation(home.epoch, 1), began_at, size, len(files) + 1, skipped, salvage=True)
         return self._keep(home, files, copy, spare)
+
+    def _readable(self, home: Files) -> tuple[Files, tuple[str, ...]]:
+        """Return what of a home can be copied, and the names of the rest."""
+        files = {name: content for name, content in home.items() if name not in self.unreadable}
+        return files, tuple(sorted(home.keys() - files.keys()))
 
     def _keep(self, home: Home, files: Files, copy: Copy, spare: Generation | None) -> Copied:
         there = self.stored.setdefault(home.rental_id, {})
