@@ -9,44 +9,18 @@ import httpx
 import pytest
 from starlette.types import Message
 from support.house import PROXY_SECRET, House
+from support.short_tokens import SOON_S, Short
 from support.way_in import Sshds, coming_in
 
 from orion.manager.gateway.openings import Opening
 from orion.manager.gateway.ssh import REVOKED
 from orion.manager.store import tokens
 
-SOON_S = 0.3
-"""The time of a token that ends by itself. So often its openings look at the clock, which a test lets go on."""
 WITHIN_S = 10.0
-
-
-class Short:
-    """A token, and how it comes to its end."""
-
-    def __init__(self, house: House, ends_by_itself: bool) -> None:
-        self._house = house
-        self.ends_by_itself = ends_by_itself
-        self.token = ""
-
-    async def begins(self, name: str = "short", role: str = "admin") -> str:
-        ends_at = self._house.clock.wall() + SOON_S if self.ends_by_itself else None
-        _, self.token = await self._house.store.write(tokens.create, "admin", name, role, ends_at)
-        return self.token
-
-    async def ends(self, name: str = "short") -> None:
-        if self.ends_by_itself:
-            self._house.clock.now += SOON_S
-        else:
-            await self._house.revoke(name)
 
 
 def open_now(house: House) -> list[Opening]:
     return [opening for its in house.manager.openings._open.values() for opening in its]
-
-
-@pytest.fixture(params=[False, True], ids=["revoked", "its time is over"])
-def short(house: House, request: pytest.FixtureRequest) -> Short:
-    return Short(house, request.param)
 
 
 class Reply:
@@ -136,11 +110,7 @@ async def test_a_session_ends_and_says_why(house: House, sshds: Sshds, short: Sh
         assert await client.is_in()
         await short.ends()
         told = await client.hears()
-        reason = "the time of the token by which it was opened is over"
-        assert told["code"] == REVOKED
-        assert told["reason"] == (
-            reason if short.ends_by_itself else "the token by which it was opened has been revoked"
-        )
+        assert (told["code"], told["reason"]) == (REVOKED, short.reason)
         await client.ended()
 
 

@@ -7,11 +7,13 @@ from collections.abc import MutableMapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
+import httpx
 import pytest
 from starlette.websockets import WebSocket
 from structlog.testing import capture_logs
 from support.browser import is_connected, opening, terminal, ticket, turns
 from support.house import Agent, House
+from support.short_tokens import Short
 from support.way_in import connecting
 
 from orion.manager.engine.port import Host, Login, Shell
@@ -27,6 +29,15 @@ HOST = {"x-forwarded-host": "orion.example:8443"}
 async def rented(house: House) -> tuple[Agent, str]:
     worker = await house.join()
     return worker, str((await house.rent())["id"])
+
+
+async def rented_by(house: House, short: Short) -> tuple[httpx.AsyncClient, str]:
+    """Let the token begin, and a client with it rent."""
+    await house.join()
+    client = house.client(await short.begins(role="client"))
+    rental_id = str((await client.post("/api/rent", json={"wait_s": 0})).json()["id"])
+    await house.settle()
+    return client, rental_id
 
 
 def has_terms(house: House, **changed: float) -> None:
@@ -77,17 +88,13 @@ async def test_only_who_may_know_of_a_rental_gets_a_ticket_and_only_while_it_is_
     assert "queued" in refused.json()["detail"]
 
 
-async def test_a_revoked_token_opens_nothing_by_a_ticket_that_it_has_bought(house: House) -> None:
-    alice = await house.new_client("alice")
-    await house.join()
-    rental_id = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
-    await house.settle()
-    one = await ticket(alice, rental_id)
-    tokens = (await house.as_admin.get("/api/tokens")).json()["items"]
-    its_id = next(token["id"] for token in tokens if token["name"] == "alice")
-    await house.as_admin.delete(f"/api/tokens/{its_id}")
+async def test_a_token_that_is_over_opens_nothing_by_a_ticket_that_it_has_bought(house: House, short: Short) -> None:
+    client, rental_id = await rented_by(house, short)
+    one = await ticket(client, rental_id)
+    await short.ends()
     async with opening(house, rental_id, one) as page:
         assert (await page.client.refusal())["status"] == 401
+    assert house.shells.opened == []
 
 
 async def test_nobody_can_use_up_the_tickets_of_others_and_they_are_kept_as_hashes(house: House) -> None:
@@ -195,16 +202,13 @@ async def test_a_resume_key_ends_some_minutes_after_its_page_has_left(house: Hou
         assert (await page.client.refusal())["code"] == "no_ticket"
 
 
-async def test_a_resume_key_ends_with_its_token(house: House) -> None:
-    alice = await house.new_client("alice")
-    await house.join()
-    rental_id = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
-    await house.settle()
-    async with opening(house, rental_id, await ticket(alice, rental_id)) as page:
+async def test_a_resume_key_ends_with_its_token(house: House, short: Short) -> None:
+    client, rental_id = await rented_by(house, short)
+    async with opening(house, rental_id, await ticket(client, rental_id)) as page:
         key = (await is_connected(page))["resume"]
         page.client.said.put_nowait({"type": "websocket.disconnect", "code": 1001})
         await page.client.ended()
-    await house.revoke("alice")
+    await short.ends()
     async with opening(house, rental_id, key) as page:
         assert (await page.client.refusal())["status"] == 401
 
@@ -467,19 +471,14 @@ async def test_a_released_rental_ends_it_and_says_so(house: House) -> None:
     assert "releas" in words
 
 
-async def test_a_terminal_ends_in_the_moment_in_which_its_token_is_revoked(house: House) -> None:
-    alice = await house.new_client("alice")
-    await house.join()
-    rental_id = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
-    await house.settle()
-    async with opening(house, rental_id, await ticket(alice, rental_id)) as page:
-        assert await page.client.is_in()
-        await page.sees("connecting")
-        await page.sees("connected")
-        await house.revoke("alice")
+async def test_a_terminal_ends_in_the_moment_in_which_its_token_is_over(house: House, short: Short) -> None:
+    client, rental_id = await rented_by(house, short)
+    async with opening(house, rental_id, await ticket(client, rental_id)) as page:
+        await is_connected(page)
+        await short.ends()
         code, words = await page.is_closed()
     assert (code, house.shells.opened[-1].closed) == (4000, True)
-    assert "has been revoked" in words
+    assert words == short.reason
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,37 @@
+"""A token that comes to its end in either way, for tests of what it has opened."""
+
+from __future__ import annotations
+
+from support.house import House
+
+from orion.manager.store import tokens
+
+SOON_S = 0.3
+"""The seconds of a token that ends by itself. So often its openings look at the clock, which a test lets go on."""
+
+
+class Short:
+    """A token, and how it comes to its end."""
+
+    def __init__(self, house: House, ends_by_itself: bool) -> None:
+        self._house = house
+        self.ends_by_itself = ends_by_itself
+        self.token = ""
+
+    @property
+    def reason(self) -> str:
+        """Return what is said of the end where something is ended by it."""
+        if self.ends_by_itself:
+            return "the time of the token by which it was opened is over"
+        return "the token by which it was opened has been revoked"
+
+    async def begins(self, name: str = "short", role: str = "admin") -> str:
+        ends_at = self._house.clock.wall() + SOON_S if self.ends_by_itself else None
+        _, self.token = await self._house.store.write(tokens.create, "admin", name, role, ends_at)
+        return self.token
+
+    async def ends(self, name: str = "short") -> None:
+        if self.ends_by_itself:
+            self._house.clock.now += SOON_S
+        else:
+            await self._house.revoke(name)
