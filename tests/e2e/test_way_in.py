@@ -21,7 +21,7 @@ import pytest
 from conftest import Figures
 from renter import COMMAND, Renter, make_key
 from stack import Stack
-from terminal import at_a_terminal
+from support.terminal import at_a_terminal
 from waiting import eventually
 
 from orion.client import Orion

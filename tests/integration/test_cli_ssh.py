@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
 import json
 import os
-import shutil
-import socket
+import re
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.builders import AUTHORITIES
+from support.own_sshd import OwnSshd, needs_sshd
 from support.scripted_platform import HOST_KEY, Answer, ScriptedPlatform, problem, rental
+from support.terminal import at_a_terminal
 from websockets.asyncio.server import ServerConnection, serve
 
 from orion import ssh_rentals
 from orion.cli.shell import Wish, ssh_arguments
 from orion.errors import UnreadableReply
-from orion.manager.engine.authority import Authority
 from orion.wire import Rental
-
-SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-CAN_RUN_SSHD = SSHD is not None and (os.geteuid() != 0 or Path("/run/sshd").is_dir())
-
 
 AUTHORITY = f"@cert-authority *.orion {HOST_KEY}"
 
@@ -217,21 +212,16 @@ def test_ssh_gets_a_shell_that_can_start_its_proxy_command(
     assert (done.stdout, done.returncode) == ("/bin/sh\n", 0), done.stderr
 
 
-@pytest.mark.skipif(not CAN_RUN_SSHD, reason="needs sshd (openssh-server), and /run/sshd when run as root")
+@needs_sshd
 @pytest.mark.parametrize("named", ["its own rental", "another rental", "nobody, without a certificate"])
 async def test_only_a_worker_that_proves_to_be_the_rentals_is_spoken_to(
     environment: dict[str, str], tmp_path: Path, named: str
 ) -> None:
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "host"], check=True)  # noqa: ASYNC221
-    host_key = " ".join((tmp_path / "host.pub").read_text().split()[:2])
-    authority = Authority(*AUTHORITIES, time.time)
-    rental_id = "abcdefgh23" if named == "its own rental" else "another234"
-    certificate = authority.host_certificate(1, "w-aaaa2222", [host_key], [rental_id]).line
-    (tmp_path / "host-cert.pub").write_text("" if named.startswith("nobody") else f"{certificate}\n")
-    found, line = Rental.model_validate(rental()), f"@cert-authority *.orion {authority.of_hosts}"
-    async with serve(lambda socket: sshd(socket, tmp_path / "host"), "127.0.0.1", 0, compression=None) as server:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        ssh, *options = ssh_arguments(found, line, Wish(("true",)))
+    of_rentals = {"its own rental": ("abcdefgh23",), "another rental": ("another234",)}.get(named, ())
+    worker = OwnSshd.make(tmp_path, of_rentals)
+    found = Rental.model_validate(rental())
+    async with at_the_platform(worker.serve) as url:
+        ssh, *options = ssh_arguments(found, worker.authority, Wish(("true",)))
         process = await asyncio.create_subprocess_exec(
             *(ssh, "-F", "none", "-o", "BatchMode=yes", *options),
             env={**environment, "ORION_URL": url}, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -263,29 +253,21 @@ def agent_with_keys(folder: Path, number: int) -> Iterator[dict[str, str]]:
             agent.terminate()
 
 
-@pytest.mark.skipif(not CAN_RUN_SSHD, reason="needs sshd (openssh-server), and /run/sshd when run as root")
+@needs_sshd
 @pytest.mark.parametrize("changed", [[], ["-o", "IdentitiesOnly=no"]], ids=["as written", "without IdentitiesOnly"])
 async def test_the_written_configuration_lets_in_by_a_key_in_a_file_whatever_an_agent_holds(
     environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: list[str]
 ) -> None:
     """sshd hears six keys (MaxAuthTries), and ssh offers those of an agent before one that is only in a file."""
-    for name in ("host", "recorded"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)  # noqa: ASYNC221
-    authority = Authority(*AUTHORITIES, time.time)
-    host_key = " ".join((tmp_path / "host.pub").read_text().split()[:2])
-    certificate = authority.host_certificate(1, "w-aaaa2222", [host_key], ["abcdefgh23"]).line
-    (tmp_path / "host-cert.pub").write_text(f"{certificate}\n")
-    place = tmp_path / "config"
+    worker, place = OwnSshd.make(tmp_path, ("abcdefgh23",)), tmp_path / "config"
     monkeypatch.setenv("XDG_CONFIG_HOME", str(place))
     (place / "orion").mkdir(parents=True)
-    (place / "orion/keys.json").write_text(json.dumps({"abcdefgh23": str(tmp_path / "recorded")}))
-    ssh_rentals.write([rental()], [], f"@cert-authority *.orion {authority.of_hosts}")
-    takes = ["-o", f"AuthorizedKeysFile={tmp_path / 'recorded.pub'}", "-o", "StrictModes=no"]
+    (place / "orion/keys.json").write_text(json.dumps({"abcdefgh23": str(worker.key)}))
+    ssh_rentals.write([rental()], [], worker.authority)
     # The account of the rental is unknown to this machine: the user of the test logs in as itself.
-    command = ["ssh", "-F", str(ssh_rentals.folder() / "config"), "-l", getpass.getuser(), "-o", "BatchMode=yes"]
+    command = ["ssh", "-F", str(ssh_rentals.folder() / "config"), "-l", worker.account, "-o", "BatchMode=yes"]
     with agent_with_keys(tmp_path, 7) as where:
-        async with serve(lambda web: sshd(web, tmp_path / "host", *takes), "127.0.0.1", 0, compression=None) as server:
-            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with at_the_platform(worker.serve) as url:
             process = await asyncio.create_subprocess_exec(
                 *command, *changed, "box.orion", "echo is in",
                 env={**environment, **where, "ORION_URL": url},
@@ -298,41 +280,57 @@ async def test_the_written_configuration_lets_in_by_a_key_in_a_file_whatever_an_
         assert (out, process.returncode) == (b"is in\n", 0), said.decode()
 
 
-async def sshd(connection: ServerConnection, host_key: Path, *further: str) -> None:
-    """One sshd for one connection, as inetd starts it."""
-    ours, its = socket.socketpair()
-    options = [
-        "-i",
-        "-e",
-        "-f",
-        "/dev/null",
-        "-h",
-        str(host_key),
-        "-o",
-        f"HostCertificate={host_key}-cert.pub",
-        "-o",
-        "UsePAM=no",
-        *further,
-    ]
-    process = await asyncio.create_subprocess_exec(
-        str(SSHD), *options, stdin=its, stdout=its, stderr=subprocess.DEVNULL
-    )
-    its.close()
-    reader, writer = await asyncio.open_connection(sock=ours)
+EDITOR = "printf '\\033[?1049h\\033[?25l\\033[2J\\033[5;7Ha full screen'; exec cat"
+"""Does with a terminal what an editor does, then waits."""
+ENDS = {
+    "its rental leaves the worker": "the rental is not on that worker any more: its worker is down",
+    "the manager is gone": "the connection to the platform was cut",
+}
 
-    async def down() -> None:
-        while data := await reader.read(65536):
-            await connection.send(data)
-        await connection.close()
+WORDS_OF_SSH = ("Connection to box.orion closed", "client_loop: send disconnect: Broken pipe")
+"""How its own lines begin. It complains of the pipe if it takes a second and more to notice that the relay ends."""
 
-    downward = asyncio.create_task(down())
-    try:
-        async for message in connection:
-            assert isinstance(message, bytes)
-            writer.write(message)
-    finally:
-        writer.close()
-        downward.cancel()
-        with suppress(ProcessLookupError):  # it ends by itself where it refuses
-            process.kill()
-        await process.wait()
+
+@needs_sshd
+@pytest.mark.parametrize("how", ENDS)
+async def test_a_session_that_is_lost_under_a_full_screen_leaves_a_terminal_in_order(
+    environment: dict[str, str], tmp_path: Path, how: str
+) -> None:
+    """With the machine's ssh itself, which has the terminal until the end, and a word of its own to say."""
+    worker, lost = OwnSshd.make(tmp_path, ("abcdefgh23",)), asyncio.Event()
+
+    async def serve_until_lost(connection: ServerConnection) -> None:
+        serving = asyncio.create_task(worker.serve(connection))
+        await lost.wait()
+        if how == "the manager is gone":
+            connection.transport.abort()
+        else:
+            await connection.close(4001, "its worker is down")
+        await asyncio.gather(serving, return_exceptions=True)
+
+    wish = Wish((EDITOR,), worker.key, tty=True)
+    ssh, *options = ssh_arguments(Rental.model_validate(rental()), worker.authority, wish)
+    options[options.index("r-abcdefgh23@box.orion")] = f"{worker.account}@box.orion"
+    async with at_the_platform(serve_until_lost) as url:
+        with at_a_terminal([ssh, "-F", "none", *options], {**environment, "ORION_URL": url}) as terminal:
+            await asyncio.to_thread(terminal.shows, "a full screen", 60)
+            lost.set()
+            assert await asyncio.to_thread(terminal.ends, 60) == 255
+            left, modes = terminal.rest().decode(), termios.tcgetattr(terminal.screen)
+    before, _, after = left.partition("orion: ")
+    assert "\x1b[?1049l" in before, "the alternate screen is left before anything is said"
+    assert "\x1b[!p" in before, "a soft reset shows the cursor again"
+    assert not re.search(r"(?<!\r)\n", after), "each line begins at the left"
+    first, *of_ssh = [line.strip("\r") for line in after.removesuffix("\n").split("\n")]
+    assert first == ENDS[how]
+    assert of_ssh, "ssh says that it has ended"
+    assert all(line.startswith(WORDS_OF_SSH) for line in of_ssh), of_ssh
+    assert modes[1] & termios.OPOST
+    assert modes[3] & termios.ICANON
+
+
+@asynccontextmanager
+async def at_the_platform(relay: Callable[[ServerConnection], Awaitable[None]]) -> AsyncIterator[str]:
+    """Yield the address of a WebSocket server in the place of the platform."""
+    async with serve(relay, "127.0.0.1", 0, compression=None, close_timeout=0.2) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"

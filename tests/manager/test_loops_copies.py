@@ -74,7 +74,7 @@ async def test_files_come_along_when_their_worker_dies_and_the_event_says_which(
     (event,) = await house.events("rental.files_restored")
     assert (event["epoch"], event["details"]["generation"], event["details"]["bytes"]) == (2, "1-1", 7)
     assert event["details"]["age_s"] > 90
-    assert "not in it" not in event["reason"]
+    assert "not whole in it" not in event["reason"]
     assert moved["explanation"] == f"running on worker {moved['worker_id']}"
 
 
@@ -88,7 +88,7 @@ async def test_a_takeover_whose_copy_lacks_files_names_them_in_its_event_and_in_
     moved = await lose(house, rental)
     assert (moved["state"], files(house, moved)) == ("active", {"kept": "content"})
     (event,) = await house.events("rental.files_restored")
-    assert event["reason"].endswith("2 files, 7 bytes; not in it: sealed, shut")
+    assert event["reason"].endswith("2 files, 7 bytes; not whole in it: sealed, shut")
     assert event["details"]["skipped"] == ["sealed", "shut"]
     running = f"running on worker {moved['worker_id']}"
     assert moved["explanation"] == f"{running}; its files are from copy 1-1, which lacks sealed, shut"

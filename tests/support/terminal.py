@@ -51,6 +51,13 @@ class Terminal:
                     continue
         return int(self.program.returncode)
 
+    def rest(self) -> bytes:
+        """Return what it still shows after its program has ended."""
+        with suppress(OSError):  # nobody writes to it any more
+            while part := os.read(self.screen, 4096):
+                self.seen += part
+        return self.seen
+
 
 @contextmanager
 def at_a_terminal(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[Terminal]:
