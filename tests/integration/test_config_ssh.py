@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import paramiko
 import pytest
+from support.own_sshd import OwnSshd, needs_sshd
 from support.scripted_platform import HOST_KEY, ScriptedPlatform, page, rental
+from websockets.asyncio.server import serve
 
 from orion import ssh_rentals
 from orion.login import Login
@@ -286,6 +292,73 @@ def test_one_level_of_inclusion_is_enough_for_a_rental_that_is_known(machine: Ma
     machine.orion("config-ssh")
     (machine.home / ".config/orion/ssh/rentals").unlink()
     assert machine.asks("box.orion")["user"] == "r-abcdefgh23"
+
+
+PARAMIKO_READS = """
+import json, sys, paramiko
+print(json.dumps(dict(paramiko.SSHConfig.from_path(sys.argv[1]).lookup(sys.argv[2]))))
+"""
+
+
+def read_by_paramiko(machine: Machine, host: str) -> dict[str, Any]:
+    """Return what paramiko would do for that host, by the one file that it is to be given."""
+    file = str(machine.home / ".config/orion/ssh/config")
+    done = machine._run([sys.executable, "-c", PARAMIKO_READS, file, host])
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_paramiko_finds_a_rental_in_the_file_that_it_is_given(machine: Machine) -> None:
+    """It follows no Include, and runs what a Match asks for."""
+    key = machine.has_key_of("abcdefgh23")
+    machine.orion("config-ssh")
+    machine.platform.calls.clear()
+    for host in ("box.orion", "abcdefgh23.orion"):
+        found = read_by_paramiko(machine, host)
+        assert (found["hostname"], found["user"]) == (host, "r-abcdefgh23")
+        assert found["identityfile"] == [str(key)]
+        assert found["proxycommand"] == machine.asks(host)["proxycommand"]
+        assert shlex.split(found["proxycommand"])[-1] == "abcdefgh23"
+    assert machine.platform.calls == [], "what is known is not asked for"
+    machine.rentals(rental(), rental(id="another234", name="web", username="r-another234"))
+    unknown = read_by_paramiko(machine, "web.orion")
+    assert "user" not in unknown
+    assert unknown["proxycommand"].endswith("orion.connect --unknown")
+    assert read_by_paramiko(machine, "web.orion")["user"] == "r-another234", "it was learned, and is found from now on"
+
+
+@needs_sshd
+async def test_paramiko_logs_in_by_what_it_has_found_and_verifies_the_host(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the key of the worker itself, which the platform shows: it knows no certificates of hosts."""
+    worker = OwnSshd.make(tmp_path, ("abcdefgh23",))
+    machine.has_key_of("abcdefgh23").write_bytes(worker.key.read_bytes())
+    machine.orion("config-ssh")
+    found = read_by_paramiko(machine, "box.orion")
+
+    def log_in(host_key: str) -> str:
+        kind, _, text = host_key.partition(" ")
+        with (
+            paramiko.ProxyCommand(found["proxycommand"]) as way,
+            paramiko.SSHClient() as client,
+        ):
+            client.get_host_keys().add("box.orion", kind, paramiko.Ed25519Key(data=b64decode(text)))
+            client.connect(
+                *(found["hostname"],), username=worker.account, key_filename=found["identityfile"], sock=way,
+                allow_agent=False, look_for_keys=False, timeout=60, banner_timeout=60, auth_timeout=60,
+            )  # fmt: skip
+            _stdin, stdout, _stderr = client.exec_command("id -un", timeout=60)
+            return stdout.read().decode()
+
+    for name, value in machine.environment.items():
+        monkeypatch.setenv(name, value)
+    async with serve(worker.serve, "127.0.0.1", 0, compression=None, close_timeout=0.2) as server:
+        monkeypatch.setenv("ORION_URL", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        assert await asyncio.to_thread(log_in, worker.public_host_key) == f"{worker.account}\n"
+        with pytest.raises(paramiko.BadHostKeyException):
+            await asyncio.to_thread(log_in, HOST_KEY)
 
 
 def test_a_rental_without_a_key_here_is_opened_by_a_certificate_that_is_asked_for_once_an_epoch(
