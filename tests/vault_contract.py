@@ -125,8 +125,12 @@ class VaultContract:
         assert [str(copy.generation) for copy in last.kept] == ["1-1", "1-2"]
         assert await bench.vault.restore(target, last.copy.generation, filled=first) == last.copy
         assert await bench.files(target) == {"changed": "twice", "same": "same"}
+        assert await bench.vault.restore(target, last.copy.generation, filled=last.copy.generation) == last.copy
+        assert await bench.files(target) == {"changed": "twice", "same": "same"}
         other = bench.moved(target)
         await bench.create(other, let_in=False)
+        assert await bench.vault.restore(other, last.copy.generation, filled=last.copy.generation), "it was not filled"
+        assert await bench.files(other) == {"changed": "twice", "same": "same"}
         await bench.vault.restore(other, first)
         assert await bench.files(other) == {"changed": "changed", "removed": "removed", "same": "same"}
 

@@ -168,12 +168,14 @@ def _receive(keeper: Keeper, wish: Wish, homes: Path) -> int:
         update = bool(wish.base)
         if update and keeper.manifests.read(wish.rental_id, wish.base) is None:
             raise Refused("no_base", "its home here is not known to hold what is to be brought up to date")
-        keeper.manifests.forget(wish.rental_id)
+        is_same = update and wish.base == wish.mark
+        if not is_same:
+            keeper.manifests.forget(wish.rental_id)
         _answer(0, {"ok": True})
         status = run_rsync("update" if update else "receive", record.uid, wish.deadline, gently=False)
         close_folders(home, {bytes.fromhex(path): mode for path, mode in wish.folders.items()}, record.uid)
         os.close(home)
-        if status == 0 and wish.mark:
+        if status == 0 and wish.mark and not is_same:
             looked = scan(sys.maxsize, _monotonic(wish.deadline), strict=True)
             keeper.manifests.write(wish.rental_id, wish.mark, Manifest(looked, _doubtful_now(looked)))
     return status

@@ -144,10 +144,10 @@ def finish(
 def marks(folder: Path, generation: str, filled: str) -> dict[str, Any]:
     """Return what a worker has to know that is filled with a copy: its mark and the modes of some directories.
 
-    `base` is the mark of `filled` if the copy was made from that one, else empty.
+    `base` is the mark of `filled` if the copy is that one or was made from it, else empty.
     """
     about = _read(folder / generation)
-    base = ""
+    base = str(about.get("mark", "")) if filled == generation else ""
     with suppress(OSError, ValueError):
         if filled and about.get("base") == filled:
             base = str(_read(folder / filled).get("mark", ""))

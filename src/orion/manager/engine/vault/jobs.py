@@ -173,7 +173,7 @@ class Job:
         source = self._folder / wanted
         marks = self._as_renter(lambda: generations.marks(self._folder, wanted, self._request.filled))
         if marks["base"]:
-            changes = source / generations.CHANGES
+            changes = source / generations.CHANGES if marks["base"] != marks["mark"] else "/dev/null"
             try:
                 return self._send("update", (f"--files-from={changes}",), wanted, marks)
             except VaultError as error:
