@@ -61,8 +61,8 @@ class SimulatedManager:
         self.copies = CopiesLoop(book, vault, Plan(), sim.copies_disk, sim.monotonic, sim.wall, self.random)
         self.copies.loop = Loop("copies", COPIES_ROUND_S, self.copies.round)
         self.roster = roster = Roster()
-        clocks = sim.monotonic, sim.wall
-        more = *clocks, sim.placement_ids, AWAITS_FILES_S
+        clock = TrustedClock(sim.monotonic, sim.wall)
+        more = sim.monotonic, sim.wall, clock.counts_from, sim.placement_ids, AWAITS_FILES_S
         self.reconciler = Reconciler(ledger, roster, leases, engine, reach, restorer, mover, *more)
         self.reconciler.swept_at_once = 0  # the net is not there: what is not looked at in time is to be noticed
         self.reconciler.loop = Loop("reconciler", ROUND_S, self.reconciler.round)
@@ -73,7 +73,7 @@ class SimulatedManager:
         self.health.loop = Loop("health", ROUND_S, self.health.round)
         self.watching = Watching(sim.watch_of(self), sim.monotonic, self.health.judge_now)
         self.health.watching = self.watching
-        self.expiry = ExpiryLoop(ledger, TrustedClock(*clocks), sim.wall, hint)
+        self.expiry = ExpiryLoop(ledger, clock, sim.wall, hint)
         self.expiry.loop = Loop("expiry", EXPIRY_ROUND_S, self.expiry.round)
         self.reconciler.on_worker_change = self.health.loop.hint
         self.call_home = CallHome(
