@@ -8,8 +8,9 @@ its mark; only what changed since then is sent. The order of the steps:
 2. Take the rental's lock, stop its programs, scan once more, set aside what changed since step 1, let them go on.
    Where that takes longer than the manager allows, let them go on and refuse; where it will, refuse before.
 3. Write down the scan under the mark of the new snapshot, answer, and send what was set aside.
-Where nothing changed nothing is stopped. A rental that is frozen already is not stopped and not let go on. A process
-that dies between stop and go-on leaves a mark, by which the fence lets the rental go on after PAUSE_ENDS_S.
+Where nothing changed nothing is stopped. A rental that is frozen already is scanned in step 2 alone, and is not stopped
+and not let go on. A process that dies between stop and go-on leaves a mark, by which the fence lets the rental go on
+after PAUSE_ENDS_S.
 
 `salvage` is the same for a home of an epoch that was lost, before it is purged. Its processes are ended first.
 
@@ -361,9 +362,12 @@ class Snapshot:
             until = time.clock_gettime(time.CLOCK_BOOTTIME) + PAUSE_ENDS_S
             tasks = frozenset() if self._salvage else freezer.pause(record, until)
             is_pause = tasks is not None and not self._salvage
+            was_let_go = is_pause and self._stands_still
             ends_at = _monotonic(self._wish.deadline)
             self._last_moment = min(ends_at, began + self._pause_most_s) if is_pause else ends_at
             try:
+                if was_let_go:
+                    raise Refused("restless", "it stood still, and was let go on as its snapshot began")
                 mapped = mapped | self._mapped()
                 before = tasks_of(record.uid) if tasks is None else tasks
                 last = scan(self._wish.max_files, self._last_moment, strict=True)

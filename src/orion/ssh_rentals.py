@@ -302,7 +302,7 @@ def look_up(account: Login, rental_id: str, wait_s: float) -> dict[str, Any]:
 def own_and_others(account: Login) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """Return the living rentals of this login's name, and those that an administrator sees besides. Raises OrionError.
 
-    All that one owner has counts as own: no two of them bear the same name. So a client is asked for nothing twice.
+    All that one owner has counts as own: no two of them bear the same name. So for a client one list is enough.
     """
     found = _rentals(account)
     if len({str(rental.get("owner")) for rental in found}) < 2 and len(found) < MOST:

@@ -91,7 +91,7 @@ async def test_a_takeover_whose_copy_lacks_files_names_them_in_its_event_and_in_
     assert event["reason"].endswith("2 files, 7 bytes; not whole in it: sealed, shut")
     assert event["details"]["skipped"] == ["sealed", "shut"]
     running = f"running on worker {moved['worker_id']}"
-    assert moved["explanation"] == f"{running}; its files are from copy 1-1, which lacks sealed, shut"
+    assert moved["explanation"] == f"{running}; its files are from copy 1-1, not whole in it: sealed, shut"
 
 
 async def test_nobody_is_let_in_before_the_files_are_there(house: House, pool: list[Agent]) -> None:

@@ -11,6 +11,7 @@ from support.house import House
 
 from orion.manager.domain.expiry import NEAR_S, SETTLE_S
 from orion.manager.loops.door import DoorProbe
+from orion.manager.loops.expiry import COUNT_EVERY
 from orion.manager.loops.timer import Loop
 
 NEVER_S = 3600.0
@@ -284,6 +285,16 @@ async def test_a_time_that_begins_while_the_clock_is_doubted_lasts_as_long_as_wa
     house.clock.now += 1
     await house.manager.expiry.round()
     assert {(await house.rental(each["id"]))["state"] for each in both} == {"releasing"}
+
+
+async def test_a_doubt_that_no_round_has_seen_leaves_nobody_without_an_end(house: House) -> None:
+    await house.join()
+    house.clock.wall_offset += 2 * 86_400
+    rental = await house.rent(ttl_s=3600)
+    await house.as_admin.post("/api/admin/clock")
+    for _ in range(COUNT_EVERY):
+        await house.manager.expiry.round()
+    assert (await house.rental(rental["id"]))["expires_at"]
 
 
 async def test_a_clock_that_comes_back_is_believed_by_itself_and_it_is_said(house: House) -> None:

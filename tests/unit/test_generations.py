@@ -66,3 +66,6 @@ def test_in_haste_old_copies_do_not_count_any_more_and_the_next_removes_them(tmp
     assert [str(each.generation) for each in generations.found(tmp_path)] == ["1-2", "1-3", "1-4"]
     prepare(tmp_path, "1-4")
     assert names(tmp_path) == {"1-2", "1-3", "1-4", "next-1-4"}
+    copy(tmp_path, in_haste=True, one="later")
+    generations.tidy(tmp_path)
+    assert names(tmp_path) == {"1-3", "1-4", "1-5"}

@@ -46,7 +46,10 @@ def typed(
         (home / name).write_text(f"#!/bin/sh\n{does}\n")
         (home / name).chmod(0o755)
     environment = {"PATH": f"{home}:{os.environ['PATH']}", "HOME": str(home)}
-    return subprocess.run(shell, input=script, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        shell, input=script, env=environment, capture_output=True, text=True, check=False,
+        timeout=60, start_new_session=True,  # an interactive shell would stop whoever runs in the background
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("tried", [False, True])

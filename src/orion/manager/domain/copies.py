@@ -218,7 +218,7 @@ def copied_rarely(interval_s: float, usual_s: float) -> str:
     `interval_s`: the seconds between its copies, as far as they are known to be more than `usual_s`.
     """
     how_often = f"every {interval_s:.0f} s only" if interval_s > usual_s else f"less often than every {usual_s:.0f} s"
-    return f"{RARELY}{how_often}, until less does"
+    return f"{RARELY}{how_often}, until less changes at once"
 
 
 def accepted(rental: Rental, placement: Placement, copy: Copy, warning: str = "", rarely: str = "") -> Step:
@@ -371,10 +371,10 @@ def filled(rental: Rental, worker_id: str, report: Mapping[str, Any], wall: floa
 
 
 def lacking(report: Mapping[str, Any]) -> str:
-    """Return what the explanation of a rental adds where the copy in its home lacks something; else an empty text."""
+    """Return what the explanation of a rental adds where the copy in its home is not whole; else an empty text."""
     restored = report.get("restored", {})
     skipped = restored.get("skipped")
-    return f"; its files are from copy {restored['generation']}, which lacks {_first(skipped)}" if skipped else ""
+    return f"; its files are from copy {restored['generation']}, not whole in it: {_first(skipped)}" if skipped else ""
 
 
 def _first(skipped: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The expiry loop: it begins the end of rentals whose time is over, and counts the time of those where it is not."""
+"""The expiry loop: it ends rentals whose time is over, and begins to count the time of those that have no end yet."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def _next_uid(connection: Connection) -> int:
 def one(connection: Connection, rental_id: str, owner: str | None, wall: float = float("-inf")) -> Row | None:
     """A rental with its worker; None when there is none or it is another owner's (`owner` None: anybody's).
 
-    `wall`: Unix seconds, after which a salvage is not shown for ever; less than all times: each is shown.
+    `wall`: the time now (Unix seconds), by which a salvage is too old to be shown; less than all times: all are shown.
     """
     query = _with_worker().where(rentals.c.id == rental_id)
     if owner is not None:

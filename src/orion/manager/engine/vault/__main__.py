@@ -76,7 +76,10 @@ def _be_a_job(listening: socket.socket, asker: socket.socket, places: Places) ->
         listening.close()
         asker.setblocking(True)
         with suppress(Abandoned, BrokenPipeError):
-            asker.sendall(_answer(asker, places).model_dump_json().encode() + b"\n")
+            reply, job = _answer(asker, places)
+            asker.sendall(reply.model_dump_json().encode() + b"\n")
+            if job:
+                job.tidy()
         status = 0
     except BaseException:
         log.exception("a job failed")
@@ -85,7 +88,8 @@ def _be_a_job(listening: socket.socket, asker: socket.socket, places: Places) ->
         os._exit(status)
 
 
-def _answer(asker: socket.socket, places: Places) -> ReplyLine:
+def _answer(asker: socket.socket, places: Places) -> tuple[ReplyLine, Job | None]:
+    """Return the answer, and the job if it was done."""
     asker.settimeout(REQUEST_WITHIN_S)
     line = b""
     while not line.endswith(b"\n"):
@@ -99,14 +103,15 @@ def _answer(asker: socket.socket, places: Places) -> ReplyLine:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        return ReplyLine(ok=False, code="invalid_request", message=f"{where}: {first['msg']}")
+        return ReplyLine(ok=False, code="invalid_request", message=f"{where}: {first['msg']}"), None
     try:
-        return Job(request, places, Watch(asker, request.deadline_s)).run()
+        job = Job(request, places, Watch(asker, request.deadline_s))
+        return job.run(), job
     except VaultError as error:
-        return ReplyLine(ok=False, code=error.code, message=str(error), restored=error.restored)
+        return ReplyLine(ok=False, code=error.code, message=str(error), restored=error.restored), None
     except OSError as error:
         log.exception("a job failed")
-        return ReplyLine(ok=False, code="failed", message=f"the vault failed: {error}")
+        return ReplyLine(ok=False, code="failed", message=f"the vault failed: {error}"), None
 
 
 def listen(path: Path, group: int) -> socket.socket:

@@ -112,8 +112,9 @@ def finish(
     spare: Generation | None = None,
     in_haste: bool = False,
 ) -> Copy:
-    """Make what is in `incoming` a complete copy. Older ones make room, but for `spare`: the next copy removes them
-    if it is `in_haste`.
+    """Make what is in `incoming` a complete copy. Older ones make room, but for `spare`.
+
+    `in_haste`: a renter waits, and they are removed later, by `tidy` or by the next copy.
 
     `limits`: the most files and bytes that it may hold; OSError is raised for more. `changed`: the paths that differ
     from `base`; None: they are not known.
@@ -157,6 +158,13 @@ def marks(folder: Path, generation: str, filled: str) -> dict[str, Any]:
 def wipe(folder: Path) -> None:
     for place in folder.iterdir():
         _remove(place)
+
+
+def tidy(folder: Path) -> bool:
+    """Remove the copies that made room for one in haste."""
+    for place in folder.glob(f"{OLD}*"):
+        _remove(place)
+    return True
 
 
 def _sweep(folder: Path, complete: Sequence[Copy], begun_from: str) -> None:

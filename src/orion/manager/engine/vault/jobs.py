@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import traceback
@@ -43,6 +44,7 @@ from orion.manager.engine.vault.watch import Watch
 from orion.ssh import pinned_host_arguments
 
 LOCK_WAIT_S = 5.0
+TIDY_WITHIN_S = 60.0
 SALVAGE_WAIT_S = 45.0
 """A salvage is in nobody's way and in no hurry: a copy of what runs elsewhere may end first."""
 FULLEST_DISK = 0.9
@@ -98,13 +100,24 @@ class Job:
         with self._alone():
             return work()
 
+    def tidy(self) -> None:
+        """Remove what a copy in haste has left, once its move has been answered and nobody waits any more.
+
+        What is not done within TIDY_WITHIN_S, or as another job has come, the next copy does.
+        """
+        if self._request.action is Action.RESTORE and not self._request.again and self._folder.exists():
+            nobody, self._nobody = socket.socketpair()
+            self._watch = Watch(nobody, TIDY_WITHIN_S)
+            with suppress(VaultError), self._alone():
+                self._as_renter(lambda: generations.tidy(self._folder))
+
     def _copy(self) -> ReplyLine:
         """Make a snapshot: a copy of the one before, brought up to date with what changed at the worker since."""
         request = self._request
         self._make_folder()
-        self._look_at_disk()
         salvage = request.action is Action.SALVAGE
         base = self._as_renter(lambda: generations.begin(self._folder, request.epoch, salvage))
+        self._look_at_disk()
         mark = secrets.token_hex(16)
         limits = {"max_files": request.max_files, "max_bytes": request.max_bytes}
         wish = limits | {"base": base["mark"], "mark": mark, "moving": request.moving}
@@ -165,7 +178,8 @@ class Job:
             raise VaultError(NO_SUCH_GENERATION, f"there is no copy {wanted}; there are {there}")
         told = self._fill(wanted)
         if self._request.again:
-            self._as_renter(lambda: generations.prepare(self._folder, wanted))
+            with suppress(VaultError):  # the home is filled, and the next copy does for itself what was not prepared
+                self._as_renter(lambda: generations.prepare(self._folder, wanted))
         return ReplyLine(ok=True, done=copy | {"skipped": [*copy["skipped"], *told.skipped()]}, copies=complete)
 
     def _fill(self, wanted: str) -> Told:
