@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,7 +58,8 @@ async def kill_at(folder: Path, act: Act, point: Point, limit: asyncio.Semaphore
             try:
                 stage = await perform(folder / str(attempt), act, point)
             except AssertionError as error:
-                return True, f"killed {point.name} (time {point.time}): {error}"
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                return True, f"killed {point.name} (time {point.time}): {error} [{where.name}: {where.line}]"
             if stage.killed:
                 return True, ""
     return False, ""
