@@ -133,7 +133,7 @@ def test_a_start_command_runs_as_its_renter_and_is_stopped_and_ended_as_all_that
         assert not again.changed
     assert log().count("runs:") == 1
     assert rental.on.rental("freeze", rental_id=rental.rental_id, epoch=1)[0] == 0
-    assert states() == {"T"}
+    wait_until(lambda: states() == {"T"}, "all stand still")
     assert rental.on.rental("thaw", rental_id=rental.rental_id, epoch=1)[0] == 0
     wait_until(lambda: "T" not in states(), "it goes on")
     deleted = rental.delete()

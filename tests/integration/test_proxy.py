@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import ssl
@@ -16,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 from proxy_support import ROOT, SECRET, Manager, Proxy, outer_proxy, proxy, wait_until
+from websockets.asyncio.client import connect as connect_in_one_thread
 from websockets.exceptions import InvalidStatus
 from websockets.sync import client as websocket
 
@@ -326,9 +328,15 @@ def test_the_certificate_made_at_first_start_verifies(door: Proxy, client: httpx
     for host in ("localhost", "127.0.0.1"):
         reply = httpx.get(f"https://{host}:{door.https_port}{REST}", verify=trust, trust_env=False)
         assert headers_at_manager(reply)["x-forwarded-proto"] == "https"
-    with connect(websocket_url(door, scheme="wss"), ssl=trust) as shell:
-        shell.send(b"over TLS")
-        assert shell.recv() == b"over TLS"
+    assert asyncio.run(_echo(websocket_url(door, scheme="wss"), b"over TLS", trust)) == b"over TLS"
+
+
+async def _echo(url: str, sent: bytes, trust: ssl.SSLContext) -> str | bytes:
+    """In one thread: the client with two reads and writes the same TLS connection at a time, and may so lose what it
+    sends."""
+    async with connect_in_one_thread(url, ssl=trust, proxy=None, open_timeout=60) as shell:
+        await shell.send(sent)
+        return await shell.recv()
 
 
 def test_the_certificate_bears_the_names_asked_for(door: Proxy, tmp_path: Path) -> None:

@@ -393,7 +393,12 @@ async def test_a_home_over_its_limits_is_frozen_whatever_a_reply_says_and_its_re
     over = await refusal(real.client.copy(home_of(rental), few))
     assert (over.code, "more than 50 files" in str(over), "orion thaw" in str(over)) == ("over_limit", True, True)
     states = ("ps", "-o", "stat=", "-u", str(rental.uid))
-    assert {state[0] for state in rental.on.run(*states).split()} == {"T"}
+
+    def stand() -> bool:
+        return {state[0] for state in rental.on.run(*states).split()} == {"T"}
+
+    # One that was in the kernel finds its SIGSTOP when it comes back from there, which takes a turn of the processor.
+    await asyncio.to_thread(wait_until, stand, "all stand still")
     assert not rental.lets_in()
     rental.on.manager.placements = [placement(rental, "run")]
     heard = len(rental.on.manager.calls)
