@@ -288,6 +288,7 @@ async def test_a_reload_keeps_the_terminal_without_a_token_and_a_new_tab_has_non
         await expect(other.locator("#ask")).to_be_visible()
         await window.runs("exit")
         await expect(window.page.locator("#status")).to_contain_text("has ended")
+        await expect(window.page.locator("#again")).to_be_visible()  # the end is said before the connection has ended
         await window.page.reload()
         await expect(window.page.locator("#ask")).to_be_visible()
         assert await window.page.evaluate("sessionStorage.length") == 0
