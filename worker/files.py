@@ -362,11 +362,10 @@ class Snapshot:
             until = time.clock_gettime(time.CLOCK_BOOTTIME) + PAUSE_ENDS_S
             tasks = frozenset() if self._salvage else freezer.pause(record, until)
             is_pause = tasks is not None and not self._salvage
-            was_let_go = is_pause and self._stands_still
             ends_at = _monotonic(self._wish.deadline)
             self._last_moment = min(ends_at, began + self._pause_most_s) if is_pause else ends_at
             try:
-                if was_let_go:
+                if is_pause and self._stands_still:
                     raise Refused("restless", "it stood still, and was let go on as its snapshot began")
                 mapped = mapped | self._mapped()
                 before = tasks_of(record.uid) if tasks is None else tasks

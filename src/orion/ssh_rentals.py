@@ -232,7 +232,7 @@ def _identity_lines(rental_id: str, username: str, hosts: list[str], recorded: s
     """The recorded key if its file is there, else a certificate for our own, made anew when ssh is about to need it.
 
     With IdentitiesOnly: an agent with many keys would use up the attempts before the right one is tried. The
-    certificate is for that account alone: `orion ssh` logs in to another's rental of the same name at that name.
+    certificate is for that account alone: `orion ssh` uses the host name NAME.orion for another's rental too.
     """
     identity = Path(recorded) if recorded else login.folder() / "id_ed25519"
     if "${" not in str(identity) and str(identity).isprintable():
@@ -265,9 +265,8 @@ def certify(account: Login, rental_id: str, epoch: int) -> None:
     """Have a certificate of our own key for that rental at that epoch in its file. Raises OrionError."""
     file = certificate_file(rental_id)
     with suppress(OSError, ValueError, IndexError):  # one that `orion ssh` left says neither
-        held_epoch, *asked_at = map(int, file.read_text().split()[2].split("/"))
-        wall, going = asked_at
-        if held_epoch == epoch and _is_fresh(wall, going):
+        held_epoch, wall, monotonic = map(int, file.read_text().split()[2].split("/"))
+        if held_epoch == epoch and _is_fresh(wall, monotonic):
             return
     try:
         public_key = " ".join((login.folder() / "id_ed25519.pub").read_text().split()[:2])
@@ -279,12 +278,12 @@ def certify(account: Login, rental_id: str, epoch: int) -> None:
     login.write_private(file, f"{signed} {epoch}/{int(time.time())}/{int(time.monotonic())}\n")
 
 
-def _is_fresh(wall: int, going: int) -> bool:
-    """Return whether what was asked for then still serves, by two clocks: one may be set, the other stops in sleep.
+def _is_fresh(wall: int, monotonic: int) -> bool:
+    """Return whether a certificate that was asked for at these seconds of two clocks still serves.
 
-    It ends by the worker's clock, which this machine does not know.
+    It ends by the worker's clock, which this machine does not know. Of its own, one may be set and one stops in sleep.
     """
-    ages_s = (time.time() - wall, time.monotonic() - going)
+    ages_s = (time.time() - wall, time.monotonic() - monotonic)
     return min(ages_s) >= 0 and max(ages_s) < CERTIFICATE_S - ENOUGH_S
 
 

@@ -412,7 +412,7 @@ class Snapshot(Reply):
     bytes: int
     files: int = Field(description="Files, directories and links")
     skipped: list[str] = Field(
-        description="What could not be carried whole, and is missing or lacks attributes or its mode: the first names"
+        description="The first names of what could not be carried whole: it is missing, or lacks attributes or its mode"
     )
     salvage: bool = Field(False, description="What a lost worker still had when it came back: restored on request")
 

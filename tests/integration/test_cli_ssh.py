@@ -296,7 +296,7 @@ WORDS_OF_SSH = ("Connection to box.orion closed", "client_loop: send disconnect:
 async def test_a_session_that_is_lost_under_a_full_screen_leaves_a_terminal_in_order(
     environment: dict[str, str], tmp_path: Path, how: str
 ) -> None:
-    """With the machine's ssh itself, which has the terminal until the end, and a word of its own to say."""
+    """The machine's ssh has the terminal until the end, and a word of its own to say."""
     worker, lost = OwnSshd.make(tmp_path, ("abcdefgh23",)), asyncio.Event()
 
     async def serve_until_lost(connection: ServerConnection) -> None:

@@ -332,7 +332,7 @@ def test_paramiko_finds_a_rental_in_the_file_that_it_is_given(machine: Machine) 
 async def test_paramiko_logs_in_by_what_it_has_found_and_verifies_the_host(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the key of the worker itself, which the platform shows: it knows no certificates of hosts."""
+    """paramiko knows no certificates of hosts: it verifies the key of the worker, which the platform shows."""
     worker = OwnSshd.make(tmp_path, ("abcdefgh23",))
     machine.has_key_of("abcdefgh23").write_bytes(worker.key.read_bytes())
     machine.orion("config-ssh")

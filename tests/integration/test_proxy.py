@@ -332,8 +332,10 @@ def test_the_certificate_made_at_first_start_verifies(door: Proxy, client: httpx
 
 
 async def _echo(url: str, sent: bytes, trust: ssl.SSLContext) -> str | bytes:
-    """In one thread: the client with two reads and writes the same TLS connection at a time, and may so lose what it
-    sends."""
+    """Return what comes back, by a client with one thread.
+
+    The one with two reads and writes the same TLS connection at a time, and may so lose what it sends.
+    """
     async with connect_in_one_thread(url, ssl=trust, proxy=None, open_timeout=60) as shell:
         await shell.send(sent)
         return await shell.recv()

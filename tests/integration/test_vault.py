@@ -189,6 +189,9 @@ async def test_what_makes_room_for_the_last_copy_of_a_move_is_removed_when_the_h
     for number in range(3):
         rental.ssh(f"echo {number} > file")
         await real.client.copy(home_of(rental), LIMITS)
+    there = replace(rental, on=neighbour, epoch=2)
+    await _rental(neighbour, "create", **there.variables, public_keys=[there.key.public])
+    await real.client.restore(home_of(there), again=True)
     rental.ssh("echo last > file")
     await real.client.copy(home_of(rental), LIMITS, moving=True)
     place = real.copies / rental.rental_id

@@ -1,4 +1,4 @@
-"""What `make up` of another clone would replace: by the machine's own Compose, with a stand-in for the engine."""
+"""`make up` of another clone replaces nothing, by the machine's own Compose, with a stand-in for the engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ inspect\\ *) cat "$MADE/containers" ;;
 "image inspect") cat "$MADE/image" ;;
 esac
 """
-"""In the place of docker: it has the containers that stand in a folder. `docker compose` is the machine's own."""
+"""A stand-in for docker, with the containers that a folder lists. `docker compose` is the machine's own."""
 OUTDATED = "import rollout_engine; print(*sorted(one.service for one in rollout_engine.look() if one.outdated))"
 IMAGE = {"Id": "sha256:0", "Config": {"Labels": {}}}
 

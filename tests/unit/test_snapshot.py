@@ -367,6 +367,18 @@ def test_a_frozen_home_is_looked_through_once_whether_or_not_it_changed(
     assert scans == [True, True, True]
 
 
+def test_what_is_let_go_on_as_its_snapshot_begins_is_tried_again_and_not_copied_whole_while_it_stands(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (house.home / "file").write_text("x")
+    was_frozen = iter([True])
+    monkeypatch.setattr(house.keeper.freezer, "is_frozen", lambda _rental_id: next(was_frozen, False))
+    with pytest.raises(Refused) as refused:
+        house.snapshot(moving=True)
+    assert refused.value.code == "restless"
+    assert (house.keeper.freezer.pauses, house.keeper.freezer.paused) == (1, False)
+
+
 def test_a_purge_ends_the_transfer_that_sets_files_aside_and_leaves_nothing_of_it(tmp_path: Path) -> None:
     places = tmp_path / "aside"
     (places / "one").mkdir(parents=True)

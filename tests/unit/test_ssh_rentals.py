@@ -16,7 +16,7 @@ CERTIFICATE = "ssh-ed25519-cert-v01@openssh.com AAAA"
 
 
 class Clocks:
-    """In place of the module `time`: one that may be set, and one that may not."""
+    """Two clocks in place of the module `time`: one that may be set, and one that may not."""
 
     def __init__(self) -> None:
         self.wall, self.going = 1_800_000_000.0, 5000.0

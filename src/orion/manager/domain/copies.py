@@ -66,7 +66,7 @@ class Copy:
     files: int
     """Files, directories and links."""
     skipped: tuple[str, ...] = ()
-    """What could not be carried whole, and is missing or lacks attributes or its mode: the first names."""
+    """The first names of what could not be carried whole: it is missing, or lacks attributes or its mode."""
     salvage: bool = False
     """What a worker that came back still had of an epoch that was lost: see `newest`."""
 

@@ -74,7 +74,7 @@ class Rental:
     copy_problem: str = ""
     """Why its files cannot be copied at present."""
     home_warning: str = ""
-    """What its owner should know of its home: see copies.nearly_full and copies.copied_rarely."""
+    """The warning that its owner should see of its home: see copies.nearly_full and copies.copied_rarely."""
     restore_from: str | None = None
     """What its next placement begins with, where that is not the newest copy: see domain/copies.py."""
     let_in_epoch: int = 0

@@ -39,7 +39,7 @@ class ExpiryLoop:
     async def _count(self, clock: WallClock, wall: float) -> None:
         if not clock.believed:
             self._uncounted_for = 0  # they are looked for as soon as it is believed again
-        elif self._uncounted_for == 0:
+            return
+        if self._uncounted_for == 0:
             await self._ledger.apply_each(count(await self._ledger.uncounted(), wall, clock))
-        if clock.believed:
-            self._uncounted_for = (self._uncounted_for + 1) % COUNT_EVERY
+        self._uncounted_for = (self._uncounted_for + 1) % COUNT_EVERY

@@ -51,17 +51,21 @@ def found(folder: Path) -> list[Copy]:
 
 
 def begin(folder: Path, epoch: int, salvage: bool) -> dict[str, Any]:
-    """Make room for a new copy; return the name and the mark of the one that it is made from, empty for none."""
+    """Make room for a new copy; return the name and the mark of the one that it is made from, empty for none.
+
+    `prepared` is whether `prepare` was done for it: a renter waits.
+    """
     complete = found(folder)
     base = begins_from(complete, epoch, salvage)
     _sweep(folder, complete, str(base.generation) if base else "")
     (folder / INCOMING).mkdir(mode=0o700)
     if base is None:
-        return {"generation": "", "mark": "", "same_epoch": False, "folders": {}}
+        return {"generation": "", "mark": "", "same_epoch": False, "folders": {}, "prepared": False}
     about = _read(folder / str(base.generation))
     return {
         "generation": str(base.generation), "mark": str(about.get("mark", "")),
         "same_epoch": base.generation.epoch == epoch, "folders": about.get("folders", {}),
+        "prepared": (folder / f"{NEXT}{base.generation}").exists(),
     }  # fmt: skip
 
 

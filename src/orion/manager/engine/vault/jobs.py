@@ -106,10 +106,11 @@ class Job:
         What is not done within TIDY_WITHIN_S, or as another job has come, the next copy does.
         """
         if self._request.action is Action.RESTORE and not self._request.again and self._folder.exists():
-            nobody, self._nobody = socket.socketpair()
-            self._watch = Watch(nobody, TIDY_WITHIN_S)
-            with suppress(VaultError), self._alone():
-                self._as_renter(lambda: generations.tidy(self._folder))
+            nobody, other_end = socket.socketpair()
+            with nobody, other_end, suppress(VaultError):
+                self._watch = Watch(nobody, TIDY_WITHIN_S)
+                with self._alone():
+                    self._as_renter(lambda: generations.tidy(self._folder))
 
     def _copy(self) -> ReplyLine:
         """Make a snapshot: a copy of the one before, brought up to date with what changed at the worker since."""
@@ -145,7 +146,7 @@ class Job:
                 limits = request.max_files, request.max_bytes
                 spare = Generation.parse(request.generation)
                 about = self._folder, request.epoch, made, limits, base["generation"], changed, spare
-                copy = generations.finish(*about, in_haste=request.moving)
+                copy = generations.finish(*about, in_haste=base["prepared"])
             return [written(copy), *map(written, generations.found(self._folder))]
 
         done, *copies = self._as_renter(finish)
