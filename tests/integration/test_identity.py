@@ -57,7 +57,7 @@ def known_hosts(folder: Path) -> Path:
 def ssh_command(rental: Rental, to: Worker, *options: str) -> list[str]:
     """As any tool of a renter runs it: nothing is known but the authority, and checking is on."""
     return [
-        "ssh", "-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", "-o", "ConnectTimeout=5",
+        "ssh", "-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", "-o", "ConnectTimeout=20",
         "-o", f"UserKnownHostsFile={known_hosts(rental.key.file.parent)}", "-o", "GlobalKnownHostsFile=none",
         "-o", f"HostKeyAlias={host_name(rental.rental_id)}", "-o", "IdentitiesOnly=yes",
         *(options or ("-i", str(rental.key.file))), f"{rental.username}@{to.address}",

@@ -214,7 +214,7 @@ class Worker:
     def ssh_command(self, user: str, key: Key, *options: str) -> list[str]:
         return [
             "ssh", "-F", "none", "-i", str(key.file), "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes",
-            "-o", "ConnectTimeout=5", *pinned_host_arguments(self.worker_id, self.host_keys),
+            "-o", "ConnectTimeout=20", *pinned_host_arguments(self.worker_id, self.host_keys),
             *options, f"{user}@{self.address}",
         ]  # fmt: skip
 
