@@ -1,6 +1,7 @@
 """A worker that lies: what takes the place of `orion-rental send` may say what it likes, and speaks real rsync.
 
-The vault here is the shipped program, as root of this machine; only its ssh is replaced, by the liar.
+The vault here is the shipped program, as root of this machine; only its ssh is replaced, by the liar. What it runs
+under the uid of a rental is where any uid may read it: this project may be in a directory of root's.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acting under other ui
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA1u4uxDZrVBrtPLCdoyRvjgTAcxyaAZ7bVpKZbyTsA5"
 LIMITS = Limits(max_files=1000, max_bytes=4 << 20)
 VAULT = """
-import sys
-from orion.manager.engine.vault import __main__ as vault, jobs
+import os, pathlib, shutil, sys
+from orion.manager.engine.vault import __main__ as vault, jobs, transfer
 liar = sys.argv.pop(1)
+sys.executable = os.path.realpath(sys.executable)
+transfer.BRIDGE = pathlib.Path(shutil.copy(transfer.BRIDGE, pathlib.Path(liar).with_name("bridge.py")))
 jobs.ssh_command = lambda host, folder: [sys.executable, liar]
 vault.main()
 """
