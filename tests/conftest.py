@@ -28,6 +28,10 @@ LONGEST = (
 """Where files run side by side nobody is to wait for one of them in the end."""
 
 
+SHOWN_LINES = 20
+"""Of what a test that failed has asserted, at once."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
@@ -41,7 +45,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Name what fails at once, not only after the last test; with several processes the one that reports does it."""
+    """Name what fails at once, not only after the last test, which may be killed before.
+
+    With several processes the one that reports does it.
+    """
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         config.pluginmanager.register(NameFailures(reporter))
@@ -53,4 +60,5 @@ class NameFailures:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self._reporter.write_line(f"\nfailed: {report.nodeid} ({report.when})")
+            said = [line for line in report.longreprtext.splitlines() if line.startswith("E ")][:SHOWN_LINES]
+            self._reporter.write_line("\n".join((f"\nfailed: {report.nodeid} ({report.when})", *said)))
