@@ -6,14 +6,17 @@ the old file. The lock is the one that shadow's own tools take (lckpwdf(3)), whi
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ledger import Refused
+from locks import got_record_lock, open_lock
+
 FILES = ("group", "passwd", "shadow")
 """In the order of writing: an account is complete, and so usable, only with its last line."""
+LOCK_WAIT_S = 10.0
 
 _UID_FIELD = {"passwd": 2, "group": 2}
 
@@ -84,9 +87,10 @@ def _replace(file: Path, lines: list[str]) -> None:
     status = file.stat()
     new = file.with_name(f".{file.name}.orion")
     new.unlink(missing_ok=True)
-    with new.open("x") as stream:
-        os.fchmod(stream.fileno(), status.st_mode & 0o777)
-        os.fchown(stream.fileno(), status.st_uid, status.st_gid)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "w") as stream:
+        os.fchown(descriptor, status.st_uid, status.st_gid)
+        os.fchmod(descriptor, status.st_mode & 0o777)
         stream.write("".join(f"{line}\n" for line in lines))
         stream.flush()
         os.fsync(stream.fileno())
@@ -95,6 +99,10 @@ def _replace(file: Path, lines: list[str]) -> None:
 
 @contextmanager
 def _locked(etc: Path) -> Iterator[None]:
-    with (etc / ".pwd.lock").open("w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+    lock = open_lock(etc / ".pwd.lock")
+    try:
+        if not got_record_lock(lock, LOCK_WAIT_S):
+            raise Refused("busy", "something else is changing the account files, and does not end; try again")
         yield
+    finally:
+        os.close(lock)

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import cgroup
@@ -25,6 +26,7 @@ from call_home import CallHome, HttpTransport
 from decisions import may_run, stop_grace_s
 from fence import Fence
 from host_certificate import Sshd as Listening
+from ledger import Refused
 from node import Node, Settings, settings_from
 from watched import PLACE, Watched
 
@@ -82,7 +84,7 @@ class Sshd:
             self._child.kill()
 
     def _settle(self) -> None:
-        with self._listening.held():
+        with suppress(Refused), self._listening.held():  # the next look tries again
             begun = self._listening.begun()
             if begun:
                 Path(f"/proc/{self._child.pid}/oom_score_adj").write_text(self._own_score)

@@ -37,7 +37,8 @@ if [ ! -s /etc/ssh/ssh_host_ed25519_key ]; then
     rmdir /etc/ssh/new
 fi
 
-install -d -m 0755 /run/sshd /run/orion
+install -d -m 0755 /run/sshd
+install -d -m 0700 /run/orion
 printf '%s\n' "$ORION_APP_ADDRESS" > /etc/orion/app_address
 
 if [ "$(cat /proc/sys/net/ipv4/ip_unprivileged_port_start)" -le 22 ]; then

@@ -37,8 +37,9 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import traces
-from freezing import Freezer, got_lock
+from freezing import Freezer
 from ledger import Ledger, Record, Refused, check_receive, check_unlock
+from locks import got_lock, open_lock
 from processes import FIRST_SENDER
 from snapshot import (
     NAMES_SHOWN,
@@ -224,7 +225,7 @@ def _send(direction: str, keeper: Keeper, wish: Wish, places: Path, homes: Path)
 
 def _lock_of(places: Path, rental_id: str) -> IO[str]:
     """Return the open file whose lock a transfer holds that sets files aside; its process number is in it."""
-    return (places / f".{rental_id}").open("a+")
+    return os.fdopen(open_lock(places / f".{rental_id}"), "r+")
 
 
 def forget_aside(places: Path, rental_id: str) -> None:

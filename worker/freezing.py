@@ -7,8 +7,8 @@ repeats the freezing (worker/fence.py). Marks are gone after a restart of the co
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ledger import Record, Refused
+from locks import got_lock, open_lock
 from stillness import Task, Vigil, stop, stopped_processes, wake
 
 OVER_LIMIT = "over_limit"
@@ -212,9 +213,12 @@ class Freezer:
     @contextmanager
     def locked(self, wait_s: float) -> Iterator[bool]:
         """Gives whether the lock was got within that time."""
-        self._lock.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock.open("a") as lock:
-            yield got_lock(lock.fileno(), wait_s)
+        self._lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = open_lock(self._lock)
+        try:
+            yield got_lock(lock, wait_s)
+        finally:
+            os.close(lock)
 
     def _read(self, rental_id: str) -> Mark | None:
         try:
@@ -231,17 +235,3 @@ class Freezer:
         told = {"stay": sorted(mark.stay), "ordered_at": mark.ordered_at, "over": mark.over, "move": mark.move}
         new.write_text(json.dumps(told))
         new.replace(self._folder / rental_id)
-
-
-def got_lock(descriptor: int, wait_s: float) -> bool:
-    """Return whether the lock on an open file was got within that time."""
-    last_moment = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= last_moment:
-                return False
-            time.sleep(0.005)
-        else:
-            return True

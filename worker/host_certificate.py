@@ -10,7 +10,6 @@ Orders cross each other: the one that was signed last stays, whichever arrives l
 from __future__ import annotations
 
 import base64
-import fcntl
 import os
 import signal
 import time
@@ -20,11 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ledger import Refused, write_whole
+from locks import got_lock, open_lock
 
 KIND = "ssh-ed25519-cert-v01@openssh.com"
 LONGEST_S = 3600.0 + 60.0
 """The manager signs for an hour. What lasts longer was signed while its clock was ahead."""
 ANEW_WITHIN_S = 5.0
+HELD_WAIT_S = 2 * ANEW_WITHIN_S
+"""Seconds that whoever has it begin anew is waited for."""
 LOOK_EVERY_S = 0.001
 
 
@@ -102,11 +104,15 @@ class Sshd:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nobody else has it begin anew, or changes its standing with the kernel meanwhile."""
-        self._lock.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        """Keep others from having it begin anew, or changing its standing with the kernel. Raise Refused if they do."""
+        self._lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = open_lock(self._lock)
+        try:
+            if not got_lock(lock, HELD_WAIT_S):
+                raise Refused("busy", "something else has sshd begin anew, and does not end; try again")
             yield
+        finally:
+            os.close(lock)
 
     def begun(self) -> int:
         """Another number for each time that it began to listen; 0 while it does not."""

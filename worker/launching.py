@@ -50,7 +50,7 @@ class Launcher:
 
     def begin(self, boot_id: str) -> None:
         """At the start of the container: orders from before it are void."""
-        self._boot.parent.mkdir(parents=True, exist_ok=True)
+        self._boot.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._boot.write_text(boot_id)
 
     def launch(self, record: Record, command: str, mark: str) -> dict[str, object]:

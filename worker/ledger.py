@@ -6,15 +6,15 @@ refused here: so it can do no harm to what came after it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from locks import got_lock, open_lock
 
 
 class Refused(Exception):
@@ -93,13 +93,13 @@ class Ledger:
 
         Gives the lock's descriptor: a program that inherits it holds the lock for as long as it runs.
         """
-        with (self._locks / rental_id).open("w") as lock:
-            last_moment = time.monotonic() + wait_s
-            while not _try_lock(lock.fileno()):
-                if time.monotonic() >= last_moment:
-                    raise Refused("busy", "another command for this rental is still at work; try again")
-                time.sleep(0.02)
-            yield lock.fileno()
+        lock = open_lock(self._locks / rental_id)
+        try:
+            if not got_lock(lock, wait_s):
+                raise Refused("busy", "another command for this rental is still at work; try again")
+            yield lock
+        finally:
+            os.close(lock)
 
     def living(self, rental_id: str) -> Record | None:
         try:
@@ -140,11 +140,3 @@ def write_whole(file: Path, text: str, mode: int = 0o600, group: int = -1) -> No
         stream.flush()
         os.fsync(descriptor)
     new.replace(file)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

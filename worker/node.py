@@ -79,7 +79,7 @@ class Node:
         self.rentals = Rentals(Places(root), lock_wait_s=0.5)
         self._last_load = (time.monotonic(), cgroup.usage(cgroup.read_file).cpu_s)
         self._identity.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._acknowledged.parent.mkdir(parents=True, exist_ok=True)
+        self._acknowledged.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._acknowledged.unlink(missing_ok=True)
         self._session.unlink(missing_ok=True)
 

@@ -322,7 +322,7 @@ class Aside:
     def digest(self, path: bytes) -> str:
         """Return the SHA-256 of a file that was copied; empty where it is too large to be compared."""
         try:
-            descriptor = os.open(_relative(path), os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.top)
+            descriptor = os.open(_relative(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.top)
         except OSError:
             return ""
         try:
@@ -624,7 +624,7 @@ def _relative(path: bytes) -> bytes:
 
 def _open_file(name: bytes, beside: int) -> int:
     """Return the open file of that name, made where there is none, and in the place of whatever else has the name."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with suppress(FileNotFoundError):
         status = os.stat(name, dir_fd=beside, follow_symlinks=False)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:

@@ -24,6 +24,7 @@ import snapshot
 from files import Snapshot, Wish
 from freezing import Freezer, Mark
 from ledger import Ledger, Record, Refused
+from locks import got_lock
 from snapshot import STAT, Aside, Manifest, Manifests, Scan, access_list, scan
 from stillness import Task
 
@@ -386,7 +387,7 @@ def test_a_purge_ends_the_transfer_that_sets_files_aside_and_leaves_nothing_of_i
     if child == 0:
         try:
             with files._lock_of(places, "one") as alone:
-                assert files.got_lock(alone.fileno(), 0)
+                assert got_lock(alone.fileno(), 0)
                 alone.write(f"{os.getpid()}\n")
                 alone.flush()
                 for number in range(5000):

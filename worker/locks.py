@@ -1,0 +1,46 @@
+"""Locks between the programs of a worker, on files that root alone can open.
+
+flock(2) and fcntl(2) ask for no right but to have opened the file, so whoever can read a lock's file can hold the lock
+for ever. Each file is therefore made, and narrowed where it is there already, with mode 0600; and no wait is without
+an end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+LOOK_EVERY_S = 0.005
+
+
+def open_lock(file: Path) -> int:
+    """Return the descriptor of the lock's file, which root alone can open from now on. Raise OSError for a link."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def got_lock(descriptor: int, wait_s: float) -> bool:
+    """Return whether the lock of an open file (flock) was got within that time."""
+    return _got(lambda: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB), wait_s)
+
+
+def got_record_lock(descriptor: int, wait_s: float) -> bool:
+    """Return whether the lock that shadow's own tools take (fcntl, lckpwdf(3)) was got within that time."""
+    return _got(lambda: fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB), wait_s)
+
+
+def _got(try_it: Callable[[], object], wait_s: float) -> bool:
+    last_moment = time.monotonic() + wait_s
+    while True:
+        try:
+            try_it()
+        except (BlockingIOError, PermissionError):  # fcntl(2): "EACCES or EAGAIN"
+            if time.monotonic() >= last_moment:
+                return False
+            time.sleep(LOOK_EVERY_S)
+        else:
+            return True
