@@ -29,7 +29,7 @@ LONGEST = (
 
 
 SHOWN_LINES = 20
-"""Of what a test that failed has asserted, at once."""
+"""Lines of what a failed test has asserted that are shown at once."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

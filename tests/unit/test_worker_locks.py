@@ -37,7 +37,7 @@ LOCKS: dict[str, Callable[[Path], object]] = {
     "run/orion/sshd.lock": begin_anew,
     "rentals/locks/abcdefghij": command,
 }
-"""What takes each lock of a worker, by the lock's file."""
+"""Functions that take each lock of a worker, by the lock's file."""
 
 
 @pytest.fixture
