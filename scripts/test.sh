@@ -176,6 +176,7 @@ bench)
 lint) lint ;;
 fast)
     need openssl # makes the proxy's certificate
+    need rsync
     run_tests --spread unit property simulation
     ;;
 crash)
