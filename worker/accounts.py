@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ledger import Refused
-from locks import got_record_lock, open_lock
+from locks import got_record_lock, opened_lock
 
 FILES = ("group", "passwd", "shadow")
 """In the order of writing: an account is complete, and so usable, only with its last line."""
@@ -99,10 +99,7 @@ def _replace(file: Path, lines: list[str]) -> None:
 
 @contextmanager
 def _locked(etc: Path) -> Iterator[None]:
-    lock = open_lock(etc / ".pwd.lock")
-    try:
+    with opened_lock(etc / ".pwd.lock") as lock:
         if not got_record_lock(lock, LOCK_WAIT_S):
             raise Refused("busy", "something else is changing the account files, and does not end; try again")
         yield
-    finally:
-        os.close(lock)

@@ -8,7 +8,6 @@ repeats the freezing (worker/fence.py). Marks are gone after a restart of the co
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ledger import Record, Refused
-from locks import got_lock, open_lock
+from locks import got_lock, opened_lock
 from stillness import Task, Vigil, stop, stopped_processes, wake
 
 OVER_LIMIT = "over_limit"
@@ -212,13 +211,10 @@ class Freezer:
 
     @contextmanager
     def locked(self, wait_s: float) -> Iterator[bool]:
-        """Gives whether the lock was got within that time."""
+        """Give whether the lock was got within that time."""
         self._lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = open_lock(self._lock)
-        try:
+        with opened_lock(self._lock) as lock:
             yield got_lock(lock, wait_s)
-        finally:
-            os.close(lock)
 
     def _read(self, rental_id: str) -> Mark | None:
         try:

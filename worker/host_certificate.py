@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ledger import Refused, write_whole
-from locks import got_lock, open_lock
+from locks import got_lock, opened_lock
 
 KIND = "ssh-ed25519-cert-v01@openssh.com"
 LONGEST_S = 3600.0 + 60.0
@@ -106,13 +106,10 @@ class Sshd:
     def held(self) -> Iterator[None]:
         """Keep others from having it begin anew, or changing its standing with the kernel. Raise Refused if they do."""
         self._lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = open_lock(self._lock)
-        try:
+        with opened_lock(self._lock) as lock:
             if not got_lock(lock, HELD_WAIT_S):
                 raise Refused("busy", "something else has sshd begin anew, and does not end; try again")
             yield
-        finally:
-            os.close(lock)
 
     def begun(self) -> int:
         """Another number for each time that it began to listen; 0 while it does not."""

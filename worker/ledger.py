@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from locks import got_lock, open_lock
+from locks import got_lock, opened_lock
 
 
 class Refused(Exception):
@@ -93,13 +93,10 @@ class Ledger:
 
         Gives the lock's descriptor: a program that inherits it holds the lock for as long as it runs.
         """
-        lock = open_lock(self._locks / rental_id)
-        try:
+        with opened_lock(self._locks / rental_id) as lock:
             if not got_lock(lock, wait_s):
                 raise Refused("busy", "another command for this rental is still at work; try again")
             yield lock
-        finally:
-            os.close(lock)
 
     def living(self, rental_id: str) -> Record | None:
         try:

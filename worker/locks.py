@@ -10,7 +10,8 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 LOOK_EVERY_S = 0.005
@@ -21,6 +22,16 @@ def open_lock(file: Path) -> int:
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     os.fchmod(descriptor, 0o600)
     return descriptor
+
+
+@contextmanager
+def opened_lock(file: Path) -> Iterator[int]:
+    """Give the descriptor of the lock's file, as `open_lock` does, and close it, which frees the lock, at the end."""
+    descriptor = open_lock(file)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def got_lock(descriptor: int, wait_s: float) -> bool:
