@@ -26,6 +26,20 @@ derive_addresses() {
     export ORION_WORKER_RANGE=${ORION_WORKER_RANGE:-$(to_address $((base + (1 << (31 - prefix)))))/$((prefix + 1))}
 }
 
+# The machine's own IPv4 addresses, in order, which are closed to rentals: of its interfaces, those of Docker's bridges
+# aside, which come and go. (orion_net has no IPv6.)
+host_addresses() {
+    local address subnet found=()
+    for address in $(hostname -I 2>/dev/null); do
+        [[ $address == *.*.*.* ]] || continue
+        for subnet in $(docker_networks | tr ' ' '\n' | grep -F . | grep -F /); do
+            ! overlap "$address/32" "$subnet" || continue 2
+        done
+        found+=("$address")
+    done
+    [ ${#found[@]} -eq 0 ] || printf '%s\n' "${found[@]}" | sort -u | paste -s -d ,
+}
+
 overlap() {
     local wider=$((${1#*/} < ${2#*/} ? ${1#*/} : ${2#*/})) mask
     mask=$(mask_of "$wider")

@@ -164,6 +164,8 @@ if [ -n "${ORION_SUBNET:-}" ]; then derive_addresses; fi
 load_settings
 forget_empty_settings
 check_subnet
+ORION_HOST_ADDRESSES=$(host_addresses)
+if [ -n "$ORION_HOST_ADDRESSES" ]; then export ORION_HOST_ADDRESSES; else unset ORION_HOST_ADDRESSES; fi
 [ "${ORION_HTTP_PORT:-8080}" != "${ORION_HTTPS_PORT:-8443}" ] || fail "HTTP and HTTPS cannot share port ${ORION_HTTP_PORT:-8080}"
 check_port ORION_HTTP_PORT 8080
 check_port ORION_HTTPS_PORT 8443

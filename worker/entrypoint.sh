@@ -13,17 +13,53 @@ fail() {
 : "${ORION_SUBNET:=172.20.0.0/16}"
 [ -n "${ORION_APP_ADDRESS:-}" ] || fail "ORION_APP_ADDRESS is not set: it is the manager's address on orion_net"
 
-# What renters may not reach: orion_net as configured and as it really is, the gateway, and addresses that only have a
-# meaning on the local network, where the machine itself, its other containers and its neighbours are. (169.254.0.0/16 is
-# where clouds keep the host's credentials.)
+# What renters never reach: orion_net as configured and as it really is, its gateway, the machine itself by the addresses
+# that make up has found (ORION_HOST_ADDRESSES), and what the operator names with an exclamation mark.
+# What they do not reach unless the operator opens it: addresses that only have a meaning on the local network, where the
+# machine's other containers and its neighbours are, and such as no host on the Internet has. (169.254.0.0/16 is where
+# clouds keep the host's credentials.)
 connected=$(ip -o -4 route show scope link | cut -d ' ' -f 1 | paste -s -d ,)
 gateway=$(ip -o -4 route show default | cut -d ' ' -f 3 | paste -s -d ,)
-local=10.0.0.0/8,100.64.0.0/10,169.254.0.0/16,172.16.0.0/12,192.168.0.0/16
-closed="$ORION_SUBNET,$local,224.0.0.0/4,255.255.255.255${connected:+,$connected}${gateway:+,$gateway}"
+local=0.0.0.0/8,10.0.0.0/8,100.64.0.0/10,127.0.0.0/8,169.254.0.0/16,172.16.0.0/12,192.0.0.0/24,192.168.0.0/16
+local=$local,198.18.0.0/15,224.0.0.0/4,240.0.0.0/4
+local6=fc00::/7,fe80::/10,ff00::/8,64:ff9b::/96,64:ff9b:1::/48,2002::/16
+is_place() {
+    python3 -I -c 'import ipaddress, sys; ipaddress.ip_network(sys.argv[1])' "$1" 2>/dev/null
+}
+own=$ORION_SUBNET${connected:+,$connected}${gateway:+,$gateway}
+for address in $(echo "${ORION_HOST_ADDRESSES:-}" | tr ',' ' '); do
+    is_place "$address" || fail "ORION_HOST_ADDRESSES: $address is no address such as 203.0.113.7"
+    own=$own,$address
+done
+own6=::1 opened='' opened6='' beyond=0.0.0.0/0 beyond6=::/0
 
+# ORION_EGRESS: `internet` (which is what nothing means), `none`, addresses and networks that are open, and with an
+# exclamation mark before them such as never are.
+for place in $(echo "${ORION_EGRESS:-internet}" | tr ',' ' '); do
+    case $place in
+    internet)
+        beyond=$local
+        beyond6=$local6
+        continue
+        ;;
+    none) continue ;;
+    esac
+    is_place "${place#!}" ||
+        fail "ORION_EGRESS: $place is not internet, none, or an address or network such as 203.0.113.0/24 or !203.0.113.7"
+    case $place in
+    !*:*) own6=$own6,${place#!} ;;
+    !*) own=$own,${place#!} ;;
+    *:*) opened6=$opened6,$place ;;
+    *) opened=$opened,$place ;;
+    esac
+done
+
+# A set may not be empty: the first elements below are addresses that nothing has.
 nft --define "app=$ORION_APP_ADDRESS" \
     --define "proxy=${ORION_PROXY_ADDRESS:-$ORION_APP_ADDRESS}" \
-    --define "closed={ $closed }" \
+    --define "own={ $own }" --define "own6={ $own6 }" \
+    --define "opened={ 255.255.255.255$opened }" --define "opened6={ ::$opened6 }" \
+    --define "beyond={ $beyond }" --define "beyond6={ $beyond6 }" \
     --file /etc/orion/network.nft \
     || fail "the packet filter could not be set (needs nf_tables in the kernel, and the capability NET_ADMIN): not starting without it"
 

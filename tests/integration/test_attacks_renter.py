@@ -150,14 +150,61 @@ except OSError as error: print(error.strerror or "silent")
 """
 
 
-def test_the_machines_other_addresses_and_its_neighbourhood_are_closed_to_renters_and_open_to_root(
-    rental: Rental, machine: tuple[str, int], network: Network
-) -> None:
+LOCAL = (
+    "10.255.255.1",
+    "172.17.0.1",
+    "192.168.1.1",
+    "100.64.0.1",
+    "172.31.255.1",
+    "192.0.0.8",
+    "198.18.0.1",
+    "0.0.0.1",
+)
+
+
+def test_the_neighbourhood_is_closed_to_renters(rental: Rental) -> None:
+    for place in LOCAL:
+        assert rental.python(CONNECT.format(address=place, port=80)).strip() == "No route to host", place
+
+
+@pytest.mark.parametrize(
+    ("egress", "is_told", "reaches"),
+    [
+        ("", False, ["open", "No route to host"]),
+        ("", True, ["No route to host", "No route to host"]),
+        ("none", False, ["No route to host", "No route to host"]),
+        ("{machine},10.255.0.0/16", False, ["open", "tried"]),
+        ("internet,10.255.0.0/16", True, ["No route to host", "tried"]),
+        ("{machine},10.255.0.0/16", True, ["No route to host", "tried"]),
+        ("internet,!{machine}", False, ["No route to host", "No route to host"]),
+    ],
+)
+def test_a_renter_reaches_what_the_operator_opens_and_never_the_machine_that_is_told(
+    network: Network, shared_manager: SmallManager, join: Path, folder: Path, machine: tuple[str, int],
+    egress: str, is_told: bool, reaches: list[str],
+) -> None:  # fmt: skip
     address, port = machine
-    assert rental.on.run("python3", "-c", CONNECT.format(address=address, port=port)).strip() == "open"
-    private = address.startswith(("10.", "192.168.", "172."))
-    for place in (address if private else "10.255.255.1", "172.17.0.1", "192.168.1.1", "100.64.0.1", "172.31.255.1"):
-        assert rental.python(CONNECT.format(address=place, port=port)).strip() == "No route to host", place
+    given = {"ORION_EGRESS": egress.format(machine=address), "ORION_HOST_ADDRESSES": address if is_told else ""}
+    options = [part for name, value in given.items() for part in ("--env", f"{name}={value}")]
+    with worker(network, shared_manager, join, *options) as made:
+        made.wait_registered()
+        renter = new_rental(made, folder).create_quickly()
+        found = [renter.python(CONNECT.format(address=place, port=port)).strip() for place in (address, "10.255.255.1")]
+        assert [each if each in {"open", "No route to host"} else "tried" for each in found] == reaches
+        assert made.run("python3", "-c", CONNECT.format(address=address, port=port)).strip() == "open", "root goes on"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ORION_EGRESS", each) for each in ("everything", "1.2.3", "cafe.de", "1.2.3.4/33", "!")]
+    + [("ORION_HOST_ADDRESSES", "example.org")],
+)
+def test_what_says_nothing_about_where_a_renter_may_go_ends_the_worker(
+    network: Network, shared_manager: SmallManager, join: Path, name: str, value: str
+) -> None:
+    with worker(network, shared_manager, join, "--env", f"{name}={value}") as made:
+        wait_until(lambda: docker("inspect", "-f", "{{.State.Status}}", made.name).strip() == "exited", "it ends")
+        assert name in made.log() or "packet filter could not be set" in made.log()
 
 
 def test_the_name_server_tells_names_and_carries_nothing_else(rental: Rental, neighbour: Worker) -> None:

@@ -53,6 +53,18 @@ def test_a_subnet_that_is_none_is_refused_in_one_line(subnet: str) -> None:
     assert refused.stderr.count("\n") == 1
 
 
+def test_the_machine_s_addresses_are_told_in_order_without_those_of_docker(tmp_path: Path) -> None:
+    programs = {
+        "hostname": "echo 203.0.113.7 172.17.0.1 10.1.2.3 2001:db8::7 172.20.0.1 10.1.2.3 192.168.1.2",
+        "docker": '[ "$2" = ls ] && echo id || printf "%s\\n" "bridge 172.17.0.0/16" none "x_orion_net 172.20.0.0/16"',
+    }
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    found = shell("host_addresses", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (found.stdout, found.stderr) == ("10.1.2.3,192.168.1.2,203.0.113.7\n", "")
+
+
 networks = st.builds(
     lambda address, prefix: IPv4Network((address >> (32 - prefix) << (32 - prefix), prefix)),
     st.integers(10 << 24, (10 << 24) + (1 << 20)),
