@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 import ssl
@@ -11,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
@@ -298,6 +300,20 @@ def test_a_websocket_that_the_manager_refuses_is_refused_in_its_words(door: Prox
         pass
     assert refusal.value.response.status_code == 403
     assert refusal.value.response.body == b"not yours"
+
+
+async def test_one_caller_has_two_hundred_sessions_and_its_calls_go_on(door: Proxy, manager: Manager) -> None:
+    open_session = partial(connect_in_one_thread, additional_headers=bearer(77), proxy=None, open_timeout=60)
+    async with AsyncExitStack() as open_ones:
+        for _ in range(200):
+            await open_ones.enter_async_context(open_session(websocket_url(door)))
+        with pytest.raises(InvalidStatus) as refusal:
+            await open_session(websocket_url(door))
+        assert refusal.value.response.status_code == 429
+        told = json.loads(refusal.value.response.body or b"")
+        assert (told["code"], "200 sessions" in told["detail"]) == ("too_many_connections", True)
+        async with httpx.AsyncClient(base_url=door.url, trust_env=False, timeout=20) as http:
+            assert (await http.get(REST, headers=bearer(77))).status_code == 200
 
 
 def test_only_a_websocket_is_an_upgrade(client: httpx.Client) -> None:

@@ -27,6 +27,7 @@ from orion import __version__
 from orion.manager.api import access, admin, contract, operations, problems, rentals, snapshots, workers
 from orion.manager.api.call_home import CallHome
 from orion.manager.api.door import Door, protocol_for
+from orion.manager.api.event_streams import EventStreams
 from orion.manager.api.heartbeat import Heartbeat
 from orion.manager.api.metrics import Metrics, Watched
 from orion.manager.api.services import Services
@@ -124,6 +125,7 @@ class Manager:
         self.certificates = Certificates(store, self.authority, logged, ports.wall)
         engine = CertifyingEngine(logged, self.certificates, self.authority.of_users)
         self.openings = Openings(store, self.clock.wall_of_tokens)
+        self.event_streams = EventStreams(store)
         self.sessions = Sessions(store, ports.monotonic)
         self.retention = RetentionLoop(store, settings.events_kept, self.clock.wall_of_removals)
         self.terminals = Terminals(ports.monotonic)
@@ -207,6 +209,7 @@ class Manager:
             copies_paused=lambda: self.copies.paused or None,
             clock=self.clock,
             openings=self.openings,
+            event_streams=self.event_streams,
             web_ends=self.web_ends,
             sessions=self.sessions,
             recognisable=self.certificates.ensure,
@@ -252,6 +255,7 @@ class Manager:
             yield
         finally:
             await self.web_ends.stop()
+            await self.event_streams.stop()
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query
@@ -14,16 +11,13 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from orion import __version__, wire
 from orion.manager.api import metrics, views
 from orion.manager.api.contract import refusals
+from orion.manager.api.event_streams import Filter as Shown
 from orion.manager.api.problems import not_found
-from orion.manager.api.services import Admin, Client, Services, Shared, visible_owner
+from orion.manager.api.services import Admin, Client, Shared, visible_owner
 from orion.manager.gateway.openings import Streamed
 from orion.manager.store import events, tokens
-from orion.manager.store.database import News
 
 router = APIRouter()
-
-STREAM_SILENCE_S = 15.0
-"""A comment line is sent after so long without an event, so that nobody takes the stream for dead."""
 
 _EVENT_ID = re.compile(r"[0-9]{1,15}")
 EventId = Annotated[int, Query(ge=0, lt=2**53)]
@@ -107,28 +101,11 @@ async def list_events(
     owner = visible_owner(principal)
     if "text/event-stream" in accept:
         start = int(last_event_id) if _EVENT_ID.fullmatch(last_event_id) else after
-        stream = _stream(shared, owner, rental_id, worker_id, start)
+        stream = shared.event_streams.lines(Shown(owner, rental_id, worker_id), start)
         told = {"Cache-Control": "no-store"}
-        return Streamed(stream, shared.openings, principal, "text/event-stream", told, ": the token is over\n\n")
+        place = shared.event_streams.place(principal.id)
+        over = ": the token is over\n\n"
+        return Streamed(stream, shared.openings, principal, "text/event-stream", told, over, place)
     rows = await shared.store.read(events.page, owner, rental_id, worker_id, after, limit + 1, newest_first)
     page = wire.Page[wire.Event](**views.page(rows, limit, lambda row: str(row["id"]), views.event))
     return Response(page.model_dump_json(), media_type="application/json")
-
-
-async def _stream(
-    shared: Services, owner: str | None, rental_id: str | None, worker_id: str | None, after: int
-) -> AsyncIterator[str]:
-    with shared.store.news.listen(News.EVERYTHING) as changed:
-        while True:
-            changed.clear()
-            rows = await shared.store.read(events.page, owner, rental_id, worker_id, after, wire.MAX_PAGE)
-            for row in rows:
-                after = row["id"]
-                yield f"id: {after}\nevent: {row['kind']}\ndata: {views.event(row).model_dump_json()}\n\n"
-            if len(rows) >= wire.MAX_PAGE:
-                continue
-            with suppress(TimeoutError):
-                async with asyncio.timeout(STREAM_SILENCE_S):
-                    await changed.wait()
-                continue
-            yield ": nothing new\n\n"

@@ -11,6 +11,7 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from orion.manager.api.call_home import CallHome
+from orion.manager.api.event_streams import EventStreams
 from orion.manager.api.metrics import Metrics
 from orion.manager.api.problems import ApiProblem, unauthorized
 from orion.manager.domain.copies import Generation
@@ -61,6 +62,7 @@ class Services:
     copies_paused: Callable[[], str | None]
     clock: TrustedClock
     openings: Openings
+    event_streams: EventStreams
     web_ends: WebEnds
     sessions: Sessions
     recognisable: Callable[[Job], Awaitable[None]]

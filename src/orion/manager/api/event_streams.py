@@ -1,0 +1,175 @@
+"""Live streams of events: what a commit wrote is read once, and handed out to those who may see it.
+
+A stream first reads what came before it, page by page, and then takes what is handed out. A reader that takes it too
+slowly is dropped, and goes on from the last event that it has (Last-Event-ID).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import structlog
+
+from orion import wire
+from orion.manager.api import views
+from orion.manager.api.problems import ApiProblem
+from orion.manager.domain.model import Event
+from orion.manager.store import events
+from orion.manager.store.database import Row, Store
+
+MOST_OF_A_TOKEN = 10
+MOST_WAITING = 1000
+"""Events that may wait for the reader of one stream."""
+SILENCE_S = 15.0
+"""Seconds without an event after which a comment is sent, so that nobody takes the stream for dead."""
+AGAIN_AFTER_S = 1.0
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which events a stream shows; None: whichever."""
+
+    owner: str | None = None
+    rental_id: str | None = None
+    worker_id: str | None = None
+
+    def shows(self, row: Row) -> bool:
+        """Return whether the stream shows this row of the table of events."""
+        wanted = (("owner", self.owner), ("rental_id", self.rental_id), ("worker_id", self.worker_id))
+        return all(value is None or row[name] == value for name, value in wanted)
+
+
+@dataclass(eq=False)
+class _Stream:
+    filter: Filter
+    waiting: deque[tuple[int, str]] = field(default_factory=deque)
+    """What was handed out, with its id, and not taken yet."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    is_dropped: bool = False
+
+    def offer(self, number: int, text: str) -> None:
+        if len(self.waiting) >= MOST_WAITING:
+            self.drop()
+        elif not self.is_dropped:
+            self.waiting.append((number, text))
+            self.changed.set()
+
+    def drop(self) -> None:
+        """End it: whoever reads it comes again for what follows the last event that it has."""
+        self.is_dropped = True
+        self.waiting.clear()
+        self.changed.set()
+
+
+class EventStreams:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._streams: set[_Stream] = set()
+        self._of_tokens: Counter[str] = Counter()
+        self._last = 0
+        """The id of the newest event that was handed out."""
+        self._is_new = asyncio.Event()
+        self._reading: asyncio.Task[None] | None = None
+        store.news.followers.append(self.hear)
+
+    def hear(self, committed: Sequence[Event]) -> None:
+        """Have what was committed handed out."""
+        if committed:
+            self._is_new.set()
+
+    @contextmanager
+    def place(self, token_id: str) -> Iterator[None]:
+        """Count a stream of a token for as long as the block lasts. Raise ApiProblem where it has enough of them."""
+        if self._of_tokens[token_id] >= MOST_OF_A_TOKEN:
+            detail = f"{MOST_OF_A_TOKEN} streams of events are open with this token, and no more may be: end one"
+            raise ApiProblem(429, "too_many_streams", detail, {"Retry-After": "5"})
+        self._of_tokens[token_id] += 1
+        try:
+            yield
+        finally:
+            self._of_tokens[token_id] -= 1
+            self._of_tokens += Counter()
+
+    async def lines(self, shown: Filter, after: int) -> AsyncIterator[str]:
+        """Give the events with an id above `after` as server-sent events, and then each that comes; end if dropped."""
+        stream = _Stream(shown)
+        await self._add(stream)
+        try:
+            last, more = after, True
+            while more:
+                page = await self._before(shown, last)
+                more = len(page) >= wire.MAX_PAGE
+                for number, text in page:
+                    last = number
+                    yield text
+            while not stream.is_dropped:
+                stream.changed.clear()
+                while stream.waiting:
+                    number, text = stream.waiting.popleft()
+                    if number > last:
+                        last = number
+                        yield text
+                try:
+                    async with asyncio.timeout(SILENCE_S):
+                        await stream.changed.wait()
+                except TimeoutError:
+                    yield ": nothing new\n\n"
+        finally:
+            self._streams.discard(stream)
+
+    async def stop(self) -> None:
+        if self._reading:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+
+    async def _add(self, stream: _Stream) -> None:
+        """Hand out to this stream whatever is committed from now on."""
+        if not self._streams:
+            last = await self._store.read(events.last)
+            if not self._streams:  # else it would pass over what was committed since another one was added
+                self._last = max(self._last, last)
+        self._streams.add(stream)
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._hand_out())
+
+    async def _before(self, shown: Filter, after: int) -> list[tuple[int, str]]:
+        rows = await self._store.read(events.page, shown.owner, shown.rental_id, shown.worker_id, after, wire.MAX_PAGE)
+        return [(row["id"], _text(row)) for row in rows]
+
+    async def _hand_out(self) -> None:
+        while self._streams:
+            self._is_new.clear()
+            try:
+                rows = await self._store.read(events.page, None, None, None, self._last, wire.MAX_PAGE)
+            except Exception:
+                log.exception("events cannot be read; trying again", again_after_s=AGAIN_AFTER_S)
+                await asyncio.sleep(AGAIN_AFTER_S)
+                continue
+            for row in rows:
+                self._offer(row)
+            if len(rows) < wire.MAX_PAGE:
+                await self._is_new.wait()
+
+    def _offer(self, row: Row) -> None:
+        readers = [stream for stream in self._streams if stream.filter.shows(row)]
+        self._last = max(self._last, row["id"])
+        if not readers or row["kind"] == events.MISSED:
+            return
+        try:
+            text = _text(row)
+        except ValueError:
+            log.exception("an event cannot be shown", id=row["id"])
+            for stream in readers:
+                stream.drop()
+            return
+        for stream in readers:
+            stream.offer(row["id"], text)
+
+
+def _text(row: Row) -> str:
+    return f"id: {row['id']}\nevent: {row['kind']}\ndata: {views.event(row).model_dump_json()}\n\n"

@@ -1,0 +1,155 @@
+"""Streams of events: what is read for them, and who gets what."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orion import wire
+from orion.manager.api import event_streams
+from orion.manager.api.event_streams import MOST_OF_A_TOKEN, EventStreams, Filter
+from orion.manager.api.problems import ApiProblem
+from orion.manager.domain.model import Event
+from orion.manager.store.database import Store, record
+
+
+class Counted(Store):
+    """A store that counts what is read."""
+
+    reads = 0
+
+    async def read(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        self.reads += 1
+        return await super().read(function, *args, **kwargs)
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Counted]:
+    made = Counted(f"sqlite:///{tmp_path}/orion.db")
+    made.migrate()
+    yield made
+    made.close()
+
+
+async def say(store: Store, *kinds: str, owner: str = "alice", rental_id: str = "one") -> None:
+    for kind in kinds:
+        await store.write(record, Event(kind, "somebody", "because", owner, rental_id=rental_id))
+
+
+class Reader:
+    """Takes a stream as it comes, or not."""
+
+    def __init__(self, streams: EventStreams, shown: Filter, after: int = 0) -> None:
+        self.kinds: list[str] = []
+        self.takes = asyncio.Event()
+        self.takes.set()
+        self._streams, self._shown, self._after = streams, shown, after
+
+    async def read(self) -> None:
+        async with aclosing(self._streams.lines(self._shown, self._after)) as lines:  # type: ignore[type-var]
+            async for line in lines:
+                self.kinds += [part.removeprefix("event: ") for part in line.splitlines() if part.startswith("event: ")]
+                await self.takes.wait()
+
+
+@asynccontextmanager
+async def reading(*readers: Reader) -> AsyncIterator[list[asyncio.Task[None]]]:
+    tasks = [asyncio.create_task(reader.read()) for reader in readers]
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until_read(*readers: Reader, kinds: list[str]) -> None:
+    async with asyncio.timeout(10):
+        for reader in readers:
+            while reader.kinds[-len(kinds) :] != kinds:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+
+async def test_a_commit_is_read_once_for_all_streams_and_seen_by_those_who_may(store: Counted) -> None:
+    streams = EventStreams(store)
+    await say(store, "before")
+    alice = [Reader(streams, Filter("alice")) for _ in range(20)]
+    others = [Reader(streams, Filter("bob")), Reader(streams, Filter(rental_id="two"))]
+    everything = Reader(streams, Filter())
+    async with reading(*alice, *others, everything):
+        await until_read(*alice, everything, kinds=["before"])
+        await asyncio.sleep(0.05)
+        before = store.reads
+        await say(store, "first")
+        await until_read(*alice, everything, kinds=["before", "first"])
+        await say(store, "second", owner="bob", rental_id="two")
+        await until_read(*others, kinds=["second"])
+        await until_read(everything, kinds=["before", "first", "second"])
+        assert store.reads - before == 2, "one for each commit"
+        assert [reader.kinds for reader in alice] == [["before", "first"]] * len(alice)
+    await streams.stop()
+
+
+async def test_nothing_is_lost_or_told_twice_where_a_stream_begins_amid_commits(store: Counted) -> None:
+    streams = EventStreams(store)
+    first = Reader(streams, Filter())
+    async with reading(first):
+        for number in range(wire.MAX_PAGE + 50):
+            await say(store, f"kind-{number}")
+            if number == 20:
+                second = Reader(streams, Filter("alice"))
+                last = asyncio.create_task(second.read())
+        third = Reader(streams, Filter(), after=10)
+        kinds = [f"kind-{number}" for number in range(wire.MAX_PAGE + 50)]
+        async with reading(third):
+            await say(store, "end")
+            await until_read(first, second, third, kinds=["end"])
+            assert first.kinds == second.kinds == [*kinds, "end"]
+            assert third.kinds == [*kinds[10:], "end"]
+        last.cancel()
+    await streams.stop()
+
+
+async def test_who_takes_nothing_is_dropped_and_goes_on_from_what_it_has(
+    store: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_streams, "MOST_WAITING", 5)
+    streams = EventStreams(store)
+    slow, quick = Reader(streams, Filter()), Reader(streams, Filter())
+    async with reading(slow, quick) as (task, _):
+        await say(store, "first")
+        await until_read(slow, quick, kinds=["first"])
+        slow.takes.clear()
+        kinds = [f"kind-{number}" for number in range(20)]
+        for kind in kinds:
+            await say(store, kind)
+            await until_read(quick, kinds=[kind])
+        slow.takes.set()
+        async with asyncio.timeout(10):
+            await task
+        has = len(slow.kinds)
+        again = Reader(streams, Filter(), after=has)
+        async with reading(again):
+            await until_read(again, kinds=["kind-19"])
+            assert slow.kinds + again.kinds == quick.kinds == ["first", *kinds]
+    await streams.stop()
+
+
+async def test_a_token_has_so_many_streams_and_gets_places_back(store: Counted) -> None:
+    streams = EventStreams(store)
+    places = [streams.place("t-one") for _ in range(MOST_OF_A_TOKEN)]
+    for place in places:
+        place.__enter__()
+    with pytest.raises(ApiProblem) as refused, streams.place("t-one"):
+        pass
+    assert (refused.value.status, refused.value.code) == (429, "too_many_streams")
+    with streams.place("t-two"):
+        pass
+    places[0].__exit__(None, None, None)
+    with streams.place("t-one"):
+        pass
