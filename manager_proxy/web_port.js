@@ -10,4 +10,10 @@ function isAnAnswer(r) {
   }
 }
 
-export default { isAnAnswer };
+// What the manager says to whom it refuses: it comes in a header (web_asking.conf).
+
+function refusedText(r) {
+  return decodeURIComponent(r.variables.web_refused_encoded || "");
+}
+
+export default { isAnAnswer, refusedText };

@@ -101,8 +101,8 @@ class WebDoor:
     It is not started at once: a worker is to be reached by SSH first.
     """
 
-    def __init__(self, proxy_address: str, app_address: str) -> None:
-        self._command = [WEB_DOOR, proxy_address, app_address]
+    def __init__(self, proxy_address: str, app_address: str, slots: int) -> None:
+        self._command = [WEB_DOOR, proxy_address, app_address, str(slots)]
         self._socket = socket.create_server(("0.0.0.0", WEB_PORT), backlog=256)  # noqa: S104 - see network.nft
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -168,7 +168,7 @@ def run(settings: Settings) -> None:
 
     watched = Watched(PLACE, node.boot_id, unwatched, let_go)
     sshd = Sshd(settings)
-    web_door = WebDoor(settings.proxy_address, settings.app_address)
+    web_door = WebDoor(settings.proxy_address, settings.app_address, settings.slots)
     for work in (fence.run, watched.run):
         threading.Thread(target=work, daemon=True).start()
     threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True).start()

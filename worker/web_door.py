@@ -28,10 +28,10 @@ import html
 import json
 import os
 import re
+import resource
 import socket
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -64,8 +64,10 @@ MOST_INTERIM = 20
 _EMPTY_LINE = re.compile(rb"\n\r?\n")
 MARK = b"X-Orion-Door: 1\r\n"
 """In each answer, so that the proxy can tell one that it has read from what it could not read (web_port.js there)."""
-MOST_OF_ALL = 200
-MOST_OF_A_RENTAL = 100
+ENOUGH, ENOUGH_EACH = 200, 10
+"""Connections to the web ports of a worker, which its slots share, and those that each has however many there are."""
+MOST_OF_ALL = 500
+"""Connections of all rentals together, where there are more than 50 slots."""
 NICENESS = 5
 _PASS = re.compile(
     r"([a-z0-9-]{1,64}) ([1-9][0-9]{0,17}) ([1-9][0-9]{3,4})"
@@ -198,7 +200,10 @@ def look_at_port(uid: int, port: int) -> Reached | None:
 
 
 class WebDoor:
-    """`look` is given a uid and a port; `managers` are the addresses that may say what has ended."""
+    """`look` is given a uid and a port; `managers` are the addresses that may say what has ended.
+
+    `slots`: how many rentals the worker may have; each has its share of the connections, so that none takes another's.
+    """
 
     def __init__(
         self,
@@ -206,11 +211,13 @@ class WebDoor:
         peers: frozenset[str],
         look: Callable[[int, int], Reached | None] = look_at_port,
         managers: frozenset[str] = frozenset(),
+        slots: int = 1,
     ) -> None:
         self._tenants = tenants
         self._peers = peers
         self._look = look
         self._managers = managers
+        self._most_of_a_rental = max(ENOUGH_EACH, ENOUGH // slots)
         self._carried: dict[asyncio.Task[None], Way] = {}
         self._ended: dict[str, tuple[int, float]] = {}
         """What has ended, as the manager names it: up to which number, and until when that is remembered."""
@@ -291,11 +298,12 @@ class WebDoor:
         return any(way.number < found[0] for found in known if found)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Way, head: bytes) -> None:
-        of_it = Counter(self._carried.values())
-        if of_it[way] >= MOST_OF_A_RENTAL:
-            detail = f"port {way.port} of this rental has {MOST_OF_A_RENTAL} connections open, and may have no more"
-            raise Refusal(503, "too_many_connections", f"{detail}: close some")
-        if sum(of_it.values()) >= MOST_OF_ALL:
+        if sum(other.rental_id == way.rental_id for other in self._carried.values()) >= self._most_of_a_rental:
+            detail = (
+                f"the web ports of this rental have {self._most_of_a_rental} connections open, and may have no more"
+            )
+            raise Refusal(503, "too_many_connections", f"{detail}: close some, or try again in a moment")
+        if len(self._carried) >= MOST_OF_ALL:
             detail = f"the worker of this rental carries {MOST_OF_ALL} connections to web ports, and no more"
             raise Refusal(503, "too_many_connections", f"{detail}: try again in a moment")
         if self._has_ended(way):
@@ -440,14 +448,16 @@ def give_up_capabilities() -> None:
 
 
 def main() -> int:
-    if len(sys.argv) != 3:
-        print("usage: web_door.py PROXY_ADDRESS APP_ADDRESS < listening socket", file=sys.stderr)  # noqa: T201
+    if len(sys.argv) != 4:
+        print("usage: web_door.py PROXY_ADDRESS APP_ADDRESS SLOTS < listening socket", file=sys.stderr)  # noqa: T201
         return 2
     give_up_capabilities()
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     os.nice(NICENESS)
     gc.freeze()
     listener = socket.socket(fileno=os.dup(0))
-    door = WebDoor(Tenants(), frozenset({sys.argv[1]}), managers=frozenset({sys.argv[2]}))
+    door = WebDoor(Tenants(), frozenset({sys.argv[1]}), managers=frozenset({sys.argv[2]}), slots=int(sys.argv[3]))
     asyncio.run(door.serve(listener))
     return 0
 

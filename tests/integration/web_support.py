@@ -33,7 +33,14 @@ SLOP = (
     b"HTTP/2 200\r\n",
 )
 """What Nginx passes on as it is, and a browser finds an answer behind."""
-SECRETS = ("/.web/way", "/.web/refused", "/api/events", "/terminal/index.html", "/.problem/internal")
+SECRETS = (
+    "/.web/way",
+    "/.web/refused.json",
+    "/.web/unserved",
+    "/api/events",
+    "/terminal/index.html",
+    "/.problem/internal",
+)
 """Where an X-Accel-Redirect would like to lead."""
 
 

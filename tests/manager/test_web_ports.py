@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import httpx
 import pytest
@@ -41,12 +42,25 @@ class Asking:
         reply = await self.way(**headers)
         assert reply.status_code in {204, 403}, reply.text
         if reply.status_code == 403:
-            assert not [name for name in reply.headers if name.startswith("x-orion")], "a refusal tells of no worker"
+            assert not {"x-orion-worker", "x-orion-pass"} & set(reply.headers), "a refusal tells of no worker"
         return reply.status_code == 204
 
     async def refusal(self, **headers: str) -> tuple[int, str]:
-        reply = await self.way(X_Orion_Explain="1", **headers)
+        reply = shown(await self.way(**headers))
         return reply.status_code, reply.json()["code"]
+
+
+def shown(reply: httpx.Response) -> httpx.Response:
+    """Return what the proxy makes of a refusal (manager_proxy/web_asking.conf)."""
+    assert (reply.status_code, reply.content) == (403, b"")
+    told = {
+        name: reply.headers[name] for name in ("location", "www-authenticate", "retry-after") if name in reply.headers
+    }
+    kind = {"json": "application/problem+json", "html": "text/html; charset=utf-8"}[reply.headers["x-orion-refused-as"]]
+    content = unquote_to_bytes(reply.headers["x-orion-refused-text"])
+    return httpx.Response(
+        int(reply.headers["x-orion-refused-status"]), headers=told | {"Content-Type": kind}, content=content
+    )
 
 
 def token(client: httpx.AsyncClient) -> dict[str, str]:
@@ -128,13 +142,12 @@ async def test_a_rental_is_found_by_its_name_by_its_owner_alone(house: House) ->
     rental_id = (await alice.post("/api/rent", json={"name": "production", "wait_s": 0})).json()["id"]
     await house.settle()
     named = Asking(house, "production")
-    assert not await named.lets_in(**token(alice)), "the proxy is to ask why not"
-    sent_on = await named.way(X_Orion_Explain="1", X_Orion_Rest="/a%2Fb?c=d", **token(alice))
+    sent_on = shown(await named.way(X_Orion_Rest="/a%2Fb?c=d", **token(alice)))
     assert (sent_on.status_code, sent_on.headers["location"]) == (307, f"/r/{rental_id}/{PORT}/a%2Fb?c=d")
-    elsewhere = await named.way(X_Orion_Explain="1", X_Orion_Rest="//evil.example/", **token(alice))
+    elsewhere = shown(await named.way(X_Orion_Rest="//evil.example/", **token(alice)))
     assert elsewhere.headers["location"].startswith(f"/r/{rental_id}/{PORT}/")
     assert await named.refusal(**token(mallory)) == await named.refusal(**token(house.as_admin)) == (404, "not_found")
-    stranger = (await named.way(X_Orion_Explain="1")).json()
+    stranger = shown(await named.way()).json()
     assert stranger["code"] == "private"
     assert f"`orion open production {PORT}`" in stranger["detail"]
 
@@ -153,7 +166,8 @@ async def test_what_the_proxy_could_not_serve_is_said_by_what_it_saw(
     house: House, seen: str, status: int, code: str
 ) -> None:
     _, rental_id, alice = await rented(house)
-    assert await Asking(house, rental_id).refusal(X_Orion_Seen=seen, **token(alice)) == (status, code)
+    reply = await Asking(house, rental_id).way(X_Orion_Explain="1", X_Orion_Seen=seen, **token(alice))
+    assert (reply.status_code, reply.json()["code"]) == (status, code)
 
 
 async def test_only_the_proxy_asks_the_way(house: House) -> None:
@@ -167,8 +181,8 @@ async def test_only_the_proxy_asks_the_way(house: House) -> None:
 
 @pytest.mark.parametrize("port", ["22", "80", "1023", "65536", "0", "-1", "", "80 00", "8e3", "٨٠٠٠", "9" * 14])
 async def test_what_is_no_port_of_a_renter_leads_nowhere(house: House, port: str) -> None:
-    told = Asking(house, "abcdefghij").about | {"X-Orion-Port": port, "X-Orion-Explain": "1"}
-    reply = await house.http.get("/web/way", headers={name: value.encode() for name, value in told.items()})
+    told = Asking(house, "abcdefghij").about | {"X-Orion-Port": port}
+    reply = shown(await house.http.get("/web/way", headers={name: value.encode() for name, value in told.items()}))
     assert (reply.status_code, reply.json()["code"]) == (404, "not_found")
 
 
@@ -244,12 +258,12 @@ async def test_a_rental_that_is_on_the_move_is_to_be_waited_for(house: House) ->
     assert (await house.rental(rental_id))["state"] != "active"
     asking = Asking(house, rental_id)
     assert not await asking.lets_in()
-    reply = await asking.way(X_Orion_Explain="1")
+    reply = shown(await asking.way())
     assert (reply.status_code, reply.json()["code"]) == (503, "not_active")
     assert reply.headers["retry-after"] == "2"
     assert "queued" not in reply.text, "why is its owner's to know"
     await expose(alice, rental_id, public=False)
-    assert "queued" in (await asking.way(X_Orion_Explain="1", **token(alice))).text
+    assert "queued" in shown(await asking.way(**token(alice))).text
 
 
 async def test_a_rental_that_is_over_is_over_for_everybody_at_once(house: House) -> None:
@@ -265,10 +279,10 @@ async def test_a_rental_that_is_over_is_over_for_everybody_at_once(house: House)
 
 async def test_what_is_refused_is_told_to_people_and_to_programs(house: House) -> None:
     asking = Asking(house, "abcdefghij")
-    page = await asking.way(X_Orion_Explain="1", Accept="text/html,*/*")
+    page = shown(await asking.way(Accept="text/html,*/*"))
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert f"orion open abcdefghij {PORT}" in page.text
-    told = await asking.way(X_Orion_Explain="1", Accept="*/*")
+    told = shown(await asking.way(Accept="*/*"))
     assert told.headers["content-type"] == "application/problem+json"
     assert told.headers["www-authenticate"].startswith("Bearer")
 
@@ -380,8 +394,7 @@ async def test_a_page_from_elsewhere_does_nothing_with_the_cookie_that_a_browser
     _, rental_id, alice = await rented(house)
     held = await key(house, alice, rental_id)
     asking = Asking(house, rental_id)
-    assert (await asking.by_cookie(held, X_Orion_Explain="1", **headers)).json()["code"] == "cross_site"
-    assert (await asking.by_cookie(held, **headers)).status_code == 403
+    assert shown(await asking.by_cookie(held, **headers)).json()["code"] == "cross_site"
 
 
 @pytest.mark.parametrize(

@@ -184,13 +184,14 @@ def test_only_who_is_here_at_that_epoch_let_in_and_not_frozen_is_found(tmp_path:
 class Stage:
     """A door and a renter's server behind it, both on this machine's loopback."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, slots: int) -> None:
         self.ledger = Ledger(root / "var/lib/orion/rentals")
         self.ledger.keep(RECORD)
         (root / "run/orion").mkdir(parents=True)
         (root / "run/orion/session").write_text(SESSION)
         self.looks: list[Reached | None] = []
-        self.door = WebDoor(Tenants(root), frozenset({"127.0.0.1"}), self._look, frozenset({"127.0.0.1"}))
+        here = frozenset({"127.0.0.1"})
+        self.door = WebDoor(Tenants(root), here, self._look, here, slots)
         self.received = b""
         self.says = b"HTTP/1.1 200 OK\r\n\r\nfirst "
         self.connections = 0
@@ -240,8 +241,8 @@ async def ended(reader: asyncio.StreamReader) -> bytes:
 
 
 @asynccontextmanager
-async def standing(root: Path) -> AsyncIterator[Stage]:
-    stage = Stage(root)
+async def standing(root: Path, slots: int = 1) -> AsyncIterator[Stage]:
+    stage = Stage(root, slots)
     async with asyncio.timeout(WITHIN_S):
         renter = await asyncio.start_server(stage.renter, "127.0.0.1", 0)
         listener = socket.create_server(("127.0.0.1", 0))
@@ -417,16 +418,29 @@ async def test_a_former_epoch_and_a_foreign_pass_reach_nobody(tmp_path: Path) ->
         assert stage.connections == 0
 
 
-async def test_a_rental_has_so_many_connections_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web_door, "MOST_OF_A_RENTAL", 2)
-    async with standing(tmp_path) as stage:
+async def test_a_rental_has_its_slots_share_of_the_connections_and_leaves_the_others_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_door, "ENOUGH", 4)
+    monkeypatch.setattr(web_door, "ENOUGH_EACH", 1)
+    async with standing(tmp_path, slots=2) as stage:
+        stage.ledger.keep(replace(RECORD, rental_id="zzzzzzzzzz", username="r-zzzzzzzzzz"))
         inside = [await stage.ask(told(stage.way)) for _ in range(2)]
         for reader, _ in inside:
             await reader.readuntil(b"first ")
         reader, writer = await stage.ask(told(stage.way))
-        assert b"too_many_connections" in await reader.read()
-        for _, one in [*inside, (reader, writer)]:
+        refused = await reader.read()
+        assert b"too_many_connections" in refused
+        assert b"have 2 connections open" in refused
+        neighbour = await stage.ask(told(replace(stage.way, rental_id="zzzzzzzzzz")))
+        await neighbour[0].readuntil(b"first ")
+        for _, one in [*inside, (reader, writer), neighbour]:
             one.close()
+
+
+def test_however_many_slots_a_worker_has_each_has_some_connections() -> None:
+    shares = [WebDoor(Tenants(), frozenset(), slots=slots)._most_of_a_rental for slots in (1, 2, 4, 256)]
+    assert shares == [200, 100, 50, 10]
 
 
 async def test_who_is_not_the_proxy_is_hung_up_on(tmp_path: Path) -> None:

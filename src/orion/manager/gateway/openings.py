@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +106,7 @@ class Streamed(StreamingResponse):
     """A streamed answer that is cut when the token of whoever asked is over, also while its reader takes nothing.
 
     `last_word` is sent before a stream without a stated length is closed; an answer with a length is broken off, so
-    that nobody takes a part for the whole.
+    that nobody takes a part for the whole. `place` is entered before anything is sent, and may refuse.
     """
 
     def __init__(
@@ -117,11 +117,13 @@ class Streamed(StreamingResponse):
         media_type: str,
         headers: dict[str, str],
         last_word: str | None = None,
+        place: AbstractContextManager[None] | None = None,
     ) -> None:
         super().__init__(content, media_type=media_type, headers=headers)
         self._openings = openings
         self._principal = principal
         self._last_word = last_word
+        self._place = place or nullcontext()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
@@ -131,18 +133,19 @@ class Streamed(StreamingResponse):
             started = True
             await send(message)
 
-        async with self._openings.by(self._principal) as opening:
-            opening.check()
-            sending = asyncio.create_task(super().__call__(scope, receive, noted))
-            try:
-                waiting: set[asyncio.Future[Any]] = {sending, opening.over}
-                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                if sending.done():
-                    sending.result()
-                    return
-            finally:
-                sending.cancel()
-                await asyncio.gather(sending, return_exceptions=True)
+        with self._place:
+            async with self._openings.by(self._principal) as opening:
+                opening.check()
+                sending = asyncio.create_task(super().__call__(scope, receive, noted))
+                try:
+                    waiting: set[asyncio.Future[Any]] = {sending, opening.over}
+                    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                    if sending.done():
+                        sending.result()
+                        return
+                finally:
+                    sending.cancel()
+                    await asyncio.gather(sending, return_exceptions=True)
         if started and self._last_word is not None:
             with suppress(TimeoutError, OSError):
                 async with asyncio.timeout(LAST_WORD_S):

@@ -11,7 +11,7 @@ import html
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from typing import Annotated
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import HTMLResponse, Response
@@ -38,6 +38,7 @@ _REFUSALS = {
     "ended": "the rental is ending or has ended",
     "too_many_ports": f"{wire.MAX_PUBLIC_PORTS} of its ports are public, and no more may be: make one private first",
 }
+_PASSED = ("Location", "WWW-Authenticate", "Retry-After")
 _SEEN = {
     "": ("try_again", "what stood in the way a moment ago is over: try again"),
     "not_connected": (
@@ -113,8 +114,11 @@ class Asked:
 
 @inside.get("/way")
 async def way(request: Request, shared: Shared) -> Response:
-    """204 and where the request leads to. Any other answer is a refusal, which the proxy asks for a second time, to
-    show it: then `X-Orion-Explain` is set, and what is not refused any more is to be tried again."""
+    """204 and where the request leads to, or 403 with the refusal that the proxy shows.
+
+    What was allowed and could not be served is asked for a second time, to be explained: then `X-Orion-Explain` is set,
+    and what is not refused any more is to be tried again.
+    """
     explains = "x-orion-explain" in request.headers
     number = shared.web_ends.number()
     try:
@@ -122,15 +126,15 @@ async def way(request: Request, shared: Shared) -> Response:
         row = await shared.store.read(web_ports.look, asked.rental_id)
         is_public = row is not None and asked.port in row["public_ports"] and row["state"] not in _OVER
         who = None if is_public else await _who(request, shared, asked)
-        if row is None and who is not None and explains:
+        if row is None and who is not None:
             row = await _named(shared, asked.rental_id, who.principal)
             if row is not None:
-                return _sent_on(request, row["id"], asked.port)
+                return _as_refusal(_sent_on(request, row["id"], asked.port))
         headers = _leads_to(shared, row, asked, who, number)
         if explains:
             raise _unserved(request.headers.get("x-orion-seen", ""))
     except ApiProblem as refusal:
-        return _shown(request, refusal) if explains else Response(status_code=403)
+        return _shown(request, refusal) if explains else _as_refusal(_shown(request, refusal))
     return Response(status_code=204, headers=headers)
 
 
@@ -248,6 +252,18 @@ def _shown(request: Request, refusal: ApiProblem) -> Response:
     title = TITLES.get(refusal.status, "Error")
     body = f"<!doctype html>\n<title>{title}</title>\n<h1>{title}</h1>\n<p>{html.escape(refusal.detail)}</p>\n"
     return HTMLResponse(body, refusal.status, refusal.headers)
+
+
+def _as_refusal(shown: Response) -> Response:
+    """Return what the proxy makes this response of again: of a refusal it sees the headers alone."""
+    is_html = shown.headers.get("content-type", "").startswith("text/html")
+    told = {
+        "X-Orion-Refused-Status": str(shown.status_code),
+        "X-Orion-Refused-As": "html" if is_html else "json",
+        "X-Orion-Refused-Text": quote(bytes(shown.body)),
+    }
+    passed = {name: shown.headers[name] for name in _PASSED if name in shown.headers}
+    return Response(status_code=403, headers=told | passed)
 
 
 async def _form(request: Request) -> tuple[Asked, str]:
