@@ -40,7 +40,7 @@ import traces
 from freezing import Freezer
 from ledger import Ledger, Record, Refused, check_receive, check_unlock
 from locks import got_lock, open_lock
-from processes import FIRST_SENDER
+from processes import FIRST_SENDER, ticks
 from snapshot import (
     NAMES_SHOWN,
     Aside,
@@ -544,13 +544,27 @@ def run_rsync(kind: str, uid: int, deadline: float, gently: bool) -> int:
             os._exit(1)
     ended = os.pidfd_open(child)
     try:
-        select.select([ended], [], [], max(0.0, deadline - time.time()))
+        _say_that_it_works(child, ended, deadline)
     finally:
         os.close(ended)
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status) & 0xFF
+
+
+def _say_that_it_works(child: int, ended: int, deadline: float) -> None:
+    """Wait for the end of rsync or its deadline; say one byte for each second in which it has used the processor.
+
+    The other side gives up a transfer in which nothing moves, and rsync may read gigabytes to find that hardly anything
+    has changed. What is said goes where complaints go: standard output is rsync's.
+    """
+    used = 0
+    while (left_s := deadline - time.time()) > 0 and not select.select([ended], [], [], min(1.0, left_s))[0]:
+        before, used = used, ticks(child)
+        if used != before:
+            with suppress(OSError):
+                os.write(2, b".")
 
 
 def hung_up() -> bool:

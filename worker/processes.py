@@ -55,6 +55,16 @@ def parent_of(status: str) -> int:
     return int(found[0].split()[1]) if found else 0
 
 
+def ticks(pid: int) -> int:
+    """Return the ticks of a processor that a process has used, and all that it has started; 0 where there is none."""
+    try:
+        fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        children = (PROC / str(pid) / "task" / str(pid) / "children").read_text().split()
+    except OSError:
+        return 0
+    return sum(map(int, fields[11:15])) + sum(ticks(int(child)) for child in children)
+
+
 def end(renters: dict[int, str], within_s: float = END_WITHIN_S) -> int:
     """Kill all processes of these renters (uid: username) and wait until none is left; returns how many it saw.
 

@@ -453,7 +453,7 @@ async def test_a_rental_whose_worker_was_suspect_when_it_was_due_is_copied_soon_
     rental = await house.rent()
     silent = holder(house, rental)
     await house.silence(silent, 46)
-    assert "not run on a worker that is ready" in await house.manager.copies.copy_now(rental["id"], None)
+    assert "not run on a worker that can be asked" in await house.manager.copies.copy_now(rental["id"], None)
     silent.beating = True
     for _ in range(3):  # a tenth of the interval at most after it is found
         await house.pass_time(2)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+
+from support.builders import active_rental, new_placement, new_worker
 
 from orion.manager.domain.model import Event
+from orion.manager.domain.states import PlacementState
 from orion.manager.engine.fake import FakeWorld
 from orion.manager.engine.vault.fake import FakeVault
+from orion.manager.engine.vault.port import Home, VaultError
 from orion.manager.loops.copies import JITTER, SPREAD, CopiesLoop, Plan
+from orion.manager.store.copies import Running
+
+WORKER = new_worker(1)
+RENTAL = active_rental(1)
+PLACEMENT = new_placement(RENTAL, WORKER, PlacementState.RUNNING)
 
 RENTALS = [f"rental{number}" for number in range(40)]
-PLAN = Plan(interval_s=30.0, at_once=len(RENTALS))
+PLAN = Plan(interval_s=30.0, at_once=2 * len(RENTALS))
 STEP_S = 0.5
 
 
@@ -20,10 +30,11 @@ class Book:
     def __init__(self) -> None:
         self.now = 1000.0
         self.epochs: dict[str, int] = {}
+        self.owners: dict[str, str] = {}
         self.begun: dict[str, float] = {}
 
-    async def running(self) -> dict[str, int]:
-        return dict(self.epochs)
+    async def running(self) -> dict[str, tuple[int, str]]:
+        return {rental_id: (epoch, self.owners.get(rental_id, rental_id)) for rental_id, epoch in self.epochs.items()}
 
     async def one(self, rental_id: str) -> None:
         self.begun.setdefault(rental_id, self.now)
@@ -98,4 +109,85 @@ async def test_what_a_takeover_has_just_restored_is_not_copied_while_others_are_
     where_it_was = await _waits(book, loop, 2)
     assert len(where_it_was) == len(RENTALS)
     assert max(where_it_was) <= soon, "it is older by now than a copy may be"
+    await loop.stop()
+
+
+class Held:
+    """A vault in which each copy lasts until it is told how to end: a code of failure."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, asyncio.Future[str]] = {}
+
+    async def copy(self, home: Home, *_: object, **__: object) -> None:
+        ending = self.held[home.rental_id] = asyncio.get_running_loop().create_future()
+        try:
+            raise VaultError(await ending, "it is held up")
+        finally:
+            del self.held[home.rental_id]
+
+    async def rentals(self) -> list[str]:
+        return []
+
+    def end(self, rental_id: str, code: str) -> None:
+        self.held[rental_id].set_result(code)
+
+
+class FullBook(Book):
+    """Implements `Book` with rentals that run."""
+
+    async def one(self, rental_id: str) -> Running:  # type: ignore[override]
+        rental = replace(RENTAL, id=rental_id, owner=self.owners[rental_id], last_safe_copy_at=1.0)
+        return Running(rental, replace(PLACEMENT, rental_id=rental_id), WORKER)
+
+    async def complain(self, _: object) -> None:
+        pass
+
+
+async def four_of_one_owner_and_one_of_another(owner: str) -> tuple[FullBook, Held, CopiesLoop]:
+    """Give a loop of four places that has just met the rentals `owner`0 to `owner`3, and `quick`."""
+    book, vault = FullBook(), Held()
+    names = [f"{owner}{number}" for number in range(4)] + ["quick"]
+    book.owners = {name: name.rstrip("0123456789") for name in names}
+    plan = replace(PLAN, at_once=4)
+    loop = CopiesLoop(book, vault, plan, lambda: 0.0, lambda: book.now, lambda: book.now)  # type: ignore[arg-type]
+    await _round(loop)
+    book.epochs = dict.fromkeys(names, 1)
+    return book, vault, loop
+
+
+async def test_who_holds_up_its_own_copies_holds_half_of_the_places_and_then_one() -> None:
+    book, vault, loop = await four_of_one_owner_and_one_of_another("slow")
+    for _ in range(8):
+        await _round(loop)
+        book.now += STEP_S
+    assert len([name for name in vault.held if name.startswith("slow")]) == 2
+    assert "quick" in vault.held
+    vault.end("quick", "unreadable_home")
+    for name in [name for name in vault.held if name.startswith("slow")]:
+        vault.end(name, "stalled")
+    await _round(loop)
+    await _round(loop)
+    assert len(vault.held) == 2, "the other two of the same owner"
+    for name in list(vault.held):
+        vault.end(name, "timed_out")
+    book.now += 2 * PLAN.interval_s
+    await _round(loop)
+    await _round(loop)
+    assert sorted(name.rstrip("0123") for name in vault.held) == ["quick", "slow"], "what fails shares one place"
+    await loop.stop()
+
+
+async def test_who_asks_for_copies_of_all_that_it_has_takes_half_of_the_places() -> None:
+    book, vault, loop = await four_of_one_owner_and_one_of_another("asked")
+    await _round(loop)
+    asking = [asyncio.create_task(loop.copy_now(f"asked{number}", None)) for number in range(4)]
+    await _round(loop)
+    book.now += PLAN.interval_s
+    await _round(loop)
+    assert sorted(name.rstrip("0123") for name in vault.held) == ["asked", "asked", "quick"]
+    while any(not task.done() for task in asking):
+        for name in [name for name in vault.held if name != "quick"]:
+            vault.end(name, "failed")
+        await _round(loop)
+    assert {task.result() for task in asking} == {"it is held up"}
     await loop.stop()

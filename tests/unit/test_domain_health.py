@@ -123,7 +123,7 @@ def test_one_that_was_not_heard_since_the_manager_started_has_a_doubled_grace(
     assert verdict(health, brake=started, **NOT_HEARD_YET) is to
 
 
-@pytest.mark.parametrize("health", [Health.JOINING, Health.READY, Health.SUSPECT, Health.UNKNOWN])
+@pytest.mark.parametrize("health", [health for health in RULES if health is not Health.DOWN])
 def test_a_goodbye_is_acted_on_late_with_a_refuge_and_without_a_brake(health: Health) -> None:
     unchanged = verdict(health)
     assert verdict(health, **GOODBYE) is Health.DOWN

@@ -20,14 +20,17 @@ from orion.manager.store.memory import MemoryLedger
 from orion.manager.store.schema import placements, rentals, workers
 
 WORKER, SUSPECT = new_worker(1, slots=4), new_worker(2, slots=4, health=Health.SUSPECT)
+SHUT = new_worker(3, health=Health.QUARANTINED)
 RENTAL, ELSEWHERE = active_rental(1, epoch=3), active_rental(2)
 MOVING = active_rental(3, state=RentalState.MIGRATING)
 RELEASED = active_rental(4, state=RentalState.RELEASED)
 EXPIRED = active_rental(5, state=RentalState.EXPIRED)
+SHUT_IN = active_rental(6)
 RUNNING = new_placement(RENTAL, WORKER, PlacementState.RUNNING)
 LOST = new_placement(RENTAL, SUSPECT, PlacementState.LOST, id="p-lost", epoch=2, slot=1)
 WORLD = new_world(
-    *(WORKER, SUSPECT, RENTAL, ELSEWHERE, MOVING, RELEASED, EXPIRED, RUNNING),
+    *(WORKER, SUSPECT, SHUT, RENTAL, ELSEWHERE, MOVING, RELEASED, EXPIRED, SHUT_IN, RUNNING),
+    new_placement(SHUT_IN, SHUT, PlacementState.RUNNING),
     new_placement(ELSEWHERE, SUSPECT, PlacementState.RUNNING),
     new_placement(MOVING, WORKER, PlacementState.PREPARING, slot=1),
     LOST,
@@ -75,8 +78,8 @@ async def bench(request: pytest.FixtureRequest) -> Bench:
     return Bench(SqlCopyBook(store), store=store)
 
 
-async def test_what_runs_on_a_ready_worker_can_be_copied(bench: Bench) -> None:
-    assert await bench.book.running() == {RENTAL.id: RENTAL.epoch}
+async def test_what_runs_on_a_worker_that_is_ready_or_quarantined_can_be_copied(bench: Bench) -> None:
+    assert await bench.book.running() == {each.id: (each.epoch, each.owner) for each in (RENTAL, SHUT_IN)}
     assert await bench.book.one(RENTAL.id) == Running(RENTAL, RUNNING, WORKER)
     assert await bench.book.one(MOVING.id) is None
 

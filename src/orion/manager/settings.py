@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     uncopied_wait_s: float = Field(
         600.0, ge=0, description="A rental of which there is no copy waits so long for its lost worker; scaled as well"
     )
-    copies_at_once: int = Field(4, ge=1, le=32)
+    copies_at_once: int = Field(8, ge=1, le=32)
     home_max_bytes: int = Field(2 << 30, ge=1 << 20, lt=2**53, description="A larger home is not copied")
     home_max_files: int = Field(200_000, ge=100, lt=2**31)
 

@@ -244,5 +244,5 @@ RULES: dict[Health, tuple[Rule, ...]] = {
     Health.SUSPECT: (_said_goodbye, _declared_gone, _proved_dead, _lease_passed, _unverified, _verified),
     Health.UNKNOWN: (_said_goodbye, _declared_gone, _proved_dead, _lease_passed, _unverified, _verified),
     Health.DOWN: (_unverified,),
-    Health.QUARANTINED: (_declared_gone, _proved_dead, _lease_passed, _resumed),
+    Health.QUARANTINED: (_said_goodbye, _declared_gone, _proved_dead, _lease_passed, _resumed),
 }

@@ -6,7 +6,7 @@ A task may be begun again at any time: what it makes or ends on a worker is the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from orion.manager.domain import copies, moves, starting
@@ -51,6 +51,8 @@ class Task:
     """The name that the rental's own sessions are told, where an account is made."""
     source: moves.Source | None = None
     """What a planned move takes away: see domain/moves.py."""
+    owner: str = ""
+    """The name of the rental's owner; empty for what only an inventory knows."""
 
     @property
     def placement_ids(self) -> tuple[str, ...]:
@@ -69,7 +71,7 @@ def wanted(world: Draft, facts: Facts) -> Iterator[Task]:
     for placement in world.placements.values():
         task = _task_of(world, placement, facts)
         if task is not None:
-            yield task
+            yield replace(task, owner=world.rentals[placement.rental_id].owner)
     for worker in world.workers.values():
         yield from _tasks_of_worker(world, worker, facts)
 

@@ -63,6 +63,8 @@ class Job:
     """What its worker shows to renters from now on. For CREATE and CERTIFY."""
     move: int = 0
     """For FREEZE and THAW: the planned move, by a number that only rises for a rental."""
+    owner: str = ""
+    """The owner of the rental, for its share of the vault; empty: of what only an inventory knows."""
 
 
 @dataclass(frozen=True)

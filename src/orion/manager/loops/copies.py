@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import heapq
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import structlog
 
@@ -20,7 +21,17 @@ from orion.manager.domain.copies import Generation
 from orion.manager.domain.model import Event
 from orion.manager.domain.pacing import LONGEST_PAUSE_S, Pace
 from orion.manager.engine.port import Host
-from orion.manager.engine.vault.port import OVER_LIMIT, PAUSE_IN_VAIN, PAUSE_TOO_LONG, Home, Limits, Vault, VaultError
+from orion.manager.engine.shares import Claim, Shares
+from orion.manager.engine.vault.port import (
+    HELD_UP,
+    OVER_LIMIT,
+    PAUSE_IN_VAIN,
+    PAUSE_TOO_LONG,
+    Home,
+    Limits,
+    Vault,
+    VaultError,
+)
 from orion.manager.loops.timer import Loop
 from orion.manager.store.copies import CopyBook, Running
 
@@ -64,7 +75,8 @@ class Plan:
     """`interval_s`: between copies of one rental."""
 
     interval_s: float = 30.0
-    at_once: int = 4
+    at_once: int = 8
+    """Copies of all owners under way at a time, of which one owner has half at most."""
     limits: Limits = field(default_factory=Limits)
     paused_share: float = 0.005
     """The share of its time for which the programs of a rental may be stopped for copies."""
@@ -104,6 +116,10 @@ class CopiesLoop:
         self._paces: dict[str, Pace] = {}
         self._again: set[str] = set()
         """Rentals whose copy is under way, and that are to be copied again at once."""
+        self._owners: dict[str, str] = {}
+        self._held_up: set[str] = set()
+        """Rentals whose last copy has held its place in vain."""
+        self._shares = Shares(plan.at_once)
         self._running: dict[str, asyncio.Task[str]] = {}
         self._sweeping: asyncio.Task[None] | None = None
         self._swept_at = float("-inf")
@@ -122,12 +138,15 @@ class CopiesLoop:
             return
         if now >= self._looks_at:
             await self._look_who_runs(now)
-        free = self._plan.at_once - len(self._running)
-        due = (
+        due = [
             (at, rental_id) for rental_id, at in self._next_at.items() if at <= now and rental_id not in self._running
-        )
-        for _, rental_id in heapq.nsmallest(free, due):
-            self._start(rental_id)
+        ]
+        heapq.heapify(due)
+        while due and self._shares.free:
+            rental_id = heapq.heappop(due)[1]
+            claim = self._claim(rental_id)
+            if self._shares.take(claim):
+                self._start(rental_id, self._copy(rental_id, None, False), claim)
 
     def hear(self, committed: Sequence[Event]) -> None:
         """Copy at once what has just been let in with files that no copy has, and again after its first session."""
@@ -145,7 +164,9 @@ class CopiesLoop:
         return is_new or event.kind == "rental.started_empty"
 
     async def _look_who_runs(self, now: float) -> None:
-        found = await self._book.running()
+        running = await self._book.running()
+        found = {rental_id: epoch for rental_id, (epoch, _) in running.items()}
+        self._owners = {rental_id: owner for rental_id, (_, owner) in running.items()}
         for rental_id in self._running.keys() - found.keys():
             self._running[rental_id].cancel()
         for rental_id in sorted(found.keys() - self._next_at.keys()):
@@ -155,6 +176,7 @@ class CopiesLoop:
         self._epochs = {rental_id: last for rental_id, last in self._epochs.items() if now - last[1] < KNOWN_S}
         self._failures = {rental_id: n for rental_id, n in self._failures.items() if rental_id in found}
         self._uncopied &= found.keys()
+        self._held_up &= found.keys()
         self._paces = {rental_id: pace for rental_id, pace in self._paces.items() if rental_id in found}
         self._visited &= found.keys()
         ended = self._monotonic()
@@ -173,7 +195,7 @@ class CopiesLoop:
         """Copy it at once, and keep `spare`; why that was not done, empty when it was."""
         while rental_id in self._running:
             await asyncio.wait([self._running[rental_id]])
-        return await asyncio.shield(self._start(rental_id, spare, asked=True))
+        return await asyncio.shield(self._start(rental_id, self._copy_in_turn(rental_id, spare)))
 
     async def stop(self) -> None:
         running = [*self._running.values(), *([self._sweeping] if self._sweeping else [])]
@@ -181,13 +203,17 @@ class CopiesLoop:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
-    def _start(self, rental_id: str, spare: Generation | None = None, asked: bool = False) -> asyncio.Task[str]:
-        if rental_id not in self._running:
-            task = self._running[rental_id] = asyncio.create_task(self._copy(rental_id, spare, asked))
-            task.add_done_callback(lambda _: self._done(rental_id))
-        return self._running[rental_id]
+    def _start(
+        self, rental_id: str, copying: Coroutine[Any, Any, str], claim: Claim | None = None
+    ) -> asyncio.Task[str]:
+        """Begin a copy of a rental of which none is under way. `claim`: the place that it has already."""
+        task = self._running[rental_id] = asyncio.create_task(copying)
+        task.add_done_callback(lambda _: self._done(rental_id, claim))
+        return task
 
-    def _done(self, rental_id: str) -> None:
+    def _done(self, rental_id: str, claim: Claim | None) -> None:
+        if claim:
+            self._shares.give_back(claim)
         del self._running[rental_id]
         pause_s = 0.0 if rental_id in self._again else self._pause_s(rental_id)
         self._again.discard(rental_id)
@@ -203,14 +229,23 @@ class CopiesLoop:
         pace = self._paces.get(rental_id)
         return pace.wait_s if pace and pace.wait_s > self._plan.interval_s else self._plan.interval_s * share
 
+    def _claim(self, rental_id: str) -> Claim:
+        return Claim(self._owners.get(rental_id, ""), rental_id in self._held_up)
+
+    async def _copy_in_turn(self, rental_id: str, spare: Generation | None) -> str:
+        async with self._shares.place(self._claim(rental_id)):
+            return await self._copy(rental_id, spare, True)
+
     async def _copy(self, rental_id: str, spare: Generation | None, asked: bool) -> str:
         """Return why no copy was made; empty when one was. `asked`: somebody waits for it, so any pause is allowed."""
         found = await self._book.one(rental_id)
         if found is None:
             self._next_at.pop(rental_id, None)  # due soon after it is found to run again
-            return "it does not run on a worker that is ready"
+            return "it does not run on a worker that can be asked"
         rental, placement, worker = found
-        home = Home(rental.id, rental.uid, placement.epoch, Host(worker.id, worker.address, worker.host_keys))
+        home = Home(
+            rental.id, rental.uid, placement.epoch, Host(worker.id, worker.address, worker.host_keys), rental.owner
+        )
         limits, pace = self._plan.limits, self._paces.setdefault(rental_id, self._plan.pace())
         if not asked:
             limits = replace(limits, pause_s=pace.allowed_s(self._monotonic()))
@@ -223,8 +258,11 @@ class CopiesLoop:
                 step += copies.interval_changed(rental, placement, copied.pause_s, pace.interval_s)
             accepted = await self._book.accept(step, rental.id, copied.kept)
             self._failures.pop(rental.id, None)
+            self._held_up.discard(rental.id)
             self._uncopied.discard(rental.id)
         except VaultError as error:
+            if error.code in HELD_UP:
+                self._held_up.add(rental.id)
             if error.code in OF_THE_PAUSE:
                 stood_s = limits.pause_s if error.code == PAUSE_IN_VAIN else 0.0
                 if pace.too_long(self._monotonic(), stood_s):

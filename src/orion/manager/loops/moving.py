@@ -120,7 +120,7 @@ async def _within(seconds: float, work: Awaitable[Outcome]) -> Outcome:
 
 
 def _home(job: Job) -> Home:
-    return Home(job.rental_id, job.uid, job.epoch, job.host)
+    return Home(job.rental_id, job.uid, job.epoch, job.host, job.owner)
 
 
 def _done(copy: Copy) -> Outcome:

@@ -332,10 +332,11 @@ class Reconciler:
             return _REACHED[await self._reach.reach(host, REACH_TIMEOUT_S)]
         item = task.item
         if task.kind is TaskKind.SALVAGE:
-            return await self._restorer.salvager.salvage(host, item, task.placement_id or "")
+            return await self._restorer.salvager.salvage(host, item, task.placement_id or "", task.owner)
         keys, action = tuple(task.public_key.splitlines()), _ACTIONS.get(task.kind, Action.PREPARE)
         who = item.rental_id, item.username, item.uid, item.epoch
         job = Job(action, host, *who, keys, JOB_DEADLINE_S, task.start, task.start_mark, task.rental_name)
+        job = replace(job, owner=task.owner)
         if task.source:
             return await self._move(task, job, hosts[task.source.worker_id], task.source)
         if task.restore:

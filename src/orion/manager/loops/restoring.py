@@ -142,7 +142,7 @@ class Restorer:
     async def _fill(self, job: Job, wanted: str) -> dict[str, Any]:
         if wanted == EMPTY:
             return {"reason": "without its files, as asked for"}
-        home = Home(job.rental_id, job.uid, job.epoch, job.host)
+        home = Home(job.rental_id, job.uid, job.epoch, job.host, job.owner)
         try:
             copy = await (self._newest(home) if wanted == NEWEST else self._named(home, wanted))
         except VaultError as error:

@@ -15,6 +15,7 @@ from orion.manager.domain.copies import Generation
 from orion.manager.domain.model import Item, Rental
 from orion.manager.domain.outcomes import SALVAGE_ATTEMPTS
 from orion.manager.engine.port import Host, Outcome
+from orion.manager.engine.shares import Claim, Shares
 from orion.manager.engine.vault.port import (
     NOTHING_TO_SALVAGE,
     OVER_LIMIT,
@@ -26,7 +27,8 @@ from orion.manager.engine.vault.port import (
 )
 from orion.manager.store.copies import CopyBook
 
-AT_ONCE = 8
+AT_ONCE = 16
+"""Salvages of all owners; one owner has half of them at most."""
 LONGEST_TRY_S = SALVAGE_DEADLINE_S + 5.0
 """With the time that it waits for its turn."""
 FOR_GOOD = frozenset((OVER_LIMIT, "unreadable_home", "no_home", "purged", "stale_epoch", "unknown_rental", "conflict"))
@@ -40,12 +42,12 @@ class Salvager:
         self._vault = vault
         self._book = book
         self._limits = limits
-        self._places = asyncio.Semaphore(AT_ONCE)
+        self._shares = Shares(AT_ONCE)
 
-    async def salvage(self, host: Host, item: Item, placement_id: str) -> Outcome:
-        home = Home(item.rental_id, item.uid, item.epoch, host)
+    async def salvage(self, host: Host, item: Item, placement_id: str, owner: str) -> Outcome:
+        home = Home(item.rental_id, item.uid, item.epoch, host, owner)
         try:
-            async with asyncio.timeout(LONGEST_TRY_S), self._places:
+            async with asyncio.timeout(LONGEST_TRY_S), self._shares.place(Claim(owner)):
                 found = await self._book.lost(placement_id)
                 if found is None:
                     return Outcome(ok=True)  # somebody else has acted

@@ -29,10 +29,12 @@ from orion.manager.store.roster import chunks
 from orion.manager.store.schema import copies, placements, rentals, workers
 
 standbys = placements.alias()
+COPIED_FROM = (Health.READY, Health.QUARANTINED)
+"""Workers whose rentals are copied every so often: a quarantined one runs what it has, and answers."""
 
 
 class Running(NamedTuple):
-    """An active rental with the placement that runs, on a worker that is ready, and is not being moved away."""
+    """An active rental with the placement that runs, on a worker that can be asked, and is not being moved away."""
 
     rental: Rental
     placement: Placement
@@ -42,8 +44,8 @@ class Running(NamedTuple):
 class CopyBook(Protocol):
     """Each call is one transaction."""
 
-    async def running(self) -> dict[str, int]:
-        """The rentals that can be copied now, each with its epoch."""
+    async def running(self) -> dict[str, tuple[int, str]]:
+        """Return the rentals that can be copied now, each with its epoch and its owner."""
         ...
 
     async def one(self, rental_id: str) -> Running | None:
@@ -87,7 +89,7 @@ class SqlCopyBook:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def running(self) -> dict[str, int]:
+    async def running(self) -> dict[str, tuple[int, str]]:
         return await self._store.read(load_running)
 
     async def one(self, rental_id: str) -> Running | None:
@@ -125,8 +127,8 @@ class MemoryCopyBook:
         self._ledger = world
         self.copies: dict[str, list[Copy]] = {}
 
-    async def running(self) -> dict[str, int]:
-        return {one.rental.id: one.rental.epoch for one in self._running()}
+    async def running(self) -> dict[str, tuple[int, str]]:
+        return {one.rental.id: (one.rental.epoch, one.rental.owner) for one in self._running()}
 
     async def one(self, rental_id: str) -> Running | None:
         return next((one for one in self._running() if one.rental.id == rental_id), None)
@@ -146,7 +148,7 @@ class MemoryCopyBook:
         running = [p for p in running if p.rental_id not in moving]
         placed = [p for p in running if p.worker_id in world.workers]
         found = [Running(world.rentals[p.rental_id], p, world.workers[p.worker_id]) for p in placed]
-        return [r for r in found if r.rental.state is RentalState.ACTIVE and r.worker.health is Health.READY]
+        return [r for r in found if r.rental.state is RentalState.ACTIVE and r.worker.health in COPIED_FROM]
 
     async def accept(self, step: Step, rental_id: str, there: Sequence[Copy]) -> bool:
         if not await self._ledger.apply([step]):
@@ -176,9 +178,9 @@ class MemoryCopyBook:
         self.copies.pop(rental_id, None)
 
 
-def load_running(connection: Connection) -> dict[str, int]:
-    rows = connection.execute(_running(rentals.c.id, rentals.c.epoch))
-    return {row.id: row.epoch for row in rows}
+def load_running(connection: Connection) -> dict[str, tuple[int, str]]:
+    rows = connection.execute(_running(rentals.c.id, rentals.c.epoch, rentals.c.owner))
+    return {row.id: (row.epoch, row.owner) for row in rows}
 
 
 def load_one(connection: Connection, rental_id: str) -> Running | None:
@@ -202,14 +204,14 @@ def _load(connection: Connection, query: Any, rental_id: str) -> Running | None:
 
 
 def _running(*columns: Column[Any]) -> Any:
-    """Of active rentals whose placement runs on a worker that is ready; a planned move copies for itself."""
+    """Select of active rentals whose placement runs on a worker that can be asked; a planned move copies for itself."""
     moving = select(standbys.c.rental_id).where(standbys.c.standby.is_(True), standbys.c.state.in_(LIVE))
-    at_rest = (placements.c.held == 0, workers.c.health == Health.READY, rentals.c.id.not_in(moving))
+    at_rest = (placements.c.held == 0, workers.c.health.in_(COPIED_FROM), rentals.c.id.not_in(moving))
     return _placed(*columns).where(*at_rest)
 
 
 def _placed(*columns: Column[str]) -> Any:
-    """Of active rentals whose placement runs."""
+    """Select of active rentals whose placement runs."""
     joined = placements.join(rentals, rentals.c.id == placements.c.rental_id).join(
         workers, workers.c.id == placements.c.worker_id
     )

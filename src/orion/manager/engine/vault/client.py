@@ -13,9 +13,11 @@ from pydantic import ValidationError
 from orion.manager.domain.copies import Copy, Generation
 from orion.manager.engine.port import Host
 from orion.manager.engine.protocol import HostLine
+from orion.manager.engine.shares import Claim, Shares
 from orion.manager.engine.vault.port import (
     CONNECT_DEADLINE_S,
     COPY_DEADLINE_S,
+    HELD_UP,
     RESTORE_DEADLINE_S,
     SALVAGE_DEADLINE_S,
     Copied,
@@ -30,14 +32,22 @@ MARGIN_S = 5.0
 CONNECT_WITHIN_S = 5.0
 SHORT_S = 60.0
 LONGEST_REPLY = 1 << 20
+PLACES = 28
+"""Copies, salvages and restores at a time: fewer than the jobs that the vault takes (MOST_JOBS)."""
+MOST_REMEMBERED = 1000
+"""Rentals of which it is remembered that they have held a place in vain."""
 
 
 class VaultClient:
     """Implements `port.Vault`."""
 
-    def __init__(self, socket_path: Path, margin_s: float = MARGIN_S) -> None:
+    def __init__(self, socket_path: Path, margin_s: float = MARGIN_S, places: int = PLACES) -> None:
+        """`places`: transfers at a time, of which an owner has half at most."""
         self._socket_path = socket_path
         self._margin_s = margin_s
+        self._shares = Shares(places)
+        self._held_up: dict[tuple[str, str], None] = {}
+        """The rentals, each on one worker, whose last transfer has held its place in vain; the latest of them last."""
         self._under_way: dict[str, set[asyncio.Future[ReplyLine]]] = defaultdict(set)
         """The copies and restores of each rental: a restore or a removal ends them."""
 
@@ -53,7 +63,7 @@ class VaultClient:
         line = _line(Action.COPY, home, deadline_s, moving=moving, pause_s=limits.pause_s, **more)
         if moving:
             await self._end_all_of(home.rental_id)
-        return _copied(await self._begin(line))
+        return _copied(await self._begin(line, home))
 
     async def salvage(
         self,
@@ -63,7 +73,7 @@ class VaultClient:
         spare: Generation | None = None,
     ) -> Copied:
         more = {"max_files": limits.max_files, "max_bytes": limits.max_bytes, "generation": str(spare or "")}
-        return _copied(await self._begin(_line(Action.SALVAGE, home, deadline_s, **more)))
+        return _copied(await self._begin(_line(Action.SALVAGE, home, deadline_s, **more), home))
 
     async def restore(
         self,
@@ -76,7 +86,7 @@ class VaultClient:
         more = {"generation": str(generation or ""), "filled": str(filled or "")}
         line = _line(Action.RESTORE, home, deadline_s, again=again, **more)
         await self._end_all_of(home.rental_id)
-        reply = await self._begin(line)
+        reply = await self._begin(line, home)
         return read(reply.done) if reply.done else None
 
     async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
@@ -94,10 +104,10 @@ class VaultClient:
     async def rentals(self) -> list[str]:
         return (await self._ask(RequestLine(action=Action.RENTALS, deadline_s=SHORT_S), SHORT_S)).rentals
 
-    async def _begin(self, line: RequestLine) -> ReplyLine:
+    async def _begin(self, line: RequestLine, home: Home) -> ReplyLine:
         """The reply; raises VaultError when something more urgent came for the same rental."""
         under_way = self._under_way[line.rental_id]
-        asking = asyncio.ensure_future(self._ask(line, line.deadline_s))
+        asking = asyncio.ensure_future(self._ask_in_turn(line, home))
         under_way.add(asking)
         try:
             return await asking
@@ -110,6 +120,22 @@ class VaultClient:
             under_way.discard(asking)
             if not under_way and self._under_way.get(line.rental_id) is under_way:
                 del self._under_way[line.rental_id]
+
+    async def _ask_in_turn(self, line: RequestLine, home: Home) -> ReplyLine:
+        """A salvage has two tries and a time for both: it is not kept waiting for having failed."""
+        key = home.rental_id, home.host.worker_id
+        fails = key in self._held_up and line.action is not Action.SALVAGE
+        async with self._shares.place(Claim(home.owner, fails)):
+            try:
+                reply = await self._ask(line, line.deadline_s)
+            except VaultError as error:
+                if error.code in HELD_UP:
+                    self._held_up = self._held_up | {key: None}
+                    while len(self._held_up) > MOST_REMEMBERED:
+                        del self._held_up[next(iter(self._held_up))]
+                raise
+            self._held_up.pop(key, None)
+            return reply
 
     async def _end_all_of(self, rental_id: str) -> None:
         running = list(self._under_way.get(rental_id, ()))
@@ -132,7 +158,7 @@ class VaultClient:
         except TimeoutError as error:
             raise VaultError("no_answer", "the vault did not answer in time") from error
         except (OSError, ValueError) as error:
-            raise VaultError("no_answer", "the vault ended before it answered") from error
+            raise VaultError("vault_away", "the vault ended before it answered") from error
         finally:
             writer.close()
             with suppress(OSError):

@@ -34,6 +34,8 @@ from orion.manager.engine.vault.transfer import (
     LISTS_BYTES,
     LISTS_BYTES_A_FILE,
     OPTIONS,
+    PATIENT_S,
+    STALLED_S,
     Far,
     Hello,
     Told,
@@ -161,7 +163,8 @@ class Job:
         # What was removed is listed as well: every entry may have been replaced.
         lists = LISTS_BYTES + LISTS_BYTES_A_FILE * request.max_files
         most = request.max_bytes + lists, 2 * request.max_files + 2
-        transfer = Transfer(far, request.uid, self._watch, *most, gently=not request.moving)
+        stalled_s = PATIENT_S if request.moving or request.action is Action.SALVAGE else STALLED_S
+        transfer = Transfer(far, request.uid, self._watch, *most, gently=not request.moving, stalled_s=stalled_s)
         arguments = (*OPTIONS[kind], *before, *told_of, "worker:.", target)
         told = transfer.run(arguments, self._look_at_disk, request.max_bytes, heard=True)
         check(told, "receiver")

@@ -26,6 +26,8 @@ class Home:
     uid: int
     epoch: int
     host: Host
+    owner: str = ""
+    """The owner of the rental, for its share of the places."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,14 @@ class VaultError(Exception):
 
 
 OF_THE_WORKER = frozenset(
-    ("unreachable", "failed", "refused", "no_home", "stale_epoch", "purged", "unknown_rental", "broken", "timed_out")
+    (
+        *("unreachable", "failed", "refused", "no_home", "stale_epoch", "purged", "unknown_rental", "broken"),
+        *("timed_out", "stalled"),
+    )
 )
 """Codes for which another worker might do better: what could not be restored here is restored elsewhere."""
+HELD_UP = frozenset(("timed_out", "stalled", "no_answer", "unreachable"))
+"""Codes of what has held its place for long and did nothing with it."""
 LET_IN = "let_in"
 """The renter was let in at this epoch: nothing is put over its files any more."""
 NOTHING_TO_SALVAGE = "nothing_to_salvage"

@@ -50,6 +50,7 @@ MEMORY_BYTES = 1 << 30
 NICENESS = 5
 BUFFER_BYTES = 1 << 18
 LONGEST_TEXT = 1 << 16
+LOOK_EVERY_S = 1.0
 LISTS_BYTES = 8 << 20
 LISTS_BYTES_A_FILE = 1200
 """Bytes of a stream beyond the content of files, and more for each file: names, attributes, what rsync says."""
@@ -58,6 +59,10 @@ SKIPPED_SHOWN = 20
 LONGEST_S = 3600.0
 REACHED_WITHIN_S = 20.0
 """Seconds until a worker must have been reached and have said its first line."""
+STALLED_S = 10.0
+"""Seconds in which nothing moves and neither side works, after which a transfer is given up: it holds a place."""
+PATIENT_S = 60.0
+"""The same for what is tried but once or twice."""
 PARTIAL = 23
 """The exit status of rsync where something could not be carried whole."""
 _CODE = re.compile(r"[a-z_]{1,40}")
@@ -189,6 +194,9 @@ class Flow:
     """Whether the source is closed at the end: an rsync that still writes would wait for ever to be read."""
     waiting: bytearray = field(default_factory=bytearray)
     carried: int = 0
+    """Bytes that were read from the source."""
+    moved: int = 0
+    """Bytes that were read from the source or written to the target."""
     ended: bool = False
     """The source has nothing more, or nobody takes it."""
     done: bool = False
@@ -199,10 +207,38 @@ class Flow:
         self.waiting.clear()
 
 
+class Idle:
+    """A clock of the time in which nothing was done; while this process itself does not run, it stands still."""
+
+    def __init__(self, longest_s: float) -> None:
+        self._longest_s = longest_s
+        self._idle_s = 0.0
+        self._seen: tuple[int, float] | None = None
+
+    def is_too_long(self, done: int, now: float) -> bool:
+        """Note how much was done by now (monotonic seconds); return whether that has not changed for too long."""
+        before, self._seen = self._seen, (done, now)
+        if before is None or before[0] != done:
+            self._idle_s = 0.0
+        else:
+            self._idle_s += min(1.5 * LOOK_EVERY_S, now - before[1])
+        return self._idle_s >= self._longest_s
+
+
 class Transfer:
-    def __init__(self, far: Far, uid: int, watch: Watch, most_bytes: float, most_items: float, gently: bool) -> None:
-        """`gently`: nobody waits for it."""
+    def __init__(
+        self,
+        far: Far,
+        uid: int,
+        watch: Watch,
+        most_bytes: float,
+        most_items: float,
+        gently: bool,
+        stalled_s: float = STALLED_S,
+    ) -> None:
+        """`gently`: nobody waits for it. `stalled_s`: it is given up when nothing moves or works for so long."""
         self._gently = gently
+        self._stalled_s = stalled_s
         self._far = far
         self._uid = uid
         self._watch = watch
@@ -213,6 +249,8 @@ class Transfer:
         self._line = bytearray()
         self._errors = bytearray()
         self._open = 2  # rsync's output and its errors
+        self._signs = 0
+        """Bytes that came as complaints: the worker says one for each second in which its rsync works."""
 
     def run(
         self, arguments: Sequence[str], look: Callable[[], None], largest_file: int | None, heard: bool = False
@@ -262,7 +300,7 @@ class Transfer:
             os.set_blocking(flow.source, False)
             os.set_blocking(flow.target, False)
             self._arm(flow)
-        looked_at = time.monotonic()
+        looked_at, idle = time.monotonic(), Idle(self._stalled_s)
         while self._open:
             for key, ready in self._watch.events(self._selector):
                 key.data(key.fd, ready)
@@ -271,9 +309,12 @@ class Transfer:
                 if not outward.done:
                     outward.end()
                     self._arm(outward)
-            if time.monotonic() - looked_at > 1.0:
+            if time.monotonic() - looked_at > LOOK_EVERY_S:
                 look()
                 looked_at = time.monotonic()
+                done = inward.moved + outward.moved + self._signs + ticks(rsync.pid)
+                if idle.is_too_long(done, looked_at):
+                    raise VaultError("stalled", f"nothing of its files has come or gone for {self._stalled_s:.0f} s")
 
     def _register(self, descriptor: int, take: Callable[[int, int], None]) -> None:
         os.set_blocking(descriptor, False)
@@ -301,10 +342,13 @@ class Transfer:
             if descriptor == flow.source:
                 part = os.read(flow.source, BUFFER_BYTES)
                 flow.carried += len(part)
+                flow.moved += len(part)
                 flow.ended = not part
                 flow.waiting += part
             else:
-                del flow.waiting[: os.write(flow.target, flow.waiting)]
+                written = os.write(flow.target, flow.waiting)
+                flow.moved += written
+                del flow.waiting[:written]
         except BlockingIOError:
             return
         except OSError:  # the other end is gone: rsync, or ssh, will say why
@@ -327,9 +371,12 @@ class Transfer:
         del self._errors[LONGEST_TEXT:]
 
     def _read_far_errors(self, descriptor: int, _ready: int) -> None:
-        """ssh's, and of programs on the worker: read, so that nobody waits to write it, and believed in nothing."""
+        """ssh's, and of programs on the worker: read, so that nobody waits to write it, and believed in nothing else
+        than that something goes on."""
         with suppress(BlockingIOError):
-            if not os.read(descriptor, LONGEST_TEXT):
+            part = os.read(descriptor, LONGEST_TEXT)
+            self._signs += len(part)
+            if not part:
                 self._selector.unregister(descriptor)
 
     def _part(self, descriptor: int) -> bytes:
@@ -364,6 +411,16 @@ def check(told: Told, here: str) -> None:
 def plain(text: str) -> str:
     """One line for a person; a worker may have written it, so nothing that moves a cursor."""
     return re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]+", " ", text).strip()[:300]
+
+
+def ticks(pid: int) -> int:
+    """Return the ticks of a processor that a process has used, and all that it has started; 0 where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0
+    return sum(map(int, fields[11:15])) + sum(ticks(int(child)) for child in children)
 
 
 def _ends(control: socket.socket) -> tuple[bytes, tuple[int, int], int, Any]:

@@ -1,0 +1,79 @@
+"""The places of a queue, shared so that neither one owner nor what fails holds up the others.
+
+An owner never has more than half of the places. What held its place in vain last time may hold it until its deadline
+again: of an owner's all that did so has one place, and of all owners' half of the places. Whoever waits gets a place in
+order of arrival, among those that may have one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Whose place it is, and whether the same held its place in vain last time."""
+
+    owner: str
+    fails: bool = False
+
+
+class Shares:
+    def __init__(self, places: int) -> None:
+        """`places`: how many may be taken at a time, one at least."""
+        self._places = places
+        self._taken: Counter[Claim] = Counter()
+        self._waiting: list[tuple[Claim, asyncio.Future[None]]] = []
+
+    @property
+    def free(self) -> int:
+        """Return how many places are not taken."""
+        return self._places - self._taken.total()
+
+    def take(self, claim: Claim) -> bool:
+        """Take a place; return False, and take none, where this claim may have none now."""
+        if not self._may(claim):
+            return False
+        self._taken[claim] += 1
+        return True
+
+    def give_back(self, claim: Claim) -> None:
+        """Let whoever waits have the place."""
+        self._taken[claim] -= 1
+        self._taken += Counter()
+        waiting, self._waiting = self._waiting, []
+        for other, turn in waiting:
+            if not turn.done() and self.take(other):
+                turn.set_result(None)
+            elif not turn.done():
+                self._waiting.append((other, turn))
+
+    @asynccontextmanager
+    async def place(self, claim: Claim) -> AsyncIterator[None]:
+        """Have a place for the length of a block; wait until this claim may have one."""
+        if not self.take(claim):
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append((claim, turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if not turn.cancelled():
+                    self.give_back(claim)  # its turn came as it was given up
+                raise
+        try:
+            yield
+        finally:
+            self.give_back(claim)
+
+    def _may(self, claim: Claim) -> bool:
+        if not self.free:
+            return False
+        half = max(1, self._places // 2)
+        failing = sum(number for other, number in self._taken.items() if other.fails)
+        if claim.fails and (self._taken[claim] or failing >= half):
+            return False
+        return self._taken[claim] + self._taken[replace(claim, fails=not claim.fails)] < half
