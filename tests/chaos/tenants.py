@@ -60,14 +60,17 @@ class Session:
     """A login that starts the witness, or finds it there, and stays as long as it lives.
 
     Behind it work a bank in SQLite, a tree of difficult files, and a bank in PostgreSQL where that is there and wanted.
+    Its ssh may wait until the rental runs at a later epoch, and on the same host: where an account was made since
+    `read_at` (Unix time, before its epoch was read), it starts nothing.
     """
 
-    def __init__(self, renter: Renter, rental: Rental, host: str, postgres: bool) -> None:
+    def __init__(self, renter: Renter, rental: Rental, host: str, postgres: bool, read_at: float) -> None:
         self.of = (rental.epoch, rental.worker_id)
         words = f"'{rental.id} {host} {rental.epoch}'"
         besides = [f"python3 {BANK} start bank {FOUND} {words}", f"flock -n tree.lock sh -c '{MAKE_TREE}'"]
         besides += [f"python3 {POSTGRES} start postgres {FOUND} {words}"] if postgres else []
         command = (
+            f'[ -z "$(find /etc/passwd -newermt @{read_at:.3f})" ] || exit 0; '
             f"( {'; '.join(besides)} ) >/dev/null 2>&1 </dev/null & "
             f"exec python3 {WITNESS} {rental.id} {rental.epoch} {host} {JOURNAL}"
         )
@@ -137,6 +140,7 @@ class Tenant(threading.Thread):
         return None
 
     def _look_after(self, orion: Orion, rental_id: str) -> None:
+        read_at = time.time()
         try:
             rental = orion.rental(rental_id)
             host = orion.worker(rental.worker_id).hostname if rental.worker_id else ""
@@ -147,16 +151,16 @@ class Tenant(threading.Thread):
             return
         self._book.note(rental)
         if rental.state is RentalState.ACTIVE:
-            self._keep_witness(rental, host)
+            self._keep_witness(rental, host, read_at)
 
-    def _keep_witness(self, rental: Rental, host: str) -> None:
+    def _keep_witness(self, rental: Rental, host: str, read_at: float) -> None:
         session, now = self._session, time.monotonic()
         if session and (session.of != (rental.epoch, rental.worker_id) or session.ended):
             session.close()
             self._session = None
             self._again_at = now + (BACK_AFTER_S if session.of == (rental.epoch, rental.worker_id) else 0.0)
         if self._session is None and now >= self._again_at:
-            self._session = Session(self._renter, rental, host, self._postgres)
+            self._session = Session(self._renter, rental, host, self._postgres, read_at)
 
 
 class Guest(Tenant):
