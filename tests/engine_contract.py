@@ -16,7 +16,7 @@ from support.builders import AUTHORITIES
 
 from orion.manager.engine.authority import Authority
 from orion.manager.engine.fake import Account
-from orion.manager.engine.port import Action, Engine, Host, Job, Outcome, Reach, Reached
+from orion.manager.engine.port import OF_ONE_BOOT, OTHER_BOOT, Action, Engine, Host, Job, Outcome, Reach, Reached
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA1u4uxDZrVBrtPLCdoyRvjgTAcxyaAZ7bVpKZbyTsA5"
 OTHER_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBW2lM+KrHdlPjrhU9YMGgNPrJmG2vFXJ6y5ZSZdJ8bD"
@@ -129,6 +129,23 @@ class EngineContract:
         assert not outcome.ok
         assert "epoch 2" in outcome.message
         assert (await bench.accounts())[job.rental_id] == account(job)
+
+    @pytest.mark.parametrize("action", sorted(OF_ONE_BOOT))
+    async def test_an_order_for_another_life_of_the_container_is_refused_and_changes_nothing(
+        self, bench: Bench, action: Action
+    ) -> None:
+        job = new_job(bench.host)
+        assert_done(await bench.engine.run(job))
+        late = replace(job, action=action, host=replace(bench.host, boot_id="another-life"), public_keys=(OTHER_KEY,))
+        outcome = await bench.engine.run(late)
+        assert (outcome.ok, outcome.report["code"]) == (False, OTHER_BOOT)
+        assert (await bench.accounts())[job.rental_id] == account(job)
+
+    async def test_a_rental_is_purged_in_whatever_life_of_the_container(self, bench: Bench) -> None:
+        job = new_job(bench.host)
+        assert_done(await bench.engine.run(job))
+        assert_done(await bench.engine.run(replace(deletion(job), host=replace(bench.host, boot_id="another-life"))))
+        assert job.rental_id not in await bench.accounts()
 
     async def test_a_certificate_is_for_the_very_epoch_that_is_there(self, bench: Bench) -> None:
         job = new_job(bench.host, epoch=2)

@@ -238,6 +238,7 @@ class VaultContract:
         assert (salvaged.copy.generation, salvaged.copy.salvage) == (Generation(1, 2), True)
         assert [copy.salvage for copy in salvaged.kept] == [False, True]
         assert (await bench.vault.salvage(home, LIMITS)).copy.generation == Generation(1, 2), "once is enough"
+        assert (await refusal(bench.vault.copy(home, LIMITS))).code == "laid_down"
         target = bench.moved(home)
         await bench.create(target, let_in=False)
         assert await bench.vault.restore(target) == copied.copy

@@ -10,7 +10,8 @@ passes, for who came in meanwhile, and again every AGAIN_EVERY_S as long as a ma
 
 A rental that nobody was let into yet is not frozen: no reply would ever thaw it. What runs under its uid is a transfer
 of its files, which would hold the rental's lock for as long as it stands; so that is ended, and begun again by the
-manager. (Or it is left of an earlier epoch, and must not run any more at all.)
+manager. (Or it is left of an earlier epoch, and must not run any more at all.) Nor is one that is laid down to be
+salvaged: what runs of it is ended, as by the salvage itself.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Fence:
     def _mark(self) -> int:
         marked = 0
         for record in self._shut():
-            if record.let_in:
+            if record.let_in and not record.laid_down:
                 marked += self._freezer.mark(record, (self._stay or {}).get(record.uid, frozenset()))
             else:  # whoever lets it in after this look finds that there is no lease
                 processes.strike(record.uid, signal.SIGKILL)
@@ -121,8 +122,8 @@ class Fence:
         held: dict[tuple[str, int], Vigil] = {}
         for rental_id in frozen:
             record = living.get(rental_id)
-            if record is None:
-                self._freezer.forget(rental_id)  # it was purged meanwhile
+            if record is None or record.laid_down:
+                self._freezer.forget(rental_id)  # it was purged or laid down meanwhile
                 continue
             key = (rental_id, record.uid)
             held[key] = self._vigils.get(key) or Vigil(record.uid, record.username)

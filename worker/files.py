@@ -38,7 +38,7 @@ from typing import IO, Any, Protocol
 
 import traces
 from freezing import Freezer
-from ledger import Ledger, Record, Refused, check_receive, check_unlock
+from ledger import Ledger, Record, Refused, check_not_laid_down, check_receive, check_unlock
 from locks import got_lock, open_lock
 from processes import FIRST_SENDER, ticks
 from snapshot import (
@@ -500,6 +500,8 @@ def allowed(direction: str, ledger: Ledger, wish: Wish) -> Record:
     check = check_receive if direction == "receive" else check_unlock
     check(record, ledger.purged_epoch(wish.rental_id), wish.epoch)
     assert record is not None  # noqa: S101 - the check has refused it
+    if direction == "send":
+        check_not_laid_down(record)  # it would hold up the salvage, and be a copy of nothing that goes on
     if direction == "salvage" and not record.let_in:
         raise Refused("nothing_to_salvage", "its renter was never let in here at this epoch")
     if direction == "receive":

@@ -53,6 +53,11 @@ class Launcher:
         self._boot.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._boot.write_text(boot_id)
 
+    @property
+    def boot_id(self) -> str:
+        """This life of the container, as the agent has told the manager; empty where no agent runs, as in a test."""
+        return _text(self._boot)
+
     def launch(self, record: Record, command: str, mark: str) -> dict[str, object]:
         """Run it, unless this run was had; what a report says of it. Call it with the rental's lock."""
         file = self._marks / record.rental_id
@@ -108,7 +113,7 @@ class Launcher:
                 os.close(descriptor)
 
     def _is_of_another_boot(self, mark: str) -> bool:
-        boot_id = _text(self._boot)
+        boot_id = self.boot_id
         return bool(boot_id) and mark.partition("@")[2] != boot_id
 
     def _run(self, record: Record, which: str, command: str) -> str:

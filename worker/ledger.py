@@ -41,6 +41,8 @@ class Record:
     """The copy with which its home was filled at this epoch, or was begun to be."""
     rental_name: str = ""
     """The name that its owner knows it by; empty where the order that made it had none."""
+    laid_down: bool = False
+    """Whether its files wait for a salvage, or have had one: nothing of it goes on at this epoch any more."""
 
 
 def check_create(record: Record | None, purged_epoch: int, epoch: int) -> None:
@@ -75,6 +77,18 @@ def check_not_newer(record: Record | None, epoch: int) -> None:
     """Raise Refused if what is here is newer than the order to lock or purge it."""
     if record and epoch < record.epoch:
         raise Refused("stale_epoch", f"epoch {epoch} is older than epoch {record.epoch}, which was seen here")
+
+
+def check_not_laid_down(record: Record | None) -> None:
+    """Raise Refused if the files of the rental wait to be salvaged: only a salvage and a purge come to these."""
+    if record and record.laid_down:
+        raise Refused("laid_down", "it is laid down to be salvaged: nobody freezes it, copies it or lets anybody in")
+
+
+def check_boot(boot_id: str, here: str) -> None:
+    """Raise Refused if the order is for another life of this container. Either is empty where nobody has said it."""
+    if boot_id and here and boot_id != here:
+        raise Refused("other_boot", "it is for another life of this worker's container")
 
 
 class Ledger:

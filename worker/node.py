@@ -21,7 +21,9 @@ from freezing import OVER_LIMIT
 from ledger import Refused, write_whole
 from rental import Places, Rentals, Request
 
-AGENT_VERSION = "0.1.0"
+AGENT_VERSION = "0.1.0+boot"
+"""Behind the plus sign what a manager may do with this worker, and with one of a former version not, by words with dots
+between them. `boot`: its orders may name the boot id of this worker."""
 ENOUGH_FILES = 200_000
 """More than that need the longest grace in any case."""
 MAX_SLOTS = 256

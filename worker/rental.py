@@ -34,7 +34,17 @@ from freezing import Freezer
 from handing import PLACE
 from host_certificate import HostCertificate, read_certificate
 from launching import MARK, Launcher, is_command, told_of_itself
-from ledger import Ledger, Record, Refused, check_create, check_not_newer, check_unlock, write_whole
+from ledger import (
+    Ledger,
+    Record,
+    Refused,
+    check_boot,
+    check_create,
+    check_not_laid_down,
+    check_not_newer,
+    check_unlock,
+    write_whole,
+)
 from snapshot import Manifests, remove_tree
 
 FIRST_UID = 100_000
@@ -70,6 +80,8 @@ class Request:
     """Unix time after which the order is void: who gave it has given up."""
     move: int = 0
     """For freeze and thaw: the planned move that it is for, by a number that only rises for a rental."""
+    boot_id: str = ""
+    """The life of this container that the order is for; empty: any."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +148,9 @@ class Rentals:
                 who = request.rental_id, request.username, request.uid, request.epoch
                 self.ledger.keep(Record(*who, rental_name=name))
                 changed = True
-            elif record.rental_name != name:
-                self.ledger.keep(replace(record, rental_name=name))
+            elif record.rental_name != name or record.laid_down:
+                # A manager that went back to a backup has it run on here: it is not lost any more.
+                self.ledger.keep(replace(record, rental_name=name, laid_down=False))
                 changed = True
             changed |= accounts.add(self._places.etc, request.username, request.uid)
             changed |= self._make_home(request)
@@ -158,9 +171,7 @@ class Rentals:
     def unlock(self, request: Request) -> Report:
         """Its keys are where sshd looks."""
         with self.ledger.locked(request.rental_id, self._lock_wait_s):
-            record = self.ledger.living(request.rental_id)
-            check_unlock(record, self.ledger.purged_epoch(request.rental_id), request.epoch)
-            assert record is not None  # noqa: S101 - check_unlock has refused it
+            record = self._going_on(request)
             if self.freezer.is_frozen(record.rental_id):
                 raise Refused("frozen", "it is frozen: thaw it")
             return {"changed": self._let_in(record), "epoch": record.epoch, "state": "running"}
@@ -170,6 +181,7 @@ class Rentals:
         with self.ledger.locked(request.rental_id, self._lock_wait_s):
             record = self.ledger.living(request.rental_id)
             check_not_newer(record, request.epoch)
+            check_not_laid_down(record)
             if record is None:
                 return {"changed": False, "state": "absent", "killed": 0}
             self.shut(record)
@@ -179,9 +191,7 @@ class Rentals:
     def thaw(self, request: Request, asked_at: float | None = None) -> Report:
         """It goes on, and its renter is let in. `asked_at`: when the call was sent whose reply says so."""
         with self.ledger.locked(request.rental_id, self._lock_wait_s):
-            record = self.ledger.living(request.rental_id)
-            check_unlock(record, self.ledger.purged_epoch(request.rental_id), request.epoch)
-            assert record is not None  # noqa: S101 - check_unlock has refused it
+            record = self._going_on(request)
             changed = self.freezer.thaw(record, asked_at, request.move)
             return {"changed": self._let_in(record) or changed, "epoch": record.epoch, "state": "running"}
 
@@ -270,11 +280,23 @@ class Rentals:
             return True
 
     def lay_down(self, record: Record) -> None:
-        """Nothing of it runs, nobody is let in, and nothing that reads its files is stopped. With the rental's lock."""
+        """Nothing of it runs, nobody is let in, and nothing that reads its files is stopped. With the rental's lock.
+
+        It is written down first, so that neither an order nor the fence freezes it again, nor lets it go on.
+        """
+        self.ledger.keep(replace(record, laid_down=True))
         self.shut(record)
         processes.end({record.uid: record.username})
         with self.freezer.locked(FREEZING_WAIT_S):
             self.freezer.forget(record.rental_id)
+
+    def _going_on(self, request: Request) -> Record:
+        """Return the record of a rental that may go on here at exactly this epoch. With the rental's lock."""
+        record = self.ledger.living(request.rental_id)
+        check_unlock(record, self.ledger.purged_epoch(request.rental_id), request.epoch)
+        check_not_laid_down(record)
+        assert record is not None  # noqa: S101 - check_unlock has refused it
+        return record
 
     def _check_names(self, request: Request, record: Record | None) -> None:
         """A rental keeps its name and number for ever; nothing is done to another's by a mistaken order."""
@@ -348,9 +370,7 @@ class Rentals:
     def _start(self, request: Request) -> Report:
         """Under a lease, as whoever is let in: what starts as that ends is stopped by the fence's next look."""
         with self.ledger.locked(request.rental_id, self._lock_wait_s):
-            record = self.ledger.living(request.rental_id)
-            check_unlock(record, self.ledger.purged_epoch(request.rental_id), request.epoch)
-            assert record is not None  # noqa: S101 - check_unlock has refused it
+            record = self._going_on(request)
             self._check_lease()
             if self.freezer.is_frozen(record.rental_id):
                 raise Refused("no_lease", "it was frozen meanwhile: nothing of it may run")
@@ -474,7 +494,7 @@ def _answer_all(command: str, several: list[object], rentals: Rentals, now: floa
     names = [one.get("rental_id") if isinstance(one, dict) else None for one in several]
     if command != "purge" or len(set(map(str, names))) < len(names):
         return [_answer_one(command, one, rentals, now) for one in several]
-    answers = [_request(command, one, now) for one in several]
+    answers = [_request(command, one, rentals, now) for one in several]
     reports = iter(rentals.purge([each for each in answers if isinstance(each, Request)]))
     return [_purged(next(reports)) if isinstance(each, Request) else each for each in answers]
 
@@ -489,7 +509,7 @@ def _answer_one(command: str, asked: object, rentals: Rentals, now: float) -> tu
         "freeze": rentals.freeze,
         "thaw": rentals.thaw,
     }
-    request = _request(command, asked, now)
+    request = _request(command, asked, rentals, now)
     if not isinstance(request, Request):
         return request
     if command == "purge":
@@ -500,7 +520,7 @@ def _answer_one(command: str, asked: object, rentals: Rentals, now: float) -> tu
         return _refused(refusal)
 
 
-def _request(command: str, asked: object, now: float) -> Request | tuple[int, Report]:
+def _request(command: str, asked: object, rentals: Rentals, now: float) -> Request | tuple[int, Report]:
     """What was asked for, or what there is to answer at once."""
     try:
         request = _understood(command, asked)
@@ -509,6 +529,10 @@ def _request(command: str, asked: object, now: float) -> Request | tuple[int, Re
     if request.deadline is not None and now > request.deadline:
         late = Refused("deadline_passed", "its deadline has passed: who ordered it no longer waits for it")
         return _refused(late)
+    try:
+        check_boot(request.boot_id, rentals.launcher.boot_id)
+    except Refused as refusal:
+        return _refused(refusal)
     return request
 
 
@@ -539,6 +563,7 @@ def _understood(command: str, data: object) -> Request:
     _check(re.fullmatch(r"[a-z0-9-]{1,64}", request.rental_id), "rental_id is not an id")
     _check(type(request.epoch) is int and request.epoch >= 1, "epoch must be a whole number from 1")
     _check(type(request.move) is int and request.move >= 0, "move must be a whole number from 0")
+    _check(isinstance(request.boot_id, str), "boot_id must be a text")
     if command in ("run", "create", "purge"):
         _check(re.fullmatch(r"r-[a-z0-9]{1,30}", request.username), "username must be r- and an id")
         _check(type(request.uid) is int and FIRST_UID <= request.uid < 2**31, f"uid must be from {FIRST_UID}")

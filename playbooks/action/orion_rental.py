@@ -44,6 +44,7 @@ RENTAL = {
     "start": {"type": "str"},
     "start_mark": {"type": "str"},
     "move": {"type": "int"},
+    "boot_id": {"type": "str"},
     "deadline": {"type": "float"},
 }
 ARGUMENTS = {

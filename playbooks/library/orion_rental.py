@@ -62,6 +62,9 @@ options:
       move:
         description: For freeze and thaw, the planned move that it is for. No order of an earlier one thaws it.
         type: int
+      boot_id:
+        description: The life of the worker's container that it is for; another refuses. Without it, any life does it.
+        type: str
       deadline:
         description: Unix time in seconds after which the worker refuses.
         type: float

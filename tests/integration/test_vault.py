@@ -383,6 +383,9 @@ async def test_a_home_that_is_frozen_is_salvaged_and_what_ran_in_it_is_ended(
     assert salvaged.copy.salvage
     assert (real.copy_of(home_of(rental), str(salvaged.copy.generation)) / "file").read_text() == "precious\n"
     assert rental.on.run("ps", "-o", "pid=", "-u", str(rental.uid), check=False).strip() == ""
+    for late in ("freeze", "thaw", "unlock"):
+        status, report = rental.on.rental(late, rental_id=rental.rental_id, epoch=1)
+        assert (status, report["code"]) == (3, "laid_down")
     assert not rental.lets_in()
     assert (await asyncio.to_thread(rental.delete)).ok
 

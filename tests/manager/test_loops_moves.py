@@ -12,7 +12,7 @@ from orion import wire
 from orion.manager.domain import moves
 from orion.manager.domain.model import move_worker
 from orion.manager.domain.states import Health
-from orion.manager.engine.port import Action, Job, Outcome
+from orion.manager.engine.port import OTHER_BOOT, Action, Job, Outcome
 from orion.manager.engine.vault.port import OVER_LIMIT, Copied, VaultError
 from orion.manager.loops.reconciler import MOVES
 
@@ -62,6 +62,46 @@ class Interference:
                 if asyncio.iscoroutine(found):
                     await found
         return outcome
+
+
+class Restart:
+    """Restarts the container of a worker while its first order to freeze is on its way; keeps what became of that."""
+
+    def __init__(self, house: House, agent: Agent) -> None:
+        self._run = house.manager.reconciler._mover._engine.run
+        self._agent = agent
+        self.outcomes: list[Outcome] = []
+        house.manager.reconciler._mover._engine = self  # type: ignore[assignment]
+
+    async def run(self, job: Job) -> Outcome:
+        if job.action is not Action.FREEZE or self.outcomes:
+            return await self._run(job)
+        self._agent.node.come_back()
+        self._agent.node.boot_id = "boot-0002"
+        self.outcomes.append(await self._run(job))
+        assert self._agent.node.frozen.keys() == ({job.rental_id} if self.outcomes[0].ok else set())
+        return self.outcomes[0]
+
+
+@pytest.mark.parametrize(("version", "refused"), [("0.1.0+boot", True), ("0.2.0+more.boot", True), ("0.1.0", False)])
+async def test_a_late_freeze_does_not_reach_the_next_life_of_a_container_that_takes_such_orders(
+    house: House, version: str, refused: bool
+) -> None:
+    """One of a former version is ordered as it was then: it would refuse an order that names a boot id."""
+    pool = [house.new_agent(slots=2) for _ in range(2)]
+    for agent in pool:
+        agent.agent_version = version
+        await agent.register()
+    await house.settle()
+    rental = await house.rent()
+    source = holder(house, rental)
+    restart = Restart(house, source)
+    await migrate(house, rental)
+    assert [outcome.report.get("code") == OTHER_BOOT for outcome in restart.outcomes] == [refused]
+    await source.come_back()
+    await house.pass_time(60)
+    back = await house.rental(rental["id"])
+    assert (back["state"], len(house.live_copies(rental["id"]))) == ("active", 1)
 
 
 async def test_a_rental_is_told_its_name_wherever_it_is_made(house: House, pool: list[Agent]) -> None:

@@ -46,6 +46,30 @@ async def test_a_released_rental_leaves_nothing_and_the_event_says_that_somebody
     assert purged["details"]["report"]["left"] == []
 
 
+async def test_an_order_that_a_restarted_container_refuses_is_no_failure_and_is_given_anew_when_it_has_registered(
+    house: House, agent: Agent
+) -> None:
+    agent.node.boot_id = "boot-0002"
+    rental = await house.rent()
+    await house.pass_time(20, step_s=0.5)
+    waiting = await house.rental(rental["id"])
+    assert (waiting["state"], waiting["epoch"]) == ("provisioning", 1), "more than MAX_ATTEMPTS were refused"
+    assert waiting["explanation"] == "trying again: it is for another life of this worker's container"
+    await agent.register()
+    await house.pass_time(16)
+    assert (await house.rental(rental["id"]))["state"] == "active"
+
+
+async def test_a_container_that_restarts_and_never_registers_is_not_ordered_without_end(
+    house: House, agent: Agent
+) -> None:
+    agent.node.boot_id = "boot-0002"
+    rental = await house.rent()
+    await house.pass_time(CREATE_DEADLINE_S + 4)
+    assert [event["reason"] for event in await house.events("placement.failed")] == ["it was not made within 60 s"]
+    assert agent.node.tombstones == {rental["id"]: 1}, "it is cleaned up in whatever life"
+
+
 async def test_a_task_that_fails_is_tried_again_after_a_pause_that_grows(house: House, agent: Agent) -> None:
     agent.node.failure = "no space left"
     rental = await house.rent()

@@ -40,7 +40,7 @@ def runs(house: House, rental: dict[str, Any]) -> list[str]:
 
 async def restart(agent: Agent, number: int) -> None:
     """Its container: with another boot id, and nothing that ran in it."""
-    agent.boot_id = f"boot-{number:04d}"
+    agent.node.boot_id = f"boot-{number:04d}"
     agent.node.started.clear()
     await agent.come_back()
 

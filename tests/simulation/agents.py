@@ -16,10 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from call_home import Call, CallHome, Talk
 from decisions import Answer, Order, Session, may_run
-from ledger import Record, Refused, check_create, check_not_newer, check_receive, check_unlock
+from ledger import (
+    Record,
+    Refused,
+    check_boot,
+    check_create,
+    check_not_laid_down,
+    check_not_newer,
+    check_receive,
+    check_unlock,
+)
+from node import AGENT_VERSION
 
 from orion.manager.domain.clocks import DRIFT, Clocks
-from orion.manager.engine.port import Job
+from orion.manager.engine.port import OF_ONE_BOOT, Job
 
 if TYPE_CHECKING:
     from simulation.world import Simulation
@@ -29,6 +39,8 @@ FREEZE_BUDGET_LEASES = Clocks().freeze_budget_s / Clocks().freeze_after_s
 """How long freezing may take when a lease has ended, in leases: the same at every scale of the clocks."""
 SERVES, CRASHES = "serve", "crash"
 """Start commands: one that goes on, and one that kills its worker."""
+FORMER_VERSION = "0.1.0"
+"""Of an agent that refuses an order which names a boot id."""
 CRASHES_AFTER_S, IS_BACK_AFTER_S = 3.0, 20.0
 STOP_GRACE_S = 55.0
 LOOK_OFTEN_S = 0.5
@@ -48,6 +60,7 @@ class Container:
         self.random = Random(f"container {number} {sim.schedule.seed}")
         self.clock_rate = 1.0 + DRIFT * self.random.uniform(-1.0, 1.0)
         self.host_key = f"ssh-ed25519 key-of-{self.name}"
+        self.agent_version = FORMER_VERSION if number % 4 == 0 else AGENT_VERSION
         self.token: str | None = None
         self.records: dict[str, Record] = {}
         self.homes: dict[str, float] = {}
@@ -241,6 +254,7 @@ class Container:
             "host_key": self.host_key,
             "slots": self.slots,
             "boot_id": self.boot_id,
+            "agent_version": self.agent_version,
             "inventory": self.inventory(),
         }
 
@@ -295,9 +309,18 @@ class Container:
 
         self.sim.loop.call_later(IS_BACK_AFTER_S, start_again)
 
+    def take(self, job: Job) -> None:
+        """As rental.answer, before anything is done."""
+        named = job.host.boot_id if job.action in OF_ONE_BOOT else ""
+        if named and self.agent_version == FORMER_VERSION:
+            self.sim.fail("old and new understand each other", f"{self.name} is sent an order with a boot id")
+        check_boot(named, self.boot_id)
+
     def create(self, job: Job) -> None:
         record = self.records.get(job.rental_id)
         check_create(record, self.tombstones.get(job.rental_id, 0), job.epoch)
+        if record is not None:
+            self.records[job.rental_id] = replace(record, laid_down=False)
         if record is None or record.epoch < job.epoch:
             self.unlocked.discard(job.rental_id)
             self.records[job.rental_id] = Record(job.rental_id, job.username, job.uid, job.epoch)
@@ -306,6 +329,7 @@ class Container:
     def unlock(self, rental_id: str, epoch: int) -> None:
         record = self.records.get(rental_id)
         check_unlock(record, self.tombstones.get(rental_id, 0), epoch)
+        check_not_laid_down(record)
         if not self._may_run():
             raise Refused("no_lease", "this worker has no lease: nobody is let in")
         if rental_id in self.held:
@@ -320,6 +344,7 @@ class Container:
     def freeze(self, job: Job) -> None:
         record = self.records.get(job.rental_id)
         check_unlock(record, self.tombstones.get(job.rental_id, 0), job.epoch)
+        check_not_laid_down(record)
         before, _ = self.held.get(job.rental_id, (0, 0.0))
         if (job.rental_id, job.epoch) in self.running():
             self.homes[job.rental_id] = self.sim.loop.now
@@ -329,6 +354,7 @@ class Container:
     def thaw(self, rental_id: str, epoch: int, asked_at: float | None, move: int = 0) -> None:
         """As freezing.Freezer.thaw: not by an older reply, nor by an order of an earlier move."""
         check_unlock(self.records.get(rental_id), self.tombstones.get(rental_id, 0), epoch)
+        check_not_laid_down(self.records.get(rental_id))
         held, ordered_at = self.held.get(rental_id, (0, 0.0))
         if not self._may_run():
             raise Refused("no_lease", "this worker has no lease: nothing may run here")
@@ -362,6 +388,7 @@ class Container:
     def read_home(self, rental_id: str, epoch: int) -> float:
         """As `orion-rental send`."""
         check_unlock(self.records.get(rental_id), self.tombstones.get(rental_id, 0), epoch)
+        check_not_laid_down(self.records.get(rental_id))
         if (rental_id, epoch) in self.running():
             self.homes[rental_id] = self.sim.loop.now
         return self.homes[rental_id]
@@ -372,8 +399,10 @@ class Container:
         check_unlock(record, self.tombstones.get(rental_id, 0), epoch)
         if record is None or not record.let_in:
             raise Refused("nothing_to_salvage", "its renter was never let in here at this epoch")
+        self.records[rental_id] = replace(record, laid_down=True)
         self.unlocked.discard(rental_id)
         self.frozen.discard(rental_id)
+        self.held.pop(rental_id, None)
         return self.homes[rental_id]
 
     def fill_home(self, rental_id: str, epoch: int, content: float, generation: str) -> None:

@@ -7,7 +7,7 @@ get through; then the real rule of silence decides what is made of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from ledger import Refused
 
 from orion.manager.engine.port import Action, End, Host, Job, Outcome, Reached, Sign
 from orion.manager.engine.watch import ATTEMPT_EVERY_S, CONNECT_TIMEOUT_S, PROBE_AT_MOST_S, SILENCE_S, Silence, Told
+from simulation.agents import FORMER_VERSION
 
 if TYPE_CHECKING:
     from simulation.agents import Container
@@ -72,18 +73,25 @@ class Workshop:
     async def _do(
         self, job: Job, delay_s: float, void_at: float, outcome: asyncio.Future[Outcome], answered: bool
     ) -> None:
+        lives = {container.name: container.boots for container in self._sim.containers}
         await asyncio.sleep(delay_s)
-        found = await self._play(job, void_at)
+        found = await self._play(job, void_at, lives)
         self._sim.say(
             "engine",
             f"{job.action} {job.rental_id} epoch {job.epoch} on {job.host.worker_id}: {found.message or 'done'}",
         )
         _settle(outcome, found if answered else BROKEN)
 
-    async def _play(self, job: Job, void_at: float) -> Outcome:
-        """The two modules of a playbook, one after the other; each looks for itself whether it is still wanted."""
+    async def _play(self, job: Job, void_at: float, lives: Mapping[str, int]) -> Outcome:
+        """The two modules of a playbook, one after the other; each looks for itself whether it is still wanted.
+
+        `lives`: how often each container had been started when the order was given. A worker of a former version, which
+        cannot refuse an order for another life, is spared such orders: until it is replaced, nothing is promised there.
+        """
         container = self._sim.reachable(job.host)
         if container is None:
+            return BROKEN
+        if container.agent_version == FORMER_VERSION and container.boots != lives.get(container.name):
             return BROKEN
         await container.going()
         steps: dict[Action, tuple[Callable[[Job], None], ...]] = {
@@ -97,6 +105,10 @@ class Workshop:
             Action.THAW: (lambda j: container.thaw(j.rental_id, j.epoch, None, j.move),),
             Action.DELETE: (container.begin_purge, container.end_purge),
         }
+        try:
+            container.take(job)
+        except Refused as refusal:
+            return Outcome(False, str(refusal), {"code": refusal.code})
         boots = container.boots
         for step in steps[job.action]:
             if container.boots != boots or self._sim.reachable(job.host) is not container:

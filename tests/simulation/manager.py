@@ -146,7 +146,8 @@ class SimulatedManager:
             return Answer(409, {"code": refusal.code})
 
     async def _register(self, own_id: str | None, token: str, address: str, body: Mapping[str, Any]) -> Answer:
-        claim = Registration(address, body["hostname"], (body["host_key"],), body["slots"], {}, body["boot_id"], "1")
+        agent = body["boot_id"], body["agent_version"]
+        claim = Registration(address, body["hostname"], (body["host_key"],), body["slots"], {}, *agent)
         welcome = await self.call_home.register(own_id, claim, _items(body))
         self.health.loop.hint()
         self.reconciler.loop.hint()

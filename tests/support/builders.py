@@ -37,6 +37,7 @@ def new_worker(number: int = 1, **change: Any) -> Worker:
         "intent": Intent.ACTIVE,
         "session_id": SESSION,
         "boot_id": "boot-0001",
+        "agent_version": "0.1.0+boot",
         "verified_session": SESSION,
     }
     return Worker(**fields | change)

@@ -87,15 +87,15 @@ class Agent:
     last_reply: dict[str, Any] = field(default_factory=dict)
     start_ends: list[dict[str, Any]] = field(default_factory=list)
     """The ends of start commands that its heartbeats tell, as wire.StartEnd."""
-    boot_id: str = "boot-0001"
+    agent_version: str = "0.1.0+boot"
 
     async def register(self) -> httpx.Response:
         body = {
             "hostname": self.hostname,
             "ssh_host_keys": list(self.node.host.host_keys),
             "slots": self.slots,
-            "boot_id": self.boot_id,
-            "agent_version": "0.1",
+            "boot_id": self.node.boot_id,
+            "agent_version": self.agent_version,
             "inventory": self.inventory(),
         }
         reply = await self._post("/api/register", body, self.token or self.house.secrets.join_token)

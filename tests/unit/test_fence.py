@@ -12,6 +12,7 @@ import pytest
 import rental
 import stillness
 from fence import Fence
+from files import Wish, allowed
 from ledger import Record, Refused
 from rental import Places, Rentals, Request
 
@@ -349,3 +350,69 @@ def test_whoever_is_thawed_while_the_fence_looks_stays_let_in(house: House, monk
     house.fence.look()
     assert house.shown == "running"
     assert house.kernel.running == {UID}
+
+
+# What is laid down to be salvaged
+
+
+@pytest.fixture
+def laid_down(house: House, monkeypatch: pytest.MonkeyPatch) -> House:
+    """A house whose one rental has run, and is laid down to be salvaged."""
+
+    def end(renters: dict[int, str], within_s: float = 0.0) -> int:
+        return sum(house.kernel.strike(uid, Signals.SIGKILL) for uid in renters)
+
+    monkeypatch.setattr("processes.end", end)
+    house.let_in()
+    (record,) = house.rentals.ledger.all_living()
+    house.rentals.lay_down(record)
+    return house
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_what_is_laid_down_is_nobody_s_to_freeze_or_to_let_in(laid_down: House, epoch: int) -> None:
+    rentals = laid_down.rentals
+    for order in (rentals.freeze, rentals.thaw, rentals.unlock):
+        with pytest.raises(Refused) as refused:
+            order(Request("one", epoch, move=7))
+        if epoch == 1 or order == rentals.freeze:
+            assert refused.value.code == "laid_down"
+    assert (rentals.freezer.frozen(), laid_down.shown) == ([], "locked")
+    assert laid_down.kernel.running == set()
+
+
+def test_the_fence_freezes_nothing_that_is_laid_down_and_ends_what_would_run_of_it(laid_down: House) -> None:
+    laid_down.kernel.running.add(UID)
+    laid_down.may_run(False)
+    assert (laid_down.rentals.freezer.frozen(), laid_down.shown) == ([], "locked")
+    assert (laid_down.kernel.running, laid_down.kernel.stopped) == (set(), set())
+
+
+def test_a_mark_that_was_made_as_it_was_laid_down_goes(laid_down: House) -> None:
+    (record,) = laid_down.rentals.ledger.all_living()
+    laid_down.rentals.freezer.mark(record, frozenset())
+    laid_down.fence._again_at = 0.0
+    laid_down.fence.look()
+    assert laid_down.rentals.freezer.frozen() == []
+
+
+def test_what_is_laid_down_stays_so_when_its_container_restarts_and_can_be_salvaged_again(laid_down: House) -> None:
+    again = Rentals(Places(laid_down.root), lock_wait_s=0.0)
+    with pytest.raises(Refused, match="laid down"):
+        again.freeze(Request("one", 1))
+    wish = Wish("one", 1, deadline=time.time() + 60)
+    assert allowed("salvage", again.ledger, wish).laid_down
+    with pytest.raises(Refused, match="laid down"):
+        allowed("send", again.ledger, wish)
+
+
+def test_what_is_made_again_after_going_back_to_a_backup_is_laid_down_no_more(
+    laid_down: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rentals = laid_down.rentals
+    monkeypatch.setattr(rentals, "_make_home", lambda request: False)
+    monkeypatch.setattr(rentals, "_write_keys", lambda request, name: False)
+    monkeypatch.setattr("accounts.add", lambda etc, username, uid: False)
+    monkeypatch.setattr("accounts.taken_by_another", lambda etc, username, uid: False)
+    assert rentals.run(Request("one", 1, "r-one", UID))["state"] == "running"
+    assert rentals.freeze(Request("one", 1))["state"] == "frozen"

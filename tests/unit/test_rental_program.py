@@ -161,6 +161,34 @@ def test_a_passed_deadline_is_refused_by_every_command(tmp_path: Path) -> None:
         assert (status, report["code"]) == (3, "deadline_passed")
 
 
+# The boot id that an order names
+
+
+@pytest.mark.parametrize("command", ["run", "create", "lock", "unlock", "freeze", "thaw", "purge"])
+def test_an_order_for_another_life_of_the_container_is_refused(command: str, tmp_path: Path) -> None:
+    rentals = Rentals(Places(tmp_path))
+    rentals.ledger.keep(RECORD)
+    rentals.launcher.begin("boot-0002")
+    asked = CREATE | {"epoch": 3, "boot_id": "boot-0001"}
+    for order in (asked, {"rentals": [asked]}):
+        status, report = answer(command, json.dumps(order), rentals, now=0)
+        assert (status, report["code"], report["changed"]) == (3, "other_boot", False)
+    assert rentals.ledger.all_living() == [RECORD]
+
+
+@pytest.mark.parametrize("named", [{"boot_id": "boot-0002"}, {"boot_id": None}, {}])
+def test_an_order_for_this_life_or_from_before_orders_named_one_is_done(named: dict[str, Any], tmp_path: Path) -> None:
+    rentals = Rentals(Places(tmp_path))
+    rentals.ledger.keep(RECORD)
+    rentals.launcher.begin("boot-0002")
+    assert answer("lock", json.dumps({"rental_id": "one", "epoch": 3} | named), rentals, now=0)[0] == 0
+
+
+def test_a_boot_id_that_is_no_text_is_not_understood(tmp_path: Path) -> None:
+    asked = {"rental_id": "one", "epoch": 3, "boot_id": 5}
+    assert answer("lock", json.dumps(asked), Rentals(Places(tmp_path)), now=0)[0] == 2
+
+
 # Several rentals in one order
 
 

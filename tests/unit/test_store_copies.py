@@ -59,7 +59,7 @@ class Bench:
 
 
 def _put(connection: Any, world: World) -> None:
-    rest = {"labels": {}, "token_hash": "", "agent_version": "1", "load": {}, "registered_at": 1.0}
+    rest = {"labels": {}, "token_hash": "", "load": {}, "registered_at": 1.0}
     for worker in world.workers.values():
         connection.execute(insert(workers), vars(worker) | {"host_keys": list(worker.host_keys)} | rest)
     for rental in world.rentals.values():

@@ -32,7 +32,7 @@ from orion.manager.store.schema import placements, rentals, workers
 
 def put(connection: Connection, world: World) -> None:
     for worker in world.workers.values():
-        rest = {"labels": {}, "token_hash": "", "agent_version": "1", "load": {}, "registered_at": 1.0}
+        rest = {"labels": {}, "token_hash": "", "load": {}, "registered_at": 1.0}
         connection.execute(insert(workers), vars(worker) | {"host_keys": list(worker.host_keys)} | rest)
     for rental in world.rentals.values():
         connection.execute(insert(rentals), vars(rental) | {"labels": {}})

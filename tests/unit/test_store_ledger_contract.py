@@ -68,7 +68,7 @@ CLAIM = Registration("172.20.128.9", "node-9", (host_key(9),), 3, {}, "boot-0009
 
 
 def _put(connection: Any, world: World) -> None:
-    rest = {"labels": {}, "token_hash": "", "agent_version": "1", "load": {}, "registered_at": 1.0}
+    rest = {"labels": {}, "token_hash": "", "load": {}, "registered_at": 1.0}
     for worker in world.workers.values():
         connection.execute(insert(workers), vars(worker) | {"host_keys": list(worker.host_keys)} | rest)
     for rental in world.rentals.values():

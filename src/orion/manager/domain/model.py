@@ -21,6 +21,8 @@ from orion.manager.domain.states import (
 )
 
 Kind = Literal["worker", "rental", "placement"]
+BOOT = "boot"
+"""The word in an agent's version by which orders to it may name a boot id (worker/node.py)."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,13 @@ class Worker:
     fault: str = ""
     """What is wrong with it, until an operator resumes it: a clean-up that passed its deadline, flapping."""
     explanation: str = ""
+    agent_version: str = ""
+    """Behind its plus sign, words with dots between them say what more than a former version the worker takes."""
+
+    @property
+    def ordered_boot_id(self) -> str:
+        """The boot id that orders to it name; empty for a worker from before that, which would refuse these orders."""
+        return self.boot_id if BOOT in self.agent_version.partition("+")[2].split(".") else ""
 
 
 class Origin(NamedTuple):

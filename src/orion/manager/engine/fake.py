@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orion.manager.engine.port import Action, End, Host, Job, Outcome, Reached, Sign
+from orion.manager.engine.port import OF_ONE_BOOT, OTHER_BOOT, Action, End, Host, Job, Outcome, Reached, Sign
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class FakeWorker:
     """Those that were thawed to make room."""
     restored: dict[str, str] = field(default_factory=dict)
     """The copy that each home was filled with."""
+    laid_down: set[str] = field(default_factory=set)
+    """Rentals that were laid down to be salvaged."""
     names: dict[str, str] = field(default_factory=dict)
     """The name that each rental's sessions are told."""
     start_problem: str = ""
@@ -115,6 +117,7 @@ class FakeWorker:
         unlocked = job.action is Action.CREATE or bool(before and before.epoch == job.epoch and before.unlocked)
         account = Account(job.username, job.uid, job.epoch, job.public_keys, unlocked)
         self.accounts[job.rental_id] = account
+        self.laid_down.discard(job.rental_id)
         self.names[job.rental_id] = job.rental_name
         self._show(job.host_certificate)
         self.homes.setdefault(job.rental_id, {})
@@ -159,6 +162,8 @@ class FakeWorker:
         account = self.accounts.get(job.rental_id)
         if account is None or account.epoch != job.epoch:
             raise Refused(f"epoch {job.epoch} is not here")
+        if job.rental_id in self.laid_down:
+            raise Refused("it is laid down to be salvaged")
         return account
 
     def certify(self, job: Job) -> dict[str, Any]:
@@ -186,6 +191,7 @@ class FakeWorker:
         self.started.pop(job.rental_id, None)
         self.restored.pop(job.rental_id, None)
         self.frozen.pop(job.rental_id, None)
+        self.laid_down.discard(job.rental_id)
         self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
         return {"changed": before is not None, "left": [], "removed_files": 0, "killed": 0, "looked": ["/"]}
 
@@ -243,6 +249,9 @@ class FakeEngine:
             return _unreachable("it has another host key than the pinned one")
         if worker.failure:
             return Outcome(ok=False, message=worker.failure)
+        if job.action in OF_ONE_BOOT and job.host.boot_id not in {"", worker.boot_id}:
+            report = {"changed": False, "code": OTHER_BOOT}
+            return Outcome(ok=False, message="it is for another life of this worker's container", report=report)
         try:
             report = self._work(worker, job.action)(job)
         except Refused as refusal:

@@ -29,6 +29,17 @@ class Action(StrEnum):
     """Nothing of the rental is left; the report says so after looking. Idempotent."""
 
 
+OF_ONE_BOOT = frozenset({Action.CREATE, Action.PREPARE, Action.FREEZE, Action.THAW})
+"""The orders that name the boot id of their worker: they are decided from what runs there, and a restart of its
+container ends that. The next life of the container refuses them.
+
+A purge is for whatever life has something of its epoch: that is over, and a restart leaves files. A certificate is for
+the host key, which a restart leaves too.
+"""
+OTHER_BOOT = "other_boot"
+"""The code of that refusal (worker/ledger.py). Who gets it looks again: the worker is about to register, or has."""
+
+
 @dataclass(frozen=True)
 class Host:
     """Where a worker is and how it is recognised."""
@@ -37,6 +48,8 @@ class Host:
     address: str
     host_keys: tuple[str, ...]
     port: int = 22
+    boot_id: str = ""
+    """The boot id that the orders in OF_ONE_BOOT name; empty: they name none. See Worker.ordered_boot_id."""
 
 
 @dataclass(frozen=True)

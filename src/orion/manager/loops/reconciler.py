@@ -30,7 +30,7 @@ from orion.manager.domain.reconcile import decide
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health, PlacementState
 from orion.manager.domain.tasks import Task, TaskKind, thaw
-from orion.manager.engine.port import Action, Engine, Host, Job, Outcome, Reach, Reached
+from orion.manager.engine.port import OTHER_BOOT, Action, Engine, Host, Job, Outcome, Reach, Reached
 from orion.manager.loops.moving import Mover
 from orion.manager.loops.restoring import WAITS, Restorer
 from orion.manager.loops.salvaging import TRIES
@@ -326,7 +326,7 @@ class Reconciler:
         workers = await self._ledger.workers(ids)
         if len(workers) < len(ids):
             return Outcome(False, "its worker was removed")
-        hosts = {w.id: Host(w.id, w.address, w.host_keys) for w in workers.values()}
+        hosts = {w.id: Host(w.id, w.address, w.host_keys, boot_id=w.ordered_boot_id) for w in workers.values()}
         host = hosts[task.worker_id]
         if task.item is None:
             return _REACHED[await self._reach.reach(host, REACH_TIMEOUT_S)]
@@ -356,8 +356,9 @@ class Reconciler:
         if not outcome.ok:
             failure = self._fail(task)
             log.warning("task failed", **_story(task), attempts=failure.count, message=outcome.message)
-            # A worker without a lease lets nobody in until its next heartbeat: that is no failure to make anything.
-            waits = outcome.report.get(WAITS) or outcome.report.get("code") == NO_LEASE
+            # A worker without a lease lets nobody in until its next heartbeat, and one that has restarted takes no
+            # order before it has registered: that is no failure to make anything. The next try asks anew who is there.
+            waits = outcome.report.get(WAITS) or outcome.report.get("code") in {NO_LEASE, OTHER_BOOT}
             attempts = 0 if waits else failure.count * int(outcome.report.get(TRIES, 1))
             if task.source and task.item and task.kind is not TaskKind.THAW:
                 self._rest(task.item.rental_id)

@@ -24,7 +24,7 @@ class Thawer:
         if found is None:
             return "it does not run on a worker that is ready"
         rental, placement, worker = found
-        host = Host(worker.id, worker.address, worker.host_keys)
+        host = Host(worker.id, worker.address, worker.host_keys, boot_id=worker.ordered_boot_id)
         who = rental.id, rental.username, rental.uid, placement.epoch
         outcome = await self._engine.run(Job(Action.THAW, host, *who, deadline_s=DEADLINE_S))
         if not outcome.ok:

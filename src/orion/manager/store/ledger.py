@@ -278,6 +278,7 @@ def worker(row: RowMapping) -> Worker:
         verified_session=row["verified_session"],
         fault=row["fault"],
         explanation=row["explanation"],
+        agent_version=row["agent_version"],
     )
 
 

@@ -177,6 +177,7 @@ class MemoryLedger:
         session_id = f"session-{self._registrations:04d}"
         facts: dict[str, Any] = {"address": claim.address, "hostname": claim.hostname, "host_keys": claim.host_keys}
         facts |= {"slots": claim.slots, "boot_id": claim.boot_id, "session_id": session_id, "verified_session": None}
+        facts |= {"agent_version": claim.agent_version}
         known = self.world.workers.get(identity)
         if worker_id is None:
             self.world.workers[identity] = Worker(id=identity, health=Health.JOINING, intent=Intent.ACTIVE, **facts)

@@ -59,6 +59,8 @@ class FakeVault:
     ) -> Copied:
         began_at = self.wall()
         worker = await self._worker(home, deadline_s)
+        if home.rental_id in worker.laid_down:
+            raise VaultError("laid_down", "it is laid down to be salvaged")
         files, skipped = self._readable(worker.homes[home.rental_id])
         size = sum(len(content) for content in files.values())
         if len(files) + 1 > limits.max_files or size > limits.max_bytes:
@@ -81,6 +83,8 @@ class FakeVault:
         worker = await self._worker(home, deadline_s)
         if worker.let_in.get(home.rental_id) != home.epoch:
             raise VaultError(NOTHING_TO_SALVAGE, "its renter was never let in here")
+        worker.laid_down.add(home.rental_id)
+        worker.frozen.pop(home.rental_id, None)
         files, skipped = self._readable(worker.homes[home.rental_id])
         size = sum(len(content) for content in files.values())
         if len(files) + 1 > limits.max_files or size > limits.max_bytes:

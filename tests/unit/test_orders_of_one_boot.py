@@ -1,0 +1,66 @@
+"""Which orders name the life of the worker's container that they are for, and to whom."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_contract import KEY, deletion, new_job
+from node import AGENT_VERSION
+from rental import parse
+from support.builders import new_worker
+
+from orion.manager.engine.port import OF_ONE_BOOT, Action, Host, Job
+from orion.manager.engine.protocol import job_line
+
+PLAYBOOKS = Path(__file__).parents[2] / "playbooks"
+HOST = Host("w-abcdefgh", "192.0.2.7", (KEY,), boot_id="boot-0002")
+
+
+def ordered(job: Job) -> dict[str, Any]:
+    """Return what the worker is sent, as playbook.py and the task orion_rental make it of the engine's line."""
+    return {name: value for name, value in json.loads(job_line("1", job))["vars"].items() if value is not None}
+
+
+@pytest.mark.parametrize("version", [AGENT_VERSION, "0.1.0+boot", "1.0+more.boot"])
+def test_a_worker_that_says_so_is_told_which_life_an_order_is_for(version: str) -> None:
+    assert new_worker(boot_id="boot-0002", agent_version=version).ordered_boot_id == "boot-0002"
+
+
+@pytest.mark.parametrize("version", ["", "0.1.0", "0.1.0-boot", "boot", "0.1.0+boots"])
+def test_a_worker_of_a_former_version_is_sent_no_field_that_it_would_refuse(version: str) -> None:
+    life = new_worker(boot_id="boot-0002", agent_version=version).ordered_boot_id
+    assert life == ""
+    assert "boot_id" not in ordered(new_job(replace(HOST, boot_id=life)))
+
+
+@pytest.mark.parametrize("action", list(Action))
+def test_what_is_decided_from_what_runs_there_is_for_one_life(action: Action) -> None:
+    told = ordered(replace(new_job(HOST), action=action))
+    assert told.get("boot_id", "") == ("boot-0002" if action in OF_ONE_BOOT else "")
+
+
+def test_the_worker_s_program_understands_both() -> None:
+    assert parse("create", json.dumps(ordered(new_job(HOST)))).boot_id == "boot-0002"
+    assert parse("purge", json.dumps(ordered(deletion(new_job(HOST))))).boot_id == ""
+
+
+@pytest.mark.parametrize("action", sorted(OF_ONE_BOOT))
+def test_the_playbook_passes_it_on_when_it_is_run_by_hand(action: Action) -> None:
+    assert re.search(
+        r"^ +boot_id: \"\{\{ boot_id \| default\(none\) \}\}\"$", (PLAYBOOKS / f"{action}.yml").read_text(), re.M
+    )
+
+
+def test_the_task_lets_it_through() -> None:
+    spec = importlib.util.spec_from_file_location("orion_rental_task", PLAYBOOKS / "action/orion_rental.py")
+    assert spec
+    assert spec.loader
+    task = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(task)
+    assert task.RENTAL["boot_id"] == {"type": "str"}
