@@ -22,8 +22,8 @@ from ledger import Refused, write_whole
 from rental import Places, Rentals, Request
 
 AGENT_VERSION = "0.1.0+boot"
-"""Behind the plus sign what a manager may do with this worker, and with one of a former version not, by words with dots
-between them. `boot`: its orders may name the boot id of this worker."""
+"""The version of this agent. Words behind the plus sign, with dots between them, say what a manager may do with this
+worker and not with one of a former version. `boot`: its orders may name the boot id of this worker."""
 ENOUGH_FILES = 200_000
 """More than that need the longest grace in any case."""
 MAX_SLOTS = 256

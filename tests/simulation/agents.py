@@ -40,7 +40,7 @@ FREEZE_BUDGET_LEASES = Clocks().freeze_budget_s / Clocks().freeze_after_s
 SERVES, CRASHES = "serve", "crash"
 """Start commands: one that goes on, and one that kills its worker."""
 FORMER_VERSION = "0.1.0"
-"""Of an agent that refuses an order which names a boot id."""
+"""The version of an agent that refuses an order which names a boot id."""
 CRASHES_AFTER_S, IS_BACK_AFTER_S = 3.0, 20.0
 STOP_GRACE_S = 55.0
 LOOK_OFTEN_S = 0.5

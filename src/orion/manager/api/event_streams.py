@@ -48,7 +48,7 @@ class Filter:
 class _Stream:
     filter: Filter
     waiting: deque[tuple[int, str]] = field(default_factory=deque)
-    """What was handed out, with its id, and not taken yet."""
+    """The events that were handed out and not taken yet, each with its id."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     is_dropped: bool = False
 

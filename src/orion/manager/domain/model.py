@@ -42,7 +42,7 @@ class Worker:
     """What is wrong with it, until an operator resumes it: a clean-up that passed its deadline, flapping."""
     explanation: str = ""
     agent_version: str = ""
-    """Behind its plus sign, words with dots between them say what more than a former version the worker takes."""
+    """The version of its agent. Words behind a plus sign, with dots between them, say which orders it takes besides."""
 
     @property
     def ordered_boot_id(self) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Claim:
-    """Whose place it is, and whether the same held its place in vain last time."""
+    """The owner of a place, and whether the same held its place in vain last time."""
 
     owner: str
     fails: bool = False
