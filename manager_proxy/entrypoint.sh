@@ -5,6 +5,11 @@ umask 077
 
 secret=/run/orion-proxy/secret
 tls=/etc/orion-tls
+# What Nginx takes of its memory without any connection: itself, with two workers that a reload has left to what they carry
+# (80 MiB), the zones of limits.conf and of TLS when they are full (81 MiB), and /tmp and /run (17 MiB).
+kib_without=$((178 * 1024))
+# What one connection may take of it: see manager_proxy/limits.conf.
+kib_each=140
 # A renewed certificate is served so many seconds later at most; a second one not sooner than half an hour after it, for
 # each reload may leave two workers of Nginx to what they still carry (worker_shutdown_timeout), and they have a limit.
 look_every_s=10
@@ -70,6 +75,67 @@ write_trusted() {
         for network in $trusted; do echo "    $network 1;"; done
         echo '}'
     } >>/run/orion-trusted.conf
+}
+
+# As many connections as there is memory for if each took the most that one can, those to the manager and the workers
+# included: at any time half of them may carry a request. A visitor has a quarter.
+count_places() {
+    kib=$(memory_limit_kib)
+    places=$(((kib - kib_without) / kib_each))
+    requests=$((places / 2))
+    if [ "$requests" -lt 256 ]; then
+        echo "ORION_PROXY_MEMORY is too little: $((kib / 1024))m, and manager_proxy needs $(((kib_without + 512 * kib_each) / 1024 + 1))m or more" >&2
+        exit 1
+    fi
+    echo "room for $requests requests at a time in $((kib / 1024)) MiB, a quarter of them of one visitor"
+}
+
+# Without a limit as though it were that of docker-compose.yml.
+memory_limit_kib() {
+    bytes=$(cat /sys/fs/cgroup/memory.max 2>/dev/null || cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || echo max)
+    case $bytes in
+    max | ????????????????*) echo $((768 * 1024)) ;;
+    *) echo $((bytes / 1024)) ;;
+    esac
+}
+
+write_places() {
+    count_places
+    echo "worker_connections $((places / 2));" >/run/orion-events.conf # of each of two workers
+    # A fifth less than its connections, so that who comes so far is told why.
+    printf 'limit_conn requests %s;\nlimit_conn all_requests %s;\n' $((requests / 5)) "$requests" >/run/orion-places.conf
+    # shellcheck disable=SC2016 # a variable of Nginx
+    printf 'geo $realip_remote_addr $inside {\n    default 0;\n    127.0.0.0/8 1;\n    %s 1;\n    %s 0;\n}\n' \
+        "$subnet" "$gateway" >/run/orion-inside.conf
+}
+
+# A visitor's connections are counted by the kernel, before any memory of Nginx is spent on them.
+set_filter() {
+    sed "s/EACH/$((requests / 4))/" /etc/orion/network.nft | nft --define "subnet=$subnet" --define "gateway=$gateway" \
+        --define "trusted={ 255.255.255.255$(trusted_of 4) }" --define "trusted6={ ::$(trusted_of 6) }" \
+        --file - 2>/run/nft.log && return
+    echo "the kernel cannot count the connections of a visitor here, so they are counted only when their requests are read:" \
+        "$(head -n 1 /run/nft.log)" >&2
+}
+
+# The addresses and networks of ORION_TRUSTED_PROXIES of one kind, each behind a comma.
+trusted_of() {
+    for network in $(echo "${ORION_TRUSTED_PROXIES:-}" | tr ',' ' '); do
+        case $network in
+        *:*) kind=6 ;;
+        *) kind=4 ;;
+        esac
+        [ "$kind" != "$1" ] || printf ',%s' "$network"
+    done
+}
+
+# By which the engine brings connections that it carries itself: the default route, whose address the kernel writes
+# backwards. 255.255.255.255, which nobody has, where there is none.
+gateway_address() {
+    route=$(awk '$2 == "00000000" { print $3; exit }' /proc/net/route)
+    route=${route:-FFFFFFFF}
+    printf '%d.%d.%d.%d\n' "0x${route#??????}" "0x$(echo "$route" | cut -c 5-6)" "0x$(echo "$route" | cut -c 3-4)" \
+        "0x${route%??????}"
 }
 
 # By IPv6 as well, where this container has it.
@@ -201,10 +267,19 @@ end() {
 }
 
 trap 'exit 0' QUIT TERM INT # process 1 gets no signal that it has no handler for
+if [ "${1:-}" != filtered ]; then
+    subnet=${ORION_SUBNET:-172.20.0.0/16} gateway=$(gateway_address)
+    write_trusted
+    write_places
+    set_filter
+    # Nothing that runs here changes the filter any more.
+    less="--inh-caps=-all --bounding-set=-net_admin,-setpcap"
+    # shellcheck disable=SC2086 # two options
+    if setpriv $less true 2>/dev/null; then exec setpriv $less -- "$0" filtered; fi
+fi
 wait_for_secret
 write_secret
 write_web_hosts
-write_trusted
 write_listen
 mend_certificate
 see_to_certificate

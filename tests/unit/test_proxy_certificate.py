@@ -20,7 +20,7 @@ class Tls:
 
     def __init__(self, folder: Path) -> None:
         self.tls, run = folder / "tls", folder / "run"
-        functions = ENTRYPOINT.read_text().partition("\nwait_for_secret\n")[0]
+        functions = ENTRYPOINT.read_text().partition("\ntrap 'exit 0'")[0]
         self._functions = functions.replace("/etc/orion-tls", str(self.tls)).replace("/run/", f"{run}/")
         for directory in (self.tls, run):
             directory.mkdir()

@@ -25,6 +25,7 @@ from structlog.typing import Processor
 
 from orion import __version__
 from orion.manager.api import access, admin, contract, operations, problems, rentals, snapshots, workers
+from orion.manager.api.bodies import Bodies
 from orion.manager.api.call_home import CallHome
 from orion.manager.api.door import Door, protocol_for
 from orion.manager.api.event_streams import EventStreams
@@ -94,7 +95,7 @@ class Ports:
     door: DoorProbe | None
     """None: there is no proxy to ask through, as in tests without one."""
     copies_disk: Callable[[], float]
-    """How much of the disk that the copies are on is used, from 0 to 1."""
+    """How much of the disk that the copies are on is used, of its bytes or its inodes: from 0 to 1."""
     monotonic: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
     watch: Watch | None = None
@@ -207,6 +208,7 @@ class Manager:
             thaw=Thawer(engine, book).thaw,
             move=self.reconciler.ask_to_move,
             copies_paused=lambda: self.copies.paused or None,
+            why_old=self.copies.why_old,
             clock=self.clock,
             openings=self.openings,
             event_streams=self.event_streams,
@@ -330,6 +332,7 @@ def application(proxy_secret: str) -> FastAPI:
     for room in rooms:
         app.include_router(room.router)
     app.include_router(web.inside)
+    app.add_middleware(Bodies)
     app.add_middleware(Door, secret=proxy_secret)
     return app
 

@@ -60,6 +60,8 @@ class Services:
     move: Callable[[str, str, str], Awaitable[None]]
     """Begins a planned move of a rental, from a worker, for somebody. Raises moves.NotMoved."""
     copies_paused: Callable[[], str | None]
+    why_old: Callable[[str, float], str]
+    """Why the last copy of an active rental, begun at that time (Unix seconds), is old; empty where it is not."""
     clock: TrustedClock
     openings: Openings
     event_streams: EventStreams
@@ -92,18 +94,24 @@ def client_address(connection: HTTPConnection) -> str:
 
 
 async def authenticate(connection: HTTPConnection, shared: Services, *roles: str) -> Principal:
-    """Who asks. Raises 401 for anything but a valid token, 403 for one of another role."""
+    """Return who asks. Raise 401 for anything but a valid token, 403 for one of another role."""
+    principal = await identify(connection, shared)
+    if principal.role not in roles:
+        may = " or ".join(roles)
+        raise ApiProblem(
+            403, "forbidden", f"this takes a token of the role {may}, and yours is of the role {principal.role}"
+        )
+    return principal
+
+
+async def identify(connection: HTTPConnection, shared: Services) -> Principal:
+    """Return whose token was sent, of whatever role. Raise 401 for anything but a valid one."""
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
         raise unauthorized("no token was sent: it belongs into the header 'Authorization: Bearer TOKEN'")
     principal = await shared.store.read(tokens.authenticate, token.strip(), shared.clock.wall_of_tokens())
     if principal is None:
         raise unauthorized(await shared.store.read(tokens.why_refused, token.strip()))
-    if principal.role not in roles:
-        may = " or ".join(roles)
-        raise ApiProblem(
-            403, "forbidden", f"this takes a token of the role {may}, and yours is of the role {principal.role}"
-        )
     return principal
 
 

@@ -1,0 +1,348 @@
+"""What strangers can cost the proxy by their connections alone, and what those notice of it who are inside."""
+
+from __future__ import annotations
+
+import re
+import resource
+import secrets
+import selectors
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import httpx
+import pytest
+from platform_support import Platform
+from proxy_support import Proxy, outer_proxy, wait_until
+
+from orion.manager.api.bodies import WHOLE_WITHIN_S
+
+CONNECTION_KIB, REQUEST_KIB = 70, 64
+"""What one may take at most, by the sum in manager_proxy/limits.conf."""
+SAMPLE = 300
+"""Connections at a time of which the memory is measured: fewer than one visitor may have."""
+ENDLESS_LARGE_BODY = b"POST /api/rent HTTP/1.1\r\nHost: x\r\nContent-Length: 130000\r\n\r\n" + b"a" * 15_000
+ENDLESS_BODY = ENDLESS_LARGE_BODY.replace(b"130000", b"16000")
+"""Small enough for the manager to wait for it, whoever sends it."""
+ENDLESS_HEADERS = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"X-%d: %s\r\n" % (n, b"a" * 7000) for n in range(2))
+LARGE_FILE = "/terminal/xterm/xterm.js"
+
+
+@pytest.fixture(autouse=True)
+def many_files() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 30_000), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def address(door: Proxy, port: int = 80) -> tuple[str, int]:
+    """The proxy itself, by no port that the engine might carry for it."""
+    return f"{door.network}.2", port
+
+
+def memory_kib(door: Proxy) -> float:
+    """The memory that counts against the container's limit, without the cache of files."""
+    found = door.exec("sh", "-c", "cat /sys/fs/cgroup/memory.stat || cat /sys/fs/cgroup/memory/memory.stat").stdout
+    told = {name: int(value) for name, value in (line.split() for line in found.splitlines())}
+    kinds = ("anon", "shmem", "kernel", "sock") if "anon" in told else ("total_rss", "total_shmem")
+    return sum(told.get(kind, 0) for kind in kinds) / 1024
+
+
+def workers_of_nginx(door: Proxy) -> list[str]:
+    found = door.exec("sh", "-c", "grep -l '[n]ginx: worker' /proc/[0-9]*/cmdline").stdout
+    return sorted(found.split())
+
+
+def room(door: Proxy) -> int:
+    """How many requests there may be at a time, as the proxy says when it starts."""
+    found = re.findall(r"room for (\d+) requests", door.logs())
+    return int(found[-1])
+
+
+# Kinds of connection: each is opened, and then holds what it can
+
+
+def unfinished_headers(door: Proxy) -> socket.socket:
+    there = socket.create_connection(address(door), timeout=30)
+    there.sendall(ENDLESS_HEADERS)
+    return there
+
+
+def unfinished_headers_by_tls(door: Proxy) -> socket.socket:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    there = context.wrap_socket(socket.create_connection(address(door, 443), timeout=30))
+    there.sendall(ENDLESS_HEADERS)
+    return there
+
+
+def unfinished_body(door: Proxy, path: bytes = b"/api/rent", source: str = "") -> socket.socket:
+    there = socket.create_connection(address(door), timeout=30, source_address=(source, 0))
+    there.sendall(ENDLESS_BODY.replace(b"/api/rent", path))
+    return there
+
+
+def unread_answer(door: Proxy) -> socket.socket:
+    there = socket.socket()
+    there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    there.connect(address(door))
+    there.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % LARGE_FILE.encode())
+    return there
+
+
+STREAMS = 20
+
+
+def unread_streams(door: Proxy) -> socket.socket:
+    """HTTP/2, with a window of nothing: the answers of many requests wait in the proxy."""
+
+    def literal(name: bytes, value: bytes) -> bytes:
+        return b"\x00" + bytes([len(name)]) + name + (bytes([len(value)]) if len(value) < 127 else _long(value)) + value
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    headers = [(b":method", b"GET"), (b":scheme", b"http"), (b":path", LARGE_FILE.encode()), (b":authority", b"x")]
+    headers += [(b"x-%d" % number, b"a" * 3500) for number in range(4)]
+    block = b"".join(literal(*header) for header in headers)
+    there = socket.create_connection(address(door), timeout=30)
+    there.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"\x00\x04\x00\x00\x00\x00"))
+    for number in range(STREAMS):
+        there.sendall(frame(1, 0x05, 2 * number + 1, block))
+    return there
+
+
+def _long(value: bytes) -> bytes:
+    """The length of a string of more than 126 bytes, as HPACK writes it (RFC 7541, 5.1)."""
+    left, written = len(value) - 127, [127]
+    while left >= 128:
+        written.append(left % 128 + 128)
+        left //= 128
+    return bytes([*written, left])
+
+
+KINDS: dict[str, tuple[Callable[[Proxy], socket.socket], int, int]] = {
+    "unfinished headers": (unfinished_headers, SAMPLE, CONNECTION_KIB),
+    "unfinished headers by TLS": (unfinished_headers_by_tls, SAMPLE, CONNECTION_KIB),
+    "unfinished bodies": (unfinished_body, SAMPLE, CONNECTION_KIB + REQUEST_KIB),
+    "answers that nobody reads": (unread_answer, SAMPLE, CONNECTION_KIB + REQUEST_KIB),
+    "streams that nobody reads": (unread_streams, SAMPLE // STREAMS, CONNECTION_KIB + STREAMS * REQUEST_KIB),
+}
+"""How one is opened, how many are, and the KiB that one may take."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_connection_takes_more_memory_than_the_sum_says(
+    attacked: Platform, kind: str, record_property: Callable[[str, object], None]
+) -> None:
+    opened, number, most_kib = KINDS[kind]
+    door = attacked.door
+    # Workers that have not yet asked for memory which they keep.
+    former = workers_of_nginx(door)
+    assert door.exec("sh", "-c", "kill -HUP $(cat /run/nginx.pid)").returncode == 0
+    wait_until(lambda: len(now := workers_of_nginx(door)) == 2 and not set(now) & set(former), "new workers have begun")
+    with ExitStack() as before:
+        for _ in range(4):
+            before.enter_context(opened(door))
+        time.sleep(1)
+    before_kib = memory_kib(door)
+    with ExitStack() as open_ones:
+        for _ in range(number):
+            open_ones.enter_context(opened(door))
+        time.sleep(1)
+        taken_kib = (memory_kib(door) - before_kib) / number
+    record_property("KiB each", round(taken_kib))
+    assert 0 < taken_kib <= most_kib
+
+
+# An attack
+
+
+class Inside:
+    """Somebody behind an outer proxy, with an open session and calls, and what the longest of either took."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.longest_call_s = 0.0
+        self.calls = 0
+        self.faults: list[str] = []
+        self._ending = threading.Event()
+
+    def call(self) -> None:
+        with httpx.Client(base_url=self.url, trust_env=False, timeout=20, headers={"X-Says": "203.0.113.9"}) as http:
+            while not self._ending.wait(0.1):
+                began = time.monotonic()
+                try:
+                    status = http.get("/healthz", headers={"Connection": "close"}).status_code
+                except httpx.TransportError as error:
+                    self.faults.append(repr(error))
+                    continue
+                self.longest_call_s = max(self.longest_call_s, time.monotonic() - began)
+                self.calls += 1
+                if status != 200:
+                    self.faults.append(str(status))
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        thread = threading.Thread(target=self.call, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ending.set()
+            thread.join(60)
+
+
+@pytest.fixture
+def strangers_address() -> Iterator[str]:
+    """An address of this machine from which nobody else calls."""
+    made = f"198.18.{secrets.randbelow(256)}.{1 + secrets.randbelow(254)}"
+    subprocess.run(["ip", "address", "add", f"{made}/32", "dev", "lo"], check=True)
+    yield made
+    subprocess.run(["ip", "address", "del", f"{made}/32", "dev", "lo"], check=True)
+
+
+@contextmanager
+def trickling(door: Proxy, number: int, first: bytes, then: bytes, source: str) -> Iterator[Callable[[], int]]:
+    """Hold as many connections as come about, of `number` tried; `first` of each at once and then a bit at a time.
+
+    Gives how many are held at present.
+    """
+    selector = selectors.DefaultSelector()
+    held: set[socket.socket] = set()
+    ending = threading.Event()
+
+    def drop(there: socket.socket) -> None:
+        selector.unregister(there)
+        held.discard(there)
+        there.close()
+
+    def attack() -> None:
+        tried = 0
+        while not ending.is_set():
+            for _ in range(min(200, number - tried)):
+                there = socket.socket()
+                there.setblocking(False)
+                there.bind((source, 0))
+                there.connect_ex(address(door))
+                selector.register(there, selectors.EVENT_READ | selectors.EVENT_WRITE)
+                tried += 1
+            for key, events in selector.select(0.05):
+                there = key.fileobj
+                assert isinstance(there, socket.socket)
+                try:
+                    if events & selectors.EVENT_READ and not there.recv(65536):
+                        drop(there)
+                    elif events & selectors.EVENT_WRITE and there not in held:
+                        there.send(first)
+                        held.add(there)
+                        selector.modify(there, selectors.EVENT_READ)
+                except OSError:
+                    drop(there)
+            if tried == number and ending.wait(1):
+                break
+            for there in list(held) if tried == number else []:
+                try:
+                    there.send(then)
+                except OSError:
+                    drop(there)
+        for key in list(selector.get_map().values()):
+            drop(key.fileobj)  # type: ignore[arg-type]
+
+    thread = threading.Thread(target=attack, daemon=True)
+    thread.start()
+    try:
+        yield lambda: len(held)
+    finally:
+        ending.set()
+        thread.join(60)
+        selector.close()
+
+
+ATTACKS = {
+    "bodies": (4400, ENDLESS_BODY, b"a"),
+    "large-bodies": (4400, ENDLESS_LARGE_BODY, b"a"),
+    "headers": (9500, ENDLESS_HEADERS, b"X"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_thousands_of_connections_of_a_stranger_cut_nobody_s_session_and_leave_memory(
+    attacked: Platform, strangers_address: str, attack: str, record_property: Callable[[str, object], None]
+) -> None:
+    number, first, then = ATTACKS[attack]
+    door = attacked.door
+    before = workers_of_nginx(door)
+    assert len(before) == 2
+    limit_kib = int(re.findall(r"in (\d+) MiB", door.logs())[-1]) * 1024
+    with outer_proxy(door) as url, attacked.client() as admin:
+        stream = admin.stream("GET", "/api/events", headers={"Accept": "text/event-stream"})
+        someone = Inside(url)
+        with stream as events, someone.at_work():
+            lines = events.iter_lines()
+            next(lines)
+            wait_until(lambda: someone.calls > 5, "calls are answered before the attack")
+            most_kib, most_held, ends_at = 0.0, 0, time.monotonic() + 12
+            with trickling(door, number, first, then, strangers_address) as held:
+                while time.monotonic() < ends_at:
+                    most_kib = max(most_kib, memory_kib(door))
+                    most_held = max(most_held, held())
+                    time.sleep(0.3)
+            attacked.token(f"during-{attack}")
+            assert next(line for line in lines if f"during-{attack}" in line), "the stream of events goes on"
+    record_property("held, MiB, longest call in s", [most_held, round(most_kib / 1024), someone.longest_call_s])
+    assert not someone.faults, someone.faults[:5]
+    assert workers_of_nginx(door) == before, "none was killed"
+    assert most_kib < limit_kib / 2
+    assert most_held <= room(door) // 4
+
+
+def test_a_visitor_with_as_many_requests_as_it_may_have_is_told_so(attacked: Platform, strangers_address: str) -> None:
+    door = attacked.door
+    may = room(door) // 5
+    by_it = httpx.HTTPTransport(local_address=strangers_address)
+    with ExitStack() as open_ones, httpx.Client(base_url=f"http://{door.network}.2", transport=by_it) as http:
+        for number in range(may + 40):  # some more, for who is refused for the rate of calls is not counted
+            path = b"/api/tokens" if number % 2 else b"/api/rent"
+            open_ones.enter_context(unfinished_body(door, path, strangers_address))
+
+        def refused() -> httpx.Response | None:
+            answer = http.get("/api/rentals")
+            return answer if answer.status_code == 429 else None
+
+        wait_until(lambda: refused() is not None, "as many requests as may be are under way")
+        answer = refused()
+        assert answer is not None
+        assert answer.json()["code"] == "too_many_connections"
+        assert "as many requests from your address as there may be" in answer.json()["detail"]
+        assert attacked.worker_health() == "ready"
+
+
+def test_a_body_that_comes_byte_by_byte_is_given_up_as_a_whole(attacked: Platform) -> None:
+    there = socket.create_connection(address(attacked.door), timeout=60)
+    began = time.monotonic()
+    with there:
+        there.sendall(b"POST /api/rent HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        there.settimeout(1.0)
+        told = b""
+        while not told and time.monotonic() < began + 4 * WHOLE_WITHIN_S:
+            there.sendall(b" ")
+            try:
+                told = there.recv(65536)
+            except TimeoutError:
+                continue
+    assert told.startswith(b"HTTP/1.1 408 ")
+    assert b"request_timeout" in told
+    assert time.monotonic() - began >= WHOLE_WITHIN_S - 1
+
+
+def test_too_little_memory_is_said_before_anything_starts(attacked: Platform) -> None:
+    small = ["docker", "run", "--rm", "--memory", "200m", attacked.door.image()]
+    done = subprocess.run(small, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "ORION_PROXY_MEMORY is too little: 200m, and manager_proxy needs" in done.stderr

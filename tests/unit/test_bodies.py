@@ -1,0 +1,124 @@
+"""Tests of how the manager takes the bodies of requests: in time, and large ones from known callers alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message, Receive, Scope, Send
+
+from orion.manager.api.bodies import LARGE_BYTES, Bodies
+from orion.manager.store import tokens
+from orion.manager.store.tokens import Principal
+
+TOKEN = "a-token"
+LARGE = str(LARGE_BYTES + 1)
+
+
+class Store:
+    """Knows one token."""
+
+    async def read(self, query: Callable[..., Any], token: str, *_: float) -> Principal | str | None:
+        if query is tokens.why_refused:
+            return "this token is not known here"
+        return Principal("client", "alice", "alice") if token == TOKEN else None
+
+
+class Call:
+    """One request, and what the manager answered; `parts` of its body come, and then nothing more."""
+
+    def __init__(self, path: str, headers: dict[str, str], parts: list[bytes]) -> None:
+        services = SimpleNamespace(store=Store(), clock=SimpleNamespace(wall_of_tokens=lambda: 1.0))
+        app = SimpleNamespace(state=SimpleNamespace(services=services))
+        told = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self.scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": told, "app": app}
+        self.whole = int(headers.get("content-length", 1 << 30))
+        self.parts = parts
+        self.taken = 0
+        self.sent: list[Message] = []
+
+    async def receive(self) -> Message:
+        if self.taken == len(self.parts):
+            await asyncio.Event().wait()
+        part, self.taken = self.parts[self.taken], self.taken + 1
+        more = sum(map(len, self.parts[: self.taken])) < self.whole
+        return {"type": "http.request", "body": part, "more_body": more}
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    @property
+    def answer(self) -> tuple[int, str]:
+        """The status and the code, or the body where that is no problem."""
+        body = b"".join(message.get("body", b"") for message in self.sent)
+        status = next(message["status"] for message in self.sent if message["type"] == "http.response.start")
+        return status, json.loads(body)["code"] if body.startswith(b"{") else body.decode()
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer the length of the body; whoever hangs up before its end is answered too, as FastAPI does."""
+    try:
+        said, status = str(len(await Request(scope, receive).body())), 200
+    except ClientDisconnect:
+        said, status = "gone", 400
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": said.encode()})
+
+
+async def answered(call: Call, whole_within_s: float = 60.0) -> tuple[int, str]:
+    await Bodies(echo, whole_within_s)(call.scope, call.receive, call.send)
+    return call.answer
+
+
+@pytest.mark.parametrize("parts", [[b"abcd"], [b"ab", b"c", b"d"]])
+async def test_a_body_that_is_whole_in_time_reaches_the_route(parts: list[bytes]) -> None:
+    assert await answered(Call("/api/rent", {"content-length": "4"}, parts)) == (200, "4")
+
+
+async def test_a_body_that_is_not_whole_in_time_ends_the_request() -> None:
+    call = Call("/api/rent", {"content-length": "4"}, [b"a", b"b"])
+    assert await answered(call, 0.02) == (408, "request_timeout")
+    assert len([message for message in call.sent if message["type"] == "http.response.start"]) == 1
+
+
+@pytest.mark.parametrize("sent", [{"content-length": LARGE}, {"transfer-encoding": "chunked"}])
+@pytest.mark.parametrize("token", ["", "Bearer orion_client_x_unknown", "Basic YTpi"])
+async def test_a_large_body_of_a_stranger_is_not_begun_to_be_read(sent: dict[str, str], token: str) -> None:
+    call = Call("/api/rent", sent | {"authorization": token}, [b"a"])
+    assert await answered(call) == (401, "unauthorized")
+    assert call.taken == 0
+
+
+async def test_a_large_body_of_a_known_caller_is_read() -> None:
+    sent = {"content-length": LARGE, "authorization": f"Bearer {TOKEN}"}
+    call = Call("/api/rent", sent, [b"a" * int(LARGE)])
+    assert await answered(call) == (200, LARGE)
+
+
+async def test_a_body_of_the_largest_size_that_a_stranger_may_send_is_read() -> None:
+    call = Call("/api/rent", {"content-length": str(LARGE_BYTES)}, [b"a" * LARGE_BYTES])
+    assert await answered(call) == (200, str(LARGE_BYTES))
+
+
+async def test_a_restore_is_as_slow_as_it_is() -> None:
+    call = Call("/api/admin/restore", {"content-length": "2"}, [b"a"])
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await answered(call, 0.01)
+    assert not call.sent
+
+
+async def test_what_is_answered_before_the_body_is_whole_stays_so() -> None:
+    async def hasty(_: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        assert (await receive())["type"] == "http.disconnect"
+        await send({"type": "http.response.body", "body": b"first"})
+
+    call = Call("/api/rent", {"content-length": "2"}, [])
+    await Bodies(hasty, 0.01)(call.scope, call.receive, call.send)
+    assert call.answer == (200, "first")

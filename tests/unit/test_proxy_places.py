@@ -1,0 +1,96 @@
+"""How many connections the proxy takes, by the lines of its own entrypoint: as many as its memory has room for."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENTRYPOINT = (ROOT / "manager_proxy" / "entrypoint.sh").read_text()
+LIMITS = (ROOT / "manager_proxy" / "limits.conf").read_text()
+MIB = 1 << 20
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "route").write_text(
+        "Iface\tDestination\tGateway\tFlags\neth0\t00000000\t01FE10AC\t0003\neth0\t0000FEAC\t00000000\t0001\n"
+    )
+    return tmp_path
+
+
+def said(place: Path, script: str, memory: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run a few of its functions. `memory`: what the file of the container's limit says; empty: there is none."""
+    functions = ENTRYPOINT.partition("\ntrap 'exit 0'")[0].replace("/run/", f"{place}/run/")
+    functions = functions.replace("/proc/net/route", str(place / "route"))
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        functions = functions.replace(file, str(place / "memory"))
+    if memory:
+        (place / "memory").write_text(f"{memory}\n")
+    command = ["sh", "-c", f"{functions}\nsubnet=172.16.0.0/12 gateway=172.16.0.1\n{script}"]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, check=False)
+
+
+@pytest.mark.parametrize(
+    ("memory", "requests"),
+    [(str(768 * MIB), 2157), (str(2048 * MIB), 6838), ("max", 2157), ("9223372036854771712", 2157)],
+)
+def test_there_are_as_many_places_as_the_memory_has_room_for(place: Path, memory: str, requests: int) -> None:
+    done = said(place, "write_places", memory)
+    assert done.returncode == 0, done.stderr
+    assert f"room for {requests} requests at a time" in done.stdout
+    written = (place / "run" / "orion-places.conf").read_text()
+    assert written == f"limit_conn requests {requests // 5};\nlimit_conn all_requests {requests};\n"
+    assert (place / "run" / "orion-events.conf").read_text() == f"worker_connections {requests};\n"
+
+
+def test_too_little_memory_is_refused_with_what_would_be_enough(place: Path) -> None:
+    done = said(place, "write_places", str(200 * MIB))
+    assert done.returncode == 1
+    enough = re.search(r"ORION_PROXY_MEMORY is too little: 200m, and manager_proxy needs (\d+)m or more", done.stderr)
+    assert enough, done.stderr
+    assert said(place, "write_places", str(int(enough[1]) * MIB)).returncode == 0
+
+
+def test_the_sum_holds_what_the_limits_allow(place: Path) -> None:
+    """By the settings of Nginx that say how much memory a connection and a request may take."""
+    sizes = {
+        name: int(number or 1) * int(kib) for name, number, kib in re.findall(r"^(\w+) (?:(\d) )?(\d+)k;", LIMITS, re.M)
+    }
+    connection = 50 + sizes["client_header_buffer_size"] + sizes["large_client_header_buffers"]
+    web_answer = 32 + sizes["client_body_buffer_size"]
+    answer = sizes["proxy_buffers"] + 4 + sizes["client_body_buffer_size"]
+    request = max(web_answer, answer) + sizes["large_client_header_buffers"]
+    each = int(re.findall(r"^kib_each=(\d+)$", ENTRYPOINT, re.M)[0])
+    assert connection <= 70
+    assert request <= 64
+    assert connection + (connection + request) / 2 <= each
+    zones = sum(int(mib) for mib in re.findall(r"zone=\w+:(\d+)m", LIMITS))
+    without = int(re.findall(r"^kib_without=\$\(\((\d+) \* 1024\)\)$", ENTRYPOINT, re.M)[0])
+    assert 80 + zones + 4 + 17 <= without, "Nginx itself, its zones, that of TLS, and what is in memory for files"
+
+
+def test_a_trusted_proxy_is_told_by_its_kind(place: Path) -> None:
+    trusted = "192.0.2.7,2001:db8::/32,10.1.0.0/24"
+    done = said(place, "trusted_of 4; echo; trusted_of 6", ORION_TRUSTED_PROXIES=trusted)
+    assert done.stdout == ",192.0.2.7,10.1.0.0/24\n,2001:db8::/32"
+
+
+def test_the_gateway_is_found_in_the_kernels_table(place: Path) -> None:
+    assert said(place, "gateway_address").stdout == "172.16.254.1\n"
+    (place / "route").write_text("Iface\tDestination\tGateway\tFlags\n")
+    assert said(place, "gateway_address").stdout == "255.255.255.255\n"
+
+
+def test_who_is_inside_is_the_subnet_without_its_gateway(place: Path) -> None:
+    assert said(place, "write_places", str(768 * MIB)).returncode == 0
+    written = (place / "run" / "orion-inside.conf").read_text()
+    assert written == (
+        "geo $realip_remote_addr $inside {\n    default 0;\n    127.0.0.0/8 1;\n"
+        "    172.16.0.0/12 1;\n    172.16.0.1 0;\n}\n"
+    )
