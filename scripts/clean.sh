@@ -2,6 +2,7 @@
 # Removes the platform with all its data: containers, network, volumes, the images built here, the command, .env.
 # The engine, the base image and what apt installed stay.
 . "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/host_filter.sh"
 
 load_settings
 if [ "${CONFIRM:-}" != yes ]; then
@@ -10,6 +11,7 @@ if [ "${CONFIRM:-}" != yes ]; then
     [[ $answer == [yY]* ]] || fail "nothing was removed"
 fi
 stage "Removing containers, network, volumes and images"
+reopen_host
 compose down --volumes --rmi local --remove-orphans --timeout 5 >/dev/null 2>&1 || fail "docker compose down failed: run it to see why"
 done_stage
 if [ -z "$GIVEN_PROJECT" ] || [ "$GIVEN_PROJECT" = "$(kept_setting COMPOSE_PROJECT_NAME)" ]; then

@@ -8,6 +8,7 @@ HERE=$(dirname "$0")
 . "$HERE/packages.sh"
 . "$HERE/python.sh"
 . "$HERE/addresses.sh"
+. "$HERE/host_filter.sh"
 
 FIRST_BUILD_MB=3000
 
@@ -178,5 +179,6 @@ install_command
 ask
 keep_settings
 go
+close_host
 rmdir "$LOGS"
 say_what_next

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
 import ssl
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
-from stack import WORKERS, Stack
+from stack import ROOT, WORKERS, Stack
 
 from orion.client import Orion
 from orion.errors import Untrusted
@@ -37,6 +41,48 @@ def test_who_has_no_token_learns_nothing_else(stack: Stack) -> None:
         assert reply.status_code == 401
         assert reply.headers["Content-Type"] == "application/problem+json"
         assert reply.json()["code"] == "unauthorized"
+
+
+@contextmanager
+def closed_host(stack: Stack) -> Iterator[None]:
+    """The part of make up that sets the machine's own filter, and that of make clean which takes it away."""
+
+    def run(what: str) -> str:
+        script = f". {ROOT}/scripts/common.sh; . {ROOT}/scripts/host_filter.sh; {what}"
+        done = subprocess.run(
+            ["bash", "-c", script], env=stack.environment(), capture_output=True, text=True, check=True
+        )
+        return done.stdout + done.stderr
+
+    assert run("close_host") == ""
+    rules = run("as_root iptables -S")
+    try:
+        assert run("close_host") == ""
+        assert run("as_root iptables -S") == rules, "what is there is not set again"
+        yield
+    finally:
+        run("reopen_host")
+
+
+def test_the_machines_own_filter_closes_it_to_the_platforms_network_and_nothing_else(stack: Stack) -> None:
+    worker, gateway = stack.container("worker"), str(stack.subnet.network_address + 1)
+    try_it = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 5)"
+    with socket.create_server((gateway, 0)) as here:
+        ours = str(here.getsockname()[1])
+
+        def reaches(port: str) -> bool:
+            return stack.exec(worker.id, "python3", "-c", try_it, gateway, port).returncode == 0
+
+        assert reaches(ours), "root of a worker is in no filter of its own"
+        with closed_host(stack):
+            assert not reaches(ours)
+            assert not reaches(str(stack.http_port)), "nor a port that a container publishes"
+            assert httpx.get(f"{stack.url}/healthz", trust_env=False).status_code == 200
+            names = stack.exec(worker.id, "getent", "hosts", "manager_proxy")
+            assert names.returncode == 0
+            through = stack.exec(worker.id, "curl", "-sS", "--noproxy", "*", "http://manager_proxy/healthz")
+            assert json.loads(through.stdout) == {"status": "ok"}
+        assert reaches(ours), "the filter is as it was"
 
 
 def test_the_manager_hangs_up_on_a_worker_that_goes_around_the_door(stack: Stack) -> None:
