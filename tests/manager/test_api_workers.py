@@ -57,6 +57,22 @@ async def test_a_worker_with_its_token_keeps_its_identity_at_another_address_too
     assert (await house.worker(agent))["address"] == "172.20.128.99"
 
 
+async def test_a_copy_of_a_worker_s_volume_is_no_worker_while_the_worker_answers(house: House, agent: Agent) -> None:
+    rental = await house.rent()
+    copy = house.new_agent()
+    copy.token, copy.node.boot_id = agent.token, "another-life"
+    keys_become(copy, *agent.node.host.host_keys)
+    problem = is_problem(await copy.register(), 409, "identity_in_use")
+    assert f"still answers at {agent.node.host.address}" in problem["detail"]
+    assert (await agent.beat()).status_code == 200
+    await house.settle()
+    assert (await house.rental(rental["id"]))["state"] == "active"
+    assert agent.unlocked() == {rental["id"]: 1}
+    agent.die()
+    assert (await copy.register()).status_code == 201, "it has moved, with its volume"
+    assert copy.worker_id == agent.worker_id
+
+
 async def test_a_worker_whose_reply_was_lost_is_the_same_worker_with_a_new_token(house: House, agent: Agent) -> None:
     before = agent.worker_id, agent.token
     agent.token = None

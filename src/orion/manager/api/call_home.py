@@ -25,7 +25,7 @@ Orders = list[tuple[Item, str]]
 
 
 class CallRefused(Exception):
-    """Its agent goes by the code: `stale_session`, `host_key_changed` or `address_in_use`."""
+    """Its agent goes by the code: `stale_session`, `host_key_changed`, `address_in_use` or `identity_in_use`."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -92,7 +92,8 @@ class CallHome:
 
         With its own token it is itself, as long as its host keys are the pinned ones. With the join token it is new,
         unless a worker with these very host keys is known at this address: then it is that one, whose answer was lost.
-        An address is refused only while the worker that holds it still answers there with its pinned host key.
+        An address is refused only while the worker that holds it still answers there with its pinned host key. So is
+        another life of a worker that still answers where it was: a copy of its volume is no worker of its own.
         """
         if own_id is not None:
             own = await self._registry.worker(own_id)
@@ -100,14 +101,21 @@ class CallHome:
                 raise CallRefused(
                     "host_key_changed", "your host keys are not the pinned ones: register as a new worker"
                 )
+            if claim.boot_id != own.boot_id and claim.address != own.address and await self._answers(own):
+                detail = f"worker {own.id} still answers at {own.address}: your volume is a copy of its own, remove it"
+                raise CallRefused("identity_in_use", detail)
         same = [holder for holder in known if holder.host_keys == claim.host_keys]
         if own_id is None and same:
             return same[0].id
         for holder in known:
-            host = Host(holder.id, holder.address, holder.host_keys)
-            if holder not in same and await self._reach.reach(host, PROBE_TIMEOUT_S) is Reached.YES:
+            if holder not in same and await self._answers(holder):
                 raise CallRefused("address_in_use", f"worker {holder.id} still answers at {claim.address}")
         return own_id
+
+    async def _answers(self, worker: Worker) -> bool:
+        """Return whether it answers where it registered from, with its pinned host key."""
+        host = Host(worker.id, worker.address, worker.host_keys)
+        return await self._reach.reach(host, PROBE_TIMEOUT_S) is Reached.YES
 
     def _orders(self, worker_id: str, items: Sequence[Item]) -> Orders:
         self._on_inventory(worker_id, items)
