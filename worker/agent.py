@@ -18,16 +18,18 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import suppress
 from pathlib import Path
 
 import cgroup
+import processes
+import scores
 from call_home import CallHome, HttpTransport
+from confined import Confined
 from decisions import may_run, stop_grace_s
 from fence import Fence
 from host_certificate import Sshd as Listening
-from ledger import Refused
 from node import Node, Settings, settings_from
+from stopped_log_ins import StoppedLogIns
 from watched import PLACE, Watched
 
 WEB_PORT = 80
@@ -37,62 +39,45 @@ WEB_DOOR = "/usr/local/lib/orion/web_door.py"
 LOOK_EVERY_S = 0.5
 LOOK_OFTEN_S = 0.1
 AFTER_A_FAULT_S = 5.0
-RENTERS_OOM_SCORE = 500
 RENTERS_NICENESS = 5
 """So that the agent gets the processor first when a renter takes all of it: when all wake from a pause, for one."""
 
 
 class Sshd:
-    """sshd, as a child that is started again whenever it dies.
+    """sshd, as a child of confined.py that is started again whenever it dies.
 
-    Every session inherits the limit of processes; root is not subject to it. sshd gives its sessions the
-    out-of-memory score that it found at its own start: so it is started with the renters' score, which makes the
-    kernel choose their processes first, and is given the agent's own once it has started, or begun anew for a new
-    certificate: before that it goes back to what it found. (A renter may lower its score again, but not below the
-    agent's.)
+    Every session inherits the limit of processes; root is not subject to it. Every session inherits sshd's score too,
+    below which no renter gets (confined.py says where that is not so), and by which the kernel ends what came by SSH
+    before the agent. So sshd is ended no later than a renter's process that is as large; but the processes of the
+    rental that uses the most memory go first (scores.py), and sshd is there again with the next look.
     """
 
     def __init__(self, settings: Settings) -> None:
         limit = cgroup.usage(cgroup.read_file).processes_limit
-        processes = cgroup.processes_for_each_renter(limit, settings.slots)
+        each = cgroup.processes_for_each_renter(limit, settings.slots)
         # The manager reaches every worker from one address: a renter's failed log-ins must not shut it out.
         exempt = f"PerSourcePenaltyExemptList={settings.app_address}"
-        self._command = ["prlimit", f"--nproc={processes}:{processes}", "--"]
-        self._command += ["choom", "-n", str(RENTERS_OOM_SCORE), "--"]
-        self._command += ["nice", "-n", str(RENTERS_NICENESS), "--"]
-        self._command += ["/usr/sbin/sshd", "-D", "-e", "-o", exempt]
-        self._own_score = Path("/proc/self/oom_score_adj").read_text()
+        command = ["prlimit", f"--nproc={each}:{each}", "--"]
+        command += ["nice", "-n", str(RENTERS_NICENESS), "--"]
+        command += ["/usr/sbin/sshd", "-D", "-e", "-o", exempt]
         self._listening = Listening(Path("/"))
-        self._settled = 0
-        say(f"each renter may have {processes} processes")
-        self._child = self._start()
+        self._command = Confined(command, scores.usual(processes.own_score()))
+        say(f"each renter may have {each} processes")
+        self._start()
 
     def look_after(self) -> None:
         """Call it every LOOK_EVERY_S."""
-        status = self._child.poll()
+        status = self._command.ended()
         if status is not None:
             say(f"sshd ended with status {status}: starting it again")
-            self._child = self._start()
-        elif self._listening.begun() not in {0, self._settled}:
-            self._settle()
+            self._start()
 
     def stop(self) -> None:
-        self._child.terminate()
-        try:
-            self._child.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
+        self._command.stop()
 
-    def _settle(self) -> None:
-        with suppress(Refused), self._listening.held():  # the next look tries again
-            begun = self._listening.begun()
-            if begun:
-                Path(f"/proc/{self._child.pid}/oom_score_adj").write_text(self._own_score)
-                self._settled = begun
-
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
         self._listening.pid_file.unlink(missing_ok=True)
-        return subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
+        self._command.start()
 
 
 class WebDoor:
@@ -169,12 +154,15 @@ def run(settings: Settings) -> None:
     watched = Watched(PLACE, node.boot_id, unwatched, let_go)
     sshd = Sshd(settings)
     web_door = WebDoor(settings.proxy_address, settings.app_address, settings.slots)
-    for work in (fence.run, watched.run):
+    stopped = StoppedLogIns(node.rentals, say)
+    ended_first = scores.Scores(scores.usual(processes.own_score()), say)
+    for work in (fence.run, watched.run, ended_first.run):
         threading.Thread(target=work, daemon=True).start()
     threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True).start()
     while not told.wait(LOOK_EVERY_S):
         sshd.look_after()
         web_door.look_after()
+        stopped.look_after()
     say("told to stop")
     home.vacate()
     hurry.set()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from rental_support import Rental, new_rental
-from worker_support import Network, SmallManager, Worker, docker, wait_until, worker
+from worker_support import Key, Network, SmallManager, Worker, docker, wait_until, worker
 
 TRY_TO = """
 import ctypes, os, socket, sys
@@ -230,6 +230,101 @@ def test_a_renter_who_takes_all_memory_is_ended_alone(rental: Rental, roommate: 
     assert docker("inspect", "-f", "{{.State.StartedAt}}", rental.on.name) == started
     before = time.monotonic()
     wait_until(lambda: rental.on.manager.of("/api/heartbeat", before), "heartbeats go on")
+
+
+LOWER = """
+import glob
+lowered = []
+for file in ["/proc/self/oom_adj", *glob.glob("/proc/[0-9]*/oom_score_adj")]:
+    try:
+        with open(file, "w") as score:
+            score.write("1" if file.endswith("oom_adj") else "499")
+        lowered.append(file)
+    except OSError:
+        pass
+print(lowered, open("/proc/self/oom_score_adj").read().strip())
+"""
+NOTHING_LOWERED = {f"[] {score}\n" for score in (500, 1000)}
+
+
+def test_a_renter_lowers_no_score_by_which_the_kernel_ends_processes(rental: Rental, folder: Path) -> None:
+    """In a session, by what sshd itself does for it, and in a start command."""
+    if "a renter can have the kernel end others before itself" in rental.on.log():
+        pytest.skip("the kernel (older than 5.19) or the engine has no Landlock: runs where both have it")
+    lasting = rental.ssh("setsid sleep 60 >/dev/null 2>&1 </dev/null & echo $!").stdout.strip()
+    assert rental.python(LOWER) in NOTHING_LOWERED
+    (folder / "score").write_text("499")
+    sftp = ["sftp", "-q", "-b", "-", *rental.on.ssh_command(rental.username, rental.key)[1:]]
+    batch = f"put {folder}/score /proc/{lasting}/oom_score_adj"
+    done = subprocess.run(sftp, input=batch, capture_output=True, text=True, check=False, timeout=20)
+    assert done.returncode != 0
+    assert "Permission denied" in done.stderr
+    assert rental.ssh(f"cat /proc/{lasting}/oom_score_adj").stdout.strip() in {"500", "1000"}
+    rental.ssh("cat > lower.py", LOWER)
+    boot = rental.on.run("cat", "/run/orion/boot-id").strip()
+    start = {"start": "python3 lower.py > lowered.new; mv lowered.new lowered", "start_mark": f"1@{boot}"}
+    status, report = rental.on.rental("run", **rental.variables, public_keys=[rental.key.public], **start)
+    assert (status, report.get("started")) == (0, True), report
+    assert wait_until(lambda: rental.ssh("cat lowered").stdout, "it has tried") in NOTHING_LOWERED
+
+
+MANY_SMALL = """
+import os, time
+for _ in range(14):
+    if os.fork() == 0:
+        try:
+            open("/proc/self/oom_score_adj", "w").write("0")
+        except OSError:
+            pass
+        held = b"x" * (36 << 20)
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(0.15)
+time.sleep(3)
+"""
+ONE_LARGE = """
+import os, time
+held = b"x" * (80 << 20)
+print(os.getpid(), flush=True)
+time.sleep(90)
+"""
+
+
+def test_many_small_processes_of_a_renter_are_ended_before_a_neighbours_large_one(
+    rental: Rental, roommate: Rental
+) -> None:
+    """Together they need more than there is: which end, and nothing of a neighbour's or of root's that came by SSH."""
+
+    def session(user: str, key: Key, command: str) -> subprocess.Popen[str]:
+        with_it = [*rental.on.ssh_command(user, key), command]
+        return subprocess.Popen(with_it, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    deaths = rental.on.log().count("sshd ended")
+
+    def attackers() -> int:
+        return len(rental.on.run("pgrep", "-u", str(rental.uid), "-x", "python3", check=False).split())
+
+    with (
+        session(roommate.username, roommate.key, "python3 -u -") as neighbour,
+        session("root", rental.on.key, "echo in; exec sleep 90") as of_root,
+    ):
+        assert neighbour.stdin is not None
+        assert neighbour.stdout is not None
+        assert of_root.stdout is not None
+        try:
+            neighbour.stdin.write(ONE_LARGE)
+            neighbour.stdin.close()
+            assert int(neighbour.stdout.readline())
+            assert of_root.stdout.readline() == "in\n"
+            rental.ssh("python3 - >/dev/null 2>&1", MANY_SMALL)
+            assert attackers() < 14, "the kernel has ended some"
+            assert (neighbour.poll(), of_root.poll()) == (None, None)
+            assert rental.on.log().count("sshd ended") == deaths
+            assert roommate.lets_in()
+        finally:
+            rental.on.run("pkill", "-9", "-u", str(rental.uid), check=False)
+            neighbour.kill()
+            of_root.kill()
 
 
 def test_a_fork_bomb_does_not_keep_others_out(rental: Rental, roommate: Rental) -> None:

@@ -117,7 +117,7 @@ def test_after_a_move_the_same_command_works_without_a_word(one: Rental, neighbo
     neighbour.rental("purge", **there.variables)
 
 
-def test_a_new_certificate_ends_no_session_and_leaves_sshd_hard_to_kill(one: Rental, another: Rental) -> None:
+def test_a_new_certificate_ends_no_session_and_leaves_sshd_its_score(one: Rental, another: Rental) -> None:
     let_in(one)
     command = [*ssh_command(one, one.on), "echo in; read line; echo $line"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as session:
@@ -127,11 +127,11 @@ def test_a_new_certificate_ends_no_session_and_leaves_sshd_hard_to_kill(one: Ren
         let_in(another, certificate(one.on, one, another))
         assert ssh(another, one.on).stdout == f"{another.username}\n"
         assert ssh(one, one.on).stdout == f"{one.username}\n"
-        score = "cat /proc/$(cat /run/sshd.pid)/oom_score_adj /proc/1/oom_score_adj | uniq | wc -l"
-        wait_until(lambda: one.on.run("sh", "-c", score).strip() == "1", "sshd is as hard to kill as the agent")
+        score = one.on.run("sh", "-c", "cat /proc/$(cat /run/sshd.pid)/oom_score_adj")
+        assert score.strip() == "500", "what it starts begins with it"
         out, _ = session.communicate("still here\n", timeout=20)
     assert out == "still here\n"
-    assert one.ssh("cat /proc/self/oom_score_adj").stdout.strip() == "500", "and what renters run goes first"
+    assert one.ssh("cat /proc/self/oom_score_adj").stdout.strip() in {"500", "1000"}, "and so do the renters' sessions"
 
 
 def test_a_neighbour_cannot_pass_for_it(one: Rental, neighbour: Worker, folder: Path) -> None:
