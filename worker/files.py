@@ -12,6 +12,9 @@ Where nothing changed nothing is stopped. A rental that is frozen already is sca
 and not let go on. A process that dies between stop and go-on leaves a mark, by which the fence lets the rental go on
 after PAUSE_ENDS_S.
 
+Nothing of a transfer outlives its deadline, whoever stops a part of it: rsync is killed then with all that it has
+started, root's process itself TIDIES_S later, and rsync also when root's process ends before it.
+
 `salvage` is the same for a home of an epoch that was lost, before it is purged. Its processes are ended first.
 
 `receive` fills a home, under the renter's own uid. It holds the rental's lock until that ends, so nobody is let in,
@@ -40,7 +43,7 @@ import traces
 from freezing import Freezer
 from ledger import Ledger, Record, Refused, check_not_laid_down, check_receive, check_unlock
 from locks import got_lock, open_lock
-from processes import FIRST_SENDER, ticks
+from processes import FIRST_SENDER, be_killed_after, begin, die_with, end_group, has_ended, ticks
 from snapshot import (
     NAMES_SHOWN,
     Aside,
@@ -89,6 +92,8 @@ MOST_ODD_BYTES = 4000
 MADE_WITHIN_S = 1.0
 LOOK_EVERY_S = 0.005
 LOCK_WAIT_S = 5.0
+TIDIES_S = 60.0
+"""Seconds after the deadline of a transfer within which root's process has removed what it set aside, and has ended."""
 NICENESS = 10
 SMALL_BYTES, SMALL_NUMBER = 4 << 20, 64
 """Bytes and number of changed files from which on they are set aside before the rental is stopped, not only then."""
@@ -151,6 +156,7 @@ def carry(direction: str, keeper: Keeper, places: Path, homes: Path) -> int:
     """Do one transfer over standard input and output; return the exit status. `places`: where things are set aside."""
     try:
         wish = parse(_read_line(), time.time())
+        be_killed_after(wish.deadline - time.time() + TIDIES_S)
         if direction == "receive":
             return _receive(keeper, wish, homes)
         return _send(direction, keeper, wish, places, homes)
@@ -436,7 +442,8 @@ class Snapshot:
     def _check_size(self, now: Scan) -> None:
         if size_of(now) > self._wish.max_bytes:
             most = self._wish.max_bytes >> 20
-            raise Refused("over_limit", f"its home holds more than {most} MiB (holes in files counted)")
+            counted = "each directory and small file counts as 4 KiB, and holes count"
+            raise Refused("over_limit", f"its home holds more than {most} MiB ({counted})")
 
     def _figures(self, of: Scan) -> dict[str, Any]:
         names = [_shown(path) for path in sorted(self._missing)[:NAMES_SHOWN]]
@@ -535,36 +542,34 @@ def become(uid: int) -> None:
 
 def run_rsync(kind: str, uid: int, deadline: float, gently: bool) -> int:
     """Have rsync take over the connection, in the current directory, and end it at its deadline; return its status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            if gently:
-                os.nice(NICENESS)
-            become(uid)
-            os.execve(RSYNC, ("rsync", *ARGUMENTS[kind]), {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"})  # noqa: S606
-        finally:
-            os._exit(1)
-    ended = os.pidfd_open(child)
+    parent = os.getpid()
+
+    def be_rsync() -> None:
+        if gently:
+            os.nice(NICENESS)
+        become(uid)
+        die_with(parent)
+        os.execve(RSYNC, ("rsync", *ARGUMENTS[kind]), {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"})  # noqa: S606
+
+    child = begin(be_rsync)
     try:
-        _say_that_it_works(child, ended, deadline)
+        _say_that_it_works(child, deadline)
     finally:
-        os.close(ended)
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status) & 0xFF
+        status = end_group(child)
+    return status & 0xFF
 
 
-def _say_that_it_works(child: int, ended: int, deadline: float) -> None:
+def _say_that_it_works(child: int, deadline: float) -> None:
     """Wait for the end of rsync or its deadline; say one byte for each second in which it has used the processor.
 
     The other side gives up a transfer in which nothing moves, and rsync may read gigabytes to find that hardly anything
-    has changed. What is said goes where complaints go: standard output is rsync's.
+    has changed. What is said goes where complaints go: standard output is rsync's. Where nobody reads it, it is left
+    out: this process must not wait to say it.
     """
     used = 0
-    while (left_s := deadline - time.time()) > 0 and not select.select([ended], [], [], min(1.0, left_s))[0]:
+    while (left_s := deadline - time.time()) > 0 and not has_ended(child, min(1.0, left_s)):
         before, used = used, ticks(child)
-        if used != before:
+        if used != before and select.select([], [2], [], 0)[1]:
             with suppress(OSError):
                 os.write(2, b".")
 

@@ -104,7 +104,7 @@ class Sshd:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep others from having it begin anew, or changing its standing with the kernel. Raise Refused if they do."""
+        """Keep others from having it begin anew. Raise Refused if they do."""
         self._lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with opened_lock(self._lock) as lock:
             if not got_lock(lock, HELD_WAIT_S):

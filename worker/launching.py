@@ -4,6 +4,9 @@ The command is one argument of a program, never a part of a line that a shell re
 terminal, no descriptor and no environment of ours, is in a session of its own, and is nobody's child here: so it
 outlives the order, and is stopped, woken and ended with all other processes of its uid.
 
+From the moment in which the program has the renter's uid the renter may stop it, also before it has begun anything. So
+root, which holds the rental's lock, waits for its end and for no word of it, and kills it after WITHIN_S.
+
 A mark in /run/orion/started says which run it has had, at which epoch. It is written when the command is on its way:
 who is killed between the two has it run twice, which a service that is to come back survives better than never.
 
@@ -17,10 +20,12 @@ import fcntl
 import os
 import re
 import stat
-import subprocess
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from ledger import Record
+from processes import NOT_BEGUN, begin, end_group, has_ended
 
 LONGEST = 1000
 MARK = re.compile(r"[0-9]{1,16}@[A-Za-z0-9-]{0,64}")
@@ -32,7 +37,7 @@ NOTED = re.compile(
 MOST_OF_A_NOTE = 200
 PROGRAM = Path(__file__).with_name("start.py")
 WITHIN_S = 10.0
-"""Until it has gone its own way: the renter may have stopped it, or have used up its processes."""
+"""Seconds until it has gone its own way: the renter may have stopped it, or have used up its processes."""
 
 
 def is_command(text: object) -> bool:
@@ -118,20 +123,44 @@ class Launcher:
 
     def _run(self, record: Record, which: str, command: str) -> str:
         """Why it could not be run; empty where it was."""
-        home = self._homes / record.username
         try:
-            done = subprocess.run(
-                ["/usr/bin/python3", "-I", "-S", str(PROGRAM), which, command],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                cwd=home, env=environment(record), umask=0o022,
-                user=record.uid, group=record.uid, extra_groups=[], start_new_session=True,
-                timeout=WITHIN_S, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return f"its start command was not on its way within {WITHIN_S:.0f} s"
+            status = self._begin(record, which, command)
         except OSError as error:
             return f"its start command cannot be run: {error.strerror}"
-        return f"its start command cannot be run: it ended with {done.returncode}" if done.returncode else ""
+        if status is None:
+            return f"its start command was not on its way within {WITHIN_S:.0f} s"
+        why = os.strerror(status - NOT_BEGUN) if status > NOT_BEGUN else f"it ended with {status}"
+        return f"its start command cannot be run: {why}" if status else ""
+
+    def _begin(self, record: Record, which: str, command: str) -> int | None:
+        """Return with what status the program has gone its own way; None: it did not in time, and was killed."""
+        home = os.open(self._homes / record.username, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            child = begin(partial(_be_the_program, home, record, which, command))
+        finally:
+            os.close(home)
+        if has_ended(child, WITHIN_S):
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        end_group(child)
+        return None
+
+
+def _be_the_program(home: int, record: Record, which: str, command: str) -> None:
+    """In a child: be the renter's program (start.py), in the renter's home."""
+    os.fchdir(home)
+    silence = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(silence, standard)
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are all that is wanted
+        if int(name) > 2:
+            with suppress(OSError):  # what listed them is closed by now
+                os.close(int(name))
+    os.umask(0o022)
+    os.setgroups([])
+    os.setresgid(record.uid, record.uid, record.uid)
+    os.setresuid(record.uid, record.uid, record.uid)
+    program = ("/usr/bin/python3", "-I", "-S", str(PROGRAM), which, command)
+    os.execve(program[0], program, environment(record))  # noqa: S606 - there is no shell in it
 
 
 def environment(record: Record) -> dict[str, str]:

@@ -1,20 +1,33 @@
-"""The processes of a renter: finding them, and reaching all of them at once though they fork meanwhile."""
+"""The processes of a renter: finding them, and reaching all of them at once though they fork meanwhile.
+
+A renter may stop whatever has its uid, what root has begun for it as well; then only SIGKILL ends that, and no signal
+that waits for its turn, as SIGALRM does. So root waits for such a child until a moment that it has named before, and
+then ends it by `end_group`.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import select
 import signal
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 PROC = Path("/proc")
+SCORE = "oom_score_adj"
+"""The file of a process by which the kernel chooses whom it ends when memory is used up: see scores.py."""
 END_WITHIN_S = 10.0
 FIRST_SENDER = 1 << 31
 """The uid from which on the accounts are that send the files of rentals; every renter's is below it."""
+NOT_BEGUN = 128
+"""The exit status, less the number of the error, of a child that could not begin its work."""
 _NOBODYS_ID = 4_000_000_000
 """Above every number that a renter can have, and no account's."""
+_DIES_WITH_PARENT = 1
+"""prctl(2), PR_SET_PDEATHSIG."""
 
 
 def owners(status: str) -> set[int]:
@@ -35,7 +48,7 @@ def of(uids: Collection[int]) -> list[int]:
 
 def log_ins(usernames: Collection[str]) -> list[int]:
     """sshd's own processes for these renters, which run as root and show the name in their title."""
-    return [pid for pid in _all() if _log_in_name(pid) in usernames]
+    return [pid for pid in _all() if log_in_name(pid) in usernames]
 
 
 def uids_from(first: int) -> set[int]:
@@ -86,6 +99,76 @@ def end(renters: dict[int, str], within_s: float = END_WITHIN_S) -> int:
     return len(seen)
 
 
+def begin(work: Callable[[], object]) -> int:
+    """Begin a child that does this work and ends; return its number. It leads a group of its own: see `end_group`."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setsid()
+            work()
+        except OSError as error:
+            status = NOT_BEGUN + (error.errno or 0)
+        finally:
+            os._exit(status)
+    return child
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when the one of that number ends, which has begun it.
+
+    Another uid makes the kernel forget that: call it when this process has the uid that it keeps.
+    """
+    ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def has_ended(child: int, within_s: float) -> bool:
+    """Return whether a child has ended within that time. Its status is still to be taken then."""
+    ended = os.pidfd_open(child)
+    try:
+        return bool(select.select([ended], [], [], max(0.0, within_s))[0])
+    finally:
+        os.close(ended)
+
+
+def end_group(child: int) -> int:
+    """Kill a child and all that it has started in its group, stopped or not; return its exit status as `os` codes it.
+
+    The status is taken last: until then the number is not given to another.
+    """
+    for reach in (os.killpg, os.kill):  # it may not lead its group yet
+        with suppress(ProcessLookupError):
+            reach(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class _Event(ctypes.Structure):
+    """What happens at the end of a timer: sigevent(3type)."""
+
+    _fields_ = [
+        ("value", ctypes.c_void_p),
+        ("number", ctypes.c_int),
+        ("how", ctypes.c_int),
+        ("rest", ctypes.c_int * 12),
+    ]
+
+
+def be_killed_after(seconds: float) -> bool:
+    """Have the kernel kill this process after so many seconds, whatever it waits for, and though it is stopped.
+
+    No child inherits that, nor does a program that takes its place. Return whether the kernel has such a timer.
+    """
+    libc = ctypes.CDLL(None)
+    event, timer = _Event(number=signal.SIGKILL), ctypes.c_void_p()
+    seconds = max(0.001, seconds)  # none would be no end
+    moment = (ctypes.c_long * 4)(0, 0, int(seconds), int(seconds % 1 * 1e9))
+    if libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)):
+        return False
+    return not libc.timer_settime(timer, 0, moment, None)
+
+
 def strike(uid: int, number: signal.Signals) -> bool:
     """A signal to every process of this uid in one step of the kernel, as none but that uid itself can send it.
 
@@ -121,7 +204,7 @@ def send(pid: int, renters: Mapping[int, str], number: signal.Signals) -> None:
         return
     try:
         theirs = not owners(_status(pid)).isdisjoint(renters)
-        if theirs or _log_in_name(pid) in renters.values():
+        if theirs or log_in_name(pid) in renters.values():
             signal.pidfd_send_signal(descriptor, number)
     except ProcessLookupError:
         pass
@@ -129,11 +212,31 @@ def send(pid: int, renters: Mapping[int, str], number: signal.Signals) -> None:
         os.close(descriptor)
 
 
+def own_score() -> int:
+    return int((PROC / "self" / SCORE).read_text())
+
+
+def give_score(pid: int, score: int) -> None:
+    """For a process of root's. Raise OSError where it has ended, or where the kernel refuses."""
+    (PROC / str(pid) / SCORE).write_text(str(score))
+
+
 def name_of(pid: int) -> str:
     try:
         return (PROC / str(pid) / "comm").read_text(errors="replace").strip()
     except OSError:
         return "gone"
+
+
+def log_in_name(pid: int) -> str | None:
+    """The renter's name in the title of one of sshd's processes of root: `sshd-session: r-abc [priv]`."""
+    try:
+        title = (PROC / str(pid) / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
+    except OSError:
+        return None
+    if not title.startswith("sshd-session: ") or owners(_status(pid)) != {0}:
+        return None
+    return title.removeprefix("sshd-session: ").split(" ")[0].split("@")[0]
 
 
 def _all() -> list[int]:
@@ -145,14 +248,3 @@ def _status(pid: int) -> str:
         return (PROC / str(pid) / "status").read_text(errors="replace")
     except OSError:
         return ""
-
-
-def _log_in_name(pid: int) -> str | None:
-    """The renter's name in the title of one of sshd's processes of root: `sshd-session: r-abc [priv]`."""
-    try:
-        title = (PROC / str(pid) / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
-    except OSError:
-        return None
-    if not title.startswith("sshd-session: ") or owners(_status(pid)) != {0}:
-        return None
-    return title.removeprefix("sshd-session: ").split(" ")[0].split("@")[0]

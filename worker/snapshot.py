@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import select
 import shutil
 import stat
 import struct
@@ -34,10 +35,14 @@ from pathlib import Path
 import traces
 from ledger import Refused
 
-FIND = ("/usr/bin/find", ".", "-xdev", "-printf", r"%i %n %s %m %T@ %C@ %y %U %p\0")
+FIND = ("/usr/bin/find", ".", "-xdev", "-printf", r"%i %n %s %m %T@ %C@ %y %U %p\0%i %b %s\0")
+"""Two records for each entry. Its blocks are no part of the first: they may change long after the entry has, as when
+the kernel writes to the disk."""
+BLOCK_BYTES = 4096
+"""The least that an entry counts for, as domain/copies.py counts: a directory has a block on most disks."""
 RACY_S = 0.02
 """Seconds before a scan within which a change of a file may have got the same ctime as a change after the scan."""
-LINE_BYTES = 160
+LINE_BYTES = 190
 """Bytes of a scan for each entry that a home may hold, on average: a limit of the memory that a scan takes."""
 LONGEST_PATH = 4000
 """Bytes of the longest path that rsync carries."""
@@ -59,6 +64,8 @@ class Scan:
 
     lines: frozenset[bytes]
     at: float
+    sizes: bytes = b""
+    """The inode, the blocks of 512 bytes and the size of each entry, one line each."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +111,15 @@ def scan(most_entries: int, last_moment: float, strict: bool) -> Scan:
     assert find.stdout and find.stderr  # noqa: S101, PT018 - they were asked for
     os.set_blocking(find.stderr.fileno(), False)
     content = bytearray()
-    entries = 0
+    records = 0
     try:
-        while part := os.read(find.stdout.fileno(), 1 << 20):
+        while part := _read_by(last_moment, find.stdout.fileno()):
             content += part
-            entries += part.count(b"\0")
-            if entries > most_entries:
-                raise Refused("over_limit", f"its home holds more than {most_entries} files")
+            records += part.count(b"\0")
+            if records > 2 * most_entries:
+                raise Refused("over_limit", f"its home holds more than {most_entries} files and directories")
             if len(content) > LINE_BYTES * most_entries + (1 << 20):
                 raise Refused("over_limit", "the names of the files in its home are too long altogether")
-            if time.monotonic() > last_moment:
-                raise Refused("timed_out", "looking through its home took longer than it may")
             with suppress(BlockingIOError):
                 os.read(find.stderr.fileno(), 1 << 16)  # so that it never waits to complain
         status = find.wait()
@@ -125,12 +130,26 @@ def scan(most_entries: int, last_moment: float, strict: bool) -> Scan:
         find.stderr.close()
     if strict and status:
         raise Refused("failed", "its home cannot be looked through")
-    return Scan(frozenset(bytes(content).split(b"\0")[:-1]), at)
+    found = bytes(content).split(b"\0")[:-1]
+    return Scan(frozenset(found[::2]), at, b"\n".join(found[1::2]))
+
+
+def _read_by(last_moment: float, descriptor: int) -> bytes:
+    """Return what is said next, empty at the end. Raise Refused if nothing is until that moment (monotonic seconds)."""
+    left_s = last_moment - time.monotonic()
+    if left_s < 0 or not select.select([descriptor], [], [], left_s)[0]:
+        raise Refused("timed_out", "looking through its home took longer than it may")
+    return os.read(descriptor, 1 << 20)
 
 
 def size_of(of: Scan) -> int:
-    """Return the bytes of all files, holes counted."""
-    return sum(int(line.split(b" ", 3)[2]) for line in of.lines if line.split(b" ", 8)[6] == b"f")
+    """Return the bytes for which a home counts, as the manager counts a copy of it (`counted` of domain/copies.py).
+
+    An entry of any kind counts for its blocks or for its size with holes, whichever is more, and for BLOCK_BYTES at
+    least. A file with several names counts once.
+    """
+    entries = map(bytes.split, set(of.sizes.splitlines()))
+    return sum(max(512 * int(blocks), int(size), BLOCK_BYTES) for _, blocks, size in entries)
 
 
 def odd_folders(of: Scan) -> dict[bytes, int]:

@@ -25,9 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from handing import TAKEN, TRANSFERS
+from processes import be_killed_after
 
 MOST_AT_ONCE = 16
 """More requests than so many wait in the connection."""
+LONGEST_S = 3600.0
+"""Seconds after which the process of a request is killed, whatever it waits for: no order is given for longer."""
 MAX_LINE_BYTES = 1 << 20
 READ_BYTES = 1 << 16
 
@@ -122,6 +125,7 @@ class _Standing:
     def _work(self, writing: int, identifier: object, command: str, request: str) -> None:
         """In a process of its own, which ends here whatever happens; what breaks is told on stderr."""
         try:
+            be_killed_after(LONGEST_S)
             status, report = self._answer(command, request)
             _write_all(writing, _line(identifier, status, report))
         except BaseException as error:

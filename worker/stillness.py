@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,15 @@ def parents(tasks: Iterable[Task]) -> list[int]:
 def stopped_processes(uid: int) -> frozenset[tuple[int, int]]:
     """(pid, start) of those that are stopped: before a freeze, those that are to stay so after it."""
     return frozenset((t.pid, t.started) for t in tasks_of(uid) if t.pid == t.tid and t.state == "T")
+
+
+def stopped_among(uids: Collection[int]) -> list[Task]:
+    """Return the first tasks of those processes of these uids that are stopped, by one look through all processes."""
+    found = []
+    for pid in processes.of(uids) if uids else ():
+        with suppress(OSError):  # it has ended meanwhile
+            found.append(_read(pid, processes.PROC / str(pid) / "task" / str(pid)))
+    return [task for task in found if task.state in STOPPED]
 
 
 class Vigil:

@@ -513,6 +513,27 @@ def test_what_is_over_its_limits_is_frozen_and_the_way_out_is_said(house: House,
     assert "orion thaw" not in str(moving.value), "a planned move freezes nobody for that"
 
 
+@pytest.mark.parametrize("limits", [{"max_files": 100}, {"max_bytes": 100 * snapshot.BLOCK_BYTES}])
+def test_empty_directories_count_by_number_and_by_the_room_that_they_take(house: House, limits: dict[str, int]) -> None:
+    for number in range(99):
+        (house.home / str(number)).mkdir()
+    assert house.snapshot(**limits)["files"] == 100
+    os.mkfifo(house.home / "one more")
+    with pytest.raises(Refused, match="its home holds more than") as refused:
+        house.snapshot(**limits)
+    assert refused.value.code == "over_limit"
+
+
+def test_the_blocks_of_a_file_are_no_change_of_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk may give a file its blocks long after it was written to."""
+    (house.home / "file").write_text("x")
+    aged(house.home)
+    house.snapshot(mark=BASE)
+    later = tuple(part.replace("%b", "%b0") for part in snapshot.FIND)
+    monkeypatch.setattr(snapshot, "FIND", later)
+    assert house.snapshot(base=BASE)["same"]
+
+
 def test_a_manifest_is_read_as_it_was_written_and_half_of_one_is_none(tmp_path: Path) -> None:
     manifests = Manifests(tmp_path)
     manifest = Manifest(Scan(frozenset({b"1 2 ./a\xff", b"3 4 ./b\n"}), 5.0), {b"./a\xff": "f00"}, {b"./c": "why"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 import handing
 import pytest
 import standing
+from support.descendants import ended_with_their_test
 
-COMMANDS = ("say", "wait", "break", "die", "flood")
+COMMANDS = ("say", "wait", "break", "die", "flood", "stop")
 
 
 HAND_OVER = "import handing, sys; sys.exit(handing.hand_over(sys.argv[1], sys.argv[2]))"
@@ -57,6 +59,8 @@ class Served:
             raise RuntimeError("a fault")
         if command == "die":
             os._exit(9)
+        if command == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if command == "flood":
             return 0, {"filling": "x" * (1 << 18)}
         return 0, {"heard": json.loads(text)}
@@ -91,6 +95,19 @@ def test_each_order_is_answered_under_its_own_number(served: Served) -> None:
     assert {number: answer["report"]["heard"]["rental_id"] for number, answer in answers.items()} == {
         number: f"r{number}" for number in range(1, 6)
     }
+
+
+@pytest.mark.timeout(30)
+def test_an_order_that_never_ends_is_killed_though_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standing, "LONGEST_S", 0.05)
+    with ended_with_their_test():
+        served = Served(tmp_path)
+        served.ask(1, "stop")
+        answer = served.answer()
+        assert (answer["id"], answer["report"]["code"]) == (1, "broken")
+        served.end()
 
 
 def test_one_that_takes_long_holds_up_no_other(served: Served) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +28,76 @@ RECORD = Record("one", "r-one", 100_001, epoch=2)
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
-    """Of programs that root starts, which end well."""
-    found: list[tuple[Any, dict[str, Any]]] = []
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Programs that root starts, each as it is when it starts, which end well."""
+    (tmp_path / "home/r-one").mkdir(parents=True)
+    found: list[dict[str, Any]] = []
+    begin = launching.begin
 
-    def run(arguments: list[str], **how: Any) -> subprocess.CompletedProcess[bytes]:
-        found.append((arguments, how))
-        return subprocess.CompletedProcess(arguments, 0)
+    def begun(work: Callable[[], object]) -> int:
+        told = mmap.mmap(-1, 1 << 16)  # shared with the child, which closes whatever it has open
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "execve", partial(_tell, told))
+            for become in () if os.geteuid() == 0 else ("setgroups", "setresgid", "setresuid"):
+                patched.setattr(os, become, lambda *_: None)
+            child = begin(work)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        found.append(json.loads(told.readline()))
+        return child
 
-    monkeypatch.setattr(launching.subprocess, "run", run)
+    monkeypatch.setattr(launching, "begin", begun)
     return found
 
 
-def test_the_command_is_one_argument_of_a_program_that_is_the_renter_s(tmp_path: Path, calls: list[Any]) -> None:
+def _tell(told: mmap.mmap, program: str, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+    """In the child, in place of the program."""
+    seen = {
+        "program": program, "arguments": arguments, "env": environment, "cwd": os.getcwd(),  # noqa: PTH109
+        "uids": os.getresuid(), "gids": os.getresgid(), "groups": os.getgroups(), "leads": os.getsid(0) == os.getpid(),
+        "standard": [Path(f"/proc/self/fd/{each}").resolve().name for each in (0, 1, 2)],
+        "inherits": [each for each in range(3, 300) if Path(f"/proc/self/fd/{each}").is_symlink()],
+    }  # fmt: skip
+    told.write(json.dumps(seen).encode() + b"\n")
+    os._exit(0)
+
+
+def test_the_command_is_one_argument_of_a_program_that_is_the_renter_s(
+    tmp_path: Path, calls: list[dict[str, Any]]
+) -> None:
     evil = "x'; $(reboot) `id` {{ 7 }} \\ --help"
     assert Launcher(tmp_path).launch(RECORD, evil, "1@boot")["started"] is True
-    ((arguments, how),) = calls
-    assert arguments[-2:] == ["2 1@boot", evil]
-    assert (how["user"], how["group"], how["extra_groups"]) == (100_001, 100_001, [])
-    assert how["start_new_session"]
-    assert {how["stdin"], how["stdout"], how["stderr"]} == {subprocess.DEVNULL}
-    assert how["cwd"] == tmp_path / "home/r-one"
-    assert set(how["env"]) == {"HOME", "USER", "LOGNAME", "SHELL", "PATH", "LANG", "ORION_RENTAL_ID"}
+    (call,) = calls
+    assert call["program"] == call["arguments"][0] == "/usr/bin/python3"
+    assert call["arguments"][-2:] == ["2 1@boot", evil]
+    if os.geteuid() == 0:
+        assert (call["uids"], call["gids"], call["groups"]) == ([100_001] * 3, [100_001] * 3, [])
+    assert call["leads"]
+    assert call["standard"] == ["null"] * 3
+    assert call["inherits"] == []
+    assert call["cwd"] == str(tmp_path / "home/r-one")
+    assert set(call["env"]) == {"HOME", "USER", "LOGNAME", "SHELL", "PATH", "LANG", "ORION_RENTAL_ID"}
 
 
-def test_a_start_command_knows_the_name_and_the_id_of_its_rental(tmp_path: Path, calls: list[Any]) -> None:
+def test_a_start_command_knows_the_name_and_the_id_of_its_rental(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
     Launcher(tmp_path).launch(replace(RECORD, rental_name="lab"), "serve", "1@boot")
-    ((_, how),) = calls
-    assert (how["env"]["ORION_RENTAL"], how["env"]["ORION_RENTAL_ID"]) == ("lab", "one")
+    (call,) = calls
+    assert (call["env"]["ORION_RENTAL"], call["env"]["ORION_RENTAL_ID"]) == ("lab", "one")
 
 
-def test_each_run_is_had_once_in_a_life_of_the_container_and_at_an_epoch(tmp_path: Path, calls: list[Any]) -> None:
+def test_why_its_program_cannot_be_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home/r-one").mkdir(parents=True)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EAGAIN, "too many processes")
+
+    monkeypatch.setattr(os, "setgroups", refuse)
+    problem = Launcher(tmp_path).launch(RECORD, "serve", "1@boot")["start_problem"]
+    assert problem == f"its start command cannot be run: {os.strerror(errno.EAGAIN)}"
+
+
+def test_each_run_is_had_once_in_a_life_of_the_container_and_at_an_epoch(
+    tmp_path: Path, calls: list[dict[str, Any]]
+) -> None:
     launcher = Launcher(tmp_path)
     launcher.begin("boot-1")
     told = [launcher.launch(RECORD, "serve", mark) for mark in ("1@boot-1", "1@boot-1", "2@boot-1", "2@boot-0")]

@@ -1,0 +1,178 @@
+"""A renter that stops (SIGSTOP) whatever root has begun for it: no part outlives its deadline, and others go on."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rental_support import Rental, new_rental
+from stopped_log_ins import LOOK_EVERY_S, LOOKS
+from vault_contract import refusal
+from vault_support import RealVault, home_of, vault
+from worker_support import Worker, docker, wait_until
+
+from orion.manager.engine.vault.port import Limits, VaultError
+
+LIMITS = Limits(max_files=20_000, max_bytes=64 << 20)
+ROUNDS = 4
+DEADLINE_S = 8.0
+"""Of each copy and restore here."""
+LATE_S = 10.0
+"""Seconds after its deadline within which a transfer has to be gone, on a busy machine."""
+LOG_INS = 12
+STOP_EACH_RSYNC = """
+import os, signal
+while True:
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/comm") as comm:
+                if comm.read() == "rsync\\n":
+                    os.kill(int(name), signal.SIGSTOP)
+        except OSError:
+            pass
+"""
+STOP_ALL = "import os, signal\nwhile True: os.kill(-1, signal.SIGSTOP)"
+
+
+@pytest.fixture(scope="module")
+def real(pair: tuple[Worker, Worker], folder: Path) -> Iterator[RealVault]:
+    with vault(folder, pair[0].key) as running:
+        yield running
+
+
+@pytest.fixture
+def rental(host: Worker, folder: Path) -> Rental:
+    return new_rental(host, folder).create_quickly()
+
+
+@pytest.fixture
+def roommate(host: Worker, folder: Path) -> Rental:
+    """Another owner's, on the same worker."""
+    return new_rental(host, folder).create_quickly()
+
+
+@contextmanager
+def running(rental: Rental, program: str) -> Iterator[None]:
+    """A Python program of the renter's that no freeze and no log-in has anything to do with."""
+    become = ["setpriv", f"--reuid={rental.uid}", f"--regid={rental.uid}", "--clear-groups"]
+    docker("exec", "--detach", rental.on.name, *become, "python3", "-c", program)
+    try:
+        wait_until(lambda: rental.on.run("pgrep", "-u", str(rental.uid), "python3", check=False), "it runs")
+        yield
+    finally:
+        rental.on.run("pkill", "-KILL", "-u", str(rental.uid), "python3", check=False)
+
+
+def transfers(worker: Worker) -> list[str]:
+    """Return the processes of rsync, whoever's, and those of root that wait for one; each with its age in seconds."""
+    listed = worker.run("ps", "-eo", "etimes=,pid=,uid=,stat=,args=").splitlines()
+    begun = ("orion-rental send", "orion-rental receive", "orion-rental salvage", "rsync --server")
+    return [line for line in listed if any(each in line for each in begun)]
+
+
+def too_old(worker: Worker) -> list[str]:
+    return [line for line in transfers(worker) if int(line.split()[0]) > DEADLINE_S + LATE_S]
+
+
+async def test_a_renter_who_stops_each_rsync_leaves_none_behind_and_others_are_copied(
+    real: RealVault, rental: Rental, roommate: Rental
+) -> None:
+    with running(rental, STOP_EACH_RSYNC):
+        for number in range(ROUNDS):
+            for each in (rental, roommate):
+                done = await asyncio.to_thread(each.ssh, f"head -c 300000 /dev/urandom > file{number}")
+                assert done.returncode == 0, done.stderr
+            own = asyncio.create_task(real.client.copy(home_of(rental), LIMITS, DEADLINE_S))
+            copied = await real.client.copy(home_of(roommate), LIMITS, DEADLINE_S)
+            assert copied.copy.files >= number + 1
+            with suppress(VaultError):
+                await own
+            assert await asyncio.to_thread(too_old, rental.on) == []
+        await asyncio.to_thread(
+            wait_until, lambda: not transfers(rental.on), "no transfer is left", DEADLINE_S + LATE_S
+        )
+    assert (await real.client.copy(home_of(rental), LIMITS, DEADLINE_S)).copy.files >= ROUNDS
+
+
+async def test_a_restore_that_is_stopped_by_what_is_left_of_its_renter_ends_and_is_repeated(
+    real: RealVault, rental: Rental, neighbour: Worker
+) -> None:
+    await asyncio.to_thread(rental.ssh, "head -c 60000000 /dev/urandom > file")
+    await real.client.copy(home_of(rental), LIMITS)
+    moved = replace(rental, on=neighbour, epoch=2)
+    create = lambda: neighbour.rental("create", **moved.variables, public_keys=[moved.key.public])  # noqa: E731
+    assert (await asyncio.to_thread(create))[0] == 0
+    with running(moved, STOP_EACH_RSYNC):
+        refused = await refusal(real.client.restore(home_of(moved), deadline_s=DEADLINE_S))
+        assert refused.code in {"timed_out", "stalled"}, refused
+        await asyncio.to_thread(
+            wait_until,
+            lambda: not transfers(neighbour),
+            "no part of it is left, stopped or not",
+            LATE_S,
+        )
+    assert (await asyncio.to_thread(create))[0] == 0, "the rental's lock is free"
+    assert await real.client.restore(home_of(moved))
+    assert (await asyncio.to_thread(moved.delete)).ok
+
+
+def test_a_renter_who_stops_its_start_command_before_it_has_begun_keeps_no_lock(rental: Rental) -> None:
+    boot_id = rental.on.run("cat", "/run/orion/boot-id").strip()
+    asked = {**rental.variables, "public_keys": [rental.key.public], "start": "sleep 1000"}
+    with running(rental, STOP_ALL):
+        for number in range(1, 4):
+            began = time.monotonic()
+            status, report = rental.on.rental("run", **asked, start_mark=f"{number}@{boot_id}")
+            assert status == 0, report
+            assert report.get("started") or "start_problem" in report
+            assert time.monotonic() - began < 20
+        left = rental.on.run("pgrep", "-u", "0", "-fc", "orion-rental run", check=False)
+        assert left.strip() == "0"
+        assert rental.on.rental("purge", **rental.variables)[0] == 0, "a release needs the rental's lock"
+    assert rental.traces() == ""
+
+
+def test_a_renter_who_stops_its_log_ins_keeps_no_process_of_roots(rental: Rental, roommate: Rental) -> None:
+    """Its clients go away; sshd's process of root waits for the one that is stopped, and is counted for nobody."""
+    clients = [
+        subprocess.Popen(
+            [*rental.on.ssh_command(rental.username, rental.key), "echo $PPID; kill -STOP $PPID; exec sleep 1000"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # inherited, it would stay non-blocking: a killed ssh does not put that right
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(LOG_INS)
+    ]
+    quiet = subprocess.Popen(
+        [*rental.on.ssh_command(roommate.username, roommate.key), "exec sleep 1000"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def stopped() -> int:
+        states = rental.on.run("ps", "-o", "stat=", "-u", str(rental.uid), check=False).split()
+        return sum(state.startswith("T") for state in states)
+
+    def of_root() -> int:
+        return int(rental.on.run("pgrep", "-u", "0", "-fc", f"sshd-session: {rental.username} ", check=False))
+
+    try:
+        wait_until(lambda: stopped() == LOG_INS, "each log-in is stopped", within_s=60)
+        assert of_root() == LOG_INS
+        for client in clients:
+            client.kill()
+        wait_until(lambda: of_root() == 0, "none of them is left", within_s=3 * LOOKS * LOOK_EVERY_S)
+        assert stopped() == 0
+        assert rental.lets_in()
+        assert quiet.poll() is None, "nobody else's log-in was ended"
+    finally:
+        for client in (*clients, quiet):
+            client.kill()
+            client.wait()

@@ -1,0 +1,36 @@
+"""What a test has started, and what that has left behind: whether something of it is still there, and its end."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@contextmanager
+def ended_with_their_test() -> Iterator[None]:
+    """Have this process adopt what its children leave behind, and kill at the end what is left of them all.
+
+    A test that fails because something is stopped for ever must not itself leave it behind.
+    """
+    before = set(_children())
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        while left := set(_children()) - before:
+            for pid in left:
+                with suppress(ProcessLookupError, ChildProcessError):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def _children() -> list[int]:
+    pid = os.getpid()
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

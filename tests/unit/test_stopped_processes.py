@@ -1,0 +1,312 @@
+"""What a renter stops ends all the same: root's programs wait for nothing without an end. All is really stopped."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import files
+import launching
+import processes
+import pytest
+import snapshot
+from launching import Launcher
+from ledger import Record, Refused
+from rental import Places, Rentals
+from stopped_log_ins import LOOKS, StoppedLogIns
+from support.descendants import ended_with_their_test
+
+pytestmark = pytest.mark.timeout(30)
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="acting under a renter's uid needs root; CI is root")
+SHORT_S = 0.05
+
+
+@pytest.fixture(autouse=True)
+def whatever_is_left_ends() -> Iterator[None]:
+    with ended_with_their_test():
+        yield
+
+
+@pytest.fixture
+def uid() -> Iterator[int]:
+    """One that nothing else on this machine has; nothing of it is left when a test has ended."""
+    renter = 1_000_000_000 + secrets.randbelow(10**9)
+    yield renter
+    left = processes.of([renter])
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+def wait_until(reached: Callable[[], Any], what: str) -> Any:
+    last_moment = time.monotonic() + 10
+    while not (found := reached()):
+        assert time.monotonic() < last_moment, what
+        time.sleep(0.001)
+    return found
+
+
+def state(pid: int) -> str:
+    """The kernel's letter for it; empty where it is gone, also where nobody has taken its status yet."""
+    try:
+        found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+    return "" if found == "Z" else found
+
+
+def stop_itself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stop_with_a_child(told: int) -> None:
+    """Be stopped, with a child that is too; say that child's number."""
+    child = os.fork()
+    if child:
+        os.write(told, b"%d\n" % child)
+    stop_itself()
+
+
+def number_from(pipe: int) -> int:
+    with os.fdopen(pipe) as told:
+        return int(told.readline())
+
+
+def test_a_child_that_is_stopped_and_all_that_it_has_started_is_ended_and_reaped() -> None:
+    reading, writing = os.pipe()
+    child = processes.begin(partial(stop_with_a_child, writing))
+    os.close(writing)
+    grandchild = number_from(reading)
+    wait_until(lambda: state(child) == state(grandchild) == "T", "both stand stopped")
+    assert not processes.has_ended(child, SHORT_S)
+    assert processes.end_group(child) == -signal.SIGKILL
+    wait_until(lambda: not state(grandchild), "what it has started is ended as well")
+    with pytest.raises(ChildProcessError):
+        os.waitpid(child, os.WNOHANG)
+
+
+def test_a_child_that_ends_by_itself_is_waited_for_no_longer_than_that() -> None:
+    child = processes.begin(lambda: os._exit(3))
+    assert processes.has_ended(child, 10.0)
+    assert processes.end_group(child) == 3
+    child = processes.begin(lambda: os.close(-1))
+    assert processes.has_ended(child, 10.0)
+    assert processes.end_group(child) > processes.NOT_BEGUN
+
+
+def test_what_is_stopped_ends_with_the_process_that_has_begun_it() -> None:
+    reading, writing = os.pipe()
+
+    def begin_and_end() -> None:
+        parent = os.getpid()
+        child = processes.begin(lambda: (processes.die_with(parent), os.write(writing, b"."), stop_itself()))
+        os.read(reading, 1)
+        wait_until(lambda: state(child) == "T", "it stands stopped")
+        os.write(writing, b"%d\n" % child)
+
+    parent = processes.begin(begin_and_end)
+    assert processes.has_ended(parent, 10.0)
+    os.waitpid(parent, 0)
+    os.close(writing)
+    child = number_from(reading)
+    wait_until(lambda: not state(child), "its parent has ended")
+
+
+def test_a_process_with_an_end_is_killed_though_it_is_stopped_and_its_child_is_not() -> None:
+    reading, writing = os.pipe()
+
+    def work() -> None:
+        assert processes.be_killed_after(SHORT_S)
+        stop_with_a_child(writing)
+
+    child = processes.begin(work)
+    os.close(writing)
+    grandchild = number_from(reading)
+    try:
+        assert processes.has_ended(child, 10.0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert state(grandchild) == "T"
+    finally:
+        os.kill(grandchild, signal.SIGKILL)
+
+
+@AS_ROOT
+def test_a_transfer_whose_renter_stops_every_part_of_it_ends_at_its_deadline(
+    uid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "RSYNC", "/bin/sh")
+    monkeypatch.setattr(files, "ARGUMENTS", {"receive": ("-c", "sh -c 'kill -STOP $$' & kill -STOP $$")})
+    began = time.monotonic()
+    assert files.run_rsync("receive", uid, time.time() + 0.15, gently=False) == -signal.SIGKILL & 0xFF
+    assert time.monotonic() - began >= 0.14
+    wait_until(lambda: not processes.of([uid]), "no part of it is left")
+
+
+@AS_ROOT
+def test_an_rsync_is_ended_with_the_process_of_root_s_that_waits_for_it(
+    uid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "RSYNC", "/bin/sh")
+    monkeypatch.setattr(files, "ARGUMENTS", {"receive": ("-c", "kill -STOP $$")})
+    parent = processes.begin(lambda: files.run_rsync("receive", uid, time.time() + 60, gently=False))
+    (rsync,) = wait_until(lambda: [pid for pid in processes.of([uid]) if state(pid) == "T"], "rsync is stopped")
+    os.kill(parent, signal.SIGKILL)  # as whoever purges the rental does
+    os.waitpid(parent, 0)
+    wait_until(lambda: not state(rsync), "rsync has ended too")
+
+
+def test_a_transfer_is_killed_some_time_after_its_deadline_whatever_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wish = files.Wish("one", 1, time.time() + SHORT_S)
+    monkeypatch.setattr(files, "TIDIES_S", 0.0)
+    monkeypatch.setattr(files, "_read_line", lambda: b"")
+    monkeypatch.setattr(files, "parse", lambda *_: wish)
+    monkeypatch.setattr(files, "_receive", lambda *_: stop_itself())
+    child = processes.begin(lambda: files.carry("receive", Rentals, Path(), Path()))  # type: ignore[arg-type]
+    assert processes.has_ended(child, 10.0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def test_looking_through_a_home_ends_at_its_deadline_whatever_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "FIND", ("/bin/sh", "-c", "kill -STOP $$"))
+    with pytest.raises(Refused) as refused:
+        snapshot.scan(10, time.monotonic() + SHORT_S, strict=False)
+    assert refused.value.code == "timed_out"
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@AS_ROOT
+def test_a_start_command_that_its_renter_stops_before_it_has_begun_is_ended_and_said(
+    uid: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home/r-one").mkdir(parents=True)
+    monkeypatch.setattr(launching, "WITHIN_S", SHORT_S)
+    monkeypatch.setattr(os, "execve", lambda *_: stop_itself())  # it has the renter's uid by then
+    report = Launcher(tmp_path).launch(Record("one", "r-one", uid, epoch=2), "serve", "1@boot")
+    assert report["started"] is False
+    assert "was not on its way" in str(report["start_problem"])
+    assert processes.of([uid]) == []
+
+
+class LogIn:
+    """Two processes as sshd has them for a log-in: one of root, and one of the renter's that stops itself."""
+
+    def __init__(self, uid: int, script: str) -> None:
+        become = f"setpriv --reuid={uid} --regid={uid} --clear-groups"
+        self.root = subprocess.Popen(
+            ["sshd-session: r-one [priv]", "-c", f"{become} sh -c '{script}'; exit"], executable="/bin/sh"
+        )
+        (self.child,) = wait_until(lambda: [pid for pid in processes.of([uid]) if state(pid) == "T"], "it is stopped")
+
+    def is_there(self) -> bool:
+        return bool(self.root.poll() is None and state(self.child))
+
+    def end(self) -> None:
+        self.root.kill()
+        self.root.wait()
+        if state(self.child):
+            os.kill(self.child, signal.SIGKILL)
+            wait_until(lambda: not state(self.child), "the renter's part has ended")
+
+
+@pytest.fixture
+def log_in(uid: int, request: pytest.FixtureRequest) -> Iterator[LogIn]:
+    made = LogIn(uid, getattr(request, "param", "kill -STOP $$"))
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def rentals(uid: int, tmp_path: Path) -> Rentals:
+    made = Rentals(Places(tmp_path))
+    made.freezer.begin()
+    made.freezer.set_lease(True)
+    made.ledger.keep(Record("one", "r-one", uid, epoch=1, let_in=True))
+    return made
+
+
+@AS_ROOT
+def test_a_log_in_that_its_renter_has_stopped_is_ended_with_root_s_process_that_waits_for_it(
+    rentals: Rentals, log_in: LogIn
+) -> None:
+    said = list[str]()
+    looking = StoppedLogIns(rentals, said.append)
+    for _ in range(LOOKS - 1):
+        looking.look()
+    assert log_in.is_there()
+    looking.look()
+    assert log_in.root.wait(10) == -signal.SIGKILL
+    wait_until(lambda: not state(log_in.child), "the renter's part has ended")
+    assert said == ["r-one has stopped a log-in of its own: it was ended"]
+
+
+@AS_ROOT
+@pytest.mark.parametrize("why", ["it is frozen", "there is no lease"])
+def test_a_log_in_that_stands_still_with_its_rental_goes_on_with_it(rentals: Rentals, log_in: LogIn, why: str) -> None:
+    looking = StoppedLogIns(rentals, pytest.fail)
+    looking.look()
+    (record,) = rentals.ledger.all_living()
+    if why == "it is frozen":
+        rentals.freezer.mark(record, frozenset())
+    else:
+        rentals.freezer.set_lease(False)
+    for _ in range(2 * LOOKS):
+        looking.look()
+    rentals.freezer.forget("one")
+    rentals.freezer.set_lease(True)
+    for _ in range(LOOKS - 1):
+        looking.look()
+    assert log_in.is_there()
+
+
+@AS_ROOT
+@pytest.mark.parametrize("log_in", ["while :; do kill -STOP $$; done"], indirect=True)
+def test_a_log_in_that_has_run_between_two_looks_is_counted_anew(rentals: Rentals, log_in: LogIn) -> None:
+    """As when one pause for a snapshot follows another."""
+    looking = StoppedLogIns(rentals, pytest.fail)
+    for _ in range(2 * LOOKS):
+        looking.look()
+        turns = Path(f"/proc/{log_in.child}/status").read_text().partition("\nvoluntary_ctxt_switches")[2]
+        os.kill(log_in.child, signal.SIGCONT)
+        wait_until(
+            lambda before=turns: (
+                Path(f"/proc/{log_in.child}/status").read_text().partition("\nvoluntary_ctxt_switches")[2] != before
+                and state(log_in.child) == "T"
+            ),
+            "it has run and is stopped again",
+        )
+    assert log_in.is_there()
+
+
+@AS_ROOT
+def test_what_a_renter_stops_of_its_own_programs_stays_as_it_is(uid: int, rentals: Rentals) -> None:
+    become = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+    own = subprocess.Popen([*become, "sh", "-c", "kill -STOP $$"])
+    try:
+        wait_until(lambda: state(own.pid) == "T", "it is stopped")
+        looking = StoppedLogIns(rentals, pytest.fail)
+        for _ in range(2 * LOOKS):
+            looking.look()
+        assert state(own.pid) == "T"
+    finally:
+        own.kill()
+        own.wait()
+
+
+def test_a_look_that_fails_is_said_and_no_more(rentals: Rentals, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = list[str]()
+    looking = StoppedLogIns(rentals, said.append)
+    monkeypatch.setattr(looking, "look", lambda: Path("/nowhere").read_text())
+    for _ in range(3):
+        looking.look_after()
+    assert len(said) == 1, "it looks again when it is time to, and not before"
+    assert "looking again" in said[0]
