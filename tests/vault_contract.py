@@ -11,13 +11,14 @@ from itertools import count
 
 import pytest
 
-from orion.manager.domain.copies import Generation
+from orion.manager.domain.copies import BLOCK_BYTES, Generation
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.port import (
     LET_IN,
     NO_SUCH_GENERATION,
     NOTHING_TO_SALVAGE,
     OVER_LIMIT,
+    OVER_SHARE,
     Home,
     Limits,
     Vault,
@@ -25,6 +26,7 @@ from orion.manager.engine.vault.port import (
 )
 
 LIMITS = Limits(max_files=1000, max_bytes=1 << 20)
+LARGE_BYTES = 20 * BLOCK_BYTES
 _numbers = count(1)
 
 
@@ -44,6 +46,27 @@ class Bench(ABC):
         """The same rental, at its next epoch, on the other worker."""
         other = next(host for host in self.hosts if host != home.host)
         return replace(home, epoch=home.epoch + 1, host=other)
+
+    async def owned_by(self, owner: Home | None = None) -> Home:
+        """Return a rental that runs, of the same owner as that of `owner`, of a new owner without one."""
+        home = self.new_home()
+        home = replace(home, owner=owner.owner if owner else f"owner-{home.rental_id}")
+        await self.create(home, let_in=True)
+        return home
+
+    async def copy_other(self, home: Home, limits: Limits) -> list[str]:
+        """Copy a home that holds LARGE_BYTES of which the copy before has none; return which copies are kept."""
+        letter = chr(ord("a") + next(_numbers) % 26)
+        await self.write(home, "large", letter * LARGE_BYTES)
+        return [str(copy.generation) for copy in (await self.vault.copy(home, limits)).kept]
+
+    def room_for(self, copies: float) -> Limits:
+        """Return limits that give each owner a share of the disk for so many copies of LARGE_BYTES."""
+        return replace(LIMITS, owner_share=copies * (LARGE_BYTES + BLOCK_BYTES) / self.disk_bytes)
+
+    @property
+    @abstractmethod
+    def disk_bytes(self) -> int: ...
 
     @abstractmethod
     async def create(self, home: Home, let_in: bool) -> None: ...
@@ -73,7 +96,11 @@ class VaultContract:
         await bench.write(home, "one", "first")
         await bench.write(home, "two", "second")
         copied = await bench.vault.copy(home, LIMITS)
-        assert (copied.copy.generation, copied.copy.files, copied.copy.bytes) == (Generation(1, 1), 3, 11)
+        assert (copied.copy.generation, copied.copy.files, copied.copy.bytes) == (
+            Generation(1, 1),
+            3,
+            3 * BLOCK_BYTES,
+        ), "the home itself and two files"
         target = bench.moved(home)
         await bench.create(target, let_in=False)
         assert await bench.vault.restore(target) == copied.copy
@@ -200,9 +227,49 @@ class VaultContract:
         await bench.write(home, "file", "x" * 2000)
         copied = await bench.vault.copy(home, LIMITS)
         await bench.write(home, "more", "x" * 2000)
-        for limits in (Limits(1000, 3000), Limits(1, 1 << 20)):
+        for limits in (Limits(1000, 3 * BLOCK_BYTES - 1), Limits(2, 1 << 20)):
             assert (await refusal(bench.vault.copy(home, limits))).code == OVER_LIMIT
         assert await bench.vault.copies(home.rental_id, home.uid) == [copied.copy]
+
+    async def test_beyond_its_owners_share_the_oldest_copies_make_room_for_a_new_one(self, bench: Bench) -> None:
+        home = await bench.owned_by()
+        kept = [await bench.copy_other(home, bench.room_for(2.5)) for _ in range(3)]
+        assert kept == [["1-1"], ["1-1", "1-2"], ["1-2", "1-3"]]
+        assert home.owner not in await bench.vault.short_of_room()
+
+    async def test_the_last_copy_makes_no_room_and_the_new_one_is_refused(self, bench: Bench) -> None:
+        home = await bench.owned_by()
+        await bench.copy_other(home, LIMITS)
+        await bench.copy_other(home, LIMITS)
+        await bench.write(home, "more", "x")
+        assert (await refusal(bench.vault.copy(home, bench.room_for(0.9)))).code == OVER_SHARE
+        kept = [str(copy.generation) for copy in await bench.vault.copies(home.rental_id, home.uid)]
+        assert kept == ["1-1", "1-2"]
+
+    async def test_one_owner_has_its_share_and_others_are_not_affected(self, bench: Bench) -> None:
+        room = bench.room_for(2.5)
+        first = await bench.owned_by()
+        second, other = await bench.owned_by(first), await bench.owned_by()
+        assert [await bench.copy_other(first, room) for _ in range(2)] == [["1-1"], ["1-1", "1-2"]]
+        await bench.write(second, "large", "x" * LARGE_BYTES)
+        assert (await refusal(bench.vault.copy(second, room))).code == OVER_SHARE
+        assert await bench.vault.copies(second.rental_id, second.uid) == []
+        assert {first.owner, other.owner}.intersection(await bench.vault.short_of_room()) == {first.owner}
+        assert [await bench.copy_other(other, room) for _ in range(2)] == [["1-1"], ["1-1", "1-2"]]
+        unchanged = await bench.vault.copy(first, room)
+        assert [str(copy.generation) for copy in unchanged.kept] == ["1-2"], "it makes room for the second"
+        assert (await bench.vault.copy(second, room)).copy.generation == Generation(1, 1)
+        assert first.owner not in await bench.vault.short_of_room()
+
+    async def test_what_is_removed_gives_its_room_back_to_its_owner(self, bench: Bench) -> None:
+        room = bench.room_for(1.5)
+        first = await bench.owned_by()
+        second = await bench.owned_by(first)
+        await bench.copy_other(first, room)
+        await bench.write(second, "large", "x" * LARGE_BYTES)
+        assert (await refusal(bench.vault.copy(second, room))).code == OVER_SHARE
+        await bench.vault.remove(first.rental_id, first.uid)
+        assert (await bench.vault.copy(second, room)).copy.generation == Generation(1, 1)
 
     async def test_nothing_is_left_of_what_is_removed_and_only_of_that(self, bench: Bench) -> None:
         homes = [bench.new_home(), bench.new_home()]

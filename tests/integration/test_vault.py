@@ -23,6 +23,7 @@ from vault_support import RealVault, home_of, host_of, vault
 from worker_support import Worker, wait_until
 
 from orion.manager.domain.copies import Copy
+from orion.manager.engine.vault.disk import Disk
 from orion.manager.engine.vault.port import LET_IN, Home, Limits, VaultError
 
 LIMITS = Limits(max_files=20_000, max_bytes=64 << 20)
@@ -36,6 +37,7 @@ def real(pair: tuple[Worker, Worker], folder: Path) -> Iterator[RealVault]:
 
 class RealBench(Bench):
     def __init__(self, real: RealVault, pair: tuple[Worker, Worker], folder: Path) -> None:
+        self._disk = Disk.of(real.copies)
         self.vault = real.client
         self.hosts = (host_of(pair[0]), host_of(pair[1]))
         self._workers = dict(zip(self.hosts, pair, strict=True))
@@ -45,6 +47,10 @@ class RealBench(Bench):
     def new_home(self, epoch: int = 1) -> Home:
         home = super().new_home(epoch)
         return replace(home, uid=home.uid + self._offset)
+
+    @property
+    def disk_bytes(self) -> int:
+        return self._disk.size.bytes
 
     async def create(self, home: Home, let_in: bool) -> None:
         worker = self._workers[home.host]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import files
@@ -20,9 +21,11 @@ import pytest
 from vault_contract import refusal
 from worker_support import ROOT, wait_until
 
+from orion.manager.domain.copies import BLOCK_BYTES
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.client import VaultClient
-from orion.manager.engine.vault.port import Home, Limits
+from orion.manager.engine.vault.disk import Disk
+from orion.manager.engine.vault.port import OVER_LIMIT, OVER_SHARE, Home, Limits
 from orion.manager.engine.vault.transfer import OPTIONS
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acting under other uids needs root; CI is root")
@@ -179,6 +182,40 @@ async def test_whatever_a_worker_says_ends_and_costs_nothing_of_what_is_kept(
     assert len(str(refused)) < 500
     assert copied.kept == {"honest": "first"}
     wait_until(lambda: not copied.running(), "nothing of it runs any more", 2)
+
+
+def folders(liar: Liar) -> None:
+    for number in range(900):
+        (liar.home / f"folder-{number}").mkdir()
+
+
+async def test_empty_directories_count_for_what_they_take_though_a_worker_says_nothing_of_them(copied: Liar) -> None:
+    folders(copied)
+    few, enough = Limits(max_files=1000, max_bytes=3 << 20), Limits(max_files=1000, max_bytes=4 << 20)
+    refused = await refusal(copied.client.copy(copied.of, few))
+    assert (refused.code, "more than a copy may" in str(refused)) == (OVER_LIMIT, True)
+    copy = (await copied.client.copy(copied.of, enough)).copy
+    assert (copy.files, copy.bytes >= 902 * BLOCK_BYTES) == (902, True)
+
+
+async def test_what_has_come_beyond_an_owners_share_is_removed_and_others_are_copied(liar: Liar) -> None:
+    share = (2 << 20) / Disk.of(liar.place).size.bytes
+    limits = replace(LIMITS, owner_share=share)
+    folders_of_owner = []
+    for owner, code in (("greedy", ""), ("greedy", OVER_SHARE), ("modest", "")):
+        liar.begin()
+        (liar.home / "large").write_bytes(os.urandom(3 << 19))
+        copying = liar.client.copy(replace(liar.of, owner=owner), limits)
+        if code:
+            assert (await refusal(copying)).code == code
+        else:
+            await copying
+        folders_of_owner.append(liar.place / "copies" / liar.name)
+    first, refused, other = folders_of_owner
+    wait_until(lambda: not list(refused.iterdir()), "nothing of it is left", 5)
+    assert [place.name for place in (*first.iterdir(), *other.iterdir())] == ["1-1", "1-1"]
+    assert first.name in await liar.client.rentals()
+    assert "greedy" in await liar.client.short_of_room()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.house import Agent, House
 
-from orion.manager.domain.copies import EXPIRED_KEPT_S
+from orion.manager.domain.copies import BLOCK_BYTES, EXPIRED_KEPT_S
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.port import Home, Limits, VaultError
 from orion.manager.loops import restoring
@@ -66,13 +66,13 @@ async def test_files_come_along_when_their_worker_dies_and_the_event_says_which(
     files(house, rental)["precious"] = "content"
     shown = await copied(house, rental)
     assert shown["last_safe_copy_at"]
-    assert shown["last_safe_copy_bytes"] == 7
+    assert shown["last_safe_copy_bytes"] == 2 * BLOCK_BYTES, "the home itself and a file"
     files(house, rental)["too late"] = "x"
     moved = await lose(house, rental)
     assert (moved["state"], moved["epoch"]) == ("active", 2)
     assert files(house, moved) == {"precious": "content"}
     (event,) = await house.events("rental.files_restored")
-    assert (event["epoch"], event["details"]["generation"], event["details"]["bytes"]) == (2, "1-1", 7)
+    assert (event["epoch"], event["details"]["generation"], event["details"]["bytes"]) == (2, "1-1", 2 * BLOCK_BYTES)
     assert event["details"]["age_s"] > 90
     assert "not whole in it" not in event["reason"]
     assert moved["explanation"] == f"running on worker {moved['worker_id']}"
@@ -88,7 +88,7 @@ async def test_a_takeover_whose_copy_lacks_files_names_them_in_its_event_and_in_
     moved = await lose(house, rental)
     assert (moved["state"], files(house, moved)) == ("active", {"kept": "content"})
     (event,) = await house.events("rental.files_restored")
-    assert event["reason"].endswith("2 files, 7 bytes; not whole in it: sealed, shut")
+    assert event["reason"].endswith("2 files, 8192 bytes; not whole in it: sealed, shut")
     assert event["details"]["skipped"] == ["sealed", "shut"]
     running = f"running on worker {moved['worker_id']}"
     assert moved["explanation"] == f"{running}; its files are from copy 1-1, not whole in it: sealed, shut"
@@ -305,7 +305,7 @@ async def test_a_home_that_is_too_large_says_so_once_and_again_when_it_is_copied
         assert "more than a copy may" in shown["copy_problem"]
         del files(house, rental)["large"]
         shown = await copied(house, rental)
-        assert (shown["copy_problem"], shown["last_safe_copy_bytes"]) == ("", 0)
+        assert (shown["copy_problem"], shown["last_safe_copy_bytes"]) == ("", BLOCK_BYTES)
         kinds = [
             event["kind"] for event in await house.events() if event["kind"] in {"rental.over_limit", "rental.copied"}
         ]
@@ -435,7 +435,7 @@ async def test_a_first_copy_that_fails_is_tried_again_soon_and_said_when_it_goes
         await copy_round(house)
         tries.append(house.manager.copies._failures[rental["id"]])
         problem = (await house.rental(rental["id"]))["copy_problem"]
-        assert bool(problem) is (tries[-1] > FIRST_TRIES)
+        assert ("cannot be asked" in problem) is (tries[-1] > FIRST_TRIES)
         await house.pass_time(3)
     assert tries[:2] == [1, 2]
     assert tries[-1] == 4, "ever less often"
@@ -459,3 +459,31 @@ async def test_a_rental_whose_worker_was_suspect_when_it_was_due_is_copied_soon_
         await house.pass_time(2)
         await copy_round(house)
     assert (await house.rental(rental["id"]))["last_safe_copy_at"]
+
+
+async def test_an_old_copy_is_always_explained(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    await copied(house, rental)
+
+    async def explained() -> str:
+        found = [await house.rental(rental["id"]), *(await house.as_admin.get("/api/rentals")).json()["items"]]
+        (problem,) = {shown["copy_problem"] for shown in found}
+        return str(problem)
+
+    await house.pass_time(60)
+    assert await explained() == ""
+    await house.pass_time(31)
+    assert await explained() == "the copies of others come first"
+    house.vault.failure = VaultError("unreachable", "the worker cannot be asked")
+    await copy_round(house)
+    assert await explained() == "the last copy has failed, and is tried again"
+    house.vault.failure = None
+    house.disk_share = 0.81
+    await copy_round(house)
+    assert "no files are copied at present: " in await explained()
+    house.disk_share = 0.79
+    house.end_the_brake_of_the_start()
+    holder(house, rental).die()
+    await house.silence(holder(house, rental), 60)
+    await copy_round(house)
+    assert "its worker is not heard from" in await explained()

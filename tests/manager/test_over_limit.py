@@ -53,8 +53,8 @@ def test_a_mark_of_an_agent_from_before_there_were_limits_is_read(tmp_path: Path
 async def test_its_owner_is_told_and_lets_it_go_on_to_make_room(house: House) -> None:
     agent: Agent = await house.join()
     rental = await house.rent(name="lab")
-    house.manager.copies._plan = Plan(limits=Limits(max_files=100, max_bytes=100))
-    files_of(house, rental)["large"] = "x" * 200
+    house.manager.copies._plan = Plan(limits=Limits(max_files=100, max_bytes=10_000))
+    files_of(house, rental)["large"] = "x" * 20_000
     shown = await copied(house, rental)
     assert "frozen" in shown["copy_problem"]
     assert [e["reason"] for e in await house.events("rental.over_limit")] == [shown["copy_problem"]]

@@ -108,6 +108,10 @@ class SimulatedVault:
         await self.manager.point()
         return sorted(self.sim.stored)
 
+    async def short_of_room(self) -> list[str]:
+        await self.manager.point()
+        return []
+
     async def _on_worker(self, home: Home, work: Callable[[Container], T]) -> T:
         await self.manager.point()
         chance = self._random.random() if self.sim.network.bad else 1.0

@@ -28,6 +28,7 @@ from orion.manager.domain.copies import (
     copied_rarely,
     kept,
     let_in,
+    may_stay,
     nearly_full,
     newest,
     next_number,
@@ -61,6 +62,24 @@ def test_salvages_drop_no_copy_and_no_copy_drops_them(all_: list[Generation], sa
     salvages = [replace(copy_of(each), salvage=True) for each in all_ if each.epoch in salvaged]
     newest_ones = sorted(copy.generation for copy in salvages)[-SALVAGES_KEPT:]
     assert kept([*copies, *salvages]) == kept(copies) | set(newest_ones)
+
+
+@given(
+    GENERATIONS, st.sets(st.integers(1, 5)), st.one_of(st.none(), st.builds(Generation, st.integers(1, 5), st.just(1)))
+)
+def test_for_want_of_room_older_copies_go_one_by_one_and_never_the_last_the_spared_or_a_salvage(
+    all_: list[Generation], salvaged: set[int], spare: Generation | None
+) -> None:
+    complete = [replace(copy_of(each), salvage=each.epoch in salvaged) for each in all_]
+    first, *others = may_stay(complete, spare)
+    assert first == kept(complete) | ({spare} & set(all_))
+    regular = [copy.generation for copy in complete if not copy.salvage]
+    least = {spare, max(regular, default=None)} | {copy.generation for copy in complete if copy.salvage}
+    before = first
+    for staying in others:
+        assert before - staying == {min(before - least)}, "the oldest of those that may go"
+        before = staying
+    assert before == first & least
 
 
 def test_a_salvage_is_what_a_rental_begins_with_only_if_its_renter_was_let_in_at_no_later_epoch() -> None:

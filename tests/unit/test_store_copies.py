@@ -127,6 +127,15 @@ async def test_copies_outlive_a_release_not_at_all_and_an_expiry_by_a_day(bench:
     assert sorted(over) == [(RELEASED.id, RELEASED.uid), (EXPIRED.id, EXPIRED.uid)]
 
 
+async def test_what_has_expired_makes_room_for_its_owner_at_once_but_by_a_clock_that_is_believed(bench: Bench) -> None:
+    everybody = [RENTAL.id, RELEASED.id, EXPIRED.id]
+    ended_at = EXPIRED.expires_at or 0.0
+    released, expired = (RELEASED.id, RELEASED.uid), (EXPIRED.id, EXPIRED.uid)
+    assert sorted(await bench.book.over(everybody, ended_at + 1, [EXPIRED.owner])) == [released, expired]
+    assert await bench.book.over(everybody, ended_at + 1, ["somebody else"]) == [released]
+    assert await bench.book.over(everybody, float("-inf"), [EXPIRED.owner]) == [released]
+
+
 async def test_what_is_forgotten_is_not_listed(bench: Bench) -> None:
     await bench.book.accept(rules.accepted(RENTAL, RUNNING, COPY), RENTAL.id, [COPY])
     for _ in range(2):

@@ -24,6 +24,10 @@ class FakeBench(Bench):
         self.vault = FakeVault(self.world, lambda: float(next(ticks)))
         self.engine = FakeEngine(self.world)
 
+    @property
+    def disk_bytes(self) -> int:
+        return self.vault.disk_bytes
+
     async def create(self, home: Home, let_in: bool) -> None:
         action = Action.CREATE if let_in else Action.PREPARE
         job = Job(action, home.host, home.rental_id, f"r-{home.rental_id}", home.uid, home.epoch, (KEY,))

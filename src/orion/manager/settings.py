@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     copies_at_once: int = Field(8, ge=1, le=32)
     home_max_bytes: int = Field(2 << 30, ge=1 << 20, lt=2**53, description="A larger home is not copied")
     home_max_files: int = Field(200_000, ge=100, lt=2**31)
+    owner_disk_share: float = Field(
+        0.5, gt=0, le=1, description="Of the disk of the copies, for all copies of one owner's rentals"
+    )
 
     events_kept: int = Field(1_000_000, ge=10_000, lt=2**31, description="The newest events; older ones are removed")
 
@@ -73,7 +76,7 @@ class Settings(BaseSettings):
 
     @property
     def copies(self) -> Plan:
-        limits = Limits(self.home_max_files, self.home_max_bytes)
+        limits = Limits(self.home_max_files, self.home_max_bytes, owner_share=self.owner_disk_share)
         share = Plan.paused_share / self.clock_scale  # a pause does not scale
         return Plan(self.snapshot_interval_s * self.clock_scale, self.copies_at_once, limits, share)
 

@@ -90,7 +90,8 @@ async def list_rentals(
     """Living rentals, with `ended` all of them: a client's own, an admin's everybody's."""
     owner = principal.name if mine else visible_owner(principal)
     rows = await shared.store.read(rentals.page, owner, name, ended, after, limit + 1, shared.clock.wall_of_removals())
-    return wire.Page(**views.page(rows, limit, lambda row: str(row["id"]), views.rental))
+    found = [explained(shared, row) for row in rows]
+    return wire.Page(**views.page(found, limit, lambda row: str(row["id"]), views.rental))
 
 
 @router.get("/rentals/{rental_id}", responses=refusals(404))
@@ -183,7 +184,15 @@ async def find(shared: Services, rental_id: str, principal: Principal) -> views.
     row = await shared.store.read(rentals.one, rental_id, visible_owner(principal), shared.clock.wall_of_removals())
     if row is None:
         raise not_found("rental")
-    return row
+    return explained(shared, row)
+
+
+def explained(shared: Services, row: views.Row) -> views.Row:
+    """Return the rental with the reason why its last copy is old, where that is so and nothing else is said of it."""
+    if row["state"] != wire.RentalState.ACTIVE or row["copy_problem"]:
+        return row
+    since = row["last_safe_copy_at"] or row["created_at"]
+    return {**row, "copy_problem": shared.why_old(row["id"], since)}
 
 
 async def wait_for(
@@ -215,7 +224,7 @@ async def _seen(shared: Services, rental_id: str) -> views.Row:
     row = await shared.store.read(rentals.one, rental_id, None, shared.clock.wall_of_removals())
     if row is None:
         raise not_found("rental")
-    return row
+    return explained(shared, row)
 
 
 def _left_out(body: wire.RentRequest) -> set[str]:

@@ -32,6 +32,8 @@ RARELY = "so much of its home changes at once that it is copied "
 """How the warning begins that a home is copied less often than usual."""
 NEARLY_FULL = 0.8
 """The share of what a home may hold from which on its renter is warned."""
+BLOCK_BYTES = 4096
+"""The least that an entry of a home counts for: a directory takes a block of most disks, and a copy of it one more."""
 MOST_ORIGINS = 32
 """Epochs of a rental whose origins are kept. A salvage of an earlier epoch waits to be asked for."""
 NAMES_SHOWN = 3
@@ -63,8 +65,9 @@ class Copy:
     at: float
     """UTC seconds at which it was begun, for the last time that the home was found to be like it."""
     bytes: int
+    """Sum of what its entries count for (`counted`). A file with several names counts once."""
     files: int
-    """Files, directories and links."""
+    """Entries of every kind: files, directories, links, FIFOs, sockets; each name counts."""
     skipped: tuple[str, ...] = ()
     """The first names of what could not be carried whole: it is missing, or lacks attributes or its mode."""
     salvage: bool = False
@@ -78,6 +81,26 @@ def kept(complete: Iterable[Copy]) -> set[Generation]:
     salvages = [copy.generation for copy in all_ if copy.salvage]
     before = [generation for generation in ordered if generation.epoch < ordered[0].epoch]
     return {*ordered[:NEWEST_KEPT], *before[:1], *salvages[:SALVAGES_KEPT]}
+
+
+def counted(blocks: int, size: int) -> int:
+    """Return the bytes for which an entry of any kind counts. `blocks`: of 512 bytes; `size`: with holes.
+
+    The worker counts in the same way (`size_of` of worker/snapshot.py). BLOCK_BYTES make the two agree where one file
+    system keeps a directory or a link in its inode and the other does not.
+    """
+    return max(512 * blocks, size, BLOCK_BYTES)
+
+
+def may_stay(complete: Iterable[Copy], spare: Generation | None) -> list[set[Generation]]:
+    """Return which of the complete copies stay, if there is room for them: first all that are usually kept and `spare`,
+    then each time one fewer, the oldest. The latest copy stays in any case, and so do `spare` and salvages.
+    """
+    all_ = list(complete)
+    regular = [copy.generation for copy in all_ if not copy.salvage]
+    staying = kept(all_) | {copy.generation for copy in all_ if copy.generation == spare}
+    by_choice = sorted(staying.intersection(regular) - {spare, max(regular, default=None)})
+    return [staying - set(by_choice[:number]) for number in range(len(by_choice) + 1)]
 
 
 def newest(complete: Iterable[Copy], rental: Rental) -> Copy | None:

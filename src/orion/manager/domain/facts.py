@@ -27,7 +27,9 @@ class Facts:
     vacating: frozenset[str] = frozenset()
     """Workers that were told to stop, and wait for their rentals to be taken away. They are among `leaving`."""
     resting: frozenset[str] = frozenset()
-    """Rentals whose planned move has failed lately."""
+    """Rentals whose planned move has failed lately, and that are not to be moved yet."""
+    unmoved: frozenset[str] = frozenset()
+    """Rentals whose last planned move has failed, also where they may be moved again."""
     awaits_files_s: float = 0.0
     """Seconds that a rental of which there is no copy waits for the worker that was lost with its files; 0: none."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import shutil
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +19,10 @@ from orion.manager.domain import copies
 from orion.manager.domain.copies import Generation
 from orion.manager.domain.model import Event
 from orion.manager.domain.pacing import LONGEST_PAUSE_S, Pace
+from orion.manager.domain.shares import Claim
 from orion.manager.engine.port import Host
-from orion.manager.engine.shares import Claim, Shares
+from orion.manager.engine.shares import Shares
+from orion.manager.engine.vault.disk import Disk
 from orion.manager.engine.vault.port import (
     HELD_UP,
     OVER_LIMIT,
@@ -52,6 +53,7 @@ LOOKING_SHARE = 0.05
 SWEEP_S = 60.0
 FULL_DISK = 0.8
 """From here on no copy is begun: the rest of the disk is for the database, and for takeovers."""
+FULL = f"the manager's disk is {FULL_DISK:.0%} full or more, of bytes or of inodes: make room on it"
 SAID_AT_ONCE = frozenset((OVER_LIMIT, "unreadable_home", "disk_full"))
 """Problems of the home or of this machine. Others may be a worker that is just dying: they are said when they stay."""
 OF_THE_PAUSE = frozenset((PAUSE_TOO_LONG, PAUSE_IN_VAIN))
@@ -60,10 +62,13 @@ OF_NO_ACCOUNT = frozenset(("superseded", "stale_epoch", "unknown_rental", "purge
 """It is being moved or ended, or what another worker still has of it is being copied aside."""
 
 
+OLD_AFTER = 3.0
+"""Usual intervals between copies, after which the age of the last one is explained."""
+
+
 def disk_share(directory: Path) -> float:
-    """How much of its disk is used, from 0 to 1, without what is kept for root."""
-    usage = shutil.disk_usage(directory)
-    return usage.used / max(1, usage.used + usage.free)
+    """Return how much of its disk is used, of its bytes or of its inodes, whichever is more: from 0 to 1."""
+    return Disk.of(directory).scarcest[0]
 
 
 def _rarely(pace: Pace) -> str:
@@ -191,6 +196,20 @@ class CopiesLoop:
         was_moved = known is not None and known[0] < epoch
         return self._random.uniform(1.0 - SPREAD, 1.0) if was_moved else self._random.uniform(0.0, JITTER)
 
+    def why_old(self, rental_id: str, copied_at: float) -> str:
+        """Return why an active rental's copy that was begun at `copied_at` (Unix seconds) is old; empty: it is not."""
+        pace = self._paces.get(rental_id)
+        usual_s = max(self._plan.interval_s, pace.wait_s if pace else 0.0)
+        if self._wall() - copied_at <= OLD_AFTER * usual_s:
+            return ""
+        if self.paused:
+            return f"no files are copied at present: {self.paused}"
+        if rental_id not in self._next_at:
+            return "its worker is not heard from, or it is being moved: its files cannot be copied at present"
+        if rental_id in self._failures:
+            return "the last copy has failed, and is tried again"
+        return "a copy is under way" if rental_id in self._running else "the copies of others come first"
+
     async def copy_now(self, rental_id: str, spare: Generation | None) -> str:
         """Copy it at once, and keep `spare`; why that was not done, empty when it was."""
         while rental_id in self._running:
@@ -290,9 +309,10 @@ class CopiesLoop:
                 await self._book.complain(step)
 
     async def _sweep(self) -> None:
-        """Remove the copies of what has ended."""
+        """Remove the copies of what has ended, sooner where their owner is short of room for others."""
         try:
-            for rental_id, uid in await self._book.over(await self._vault.rentals(), self._wall()):
+            kept, short_of_room = await self._vault.rentals(), await self._vault.short_of_room()
+            for rental_id, uid in await self._book.over(kept, self._wall(), short_of_room):
                 await self._vault.remove(rental_id, uid)
                 await self._book.forget(rental_id)
         except VaultError as error:
@@ -309,6 +329,6 @@ class CopiesLoop:
         except OSError as error:
             self.paused = f"the disk of the copies cannot be looked at: {error.strerror}"
         else:
-            self.paused = f"the manager's disk is {FULL_DISK:.0%} full or more: make room on it" if full else ""
+            self.paused = FULL if full else ""
         if self.paused != before:
             log.warning("copies", paused=self.paused or "no more")

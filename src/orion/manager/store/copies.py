@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Column, Connection, RowMapping, and_, delete, insert, select
@@ -74,8 +74,13 @@ class CopyBook(Protocol):
         """A placement of which something is to be salvaged; None: it is not any more."""
         ...
 
-    async def over(self, rental_ids: Iterable[str], wall: float) -> list[tuple[str, int]]:
-        """Of these, those that have ended and whose copies nobody can ask for any more, with their uids."""
+    async def over(
+        self, rental_ids: Iterable[str], wall: float, short_of_room: Collection[str] = ()
+    ) -> list[tuple[str, int]]:
+        """Return of these rentals those that have ended and whose copies are kept no longer, with their uids.
+
+        `short_of_room`: owners of whom nothing is kept that has ended.
+        """
         ...
 
     async def forget(self, rental_id: str) -> None:
@@ -113,8 +118,10 @@ class SqlCopyBook:
     async def lost(self, placement_id: str) -> tuple[Rental, Placement] | None:
         return await self._store.read(lost, placement_id)
 
-    async def over(self, rental_ids: Iterable[str], wall: float) -> list[tuple[str, int]]:
-        return await self._store.read(over, list(rental_ids), wall)
+    async def over(
+        self, rental_ids: Iterable[str], wall: float, short_of_room: Collection[str] = ()
+    ) -> list[tuple[str, int]]:
+        return await self._store.read(over, list(rental_ids), wall, short_of_room)
 
     async def forget(self, rental_id: str) -> None:
         await self._store.write(forget, rental_id)
@@ -170,9 +177,11 @@ class MemoryCopyBook:
         rental = self._ledger.world.rentals.get(placement.rental_id) if placement else None
         return (rental, placement) if rental and placement and wants_salvage(rental, placement) else None
 
-    async def over(self, rental_ids: Iterable[str], wall: float) -> list[tuple[str, int]]:
+    async def over(
+        self, rental_ids: Iterable[str], wall: float, short_of_room: Collection[str] = ()
+    ) -> list[tuple[str, int]]:
         known = [self._ledger.world.rentals[each] for each in rental_ids if each in self._ledger.world.rentals]
-        return [(rental.id, rental.uid) for rental in known if _is_over(rental, wall)]
+        return [(rental.id, rental.uid) for rental in known if _is_over(rental, wall, short_of_room)]
 
     async def forget(self, rental_id: str) -> None:
         self.copies.pop(rental_id, None)
@@ -264,12 +273,14 @@ def lost(connection: Connection, placement_id: str) -> tuple[Rental, Placement] 
     return (rental, placement) if wants_salvage(rental, placement) else None
 
 
-def over(connection: Connection, rental_ids: Sequence[str], wall: float) -> list[tuple[str, int]]:
+def over(
+    connection: Connection, rental_ids: Sequence[str], wall: float, short_of_room: Collection[str]
+) -> list[tuple[str, int]]:
     found = []
     for start in range(0, len(rental_ids), 500):
         some = select(rentals).where(rentals.c.id.in_(rental_ids[start : start + 500]), rentals.c.state.in_(ENDED))
         rows = [ledger.rental(row) for row in connection.execute(some).mappings()]
-        found += [(rental.id, rental.uid) for rental in rows if _is_over(rental, wall)]
+        found += [(rental.id, rental.uid) for rental in rows if _is_over(rental, wall, short_of_room)]
     return found
 
 
@@ -293,9 +304,10 @@ def forget(connection: Connection, rental_id: str) -> None:
     connection.execute(delete(copies).where(copies.c.rental_id == rental_id))
 
 
-def _is_over(rental: Rental, wall: float) -> bool:
+def _is_over(rental: Rental, wall: float, short_of_room: Collection[str]) -> bool:
+    kept_s = 0.0 if rental.owner in short_of_room else EXPIRED_KEPT_S
     if rental.state is RentalState.EXPIRED:
-        return wall > (rental.expires_at or 0.0) + EXPIRED_KEPT_S
+        return wall > (rental.expires_at or 0.0) + kept_s
     return rental.state in ENDED
 
 

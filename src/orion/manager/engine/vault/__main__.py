@@ -89,7 +89,7 @@ def _be_a_job(listening: socket.socket, asker: socket.socket, places: Places) ->
 
 
 def _answer(asker: socket.socket, places: Places) -> tuple[ReplyLine, Job | None]:
-    """Return the answer, and the job if it was done."""
+    """Return the answer, and the job if there was one."""
     asker.settimeout(REQUEST_WITHIN_S)
     line = b""
     while not line.endswith(b"\n"):
@@ -104,14 +104,14 @@ def _answer(asker: socket.socket, places: Places) -> tuple[ReplyLine, Job | None
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         return ReplyLine(ok=False, code="invalid_request", message=f"{where}: {first['msg']}"), None
+    job = Job(request, places, Watch(asker, request.deadline_s))
     try:
-        job = Job(request, places, Watch(asker, request.deadline_s))
         return job.run(), job
     except VaultError as error:
-        return ReplyLine(ok=False, code=error.code, message=str(error), restored=error.restored), None
+        return ReplyLine(ok=False, code=error.code, message=str(error), restored=error.restored), job
     except OSError as error:
         log.exception("a job failed")
-        return ReplyLine(ok=False, code="failed", message=f"the vault failed: {error}"), None
+        return ReplyLine(ok=False, code="failed", message=f"the vault failed: {error}"), job
 
 
 def listen(path: Path, group: int) -> socket.socket:

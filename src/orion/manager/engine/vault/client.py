@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from orion.manager.domain.copies import Copy, Generation
+from orion.manager.domain.shares import Claim
 from orion.manager.engine.port import Host
 from orion.manager.engine.protocol import HostLine
-from orion.manager.engine.shares import Claim, Shares
+from orion.manager.engine.shares import Shares
 from orion.manager.engine.vault.port import (
     CONNECT_DEADLINE_S,
     COPY_DEADLINE_S,
@@ -59,7 +60,7 @@ class VaultClient:
         spare: Generation | None = None,
         moving: bool = False,
     ) -> Copied:
-        more = {"max_files": limits.max_files, "max_bytes": limits.max_bytes, "generation": str(spare or "")}
+        more = _allowed(limits, spare)
         line = _line(Action.COPY, home, deadline_s, moving=moving, pause_s=limits.pause_s, **more)
         if moving:
             await self._end_all_of(home.rental_id)
@@ -72,8 +73,8 @@ class VaultClient:
         deadline_s: float = SALVAGE_DEADLINE_S,
         spare: Generation | None = None,
     ) -> Copied:
-        more = {"max_files": limits.max_files, "max_bytes": limits.max_bytes, "generation": str(spare or "")}
-        return _copied(await self._begin(_line(Action.SALVAGE, home, deadline_s, **more), home))
+        line = _line(Action.SALVAGE, home, deadline_s, **_allowed(limits, spare))
+        return _copied(await self._begin(line, home))
 
     async def restore(
         self,
@@ -103,6 +104,9 @@ class VaultClient:
 
     async def rentals(self) -> list[str]:
         return (await self._ask(RequestLine(action=Action.RENTALS, deadline_s=SHORT_S), SHORT_S)).rentals
+
+    async def short_of_room(self) -> list[str]:
+        return (await self._ask(RequestLine(action=Action.SHORT_OF_ROOM, deadline_s=SHORT_S), SHORT_S)).owners
 
     async def _begin(self, line: RequestLine, home: Home) -> ReplyLine:
         """The reply; raises VaultError when something more urgent came for the same rental."""
@@ -174,6 +178,11 @@ def _copied(reply: ReplyLine) -> Copied:
     return Copied(read(reply.done), tuple(read(copy) for copy in reply.copies), reply.pause_s)
 
 
+def _allowed(limits: Limits, spare: Generation | None) -> dict[str, Any]:
+    most = {"max_files": limits.max_files, "max_bytes": limits.max_bytes, "owner_share": limits.owner_share}
+    return most | {"generation": str(spare or "")}
+
+
 def _line(action: Action, home: Home, deadline_s: float, **more: Any) -> RequestLine:
     try:
         return RequestLine(
@@ -182,6 +191,7 @@ def _line(action: Action, home: Home, deadline_s: float, **more: Any) -> Request
             uid=home.uid,
             epoch=home.epoch,
             host=_host_line(home.host),
+            owner=home.owner,
             deadline_s=deadline_s,
             **more,
         )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from orion.manager.domain.copies import Copy, Generation, begins_from, kept, next_number
+from orion.manager.domain.copies import Copy, Generation, begins_from, counted, may_stay, next_number
 from orion.manager.engine.fake import FakeWorker, FakeWorld
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.port import (
@@ -16,6 +16,7 @@ from orion.manager.engine.vault.port import (
     NO_SUCH_GENERATION,
     NOTHING_TO_SALVAGE,
     OVER_LIMIT,
+    OVER_SHARE,
     PAUSE_TOO_LONG,
     RESTORE_DEADLINE_S,
     SALVAGE_DEADLINE_S,
@@ -47,7 +48,13 @@ class FakeVault:
     """The seconds for which programs stand still for a copy that differs from the one before."""
     unreadable: set[str] = field(default_factory=set)
     """The names of files that their renter has made unreadable even to itself, in whatever home they are."""
+    disk_bytes: int = 1 << 40
+    """The size of its disk, of which each owner has a share. Inodes are not counted."""
     _put: dict[tuple[str, int], str] = field(default_factory=dict)
+    _owners: dict[str, str] = field(default_factory=dict)
+    """The owner of each rental."""
+    _refused: set[str] = field(default_factory=set)
+    """The rentals whose last copy was more than their owner's share had room for."""
 
     async def copy(
         self,
@@ -62,7 +69,7 @@ class FakeVault:
         if home.rental_id in worker.laid_down:
             raise VaultError("laid_down", "it is laid down to be salvaged")
         files, skipped = self._readable(worker.homes[home.rental_id])
-        size = sum(len(content) for content in files.values())
+        size = _counted(files)
         if len(files) + 1 > limits.max_files or size > limits.max_bytes:
             held = home.rental_id not in worker.spared
             worker.over |= {home.rental_id} if held else set()
@@ -70,7 +77,7 @@ class FakeVault:
         if self.pause_s > limits.pause_s and not moving:
             raise VaultError(PAUSE_TOO_LONG, f"its programs would have to stand still for {self.pause_s} s")
         copy = Copy(Generation(home.epoch, 1), began_at, size, len(files) + 1, skipped)
-        return self._keep(home, files, copy, spare)
+        return self._keep(home, files, copy, spare, limits)
 
     async def salvage(
         self,
@@ -86,28 +93,46 @@ class FakeVault:
         worker.laid_down.add(home.rental_id)
         worker.frozen.pop(home.rental_id, None)
         files, skipped = self._readable(worker.homes[home.rental_id])
-        size = sum(len(content) for content in files.values())
+        size = _counted(files)
         if len(files) + 1 > limits.max_files or size > limits.max_bytes:
             raise VaultError(OVER_LIMIT, "its home holds more than a copy may")
         copy = Copy(Generation(home.epoch, 1), began_at, size, len(files) + 1, skipped, salvage=True)
-        return self._keep(home, files, copy, spare)
+        return self._keep(home, files, copy, spare, limits)
 
     def _readable(self, home: Files) -> tuple[Files, tuple[str, ...]]:
         """Return what of a home can be copied, and the names of the rest."""
         files = {name: content for name, content in home.items() if name not in self.unreadable}
         return files, tuple(sorted(home.keys() - files.keys()))
 
-    def _keep(self, home: Home, files: Files, copy: Copy, spare: Generation | None) -> Copied:
+    def _keep(self, home: Home, files: Files, copy: Copy, spare: Generation | None, limits: Limits) -> Copied:
         there = self.stored.setdefault(home.rental_id, {})
+        self._owners[home.rental_id] = home.owner
         base = begins_from(self._copies(home.rental_id), home.epoch, copy.salvage)
         if base and base.generation.epoch == home.epoch and there[base.generation][1] == files:
             there[base.generation] = (replace(base, at=copy.at), dict(files))
+            if not copy.salvage:
+                self._make_room(home, spare, limits)
             return Copied(there[base.generation][0], self._copies(home.rental_id))
         copy = replace(copy, generation=Generation(home.epoch, next_number(list(there), home.epoch)))
         there[copy.generation] = (copy, dict(files))
-        for old in there.keys() - kept(self._copies(home.rental_id)) - {spare}:
-            del there[old]
+        if not self._make_room(home, spare, limits):
+            del there[copy.generation]
+            raise VaultError(OVER_SHARE, "the copies of all that its owner rents would take more than its share")
         return Copied(copy, self._copies(home.rental_id), self.pause_s)
+
+    def _make_room(self, home: Home, spare: Generation | None, limits: Limits) -> bool:
+        """Remove the copies that do not stay; return False, and remove none, where the owner's share has no room."""
+        there = self.stored[home.rental_id]
+        others = {rental_id for rental_id, owner in self._owners.items() if owner == home.owner} - {home.rental_id}
+        stored = [self.stored.get(rental_id, {}) for rental_id in others]
+        room = limits.owner_share * self.disk_bytes - sum(_taken(one, one.keys()) for one in stored)
+        choices = may_stay(self._copies(home.rental_id), spare)
+        fitting = [staying for staying in choices if _taken(there, staying) <= room]
+        self._refused = self._refused - {home.rental_id} if fitting else self._refused | {home.rental_id}
+        if fitting:
+            for old in there.keys() - fitting[-1 if self._refused.intersection(others) else 0]:
+                del there[old]
+        return bool(fitting)
 
     async def restore(
         self,
@@ -146,6 +171,12 @@ class FakeVault:
     async def remove(self, rental_id: str, uid: int) -> None:
         await self._going()
         self.stored.pop(rental_id, None)
+        self._owners.pop(rental_id, None)
+        self._refused.discard(rental_id)
+
+    async def short_of_room(self) -> list[str]:
+        await self._going()
+        return sorted({self._owners[rental_id] for rental_id in self._refused})
 
     async def rentals(self) -> list[str]:
         await self._going()
@@ -182,3 +213,18 @@ class FakeVault:
         if account.epoch != home.epoch:
             raise VaultError("stale_epoch", f"epoch {home.epoch} is not epoch {account.epoch}, which is here")
         return worker
+
+
+def _counted(files: Files) -> int:
+    """Return the bytes for which a home counts: its own directory and its files, each in whole blocks."""
+    return sum(counted((len(content) + 4095) // 4096 * 8, len(content)) for content in ("", *files.values()))
+
+
+def _taken(there: dict[Generation, tuple[Copy, Files]], staying: Iterable[Generation]) -> int:
+    """Return the bytes that these copies take. What is as in the one before counts once."""
+    taken, before = 0, Files()
+    for generation in sorted(staying):
+        files = there[generation][1]
+        taken += _counted({name: content for name, content in files.items() if before.get(name) != content})
+        before = files
+    return taken

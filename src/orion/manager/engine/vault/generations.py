@@ -4,7 +4,7 @@
     next-E-N/          a tree of hard links to the home of E-N, made before the copy that begins from it
     old-E-N/           a copy that made room and is still to be removed
     E-N/home/          a complete copy: generation N of epoch E
-    E-N/about.json     when, how large, what is missing, its mark, and the mark of the one that it was made from
+    E-N/about.json     when, how large, what of it is shared, what is missing, its mark, and what it was made from
     E-N/changes        the paths that differ from the one that it was made from, each followed by a zero byte
 
 A copy is made complete by one rename, after all of it was written to the disk: a crash at any instant leaves it whole
@@ -18,13 +18,15 @@ import errno
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from orion.manager.domain.copies import Copy, Generation, begins_from, kept, next_number
+from orion.manager.domain.copies import Copy, Generation, begins_from, counted, may_stay, next_number
+from orion.manager.engine.vault.disk import Usage
 from orion.manager.engine.vault.protocol import read, written
 
 INCOMING = "incoming"
@@ -42,6 +44,16 @@ class Made:
     folders: dict[str, int]
     """Modes that directories have to get when a home is filled with it, by path in hexadecimal."""
     salvage: bool = False
+
+
+class Measured(NamedTuple):
+    """Size of a tree. The bytes are those of `counted`; a file with several names is one inode, and counts once."""
+
+    files: int
+    """Entries of every kind, each name of them counted."""
+    whole: Usage
+    own: Usage
+    """Disk use that no other tree shares: its directories, and the files of which all names are in it."""
 
 
 def found(folder: Path) -> list[Copy]:
@@ -106,44 +118,77 @@ def renew(folder: Path, generation: str, at: float) -> Copy:
     return renewed
 
 
-def finish(
+def describe(
     folder: Path,
     epoch: int,
     made: Made,
     limits: tuple[int, int],
     base: str,
     changed: Sequence[bytes] | None,
-    spare: Generation | None = None,
-    in_haste: bool = False,
-) -> Copy:
-    """Make what is in `incoming` a complete copy. Older ones make room, but for `spare`.
-
-    `in_haste`: a renter waits, and they are removed later, by `tidy` or by the next copy.
+) -> bool:
+    """Write down what is in `incoming`, all of which has come, and which copy it will be.
 
     `limits`: the most files and bytes that it may hold; OSError is raised for more. `changed`: the paths that differ
     from `base`; None: they are not known.
     """
-    complete = found(folder)
-    files, size = _measure(folder / INCOMING / "home")
-    if files > limits[0] + 1 or size > limits[1]:
+    measured = _measure(folder / INCOMING / "home")
+    files, size = measured.files, measured.whole.bytes
+    if files > limits[0] or size > limits[1]:
         raise OSError(errno.EFBIG, f"it holds {files} files and {size} bytes, which is more than a copy may")
-    generation = Generation(epoch, next_number([each.generation for each in complete], epoch))
-    copy = Copy(generation, made.at, size, files, made.skipped, made.salvage)
-    about = written(copy) | {"mark": made.mark, "base": "", "folders": made.folders}
+    generation = Generation(epoch, next_number([each.generation for each in found(folder)], epoch))
+    about = written(Copy(generation, made.at, size, files, made.skipped, made.salvage))
+    about |= {"mark": made.mark, "base": "", "folders": made.folders}
+    about |= {"made_from": base, "whole": measured.whole, "own": measured.own}
     if base and changed is not None and all(_is_inside(path) for path in changed):
         about["base"] = base
         (folder / INCOMING / CHANGES).write_bytes(b"".join(path.rstrip(b"/") + b"\0" for path in changed))
     _write(folder / INCOMING, about)
+    return True
+
+
+def choices(folder: Path, spare: Generation | None) -> list[Usage]:
+    """Return what all copies take, with what is described in `incoming`, for each choice of which stay.
+
+    The choices are those of `may_stay`. What a copy shares with the one that it was made from counts once, if that one
+    stays as well; what it shares with any other counts twice. So this is never less than what they take.
+    """
+    abouts = {str(copy.generation): _read(folder / str(copy.generation)) for copy in found(folder)}
+    with suppress(OSError):
+        about = _read(folder / INCOMING)
+        abouts[about["generation"]] = about
+    copies = [read(about | {"generation": name}) for name, about in abouts.items()]
+    return [_taken(abouts, {str(generation) for generation in staying}) for staying in may_stay(copies, spare)]
+
+
+def finish(folder: Path, spare: Generation | None = None, choice: int = 0, in_haste: bool = False) -> Copy:
+    """Make what is described in `incoming` a complete copy. Older ones make room: see `make_room`."""
+    about = _read(folder / INCOMING)
     _flush_all(folder)
-    (folder / INCOMING).rename(folder / str(generation))
+    (folder / INCOMING).rename(folder / about["generation"])
     _flush(folder)
-    staying = kept([*complete, copy])
+    make_room(folder, spare, choice, in_haste)
+    return read(about)
+
+
+def make_room(folder: Path, spare: Generation | None, choice: int, in_haste: bool = False) -> bool:
+    """Remove the copies that do not stay by this choice, by its number in `choices`.
+
+    `in_haste`: a renter waits, and they are removed later, by `tidy` or by the next copy.
+    """
+    complete = found(folder)
+    staying = may_stay(complete, spare)[choice]
     for each in complete:
-        if each.generation not in {*staying, spare}:
+        if each.generation not in staying:
             old = (folder / str(each.generation)).rename(folder / f"{OLD}{each.generation}")
             if not in_haste:
                 _remove(old)
-    return copy
+    return True
+
+
+def give_up(folder: Path) -> bool:
+    """Remove what has come of a copy that is not made."""
+    _remove(folder / INCOMING)
+    return True
 
 
 def marks(folder: Path, generation: str, filled: str) -> dict[str, Any]:
@@ -179,11 +224,24 @@ def _sweep(folder: Path, complete: Sequence[Copy], begun_from: str) -> None:
             _remove(place)
 
 
-def _measure(home: Path) -> tuple[int, int]:
-    """Return the number of entries, and the bytes of files with their holes."""
-    looked = subprocess.run(["find", ".", "-printf", r"%y%s\n"], cwd=home, capture_output=True, check=True)
-    lines = looked.stdout.splitlines()
-    return len(lines), sum(int(line[1:]) for line in lines if line[:1] == b"f")
+def _measure(home: Path) -> Measured:
+    looked = subprocess.run(["find", ".", "-printf", r"%y %i %n %b %s\n"], cwd=home, capture_output=True, check=True)
+    inodes = Counter(looked.stdout.splitlines())  # the names of one inode have the same line
+    whole, own = [], []
+    for line, names in inodes.items():
+        kind, _, links, blocks, size = line.split()
+        whole.append(counted(int(blocks), int(size)))
+        if kind == b"d" or int(links) == names:
+            own.append(whole[-1])
+    return Measured(inodes.total(), Usage(len(whole), sum(whole)), Usage(len(own), sum(own)))
+
+
+def _taken(abouts: Mapping[str, Mapping[str, Any]], staying: Collection[str]) -> Usage:
+    total = Usage()
+    for about in (abouts[name] for name in staying):
+        part = "own" if about.get("made_from") in staying else "whole"
+        total = total.plus(Usage(*about.get(part, (about["files"], about["bytes"]))))
+    return total
 
 
 def _is_inside(path: bytes) -> bool:

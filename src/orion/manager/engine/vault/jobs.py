@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +27,8 @@ from orion.manager.domain.copies import Generation
 from orion.manager.domain.pacing import LONGEST_PAUSE_S
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault import generations
-from orion.manager.engine.vault.port import NO_BASE, NO_SUCH_GENERATION, OVER_LIMIT, VaultError
+from orion.manager.engine.vault.disk import Disk, Usage, Usages
+from orion.manager.engine.vault.port import NO_BASE, NO_SUCH_GENERATION, OVER_LIMIT, OVER_SHARE, VaultError
 from orion.manager.engine.vault.protocol import Action, ReplyLine, RequestLine, written
 from orion.manager.engine.vault.transfer import (
     LISTS_BYTES,
@@ -50,7 +50,8 @@ TIDY_WITHIN_S = 60.0
 SALVAGE_WAIT_S = 45.0
 """A salvage is in nobody's way and in no hurry: a copy of what runs elsewhere may end first."""
 FULLEST_DISK = 0.9
-"""A copy that is under way is given up when the disk is so full; none is begun from a lower mark on."""
+"""A copy that is under way is given up when so much of the disk is used, of its bytes or of its inodes; none is begun
+from a lower mark on."""
 SSH_OPTIONS = (
     "ControlMaster=auto", "ControlPersist=60s", "ConnectTimeout=5", "ServerAliveInterval=5", "ServerAliveCountMax=2",
     "ForwardAgent=no", "ForwardX11=no", "ClearAllForwardings=yes", "IdentitiesOnly=yes", "IdentityAgent=none",
@@ -65,7 +66,7 @@ class Places:
     """Where the vault has its things."""
 
     copies: Path = Path("/var/lib/orion/copies")
-    """Root's, 0711; one directory for each rental in it, of the rental's own uid, 0700."""
+    """Root's, 0711; one directory for each rental in it, of the rental's own uid, 0700; and a file of root's, 0600."""
     run: Path = Path("/run/orion-vault")
     """Root's, 0711: the socket, the locks, and `ssh`, where the key is, of an account of its own."""
     ssh_uid: int = 902
@@ -78,6 +79,10 @@ class Places:
     def locks(self) -> Path:
         return self.run / "locks"
 
+    @property
+    def usages(self) -> Usages:
+        return Usages(self.copies / ".usages", self.locks / ".usages")
+
 
 class Job:
     def __init__(self, request: RequestLine, places: Places, watch: Watch) -> None:
@@ -85,11 +90,16 @@ class Job:
         self._places = places
         self._watch = watch
         self._folder = places.copies / request.rental_id
+        self._leaves: Callable[[Path], bool] | None = None
+        """Return a function that removes what the job has left behind; None where nothing is left."""
 
     def run(self) -> ReplyLine:
         """Raises VaultError for what goes wrong, and Abandoned when nobody waits for it any more."""
         if self._request.action is Action.RENTALS:
-            return ReplyLine(ok=True, rentals=sorted(place.name for place in self._places.copies.iterdir()))
+            names = {place.name for place in self._places.copies.iterdir()}
+            return ReplyLine(ok=True, rentals=sorted(name for name in names if not name.startswith(".")))
+        if self._request.action is Action.SHORT_OF_ROOM:
+            return ReplyLine(ok=True, owners=self._places.usages.refused())
         if self._request.action is Action.CONNECT:
             return self._connect()
         work = {
@@ -103,21 +113,23 @@ class Job:
             return work()
 
     def tidy(self) -> None:
-        """Remove what a copy in haste has left, once its move has been answered and nobody waits any more.
+        """Remove what a copy in haste, or one that came to nothing, has left, once nobody waits for an answer any more.
 
         What is not done within TIDY_WITHIN_S, or as another job has come, the next copy does.
         """
-        if self._request.action is Action.RESTORE and not self._request.again and self._folder.exists():
+        leaves = self._leaves
+        if leaves and self._folder.exists():
             nobody, other_end = socket.socketpair()
             with nobody, other_end, suppress(VaultError):
                 self._watch = Watch(nobody, TIDY_WITHIN_S)
                 with self._alone():
-                    self._as_renter(lambda: generations.tidy(self._folder))
+                    self._as_renter(lambda: leaves(self._folder))
 
     def _copy(self) -> ReplyLine:
         """Make a snapshot: a copy of the one before, brought up to date with what changed at the worker since."""
         request = self._request
         self._make_folder()
+        self._leaves = generations.give_up
         salvage = request.action is Action.SALVAGE
         base = self._as_renter(lambda: generations.begin(self._folder, request.epoch, salvage))
         self._look_at_disk()
@@ -132,27 +144,63 @@ class Job:
             at = max(asked_at, time.time() - hello.age_s)
             told = Told()
             if not hello.same:
+                self._look_at_share()
                 if not hello.whole:
                     self._as_renter(lambda: generations.clone(self._folder, base["generation"]))
                 told = self._receive(far, hello, base["generation"])
             elif not base["same_epoch"]:
                 self._as_renter(lambda: generations.clone(self._folder, base["generation"]))
-        folders = base["folders"] if hello.same else hello.folders
-        made = generations.Made(at, base["mark"] if hello.same else mark, hello.skipped, folders, salvage)
+        if hello.same and base["same_epoch"]:
+            done, *copies = self._renew(base["generation"], at)
+        else:
+            folders = base["folders"] if hello.same else hello.folders
+            made = generations.Made(at, base["mark"] if hello.same else mark, hello.skipped, folders, salvage)
+            done, *copies = self._finish(made, base, None if hello.whole else told.names)
+        self._leaves = None
+        return ReplyLine(ok=True, done=done, copies=copies, pause_s=hello.pause_s)
+
+    def _renew(self, generation: str, at: float) -> list[dict[str, Any]]:
+        """Make a copy younger; return it and all that stay. Others make room where its owner is short of that."""
+        spare = Generation.parse(self._request.generation)
+
+        def renew() -> list[Any]:
+            done = generations.renew(self._folder, generation, at)
+            return [generations.choices(self._folder, spare), written(done), *self._listed()]
+
+        choices, *found = self._as_renter(renew)
+        is_salvage = self._request.action is Action.SALVAGE  # which may have found an old copy, and must not lose it
+        choice = 0 if is_salvage else self._choose(choices)
+        if choice != 0:
+            fewer = len(choices) - 1 if choice is None else choice
+            self._as_renter(lambda: generations.make_room(self._folder, spare, fewer))
+            found[1:] = self._found()
+        return found
+
+    def _finish(
+        self, made: generations.Made, base: dict[str, Any], changed: list[bytes] | None
+    ) -> list[dict[str, Any]]:
+        """Make what has come a complete copy; return it and all that stay. Raise VaultError where there is no room."""
+        request, spare = self._request, Generation.parse(self._request.generation)
+
+        def describe() -> list[Usage]:
+            limits = request.max_files, request.max_bytes
+            generations.describe(self._folder, request.epoch, made, limits, base["generation"], changed)
+            return generations.choices(self._folder, spare)
+
+        choice = self._choose(self._as_renter(describe))
+        if choice is None:
+            raise self._over_share()
 
         def finish() -> list[dict[str, Any]]:
-            if hello.same and base["same_epoch"]:
-                copy = generations.renew(self._folder, base["generation"], at)
-            else:
-                changed = None if hello.whole else told.names
-                limits = request.max_files, request.max_bytes
-                spare = Generation.parse(request.generation)
-                about = self._folder, request.epoch, made, limits, base["generation"], changed, spare
-                copy = generations.finish(*about, in_haste=base["prepared"])
-            return [written(copy), *map(written, generations.found(self._folder))]
+            done = generations.finish(self._folder, spare, choice, in_haste=base["prepared"])
+            return [written(done), *self._listed()]
 
-        done, *copies = self._as_renter(finish)
-        return ReplyLine(ok=True, done=done, copies=copies, pause_s=hello.pause_s)
+        return self._as_renter(finish)
+
+    def _choose(self, choices: list[Usage]) -> int | None:
+        """Return the number of the choice of copies that fits into its owner's share, as `Usages.choose` does."""
+        request, takes = self._request, [Usage(*each) for each in choices]
+        return self._places.usages.choose(request.rental_id, request.owner, takes, self._share())
 
     def _receive(self, far: Far, hello: Hello, base: str) -> Told:
         request = self._request
@@ -184,6 +232,8 @@ class Job:
         if self._request.again:
             with suppress(VaultError):  # the home is filled, and the next copy does for itself what was not prepared
                 self._as_renter(lambda: generations.prepare(self._folder, wanted))
+        else:
+            self._leaves = generations.tidy
         return ReplyLine(ok=True, done=copy | {"skipped": [*copy["skipped"], *told.skipped()]}, copies=complete)
 
     def _fill(self, wanted: str) -> Told:
@@ -234,13 +284,18 @@ class Job:
             self._own_folder()
             self._as_renter(lambda: generations.wipe(self._folder))
             self._folder.rmdir()
+        self._places.usages.forget(self._request.rental_id)
         return ReplyLine(ok=True)
 
     def _found(self) -> list[dict[str, Any]]:
         if not self._folder.exists():
             return []
         self._own_folder()
-        return self._as_renter(lambda: [written(copy) for copy in generations.found(self._folder)])
+        return self._as_renter(self._listed)
+
+    def _listed(self) -> list[dict[str, Any]]:
+        """Receive as the rental's uid, in the child that has become it."""
+        return [written(copy) for copy in generations.found(self._folder)]
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -272,9 +327,23 @@ class Job:
             raise VaultError("conflict", f"the copies of {self._request.rental_id} are another uid's")
 
     def _look_at_disk(self) -> None:
-        usage = shutil.disk_usage(self._places.copies)
-        if usage.used > FULLEST_DISK * (usage.used + usage.free):
-            raise VaultError("disk_full", "the manager's disk is nearly full")
+        share, what = Disk.of(self._places.copies).scarcest
+        if share > FULLEST_DISK:
+            raise VaultError("disk_full", f"the manager's disk is nearly full: it has hardly any {what} left")
+
+    def _look_at_share(self) -> None:
+        """Raise VaultError where the other rentals of the owner have all of its share: nothing need come then."""
+        request = self._request
+        if not self._places.usages.is_room(request.rental_id, request.owner, self._share()):
+            raise self._over_share()
+
+    def _share(self) -> Usage:
+        return Disk.of(self._places.copies).share(self._request.owner_share)
+
+    def _over_share(self) -> VaultError:
+        what = f"the copies of all that its owner rents would take more than {self._request.owner_share:.0%}"
+        way_out = "release rentals, or remove files"
+        return VaultError(OVER_SHARE, f"{what} of the manager's disk, of its bytes or of its inodes: {way_out}")
 
     def _far(self, direction: str, **more: Any) -> Far:
         request = self._request

@@ -27,7 +27,7 @@ class Home:
     epoch: int
     host: Host
     owner: str = ""
-    """The owner of the rental, for its share of the places."""
+    """The owner of the rental, for its share of the places and of the disk."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Limits:
     max_bytes: int = 2 << 30
     pause_s: float = LONGEST_PAUSE_S
     """The seconds for which the programs of a rental may stand still for a copy that is not for a planned move."""
+    owner_share: float = 0.5
+    """The share of the disk, of its bytes and of its inodes, for the copies of all rentals of one owner."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ NO_SUCH_GENERATION = "no_such_generation"
 NO_BASE = "no_base"
 """The home is not known to hold the snapshot that it is to be brought up to date from."""
 OVER_LIMIT = "over_limit"
+OVER_SHARE = "over_share"
+"""The copies of its owner's rentals have their share of the disk."""
 PAUSE_TOO_LONG = "pause_too_long"
 """Programs would have to stand still for longer than they may; they did not."""
 PAUSE_IN_VAIN = "pause_in_vain"
@@ -95,6 +99,8 @@ class Vault(Protocol):
 
         Older copies make room then, but for `spare`, which somebody is about to ask for. `moving`: for a planned move;
         it ends another copy of the rental that is under way, and is refused where something cannot be carried whole.
+        Beyond its owner's share of the disk, copies that need not stay go first, the oldest before; where that is not
+        enough, it is refused with OVER_SHARE, and each rental of the owner keeps no more than it must from then on.
         """
         ...
 
@@ -144,4 +150,8 @@ class Vault(Protocol):
 
     async def rentals(self) -> list[str]:
         """The rentals of which something is kept."""
+        ...
+
+    async def short_of_room(self) -> list[str]:
+        """The owners of rentals whose last copy was refused with OVER_SHARE."""
         ...

@@ -26,6 +26,7 @@ class Action(StrEnum):
     LIST = "list"
     REMOVE = "remove"
     RENTALS = "rentals"
+    SHORT_OF_ROOM = "short_of_room"
     CONNECT = "connect"
 
 
@@ -47,6 +48,9 @@ class RequestLine(Line):
     """Whether a restore is followed by another copy, which is prepared as far as it can be."""
     max_files: int = Field(0, ge=0, lt=2**53)
     max_bytes: int = Field(0, ge=0, lt=2**53)
+    owner: Annotated[str, StringConstraints(max_length=200)] = ""
+    owner_share: float = Field(1.0, gt=0, le=1)
+    """The share of the disk for the copies of all rentals of this owner."""
     moving: bool = False
     pause_s: float = Field(LONGEST_PAUSE_S, gt=0, le=LONGEST_PAUSE_S)
     """The seconds for which the programs of the rental may stand still for a copy."""
@@ -63,6 +67,8 @@ class ReplyLine(Line):
     done: dict[str, Any] | None = None
     """The copy that was made or restored."""
     rentals: list[str] = []
+    owners: list[str] = []
+    """Those of whom a rental is short of room."""
     pause_s: float = 0.0
     """The seconds for which the programs of the rental stood still."""
 

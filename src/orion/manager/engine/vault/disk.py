@@ -1,0 +1,144 @@
+"""How full the disk of the copies is, and what of it the copies of each rental take.
+
+A disk is full when it has no bytes left, or no inodes: 40,000 empty directories are few bytes and 40,000 inodes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Self
+
+
+class Usage(NamedTuple):
+    """What is taken of a disk, or what a disk has."""
+
+    inodes: int = 0
+    bytes: int = 0
+
+    def plus(self, other: Usage) -> Usage:
+        return Usage(self.inodes + other.inodes, self.bytes + other.bytes)
+
+    def fits_in(self, most: Usage) -> bool:
+        """Return whether it is no more than `most`, which limits no inodes where it has none."""
+        return self.bytes <= most.bytes and (self.inodes <= most.inodes or not most.inodes)
+
+
+class Disk(NamedTuple):
+    """What a disk has and what of that is used, without what is kept for root.
+
+    A file system that makes inodes as it needs them, as btrfs does, says that it has none: there they are not counted.
+    """
+
+    size: Usage
+    used: Usage
+
+    @classmethod
+    def of(cls, directory: Path) -> Self:
+        """Raise OSError where it cannot be looked at."""
+        status = os.statvfs(directory)
+        taken, free = (status.f_blocks - status.f_bfree) * status.f_frsize, status.f_bavail * status.f_frsize
+        if not status.f_files:
+            return cls(Usage(0, taken + free), Usage(0, taken))
+        used = Usage(status.f_files - status.f_ffree, taken)
+        return cls(used.plus(Usage(status.f_favail, free)), used)
+
+    @property
+    def scarcest(self) -> tuple[float, str]:
+        """Return the share that is used, from 0 to 1, of what there is least left of; and its name."""
+        both = zip(self.used, self.size, Usage._fields, strict=True)
+        return max((used / max(1, size), name) for used, size, name in both)
+
+    def share(self, of_all: float) -> Usage:
+        """Return this share, from 0 to 1, of what the disk has."""
+        inodes = max(1, int(of_all * self.size.inodes)) if self.size.inodes else 0
+        return Usage(inodes, int(of_all * self.size.bytes))
+
+
+class _Entry(NamedTuple):
+    owner: str
+    usage: Usage
+    was_refused: bool
+
+
+class Usages:
+    """What the copies of each rental take, and whose they are: a file of root's, which is replaced as a whole.
+
+    Nobody waits for the disk: what a loss of power leaves of the file may be nothing, and then each rental is written
+    down again at its next copy.
+    """
+
+    def __init__(self, file: Path, lock: Path) -> None:
+        self._file = file
+        self._lock = lock
+
+    def is_room(self, rental_id: str, owner: str, most: Usage) -> bool:
+        """Return whether all else that is the owner's leaves anything of `most`; if not, note that it was refused."""
+        with self._locked():
+            entries = self._read()
+            found = self._others(entries, rental_id, owner).plus(Usage(1, 1)).fits_in(most)
+            if not found:
+                self._refuse(entries, rental_id, owner)
+            return found
+
+    def choose(self, rental_id: str, owner: str, choices: Sequence[Usage], most: Usage) -> int | None:
+        """Return the number of the first choice that fits into `most` beside all else that is the owner's, and write it
+        down. Return None where none fits, and note that this rental was refused.
+
+        While another rental of the owner stands refused, it is the last choice that fits.
+        """
+        with self._locked():
+            entries = self._read()
+            others = self._others(entries, rental_id, owner)
+            fitting = [number for number, choice in enumerate(choices) if others.plus(choice).fits_in(most)]
+            if not fitting:
+                self._refuse(entries, rental_id, owner)
+                return None
+            refused = {each.owner for name, each in entries.items() if each.was_refused and name != rental_id}
+            chosen = fitting[-1 if owner in refused else 0]
+            self._write(entries, entries | {rental_id: _Entry(owner, choices[chosen], False)})
+            return chosen
+
+    def forget(self, rental_id: str) -> None:
+        with self._locked():
+            entries = self._read()
+            self._write(entries, {name: each for name, each in entries.items() if name != rental_id})
+
+    def refused(self) -> list[str]:
+        """Return the owners of rentals that stand refused."""
+        return sorted({each.owner for each in self._read().values() if each.was_refused})
+
+    def _others(self, entries: dict[str, _Entry], rental_id: str, owner: str) -> Usage:
+        usages = [each.usage for name, each in entries.items() if each.owner == owner and name != rental_id]
+        return Usage(sum(usage.inodes for usage in usages), sum(usage.bytes for usage in usages))
+
+    def _refuse(self, entries: dict[str, _Entry], rental_id: str, owner: str) -> None:
+        """Leave what it takes as it is: nothing of it was removed."""
+        before = entries.get(rental_id, _Entry(owner, Usage(), True))
+        self._write(entries, entries | {rental_id: _Entry(owner, before.usage, True)})
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._lock.open("w") as lock:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
+            yield
+
+    def _read(self) -> dict[str, _Entry]:
+        try:
+            found = json.loads(self._file.read_text()).items()
+            return {
+                name: _Entry(str(owner), Usage(*map(int, usage)), bool(flag)) for name, (owner, usage, flag) in found
+            }
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def _write(self, before: dict[str, _Entry], entries: dict[str, _Entry]) -> None:
+        if entries != before:
+            partial = self._file.with_name(f"{self._file.name}.partial")
+            partial.touch(mode=0o600)
+            partial.write_text(json.dumps(entries))
+            partial.replace(self._file)

@@ -1,0 +1,118 @@
+"""An owner's share of the disk of the copies: who is beyond it is told, makes room by itself, and harms nobody."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from support.house import House
+from test_loops_copies import copied, copy_round
+from test_loops_copies import files as files_of
+
+from orion import wire
+from orion.manager.domain.copies import BLOCK_BYTES
+from orion.manager.settings import Settings
+from orion.manager.store.database import Store
+
+LARGE_BYTES = 10 * BLOCK_BYTES
+A_COPY_BYTES = LARGE_BYTES + BLOCK_BYTES
+
+
+@pytest.fixture
+async def house(store: Store) -> AsyncIterator[House]:
+    """A house whose disk has room for two and a half copies of each owner."""
+    async with House(store, Settings(database_url=store.url, uncopied_wait_s=0, owner_disk_share=0.25)) as house:
+        house.vault.disk_bytes = 10 * A_COPY_BYTES
+        for _ in range(2):
+            await house.join(slots=4)
+        yield house
+
+
+@pytest.fixture
+async def ann(house: House) -> httpx.AsyncClient:
+    return await house.new_client("ann")
+
+
+async def rent(house: House, owner: httpx.AsyncClient, **more: Any) -> dict[str, Any]:
+    """Return a rental whose home is large."""
+    reply = await owner.post("/api/rent", json={"wait_s": 0} | more)
+    await house.settle()
+    rental = await house.rental(reply.json()["id"])
+    files_of(house, rental)["large"] = "x" * LARGE_BYTES
+    return rental
+
+
+async def generations(house: House, rental: dict[str, Any]) -> list[str]:
+    return [str(copy.generation) for copy in await house.vault.copies(rental["id"], 0)]
+
+
+async def test_who_is_beyond_its_share_is_told_why_and_is_copied_again_when_there_is_room(
+    house: House, ann: httpx.AsyncClient
+) -> None:
+    rentals = [await rent(house, ann) for _ in range(3)]
+    other = await rent(house, await house.new_client("bob"))
+    for _ in range(6):
+        await copied(house, other)
+    shown = [await house.rental(rental["id"]) for rental in (*rentals, other)]
+    (short,) = [rental for rental in shown if not rental["last_safe_copy_at"]]
+    assert "more than its share" in short["copy_problem"]
+    assert [rental["copy_problem"] for rental in shown if rental is not short] == ["", "", ""]
+    assert [event["rental_id"] for event in await house.events("rental.copy_failed")] == [short["id"]]
+    first = next(rental for rental in rentals if rental["id"] != short["id"])
+    await ann.delete(f"/api/rentals/{first['id']}")
+    await house.settle()
+    for _ in range(3):
+        shown_again = await copied(house, short)
+    assert (shown_again["copy_problem"], await generations(house, short)) == ("", ["1-1"])
+
+
+async def test_an_owners_other_rentals_keep_their_last_copy_alone_while_one_is_short_of_room(
+    house: House, ann: httpx.AsyncClient
+) -> None:
+    first = await rent(house, ann)
+    await copied(house, first)
+    files_of(house, first)["large"] = "y" * LARGE_BYTES
+    await copied(house, first)
+    assert await generations(house, first) == ["1-1", "1-2"]
+    second = await rent(house, ann)
+    for _ in range(3):
+        await copied(house, second)
+    assert [await generations(house, rental) for rental in (first, second)] == [["1-2"], ["1-1"]]
+    assert (await house.rental(first["id"]))["copy_problem"] == ""
+
+
+async def test_copies_that_are_kept_after_the_end_are_the_first_to_make_room(
+    house: House, ann: httpx.AsyncClient
+) -> None:
+    ended = [await rent(house, ann, ttl_s=120) for _ in range(2)]
+    await copied(house, ended[0])
+    house.clock.now += 120
+    for agent in house.agents:
+        await agent.beat()
+    await house.manager.expiry.round()
+    await house.settle()
+    await house.pass_time(61)
+    await copy_round(house)
+    assert {rental["id"] for rental in ended} == set(house.vault.stored), "they are kept for a day"
+    living = await rent(house, ann)
+    for _ in range(4):
+        shown = await copied(house, living)
+    assert (shown["copy_problem"], set(house.vault.stored)) == ("", {living["id"]})
+
+
+async def test_a_planned_move_beyond_the_share_is_refused_and_its_rental_goes_on(
+    house: House, ann: httpx.AsyncClient
+) -> None:
+    rentals = [await rent(house, ann) for _ in range(3)]
+    for _ in range(3):
+        await copied(house, rentals[0])
+    (short,) = [rental for rental in rentals if not (await house.rental(rental["id"]))["last_safe_copy_at"]]
+    assert (await ann.post(f"/api/rentals/{short['id']}/migrate")).status_code == 202
+    await house.settle()
+    await house.pass_time(5)
+    stays = await house.rental(short["id"])
+    assert (stays["state"], stays["worker_id"], stays["epoch"]) == ("active", short["worker_id"], 1)
+    assert stays["explanation"].startswith(wire.NOT_MOVED)
+    assert "more than its share" in stays["explanation"]

@@ -1,0 +1,167 @@
+"""What the vault does before and after a transfer: it looks at its disk and at an owner's share, and leaves nothing.
+
+The worker here says that the home is as in the copy before, or fails; what it has to send is in tests/integration.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.builders import host_key
+
+from orion.manager.domain.copies import BLOCK_BYTES
+from orion.manager.engine.protocol import HostLine
+from orion.manager.engine.vault import jobs
+from orion.manager.engine.vault.disk import Disk, Usage
+from orion.manager.engine.vault.jobs import Job, Places
+from orion.manager.engine.vault.port import OVER_SHARE, VaultError
+from orion.manager.engine.vault.protocol import Action, ReplyLine, RequestLine
+from orion.manager.engine.vault.watch import Watch
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acting under other uids needs root; CI is root")
+
+HOST = HostLine(worker_id="w-one", address="192.0.2.1", host_keys=(host_key(1),))  # type: ignore[arg-type]
+SAME = '{"ok": true, "same": true}'
+OTHER = '{"ok": true}'
+UID = 1_900_000_001
+A_COPY = Usage(1, BLOCK_BYTES)
+"""What a copy of an empty home takes."""
+
+
+@dataclass
+class Vault:
+    places: Places
+    monkeypatch: pytest.MonkeyPatch
+
+    def has(self, size: Usage, used: Usage) -> None:
+        """Give it a disk."""
+        self.monkeypatch.setattr(jobs.Disk, "of", lambda _: Disk(size, used))
+
+    def copy(
+        self, rental_id: str, epoch: int, action: Action = Action.COPY, says: str = SAME, **more: str
+    ) -> ReplyLine:
+        """Have a worker copied that says this; each epoch makes a copy of its own."""
+        program = f"read -r request; echo; echo '{says}'"
+        self.monkeypatch.setattr(jobs, "ssh_command", lambda *_: ["sh", "-c", program])
+        request = RequestLine(
+            action=action, rental_id=rental_id, uid=UID, epoch=epoch, host=HOST, deadline_s=20.0,
+            max_files=100, max_bytes=1 << 20, owner_share=0.5, **{"owner": "ann"} | more,
+        )  # fmt: skip
+        asker, client = socket.socketpair()
+        with asker, client:
+            job = Job(request, self.places, Watch(asker, 20.0))
+            try:
+                return job.run()
+            finally:
+                job.tidy()
+
+    def kept(self, rental_id: str) -> set[str]:
+        place = self.places.copies / rental_id
+        return {each.name for each in place.iterdir()} if place.exists() else set()
+
+
+@pytest.fixture
+def vault(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vault]:
+    folder = Path(tempfile.mkdtemp(prefix="orion-"))
+    folder.chmod(0o711)
+    for name in ("copies", "run", "run/locks", "run/ssh"):
+        (folder / name).mkdir(mode=0o711)
+    vault = Vault(Places(folder / "copies", folder / "run", 0), monkeypatch)
+    vault.has(Usage(1000, 1000 * BLOCK_BYTES), Usage(0, 0))
+    yield vault
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("used", "scarce"), [(Usage(100, 901 * BLOCK_BYTES), "bytes"), (Usage(901, 100 * BLOCK_BYTES), "inodes")]
+)
+def test_no_copy_is_begun_on_a_disk_that_has_hardly_any_bytes_or_inodes_left(
+    vault: Vault, used: Usage, scarce: str
+) -> None:
+    vault.has(Usage(1000, 1000 * BLOCK_BYTES), used)
+    with pytest.raises(VaultError, match=f"nearly full: it has hardly any {scarce} left") as refused:
+        vault.copy("one", 1)
+    assert refused.value.code == "disk_full"
+    assert vault.kept("one") == set()
+
+
+def room_for(vault: Vault, copies: int) -> None:
+    vault.has(Usage(2 * copies, 2 * copies * BLOCK_BYTES + 100), Usage(0, 0))
+
+
+def test_an_owner_beyond_its_share_loses_its_older_copies_and_then_gets_no_new_one(vault: Vault) -> None:
+    room_for(vault, 3)
+    for epoch in range(1, 5):
+        vault.copy("one", epoch)
+    assert vault.kept("one") == {"2-1", "3-1", "4-1"}
+    with pytest.raises(VaultError, match="would take more than 50% of the manager's disk") as refused:
+        vault.copy("two", 1)
+    assert refused.value.code == OVER_SHARE
+    assert vault.kept("two") == set()
+    assert vault.kept("one") == {"2-1", "3-1", "4-1"}
+    assert vault.copy("three", 1, owner="bob").ok
+    assert vault.copy("one", 4).copies[0]["generation"] == "4-1", "it is unchanged, and makes room all the same"
+    assert vault.kept("one") == {"incoming", "4-1"}
+    assert vault.copy("two", 1).ok
+
+
+def test_who_is_short_of_room_is_told_and_no_more_when_it_is_released(vault: Vault) -> None:
+    room_for(vault, 1)
+    vault.copy("one", 1)
+    with pytest.raises(VaultError):
+        vault.copy("two", 1)
+    assert vault.copy("-", 1, Action.SHORT_OF_ROOM).owners == ["ann"]
+    assert vault.copy("-", 1, Action.RENTALS).rentals == ["one", "two"]
+    vault.copy("one", 1, Action.REMOVE)
+    assert vault.copy("two", 1).ok
+    assert vault.copy("-", 1, Action.SHORT_OF_ROOM).owners == []
+
+
+def test_nothing_is_received_for_an_owner_whose_other_rentals_have_all_of_its_share(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_for(vault, 1)
+    vault.copy("one", 1)
+    monkeypatch.setattr(Job, "_receive", lambda *_: pytest.fail("it was received"))
+    with pytest.raises(VaultError) as refused:
+        vault.copy("two", 1, says=OTHER)
+    assert refused.value.code == OVER_SHARE
+
+
+def test_the_copy_that_somebody_is_about_to_ask_for_makes_no_room(vault: Vault) -> None:
+    room_for(vault, 3)
+    for epoch in range(1, 5):
+        vault.copy("one", epoch)
+    with pytest.raises(VaultError):
+        vault.copy("two", 1)
+    vault.copy("one", 4, generation="2-1")
+    assert vault.kept("one") == {"incoming", "2-1", "4-1"}
+
+
+def test_a_salvage_that_is_as_an_old_copy_does_not_lose_it(vault: Vault) -> None:
+    room_for(vault, 3)
+    for epoch in range(1, 4):
+        vault.copy("one", epoch)
+    with pytest.raises(VaultError):
+        vault.copy("two", 1)
+    assert vault.copy("one", 2, Action.SALVAGE).done
+    assert "2-1" in vault.kept("one")
+
+
+def test_of_a_copy_that_comes_to_nothing_nothing_is_left(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    def receive(job: Job, *_: object) -> None:
+        (job._folder / "incoming/home/large").write_bytes(bytes(100_000))
+        raise VaultError("stalled", "nothing comes any more")
+
+    vault.copy("one", 1)
+    monkeypatch.setattr(Job, "_receive", receive)
+    with pytest.raises(VaultError, match="nothing comes"):
+        vault.copy("one", 2, says=OTHER)
+    assert vault.kept("one") == {"1-1"}
