@@ -434,7 +434,7 @@ class Rental(Reply):
         description="Null before it was first active, and while its time is not counted as the clock is doubted"
     )
     last_safe_copy_at: datetime | None = Field(description="When the last complete copy of its files was begun")
-    last_safe_copy_bytes: int | None = Field(None, description="The size of the files in it")
+    last_safe_copy_bytes: int | None = Field(None, description="What its files and directories take")
     copy_problem: str = Field("", description="Why its files cannot be copied at present")
     home_warning: str = Field(
         "", description="What its home holds, from 80 % of what it may hold; how often it is copied, if less than usual"

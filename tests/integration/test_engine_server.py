@@ -262,6 +262,19 @@ def test_workers_that_failed_lately_never_have_all_runners(engine: Engine) -> No
         assert engine.answer()["id"] == f"bad{number}"
 
 
+def test_an_owner_whose_workers_hold_up_their_runs_has_half_of_the_runners(engine: Engine) -> None:
+    gates = [engine.gate("wait1"), engine.gate("wait2")]
+    engine.submit("wait1", "greedy1", host=host("w-greedy1"), owner="greedy")
+    wait_until((engine.directory / "wait1-begun").exists)
+    engine.submit("wait2", "greedy2", host=host("w-greedy2"), owner="greedy")
+    engine.submit("quick", "other", host=host("w-other"), owner="other", action="freeze")
+    assert engine.answer()["id"] == "other"
+    assert not (engine.directory / "wait2-begun").exists()
+    for number, gate in enumerate(gates, 1):
+        open_gate(gate, "open")
+        assert engine.answer()["id"] == f"greedy{number}"
+
+
 def test_a_late_job_is_killed_with_all_that_it_started(engine: Engine) -> None:
     engine.submit("family", deadline_s=4)
     pids = family(engine)
@@ -362,7 +375,7 @@ def test_two_connections_do_not_hear_each_other(engine: Engine) -> None:
     gate = engine.gate("wait1")
     engine.submit("wait1", "1")
     other = engine.connect()
-    other.sendall(json.dumps(request("quick", "1")).encode() + b"\n")
+    other.sendall(json.dumps(request("quick", "1") | {"host": host("w-other")}).encode() + b"\n")
     assert json.loads(other.recv(1 << 16))["report"]["epoch"] == 7
     other.close()
     open_gate(gate, "mine")

@@ -12,7 +12,7 @@ from host_certificate import read_certificate
 from support.house import House
 
 from orion.manager.domain.certificates import FRESH_S, LIFETIME_S
-from orion.manager.engine.port import Action, Host, Job
+from orion.manager.engine.port import Action, Host, Job, Outcome
 from orion.manager.store import rentals
 
 
@@ -131,6 +131,28 @@ async def test_a_worker_that_cannot_be_told_does_not_keep_anybody_waiting_for_ev
     before = worker.node.host_certificate
     await house.manager.certificates.ensure(job)
     assert worker.node.host_certificate == before
+
+
+async def test_a_renter_who_holds_up_the_renewal_of_its_own_does_not_hold_up_anothers(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await house.join(slots=2)
+    slow, job = [replace(await job_of(house, (await house.rent())["id"]), owner=owner) for owner in ("slow", "other")]
+    house.clock.now += LIFETIME_S
+    run, before = house.manager.certificates._engine.run, worker.node.host_certificate
+
+    async def held_up(order: Job) -> Outcome:
+        if order.rental_id == slow.rental_id:
+            await asyncio.Event().wait()
+        return await run(order)
+
+    monkeypatch.setattr(house.manager.certificates._engine, "run", held_up)
+    waiting = asyncio.create_task(house.manager.certificates.ensure(slow))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(4):  # less than it would wait for the other one (CERTIFY_WITHIN_S)
+        await house.manager.certificates.ensure(job)
+    assert worker.node.host_certificate != before
+    waiting.cancel()
 
 
 async def test_an_order_of_a_former_epoch_brings_no_certificate(house: House) -> None:

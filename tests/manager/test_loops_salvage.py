@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from support.house import Agent, House
 from test_loops_copies import copied, files, holder, lose
 
 from orion.manager.domain import outcomes
-from orion.manager.domain.copies import Generation
+from orion.manager.domain.copies import BLOCK_BYTES, Generation
 from orion.manager.domain.facts import Facts
 from orion.manager.domain.model import Item
 from orion.manager.domain.reconcile import SALVAGE_WITHIN_S, decide
@@ -21,7 +22,7 @@ from orion.manager.domain.tasks import TaskKind
 from orion.manager.engine.fake import FakeWatch, Refused
 from orion.manager.engine.port import Action, Job
 from orion.manager.engine.vault.port import Copied, Home, Limits, VaultError
-from orion.manager.loops.reconciler import JOB_DEADLINE_S
+from orion.manager.loops.reconciler import JOB_DEADLINE_S, MOST_SALVAGES
 from orion.manager.loops.salvaging import LONGEST_TRY_S
 from orion.manager.loops.watching import Watching
 from orion.manager.settings import Settings
@@ -383,7 +384,7 @@ async def test_a_salvage_that_waits_is_shown_until_its_rental_has_it(house: Hous
     await house.pass_time(8)
     listed = (await house.as_admin.get("/api/rentals")).json()["items"]
     for shown in (await house.rental(moved["id"]), *listed):
-        assert (shown["salvage"]["generation"], shown["salvage"]["bytes"]) == ("1-2", len("written after that"))
+        assert (shown["salvage"]["generation"], shown["salvage"]["bytes"]) == ("1-2", 2 * BLOCK_BYTES)
     body = {"generation": "1-2"}
     assert (await house.as_admin.post(f"/api/rentals/{moved['id']}/restore", json=body)).status_code == 202
     await house.pass_time(8)
@@ -499,3 +500,29 @@ async def test_a_standby_without_files_does_not_take_over_what_has_no_copy(
     await patient.pass_time(12)
     back = await patient.rental(rental["id"])
     assert (back["state"], files(patient, back)) == ("active", {"file": "typed briskly"})
+
+
+async def test_an_owner_s_salvages_leave_others_of_that_worker_theirs(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = await house.join(slots=8)
+    for client in [house.as_admin] * 4 + [await house.new_client("other")]:
+        assert (await client.post("/api/rent", json={"wait_s": 0})).status_code in {201, 202}
+    await house.settle()
+    under_way = list[str]()
+
+    async def salvage(home: Home, *_: object, **__: object) -> Copied:
+        under_way.append(home.owner)
+        return await asyncio.Future()
+
+    monkeypatch.setattr(house.vault, "salvage", salvage)
+    house.end_the_brake_of_the_start()
+    dead.die()
+    await house.silence(dead, 91)
+    await dead.come_back()
+    for _ in range(3):
+        await house.manager.health.round()
+        await house.manager.reconciler.round()
+        while len(under_way) < house.manager.reconciler.running:  # noqa: ASYNC110 - each looks into the database first
+            await asyncio.sleep(0.001)
+    assert sorted(under_way) == ["admin"] * (MOST_SALVAGES // 2) + ["other"]

@@ -556,12 +556,16 @@ async def test_a_page_that_leaves_while_its_shell_is_opened_leaves_none(
 
 
 @pytest.mark.parametrize(
-    ("limit", "status", "words"), [("MOST_OF_A_RENTAL", 429, "the rental has 2"), ("MOST_OF_ALL", 503, "serves 2")]
+    ("limit", "most", "status", "words"),
+    [
+        ("MOST_OF_A_RENTAL", 2, 429, "the rental has 2"),
+        ("MOST_OF_ALL", 4, 429, "admin has 2"),
+    ],
 )
 async def test_terminals_have_limits_with_their_reason(
-    house: House, monkeypatch: pytest.MonkeyPatch, limit: str, status: int, words: str
+    house: House, monkeypatch: pytest.MonkeyPatch, limit: str, most: int, status: int, words: str
 ) -> None:
-    monkeypatch.setattr(tickets, limit, 2)
+    monkeypatch.setattr(tickets, limit, most)
     _, rental_id = await rented(house)
     left_over = await ticket(house.as_admin, rental_id)
     async with AsyncExitStack() as both:
@@ -573,6 +577,23 @@ async def test_terminals_have_limits_with_their_reason(
         assert refused.headers["retry-after"]
         async with opening(house, rental_id, left_over) as page:
             assert (await page.client.refusal())["status"] == status
+    assert await ticket(house.as_admin, rental_id)
+
+
+async def test_who_opens_many_terminals_leaves_others_half_of_them(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tickets, "MOST_OF_ALL", 2)
+    _, rental_id = await rented(house)
+    terminals = house.manager.terminals
+    async with AsyncExitStack() as both:
+        await both.enter_async_context(terminal(house, rental_id))
+        terminals.check(rental_id, "other")
+        with terminals.opened(rental_id, "other"):
+            refused = await house.as_admin.post(f"/api/rentals/{rental_id}/terminal")
+            assert (refused.status_code, refused.json()["code"]) == (503, "too_many_terminals")
+            assert "serves 2" in refused.json()["detail"]
+        terminals.check(rental_id, "other")
     assert await ticket(house.as_admin, rental_id)
 
 

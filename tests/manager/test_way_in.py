@@ -292,9 +292,9 @@ async def test_every_session_is_two_events_and_never_what_was_said(house: House,
     ("limits", "said"),
     [
         (Limits(of_a_rental=2), "the rental has 2 sessions"),
-        (Limits(of_all=2), "the platform carries 2 sessions"),
+        (Limits(of_all=4), "the rentals of admin have 2 sessions"),
         (Limits(young_of_a_rental=2), "begun there at once"),
-        (Limits(young_of_a_worker=2), "begun there at once"),
+        (Limits(young_of_a_worker=4), "begun there at once"),
     ],
 )
 async def test_a_limit_answers_with_its_reason(house: House, sshds: Sshds, limits: Limits, said: str) -> None:
@@ -329,6 +329,32 @@ async def test_sessions_of_one_rental_do_not_keep_another_out(house: House, sshd
         assert await first.is_in()
         assert await second.is_in()
     assert len(sshds.connected) == 2
+
+
+@pytest.mark.parametrize("limits", [Limits(of_all=4), Limits(young_of_a_worker=4)])
+async def test_an_owner_of_many_rentals_leaves_others_half_of_the_sessions(
+    house: House, sshds: Sshds, limits: Limits
+) -> None:
+    await house.join(slots=4)
+    other = (await house.store.write(tokens.create, "admin", "other", "client", None))[1]
+    rentals = [(await house.rent())["id"] for _ in range(3)]
+    theirs = (await house.client(other).post("/api/rent", json={"wait_s": 0})).json()["id"]
+    await house.settle()
+    house.manager.sessions.limits = limits
+    async with AsyncExitStack() as inside:
+        for rental_id in rentals[:2]:
+            client = await inside.enter_async_context(coming_in(house, rental_id, house.secrets.admin_token))
+            assert await client.is_in()
+        async with coming_in(house, rentals[2], house.secrets.admin_token) as one_more:
+            assert (await one_more.refusal())["code"] == "too_many_sessions"
+        for _ in range(2):
+            client = await inside.enter_async_context(coming_in(house, theirs, other))
+            assert await client.is_in()
+        async with coming_in(house, theirs, other) as one_more:
+            assert (await one_more.refusal())["code"] == "too_many_sessions"
+    assert len(sshds.connected) == 4
+    async with coming_in(house, rentals[2], house.secrets.admin_token) as after:
+        assert await after.is_in() or limits.young_of_a_worker == 4, "who left takes no place"
 
 
 async def test_a_renter_is_recognised_before_it_is_let_through(house: House, sshds: Sshds) -> None:

@@ -544,6 +544,22 @@ async def test_a_manager_that_begins_asks_what_is_open_and_ends_what_may_not_be(
     assert (await doors.hear_all())[2:] == [(worker.worker_id, (f"* * {good.grant}",))]
 
 
+async def test_doors_that_do_not_answer_keep_no_other_from_being_asked(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_ends, "ASKED_AT_ONCE", 1)
+    monkeypatch.setattr(web_ends, "AGAIN_AFTER_S", 3600.0)
+    await house.join()
+    await house.join()
+    doors = Doors(house)
+    doors.away = 1
+    house.manager.web_ends.begin()
+    async with asyncio.timeout(10):
+        while not doors.told:  # noqa: ASYNC110 - a stand-in that only notes what it is told
+            await asyncio.sleep(0)
+    assert len(doors.told) == 1, "the one that was asked second"
+
+
 async def test_a_pass_lasts_no_longer_than_the_key_or_the_token(house: House) -> None:
     worker, rental_id, alice = await rented(house)
     assert (await passed(house, worker, rental_id, **token(alice))).left_ms == 0

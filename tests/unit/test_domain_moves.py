@@ -11,9 +11,10 @@ from support.builders import active_rental, new_placement, new_rental, new_worke
 from orion import wire
 from orion.manager.domain import moves
 from orion.manager.domain.facts import Facts
-from orion.manager.domain.model import Placement, World
+from orion.manager.domain.model import Placement, Rental, World
 from orion.manager.domain.places import ask_to_move
 from orion.manager.domain.reconcile import decide
+from orion.manager.domain.shares import Claim
 from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
 from orion.manager.domain.tasks import TaskKind
 
@@ -129,7 +130,7 @@ def test_no_more_are_moved_at_once_than_is_good_for_all() -> None:
         replace(SOURCE, slots=20, intent=Intent.DRAINING),
         replace(TARGET, slots=20),
     )
-    rentals = [active_rental(number) for number in range(1, 15)]
+    rentals = [active_rental(number, owner="alice" if number <= 8 else f"owner{number % 2}") for number in range(1, 21)]
     placed = [
         replace(new_placement(rental, source, PlacementState.RUNNING), slot=number)
         for number, rental in enumerate(rentals)
@@ -137,11 +138,53 @@ def test_no_more_are_moved_at_once_than_is_good_for_all() -> None:
     now = new_world(source, target, *rentals, *placed)
     for step in decide(now, facts()).steps:
         assert now.apply(step)
-    assert moves.under_way(now) == moves.MOST_AT_ONCE
+    assert moves.under_way(now).total() == moves.MOST_AT_ONCE
+    assert moves.under_way(now)[Claim("alice")] == moves.MOST_AT_ONCE // 2
     still = next(rental for rental in rentals if now.standby_of(rental.id) is None)
     with pytest.raises(moves.NotMoved) as refused:
         ask_to_move(now, still.id, "alice", facts())
     assert refused.value.code == "too_many_moves"
+
+
+def crowd(*owners: str, intent: Intent = Intent.ACTIVE) -> tuple[World, list[Rental]]:
+    """A rental of each of these owners, all on one worker, with room for all on another one."""
+    source, target = replace(SOURCE, slots=40, intent=intent), replace(TARGET, slots=40)
+    rentals = [active_rental(number, owner=owner) for number, owner in enumerate(owners, 1)]
+    placed = [replace(new_placement(each, source, PlacementState.RUNNING), slot=n) for n, each in enumerate(rentals)]
+    return new_world(source, target, *rentals, *placed), rentals
+
+
+def test_who_asks_for_moves_of_all_that_it_has_leaves_others_theirs() -> None:
+    now, rentals = crowd(*["greedy"] * moves.MOST_ASKED_FOR, "other")
+    asked, known = list[str](), facts()
+    for rental in rentals:
+        try:
+            step = ask_to_move(now, rental.id, rental.owner, known)
+        except moves.NotMoved as refused:
+            assert refused.code == "too_many_moves"  # noqa: PT017 - some of them are refused
+        else:
+            assert step
+            assert now.apply(step)
+            asked.append(rental.owner)
+    assert asked == [*["greedy"] * (moves.MOST_ASKED_FOR // 2), "other"]
+
+
+def test_what_could_not_be_moved_has_one_place_of_its_owner_and_what_can_be_moved_the_others() -> None:
+    now, rentals = crowd(*["greedy"] * 5, intent=Intent.DRAINING)
+    unmoved = frozenset(rental.id for rental in rentals[:4])
+    for step in decide(now, facts(unmoved=unmoved)).steps:
+        assert now.apply(step)
+    moving = {rental.id for rental in rentals if now.standby_of(rental.id)}
+    assert len(moving & unmoved) == 1
+    assert rentals[4].id in moving
+
+
+def test_what_could_not_be_moved_does_not_wait_for_its_turn_where_its_worker_is_about_to_end() -> None:
+    now, rentals = crowd(*["greedy"] * 4)
+    more = {"unmoved": frozenset(rental.id for rental in rentals), "vacating": frozenset({SOURCE.id})}
+    for step in decide(now, facts(**more)).steps:
+        assert now.apply(step)
+    assert all(now.standby_of(rental.id) for rental in rentals)
 
 
 def test_a_silent_worker_is_not_moved_away_from() -> None:

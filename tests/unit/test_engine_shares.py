@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from random import Random
 
-from orion.manager.engine.shares import Claim, Shares
+from orion.manager.domain.shares import Claim
+from orion.manager.engine.shares import Shares
 
 ONE, TWO = Claim("one"), Claim("two")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from engine_contract import KEY
@@ -51,7 +52,7 @@ class Slow(FakeVault):
 
 def _job(host: Host, number: int) -> Job:
     name = f"home{number}".translate(str.maketrans("0123456789", "abcdefghij"))
-    return Job(Action.CREATE, host, name, f"r-{name}", 200_000 + number, 2, (KEY,))
+    return Job(Action.CREATE, host, name, f"r-{name}", 200_000 + number, 2, (KEY,), owner=f"owner{number % 2}")
 
 
 async def test_a_few_homes_are_filled_at_a_time_and_a_worker_that_hangs_holds_up_no_other() -> None:
@@ -68,6 +69,20 @@ async def test_a_few_homes_are_filled_at_a_time_and_a_worker_that_hangs_holds_up
     vault.let_go.set()
     assert all(outcome.ok for outcome in await asyncio.gather(*hanging))
     assert vault.most[HANGS.worker_id] == AT_ONCE
+
+
+async def test_an_owner_fills_half_of_the_homes_that_one_worker_fills_at_a_time() -> None:
+    world = FakeWorld()
+    world.add(HANGS)
+    vault = Slow(world)
+    restorer = Restorer(FakeEngine(world), vault, NoBook())  # type: ignore[arg-type]
+    jobs = [replace(_job(HANGS, number), owner="greedy") for number in range(2 * AT_ONCE)]
+    jobs.append(replace(_job(HANGS, 99), owner="other"))
+    making = [asyncio.create_task(restorer.make(job, NEWEST)) for job in jobs]
+    await _spin()
+    assert vault.under_way[HANGS.worker_id] == AT_ONCE // 2 + 1
+    vault.let_go.set()
+    assert all(outcome.ok for outcome in await asyncio.gather(*making))
 
 
 class Stops(FakeVault):

@@ -19,6 +19,7 @@ a reply to a call from before that.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -34,13 +35,16 @@ from orion.manager.domain.model import (
     move_placement,
     move_rental,
 )
+from orion.manager.domain.shares import Claim
 from orion.manager.domain.states import LIVE, Health, Intent, PlacementState, RentalState
 
 ACTOR = "reconciler"
-MOST_AT_ONCE = 6
-"""Planned moves that drains and goodbyes may have under way: each copies, and stands still for a moment."""
-MOST_ASKED_FOR = 3
-"""While fewer are under way, more may be asked for: so that nobody's asking keeps a worker from being emptied."""
+MOST_AT_ONCE = 12
+"""Planned moves that drains and goodbyes may have under way, of one owner half: each copies, and stands still for a
+moment."""
+MOST_ASKED_FOR = 6
+"""The same of those that are asked for, with all that are under way: nobody's asking keeps a worker from being emptied.
+"""
 NOT_MOVED = "could not be moved: "
 """As wire.NOT_MOVED."""
 HELD_DEADLINE_S = 300.0
@@ -191,9 +195,15 @@ def switch(
     return merge((held, stopping, risen, Step((taken,), (moved,))))
 
 
-def under_way(world: World) -> int:
-    """Planned moves that have begun."""
-    return len({p.rental_id for p in world.placements.values() if p.state in LIVE and (p.standby or p.held)})
+def under_way(world: World, failed: Collection[str] = ()) -> Counter[Claim]:
+    """Return the planned moves that have begun, by the claim of each. `failed`: rentals whose last move has failed."""
+    moving = {p.rental_id for p in world.placements.values() if p.state in LIVE and (p.standby or p.held)}
+    return Counter(claim_of(world.rentals.get(rental_id), rental_id in failed) for rental_id in moving)
+
+
+def claim_of(rental: Rental | None, failed: bool) -> Claim:
+    """Return the claim of a rental to a place among planned moves."""
+    return Claim(rental.owner if rental else "", failed)
 
 
 def _waits(standby: Placement) -> bool:

@@ -18,6 +18,7 @@ from orion.manager.domain.model import (
 )
 from orion.manager.domain.moves import ACTOR
 from orion.manager.domain.placement import Candidate, Chosen, Pool, Refused
+from orion.manager.domain.shares import may_take
 from orion.manager.domain.states import PlacementState, RentalState
 
 AWAITS_FILES = "it waits for its files: "
@@ -33,7 +34,8 @@ class Places:
         self._world = world
         self._new_ids = facts.new_ids
         self._left = MAX_PLACED
-        self._moves_left = moves.MOST_AT_ONCE - moves.under_way(world)
+        self._unmoved = facts.unmoved
+        self._moving = moves.under_way(world, facts.unmoved)
         known = (w for w in world.workers.values() if world.is_whole(w.id) or w.id in world.taken)
         candidates = (Candidate(w, world.used_on(w.id), False, w.id in facts.leaving) for w in known)
         self._pool = Pool(candidates, world.elsewhere)
@@ -50,24 +52,28 @@ class Places:
         return wait(rental, choice.explanation) if isinstance(choice, Refused) else None
 
     def move(self, rental: Rental, placement: Placement, why: str, parks: bool) -> Step | None:
-        """To another worker, if one can take it. `parks`: else it is to wait, with all its files."""
-        if self._moves_left <= 0:
+        """Move a rental to another worker, if one can take it. `parks`: else it is to wait, with all its files.
+
+        Its worker is about to end then: what failed before is not kept waiting for that.
+        """
+        claim = moves.claim_of(rental, rental.id in self._unmoved and not parks)
+        if not may_take(claim, self._moving, moves.MOST_AT_ONCE):
             return None
         failed = {p.worker_id for p in self._world.placements_of(rental.id) if p.state is PlacementState.FAILED}
         choice = self._pool.choose(failed, placement.worker_id)
         if isinstance(choice, Chosen):
-            self._moves_left -= 1
+            self._moving[claim] += 1
             self._pool.take(choice)
             target = self._world.workers[choice.worker_id]
             return moves.begin(rental, placement, target, choice.slot, next(self._new_ids), ACTOR, why)
         if isinstance(choice, Refused) and parks:
-            self._moves_left -= 1
+            self._moving[claim] += 1
             return moves.hold(rental, placement, None, f"{why}, and nothing can take it")
         return None
 
     def asked(self, rental: Rental, placement: Placement, actor: str) -> Step:
         """The same, because somebody asked for it. Raises moves.NotMoved."""
-        if self._moves_left <= moves.MOST_AT_ONCE - moves.MOST_ASKED_FOR:
+        if not may_take(moves.claim_of(rental, False), self._moving, moves.MOST_ASKED_FOR):
             raise moves.NotMoved("too_many_moves", "others are being moved just now: try again in a minute")
         choice = self._pool.choose((), placement.worker_id)
         if isinstance(choice, Chosen):

@@ -85,7 +85,7 @@ def thaw(world: World, source: moves.Source) -> Task | None:
     if placement.held or placement.state is not PlacementState.RUNNING:
         return None
     item = Item(rental.id, rental.username, rental.uid, placement.epoch)
-    return Task(TaskKind.THAW, worker.id, worker.session_id, item, placement.id, source=source)
+    return Task(TaskKind.THAW, worker.id, worker.session_id, item, placement.id, source=source, owner=rental.owner)
 
 
 def _task_of(world: World, placement: Placement, facts: Facts) -> Task | None:

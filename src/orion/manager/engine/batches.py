@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from orion.manager.domain.shares import Claim
 from orion.manager.engine.port import Action
 from orion.manager.engine.protocol import HostLine
 
@@ -25,19 +26,39 @@ class Waiting:
     """It was in a run that failed."""
     suspect: bool
     """Its worker failed lately."""
+    owner: str = ""
+
+    @property
+    def claim(self) -> Claim:
+        """Return the owner for whom a run over its worker alone is counted: the worker, where the rental has none."""
+        return Claim(self.owner or self.host.worker_id, self.suspect)
 
 
-def choose(waiting: Sequence[Waiting], suspects_too: bool) -> list[int]:
+def choose(waiting: Sequence[Waiting], may_hold: Callable[[Claim], bool]) -> list[int]:
     """The numbers of those that make one run; `waiting` is in order of arrival, and the first decides the action.
 
-    A suspect job never shares a run with another worker's, one that is tried again shares it with nobody.
+    A suspect job never shares a run with another worker's, one that is tried again shares it with nobody. A run over
+    one worker may be held up by that until its deadline: it begins only where `may_hold` allows its claim. One over
+    several is soon given up (PATIENCE_S in pool.py), and begins whoever's it is.
     """
-    first = next((job for job in waiting if suspects_too or not job.suspect), None)
-    if first is None:
-        return []
+    refused: set[tuple[Action, Claim]] = set()
+    for first in waiting:
+        if first.alone or first.suspect:
+            if may_hold(first.claim):
+                return [job.number for job in _with(first, waiting)]
+        elif (first.action, first.claim) not in refused:
+            chosen = _with(first, waiting)
+            if len({job.host for job in chosen}) > 1 or may_hold(first.claim):
+                return [job.number for job in chosen]
+            refused.add((first.action, first.claim))  # all others of these are on the same worker
+    return []
+
+
+def _with(first: Waiting, waiting: Sequence[Waiting]) -> list[Waiting]:
+    """Return the jobs of a run that this one decides."""
     if first.alone:
-        return [first.number]
-    chosen: list[int] = []
+        return [first]
+    chosen: list[Waiting] = []
     rentals: Counter[HostLine] = Counter()
     names: dict[str, HostLine] = {}
     for job in waiting:
@@ -48,7 +69,7 @@ def choose(waiting: Sequence[Waiting], suspects_too: bool) -> list[int]:
         if rentals[job.host] == MOST_RENTALS or (not rentals[job.host] and len(rentals) == MOST_HOSTS):
             continue
         rentals[job.host] += 1
-        chosen.append(job.number)
+        chosen.append(job)
     return chosen
 
 

@@ -1,8 +1,9 @@
 """The engine's jobs: the waiting ones go into batches, at most so many runs at once, each job bounded by its deadline.
 
 What one worker or one run does wrong costs the others nothing: results are taken as they come; a run that is held up
-is killed, and what it still owed is tried again, alone; a worker that failed lately stays out of batches, and such
-workers never have more than half of the runners.
+is killed, and what it still owed is tried again, alone; a worker that failed lately stays out of batches. Of the
+runners that one worker alone can hold up, an owner has half at most, and workers that failed lately one of each owner
+and half of all (domain/shares.py).
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from itertools import count
 
 from pydantic import ValidationError
 
+from orion.manager.domain.shares import Claim
 from orion.manager.engine import runners
 from orion.manager.engine.batches import Waiting, choose
 from orion.manager.engine.held import Connections, Held, State
 from orion.manager.engine.protocol import MAX_LINE_BYTES, BatchLine, HostLine, HostOrders, JobLine, Order, OutcomeLine
 from orion.manager.engine.protocol import ResultLine as Result
 from orion.manager.engine.runners import Play
+from orion.manager.engine.shares import Shares
 
 READ_BYTES = 1 << 16
 PATIENCE_S = 5.0
@@ -73,7 +76,8 @@ class Runner:
     lone: bool = False
     """Its batch is one job."""
     killed: bool = False
-    suspect: bool = False
+    claim: Claim | None = None
+    """The place that it holds, where its batch is over one worker."""
     patience_s: float = 0.0
     played: int = 0
     outgoing: bytearray = field(default_factory=bytearray)
@@ -95,6 +99,7 @@ class Pool:
         self._selector = selector
         self._play = play
         self._most_runners = most_runners
+        self._shares = Shares(most_runners)
         self._connections = connections
         self._patience_s = patience_s
         self._numbers = count(1)
@@ -148,6 +153,7 @@ class Pool:
         self._receive(runner)
         self._selector.unregister(runner.socket)
         runner.socket.close()
+        self._give_back(runner)
         for run in runner.runs.values():
             self._try_again(run, NO_RESULT, as_part=runner.killed or not runner.lone)
         return True
@@ -169,9 +175,8 @@ class Pool:
 
     def _start_a_batch(self) -> bool:
         ready = [run for run in list(self._waiting) if self._is_connected(run)]
-        waiting = [Waiting(r.number, r.job.action, r.job.host, r.alone, r.job.host in self._suspects) for r in ready]
-        suspects = sum(runner.suspect for runner in self._runners.values())
-        chosen = set(choose(waiting, suspects_too=suspects < max(1, self._most_runners // 2)))
+        waiting = [self._as_waiting(run) for run in ready]
+        chosen = set(choose(waiting, self._shares.may))
         runner = self._free_runner() if chosen else None
         if runner is None:
             return False
@@ -179,6 +184,10 @@ class Pool:
         self._waiting = [run for run in self._waiting if run.number not in chosen]
         self._assign(runner, batch)
         return True
+
+    def _as_waiting(self, run: Run) -> Waiting:
+        job = run.job
+        return Waiting(run.number, job.action, job.host, run.alone, job.host in self._suspects, job.owner)
 
     def _is_connected(self, run: Run) -> bool:
         """Whether it can start now; where its worker cannot be reached it is answered."""
@@ -224,7 +233,9 @@ class Pool:
         runner.began, runner.busy = time.monotonic(), True
         runner.several, runner.lone = len(by_host) > 1, len(batch) == 1
         runner.patience_s = self._patience_s * (1 + most / 4)
-        runner.suspect = any(host in self._suspects for host in by_host)
+        if not runner.several:
+            claims = (self._as_waiting(run).claim for run in batch)
+            runner.claim = next((claim for claim in claims if self._shares.take(claim)), None)
         runner.runs = {run.number: run for run in batch}
         runner.played += 1
         hosts = tuple(
@@ -294,10 +305,16 @@ class Pool:
     def _take_end(self, runner: Runner) -> None:
         for run in runner.runs.values():
             self._finish(run, Result(ok=False, message=NO_RESULT))
-        runner.busy = runner.suspect = runner.several = False
+        runner.busy = runner.several = False
         runner.runs = {}
+        self._give_back(runner)
         if runner.played >= BATCHES_PER_RUNNER:
             self._kill(runner)
+
+    def _give_back(self, runner: Runner) -> None:
+        if runner.claim:
+            self._shares.give_back(runner.claim)
+            runner.claim = None
 
     # The ends
 

@@ -77,7 +77,7 @@ class Job:
     move: int = 0
     """For FREEZE and THAW: the planned move, by a number that only rises for a rental."""
     owner: str = ""
-    """The owner of the rental, for its share of the vault; empty: of what only an inventory knows."""
+    """The owner of the rental, for its share of engine and vault; empty: of what only an inventory knows."""
 
 
 @dataclass(frozen=True)

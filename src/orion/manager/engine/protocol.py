@@ -63,6 +63,8 @@ class JobLine(Line):
     host: HostLine
     vars: Variables
     deadline_s: float = Field(gt=0, le=MAX_DEADLINE_S)
+    owner: str = Field("", max_length=200)
+    """The owner of the rental, for its share of the runners; empty: of what only an inventory knows."""
 
 
 class ExpectLine(Line):
@@ -138,6 +140,7 @@ def job_line(identifier: str, job: Job) -> bytes:
             boot_id=job.host.boot_id or None if job.action in OF_ONE_BOOT else None,
         ),
         deadline_s=job.deadline_s,
+        owner=job.owner,
     )
     return line.model_dump_json().encode() + b"\n"
 

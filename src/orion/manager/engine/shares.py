@@ -1,9 +1,4 @@
-"""The places of a queue, shared so that neither one owner nor what fails holds up the others.
-
-An owner never has more than half of the places. What held its place in vain last time may hold it until its deadline
-again: of an owner's all that did so has one place, and of all owners' half of the places. Whoever waits gets a place in
-order of arrival, among those that may have one.
-"""
+"""The places of a queue, shared as domain/shares.py says. Whoever waits gets one in order of arrival, if it may."""
 
 from __future__ import annotations
 
@@ -11,15 +6,8 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
 
-
-@dataclass(frozen=True)
-class Claim:
-    """The owner of a place, and whether the same held its place in vain last time."""
-
-    owner: str
-    fails: bool = False
+from orion.manager.domain.shares import Claim, may_take
 
 
 class Shares:
@@ -34,9 +22,13 @@ class Shares:
         """Return how many places are not taken."""
         return self._places - self._taken.total()
 
+    def may(self, claim: Claim) -> bool:
+        """Return whether `take` would take a place."""
+        return may_take(claim, self._taken, self._places)
+
     def take(self, claim: Claim) -> bool:
         """Take a place; return False, and take none, where this claim may have none now."""
-        if not self._may(claim):
+        if not self.may(claim):
             return False
         self._taken[claim] += 1
         return True
@@ -68,12 +60,3 @@ class Shares:
             yield
         finally:
             self.give_back(claim)
-
-    def _may(self, claim: Claim) -> bool:
-        if not self.free:
-            return False
-        half = max(1, self._places // 2)
-        failing = sum(number for other, number in self._taken.items() if other.fails)
-        if claim.fails and (self._taken[claim] or failing >= half):
-            return False
-        return self._taken[claim] + self._taken[replace(claim, fails=not claim.fails)] < half

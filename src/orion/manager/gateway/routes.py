@@ -164,7 +164,7 @@ def _printable(said: str) -> str:
 
 def job_of(row: Row) -> Job:
     host = Host(row["worker_id"], row["address"], tuple(row["host_keys"]))
-    return Job(Action.CERTIFY, host, row["id"], row["username"], row["uid"], row["epoch"])
+    return Job(Action.CERTIFY, host, row["id"], row["username"], row["uid"], row["epoch"], owner=row["owner"])
 
 
 def _wait_s(websocket: WebSocket) -> float:

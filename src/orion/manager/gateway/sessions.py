@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from typing import Any
 
 from orion.manager.api.problems import ApiProblem
 from orion.manager.domain.model import Event
+from orion.manager.domain.shares import Claim, may_take
 from orion.manager.gateway.openings import Opening
 from orion.manager.gateway.ssh import MOVED, REVOKED, Ending
 from orion.manager.loops.timer import Loop
@@ -31,8 +32,11 @@ ENDS = frozenset(f"placement.{state}" for state in ("stopping", "stopped", "fail
 
 @dataclass(frozen=True)
 class Limits:
-    """Sessions at once. A young one may not have logged in: sshd of a worker takes 200 of those, and then refuses
-    whoever comes, the manager included, for all come from the manager's address."""
+    """Sessions at once. Of all, and of the young ones of a worker, an owner of rentals has half at most.
+
+    A young one may not have logged in: sshd of a worker takes 200 of those, and then refuses whoever comes, the manager
+    included, for all come from the manager's address.
+    """
 
     of_a_rental: int = 100
     of_all: int = 1000
@@ -86,6 +90,8 @@ class Sessions:
         self._inside: dict[str, set[Session]] = {}
         """By worker."""
         self.inside = 0
+        self._taken: Counter[Claim] = Counter()
+        """The sessions that are carried, by the owner of their rental."""
         self._pending: deque[Event] = deque(maxlen=MOST_PENDING)
         self._writing = asyncio.Lock()
         self.loop = Loop("sessions", INTERVAL_S, self.flush)
@@ -107,10 +113,13 @@ class Sessions:
         self._check(session)
         self._inside.setdefault(session.worker_id, set()).add(session)
         self.inside += 1
+        self._taken[Claim(session.owner)] += 1
         try:
             yield
         finally:
             self.inside -= 1
+            self._taken[Claim(session.owner)] -= 1
+            self._taken += Counter()
             _forget(self._inside, session.worker_id, session)
 
     def hear(self, committed: Sequence[Event]) -> None:
@@ -151,14 +160,18 @@ class Sessions:
 
     def _check(self, new: Session) -> None:
         limits, there = self.limits, self._inside.get(new.worker_id, set())
-        its = [session for session in there if session.rental_id == new.rental_id]
+        its, owner = [session for session in there if session.rental_id == new.rental_id], Claim(new.owner)
         young = [session for session in there if new.began - session.began < limits.young_s]
         young_of_its = sum(session.rental_id == new.rental_id for session in young)
+        young_of_owners = Counter(Claim(session.owner) for session in young)
         if self.inside >= limits.of_all:
             raise _too_many(f"the platform carries {limits.of_all} sessions, and no more")
+        if not may_take(owner, self._taken, limits.of_all):
+            raise _too_many(f"the rentals of {new.owner} have {self._taken[owner]} sessions, and may have no more")
         if len(its) >= limits.of_a_rental:
             raise _too_many(f"the rental has {limits.of_a_rental} sessions, and may have no more: end one")
-        if young_of_its >= limits.young_of_a_rental or len(young) >= limits.young_of_a_worker:
+        has_room = may_take(owner, young_of_owners, limits.young_of_a_worker)
+        if young_of_its >= limits.young_of_a_rental or not has_room:
             raise _too_many("too many sessions were begun there at once: try again in half a minute")
 
 

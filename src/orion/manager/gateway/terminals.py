@@ -43,7 +43,7 @@ async def ticket(rental_id: str, principal: Client, shared: Shared) -> wire.Term
     row = await find(shared, rental_id, principal)
     if row["state"] != wire.RentalState.ACTIVE:
         raise ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}")
-    shared.terminals.check(rental_id)
+    shared.terminals.check(rental_id, principal.name)
     issued = shared.terminals.tickets.issue(rental_id, principal)
     return wire.TerminalTicket(ticket=issued, expires_in_s=LIFETIME_S)
 
@@ -56,7 +56,7 @@ async def terminal(websocket: WebSocket, rental_id: str, columns: Size = 80, row
         _check_origin(websocket)
         resume = await _redeem(websocket, services, rental_id)
         resumes = services.terminals.resumes
-        with services.terminals.opened(rental_id), resumes.used(resume):
+        with services.terminals.opened(rental_id, resume.principal.name), resumes.used(resume):
             await websocket.accept(SUBPROTOCOL)
             page = Page(websocket, services.terminals.terms, (columns, rows), services.monotonic() - resume.began_at)
             ending = await serve(page, _visits(services, page, resume, client_address(websocket)))

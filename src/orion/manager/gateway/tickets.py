@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from orion.manager.api.problems import ApiProblem
+from orion.manager.domain.shares import Claim, may_take
 from orion.manager.gateway.terminal import Terms
 from orion.manager.store.tokens import Principal, digest
 
@@ -26,7 +27,8 @@ MOST_OF_ONE = 50
 RESUME_WITHIN_S = 600.0  # seconds from the moment in which a page has left
 MOST_OF_A_RENTAL = 20
 MOST_OF_ALL = 200
-"""Terminals at once. Of each the manager is the SSH client: that costs more than to relay bytes."""
+"""Terminals at once, of which those that one token's name has opened are half at most. Of each the manager is the SSH
+client: that costs more than to relay bytes."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,10 @@ class Terminals:
         self.resumes = Resumes(monotonic)
         self.terms = terms or Terms()
         self._open: Counter[str] = Counter()
+        self._taken: Counter[Claim] = Counter()
+        """By the name of the token that opened them."""
 
-    def check(self, rental_id: str) -> None:
+    def check(self, rental_id: str, who: str) -> None:
         """Raises ApiProblem where there are too many."""
         if self._open[rental_id] >= MOST_OF_A_RENTAL:
             detail = f"the rental has {MOST_OF_A_RENTAL} terminals open in browsers, and may have no more: close one"
@@ -146,14 +150,20 @@ class Terminals:
         if self._open.total() >= MOST_OF_ALL:
             detail = f"the platform serves {MOST_OF_ALL} terminals in browsers, and no more: ssh goes on to work"
             raise ApiProblem(503, "too_many_terminals", detail, {"Retry-After": "30"})
+        if not may_take(Claim(who), self._taken, MOST_OF_ALL):
+            detail = f"{who} has {self._taken[Claim(who)]} terminals open in browsers, and may have no more: close one"
+            raise ApiProblem(429, "too_many_terminals", detail, {"Retry-After": "5"})
 
     @contextmanager
-    def opened(self, rental_id: str) -> Iterator[None]:
+    def opened(self, rental_id: str, who: str) -> Iterator[None]:
         """Raises ApiProblem where there are too many."""
-        self.check(rental_id)
+        self.check(rental_id, who)
         self._open[rental_id] += 1
+        self._taken[Claim(who)] += 1
         try:
             yield
         finally:
             self._open[rental_id] -= 1
+            self._taken[Claim(who)] -= 1
             self._open += Counter()  # forgets what is at zero
+            self._taken += Counter()

@@ -15,7 +15,7 @@ import asyncio
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from typing import Any
 
 import structlog
@@ -127,8 +127,7 @@ class WebEnds:
             await self._until_told(row["worker_id"], [f"{rental_id} {port} {PUBLIC}"])
 
     async def _look_at(self, worker_id: str, asking: asyncio.Semaphore) -> None:
-        async with asking:
-            found = await self._until_told(worker_id, [])
+        found = await self._until_told(worker_id, [], asking)
         over = [line for line in found if not await self._may_be_open(worker_id, line)]
         if over:
             await self._until_told(worker_id, over)
@@ -147,15 +146,22 @@ class WebEnds:
         self._passes.setdefault(token_id, {}).setdefault(worker_id, set()).add(grant)
         return token_id not in self._revoked
 
-    async def _until_told(self, worker_id: str, over: Sequence[str]) -> list[str]:
-        """Return what is open there; nothing, where the worker is gone and its rentals stand still."""
+    async def _until_told(
+        self, worker_id: str, over: Sequence[str], place: AbstractAsyncContextManager[Any] | None = None
+    ) -> list[str]:
+        """Return what is open there; nothing, where the worker is gone and its rentals stand still.
+
+        `place`: what is entered for each try, and not while another is waited for: a door that does not answer keeps
+        nobody else's from being asked.
+        """
         wait_s = AGAIN_AFTER_S
         while self._tell is not None:
             known = self._roster.worker(worker_id)
             if known is None or not known.session_id or known.health is Health.DOWN:
                 break
             try:
-                return await self._tell(known.address, known.session_id, self.number(), over)
+                async with place or nullcontext():
+                    return await self._tell(known.address, known.session_id, self.number(), over)
             except (OSError, ValueError) as error:
                 log.info("a worker's door for web ports was not told", worker_id=worker_id, reason=str(error))
             await asyncio.sleep(wait_s)

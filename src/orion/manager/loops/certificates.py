@@ -37,7 +37,8 @@ class Certificates:
         self._signed: dict[str, Issued] = {}
         """The last of each worker, whether it shows it by now or not; as above."""
         self._signing: dict[str, asyncio.Task[Issued | None]] = {}
-        self._renewing: dict[str, asyncio.Task[None]] = {}
+        self._renewing: dict[tuple[str, str], asyncio.Task[None]] = {}
+        """By worker and owner: a renewal is an order about one rental, whose renter may hold it up."""
 
     async def issue(self, host: Host) -> Issued | None:
         """Signed now, of what is placed there now; None where that is nothing.
@@ -90,11 +91,12 @@ class Certificates:
         shown = self._shown.get(worker_id)
         if shown and shown.serves(job.rental_id, job.host.host_keys, self._wall(), FRESH_S):
             return
-        if worker_id not in self._renewing:
-            self._renewing[worker_id] = asyncio.create_task(self._renew(job))
+        whose = worker_id, job.owner
+        if whose not in self._renewing:
+            self._renewing[whose] = asyncio.create_task(self._renew(job))
         if shown and shown.serves(job.rental_id, job.host.host_keys, self._wall(), JUST_VALID_S):
             return
-        await asyncio.wait([self._renewing[worker_id]], timeout=CERTIFY_WITHIN_S)
+        await asyncio.wait([self._renewing[whose]], timeout=CERTIFY_WITHIN_S)
 
     async def stop(self) -> None:
         running = list(self._renewing.values())
@@ -118,7 +120,7 @@ class Certificates:
         except Exception:
             log.exception("no host certificate", worker_id=job.host.worker_id)
         finally:
-            del self._renewing[job.host.worker_id]
+            del self._renewing[job.host.worker_id, job.owner]
 
 
 @dataclass

@@ -39,7 +39,7 @@ class Mover:
         self._vault = vault
         self._book = book
         self._may_hold = limits
-        self._limits = Limits(limits.max_files * ROOMIER, limits.max_bytes * ROOMIER)
+        self._limits = replace(limits, max_files=limits.max_files * ROOMIER, max_bytes=limits.max_bytes * ROOMIER)
         self._monotonic = monotonic
         self._filled: dict[tuple[str, int], Generation] = {}
         """The snapshot with which each standby was filled last, by rental and epoch."""

@@ -28,6 +28,7 @@ from orion.manager.domain.outcomes import Ended
 from orion.manager.domain.places import MAX_PLACED, ask_to_move
 from orion.manager.domain.reconcile import decide
 from orion.manager.domain.roster import Roster
+from orion.manager.domain.shares import Claim, may_take
 from orion.manager.domain.states import Health, PlacementState
 from orion.manager.domain.tasks import Task, TaskKind, thaw
 from orion.manager.engine.port import OTHER_BOOT, Action, Engine, Host, Job, Outcome, Reach, Reached
@@ -45,8 +46,8 @@ JOB_DEADLINE_S = 30.0
 REACH_TIMEOUT_S = 5.0
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 15.0
-MOST_SALVAGES = 2
-"""Homes that are copied aside at once on one worker."""
+MOST_SALVAGES = 4
+"""Homes that are copied aside at once on one worker, of which one owner has half: there is a time for all of them."""
 MOST_ORPHANS = 2
 """Rentals that only its own inventory shows and that are purged at once on one worker: it may have made them up."""
 LOOKED_AT_ONCE = 400
@@ -258,9 +259,10 @@ class Reconciler:
     def _facts(self, world: World, inventories: Inventories, strangers: frozenset[tuple[str, int]]) -> Facts:
         now = self._monotonic()
         resting = frozenset(rental_id for rental_id, failure in self._rests.items() if failure.again_at > now)
+        unmoved = frozenset(r for r, failure in self._rests.items() if failure.again_at > now - LONGEST_REST_S)
         ages, leaving = self._ages(world), self._leases.leaving()
         ends = {worker_id: self._leases.start_ends(worker_id) for worker_id in inventories}
-        more = self._vacating(), resting, self._awaits_files_s, ends
+        more = self._vacating(), resting, unmoved, self._awaits_files_s, ends
         return Facts(inventories, leaving, ages, self._placement_ids, strangers, self._wall(), *more)
 
     def _ages(self, world: World) -> dict[str, float]:
@@ -301,8 +303,12 @@ class Reconciler:
         if task.worker_id in self._failing:
             return at_work < 1
         if task.kind is TaskKind.SALVAGE:
-            return at_work < MOST_SALVAGES
+            return may_take(Claim(task.owner), self._salvages_on(task.worker_id), MOST_SALVAGES)
         return task.kind is not TaskKind.DELETE or task.placement_id is not None or at_work < MOST_ORPHANS
+
+    def _salvages_on(self, worker_id: str) -> Counter[Claim]:
+        under_way = (t for t in self._tasks.values() if t.worker_id == worker_id and t.kind is TaskKind.SALVAGE)
+        return Counter(Claim(task.owner) for task in under_way)
 
     async def _run(self, task: Task) -> None:
         try:

@@ -17,7 +17,9 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from orion.manager.domain.copies import EMPTY, NEWEST, Copy, Generation
+from orion.manager.domain.shares import Claim
 from orion.manager.engine.port import Action, Engine, Job, Outcome
+from orion.manager.engine.shares import Shares
 from orion.manager.engine.vault.port import LET_IN, NO_SUCH_GENERATION, OF_THE_WORKER, Home, Limits, Vault, VaultError
 from orion.manager.loops.salvaging import Salvager
 from orion.manager.store.copies import CopyBook
@@ -26,9 +28,9 @@ LET_IN_BEFORE = "its renter was let in already"
 NO_COPY = "there is no copy of its files; what a lost worker may still have of them is kept when that comes back"
 WAITS = "waits"
 """In the report of a failure: another worker would do no better."""
-AT_ONCE = 8
-"""Homes that are filled at a time on one worker, which has a processor or two. A hundred that begin together are all
-late, and its sshd takes no more than 64 sessions of one connection.
+AT_ONCE = 16
+"""Homes that are filled at a time on one worker, of which one owner has half: it has a processor or two. A hundred that
+begin together are all late, and its sshd takes no more than 64 sessions of one connection.
 """
 TOGETHER = 8
 TOGETHER_S = 0.4
@@ -41,7 +43,7 @@ class _Worker:
     """On which homes are being filled: one that hangs holds up no other."""
 
     def __init__(self) -> None:
-        self._share = asyncio.Semaphore(AT_ONCE)
+        self._shares = Shares(AT_ONCE)
         self._made = 0
         self._filling = 0
         self._ready = 0
@@ -57,10 +59,10 @@ class _Worker:
             self._made -= 1
 
     @asynccontextmanager
-    async def filling(self) -> AsyncIterator[None]:
+    async def filling(self, owner: str) -> AsyncIterator[None]:
         self._filling += 1
         try:
-            async with self._share:
+            async with self._shares.place(Claim(owner)):
                 yield
         finally:
             self._filling -= 1
@@ -125,7 +127,7 @@ class Restorer:
         found: dict[str, Any] = {"restored": {"generation": before, "reason": LET_IN_BEFORE}} if before else {}
         if prepared.report.get("state") != "running":
             try:
-                async with worker.filling():
+                async with worker.filling(job.owner):
                     found = {"restored": await self._filled(job, wanted, early)}
             except VaultError as error:
                 return _refused(error)

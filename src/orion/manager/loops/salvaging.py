@@ -14,8 +14,9 @@ from orion.manager.domain import copies
 from orion.manager.domain.copies import Generation
 from orion.manager.domain.model import Item, Rental
 from orion.manager.domain.outcomes import SALVAGE_ATTEMPTS
+from orion.manager.domain.shares import Claim
 from orion.manager.engine.port import Host, Outcome
-from orion.manager.engine.shares import Claim, Shares
+from orion.manager.engine.shares import Shares
 from orion.manager.engine.vault.port import (
     NOTHING_TO_SALVAGE,
     OVER_LIMIT,

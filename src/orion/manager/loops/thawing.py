@@ -26,7 +26,7 @@ class Thawer:
         rental, placement, worker = found
         host = Host(worker.id, worker.address, worker.host_keys, boot_id=worker.ordered_boot_id)
         who = rental.id, rental.username, rental.uid, placement.epoch
-        outcome = await self._engine.run(Job(Action.THAW, host, *who, deadline_s=DEADLINE_S))
+        outcome = await self._engine.run(Job(Action.THAW, host, *who, deadline_s=DEADLINE_S, owner=rental.owner))
         if not outcome.ok:
             return outcome.message
         if outcome.report.get("changed"):
