@@ -78,11 +78,13 @@ write_trusted() {
 }
 
 # As many connections as there is memory for if each took the most that one can, those to the manager and the workers
-# included: at any time half of them may carry a request. A visitor has a quarter.
+# included: at any time half of them may carry a request. A visitor has a quarter of those, and all together have seven
+# eighths: the rest is for the workers.
 count_places() {
     kib=$(memory_limit_kib)
     places=$(((kib - kib_without) / kib_each))
     requests=$((places / 2))
+    visitors=$((requests * 7 / 8))
     if [ "$requests" -lt 256 ]; then
         echo "ORION_PROXY_MEMORY is too little: $((kib / 1024))m, and manager_proxy needs $(((kib_without + 512 * kib_each) / 1024 + 1))m or more" >&2
         exit 1
@@ -103,7 +105,7 @@ write_places() {
     count_places
     echo "worker_connections $((places / 2));" >/run/orion-events.conf # of each of two workers
     # A fifth less than its connections, so that who comes so far is told why.
-    printf 'limit_conn requests %s;\nlimit_conn all_requests %s;\n' $((requests / 5)) "$requests" >/run/orion-places.conf
+    printf 'limit_conn requests %s;\nlimit_conn all_requests %s;\n' $((requests / 5)) "$visitors" >/run/orion-places.conf
     # shellcheck disable=SC2016 # a variable of Nginx
     printf 'geo $realip_remote_addr $inside {\n    default 0;\n    127.0.0.0/8 1;\n    %s 1;\n    %s 0;\n}\n' \
         "$subnet" "$gateway" >/run/orion-inside.conf
@@ -111,7 +113,7 @@ write_places() {
 
 # A visitor's connections are counted by the kernel, before any memory of Nginx is spent on them.
 set_filter() {
-    sed "s/EACH/$((requests / 4))/" /etc/orion/network.nft | nft --define "subnet=$subnet" --define "gateway=$gateway" \
+    sed "s/EACH/$((requests / 4))/; s/ALL/$visitors/" /etc/orion/network.nft | nft --define "subnet=$subnet" --define "gateway=$gateway" \
         --define "trusted={ 255.255.255.255$(trusted_of 4) }" --define "trusted6={ ::$(trusted_of 6) }" \
         --file - 2>/run/nft.log && return
     echo "the kernel cannot count the connections of a visitor here, so they are counted only when their requests are read:" \

@@ -174,15 +174,15 @@ http {{
 
 
 @contextmanager
-def outer_proxy(inner: Proxy) -> Iterator[str]:
-    """Run a second Nginx before the first one; its address."""
+def outer_proxy(inner: Proxy, host: int = 50) -> Iterator[str]:
+    """Run a second Nginx before the first one; its address. `host`: the last part of it; trusted is 50."""
     image = inner.image()
-    name = f"{inner.project}-outer"
+    name = f"{inner.project}-outer-{host}"
     command = ["docker", "run", "--detach", "--rm", "--name", name, "--network", f"{inner.project}_orion_net"]
-    command += ["--ip", inner.outer_address, "--entrypoint", "sh", image, "-c"]
+    command += ["--ip", f"{inner.network}.{host}", "--entrypoint", "sh", image, "-c"]
     command += ["printf '%s' \"$0\" > /tmp/outer.conf; exec nginx -c /tmp/outer.conf -g 'daemon off;'"]
     subprocess.run([*command, OUTER.format(inner=f"{inner.network}.2")], check=True, capture_output=True)
-    address = f"http://{inner.outer_address}:8000"
+    address = f"http://{inner.network}.{host}:8000"
     try:
         wait_until(lambda: _answers(f"{address}/"), "the outer proxy answers")
         yield address

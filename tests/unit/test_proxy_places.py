@@ -45,7 +45,7 @@ def test_there_are_as_many_places_as_the_memory_has_room_for(place: Path, memory
     assert done.returncode == 0, done.stderr
     assert f"room for {requests} requests at a time" in done.stdout
     written = (place / "run" / "orion-places.conf").read_text()
-    assert written == f"limit_conn requests {requests // 5};\nlimit_conn all_requests {requests};\n"
+    assert written == f"limit_conn requests {requests // 5};\nlimit_conn all_requests {requests * 7 // 8};\n"
     assert (place / "run" / "orion-events.conf").read_text() == f"worker_connections {requests};\n"
 
 
