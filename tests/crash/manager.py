@@ -249,6 +249,10 @@ class RemoteVault:
         done: list[str] = await self._ask("rentals")
         return done
 
+    async def short_of_room(self) -> list[str]:
+        done: list[str] = await self._ask("short_of_room")
+        return done
+
     async def _ask(self, call: str, *given: Any) -> Any:
         self._points.reach(f"before {call}")
         outlives_us = self._points.is_last(f"while {call} is under way")
