@@ -53,7 +53,7 @@ simulate:  ## 10,000 histories of a platform on which everything goes wrong (SCH
 mutants:  ## break the code on purpose, one way after another: each must be noticed by a test
 	@scripts/test.sh mutants
 
-bench:  ## measure it against what it is made of, in under 20 minutes (ONLY=rent, burst, sessions, keystrokes, heartbeats, growth, watch or, by itself, snapshots); see docs/performance.md
+bench:  ## measure it against what it is made of, in under 20 minutes (ONLY=rent, burst, sessions, keystrokes, heartbeats, growth, watch or, by itself, strangers or snapshots); see docs/performance.md
 	@scripts/test.sh bench $(ONLY)
 
 bench-failover:  ## a worker is killed or cut off, the platform restarts: how long, and where the time goes, in about 30 minutes

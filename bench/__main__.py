@@ -1,4 +1,4 @@
-"""`python -m bench [rent burst sessions keystrokes heartbeats growth watch snapshots failover]`.
+"""`python -m bench [rent burst sessions keystrokes heartbeats growth watch strangers snapshots failover]`.
 
 Measures, shows and keeps. Without a name it measures all but those that take long.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import burst, failover, growth, heartbeats, keystrokes, rent, sessions, snapshots, watch
+from bench import burst, failover, growth, heartbeats, keystrokes, rent, sessions, snapshots, strangers, watch
 from bench.report import RESULTS, Result, keep, machine, show
 
 NEEDS = {
@@ -27,11 +27,12 @@ NEEDS = {
     "heartbeats": ("docker", "wrk"),
     "growth": (),
     "watch": (),
+    "strangers": ("docker", "ssh", "ip"),
     "snapshots": ("docker",),
     "failover": ("docker",),
 }
-BY_THEMSELVES = ("snapshots", "failover")
-"""They take as long as all the others together: they are measured only when they are asked for."""
+BY_THEMSELVES = ("strangers", "snapshots", "failover")
+"""They take long, or disturb what else runs here: they are measured only when they are asked for."""
 
 
 def main() -> int:
@@ -46,6 +47,7 @@ def main() -> int:
         "heartbeats": lambda: heartbeats.measure(arguments.workers, arguments.load_s),
         "growth": lambda: growth.measure(arguments.sizes, arguments.samples),
         "watch": lambda: watch.measure(arguments.watches),
+        "strangers": lambda: strangers.measure(arguments.keys),
         "snapshots": lambda: snapshots.measure(arguments.megabytes, arguments.case_s, arguments.interval_s),
         "failover": lambda: failover.measure(arguments.runs, arguments.cases, arguments.homes),
     }
@@ -95,7 +97,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rents", type=int, default=200, help="burst: rents at once")
     parser.add_argument("--openings", type=int, default=40, help="sessions: rounds of opening one")
     parser.add_argument("--copies", type=int, default=5, help="sessions: rounds of copying 1 GB")
-    parser.add_argument("--keys", type=int, default=500, help="keystrokes: keys for each way, alone and beside others")
+    parser.add_argument("--keys", type=int, default=500, help="keystrokes, strangers: keys for each case")
     parser.add_argument("--workers", type=int, default=5000, help="heartbeats: simulated workers")
     parser.add_argument("--load-s", type=float, default=8, help="heartbeats: length of a round of load")
     parser.add_argument("--samples", type=int, default=100, help="growth: calls of each kind for each size")

@@ -48,10 +48,10 @@ def measure(keys: int) -> Result:
     with running(3, {"ORION_SLOTS": "4"}) as stack, stack.caller() as door:
         key = key_pair(stack.folder)
         rentals = [rent(door, key.with_suffix(".pub").read_text().strip()) for _ in range(RENTALS)]
-        with _page(stack, door, rentals[0]) as page, _ssh(stack, door, rentals[1], str(key)) as ssh:
-            alone = {"a browser's terminal": _echoes(page, keys), "ssh through the door": _echoes(ssh, keys)}
-            with _crowd(stack, rentals):
-                busy = {"a browser's terminal": _echoes(page, keys), "ssh through the door": _echoes(ssh, keys)}
+        with _page(stack, door, rentals[0]) as page, ssh_typist(stack, door, rentals[1], str(key)) as ssh:
+            alone = {"a browser's terminal": echoes(page, keys), "ssh through the door": echoes(ssh, keys)}
+            with busy_terminals(stack, rentals):
+                busy = {"a browser's terminal": echoes(page, keys), "ssh through the door": echoes(ssh, keys)}
                 # The proxy has closed a connection on which nothing was asked for so long.
                 with stack.caller() as asking:
                     asked = [_status_s(asking) for _ in range(100)]
@@ -68,8 +68,8 @@ def measure(keys: int) -> Result:
     return result
 
 
-class _Typist:
-    """`type` gives one byte, `read` takes what came within so many seconds."""
+class Typist:
+    """Somebody at a terminal. `type` gives one byte, `read` takes what came within so many seconds."""
 
     def __init__(self, type_: Callable[[bytes], None], read: Callable[[float], bytes]) -> None:
         self.type, self.read = type_, read
@@ -83,8 +83,10 @@ class _Typist:
             seen += self.read(left_s)
 
 
-def _echoes(typist: _Typist, keys: int) -> list[float]:
-    """Seconds of each. The rental's `cat` prints nothing before a line ends, so what comes is the terminal's echo."""
+def echoes(typist: Typist, keys: int) -> list[float]:
+    """Return the seconds from each key to its echo.
+
+    The rental's `cat` prints nothing before a line ends, so what comes is the terminal's echo."""
     letters = itertools.cycle(b"abcdefghij")
     found = []
     for number in range(keys):
@@ -102,10 +104,10 @@ def _echoes(typist: _Typist, keys: int) -> list[float]:
 
 
 @contextmanager
-def _page(stack: Stack, door: Caller, rental: dict[str, Any]) -> Iterator[_Typist]:
+def _page(stack: Stack, door: Caller, rental: dict[str, Any]) -> Iterator[Typist]:
     address, subprotocols = _terminal(stack, door, rental)
     with connect(address, subprotocols=subprotocols, compression=None) as page:
-        typist = _Typist(page.send, lambda within_s: _shown(page, within_s))
+        typist = Typist(page.send, lambda within_s: _shown(page, within_s))
         typist.until(b"$ ")
         page.send(f"echo {READY[:3]}''{READY[3:]}; exec cat\n".encode())
         typist.until(READY.encode())
@@ -124,8 +126,8 @@ def _shown(page: ClientConnection, within_s: float) -> bytes:
 
 
 @contextmanager
-def _ssh(stack: Stack, door: Caller, rental: dict[str, Any], key: str) -> Iterator[_Typist]:
-    """As a renter's machine has it, here on the host."""
+def ssh_typist(stack: Stack, door: Caller, rental: dict[str, Any], key: str) -> Iterator[Typist]:
+    """Open a terminal by ssh, as on a renter's machine, here on the host."""
     authority = door.must("GET", "/api/ssh-authority").body["known_hosts"]
     token = stack.folder / "token"
     token.touch(mode=0o600)
@@ -142,7 +144,7 @@ def _ssh(stack: Stack, door: Caller, rental: dict[str, Any], key: str) -> Iterat
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
     ) as process:
         try:
-            typist = _Typist(lambda data: _write(process, data), lambda within_s: _read(process, within_s))
+            typist = Typist(lambda data: _write(process, data), lambda within_s: _read(process, within_s))
             typist.until(READY.encode())
             yield typist
         finally:
@@ -167,8 +169,8 @@ def _terminal(stack: Stack, door: Caller, rental: dict[str, Any]) -> tuple[str, 
 
 
 @contextmanager
-def _crowd(stack: Stack, rentals: list[dict[str, Any]]) -> Iterator[None]:
-    """As long as it lasts, all of them print and are read."""
+def busy_terminals(stack: Stack, rentals: list[dict[str, Any]]) -> Iterator[None]:
+    """Keep BUSY terminals of browsers open, in which a program prints all the time, and read them."""
     asked = {"port": stack.http_port, "token": stack.token, "rentals": rentals}
     command = [sys.executable, "-m", "bench.keystrokes"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

@@ -1,0 +1,312 @@
+"""What strangers without a token can cost those who are inside: by thousands of connections, and by calls without end.
+
+Their connections come from addresses of their own, which this machine gets for it (198.18.0.0/15 is set aside for
+measurements, RFC 2544), in a process of its own. The processor time of that process is lacking to all others here.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import secrets
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from typing import Any, NamedTuple
+
+from bench.calls import Caller
+from bench.figures import percentile
+from bench.keystrokes import BUSY, READY, RENTALS, Typist, busy_terminals, echoes, ssh_typist
+from bench.rent import Renter
+from bench.report import Result
+from bench.scene import processor_s
+from bench.sessions import key_pair, rent
+from bench.stack import ROOT, Stack, running
+
+MANY = 8
+"""Addresses: more than it takes to hold all connections that visitors may have."""
+SETTLES_S = 3.0
+CALLS_AT_ONCE = 100
+MEMORY = "cat /sys/fs/cgroup/memory.stat 2>/dev/null || cat /sys/fs/cgroup/memory/memory.stat"
+
+
+class Attack(NamedTuple):
+    connections: int
+    first: bytes
+    """Sent at once on each."""
+    then: bytes
+    """Sent on each once a second, and where it is a whole request, whenever the one before was answered."""
+
+
+LARGE_BODY = b"POST /api/rent HTTP/1.1\r\nHost: x\r\nContent-Length: 130000\r\n\r\n" + b"a" * 15_000
+BODY = LARGE_BODY.replace(b"130000", b"16000")
+"""Small enough for the manager to wait for it, whoever sends it."""
+HEADERS = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"X-%d: %s\r\n" % (n, b"a" * 7000) for n in range(2))
+CALL = b"GET /api/rentals HTTP/1.1\r\nHost: x\r\n\r\n"
+ATTACKS = {
+    "bodies": Attack(4400, BODY, b"a"),
+    "large-bodies": Attack(4400, LARGE_BODY, b"a"),
+    "headers": Attack(9500, HEADERS, b"X"),
+}
+CALLS = Attack(CALLS_AT_ONCE, CALL, CALL)
+
+
+@contextmanager
+def addresses(number: int) -> Iterator[tuple[str, ...]]:
+    """Give this machine more addresses, from which nobody else calls; by root alone."""
+    net = f"198.18.{secrets.randbelow(256)}"
+    made = tuple(f"{net}.{last}" for last in range(1, number + 1))
+    for one in made:
+        subprocess.run(["ip", "address", "add", f"{one}/32", "dev", "lo"], check=True)
+    try:
+        yield made
+    finally:
+        for one in made:
+            subprocess.run(["ip", "address", "del", f"{one}/32", "dev", "lo"], check=True)
+
+
+class Strangers:
+    """Hold as many connections as come about, of those that an attack tries."""
+
+    def __init__(self, attack: Attack, to: tuple[str, int], sources: Sequence[str]) -> None:
+        self._attack = attack
+        self._to = to
+        self._sources = sources
+        self._selector = selectors.DefaultSelector()
+        self._held: set[socket.socket] = set()
+        self._tried = 0
+        self.most_held = 0
+
+    @property
+    def has_tried_all(self) -> bool:
+        return self._tried == self._attack.connections
+
+    def run(self, ending: threading.Event) -> None:
+        """Attack until the end is asked for, and for two minutes at most."""
+        ends_at, next_bit_at = time.monotonic() + 120, time.monotonic() + 1
+        while not ending.is_set() and time.monotonic() < ends_at:
+            for _ in range(min(200, self._attack.connections - self._tried)):
+                self._try()
+            for key, events in self._selector.select(0.05):
+                with suppress(OSError):
+                    self._go_on(key.fileobj, events)  # type: ignore[arg-type]
+            self.most_held = max(self.most_held, len(self._held))
+            if time.monotonic() > next_bit_at and self._attack.then != self._attack.first:
+                next_bit_at += 1
+                for there in list(self._held):
+                    self._send(there, self._attack.then)
+        for key in list(self._selector.get_map().values()):
+            self._drop(key.fileobj)  # type: ignore[arg-type]
+        self._selector.close()
+
+    def _try(self) -> None:
+        there = socket.socket()
+        there.setblocking(False)
+        there.bind((self._sources[self._tried % len(self._sources)], 0))
+        there.connect_ex(self._to)
+        self._selector.register(there, selectors.EVENT_READ | selectors.EVENT_WRITE)
+        self._tried += 1
+
+    def _go_on(self, there: socket.socket, events: int) -> None:
+        if events & selectors.EVENT_READ:
+            self._read(there)
+        elif there not in self._held:
+            self._held.add(there)
+            self._selector.modify(there, selectors.EVENT_READ)
+            self._send(there, self._attack.first)
+
+    def _read(self, there: socket.socket) -> None:
+        try:
+            answered = there.recv(65536)
+        except OSError:
+            answered = b""
+        if not answered:
+            self._drop(there)
+        elif self._attack.then == self._attack.first:
+            self._send(there, self._attack.then)
+
+    def _send(self, there: socket.socket, data: bytes) -> None:
+        try:
+            there.send(data)
+        except OSError:
+            self._drop(there)
+
+    def _drop(self, there: socket.socket) -> None:
+        self._selector.unregister(there)
+        self._held.discard(there)
+        there.close()
+
+
+@contextmanager
+def attacking(attack: Attack, to: tuple[str, int], sources: Sequence[str]) -> Iterator[Strangers]:
+    """Attack from a thread of this process, which needs many descriptors for it."""
+    ending, strangers = threading.Event(), Strangers(attack, to, sources)
+    thread = threading.Thread(target=strangers.run, args=(ending,), daemon=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 30_000), hard))
+    thread.start()
+    try:
+        yield strangers
+    finally:
+        ending.set()
+        thread.join(60)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@dataclass
+class Inside:
+    """What those who are inside noticed; seconds of each."""
+
+    keys: list[float] = field(default_factory=list)
+    rents: list[float] = field(default_factory=list)
+    newcomers: list[float] = field(default_factory=list)
+    """From the connection of somebody who comes for the first time to the answer."""
+    failed: int = 0
+    kept_out: int = 0
+
+
+def measure(keys: int) -> Result:
+    result = Result("strangers", f"What strangers cost {BUSY} busy sessions and a rent each second")
+    with (
+        running(3, {"ORION_SLOTS": "16"}) as stack,
+        stack.caller() as door,
+        addresses(MANY) as sources,
+    ):
+        key = key_pair(stack.folder)
+        rentals = [rent(door, key.with_suffix(".pub").read_text().strip()) for _ in range(RENTALS)]
+        renter = Renter(stack)
+        with ssh_typist(stack, door, rentals[1], str(key)) as typist, busy_terminals(stack, rentals):
+            alone = _case(result, stack, renter, typist, keys, "without an attack", None)
+            for name, attack, number in _cases():
+                strangers = {"attack": attack, "to": str(stack.proxy_address), "sources": sources[:number]}
+                found = _case(result, stack, renter, typist, keys, name, strangers)
+                _compare(result, name, alone, found)
+    return result
+
+
+def _cases() -> list[tuple[str, str, int]]:
+    kinds = {"bodies": "4,400 endless bodies", "headers": "9,500 endless headers", "calls": "calls without a pause"}
+    return [
+        (f"{what} of {number} address{'es' if number > 1 else ''}", kind, number)
+        for kind, what in kinds.items()
+        for number in (1, MANY)
+    ]
+
+
+def _case(
+    result: Result, stack: Stack, renter: Renter, typist: Typist, keys: int, name: str, strangers: dict[str, Any] | None
+) -> Inside:
+    inside, ending = Inside(), threading.Event()
+    with _process(strangers) as held:
+        renting = threading.Thread(target=_rent_each_second, args=(stack, renter, inside, ending))
+        coming = threading.Thread(target=_come_each_second, args=(stack, inside, ending))
+        containers = {service: stack.container(service) for service in ("manager_proxy", "manager_app")}
+        before = {service: processor_s(one) for service, one in containers.items()}
+        began = time.monotonic()
+        for thread in (renting, coming):
+            thread.start()
+        inside.keys = echoes(typist, keys)
+        memory_mib = _memory_mib(stack)
+        ending.set()
+        for thread in (renting, coming):
+            thread.join(90)
+        lasted_s = time.monotonic() - began
+        used = {service: (processor_s(one) - before[service]) / lasted_s for service, one in containers.items()}
+    result.times(f"{name}: a key to the screen", inside.keys)
+    result.times(f"{name}: a rent", inside.rents, f"{inside.failed} failed" if inside.failed else "")
+    result.times(
+        f"{name}: a newcomer's call", inside.newcomers, f"{inside.kept_out} kept out" if inside.kept_out else ""
+    )
+    result.value(f"{name}: connections of strangers", "", held())
+    result.value(f"{name}: memory of manager_proxy", "MiB", memory_mib)
+    for service, share in used.items():
+        result.value(f"{name}: processors of {service}", "", share)
+    return inside
+
+
+def _compare(result: Result, name: str, alone: Inside, found: Inside) -> None:
+    for what, before, now in (("key", alone.keys, found.keys), ("rent", alone.rents, found.rents)):
+        if before and now:
+            result.value(
+                f"{name}: p99 of a {what} over that without", "", percentile(now, 0.99) / percentile(before, 0.99)
+            )
+    result.at_most(f"{name}: failed rents", found.failed, 0)
+
+
+@contextmanager
+def _process(strangers: dict[str, Any] | None) -> Iterator[Callable[[], int]]:
+    """Have a process of its own attack; gives how many connections it held at most, once it has ended."""
+    told: list[int] = []
+    if strangers is None:
+        yield lambda: 0
+        return
+    command = [sys.executable, "-m", "bench.strangers"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        if process.stdin is None or process.stdout is None:
+            raise RuntimeError("both are pipes")
+        process.stdin.write(json.dumps(strangers) + "\n")
+        process.stdin.flush()
+        if process.stdout.readline().strip() != READY:
+            raise RuntimeError("the attack ended before it began")
+
+        def most_held() -> int:
+            if not told and process.stdin and process.stdout:
+                process.stdin.close()
+                told.append(int(process.stdout.readline()))
+            return told[0]
+
+        try:
+            yield most_held
+        finally:
+            process.kill()
+
+
+def _rent_each_second(stack: Stack, renter: Renter, inside: Inside, ending: threading.Event) -> None:
+    with stack.caller() as door:
+        while not ending.is_set():
+            began = time.monotonic()
+            try:
+                reply = renter.rent(door)
+                inside.rents.append(reply.seconds)
+                door.must("DELETE", f"/api/rentals/{reply.body['id']}")
+            except (OSError, HTTPException, RuntimeError):
+                inside.failed += 1
+            ending.wait(max(0.0, 1 - (time.monotonic() - began)))
+
+
+def _come_each_second(stack: Stack, inside: Inside, ending: threading.Event) -> None:
+    while not ending.wait(1):
+        began = time.monotonic()
+        with Caller("127.0.0.1", stack.http_port, stack.token, timeout_s=10) as door:
+            try:
+                door.must("GET", "/api/status")
+                inside.newcomers.append(time.monotonic() - began)
+            except (OSError, HTTPException, RuntimeError):
+                inside.kept_out += 1
+
+
+def _memory_mib(stack: Stack) -> float:
+    """Return what counts against the limit of manager_proxy, without the cache of files."""
+    told = dict(line.split() for line in stack.inside("manager_proxy", "sh", "-c", MEMORY).splitlines())
+    kinds = ("anon", "shmem", "kernel", "sock") if "anon" in told else ("total_rss", "total_shmem")
+    return sum(int(told.get(kind, 0)) for kind in kinds) / 2**20
+
+
+def _attack(attack: str, to: str, sources: list[str]) -> None:
+    kind = CALLS if attack == "calls" else ATTACKS[attack]
+    with attacking(kind, (to, 80), sources) as strangers:
+        time.sleep(SETTLES_S)
+        print(READY, flush=True)
+        sys.stdin.read()
+        print(strangers.most_held, flush=True)
+
+
+if __name__ == "__main__":
+    _attack(**json.loads(sys.stdin.readline()))
