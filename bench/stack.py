@@ -174,7 +174,8 @@ def _free_subnet() -> IPv4Network:
     names = run(["docker", "network", "ls", "--format", "{{.Name}}"], 30).split()
     wanted = "{{range .IPAM.Config}}{{.Subnet}} {{end}}"
     others = [name for name in names if name != f"{PROJECT}_orion_net"]
-    taken = [IPv4Network(one) for one in run(["docker", "network", "inspect", "-f", wanted, *others], 30).split()]
+    subnets = run(["docker", "network", "inspect", "-f", wanted, *others], 30).split()
+    taken = [IPv4Network(one) for one in subnets if ":" not in one]
     candidates = (IPv4Network(f"10.{number}.0.0/16") for number in (96, 97, 98, 99, 196, 197, 198))
     return next(one for one in candidates if not any(one.overlaps(other) for other in taken))
 

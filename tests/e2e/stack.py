@@ -368,7 +368,8 @@ def _free_subnet() -> IPv4Network:
     names = _run(["docker", "network", "ls", "--format", "{{.Name}}"], 30).split()
     wanted = "{{range .IPAM.Config}}{{.Subnet}} {{end}}"
     others = [name for name in names if name != f"{PROJECT}_orion_net"]
-    taken = [IPv4Network(one) for one in _run(["docker", "network", "inspect", "-f", wanted, *others], 30).split()]
+    subnets = _run(["docker", "network", "inspect", "-f", wanted, *others], 30).split()
+    taken = [IPv4Network(one) for one in subnets if ":" not in one]
     candidates = (IPv4Network(f"10.{number}.0.0/16") for number in (92, 93, 94, 95, 190, 191, 192))
     return next(one for one in candidates if not any(one.overlaps(other) for other in taken))
 
