@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -204,7 +204,7 @@ def _case(
     result: Result, stack: Stack, renter: Renter, typist: Typist, keys: int, name: str, strangers: dict[str, Any] | None
 ) -> Inside:
     inside, ending = Inside(), threading.Event()
-    with _process(strangers) as held:
+    with _process(strangers) as most_held:
         renting = threading.Thread(target=_rent_each_second, args=(stack, renter, inside, ending))
         coming = threading.Thread(target=_come_each_second, args=(stack, inside, ending))
         containers = {service: stack.container(service) for service in ("manager_proxy", "manager_app")}
@@ -224,7 +224,7 @@ def _case(
     result.times(
         f"{name}: a newcomer's call", inside.newcomers, f"{inside.kept_out} kept out" if inside.kept_out else ""
     )
-    result.value(f"{name}: connections of strangers", "", held())
+    result.value(f"{name}: connections of strangers", "", sum(most_held))
     result.value(f"{name}: memory of manager_proxy", "MiB", memory_mib)
     for service, share in used.items():
         result.value(f"{name}: processors of {service}", "", share)
@@ -241,11 +241,11 @@ def _compare(result: Result, name: str, alone: Inside, found: Inside) -> None:
 
 
 @contextmanager
-def _process(strangers: dict[str, Any] | None) -> Iterator[Callable[[], int]]:
-    """Have a process of its own attack; gives how many connections it held at most, once it has ended."""
-    told: list[int] = []
+def _process(strangers: dict[str, Any] | None) -> Iterator[list[int]]:
+    """Have a process of its own attack. At its end the list gets how many connections it held at most."""
+    most_held: list[int] = []
     if strangers is None:
-        yield lambda: 0
+        yield most_held
         return
     command = [sys.executable, "-m", "bench.strangers"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -255,15 +255,10 @@ def _process(strangers: dict[str, Any] | None) -> Iterator[Callable[[], int]]:
         process.stdin.flush()
         if process.stdout.readline().strip() != READY:
             raise RuntimeError("the attack ended before it began")
-
-        def most_held() -> int:
-            if not told and process.stdin and process.stdout:
-                process.stdin.close()
-                told.append(int(process.stdout.readline()))
-            return told[0]
-
         try:
             yield most_held
+            process.stdin.close()
+            most_held.append(int(process.stdout.readline()))
         finally:
             process.kill()
 

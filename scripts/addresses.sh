@@ -75,8 +75,8 @@ prefix_of_mask() {
 check_subnet() {
     local subnet=${ORION_SUBNET:-172.20.0.0/16} own="${COMPOSE_PROJECT_NAME}_orion_net" name taken
     while read -r name taken; do
-        taken=${taken%% *}
-        [[ $taken == *.*/* ]] || continue
+        taken=$(tr ' ' '\n' <<<"$taken" | grep -F . | head -n 1 || true) # one by IPv4 at most
+        [ -n "$taken" ] || continue
         if [ "$name" = "$own" ]; then
             [ "$taken" = "$subnet" ] && return
             fail "the platform's network is $taken, not $subnet: make clean first, or ORION_SUBNET=$taken make up"

@@ -86,3 +86,13 @@ def test_a_bridge_of_a_former_engine_is_removed_with_its_rules_of_the_firewall()
     assert done.returncode == 1
     way_out = "ip link delete br-0123456789ab; iptables-save | grep -v br-0123456789ab | iptables-restore; then make up"
     assert way_out in done.stderr
+
+
+def test_a_network_is_seen_by_its_ipv4_whatever_else_it_has() -> None:
+    networks = "none\\nbridge fd00:1::/64 172.17.0.0/16\\nother fd00:2::/64 172.20.0.0/16"
+    fakes = f"docker_networks() {{ printf '{networks}\\n'; }}; host_routes() {{ :; }}"
+    done = shell(f"{fakes}; check_subnet", COMPOSE_PROJECT_NAME="tried")
+    assert done.returncode == 1
+    assert "172.20.0.0/16" in done.stderr
+    assert "other" in done.stderr
+    assert shell(f"{fakes}; check_subnet", COMPOSE_PROJECT_NAME="tried", ORION_SUBNET="10.9.0.0/16").returncode == 0
