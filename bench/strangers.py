@@ -73,7 +73,7 @@ def addresses(number: int) -> Iterator[tuple[str, ...]]:
 
 
 class Strangers:
-    """Hold as many connections as come about, of those that an attack tries."""
+    """Hold as many connections as come about, and try again what was refused."""
 
     def __init__(self, attack: Attack, to: tuple[str, int], sources: Sequence[str]) -> None:
         self._attack = attack
@@ -82,22 +82,23 @@ class Strangers:
         self._selector = selectors.DefaultSelector()
         self._held: set[socket.socket] = set()
         self._tried = 0
-        self.most_held = 0
 
     @property
     def has_tried_all(self) -> bool:
-        return self._tried == self._attack.connections
+        return self._tried >= self._attack.connections
 
     def run(self, ending: threading.Event) -> None:
         """Attack until the end is asked for, and for two minutes at most."""
         ends_at, next_bit_at = time.monotonic() + 120, time.monotonic() + 1
         while not ending.is_set() and time.monotonic() < ends_at:
-            for _ in range(min(200, self._attack.connections - self._tried)):
+            missing = self._attack.connections - len(self._selector.get_map())
+            for _ in range(min(50 if self.has_tried_all else 200, missing)):
                 self._try()
+            if self.has_tried_all:
+                time.sleep(0.02)
             for key, events in self._selector.select(0.05):
                 with suppress(OSError):
                     self._go_on(key.fileobj, events)  # type: ignore[arg-type]
-            self.most_held = max(self.most_held, len(self._held))
             if time.monotonic() > next_bit_at and self._attack.then != self._attack.first:
                 next_bit_at += 1
                 for there in list(self._held):
@@ -142,6 +143,13 @@ class Strangers:
         self._selector.unregister(there)
         self._held.discard(there)
         there.close()
+
+
+def open_from(sources: Sequence[str], proc_net_tcp: str) -> int:
+    """Return how many connections these addresses have established, by the text of /proc/net/tcp at the other end."""
+    of_them = {socket.inet_aton(one)[::-1].hex().upper() for one in sources}
+    rows = [line.split() for line in proc_net_tcp.splitlines()]
+    return sum(row[2].partition(":")[0] in of_them and row[3] == "01" for row in rows)
 
 
 @contextmanager
@@ -204,7 +212,7 @@ def _case(
     result: Result, stack: Stack, renter: Renter, typist: Typist, keys: int, name: str, strangers: dict[str, Any] | None
 ) -> Inside:
     inside, ending = Inside(), threading.Event()
-    with _process(strangers) as most_held:
+    with _process(strangers):
         renting = threading.Thread(target=_rent_each_second, args=(stack, renter, inside, ending))
         coming = threading.Thread(target=_come_each_second, args=(stack, inside, ending))
         containers = {service: stack.container(service) for service in ("manager_proxy", "manager_app")}
@@ -214,6 +222,9 @@ def _case(
             thread.start()
         inside.keys = echoes(typist, keys)
         memory_mib = _memory_mib(stack)
+        held = open_from(
+            strangers["sources"] if strangers else (), stack.inside("manager_proxy", "cat", "/proc/net/tcp")
+        )
         ending.set()
         for thread in (renting, coming):
             thread.join(90)
@@ -224,7 +235,7 @@ def _case(
     result.times(
         f"{name}: a newcomer's call", inside.newcomers, f"{inside.kept_out} kept out" if inside.kept_out else ""
     )
-    result.value(f"{name}: connections of strangers", "", sum(most_held))
+    result.value(f"{name}: connections of strangers", "", held)
     result.value(f"{name}: memory of manager_proxy", "MiB", memory_mib)
     for service, share in used.items():
         result.value(f"{name}: processors of {service}", "", share)
@@ -241,11 +252,10 @@ def _compare(result: Result, name: str, alone: Inside, found: Inside) -> None:
 
 
 @contextmanager
-def _process(strangers: dict[str, Any] | None) -> Iterator[list[int]]:
-    """Have a process of its own attack. At its end the list gets how many connections it held at most."""
-    most_held: list[int] = []
+def _process(strangers: dict[str, Any] | None) -> Iterator[None]:
+    """Have a process of its own attack, if anybody is to."""
     if strangers is None:
-        yield most_held
+        yield
         return
     command = [sys.executable, "-m", "bench.strangers"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -256,9 +266,7 @@ def _process(strangers: dict[str, Any] | None) -> Iterator[list[int]]:
         if process.stdout.readline().strip() != READY:
             raise RuntimeError("the attack ended before it began")
         try:
-            yield most_held
-            process.stdin.close()
-            most_held.append(int(process.stdout.readline()))
+            yield
         finally:
             process.kill()
 
@@ -296,11 +304,10 @@ def _memory_mib(stack: Stack) -> float:
 
 def _attack(attack: str, to: str, sources: list[str]) -> None:
     kind = CALLS if attack == "calls" else ATTACKS[attack]
-    with attacking(kind, (to, 80), sources) as strangers:
+    with attacking(kind, (to, 80), sources):
         time.sleep(SETTLES_S)
         print(READY, flush=True)
         sys.stdin.read()
-        print(strangers.most_held, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import pytest
 from platform_support import Platform
 from proxy_support import Proxy, outer_proxy, wait_until
 
-from bench.strangers import ATTACKS, BODY, HEADERS, addresses, attacking
-from orion.manager.api.bodies import WHOLE_WITHIN_S
+from bench.strangers import ATTACKS, HEADERS, addresses, attacking, open_from
+from orion.manager.api.bodies import UNKNOWN_WITHIN_S, WHOLE_WITHIN_S
 
 CONNECTION_KIB, REQUEST_KIB = 70, 64
 """What one may take at most, by the sum in manager_proxy/limits.conf."""
@@ -53,30 +53,32 @@ def room(door: Proxy) -> int:
 # Kinds of connection: each is opened, and then holds what it can
 
 
-def unfinished_headers(door: Proxy) -> socket.socket:
-    there = socket.create_connection(address(door), timeout=30)
+def unfinished_headers(attacked: Platform) -> socket.socket:
+    there = socket.create_connection(address(attacked.door), timeout=30)
     there.sendall(HEADERS)
     return there
 
 
-def unfinished_headers_by_tls(door: Proxy) -> socket.socket:
+def unfinished_headers_by_tls(attacked: Platform) -> socket.socket:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    there = context.wrap_socket(socket.create_connection(address(door, 443), timeout=30))
+    there = context.wrap_socket(socket.create_connection(address(attacked.door, 443), timeout=30))
     there.sendall(HEADERS)
     return there
 
 
-def unfinished_body(door: Proxy, path: bytes = b"/api/rent", source: str = "") -> socket.socket:
-    there = socket.create_connection(address(door), timeout=30, source_address=(source, 0))
-    there.sendall(BODY.replace(b"/api/rent", path))
+def unfinished_body(attacked: Platform, path: str = "/api/rent", source: str = "", token: str = "") -> socket.socket:
+    """Of a known caller, for which the manager waits."""
+    there = socket.create_connection(address(attacked.door), timeout=30, source_address=(source, 0))
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token or attacked.secrets.admin_token}\r\n"
+    there.sendall(f"{head}Content-Length: 16000\r\n\r\n{'a' * 15_000}".encode())
     return there
 
 
-def unread_answer(door: Proxy) -> socket.socket:
+def unread_answer(attacked: Platform) -> socket.socket:
     there = socket.socket()
     there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    there.connect(address(door))
+    there.connect(address(attacked.door))
     there.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % LARGE_FILE.encode())
     return there
 
@@ -84,7 +86,7 @@ def unread_answer(door: Proxy) -> socket.socket:
 STREAMS = 20
 
 
-def unread_streams(door: Proxy) -> socket.socket:
+def unread_streams(attacked: Platform) -> socket.socket:
     """HTTP/2, with a window of nothing: the answers of many requests wait in the proxy."""
 
     def literal(name: bytes, value: bytes) -> bytes:
@@ -96,7 +98,7 @@ def unread_streams(door: Proxy) -> socket.socket:
     headers = [(b":method", b"GET"), (b":scheme", b"http"), (b":path", LARGE_FILE.encode()), (b":authority", b"x")]
     headers += [(b"x-%d" % number, b"a" * 3500) for number in range(4)]
     block = b"".join(literal(*header) for header in headers)
-    there = socket.create_connection(address(door), timeout=30)
+    there = socket.create_connection(address(attacked.door), timeout=30)
     there.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"\x00\x04\x00\x00\x00\x00"))
     for number in range(STREAMS):
         there.sendall(frame(1, 0x05, 2 * number + 1, block))
@@ -112,7 +114,7 @@ def _long(value: bytes) -> bytes:
     return bytes([*written, left])
 
 
-KINDS: dict[str, tuple[Callable[[Proxy], socket.socket], int, int]] = {
+KINDS: dict[str, tuple[Callable[[Platform], socket.socket], int, int]] = {
     "unfinished headers": (unfinished_headers, SAMPLE, CONNECTION_KIB),
     "unfinished headers by TLS": (unfinished_headers_by_tls, SAMPLE, CONNECTION_KIB),
     "unfinished bodies": (unfinished_body, SAMPLE, CONNECTION_KIB + REQUEST_KIB),
@@ -134,12 +136,12 @@ def test_no_connection_takes_more_memory_than_the_sum_says(
     wait_until(lambda: len(now := workers_of_nginx(door)) == 2 and not set(now) & set(former), "new workers have begun")
     with ExitStack() as before:
         for _ in range(4):
-            before.enter_context(opened(door))
+            before.enter_context(opened(attacked))
         time.sleep(1)
     before_kib = memory_kib(door)
     with ExitStack() as open_ones:
         for _ in range(number):
-            open_ones.enter_context(opened(door))
+            open_ones.enter_context(opened(attacked))
         time.sleep(1)
         taken_kib = (memory_kib(door) - before_kib) / number
     record_property("KiB each", round(taken_kib))
@@ -201,7 +203,7 @@ def under(attack: str, attacked: Platform, sources: Sequence[str], caller: int) 
     """Play an attack while somebody calls by an outer proxy with that last part of an address.
 
     Assert that no session is cut, no worker of Nginx is killed, and no call of that caller fails or is refused. Return
-    how many connections the attack held at most, and more figures.
+    how many connections the attack had at most, and more figures.
     """
     door, name = attacked.door, f"during-{attack}-{caller}"
     before = workers_of_nginx(door)
@@ -214,17 +216,18 @@ def under(attack: str, attacked: Platform, sources: Sequence[str], caller: int) 
             lines = events.iter_lines()
             next(lines)
             wait_until(lambda: someone.calls > 5, "calls are answered before the attack")
-            most_kib, ends_at = 0.0, time.monotonic() + LASTS_S
+            most_kib, most_open, ends_at = 0.0, 0, time.monotonic() + LASTS_S
             with attacking(ATTACKS[attack], address(door), sources) as attackers:
                 while time.monotonic() < ends_at or not attackers.has_tried_all:
                     most_kib = max(most_kib, memory_kib(door))
+                    most_open = max(most_open, open_from(sources, door.exec("cat", "/proc/net/tcp").stdout))
                     time.sleep(0.3)
             attacked.token(name)
             assert next(line for line in lines if name in line), "the stream of events goes on"
     assert not someone.faults, someone.faults[:5]
     assert workers_of_nginx(door) == before, "none was killed"
     assert most_kib < limit_kib / 2
-    return attackers.most_held, {"MiB": most_kib // 1024, "longest call in s": someone.longest_call_s}
+    return most_open, {"MiB": most_kib // 1024, "longest call in s": someone.longest_call_s}
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -251,11 +254,12 @@ def test_a_visitor_with_as_many_requests_as_it_may_have_is_told_so(
 ) -> None:
     door = attacked.door
     may = room(door) // 5
+    token = attacked.token("many")
     by_it = httpx.HTTPTransport(local_address=strangers[0])
     with ExitStack() as open_ones, httpx.Client(base_url=f"http://{door.network}.2", transport=by_it) as http:
         for number in range(may + 40):  # of two kinds, so that none is refused for its rate
-            path = b"/api/tokens" if number % 3 else b"/api/rent"
-            open_ones.enter_context(unfinished_body(door, path, strangers[0]))
+            path = "/api/tokens" if number % 3 else "/api/rent"
+            open_ones.enter_context(unfinished_body(attacked, path, strangers[0], token))
 
         def refused() -> httpx.Response | None:
             answer = http.get("/api/rentals")
@@ -269,22 +273,30 @@ def test_a_visitor_with_as_many_requests_as_it_may_have_is_told_so(
         assert attacked.worker_health() == "ready"
 
 
-def test_a_body_that_comes_byte_by_byte_is_given_up_as_a_whole(attacked: Platform) -> None:
+@pytest.mark.parametrize(
+    ("is_known", "status", "code", "within_s"),
+    [(True, 408, b"request_timeout", WHOLE_WITHIN_S), (False, 401, b"unauthorized", UNKNOWN_WITHIN_S)],
+)
+def test_a_body_that_comes_byte_by_byte_is_given_up_as_a_whole(
+    attacked: Platform, is_known: bool, status: int, code: bytes, within_s: float
+) -> None:
     there = socket.create_connection(address(attacked.door), timeout=60)
+    token = attacked.token("slow") if is_known else "none"
     began = time.monotonic()
     with there:
-        there.sendall(b"POST /api/rent HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        head = f"POST /api/rent HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 1000\r\n\r\n{{"
+        there.sendall(head.encode())
         there.settimeout(1.0)
         told = b""
-        while not told and time.monotonic() < began + 4 * WHOLE_WITHIN_S:
+        while code not in told and time.monotonic() < began + 4 * WHOLE_WITHIN_S:
             there.sendall(b" ")
             try:
-                told = there.recv(65536)
+                told += there.recv(65536)
             except TimeoutError:
                 continue
-    assert told.startswith(b"HTTP/1.1 408 ")
-    assert b"request_timeout" in told
-    assert time.monotonic() - began >= WHOLE_WITHIN_S - 1
+    assert told.startswith(b"HTTP/1.1 %d " % status)
+    assert code in told
+    assert time.monotonic() - began >= within_s - 0.5
 
 
 def test_too_little_memory_is_said_before_anything_starts(attacked: Platform) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from bench.figures import growth, percentile, steepest, summary
 from bench.rent import steps
 from bench.snapshots import longest_each
+from bench.strangers import open_from
 
 
 def test_a_percentile_is_the_nearest_rank() -> None:
@@ -75,3 +76,17 @@ def test_of_each_round_the_longest_gap_that_began_in_it_counts() -> None:
     gaps = [(1.0, 0.02), (1.5, 0.05), (3.0, 0.01), (9.0, 1.0)]
     assert longest_each(gaps, [3.0, 1.0, 4.0, 5.0]) == [0.05, 0.01, 0.0]
     assert longest_each(gaps, [1.0]) == []
+
+
+def test_the_connections_of_strangers_are_those_that_are_established() -> None:
+    """As in proc(5): the address is a number as this machine keeps it, and 01 is an established connection."""
+    table = """  sl  local_address rem_address   st tx_queue rx_queue
+   0: 00000000:0050 00000000:0000 0A 00000000:00000000
+   1: 0200000A:0050 010112C6:C350 01 00000000:00000000
+   2: 0200000A:0050 010112C6:C351 03 00000000:00000000
+   3: 0200000A:0050 020112C6:C350 01 00000000:00000000
+   4: 0200000A:0050 0100000A:C350 01 00000000:00000000
+"""
+    assert open_from(["198.18.1.1"], table) == 1
+    assert open_from(["198.18.1.1", "198.18.1.2"], table) == 2
+    assert open_from([], table) == 0

@@ -1,4 +1,4 @@
-"""Tests of how the manager takes the bodies of requests: in time, and large ones from known callers alone."""
+"""Tests of how the manager takes the bodies of requests: in time, large and slow ones from known callers alone."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": said.encode()})
 
 
-async def answered(call: Call, whole_within_s: float = 60.0) -> tuple[int, str]:
-    await Bodies(echo, whole_within_s)(call.scope, call.receive, call.send)
+async def answered(call: Call, whole_within_s: float = 60.0, unknown_within_s: float = 60.0) -> tuple[int, str]:
+    await Bodies(echo, whole_within_s, unknown_within_s)(call.scope, call.receive, call.send)
     return call.answer
 
 
@@ -81,8 +81,16 @@ async def test_a_body_that_is_whole_in_time_reaches_the_route(parts: list[bytes]
 
 
 async def test_a_body_that_is_not_whole_in_time_ends_the_request() -> None:
-    call = Call("/api/rent", {"content-length": "4"}, [b"a", b"b"])
-    assert await answered(call, 0.02) == (408, "request_timeout")
+    sent = {"content-length": "4", "authorization": f"Bearer {TOKEN}"}
+    call = Call("/api/rent", sent, [b"a", b"b"])
+    assert await answered(call, 0.02, 0.01) == (408, "request_timeout")
+    assert len([message for message in call.sent if message["type"] == "http.response.start"]) == 1
+
+
+@pytest.mark.parametrize("token", ["", "Bearer orion_client_x_unknown"])
+async def test_a_slow_body_of_a_stranger_is_not_waited_for(token: str) -> None:
+    call = Call("/api/rent", {"content-length": "4", "authorization": token}, [b"a", b"b"])
+    assert await answered(call, unknown_within_s=0.01) == (401, "unauthorized")
     assert len([message for message in call.sent if message["type"] == "http.response.start"]) == 1
 
 
@@ -120,5 +128,5 @@ async def test_what_is_answered_before_the_body_is_whole_stays_so() -> None:
         await send({"type": "http.response.body", "body": b"first"})
 
     call = Call("/api/rent", {"content-length": "2"}, [])
-    await Bodies(hasty, 0.01)(call.scope, call.receive, call.send)
+    await Bodies(hasty, 0.01, 0.005)(call.scope, call.receive, call.send)
     assert call.answer == (200, "first")
