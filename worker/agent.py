@@ -29,7 +29,9 @@ from decisions import may_run, stop_grace_s
 from fence import Fence
 from host_certificate import Sshd as Listening
 from node import Node, Settings, settings_from
+from rental import Rentals
 from stopped_log_ins import StoppedLogIns
+from terminals import Terminals
 from watched import PLACE, Watched
 
 WEB_PORT = 80
@@ -109,6 +111,12 @@ def say(line: str) -> None:
     print(f"orion-agent: {line}", flush=True)  # noqa: T201 - the container's log
 
 
+def end_all(rentals: Rentals, uids: list[int]) -> None:
+    """End all that runs of the renters with these uids, and their log-ins."""
+    names = {record.uid: record.username for record in rentals.ledger.all_living()}
+    processes.end({uid: names.get(uid, "") for uid in uids})
+
+
 def call_for_ever(home: CallHome, stopping: threading.Event, hurry: threading.Event) -> None:
     """`hurry` is set when the next call may have become due earlier, and when there is none any more."""
     wait_s = 0.0
@@ -156,7 +164,8 @@ def run(settings: Settings) -> None:
     web_door = WebDoor(settings.proxy_address, settings.app_address, settings.slots)
     stopped = StoppedLogIns(node.rentals, say)
     ended_first = scores.Scores(scores.usual(processes.own_score()), say)
-    for work in (fence.run, watched.run, ended_first.run):
+    terminals = Terminals(lambda uids: end_all(node.rentals, uids), say)
+    for work in (fence.run, watched.run, ended_first.run, terminals.run):
         threading.Thread(target=work, daemon=True).start()
     threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True).start()
     while not told.wait(LOOK_EVERY_S):

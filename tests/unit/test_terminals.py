@@ -1,0 +1,159 @@
+"""How a worker keeps the machine's terminals from one renter, by a /dev/pts in a directory and by the kernel's own."""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import processes
+import pytest
+from terminals import FAR, FEW, MOST, Terminals, free_numbers, highest_of, shown_by, watched
+
+ONE, ANOTHER = 100_001, 100_002
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="a file of another's needs root; CI is root")
+
+
+@dataclass
+class Machine:
+    """A worker whose terminals are files of a test. `hidden`: numbers that are held without being shown."""
+
+    root: Path
+    hidden: set[int] = field(default_factory=set)
+    ended: list[int] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    hidden_ends: bool = True
+
+    def __post_init__(self) -> None:
+        (self.root / "ptmx").write_text("")
+        (self.root / "ptmx").chmod(0o666)
+        self.terminals = Terminals(self._end, self.said.append, self.root, self._free)
+
+    def opens(self, uid: int, count: int) -> int:
+        """Return the highest number that was given."""
+        given = []
+        for _ in range(count):
+            number = next(n for n in range(5000) if not self._is_held(n))
+            (self.root / str(number)).write_text("")
+            os.chown(self.root / str(number), uid, 5)
+            given.append(number)
+        return max(given)
+
+    def hides(self, count: int) -> int:
+        for _ in range(count):
+            self.hidden.add(next(n for n in range(5000) if not self._is_held(n)))
+        return max(self.hidden)
+
+    @property
+    def is_open(self) -> bool:
+        return stat.S_IMODE((self.root / "ptmx").stat().st_mode) == 0o666
+
+    def _is_held(self, number: int) -> bool:
+        return number in self.hidden or (self.root / str(number)).exists()
+
+    def _free(self, highest: int, enough: int) -> int:
+        assert not self.is_open, "who counts is not raced"
+        return min(enough, sum(not self._is_held(number) for number in range(highest + 1)))
+
+    def _end(self, uids: list[int]) -> None:
+        self.ended += uids
+        for file in self.root.glob("[0-9]*"):
+            if file.stat().st_uid in uids:
+                file.unlink()
+        if ONE in uids and self.hidden_ends:
+            self.hidden.clear()
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    monkeypatch.setattr(processes, "uids_from", lambda first: {ONE, ANOTHER})
+    return Machine(tmp_path)
+
+
+@AS_ROOT
+def test_what_is_usual_changes_nothing(machine: Machine) -> None:
+    machine.terminals.look(machine.opens(ONE, MOST))
+    machine.terminals.look(-1)
+    assert (machine.is_open, machine.ended, machine.said) == (True, [], [])
+
+
+@AS_ROOT
+def test_who_holds_many_is_ended_and_there_are_more_for_the_others(machine: Machine) -> None:
+    machine.opens(ANOTHER, FEW)
+    machine.opens(0, FEW + 1)
+    machine.terminals.look(machine.opens(ONE, MOST))
+    assert machine.ended == [ONE]
+    assert machine.is_open
+    assert shown_by(machine.root) == {ANOTHER: FEW}
+
+
+@AS_ROOT
+def test_who_hides_what_it_holds_gets_no_more_until_it_lets_go_and_nobody_is_ended(machine: Machine) -> None:
+    machine.terminals.look(machine.hides(MOST + 40))
+    machine.terminals.look(-1)
+    assert (machine.is_open, machine.ended) == (False, [])
+    machine.hidden -= set(range(40))
+    machine.terminals.look(-1)
+    assert not machine.is_open, "numbers that are free below do not pass for fewer that are held"
+    machine.hidden.remove(200)
+    machine.terminals.look(-1)
+    assert machine.is_open
+    assert machine.ended == []
+    assert len(machine.said) == 2
+
+
+@AS_ROOT
+def test_who_hides_what_others_of_the_machine_need_has_everything_ended(machine: Machine) -> None:
+    machine.terminals.look(machine.hides(FAR - 1))
+    assert machine.ended == []
+    machine.hidden.add(FAR)
+    machine.terminals.look(FAR)
+    assert machine.ended == [ONE, ANOTHER]
+    assert machine.is_open
+
+
+@AS_ROOT
+def test_as_long_as_it_is_shut_each_look_ends_who_shows_many(machine: Machine) -> None:
+    machine.hidden_ends = False
+    machine.terminals.look(machine.hides(MOST + 1))
+    machine.terminals.look(machine.opens(ONE, FEW + 1))
+    assert machine.ended == [ONE]
+    assert not machine.is_open
+
+
+def test_each_new_name_is_told_with_its_number(tmp_path: Path) -> None:
+    watch = watched(tmp_path)
+    try:
+        for name in ("7", "1203", "ptmx", "9a", "40"):
+            (tmp_path / name).write_text("")
+        (tmp_path / "1203").unlink()
+        assert select.select([watch], [], [], 5)[0]
+        assert highest_of(os.read(watch, 1 << 16)) == 1203
+        (tmp_path / "x").write_text("")
+        assert highest_of(os.read(watch, 1 << 16)) == -1
+    finally:
+        os.close(watch)
+    assert highest_of(bytes.fromhex("ffffffff 00400000 00000000 00000000")) == MOST, "it could not tell all"
+
+
+def test_a_directory_that_is_not_there_cannot_be_watched(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        watched(tmp_path / "none")
+
+
+def test_the_kernel_tells_of_a_real_terminal_by_its_number_and_the_lowest_is_given_again() -> None:
+    watch = watched(Path("/dev/pts"))
+    try:
+        opened = [os.openpty() for _ in range(3)]
+        highest = max(int(Path(os.ttyname(slave)).name) for _, slave in opened)
+        assert highest_of(os.read(watch, 1 << 16)) >= highest
+        assert free_numbers(-1, 4) == 0
+        for pair in opened:
+            for each in pair:
+                os.close(each)
+        assert 1 <= free_numbers(highest, 2) <= 2
+        assert 1 <= free_numbers(highest, 5000) <= highest + 1
+    finally:
+        os.close(watch)
