@@ -30,6 +30,7 @@ from fence import Fence
 from host_certificate import Sshd as Listening
 from node import Node, Settings, settings_from
 from rental import Rentals
+from sparing_log import SparingLog
 from stopped_log_ins import StoppedLogIns
 from terminals import Terminals
 from watched import PLACE, Watched
@@ -54,7 +55,7 @@ class Sshd:
     rental that uses the most memory go first (scores.py), and sshd is there again with the next look.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, errors: int) -> None:
         limit = cgroup.usage(cgroup.read_file).processes_limit
         each = cgroup.processes_for_each_renter(limit, settings.slots)
         # The manager reaches every worker from one address: a renter's failed log-ins must not shut it out.
@@ -63,7 +64,7 @@ class Sshd:
         command += ["nice", "-n", str(RENTERS_NICENESS), "--"]
         command += ["/usr/sbin/sshd", "-D", "-e", "-o", exempt]
         self._listening = Listening(Path("/"))
-        self._command = Confined(command, scores.usual(processes.own_score()))
+        self._command = Confined(command, scores.usual(processes.own_score()), errors)
         say(f"each renter may have {each} processes")
         self._start()
 
@@ -108,7 +109,11 @@ class WebDoor:
 
 
 def say(line: str) -> None:
-    print(f"orion-agent: {line}", flush=True)  # noqa: T201 - the container's log
+    write(f"orion-agent: {line}")
+
+
+def write(line: str) -> None:
+    print(line, flush=True)  # noqa: T201 - the container's log
 
 
 def end_all(rentals: Rentals, uids: list[int]) -> None:
@@ -160,12 +165,13 @@ def run(settings: Settings) -> None:
         hurry.set()
 
     watched = Watched(PLACE, node.boot_id, unwatched, let_go)
-    sshd = Sshd(settings)
+    log = SparingLog(write)
+    sshd = Sshd(settings, log.input)
     web_door = WebDoor(settings.proxy_address, settings.app_address, settings.slots)
     stopped = StoppedLogIns(node.rentals, say)
     ended_first = scores.Scores(scores.usual(processes.own_score()), say)
     terminals = Terminals(lambda uids: end_all(node.rentals, uids), say)
-    for work in (fence.run, watched.run, ended_first.run, terminals.run):
+    for work in (log.run, fence.run, watched.run, ended_first.run, terminals.run):
         threading.Thread(target=work, daemon=True).start()
     threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True).start()
     while not told.wait(LOOK_EVERY_S):

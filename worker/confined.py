@@ -42,11 +42,12 @@ _NO_NEW_PRIVILEGES = 38
 
 
 class Confined:
-    """The agent's end. `score`: what the command begins with."""
+    """The agent's end. `score`: what the command begins with. `errors`: a descriptor for what it says; None: ours."""
 
-    def __init__(self, command: Sequence[str], score: int) -> None:
+    def __init__(self, command: Sequence[str], score: int, errors: int | None = None) -> None:
         self._command = [str(PROGRAM), *command]
         self._score = score
+        self._errors = errors
         self._running = -1
         """A descriptor of the command's process; -1: there is none."""
         self._begin()
@@ -83,7 +84,8 @@ class Confined:
         self._running = -1
 
     def _begin(self) -> None:
-        program = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        pipe = subprocess.PIPE
+        program = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=self._errors, bufsize=0)
         assert program.stdin is not None  # noqa: S101 - both were asked for
         assert program.stdout is not None  # noqa: S101
         self._program, self._asks, self._tells = program, program.stdin, program.stdout
