@@ -33,6 +33,7 @@ from rental import Rentals
 from sparing_log import SparingLog
 from stopped_log_ins import StoppedLogIns
 from terminals import Terminals
+from turns import Turns
 from watched import PLACE, Watched
 
 WEB_PORT = 80
@@ -171,7 +172,7 @@ def run(settings: Settings) -> None:
     stopped = StoppedLogIns(node.rentals, say)
     ended_first = scores.Scores(scores.usual(processes.own_score()), say)
     terminals = Terminals(lambda uids: end_all(node.rentals, uids), say)
-    for work in (log.run, fence.run, watched.run, ended_first.run, terminals.run):
+    for work in (log.run, fence.run, watched.run, ended_first.run, terminals.run, Turns(say).run):
         threading.Thread(target=work, daemon=True).start()
     threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True).start()
     while not told.wait(LOOK_EVERY_S):

@@ -24,6 +24,8 @@ FIRST_SENDER = 1 << 31
 """The uid from which on the accounts are that send the files of rentals; every renter's is below it."""
 NOT_BEGUN = 128
 """The exit status, less the number of the error, of a child that could not begin its work."""
+LAST = 19
+"""The highest niceness: with it, 22 processes have as much of a processor as one of another renter's."""
 _NOBODYS_ID = 4_000_000_000
 """Above every number that a renter can have, and no account's."""
 _DIES_WITH_PARENT = 1
@@ -179,6 +181,19 @@ def strike(uid: int, number: signal.Signals) -> bool:
     and a fork that is under way gets the signal too. The sender has the uid as its effective one only, and a real one
     that nobody has, so that the renter cannot strike first.
     """
+    return act_as(uid, lambda: os.kill(-1, number))
+
+
+def come_last(uid: int) -> bool:
+    """Give all processes of this uid the lowest priority in one step of the kernel, as `strike` reaches them.
+
+    Root needs a capability for it that a worker has not.
+    """
+    return act_as(uid, lambda: os.setpriority(os.PRIO_USER, uid, LAST))
+
+
+def act_as(uid: int, act: Callable[[], object]) -> bool:
+    """Do what this uid may do to its processes, in a child that they cannot reach; False: there was no room for it."""
     try:
         child = os.fork()
     except OSError:
@@ -189,7 +204,7 @@ def strike(uid: int, number: signal.Signals) -> bool:
             os.setresgid(_NOBODYS_ID, _NOBODYS_ID, _NOBODYS_ID)
             own = _NOBODYS_ID + os.getpid()  # one for each sender: two strikes at a time must not hit each other
             os.setresuid(own, uid, own)
-            os.kill(-1, number)
+            act()
         os._exit(0)
     while os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1]):
         os.kill(child, signal.SIGCONT)  # whoever stopped it must not have this process wait for ever

@@ -1,0 +1,95 @@
+"""Who comes last where many want a processor, by a /proc in a directory; that it does, by real processes."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import processes
+import pytest
+from processes import FIRST_SENDER, LAST
+from turns import CROWD, Turns, told_by, wanting
+
+ONE, ANOTHER = 100_001, 100_002
+
+
+@dataclass
+class Machine:
+    """A worker whose processes are files of a test."""
+
+    root: Path
+    last: list[int] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.turns = Turns(self.said.append, self.last.append, self.root)
+
+    def runs(self, pid: int, uid: int, states: str) -> None:
+        """Have a process with a task of each of these states."""
+        folder = self.root / str(pid)
+        for number, state in enumerate(states):
+            (folder / f"task/{pid + number}").mkdir(parents=True)
+            (folder / f"task/{pid + number}/stat").write_text(f"{pid + number} (a) S ) R) {state} 1 1 1\n")
+        status = f"Name:\ta\nState:\t{states[0]}\nUid:\t{uid}\t0\t0\t0\nThreads:\t{len(states)}\n"
+        (folder / "status").write_text(status)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_who_has_many_that_want_a_processor_comes_last_and_nobody_else(machine: Machine) -> None:
+    for number in range(CROWD + 1):
+        machine.runs(1000 + number, ONE, "R")
+        machine.runs(2000 + number, ANOTHER, "R" if number else "S")
+        machine.runs(3000 + number, 0, "R")
+        machine.runs(4000 + number, FIRST_SENDER + ONE, "R")
+    machine.turns.look()
+    assert machine.last == [ONE]
+
+
+def test_threads_count_as_processes_do(machine: Machine) -> None:
+    machine.runs(1000, ONE, "S" + "R" * (CROWD + 1))
+    machine.runs(2000, ANOTHER, "R" * CROWD + "SDZT")
+    machine.turns.look()
+    assert machine.last == [ONE]
+    assert wanting(machine.root) == {ONE: CROWD + 1, ANOTHER: CROWD}
+
+
+def test_what_ends_meanwhile_is_not_counted(machine: Machine) -> None:
+    for number in range(CROWD + 2):
+        machine.runs(1000 + number, ONE, "R")
+    (machine.root / "1000/status").unlink()
+    (machine.root / "1001/task/1001/stat").unlink()
+    machine.turns.look()
+    assert machine.last == []
+    assert told_by("") == (0, 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="acting under a renter's uid needs root; CI is root")
+class TestForReal:
+    @pytest.fixture
+    def uid(self) -> int:
+        """One that nothing else on this machine has."""
+        return 1_000_000_000 + secrets.randbelow(10**9)
+
+    @pytest.fixture
+    def theirs(self, uid: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+        begun = [subprocess.Popen(["sleep", "60"], user=uid, group=uid, extra_groups=[]) for _ in range(3)]
+        yield begun
+        for each in begun:
+            each.kill()
+            each.wait()
+
+    def test_all_of_a_uid_come_last_and_root_keeps_its_turns(
+        self, uid: int, theirs: list[subprocess.Popen[bytes]]
+    ) -> None:
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        assert processes.come_last(uid)
+        assert {os.getpriority(os.PRIO_PROCESS, each.pid) for each in theirs} == {LAST}
+        assert os.getpriority(os.PRIO_PROCESS, 0) == before
