@@ -14,6 +14,8 @@ from worker_support import (
     IMAGE,
     PIDS_LIMIT,
     ROOT,
+    SYSCTLS,
+    TMPFS,
     Network,
     SmallManager,
     Worker,
@@ -224,6 +226,7 @@ def test_a_worker_of_the_tests_is_confined_as_in_compose(host: Worker) -> None:
     assert service["cap_drop"] == ["ALL"]
     assert sorted(service["cap_add"]) == sorted(CAPABILITIES)
     assert service["security_opt"] == ["no-new-privileges:true"]
-    assert service["sysctls"] == {"net.ipv4.ip_unprivileged_port_start": 1024}
+    assert service["sysctls"] == SYSCTLS
+    assert service["tmpfs"] == TMPFS
     inspected = docker("inspect", "-f", "{{.HostConfig.CapDrop}} {{.HostConfig.SecurityOpt}}", host.name)
     assert inspected.split() == ["[ALL]", "[no-new-privileges:true]"]

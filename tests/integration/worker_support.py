@@ -38,7 +38,14 @@ CAPABILITIES = (
     *("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "SYS_CHROOT", "KILL", "AUDIT_WRITE"),
     *("NET_BIND_SERVICE", "NET_ADMIN", "SETPCAP"),
 )
-"""As in docker-compose.yml: test_a_worker_of_the_tests_is_confined_as_in_compose compares them."""
+SYSCTLS = {
+    "net.ipv4.ip_unprivileged_port_start": 1024,
+    "kernel.shmall": 16384,
+    "kernel.msgmni": 64,
+    "kernel.sem": "250 32000 32 128",
+}
+TMPFS = ["/dev/shm:mode=1777,size=64m,nr_inodes=16k"]  # noqa: S108
+"""These three as in docker-compose.yml: test_a_worker_of_the_tests_is_confined_as_in_compose compares them."""
 PIDS_LIMIT = 256
 
 
@@ -251,10 +258,11 @@ class Played:
 def worker(network: Network, manager: SmallManager, join: Path, *options: str, slots: int = 1) -> Iterator[Worker]:
     name = f"{PREFIX}-{secrets.token_hex(3)}"
     confinement = [f"--cap-add={capability}" for capability in CAPABILITIES]
+    confinement += [f"--sysctl={each}={value}" for each, value in SYSCTLS.items()]
+    confinement += [f"--tmpfs={each}" for each in TMPFS]
     docker(
         "run", "--detach", "--name", name, "--network", network.name, "--cap-drop=ALL", *confinement,
-        "--security-opt=no-new-privileges:true",
-        "--sysctl=net.ipv4.ip_unprivileged_port_start=1024", f"--pids-limit={PIDS_LIMIT}", "--memory=512m",
+        "--security-opt=no-new-privileges:true", f"--pids-limit={PIDS_LIMIT}", "--memory=512m",
         "--env", f"ORION_URL={manager.url}", "--env", f"ORION_APP_ADDRESS={network.gateway}",
         "--env", f"ORION_SUBNET={network.subnet}", "--env", f"ORION_SLOTS={slots}",
         "--volume", f"{join}:/run/orion-join:ro", *options, IMAGE,
