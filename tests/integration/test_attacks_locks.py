@@ -204,3 +204,48 @@ def test_what_is_in_a_home_is_opened_without_following_or_waiting(observed: Obse
     below = [each for each in places if not each.startswith("/") or each.startswith(("/home/", *SHARED))]
     assert below == [], "a link leads root away, and a pipe or a lease keeps it waiting"
     assert {"deep", "file"} <= set(observed.noted("open")), "opened beside an open directory, by name"
+
+
+FILL = """
+import os, time
+while True:
+    try:
+        if os.fork() == 0:
+            time.sleep(300)
+            os._exit(0)
+    except OSError:
+        print("full", flush=True)
+        break
+"""
+
+
+def test_a_renter_who_is_alone_locks_all_and_fills_its_processes_is_carried_and_released_all_the_same(
+    network: Network, shared_manager: SmallManager, join: Path, folder: Path
+) -> None:
+    """A worker of one slot: what is frozen, copied, salvaged and purged is the attacker's own."""
+    with worker(network, shared_manager, join, slots=1) as on, vault(folder, shared_manager.key) as real:
+        on.wait_registered()
+        attacker = new_rental(on, folder)
+        let_in(attacker)
+        assert attacker.ssh("mkdir -p deep; echo text > deep/file").returncode == 0
+        command = shlex.join(["python3", "-c", FILL + HOLD])
+        holding = subprocess.Popen(
+            [*on.ssh_command(attacker.username, attacker.key), f"exec {command}"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        assert holding.stdout is not None
+        try:
+            assert holding.stdout.readline() == "full\n"
+            held = list(iter(lambda: holding.stdout.readline().rstrip("\n"), "all"))  # type: ignore[union-attr]
+            assert f"/home/{attacker.username}/deep/file" in held
+            for order in ("freeze", "thaw", "lock", "unlock"):
+                asyncio.run(real.client.copy(home_of(attacker), LIMITS))
+                status, report = on.rental(order, rental_id=attacker.rental_id, epoch=1)
+                assert status == 0, (order, report)
+            assert asyncio.run(real.client.salvage(home_of(attacker), LIMITS)).copy.files >= 1
+            status, report = on.rental("purge", **attacker.variables)
+            assert (status, report["left"]) == (0, []), report
+            assert attacker.traces() == ""
+        finally:
+            holding.kill()
+            holding.wait()
