@@ -20,18 +20,23 @@ fail() {
 # clouds keep the host's credentials.)
 connected=$(ip -o -4 route show scope link | cut -d ' ' -f 1 | paste -s -d ,)
 gateway=$(ip -o -4 route show default | cut -d ' ' -f 3 | paste -s -d ,)
+# Where somebody gave orion_net IPv6: this worker speaks none (network.nft), and what is opened opens no neighbour.
+connected6=$(ip -o -6 route show proto kernel | cut -d ' ' -f 1 | grep : | paste -s -d ,)
 local=0.0.0.0/8,10.0.0.0/8,100.64.0.0/10,127.0.0.0/8,169.254.0.0/16,172.16.0.0/12,192.0.0.0/24,192.168.0.0/16
 local=$local,198.18.0.0/15,224.0.0.0/4,240.0.0.0/4
 local6=fc00::/7,fe80::/10,ff00::/8,64:ff9b::/96,64:ff9b:1::/48,2002::/16
 is_place() {
     python3 -I -c 'import ipaddress, sys; ipaddress.ip_network(sys.argv[1])' "$1" 2>/dev/null
 }
-own=$ORION_SUBNET${connected:+,$connected}${gateway:+,$gateway}
+own=$ORION_SUBNET${connected:+,$connected}${gateway:+,$gateway} own6=::1${connected6:+,$connected6}
 for address in $(echo "${ORION_HOST_ADDRESSES:-}" | tr ',' ' '); do
     is_place "$address" || fail "ORION_HOST_ADDRESSES: $address is no address such as 203.0.113.7"
-    own=$own,$address
+    case $address in
+    *:*) own6=$own6,$address ;;
+    *) own=$own,$address ;;
+    esac
 done
-own6=::1 opened='' opened6='' beyond=0.0.0.0/0 beyond6=::/0
+opened='' opened6='' beyond=0.0.0.0/0 beyond6=::/0
 
 # ORION_EGRESS: `internet` (which is what nothing means), `none`, addresses and networks that are open, and with an
 # exclamation mark before them such as never are.

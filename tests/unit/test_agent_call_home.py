@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from call_home import VACATING_BEAT_S, VACATING_PATIENCE_S, CallHome
+from call_home import VACATING_BEAT_S, VACATING_PATIENCE_S, CallHome, HttpTransport
 from decisions import Answer
 from ledger import Record
 from node import Node, Settings
 from rental import Places, Rentals, Request
 from support.builders import host_key
+from support.scripted_platform import ScriptedPlatform
 
 from orion.wire import HeartbeatRequest, RegisterRequest
 
@@ -380,3 +382,22 @@ def test_no_more_ends_are_told_than_a_heartbeat_may_have(bench: Bench, ended: di
     for record in records:
         bench.node.rentals.ledger.keep(record)
     assert len(bench.node.start_ends()) == 256
+
+
+def test_a_name_that_leads_to_an_ipv6_address_as_well_is_called_by_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Docker's names do where a network has both, and there nothing lets IPv6 through."""
+    platform = ScriptedPlatform()
+    platform.answer("POST", "/api/heartbeat", {"heard": True})
+    port = int(platform.url.rsplit(":", 1)[1])
+    tcp = (socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+    found = [(socket.AF_INET6, *tcp, ("::1", port, 0, 0)), (socket.AF_INET, *tcp, ("127.0.0.1", port))]
+    try:
+        with socket.create_server(("::1", port), family=socket.AF_INET6) as ipv6:
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+            answer = HttpTransport(f"http://manager_proxy:{port}").post("/api/heartbeat", JOIN, {}, 2.0)
+            ipv6.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                ipv6.accept()
+    finally:
+        platform.stop()
+    assert (answer.status, answer.body) == (200, {"heard": True})
