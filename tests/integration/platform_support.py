@@ -154,8 +154,11 @@ def platform(folder: Path) -> Iterator[Platform]:
             running.stop()
 
 
-async def raw(port: int, *parts: bytes, pause_s: float = 0.0, within_s: float = 5.0) -> bytes:
-    """All that comes back for these bytes, sent as they are, until the peer closes or `within_s` has passed."""
+async def raw(port: int, *parts: bytes, pause_s: float = 0.0, within_s: float = 5.0, ends: bool = False) -> bytes:
+    """Return all that comes back for these bytes, sent as they are, until the peer closes or `within_s` has passed.
+
+    `ends`: this side of the connection is closed behind them.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     got = b""
     try:
@@ -164,6 +167,8 @@ async def raw(port: int, *parts: bytes, pause_s: float = 0.0, within_s: float = 
                 writer.write(part)
                 await writer.drain()
                 await asyncio.sleep(pause_s)
+            if ends:
+                writer.write_eof()
             while part := await reader.read(65536):
                 got += part
     except (TimeoutError, ConnectionError):

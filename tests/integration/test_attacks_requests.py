@@ -9,12 +9,14 @@ import json
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
 from platform_support import Platform, raw
 from support.builders import host_key
+from support.http2 import Headers, data, exchange, headers, reset
 
 KEY = host_key(3)
 NAME = "/api/rentals/smuggled"
@@ -342,6 +344,202 @@ async def test_a_request_of_doubtful_length_is_refused_and_nothing_of_it_is_a_se
     answer = await raw(attacked.door.http_port, request_bytes, within_s=2)
     assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 ", b"HTTP/1.1 501 ", b"HTTP/1.1 505 ")), answer[:200]
     assert answer.count(b"HTTP/1.1 ") == 1, answer
+
+
+WHOLE = b"GET " + NAME.encode() + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+"""A request that would be answered, and so be noticed, wherever anybody took it for one."""
+BODY = b'{"ttl_s": 1}'
+"""What the manager refuses once it has read all of it: 422."""
+IN_CHUNKS = b"Transfer-Encoding: chunked"
+AS_A_WEBSOCKET = (b"Upgrade: websocket", b"Connection: Upgrade", b"Sec-WebSocket-Version: 13",
+                  b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")  # fmt: skip
+SSH = b"/api/rentals/abcdefgh23/ssh"
+
+
+def chunk(content: bytes, more: bytes = b"") -> bytes:
+    return b"%x%b\r\n%b\r\n" % (len(content), more, content)
+
+
+LAST = b"0\r\n\r\n"
+AFTER_A_BODY: dict[str, tuple[bytes, list[int]]] = {
+    "an extension of a chunk": (framed(IN_CHUNKS, body=chunk(BODY, b";a=b") + LAST), [401]),
+    "a long extension": (framed(IN_CHUNKS, body=chunk(BODY, b";a=" + b"b" * 9000) + LAST), [401]),
+    "a line end in an extension": (framed(IN_CHUNKS, body=b"2;\nxx\r\n" + WHOLE + LAST), [400]),
+    "half a line end in an extension": (framed(IN_CHUNKS, body=b"2;a\rb\r\n{}\r\n" + LAST + WHOLE), [400]),
+    "more than a chunk's size": (framed(IN_CHUNKS, body=b"2\r\n{}" + WHOLE + b"\r\n" + LAST), [400]),
+    "no end of a chunk": (framed(IN_CHUNKS, body=b"2\r\n{}XX" + LAST + WHOLE), [400]),
+    "a size with 0x": (framed(IN_CHUNKS, body=b"0x2\r\n{}\r\n" + LAST + WHOLE), [400]),
+    "a size with a sign": (framed(IN_CHUNKS, body=b"+2\r\n{}\r\n" + LAST + WHOLE), [400]),
+    "a size with an underscore": (framed(IN_CHUNKS, body=b"1_0\r\n" + BODY + LAST + WHOLE), [400]),
+    "no size": (framed(IN_CHUNKS, body=b"\r\n" + WHOLE), [400]),
+    "no size behind a good chunk": (framed(IN_CHUNKS, body=chunk(BODY) + b"zz\r\n" + WHOLE), [400]),
+    "a size beyond all numbers": (framed(IN_CHUNKS, body=b"10000000000000002\r\n{}\r\n" + WHOLE), [400]),
+    "a trailer": (framed(IN_CHUNKS, body=chunk(BODY) + b"0\r\nContent-Length: 99\r\n\r\n"), [401]),
+    "a request for a trailer": (framed(IN_CHUNKS, body=chunk(BODY) + b"0\r\n" + WHOLE + b"\r\n"), [401]),
+    "a trailer without an end": (framed(IN_CHUNKS, body=chunk(BODY) + b"0\r\nX: y\r\n"), [401]),
+    "less than was announced": (framed(b"Content-Length: 999", body=BODY + WHOLE), [401]),
+    "less than a chunk": (framed(IN_CHUNKS, body=b"fff\r\n" + WHOLE), [401]),
+    "what waits to be asked": (framed(b"Expect: 100-continue", b"Content-Length: 12", body=BODY), [100, 401]),
+    "chunks that wait to be asked": (framed(b"Expect: 100-continue", IN_CHUNKS, body=chunk(BODY) + LAST), [100, 401]),
+    "what expects something else": (framed(b"Expect: 200-ok", b"Content-Length: 12", body=BODY), [401]),
+    "a large body of a stranger": (framed(b"Content-Length: 99999", body=WHOLE * 400), [401]),
+    "large chunks of a stranger": (framed(IN_CHUNKS, body=b"20000\r\n" + WHOLE * 400), [401]),
+    "a body over the limit": (framed(b"Content-Length: 300000", body=WHOLE * 1000), [413]),
+    "chunks over the limit": (framed(IN_CHUNKS, body=chunk(WHOLE * 200) * 40 + LAST), [413]),
+    "a body where there is nothing": (framed(b"Content-Length: %d" % len(WHOLE), body=WHOLE, path=b"/none"), [404]),
+    "a websocket with a body": (
+        framed(*AS_A_WEBSOCKET, b"Content-Length: %d" % len(WHOLE), body=WHOLE, path=SSH).replace(b"POST", b"GET", 1),
+        [400],
+    ),
+    "a websocket with chunks": (
+        framed(*AS_A_WEBSOCKET, IN_CHUNKS, body=chunk(WHOLE) + LAST, path=SSH).replace(b"POST", b"GET", 1),
+        [400],
+    ),
+    "another call as a websocket": (framed(*AS_A_WEBSOCKET, b"Content-Length: 12", body=BODY), [400]),
+    "a websocket of another version": (
+        b"GET " + SSH + b" HTTP/1.1\r\nHost: x\r\n" + b"\r\n".join(AS_A_WEBSOCKET).replace(b"13", b"12") + b"\r\n\r\n",
+        [400, 426],
+    ),
+    "a header that only the proxy takes": (framed(b"Idempotency-Key: \xff\x01", b"Content-Length: 0", body=b""), [400]),
+}  # fmt: skip
+"""What is sent, and what is the answer of a stranger to it; a client who is known gets 422 in the place of 401."""
+UNENDED = {"a trailer without an end", "less than was announced", "less than a chunk", "a large body of a stranger",
+           "large chunks of a stranger"}  # fmt: skip
+"""The rest of it is waited for, where a body of this size is taken from this caller."""
+
+
+@pytest.mark.parametrize("who", ["a stranger", "a client"])
+async def test_what_is_left_of_a_body_is_never_a_request_of_anybody(attacked: Platform, who: str) -> None:
+    """The proxy passes bodies on as they come, over connections that others' requests use next."""
+    token = attacked.token("bodies").encode() if who == "a client" else b""
+    added = b"Authorization: Bearer " + token + b"\r\nHost:" if token else b"Host:"
+    sent = [(name, expected, ends) for name, (_, expected) in AFTER_A_BODY.items() for ends in (False, True)]
+    tries = [
+        raw(attacked.door.http_port, AFTER_A_BODY[name][0].replace(b"Host:", added, 1), within_s=2, ends=ends)
+        for name, _, ends in sent
+    ]
+    answers, _ = await asyncio.gather(asyncio.gather(*tries), honest_calls(attacked, 2))
+    for (name, expected, ends), answer in zip(sent, answers, strict=True):
+        statuses = [int(line.split()[1]) for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
+        allowed = {422 if token and status == 401 else status for status in expected} | ({422} if token else set())
+        assert set(statuses) <= allowed, (name, answer)
+        assert len(statuses) <= 1 + (100 in statuses), (name, answer)
+        assert ends or statuses or name in UNENDED, (name, "nobody answered")
+        assert b"through_the_door" not in answer, (name, "a request that the proxy did not write")
+        is_problem = b"application/problem+json" in answer or name == "a websocket of another version"
+        assert is_problem or set(statuses) <= {100}, (name, answer)
+
+
+async def test_what_comes_behind_a_body_that_was_given_up_is_nobodys_request(attacked: Platform) -> None:
+    """The manager gives a body up after 15 s (408), when the proxy has passed on a part of it."""
+    port, whole = attacked.door.http_port, b"Authorization: Bearer " + attacked.token("late").encode()
+    slow = [(framed(whole, b"Content-Length: 900", body=b" "), b" "), (framed(whole, IN_CHUNKS, body=b""), chunk(b" "))]
+    tries = [given_up(port, begins, more) for begins, more in slow]
+    answers, _ = await asyncio.gather(asyncio.gather(*tries), honest_calls(attacked, 16))
+    for answer in answers:
+        assert answer.startswith(b"HTTP/1.1 408 "), answer
+        assert answer.count(b"HTTP/1.1 ") == 1, answer
+
+
+async def given_up(port: int, begins: bytes, more: bytes) -> bytes:
+    """Return all that comes for a request whose body comes bit by bit, and for what is sent behind the answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(begins)
+    got = b""
+    while not got:
+        writer.write(more)
+        with suppress(TimeoutError):
+            got = await asyncio.wait_for(reader.read(65536), 2)
+    with suppress(ConnectionError, TimeoutError):
+        writer.write(WHOLE * 4)
+        got += await asyncio.wait_for(reader.read(), 1)
+    writer.close()
+    return got
+
+
+async def honest_calls(platform: Platform, for_s: float) -> None:
+    """Somebody else's, over the proxy's same connections to the manager: each gets its own answer, all the time."""
+    paths = {"/api/rentals": (200, "items"), "/api/rentals/aaaaaaaa22": (404, "code"), "/api/status": (200, "brake")}
+    last_moment = asyncio.get_running_loop().time() + for_s
+    async with httpx.AsyncClient(base_url=platform.url, trust_env=False) as honest:
+        honest.headers["Authorization"] = f"Bearer {platform.secrets.admin_token}"
+        while asyncio.get_running_loop().time() < last_moment:
+            replies = await asyncio.gather(*(honest.get(path) for path in paths for _ in range(4)))
+            for reply in replies:
+                status, field = paths[reply.request.url.path]
+                assert (reply.status_code, field in reply.json()) == (status, True), reply.text
+            await asyncio.sleep(0.25)  # the proxy allows a caller a hundred a second
+
+
+def asked(path: str = "/api/rent", method: str = "POST", *more: tuple[str, str], host: str = "localhost") -> Headers:
+    return [(":method", method), (":scheme", "https"), (":path", path), (":authority", host), *more]
+
+
+def get(path: str = "/api/rentals", method: str = "GET", host: str = "localhost") -> list[bytes]:
+    return [headers(asked(path, method, host=host), ends=True)]
+
+
+def post(*more: tuple[str, str], body: bytes = BODY) -> list[bytes]:
+    return [headers(asked("/api/rent", "POST", *more)), data(body)]
+
+
+WEBSOCKET = [("upgrade", "websocket"), ("connection", "upgrade"), ("sec-websocket-version", "13"),
+             ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==")]  # fmt: skip
+BY_HTTP_2: dict[str, tuple[list[bytes], set[bytes]]] = {
+    "less than its data": (post(("content-length", "2"), body=BODY + WHOLE), {b"400"}),
+    "more than its data": (post(("content-length", "200")), {b"400"}),
+    "nothing, with data": (post(("content-length", "0"), body=WHOLE), {b"400"}),
+    "a negative length": (post(("content-length", "-1"), body=WHOLE), {b"400"}),
+    "two lengths": (post(("content-length", "12"), ("content-length", "0")), {b"400"}),
+    "two lengths in one": (post(("content-length", "12, 0")), {b"400"}),
+    "a length without data": ([headers(asked("/api/rent", "POST", ("content-length", "9")), ends=True)], {b"400"}),
+    "chunks": (post(("transfer-encoding", "chunked"), body=LAST + WHOLE), {b"400", b"401"}),
+    "chunks and a length": (post(("transfer-encoding", "chunked"), ("content-length", "5"), body=LAST), {b"400"}),
+    "chunks in a value": (post(("x", "a\r\ntransfer-encoding: chunked"), body=LAST + WHOLE), {b"400"}),
+    "a connection's header": (post(("connection", "keep-alive"), ("keep-alive", "1")), {b"400", b"401"}),
+    "a name in capitals": (post(("Transfer-Encoding", "chunked"), body=LAST + WHOLE), {b"400"}),
+    "a line end in a name": (post(("a\r\nx-orion-proxy-secret: y", "b")), {b"400"}),
+    "a blank in a name": (post(("transfer-encoding ", "chunked"), body=LAST + WHOLE), {b"400"}),
+    "a colon in a name": (post(("a: b", "c")), {b"400"}),
+    "NUL in a name": (post(("a\0b", "c")), {b"400"}),
+    "a line end in what is passed on": (post(("idempotency-key", "a\r\nx-orion-proxy-secret: b")), {b"400"}),
+    "half a line end in what is passed on": (post(("user-agent", "a\nx: b")), {b"400"}),
+    "NUL in what is passed on": (post(("idempotency-key", "a\0b")), {b"400"}),
+    "what only the manager refuses": (post(("idempotency-key", "a\x0bb\x7f")), {b"400"}),
+    "a request in the path": (get("/api/rentals HTTP/1.1\r\n\r\nGET " + NAME), {b"400"}),
+    "a blank in the path": (get("/api/rentals HTTP/1.1"), {b"400"}),
+    "an absolute path": (get("http://manager_app:5000/api/rentals"), {b"400"}),
+    "a path without a slash": (get("api/rentals"), {b"400"}),
+    "a star": (get("*", "OPTIONS"), {b"400"}),
+    "two paths": ([headers(asked("/api/rentals", "GET", (":path", NAME)), ends=True)], {b"400"}),
+    "a request in the method": (get(method=f"GET {NAME} HTTP/1.1\r\n\r\nGET"), {b"400"}),
+    "a tunnel": (get(method="CONNECT"), {b"400", b"405"}),
+    "a line end in the host": (get(host="a\r\nx-orion-proxy-secret: b"), {b"400"}),
+    "a path in the host": (get(host="a b/c?d"), {b"400"}),
+    "another host": ([headers(asked("/api/rentals", "GET", ("host", "other")), ends=True)], {b"400"}),
+    "a line end in a cookie": ([headers(asked("/api/rentals", "GET", ("cookie", "a\r\nx: y")), ends=True)], {b"400"}),
+    "a websocket with data": ([headers(asked(SSH.decode(), "GET", *WEBSOCKET)), data(WHOLE)], {b"400", b"401"}),
+    "trailers": ([headers(asked()), data(BODY, ends=False), headers([("content-length", "0")], ends=True)], {b"401"}),
+    "a path in a trailer": ([headers(asked()), data(BODY, ends=False), headers([(":path", NAME)], ends=True)], {b"401"}),  # noqa: E501
+    "a body that is taken back": ([headers(asked()), data(WHOLE, ends=False), reset()], {b"401"}),
+    "part of a length that is taken back": (
+        [headers(asked("/api/rent", "POST", ("content-length", "999"))), data(WHOLE, ends=False), reset()],
+        {b"401"},
+    ),
+    "data behind the end": ([*post(), data(WHOLE)], {b"401"}),
+}  # fmt: skip
+
+
+async def test_what_http_2_can_say_and_http_1_cannot_becomes_no_other_request(attacked: Platform) -> None:
+    port = attacked.door.https_port
+    sent = [exchange(port, *frames, within_s=2) for frames, _ in BY_HTTP_2.values()]
+    answers, _ = await asyncio.gather(asyncio.gather(*sent), honest_calls(attacked, 2))
+    for (name, (_, expected)), answer in zip(BY_HTTP_2.items(), answers, strict=True):
+        assert len(answer) <= 1, (name, answer)
+        assert {status for _, status, _ in answer} <= expected, (name, answer)
+        assert answer or b"401" in expected, (name, "nobody answered")
+        assert b"through_the_door" not in b"".join(body for _, _, body in answer), name
+        assert all(json.loads(body)["code"] for _, _, body in answer), name
 
 
 async def test_nothing_that_was_smuggled_was_ever_asked_for(attacked: Platform) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -66,3 +67,28 @@ async def test_nothing_of_a_reply_is_lost_when_the_connection_ends_with_it(path:
         whole = await asyncio.wait_for(reader.read(), 5)
         pieces = PIECES if path == "/stream" else PIECES[:1]
         assert whole.partition(b"\r\n\r\n")[2] == b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "length_and_body",
+    [b"Content-Length: 4\r\n\r\nbody", b"Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n"],
+    ids=["a length", "chunks"],
+)
+async def test_a_websocket_that_begins_with_a_body_is_refused_and_nobody_waits(length_and_body: bytes) -> None:
+    asking = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    async with connected(LOOPBACK) as (reader, writer):
+        writer.write(asking + length_and_body)
+        assert_refused(await asyncio.wait_for(reader.read(), 5))
+
+
+async def test_what_is_not_http_is_refused_as_a_problem() -> None:
+    async with connected(LOOPBACK) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nIdempotency-Key: a\x0bb\r\n\r\n")
+        assert_refused(await asyncio.wait_for(reader.read(), 5))
+
+
+def assert_refused(answer: bytes) -> None:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"\r\ncontent-type: application/problem+json\r\n" in head + b"\r\n"
+    assert json.loads(body)["code"] == "invalid_request"

@@ -13,13 +13,20 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from orion.manager.api.bodies import announced
+from orion.manager.api.problems import problem
+
 SECRET_HEADER = "x-orion-proxy-secret"  # noqa: S105  the header's name
 SECRET_HEADER_BYTES = SECRET_HEADER.encode()
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{8,64}")
 
 
 def protocol_for(peers: frozenset[str]) -> type[HttpToolsProtocol]:
-    """Uvicorn's protocol, which hangs up on every peer but these before a byte is read."""
+    """Return uvicorn's protocol, which hangs up on every peer but these before a byte is read.
+
+    It answers what it cannot read as any refusal is answered. A WebSocket that begins with a body is refused: uvicorn
+    would not answer it at all, and hold it for as long as its client does.
+    """
 
     class DoorProtocol(HttpToolsProtocol):
         _kept = False
@@ -43,6 +50,18 @@ def protocol_for(peers: frozenset[str]) -> type[HttpToolsProtocol]:
         def eof_received(self) -> None:
             if self._kept:
                 super().eof_received()
+
+        def handle_websocket_upgrade(self) -> None:
+            if announced(dict(self.scope)) == 0:
+                super().handle_websocket_upgrade()
+            else:
+                self.send_400_response("a WebSocket begins with a request that has no body")
+
+        def send_400_response(self, msg: str) -> None:
+            told = problem(400, "invalid_request", msg, {"connection": "close"})
+            head = b"".join(b"%s: %s\r\n" % header for header in told.raw_headers)
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\n%s\r\n%s" % (head, told.body))
+            self.transport.close()
 
     return DoorProtocol
 
