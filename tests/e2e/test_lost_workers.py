@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import pytest
 from conftest import Figures, Rent
 from precious import check_all_is_there, furnish
 from renter import Renter
-from stack import MOVED_WITHIN_S, Container, Stack, story
+from stack import MOVED_WITHIN_S, PROJECT, Container, Stack, story
 from support.containers import pause
 from waiting import eventually
 
@@ -60,6 +63,57 @@ def test_a_killed_worker_gives_up_its_rental_and_is_cleaned_when_it_returns(
     stack.docker("start", dead.id)
     _check_return(stack, mark, rental, dead)
     _check_moved(orion, rental, renter)
+
+
+@contextmanager
+def copied(stack: Stack, worker: Container) -> Iterator[str]:
+    """Run a second container with a copy of all that this one has written, while that goes on; its name."""
+    name = f"{PROJECT}-copy"
+    stack.docker("commit", "--pause=false", worker.id, f"{name}:latest")
+    found = json.loads(stack.docker("inspect", worker.id))[0]
+    same = [f"--cap-add={one}" for one in found["HostConfig"]["CapAdd"]]
+    same += [
+        f"--volume={found['HostConfig']['Binds'][0]}",
+        f"--network={stack.network}",
+        "--label=com.docker.compose.project=copy",
+    ]
+    confined = ("--cap-drop=ALL", "--security-opt=no-new-privileges:true", "--pids-limit=512", "--memory=512m")
+    try:
+        stack.docker("run", "--detach", "--name", name, *confined, *same, f"{name}:latest")
+        yield name
+    finally:
+        stack.docker("rm", "--force", "--volumes", name)
+        stack.docker("rmi", f"{name}:latest")
+
+
+def test_a_copy_of_a_worker_disturbs_nobody_says_what_to_do_and_takes_its_place_when_that_is_gone(
+    stack: Stack, orion: Orion, rental: Rental, renter: Renter
+) -> None:
+    worker = stack.container_of(rental.worker_id)
+    mark = stack.mark()
+    with copied(stack, worker) as copy:
+
+        def said() -> str:
+            done = stack.exec(copy, "true")
+            assert done.returncode == 0, "it goes on asking"
+            return stack.docker("logs", copy)
+
+        eventually("it is refused, again and again", lambda: said().count("identity_in_use") >= 3, 30)
+        assert f"worker {rental.worker_id} still answers at" in said()
+        assert "your volume is a copy of its own, remove it" in said()
+        assert [one for one in stack.events(mark) if one.kind != "rental.copied"] == [], story(stack.events(mark))
+        shown = orion.rental(rental.id)
+        assert (shown.state, shown.worker_id, shown.epoch) == (RentalState.ACTIVE, rental.worker_id, rental.epoch)
+        assert renter.inside(rental, "cat kept") == "precious"
+
+        mark = stack.mark()
+        stack.docker("kill", worker.id)
+        stack.await_active(mark, rental, rental.epoch + 1)
+        stack.await_kind(mark, "worker.became_ready", RETURNED_WITHIN_S, rental.worker_id)
+        hostname = orion.worker(rental.worker_id or "").hostname
+        assert hostname == stack.docker("inspect", "--format", "{{.Config.Hostname}}", copy).strip()
+        _check_moved(orion, rental, renter)
+        assert stack.exec(copy, "ls", "/home").stdout == "", "what it had of the rental was laid aside and purged"
 
 
 def test_a_worker_that_sleeps_too_long_wakes_up_without_its_rental(
