@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,70 @@ def test_what_is_no_backup_is_refused_and_nothing_changes(
     assert not list(backups.database.parent.glob("*staged*"))
 
 
+WORKER = (
+    "INSERT INTO workers (id, hostname, address, host_keys, slots, labels, health, intent, token_hash, boot_id, "
+    "agent_version, load, registered_at) VALUES "
+    "('w-a', 'h', '10.0.0.9', '[]', 1, '{}', 'ready', 'active', 'x', 'b', '1', '{}', 1.0)"
+)
+PLACEMENT = (
+    "INSERT INTO placements (id, rental_id, worker_id, slot, epoch, state, created_at) "
+    "VALUES ('p', 'old', 'w-a', 0, 3, 'running', 1.0)"
+)
+EVENT = "INSERT INTO events (id, at, kind, actor, reason, details) VALUES (7, 1.0, 'x', 'x', 'x', '{}')"
+GOOD_ROWS = (
+    RENTAL.format("old", 100_001, "active"),
+    *(WORKER, PLACEMENT, EVENT),
+    "INSERT INTO copies VALUES ('old', 1, 1, 5.0, 0, 1, '[]', 0)",
+    "INSERT INTO counters VALUES ('uid', 100001)",
+    "INSERT INTO tokens VALUES ('t', 'n', 'client', 'h', 1.0, NULL, NULL)",
+)
+STRANGE = {
+    "rentals.labels": ["'{'", "'[]'", "x'7b7d'"],
+    "rentals.lineage": ["'x'", "'{}'"],
+    "rentals.state": ["'bogus'"],
+    "rentals.username": ["'root'", "'r-old/../x'"],
+    "rentals.epoch": ["'abc'", "9223372036854775807", "-1"],
+    "rentals.uid": ["0", "99999999999", "'zzz'"],
+    "rentals.name": ["CAST(x'ff' AS TEXT)", "x'ff'"],
+    "rentals.expires_at": ["'never'", "9e999"],
+    "workers.id": ["'../../etc/x'", "''"],
+    "workers.address": ["'-oProxyCommand=x'", "'example.org'"],
+    "workers.host_keys": ["'{'", "'7'", "'[7]'", """'["a\\nb"]'"""],
+    "workers.health": ["'bogus'"],
+    "workers.slots": ["0"],
+    "placements.state": ["'bogus'"],
+    "placements.standby": ["2"],
+    "placements.worker_id": ["'../w'"],
+    "copies.skipped": ["'{'"],
+    "events.id": ["9223372036854775807"],
+    "events.at": ["'zz'"],
+    "events.details": ["'{'"],
+    "counters.value": ["'x'", "9223372036854775000"],
+    "tokens.role": ["'god'"],
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "strange"), [(column, strange) for column in STRANGE for strange in STRANGE[column]]
+)
+def test_rows_that_a_manager_could_not_start_with_are_refused(backups: Backups, column: str, strange: str) -> None:
+    table, _, name = column.partition(".")
+    upload = given_back(backups, backups.database)
+    execute(upload, *GOOD_ROWS)
+    with closing(sqlite3.connect(upload)) as connection, connection:
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        connection.execute(f"UPDATE {table} SET {name} = {strange}")  # noqa: S608
+    with pytest.raises(NotABackup, match=f"damaged|{column} holds what|cannot be read"):
+        backups.stage(upload)
+    assert not list(backups.database.parent.glob("*staged*"))
+
+
+def test_rows_as_they_are_written_are_taken(backups: Backups) -> None:
+    upload = given_back(backups, backups.database)
+    execute(upload, *GOOD_ROWS)
+    assert backups.stage(upload).rentals == 1
+
+
 def test_a_plan_says_what_is_forgotten_and_what_comes_to_life_again(backups: Backups) -> None:
     execute(
         backups.database, *(RENTAL.format(*row) for row in (("both", 100_001, "active"), ("ends", 100_002, "active")))
@@ -314,3 +378,20 @@ async def test_where_the_database_is_postgresql_its_own_tools_are_named(store: S
         reply: httpx.Response = await house.as_admin.get("/api/admin/backup")
     assert (reply.status_code, reply.json()["code"]) == (409, "not_sqlite")
     assert "pg_dump" in reply.json()["detail"]
+
+
+async def test_what_is_no_backup_is_not_taken_to_its_end(store: Store, database: Path) -> None:
+    """It may be as large as the proxy lets through, and the disk may not."""
+    given = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal given
+        while given < 100:
+            given += 1
+            yield b"\x1f\x8b" + bytes(1 << 16)
+
+    async with House(store, Settings(database_url=f"sqlite:///{database}")) as house:
+        reply = await house.as_admin.post("/api/admin/restore", content=endless())
+    assert (reply.status_code, reply.json()["code"]) == (422, "not_a_backup")
+    assert given < 10
+    assert not list(database.parent.glob("*upload*"))

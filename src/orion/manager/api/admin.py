@@ -59,6 +59,8 @@ async def examine(request: Request, _: Admin, shared: Shared) -> wire.RestorePla
         try:
             with upload.open("wb") as file:
                 async for chunk in request.stream():
+                    if file.tell() == 0:
+                        backups.refuse_early(chunk)
                     await asyncio.to_thread(file.write, chunk)
             return _plan(await asyncio.to_thread(backups.stage, upload))
         except NotABackup as error:

@@ -19,8 +19,10 @@ from secrets import token_hex
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, make_url
+from sqlalchemy.exc import DatabaseError
 
 from orion.manager.domain.states import ENDED
+from orion.manager.store.backup_rows import strange_column
 from orion.manager.store.database import Store, known_revisions
 from orion.manager.store.schema import metadata
 
@@ -93,6 +95,12 @@ class Backups:
             connection.execute("VACUUM INTO ?", (str(target),))
         return target
 
+    @staticmethod
+    def refuse_early(beginning: bytes) -> None:
+        """Raise NotABackup for the first bytes of what is none: it may be larger than the disk."""
+        if not _HEADER.startswith(beginning[: len(_HEADER)]):
+            raise NotABackup("it is not an SQLite database")
+
     def receive(self) -> Path:
         """An empty file for an upload."""
         target = self._beside(f"upload-{token_hex(8)}")
@@ -101,15 +109,15 @@ class Backups:
 
     def stage(self, upload: Path) -> Examined:
         """Examine an upload, bring its schema up to date, and keep it until it is accepted. Raises NotABackup."""
+        identity = token_hex(8)
         try:
             _examine(upload)
             _bring_up_to_date(upload)
-        except sqlite3.DatabaseError as error:
+            found = self._compare(upload, identity)
+        except (sqlite3.DatabaseError, DatabaseError) as error:
             raise NotABackup(f"it cannot be read: {error}") from error
         for older in self._all("staged-*"):
             older.unlink()
-        identity = token_hex(8)
-        found = self._compare(upload, identity)
         upload.replace(self._beside(f"staged-{identity}"))
         return found
 
@@ -198,8 +206,10 @@ def _examine(file: Path) -> None:
 
 def _bring_up_to_date(file: Path) -> None:
     store = Store(f"sqlite:///{file}")
-    store.migrate()
-    store.close()
+    try:
+        store.migrate()
+    finally:
+        store.close()
     engine = create_engine(f"sqlite:///{file}")
     with engine.connect() as connection:
         differences = compare_metadata(MigrationContext.configure(connection), metadata)
@@ -207,6 +217,8 @@ def _bring_up_to_date(file: Path) -> None:
     if differences:
         raise NotABackup(f"its tables are not those of Orion-Sec: {differences[0]}")
     with closing(_open(file)) as connection:
+        if column := strange_column(connection):
+            raise NotABackup(f"its rows are not those of Orion-Sec: {column} holds what it never does")
         connection.execute("PRAGMA journal_mode = DELETE")
 
 

@@ -1,0 +1,88 @@
+"""Whether the rows of a backup are such as this manager writes: it starts with them, and reads them without looking.
+
+SQLite keeps in a column what it is given, whatever the column's type says; and a file from elsewhere need not have the
+constraints of ours.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from sqlalchemy import JSON, Boolean, Column, Float, Integer
+
+from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
+from orion.manager.store.schema import metadata
+from orion.wire import Role
+
+LARGEST_NUMBER = 2**53
+"""What a number of ours never comes near, and SQLite may still add to."""
+LAST_TIME = 1e11
+"""Unix seconds, far beyond the year 5000."""
+LARGEST_UID = 10**9
+_LISTS = {"host_keys", "lineage", "takeovers", "public_ports", "skipped"}
+
+
+def _one_of(values: Iterable[str]) -> str:
+    return "{0} IN (" + ", ".join(f"'{value}'" for value in values) + ")"
+
+
+_ID = "{0} != '' AND {0} NOT GLOB '*[^a-z0-9-]*'"
+_CONDITIONS = {
+    "workers.id": _ID,
+    "workers.address": "{0} != '' AND {0} NOT GLOB '*[^0-9a-f.:]*'",
+    "workers.host_keys": "NOT EXISTS (SELECT 1 FROM json_each({0}) AS key WHERE key.type != 'text'"
+    " OR key.value GLOB '*[^A-Za-z0-9@.+/= -]*')",
+    "workers.slots": "{0} > 0",
+    "workers.health": _one_of(Health),
+    "workers.intent": _one_of(Intent),
+    "rentals.id": _ID,
+    "rentals.username": "{0} = 'r-' || id",
+    "rentals.uid": f"{{0}} BETWEEN 100000 AND {LARGEST_UID}",
+    "rentals.state": _one_of(RentalState),
+    "rentals.epoch": "{0} >= 0",
+    "placements.worker_id": _ID,
+    "placements.slot": "{0} >= 0",
+    "placements.state": _one_of(PlacementState),
+    "copies.rental_id": _ID,
+    "tokens.role": _one_of(Role),
+}
+
+
+def strange_column(connection: sqlite3.Connection) -> str:
+    """Return the name of the first column that holds, in some row, what this manager never writes; empty for none."""
+    for name, condition in _expected():
+        table, _, column = name.partition(".")
+        query = f'SELECT 1 FROM "{table}" WHERE NOT coalesce({condition.format(_quoted(column))}, 0) LIMIT 1'  # noqa: S608
+        if connection.execute(query).fetchone():
+            return name
+    return ""
+
+
+def _expected() -> Iterator[tuple[str, str]]:
+    """Give each column with what has to be true of it: first its type, then what its value may be."""
+    for table in metadata.sorted_tables:
+        for column in table.columns:
+            yield f"{table.name}.{column.name}", _typed(column)
+    yield from _CONDITIONS.items()
+
+
+def _typed(column: Column[Any]) -> str:
+    kind = column.type
+    if isinstance(kind, JSON):
+        shape = "array" if column.name in _LISTS else "object"
+        typed = f"typeof({{0}}) = 'text' AND CASE WHEN json_valid({{0}}) THEN json_type({{0}}) = '{shape}' END"
+    elif isinstance(kind, Boolean):
+        typed = "typeof({0}) = 'integer' AND {0} IN (0, 1)"
+    elif isinstance(kind, Integer):
+        typed = f"typeof({{0}}) = 'integer' AND {{0}} BETWEEN -{LARGEST_NUMBER} AND {LARGEST_NUMBER}"
+    elif isinstance(kind, Float):
+        typed = f"typeof({{0}}) IN ('real', 'integer') AND {{0}} BETWEEN -{LAST_TIME} AND {LAST_TIME}"
+    else:
+        typed = "typeof({0}) = 'text'"
+    return f"({{0}} IS NULL OR {typed})" if column.nullable else typed
+
+
+def _quoted(column: str) -> str:
+    return f'"{column}"'
