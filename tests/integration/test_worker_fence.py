@@ -110,9 +110,9 @@ class Scene:
 
 
 @contextmanager
-def scene(network: Network, join: Path, folder: Path, names: list[str]) -> Iterator[Scene]:
+def scene(network: Network, join: Path, folder: Path, names: list[str], *options: str) -> Iterator[Scene]:
     manager = SmallManager(make_key(folder), 0.2, LEASE_S, DOOR_ANSWER_S)
-    with serving(manager, network.gateway), worker(network, manager, join, "--cpus=1", slots=8) as new:
+    with serving(manager, network.gateway), worker(network, manager, join, "--cpus=1", *options, slots=8) as new:
         new.wait_registered()
         yield Scene(new, manager, {name: new_rental(new, folder).create_quickly() for name in names})
 
@@ -252,3 +252,65 @@ def test_an_order_freezes_and_thaws_and_no_older_reply_does(network: Network, jo
         wait_until(lambda: len(found.ticks(rental)) > len(ticks), "it ticks again")
         assert found.worker.rental("freeze", **order)[1]["state"] == "frozen"
         assert rental.delete().last["left"] == []
+
+
+WRONG_CLOCK = """
+import os, time
+right = time.time
+def wrong():
+    with open("/clock/shift") as file:
+        return right() + float(file.read())
+if os.getuid() == 0:
+    time.time = wrong
+"""
+
+
+class WallClock:
+    """The wall clock of all that is root in a worker's container and Python, which a file sets while it runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self._place = folder / "clock"
+        self._place.mkdir()
+        (self._place / "wrong_clock.py").write_text(WRONG_CLOCK)
+        (self._place / "wrong_clock.pth").write_text("import wrong_clock\n")
+        self.set(0)
+        libraries = "/usr/lib/python3/dist-packages"
+        files = [
+            f"--volume={self._place}/{name}:{libraries}/{name}:ro" for name in ("wrong_clock.py", "wrong_clock.pth")
+        ]
+        self.options = [f"--volume={self._place}:/clock:ro", *files]
+
+    def set(self, hours: float) -> None:
+        (self._place / "next").write_text(str(hours * 3600))
+        (self._place / "next").rename(self._place / "shift")
+
+    def shown_in(self, on: Worker) -> float:
+        """Return the hours by which it is wrong."""
+        return (float(on.run("python3", "-c", "import time; print(time.time())")) - time.time()) / 3600
+
+
+def test_a_wall_clock_that_jumps_ends_no_lease_and_lengthens_none(network: Network, join: Path, folder: Path) -> None:
+    clock = WallClock(folder)
+    with scene(network, join, folder, ["one"], *clock.options) as found:
+        rental, on = found.rentals["one"], found.worker
+        run_in_background(rental, "os.setsid(); tick_for_ever()")
+        wait_until(lambda: len(found.ticks(rental)) > 2, "it ticks")
+        for hours in (-5, 9, -720):
+            clock.set(hours)
+            assert abs(clock.shown_in(on) - hours) < 0.1
+            beats, ticks = len(found.manager.of("/api/heartbeat")), len(found.ticks(rental))
+            wait_until(
+                lambda n=beats: len(found.manager.of("/api/heartbeat")) > n + 3, "it calls home at its interval", 5
+            )
+            assert len(found.ticks(rental)) > ticks
+            assert found.states(rental) != {"T"}
+        assert "no right to run" not in on.log().partition("registered as")[2]
+        found.cut()
+        clock.set(-960)  # a lease by this clock would now end in a month
+        wait_until(lambda: found.states(rental) == {"T"}, "it is frozen as ever", FROZEN_WITHIN_S)
+        assert max(found.ticks(rental)) - found.cut_at < FROZEN_WITHIN_S
+        clock.set(960)
+        found.mend()
+        wait_until(lambda: found.states(rental) != {"T"}, "it goes on as ever")
+        items = json.loads(on.run("orion-rental", "inventory"))["rentals"]
+        assert [(item["rental_id"], item["state"]) for item in items] == [(rental.rental_id, "running")]
