@@ -86,7 +86,7 @@ They are fixed, whatever the other side says; rsync asks for the same with the o
 """
 TRANSFERS = ("send", "salvage", "receive")
 MARK = re.compile(r"[0-9a-f]{0,32}")
-LONGEST_REQUEST = 16384
+LONGEST_REQUEST = 1 << 16
 MOST_ODD_BYTES = 4000
 """Bytes of the paths of odd directories that the other side is told of; beyond that, they are named as not whole."""
 MADE_WITHIN_S = 1.0

@@ -237,6 +237,39 @@ async def test_a_home_that_changes_while_it_is_read_is_copied_and_nothing_of_oth
     rental.ssh("kill -9 -1")
 
 
+LONG_NAMES = r"""
+import os
+os.chdir(os.path.expanduser("~"))
+letters = "\N{CYRILLIC SMALL LETTER ZHE}" * 127
+os.mkdir(letters)
+for number in range(30):
+    name = f"{letters}/{number:02}{letters[2:]}"
+    open(name, "w").close()
+    os.setxattr(name, "user.rsync.%mine", b"reserved")
+"""
+"""Names that are as long as can be, of files that are carried in part."""
+MANY_SHUT = r"""
+import itertools, os, string
+os.chdir(os.path.expanduser("~"))
+for name in itertools.islice(itertools.product(string.ascii_letters, repeat=2), 990):
+    os.mkdir("".join(name))
+    os.chmod("".join(name), 0o300)
+"""
+"""As many directories as there can be of whose modes the manager is told, by names that are as short as can be."""
+
+
+@pytest.mark.parametrize("furnish", [LONG_NAMES, MANY_SHUT], ids=["long names", "many modes"])
+async def test_what_is_told_of_a_home_is_no_reason_to_copy_nothing_of_it_or_to_fill_none(
+    real: RealVault, rental: Rental, neighbour: Worker, furnish: str
+) -> None:
+    rental.python(furnish)
+    before = rental.ssh("stat -c '%A %n' *").stdout
+    copied = (await real.client.copy(home_of(rental), LIMITS)).copy
+    assert len(copied.skipped) == (20 if furnish is LONG_NAMES else 0)
+    there = await move(real, rental, neighbour)
+    assert there.ssh("stat -c '%A %n' *").stdout == before
+
+
 async def test_a_copy_that_comes_before_its_account_fills_the_home_as_soon_as_that_is_there(bench: RealBench) -> None:
     home = bench.new_home()
     await bench.create(home, let_in=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -10,11 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import files
 import pytest
 
 from orion.manager.engine.vault import transfer
 from orion.manager.engine.vault.port import VaultError
-from orion.manager.engine.vault.transfer import Far, Idle, Transfer
+from orion.manager.engine.vault.transfer import MOST_FOLDERS_BYTES, Far, Hello, Idle, Transfer
 from orion.manager.engine.vault.watch import Watch
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="ssh runs as an account of its own")
@@ -155,3 +157,45 @@ def test_a_transfer_is_idle_while_nothing_is_done_and_this_process_runs() -> Non
     assert not idle.is_too_long(1, 10.0), "something was done in the last second"
     assert not idle.is_too_long(1, 500.0), "this process was stopped meanwhile"
     assert [idle.is_too_long(1, 500.0 + now) for now in range(1, 10)] == [*[False] * 8, True]
+
+
+def test_an_answer_as_long_as_an_honest_one_can_be_is_heard(watch: Watch) -> None:
+    skipped = json.dumps(["\N{GRINNING FACE}" * 200] * 20)
+    assert len(skipped) > 48_000
+    told = f'{{"ok": true, "skipped": {skipped}}}'.replace("\\", "\\\\")
+    assert len(list(heard(f"echo; read -r request; printf '{told}\n'", watch)["skipped"])) == 20  # type: ignore[call-overload]
+
+
+def test_an_answer_that_goes_ever_deeper_is_none(watch: Watch) -> None:
+    with pytest.raises(VaultError, match="its answer is not one"):
+        heard("echo; read -r request; head -c 90000 /dev/zero | tr '\\0' '['; echo", watch)
+
+
+@pytest.mark.parametrize(
+    ("path", "mode"),
+    [
+        ("../escape", 448),
+        (b"/etc".hex(), 448),
+        (b"./../x".hex(), 448),
+        (b".//x".hex(), 448),
+        (b"./\0".hex(), 448),
+        (b"./n".hex().upper(), 448),
+        (b"./x".hex(), 1 << 40),
+        (b"./x".hex(), -1),
+        (b"./x".hex(), float("inf")),
+        (b"./x".hex(), None),
+    ],
+)
+def test_modes_that_no_worker_would_take_back_are_no_part_of_a_copy(path: str, mode: float) -> None:
+    """A home could not be filled with that copy any more."""
+    good = {b".".hex(): 0o300, b"./a\n\xff".hex(): 0o7300}
+    assert Hello.of({"folders": good}).folders == good
+    with pytest.raises(VaultError):
+        Hello.of({"folders": good | {path: mode}})
+
+
+def test_all_modes_that_are_kept_fit_into_a_request_to_a_worker() -> None:
+    many = {f"./{number:08}".encode().hex(): 0o300 for number in range(5000)}
+    with pytest.raises(VaultError):
+        Hello.of({"folders": many})
+    assert MOST_FOLDERS_BYTES <= files.LONGEST_REQUEST // 2

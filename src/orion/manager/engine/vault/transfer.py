@@ -54,7 +54,10 @@ LOOK_EVERY_S = 1.0
 LISTS_BYTES = 8 << 20
 LISTS_BYTES_A_FILE = 1200
 """Bytes of a stream beyond the content of files, and more for each file: names, attributes, what rsync says."""
-LONGEST_HELLO = 16384
+LONGEST_HELLO = 1 << 17
+"""Bytes of an answer. An honest one may have 20 names of 200 letters in it, of 12 bytes each as JSON writes them."""
+MOST_FOLDERS_BYTES = 1 << 15
+"""Bytes of the modes of directories: less than a worker takes in a request, which they come back to it in."""
 SKIPPED_SHOWN = 20
 LONGEST_S = 3600.0
 REACHED_WITHIN_S = 20.0
@@ -109,10 +112,24 @@ class Hello:
         try:
             skipped = tuple(plain(str(name))[:200] for name in list(answer.get("skipped", ()))[:SKIPPED_SHOWN])
             age_s, pause_s = (min(max(0.0, float(answer.get(name, 0))), LONGEST_S) for name in ("age_s", "pause_s"))
-            folders = {str(path): int(mode) for path, mode in dict(answer.get("folders", {})).items()}
+            folders = _modes(dict(answer.get("folders", {})))
             return cls(answer.get("same") is True, answer.get("whole") is True, age_s, pause_s, skipped, folders)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise VaultError("unreachable", "the worker cannot be asked: its answer is not one") from error
+
+
+def _modes(told: dict[Any, Any]) -> dict[str, int]:
+    """Return modes of directories by path. Raise ValueError for such as no worker takes that a home is filled on."""
+    found = {str(path): int(mode) for path, mode in told.items()}
+    for path, mode in found.items():
+        names = bytes.fromhex(path).split(b"/")
+        if names[0] != b"." or any(name in {b"", b".."} or b"\0" in name for name in names) or path != path.lower():
+            raise ValueError("a path is none below a home")
+        if not 0 <= mode < 0o10000:
+            raise ValueError("a mode is none")
+    if len(json.dumps(found)) > MOST_FOLDERS_BYTES:
+        raise ValueError("there are too many of them")
+    return found
 
 
 class Far:
@@ -153,7 +170,7 @@ class Far:
             line = self._line(watch)
         try:
             answer = dict(json.loads(line))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             said = "its answer is not one" if line else self._last_words(watch)
             raise VaultError("unreachable", f"the worker cannot be asked: {said}") from error
         if answer.get("ok") is not True:
