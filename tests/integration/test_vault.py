@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import subprocess
 from collections.abc import Iterator
@@ -235,6 +236,40 @@ async def test_a_home_that_changes_while_it_is_read_is_copied_and_nothing_of_oth
         assert content <= {"mine\n", "", "/etc/shadow", "/etc"}, "a link is kept as a file with where it leads"
         assert secret not in content
     rental.ssh("kill -9 -1")
+
+
+STAT = "user.rsync.%stat"
+SPOILED = {
+    "a folder": "40755 0,0 0:0",
+    "a link": "120777 0,0 0:0",
+    "a device": "60666 8,0 0:0",
+    "root's": "104755 0,0 0:0",
+    "another's": "100644 0,0 900:902",
+    "sub": "120777 0,0 0:0",
+}
+"""What a compromised worker may have written of its files in a copy, as rsync keeps it."""
+
+
+async def test_a_home_is_filled_by_its_renter_whatever_a_copy_says_of_its_files(
+    real: RealVault, rental: Rental, neighbour: Worker
+) -> None:
+    rental.python("import os\nos.chdir(os.path.expanduser('~'))\nos.mkdir('sub')\nopen('sub/inside', 'w').write('x')")
+    for name in SPOILED.keys() - {"sub"}:
+        rental.ssh(f'printf /etc > "{name}"')
+    rental.ssh("echo precious > honest")
+    copied = (await real.client.copy(home_of(rental), LIMITS)).copy
+    place = real.copy_of(home_of(rental), str(copied.generation))
+    for name, told in SPOILED.items():
+        os.setxattr(place / name, STAT, told.encode())
+    there = replace(rental, on=neighbour, epoch=2)
+    await _rental(neighbour, "create", **there.variables, public_keys=[there.key.public])
+    before = neighbour.run("sh", "-c", "ls -la /etc | sha256sum")
+    filled = await real.client.restore(home_of(there))
+    assert filled
+    wrong = f"find /home/{there.username} '(' ! -uid {there.uid} -o -type b -o -type c ')'"
+    assert neighbour.run("sh", "-c", wrong) == ""
+    assert neighbour.run("sh", "-c", "ls -la /etc | sha256sum") == before
+    assert neighbour.run("cat", f"/home/{there.username}/honest") == "precious\n"
 
 
 LONG_NAMES = r"""

@@ -25,7 +25,7 @@ from orion.manager.domain.copies import BLOCK_BYTES
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.client import VaultClient
 from orion.manager.engine.vault.disk import Disk
-from orion.manager.engine.vault.port import OVER_LIMIT, OVER_SHARE, Home, Limits
+from orion.manager.engine.vault.port import OVER_LIMIT, OVER_SHARE, Home, Limits, VaultError
 from orion.manager.engine.vault.transfer import OPTIONS
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acting under other uids needs root; CI is root")
@@ -251,6 +251,55 @@ async def test_names_that_lead_out_of_a_home_lead_nowhere(copied: Liar, name: st
     assert list(outside.iterdir()) == []
     assert "escape" not in os.listdir("/tmp")  # noqa: PTH208, S108
     assert [file for file in copied.place.rglob("escape*") if "home" not in file.parts[-2:]] == []
+
+
+LISTED = r"""
+def rsync(*listed):
+    with open("../list", "wb") as file:
+        file.write(b"\0".join(listed))
+    subprocess.run(["rsync", *ARGUMENTS])
+"""
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        [b"d", b"d/x"],
+        [b"d/x", b"d"],
+        [b"d/x", b"d/x", b"d", b"d", b"."],
+        [b"./d/../d/x", b"//d//x", b"d/./x"],
+        [b"d/../../outside/x", b"../outside/x"],
+        [b"/d/x", b"-rf", b"--delete", b"d/" + b"y" * 255, b"d/" * 2000 + b"x"],
+        [b"d\n/x", b"\xff\xfe/x", b"\x1b[2J"],
+    ],
+    ids=lambda listed: repr(listed[0]),
+)
+@pytest.mark.parametrize("becomes", ["a link", "a file"])
+async def test_a_directory_that_is_something_else_in_the_next_copy_leads_nowhere(
+    copied: Liar, listed: list[bytes], becomes: str
+) -> None:
+    outside = copied.place / "outside"
+    shutil.rmtree(outside, ignore_errors=True)
+    outside.mkdir()
+    outside.chmod(0o777)
+    (copied.home / "d").mkdir()
+    (copied.home / "d/x").write_text("first")
+    await copied.client.copy(copied.of, LIMITS)
+    shutil.rmtree(copied.home / "d")
+    if becomes == "a link":
+        (copied.home / "d").symlink_to(outside)
+        (outside / "x").write_text("worker's")
+    else:
+        (copied.home / "d").write_text("file")
+    copied.says(f"{LISTED}\nhello(); rsync(*{listed!r})")
+    with suppress(VaultError):
+        await copied.client.copy(copied.of, LIMITS, deadline_s=10.0)
+    found = {file.name: file.read_text() for file in outside.iterdir()}
+    assert found == ({"x": "worker's"} if becomes == "a link" else {})
+    assert copied.kept["honest"] == "first"
+    places = [place for place in (copied.place / "copies" / copied.name).rglob("*") if place.is_symlink()]
+    assert places == [], "a link is kept as a file with where it leads"
+    assert not (copied.place / "copies" / copied.name / "outside").exists()
 
 
 def test_both_sides_mean_the_same(liar: Liar) -> None:
