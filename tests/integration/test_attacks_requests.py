@@ -415,13 +415,13 @@ async def test_what_is_left_of_a_body_is_never_a_request_of_anybody(attacked: Pl
     added = b"Authorization: Bearer " + token + b"\r\nHost:" if token else b"Host:"
     sent = [(name, expected, ends) for name, (_, expected) in AFTER_A_BODY.items() for ends in (False, True)]
     tries = [
-        raw(attacked.door.http_port, AFTER_A_BODY[name][0].replace(b"Host:", added, 1), within_s=2, ends=ends)
+        raw(attacked.door.http_port, AFTER_A_BODY[name][0].replace(b"Host:", added, 1), within_s=1.2, ends=ends)
         for name, _, ends in sent
     ]
-    answers, _ = await asyncio.gather(asyncio.gather(*tries), honest_calls(attacked, 2))
+    answers, _ = await asyncio.gather(asyncio.gather(*tries), honest_calls(attacked, 1.2))
     for (name, expected, ends), answer in zip(sent, answers, strict=True):
         statuses = [int(line.split()[1]) for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
-        allowed = {422 if token and status == 401 else status for status in expected} | ({422} if token else set())
+        allowed = {*expected} - {401} | {422 if token else 401}  # the manager may be faster than what makes it a trick
         assert set(statuses) <= allowed, (name, answer)
         assert len(statuses) <= 1 + (100 in statuses), (name, answer)
         assert ends or statuses or name in UNENDED, (name, "nobody answered")
@@ -435,7 +435,7 @@ async def test_what_comes_behind_a_body_that_was_given_up_is_nobodys_request(att
     port, whole = attacked.door.http_port, b"Authorization: Bearer " + attacked.token("late").encode()
     slow = [(framed(whole, b"Content-Length: 900", body=b" "), b" "), (framed(whole, IN_CHUNKS, body=b""), chunk(b" "))]
     tries = [given_up(port, begins, more) for begins, more in slow]
-    answers, _ = await asyncio.gather(asyncio.gather(*tries), honest_calls(attacked, 16))
+    answers, _ = await asyncio.gather(asyncio.gather(*tries), honest_calls(attacked, 15.5))
     for answer in answers:
         assert answer.startswith(b"HTTP/1.1 408 "), answer
         assert answer.count(b"HTTP/1.1 ") == 1, answer
@@ -532,11 +532,11 @@ BY_HTTP_2: dict[str, tuple[list[bytes], set[bytes]]] = {
 
 async def test_what_http_2_can_say_and_http_1_cannot_becomes_no_other_request(attacked: Platform) -> None:
     port = attacked.door.https_port
-    sent = [exchange(port, *frames, within_s=2) for frames, _ in BY_HTTP_2.values()]
-    answers, _ = await asyncio.gather(asyncio.gather(*sent), honest_calls(attacked, 2))
+    sent = [exchange(port, *frames, within_s=1.2) for frames, _ in BY_HTTP_2.values()]
+    answers, _ = await asyncio.gather(asyncio.gather(*sent), honest_calls(attacked, 1.2))
     for (name, (_, expected)), answer in zip(BY_HTTP_2.items(), answers, strict=True):
         assert len(answer) <= 1, (name, answer)
-        assert {status for _, status, _ in answer} <= expected, (name, answer)
+        assert {status for _, status, _ in answer} <= expected | {b"401"}, (name, answer)
         assert answer or b"401" in expected, (name, "nobody answered")
         assert b"through_the_door" not in b"".join(body for _, _, body in answer), name
         assert all(json.loads(body)["code"] for _, _, body in answer), name

@@ -295,7 +295,7 @@ def test_a_wall_clock_that_jumps_ends_no_lease_and_lengthens_none(network: Netwo
         rental, on = found.rentals["one"], found.worker
         run_in_background(rental, "os.setsid(); tick_for_ever()")
         wait_until(lambda: len(found.ticks(rental)) > 2, "it ticks")
-        for hours in (-5, 9, -720):
+        for hours in (-5, 720):
             clock.set(hours)
             assert abs(clock.shown_in(on) - hours) < 0.1
             beats, ticks = len(found.manager.of("/api/heartbeat")), len(found.ticks(rental))
