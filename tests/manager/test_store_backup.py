@@ -21,7 +21,9 @@ from support.house import House
 from orion.manager.settings import Settings
 from orion.manager.store import tokens
 from orion.manager.store.backup import EPOCH_GAP, UID_GAP, Backups, NotABackup
+from orion.manager.store.backup_rows import _CONDITIONS
 from orion.manager.store.database import MIGRATIONS, Store
+from orion.manager.store.schema import metadata
 
 RENTAL = (
     "INSERT INTO rentals (id, name, owner, username, uid, state, epoch, public_key, ttl_s, labels, created_at) "
@@ -395,3 +397,8 @@ async def test_what_is_no_backup_is_not_taken_to_its_end(store: Store, database:
     assert (reply.status_code, reply.json()["code"]) == (422, "not_a_backup")
     assert given < 10
     assert not list(database.parent.glob("*upload*"))
+
+
+def test_what_is_asked_of_a_column_is_asked_of_one_that_there_is() -> None:
+    columns = {f"{table.name}.{column.name}" for table in metadata.sorted_tables for column in table.columns}
+    assert columns >= _CONDITIONS.keys()

@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sqlalchemy import JSON, Boolean, Column, Float, Integer
+from sqlalchemy import JSON, Boolean, Column, Float, Integer, Table
 
 from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
 from orion.manager.store.schema import metadata
@@ -52,20 +52,24 @@ _CONDITIONS = {
 
 def strange_column(connection: sqlite3.Connection) -> str:
     """Return the name of the first column that holds, in some row, what this manager never writes; empty for none."""
-    for name, condition in _expected():
-        table, _, column = name.partition(".")
-        query = f'SELECT 1 FROM "{table}" WHERE NOT coalesce({condition.format(_quoted(column))}, 0) LIMIT 1'  # noqa: S608
-        if connection.execute(query).fetchone():
-            return name
+    for table in metadata.sorted_tables:
+        conditions = [(name, f"coalesce({condition.format(_quoted(name))}, 0)") for name, condition in _expected(table)]
+        if not _all_true(connection, table.name, " AND ".join(condition for _, condition in conditions)):
+            return next(f"{table}.{name}" for name, one in conditions if not _all_true(connection, table.name, one))
     return ""
 
 
-def _expected() -> Iterator[tuple[str, str]]:
+def _all_true(connection: sqlite3.Connection, table: str, condition: str) -> bool:
+    query = f'SELECT 1 FROM "{table}" WHERE NOT ({condition}) LIMIT 1'  # noqa: S608 - names and conditions of ours
+    return connection.execute(query).fetchone() is None
+
+
+def _expected(table: Table) -> Iterator[tuple[str, str]]:
     """Give each column with what has to be true of it: first its type, then what its value may be."""
-    for table in metadata.sorted_tables:
-        for column in table.columns:
-            yield f"{table.name}.{column.name}", _typed(column)
-    yield from _CONDITIONS.items()
+    for column in table.columns:
+        yield column.name, _typed(column)
+        if condition := _CONDITIONS.get(f"{table.name}.{column.name}"):
+            yield column.name, condition
 
 
 def _typed(column: Column[Any]) -> str:
