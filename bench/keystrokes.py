@@ -62,7 +62,7 @@ def measure(keys: int) -> Result:
             result.at_most(f"{way} beside {BUSY}, p99", 1000 * percentile(seconds, 0.99), 30, " ms")
         result.times(f"GET /api/status, beside {BUSY}", asked)
         with stack.caller() as asking:
-            doubted = _doubts(asking)
+            doubted = doubts(asking)
         result.details["doubted"] = doubted
         result.at_most("workers that were doubted meanwhile", len(doubted), 0)
     return result
@@ -223,8 +223,8 @@ def _status_s(door: Caller) -> float:
     return door.must("GET", "/api/status").seconds
 
 
-def _doubts(door: Caller) -> list[dict[str, Any]]:
-    """Since this platform began."""
+def doubts(door: Caller) -> list[dict[str, Any]]:
+    """Return the events of workers that were suspected or declared down since this platform began."""
     found: list[dict[str, Any]] = []
     after = 0
     while events := door.must("GET", f"/api/events?after={after}&limit=100").body["items"]:
