@@ -52,7 +52,7 @@ class StoppedLogIns:
         for task, name in found:
             if self._seen[task] >= LOOKS:
                 renter = {uid: each for uid, each in renters.items() if each == name}
-                for pid in (task.pid, task.parent):
+                for pid in (task.parent, task.pid):  # the one that waits first, so that it does nothing more
                     processes.send(pid, renter, signal.SIGKILL)
                 self._say(f"{name} has stopped a log-in of its own: it was ended")
 
