@@ -83,6 +83,11 @@ write_trusted() {
 count_places() {
     kib=$(memory_limit_kib)
     places=$(((kib - kib_without) / kib_each))
+    # Each is a file, of one of two workers, which have some others besides.
+    files=$(ulimit -n)
+    if [ "$files" != unlimited ] && [ "$places" -gt $((2 * (files - 100))) ]; then
+        places=$((2 * (files - 100)))
+    fi
     requests=$((places / 2))
     visitors=$((requests * 7 / 8))
     if [ "$requests" -lt 256 ]; then
@@ -269,6 +274,7 @@ end() {
 }
 
 trap 'exit 0' QUIT TERM INT # process 1 gets no signal that it has no handler for
+ulimit -n "$(ulimit -Hn)"
 if [ "${1:-}" != filtered ]; then
     subnet=${ORION_SUBNET:-172.20.0.0/16} gateway=$(gateway_address)
     write_trusted

@@ -15,6 +15,7 @@ import httpx
 import pytest
 from platform_support import Platform
 from proxy_support import Proxy, outer_proxy, wait_until
+from support import http2
 
 from bench.strangers import ATTACKS, HEADERS, addresses, attacking, open_from
 from orion.manager.api.bodies import UNKNOWN_WITHIN_S, WHOLE_WITHIN_S
@@ -89,29 +90,14 @@ STREAMS = 20
 def unread_streams(attacked: Platform) -> socket.socket:
     """HTTP/2, with a window of nothing: the answers of many requests wait in the proxy."""
 
-    def literal(name: bytes, value: bytes) -> bytes:
-        return b"\x00" + bytes([len(name)]) + name + (bytes([len(value)]) if len(value) < 127 else _long(value)) + value
-
-    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-    headers = [(b":method", b"GET"), (b":scheme", b"http"), (b":path", LARGE_FILE.encode()), (b":authority", b"x")]
-    headers += [(b"x-%d" % number, b"a" * 3500) for number in range(4)]
-    block = b"".join(literal(*header) for header in headers)
+    fields = [(":method", "GET"), (":scheme", "http"), (":path", LARGE_FILE), (":authority", "x")]
+    fields += [(f"x-{number}", "a" * 3500) for number in range(4)]
     there = socket.create_connection(address(attacked.door), timeout=30)
-    there.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"\x00\x04\x00\x00\x00\x00"))
+    no_window = b"\x00\x04\x00\x00\x00\x00"
+    there.sendall(http2.PREFACE + http2.frame(http2.SETTINGS, 0, 0, no_window))
     for number in range(STREAMS):
-        there.sendall(frame(1, 0x05, 2 * number + 1, block))
+        there.sendall(http2.headers(fields, 2 * number + 1, ends=True))
     return there
-
-
-def _long(value: bytes) -> bytes:
-    """The length of a string of more than 126 bytes, as HPACK writes it (RFC 7541, 5.1)."""
-    left, written = len(value) - 127, [127]
-    while left >= 128:
-        written.append(left % 128 + 128)
-        left //= 128
-    return bytes([*written, left])
 
 
 KINDS: dict[str, tuple[Callable[[Platform], socket.socket], int, int]] = {

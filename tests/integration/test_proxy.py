@@ -245,6 +245,15 @@ def test_a_flood_of_one_kind_is_refused_and_starves_no_other(client: httpx.Clien
         assert client.post(other, headers=caller).status_code == 200, f"{flooded} starved {other}"
 
 
+def test_the_refusals_of_a_flood_do_not_fill_the_log(door: Proxy, client: httpx.Client) -> None:
+    limited = refused(flood(client, RENT, 1200, bearer(104)))
+    assert len(limited) > 300
+    last = client.get(REST, headers=bearer(105)).headers["x-request-id"]
+    wait_until(lambda: any(line["request_id"] == last for line in door.access_log()), "the log has what came after")
+    identities = {reply.headers["x-request-id"] for reply in limited}
+    assert sum(line["request_id"] in identities for line in door.access_log()) < len(limited) / 10
+
+
 def test_a_flood_of_anything_else_leaves_registration_alone(client: httpx.Client) -> None:
     wait_until(lambda: client.post(REGISTER).status_code == 200, "an earlier flood of registrations is over")
     assert refused(flood(client, HEARTBEAT, 200, bearer(110)))

@@ -24,15 +24,24 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def said(place: Path, script: str, memory: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run a few of its functions. `memory`: what the file of the container's limit says; empty: there is none."""
+def said(
+    place: Path, script: str, memory: str = "", files: str = "unlimited", **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a few of its functions.
+
+    `memory`: what the file of the container's limit says; empty: there is none. `files`: how many a process may open.
+    """
     functions = ENTRYPOINT.partition("\ntrap 'exit 0'")[0].replace("/run/", f"{place}/run/")
     functions = functions.replace("/proc/net/route", str(place / "route"))
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         functions = functions.replace(file, str(place / "memory"))
     if memory:
         (place / "memory").write_text(f"{memory}\n")
-    command = ["sh", "-c", f"{functions}\nsubnet=172.16.0.0/12 gateway=172.16.0.1\n{script}"]
+    command = [
+        "sh",
+        "-c",
+        f"{functions}\nsubnet=172.16.0.0/12 gateway=172.16.0.1\nulimit() {{ echo {files}; }}\n{script}",
+    ]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, check=False)
 
 
@@ -47,6 +56,11 @@ def test_there_are_as_many_places_as_the_memory_has_room_for(place: Path, memory
     written = (place / "run" / "orion-places.conf").read_text()
     assert written == f"limit_conn requests {requests // 5};\nlimit_conn all_requests {requests * 7 // 8};\n"
     assert (place / "run" / "orion-events.conf").read_text() == f"worker_connections {requests};\n"
+
+
+def test_there_are_no_more_places_than_nginx_may_open_files(place: Path) -> None:
+    assert "room for 1000 requests at a time" in said(place, "write_places", str(768 * MIB), files="1100").stdout
+    assert "room for 2157 requests at a time" in said(place, "write_places", str(768 * MIB), files="20000").stdout
 
 
 def test_too_little_memory_is_refused_with_what_would_be_enough(place: Path) -> None:
