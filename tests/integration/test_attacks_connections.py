@@ -9,7 +9,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 
 import httpx
 import pytest
@@ -233,6 +234,51 @@ def test_strangers_of_many_addresses_keep_no_worker_out_and_leave_memory(
     held, figures = under(attack, attacked, strangers, LIKE_A_WORKER)
     record_property("cost", {"held": held} | figures)
     assert room(attacked.door) // 4 < held <= room(attacked.door) * 7 // 8
+
+
+def requests_of_nothing(number: int) -> bytes:
+    fields = [(":method", "GET"), (":scheme", "http"), (":path", "/api/rentals"), (":authority", "x")]
+    streams = range(number + 1, number + 101, 2)
+    return b"".join(http2.headers(fields, stream, ends=True) + http2.reset(stream) for stream in streams)
+
+
+FRAMES: dict[str, Callable[[int], bytes]] = {
+    "requests that are taken back": requests_of_nothing,
+    "headers that go on": lambda _: (
+        http2.frame(http2.HEADERS, 1, 1, b"\0\x01x\x01y") + http2.frame(9, 0, 1, b"a" * 4100) * 10
+    ),
+    "settings": lambda _: http2.frame(http2.SETTINGS, 0, 0, b"\0\x04\0\0\xff\xff") * 200,
+    "pings": lambda _: http2.frame(6, 0, 0, b"12345678") * 200,
+    "priorities": lambda _: http2.frame(2, 0, 1, b"\0\0\0\0\x10") * 200,
+}
+"""What a client of HTTP/2 may send without an end, by how much it has sent already."""
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+def test_frames_of_http_2_without_an_end_disturb_nobody_and_take_no_memory(
+    attacked: Platform, strangers: tuple[str, ...], kind: str
+) -> None:
+    door, ends_at, sent = attacked.door, time.monotonic() + 3, list[int]()
+
+    def send() -> None:
+        while time.monotonic() < ends_at:
+            with suppress(OSError), socket.create_connection(address(door), 5, (strangers[0], 0)) as there:
+                there.sendall(http2.PREFACE + http2.frame(http2.SETTINGS, 0, 0))
+                while time.monotonic() < ends_at:
+                    there.sendall(FRAMES[kind](100 * len(sent)))
+                    sent.append(1)
+
+    before, before_kib = workers_of_nginx(door), memory_kib(door)
+    with outer_proxy(door) as url, ThreadPoolExecutor(4) as attackers:
+        someone = Inside(url)
+        with someone.at_work():
+            for each in [attackers.submit(send) for _ in range(4)]:
+                each.result(30)
+    assert len(sent) > 100
+    assert someone.calls > 10
+    assert not someone.faults, someone.faults[:5]
+    assert workers_of_nginx(door) == before, "none was killed"
+    assert memory_kib(door) - before_kib < 32 * 1024
 
 
 def test_a_visitor_with_as_many_requests_as_it_may_have_is_told_so(
