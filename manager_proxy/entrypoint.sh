@@ -84,6 +84,7 @@ count_places() {
     kib=$(memory_limit_kib)
     places=$(((kib - kib_without) / kib_each))
     # Each is a file, of one of two workers, which have some others besides.
+    # shellcheck disable=SC3045 # Debian's sh knows it
     files=$(ulimit -n)
     if [ "$files" != unlimited ] && [ "$places" -gt $((2 * (files - 100))) ]; then
         places=$((2 * (files - 100)))
@@ -274,6 +275,7 @@ end() {
 }
 
 trap 'exit 0' QUIT TERM INT # process 1 gets no signal that it has no handler for
+# shellcheck disable=SC3045 # Debian's sh knows both
 ulimit -n "$(ulimit -Hn)"
 if [ "${1:-}" != filtered ]; then
     subnet=${ORION_SUBNET:-172.20.0.0/16} gateway=$(gateway_address)
