@@ -63,11 +63,14 @@ CALLS = Attack(CALLS_AT_ONCE, CALL, CALL)
 
 @contextmanager
 def addresses(number: int) -> Iterator[tuple[str, ...]]:
-    """Give this machine more addresses, from which nobody else calls; by root alone."""
+    """Give this machine more addresses, from which nobody else calls; by root alone.
+
+    Their scope keeps the kernel from choosing one of them for anybody who did not ask for it.
+    """
     net = f"198.18.{secrets.randbelow(256)}"
     made = tuple(f"{net}.{last}" for last in range(1, number + 1))
     for one in made:
-        subprocess.run(["ip", "address", "add", f"{one}/32", "dev", "lo"], check=True)
+        subprocess.run(["ip", "address", "add", f"{one}/32", "dev", "lo", "scope", "host"], check=True)
     try:
         yield made
     finally:
