@@ -119,8 +119,8 @@ async def moving_files(stage: Stage) -> None:
     stage.arm()
     dead.die()
     await stage.until(lambda r: r["state"] == "active" and r["worker_id"] != dead.worker_id, lab)
-    home = stage.holder(await stage.rental(lab)).node.homes[lab["id"]]
-    assert home == {"precious": "first"}
+    home = await stage.home(lab)
+    assert home == {"precious": "first"}, f"it has {home}"
     stage.return_of(dead)
     await stage.until_health(dead, "ready")
 
@@ -199,7 +199,7 @@ async def _has_all(stage: Stage, lab: dict[str, str]) -> None:
 
     On a busy machine that may be heard too late, by the second that it has here: then a copy from before counts.
     """
-    home = stage.holder(await stage.rental(lab)).node.homes[lab["id"]]
+    home = await stage.home(lab)
     lost = stage.rows("SELECT rental_id, epoch FROM events WHERE kind = 'placement.lost'")
     unheard = {"rental_id": lab["id"], "epoch": 1} in lost
     assert home == {"precious": "first"} or (unheard and home == {}), f"it has {home}; lost: {lost}"

@@ -279,6 +279,20 @@ class Stage:
                 return
             await asyncio.sleep(LOOK_S)
 
+    async def home(self, rental: dict[str, Any]) -> dict[str, str]:
+        """Return the files that it has while it is active.
+
+        On a busy machine its next worker may be lost as well: so it is asked for before and after they are read.
+        """
+        while True:
+            before = await self.rental(rental)
+            agent = self.holder(before) if before["state"] == "active" else None
+            found = dict(agent.node.homes[rental["id"]]) if agent else {}
+            after = await self.rental(rental)
+            if agent and (after["state"], after["epoch"]) == ("active", before["epoch"]):
+                return found
+            await asyncio.sleep(LOOK_S)
+
     async def until_worker(self, agent: Agent, check: Callable[[dict[str, Any]], bool]) -> None:
         """The worker is known, and as `check` wants it."""
         while True:
