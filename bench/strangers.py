@@ -1,4 +1,4 @@
-"""What strangers without a token can cost those who are inside: by thousands of connections, and by calls without end.
+"""Measures what strangers without a token cost those who are inside: by thousands of connections, by calls without end.
 
 Their connections come from addresses of their own, which this machine gets for it (198.18.0.0/15 is set aside for
 measurements, RFC 2544), in a process of its own. The processor time of that process is lacking to all others here.
@@ -37,7 +37,8 @@ SETTLES_S = 3.0
 NOBODYS_PORT = 1
 """An attack there costs this machine what the attackers themselves take of it: with that the others are compared."""
 CALLS_AT_ONCE = 100
-MEMORY = "cat /sys/fs/cgroup/memory.stat 2>/dev/null || cat /sys/fs/cgroup/memory/memory.stat"
+MEMORY = ("sh", "-c", "cat /sys/fs/cgroup/memory.stat 2>/dev/null || cat /sys/fs/cgroup/memory/memory.stat")
+"""The command that prints a container's memory, inside it; see `counted_kib`."""
 
 
 class Attack(NamedTuple):
@@ -158,6 +159,13 @@ def open_from(sources: Sequence[str], proc_net_tcp: str) -> int:
     return sum(row[2].partition(":")[0] in of_them and row[3] == "01" for row in rows)
 
 
+def counted_kib(memory_stat: str) -> float:
+    """Return the memory that counts against a container's limit, without the cache of files, in KiB."""
+    told = {name: int(value) for name, value in (line.split() for line in memory_stat.splitlines())}
+    kinds = ("anon", "shmem", "kernel", "sock") if "anon" in told else ("total_rss", "total_shmem")
+    return sum(told.get(kind, 0) for kind in kinds) / 1024
+
+
 @contextmanager
 def attacking(attack: Attack, to: tuple[str, int], sources: Sequence[str]) -> Iterator[Strangers]:
     """Attack from a thread of this process, which needs many descriptors for it."""
@@ -176,12 +184,12 @@ def attacking(attack: Attack, to: tuple[str, int], sources: Sequence[str]) -> It
 
 @dataclass
 class Inside:
-    """What those who are inside noticed; seconds of each."""
+    """Measurements of those who are inside, in seconds."""
 
     keys: list[float] = field(default_factory=list)
     rents: list[float] = field(default_factory=list)
     newcomers: list[float] = field(default_factory=list)
-    """From the connection of somebody who comes for the first time to the answer."""
+    """Times of a first call, its connection included."""
     failed: int = 0
     kept_out: int = 0
 
@@ -233,7 +241,7 @@ def _case(
         for thread in (renting, coming):
             thread.start()
         inside.keys = echoes(typist, keys)
-        memory_mib = _memory_mib(stack)
+        memory_mib = counted_kib(stack.inside("manager_proxy", *MEMORY)) / 1024
         held = open_from(
             strangers["sources"] if strangers else (), stack.inside("manager_proxy", "cat", "/proc/net/tcp")
         )
@@ -283,7 +291,7 @@ def _process(strangers: dict[str, Any] | None, before: Callable[[], object]) -> 
 
 
 def _rent_each_second(door: Caller, renter: Renter, inside: Inside, ending: threading.Event) -> None:
-    """By a connection that is open already."""
+    """Rent and release by a connection that is open already."""
     while not ending.is_set():
         began = time.monotonic()
         try:
@@ -304,13 +312,6 @@ def _come_each_second(stack: Stack, inside: Inside, ending: threading.Event) -> 
                 inside.newcomers.append(time.monotonic() - began)
             except (OSError, HTTPException, RuntimeError):
                 inside.kept_out += 1
-
-
-def _memory_mib(stack: Stack) -> float:
-    """Return what counts against the limit of manager_proxy, without the cache of files."""
-    told = dict(line.split() for line in stack.inside("manager_proxy", "sh", "-c", MEMORY).splitlines())
-    kinds = ("anon", "shmem", "kernel", "sock") if "anon" in told else ("total_rss", "total_shmem")
-    return sum(int(told.get(kind, 0)) for kind in kinds) / 2**20
 
 
 def _attack(attack: str, to: Sequence[Any], sources: list[str]) -> None:

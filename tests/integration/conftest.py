@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from platform_support import Platform, platform
+from rental_support import Rental, new_rental
 from worker_support import (
     IMAGE,
     PREFIX,
@@ -94,6 +95,12 @@ def host(pair: tuple[Worker, Worker]) -> Worker:
 @pytest.fixture(scope="session")
 def neighbour(pair: tuple[Worker, Worker]) -> Worker:
     return pair[1]
+
+
+@pytest.fixture
+def roommate(host: Worker, folder: Path) -> Rental:
+    """Another renter of the same worker."""
+    return new_rental(host, folder).create_quickly()
 
 
 @pytest.fixture

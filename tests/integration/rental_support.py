@@ -53,6 +53,12 @@ class Rental:
     def ssh(self, command: str, text: str = "", *options: str) -> subprocess.CompletedProcess[str]:
         return self.on.ssh(self.username, self.key, command, text, *options)
 
+    def log_in(self, command: str) -> subprocess.Popen[bytes]:
+        """Begin a session in which a command runs, whose output nobody reads."""
+        silence = subprocess.DEVNULL  # inherited, it would stay non-blocking: a killed ssh does not put that right
+        with_it = [*self.on.ssh_command(self.username, self.key), command]
+        return subprocess.Popen(with_it, stdin=silence, stdout=silence, stderr=silence)
+
     def python(self, program: str) -> str:
         """What a Python program of the renter prints."""
         done = self.ssh("python3 -", program)

@@ -19,7 +19,7 @@ from platform_support import Platform
 from proxy_support import Proxy, outer_proxy, wait_until
 from support import http2
 
-from bench.strangers import ATTACKS, HEADERS, addresses, attacking, open_from
+from bench.strangers import ATTACKS, HEADERS, MEMORY, addresses, attacking, counted_kib, open_from
 from orion.manager.api.bodies import UNKNOWN_WITHIN_S, WHOLE_WITHIN_S
 
 CONNECTION_KIB, REQUEST_KIB = 70, 64
@@ -35,11 +35,7 @@ def address(door: Proxy, port: int = 80) -> tuple[str, int]:
 
 
 def memory_kib(door: Proxy) -> float:
-    """The memory that counts against the container's limit, without the cache of files."""
-    found = door.exec("sh", "-c", "cat /sys/fs/cgroup/memory.stat || cat /sys/fs/cgroup/memory/memory.stat").stdout
-    told = {name: int(value) for name, value in (line.split() for line in found.splitlines())}
-    kinds = ("anon", "shmem", "kernel", "sock") if "anon" in told else ("total_rss", "total_shmem")
-    return sum(told.get(kind, 0) for kind in kinds) / 1024
+    return counted_kib(door.exec(*MEMORY).stdout)
 
 
 def workers_of_nginx(door: Proxy) -> list[str]:

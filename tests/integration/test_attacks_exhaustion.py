@@ -26,12 +26,6 @@ def rental(host: Worker, folder: Path) -> Iterator[Rental]:
 
 
 @pytest.fixture
-def roommate(host: Worker, folder: Path) -> Rental:
-    """Another renter of the same worker."""
-    return new_rental(host, folder).create_quickly()
-
-
-@pytest.fixture
 def elsewhere(neighbour: Worker, folder: Path) -> Rental:
     """Another renter of another worker."""
     return new_rental(neighbour, folder).create_quickly()

@@ -361,15 +361,7 @@ os.close(held.pop())
 while libc.inotify_init() >= 0: pass
 """
     assert rental.python(greedy) == "Too many open files\n"
-    idle = [
-        subprocess.Popen(
-            [*rental.on.ssh_command(rental.username, rental.key), "sleep 60"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # inherited, it would stay non-blocking: a killed ssh does not put that right
-            stderr=subprocess.DEVNULL,
-        )
-        for _ in range(40)
-    ]
+    idle = [rental.log_in("sleep 60") for _ in range(40)]
     try:
         wait_until(
             lambda: (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -48,12 +47,6 @@ def real(pair: tuple[Worker, Worker], folder: Path) -> Iterator[RealVault]:
 
 @pytest.fixture
 def rental(host: Worker, folder: Path) -> Rental:
-    return new_rental(host, folder).create_quickly()
-
-
-@pytest.fixture
-def roommate(host: Worker, folder: Path) -> Rental:
-    """Another owner's, on the same worker."""
     return new_rental(host, folder).create_quickly()
 
 
@@ -140,21 +133,8 @@ def test_a_renter_who_stops_its_start_command_before_it_has_begun_keeps_no_lock(
 
 def test_a_renter_who_stops_its_log_ins_keeps_no_process_of_roots(rental: Rental, roommate: Rental) -> None:
     """Its clients go away; sshd's process of root waits for the one that is stopped, and is counted for nobody."""
-    clients = [
-        subprocess.Popen(
-            [*rental.on.ssh_command(rental.username, rental.key), "echo $PPID; kill -STOP $PPID; exec sleep 1000"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # inherited, it would stay non-blocking: a killed ssh does not put that right
-            stderr=subprocess.DEVNULL,
-        )
-        for _ in range(LOG_INS)
-    ]
-    quiet = subprocess.Popen(
-        [*rental.on.ssh_command(roommate.username, roommate.key), "exec sleep 1000"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    clients = [rental.log_in("echo $PPID; kill -STOP $PPID; exec sleep 1000") for _ in range(LOG_INS)]
+    quiet = roommate.log_in("exec sleep 1000")
 
     def stopped() -> int:
         states = rental.on.run("ps", "-o", "stat=", "-u", str(rental.uid), check=False).split()

@@ -67,7 +67,7 @@ class _InTime:
         self._reading = True
         self._answered = False
         self.refusal: Response | None = None
-        """What is to be answered, where the route could not read all and has answered nothing before."""
+        """The answer to give, where the route could not read all and has answered nothing before."""
 
     async def receive(self) -> Message:
         if not self._reading:

@@ -1,4 +1,4 @@
-"""Who may have one more place of a queue, so that neither one owner nor what fails holds up the others.
+"""Says who may have one more place of a queue, so that neither one owner nor what fails holds up the others.
 
 An owner never has more than half of the places. What held its place in vain last time may hold it until its deadline
 again: of an owner's all that did so has one place, and of all owners' half of the places.

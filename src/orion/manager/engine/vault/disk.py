@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 
 
 class Usage(NamedTuple):
-    """What is taken of a disk, or what a disk has."""
+    """An amount of a disk: used, or there in all."""
 
     inodes: int = 0
     bytes: int = 0
@@ -29,7 +29,7 @@ class Usage(NamedTuple):
 
 
 class Disk(NamedTuple):
-    """What a disk has and what of that is used, without what is kept for root.
+    """Capacity of a disk and what of it is used, without what is kept for root.
 
     A file system that makes inodes as it needs them, as btrfs does, says that it has none: there they are not counted.
     """
