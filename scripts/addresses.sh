@@ -85,12 +85,30 @@ check_subnet() {
     done < <(docker_networks)
     while read -r name taken; do
         overlap "$taken" "$subnet" || continue
-        [[ ! $name =~ ^br-[0-9a-f]{12}$ ]] ||
-            fail "subnet $subnet is taken by a bridge that a former Docker engine left, with rules of the firewall: restart the
-  machine, or as root: ip link delete $name; iptables-save | grep -v $name | iptables-restore; then make up"
+        [[ ! $name =~ ^br-[0-9a-f]{12}$ ]] || refuse_remains "$subnet" "$name" "ip link delete $name; "
         refuse_subnet "$subnet" "a route of this machine ($taken on $name)"
     done < <(host_routes)
+    while read -r name taken; do
+        ! overlap "$taken" "$subnet" || refuse_remains "$subnet" "$name"
+    done < <(rules_without_network)
     return 0
+}
+
+# Docker's rules that give a network's traffic the machine's address, of networks that are gone: "bridge a.b.c.d/n".
+# One of them would hide from the manager that it is the proxy who calls. Read as root alone.
+rules_without_network() {
+    local bridges rule=' -s ([0-9./]+) ! -o (br-[0-9a-f]{12}) -j MASQUERADE$' line
+    bridges=" $(docker network ls --format 'br-{{.ID}}' | tr '\n' ' ')"
+    while read -r line; do
+        [[ $line =~ $rule && $bridges != *" ${BASH_REMATCH[2]} "* ]] || continue
+        echo "${BASH_REMATCH[2]} ${BASH_REMATCH[1]}"
+    done < <(as_root_unasked iptables-save -t nat 2>/dev/null)
+}
+
+# refuse_remains SUBNET BRIDGE [COMMAND]
+refuse_remains() {
+    fail "subnet $1 is taken by what a former Docker engine left, a bridge or rules of the firewall: restart the
+  machine, or as root: ${3:-}iptables-save | grep -v $2 | iptables-restore; then make up"
 }
 
 refuse_subnet() {

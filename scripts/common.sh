@@ -51,6 +51,11 @@ as_root() {
     if [ "$(id -u)" -eq 0 ]; then command "$@"; else sudo "$@"; fi
 }
 
+# Without a password: whoever may only talk to the engine does without what this is for.
+as_root_unasked() {
+    if [ "$(id -u)" -eq 0 ]; then command "$@"; else sudo -n "$@" 2>/dev/null; fi
+}
+
 # The engine's socket is root's unless the user is in its group. sudo drops the environment, so ours is handed on.
 with_docker() {
     if [ "$(id -u)" -eq 0 ] || [ -w "$DOCKER_SOCKET" ] || [ -n "${DOCKER_HOST:-}" ] || ! command -v sudo >/dev/null; then

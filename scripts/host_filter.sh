@@ -19,11 +19,6 @@ bridge_of_platform() {
         '{{with index .Options "com.docker.network.bridge.name"}}{{.}}{{else}}br-{{printf "%.12s" .Id}}{{end}}' 2>/dev/null
 }
 
-# Without a password: whoever may only talk to the engine does without this wall.
-as_root_unasked() {
-    if [ "$(id -u)" -eq 0 ]; then command "$@"; else sudo -n "$@" 2>/dev/null; fi
-}
-
 close_host() {
     local rule
     while read -r rule; do

@@ -364,12 +364,15 @@ def _run(command: list[str], timeout_s: float, **how: Any) -> str:
 
 
 def _free_subnet() -> IPv4Network:
-    """The first of ours that no Docker network of somebody else overlaps."""
+    """Return the first of ours that nobody else has, and of which no former engine left a rule."""
     names = _run(["docker", "network", "ls", "--format", "{{.Name}}"], 30).split()
     wanted = "{{range .IPAM.Config}}{{.Subnet}} {{end}}"
     others = [name for name in names if name != f"{PROJECT}_orion_net"]
     subnets = _run(["docker", "network", "inspect", "-f", wanted, *others], 30).split()
-    taken = [IPv4Network(one) for one in subnets if ":" not in one]
+    rules = _run(
+        ["bash", "-c", f". {ROOT}/scripts/common.sh; . {ROOT}/scripts/addresses.sh; rules_without_network"], 30
+    )
+    taken = [IPv4Network(one) for one in (*subnets, *rules.split()[1::2]) if ":" not in one]
     candidates = (IPv4Network(f"10.{number}.0.0/16") for number in (92, 93, 94, 95, 190, 191, 192))
     return next(one for one in candidates if not any(one.overlaps(other) for other in taken))
 

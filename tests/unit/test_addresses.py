@@ -79,18 +79,33 @@ def test_networks_overlap_as_the_standard_library_says(pairs: list[tuple[IPv4Net
     assert shell(script).stdout.split() == ["yes" if one.overlaps(other) else "no" for one, other in pairs]
 
 
-def test_a_bridge_of_a_former_engine_is_removed_with_its_rules_of_the_firewall() -> None:
+RULES = """*nat
+-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+-A POSTROUTING -s {subnet} ! -o br-0123456789ab -j MASQUERADE
+-A POSTROUTING -s 172.20.0.2/32 -d 172.20.0.2/32 -p tcp -m tcp --dport 80 -j MASQUERADE
+COMMIT"""
+
+
+def test_what_a_former_engine_left_of_a_network_is_removed_before_another_one_has_its_subnet() -> None:
     """Its rule of masquerading hides who speaks in the new network: the manager then refuses the proxy itself."""
-    fakes = "docker_networks() { :; }; host_routes() { echo br-0123456789ab 172.20.0.0/16; }"
-    done = shell(f"{fakes}; check_subnet", COMPOSE_PROJECT_NAME="tried")
-    assert done.returncode == 1
-    way_out = "ip link delete br-0123456789ab; iptables-save | grep -v br-0123456789ab | iptables-restore; then make up"
-    assert way_out in done.stderr
+    nothing = "docker_networks() { :; }; docker() { :; }; host_routes() { :; }; as_root_unasked() { :; }"
+    bridge = "host_routes() { echo br-0123456789ab 172.20.0.0/16; }"
+    rules = f"as_root_unasked() {{ echo '{RULES.format(subnet='172.20.0.0/16')}'; }}"
+    elsewhere = f"as_root_unasked() {{ echo '{RULES.format(subnet='172.21.0.0/16')}'; }}"
+    lives = f"{rules}; docker() {{ echo br-0123456789ab; }}"
+    both = "iptables-save | grep -v br-0123456789ab | iptables-restore; then make up"
+    for found, way_out in ((bridge, f"as root: ip link delete br-0123456789ab; {both}"), (rules, f"as root: {both}")):
+        done = shell(f"{nothing}; {found}; check_subnet", COMPOSE_PROJECT_NAME="tried")
+        assert done.returncode == 1
+        assert way_out in done.stderr
+    for found in ("true", elsewhere, lives):
+        done = shell(f"{nothing}; {found}; check_subnet", COMPOSE_PROJECT_NAME="tried")
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_network_is_seen_by_its_ipv4_whatever_else_it_has() -> None:
     networks = "none\\nbridge fd00:1::/64 172.17.0.0/16\\nother fd00:2::/64 172.20.0.0/16"
-    fakes = f"docker_networks() {{ printf '{networks}\\n'; }}; host_routes() {{ :; }}"
+    fakes = f"docker_networks() {{ printf '{networks}\\n'; }}; host_routes() {{ :; }}; as_root_unasked() {{ :; }}"
     done = shell(f"{fakes}; check_subnet", COMPOSE_PROJECT_NAME="tried")
     assert done.returncode == 1
     assert "172.20.0.0/16" in done.stderr

@@ -9,10 +9,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 from starlette.types import Receive, Scope, Send
+from structlog.testing import capture_logs
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from orion.manager.api.door import protocol_for
+from orion.manager.api.door import HungUp, protocol_for
 
 LOOPBACK = "127.0.0.1"
 PIECES = [b"one", b"two", b"three" * 100_000]
@@ -44,11 +45,21 @@ def request(path: str, connection: str = "keep-alive") -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: {connection}\r\n\r\n".encode()
 
 
-async def test_whoever_is_not_the_proxy_is_hung_up_on() -> None:
-    async with connected("192.0.2.1") as (reader, writer):
-        writer.write(request("/"))
-        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
-            await asyncio.wait_for(reader.readexactly(1), 5)
+async def test_whoever_is_not_the_proxy_is_hung_up_on_and_the_log_says_so() -> None:
+    with capture_logs() as said:
+        async with connected("192.0.2.1") as (reader, writer):
+            writer.write(request("/"))
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await asyncio.wait_for(reader.readexactly(1), 5)
+    assert [(line["peer"], line["answered"], line["connections"]) for line in said] == [(LOOPBACK, "192.0.2.1", 1)]
+
+
+def test_callers_that_are_hung_up_on_cost_one_line_a_minute() -> None:
+    hung_up = HungUp(frozenset({"192.0.2.1", LOOPBACK}))
+    with capture_logs() as said:
+        for tenth in range(1201):
+            hung_up.on("192.0.2.7", tenth / 10)
+    assert [line["connections"] for line in said] == [1, 600, 600]
 
 
 async def test_head_and_body_of_a_reply_leave_in_one_piece() -> None:

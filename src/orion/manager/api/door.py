@@ -16,17 +16,22 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from orion.manager.api.bodies import announced
 from orion.manager.api.problems import problem
 
+log = structlog.get_logger()
+
 SECRET_HEADER = "x-orion-proxy-secret"  # noqa: S105  the header's name
+WORD_EVERY_S = 60.0
 SECRET_HEADER_BYTES = SECRET_HEADER.encode()
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{8,64}")
 
 
 def protocol_for(peers: frozenset[str]) -> type[HttpToolsProtocol]:
-    """Return uvicorn's protocol, which hangs up on every peer but these before a byte is read.
+    """Return uvicorn's protocol, which hangs up on every peer but these before a byte is read, and says so in the log.
 
     It answers what it cannot read as any refusal is answered. A WebSocket that begins with a body is refused: uvicorn
     would not answer it at all, and hold it for as long as its client does.
     """
+
+    hung_up = HungUp(peers)
 
     class DoorProtocol(HttpToolsProtocol):
         _kept = False
@@ -35,6 +40,7 @@ def protocol_for(peers: frozenset[str]) -> type[HttpToolsProtocol]:
             peer = transport.get_extra_info("peername")
             if not peer or peer[0] not in peers:
                 transport.abort()
+                hung_up.on(peer[0] if peer else "", self.loop.time())
                 return
             self._kept = True
             super().connection_made(_InOnePiece(transport, self.loop))  # type: ignore[arg-type]
@@ -64,6 +70,29 @@ def protocol_for(peers: frozenset[str]) -> type[HttpToolsProtocol]:
             self.transport.close()
 
     return DoorProtocol
+
+
+class HungUp:
+    """Says in the log which peers were hung up on: one line a minute, for anybody in the network can call."""
+
+    def __init__(self, wanted: frozenset[str]) -> None:
+        self._wanted = ", ".join(sorted(wanted))
+        self._next_word_at = float("-inf")
+        self._since_last_word = 0
+
+    def on(self, peer: str, now: float) -> None:
+        """Count one connection of a peer; `now`: seconds by a clock that nobody sets."""
+        self._since_last_word += 1
+        if now < self._next_word_at:
+            return
+        log.warning(
+            "hung up on a peer that is not the proxy",
+            peer=peer,
+            answered=self._wanted,
+            connections=self._since_last_word,
+            hint="if it is the network's gateway, a rule of the machine's firewall hides who calls: make up as root says which",
+        )
+        self._next_word_at, self._since_last_word = now + WORD_EVERY_S, 0
 
 
 class _InOnePiece:
