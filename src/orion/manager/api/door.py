@@ -90,7 +90,7 @@ class HungUp:
             peer=peer,
             answered=self._wanted,
             connections=self._since_last_word,
-            hint="if it is the network's gateway, a rule of the machine's firewall hides who calls: make up as root says which",
+            hint="if it is the network's gateway, a rule of the firewall hides who calls: make up as root says which",
         )
         self._next_word_at, self._since_last_word = now + WORD_EVERY_S, 0
 
