@@ -69,7 +69,8 @@ def address(attacked: Platform) -> Iterator[str]:
 
 @pytest.fixture
 def mallory(attacked: Platform, address: str) -> Iterator[Mallory]:
-    transport = httpx.HTTPTransport(local_address=address)
+    # A connection for each call: Nginx ends one after an answer that came before the body of its request.
+    transport = httpx.HTTPTransport(local_address=address, limits=httpx.Limits(max_keepalive_connections=0))
     url = f"http://{attacked.door.network}.2"
     with httpx.Client(base_url=url, transport=transport, trust_env=False, timeout=30) as http:
         made = Mallory(http, attacked.secrets.join_token, address)

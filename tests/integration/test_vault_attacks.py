@@ -195,7 +195,7 @@ async def test_whatever_a_worker_says_ends_and_costs_nothing_of_what_is_kept(
     assert "\x1b" not in str(refused)
     assert len(str(refused)) < 500
     assert copied.kept == {"honest": "first"}
-    wait_until(lambda: not copied.running(), "nothing of it runs any more", 2)
+    wait_until(lambda: not copied.running(), "nothing of it runs any more")
 
 
 def folders(liar: Liar) -> None:
@@ -226,7 +226,7 @@ async def test_what_has_come_beyond_an_owners_share_is_removed_and_others_are_co
             await copying
         folders_of_owner.append(liar.place / "copies" / liar.name)
     first, refused, other = folders_of_owner
-    wait_until(lambda: not list(refused.iterdir()), "nothing of it is left", 5)
+    wait_until(lambda: not list(refused.iterdir()), "nothing of it is left")
     assert [place.name for place in (*first.iterdir(), *other.iterdir())] == ["1-1", "1-1"]
     assert first.name in await liar.client.rentals()
     assert "greedy" in await liar.client.short_of_room()

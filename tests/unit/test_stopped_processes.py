@@ -46,7 +46,7 @@ def uid() -> Iterator[int]:
 
 
 def wait_until(reached: Callable[[], Any], what: str) -> Any:
-    last_moment = time.monotonic() + 10
+    last_moment = time.monotonic() + 60
     while not (found := reached()):
         assert time.monotonic() < last_moment, what
         time.sleep(0.001)
