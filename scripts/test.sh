@@ -70,7 +70,8 @@ run_tests() {
     --alone) ;;
     # These share nothing at all.
     --spread) options=(-n 2) ;;
-    # Each process has containers, networks and ports of its own; the tests of one file stay together. Most of them wait.
+    # Each process has containers, networks and ports of its own; the tests of one file stay together, and those of all
+    # that attack (tests/conftest.py). Most of them wait.
     --by-file) options=(-n 3 --dist loadfile --no-loadscope-reorder) ;;
     esac
     # Their databases sync each commit: in memory that costs nothing. Some tests run programs that they have written.

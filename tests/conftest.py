@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 # One example may take long on a busy machine. What decides whether a change lands looks at the same examples each time,
 # as Hypothesis's own profile for that does; everybody else looks at new ones.
 settings.register_profile("orion", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("orion")
 
+ATTACKS = (
+    "test_attacks_connections.py",
+    "test_attacks_renter.py",
+    "test_attacks_stopping.py",
+    "test_attacks_web_ports.py",
+    "test_attacks_floods.py",
+    "test_attacks_locks.py",
+    "test_attacks_exhaustion.py",
+)
+"""Files whose tests take all of the machine that they can: one after the other, so that two never do it at once."""
 LONGEST = (
     "test_crash_points.py",
-    "test_attacks_renter.py",
+    *ATTACKS,
     "test_engine.py",
-    "test_attacks_engine.py",
+    "test_states_that_existed.py",
     "test_proxy.py",
-    "test_attacks_floods.py",
+    "test_attacks_engine.py",
     "test_playbooks_delete.py",
     "test_contract_fuzzed.py",
     "test_worker_agent.py",
@@ -34,6 +47,18 @@ SHOWN_LINES = 20
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+class ByFile(LoadFileScheduling):
+    """Gives a process the tests of one file at a time; those of all that attack are as of one file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "attacks" if Path(file).name in ATTACKS else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | None:
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_finish() -> None:
