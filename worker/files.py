@@ -155,11 +155,12 @@ def sender_of(uid: int) -> int:
 def carry(direction: str, keeper: Keeper, places: Path, homes: Path) -> int:
     """Do one transfer over standard input and output; return the exit status. `places`: where things are set aside."""
     try:
-        wish = parse(_read_line(), time.time())
+        line, asked_at = _read_line(), time.monotonic()
+        wish = parse(line, time.time())
         be_killed_after(wish.deadline - time.time() + TIDIES_S)
         if direction == "receive":
             return _receive(keeper, wish, homes)
-        return _send(direction, keeper, wish, places, homes)
+        return _send(direction, keeper, wish, places, homes, asked_at)
     except (ValueError, TypeError) as error:
         return _answer(2, {"error": f"request not understood: {error}", "code": "invalid_request"})
     except Refused as refusal:
@@ -194,7 +195,7 @@ def _doubtful_now(looked: Scan) -> dict[bytes, str]:
     return {found.path: "" for found in racy_in(looked)}
 
 
-def _send(direction: str, keeper: Keeper, wish: Wish, places: Path, homes: Path) -> int:
+def _send(direction: str, keeper: Keeper, wish: Wish, places: Path, homes: Path, asked_at: float) -> int:
     ledger = keeper.ledger
     place = places / wish.rental_id
     places.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -217,7 +218,8 @@ def _send(direction: str, keeper: Keeper, wish: Wish, places: Path, homes: Path)
             if not wish.moving:
                 os.nice(NICENESS)
             try:
-                told = told_of(keeper, record, Snapshot(keeper, record, wish, aside, home, direction == "salvage"))
+                is_salvage = direction == "salvage"
+                told = told_of(keeper, record, Snapshot(keeper, record, wish, aside, home, is_salvage, asked_at))
                 _answer(0, {"ok": True} | told)
                 if told["same"]:
                     return 0
@@ -267,7 +269,11 @@ def told_of(keeper: Keeper, record: Record, snapshot: Snapshot) -> dict[str, Any
 class Snapshot:
     """The making of one snapshot; `make` returns what the other side is told of it."""
 
-    def __init__(self, keeper: Keeper, record: Record, wish: Wish, aside: Aside, home: int, salvage: bool) -> None:
+    def __init__(
+        self, keeper: Keeper, record: Record, wish: Wish, aside: Aside, home: int, salvage: bool, asked_at: float
+    ) -> None:
+        """`asked_at`: when the request had been read, in monotonic seconds."""
+        self._asked_at = asked_at
         self._keeper = keeper
         self._record = record
         self._wish = wish
@@ -290,13 +296,13 @@ class Snapshot:
         return not (self._salvage or self._wish.moving)
 
     def make(self) -> dict[str, Any]:
-        copied, mapped = Scan(self._known.scan.lines, 0.0), frozenset[int]()
+        began, copied, mapped = time.monotonic(), Scan(self._known.scan.lines, 0.0), frozenset[int]()
         if not self._stands_still:
             mapped = self._mapped()
             now = self._scan()
             self._check_size(now)
             if self._base and self._is_same(now):
-                return self._same(now)
+                return self._same(now, began)
             copied = self._set_aside_what_runs(now, mapped)
         with self._keeper.ledger.locked(self._record.rental_id, LOCK_WAIT_S):
             check_unlock(
@@ -307,16 +313,23 @@ class Snapshot:
             began = time.monotonic()
             last, pause_s, mapped = self._while_it_stands(copied, mapped)
         if self._stands_still and self._base and self._is_same(last):
-            return self._same(last)
+            return self._same(last, began)
         manifest = self._settle(last, mapped)
         self._keeper.manifests.write(self._record.rental_id, self._wish.mark, manifest, self._wish.base)
         return {
-            "same": False, "whole": self._base is None, "pause_s": round(pause_s, 4),
-            "age_s": round(time.monotonic() - began, 4), "folders": self._folders,
-        } | self._figures(last)  # fmt: skip
+            "same": False, "whole": self._base is None, "pause_s": round(pause_s, 4), "folders": self._folders,
+        } | self._when(began) | self._figures(last)  # fmt: skip
 
-    def _same(self, now: Scan) -> dict[str, Any]:
-        return {"same": True, "whole": False, "age_s": time.time() - now.at} | self._figures(now)
+    def _same(self, now: Scan, began: float) -> dict[str, Any]:
+        return {"same": True, "whole": False} | self._when(began) | self._figures(now)
+
+    def _when(self, began: float) -> dict[str, Any]:
+        """Return the seconds from the request until it was begun, and since then: what was written before is in it.
+
+        The first counts. The second is for managers of earlier versions, which subtract it from the time at which they
+        hear of it.
+        """
+        return {"after_s": began - self._asked_at, "age_s": time.monotonic() - began}
 
     def _set_aside_what_runs(self, now: Scan, mapped: frozenset[int]) -> Scan:
         """Copy what changed while programs go on; return the scan up to which all is copied."""

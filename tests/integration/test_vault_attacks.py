@@ -171,7 +171,7 @@ def nothing(_: Liar) -> None:
         (nothing, "sys.exit(1)", {"unreachable"}),
         (nothing, "hello(ok=False, code='let_in\\x1b[2J', error='\\x1b]0;owned\\x07' + 'x' * 3000)", {"refused"}),
         (nothing, "hello(ok=1)", {"refused"}),
-        (nothing, "hello(ok=True, whole=True, age_s='x')", {"unreachable"}),
+        (nothing, "hello(ok=True, whole=True, after_s='x')", {"unreachable"}),
         (nothing, "hello(ok=True, folders=7)", {"unreachable"}),
         (nothing, "hello(ok=True, folders={'../escape': 448}); rsync()", {"unreachable"}),
         (nothing, "hello(ok=True, folders={'2f657463': 448}); rsync()", {"unreachable"}),
@@ -182,7 +182,7 @@ def nothing(_: Liar) -> None:
         (nothing, "hello(ok=True, folders={'2e2f%08x' % n: 448 for n in range(3000)}); rsync()", {"unreachable"}),
         (nothing, "os.write(1, b'[' * 16000 + b'\\n')", {"unreachable"}),
         (nothing, "os.write(1, b'{\"ok\": ' + b'9' * 9000 + b'}\\n')", {"unreachable"}),
-        (many, "hello(ok=True, age_s=-1e300); rsync()", {"over_limit"}),
+        (many, "hello(ok=True, after_s=-1e300); rsync()", {"over_limit"}),
     ],
 )  # fmt: skip
 async def test_whatever_a_worker_says_ends_and_costs_nothing_of_what_is_kept(

@@ -90,13 +90,14 @@ class House:
     def home(self) -> Path:
         return self.root / "home"
 
-    def snapshot(self, base: str = "", mark: str = MARK, **more: Any) -> dict[str, Any]:
+    def snapshot(self, base: str = "", mark: str = MARK, asked_s_ago: float = 0.0, **more: Any) -> dict[str, Any]:
         wish = Wish(**{"rental_id": "one", "epoch": 2, "deadline": time.time() + 60, "max_files": 1000,
                        "max_bytes": 1 << 30, "base": base, "mark": mark} | more)  # fmt: skip
         home = files.enter(self.home, UID)
         aside = Aside(home, self.root / "aside/one", UID, UID)
         try:
-            made = Snapshot(self.keeper, RECORD, wish, aside, home, salvage=False)
+            asked_at = time.monotonic() - asked_s_ago
+            made = Snapshot(self.keeper, RECORD, wish, aside, home, salvage=False, asked_at=asked_at)
             told = files.told_of(self.keeper, RECORD, made)
             self.sent = {} if told["same"] else tree(aside.tree)
             if not told["same"]:
@@ -137,6 +138,17 @@ def aged(folder: Path) -> None:
     newest = max(path.lstat().st_ctime for path in [folder, *folder.rglob("*")])
     while time.time() < newest + snapshot.RACY_S + 0.01:
         pass
+
+
+def test_when_a_snapshot_was_begun_counts_from_its_request(house: House) -> None:
+    """What is written after that may be missing: it is not counted from when the answer arrives."""
+    for base in ("", MARK):
+        began = time.monotonic()
+        told = house.snapshot(base=base, asked_s_ago=7.0)
+        took_s = time.monotonic() - began
+        assert told["same"] is bool(base)
+        assert 7.0 <= told["after_s"] <= 7.0 + took_s - told["age_s"]
+        assert told["age_s"] > 0
 
 
 def test_a_first_snapshot_has_everything_and_an_unchanged_home_is_the_same_without_a_pause(house: House) -> None:

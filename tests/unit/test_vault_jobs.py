@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,11 @@ class Vault:
     places: Places
     monkeypatch: pytest.MonkeyPatch
 
+    @property
+    def begun(self) -> Path:
+        """The file with the Unix time at which the worker had read the request."""
+        return self.places.copies.parent / "begun"
+
     def has(self, size: Usage, used: Usage) -> None:
         """Give it a disk."""
         self.monkeypatch.setattr(jobs.Disk, "of", lambda _: Disk(size, used))
@@ -48,7 +54,7 @@ class Vault:
         self, rental_id: str, epoch: int, action: Action = Action.COPY, says: str = SAME, **more: str
     ) -> ReplyLine:
         """Have a worker copied that says this; each epoch makes a copy of its own."""
-        program = f"read -r request; echo; echo '{says}'"
+        program = f"read -r request; date +%s.%N >{self.begun}; echo; echo '{says}'"
         self.monkeypatch.setattr(jobs, "ssh_command", lambda *_: ["sh", "-c", program])
         request = RequestLine(
             action=action, rental_id=rental_id, uid=UID, epoch=epoch, host=HOST, deadline_s=20.0,
@@ -153,6 +159,25 @@ def test_a_salvage_that_is_as_an_old_copy_does_not_lose_it(vault: Vault) -> None
         vault.copy("two", 1)
     assert vault.copy("one", 2, Action.SALVAGE).done
     assert "2-1" in vault.kept("one")
+
+
+@pytest.mark.parametrize(
+    ("after", "counted_s"), [("", 0.0), (', "after_s": 0.001', 0.001), (', "after_s": -1e300', 0.0)]
+)
+def test_no_copy_is_said_to_be_younger_than_the_moment_at_which_it_was_begun(
+    vault: Vault, after: str, counted_s: float
+) -> None:
+    """The answer is heard later than it was given: what was written in between is not in the copy."""
+    asked_at = time.time()
+    done = vault.copy("one", 1, says=f'{{"ok": true, "same": true, "age_s": 0{after}}}').done
+    assert done is not None
+    assert asked_at + counted_s <= done["at"] <= float(vault.begun.read_text()) + counted_s
+
+
+def test_a_worker_that_says_that_it_began_late_makes_no_copy_of_a_time_to_come(vault: Vault) -> None:
+    done = vault.copy("one", 1, says='{"ok": true, "same": true, "after_s": 1e300}').done
+    assert done is not None
+    assert done["at"] <= time.time()
 
 
 def test_of_a_copy_that_comes_to_nothing_nothing_is_left(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:

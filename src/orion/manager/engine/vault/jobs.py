@@ -138,10 +138,12 @@ class Job:
         wish = limits | {"base": base["mark"], "mark": mark, "moving": request.moving}
         if request.pause_s < LONGEST_PAUSE_S:  # which is what a worker assumes, one of an earlier version too
             wish["pause_s"] = request.pause_s
+        asked_at = time.time()
         with self._far("salvage" if salvage else "send", **wish) as far:
-            asked_at = time.time()
             hello = Hello.of(far.hear(self._watch))
-            at = max(asked_at, time.time() - hello.age_s)
+            # It began at that moment or later: not counted is what the request needed on its way. What the answer needs
+            # would make a copy look younger than it is.
+            at = min(asked_at + hello.after_s, time.time())
             told = Told()
             if not hello.same:
                 self._look_at_share()

@@ -99,7 +99,8 @@ class Hello:
     """Whether the home is as in the snapshot that was named as its base; then nothing follows."""
     whole: bool = False
     """Whether the whole home follows, because the worker does not know the base."""
-    age_s: float = 0.0
+    after_s: float = 0.0
+    """The seconds from when the worker had read the request until it began; 0 from a worker of an earlier version."""
     pause_s: float = 0.0
     """The seconds for which the programs of the rental stood still."""
     skipped: tuple[str, ...] = ()
@@ -111,9 +112,9 @@ class Hello:
         """Raise VaultError for what is no such answer."""
         try:
             skipped = tuple(plain(str(name))[:200] for name in list(answer.get("skipped", ()))[:SKIPPED_SHOWN])
-            age_s, pause_s = (min(max(0.0, float(answer.get(name, 0))), LONGEST_S) for name in ("age_s", "pause_s"))
+            after_s, pause_s = (min(max(0.0, float(answer.get(name, 0))), LONGEST_S) for name in ("after_s", "pause_s"))
             folders = _modes(dict(answer.get("folders", {})))
-            return cls(answer.get("same") is True, answer.get("whole") is True, age_s, pause_s, skipped, folders)
+            return cls(answer.get("same") is True, answer.get("whole") is True, after_s, pause_s, skipped, folders)
         except (TypeError, ValueError, OverflowError) as error:
             raise VaultError("unreachable", "the worker cannot be asked: its answer is not one") from error
 
