@@ -110,8 +110,11 @@ class Scene:
 
 
 @contextmanager
-def scene(network: Network, join: Path, folder: Path, names: list[str], *options: str) -> Iterator[Scene]:
-    manager = SmallManager(make_key(folder), 0.2, LEASE_S, DOOR_ANSWER_S)
+def scene(
+    network: Network, join: Path, folder: Path, names: list[str], *options: str,
+    lease_s: float = LEASE_S, door_answer_s: float = DOOR_ANSWER_S,
+) -> Iterator[Scene]:  # fmt: skip
+    manager = SmallManager(make_key(folder), 0.2, lease_s, door_answer_s)
     with serving(manager, network.gateway), worker(network, manager, join, "--cpus=1", *options, slots=8) as new:
         new.wait_registered()
         yield Scene(new, manager, {name: new_rental(new, folder).create_quickly() for name in names})
@@ -196,14 +199,15 @@ def test_everything_goes_on_where_it_stood_when_a_reply_says_run(network: Networ
 def test_a_worker_goes_on_while_the_proxy_says_that_the_manager_is_away(
     network: Network, join: Path, folder: Path
 ) -> None:
-    with scene(network, join, folder, ["one"]) as found:
+    lease_s, door_answer_s = BUSY_S + 3.0, BUSY_S + 1.0
+    with scene(network, join, folder, ["one"], lease_s=lease_s, door_answer_s=door_answer_s) as found:
         rental = found.rentals["one"]
         found.manager.instead = (502, AWAY)
-        time.sleep(LEASE_S + 1.5)
+        time.sleep(lease_s + 1.5)
         assert found.shown(rental) == "running"
         assert rental.lets_in()
         found.cut(status=502)
-        wait_until(lambda: found.shown(rental) == "frozen", "frozen", DOOR_ANSWER_S + BUSY_S)
+        wait_until(lambda: found.shown(rental) == "frozen", "frozen", door_answer_s + BUSY_S)
 
 
 @pytest.mark.parametrize("asleep", ["its container", "its agent alone"])
