@@ -57,7 +57,7 @@ def docker(*arguments: str, check: bool = True, timeout_s: float = 120) -> str:
 
 
 PATIENCE_S = 60
-"""For what nobody promised a time: other tests, attacks among them, have the machine besides."""
+"""Seconds to wait for what nobody promised a time: other tests, attacks among them, have the machine besides."""
 
 
 def wait_until(condition: Callable[[], Any], what: str, within_s: float = PATIENCE_S) -> Any:

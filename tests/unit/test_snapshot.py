@@ -141,7 +141,7 @@ def aged(folder: Path) -> None:
 
 
 def test_when_a_snapshot_was_begun_counts_from_its_request(house: House) -> None:
-    """What is written after that may be missing: it is not counted from when the answer arrives."""
+    """A snapshot may lack what is written after it was begun, so its time is not that of the answer."""
     for base in ("", MARK):
         began = time.monotonic()
         told = house.snapshot(base=base, asked_s_ago=7.0)

@@ -19,8 +19,9 @@ from orion.manager.api.problems import problem
 log = structlog.get_logger()
 
 SECRET_HEADER = "x-orion-proxy-secret"  # noqa: S105  the header's name
-WORD_EVERY_S = 60.0
 SECRET_HEADER_BYTES = SECRET_HEADER.encode()
+WORD_EVERY_S = 60.0
+"""Seconds between two lines in the log about peers that were hung up on."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{8,64}")
 
 
