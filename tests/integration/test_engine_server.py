@@ -374,6 +374,8 @@ def test_a_connection_that_closes_takes_its_jobs_with_it(engine: Engine) -> None
 def test_two_connections_do_not_hear_each_other(engine: Engine) -> None:
     gate = engine.gate("wait1")
     engine.submit("wait1", "1")
+    # Together in one run, the second would wait for the first: the stub plays the jobs of a run in turn.
+    wait_until((engine.directory / "wait1-begun").exists)
     other = engine.connect()
     other.sendall(json.dumps(request("quick", "1") | {"host": host("w-other")}).encode() + b"\n")
     assert json.loads(other.recv(1 << 16))["report"]["epoch"] == 7
