@@ -17,7 +17,8 @@ import pytest
 from engine_contract import KEY
 
 RUNNERS = 2
-PATIENCE_S = 0.4
+PATIENCE_S = 5.0
+"""For a run over several workers, which takes milliseconds: a busy machine may not let it go on for seconds."""
 
 
 class Engine:
@@ -39,7 +40,7 @@ class Engine:
 
     def connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(20)
+        connection.settimeout(60)
         self.heard = b""
         wait_until(lambda: connection.connect_ex(str(self.path)) == 0)
         return connection
@@ -97,7 +98,7 @@ class Engine:
     def end(self) -> None:
         self.connection.close()
         self.process.terminate()  # not killed: it takes its children with it
-        self.process.wait(20)
+        self.process.wait(60)
 
 
 def request(what: str, identifier: str = "1") -> dict[str, Any]:
@@ -276,11 +277,11 @@ def test_an_owner_whose_workers_hold_up_their_runs_has_half_of_the_runners(engin
 
 
 def test_a_late_job_is_killed_with_all_that_it_started(engine: Engine) -> None:
-    engine.submit("family", deadline_s=4)
+    engine.submit("family", deadline_s=10)
     pids = family(engine)
     assert not any(gone(pid) for pid in pids)
     answer = engine.answer()
-    assert (answer["ok"], answer["message"]) == (False, "timed out after 4 s")
+    assert (answer["ok"], answer["message"]) == (False, "timed out after 10 s")
     wait_until(lambda: all(gone(pid) for pid in pids))
 
 
@@ -397,6 +398,6 @@ def test_sigterm_kills_what_runs_and_ends_well(tmp_path: Path) -> None:
     engine.submit("family")
     pids = family(engine)
     engine.process.send_signal(signal.SIGTERM)
-    assert engine.process.wait(20) == 0
+    assert engine.process.wait(60) == 0
     wait_until(lambda: all(gone(pid) for pid in pids))
     assert not engine.path.exists()
