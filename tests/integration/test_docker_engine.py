@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {
     "docker": 'case "$1" in info) [ -e "$HERE/pid" ] ;; esac',
-    "dockerd": 'echo $$ >"$HERE/pid"; echo "from the engine"; exec sleep 300',
+    "dockerd": 'echo $$ >"$HERE/new"; mv "$HERE/new" "$HERE/pid"; echo "from the engine"; exec sleep 300',
     "service": "exit 1",
     "systemctl": "exit 1",
 }
