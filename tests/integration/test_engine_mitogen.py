@@ -27,7 +27,7 @@ try:
     if guarded:
         works = child.call(len, "abcd")  # answered after all that was said before
     else:
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while secret not in files._paths and time.monotonic() < until:
             time.sleep(0.01)
         works = None
@@ -44,7 +44,12 @@ def told(tmp_path: Path, how: str) -> dict[str, object]:
     program.write_text(PROGRAM)
     environment = {"PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
-        [sys.executable, program, secret, how], capture_output=True, text=True, env=environment, timeout=30, check=False
+        [sys.executable, program, secret, how],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
     )
     assert done.stdout, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
