@@ -26,7 +26,7 @@ from worker_support import Network, SmallManager, Worker, wait_until, worker
 from orion.manager.engine.port import Host, Job, Outcome, Reached
 
 DEADLINE_S = 2.5
-MARGIN_S = 8.0
+MARGIN_S = 40.0
 """Within which an engine that kills what is late has answered by itself, also on a machine that is far too busy."""
 MOST_MEMORY = 512 << 20
 """That all processes of the engine may take more than they did before."""
@@ -114,6 +114,7 @@ def process(folder: Path, shared_manager: SmallManager) -> Iterator[Process]:
     directory = folder / "attacked-engine"
     directory.mkdir(mode=0o700)
     process = Process(directory, shared_manager.key.file)
+    process.wait_listening()  # what it needs to begin is not within the deadline of the first job
     yield process
     process.end()
 
@@ -354,7 +355,7 @@ async def test_what_is_no_sshd_is_never_reached_and_is_given_up_in_time(bench: R
     reached = await asyncio.gather(*(bench.reach.reach(host, 1.0) for host in fakes))
     assert set(reached) == {Reached.NO}
     assert time.monotonic() - began < 1.0 + MARGIN_S
-    assert await bench.reach.reach(bench.host, 5) is Reached.YES
+    assert await bench.reach.reach(bench.host, 60) is Reached.YES
 
 
 # What it costs
