@@ -27,9 +27,15 @@ class Held:
         watch = SshWatch(SshReach(on.key.file.read_text()))
         host = Host(on.worker_id, on.address, on.host_keys)
         self.told: list[Sign] = []
-        self.task = asyncio.create_task(watch.hold(host, boot_id, self.told.append))
+        self.task = asyncio.create_task(self._hold(watch, host, boot_id))
 
-    async def until(self, *signs: Sign, within_s: float = 10.0) -> None:
+    async def _hold(self, watch: SshWatch, host: Host, boot_id: str) -> End:
+        """Begin anew as the manager does: a busy sshd may need more time than one attempt gives it."""
+        while (end := await watch.hold(host, boot_id, self.told.append)) is End.NOT_HELD and not self.told:
+            pass
+        return end
+
+    async def until(self, *signs: Sign, within_s: float = 60.0) -> None:
         deadline = time.monotonic() + within_s
         while self.told != list(signs):
             assert time.monotonic() < deadline, self.told
@@ -52,7 +58,7 @@ async def shown(on: Worker) -> str:
 async def test_a_watch_goes_over_a_restart_of_sshd_and_ends_with_the_container(
     network: Network, manager: SmallManager, join: Path, folder: Path
 ) -> None:
-    manager.interval_s = 30.0
+    manager.interval_s, manager.lease_s = 600.0, 3600.0  # none that is due by itself comes meanwhile
     with worker(network, manager, join) as new:
         await asyncio.to_thread(new.wait_registered)
         rental = await asyncio.to_thread(new_rental(new, folder).create_quickly)
@@ -68,13 +74,14 @@ async def test_a_watch_goes_over_a_restart_of_sshd_and_ends_with_the_container(
             ended = time.monotonic()
             await asyncio.to_thread(new.run, *KILL_SSHD)
             await held.until(Sign.HELD, Sign.CLOSED, Sign.HELD)
+            await asyncio.to_thread(wait_until, lambda: manager.of("/api/heartbeat", after=ended), "it asks")
             beats = manager.of("/api/heartbeat", after=ended)
             assert len(beats) == 1, "it asked at once, and was answered"
             assert beats[0].at - ended < manager.interval_s / 2
             assert '"running"' in await shown(new)
 
             await asyncio.to_thread(docker, "kill", new.name)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 assert await held.task is End.GONE
             assert held.told[-1] is Sign.CLOSED
         assert rental.username
@@ -83,6 +90,7 @@ async def test_a_watch_goes_over_a_restart_of_sshd_and_ends_with_the_container(
 async def test_a_worker_whose_watch_ends_without_a_word_from_anybody_freezes_in_a_second(
     network: Network, manager: SmallManager, join: Path, folder: Path
 ) -> None:
+    manager.lease_s = 3600.0  # it is not its end that freezes
     with worker(network, manager, join) as new:
         await asyncio.to_thread(new.wait_registered)
         await asyncio.to_thread(new_rental(new, folder).create_quickly)
@@ -94,7 +102,7 @@ async def test_a_worker_whose_watch_ends_without_a_word_from_anybody_freezes_in_
             began = time.monotonic()
             await asyncio.to_thread(new.run, *KILL_SSHD)
             while '"frozen"' not in await shown(new):
-                assert time.monotonic() - began < 5, new.log()
+                assert time.monotonic() - began < 30, new.log()
 
 
 async def test_another_boot_of_the_container_is_not_watched_in_its_name(
@@ -143,7 +151,7 @@ async def test_a_worker_that_talks_on_its_watch_is_not_listened_to(tmp_path: Pat
     watch = SshWatch(SshReach(key.export_private_key().decode()))
     host = Host("w", "127.0.0.1", (key.export_public_key().decode().strip(),), server.get_port())
     told: list[Sign] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert await watch.hold(host, "boot-0001", told.append) is End.NOT_HELD
     assert told == [Sign.HELD]
     assert sent < 2**24
