@@ -96,7 +96,7 @@ async def run(
     host: str = "localhost", **environment: str,
 ) -> subprocess.CompletedProcess[bytes]:  # fmt: skip
     process = await start(port, rental_id=rental_id, token=token, scheme=scheme, ca=ca, host=host, **environment)
-    out, err = await asyncio.wait_for(process.communicate(given), 20)
+    out, err = await asyncio.wait_for(process.communicate(given), 60)
     return subprocess.CompletedProcess([], process.returncode or 0, out, err)
 
 
@@ -155,7 +155,7 @@ async def test_the_end_of_the_other_side_ends_it_though_stdin_is_open() -> None:
     async with platform(bye) as port:
         process = await start(port)
         assert process.stdout is not None
-        assert await asyncio.wait_for(process.stdout.read(), 20) == b"bye"
+        assert await asyncio.wait_for(process.stdout.read(), 60) == b"bye"
         assert await process.wait() == 0
 
 
@@ -174,8 +174,8 @@ async def test_the_end_of_the_reader_ends_it() -> None:
         assert process.stdout is not None
         await process.stdout.readexactly(1)
         process.stdout._transport.close()  # type: ignore[attr-defined]
-        assert await asyncio.wait_for(process.wait(), 20) == 0
-        await asyncio.wait_for(closed.wait(), 20)
+        assert await asyncio.wait_for(process.wait(), 60) == 0
+        await asyncio.wait_for(closed.wait(), 60)
 
 
 async def test_it_takes_no_more_than_its_reader_takes() -> None:
@@ -193,7 +193,7 @@ async def test_it_takes_no_more_than_its_reader_takes() -> None:
 
     async with platform(flood) as port:
         process = await start(port)
-        await asyncio.wait_for(stalled.wait(), 20)
+        await asyncio.wait_for(stalled.wait(), 60)
         process.kill()
         await process.communicate()
     assert sent < 32 << 20
@@ -346,7 +346,17 @@ async def test_a_worker_that_does_not_answer_yet_is_tried_again() -> None:
     async with serve(echo, "127.0.0.1", 0, process_request=not_yet, compression=None, close_timeout=0.2) as server:
         done = await run(server.sockets[0].getsockname()[1], b"END\xff")
     assert (done.stdout, done.returncode) == (b"END\xff", 0)
-    assert done.stderr == b"orion: no answer; waiting\n", "said once"
+    assert_waited(done.stderr, "no answer")
+
+
+def assert_waited(stderr: bytes, reason: str) -> None:
+    """This was said at once, and again only where five more seconds had passed: on a busy machine they may."""
+    first, *again = stderr.decode().splitlines()
+    assert first == f"orion: {reason}; waiting"
+    for number, line in enumerate(again, 1):
+        told = re.fullmatch(rf"orion: {re.escape(reason)}; waiting \((\d+) s\)", line)
+        assert told, line
+        assert int(told[1]) >= SAY_EVERY_S * number, line
 
 
 async def moved(connection: ServerConnection) -> None:
@@ -369,7 +379,7 @@ async def test_a_rental_that_is_on_the_move_is_waited_for_and_its_reason_is_said
     async with serve(echo, "127.0.0.1", 0, process_request=not_yet, compression=None, close_timeout=0.2) as server:
         done = await run(server.sockets[0].getsockname()[1], b"END\xff")
     assert (done.stdout, done.returncode) == (b"END\xff", 0)
-    assert done.stderr == b"orion: it is queued: no slot; waiting\n"
+    assert_waited(done.stderr, "it is queued: no slot")
     assert asked == ["wait_s=0", "wait_s=5", "wait_s=5", "wait_s=5"], "the reason first, then a word every five seconds"
 
 
@@ -412,7 +422,7 @@ async def test_what_can_wait_is_said_at_a_log_in_and_never_to_scp_rsync_or_who_w
     async with serve(echo, "127.0.0.1", 0, process_response=remarked, compression=None, close_timeout=0.2) as server:
         port = server.sockets[0].getsockname()[1]
         process = await start(port, by=in_place_of_ssh, stdin=stdin, **said_before)
-        out, err = await asyncio.wait_for(process.communicate(), 20)
+        out, err = await asyncio.wait_for(process.communicate(), 60)
     os.close(ours)
     os.close(terminal)
     assert (out, err) == (b"END\xff", told)
@@ -421,6 +431,7 @@ async def test_what_can_wait_is_said_at_a_log_in_and_never_to_scp_rsync_or_who_w
 async def test_a_worker_that_is_lost_before_it_has_said_anything_is_followed_by_the_next() -> None:
     """Paused, it takes connections and says nothing: ssh does not notice that it speaks with another one."""
     sessions = 0
+    told = asyncio.Event()
 
     async def first_silent(connection: ServerConnection) -> None:
         nonlocal sessions
@@ -428,22 +439,22 @@ async def test_a_worker_that_is_lost_before_it_has_said_anything_is_followed_by_
         if sessions > 1:
             return await echo(connection)
         assert await connection.recv() == b"SSH-2.0-a END\xff"
-        await asyncio.sleep(SAY_EVERY_S + 0.5)
+        await asyncio.wait_for(told.wait(), 60)
         return await connection.close(4001, "its worker is down")
 
     async with platform(first_silent) as port:
         process = await start(port)
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(b"SSH-2.0-a END\xff")
-        assert await asyncio.wait_for(process.stdout.read(), 20) == b"SSH-2.0-a END\xff"
-        assert await process.wait() == 0
         assert process.stderr is not None
-        said = (await process.stderr.read()).decode().splitlines()
-    assert said == [
-        "orion: its worker does not answer yet; waiting",
-        "orion: the rental is not on that worker any more: its worker is down; waiting",
-    ]
+        process.stdin.write(b"SSH-2.0-a END\xff")
+        said = await asyncio.wait_for(process.stderr.readline(), 60)
+        assert said == b"orion: its worker does not answer yet; waiting\n"
+        told.set()
+        assert await asyncio.wait_for(process.stdout.read(), 60) == b"SSH-2.0-a END\xff"
+        assert await process.wait() == 0
+        said = await process.stderr.read()
+    assert said == b"orion: the rental is not on that worker any more: its worker is down; waiting\n"
 
 
 @pytest.mark.parametrize("raw", [True, False])
@@ -456,12 +467,15 @@ async def test_a_session_that_is_lost_leaves_a_terminal_in_order(raw: bool) -> N
         process = await start(port, stderr=theirs)
         os.close(theirs)
         assert process.stdout is not None
-        assert await asyncio.wait_for(process.stdout.read(), 20) == b"SSH-2.0-x\r\n"
+        assert await asyncio.wait_for(process.stdout.read(), 60) == b"SSH-2.0-x\r\n"
         assert process.stdin is not None
         process.stdin.write(b"what ssh still says finds a reader")
         process.stdin.close()
-        assert await asyncio.wait_for(process.wait(), 20) == 1
-    said = os.read(ours, 1000)
+        assert await asyncio.wait_for(process.wait(), 60) == 1
+    said = b""
+    with suppress(OSError):  # how a terminal says that nobody writes to it any more
+        while part := os.read(ours, 1000):
+            said += part
     os.close(ours)
     line = b"orion: the rental is not on that worker any more: its worker is down\r\n"
     assert said == (TIDY.encode() if raw else b"") + line
@@ -523,9 +537,9 @@ async def test_a_certificate_waits_for_a_rental_that_is_queued_or_on_the_move(
     certifying.answer("GET", "/api/rentals/abcdefgh23", queued, queued, moving, rental(epoch=3))
     done = await certified(certifying, tmp_path)
     assert (done.returncode, done.stdout) == (0, b"")
-    first, second = done.stderr.decode().splitlines()
-    assert first == "orion: the rental is queued: no worker has a free slot; waiting"
-    assert re.fullmatch(r"orion: the rental is migrating: its worker is down; waiting \(\d+ s\)", second)
+    *queued, moved_on = done.stderr.splitlines()
+    assert_waited(b"\n".join(queued), "the rental is queued: no worker has a free slot")
+    assert re.fullmatch(rb"orion: the rental is migrating: its worker is down; waiting \(\d+ s\)", moved_on)
     *looks, signs = certifying.calls
     assert [call.query["wait_s"] for call in looks] == ["0", "5", "5", "5"], "the platform waits, and not this side"
     assert (signs.method, signs.body["ssh_public_key"]) == ("POST", HOST_KEY)
