@@ -104,7 +104,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def orion_ssh(platform: ScriptedPlatform, environment: dict[str, str], *given: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", "-m", "orion.cli", "ssh", *given]
     where = {**environment, "ORION_URL": platform.url}
-    return subprocess.run(command, env=where, capture_output=True, text=True, timeout=20, check=False)
+    return subprocess.run(command, env=where, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ async def test_only_a_worker_that_proves_to_be_the_rentals_is_spoken_to(
             *(ssh, "-F", "none", "-o", "BatchMode=yes", *options),
             env={**environment, "ORION_URL": url}, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
-        _out, said = await asyncio.wait_for(process.communicate(), 20)
+        _out, said = await asyncio.wait_for(process.communicate(), 60)
     # The user of the rental is unknown to this machine: being refused as a user means that the host was accepted.
     expected = b"Permission denied" if named == "its own rental" else b"Host key verification failed"
     assert expected in said, said.decode()
@@ -239,7 +239,7 @@ def agent_with_keys(folder: Path, number: int) -> Iterator[dict[str, str]]:
     where = {"SSH_AUTH_SOCK": str(folder / "agent")}
     with subprocess.Popen(["ssh-agent", "-D", "-a", where["SSH_AUTH_SOCK"]], stdout=subprocess.DEVNULL) as agent:
         try:
-            give_up_at = time.monotonic() + 20
+            give_up_at = time.monotonic() + 60
             while not Path(where["SSH_AUTH_SOCK"]).is_socket():
                 assert time.monotonic() < give_up_at, "the agent does not start"
                 time.sleep(0.01)

@@ -83,7 +83,7 @@ class Machine:
 
     def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, env=self.environment, cwd=self.home, capture_output=True, text=True, timeout=20, check=False
+            command, env=self.environment, cwd=self.home, capture_output=True, text=True, timeout=60, check=False
         )
 
 

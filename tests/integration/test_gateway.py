@@ -37,7 +37,7 @@ class Gateway:
 
     async def route(self, websocket: WebSocket) -> None:
         try:
-            stream = await connect(self.host, timeout_s=2)
+            stream = await connect(self.host, timeout_s=60)
         except WorkerUnreachable as error:
             await websocket.send_denial_response(PlainTextResponse(str(error), 502))
             return
