@@ -207,7 +207,7 @@ class Worker:
         done = subprocess.run(["docker", "logs", self.name], capture_output=True, text=True, check=True)
         return done.stdout + done.stderr
 
-    def wait_registered(self, after: float = 0.0, within_s: float = 15) -> None:
+    def wait_registered(self, after: float = 0.0, within_s: float = PATIENCE_S) -> None:
         """Takes address and host key as the manager would: from the registration."""
         hostname = docker("inspect", "-f", "{{.Config.Hostname}}", self.name).strip()
 
@@ -231,7 +231,7 @@ class Worker:
 
     def ssh(self, user: str, key: Key, command: str, text: str = "", *options: str) -> subprocess.CompletedProcess[str]:
         arguments = [*self.ssh_command(user, key, *options), command]
-        return subprocess.run(arguments, input=text, capture_output=True, text=True, check=False, timeout=30)
+        return subprocess.run(arguments, input=text, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
     def rental(self, command: str, **request: Any) -> tuple[int, dict[str, Any]]:
         """orion-rental as the manager would run it: over ssh, as root."""
