@@ -37,6 +37,13 @@ CHUNK_BYTES, IN_FLIGHT_BYTES = 16 << 10, 64 << 10
 WITHIN_S = 60
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy worker that shakes hands late is none that lets nobody in; a shell that ends late is not lost."""
+    monkeypatch.setattr("orion.manager.engine.shell.OPEN_TIMEOUT_S", WITHIN_S)
+    monkeypatch.setattr("orion.manager.engine.shell.CLOSED_WITHIN_S", WITHIN_S)
+
+
 @pytest.fixture(scope="module")
 def rental(host: Worker, folder: Path) -> Iterator[Rental]:
     made = new_rental(host, folder)
