@@ -54,11 +54,11 @@ async def stream(house: House, token: str, query: str = "", **headers: str) -> A
         yield lines
     finally:
         gone.set()
-        await asyncio.wait_for(serving, 5)
+        await asyncio.wait_for(serving, 20)
 
 
 async def next_event(lines: asyncio.Queue[str]) -> tuple[int, str, wire.Event]:
-    parts = [(await asyncio.wait_for(lines.get(), 5)).split(": ", 1) for _ in range(3)]
+    parts = [(await asyncio.wait_for(lines.get(), 20)).split(": ", 1) for _ in range(3)]
     assert [name for name, _ in parts] == ["id", "event", "data"]
     return int(parts[0][1]), parts[1][1], wire.Event.model_validate_json(parts[2][1])
 

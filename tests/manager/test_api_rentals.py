@@ -30,7 +30,7 @@ async def until_queued(house: House, known: int = 0) -> None:
     """Until another rental is in the database; the request that made it goes on waiting."""
     with house.store.news.listen("*") as changed:
         while len(await house.events("rental.queued")) <= known:
-            await asyncio.wait_for(changed.wait(), 5)
+            await asyncio.wait_for(changed.wait(), 20)
             changed.clear()
 
 
@@ -39,7 +39,7 @@ async def rent_and_wait(house: House, client: httpx.AsyncClient, **body: Any) ->
     asked = asyncio.create_task(client.post("/api/rent", json=body))
     await until_queued(house, known)
     await house.settle()
-    return await asyncio.wait_for(asked, 5)
+    return await asyncio.wait_for(asked, 20)
 
 
 async def test_a_rent_answers_201_with_the_rental_when_it_is_active(
@@ -85,7 +85,7 @@ async def test_a_rent_that_waited_in_vain_says_what_it_waits_for(house: House, a
     await until_queued(house)
     await house.settle()
     house.clock.now += 1
-    reply = await asyncio.wait_for(asked, 5)
+    reply = await asyncio.wait_for(asked, 20)
     assert reply.status_code == 202
     assert reply.json()["explanation"] == "waiting: the pool has no worker. It starts by itself when one joins"
 
@@ -243,7 +243,7 @@ async def test_showing_waits_for_the_state_that_was_asked_for_and_is_woken_by_th
     await house.settle()
     assert not asked.done()
     await house.join()
-    reply = await asyncio.wait_for(asked, 5)
+    reply = await asyncio.wait_for(asked, 20)
     assert reply.json()["state"] == "active"
 
 
@@ -254,7 +254,7 @@ async def test_waiting_for_a_state_that_will_not_come_ends_with_the_rental(
     asked = asyncio.create_task(alice.get(f"/api/rentals/{rental_id}?state=active&wait_s=55"))
     await alice.delete(f"/api/rentals/{rental_id}")
     await house.settle()
-    assert (await asyncio.wait_for(asked, 5)).json()["state"] == "released"
+    assert (await asyncio.wait_for(asked, 20)).json()["state"] == "released"
 
 
 async def test_a_renewal_counts_again_from_now(house: House, alice: httpx.AsyncClient, agent: Agent) -> None:
@@ -281,7 +281,7 @@ async def test_a_release_answers_202_while_it_is_cleaned_and_200_when_it_has_end
     assert (first.status_code, first.json()["state"]) == (202, "releasing")
     waiting = asyncio.create_task(alice.delete(f"/api/rentals/{rental['id']}?wait_s=55"))
     await house.settle()
-    ended = await asyncio.wait_for(waiting, 5)
+    ended = await asyncio.wait_for(waiting, 20)
     assert (ended.status_code, ended.json()["state"], ended.json()["worker_id"]) == (200, "released", None)
     again = await alice.delete(f"/api/rentals/{rental['id']}")
     assert (again.status_code, again.json()["state"]) == (200, "released")

@@ -87,7 +87,7 @@ async def test_a_release_ends_the_filling_of_a_home_that_hangs(house: House, poo
     await begun.wait()
     await house.as_admin.delete(f"/api/rentals/{rental['id']}")
     await house.manager.reconciler.round()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         await taken_over
     assert (await house.rental(rental["id"]))["state"] == "released"
 

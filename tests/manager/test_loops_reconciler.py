@@ -111,7 +111,7 @@ async def test_what_was_not_made_before_its_deadline_is_made_on_another(house: H
     reply = await house.as_admin.post("/api/rent", json={"wait_s": 0})
     for _ in range(3):
         await house.manager.reconciler.round()
-    await asyncio.wait_for(agent.node.asked.wait(), 5)
+    await asyncio.wait_for(agent.node.asked.wait(), 20)
     other = house.new_agent()
     await other.register()
     house.clock.now += CREATE_DEADLINE_S + 1

@@ -16,7 +16,7 @@ from orion.manager.gateway.openings import Opening
 from orion.manager.gateway.ssh import REVOKED
 from orion.manager.store import tokens
 
-WITHIN_S = 10.0
+WITHIN_S = 20.0
 
 
 def open_now(house: House) -> list[Opening]:

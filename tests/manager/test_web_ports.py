@@ -465,7 +465,7 @@ class Doors:
         return self.is_open
 
     async def hear_all(self) -> list[tuple[str, tuple[str, ...]]]:
-        await asyncio.wait_for(asyncio.gather(*self.house.manager.web_ends._telling), 10)
+        await asyncio.wait_for(asyncio.gather(*self.house.manager.web_ends._telling), 20)
         return self.told
 
 
@@ -554,7 +554,7 @@ async def test_doors_that_do_not_answer_keep_no_other_from_being_asked(
     doors = Doors(house)
     doors.away = 1
     house.manager.web_ends.begin()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while not doors.told:  # noqa: ASYNC110 - a stand-in that only notes what it is told
             await asyncio.sleep(0)
     assert len(doors.told) == 1, "the one that was asked second"

@@ -42,7 +42,7 @@ class Client:
     serving: asyncio.Task[None] | None = None
 
     async def hears(self) -> dict[str, Any]:
-        return await asyncio.wait_for(self.heard.get(), 10)
+        return await asyncio.wait_for(self.heard.get(), 20)
 
     async def is_in(self) -> bool:
         return (await self.hears())["type"] == "websocket.accept"
@@ -62,7 +62,7 @@ class Client:
 
     async def ended(self) -> None:
         assert self.serving
-        await asyncio.wait_for(asyncio.shield(self.serving), 10)
+        await asyncio.wait_for(asyncio.shield(self.serving), 20)
 
 
 def coming_in(house: House, rental_id: str, token: str, query: str = "") -> AbstractAsyncContextManager[Client]:
