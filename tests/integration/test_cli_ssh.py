@@ -240,13 +240,15 @@ def agent_with_keys(folder: Path, number: int) -> Iterator[dict[str, str]]:
     with subprocess.Popen(["ssh-agent", "-D", "-a", where["SSH_AUTH_SOCK"]], stdout=subprocess.DEVNULL) as agent:
         try:
             give_up_at = time.monotonic() + 60
-            while not Path(where["SSH_AUTH_SOCK"]).is_socket():
+            # Its socket is there before it listens: ssh-add ends with 2 where no agent answers.
+            its = {**os.environ, **where}
+            while subprocess.run(["ssh-add", "-l"], env=its, capture_output=True, check=False).returncode == 2:
                 assert time.monotonic() < give_up_at, "the agent does not start"
                 time.sleep(0.01)
             for each in range(number):
                 key = folder / f"other{each}"
                 subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-                subprocess.run(["ssh-add", "-q", key], env={**os.environ, **where}, check=True)
+                subprocess.run(["ssh-add", "-q", key], env=its, check=True)
                 key.unlink()
             yield where
         finally:
