@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from proxy_support import SECRET, Proxy, proxy, wait_until
+from proxy_support import SECRET, Proxy, answers, proxy, wait_until
 from support.builders import AUTHORITIES, host_key
 
 from orion.manager import app
@@ -80,12 +80,13 @@ class Platform:
         self._process = PROCESSES.Process(target=run_manager, args=(order,), daemon=True)
         self.worker_token = ""
         self.session = ""
+        self._seq = 0
         self._stopping = threading.Event()
         self._agent = threading.Thread(target=self._call_home, daemon=True)
 
     def start(self) -> None:
         self._process.start()
-        wait_until(lambda: httpx.get(f"{self.url}/healthz", trust_env=False).status_code == 200, "the manager answers")
+        wait_until(lambda: answers(f"{self.url}/healthz"), "the manager answers")
         self._agent.start()
         wait_until(lambda: self.status()["workers"].get("ready") == 1, "the worker is ready")
 
@@ -125,20 +126,28 @@ class Platform:
         """An agent as the contract has it, with nothing to tell; its word for what it holds is the engine's."""
         body = {"hostname": "made-up", "ssh_host_keys": [WORKER_KEY], "slots": SLOTS, "boot_id": "boot-0001"}
         with httpx.Client(base_url=self.url, trust_env=False, timeout=10) as http:
-            seq = 0
             while not self._stopping.is_set():
-                headers = {"Authorization": f"Bearer {self.worker_token or self.secrets.join_token}"}
-                if not self.session:
-                    reply = http.post("/api/register", json=body | {"agent_version": "0.1"}, headers=headers)
-                    if reply.status_code == 201:
-                        told, seq = reply.json(), 0
-                        self.worker_token, self.session = told["worker_token"], told["session_id"]
-                else:
-                    seq += 1
-                    reply = http.post("/api/heartbeat", json={"session_id": self.session, "seq": seq}, headers=headers)
-                    if reply.status_code in {401, 409}:
-                        self.session = ""
-                self._stopping.wait(BEAT_S if reply.is_success else 0.2)
+                try:
+                    is_heard = self._say(http, body)
+                except httpx.TransportError:  # as a worker does: it calls again
+                    is_heard = False
+                self._stopping.wait(BEAT_S if is_heard else 0.2)
+
+    def _say(self, http: httpx.Client, body: dict[str, Any]) -> bool:
+        """Register, or send a heartbeat; return whether that was taken."""
+        headers = {"Authorization": f"Bearer {self.worker_token or self.secrets.join_token}"}
+        if not self.session:
+            reply = http.post("/api/register", json=body | {"agent_version": "0.1"}, headers=headers)
+            if reply.status_code == 201:
+                told, self._seq = reply.json(), 0
+                self.worker_token, self.session = told["worker_token"], told["session_id"]
+        else:
+            self._seq += 1
+            beat = {"session_id": self.session, "seq": self._seq}
+            reply = http.post("/api/heartbeat", json=beat, headers=headers)
+            if reply.status_code in {401, 409}:
+                self.session = ""
+        return reply.is_success
 
 
 @contextmanager

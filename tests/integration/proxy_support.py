@@ -25,6 +25,8 @@ import httpx
 import uvicorn
 
 ROOT = Path(__file__).parents[2]
+PATIENCE_S = 60
+"""Seconds to wait for what nobody promised a time: other tests, attacks among them, have the machine besides."""
 SECRET = "Proxy-secret-of-this-test-" + "7" * 17
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -44,7 +46,7 @@ def free_port() -> int:
             return port
 
 
-def wait_until(condition: Callable[[], bool], what: str, within_s: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], what: str, within_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
@@ -130,7 +132,7 @@ class Proxy:
         return shown.stdout.strip()
 
     def answers(self) -> bool:
-        return _answers(self.url)
+        return answers(self.url)
 
     def down(self) -> None:
         self.compose("down", "--volumes", "--rmi", "local", "--timeout", "3")
@@ -184,13 +186,13 @@ def outer_proxy(inner: Proxy, host: int = 50) -> Iterator[str]:
     subprocess.run([*command, OUTER.format(inner=f"{inner.network}.2")], check=True, capture_output=True)
     address = f"http://{inner.network}.{host}:8000"
     try:
-        wait_until(lambda: _answers(f"{address}/"), "the outer proxy answers")
+        wait_until(lambda: answers(f"{address}/"), "the outer proxy answers")
         yield address
     finally:
         subprocess.run(["docker", "rm", "--force", name], check=True, capture_output=True)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     try:
         return httpx.get(url, trust_env=False).status_code == 200
     except httpx.TransportError:
