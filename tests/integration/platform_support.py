@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from proxy_support import SECRET, Proxy, answers, proxy, wait_until
+from proxy_support import PATIENCE_S, SECRET, Proxy, answers, proxy, wait_until
 from support.builders import AUTHORITIES, host_key
 
 from orion.manager import app
@@ -163,15 +163,23 @@ def platform(folder: Path) -> Iterator[Platform]:
             running.stop()
 
 
-async def raw(port: int, *parts: bytes, pause_s: float = 0.0, within_s: float = 5.0, ends: bool = False) -> bytes:
+async def raw(
+    port: int,
+    *parts: bytes,
+    pause_s: float = 0.0,
+    within_s: float = 5.0,
+    ends: bool = False,
+    is_answered: bool = False,
+) -> bytes:
     """Return all that comes back for these bytes, sent as they are, until the peer closes or `within_s` has passed.
 
-    `ends`: this side of the connection is closed behind them.
+    `ends`: this side of the connection is closed behind them. `is_answered`: something has to come back, and the time
+    counts from its first part.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     got = b""
     try:
-        async with asyncio.timeout(within_s):
+        async with asyncio.timeout(PATIENCE_S if is_answered else within_s) as limit:
             for part in parts:
                 writer.write(part)
                 await writer.drain()
@@ -179,6 +187,8 @@ async def raw(port: int, *parts: bytes, pause_s: float = 0.0, within_s: float = 
             if ends:
                 writer.write_eof()
             while part := await reader.read(65536):
+                if is_answered and not got:
+                    limit.reschedule(asyncio.get_running_loop().time() + within_s)
                 got += part
     except (TimeoutError, ConnectionError):
         pass

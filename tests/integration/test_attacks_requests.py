@@ -71,7 +71,7 @@ STRANGE_CREDENTIALS = {
 @pytest.mark.parametrize("credentials", STRANGE_CREDENTIALS.values(), ids=STRANGE_CREDENTIALS)
 def test_strange_credentials_are_none(attacked: Platform, credentials: str | bytes | None) -> None:
     headers = {} if credentials is None else {"Authorization": credentials}
-    with httpx.Client(base_url=attacked.url, trust_env=False) as nobody:
+    with httpx.Client(base_url=attacked.url, trust_env=False, timeout=60) as nobody:
         for path in ("/api/rentals", "/api/workers", "/api/events", "/api/status"):
             assert assert_problem(nobody.get(path, headers=headers), 401)["code"] == "unauthorized"
         assert_problem(nobody.post("/api/rent", json={}, headers=headers), 401)
@@ -79,7 +79,7 @@ def test_strange_credentials_are_none(attacked: Platform, credentials: str | byt
 
 def test_a_token_counts_in_its_header_alone(attacked: Platform) -> None:
     token = attacked.secrets.admin_token
-    with httpx.Client(base_url=attacked.url, trust_env=False, cookies={"Authorization": token}) as nobody:
+    with httpx.Client(base_url=attacked.url, trust_env=False, timeout=60, cookies={"Authorization": token}) as nobody:
         for name in ("token", "access_token", "authorization"):
             assert_problem(nobody.get("/api/workers", params={name: token}), 401)
         assert_problem(nobody.get("/api/workers", headers={"Proxy-Authorization": f"Bearer {token}"}), 401)
@@ -92,6 +92,7 @@ async def test_two_authorization_headers_are_refused(attacked: Platform) -> None
         attacked.door.http_port,
         b"GET /api/workers HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         b"Authorization: Bearer nothing\r\nAuthorization: Bearer " + token + b"\r\n\r\n",
+        is_answered=True,
     )
     assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 401 "))
 
@@ -341,7 +342,7 @@ SMUGGLED = {
 async def test_a_request_of_doubtful_length_is_refused_and_nothing_of_it_is_a_second_one(
     attacked: Platform, request_bytes: bytes
 ) -> None:
-    answer = await raw(attacked.door.http_port, request_bytes, within_s=2)
+    answer = await raw(attacked.door.http_port, request_bytes, within_s=2, is_answered=True)
     assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 ", b"HTTP/1.1 501 ", b"HTTP/1.1 505 ")), answer[:200]
     assert answer.count(b"HTTP/1.1 ") == 1, answer
 
@@ -414,8 +415,15 @@ async def test_what_is_left_of_a_body_is_never_a_request_of_anybody(attacked: Pl
     token = attacked.token("bodies").encode() if who == "a client" else b""
     added = b"Authorization: Bearer " + token + b"\r\nHost:" if token else b"Host:"
     sent = [(name, expected, ends) for name, (_, expected) in AFTER_A_BODY.items() for ends in (False, True)]
+    port = attacked.door.http_port
     tries = [
-        raw(attacked.door.http_port, AFTER_A_BODY[name][0].replace(b"Host:", added, 1), within_s=2.5, ends=ends)
+        raw(
+            port,
+            AFTER_A_BODY[name][0].replace(b"Host:", added, 1),
+            within_s=2.5,
+            ends=ends,
+            is_answered=not ends and name not in UNENDED,
+        )
         for name, _, ends in sent
     ]
     answers, _ = await asyncio.gather(asyncio.gather(*tries), honest_calls(attacked, 2.5))
@@ -461,7 +469,7 @@ async def honest_calls(platform: Platform, for_s: float) -> None:
     """Somebody else's, over the proxy's same connections to the manager: each gets its own answer, all the time."""
     paths = {"/api/rentals": (200, "items"), "/api/rentals/aaaaaaaa22": (404, "code"), "/api/status": (200, "brake")}
     last_moment = asyncio.get_running_loop().time() + for_s
-    async with httpx.AsyncClient(base_url=platform.url, trust_env=False) as honest:
+    async with httpx.AsyncClient(base_url=platform.url, trust_env=False, timeout=60) as honest:
         honest.headers["Authorization"] = f"Bearer {platform.secrets.admin_token}"
         while asyncio.get_running_loop().time() < last_moment:
             replies = await asyncio.gather(*(honest.get(path) for path in paths for _ in range(4)))
@@ -532,7 +540,10 @@ BY_HTTP_2: dict[str, tuple[list[bytes], set[bytes]]] = {
 
 async def test_what_http_2_can_say_and_http_1_cannot_becomes_no_other_request(attacked: Platform) -> None:
     port = attacked.door.https_port
-    sent = [exchange(port, *frames, within_s=2.5) for frames, _ in BY_HTTP_2.values()]
+    sent = [
+        exchange(port, *frames, within_s=2.5, is_answered=b"401" not in expected)
+        for frames, expected in BY_HTTP_2.values()
+    ]
     answers, _ = await asyncio.gather(asyncio.gather(*sent), honest_calls(attacked, 2.5))
     for (name, (_, expected)), answer in zip(BY_HTTP_2.items(), answers, strict=True):
         assert len(answer) <= 1, (name, answer)
@@ -575,7 +586,7 @@ PATHS = {
 async def test_an_address_written_otherwise_leads_nowhere_else(attacked: Platform, path: str, status: int) -> None:
     token = attacked.secrets.admin_token
     lines = [f"GET {path} HTTP/1.1", "Host: localhost", "Connection: close", f"Authorization: Bearer {token}", "", ""]
-    answer = await raw(attacked.door.http_port, "\r\n".join(lines).encode())
+    answer = await raw(attacked.door.http_port, "\r\n".join(lines).encode(), is_answered=True)
     assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer[:300]
     if status == 200:
         assert b'"items"' in answer
@@ -602,7 +613,7 @@ def test_the_proxys_own_headers_are_nobody_elses(attacked: Platform, alice: http
     assert reply.headers["x-request-id"] != "mine"
     body = {"hostname": "h", "ssh_host_keys": [host_key(9)], "slots": 1, "boot_id": "boot-0009", "agent_version": "1"}
     join = {"Authorization": f"Bearer {attacked.secrets.join_token}"} | forged
-    with httpx.Client(base_url=attacked.url, trust_env=False) as stranger:
+    with httpx.Client(base_url=attacked.url, trust_env=False, timeout=60) as stranger:
         # It is the address at which the honest worker answers: so it is in use.
         assert assert_problem(stranger.post("/api/register", json=body, headers=join), 409)["code"] == "address_in_use"
 
@@ -613,6 +624,7 @@ async def test_plain_http_is_not_upgraded_to_another_protocol(attacked: Platform
         b"GET /api/rentals HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n"
         b"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n",
         within_s=2,
+        is_answered=True,
     )
     assert answer.startswith(b"HTTP/1.1 401 ")
     old = await raw(attacked.door.http_port, b"GET /api/rentals\r\n", within_s=2)

@@ -11,6 +11,8 @@ from contextlib import suppress
 DATA, HEADERS, RST_STREAM, SETTINGS = 0, 1, 3, 4
 END_STREAM, ACK, END_HEADERS = 1, 1, 4
 CANCEL = b"\0\0\0\x08"
+PATIENCE_S = 60
+"""Seconds to wait for an answer of which nobody promised when it comes."""
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 KNOWN_STATUSES = {0x88: b"200", 0x89: b"204", 0x8C: b"400", 0x8D: b"404", 0x8E: b"500"}
 """The first byte of a header block that is one of HPACK's own table (RFC 7541, appendix A)."""
@@ -34,20 +36,28 @@ def reset(stream: int = 1) -> bytes:
     return frame(RST_STREAM, 0, stream, CANCEL)
 
 
-async def exchange(port: int, *frames: bytes, within_s: float = 1.0) -> list[tuple[int, bytes, bytes]]:
-    """Return all answers that come for these frames in time: stream, status and body."""
+async def exchange(
+    port: int, *frames: bytes, within_s: float = 1.0, is_answered: bool = False
+) -> list[tuple[int, bytes, bytes]]:
+    """Return all answers that come for these frames in time: stream, status and body.
+
+    `is_answered`: there has to be one, and the time counts from it.
+    """
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
     reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
     got = b""
     with suppress(TimeoutError, OSError):
-        async with asyncio.timeout(within_s):
+        async with asyncio.timeout(PATIENCE_S if is_answered else within_s) as limit:
             writer.write(PREFACE + frame(SETTINGS, 0, 0))
             got = await reader.read(65536)
             writer.write(frame(SETTINGS, ACK, 0) + b"".join(frames))
             while part := await reader.read(65536):
                 got += part
+                if is_answered and _answers(got):
+                    limit.reschedule(asyncio.get_running_loop().time() + within_s)
+                    is_answered = False
     writer.close()
     return _answers(got)
 
@@ -55,7 +65,7 @@ async def exchange(port: int, *frames: bytes, within_s: float = 1.0) -> list[tup
 def _answers(got: bytes) -> list[tuple[int, bytes, bytes]]:
     statuses: list[tuple[int, bytes]] = []
     bodies: dict[int, bytes] = {}
-    while len(got) >= 9:
+    while len(got) >= 9 and len(got) >= 9 + int.from_bytes(got[:3]):
         length, kind, stream = int.from_bytes(got[:3]), got[3], int.from_bytes(got[5:9])
         payload, got = got[9 : 9 + length], got[9 + length :]
         if kind == HEADERS:
