@@ -35,7 +35,7 @@ def alice(attacked: Platform) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def nobody(attacked: Platform) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=attacked.url, trust_env=False, timeout=30) as client:
+    with httpx.Client(base_url=attacked.url, trust_env=False, timeout=60) as client:
         yield client
 
 
@@ -226,7 +226,7 @@ def test_below_a_path_of_an_outer_proxy_a_web_port_and_its_key_are_found(
     with (
         outer_proxy(attacked.door) as outer,
         Orion.at(f"{outer}/orion", token) as orion,
-        httpx.Client(base_url=outer, trust_env=False, timeout=30) as browser,
+        httpx.Client(base_url=outer, trust_env=False, timeout=60) as browser,
     ):
         assert [rental.id for rental in orion.rentals()] == [rental_id]
         ticket = orion.web_port_ticket(rental_id, port)
@@ -319,7 +319,7 @@ async def test_an_address_that_is_a_trick_reaches_no_process_and_no_call(
     before, token = len(worker.renter.heads), alice.headers["Authorization"]
     for path in tricks(rental_id, worker.renter.port, attacked.door.network):
         lines = [f"GET {path} HTTP/1.1", "Host: x", f"Authorization: {token}", "Connection: close", "", ""]
-        answer = await raw(attacked.door.http_port, "\r\n".join(lines).encode())
+        answer = await raw(attacked.door.http_port, "\r\n".join(lines).encode(), is_answered=True)
         assert answer.split()[1] in {b"400", b"404"}, (path, answer[:300])
         assert b"x-orion-pass" not in answer.lower(), path
     assert len(worker.renter.heads) == before
@@ -333,7 +333,7 @@ async def test_another_host_in_the_request_line_or_its_header_leads_nowhere_else
 ) -> None:
     for host in ("evil.example", "manager_app:5000", f"{attacked.door.network}.3"):
         request = f"GET {target.format(public)} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
-        answer = await raw(attacked.door.http_port, request.encode())
+        answer = await raw(attacked.door.http_port, request.encode(), is_answered=True)
         assert b"GET /x HTTP/1.1" in answer or answer.split()[1] == b"400", answer[:300]
 
 
@@ -450,17 +450,26 @@ def test_large_bodies_pass_without_being_kept(nobody: httpx.Client, public: str)
     assert nobody.post(f"{public}/upload", content=b"x" * 40 * MB).text == str(40 * MB)
 
 
-async def test_a_websocket_passes_and_ends_when_the_rental_may_not_run_there_any_more(
+def heard(there: socket.socket, until: bytes) -> bytes:
+    """Return what comes, up to these bytes at its end."""
+    got = b""
+    while not got.endswith(until):
+        part = there.recv(1000)
+        assert part, (got, "it ended")
+        got += part
+    return got
+
+
+def test_a_websocket_passes_and_ends_when_the_rental_may_not_run_there_any_more(
     attacked: Platform, rental_id: str, worker: MadeUpWorker, public: str
 ) -> None:
     request = f"GET {public}/ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n"
-    answer = await raw(attacked.door.http_port, request.encode(), b"echoed", pause_s=0.3, within_s=1.5)
-    assert answer.startswith(b"HTTP/1.1 101")
-    assert answer.endswith(b"echoed")
     with socket.create_connection(("127.0.0.1", attacked.door.http_port)) as there:
-        there.settimeout(20)
+        there.settimeout(60)
         there.sendall(request.encode())
-        assert there.recv(1000).startswith(b"HTTP/1.1 101")
+        assert heard(there, b"\r\n\r\n").startswith(b"HTTP/1.1 101")
+        there.sendall(b"echoed")
+        assert heard(there, b"echoed") == b"echoed"
         worker.holds(rental_id, epoch=2)
         try:
             while there.recv(1000):
@@ -468,6 +477,10 @@ async def test_a_websocket_passes_and_ends_when_the_rental_may_not_run_there_any
         except ConnectionResetError:
             pass
         worker.holds(rental_id)
+
+
+ENDS_IN_S = 12
+"""Seconds until a token ends by itself: those in which a busy machine has opened two connections by it."""
 
 
 @pytest.fixture(params=["made private", "revoked", "its time is over"])
@@ -492,8 +505,9 @@ def opened(
         token = admin.post("/api/tokens", json={"name": "alice", "ttl_s": ttl_s}).raise_for_status().json()
         ends = f"/api/tokens/{token['id']}"
         if by_itself:  # sooner than a token can be asked for
-            with sqlite3.connect(attacked.folder / "orion.db", timeout=10) as database:
-                database.execute("UPDATE tokens SET expires_at = ? WHERE id = ?", (time.time() + 4, token["id"]))
+            with sqlite3.connect(attacked.folder / "orion.db", timeout=60) as database:
+                ends_at = time.time() + ENDS_IN_S
+                database.execute("UPDATE tokens SET expires_at = ? WHERE id = ?", (ends_at, token["id"]))
         yield (
             f"Authorization: Bearer {token['token']}\r\n",
             (lambda: None) if by_itself else lambda: admin.delete(ends).raise_for_status(),
@@ -514,7 +528,7 @@ def test_an_open_connection_ends_with_what_opened_it(
         connections = []
         for text, status in ((upgrade, b"HTTP/1.1 101"), (download, b"HTTP/1.1 200")):
             there = open_ones.enter_context(socket.create_connection(("127.0.0.1", attacked.door.http_port)))
-            there.settimeout(20)
+            there.settimeout(60)
             there.sendall(text.encode())
             assert there.recv(1000).startswith(status)
             connections.append(there)
@@ -527,7 +541,7 @@ def test_an_open_connection_ends_with_what_opened_it(
 
 def test_the_same_over_https_and_http_2(attacked: Platform, public: str) -> None:
     url = f"https://127.0.0.1:{attacked.door.https_port}{public}/x"
-    command = ["curl", "-sSk", "--http2", "--max-time", "20", "-w", "\n%{http_version}", url]
+    command = ["curl", "-sSk", "--http2", "--max-time", "60", "-w", "\n%{http_version}", url]
     body, _, version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.rpartition("\n")
     seen = {name.lower(): value for name, value in json.loads(body)["headers"]}
     assert version == "2"
@@ -553,9 +567,7 @@ def test_a_rental_has_a_hundred_connections_and_calls_go_on(
         assert (refused.status_code, refused.json()["code"]) == (429, "too_many_connections")
         assert "web ports of this rental" in refused.json()["detail"]
         assert nobody.get("/healthz").status_code == 200
-    deadline = time.monotonic() + 20
-    while nobody.get(f"{public}/x").status_code != 200:
-        assert time.monotonic() < deadline, "who has gone is not forgotten"
+    wait_until(lambda: nobody.get(f"{public}/x").status_code == 200, "who has gone is forgotten")
 
 
 def test_strangers_who_send_byte_by_byte_hold_no_connection_of_a_rental(
@@ -568,11 +580,11 @@ def test_strangers_who_send_byte_by_byte_hold_no_connection_of_a_rental(
         for _ in range(110):
             connection = socket.create_connection(("127.0.0.1", attacked.door.http_port))
             connections.append(strangers.enter_context(connection))
-            connection.settimeout(10)
+            connection.settimeout(60)
             connection.sendall(request)
         answers = {connection.recv(12) for connection in connections}
         assert answers - {b"HTTP/1.1 429"} == {b"HTTP/1.1 401"}, "before their bodies have come"
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 20  # without a limit Nginx would read on for 30 s, its own
         while alice.get(f"{private}/x").status_code != 200:
             assert time.monotonic() < deadline, "who was refused is not forgotten"
             for connection in connections:

@@ -162,7 +162,7 @@ class MadeUpWorker:
 
     def start(self) -> None:
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._begin(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._begin(), self._loop).result(60)
 
     async def _end(self) -> None:
         server, serving = self._serving
@@ -171,7 +171,7 @@ class MadeUpWorker:
         await asyncio.gather(serving, return_exceptions=True)
 
     def stop(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(60)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._listener.close()
