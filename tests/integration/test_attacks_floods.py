@@ -184,12 +184,12 @@ async def test_a_flood_of_handshakes_leaves_the_others_alone(attacked: Platform)
 async def test_slow_clients_are_cut_and_cost_nobody_anything(attacked: Platform) -> None:
     """300 that never end their headers, 100 that never end their body, 50 that never read what they asked for."""
     token = await asyncio.to_thread(attacked.token, "hasty")
-    admin = attacked.secrets.admin_token.encode()
+    their = (await asyncio.to_thread(attacked.token, "deaf")).encode()
     port = attacked.door.http_port
     began = time.monotonic()
     head = b"GET /api/rentals HTTP/1.1\r\nHost: x\r\nX-Slow: "
     body = b"POST /api/rent HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\nContent-Type: application/json\r\n\r\n{"
-    greedy = b"GET /api/openapi.json HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + admin + b"\r\n\r\n"
+    greedy = b"GET /api/openapi.json HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + their + b"\r\n\r\n"
     drops = [b"x"] * 100
     slow = [asyncio.create_task(raw(port, head, *drops, pause_s=1, within_s=25)) for _ in range(300)]
     slow += [asyncio.create_task(raw(port, body, *drops[:12], pause_s=1, within_s=40)) for _ in range(100)]
