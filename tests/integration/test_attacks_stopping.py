@@ -21,8 +21,8 @@ from orion.manager.engine.vault.port import Limits, VaultError
 LIMITS = Limits(max_files=20_000, max_bytes=64 << 20)
 ROUNDS = 4
 DEADLINE_S = 8.0
-"""Of each copy and restore here."""
-LATE_S = 10.0
+"""Of each copy and restore of the attacker's."""
+LATE_S = 30.0
 """Seconds after its deadline within which a transfer has to be gone, on a busy machine."""
 LOG_INS = 12
 STOP_EACH_RSYNC = """
@@ -82,7 +82,7 @@ async def test_a_renter_who_stops_each_rsync_leaves_none_behind_and_others_are_c
                 done = await asyncio.to_thread(each.ssh, f"head -c 300000 /dev/urandom > file{number}")
                 assert done.returncode == 0, done.stderr
             own = asyncio.create_task(real.client.copy(home_of(rental), LIMITS, DEADLINE_S))
-            copied = await real.client.copy(home_of(roommate), LIMITS, DEADLINE_S)
+            copied = await real.client.copy(home_of(roommate), LIMITS)
             assert copied.copy.files >= number + 1
             with suppress(VaultError):
                 await own
@@ -90,7 +90,7 @@ async def test_a_renter_who_stops_each_rsync_leaves_none_behind_and_others_are_c
         await asyncio.to_thread(
             wait_until, lambda: not transfers(rental.on), "no transfer is left", DEADLINE_S + LATE_S
         )
-    assert (await real.client.copy(home_of(rental), LIMITS, DEADLINE_S)).copy.files >= ROUNDS
+    assert (await real.client.copy(home_of(rental), LIMITS)).copy.files >= ROUNDS
 
 
 async def test_a_restore_that_is_stopped_by_what_is_left_of_its_renter_ends_and_is_repeated(
