@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from processes import LAST
+from proxy_support import free_port
 from rental_support import Rental, new_rental
 from sparing_log import BURST, EACH_S
 from terminals import AGAIN_S, FAR, MOST
@@ -71,7 +72,7 @@ try:
             held.append(master)
 except OSError as error:
     print(error.errno, len(held))
-time.sleep(60)
+time.sleep(600)
 """
 SHUT, NO_MORE = 13, 28
 
@@ -80,7 +81,7 @@ def test_a_renter_who_opens_terminals_without_end_leaves_all_others_theirs(
     rental: Rental, roommate: Rental, elsewhere: Rental
 ) -> None:
     with running(rental, OPEN_ALL.replace("HIDE", "False")) as attack:
-        assert attack.wait(20) != 0, "it was ended"
+        assert attack.wait(60) != 0, "it was ended"
         assert str(NO_MORE) not in {line.split()[0] for line in attack.stdout or ()}
         for other in (roommate, elsewhere, rental):
             assert terminal(other).startswith("/dev/pts/")
@@ -106,9 +107,7 @@ def test_a_renter_who_hides_the_terminals_that_it_holds_takes_no_more_than_a_sha
 
 
 def test_a_renter_who_is_refused_a_thousand_times_a_second_does_not_fill_the_log(rental: Rental) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = len(rental.on.log().splitlines())
     command = rental.on.ssh_command(rental.username, rental.key, "-N", "-D", f"127.0.0.1:{port}")
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as client:
@@ -116,12 +115,12 @@ def test_a_renter_who_is_refused_a_thousand_times_a_second_does_not_fill_the_log
             wait_until(lambda: is_there(port), "the client listens")
             began = time.monotonic()
             tried = sum(is_refused(port) for _ in range(10 * BURST))
-            took_s = time.monotonic() - began
         finally:
             client.kill()
     assert tried == 10 * BURST
+    wait_until(lambda: len(rental.on.log().splitlines()) - log > BURST / 2, "the first of its lines are said")
     said = rental.on.log().splitlines()[log:]
-    assert BURST / 2 < len(said) < 2 * BURST + took_s / EACH_S
+    assert len(said) < 2 * BURST + (time.monotonic() - began) / EACH_S
     wait_until(lambda: "lines of sshd's were left out" in rental.on.log(), "that is said")
     before = times_let_in(rental)
     wait_until(lambda: rental.lets_in() and times_let_in(rental) > before, "others of its lines are said")
@@ -138,7 +137,7 @@ def is_there(port: int) -> bool:
 
 def is_refused(port: int) -> bool:
     """Ask a client of SSH (SOCKS) for a connection that sshd refuses."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
         client.sendall(b"\5\1\0")
         client.recv(2)
         client.sendall(b"\5\1\0\1\x0a\xff\xff\1\0\x50")
@@ -266,7 +265,7 @@ def test_a_start_command_that_forks_for_ever_comes_after_the_orders_of_root(
     for run in (1, 2):
         status, report = rental.on.rental("run", **asked, start_mark=f"{run}@{boot}")
         assert (status, "started" in report) == (0, True), report
-        wait_until(lambda: niceness().count(str(LAST)) > CROWD, "it comes last", within_s=30)
+        wait_until(lambda: niceness().count(str(LAST)) > CROWD, "it comes last")
         assert roommate.lets_in()
         for command in ("freeze", "thaw"):
             status, report = rental.on.rental(command, rental_id=rental.rental_id, epoch=1)
