@@ -68,12 +68,15 @@ try:
             fcntl.ioctl(master, 0x40045431, bytes(4))
             held.append(fcntl.ioctl(master, 0x5441, os.O_RDWR | os.O_NOCTTY))
             os.close(master)
+            time.sleep(0.005)
         else:
             held.append(master)
 except OSError as error:
     print(error.errno, len(held))
 time.sleep(600)
 """
+"""It hides no faster than it is looked for, also where nobody ran for seconds: who hides FAR is ended before it could
+tell how many it holds."""
 SHUT, NO_MORE = 13, 28
 
 
