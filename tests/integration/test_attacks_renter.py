@@ -89,7 +89,8 @@ attempt("page-faults", lambda: libc.syscall(323, 0))
 
 def test_what_others_run_can_be_listed_and_not_looked_into(rental: Rental, roommate: Rental) -> None:
     roommate.ssh("SECRET=hush-hush setsid sleep 120 >/dev/null 2>&1 </dev/null &")
-    pid = rental.on.run("pgrep", "-u", str(roommate.uid), "sleep").split()[0]
+    its = ("pgrep", "-u", str(roommate.uid), "-x", "sleep")
+    pid = wait_until(lambda: rental.on.run(*its, check=False), "it sleeps").split()[0]
     for file in ("environ", "maps", "mem", "fd", "cwd", "root", "stack", "io"):
         assert "hush-hush" not in rental.ssh(f"cat /proc/{pid}/{file}; ls -l /proc/{pid}/{file}").stdout
         for victim in (pid, "1", rental.on.run("pgrep", "-x", "agent.py").strip()):
