@@ -278,7 +278,7 @@ for _ in range(14):
         except OSError:
             pass
         held = b"x" * (36 << 20)
-        time.sleep(60)
+        time.sleep(300)
         os._exit(0)
     time.sleep(0.15)
 time.sleep(3)
@@ -287,7 +287,7 @@ ONE_LARGE = """
 import os, time
 held = b"x" * (80 << 20)
 print(os.getpid(), flush=True)
-time.sleep(90)
+time.sleep(300)
 """
 
 
@@ -307,7 +307,7 @@ def test_many_small_processes_of_a_renter_are_ended_before_a_neighbours_large_on
 
     with (
         session(roommate.username, roommate.key, "python3 -u -") as neighbour,
-        session("root", rental.on.key, "echo in; exec sleep 90") as of_root,
+        session("root", rental.on.key, "echo in; exec sleep 300") as of_root,
     ):
         assert neighbour.stdin is not None
         assert neighbour.stdout is not None
@@ -318,7 +318,7 @@ def test_many_small_processes_of_a_renter_are_ended_before_a_neighbours_large_on
             assert int(neighbour.stdout.readline())
             assert of_root.stdout.readline() == "in\n"
             rental.ssh("python3 - >/dev/null 2>&1", MANY_SMALL)
-            assert attackers() < 14, "the kernel has ended some"
+            wait_until(lambda: attackers() < 14, "the kernel has ended some")
             assert (neighbour.poll(), of_root.poll()) == (None, None)
             assert rental.on.log().count("sshd ended") == deaths
             assert roommate.lets_in()
