@@ -226,7 +226,7 @@ def test_a_renter_who_takes_all_memory_is_ended_alone(rental: Rental, roommate: 
         began = time.monotonic()
         assert roommate.lets_in()
         assert rental.on.ssh("root", rental.on.key, "echo in").stdout == "in\n"
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 40
         assert all(each.result().returncode != 0 for each in hogs)
     assert docker("inspect", "-f", "{{.State.StartedAt}}", rental.on.name) == started
     before = time.monotonic()
@@ -252,12 +252,12 @@ def test_a_renter_lowers_no_score_by_which_the_kernel_ends_processes(rental: Ren
     """In a session, by what sshd itself does for it, and in a start command."""
     if "a renter can have the kernel end others before itself" in rental.on.log():
         pytest.skip("the kernel (older than 5.19) or the engine has no Landlock: runs where both have it")
-    lasting = rental.ssh("setsid sleep 60 >/dev/null 2>&1 </dev/null & echo $!").stdout.strip()
+    lasting = rental.ssh("setsid sleep 600 >/dev/null 2>&1 </dev/null & echo $!").stdout.strip()
     assert rental.python(LOWER) in NOTHING_LOWERED
     (folder / "score").write_text("499")
     sftp = ["sftp", "-q", "-b", "-", *rental.on.ssh_command(rental.username, rental.key)[1:]]
     batch = f"put {folder}/score /proc/{lasting}/oom_score_adj"
-    done = subprocess.run(sftp, input=batch, capture_output=True, text=True, check=False, timeout=20)
+    done = subprocess.run(sftp, input=batch, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode != 0
     assert "Permission denied" in done.stderr
     assert rental.ssh(f"cat /proc/{lasting}/oom_score_adj").stdout.strip() in {"500", "1000"}
