@@ -7,6 +7,7 @@ manager. What it does to the engine that comes to it is in test_attacks_engine.p
 from __future__ import annotations
 
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,7 @@ def mallory(attacked: Platform, address: str) -> Iterator[Mallory]:
     # A connection for each call: Nginx ends one after an answer that came before the body of its request.
     transport = httpx.HTTPTransport(local_address=address, limits=httpx.Limits(max_keepalive_connections=0))
     url = f"http://{attacked.door.network}.2"
-    with httpx.Client(base_url=url, transport=transport, trust_env=False, timeout=30) as http:
+    with httpx.Client(base_url=url, transport=transport, trust_env=False, timeout=60) as http:
         made = Mallory(http, attacked.secrets.join_token, address)
         made.become(made.register(made.join_token))
         yield made
@@ -263,6 +264,9 @@ def test_a_lease_that_it_makes_up_is_believed_up_to_what_was_ever_given(mallory:
 
 # A storm
 
+REGISTRATIONS_AT_ONCE, REGISTRATIONS_PER_S = 50, 5
+"""What an address may, by manager_proxy/routes.conf and limits.conf."""
+
 
 def test_a_storm_of_registrations_is_cut_leaves_no_crowd_and_nobody_else_feels_it(
     attacked: Platform, mallory: Mallory, rental: dict[str, Any]
@@ -272,10 +276,11 @@ def test_a_storm_of_registrations_is_cut_leaves_no_crowd_and_nobody_else_feels_i
     def storm(number: int) -> int:
         return mallory.register(mallory.join_token, ssh_host_keys=[host_key(1000 + number)]).status_code
 
+    began = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         answers = Counter(pool.map(storm, range(200)))
     assert answers.keys() == {201, 429}
-    assert answers[201] <= 100
+    assert answers[201] <= REGISTRATIONS_AT_ONCE + REGISTRATIONS_PER_S * (time.monotonic() - began) + 1
     after = workers(attacked)
     assert len(set(after) - before) <= 1
     assert after[rental["worker_id"]]["health"] == "ready"
