@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"} | environment
     command = [sys.executable, "-m", "bench", *arguments]
-    return subprocess.run(command, env=kept, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=kept, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_growth_is_measured_and_kept(tmp_path: Path) -> None:
