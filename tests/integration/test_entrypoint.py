@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 
 FILE = Path(__file__).parents[2] / "manager_app" / "entrypoint.py"
+PATIENCE_S = 60
+"""Seconds to wait for what nobody promised a time: other tests, attacks among them, have the machine besides."""
 
 MANAGER = 1_900_000_000 + os.getpid()
 ENGINE = MANAGER + 4_194_304
@@ -206,11 +208,11 @@ class Container:
         )
 
     def ended(self) -> int:
-        return self.process.wait(20)
+        return self.process.wait(PATIENCE_S)
 
     def read(self, name: str) -> str:
         """Waits until a child has written a whole line into the file."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while not (self.directory / name).exists() or not (self.directory / name).read_text().endswith("\n"):
             assert time.monotonic() < deadline, name
             os.sched_yield()
@@ -224,7 +226,7 @@ def run() -> Iterator[Callable[..., Container]]:
     directory.chmod(0o777)
     started: list[Container] = []
 
-    def start(manager: str, engine: str = "exec sleep 60", vault: str = "exec sleep 60") -> Container:
+    def start(manager: str, engine: str = "exec sleep 600", vault: str = "exec sleep 600") -> Container:
         started.append(Container(directory, manager, engine, vault))
         return started[-1]
 
@@ -261,7 +263,7 @@ def test_the_manager_is_not_root_and_reads_its_secrets_from_a_pipe(run: Any) -> 
 
 @needs_root
 def test_the_engine_is_somebody_else_and_gets_neither_secrets_nor_settings_but_its_own(run: Any) -> None:
-    tell = "{ id -u; id -G; } > ids; ls /proc/self/fd > open; env > environment; echo > done; exec sleep 60"
+    tell = "{ id -u; id -G; } > ids; ls /proc/self/fd > open; env > environment; echo > done; exec sleep 600"
     container = run("while [ ! -e done ]; do :; done", tell)
     assert container.ended() == 0
     assert container.read("ids").split() == [str(ENGINE)] * 2
@@ -292,7 +294,7 @@ def test_what_an_engine_left_running_is_killed_before_the_next_one_starts(run: A
 @needs_root
 def test_the_vault_stays_root_gets_neither_secrets_nor_settings_and_is_started_again(run: Any) -> None:
     tell = "{ id -u; id -G; } > ids; ls /proc/self/fd > open; env > environment; echo > once"
-    tell = f"if [ -e once ]; then echo > twice; exec sleep 60; fi; {tell}"
+    tell = f"if [ -e once ]; then echo > twice; exec sleep 600; fi; {tell}"
     container = run("while [ ! -e twice ]; do :; done", vault=tell)
     assert container.ended() == 0
     assert container.read("ids").split() == ["0", "0"]
