@@ -181,10 +181,12 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
+import entrypoint
 from entrypoint import Account, Places, Supervisor, helpers
+entrypoint.HELPER_GRACE_S = float(sys.argv[3])
 os.umask(0o077)
 places = Places(run=Path(sys.argv[2]), manager=Account({MANAGER}, {MANAGER}), engine=Account({ENGINE}, {ENGINE}))
-manager, engine, vault = (["sh", "-c", script] for script in sys.argv[3:])
+manager, engine, vault = (["sh", "-c", script] for script in sys.argv[4:])
 real = dict(zip(("engine", "vault"), helpers(places)))
 mine = (
     replace(real["engine"], command=engine, home=places.run),
@@ -197,9 +199,10 @@ sys.exit(Supervisor(places, manager, mine, {{"admin_token": "x"}}).run())
 class Container:
     """The supervisor in a process of its own, with shell scripts for children."""
 
-    def __init__(self, directory: Path, manager: str, engine: str, vault: str) -> None:
+    def __init__(self, directory: Path, grace_s: float, manager: str, engine: str, vault: str) -> None:
         self.directory = directory
-        arguments = [sys.executable, "-c", SUPERVISE, str(FILE.parent), str(directory), manager, engine, vault]
+        arguments = [sys.executable, "-c", SUPERVISE, str(FILE.parent), str(directory), str(grace_s)]
+        arguments += [manager, engine, vault]
         self.process = subprocess.Popen(
             arguments,
             cwd=directory,
@@ -226,8 +229,10 @@ def run() -> Iterator[Callable[..., Container]]:
     directory.chmod(0o777)
     started: list[Container] = []
 
-    def start(manager: str, engine: str = "exec sleep 600", vault: str = "exec sleep 600") -> Container:
-        started.append(Container(directory, manager, engine, vault))
+    def start(
+        manager: str, engine: str = "exec sleep 600", vault: str = "exec sleep 600", grace_s: float = PATIENCE_S
+    ) -> Container:
+        started.append(Container(directory, grace_s, manager, engine, vault))
         return started[-1]
 
     yield start
@@ -318,5 +323,6 @@ def test_sigterm_ends_the_manager_first_and_then_the_engine(run: Any) -> None:
 
 @needs_root
 def test_an_engine_that_does_not_end_is_killed(run: Any) -> None:
-    container = run("while [ ! -e ready ]; do :; done", "trap '' TERM; echo > ready; while :; do sleep 0.02; done")
+    deaf = "trap '' TERM; echo > ready; while :; do sleep 0.02; done"
+    container = run("while [ ! -e ready ]; do :; done", deaf, grace_s=entrypoint.HELPER_GRACE_S)
     assert container.ended() == 0
