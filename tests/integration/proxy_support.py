@@ -218,6 +218,8 @@ class Manager:
     """A manager that tells what it was asked (ASGI under uvicorn, as the real one)."""
 
     def __init__(self, address: str) -> None:
+        self.goes_on = threading.Event()
+        """What a second event waits for."""
         how = {"interface": "asgi3", "lifespan": "off", "log_level": "critical"}
         config = uvicorn.Config(self._serve, host=address, port=5000, ws="websockets-sansio", **how)
         self._server = uvicorn.Server(config)
@@ -228,6 +230,7 @@ class Manager:
         wait_until(lambda: self._server.started, "the test's manager listens")
 
     def stop(self) -> None:
+        self.goes_on.set()
         self._server.should_exit = True
         self._thread.join(timeout=60)
         assert not self._thread.is_alive(), "the test's manager goes on, and would be found by the next test"
@@ -236,7 +239,7 @@ class Manager:
         if scope["type"] == "websocket":
             await _echo_websocket(scope, receive, send)
         elif scope["path"] == "/api/events":
-            await _stream(send)
+            await _stream(send, self.goes_on)
         elif scope["path"] == "/api/lost":
             send.__self__.transport.abort()  # uvicorn's own way to break off is an answer of 500
         else:
@@ -259,11 +262,11 @@ async def _tell(scope: dict[str, Any], receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": json.dumps(told).encode()})
 
 
-async def _stream(send: Send) -> None:
-    """One event, then silence for as long as anybody listens."""
+async def _stream(send: Send, goes_on: threading.Event) -> None:
+    """One event, then silence until the next may come."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
     await send({"type": "http.response.body", "body": b"id: 1\ndata: {}\n\n", "more_body": True})
-    await asyncio.sleep(3)
+    await asyncio.to_thread(goes_on.wait)
     await send({"type": "http.response.body", "body": b"id: 2\ndata: {}\n\n"})
 
 
