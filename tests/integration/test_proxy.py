@@ -10,11 +10,13 @@ import ssl
 import subprocess
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from functools import partial
+from http.client import HTTPResponse
 from pathlib import Path
+from queue import SimpleQueue
 
 import httpx
 import pytest
@@ -217,9 +219,35 @@ def test_a_request_that_is_no_http_is_refused_as_a_problem(door: Proxy, manager:
 # Limits
 
 
+def at_once(url: str | httpx.URL, calls: Iterable[tuple[str, dict[str, str]]]) -> list[httpx.Response]:
+    """POST to each path with its headers, sixteen at a time; return the answers in the same order.
+
+    By hand: for a client of httpx a call takes about as long as a limit has for one, where others have the machine too.
+    """
+    place = httpx.URL(url)
+    idle: SimpleQueue[socket.socket] = SimpleQueue()
+
+    def call(one: tuple[str, dict[str, str]]) -> httpx.Response:
+        path, headers = one
+        lines = [f"POST {path} HTTP/1.1", f"Host: {place.host}", "Content-Length: 2"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        there = idle.get()
+        try:
+            there.sendall("\r\n".join([*lines, "", "{}"]).encode())
+            told = HTTPResponse(there, method="POST")
+            told.begin()
+            return httpx.Response(told.status, headers=told.getheaders(), content=told.read())
+        finally:
+            idle.put(there)
+
+    with ExitStack() as open_ones, ThreadPoolExecutor(16) as pool:
+        for _ in range(16):
+            idle.put(open_ones.enter_context(socket.create_connection((place.host, place.port or 80), timeout=60)))
+        return list(pool.map(call, calls))
+
+
 def flood(client: httpx.Client, path: str, number: int, headers: dict[str, str]) -> list[httpx.Response]:
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(lambda _: client.post(path, content=b"{}", headers=headers), range(number)))
+    return at_once(client.base_url, [(path, headers)] * number)
 
 
 def refused(replies: list[httpx.Response]) -> list[httpx.Response]:
@@ -258,6 +286,7 @@ def test_the_refusals_of_a_flood_do_not_fill_the_log(door: Proxy, client: httpx.
 
 def test_a_flood_of_anything_else_leaves_registration_alone(client: httpx.Client) -> None:
     wait_until(lambda: client.post(REGISTER).status_code == 200, "an earlier flood of registrations is over")
+    time.sleep(1)  # for five more
     assert refused(flood(client, HEARTBEAT, 200, bearer(110)))
     assert client.post(REGISTER).status_code == 200
 
@@ -272,23 +301,16 @@ def test_one_token_over_its_limit_costs_its_neighbour_at_the_same_address_nothin
 
 def test_heartbeats_with_made_up_tokens_meet_the_ceiling_of_their_address(client: httpx.Client) -> None:
     """Behind one address there is one worker, which sends some in a minute."""
-
-    def beat(number: int) -> int:
-        return client.post(HEARTBEAT, headers=bearer(1000 + number, "worker")).status_code
-
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(beat, range(1500)))
+    calls = [(HEARTBEAT, bearer(1000 + number, "worker")) for number in range(1500)]
+    answers = [reply.status_code for reply in at_once(client.base_url, calls)]
     assert set(answers) == {200, 429}
-    assert answers[:300] == [200] * 300
+    assert answers.count(200) >= 300
     assert client.post(REST, headers=bearer(1)).status_code == 200
 
 
 def test_what_is_no_token_is_counted_by_address(client: httpx.Client) -> None:
-    def call(number: int) -> int:
-        return client.post(HEARTBEAT, headers={"Authorization": f"Bearer {number}"}).status_code
-
-    with ThreadPoolExecutor(16) as pool:
-        assert 429 in set(pool.map(call, range(200)))
+    calls = [(HEARTBEAT, {"Authorization": f"Bearer {number}"}) for number in range(200)]
+    assert refused(at_once(client.base_url, calls))
 
 
 # Long connections
@@ -459,18 +481,14 @@ def test_no_outer_proxy_makes_a_worker_of_a_visitor(door: Proxy, outer: str) -> 
 def test_visitors_behind_an_outer_proxy_have_limits_of_their_own_and_ipv6_ones_by_their_network(
     door: Proxy, outer: str
 ) -> None:
-    with httpx.Client(base_url=outer, trust_env=False, timeout=60) as visitors:
+    def flood_of(addresses: list[str]) -> set[int]:
+        return {reply.status_code for reply in at_once(outer, [(RENT, {"X-Says": one}) for one in addresses])}
 
-        def flood_of(addresses: list[str]) -> set[int]:
-            with ThreadPoolExecutor(16) as pool:
-                calls = pool.map(lambda one: visitors.post(RENT, headers={"X-Says": one}).status_code, addresses)
-                return set(calls)
-
-        assert flood_of([f"203.0.113.{n % 200}" for n in range(600)]) == {200}
-        assert flood_of(["203.0.113.201"] * 600) == {200, 429}
-        assert flood_of([f"2001:db8:0:1::{n:x}" for n in range(600)]) == {200, 429}
-        assert flood_of([f"2001:db8:1:{n:x}::1" for n in range(600)]) == {200}
-        assert flood_of([f"::ffff:198.51.100.{n % 200}" for n in range(600)]) == {200}
+    assert flood_of([f"203.0.113.{n % 200}" for n in range(600)]) == {200}
+    assert flood_of(["203.0.113.201"] * 600) == {200, 429}
+    assert flood_of([f"2001:db8:0:1::{n:x}" for n in range(600)]) == {200, 429}
+    assert flood_of([f"2001:db8:1:{n:x}::1" for n in range(600)]) == {200}
+    assert flood_of([f"::ffff:198.51.100.{n % 200}" for n in range(600)]) == {200}
 
 
 def test_everything_works_below_a_path_of_an_outer_proxy(door: Proxy, outer: str) -> None:
