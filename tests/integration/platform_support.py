@@ -97,8 +97,10 @@ class Platform:
         self._process.join()
 
     def client(self, token: str | None = None, **how: Any) -> httpx.Client:
+        """A connection for each call: Nginx ends one after an answer that came before the body of its request."""
         headers = {"Authorization": f"Bearer {token or self.secrets.admin_token}"}
-        return httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=60, **how)
+        limits = httpx.Limits(max_keepalive_connections=0)
+        return httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=60, limits=limits, **how)
 
     def status(self) -> dict[str, Any]:
         with self.client() as admin:
