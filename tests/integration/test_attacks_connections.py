@@ -149,7 +149,7 @@ class Inside:
         self._ending = threading.Event()
 
     def call(self) -> None:
-        with httpx.Client(base_url=self.url, trust_env=False, timeout=20, headers={"X-Says": "203.0.113.9"}) as http:
+        with httpx.Client(base_url=self.url, trust_env=False, timeout=60, headers={"X-Says": "203.0.113.9"}) as http:
             while not self._ending.wait(0.1):
                 began = time.monotonic()
                 try:
@@ -170,7 +170,7 @@ class Inside:
             yield
         finally:
             self._ending.set()
-            thread.join(60)
+            thread.join(90)
 
 
 @pytest.fixture
