@@ -542,8 +542,7 @@ def test_nothing_of_the_container_can_be_written_and_no_capability_is_left_to_it
 
 
 def test_the_health_check_passes(door: Proxy) -> None:
-    checked = door.exec("healthcheck.sh")
-    assert checked.returncode == 0, checked.stderr
+    wait_until(lambda: door.exec("healthcheck.sh").returncode == 0, "the check passes; Docker repeats it as well")
 
 
 # The manager away. These come last: they take it away.
