@@ -19,7 +19,7 @@ from pathlib import Path
 import files
 import pytest
 from vault_contract import refusal
-from worker_support import ROOT, wait_until
+from worker_support import PATIENCE_S, ROOT, wait_until
 
 from orion.manager.domain.copies import BLOCK_BYTES
 from orion.manager.engine.port import Host
@@ -190,7 +190,9 @@ async def test_whatever_a_worker_says_ends_and_costs_nothing_of_what_is_kept(
 ) -> None:
     has(copied)
     copied.says(says)
-    refused = await refusal(copied.client.copy(copied.of, LIMITS, deadline_s=3.0))
+    # What is to be found out in time has all the time there is: a busy machine reads a hundred thousand bytes in seconds.
+    deadline_s = 3.0 if codes == {"timed_out"} else PATIENCE_S
+    refused = await refusal(copied.client.copy(copied.of, LIMITS, deadline_s=deadline_s))
     assert refused.code in codes, refused
     assert "\x1b" not in str(refused)
     assert len(str(refused)) < 500
@@ -250,7 +252,7 @@ async def test_names_that_lead_out_of_a_home_lead_nowhere(copied: Liar, name: st
     copied.shows(**{name: "escaped"})
     copied.says(f"hello(); rsync(lambda data: data.replace({name.encode()!r}, {told.encode()!r}))")
     assert len(name) == len(told)
-    refused = await refusal(copied.client.copy(copied.of, LIMITS, deadline_s=10.0))
+    refused = await refusal(copied.client.copy(copied.of, LIMITS, deadline_s=PATIENCE_S))
     assert refused.code == "failed"
     assert copied.kept == {"honest": "first"}
     assert list(outside.iterdir()) == []
@@ -299,7 +301,7 @@ async def test_a_directory_that_is_something_else_in_the_next_copy_leads_nowhere
         (copied.home / "d").write_text("file")
     copied.says(f"{LISTED}\nhello(); rsync(*{listed!r})")
     with suppress(VaultError):
-        await copied.client.copy(copied.of, LIMITS, deadline_s=10.0)
+        await copied.client.copy(copied.of, LIMITS, deadline_s=PATIENCE_S)
     found = {file.name: file.read_text() for file in outside.iterdir()}
     assert found == ({"x": "worker's"} if becomes == "a link" else {})
     assert copied.kept["honest"] == "first"
