@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rental_support import Rental, new_rental
 from support.builders import AUTHORITIES, private_key
-from worker_support import Worker, wait_until
+from worker_support import Worker, takes_connections, wait_until
 
 from orion.manager.domain.certificates import LIFETIME_S, host_name
 from orion.manager.engine.authority import Authority
@@ -262,7 +262,7 @@ def agent_with(key: Path) -> Iterator[str]:
     """The socket of an agent of ours, which holds that key."""
     socket = f"{key}.agent"
     with subprocess.Popen(["ssh-agent", "-D", "-a", socket], stdout=subprocess.DEVNULL) as agent:
-        wait_until(lambda: Path(socket).exists(), "the agent listens")
+        wait_until(lambda: takes_connections(Path(socket)), "the agent listens")
         subprocess.run(["ssh-add", "-q", str(key)], env=os.environ | {"SSH_AUTH_SOCK": socket}, check=True)
         yield socket
         agent.terminate()

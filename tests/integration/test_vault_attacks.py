@@ -19,7 +19,7 @@ from pathlib import Path
 import files
 import pytest
 from vault_contract import refusal
-from worker_support import PATIENCE_S, ROOT, wait_until
+from worker_support import PATIENCE_S, ROOT, takes_connections, wait_until
 
 from orion.manager.domain.copies import BLOCK_BYTES
 from orion.manager.engine.port import Host
@@ -120,7 +120,7 @@ def liar(folder: Path) -> Iterator[Liar]:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     process = subprocess.Popen([sys.executable, "-c", VAULT, str(made.program), *arguments], env=environment)
     try:
-        wait_until((place / "run/vault.sock").exists, "the vault listens")
+        wait_until(lambda: takes_connections(place / "run/vault.sock"), "the vault listens")
         yield made
     finally:
         process.terminate()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rental_support import Rental
 from test_manager_image import CAPABILITIES, build
-from worker_support import Key, Worker, docker, wait_until
+from worker_support import Key, Worker, docker, takes_connections, wait_until
 
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.client import VaultClient
@@ -64,7 +64,7 @@ def vault(folder: Path, key: Key) -> Iterator[RealVault]:
         "--entrypoint", "/opt/orion/venv/bin/python", build(), "-m", "orion.manager.engine.vault",
     )  # fmt: skip
     try:
-        wait_until((place / "run" / SOCKET).exists, "the vault listens")
+        wait_until(lambda: takes_connections(place / "run" / SOCKET), "the vault listens")
         yield RealVault(name, place, VaultClient(place / "run" / SOCKET))
     finally:
         done = subprocess.run(["docker", "logs", name], capture_output=True, text=True, check=False)

@@ -68,6 +68,12 @@ def wait_until(condition: Callable[[], Any], what: str, within_s: float = PATIEN
     return found
 
 
+def takes_connections(place: Path) -> bool:
+    """Whether somebody listens on a Unix socket: its file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as there:
+        return there.connect_ex(str(place)) == 0
+
+
 def is_open(address: str, port: int) -> bool:
     with socket.socket() as there:
         there.settimeout(1)
