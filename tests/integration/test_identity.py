@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rental_support import Rental, new_rental
 from support.builders import AUTHORITIES, private_key
-from worker_support import Worker, takes_connections, wait_until
+from worker_support import PATIENCE_S, SESSION_S, Worker, takes_connections, wait_until
 
 from orion.manager.domain.certificates import LIFETIME_S, host_name
 from orion.manager.engine.authority import Authority
@@ -57,7 +57,8 @@ def known_hosts(folder: Path) -> Path:
 def ssh_command(rental: Rental, to: Worker, *options: str) -> list[str]:
     """As any tool of a renter runs it: nothing is known but the authority, and checking is on."""
     return [
-        "ssh", "-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", "-o", "ConnectTimeout=20",
+        "ssh", "-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes",
+        "-o", f"ConnectTimeout={PATIENCE_S}",
         "-o", f"UserKnownHostsFile={known_hosts(rental.key.file.parent)}", "-o", "GlobalKnownHostsFile=none",
         "-o", f"HostKeyAlias={host_name(rental.rental_id)}", "-o", "IdentitiesOnly=yes",
         *(options or ("-i", str(rental.key.file))), f"{rental.username}@{to.address}",
@@ -66,7 +67,8 @@ def ssh_command(rental: Rental, to: Worker, *options: str) -> list[str]:
 
 def ssh(rental: Rental, to: Worker, *options: str) -> subprocess.CompletedProcess[str]:
     command = [*ssh_command(rental, to, *options), "id -un"]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=30)
+    silence = subprocess.DEVNULL
+    return subprocess.run(command, stdin=silence, capture_output=True, text=True, check=False, timeout=SESSION_S)
 
 
 def is_refused(rental: Rental, to: Worker) -> bool:
@@ -129,7 +131,7 @@ def test_a_new_certificate_ends_no_session_and_leaves_sshd_its_score(one: Rental
         assert ssh(one, one.on).stdout == f"{one.username}\n"
         score = one.on.run("sh", "-c", "cat /proc/$(cat /run/sshd.pid)/oom_score_adj")
         assert score.strip() == "500", "what it starts begins with it"
-        out, _ = session.communicate("still here\n", timeout=20)
+        out, _ = session.communicate("still here\n", timeout=SESSION_S)
     assert out == "still here\n"
     assert one.ssh("cat /proc/self/oom_score_adj").stdout.strip() in {"500", "1000"}, "and so do the renters' sessions"
 
@@ -200,7 +202,7 @@ def test_a_renters_certificate_opens_its_own_rental_alone(one: Rental, another: 
         assert "Permission denied" in done.stderr
     as_root = ssh_command(one, one.on, *user_certificate(one, folder))
     as_root[-1] = f"root@{one.on.address}"
-    done = subprocess.run([*as_root, "true"], capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run([*as_root, "true"], capture_output=True, text=True, check=False, timeout=SESSION_S)
     assert "Permission denied" in done.stderr
 
 
@@ -237,7 +239,7 @@ def test_an_agent_is_reached_where_ssh_forwards_it_and_only_by_its_renter(one: R
             assert it.stdout.readline() == "waiting\n"
             stolen = another.ssh(f"SSH_AUTH_SOCK={there} ssh-add -L")
             assert stolen.returncode == 2, stolen.stdout
-            it.communicate("\n", timeout=20)
+            it.communicate("\n", timeout=SESSION_S)
         without = subprocess.run(
             [*ssh_command(one, one.on), "ssh-add -L"], env=environment, capture_output=True, text=True, check=False
         )

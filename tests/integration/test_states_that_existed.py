@@ -70,7 +70,7 @@ def _listing(rental: Rental) -> list[str]:
 
 
 def _as_renter(rental: Rental, *command: str) -> str:
-    """Without a session, which has to end within 30 s: a busy disk may take minutes for 100 MB of attributes."""
+    """Without a session, which has to end in time: a busy disk may take minutes for 100 MB of attributes."""
     become = ("setpriv", f"--reuid={rental.uid}", f"--regid={rental.uid}", "--clear-groups")
     return docker("exec", rental.on.name, *become, "python3", *command, timeout_s=600)
 

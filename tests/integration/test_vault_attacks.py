@@ -190,7 +190,7 @@ async def test_whatever_a_worker_says_ends_and_costs_nothing_of_what_is_kept(
 ) -> None:
     has(copied)
     copied.says(says)
-    # What is to be found out in time has all the time there is: a busy machine reads a hundred thousand bytes in seconds.
+    # What is to be found out has all the time there is: a busy machine reads a hundred thousand bytes in seconds.
     deadline_s = 3.0 if codes == {"timed_out"} else PATIENCE_S
     refused = await refusal(copied.client.copy(copied.of, LIMITS, deadline_s=deadline_s))
     assert refused.code in codes, refused

@@ -14,6 +14,7 @@ from worker_support import (
     IMAGE,
     PIDS_LIMIT,
     ROOT,
+    SESSION_S,
     SYSCTLS,
     TMPFS,
     Network,
@@ -94,14 +95,14 @@ def test_a_renters_port_is_open_to_itself_and_its_tunnel_and_not_to_the_neighbou
     assert from_next_door.strip() == "silent"
     request = "GET / HTTP/1.0\r\n\r\n"
     tunnel = rental.on.ssh_command(rental.username, rental.key, "-W", f"127.0.0.1:{listening}")
-    done = subprocess.run(tunnel, input=request, capture_output=True, text=True, check=False, timeout=20)
+    done = subprocess.run(tunnel, input=request, capture_output=True, text=True, check=False, timeout=SESSION_S)
     assert "200 OK" in done.stdout
 
 
 def test_a_renters_tunnel_leads_nowhere_but_to_its_own_worker(rental: Rental, neighbour: Worker) -> None:
     for target in (f"{neighbour.address}:22", "127.0.0.1:22"):
         tunnel = rental.on.ssh_command(rental.username, rental.key, "-W", target)
-        done = subprocess.run(tunnel, input="", capture_output=True, text=True, check=False, timeout=20)
+        done = subprocess.run(tunnel, input="", capture_output=True, text=True, check=False, timeout=SESSION_S)
         assert done.returncode != 0
         assert "SSH-2.0" not in done.stdout
 
@@ -206,7 +207,7 @@ def test_files_go_in_and_out_by_sftp(rental: Rental, tmp_path: Path) -> None:
     sftp = rental.on.ssh_command(rental.username, rental.key)
     sftp = ["sftp", "-q", "-b", "-", *sftp[1:]]
     batch = f"put {tmp_path}/there file\nget file {tmp_path}/back\n"
-    done = subprocess.run(sftp, input=batch, capture_output=True, text=True, check=False, timeout=20)
+    done = subprocess.run(sftp, input=batch, capture_output=True, text=True, check=False, timeout=SESSION_S)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "back").read_text() == "and back"
 

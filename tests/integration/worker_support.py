@@ -60,6 +60,10 @@ PATIENCE_S = 60
 """Seconds to wait for what nobody promised a time: other tests, attacks among them, have the machine besides."""
 
 
+SESSION_S = 120
+"""Seconds that a command over ssh may take: root's purges search all files, and a busy machine has each log-in wait."""
+
+
 def wait_until(condition: Callable[[], Any], what: str, within_s: float = PATIENCE_S) -> Any:
     deadline = time.monotonic() + within_s
     while not (found := condition()):
@@ -223,6 +227,9 @@ class Worker:
 
         call = wait_until(registration, f"{self.name} registers; its log:\n{self.log()}", within_s)
         wait_until(lambda: "registered as" in self.log(), "the agent has its identity")
+        # The manager has answered before there is a lease, without which nobody is let in.
+        leased = "test -e /run/orion/acknowledged -a ! -e /run/orion/no-lease && echo yes || true"
+        wait_until(lambda: self.run("sh", "-c", leased), "it has a lease")
         self.host_keys = tuple(call.body["ssh_host_keys"])
         template = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
         self.address = docker("inspect", "-f", template, self.name).strip()
@@ -231,13 +238,13 @@ class Worker:
     def ssh_command(self, user: str, key: Key, *options: str) -> list[str]:
         return [
             "ssh", "-F", "none", "-i", str(key.file), "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes",
-            "-o", "ConnectTimeout=20", *pinned_host_arguments(self.worker_id, self.host_keys),
+            "-o", f"ConnectTimeout={PATIENCE_S}", *pinned_host_arguments(self.worker_id, self.host_keys),
             *options, f"{user}@{self.address}",
         ]  # fmt: skip
 
     def ssh(self, user: str, key: Key, command: str, text: str = "", *options: str) -> subprocess.CompletedProcess[str]:
         arguments = [*self.ssh_command(user, key, *options), command]
-        return subprocess.run(arguments, input=text, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+        return subprocess.run(arguments, input=text, capture_output=True, text=True, check=False, timeout=SESSION_S)
 
     def rental(self, command: str, **request: Any) -> tuple[int, dict[str, Any]]:
         """orion-rental as the manager would run it: over ssh, as root."""
@@ -316,7 +323,7 @@ def play(on: Worker, name: str, variables: dict[str, Any]) -> Played:
     program = Path(sys.executable).with_name("ansible-playbook")
     done = subprocess.run(
         [program, "-v", "-i", inventory, f"{name}.yml", "-e", json.dumps(variables)],
-        cwd=ROOT / "playbooks", env=environment, capture_output=True, text=True, check=False, timeout=90,
+        cwd=ROOT / "playbooks", env=environment, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     return Played(done.returncode == 0, _results(done.stdout), done.stdout + done.stderr)
 
