@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from rental_support import Rental, new_rental, placement
 from support.containers import pause
-from worker_support import Network, SmallManager, Worker, docker, make_key, serving, wait_until, worker
+from worker_support import SESSION_S, Network, SmallManager, Worker, docker, make_key, serving, wait_until, worker
 
 LEASE_S = 3.0
 DOOR_ANSWER_S = 0.5
+LONG_LEASE_S = 75.0
+"""For all that comes before: a worker that is set up on a busy machine must not lose what it has no time to renew."""
 BUSY_S = 4.0
 """What the worker, on one processor that its renters use up, may be late by where other tests run beside this one.
 By the clocks of the platform 15 s lie between a lease's end and a takeover."""
@@ -86,6 +88,7 @@ class Scene:
     worker: Worker
     manager: SmallManager
     rentals: dict[str, Rental]
+    lease_s: float = LEASE_S
     cut_at: float = 0.0
 
     def ticks(self, of: Rental) -> list[float]:
@@ -100,11 +103,18 @@ class Scene:
         items = json.loads(self.worker.run("orion-rental", "inventory"))["rentals"]
         return next(str(item["state"]) for item in items if item["rental_id"] == of.rental_id)
 
+    def shorten(self) -> None:
+        """From now on it runs by short leases, until `mend`: the second call shows that it has heard of it."""
+        self.manager.lease_s = self.lease_s
+        now = time.monotonic()
+        wait_until(lambda: len(self.manager.of("/api/heartbeat", after=now)) > 1, "it has a short lease")
+
     def cut(self, status: int = 0) -> None:
         self.manager.instead = (status, {})
         self.cut_at = time.time()
 
     def mend(self) -> None:
+        self.manager.lease_s = LONG_LEASE_S
         self.manager.placements = [placement(rental, "run") for rental in self.rentals.values()]
         self.manager.instead = None
 
@@ -114,10 +124,10 @@ def scene(
     network: Network, join: Path, folder: Path, names: list[str], *options: str,
     lease_s: float = LEASE_S, door_answer_s: float = DOOR_ANSWER_S,
 ) -> Iterator[Scene]:  # fmt: skip
-    manager = SmallManager(make_key(folder), 0.2, lease_s, door_answer_s)
+    manager = SmallManager(make_key(folder), 0.2, LONG_LEASE_S, door_answer_s)
     with serving(manager, network.gateway), worker(network, manager, join, "--cpus=1", *options, slots=8) as new:
         new.wait_registered()
-        yield Scene(new, manager, {name: new_rental(new, folder).create_quickly() for name in names})
+        yield Scene(new, manager, {name: new_rental(new, folder).create_quickly() for name in names}, lease_s)
 
 
 def run_in_background(rental: Rental, program: str) -> None:
@@ -133,6 +143,7 @@ def fought(network: Network, join: Path, folder: Path) -> Iterator[Scene]:
             run_in_background(found.rentals[name], program)
         for name, rental in found.rentals.items():
             wait_until(lambda one=rental: len(found.ticks(one)) > 2, f"what {name} is at work")
+        found.shorten()
         found.cut()
         time.sleep(FROZEN_WITHIN_S + 0.5)
         yield found
@@ -167,17 +178,17 @@ def test_everything_goes_on_where_it_stood_when_a_reply_says_run(network: Networ
             lambda: "cat" in found.worker.run("ps", "-o", "comm=", "-u", str(rental.uid)), "the terminal is open"
         )
 
-        began = time.monotonic()
+        found.shorten()
         found.cut(status=429)
         wait_until(lambda: found.shown(rental) == "frozen", "frozen")
-        assert time.monotonic() - began < FROZEN_WITHIN_S
-        time.sleep(0.3)
-        assert found.states(rental) == {"T"}
+        frozen_at = time.monotonic()
+        wait_until(lambda: found.states(rental) == {"T"}, "each has had the turn in which it stops")
         ticks = found.ticks(rental)
+        assert max(ticks) - found.cut_at < FROZEN_WITHIN_S
         terminal.stdin.write("while it stood\n")
         time.sleep(0.5)
         assert found.ticks(rental) == ticks
-        beats = found.manager.of("/api/heartbeat", after=began + LEASE_S + 0.5)
+        beats = wait_until(lambda: found.manager.of("/api/heartbeat", after=frozen_at)[1:], "it has told since")
         assert beats[-1].body["inventory"][0]["state"] == "frozen"
         assert found.worker.rental("unlock", rental_id=rental.rental_id, epoch=1)[1]["code"] == "frozen"
         assert found.worker.rental("thaw", rental_id=rental.rental_id, epoch=1)[1]["code"] == "no_lease"
@@ -188,7 +199,7 @@ def test_everything_goes_on_where_it_stood_when_a_reply_says_run(network: Networ
         assert rental.lets_in()
         terminal.stdin.write("after\nexit\n")
         terminal.stdin.write("\x04exit\n")
-        said = terminal.communicate(timeout=10)[0]
+        said = terminal.communicate(timeout=SESSION_S)[0]
         assert "while it stood" in said
         assert "after" in said
         assert "Stopped" not in said, "its shell did not notice"
@@ -202,12 +213,17 @@ def test_a_worker_goes_on_while_the_proxy_says_that_the_manager_is_away(
     lease_s, door_answer_s = BUSY_S + 3.0, BUSY_S + 1.0
     with scene(network, join, folder, ["one"], lease_s=lease_s, door_answer_s=door_answer_s) as found:
         rental = found.rentals["one"]
+        run_in_background(rental, "os.setsid(); tick_for_ever()")
+        wait_until(lambda: found.ticks(rental), "it ticks")
+        found.shorten()
         found.manager.instead = (502, AWAY)
         time.sleep(lease_s + 1.5)
         assert found.shown(rental) == "running"
         assert rental.lets_in()
         found.cut(status=502)
-        wait_until(lambda: found.shown(rental) == "frozen", "frozen", door_answer_s + BUSY_S)
+        wait_until(lambda: found.shown(rental) == "frozen", "frozen")
+        wait_until(lambda: found.states(rental) == {"T"}, "each has had the turn in which it stops")
+        assert max(found.ticks(rental)) - found.cut_at < door_answer_s + BUSY_S
 
 
 @pytest.mark.parametrize("asleep", ["its container", "its agent alone"])
@@ -219,19 +235,18 @@ def test_a_worker_that_wakes_without_a_lease_freezes_before_it_does_anything_els
         run_in_background(rental, "[os.fork() for _ in range(4)]\nwhile True: tick()")
         wait_until(lambda: found.ticks(rental), "it ticks")
         found.mend()
-        sleep, wake = {
-            "its container": (lambda: pause(found.worker.name), lambda: docker("unpause", found.worker.name)),
-            "its agent alone": (
-                lambda: found.worker.run("pkill", "-STOP", "-f", "orion/agent.py"),
-                lambda: found.worker.run("pkill", "-CONT", "-f", "orion/agent.py"),
-            ),
-        }[asleep]
-        sleep()
+        found.shorten()
+        if asleep == "its container":
+            pause(found.worker.name)
+        else:
+            found.worker.run("pkill", "-STOP", "-f", "orion/agent.py")
         found.cut()
         time.sleep(LEASE_S + 0.5)
-        woke = time.time()
-        wake()
-        woke = time.time() if asleep == "its container" else woke
+        if asleep == "its container":
+            docker("unpause", found.worker.name)
+            woke = time.time()
+        else:  # by the worker's own word: what is run in a container begins late on a busy machine
+            woke = float(found.worker.run("sh", "-c", "date +%s.%N; pkill -CONT -f orion/agent.py"))
         time.sleep(WAKE_BUDGET_S + BUSY_S)
         late = max(found.ticks(rental)) - woke
         assert late < WAKE_BUDGET_S + BUSY_S, found.worker.log()
@@ -246,6 +261,7 @@ def test_an_order_freezes_and_thaws_and_no_older_reply_does(network: Network, jo
         played = found.worker.playbook("freeze", **order)
         assert played.ok, played.output
         assert (played.changed, played.last["state"]) == (True, "frozen")
+        wait_until(lambda: found.states(rental) == {"T"}, "each has had the turn in which it stops")
         ticks = found.ticks(rental)
         assert not rental.lets_in()
         assert found.worker.rental("freeze", **order)[1]["changed"] is False
@@ -303,18 +319,18 @@ def test_a_wall_clock_that_jumps_ends_no_lease_and_lengthens_none(network: Netwo
             clock.set(hours)
             assert abs(clock.shown_in(on) - hours) < 0.1
             beats, ticks = len(found.manager.of("/api/heartbeat")), len(found.ticks(rental))
-            wait_until(
-                lambda n=beats: len(found.manager.of("/api/heartbeat")) > n + 3, "it calls home at its interval", 5
-            )
+            wait_until(lambda n=beats: len(found.manager.of("/api/heartbeat")) > n + 3, "it calls home as before")
             assert len(found.ticks(rental)) > ticks
             assert found.states(rental) != {"T"}
         assert "no right to run" not in on.log().partition("registered as")[2]
+        found.shorten()
         found.cut()
         clock.set(-960)  # a lease by this clock would now end in a month
-        wait_until(lambda: found.states(rental) == {"T"}, "it is frozen as ever", FROZEN_WITHIN_S)
+        wait_until(lambda: found.states(rental) == {"T"}, "it is frozen as ever")
         assert max(found.ticks(rental)) - found.cut_at < FROZEN_WITHIN_S
         clock.set(960)
         found.mend()
-        wait_until(lambda: found.states(rental) != {"T"}, "it goes on as ever")
+        wait_until(lambda: found.shown(rental) == "running", "it goes on as ever")
+        assert found.states(rental) != {"T"}
         items = json.loads(on.run("orion-rental", "inventory"))["rentals"]
         assert [(item["rental_id"], item["state"]) for item in items] == [(rental.rental_id, "running")]
