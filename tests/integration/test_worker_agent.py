@@ -19,6 +19,9 @@ from worker_support import (
     worker,
 )
 
+STOPS_WITHIN_S = "60"
+"""Then Docker kills it, which its exit status tells: much more than it takes to begin and to end on a busy machine."""
+
 
 def test_a_worker_is_registered_and_reachable_within_seconds_of_its_start(
     network: Network, manager: SmallManager, join: Path
@@ -48,7 +51,8 @@ def test_heartbeats_come_at_the_interval_that_the_last_reply_told(
         assert [beat.body["seq"] for beat in beats] == list(range(1, len(beats) + 1))
         assert beats[-1].body["load"]["memory_limit_bytes"] == 512 * 2**20
         assert beats[-1].body["load"]["processes"] > 2
-        manager.interval_s, changed_at = 2.0, time.monotonic()
+        manager.interval_s = 2.0
+        changed_at = time.monotonic()  # after it: an answer to a call before it may tell either
         first = wait_until(lambda: manager.of("/api/heartbeat", after=changed_at), "it is told the other interval")[0]
         second = wait_until(lambda: manager.of("/api/heartbeat", after=first.at), "the one after that")[0]
         assert second.at - first.at > 1.9
@@ -74,14 +78,14 @@ def test_a_worker_keeps_its_identity_and_host_key_over_a_restart_and_says_goodby
         rental = new_rental(new, folder).create_quickly()
         rental.ssh("setsid sleep 1000 >/dev/null 2>&1 </dev/null &")
         host_keys = new.host_keys
-        began = time.monotonic()
-        docker("stop", "--time", "20", new.name)
-        assert time.monotonic() - began < 18, "it waits no longer than its grace of 8 s for what is not taken away"
-        assert manager.of("/api/heartbeat")[-2].body["vacating"] is True
+        docker("stop", "--time", STOPS_WITHIN_S, new.name)
+        beats = manager.of("/api/heartbeat")
+        asked = [beat for beat in beats if beat.body.get("vacating")]
+        (goodbye,) = [beat for beat in beats if beat.body.get("leaving")]  # a call of before may come in behind it
+        assert goodbye.at - asked[0].at < 18, "it waits no longer than its grace of 8 s for what is not taken away"
+        assert len(asked) > 2, "it asks again and again"
         assert docker("inspect", "-f", "{{.State.ExitCode}}", new.name).strip() == "0"
-        goodbye = manager.of("/api/heartbeat")[-1].body
-        assert goodbye["leaving"] is True
-        assert [item["state"] for item in goodbye["inventory"]] == ["locked"]
+        assert [item["state"] for item in goodbye.body["inventory"]] == ["locked"]
         assert "ended" in new.log()
 
         restarted = time.monotonic()
@@ -105,9 +109,9 @@ def test_a_worker_that_is_told_to_stop_while_it_starts_does_not_wait_to_be_kille
     """Process 1 gets no signal that it has no handler for, and the grace of a worker is ten minutes."""
     with worker(network, manager, join) as new:
         time.sleep(after_s)
-        docker("restart", "--time", "20", new.name)
+        docker("restart", "--time", STOPS_WITHIN_S, new.name)
         time.sleep(after_s)
-        docker("stop", "--time", "20", new.name)
+        docker("stop", "--time", STOPS_WITHIN_S, new.name)
         assert docker("inspect", "-f", "{{.State.ExitCode}}", new.name).strip() != "137"
 
 
