@@ -68,13 +68,16 @@ def test_a_renter_reaches_no_neighbour_no_manager_and_no_local_address(
 def test_a_renter_sends_no_datagram_to_a_neighbour_even_from_a_socket_closed_at_once(
     rental: Rental, neighbour: Worker
 ) -> None:
-    """Heard by a raw count of what arrived, since the neighbour's own filter would hide it."""
+    """Heard by a raw count of what arrived, since the neighbour's own filter would hide it.
+
+    Its heartbeats are counted too, which are some ten packets a second: on a busy machine this may last a minute.
+    """
     counter = "awk '$1 ~ /eth0/ {print $3}' /proc/net/dev"
     before = int(neighbour.run("sh", "-c", counter))
     rental.python(
         f"""
 import socket
-for _ in range(300):
+for _ in range(6000):
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try: s.sendto(b"x", ({neighbour.address!r}, 9))
     except OSError: pass
@@ -85,7 +88,7 @@ for _ in range(300):
     s.close()
 """
     )
-    assert int(neighbour.run("sh", "-c", counter)) - before < 100
+    assert int(neighbour.run("sh", "-c", counter)) - before < 2000
 
 
 def test_a_renters_port_is_open_to_itself_and_its_tunnel_and_not_to_the_neighbours(
@@ -149,7 +152,7 @@ def test_a_renter_reads_no_secret_of_the_worker_and_no_other_home(rental: Rental
 
 def test_the_main_process_has_given_up_the_network_for_good_and_a_renter_has_no_capability(rental: Rental) -> None:
     net_admin, net_raw, setpcap = 1 << 12, 1 << 13, 1 << 8
-    status = rental.on.run("sh", "-c", "cat /proc/$(pgrep -x agent.py)/status /proc/$(pgrep -o -x sshd)/status")
+    status = rental.on.run("sh", "-c", "cat /proc/$(pgrep -o -x agent.py)/status /proc/$(pgrep -o -x sshd)/status")
     sets = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("Cap")]
     assert len(sets) == 10
     assert not any(held & (net_admin | net_raw | setpcap) for held in sets)
@@ -190,7 +193,7 @@ time.sleep(60)
 
 def test_the_kernel_out_of_memory_takes_what_came_by_ssh_before_the_agent(rental: Rental) -> None:
     assert rental.ssh("cat /proc/self/oom_score_adj").stdout.strip() in {"500", "1000"}
-    scores = "for one in 1 $(pgrep -x agent.py) $(pgrep -x confined.py) $(pgrep -o -x sshd)"
+    scores = "for one in 1 $(pgrep -o -x agent.py) $(pgrep -o -x confined.py) $(pgrep -o -x sshd)"
     found = rental.on.run("sh", "-c", f"{scores}; do cat /proc/$one/oom_score_adj; done")
     assert found.split() == ["0", "0", "0", "500"]
 
