@@ -8,14 +8,14 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from rental_support import Rental, new_rental
 from test_worker_walls import CONNECT, FILTERED
 from web_door import Way, signature
-from worker_support import Network, Worker, docker, wait_until
+from worker_support import PATIENCE_S, Network, Worker, docker, wait_until
 
 PORT = 8100
 """Of this file alone: its worker is shared with other tests."""
@@ -57,6 +57,8 @@ def serving(rental: Rental, says: str, address: str = "127.0.0.1", port: int = P
             yield
         finally:
             rental.ssh("pkill -f create_server")
+            with suppress(subprocess.TimeoutExpired):
+                running.wait(PATIENCE_S)  # its end is told when the server's has been waited for: its port is free
             running.kill()
 
 
@@ -72,7 +74,7 @@ def session_of(worker: Worker) -> str:
 def ask(rental: Rental, port: int = PORT, epoch: int = 0, session: str = "") -> str:
     """What comes back, until nothing more does for a second; from the address of app and proxy."""
     way = Way(rental.rental_id, epoch or rental.epoch, port)
-    with socket.create_connection((rental.on.address, 80), timeout=10) as there:
+    with socket.create_connection((rental.on.address, 80), timeout=PATIENCE_S) as there:
         there.sendall(request(way, session or session_of(rental.on)))
         answer = there.recv(65536)
         while answer and not answer.partition(b"\r\n\r\n")[2]:
@@ -125,7 +127,7 @@ def test_nobody_but_the_proxy_gets_to_the_door_or_past_it(rental: Rental, neighb
 def test_what_stands_still_answers_nobody_and_what_was_open_is_cut(rental: Rental) -> None:
     with serving(rental, "mine"):
         way = Way(rental.rental_id, rental.epoch, PORT)
-        with socket.create_connection((rental.on.address, 80), timeout=10) as there:
+        with socket.create_connection((rental.on.address, 80), timeout=PATIENCE_S) as there:
             there.sendall(request(way, session_of(rental.on)))
             assert there.recv(1000).startswith(b"HTTP/1.1 200")
             status, report = rental.on.rental("freeze", rental_id=rental.rental_id, epoch=rental.epoch)
