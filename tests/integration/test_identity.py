@@ -180,7 +180,7 @@ def user_certificate(rental: Rental, folder: Path, of: Rental | None = None, **h
     key = new_rental(rental.on, folder).key
     by, epoch = how.get("by", AUTHORITY), how.get("epoch", named.epoch)
     source = how.get("source") or rental.on.run("cat", "/etc/orion/app_address").strip()
-    line, _ = by.user_certificate(key.public, named.rental_id, epoch, "alice", source, how.get("lasts_s", 60))
+    line, _ = by.user_certificate(key.public, named.rental_id, epoch, "alice", source, how.get("lasts_s", 600))
     file = Path(f"{key.file}-cert.pub")
     file.write_text(f"{line}\n")
     return "-i", str(key.file), "-o", f"CertificateFile={file}"

@@ -92,7 +92,7 @@ def test_a_locked_rental_refuses_its_renter_and_loses_its_processes(rental: Rent
     assert status == 0
     assert report["killed"] >= 1
     assert not rental.lets_in()
-    assert str(rental.uid) not in rental.on.run("ps", "-eo", "ruid")
+    wait_until(lambda: str(rental.uid) not in rental.on.run("ps", "-eo", "ruid"), "the dead are reaped")
 
 
 def test_a_name_or_number_of_another_rental_is_refused(rental: Rental, folder: Path) -> None:
