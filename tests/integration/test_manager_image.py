@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from worker_support import CHECKOUT, ROOT, docker, wait_until
+from worker_support import CHECKOUT, PATIENCE_S, ROOT, docker, wait_until
 
 IMAGE = f"orion-manager-test:{CHECKOUT}"
 CAPABILITIES = ("CHOWN", "SETUID", "SETGID", "KILL")
@@ -39,7 +39,7 @@ class Container:
         return docker("inspect", "--format", f"{{{{.State.{of}}}}}", self.name).strip()
 
     def wait_healthy(self) -> None:
-        wait_until(lambda: self.state("Health.Status") == "healthy", f"{self.name} is healthy", 60)
+        wait_until(lambda: self.state("Health.Status") == "healthy", f"{self.name} is healthy", 2 * PATIENCE_S)
 
     def engine_listens(self) -> bool:
         script = "import socket; socket.socket(socket.AF_UNIX).connect('/run/orion/engine.sock'); print('yes')"
@@ -69,7 +69,7 @@ def manager() -> Iterator[Container]:
     container = Container(name)
     try:
         container.wait_healthy()
-        wait_until(container.engine_listens, "the engine listens", 30)
+        wait_until(container.engine_listens, "the engine listens")
         yield container
     finally:
         docker("rm", "--force", "--volumes", name, check=False)
@@ -146,13 +146,13 @@ def test_a_killed_engine_is_back_at_once_and_the_manager_does_not_notice(manager
     # Who runs as the engine's user is struck with what it has left behind, before it begins anew.
     manager.run("sh", "-c", f"kill -9 {' '.join(before)}", user=ENGINE, check=False)
     wait_until(lambda: manager.engine_pids() - before, "another engine runs")
-    wait_until(manager.engine_listens, "it listens", 30)
+    wait_until(manager.engine_listens, "it listens")
     assert manager.state("Running") == "true"
 
 
 def test_a_restart_is_orderly_and_keeps_every_secret(manager: Container) -> None:
     before = manager.run("cat", *SECRETS)
-    docker("stop", "--time", "15", manager.name)
+    docker("stop", "--time", "60", manager.name)
     assert manager.state("ExitCode") in {"0", "143"}  # it ended by itself, or by the SIGTERM; 137 would be the grace
     docker("start", manager.name)
     manager.wait_healthy()

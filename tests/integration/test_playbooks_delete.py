@@ -61,13 +61,14 @@ while True:  # never the same process twice: the child goes on, the parent ends
 
 KILLED_PURGE = r"""
 import os, subprocess, sys, time
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # both on one processor: whoever kills has it as soon as it wants
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # both on one processor: who kills has it when it wants
 purge = subprocess.Popen(["nice", "-n", "19", "orion-rental", "purge"], stdin=subprocess.PIPE)
 purge.stdin.write(sys.argv[1].encode())
 purge.stdin.close()
 while '"ending": true' not in open(sys.argv[2]).read():
     time.sleep(0.002)
 purge.kill()
+purge.wait()
 """
 
 
