@@ -83,6 +83,9 @@ def _differences(before: list[str], after: list[str]) -> str:
 async def _moved(real: RealVault, rental: Rental, to: Worker) -> Rental:
     """As a planned move does it: copied while it runs, stopped, copied again, and made elsewhere."""
     await real.client.copy(home_of(rental), ROOMY)
+    aside = f"/var/lib/orion-aside/{rental.rental_id}"
+    gone = lambda: not rental.on.run("sh", "-c", f"ls -d {aside} 2>/dev/null || true")  # noqa: E731
+    await asyncio.to_thread(wait_until, gone, "what was set aside for the copy is removed, which a busy disk may put off")
     await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=rental.epoch, move=MOVE)
     await real.client.copy(home_of(rental), ROOMY, deadline_s=60, moving=True)
     return await move(real, rental, to)
@@ -186,8 +189,13 @@ def _open_bank(rental: Rental) -> None:
     """Let the renter's bank work in `bank`, and return when some steps are done."""
     program = _lay_down(rental, bank)
     rental.ssh(f"nohup python3 {program} run bank >/dev/null 2>&1 </dev/null & echo")
-    wait_until(lambda: rental.ssh("cat bank/zz_B").stdout > "000000000005", "the bank works", BANK_S)
+    _wait_beyond(rental, "000000000005\n")
     rental.ssh(BALLAST)
+
+
+def _wait_beyond(rental: Rental, step: str) -> None:
+    """Each step waits for the disk, which a copy may have used for seconds."""
+    wait_until(lambda: rental.ssh("cat bank/zz_B").stdout > step, "the bank works", BANK_S)
 
 
 async def test_every_periodic_copy_is_a_state_that_existed(real: RealVault, rental: Rental) -> None:
@@ -197,8 +205,9 @@ async def test_every_periodic_copy_is_a_state_that_existed(real: RealVault, rent
         copy = (await real.client.copy(home_of(rental), ROOMY)).copy
         kept = real.copy_of(home_of(rental), str(copy.generation)) / "bank"
         torn += [f"copy {copy.generation}: {fault}" for fault in bank.faults(kept)]
-        steps.add((kept / "zz_B").read_text())
-        await asyncio.sleep(0.3)
+        step = (kept / "zz_B").read_text()
+        steps.add(step)
+        await asyncio.to_thread(_wait_beyond, rental, step)
     assert not torn, "\n".join(torn)
     assert len(steps) > 3, "the bank went on between the copies"
 
