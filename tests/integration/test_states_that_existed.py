@@ -85,7 +85,7 @@ async def _moved(real: RealVault, rental: Rental, to: Worker) -> Rental:
     await real.client.copy(home_of(rental), ROOMY)
     aside = f"/var/lib/orion-aside/{rental.rental_id}"
     gone = lambda: not rental.on.run("sh", "-c", f"ls -d {aside} 2>/dev/null || true")  # noqa: E731
-    await asyncio.to_thread(wait_until, gone, "what was set aside for the copy is removed, which a busy disk may put off")
+    await asyncio.to_thread(wait_until, gone, "what was set aside is removed, on a busy disk late")
     await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=rental.epoch, move=MOVE)
     await real.client.copy(home_of(rental), ROOMY, deadline_s=60, moving=True)
     return await move(real, rental, to)
