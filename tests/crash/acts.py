@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 import asyncssh
-from crash.stage import LOOK_S, NEVER_S, PAUSE_S, Stage, eventually
+from crash.stage import LOOK_S, NEVER_S, PAUSE_S, Stage, eventually, is_true
 from support.builders import host_key
+from support.house import Agent
 
 HOUR_S = 3600
 
@@ -60,8 +61,29 @@ async def renting(stage: Stage) -> None:
 async def _opens(stage: Stage, rental: dict[str, str]) -> None:
     """The private key that was told last is the one that opens it."""
     told = asyncssh.import_private_key(rental["ssh_private_key"]).export_public_key("openssh").decode().strip()
-    holder = stage.holder(await stage.rental(rental))
-    await eventually(lambda: holder.node.accounts[rental["id"]].keys == (told,))
+    while True:
+        account = (await stage.holder_of(rental)).node.accounts.get(rental["id"])
+        if account and account.keys == (told,):
+            return
+        await asyncio.sleep(LOOK_S)
+
+
+async def _has_written(stage: Stage, lab: dict[str, str], content: str) -> Agent:
+    """Return the worker on which it has a file with this content. On a busy machine one may be lost meanwhile."""
+    while True:
+        agent = await stage.holder_of(lab)
+        agent.node.homes.get(lab["id"], {})["precious"] = content
+        if await stage.home(lab) == {"precious": content} and await stage.holder_of(lab) is agent:
+            return agent
+
+
+async def _has_copied(stage: Stage, lab: dict[str, str], content: str) -> Agent:
+    """Return the worker on which it has what its newest copy has as well: a file with this content."""
+    while True:
+        agent = await _has_written(stage, lab, content)
+        if is_true(lambda: stage.kept(lab) == {"precious": content}):
+            return agent
+        await asyncio.sleep(LOOK_S)
 
 
 async def failing(stage: Stage) -> None:
@@ -86,7 +108,8 @@ async def expiring(stage: Stage) -> None:
     assert reply.status_code == 200, reply.text
     stage.wall_offset_s = 2.0 * HOUR_S
     stage.kill()
-    while stage.rows("SELECT * FROM rentals WHERE name = 'short' AND state != 'expired'"):
+    short = "SELECT * FROM rentals WHERE name = 'short' AND state != 'expired'"
+    while not is_true(lambda: not stage.rows(short)):
         await stage.ask("POST", "/api/admin/clock")  # again after each start: one that was killed has forgotten it
         await asyncio.sleep(LOOK_S)
 
@@ -94,7 +117,7 @@ async def expiring(stage: Stage) -> None:
 async def migrating(stage: Stage) -> None:
     """A worker dies with a rental; it is made anew elsewhere; the worker returns, and is cleaned before it is ready."""
     lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001))
-    dead = stage.holder(await stage.rental(lab))
+    dead = await stage.holder_of(lab)
     await eventually(lambda: stage.kept(lab) == {})
     stage.arm()
     dead.die()
@@ -113,9 +136,7 @@ async def copying(stage: Stage) -> None:
 async def moving_files(stage: Stage) -> None:
     """Files are copied; their worker dies; they are there before the renter is."""
     lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001))
-    dead = stage.holder(await stage.rental(lab))
-    dead.node.homes[lab["id"]]["precious"] = "first"
-    await eventually(lambda: stage.kept(lab) == {"precious": "first"})
+    dead = await _has_copied(stage, lab, "first")
     stage.arm()
     dead.die()
     await stage.until(lambda r: r["state"] == "active" and r["worker_id"] != dead.worker_id, lab)
@@ -128,9 +149,7 @@ async def moving_files(stage: Stage) -> None:
 async def salvaging(stage: Stage) -> None:
     """The only worker comes back with what was written after the last copy: that is what its rental begins with."""
     lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001), start="serve")
-    (dead,) = stage.agents
-    dead.node.homes[lab["id"]]["precious"] = "first"
-    await eventually(lambda: stage.kept(lab) == {"precious": "first"})
+    dead = await _has_copied(stage, lab, "first")
     dead.node.homes[lab["id"]]["precious"] = "later"
     dead.die()
     await stage.until(lambda r: r["state"] == "queued", lab)
@@ -138,7 +157,8 @@ async def salvaging(stage: Stage) -> None:
     stage.return_of(dead)
     await stage.until_health(dead, "ready")
     await stage.until(lambda r: r["state"] == "active", lab)
-    assert dead.node.homes[lab["id"]] == {"precious": "later"}
+    home = await stage.home(lab)
+    assert home == {"precious": "later"}, f"it has {home}"
     assert dead.node.started[lab["id"]]
 
 
@@ -148,7 +168,7 @@ async def operating(stage: Stage) -> None:
     created = await stage.ask("POST", "/api/tokens", json={"name": "alice", "role": "client"})
     token = created.json()["token"]
     lab = await stage.rent("key-1", token, name="lab", ssh_public_key=host_key(9001))
-    holder = stage.holder(await stage.rental(lab))
+    holder = await stage.holder_of(lab)
     assert (await stage.ask("POST", f"/api/workers/{holder.worker_id}/drain")).status_code == 200
     await stage.release(lab)
     await stage.until_worker(holder, lambda worker: worker["intent"] == "drained")
@@ -162,8 +182,7 @@ async def operating(stage: Stage) -> None:
 async def moving(stage: Stage) -> None:
     """It is moved while it runs, with what it wrote last; asked for again by who got no answer."""
     lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001))
-    source = stage.holder(await stage.rental(lab))
-    source.node.homes[lab["id"]]["precious"] = "first"
+    source = await _has_written(stage, lab, "first")
     stage.arm()
     while True:
         reply = await stage.ask("POST", f"/api/rentals/{lab['id']}/migrate?wait_s=20")
@@ -180,9 +199,8 @@ async def moving(stage: Stage) -> None:
 async def draining(stage: Stage) -> None:
     """It is moved away by a drain, which ends; then its worker is told to stop, and it is parked."""
     lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001))
-    source = stage.holder(await stage.rental(lab))
+    source = await _has_written(stage, lab, "first")
     other = next(agent for agent in stage.agents if agent is not source)
-    source.node.homes[lab["id"]]["precious"] = "first"
     stage.arm()
     assert (await stage.ask("POST", f"/api/workers/{source.worker_id}/drain")).status_code == 200
     await stage.until_worker(source, lambda worker: worker["intent"] == "drained")
@@ -208,7 +226,7 @@ async def _has_all(stage: Stage, lab: dict[str, str]) -> None:
 async def removing(stage: Stage) -> None:
     """A worker is removed while it is dead, and comes back as a new one with what it still has."""
     lab = await stage.rent("key-1", name="lab", ssh_public_key=host_key(9001))
-    dead = stage.holder(await stage.rental(lab))
+    dead = await stage.holder_of(lab)
     await eventually(lambda: stage.kept(lab) == {})
     dead.die()
     await stage.until(lambda r: r["state"] == "active" and r["worker_id"] != dead.worker_id, lab)

@@ -82,13 +82,20 @@ class Stage:
     """One run: a database, a manager on it that is started again whenever it dies, and its world, which lives on."""
 
     def __init__(
-        self, folder: Path, dies_at: Point | None = None, snapshot_interval_s: float = NEVER_S, passes_over: str = ""
+        self,
+        folder: Path,
+        dies_at: Point | None = None,
+        snapshot_interval_s: float = NEVER_S,
+        passes_over: str = "",
+        slower: float = 1.0,
     ) -> None:
+        """`slower`: how many times as long all clocks are, where no worker may be lost but those that are killed."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.database = folder / "orion.db"
         self.dies_at = dies_at
         self._passes_over = passes_over
+        self._lease_s = slower * CLOCKS["freeze_after_s"]
         self.reached: Counter[str] = Counter()
         self.points: list[Point] = []
         self._armed = False
@@ -106,6 +113,7 @@ class Stage:
             snapshot_interval_s=snapshot_interval_s,
             uncopied_wait_s=0,  # an act may lose a worker before the first copy
             ballast_bytes=0,
+            clock_scale=slower,
             **CLOCKS,
         )
         self.clock = RealClock()
@@ -226,7 +234,7 @@ class Stage:
             await asyncio.sleep(pause_s)
 
     async def _call_once(self, agent: Agent) -> float:
-        reply = await (agent.beat(lease_s=CLOCKS["freeze_after_s"]) if agent.session else agent.register())
+        reply = await (agent.beat(lease_s=self._lease_s) if agent.session else agent.register())
         if reply.status_code in {200, 201}:
             return BEAT_S
         if not agent.session and agent.token and reply.status_code in {401, 409}:
@@ -242,6 +250,12 @@ class Stage:
 
     def holder(self, rental: dict[str, Any]) -> Agent:
         return next(agent for agent in self.agents if agent.worker_id == rental["worker_id"])
+
+    async def holder_of(self, rental: dict[str, Any]) -> Agent:
+        """Return the worker where it is active. On a busy machine one may have been lost just now: then the next."""
+        while (found := await self.rental(rental))["state"] != "active":
+            await asyncio.sleep(LOOK_S)
+        return self.holder(found)
 
     def kept(self, rental: dict[str, Any]) -> dict[str, str] | None:
         """The files of the newest copy that the manager has accepted."""
@@ -287,7 +301,7 @@ class Stage:
         while True:
             before = await self.rental(rental)
             agent = self.holder(before) if before["state"] == "active" else None
-            found = dict(agent.node.homes[rental["id"]]) if agent else {}
+            found = dict(agent.node.homes.get(rental["id"], {})) if agent else {}
             after = await self.rental(rental)
             if agent and (after["state"], after["epoch"]) == ("active", before["epoch"]):
                 return found
@@ -341,10 +355,15 @@ async def _end_of(process: Any) -> None:
 
 
 async def eventually(check: Callable[[], bool]) -> None:
-    while True:
-        if check():
-            return
+    while not is_true(check):
         await asyncio.sleep(LOOK_S)
+
+
+def is_true(check: Callable[[], bool]) -> bool:
+    """False where it is not known: while one manager follows another, the database may not be read for a moment."""
+    with suppress(sqlite3.OperationalError):
+        return check()
+    return False
 
 
 def _host(fields: dict[str, Any]) -> Host:
