@@ -20,6 +20,8 @@ SAME_POINT = 2
 
 ATTEMPTS = 3
 """What depends on a timer (who is heard first after a restart) does not come again in every run."""
+RECORDINGS = 2
+"""The shorter counts: where a busy machine lost a worker that lives, there are points that come in no other run."""
 MISSED = 0.1
 """The share of the points of an act that may not have come again, and so were not tried in this run."""
 
@@ -70,7 +72,8 @@ async def test_killed_at_any_point_nothing_is_lost_and_nothing_doubled(
     name: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     act, began = ACTS[name], time.monotonic()
-    points = points_of(await perform(tmp_path / "record", act))
+    recorded = await asyncio.gather(*(perform(tmp_path / f"record-{number}", act) for number in range(RECORDINGS)))
+    points = min(map(points_of, recorded), key=len)
     limit = asyncio.Semaphore(AT_ONCE)
     runs = [kill_at(tmp_path / f"{number:03d}", act, point, limit) for number, point in enumerate(points)]
     results = await asyncio.gather(*runs)
