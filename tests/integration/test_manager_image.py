@@ -99,7 +99,6 @@ def test_the_engines_socket_is_for_the_manager_and_itself(manager: Container) ->
 
 
 def test_the_vault_listens_for_the_manager_and_its_ssh_key_is_its_own(manager: Container) -> None:
-
     def status() -> list[str]:
         return manager.run("stat", "--format", "%u %g %a", VAULT_SOCKET, check=False).split()
 
