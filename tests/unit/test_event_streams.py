@@ -15,16 +15,19 @@ from orion.manager.api import event_streams
 from orion.manager.api.event_streams import MOST_OF_A_TOKEN, EventStreams, Filter
 from orion.manager.api.problems import ApiProblem
 from orion.manager.domain.model import Event
+from orion.manager.store import events
 from orion.manager.store.database import Store, record
 
 
 class Counted(Store):
-    """A store that counts what is read."""
+    """A store that counts what is read, and how often pages of events are."""
 
     reads = 0
+    pages = 0
 
     async def read(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         self.reads += 1
+        self.pages += function is events.page
         return await super().read(function, *args, **kwargs)
 
 
@@ -69,10 +72,17 @@ async def reading(*readers: Reader) -> AsyncIterator[list[asyncio.Task[None]]]:
 
 
 async def until_read(*readers: Reader, kinds: list[str]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         for reader in readers:
             while reader.kinds[-len(kinds) :] != kinds:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
+
+
+async def until_all_have_looked(store: Counted, readers: int) -> None:
+    """Each at what came before it, and who hands out as well."""
+    async with asyncio.timeout(60):
+        while store.pages <= readers:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
 
 async def test_a_commit_is_read_once_for_all_streams_and_seen_by_those_who_may(store: Counted) -> None:
@@ -83,7 +93,7 @@ async def test_a_commit_is_read_once_for_all_streams_and_seen_by_those_who_may(s
     everything = Reader(streams, Filter())
     async with reading(*alice, *others, everything):
         await until_read(*alice, everything, kinds=["before"])
-        await asyncio.sleep(0.05)
+        await until_all_have_looked(store, len(alice) + len(others) + 1)
         before = store.reads
         await say(store, "first")
         await until_read(*alice, everything, kinds=["before", "first"])
@@ -130,7 +140,7 @@ async def test_who_takes_nothing_is_dropped_and_goes_on_from_what_it_has(
             await say(store, kind)
             await until_read(quick, kinds=[kind])
         slow.takes.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await task
         has = len(slow.kinds)
         again = Reader(streams, Filter(), after=has)
