@@ -191,13 +191,14 @@ def test_a_nonsense_retry_after_is_as_none() -> None:
 
 
 def test_nobody_listening_says_what_to_do() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with (
-        Orion.at(f"http://127.0.0.1:{port}", TOKEN) as orion,
-        pytest.raises(errors.Unreachable, match="make up") as caught,
-    ):
-        orion.status()
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # without listening: nobody else gets that port meanwhile
+        port = silent.getsockname()[1]
+        with (
+            Orion.at(f"http://127.0.0.1:{port}", TOKEN) as orion,
+            pytest.raises(errors.Unreachable, match="make up") as caught,
+        ):
+            orion.status()
     assert "connection refused" in str(caught.value)
 
 

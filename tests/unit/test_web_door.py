@@ -88,16 +88,17 @@ def test_the_kernel_says_the_same_in_either_way(address: str, family: socket.Add
     with socket.create_server((address, 0), family=family) as server:
         port = server.getsockname()[1]
         tables = [file.read_text() for file in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if file.exists()]
-        [read] = [each for each in listeners(*tables) if each.port == port]
-        [asked] = [each for each in socket_diag.listening() if each.port == port]
+        inode = os.fstat(server.fileno()).st_ino  # another may listen on that port of another address
+        [read] = [each for each in listeners(*tables) if (each.port, each.inode) == (port, inode)]
+        [asked] = [each for each in socket_diag.listening() if (each.port, each.inode) == (port, inode)]
     assert asked == read == Listener(ip_address(address), port, os.geteuid(), read.inode)
 
 
 def test_a_kernel_that_cannot_be_asked_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket_diag, "SOCK_DIAG_BY_FAMILY", 77)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        assert [each.uid for each in socket_diag.listening() if each.port == port] == [os.geteuid()]
+        inode = os.fstat(server.fileno()).st_ino
+        assert [each.uid for each in socket_diag.listening() if each.inode == inode] == [os.geteuid()]
 
 
 # Passes
