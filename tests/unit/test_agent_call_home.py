@@ -394,7 +394,7 @@ def test_a_name_that_leads_to_an_ipv6_address_as_well_is_called_by_ipv4(monkeypa
     try:
         with socket.create_server(("::1", port), family=socket.AF_INET6) as ipv6:
             monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-            answer = HttpTransport(f"http://manager_proxy:{port}").post("/api/heartbeat", JOIN, {}, 2.0)
+            answer = HttpTransport(f"http://manager_proxy:{port}").post("/api/heartbeat", JOIN, {}, 60.0)
             ipv6.settimeout(0.05)
             with pytest.raises(TimeoutError):
                 ipv6.accept()

@@ -50,7 +50,7 @@ async def test_whoever_is_not_the_proxy_is_hung_up_on_and_the_log_says_so() -> N
         async with connected("192.0.2.1") as (reader, writer):
             writer.write(request("/"))
             with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
-                await asyncio.wait_for(reader.readexactly(1), 5)
+                await asyncio.wait_for(reader.readexactly(1), 60)
     assert [(line["peer"], line["answered"], line["connections"]) for line in said] == [(LOOPBACK, "192.0.2.1", 1)]
 
 
@@ -66,7 +66,7 @@ async def test_head_and_body_of_a_reply_leave_in_one_piece() -> None:
     async with connected(LOOPBACK) as (reader, writer):
         for _ in range(3):
             writer.write(request("/"))
-            whole = await asyncio.wait_for(reader.read(2**16), 5)
+            whole = await asyncio.wait_for(reader.read(2**16), 60)
             assert whole.startswith(b"HTTP/1.1 200 OK\r\n")
             assert whole.endswith(b"3\r\none\r\n0\r\n\r\n")
 
@@ -75,7 +75,7 @@ async def test_head_and_body_of_a_reply_leave_in_one_piece() -> None:
 async def test_nothing_of_a_reply_is_lost_when_the_connection_ends_with_it(path: str) -> None:
     async with connected(LOOPBACK) as (reader, writer):
         writer.write(request(path, "close"))
-        whole = await asyncio.wait_for(reader.read(), 5)
+        whole = await asyncio.wait_for(reader.read(), 60)
         pieces = PIECES if path == "/stream" else PIECES[:1]
         assert whole.partition(b"\r\n\r\n")[2] == b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
 
@@ -89,13 +89,13 @@ async def test_a_websocket_that_begins_with_a_body_is_refused_and_nobody_waits(l
     asking = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     async with connected(LOOPBACK) as (reader, writer):
         writer.write(asking + length_and_body)
-        assert_refused(await asyncio.wait_for(reader.read(), 5))
+        assert_refused(await asyncio.wait_for(reader.read(), 60))
 
 
 async def test_what_is_not_http_is_refused_as_a_problem() -> None:
     async with connected(LOOPBACK) as (reader, writer):
         writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nIdempotency-Key: a\x0bb\r\n\r\n")
-        assert_refused(await asyncio.wait_for(reader.read(), 5))
+        assert_refused(await asyncio.wait_for(reader.read(), 60))
 
 
 def assert_refused(answer: bytes) -> None:

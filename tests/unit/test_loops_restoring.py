@@ -128,7 +128,7 @@ async def test_who_is_filled_alone_is_let_in_at_once(monkeypatch: pytest.MonkeyP
     world = FakeWorld()
     world.add(WORKS)
     restorer = Restorer(FakeEngine(world), FakeVault(world, lambda: 0.0), NoBook())  # type: ignore[arg-type]
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         assert (await restorer.make(_job(WORKS, 0), NEWEST)).ok
 
 
@@ -149,7 +149,7 @@ async def test_the_copy_of_one_rental_is_sent_for_while_its_account_is_made() ->
     worker = (world := FakeWorld()).add(WORKS)
     vault = FakeVault(world, lambda: 0.0)
     restorer = Restorer(Asked(world, vault), vault, NoBook())  # type: ignore[arg-type]
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         assert (await restorer.make(_job(WORKS, 0), NEWEST)).ok
     assert worker.accounts[_job(WORKS, 0).rental_id].unlocked
 

@@ -97,7 +97,7 @@ def test_each_order_is_answered_under_its_own_number(served: Served) -> None:
     }
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 def test_an_order_that_never_ends_is_killed_though_it_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,9 +167,9 @@ def _handed_over(place: Path) -> subprocess.Popen[bytes]:
 def test_transfers_are_done_side_by_side_with_what_each_was_given(served: Served) -> None:
     place = served.folder / "transfers"
     with _handed_over(place) as first, _handed_over(place) as second:
-        assert second.communicate(b"two", timeout=30)[0] == b"send: two"
+        assert second.communicate(b"two", timeout=60)[0] == b"send: two"
         assert first.poll() is None, "it stays as long as its transfer goes on"
-        assert first.communicate(b"one", timeout=30)[0] == b"send: one"
+        assert first.communicate(b"one", timeout=60)[0] == b"send: one"
     assert (first.returncode, second.returncode) == (3, 3)
     served.ask(1, "say", "still here")
     assert served.answer()["report"] == {"heard": "still here"}

@@ -132,7 +132,7 @@ def run_in(home: Path, command: str, run: str = "2 1@boot") -> None:
         [sys.executable, "-c", program],
         cwd=home,
         env=environment | {"PYTHONPATH": str(Path(start.__file__).parent)},
-        timeout=30,
+        timeout=60,
         check=True,
     )
 
@@ -182,11 +182,11 @@ def test_who_starts_it_does_not_wait_for_it(tmp_path: Path) -> None:
     began = time.monotonic()
     os.mkfifo(tmp_path / "gate")
     command = [sys.executable, "-I", "-S", start.__file__, "2 1@boot", "read line < gate; echo $line > done"]
-    subprocess.run(command, cwd=tmp_path, timeout=30, check=True)
+    subprocess.run(command, cwd=tmp_path, timeout=60, check=True)
     assert not (tmp_path / "done").exists()
     (tmp_path / "gate").write_text("through\n")
     while not ((tmp_path / "done").exists() and (tmp_path / "done").read_text()):
-        assert time.monotonic() < began + 30, "it did not go on by itself"
+        assert time.monotonic() < began + 60, "it did not go on by itself"
         time.sleep(0.01)
     assert (tmp_path / "done").read_text() == "through\n"
 
@@ -217,11 +217,11 @@ def test_how_a_start_command_ended_is_told_with_its_run(tmp_path: Path, command:
 def test_a_start_command_that_runs_has_not_ended_and_one_whose_keeper_was_killed_has(tmp_path: Path) -> None:
     launcher, record, home = was_launched(tmp_path)
     program = (
-        f"import start; start.run('2 1@boot', 'echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/ran; sleep 60')"
+        f"import start; start.run('2 1@boot', 'echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/ran; sleep 600')"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(start.__file__).parent)}
     keeper = subprocess.Popen([sys.executable, "-c", program], cwd=home, env=environment, start_new_session=True)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not (tmp_path / "ran").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)

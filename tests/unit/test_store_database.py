@@ -226,15 +226,15 @@ async def test_what_was_committed_is_news_though_its_writer_no_longer_waits(stor
 
     def slow(connection: Connection) -> None:
         begun.set()
-        go_on.wait(10)
+        go_on.wait(60)
         record(connection, Event("rental.queued", "alice", "asked for", rental_id="rental1"))
 
     with store.news.listen("rental1") as changed:
         writing = asyncio.create_task(store.write(slow))
-        await asyncio.to_thread(begun.wait, 10)
+        await asyncio.to_thread(begun.wait, 60)
         writing.cancel()
         go_on.set()
-        await asyncio.wait_for(changed.wait(), 10)
+        await asyncio.wait_for(changed.wait(), 60)
     assert writing.cancelled()
 
 

@@ -43,7 +43,7 @@ async def serving(folder: Path, places: int) -> AsyncIterator[tuple[Waiting, Vau
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - the jobs of a vault that is a few lines
             await asyncio.sleep(0)
 
