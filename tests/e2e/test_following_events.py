@@ -16,14 +16,17 @@ from stack import Stack
 from orion.client import Orion
 from orion.wire import Event
 
-AT_ONCE_S = 2.0
+AT_ONCE_S = 10.0
+"""On a busy machine. A proxy that kept what it passes on would keep it longer than the silence of a stream, 15 s."""
+FOLLOWED_S = 60.0
 
 
 def test_a_rentals_events_tell_its_whole_life_in_order(stack: Stack, orion: Orion, rent: Rent) -> None:
     rental = rent("told")
     orion.release(rental.id, wait_s=30)
     told = list(orion.events(rental_id=rental.id, limit=2))
-    assert [event.kind for event in told] == [
+    # It may have been copied meanwhile, or not.
+    assert [event.kind for event in told if event.kind != "rental.copied"] == [
         "rental.queued",
         "rental.placed",
         "placement.reserved",
@@ -49,7 +52,7 @@ def arriving(stack: Stack) -> Iterator[Queue[tuple[float, Event]]]:
 
     def listen() -> None:
         with stack.connect() as connection:
-            for event in connection.follow_events(after=mark, for_s=15):
+            for event in connection.follow_events(after=mark, for_s=FOLLOWED_S):
                 arrived.put((time.time(), event))
                 if event.kind == "token.revoked":
                     return
@@ -59,7 +62,7 @@ def arriving(stack: Stack) -> Iterator[Queue[tuple[float, Event]]]:
     yield arrived
     with stack.connect() as connection:
         connection.revoke_token(connection.create_token("the-end").id)
-    listener.join(timeout=20)
+    listener.join(timeout=FOLLOWED_S + 30)
     assert not listener.is_alive()
 
 
@@ -79,7 +82,7 @@ def test_the_command_follows_events_as_they_happen(stack: Stack, renter: Renter,
         rental = rent("followed")
         kinds = []
         assert following.stdout is not None
-        watchdog = threading.Timer(30, following.kill)
+        watchdog = threading.Timer(60, following.kill)
         watchdog.start()
         for line in following.stdout:
             event = json.loads(line)
