@@ -44,7 +44,7 @@ window.tries = async (address) => JSON.stringify({
     document.body.append(one);
   }),
 });
-document.title = "loaded";
+addEventListener("load", () => { document.title = "loaded"; });
 """
 FILES = {
     "/": ("text/html", PAGE),
