@@ -13,16 +13,17 @@ import pytest
 from conftest import Figures, Rent
 from precious import check_all_is_there, furnish
 from renter import Renter
-from stack import MOVED_WITHIN_S, PROJECT, Container, Stack, story
+from stack import MOVED_WITHIN_S, PROJECT, TAKEOVER_S, Container, Stack, story
 from support.containers import pause
 from waiting import eventually
 
 from orion.client import Orion
 from orion.wire import Event, Rental, RentalState, WorkerHealth
 
-RETURNED_WITHIN_S = 45.0
-PROVED_WITHIN_S = 4.0
-"""Twice what it takes on a machine that does nothing else; a lease takes 9 s."""
+RETURNED_WITHIN_S = 90.0
+FROZEN_WITHIN_S = 2.0
+PROVED_WITHIN_S = TAKEOVER_S
+"""A machine that does nothing else takes 2 s. By its lease a worker is down no sooner, and not for that reason."""
 BY_LEASE = "no heartbeat for"
 BY_PROOF = "its container is gone"
 
@@ -37,7 +38,7 @@ def rental(stack: Stack, orion: Orion, rent: Rent, renter: Renter) -> Rental:
     write = "while :; do date +%s.%N >> lines; sleep 0.2; done"
     renter.inside(rented, f"echo precious > kept; chmod 640 kept; nohup sh -c '{write}' >/dev/null 2>&1 &")
     written_at = datetime.now(UTC)
-    eventually("it is copied", lambda: (orion.rental(rented.id).last_safe_copy_at or written_at) > written_at, 30)
+    eventually("it is copied", lambda: (orion.rental(rented.id).last_safe_copy_at or written_at) > written_at, 60)
     stack.await_no_brake()
     return rented
 
@@ -98,10 +99,14 @@ def test_a_copy_of_a_worker_disturbs_nobody_says_what_to_do_and_takes_its_place_
             assert done.returncode == 0, "it goes on asking"
             return stack.docker("logs", copy)
 
-        eventually("it is refused, again and again", lambda: said().count("identity_in_use") >= 3, 30)
+        eventually("it is refused, again and again", lambda: said().count("identity_in_use") >= 3, 60)
         assert f"worker {rental.worker_id} still answers at" in said()
         assert "your volume is a copy of its own, remove it" in said()
-        assert [one for one in stack.events(mark) if one.kind != "rental.copied"] == [], story(stack.events(mark))
+        events = [one for one in stack.events(mark) if one.kind != "rental.copied"]
+        # On a busy machine any other may be late with a heartbeat.
+        late = ("worker.became_suspect", "worker.became_ready")
+        events = [one for one in events if one.kind not in late or one.worker_id == rental.worker_id]
+        assert events == [], story(events)
         shown = orion.rental(rental.id)
         assert (shown.state, shown.worker_id, shown.epoch) == (RentalState.ACTIVE, rental.worker_id, rental.epoch)
         assert renter.inside(rental, "cat kept") == "precious"
@@ -127,7 +132,15 @@ def test_a_worker_that_sleeps_too_long_wakes_up_without_its_rental(
 
     mark, frozen_before = stack.mark(), _frozen_at(stack, asleep)
     stack.docker("unpause", asleep.id)
-    eventually("it freezes as it wakes", lambda: _frozen_at(stack, asleep) != frozen_before, 2)
+    woken_at = datetime.now(UTC)
+
+    def frozen_anew() -> datetime | None:
+        at = _frozen_at(stack, asleep)
+        return at if at != frozen_before else None
+
+    frozen_at = eventually("it freezes as it wakes", frozen_anew, 30)
+    assert frozen_at
+    assert (frozen_at - woken_at).total_seconds() < FROZEN_WITHIN_S
     _check_return(stack, mark, rental, asleep)
     _check_moved(orion, rental, renter)
 
@@ -228,7 +241,7 @@ def _await_copy(orion: Orion, rental: Rental) -> None:
         began_at = orion.rental(rental.id).last_safe_copy_at
         return began_at is not None and began_at.timestamp() >= now
 
-    eventually("its home is copied as it is now", is_copied, 30)
+    eventually("its home is copied as it is now", is_copied, 60)
 
 
 def _check_takeover(stack: Stack, mark: int, rental: Rental, reason: str) -> None:
