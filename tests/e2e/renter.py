@@ -52,7 +52,7 @@ class Renter:
             "LANG": "C.UTF-8",
         }
 
-    def orion(self, *arguments: str, status: int = 0, timeout_s: float = 90) -> Done:
+    def orion(self, *arguments: str, status: int = 0, timeout_s: float = 120) -> Done:
         """One command line, which must end with this status."""
         done = self._run([*COMMAND, *arguments], timeout_s)
         assert done.returncode == status, f"orion {' '.join(arguments)}: {done.returncode}\n{done.stdout}{done.stderr}"
@@ -69,7 +69,7 @@ class Renter:
 
     def ssh(self, rental: Rental, command: str, key: Path | None = None, **environment: str) -> Done:
         """As `orion ssh` calls it, for a rental that may be made up."""
-        return self._run(self.arguments(rental, command, key), 60, environment)
+        return self._run(self.arguments(rental, command, key), 120, environment)
 
     def arguments(self, rental: Rental, command: str, key: Path | None = None) -> list[str]:
         return ssh_arguments(rental, self.authority, Wish((command,), key or self.key))
@@ -84,7 +84,7 @@ class Renter:
         """The SHA-256 of what a command sends here."""
         arguments = self.arguments(rental, command)
         sent = subprocess.run(
-            arguments, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60, check=True
+            arguments, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=120, check=True
         )
         return hashlib.sha256(sent.stdout).hexdigest()
 
@@ -118,7 +118,7 @@ class Renter:
 
     def run(self, command: Sequence[str]) -> Done:
         """Any command, with this renter's home."""
-        return self._run(command, 60)
+        return self._run(command, 120)
 
     def _run(self, command: Sequence[str], timeout_s: float, environment: Mapping[str, str] | None = None) -> Done:
         return subprocess.run(

@@ -112,7 +112,7 @@ def test_a_manager_killed_in_the_middle_of_a_rent_neither_loses_nor_doubles_it(s
     manager = stack.container("manager_app").id
     asking = threading.Thread(target=ask)
     asking.start()
-    stack.await_kind(mark, "placement.preparing", 10)
+    stack.await_kind(mark, "placement.preparing", 60)
     stack.docker("kill", manager)
     asking.join(timeout=60)
     assert not asking.is_alive()
