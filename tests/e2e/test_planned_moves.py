@@ -41,7 +41,7 @@ def counting(renter: Renter, rental: Rental) -> Iterator[subprocess.Popen[str]]:
 
 def told(at_work: subprocess.Popen[str]) -> int:
     """The last number that the renter was told, once the session has ended."""
-    said, _ = at_work.communicate(timeout=30)
+    said, _ = at_work.communicate(timeout=60)
     return max((int(line) for line in said.split("\n")[:-1]), default=1)
 
 
@@ -75,7 +75,7 @@ def test_a_rental_of_100_mb_is_moved_while_its_renter_works(
     held, active = (next(e for e in events if e.kind == kind) for kind in ("rental.held", "rental.activated"))
     figures["planned move of 100 MB: held to active"] = f"{(active.at - held.at).total_seconds():.2f} s"
     assert "placement.lost" not in kinds(events, rental), story(events)
-    eventually("nothing is left where it was", lambda: "placement.purged" in kinds(stack.events(mark), rental), 20)
+    eventually("nothing is left where it was", lambda: "placement.purged" in kinds(stack.events(mark), rental), 60)
 
 
 @pytest.mark.usefixtures("all_slots")
@@ -91,7 +91,8 @@ def test_a_drain_moves_what_it_can_says_what_it_waits_for_and_ends(
     with counting(renter, stays) as at_work:
         renter.orion("drain", drained, "--no-wait")
         waits = "1 rental is to be moved away, and no worker can take one: of 3 workers, 1 draining, 2 full"
-        assert orion.worker(drained).explanation == waits
+        # A busy machine may make another one late meanwhile, which is told as well.
+        eventually("it says what it waits for", lambda: orion.worker(drained).explanation == waits, 60)
         orion.release(other.id)
         said = renter.orion("drain", drained)
         last_told = told(at_work)
@@ -100,7 +101,7 @@ def test_a_drain_moves_what_it_can_says_what_it_waits_for_and_ends(
     assert (moved.state, moved.worker_id) == (RentalState.ACTIVE, other.worker_id)
     check_nothing_is_missing(renter, moved, last_told)
     waiting = orion.rent(ssh_public_key=renter.public_key, wait_s=0)
-    eventually("it says that one is drained", lambda: "1 draining" in orion.rental(waiting.id).explanation, 20)
+    eventually("it says that one is drained", lambda: "1 draining" in orion.rental(waiting.id).explanation, 60)
     renter.orion("resume", drained)
     active = orion.rental(waiting.id, state=RentalState.ACTIVE, wait_s=50)
     assert (active.state, active.worker_id) == (RentalState.ACTIVE, drained)
