@@ -70,7 +70,7 @@ def test_a_revoked_token_opens_nothing_but_its_rentals_go_on(
 ) -> None:
     own = bob.rent(name="goes-on", ssh_public_key=renter.public_key)
     header = f"Authorization: Bearer {token_file.read_text().strip()}"
-    follow = ["curl", "-sN", "--max-time", "30", "-H", header, "-H", "Accept: text/event-stream"]
+    follow = ["curl", "-sN", "--max-time", "240", "-H", header, "-H", "Accept: text/event-stream"]
     with subprocess.Popen([*follow, f"{stack.url}/api/events"], stdout=subprocess.PIPE, text=True) as stream:
         assert stream.stdout
         assert any("rental.activated" in line for line in stream.stdout), "it brings what is this client's"

@@ -12,7 +12,8 @@ from stack import WORKERS, Container, Stack, story
 from orion.client import Orion
 from orion.wire import Event, RentalState, WorkerHealth
 
-READY_WITHIN_S = 10.0
+READY_WITHIN_S = 30.0
+"""It takes a few seconds, and longer where a busy machine stands still meanwhile."""
 
 
 @pytest.mark.usefixtures("all_slots")
@@ -34,7 +35,7 @@ def test_a_new_worker_is_soon_ready_and_one_that_is_taken_away_says_goodbye(
     assert newcomer.id not in {one.id for one in stack.containers()}, "Compose takes away the highest number"
     stack.await_active(mark, moving, moving.epoch + 1)
     figures["scale-down to active elsewhere"] = f"{time.monotonic() - began:.1f} s"
-    down = stack.await_kind(mark, "worker.became_down", 30, left.id)
+    down = stack.await_kind(mark, "worker.became_down", 60, left.id)
     _check_move(stack, mark, down)
     moved = orion.rental(moving.id)
     assert (moved.state, moved.worker_id, moved.username) == (RentalState.ACTIVE, place.worker_id, moving.username)
@@ -58,7 +59,7 @@ def _scale_up(stack: Stack, figures: Figures) -> Container:
             mark,
             "the new worker is ready",
             lambda event: event.kind == "worker.became_ready" and event.worker_id == registered(),
-            30,
+            2 * READY_WITHIN_S,
         )
     took_s = (ready.at - newcomer.started_at).total_seconds()
     figures["start of a new worker's container to ready"] = f"{took_s:.1f} s"
