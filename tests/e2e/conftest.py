@@ -98,7 +98,7 @@ def all_slots(stack: Stack) -> None:
     """The short rental is over, so nothing but the test takes or frees a slot."""
     with stack.connect() as connection:
         for rental_id in stack.spared:
-            within_s = SHORTEST_TTL_S + 20
+            within_s = SHORTEST_TTL_S + 60
             eventually(
                 "the short rental is over", lambda one=rental_id: connection.rental(one).state in ENDED, within_s
             )

@@ -14,7 +14,7 @@ from waiting import eventually
 
 from orion.wire import Rental
 
-OPEN_WITHIN_S = 30.0
+OPEN_WITHIN_S = 60.0
 
 
 def furnish(renter: Renter, rental: Rental) -> list[str]:

@@ -14,7 +14,7 @@ from stack import Stack
 from orion.client import Orion
 from orion.wire import Rental
 
-PLAYBOOK_S = 60
+PLAYBOOK_S = 120
 
 
 class Ansible:
@@ -66,15 +66,15 @@ def test_a_worker_with_an_account_that_nobody_placed_is_set_aside_until_that_is_
         container.id, "orion-rental", "create", stdin=json.dumps(stray | {"public_keys": _bare([renter.public_key])})
     )
     assert made.returncode == 0, made.stdout
-    stack.await_kind(mark, "worker.holds_unknown", 30, worker.id)
-    stack.await_kind(mark, "worker.became_quarantined", 30, worker.id)
+    stack.await_kind(mark, "worker.holds_unknown", 60, worker.id)
+    stack.await_kind(mark, "worker.became_quarantined", 60, worker.id)
     assert "(stray23456)" in orion.worker(worker.id).explanation
     assert stack.exec(container.id, "getent", "passwd", "r-stray23456").returncode == 0, "it may be all that is left"
 
     mark = stack.mark()
     purged = stack.exec(container.id, "orion-rental", "purge", stdin=json.dumps(stray))
     assert purged.returncode == 0, purged.stdout
-    stack.await_kind(mark, "worker.became_ready", 30, worker.id)
+    stack.await_kind(mark, "worker.became_ready", 60, worker.id)
 
 
 def test_the_inventory_pins_the_host_key_of_every_worker(stack: Stack, orion: Orion, renter: Renter) -> None:

@@ -7,7 +7,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from conftest import SHORTEST_TTL_S, Figures, Rent
+from conftest import Figures, Rent
 from renter import Renter
 from stack import Stack, story
 
@@ -165,7 +165,7 @@ def test_a_rental_whose_time_is_over_ends_by_itself_and_is_cleaned(
 ) -> None:
     ended = orion.rental(short_rental.id, state=RentalState.EXPIRED, wait_s=55)
     if ended.state is not RentalState.EXPIRED:
-        ended = orion.rental(short_rental.id, state=RentalState.EXPIRED, wait_s=SHORTEST_TTL_S - 50)
+        ended = orion.rental(short_rental.id, state=RentalState.EXPIRED, wait_s=55)
     assert ended.state is RentalState.EXPIRED, story(stack.events(0, short_rental.id))
 
     events = {event.kind: event for event in stack.events(0, short_rental.id)}
