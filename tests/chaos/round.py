@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from chaos.nemesis import KEEPER, KINDS, WORKER, Act, Nemesis, plan
 from chaos.tenants import FOUND, JOURNAL, PLACE, Book, Guest, Tenant, read_faults, read_lines
 from orion.client import Orion
 from orion.errors import OrionError
-from orion.wire import Event, Rental, RentalState, WorkerHealth, WorkerIntent
+from orion.wire import Event, Rental, RentalState, Worker, WorkerHealth, WorkerIntent
 
 HERE = Path(__file__).parent
 SUPPORT = HERE.parent / "support"
@@ -29,9 +29,9 @@ PROGRAMS = (HERE / "witness.py", HERE / "postgres.py", SUPPORT / "bank.py", SUPP
 """What renters run."""
 SLOTS = 2
 TENANTS = 3
-BEGUN_WITHIN_S = 30.0
+BEGUN_WITHIN_S = 90.0
 OPEN_WITHIN_S = 90.0
-AT_REST_WITHIN_S = 75.0
+AT_REST_WITHIN_S = 120.0
 """A takeover at a tenth takes 10 s, a brake at most 30; a worker that returned is cleaned; a machine may be busy."""
 CLOCK_MAY_SLEW_S = 0.05
 NEVER_FLAPS = "1"
@@ -208,15 +208,16 @@ class Round:
 
     def _lives(self, rental: Rental) -> bool:
         """Its last tick is of now, and of where it is said to be."""
+        now = boot_time_s()  # to read all ticks takes a while
         last = max((one for one in self._ticks() if one.rental == rental.id), key=lambda one: one.at, default=None)
-        return bool(last and last.epoch == rental.epoch and boot_time_s() - last.at < 2.0)
+        return bool(last and last.epoch == rental.epoch and now - last.at < 2.0)
 
     # Reading
 
     def _read(self, mark: int, nemesis: Nemesis, faults: list[str]) -> History:
         with self._stack.connect() as orion:
             ends = {one: self._end(orion, asked, faults) for one, asked in self._book.asked.items()}
-            found = list(orion.workers())
+            found = self._workers_at_rest(orion)
             events = tuple(self._happened(one) for one in orion.events(after=mark, limit=500))
             unknown = [one for one in orion.rentals() if one.id not in self._book.asked]
         if abs(_wall_ahead_s() - self._wall_ahead) > CLOCK_MAY_SLEW_S:
@@ -242,6 +243,19 @@ class Round:
             workers,
             tuple(faults),
         )
+
+    @staticmethod
+    def _workers_at_rest(orion: Orion) -> list[Worker]:
+        """As they are once they are ready, or in the end: a busy machine may make one late while the rest is read."""
+        found: list[Worker] = []
+
+        def all_are_ready() -> bool:
+            found[:] = orion.workers()
+            return {(one.health, one.intent) for one in found} == {(WorkerHealth.READY, WorkerIntent.ACTIVE)}
+
+        with suppress(TooLate):
+            eventually("all workers are ready", all_are_ready, AT_REST_WITHIN_S)
+        return found
 
     def _happened(self, event: Event) -> Happened:
         at = self._of_boot(event.at.timestamp())

@@ -14,7 +14,7 @@ SECONDS = 80.0
 """With bring-up, coming to rest and reading: three minutes."""
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_every_promise_is_kept_while_everything_is_taken_away(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = play(SEED, SECONDS, lambda text: print(text, file=sys.stderr))
     with capsys.disabled():
