@@ -295,7 +295,7 @@ def _is_drained(stack: Stack, worker_id: str) -> bool:
 
 
 def _stop_for_good(stack: Stack, container: Container) -> None:
-    stack.docker("stop", "--time", str(GOODBYE_WITHIN_S), container.id, timeout_s=GOODBYE_WITHIN_S + 30)
+    stack.docker("stop", "--time", str(GOODBYE_WITHIN_S), container.id, timeout_s=GOODBYE_WITHIN_S + 90)
     stack.docker("rm", container.id)
 
 

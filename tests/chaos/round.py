@@ -140,13 +140,15 @@ class Round:
         return {tick.rental for tick in self._ticks()}
 
     def _ticks(self) -> tuple[Tick, ...]:
-        journal = self._stack.exec(self._keeper, "cat", JOURNAL).stdout
-        return tuple(Tick.parse(line) for line in journal.splitlines())
+        return tuple(Tick.parse(line) for line in self._lines_of(JOURNAL))
 
     def _found(self) -> tuple[Found, ...]:
         """What banks found wherever they were started again."""
-        journal = self._stack.exec(self._keeper, "cat", FOUND).stdout
-        return tuple(Found.parse(line) for line in journal.splitlines())
+        return tuple(Found.parse(line) for line in self._lines_of(FOUND))
+
+    def _lines_of(self, journal: str) -> list[str]:
+        """Those that are whole: the last may be half written where it goes beyond a page."""
+        return self._stack.exec(self._keeper, "cat", journal).stdout.rpartition("\n")[0].splitlines()
 
     def _leave(self, tenants: list[Tenant]) -> None:
         for one in tenants:
