@@ -331,10 +331,15 @@ for entry in pathlib.Path("/proc").iterdir():
             continue
         if uid >= first:
             found.append(f"process {entry.name} ({line.strip()[:60]}) of {whose(uid)}")
+def device_of(path):
+    try:
+        return os.lstat(path).st_dev
+    except OSError:  # it was there: copies are made and taken away meanwhile
+        return None
 for top in ("/", "/dev/shm", "/run", "/tmp"):
     device = os.stat(top).st_dev
     for folder, folders, files in os.walk(top):
-        folders[:] = [one for one in folders if os.lstat(os.path.join(folder, one)).st_dev == device]
+        folders[:] = [one for one in folders if device_of(os.path.join(folder, one)) == device]
         if folder.startswith("/home/"):
             continue
         for name in folders + files:
