@@ -143,11 +143,14 @@ class Tenant(threading.Thread):
         read_at = time.time()
         try:
             rental = orion.rental(rental_id)
-            host = orion.worker(rental.worker_id).hostname if rental.worker_id else ""
         except NOT_NOW:
             return
         except NotFound as error:
             self.faults.append(f"{self.name} ({rental_id}): {error}")
+            return
+        try:
+            host = orion.worker(rental.worker_id).hostname if rental.worker_id else ""
+        except (*NOT_NOW, NotFound):  # it may have been taken away meanwhile, and forgotten
             return
         self._book.note(rental)
         if rental.state is RentalState.ACTIVE:
