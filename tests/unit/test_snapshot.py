@@ -402,8 +402,8 @@ def test_a_purge_ends_the_transfer_that_sets_files_aside_and_leaves_nothing_of_i
                 assert got_lock(alone.fileno(), 0)
                 alone.write(f"{os.getpid()}\n")
                 alone.flush()
-                for number in range(5000):
-                    (places / f"one/{number}/inner").mkdir(parents=True)
+                for number in range(10_000_000):  # for minutes, if nobody ends it
+                    (places / f"one/{number % 5000}/inner").mkdir(parents=True, exist_ok=True)
         finally:
             os._exit(1)
     while not ((places / "one/100").exists() or os.waitpid(child, os.WNOHANG)[0]):
