@@ -107,10 +107,10 @@ class Renter:
         )
         os.close(theirs)
         try:
-            screen = _read_until(ours, b"$ ", 30)
+            screen = _read_until(ours, b"$ ", 60)
             os.write(ours, typed.encode())
-            screen += _read_until(ours, None, 30)
-            return child.wait(timeout=10), screen.decode(errors="replace")
+            screen += _read_until(ours, None, 60)
+            return child.wait(timeout=60), screen.decode(errors="replace")
         finally:
             child.kill()
             child.wait()
