@@ -253,9 +253,11 @@ class Stage:
 
     async def holder_of(self, rental: dict[str, Any]) -> Agent:
         """Return the worker where it is active. On a busy machine one may have been lost just now: then the next."""
-        while (found := await self.rental(rental))["state"] != "active":
+        while True:
+            found = await self.rental(rental)
+            if found["state"] == "active":
+                return self.holder(found)
             await asyncio.sleep(LOOK_S)
-        return self.holder(found)
 
     def kept(self, rental: dict[str, Any]) -> dict[str, str] | None:
         """The files of the newest copy that the manager has accepted."""
@@ -355,7 +357,9 @@ async def _end_of(process: Any) -> None:
 
 
 async def eventually(check: Callable[[], bool]) -> None:
-    while not is_true(check):
+    while True:
+        if is_true(check):
+            return
         await asyncio.sleep(LOOK_S)
 
 

@@ -141,7 +141,7 @@ def test_what_comes_back_is_reported_and_the_rental_stays_in_the_inventory(renta
     again = f"until test -e /run/enough; do touch /tmp/back; chown {rental.uid} /tmp/back; done"
     for _ in range(4):  # one alone may get no turn between the last removal and the look after it
         docker("exec", "--detach", rental.on.name, "sh", "-c", again)
-    wait_until(lambda: rental.on.run("ls", "/tmp/back", check=False), "it comes back")
+    wait_until(lambda: rental.on.run("ls", "/tmp/back", check=False), "it comes back")  # noqa: S108
     try:
         played = rental.delete()
         assert not played.ok
