@@ -23,7 +23,7 @@ from pathlib import Path
 import cgroup
 import processes
 import scores
-from call_home import CallHome, HttpTransport
+from call_home import REQUEST_TIMEOUT_S, CallHome, HttpTransport
 from confined import Confined
 from decisions import may_run, stop_grace_s
 from fence import Fence
@@ -140,6 +140,18 @@ def call_for_ever(home: CallHome, stopping: threading.Event, hurry: threading.Ev
             wait_s = AFTER_A_FAULT_S
 
 
+def take_leave(home: CallHome, calling: threading.Thread) -> None:
+    """Lock all rentals and say goodbye; first wait for the answer to a registration that is under way.
+
+    A worker that ended before it had kept that answer would register as another one at its next start, and the first
+    would be listed as down until an operator removes it.
+    """
+    home.leave()
+    if not home.is_registered:
+        calling.join(REQUEST_TIMEOUT_S)
+    home.say_goodbye()
+
+
 def run(settings: Settings) -> None:
     told, stopping, hurry = threading.Event(), threading.Event(), threading.Event()
 
@@ -174,7 +186,8 @@ def run(settings: Settings) -> None:
     terminals = Terminals(lambda uids: end_all(node.rentals, uids), say)
     for work in (log.run, fence.run, watched.run, ended_first.run, terminals.run, Turns(say).run):
         threading.Thread(target=work, daemon=True).start()
-    threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True).start()
+    calling = threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True)
+    calling.start()
     while not told.wait(LOOK_EVERY_S):
         sshd.look_after()
         web_door.look_after()
@@ -190,8 +203,7 @@ def run(settings: Settings) -> None:
         time.sleep(LOOK_OFTEN_S)
     stopping.set()
     hurry.set()
-    home.leave()
-    home.say_goodbye()
+    take_leave(home, calling)
     web_door.stop()
     sshd.stop()
 

@@ -128,6 +128,11 @@ class CallHome:
         """When the manager last ended it in order. Mostly it is being started again then, and has heard nobody yet."""
 
     @property
+    def is_registered(self) -> bool:
+        """Return whether the manager has given this life of the agent a session."""
+        return self._session is not None
+
+    @property
     def acknowledged_at(self) -> float | None:
         return self.standing.acknowledged_at
 

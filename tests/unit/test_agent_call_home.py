@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from agent import call_for_ever, take_leave
 from call_home import VACATING_BEAT_S, VACATING_PATIENCE_S, CallHome, HttpTransport
 from decisions import Answer
 from ledger import Record
@@ -401,3 +403,31 @@ def test_a_name_that_leads_to_an_ipv6_address_as_well_is_called_by_ipv4(monkeypa
     finally:
         platform.stop()
     assert (answer.status, answer.body) == (200, {"heard": True})
+
+
+def test_a_worker_that_is_told_to_stop_while_it_registers_keeps_its_identity_and_says_goodbye(bench: Bench) -> None:
+    asked, locked = threading.Event(), threading.Event()
+    calls: list[dict[str, Any]] = []
+
+    class SlowManager(FakeManager):
+        def post(self, path: str, token: str, body: dict[str, Any], timeout_s: float) -> Answer:
+            calls.append(body)
+            asked.set()
+            assert locked.wait(60)
+            return registered() if path == "/api/register" else acknowledged()
+
+    def lock_all(kill: bool = False) -> None:
+        locked.set()
+
+    bench.node.lock_all = lock_all  # type: ignore[method-assign]
+    manager = SlowManager()
+    home = CallHome(bench.node, manager, manager.clock, lambda: 1.0, bench.log.append)
+    stopping, hurry = threading.Event(), threading.Event()
+    calling = threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True)
+    calling.start()
+    assert asked.wait(60)
+    stopping.set()
+    hurry.set()
+    take_leave(home, calling)
+    assert json.loads(bench.identity.read_text())["worker_id"] == "w-abcdefgh"
+    assert calls[-1]["leaving"] is True
