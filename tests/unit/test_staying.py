@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,14 +54,14 @@ def test_who_was_killed_has_the_status_that_a_shell_tells() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_from_elsewhere_is_passed_on(number: signal.Signals, tmp_path: Path) -> None:
     """As ours, while ssh runs: it ends, and we go on to say so."""
-    ready, ours = tmp_path / "ready", signal.getsignal(number)
+    ready = tmp_path / "ready"
     program = (
         f"import signal, sys, pathlib; signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}]); "
         f"pathlib.Path({str(ready)!r}).touch(); signal.sigwait([{int(number)}]); sys.exit(7)"
     )
 
     def send() -> None:
-        while not ready.exists() or signal.getsignal(number) == ours:
+        while not ready.exists():
             time.sleep(0.001)
         os.kill(os.getpid(), number)
 
@@ -68,6 +69,21 @@ def test_a_signal_from_elsewhere_is_passed_on(number: signal.Signals, tmp_path: 
     sender.start()
     assert staying.run(python(program)).status == 7
     sender.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_comes_before_ssh_is_there_is_passed_on_to_it(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = subprocess.Popen
+
+    def struck_while_it_starts(*arguments: Any, **how: Any) -> subprocess.Popen[bytes]:
+        child = started(*arguments, **how)
+        os.kill(os.getpid(), number)
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", struck_while_it_starts)
+    assert staying.run(["sleep", "60"]).status == 128 + number
 
 
 def test_who_stops_itself_stops_us_and_goes_on_with_us() -> None:

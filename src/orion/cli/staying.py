@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,49 +45,67 @@ def run(arguments: Sequence[str]) -> Left:
     """ssh from its start to its end. Raises LocalFault where there is none."""
     with tempfile.TemporaryDirectory(prefix="orion-") as folder:
         report = Path(folder) / "report"
-        try:
-            child = subprocess.Popen(arguments, env=environment() | {REPORT: str(report)})
-        except FileNotFoundError as error:
-            raise LocalFault("ssh is not installed on this machine: apt install openssh-client") from error
-        with _as_its_shadow(child) as woken:
-            status = _wait(child, woken)
+        with _Shadow() as shadow:
+            try:
+                child = subprocess.Popen(arguments, env=environment() | {REPORT: str(report)})
+            except FileNotFoundError as error:
+                raise LocalFault("ssh is not installed on this machine: apt install openssh-client") from error
+            shadow.follow(child)
+            status = _wait(child, shadow.woken)
         told = _read(report)
     lost = status == LOST and told.get("lost") is True
     return Left(status, lost, told.get("there") is True, str(told.get("reason") or ""))
 
 
-@contextmanager
-def _as_its_shadow(child: subprocess.Popen[bytes]) -> Iterator[int]:
-    """Handle signals while ssh runs: leave those of the terminal to ssh, which gets them too, and pass on all others.
+class _Shadow:
+    """Handles signals while ssh starts and runs: leaves those of the terminal to ssh and passes on all others.
 
-    Yield a descriptor that is readable after each signal: a handler alone does not end a wait that begins just then.
+    The handlers are set before ssh is started, and what comes before ssh is there is passed on as soon as it is. So no
+    signal ends this process alone and leaves ssh with the terminal.
     """
 
-    def pass_on(number: int, _frame: object) -> None:
-        if child.returncode is None:
-            os.kill(child.pid, number)  # not send_signal, which may take the status that _wait waits for
+    def __init__(self) -> None:
+        self.woken, self._wakes = os.pipe()
+        """`woken`: a descriptor that is readable after each signal. A handler alone ends no wait that begins then."""
+        self._child: subprocess.Popen[bytes] | None = None
+        self._early: list[int] = []
 
-    def leave_to_ssh(_number: int, _frame: object) -> None: ...
+    def __enter__(self) -> _Shadow:
+        os.set_blocking(self._wakes, False)
+        self._wakes_before = signal.set_wakeup_fd(self._wakes, warn_on_full_buffer=False)
+        handlers = {
+            signal.SIGINT: self._leave_to_ssh,
+            signal.SIGQUIT: self._leave_to_ssh,
+            signal.SIGTERM: self._pass_on,
+            signal.SIGHUP: self._pass_on,
+            signal.SIGCHLD: lambda _number, _frame: None,
+        }
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
 
-    handlers = {
-        signal.SIGINT: leave_to_ssh,
-        signal.SIGQUIT: leave_to_ssh,
-        signal.SIGTERM: pass_on,
-        signal.SIGHUP: pass_on,
-        signal.SIGCHLD: lambda _number, _frame: None,
-    }
-    woken, wakes = os.pipe()
-    os.set_blocking(wakes, False)
-    wakes_before = signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield woken
-    finally:
-        for number, handler in before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(wakes_before)
-        os.close(woken)
-        os.close(wakes)
+        signal.set_wakeup_fd(self._wakes_before)
+        os.close(self.woken)
+        os.close(self._wakes)
+
+    def follow(self, child: subprocess.Popen[bytes]) -> None:
+        """Pass signals on to this process from now on, and those that came before it was there."""
+        self._child = child
+        while self._early:
+            self._pass_on(self._early.pop(0), None)
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        if self._child is None:
+            self._early.append(number)
+        elif self._child.returncode is None:
+            os.kill(self._child.pid, number)  # not send_signal, which may take the status that _wait waits for
+
+    def _leave_to_ssh(self, number: int, _frame: object) -> None:
+        """Do nothing once ssh is there, which gets what the terminal sends to all of them."""
+        if self._child is None:
+            self._early.append(number)
 
 
 def _wait(child: subprocess.Popen[bytes], woken: int) -> int:
