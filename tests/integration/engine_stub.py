@@ -13,7 +13,7 @@ from pathlib import Path
 
 from orion.manager.engine.protocol import MAX_LINE_BYTES, BatchLine, Order, ResultLine
 from orion.manager.engine.runners import Say
-from orion.manager.engine.server import Server, listen
+from orion.manager.engine.server import Server, bind
 
 SOCKET = Path(sys.argv[1])
 
@@ -73,5 +73,5 @@ def _found_a_family() -> bool:
 
 
 if __name__ == "__main__":
-    Server(listen(SOCKET), play, int(sys.argv[2]), patience_s=float(sys.argv[3])).serve()
+    Server(bind(SOCKET), play, int(sys.argv[2]), patience_s=float(sys.argv[3])).serve()
     SOCKET.unlink()

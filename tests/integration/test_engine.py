@@ -19,7 +19,18 @@ from pathlib import Path
 import pytest
 from engine_contract import OTHER_KEY, Bench, EngineContract, ReachContract, account, assert_done, deletion, new_job
 from support.containers import pause
-from worker_support import ROOT, Network, SmallManager, Worker, docker, make_key, serving, wait_until, worker
+from worker_support import (
+    ROOT,
+    Network,
+    SmallManager,
+    Worker,
+    docker,
+    make_key,
+    serving,
+    takes_connections,
+    wait_until,
+    worker,
+)
 
 from orion.manager.engine import ansible
 from orion.manager.engine.ansible import AnsibleEngine, ReachedAndExpected
@@ -28,7 +39,7 @@ from orion.manager.engine.port import Host, Reached
 from orion.manager.engine.reach import SshReach
 
 MARGIN_S = 60.0
-"""Within which an engine has answered beyond a deadline, also on a machine that is far too busy."""
+"""Seconds beyond a deadline within which an engine has answered, also on a machine that is far too busy."""
 
 
 class Process:
@@ -59,11 +70,7 @@ class Process:
         self.process.wait()
 
     def wait_listening(self) -> None:
-        wait_until(self.answers, "the engine listens")
-
-    def answers(self) -> bool:
-        with socket.socket(socket.AF_UNIX) as caller:
-            return caller.connect_ex(str(self.socket)) == 0
+        wait_until(lambda: takes_connections(self.socket), "the engine listens")
 
     def end(self) -> None:
         self.process.terminate()
@@ -280,7 +287,6 @@ def answers(host: Host) -> bool:
 
 def test_the_engine_ends_at_sigterm(process: Process) -> None:
     process.wait_listening()
-    wait_until(lambda: children(process.process.pid), "it is at work: until then a signal just kills it")
     process.process.send_signal(signal.SIGTERM)
     assert process.process.wait(60) == 0
     process.start()

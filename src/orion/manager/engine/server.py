@@ -84,6 +84,7 @@ class Server:
         self._selector.register(wakeup, selectors.EVENT_READ, lambda _: wakeup.recv(READ_BYTES))
         self._selector.register(self._listening, selectors.EVENT_READ, lambda _: self._accept())
         self._pool.prepare()
+        self._listening.listen(64)
         while not self._stopping:
             for key, ready in self._selector.select(self._patience()):
                 if key.fd in self._selector.get_map():  # what came before it may have closed it
@@ -207,15 +208,17 @@ def _refusal(error: ValidationError) -> str:
     return f"the engine refused the request: {where}: {first['msg']}" if where else "the request is not valid JSON"
 
 
-def listen(path: Path) -> socket.socket:
-    """For the owner and the group, which the directory's setgid bit makes the manager's."""
+def bind(path: Path) -> socket.socket:
+    """Return a socket for the owner and the group, which the directory's setgid bit makes the manager's.
+
+    It does not listen yet: nobody is to find an engine there before a signal ends that engine in order.
+    """
     with suppress(FileNotFoundError):
         path.unlink()
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o117)
     listening.bind(str(path))
     os.umask(before)
-    listening.listen(64)
     return listening
 
 
@@ -228,7 +231,7 @@ def main() -> None:
     from orion.manager.engine import playbook  # noqa: PLC0415 - it reads the environment that is set here
 
     play, strategy = playbook.load(arguments.playbooks, arguments.directory, arguments.strategy)
-    listening = listen(arguments.socket)
+    listening = bind(arguments.socket)
     log.info("ready on %s, strategy %s, at most %d runs at once", arguments.socket, strategy, arguments.runners)
     try:
         # Mitogen makes connections of its own, in each runner.

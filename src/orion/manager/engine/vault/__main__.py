@@ -45,6 +45,7 @@ def serve(listening: socket.socket, places: Places) -> None:
         signal.signal(number, lambda number, _: stopping.append(number))
     jobs: set[int] = set()
     gc.freeze()
+    listening.listen(64)
     while not stopping:
         wanted = [wakeup, listening] if len(jobs) < MOST_JOBS else [wakeup]
         ready, _, _ = select.select(wanted, [], [])
@@ -114,15 +115,14 @@ def _answer(asker: socket.socket, places: Places) -> tuple[ReplyLine, Job | None
         return ReplyLine(ok=False, code="failed", message=f"the vault failed: {error}"), job
 
 
-def listen(path: Path, group: int) -> socket.socket:
-    """For root, and for the group, which is the manager's."""
+def bind(path: Path, group: int) -> socket.socket:
+    """Return a socket for root, and for the group, which is the manager's. It does not listen yet: `serve` does."""
     path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o117)
     listening.bind(str(path))
     os.umask(before)
     os.chown(path, -1, group)
-    listening.listen(64)
     return listening
 
 
@@ -132,7 +132,7 @@ def main() -> None:
     places = Places(arguments.copies, arguments.run, arguments.ssh_uid)
     places.locks.mkdir(mode=0o700, exist_ok=True)
     socket_path = places.run / "vault.sock"
-    listening = listen(socket_path, arguments.group)
+    listening = bind(socket_path, arguments.group)
     log.info("ready on %s; copies are in %s", socket_path, places.copies)
     try:
         serve(listening, places)
