@@ -147,7 +147,7 @@ class Round:
         return tuple(Found.parse(line) for line in self._lines_of(FOUND))
 
     def _lines_of(self, journal: str) -> list[str]:
-        """Those that are whole: the last may be half written where it goes beyond a page."""
+        """Return those that are whole: the last may be half written where it goes beyond a page."""
         return self._stack.exec(self._keeper, "cat", journal).stdout.rpartition("\n")[0].splitlines()
 
     def _leave(self, tenants: list[Tenant]) -> None:
@@ -248,7 +248,7 @@ class Round:
 
     @staticmethod
     def _workers_at_rest(orion: Orion) -> list[Worker]:
-        """As they are once they are ready, or in the end: a busy machine may make one late while the rest is read."""
+        """Return all when all are ready, or as they are in the end: a busy machine may make one late meanwhile."""
         found: list[Worker] = []
 
         def all_are_ready() -> bool:

@@ -364,7 +364,7 @@ async def eventually(check: Callable[[], bool]) -> None:
 
 
 def is_true(check: Callable[[], bool]) -> bool:
-    """False where it is not known: while one manager follows another, the database may not be read for a moment."""
+    """Return what it says, and False where the database cannot be read: one manager is following another."""
     with suppress(sqlite3.OperationalError):
         return check()
     return False

@@ -21,7 +21,7 @@ SAME_POINT = 2
 ATTEMPTS = 3
 """What depends on a timer (who is heard first after a restart) does not come again in every run."""
 RECORDINGS = 2
-"""The shorter counts: where a busy machine lost a worker that lives, there are points that come in no other run."""
+"""How often an act is recorded, of which the shorter counts: a worker that a busy machine lost adds some points."""
 MISSED = 0.1
 """The share of the points of an act that may not have come again, and so were not tried in this run."""
 

@@ -13,7 +13,7 @@ from support.builders import host_key
 from orion.manager.store.backup import EPOCH_GAP, UID_GAP
 
 SLOWER = 5.0
-"""Times as long as elsewhere are the clocks: one epoch more, by a worker that came late on a busy machine, is wrong."""
+"""How many times as long as elsewhere the clocks are: a worker that comes late on a busy machine adds an epoch."""
 
 
 async def rent(stage: Stage, name: str) -> dict[str, Any]:

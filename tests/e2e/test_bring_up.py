@@ -12,11 +12,10 @@ from contextlib import contextmanager
 import httpx
 import pytest
 from stack import ROOT, WORKERS, Stack
+from support.patience import PATIENCE_S
 
 from orion.client import Orion
 from orion.errors import Untrusted
-
-PATIENT_S = 60.0
 
 
 def test_only_the_proxy_publishes_ports(stack: Stack) -> None:
@@ -31,7 +30,7 @@ def test_only_the_proxy_publishes_ports(stack: Stack) -> None:
 
 
 def test_the_door_answers_a_health_check(stack: Stack) -> None:
-    reply = httpx.get(f"{stack.url}/healthz", timeout=PATIENT_S, trust_env=False)
+    reply = httpx.get(f"{stack.url}/healthz", timeout=PATIENCE_S, trust_env=False)
     assert reply.status_code == 200
     assert reply.json() == {"status": "ok"}
     assert reply.headers["X-Request-ID"]
@@ -39,7 +38,7 @@ def test_the_door_answers_a_health_check(stack: Stack) -> None:
 
 def test_who_has_no_token_learns_nothing_else(stack: Stack) -> None:
     for path in ("/api/rentals", "/api/workers", "/api/status", "/api/events", "/api/tokens"):
-        reply = httpx.get(stack.url + path, timeout=PATIENT_S, trust_env=False)
+        reply = httpx.get(stack.url + path, timeout=PATIENCE_S, trust_env=False)
         assert reply.status_code == 401
         assert reply.headers["Content-Type"] == "application/problem+json"
         assert reply.json()["code"] == "unauthorized"
@@ -79,7 +78,7 @@ def test_the_machines_own_filter_closes_it_to_the_platforms_network_and_nothing_
         with closed_host(stack):
             assert not reaches(ours)
             assert not reaches(str(stack.http_port)), "nor a port that a container publishes"
-            assert httpx.get(f"{stack.url}/healthz", timeout=PATIENT_S, trust_env=False).status_code == 200
+            assert httpx.get(f"{stack.url}/healthz", timeout=PATIENCE_S, trust_env=False).status_code == 200
             names = stack.exec(worker.id, "getent", "hosts", "manager_proxy")
             assert names.returncode == 0
             through = stack.exec(worker.id, "curl", "-sS", "--noproxy", "*", "http://manager_proxy/healthz")
@@ -120,4 +119,4 @@ def test_https_works_with_the_self_made_certificate_and_with_no_other_trust(stac
     context = ssl.create_default_context(cafile=str(certificate))
     by_another_name = f"https://127.0.0.2:{stack.https_port}/healthz"
     with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-        httpx.get(by_another_name, verify=context, timeout=PATIENT_S, trust_env=False)
+        httpx.get(by_another_name, verify=context, timeout=PATIENCE_S, trust_env=False)

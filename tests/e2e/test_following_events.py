@@ -17,7 +17,7 @@ from orion.client import Orion
 from orion.wire import Event
 
 AT_ONCE_S = 10.0
-"""On a busy machine. A proxy that kept what it passes on would keep it longer than the silence of a stream, 15 s."""
+"""Seconds, on a busy machine; a proxy that kept what it passes on would keep it for 15 s, the silence of a stream."""
 FOLLOWED_S = 60.0
 
 

@@ -13,7 +13,7 @@ from orion.client import Orion
 from orion.wire import Event, RentalState, WorkerHealth
 
 READY_WITHIN_S = 30.0
-"""It takes a few seconds, and longer where a busy machine stands still meanwhile."""
+"""Seconds, on a machine that may stand still meanwhile; a worker takes a few."""
 
 
 @pytest.mark.usefixtures("all_slots")

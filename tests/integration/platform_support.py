@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from proxy_support import PATIENCE_S, SECRET, Proxy, answers, proxy, wait_until
+from proxy_support import SECRET, Proxy, answers, proxy, wait_until
 from support.builders import AUTHORITIES, host_key
+from support.patience import PATIENCE_S
 
 from orion.manager import app
 from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorld

@@ -23,10 +23,9 @@ from typing import Any
 
 import httpx
 import uvicorn
+from support.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 60
-"""Seconds to wait for what nobody promised a time: other tests, attacks among them, have the machine besides."""
 SECRET = "Proxy-secret-of-this-test-" + "7" * 17
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -219,7 +218,7 @@ class Manager:
 
     def __init__(self, address: str) -> None:
         self.goes_on = threading.Event()
-        """What a second event waits for."""
+        """The word for which a second event waits."""
         how = {"interface": "asgi3", "lifespan": "off", "log_level": "critical"}
         config = uvicorn.Config(self._serve, host=address, port=5000, ws="websockets-sansio", **how)
         self._server = uvicorn.Server(config)
@@ -263,7 +262,7 @@ async def _tell(scope: dict[str, Any], receive: Receive, send: Send) -> None:
 
 
 async def _stream(send: Send, goes_on: threading.Event) -> None:
-    """One event, then silence until the next may come."""
+    """Send one event, and the next when it may come."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
     await send({"type": "http.response.body", "body": b"id: 1\ndata: {}\n\n", "more_body": True})
     await asyncio.to_thread(goes_on.wait)

@@ -304,7 +304,7 @@ def test_a_visitor_with_as_many_requests_as_it_may_have_is_told_so(
         answers = list[httpx.Response]()
 
         def is_refused() -> bool:
-            """Not asked twice: after 10 s without a bit of their bodies those requests are over."""
+            """Return whether it is; the answer is kept, for after 10 s without a bit of their bodies they are over."""
             answers.append(http.get("/api/rentals"))
             return answers[-1].status_code == 429
 

@@ -21,7 +21,7 @@ from orion.manager.engine.vault.port import Limits, VaultError
 LIMITS = Limits(max_files=20_000, max_bytes=64 << 20)
 ROUNDS = 4
 DEADLINE_S = 8.0
-"""Of each copy and restore of the attacker's."""
+"""Seconds that each copy and restore of the attacker's may take."""
 LATE_S = 30.0
 """Seconds after its deadline within which a transfer has to be gone, on a busy machine."""
 LOG_INS = 12

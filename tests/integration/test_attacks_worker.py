@@ -265,7 +265,7 @@ def test_a_lease_that_it_makes_up_is_believed_up_to_what_was_ever_given(mallory:
 # A storm
 
 REGISTRATIONS_AT_ONCE, REGISTRATIONS_PER_S = 50, 5
-"""What an address may, by manager_proxy/routes.conf and limits.conf."""
+"""How many registrations an address may send, by manager_proxy/routes.conf and limits.conf."""
 
 
 def test_a_storm_of_registrations_is_cut_leaves_no_crowd_and_nobody_else_feels_it(

@@ -350,7 +350,7 @@ async def test_a_worker_that_does_not_answer_yet_is_tried_again() -> None:
 
 
 def assert_waited(stderr: bytes, reason: str) -> None:
-    """This was said at once, and again only where five more seconds had passed: on a busy machine they may."""
+    """Assert that this was said at once, and again only where five more seconds had passed, as they may."""
     first, *again = stderr.decode().splitlines()
     assert first == f"orion: {reason}; waiting"
     for number, line in enumerate(again, 1):

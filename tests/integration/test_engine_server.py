@@ -18,7 +18,7 @@ from engine_contract import KEY
 
 RUNNERS = 2
 PATIENCE_S = 5.0
-"""For a run over several workers, which takes milliseconds: a busy machine may not let it go on for seconds."""
+"""Seconds that a run over several workers may take: it takes milliseconds, and a busy machine may stop it for more."""
 
 
 class Engine:

@@ -18,10 +18,9 @@ from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
+from support.patience import PATIENCE_S
 
 FILE = Path(__file__).parents[2] / "manager_app" / "entrypoint.py"
-PATIENCE_S = 60
-"""Seconds to wait for what nobody promised a time: other tests, attacks among them, have the machine besides."""
 
 MANAGER = 1_900_000_000 + os.getpid()
 ENGINE = MANAGER + 4_194_304

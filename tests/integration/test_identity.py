@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from rental_support import Rental, new_rental
 from support.builders import AUTHORITIES, private_key
-from worker_support import PATIENCE_S, SESSION_S, Worker, takes_connections, wait_until
+from support.patience import PATIENCE_S
+from worker_support import SESSION_S, Worker, takes_connections, wait_until
 
 from orion.manager.domain.certificates import LIFETIME_S, host_name
 from orion.manager.engine.authority import Authority

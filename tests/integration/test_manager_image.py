@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from worker_support import CHECKOUT, PATIENCE_S, ROOT, docker, wait_until
+from support.patience import PATIENCE_S
+from worker_support import CHECKOUT, ROOT, docker, wait_until
 
 IMAGE = f"orion-manager-test:{CHECKOUT}"
 CAPABILITIES = ("CHOWN", "SETUID", "SETGID", "KILL")

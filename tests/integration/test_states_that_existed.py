@@ -84,8 +84,11 @@ async def _moved(real: RealVault, rental: Rental, to: Worker) -> Rental:
     """As a planned move does it: copied while it runs, stopped, copied again, and made elsewhere."""
     await real.client.copy(home_of(rental), ROOMY)
     aside = f"/var/lib/orion-aside/{rental.rental_id}"
-    gone = lambda: not rental.on.run("sh", "-c", f"ls -d {aside} 2>/dev/null || true")  # noqa: E731
-    await asyncio.to_thread(wait_until, gone, "what was set aside is removed, on a busy disk late")
+
+    def is_gone() -> bool:
+        return not rental.on.run("sh", "-c", f"ls -d {aside} 2>/dev/null || true")
+
+    await asyncio.to_thread(wait_until, is_gone, "what was set aside is removed, on a busy disk late")
     await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=rental.epoch, move=MOVE)
     await real.client.copy(home_of(rental), ROOMY, deadline_s=60, moving=True)
     return await move(real, rental, to)
@@ -194,7 +197,7 @@ def _open_bank(rental: Rental) -> None:
 
 
 def _wait_beyond(rental: Rental, step: str) -> None:
-    """Each step waits for the disk, which a copy may have used for seconds."""
+    """Wait until the bank has gone beyond this step. Each waits for the disk, which a copy may use for seconds."""
     wait_until(lambda: rental.ssh("cat bank/zz_B").stdout > step, "the bank works", BANK_S)
 
 

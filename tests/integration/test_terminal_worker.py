@@ -39,7 +39,7 @@ WITHIN_S = 60
 
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy worker that shakes hands late is none that lets nobody in; a shell that ends late is not lost."""
+    """Give a busy worker time: one that shakes hands late lets people in, and a shell that ends late is not lost."""
     monkeypatch.setattr("orion.manager.engine.shell.OPEN_TIMEOUT_S", WITHIN_S)
     monkeypatch.setattr("orion.manager.engine.shell.CLOSED_WITHIN_S", WITHIN_S)
 

@@ -457,8 +457,11 @@ async def test_a_home_that_is_frozen_is_salvaged_and_what_ran_in_it_is_ended(
     salvaged = await real.client.salvage(home_of(rental), LIMITS)
     assert salvaged.copy.salvage
     assert (real.copy_of(home_of(rental), str(salvaged.copy.generation)) / "file").read_text() == "precious\n"
-    dead = lambda: not rental.on.run("ps", "-o", "pid=", "-u", str(rental.uid), check=False).strip()  # noqa: E731
-    await asyncio.to_thread(wait_until, dead, "nothing runs, and the dead are reaped")
+
+    def is_ended() -> bool:
+        return not rental.on.run("ps", "-o", "pid=", "-u", str(rental.uid), check=False).strip()
+
+    await asyncio.to_thread(wait_until, is_ended, "nothing runs, and the dead are reaped")
     for late in ("freeze", "thaw", "unlock"):
         status, report = rental.on.rental(late, rental_id=rental.rental_id, epoch=1)
         assert (status, report["code"]) == (3, "laid_down")

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import files
 import pytest
+from support.patience import PATIENCE_S
 from vault_contract import refusal
-from worker_support import PATIENCE_S, ROOT, takes_connections, wait_until
+from worker_support import ROOT, takes_connections, wait_until
 
 from orion.manager.domain.copies import BLOCK_BYTES
 from orion.manager.engine.port import Host

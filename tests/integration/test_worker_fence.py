@@ -18,7 +18,7 @@ from worker_support import SESSION_S, Network, SmallManager, Worker, docker, mak
 LEASE_S = 3.0
 DOOR_ANSWER_S = 0.5
 LONG_LEASE_S = 75.0
-"""For all that comes before: a worker that is set up on a busy machine must not lose what it has no time to renew."""
+"""The lease while a scene is set up: a busy machine may leave a worker no time to renew a short one."""
 BUSY_S = 4.0
 """What the worker, on one processor that its renters use up, may be late by where other tests run beside this one.
 By the clocks of the platform 15 s lie between a lease's end and a takeover."""
@@ -104,7 +104,7 @@ class Scene:
         return next(str(item["state"]) for item in items if item["rental_id"] == of.rental_id)
 
     def shorten(self) -> None:
-        """From now on it runs by short leases, until `mend`: the second call shows that it has heard of it."""
+        """Give it short leases until `mend`, and wait for the second call, which shows that it has heard of them."""
         self.manager.lease_s = self.lease_s
         now = time.monotonic()
         wait_until(lambda: len(self.manager.of("/api/heartbeat", after=now)) > 1, "it has a short lease")

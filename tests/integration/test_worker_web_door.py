@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 from rental_support import Rental, new_rental
+from support.patience import PATIENCE_S
 from test_worker_walls import CONNECT, FILTERED
 from web_door import Way, signature
-from worker_support import PATIENCE_S, Network, Worker, docker, wait_until
+from worker_support import Network, Worker, docker, wait_until
 
 PORT = 8100
 """Of this file alone: its worker is shared with other tests."""

@@ -26,6 +26,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from support.patience import PATIENCE_S
+
 from orion.ssh import pinned_host_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -56,10 +58,6 @@ def docker(*arguments: str, check: bool = True, timeout_s: float = 120) -> str:
     return done.stdout
 
 
-PATIENCE_S = 60
-"""Seconds to wait for what nobody promised a time: other tests, attacks among them, have the machine besides."""
-
-
 SESSION_S = 120
 """Seconds that a command over ssh may take: root's purges search all files, and a busy machine has each log-in wait."""
 
@@ -73,7 +71,7 @@ def wait_until(condition: Callable[[], Any], what: str, within_s: float = PATIEN
 
 
 def takes_connections(place: Path) -> bool:
-    """Whether somebody listens on a Unix socket: its file is there a moment before."""
+    """Return whether somebody listens on a Unix socket: its file is there a moment before."""
     with socket.socket(socket.AF_UNIX) as there:
         return there.connect_ex(str(place)) == 0
 

@@ -8,11 +8,11 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 
+from support.patience import PATIENCE_S
+
 DATA, HEADERS, RST_STREAM, SETTINGS = 0, 1, 3, 4
 END_STREAM, ACK, END_HEADERS = 1, 1, 4
 CANCEL = b"\0\0\0\x08"
-PATIENCE_S = 60
-"""Seconds to wait for an answer of which nobody promised when it comes."""
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 KNOWN_STATUSES = {0x88: b"200", 0x89: b"204", 0x8C: b"400", 0x8D: b"404", 0x8E: b"500"}
 """The first byte of a header block that is one of HPACK's own table (RFC 7541, appendix A)."""

@@ -79,7 +79,7 @@ async def until_read(*readers: Reader, kinds: list[str]) -> None:
 
 
 async def until_all_have_looked(store: Counted, readers: int) -> None:
-    """Each at what came before it, and who hands out as well."""
+    """Wait until each reader has read what came before it, and the one who hands out as well."""
     async with asyncio.timeout(60):
         while store.pages <= readers:  # noqa: ASYNC110
             await asyncio.sleep(0.001)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(180)
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="acting under a renter's uid needs root; CI is root")
 SHORT_S = 0.05
 ENDS_S = 2.0
-"""Of what does something before its end, which must not come sooner."""
+"""Seconds until a process is killed that has something to do before."""
 
 
 @pytest.fixture(autouse=True)
