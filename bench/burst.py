@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.baselines import baselines
 from bench.calls import Caller, Reply
-from bench.rent import Renter, has_strategies
+from bench.rent import Renter
 from bench.report import Result
 from bench.stack import Stack, running
 
@@ -41,8 +41,7 @@ class Burst:
 
 def measure(rents: int) -> Result:
     result = Result("burst", f"{rents} rents at once over {WORKERS} workers, then {rents} releases")
-    settings = {"ORION_SLOTS": str(SLOTS)} | ({"ORION_ENGINE_STRATEGY": "auto"} if has_strategies() else {})
-    with running(WORKERS, settings) as stack:
+    with running(WORKERS, {"ORION_SLOTS": str(SLOTS)}) as stack:
         renter = Renter(stack)
         rounds = [_round(stack, renter, rents) for _ in range(ROUNDS)]
     for name, bursts in (("rent", [one for one, _, _ in rounds]), ("release", [one for _, one, _ in rounds])):

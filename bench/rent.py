@@ -30,7 +30,7 @@ PARTS = 20
 
 @dataclass
 class Way:
-    """What one strategy of the engine measured, in seconds."""
+    """What the rounds measured, in seconds."""
 
     rents: list[float]
     warm: list[float]
@@ -77,24 +77,12 @@ class Renter:
 
 
 def measure(rounds: int, budget_s: float) -> Result:
-    """`budget_s`: for each strategy; the rounds end when it is used up."""
+    """Measure rents in turn with the baselines; the rounds end after `budget_s` seconds."""
     result = Result("rent", "One rent, from the request through the proxy to the 201")
-    strategies = ("linear", "mitogen") if has_strategies() else ("",)
-    with running(3, {"ORION_SLOTS": "8"} | _strategy(strategies[0])) as stack:
+    with running(3, {"ORION_SLOTS": "8"}) as stack:
         renter = Renter(stack)
-        for strategy in strategies:
-            if strategy != strategies[0]:
-                stack.change(**_strategy(strategy))
-            _tell(result, strategy, _interleaved(stack, renter, rounds, budget_s))
+        _tell(result, _interleaved(stack, renter, rounds, budget_s))
     return result
-
-
-def has_strategies() -> bool:
-    return "ORION_ENGINE_STRATEGY" in (ROOT / "docker-compose.yml").read_text()
-
-
-def _strategy(name: str) -> dict[str, str]:
-    return {"ORION_ENGINE_STRATEGY": name} if name else {}
 
 
 def _interleaved(stack: Stack, renter: Renter, rounds: int, budget_s: float) -> Way:
@@ -160,20 +148,17 @@ def _release(door: Caller, rental_id: str) -> float:
     return reply.seconds
 
 
-def _tell(result: Result, strategy: str, way: Way) -> None:
-    name = f" ({strategy})" if strategy else ""
-    result.times(f"rent to 201{name}", way.rents)
-    result.times(f"warm ssh: useradd and key{name}", way.warm)
-    result.times(f"stock ansible-playbook from cold{name}", way.stock)
-    result.times(f"the same without our ansible.cfg{name}", way.defaults)
+def _tell(result: Result, way: Way) -> None:
+    result.times("rent to 201", way.rents)
+    result.times("warm ssh: useradd and key", way.warm)
+    result.times("stock ansible-playbook from cold", way.stock)
+    result.times("the same without our ansible.cfg", way.defaults)
     for step, seconds in way.steps.items():
         if len(seconds) * 2 > len(way.rents) or step.startswith("("):
-            result.times(f"  {step}{name}", seconds)
+            result.times(f"  {step}", seconds)
     rent, warm, stock = median(way.rents), median(way.warm), median(way.stock)
-    result.at_most(f"rent p50{name}", rent, 0.5, " s")
-    if strategy == "mitogen":  # not what `auto` means
-        return
-    result.at_most(f"rent p50 over warm ssh p50{name}", rent / warm, 3)
-    result.at_least(f"stock playbook p50 over rent p50{name}", stock / rent, 30)
-    result.at_most(f"rent p50{name}, quiet machine", 1000 * rent, 100, " ms")
-    result.at_most(f"rent p99{name}", summary(way.rents).p99, 1, " s")
+    result.at_most("rent p50", rent, 0.5, " s")
+    result.at_most("rent p50 over warm ssh p50", rent / warm, 3)
+    result.at_least("stock playbook p50 over rent p50", stock / rent, 30)
+    result.at_most("rent p50, quiet machine", 1000 * rent, 100, " ms")
+    result.at_most("rent p99", summary(way.rents).p99, 1, " s")

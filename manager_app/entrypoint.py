@@ -210,7 +210,7 @@ def helpers(places: Places) -> tuple[Helper, ...]:
     engine = (sys.executable, "-m", "orion.manager.engine.server", *where)
     stores = ("--copies", str(places.data / "copies"), "--run", str(places.vault))
     vault = (sys.executable, "-m", "orion.manager.engine.vault", *stores)
-    engine_settings = ("ORION_PLAYBOOKS", "ORION_ENGINE_STRATEGY")
+    engine_settings = ("ORION_PLAYBOOKS",)
     return (
         Helper("engine", engine, places.engine, places.engine.uid, places.run / "engine", engine_settings),
         Helper("vault", vault, places.root, places.files.uid, places.vault),

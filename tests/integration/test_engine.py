@@ -45,11 +45,8 @@ MARGIN_S = 60.0
 class Process:
     """The engine's process, as the entrypoint starts it."""
 
-    def __init__(
-        self, directory: Path, private_key: Path | None, strategy: str = "auto", playbooks: Path = ROOT / "playbooks"
-    ) -> None:
+    def __init__(self, directory: Path, private_key: Path | None, playbooks: Path = ROOT / "playbooks") -> None:
         """Starts where there is a key for it."""
-        self.strategy = strategy
         self.playbooks = playbooks
         self.socket = directory / "engine.sock"
         self.directory = directory
@@ -60,7 +57,7 @@ class Process:
 
     def start(self, stdout: int | None = None) -> None:
         command = [sys.executable, "-m", "orion.manager.engine.server", "--socket", self.socket]
-        command += ["--directory", self.directory, "--playbooks", self.playbooks, "--strategy", self.strategy]
+        command += ["--directory", self.directory, "--playbooks", self.playbooks]
         environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=stdout, stderr=log)
@@ -127,11 +124,11 @@ def second(network: Network, calm_manager: SmallManager, join: Path) -> Iterator
         yield made
 
 
-@pytest.fixture(scope="module", params=["linear", "mitogen"])
-def process(folder: Path, calm_manager: SmallManager, request: pytest.FixtureRequest) -> Iterator[Process]:
-    directory = folder / request.param
+@pytest.fixture(scope="module")
+def process(folder: Path, calm_manager: SmallManager) -> Iterator[Process]:
+    directory = folder / "engine"
     directory.mkdir(mode=0o700)
-    process = Process(directory, calm_manager.key.file, request.param)
+    process = Process(directory, calm_manager.key.file)
     process.wait_listening()  # what it needs to begin is not within the deadline of the first job
     yield process
     process.end()
@@ -242,7 +239,7 @@ async def test_other_tasks_of_a_playbook_go_through_the_connection_that_is_held(
         playbook.write(added)
     directory = folder / "held"
     directory.mkdir(mode=0o700)
-    process = Process(directory, calm_manager.key.file, "auto", playbooks)
+    process = Process(directory, calm_manager.key.file, playbooks)
     engine = AnsibleEngine(process.socket)
     host = Host("w-extended", mine.address, mine.host_keys)
     try:

@@ -205,7 +205,7 @@ class Container:
         self.process = subprocess.Popen(
             arguments,
             cwd=directory,
-            env=os.environ | {"ORION_HEARTBEAT_S": "3", "ORION_ENGINE_STRATEGY": "linear", "PASSWORD": "hidden"},
+            env=os.environ | {"ORION_HEARTBEAT_S": "3", "ORION_PLAYBOOKS": "/playbooks", "PASSWORD": "hidden"},
             stderr=(directory / "log").open("w"),
         )
 
@@ -260,7 +260,7 @@ def test_the_manager_is_not_root_and_reads_its_secrets_from_a_pipe(run: Any) -> 
     names = {line.partition("=")[0] for line in container.read("environment").splitlines()}
     assert names - {"PWD", "_", "SHLVL", "OLDPWD"} == {
         *("HOME", "LANG", "PATH", "PYTHONUNBUFFERED"),
-        *("ORION_ENGINE_STRATEGY", "ORION_HEARTBEAT_S", "ORION_SECRETS_FD"),
+        *("ORION_HEARTBEAT_S", "ORION_PLAYBOOKS", "ORION_SECRETS_FD"),
         *(name for name in os.environ if name.startswith("ORION_")),
     }
 
@@ -273,7 +273,7 @@ def test_the_engine_is_somebody_else_and_gets_neither_secrets_nor_settings_but_i
     assert container.read("ids").split() == [str(ENGINE)] * 2
     assert set(container.read("open").split()) <= {"0", "1", "2", "3"}  # 3: of the ls itself
     assert "ORION_HEARTBEAT_S" not in container.read("environment")
-    assert "ORION_ENGINE_STRATEGY=linear" in container.read("environment")
+    assert "ORION_PLAYBOOKS=/playbooks" in container.read("environment")
 
 
 @needs_root

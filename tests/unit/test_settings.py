@@ -45,12 +45,10 @@ def test_a_scale_that_is_no_scale_is_refused(monkeypatch: pytest.MonkeyPatch, sc
         Settings()
 
 
-def test_a_strategy_of_the_engine_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ORION_ENGINE_STRATEGY", "mitogen")
-    assert Settings().engine_strategy == "mitogen"
-    monkeypatch.setenv("ORION_ENGINE_STRATEGY", "free")
-    with pytest.raises(ValidationError, match="'auto', 'mitogen' or 'linear'"):
-        Settings()
+def test_a_setting_of_an_earlier_version_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = Settings()
+    monkeypatch.setenv("ORION_ENGINE_STRATEGY", "linear")
+    assert Settings() == without
 
 
 @pytest.mark.parametrize("name", ["ORION_PROXY_ADDRESS", "ORION_APP_ADDRESS"])

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -28,8 +28,6 @@ class Settings(BaseSettings):
     database_url: str = "sqlite:////var/lib/orion/database/orion.db"
     lock_file: str = "/var/lib/orion/database/leader.lock"
     engine_socket: str = "/run/orion/engine.sock"
-    engine_strategy: Literal["auto", "mitogen", "linear"] = "auto"
-    """Of the engine's process, which takes it from the environment as well: here it is only checked."""
     vault_socket: str = "/run/orion-vault/vault.sock"
     copies_directory: str = "/var/lib/orion/copies"
     ballast_bytes: int = Field(

@@ -34,11 +34,8 @@ OfHost = Callable[[HostOrders], Mapping[str, Any]]
 """The variables by which Ansible reaches a worker."""
 
 
-def load(playbooks: Path, directory: Path, wanted: str = "auto") -> tuple[Play, str]:
-    """Load Ansible; what it writes goes to `directory`, where id_ed25519 is. Once in a process, before the forks.
-
-    Returns the strategy too, which is `linear` or `mitogen`.
-    """
+def load(playbooks: Path, directory: Path) -> Play:
+    """Load Ansible; what it writes goes to `directory`, where id_ed25519 is. Once in a process, before the forks."""
     settings = {
         "ANSIBLE_CONFIG": playbooks / "ansible.cfg",
         "ANSIBLE_LIBRARY": playbooks / "library",
@@ -52,7 +49,6 @@ def load(playbooks: Path, directory: Path, wanted: str = "auto") -> tuple[Play, 
         "ORION_HELD_SOCKET": directory / "held.sock",
     }
     os.environ.update({name: str(value) for name, value in settings.items()})
-    strategy = _strategy(wanted, directory)
     from ansible.cli import CLI  # noqa: F401, PLC0415 - importing it is what sets Ansible up in this process
     from ansible.executor import playbook_executor  # noqa: F401, PLC0415
     from ansible.plugins import loader  # noqa: PLC0415
@@ -61,14 +57,12 @@ def load(playbooks: Path, directory: Path, wanted: str = "auto") -> tuple[Play, 
     loader.init_plugin_loader([])
     for plugins in (loader.connection_loader, loader.shell_loader, loader.become_loader, loader.strategy_loader):
         list(plugins.all(class_only=True))
-    of_host = _by_mitogen if strategy == "mitogen" else _by_what_is_held
 
     def play_batch(batch: BatchLine, say: Say) -> None:
-        play(playbooks / f"{batch.action}.yml", batch, lambda orders: of_host(orders, directory), say)
+        play(playbooks / f"{batch.action}.yml", batch, lambda orders: _by_what_is_held(orders, directory), say)
 
-    if strategy == "linear":
-        _warm_up(playbooks, directory)
-    return play_batch, strategy
+    _warm_up(playbooks, directory)
+    return play_batch
 
 
 def _warm_up(playbooks: Path, directory: Path) -> None:
@@ -79,20 +73,6 @@ def _warm_up(playbooks: Path, directory: Path) -> None:
         batch = BatchLine(action=action, hosts=(HostOrders.model_construct(host=nobody, orders=(), connection=0),))
         if (path := playbooks / f"{action}.yml").exists():
             play(path, batch, lambda _: of_nobody, lambda _: None)
-
-
-def _strategy(wanted: str, directory: Path) -> str:
-    """`auto` is the way that is safe against a worker's root as well: docs/decisions.md says why that is `linear`."""
-    if wanted != "mitogen":
-        return "linear"
-    try:
-        from orion.manager.engine import mitogen  # noqa: PLC0415 - it may not be installed
-
-        mitogen.load(directory)
-    except ImportError as error:
-        log.warning("mitogen does not load, so the strategy is linear: %s", error)
-        return "linear"
-    return "mitogen"
 
 
 def play(path: Path, batch: BatchLine, of_host: OfHost, say: Say) -> None:
@@ -134,16 +114,6 @@ def _by_what_is_held(orders: HostOrders, directory: Path) -> dict[str, Any]:
     return host_variables(orders.host.host(), directory) | {
         "ansible_connection": "orion_held" if orders.connection else "ssh",
         "orion_connection": orders.connection,
-    }
-
-
-def _by_mitogen(orders: HostOrders, directory: Path) -> dict[str, Any]:
-    return host_variables(orders.host.host(), directory) | {
-        "ansible_connection": "ssh",
-        "ansible_ssh_args": "",
-        "mitogen_ssh_keepalive_interval": 2,
-        "mitogen_ssh_keepalive_count": 2,
-        "mitogen_ssh_compression": False,
     }
 
 

@@ -39,7 +39,6 @@ SOCKET = "/run/orion/engine.sock"
 DIRECTORY = "/run/orion/engine"
 PLAYBOOKS = "/opt/orion/playbooks"
 READ_BYTES = 1 << 16
-STRATEGIES = ("auto", "mitogen", "linear")
 
 log = logging.getLogger("orion.engine")
 
@@ -230,12 +229,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from orion.manager.engine import playbook  # noqa: PLC0415 - it reads the environment that is set here
 
-    play, strategy = playbook.load(arguments.playbooks, arguments.directory, arguments.strategy)
+    play = playbook.load(arguments.playbooks, arguments.directory)
     listening = bind(arguments.socket)
-    log.info("ready on %s, strategy %s, at most %d runs at once", arguments.socket, strategy, arguments.runners)
+    log.info("ready on %s, at most %d runs at once", arguments.socket, arguments.runners)
     try:
-        # Mitogen makes connections of its own, in each runner.
-        Server(listening, play, arguments.runners, None if strategy == "mitogen" else arguments.directory).serve()
+        Server(listening, play, arguments.runners, arguments.directory).serve()
     finally:
         arguments.socket.unlink(missing_ok=True)
 
@@ -246,7 +244,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--directory", type=Path, default=Path(os.environ.get("ORION_ENGINE_DIRECTORY", DIRECTORY)))
     parser.add_argument("--playbooks", type=Path, default=Path(os.environ.get("ORION_PLAYBOOKS", PLAYBOOKS)))
     parser.add_argument("--runners", type=int, default=max(4, 2 * (os.cpu_count() or 1)))
-    parser.add_argument("--strategy", choices=STRATEGIES, default=os.environ.get("ORION_ENGINE_STRATEGY") or "auto")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""How the engine connects to a worker, whichever way: its pinned host key, the engine's key, nothing else."""
+"""How the engine connects to a worker: its pinned host key, the engine's key, nothing else."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ _IMPOSTOR_SIGNS = (
     "Host key verification failed",
     "no matching host key type found",
     "host key is incorrect",
-    "SSH reported an unrecognized or",  # as Mitogen says it
 )
 _PREFACE = re.compile(
     r"Task failed: |Failed to connect to the host via ssh: "
