@@ -1,4 +1,4 @@
-"""The engine's process with work that needs no worker: `engine_stub.py SOCKET RUNNERS PATIENCE_S`.
+"""The engine's process with work that needs no worker: `engine_stub.py SOCKET RUNNERS PATIENCE_S DIRECTORY`.
 
 What a job does is in its rental_id; a job that waits opens a FIFO in the socket's directory. Those of one run follow
 one another.
@@ -73,5 +73,5 @@ def _found_a_family() -> bool:
 
 
 if __name__ == "__main__":
-    Server(bind(SOCKET), play, int(sys.argv[2]), patience_s=float(sys.argv[3])).serve()
+    Server(bind(SOCKET), play, int(sys.argv[2]), Path(sys.argv[4]), float(sys.argv[3])).serve()
     SOCKET.unlink()

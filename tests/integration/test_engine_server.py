@@ -19,6 +19,11 @@ from engine_contract import KEY
 RUNNERS = 2
 PATIENCE_S = 5.0
 """Seconds that a run over several workers may take: it takes milliseconds, and a busy machine may stop it for more."""
+SSH = """#!/bin/sh
+echo '{"ready": true}'
+exec cat
+"""
+"""Takes the place of ssh: a program on a worker that is ready and is never asked for anything."""
 
 
 class Engine:
@@ -27,14 +32,20 @@ class Engine:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.path = directory / "engine.sock"
+        programs = directory / "programs"
+        programs.mkdir()
+        (programs / "ssh").write_text(SSH)
+        (programs / "ssh").chmod(0o755)
         command = [
             sys.executable,
             str(Path(__file__).with_name("engine_stub.py")),
             str(self.path),
             str(RUNNERS),
             str(PATIENCE_S),
+            str(programs),
         ]
-        self.process = subprocess.Popen(command, env={"PYTHONPATH": os.pathsep.join(sys.path)})
+        environment = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": f"{programs}:/usr/bin:/bin"}
+        self.process = subprocess.Popen(command, env=environment)
         wait_until(self.path.exists)
         self.connection = self.connect()
 
@@ -55,6 +66,12 @@ class Engine:
         """Each is what to do and on which worker; they arrive at once."""
         lines = [request(what, what) | {"host": host(worker_id)} for what, worker_id in jobs]
         self.send(b"\n".join(json.dumps(line).encode() for line in lines))
+
+    def open_connections(self, *worker_ids: str) -> None:
+        """Have the engine connected to these workers, so that their next jobs start in the order of their arrival."""
+        for worker_id in worker_ids:
+            self.submit("quick", worker_id, host=host(worker_id))
+            assert self.answer()["ok"]
 
     def occupy(self) -> list[Path]:
         """All runners are at work until these gates are written to."""
@@ -84,15 +101,17 @@ class Engine:
             self.send(b"?")
             assert not self.answer()["ok"]
 
-    def children(self) -> list[int]:
+    def runners(self) -> list[int]:
+        """Return the processes that play batches: the engine's children but for its connections to workers."""
         listing = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(pid) for pid in listing.split()]
+        children = [int(pid) for pid in listing.split()]
+        return [pid for pid in children if b"engine_stub" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def forget(self) -> None:
         """What a test left: its connection, with its jobs, and its files."""
         self.connection.close()
         for left in self.directory.iterdir():
-            if left != self.path:
+            if left != self.path and not left.is_dir():
                 left.unlink()
 
     def end(self) -> None:
@@ -188,10 +207,11 @@ def test_the_socket_is_for_its_owner_and_its_group(engine: Engine) -> None:
 
 
 def test_only_so_many_runs_go_on_at_once_and_what_waits_goes_together_into_the_next(engine: Engine) -> None:
+    engine.open_connections("w-a", "w-b")
     gates = engine.occupy()
     engine.submit_together(("quick1", "w-a"), ("quick2", "w-b"), ("quick3", "w-a"))
     engine.catch_up()
-    assert len(engine.children()) == RUNNERS
+    assert len(engine.runners()) == RUNNERS
     open_gate(gates[1], "open")
     assert engine.answer()["report"]["gate"] == "open"
     answers = [engine.answer() for _ in range(3)]
@@ -202,6 +222,7 @@ def test_only_so_many_runs_go_on_at_once_and_what_waits_goes_together_into_the_n
 
 
 def test_a_run_is_of_one_action(engine: Engine) -> None:
+    engine.open_connections("w-abcdefgh")
     gates = engine.occupy()
     for number, action in enumerate(("create_user", "delete_user", "create_user")):
         engine.submit("quick", f"job-{number}", action=action)
@@ -216,6 +237,7 @@ def test_a_run_is_of_one_action(engine: Engine) -> None:
 def test_a_run_that_breaks_is_explained_to_the_job_that_broke_it_and_the_others_are_done(
     engine: Engine, what: str
 ) -> None:
+    engine.open_connections("w-a", "w-b", "w-c")
     gates = engine.occupy()
     engine.submit_together(("quick1", "w-a"), (what, "w-b"), ("quick2", "w-c"))
     engine.catch_up()
@@ -228,6 +250,7 @@ def test_a_run_that_breaks_is_explained_to_the_job_that_broke_it_and_the_others_
 
 
 def test_a_worker_that_holds_up_a_run_is_tried_again_alone_and_the_others_do_not_wait(engine: Engine) -> None:
+    engine.open_connections("w-a", "w-b", "w-slow")
     gates, slow = engine.occupy(), engine.gate("wait9")
     engine.submit_together(("quick1", "w-a"), ("quick2", "w-b"), ("wait9", "w-slow"))
     engine.catch_up()
@@ -264,6 +287,7 @@ def test_workers_that_failed_lately_never_have_all_runners(engine: Engine) -> No
 
 
 def test_an_owner_whose_workers_hold_up_their_runs_has_half_of_the_runners(engine: Engine) -> None:
+    engine.open_connections("w-greedy1", "w-greedy2", "w-other")
     gates = [engine.gate("wait1"), engine.gate("wait2")]
     engine.submit("wait1", "greedy1", host=host("w-greedy1"), owner="greedy")
     wait_until((engine.directory / "wait1-begun").exists)
@@ -287,7 +311,7 @@ def test_a_late_job_is_killed_with_all_that_it_started(engine: Engine) -> None:
 
 def test_a_job_that_never_gets_its_turn_is_answered_at_its_deadline(engine: Engine) -> None:
     engine.occupy()
-    engine.submit("quick", "late", deadline_s=0.05)
+    engine.submit("quick", "late", host=host("w-wait0"), deadline_s=0.05)
     answer = engine.answer()
     assert (answer["id"], answer["message"]) == ("late", "timed out after 0.05 s, waiting for its turn")
 

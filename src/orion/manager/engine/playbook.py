@@ -59,7 +59,7 @@ def load(playbooks: Path, directory: Path) -> Play:
         list(plugins.all(class_only=True))
 
     def play_batch(batch: BatchLine, say: Say) -> None:
-        play(playbooks / f"{batch.action}.yml", batch, lambda orders: _by_what_is_held(orders, directory), say)
+        play(playbooks / f"{batch.action}.yml", batch, lambda orders: _variables(orders, directory), say)
 
     _warm_up(playbooks, directory)
     return play_batch
@@ -68,7 +68,7 @@ def load(playbooks: Path, directory: Path) -> Play:
 def _warm_up(playbooks: Path, directory: Path) -> None:
     """Play each playbook once for nobody: what Ansible loads only when it first needs it is there before the forks."""
     nobody = HostLine.model_construct(worker_id="w-nobody", address=IPv4Address("192.0.2.1"), host_keys=("none none",))
-    of_nobody = host_variables(nobody.host(), directory) | {"ansible_connection": "orion_held"}
+    of_nobody = host_variables(nobody.host(), directory)
     for action in Action:
         batch = BatchLine(action=action, hosts=(HostOrders.model_construct(host=nobody, orders=(), connection=0),))
         if (path := playbooks / f"{action}.yml").exists():
@@ -110,17 +110,16 @@ def _rental(order: Order) -> dict[str, Any]:
     return order.vars.model_dump(mode="json") | {"deadline": order.refused_after}
 
 
-def _by_what_is_held(orders: HostOrders, directory: Path) -> dict[str, Any]:
-    return host_variables(orders.host.host(), directory) | {
-        "ansible_connection": "orion_held" if orders.connection else "ssh",
-        "orion_connection": orders.connection,
-    }
+def _variables(orders: HostOrders, directory: Path) -> dict[str, Any]:
+    return host_variables(orders.host.host(), directory) | {"orion_connection": orders.connection}
 
 
 def host_variables(host: Host, directory: Path) -> dict[str, Any]:
-    """How Ansible reaches this worker: its pinned host key, the engine's key, through what is held where it is."""
+    """Return how Ansible reaches this worker: by the engine's connection to it, or else by its pinned host key and the
+    engine's key."""
     multiplexed = ["-o", "ControlMaster=no", "-o", f"ControlPath={control_path(host, directory)}"]
     return {
+        "ansible_connection": "orion_held",
         "ansible_host": host.address,
         "ansible_port": host.port,
         "ansible_user": "root",

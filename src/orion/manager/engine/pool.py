@@ -92,10 +92,9 @@ class Pool:
         selector: selectors.BaseSelector,
         play: Play,
         most_runners: int,
-        connections: Connections | None = None,
+        connections: Connections,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """`connections`: those that are held; None where a run makes its own."""
         self._selector = selector
         self._play = play
         self._most_runners = most_runners
@@ -191,8 +190,6 @@ class Pool:
 
     def _is_connected(self, run: Run) -> bool:
         """Whether it can start now; where its worker cannot be reached it is answered."""
-        if self._connections is None:
-            return True
         if run.held and run.held.state is State.CLOSED:
             if not run.held.was_open:
                 self._suspect(run.job.host)
@@ -229,6 +226,7 @@ class Pool:
         by_host: dict[HostLine, list[Run]] = {}
         for run in batch:
             by_host.setdefault(run.job.host, []).append(run)
+        connections = {run.job.host: run.held.number for run in batch if run.held}
         most = max(len(runs) for runs in by_host.values())
         runner.began, runner.busy = time.monotonic(), True
         runner.several, runner.lone = len(by_host) > 1, len(batch) == 1
@@ -242,7 +240,7 @@ class Pool:
             HostOrders(
                 host=host,
                 orders=tuple(Order(number=r.number, vars=r.job.vars, refused_after=r.refused_after) for r in runs),
-                connection=runs[0].held.number if runs[0].held else 0,
+                connection=connections[host],
             )
             for host, runs in by_host.items()
         )
@@ -358,8 +356,7 @@ class Pool:
 
     def _give_up(self, host: HostLine, reason: str) -> None:
         self._suspect(host)
-        if self._connections:
-            self._connections.drop(host, reason)
+        self._connections.drop(host, reason)
 
     def _suspect(self, host: HostLine) -> None:
         self._suspects[host] = time.monotonic() + SUSPECT_S

@@ -97,8 +97,8 @@ class Order(Line):
 class HostOrders(Line):
     host: HostLine
     orders: tuple[Order, ...]
-    connection: int = 0
-    """The number of the connection that is held to it, 0 where none is."""
+    connection: int
+    """The number of the connection that the engine has open to it."""
 
 
 class BatchLine(Line):

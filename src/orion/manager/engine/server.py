@@ -59,14 +59,14 @@ class Server:
         listening: socket.socket,
         play: Play,
         most_runners: int,
-        directory: Path | None = None,
+        directory: Path,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """`directory`: where the key and the sockets of held connections are; None where a run makes its own."""
+        """`directory`: where the SSH key and the sockets of the connections to workers are."""
         self._listening = listening
         self._selector = selectors.DefaultSelector()
-        self._connections = Connections(self._selector, directory) if directory else None
-        self._orders = Orders(self._selector, directory, self._connections) if directory and self._connections else None
+        self._connections = Connections(self._selector, directory)
+        self._orders = Orders(self._selector, directory, self._connections)
         self._pool = Pool(self._selector, play, most_runners, self._connections, patience_s)
         self._stopping = False
 
@@ -89,16 +89,14 @@ class Server:
                 if key.fd in self._selector.get_map():  # what came before it may have closed it
                     key.data(ready)
             self._reap()
-            if self._connections:
-                self._connections.step()
+            self._connections.step()
             self._pool.step()
         self._pool.kill_all()
-        if self._connections:
-            self._connections.close_all()
+        self._connections.close_all()
         signal.set_wakeup_fd(-1)
 
     def _patience(self) -> float | None:
-        moments = [self._pool.patience(), self._connections.patience() if self._connections else None]
+        moments = [self._pool.patience(), self._connections.patience()]
         return min((moment for moment in moments if moment is not None), default=None)
 
     def _reap(self) -> None:
@@ -108,10 +106,10 @@ class Server:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if not pid:
                     break
-                if not (self._connections and self._connections.reaped(pid, status)):
+                if not self._connections.reaped(pid, status):
                     a_runner_ended |= self._pool.reaped(pid)
         if a_runner_ended:
-            runners.kill_strays([*self._pool.pids, *(self._connections.pids if self._connections else ())])
+            runners.kill_strays([*self._pool.pids, *self._connections.pids])
 
     def _stop(self, *_: object) -> None:
         self._stopping = True
@@ -161,11 +159,10 @@ class Server:
             expected = ExpectLine.model_validate_json(line).expect
         except ValidationError:
             return False
-        if self._connections:
-            try:
-                self._connections.to(expected)
-            except OSError as error:
-                log.warning("the engine cannot start a process: %s", error)
+        try:
+            self._connections.to(expected)
+        except OSError as error:
+            log.warning("the engine cannot start a process: %s", error)
         return True
 
     def _answer(self, peer: Peer, outcome: OutcomeLine) -> None:
