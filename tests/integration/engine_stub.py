@@ -11,7 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-from orion.manager.engine.protocol import MAX_LINE_BYTES, BatchLine, Order, ResultLine
+from orion.manager.engine.channel import MAX_LINE_BYTES
+from orion.manager.engine.protocol import BatchLine, Order, ResultLine
 from orion.manager.engine.runners import Say
 from orion.manager.engine.server import Server, bind
 

@@ -24,7 +24,9 @@ HOST = Host("w-abcdefgh", "192.0.2.7", (KEY,), boot_id="boot-0002")
 
 def ordered(job: Job) -> dict[str, Any]:
     """Return what the worker is sent, as playbook.py and the task orion_rental make it of the engine's line."""
-    return {name: value for name, value in json.loads(job_line("1", job))["vars"].items() if value is not None}
+    return {
+        name: value for name, value in job_line("1", job).model_dump(mode="json")["vars"].items() if value is not None
+    }
 
 
 @pytest.mark.parametrize("version", [AGENT_VERSION, "0.1.0+boot", "1.0+more.boot"])

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from orion.manager.engine.channel import MAX_LINE_BYTES, AsyncChannel, Message, decode_as
 from orion.manager.engine.port import Host, Job, Outcome, Reach, Reached
-from orion.manager.engine.protocol import MAX_LINE_BYTES, OutcomeLine, expect_line, job_line
+from orion.manager.engine.protocol import OutcomeLine, expect_line, job_line
 
 MARGIN_S = 10.0
 """Beyond a job's deadline, before the engine's process is taken for hung."""
 EXPECT_WITHIN_S = 1.0
 """A word in advance is worth no longer wait: a worker that was reached must not wait for an engine that is away."""
+ANSWER_BYTES = 4 * MAX_LINE_BYTES
 FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 1.0
 
@@ -74,8 +76,7 @@ class AnsibleEngine:
         pause = FIRST_RETRY_S
         while True:
             try:
-                streams = await asyncio.open_unix_connection(self._socket_path, limit=4 * MAX_LINE_BYTES)
-                return Connection(*streams)
+                return Connection(await AsyncChannel.connect(self._socket_path, ANSWER_BYTES))
             except OSError as error:
                 log.warning("the engine cannot be reached at %s: %s", self._socket_path, error)
             await asyncio.sleep(pause)
@@ -99,9 +100,8 @@ class ReachedAndExpected:
 class Connection:
     """Answers come in any order; when it breaks, everybody who waits learns it at once."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, channel: AsyncChannel) -> None:
+        self._channel = channel
         self._asked: dict[str, asyncio.Future[Outcome]] = {}
         self._reading = asyncio.create_task(self._read(), name="engine answers")
 
@@ -109,7 +109,7 @@ class Connection:
     def broken(self) -> bool:
         return self._reading.done()
 
-    async def ask(self, identifier: str, line: bytes) -> Outcome:
+    async def ask(self, identifier: str, line: Message) -> Outcome:
         if self.broken:
             return RESTARTED
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -120,10 +120,9 @@ class Connection:
         finally:
             del self._asked[identifier]
 
-    async def tell(self, line: bytes) -> None:
-        self._writer.write(line)
+    async def tell(self, line: Message) -> None:
         with suppress(ConnectionError):  # then the reading ends as well, and answers
-            await self._writer.drain()
+            await self._channel.send(line)
 
     async def close(self) -> None:
         self._reading.cancel()
@@ -132,12 +131,12 @@ class Connection:
 
     async def _read(self) -> None:
         try:
-            while line := await self._reader.readline():
-                self._take(OutcomeLine.model_validate_json(line))
+            while (line := await self._channel.receive()) is not None:
+                self._take(decode_as(OutcomeLine, line))
         except (OSError, ValueError) as error:
             log.warning("the connection to the engine broke: %s", error)
         finally:
-            self._writer.close()
+            self._channel.close()
             for answer in self._asked.values():
                 if not answer.done():
                     answer.set_result(RESTARTED)

@@ -8,7 +8,6 @@ socket as well, so that other tasks of a playbook go through it too.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import selectors
@@ -23,11 +22,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from orion.manager.engine.channel import READ_BYTES, BrokenLine, LineTooLong, SelectorChannel, decode
 from orion.manager.engine.protocol import HostLine
 from orion.manager.engine.ssh import control_path, explained, ssh_command
 
-READ_BYTES = 1 << 16
-MAX_LINE_BYTES = 1 << 20
 MAX_COMPLAINT_BYTES = 1 << 12
 OPEN_WITHIN_S = 8.0
 """From the start of ssh to the first line of the program: more than ssh itself waits for the connection."""
@@ -72,8 +70,6 @@ class Held:
         self._changed = changed
         self._asked: dict[int, Reply] = {}
         self._numbers = count(1)
-        self._incoming = bytearray()
-        self._outgoing = bytearray()
         self._errors = bytearray()
         control_path(host.host(), directory).unlink(missing_ok=True)
         self._process = subprocess.Popen(
@@ -87,10 +83,9 @@ class Held:
             assert stream is not None  # noqa: S101 - all three are pipes
             os.set_blocking(stream.fileno(), False)
         assert self._process.stdin and self._process.stdout and self._process.stderr  # noqa: S101, PT018 - as above
-        self._stdin, self._stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
-        self._stderr = self._process.stderr.fileno()
-        selector.register(self._stdout, selectors.EVENT_READ, lambda _: self._receive())
-        selector.register(self._stderr, selectors.EVENT_READ, lambda _: self._hear_complaint())
+        self._channel = SelectorChannel(selector, self._process.stdout, self._process.stdin, self._take, self._end)
+        self._complaints = self._process.stderr
+        selector.register(self._complaints, selectors.EVENT_READ, lambda _: self._hear_complaint())
 
     @property
     def pid(self) -> int:
@@ -116,8 +111,7 @@ class Held:
         self.used = time.monotonic()
         number = next(self._numbers)
         self._asked[number] = reply
-        self._outgoing += json.dumps({"id": number, "command": command, "request": request}).encode() + b"\n"
-        self._send()
+        self._channel.send({"id": number, "command": command, "request": request})
 
     def close(self, reason: str) -> None:
         if self.closed:
@@ -127,12 +121,10 @@ class Held:
         self.state = State.CLOSED
         if self._process.returncode is None:
             os.kill(self.pid, signal.SIGKILL)  # Popen's own would take its status, which is taken elsewhere
-        for descriptor in (self._stdin, self._stdout, self._stderr):
-            with suppress(KeyError):
-                self._selector.unregister(descriptor)
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            with suppress(OSError):
-                stream.close()  # type: ignore[union-attr]  # all three are pipes
+        self._channel.close()
+        with suppress(KeyError):
+            self._selector.unregister(self._complaints)
+        self._complaints.close()
         for reply in self._asked.values():
             reply({"broken": self.complaint})
         self._asked.clear()
@@ -141,71 +133,36 @@ class Held:
     def reaped(self, status: int) -> None:
         """Its process has ended, and its status was taken."""
         self._process.returncode = os.waitstatus_to_exitcode(status)
-        self._receive()
+        self._channel.drain()
         self.close("the connection was closed")
 
-    # Each of these may be called once more after the end, when the numbers of its descriptors are another's.
+    def _take(self, _: SelectorChannel, line: bytes) -> None:
+        """Take an answer, or the program's first line. Raise BrokenLine for anything else: it is not the program that
+        we know."""
+        said = decode(line)
+        if self.state is State.OPENING and said == {"ready": True}:
+            self.state, self.was_open = State.OPEN, True
+            self._changed()
+            return
+        number, status, report = said.get("id"), said.get("status"), said.get("report")
+        if type(number) is not int or type(status) is not int or type(report) is not dict or number not in self._asked:
+            raise BrokenLine("not an answer to what was asked")
+        self._asked.pop(number)({"status": status, "report": report})
 
-    def _send(self) -> None:
-        if self.closed:
-            return
-        try:
-            while self._outgoing:
-                del self._outgoing[: os.write(self._stdin, self._outgoing)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.close("the connection broke")
-            return
-        watched = self._stdin in self._selector.get_map()
-        if self._outgoing and not watched:
-            self._selector.register(self._stdin, selectors.EVENT_WRITE, lambda _: self._send())
-        elif not self._outgoing and watched:
-            self._selector.unregister(self._stdin)
-
-    def _receive(self) -> None:
-        if self.closed:
-            return
-        try:
-            part = os.read(self._stdout, READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            part = b""
-        self._incoming += part
-        if len(self._incoming) > MAX_LINE_BYTES:
+    def _end(self, _: SelectorChannel, error: Exception | None) -> None:
+        if isinstance(error, LineTooLong):
             self.close("the worker said more than an answer can be")
-            return
-        *lines, rest = self._incoming.split(b"\n")
-        self._incoming = bytearray(rest)
-        for line in lines:
-            if not self.closed:
-                self._take(bytes(line))
-        if not part:
-            self.close("the connection was closed")
-
-    def _take(self, line: bytes) -> None:
-        """What is not an answer to what was asked ends the connection: it is not the program that we know."""
-        try:
-            said = json.loads(line)
-            if self.state is State.OPENING and said == {"ready": True}:
-                self.state, self.was_open = State.OPEN, True
-                self._changed()
-                return
-            number, status, report = said["id"], said["status"], said["report"]
-            if type(number) is not int or type(status) is not int or type(report) is not dict:
-                raise TypeError(line[:100])
-            reply = self._asked.pop(number)
-        except (ValueError, LookupError, TypeError, RecursionError):
+        elif isinstance(error, BrokenLine):
             self.close("the worker said what is no answer")
-            return
-        reply({"status": status, "report": report})
+        else:
+            self.close("the connection broke" if error else "the connection was closed")
 
     def _hear_complaint(self) -> None:
+        """Read what ssh says; this may be called once more after the end, when the descriptor is another's."""
         if self.closed:
             return
         try:
-            part = os.read(self._stderr, READ_BYTES)
+            part = os.read(self._complaints.fileno(), READ_BYTES)
         except BlockingIOError:
             return
         except OSError:
@@ -214,7 +171,7 @@ class Held:
         del self._errors[:-MAX_COMPLAINT_BYTES]
         if not part:
             with suppress(KeyError):
-                self._selector.unregister(self._stderr)
+                self._selector.unregister(self._complaints)
 
 
 class Connections:

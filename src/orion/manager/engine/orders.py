@@ -1,35 +1,19 @@
 """Where a runner's tasks hand in what is to go over a held connection (plugins/connection/orion_held.py).
 
-One order on each connection to the Unix socket, one answer, each one JSON object in a line. Only the engine's own uid
-can connect.
+One order on each connection to the Unix socket, and one answer; then the task closes it. Only the engine's own uid can
+connect.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import selectors
 import socket
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
+from orion.manager.engine.channel import SelectorChannel, decode
 from orion.manager.engine.held import Connections
-
-READ_BYTES = 1 << 16
-MAX_LINE_BYTES = 1 << 20
-
-
-@dataclass(eq=False)
-class Task:
-    """The connection of one task that waits for its answer."""
-
-    socket: socket.socket
-    incoming: bytearray = field(default_factory=bytearray)
-    outgoing: bytearray = field(default_factory=bytearray)
-    gone: bool = False
 
 
 class Orders:
@@ -50,53 +34,12 @@ class Orders:
         with suppress(BlockingIOError):
             accepted, _ = self._listening.accept()
             accepted.setblocking(False)
-            task = Task(accepted)
-            self._selector.register(accepted, selectors.EVENT_READ, partial(self._serve, task))
+            SelectorChannel(self._selector, accepted, accepted, self._take, lambda task, _: task.close())
 
-    def _serve(self, task: Task, ready: int) -> None:
-        try:
-            if ready & selectors.EVENT_WRITE:
-                self._send(task)
-            elif part := task.socket.recv(READ_BYTES):
-                task.incoming += part
-                self._take(task)
-            else:
-                self._leave(task)  # its run was killed
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._leave(task)
-
-    def _take(self, task: Task) -> None:
-        line, end, _ = task.incoming.partition(b"\n")
-        if not end:
-            if len(line) > MAX_LINE_BYTES:
-                self._leave(task)
-            return
-        order = json.loads(line)
+    def _take(self, task: SelectorChannel, line: bytes) -> None:
+        order = decode(line)
         held = self._connections.numbered(order["connection"])
-        reply = partial(self._answer, task)
         if held is None:
-            reply({"broken": "the connection was closed"})
+            task.send({"broken": "the connection was closed"})
         else:
-            held.ask(order["command"], order["request"], reply)
-
-    def _answer(self, task: Task, answer: dict[str, Any]) -> None:
-        if not task.gone:
-            task.outgoing += json.dumps(answer).encode() + b"\n"
-            self._serve(task, selectors.EVENT_WRITE)
-
-    def _send(self, task: Task) -> None:
-        while task.outgoing:
-            try:
-                del task.outgoing[: task.socket.send(task.outgoing)]
-            except BlockingIOError:
-                self._selector.modify(task.socket, selectors.EVENT_WRITE, partial(self._serve, task))
-                return
-        self._leave(task)
-
-    def _leave(self, task: Task) -> None:
-        if not task.gone:
-            task.gone = True
-            self._selector.unregister(task.socket)
-            task.socket.close()
+            held.ask(order["command"], order["request"], task.send)

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import logging
 import selectors
-import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
-from pydantic import ValidationError
-
 from orion.manager.domain.shares import Claim
 from orion.manager.engine import runners
 from orion.manager.engine.batches import Waiting, choose
+from orion.manager.engine.channel import ChannelError, SelectorChannel, decode_as
 from orion.manager.engine.held import Connections, Held, State
-from orion.manager.engine.protocol import MAX_LINE_BYTES, BatchLine, HostLine, HostOrders, JobLine, Order, OutcomeLine
+from orion.manager.engine.protocol import BatchLine, HostLine, HostOrders, JobLine, Order, OutcomeLine
 from orion.manager.engine.protocol import ResultLine as Result
 from orion.manager.engine.runners import Play
 from orion.manager.engine.shares import Shares
 
-READ_BYTES = 1 << 16
 PATIENCE_S = 5.0
 """A run over several workers is killed when it takes longer than this, and a quarter more for each rental of one of
 them. A worker that hangs is mostly found before, by its connection."""
@@ -66,7 +63,7 @@ class Runner:
     """A process that plays batches, and the batch that it has."""
 
     pid: int
-    socket: socket.socket
+    channel: SelectorChannel
     began: float = 0.0
     runs: dict[int, Run] = field(default_factory=dict)
     """What is not answered yet of its batch, by number."""
@@ -80,8 +77,6 @@ class Runner:
     """The place that it holds, where its batch is over one worker."""
     patience_s: float = 0.0
     played: int = 0
-    outgoing: bytearray = field(default_factory=bytearray)
-    incoming: bytearray = field(default_factory=bytearray)
 
 
 class Pool:
@@ -146,12 +141,12 @@ class Pool:
 
     def reaped(self, pid: int) -> bool:
         """Whether it was a runner; what it owed is tried again or answered."""
-        runner = self._runners.pop(pid, None)
+        runner = self._runners.get(pid)
         if runner is None:
             return False
-        self._receive(runner)
-        self._selector.unregister(runner.socket)
-        runner.socket.close()
+        runner.channel.drain()
+        runner.channel.close()
+        del self._runners[pid]
         self._give_back(runner)
         for run in runner.runs.values():
             self._try_again(run, NO_RESULT, as_part=runner.killed or not runner.lone)
@@ -218,8 +213,8 @@ class Pool:
         except OSError as error:
             log.warning("the engine cannot start a process: %s", error)
             return None
-        runner = self._runners[pid] = Runner(pid, connection)
-        self._selector.register(connection, selectors.EVENT_READ, lambda ready: self._serve(runner, ready))
+        runner = Runner(pid, SelectorChannel(self._selector, connection, connection, self._take, self._end_broken))
+        self._runners[pid] = runner
         return runner
 
     def _assign(self, runner: Runner, batch: list[Run]) -> None:
@@ -244,48 +239,13 @@ class Pool:
             )
             for host, runs in by_host.items()
         )
-        runner.outgoing += BatchLine(action=batch[0].job.action, hosts=hosts).model_dump_json().encode() + b"\n"
-        self._send(runner)
+        runner.channel.send(BatchLine(action=batch[0].job.action, hosts=hosts))
 
     # What a runner says
 
-    def _serve(self, runner: Runner, ready: int) -> None:
-        if ready & selectors.EVENT_WRITE:
-            self._send(runner)
-        if ready & selectors.EVENT_READ:
-            self._receive(runner)
-
-    def _send(self, runner: Runner) -> None:
-        try:
-            while runner.outgoing:
-                del runner.outgoing[: runner.socket.send(runner.outgoing)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            runner.outgoing.clear()  # it has died, and will be reaped
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if runner.outgoing else 0)
-        self._selector.modify(runner.socket, wanted, lambda ready: self._serve(runner, ready))
-
-    def _receive(self, runner: Runner) -> None:
-        """A runner that says too much, or what is no result, is killed."""
-        try:
-            while part := runner.socket.recv(READ_BYTES):
-                runner.incoming += part
-                if len(runner.incoming) > MAX_LINE_BYTES:
-                    runners.kill(runner.pid)
-                    return
-                *lines, rest = runner.incoming.split(b"\n")
-                runner.incoming = bytearray(rest)
-                for line in lines:
-                    self._take(runner, Result.model_validate_json(line))
-        except BlockingIOError:
-            return
-        except ValidationError:
-            runners.kill(runner.pid)
-        except OSError:
-            pass  # it has died, and will be reaped
-
-    def _take(self, runner: Runner, result: Result) -> None:
+    def _take(self, channel: SelectorChannel, line: bytes) -> None:
+        runner = self._runner_of(channel)
+        result = decode_as(Result, line)
         if result.finished:
             self._take_end(runner)
             return
@@ -299,6 +259,14 @@ class Pool:
             return
         self._suspects.pop(run.job.host, None)
         self._finish(run, result)
+
+    def _end_broken(self, channel: SelectorChannel, error: Exception | None) -> None:
+        """Kill a runner that says too much, or what is no result. Any other has died, and will be reaped."""
+        if isinstance(error, ChannelError):
+            runners.kill(self._runner_of(channel).pid)
+
+    def _runner_of(self, channel: SelectorChannel) -> Runner:
+        return next(runner for runner in self._runners.values() if runner.channel is channel)
 
     def _take_end(self, runner: Runner) -> None:
         for run in runner.runs.values():

@@ -1,4 +1,4 @@
-"""What the manager and the engine's process say to each other: one JSON object per line over a Unix socket.
+"""What the manager and the engine's process say to each other over a Unix socket, by channel.py.
 
 The engine checks what it is told as if the manager were a stranger: it alone holds the SSH key of the workers. The
 lines at the end are what the engine's own processes say to each other.
@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, StringConstrai
 from orion.manager.engine.port import OF_ONE_BOOT, Action, Host, Job, Outcome
 from orion.wire import Id, Name, PublicKey, StartCommand
 
-MAX_LINE_BYTES = 1 << 20
 MAX_DEADLINE_S = 3600.0
 
 WorkerId = Annotated[str, StringConstraints(pattern=r"^w-[a-z0-9]{1,30}$")]
@@ -119,9 +118,9 @@ class ResultLine(Line):
     finished: bool = False
 
 
-def job_line(identifier: str, job: Job) -> bytes:
-    """Raises ValueError for a job that the engine would refuse."""
-    line = JobLine(
+def job_line(identifier: str, job: Job) -> JobLine:
+    """Return the request for a job. Raise ValueError for one that the engine would refuse."""
+    return JobLine(
         id=identifier,
         action=job.action,
         host=_host_line(job.host),
@@ -142,12 +141,11 @@ def job_line(identifier: str, job: Job) -> bytes:
         deadline_s=job.deadline_s,
         owner=job.owner,
     )
-    return line.model_dump_json().encode() + b"\n"
 
 
-def expect_line(host: Host) -> bytes:
-    """Raises ValueError for a host that the engine would refuse."""
-    return ExpectLine(expect=_host_line(host)).model_dump_json().encode() + b"\n"
+def expect_line(host: Host) -> ExpectLine:
+    """Return the word that orders to this host are to come. Raise ValueError for one that the engine would refuse."""
+    return ExpectLine(expect=_host_line(host))
 
 
 def _host_line(host: Host) -> HostLine:

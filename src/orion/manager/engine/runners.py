@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
+from orion.manager.engine.channel import BlockingChannel, decode_as
 from orion.manager.engine.protocol import BatchLine, ResultLine
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -33,7 +34,7 @@ def adopt_orphans() -> None:
 
 
 def start(play: Play) -> tuple[int, socket.socket]:
-    """A runner in a session of its own: its pid, and the socket for its batches and results, one JSON object a line."""
+    """A runner in a session of its own: its pid, and the socket for its batches and results."""
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -71,19 +72,15 @@ def _run(play: Play, connection: socket.socket) -> None:
         os.setsid()
         _quiet_signals()
         _only_keep(connection.fileno())
-        with connection.makefile("rb") as batches:
-            for line in batches:
-                play(BatchLine.model_validate_json(line), lambda result: _send(connection, result))
-                _send(connection, ResultLine(finished=True))
+        channel = BlockingChannel(connection, max_line_bytes=None)
+        while (line := channel.receive()) is not None:
+            play(decode_as(BatchLine, line), channel.send)
+            channel.send(ResultLine(finished=True))
         status = 0
     except BaseException:  # nothing may climb into the parent's code
         _write_all(2, traceback.format_exc().encode())
     finally:
         os._exit(status)
-
-
-def _send(connection: socket.socket, result: ResultLine) -> None:
-    connection.sendall(result.model_dump_json().encode() + b"\n")
 
 
 def _quiet_signals() -> None:

@@ -15,42 +15,35 @@ a lower epoch and a deadline that has passed, so what a killed run left behind c
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import selectors
 import signal
 import socket
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from orion.manager.engine import runners
+from orion.manager.engine.channel import (
+    MAX_LINE_BYTES,
+    READ_BYTES,
+    BrokenLine,
+    LineTooLong,
+    SelectorChannel,
+    decode,
+    decode_as,
+)
 from orion.manager.engine.held import Connections
 from orion.manager.engine.orders import Orders
 from orion.manager.engine.pool import PATIENCE_S, Pool
-from orion.manager.engine.protocol import MAX_LINE_BYTES, ExpectLine, JobLine, OutcomeLine
+from orion.manager.engine.protocol import ExpectLine, JobLine, OutcomeLine
 from orion.manager.engine.runners import Play
 
 SOCKET = "/run/orion/engine.sock"
 DIRECTORY = "/run/orion/engine"
 PLAYBOOKS = "/opt/orion/playbooks"
-READ_BYTES = 1 << 16
 
 log = logging.getLogger("orion.engine")
-
-
-@dataclass(eq=False)
-class Peer:
-    """One connection of a manager."""
-
-    socket: socket.socket
-    incoming: bytearray = field(default_factory=bytearray)
-    outgoing: bytearray = field(default_factory=bytearray)
-    gone: bool = False
 
 
 class Server:
@@ -118,46 +111,22 @@ class Server:
         with suppress(BlockingIOError):
             accepted, _ = self._listening.accept()
             accepted.setblocking(False)
-            peer = Peer(accepted)
-            self._selector.register(accepted, selectors.EVENT_READ, partial(self._serve_peer, peer))
+            SelectorChannel(self._selector, accepted, accepted, self._take, self._leave)
 
-    def _serve_peer(self, peer: Peer, ready: int) -> None:
-        try:
-            if ready & selectors.EVENT_WRITE:
-                self._send(peer)
-            if ready & selectors.EVENT_READ:
-                self._receive(peer)
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._leave(peer)
-
-    def _receive(self, peer: Peer) -> None:
-        part = peer.socket.recv(READ_BYTES)
-        peer.incoming += part
-        *lines, rest = peer.incoming.split(b"\n")
-        peer.incoming = bytearray(rest)
-        for line in lines:
-            self._take(peer, bytes(line))
-        if len(rest) > MAX_LINE_BYTES:
-            log.warning("a request was longer than %d bytes: its connection is closed", MAX_LINE_BYTES)
-        if not part or len(rest) > MAX_LINE_BYTES:
-            self._leave(peer)
-
-    def _take(self, peer: Peer, line: bytes) -> None:
+    def _take(self, peer: SelectorChannel, line: bytes) -> None:
         if self._is_word_of_orders_to_come(line):
             return
         try:
-            job = JobLine.model_validate_json(line)
-        except ValidationError as error:
-            self._answer(peer, OutcomeLine(id=_identifier(line), ok=False, message=_refusal(error)))
+            job = decode_as(JobLine, line)
+        except BrokenLine as error:
+            peer.send(OutcomeLine(id=_identifier(line), ok=False, message=_refusal(error)))
             return
-        self._pool.submit(job, peer, partial(self._answer, peer))
+        self._pool.submit(job, peer, peer.send)
 
     def _is_word_of_orders_to_come(self, line: bytes) -> bool:
         try:
-            expected = ExpectLine.model_validate_json(line).expect
-        except ValidationError:
+            expected = decode_as(ExpectLine, line).expect
+        except BrokenLine:
             return False
         try:
             self._connections.to(expected)
@@ -165,43 +134,24 @@ class Server:
             log.warning("the engine cannot start a process: %s", error)
         return True
 
-    def _answer(self, peer: Peer, outcome: OutcomeLine) -> None:
-        peer.outgoing += outcome.model_dump_json().encode() + b"\n"
-        self._serve_peer(peer, selectors.EVENT_WRITE)
-
-    def _send(self, peer: Peer) -> None:
-        if peer.gone:
-            return
-        try:
-            while peer.outgoing:
-                del peer.outgoing[: peer.socket.send(peer.outgoing)]
-        finally:
-            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.outgoing else 0)
-            self._selector.modify(peer.socket, wanted, partial(self._serve_peer, peer))
-
-    def _leave(self, peer: Peer) -> None:
-        if peer.gone:
-            return
-        peer.gone = True
+    def _leave(self, peer: SelectorChannel, error: Exception | None) -> None:
+        if isinstance(error, LineTooLong):
+            log.warning("a request was longer than %d bytes: its connection is closed", MAX_LINE_BYTES)
         self._pool.abandon(peer)
-        self._selector.unregister(peer.socket)
-        peer.socket.close()
+        peer.close()
 
 
 def _identifier(line: bytes) -> str:
     """Of a request that is refused, so that who asked does not wait for nothing."""
     try:
-        identifier = json.loads(line).get("id", "")
-    except (ValueError, AttributeError, RecursionError):
+        identifier = decode(line).get("id", "")
+    except BrokenLine:
         return ""
     return identifier if isinstance(identifier, str) and len(identifier) <= 64 else ""
 
 
-def _refusal(error: ValidationError) -> str:
-    """Names the first field that is wrong, without its value."""
-    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"the engine refused the request: {where}: {first['msg']}" if where else "the request is not valid JSON"
+def _refusal(error: BrokenLine) -> str:
+    return f"the engine refused the request: {error}" if error.field else "the request is not valid JSON"
 
 
 def bind(path: Path) -> socket.socket:

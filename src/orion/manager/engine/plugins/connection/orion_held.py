@@ -15,6 +15,8 @@ from typing import Any
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.connection import ssh
 
+from orion.manager.engine.channel import BlockingChannel, decode
+
 ORDER = re.compile(r"/usr/local/sbin/orion-rental ([a-z]+)")
 DOCUMENTATION = (
     ssh.DOCUMENTATION.replace("    name: ssh\n", "    name: orion_held\n", 1)
@@ -47,10 +49,9 @@ class Connection(ssh.Connection):  # type: ignore[misc]  # Ansible has no types
 def _ask(order: dict[str, Any]) -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX) as engine:
         engine.connect(os.environ["ORION_HELD_SOCKET"])
-        engine.sendall(json.dumps(order).encode() + b"\n")
-        with engine.makefile("rb") as answers:
-            line = answers.readline()
-    if not line:
+        channel = BlockingChannel(engine, max_line_bytes=None)
+        channel.send(order)
+        line = channel.receive()
+    if line is None:
         raise AnsibleConnectionFailure("the engine does not hold a connection")
-    answer: dict[str, Any] = json.loads(line)
-    return answer
+    return decode(line)
