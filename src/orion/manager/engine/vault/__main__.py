@@ -20,8 +20,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from pydantic import ValidationError
-
+from orion.manager.engine.channel import BlockingChannel, BrokenLine, ChannelError, decode_as
 from orion.manager.engine.vault.jobs import Job, Places
 from orion.manager.engine.vault.port import VaultError
 from orion.manager.engine.vault.protocol import LONGEST_LINE, ReplyLine, RequestLine
@@ -78,7 +77,7 @@ def _be_a_job(listening: socket.socket, asker: socket.socket, places: Places) ->
         asker.setblocking(True)
         with suppress(Abandoned, BrokenPipeError):
             reply, job = _answer(asker, places)
-            asker.sendall(reply.model_dump_json().encode() + b"\n")
+            BlockingChannel(asker).send(reply)
             if job:
                 job.tidy()
         status = 0
@@ -92,19 +91,17 @@ def _be_a_job(listening: socket.socket, asker: socket.socket, places: Places) ->
 def _answer(asker: socket.socket, places: Places) -> tuple[ReplyLine, Job | None]:
     """Return the answer, and the job if there was one."""
     asker.settimeout(REQUEST_WITHIN_S)
-    line = b""
-    while not line.endswith(b"\n"):
-        part = asker.recv(LONGEST_LINE)
-        if not part or len(line) > LONGEST_LINE:
-            raise Abandoned
-        line += part
+    try:
+        line = BlockingChannel(asker, LONGEST_LINE).receive()
+    except ChannelError as error:
+        raise Abandoned from error
+    if line is None:
+        raise Abandoned
     asker.settimeout(None)
     try:
-        request = RequestLine.model_validate_json(line)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return ReplyLine(ok=False, code="invalid_request", message=f"{where}: {first['msg']}"), None
+        request = decode_as(RequestLine, line)
+    except BrokenLine as error:
+        return ReplyLine(ok=False, code="invalid_request", message=f"{error.field}: {error.reason}"), None
     job = Job(request, places, Watch(asker, request.deadline_s))
     try:
         return job.run(), job

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 
 from orion.manager.domain.copies import Copy, Generation
 from orion.manager.domain.shares import Claim
+from orion.manager.engine.channel import AsyncChannel, decode_as
 from orion.manager.engine.port import Host
 from orion.manager.engine.protocol import HostLine
 from orion.manager.engine.shares import Shares
@@ -150,23 +150,21 @@ class VaultClient:
     async def _ask(self, line: RequestLine, deadline_s: float) -> ReplyLine:
         try:
             async with asyncio.timeout(CONNECT_WITHIN_S):
-                reader, writer = await asyncio.open_unix_connection(self._socket_path, limit=LONGEST_REPLY)
+                channel = await AsyncChannel.connect(self._socket_path, LONGEST_REPLY)
         except (OSError, TimeoutError) as error:
             raise VaultError("vault_away", "the part of the manager that keeps copies does not answer") from error
         try:
             async with asyncio.timeout(deadline_s + self._margin_s):
-                writer.write(line.model_dump_json().encode() + b"\n")
-                await writer.drain()
-                answer = await reader.readline()
-            reply = ReplyLine.model_validate_json(answer)
+                await channel.send(line)
+                answer = await channel.receive()
+            reply = decode_as(ReplyLine, answer or b"")
         except TimeoutError as error:
             raise VaultError("no_answer", "the vault did not answer in time") from error
         except (OSError, ValueError) as error:
             raise VaultError("vault_away", "the vault ended before it answered") from error
         finally:
-            writer.close()
-            with suppress(OSError):
-                await writer.wait_closed()
+            channel.close()
+            await channel.wait_closed()
         if not reply.ok:
             raise VaultError(reply.code, reply.message, reply.restored)
         return reply

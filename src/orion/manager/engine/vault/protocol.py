@@ -1,4 +1,4 @@
-"""What the manager and the vault say to each other: one JSON object each, one connection for each request.
+"""What the manager and the vault say to each other, by channel.py: one message each, one connection for each request.
 
 The vault checks what it is told as if the manager were a stranger: it alone may act under the rentals' uids.
 """
@@ -16,7 +16,8 @@ from orion.manager.domain.pacing import LONGEST_PAUSE_S
 from orion.manager.engine.protocol import MAX_DEADLINE_S, HostLine
 from orion.wire import Id
 
-LONGEST_LINE = 1 << 16
+LONGEST_LINE = 1 << 17
+"""Bytes of a request, which may name eight host keys of 8 KB."""
 
 
 class Action(StrEnum):
