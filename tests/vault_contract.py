@@ -12,6 +12,7 @@ from itertools import count
 import pytest
 
 from orion.manager.domain.copies import BLOCK_BYTES, Generation
+from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.port import (
     LET_IN,
@@ -20,7 +21,6 @@ from orion.manager.engine.vault.port import (
     OVER_LIMIT,
     OVER_SHARE,
     Home,
-    Limits,
     Vault,
     VaultError,
 )

@@ -25,6 +25,7 @@ from sqlalchemy import Connection, event
 from orion.manager import app
 from orion.manager.domain.copies import Copy, Generation
 from orion.manager.domain.model import Event
+from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.engine.ansible import RESTARTED
 from orion.manager.engine.port import Host, Job, Outcome, Reached
 from orion.manager.engine.vault.port import (
@@ -33,7 +34,6 @@ from orion.manager.engine.vault.port import (
     SALVAGE_DEADLINE_S,
     Copied,
     Home,
-    Limits,
     VaultError,
 )
 from orion.manager.loops.clock import boot_id, boot_time_s

@@ -16,7 +16,7 @@ from test_identity import let_in
 from vault_support import home_of, vault
 from worker_support import ROOT, Network, SmallManager, Worker, worker
 
-from orion.manager.engine.vault.port import Limits
+from orion.manager.domain.snapshot_plan import Limits
 
 LIMITS = Limits(max_files=20_000, max_bytes=64 << 20)
 

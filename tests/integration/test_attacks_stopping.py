@@ -16,7 +16,8 @@ from vault_contract import refusal
 from vault_support import RealVault, home_of, vault
 from worker_support import Worker, docker, wait_until
 
-from orion.manager.engine.vault.port import Limits, VaultError
+from orion.manager.domain.snapshot_plan import Limits
+from orion.manager.engine.vault.port import VaultError
 
 LIMITS = Limits(max_files=20_000, max_bytes=64 << 20)
 ROUNDS = 4

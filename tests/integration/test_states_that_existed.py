@@ -20,7 +20,8 @@ from vault_contract import refusal
 from vault_support import RealVault, home_of, vault
 from worker_support import Worker, docker, wait_until
 
-from orion.manager.engine.vault.port import Copied, Limits
+from orion.manager.domain.snapshot_plan import Limits
+from orion.manager.engine.vault.port import Copied
 
 ROOMY = Limits(max_files=100_000, max_bytes=1 << 30)
 MOVE = 1_000_000

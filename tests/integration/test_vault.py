@@ -24,8 +24,9 @@ from vault_support import RealVault, home_of, host_of, vault
 from worker_support import Worker, wait_until
 
 from orion.manager.domain.copies import Copy
+from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.engine.vault.disk import Disk
-from orion.manager.engine.vault.port import LET_IN, Home, Limits, VaultError
+from orion.manager.engine.vault.port import LET_IN, Home, VaultError
 
 LIMITS = Limits(max_files=20_000, max_bytes=64 << 20)
 

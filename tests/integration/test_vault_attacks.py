@@ -23,10 +23,11 @@ from vault_contract import refusal
 from worker_support import ROOT, takes_connections, wait_until
 
 from orion.manager.domain.copies import BLOCK_BYTES
+from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.client import VaultClient
 from orion.manager.engine.vault.disk import Disk
-from orion.manager.engine.vault.port import OVER_LIMIT, OVER_SHARE, Home, Limits, VaultError
+from orion.manager.engine.vault.port import OVER_LIMIT, OVER_SHARE, Home, VaultError
 from orion.manager.engine.vault.transfer import OPTIONS
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acting under other uids needs root; CI is root")

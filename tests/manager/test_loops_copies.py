@@ -9,8 +9,9 @@ import pytest
 from support.house import Agent, House
 
 from orion.manager.domain.copies import BLOCK_BYTES, EXPIRED_KEPT_S
+from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.engine.port import Host
-from orion.manager.engine.vault.port import Home, Limits, VaultError
+from orion.manager.engine.vault.port import Home, VaultError
 from orion.manager.loops import restoring
 from orion.manager.loops.copies import FIRST_TRIES
 from orion.manager.settings import Settings

@@ -17,11 +17,12 @@ from orion.manager.domain.copies import BLOCK_BYTES, Generation
 from orion.manager.domain.facts import Facts
 from orion.manager.domain.model import Item
 from orion.manager.domain.reconcile import SALVAGE_WITHIN_S, decide
+from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.domain.states import JOIN_DEADLINE_S, Health, PlacementState, RentalState
 from orion.manager.domain.tasks import TaskKind
 from orion.manager.engine.fake import FakeWatch, Refused
 from orion.manager.engine.port import Action, Job
-from orion.manager.engine.vault.port import Copied, Home, Limits, VaultError
+from orion.manager.engine.vault.port import Copied, Home, VaultError
 from orion.manager.loops.reconciler import JOB_DEADLINE_S, MOST_SALVAGES
 from orion.manager.loops.salvaging import LONGEST_TRY_S
 from orion.manager.loops.watching import Watching

@@ -14,8 +14,7 @@ from support.house import Agent, House
 from test_loops_copies import copied, holder
 from test_loops_copies import files as files_of
 
-from orion.manager.engine.vault.port import Limits
-from orion.manager.loops.copies import Plan
+from orion.manager.domain.snapshot_plan import Limits, Plan
 
 RECORD = Record("one", "r-one", 3_999_999_001, epoch=2, let_in=True)
 """Of a uid that nobody has: there is nothing to stop."""

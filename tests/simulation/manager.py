@@ -14,9 +14,10 @@ from orion.manager.domain.leases import Beat, Leases
 from orion.manager.domain.model import Item
 from orion.manager.domain.moves import NotMoved
 from orion.manager.domain.roster import Roster
+from orion.manager.domain.snapshot_plan import Plan
 from orion.manager.domain.states import Health, Intent
 from orion.manager.loops.clock import TrustedClock
-from orion.manager.loops.copies import CopiesLoop, Plan
+from orion.manager.loops.copies import CopiesLoop
 from orion.manager.loops.expiry import ExpiryLoop
 from orion.manager.loops.health import HealthLoop
 from orion.manager.loops.moving import Mover

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ledger import Refused
 
 from orion.manager.domain.copies import Copy, Generation, kept, next_number
+from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.engine.vault.port import (
     COPY_DEADLINE_S,
     NO_SUCH_GENERATION,
@@ -18,7 +19,6 @@ from orion.manager.engine.vault.port import (
     SALVAGE_DEADLINE_S,
     Copied,
     Home,
-    Limits,
     VaultError,
 )
 

@@ -8,11 +8,12 @@ from dataclasses import replace
 from support.builders import active_rental, new_placement, new_worker
 
 from orion.manager.domain.model import Event
+from orion.manager.domain.snapshot_plan import Plan
 from orion.manager.domain.states import PlacementState
 from orion.manager.engine.fake import FakeWorld
 from orion.manager.engine.vault.fake import FakeVault
 from orion.manager.engine.vault.port import Home, VaultError
-from orion.manager.loops.copies import JITTER, SPREAD, CopiesLoop, Plan
+from orion.manager.loops.copies import JITTER, SPREAD, CopiesLoop
 from orion.manager.store.copies import Running
 
 WORKER = new_worker(1)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from support.builders import host_key
 
+from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.client import VaultClient
-from orion.manager.engine.vault.port import Home, Limits, VaultError
+from orion.manager.engine.vault.port import Home, VaultError
 from orion.manager.engine.vault.protocol import ReplyLine, RequestLine
 
 HOST = Host("w-one", "192.0.2.7", (host_key(1),))

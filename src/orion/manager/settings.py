@@ -13,8 +13,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from orion.manager.domain.clocks import Clocks
-from orion.manager.engine.vault.port import Limits
-from orion.manager.loops.copies import Plan
+from orion.manager.domain.snapshot_plan import Limits, Plan
 
 
 class Settings(BaseSettings):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,19 +20,11 @@ from orion.manager.domain.copies import Generation
 from orion.manager.domain.model import Event
 from orion.manager.domain.pacing import LONGEST_PAUSE_S, Pace
 from orion.manager.domain.shares import Claim
+from orion.manager.domain.snapshot_plan import Plan
 from orion.manager.engine.port import Host
 from orion.manager.engine.shares import Shares
 from orion.manager.engine.vault.disk import Disk
-from orion.manager.engine.vault.port import (
-    HELD_UP,
-    OVER_LIMIT,
-    PAUSE_IN_VAIN,
-    PAUSE_TOO_LONG,
-    Home,
-    Limits,
-    Vault,
-    VaultError,
-)
+from orion.manager.engine.vault.port import HELD_UP, OVER_LIMIT, PAUSE_IN_VAIN, PAUSE_TOO_LONG, Home, Vault, VaultError
 from orion.manager.loops.timer import Loop
 from orion.manager.store.copies import CopyBook, Running
 
@@ -73,22 +65,6 @@ def disk_share(directory: Path) -> float:
 
 def _rarely(pace: Pace) -> str:
     return copies.copied_rarely(pace.interval_s, pace.usual_s) if pace.is_slower else ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """`interval_s`: between copies of one rental."""
-
-    interval_s: float = 30.0
-    at_once: int = 8
-    """Copies of all owners under way at a time, of which one owner has half at most."""
-    limits: Limits = field(default_factory=Limits)
-    paused_share: float = 0.005
-    """The share of its time for which the programs of a rental may be stopped for copies."""
-
-    def pace(self) -> Pace:
-        """Return the pace of a rental that was not copied yet."""
-        return Pace(self.interval_s, self.paused_share, wait_s=self.interval_s)
 
 
 class CopiesLoop:

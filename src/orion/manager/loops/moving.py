@@ -12,8 +12,9 @@ from dataclasses import replace
 
 from orion.manager.domain import copies
 from orion.manager.domain.copies import Copy, Generation
+from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.engine.port import Action, Engine, Job, Outcome
-from orion.manager.engine.vault.port import Home, Limits, Vault, VaultError
+from orion.manager.engine.vault.port import Home, Vault, VaultError
 from orion.manager.store.copies import CopyBook
 
 FREEZE_DEADLINE_S = 15.0

@@ -18,9 +18,10 @@ from weakref import WeakValueDictionary
 
 from orion.manager.domain.copies import EMPTY, NEWEST, Copy, Generation
 from orion.manager.domain.shares import Claim
+from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.engine.port import Action, Engine, Job, Outcome
 from orion.manager.engine.shares import Shares
-from orion.manager.engine.vault.port import LET_IN, NO_SUCH_GENERATION, OF_THE_WORKER, Home, Limits, Vault, VaultError
+from orion.manager.engine.vault.port import LET_IN, NO_SUCH_GENERATION, OF_THE_WORKER, Home, Vault, VaultError
 from orion.manager.loops.salvaging import Salvager
 from orion.manager.store.copies import CopyBook
 

@@ -15,17 +15,10 @@ from orion.manager.domain.copies import Generation
 from orion.manager.domain.model import Item, Rental
 from orion.manager.domain.outcomes import SALVAGE_ATTEMPTS
 from orion.manager.domain.shares import Claim
+from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.engine.port import Host, Outcome
 from orion.manager.engine.shares import Shares
-from orion.manager.engine.vault.port import (
-    NOTHING_TO_SALVAGE,
-    OVER_LIMIT,
-    SALVAGE_DEADLINE_S,
-    Home,
-    Limits,
-    Vault,
-    VaultError,
-)
+from orion.manager.engine.vault.port import NOTHING_TO_SALVAGE, OVER_LIMIT, SALVAGE_DEADLINE_S, Home, Vault, VaultError
 from orion.manager.store.copies import CopyBook
 
 AT_ONCE = 16

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from orion.manager.domain.copies import Copy, Generation
 from orion.manager.domain.shares import Claim
+from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.engine.channel import AsyncChannel, decode_as
 from orion.manager.engine.port import Host
 from orion.manager.engine.protocol import HostLine
@@ -23,7 +24,6 @@ from orion.manager.engine.vault.port import (
     SALVAGE_DEADLINE_S,
     Copied,
     Home,
-    Limits,
     VaultError,
 )
 from orion.manager.engine.vault.protocol import Action, ReplyLine, RequestLine, read

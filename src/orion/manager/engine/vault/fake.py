@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from orion.manager.domain.copies import Copy, Generation, begins_from, counted, may_stay, next_number
+from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.engine.fake import FakeWorker, FakeWorld
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.port import (
@@ -22,7 +23,6 @@ from orion.manager.engine.vault.port import (
     SALVAGE_DEADLINE_S,
     Copied,
     Home,
-    Limits,
     VaultError,
 )
 

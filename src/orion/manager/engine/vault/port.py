@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from orion.manager.domain.copies import Copy, Generation
-from orion.manager.domain.pacing import LONGEST_PAUSE_S
+from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.engine.port import Host
 
 COPY_DEADLINE_S = 120.0
@@ -28,18 +28,6 @@ class Home:
     host: Host
     owner: str = ""
     """The owner of the rental, for its share of the places and of the disk."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a copy may hold at most."""
-
-    max_files: int = 200_000
-    max_bytes: int = 2 << 30
-    pause_s: float = LONGEST_PAUSE_S
-    """The seconds for which the programs of a rental may stand still for a copy that is not for a planned move."""
-    owner_share: float = 0.5
-    """The share of the disk, of its bytes and of its inodes, for the copies of all rentals of one owner."""
 
 
 @dataclass(frozen=True)
