@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import pool
-from orion.manager import app
+from orion.manager.app import Ports
 from orion.manager.engine.fake import FakeWorld
 from orion.manager.engine.port import Host, Job, Outcome, Reached
 from orion.manager.engine.vault.fake import FakeVault
 from orion.manager.loops import reconciler
+from orion.manager.main import log_as_json, open_store, serve
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store.database import Store
 
@@ -63,19 +64,17 @@ def tell_decisions() -> None:
 
 def main() -> None:
     arguments = _arguments()
-    app.log_as_json()
+    log_as_json()
     settings = Settings()
     secrets = Secrets.from_pipe(int(os.environ["ORION_SECRETS_FD"]))
     if arguments.workers and not Path(settings.database_url.removeprefix("sqlite:///")).exists():
         gateway = str(settings.subnet.network_address + 1)  # of the machine that sends the heartbeats
         pool.fill(settings.database_url, arguments.seed, arguments.workers, 1, gateway, arguments.spare)
     tell_decisions()
-    store = app.open_store(settings, Store)
+    store = open_store(settings, Store)
     # No copies: their disk is full. No door: it would ask itself through a proxy that growth does not have.
-    ports = app.Ports(
-        IdleEngine(arguments.job_s), EverywhereReach(), FakeVault(FakeWorld(), time.time), None, lambda: 1.0
-    )
-    app.serve(settings, secrets, store, ports, arguments.host)
+    ports = Ports(IdleEngine(arguments.job_s), EverywhereReach(), FakeVault(FakeWorld(), time.time), None, lambda: 1.0)
+    serve(settings, secrets, store, ports, arguments.host)
 
 
 def _arguments() -> argparse.Namespace:

@@ -147,7 +147,7 @@ def _session(account: Login, rental_id: str) -> Any:
 def _manager(stack: Stack) -> int:
     for pid in family(stack.pid("manager_app")):
         with suppress(OSError):
-            if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:3] == [b"-m", b"orion.manager.app"]:
+            if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:3] == [b"-m", b"orion.manager.main"]:
                 return pid
     raise ProcessLookupError("there is no manager")
 

@@ -22,7 +22,8 @@ from typing import Any
 
 from sqlalchemy import Connection, event
 
-from orion.manager import app
+from orion.manager import main
+from orion.manager.app import Ports
 from orion.manager.domain.copies import Copy, Generation
 from orion.manager.domain.model import Event
 from orion.manager.domain.snapshot_plan import Limits
@@ -38,6 +39,7 @@ from orion.manager.engine.vault.port import (
 )
 from orion.manager.loops.clock import boot_id, boot_time_s
 from orion.manager.settings import Secrets, Settings
+from orion.manager.store.ballast import Ballast
 from orion.manager.store.database import Store
 
 
@@ -64,12 +66,12 @@ def run(order: Order) -> None:
     log = os.open(order.database.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    app.log_as_json()
+    main.log_as_json()
     points = Points(order.stage)
-    store = app.open_store(order.settings, lambda url: PointedStore(url, points))
+    store = main.open_store(order.settings, lambda url, ballast: PointedStore(url, ballast, points))
     engine, reach = RemoteEngine(order.stage, points), RemoteReach(order.stage, points)
     vault = RemoteVault(order.stage, points)
-    ports = app.Ports(
+    ports = Ports(
         engine,
         reach,
         vault,
@@ -79,7 +81,7 @@ def run(order: Order) -> None:
         boot_time=boot_time_s,
         boot_id=boot_id(),
     )
-    app.serve(order.settings, order.secrets, store, ports, app.LOOPBACK)
+    main.serve(order.settings, order.secrets, store, ports, main.LOOPBACK)
 
 
 def become_one_with_another_clock(order: Order) -> None:
@@ -122,8 +124,8 @@ def die() -> None:
 class PointedStore(Store):
     """Each commit is two points: nothing of it is written yet, and it is written but nobody knows."""
 
-    def __init__(self, url: str, points: Points) -> None:
-        super().__init__(url)
+    def __init__(self, url: str, ballast: Ballast | None, points: Points) -> None:
+        super().__init__(url, ballast)
         self._points = points
 
     def migrate(self) -> None:

@@ -26,12 +26,12 @@ from support.builders import AUTHORITIES, host_key
 from support.house import PROXY_SECRET, Agent
 
 from orion.manager.api.door import SECRET_HEADER
-from orion.manager.app import LOOPBACK
 from orion.manager.domain.copies import Generation
 from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorld
 from orion.manager.engine.port import Action, Host, Job
 from orion.manager.engine.vault.fake import FakeVault
 from orion.manager.engine.vault.port import VaultError
+from orion.manager.main import LOOPBACK
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store.tokens import make_token
 

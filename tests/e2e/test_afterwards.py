@@ -35,7 +35,7 @@ def test_no_secret_is_in_an_environment_an_argument_or_a_log(stack: Stack, secre
         said[f"docker inspect {container.name}"] = stack.docker("inspect", container.id)
         said[f"arguments in {container.name}"] = stack.exec(container.id, "sh", "-c", ARGUMENTS).stdout
     assert "orion-agent: registered" in said["all logs"]
-    assert "orion.manager.app" in said[f"arguments in {stack.container('manager_app').name}"]
+    assert "orion.manager.main" in said[f"arguments in {stack.container('manager_app').name}"]
     found = [(what, where) for what, value in secrets.items() for where, text in said.items() if value in text]
     assert found == []
 

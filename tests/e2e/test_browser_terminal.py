@@ -280,6 +280,6 @@ def _memories(stack: Stack) -> Iterator[list[int]]:
 
 def _memory(stack: Stack) -> int:
     """Of the manager's own process, in MB: the largest of those that have its name."""
-    script = "for p in /proc/[0-9]*; do if grep -qa orion.manager.app $p/cmdline; then grep VmRSS $p/status; fi; done"
+    script = "for p in /proc/[0-9]*; do if grep -qa orion.manager.main $p/cmdline; then grep VmRSS $p/status; fi; done"
     read = stack.exec(stack.container("manager_app").id, "sh", "-c", script)
     return max(int(size) for size in re.findall(r"VmRSS:\s+(\d+) kB", read.stdout)) >> 10

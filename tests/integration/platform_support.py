@@ -21,10 +21,12 @@ from proxy_support import SECRET, Proxy, answers, proxy, wait_until
 from support.builders import AUTHORITIES, host_key
 from support.patience import PATIENCE_S
 
-from orion.manager import app
+from orion.manager import main
+from orion.manager.app import Ports
 from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorld
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.fake import FakeVault
+from orion.manager.gateway.web_ends import tell_door
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store.database import Store
 from orion.manager.store.tokens import make_token
@@ -49,14 +51,14 @@ def run_manager(order: Order) -> None:
     with order.log.open("ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    app.log_as_json()
+    main.log_as_json()
     world = FakeWorld()
     world.add(Host("", order.here, (WORKER_KEY,)))
-    store = app.open_store(order.settings, Store)
-    ports = app.Ports(
-        FakeEngine(world), FakeReach(world), FakeVault(world, time.time), None, lambda: 0.0, tell_door=app.tell_door
+    store = main.open_store(order.settings, Store)
+    ports = Ports(
+        FakeEngine(world), FakeReach(world), FakeVault(world, time.time), None, lambda: 0.0, tell_door=tell_door
     )
-    app.serve(order.settings, order.secrets, store, ports, order.here)
+    main.serve(order.settings, order.secrets, store, ports, order.here)
 
 
 class Platform:

@@ -14,8 +14,7 @@ from orion.manager.store.ballast import Ballast
 from orion.manager.store.database import Store, record
 
 url = "sqlite:////data/orion.db"
-store = Store(url)
-store.ballast = Ballast.of(url, 8 << 20)
+store = Store(url, Ballast.of(url, 8 << 20))
 store.migrate()
 
 async def go():

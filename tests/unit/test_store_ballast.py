@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,15 +24,24 @@ def problem(code: int) -> OperationalError:
     return OperationalError("INSERT", {}, cause)
 
 
-def keep_ballast(store: Store, database: Path) -> Path:
-    store.ballast = Ballast.of(store.url, SIZE_BYTES)
+@pytest.fixture
+def store(database: Path) -> Iterator[Store]:
+    url = f"sqlite:///{database}"
+    store = Store(url, Ballast.of(url, SIZE_BYTES))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def file(database: Path) -> Path:
     return database.with_name(f"{database.name}.ballast")
 
 
-async def test_a_commit_for_which_there_is_no_room_is_made_in_the_room_of_the_ballast(
-    store: Store, database: Path
-) -> None:
-    file = keep_ballast(store, database)
+def size_of(file: Path) -> int:
+    return file.stat().st_size
+
+
+async def test_a_commit_for_which_there_is_no_room_is_made_in_the_room_of_the_ballast(store: Store, file: Path) -> None:
     tries = 0
 
     def write(_: Connection) -> str:
@@ -51,11 +61,10 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-async def test_what_has_nothing_to_do_with_room_costs_no_ballast(store: Store, database: Path) -> None:
-    file = keep_ballast(store, database)
+async def test_what_has_nothing_to_do_with_room_costs_no_ballast(store: Store, file: Path) -> None:
     with pytest.raises(OperationalError):
         await store.write(lambda _: _raise(problem(sqlite3.SQLITE_BUSY)))
-    assert file.stat().st_size == SIZE_BYTES
+    assert size_of(file) == SIZE_BYTES
 
 
 def test_it_takes_its_room_for_real_and_comes_back_when_there_is_room_again(

@@ -15,7 +15,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 from structlog.testing import capture_logs
 
-from orion.manager import app
+from orion.manager import main
 from orion.manager.settings import Settings
 from orion.manager.store.database import MIGRATIONS, NewerSchema, Store, known_revisions
 from orion.manager.store.schema import metadata
@@ -106,16 +106,16 @@ def test_a_manager_waits_for_a_database_that_it_understands_instead_of_ending(
 
     def sleep(seconds: float) -> None:
         pauses.append(seconds)
-        if len(pauses) == app.LOOKS_PER_WORD + 1:  # an operator has put it right
+        if len(pauses) == main.LOOKS_PER_WORD + 1:  # an operator has put it right
             with closing(sqlite3.connect(database)) as connection:
                 connection.execute("DELETE FROM alembic_version")
                 connection.execute("INSERT INTO alembic_version VALUES (?)", (sorted(known_revisions())[-1],))
                 connection.commit()
 
-    monkeypatch.setattr(app.time, "sleep", sleep)
+    monkeypatch.setattr(main.time, "sleep", sleep)
     with capture_logs() as told:
-        app._open_store_in_time(Settings(database_url=f"sqlite:///{database}", ballast_bytes=0)).close()
-    assert pauses == [app.LOOK_AGAIN_S] * (app.LOOKS_PER_WORD + 1)
+        main._open_store_in_time(Settings(database_url=f"sqlite:///{database}", ballast_bytes=0)).close()
+    assert pauses == [main.LOOK_AGAIN_S] * (main.LOOKS_PER_WORD + 1)
     waits = [line["why"] for line in told if "it waits for a database" in line["event"]]
     assert len(waits) == 2, "one line in five minutes"
     assert "schema 9999" in waits[0]

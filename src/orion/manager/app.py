@@ -1,33 +1,24 @@
-"""The composition root: the only file that knows all rooms. `python -m orion.manager.app` runs the manager."""
+"""The composition root: makes the loops, what they share and the routes, and joins them. The process is in main.py."""
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import gc
-import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import IO
 
 import structlog
-import uvicorn
 from fastapi import FastAPI
-from pydantic import ValidationError
-from structlog.typing import Processor
 
 from orion import __version__
 from orion.manager.api import access, admin, contract, operations, problems, rentals, snapshots, workers
 from orion.manager.api.bodies import Bodies
 from orion.manager.api.call_home import CallHome
-from orion.manager.api.door import Door, protocol_for
+from orion.manager.api.door import Door
 from orion.manager.api.event_streams import EventStreams
 from orion.manager.api.heartbeat import Heartbeat
 from orion.manager.api.metrics import Metrics, Watched
@@ -36,23 +27,19 @@ from orion.manager.domain.leases import Leases
 from orion.manager.domain.overdue import MOST_SHOWN, Overdue, overdue, workers_to_look_at
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health
-from orion.manager.engine.ansible import AnsibleEngine, ReachedAndExpected
 from orion.manager.engine.authority import Authority
 from orion.manager.engine.port import Engine, Reach, Shells, Watch
-from orion.manager.engine.reach import SshReach
 from orion.manager.engine.shell import SshShells
-from orion.manager.engine.vault.client import VaultClient
 from orion.manager.engine.vault.port import Vault
-from orion.manager.engine.watch import SshWatch
 from orion.manager.gateway import routes, terminals, web
 from orion.manager.gateway.openings import Openings
 from orion.manager.gateway.sessions import Sessions
 from orion.manager.gateway.tickets import Terminals, Tickets
 from orion.manager.gateway.ways import Keys
-from orion.manager.gateway.web_ends import Tell, WebEnds, tell_door
+from orion.manager.gateway.web_ends import Tell, WebEnds
 from orion.manager.loops.certificates import Certificates, CertifyingEngine
-from orion.manager.loops.clock import TrustedClock, boot_id, boot_time_s
-from orion.manager.loops.copies import CopiesLoop, disk_share
+from orion.manager.loops.clock import TrustedClock
+from orion.manager.loops.copies import CopiesLoop
 from orion.manager.loops.door import DoorProbe
 from orion.manager.loops.engine_log import EngineLog, LoggedEngine
 from orion.manager.loops.expiry import ExpiryLoop
@@ -68,19 +55,12 @@ from orion.manager.loops.watching import Watching
 from orion.manager.settings import Secrets, Settings
 from orion.manager.store import tokens
 from orion.manager.store import workers as worker_rows
-from orion.manager.store.backup import Backups
-from orion.manager.store.ballast import Ballast
 from orion.manager.store.copies import SqlCopyBook
-from orion.manager.store.database import NewerSchema, Store
+from orion.manager.store.database import Store
 from orion.manager.store.sql import SqlLedger
 
 log = structlog.get_logger()
 
-LOOPBACK = "127.0.0.1"
-GRACEFUL_SHUTDOWN_S = 5
-LOOK_AGAIN_S = 10.0
-LOOKS_PER_WORD = 30
-"""How often a database of a newer version is looked at again, and how many looks there are for a line in the log."""
 GARBAGE_THRESHOLDS = 5_000, 20, 100
 """Of the collector's generations: what a request leaves dies young, so the oldest is seldom looked through."""
 
@@ -342,111 +322,3 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GARBAGE_THRESHOLDS)
-
-
-def main() -> None:
-    log_as_json()
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        sys.exit("\n".join(f"ORION settings: {item['msg']}" for item in error.errors()))
-    secrets = Secrets.from_pipe(int(os.environ["ORION_SECRETS_FD"]))
-    lock = _lead(Path(settings.lock_file))
-    store = _open_store_in_time(settings)
-    door = DoorProbe(settings.door_url, settings.clocks.door_answer_s, min(1.0, settings.clocks.heartbeat_s / 30))
-    reach = SshReach(secrets.ssh_private_key)
-    engine = AnsibleEngine(Path(settings.engine_socket))
-    ports = Ports(
-        engine,
-        ReachedAndExpected(reach, engine),
-        VaultClient(Path(settings.vault_socket)),
-        door,
-        partial(disk_share, Path(settings.copies_directory)),
-        watch=SshWatch(reach),
-        tell_door=tell_door,
-        boot_time=boot_time_s,
-        boot_id=boot_id(),
-    )
-    serve(settings, secrets, store, ports, "0.0.0.0")  # noqa: S104  the door hangs up on every peer but the proxy
-    lock.close()
-
-
-def _open_store_in_time(settings: Settings) -> Store:
-    """Open the database, and wait where it is of a newer version: ending would only have the container start again.
-
-    Nothing listens meanwhile, so the proxy says that the manager is not there, and no worker freezes what runs on it.
-    """
-    looks = 0
-    while True:
-        try:
-            return open_store(settings, Store)
-        except NewerSchema as newer:
-            if looks % LOOKS_PER_WORD == 0:
-                log.error("the manager does not start: it waits for a database that it understands", why=str(newer))
-        looks += 1
-        time.sleep(LOOK_AGAIN_S)
-
-
-def open_store(settings: Settings, make: Callable[[str], Store]) -> Store:
-    """The database as it should be: that of a restore which was accepted, its schema up to date."""
-    backups = Backups.of(settings.database_url)
-    if backups and backups.swap_in():
-        log.warning("restored from a backup", former_database=backups.replaced.name)
-    store = make(settings.database_url)
-    store.ballast = Ballast.of(settings.database_url, settings.ballast_bytes)
-    try:
-        store.migrate()
-    except BaseException:
-        store.close()
-        raise
-    return store
-
-
-def serve(settings: Settings, secrets: Secrets, store: Store, ports: Ports, host: str) -> None:
-    """Run the manager until it is told to end."""
-    uvicorn.run(
-        build(settings, secrets, store, ports),
-        host=host,
-        port=settings.port,
-        http=protocol_for(frozenset({str(settings.proxy_address), LOOPBACK})),
-        ws="websockets-sansio",
-        ws_max_size=2**20,
-        # A renter who suspends ssh answers no ping and is not gone: TCP ends what is dead (gateway/ssh.py).
-        ws_ping_timeout=None,
-        ws_per_message_deflate=False,  # what ssh encrypted does not shrink
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
-    )
-    store.close()
-
-
-def _lead(path: Path) -> IO[str]:
-    """Only one manager is active at a time: leases live in its memory. The lock ends with the process."""
-    lock = path.open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"another manager is active on {path.parent}: stop it first")
-    return lock
-
-
-def log_as_json() -> None:
-    processors: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso"),
-        structlog.processors.format_exc_info,
-        structlog.processors.JSONRenderer(),
-    ]
-    structlog.configure(processors=processors, logger_factory=structlog.PrintLoggerFactory(sys.stdout))
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stdout, format='{"event": "%(message)s", "level": "%(levelname)s"}'
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -94,13 +94,13 @@ Follower = Callable[[Changes], None]
 class Store:
     """Runs functions of one connection, each in a transaction of its own: `await store.write(rows.insert, ...)`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, ballast: Ballast | None = None) -> None:
+        """`ballast`: what is thrown away when the disk is full."""
         self.url = url
         self.news = News()
         self._follower: Follower | None = None
         self._engine = _connect(url)
-        self.ballast: Ballast | None = None
-        """What is thrown away when the disk is full."""
+        self._ballast = ballast
         self._writer = ThreadPoolExecutor(1, "store-writer")
         self._readers = ThreadPoolExecutor(4, "store-reader")
 
@@ -155,12 +155,12 @@ class Store:
         self.news.publish(committed)
 
     def _transact(self, function: Callable[..., T], args: Any, kwargs: Any) -> tuple[T, list[Event], Changes | None]:
-        if self.ballast:
-            self.ballast.take()
+        if self._ballast:
+            self._ballast.take()
         try:
             return self._transact_once(function, args, kwargs)
         except OperationalError as error:
-            if self.ballast is None or not self.ballast.drop(error):
+            if self._ballast is None or not self._ballast.drop(error):
                 raise
         return self._transact_once(function, args, kwargs)
 
