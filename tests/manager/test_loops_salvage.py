@@ -20,12 +20,11 @@ from orion.manager.domain.reconcile import SALVAGE_WITHIN_S, decide
 from orion.manager.domain.snapshot_plan import Limits
 from orion.manager.domain.states import JOIN_DEADLINE_S, Health, PlacementState, RentalState
 from orion.manager.domain.tasks import TaskKind
-from orion.manager.engine.fake import FakeWatch, Refused
+from orion.manager.engine.fake import Refused
 from orion.manager.engine.port import Action, Job
 from orion.manager.engine.vault.port import Copied, Home, VaultError
 from orion.manager.loops.reconciler import JOB_DEADLINE_S, MOST_SALVAGES
 from orion.manager.loops.salvaging import LONGEST_TRY_S
-from orion.manager.loops.watching import Watching
 from orion.manager.settings import Settings
 from orion.manager.store.database import Store
 
@@ -67,13 +66,11 @@ def lets_in_and_dies(agent: Agent, written: str) -> None:
 
 
 @pytest.fixture
-async def watched(house: House) -> AsyncIterator[House]:
+async def watched(house: House) -> House:
     """Deaths are proved, before a second try to make anything there has failed."""
-    watching = Watching(FakeWatch(house.world), house.clock.monotonic, house.manager.watch_changed)
-    house.manager.health.watching = house.manager.watching = watching
+    await house.watch_workers()
     house.end_the_brake_of_the_start()
-    yield house
-    await watching.stop()
+    return house
 
 
 async def intend(house: House, agent: Agent, what: str) -> None:

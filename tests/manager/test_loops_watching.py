@@ -100,8 +100,7 @@ async def test_who_was_removed_is_let_go(scene: Scene) -> None:
 
 
 async def test_a_killed_worker_s_rental_moves_at_once_and_a_restarted_sshd_moves_nothing(house: House) -> None:
-    watching = Watching(FakeWatch(house.world), house.clock.monotonic, house.manager.watch_changed)
-    house.manager.health.watching = house.manager.watching = watching
+    await house.watch_workers()
     first, second = await house.join(), await house.join()
     house.end_the_brake_of_the_start()
     await house.pass_time(5.0)
@@ -125,7 +124,6 @@ async def test_a_killed_worker_s_rental_moves_at_once_and_a_restarted_sshd_moves
     moved = await house.rental(rental["id"])
     assert (moved["state"], moved["epoch"]) == ("active", 2)
     assert house.manager.leases.losses(holder.worker_id, house.clock.now, 3600.0) == 1
-    await watching.stop()
 
 
 async def _rest(house: House) -> None:

@@ -16,6 +16,7 @@ from orion.manager.domain.moves import NotMoved
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.snapshot_plan import Plan
 from orion.manager.domain.states import Health, Intent
+from orion.manager.loops.callbacks import Callbacks
 from orion.manager.loops.clock import TrustedClock
 from orion.manager.loops.copies import CopiesLoop
 from orion.manager.loops.expiry import ExpiryLoop
@@ -63,20 +64,24 @@ class SimulatedManager:
         self.copies.loop = Loop("copies", COPIES_ROUND_S, self.copies.round)
         self.roster = roster = Roster()
         clock = TrustedClock(sim.monotonic, sim.wall)
-        more = sim.monotonic, sim.wall, clock.counts_from, sim.placement_ids, AWAITS_FILES_S
+        worker_changed = Callbacks[[]]()
+        more = sim.monotonic, sim.wall, clock.counts_from, sim.placement_ids, AWAITS_FILES_S, worker_changed
         self.reconciler = Reconciler(ledger, roster, leases, engine, reach, restorer, mover, *more)
         self.reconciler.swept_at_once = 0  # the net is not there: what is not looked at in time is to be noticed
         self.reconciler.loop = Loop("reconciler", ROUND_S, self.reconciler.round)
         hint = self.reconciler.loop.hint
-        self.health = HealthLoop(ledger, roster, leases, sim.clocks, sim.door_is_open, sim.monotonic, hint)
+        watch_ended = Callbacks[str]()
+        self.watching = Watching(sim.watch_of(self), sim.monotonic, watch_ended)
+        self.health = HealthLoop(
+            ledger, roster, leases, sim.clocks, sim.door_is_open, sim.monotonic, hint, self.watching
+        )
         self.health.swept_at_once = 0
         self.health.interval_s = ROUND_S
         self.health.loop = Loop("health", ROUND_S, self.health.round)
-        self.watching = Watching(sim.watch_of(self), sim.monotonic, self.health.judge_now)
-        self.health.watching = self.watching
+        watch_ended.subscribe(self.health.judge_now)
+        worker_changed.subscribe(self.health.loop.hint)
         self.expiry = ExpiryLoop(ledger, clock, sim.wall, hint)
         self.expiry.loop = Loop("expiry", EXPIRY_ROUND_S, self.expiry.round)
-        self.reconciler.on_worker_change = self.health.loop.hint
         self.call_home = CallHome(
             ledger, roster, leases, reach, sim.monotonic, self.reconciler.shown, self.health.look_at
         )

@@ -25,7 +25,7 @@ from orion.manager.api.door import SECRET_HEADER
 from orion.manager.app import Manager, Ports, application, put_into
 from orion.manager.domain.brake import Brake
 from orion.manager.domain.roster import Roster
-from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorker, FakeWorld
+from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWatch, FakeWorker, FakeWorld
 from orion.manager.engine.fake_shell import FakeShells
 from orion.manager.engine.port import Host
 from orion.manager.engine.vault.fake import FakeVault
@@ -197,6 +197,7 @@ class House:
         self.vault = FakeVault(self.world, self.clock.wall)
         self.disk_share = 0.1
         self.shells = FakeShells()
+        self.watch: FakeWatch | None = None
         self.agents: list[Agent] = []
         self._numbers = count(1)
         self.begin()
@@ -212,6 +213,7 @@ class House:
             lambda: self.disk_share,
             self.clock.monotonic,
             self.clock.wall,
+            watch=self.watch,
             shells=self.shells,
         )
         self.app = _routes()
@@ -224,9 +226,13 @@ class House:
         self.http = httpx.AsyncClient(transport=transport, base_url="http://manager", headers=headers)
         self.as_admin = self.client(self.secrets.admin_token)
 
+    async def watch_workers(self) -> None:
+        """Begin again with a manager that holds a watch on each worker, so that deaths are proved."""
+        self.watch = FakeWatch(self.world)
+        await self.restart()
+
     async def restart(self) -> None:
-        await self.manager.copies.stop()
-        await self.manager.reconciler.stop()
+        await self._stop()
         self.begin()
         await self.manager.restore()
 
@@ -237,8 +243,13 @@ class House:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._stop()
+
+    async def _stop(self) -> None:
         await self.manager.copies.stop()
         await self.manager.reconciler.stop()
+        if self.manager.watching:
+            await self.manager.watching.stop()
 
     def client(self, token: str) -> httpx.AsyncClient:
         headers = {SECRET_HEADER: PROXY_SECRET, "X-Real-IP": "198.51.100.7", "Authorization": f"Bearer {token}"}

@@ -37,6 +37,7 @@ from orion.manager.gateway.sessions import Sessions
 from orion.manager.gateway.tickets import Terminals, Tickets
 from orion.manager.gateway.ways import Keys
 from orion.manager.gateway.web_ends import Tell, WebEnds
+from orion.manager.loops.callbacks import Callbacks
 from orion.manager.loops.certificates import Certificates, CertifyingEngine
 from orion.manager.loops.clock import TrustedClock
 from orion.manager.loops.copies import CopiesLoop
@@ -115,6 +116,8 @@ class Manager:
         book = SqlCopyBook(store)
         restorer = Restorer(engine, ports.vault, book, settings.copies.limits)
         mover = Mover(engine, ports.vault, book, settings.copies.limits, ports.monotonic)
+        # Objects that call each other are made one after the other, with one of these in between.
+        worker_changed, job_ended, watch_changed = Callbacks[[]](), Callbacks[str, bool, float](), Callbacks[str]()
         self.reconciler = Reconciler(
             self.ledger,
             self.roster,
@@ -127,12 +130,15 @@ class Manager:
             ports.wall,
             self.clock.counts_from,
             awaits_files_s=settings.awaits_files_s,
+            on_worker_change=worker_changed,
+            on_job=job_ended,
         )
         removals = self.clock.wall_of_removals
         self.copies = CopiesLoop(book, ports.vault, settings.copies, ports.copies_disk, ports.monotonic, removals)
-        store.news.followers.append(self.copies.hear)
+        store.news.follow(self.copies.hear)
         wake_reconciler = self.reconciler.loop.hint
         door = ports.door
+        self.watching = Watching(ports.watch, ports.monotonic, watch_changed) if ports.watch else None
         self.health = HealthLoop(
             self.ledger,
             self.roster,
@@ -141,12 +147,13 @@ class Manager:
             lambda: door is None or door.open,
             ports.monotonic,
             wake_reconciler,
+            self.watching,
         )
+        worker_changed.subscribe(self.health.loop.hint)
         self.readiness = Readiness(self.ledger, self.roster, ports.vault)
-        self.watching = Watching(ports.watch, ports.monotonic, self.watch_changed) if ports.watch else None
-        self.health.watching = self.watching
+        watch_changed.subscribe(self.health.judge_now)
+        watch_changed.subscribe(self._prepare_for_loss)
         self.expiry = ExpiryLoop(self.ledger, self.clock, ports.wall, wake_reconciler)
-        self.reconciler.on_worker_change = self.health.loop.hint
         self.metrics = Metrics(
             Watched(
                 self.roster,
@@ -159,7 +166,7 @@ class Manager:
                 lambda: not self.clock.problem,
             )
         )
-        self.reconciler.on_job = self.metrics.job_ended
+        job_ended.subscribe(self.metrics.job_ended)
         self.services = Services(
             settings=settings,
             store=store,
@@ -209,8 +216,8 @@ class Manager:
         deciding = [self.health.loop, self.reconciler.loop, self.expiry.loop, self.copies.loop]
         return [*deciding, self.engine_log.loop, self.sessions.loop, self.retention.loop, *door]
 
-    def watch_changed(self, worker_id: str) -> None:
-        self.health.judge_now(worker_id)
+    def _prepare_for_loss(self, worker_id: str) -> None:
+        """Prepare for the loss of a worker whose watch was closed."""
         if self.watching and self.watching.is_closed(worker_id):
             self.readiness.prepare_for_loss_of(worker_id)
 

@@ -75,7 +75,7 @@ class EventStreams:
         """The id of the newest event that was handed out."""
         self._is_new = asyncio.Event()
         self._reading: asyncio.Task[None] | None = None
-        store.news.followers.append(self.hear)
+        store.news.follow(self.hear)
 
     def hear(self, committed: Sequence[Event]) -> None:
         """Have what was committed handed out."""

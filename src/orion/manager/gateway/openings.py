@@ -60,7 +60,7 @@ class Openings:
         self._wall = wall
         self._open: dict[str, set[Opening]] = {}
         """By the token's id."""
-        store.news.followers.append(self.hear)
+        store.news.follow(self.hear)
 
     @asynccontextmanager
     async def by(self, principal: Principal) -> AsyncIterator[Opening]:

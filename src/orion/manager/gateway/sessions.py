@@ -95,7 +95,7 @@ class Sessions:
         self._pending: deque[Event] = deque(maxlen=MOST_PENDING)
         self._writing = asyncio.Lock()
         self.loop = Loop("sessions", INTERVAL_S, self.flush)
-        store.news.followers.append(self.hear)
+        store.news.follow(self.hear)
 
     @contextmanager
     def beginning(self, rental_id: str) -> Iterator[Session]:

@@ -83,7 +83,7 @@ class WebEnds:
         self._revoked: set[str] = set()
         """The ids of the tokens that were revoked since the start."""
         self._telling: set[asyncio.Task[None]] = set()
-        store.news.followers.append(self.hear)
+        store.news.follow(self.hear)
 
     def number(self) -> int:
         """Return a number that is higher than all before."""

@@ -63,8 +63,12 @@ class HealthLoop:
         door_open: Callable[[], bool],
         monotonic: Callable[[], float],
         on_verdict: Callable[[], None],
+        watching: Watching | None = None,
     ) -> None:
-        """`door_open`: whether the manager reached itself through the proxy the last time it asked."""
+        """`door_open`: whether the manager reached itself through the proxy the last time it asked.
+
+        `watching`: what proves deaths; None: only leases do.
+        """
         self._ledger = ledger
         self._roster = roster
         self._leases = leases
@@ -72,6 +76,7 @@ class HealthLoop:
         self._door_open = door_open
         self._monotonic = monotonic
         self._on_verdict = on_verdict
+        self._watching = watching
         self._began_at: float | None = None
         self._noted_at: float | None = None
         self._forgot_at = monotonic()
@@ -83,8 +88,6 @@ class HealthLoop:
         self._sweep: Iterator[str] = iter(())
         self.swept_at_once = SWEPT_AT_ONCE
         self.brake = Brake.at_start(monotonic())
-        self.watching: Watching | None = None
-        """What proves deaths; None: only leases do."""
         self.interval_s = max(0.2, min(1.0, clocks.heartbeat_s / 30))
         self.loop = Loop("health", self.interval_s, self.round)
 
@@ -145,18 +148,18 @@ class HealthLoop:
 
     async def _watch(self, worker_ids: list[str]) -> None:
         """Hold a watch on those that are counted on, and on no others."""
-        if self.watching is None:
+        if self._watching is None:
             return
         begun: list[str] = []
         for worker_id in worker_ids:
             known = self._roster.worker(worker_id)
             if known is None:
-                self.watching.forget(worker_id)
-            elif not self.watching.is_right(worker_id, known.session_id, known.health):
+                self._watching.forget(worker_id)
+            elif not self._watching.is_right(worker_id, known.session_id, known.health):
                 begun.append(worker_id)
         for start in range(0, len(begun), LOOKED_AT_ONCE):
             for worker in (await self._ledger.workers(begun[start : start + LOOKED_AT_ONCE])).values():
-                self.watching.see(worker)
+                self._watching.see(worker)
 
     def _come_to_moments(self, now: float) -> None:
         for _ in range(GONE_THROUGH_AT_ONCE):
@@ -261,7 +264,7 @@ class HealthLoop:
             refuges > is_refuge,
             0.0 if joined_at is None else now - joined_at,
             self._leases.losses(worker.id, now, self._clocks.flap_window_s),
-            self.watching.found(worker) if self.watching else Watched(),
+            self._watching.found(worker) if self._watching else Watched(),
         )
 
     def _plan(self, evidence: Evidence) -> None:

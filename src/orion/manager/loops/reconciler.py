@@ -99,8 +99,14 @@ class Reconciler:
         counts_from: Callable[[], float | None],
         placement_ids: Iterator[str] | None = None,
         awaits_files_s: float = 0.0,
+        on_worker_change: Callable[[], None] = lambda: None,
+        on_job: Callable[[str, bool, float], None] = lambda _kind, _ok, _seconds: None,
     ) -> None:
-        """`counts_from`: see TrustedClock. `awaits_files_s`: see domain/facts.py."""
+        """`counts_from`: see TrustedClock. `awaits_files_s`: see domain/facts.py.
+
+        `on_worker_change` is called when a task has changed what the health loop judges by; `on_job` when a task has
+        ended, with its kind, whether it succeeded, and its seconds.
+        """
         self._ledger = ledger
         self._roster = roster
         self._leases = leases
@@ -113,6 +119,8 @@ class Reconciler:
         self._counts_from = counts_from
         self._placement_ids = placement_ids or _random_ids()
         self._awaits_files_s = awaits_files_s
+        self._on_worker_change = on_worker_change
+        self._on_job = on_job
         self._placing = asyncio.Lock()
         """From the look to the commit of whoever gives slots away: two that looked at once would give the same one."""
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -130,10 +138,6 @@ class Reconciler:
         self._writing: asyncio.Task[None] | None = None
         self.swept_at_once = SWEPT_AT_ONCE
         self.loop = Loop("reconciler", INTERVAL_S, self.round)
-        self.on_worker_change: Callable[[], None] = lambda: None
-        """Told when a task changed what the health loop judges by."""
-        self.on_job: Callable[[str, bool, float], None] = lambda _action, _ok, _seconds: None
-        """Told when a task has ended: of what kind it was, whether it succeeded, how long it took."""
 
     def shown(self, worker_id: str, inventory: Sequence[Item]) -> None:
         """What a worker that called home shows, compared with what is placed there."""
@@ -314,7 +318,7 @@ class Reconciler:
         try:
             began = self._monotonic()
             outcome = await self._perform(task)
-            self.on_job(str(task.kind), outcome.ok, self._monotonic() - began)
+            self._on_job(str(task.kind), outcome.ok, self._monotonic() - began)
             await self._feed_back(task, outcome)
         except Exception:
             log.exception("task failed", task=task.kind, worker_id=task.worker_id)
@@ -380,7 +384,7 @@ class Reconciler:
         await self._write(self._end_of(task, outcome))
         log.info("task done", **_story(task))
         if task.kind is not TaskKind.CREATE:
-            self.on_worker_change()
+            self._on_worker_change()
 
     def _end_of(self, task: Task, outcome: Outcome, attempts: int = 0) -> Ended:
         when = self._wall(), self._counts_from()

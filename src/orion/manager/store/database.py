@@ -48,8 +48,11 @@ class News:
         self._listeners: dict[str, set[asyncio.Event]] = defaultdict(set)
         self.committed: Counter[str] = Counter()
         """Events since the start, by kind."""
-        self.followers: list[Callable[[list[Event]], None]] = []
-        """Told of each commit's events, in their order, before whoever waited for the commit goes on."""
+        self._followers: list[Callable[[list[Event]], None]] = []
+
+    def follow(self, follower: Callable[[list[Event]], None]) -> None:
+        """Call the follower with the events of each commit, in order, before the task that waits for it goes on."""
+        self._followers.append(follower)
 
     @contextmanager
     def listen(self, topic: str) -> Iterator[asyncio.Event]:
@@ -67,7 +70,7 @@ class News:
         if not committed:
             return
         self.committed.update(e.kind for e in committed)
-        for follower in self.followers:
+        for follower in self._followers:
             follower(committed)
         topics = {self.EVERYTHING} | {e.rental_id for e in committed if e.rental_id}
         for topic in topics:
