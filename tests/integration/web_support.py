@@ -16,7 +16,7 @@ from listeners import Reached, listeners, reach
 from platform_support import Platform
 from web_door import Tenants, WebDoor
 
-from orion.manager.gateway.web import COOKIE
+from orion.manager.api.web_ports import COOKIE
 
 TOO_FREE = (
     *("Set-Cookie: a=b; Path=/; Domain=example", "Set-Cookie: orion_port=c", 'Clear-Site-Data: "*"', "NEL: {}"),

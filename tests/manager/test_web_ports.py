@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -14,7 +15,6 @@ from support.house import Agent, House
 from web_door import Refusal, Way, opened
 
 from orion import wire
-from orion.manager.api import services
 from orion.manager.gateway import tickets, ways, web_ends
 from orion.manager.gateway.ways import Keys, Named
 from orion.manager.store.tokens import make_token
@@ -512,14 +512,14 @@ async def test_a_token_that_is_revoked_while_its_pass_is_made_gets_none(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, rental_id, alice = await rented(house)
-    looked_up = services.authenticate
+    looked_up = house.manager.port_access._authentication.authenticate
 
     async def authenticated(*asked: Any) -> Any:
         found = await looked_up(*asked)
         await house.revoke("alice")
         return found
 
-    monkeypatch.setattr("orion.manager.gateway.web.authenticate", authenticated)
+    monkeypatch.setattr(house.manager.port_access, "_authentication", SimpleNamespace(authenticate=authenticated))
     assert not await Asking(house, rental_id).lets_in(**token(alice))
 
 

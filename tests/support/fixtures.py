@@ -12,7 +12,7 @@ from sqlalchemy import Engine, create_engine
 from support.house import House
 from support.way_in import Sshds
 
-from orion.manager.gateway import routes
+from orion.manager.gateway import ssh_sessions
 from orion.manager.store.database import Store
 
 
@@ -63,6 +63,6 @@ async def house(store: Store) -> AsyncIterator[House]:
 def sshds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshds]:
     """What the gateway connects to in the place of workers."""
     made = Sshds()
-    monkeypatch.setattr(routes, "connect", made.connect)
+    monkeypatch.setattr(ssh_sessions, "connect", made.connect)
     yield made
     made.close()

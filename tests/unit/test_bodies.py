@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from orion.manager.api.bodies import LARGE_BYTES, Bodies
+from orion.manager.authentication import Authentication
 from orion.manager.store import tokens
 from orion.manager.store.tokens import Principal
 
@@ -33,7 +34,8 @@ class Call:
     """One request, and what the manager answered; `parts` of its body come, and then nothing more."""
 
     def __init__(self, path: str, headers: dict[str, str], parts: list[bytes]) -> None:
-        services = SimpleNamespace(store=Store(), clock=SimpleNamespace(wall_of_tokens=lambda: 1.0))
+        known: Any = Store()
+        services = SimpleNamespace(authentication=Authentication(known, lambda: 1.0))
         app = SimpleNamespace(state=SimpleNamespace(services=services))
         told = [(name.encode(), value.encode()) for name, value in headers.items()]
         self.scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": told, "app": app}

@@ -15,7 +15,6 @@ import yaml
 from support.readme import PAGES, READMES, ROOT, code, commands, shell_blocks
 
 import orion.manager.api
-import orion.manager.gateway
 from orion.cli import app
 from orion.manager.settings import Settings
 
@@ -238,10 +237,9 @@ def _exposed(dockerfile: Path) -> list[str]:
 
 def _routes() -> set[str]:
     found = set()
-    for package in (orion.manager.api, orion.manager.gateway):
-        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            router = getattr(importlib.import_module(module.name), "router", None)
-            found |= {route.path for route in router.routes} if router else set()
+    for module in pkgutil.iter_modules(orion.manager.api.__path__, "orion.manager.api."):
+        router = getattr(importlib.import_module(module.name), "router", None)
+        found |= {route.path for route in router.routes} if router else set()
     return found
 
 

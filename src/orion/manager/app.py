@@ -15,7 +15,19 @@ import structlog
 from fastapi import FastAPI
 
 from orion import __version__
-from orion.manager.api import access, admin, contract, operations, problems, rentals, snapshots, workers
+from orion.manager.api import (
+    access,
+    admin,
+    contract,
+    operations,
+    problems,
+    rentals,
+    snapshots,
+    ssh,
+    terminals,
+    web_ports,
+    workers,
+)
 from orion.manager.api.bodies import Bodies
 from orion.manager.api.call_home import CallHome
 from orion.manager.api.door import Door
@@ -23,6 +35,7 @@ from orion.manager.api.event_streams import EventStreams
 from orion.manager.api.heartbeat import Heartbeat
 from orion.manager.api.metrics import Metrics, Watched
 from orion.manager.api.services import Services
+from orion.manager.authentication import Authentication
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.overdue import MOST_SHOWN, Overdue, overdue, workers_to_look_at
 from orion.manager.domain.roster import Roster
@@ -31,9 +44,12 @@ from orion.manager.engine.authority import Authority
 from orion.manager.engine.port import Engine, Reach, Shells, Watch
 from orion.manager.engine.shell import SshShells
 from orion.manager.engine.vault.port import Vault
-from orion.manager.gateway import routes, terminals, web
+from orion.manager.gateway.active_rental import ActiveRentals
 from orion.manager.gateway.openings import Openings
+from orion.manager.gateway.port_access import PortAccess
 from orion.manager.gateway.sessions import Sessions
+from orion.manager.gateway.ssh_sessions import SshSessions
+from orion.manager.gateway.terminal_sessions import TerminalSessions
 from orion.manager.gateway.tickets import Terminals, Tickets
 from orion.manager.gateway.ways import Keys
 from orion.manager.gateway.web_ends import Tell, WebEnds
@@ -167,6 +183,34 @@ class Manager:
             )
         )
         job_ended.subscribe(self.metrics.job_ended)
+        authentication = Authentication(store, self.clock.wall_of_tokens)
+        active_rentals = ActiveRentals(store, self.clock, ports.monotonic)
+        ssh_sessions = SshSessions(
+            rentals=active_rentals,
+            sessions=self.sessions,
+            openings=self.openings,
+            leases=self.leases,
+            certify=self.certificates.ensure,
+            monotonic=ports.monotonic,
+        )
+        terminal_sessions = TerminalSessions(
+            store=store,
+            clock=self.clock,
+            rentals=active_rentals,
+            sessions=self.sessions,
+            openings=self.openings,
+            terminals=self.terminals,
+            shells=ports.shells or SshShells(self.authority, str(settings.app_address)),
+            monotonic=ports.monotonic,
+        )
+        self.port_access = PortAccess(
+            store=store,
+            clock=self.clock,
+            authentication=authentication,
+            ends=self.web_ends,
+            tickets=Tickets(ports.monotonic),
+            keys=Keys(secrets.proxy_secret),
+        )
         self.services = Services(
             settings=settings,
             store=store,
@@ -197,16 +241,14 @@ class Manager:
             copies_paused=lambda: self.copies.paused or None,
             why_old=self.copies.why_old,
             clock=self.clock,
+            authentication=authentication,
             openings=self.openings,
             event_streams=self.event_streams,
-            web_ends=self.web_ends,
-            sessions=self.sessions,
-            recognisable=self.certificates.ensure,
             authority=self.authority,
-            shells=ports.shells or SshShells(self.authority, str(settings.app_address)),
             terminals=self.terminals,
-            port_tickets=Tickets(ports.monotonic),
-            port_keys=Keys(secrets.proxy_secret),
+            ssh_sessions=ssh_sessions,
+            terminal_sessions=terminal_sessions,
+            port_access=self.port_access,
             restart=lambda: os.kill(os.getpid(), signal.SIGTERM),
         )
 
@@ -315,10 +357,10 @@ def application(proxy_secret: str) -> FastAPI:
     app.add_middleware(Heartbeat)
     problems.install(app)
     contract.describe(app)
-    rooms = (workers, rentals, access, snapshots, operations, admin, routes, terminals, web)
+    rooms = (workers, rentals, access, snapshots, operations, admin, ssh, terminals, web_ports)
     for room in rooms:
         app.include_router(room.router)
-    app.include_router(web.inside)
+    app.include_router(web_ports.inside)
     app.add_middleware(Bodies)
     app.add_middleware(Door, secret=proxy_secret)
     return app

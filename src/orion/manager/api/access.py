@@ -9,10 +9,10 @@ from fastapi import APIRouter, Response
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import Responses, refusals
-from orion.manager.api.problems import ApiProblem, not_found
 from orion.manager.api.rentals import WaitSeconds, find, wait_for
 from orion.manager.api.services import Client, Services, Shared
 from orion.manager.domain.model import Event
+from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.store import keys
 from orion.manager.store.database import record
 from orion.manager.store.tokens import Principal

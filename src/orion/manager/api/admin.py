@@ -13,9 +13,9 @@ from fastapi.responses import StreamingResponse
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import refusals
-from orion.manager.api.problems import ApiProblem, not_found
 from orion.manager.api.services import Admin, Services, Shared
 from orion.manager.gateway.openings import Streamed
+from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.store.backup import Backups, Examined, NotABackup
 
 router = APIRouter(prefix="/api/admin", tags=["operations"])

@@ -11,8 +11,9 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from orion.manager.api.problems import ApiProblem, problem
-from orion.manager.api.services import identify
+from orion.manager.api.problems import problem
+from orion.manager.api.services import Services
+from orion.manager.refusals import ApiProblem
 
 WHOLE_WITHIN_S = 15.0
 UNKNOWN_WITHIN_S = 1.0
@@ -100,8 +101,9 @@ class _InTime:
 
 async def _refusal(scope: Scope) -> Response | None:
     """Return what is to be answered to a caller whose token is none; None: the caller is known."""
+    services: Services = scope["app"].state.services
     try:
-        await identify(HTTPConnection(scope), scope["app"].state.services)
+        await services.authentication.identify(HTTPConnection(scope))
     except ApiProblem as refusal:
         return problem(refusal.status, refusal.code, refusal.detail, refusal.headers)
     return None

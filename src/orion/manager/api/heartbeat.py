@@ -17,10 +17,11 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orion.manager.api.call_home import CallRefused
-from orion.manager.api.problems import ApiProblem, problem, unauthorized
+from orion.manager.api.problems import problem
 from orion.manager.api.services import Services
 from orion.manager.domain.leases import Beat
 from orion.manager.domain.model import CommandEnd, Item
+from orion.manager.refusals import ApiProblem, unauthorized
 from orion.wire import FURTHER_FIELDS, MAX_SLOTS
 
 CONFIRM_S = 0.5

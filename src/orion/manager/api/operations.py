@@ -12,9 +12,10 @@ from orion import __version__, wire
 from orion.manager.api import metrics, views
 from orion.manager.api.contract import refusals
 from orion.manager.api.event_streams import Filter as Shown
-from orion.manager.api.problems import not_found
-from orion.manager.api.services import Admin, Client, Shared, visible_owner
+from orion.manager.api.services import Admin, Client, Shared
+from orion.manager.authentication import visible_owner
 from orion.manager.gateway.openings import Streamed
+from orion.manager.refusals import not_found
 from orion.manager.store import events, tokens
 
 router = APIRouter()

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from orion.manager.refusals import ApiProblem
 from orion.wire import in_words
 
 log = structlog.get_logger()
@@ -32,28 +33,6 @@ TITLES = {
     503: "Not available",
 }
 CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
-
-
-class ApiProblem(Exception):
-    """A refusal, as the client will read it."""
-
-    def __init__(self, status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.code = code
-        self.detail = detail
-        self.headers = headers or {}
-
-
-def unauthorized(why: str = "this token is not valid here") -> ApiProblem:
-    """Return the refusal of a token. Most who read it cannot make tokens: it sends them to whoever can."""
-    headers = {"WWW-Authenticate": 'Bearer realm="orion"'}
-    detail = f"{why}. Ask whoever runs this platform for a token, then log in with it: orion login URL"
-    return ApiProblem(401, "unauthorized", detail, headers)
-
-
-def not_found(what: str) -> ApiProblem:
-    return ApiProblem(404, "not_found", f"there is no such {what}, or it is not yours")
 
 
 def problem(

@@ -14,9 +14,10 @@ from fastapi import APIRouter, Header, Query, Response
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import refusals
-from orion.manager.api.problems import ApiProblem, not_found
-from orion.manager.api.services import Client, Services, Shared, visible_owner
+from orion.manager.api.services import Client, Services, Shared
+from orion.manager.authentication import visible_owner
 from orion.manager.domain.moves import NotMoved
+from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.store import rentals
 from orion.manager.store.tokens import Principal
 

@@ -13,21 +13,20 @@ from starlette.requests import HTTPConnection
 from orion.manager.api.call_home import CallHome
 from orion.manager.api.event_streams import EventStreams
 from orion.manager.api.metrics import Metrics
-from orion.manager.api.problems import ApiProblem, unauthorized
+from orion.manager.authentication import Authentication
 from orion.manager.domain.copies import Generation
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.overdue import Overdue
 from orion.manager.domain.roster import Roster
 from orion.manager.engine.authority import Authority
-from orion.manager.engine.port import Job, Reach, Shells
+from orion.manager.engine.port import Reach
 from orion.manager.gateway.openings import Openings
-from orion.manager.gateway.sessions import Sessions
-from orion.manager.gateway.tickets import Terminals, Tickets
-from orion.manager.gateway.ways import Keys
-from orion.manager.gateway.web_ends import WebEnds
+from orion.manager.gateway.port_access import PortAccess
+from orion.manager.gateway.ssh_sessions import SshSessions
+from orion.manager.gateway.terminal_sessions import TerminalSessions
+from orion.manager.gateway.tickets import Terminals
 from orion.manager.loops.clock import TrustedClock
 from orion.manager.settings import Settings
-from orion.manager.store import tokens
 from orion.manager.store.database import Row, Store
 from orion.manager.store.tokens import Principal
 
@@ -63,17 +62,14 @@ class Services:
     why_old: Callable[[str, float], str]
     """Why the last copy of an active rental, begun at that time (Unix seconds), is old; empty where it is not."""
     clock: TrustedClock
+    authentication: Authentication
     openings: Openings
     event_streams: EventStreams
-    web_ends: WebEnds
-    sessions: Sessions
-    recognisable: Callable[[Job], Awaitable[None]]
-    """Has the worker of a rental show a certificate that names it: see loops/certificates.py."""
     authority: Authority
-    shells: Shells
     terminals: Terminals
-    port_tickets: Tickets
-    port_keys: Keys
+    ssh_sessions: SshSessions
+    terminal_sessions: TerminalSessions
+    port_access: PortAccess
     restart: Callable[[], None]
     """End, to be started again with what is then on the disk."""
     copying: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -93,50 +89,23 @@ def client_address(connection: HTTPConnection) -> str:
     return connection.headers.get("x-real-ip", "")
 
 
-async def authenticate(connection: HTTPConnection, shared: Services, *roles: str) -> Principal:
-    """Return who asks. Raise 401 for anything but a valid token, 403 for one of another role."""
-    principal = await identify(connection, shared)
-    if principal.role not in roles:
-        may = " or ".join(roles)
-        raise ApiProblem(
-            403, "forbidden", f"this takes a token of the role {may}, and yours is of the role {principal.role}"
-        )
-    return principal
-
-
-async def identify(connection: HTTPConnection, shared: Services) -> Principal:
-    """Return whose token was sent, of whatever role. Raise 401 for anything but a valid one."""
-    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
-        raise unauthorized("no token was sent: it belongs into the header 'Authorization: Bearer TOKEN'")
-    principal = await shared.store.read(tokens.authenticate, token.strip(), shared.clock.wall_of_tokens())
-    if principal is None:
-        raise unauthorized(await shared.store.read(tokens.why_refused, token.strip()))
-    return principal
-
-
 async def _client(connection: HTTPConnection, shared: Shared) -> Principal:
-    return await authenticate(connection, shared, "client", "admin")
+    return await shared.authentication.authenticate(connection, "client", "admin")
 
 
 async def _admin(connection: HTTPConnection, shared: Shared) -> Principal:
-    return await authenticate(connection, shared, "admin")
+    return await shared.authentication.authenticate(connection, "admin")
 
 
 async def _caller_home(connection: HTTPConnection, shared: Shared) -> Principal:
-    return await authenticate(connection, shared, "join", "worker")
+    return await shared.authentication.authenticate(connection, "join", "worker")
 
 
 async def _worker(connection: HTTPConnection, shared: Shared) -> Principal:
-    return await authenticate(connection, shared, "worker")
+    return await shared.authentication.authenticate(connection, "worker")
 
 
 Client = Annotated[Principal, Depends(_client)]
 Admin = Annotated[Principal, Depends(_admin)]
 CallerHome = Annotated[Principal, Depends(_caller_home)]
 CallingWorker = Annotated[Principal, Depends(_worker)]
-
-
-def visible_owner(principal: Principal) -> str | None:
-    """Whose rentals and events it sees; None: everybody's."""
-    return None if principal.role == "admin" else principal.name

@@ -9,10 +9,10 @@ from fastapi import APIRouter
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import refusals
-from orion.manager.api.problems import ApiProblem, not_found
 from orion.manager.api.rentals import find
 from orion.manager.api.services import Client, Services, Shared
 from orion.manager.domain.copies import EMPTY, Generation
+from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.store import copies
 
 router = APIRouter(prefix="/api", tags=["rentals"])

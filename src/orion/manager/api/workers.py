@@ -14,12 +14,12 @@ from orion.manager.api import views
 from orion.manager.api.call_home import PROBE_TIMEOUT_S, CallRefused, Orders
 from orion.manager.api.contract import refusals
 from orion.manager.api.heartbeat import HeartbeatRequest, answer
-from orion.manager.api.problems import ApiProblem, not_found
 from orion.manager.api.services import Admin, CallerHome, CallingWorker, Services, Shared, client_address
 from orion.manager.domain.model import Item
 from orion.manager.domain.placement import counted
 from orion.manager.domain.states import LIVE, Health, Intent
 from orion.manager.engine.port import Host, Reached
+from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.store import ledger, workers
 from orion.manager.store.port import Registration
 

@@ -17,8 +17,8 @@ from typing import Any
 from starlette.responses import ContentStream, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from orion.manager.api.problems import unauthorized
 from orion.manager.domain.model import Event
+from orion.manager.refusals import unauthorized
 from orion.manager.store import tokens
 from orion.manager.store.database import Store
 from orion.manager.store.tokens import Principal

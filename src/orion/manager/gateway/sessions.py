@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from orion.manager.api.problems import ApiProblem
 from orion.manager.domain.model import Event
 from orion.manager.domain.shares import Claim, may_take
 from orion.manager.gateway.openings import Opening
 from orion.manager.gateway.ssh import MOVED, REVOKED, Ending
 from orion.manager.loops.timer import Loop
+from orion.manager.refusals import ApiProblem
 from orion.manager.store.database import Store, record
 
 INTERVAL_S = 1.0

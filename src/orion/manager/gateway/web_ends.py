@@ -20,11 +20,11 @@ from typing import Any
 
 import structlog
 
-from orion.manager.api.problems import unauthorized
 from orion.manager.domain.model import Event
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health
 from orion.manager.gateway.openings import HAS_BEEN_REVOKED
+from orion.manager.refusals import unauthorized
 from orion.manager.store import tokens, web_ports
 from orion.manager.store.database import Store
 from orion.manager.store.tokens import Principal

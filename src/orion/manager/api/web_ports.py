@@ -1,14 +1,9 @@
-"""Web ports: who may open which, and where it is. The proxy asks before each request, and carries the bytes itself.
-
-On a host name of its own a browser has its key in a cookie. On the platform's address there are no cookies at all, for
-there all rentals and the platform itself share what cookies are kept for: so the key stands in the path, and what is
-served there has an origin of its own by the sandbox that the proxy sets (manager_proxy/web_port.conf).
-"""
+"""Web ports: their routes for people, and those for the proxy, which asks before each request and carries the bytes."""
 
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from functools import partial
 from http.cookies import CookieError, SimpleCookie
 from typing import Annotated
 from urllib.parse import parse_qs, quote, urlsplit
@@ -18,22 +13,18 @@ from fastapi.responses import HTMLResponse, Response
 
 from orion import wire
 from orion.manager.api.contract import refusals
-from orion.manager.api.problems import TITLES, ApiProblem, not_found, problem
+from orion.manager.api.problems import TITLES, problem
 from orion.manager.api.rentals import find
-from orion.manager.api.services import Client, Services, Shared, authenticate, client_address, visible_owner
-from orion.manager.domain.model import Event
-from orion.manager.domain.states import ENDED
+from orion.manager.api.services import Client, Services, Shared, client_address
+from orion.manager.gateway.active_rental import OVER
+from orion.manager.gateway.port_access import Asked, NamedRental, try_later
 from orion.manager.gateway.tickets import LIFETIME_S
 from orion.manager.gateway.ways import LIFETIME_S as KEY_LIFETIME_S
-from orion.manager.gateway.ways import Named, signed_pass
-from orion.manager.gateway.web_ends import PUBLIC
-from orion.manager.store import rentals, tokens, web_ports
-from orion.manager.store.database import Row, record
-from orion.manager.store.tokens import Principal
+from orion.manager.refusals import ApiProblem
+from orion.manager.store import web_ports
 
 COOKIE = "orion_port"
 LARGEST_FORM_BYTES = 1000
-_OVER = {*ENDED, wire.RentalState.RELEASING}
 _REFUSALS = {
     "ended": "the rental is ending or has ended",
     "too_many_ports": f"{wire.MAX_PUBLIC_PORTS} of its ports are public, and no more may be: make one private first",
@@ -86,30 +77,11 @@ async def expose(
 async def ticket(rental_id: str, port: Port, principal: Client, shared: Shared, request: Request) -> wire.WebPortTicket:
     """A ticket by which a browser opens the port: good once, for a minute. What it gets for it lasts eight hours."""
     row = await find(shared, rental_id, principal)
-    if row["state"] in _OVER:
+    if row["state"] in OVER:
         raise ApiProblem(409, "ended", f"the rental is {row['state']}")
-    issued = shared.port_tickets.issue(_topic(rental_id, port), principal)
+    issued = shared.port_access.issue_ticket(rental_id, port, principal)
     known = _web_port(shared, request, rental_id, port, port in row["public_ports"])
     return wire.WebPortTicket(**known.model_dump(), ticket=issued, expires_in_s=LIFETIME_S)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the proxy says of a request: it has checked the form of rental and port."""
-
-    rental_id: str
-    port: int
-    on_own_host: bool
-    cross_site: bool
-    """A page from elsewhere has the browser ask, with whatever cookie that has."""
-
-    @staticmethod
-    def of(request: Request) -> Asked:
-        port = request.headers.get("x-orion-port", "")
-        if not (port.isascii() and port.isdigit() and wire.MIN_PORT <= int(port) <= wire.MAX_PORT):
-            raise ApiProblem(404, "not_found", f"a web port is a number from {wire.MIN_PORT} to {wire.MAX_PORT}")
-        own = request.headers.get("x-orion-own-host") == "1"
-        return Asked(request.headers.get("x-orion-rental", ""), int(port), own, _is_cross_site(request))
 
 
 @inside.get("/way")
@@ -120,21 +92,22 @@ async def way(request: Request, shared: Shared) -> Response:
     and what is not refused any more is to be tried again.
     """
     explains = "x-orion-explain" in request.headers
-    number = shared.web_ends.number()
+    number = shared.port_access.number()
     try:
-        asked = Asked.of(request)
-        row = await shared.store.read(web_ports.look, asked.rental_id)
-        is_public = row is not None and asked.port in row["public_ports"] and row["state"] not in _OVER
-        who = None if is_public else await _who(request, shared, asked)
-        if row is None and who is not None:
-            row = await _named(shared, asked.rental_id, who.principal)
-            if row is not None:
-                return _as_refusal(_sent_on(request, row["id"], asked.port))
-        headers = _leads_to(shared, row, asked, who, number)
+        asked = _asked(request)
+        found = await shared.port_access.lead(request, asked, partial(_offered, request, asked), number)
+        if isinstance(found, NamedRental):
+            return _as_refusal(_sent_on(request, found.rental_id, asked.port))
         if explains:
             raise _unserved(request.headers.get("x-orion-seen", ""))
     except ApiProblem as refusal:
         return _shown(request, refusal) if explains else _as_refusal(_shown(request, refusal))
+    policy = "" if found.is_public else "same-origin"
+    headers = {
+        "X-Orion-Worker": found.address,
+        "X-Orion-Pass": found.signed_pass,
+        "X-Orion-Resource-Policy": policy,
+    }
     return Response(status_code=204, headers=headers)
 
 
@@ -142,21 +115,11 @@ async def way(request: Request, shared: Shared) -> Response:
 async def open_port(request: Request, shared: Shared) -> Response:
     """A browser gives its ticket, and is sent on with a key."""
     try:
-        asked, told = await _form(request)
-        principal = shared.port_tickets.redeem(told, _topic(asked.rental_id, asked.port))
-        now = shared.clock.wall_of_tokens()
-        if principal is None or not await shared.store.read(tokens.is_valid, principal, now):
-            detail = f"this address was good once, for {LIFETIME_S:.0f} s: `orion open` prints another one"
-            raise ApiProblem(401, "no_ticket", detail)
-        row = await shared.store.read(web_ports.look, asked.rental_id)
-        if row is None:
-            raise not_found("rental")
+        asked, ticket = await _form(request)
+        where_from = client_address(request)
+        key = await shared.port_access.redeem_ticket(asked.rental_id, asked.port, ticket, where_from)
     except ApiProblem as refusal:
         return _shown(request, refusal)
-    details = {"port": asked.port, "from": client_address(request)}
-    place = (row["owner"], row["id"], row["worker_id"], row["epoch"], details)
-    await shared.store.write(record, Event("rental.port_opened", principal.name, "by a ticket", *place))
-    key = shared.port_keys.make(asked.rental_id, asked.port, Named(principal.role, principal.id, principal.mark), now)
     if not asked.on_own_host:
         opened = f"{_outer_prefix(request)}{_path(asked.rental_id, asked.port)}~{key}/"
         return Response(status_code=303, headers={"Location": opened})
@@ -166,43 +129,12 @@ async def open_port(request: Request, shared: Shared) -> Response:
     return sent_on
 
 
-@dataclass(frozen=True)
-class Who:
-    """Who opens a private port, by a token or in its name."""
-
-    principal: Principal
-    ends_at: float | None
-    """Unix seconds at which the token or the key ends."""
-
-
-async def _who(request: Request, shared: Services, asked: Asked) -> Who:
-    """Who asks, of those who could be the owner. Raises 401 for anybody else, whether there is such a rental or not."""
-    if "orion_" in request.headers.get("authorization", ""):
-        principal = await authenticate(request, shared, "client", "admin")
-        return Who(principal, principal.expires_at)
-    held = [request.headers.get("x-orion-key", "")]
-    if asked.on_own_host:
-        held = _cookies(request)
-    now = shared.clock.wall_of_tokens()
-    for key in held:
-        named = shared.port_keys.read(key, asked.rental_id, asked.port, now)
-        known = await shared.store.read(tokens.named, named.role, named.token_id, now) if named else None
-        if named is not None and known is not None and known.mark == named.mark:
-            if asked.on_own_host and asked.cross_site:
-                raise ApiProblem(403, "cross_site", "a page from elsewhere asks for this")
-            ends = [at for at in (known.expires_at, named.ends_at) if at is not None]
-            return Who(known, min(ends))
-    detail = (
-        f"nothing is open to everybody here: `orion open {asked.rental_id} {asked.port}` opens a port of your own in a"
-        " browser, and a program sends its token (Authorization: Bearer TOKEN)"
-    )
-    raise ApiProblem(401, "private", detail, {"WWW-Authenticate": 'Bearer realm="orion"'})
-
-
-async def _named(shared: Services, name: str, principal: Principal) -> Row | None:
-    """Return the living rental that the principal itself owns under that name."""
-    found = await shared.store.read(rentals.page, principal.name, name, False, None, 1)
-    return found[0] if found else None
+def _asked(request: Request) -> Asked:
+    port = request.headers.get("x-orion-port", "")
+    if not (port.isascii() and port.isdigit() and wire.MIN_PORT <= int(port) <= wire.MAX_PORT):
+        raise ApiProblem(404, "not_found", f"a web port is a number from {wire.MIN_PORT} to {wire.MAX_PORT}")
+    own = request.headers.get("x-orion-own-host") == "1"
+    return Asked(request.headers.get("x-orion-rental", ""), int(port), own, _is_cross_site(request))
 
 
 def _sent_on(request: Request, rental_id: str, port: int) -> Response:
@@ -216,34 +148,10 @@ def _outer_prefix(request: Request) -> str:
     return request.headers.get("x-forwarded-prefix", "")
 
 
-def _leads_to(shared: Services, row: Row | None, asked: Asked, who: Who | None, number: int) -> dict[str, str]:
-    """The headers that tell the proxy where. `who` is None for what is public alone."""
-    principal = who.principal if who else None
-    if row is None or (principal and visible_owner(principal) not in {None, row["owner"]}):
-        raise not_found("rental")
-    if row["state"] in _OVER:
-        raise ApiProblem(404, "ended", f"the rental is {row['state']}")
-    if row["state"] != wire.RentalState.ACTIVE or not row["session_id"]:
-        why = f" ({row['state']}: {row['explanation']})" if principal else ""
-        raise _later("not_active", f"the rental does not run at present{why}: try again in a moment")
-    grant = shared.web_ends.note(who.principal, row["worker_id"]) if who else PUBLIC
-    left_s = who.ends_at - shared.clock.wall_of_tokens() if who and who.ends_at is not None else None
-    signed = signed_pass(row["session_id"], row["id"], row["epoch"], asked.port, grant, number, left_s)
-    return {
-        "X-Orion-Worker": row["address"],
-        "X-Orion-Pass": signed,
-        "X-Orion-Resource-Policy": "same-origin" if who else "",
-    }
-
-
 def _unserved(seen: str) -> ApiProblem:
     """Return the refusal for a request that nothing forbids, and that the proxy could not serve all the same."""
     code, detail = _SEEN.get(seen, _SEEN[""])
-    return ApiProblem(502, code, detail) if code == "answer_unreadable" else _later(code, detail)
-
-
-def _later(code: str, detail: str) -> ApiProblem:
-    return ApiProblem(503, code, detail, {"Retry-After": "2"})
+    return ApiProblem(502, code, detail) if code == "answer_unreadable" else try_later(code, detail)
 
 
 def _shown(request: Request, refusal: ApiProblem) -> Response:
@@ -281,6 +189,11 @@ async def _form(request: Request) -> tuple[Asked, str]:
     if own and (rental_id, port) != (request.headers.get("x-orion-rental"), request.headers.get("x-orion-port")):
         raise ApiProblem(422, "invalid_request", "the ticket is for another host")
     return Asked(rental_id, int(port), own, cross_site=False), told
+
+
+def _offered(request: Request, asked: Asked) -> list[str]:
+    """Return the keys that the request brings: see gateway/port_access.py."""
+    return _cookies(request) if asked.on_own_host else [request.headers.get("x-orion-key", "")]
 
 
 def _cookies(request: Request) -> list[str]:
@@ -331,7 +244,3 @@ def _is_this_machine(host: str) -> bool:
 
 def _path(rental_id: str, port: int) -> str:
     return f"/r/{rental_id}/{port}/"
-
-
-def _topic(rental_id: str, port: int) -> str:
-    return f"{rental_id}:{port}"

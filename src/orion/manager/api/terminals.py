@@ -1,0 +1,81 @@
+"""The way in for a browser: a ticket by the token, then a WebSocket by the ticket, which carries a terminal.
+
+A page cannot give a WebSocket an Authorization header, and what stands in an address is logged: so the ticket comes as
+a subprotocol. A browser also says which page opens the connection (Origin): only the platform's own may.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import structlog
+from fastapi import APIRouter, Query, WebSocket
+
+from orion import wire
+from orion.manager.api.contract import refusals
+from orion.manager.api.problems import problem
+from orion.manager.api.rentals import find
+from orion.manager.api.services import Client, Services, Shared, client_address
+from orion.manager.gateway.terminal import LARGEST_SIZE
+from orion.manager.gateway.tickets import LIFETIME_S
+from orion.manager.refusals import ApiProblem
+
+SUBPROTOCOL = "orion.terminal"
+Size = Annotated[int, Query(ge=1, le=LARGEST_SIZE)]
+
+log = structlog.get_logger()
+
+router = APIRouter(prefix="/api", tags=["rentals"])
+
+
+@router.post("/rentals/{rental_id}/terminal", status_code=201, responses=refusals(404, 409, 503))
+async def ticket(rental_id: str, principal: Client, shared: Shared) -> wire.TerminalTicket:
+    """A ticket for a terminal in a browser: good once, for a minute, as the second subprotocol of the WebSocket."""
+    row = await find(shared, rental_id, principal)
+    if row["state"] != wire.RentalState.ACTIVE:
+        raise ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}")
+    shared.terminals.check(rental_id, principal.name)
+    issued = shared.terminals.tickets.issue(rental_id, principal)
+    return wire.TerminalTicket(ticket=issued, expires_in_s=LIFETIME_S)
+
+
+@router.websocket("/rentals/{rental_id}/terminal")
+async def terminal(websocket: WebSocket, rental_id: str, columns: Size = 80, rows: Size = 24) -> None:
+    """Refusals are HTTP problems, sent before the WebSocket is accepted."""
+    services: Services = websocket.app.state.services
+    sessions = services.terminal_sessions
+    try:
+        _check_origin(websocket)
+        resume = await sessions.redeem(_offered(websocket), rental_id)
+        ending = await sessions.serve(websocket, SUBPROTOCOL, (columns, rows), resume, client_address(websocket))
+    except ApiProblem as error:
+        await websocket.send_denial_response(problem(error.status, error.code, error.detail, error.headers))
+        return
+    log.info("terminal ended", rental_id=rental_id, code=ending.code, reason=ending.reason)
+
+
+def _check_origin(websocket: WebSocket) -> None:
+    """Raise 403 unless the page is of the proxy's address as the browser knows it, port and all.
+
+    Programs send no origin, and have a ticket or not.
+    """
+    origin = websocket.headers.get("origin")
+    if origin is None:
+        return
+    host = websocket.headers.get("x-forwarded-host", "")
+    try:
+        theirs = urlsplit(origin).netloc
+    except ValueError:
+        theirs = ""
+    if not host or theirs.lower() != host.lower():
+        raise ApiProblem(403, "cross_site", "a terminal is opened from the platform's own pages alone")
+
+
+def _offered(websocket: WebSocket) -> str:
+    """Return the ticket or resume key that comes as the second subprotocol. Raise 401 if none does."""
+    offered = websocket.scope["subprotocols"]
+    if len(offered) != 2 or offered[0] != SUBPROTOCOL:
+        raise ApiProblem(401, "no_ticket", f"offer two subprotocols: {SUBPROTOCOL}, and a ticket")
+    ticket: str = offered[1]
+    return ticket

@@ -1,0 +1,154 @@
+"""A browser's terminal, from its ticket to its end: one shell after the other, wherever the rental is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from starlette.websockets import WebSocket
+
+from orion.manager.engine.port import Login, Shell, Shells, ShellUnreachable
+from orion.manager.gateway.active_rental import ActiveRentals, job_of, remarks
+from orion.manager.gateway.openings import Opening, Openings
+from orion.manager.gateway.sessions import Session, Sessions
+from orion.manager.gateway.ssh import NORMAL, REVOKED, Ending
+from orion.manager.gateway.terminal import COME_AGAIN, OVER, TIME_OVER, Page, carry, serve
+from orion.manager.gateway.tickets import LIFETIME_S, Resume, Terminals
+from orion.manager.loops.clock import TrustedClock
+from orion.manager.refusals import ApiProblem
+from orion.manager.store import tokens
+from orion.manager.store.database import Row, Store
+from orion.manager.store.tokens import Principal
+
+
+class TerminalSessions:
+    def __init__(
+        self,
+        *,
+        store: Store,
+        clock: TrustedClock,
+        rentals: ActiveRentals,
+        sessions: Sessions,
+        openings: Openings,
+        terminals: Terminals,
+        shells: Shells,
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._rentals = rentals
+        self._sessions = sessions
+        self._openings = openings
+        self._terminals = terminals
+        self._shells = shells
+        self._monotonic = monotonic
+
+    async def redeem(self, offered: str, rental_id: str) -> Resume:
+        """Return the right to open the rental's terminal: a ticket makes a new one, a resume key belongs to one.
+
+        Raise ApiProblem where what was offered is neither, or its token is over.
+        """
+        principal = self._terminals.tickets.redeem(offered, rental_id)
+        if principal is None:
+            resume = self._terminals.resumes.redeem(offered, rental_id)
+        else:
+            resume = self._terminals.resumes.begin(rental_id, principal)
+        now = self._clock.wall_of_tokens()
+        if resume is None or not await self._store.read(tokens.is_valid, resume.principal, now):
+            detail = f"a ticket is good once, for {LIFETIME_S:.0f} s, for its own rental: ask for a new one"
+            raise ApiProblem(401, "no_ticket", detail)
+        return resume
+
+    async def serve(
+        self, websocket: WebSocket, subprotocol: str, size: tuple[int, int], resume: Resume, where_from: str
+    ) -> Ending:
+        """Accept the WebSocket and serve its page until it ends. Raise ApiProblem before, where there are too many."""
+        resumes = self._terminals.resumes
+        with self._terminals.opened(resume.rental_id, resume.principal.name), resumes.used(resume):
+            await websocket.accept(subprotocol)
+            page = Page(websocket, self._terminals.terms, size, self._monotonic() - resume.began_at)
+            ending = await serve(page, self._visits(page, resume, where_from))
+            if ending.code in {NORMAL, OVER, TIME_OVER}:
+                resumes.forget(resume)
+        return ending
+
+    async def _visits(self, page: Page, resume: Resume, where_from: str) -> Ending:
+        """Open one shell after the other, wherever the rental is, until one ends by itself, the rental or the token."""
+        try:
+            async with self._openings.by(resume.principal) as opening:
+                return await self._visit(page, resume, where_from, opening)
+        except ApiProblem as error:
+            return Ending(OVER, error.detail)
+
+    async def _visit(self, page: Page, resume: Resume, where_from: str, opening: Opening) -> Ending:
+        rental_id, principal = resume.rental_id, resume.principal
+        await page.tell("connecting", "Opening a shell")
+        no_later = self._monotonic() + self._terminals.terms.total_s
+        while True:
+            with self._sessions.beginning(rental_id) as session:
+                session.opened_by(opening)
+                try:
+                    row = await self._rentals.wait_for(rental_id, principal, no_later, session)
+                except ApiProblem as error:
+                    return Ending(OVER, error.detail)
+                session.who, session.where_from, session.owner = principal.name, where_from, row["owner"]
+                session.worker_id, session.epoch = row["worker_id"], row["epoch"]
+                session.also = {"by": "browser terminal"}
+                try:
+                    with self._sessions.carried(session):
+                        shell = await self._open(page, row, principal, session)
+                        about = {"name": row["name"], "resume": resume.key}
+                        about |= {"notice": said} if (said := remarks(row)) else {}
+                        if shell and (how := await self._use(page, shell, session, about)):
+                            return Ending(NORMAL, how)
+                except ApiProblem as error:
+                    return Ending(COME_AGAIN, error.detail)
+            if session.over.done():
+                if session.over.result().code == REVOKED:
+                    return Ending(OVER, session.over.result().reason)
+                await page.tell("waiting", f"The rental has left its worker: {session.over.result().reason}")
+            else:
+                await asyncio.sleep(self._terminals.terms.again_after_s)
+
+    async def _open(self, page: Page, row: Row, principal: Principal, session: Session) -> Shell | None:
+        """Return a shell; None where there is none now, which the page was told."""
+        login = Login(row["username"], row["id"], row["epoch"], principal.name)
+        opening = asyncio.create_task(self._shells.open(job_of(row).host, login, page.size))
+        wanted = False
+        try:
+            await asyncio.wait((opening, session.over), return_when=asyncio.FIRST_COMPLETED)
+            if opening.done():
+                shell, wanted = opening.result(), True
+                return shell
+        except ShellUnreachable as error:
+            await page.tell("waiting", f"No shell yet: {error}")
+        finally:
+            if not wanted:
+                opening.add_done_callback(_close)
+                opening.cancel()
+        return None
+
+    async def _use(self, page: Page, shell: Shell, session: Session, about: dict[str, str]) -> str | None:
+        """Return how the shell ended; None where it is lost, which the page was told."""
+        self._sessions.note_begin(session)
+        reason = "the page was closed"
+        page.attach(True)
+        try:
+            shell.resize(*page.size)
+            await page.tell("connected", "", **about)
+            how = await carry(page, shell, session.over)
+            lost = "the connection to the worker broke"
+            reason = how or (session.over.result().reason if session.over.done() else lost)
+            if how is None and not session.over.done():
+                await page.tell("waiting", f"{lost.capitalize()}. What ran in the shell may be lost")
+            return how
+        finally:
+            shell.close()
+            self._sessions.note_end(session, reason, page.taken, page.shown)
+            page.attach(False)
+
+
+def _close(opened: asyncio.Task[Shell]) -> None:
+    """Close a shell for which nobody waits any more."""
+    if not opened.cancelled() and opened.exception() is None:
+        opened.result().close()
