@@ -12,6 +12,7 @@ from support.house import PROXY_SECRET, House
 from support.short_tokens import SOON_S, Short
 from support.way_in import Sshds, coming_in
 
+from orion.manager.api.snapshots import SnapshotServices
 from orion.manager.gateway.openings import Opening
 from orion.manager.gateway.ssh import REVOKED
 from orion.manager.store import tokens
@@ -132,7 +133,7 @@ async def test_a_copy_of_the_database_is_broken_off(house: House, short: Short) 
 
 
 async def test_a_copy_that_is_made_before_a_restore_does_not_outlive_the_right_to_restore(
-    house: House, short: Short, monkeypatch: pytest.MonkeyPatch
+    house: House, short: Short
 ) -> None:
     await house.join()
     rental = await house.rent()
@@ -143,7 +144,7 @@ async def test_a_copy_that_is_made_before_a_restore_does_not_outlive_the_right_t
         await copied.wait()
         return ""
 
-    monkeypatch.setattr(house.manager.services, "copy_now", copy_now)
+    house.change_services(SnapshotServices, copy_now=copy_now)
     client = house.client(await short.begins())
     asked = asyncio.create_task(client.post(f"/api/rentals/{rental['id']}/restore", json={"empty": True}))
     await asyncio.wait_for(copying.wait(), WITHIN_S)

@@ -18,6 +18,7 @@ from sqlalchemy import text
 from support.builders import host_key
 from support.house import House
 
+from orion.manager.api.admin import AdminServices
 from orion.manager.settings import Settings
 from orion.manager.store import tokens
 from orion.manager.store.backup import EPOCH_GAP, UID_GAP, Backups, NotABackup
@@ -349,7 +350,7 @@ def test_a_broken_database_can_be_replaced(accepted: Backups) -> None:
 async def test_an_administrator_takes_a_copy_and_goes_back_to_it(store: Store, database: Path) -> None:
     async with House(store, Settings(database_url=f"sqlite:///{database}")) as house:
         restarts: list[bool] = []
-        house.manager.services.restart = lambda: restarts.append(True)
+        house.change_services(AdminServices, restart=lambda: restarts.append(True))
         client, _ = await store.write(tokens.create, "admin", "alice", "client", None)
         await house.join()
         rental = await house.rent(ssh_public_key=host_key(9001))

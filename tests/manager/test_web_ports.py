@@ -15,6 +15,7 @@ from support.house import Agent, House
 from web_door import Refusal, Way, opened
 
 from orion import wire
+from orion.manager.api.web_ports import WebPortServices
 from orion.manager.gateway import tickets, ways, web_ends
 from orion.manager.gateway.ways import Keys, Named
 from orion.manager.store.tokens import make_token
@@ -425,7 +426,7 @@ async def test_a_port_has_a_host_of_its_own_where_there_is_a_domain_or_the_brows
     house: House, domain: str, host: str, expected: str | None
 ) -> None:
     _, rental_id, alice = await rented(house)
-    house.manager.services.settings = house.settings.model_copy(update={"apps_domain": domain})
+    house.change_services(WebPortServices, apps_domain=domain)
     alice.headers["X-Forwarded-Host"] = host
     told: dict[str, Any] = (await expose(alice, rental_id)).json()
     assert told["host"] == (expected.format(rental_id) if expected else None)

@@ -226,6 +226,10 @@ class House:
         self.http = httpx.AsyncClient(transport=transport, base_url="http://manager", headers=headers)
         self.as_admin = self.client(self.secrets.admin_token)
 
+    def change_services(self, kind: type, **changes: Any) -> None:
+        """Have the router with services of this class use others from now on."""
+        self.manager.services[kind] = replace(self.manager.services[kind], **changes)
+
     async def watch_workers(self) -> None:
         """Begin again with a manager that holds a watch on each worker, so that deaths are proved."""
         self.watch = FakeWatch(self.world)

@@ -35,7 +35,7 @@ class Call:
 
     def __init__(self, path: str, headers: dict[str, str], parts: list[bytes]) -> None:
         known: Any = Store()
-        services = SimpleNamespace(authentication=Authentication(known, lambda: 1.0))
+        services = {Authentication: Authentication(known, lambda: 1.0)}
         app = SimpleNamespace(state=SimpleNamespace(services=services))
         told = [(name.encode(), value.encode()) for name, value in headers.items()]
         self.scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": told, "app": app}

@@ -28,13 +28,23 @@ from orion.manager.api import (
     web_ports,
     workers,
 )
+from orion.manager.api.access import AccessServices
+from orion.manager.api.admin import AdminServices
 from orion.manager.api.bodies import Bodies
 from orion.manager.api.call_home import CallHome
 from orion.manager.api.door import Door
 from orion.manager.api.event_streams import EventStreams
-from orion.manager.api.heartbeat import Heartbeat
+from orion.manager.api.heartbeat import Heartbeat, HeartbeatServices
 from orion.manager.api.metrics import Metrics, Watched
+from orion.manager.api.operations import OperationServices
+from orion.manager.api.rentals import RentalServices
 from orion.manager.api.services import Services
+from orion.manager.api.snapshots import SnapshotServices
+from orion.manager.api.ssh import SshServices
+from orion.manager.api.terminals import TerminalServices
+from orion.manager.api.visible_rentals import VisibleRentals
+from orion.manager.api.web_ports import WebPortServices
+from orion.manager.api.workers import WorkerServices
 from orion.manager.authentication import Authentication
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.overdue import MOST_SHOWN, Overdue, overdue, workers_to_look_at
@@ -112,7 +122,7 @@ class Manager:
     def __init__(self, settings: Settings, secrets: Secrets, store: Store, ports: Ports) -> None:
         self.store = store
         self.leases = Leases(settings.clocks.freeze_after_s)
-        self._clocks = settings.clocks
+        self.clocks = settings.clocks
         self._ports = ports
         self._secrets = secrets
         self.ledger = SqlLedger(store)
@@ -122,6 +132,7 @@ class Manager:
         logged = LoggedEngine(ports.engine, self.engine_log.note, ports.monotonic, ports.wall)
         self.certificates = Certificates(store, self.authority, logged, ports.wall)
         engine = CertifyingEngine(logged, self.certificates, self.authority.of_users)
+        self.authentication = Authentication(store, self.clock.wall_of_tokens)
         self.openings = Openings(store, self.clock.wall_of_tokens)
         self.event_streams = EventStreams(store)
         self.sessions = Sessions(store, ports.monotonic)
@@ -183,7 +194,106 @@ class Manager:
             )
         )
         job_ended.subscribe(self.metrics.job_ended)
-        authentication = Authentication(store, self.clock.wall_of_tokens)
+        self.port_access = PortAccess(
+            store=store,
+            clock=self.clock,
+            authentication=self.authentication,
+            ends=self.web_ends,
+            tickets=Tickets(ports.monotonic),
+            keys=Keys(secrets.proxy_secret),
+        )
+        self.services: Services = {type(one): one for one in self._services_of_routers(settings, Thawer(engine, book))}
+
+    def _services_of_routers(self, settings: Settings, thawer: Thawer) -> tuple[object, ...]:
+        """Return what each router uses, and what all requests are authenticated by."""
+        store, ports, wake_reconciler = self.store, self._ports, self.reconciler.loop.hint
+        rentals = VisibleRentals(
+            store=store,
+            clock=self.clock,
+            monotonic=ports.monotonic,
+            openings=self.openings,
+            why_old=self.copies.why_old,
+        )
+        call_home = CallHome(
+            self.ledger,
+            self.roster,
+            self.leases,
+            ports.reach,
+            ports.monotonic,
+            self.reconciler.shown,
+            self.health.look_at,
+        )
+        return (
+            self.authentication,
+            HeartbeatServices(
+                clocks=settings.clocks,
+                roster=self.roster,
+                leases=self.leases,
+                call_home=call_home,
+                wall=ports.wall,
+                wake_health=self.health.loop.hint,
+                wake_reconciler=wake_reconciler,
+            ),
+            WorkerServices(
+                settings=settings,
+                store=store,
+                roster=self.roster,
+                leases=self.leases,
+                call_home=call_home,
+                reach=ports.reach,
+                authorized_keys=(self._secrets.ssh_public_key,),
+                wake_health=self.health.loop.hint,
+                wake_reconciler=wake_reconciler,
+            ),
+            RentalServices(
+                rentals=rentals,
+                store=store,
+                clock=self.clock,
+                monotonic=ports.monotonic,
+                wall=ports.wall,
+                metrics=self.metrics,
+                wake_reconciler=wake_reconciler,
+                thaw=thawer.thaw,
+                move=self.reconciler.ask_to_move,
+                engine_log=self.engine_log.of,
+            ),
+            AccessServices(
+                rentals=rentals,
+                store=store,
+                authority=self.authority,
+                app_address=str(settings.app_address),
+                wake_reconciler=wake_reconciler,
+            ),
+            SnapshotServices(
+                rentals=rentals,
+                store=store,
+                openings=self.openings,
+                copy_now=self.copies.copy_now,
+                wake_reconciler=wake_reconciler,
+            ),
+            OperationServices(
+                store=store,
+                roster=self.roster,
+                clock=self.clock,
+                brake=self._brake,
+                copies_paused=lambda: self.copies.paused or None,
+                overdue=self._overdue,
+                metrics=self.metrics,
+                event_streams=self.event_streams,
+                openings=self.openings,
+            ),
+            AdminServices(
+                database_url=settings.database_url,
+                clock=self.clock,
+                openings=self.openings,
+                restart=lambda: os.kill(os.getpid(), signal.SIGTERM),
+            ),
+            *self._services_of_the_gateway(settings, rentals),
+        )
+
+    def _services_of_the_gateway(self, settings: Settings, rentals: VisibleRentals) -> tuple[object, ...]:
+        """Return what the routers of ssh, terminals and web ports use."""
+        store, ports = self.store, self._ports
         active_rentals = ActiveRentals(store, self.clock, ports.monotonic)
         ssh_sessions = SshSessions(
             rentals=active_rentals,
@@ -203,53 +313,15 @@ class Manager:
             shells=ports.shells or SshShells(self.authority, str(settings.app_address)),
             monotonic=ports.monotonic,
         )
-        self.port_access = PortAccess(
-            store=store,
-            clock=self.clock,
-            authentication=authentication,
-            ends=self.web_ends,
-            tickets=Tickets(ports.monotonic),
-            keys=Keys(secrets.proxy_secret),
-        )
-        self.services = Services(
-            settings=settings,
-            store=store,
-            leases=self.leases,
-            roster=self.roster,
-            call_home=CallHome(
-                self.ledger,
-                self.roster,
-                self.leases,
-                ports.reach,
-                ports.monotonic,
-                self.reconciler.shown,
-                self.health.look_at,
+        return (
+            SshServices(authentication=self.authentication, sessions=ssh_sessions),
+            TerminalServices(rentals=rentals, terminals=self.terminals, sessions=terminal_sessions),
+            WebPortServices(
+                rentals=rentals,
+                store=store,
+                access=self.port_access,
+                apps_domain=settings.apps_domain,
             ),
-            reach=ports.reach,
-            authorized_keys=(secrets.ssh_public_key,),
-            monotonic=ports.monotonic,
-            wall=ports.wall,
-            brake=self._brake,
-            wake_reconciler=wake_reconciler,
-            wake_health=self.health.loop.hint,
-            overdue=self._overdue,
-            engine_log=self.engine_log.of,
-            metrics=self.metrics,
-            copy_now=self.copies.copy_now,
-            thaw=Thawer(engine, book).thaw,
-            move=self.reconciler.ask_to_move,
-            copies_paused=lambda: self.copies.paused or None,
-            why_old=self.copies.why_old,
-            clock=self.clock,
-            authentication=authentication,
-            openings=self.openings,
-            event_streams=self.event_streams,
-            authority=self.authority,
-            terminals=self.terminals,
-            ssh_sessions=ssh_sessions,
-            terminal_sessions=terminal_sessions,
-            port_access=self.port_access,
-            restart=lambda: os.kill(os.getpid(), signal.SIGTERM),
         )
 
     @property
@@ -309,16 +381,16 @@ class Manager:
         await self.ledger.follow(lambda changes: self.roster.apply(changes, self._ports.monotonic()))
         known = self.roster.items()
         sessions = {w: k.session_id for w, k in known if k.session_id and k.health is not Health.DOWN}
-        granted_s = max(await self.store.read(worker_rows.granted_lease), self._clocks.freeze_after_s)
+        granted_s = max(await self.store.read(worker_rows.granted_lease), self.clocks.freeze_after_s)
         await self.store.write(worker_rows.grant_lease, granted_s)
         self.leases.restore(sessions, granted_s)
 
     async def _let_old_leases_lapse(self) -> None:
         """Leases given under longer clocks are over when none of them can be believed in any more."""
         granted_s = await self.store.read(worker_rows.granted_lease)
-        if granted_s > self._clocks.freeze_after_s:
+        if granted_s > self.clocks.freeze_after_s:
             await asyncio.sleep(2 * granted_s)
-            await self.store.write(worker_rows.grant_lease, self._clocks.freeze_after_s)
+            await self.store.write(worker_rows.grant_lease, self.clocks.freeze_after_s)
 
 
 def build(settings: Settings, secrets: Secrets, store: Store, ports: Ports) -> FastAPI:
@@ -341,7 +413,7 @@ def application(proxy_secret: str) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with app.state.manager.running():
             _spare_the_collector()
-            log.info("manager ready", version=__version__, clocks=vars(app.state.services.settings.clocks))
+            log.info("manager ready", version=__version__, clocks=vars(app.state.manager.clocks))
             yield
 
     app = FastAPI(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
 
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import Responses, refusals
-from orion.manager.api.rentals import WaitSeconds, find, wait_for
-from orion.manager.api.services import Client, Services, Shared
+from orion.manager.api.services import Client, given
+from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.domain.model import Event
+from orion.manager.engine.authority import Authority
 from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.store import keys
-from orion.manager.store.database import record
+from orion.manager.store.database import Store, record
 from orion.manager.store.tokens import Principal
 
 router = APIRouter(prefix="/api", tags=["rentals"])
@@ -27,6 +31,19 @@ _REFUSALS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class AccessServices:
+    rentals: VisibleRentals
+    store: Store
+    authority: Authority
+    app_address: str
+    """The manager's own address, from which every renter's connection reaches a worker."""
+    wake_reconciler: Callable[[], None]
+
+
+Shared = Annotated[AccessServices, Depends(given(AccessServices))]
+
+
 @router.get("/ssh-authority")
 async def ssh_authority(_: Client, shared: Shared) -> wire.SshAuthority:
     """By what a renter's ssh verifies the worker of any rental, wherever that moves."""
@@ -37,7 +54,7 @@ async def ssh_authority(_: Client, shared: Shared) -> wire.SshAuthority:
 @router.get("/rentals/{rental_id}/keys", responses=refusals(404))
 async def list_keys(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wire.Key]:
     """The keys that open it: all of them, for they are few."""
-    return _keys(await find(shared, rental_id, principal))
+    return _keys(await shared.rentals.find(rental_id, principal))
 
 
 @router.post("/rentals/{rental_id}/keys", status_code=201, responses=_CHANGED)
@@ -45,7 +62,7 @@ async def add_key(
     rental_id: str, body: wire.AddKeyRequest, principal: Client, shared: Shared, response: Response
 ) -> wire.Page[wire.Key]:
     """Add a key: 201 when its worker has it, 202 when that is still under way after `wait_s`. Repeatable."""
-    await find(shared, rental_id, principal)
+    await shared.rentals.find(rental_id, principal)
     key, comment = wire.one_public_key(body.ssh_public_key), wire.comment_of(body.ssh_public_key)
     _refuse(await shared.store.write(keys.add, rental_id, principal.name, key, comment))
     return await _in_place(shared, principal, rental_id, body.wait_s, response, 201)
@@ -58,10 +75,10 @@ async def remove_key(
     principal: Client,
     shared: Shared,
     response: Response,
-    wait_s: WaitSeconds = wire.DEFAULT_WAIT_S,
+    wait_s: views.WaitSeconds = wire.DEFAULT_WAIT_S,
 ) -> wire.Page[wire.Key]:
     """Remove a key, but not the last: 200 when it opens nothing any more. Sessions that it has opened go on."""
-    await find(shared, rental_id, principal)
+    await shared.rentals.find(rental_id, principal)
     _refuse(await shared.store.write(keys.remove, rental_id, principal.name, key_id))
     return await _in_place(shared, principal, rental_id, wait_s, response, 200)
 
@@ -71,12 +88,11 @@ async def certificate(
     rental_id: str, body: wire.CertificateRequest, principal: Client, shared: Shared
 ) -> wire.CertificateReply:
     """A certificate that opens this rental for an hour at most, and not after it has moved or ended."""
-    row = await find(shared, rental_id, principal)
+    row = await shared.rentals.find(rental_id, principal)
     if row["state"] != wire.RentalState.ACTIVE:
         raise ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}")
-    source = str(shared.settings.app_address)
     signed, until = shared.authority.user_certificate(
-        body.ssh_public_key, rental_id, row["epoch"], principal.name, source, body.ttl_s
+        body.ssh_public_key, rental_id, row["epoch"], principal.name, shared.app_address, body.ttl_s
     )
     told = {"fingerprint": wire.fingerprint(body.ssh_public_key), "seconds": body.ttl_s}
     place = (row["owner"], rental_id, row["worker_id"], row["epoch"], told)
@@ -86,12 +102,12 @@ async def certificate(
 
 
 async def _in_place(
-    shared: Services, principal: Principal, rental_id: str, wait_s: float, response: Response, status: int
+    shared: AccessServices, principal: Principal, rental_id: str, wait_s: float, response: Response, status: int
 ) -> wire.Page[wire.Key]:
     """Where nobody can be let in at present there is nothing to wait for: who is let in later is so by these keys."""
     shared.wake_reconciler()
-    row = await wait_for(
-        shared, principal, rental_id, wait_s, lambda r: _is_settled(r) or r["state"] != wire.RentalState.ACTIVE
+    row = await shared.rentals.wait_for(
+        principal, rental_id, wait_s, lambda r: _is_settled(r) or r["state"] != wire.RentalState.ACTIVE
     )
     response.status_code = status if _is_settled(row) else 202
     return _keys(row)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
-from typing import IO, Any
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import IO, Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
 
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import refusals
-from orion.manager.api.services import Admin, Services, Shared
-from orion.manager.gateway.openings import Streamed
+from orion.manager.api.services import Admin, given
+from orion.manager.gateway.openings import Openings, Streamed
+from orion.manager.loops.clock import TrustedClock
 from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.store.backup import Backups, Examined, NotABackup
 
@@ -23,6 +25,20 @@ router = APIRouter(prefix="/api/admin", tags=["operations"])
 CHUNK_BYTES = 1 << 18
 MEDIA_TYPE = "application/vnd.sqlite3"
 _BODY = {"requestBody": {"required": True, "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdminServices:
+    database_url: str
+    clock: TrustedClock
+    openings: Openings
+    restart: Callable[[], None]
+    """Ends the manager, which is started again with what is then on the disk."""
+    copying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One backup or restore at a time: each needs room beside the database."""
+
+
+Shared = Annotated[AdminServices, Depends(given(AdminServices))]
 
 
 @router.get(
@@ -83,8 +99,8 @@ async def restore(plan_id: str, admin: Admin, shared: Shared) -> wire.Restoring:
     return wire.Restoring(kept_as=backups.replaced.name)
 
 
-def _backups(shared: Services) -> Backups:
-    found = Backups.of(shared.settings.database_url)
+def _backups(shared: AdminServices) -> Backups:
+    found = Backups.of(shared.database_url)
     if found is None:
         raise ApiProblem(409, "not_sqlite", "this platform's database is PostgreSQL: use pg_dump and pg_restore")
     return found

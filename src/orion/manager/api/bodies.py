@@ -12,7 +12,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orion.manager.api.problems import problem
-from orion.manager.api.services import Services
+from orion.manager.api.services import provided
+from orion.manager.authentication import Authentication
 from orion.manager.refusals import ApiProblem
 
 WHOLE_WITHIN_S = 15.0
@@ -101,9 +102,8 @@ class _InTime:
 
 async def _refusal(scope: Scope) -> Response | None:
     """Return what is to be answered to a caller whose token is none; None: the caller is known."""
-    services: Services = scope["app"].state.services
     try:
-        await services.authentication.identify(HTTPConnection(scope))
+        await provided(scope, Authentication).identify(HTTPConnection(scope))
     except ApiProblem as refusal:
         return problem(refusal.status, refusal.code, refusal.detail, refusal.headers)
     return None

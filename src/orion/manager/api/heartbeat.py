@@ -11,16 +11,20 @@ import hashlib
 import hmac
 import random
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from orion.manager.api.call_home import CallRefused
+from orion.manager.api.call_home import CallHome, CallRefused
 from orion.manager.api.problems import problem
-from orion.manager.api.services import Services
-from orion.manager.domain.leases import Beat
+from orion.manager.api.services import provided
+from orion.manager.domain.clocks import Clocks
+from orion.manager.domain.leases import Beat, Leases
 from orion.manager.domain.model import CommandEnd, Item
+from orion.manager.domain.roster import Roster
 from orion.manager.refusals import ApiProblem, unauthorized
 from orion.wire import FURTHER_FIELDS, MAX_SLOTS
 
@@ -99,6 +103,17 @@ _decode = msgspec.json.Decoder(HeartbeatRequest).decode
 _encode = msgspec.json.Encoder().encode
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeartbeatServices:
+    clocks: Clocks
+    roster: Roster
+    leases: Leases
+    call_home: CallHome
+    wall: Callable[[], float]
+    wake_health: Callable[[], None]
+    wake_reconciler: Callable[[], None]
+
+
 class Heartbeat:
     """Stands before all routes; the one behind it gets what this one does not understand."""
 
@@ -126,7 +141,7 @@ class Heartbeat:
 
 def _reply(scope: Scope, body: bytes) -> bytes | None:
     """None: it is not understood. Raises ApiProblem."""
-    shared: Services = scope["app"].state.services
+    shared = provided(scope, HeartbeatServices)
     worker_id, is_json, address = _caller(shared, scope)
     beat = _understood(body) if worker_id and is_json else None
     return None if worker_id is None or beat is None else answer(shared, worker_id, beat, address)
@@ -142,7 +157,7 @@ async def _whole_body(receive: Receive) -> bytes:
     return body
 
 
-def answer(shared: Services, worker_id: str, body: HeartbeatRequest, address: str) -> bytes:
+def answer(shared: HeartbeatServices, worker_id: str, body: HeartbeatRequest, address: str) -> bytes:
     """Renew its lease and say what to do. `address`: the peer that the proxy saw. Raises ApiProblem."""
     items = tuple(Item(item.rental_id, item.username, item.uid, item.epoch) for item in body.inventory)
     wall = shared.wall()
@@ -157,7 +172,7 @@ def answer(shared: Services, worker_id: str, body: HeartbeatRequest, address: st
         shared.wake_health()
     if body.vacating:
         shared.wake_reconciler()
-    clocks = shared.settings.clocks
+    clocks = shared.clocks
     next_s = CONFIRM_S if body.lease_s > clocks.freeze_after_s else _with_jitter(clocks.heartbeat_s)
     orders = [Order(item.rental_id, item.epoch, want) for item, want in found]
     return _encode(HeartbeatReply(clocks.freeze_after_s, clocks.door_answer_s, next_s, orders))
@@ -170,7 +185,7 @@ def _understood(body: bytes) -> HeartbeatRequest | None:
         return None
 
 
-def _caller(shared: Services, scope: Scope) -> tuple[str | None, bool, str]:
+def _caller(shared: HeartbeatServices, scope: Scope) -> tuple[str | None, bool, str]:
     """Whose token it is, whether the body is said to be JSON, and the peer that the proxy saw.
 
     Raises 401 for a worker's token that is not valid.
@@ -186,7 +201,7 @@ def _caller(shared: Services, scope: Scope) -> tuple[str | None, bool, str]:
     return worker_id, is_json, address
 
 
-def _worker_of(shared: Services, header: bytes) -> str | None:
+def _worker_of(shared: HeartbeatServices, header: bytes) -> str | None:
     """None: no worker's token at all, so another refusal than this route's."""
     match = _TOKEN.fullmatch(header)
     if match is None:

@@ -3,26 +3,53 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Depends, Header, Query
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from orion import __version__, wire
-from orion.manager.api import metrics, views
+from orion.manager.api import views
 from orion.manager.api.contract import refusals
+from orion.manager.api.event_streams import EventStreams
 from orion.manager.api.event_streams import Filter as Shown
-from orion.manager.api.services import Admin, Client, Shared
+from orion.manager.api.metrics import MEDIA_TYPE, Metrics
+from orion.manager.api.services import Admin, Client, given
 from orion.manager.authentication import visible_owner
-from orion.manager.gateway.openings import Streamed
+from orion.manager.domain.overdue import Overdue
+from orion.manager.domain.roster import Roster
+from orion.manager.gateway.openings import Openings, Streamed
+from orion.manager.loops.clock import TrustedClock
 from orion.manager.refusals import not_found
 from orion.manager.store import events, tokens
+from orion.manager.store.database import Store
 
 router = APIRouter()
 
 _EVENT_ID = re.compile(r"[0-9]{1,15}")
 EventId = Annotated[int, Query(ge=0, lt=2**53)]
 Filter = Annotated[str | None, Query(max_length=64)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationServices:
+    store: Store
+    roster: Roster
+    clock: TrustedClock
+    brake: Callable[[], str | None]
+    """Returns why the brake is on; None while it is off."""
+    copies_paused: Callable[[], str | None]
+    """Returns why no copies are made at present; None while they are."""
+    overdue: Callable[[], Awaitable[list[Overdue]]]
+    """Returns what has waited too long."""
+    metrics: Metrics
+    event_streams: EventStreams
+    openings: Openings
+
+
+Shared = Annotated[OperationServices, Depends(given(OperationServices))]
 
 
 @router.get("/healthz", tags=["operations"])
@@ -51,7 +78,7 @@ async def status(principal: Client, shared: Shared) -> wire.Status:
 async def show_metrics(_: Admin, shared: Shared) -> Response:
     """What an operator watches, in the text format of Prometheus."""
     shared.metrics.last_event = await shared.store.read(events.last)
-    return Response(shared.metrics.text(), media_type=metrics.MEDIA_TYPE)
+    return Response(shared.metrics.text(), media_type=MEDIA_TYPE)
 
 
 @router.post("/api/tokens", status_code=201, tags=["tokens"])

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import asyncssh
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Depends, Header, Query, Response
 
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import refusals
-from orion.manager.api.services import Client, Services, Shared
+from orion.manager.api.metrics import Metrics
+from orion.manager.api.services import Client, given
+from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.authentication import visible_owner
 from orion.manager.domain.moves import NotMoved
-from orion.manager.refusals import ApiProblem, not_found
+from orion.manager.loops.clock import TrustedClock
+from orion.manager.refusals import ApiProblem
 from orion.manager.store import rentals
-from orion.manager.store.tokens import Principal
+from orion.manager.store.database import Row, Store
 
 router = APIRouter(prefix="/api", tags=["rentals"])
 
@@ -29,7 +31,26 @@ _NOT_STARTED = {
     "no_start": "the rental has no start command: one is given when renting, with: orion rent --start COMMAND",
 }
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
-WaitSeconds = Annotated[float, Query(ge=0, le=wire.MAX_WAIT_S)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RentalServices:
+    rentals: VisibleRentals
+    store: Store
+    clock: TrustedClock
+    monotonic: Callable[[], float]
+    wall: Callable[[], float]
+    metrics: Metrics
+    wake_reconciler: Callable[[], None]
+    thaw: Callable[[str, str], Awaitable[str]]
+    """Has a rental go on that is over its limits, for an actor; returns why that could not be, empty when it does."""
+    move: Callable[[str, str, str], Awaitable[None]]
+    """Begins a planned move of a rental, from a worker, for somebody. Raises moves.NotMoved."""
+    engine_log: Callable[[str], Awaitable[list[Row]]]
+    """Returns what the engine did for a rental, oldest first."""
+
+
+Shared = Annotated[RentalServices, Depends(given(RentalServices))]
 
 
 @router.post("/rent", status_code=201, responses={202: {"model": wire.RentReply}, **refusals(409)})
@@ -71,7 +92,7 @@ async def rent(
         detail = "this Idempotency-Key was used with another request within 24 h: use a new one"
         raise ApiProblem(409, "idempotency_conflict", detail) from error
     shared.wake_reconciler()
-    row = await wait_for(shared, principal, rental_id, body.wait_s, _is_usable)
+    row = await shared.rentals.wait_for(principal, rental_id, body.wait_s, _is_usable)
     response.status_code = 201 if _is_open(row) else 202
     response.headers["Location"] = f"/api/rentals/{rental_id}"
     shared.metrics.rented(response.status_code, shared.monotonic() - began)
@@ -91,7 +112,7 @@ async def list_rentals(
     """Living rentals, with `ended` all of them: a client's own, an admin's everybody's."""
     owner = principal.name if mine else visible_owner(principal)
     rows = await shared.store.read(rentals.page, owner, name, ended, after, limit + 1, shared.clock.wall_of_removals())
-    found = [explained(shared, row) for row in rows]
+    found = [shared.rentals.explained(row) for row in rows]
     return wire.Page(**views.page(found, limit, lambda row: str(row["id"]), views.rental))
 
 
@@ -101,31 +122,33 @@ async def show(
     principal: Client,
     shared: Shared,
     state: Annotated[wire.RentalState | None, Query(description="Wait until it is in this state, or has ended")] = None,
-    wait_s: WaitSeconds = 0,
+    wait_s: views.WaitSeconds = 0,
 ) -> wire.Rental:
-    await find(shared, rental_id, principal)
-    row = await wait_for(shared, principal, rental_id, wait_s if state else 0, lambda r: r["state"] in {state, *ENDED})
+    await shared.rentals.find(rental_id, principal)
+    row = await shared.rentals.wait_for(
+        principal, rental_id, wait_s if state else 0, lambda r: r["state"] in {state, *ENDED}
+    )
     return views.rental(row)
 
 
 @router.post("/rentals/{rental_id}/renew", responses=refusals(404, 409))
 async def renew(rental_id: str, body: wire.RenewRequest, principal: Client, shared: Shared) -> wire.Rental:
     """Count `ttl_s` again from now."""
-    await find(shared, rental_id, principal)
+    await shared.rentals.find(rental_id, principal)
     if not await shared.store.write(rentals.extend, rental_id, principal.name, body.ttl_s, shared.clock.counts_from()):
         raise ApiProblem(409, "ended", "the rental is ending or has ended: rent another with: orion rent")
-    return views.rental(await find(shared, rental_id, principal))
+    return views.rental(await shared.rentals.find(rental_id, principal))
 
 
 @router.delete("/rentals/{rental_id}", status_code=202, responses={200: {"model": wire.Rental}, **refusals(404)})
 async def release(
-    rental_id: str, principal: Client, shared: Shared, response: Response, wait_s: WaitSeconds = 0
+    rental_id: str, principal: Client, shared: Shared, response: Response, wait_s: views.WaitSeconds = 0
 ) -> wire.Rental:
     """Release it: 202 while it is being cleaned up, 200 when it has ended. Repeatable."""
-    await find(shared, rental_id, principal)
+    await shared.rentals.find(rental_id, principal)
     await shared.store.write(rentals.begin_release, rental_id, principal.name)
     shared.wake_reconciler()
-    row = await wait_for(shared, principal, rental_id, wait_s, lambda r: r["state"] in ENDED)
+    row = await shared.rentals.wait_for(principal, rental_id, wait_s, lambda r: r["state"] in ENDED)
     response.status_code = 200 if row["state"] in ENDED else 202
     return views.rental(row)
 
@@ -133,40 +156,40 @@ async def release(
 @router.post("/rentals/{rental_id}/start", status_code=202, responses=refusals(404, 409))
 async def start(rental_id: str, principal: Client, shared: Shared) -> wire.Rental:
     """Run its start command now, also one that is not run any more; what still goes on of it is left alone."""
-    await find(shared, rental_id, principal)
+    await shared.rentals.find(rental_id, principal)
     refused = await shared.store.write(rentals.begin_start, rental_id, principal.name)
     if refused:
         raise ApiProblem(409, refused, _NOT_STARTED[refused])
     shared.wake_reconciler()
-    return views.rental(await find(shared, rental_id, principal))
+    return views.rental(await shared.rentals.find(rental_id, principal))
 
 
 @router.post("/rentals/{rental_id}/thaw", responses=refusals(404, 409))
 async def thaw(rental_id: str, principal: Client, shared: Shared) -> wire.Rental:
     """Let it go on though its home holds more than it may: it has ten minutes to make room. Repeatable."""
-    await find(shared, rental_id, principal)
+    await shared.rentals.find(rental_id, principal)
     problem = await shared.thaw(rental_id, principal.name)
     if problem:
         raise ApiProblem(409, "not_thawed", f"the rental cannot be thawed now: {problem}")
-    return views.rental(await find(shared, rental_id, principal))
+    return views.rental(await shared.rentals.find(rental_id, principal))
 
 
 @router.post(
     "/rentals/{rental_id}/migrate", status_code=202, responses={200: {"model": wire.Rental}, **refusals(404, 409)}
 )
 async def migrate(
-    rental_id: str, principal: Client, shared: Shared, response: Response, wait_s: WaitSeconds = 0
+    rental_id: str, principal: Client, shared: Shared, response: Response, wait_s: views.WaitSeconds = 0
 ) -> wire.Rental:
     """Move it to another worker with all its files: 200 when it is there, 202 while it is on its way. Repeatable.
 
     It goes on where it is until all is ready there, and stands still for a moment. What could not be moved goes on.
     """
-    before = await find(shared, rental_id, principal)
+    before = await shared.rentals.find(rental_id, principal)
     try:
         await shared.move(rental_id, before["worker_id"] or "", principal.name)
     except NotMoved as refusal:
         raise ApiProblem(409, refusal.code, str(refusal)) from refusal
-    row = await wait_for(shared, principal, rental_id, wait_s, _is_at_rest)
+    row = await shared.rentals.wait_for(principal, rental_id, wait_s, _is_at_rest)
     if _is_at_rest(row) and row["worker_id"] == before["worker_id"]:
         raise ApiProblem(409, "not_moved", f"the rental goes on where it is: {row['explanation']}")
     response.status_code = 200 if _is_at_rest(row) else 202
@@ -176,56 +199,8 @@ async def migrate(
 @router.get("/rentals/{rental_id}/log", responses=refusals(404))
 async def log(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wire.LogEntry]:
     """What the engine did for it, oldest first: the latest 50."""
-    await find(shared, rental_id, principal)
+    await shared.rentals.find(rental_id, principal)
     return wire.Page(items=[views.log_entry(row) for row in await shared.engine_log(rental_id)])
-
-
-async def find(shared: Services, rental_id: str, principal: Principal) -> views.Row:
-    """The rental, if this principal may know of it; another's is as unknown as one that never was."""
-    row = await shared.store.read(rentals.one, rental_id, visible_owner(principal), shared.clock.wall_of_removals())
-    if row is None:
-        raise not_found("rental")
-    return explained(shared, row)
-
-
-def explained(shared: Services, row: views.Row) -> views.Row:
-    """Return the rental with the reason why its last copy is old, where that is so and nothing else is said of it."""
-    if row["state"] != wire.RentalState.ACTIVE or row["copy_problem"]:
-        return row
-    since = row["last_safe_copy_at"] or row["created_at"]
-    return {**row, "copy_problem": shared.why_old(row["id"], since)}
-
-
-async def wait_for(
-    shared: Services, principal: Principal, rental_id: str, wait_s: float, done: Callable[[views.Row], bool]
-) -> views.Row:
-    """Return the rental when it is done, or as it is after `wait_s`; woken by commits, it never polls.
-
-    Raise 401 as soon as the token of whoever waits is over.
-    """
-    deadline = shared.monotonic() + wait_s
-    with shared.store.news.listen(rental_id) as changed:
-        row = await _seen(shared, rental_id)
-        if done(row) or wait_s <= 0:
-            return row
-        async with shared.openings.by(principal) as opening:
-            opening.wakes(changed)
-            while True:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(deadline - shared.monotonic()):
-                        await changed.wait()
-                changed.clear()
-                opening.check()
-                row = await _seen(shared, rental_id)
-                if done(row) or shared.monotonic() >= deadline:
-                    return row
-
-
-async def _seen(shared: Services, rental_id: str) -> views.Row:
-    row = await shared.store.read(rentals.one, rental_id, None, shared.clock.wall_of_removals())
-    if row is None:
-        raise not_found("rental")
-    return explained(shared, row)
 
 
 def _left_out(body: wire.RentRequest) -> set[str]:

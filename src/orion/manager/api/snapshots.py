@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import refusals
-from orion.manager.api.rentals import find
-from orion.manager.api.services import Client, Services, Shared
+from orion.manager.api.services import Client, given
+from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.domain.copies import EMPTY, Generation
+from orion.manager.gateway.openings import Openings
 from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.store import copies
+from orion.manager.store.database import Store
 
 router = APIRouter(prefix="/api", tags=["rentals"])
 
@@ -26,10 +31,23 @@ _REFUSALS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class SnapshotServices:
+    rentals: VisibleRentals
+    store: Store
+    openings: Openings
+    copy_now: Callable[[str, Generation | None], Awaitable[str]]
+    """Copies a rental's files at once, and keeps an older copy; returns why that was not done, empty when it was."""
+    wake_reconciler: Callable[[], None]
+
+
+Shared = Annotated[SnapshotServices, Depends(given(SnapshotServices))]
+
+
 @router.get("/rentals/{rental_id}/snapshots", responses=refusals(404))
 async def list_snapshots(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wire.Snapshot]:
     """The complete copies of its files that are kept, oldest first: all of them, for they are few."""
-    await find(shared, rental_id, principal)
+    await shared.rentals.find(rental_id, principal)
     found = await shared.store.read(copies.copies_of, rental_id)
     return wire.Page(items=[views.snapshot(copy) for copy in found])
 
@@ -41,7 +59,7 @@ async def restore(rental_id: str, body: wire.RestoreRequest, principal: Client, 
     What is there now is copied first, so that there is a way back; `discard` forgoes that. One that waits for a place
     begins there with what was asked for last.
     """
-    row = await find(shared, rental_id, principal)
+    row = await shared.rentals.find(rental_id, principal)
     source = EMPTY if body.empty else str(body.generation)
     known = await shared.store.read(copies.copies_of, rental_id)
     if source != EMPTY and source not in {str(copy.generation) for copy in known}:
@@ -54,10 +72,10 @@ async def restore(rental_id: str, body: wire.RestoreRequest, principal: Client, 
     if refused:
         raise ApiProblem(409, refused, _REFUSALS[refused])
     shared.wake_reconciler()
-    return views.rental(await find(shared, rental_id, principal))
+    return views.rental(await shared.rentals.find(rental_id, principal))
 
 
-async def _copy_first(shared: Services, rental_id: str, spare: Generation | None) -> None:
+async def _copy_first(shared: SnapshotServices, rental_id: str, spare: Generation | None) -> None:
     try:
         async with asyncio.timeout(COPY_WITHIN_S):
             problem = await shared.copy_now(rental_id, spare)

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, WebSocket
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, WebSocket
 
 from orion import wire
 from orion.manager.api.problems import problem
-from orion.manager.api.services import Services, client_address
+from orion.manager.api.services import client_address, given
+from orion.manager.authentication import Authentication
 from orion.manager.gateway.ssh import WorkerUnreachable
+from orion.manager.gateway.ssh_sessions import SshSessions
 from orion.manager.refusals import ApiProblem
 
 router = APIRouter(prefix="/api", tags=["rentals"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class SshServices:
+    authentication: Authentication
+    sessions: SshSessions
+
+
+Shared = Annotated[SshServices, Depends(given(SshServices))]
+
+
 @router.websocket("/rentals/{rental_id}/ssh")
-async def ssh(websocket: WebSocket, rental_id: str) -> None:
+async def ssh(websocket: WebSocket, rental_id: str, shared: Shared) -> None:
     """Refusals are HTTP problems, sent before the WebSocket is accepted.
 
     `?wait_s=` waits for so long while the rental is queued, being made or on the move.
     """
-    services: Services = websocket.app.state.services
     try:
-        principal = await services.authentication.authenticate(websocket, "client", "admin")
-        await services.ssh_sessions.carry(
-            websocket, rental_id, principal, client_address(websocket), _wait_s(websocket)
-        )
+        principal = await shared.authentication.authenticate(websocket, "client", "admin")
+        await shared.sessions.carry(websocket, rental_id, principal, client_address(websocket), _wait_s(websocket))
     except ApiProblem as error:
         await websocket.send_denial_response(problem(error.status, error.code, error.detail, error.headers))
     except WorkerUnreachable as error:

@@ -6,19 +6,21 @@ a subprotocol. A browser also says which page opens the connection (Origin): onl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 from urllib.parse import urlsplit
 
 import structlog
-from fastapi import APIRouter, Query, WebSocket
+from fastapi import APIRouter, Depends, Query, WebSocket
 
 from orion import wire
 from orion.manager.api.contract import refusals
 from orion.manager.api.problems import problem
-from orion.manager.api.rentals import find
-from orion.manager.api.services import Client, Services, Shared, client_address
+from orion.manager.api.services import Client, client_address, given
+from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.gateway.terminal import LARGEST_SIZE
-from orion.manager.gateway.tickets import LIFETIME_S
+from orion.manager.gateway.terminal_sessions import TerminalSessions
+from orion.manager.gateway.tickets import LIFETIME_S, Terminals
 from orion.manager.refusals import ApiProblem
 
 SUBPROTOCOL = "orion.terminal"
@@ -29,10 +31,20 @@ log = structlog.get_logger()
 router = APIRouter(prefix="/api", tags=["rentals"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class TerminalServices:
+    rentals: VisibleRentals
+    terminals: Terminals
+    sessions: TerminalSessions
+
+
+Shared = Annotated[TerminalServices, Depends(given(TerminalServices))]
+
+
 @router.post("/rentals/{rental_id}/terminal", status_code=201, responses=refusals(404, 409, 503))
 async def ticket(rental_id: str, principal: Client, shared: Shared) -> wire.TerminalTicket:
     """A ticket for a terminal in a browser: good once, for a minute, as the second subprotocol of the WebSocket."""
-    row = await find(shared, rental_id, principal)
+    row = await shared.rentals.find(rental_id, principal)
     if row["state"] != wire.RentalState.ACTIVE:
         raise ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}")
     shared.terminals.check(rental_id, principal.name)
@@ -41,14 +53,12 @@ async def ticket(rental_id: str, principal: Client, shared: Shared) -> wire.Term
 
 
 @router.websocket("/rentals/{rental_id}/terminal")
-async def terminal(websocket: WebSocket, rental_id: str, columns: Size = 80, rows: Size = 24) -> None:
+async def terminal(websocket: WebSocket, rental_id: str, shared: Shared, columns: Size = 80, rows: Size = 24) -> None:
     """Refusals are HTTP problems, sent before the WebSocket is accepted."""
-    services: Services = websocket.app.state.services
-    sessions = services.terminal_sessions
     try:
         _check_origin(websocket)
-        resume = await sessions.redeem(_offered(websocket), rental_id)
-        ending = await sessions.serve(websocket, SUBPROTOCOL, (columns, rows), resume, client_address(websocket))
+        resume = await shared.sessions.redeem(_offered(websocket), rental_id)
+        ending = await shared.sessions.serve(websocket, SUBPROTOCOL, (columns, rows), resume, client_address(websocket))
     except ApiProblem as error:
         await websocket.send_denial_response(problem(error.status, error.code, error.detail, error.headers))
         return

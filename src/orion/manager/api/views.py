@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 Limit = Annotated[int, Query(ge=1, le=wire.MAX_PAGE)]
 After = Annotated[str | None, Query(max_length=64)]
+WaitSeconds = Annotated[float, Query(ge=0, le=wire.MAX_WAIT_S)]
 
 
 def page(rows: Sequence[T], limit: int, cursor: Callable[[T], str], view: Callable[[T], Any]) -> dict[str, Any]:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import html
+from dataclasses import dataclass
 from functools import partial
 from http.cookies import CookieError, SimpleCookie
 from typing import Annotated
 from urllib.parse import parse_qs, quote, urlsplit
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Depends, Path, Request
 from fastapi.responses import HTMLResponse, Response
 
 from orion import wire
 from orion.manager.api.contract import refusals
 from orion.manager.api.problems import TITLES, problem
-from orion.manager.api.rentals import find
-from orion.manager.api.services import Client, Services, Shared, client_address
+from orion.manager.api.services import Client, client_address, given
+from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.gateway.active_rental import OVER
-from orion.manager.gateway.port_access import Asked, NamedRental, try_later
+from orion.manager.gateway.port_access import Asked, NamedRental, PortAccess, try_later
 from orion.manager.gateway.tickets import LIFETIME_S
 from orion.manager.gateway.ways import LIFETIME_S as KEY_LIFETIME_S
 from orion.manager.refusals import ApiProblem
 from orion.manager.store import web_ports
+from orion.manager.store.database import Store
 
 COOKIE = "orion_port"
 LARGEST_FORM_BYTES = 1000
@@ -54,10 +56,22 @@ inside = APIRouter(prefix="/web", include_in_schema=False)
 Port = Annotated[int, Path(ge=wire.MIN_PORT, le=wire.MAX_PORT)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class WebPortServices:
+    rentals: VisibleRentals
+    store: Store
+    access: PortAccess
+    apps_domain: str
+    """The domain below which each port has a host name of its own; empty: there is none."""
+
+
+Shared = Annotated[WebPortServices, Depends(given(WebPortServices))]
+
+
 @router.get("/rentals/{rental_id}/ports", responses=refusals(404))
 async def list_ports(rental_id: str, principal: Client, shared: Shared, request: Request) -> wire.Page[wire.WebPort]:
     """The ports that anybody may open. All others from 1024 on are its owner's, whenever something listens there."""
-    row = await find(shared, rental_id, principal)
+    row = await shared.rentals.find(rental_id, principal)
     return wire.Page(items=[_web_port(shared, request, rental_id, port, True) for port in row["public_ports"]])
 
 
@@ -66,7 +80,7 @@ async def expose(
     rental_id: str, port: Port, body: wire.ExposeRequest, principal: Client, shared: Shared, request: Request
 ) -> wire.WebPort:
     """Open a port to everybody, or to its owner alone again. Repeatable; connections that this does not allow end."""
-    await find(shared, rental_id, principal)
+    await shared.rentals.find(rental_id, principal)
     code = await shared.store.write(web_ports.expose, rental_id, principal.name, port, body.public)
     if code:
         raise ApiProblem(409, code, _REFUSALS[code])
@@ -76,10 +90,10 @@ async def expose(
 @router.post("/rentals/{rental_id}/ports/{port}/ticket", status_code=201, responses=refusals(404, 409))
 async def ticket(rental_id: str, port: Port, principal: Client, shared: Shared, request: Request) -> wire.WebPortTicket:
     """A ticket by which a browser opens the port: good once, for a minute. What it gets for it lasts eight hours."""
-    row = await find(shared, rental_id, principal)
+    row = await shared.rentals.find(rental_id, principal)
     if row["state"] in OVER:
         raise ApiProblem(409, "ended", f"the rental is {row['state']}")
-    issued = shared.port_access.issue_ticket(rental_id, port, principal)
+    issued = shared.access.issue_ticket(rental_id, port, principal)
     known = _web_port(shared, request, rental_id, port, port in row["public_ports"])
     return wire.WebPortTicket(**known.model_dump(), ticket=issued, expires_in_s=LIFETIME_S)
 
@@ -92,10 +106,10 @@ async def way(request: Request, shared: Shared) -> Response:
     and what is not refused any more is to be tried again.
     """
     explains = "x-orion-explain" in request.headers
-    number = shared.port_access.number()
+    number = shared.access.number()
     try:
         asked = _asked(request)
-        found = await shared.port_access.lead(request, asked, partial(_offered, request, asked), number)
+        found = await shared.access.lead(request, asked, partial(_offered, request, asked), number)
         if isinstance(found, NamedRental):
             return _as_refusal(_sent_on(request, found.rental_id, asked.port))
         if explains:
@@ -117,7 +131,7 @@ async def open_port(request: Request, shared: Shared) -> Response:
     try:
         asked, ticket = await _form(request)
         where_from = client_address(request)
-        key = await shared.port_access.redeem_ticket(asked.rental_id, asked.port, ticket, where_from)
+        key = await shared.access.redeem_ticket(asked.rental_id, asked.port, ticket, where_from)
     except ApiProblem as refusal:
         return _shown(request, refusal)
     if not asked.on_own_host:
@@ -226,8 +240,8 @@ def _is_cross_site(request: Request) -> bool:
     return not (follows and headers.get("x-orion-method") in {"GET", "HEAD"})
 
 
-def _web_port(shared: Services, request: Request, rental_id: str, port: int, public: bool) -> wire.WebPort:
-    domain = shared.settings.apps_domain
+def _web_port(shared: WebPortServices, request: Request, rental_id: str, port: int, public: bool) -> wire.WebPort:
+    domain = shared.apps_domain
     if not domain and _is_this_machine(request.headers.get("x-forwarded-host", "")):
         domain = "localhost"
     host = f"{port}-{rental_id}.{domain}" if domain else None

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 
 from orion import wire
 from orion.manager.api import views
-from orion.manager.api.call_home import PROBE_TIMEOUT_S, CallRefused, Orders
+from orion.manager.api.call_home import PROBE_TIMEOUT_S, CallHome, CallRefused, Orders
 from orion.manager.api.contract import refusals
-from orion.manager.api.heartbeat import HeartbeatRequest, answer
-from orion.manager.api.services import Admin, CallerHome, CallingWorker, Services, Shared, client_address
+from orion.manager.api.heartbeat import HeartbeatRequest, HeartbeatServices, answer
+from orion.manager.api.services import Admin, CallerHome, CallingWorker, client_address, given
+from orion.manager.domain.leases import Leases
 from orion.manager.domain.model import Item
 from orion.manager.domain.placement import counted
+from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import LIVE, Health, Intent
-from orion.manager.engine.port import Host, Reached
+from orion.manager.engine.port import Host, Reach, Reached
 from orion.manager.refusals import ApiProblem, not_found
+from orion.manager.settings import Settings
 from orion.manager.store import ledger, workers
+from orion.manager.store.database import Store
 from orion.manager.store.port import Registration
 
 router = APIRouter(prefix="/api", tags=["workers"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerServices:
+    settings: Settings
+    store: Store
+    roster: Roster
+    leases: Leases
+    call_home: CallHome
+    reach: Reach
+    authorized_keys: tuple[str, ...]
+    """The manager's own public keys, which a worker lets in as root."""
+    wake_health: Callable[[], None]
+    wake_reconciler: Callable[[], None]
+
+
+Shared = Annotated[WorkerServices, Depends(given(WorkerServices))]
+Beating = Annotated[HeartbeatServices, Depends(given(HeartbeatServices))]
 
 
 @router.post("/register", status_code=201, responses=refusals(409))
@@ -59,7 +82,7 @@ async def register(
 
 @router.post("/heartbeat", responses=refusals(409))
 async def heartbeat(
-    request: Request, body: wire.HeartbeatRequest, principal: CallingWorker, shared: Shared
+    request: Request, body: wire.HeartbeatRequest, principal: CallingWorker, shared: Beating
 ) -> wire.HeartbeatReply:
     """The heartbeat renews the worker's lease, if its session is current.
 
@@ -164,7 +187,7 @@ async def prune(admin: Admin, shared: Shared) -> wire.Pruned:
     return wire.Pruned(forgotten=list(done.forgotten), kept=kept)
 
 
-def _view(row: views.Row | None, shared: Services) -> wire.Worker:
+def _view(row: views.Row | None, shared: WorkerServices) -> wire.Worker:
     """With what was heard since the row was last written."""
     if row is None:
         raise not_found("worker")
@@ -173,7 +196,7 @@ def _view(row: views.Row | None, shared: Services) -> wire.Worker:
     return views.worker({**shown, "last_heartbeat_at": noted[0], "load": noted[1]} if noted else shown)
 
 
-def _displaced(row: views.Row, shared: Services) -> str:
+def _displaced(row: views.Row, shared: WorkerServices) -> str:
     other = shared.leases.displaced_by(row["id"])
     if not other or row["health"] == Health.DOWN:
         return ""
@@ -183,7 +206,7 @@ def _displaced(row: views.Row, shared: Services) -> str:
     )
 
 
-def _why_it_drains(row: views.Row, shared: Services) -> str:
+def _why_it_drains(row: views.Row, shared: WorkerServices) -> str:
     """What a drain still waits for."""
     left = sum(held.state in LIVE for held in shared.roster.held(row["id"]))
     if row["intent"] != Intent.DRAINING or not left:

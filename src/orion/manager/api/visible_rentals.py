@@ -1,0 +1,69 @@
+"""Rentals as a principal may see them: found by their ids, and waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from orion import wire
+from orion.manager.api import views
+from orion.manager.authentication import visible_owner
+from orion.manager.gateway.openings import Openings
+from orion.manager.loops.clock import TrustedClock
+from orion.manager.refusals import not_found
+from orion.manager.store import rentals
+from orion.manager.store.database import Store
+from orion.manager.store.tokens import Principal
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisibleRentals:
+    store: Store
+    clock: TrustedClock
+    monotonic: Callable[[], float]
+    openings: Openings
+    why_old: Callable[[str, float], str]
+    """Returns why the last copy of an active rental, begun at that time (Unix seconds), is old; empty: it is not."""
+
+    async def find(self, rental_id: str, principal: Principal) -> views.Row:
+        """Return the rental, if this principal may know of it; another's is as unknown as one that never was."""
+        return await self._read(rental_id, visible_owner(principal))
+
+    async def wait_for(
+        self, principal: Principal, rental_id: str, wait_s: float, done: Callable[[views.Row], bool]
+    ) -> views.Row:
+        """Return the rental when it is done, or as it is after `wait_s`; woken by commits, it never polls.
+
+        Raise 401 as soon as the token of whoever waits is over.
+        """
+        deadline = self.monotonic() + wait_s
+        with self.store.news.listen(rental_id) as changed:
+            row = await self._read(rental_id, None)
+            if done(row) or wait_s <= 0:
+                return row
+            async with self.openings.by(principal) as opening:
+                opening.wakes(changed)
+                while True:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(deadline - self.monotonic()):
+                            await changed.wait()
+                    changed.clear()
+                    opening.check()
+                    row = await self._read(rental_id, None)
+                    if done(row) or self.monotonic() >= deadline:
+                        return row
+
+    def explained(self, row: views.Row) -> views.Row:
+        """Return the rental with the reason why its last copy is old, if it is and nothing else is said of it."""
+        if row["state"] != wire.RentalState.ACTIVE or row["copy_problem"]:
+            return row
+        since = row["last_safe_copy_at"] or row["created_at"]
+        return {**row, "copy_problem": self.why_old(row["id"], since)}
+
+    async def _read(self, rental_id: str, owner: str | None) -> views.Row:
+        row = await self.store.read(rentals.one, rental_id, owner, self.clock.wall_of_removals())
+        if row is None:
+            raise not_found("rental")
+        return self.explained(row)
