@@ -11,7 +11,7 @@ from support.house import Agent, House
 from orion import wire
 from orion.manager.domain import moves
 from orion.manager.domain.model import move_worker
-from orion.manager.domain.states import Health
+from orion.manager.domain.states import HELD_DEADLINE_S, Health
 from orion.manager.engine.port import OTHER_BOOT, Action, Job, Outcome
 from orion.manager.engine.vault.port import OVER_LIMIT, Copied, VaultError
 from orion.manager.loops.reconciler import MOVES
@@ -290,7 +290,7 @@ async def test_a_hold_that_nobody_ends_has_an_end(house: House, pool: list[Agent
         await house.manager.reconciler.round()
         await asyncio.sleep(0.001)
     assert house.live_copies(rental["id"]) == []
-    house.clock.now += moves.HELD_DEADLINE_S + 1
+    house.clock.now += HELD_DEADLINE_S + 1
     await house.settle()
     kept = await house.rental(rental["id"])
     assert kept["explanation"].startswith(wire.NOT_MOVED)

@@ -41,9 +41,17 @@ from typing import TYPE_CHECKING, Any
 from orion.manager.domain.copies import Copy, Generation, waiting_salvage
 from orion.manager.domain.expiry import SETTLE_S
 from orion.manager.domain.model import Placement, Rental, Step, Write
-from orion.manager.domain.moves import HELD_DEADLINE_S
+from orion.manager.domain.moves import phase_of
 from orion.manager.domain.reconcile import ANSWERING
-from orion.manager.domain.states import TABLES, Health, PlacementState, RentalState
+from orion.manager.domain.states import (
+    HELD_DEADLINE_S,
+    MIGRATION_TABLE,
+    TABLES,
+    Health,
+    MigrationPhase,
+    PlacementState,
+    RentalState,
+)
 
 if TYPE_CHECKING:
     from simulation.agents import Container
@@ -93,6 +101,8 @@ class Checker:
         """When each rental was lost, by epoch."""
         self._losses: dict[str, list[float]] = {}
         """When each rental lost workers on which its command may have run, by the wall clock."""
+        self._phases: dict[str, MigrationPhase] = {}
+        """How far the planned migration of each rental is."""
         self._stopped_at: dict[str, int] = {}
         """The epoch at which the start command of a rental had lost too many."""
         self.jumps: list[tuple[float, float]] = []
@@ -115,9 +125,21 @@ class Checker:
         touched |= {step.placement.rental_id} if step.placement else set()
         for rental_id in touched:
             self._check_rental(rental_id, before.get(("rental", rental_id)))
+            self._check_phase(rental_id)
         if step.placement:
             self._check_new(step.placement)
         self.look_at_copies()
+
+    def _check_phase(self, rental_id: str) -> None:
+        world = self._sim.ledger.world
+        rental, target = world.rentals[rental_id], world.standby_of(rental_id)
+        sources = [p for p in world.placements_of(rental_id) if not p.standby]
+        phases = {phase_of(rental, source, target) for source in sources} - {MigrationPhase.NONE}
+        before, after = self._phases.get(rental_id, MigrationPhase.NONE), max(phases, default=MigrationPhase.NONE)
+        if len(phases) > 1 or (after is not before and after not in MIGRATION_TABLE[before].exits):
+            found = f"the migration of {rental_id} went from {before} to {sorted(phases)}"
+            self._sim.fail("every transition is in its table", found)
+        self._phases[rental_id] = after
 
     def _moved(self, step: Step, write: Write, row: Any, source: str, to: str) -> None:
         sim = self._sim

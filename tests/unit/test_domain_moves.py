@@ -15,7 +15,15 @@ from orion.manager.domain.model import Placement, Rental, World
 from orion.manager.domain.places import ask_to_move
 from orion.manager.domain.reconcile import decide
 from orion.manager.domain.shares import Claim
-from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
+from orion.manager.domain.states import (
+    QUIESCED,
+    ForbiddenTransition,
+    Health,
+    Intent,
+    MigrationPhase,
+    PlacementState,
+    RentalState,
+)
 from orion.manager.domain.tasks import TaskKind
 
 SOURCE, TARGET = new_worker(1), new_worker(2)
@@ -25,6 +33,8 @@ STANDBY = replace(
     new_placement(RENTAL, TARGET, PlacementState.PREPARING), id="p-standby", epoch=4, standby=True, filled="1-3"
 )
 HELD = replace(RUNNING, held=4)
+STOPPING = replace(HELD, state=PlacementState.STOPPING)
+MIGRATING, RELEASING = (replace(RENTAL, state=s) for s in (RentalState.MIGRATING, RentalState.RELEASING))
 OF_HELD = moves.Source(RUNNING.id, SOURCE.id, 1, 4)
 
 
@@ -39,6 +49,44 @@ def world(*placements: Placement) -> World:
 
 def test_the_words_are_the_contract_s() -> None:
     assert moves.NOT_MOVED == wire.NOT_MOVED
+
+
+@pytest.mark.parametrize(
+    ("rental", "source", "target", "phase"),
+    [
+        (RENTAL, RUNNING, None, MigrationPhase.NONE),
+        (RENTAL, RUNNING, replace(STANDBY, state=PlacementState.RESERVED, filled=""), MigrationPhase.RESERVED),
+        (RENTAL, RUNNING, replace(STANDBY, filled=""), MigrationPhase.PRECOPY),
+        (RENTAL, RUNNING, STANDBY, MigrationPhase.QUIESCE),
+        (RENTAL, HELD, STANDBY, MigrationPhase.FINAL_SYNC),
+        (RENTAL, HELD, None, MigrationPhase.PARK),
+        (MIGRATING, STOPPING, None, MigrationPhase.CUTOVER),
+        (MIGRATING, replace(STOPPING, held=0), None, MigrationPhase.NONE),
+        (RELEASING, STOPPING, None, MigrationPhase.NONE),
+        (RENTAL, HELD, replace(STANDBY, epoch=5), MigrationPhase.STALE),
+        (RENTAL, HELD, replace(STANDBY, state=PlacementState.RESERVED), MigrationPhase.STALE),
+        (MIGRATING, replace(HELD, state=PlacementState.LOST), None, MigrationPhase.NONE),
+    ],
+)
+def test_the_phase_of_a_migration_follows_from_the_rows(
+    rental: Rental, source: Placement, target: Placement | None, phase: MigrationPhase
+) -> None:
+    assert moves.phase_of(rental, source, target) is phase
+    assert moves.is_quiesced(source) is (phase in QUIESCED)
+
+
+def test_a_target_is_one_until_the_cutover_or_until_it_ends() -> None:
+    assert moves.as_target(STANDBY) == STANDBY
+    ended = replace(STANDBY, state=PlacementState.FAILED)
+    assert [moves.as_target(p) for p in (None, ended, replace(STANDBY, standby=False))] == [None, None, None]
+
+
+@pytest.mark.parametrize("source", [RUNNING, replace(HELD, state=PlacementState.STOPPING)])
+def test_a_step_out_of_its_phase_raises(source: Placement) -> None:
+    with pytest.raises(ForbiddenTransition):
+        moves.abandon(RENTAL, source, None, "a test")
+    with pytest.raises(ForbiddenTransition):
+        moves.hold(RENTAL, source, replace(STANDBY, filled=""), "a test")
 
 
 def test_a_switch_raises_the_epoch_and_ends_what_was_held_in_one_step() -> None:

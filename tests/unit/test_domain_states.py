@@ -1,4 +1,4 @@
-"""The three state machines, as tables: total, owned, without a state that one can be stuck in."""
+"""The state machines, as tables: total, owned, without a state that one can be stuck in."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from orion import wire
 from orion.manager.domain.states import (
     ENDED,
     HEALTH_TABLE,
+    HELD_DEADLINE_S,
     HOLDING,
     LIVE,
+    MIGRATION_TABLE,
     PLACEMENT_TABLE,
+    QUIESCED,
     RENTAL_TABLE,
     TABLES,
     ForbiddenTransition,
     Health,
     Intent,
+    MigrationPhase,
     PlacementState,
     RentalState,
     Row,
+    check_phase,
     check_transition,
 )
 
@@ -29,8 +34,10 @@ MACHINES = [
     pytest.param(Health, HEALTH_TABLE, id="worker"),
     pytest.param(PlacementState, PLACEMENT_TABLE, id="placement"),
     pytest.param(RentalState, RENTAL_TABLE, id="rental"),
+    pytest.param(MigrationPhase, MIGRATION_TABLE, id="migration"),
 ]
-ROWS = [pytest.param(table[state], id=f"{kind} {state}") for kind, table in TABLES.items() for state in table]
+ALL_TABLES: Mapping[str, Mapping[str, Row]] = {**TABLES, "migration": MIGRATION_TABLE}
+ROWS = [pytest.param(table[state], id=f"{kind} {state}") for kind, table in ALL_TABLES.items() for state in table]
 
 
 @pytest.mark.parametrize(("states", "table"), MACHINES)
@@ -74,7 +81,7 @@ def test_each_state_can_be_reached_from_the_first(states: type[StrEnum], table: 
     reached = {next(iter(states))}
     for _ in states:
         reached |= {exit_ for state in reached for exit_ in table[state].exits}
-    assert reached == set(states)
+    assert reached == set(states) - {MigrationPhase.STALE}
 
 
 def test_a_placement_never_goes_back() -> None:
@@ -134,6 +141,22 @@ def test_a_step_that_is_not_in_the_table_raises_with_its_story(kind: str) -> Non
                 continue
             with pytest.raises(ForbiddenTransition, match=f"{kind} x-1 cannot go from {source} to {target}"):
                 check_transition(kind, "x-1", source, target)
+
+
+def test_a_phase_that_does_not_follow_raises_with_its_story() -> None:
+    for source, row in MIGRATION_TABLE.items():
+        for target in MigrationPhase:
+            if target in row.exits:
+                check_phase("r-1", source, target)
+                continue
+            with pytest.raises(ForbiddenTransition, match=f"rental r-1 cannot go from {source} to {target}"):
+                check_phase("r-1", source, target)
+
+
+def test_a_source_is_quiesced_for_a_bounded_time_and_before_each_cutover() -> None:
+    assert {phase for phase in MigrationPhase if MigrationPhase.CUTOVER in MIGRATION_TABLE[phase].exits} < QUIESCED
+    assert all(MIGRATION_TABLE[phase].deadline_s == HELD_DEADLINE_S for phase in QUIESCED)
+    assert all(MigrationPhase.NONE in MIGRATION_TABLE[phase].exits for phase in QUIESCED), "it can always go on"
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 The safe order; each is a committed step, or a task that may be repeated:
 1. begin: a standby is reserved on the target, under an epoch that was never given. The rental goes on where it is.
-2. seed (task): its files are copied while it runs, and put into the standby's locked home.
-3. hold: from this commit on no heartbeat's reply says `run` for what runs.
-4. finish (task): it is frozen, what changed since is copied, that copy is put into the standby's home.
-5. switch: one step. The epoch rises to the standby's, what was held is stopping.
-6. The standby is let in, and what was held is purged, as after any other move.
+2. Precopy, the task `seed`: its files are copied while it runs, and put into the standby's locked home.
+3. Quiesce, `hold`: from this commit on no heartbeat's reply says `run` for what runs.
+4. Final sync, the task `finish`: it is frozen, what changed since is copied, and put into the standby's home.
+5. Cutover, `switch`: one step. The epoch rises to the standby's, what was quiesced is stopping.
+6. The standby is let in, and what was quiesced is purged, as after any other move.
+
+`phase_of` derives from the rows how far a migration is; states.MIGRATION_TABLE says what may follow.
 
 What fails before the switch ends the standby, clears the hold and thaws; after it the last copy is restored elsewhere.
 Where there is nowhere to go and the worker is about to end, the rental is parked: held, frozen, copied a last time, and
@@ -22,6 +24,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from orion.manager.domain.model import (
     Event,
@@ -36,7 +39,15 @@ from orion.manager.domain.model import (
     move_rental,
 )
 from orion.manager.domain.shares import Claim
-from orion.manager.domain.states import LIVE, Health, Intent, PlacementState, RentalState
+from orion.manager.domain.states import (
+    LIVE,
+    Health,
+    Intent,
+    MigrationPhase,
+    PlacementState,
+    RentalState,
+    check_phase,
+)
 
 ACTOR = "reconciler"
 MOST_AT_ONCE = 12
@@ -47,8 +58,6 @@ MOST_ASKED_FOR = 6
 """
 NOT_MOVED = "could not be moved: "
 """As wire.NOT_MOVED."""
-HELD_DEADLINE_S = 300.0
-"""Beyond what finishing may take, for any home that can be copied at all."""
 
 LEAVABLE = frozenset({Health.READY, Health.QUARANTINED})
 """Workers that a rental can be moved away from: they answer, or should."""
@@ -70,6 +79,41 @@ class Source:
     worker_id: str
     epoch: int
     move: int = 0
+
+
+class Placed(Protocol):
+    """A placement, as a row or as the roster knows it."""
+
+    @property
+    def state(self) -> PlacementState: ...
+
+    @property
+    def held(self) -> int: ...
+
+
+def phase_of(rental: Rental, source: Placement, target: Placement | None) -> MigrationPhase:
+    """Return how far a rental's planned migration away from `source` is. `target`: its standby, if it has one."""
+    if source.state is not PlacementState.RUNNING:
+        ends = source.state is PlacementState.STOPPING and rental.state is RentalState.MIGRATING
+        return MigrationPhase.CUTOVER if source.held and ends else MigrationPhase.NONE
+    if target is None:
+        return MigrationPhase.PARK if source.held else MigrationPhase.NONE
+    is_prepared = target.state is PlacementState.PREPARING
+    if source.held:
+        return MigrationPhase.FINAL_SYNC if is_prepared and target.epoch == source.held else MigrationPhase.STALE
+    if not is_prepared:
+        return MigrationPhase.RESERVED
+    return MigrationPhase.QUIESCE if target.filled else MigrationPhase.PRECOPY
+
+
+def is_quiesced(placement: Placed) -> bool:
+    """Return whether a placement is the source of a planned migration in one of the phases `states.QUIESCED`."""
+    return placement.state is PlacementState.RUNNING and placement.held != 0
+
+
+def as_target(placement: Placement | None) -> Placement | None:
+    """Return the placement if it is the target of a planned migration before the cutover, else None."""
+    return placement if placement and placement.standby and placement.state in LIVE else None
 
 
 def must_leave(worker: Worker, vacating: Collection[str]) -> str:
@@ -111,6 +155,8 @@ def begin(rental: Rental, placement: Placement, target: Worker, slot: int, new_i
 
 def hold(rental: Rental, placement: Placement, standby: Placement | None, why: str) -> Step:
     """It is about to stand still: for its standby, or to be parked under a number of its own."""
+    to = MigrationPhase.FINAL_SYNC if standby else MigrationPhase.PARK
+    check_phase(rental.id, phase_of(rental, placement, standby), to)
     move = standby.epoch if standby else rental.next_epoch
     guard = () if standby is None else (Write("placement", standby.id, {"state": PlacementState.PREPARING}, {}),)
     numbered = {} if standby else {"last_epoch": move}
@@ -121,6 +167,7 @@ def hold(rental: Rental, placement: Placement, standby: Placement | None, why: s
 
 def abandon(rental: Rental, placement: Placement, standby: Placement | None, why: str) -> Step:
     """It goes on where it is; what was made of its standby is cleaned up."""
+    check_phase(rental.id, phase_of(rental, placement, standby), MigrationPhase.NONE)
     reason = f"{NOT_MOVED}{why}"
     told = _rental_write(rental, {"explanation": reason})
     event = _event("rental.move_failed", why, rental, placement.worker_id, placement.epoch)
@@ -162,7 +209,7 @@ def problem_of(standby: Placement, rental: Rental, target: Worker | None, leavin
 
 def seeded(rental: Rental, standby: Placement, generation: str) -> Step | None:
     """Its standby has its files, as they were a moment ago."""
-    if rental.state is not RentalState.ACTIVE or not _waits(standby):
+    if rental.state is not RentalState.ACTIVE or not standby.standby or standby.state is not PlacementState.PREPARING:
         return None
     expect = {"state": PlacementState.PREPARING, "standby": True}
     return Step((Write("placement", standby.id, expect, {"filled": generation}),))
@@ -175,11 +222,11 @@ def switch(
 
     None: somebody acted meanwhile, and nothing is to be switched any more.
     """
-    still = placement.state is PlacementState.RUNNING and placement.held == source.move
-    if rental.state is not RentalState.ACTIVE or not still or not source.move:
+    phase = phase_of(rental, placement, as_target(standby))
+    due = MigrationPhase.FINAL_SYNC if standby else MigrationPhase.PARK
+    if rental.state is not RentalState.ACTIVE or phase is not due or placement.held != source.move:
         return None
-    if standby is not None and not (_waits(standby) and standby.epoch == source.move):
-        return None
+    check_phase(rental.id, phase, MigrationPhase.CUTOVER)
     where = f"to worker {standby.worker_id}" if standby else f"away from worker {placement.worker_id}, to wait"
     reason = f"moved {where} with all its files: copy {generation}"
     held = Step((Write("placement", placement.id, {"held": source.move}, {}),))
@@ -197,17 +244,13 @@ def switch(
 
 def under_way(world: World, failed: Collection[str] = ()) -> Counter[Claim]:
     """Return the planned moves that have begun, by the claim of each. `failed`: rentals whose last move has failed."""
-    moving = {p.rental_id for p in world.placements.values() if p.state in LIVE and (p.standby or p.held)}
+    moving = {p.rental_id for p in world.placements.values() if is_quiesced(p) or as_target(p)}
     return Counter(claim_of(world.rentals.get(rental_id), rental_id in failed) for rental_id in moving)
 
 
 def claim_of(rental: Rental | None, failed: bool) -> Claim:
     """Return the claim of a rental to a place among planned moves."""
     return Claim(rental.owner if rental else "", failed)
-
-
-def _waits(standby: Placement) -> bool:
-    return standby.standby and standby.state is PlacementState.PREPARING
 
 
 def _rental_write(rental: Rental, change: Mapping[str, object], **expect: object) -> Write:

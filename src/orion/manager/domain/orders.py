@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from orion.manager.domain import moves
 from orion.manager.domain.model import Item, Placement
 from orion.manager.domain.roster import Held
 from orion.manager.domain.states import LIVE, PlacementState
@@ -25,5 +26,5 @@ def orders(items: Iterable[Item], placements: Iterable[Placement | Held], down: 
         if placement is None or placement.state not in LIVE:
             found.append((item, "purge"))
         elif placement.state is PlacementState.RUNNING:
-            found.append((item, "hold" if down or placement.held else "run"))
+            found.append((item, "hold" if down or moves.is_quiesced(placement) else "run"))
     return found

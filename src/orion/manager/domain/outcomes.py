@@ -22,7 +22,7 @@ from orion.manager.domain.model import (
 )
 from orion.manager.domain.moves import ACTOR
 from orion.manager.domain.reconcile import give_up
-from orion.manager.domain.states import PlacementState, RentalState
+from orion.manager.domain.states import MigrationPhase, PlacementState, RentalState
 from orion.manager.domain.tasks import Task, TaskKind
 
 MOST_OF_A_REPORT = 4096
@@ -31,6 +31,8 @@ MOST_OF_A_PROBLEM = 300
 MAX_ATTEMPTS = 3
 """Failed tries to make a rental on one worker before it is made on another."""
 
+WAITS_FOR_ITS_TARGET = frozenset({MigrationPhase.PRECOPY, MigrationPhase.QUIESCE, MigrationPhase.FINAL_SYNC})
+"""Phases of a planned migration in which a failed task ends it."""
 SALVAGE_ATTEMPTS = 2
 """Failed tries to copy aside what a returned worker still has, before it is purged all the same."""
 
@@ -123,8 +125,9 @@ def _not_moved(
         return None
     if task.kind is TaskKind.PARK:
         return moves.abandon(rental, placed, None, message)
-    waits = placement is not None and placement.standby and placement.state is PlacementState.PREPARING
-    return moves.abandon(rental, placed, placement, message) if waits else None
+    target = moves.as_target(placement)
+    waits = target is not None and moves.phase_of(rental, placed, target) in WAITS_FOR_ITS_TARGET
+    return moves.abandon(rental, placed, target, message) if waits else None
 
 
 def _of_move(world: World, source: moves.Source) -> tuple[Rental | None, Placement | None]:

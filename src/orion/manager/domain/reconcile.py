@@ -10,6 +10,7 @@ older inventory shows has its row in a newer snapshot, so a rental that was just
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from orion.manager.domain import copies, moves, starting, tasks
@@ -33,12 +34,14 @@ from orion.manager.domain.states import (
     CREATE_DEADLINE_S,
     DELETE_DEADLINE_S,
     ENDED,
+    HELD_DEADLINE_S,
     HOLDING,
     LIVE,
     QUEUE_DEADLINE_S,
     RESTORE_DEADLINE_S,
     Health,
     Intent,
+    MigrationPhase,
     PlacementState,
     RentalState,
 )
@@ -92,40 +95,140 @@ def decide(snapshot: World, facts: Facts) -> Decision:
 
 
 def _settle_placement(world: World, placement: Placement, facts: Facts) -> Step | None:
-    """One placement against its worker and its rental, most certain facts first."""
+    """Return the step that settles one placement against its worker and its rental; None: it is settled."""
     worker = world.workers.get(placement.worker_id)
     rental = world.rentals.get(placement.rental_id)
+    if worker is None or worker.health is Health.DOWN:
+        return _settle_without_worker(worker, placement, rental, facts)
+    case = PlacementCase(placement, worker, rental, facts)
+    for rule in PLACEMENT_RULES[placement.state]:
+        step = rule(case)
+        if step is not None:
+            return step
+    return None
+
+
+@dataclass(frozen=True)
+class PlacementCase:
+    """A placement whose worker is there and is not down."""
+
+    placement: Placement
+    worker: Worker
+    rental: Rental | None
+    facts: Facts
+
+    @property
+    def owner(self) -> str | None:
+        return self.rental.owner if self.rental else None
+
+    @property
+    def passed_clean_up_s(self) -> bool:
+        """Whether a worker that answers has had more than the deadline to clean up."""
+        return self.worker.health in ANSWERING and self.facts.age(self.placement.id) > DELETE_DEADLINE_S
+
+
+def _settle_without_worker(
+    worker: Worker | None, placement: Placement, rental: Rental | None, facts: Facts
+) -> Step | None:
     owner = rental.owner if rental else None
     if placement.state is PlacementState.STOPPED:
         return move_placement(placement, owner, PlacementState.PURGED, ACTOR, "nothing was made there")
     if worker is None and placement.state in {PlacementState.FAILED, PlacementState.LOST}:
         return move_placement(placement, owner, PlacementState.PURGED, ACTOR, "its worker was removed")
-    if worker is None or worker.health is Health.DOWN:
-        return _lose(worker, placement, rental, facts)
-    restarted = starting.restarted(rental, placement, worker, facts.wall) if rental else None
-    if restarted is not None:
-        return restarted
-    if placement.state in LIVE and (rental is None or rental.state is RentalState.RELEASING):
-        to = PlacementState.STOPPED if placement.state is PlacementState.RESERVED else PlacementState.STOPPING
-        return move_placement(placement, owner, to, ACTOR, "its rental is being released")
-    within_s = RESTORE_DEADLINE_S if rental and copies.wanted(rental) else CREATE_DEADLINE_S
-    if placement.state is PlacementState.PREPARING and facts.age(placement.id) > within_s:
-        return give_up(placement, rental, f"it was not made within {within_s:.0f} s")
-    if _is_missing(placement, facts):
-        return _miss(placement, rental)
-    at_fault = worker.health in ANSWERING and facts.age(placement.id) > DELETE_DEADLINE_S
-    if placement.state is PlacementState.STOPPING and at_fault:
-        failed = move_placement(placement, owner, PlacementState.FAILED, ACTOR, "its clean-up passed its deadline")
-        return merge((failed, _blame(worker, placement)))
-    if placement.state is PlacementState.FAILED and at_fault and not worker.fault:
-        return _blame(worker, placement)
-    if worker.health is Health.JOINING and facts.age(worker.id) > SALVAGE_WITHIN_S:
-        given_up = _give_up_salvage(placement, rental)
-        if given_up is not None:
-            return given_up
-    if placement.state is PlacementState.LOST and not facts.shows(placement):
-        return move_placement(placement, owner, PlacementState.PURGED, ACTOR, "its worker came back without it")
-    return starting.ended(rental, placement, facts.start_ends.get(worker.id, ())) if rental else None
+    return _lose(worker, placement, rental, facts)
+
+
+def _nothing_was_made(case: PlacementCase) -> Step | None:
+    # A placement is stopped only where nothing was made, or nothing is left.
+    return move_placement(case.placement, case.owner, PlacementState.PURGED, ACTOR, "nothing was made there")
+
+
+def _container_restarted(case: PlacementCase) -> Step | None:
+    # Its start command may have brought that about.
+    if case.rental is None:
+        return None
+    return starting.restarted(case.rental, case.placement, case.worker, case.facts.wall)
+
+
+def _rental_ends(case: PlacementCase) -> Step | None:
+    # Nobody wants it any more, whatever state it is in.
+    placement = case.placement
+    if case.rental is not None and case.rental.state is not RentalState.RELEASING:
+        return None
+    to = PlacementState.STOPPED if placement.state is PlacementState.RESERVED else PlacementState.STOPPING
+    return move_placement(placement, case.owner, to, ACTOR, "its rental is being released")
+
+
+def _not_made_in_time(case: PlacementCase) -> Step | None:
+    # Another worker may do it faster. Files that are put there first take longer.
+    within_s = RESTORE_DEADLINE_S if case.rental and copies.wanted(case.rental) else CREATE_DEADLINE_S
+    if case.facts.age(case.placement.id) <= within_s:
+        return None
+    return give_up(case.placement, case.rental, f"it was not made within {within_s:.0f} s")
+
+
+def _missing(case: PlacementCase) -> Step | None:
+    # Only a restored database leaves a running placement without a key: it is there, or was moved or ended since.
+    if case.placement.public_key or case.facts.shows(case.placement):
+        return None
+    reason = "its worker does not have it: it was moved or ended after the backup"
+    lost = move_placement(case.placement, case.owner, PlacementState.LOST, ACTOR, reason)
+    rental = case.rental
+    if rental is None or rental.state is not RentalState.ACTIVE:
+        return lost
+    return merge((lost, move_rental(rental, RentalState.MIGRATING, ACTOR, reason, case.placement.worker_id)))
+
+
+def _command_ended(case: PlacementCase) -> Step | None:
+    # Its owner asks how it ended, and the worker forgets it.
+    if case.rental is None:
+        return None
+    return starting.ended(case.rental, case.placement, case.facts.start_ends.get(case.worker.id, ()))
+
+
+def _not_cleaned_up_in_time(case: PlacementCase) -> Step | None:
+    # The rental need not wait for a worker that cannot clean up: the worker is to blame.
+    if not case.passed_clean_up_s:
+        return None
+    reason = "its clean-up passed its deadline"
+    failed = move_placement(case.placement, case.owner, PlacementState.FAILED, ACTOR, reason)
+    return merge((failed, _blame(case.worker, case.placement)))
+
+
+def _still_not_cleaned_up(case: PlacementCase) -> Step | None:
+    # An operator who resumes its worker gives it another deadline.
+    if not case.passed_clean_up_s or case.worker.fault:
+        return None
+    return _blame(case.worker, case.placement)
+
+
+def _not_salvaged_in_time(case: PlacementCase) -> Step | None:
+    # So that its worker is ready in time, whatever keeps its files from being copied aside.
+    late = case.worker.health is Health.JOINING and case.facts.age(case.worker.id) > SALVAGE_WITHIN_S
+    if not late or case.rental is None or not copies.wants_salvage(case.rental, case.placement):
+        return None
+    return copies.not_salvaged(case.rental, case.placement, f"it took longer than {SALVAGE_WITHIN_S:.0f} s")
+
+
+def _came_back_without_it(case: PlacementCase) -> Step | None:
+    # Nothing is left to purge.
+    if case.facts.shows(case.placement):
+        return None
+    return move_placement(case.placement, case.owner, PlacementState.PURGED, ACTOR, "its worker came back without it")
+
+
+PlacementRule = Callable[[PlacementCase], Step | None]
+PLACEMENT_RULES: Mapping[PlacementState, tuple[PlacementRule, ...]] = {
+    PlacementState.RESERVED: (_rental_ends,),
+    PlacementState.PREPARING: (_rental_ends, _not_made_in_time),
+    PlacementState.RUNNING: (_container_restarted, _rental_ends, _missing, _command_ended),
+    PlacementState.STOPPING: (_not_cleaned_up_in_time,),
+    PlacementState.STOPPED: (_nothing_was_made,),
+    PlacementState.FAILED: (_still_not_cleaned_up,),
+    PlacementState.LOST: (_not_salvaged_in_time, _came_back_without_it),
+    PlacementState.PURGED: (),
+}
+"""The first rule that makes a step decides."""
 
 
 def _lose(worker: Worker | None, placement: Placement, rental: Rental | None, facts: Facts) -> Step | None:
@@ -155,26 +258,6 @@ def _lose(worker: Worker | None, placement: Placement, rental: Rental | None, fa
         here = {"state": rental.state, "epoch": rental.epoch}
         return merge((lost, Step((Write("rental", rental.id, here, change),), events)))
     return lost
-
-
-def _give_up_salvage(placement: Placement, rental: Rental | None) -> Step | None:
-    """So that its worker is ready in time, whatever keeps its files from being copied aside."""
-    if rental is None or not copies.wants_salvage(rental, placement):
-        return None
-    return copies.not_salvaged(rental, placement, f"it took longer than {SALVAGE_WITHIN_S:.0f} s")
-
-
-def _is_missing(placement: Placement, facts: Facts) -> bool:
-    """Only a restore leaves a running placement without a key: then it is there, or was moved or ended since."""
-    return placement.state is PlacementState.RUNNING and not placement.public_key and not facts.shows(placement)
-
-
-def _miss(placement: Placement, rental: Rental | None) -> Step:
-    reason = "its worker does not have it: it was moved or ended after the backup"
-    lost = move_placement(placement, rental.owner if rental else None, PlacementState.LOST, ACTOR, reason)
-    if rental is None or rental.state is not RentalState.ACTIVE:
-        return lost
-    return merge((lost, move_rental(rental, RentalState.MIGRATING, ACTOR, reason, placement.worker_id)))
 
 
 def give_up(placement: Placement, rental: Rental | None, reason: str) -> Step:
@@ -299,27 +382,87 @@ def _may_be_at_work(world: Draft, rental: Rental, facts: Facts) -> Placement | N
 
 
 def _settle_move(world: Draft, placement: Placement, facts: Facts, places: Places) -> Step | None:
-    """The next step of a planned move, the first one included: see domain/moves.py."""
+    """Return the next step of a planned migration, the first one included: see domain/moves.py."""
     worker, rental = world.workers.get(placement.worker_id), world.rentals.get(placement.rental_id)
     if placement.standby or worker is None or rental is None or not moves.can_move(rental, placement):
         return None
-    standby = world.standby_of(rental.id)
-    why = moves.must_leave(worker, facts.vacating)
-    if placement.held and facts.age(placement.id) > moves.HELD_DEADLINE_S:
-        return moves.abandon(rental, placement, standby, f"it stood still for {moves.HELD_DEADLINE_S:.0f} s")
-    if standby is not None:
-        problem = moves.problem_of(standby, rental, world.workers.get(standby.worker_id), facts.leaving)
-        if problem:
-            return moves.abandon(rental, placement, standby, problem)
-        if standby.state is PlacementState.PREPARING and standby.filled and not placement.held:
-            return moves.hold(rental, placement, standby, f"for its move to worker {standby.worker_id}")
+    target = world.standby_of(rental.id)
+    to = world.workers.get(target.worker_id) if target else None
+    case = MigrationCase(rental, placement, worker, target, to, facts, places)
+    for rule in MIGRATION_RULES[moves.phase_of(rental, placement, target)]:
+        step = rule(case)
+        if step is not None:
+            return step
+    return None
+
+
+@dataclass(frozen=True)
+class MigrationCase:
+    """A rental at rest, and the planned migration away from its worker, if one has begun."""
+
+    rental: Rental
+    source: Placement
+    worker: Worker
+    """The worker of the source."""
+    target: Placement | None
+    to: Worker | None
+    """The worker of the target."""
+    facts: Facts
+    places: Places
+
+    @property
+    def is_vacating(self) -> bool:
+        return self.worker.id in self.facts.vacating
+
+
+def _quiesced_for_too_long(case: MigrationCase) -> Step | None:
+    # Whatever keeps its files from being copied: nobody's programs stand still for longer.
+    if case.facts.age(case.source.id) <= HELD_DEADLINE_S:
         return None
-    if placement.held:
-        parks = worker.id in facts.vacating
-        return None if parks else moves.abandon(rental, placement, None, "where it was to go is not ready any more")
-    if not why or rental.id in facts.resting:
+    return moves.abandon(case.rental, case.source, case.target, f"it stood still for {HELD_DEADLINE_S:.0f} s")
+
+
+def _target_is_of_no_use(case: MigrationCase) -> Step | None:
+    # A worker that is lost, at fault or to be emptied itself would be left again at once.
+    if case.target is None:
         return None
-    return places.move(rental, placement, why, parks=worker.id in facts.vacating)
+    problem = moves.problem_of(case.target, case.rental, case.to, case.facts.leaving)
+    return moves.abandon(case.rental, case.source, case.target, problem) if problem else None
+
+
+def _quiesce(case: MigrationCase) -> Step | None:
+    # Only once the target has most of the files: what is left to copy then is little.
+    if case.target is None:
+        return None
+    return moves.hold(case.rental, case.source, case.target, f"for its move to worker {case.target.worker_id}")
+
+
+def _target_was_lost(case: MigrationCase) -> Step | None:
+    # On a worker that is about to end it stays quiesced, and is parked.
+    parks = case.is_vacating
+    return None if parks else moves.abandon(case.rental, case.source, None, "where it was to go is not ready any more")
+
+
+def _begin(case: MigrationCase) -> Step | None:
+    # Not while the rental rests from a migration that has failed.
+    why = moves.must_leave(case.worker, case.facts.vacating)
+    if not why or case.rental.id in case.facts.resting:
+        return None
+    return case.places.move(case.rental, case.source, why, parks=case.is_vacating)
+
+
+MigrationRule = Callable[[MigrationCase], Step | None]
+MIGRATION_RULES: Mapping[MigrationPhase, tuple[MigrationRule, ...]] = {
+    MigrationPhase.NONE: (_begin,),
+    MigrationPhase.RESERVED: (_target_is_of_no_use,),
+    MigrationPhase.PRECOPY: (_target_is_of_no_use,),
+    MigrationPhase.QUIESCE: (_target_is_of_no_use, _quiesce),
+    MigrationPhase.FINAL_SYNC: (_quiesced_for_too_long, _target_is_of_no_use),
+    MigrationPhase.PARK: (_quiesced_for_too_long, _target_was_lost),
+    MigrationPhase.CUTOVER: (),
+    MigrationPhase.STALE: (_quiesced_for_too_long, _target_is_of_no_use),
+}
+"""The first rule that makes a step decides. What copies files in a phase is a task: see tasks.TASK_RULES."""
 
 
 def _finish_release(world: Draft, rental: Rental) -> Step | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from orion.manager.domain import starting
+from orion.manager.domain import moves, starting
 from orion.manager.domain.model import CommandEnd, Item, Placement, Rental, Worker
 from orion.manager.domain.placement import Standing, is_full, rank, refusal
 from orion.manager.domain.room import Rank, Room
@@ -135,7 +135,7 @@ RESTLESS: tuple[Rule, ...] = (
     ),
     (
         "something on it stands still",
-        lambda w, held: w is not None and not _is_down(w) and any(_stands(h) for h in held),
+        lambda w, held: w is not None and not _is_down(w) and any(moves.is_quiesced(h) for h in held),
     ),
 )
 """Why a worker needs the reconciler. Everything else about it is at rest, as long as its inventory agrees."""
@@ -206,11 +206,11 @@ class Roster:
     ) -> None:
         # With its worker's fault: when an operator resumes that, a failed clean-up has its time again.
         same_fault = (before.fault if before else "") == (known.fault if known else "")
-        states = {h.id: (h.state, _stands(h)) for h in had if same_fault}
+        states = {h.id: (h.state, moves.is_quiesced(h)) for h in had if same_fault}
         since = {h.id: self._unsettled.pop(h.id, now) for h in had}
         for h in held:
             if h.state is not PlacementState.RUNNING or h.held:
-                self._unsettled[h.id] = since[h.id] if states.get(h.id) == (h.state, _stands(h)) else now
+                self._unsettled[h.id] = since[h.id] if states.get(h.id) == (h.state, moves.is_quiesced(h)) else now
 
     def _put_rental(self, rental_id: str, state: RentalState | None, now: float) -> None:
         before = self._rentals.get(rental_id)
@@ -348,10 +348,6 @@ class Roster:
 def _is_left(known: Known | None) -> bool:
     """What runs there will have to be somewhere else."""
     return known is None or known.health in {Health.DOWN, Health.QUARANTINED} or known.intent is Intent.DRAINING
-
-
-def _stands(held: Held) -> bool:
-    return held.state is PlacementState.RUNNING and bool(held.held)
 
 
 def _is_down(known: Known | None) -> bool:

@@ -1,4 +1,6 @@
-"""The three state machines as tables. What is absent from a table raises; nobody assigns a state elsewhere.
+"""The state machines as tables. What is absent from a table raises; nobody assigns a state elsewhere.
+
+Three are of rows, and their states are columns. The fourth, of planned migrations, is derived from the rows.
 
 A state without a deadline is restful: it may last. Every other one has an owner that works on it, a deadline in
 seconds, and an exit for when the deadline passes.
@@ -48,6 +50,27 @@ class RentalState(StrEnum):
     FAILED = "failed"
 
 
+class MigrationPhase(StrEnum):
+    """How far the planned migration of a rental is. No column holds the phase: moves.phase_of derives it."""
+
+    NONE = "none"
+    """No planned migration is under way."""
+    RESERVED = "reserved"
+    """The target has a slot; nothing was made there yet."""
+    PRECOPY = "precopy"
+    """The files are copied to the target while the source runs."""
+    QUIESCE = "quiesce"
+    """The target has the files of the precopy, and the source is about to be quiesced."""
+    FINAL_SYNC = "final sync"
+    """The source is quiesced, and what changed since the precopy is copied to the target."""
+    PARK = "park"
+    """The source is quiesced without a target, and its files are copied: then the rental waits in the queue."""
+    CUTOVER = "cutover"
+    """The rental has left the source, which is being purged, and goes on with all its files elsewhere."""
+    STALE = "stale"
+    """The source is quiesced for another target than the one that there is. No step leads here."""
+
+
 LIVE = frozenset({PlacementState.RESERVED, PlacementState.PREPARING, PlacementState.RUNNING})
 """A rental has at most one placement in these states."""
 HOLDING = LIVE | {PlacementState.STOPPING, PlacementState.STOPPED, PlacementState.FAILED}
@@ -57,6 +80,8 @@ OUT_OF_SERVICE = frozenset({Health.JOINING, Health.DOWN})
 SILENT = OUT_OF_SERVICE | {Health.SUSPECT}
 """A worker that need not be there any more."""
 ENDED = frozenset({RentalState.RELEASED, RentalState.EXPIRED, RentalState.FAILED})
+QUIESCED = frozenset({MigrationPhase.FINAL_SYNC, MigrationPhase.PARK, MigrationPhase.STALE})
+"""The source of a planned migration stands still in these phases."""
 
 CREATE_DEADLINE_S = 60.0
 RESTORE_DEADLINE_S = 600.0
@@ -65,6 +90,8 @@ DELETE_DEADLINE_S = 120.0
 JOIN_DEADLINE_S = 300.0
 QUEUE_DEADLINE_S = 24 * 3600.0
 PROVISIONING_DEADLINE_S = RESTORE_DEADLINE_S + DELETE_DEADLINE_S
+HELD_DEADLINE_S = 300.0
+"""More seconds than the final sync may take, for any home that can be copied at all."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +142,25 @@ RENTAL_TABLE: Mapping[str, Row] = {
     R.FAILED: _row((), "nobody"),
 }
 
+M = MigrationPhase
+MIGRATION_TABLE: Mapping[MigrationPhase, Row] = {
+    M.NONE: _row({M.RESERVED, M.PARK}, "renter"),
+    M.RESERVED: _row({M.PRECOPY, M.NONE}, "reconciler", 60.0, "precopy by the next round"),
+    M.PRECOPY: _row({M.QUIESCE, M.NONE}, "reconciler", RESTORE_DEADLINE_S, "none: it goes on where it is"),
+    M.QUIESCE: _row({M.FINAL_SYNC, M.NONE}, "reconciler", RESTORE_DEADLINE_S, "none: it goes on where it is"),
+    # Without its target the source is parked if its worker is about to end, and goes on otherwise.
+    M.FINAL_SYNC: _row({M.CUTOVER, M.PARK, M.NONE}, "reconciler", HELD_DEADLINE_S, "none: it goes on where it is"),
+    M.PARK: _row({M.CUTOVER, M.NONE}, "reconciler", HELD_DEADLINE_S, "none: it goes on where it is"),
+    M.CUTOVER: _row({M.NONE}, "reconciler", PROVISIONING_DEADLINE_S, "none: it is queued"),
+    M.STALE: _row({M.PARK, M.NONE}, "reconciler", HELD_DEADLINE_S, "none: it goes on where it is"),
+}
+
 TABLES: Mapping[str, Mapping[str, Row]] = {
     "worker": HEALTH_TABLE,
     "placement": PLACEMENT_TABLE,
     "rental": RENTAL_TABLE,
 }
+"""The machines whose states are columns, by the kind of row."""
 
 
 class ForbiddenTransition(Exception):
@@ -130,3 +171,9 @@ def check_transition(kind: str, identity: str, source: str, target: str) -> None
     """Raise ForbiddenTransition unless the table of `kind` (worker, placement, rental) has this step."""
     if target not in TABLES[kind][source].exits:
         raise ForbiddenTransition(f"{kind} {identity} cannot go from {source} to {target}")
+
+
+def check_phase(rental_id: str, source: MigrationPhase, target: MigrationPhase) -> None:
+    """Raise ForbiddenTransition unless a planned migration may go from one phase to the other."""
+    if target not in MIGRATION_TABLE[source].exits:
+        raise ForbiddenTransition(f"the migration of rental {rental_id} cannot go from {source} to {target}")

@@ -5,14 +5,15 @@ A task may be begun again at any time: what it makes or ends on a worker is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from orion.manager.domain import copies, moves, starting
 from orion.manager.domain.facts import Facts
 from orion.manager.domain.model import Draft, Item, Placement, Rental, Worker, World
-from orion.manager.domain.states import LIVE, Health, PlacementState
+from orion.manager.domain.states import LIVE, Health, MigrationPhase, PlacementState
 
 REACHABLE = frozenset({Health.READY, Health.SUSPECT, Health.UNKNOWN, Health.QUARANTINED})
 """Workers on which a rental may be made or changed; a joining one is only cleaned."""
@@ -93,51 +94,128 @@ def _task_of(world: World, placement: Placement, facts: Facts) -> Task | None:
     rental = world.rentals.get(placement.rental_id)
     if worker is None or worker.health is Health.DOWN or rental is None:
         return None
-    item = Item(rental.id, rental.username, rental.uid, placement.epoch)
-    start_mark = starting.due(rental, placement, worker)
-    wants_key = placement.state is PlacementState.PREPARING or (
-        placement.state is PlacementState.RUNNING and (placement.public_key != rental.public_key or bool(start_mark))
+    case = TaskCase(world, placement, worker, rental, facts)
+    for applies, task in TASK_RULES:
+        if applies(case):
+            return task(case)
+    return None
+
+
+@dataclass(frozen=True)
+class TaskCase:
+    """A placement with its rental, and its worker, which is not down."""
+
+    world: World
+    placement: Placement
+    worker: Worker
+    rental: Rental
+    facts: Facts
+
+    def task(self, kind: TaskKind, **more: Any) -> Task:
+        rental, worker = self.rental, self.worker
+        item = Item(rental.id, rental.username, rental.uid, self.placement.epoch)
+        return Task(kind, worker.id, worker.session_id, item, self.placement.id, **more)
+
+
+def _is_target(case: TaskCase) -> bool:
+    # Nobody is let into the target before the cutover: it gets no other task.
+    return moves.as_target(case.placement) is not None
+
+
+def _is_quiesced(case: TaskCase) -> bool:
+    # The source gets no task that would let it run.
+    return case.placement.held != 0 and case.placement.state in LIVE
+
+
+def _was_not_shown(case: TaskCase) -> bool:
+    # Its worker may have lost or purged it, and has not shown anything yet: see reconcile._missing.
+    placement = case.placement
+    unseen = not placement.public_key and case.facts.inventories.get(case.worker.id) is None
+    return placement.state is PlacementState.RUNNING and unseen
+
+
+def _is_to_be_made(case: TaskCase) -> bool:
+    # The account, the keys or the start command are not there yet, or are not those that are wanted.
+    placement, rental = case.placement, case.rental
+    if case.worker.health not in REACHABLE:
+        return False
+    if placement.state is PlacementState.PREPARING:
+        return True
+    others = placement.public_key != rental.public_key or bool(starting.due(rental, placement, case.worker))
+    return placement.state is PlacementState.RUNNING and others
+
+
+def _is_to_be_salvaged(case: TaskCase) -> bool:
+    # The worker of a lost placement may have files that nobody has copied. A target has only copies.
+    return not case.placement.standby and copies.wants_salvage(case.rental, case.placement)
+
+
+def _is_to_be_purged(case: TaskCase) -> bool:
+    # Nobody needs what is left of it on its worker.
+    return case.placement.state in {PlacementState.STOPPING, PlacementState.FAILED, PlacementState.LOST}
+
+
+def _nothing(case: TaskCase) -> None:
+    return None
+
+
+def _fill_target(case: TaskCase) -> Task | None:
+    """Return the task of the precopy or of the final sync."""
+    source = case.world.live_placement(case.rental.id)
+    if source is None or not moves.can_move(case.rental, source):
+        return None
+    kind = FILLING.get(moves.phase_of(case.rental, source, case.placement))
+    if kind is None:
+        return None
+    of = moves.Source(source.id, source.worker_id, source.epoch, source.held)
+    return case.task(kind, public_key=case.rental.public_key, rental_name=case.rental.name, source=of)
+
+
+def _park(case: TaskCase) -> Task | None:
+    """Return the task that copies a last time what has nowhere to go; None: it waits for its target, or goes on."""
+    placement, rental = case.placement, case.rental
+    phase = moves.phase_of(rental, placement, case.world.standby_of(rental.id))
+    ends = case.worker.id in case.facts.vacating and moves.can_move(rental, placement)
+    if phase is not MigrationPhase.PARK or not ends:
+        return None
+    return case.task(TaskKind.PARK, source=moves.Source(placement.id, case.worker.id, placement.epoch, placement.held))
+
+
+def _create(case: TaskCase) -> Task:
+    placement, rental = case.placement, case.rental
+    start_mark = starting.due(rental, placement, case.worker)
+    restore = copies.wanted(rental) if placement.state is PlacementState.PREPARING else None
+    return case.task(
+        TaskKind.CREATE,
+        public_key=rental.public_key,
+        restore=restore,
+        start=rental.start if start_mark else "",
+        start_mark=start_mark,
+        filled=placement.filled if restore == copies.NEWEST else "",
+        rental_name=rental.name,
     )
-    if placement.standby or placement.held:
-        task = _task_of_move(world, worker, rental, placement, item, facts)
-        if task is not None or placement.state in LIVE:
-            return task
-    unseen = not placement.public_key and facts.inventories.get(worker.id) is None
-    if placement.state is PlacementState.RUNNING and unseen:
-        return None  # not made anew on a worker that may have lost or purged it: see reconcile._is_missing
-    if wants_key and worker.health in REACHABLE:
-        restore = copies.wanted(rental) if placement.state is PlacementState.PREPARING else None
-        filled = placement.filled if restore == copies.NEWEST else ""
-        start = rental.start if start_mark else ""
-        key, fill = rental.public_key, (restore, start, start_mark, filled, rental.name)
-        return Task(TaskKind.CREATE, worker.id, worker.session_id, item, placement.id, key, *fill)
-    if not placement.standby and copies.wants_salvage(rental, placement):
-        return Task(TaskKind.SALVAGE, worker.id, worker.session_id, item, placement.id)
-    if placement.state in {PlacementState.STOPPING, PlacementState.FAILED, PlacementState.LOST}:
-        return Task(TaskKind.DELETE, worker.id, worker.session_id, item, placement.id)
-    return None
 
 
-def _task_of_move(
-    world: World, worker: Worker, rental: Rental, placement: Placement, item: Item, facts: Facts
-) -> Task | None:
-    if placement.standby:
-        placed = world.live_placement(rental.id)
-        if placement.state is not PlacementState.PREPARING or placed is None or not moves.can_move(rental, placed):
-            return None
-        if placed.held and placed.held != placement.epoch:
-            return None
-        kind = TaskKind.FINISH if placed.held else TaskKind.SEED
-        if not placed.held and placement.filled:
-            return None
-        source = moves.Source(placed.id, placed.worker_id, placed.epoch, placed.held)
-        key, name = rental.public_key, rental.name
-        return Task(kind, worker.id, worker.session_id, item, placement.id, key, rental_name=name, source=source)
-    stands_alone = placement.state is PlacementState.RUNNING and world.standby_of(rental.id) is None
-    if stands_alone and worker.id in facts.vacating and moves.can_move(rental, placement):
-        source = moves.Source(placement.id, worker.id, placement.epoch, placement.held)
-        return Task(TaskKind.PARK, worker.id, worker.session_id, item, placement.id, source=source)
-    return None
+def _salvage(case: TaskCase) -> Task:
+    return case.task(TaskKind.SALVAGE)
+
+
+def _delete(case: TaskCase) -> Task:
+    return case.task(TaskKind.DELETE)
+
+
+FILLING = {MigrationPhase.PRECOPY: TaskKind.SEED, MigrationPhase.FINAL_SYNC: TaskKind.FINISH}
+"""The tasks that fill the target of a planned migration, by its phase."""
+TaskRule = tuple[Callable[[TaskCase], bool], Callable[[TaskCase], Task | None]]
+TASK_RULES: tuple[TaskRule, ...] = (
+    (_is_target, _fill_target),
+    (_is_quiesced, _park),
+    (_was_not_shown, _nothing),
+    (_is_to_be_made, _create),
+    (_is_to_be_salvaged, _salvage),
+    (_is_to_be_purged, _delete),
+)
+"""The first rule that applies to a placement decides on its task, if it has one."""
 
 
 def _tasks_of_worker(world: Draft, worker: Worker, facts: Facts) -> Iterator[Task]:

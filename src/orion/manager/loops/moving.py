@@ -22,7 +22,7 @@ COPY_DEADLINE_S = 120.0
 RESTORE_DEADLINE_S = 120.0
 SEED_WITHIN_S = 500.0
 FINISH_WITHIN_S = 280.0
-"""Less than a hold may last (moves.HELD_DEADLINE_S)."""
+"""Less than a hold may last (states.HELD_DEADLINE_S)."""
 MOST_ROUNDS = 3
 SOON_S = 2.0
 """A round that took no longer leaves little to copy for when the rental stands still."""
