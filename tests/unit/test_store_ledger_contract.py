@@ -12,7 +12,19 @@ from support.builders import active_rental, host_key, new_placement, new_rental,
 from support.rosters import what_differs
 
 from orion.manager.domain.expiry import WallClock, count, expire, release, renew
-from orion.manager.domain.model import Item, Step, Worker, World, Write, move_placement, move_worker
+from orion.manager.domain.model import (
+    WRITTEN,
+    Item,
+    Kind,
+    Step,
+    UnknownField,
+    Worker,
+    World,
+    Write,
+    move_placement,
+    move_rental,
+    move_worker,
+)
 from orion.manager.domain.outcomes import Ended
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
@@ -163,6 +175,35 @@ async def test_what_must_never_be_is_refused_and_nothing_of_the_transaction_stay
         await bench.ledger.apply([harmless, BROKEN[what]])
     assert await bench.ledger.load() == before
     assert await bench.kinds() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "identity"), [("worker", WORKER.id), ("rental", RENTAL.id), ("placement", RUNNING.id)]
+)
+@pytest.mark.parametrize(
+    ("expect", "change"), [({}, {"explanatoin": "x"}), ({"epcoh": 3}, {}), ({}, {"id": "x"}), ({}, {"labels": {}})]
+)
+async def test_a_write_of_a_field_that_no_step_may_write_raises_at_once(
+    bench: Bench, kind: Kind, identity: str, expect: dict[str, Any], change: dict[str, Any]
+) -> None:
+    before = await bench.ledger.load()
+    with pytest.raises(UnknownField, match=f"{kind} {identity}"):
+        await bench.ledger.apply([Step((Write(kind, identity, expect, change),))])
+    assert await bench.ledger.load() == before
+
+
+def test_a_misspelt_change_of_a_state_raises_at_once() -> None:
+    with pytest.raises(UnknownField, match="activated"):
+        move_rental(QUEUED, RentalState.PROVISIONING, "a test", "a test", activated=1.0)
+    with pytest.raises(UnknownField, match="filed"):
+        move_placement(RUNNING, "alice", PlacementState.STOPPING, "a test", "a test", filed="1-1")
+
+
+@pytest.mark.parametrize(("kind", "row"), [("worker", WORKER), ("rental", RENTAL), ("placement", RUNNING)])
+async def test_each_field_that_a_step_may_write_can_be_written(bench: Bench, kind: Kind, row: Any) -> None:
+    for name in sorted(WRITTEN[kind]):
+        change = {name: getattr(row, name, 7)}
+        assert await bench.ledger.apply([Step((Write(kind, row.id, {}, change),))]), name
 
 
 async def test_a_free_slot_may_be_taken(bench: Bench) -> None:

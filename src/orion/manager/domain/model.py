@@ -7,7 +7,7 @@ A step is one unit: every write finds its row as expected, or the whole step is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 from orion.manager.domain.states import (
@@ -170,14 +170,41 @@ class Event:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+READ: Mapping[Kind, frozenset[str]] = {
+    "worker": frozenset(f.name for f in fields(Worker)),
+    "rental": frozenset(f.name for f in fields(Rental)),
+    "placement": frozenset(f.name for f in fields(Placement)),
+}
+"""The fields of each kind of row that a decision reads."""
+WRITTEN: Mapping[Kind, frozenset[str]] = {
+    "worker": READ["worker"] - {"id"},
+    "rental": READ["rental"] - {"id"} | {"last_safe_copy_bytes"},
+    "placement": READ["placement"] - {"id"},
+}
+"""The fields of each kind of row that a step may change; no decision reads the size of the last copy."""
+
+
+class UnknownField(Exception):
+    """A write names a field that its kind of row does not have."""
+
+
 @dataclass(frozen=True)
 class Write:
-    """Change a row that is still as expected: `expect` and `change` map column to value. No change: only a guard."""
+    """Change a row that is still as expected: `expect` and `change` map field to value. No change: only a guard.
+
+    Raises UnknownField at once when it names another field than the row has, whichever store it is meant for.
+    """
 
     kind: Kind
     id: str
     expect: Mapping[str, Any]
     change: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if READ[self.kind].issuperset(self.expect) and WRITTEN[self.kind].issuperset(self.change):
+            return
+        unknown = sorted((self.expect.keys() - READ[self.kind]) | (self.change.keys() - WRITTEN[self.kind]))
+        raise UnknownField(f"a step cannot write {', '.join(unknown)} of {self.kind} {self.id}")
 
 
 @dataclass(frozen=True)
@@ -303,8 +330,8 @@ class World:
             row = changed.get((write.kind, write.id), tables[write.kind].get(write.id))
             if row is None or any(getattr(row, column) != value for column, value in write.expect.items()):
                 return False
-            known = {column: value for column, value in write.change.items() if hasattr(row, column)}
-            changed[write.kind, write.id] = replace(row, **known)
+            read = {column: value for column, value in write.change.items() if column in READ[write.kind]}
+            changed[write.kind, write.id] = replace(row, **read)
         for (kind, identity), row in changed.items():
             tables[kind][identity] = row
         if step.placement:
