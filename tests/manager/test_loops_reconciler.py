@@ -495,10 +495,10 @@ async def test_one_outcome_that_cannot_be_written_is_no_other_s_failure(
     other = await house.join()
     finish = house.manager.ledger.finish
 
-    async def not_for_the_first(ended: Any) -> None:
+    async def not_for_the_first(ended: Any, follow: Any) -> None:
         if any(one.task.worker_id == agent.worker_id for one in ended):
             raise RuntimeError("this row cannot be written")
-        await finish(ended)
+        await finish(ended, follow)
 
     monkeypatch.setattr(house.manager.ledger, "finish", not_for_the_first)
     rentals = [await house.as_admin.post("/api/rent", json={"wait_s": 0}) for _ in range(2)]

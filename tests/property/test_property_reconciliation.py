@@ -21,7 +21,7 @@ from support.builders import host_key, new_rental, new_worker, new_world
 from orion.manager.domain.expiry import release, renew
 from orion.manager.domain.facts import Facts
 from orion.manager.domain.model import Item, Placement, Rental, Step, Worker, World, move_worker
-from orion.manager.domain.outcomes import Ended, failed, succeeded
+from orion.manager.domain.outcomes import failed, succeeded
 from orion.manager.domain.reconcile import Decision, decide
 from orion.manager.domain.states import (
     ENDED,
@@ -33,7 +33,7 @@ from orion.manager.domain.states import (
     PlacementState,
     RentalState,
 )
-from orion.manager.domain.tasks import Task, TaskKind
+from orion.manager.domain.tasks import Ended, Task, TaskKind
 
 INVARIANTS = (
     "a_rental_has_at_most_one_live_placement_and_one_standby",

@@ -25,10 +25,10 @@ from orion.manager.domain.model import (
     move_rental,
     move_worker,
 )
-from orion.manager.domain.outcomes import Ended
+from orion.manager.domain.outcomes import follow
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
-from orion.manager.domain.tasks import Task, TaskKind
+from orion.manager.domain.tasks import Ended, Task, TaskKind
 from orion.manager.store import events
 from orion.manager.store.database import Store
 from orion.manager.store.memory import InvariantBroken, MemoryLedger
@@ -214,7 +214,7 @@ async def test_a_free_slot_may_be_taken(bench: Bench) -> None:
 async def test_a_slot_is_free_when_its_placement_is_purged(bench: Bench) -> None:
     stopping = move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")
     await bench.ledger.apply([stopping])
-    await bench.ledger.finish([Ended(TASK, True, 9000.0, 9000.0, {"left": []})])
+    await bench.ledger.finish([Ended(TASK, True, 9000.0, 9000.0, {"left": []})], follow)
     assert RUNNING.id not in (await bench.ledger.load()).placements
     assert (await bench.kinds())[-2:] == ["placement.stopped", "placement.purged"]
     assert await bench.ledger.apply([reserved(1, QUEUED, WORKER)])
@@ -222,13 +222,13 @@ async def test_a_slot_is_free_when_its_placement_is_purged(bench: Bench) -> None
 
 async def test_a_success_that_nobody_waits_for_changes_nothing(bench: Bench) -> None:
     before = await bench.ledger.load()
-    await bench.ledger.finish([Ended(TASK, True, 9000.0, 9000.0, {"left": []})])
+    await bench.ledger.finish([Ended(TASK, True, 9000.0, 9000.0, {"left": []})], follow)
     assert await bench.ledger.load() == before
 
 
 async def test_a_failure_is_explained_to_who_waits_for_it(bench: Bench) -> None:
     await bench.ledger.apply([release(RENTAL, "released", "alice", "asked for")])
-    await bench.ledger.finish([Ended(TASK, False, 9000.0, 9000.0, message="no space left", attempts=1)])
+    await bench.ledger.finish([Ended(TASK, False, 9000.0, 9000.0, message="no space left", attempts=1)], follow)
     assert (await bench.ledger.load()).rentals[RENTAL.id].explanation == "trying again: no space left"
 
 
@@ -329,7 +329,7 @@ async def test_steps_that_have_nothing_to_do_with_each_other_are_applied_each_fo
 async def test_tasks_that_end_together_are_all_written_and_each_sees_the_ones_before_it(bench: Bench) -> None:
     await bench.ledger.apply([move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")])
     reached = Task(TaskKind.REACH, OTHER.id, OTHER.session_id)
-    await bench.ledger.finish([Ended(one, True, 9000.0, 9000.0, {"left": []}) for one in (TASK, TASK, reached)])
+    await bench.ledger.finish([Ended(one, True, 9000.0, 9000.0, {"left": []}) for one in (TASK, TASK, reached)], follow)
     assert await bench.kinds() == [
         "placement.stopping",
         "placement.stopped",
@@ -349,7 +349,7 @@ async def test_who_follows_is_told_what_is_there_and_then_what_each_commit_chang
     assert (known.health, known.session_id, known.verified) == (Health.JOINING, registered.session_id, False)
     await bench.ledger.apply([move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")])
     assert [held.state for held in followed.held(WORKER.id)] == [PlacementState.STOPPING]
-    await bench.ledger.finish([Ended(TASK, True, 9000.0, 9000.0, {"left": []})])
+    await bench.ledger.finish([Ended(TASK, True, 9000.0, 9000.0, {"left": []})], follow)
     assert followed.held(WORKER.id) == ()
     await bench.ledger.apply([reserved(1, QUEUED, WORKER)])
     await bench.ledger.apply([release(QUEUED, "released", "alice", "asked for")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from orion.manager.domain import copies, moves, starting
@@ -23,7 +23,7 @@ from orion.manager.domain.model import (
 from orion.manager.domain.moves import ACTOR
 from orion.manager.domain.reconcile import give_up
 from orion.manager.domain.states import MigrationPhase, PlacementState, RentalState
-from orion.manager.domain.tasks import Task, TaskKind
+from orion.manager.domain.tasks import Ended, Task, TaskKind
 
 MOST_OF_A_REPORT = 4096
 """Characters of a worker's report that its event keeps: a worker could fill the database with more."""
@@ -35,20 +35,6 @@ WAITS_FOR_ITS_TARGET = frozenset({MigrationPhase.PRECOPY, MigrationPhase.QUIESCE
 """Phases of a planned migration in which a failed task ends it."""
 SALVAGE_ATTEMPTS = 2
 """Failed tries to copy aside what a returned worker still has, before it is purged all the same."""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A task that has ended. `attempts`: how often it has failed, this time counted; `wall`: UTC seconds."""
-
-    task: Task
-    ok: bool
-    wall: float
-    counts_from: float | None
-    """The UTC seconds from which a rental's time is counted that begins now; None: see expiry.count."""
-    report: Mapping[str, Any] = field(default_factory=dict)
-    message: str = ""
-    attempts: int = 0
 
 
 def follow(world: World, ended: Ended) -> Step | None:

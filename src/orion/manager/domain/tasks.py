@@ -5,14 +5,14 @@ A task may be begun again at any time: what it makes or ends on a worker is the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from orion.manager.domain import copies, moves, starting
 from orion.manager.domain.facts import Facts
-from orion.manager.domain.model import Draft, Item, Placement, Rental, Worker, World
+from orion.manager.domain.model import Draft, Item, Placement, Rental, Step, Worker, World
 from orion.manager.domain.states import LIVE, Health, MigrationPhase, PlacementState
 
 REACHABLE = frozenset({Health.READY, Health.SUSPECT, Health.UNKNOWN, Health.QUARANTINED})
@@ -65,6 +65,24 @@ class Task:
     def key(self) -> tuple[str, str]:
         """Tasks with the same key never run at the same time: one worker, one rental."""
         return self.worker_id, self.item.rental_id if self.item else ""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A task that has ended. `attempts`: how often it has failed, this time counted; `wall`: UTC seconds."""
+
+    task: Task
+    ok: bool
+    wall: float
+    counts_from: float | None
+    """The UTC seconds from which a rental's time is counted that begins now; None: see expiry.count."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+    message: str = ""
+    attempts: int = 0
+
+
+Follow = Callable[[World, Ended], Step | None]
+"""It returns the step that follows from the end of a task, or None: outcomes.follow, which the store is given."""
 
 
 def wanted(world: Draft, facts: Facts) -> Iterator[Task]:

@@ -20,17 +20,17 @@ from typing import Any
 
 import structlog
 
+from orion.manager.domain import outcomes
 from orion.manager.domain.facts import Facts
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.model import Item, World
 from orion.manager.domain.moves import NotMoved, Source
-from orion.manager.domain.outcomes import Ended
 from orion.manager.domain.places import MAX_PLACED, ask_to_move
 from orion.manager.domain.reconcile import decide
 from orion.manager.domain.roster import Roster
 from orion.manager.domain.shares import Claim, may_take
 from orion.manager.domain.states import Health, PlacementState
-from orion.manager.domain.tasks import Task, TaskKind, thaw
+from orion.manager.domain.tasks import Ended, Task, TaskKind, thaw
 from orion.manager.engine.port import OTHER_BOOT, Action, Engine, Host, Job, Outcome, Reach, Reached
 from orion.manager.loops.moving import Mover
 from orion.manager.loops.restoring import WAITS, Restorer
@@ -416,7 +416,7 @@ class Reconciler:
 
     async def _write_batch(self, batch: list[tuple[Ended, asyncio.Future[None]]]) -> None:
         try:
-            await self._ledger.finish([ended for ended, _ in batch])
+            await self._ledger.finish([ended for ended, _ in batch], outcomes.follow)
         except Exception as error:
             if len(batch) > 1:  # one that cannot be written is nobody else's failure
                 for one in batch:

@@ -24,10 +24,9 @@ from sqlalchemy import (
     update,
 )
 
-from orion.manager.domain import outcomes
 from orion.manager.domain.model import Item, Origin, Placement, Rental, Step, Worker, World, Write
-from orion.manager.domain.outcomes import Ended
 from orion.manager.domain.states import ENDED, HOLDING, Health, Intent, PlacementState, RentalState
+from orion.manager.domain.tasks import Ended, Follow
 from orion.manager.store.database import record, touched
 from orion.manager.store.port import DUE_AT_ONCE, QUEUED_AT_ONCE
 from orion.manager.store.roster import OPEN, chunks
@@ -177,14 +176,14 @@ def _apply_alike(connection: Connection, steps: list[Step]) -> bool:
     return True
 
 
-def finish(connection: Connection, ended: Sequence[Ended]) -> None:
-    """Write what follows from tasks that have ended, where that is still of any use, in one transaction."""
+def finish(connection: Connection, ended: Sequence[Ended], follow: Follow) -> None:
+    """See `port.Ledger.finish`."""
     wanted = {identity for e in ended for identity in e.task.placement_ids}
     placed = _by_id(connection, placements, wanted, placement)
     placed = {identity: p for identity, p in placed.items() if p.state is not PlacementState.PURGED}
     world = World({}, _by_id(connection, rentals, {p.rental_id for p in placed.values()}, rental), placed)
     for one in ended:
-        step = outcomes.follow(world, one)
+        step = follow(world, one)
         if step is not None and _apply_one(connection, step):
             world.apply(step)
             for write in step.writes:

@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from orion.manager.domain import outcomes
 from orion.manager.domain.model import Event, Item, Placement, Rental, Step, Worker, World
-from orion.manager.domain.outcomes import Ended
 from orion.manager.domain.roster import Changes, Held, Known
 from orion.manager.domain.states import (
     ENDED,
@@ -22,6 +20,7 @@ from orion.manager.domain.states import (
     PlacementState,
     RentalState,
 )
+from orion.manager.domain.tasks import Ended, Follow
 from orion.manager.store.port import (
     ADDRESS_REUSED,
     DUE_AT_ONCE,
@@ -128,10 +127,10 @@ class MemoryLedger:
         with self._transaction():
             return [self._apply_one(step) for step in steps]
 
-    async def finish(self, ended: Sequence[Ended]) -> None:
+    async def finish(self, ended: Sequence[Ended], follow: Follow) -> None:
         with self._transaction():
             for one in ended:
-                step = outcomes.follow(self.world, one)
+                step = follow(self.world, one)
                 if step is not None:
                     self._apply_one(step)
 

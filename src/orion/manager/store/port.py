@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from orion.manager.domain.model import Item, Rental, Step, Worker, World
-from orion.manager.domain.outcomes import Ended
 from orion.manager.domain.roster import Changes
+from orion.manager.domain.tasks import Ended, Follow
 
 Notes = Iterable[tuple[str, float, Mapping[str, Any]]]
 """Worker id, UTC seconds when it was heard, its load."""
@@ -72,8 +72,12 @@ class Ledger(Protocol):
         """Apply steps that have nothing to do with each other in one transaction; of each, whether it was applied."""
         ...
 
-    async def finish(self, ended: Sequence[Ended]) -> None:
-        """Write what follows from tasks that have ended, where that is still of any use."""
+    async def finish(self, ended: Sequence[Ended], follow: Follow) -> None:
+        """Apply the step that `follow` decides on for each task that has ended, unless a row is not as it expects.
+
+        The world that `follow` gets has the placements of the task that are not purged, and their rentals, as the steps
+        before left them.
+        """
         ...
 
     async def forget(self, worker_ids: Collection[str]) -> tuple[str, ...]:

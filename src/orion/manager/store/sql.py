@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from orion.manager.domain.model import Item, Rental, Step, Worker, World
-from orion.manager.domain.outcomes import Ended
 from orion.manager.domain.roster import Changes
+from orion.manager.domain.tasks import Ended, Follow
 from orion.manager.store import ledger, workers
 from orion.manager.store.database import Store
 from orion.manager.store.port import Notes, Registered, Registration
@@ -45,8 +45,8 @@ class SqlLedger:
     async def apply_each(self, steps: Iterable[Step]) -> list[bool]:
         return await self._store.write(ledger.apply_each, steps)
 
-    async def finish(self, ended: Sequence[Ended]) -> None:
-        await self._store.write(ledger.finish, ended)
+    async def finish(self, ended: Sequence[Ended], follow: Follow) -> None:
+        await self._store.write(ledger.finish, ended, follow)
 
     async def forget(self, worker_ids: Collection[str]) -> tuple[str, ...]:
         return (await self._store.write(workers.prune, "health", worker_ids)).forgotten
