@@ -22,7 +22,7 @@ from bench.report import Result
 from bench.stack import Stack, running, wait_until
 from orion import frames, stream
 from orion.login import Login
-from orion.ssh import pinned_host_arguments
+from orion.ssh import pinned_authority_arguments, pinned_host_arguments
 
 GIGABYTE = 1 << 30
 RENTALS = 6
@@ -61,11 +61,7 @@ def as_its_renter(key: str) -> list[str]:
 def through_the_door(python: str, rental_id: str, authority: str) -> list[str]:
     """Options of ssh: `orion connect` leads to the worker, and the platform's authority vouches for it."""
     connect = shlex.join([python, "-P", "-m", "orion.connect", rental_id])
-    return [
-        "-o", f"ProxyCommand={connect}", "-o", "StrictHostKeyChecking=yes", "-o", f"HostKeyAlias={rental_id}.orion",
-        "-o", f"KnownHostsCommand=/bin/echo {authority}", "-o", "UserKnownHostsFile=none",
-        "-o", "GlobalKnownHostsFile=none",
-    ]  # fmt: skip
+    return ["-o", f"ProxyCommand={connect}", *pinned_authority_arguments(f"{rental_id}.orion", authority)]
 
 
 def measure(openings: int, copies: int) -> Result:

@@ -1,31 +1,69 @@
-"""OpenSSH's arguments for a connection whose host key is pinned, shared by Ansible's inventory and `orion ssh`."""
+"""OpenSSH's arguments for hosts whose keys are pinned: for the manager, Ansible's inventory, and `orion ssh`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NewType
+
+Pinned = NewType("Pinned", list[str])
+"""The arguments by which ssh accepts one host and no other; only the functions below make them."""
 
 
-def pinned_host_arguments(alias: str, host_keys: Sequence[str]) -> list[str]:
-    """The options that accept these host keys under this alias, and no other key or file.
+def ssh_command(
+    destination: str,
+    pinned: Pinned,
+    options: Iterable[str] = (),
+    flags: Sequence[str] = (),
+    command: Sequence[str] = (),
+) -> list[str]:
+    """Return the argument list of an ssh to a pinned host. `options`: what follows each -o.
 
-    `host_keys` are lines as in a .pub file: type, key. No file is needed: OpenSSH (8.5 or newer) asks
-    KnownHostsCommand, see ssh_config(5). The values hold no character that a shell or ssh would interpret:
-    an alias is one of our ids, a key is base-64.
+    Of an option that is named twice, ssh takes the first; so no option can turn off the check of the host key.
+    """
+    return ["ssh", *pinned, *option_arguments(options), *flags, "--", destination, *command]
+
+
+def option_arguments(options: Iterable[str]) -> list[str]:
+    """Return these options of ssh_config as arguments."""
+    return [argument for option in options for argument in ("-o", option)]
+
+
+def pinned_host_arguments(alias: str, host_keys: Sequence[str]) -> Pinned:
+    """Return the options that accept these host keys under this alias, and no other key or file.
+
+    `host_keys` are lines as in a .pub file: type, key. The values hold no character that a shell or ssh would
+    interpret: an alias is one of our ids, a key is base-64.
     """
     if not host_keys:
         raise ValueError(f"no host key is known for {alias}")
     key = min(host_keys, key=lambda line: (not line.startswith("ssh-ed25519 "), line))
     key_type, encoded = key.split()[:2]
-    return [
-        "-o", "StrictHostKeyChecking=yes",
-        "-o", f"HostKeyAlias={alias}",
-        "-o", f"HostKeyAlgorithms={_algorithms(key_type)}",
-        "-o", f"KnownHostsCommand=/bin/echo {alias} {key_type} {encoded}",
-        "-o", "UserKnownHostsFile=none",
-        "-o", "GlobalKnownHostsFile=none",
-        "-o", "UpdateHostKeys=no",
-    ]  # fmt: skip
+    algorithms = ",".join(host_key_algorithms(key_type))
+    return _pinned(alias, f"{alias} {key_type} {encoded}", f"HostKeyAlgorithms={algorithms}")
 
 
-def _algorithms(key_type: str) -> str:
-    return "rsa-sha2-512,rsa-sha2-256" if key_type == "ssh-rsa" else key_type
+def pinned_authority_arguments(alias: str, authority: str) -> Pinned:
+    """Return the options that accept a host which this authority has certified under this alias, and no other.
+
+    `authority` is a line as in a file known_hosts, which the caller has checked.
+    """
+    return _pinned(alias, authority)
+
+
+def host_key_algorithms(key_type: str) -> tuple[str, ...]:
+    """Return the names of the signatures by which a host shows a key of this type."""
+    return ("rsa-sha2-512", "rsa-sha2-256") if key_type == "ssh-rsa" else (key_type,)
+
+
+def _pinned(alias: str, known_host: str, *more: str) -> Pinned:
+    """No file is needed: OpenSSH (8.5 or newer) asks KnownHostsCommand, see ssh_config(5)."""
+    options = (
+        "StrictHostKeyChecking=yes",
+        f"HostKeyAlias={alias}",
+        *more,
+        f"KnownHostsCommand=/bin/echo {known_host}",
+        "UserKnownHostsFile=none",
+        "GlobalKnownHostsFile=none",
+        "UpdateHostKeys=no",
+    )
+    return Pinned(option_arguments(options))

@@ -14,7 +14,7 @@ from engine_contract import KEY, OTHER_KEY
 
 from orion.manager.engine.playbook import host_variables
 from orion.manager.engine.port import Host
-from orion.manager.engine.ssh import MAX_MESSAGE, ssh_command
+from orion.manager.engine.ssh import MAX_MESSAGE, worker_ssh
 
 TEMPLATE = "{{ 6 * 7 }}"
 PLAYBOOK = """
@@ -144,7 +144,7 @@ def test_a_worker_with_another_host_key_or_address_has_another_kept_connection()
         Host("w-abcdefgh", "192.0.2.7", (OTHER_KEY,)),
         Host("w-bcdefghi", "192.0.2.7", (KEY,)),
     ]
-    paths = {next(a for a in ssh_command(h, Path("/run/orion/engine")) if "ControlPath" in a) for h in hosts}
+    paths = {next(a for a in worker_ssh(h, Path("/run/orion/engine"), ()) if "ControlPath" in a) for h in hosts}
     assert len(paths) == len(hosts)
     assert all(len(path) < 108 - 17 for path in paths)  # a socket's path, and what ssh appends while it makes one
 
@@ -153,6 +153,6 @@ def test_host_key_checking_is_never_off() -> None:
     host = Host("w-abcdefgh", "192.0.2.7", (KEY,))
     variables = host_variables(host, Path("/run/orion/engine"))
     assert variables["ansible_host_key_checking"] is True
-    for arguments in (variables["ansible_ssh_common_args"], " ".join(ssh_command(host, Path("/run/orion/engine")))):
+    for arguments in (variables["ansible_ssh_common_args"], " ".join(worker_ssh(host, Path("/run/orion/engine"), ()))):
         assert "StrictHostKeyChecking=yes" in arguments
         assert KEY.split()[1] in arguments

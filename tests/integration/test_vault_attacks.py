@@ -40,7 +40,7 @@ from orion.manager.engine.vault import __main__ as vault, jobs, transfer
 liar = sys.argv.pop(1)
 sys.executable = os.path.realpath(sys.executable)
 transfer.BRIDGE = pathlib.Path(shutil.copy(transfer.BRIDGE, pathlib.Path(liar).with_name("bridge.py")))
-jobs.ssh_command = lambda host, folder: [sys.executable, liar]
+jobs.worker_ssh = lambda *_: [sys.executable, liar]
 vault.main()
 """
 LIAR = r"""

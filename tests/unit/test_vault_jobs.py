@@ -55,7 +55,7 @@ class Vault:
     ) -> ReplyLine:
         """Have a worker copied that says this; each epoch makes a copy of its own."""
         program = f"read -r request; date +%s.%N >{self.begun}; echo; echo '{says}'"
-        self.monkeypatch.setattr(jobs, "ssh_command", lambda *_: ["sh", "-c", program])
+        self.monkeypatch.setattr(jobs, "worker_ssh", lambda *_: ["sh", "-c", program])
         request = RequestLine(
             action=action, rental_id=rental_id, uid=UID, epoch=epoch, host=HOST, deadline_s=20.0,
             max_files=100, max_bytes=1 << 20, owner_share=0.5, **{"owner": "ann"} | more,

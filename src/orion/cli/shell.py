@@ -24,6 +24,7 @@ from orion.client import ENDED, Orion
 from orion.connect import TIDY
 from orion.connect import main as relay
 from orion.errors import Ended, InvalidInput, LocalFault, OrionError, StillWaiting
+from orion.ssh import pinned_authority_arguments, ssh_command
 from orion.ssh_rentals import (
     certificate_file,
     check_authority,
@@ -180,31 +181,23 @@ def ssh_arguments(rental: Rental, authority: str, wish: Wish, certificate: Path 
     """
     check_names(rental.id, rental.name, rental.username)
     check_authority(authority)
-    return [
-        "ssh",
-        "-o", f"ProxyCommand={connect_command(rental.id)}",
-        "-o", "StrictHostKeyChecking=yes",
-        "-o", f"HostKeyAlias={rental.id}.orion",
-        "-o", f"KnownHostsCommand=/bin/echo {authority}",
-        "-o", "UserKnownHostsFile=none",
-        "-o", "GlobalKnownHostsFile=none",
-        "-o", "UpdateHostKeys=no",
+    options = [
+        f"ProxyCommand={connect_command(rental.id)}",
         *_identity_options(wish.identity),
-        *(["-o", f"CertificateFile={quoted(certificate)}"] if certificate else []),
+        *([f"CertificateFile={quoted(certificate)}"] if certificate else []),
         # A connection shared with an earlier one could lead to where the rental was before it moved.
-        "-o", "ControlMaster=no",
-        "-o", "ControlPath=none",
+        "ControlMaster=no",
+        "ControlPath=none",
         # When the worker dies silently, the shell ends within a minute instead of hanging.
-        "-o", "ServerAliveInterval=15",
-        "-o", "ServerAliveCountMax=3",
+        "ServerAliveInterval=15",
+        "ServerAliveCountMax=3",
         # Only who asks for it this time: whoever is root there could use the agent as well.
-        "-o", f"ForwardAgent={'yes' if wish.forward_agent else 'no'}",
-        "-o", "SendEnv=LC_* COLORTERM NO_COLOR",
-        *(["-t"] if wish.tty else []),
-        "--",
-        f"{rental.username}@{rental.name}.orion",
-        *wish.command,
-    ]  # fmt: skip
+        f"ForwardAgent={'yes' if wish.forward_agent else 'no'}",
+        "SendEnv=LC_* COLORTERM NO_COLOR",
+    ]
+    pinned = pinned_authority_arguments(f"{rental.id}.orion", authority)
+    to = f"{rental.username}@{rental.name}.orion"
+    return ssh_command(to, pinned, options, flags=["-t"] if wish.tty else [], command=wish.command)
 
 
 def _wish(
@@ -291,7 +284,7 @@ def _active(orion: Orion, rental: Rental, within_s: float, tell: output.Tell) ->
 def _identity_options(identity: Path | None) -> list[str]:
     # Without IdentitiesOnly an agent with many keys uses up the attempts before this one is tried.
     identity = identity or keys.own_key()
-    return ["-o", "IdentitiesOnly=yes", "-o", f"IdentityFile={quoted(identity)}"]
+    return ["IdentitiesOnly=yes", f"IdentityFile={quoted(identity)}"]
 
 
 def _check_version() -> None:

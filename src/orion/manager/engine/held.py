@@ -24,7 +24,7 @@ from typing import Any
 
 from orion.manager.engine.channel import READ_BYTES, BrokenLine, LineTooLong, SelectorChannel, decode
 from orion.manager.engine.protocol import HostLine
-from orion.manager.engine.ssh import control_path, explained, ssh_command
+from orion.manager.engine.ssh import control_path, explained, worker_ssh
 
 MAX_COMPLAINT_BYTES = 1 << 12
 OPEN_WITHIN_S = 8.0
@@ -34,6 +34,7 @@ KEPT = 16
 """So many stay though they are idle: a small pool's first order of the day need not wait for ssh."""
 MOST = 128
 """Beyond so many, the one that was used the longest ago is closed."""
+OWN_OPTIONS = ("ControlMaster=yes",)
 SERVE = "exec /usr/local/sbin/orion-rental serve"
 
 log = logging.getLogger("orion.engine")
@@ -73,7 +74,7 @@ class Held:
         self._errors = bytearray()
         control_path(host.host(), directory).unlink(missing_ok=True)
         self._process = subprocess.Popen(
-            [*ssh_command(host.host(), directory), SERVE],
+            [*worker_ssh(host.host(), directory, OWN_OPTIONS), SERVE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

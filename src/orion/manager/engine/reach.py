@@ -9,6 +9,7 @@ from typing import Any
 import asyncssh
 
 from orion.manager.engine.port import Host, Reached
+from orion.ssh import host_key_algorithms
 
 
 class SshReach:
@@ -63,4 +64,4 @@ def pinned(host: Host) -> dict[str, Any]:
 def _algorithms(host: Host) -> list[str]:
     """Of the pinned keys alone, so that an honest worker shows one of them."""
     kinds = dict.fromkeys(key.split()[0] for key in host.host_keys)
-    return [name for kind in kinds for name in (("rsa-sha2-512", "rsa-sha2-256") if kind == "ssh-rsa" else (kind,))]
+    return [name for kind in kinds for name in host_key_algorithms(kind)]

@@ -1,13 +1,14 @@
-"""How the engine connects to a worker: its pinned host key, the engine's key, nothing else."""
+"""How the manager's processes connect to a worker by OpenSSH: its pinned host key, their own key, nothing else."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
 from orion.manager.engine.port import Host
-from orion.ssh import pinned_host_arguments
+from orion.ssh import option_arguments, pinned_host_arguments, ssh_command
 
 CONNECT_TIMEOUT_S = 5
 SSH_OPTIONS = (
@@ -24,6 +25,7 @@ SSH_OPTIONS = (
     "PreferredAuthentications=publickey",
     "BatchMode=yes",
 )
+NO_CONFIGURATION = ("-F", "none")
 MAX_MESSAGE = 500
 IMPOSTOR = "it has another host key than the pinned one"
 _IMPOSTOR_SIGNS = (
@@ -39,17 +41,19 @@ _PREFACE = re.compile(
 
 
 def options(host: Host) -> list[str]:
-    """Arguments of ssh that any connection to this worker has."""
-    plain = [argument for option in SSH_OPTIONS for argument in ("-o", option)]
-    return ["-F", "none", *plain, *pinned_host_arguments(host.worker_id, host.host_keys)]
+    """Return the arguments of ssh that any connection to this worker has."""
+    pinned = pinned_host_arguments(host.worker_id, host.host_keys)
+    return [*pinned, *option_arguments(SSH_OPTIONS), *NO_CONFIGURATION]
 
 
-def ssh_command(host: Host, directory: Path) -> list[str]:
-    """Of a connection that is held, and is master of its control socket."""
-    return [
-        "ssh", *options(host), "-T", "-o", "ControlMaster=yes", "-o", f"ControlPath={control_path(host, directory)}",
-        "-i", str(directory / "id_ed25519"), "-p", str(host.port), "-l", "root", "--", host.address,
-    ]  # fmt: skip
+def worker_ssh(host: Host, directory: Path, more: Sequence[str]) -> list[str]:
+    """Return the argument list of an ssh to a worker, as root. `directory`: of the key, and of control sockets.
+
+    `more`: options that count before SSH_OPTIONS.
+    """
+    own = (*more, f"ControlPath={control_path(host, directory)}", *SSH_OPTIONS)
+    flags = (*NO_CONFIGURATION, "-T", "-i", str(directory / "id_ed25519"), "-p", str(host.port), "-l", "root")
+    return ssh_command(host.address, pinned_host_arguments(host.worker_id, host.host_keys), own, flags)
 
 
 def control_path(host: Host, directory: Path) -> Path:

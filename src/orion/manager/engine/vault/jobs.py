@@ -19,13 +19,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
 from orion.manager.domain.copies import Generation
 from orion.manager.domain.pacing import LONGEST_PAUSE_S
-from orion.manager.engine.port import Host
+from orion.manager.engine.ssh import worker_ssh
 from orion.manager.engine.vault import generations
 from orion.manager.engine.vault.disk import Disk, Usage, Usages
 from orion.manager.engine.vault.port import NO_BASE, NO_SUCH_GENERATION, OVER_LIMIT, OVER_SHARE, VaultError
@@ -43,7 +42,6 @@ from orion.manager.engine.vault.transfer import (
     check,
 )
 from orion.manager.engine.vault.watch import Watch
-from orion.ssh import pinned_host_arguments
 
 LOCK_WAIT_S = 5.0
 TIDY_WITHIN_S = 60.0
@@ -52,11 +50,7 @@ SALVAGE_WAIT_S = 45.0
 FULLEST_DISK = 0.9
 """A copy that is under way is given up when so much of the disk is used, of its bytes or of its inodes; none is begun
 from a lower mark on."""
-SSH_OPTIONS = (
-    "ControlMaster=auto", "ControlPersist=60s", "ConnectTimeout=5", "ServerAliveInterval=5", "ServerAliveCountMax=2",
-    "ForwardAgent=no", "ForwardX11=no", "ClearAllForwardings=yes", "IdentitiesOnly=yes", "IdentityAgent=none",
-    "BatchMode=yes", "LogLevel=ERROR",
-)  # fmt: skip
+SSH_OPTIONS = ("ControlMaster=auto", "ControlPersist=60s", "ServerAliveInterval=5", "LogLevel=ERROR")
 NOBODYS_ID = 4_000_000_000
 T = TypeVar("T")
 
@@ -359,7 +353,7 @@ class Job:
         if self._request.host is None:
             raise VaultError("invalid_request", "it names no worker")
         environment = {"PATH": "/usr/bin:/bin", "HOME": str(self._places.ssh), "LANG": "C.UTF-8"}
-        return ssh_command(self._request.host.host(), self._places.ssh), environment
+        return worker_ssh(self._request.host.host(), self._places.ssh, SSH_OPTIONS), environment
 
     def _as_renter(self, work: Callable[[], T]) -> T:
         """What `work` returns, done by a child that is the rental's uid."""
@@ -387,15 +381,6 @@ class Job:
             raise VaultError(answer.get("code", "failed"), f"the copies could not be kept: {answer['error']}")
         result: T = answer["done"]
         return result
-
-
-def ssh_command(host: Host, folder: Path) -> list[str]:
-    recognised = "\n".join((host.address, str(host.port), *host.host_keys))
-    control = folder / f"{host.worker_id}-{sha256(recognised.encode()).hexdigest()[:12]}"
-    options = [argument for option in (*SSH_OPTIONS, f"ControlPath={control}") for argument in ("-o", option)]
-    pinned = pinned_host_arguments(host.worker_id, host.host_keys)
-    key = str(folder / "id_ed25519")
-    return ["ssh", "-F", "none", "-T", "-i", key, *options, *pinned, "-p", str(host.port), f"root@{host.address}"]
 
 
 def _become_and_do(uid: int, work: Callable[[], Any], writing: int) -> None:
