@@ -1,4 +1,4 @@
-"""The README's own commands, as they stand in it, against the platform: launch, rental, failure, and the playbooks.
+"""The commands of the README and of docs/usage.md, as they are written there, against the platform.
 
 Only what depends on the place is replaced: the address, names that the reader fills in, and Compose (any version, and
 no terminal). What goes on until Ctrl-C is read until the rental has moved.
@@ -22,7 +22,7 @@ import pytest
 from conftest import Rent
 from renter import Renter
 from stack import Stack
-from support.readme import READMES, ROOT, commands, shell_blocks
+from support.readme import GUIDE, ROOT, commands, shell_blocks
 
 from orion.client import Orion
 from orion.wire import RentalState
@@ -59,7 +59,7 @@ def home(tmp_path: Path, renter: Renter) -> Path:
 
 
 class Reader:
-    """Types what a block of the README says, in the repository's folder."""
+    """Types what a block of these pages says, in the repository's folder."""
 
     def __init__(self, stack: Stack, home: Path) -> None:
         self._stack = stack
@@ -67,7 +67,7 @@ class Reader:
 
     def types(self, block_with: str, **filled_in: str) -> list[str]:
         """The lines that the one block with this text printed; every command must succeed."""
-        (block,) = (block for block in shell_blocks(READMES[0]) if block_with in block)
+        (block,) = (block for block in shell_blocks(*GUIDE) if block_with in block)
         script = BEFORE + "\n".join(self._here(command, filled_in) for command in commands(block))
         how = {"cwd": ROOT, "env": self._environment(), "stdin": subprocess.DEVNULL, "start_new_session": True}
         with subprocess.Popen(["bash", "-c", script], stdout=PIPE, stderr=PIPE, text=True, **how) as shell:
@@ -159,9 +159,9 @@ def test_the_playbooks_of_the_readme(rent: Rent, renter: Renter, reader: Reader)
     assert not renter.gets_in(rental)
 
 
-def test_who_goes_around_the_door_is_refused_as_the_readme_says(reader: Reader) -> None:
+def test_who_goes_around_the_proxy_is_refused_as_the_readme_says(reader: Reader) -> None:
     printed = reader.types("echo refused")  # between them curl's complaint, where Compose passes it on as output
-    assert [printed[0], printed[-1]] == ['{"status":"ok"} through the door', "refused"]
+    assert [printed[0], printed[-1]] == ['{"status":"ok"} through the proxy', "refused"]
 
 
 def test_the_log_in_by_https_of_the_readme(stack: Stack, home: Path, reader: Reader) -> None:

@@ -147,7 +147,7 @@ def test_only_an_end_that_came_from_the_other_side_begins_a_proof(ended: Excepti
 
 
 def test_a_living_worker_has_frozen_what_it_runs_before_its_silence_is_taken_for_death() -> None:
-    """The silence begins with the end of the watch, which the agent sees as well (docs/decisions.md)."""
+    """Silence begins with the end of the connection, for the agent too: docs/decisions/015-liveness-connection.md."""
     assert WATCH_GRACE_S + LOOK_EVERY_S + AGAIN_EVERY_S < SILENCE_S
 
 

@@ -1,7 +1,8 @@
 """The intervals that failover rests on, and the inequalities that keep an environment from living twice.
 
 All are seconds. The agent counts from the moment it sent its last acknowledged heartbeat, the manager from the
-moment it received it, so the agent's clock always ends first. Source of the figures: docs/decisions.md, "Clocks".
+moment it received it, so the agent's clock always ends first. Source of the figures:
+docs/decisions/004-leases-and-clocks.md.
 """
 
 from __future__ import annotations
