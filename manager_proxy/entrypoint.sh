@@ -1,45 +1,48 @@
 #!/bin/sh
-# Waits for the secret, sees to the certificate, then runs Nginx, and has it take a new certificate while it runs.
+# Wait for the proxy secret, make a certificate if there is none, run Nginx, and reload Nginx when the certificate changes.
 set -eu
 umask 077
 
 secret=/run/orion-proxy/secret
 tls=/etc/orion-tls
-# What Nginx takes of its memory without any connection: itself, with two workers that a reload has left to what they carry
-# (80 MiB), the zones of limits.conf and of TLS when they are full (81 MiB), and /tmp and /run (17 MiB).
-kib_without=$((178 * 1024))
-# What one connection may take of it: see manager_proxy/limits.conf.
-kib_each=140
-# A renewed certificate is served so many seconds later at most; a second one not sooner than half an hour after it, for
-# each reload may leave two workers of Nginx to what they still carry (worker_shutdown_timeout), and they have a limit.
-look_every_s=10
+# KiB of memory that Nginx needs without any connection: Nginx itself with two old workers that finish their connections
+# after a reload (80 MiB), the full zones of limits.conf and of TLS (81 MiB), and /tmp and /run (17 MiB).
+kib_base=$((178 * 1024))
+# KiB of memory that one connection may need: manager_proxy/limits.conf explains the sum.
+kib_per_connection=140
+# Nginx serves a renewed certificate within `check_every_s` seconds, and a second one at the earliest `reload_every_s`
+# seconds later: each reload may leave two old workers that finish their connections (worker_shutdown_timeout), and the
+# number of processes is limited.
+check_every_s=10
 reload_every_s=1800
-goodbye_s=3
+drain_s=3
 
 wait_for_secret() {
     waited=0
     while ! [ -s "$secret" ]; do
         if [ $((waited % 30)) -eq 0 ]; then
-            echo "waiting for $secret, which manager_app makes at its first start (${waited} s so far)"
+            echo "waiting for $secret, which manager_app creates at its first start (${waited} s so far)"
         fi
         sleep 1
         waited=$((waited + 1))
     done
 }
 
-# On tmpfs, for root alone: the image and the workers of Nginx never hold the secret in a file.
+# Write the proxy secret for Nginx. The file is on a tmpfs and only root can read it, so neither the image nor the workers
+# of Nginx have the secret in a file.
 write_secret() {
     value=$(cat "$secret")
     case $value in
     *[!A-Za-z0-9._-]*)
-        echo "$secret holds characters that no secret of Orion-Sec has: make clean, then make up" >&2
+        echo "$secret contains characters that a secret of Orion-Sec never has: run make clean, then make up" >&2
         exit 1
         ;;
     esac
     printf 'proxy_set_header X-Orion-Proxy-Secret %s;\n' "$value" >/run/orion-secret.conf
 }
 
-# The names under which web ports have hosts of their own. What is under localhost is each browser's own machine.
+# Write the host names of web ports: PORT-RENTAL under localhost, which browsers resolve to their own machine, and under
+# ORION_APPS_DOMAIN.
 write_web_hosts() {
     domains='localhost'
     if [ -n "${ORION_APPS_DOMAIN:-}" ]; then
@@ -55,14 +58,15 @@ write_web_hosts() {
         >/run/orion-web-hosts.conf
 }
 
-# Who may say where a request comes from: addresses and networks, separated by commas. By default nobody.
-write_trusted() {
+# Write the outer proxies whose X-Forwarded-* headers Nginx accepts: the addresses and networks of ORION_TRUSTED_PROXIES,
+# separated by commas. By default there are none.
+write_trusted_proxies() {
     : >/run/orion-trusted.conf
     trusted=$(echo "${ORION_TRUSTED_PROXIES:-}" | tr ',' ' ')
     for network in $trusted; do
         case $network in
         *[!0-9a-fA-F.:/]* | */*/* | */0 | */00 | */)
-            echo "ORION_TRUSTED_PROXIES: $network is no address and no network such as 192.0.2.7 or 10.1.0.0/24" >&2
+            echo "ORION_TRUSTED_PROXIES: $network is not an address or a network such as 192.0.2.7 or 10.1.0.0/24" >&2
             exit 1
             ;;
         esac
@@ -77,28 +81,28 @@ write_trusted() {
     } >>/run/orion-trusted.conf
 }
 
-# As many connections as there is memory for if each took the most that one can, those to the manager and the workers
-# included: at any time half of them may carry a request. A visitor has a quarter of those, and all together have seven
-# eighths: the rest is for the workers.
-count_places() {
+# Compute the limits from the memory: `connections` fit even if each needs the most that one can, connections to the
+# manager and to workers included. At most half of them carry a request at a time (`requests`). One visitor may have a
+# quarter of the requests and all visitors together seven eighths (`visitors`): the rest is reserved for the workers.
+compute_limits() {
     kib=$(memory_limit_kib)
-    places=$(((kib - kib_without) / kib_each))
-    # Each is a file, of one of two workers, which have some others besides.
-    # shellcheck disable=SC3045 # Debian's sh knows it
+    connections=$(((kib - kib_base) / kib_per_connection))
+    # Each connection is an open file of one of the two workers of Nginx, which have some other files open as well.
+    # shellcheck disable=SC3045 # Debian's sh has this option
     files=$(ulimit -n)
-    if [ "$files" != unlimited ] && [ "$places" -gt $((2 * (files - 100))) ]; then
-        places=$((2 * (files - 100)))
+    if [ "$files" != unlimited ] && [ "$connections" -gt $((2 * (files - 100))) ]; then
+        connections=$((2 * (files - 100)))
     fi
-    requests=$((places / 2))
+    requests=$((connections / 2))
     visitors=$((requests * 7 / 8))
     if [ "$requests" -lt 256 ]; then
-        echo "ORION_PROXY_MEMORY is too little: $((kib / 1024))m, and manager_proxy needs $(((kib_without + 512 * kib_each) / 1024 + 1))m or more" >&2
+        echo "ORION_PROXY_MEMORY is too small: $((kib / 1024))m, and manager_proxy needs $(((kib_base + 512 * kib_per_connection) / 1024 + 1))m or more" >&2
         exit 1
     fi
-    echo "room for $requests requests at a time in $((kib / 1024)) MiB, a quarter of them of one visitor"
+    echo "room for $requests requests at a time in $((kib / 1024)) MiB, at most a quarter of them from one visitor"
 }
 
-# Without a limit as though it were that of docker-compose.yml.
+# Print the container's memory limit in KiB; where it has none, the default limit of docker-compose.yml.
 memory_limit_kib() {
     bytes=$(cat /sys/fs/cgroup/memory.max 2>/dev/null || cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || echo max)
     case $bytes in
@@ -107,27 +111,27 @@ memory_limit_kib() {
     esac
 }
 
-write_places() {
-    count_places
-    echo "worker_connections $((places / 2));" >/run/orion-events.conf # of each of two workers
-    # A fifth less than its connections, so that who comes so far is told why.
-    printf 'limit_conn requests %s;\nlimit_conn all_requests %s;\n' $((requests / 5)) "$visitors" >/run/orion-places.conf
+write_limits() {
+    compute_limits
+    echo "worker_connections $((connections / 2));" >/run/orion-events.conf # of each of two workers
+    # A visitor may have a fifth fewer requests than connections, so that the refusal of a request can still be sent.
+    printf 'limit_conn requests %s;\nlimit_conn all_requests %s;\n' $((requests / 5)) "$visitors" >/run/orion-request-limits.conf
     # shellcheck disable=SC2016 # a variable of Nginx
-    printf 'geo $realip_remote_addr $inside {\n    default 0;\n    127.0.0.0/8 1;\n    %s 1;\n    %s 0;\n}\n' \
-        "$subnet" "$gateway" >/run/orion-inside.conf
+    printf 'geo $realip_remote_addr $from_platform {\n    default 0;\n    127.0.0.0/8 1;\n    %s 1;\n    %s 0;\n}\n' \
+        "$subnet" "$gateway" >/run/orion-internal.conf
 }
 
-# A visitor's connections are counted by the kernel, before any memory of Nginx is spent on them.
-set_filter() {
+# Have the kernel count each visitor's connections, before Nginx spends memory on them.
+load_packet_filter() {
     sed "s/EACH/$((requests / 4))/; s/ALL/$visitors/" /etc/orion/network.nft | nft --define "subnet=$subnet" --define "gateway=$gateway" \
-        --define "trusted={ 255.255.255.255$(trusted_of 4) }" --define "trusted6={ ::$(trusted_of 6) }" \
+        --define "trusted={ 255.255.255.255$(trusted_addresses 4) }" --define "trusted6={ ::$(trusted_addresses 6) }" \
         --file - 2>/run/nft.log && return
-    echo "the kernel cannot count the connections of a visitor here, so they are counted only when their requests are read:" \
+    echo "the kernel cannot count a visitor's connections here, so Nginx counts them when it reads their requests:" \
         "$(head -n 1 /run/nft.log)" >&2
 }
 
-# The addresses and networks of ORION_TRUSTED_PROXIES of one kind, each behind a comma.
-trusted_of() {
+# trusted_addresses 4 | 6: print the IPv4 or IPv6 addresses and networks of ORION_TRUSTED_PROXIES, each behind a comma.
+trusted_addresses() {
     for network in $(echo "${ORION_TRUSTED_PROXIES:-}" | tr ',' ' '); do
         case $network in
         *:*) kind=6 ;;
@@ -137,8 +141,8 @@ trusted_of() {
     done
 }
 
-# By which the engine brings connections that it carries itself: the default route, whose address the kernel writes
-# backwards. 255.255.255.255, which nobody has, where there is none.
+# Print the gateway of the default route, from which the Docker engine forwards connections that it accepts itself. The
+# kernel writes the bytes of the address in reverse. Without a default route print 255.255.255.255, which no client has.
 gateway_address() {
     route=$(awk '$2 == "00000000" { print $3; exit }' /proc/net/route)
     route=${route:-FFFFFFFF}
@@ -146,39 +150,41 @@ gateway_address() {
         "0x${route%??????}"
 }
 
-# By IPv6 as well, where this container has it.
+# Listen on IPv6 as well, where this container has it.
 write_listen() {
     : >/run/orion-listen.conf
-    : >/run/orion-listen-too.conf
-    grep -q . /proc/net/if_inet6 2>/dev/null || return 0 # -s says of every file there that it is empty
+    : >/run/orion-listen-hosts.conf
+    grep -q . /proc/net/if_inet6 2>/dev/null || return 0 # [ -s ] is false for every file in /proc
     for port in '80' '443 ssl'; do
         echo "listen [::]:$port default_server reuseport so_keepalive=60s:10s:3;" >>/run/orion-listen.conf
-        echo "listen [::]:$port;" >>/run/orion-listen-too.conf
+        echo "listen [::]:$port;" >>/run/orion-listen-hosts.conf
     done
 }
 
-# The user's own pair is left alone; ours is made when there is none, and again a month before it ends.
-see_to_certificate() {
+# Make a certificate where there is none, and renew a generated one a month before it expires. The user's own is kept.
+ensure_certificate() {
     if [ -s "$tls/tls.crt" ] && [ -s "$tls/tls.key" ]; then
-        if ! is_ours || openssl x509 -in "$tls/tls.crt" -noout -checkend 2592000 >/dev/null; then
+        if ! is_generated || openssl x509 -in "$tls/tls.crt" -noout -checkend 2592000 >/dev/null; then
             return
         fi
     elif [ -e "$tls/tls.crt" ] || [ -e "$tls/tls.key" ]; then
-        echo "$tls needs both tls.crt and tls.key, or neither" >&2
+        echo "$tls must contain both tls.crt and tls.key, or neither" >&2
         exit 1
     fi
     make_certificate
 }
 
-# The mark stays where the user's own pair took the place of ours.
-is_ours() {
+# Succeed if the certificate was generated here. The file made-by-orion alone is not enough: it stays when the user
+# replaces the generated pair.
+is_generated() {
     [ -e "$tls/made-by-orion" ] && openssl x509 -in "$tls/tls.crt" -noout -subject 2>/dev/null | grep -q 'CN *= *Orion-Sec$'
 }
 
-# Ours was being made when the container was stopped: a part is missing, or the two do not fit. No key is thrown away.
-mend_certificate() {
-    [ -e "$tls/made-by-orion" ] && ! is_whole || return 0
-    [ ! -s "$tls/tls.crt" ] || is_ours || return 0
+# Remove a generated pair that is incomplete or does not match, because the container was stopped while it was made. A key
+# is renamed and never deleted.
+remove_unfinished_certificate() {
+    [ -e "$tls/made-by-orion" ] && ! files_match || return 0
+    [ ! -s "$tls/tls.crt" ] || is_generated || return 0
     [ ! -s "$tls/tls.key" ] || mv "$tls/tls.key" "$tls/tls.key.before"
     rm -f "$tls/tls.crt" "$tls/tls.key"
 }
@@ -196,7 +202,7 @@ make_certificate() {
         cat /run/openssl.log >&2
         exit 1
     }
-    # Each whole in its place: a disk that is full, or a stop in between, leaves the pair before.
+    # Each file is replaced by a rename, so a full disk or a stop in between leaves a complete file.
     for part in tls.key tls.crt; do
         if ! { cp "/run/certificate/$part" "$tls/new-$part" && mv "$tls/new-$part" "$tls/$part"; }; then exit 1; fi
     done
@@ -204,7 +210,8 @@ make_certificate() {
     echo "made a certificate for $names"
 }
 
-# It begins a day before it is made, for a client's clock may be late. Only `openssl ca` can say so in every OpenSSL 3.
+# sign_certificate NAMES: make a key and a certificate for these names in /run/certificate. The certificate is valid from
+# the day before, because a client's clock may be slow. In every OpenSSL 3 only `openssl ca` can set that date.
 sign_certificate() {
     rm -rf /run/certificate && mkdir /run/certificate && : >/run/certificate/database || return
     cat >/run/certificate/openssl.cnf <<EOF || return
@@ -237,68 +244,68 @@ EOF
         -in /run/certificate/request -out /run/certificate/tls.crt
 }
 
-pair() {
+hash_pair() {
     cat "$tls/tls.crt" "$tls/tls.key" 2>/dev/null | sha256sum
 }
 
-# While the two files are being replaced they do not fit together.
-is_whole() {
-    of_key=$(openssl pkey -in "$tls/tls.key" -pubout 2>/dev/null) || return 1
-    of_certificate=$(openssl x509 -in "$tls/tls.crt" -noout -pubkey 2>/dev/null) || return 1
-    [ "$of_key" = "$of_certificate" ]
+# Succeed if the key belongs to the certificate. While both files are being replaced, it does not.
+files_match() {
+    key_public=$(openssl pkey -in "$tls/tls.key" -pubout 2>/dev/null) || return 1
+    certificate_public=$(openssl x509 -in "$tls/tls.crt" -noout -pubkey 2>/dev/null) || return 1
+    [ "$key_public" = "$certificate_public" ]
 }
 
-# Nginx keeps what it serves where it cannot take the new pair.
+# watch_certificate SERVED: reload Nginx when the pair changes. If Nginx cannot load the new pair, it keeps the old one.
 watch_certificate() {
     served=$1
-    waits_s=0
-    looks=0
-    while sleep "$look_every_s"; do
-        waits_s=$((waits_s > look_every_s ? waits_s - look_every_s : 0))
-        looks=$(((looks + 1) % 360))
-        # In a shell of its own, which half a pair ends.
-        [ "$looks" -ne 0 ] || (see_to_certificate) || true
-        found=$(pair)
-        if [ "$found" != "$served" ] && [ "$waits_s" -eq 0 ] && is_whole; then
-            echo "the certificate in $tls has changed: it is served from now on"
+    cooldown_s=0
+    checks=0
+    while sleep "$check_every_s"; do
+        cooldown_s=$((cooldown_s > check_every_s ? cooldown_s - check_every_s : 0))
+        checks=$(((checks + 1) % 360))
+        # This runs in a subshell, because an incomplete pair exits.
+        [ "$checks" -ne 0 ] || (ensure_certificate) || true
+        found=$(hash_pair)
+        if [ "$found" != "$served" ] && [ "$cooldown_s" -eq 0 ] && files_match; then
+            echo "the certificate in $tls has changed: Nginx serves it from now on"
             kill -HUP "$nginx" || return 0
             served=$found
-            waits_s=$reload_every_s
+            cooldown_s=$reload_every_s
         fi
     done
 }
 
-# shellcheck disable=SC2329 # by the trap
-end() {
+# shellcheck disable=SC2329 # the trap calls it
+shut_down() {
     kill -QUIT "$nginx" 2>/dev/null || true
-    (sleep "$goodbye_s" && kill -TERM "$nginx") 2>/dev/null &
+    (sleep "$drain_s" && kill -TERM "$nginx") 2>/dev/null &
 }
 
-trap 'exit 0' QUIT TERM INT # process 1 gets no signal that it has no handler for
-# shellcheck disable=SC3045 # Debian's sh knows both
+trap 'exit 0' QUIT TERM INT # the kernel delivers to process 1 only signals that it handles
+# shellcheck disable=SC3045 # Debian's sh has both options
 ulimit -n "$(ulimit -Hn)"
 if [ "${1:-}" != filtered ]; then
     subnet=${ORION_SUBNET:-172.20.0.0/16} gateway=$(gateway_address)
-    write_trusted
-    write_places
-    set_filter
-    # Nothing that runs here changes the filter any more.
-    less="--inh-caps=-all --bounding-set=-net_admin,-setpcap"
+    write_trusted_proxies
+    write_limits
+    load_packet_filter
+    # Give up the capability to change the packet filter.
+    drop_capabilities="--inh-caps=-all --bounding-set=-net_admin,-setpcap"
     # shellcheck disable=SC2086 # two options
-    if setpriv $less true 2>/dev/null; then exec setpriv $less -- "$0" filtered; fi
+    if setpriv $drop_capabilities true 2>/dev/null; then exec setpriv $drop_capabilities -- "$0" filtered; fi
 fi
 wait_for_secret
 write_secret
 write_web_hosts
 write_listen
-mend_certificate
-see_to_certificate
-before=$(pair)
-# -e: the log that is compiled in cannot be opened on a read-only file system.
+remove_unfinished_certificate
+ensure_certificate
+before=$(hash_pair)
+# Nginx's default log file cannot be opened on a read-only file system, hence -e.
 nginx -e stderr -g 'daemon off;' &
 nginx=$!
-trap end QUIT TERM INT
+trap shut_down QUIT TERM INT
 watch_certificate "$before" &
-# A signal ends the first wait; the second is for the end of Nginx itself.
+# A signal interrupts the first wait; the second waits until Nginx has ended.
 wait "$nginx" || true
 if wait "$nginx"; then exit 0; else exit $?; fi

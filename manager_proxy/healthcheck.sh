@@ -1,5 +1,5 @@
 #!/bin/bash
-# Is Nginx itself answering? The manager's health is the manager's.
+# Succeed if Nginx itself answers. The manager's container has a health check of its own.
 set -eu
 exec 3<>/dev/tcp/127.0.0.1/80
 printf 'GET /.well-known/proxy HTTP/1.0\r\n\r\n' >&3

@@ -1,19 +1,19 @@
-// Nginx passes on what is no HTTP as it is, without a header of its own (for HTTP/0.9), and what is only the beginning of an
-// answer (1xx) as if it were all of it. A browser would find an answer in what follows, without the sandbox. So an answer
-// must have been read as one: then it has the header that a worker's door puts into each.
+// Refuse what is not a complete HTTP answer. Nginx forwards bytes that are not HTTP without adding headers (as HTTP/0.9),
+// and an interim answer (1xx) as if it were the whole answer. A browser would then read an answer in the following bytes,
+// without the sandbox. The worker's web server adds the header X-Orion-Door to each complete answer.
 
-function isAnAnswer(r) {
-  if (!r.variables.upstream_status) return; // Nginx's own
-  const switches = r.status === 101 && r.variables.passed_upgrade === "websocket";
-  if (!r.variables.upstream_http_x_orion_door || (r.status < 200 && !switches)) {
-    throw new Error("this is no answer"); // the connection is closed, and nothing is sent
+function requireAnswer(r) {
+  if (!r.variables.upstream_status) return; // an answer of Nginx itself
+  const isWebSocket = r.status === 101 && r.variables.passed_upgrade === "websocket";
+  if (!r.variables.upstream_http_x_orion_door || (r.status < 200 && !isWebSocket)) {
+    throw new Error("not a complete HTTP answer"); // Nginx closes the connection without sending anything
   }
 }
 
-// What the manager says to whom it refuses: it comes in a header (web_asking.conf).
+// Return the text of the manager's refusal, which is in a header of its answer (web_access.conf).
 
 function refusedText(r) {
   return decodeURIComponent(r.variables.web_refused_encoded || "");
 }
 
-export default { isAnAnswer, refusedText };
+export default { requireAnswer, refusedText };

@@ -52,7 +52,7 @@ class Asking:
 
 
 def shown(reply: httpx.Response) -> httpx.Response:
-    """Return what the proxy makes of a refusal (manager_proxy/web_asking.conf)."""
+    """Return what the proxy makes of a refusal (manager_proxy/web_access.conf)."""
     assert (reply.status_code, reply.content) == (403, b"")
     told = {
         name: reply.headers[name] for name in ("location", "www-authenticate", "retry-after") if name in reply.headers

@@ -27,7 +27,7 @@ class Tls:
 
     def see_to_it(self, **settings: str) -> str:
         """Run what the entrypoint runs; return what it says."""
-        command = ["sh", "-c", f"{self._functions}\nmend_certificate\nsee_to_certificate"]
+        command = ["sh", "-c", f"{self._functions}\nremove_unfinished_certificate\nensure_certificate"]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout

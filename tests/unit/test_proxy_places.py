@@ -50,25 +50,25 @@ def said(
     [(str(768 * MIB), 2157), (str(2048 * MIB), 6838), ("max", 2157), ("9223372036854771712", 2157)],
 )
 def test_there_are_as_many_places_as_the_memory_has_room_for(place: Path, memory: str, requests: int) -> None:
-    done = said(place, "write_places", memory)
+    done = said(place, "write_limits", memory)
     assert done.returncode == 0, done.stderr
     assert f"room for {requests} requests at a time" in done.stdout
-    written = (place / "run" / "orion-places.conf").read_text()
+    written = (place / "run" / "orion-request-limits.conf").read_text()
     assert written == f"limit_conn requests {requests // 5};\nlimit_conn all_requests {requests * 7 // 8};\n"
     assert (place / "run" / "orion-events.conf").read_text() == f"worker_connections {requests};\n"
 
 
 def test_there_are_no_more_places_than_nginx_may_open_files(place: Path) -> None:
-    assert "room for 1000 requests at a time" in said(place, "write_places", str(768 * MIB), files="1100").stdout
-    assert "room for 2157 requests at a time" in said(place, "write_places", str(768 * MIB), files="20000").stdout
+    assert "room for 1000 requests at a time" in said(place, "write_limits", str(768 * MIB), files="1100").stdout
+    assert "room for 2157 requests at a time" in said(place, "write_limits", str(768 * MIB), files="20000").stdout
 
 
 def test_too_little_memory_is_refused_with_what_would_be_enough(place: Path) -> None:
-    done = said(place, "write_places", str(200 * MIB))
+    done = said(place, "write_limits", str(200 * MIB))
     assert done.returncode == 1
-    enough = re.search(r"ORION_PROXY_MEMORY is too little: 200m, and manager_proxy needs (\d+)m or more", done.stderr)
+    enough = re.search(r"ORION_PROXY_MEMORY is too small: 200m, and manager_proxy needs (\d+)m or more", done.stderr)
     assert enough, done.stderr
-    assert said(place, "write_places", str(int(enough[1]) * MIB)).returncode == 0
+    assert said(place, "write_limits", str(int(enough[1]) * MIB)).returncode == 0
 
 
 def test_the_sum_holds_what_the_limits_allow(place: Path) -> None:
@@ -80,18 +80,18 @@ def test_the_sum_holds_what_the_limits_allow(place: Path) -> None:
     web_answer = 32 + sizes["client_body_buffer_size"]
     answer = sizes["proxy_buffers"] + 4 + sizes["client_body_buffer_size"]
     request = max(web_answer, answer) + sizes["large_client_header_buffers"]
-    each = int(re.findall(r"^kib_each=(\d+)$", ENTRYPOINT, re.M)[0])
+    each = int(re.findall(r"^kib_per_connection=(\d+)$", ENTRYPOINT, re.M)[0])
     assert connection <= 70
     assert request <= 64
     assert connection + (connection + request) / 2 <= each
     zones = sum(int(mib) for mib in re.findall(r"zone=\w+:(\d+)m", LIMITS))
-    without = int(re.findall(r"^kib_without=\$\(\((\d+) \* 1024\)\)$", ENTRYPOINT, re.M)[0])
+    without = int(re.findall(r"^kib_base=\$\(\((\d+) \* 1024\)\)$", ENTRYPOINT, re.M)[0])
     assert 80 + zones + 4 + 17 <= without, "Nginx itself, its zones, that of TLS, and what is in memory for files"
 
 
 def test_a_trusted_proxy_is_told_by_its_kind(place: Path) -> None:
     trusted = "192.0.2.7,2001:db8::/32,10.1.0.0/24"
-    done = said(place, "trusted_of 4; echo; trusted_of 6", ORION_TRUSTED_PROXIES=trusted)
+    done = said(place, "trusted_addresses 4; echo; trusted_addresses 6", ORION_TRUSTED_PROXIES=trusted)
     assert done.stdout == ",192.0.2.7,10.1.0.0/24\n,2001:db8::/32"
 
 
@@ -102,9 +102,9 @@ def test_the_gateway_is_found_in_the_kernels_table(place: Path) -> None:
 
 
 def test_who_is_inside_is_the_subnet_without_its_gateway(place: Path) -> None:
-    assert said(place, "write_places", str(768 * MIB)).returncode == 0
-    written = (place / "run" / "orion-inside.conf").read_text()
+    assert said(place, "write_limits", str(768 * MIB)).returncode == 0
+    written = (place / "run" / "orion-internal.conf").read_text()
     assert written == (
-        "geo $realip_remote_addr $inside {\n    default 0;\n    127.0.0.0/8 1;\n"
+        "geo $realip_remote_addr $from_platform {\n    default 0;\n    127.0.0.0/8 1;\n"
         "    172.16.0.0/12 1;\n    172.16.0.1 0;\n}\n"
     )
