@@ -1,17 +1,17 @@
-"""What the manager's container starts with, as root: secrets, then the manager, the engine and the vault.
+"""Start the manager's container, as root: make the secrets, then run the manager, the engine and the snapshot service.
 
 Usage: entrypoint.py MANAGER_COMMAND...
 
-1. Secrets that are missing are made, each whole or not at all, in directories that root alone may enter.
-2. The engine starts under a uid of its own, with a copy of the SSH key and nothing else to read. The vault starts as
-   root, to act under the uids of rentals; its ssh has a uid of its own, with another copy of the key. Each is started
-   again whenever it ends.
-3. The manager starts under yet another uid. Its secrets reach it as one JSON object on an inherited pipe, whose number
+1. Missing secrets are created atomically, in directories that only root may enter.
+2. The engine starts under a uid of its own, and can read a copy of the SSH key and nothing else. The snapshot service
+   starts as root, because it acts under the uids of rentals; its ssh has a uid of its own and another copy of the key.
+   Each is started again whenever it ends.
+3. The manager starts under a third uid. It receives its secrets as one JSON object on an inherited pipe, whose number
    is in ORION_SECRETS_FD: never in the environment, in an argument or in a file that it could read again.
-4. When the manager ends, so does all, with the manager's status. SIGTERM goes to the manager first, then to the
-   others.
+4. When the manager ends, the container ends with the manager's exit status. SIGTERM is sent to the manager first, and
+   to the others when the manager has ended.
 
-Of root's capabilities it needs CHOWN, SETUID, SETGID and KILL. Standard library only.
+The program needs root's capabilities CHOWN, SETUID, SETGID and KILL, and only the standard library.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Account:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where everything is, and whose. Tests move it."""
+class Directories:
+    """The directories of the container and the accounts that own them. Tests use others."""
 
     data: Path = Path("/var/lib/orion")
     join: Path = Path("/var/lib/orion-join")
@@ -66,74 +66,77 @@ class Places:
     files: Account = Account(902, 902)
 
     @property
-    def vault(self) -> Path:
+    def snapshot_service(self) -> Path:
         return self.run.with_name(f"{self.run.name}-vault")
 
 
 def main(command: Sequence[str]) -> int:
     os.umask(0o077)
-    places = Places()
+    directories = Directories()
     try:
-        held = prepare(places)
+        manager_secrets = prepare(directories)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         say(f"cannot start: {error}")
         return 1
-    return Supervisor(places, command, helpers(places), held).run()
+    return Supervisor(directories, command, helpers(directories), manager_secrets).run()
 
 
-def prepare(places: Places) -> dict[str, str]:
-    """Directories and secrets as they must be; returns what the manager may know. Safe to repeat and to interrupt."""
-    own(places.data, places.root, 0o711)
-    private = places.data / "secrets"
-    for directory in (private, places.join, places.proxy):
-        own(directory, places.root, 0o700)
-    own(places.data / "database", places.manager, 0o700)
-    key = private / "ssh_key"
-    held = {
-        "admin_token": kept(private / "admin_token", lambda: make_token("admin"), TOKEN),
-        "join_token": kept(places.join / "token", lambda: make_token("join"), TOKEN),
-        "proxy_secret": kept(places.proxy / "secret", make_secret, PROXY_SECRET),
-        "ssh_private_key": kept(key, make_ssh_key, PRIVATE_KEY) + "\n",
-        "ssh_public_key": kept(key.with_suffix(".pub"), lambda: public_half(key), PUBLIC_KEY),
-        "host_authority": kept(private / "ssh_host_authority", make_ssh_key, PRIVATE_KEY) + "\n",
-        "user_authority": kept(private / "ssh_user_authority", make_ssh_key, PRIVATE_KEY) + "\n",
-    }
-    prepare_engine(places, held["ssh_private_key"])
-    prepare_vault(places, held["ssh_private_key"])
-    return held
+def prepare(directories: Directories) -> dict[str, str]:
+    """Make the directories and the secrets that are missing, and return the secrets of the manager.
 
-
-def prepare_engine(places: Places, private_key: str) -> None:
-    """The engine's directory with its copy of the key. Its socket is made by itself in the directory above, whose
-    setgid bit gives it the manager's group.
-
-    What was the engine's is taken back first: root without DAC_OVERRIDE could not write into it.
+    The function may be repeated, and interrupted at any point.
     """
-    own(places.run, places.root, 0o700)
-    give_key(places, places.run / "engine", places.engine, private_key)
-    own(places.run, Account(places.engine.uid, places.manager.gid), 0o2750)
+    set_owner(directories.data, directories.root, 0o711)
+    private = directories.data / "secrets"
+    for directory in (private, directories.join, directories.proxy):
+        set_owner(directory, directories.root, 0o700)
+    set_owner(directories.data / "database", directories.manager, 0o700)
+    key = private / "ssh_key"
+    manager_secrets = {
+        "admin_token": read_or_create(private / "admin_token", lambda: make_token("admin"), TOKEN),
+        "join_token": read_or_create(directories.join / "token", lambda: make_token("join"), TOKEN),
+        "proxy_secret": read_or_create(directories.proxy / "secret", make_secret, PROXY_SECRET),
+        "ssh_private_key": read_or_create(key, make_ssh_key, PRIVATE_KEY) + "\n",
+        "ssh_public_key": read_or_create(key.with_suffix(".pub"), lambda: public_half(key), PUBLIC_KEY),
+        "host_authority": read_or_create(private / "ssh_host_authority", make_ssh_key, PRIVATE_KEY) + "\n",
+        "user_authority": read_or_create(private / "ssh_user_authority", make_ssh_key, PRIVATE_KEY) + "\n",
+    }
+    prepare_engine(directories, manager_secrets["ssh_private_key"])
+    prepare_snapshot_service(directories, manager_secrets["ssh_private_key"])
+    return manager_secrets
 
 
-def prepare_vault(places: Places, private_key: str) -> None:
-    """Where copies are, each rental's in a directory of the rental's own uid; and the vault's sockets and key."""
-    own(places.data / "copies", places.root, 0o711)
-    own(places.vault, places.root, 0o711)
-    give_key(places, places.vault / "ssh", places.files, private_key)
+def prepare_engine(directories: Directories, private_key: str) -> None:
+    """Make the engine's directory with its copy of the key.
+
+    The engine makes its socket itself in the directory above, whose setgid bit gives the socket the manager's group.
+    Root takes the directories back before it writes, because it lacks DAC_OVERRIDE.
+    """
+    set_owner(directories.run, directories.root, 0o700)
+    copy_key(directories, directories.run / "engine", directories.engine, private_key)
+    set_owner(directories.run, Account(directories.engine.uid, directories.manager.gid), 0o2750)
 
 
-def give_key(places: Places, directory: Path, account: Account, private_key: str) -> None:
-    """A directory of this account's, with a copy of the key."""
-    own(directory, places.root, 0o700)
+def prepare_snapshot_service(directories: Directories, private_key: str) -> None:
+    """Make the directory of all snapshots, and the service's own directory with its sockets and a copy of the key."""
+    set_owner(directories.data / "copies", directories.root, 0o711)
+    set_owner(directories.snapshot_service, directories.root, 0o711)
+    copy_key(directories, directories.snapshot_service / "ssh", directories.files, private_key)
+
+
+def copy_key(directories: Directories, directory: Path, account: Account, private_key: str) -> None:
+    """Make a directory that belongs to this account, with a copy of the key."""
+    set_owner(directory, directories.root, 0o700)
     copy = directory / "id_ed25519"
-    write_whole(copy, private_key)
-    own(copy, account, 0o600)
-    own(directory, account, 0o700)
+    write_atomically(copy, private_key)
+    set_owner(copy, account, 0o600)
+    set_owner(directory, account, 0o700)
 
 
-def own(path: Path, account: Account, mode: int) -> None:
-    """Make a directory that is missing; give an existing path this owner and mode.
+def set_owner(path: Path, account: Account, mode: int) -> None:
+    """Give a path this owner and mode; make a directory there if nothing exists.
 
-    It is root's while its mode changes: changing it for somebody else would need FOWNER.
+    Root owns the path while its mode changes: changing another account's mode would need FOWNER.
     """
     if not path.exists():
         path.mkdir(parents=True)
@@ -145,19 +148,22 @@ def own(path: Path, account: Account, mode: int) -> None:
     os.chown(path, account.uid, account.gid)
 
 
-def kept(path: Path, make: Callable[[], str], form: re.Pattern[str]) -> str:
-    """The secret in the file, made at first. A file that holds something else is not replaced: it may be precious."""
+def read_or_create(path: Path, make: Callable[[], str], form: re.Pattern[str]) -> str:
+    """Return the secret in the file, which is created if it does not exist.
+
+    Raise ValueError if the file does not contain a secret of this form: it is not replaced, because it may be needed.
+    """
     if not path.exists():
-        write_whole(path, make() + "\n")
+        write_atomically(path, make() + "\n")
         say(f"made {path}")
     content = path.read_text().strip()
     if not form.fullmatch(content):
-        raise ValueError(f"{path} does not hold what it should; put it right, or remove it to have a new one made")
+        raise ValueError(f"{path} does not contain a valid secret; correct it, or remove it to have a new one made")
     return content
 
 
-def write_whole(path: Path, content: str) -> None:
-    """After a crash at any instant the file is there with its whole content, or not at all."""
+def write_atomically(path: Path, content: str) -> None:
+    """Write a file so that after a crash at any instant it has its whole content or does not exist."""
     partial = path.with_name(f".{path.name}.partial")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as file:
@@ -171,7 +177,7 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def make_secret() -> str:
-    """256 bits, in letters and figures."""
+    """Return 256 random bits as letters and digits."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(SECRET_LENGTH))
 
 
@@ -193,47 +199,60 @@ def public_half(private_key: Path) -> str:
 
 @dataclass(frozen=True)
 class Helper:
-    """A child beside the manager that is started again whenever it ends."""
+    """A child process beside the manager, which is started again whenever it ends."""
 
     name: str
     command: Sequence[str]
     account: Account
-    leaves: int
-    """The uid of what it may leave running, which nobody would end any more: the uid is used for that alone."""
+    orphans_uid: int
+    """The uid of processes that may survive the helper. Nothing else uses this uid, so all its processes are killed."""
     home: Path
     settings: tuple[str, ...] = ()
-    """Of the environment."""
+    """The environment variables that the helper receives, by name or prefix."""
 
 
-def helpers(places: Places) -> tuple[Helper, ...]:
-    where = ("--socket", str(places.run / "engine.sock"), "--directory", str(places.run / "engine"))
-    engine = (sys.executable, "-m", "orion.manager.engine.server", *where)
-    stores = ("--copies", str(places.data / "copies"), "--run", str(places.vault))
-    vault = (sys.executable, "-m", "orion.manager.engine.vault", *stores)
-    engine_settings = ("ORION_PLAYBOOKS",)
+def helpers(directories: Directories) -> tuple[Helper, ...]:
+    engine_paths = ("--socket", str(directories.run / "engine.sock"), "--directory", str(directories.run / "engine"))
+    engine = (sys.executable, "-m", "orion.manager.engine.server", *engine_paths)
+    snapshot_paths = ("--copies", str(directories.data / "copies"), "--run", str(directories.snapshot_service))
+    snapshots = (sys.executable, "-m", "orion.manager.engine.vault", *snapshot_paths)
     return (
-        Helper("engine", engine, places.engine, places.engine.uid, places.run / "engine", engine_settings),
-        Helper("vault", vault, places.root, places.files.uid, places.vault),
+        Helper(
+            "engine",
+            engine,
+            directories.engine,
+            directories.engine.uid,
+            directories.run / "engine",
+            ("ORION_PLAYBOOKS",),
+        ),
+        Helper("snapshot service", snapshots, directories.root, directories.files.uid, directories.snapshot_service),
     )
 
 
 class Supervisor:
-    """The children, and every orphan of the container: it may be process 1, so it reaps whatever ends.
+    """Run the manager and its helpers, and reap every process of the container that ends, as process 1 must.
 
-    The children are kept as objects for as long as they run: one that is forgotten would ask for its status itself.
+    A Popen object exists for each child as long as the child runs: otherwise subprocess would itself wait for the child
+    and take its exit status.
     """
 
-    def __init__(self, places: Places, manager: Sequence[str], helpers: Sequence[Helper], held: dict[str, str]) -> None:
-        self._places = places
+    def __init__(
+        self,
+        directories: Directories,
+        manager: Sequence[str],
+        helpers: Sequence[Helper],
+        manager_secrets: dict[str, str],
+    ) -> None:
+        self._directories = directories
         self._manager_command = manager
         self._helpers = helpers
-        self._held = held
+        self._manager_secrets = manager_secrets
         self._manager: Child | None = None
         self._stopping = False
 
     def run(self) -> int:
-        """Returns the manager's status, 128 and the signal's number where a signal ended it."""
-        awoken = _wake_up_fd()
+        """Return the manager's exit status, or 128 plus the signal's number if a signal ended it."""
+        signals = _open_wakeup_socket()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         running = [(helper, _start_helper(helper)) for helper in self._helpers]
@@ -243,7 +262,7 @@ class Supervisor:
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
-                _wait_for_a_signal(awoken)
+                _wait_for_signal(signals)
                 continue
             code = os.waitstatus_to_exitcode(status)
             if pid == manager.pid:
@@ -255,7 +274,7 @@ class Supervisor:
                 if pid == child.pid:
                     child.returncode = code
                     say(f"the {helper.name} ended with {code}; starting it again")
-                    _kill_all_of(helper.leaves)
+                    _kill_all_of(helper.orphans_uid)
                     time.sleep(RESTART_PAUSE_S)
                     running[position] = (helper, _start_helper(helper))
 
@@ -266,11 +285,13 @@ class Supervisor:
 
     def _start_manager(self) -> Child:
         reading, writing = os.pipe()
-        with os.fdopen(writing, "w") as pipe:  # it holds more than the secrets need, so nobody has to read yet
-            json.dump(self._held, pipe)
+        with os.fdopen(
+            writing, "w"
+        ) as pipe:  # the pipe's buffer is large enough for the secrets, so this does not block
+            json.dump(self._manager_secrets, pipe)
         environment = _clean_environment(("ORION_",)) | {"HOME": "/tmp", "ORION_SECRETS_FD": str(reading)}  # noqa: S108
         try:
-            return _start(self._manager_command, self._places.manager, environment, keep=(reading,))
+            return _start(self._manager_command, self._directories.manager, environment, keep=(reading,))
         finally:
             os.close(reading)
 
@@ -282,10 +303,10 @@ def _start_helper(helper: Helper) -> Child:
 def _end(children: Sequence[Child]) -> None:
     for child in children:
         child.terminate()
-    last_moment = time.monotonic() + HELPER_GRACE_S
+    deadline = time.monotonic() + HELPER_GRACE_S
     for child in children:
         try:
-            child.wait(max(0.0, last_moment - time.monotonic()))
+            child.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
@@ -298,24 +319,27 @@ def _kill_all_of(uid: int) -> None:
                 os.kill(int(entry.name), signal.SIGKILL)
 
 
-def _wake_up_fd() -> socket.socket:
-    """Reads a byte for each signal: one that comes just before a wait that blocks would else be seen after it."""
-    awoken, wake = socket.socketpair()
-    for end in (awoken, wake):
+def _open_wakeup_socket() -> socket.socket:
+    """Return a socket that receives a byte for each signal.
+
+    Without it, a signal that arrives just before a blocking wait would be noticed only after that wait.
+    """
+    receiving, sending = socket.socketpair()
+    for end in (receiving, sending):
         end.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(wake.detach(), warn_on_full_buffer=False)
-    return awoken
+    signal.set_wakeup_fd(sending.detach(), warn_on_full_buffer=False)
+    return receiving
 
 
-def _wait_for_a_signal(awoken: socket.socket) -> None:
-    select.select([awoken], [], [])
-    awoken.recv(4096)
+def _wait_for_signal(signals: socket.socket) -> None:
+    select.select([signals], [], [])
+    signals.recv(4096)
 
 
 def _clean_environment(prefixes: tuple[str, ...]) -> dict[str, str]:
-    kept_ones = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
-    return kept_ones | {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
+    passed = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+    return passed | {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
 
 
 def _start(command: Sequence[str], account: Account, environment: dict[str, str], keep: tuple[int, ...] = ()) -> Child:

@@ -49,7 +49,9 @@ def places(tmp_path: Path) -> Any:
     """All of one's own, so that no right is needed."""
     me = entrypoint.Account(os.geteuid(), os.getegid())
     everybody = {"root": me, "manager": me, "engine": me, "files": me}
-    return entrypoint.Places(tmp_path / "data", tmp_path / "join", tmp_path / "proxy", tmp_path / "run", **everybody)
+    return entrypoint.Directories(
+        tmp_path / "data", tmp_path / "join", tmp_path / "proxy", tmp_path / "run", **everybody
+    )
 
 
 def secret_files(places: Any) -> dict[Path, re.Pattern[str]]:
@@ -101,9 +103,9 @@ def test_the_engine_gets_its_copy_of_the_key_and_a_place_for_its_socket(places: 
 
 def test_the_vault_gets_a_place_for_copies_and_its_ssh_a_copy_of_the_key(places: Any) -> None:
     held = entrypoint.prepare(places)
-    copy = places.vault / "ssh" / "id_ed25519"
+    copy = places.snapshot_service / "ssh" / "id_ed25519"
     assert copy.read_text() == held["ssh_private_key"]
-    assert (mode(copy), mode(copy.parent), mode(places.vault), mode(places.data / "copies")) == (
+    assert (mode(copy), mode(copy.parent), mode(places.snapshot_service), mode(places.data / "copies")) == (
         *(0o600, 0o700, 0o711, 0o711),
     )
 
@@ -121,7 +123,7 @@ def test_a_file_that_holds_something_else_is_not_replaced_and_the_start_is_refus
     entrypoint.prepare(places)
     token = places.data / "secrets/admin_token"
     token.write_text(content)
-    with pytest.raises(ValueError, match="admin_token does not hold what it should"):
+    with pytest.raises(ValueError, match="admin_token does not contain a valid secret"):
         entrypoint.prepare(places)
     assert token.read_text() == content
 
@@ -139,7 +141,9 @@ def test_killed_at_any_instant_each_secret_is_whole_or_missing_and_the_next_star
                 assert survivors.setdefault(file, content) == content
         if ended:
             break
-        for directory in (places.data, places.join, places.proxy, places.run, places.vault) if line % 7 == 0 else ():
+        for directory in (
+            (places.data, places.join, places.proxy, places.run, places.snapshot_service) if line % 7 == 0 else ()
+        ):
             shutil.rmtree(directory, ignore_errors=True)  # now and then from the very beginning
             survivors.clear()
     else:
@@ -181,15 +185,15 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
 import entrypoint
-from entrypoint import Account, Places, Supervisor, helpers
+from entrypoint import Account, Directories, Supervisor, helpers
 entrypoint.HELPER_GRACE_S = float(sys.argv[3])
 os.umask(0o077)
-places = Places(run=Path(sys.argv[2]), manager=Account({MANAGER}, {MANAGER}), engine=Account({ENGINE}, {ENGINE}))
+places = Directories(run=Path(sys.argv[2]), manager=Account({MANAGER}, {MANAGER}), engine=Account({ENGINE}, {ENGINE}))
 manager, engine, vault = (["sh", "-c", script] for script in sys.argv[4:])
 real = dict(zip(("engine", "vault"), helpers(places)))
 mine = (
     replace(real["engine"], command=engine, home=places.run),
-    replace(real["vault"], command=vault, home=places.run, leaves={FILES}),
+    replace(real["vault"], command=vault, home=places.run, orphans_uid={FILES}),
 )
 sys.exit(Supervisor(places, manager, mine, {{"admin_token": "x"}}).run())
 """
@@ -304,7 +308,7 @@ def test_the_vault_stays_root_gets_neither_secrets_nor_settings_and_is_started_a
     assert container.read("ids").split() == ["0", "0"]
     assert set(container.read("open").split()) <= {"0", "1", "2", "3"}  # 3: of the ls itself
     assert "ORION_HEARTBEAT_S" not in container.read("environment")
-    assert "the vault ended with 0; starting it again" in container.read("log")
+    assert "the snapshot service ended with 0; starting it again" in container.read("log")
 
 
 @needs_root
