@@ -1,18 +1,19 @@
 #!/bin/bash
-# The `orion` command in a virtual environment of its own (Debian refuses pip outside one), with a link on the PATH.
+# Install or remove the `orion` command: a virtual environment of its own, because Debian refuses pip outside one, and a
+# link in a directory of the PATH. `python` prints the path of that environment's Python.
 #   command.sh install | remove | python
 . "$(dirname "$0")/common.sh"
 . "$(dirname "$0")/packages.sh"
 . "$(dirname "$0")/python.sh"
 
 if [ "$(id -u)" -eq 0 ]; then
-    HOUSE=/opt/orion-cli
+    INSTALL_DIRECTORY=/opt/orion-cli
 else
-    HOUSE=${XDG_DATA_HOME:-$HOME/.local/share}/orion
+    INSTALL_DIRECTORY=${XDG_DATA_HOME:-$HOME/.local/share}/orion
 fi
-VENV=$HOUSE/venv
+VENV=$INSTALL_DIRECTORY/venv
 
-# What the command is made of: when this changes it is made anew.
+# Print a hash of everything that the command is made of. When the hash changes, the command is installed anew.
 fingerprint() {
     (
         cd "$ROOT"
@@ -25,13 +26,13 @@ install() {
     if [ -x "$VENV/bin/orion" ] && [ "$(cat "$VENV/fingerprint" 2>/dev/null)" = "$(fingerprint)" ]; then
         return
     fi
-    mkdir -p "$HOUSE"
+    mkdir -p "$INSTALL_DIRECTORY"
     fill_venv "$VENV" "$ROOT/requirements.lock"
     copy_package
     fingerprint >"$VENV/fingerprint"
 }
 
-# The package is plain Python: copying it needs no build tool from the network.
+# Copy the package into the environment. It is pure Python, so no build tool from the network is needed.
 copy_package() {
     local packages
     packages=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -40,7 +41,7 @@ copy_package() {
     chmod +x "$VENV/bin/orion"
 }
 
-# Under sudo the PATH that counts is that of the user who called.
+# Print the PATH of the user who called, also under sudo.
 callers_path() {
     if [ "$(id -u)" -eq 0 ] && [ -n "${SUDO_USER:-}" ] && [ "$SUDO_USER" != root ]; then
         sudo --user "$SUDO_USER" --login printenv PATH 2>/dev/null || echo "$PATH"
@@ -51,7 +52,7 @@ callers_path() {
 
 on_path() { [[ ":$1:" == *":$2:"* ]]; }
 
-link_places() {
+link_directories() {
     if [ "$(id -u)" -eq 0 ]; then
         printf '%s\n' /usr/local/bin /usr/bin
     else
@@ -60,30 +61,30 @@ link_places() {
 }
 
 link() {
-    local path place
+    local path directory
     path=$(callers_path)
-    while read -r place; do
-        on_path "$path" "$place" || continue
-        mkdir -p "$place" 2>/dev/null || true
-        if [ -e "$place/orion" ] && [ "$(readlink -f "$place/orion")" != "$(readlink -f "$VENV/bin/orion")" ]; then
-            echo "$place/orion is another program and stays: call $VENV/bin/orion"
+    while read -r directory; do
+        on_path "$path" "$directory" || continue
+        mkdir -p "$directory" 2>/dev/null || true
+        if [ -e "$directory/orion" ] && [ "$(readlink -f "$directory/orion")" != "$(readlink -f "$VENV/bin/orion")" ]; then
+            echo "$directory/orion is another program and was kept: run $VENV/bin/orion instead"
             return
         fi
-        if [ -w "$place" ]; then ln -sfn "$VENV/bin/orion" "$place/orion"; else as_root ln -sfn "$VENV/bin/orion" "$place/orion"; fi
+        if [ -w "$directory" ]; then ln -sfn "$VENV/bin/orion" "$directory/orion"; else as_root ln -sfn "$VENV/bin/orion" "$directory/orion"; fi
         return
-    done < <(link_places)
-    echo "No directory for commands is on your PATH: call $VENV/bin/orion"
+    done < <(link_directories)
+    echo "Your PATH has no directory where orion could be linked: run $VENV/bin/orion instead"
 }
 
 remove() {
-    local place
-    while read -r place; do
-        if [ "$(readlink "$place/orion" 2>/dev/null)" = "$VENV/bin/orion" ]; then
-            if [ -w "$place" ]; then rm -f "$place/orion"; else as_root rm -f "$place/orion"; fi
+    local directory
+    while read -r directory; do
+        if [ "$(readlink "$directory/orion" 2>/dev/null)" = "$VENV/bin/orion" ]; then
+            if [ -w "$directory" ]; then rm -f "$directory/orion"; else as_root rm -f "$directory/orion"; fi
         fi
-    done < <(link_places)
+    done < <(link_directories)
     rm -rf "$VENV"
-    rmdir "$HOUSE" 2>/dev/null || true
+    rmdir "$INSTALL_DIRECTORY" 2>/dev/null || true
 }
 
 case ${1:-} in

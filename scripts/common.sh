@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# What every script here shares. To be sourced by bash.
+# Functions and settings that all scripts share. Source it from bash.
 set -euo pipefail
-PATH=$PATH:/usr/sbin:/sbin # where dockerd is, for those who are not root
+PATH=$PATH:/usr/sbin:/sbin # a user's PATH may lack the directory of dockerd
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 DOCKER_SOCKET=/var/run/docker.sock
-# What `make up` keeps in .env, so that a later make up, or a plain `docker compose` command, means the same platform:
-# every setting of docker-compose.yml, and the number of workers. What the file gives a fixed value is no setting.
-# shellcheck disable=SC2034 # for the scripts that source this
+# The settings that `make up` saves in .env, so that a later make up, or a plain `docker compose` command, uses the same
+# platform: every setting of docker-compose.yml and the number of workers, but no variable with a fixed value.
+# shellcheck disable=SC2034 # used by the scripts that source this file
 mapfile -t KEPT_SETTINGS < <(
     printf '%s\n' COMPOSE_PROJECT_NAME ORION_WORKERS
     grep -oE '\$\{ORION_[A-Z_]+|^ *- ORION_[A-Z_]+$' "$ROOT/docker-compose.yml" | grep -oE 'ORION_[A-Z_]+' | sort -u
@@ -20,7 +20,7 @@ fail() {
     exit 1
 }
 
-# One line for each stage: what is done, and the seconds it took.
+# Print one line for each stage: its text, and the seconds that it took.
 stage() {
     STAGE_STARTED=$SECONDS STAGE_OPEN=yes
     printf '%-58s' "$*"
@@ -31,7 +31,7 @@ done_stage() {
     printf '%4d s%s\n' $((SECONDS - STAGE_STARTED)) "${1:+  $1}"
 }
 
-# fetch LOG COMMAND...: run a command that fetches from the network up to three times, and add what it says to LOG.
+# fetch LOG COMMAND...: run a command that downloads something, at most three times, and append its output to LOG.
 fetch() {
     local log=$1 pause
     shift
@@ -42,7 +42,7 @@ fetch() {
     return 1
 }
 
-# need_root WHAT FOR
+# need_root ACTION: fail if the user is not root and there is no sudo.
 need_root() {
     [ "$(id -u)" -eq 0 ] || command -v sudo >/dev/null || fail "$1 needs root: run this as root, or install sudo"
 }
@@ -51,12 +51,13 @@ as_root() {
     if [ "$(id -u)" -eq 0 ]; then command "$@"; else sudo "$@"; fi
 }
 
-# Without a password: whoever may only talk to the engine does without what this is for.
-as_root_unasked() {
+# Run a command as root if no password is needed for it, else fail. Callers can do without the result.
+as_root_without_password() {
     if [ "$(id -u)" -eq 0 ]; then command "$@"; else sudo -n "$@" 2>/dev/null; fi
 }
 
-# The engine's socket is root's unless the user is in its group. sudo drops the environment, so ours is handed on.
+# Run a command that uses the Docker engine. It runs by sudo if this user may not use the engine's socket; sudo drops the
+# environment, so the settings are passed explicitly.
 with_docker() {
     if [ "$(id -u)" -eq 0 ] || [ -w "$DOCKER_SOCKET" ] || [ -n "${DOCKER_HOST:-}" ] || ! command -v sudo >/dev/null; then
         command "$@"
@@ -71,10 +72,10 @@ docker() { with_docker "$(type -P docker || echo docker)" "$@"; }
 
 has_compose() { docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null; }
 
-# Docker Compose with the project and the settings that load_settings found.
+# Run Docker Compose with the project and the settings that load_settings found.
 compose() {
     local where=()
-    # docker-compose 1.29 counts the directory among what a container is made from: it stays the first one's.
+    # docker-compose 1.29 recreates a container when the project's directory changes, so the first one is kept.
     [ -z "${FIRST_DIRECTORY:-}" ] || where=(--project-directory "$FIRST_DIRECTORY" --file "$ROOT/docker-compose.yml")
     if [ "${1:-}" = exec ]; then
         local index
@@ -84,8 +85,8 @@ compose() {
     compose_here "${where[@]}" "$@"
 }
 
-# index_for [OPTION...] SERVICE...: print the option by which `exec` takes a container that runs. By itself Compose looks
-# for number 1, which a replacement of the workers removes, and 1.29 says nothing where there is none.
+# index_for [OPTION...] SERVICE...: print the option that makes `exec` use a running container. By default Compose uses
+# number 1, which does not exist after the workers were replaced, and 1.29 prints no error then.
 index_for() {
     local service='' number
     while [ $# -gt 0 ] && [ -z "$service" ]; do
@@ -99,30 +100,30 @@ index_for() {
     number=$(docker ps --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" \
         --filter "label=com.docker.compose.service=$service" --filter label=com.docker.compose.oneoff=False \
         --format '{{.Label "com.docker.compose.container-number"}}' | sort -n | head -n 1)
-    [ -n "$number" ] || fail "no container of ${service:-it} runs in $COMPOSE_PROJECT_NAME: make up starts the platform"
+    [ -n "$number" ] || fail "no container of ${service:-the service} runs in $COMPOSE_PROJECT_NAME: make up starts the platform"
     echo "--index=$number"
 }
 
-# Docker Compose in this directory, whatever directory the containers were made from. Everything that is set was
-# exported by load_settings: .env itself may be another platform's.
+# Run Docker Compose in this directory, whatever directory the containers were made from. load_settings has exported all
+# settings; Compose does not read .env, which may belong to another platform.
 compose_here() {
     if docker compose version >/dev/null 2>&1; then
         (cd "$ROOT" && docker compose --env-file scripts/none.env "$@")
     elif command -v docker-compose >/dev/null; then
         (cd "$ROOT" && with_docker docker-compose --env-file scripts/none.env "$@")
     else
-        fail "no Docker Compose here: make up installs it"
+        fail "Docker Compose is not installed: make up installs it"
     fi
 }
 
-# Whether .env holds the settings of the platform that was named.
+# Succeed if .env has the settings of the platform that the user named.
 is_kept_platform() {
     local recorded
     recorded=$(kept_setting COMPOSE_PROJECT_NAME)
     [ -z "${GIVEN_PROJECT:-}" ] || [ "$GIVEN_PROJECT" = "${recorded:-orion-sec}" ]
 }
 
-# Print a kept setting. A value with unusual characters stands between apostrophes, as Compose reads it too.
+# Print a setting of .env. A value with unusual characters is in single quotes, which Compose reads as well.
 kept_setting() {
     local value
     if [ -e "$ROOT/.env" ]; then value=$(sed -n "s/^$1=//p" "$ROOT/.env" | tail -n 1); fi
@@ -132,12 +133,12 @@ kept_setting() {
 
 kept_names() { if [ -e "$ROOT/.env" ]; then sed -nE 's/^([A-Za-z_][A-Za-z0-9_]*)=.*/\1/p' "$ROOT/.env"; fi; }
 
-# Settings count in this order: the environment, .env, the defaults of docker-compose.yml.
+# Export the settings. A setting of the environment overrides one of .env, which overrides a default of docker-compose.yml.
 load_settings() {
     GIVEN_PROJECT=${COMPOSE_PROJECT_NAME:-}
     local name value directory
     directory=$(directory_of "${GIVEN_PROJECT:-$(kept_project)}")
-    # Another clone of the same platform: what was set there stays set here.
+    # In another clone of the same platform, take over its settings.
     if [ ! -e "$ROOT/.env" ] && [ -z "$GIVEN_PROJECT" ] && [ -n "$directory" ] && [ -r "$directory/.env" ]; then
         (umask 077 && cat "$directory/.env" >"$ROOT/.env")
     fi
@@ -158,7 +159,7 @@ kept_project() {
     echo "${recorded:-$(default_project)}"
 }
 
-# Print the directory from which the containers of a project were made; nothing where there are none.
+# Print the directory from which the containers of a project were made, or nothing if there are no containers.
 directory_of() {
     local first
     first=$(docker ps --all --quiet --filter "label=com.docker.compose.project=$1" 2>/dev/null | tail -n 1)
@@ -166,7 +167,7 @@ directory_of() {
     docker inspect --format '{{index .Config.Labels "com.docker.compose.project.working_dir"}}' "$first"
 }
 
-# A platform that was started by a plain `docker compose up` in this directory is gone on with, under its name.
+# Print the project's name: that of a platform that a plain `docker compose up` started in this directory, else orion-sec.
 default_project() {
     local plain
     plain=$(basename "$ROOT" | tr '[:upper:]' '[:lower:]' | tr -cd 'a-z0-9_-')
@@ -177,7 +178,7 @@ default_project() {
     fi
 }
 
-# containers_of PROJECT SERVICE [docker ps options]: identities, running or not.
+# containers_of PROJECT SERVICE [docker ps options]: print the ids of the containers, running or not.
 containers_of() {
     docker ps --all --quiet --filter "label=com.docker.compose.project=$1" \
         --filter "label=com.docker.compose.service=$2" "${@:3}"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Docker Compose as make up uses it: the right program, project and settings. For Makefile and for a person.
+# Run Docker Compose like make up does, with the same program, project and settings.
 . "$(dirname "$0")/common.sh"
 load_settings
 compose "$@"

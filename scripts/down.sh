@@ -1,13 +1,13 @@
 #!/bin/bash
-# Stops the platform and keeps everything: containers, volumes, images. make up goes on where it was.
+# Stop the platform and keep its containers, volumes and images. make up continues it.
 . "$(dirname "$0")/common.sh"
 
-# The workers first: while they stop, the manager copies what runs on them a last time, and parks it. make up, or docker
-# compose up after docker compose down, brings it back on whatever workers there are then.
+# The workers stop first: meanwhile the manager parks their rentals, with a last snapshot of each. make up, or docker
+# compose up after docker compose down, starts the rentals again on any workers.
 load_settings
-stage "Parking what runs, and stopping the workers"
-compose stop worker >/dev/null 2>&1 || fail "they do not stop: docker ps tells more"
+stage "Parking rentals and stopping the workers"
+compose stop worker >/dev/null 2>&1 || fail "the workers did not stop: docker ps shows their state"
 done_stage
 stage "Stopping the proxy and the manager"
-compose stop manager_proxy manager_app >/dev/null 2>&1 || fail "they do not stop: docker ps tells more"
+compose stop manager_proxy manager_app >/dev/null 2>&1 || fail "proxy and manager did not stop: docker ps shows their state"
 done_stage

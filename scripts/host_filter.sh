@@ -1,14 +1,15 @@
 # shellcheck shell=bash
-# The machine's own filter: from the platform's network nobody begins a connection to the machine, by whichever address, nor
-# to ports that its containers publish. A second wall behind that of each worker (worker/network.nft), which knows a renter
-# from root. It stands until the machine starts anew; make up sets it again. To be sourced after common.sh.
+# Rules of the machine's own packet filter. They refuse new connections from the platform's network to any address of the
+# machine and to ports that its containers publish. They are a second barrier behind the filter of each worker
+# (worker/network.nft), which distinguishes renters from root. The rules last until the machine restarts; make up adds them
+# again. Source this file after common.sh.
 
 host_rules() {
     local bridge protocol
     bridge=$(bridge_of_platform)
     [ -n "$bridge" ] || return 0
     for protocol in tcp udp; do
-        # The machine may be who answers the containers' questions for names.
+        # Port 53 stays open, because the machine may answer the containers' DNS queries.
         echo "INPUT -i $bridge -p $protocol ! --dport 53 -m conntrack --ctstate NEW -j REJECT"
     done
     echo "DOCKER-USER -i $bridge -m conntrack --ctstate DNAT --ctdir ORIGINAL -j REJECT"
@@ -19,22 +20,22 @@ bridge_of_platform() {
         '{{with index .Options "com.docker.network.bridge.name"}}{{.}}{{else}}br-{{printf "%.12s" .Id}}{{end}}' 2>/dev/null
 }
 
-close_host() {
+add_host_rules() {
     local rule
     while read -r rule; do
-        # shellcheck disable=SC2086 # words
-        as_root_unasked iptables -w 5 -C $rule 2>/dev/null || as_root_unasked iptables -w 5 -I $rule || {
-            echo "The machine's own filter could not be set (as root: iptables -I $rule): the workers' filters alone keep rentals from this machine"
+        # shellcheck disable=SC2086 # the rule is several words
+        as_root_without_password iptables -w 5 -C $rule 2>/dev/null || as_root_without_password iptables -w 5 -I $rule || {
+            echo "The machine's own packet filter could not be changed (as root: iptables -I $rule): only the workers' filters keep rentals from connecting to this machine"
             return 0
         }
     done < <(host_rules)
 }
 
-# Before the network goes, and its bridge's name with it.
-reopen_host() {
+# Remove the rules. This must happen before the network is removed, because they contain the name of its bridge.
+remove_host_rules() {
     local rule
     while read -r rule; do
-        # shellcheck disable=SC2086 # words
-        as_root_unasked iptables -w 5 -D $rule 2>/dev/null || true
+        # shellcheck disable=SC2086 # the rule is several words
+        as_root_without_password iptables -w 5 -D $rule 2>/dev/null || true
     done < <(host_rules)
 }

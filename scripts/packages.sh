@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Debian and Ubuntu packages. To be sourced after common.sh.
+# Install Debian and Ubuntu packages. Source it after common.sh.
 
-apt_knows() {
+apt_has() {
     command -v apt-cache >/dev/null || return 1
     lists_are_new || {
         need_root "apt-get update"
@@ -13,7 +13,7 @@ apt_knows() {
 install_packages() {
     [ $# -gt 0 ] || return 0
     command -v apt-get >/dev/null ||
-        fail "missing: $*, and no apt-get here to install them: install them yourself, then run this again"
+        fail "missing: $*, and there is no apt-get to install them: install them yourself, then run this again"
     need_root "installing $*"
     stage "Installing $*"
     local log
@@ -21,13 +21,14 @@ install_packages() {
     fetch "$log" apt_install "$@" || {
         echo >&2
         { grep -E '^(E|Err|dpkg|sudo)[: ]' "$log" || tail -n 5 "$log"; } | tail -n 10 >&2
-        fail "apt-get install $* failed three times, for the reasons above; everything that it said: $log"
+        fail "apt-get install $* failed three times, for the reasons above; its whole output: $log"
     }
     rm -f "$log"
     done_stage
 }
 
-# What the lists name may have been replaced since they were read, and an earlier install may have been interrupted.
+# Install packages. After a failure complete an interrupted earlier install, and update the package lists: the versions
+# in them may have been replaced in the archive.
 apt_install() {
     lists_are_new || apt_update
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=120 install --yes "$@" || {
@@ -37,10 +38,10 @@ apt_install() {
     }
 }
 
-# Lists of today are new enough; a bare machine has none.
+# Succeed if the package lists are at most a day old. A bare machine has no lists.
 lists_are_new() {
     [ -n "$(find /var/lib/apt/lists -maxdepth 1 -name '*Packages*' -mmin -1440 -print -quit 2>/dev/null)" ]
 }
 
-# Without new lists the old ones may do: what they lack is said by the install.
+# Update the package lists. A failure is ignored, because the old lists may suffice; if not, the install fails.
 apt_update() { as_root apt-get -o DPkg::Lock::Timeout=120 update </dev/null || true; }

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# Virtual environments from the lock files. To be sourced after common.sh and packages.sh.
+# Make virtual environments from the lock files. Source it after common.sh and packages.sh.
 
-# A Python of at least 3.11 that can make a virtual environment; Debian's own first, for that is what apt completes.
+# Print the path of a Python from 3.11 on that can make a virtual environment. Debian's own is tried first, because apt can
+# install what it lacks.
 find_python() {
     local candidate
     for candidate in /usr/bin/python3 python3 python3.13 python3.12 python3.11; do
@@ -17,14 +18,14 @@ ensure_python() {
     find_python >/dev/null && return
     install_packages python3-venv
     find_python >/dev/null && return
-    if apt_knows python3.11-venv; then install_packages python3.11-venv; fi
+    if apt_has python3.11-venv; then install_packages python3.11-venv; fi
     find_python >/dev/null || fail "Python 3.11 or newer is needed: install it, then run this again"
 }
 
-# fill_venv DIRECTORY LOCKFILE: exactly what the lock file says, checked by hash.
+# fill_venv DIRECTORY LOCKFILE: make an environment with exactly the packages of the lock file, verified by their hashes.
 fill_venv() {
     "$(find_python)" -m venv --clear "$1"
-    # An older pip trusts only the authorities it came with.
+    # An older pip trusts only its own certificate authorities.
     PIP_CERT=${PIP_CERT:-$(first_of /etc/ssl/certs/ca-certificates.crt)} PIP_DISABLE_PIP_VERSION_CHECK=1 \
         "$1/bin/pip" install --no-input --require-hashes --only-binary :all: --requirement "$2" >"$1/pip.log" 2>&1 || {
         tail -n 15 "$1/pip.log" >&2

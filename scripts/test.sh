@@ -1,5 +1,6 @@
 #!/bin/bash
-# test.sh lint | fast | manager | integration | crash | e2e | chaos | bench | all. Makes what it needs: .venv from the lock file, the engine, the base image.
+# Run linters, tests or measurements, and install what they need: .venv from the lock file, the engine, the base image.
+#   test.sh lint | fast | manager | integration | crash | e2e | chaos | simulate | mutants | bench | all
 HERE=$(dirname "$0")
 . "$HERE/common.sh"
 . "$HERE/packages.sh"
@@ -20,26 +21,26 @@ make_venv() {
     done_stage
 }
 
-# need PROGRAM [PACKAGE]
+# need PROGRAM [PACKAGE]: install the package if the program is missing.
 need() { command -v "$1" >/dev/null || install_packages "${2:-$1}"; }
 
 make_engine() {
     need ssh openssh-client
     need rsync
-    # For the commands of the README, which the tests type.
+    # The tests run the commands of the README, which use curl and jq.
     need curl
     need jq
     "$HERE/engine.sh"
     "$HERE/base-image.sh"
 }
 
-# For the terminal in a browser, and the one that it is compared with.
+# Install a browser for the browser terminal, and tmux, whose screen the tests compare with it.
 make_browser() {
     need chromium
     need tmux
 }
 
-# Every linter runs, whatever the one before it said.
+# Run every linter, also after one has failed.
 lint() {
     local failed=0
     check ruff check . || failed=1
@@ -63,18 +64,19 @@ check() {
     fi
 }
 
-# run_tests --alone | --spread | --by-file LAYER...: only the layers that exist.
+# run_tests --alone | --spread | --by-file LAYER...: run the tests of these layers, as far as the layers exist.
 run_tests() {
     local layer place='' status=0 found=() options=()
     case $1 in
     --alone) ;;
-    # These share nothing at all.
+    # These tests share nothing with each other.
     --spread) options=(-n 2) ;;
-    # Each process has containers, networks and ports of its own; the tests of one file stay together, and those of all
-    # that attack (tests/conftest.py). Most of them wait.
+    # Each process has its own containers, networks and ports. The tests of one file run in one process, and so do all
+    # attacks (tests/conftest.py). Three processes fit on two cores, because most tests wait most of the time.
     --by-file) options=(-n 3 --dist loadfile --no-loadscope-reorder) ;;
     esac
-    # Their databases sync each commit: in memory that costs nothing. Some tests run programs that they have written.
+    # The tests' databases sync each commit, which costs nothing in memory. Some tests run programs that they have written,
+    # so the file system must allow that.
     if [ "$1" != --alone ] && [ -w /dev/shm ] && ! grep -q ' /dev/shm .*noexec' /proc/mounts; then
         place=$(mktemp -d /dev/shm/orion-tests.XXXXXX)
         options+=(--basetemp="$place/pytest")
@@ -83,13 +85,13 @@ run_tests() {
     for layer in "$@"; do
         if compgen -G "tests/$layer/test_*.py" >/dev/null; then found+=("tests/$layer"); fi
     done
-    [ ${#found[@]} -gt 0 ] || fail "no tests in: $*"
+    [ ${#found[@]} -gt 0 ] || fail "there are no tests in: $*"
     python -m pytest -q --junitxml="$RESULTS/${found[0]##*/}.xml" "${options[@]}" "${found[@]}" </dev/null || status=$?
     [ -z "$place" ] || rm -rf "$place"
     return $status
 }
 
-# Under names of this checkout, which stay: whatever a test builds and removes afterwards is then made from the cache.
+# Build the three images under names of this checkout. They are kept, so that later builds of the tests use the cache.
 build_images() {
     local checkout service
     checkout=$(printf %s "$ROOT" | sha256sum | cut -c 1-6)
@@ -100,6 +102,7 @@ build_images() {
     done
 }
 
+# images_or_fail COMMAND...: run the command, and fail with the log of the builds if it fails.
 images_or_fail() {
     "$@" || {
         cat "$VENV/images.log"
@@ -115,8 +118,8 @@ dockerfile_of() {
     esac
 }
 
-# The images are made while the tests run that need none. Everything runs, whatever failed before it.
-everything() {
+# Run linters and all tests, also after one part has failed. The images are built while the first tests run, which need none.
+run_all() {
     local failed=0 building
     lint || failed=1
     make_engine
@@ -125,7 +128,7 @@ everything() {
     need faketime
     build_images &
     building=$!
-    [ $failed -eq 0 ] || echo "lint FAILED, see above; the tests run all the same"
+    [ $failed -eq 0 ] || echo "lint FAILED, see above; the tests run nevertheless"
     ORION_SCHEDULES=1000 run_tests --spread unit property manager simulation || failed=1
     images_or_fail wait "$building"
     run_tests --by-file integration crash || failed=1
@@ -135,7 +138,7 @@ everything() {
     return $failed
 }
 
-# One line over all runs of pytest, as pytest would write it.
+# Print one summary line of all runs of pytest, in pytest's format.
 summary() {
     cat "$RESULTS"/*.xml | grep -o '<testsuite [^>]*>' | awk -F'"' -v seconds="$SECONDS" '
         { for (i = 1; i < NF; i += 2) if (match($i, / (tests|errors|failures|skipped)=$/)) count[$i] += $(i + 1) }
@@ -148,14 +151,14 @@ summary() {
         }'
 }
 
-# Growth is measured without engine and load generator.
+# Install what the measurements need. Growth and watch need neither the engine nor the load generator.
 make_bench() {
     if [ "$*" = growth ] || [ "$*" = watch ]; then return; fi
     make_engine
     need wrk
 }
 
-# A part of the tests that is a program of its own; its module and its arguments.
+# run_program MODULE ARGUMENTS...: run a part of the tests that is a program of its own.
 run_program() {
     PYTHONPATH=$PYTHONPATH:$ROOT/tests:$ROOT python -m "$@"
 }
@@ -176,7 +179,7 @@ bench)
     ;;
 lint) lint ;;
 fast)
-    need openssl # makes the proxy's certificate
+    need openssl # for the tests of the proxy's certificate
     need rsync
     run_tests --spread unit property simulation
     ;;
@@ -196,6 +199,6 @@ e2e)
     make_browser
     run_tests --alone e2e
     ;;
-all) everything ;;
+all) run_all ;;
 *) fail "usage: test.sh lint | fast | manager | integration | crash | e2e | chaos | simulate | mutants | bench | all" ;;
 esac

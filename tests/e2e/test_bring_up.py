@@ -55,14 +55,14 @@ def closed_host(stack: Stack) -> Iterator[None]:
         )
         return done.stdout + done.stderr
 
-    assert run("close_host") == ""
+    assert run("add_host_rules") == ""
     rules = run("as_root iptables -S")
     try:
-        assert run("close_host") == ""
+        assert run("add_host_rules") == ""
         assert run("as_root iptables -S") == rules, "what is there is not set again"
         yield
     finally:
-        run("reopen_host")
+        run("remove_host_rules")
 
 
 def test_the_machines_own_filter_closes_it_to_the_platforms_network_and_nothing_else(stack: Stack) -> None:

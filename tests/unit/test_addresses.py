@@ -88,12 +88,12 @@ COMMIT"""
 
 def test_what_a_former_engine_left_of_a_network_is_removed_before_another_one_has_its_subnet() -> None:
     """Its rule of masquerading hides who speaks in the new network: the manager then refuses the proxy itself."""
-    nothing = "docker_networks() { :; }; docker() { :; }; host_routes() { :; }; as_root_unasked() { :; }"
+    nothing = "docker_networks() { :; }; docker() { :; }; host_routes() { :; }; as_root_without_password() { :; }"
     bridge = "host_routes() { echo br-0123456789ab 172.20.0.0/16; }"
-    rules = f"as_root_unasked() {{ echo '{RULES.format(subnet='172.20.0.0/16')}'; }}"
-    elsewhere = f"as_root_unasked() {{ echo '{RULES.format(subnet='172.21.0.0/16')}'; }}"
+    rules = f"as_root_without_password() {{ echo '{RULES.format(subnet='172.20.0.0/16')}'; }}"
+    elsewhere = f"as_root_without_password() {{ echo '{RULES.format(subnet='172.21.0.0/16')}'; }}"
     lives = f"{rules}; docker() {{ echo br-0123456789ab; }}"
-    both = "iptables-save | grep -v br-0123456789ab | iptables-restore; then make up"
+    both = "iptables-save | grep -v br-0123456789ab | iptables-restore; then run make up"
     for found, way_out in ((bridge, f"as root: ip link delete br-0123456789ab; {both}"), (rules, f"as root: {both}")):
         done = shell(f"{nothing}; {found}; check_subnet", COMPOSE_PROJECT_NAME="tried")
         assert done.returncode == 1
@@ -105,7 +105,9 @@ def test_what_a_former_engine_left_of_a_network_is_removed_before_another_one_ha
 
 def test_a_network_is_seen_by_its_ipv4_whatever_else_it_has() -> None:
     networks = "none\\nbridge fd00:1::/64 172.17.0.0/16\\nother fd00:2::/64 172.20.0.0/16"
-    fakes = f"docker_networks() {{ printf '{networks}\\n'; }}; host_routes() {{ :; }}; as_root_unasked() {{ :; }}"
+    fakes = (
+        f"docker_networks() {{ printf '{networks}\\n'; }}; host_routes() {{ :; }}; as_root_without_password() {{ :; }}"
+    )
     done = shell(f"{fakes}; check_subnet", COMPOSE_PROJECT_NAME="tried")
     assert done.returncode == 1
     assert "172.20.0.0/16" in done.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FUNCTIONS = ("keep_settings", "keep_setting", "forget_empty_settings", "typed_command")
+FUNCTIONS = ("keep_settings", "keep_setting", "unset_empty_settings", "typed_command")
 NO_ENGINE = """#!/bin/sh
 [ "$1" = ps ] && [ -n "$CONTAINER" ] && echo "$CONTAINER"
 [ "$1" = inspect ] && echo "$DIRECTORY"
@@ -43,7 +43,7 @@ def shell(place: Path, script: str, **environment: str) -> subprocess.CompletedP
 
 
 def make_up(place: Path, **environment: str) -> None:
-    done = shell(place, "load_settings; forget_empty_settings; keep_settings", **environment)
+    done = shell(place, "load_settings; unset_empty_settings; keep_settings", **environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -98,7 +98,7 @@ def test_what_is_kept_is_for_its_owner_alone(checkout: Path) -> None:
 def test_what_cannot_be_kept_is_refused(checkout: Path) -> None:
     refused = shell(checkout, "load_settings; keep_settings", ORION_LABELS="a=it's")
     assert refused.returncode == 1
-    assert "ORION_LABELS cannot be kept" in refused.stderr
+    assert "ORION_LABELS cannot be saved" in refused.stderr
 
 
 def test_the_settings_of_another_platform_do_not_count(checkout: Path) -> None:
