@@ -1,11 +1,11 @@
-"""How `make up` changes a platform that stands already, so that nobody who rents loses anything.
+"""Change an existing platform for `make up`, without a loss for any rental.
 
-    rollout.py ask      start what stands there, say what would change, ask
-    rollout.py go       do it
+    rollout.py ask      start the existing containers, print what would change, and ask
+    rollout.py apply    make the change
 
-New workers first; then the old ones take nothing new, what runs on them goes to others by planned moves, and each is
-removed when it is empty, by the word of the manager and of the engine. Interrupted at any point, the same command goes
-on where it was. scripts/up.sh calls this; everything is read from the environment that it prepared.
+New workers start first. Then the old ones are drained, their rentals are migrated to other workers, and each old worker
+is removed when both the manager and the engine report it empty. After an interruption at any point the same command
+continues. scripts/up.sh runs this program and prepares its environment.
 """
 
 from __future__ import annotations
@@ -19,8 +19,19 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rollout_engine import Failed, compose, docker, is_empty, is_left_over, look
-from rollout_plan import WORKER, Container, Plan, Pool, must_ask, number_wanted, plan, shown, stranded, told
+from rollout_engine import RolloutError, compose, docker, find_containers, is_emptied_by_down, is_empty
+from rollout_plan import (
+    WORKER,
+    PlatformContainer,
+    PoolState,
+    RolloutPlan,
+    describe,
+    incompatible_workers,
+    needs_confirmation,
+    plan,
+    shorten,
+    wanted_number,
+)
 
 from orion.cli.output import plain
 from orion.client import ENDED, Orion
@@ -28,33 +39,33 @@ from orion.errors import Conflict, NotFound, OrionError
 from orion.wire import Rental, RentalState, Worker, WorkerHealth, WorkerIntent
 
 HERE = Path(__file__).resolve().parent
-TOKEN_FILE = "/var/lib/orion/secrets/admin_token"  # noqa: S105 - where it is, not what it is
+TOKEN_FILE = "/var/lib/orion/secrets/admin_token"  # noqa: S105 - the path of the token, not the token
 READY_WITHIN_S = float(os.environ.get("ORION_READY_WITHIN_S") or 150)
 STALLED_AFTER_S = 900.0
-"""Without any progress for so long, the command ends; what is under way goes on by itself."""
+"""Seconds without progress after which the command ends. Migrations in progress continue without it."""
 STOP_WITHIN_S = 660
-"""More than stop_grace_period of docker-compose.yml: what finds no place is parked meanwhile."""
+"""Seconds within which a worker parks its rentals and stops: more than stop_grace_period of docker-compose.yml."""
 CONTAINER_NAME = re.compile(r"[0-9a-f]{12}")
-"""The hostname that Docker gives a container: the beginning of its id."""
+"""The form of a hostname that Docker gives a container: the beginning of its id."""
 TOO_MANY_RESTARTS = 4
 LOOK_EVERY_S = 1.0
-TAKES = frozenset({WorkerHealth.READY, WorkerHealth.QUARANTINED})
+REACHABLE = frozenset({WorkerHealth.READY, WorkerHealth.QUARANTINED})
 NO_PLACE = "no worker can take one"
-"""As api/workers.py says it of a drain."""
-IN_PLACE = 0
+"""The words of api/workers.py in the explanation of a drain that has no target worker."""
+SUCCEEDED = 0
 NOT_READY = 3
 
 
-class NotReady(Failed):
-    """The platform did not come up: up.sh shows the last words of its services."""
+class NotReady(RolloutError):
+    """The platform did not become ready. up.sh shows the last log lines of its services."""
 
 
 def say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201 - it is there to tell
+    print(text, flush=True)  # noqa: T201 - the command prints its progress
 
 
-class Stage:
-    """One line for each stage, as scripts/common.sh writes them; what is noted meanwhile stands on lines of its own."""
+class ProgressLine:
+    """Prints one line for a stage, like scripts/common.sh, and notes meanwhile on lines of their own."""
 
     def __init__(self, what: str) -> None:
         self._began = time.monotonic()
@@ -71,51 +82,51 @@ class Stage:
         say(f"{'' if self._open else f'{chr(32) * 58}'}{time.monotonic() - self._began:4.0f} s")
 
 
-# What the manager says
+# The manager's view
 
 
 def connect(afterwards: ExitStack) -> Orion:
-    """Return a connection to the API as the admin. Raise Failed while there is none."""
+    """Return a connection to the API as the admin. Raise RolloutError while there is none."""
     token = compose("exec", "-T", "manager_app", "cat", TOKEN_FILE).strip()
     published = compose("port", "manager_proxy", "80").strip().splitlines()
     if not published:
-        raise Failed("the proxy publishes no port")
+        raise RolloutError("the proxy publishes no port")
     address, _, port = published[0].rpartition(":")
-    host = "localhost" if address in {"0.0.0.0", "[::]", "::", ""} else address  # noqa: S104 - what Docker says of any
+    host = "localhost" if address in {"0.0.0.0", "[::]", "::", ""} else address  # noqa: S104 - Docker's word for any
     return afterwards.enter_context(Orion.at(f"http://{host}:{port}", token))
 
 
 def wait_for_manager(afterwards: ExitStack, within_s: float) -> Orion:
-    """Return a connection that answers. Raise NotReady when there is none in time."""
+    """Return a connection to the API as soon as the manager answers. Raise NotReady if it does not answer in time."""
     deadline, last = time.monotonic() + within_s, ""
     while time.monotonic() < deadline:
         try:
             orion = connect(afterwards)
             orion.status()
-        except (Failed, OrionError) as error:
+        except (RolloutError, OrionError) as error:
             last = str(error)
             time.sleep(0.5)
         else:
             return orion
-    raise NotReady(f"the manager does not answer after {within_s:.0f} s ({last})")
+    raise NotReady(f"the manager did not answer within {within_s:.0f} s ({last})")
 
 
-def living(orion: Orion) -> list[Rental]:
+def live_rentals(orion: Orion) -> list[Rental]:
     return [one for one in orion.rentals() if one.state not in ENDED]
 
 
-def pool_of(orion: Orion) -> Pool:
+def read_pool(orion: Orion) -> PoolState:
     workers = {one.id: one for one in orion.workers()}
     rentals: dict[str, list[str]] = {}
-    for rental in living(orion):
+    for rental in live_rentals(orion):
         holder = workers.get(rental.worker_id or "")
         if holder is not None:
             rentals.setdefault(holder.hostname, []).append(rental.name)
-    free = {one.hostname: one.slots_free for one in workers.values() if may_take(one)}
-    return Pool(rentals, free)
+    free = {one.hostname: one.slots_free for one in workers.values() if accepts_rentals(one)}
+    return PoolState(rentals, free)
 
 
-def may_take(worker: Worker) -> bool:
+def accepts_rentals(worker: Worker) -> bool:
     return worker.health is WorkerHealth.READY and worker.intent is WorkerIntent.ACTIVE
 
 
@@ -123,89 +134,92 @@ def may_take(worker: Worker) -> bool:
 
 
 def ask() -> int:
-    """Start what stands there, say what would change for those who rent, and ask."""
-    containers = look()
-    if why := stranded(containers, is_empty, os.environ.get("UP_COMMAND") or "make up"):
-        raise Failed(f"nothing was changed: {why}")
+    """Start the existing containers, print what would change for rentals, and ask."""
+    containers = find_containers()
+    if why := incompatible_workers(containers, is_empty, os.environ.get("UP_COMMAND") or "make up"):
+        raise RolloutError(f"nothing was changed: {why}")
     with ExitStack() as afterwards:
-        pool = stand_up(containers, afterwards)
-    containers = look()
+        pool = start_existing(containers, afterwards)
+    containers = find_containers()
     planned, slots = plan(containers, wanted(containers), pool), int(os.environ.get("ORION_SLOTS") or 1)
-    if not must_ask(planned, pool):
-        return IN_PLACE
-    say("This changes what runs:")
-    for line in told(planned, pool, containers, slots):
+    if not needs_confirmation(planned, pool):
+        return SUCCEEDED
+    say("These changes affect rentals:")
+    for line in describe(planned, pool, containers, slots):
         say(f"  - {plain(line)}")
     if os.environ.get("CONFIRM") == "yes":
-        return IN_PLACE
+        return SUCCEEDED
     again = os.environ.get("UP_COMMAND") or "make up"
     if not sys.stdin.isatty():
-        raise Failed(f"nothing was changed, because there is no terminal to ask at; to do it: CONFIRM=yes {again}")
-    if not input("Do it? [y/N] ").lower().startswith("y"):
-        raise Failed("nothing was changed")
-    return IN_PLACE
+        raise RolloutError(f"nothing was changed, because there is no terminal to ask at; run: CONFIRM=yes {again}")
+    if not input("Continue? [y/N] ").lower().startswith("y"):
+        raise RolloutError("nothing was changed")
+    return SUCCEEDED
 
 
-def stand_up(containers: Sequence[Container], afterwards: ExitStack) -> Pool:
-    """Start what stands there and does not run, workers as they are: they may alone hold what was last written."""
+def start_existing(containers: Sequence[PlatformContainer], afterwards: ExitStack) -> PoolState:
+    """Start the stopped containers, and return the manager's view of the workers.
+
+    Workers start unchanged, because a worker may have the only copy of the files that were last written on it.
+    """
     if not containers:
-        return Pool({}, {})
+        return PoolState({}, {})
     stopped = [one for one in containers if not one.running]
-    # What make down has emptied is removed later (go) and need not start for that.
-    empty = [one for one in stopped if is_left_over(one)]
+    # Workers that make down has emptied are removed later (apply) and need not start for that.
+    empty = [one for one in stopped if is_emptied_by_down(one)]
     containers = [one for one in containers if one not in empty]
     stopped = [one for one in stopped if one not in empty]
     if any(one.service != WORKER for one in stopped):
-        stage = Stage("Starting proxy and manager")
+        stage = ProgressLine("Starting proxy and manager")
         compose("up", "--detach", "--no-build", "manager_app", "manager_proxy")
         stage.done()
     workers = [one for one in stopped if one.service == WORKER]
     if workers:
-        stage = Stage(f"Starting {len(workers)} worker(s) as they were left")
+        stage = ProgressLine(f"Starting {len(workers)} stopped worker(s) unchanged")
         docker("start", *(one.id for one in workers))
         stage.done()
     try:
         orion = wait_for_manager(afterwards, 60 if stopped else 15)
-        declare_the_gone(orion)
-        wait_until_heard(orion, [one for one in containers if one.service == WORKER] if stopped else [])
-        return pool_of(orion)
+        declare_removed_workers_gone(orion)
+        wait_until_reported(orion, [one for one in containers if one.service == WORKER] if stopped else [])
+        return read_pool(orion)
     except (NotReady, OrionError):
-        return Pool({}, {}, known=False)
+        return PoolState({}, {}, known=False)
 
 
-def not_in_engine(orion: Orion) -> list[Worker]:
-    """Return the workers of which the engine has no container, running or not, of whatever project."""
+def workers_without_container(orion: Orion) -> list[Worker]:
+    """Return the workers for which the engine has no container, running or not, in any project."""
     ids = docker("ps", "-aq", "--no-trunc").split()
     named = (one for one in orion.workers() if CONTAINER_NAME.fullmatch(one.hostname))
     return [one for one in named if not any(container.startswith(one.hostname) for container in ids)]
 
 
-def declare_the_gone(orion: Orion) -> None:
-    """Hand the engine's word on to the manager: what ran in a container that was removed need not be waited for."""
-    for worker in not_in_engine(orion):
+def declare_removed_workers_gone(orion: Orion) -> None:
+    """Declare the workers gone whose container was removed, so that their rentals are taken over at once."""
+    for worker in workers_without_container(orion):
         if worker.health is WorkerHealth.DOWN:
             continue
-        names = [one.name for one in living(orion) if one.worker_id == worker.id]
-        with suppress(Conflict, NotFound):  # it answers, so it is in another engine
+        names = [one.name for one in live_rentals(orion) if one.worker_id == worker.id]
+        with suppress(Conflict, NotFound):  # a worker that answers runs in another engine
             orion.declare_gone(worker.id)
-            what = f": {shown(names)} {'goes' if len(names) == 1 else 'go'} on from the last copy" if names else ""
+            what = f"; from their last snapshots continue: {shorten(names)}" if names else ""
             say(plain(f"The container of worker {worker.id} was removed{what}"))
 
 
-def forget_the_gone(orion: Orion) -> None:
-    """Forget the workers whose container was removed: such a container cannot come back."""
-    for worker in not_in_engine(orion):
+def remove_gone_workers(orion: Orion) -> None:
+    """Remove the workers from the manager whose container was removed: such a worker cannot come back."""
+    for worker in workers_without_container(orion):
         if worker.health is WorkerHealth.DOWN:
             with suppress(NotFound, Conflict):
                 orion.remove_worker(worker.id)
 
 
-def wait_until_heard(orion: Orion, workers: Sequence[Container]) -> None:
-    """Wait until each of them is ready, as long as that usually takes: what it holds is judged by then."""
+def wait_until_reported(orion: Orion, workers: Sequence[PlatformContainer]) -> None:
+    """Wait up to 60 s until each of these workers is ready: by then the manager has compared its rentals."""
     if workers:
-        stage = Stage("Waiting until they have shown what they hold")
+        stage = ProgressLine("Waiting until the workers have reported their rentals")
         names = {one.hostname for one in workers}
-        _until(60, lambda: names <= {one.hostname for one in orion.workers() if one.health in TAKES})
+        _until(60, lambda: names <= {one.hostname for one in orion.workers() if one.health in REACHABLE})
         stage.done()
 
 
@@ -219,63 +233,66 @@ def _until(within_s: float, probe: Callable[[], bool]) -> bool:
     return False
 
 
-def wanted(containers: Sequence[Container]) -> int:
-    return number_wanted(containers, os.environ.get("WORKERS", ""), os.environ.get("ORION_WORKERS", ""))
+def wanted(containers: Sequence[PlatformContainer]) -> int:
+    return wanted_number(containers, os.environ.get("WORKERS", ""), os.environ.get("ORION_WORKERS", ""))
 
 
-# Doing it
+# Applying
 
 
 @dataclass
-class Outcome:
-    """What became of the rentals and the workers."""
+class RolloutResult:
+    """The effects of a rollout on rentals and workers."""
 
     moved: list[str] = field(default_factory=list)
+    """The names of the rentals that run on another worker now."""
     waiting: list[str] = field(default_factory=list)
+    """The names of the rentals that are parked."""
     kept: dict[str, str] = field(default_factory=dict)
-    """Why an old worker is still there, by its hostname."""
+    """The reasons why old workers still exist, by hostname."""
 
 
-def go() -> int:
-    containers = look()
+def apply() -> int:
+    """Make the change. Return 1 if an old worker could not be removed."""
+    containers = find_containers()
     number = wanted(containers)
-    left_over = [one for one in containers if is_left_over(one)]
-    if left_over:
-        docker("rm", *(one.id for one in left_over))
-        containers = [one for one in containers if one not in left_over]
+    emptied = [one for one in containers if is_emptied_by_down(one)]
+    if emptied:
+        docker("rm", *(one.id for one in emptied))
+        containers = [one for one in containers if one not in emptied]
     with ExitStack() as afterwards:
         planned = start(containers, number, afterwards)
-        if left_over:
-            declare_the_gone(wait_for_manager(afterwards, READY_WITHIN_S))
-        stage = Stage(f"Waiting until {number} worker(s) are ready")
+        if emptied:
+            declare_removed_workers_gone(wait_for_manager(afterwards, READY_WITHIN_S))
+        stage = ProgressLine(f"Waiting until {number} worker(s) are ready")
         orion = wait_for_manager(afterwards, READY_WITHIN_S)
-        workers = [one for one in look() if one.service == WORKER]
+        workers = [one for one in find_containers() if one.service == WORKER]
         retire = [one for one in workers if one.id in {old.id for old in planned.retire}]
         await_ready(orion, [one for one in workers if one not in retire], number)
         stage.done()
-        outcome = Emptying(orion, retire).run() if retire else Outcome()
-        forget_the_gone(orion)
+        outcome = WorkerRetirement(orion, retire).run() if retire else RolloutResult()
+        remove_gone_workers(orion)
     report(outcome)
-    return 1 if outcome.kept else IN_PLACE
+    return 1 if outcome.kept else SUCCEEDED
 
 
-def start(containers: Sequence[Container], number: int, afterwards: ExitStack) -> Plan:
-    """Start the services and the new workers; whoever is to go still runs."""
-    stage = Stage(f"Starting proxy, manager and {number} worker(s)")
+def start(containers: Sequence[PlatformContainer], number: int, afterwards: ExitStack) -> RolloutPlan:
+    """Start the services and the new workers, and return the plan. The old workers still run."""
+    stage = ProgressLine(f"Starting proxy, manager and {number} worker(s)")
     if not containers:
         compose("up", "--detach", "--no-build", "--scale", f"worker={number}")
         stage.done()
-        return plan((), number, Pool({}, {}))
-    # docker-compose 1.29 makes anew what stands still while another service changes: so workers are never left to it.
-    # Nor is --no-deps used: with it, Compose 2 reckons another hash of the same settings.
+        return plan((), number, PoolState({}, {}))
+    # docker-compose 1.29 recreates stopped containers when another service changes, so it never starts workers here.
+    # --no-deps is not used, because Compose 2 computes another hash of the same settings with it.
     compose("up", "--detach", "--no-build", "manager_app", "manager_proxy")
     workers = [one for one in containers if one.service == WORKER]
     stopped = [one.id for one in workers if not one.running]
     if stopped:
         docker("start", *stopped)
-    planned = plan(containers, number, Pool({}, {}))
+    planned = plan(containers, number, PoolState({}, {}))
     if planned.surplus:
-        planned = plan(containers, number, pool_of(wait_for_manager(afterwards, READY_WITHIN_S)))
+        planned = plan(containers, number, read_pool(wait_for_manager(afterwards, READY_WITHIN_S)))
     if planned.create:
         scale = f"worker={len(workers) + planned.create}"
         compose("up", "--detach", "--no-build", "--no-recreate", "--scale", scale, WORKER)
@@ -283,8 +300,8 @@ def start(containers: Sequence[Container], number: int, afterwards: ExitStack) -
     return planned
 
 
-def await_ready(orion: Orion, workers: Sequence[Container], number: int) -> None:
-    """Wait until those that stay are ready. Raise NotReady if they are not in time, or restart again and again."""
+def await_ready(orion: Orion, workers: Sequence[PlatformContainer], number: int) -> None:
+    """Wait until `number` of these workers are ready. Raise NotReady after a timeout or too many restarts."""
     names = {one.hostname for one in workers}
     began, ready = time.monotonic(), 0
     while True:
@@ -293,34 +310,34 @@ def await_ready(orion: Orion, workers: Sequence[Container], number: int) -> None
         waited = time.monotonic() - began
         if ready >= number:
             break
-        if waited > READY_WITHIN_S or any(one.restarts >= TOO_MANY_RESTARTS for one in look()):
+        if waited > READY_WITHIN_S or any(one.restarts >= TOO_MANY_RESTARTS for one in find_containers()):
             raise NotReady(f"{ready} of {number} workers are ready after {waited:.0f} s")
         time.sleep(0.3)
 
 
-class Emptying:
-    """Old workers: they take nothing new, what runs there moves, and each is removed when nothing is on it."""
+class WorkerRetirement:
+    """Drains old workers, waits until their rentals have migrated, and removes each worker when it is empty."""
 
-    def __init__(self, orion: Orion, retire: Sequence[Container]) -> None:
+    def __init__(self, orion: Orion, retire: Sequence[PlatformContainer]) -> None:
         self._orion = orion
         self._left = {one.hostname: one for one in retire}
-        self._outcome = Outcome()
-        self._stage = Stage(f"Emptying {len(retire)} old worker(s)")
+        self._outcome = RolloutResult()
+        self._stage = ProgressLine(f"Emptying {len(retire)} old worker(s)")
         self._before: dict[str, Rental] = {}
-        self._told = ""
+        self._last_note = ""
         self._progress_at = time.monotonic()
 
-    def run(self) -> Outcome:
+    def run(self) -> RolloutResult:
         old = {one.id for one in self._orion.workers() if one.hostname in self._left}
-        self._before = {one.id: one for one in living(self._orion) if one.worker_id in old}
+        self._before = {one.id: one for one in live_rentals(self._orion) if one.worker_id in old}
         while self._left:
             try:
                 self._round()
             except OrionError as error:
-                self._tell(f"the manager is away ({error}): waiting for it")
+                self._note(f"the manager does not answer ({error}): waiting for it")
             if time.monotonic() - self._progress_at > STALLED_AFTER_S:
                 for hostname in self._left:
-                    self._keep(hostname, "what is on it could not be moved yet")
+                    self._keep(hostname, "its rentals could not be migrated yet")
                 break
             time.sleep(LOOK_EVERY_S)
         self._stage.done()
@@ -348,21 +365,21 @@ class Emptying:
                 empty[hostname] = None
             elif worker is None:
                 continue
-            elif worker.intent is WorkerIntent.DRAINED and worker.health in TAKES and is_empty(container):
+            elif worker.intent is WorkerIntent.DRAINED and worker.health in REACHABLE and is_empty(container):
                 empty[hostname] = worker
             elif NO_PLACE in worker.explanation and not moving:
-                self._tell(f"nothing can take what is on {worker.id}: it is parked there, files and all")
+                self._note(f"no worker has room for the rentals of {worker.id}: parking them, with all files")
                 self._remove({hostname: worker})
         self._remove(empty)
         names = sorted(one.name for one in on_old)
-        what = f"{len(self._left)} to go" + (f"; on them: {shown(names)}" if names else "")
-        self._tell(f"{what}; moving now: {shown(moving)}" if moving else what)
+        what = f"{len(self._left)} left" + (f"; rentals on them: {shorten(names)}" if names else "")
+        self._note(f"{what}; migrating now: {shorten(moving)}" if moving else what)
 
     def _rentals_on(self, old: set[str]) -> list[Rental]:
-        return [one for one in living(self._orion) if one.worker_id in old]
+        return [one for one in live_rentals(self._orion) if one.worker_id in old]
 
     def _remove(self, chosen: Mapping[str, Worker | None]) -> None:
-        """Stop them; what finds no place is parked meanwhile. Last of all, remove what is empty, and only that."""
+        """Stop these workers, which parks the rentals still on them, then remove the empty ones, and only those."""
         if not chosen:
             return
         ids = [self._left[hostname].id for hostname in chosen]
@@ -371,7 +388,7 @@ class Emptying:
             container = self._left[hostname]
             if not is_empty(container):
                 docker("start", container.id)
-                self._keep(hostname, "what is on it could not be taken away, and goes on there")
+                self._keep(hostname, "its rentals could not be parked, and continue on it")
                 continue
             docker("rm", container.id)
             del self._left[hostname]
@@ -379,45 +396,45 @@ class Emptying:
                 with suppress(NotFound):
                     self._orion.remove_worker(worker.id)
 
-    def _is_forgotten(self, container: Container) -> bool:
-        """Whether the manager does not know a worker there, long after it should have called home, and it is empty."""
+    def _is_forgotten(self, container: PlatformContainer) -> bool:
+        """Return whether the container is empty and its worker has not registered, long after it should have."""
         if time.monotonic() - self._progress_at < READY_WITHIN_S:
             return False
         if is_empty(container):
             return True
-        self._keep(container.hostname, "the manager does not know it, and a rental's files are in it")
+        self._keep(container.hostname, "the manager does not know it, and it has files of a rental")
         return False
 
     def _keep(self, hostname: str, why: str) -> None:
         self._outcome.kept[hostname] = why
         self._left = {name: one for name, one in self._left.items() if name != hostname}
 
-    def _tell(self, text: str) -> None:
-        if text != self._told:
-            self._told, self._progress_at = text, time.monotonic()
+    def _note(self, text: str) -> None:
+        if text != self._last_note:
+            self._last_note, self._progress_at = text, time.monotonic()
             self._stage.note(text)
 
 
-def report(outcome: Outcome) -> None:
+def report(outcome: RolloutResult) -> None:
     if outcome.moved:
-        say(f"Moved, with every byte: {plain(shown(sorted(outcome.moved)))}")
+        say(f"Migrated, with all files: {plain(shorten(sorted(outcome.moved)))}")
     if outcome.waiting:
-        say(f"Waiting for a place, with all files: {plain(shown(sorted(outcome.waiting)))}; more: WORKERS=N make up")
+        say(f"Parked, with all files: {plain(shorten(sorted(outcome.waiting)))}; add workers with WORKERS=N make up")
     for hostname, why in outcome.kept.items():
-        say(f"Kept: the old worker {hostname}: {why}. See orion workers; make up again goes on with it")
+        say(f"Kept the old worker {hostname}: {why}. See orion workers; make up continues with it")
 
 
 def main() -> int:
     try:
-        return {"ask": ask, "go": go}[sys.argv[1]]()
+        return {"ask": ask, "apply": apply}[sys.argv[1]]()
     except NotReady as error:
         Path(os.environ["ORION_WHY"]).write_text(str(error))
         return NOT_READY
-    except (Failed, OrionError) as error:
+    except (RolloutError, OrionError) as error:
         print(f"\norion: {error}", file=sys.stderr)  # noqa: T201
         return 1
     except KeyboardInterrupt:
-        print("\norion: interrupted; what is being moved goes on, and make up goes on with the rest", file=sys.stderr)  # noqa: T201
+        print("\norion: interrupted; migrations in progress continue, and make up does the rest", file=sys.stderr)  # noqa: T201
         return 130
 
 

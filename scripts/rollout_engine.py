@@ -8,27 +8,27 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from rollout_plan import WORKER, Container
+from rollout_plan import WORKER, PlatformContainer
 
 COMPOSE = str(Path(__file__).resolve().with_name("compose.sh"))
-WAY_OF_FILES = "org.orion-sec.files"
-"""The label of a worker's image that says how it and the manager carry files."""
+FILE_PROTOCOL_LABEL = "org.orion-sec.files"
+"""The label of a worker's image with the version of the protocol by which worker and manager transfer files."""
 
 
-class Failed(Exception):
-    """Something did not go as it should; the message says what was seen, and what to do."""
+class RolloutError(Exception):
+    """A step of the rollout failed. The message says what was observed, and what the user can do."""
 
 
 def run(*command: str, within_s: float = 180) -> str:
-    """Return what it printed. Raise Failed with what it complained of."""
+    """Return the command's output. Raise RolloutError with its error output if it fails."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=within_s, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise Failed(f"{' '.join(command[-4:])} did not end within {within_s:.0f} s") from error
+        raise RolloutError(f"{' '.join(command[-4:])} did not end within {within_s:.0f} s") from error
     if done.returncode:
-        raise Failed(f"{' '.join(command[-4:])} failed: {(done.stderr or done.stdout).strip()[-1500:]}")
+        raise RolloutError(f"{' '.join(command[-4:])} failed: {(done.stderr or done.stdout).strip()[-1500:]}")
     return done.stdout
 
 
@@ -41,7 +41,7 @@ def compose(*arguments: str) -> str:
     return run(COMPOSE, *arguments, within_s=600)
 
 
-def look() -> list[Container]:
+def find_containers() -> list[PlatformContainer]:
     project = os.environ["COMPOSE_PROJECT_NAME"]
     found = docker("ps", "-aq", "--no-trunc", "--filter", f"label=com.docker.compose.project={project}").split()
     if not found:
@@ -52,17 +52,21 @@ def look() -> list[Container]:
     return [_container(one, hashes, images) for one in described if _label(one, "oneoff") != "True"]
 
 
-def _container(described: dict[str, Any], hashes: dict[str, str], images: dict[str, dict[str, Any]]) -> Container:
+def _container(
+    described: dict[str, Any], hashes: dict[str, str], images: dict[str, dict[str, Any]]
+) -> PlatformContainer:
     service, image = _label(described, "service"), images[described["Config"]["Image"]]
     same = hashes.get(service) == _label(described, "config-hash") and image.get("Id") in {None, described["Image"]}
-    foreign = bool(image) and _way_of_files(image) != _way_of_files(described)
+    incompatible = bool(image) and _file_protocol(image) != _file_protocol(described)
     number, state = _label(described, "container-number"), described["State"]
     restarts = described.get("RestartCount", 0)
-    return Container(described["Id"], service, int(number or 0), state["Running"], not same, restarts, foreign)
+    return PlatformContainer(
+        described["Id"], service, int(number or 0), state["Running"], not same, restarts, incompatible
+    )
 
 
-def _way_of_files(described: dict[str, Any]) -> str:
-    return str((described["Config"].get("Labels") or {}).get(WAY_OF_FILES, ""))
+def _file_protocol(described: dict[str, Any]) -> str:
+    return str((described["Config"].get("Labels") or {}).get(FILE_PROTOCOL_LABEL, ""))
 
 
 def _label(described: dict[str, Any], name: str) -> str:
@@ -70,19 +74,19 @@ def _label(described: dict[str, Any], name: str) -> str:
 
 
 def _image(name: str) -> dict[str, Any]:
-    """Return the image that has a name now, as the engine describes it; empty where there is none any more."""
+    """Return the engine's description of the image that has this name now, or {} if there is no such image."""
     try:
         return dict(json.loads(docker("image", "inspect", name))[0])
-    except Failed:
+    except RolloutError:
         return {}
 
 
-def is_left_over(container: Container) -> bool:
-    """Whether it is a stopped worker of another version on which nothing is: make down has parked what was there."""
-    return container.service == WORKER and container.foreign and not container.running and is_empty(container)
+def is_emptied_by_down(container: PlatformContainer) -> bool:
+    """Return whether this is a stopped worker of an incompatible version without rentals: make down has parked them."""
+    return container.service == WORKER and container.incompatible and not container.running and is_empty(container)
 
 
-def is_empty(container: Container) -> bool:
-    """Whether no home of a rental is in it, by the engine's own word: running or not."""
+def is_empty(container: PlatformContainer) -> bool:
+    """Return whether the container has no home of a rental, running or not, according to the engine."""
     changed = docker("diff", container.id).splitlines()
     return not any(line.startswith(("A /home/r-", "C /home/r-")) for line in changed)

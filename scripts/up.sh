@@ -117,7 +117,7 @@ ask() { rollout ask || exit $?; }
 
 change_platform() {
     local status=0
-    ORION_WHY=$LOGS/why rollout go || status=$?
+    ORION_WHY=$LOGS/why rollout apply || status=$?
     [ "$status" -ne 3 ] || fail_with_cause "$(cat "$LOGS/why")"
     [ "$status" -eq 0 ] || exit "$status"
 }

@@ -35,7 +35,7 @@ def up(stack: Stack, act: str, **settings: str) -> subprocess.CompletedProcess[s
 
 def rolled(stack: Stack, **settings: str) -> str:
     said = ""
-    for act in ("ask", "go"):
+    for act in ("ask", "apply"):
         done = up(stack, act, CONFIRM="yes", UP_COMMAND="make up", **settings)
         said += done.stdout
         assert done.returncode == 0, f"{said}\n{done.stderr}\n{story(stack.events(stack.mark() - 60))}"
@@ -55,15 +55,15 @@ def test_other_settings_and_a_restart_of_the_machine_cost_a_rental_nothing(
     refused = up(stack, "ask", ORION_SLOTS="2", UP_COMMAND="ORION_SLOTS=2 make up")
     assert refused.returncode == 1
     assert f"{WORKERS} workers have other settings, or another image" in refused.stdout
-    assert "move" in refused.stdout
+    assert "will migrate" in refused.stdout
     assert rental.name in refused.stdout
-    assert "to do it: CONFIRM=yes ORION_SLOTS=2 make up" in refused.stderr
+    assert "run: CONFIRM=yes ORION_SLOTS=2 make up" in refused.stderr
     assert _workers(stack) == before, "nothing was changed"
 
     mark, began = stack.mark(), time.monotonic()
     said = rolled(stack, ORION_SLOTS="2")
     figures["make up with other settings, one rental of 400 files"] = f"{time.monotonic() - began:.0f} s"
-    assert f"Moved, with every byte: {rental.name}" in said
+    assert f"Migrated, with all files: {rental.name}" in said
     moved = _still_there(stack, orion, renter, mark, rental, tree)
     assert moved.epoch == rental.epoch + 1
     assert not set(_workers(stack)) & set(before)
@@ -73,14 +73,14 @@ def test_other_settings_and_a_restart_of_the_machine_cost_a_rental_nothing(
     time.sleep(3)
     mark, written = stack.mark(), _power_cut(stack, moved)
     said = rolled(stack, ORION_SLOTS="1")
-    assert f"Starting {WORKERS} worker(s) as they were left" in said
+    assert f"Starting {WORKERS} stopped worker(s) unchanged" in said
     last = _still_there(stack, orion, renter, mark, moved, tree)
     assert int(renter.inside(last, "cat count")) >= written, "nothing older than what had reached the disk comes back"
     assert last.epoch == moved.epoch + 1
     assert [one.slots for one in orion.workers()] == [1] * WORKERS
 
     same = _workers(stack)
-    assert "Moved" not in rolled(stack, ORION_SLOTS="1")
+    assert "Migrated" not in rolled(stack, ORION_SLOTS="1")
     assert _workers(stack) == same, "what is as it should be is left alone"
 
 

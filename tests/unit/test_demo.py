@@ -1,4 +1,4 @@
-"""What `make demo` says where there is no room for it."""
+"""The advice of `make demo` on a platform without free slots."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, cast
 import pytest
 
 from orion.wire import Worker, WorkerHealth
-from scripts.demo import Demo, Failed, Platform, Story
+from scripts.demo import Demo, DemoFailed, DemoPlatform, DemoReport
 
 
 class FullPool:
-    """Five workers that are ready, of which one has a free slot."""
+    """A platform with five ready workers, of which one has a free slot."""
 
     url = "http://localhost:8080"
 
@@ -26,6 +26,6 @@ def test_the_demo_never_advises_fewer_workers_than_there_are(monkeypatch: pytest
     pool = FullPool()
     monkeypatch.setattr(Demo, "show_command", lambda *_: None)
     with ExitStack() as afterwards:
-        demo = Demo(Story(), cast(Platform, pool), cast(Any, pool), {}, afterwards)
-        with pytest.raises(Failed, match=r"WORKERS=6 make up"):
-            demo.look(fast=False)
+        demo = Demo(DemoReport(), cast(DemoPlatform, pool), cast(Any, pool), {}, afterwards)
+        with pytest.raises(DemoFailed, match=r"WORKERS=6 make up"):
+            demo.check_platform(fast=False)

@@ -26,7 +26,9 @@ inspect\\ *) cat "$MADE/containers" ;;
 esac
 """
 """A stand-in for docker, with the containers that a folder lists. `docker compose` is the machine's own."""
-OUTDATED = "import rollout_engine; print(*sorted(one.service for one in rollout_engine.look() if one.outdated))"
+OUTDATED = (
+    "import rollout_engine; print(*sorted(one.service for one in rollout_engine.find_containers() if one.outdated))"
+)
 IMAGE = {"Id": "sha256:0", "Config": {"Labels": {}}}
 
 
@@ -45,8 +47,8 @@ class Machine:
 
     def make(self, place: Path) -> None:
         """Have the containers of all services as `make up` of that clone makes them now."""
-        told = self._run(place, "scripts/compose.sh", "config", "--hash", "*")
-        hashes = dict(line.split() for line in told.splitlines())
+        describe = self._run(place, "scripts/compose.sh", "config", "--hash", "*")
+        hashes = dict(line.split() for line in describe.splitlines())
         made = self.folder / "made"
         (made / "directory").write_text(f"{place}\n")
         (made / "image").write_text(json.dumps([IMAGE]))
@@ -79,8 +81,8 @@ class NoImages(BaseHTTPRequestHandler):
     """An engine that has no image: docker-compose 1.29 asks for them, which count for its hash of the settings."""
 
     def do_GET(self) -> None:
-        told = {"ApiVersion": "1.41"} if self.path == "/version" else {"message": "No such image"}
-        body = json.dumps(told).encode()
+        describe = {"ApiVersion": "1.41"} if self.path == "/version" else {"message": "No such image"}
+        body = json.dumps(describe).encode()
         self.send_response(200 if self.path == "/version" else 404)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
