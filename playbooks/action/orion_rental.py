@@ -1,8 +1,8 @@
-"""What the task `orion_rental` does: one order to /usr/local/sbin/orion-rental on the worker, and its report.
+"""The action of the task `orion_rental`: send one order to orion-rental on the worker, and return its report.
 
-The work is done by that program, which is the same that the agent uses. So nothing is copied to the worker for a task,
-and nothing that a worker answers is taken for more than a report: of what it says, names that are listed here become
-the task's result, and no facts, hosts, variables or warnings, which Ansible would act upon.
+/usr/local/sbin/orion-rental does the work; the agent uses it as well. So Ansible copies nothing to the worker. Of a
+worker's answer only the names in REPORTED become the task's result: a worker cannot return facts, hosts, variables or
+warnings, on which Ansible would act.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REPORTED = {
     "error": str,
     "code": str,
 }
-"""What a report may hold, and of which type."""
+"""The names that a report may have, and their types."""
 RENTAL = {
     "rental_id": {"type": "str", "required": True},
     "epoch": {"type": "int", "required": True},
@@ -68,40 +68,41 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible has no types
             return {"changed": False, "rentals": []}
         order = json.dumps({"rentals": rentals}).encode()
         command = f"{PROGRAM} {arguments['command']}"
-        status, output, complaint = self._connection.exec_command(command, in_data=order, sudoable=False)
-        return result_of(output, complaint, status, len(rentals))
+        status, output, errors = self._connection.exec_command(command, in_data=order, sudoable=False)
+        return result_of(output, errors, status, len(rentals))
 
 
-def result_of(output: bytes, complaint: bytes, status: int, asked: int) -> dict[str, Any]:
-    """The task's result: of several rentals a report for each, of one rental its report besides. Raises
-    AnsibleActionFail for what is no report."""
-    reports = _reports(output, asked)
+def result_of(output: bytes, errors: bytes, status: int, number: int) -> dict[str, Any]:
+    """Return the task's result: a report for each of `number` rentals; for one rental its report's names as well.
+
+    Raise AnsibleActionFail if the output is not such a report.
+    """
+    reports = _reports(output, number)
     if reports is None:
-        raise AnsibleActionFail(f"orion-rental ended with {int(status)}: {_last_line(complaint)}")
+        raise AnsibleActionFail(f"orion-rental ended with {int(status)}: {_last_line(errors)}")
     failed = [report for report in reports if "error" in report]
     result: dict[str, Any] = {"rentals": reports, "changed": any(report.get("changed") for report in reports)}
-    if asked == 1:
+    if number == 1:
         result = {name: value for name, value in reports[0].items() if name != "error"} | result
     if failed:
         result |= {"failed": True, "msg": failed[0]["error"]}
     return result
 
 
-def _reports(output: bytes, asked: int) -> list[dict[str, Any]] | None:
+def _reports(output: bytes, number: int) -> list[dict[str, Any]] | None:
     if len(output) > MAX_REPORT_BYTES:
         return None
     try:
-        said = json.loads(output)["rentals"]
-        reports = [_plain(one) for one in said]
+        reports = [_allowed(one) for one in json.loads(output)["rentals"]]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    return reports if len(reports) == asked else None
+    return reports if len(reports) == number else None
 
 
-def _plain(report: dict[str, Any]) -> dict[str, Any]:
+def _allowed(report: dict[str, Any]) -> dict[str, Any]:
     kept = {name: report[name] for name, kind in REPORTED.items() if type(report.get(name)) is kind}
     return {name: [str(item) for item in value] if isinstance(value, list) else value for name, value in kept.items()}
 
 
 def _last_line(text: bytes) -> str:
-    return (text.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+    return (text.decode(errors="replace").strip().splitlines() or ["no error output"])[-1]

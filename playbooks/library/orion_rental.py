@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""The documentation of the task orion_rental. What it does, on the manager's side, is in action/orion_rental.py."""
+"""The documentation of the task orion_rental. Its action runs in the manager's container: action/orion_rental.py."""
 
 from __future__ import annotations
 
@@ -8,72 +8,73 @@ module: orion_rental
 short_description: Make, certify, lock, unlock, freeze, thaw or purge rentals on their worker
 description:
   - Sends one order to C(orion-rental) on the worker, and returns that program's report.
-  - Several rentals of one worker are one order. Each is done, or refused, by itself; the task has failed if one was.
+  - An order may have several rentals of one worker. The worker accepts or refuses each separately, and the task
+    fails if it refuses one.
 options:
   command:
-    description: What to do. C(run) is C(create), and then C(unlock) if this epoch is still the newest.
+    description: The command. C(run) is C(create), followed by C(unlock) if this epoch is still the newest.
     type: str
     choices: [run, create, certify, unlock, lock, freeze, thaw, purge]
     required: true
   rentals:
-    description: The rentals.
+    description: The rentals of the order.
     type: list
     elements: dict
     required: true
     suboptions:
       rental_id:
-        description: Which rental.
+        description: The id of the rental.
         type: str
         required: true
       epoch:
-        description: Which of its placements; the worker refuses one older than it has seen, and one that it has purged.
+        description: The placement's epoch. The worker refuses one older than it has seen, and one that it has purged.
         type: int
         required: true
       username:
-        description: Its account. For run, create and purge.
+        description: The name of the account. For run, create and purge.
         type: str
       uid:
-        description: Its uid, which is its gid too. For run, create and purge.
+        description: The uid and gid of the account. For run, create and purge.
         type: int
       public_keys:
-        description: The keys that open it. For run and create.
+        description: The public keys by which the renter logs in. For run and create.
         type: list
         elements: str
       start:
         description:
-          - A command that its shell runs, as the renter in its home, when the renter is let in. For run.
-          - It is not run again under the same I(start_mark).
+          - A command that runs in the renter's shell and home when the account is unlocked. For run.
+          - The worker does not run it again with the same I(start_mark).
         type: str
       start_mark:
-        description: Which run of I(start) it is, and in which life of the worker's container, as C(RUN@BOOT).
+        description: The run of I(start) and the boot of the worker's container, as C(RUN@BOOT).
         type: str
       rental_name:
-        description: The name that its sessions find in the variable ORION_RENTAL. For run and create.
+        description: The value of the variable ORION_RENTAL in sessions. For run and create.
         type: str
       user_authority:
-        description: The key whose certificates open it too, when they name it and this epoch. For run and create.
+        description: The authority for log-in certificates, which must name this rental and epoch. For run and create.
         type: str
       host_certificate:
-        description: What sshd shows to renters, unless it has one that was signed later. For run, create and certify.
+        description: The host certificate for sshd. One that was signed later stays. For run, create and certify.
         type: str
       kill:
-        description: Also end its processes. For lock.
+        description: Whether the worker also kills the processes of the rental. For lock.
         type: bool
       move:
-        description: For freeze and thaw, the planned move that it is for. No order of an earlier one thaws it.
+        description: The number of the planned migration, which an order of an earlier one cannot thaw. For freeze and thaw.
         type: int
       boot_id:
-        description: The life of the worker's container that it is for; another refuses. Without it, any life does it.
+        description: The boot of the worker's container that the order is for. Another boot refuses. Optional.
         type: str
       deadline:
-        description: Unix time in seconds after which the worker refuses.
+        description: The Unix time in seconds after which the worker refuses the order.
         type: float
 author:
   - Orion-Sec
 """
 
 EXAMPLES = r"""
-- name: Nobody can log in to these rentals any more
+- name: Lock these rentals and kill their processes
   orion_rental:
     command: lock
     rentals:
@@ -84,48 +85,48 @@ EXAMPLES = r"""
 RETURN = r"""
 rentals:
   description:
-    - A report for each rental, in the order of the request, with C(error) and C(code) where it was refused.
-    - Where there is but one rental, what follows is also in the result itself.
+    - A report for each rental, in the sequence of the request, with C(error) and C(code) if it was refused.
+    - If there is only one rental, the names below are also in the result itself.
   type: list
   returned: always
 state:
-  description: Whether the rental is C(running) or C(locked) now.
+  description: The state of the rental, C(running) or C(locked).
   type: str
   returned: run, create, unlock and lock
 epoch:
-  description: The epoch that is here now.
+  description: The epoch of the rental on the worker.
   type: int
   returned: run, create and unlock
 restored:
-  description: The copy with which its home was filled at this epoch, if it was.
+  description: The snapshot that was restored into the home at this epoch, if any.
   type: str
   returned: run and create
 left:
-  description: What of the rental was found after its purge; empty, or the task has failed.
+  description: The residue that was found after the purge. If there is any, the task has failed.
   type: list
   returned: purge
 looked:
-  description: Where the purge looked.
+  description: The places that the purge searched.
   type: list
   returned: purge
 unsearched:
-  description: Directories of others that are too deep to be searched.
+  description: Directories of other owners that are too deep to be searched.
   type: list
   returned: purge
 removed_files:
-  description: Number of files, directories and IPC objects removed.
+  description: The number of files, directories and IPC objects that were removed.
   type: int
   returned: purge
 killed:
-  description: Number of processes ended; by a freeze, because they fought it.
+  description: The number of processes that were killed; for freeze, those that resisted it.
   type: int
   returned: purge, lock and freeze
 started:
-  description: Whether the start command is on its way; C(start_problem) says why not.
+  description: Whether the start command was started. If not, C(start_problem) says why.
   type: bool
-  returned: run, where it was to be started now
+  returned: run, if there was a start command to run
 code:
-  description: Why it was refused, as a stable word.
+  description: The reason of a refusal, as a stable code.
   type: str
   returned: failure
 """
