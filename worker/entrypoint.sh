@@ -90,4 +90,4 @@ fi
 # tini reaps what renters orphan; -s makes it do so where another init is process 1. What comes before the agent can take
 # SIGTERM is kept for it: the agent unblocks it.
 exec env --block-signal=TERM,INT setpriv --inh-caps=-all --bounding-set=-net_admin,-net_raw,-setpcap -- \
-    /usr/bin/tini -s -- /usr/local/lib/orion/agent.py
+    /usr/bin/tini -s -- /usr/local/lib/orion/orion-agent

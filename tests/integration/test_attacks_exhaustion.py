@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from processes import LAST
+from orion_worker.limits.log_limit import BURST, EACH_S
+from orion_worker.limits.terminals import AGAIN_S, FAR, MOST
+from orion_worker.limits.turns import CROWD
+from orion_worker.system.processes import LAST
 from proxy_support import free_port
 from rental_support import Rental, new_rental
-from sparing_log import BURST, EACH_S
-from terminals import AGAIN_S, FAR, MOST
-from turns import CROWD
 from worker_support import Worker, docker, wait_until
 
 

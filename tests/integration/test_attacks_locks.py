@@ -113,10 +113,11 @@ def observed(
 ) -> Iterator[Observed]:
     place = tmp_path_factory.mktemp("noting")
     (place / "noting.py").write_text(NOTE)
-    (place / "ledger.py").write_text(f"{(ROOT / 'worker/ledger.py').read_text()}\nimport noting\n")
+    (place / "records.py").write_text(f"{(ROOT / 'worker/orion_worker/records.py').read_text()}\nimport noting\n")
     (place / "noted").write_text("")
     (place / "noted").chmod(0o666)
-    mounts = [f"--volume={place}/{name}:{LIBRARY}/{name}:ro" for name in ("noting.py", "ledger.py")]
+    mounted = {"noting.py": LIBRARY, "records.py": f"{LIBRARY}/orion_worker"}
+    mounts = [f"--volume={place}/{name}:{folder}/{name}:ro" for name, folder in mounted.items()]
     with worker(network, shared_manager, join, *mounts, f"--volume={place}/noted:{NOTED}", slots=4) as made:
         made.wait_registered()
         yield Observed(made)

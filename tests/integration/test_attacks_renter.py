@@ -93,7 +93,7 @@ def test_what_others_run_can_be_listed_and_not_looked_into(rental: Rental, roomm
     pid = wait_until(lambda: rental.on.run(*its, check=False), "it sleeps").split()[0]
     for file in ("environ", "maps", "mem", "fd", "cwd", "root", "stack", "io"):
         assert "hush-hush" not in rental.ssh(f"cat /proc/{pid}/{file}; ls -l /proc/{pid}/{file}").stdout
-        for victim in (pid, "1", rental.on.run("pgrep", "-x", "agent.py").strip()):
+        for victim in (pid, "1", rental.on.run("pgrep", "-x", "orion-agent").strip()):
             assert rental.ssh(f"head -c 1 /proc/{victim}/{file} || ls /proc/{victim}/{file}/").returncode != 0
     assert rental.ssh(f"kill -9 {pid}").returncode != 0
     everything = rental.ssh("cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null").stdout

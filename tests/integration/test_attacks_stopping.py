@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from orion_worker.limits.stopped_log_ins import LOOK_EVERY_S, LOOKS
 from rental_support import Rental, new_rental
-from stopped_log_ins import LOOK_EVERY_S, LOOKS
 from vault_contract import refusal
 from vault_support import RealVault, home_of, vault
 from worker_support import Worker, docker, wait_until

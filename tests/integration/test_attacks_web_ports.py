@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
-import web_door
+from orion_worker.web import refusals, responses
 from platform_support import Platform, raw
 from proxy_support import SECRET, outer_proxy, wait_until
 from support.builders import host_key
@@ -143,9 +143,10 @@ async def test_what_is_no_answer_does_not_pass_as_one_without_the_sandbox(
     """Not from a renter; nor from a worker in other hands, whose door looks at nothing."""
     for door_looks in (True, False):
         if not door_looks:
-            monkeypatch.setattr(web_door, "_STATUS", re.compile(rb".*", re.DOTALL))
-            monkeypatch.setattr(web_door, "_INTERIM", re.compile(rb"never"))
-            monkeypatch.setattr(web_door, "MARK", b"")
+            monkeypatch.setattr(responses, "_STATUS", re.compile(rb".*", re.DOTALL))
+            monkeypatch.setattr(responses, "_INTERIM", re.compile(rb"never"))
+            monkeypatch.setattr(responses, "PROXY_MARK", b"")
+            monkeypatch.setattr(refusals, "PROXY_MARK", b"")
         for more in (b"", b"Upgrade: websocket\r\nConnection: upgrade\r\n") if number != 4 else (b"",):
             request = f"GET {public}/slop/{number} HTTP/1.1\r\nHost: x\r\n".encode() + more + b"\r\n"
             answer = await raw(attacked.door.http_port, request, request, within_s=2)
@@ -160,7 +161,7 @@ async def test_hints_before_an_answer_do_no_harm_and_only_the_workers_door_takes
     assert (reply.status_code, reply.text) == (200, "its own")
     assert "sandbox" in reply.headers["content-security-policy"]
     assert "link" not in reply.headers
-    monkeypatch.setattr(web_door, "_INTERIM", re.compile(rb"never"))
+    monkeypatch.setattr(responses, "_INTERIM", re.compile(rb"never"))
     request = f"GET {public}/hints HTTP/1.1\r\nHost: x\r\n\r\n".encode()
     assert await raw(attacked.door.http_port, request, within_s=2) == NOTHING
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handing import PLACE
+from orion_worker.rpc.server import SOCKET_PATH
 from rental_support import Rental, new_rental, placement
 from vault_contract import Bench, VaultContract, refusal
 from vault_support import RealVault, home_of, host_of, vault
@@ -341,14 +341,16 @@ def _standing(worker: Worker) -> Iterator[None]:
 
 async def test_what_stands_there_does_the_transfers_without_loading_anything(real: RealVault, rental: Rental) -> None:
     rental.ssh("echo precious > file")
-    program, aside = "/usr/local/lib/orion/rental.py", "/usr/local/lib/orion/aside.py"
+    program, aside = "/usr/local/lib/orion/orion_worker/rental/cli.py", "/usr/local/lib/orion/aside.py"
     with _standing(rental.on):
         rental.on.run("mv", program, aside)
         try:
             copied = await real.client.copy(home_of(rental), LIMITS)
             stale = await refusal(real.client.copy(replace(home_of(rental), epoch=7), LIMITS))
             again = await refusal(real.client.restore(home_of(rental)))
-            knocked = rental.ssh(f"python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect(\"{PLACE}\")'")
+            knocked = rental.ssh(
+                f"python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect(\"{SOCKET_PATH}\")'"
+            )
         finally:
             rental.on.run("mv", aside, program)
     assert (real.copy_of(home_of(rental), str(copied.copy.generation)) / "file").read_text() == "precious\n"

@@ -16,8 +16,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import files
 import pytest
+from orion_worker.snapshots import transfer
 from support.patience import PATIENCE_S
 from vault_contract import refusal
 from worker_support import ROOT, takes_connections, wait_until
@@ -80,7 +80,7 @@ class Liar:
         self.says("hello(); rsync()")
 
     def says(self, program: str) -> None:
-        begin = f"ARGUMENTS = {files.ARGUMENTS['send']}\nos.chdir({str(self.home)!r})"
+        begin = f"ARGUMENTS = {transfer.ARGUMENTS['send']}\nos.chdir({str(self.home)!r})"
         self.program.write_text(f"{LIAR}\n{begin}\n{program}\n")
 
     def shows(self, **files: str) -> None:
@@ -328,8 +328,8 @@ def test_both_sides_mean_the_same(liar: Liar) -> None:
     ):
         command = ["rsync", "-e", str(recorder), *OPTIONS[kind], *more, *ends]
         asked = subprocess.run(command, capture_output=True, text=True, check=False).stderr.splitlines()[0]
-        assert asked.split() == ["rsync", *files.ARGUMENTS[kind]], kind
-    assert OPTIONS.keys() == files.ARGUMENTS.keys()
+        assert asked.split() == ["rsync", *transfer.ARGUMENTS[kind]], kind
+    assert OPTIONS.keys() == transfer.ARGUMENTS.keys()
 
 
 def test_a_worker_is_asked_by_a_key_that_what_speaks_with_it_cannot_read(liar: Liar) -> None:

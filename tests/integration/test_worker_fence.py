@@ -239,14 +239,14 @@ def test_a_worker_that_wakes_without_a_lease_freezes_before_it_does_anything_els
         if asleep == "its container":
             pause(found.worker.name)
         else:
-            found.worker.run("pkill", "-STOP", "-f", "orion/agent.py")
+            found.worker.run("pkill", "-STOP", "-f", "orion/orion-agent")
         found.cut()
         time.sleep(LEASE_S + 0.5)
         if asleep == "its container":
             docker("unpause", found.worker.name)
             woke = time.time()
         else:  # by the worker's own word: what is run in a container begins late on a busy machine
-            woke = float(found.worker.run("sh", "-c", "date +%s.%N; pkill -CONT -f orion/agent.py"))
+            woke = float(found.worker.run("sh", "-c", "date +%s.%N; pkill -CONT -f orion/orion-agent"))
         time.sleep(WAKE_BUDGET_S + BUSY_S)
         late = max(found.ticks(rental)) - woke
         assert late < WAKE_BUDGET_S + BUSY_S, found.worker.log()

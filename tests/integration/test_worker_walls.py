@@ -152,7 +152,7 @@ def test_a_renter_reads_no_secret_of_the_worker_and_no_other_home(rental: Rental
 
 def test_the_main_process_has_given_up_the_network_for_good_and_a_renter_has_no_capability(rental: Rental) -> None:
     net_admin, net_raw, setpcap = 1 << 12, 1 << 13, 1 << 8
-    status = rental.on.run("sh", "-c", "cat /proc/$(pgrep -o -x agent.py)/status /proc/$(pgrep -o -x sshd)/status")
+    status = rental.on.run("sh", "-c", "cat /proc/$(pgrep -o -x orion-agent)/status /proc/$(pgrep -o -x sshd)/status")
     sets = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("Cap")]
     assert len(sets) == 10
     assert not any(held & (net_admin | net_raw | setpcap) for held in sets)
@@ -193,7 +193,7 @@ time.sleep(60)
 
 def test_the_kernel_out_of_memory_takes_what_came_by_ssh_before_the_agent(rental: Rental) -> None:
     assert rental.ssh("cat /proc/self/oom_score_adj").stdout.strip() in {"500", "1000"}
-    scores = "for one in 1 $(pgrep -o -x agent.py) $(pgrep -o -x confined.py) $(pgrep -o -x sshd)"
+    scores = "for one in 1 $(pgrep -o -x orion-agent) $(pgrep -o -x confine.py) $(pgrep -o -x sshd)"
     found = rental.on.run("sh", "-c", f"{scores}; do cat /proc/$one/oom_score_adj; done")
     assert found.split() == ["0", "0", "0", "500"]
 

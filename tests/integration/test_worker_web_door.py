@@ -12,10 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from orion_worker.web.port_tokens import Way, signature
 from rental_support import Rental, new_rental
 from support.patience import PATIENCE_S
 from test_worker_walls import CONNECT, FILTERED
-from web_door import Way, signature
 from worker_support import Network, Worker, docker, wait_until
 
 PORT = 8100
@@ -147,7 +147,7 @@ def test_the_door_has_no_capability_and_comes_back_when_it_dies(rental: Rental) 
     worker = rental.on
 
     def door() -> str:
-        return worker.run("pgrep", "-f", "web_door.py", check=False).strip()
+        return worker.run("pgrep", "-f", "orion-web", check=False).strip()
 
     before = door()
     status = worker.run("cat", f"/proc/{before}/status")

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ledger import Ledger, Record
-from listeners import Reached, listeners, reach
+from orion_worker.records import Ledger, Record
+from orion_worker.web.active_rentals import Tenants
+from orion_worker.web.listeners import Reached, listeners, reach
+from orion_worker.web.port_proxy import WebDoor
 from platform_support import Platform
-from web_door import Tenants, WebDoor
 
 from orion.manager.api.web_ports import COOKIE
 

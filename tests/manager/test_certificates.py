@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncssh
 import pytest
-from host_certificate import read_certificate
+from orion_worker.rental.host_certificate import read_certificate
 from support.house import House
 
 from orion.manager.domain.certificates import FRESH_S, LIFETIME_S

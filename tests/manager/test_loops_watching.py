@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import asyncssh
 import pytest
-from decisions import WATCH_GRACE_S
-from fence import AGAIN_EVERY_S, LOOK_EVERY_S
+from orion_worker.agent.decisions import WATCH_GRACE_S
+from orion_worker.agent.fence import AGAIN_EVERY_S, LOOK_EVERY_S
 from support.builders import new_worker
 from support.house import House
 

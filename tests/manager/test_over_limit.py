@@ -6,10 +6,10 @@ import json
 import time
 from pathlib import Path
 
-import freezing
 import pytest
-from freezing import Freezer
-from ledger import Record, Refused
+from orion_worker.freezer import marks
+from orion_worker.freezer.marks import Freezer
+from orion_worker.records import Record, Refused
 from support.house import Agent, House
 from test_loops_copies import copied, holder
 from test_loops_copies import files as files_of
@@ -31,8 +31,8 @@ def test_no_reply_thaws_what_is_over_and_an_order_gives_it_time(tmp_path: Path) 
     assert not freezer.is_spared(RECORD, now)
     assert freezer.thaw(RECORD, asked_at=None)
     assert not freezer.is_frozen("one")
-    assert freezer.is_spared(RECORD, now + freezing.SPARED_S - 5)
-    assert not freezer.is_spared(RECORD, now + freezing.SPARED_S + 5)
+    assert freezer.is_spared(RECORD, now + marks.SPARED_S - 5)
+    assert not freezer.is_spared(RECORD, now + marks.SPARED_S + 5)
     assert not freezer.is_spared(Record("one", "r-one", RECORD.uid, epoch=3), now)
     freezer.forget_purged("one")
     assert not freezer.is_spared(RECORD, now)

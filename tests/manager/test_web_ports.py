@@ -11,8 +11,9 @@ from urllib.parse import unquote_to_bytes
 
 import httpx
 import pytest
+from orion_worker.web.port_tokens import Way, opened
+from orion_worker.web.refusals import Refusal
 from support.house import Agent, House
-from web_door import Refusal, Way, opened
 
 from orion import wire
 from orion.manager.api.web_ports import WebPortServices

@@ -1,9 +1,10 @@
-"""Workers: containers with the real agent (worker/call_home.py) on a model of their file system.
+"""Workers: containers with the real agent (agent/call_home.py) on a model of their file system.
 
-The model keeps what worker/rental.py keeps, by the same checks of worker/ledger.py: records with epochs, tombstones,
-keys that are in place or not. And what the fence does is modelled: when the agent's own rule (decisions.may_run), by
-its own clock, has denied the right to run for as long as freezing may take, nothing of a rental goes on. The manager's
-watches end for both sides, or, where the way of SSH is cut, for the one at whose end it happened.
+The model keeps what orion_worker/rental/commands.py keeps, by the same checks of records.py: records with epochs,
+tombstones, keys that are in place or not. And what the fence does is modelled: when the agent's own rule
+(decisions.may_run), by its own clock, has denied the right to run for as long as freezing may take, nothing of a rental
+goes on. The manager's watches end for both sides, or, where the way of SSH is cut, for the one at whose end it
+happened.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from call_home import Call, CallHome, Talk
-from decisions import Answer, Order, Session, may_run
-from ledger import (
+from orion_worker.agent.call_home import Call, CallHome, Talk
+from orion_worker.agent.decisions import Answer, Order, Session, may_run
+from orion_worker.agent.node import AGENT_VERSION
+from orion_worker.records import (
     Record,
     Refused,
     check_boot,
@@ -26,7 +28,6 @@ from ledger import (
     check_receive,
     check_unlock,
 )
-from node import AGENT_VERSION
 
 from orion.manager.domain.clocks import DRIFT, Clocks
 from orion.manager.engine.port import OF_ONE_BOOT, Job

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
-from ledger import Refused
+from orion_worker.records import Refused
 
 from orion.manager.engine.port import Action, End, Host, Job, Outcome, Reached, Sign
 from orion.manager.engine.watch import ATTEMPT_EVERY_S, CONNECT_TIMEOUT_S, PROBE_AT_MOST_S, SILENCE_S, Silence, Told

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from decisions import Answer
+from orion_worker.agent.decisions import Answer
 
 from orion.manager.domain.clocks import Clocks
 from orion.manager.domain.states import Intent

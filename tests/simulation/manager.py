@@ -7,7 +7,7 @@ from collections.abc import Coroutine, Mapping
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from decisions import Answer
+from orion_worker.agent.decisions import Answer
 
 from orion.manager.api.call_home import CallHome, CallRefused
 from orion.manager.domain.leases import Beat, Leases

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from decisions import Answer
+from orion_worker.agent.decisions import Answer
 
 if TYPE_CHECKING:
     from simulation.agents import Container

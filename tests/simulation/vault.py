@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, TypeVar
 
-from ledger import Refused
+from orion_worker.records import Refused
 
 from orion.manager.domain.copies import Copy, Generation, kept, next_number
 from orion.manager.domain.snapshot_plan import Limits

@@ -11,7 +11,7 @@ from itertools import count
 from random import Random
 from typing import Any
 
-from decisions import Answer
+from orion_worker.agent.decisions import Answer
 
 from orion.manager.domain.clocks import DRIFT, Clocks
 from orion.manager.domain.copies import Copy, Generation

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent import call_for_ever, take_leave
-from call_home import VACATING_BEAT_S, VACATING_PATIENCE_S, CallHome, HttpTransport
-from decisions import Answer
-from ledger import Record
-from node import Node, Settings
-from rental import Places, Rentals, Request
+from orion_worker.agent.call_home import VACATING_BEAT_S, VACATING_PATIENCE_S, CallHome, HttpTransport
+from orion_worker.agent.decisions import Answer
+from orion_worker.agent.main import call_for_ever, take_leave
+from orion_worker.agent.node import Node, Settings
+from orion_worker.records import Record
+from orion_worker.rental.commands import Rentals
+from orion_worker.rental.paths import Places
+from orion_worker.rental.requests import Request
 from support.builders import host_key
 from support.scripted_platform import ScriptedPlatform
 

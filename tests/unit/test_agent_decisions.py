@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from decisions import (
+from orion_worker.agent.decisions import (
     Answer,
     Next,
     Order,

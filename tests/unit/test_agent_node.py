@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cgroup import Usage, processes_for_each_renter, usage
-from node import MAX_SLOTS, count_files, settings_from
+from orion_worker.agent.node import MAX_SLOTS, count_files, settings_from
+from orion_worker.system.cgroup import Usage, processes_for_each_renter, usage
 
 from orion import wire
 from orion.manager.domain.certificates import MOST_NAMES

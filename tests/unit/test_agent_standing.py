@@ -6,7 +6,15 @@ import math
 from dataclasses import replace
 
 import pytest
-from decisions import WATCH_GRACE_S, WATCH_SETTLES_S, Standing, ask_within_s, door_answer_from, may_run, orders
+from orion_worker.agent.decisions import (
+    WATCH_GRACE_S,
+    WATCH_SETTLES_S,
+    Standing,
+    ask_within_s,
+    door_answer_from,
+    may_run,
+    orders,
+)
 
 LEASED = Standing(lease_s=75.0, door_answer_s=5.0, acknowledged_at=1000.0)
 

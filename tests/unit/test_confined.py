@@ -12,10 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import confined
-import processes
 import pytest
-from confined import Confined, writable
+from orion_worker.agent import confined
+from orion_worker.agent.confined import Confined
+from orion_worker.start import confine
+from orion_worker.start.confine import writable
+from orion_worker.system import processes
 
 SCORE = 500
 WITHIN_S = 60.0
@@ -23,8 +25,8 @@ WITHIN_S = 60.0
 
 def why_not() -> str:
     """Return why this machine cannot do it; empty where it can. A process that has tried has done it for ever."""
-    asked = [sys.executable, "-c", "import confined; print(confined.confine())"]
-    environment = os.environ | {"PYTHONPATH": str(confined.PROGRAM.parent)}
+    asked = [sys.executable, "-c", "from orion_worker.start import confine; print(confine.confine())"]
+    environment = os.environ | {"PYTHONPATH": str(Path(confine.__file__).parents[2])}
     return subprocess.run(asked, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import files
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ledger import Ledger, Record, Refused, check_receive
+from orion_worker.records import Ledger, Record, Refused, check_receive
+from orion_worker.snapshots import requests, transfer
 from support.builders import active_rental, new_placement, new_worker
 
 from orion.manager.domain.copies import (
@@ -254,13 +254,13 @@ RECORD = Record("one", "r-one", 100_001, epoch=3)
 )
 def test_what_could_do_harm_is_not_understood(wrong: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError)):
-        files.parse(json.dumps(WISH | wrong).encode(), now=1000.0)
+        requests.parse_request(json.dumps(WISH | wrong).encode(), now=1000.0)
 
 
 def test_a_passed_deadline_is_refused() -> None:
-    assert files.parse(json.dumps(WISH).encode(), now=1000.0).epoch == 3
+    assert requests.parse_request(json.dumps(WISH).encode(), now=1000.0).epoch == 3
     with pytest.raises(Refused, match="deadline"):
-        files.parse(json.dumps(WISH).encode(), now=2000.0)
+        requests.parse_request(json.dumps(WISH).encode(), now=2000.0)
 
 
 def test_only_a_home_of_this_epoch_that_nobody_was_let_into_is_filled() -> None:
@@ -282,8 +282,8 @@ def test_only_a_home_of_this_epoch_that_nobody_was_let_into_is_filled() -> None:
 def test_the_record_remembers_what_its_home_was_filled_with(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.keep(RECORD)
-    wish = files.Wish("one", 3, 2000.0, generation="2-7")
-    assert files.allowed("receive", ledger, wish).restored == "2-7"
+    wish = requests.Wish("one", 3, 2000.0, generation="2-7")
+    assert transfer.allowed("receive", ledger, wish).restored == "2-7"
     assert ledger.living("one") == Record("one", "r-one", 100_001, 3, restored="2-7")
 
 
@@ -293,6 +293,6 @@ def test_a_home_that_is_a_link_or_anothers_is_not_entered(tmp_path: Path) -> Non
     here = os.getcwd()  # noqa: PTH109
     for place, uid in (("link", os.getuid()), ("absent", os.getuid()), ("real", os.getuid() + 1)):
         with pytest.raises(Refused) as refusal:
-            files.enter(tmp_path / place, uid)
+            transfer.enter(tmp_path / place, uid)
         assert refusal.value.code == "no_home"
     assert os.getcwd() == here  # noqa: PTH109

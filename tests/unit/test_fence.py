@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
 
-import freezing
 import pytest
-import rental
-import stillness
-from fence import Fence
-from files import Wish, allowed
-from ledger import Record, Refused
-from rental import Places, Rentals, Request
+from orion_worker.agent.fence import Fence
+from orion_worker.freezer import enforcer, marks, stopper
+from orion_worker.records import Record, Refused
+from orion_worker.rental import commands
+from orion_worker.rental.commands import Rentals
+from orion_worker.rental.paths import Places
+from orion_worker.rental.requests import Request
+from orion_worker.snapshots.requests import Wish
+from orion_worker.snapshots.transfer import allowed
 
 UID = 100_001
 
@@ -40,7 +42,7 @@ class Kernel:
             self.stopped.add(uid)
         return True
 
-    def stop(self, uid: int, username: str, within_s: float) -> list[stillness.Task]:
+    def stop(self, uid: int, username: str, within_s: float) -> list[stopper.Task]:
         self.strike(uid, Signals.SIGSTOP)
         return []
 
@@ -82,12 +84,12 @@ class House:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     kernel = Kernel()
     for name in ("uids_from", "strike"):
-        monkeypatch.setattr(f"processes.{name}", getattr(kernel, name))
-    monkeypatch.setattr("fence.stop_parents", lambda uid, last_moment: None)
-    monkeypatch.setattr(freezing, "stopped_processes", kernel.stopped_processes)
-    monkeypatch.setattr(freezing, "wake", kernel.wake)
-    monkeypatch.setattr(freezing, "stop", kernel.stop)
-    monkeypatch.setattr(stillness.Vigil, "hold", lambda self: not kernel.strike(self._uid, Signals.SIGSTOP))
+        monkeypatch.setattr(f"orion_worker.system.processes.{name}", getattr(kernel, name))
+    monkeypatch.setattr("orion_worker.agent.fence.stop_parents", lambda uid, last_moment: None)
+    monkeypatch.setattr(marks, "stopped_processes", kernel.stopped_processes)
+    monkeypatch.setattr(marks, "wake", kernel.wake)
+    monkeypatch.setattr(marks, "stop", kernel.stop)
+    monkeypatch.setattr(enforcer.Vigil, "hold", lambda self: not kernel.strike(self._uid, Signals.SIGSTOP))
     return kernel
 
 
@@ -164,7 +166,7 @@ def test_the_fence_goes_first_and_notes_later_where_nothing_can_be_written(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as disk:
-        disk.setattr(freezing.Freezer, "_write", full)
+        disk.setattr(marks.Freezer, "_write", full)
         house.right[0] = False
         with pytest.raises(OSError, match="No space"):
             house.fence.look()
@@ -206,7 +208,7 @@ def test_an_order_to_freeze_outlives_a_reply_to_a_call_that_was_sent_before_it(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     house.let_in()
-    monkeypatch.setattr(rental, "_boot_time_s", lambda: 100.0)
+    monkeypatch.setattr(commands, "_boot_time_s", lambda: 100.0)
     assert house.rentals.freeze(Request("one", 1)) == {"changed": True, "epoch": 1, "state": "frozen", "killed": 0}
     assert not house.rentals.freeze(Request("one", 1))["changed"]
     with pytest.raises(Refused, match="since that was asked"):
@@ -219,7 +221,7 @@ def test_an_order_to_freeze_is_not_undone_by_a_lease_that_was_lost_and_came_back
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     house.let_in()
-    monkeypatch.setattr(rental, "_boot_time_s", lambda: 100.0)
+    monkeypatch.setattr(commands, "_boot_time_s", lambda: 100.0)
     house.rentals.freeze(Request("one", 1))
     house.may_run(False)
     house.may_run(True)
@@ -266,7 +268,7 @@ def test_no_order_of_an_earlier_move_thaws_what_a_later_one_froze(house: House) 
     assert house.rentals.thaw(Request("one", 1, move=7))["state"] == "running"
 
 
-def pause(house: House, seconds: float = 10.0) -> frozenset[stillness.Task] | None:
+def pause(house: House, seconds: float = 10.0) -> frozenset[stopper.Task] | None:
     (record,) = house.rentals.ledger.all_living()
     return house.rentals.freezer.pause(record, time.clock_gettime(time.CLOCK_BOOTTIME) + seconds)
 
@@ -287,7 +289,7 @@ def test_a_pause_stops_a_rental_and_its_end_lets_go_on_what_went_on_before(house
 
 
 def test_a_pause_that_nobody_ended_is_ended_by_the_fence(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fence.AGAIN_EVERY_S", 0.0)
+    monkeypatch.setattr("orion_worker.agent.fence.AGAIN_EVERY_S", 0.0)
     house.let_in()
     pause(house, seconds=60)
     house.fence.look()
@@ -325,7 +327,9 @@ def test_programs_that_cannot_be_stopped_go_on_and_there_is_no_snapshot(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     house.let_in()
-    monkeypatch.setattr("freezing.stop", lambda uid, *_: house.kernel.strike(uid, Signals.SIGSTOP) and None)
+    monkeypatch.setattr(
+        "orion_worker.freezer.marks.stop", lambda uid, *_: house.kernel.strike(uid, Signals.SIGSTOP) and None
+    )
     with pytest.raises(Refused) as refused:
         pause(house)
     assert (refused.value.code, house.kernel.running) == ("restless", {UID})
@@ -333,7 +337,7 @@ def test_programs_that_cannot_be_stopped_go_on_and_there_is_no_snapshot(
 
 def test_whoever_is_thawed_while_the_fence_looks_stays_let_in(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else its renter is shut out until the next reply to a heartbeat finds that (chaos has seen it)."""
-    monkeypatch.setattr("fence.AGAIN_EVERY_S", 0.0)
+    monkeypatch.setattr("orion_worker.agent.fence.AGAIN_EVERY_S", 0.0)
     house.let_in()
     house.may_run(False)
     house.right[0] = True
@@ -362,7 +366,7 @@ def laid_down(house: House, monkeypatch: pytest.MonkeyPatch) -> House:
     def end(renters: dict[int, str], within_s: float = 0.0) -> int:
         return sum(house.kernel.strike(uid, Signals.SIGKILL) for uid in renters)
 
-    monkeypatch.setattr("processes.end", end)
+    monkeypatch.setattr("orion_worker.system.processes.end", end)
     house.let_in()
     (record,) = house.rentals.ledger.all_living()
     house.rentals.lay_down(record)
@@ -412,7 +416,7 @@ def test_what_is_made_again_after_going_back_to_a_backup_is_laid_down_no_more(
     rentals = laid_down.rentals
     monkeypatch.setattr(rentals, "_make_home", lambda request: False)
     monkeypatch.setattr(rentals, "_write_keys", lambda request, name: False)
-    monkeypatch.setattr("accounts.add", lambda etc, username, uid: False)
-    monkeypatch.setattr("accounts.taken_by_another", lambda etc, username, uid: False)
+    monkeypatch.setattr("orion_worker.rental.accounts.add", lambda etc, username, uid: False)
+    monkeypatch.setattr("orion_worker.rental.accounts.taken_by_another", lambda etc, username, uid: False)
     assert rentals.run(Request("one", 1, "r-one", UID))["state"] == "running"
     assert rentals.freeze(Request("one", 1))["state"] == "frozen"

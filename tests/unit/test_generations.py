@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import snapshot
+from orion_worker.snapshots import scan
 
 from orion.manager.domain.copies import BLOCK_BYTES, Copy
 from orion.manager.engine.vault import generations
@@ -114,9 +114,9 @@ def furnish(home: Path) -> None:
 def test_both_ends_count_a_home_in_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = brought(tmp_path, furnish)
     monkeypatch.chdir(tmp_path / "1-1/home")
-    there = snapshot.scan(100, time.monotonic() + 20, strict=True)
-    assert (snapshot.size_of(there), len(there.lines)) == (copied.bytes, copied.files)
-    assert snapshot.BLOCK_BYTES == BLOCK_BYTES
+    there = scan.scan(100, time.monotonic() + 20, strict=True)
+    assert (scan.size_of(there), len(there.lines)) == (copied.bytes, copied.files)
+    assert scan.BLOCK_BYTES == BLOCK_BYTES
 
 
 def test_an_entry_of_any_kind_counts_and_each_name_is_one_and_each_inode_takes_room_once(tmp_path: Path) -> None:

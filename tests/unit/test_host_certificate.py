@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from host_certificate import HostCertificate, read_certificate
+from orion_worker.rental.host_certificate import HostCertificate, read_certificate
 from support.builders import AUTHORITIES, host_key
 
 from orion.manager.domain.certificates import BACKDATED_S, LIFETIME_S, NothingToSign

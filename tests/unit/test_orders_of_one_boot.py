@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from engine_contract import KEY, deletion, new_job
-from node import AGENT_VERSION
-from rental import parse
+from orion_worker.agent.node import AGENT_VERSION
+from orion_worker.rental.requests import parse_request
 from support.builders import new_worker
 
 from orion.manager.engine.port import OF_ONE_BOOT, Action, Host, Job
@@ -48,8 +48,8 @@ def test_what_is_decided_from_what_runs_there_is_for_one_life(action: Action) ->
 
 
 def test_the_worker_s_program_understands_both() -> None:
-    assert parse("create", json.dumps(ordered(new_job(HOST)))).boot_id == "boot-0002"
-    assert parse("purge", json.dumps(ordered(deletion(new_job(HOST))))).boot_id == ""
+    assert parse_request("create", json.dumps(ordered(new_job(HOST)))).boot_id == "boot-0002"
+    assert parse_request("purge", json.dumps(ordered(deletion(new_job(HOST))))).boot_id == ""
 
 
 @pytest.mark.parametrize("action", sorted(OF_ONE_BOOT))

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import accounts
-import processes
 import pytest
-import traces
-from ledger import Ledger, Record, Refused, check_create, check_not_newer, check_unlock
-from rental import Places, Rentals, Request, answer, parse
+from orion_worker.records import Ledger, Record, Refused, check_create, check_not_newer, check_unlock
+from orion_worker.rental import accounts, residue
+from orion_worker.rental.cli import answer_request
+from orion_worker.rental.commands import Rentals
+from orion_worker.rental.paths import Places
+from orion_worker.rental.requests import Request, parse_request
+from orion_worker.system import processes
 
 KEY = "ssh-ed25519 " + "A" * 68
 CREATE: dict[str, Any] = {
@@ -117,7 +119,7 @@ def test_one_command_at_a_time_for_a_rental_and_another_rental_does_not_wait(tmp
 
 
 def test_a_request_is_read() -> None:
-    request = parse("create", json.dumps(CREATE | {"deadline": None}))
+    request = parse_request("create", json.dumps(CREATE | {"deadline": None}))
     assert request == Request("one", 1, "r-one", 100_001, (KEY,))
 
 
@@ -145,19 +147,19 @@ def test_a_request_is_read() -> None:
     ],
 )
 def test_a_request_that_could_do_harm_is_not_understood(wrong: dict[str, Any], tmp_path: Path) -> None:
-    status, report = answer("create", json.dumps(CREATE | wrong), Rentals(Places(tmp_path)), now=0)
+    status, report = answer_request("create", json.dumps(CREATE | wrong), Rentals(Places(tmp_path)), now=0)
     assert (status, report["code"], report["changed"]) == (2, "invalid_request", False)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "nonsense", "{}"])
 def test_what_is_no_request_is_not_understood(text: str, tmp_path: Path) -> None:
-    assert answer("purge", text, Rentals(Places(tmp_path)), now=0)[0] == 2
+    assert answer_request("purge", text, Rentals(Places(tmp_path)), now=0)[0] == 2
 
 
 def test_a_passed_deadline_is_refused_by_every_command(tmp_path: Path) -> None:
     rentals = Rentals(Places(tmp_path))
     for command in ("create", "unlock", "lock", "purge"):
-        status, report = answer(command, json.dumps(CREATE | {"deadline": 99.0}), rentals, now=100.0)
+        status, report = answer_request(command, json.dumps(CREATE | {"deadline": 99.0}), rentals, now=100.0)
         assert (status, report["code"]) == (3, "deadline_passed")
 
 
@@ -171,7 +173,7 @@ def test_an_order_for_another_life_of_the_container_is_refused(command: str, tmp
     rentals.launcher.begin("boot-0002")
     asked = CREATE | {"epoch": 3, "boot_id": "boot-0001"}
     for order in (asked, {"rentals": [asked]}):
-        status, report = answer(command, json.dumps(order), rentals, now=0)
+        status, report = answer_request(command, json.dumps(order), rentals, now=0)
         assert (status, report["code"], report["changed"]) == (3, "other_boot", False)
     assert rentals.ledger.all_living() == [RECORD]
 
@@ -181,12 +183,12 @@ def test_an_order_for_this_life_or_from_before_orders_named_one_is_done(named: d
     rentals = Rentals(Places(tmp_path))
     rentals.ledger.keep(RECORD)
     rentals.launcher.begin("boot-0002")
-    assert answer("lock", json.dumps({"rental_id": "one", "epoch": 3} | named), rentals, now=0)[0] == 0
+    assert answer_request("lock", json.dumps({"rental_id": "one", "epoch": 3} | named), rentals, now=0)[0] == 0
 
 
 def test_a_boot_id_that_is_no_text_is_not_understood(tmp_path: Path) -> None:
     asked = {"rental_id": "one", "epoch": 3, "boot_id": 5}
-    assert answer("lock", json.dumps(asked), Rentals(Places(tmp_path)), now=0)[0] == 2
+    assert answer_request("lock", json.dumps(asked), Rentals(Places(tmp_path)), now=0)[0] == 2
 
 
 # Several rentals in one order
@@ -196,22 +198,22 @@ def test_each_rental_of_an_order_is_done_or_refused_by_itself_and_the_worst_is_t
     rentals = Rentals(Places(tmp_path))
     rentals.ledger.keep(RECORD)
     asked = [{"rental_id": "one", "epoch": 3}, {"rental_id": "one", "epoch": 2}, {"rental_id": "?", "epoch": 1}]
-    status, report = answer("lock", json.dumps({"rentals": asked}), rentals, now=0)
+    status, report = answer_request("lock", json.dumps({"rentals": asked}), rentals, now=0)
     assert status == 3
     assert report["error"] == "epoch 2 is older than epoch 3, which was seen here"
     assert [one.get("code") for one in report["rentals"]] == [None, "stale_epoch", "invalid_request"]
-    assert answer("lock", json.dumps({"rentals": asked[:1]}), rentals, now=0)[0] == 0
+    assert answer_request("lock", json.dumps({"rentals": asked[:1]}), rentals, now=0)[0] == 0
 
 
 @pytest.mark.parametrize("rentals", [[], {}, "one", None])
 def test_a_list_of_nothing_is_not_understood(rentals: Any, tmp_path: Path) -> None:
-    status, report = answer("lock", json.dumps({"rentals": rentals}), Rentals(Places(tmp_path)), now=0)
+    status, report = answer_request("lock", json.dumps({"rentals": rentals}), Rentals(Places(tmp_path)), now=0)
     assert (status, report["code"]) == (2, "invalid_request")
 
 
 def test_a_list_stands_alone(tmp_path: Path) -> None:
     asked = {"rentals": [{"rental_id": "one", "epoch": 3}], "epoch": 4}
-    assert answer("lock", json.dumps(asked), Rentals(Places(tmp_path)), now=0)[0] == 2
+    assert answer_request("lock", json.dumps(asked), Rentals(Places(tmp_path)), now=0)[0] == 2
 
 
 def test_what_is_refused_of_a_purge_of_several_is_refused_alone_and_in_its_place(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_what_is_refused_of_a_purge_of_several_is_refused_alone_and_in_its_place
     rentals.ledger.keep(RECORD)
     old = {"rental_id": "one", "username": "r-one", "uid": 100_001, "epoch": 2}
     late = {"rental_id": "two", "username": "r-two", "uid": 100_002, "epoch": 1, "deadline": 5.0}
-    status, report = answer("purge", json.dumps({"rentals": [late, old, {"rental_id": "?"}]}), rentals, now=9)
+    status, report = answer_request("purge", json.dumps({"rentals": [late, old, {"rental_id": "?"}]}), rentals, now=9)
     assert status == 3
     assert [one["code"] for one in report["rentals"]] == ["deadline_passed", "stale_epoch", "invalid_request"]
 
@@ -310,7 +312,7 @@ def test_a_tree_is_removed_however_deep_and_its_links_are_not_followed(tmp_path:
         here = inner
     os.close(here)
     parent = os.open(tmp_path, os.O_RDONLY)
-    removed = traces.remove_entry(parent, "doomed")
+    removed = residue.remove_entry(parent, "doomed")
     os.close(parent)
     assert removed == 1 + 1 + 1 + 1500 + 1500
     assert [place.name for place in tmp_path.iterdir()] == ["kept"]
@@ -324,7 +326,7 @@ def test_what_a_neighbour_put_in_the_place_of_a_found_directory_is_not_removed(t
     (tmp_path / "place").mkdir()
     (tmp_path / "place/file").write_text("the neighbour's")
     parent = os.open(tmp_path, os.O_RDONLY)
-    assert traces.remove_entry(parent, "place", found) == 0
+    assert residue.remove_entry(parent, "place", found) == 0
     os.close(parent)
     assert (tmp_path / "place/file").exists()
 
@@ -334,19 +336,19 @@ def test_a_search_finds_what_has_the_number_and_does_not_go_through_links(tmp_pa
     (tmp_path / "folder/file").write_text("x")
     (tmp_path / "link").symlink_to("/etc")
     ours = os.getuid()
-    found = {found.path.removeprefix(str(tmp_path)) for found in traces.owned(str(tmp_path), [ours], [])}
+    found = {found.path.removeprefix(str(tmp_path)) for found in residue.owned(str(tmp_path), [ours], [])}
     assert found == {"/folder", "/link"}
-    assert list(traces.owned(str(tmp_path), [4_000_000_001], [])) == []
+    assert list(residue.owned(str(tmp_path), [4_000_000_001], [])) == []
 
 
 def test_directories_of_others_that_are_too_deep_are_named(tmp_path: Path) -> None:
     here = tmp_path
-    for _ in range(traces.DEEPEST + 2):
+    for _ in range(residue.DEEPEST + 2):
         here /= "d"
         here.mkdir()
     unsearched: list[str] = []
-    list(traces.owned(str(tmp_path), [4_000_000_001], unsearched))
-    assert unsearched == [str(tmp_path) + "/d" * traces.DEEPEST]
+    list(residue.owned(str(tmp_path), [4_000_000_001], unsearched))
+    assert unsearched == [str(tmp_path) + "/d" * residue.DEEPEST]
 
 
 def test_places_to_look_are_those_where_somebody_could_write(tmp_path: Path) -> None:
@@ -363,7 +365,7 @@ def test_places_to_look_are_those_where_somebody_could_write(tmp_path: Path) -> 
             "6 1 0:6 / /sys rw - sysfs sysfs rw",
         ]
     )
-    assert traces.writable_mounts(mountinfo) == [str(tmp_path), f"{tmp_path}/with space"]
+    assert residue.writable_mounts(mountinfo) == [str(tmp_path), f"{tmp_path}/with space"]
 
 
 SHARED_MEMORY = """\
@@ -376,7 +378,7 @@ SHARED_MEMORY = """\
 
 
 def test_ipc_of_a_renter_is_what_it_owns_or_made_and_not_what_is_already_destroyed() -> None:
-    assert traces.ipc_of(SHARED_MEMORY, 100_001) == [8, 9]
+    assert residue.ipc_of(SHARED_MEMORY, 100_001) == [8, 9]
 
 
 # Processes
@@ -390,5 +392,7 @@ def test_a_process_belongs_to_all_four_of_its_uids_and_a_zombie_to_nobody() -> N
 
 
 def test_ending_nobody_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("processes.time.sleep", lambda _: pytest.fail("there is nobody to wait for"))
+    monkeypatch.setattr(
+        "orion_worker.system.processes.time.sleep", lambda _: pytest.fail("there is nobody to wait for")
+    )
     assert processes.end({}) == 0

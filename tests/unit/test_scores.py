@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from cgroup import Usage
-from processes import FIRST_SENDER
-from scores import ABOVE_ROOT, FIRST, Scores, is_short, told_by, usual
+from orion_worker.limits.scores import ABOVE_ROOT, FIRST, Scores, is_short, told_by, usual
+from orion_worker.system.cgroup import Usage
+from orion_worker.system.processes import FIRST_SENDER
 
 ONE, ANOTHER = 100_001, 100_002
 LIMIT_BYTES = 512 << 20

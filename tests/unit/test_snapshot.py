@@ -18,15 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import files
 import pytest
-import snapshot
-from files import Snapshot, Wish
-from freezing import Freezer, Mark
-from ledger import Ledger, Record, Refused
-from locks import got_lock
-from snapshot import STAT, Aside, Manifest, Manifests, Scan, access_list, scan
-from stillness import Task
+from orion_worker.freezer.marks import Freezer, Mark
+from orion_worker.freezer.stopper import Task
+from orion_worker.records import Ledger, Record, Refused
+from orion_worker.snapshots import maker, staging, transfer
+from orion_worker.snapshots import scan as scanning
+from orion_worker.snapshots.maker import Snapshot
+from orion_worker.snapshots.manifests import Manifest, Manifests
+from orion_worker.snapshots.requests import Wish
+from orion_worker.snapshots.scan import Scan, scan
+from orion_worker.snapshots.staging import STAT, Aside, access_list
+from orion_worker.system.locks import got_lock
 
 UID = os.getuid()
 RECORD = Record("one", "r-one", UID, epoch=2, let_in=True)
@@ -93,12 +96,12 @@ class House:
     def snapshot(self, base: str = "", mark: str = MARK, asked_s_ago: float = 0.0, **more: Any) -> dict[str, Any]:
         wish = Wish(**{"rental_id": "one", "epoch": 2, "deadline": time.time() + 60, "max_files": 1000,
                        "max_bytes": 1 << 30, "base": base, "mark": mark} | more)  # fmt: skip
-        home = files.enter(self.home, UID)
+        home = transfer.enter(self.home, UID)
         aside = Aside(home, self.root / "aside/one", UID, UID)
         try:
             asked_at = time.monotonic() - asked_s_ago
             made = Snapshot(self.keeper, RECORD, wish, aside, home, salvage=False, asked_at=asked_at)
-            told = files.told_of(self.keeper, RECORD, made)
+            told = transfer.told_of(self.keeper, RECORD, made)
             self.sent = {} if told["same"] else tree(aside.tree)
             if not told["same"]:
                 self.listed = {os.fsdecode(name) for name in (aside.place / "list").read_bytes().split(b"\0")}
@@ -125,9 +128,9 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     ledger = Ledger(tmp_path / "ledger")
     ledger.keep(RECORD)
     here = House(tmp_path, Keeper(ledger, programs, Manifests(tmp_path)))
-    monkeypatch.setattr(files, "mapped_inodes", lambda uid: frozenset())
-    monkeypatch.setattr(files, "tasks_of", lambda uid: list(programs.tasks))
-    monkeypatch.setattr(files, "hung_up", programs.run)
+    monkeypatch.setattr(maker, "mapped_inodes", lambda uid: frozenset())
+    monkeypatch.setattr(maker, "tasks_of", lambda uid: list(programs.tasks))
+    monkeypatch.setattr(maker, "hung_up", programs.run)
     monkeypatch.setattr(os, "nice", lambda by: 0)
     monkeypatch.chdir(tmp_path)
     return here
@@ -136,7 +139,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
 def aged(folder: Path) -> None:
     """Wait until the clock of the file system has gone on: what is written now is not doubtful any more."""
     newest = max(path.lstat().st_ctime for path in [folder, *folder.rglob("*")])
-    while time.time() < newest + snapshot.RACY_S + 0.01:
+    while time.time() < newest + scanning.RACY_S + 0.01:
         pass
 
 
@@ -199,7 +202,7 @@ def test_a_change_that_keeps_size_and_time_is_sent(house: House) -> None:
 def test_a_change_that_comes_as_soon_as_the_scan_that_its_ctime_does_not_tell_it_is_found_by_its_content(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshot, "RACY_S", 1e9)  # everything is as young as that
+    monkeypatch.setattr(scanning, "RACY_S", 1e9)  # everything is as young as that
     file = house.home / "file"
     file.write_text("old")
     house.snapshot(mark=BASE)
@@ -209,7 +212,7 @@ def test_a_change_that_comes_as_soon_as_the_scan_that_its_ctime_does_not_tell_it
     assert set(known.doubtful) == {b"./file"}
     file.write_text("new")
     now = known.scan.lines
-    monkeypatch.setattr(files, "scan", lambda *_, **__: Scan(now, known.scan.at))  # as if no time had been written
+    monkeypatch.setattr(maker, "scan", lambda *_, **__: Scan(now, known.scan.at))  # as if no time had been written
     assert not house.snapshot(base=BASE)["same"]
     assert house.sent["file"] == b"new"
 
@@ -224,7 +227,7 @@ def test_what_a_program_has_mapped_for_writing_is_taken_again_while_it_stands(
     inode = file.stat().st_ino
     known = house.keeper.manifests.read("one", BASE)
     assert known
-    monkeypatch.setattr(files, "mapped_inodes", lambda uid: frozenset({inode}))
+    monkeypatch.setattr(maker, "mapped_inodes", lambda uid: frozenset({inode}))
     (house.home / "other").write_text("x")
     aged(house.home)
     house.snapshot(base=BASE)
@@ -274,10 +277,10 @@ def test_something_that_ran_in_the_pause_is_noticed_and_the_pause_begun_again(
     (house.home / "file").write_text("x")
     comes = Task(7, 7, 1, 7, "S", False, (1,))
     seen = [[comes], [], []]
-    monkeypatch.setattr(files, "tasks_of", lambda uid: seen.pop(0))
+    monkeypatch.setattr(maker, "tasks_of", lambda uid: seen.pop(0))
     house.snapshot(mark=BASE)
     assert house.keeper.freezer.pauses == 2
-    monkeypatch.setattr(files, "tasks_of", lambda uid: [comes])
+    monkeypatch.setattr(maker, "tasks_of", lambda uid: [comes])
     (house.home / "file").write_text("y")
     with pytest.raises(Refused) as refused:
         house.snapshot(base=BASE)
@@ -303,12 +306,12 @@ def test_a_pause_that_takes_longer_than_it_may_ends_and_is_refused(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (house.home / "file").write_text("x")
-    look = files.scan
+    look = maker.scan
 
-    def slow(most_entries: int, last_moment: float, strict: bool) -> snapshot.Scan:
+    def slow(most_entries: int, last_moment: float, strict: bool) -> scanning.Scan:
         return look(most_entries, 0.0 if strict else last_moment, strict)
 
-    monkeypatch.setattr(files, "scan", slow)
+    monkeypatch.setattr(maker, "scan", slow)
     with pytest.raises(Refused) as refused:
         house.snapshot(pause_s=9)
     assert refused.value.code == "pause_in_vain"
@@ -331,10 +334,10 @@ def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
 ) -> None:
     """Half a minute to copy 200 files, and `written` of them were written again meanwhile."""
     used = [0.0]
-    monkeypatch.setattr(files, "_processor_s", lambda: used[0])
+    monkeypatch.setattr(maker, "_processor_s", lambda: used[0])
     keep = Aside.keep
 
-    def slowly(aside: Aside, entries: Iterable[snapshot.Entry], look: Callable[[], None]) -> int:
+    def slowly(aside: Aside, entries: Iterable[scanning.Entry], look: Callable[[], None]) -> int:
         copied = keep(aside, entries, look)
         if not house.keeper.freezer.paused:
             used[0] += 30.0
@@ -368,7 +371,7 @@ def test_a_frozen_home_is_looked_through_once_whether_or_not_it_changed(
     aged(house.home)
     house.snapshot(mark=BASE)
     scans: list[bool] = []
-    monkeypatch.setattr(files, "scan", lambda *arguments, strict: scans.append(strict) or scan(*arguments, strict))
+    monkeypatch.setattr(maker, "scan", lambda *arguments, strict: scans.append(strict) or scan(*arguments, strict))
     house.keeper.freezer.mark(RECORD, frozenset())
     assert house.snapshot(base=BASE, moving=True)["same"]
     (house.home / "other").write_text("y")
@@ -398,7 +401,7 @@ def test_a_purge_ends_the_transfer_that_sets_files_aside_and_leaves_nothing_of_i
     child = os.fork()
     if child == 0:
         try:
-            with files._lock_of(places, "one") as alone:
+            with transfer._lock_of(places, "one") as alone:
                 assert got_lock(alone.fileno(), 0)
                 alone.write(f"{os.getpid()}\n")
                 alone.flush()
@@ -408,11 +411,11 @@ def test_a_purge_ends_the_transfer_that_sets_files_aside_and_leaves_nothing_of_i
             os._exit(1)
     while not ((places / "one/100").exists() or os.waitpid(child, os.WNOHANG)[0]):
         pass
-    files.forget_aside(places, "one")
+    transfer.forget_aside(places, "one")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert list(places.iterdir()) == []
-    files.forget_aside(places, "another")
-    files.forget_aside(tmp_path / "nothing was ever set aside here", "one")
+    transfer.forget_aside(places, "another")
+    transfer.forget_aside(tmp_path / "nothing was ever set aside here", "one")
 
 
 def furnish(home: Path) -> None:
@@ -441,11 +444,11 @@ def furnish(home: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root reads what a renter has shut; CI is root")
 def test_entries_of_every_kind_are_set_aside_with_all_that_belongs_to_them(house: House) -> None:
     furnish(house.home)
-    home = files.enter(house.home, UID)
+    home = transfer.enter(house.home, UID)
     aside = Aside(home, house.root / "aside/one", UID, 12345)
     looked = scan(100, time.monotonic() + 20, strict=True)
-    aside.keep([snapshot.entry(line) for line in looked.lines], lambda: None)
-    aside.settle([snapshot.path_of(line) for line in looked.lines])
+    aside.keep([scanning.entry(line) for line in looked.lines], lambda: None)
+    aside.settle([scanning.path_of(line) for line in looked.lines])
     assert (aside.missing, aside.poorer, aside.vanished) == ({}, {}, set())
     beside = aside.tree
     for path in (house.home, *sorted(house.home.rglob("*"))):
@@ -472,14 +475,14 @@ def test_a_link_in_the_place_of_a_folder_or_a_file_leads_nowhere(house: House, t
     (house.home / "folder").mkdir()
     (house.home / "folder/file").write_text("mine")
     (house.home / "plain").write_text("mine")
-    home = files.enter(house.home, UID)
+    home = transfer.enter(house.home, UID)
     looked = scan(100, time.monotonic() + 20, strict=True)
     (house.home / "folder").rename(house.home / "away")
     (house.home / "folder").symlink_to(tmp_path / "secret")
     (house.home / "plain").unlink()
     (house.home / "plain").symlink_to(tmp_path / "secret/file")
     aside = Aside(home, house.root / "aside/one", UID, UID)
-    aside.keep([snapshot.entry(line) for line in looked.lines], lambda: None)
+    aside.keep([scanning.entry(line) for line in looked.lines], lambda: None)
     assert aside.vanished == {b"./folder/file"}
     assert (aside.tree / "folder").readlink() == tmp_path / "secret"
     assert tree(aside.tree) == {"plain": str(tmp_path / "secret/file")}
@@ -500,7 +503,7 @@ def test_what_cannot_be_carried_refuses_a_move_by_its_name_and_is_named_by_other
         status = real(*arguments, **named)
         return os.stat_result((*status[:4], UID + 1, *status[5:])) if status.st_ino == inode else status
 
-    monkeypatch.setattr(snapshot.os, "stat", foreign)
+    monkeypatch.setattr(staging.os, "stat", foreign)
     with pytest.raises(Refused, match=r"1 of its files cannot be carried whole: theirs \(it belongs to"):
         house.snapshot(moving=True)
     told = house.snapshot(mark=BASE)
@@ -525,7 +528,7 @@ def test_what_is_over_its_limits_is_frozen_and_the_way_out_is_said(house: House,
     assert "orion thaw" not in str(moving.value), "a planned move freezes nobody for that"
 
 
-@pytest.mark.parametrize("limits", [{"max_files": 100}, {"max_bytes": 100 * snapshot.BLOCK_BYTES}])
+@pytest.mark.parametrize("limits", [{"max_files": 100}, {"max_bytes": 100 * scanning.BLOCK_BYTES}])
 def test_empty_directories_count_by_number_and_by_the_room_that_they_take(house: House, limits: dict[str, int]) -> None:
     for number in range(99):
         (house.home / str(number)).mkdir()
@@ -541,8 +544,8 @@ def test_the_blocks_of_a_file_are_no_change_of_it(house: House, monkeypatch: pyt
     (house.home / "file").write_text("x")
     aged(house.home)
     house.snapshot(mark=BASE)
-    later = tuple(part.replace("%b", "%b0") for part in snapshot.FIND)
-    monkeypatch.setattr(snapshot, "FIND", later)
+    later = tuple(part.replace("%b", "%b0") for part in scanning.FIND)
+    monkeypatch.setattr(scanning, "FIND", later)
     assert house.snapshot(base=BASE)["same"]
 
 
@@ -592,12 +595,12 @@ def test_a_file_that_another_takes_the_place_of_before_it_is_opened_is_not_read(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (house.home / "file").write_text("mine")
-    home = files.enter(house.home, UID)
+    home = transfer.enter(house.home, UID)
     looked = scan(100, time.monotonic() + 20, strict=True)
     aside = Aside(home, house.root / "aside/one", UID, UID)
     real = os.fstat
-    monkeypatch.setattr(snapshot.os, "fstat", lambda fd: os.stat_result((*real(fd)[:4], UID + 1, *real(fd)[5:])))
-    aside.keep([each for line in looked.lines if (each := snapshot.entry(line)).kind == b"f"], lambda: None)
+    monkeypatch.setattr(staging.os, "fstat", lambda fd: os.stat_result((*real(fd)[:4], UID + 1, *real(fd)[5:])))
+    aside.keep([each for line in looked.lines if (each := scanning.entry(line)).kind == b"f"], lambda: None)
     monkeypatch.undo()
     assert (aside.vanished, tree(aside.tree)) == ({b"./file"}, {})
     aside.remove()
@@ -607,11 +610,11 @@ def test_a_file_that_another_takes_the_place_of_before_it_is_opened_is_not_read(
 def test_what_is_frozen_for_its_size_is_not_looked_through_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     house.keeper.freezer._write("one", Mark(frozenset(), over="its home holds more than 4 files"))
     said: list[dict[str, Any]] = []
-    monkeypatch.setattr(files, "_answer", lambda status, report: said.append(report) or status)
+    monkeypatch.setattr(transfer, "_answer", lambda status, report: said.append(report) or status)
     wish = {"rental_id": "one", "epoch": 2, "deadline": time.time() + 60, "max_files": 4, "max_bytes": 10, "mark": MARK}
-    monkeypatch.setattr(files, "_read_line", lambda: json.dumps(wish).encode())
-    monkeypatch.setattr(files, "scan", lambda *_, **__: pytest.fail("it was looked through"))
-    assert files.carry("send", house.keeper, house.root / "aside", house.root) == 3
+    monkeypatch.setattr(transfer, "_read_line", lambda: json.dumps(wish).encode())
+    monkeypatch.setattr(maker, "scan", lambda *_, **__: pytest.fail("it was looked through"))
+    assert transfer.carry("send", house.keeper, house.root / "aside", house.root) == 3
     assert "4 files; it is frozen: `orion thaw`" in said[0]["error"]
 
 
@@ -624,8 +627,8 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.happens_at: list[tuple[float, Callable[[], object]]] = []
-        monkeypatch.setattr("files.time.monotonic", lambda: self.now)
-        monkeypatch.setattr("files.time.sleep", self._wait)
+        monkeypatch.setattr("orion_worker.snapshots.transfer.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("orion_worker.snapshots.transfer.time.sleep", self._wait)
 
     def _wait(self, seconds: float) -> None:
         self.now += seconds
@@ -641,20 +644,20 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def test_who_fills_a_home_waits_a_moment_for_its_account(tmp_path: Path, machine: Machine) -> None:
     ledger = Ledger(tmp_path)
-    machine.happens_at.append((0.9 * files.MADE_WITHIN_S, lambda: ledger.keep(RECORD)))
-    files.await_account(ledger, Wish("one", RECORD.epoch, 0.0))
+    machine.happens_at.append((0.9 * transfer.MADE_WITHIN_S, lambda: ledger.keep(RECORD)))
+    transfer.await_account(ledger, Wish("one", RECORD.epoch, 0.0))
     assert machine.happens_at == []
-    assert machine.now < files.MADE_WITHIN_S
+    assert machine.now < transfer.MADE_WITHIN_S
 
 
 def test_who_fills_a_home_does_not_wait_for_ever_nor_for_what_was_purged(tmp_path: Path, machine: Machine) -> None:
     ledger = Ledger(tmp_path)
-    files.await_account(ledger, Wish("one", RECORD.epoch, 0.0))
-    assert machine.now == pytest.approx(files.MADE_WITHIN_S, abs=0.01)
+    transfer.await_account(ledger, Wish("one", RECORD.epoch, 0.0))
+    assert machine.now == pytest.approx(transfer.MADE_WITHIN_S, abs=0.01)
     with pytest.raises(Refused) as refusal:
-        files.allowed("receive", ledger, Wish("one", RECORD.epoch, 0.0))
+        transfer.allowed("receive", ledger, Wish("one", RECORD.epoch, 0.0))
     assert refusal.value.code == "unknown_rental"
     ledger.bury(RECORD)
     waited_s = machine.now
-    files.await_account(ledger, Wish("one", RECORD.epoch, 0.0))
+    transfer.await_account(ledger, Wish("one", RECORD.epoch, 0.0))
     assert machine.now == waited_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from sparing_log import BURST, EACH_S, LONGEST_BYTES, SparingLog
+from orion_worker.limits.log_limit import BURST, EACH_S, LONGEST_BYTES, SparingLog
 
 LEFT_OUT = "orion-agent: {} lines of sshd's were left out: too many at a time"
 

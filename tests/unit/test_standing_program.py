@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import handing
 import pytest
-import standing
+from orion_worker import shim
+from orion_worker.rpc import server
 from support.descendants import ended_with_their_test
 
 COMMANDS = ("say", "wait", "break", "die", "flood", "stop")
 
 
-HAND_OVER = "import handing, sys; sys.exit(handing.hand_over(sys.argv[1], sys.argv[2]))"
+HAND_OVER = "from orion_worker import shim; import sys; sys.exit(shim.hand_over(sys.argv[1], sys.argv[2]))"
 
 
 def _echo(command: str) -> int:
@@ -44,8 +44,8 @@ class Served:
             os.close(self.to)
             os.close(self.back)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            transfers = standing.Transfers(folder / "transfers", _echo)
-            standing.serve(self._answer, COMMANDS, their_in, their_out, transfers)
+            transfers = server.Transfers(folder / "transfers", _echo)
+            server.serve(self._answer, COMMANDS, their_in, their_out, transfers)
             os._exit(0)
         os.close(their_in)
         os.close(their_out)
@@ -101,7 +101,7 @@ def test_each_order_is_answered_under_its_own_number(served: Served) -> None:
 def test_an_order_that_never_ends_is_killed_though_it_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(standing, "LONGEST_S", 0.05)
+    monkeypatch.setattr(server, "LONGEST_S", 0.05)
     with ended_with_their_test():
         served = Served(tmp_path)
         served.ask(1, "stop")
@@ -151,7 +151,7 @@ def test_large_answers_arrive_whole_side_by_side(served: Served) -> None:
 
 
 def test_more_than_may_be_at_work_at_once_wait_and_are_all_answered(served: Served) -> None:
-    number = 3 * standing.MOST_AT_ONCE
+    number = 3 * server.MOST_AT_ONCE
     for identifier in range(number):
         served.ask(identifier, "say")
     assert {served.answer()["id"] for _ in range(number)} == set(range(number))
@@ -160,7 +160,7 @@ def test_more_than_may_be_at_work_at_once_wait_and_are_all_answered(served: Serv
 def _handed_over(place: Path) -> subprocess.Popen[bytes]:
     """As sshd starts it."""
     command = [sys.executable, "-c", HAND_OVER, "send", str(place)]
-    environment = os.environ | {"PYTHONPATH": str(Path(handing.__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(shim.__file__).parents[1])}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
@@ -180,7 +180,7 @@ def test_nobody_but_root_hands_over_a_transfer(served: Served) -> None:
 
 
 def test_what_nobody_takes_is_not_handed_over(tmp_path: Path) -> None:
-    assert handing.hand_over("send", str(tmp_path / "nobody")) is None
+    assert shim.hand_over("send", str(tmp_path / "nobody")) is None
     place = tmp_path / "dies"
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(place))
@@ -191,5 +191,5 @@ def test_what_nobody_takes_is_not_handed_over(tmp_path: Path) -> None:
 
         dying = threading.Thread(target=die)
         dying.start()
-        assert handing.hand_over("send", str(place)) is None
+        assert shim.hand_over("send", str(place)) is None
         dying.join()

@@ -16,12 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import launching
 import pytest
-import start
-from launching import Launcher
-from ledger import Record
-from rental import parse
+from orion_worker.records import Record
+from orion_worker.rental.requests import parse_request
+from orion_worker.start import launcher, program
+from orion_worker.start.launcher import Launcher
 from test_rental_program import CREATE
 
 RECORD = Record("one", "r-one", 100_001, epoch=2)
@@ -32,7 +31,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     """Programs that root starts, each as it is when it starts, which end well."""
     (tmp_path / "home/r-one").mkdir(parents=True)
     found: list[dict[str, Any]] = []
-    begin = launching.begin
+    begin = launcher.begin
 
     def begun(work: Callable[[], object]) -> int:
         told = mmap.mmap(-1, 1 << 16)  # shared with the child, which closes whatever it has open
@@ -45,7 +44,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         found.append(json.loads(told.readline()))
         return child
 
-    monkeypatch.setattr(launching, "begin", begun)
+    monkeypatch.setattr(launcher, "begin", begun)
     return found
 
 
@@ -119,19 +118,19 @@ def test_what_cannot_be_run_is_said_and_not_tried_for_ever(tmp_path: Path) -> No
 @pytest.mark.parametrize("wrong", [{"start": "a\nb"}, {"start": "a\0b"}, {"start": " "}, {"start": "x" * 1001}])
 def test_a_worker_takes_no_other_command_than_the_manager_does(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="start must be"):
-        parse("run", json.dumps(CREATE | {"start_mark": "1@b"} | wrong))
+        parse_request("run", json.dumps(CREATE | {"start_mark": "1@b"} | wrong))
     with pytest.raises(ValueError, match="start_mark"):
-        parse("run", json.dumps(CREATE | {"start": "true", "start_mark": "../1"}))
+        parse_request("run", json.dumps(CREATE | {"start": "true", "start_mark": "../1"}))
 
 
 def run_in(home: Path, command: str, run: str = "2 1@boot") -> None:
     """As the renter: until the command has ended."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
-    program = f"import start; start.run({run!r}, {command!r})"
+    code = f"from orion_worker.start import program; program.run({run!r}, {command!r})"
     subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", code],
         cwd=home,
-        env=environment | {"PYTHONPATH": str(Path(start.__file__).parent)},
+        env=environment | {"PYTHONPATH": str(Path(program.__file__).parents[2])},
         timeout=60,
         check=True,
     )
@@ -148,8 +147,8 @@ def test_what_it_says_is_kept_with_how_it_ended(tmp_path: Path) -> None:
 
 def test_the_log_stays_small_and_what_was_said_last_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(start, "LARGEST_BYTES", 1000)
-    log = start.Log()
+    monkeypatch.setattr(program, "LARGEST_BYTES", 1000)
+    log = program.Log()
     for number in range(500):
         log.write(f"line {number}\n".encode())
     files = sorted((tmp_path / ".orion").iterdir())
@@ -181,7 +180,7 @@ def test_where_its_log_cannot_be_written_it_runs_all_the_same(tmp_path: Path, tr
 def test_who_starts_it_does_not_wait_for_it(tmp_path: Path) -> None:
     began = time.monotonic()
     os.mkfifo(tmp_path / "gate")
-    command = [sys.executable, "-I", "-S", start.__file__, "2 1@boot", "read line < gate; echo $line > done"]
+    command = [sys.executable, "-I", "-S", program.__file__, "2 1@boot", "read line < gate; echo $line > done"]
     subprocess.run(command, cwd=tmp_path, timeout=60, check=True)
     assert not (tmp_path / "done").exists()
     (tmp_path / "gate").write_text("through\n")
@@ -216,11 +215,10 @@ def test_how_a_start_command_ended_is_told_with_its_run(tmp_path: Path, command:
 
 def test_a_start_command_that_runs_has_not_ended_and_one_whose_keeper_was_killed_has(tmp_path: Path) -> None:
     launcher, record, home = was_launched(tmp_path)
-    program = (
-        f"import start; start.run('2 1@boot', 'echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/ran; sleep 600')"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(start.__file__).parent)}
-    keeper = subprocess.Popen([sys.executable, "-c", program], cwd=home, env=environment, start_new_session=True)
+    command = f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/ran; sleep 600"
+    code = f"from orion_worker.start import program; program.run('2 1@boot', {command!r})"
+    environment = os.environ | {"PYTHONPATH": str(Path(program.__file__).parents[2])}
+    keeper = subprocess.Popen([sys.executable, "-c", code], cwd=home, env=environment, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "ran").exists():
         assert time.monotonic() < deadline

@@ -6,9 +6,9 @@ import os
 import signal
 from dataclasses import replace
 
-import processes
 import pytest
-from stillness import Task, parents, restless, still, task_of, woken
+from orion_worker.freezer.stopper import Task, parents, restless, still, task_of, woken
+from orion_worker.system import processes
 
 STAT = "42 (a) R (b) T 1 42 42 0 -1 4194304 97 0 0 0 3 4 0 0 20 0 1 0 777 2510848 200 18446744073709551615"
 STATUS = (

@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import files
-import launching
-import processes
 import pytest
-import snapshot
-from launching import Launcher
-from ledger import Record, Refused
-from rental import Places, Rentals
-from stopped_log_ins import LOOKS, StoppedLogIns
+from orion_worker.limits.stopped_log_ins import LOOKS, StoppedLogIns
+from orion_worker.records import Record, Refused
+from orion_worker.rental.commands import Rentals
+from orion_worker.rental.paths import Places
+from orion_worker.snapshots import requests, scan, transfer
+from orion_worker.start import launcher
+from orion_worker.start.launcher import Launcher
+from orion_worker.system import processes
 from support.descendants import ended_with_their_test
 
 pytestmark = pytest.mark.timeout(180)
@@ -142,10 +142,10 @@ def test_a_process_with_an_end_is_killed_though_it_is_stopped_and_its_child_is_n
 def test_a_transfer_whose_renter_stops_every_part_of_it_ends_at_its_deadline(
     uid: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "RSYNC", "/bin/sh")
-    monkeypatch.setattr(files, "ARGUMENTS", {"receive": ("-c", "sh -c 'kill -STOP $$' & kill -STOP $$")})
+    monkeypatch.setattr(transfer, "RSYNC", "/bin/sh")
+    monkeypatch.setattr(transfer, "ARGUMENTS", {"receive": ("-c", "sh -c 'kill -STOP $$' & kill -STOP $$")})
     began = time.monotonic()
-    assert files.run_rsync("receive", uid, time.time() + 0.15, gently=False) == -signal.SIGKILL & 0xFF
+    assert transfer.run_rsync("receive", uid, time.time() + 0.15, gently=False) == -signal.SIGKILL & 0xFF
     assert time.monotonic() - began >= 0.14
     wait_until(lambda: not processes.of([uid]), "no part of it is left")
 
@@ -154,9 +154,9 @@ def test_a_transfer_whose_renter_stops_every_part_of_it_ends_at_its_deadline(
 def test_an_rsync_is_ended_with_the_process_of_root_s_that_waits_for_it(
     uid: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "RSYNC", "/bin/sh")
-    monkeypatch.setattr(files, "ARGUMENTS", {"receive": ("-c", "kill -STOP $$")})
-    parent = processes.begin(lambda: files.run_rsync("receive", uid, time.time() + 60, gently=False))
+    monkeypatch.setattr(transfer, "RSYNC", "/bin/sh")
+    monkeypatch.setattr(transfer, "ARGUMENTS", {"receive": ("-c", "kill -STOP $$")})
+    parent = processes.begin(lambda: transfer.run_rsync("receive", uid, time.time() + 60, gently=False))
     (rsync,) = wait_until(lambda: [pid for pid in processes.of([uid]) if state(pid) == "T"], "rsync is stopped")
     os.kill(parent, signal.SIGKILL)  # as whoever purges the rental does
     os.waitpid(parent, 0)
@@ -166,20 +166,20 @@ def test_an_rsync_is_ended_with_the_process_of_root_s_that_waits_for_it(
 def test_a_transfer_is_killed_some_time_after_its_deadline_whatever_it_waits_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    wish = files.Wish("one", 1, time.time() + SHORT_S)
-    monkeypatch.setattr(files, "TIDIES_S", 0.0)
-    monkeypatch.setattr(files, "_read_line", lambda: b"")
-    monkeypatch.setattr(files, "parse", lambda *_: wish)
-    monkeypatch.setattr(files, "_receive", lambda *_: stop_itself())
-    child = processes.begin(lambda: files.carry("receive", Rentals, Path(), Path()))  # type: ignore[arg-type]
+    wish = requests.Wish("one", 1, time.time() + SHORT_S)
+    monkeypatch.setattr(transfer, "TIDIES_S", 0.0)
+    monkeypatch.setattr(transfer, "_read_line", lambda: b"")
+    monkeypatch.setattr(transfer, "parse_request", lambda *_: wish)
+    monkeypatch.setattr(transfer, "_receive", lambda *_: stop_itself())
+    child = processes.begin(lambda: transfer.carry("receive", Rentals, Path(), Path()))  # type: ignore[arg-type]
     assert processes.has_ended(child, 60.0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
 def test_looking_through_a_home_ends_at_its_deadline_whatever_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "FIND", ("/bin/sh", "-c", "kill -STOP $$"))
+    monkeypatch.setattr(scan, "FIND", ("/bin/sh", "-c", "kill -STOP $$"))
     with pytest.raises(Refused) as refused:
-        snapshot.scan(10, time.monotonic() + SHORT_S, strict=False)
+        scan.scan(10, time.monotonic() + SHORT_S, strict=False)
     assert refused.value.code == "timed_out"
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
@@ -190,7 +190,7 @@ def test_a_start_command_that_its_renter_stops_before_it_has_begun_is_ended_and_
     uid: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "home/r-one").mkdir(parents=True)
-    monkeypatch.setattr(launching, "WITHIN_S", SHORT_S)
+    monkeypatch.setattr(launcher, "WITHIN_S", SHORT_S)
     monkeypatch.setattr(os, "execve", lambda *_: stop_itself())  # it has the renter's uid by then
     report = Launcher(tmp_path).launch(Record("one", "r-one", uid, epoch=2), "serve", "1@boot")
     assert report["started"] is False

@@ -8,9 +8,9 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import processes
 import pytest
-from terminals import FAR, FEW, MOST, Terminals, free_numbers, highest_of, shown_by, watched
+from orion_worker.limits.terminals import FAR, FEW, MOST, Terminals, free_numbers, highest_of, shown_by, watched
+from orion_worker.system import processes
 
 ONE, ANOTHER = 100_001, 100_002
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="a file of another's needs root; CI is root")

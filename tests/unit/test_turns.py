@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import processes
 import pytest
-from processes import FIRST_SENDER, LAST
-from turns import CROWD, Turns, told_by, wanting
+from orion_worker.limits.turns import CROWD, Turns, told_by, wanting
+from orion_worker.system import processes
+from orion_worker.system.processes import FIRST_SENDER, LAST
 
 ONE, ANOTHER = 100_001, 100_002
 

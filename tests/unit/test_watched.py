@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from watched import LET_GO, Watched
+from orion_worker.rpc.liveness import LET_GO, Watched
 
 
 class Watch:
@@ -46,7 +46,7 @@ class House:
 
 @pytest.fixture
 def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
-    monkeypatch.setattr("watched.ROOT", os.getuid())
+    monkeypatch.setattr("orion_worker.rpc.liveness.ROOT", os.getuid())
     return House(tmp_path)
 
 
@@ -124,14 +124,14 @@ def test_who_cannot_look_tells_of_an_end(house: House, monkeypatch: pytest.Monke
         raise Over
 
     monkeypatch.setattr(house.watched, "look", out_of_descriptors)
-    monkeypatch.setattr("watched.time.sleep", pause)
+    monkeypatch.setattr("orion_worker.rpc.liveness.time.sleep", pause)
     with pytest.raises(Over):
         house.watched.run()
     assert house.ends == 1
 
 
 def test_nobody_but_root_may_watch(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("watched.ROOT", 100_001)
+    monkeypatch.setattr("orion_worker.rpc.liveness.ROOT", 100_001)
     watch = house.watch()
     with pytest.raises(ConnectionResetError):
         watch.program.recv(100)

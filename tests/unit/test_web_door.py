@@ -14,12 +14,14 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-import socket_diag
-import web_door
-from freezing import Freezer
-from ledger import Ledger, Record
-from listeners import Listener, Reached, listeners, reach
-from web_door import Refusal, Tenants, Way, WebDoor, answer, end_signature, opened, signature, take_pass
+from orion_worker.freezer.marks import Freezer
+from orion_worker.records import Ledger, Record
+from orion_worker.web import port_proxy, socket_diag
+from orion_worker.web.active_rentals import Tenants
+from orion_worker.web.listeners import Listener, Reached, listeners, reach
+from orion_worker.web.port_proxy import WebDoor
+from orion_worker.web.port_tokens import Way, end_signature, opened, signature, take_pass
+from orion_worker.web.refusals import Refusal, refusal_response
 
 from orion.manager.gateway import web_ends
 from orion.manager.gateway.ways import signed_pass
@@ -145,9 +147,9 @@ def test_no_pass_and_two_are_none(passes: bytes) -> None:
 
 def test_a_refusal_is_for_programs_or_for_people() -> None:
     refusal = Refusal(503, "frozen", "still <now>")
-    assert b"Retry-After: 2" in answer(refusal, as_html=False)
-    assert b'"code": "frozen"' in answer(refusal, as_html=False)
-    assert b"still &lt;now&gt;" in answer(refusal, as_html=True)
+    assert b"Retry-After: 2" in refusal_response(refusal, as_html=False)
+    assert b'"code": "frozen"' in refusal_response(refusal, as_html=False)
+    assert b"still &lt;now&gt;" in refusal_response(refusal, as_html=True)
 
 
 # Who is here
@@ -425,8 +427,8 @@ async def test_a_former_epoch_and_a_foreign_pass_reach_nobody(tmp_path: Path) ->
 async def test_a_rental_has_its_slots_share_of_the_connections_and_leaves_the_others_theirs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(web_door, "ENOUGH", 4)
-    monkeypatch.setattr(web_door, "ENOUGH_EACH", 1)
+    monkeypatch.setattr(port_proxy, "ENOUGH", 4)
+    monkeypatch.setattr(port_proxy, "ENOUGH_EACH", 1)
     async with standing(tmp_path, slots=2) as stage:
         stage.ledger.keep(replace(RECORD, rental_id="zzzzzzzzzz", username="r-zzzzzzzzzz"))
         inside = [await stage.ask(told(stage.way)) for _ in range(2)]

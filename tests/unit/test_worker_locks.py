@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import accounts
-import host_certificate
 import pytest
-from freezing import Freezer
-from ledger import Ledger, Refused
-from locks import got_lock, got_record_lock, open_lock
+from orion_worker.freezer.marks import Freezer
+from orion_worker.records import Ledger, Refused
+from orion_worker.rental import accounts, host_certificate
+from orion_worker.system.locks import got_lock, got_record_lock, open_lock
 
 
 def freeze(root: Path) -> None:

@@ -36,7 +36,7 @@ from orion.ssh_rentals import (
 from orion.wire import Rental, RentalState
 
 START_LOG = ".orion/start.log"
-"""In the rental's home: see worker/start.py."""
+"""In the rental's home: see orion_worker/start/program.py."""
 SHOW_LOG = ["tail", "-n", "1000"]
 OLDEST = (8, 5)
 """The first OpenSSH with KnownHostsCommand."""

@@ -86,8 +86,8 @@ def kept(complete: Iterable[Copy]) -> set[Generation]:
 def counted(blocks: int, size: int) -> int:
     """Return the bytes for which an entry of any kind counts. `blocks`: of 512 bytes; `size`: with holes.
 
-    The worker counts in the same way (`size_of` of worker/snapshot.py). BLOCK_BYTES make the two agree where one file
-    system keeps a directory or a link in its inode and the other does not.
+    The worker counts in the same way (`size_of` of orion_worker/snapshots/scan.py). BLOCK_BYTES make the two agree
+    where one file system keeps a directory or a link in its inode and the other does not.
     """
     return max(512 * blocks, size, BLOCK_BYTES)
 

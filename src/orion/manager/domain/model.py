@@ -22,7 +22,7 @@ from orion.manager.domain.states import (
 
 Kind = Literal["worker", "rental", "placement"]
 BOOT = "boot"
-"""The word in an agent's version by which orders to it may name a boot id (worker/node.py)."""
+"""The word in an agent's version by which orders to it may name a boot id (orion_worker/agent/node.py)."""
 
 
 @dataclass(frozen=True)

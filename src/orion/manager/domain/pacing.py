@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LONGEST_PAUSE_S = 10.0
-"""The worker's own limit as well (worker/files.py)."""
+"""The worker's own limit as well (orion_worker/snapshots/transfer.py)."""
 SHORT_PAUSE_S = 0.1
 """A pause that is allowed at each copy: p99 of a pause with 100 MB changed is to be no longer."""
 TOLD_FROM = 1.5

@@ -71,7 +71,8 @@ def choose(candidates: list[Candidate]) -> Chosen | Refused:
     """The least used worker that passes every filter; ties go to the lower id, so a replay decides the same.
 
     An unknown one, which was ready before the manager was away, is not taken: it may have no lease, and then refuses to
-    let anybody in. Who can be reached is heard within two seconds of the manager's return (worker/decisions.py).
+    let anybody in. Who can be reached is heard within two seconds of the manager's return
+    (orion_worker/agent/decisions.py).
     """
     fit = [candidate for candidate in candidates if not refusal(candidate.standing)]
     if not fit:

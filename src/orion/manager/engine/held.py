@@ -1,7 +1,7 @@
 """The SSH connections that the engine holds: one for each worker, to a program that stays at its other end.
 
-`orion-rental serve` answers one JSON object per line (worker/standing.py). So an order costs neither a login nor the
-start of a program, and what a worker can send is JSON and nothing else: it is read here, bounded, and kept in
+`orion-rental serve` answers one JSON object per line (orion_worker/rpc/server.py). So an order costs neither a login
+nor the start of a program, and what a worker can send is JSON and nothing else: it is read here, bounded, and kept in
 memory. Each connection is a process of OpenSSH with the worker's host key pinned; it is the master of its control
 socket as well, so that other tasks of a playbook go through it too.
 """

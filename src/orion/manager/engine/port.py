@@ -37,7 +37,8 @@ A purge is for whatever life has something of its epoch: that is over, and a res
 the host key, which a restart leaves too.
 """
 OTHER_BOOT = "other_boot"
-"""The code of that refusal (worker/ledger.py). Who gets it looks again: the worker is about to register, or has."""
+"""The code of that refusal (orion_worker/records.py). Who gets it looks again: the worker is about to
+register, or has."""
 
 
 @dataclass(frozen=True)

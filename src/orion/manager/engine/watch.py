@@ -13,9 +13,9 @@ What ends a connection, and what may be made of it:
 * The manager itself is cut off or late. Its own attempts fail at home or come too late: that is not silence of others,
   and the time begins anew.
 * The connection was closed and *then* the network was cut: it looks like a death, and the worker lives. Its agent has
-  seen the same end (worker/watched.py). If a call that it sent 0.25 s later, or later still, was acknowledged, the
-  manager has heard it since the end, which voids the proof (domain/health.py). If none was, all its rentals stand still
-  1 s after the end, half a second before the proof is complete.
+  seen the same end (orion_worker/rpc/liveness.py). If a call that it sent 0.25 s later, or later still, was
+  acknowledged, the manager has heard it since the end, which voids the proof (domain/health.py). If none was, all its
+  rentals stand still 1 s after the end, half a second before the proof is complete.
 * Another machine answers at the address, with another host key: the one that was watched has lost it. It may be alive
   and cut off all the same, so this too counts only after a real end, and after the same time.
 * The same machine answers with another boot id: its container was restarted. What ran there is dead, its files are not:
@@ -40,14 +40,14 @@ from orion.manager.engine.port import End, Host, Sign
 from orion.manager.engine.reach import SshReach
 
 COMMAND = "orion-watched"
-"""On the worker: worker/watched.py."""
+"""On the worker: orion_worker/rpc/liveness.py."""
 LET_GO = b"end\n"
 HELLO_BYTES = 100
 """A boot id. No more is ever read of a worker, which may be anybody's by now."""
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_S = 1.5
-"""Unanswered for so long after the end: dead. More than the agent's WATCH_GRACE_S (worker/decisions.py), by what it
-takes to stop a renter's processes."""
+"""Unanswered for so long after the end: dead. More than the agent's WATCH_GRACE_S (orion_worker/agent/decisions.py),
+by what it takes to stop a renter's processes."""
 ATTEMPT_EVERY_S = 0.25
 LATE_S = 0.25
 """If a pause took so much longer than planned, it was the manager that was silent."""

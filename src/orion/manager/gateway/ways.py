@@ -37,7 +37,7 @@ class Named:
 def signed_pass(
     session_id: str, rental_id: str, epoch: int, port: int, grant: str, number: int, left_s: float | None
 ) -> str:
-    """Return a pass as worker/web_door.py reads it. `left_s` None: its grant does not end by itself."""
+    """Return a pass as orion_worker/web/port_proxy.py reads it. `left_s` None: its grant does not end by itself."""
     left_ms = 0 if left_s is None else max(1, int(left_s * 1000))
     told = f"{rental_id} {epoch} {port} {grant} {number} {left_ms}"
     return f"{told} {hmac.new(session_id.encode(), told.encode(), hashlib.sha256).hexdigest()}"

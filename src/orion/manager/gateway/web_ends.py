@@ -1,9 +1,9 @@
 """Open connections of web ports end with what opened them: a token, or that a port is public.
 
 The manager carries none of their bytes. Each pass (gateway/ways.py) therefore says by what it opens a port, and for how
-long that is good; the worker's door (worker/web_door.py) ends a connection by itself when that time is over. What ends
-earlier is told to the doors concerned, again and again until each has heard of it or its worker is gone. After a
-restart every door is asked once what is open there.
+long that is good; the worker's door (orion_worker/web/port_proxy.py) ends a connection by itself when that time is
+over. What ends earlier is told to the doors concerned, again and again until each has heard of it or its worker is
+gone. After a restart every door is asked once what is open there.
 
 Passes and these messages have rising numbers, taken before the database is read and after it was changed. So a pass
 that was on its way in that moment has the lower number, and the door refuses it.
@@ -49,7 +49,7 @@ def grant_of(principal: Principal) -> str:
 
 
 async def tell_door(address: str, session_id: str, number: int, over: Sequence[str]) -> list[str]:
-    """Implements `Tell` by HTTP, as worker/web_door.py reads it."""
+    """Implements `Tell` by HTTP, as orion_worker/web/port_proxy.py reads it."""
     body = "\n".join(over).encode()
     signed = hmac.new(session_id.encode(), b"end %d " % number + body, hashlib.sha256).hexdigest()
     head = f"POST / HTTP/1.1\r\nX-Orion-End: {number} {signed}\r\nContent-Length: {len(body)}\r\n\r\n"

@@ -73,7 +73,7 @@ _REACHED = {
 }
 
 NO_LEASE = "no_lease"
-"""The code of that refusal (worker/rental.py)."""
+"""The code of that refusal (orion_worker/rental/commands.py)."""
 
 Inventories = Mapping[str, tuple[Item, ...]]
 

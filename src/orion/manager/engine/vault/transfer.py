@@ -41,7 +41,8 @@ OPTIONS = {
     "receive": (*_ALWAYS, "-r", "--delete"),
     "update": (*_ALWAYS, *_CHANGES),
 }
-"""The options of rsync for what the worker's files.py calls by these names; test_both_sides_mean_the_same compares.
+"""The options of rsync for what orion_worker/snapshots/transfer.py calls by these names.
+`test_both_sides_mean_the_same` compares them.
 
 What changed is always transferred, whatever its time and size (-I): the worker knows better what changed. Times are
 compared to the nanosecond (-1): by default, a directory that changes twice within a second keeps the first time.

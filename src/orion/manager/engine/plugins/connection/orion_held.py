@@ -1,7 +1,7 @@
 """Ansible's connection to a worker over the one that the engine holds.
 
-Orders to orion-rental go to the program that stays at its other end (worker/standing.py). Everything else that a
-playbook may do goes by OpenSSH, through the same connection while it stands.
+Orders to orion-rental go to the program that stays at its other end (orion_worker/rpc/server.py). Everything else that
+a playbook may do goes by OpenSSH, through the same connection while it stands.
 """
 
 from __future__ import annotations

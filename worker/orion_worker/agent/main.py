@@ -1,0 +1,221 @@
+"""The agent: the main process of a worker's container. If it dies, the container goes.
+
+It locks all rentals, starts sshd and keeps it alive, and calls home for ever. On SIGTERM it waits until the manager has
+taken its rentals to other workers, or parked them, as long as the grace lasts; then it locks, says goodbye and ends.
+The calls are made in a thread of their own, so that a slow request never delays the goodbye; and the fence has one, so
+that nothing delays the freezing of what may not run any more.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from orion_worker.agent.call_home import REQUEST_TIMEOUT_S, CallHome, HttpTransport
+from orion_worker.agent.confined import Confined
+from orion_worker.agent.decisions import may_run, stop_grace_s
+from orion_worker.agent.fence import Fence
+from orion_worker.agent.node import Node, Settings, settings_from
+from orion_worker.limits import scores
+from orion_worker.limits.log_limit import SparingLog
+from orion_worker.limits.stopped_log_ins import StoppedLogIns
+from orion_worker.limits.terminals import Terminals
+from orion_worker.limits.turns import Turns
+from orion_worker.rental.commands import Rentals
+from orion_worker.rental.host_certificate import Sshd as Listening
+from orion_worker.rpc import liveness_program
+from orion_worker.rpc.liveness import Watched
+from orion_worker.system import cgroup, processes
+
+WEB_PORT = 80
+"""Where the proxy brings what is for a rental's web ports. Below 1024, so that no renter can take it."""
+WEB_DOOR = "/usr/local/lib/orion/orion-web"
+
+LOOK_EVERY_S = 0.5
+LOOK_OFTEN_S = 0.1
+AFTER_A_FAULT_S = 5.0
+RENTERS_NICENESS = 5
+"""So that the agent gets the processor first when a renter takes all of it: when all wake from a pause, for one."""
+
+
+class Sshd:
+    """sshd, as a child of confined.py that is started again whenever it dies.
+
+    Every session inherits the limit of processes; root is not subject to it. Every session inherits sshd's score too,
+    below which no renter gets (confined.py says where that is not so), and by which the kernel ends what came by SSH
+    before the agent. So sshd is ended no later than a renter's process that is as large; but the processes of the
+    rental that uses the most memory go first (scores.py), and sshd is there again with the next look.
+    """
+
+    def __init__(self, settings: Settings, errors: int) -> None:
+        limit = cgroup.usage(cgroup.read_file).processes_limit
+        each = cgroup.processes_for_each_renter(limit, settings.slots)
+        # The manager reaches every worker from one address: a renter's failed log-ins must not shut it out.
+        exempt = f"PerSourcePenaltyExemptList={settings.app_address}"
+        command = ["prlimit", f"--nproc={each}:{each}", "--"]
+        command += ["nice", "-n", str(RENTERS_NICENESS), "--"]
+        command += ["/usr/sbin/sshd", "-D", "-e", "-o", exempt]
+        self._listening = Listening(Path("/"))
+        self._command = Confined(command, scores.usual(processes.own_score()), errors)
+        say(f"each renter may have {each} processes")
+        self._start()
+
+    def look_after(self) -> None:
+        """Call it every LOOK_EVERY_S."""
+        status = self._command.ended()
+        if status is not None:
+            say(f"sshd ended with status {status}: starting it again")
+            self._start()
+
+    def stop(self) -> None:
+        self._command.stop()
+
+    def _start(self) -> None:
+        self._listening.pid_file.unlink(missing_ok=True)
+        self._command.start()
+
+
+class WebDoor:
+    """web_door.py, as a child that is started again whenever it dies. The socket is kept here, so nobody is refused.
+
+    It is not started at once: a worker is to be reached by SSH first.
+    """
+
+    def __init__(self, proxy_address: str, app_address: str, slots: int) -> None:
+        self._command = [WEB_DOOR, proxy_address, app_address, str(slots)]
+        self._socket = socket.create_server(("0.0.0.0", WEB_PORT), backlog=256)  # noqa: S104 - see network.nft
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def look_after(self) -> None:
+        """Call it every LOOK_EVERY_S."""
+        status = self._child.poll() if self._child else None
+        if status is not None:
+            say(f"the door for web ports ended with status {status}: starting it again")
+        if self._child is None or status is not None:
+            self._child = subprocess.Popen(self._command, stdin=self._socket.fileno())
+
+    def stop(self) -> None:
+        if self._child:
+            self._child.kill()
+            self._child.wait()
+
+
+def say(line: str) -> None:
+    write(f"orion-agent: {line}")
+
+
+def write(line: str) -> None:
+    print(line, flush=True)  # noqa: T201 - the container's log
+
+
+def end_all(rentals: Rentals, uids: list[int]) -> None:
+    """End all that runs of the renters with these uids, and their log-ins."""
+    names = {record.uid: record.username for record in rentals.ledger.all_living()}
+    processes.end({uid: names.get(uid, "") for uid in uids})
+
+
+def call_for_ever(home: CallHome, stopping: threading.Event, hurry: threading.Event) -> None:
+    """`hurry` is set when the next call may have become due earlier, and when there is none any more."""
+    wait_s = 0.0
+    while not stopping.is_set():
+        if hurry.wait(wait_s):
+            hurry.clear()
+            wait_s = min(wait_s, home.due_s())
+            continue
+        try:
+            wait_s = home.step()
+        except Exception as fault:
+            # A full disk or a reply nobody thought of must not end a container that renters work in.
+            where = traceback.extract_tb(fault.__traceback__)[-1]
+            say(f"unexpected: {fault!r} at {Path(where.filename).name}:{where.lineno}; going on")
+            wait_s = AFTER_A_FAULT_S
+
+
+def take_leave(home: CallHome, calling: threading.Thread) -> None:
+    """Lock all rentals and say goodbye; first wait for the answer to a registration that is under way.
+
+    A worker that ended before it had kept that answer would register as another one at its next start, and the first
+    would be listed as down until an operator removes it.
+    """
+    home.leave()
+    if not home.is_registered:
+        calling.join(REQUEST_TIMEOUT_S)
+    home.say_goodbye()
+
+
+def run(settings: Settings) -> None:
+    told, stopping, hurry = threading.Event(), threading.Event(), threading.Event()
+
+    def stop(*_: object) -> None:
+        told.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # blocked by entrypoint.sh
+    node = Node(settings, say)
+    node.lock_all()
+    fence = Fence(node.rentals, lambda: may_run(home.standing, home.unwatched_at, boot_time_s()), say)
+    fence.begin()
+    node.rentals.launcher.begin(node.boot_id)
+    home = CallHome(node, HttpTransport(settings.url), boot_time_s, random.random, say, fence.renewed)
+
+    def unwatched() -> None:
+        home.unwatched_at = boot_time_s()
+        say("the manager's watch has ended")
+        hurry.set()
+
+    def let_go() -> None:
+        home.let_go_at = boot_time_s()
+        hurry.set()
+
+    watched = Watched(Path(liveness_program.SOCKET_PATH), node.boot_id, unwatched, let_go)
+    log = SparingLog(write)
+    sshd = Sshd(settings, log.input)
+    web_door = WebDoor(settings.proxy_address, settings.app_address, settings.slots)
+    stopped = StoppedLogIns(node.rentals, say)
+    ended_first = scores.Scores(scores.usual(processes.own_score()), say)
+    terminals = Terminals(lambda uids: end_all(node.rentals, uids), say)
+    for work in (log.run, fence.run, watched.run, ended_first.run, terminals.run, Turns(say).run):
+        threading.Thread(target=work, daemon=True).start()
+    calling = threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True)
+    calling.start()
+    while not told.wait(LOOK_EVERY_S):
+        sshd.look_after()
+        web_door.look_after()
+        stopped.look_after()
+    say("told to stop")
+    home.vacate()
+    hurry.set()
+    began = time.monotonic()
+    grace_s = stop_grace_s(settings.stop_grace_s, settings.stop_grace_max_s, *node.to_be_carried())
+    last_moment = began + grace_s
+    while home.is_vacating() and time.monotonic() < last_moment:
+        sshd.look_after()
+        time.sleep(LOOK_OFTEN_S)
+    stopping.set()
+    hurry.set()
+    take_leave(home, calling)
+    web_door.stop()
+    sshd.stop()
+
+
+def boot_time_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def main() -> int:
+    try:
+        settings = settings_from(os.environ)
+    except ValueError as error:
+        say(str(error))
+        return 2
+    say(f"calling home to {settings.url}")
+    run(settings)
+    return 0

@@ -1,0 +1,216 @@
+"""The worker as the agent sees and changes it: its identity, its keys, its rentals, its load."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orion_worker.agent.decisions import Order, Session
+from orion_worker.freezer.marks import OVER_LIMIT
+from orion_worker.records import Refused, write_whole
+from orion_worker.rental.commands import Rentals
+from orion_worker.rental.paths import Places
+from orion_worker.rental.requests import Request
+from orion_worker.system import cgroup, processes
+
+AGENT_VERSION = "0.1.0+boot"
+"""The version of this agent. Words behind the plus sign, with dots between them, say what a manager may do with this
+worker and not with one of a former version. `boot`: its orders may name the boot id of this worker."""
+ENOUGH_FILES = 200_000
+"""More than that need the longest grace in any case."""
+MAX_SLOTS = 256
+"""What the manager takes at most."""
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    url: str
+    app_address: str
+    proxy_address: str = ""
+    """Whose connections the door for web ports takes."""
+    slots: int = 1
+    labels: Mapping[str, str] = field(default_factory=dict)
+    stop_grace_s: float = 8.0
+    """How long it may wait when it is told to stop, and has little to be carried away."""
+    stop_grace_max_s: float = 8.0
+    """How long it may wait in any case; what sends the signal must wait somewhat longer (Docker: 10 s)."""
+
+
+def settings_from(environment: Mapping[str, str]) -> Settings:
+    """From ORION_*. Raises ValueError, saying which one and what it should be."""
+    url = environment.get("ORION_URL") or "http://manager_proxy"
+    if not re.fullmatch(r"http://[A-Za-z0-9._-]+(:\d{1,5})?/?", url):
+        raise ValueError(f"ORION_URL must be http://HOST or http://HOST:PORT, not {url!r}")
+    app_address = environment.get("ORION_APP_ADDRESS", "")
+    if not re.fullmatch(r"[0-9.]+", app_address):
+        raise ValueError(f"ORION_APP_ADDRESS must be the manager's IPv4 address, not {app_address!r}")
+    proxy_address = environment.get("ORION_PROXY_ADDRESS") or app_address
+    if not re.fullmatch(r"[0-9.]+", proxy_address):
+        raise ValueError(f"ORION_PROXY_ADDRESS must be the proxy's IPv4 address, not {proxy_address!r}")
+    slots = environment.get("ORION_SLOTS") or "1"
+    if not (slots.isdigit() and 1 <= int(slots) <= MAX_SLOTS):
+        raise ValueError(f"ORION_SLOTS must be a number from 1 to {MAX_SLOTS}, not {slots!r}")
+    grace_s = _seconds_of(environment, "ORION_STOP_GRACE_S", Settings.stop_grace_s)
+    grace_max_s = max(grace_s, _seconds_of(environment, "ORION_STOP_GRACE_MAX_S", grace_s))
+    labels = _labels(environment.get("ORION_LABELS") or "")
+    return Settings(url.rstrip("/"), app_address, proxy_address, int(slots), labels, grace_s, grace_max_s)
+
+
+class Node:
+    """`root` is another directory in tests; `say` writes one line to the log."""
+
+    def __init__(self, settings: Settings, say: Log, root: Path = Path("/")) -> None:
+        self._settings = settings
+        self._say = say
+        self._root = root
+        self._identity = root / "var/lib/orion/agent/identity.json"
+        self._join_token = root / "run/orion-join/token"
+        self._acknowledged = root / "run/orion/acknowledged"
+        self._session = root / "run/orion/session"
+        self.boot_id = uuid.uuid4().hex
+        self.rentals = Rentals(Places(root), lock_wait_s=0.5)
+        self._last_load = (time.monotonic(), cgroup.usage(cgroup.read_file).cpu_s)
+        self._identity.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._acknowledged.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._acknowledged.unlink(missing_ok=True)
+        self._session.unlink(missing_ok=True)
+
+    def describe(self) -> dict[str, Any]:
+        """What a registration says of this worker."""
+        keys = sorted((self._root / "etc/ssh").glob("ssh_host_*_key.pub"))
+        return {
+            "hostname": socket.gethostname(),
+            "ssh_host_keys": [" ".join(key.read_text().split()[:2]) for key in keys],
+            "slots": self._settings.slots,
+            "labels": dict(self._settings.labels),
+            "boot_id": self.boot_id,
+            "agent_version": AGENT_VERSION,
+            "inventory": self.inventory(),
+        }
+
+    def inventory(self) -> list[dict[str, Any]]:
+        return self.rentals.inventory()
+
+    def start_ends(self) -> list[dict[str, Any]]:
+        """How the start commands ended that were run here and do not run any more."""
+        now, launcher = time.clock_gettime(time.CLOCK_BOOTTIME), self.rentals.launcher
+        ends = (launcher.ended(record, now) for record in self.rentals.ledger.all_living())
+        return [end for end in ends if end is not None][:MAX_SLOTS]
+
+    def load(self) -> dict[str, Any]:
+        """`cpu` is the number of processors in use, averaged since the last call."""
+        now, use = time.monotonic(), cgroup.usage(cgroup.read_file)
+        then, cpu_s = self._last_load
+        self._last_load = (now, use.cpu_s)
+        return {
+            "cpu": round(max(0.0, use.cpu_s - cpu_s) / max(now - then, 0.001), 3),
+            "memory_used_bytes": use.memory_used_bytes,
+            "memory_limit_bytes": use.memory_limit_bytes,
+            "processes": use.processes,
+        }
+
+    def to_be_carried(self) -> tuple[int, int]:
+        """Return the number and the bytes of the files in all homes here, as far as ENOUGH_FILES."""
+        return count_files(self._root / "home" / record.username for record in self.rentals.ledger.all_living())
+
+    def join_token(self) -> str | None:
+        """None until the manager has made it."""
+        try:
+            return self._join_token.read_text().strip() or None
+        except OSError:
+            return None
+
+    def own_token(self) -> str | None:
+        """The worker token of the identity that was given to this worker, if it has one."""
+        try:
+            token = json.loads(self._identity.read_text())["worker_token"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return token if isinstance(token, str) else None
+
+    def forget_identity(self) -> None:
+        self._identity.unlink(missing_ok=True)
+
+    def keep_identity(self, session: Session) -> None:
+        identity = {"worker_id": session.worker_id, "worker_token": session.worker_token}
+        write_whole(self._identity, json.dumps(identity))
+        write_whole(self._session, session.session_id)  # web_door.py knows the manager's passes by it
+
+    def admit(self, keys: Iterable[str]) -> None:
+        """Root may be reached with the manager's keys, from the manager's address, and with nothing else."""
+        lines = [f'from="{self._settings.app_address}" {key}\n' for key in keys]
+        write_whole(self._root / "etc/orion/keys/root", "".join(lines))
+
+    def note_acknowledgement(self) -> None:
+        """For the health check of the image, which looks at the file's age."""
+        self._acknowledged.touch()
+
+    def carry_out(self, orders: Iterable[Order], asked_at: float) -> None:
+        """`asked_at`: when the call was sent whose reply gives these orders (CLOCK_BOOTTIME)."""
+        for order in orders:
+            request = Request(order.rental_id, order.epoch)
+            try:
+                if order.action == "unlock":
+                    self.rentals.unlock(request)
+                elif order.action == "thaw":
+                    self.rentals.thaw(request, asked_at)
+                else:
+                    self.rentals.lock(request)
+                self._say(f"{order.action}ed rental {order.rental_id} at epoch {order.epoch}")
+            except Refused as refusal:
+                if refusal.code == OVER_LIMIT:
+                    continue  # it was said when it was frozen, and each reply asks again
+                self._say(f"did not {order.action} rental {order.rental_id}: {refusal}")
+
+    def lock_all(self, kill: bool = False) -> None:
+        """Nobody is let in any more; with `kill`, renters' processes are ended, all at once."""
+        records = self.rentals.ledger.all_living()
+        for record in records:
+            self.rentals.shut(record)
+        if kill and records:
+            killed = processes.end({record.uid: record.username for record in records}, within_s=3.0)
+            self._say(f"locked {len(records)} rentals and ended {killed} of their processes")
+
+
+def count_files(homes: Iterable[Path]) -> tuple[int, int]:
+    """Return the number and the bytes of what is in these folders, as far as ENOUGH_FILES. No link is followed."""
+    files, size, folders = 0, 0, [str(home) for home in homes]
+    while folders and files < ENOUGH_FILES:
+        with suppress(OSError), os.scandir(folders.pop()) as entries:  # the renter may be at work there
+            for entry in entries:
+                files += 1
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    size += entry.stat(follow_symlinks=False).st_size
+    return files, size
+
+
+def _seconds_of(environment: Mapping[str, str], name: str, default: float) -> float:
+    text = environment.get(name) or str(default)
+    if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text):
+        raise ValueError(f"{name} must be a number of seconds, not {text!r}")
+    return float(text)
+
+
+def _labels(text: str) -> dict[str, str]:
+    labels = {}
+    for pair in filter(None, text.split(",")):
+        key, sign, value = pair.strip().partition("=")
+        if not sign or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}", key):
+            raise ValueError(f"ORION_LABELS must be KEY=VALUE,KEY=VALUE; this is not: {pair!r}")
+        if not re.fullmatch(r"[A-Za-z0-9._/-]{0,63}", value):
+            raise ValueError(f"ORION_LABELS: the value of {key} may have letters, digits and ._/- only")
+        labels[key] = value
+    return labels

@@ -1,0 +1,63 @@
+"""Log-ins that their renter has stopped: they are ended, for nothing else ever would.
+
+sshd has two processes for each log-in: one of root, and its child with the renter's uid, which has the connection and
+finds out when that is over. A renter may stop the child. Then root's process waits for it though the client has long
+gone, and no limit of the renter's counts it: with both, one renter after the other takes the container's processes.
+
+What stands still because its rental is frozen, paused for a snapshot or without a lease is not meant: a pause is over
+before LOOKS looks, and whoever has run between two of them is counted anew.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+
+from orion_worker.freezer.stopper import Task, stopped_among
+from orion_worker.rental.commands import Rentals
+from orion_worker.system import processes
+
+LOOK_EVERY_S = 5.0
+LOOKS = 5
+"""Looks at which one has to stand stopped without having run: more time than PAUSE_ENDS_S (files.py). They are counted,
+and not the seconds, which go on while the whole container is paused."""
+
+
+class StoppedLogIns:
+    """`say` writes one line to the log."""
+
+    def __init__(self, rentals: Rentals, say: Callable[[str], None]) -> None:
+        self._rentals = rentals
+        self._say = say
+        self._seen: dict[Task, int] = {}
+        """How often in a row each was seen, as it stands."""
+        self._again_at = 0.0
+
+    def look_after(self) -> None:
+        """Look, where it is time to. Call it every so often."""
+        if time.monotonic() >= self._again_at:
+            self._again_at = time.monotonic() + LOOK_EVERY_S
+            try:
+                self.look()
+            except Exception as fault:
+                # A full table of files, a file that nobody thought of: the next look does what this one could not.
+                self._say(f"stopped log-ins: {fault!r}; looking again")
+
+    def look(self) -> None:
+        """End those that stand stopped since LOOKS looks, while their rental may run."""
+        renters = self._renters()
+        found = [(task, name) for task in stopped_among(renters) if (name := processes.log_in_name(task.parent))]
+        self._seen = {task: self._seen.get(task, 0) + 1 for task, _ in found}
+        for task, name in found:
+            if self._seen[task] >= LOOKS:
+                renter = {uid: each for uid, each in renters.items() if each == name}
+                for pid in (task.parent, task.pid):  # the one that waits first, so that it does nothing more
+                    processes.send(pid, renter, signal.SIGKILL)
+                self._say(f"{name} has stopped a log-in of its own: it was ended")
+
+    def _renters(self) -> dict[int, str]:
+        """Return the names of the renters that may run here, by uid."""
+        freezer = self._rentals.freezer
+        living = self._rentals.ledger.all_living() if freezer.has_lease else []
+        return {record.uid: record.username for record in living if not freezer.is_frozen(record.rental_id)}

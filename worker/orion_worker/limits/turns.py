@@ -1,0 +1,88 @@
+"""A renter with many processes that all want a processor has its turns after the others, and after root.
+
+The kernel shares a worker's processors among processes, not among rentals, and gives those of who came by SSH, root's
+orders as well, the same part each. So where one renter lets 112 of them fork without end, an order of root's takes ten
+seconds instead of one (seen), and with 448 it does not end within thirty. A control group for each rental is not to be
+had (scores.py); but a uid may have the lowest priority for all that it runs, in one step of the kernel, and neither
+what has it nor what it starts gets another again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from orion_worker.system import processes
+from orion_worker.system.processes import FIRST_UID
+
+LOOK_EVERY_S = 1.0
+CROWD = 16
+"""Who has more tasks than that at once that want a processor comes last."""
+
+
+class Turns:
+    """`come_last`: gives all processes of a uid the lowest priority."""
+
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        come_last: Callable[[int], object] = processes.come_last,
+        proc: Path = processes.PROC,
+    ) -> None:
+        self._say = say
+        self._come_last = come_last
+        self._proc = proc
+
+    def look(self) -> None:
+        """Have those come last that are a crowd now."""
+        for uid, count in wanting(self._proc).items():
+            if count > CROWD:
+                self._come_last(uid)
+
+    def run(self) -> None:
+        """For ever."""
+        while True:
+            try:
+                self.look()
+            except Exception as fault:
+                self._say(f"the turns of renters: {fault!r}; looking again")
+            time.sleep(LOOK_EVERY_S)
+
+
+def wanting(proc: Path) -> Counter[int]:
+    """Return how many tasks of each renter want a processor, by uid, of those that have enough tasks for a crowd."""
+    tasks: Counter[int] = Counter()
+    found: list[tuple[int, Path]] = []
+    for place in proc.iterdir():
+        if place.name.isdigit():
+            with suppress(OSError):  # it has ended meanwhile
+                uid, threads = told_by((place / "status").read_text(errors="replace"))
+                if FIRST_UID <= uid < processes.FIRST_SENDER:
+                    found.append((uid, place))
+                    tasks[uid] += threads
+    want: Counter[int] = Counter()
+    for uid, place in found:
+        if tasks[uid] > CROWD:
+            want[uid] += _running(place)
+    return want
+
+
+def told_by(status: str) -> tuple[int, int]:
+    """Return real uid and number of tasks by the text of /proc/PID/status; that of root and 0 where nothing is told."""
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    return int(fields.get("Uid", "0").split()[0]), int(fields.get("Threads", 0))
+
+
+def _running(process: Path) -> int:
+    """How many tasks of a process run or wait for a processor."""
+    running = 0
+    with suppress(OSError):  # it has ended meanwhile
+        for task in os.listdir(process / "task"):  # noqa: PTH208 - names are all that is wanted
+            with suppress(OSError):
+                state = (process / "task" / task / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+                running += state == "R"
+    return running

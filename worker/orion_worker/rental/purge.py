@@ -1,0 +1,103 @@
+"""Purge"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from orion_worker.freezer.marks import Freezer
+from orion_worker.records import Refused
+from orion_worker.rental import accounts, residue
+from orion_worker.rental.keys import KeyFiles
+from orion_worker.rental.paths import Places
+from orion_worker.rental.requests import Report, Request
+from orion_worker.snapshots import transfer
+from orion_worker.snapshots.manifests import Manifests
+from orion_worker.start.launcher import Launcher
+from orion_worker.system import processes, trees
+
+SWEEPS = 3
+"""A name may be passed over while its directory changes: an empty sweep ends the work, so many at most."""
+
+
+class Purger:
+    def __init__(
+        self, paths: Places, keys: KeyFiles, freezer: Freezer, launcher: Launcher, manifests: Manifests
+    ) -> None:
+        self._places = paths
+        self._keys = keys
+        self._freezer = freezer
+        self._launcher = launcher
+        self._manifests = manifests
+
+    def purge(self, requests: Sequence[Request]) -> list[Report]:
+        if not requests:
+            return []
+        killed, removed = dict.fromkeys(requests, 0), dict.fromkeys(requests, 0)
+        for request in requests:
+            renter = {request.uid: request.username, transfer.sender_of(request.uid): request.username}
+            self._keys.forget(request.username)
+            killed[request] += processes.end(renter)
+            accounts.remove(self._places.etc, request.username, request.uid)
+            killed[request] += processes.end(renter)  # a log-in that was under way when the keys went
+            self._freezer.forget_purged(request.rental_id)
+            self._launcher.forget(request.rental_id)
+            self._manifests.forget(request.rental_id)
+            with suppress(Refused):  # what stays is found below
+                transfer.forget_aside(self._places.aside, request.rental_id)
+            removed[request] += self._remove_named(request) + residue.remove_ipc(request.uid)
+        for uid, number in self._remove_owned({request.uid for request in requests}).items():
+            removed[next(each for each in requests if each.uid == uid)] += number
+        return [
+            {"removed_files": removed[each], "killed": killed[each], **report}
+            for each, report in zip(requests, self._look_again(requests), strict=True)
+        ]
+
+    def _remove_named(self, request: Request) -> int:
+        removed = 0
+        for place in residue.by_name(self._places.root, request.username):
+            folder = os.open(place.parent, trees.OPEN_FOLDER)
+            with suppress(OSError):
+                removed += trees.remove_entry(folder, place.name)
+            os.close(folder)
+        return removed
+
+    def _remove_owned(self, uids: Collection[int]) -> Counter[int]:
+        removed: Counter[int] = Counter()
+        for mount in self._mounts():
+            for _ in range(SWEEPS):
+                found = [(each.uid, residue.remove(each)) for each in residue.owned(mount, uids, [])]
+                for uid, number in found:
+                    removed[uid] += number
+                if not found:
+                    break
+        return removed
+
+    def _look_again(self, requests: Sequence[Request]) -> list[Report]:
+        unsearched: list[str] = []
+        owned: dict[int, list[str]] = {request.uid: [] for request in requests}
+        mounts = self._mounts()
+        for mount in mounts:
+            for found in residue.owned(mount, owned.keys(), unsearched):
+                owned[found.uid].append(f"file {found.path[:300]}")
+        looked = ["processes", "accounts", "System V IPC", "keys, mail, cron, at", *mounts]
+        return [
+            {"left": (self._found(each) + owned[each.uid])[:50], "looked": looked, "unsearched": unsearched[:50]}
+            for each in requests
+        ]
+
+    def _found(self, request: Request) -> list[str]:
+        left = [f"process {pid} ({processes.name_of(pid)})" for pid in processes.of([request.uid])]
+        left += [f"log-in {pid}" for pid in processes.log_ins([request.username])]
+        left += [f"line in {file}" for file in accounts.found(self._places.etc, request.username, request.uid)]
+        named = [*residue.by_name(self._places.root, request.username), self._places.aside / request.rental_id]
+        left += [f"file {place}" for place in named if os.path.lexists(place)]
+        return left + [f"IPC {kind} {number}" for kind, number in residue.ipc(request.uid)]
+
+    def _mounts(self) -> list[str]:
+        if self._places.root != Path("/"):
+            return [str(self._places.root)]
+        return residue.writable_mounts(Path("/proc/self/mountinfo").read_text())

@@ -1,0 +1,222 @@
+"""A program that stays at the other end of one SSH connection, so that an order costs neither a login nor a start.
+
+Requests come one a line, `{"id": 1, "command": "run", "request": {...}}`, answers go one a line,
+`{"id": 1, "status": 0, "report": {...}}`, in the order in which they are ready. The first line, `{"ready": true}`, says
+that it listens. Each request is answered by a process of its own, so that one that takes long, or breaks, is no other's
+trouble. When the connection ends, what is at work goes on to its end: an order is void by its epoch and its deadline,
+not by who still listens.
+
+While it stands, it also does the transfers of files that come by sessions of their own (handing.py), each in a process
+of its own as well: it has everything loaded.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import selectors
+import socket
+import sys
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orion_worker.system.processes import be_killed_after
+
+SOCKET_PATH = "/run/orion/transfers"
+TRANSFERS = ("send", "salvage", "receive")
+TAKEN = b"!"
+MOST_AT_ONCE = 16
+"""More requests than so many wait in the connection."""
+LONGEST_S = 3600.0
+"""Seconds after which the process of a request is killed, whatever it waits for: no order is given for longer."""
+MAX_LINE_BYTES = 1 << 20
+READ_BYTES = 1 << 16
+
+Answer = Callable[[str, str], tuple[int, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """`carry`: does the one that it is named, over standard input and output, and does not return before its end."""
+
+    place: Path
+    carry: Callable[[str], int]
+
+
+def serve(
+    answer: Answer, commands: Collection[str], incoming: int, outgoing: int, transfers: Transfers | None = None
+) -> None:
+    """Until `incoming` ends and all that was asked is answered. `answer`: the status and the report of a command."""
+    _Standing(answer, commands, incoming, outgoing, transfers).run()
+
+
+class _Standing:
+    def __init__(
+        self,
+        answer: Answer,
+        commands: Collection[str],
+        incoming: int,
+        outgoing: int,
+        transfers: Transfers | None,
+    ) -> None:
+        self._answer = answer
+        self._commands = commands
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._selector = selectors.DefaultSelector()
+        self._received = b""
+        self._ended = False
+        self._at_work: dict[int, tuple[int, object, bytearray]] = {}
+        """By the pipe to its process: that process, the id of its request, and what it has said."""
+        self._transfers = transfers
+        self._listening = _listen(transfers.place) if transfers else None
+        self._carrying: dict[int, int] = {}
+        """The processes of transfers, by a descriptor that says when each has ended."""
+
+    def run(self) -> None:
+        gc.freeze()  # what the forks share stays shared
+        if self._listening:
+            self._selector.register(self._listening, selectors.EVENT_READ)
+        self._selector.register(self._incoming, selectors.EVENT_READ)
+        self._write(b'{"ready": true}\n')
+        while not self._ended or self._at_work:
+            for key, _ in self._selector.select():
+                if key.fd == self._incoming:
+                    self._read()
+                elif key.fileobj is self._listening:
+                    self._begin_transfer()
+                elif key.fd in self._carrying:
+                    self._end_transfer(key.fd)
+                else:
+                    self._collect(key.fd)
+            self._start_what_waits()
+
+    def _read(self) -> None:
+        part = os.read(self._incoming, READ_BYTES)
+        self._received += part
+        if not part or (len(self._received) > MAX_LINE_BYTES and b"\n" not in self._received):
+            self._selector.unregister(self._incoming)
+            self._ended = True
+
+    def _start_what_waits(self) -> None:
+        while len(self._at_work) < MOST_AT_ONCE and b"\n" in self._received:
+            line, _, self._received = self._received.partition(b"\n")
+            self._start(line)
+
+    def _start(self, line: bytes) -> None:
+        try:
+            asked = json.loads(line)
+            identifier, command, request = asked["id"], asked["command"], json.dumps(asked["request"])
+            if command not in self._commands:
+                raise ValueError(command)
+        except (ValueError, KeyError, TypeError):
+            self._write(_line(None, 2, {"changed": False, "error": "this is no request", "code": "invalid_request"}))
+            return
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            self._work(writing, identifier, command, request)
+        os.close(writing)
+        self._selector.register(reading, selectors.EVENT_READ)
+        self._at_work[reading] = pid, identifier, bytearray()
+
+    def _work(self, writing: int, identifier: object, command: str, request: str) -> None:
+        """In a process of its own, which ends here whatever happens; what breaks is told on stderr."""
+        try:
+            be_killed_after(LONGEST_S)
+            status, report = self._answer(command, request)
+            _write_all(writing, _line(identifier, status, report))
+        except BaseException as error:
+            with suppress(OSError):
+                _write_all(writing, _line(identifier, 1, _broken(error)))
+                sys.excepthook(type(error), error, error.__traceback__)
+        finally:
+            os._exit(0)
+
+    def _collect(self, pipe: int) -> None:
+        pid, identifier, said = self._at_work[pipe]
+        part = os.read(pipe, READ_BYTES)
+        said += part
+        if part:
+            return
+        self._selector.unregister(pipe)
+        os.close(pipe)
+        os.waitpid(pid, 0)
+        del self._at_work[pipe]
+        if not said.endswith(b"\n"):  # it was killed
+            said = bytearray(_line(identifier, 1, _broken(ChildProcessError("its process ended without an answer"))))
+        self._write(bytes(said))
+
+    def _begin_transfer(self) -> None:
+        assert self._listening  # noqa: S101 - who else has told of it
+        try:
+            asker, _ = self._listening.accept()
+        except BlockingIOError:
+            return
+        with asker:
+            pid = os.fork()
+            if pid == 0:
+                self._carry(asker)
+        ended = os.pidfd_open(pid)
+        self._carrying[ended] = pid
+        self._selector.register(ended, selectors.EVENT_READ)
+
+    def _carry(self, asker: socket.socket) -> None:
+        """In a process of its own, which ends here or becomes rsync; who handed it over waits until `asker` is shut."""
+        status = 1
+        try:
+            asker.setblocking(True)
+            command, ends, _, _ = socket.recv_fds(asker, len(max(TRANSFERS, key=len)), 3)
+            if len(ends) == 3 and self._transfers and command.decode() in TRANSFERS:
+                for standard, end in enumerate(ends):
+                    os.dup2(end, standard)
+                    os.close(end)
+                asker.sendall(TAKEN)
+                asker.set_inheritable(True)
+                status = self._transfers.carry(command.decode())
+                asker.sendall(bytes([status]))
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+        finally:
+            os._exit(status)
+
+    def _end_transfer(self, ended: int) -> None:
+        self._selector.unregister(ended)
+        os.close(ended)
+        os.waitpid(self._carrying.pop(ended), 0)
+
+    def _write(self, whole_lines: bytes) -> None:
+        """Nobody may be there any more to read it."""
+        with suppress(OSError):
+            _write_all(self._outgoing, whole_lines)
+
+
+def _listen(place: Path) -> socket.socket:
+    """For root alone. Whoever stood there before may go on with what it has; the next come here."""
+    place.unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o177)
+    try:
+        listening.bind(str(place))
+    finally:
+        os.umask(before)
+    listening.listen(64)
+    listening.setblocking(False)
+    return listening
+
+
+def _line(identifier: object, status: int, report: dict[str, Any]) -> bytes:
+    return json.dumps({"id": identifier, "status": status, "report": report}).encode() + b"\n"
+
+
+def _broken(error: BaseException) -> dict[str, Any]:
+    return {"changed": False, "error": f"orion-rental broke: {type(error).__name__}: {error}", "code": "broken"}
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]

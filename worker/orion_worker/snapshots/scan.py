@@ -1,0 +1,251 @@
+"""Scan"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import select
+import stat
+import subprocess
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from orion_worker.records import Refused
+from orion_worker.system import trees
+
+FIND = ("/usr/bin/find", ".", "-xdev", "-printf", r"%i %n %s %m %T@ %C@ %y %U %p\0%i %b %s\0")
+"""Two records for each entry. Its blocks are no part of the first: they may change long after the entry has, as when
+the kernel writes to the disk."""
+BLOCK_BYTES = 4096
+"""The least that an entry counts for, as domain/copies.py counts: a directory has a block on most disks."""
+RACY_S = 0.02
+"""Seconds before a scan within which a change of a file may have got the same ctime as a change after the scan."""
+LINE_BYTES = 190
+"""Bytes of a scan for each entry that a home may hold, on average: a limit of the memory that a scan takes."""
+LARGEST_HASHED = 64 << 20
+"""Bytes of the largest doubtful file that is compared by its content."""
+CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The entries of a home, one line each, and the Unix time at which the scan began."""
+
+    lines: frozenset[bytes]
+    at: float
+    sizes: bytes = b""
+    """The inode, the blocks of 512 bytes and the size of each entry, one line each."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    inode: int
+    size: int
+    changed_at: float
+    kind: bytes
+    """As find's %y: f, d, l, p, s, b or c."""
+    path: bytes
+
+
+def entry(line: bytes) -> Entry:
+    inode, _, size, _, _, changed_at, kind, _, path = line.split(b" ", 8)
+    return Entry(int(inode), int(size), float(changed_at), kind, path)
+
+
+def path_of(line: bytes) -> bytes:
+    return line.split(b" ", 8)[8]
+
+
+def scan(most_entries: int, last_moment: float, strict: bool) -> Scan:
+    """Return a scan of the current directory. `last_moment`: monotonic seconds. `strict`: nothing runs in it.
+
+    Raise Refused for more than `most_entries` entries, for names that are too long altogether, and, if strict, for what
+    cannot be looked at.
+    """
+    at = time.time()
+    find = subprocess.Popen(
+        FIND, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"LC_ALL": "C"}
+    )
+    assert find.stdout and find.stderr  # noqa: S101, PT018 - they were asked for
+    os.set_blocking(find.stderr.fileno(), False)
+    content = bytearray()
+    records = 0
+    try:
+        while part := _read_by(last_moment, find.stdout.fileno()):
+            content += part
+            records += part.count(b"\0")
+            if records > 2 * most_entries:
+                raise Refused("over_limit", f"its home holds more than {most_entries} files and directories")
+            if len(content) > LINE_BYTES * most_entries + (1 << 20):
+                raise Refused("over_limit", "the names of the files in its home are too long altogether")
+            with suppress(BlockingIOError):
+                os.read(find.stderr.fileno(), 1 << 16)  # so that it never waits to complain
+        status = find.wait()
+    finally:
+        find.kill()
+        find.wait()
+        find.stdout.close()
+        find.stderr.close()
+    if strict and status:
+        raise Refused("failed", "its home cannot be looked through")
+    found = bytes(content).split(b"\0")[:-1]
+    return Scan(frozenset(found[::2]), at, b"\n".join(found[1::2]))
+
+
+def _read_by(last_moment: float, descriptor: int) -> bytes:
+    """Return what is said next, empty at the end. Raise Refused if nothing is until that moment (monotonic seconds)."""
+    left_s = last_moment - time.monotonic()
+    if left_s < 0 or not select.select([descriptor], [], [], left_s)[0]:
+        raise Refused("timed_out", "looking through its home took longer than it may")
+    return os.read(descriptor, 1 << 20)
+
+
+def size_of(of: Scan) -> int:
+    """Return the bytes for which a home counts, as the manager counts a copy of it (`counted` of domain/copies.py).
+
+    An entry of any kind counts for its blocks or for its size with holes, whichever is more, and for BLOCK_BYTES at
+    least. A file with several names counts once.
+    """
+    entries = map(bytes.split, set(of.sizes.splitlines()))
+    return sum(max(512 * int(blocks), int(size), BLOCK_BYTES) for _, blocks, size in entries)
+
+
+def odd_folders(of: Scan) -> dict[bytes, int]:
+    """Return the modes of directories that their owner may write to and not list or enter, by path.
+
+    rsync opens such a directory to fill it, and does not close it again.
+    """
+    found = {}
+    for line in of.lines:
+        _, _, _, mode, _, _, kind, _, path = line.split(b" ", 8)
+        if kind == b"d" and int(mode, 8) & 0o200 and int(mode, 8) & 0o500 != 0o500:
+            found[path] = int(mode, 8)
+    return found
+
+
+def close_folders(home: int, folders: Mapping[bytes, int], uid: int) -> None:
+    """Give these directories of a home their modes, those that lie deeper first. What is not there is passed over."""
+    for path, mode in sorted(folders.items(), key=lambda each: -each[0].count(b"/")):
+        with suppress(OSError):
+            folder = open_below(home, path.split(b"/")[1:])
+            try:
+                if os.fstat(folder).st_uid == uid:
+                    os.fchmod(folder, mode)
+            finally:
+                os.close(folder)
+
+
+def open_below(home: int, names: Iterable[bytes]) -> int:
+    folder = os.dup(home)
+    try:
+        for name in names:
+            if name == b"..":
+                raise FileNotFoundError(errno.ENOENT, "not below the home")
+            inner = os.open(name, trees.OPEN_FOLDER, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+    except BaseException:
+        os.close(folder)
+        raise
+    return folder
+
+
+def fresh(now: Scan, before: Scan) -> dict[bytes, Entry]:
+    """Return what is new or other than before, by path."""
+    return {found.path: found for found in map(entry, now.lines - before.lines)}
+
+
+def gone(now: Scan, before: Scan) -> set[bytes]:
+    """Return the paths of what was there before, and is not there any more under that name."""
+    others = before.lines - now.lines
+    if not others:
+        return set()
+    return {path_of(line) for line in others} - {path_of(line) for line in now.lines - before.lines}
+
+
+def racy(found: Entry, at: float) -> bool:
+    """Return whether a change after a scan at that time could have left the entry's line as it is."""
+    return found.kind == b"f" and found.changed_at > at - RACY_S
+
+
+def racy_in(of: Scan) -> list[Entry]:
+    """Return the entries of a scan that are racy at its own time."""
+    since = of.at - RACY_S
+    return [found for line in of.lines if float(line.split(b" ", 6)[5]) > since and racy(found := entry(line), of.at)]
+
+
+def topmost(paths: Collection[bytes], replaced: Collection[bytes]) -> list[bytes]:
+    """Return those paths that lie below no other of them, and below nothing that is no directory any more."""
+    covers = {*paths, *replaced}
+    return [path for path in paths if not any(above in covers for above in folders_above(path))]
+
+
+def folders_above(path: bytes) -> Iterator[bytes]:
+    while b"/" in path:
+        path = path.rpartition(b"/")[0]
+        yield path
+
+
+def mapped_inodes(uid: int) -> frozenset[int]:
+    """Return the inodes of files that a process of this uid has mapped shared and writable.
+
+    The kernel shows the maps of a process to its own uid: this process has it meanwhile as its effective one, so that
+    no signal of the renter's reaches it.
+    """
+    before = os.geteuid(), os.getegid()
+    os.setegid(uid)
+    os.seteuid(uid)
+    try:
+        return frozenset(_mapped(uid))
+    finally:
+        os.seteuid(before[0])
+        os.setegid(before[1])
+
+
+def _mapped(uid: int) -> set[int]:
+    found = set()
+    for place in Path("/proc").iterdir():
+        if not place.name.isdigit():
+            continue
+        with suppress(OSError):
+            if place.stat().st_uid != uid:
+                continue
+            for line in (place / "maps").read_bytes().splitlines():
+                fields = line.split(None, 5)
+                if len(fields) > 5 and fields[1][1:2] == b"w" and fields[1][3:4] == b"s":
+                    found.add(int(fields[4]))
+    return found
+
+
+def digest(descriptor: int) -> str:
+    """Return the SHA-256 of an open file, from its beginning; empty where it is too large to be compared."""
+    if os.fstat(descriptor).st_size > LARGEST_HASHED:
+        return ""
+    found = hashlib.sha256()
+    position = 0
+    while part := os.pread(descriptor, CHUNK, position):
+        found.update(part)
+        position += len(part)
+    return found.hexdigest()
+
+
+def digest_at(home: int, path: bytes, uid: int) -> str:
+    """Return the SHA-256 of a file in a home; empty where it cannot be compared."""
+    *folders, name = path.split(b"/")[1:]
+    try:
+        folder = open_below(home, folders)
+        try:
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME, dir_fd=folder)
+        finally:
+            os.close(folder)
+    except OSError:
+        return ""
+    try:
+        status = os.fstat(descriptor)
+        return digest(descriptor) if stat.S_ISREG(status.st_mode) and status.st_uid == uid else ""
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,373 @@
+"""What changed in a home since its last snapshot, and setting that aside on the worker as it was at one moment.
+
+A scan lists every entry of a home with its inode, size, mode and times: the kernel sets the time of change of an
+inode (ctime) at each write, and no program can set it. Two scans so tell what changed between them. Two kinds of files
+may change without a new ctime, and count as doubtful: one whose ctime is as young as the scan (the kernel's clock has a
+granularity), and one that a program has mapped for writing. A doubtful file is copied again, or its content compared.
+
+What changed is copied into a tree beside the homes, which no renter reaches. The tree is written as `rsync
+--fake-super` writes: owner, mode and access list of an entry stand in its attributes. So an unprivileged rsync of an
+account of its own can send the tree, and the renter can neither stop that rsync nor shut a file from it.
+
+Everything here is done by root, whom the renter cannot shut out. So every step goes from an open directory to an entry
+in it without following a link, and the content of a file is read only after its owner has been looked at.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from orion_worker.records import Refused
+from orion_worker.snapshots.scan import CHUNK, Entry, digest, folders_above
+from orion_worker.system import trees
+from orion_worker.system.trees import remove_tree
+
+LONGEST_PATH = 4000
+"""Bytes of the longest path that rsync carries."""
+FICLONE = 0x40049409
+"""ioctl_ficlone(2): a copy that shares its blocks, where the file system can."""
+STAT = "user.rsync.%stat"
+LISTS = {"system.posix_acl_access": "user.rsync.%aacl", "system.posix_acl_default": "user.rsync.%dacl"}
+RESERVED = "user.rsync.%"
+"""The beginning of the names of attributes that rsync keeps for itself."""
+NAMES_SHOWN = 20
+
+
+class Aside:
+    """Copies of entries of a home in a tree of their own, under the names that they have at home."""
+
+    def __init__(self, home: int, place: Path, uid: int, sender: int) -> None:
+        """`home`: its open directory. `place`: made anew. `uid`: the renter's. `sender`: the uid that is to read it."""
+        self._home = home
+        self._uid = uid
+        self.sender = sender
+        self.place = place
+        self.tree = place / "tree"
+        self.missing: dict[bytes, str] = {}
+        """Why an entry cannot be carried, by path."""
+        self.poorer: dict[bytes, str] = {}
+        """Why an entry is carried without some of its attributes, by path."""
+        self.vanished: set[bytes] = set()
+        """The paths of what was not there any more when it was to be copied."""
+        self._times: dict[bytes, tuple[int, int]] = {}
+        """The times of the directories, set at the end: each entry that is made in one changes them."""
+        self._staged: set[bytes] = set()
+        """The paths of what was copied."""
+        self._can_clone = True
+        self._look: Callable[[], None] = lambda: None
+        """Called between two parts of a file; may raise."""
+        remove_tree(place)
+        self.tree.mkdir(mode=0o700, parents=True)
+        for made in (place, self.tree):
+            os.chown(made, sender, sender)
+        self.top = os.open(self.tree, trees.OPEN_FOLDER)
+
+    def remove(self) -> None:
+        """Remove all that was set aside."""
+        os.close(self.top)
+        remove_tree(self.place)
+
+    def write_list(self, paths: Iterable[bytes]) -> None:
+        """Write the list of what rsync is to send; what is in the list and not in the tree is removed there."""
+        with (self.place / "list").open("wb") as file:
+            file.write(b"\0".join(paths))
+            os.fchown(file.fileno(), self.sender, self.sender)
+
+    def keep(self, entries: Iterable[Entry], look: Callable[[], None]) -> int:
+        """Copy these as they are now, over what was copied before; return the bytes of the files. `look` may raise."""
+        self._attributes(self._home, self.top, os.fstat(self._home), b".")
+        self._look = look
+        copied = 0
+        chain: list[tuple[bytes, int, int]] = []
+        written: dict[int, bytes] = {}
+        try:
+            for each in sorted(entries, key=lambda one: one.path.split(b"/")):
+                look()
+                for noted in (self.missing, self.poorer):
+                    noted.pop(each.path, None)
+                self.vanished.discard(each.path)
+                try:
+                    copied += self._keep(each, chain, written)
+                except (FileNotFoundError, NotADirectoryError):
+                    self.vanished.add(each.path)
+                except OSError as error:
+                    if error.errno == errno.ELOOP:
+                        self.vanished.add(each.path)
+                    elif error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                        raise Refused("no_room", "the worker's disk has no room to set aside what changed") from error
+                    else:
+                        self._cannot(each.path, error.strerror or str(error))
+        finally:
+            for _, at_home, beside in chain:
+                os.close(at_home)
+                os.close(beside)
+        return copied
+
+    def settle(self, wanted: Collection[bytes]) -> None:
+        """Leave in the tree only these paths and the directories above them, with the times that they have at home."""
+        above = {folder for path in wanted for folder in folders_above(path)}
+        for path in self._staged - {*wanted, *above}:
+            self._clear_path(path)
+        for path in sorted(self._times, key=len, reverse=True):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.utime(_relative(path), ns=self._times[path], dir_fd=self.top, follow_symlinks=False)
+
+    def digest(self, path: bytes) -> str:
+        """Return the SHA-256 of a file that was copied; empty where it is too large to be compared."""
+        try:
+            descriptor = os.open(_relative(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.top)
+        except OSError:
+            return ""
+        try:
+            return digest(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _keep(self, each: Entry, chain: list[tuple[bytes, int, int]], written: dict[int, bytes]) -> int:
+        parts = each.path.split(b"/")[1:]
+        if len(each.path) > LONGEST_PATH:
+            self._cannot(each.path, "its path is too long")
+            return 0
+        if not parts:
+            return 0
+        at_home, beside = self._enter(parts[:-1], chain)
+        name = parts[-1]
+        status = os.stat(name, dir_fd=at_home, follow_symlinks=False)
+        if status.st_uid != self._uid:
+            self._cannot(each.path, "it belongs to somebody else")
+            return 0
+        if stat.S_ISDIR(status.st_mode):
+            self._keep_folder(each.path, name, at_home, beside)
+            return 0
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode) or _is_special(status.st_mode)):
+            self._cannot(each.path, "it is a device")
+            return 0
+        self._times.pop(each.path, None)
+        if status.st_ino in written:
+            self._link(each.path, name, beside, written[status.st_ino])
+            return 0
+        self._staged.add(each.path)
+        if stat.S_ISLNK(status.st_mode):
+            _make_link(os.readlink(name, dir_fd=at_home), name, beside, self.sender, status)
+            written[status.st_ino] = each.path
+            return 0
+        copied = self._keep_file(each.path, name, at_home, beside, status)
+        written[status.st_ino] = each.path
+        return copied
+
+    def _enter(self, folders: list[bytes], chain: list[tuple[bytes, int, int]]) -> tuple[int, int]:
+        """Return the open directory at home and the one beside it, below which the chain of open ones leads."""
+        same = 0
+        while same < min(len(chain), len(folders)) and chain[same][0] == folders[same]:
+            same += 1
+        while len(chain) > same:
+            _, at_home, beside = chain.pop()
+            os.close(at_home)
+            os.close(beside)
+        for depth in range(same, len(folders)):
+            at_home, beside = chain[-1][1:] if chain else (self._home, self.top)
+            name = folders[depth]
+            inner = os.open(name, trees.OPEN_FOLDER, dir_fd=at_home)
+            try:
+                made = self._folder(name, beside)
+                if made[1]:
+                    self._attributes(inner, made[0], os.fstat(inner), b"/".join((b".", *folders[: depth + 1])))
+            except BaseException:
+                os.close(inner)
+                raise
+            chain.append((name, inner, made[0]))
+        return chain[-1][1:] if chain else (self._home, self.top)
+
+    def _folder(self, name: bytes, beside: int) -> tuple[int, bool]:
+        """Return the open directory of that name, and whether it was made just now."""
+        try:
+            os.mkdir(name, 0o700, dir_fd=beside)
+            made = True
+        except FileExistsError:
+            made = False
+            if not stat.S_ISDIR(os.stat(name, dir_fd=beside, follow_symlinks=False).st_mode):
+                os.unlink(name, dir_fd=beside)
+                os.mkdir(name, 0o700, dir_fd=beside)
+                made = True
+        return os.open(name, trees.OPEN_FOLDER, dir_fd=beside), made
+
+    def _keep_folder(self, path: bytes, name: bytes, at_home: int, beside: int) -> None:
+        inner = os.open(name, trees.OPEN_FOLDER, dir_fd=at_home)
+        try:
+            made, _ = self._folder(name, beside)
+            try:
+                self._attributes(inner, made, os.fstat(inner), path)
+            finally:
+                os.close(made)
+            self._staged.add(path)
+        finally:
+            os.close(inner)
+
+    def _keep_file(self, path: bytes, name: bytes, at_home: int, beside: int, expected: os.stat_result) -> int:
+        special = _is_special(expected.st_mode)
+        flags = os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_PATH if special else os.O_RDONLY | os.O_NONBLOCK | os.O_NOATIME)
+        source = os.open(name, flags, dir_fd=at_home)
+        try:
+            status = os.fstat(source)
+            if status.st_uid != self._uid or stat.S_IFMT(status.st_mode) != stat.S_IFMT(expected.st_mode):
+                raise FileNotFoundError(name)  # something else has taken its place
+            target = _open_file(name, beside)
+            try:
+                copied = 0 if special else self._copy(source, target, status)
+                self._attributes(source, target, status, path, plain=not special)
+                os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+        return copied
+
+    def _copy(self, source: int, target: int, status: os.stat_result) -> int:
+        if self._can_clone and status.st_size:
+            try:
+                fcntl.ioctl(target, FICLONE, source)
+                return status.st_size
+            except OSError:
+                self._can_clone = False
+        if status.st_blocks * 512 < status.st_size:
+            os.ftruncate(target, 0)
+        position = copied = 0
+        while position < status.st_size:
+            try:
+                begin = os.lseek(source, position, os.SEEK_DATA)
+                end = min(os.lseek(source, begin, os.SEEK_HOLE), status.st_size)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break
+            while begin < end:
+                self._look()
+                moved = _move_bytes(source, target, begin, min(CHUNK, end - begin))
+                if not moved:
+                    break  # it was made shorter meanwhile: it is a file that is copied again
+                begin += moved
+                copied += moved
+            position = max(end, begin)
+        os.ftruncate(target, os.fstat(source).st_size)
+        return copied
+
+    def _attributes(self, source: int, target: int, status: os.stat_result, path: bytes, plain: bool = True) -> None:
+        """Write owner, mode, access lists and attributes as rsync --fake-super reads them; note a directory's times."""
+        os.fchown(target, self.sender, self.sender)
+        for name in os.listxattr(target):
+            if name.startswith("user."):
+                os.removexattr(target, name)
+        os.setxattr(target, STAT, f"{status.st_mode:o} 0,0 {status.st_uid}:{status.st_gid}".encode())
+        try:
+            for name in os.listxattr(source) if plain else ():
+                if name in LISTS:
+                    default = name.endswith("default")
+                    os.setxattr(target, LISTS[name], access_list(os.getxattr(source, name), default))
+                elif name.startswith(RESERVED):
+                    self.poorer[path] = f"the attribute {name} is reserved"
+                elif name.startswith("user."):
+                    os.setxattr(target, name, os.getxattr(source, name))
+        except (OSError, ValueError) as error:
+            self.poorer[path] = f"its attributes cannot be carried: {error}"
+        if stat.S_ISDIR(status.st_mode):
+            self._times[path] = (status.st_atime_ns, status.st_mtime_ns)
+
+    def _link(self, path: bytes, name: bytes, beside: int, first: bytes) -> None:
+        """Make it another name of what was copied under the path `first`."""
+        _clear(beside, name)
+        os.link(_relative(first), name, src_dir_fd=self.top, dst_dir_fd=beside, follow_symlinks=False)
+        self._staged.add(path)
+
+    def _cannot(self, path: bytes, why: str) -> None:
+        self.missing[path] = why
+        self._clear_path(path)
+
+    def _clear_path(self, path: bytes) -> None:
+        """Take it out of the tree, with what is below it."""
+        self._staged.discard(path)
+        self._times.pop(path, None)
+        folder, _, name = _relative(path).rpartition(b"/")
+        with suppress(OSError):
+            parent = os.open(folder or b".", trees.OPEN_FOLDER, dir_fd=self.top)
+            try:
+                _clear(parent, name)
+            finally:
+                os.close(parent)
+
+
+def access_list(kept: bytes, default: bool = False) -> bytes:
+    """Return an access list as rsync writes it into an attribute, from the kernel's form of it (acl(5), version 2).
+
+    Four numbers for owner, group, mask and others (0x80: none), then an id and its rights for each named user and
+    group; the highest bit says that it is a user. All are little-endian and 32 bits wide. Of a list that is not a
+    directory's default, rsync leaves out what the mode says as well.
+    """
+    (version,) = struct.unpack_from("<I", kept)
+    if version != 2:
+        raise ValueError("its access list is of an unknown form")
+    base = {0x01: 0x80, 0x04: 0x80, 0x10: 0x80, 0x20: 0x80}
+    users: list[tuple[int, int]] = []
+    groups: list[tuple[int, int]] = []
+    for tag, rights, number in struct.iter_unpack("<HHI", kept[4:]):
+        if tag in base:
+            base[tag] = rights
+        else:
+            (users if tag == 0x02 else groups).append((number, rights))
+    if not default:
+        mask = base[0x10]
+        base[0x01] = base[0x20] = 0x80
+        if mask in {0x80, base[0x04]}:
+            base[0x04] = 0x80
+    named = [(number, rights | 1 << 31) for number, rights in sorted(users)] + sorted(groups)
+    return struct.pack("<4I", *base.values()) + b"".join(struct.pack("<2I", *pair) for pair in named)
+
+
+def _is_special(mode: int) -> bool:
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def _relative(path: bytes) -> bytes:
+    return path[2:] if path.startswith(b"./") else path
+
+
+def _open_file(name: bytes, beside: int) -> int:
+    """Return the open file of that name, made where there is none, and in the place of whatever else has the name."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with suppress(FileNotFoundError):
+        status = os.stat(name, dir_fd=beside, follow_symlinks=False)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            _clear(beside, name)
+    return os.open(name, flags, 0o600, dir_fd=beside)
+
+
+def _make_link(to: bytes, name: bytes, beside: int, owner: int, status: os.stat_result) -> None:
+    _clear(beside, name)
+    os.symlink(to, name, dir_fd=beside)
+    os.chown(name, owner, owner, dir_fd=beside, follow_symlinks=False)
+    os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=beside, follow_symlinks=False)
+
+
+def _clear(folder: int, name: bytes) -> None:
+    with suppress(FileNotFoundError):
+        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            trees.remove_entry(folder, os.fsdecode(name))
+        else:
+            os.unlink(name, dir_fd=folder)
+
+
+def _move_bytes(source: int, target: int, at: int, number: int) -> int:
+    """Copy within the kernel; return how many bytes that were."""
+    try:
+        return os.copy_file_range(source, target, number, at, at)
+    except OSError as error:
+        if error.errno not in {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}:
+            raise
+    os.lseek(target, at, os.SEEK_SET)
+    return os.sendfile(target, source, at, number)

@@ -1,0 +1,267 @@
+"""The processes of a renter: finding them, and reaching all of them at once though they fork meanwhile.
+
+A renter may stop whatever has its uid, what root has begun for it as well; then only SIGKILL ends that, and no signal
+that waits for its turn, as SIGALRM does. So root waits for such a child until a moment that it has named before, and
+then ends it by `end_group`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+PROC = Path("/proc")
+SCORE = "oom_score_adj"
+"""The file of a process by which the kernel chooses whom it ends when memory is used up: see scores.py."""
+END_WITHIN_S = 10.0
+FIRST_UID = 100_000
+"""The lowest uid of a renter."""
+FIRST_SENDER = 1 << 31
+"""The uid from which on the accounts are that send the files of rentals; every renter's is below it."""
+NOT_BEGUN = 128
+"""The exit status, less the number of the error, of a child that could not begin its work."""
+LAST = 19
+"""The highest niceness: with it, 22 processes have as much of a processor as one of another renter's."""
+_NOBODYS_ID = 4_000_000_000
+"""Above every number that a renter can have, and no account's."""
+_DIES_WITH_PARENT = 1
+"""prctl(2), PR_SET_PDEATHSIG."""
+
+
+def owners(status: str) -> set[int]:
+    """Real, effective, saved and file-system uid in the text of /proc/PID/status; none for a zombie.
+
+    A process whose first thread has ended looks like a zombie while others go on in it.
+    """
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    if fields.get("State", "").strip().startswith(("Z", "X")) and int(fields.get("Threads", 1)) < 2:
+        return set()
+    return {int(uid) for uid in fields.get("Uid", "").split()}
+
+
+def of(uids: Collection[int]) -> list[int]:
+    """Living processes that have one of these uids in any of their four places."""
+    return [pid for pid in _all() if not owners(_status(pid)).isdisjoint(uids)]
+
+
+def log_ins(usernames: Collection[str]) -> list[int]:
+    """sshd's own processes for these renters, which run as root and show the name in their title."""
+    return [pid for pid in _all() if log_in_name(pid) in usernames]
+
+
+def uids_from(first: int) -> set[int]:
+    """Return the uids from this one up that have a process, without those that send files (files.sender_of)."""
+    return {uid for pid in _all() for uid in owners(_status(pid)) if first <= uid < FIRST_SENDER}
+
+
+def sessions(uid: int, username: str) -> list[int]:
+    """sshd's processes of root that hold this renter's log-ins: not those of which nobody knows yet who is there."""
+    parents = {parent_of(_status(pid)) for pid in of([uid])}
+    return [pid for pid in log_ins([username]) if pid in parents]
+
+
+def parent_of(status: str) -> int:
+    """The parent in the text of /proc/PID/status; 0 where there is none."""
+    found = [line for line in status.splitlines() if line.startswith("PPid:")]
+    return int(found[0].split()[1]) if found else 0
+
+
+def ticks(pid: int) -> int:
+    """Return the ticks of a processor that a process has used, and all that it has started; 0 where there is none."""
+    try:
+        fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        children = (PROC / str(pid) / "task" / str(pid) / "children").read_text().split()
+    except OSError:
+        return 0
+    return sum(map(int, fields[11:15])) + sum(ticks(int(child)) for child in children)
+
+
+def end(renters: dict[int, str], within_s: float = END_WITHIN_S) -> int:
+    """Kill all processes of these renters (uid: username) and wait until none is left; returns how many it saw.
+
+    What is not gone in time, such as a process that the kernel cannot interrupt, is left for the caller to find.
+    """
+    found = [*of(renters), *log_ins(renters.values())]
+    seen = set(found)
+    last_moment = time.monotonic() + within_s
+    while time.monotonic() < last_moment:
+        for uid in renters:
+            strike(uid, signal.SIGKILL)
+        for pid in found:
+            send(pid, renters, signal.SIGKILL)
+        found = [*of(renters), *log_ins(renters.values())]
+        if not found:
+            break
+        seen.update(found)
+        time.sleep(0.01)
+    return len(seen)
+
+
+def begin(work: Callable[[], object]) -> int:
+    """Begin a child that does this work and ends; return its number. It leads a group of its own: see `end_group`."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setsid()
+            work()
+        except OSError as error:
+            status = NOT_BEGUN + (error.errno or 0)
+        finally:
+            os._exit(status)
+    return child
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when the one of that number ends, which has begun it.
+
+    Another uid makes the kernel forget that: call it when this process has the uid that it keeps.
+    """
+    ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def has_ended(child: int, within_s: float) -> bool:
+    """Return whether a child has ended within that time. Its status is still to be taken then."""
+    ended = os.pidfd_open(child)
+    try:
+        return bool(select.select([ended], [], [], max(0.0, within_s))[0])
+    finally:
+        os.close(ended)
+
+
+def end_group(child: int) -> int:
+    """Kill a child and all that it has started in its group, stopped or not; return its exit status as `os` codes it.
+
+    The status is taken last: until then the number is not given to another.
+    """
+    for reach in (os.killpg, os.kill):  # it may not lead its group yet
+        with suppress(ProcessLookupError):
+            reach(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class _Event(ctypes.Structure):
+    """What happens at the end of a timer: sigevent(3type)."""
+
+    _fields_ = [
+        ("value", ctypes.c_void_p),
+        ("number", ctypes.c_int),
+        ("how", ctypes.c_int),
+        ("rest", ctypes.c_int * 12),
+    ]
+
+
+def be_killed_after(seconds: float) -> bool:
+    """Have the kernel kill this process after so many seconds, whatever it waits for, and though it is stopped.
+
+    No child inherits that, nor does a program that takes its place. Return whether the kernel has such a timer.
+    """
+    libc = ctypes.CDLL(None)
+    event, timer = _Event(number=signal.SIGKILL), ctypes.c_void_p()
+    seconds = max(0.001, seconds)  # none would be no end
+    moment = (ctypes.c_long * 4)(0, 0, int(seconds), int(seconds % 1 * 1e9))
+    if libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)):
+        return False
+    return not libc.timer_settime(timer, 0, moment, None)
+
+
+def strike(uid: int, number: signal.Signals) -> bool:
+    """A signal to every process of this uid in one step of the kernel, as none but that uid itself can send it.
+
+    False where there was no room for the sender: then whoever is found is reached one by one.
+
+    Looking for processes and killing what was found, even after stopping it, is not enough: a program that goes on in
+    its child and ends the parent is never there any more when its turn comes (seen). kill(-1) holds the kernel's list,
+    and a fork that is under way gets the signal too. The sender has the uid as its effective one only, and a real one
+    that nobody has, so that the renter cannot strike first.
+    """
+    return act_as(uid, lambda: os.kill(-1, number))
+
+
+def come_last(uid: int) -> bool:
+    """Give all processes of this uid the lowest priority in one step of the kernel, as `strike` reaches them.
+
+    Root needs a capability for it that a worker has not.
+    """
+    return act_as(uid, lambda: os.setpriority(os.PRIO_USER, uid, LAST))
+
+
+def act_as(uid: int, act: Callable[[], object]) -> bool:
+    """Do what this uid may do to its processes, in a child that they cannot reach; False: there was no room for it."""
+    try:
+        child = os.fork()
+    except OSError:
+        return False
+    if child == 0:
+        with suppress(OSError):
+            os.setgroups([])
+            os.setresgid(_NOBODYS_ID, _NOBODYS_ID, _NOBODYS_ID)
+            own = _NOBODYS_ID + os.getpid()  # one for each sender: two strikes at a time must not hit each other
+            os.setresuid(own, uid, own)
+            act()
+        os._exit(0)
+    while os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1]):
+        os.kill(child, signal.SIGCONT)  # whoever stopped it must not have this process wait for ever
+    return True
+
+
+def send(pid: int, renters: Mapping[int, str], number: signal.Signals) -> None:
+    """Through a descriptor opened before the last look: a number that was given to another meanwhile is not hit."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        theirs = not owners(_status(pid)).isdisjoint(renters)
+        if theirs or log_in_name(pid) in renters.values():
+            signal.pidfd_send_signal(descriptor, number)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def own_score() -> int:
+    return int((PROC / "self" / SCORE).read_text())
+
+
+def give_score(pid: int, score: int) -> None:
+    """For a process of root's. Raise OSError where it has ended, or where the kernel refuses."""
+    (PROC / str(pid) / SCORE).write_text(str(score))
+
+
+def name_of(pid: int) -> str:
+    try:
+        return (PROC / str(pid) / "comm").read_text(errors="replace").strip()
+    except OSError:
+        return "gone"
+
+
+def log_in_name(pid: int) -> str | None:
+    """The renter's name in the title of one of sshd's processes of root: `sshd-session: r-abc [priv]`."""
+    try:
+        title = (PROC / str(pid) / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
+    except OSError:
+        return None
+    if not title.startswith("sshd-session: ") or owners(_status(pid)) != {0}:
+        return None
+    return title.removeprefix("sshd-session: ").split(" ")[0].split("@")[0]
+
+
+def _all() -> list[int]:
+    return [int(place.name) for place in PROC.iterdir() if place.name.isdigit()]
+
+
+def _status(pid: int) -> str:
+    try:
+        return (PROC / str(pid) / "status").read_text(errors="replace")
+    except OSError:
+        return ""

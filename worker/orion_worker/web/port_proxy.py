@@ -1,0 +1,264 @@
+"""Carries what the proxy brings for a rental's web port to the rental's own process, and to nothing else.
+
+    web_door.py PROXY_ADDRESS APP_ADDRESS          the listening socket is its stdin
+
+A process of its own, so that no byte of a renter takes the agent's time; the agent starts it, again where it dies, and
+keeps the socket. It is root, to read who is here, without any of root's capabilities.
+
+The proxy sends one request on each connection, with a pass that the manager made for it: rental, epoch, port, what
+opens it (a token, or that the port is public), a number and for how long, signed with the secret of this worker's
+session. What is checked, in this order: the peer is the proxy; the pass is the
+manager's; the rental is here at this very epoch, let in, and not frozen; whatever listens on the port is a socket of
+the rental's uid, before the connection to it and after. Then bytes are passed on, both ways, as they are. A connection
+ends as soon as the rental's right to run here does, when the time in its pass is over, and when the manager says that
+what opened it has ended (src/orion/manager/gateway/web_ends.py).
+
+What it cannot carry it answers itself, in words for people or for programs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import hmac
+import os
+import re
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+from orion_worker.web.active_rentals import Tenants
+from orion_worker.web.listeners import Reached, reach
+from orion_worker.web.port_tokens import END, END_MESSAGE, Way, end_signature, header, opened, take_pass
+from orion_worker.web.refusals import Refusal, refusal_response, wants_html
+from orion_worker.web.responses import READ_BYTES, pump, pump_answer
+from orion_worker.web.socket_diag import listening
+
+LARGEST_HEAD_BYTES = 96 << 10
+HEAD_WITHIN_S = 5.0
+CONNECT_WITHIN_S = 5.0
+LINGER_S = 2.0
+"""So long is read what was sent and is not wanted: a connection that is closed over it would take the answer along."""
+LOOK_EVERY_S = 0.2
+ENOUGH, ENOUGH_EACH = 200, 10
+"""Connections to the web ports of a worker, which its slots share, and those that each has however many there are."""
+MOST_OF_ALL = 500
+"""Connections of all rentals together, where there are more than 50 slots."""
+NICENESS = 5
+LARGEST_END_BYTES = 256 << 10
+REMEMBERED_S = 120.0
+"""What has ended is known for so long. A pass comes within a minute: for no longer the proxy tries to connect."""
+
+
+def look_at_port(uid: int, port: int) -> Reached | None:
+    return reach(listening(), uid, port)
+
+
+class WebDoor:
+    """`look` is given a uid and a port; `managers` are the addresses that may say what has ended.
+
+    `slots`: how many rentals the worker may have; each has its share of the connections, so that none takes another's.
+    """
+
+    def __init__(
+        self,
+        tenants: Tenants,
+        peers: frozenset[str],
+        look: Callable[[int, int], Reached | None] = look_at_port,
+        managers: frozenset[str] = frozenset(),
+        slots: int = 1,
+    ) -> None:
+        self._tenants = tenants
+        self._peers = peers
+        self._look = look
+        self._managers = managers
+        self._most_of_a_rental = max(ENOUGH_EACH, ENOUGH // slots)
+        self._carried: dict[asyncio.Task[None], Way] = {}
+        self._ended: dict[str, tuple[int, float]] = {}
+        """What has ended, as the manager names it: up to which number, and until when that is remembered."""
+
+    async def serve(self, listener: socket.socket) -> None:
+        """For ever."""
+        server = await asyncio.start_server(self._admit, sock=listener, limit=READ_BYTES)
+        async with server:
+            while True:
+                await asyncio.sleep(LOOK_EVERY_S)
+                self.look_again()
+
+    def look_again(self) -> None:
+        """End what is carried for whoever may not run here any more."""
+        for way in set(self._carried.values()):
+            try:
+                self._tenants.find(way)
+            except Refusal:
+                for task, its in self._carried.items():
+                    if its == way:
+                        task.cancel()
+
+    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = writer.get_extra_info("peername")
+        if not peer or peer[0] not in self._peers | self._managers:
+            writer.transport.abort()
+            return
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        head = b""
+        try:
+            async with asyncio.timeout(HEAD_WITHIN_S):
+                head = await _head(reader)
+            if peer[0] in self._managers and (told := header(head, END)):
+                await self._hear(reader, writer, told, head)
+                return
+            if peer[0] not in self._peers:
+                raise Refusal(403, "no_pass", "this door is for the platform's proxy alone")
+            told, rest = take_pass(head)
+            await self._carry(reader, writer, opened(told, self._tenants.session_id()), rest)
+        except Refusal as refusal:
+            with suppress(OSError):
+                writer.write(refusal_response(refusal, wants_html(head)))
+                writer.write_eof()
+                await _linger(reader)
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            pass  # it has hung up, or says nothing
+        finally:
+            writer.close()
+
+    async def _hear(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, told: str, head: bytes) -> None:
+        """End what the manager says is over, and answer with what is open then."""
+        match, size = END_MESSAGE.fullmatch(told), header(head, b"content-length")
+        if not match or not re.fullmatch(r"[0-9]{1,9}", size) or int(size) > LARGEST_END_BYTES:
+            raise Refusal(400, "no_end", "this does not say what has ended")
+        async with asyncio.timeout(HEAD_WITHIN_S):
+            lines = await reader.readexactly(int(size))
+        session_id, number = self._tenants.session_id(), int(match[1])
+        if not session_id or not hmac.compare_digest(end_signature(session_id, number, lines), match[2]):
+            raise Refusal(403, "no_end", "this is not of the manager of this session")
+        self.end(lines.decode("latin-1").splitlines(), number)
+        is_open = "\n".join(sorted({way.opened_by for way in self._carried.values()})).encode()
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(is_open) + is_open)
+        with suppress(OSError):
+            await writer.drain()
+
+    def end(self, lines: list[str], number: int) -> None:
+        """End what was opened by a pass with a lower number and one of these: `RENTAL PORT GRANT`, or `* * GRANT`."""
+        now = time.monotonic()
+        self._ended = {line: known for line, known in self._ended.items() if known[1] > now}
+        self._ended |= dict.fromkeys(lines, (number, now + REMEMBERED_S))
+        for task, way in list(self._carried.items()):
+            if self._has_ended(way):
+                del self._carried[task]
+                task.cancel()
+
+    def _has_ended(self, way: Way) -> bool:
+        known = (self._ended.get(line) for line in (way.opened_by, f"* * {way.grant}"))
+        return any(way.number < found[0] for found in known if found)
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Way, head: bytes) -> None:
+        if sum(other.rental_id == way.rental_id for other in self._carried.values()) >= self._most_of_a_rental:
+            detail = (
+                f"the web ports of this rental have {self._most_of_a_rental} connections open, and may have no more"
+            )
+            raise Refusal(503, "too_many_connections", f"{detail}: close some, or try again in a moment")
+        if len(self._carried) >= MOST_OF_ALL:
+            detail = f"the worker of this rental carries {MOST_OF_ALL} connections to web ports, and no more"
+            raise Refusal(503, "too_many_connections", f"{detail}: try again in a moment")
+        if self._has_ended(way):
+            raise Refusal(403, "ended", "what opened this port has ended: open it anew")
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in one
+        self._carried[task] = way
+        ends = asyncio.get_running_loop().call_later(way.left_ms / 1000, task.cancel) if way.left_ms else None
+        try:
+            far_reader, far_writer = await self._connect(way)
+            try:
+                far_writer.write(head)
+                await _both_ways(pump(reader, far_writer), pump_answer(far_reader, writer))
+            finally:
+                far_writer.close()
+        except asyncio.CancelledError:
+            writer.transport.abort()  # nothing more of it, not even what waits to be sent
+            if task.uncancel():
+                raise
+        finally:
+            if ends:
+                ends.cancel()
+            self._carried.pop(task, None)
+
+    async def _connect(self, way: Way) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """To a socket of the rental's own. Who takes a port in between is found by the second look."""
+        uid = self._tenants.find(way).uid
+        nobody = Refusal(502, "nothing_listens", f"nothing of this rental listens on port {way.port}: start it there")
+        before = self._look(uid, way.port)
+        if before is None:
+            raise nobody
+        for address in before.addresses:
+            with suppress(OSError):  # TimeoutError is one
+                async with asyncio.timeout(CONNECT_WITHIN_S):
+                    reader, writer = await asyncio.open_connection(address, way.port, limit=READ_BYTES)
+                    break
+        else:
+            detail = f"a process of this rental listens on port {way.port} and took no connection: look at it there"
+            raise Refusal(502, "not_accepted", detail)
+        after = self._look(uid, way.port)
+        if after is None or not before.inodes <= after.inodes:
+            writer.transport.abort()
+            raise nobody
+        return reader, writer
+
+
+async def _head(reader: asyncio.StreamReader) -> bytes:
+    """Up to and with the empty line; what comes behind it stays."""
+    head = b""
+    while b"\r\n\r\n" not in head[-4:]:
+        head += await reader.readuntil(b"\r\n")
+        if len(head) > LARGEST_HEAD_BYTES:
+            raise Refusal(400, "head_too_large", "the headers of the request are too large")
+    return head
+
+
+async def _both_ways(*ways: Coroutine[Any, Any, None]) -> None:
+    """Until either ends. Raises the Refusal that one ends with."""
+    pumps = [asyncio.create_task(way) for way in ways]
+    try:
+        done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        for pump in done:
+            pump.result()
+    finally:
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _linger(reader: asyncio.StreamReader) -> None:
+    with suppress(OSError, TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while await reader.read(READ_BYTES):
+                pass
+
+
+def give_up_capabilities() -> None:
+    """For good, as nothing is executed afterwards. capset(2), version 3: effective, permitted, inheritable, twice."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    nothing = (ctypes.c_uint32 * 6)()
+    if libc.capset(header, nothing):
+        raise OSError(ctypes.get_errno(), "the capabilities cannot be given up")
+
+
+def main() -> int:
+    if len(sys.argv) != 4:
+        print("usage: web_door.py PROXY_ADDRESS APP_ADDRESS SLOTS < listening socket", file=sys.stderr)  # noqa: T201
+        return 2
+    give_up_capabilities()
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    os.nice(NICENESS)
+    gc.freeze()
+    listener = socket.socket(fileno=os.dup(0))
+    door = WebDoor(Tenants(), frozenset({sys.argv[1]}), managers=frozenset({sys.argv[2]}), slots=int(sys.argv[3]))
+    asyncio.run(door.serve(listener))
+    return 0

@@ -1,0 +1,43 @@
+"""Refusals"""
+
+from __future__ import annotations
+
+import html
+import json
+
+PROXY_MARK = b"X-Orion-Door: 1\r\n"
+"""In each answer, so that the proxy can tell one that it has read from what it could not read (web_port.js there)."""
+_TITLES = {400: "Bad Request", 403: "Forbidden", 502: "Bad Gateway", 503: "Service Unavailable"}
+
+
+class Refusal(Exception):
+    """Why nothing is carried, as whoever asked will read it."""
+
+    def __init__(self, status: int, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.code = code
+
+
+def wants_html(head: bytes) -> bool:
+    return any(line.lower().startswith(b"accept:") and b"text/html" in line.lower() for line in head.split(b"\r\n"))
+
+
+def refusal_response(refusal: Refusal, as_html: bool) -> bytes:
+    title, detail = _TITLES[refusal.status], str(refusal)
+    if as_html:
+        kind = "text/html; charset=utf-8"
+        body = f"<!doctype html><title>{title}</title><h1>{title}</h1><p>{html.escape(detail)}</p>\n"
+    else:
+        kind = "application/problem+json"
+        problem = {"type": "about:blank", "title": title, "status": refusal.status, "code": refusal.code}
+        body = json.dumps(problem | {"detail": detail})
+    lines = [
+        f"HTTP/1.1 {refusal.status} {title}",
+        PROXY_MARK.decode().strip(),
+        "Cache-Control: no-store",
+        "Connection: close",
+    ]
+    lines += [f"Content-Type: {kind}", f"Content-Length: {len(body.encode())}"]
+    lines += ["Retry-After: 2"] if refusal.status == 503 else []
+    return ("\r\n".join([*lines, "", ""]) + body).encode()
