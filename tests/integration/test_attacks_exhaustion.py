@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from orion_worker.limits.log_limit import BURST, EACH_S
-from orion_worker.limits.terminals import AGAIN_S, FAR, MOST
-from orion_worker.limits.turns import CROWD
-from orion_worker.system.processes import LAST
+from orion_worker.limits.log_limit import BURST, LINE_EVERY_S
+from orion_worker.limits.priority import CROWD
+from orion_worker.limits.terminals import AGAIN_S, MOST_HELD, MOST_HIDDEN
+from orion_worker.system.processes import LOWEST_PRIORITY
 from proxy_support import free_port
 from rental_support import Rental, new_rental
 from worker_support import Worker, docker, wait_until
@@ -75,8 +75,8 @@ except OSError as error:
     print(error.errno, len(held))
 time.sleep(600)
 """
-"""It hides no faster than it is looked for, also where nobody ran for seconds: who hides FAR is ended before it could
-tell how many it holds."""
+"""It hides no faster than it is looked for, also where nobody ran for seconds: who hides MOST_HIDDEN is ended before it
+could tell how many it holds."""
 SHUT, NO_MORE = 13, 28
 
 
@@ -99,7 +99,7 @@ def test_a_renter_who_hides_the_terminals_that_it_holds_takes_no_more_than_a_sha
         assert attack.stdout is not None
         error, held = map(int, attack.stdout.readline().split())
         assert error == SHUT
-        assert MOST - 16 < held < FAR
+        assert MOST_HELD - 16 < held < MOST_HIDDEN
         for other in (roommate, elsewhere):
             assert terminal(other).startswith("/dev/pts/")
         assert has_more(elsewhere)
@@ -123,7 +123,7 @@ def test_a_renter_who_is_refused_a_thousand_times_a_second_does_not_fill_the_log
     assert tried == 10 * BURST
     wait_until(lambda: len(rental.on.log().splitlines()) - log > BURST / 2, "the first of its lines are said")
     said = rental.on.log().splitlines()[log:]
-    assert len(said) < 2 * BURST + (time.monotonic() - began) / EACH_S
+    assert len(said) < 2 * BURST + (time.monotonic() - began) / LINE_EVERY_S
     wait_until(lambda: "lines of sshd's were left out" in rental.on.log(), "that is said")
     before = times_let_in(rental)
     wait_until(lambda: rental.lets_in() and times_let_in(rental) > before, "others of its lines are said")
@@ -268,7 +268,7 @@ def test_a_start_command_that_forks_for_ever_comes_after_the_orders_of_root(
     for run in (1, 2):
         status, report = rental.on.rental("run", **asked, start_mark=f"{run}@{boot}")
         assert (status, "started" in report) == (0, True), report
-        wait_until(lambda: niceness().count(str(LAST)) > CROWD, "it comes last")
+        wait_until(lambda: niceness().count(str(LOWEST_PRIORITY)) > CROWD, "it comes last")
         assert roommate.lets_in()
         for command in ("freeze", "thaw"):
             status, report = rental.on.rental(command, rental_id=rental.rental_id, epoch=1)

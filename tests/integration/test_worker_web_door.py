@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from orion_worker.web.port_tokens import Way, signature
+from orion_worker.web.port_tokens import PortToken, signature
 from rental_support import Rental, new_rental
 from support.patience import PATIENCE_S
 from test_worker_walls import CONNECT, FILTERED
@@ -63,8 +63,8 @@ def serving(rental: Rental, says: str, address: str = "127.0.0.1", port: int = P
             running.kill()
 
 
-def request(way: Way, session: str) -> bytes:
-    told = f"{way.told} {signature(session, way)}"
+def request(way: PortToken, session: str) -> bytes:
+    told = f"{way.text} {signature(session, way)}"
     return f"GET /x HTTP/1.1\r\nHost: h\r\nX-Orion-Pass: {told}\r\n\r\n".encode()
 
 
@@ -74,7 +74,7 @@ def session_of(worker: Worker) -> str:
 
 def ask(rental: Rental, port: int = PORT, epoch: int = 0, session: str = "") -> str:
     """What comes back, until nothing more does for a second; from the address of app and proxy."""
-    way = Way(rental.rental_id, epoch or rental.epoch, port)
+    way = PortToken(rental.rental_id, epoch or rental.epoch, port)
     with socket.create_connection((rental.on.address, 80), timeout=PATIENCE_S) as there:
         there.sendall(request(way, session or session_of(rental.on)))
         answer = there.recv(65536)
@@ -127,7 +127,7 @@ def test_nobody_but_the_proxy_gets_to_the_door_or_past_it(rental: Rental, neighb
 
 def test_what_stands_still_answers_nobody_and_what_was_open_is_cut(rental: Rental) -> None:
     with serving(rental, "mine"):
-        way = Way(rental.rental_id, rental.epoch, PORT)
+        way = PortToken(rental.rental_id, rental.epoch, PORT)
         with socket.create_connection((rental.on.address, 80), timeout=PATIENCE_S) as there:
             there.sendall(request(way, session_of(rental.on)))
             assert there.recv(1000).startswith(b"HTTP/1.1 200")

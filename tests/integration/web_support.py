@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orion_worker.records import Ledger, Record
-from orion_worker.web.active_rentals import Tenants
-from orion_worker.web.listeners import Reached, listeners, reach
-from orion_worker.web.port_proxy import WebDoor
+from orion_worker.records import RentalRecord, RentalRecords
+from orion_worker.web.active_rentals import ActiveRentals
+from orion_worker.web.listeners import PortTarget, listeners, target_of
+from orion_worker.web.port_proxy import PortProxy
 from platform_support import Platform
 
 from orion.manager.api.web_ports import COOKIE
@@ -130,7 +130,7 @@ class MadeUpWorker:
         self.address = f"{platform.door.network}.1"
         self._platform = platform
         self._root = root
-        self.ledger = Ledger(root / "var/lib/orion/rentals")
+        self.records = RentalRecords(root / "var/lib/orion/rentals")
         (root / "run/orion").mkdir(parents=True)
         self.renter = Renter()
         self._loop = asyncio.new_event_loop()
@@ -138,7 +138,7 @@ class MadeUpWorker:
 
     def holds(self, rental_id: str, epoch: int = 1) -> None:
         (self._root / "run/orion/session").write_text(self._platform.session)
-        self.ledger.keep(Record(rental_id, f"r-{rental_id}", os.getuid(), epoch, let_in=True))
+        self.records.save(RentalRecord(rental_id, f"r-{rental_id}", os.getuid(), epoch, activated=True))
 
     def goes_on(self) -> None:
         self._loop.call_soon_threadsafe(self.renter.goes_on.set)
@@ -146,8 +146,8 @@ class MadeUpWorker:
     async def _begin(self) -> None:
         server = await asyncio.start_server(self.renter.serve, "127.0.0.1", 0)
         self.renter.port = server.sockets[0].getsockname()[1]
-        self.door = WebDoor(
-            Tenants(self._root),
+        self.door = PortProxy(
+            ActiveRentals(self._root),
             frozenset({f"{self._platform.door.network}.2"}),
             self._look,
             frozenset({_comes_from(self.address)}),
@@ -155,11 +155,11 @@ class MadeUpWorker:
         self._listener = socket.create_server((self.address, 80))
         self._serving = (server, asyncio.create_task(self.door.serve(self._listener)))
 
-    def _look(self, uid: int, port: int) -> Reached | None:
+    def _look(self, uid: int, port: int) -> PortTarget | None:
         """Of this machine, where nothing else is a renter's."""
         if port != self.renter.port:
             return None
-        return reach(listeners(Path("/proc/net/tcp").read_text()), uid, port)
+        return target_of(listeners(Path("/proc/net/tcp").read_text()), uid, port)
 
     def start(self) -> None:
         self._thread.start()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import asyncssh
 import pytest
-from orion_worker.agent.decisions import WATCH_GRACE_S
+from orion_worker.agent.decisions import LIVENESS_GRACE_S
 from orion_worker.agent.fence import AGAIN_EVERY_S, LOOK_EVERY_S
 from support.builders import new_worker
 from support.house import House
@@ -148,7 +148,7 @@ def test_only_an_end_that_came_from_the_other_side_begins_a_proof(ended: Excepti
 
 def test_a_living_worker_has_frozen_what_it_runs_before_its_silence_is_taken_for_death() -> None:
     """Silence begins with the end of the connection, for the agent too: docs/decisions/015-liveness-connection.md."""
-    assert WATCH_GRACE_S + LOOK_EVERY_S + AGAIN_EVERY_S < SILENCE_S
+    assert LIVENESS_GRACE_S + LOOK_EVERY_S + AGAIN_EVERY_S < SILENCE_S
 
 
 def test_silence_proves_death_only_after_its_time_and_enough_attempts() -> None:

@@ -9,33 +9,33 @@ from pathlib import Path
 import pytest
 from orion_worker.freezer import marks
 from orion_worker.freezer.marks import Freezer
-from orion_worker.records import Record, Refused
+from orion_worker.records import RentalRecord, RequestRefused
 from support.house import Agent, House
 from test_loops_copies import copied, holder
 from test_loops_copies import files as files_of
 
 from orion.manager.domain.snapshot_plan import Limits, Plan
 
-RECORD = Record("one", "r-one", 3_999_999_001, epoch=2, let_in=True)
+RECORD = RentalRecord("one", "r-one", 3_999_999_001, epoch=2, activated=True)
 """Of a uid that nobody has: there is nothing to stop."""
 
 
 def test_no_reply_thaws_what_is_over_and_an_order_gives_it_time(tmp_path: Path) -> None:
     freezer, now = Freezer(tmp_path), time.clock_gettime(time.CLOCK_BOOTTIME)
-    freezer.freeze(RECORD, None, over="too much")
+    freezer.freeze(RECORD, None, over_limit="too much")
     freezer.freeze(RECORD, now)
-    assert freezer.is_over("one") == "too much", "an order to freeze changes nothing about that"
-    with pytest.raises(Refused) as refused:
-        freezer.thaw(RECORD, asked_at=now + 1000)
+    assert freezer.over_limit_reason("one") == "too much", "an order to freeze changes nothing about that"
+    with pytest.raises(RequestRefused) as refused:
+        freezer.thaw(RECORD, requested_at=now + 1000)
     assert refused.value.code == "over_limit"
-    assert not freezer.is_spared(RECORD, now)
-    assert freezer.thaw(RECORD, asked_at=None)
+    assert not freezer.is_in_grace(RECORD, now)
+    assert freezer.thaw(RECORD, requested_at=None)
     assert not freezer.is_frozen("one")
-    assert freezer.is_spared(RECORD, now + marks.SPARED_S - 5)
-    assert not freezer.is_spared(RECORD, now + marks.SPARED_S + 5)
-    assert not freezer.is_spared(Record("one", "r-one", RECORD.uid, epoch=3), now)
+    assert freezer.is_in_grace(RECORD, now + marks.GRACE_S - 5)
+    assert not freezer.is_in_grace(RECORD, now + marks.GRACE_S + 5)
+    assert not freezer.is_in_grace(RentalRecord("one", "r-one", RECORD.uid, epoch=3), now)
     freezer.forget_purged("one")
-    assert not freezer.is_spared(RECORD, now)
+    assert not freezer.is_in_grace(RECORD, now)
 
 
 def test_a_mark_of_an_agent_from_before_there_were_limits_is_read(tmp_path: Path) -> None:
@@ -45,8 +45,8 @@ def test_a_mark_of_an_agent_from_before_there_were_limits_is_read(tmp_path: Path
     told = json.loads(mark.read_text())
     del told["over"]
     mark.write_text(json.dumps(told))
-    assert freezer.is_over("one") == ""
-    assert freezer.thaw(RECORD, asked_at=6.0)
+    assert freezer.over_limit_reason("one") == ""
+    assert freezer.thaw(RECORD, requested_at=6.0)
 
 
 async def test_its_owner_is_told_and_lets_it_go_on_to_make_room(house: House) -> None:

@@ -11,8 +11,8 @@ from urllib.parse import unquote_to_bytes
 
 import httpx
 import pytest
-from orion_worker.web.port_tokens import Way, opened
-from orion_worker.web.refusals import Refusal
+from orion_worker.web.port_tokens import PortToken, token_from
+from orion_worker.web.refusals import PortRefusal
 from support.house import Agent, House
 
 from orion import wire
@@ -211,11 +211,11 @@ async def test_so_many_ports_may_be_public_and_none_of_a_rental_that_is_over(hou
 # Where it leads
 
 
-def opens(reply: httpx.Response, worker: Agent) -> Way | None:
+def opens(reply: httpx.Response, worker: Agent) -> PortToken | None:
     """What the door of that worker makes of the pass."""
     try:
-        return opened(reply.headers["x-orion-pass"], worker.session)
-    except Refusal:
+        return token_from(reply.headers["x-orion-pass"], worker.session)
+    except PortRefusal:
         return None
 
 
@@ -225,7 +225,7 @@ async def test_the_way_leads_to_the_current_worker_with_a_pass_that_it_alone_tak
     asking = Asking(house, rental_id)
     reply = await asking.way(**token(alice))
     assert reply.headers["x-orion-worker"] == first.node.host.address
-    assert opens(reply, first) == Way(rental_id, 1, PORT)
+    assert opens(reply, first) == PortToken(rental_id, 1, PORT)
     assert opens(reply, second) is None
 
     first.die()
@@ -235,7 +235,7 @@ async def test_the_way_leads_to_the_current_worker_with_a_pass_that_it_alone_tak
     await house.pass_time(10)
     moved = await asking.way(**token(alice))
     assert moved.headers["x-orion-worker"] == second.node.host.address
-    assert opens(moved, second) == Way(rental_id, 2, PORT)
+    assert opens(moved, second) == PortToken(rental_id, 2, PORT)
     assert opens(moved, first) is None
 
 
@@ -246,7 +246,7 @@ async def test_a_pass_ends_with_the_session_of_its_worker(house: House) -> None:
     await worker.register()
     await house.settle()
     assert opens(before, worker) is None
-    assert opens(await Asking(house, rental_id).way(**token(alice)), worker) == Way(rental_id, 1, PORT)
+    assert opens(await Asking(house, rental_id).way(**token(alice)), worker) == PortToken(rental_id, 1, PORT)
 
 
 async def test_a_rental_that_is_on_the_move_is_to_be_waited_for(house: House) -> None:
@@ -471,10 +471,10 @@ class Doors:
         return self.told
 
 
-async def passed(house: House, agent: Agent, rental_id: str, **headers: str) -> Way:
+async def passed(house: House, agent: Agent, rental_id: str, **headers: str) -> PortToken:
     reply = await Asking(house, rental_id).way(**headers)
     assert reply.status_code == 204, reply.text
-    return opened(reply.headers["x-orion-pass"], agent.session)
+    return token_from(reply.headers["x-orion-pass"], agent.session)
 
 
 async def test_the_doors_that_a_token_led_to_are_told_when_it_is_revoked(house: House) -> None:

@@ -15,16 +15,16 @@ from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from orion_worker.agent.call_home import Call, CallHome, Talk
-from orion_worker.agent.decisions import Answer, Order, Session, may_run
+from orion_worker.agent.call_home import Call, HomeCaller, Talk
+from orion_worker.agent.decisions import AgentSession, Answer, RentalAction, may_run
 from orion_worker.agent.node import AGENT_VERSION
 from orion_worker.records import (
-    Record,
-    Refused,
+    RentalRecord,
+    RequestRefused,
     check_boot,
     check_create,
-    check_not_laid_down,
     check_not_newer,
+    check_not_retired,
     check_receive,
     check_unlock,
 )
@@ -63,7 +63,7 @@ class Container:
         self.host_key = f"ssh-ed25519 key-of-{self.name}"
         self.agent_version = FORMER_VERSION if number % 4 == 0 else AGENT_VERSION
         self.token: str | None = None
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, RentalRecord] = {}
         self.homes: dict[str, float] = {}
         """Each home as the moment of the last thing that its renter wrote, who writes all the time."""
         self.tombstones: dict[str, int] = {}
@@ -84,7 +84,7 @@ class Container:
         self._going = asyncio.Event()
         self._going.set()
         self._agent: asyncio.Task[None] | None = None
-        self.home: CallHome | None = None
+        self.home: HomeCaller | None = None
         self.watches: set[asyncio.Future[bool]] = set()
         """Held by a manager; the result says whether it noticed the end."""
         self._hurry = asyncio.Event()
@@ -102,7 +102,7 @@ class Container:
         self.frozen.clear()
         self.started.clear()
         self.held.clear()
-        self.home = CallHome(self, self, self.clock, self.random.random, lambda line: self.sim.say(self.name, line))  # type: ignore[arg-type]
+        self.home = HomeCaller(self, self, self.clock, self.random.random, lambda line: self.sim.say(self.name, line))  # type: ignore[arg-type]
         self._agent = self.sim.loop.create_task(self._live(self.home))
 
     def kill(self) -> None:
@@ -116,7 +116,7 @@ class Container:
         """It is started again at once, and so are no connections."""
         if self.up and not self.pauses and self.watches:
             self._close_watches()
-            self.unwatched()
+            self.liveness_ended()
 
     def _close_watches(self) -> None:
         """The kernel says so to the other end, if there is a way."""
@@ -130,9 +130,9 @@ class Container:
         if watch in self.watches:
             self.watches.discard(watch)
             if self.up and not self.no_ssh:
-                self.unwatched()
+                self.liveness_ended()
 
-    def unwatched(self) -> None:
+    def liveness_ended(self) -> None:
         """The agent sees that a watch has ended; a paused one when it goes on."""
         self.sim.spawn(self._notice(self.boots))
 
@@ -140,17 +140,17 @@ class Container:
         await self.going()
         if self.home is not None and self.boots == boots:
             self.sim.say(self.name, "is not watched any more")
-            self.home.unwatched_at = self.clock()
+            self.home.liveness_ended_at = self.clock()
             self._hurry.set()
 
     async def stop(self) -> None:
         """As on SIGTERM: what is here is taken away, as long as the grace lasts; all locked, a goodbye, the end."""
         home, boots = self.home, self.boots
         if home is not None and self.up:
-            home.vacate()
+            home.evacuate()
             self._hurry.set()
             last_moment = self.sim.loop.now + STOP_GRACE_S
-            while self.boots == boots and self.up and home.is_vacating() and self.sim.loop.now < last_moment:
+            while self.boots == boots and self.up and home.is_evacuating() and self.sim.loop.now < last_moment:
                 await asyncio.sleep(LOOK_OFTEN_S)
                 await self.going()
             if self.boots != boots or not self.up:
@@ -158,7 +158,7 @@ class Container:
         if self._agent:
             self._agent.cancel()
         if home is not None:
-            home.leave()
+            home.begin_exit()
             goodbye = home.goodbye()
             if goodbye:
                 await self._carry(goodbye)
@@ -190,14 +190,14 @@ class Container:
     def clock(self) -> float:
         return 5000.0 * self.number + self.sim.loop.now * self.clock_rate
 
-    async def _live(self, home: CallHome) -> None:
+    async def _live(self, home: HomeCaller) -> None:
         await asyncio.sleep(self.random.uniform(0.1, 2.0))
         while True:
             await self.going()
             wait_s = await self._drive(home.talk())
             await self._wait(home, wait_s)
 
-    async def _wait(self, home: CallHome, wait_s: float) -> None:
+    async def _wait(self, home: HomeCaller, wait_s: float) -> None:
         """As agent.call_for_ever does."""
         while True:
             try:
@@ -239,7 +239,7 @@ class Container:
     def forget_identity(self) -> None:
         self.token = None
 
-    def keep_identity(self, session: Session) -> None:
+    def keep_identity(self, session: AgentSession) -> None:
         self.token = session.worker_token
 
     def admit(self, keys: Iterable[str]) -> None: ...
@@ -266,7 +266,7 @@ class Container:
             for r in self.records.values()
         ]
 
-    def carry_out(self, orders: Iterable[Order], asked_at: float) -> None:
+    def carry_out(self, orders: Iterable[RentalAction], asked_at: float) -> None:
         for order in orders:
             self.sim.say(self.name, f"{order.action}s {order.rental_id} at epoch {order.epoch}")
             try:
@@ -276,21 +276,21 @@ class Container:
                     self.unlock(order.rental_id, order.epoch)
                 else:
                     self.lock(order.rental_id, order.epoch)
-            except Refused as refusal:
+            except RequestRefused as refusal:
                 self.sim.say(self.name, f"refuses: {refusal}")
 
     def lock_all(self, kill: bool = False) -> None:
         self.unlocked.clear()
 
-    # -- what is done to rentals here, as rental.Rentals -----------------------------------------------------
+    # -- what is done to rentals here, as commands.Rentals -----------------------------------------------------
 
     def start_command(self, job: Job) -> None:
-        """As launching.Launcher, in this life of the container."""
+        """As launcher.Launcher, in this life of the container."""
         mark = (job.rental_id, job.epoch, job.start_mark)
         if not job.start or mark in self.started or job.start_mark.partition("@")[2] != self.boot_id:
             return
         if not self._may_run():
-            raise Refused("no_lease", "this worker has no lease: nothing may run here")
+            raise RequestRefused("no_lease", "this worker has no lease: nothing may run here")
         self.started.add(mark)
         self.sim.say(self.name, f"runs the start command of {job.rental_id}: {job.start_mark}")
         self.sim.checker.started(job.rental_id, job.epoch)
@@ -311,7 +311,7 @@ class Container:
         self.sim.loop.call_later(IS_BACK_AFTER_S, start_again)
 
     def take(self, job: Job) -> None:
-        """As rental.answer, before anything is done."""
+        """As cli.answer_request, before anything is done."""
         named = job.host.boot_id if job.action in OF_ONE_BOOT else ""
         if named and self.agent_version == FORMER_VERSION:
             self.sim.fail("old and new understand each other", f"{self.name} is sent an order with a boot id")
@@ -321,23 +321,23 @@ class Container:
         record = self.records.get(job.rental_id)
         check_create(record, self.tombstones.get(job.rental_id, 0), job.epoch)
         if record is not None:
-            self.records[job.rental_id] = replace(record, laid_down=False)
+            self.records[job.rental_id] = replace(record, retired=False)
         if record is None or record.epoch < job.epoch:
             self.unlocked.discard(job.rental_id)
-            self.records[job.rental_id] = Record(job.rental_id, job.username, job.uid, job.epoch)
+            self.records[job.rental_id] = RentalRecord(job.rental_id, job.username, job.uid, job.epoch)
             self.homes.setdefault(job.rental_id, 0.0)
 
     def unlock(self, rental_id: str, epoch: int) -> None:
         record = self.records.get(rental_id)
         check_unlock(record, self.tombstones.get(rental_id, 0), epoch)
-        check_not_laid_down(record)
+        check_not_retired(record)
         if not self._may_run():
-            raise Refused("no_lease", "this worker has no lease: nobody is let in")
+            raise RequestRefused("no_lease", "this worker has no lease: nobody is let in")
         if rental_id in self.held:
-            raise Refused("frozen", "it is frozen: thaw it")
-        if record is not None and not record.let_in:
+            raise RequestRefused("frozen", "it is frozen: thaw it")
+        if record is not None and not record.activated:
             self.sim.checker.let_in(rental_id, epoch, self.homes[rental_id])
-            self.records[rental_id] = replace(record, let_in=True)
+            self.records[rental_id] = replace(record, activated=True)
         self.unlocked.add(rental_id)
         self.frozen.discard(rental_id)
         self.sim.checker.look_at_copies()
@@ -345,7 +345,7 @@ class Container:
     def freeze(self, job: Job) -> None:
         record = self.records.get(job.rental_id)
         check_unlock(record, self.tombstones.get(job.rental_id, 0), job.epoch)
-        check_not_laid_down(record)
+        check_not_retired(record)
         before, _ = self.held.get(job.rental_id, (0, 0.0))
         if (job.rental_id, job.epoch) in self.running():
             self.homes[job.rental_id] = self.sim.loop.now
@@ -353,14 +353,14 @@ class Container:
         self.unlocked.discard(job.rental_id)
 
     def thaw(self, rental_id: str, epoch: int, asked_at: float | None, move: int = 0) -> None:
-        """As freezing.Freezer.thaw: not by an older reply, nor by an order of an earlier move."""
+        """As marks.Freezer.thaw: not by an older reply, nor by an order of an earlier move."""
         check_unlock(self.records.get(rental_id), self.tombstones.get(rental_id, 0), epoch)
-        check_not_laid_down(self.records.get(rental_id))
+        check_not_retired(self.records.get(rental_id))
         held, ordered_at = self.held.get(rental_id, (0, 0.0))
         if not self._may_run():
-            raise Refused("no_lease", "this worker has no lease: nothing may run here")
+            raise RequestRefused("no_lease", "this worker has no lease: nothing may run here")
         if rental_id in self.held and (move < held if asked_at is None else asked_at <= ordered_at):
-            raise Refused("frozen_since", "it was frozen since")
+            raise RequestRefused("frozen_since", "it was frozen since")
         self.held.pop(rental_id, None)
         self.unlock(rental_id, epoch)
 
@@ -370,7 +370,7 @@ class Container:
 
     def begin_purge(self, job: Job) -> None:
         check_not_newer(self.records.get(job.rental_id), job.epoch)
-        self.records[job.rental_id] = Record(job.rental_id, job.username, job.uid, job.epoch, ending=True)
+        self.records[job.rental_id] = RentalRecord(job.rental_id, job.username, job.uid, job.epoch, ending=True)
         self.unlocked.discard(job.rental_id)
 
     def end_purge(self, job: Job) -> None:
@@ -389,7 +389,7 @@ class Container:
     def read_home(self, rental_id: str, epoch: int) -> float:
         """As `orion-rental send`."""
         check_unlock(self.records.get(rental_id), self.tombstones.get(rental_id, 0), epoch)
-        check_not_laid_down(self.records.get(rental_id))
+        check_not_retired(self.records.get(rental_id))
         if (rental_id, epoch) in self.running():
             self.homes[rental_id] = self.sim.loop.now
         return self.homes[rental_id]
@@ -398,9 +398,9 @@ class Container:
         """As `orion-rental salvage`."""
         record = self.records.get(rental_id)
         check_unlock(record, self.tombstones.get(rental_id, 0), epoch)
-        if record is None or not record.let_in:
-            raise Refused("nothing_to_salvage", "its renter was never let in here at this epoch")
-        self.records[rental_id] = replace(record, laid_down=True)
+        if record is None or not record.activated:
+            raise RequestRefused("nothing_to_salvage", "its renter was never let in here at this epoch")
+        self.records[rental_id] = replace(record, retired=True)
         self.unlocked.discard(rental_id)
         self.frozen.discard(rental_id)
         self.held.pop(rental_id, None)
@@ -432,11 +432,11 @@ class Container:
         """Or had the right until so short a time ago that it may not all be stopped yet."""
         if self.home is None:
             return False
-        standing, now = self.home.standing, self.clock()
+        standing, now = self.home.lease, self.clock()
         by_lease = may_run(standing, None, now - budget_leases * standing.lease_s)
-        return by_lease and may_run(standing, self.home.unwatched_at, now - budget_s)
+        return by_lease and may_run(standing, self.home.liveness_ended_at, now - budget_s)
 
-    def _state(self, record: Record) -> str:
+    def _state(self, record: RentalRecord) -> str:
         if record.rental_id in self.held:
             return "frozen"
         if record.rental_id not in self.unlocked:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
-from orion_worker.records import Refused
+from orion_worker.records import RequestRefused
 
 from orion.manager.engine.port import Action, End, Host, Job, Outcome, Reached, Sign
 from orion.manager.engine.watch import ATTEMPT_EVERY_S, CONNECT_TIMEOUT_S, PROBE_AT_MOST_S, SILENCE_S, Silence, Told
@@ -107,7 +107,7 @@ class Workshop:
         }
         try:
             container.take(job)
-        except Refused as refusal:
+        except RequestRefused as refusal:
             return Outcome(False, str(refusal), {"code": refusal.code})
         boots = container.boots
         for step in steps[job.action]:
@@ -119,7 +119,7 @@ class Workshop:
                 return Outcome(False, "its deadline has passed")
             try:
                 step(job)
-            except Refused as refusal:
+            except RequestRefused as refusal:
                 return Outcome(False, str(refusal), {"code": refusal.code})
             await asyncio.sleep(0.02)
         state = "running" if job.rental_id in container.unlocked else "locked"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, TypeVar
 
-from orion_worker.records import Refused
+from orion_worker.records import RequestRefused
 
 from orion.manager.domain.copies import Copy, Generation, kept, next_number
 from orion.manager.domain.snapshot_plan import Limits
@@ -125,5 +125,5 @@ class SimulatedVault:
             raise VaultError("failed", "the connection broke")
         try:
             return work(container)
-        except Refused as refusal:
+        except RequestRefused as refusal:
             raise VaultError(refusal.code, str(refusal), refusal.details.get("restored", "")) from refusal

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orion_worker.agent.call_home import VACATING_BEAT_S, VACATING_PATIENCE_S, CallHome, HttpTransport
+from orion_worker.agent.call_home import EVACUATING_INTERVAL_S, EVACUATING_PATIENCE_S, HomeCaller, HttpTransport
 from orion_worker.agent.decisions import Answer
-from orion_worker.agent.main import call_for_ever, take_leave
-from orion_worker.agent.node import Node, Settings
-from orion_worker.records import Record
+from orion_worker.agent.main import call_for_ever, exit_in_order
+from orion_worker.agent.node import AgentSettings, Node
+from orion_worker.records import RentalRecord
 from orion_worker.rental.commands import Rentals
-from orion_worker.rental.paths import Places
-from orion_worker.rental.requests import Request
+from orion_worker.rental.paths import WorkerPaths
+from orion_worker.rental.requests import RentalRequest
 from support.builders import host_key
 from support.scripted_platform import ScriptedPlatform
 
@@ -51,7 +51,7 @@ class Bench:
     root: Path
     manager: FakeManager
     node: Node
-    home: CallHome
+    home: HomeCaller
     log: list[str]
 
     def step(self, *answers: Answer) -> float:
@@ -75,9 +75,9 @@ def bench(tmp_path: Path) -> Bench:
     join.parent.mkdir(parents=True)
     join.write_text(f"{JOIN}\n")
     log: list[str] = []
-    node = Node(Settings("http://manager", "172.20.0.3"), log.append, tmp_path)
+    node = Node(AgentSettings("http://manager", "172.20.0.3"), log.append, tmp_path)
     manager = FakeManager()
-    home = CallHome(node, manager, manager.clock, lambda: 1.0, log.append)
+    home = HomeCaller(node, manager, manager.clock, lambda: 1.0, log.append)
     return Bench(tmp_path, manager, node, home, log)
 
 
@@ -101,8 +101,8 @@ def acknowledged(next_s: float = 30, placements: list[dict[str, Any]] | None = N
 
 def a_rental(bench: Bench, epoch: int = 1) -> Rentals:
     """A locked one; without the account, whose making needs root."""
-    rentals = Rentals(Places(bench.root))
-    rentals.ledger.keep(Record("one", "r-one", 100_001, epoch))
+    rentals = Rentals(WorkerPaths(bench.root))
+    rentals.records.save(RentalRecord("one", "r-one", 100_001, epoch))
     (bench.root / "etc/orion/locked/r-one").write_text("key\n")
     return rentals
 
@@ -140,11 +140,11 @@ def test_the_lease_runs_from_the_sending_of_the_last_acknowledged_call(bench: Be
 def test_only_the_proxy_s_own_mark_on_the_last_answer_excuses_a_worker_without_a_lease(bench: Bench) -> None:
     bench.step(registered())
     bench.step(Answer(502, marked=True))
-    assert bench.home.standing.unreached_at == 1002.0, "of when it was asked"
+    assert bench.home.lease.unreached_at == 1002.0, "of when it was asked"
     for other in (Answer(0), Answer(429), Answer(403), Answer(502, {"code": "manager_unreachable"}), Answer(503)):
         bench.step(Answer(502, marked=True))
         bench.step(other)
-        assert bench.home.standing.unreached_at is None, other
+        assert bench.home.lease.unreached_at is None, other
 
 
 def test_a_reply_that_was_read_only_after_its_lease_is_not_obeyed(bench: Bench) -> None:
@@ -158,7 +158,7 @@ def test_a_reply_that_was_read_only_after_its_lease_is_not_obeyed(bench: Bench) 
 def test_the_next_call_is_due_at_once_when_the_watch_has_ended(bench: Bench) -> None:
     bench.step(registered())
     assert bench.home.due_s() > 60.0
-    bench.home.unwatched_at = bench.manager.now
+    bench.home.liveness_ended_at = bench.manager.now
     assert bench.home.due_s() == 0.25
     bench.manager.now += 0.3
     bench.step(acknowledged())
@@ -167,7 +167,7 @@ def test_the_next_call_is_due_at_once_when_the_watch_has_ended(bench: Bench) -> 
 
 def test_a_manager_that_ended_in_order_is_asked_until_the_next_one_has_heard_it(bench: Bench) -> None:
     bench.step(registered())
-    bench.home.let_go_at = bench.manager.now
+    bench.home.liveness_closed_at = bench.manager.now
     bench.manager.now += 1.5
     assert [bench.step(Answer(503)) for _ in range(3)] == [1.0, 2.0, 2.0]
     bench.step(acknowledged())
@@ -267,8 +267,8 @@ def test_replies_unlock_and_lock_what_is_here(bench: Bench) -> None:
 def test_once_it_is_leaving_no_reply_lets_a_renter_in(bench: Bench) -> None:
     rentals = a_rental(bench)
     bench.step(registered())
-    rentals.unlock(Request("one", 1))
-    bench.home.leave()
+    rentals.unlock(RentalRequest("one", 1))
+    bench.home.begin_exit()
     assert bench.node.inventory()[0]["state"] == "locked"
     bench.step(acknowledged(placements=[{"rental_id": "one", "epoch": 1, "want": "run"}]))
     assert bench.node.inventory()[0]["state"] == "locked"
@@ -277,15 +277,17 @@ def test_once_it_is_leaving_no_reply_lets_a_renter_in(bench: Bench) -> None:
 def test_told_to_stop_it_asks_often_until_nothing_is_left_here(bench: Bench) -> None:
     rentals = a_rental(bench)
     bench.step(registered())
-    assert not bench.home.is_vacating()
-    bench.home.vacate()
-    assert bench.home.due_s() == VACATING_BEAT_S
-    assert bench.step(acknowledged(placements=[{"rental_id": "one", "epoch": 1, "want": "run"}])) == VACATING_BEAT_S
+    assert not bench.home.is_evacuating()
+    bench.home.evacuate()
+    assert bench.home.due_s() == EVACUATING_INTERVAL_S
+    assert (
+        bench.step(acknowledged(placements=[{"rental_id": "one", "epoch": 1, "want": "run"}])) == EVACUATING_INTERVAL_S
+    )
     assert HeartbeatRequest.model_validate(bench.last[2]).vacating
     assert bench.node.inventory()[0]["state"] == "running", "it goes on until it is moved"
-    assert bench.home.is_vacating()
-    rentals.ledger.bury(Record("one", "r-one", 100_001, 1))
-    assert not bench.home.is_vacating()
+    assert bench.home.is_evacuating()
+    rentals.records.bury(RentalRecord("one", "r-one", 100_001, 1))
+    assert not bench.home.is_evacuating()
     bench.manager.answers.append(acknowledged())
     bench.home.say_goodbye()
     assert "vacating" not in bench.last[2]
@@ -293,14 +295,14 @@ def test_told_to_stop_it_asks_often_until_nothing_is_left_here(bench: Bench) -> 
 
 def test_told_to_stop_it_does_not_wait_for_a_manager_that_is_not_there(bench: Bench) -> None:
     a_rental(bench)
-    bench.home.vacate()
-    assert not bench.home.is_vacating(), "it never registered"
+    bench.home.evacuate()
+    assert not bench.home.is_evacuating(), "it never registered"
     bench.step(registered())
     for answer in (Answer(0), Answer(422)):
-        assert bench.home.is_vacating()
+        assert bench.home.is_evacuating()
         bench.step(answer)
-    assert bench.manager.now - 1000.0 >= VACATING_PATIENCE_S
-    assert not bench.home.is_vacating()
+    assert bench.manager.now - 1000.0 >= EVACUATING_PATIENCE_S
+    assert not bench.home.is_evacuating()
 
 
 def test_the_goodbye_is_a_last_heartbeat_in_three_seconds_at_most(bench: Bench) -> None:
@@ -317,7 +319,7 @@ def test_a_rental_at_work_elsewhere_does_not_hold_the_heartbeat_up(bench: Bench)
     rentals = a_rental(bench)
     run = [{"rental_id": "one", "epoch": 1, "want": "run"}]
     bench.step(registered())
-    with rentals.ledger.locked("one", wait_s=0):
+    with rentals.records.locked("one", wait_s=0):
         assert bench.step(acknowledged(placements=run)) == 30
     assert bench.node.inventory()[0]["state"] == "locked"
     assert "another command for this rental" in bench.log[-1]
@@ -382,9 +384,9 @@ def test_a_heartbeat_after_a_failed_one_is_such_as_every_manager_takes(
 
 
 def test_no_more_ends_are_told_than_a_heartbeat_may_have(bench: Bench, ended: dict[str, Any]) -> None:
-    records = [Record(f"r{number}", f"r-{number}", 100_001 + number, 1) for number in range(300)]
+    records = [RentalRecord(f"r{number}", f"r-{number}", 100_001 + number, 1) for number in range(300)]
     for record in records:
-        bench.node.rentals.ledger.keep(record)
+        bench.node.rentals.records.save(record)
     assert len(bench.node.start_ends()) == 256
 
 
@@ -423,13 +425,13 @@ def test_a_worker_that_is_told_to_stop_while_it_registers_keeps_its_identity_and
 
     bench.node.lock_all = lock_all  # type: ignore[method-assign]
     manager = SlowManager()
-    home = CallHome(bench.node, manager, manager.clock, lambda: 1.0, bench.log.append)
+    home = HomeCaller(bench.node, manager, manager.clock, lambda: 1.0, bench.log.append)
     stopping, hurry = threading.Event(), threading.Event()
     calling = threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True)
     calling.start()
     assert asked.wait(60)
     stopping.set()
     hurry.set()
-    take_leave(home, calling)
+    exit_in_order(home, calling)
     assert json.loads(bench.identity.read_text())["worker_id"] == "w-abcdefgh"
     assert calls[-1]["leaving"] is True

@@ -8,14 +8,14 @@ import pytest
 from orion_worker.agent.decisions import (
     Answer,
     Next,
-    Order,
+    RentalAction,
+    actions_for,
     after_heartbeat,
     after_register,
+    agent_session_from,
     backoff_s,
     interval_from,
-    orders,
     placements_from,
-    session_from,
     stop_grace_s,
 )
 
@@ -92,37 +92,37 @@ def test_waiting_is_never_shorter_than_the_server_asked_for() -> None:
 
 
 def test_a_rental_is_let_in_only_at_the_very_epoch_that_is_to_run() -> None:
-    assert orders([item("locked")], [want("run")]) == [Order("unlock", "one", 2)]
-    assert orders([item("locked")], [want("run", epoch=1)]) == []
-    assert orders([item("locked")], [want("run", epoch=3)]) == []
+    assert actions_for([item("locked")], [want("run")]) == [RentalAction("unlock", "one", 2)]
+    assert actions_for([item("locked")], [want("run", epoch=1)]) == []
+    assert actions_for([item("locked")], [want("run", epoch=3)]) == []
 
 
 def test_a_newer_epoch_to_run_shuts_the_stale_one_that_is_here() -> None:
-    assert orders([item("running")], [want("run", epoch=3)]) == [Order("lock", "one", 2)]
+    assert actions_for([item("running")], [want("run", epoch=3)]) == [RentalAction("lock", "one", 2)]
 
 
 @pytest.mark.parametrize("what", ["hold", "purge"])
 def test_hold_and_purge_shut_the_epoch_they_name_and_no_newer_one(what: str) -> None:
-    assert orders([item("running")], [want(what)]) == [Order("lock", "one", 2)]
-    assert orders([item("running")], [want(what, epoch=1)]) == []
-    assert orders([item("locked")], [want(what)]) == []
+    assert actions_for([item("running")], [want(what)]) == [RentalAction("lock", "one", 2)]
+    assert actions_for([item("running")], [want(what, epoch=1)]) == []
+    assert actions_for([item("locked")], [want(what)]) == []
 
 
 def test_what_the_reply_does_not_mention_is_left_as_it_is() -> None:
-    assert orders([item("running")], []) == []
-    assert orders([item("running")], [want("purge", rental_id="other")]) == []
-    assert orders([], [want("run")]) == []
+    assert actions_for([item("running")], []) == []
+    assert actions_for([item("running")], [want("purge", rental_id="other")]) == []
+    assert actions_for([], [want("run")]) == []
 
 
 def test_the_newest_of_two_orders_for_one_rental_counts_in_any_order() -> None:
     both = [want("purge", epoch=1), want("run", epoch=2)]
     for placements in (both, both[::-1]):
-        assert orders([item("locked")], placements) == [Order("unlock", "one", 2)]
-        assert orders([item("running")], placements) == []
+        assert actions_for([item("locked")], placements) == [RentalAction("unlock", "one", 2)]
+        assert actions_for([item("running")], placements) == []
 
 
 def test_a_registration_is_read_and_fields_of_a_newer_manager_are_passed_over() -> None:
-    session = session_from(REGISTRATION)
+    session = agent_session_from(REGISTRATION)
     assert (session.worker_id, session.interval_s, session.lease_s) == ("w-abcdefgh", 30.0, 75.0)
 
 
@@ -141,9 +141,9 @@ def test_a_registration_is_read_and_fields_of_a_newer_manager_are_passed_over() 
 )
 def test_a_reply_that_is_not_of_the_contract_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"."):
-        session_from(REGISTRATION | wrong)
+        agent_session_from(REGISTRATION | wrong)
     with pytest.raises(ValueError, match="not a registration"):
-        session_from({key: value for key, value in REGISTRATION.items() if key not in wrong})
+        agent_session_from({key: value for key, value in REGISTRATION.items() if key not in wrong})
 
 
 @pytest.mark.parametrize("value", [0, -1, 0.001, float("inf"), float("nan"), 10**6, None, "30", True])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from orion_worker.agent.node import MAX_SLOTS, count_files, settings_from
-from orion_worker.system.cgroup import Usage, processes_for_each_renter, usage
+from orion_worker.system.cgroup import CgroupUsage, processes_for_each_renter, usage
 
 from orion import wire
 from orion.manager.domain.certificates import MOST_NAMES
@@ -32,7 +32,7 @@ VERSION_2 = {
 
 @pytest.mark.parametrize("files", [VERSION_1, VERSION_2], ids=["version 1", "version 2"])
 def test_both_versions_of_control_groups_say_the_same(files: dict[str, str]) -> None:
-    assert usage(files.get) == Usage(2.5, 100_000_000, 536_870_912, 7, 512)
+    assert usage(files.get) == CgroupUsage(2.5, 100_000_000, 536_870_912, 7, 512)
 
 
 def test_no_limit_is_zero_in_both_versions() -> None:
@@ -45,8 +45,8 @@ def test_no_limit_is_zero_in_both_versions() -> None:
 
 
 def test_files_that_are_not_there_or_make_no_sense_are_zero() -> None:
-    assert usage(lambda _: None) == Usage(0, 0, 0, 0, 0)
-    assert usage({"cgroup.controllers": "", "memory.current": "no number"}.get) == Usage(0, 0, 0, 0, 0)
+    assert usage(lambda _: None) == CgroupUsage(0, 0, 0, 0, 0)
+    assert usage({"cgroup.controllers": "", "memory.current": "no number"}.get) == CgroupUsage(0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(("limit", "slots", "each"), [(512, 1, 448), (512, 4, 112), (0, 1, 448), (70, 4, 16)])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from orion_worker.records import Ledger, Record, Refused, check_receive
+from orion_worker.records import RentalRecord, RentalRecords, RequestRefused, check_receive
 from orion_worker.snapshots import requests, transfer
 from support.builders import active_rental, new_placement, new_worker
 
@@ -231,7 +231,7 @@ def test_a_name_is_read_as_it_is_written_and_nothing_else_is_one() -> None:
 
 
 WISH: dict[str, Any] = {"rental_id": "one", "epoch": 3, "deadline": 2000.0}
-RECORD = Record("one", "r-one", 100_001, epoch=3)
+RECORD = RentalRecord("one", "r-one", 100_001, epoch=3)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_what_could_do_harm_is_not_understood(wrong: dict[str, Any]) -> None:
 
 def test_a_passed_deadline_is_refused() -> None:
     assert requests.parse_request(json.dumps(WISH).encode(), now=1000.0).epoch == 3
-    with pytest.raises(Refused, match="deadline"):
+    with pytest.raises(RequestRefused, match="deadline"):
         requests.parse_request(json.dumps(WISH).encode(), now=2000.0)
 
 
@@ -270,21 +270,21 @@ def test_only_a_home_of_this_epoch_that_nobody_was_let_into_is_filled() -> None:
         (RECORD, 0, 4, "stale_epoch"),
         (None, 0, 3, "unknown_rental"),
         (None, 3, 3, "purged"),
-        (Record("one", "r-one", 100_001, 3, ending=True), 0, 3, "purged"),
-        (Record("one", "r-one", 100_001, 3, let_in=True, restored="2-7"), 0, 3, "let_in"),
+        (RentalRecord("one", "r-one", 100_001, 3, ending=True), 0, 3, "purged"),
+        (RentalRecord("one", "r-one", 100_001, 3, activated=True, restored="2-7"), 0, 3, "let_in"),
     ):
-        with pytest.raises(Refused) as refusal:
+        with pytest.raises(RequestRefused) as refusal:
             check_receive(record, purged, epoch)
         assert refusal.value.code == code
     assert refusal.value.details == {"restored": "2-7"}
 
 
 def test_the_record_remembers_what_its_home_was_filled_with(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    ledger.keep(RECORD)
-    wish = requests.Wish("one", 3, 2000.0, generation="2-7")
-    assert transfer.allowed("receive", ledger, wish).restored == "2-7"
-    assert ledger.living("one") == Record("one", "r-one", 100_001, 3, restored="2-7")
+    records = RentalRecords(tmp_path)
+    records.save(RECORD)
+    wish = requests.TransferRequest("one", 3, 2000.0, snapshot_id="2-7")
+    assert transfer.record_for("receive", records, wish).restored == "2-7"
+    assert records.find("one") == RentalRecord("one", "r-one", 100_001, 3, restored="2-7")
 
 
 def test_a_home_that_is_a_link_or_anothers_is_not_entered(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_a_home_that_is_a_link_or_anothers_is_not_entered(tmp_path: Path) -> Non
     (tmp_path / "link").symlink_to("real")
     here = os.getcwd()  # noqa: PTH109
     for place, uid in (("link", os.getuid()), ("absent", os.getuid()), ("real", os.getuid() + 1)):
-        with pytest.raises(Refused) as refusal:
-            transfer.enter(tmp_path / place, uid)
+        with pytest.raises(RequestRefused) as refusal:
+            transfer.open_home(tmp_path / place, uid)
         assert refusal.value.code == "no_home"
     assert os.getcwd() == here  # noqa: PTH109

@@ -10,13 +10,13 @@ from signal import Signals
 import pytest
 from orion_worker.agent.fence import Fence
 from orion_worker.freezer import enforcer, marks, stopper
-from orion_worker.records import Record, Refused
+from orion_worker.records import RentalRecord, RequestRefused
 from orion_worker.rental import commands
 from orion_worker.rental.commands import Rentals
-from orion_worker.rental.paths import Places
-from orion_worker.rental.requests import Request
-from orion_worker.snapshots.requests import Wish
-from orion_worker.snapshots.transfer import allowed
+from orion_worker.rental.paths import WorkerPaths
+from orion_worker.rental.requests import RentalRequest
+from orion_worker.snapshots.requests import TransferRequest
+from orion_worker.snapshots.transfer import record_for
 
 UID = 100_001
 
@@ -33,7 +33,7 @@ class Kernel:
     def uids_from(self, first: int) -> set[int]:
         return {uid for uid in self.running | self.suspended | self.stopped if uid >= first}
 
-    def strike(self, uid: int, number: Signals) -> bool:
+    def signal_all(self, uid: int, number: Signals) -> bool:
         if number is Signals.SIGKILL:
             for alive in (self.running, self.suspended, self.stopped):
                 alive.discard(uid)
@@ -42,8 +42,8 @@ class Kernel:
             self.stopped.add(uid)
         return True
 
-    def stop(self, uid: int, username: str, within_s: float) -> list[stopper.Task]:
-        self.strike(uid, Signals.SIGSTOP)
+    def stop(self, uid: int, username: str, within_s: float) -> list[stopper.KernelTask]:
+        self.signal_all(uid, Signals.SIGSTOP)
         return []
 
     def stopped_processes(self, uid: int) -> frozenset[tuple[int, int]]:
@@ -71,32 +71,32 @@ class House:
     def may_run(self, right: bool) -> None:
         self.right[0] = right
         if right:
-            self.fence.renewed()
+            self.fence.lease_renewed()
         self.fence.look()
 
     def let_in(self) -> None:
         self.may_run(True)
-        self.rentals.unlock(Request("one", 1))
+        self.rentals.unlock(RentalRequest("one", 1))
         self.kernel.running.add(UID)
 
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     kernel = Kernel()
-    for name in ("uids_from", "strike"):
+    for name in ("uids_from", "signal_all"):
         monkeypatch.setattr(f"orion_worker.system.processes.{name}", getattr(kernel, name))
     monkeypatch.setattr("orion_worker.agent.fence.stop_parents", lambda uid, last_moment: None)
     monkeypatch.setattr(marks, "stopped_processes", kernel.stopped_processes)
     monkeypatch.setattr(marks, "wake", kernel.wake)
     monkeypatch.setattr(marks, "stop", kernel.stop)
-    monkeypatch.setattr(enforcer.Vigil, "hold", lambda self: not kernel.strike(self._uid, Signals.SIGSTOP))
+    monkeypatch.setattr(enforcer.Enforcer, "enforce", lambda self: not kernel.signal_all(self._uid, Signals.SIGSTOP))
     return kernel
 
 
 @pytest.fixture
 def house(tmp_path: Path, kernel: Kernel) -> House:
-    rentals = Rentals(Places(tmp_path), lock_wait_s=0.0)
-    rentals.ledger.keep(Record("one", "r-one", UID, 1))
+    rentals = Rentals(WorkerPaths(tmp_path), lock_wait_s=0.0)
+    rentals.records.save(RentalRecord("one", "r-one", UID, 1))
     (tmp_path / "etc/orion/locked/r-one").write_text("key\n")
     right, said = [False], list[str]()
     fence = Fence(rentals, lambda: right[0], said.append)
@@ -107,8 +107,8 @@ def house(tmp_path: Path, kernel: Kernel) -> House:
 def test_at_its_start_nobody_is_let_in_before_there_is_a_lease(house: House) -> None:
     house.fence.look()
     assert house.shown == "locked", "what does not run is not frozen either"
-    with pytest.raises(Refused, match="no lease"):
-        house.rentals.unlock(Request("one", 1))
+    with pytest.raises(RequestRefused, match="no lease"):
+        house.rentals.unlock(RentalRequest("one", 1))
     house.let_in()
     assert house.shown == "running"
 
@@ -125,13 +125,13 @@ def test_without_the_right_everything_stops_and_the_keys_go(house: House) -> Non
 def test_the_fence_never_thaws_that_takes_a_reply_and_a_lease(house: House) -> None:
     house.let_in()
     house.may_run(False)
-    with pytest.raises(Refused, match="no lease"):
-        house.rentals.thaw(Request("one", 1), asked_at=5.0)
+    with pytest.raises(RequestRefused, match="no lease"):
+        house.rentals.thaw(RentalRequest("one", 1), requested_at=5.0)
     house.may_run(True)
     assert (house.shown, house.kernel.stopped) == ("frozen", {UID})
-    with pytest.raises(Refused, match="thaw it"):
-        house.rentals.unlock(Request("one", 1))
-    assert house.rentals.thaw(Request("one", 1), asked_at=5.0)["state"] == "running"
+    with pytest.raises(RequestRefused, match="thaw it"):
+        house.rentals.unlock(RentalRequest("one", 1))
+    assert house.rentals.thaw(RentalRequest("one", 1), requested_at=5.0)["state"] == "running"
     assert (house.shown, house.kernel.running) == ("running", {UID})
 
 
@@ -140,8 +140,8 @@ def test_only_the_very_epoch_that_is_here_is_thawed(house: House, epoch: int) ->
     house.let_in()
     house.may_run(False)
     house.may_run(True)
-    with pytest.raises(Refused, match="epoch"):
-        house.rentals.thaw(Request("one", epoch))
+    with pytest.raises(RequestRefused, match="epoch"):
+        house.rentals.thaw(RentalRequest("one", epoch))
     assert house.shown == "frozen"
 
 
@@ -153,7 +153,7 @@ def test_what_was_stopped_before_stays_so_over_two_freezes(house: House) -> None
     house.may_run(True)
     house.may_run(False)
     house.may_run(True)
-    house.rentals.thaw(Request("one", 1))
+    house.rentals.thaw(RentalRequest("one", 1))
     assert (house.kernel.suspended, house.kernel.running) == ({UID}, set())
 
 
@@ -174,19 +174,19 @@ def test_the_fence_goes_first_and_notes_later_where_nothing_can_be_written(
         assert (house.root / "etc/orion/locked/r-one").exists()
         house.right[0] = True
         with pytest.raises(OSError, match="No space"):
-            house.fence.renewed()
+            house.fence.lease_renewed()
         assert not house.rentals.freezer.has_lease, "nobody is let in whose processes would be forgotten"
-    house.fence.renewed()
-    house.rentals.thaw(Request("one", 1))
+    house.fence.lease_renewed()
+    house.rentals.thaw(RentalRequest("one", 1))
     assert house.kernel.running == {UID}
 
 
 def test_a_rental_that_comes_while_there_is_no_lease_is_frozen_too(house: House) -> None:
     house.let_in()
     house.may_run(False)
-    house.rentals.ledger.keep(Record("two", "r-two", UID + 1, 1, let_in=True))
+    house.rentals.records.save(RentalRecord("two", "r-two", UID + 1, 1, activated=True))
     house.kernel.running.add(UID + 1)
-    house.fence._again_at = 0.0
+    house.fence._repeat_at = 0.0
     house.fence.look()
     assert house.kernel.running == set()
     assert [item["state"] for item in house.rentals.inventory()] == ["frozen", "frozen"]
@@ -198,10 +198,10 @@ def test_what_fills_a_home_is_ended_and_its_rental_can_be_made_again(house: Hous
     house.may_run(False)
     assert (house.kernel.running, house.kernel.stopped) == (set(), set())
     assert (house.shown, house.said) == ("locked", ["no right to run: 0 rentals frozen"])
-    with pytest.raises(Refused, match="no lease"):
-        house.rentals.unlock(Request("one", 1))
+    with pytest.raises(RequestRefused, match="no lease"):
+        house.rentals.unlock(RentalRequest("one", 1))
     house.may_run(True)
-    assert house.rentals.unlock(Request("one", 1))["state"] == "running"
+    assert house.rentals.unlock(RentalRequest("one", 1))["state"] == "running"
 
 
 def test_an_order_to_freeze_outlives_a_reply_to_a_call_that_was_sent_before_it(
@@ -209,11 +209,16 @@ def test_an_order_to_freeze_outlives_a_reply_to_a_call_that_was_sent_before_it(
 ) -> None:
     house.let_in()
     monkeypatch.setattr(commands, "_boot_time_s", lambda: 100.0)
-    assert house.rentals.freeze(Request("one", 1)) == {"changed": True, "epoch": 1, "state": "frozen", "killed": 0}
-    assert not house.rentals.freeze(Request("one", 1))["changed"]
-    with pytest.raises(Refused, match="since that was asked"):
-        house.rentals.thaw(Request("one", 1), asked_at=99.9)
-    assert house.rentals.thaw(Request("one", 1), asked_at=100.1)["changed"]
+    assert house.rentals.freeze(RentalRequest("one", 1)) == {
+        "changed": True,
+        "epoch": 1,
+        "state": "frozen",
+        "killed": 0,
+    }
+    assert not house.rentals.freeze(RentalRequest("one", 1))["changed"]
+    with pytest.raises(RequestRefused, match="since that was asked"):
+        house.rentals.thaw(RentalRequest("one", 1), requested_at=99.9)
+    assert house.rentals.thaw(RentalRequest("one", 1), requested_at=100.1)["changed"]
     assert house.kernel.running == {UID}
 
 
@@ -222,18 +227,18 @@ def test_an_order_to_freeze_is_not_undone_by_a_lease_that_was_lost_and_came_back
 ) -> None:
     house.let_in()
     monkeypatch.setattr(commands, "_boot_time_s", lambda: 100.0)
-    house.rentals.freeze(Request("one", 1))
+    house.rentals.freeze(RentalRequest("one", 1))
     house.may_run(False)
     house.may_run(True)
-    with pytest.raises(Refused, match="since that was asked"):
-        house.rentals.thaw(Request("one", 1), asked_at=99.0)
+    with pytest.raises(RequestRefused, match="since that was asked"):
+        house.rentals.thaw(RentalRequest("one", 1), requested_at=99.0)
 
 
 def test_an_older_order_freezes_nothing_newer_and_what_is_not_here_is_no_fault(house: House) -> None:
-    house.rentals.ledger.keep(Record("one", "r-one", UID, 3))
-    with pytest.raises(Refused, match="older"):
-        house.rentals.freeze(Request("one", 2))
-    assert house.rentals.freeze(Request("two", 1))["state"] == "absent"
+    house.rentals.records.save(RentalRecord("one", "r-one", UID, 3))
+    with pytest.raises(RequestRefused, match="older"):
+        house.rentals.freeze(RentalRequest("one", 2))
+    assert house.rentals.freeze(RentalRequest("two", 1))["state"] == "absent"
 
 
 def test_marks_end_with_the_container(house: House) -> None:
@@ -247,29 +252,29 @@ def test_marks_end_with_the_container(house: House) -> None:
 def test_the_mark_of_a_rental_that_was_purged_goes(house: House) -> None:
     house.let_in()
     house.may_run(False)
-    house.rentals.ledger.bury(Record("one", "r-one", UID, 1))
-    house.fence._again_at = 0.0
+    house.rentals.records.bury(RentalRecord("one", "r-one", UID, 1))
+    house.fence._repeat_at = 0.0
     house.fence.look()
     assert house.rentals.freezer.frozen() == []
 
 
 def test_no_order_of_an_earlier_move_thaws_what_a_later_one_froze(house: House) -> None:
     house.let_in()
-    house.rentals.freeze(Request("one", 1, move=7))
-    house.rentals.freeze(Request("one", 1, move=5))
+    house.rentals.freeze(RentalRequest("one", 1, migration=7))
+    house.rentals.freeze(RentalRequest("one", 1, migration=5))
     for earlier in (0, 5, 6):
-        with pytest.raises(Refused, match="planned move 7"):
-            house.rentals.thaw(Request("one", 1, move=earlier))
+        with pytest.raises(RequestRefused, match="planned move 7"):
+            house.rentals.thaw(RentalRequest("one", 1, migration=earlier))
     assert (house.shown, house.kernel.stopped) == ("frozen", {UID})
     house.may_run(False)
     house.may_run(True)
-    with pytest.raises(Refused, match="planned move 7"):
-        house.rentals.thaw(Request("one", 1, move=6))
-    assert house.rentals.thaw(Request("one", 1, move=7))["state"] == "running"
+    with pytest.raises(RequestRefused, match="planned move 7"):
+        house.rentals.thaw(RentalRequest("one", 1, migration=6))
+    assert house.rentals.thaw(RentalRequest("one", 1, migration=7))["state"] == "running"
 
 
-def pause(house: House, seconds: float = 10.0) -> frozenset[stopper.Task] | None:
-    (record,) = house.rentals.ledger.all_living()
+def pause(house: House, seconds: float = 10.0) -> frozenset[stopper.KernelTask] | None:
+    (record,) = house.rentals.records.all()
     return house.rentals.freezer.pause(record, time.clock_gettime(time.CLOCK_BOOTTIME) + seconds)
 
 
@@ -303,11 +308,11 @@ def test_a_pause_that_nobody_ended_is_ended_by_the_fence(house: House, monkeypat
 def test_what_is_frozen_is_not_paused_and_the_end_of_a_pause_thaws_nothing(house: House) -> None:
     house.let_in()
     pause(house)
-    house.rentals.freeze(Request("one", 1, move=2))
+    house.rentals.freeze(RentalRequest("one", 1, migration=2))
     house.rentals.freezer.resume("one")
     assert (house.kernel.running, house.shown) == (set(), "frozen")
     assert pause(house) is None
-    house.rentals.thaw(Request("one", 1, move=2))
+    house.rentals.thaw(RentalRequest("one", 1, migration=2))
     assert house.kernel.running == {UID}, "what the pause had stopped was not taken for stopped by its renter"
 
 
@@ -318,8 +323,8 @@ def test_a_lease_that_is_lost_in_a_pause_keeps_everything_still_and_wakes_all_of
     house.rentals.freezer.resume("one")
     assert house.kernel.running == set()
     house.right[0] = True
-    house.fence.renewed()
-    house.rentals.thaw(Request("one", 1))
+    house.fence.lease_renewed()
+    house.rentals.thaw(RentalRequest("one", 1))
     assert house.kernel.running == {UID}
 
 
@@ -328,9 +333,9 @@ def test_programs_that_cannot_be_stopped_go_on_and_there_is_no_snapshot(
 ) -> None:
     house.let_in()
     monkeypatch.setattr(
-        "orion_worker.freezer.marks.stop", lambda uid, *_: house.kernel.strike(uid, Signals.SIGSTOP) and None
+        "orion_worker.freezer.marks.stop", lambda uid, *_: house.kernel.signal_all(uid, Signals.SIGSTOP) and None
     )
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         pause(house)
     assert (refused.value.code, house.kernel.running) == ("restless", {UID})
 
@@ -341,13 +346,13 @@ def test_whoever_is_thawed_while_the_fence_looks_stays_let_in(house: House, monk
     house.let_in()
     house.may_run(False)
     house.right[0] = True
-    house.fence.renewed()
+    house.fence.lease_renewed()
     seen = house.rentals.freezer.frozen
 
     def thawed_then() -> list[str]:
         frozen = seen()
         for _ in frozen:
-            house.rentals.thaw(Request("one", 1))
+            house.rentals.thaw(RentalRequest("one", 1))
         return frozen
 
     monkeypatch.setattr(house.rentals.freezer, "frozen", thawed_then)
@@ -364,12 +369,12 @@ def laid_down(house: House, monkeypatch: pytest.MonkeyPatch) -> House:
     """A house whose one rental has run, and is laid down to be salvaged."""
 
     def end(renters: dict[int, str], within_s: float = 0.0) -> int:
-        return sum(house.kernel.strike(uid, Signals.SIGKILL) for uid in renters)
+        return sum(house.kernel.signal_all(uid, Signals.SIGKILL) for uid in renters)
 
-    monkeypatch.setattr("orion_worker.system.processes.end", end)
+    monkeypatch.setattr("orion_worker.system.processes.kill_all", end)
     house.let_in()
-    (record,) = house.rentals.ledger.all_living()
-    house.rentals.lay_down(record)
+    (record,) = house.rentals.records.all()
+    house.rentals.retire(record)
     return house
 
 
@@ -377,8 +382,8 @@ def laid_down(house: House, monkeypatch: pytest.MonkeyPatch) -> House:
 def test_what_is_laid_down_is_nobody_s_to_freeze_or_to_let_in(laid_down: House, epoch: int) -> None:
     rentals = laid_down.rentals
     for order in (rentals.freeze, rentals.thaw, rentals.unlock):
-        with pytest.raises(Refused) as refused:
-            order(Request("one", epoch, move=7))
+        with pytest.raises(RequestRefused) as refused:
+            order(RentalRequest("one", epoch, migration=7))
         if epoch == 1 or order == rentals.freeze:
             assert refused.value.code == "laid_down"
     assert (rentals.freezer.frozen(), laid_down.shown) == ([], "locked")
@@ -393,21 +398,21 @@ def test_the_fence_freezes_nothing_that_is_laid_down_and_ends_what_would_run_of_
 
 
 def test_a_mark_that_was_made_as_it_was_laid_down_goes(laid_down: House) -> None:
-    (record,) = laid_down.rentals.ledger.all_living()
+    (record,) = laid_down.rentals.records.all()
     laid_down.rentals.freezer.mark(record, frozenset())
-    laid_down.fence._again_at = 0.0
+    laid_down.fence._repeat_at = 0.0
     laid_down.fence.look()
     assert laid_down.rentals.freezer.frozen() == []
 
 
 def test_what_is_laid_down_stays_so_when_its_container_restarts_and_can_be_salvaged_again(laid_down: House) -> None:
-    again = Rentals(Places(laid_down.root), lock_wait_s=0.0)
-    with pytest.raises(Refused, match="laid down"):
-        again.freeze(Request("one", 1))
-    wish = Wish("one", 1, deadline=time.time() + 60)
-    assert allowed("salvage", again.ledger, wish).laid_down
-    with pytest.raises(Refused, match="laid down"):
-        allowed("send", again.ledger, wish)
+    again = Rentals(WorkerPaths(laid_down.root), lock_wait_s=0.0)
+    with pytest.raises(RequestRefused, match="await their recovery"):
+        again.freeze(RentalRequest("one", 1))
+    wish = TransferRequest("one", 1, deadline=time.time() + 60)
+    assert record_for("salvage", again.records, wish).retired
+    with pytest.raises(RequestRefused, match="await their recovery"):
+        record_for("send", again.records, wish)
 
 
 def test_what_is_made_again_after_going_back_to_a_backup_is_laid_down_no_more(
@@ -418,5 +423,5 @@ def test_what_is_made_again_after_going_back_to_a_backup_is_laid_down_no_more(
     monkeypatch.setattr(rentals, "_write_keys", lambda request, name: False)
     monkeypatch.setattr("orion_worker.rental.accounts.add", lambda etc, username, uid: False)
     monkeypatch.setattr("orion_worker.rental.accounts.taken_by_another", lambda etc, username, uid: False)
-    assert rentals.run(Request("one", 1, "r-one", UID))["state"] == "running"
-    assert rentals.freeze(Request("one", 1))["state"] == "frozen"
+    assert rentals.run(RentalRequest("one", 1, "r-one", UID))["state"] == "running"
+    assert rentals.freeze(RentalRequest("one", 1))["state"] == "frozen"

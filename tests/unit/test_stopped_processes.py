@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from orion_worker.limits.stopped_log_ins import LOOKS, StoppedLogIns
-from orion_worker.records import Record, Refused
+from orion_worker.records import RentalRecord, RequestRefused
 from orion_worker.rental.commands import Rentals
-from orion_worker.rental.paths import Places
+from orion_worker.rental.paths import WorkerPaths
 from orion_worker.snapshots import requests, scan, transfer
 from orion_worker.start import launcher
 from orion_worker.start.launcher import Launcher
@@ -41,7 +41,7 @@ def uid() -> Iterator[int]:
     """One that nothing else on this machine has; nothing of it is left when a test has ended."""
     renter = 1_000_000_000 + secrets.randbelow(10**9)
     yield renter
-    left = processes.of([renter])
+    left = processes.pids_of([renter])
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert left == []
@@ -82,24 +82,24 @@ def number_from(pipe: int) -> int:
 
 def test_a_child_that_is_stopped_and_all_that_it_has_started_is_ended_and_reaped() -> None:
     reading, writing = os.pipe()
-    child = processes.begin(partial(stop_with_a_child, writing))
+    child = processes.begin_child(partial(stop_with_a_child, writing))
     os.close(writing)
     grandchild = number_from(reading)
     wait_until(lambda: state(child) == state(grandchild) == "T", "both stand stopped")
     assert not processes.has_ended(child, SHORT_S)
-    assert processes.end_group(child) == -signal.SIGKILL
+    assert processes.kill_group(child) == -signal.SIGKILL
     wait_until(lambda: not state(grandchild), "what it has started is ended as well")
     with pytest.raises(ChildProcessError):
         os.waitpid(child, os.WNOHANG)
 
 
 def test_a_child_that_ends_by_itself_is_waited_for_no_longer_than_that() -> None:
-    child = processes.begin(lambda: os._exit(3))
+    child = processes.begin_child(lambda: os._exit(3))
     assert processes.has_ended(child, 60.0)
-    assert processes.end_group(child) == 3
-    child = processes.begin(lambda: os.close(-1))
+    assert processes.kill_group(child) == 3
+    child = processes.begin_child(lambda: os.close(-1))
     assert processes.has_ended(child, 60.0)
-    assert processes.end_group(child) > processes.NOT_BEGUN
+    assert processes.kill_group(child) > processes.NOT_BEGUN
 
 
 def test_what_is_stopped_ends_with_the_process_that_has_begun_it() -> None:
@@ -107,12 +107,12 @@ def test_what_is_stopped_ends_with_the_process_that_has_begun_it() -> None:
 
     def begin_and_end() -> None:
         parent = os.getpid()
-        child = processes.begin(lambda: (processes.die_with(parent), os.write(writing, b"."), stop_itself()))
+        child = processes.begin_child(lambda: (processes.die_with(parent), os.write(writing, b"."), stop_itself()))
         os.read(reading, 1)
         wait_until(lambda: state(child) == "T", "it stands stopped")
         os.write(writing, b"%d\n" % child)
 
-    parent = processes.begin(begin_and_end)
+    parent = processes.begin_child(begin_and_end)
     assert processes.has_ended(parent, 60.0)
     os.waitpid(parent, 0)
     os.close(writing)
@@ -127,7 +127,7 @@ def test_a_process_with_an_end_is_killed_though_it_is_stopped_and_its_child_is_n
         assert processes.be_killed_after(ENDS_S)
         stop_with_a_child(writing)
 
-    child = processes.begin(work)
+    child = processes.begin_child(work)
     os.close(writing)
     grandchild = number_from(reading)
     try:
@@ -147,7 +147,7 @@ def test_a_transfer_whose_renter_stops_every_part_of_it_ends_at_its_deadline(
     began = time.monotonic()
     assert transfer.run_rsync("receive", uid, time.time() + 0.15, gently=False) == -signal.SIGKILL & 0xFF
     assert time.monotonic() - began >= 0.14
-    wait_until(lambda: not processes.of([uid]), "no part of it is left")
+    wait_until(lambda: not processes.pids_of([uid]), "no part of it is left")
 
 
 @AS_ROOT
@@ -156,8 +156,8 @@ def test_an_rsync_is_ended_with_the_process_of_root_s_that_waits_for_it(
 ) -> None:
     monkeypatch.setattr(transfer, "RSYNC", "/bin/sh")
     monkeypatch.setattr(transfer, "ARGUMENTS", {"receive": ("-c", "kill -STOP $$")})
-    parent = processes.begin(lambda: transfer.run_rsync("receive", uid, time.time() + 60, gently=False))
-    (rsync,) = wait_until(lambda: [pid for pid in processes.of([uid]) if state(pid) == "T"], "rsync is stopped")
+    parent = processes.begin_child(lambda: transfer.run_rsync("receive", uid, time.time() + 60, gently=False))
+    (rsync,) = wait_until(lambda: [pid for pid in processes.pids_of([uid]) if state(pid) == "T"], "rsync is stopped")
     os.kill(parent, signal.SIGKILL)  # as whoever purges the rental does
     os.waitpid(parent, 0)
     wait_until(lambda: not state(rsync), "rsync has ended too")
@@ -166,19 +166,19 @@ def test_an_rsync_is_ended_with_the_process_of_root_s_that_waits_for_it(
 def test_a_transfer_is_killed_some_time_after_its_deadline_whatever_it_waits_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    wish = requests.Wish("one", 1, time.time() + SHORT_S)
+    wish = requests.TransferRequest("one", 1, time.time() + SHORT_S)
     monkeypatch.setattr(transfer, "TIDIES_S", 0.0)
     monkeypatch.setattr(transfer, "_read_line", lambda: b"")
     monkeypatch.setattr(transfer, "parse_request", lambda *_: wish)
     monkeypatch.setattr(transfer, "_receive", lambda *_: stop_itself())
-    child = processes.begin(lambda: transfer.carry("receive", Rentals, Path(), Path()))  # type: ignore[arg-type]
+    child = processes.begin_child(lambda: transfer.run_transfer("receive", Rentals, Path(), Path()))  # type: ignore[arg-type]
     assert processes.has_ended(child, 60.0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
 def test_looking_through_a_home_ends_at_its_deadline_whatever_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "FIND", ("/bin/sh", "-c", "kill -STOP $$"))
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         scan.scan(10, time.monotonic() + SHORT_S, strict=False)
     assert refused.value.code == "timed_out"
     with pytest.raises(ChildProcessError):
@@ -192,10 +192,10 @@ def test_a_start_command_that_its_renter_stops_before_it_has_begun_is_ended_and_
     (tmp_path / "home/r-one").mkdir(parents=True)
     monkeypatch.setattr(launcher, "WITHIN_S", SHORT_S)
     monkeypatch.setattr(os, "execve", lambda *_: stop_itself())  # it has the renter's uid by then
-    report = Launcher(tmp_path).launch(Record("one", "r-one", uid, epoch=2), "serve", "1@boot")
+    report = Launcher(tmp_path).launch(RentalRecord("one", "r-one", uid, epoch=2), "serve", "1@boot")
     assert report["started"] is False
     assert "was not on its way" in str(report["start_problem"])
-    assert processes.of([uid]) == []
+    assert processes.pids_of([uid]) == []
 
 
 class LogIn:
@@ -206,7 +206,9 @@ class LogIn:
         self.root = subprocess.Popen(
             ["sshd-session: r-one [priv]", "-c", f"{become} sh -c '{script}'; exit"], executable="/bin/sh"
         )
-        (self.child,) = wait_until(lambda: [pid for pid in processes.of([uid]) if state(pid) == "T"], "it is stopped")
+        (self.child,) = wait_until(
+            lambda: [pid for pid in processes.pids_of([uid]) if state(pid) == "T"], "it is stopped"
+        )
 
     def is_there(self) -> bool:
         return bool(self.root.poll() is None and state(self.child))
@@ -228,10 +230,10 @@ def log_in(uid: int, request: pytest.FixtureRequest) -> Iterator[LogIn]:
 
 @pytest.fixture
 def rentals(uid: int, tmp_path: Path) -> Rentals:
-    made = Rentals(Places(tmp_path))
+    made = Rentals(WorkerPaths(tmp_path))
     made.freezer.begin()
     made.freezer.set_lease(True)
-    made.ledger.keep(Record("one", "r-one", uid, epoch=1, let_in=True))
+    made.records.save(RentalRecord("one", "r-one", uid, epoch=1, activated=True))
     return made
 
 
@@ -255,7 +257,7 @@ def test_a_log_in_that_its_renter_has_stopped_is_ended_with_root_s_process_that_
 def test_a_log_in_that_stands_still_with_its_rental_goes_on_with_it(rentals: Rentals, log_in: LogIn, why: str) -> None:
     looking = StoppedLogIns(rentals, pytest.fail)
     looking.look()
-    (record,) = rentals.ledger.all_living()
+    (record,) = rentals.records.all()
     if why == "it is frozen":
         rentals.freezer.mark(record, frozenset())
     else:
@@ -308,6 +310,6 @@ def test_a_look_that_fails_is_said_and_no_more(rentals: Rentals, monkeypatch: py
     looking = StoppedLogIns(rentals, said.append)
     monkeypatch.setattr(looking, "look", lambda: Path("/nowhere").read_text())
     for _ in range(3):
-        looking.look_after()
+        looking.look_if_due()
     assert len(said) == 1, "it looks again when it is time to, and not before"
     assert "looking again" in said[0]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from orion_worker.snapshots.requests import LONGEST_REQUEST
+from orion_worker.snapshots.requests import MAX_REQUEST_BYTES
 
 from orion.manager.engine.vault import transfer
 from orion.manager.engine.vault.port import VaultError
@@ -198,4 +198,4 @@ def test_all_modes_that_are_kept_fit_into_a_request_to_a_worker() -> None:
     many = {f"./{number:08}".encode().hex(): 0o300 for number in range(5000)}
     with pytest.raises(VaultError):
         Hello.of({"folders": many})
-    assert MOST_FOLDERS_BYTES <= LONGEST_REQUEST // 2
+    assert MOST_FOLDERS_BYTES <= MAX_REQUEST_BYTES // 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from orion_worker.freezer.marks import Freezer
-from orion_worker.records import Ledger, Refused
+from orion_worker.records import RentalRecords, RequestRefused
 from orion_worker.rental import accounts, host_certificate
 from orion_worker.system.locks import got_lock, got_record_lock, open_lock
 
@@ -17,16 +17,16 @@ from orion_worker.system.locks import got_lock, got_record_lock, open_lock
 def freeze(root: Path) -> None:
     with Freezer(root).locked(0) as mine:
         if not mine:
-            raise Refused("busy", "try again")
+            raise RequestRefused("busy", "try again")
 
 
 def begin_anew(root: Path) -> None:
-    with host_certificate.Sshd(root).held():
+    with host_certificate.RunningSshd(root).locked():
         pass
 
 
 def command(root: Path) -> None:
-    with Ledger(root / "rentals").locked("abcdefghij", 0):
+    with RentalRecords(root / "rentals").locked("abcdefghij", 0):
         pass
 
 
@@ -96,9 +96,9 @@ def test_a_lock_that_is_held_keeps_nobody_waiting_for_ever(
     root: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accounts, "LOCK_WAIT_S", 0.0)
-    monkeypatch.setattr(host_certificate, "HELD_WAIT_S", 0.0)
+    monkeypatch.setattr(host_certificate, "LOCK_WAIT_S", 0.0)
     take = LOCKS[name]
     take(root)
-    with held_by_another(root / name), pytest.raises(Refused, match="try again"):
+    with held_by_another(root / name), pytest.raises(RequestRefused, match="try again"):
         take(root)
     take(root)

@@ -17,29 +17,29 @@ from orion_worker.agent.decisions import (
     REGISTER_RETRY_MAX_S,
     START_ENDS,
     UNREACHED_RETRY_MAX_S,
+    AgentSession,
     Answer,
+    LeaseState,
     Next,
-    Session,
-    Standing,
+    accepted_fields_from,
+    actions_for,
     after_heartbeat,
     after_register,
+    agent_session_from,
     ask_within_s,
     backoff_s,
-    door_answer_from,
     interval_from,
     may_run,
-    orders,
     placements_from,
-    session_from,
-    takes_from,
+    proxy_answer_from,
 )
-from orion_worker.agent.node import Log, Node
+from orion_worker.agent.node import LogLine, Node
 
 REQUEST_TIMEOUT_S = 5.0
 GOODBYE_TIMEOUT_S = 3.0
-VACATING_BEAT_S = 0.4
+EVACUATING_INTERVAL_S = 0.4
 """Between calls while the manager takes away what is here: each shows what is left, and takes what to do with it."""
-VACATING_PATIENCE_S = 6.0
+EVACUATING_PATIENCE_S = 6.0
 """How long a manager that takes things away may be silent: it may have been killed, and another be about to go on."""
 TOKEN_POLL_S = 1.0
 LARGEST_REPLY_BYTES = 4 * 2**20
@@ -59,7 +59,7 @@ class Call:
 Talk = Generator[Call, Answer, float]
 
 
-class Transport(Protocol):
+class CallTransport(Protocol):
     def post(self, path: str, token: str, body: dict[str, Any], timeout_s: float) -> Answer:
         """Never raises: what goes wrong is an Answer without status."""
         ...
@@ -91,7 +91,7 @@ class HttpTransport:
         return Answer(reply.status, _json_object(text), reply.reason, pause_s, marked)
 
 
-class CallHome:
+class HomeCaller:
     """`step` does the next thing and returns how many seconds to wait before the one after.
 
     `clock` is CLOCK_BOOTTIME, which goes on while the machine sleeps; `chance` gives numbers from 0 to 1.
@@ -101,10 +101,10 @@ class CallHome:
     def __init__(
         self,
         node: Node,
-        transport: Transport,
+        transport: CallTransport,
         clock: Callable[[], float],
         chance: Callable[[], float],
-        say: Log,
+        say: LogLine,
         on_renewal: Callable[[], None] = lambda: None,
     ) -> None:
         self._node = node
@@ -113,18 +113,18 @@ class CallHome:
         self._chance = chance
         self._say = say
         self._on_renewal = on_renewal
-        self._session: Session | None = None
+        self._session: AgentSession | None = None
         self._sequence = itertools.count(1)
         self._failures = 0
         self._waiting_for_token = False
         self._obeying = threading.Lock()
-        self._leaving = False
-        self._takes: frozenset[str] = frozenset()
-        self._vacating_since: float | None = None
-        self.standing = Standing()
-        self.unwatched_at: float | None = None
+        self._exiting = False
+        self._accepted_fields: frozenset[str] = frozenset()
+        self._evacuating_since: float | None = None
+        self.lease = LeaseState()
+        self.liveness_ended_at: float | None = None
         """When the manager's watch on this worker last ended; set by who sees it (watched.py)."""
-        self.let_go_at: float | None = None
+        self.liveness_closed_at: float | None = None
         """When the manager last ended it in order. Mostly it is being started again then, and has heard nobody yet."""
 
     @property
@@ -134,7 +134,7 @@ class CallHome:
 
     @property
     def acknowledged_at(self) -> float | None:
-        return self.standing.acknowledged_at
+        return self.lease.acknowledged_at
 
     def step(self) -> float:
         """Do it over the transport."""
@@ -155,25 +155,25 @@ class CallHome:
 
     def due_s(self) -> float:
         """How long the next call may wait at most: shorter than what `step` said, when the watch has ended since."""
-        ended_at = max((at for at in (self.unwatched_at, self.let_go_at) if at is not None), default=None)
-        within_s = ask_within_s(self.standing, ended_at, self._clock())
-        return within_s if self._vacating_since is None else min(within_s, VACATING_BEAT_S)
+        ended_at = max((at for at in (self.liveness_ended_at, self.liveness_closed_at) if at is not None), default=None)
+        within_s = ask_within_s(self.lease, ended_at, self._clock())
+        return within_s if self._evacuating_since is None else min(within_s, EVACUATING_INTERVAL_S)
 
-    def vacate(self) -> None:
+    def evacuate(self) -> None:
         """Ask the manager, from the next call on, to take away what is here. It goes on meanwhile."""
-        self._vacating_since = self._clock()
+        self._evacuating_since = self._clock()
 
-    def is_vacating(self) -> bool:
+    def is_evacuating(self) -> bool:
         """Whether there is a point in waiting: something is left here, and a manager that answers takes it away."""
-        if self._vacating_since is None or self._session is None or not self._node.inventory():
+        if self._evacuating_since is None or self._session is None or not self._node.inventory():
             return False
-        heard_at = max(self._vacating_since, self.standing.acknowledged_at or 0.0)
-        return self._clock() - heard_at < VACATING_PATIENCE_S
+        heard_at = max(self._evacuating_since, self.lease.acknowledged_at or 0.0)
+        return self._clock() - heard_at < EVACUATING_PATIENCE_S
 
-    def leave(self) -> None:
+    def begin_exit(self) -> None:
         """From here on no reply, not even one that is on its way, can let a renter in."""
         with self._obeying:
-            self._leaving = True
+            self._exiting = True
         self._node.lock_all(kill=True)
 
     def say_goodbye(self) -> None:
@@ -187,7 +187,7 @@ class CallHome:
         session = self._session
         if session is None:
             return None
-        self._vacating_since = None
+        self._evacuating_since = None
         body = {**self._heartbeat_body(session), "leaving": True}
         return Call("/api/heartbeat", session.worker_token, body, GOODBYE_TIMEOUT_S)
 
@@ -217,7 +217,7 @@ class CallHome:
 
     def _begin(self, answer: Answer, sent_at: float) -> float:
         try:
-            session = session_from(answer.body)
+            session = agent_session_from(answer.body)
         except ValueError as error:
             return self._try_later(f"registration not understood: {error}", answer, REGISTER_RETRY_MAX_S)
         self._node.keep_identity(session)
@@ -228,12 +228,12 @@ class CallHome:
         self._obey(session.placements, sent_at)
         return session.interval_s
 
-    def _heartbeat(self, session: Session) -> Talk:
+    def _heartbeat(self, session: AgentSession) -> Talk:
         sent_at = self._clock()
-        more = {START_ENDS: self._node.start_ends()} if START_ENDS in self._takes else {}
+        more = {START_ENDS: self._node.start_ends()} if START_ENDS in self._accepted_fields else {}
         answer = yield Call("/api/heartbeat", session.worker_token, self._heartbeat_body(session) | more)
         # After a failure nothing further is told: an older manager may have come, and the lease runs.
-        self._takes = takes_from(answer.body) if answer.status == 200 else frozenset()
+        self._accepted_fields = accepted_fields_from(answer.body) if answer.status == 200 else frozenset()
         self._note(answer, sent_at)
         match after_heartbeat(answer):
             case Next.ACKNOWLEDGED:
@@ -244,24 +244,24 @@ class CallHome:
                 return 0.0
         return self._try_later("heartbeat failed", answer, HEARTBEAT_RETRY_MAX_S)
 
-    def _go_on(self, session: Session, answer: Answer, sent_at: float) -> float:
+    def _go_on(self, session: AgentSession, answer: Answer, sent_at: float) -> float:
         try:
             interval_s = interval_from(answer.body.get("next_heartbeat_s"))
             lease_s = interval_from(answer.body.get("lease_s"))
-            door_answer_s = door_answer_from(answer.body)
+            proxy_answer_s = proxy_answer_from(answer.body)
             placements = placements_from(answer.body.get("placements"))
         except ValueError as error:
             return self._try_later(f"heartbeat not understood: {error}", answer, HEARTBEAT_RETRY_MAX_S)
         if self._failures:
             self._say(f"heartbeat acknowledged again after {self._failures} failures")
-        self._session = replace(session, lease_s=lease_s, door_answer_s=door_answer_s)
+        self._session = replace(session, lease_s=lease_s, proxy_answer_s=proxy_answer_s)
         self._acknowledge(self._session, sent_at)
         self._obey(placements, sent_at)
-        return interval_s if self._vacating_since is None else min(interval_s, VACATING_BEAT_S)
+        return interval_s if self._evacuating_since is None else min(interval_s, EVACUATING_INTERVAL_S)
 
-    def _heartbeat_body(self, session: Session) -> dict[str, Any]:
+    def _heartbeat_body(self, session: AgentSession) -> dict[str, Any]:
         return {
-            **({"vacating": True} if self._vacating_since is not None else {}),
+            **({"vacating": True} if self._evacuating_since is not None else {}),
             "session_id": session.session_id,
             "seq": next(self._sequence),
             "load": self._node.load(),
@@ -271,19 +271,19 @@ class CallHome:
         }
 
     def _note(self, answer: Answer, sent_at: float) -> None:
-        self.standing = replace(self.standing, unreached_at=sent_at if answer.marked else None)
+        self.lease = replace(self.lease, unreached_at=sent_at if answer.marked else None)
 
-    def _acknowledge(self, session: Session, sent_at: float) -> None:
+    def _acknowledge(self, session: AgentSession, sent_at: float) -> None:
         self._failures = 0
-        self.standing = Standing(session.lease_s, session.door_answer_s, acknowledged_at=sent_at)
+        self.lease = LeaseState(session.lease_s, session.proxy_answer_s, acknowledged_at=sent_at)
         self._on_renewal()
         self._node.note_acknowledgement()
 
-    def _obey(self, placements: tuple[dict[str, Any], ...], asked_at: float) -> None:
+    def _obey(self, placements: tuple[dict[str, Any], ...], requested_at: float) -> None:
         """Unless the reply is from before a sleep of this machine: then its lease may be over already."""
         with self._obeying:
-            if not self._leaving and may_run(self.standing, self.unwatched_at, self._clock()):
-                self._node.carry_out(orders(self._node.inventory(), placements), asked_at)
+            if not self._exiting and may_run(self.lease, self.liveness_ended_at, self._clock()):
+                self._node.carry_out(actions_for(self._node.inventory(), placements), requested_at)
 
     def _try_later(self, what: str, answer: Answer, longest_s: float) -> float:
         self._failures += 1

@@ -15,7 +15,7 @@ from orion_worker.system import processes
 STOPS_WITHIN_S = 1.0
 
 
-class Confined:
+class ConfinedCommand:
     """The agent's end. `score`: what the command begins with. `errors`: a descriptor for what it says; None: ours."""
 
     def __init__(self, command: Sequence[str], score: int, errors: int | None = None) -> None:

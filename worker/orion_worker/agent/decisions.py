@@ -16,12 +16,12 @@ UNREACHED_RETRY_MAX_S = 3.0
 """While the manager is not there at all, asking costs it nothing; and a platform that starts is complete at once."""
 
 
-WATCH_GRACE_S = 1.0
+LIVENESS_GRACE_S = 1.0
 """How long a worker may go on without word from the manager when the watch on it has ended.
 
 The manager takes silence for death 1.5 s after it saw that end (engine/watch.py): then all must have stood still.
 """
-WATCH_SETTLES_S = 0.25
+LIVENESS_SETTLES_S = 0.25
 """Until the end of a watch has reached the manager, even if its message was lost once (TCP repeats it after 0.2 s).
 
 A call that is sent earlier may arrive before it, and so would not count against a proof of death.
@@ -94,11 +94,11 @@ def backoff_s(attempt: int, longest_s: float, chance: float, at_least_s: float =
 
 
 @dataclass(frozen=True)
-class Standing:
+class LeaseState:
     """What this worker's right to run rentals rests on. Times are its own CLOCK_BOOTTIME, of when a call was sent."""
 
     lease_s: float = 0.0
-    door_answer_s: float = 0.0
+    proxy_answer_s: float = 0.0
     """How old the proxy's word that the manager cannot be reached may be."""
     acknowledged_at: float | None = None
     """Of the last acknowledged call: the lease runs from there, not from the reply."""
@@ -106,31 +106,31 @@ class Standing:
     """Of the last call, if the proxy's marked word was its answer; None: another answer, or none."""
 
 
-def may_run(standing: Standing, unwatched_at: float | None, now: float) -> bool:
-    """Whether rentals may run here. `unwatched_at`: when the manager's watch on this worker last ended.
+def may_run(lease: LeaseState, liveness_ended_at: float | None, now: float) -> bool:
+    """Whether rentals may run here. `liveness_ended_at`: when the manager's watch on this worker last ended.
 
     By a lease: the manager lets it pass before it runs anything elsewhere. Or by the proxy's fresh word that the
     manager cannot be reached, which then moves nothing. What was said before the watch ended counts for a moment only:
     the manager may take that end, and silence after it, for this worker's death.
     """
-    acknowledged_at, unreached_at = standing.acknowledged_at, standing.unreached_at
-    if unwatched_at is not None and now - unwatched_at >= WATCH_GRACE_S:
-        acknowledged_at = _not_before(unwatched_at + WATCH_SETTLES_S, acknowledged_at)
-        unreached_at = _not_before(unwatched_at + WATCH_SETTLES_S, unreached_at)
-    leased = acknowledged_at is not None and now - acknowledged_at < standing.lease_s
-    excused = unreached_at is not None and now - unreached_at < standing.door_answer_s
+    acknowledged_at, unreached_at = lease.acknowledged_at, lease.unreached_at
+    if liveness_ended_at is not None and now - liveness_ended_at >= LIVENESS_GRACE_S:
+        acknowledged_at = _not_before(liveness_ended_at + LIVENESS_SETTLES_S, acknowledged_at)
+        unreached_at = _not_before(liveness_ended_at + LIVENESS_SETTLES_S, unreached_at)
+    leased = acknowledged_at is not None and now - acknowledged_at < lease.lease_s
+    excused = unreached_at is not None and now - unreached_at < lease.proxy_answer_s
     return leased or excused
 
 
-def ask_within_s(standing: Standing, unwatched_at: float | None, now: float) -> float:
+def ask_within_s(lease: LeaseState, liveness_ended_at: float | None, now: float) -> float:
     """How long the next call may wait at most, in seconds: what is about to lose the right to run asks often."""
-    acknowledged_at, often_s = standing.acknowledged_at, 0.4 * standing.door_answer_s
-    if unwatched_at is not None and _not_before(unwatched_at + WATCH_SETTLES_S, acknowledged_at) is None:
-        in_time = now - unwatched_at < WATCH_GRACE_S
-        return max(unwatched_at + WATCH_SETTLES_S - now, WATCH_SETTLES_S if in_time else often_s)
-    if acknowledged_at is None or not standing.lease_s:
+    acknowledged_at, often_s = lease.acknowledged_at, 0.4 * lease.proxy_answer_s
+    if liveness_ended_at is not None and _not_before(liveness_ended_at + LIVENESS_SETTLES_S, acknowledged_at) is None:
+        in_time = now - liveness_ended_at < LIVENESS_GRACE_S
+        return max(liveness_ended_at + LIVENESS_SETTLES_S - now, LIVENESS_SETTLES_S if in_time else often_s)
+    if acknowledged_at is None or not lease.lease_s:
         return math.inf
-    return max(often_s, acknowledged_at + standing.lease_s - standing.door_answer_s - now)
+    return max(often_s, acknowledged_at + lease.lease_s - lease.proxy_answer_s - now)
 
 
 def _not_before(earliest: float, at: float | None) -> float | None:
@@ -138,7 +138,7 @@ def _not_before(earliest: float, at: float | None) -> float | None:
 
 
 @dataclass(frozen=True)
-class Order:
+class RentalAction:
     """What to do to a rental that is here."""
 
     action: str
@@ -151,7 +151,7 @@ _TO_RUN = {"locked": "unlock", "frozen": "thaw"}
 _TO_SHUT = {"running": "lock"}
 
 
-def orders(inventory: Iterable[dict[str, Any]], placements: Iterable[dict[str, Any]]) -> list[Order]:
+def actions_for(inventory: Iterable[dict[str, Any]], placements: Iterable[dict[str, Any]]) -> list[RentalAction]:
     """What a reply's placements mean for what is here; what the reply does not mention is left as it is.
 
     One rental may be mentioned twice, with an old epoch to purge and a new one to run: an order for an epoch older
@@ -170,7 +170,7 @@ def orders(inventory: Iterable[dict[str, Any]], placements: Iterable[dict[str, A
         run = want["want"] == "run" and want["epoch"] == item["epoch"]
         action = (_TO_RUN if run else _TO_SHUT).get(item["state"])
         if action:
-            found.append(Order(action, item["rental_id"], item["epoch"]))
+            found.append(RentalAction(action, item["rental_id"], item["epoch"]))
     return found
 
 
@@ -178,14 +178,14 @@ START_ENDS = "start_ends"
 """A field of a heartbeat that a manager from before it would refuse."""
 
 
-def takes_from(body: dict[str, Any]) -> frozenset[str]:
+def accepted_fields_from(body: dict[str, Any]) -> frozenset[str]:
     """Return the further fields that the manager takes in a heartbeat, by its reply to the last one."""
     takes = body.get("takes")
     return frozenset(each for each in takes if isinstance(each, str)) if isinstance(takes, list) else frozenset()
 
 
 @dataclass(frozen=True)
-class Session:
+class AgentSession:
     """What a registration gave."""
 
     worker_id: str
@@ -193,21 +193,21 @@ class Session:
     session_id: str
     interval_s: float
     lease_s: float
-    door_answer_s: float
+    proxy_answer_s: float
     authorized_keys: tuple[str, ...]
     placements: tuple[dict[str, Any], ...]
 
 
-def session_from(body: dict[str, Any]) -> Session:
+def agent_session_from(body: dict[str, Any]) -> AgentSession:
     """Raises ValueError for a reply that is not of the contract."""
     try:
-        return Session(
+        return AgentSession(
             worker_id=_text(body["worker_id"]),
             worker_token=_text(body["worker_token"]),
             session_id=_text(body["session_id"]),
             interval_s=interval_from(body["heartbeat_interval_s"]),
             lease_s=interval_from(body["lease_s"]),
-            door_answer_s=door_answer_from(body),
+            proxy_answer_s=proxy_answer_from(body),
             authorized_keys=tuple(_text(key) for key in body["authorized_keys"]),
             placements=placements_from(body["placements"]),
         )
@@ -235,7 +235,7 @@ def interval_from(value: Any) -> float:
     return float(value)
 
 
-def door_answer_from(body: dict[str, Any]) -> float:
+def proxy_answer_from(body: dict[str, Any]) -> float:
     """`door_answer_s` of a reply; a manager from before it was told means the same share of the lease as by default."""
     if "door_answer_s" in body:
         return interval_from(body["door_answer_s"])

@@ -1,17 +1,17 @@
-"""The fence: what runs here stands still as soon as this worker has no right to run it, whatever else goes on.
+"""The fence: it freezes all rentals as soon as this worker has no right to run them, whatever else the agent does.
 
-It has a thread of its own, which asks nobody and looks up no name, so nothing that the agent waits for delays it. It
-looks at the lease every LOOK_EVERY_S, and so at once when the container, or the agent alone, wakes from a pause: the
-sleep is over by then, and CLOCK_BOOTTIME has gone on. It never thaws: that takes a reply that says `run`.
+The fence has a thread of its own, which asks nobody and looks up no name, so nothing that the agent waits for delays
+it. It looks at the lease every LOOK_EVERY_S, and so at once when the container, or the agent alone, wakes from a pause:
+the sleep is over by then, and CLOCK_BOOTTIME has gone on. It never thaws: that takes a reply that says `run`.
 
-The order on the way down: first everything of every renter is stopped, which needs no disk; then it is written down
-that there is no lease, which `unlock` and `thaw` look at last; then the keys go and the marks are made; then come the
-passes, for who came in meanwhile, and again every AGAIN_EVERY_S as long as a mark stands.
+When the lease is lost, the fence first stops all processes of all renters, which needs no disk; then it notes that
+there is no lease, which `unlock` and `thaw` look at last; then it locks the keys and writes the marks. After that it
+repeats the freezing every AGAIN_EVERY_S as long as a mark exists, for processes that came in meanwhile.
 
-A rental that nobody was let into yet is not frozen: no reply would ever thaw it. What runs under its uid is a transfer
-of its files, which would hold the rental's lock for as long as it stands; so that is ended, and begun again by the
-manager. (Or it is left of an earlier epoch, and must not run any more at all.) Nor is one that is laid down to be
-salvaged: what runs of it is ended, as by the salvage itself.
+A rental that was never activated at its epoch is not frozen, because no reply would ever thaw it. What runs under its
+uid is a transfer of its files, which would hold the rental's lock for as long as it is stopped; so the fence ends it,
+and the manager begins it again. (Or it is left of an earlier epoch, and must not run any more at all.) A retired rental
+is not frozen either: the fence ends what runs of it, as its recovery does.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from orion_worker.freezer.enforcer import Vigil
+from orion_worker.freezer.enforcer import Enforcer
 from orion_worker.freezer.marks import FENCE_WAITS_S
 from orion_worker.freezer.stopper import PARENTS_WITHIN_S, stop_parents
-from orion_worker.records import Record
+from orion_worker.records import RentalRecord
 from orion_worker.rental.commands import Rentals
 from orion_worker.system import processes
 from orion_worker.system.processes import FIRST_UID
@@ -34,7 +34,7 @@ AGAIN_EVERY_S = 0.2
 
 
 class Fence:
-    """`may_run`: whether this worker may run rentals now, by its own clock."""
+    """`may_run` returns whether this worker may run rentals now, by its own clock; `say` writes one line to the log."""
 
     def __init__(self, rentals: Rentals, may_run: Callable[[], bool], say: Callable[[str], None]) -> None:
         self._rentals = rentals
@@ -43,36 +43,36 @@ class Fence:
         self._say = say
         self._looking = threading.Lock()
         self._has_lease = False
-        self._stay: dict[int, frozenset[tuple[int, int]]] | None = None
-        """What was stopped already when the lease was lost, by uid; None: nothing was lost since it was last held."""
-        self._vigils: dict[tuple[str, int], Vigil] = {}
-        self._again_at = 0.0
+        self._stopped_before: dict[int, frozenset[tuple[int, int]]] | None = None
+        """(pid, start) of processes that were stopped before the lease was lost, by uid; None: it was not lost."""
+        self._enforcers: dict[tuple[str, int], Enforcer] = {}
+        self._repeat_at = 0.0
 
     def begin(self) -> None:
-        """At the start of the container, before anybody can be let in."""
+        """Remove all marks at the start of the container, before any rental can be activated."""
         self._freezer.begin()
-        self._rentals.begin()
+        self._rentals.discard_staging()
 
-    def renewed(self) -> None:
-        """Rentals may be let in again, if it is still true: a reply may be from before a sleep."""
+    def lease_renewed(self) -> None:
+        """Note that there is a lease, if that is still true: a reply may be from before a sleep of the machine."""
         with self._looking:
             if self._may_run() and not self._has_lease:
-                if self._stay is not None:
+                if self._stopped_before is not None:
                     self._mark()  # whatever could not be marked then: else its processes would be forgotten
                 self._freezer.set_lease(True)
-                self._has_lease, self._stay = True, None
+                self._has_lease, self._stopped_before = True, None
 
     def look(self) -> None:
-        """Freeze if there is no right to run, and hold what is frozen."""
+        """Freeze all rentals if there is no right to run, and repeat what freezing is due."""
         with self._looking:
             if self._has_lease and not self._may_run():
-                self._fall()
-            if time.monotonic() >= self._again_at:
-                self._again_at = time.monotonic() + AGAIN_EVERY_S
-                self._again()
+                self._freeze_all()
+            if time.monotonic() >= self._repeat_at:
+                self._repeat_at = time.monotonic() + AGAIN_EVERY_S
+                self._repeat_freezes()
 
     def run(self) -> None:
-        """For ever."""
+        """Look forever."""
         while True:
             try:
                 self.look()
@@ -81,58 +81,58 @@ class Fence:
                 self._say(f"the fence: {fault!r}; looking again")
             time.sleep(LOOK_EVERY_S)
 
-    def _fall(self) -> None:
-        self._stay = self._stay or {}
-        last_moment = time.monotonic() + PARENTS_WITHIN_S
+    def _freeze_all(self) -> None:
+        self._stopped_before = self._stopped_before or {}
+        deadline = time.monotonic() + PARENTS_WITHIN_S
         with self._freezer.locked(FENCE_WAITS_S):
             for uid in processes.uids_from(FIRST_UID):
-                self._stay.setdefault(uid, self._freezer.stopped_before(uid))
-                stop_parents(uid, last_moment)
-                processes.strike(uid, signal.SIGSTOP)
-            self._shut()  # a rename succeeds on a full disk, where nothing below does
+                self._stopped_before.setdefault(uid, self._freezer.stopped_before(uid))
+                stop_parents(uid, deadline)
+                processes.signal_all(uid, signal.SIGSTOP)
+            self._lock_all()  # a rename succeeds on a full disk, where nothing below does
             self._freezer.set_lease(False)
             self._has_lease = False
             marked = self._mark()
-        self._again_at = 0.0
+        self._repeat_at = 0.0
         self._say(f"no right to run: {marked} rentals frozen")
 
-    def _shut(self) -> list[Record]:
-        living = self._rentals.ledger.all_living()
+    def _lock_all(self) -> list[RentalRecord]:
+        living = self._rentals.records.all()
         for record in living:
-            self._rentals.shut(record)
+            self._rentals.lock_at_once(record)
         return living
 
     def _mark(self) -> int:
         marked = 0
-        for record in self._shut():
-            if record.let_in and not record.laid_down:
-                marked += self._freezer.mark(record, (self._stay or {}).get(record.uid, frozenset()))
+        for record in self._lock_all():
+            if record.activated and not record.retired:
+                marked += self._freezer.mark(record, (self._stopped_before or {}).get(record.uid, frozenset()))
             else:  # whoever lets it in after this look finds that there is no lease
-                processes.strike(record.uid, signal.SIGKILL)
+                processes.signal_all(record.uid, signal.SIGKILL)
         return marked
 
-    def _again(self) -> None:
-        if self._stay is not None:
+    def _repeat_freezes(self) -> None:
+        if self._stopped_before is not None:
             for uid in processes.uids_from(FIRST_UID):
-                processes.strike(uid, signal.SIGSTOP)
+                processes.signal_all(uid, signal.SIGSTOP)
             self._mark()
         for rental_id in self._freezer.overdue(time.clock_gettime(time.CLOCK_BOOTTIME)):
             self._freezer.resume(rental_id)
             self._say(f"rental {rental_id} was paused for a snapshot that did not end; it goes on")
         frozen = self._freezer.frozen()
-        living = {record.rental_id: record for record in self._rentals.ledger.all_living()} if frozen else {}
-        held: dict[tuple[str, int], Vigil] = {}
+        living = {record.rental_id: record for record in self._rentals.records.all()} if frozen else {}
+        enforcers: dict[tuple[str, int], Enforcer] = {}
         for rental_id in frozen:
             record = living.get(rental_id)
-            if record is None or record.laid_down:
+            if record is None or record.retired:
                 self._freezer.forget(rental_id)  # it was purged or laid down meanwhile
                 continue
             key = (rental_id, record.uid)
-            held[key] = self._vigils.get(key) or Vigil(record.uid, record.username)
-            self._hold(record, held[key])
-        self._vigils = held
+            enforcers[key] = self._enforcers.get(key) or Enforcer(record.uid, record.username)
+            self._refreeze(record, enforcers[key])
+        self._enforcers = enforcers
 
-    def _hold(self, record: Record, vigil: Vigil) -> None:
-        killed = self._freezer.again(record.rental_id, vigil, lambda: self._rentals.shut(record))
+    def _refreeze(self, record: RentalRecord, enforcer: Enforcer) -> None:
+        killed = self._freezer.refreeze(record.rental_id, enforcer, lambda: self._rentals.lock_at_once(record))
         if killed:
             self._say(f"rental {record.rental_id} fought being frozen: {killed} of its processes were ended")

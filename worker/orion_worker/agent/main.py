@@ -18,20 +18,20 @@ import time
 import traceback
 from pathlib import Path
 
-from orion_worker.agent.call_home import REQUEST_TIMEOUT_S, CallHome, HttpTransport
-from orion_worker.agent.confined import Confined
+from orion_worker.agent.call_home import REQUEST_TIMEOUT_S, HomeCaller, HttpTransport
+from orion_worker.agent.confined import ConfinedCommand
 from orion_worker.agent.decisions import may_run, stop_grace_s
 from orion_worker.agent.fence import Fence
-from orion_worker.agent.node import Node, Settings, settings_from
+from orion_worker.agent.node import AgentSettings, Node, settings_from
 from orion_worker.limits import scores
-from orion_worker.limits.log_limit import SparingLog
+from orion_worker.limits.log_limit import LimitedLog
+from orion_worker.limits.priority import PriorityGuard
 from orion_worker.limits.stopped_log_ins import StoppedLogIns
-from orion_worker.limits.terminals import Terminals
-from orion_worker.limits.turns import Turns
+from orion_worker.limits.terminals import TerminalGuard
 from orion_worker.rental.commands import Rentals
-from orion_worker.rental.host_certificate import Sshd as Listening
+from orion_worker.rental.host_certificate import RunningSshd as Listening
 from orion_worker.rpc import liveness_program
-from orion_worker.rpc.liveness import Watched
+from orion_worker.rpc.liveness import LivenessListener
 from orion_worker.system import cgroup, processes
 
 WEB_PORT = 80
@@ -45,7 +45,7 @@ RENTERS_NICENESS = 5
 """So that the agent gets the processor first when a renter takes all of it: when all wake from a pause, for one."""
 
 
-class Sshd:
+class SshdChild:
     """sshd, as a child of confined.py that is started again whenever it dies.
 
     Every session inherits the limit of processes; root is not subject to it. Every session inherits sshd's score too,
@@ -54,7 +54,7 @@ class Sshd:
     rental that uses the most memory go first (scores.py), and sshd is there again with the next look.
     """
 
-    def __init__(self, settings: Settings, errors: int) -> None:
+    def __init__(self, settings: AgentSettings, errors: int) -> None:
         limit = cgroup.usage(cgroup.read_file).processes_limit
         each = cgroup.processes_for_each_renter(limit, settings.slots)
         # The manager reaches every worker from one address: a renter's failed log-ins must not shut it out.
@@ -63,11 +63,11 @@ class Sshd:
         command += ["nice", "-n", str(RENTERS_NICENESS), "--"]
         command += ["/usr/sbin/sshd", "-D", "-e", "-o", exempt]
         self._listening = Listening(Path("/"))
-        self._command = Confined(command, scores.usual(processes.own_score()), errors)
+        self._command = ConfinedCommand(command, scores.usual(processes.own_score()), errors)
         say(f"each renter may have {each} processes")
         self._start()
 
-    def look_after(self) -> None:
+    def ensure_running(self) -> None:
         """Call it every LOOK_EVERY_S."""
         status = self._command.ended()
         if status is not None:
@@ -82,7 +82,7 @@ class Sshd:
         self._command.start()
 
 
-class WebDoor:
+class PortProxyChild:
     """web_door.py, as a child that is started again whenever it dies. The socket is kept here, so nobody is refused.
 
     It is not started at once: a worker is to be reached by SSH first.
@@ -93,7 +93,7 @@ class WebDoor:
         self._socket = socket.create_server(("0.0.0.0", WEB_PORT), backlog=256)  # noqa: S104 - see network.nft
         self._child: subprocess.Popen[bytes] | None = None
 
-    def look_after(self) -> None:
+    def ensure_running(self) -> None:
         """Call it every LOOK_EVERY_S."""
         status = self._child.poll() if self._child else None
         if status is not None:
@@ -117,11 +117,11 @@ def write(line: str) -> None:
 
 def end_all(rentals: Rentals, uids: list[int]) -> None:
     """End all that runs of the renters with these uids, and their log-ins."""
-    names = {record.uid: record.username for record in rentals.ledger.all_living()}
-    processes.end({uid: names.get(uid, "") for uid in uids})
+    names = {record.uid: record.username for record in rentals.records.all()}
+    processes.kill_all({uid: names.get(uid, "") for uid in uids})
 
 
-def call_for_ever(home: CallHome, stopping: threading.Event, hurry: threading.Event) -> None:
+def call_for_ever(home: HomeCaller, stopping: threading.Event, hurry: threading.Event) -> None:
     """`hurry` is set when the next call may have become due earlier, and when there is none any more."""
     wait_s = 0.0
     while not stopping.is_set():
@@ -138,70 +138,70 @@ def call_for_ever(home: CallHome, stopping: threading.Event, hurry: threading.Ev
             wait_s = AFTER_A_FAULT_S
 
 
-def take_leave(home: CallHome, calling: threading.Thread) -> None:
+def exit_in_order(home: HomeCaller, calling: threading.Thread) -> None:
     """Lock all rentals and say goodbye; first wait for the answer to a registration that is under way.
 
     A worker that ended before it had kept that answer would register as another one at its next start, and the first
     would be listed as down until an operator removes it.
     """
-    home.leave()
+    home.begin_exit()
     if not home.is_registered:
         calling.join(REQUEST_TIMEOUT_S)
     home.say_goodbye()
 
 
-def run(settings: Settings) -> None:
-    told, stopping, hurry = threading.Event(), threading.Event(), threading.Event()
+def run(settings: AgentSettings) -> None:
+    told_to_stop, stopping, hurry = threading.Event(), threading.Event(), threading.Event()
 
     def stop(*_: object) -> None:
-        told.set()
+        told_to_stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # blocked by entrypoint.sh
     node = Node(settings, say)
     node.lock_all()
-    fence = Fence(node.rentals, lambda: may_run(home.standing, home.unwatched_at, boot_time_s()), say)
+    fence = Fence(node.rentals, lambda: may_run(home.lease, home.liveness_ended_at, boot_time_s()), say)
     fence.begin()
-    node.rentals.launcher.begin(node.boot_id)
-    home = CallHome(node, HttpTransport(settings.url), boot_time_s, random.random, say, fence.renewed)
+    node.rentals.launcher.set_boot_id(node.boot_id)
+    home = HomeCaller(node, HttpTransport(settings.url), boot_time_s, random.random, say, fence.lease_renewed)
 
-    def unwatched() -> None:
-        home.unwatched_at = boot_time_s()
+    def liveness_ended() -> None:
+        home.liveness_ended_at = boot_time_s()
         say("the manager's watch has ended")
         hurry.set()
 
-    def let_go() -> None:
-        home.let_go_at = boot_time_s()
+    def liveness_closed() -> None:
+        home.liveness_closed_at = boot_time_s()
         hurry.set()
 
-    watched = Watched(Path(liveness_program.SOCKET_PATH), node.boot_id, unwatched, let_go)
-    log = SparingLog(write)
-    sshd = Sshd(settings, log.input)
-    web_door = WebDoor(settings.proxy_address, settings.app_address, settings.slots)
+    watched = LivenessListener(Path(liveness_program.SOCKET_PATH), node.boot_id, liveness_ended, liveness_closed)
+    log = LimitedLog(write)
+    sshd = SshdChild(settings, log.input)
+    web_door = PortProxyChild(settings.proxy_address, settings.app_address, settings.slots)
     stopped = StoppedLogIns(node.rentals, say)
-    ended_first = scores.Scores(scores.usual(processes.own_score()), say)
-    terminals = Terminals(lambda uids: end_all(node.rentals, uids), say)
-    for work in (log.run, fence.run, watched.run, ended_first.run, terminals.run, Turns(say).run):
+    ended_first = scores.OomScores(scores.usual(processes.own_score()), say)
+    terminals = TerminalGuard(lambda uids: end_all(node.rentals, uids), say)
+    for work in (log.run, fence.run, watched.run, ended_first.run, terminals.run, PriorityGuard(say).run):
         threading.Thread(target=work, daemon=True).start()
     calling = threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True)
     calling.start()
-    while not told.wait(LOOK_EVERY_S):
-        sshd.look_after()
-        web_door.look_after()
-        stopped.look_after()
-    say("told to stop")
-    home.vacate()
+    while not told_to_stop.wait(LOOK_EVERY_S):
+        sshd.ensure_running()
+        web_door.ensure_running()
+        stopped.look_if_due()
+    say("told_to_stop to stop")
+    home.evacuate()
     hurry.set()
     began = time.monotonic()
     grace_s = stop_grace_s(settings.stop_grace_s, settings.stop_grace_max_s, *node.to_be_carried())
-    last_moment = began + grace_s
-    while home.is_vacating() and time.monotonic() < last_moment:
-        sshd.look_after()
+    deadline = began + grace_s
+    while home.is_evacuating() and time.monotonic() < deadline:
+        sshd.ensure_running()
         time.sleep(LOOK_OFTEN_S)
     stopping.set()
     hurry.set()
-    take_leave(home, calling)
+    exit_in_order(home, calling)
     web_door.stop()
     sshd.stop()
 

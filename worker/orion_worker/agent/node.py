@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orion_worker.agent.decisions import Order, Session
+from orion_worker.agent.decisions import AgentSession, RentalAction
 from orion_worker.freezer.marks import OVER_LIMIT
-from orion_worker.records import Refused, write_whole
+from orion_worker.records import RequestRefused, write_atomically
 from orion_worker.rental.commands import Rentals
-from orion_worker.rental.paths import Places
-from orion_worker.rental.requests import Request
+from orion_worker.rental.paths import WorkerPaths
+from orion_worker.rental.requests import RentalRequest
 from orion_worker.system import cgroup, processes
 
 AGENT_VERSION = "0.1.0+boot"
@@ -30,11 +30,11 @@ ENOUGH_FILES = 200_000
 MAX_SLOTS = 256
 """What the manager takes at most."""
 
-Log = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class AgentSettings:
     url: str
     app_address: str
     proxy_address: str = ""
@@ -47,7 +47,7 @@ class Settings:
     """How long it may wait in any case; what sends the signal must wait somewhat longer (Docker: 10 s)."""
 
 
-def settings_from(environment: Mapping[str, str]) -> Settings:
+def settings_from(environment: Mapping[str, str]) -> AgentSettings:
     """From ORION_*. Raises ValueError, saying which one and what it should be."""
     url = environment.get("ORION_URL") or "http://manager_proxy"
     if not re.fullmatch(r"http://[A-Za-z0-9._-]+(:\d{1,5})?/?", url):
@@ -61,16 +61,16 @@ def settings_from(environment: Mapping[str, str]) -> Settings:
     slots = environment.get("ORION_SLOTS") or "1"
     if not (slots.isdigit() and 1 <= int(slots) <= MAX_SLOTS):
         raise ValueError(f"ORION_SLOTS must be a number from 1 to {MAX_SLOTS}, not {slots!r}")
-    grace_s = _seconds_of(environment, "ORION_STOP_GRACE_S", Settings.stop_grace_s)
+    grace_s = _seconds_of(environment, "ORION_STOP_GRACE_S", AgentSettings.stop_grace_s)
     grace_max_s = max(grace_s, _seconds_of(environment, "ORION_STOP_GRACE_MAX_S", grace_s))
     labels = _labels(environment.get("ORION_LABELS") or "")
-    return Settings(url.rstrip("/"), app_address, proxy_address, int(slots), labels, grace_s, grace_max_s)
+    return AgentSettings(url.rstrip("/"), app_address, proxy_address, int(slots), labels, grace_s, grace_max_s)
 
 
 class Node:
     """`root` is another directory in tests; `say` writes one line to the log."""
 
-    def __init__(self, settings: Settings, say: Log, root: Path = Path("/")) -> None:
+    def __init__(self, settings: AgentSettings, say: LogLine, root: Path = Path("/")) -> None:
         self._settings = settings
         self._say = say
         self._root = root
@@ -79,7 +79,7 @@ class Node:
         self._acknowledged = root / "run/orion/acknowledged"
         self._session = root / "run/orion/session"
         self.boot_id = uuid.uuid4().hex
-        self.rentals = Rentals(Places(root), lock_wait_s=0.5)
+        self.rentals = Rentals(WorkerPaths(root), lock_wait_s=0.5)
         self._last_load = (time.monotonic(), cgroup.usage(cgroup.read_file).cpu_s)
         self._identity.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._acknowledged.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ class Node:
     def start_ends(self) -> list[dict[str, Any]]:
         """How the start commands ended that were run here and do not run any more."""
         now, launcher = time.clock_gettime(time.CLOCK_BOOTTIME), self.rentals.launcher
-        ends = (launcher.ended(record, now) for record in self.rentals.ledger.all_living())
+        ends = (launcher.ended(record, now) for record in self.rentals.records.all())
         return [end for end in ends if end is not None][:MAX_SLOTS]
 
     def load(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Node:
 
     def to_be_carried(self) -> tuple[int, int]:
         """Return the number and the bytes of the files in all homes here, as far as ENOUGH_FILES."""
-        return count_files(self._root / "home" / record.username for record in self.rentals.ledger.all_living())
+        return count_files(self._root / "home" / record.username for record in self.rentals.records.all())
 
     def join_token(self) -> str | None:
         """None until the manager has made it."""
@@ -142,44 +142,44 @@ class Node:
     def forget_identity(self) -> None:
         self._identity.unlink(missing_ok=True)
 
-    def keep_identity(self, session: Session) -> None:
+    def keep_identity(self, session: AgentSession) -> None:
         identity = {"worker_id": session.worker_id, "worker_token": session.worker_token}
-        write_whole(self._identity, json.dumps(identity))
-        write_whole(self._session, session.session_id)  # web_door.py knows the manager's passes by it
+        write_atomically(self._identity, json.dumps(identity))
+        write_atomically(self._session, session.session_id)  # web_door.py knows the manager's passes by it
 
     def admit(self, keys: Iterable[str]) -> None:
         """Root may be reached with the manager's keys, from the manager's address, and with nothing else."""
         lines = [f'from="{self._settings.app_address}" {key}\n' for key in keys]
-        write_whole(self._root / "etc/orion/keys/root", "".join(lines))
+        write_atomically(self._root / "etc/orion/keys/root", "".join(lines))
 
     def note_acknowledgement(self) -> None:
         """For the health check of the image, which looks at the file's age."""
         self._acknowledged.touch()
 
-    def carry_out(self, orders: Iterable[Order], asked_at: float) -> None:
-        """`asked_at`: when the call was sent whose reply gives these orders (CLOCK_BOOTTIME)."""
-        for order in orders:
-            request = Request(order.rental_id, order.epoch)
+    def carry_out(self, actions: Iterable[RentalAction], requested_at: float) -> None:
+        """`requested_at`: when the call was sent whose reply gives these orders (CLOCK_BOOTTIME)."""
+        for action in actions:
+            request = RentalRequest(action.rental_id, action.epoch)
             try:
-                if order.action == "unlock":
+                if action.action == "unlock":
                     self.rentals.unlock(request)
-                elif order.action == "thaw":
-                    self.rentals.thaw(request, asked_at)
+                elif action.action == "thaw":
+                    self.rentals.thaw(request, requested_at)
                 else:
                     self.rentals.lock(request)
-                self._say(f"{order.action}ed rental {order.rental_id} at epoch {order.epoch}")
-            except Refused as refusal:
+                self._say(f"{action.action}ed rental {action.rental_id} at epoch {action.epoch}")
+            except RequestRefused as refusal:
                 if refusal.code == OVER_LIMIT:
                     continue  # it was said when it was frozen, and each reply asks again
-                self._say(f"did not {order.action} rental {order.rental_id}: {refusal}")
+                self._say(f"did not {action.action} rental {action.rental_id}: {refusal}")
 
     def lock_all(self, kill: bool = False) -> None:
         """Nobody is let in any more; with `kill`, renters' processes are ended, all at once."""
-        records = self.rentals.ledger.all_living()
+        records = self.rentals.records.all()
         for record in records:
-            self.rentals.shut(record)
+            self.rentals.lock_at_once(record)
         if kill and records:
-            killed = processes.end({record.uid: record.username for record in records}, within_s=3.0)
+            killed = processes.kill_all({record.uid: record.username for record in records}, within_s=3.0)
             self._say(f"locked {len(records)} rentals and ended {killed} of their processes")
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import signal
 import time
 
-from orion_worker.freezer.stopper import PARENTS_WITHIN_S, Key, Task, restless, still, stop_parents, tasks_of, woken
+from orion_worker.freezer.stopper import (
+    PARENTS_WITHIN_S,
+    KernelTask,
+    Key,
+    all_at_rest,
+    any_resists,
+    any_woken,
+    stop_parents,
+    tasks_of,
+)
 from orion_worker.system import processes
 
 PATIENCE_S = 1.0
@@ -15,22 +24,22 @@ FORGIVEN = 1
 """Times that something may have woken while all was still."""
 
 
-class Vigil:
+class Enforcer:
     """Over one rental's processes: `hold` stops them, and every call after that finds who was awake meanwhile."""
 
     def __init__(self, uid: int, username: str) -> None:
         self._uid = uid
         self._username = username
-        self._before: dict[Key, Task] = {}
-        self._wakings = 0
+        self._before: dict[Key, KernelTask] = {}
+        self._times_woken = 0
 
-    def hold(self) -> int:
+    def enforce(self) -> int:
         """When it returns all stand still, or have been killed for fighting: how many were is returned."""
-        if woken(self._before, tasks_of(self._uid)):
-            self._wakings += 1
-        fights = self._wakings > FORGIVEN or not self._stop()
+        if any_woken(self._before, tasks_of(self._uid)):
+            self._times_woken += 1
+        fights = self._times_woken > FORGIVEN or not self._stop()
         if fights:
-            return processes.end({self._uid: self._username}, PATIENCE_S)
+            return processes.kill_all({self._uid: self._username}, PATIENCE_S)
         self._before = {task.key: task for task in tasks_of(self._uid)}
         return 0
 
@@ -39,18 +48,18 @@ class Vigil:
         renter = {self._uid: self._username}
         if not self._before:
             stop_parents(self._uid, time.monotonic() + PARENTS_WITHIN_S)
-        first: dict[Key, Task] = {}
-        last_moment = time.monotonic() + PATIENCE_S
+        first: dict[Key, KernelTask] = {}
+        deadline = time.monotonic() + PATIENCE_S
         while True:
-            reached = processes.strike(self._uid, signal.SIGSTOP)
-            others = [] if reached else processes.of([self._uid])
+            reached = processes.signal_all(self._uid, signal.SIGSTOP)
+            others = [] if reached else processes.pids_of([self._uid])
             for pid in (*others, *processes.sessions(self._uid, self._username)):
-                processes.send(pid, renter, signal.SIGSTOP)
+                processes.signal_process(pid, renter, signal.SIGSTOP)
             time.sleep(BETWEEN_PASSES_S)
             now = tasks_of(self._uid)
-            if still(now):
+            if all_at_rest(now):
                 return True
-            if time.monotonic() > last_moment:
-                return not restless(first, now)
+            if time.monotonic() > deadline:
+                return not any_resists(first, now)
             for task in now:
                 first.setdefault(task.key, task)

@@ -34,7 +34,7 @@ Key = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Task:
+class KernelTask:
     """A thread of a renter's process, as the kernel shows it."""
 
     pid: int
@@ -53,7 +53,7 @@ class Task:
         return self.pid, self.tid, self.started
 
 
-def task_of(pid: int, stat: str, status: str) -> Task:
+def parse_task(pid: int, stat: str, status: str) -> KernelTask:
     """From the texts of stat and status in /proc/PID/task/TID. The name in the former is the renter's to choose."""
     tid, _, rest = stat.partition(" (")
     fields = rest.rpartition(")")[2].split()
@@ -62,13 +62,13 @@ def task_of(pid: int, stat: str, status: str) -> Task:
     switches = (int(lines["voluntary_ctxt_switches"]), int(lines["nonvoluntary_ctxt_switches"]))
     ticks = int(fields[11]) + int(fields[12])
     stopping = bool(pending & 1 << signal.SIGSTOP - 1)
-    return Task(pid, int(tid), int(fields[1]), int(fields[19]), fields[0], stopping, (*switches, ticks))
+    return KernelTask(pid, int(tid), int(fields[1]), int(fields[19]), fields[0], stopping, (*switches, ticks))
 
 
-def tasks_of(uid: int) -> list[Task]:
+def tasks_of(uid: int) -> list[KernelTask]:
     """All tasks of all processes of this uid."""
     found = []
-    for pid in processes.of([uid]):
+    for pid in processes.pids_of([uid]):
         with suppress(OSError):  # it has ended meanwhile
             for place in (processes.PROC / str(pid) / "task").iterdir():
                 with suppress(OSError):
@@ -76,11 +76,11 @@ def tasks_of(uid: int) -> list[Task]:
     return found
 
 
-def still(tasks: Iterable[Task]) -> bool:
+def all_at_rest(tasks: Iterable[KernelTask]) -> bool:
     return all(task.state in AT_REST for task in tasks)
 
 
-def restless(before: Mapping[Key, Task], now: Iterable[Task]) -> bool:
+def any_resists(before: Mapping[Key, KernelTask], now: Iterable[KernelTask]) -> bool:
     """Whether one has had a turn since `before` and goes on all the same; a task that got none is only waiting."""
     return any(
         task.state not in AT_REST and not task.stopping and task.turns != before.get(task.key, task).turns
@@ -88,7 +88,7 @@ def restless(before: Mapping[Key, Task], now: Iterable[Task]) -> bool:
     )
 
 
-def woken(before: Mapping[Key, Task], now: Iterable[Task]) -> bool:
+def any_woken(before: Mapping[Key, KernelTask], now: Iterable[KernelTask]) -> bool:
     """Whether one that stood stopped has run since."""
     return any(
         task.key in before and before[task.key].state in STOPPED and before[task.key].turns != task.turns
@@ -96,7 +96,7 @@ def woken(before: Mapping[Key, Task], now: Iterable[Task]) -> bool:
     )
 
 
-def parents(tasks: Iterable[Task]) -> list[int]:
+def parents(tasks: Iterable[KernelTask]) -> list[int]:
     """The numbers of those that have children among them, the oldest first."""
     leaders = {task.pid: task for task in tasks if task.pid == task.tid}
     found = {task.parent for task in leaders.values()} & leaders.keys()
@@ -108,53 +108,53 @@ def stopped_processes(uid: int) -> frozenset[tuple[int, int]]:
     return frozenset((t.pid, t.started) for t in tasks_of(uid) if t.pid == t.tid and t.state == "T")
 
 
-def stopped_among(uids: Collection[int]) -> list[Task]:
+def stopped_among(uids: Collection[int]) -> list[KernelTask]:
     """Return the first tasks of those processes of these uids that are stopped, by one look through all processes."""
     found = []
-    for pid in processes.of(uids) if uids else ():
+    for pid in processes.pids_of(uids) if uids else ():
         with suppress(OSError):  # it has ended meanwhile
             found.append(read_task(pid, processes.PROC / str(pid) / "task" / str(pid)))
     return [task for task in found if task.state in STOPPED]
 
 
-def stop(uid: int, username: str, within_s: float) -> list[Task] | None:
+def stop(uid: int, username: str, within_s: float) -> list[KernelTask] | None:
     """Stop all processes of a renter for a moment; return their tasks as they stand, None if they do not in time.
 
     The processes of sshd that belong to root go on: they write no file of the renter's, and nothing is hung up.
     """
-    last_moment = time.monotonic() + within_s
-    stop_parents(uid, min(last_moment, time.monotonic() + PARENTS_WITHIN_S))
+    deadline = time.monotonic() + within_s
+    stop_parents(uid, min(deadline, time.monotonic() + PARENTS_WITHIN_S))
     while True:
-        if not processes.strike(uid, signal.SIGSTOP):
-            for pid in processes.of([uid]):
-                processes.send(pid, {uid: username}, signal.SIGSTOP)
+        if not processes.signal_all(uid, signal.SIGSTOP):
+            for pid in processes.pids_of([uid]):
+                processes.signal_process(pid, {uid: username}, signal.SIGSTOP)
         found = tasks_of(uid)
-        if still(found):
+        if all_at_rest(found):
             return found
-        if time.monotonic() > last_moment:
+        if time.monotonic() > deadline:
             return None
         time.sleep(BETWEEN_STOPS_S)
 
 
-def has_run(before: Iterable[Task], now: Iterable[Task]) -> bool:
+def has_run(before: Iterable[KernelTask], now: Iterable[KernelTask]) -> bool:
     """Return whether a task is new, or one that stood stopped has had a turn since."""
     known = {task.key: task for task in before}
     found = list(now)
-    return woken(known, found) or any(task.key not in known for task in found)
+    return any_woken(known, found) or any(task.key not in known for task in found)
 
 
-def stop_parents(uid: int, last_moment: float) -> None:
+def stop_parents(uid: int, deadline: float) -> None:
     """The oldest first, each before its children, until that moment (monotonic seconds).
 
     A shell that saw its child stop would take it for suspended by its user, and say so when it goes on. It is a
     courtesy, and bounded: everybody is stopped at once after it, and who fights it gets nothing by it.
     """
-    if time.monotonic() > last_moment:
+    if time.monotonic() > deadline:
         return
     for parent in parents(tasks_of(uid)):
-        processes.send(parent, {uid: ""}, signal.SIGSTOP)
-        while not _stands(parent):
-            if time.monotonic() > last_moment:
+        processes.signal_process(parent, {uid: ""}, signal.SIGSTOP)
+        while not _is_at_rest(parent):
+            if time.monotonic() > deadline:
                 return
             time.sleep(0.0005)
 
@@ -168,18 +168,18 @@ def wake(uid: int, username: str, stay: frozenset[tuple[int, int]]) -> None:
     found = {(task.started, task.pid) for task in tasks_of(uid) if task.pid == task.tid}
     for started, pid in sorted(found, reverse=True):
         if (pid, started) not in stay:
-            processes.send(pid, renter, signal.SIGCONT)
+            processes.signal_process(pid, renter, signal.SIGCONT)
     for pid in processes.log_ins([username]):
-        processes.send(pid, renter, signal.SIGCONT)
+        processes.signal_process(pid, renter, signal.SIGCONT)
 
 
-def _stands(pid: int) -> bool:
+def _is_at_rest(pid: int) -> bool:
     try:
         return read_task(pid, processes.PROC / str(pid) / "task" / str(pid)).state in AT_REST
     except OSError:
         return True
 
 
-def read_task(pid: int, place: Path) -> Task:
+def read_task(pid: int, place: Path) -> KernelTask:
     stat, status = (place / "stat").read_text(errors="replace"), (place / "status").read_text(errors="replace")
-    return task_of(pid, stat, status)
+    return parse_task(pid, stat, status)

@@ -1,8 +1,9 @@
-"""What sshd says goes to the container's log, so much a second: a renter has it say thousands of lines.
+"""Limiting how much of sshd's output reaches the container's log, because a renter can have sshd write thousands of
+lines.
 
 Each connection that a client asks to have forwarded elsewhere and is refused is a line (4400 a second, 0.8 MB: seen),
-and the engine keeps the newest 30 MB. So lines beyond BURST, which come back at EACH_S, are only counted, and how many
-there were is said as soon as there is room for a line again.
+and the engine keeps the newest 30 MB. So lines beyond BURST, which comes back by one in LINE_EVERY_S, are only counted,
+and their number is written as soon as there is room for a line again.
 
 sshd never waits for its log: its end of the pipe does not block, and what finds no room there is lost.
 """
@@ -15,14 +16,15 @@ import time
 from collections.abc import Callable
 
 BURST = 200
-"""Lines at once: more than a manager's many orders at a time make."""
-EACH_S = 0.1
+"""Lines at once: more than the many simultaneous orders of a manager make."""
+LINE_EVERY_S = 0.1
+"""Seconds after which there is room for one more line."""
 LONGEST_BYTES = 1000
 READ_BYTES = 1 << 16
 
 
-class SparingLog:
-    """`say` writes one line. `input`: what has sshd's errors as its output."""
+class LimitedLog:
+    """Pass on lines that are written to `input`, as far as there is room for them; `say` writes one line."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -34,8 +36,8 @@ class SparingLog:
         self._left_out = 0
 
     def take(self, content: bytes, now: float) -> None:
-        """Say the lines that are whole, as far as there is room for them. `now`: monotonic seconds."""
-        self._room = min(BURST, self._room + (now - self._at) / EACH_S)
+        """Write the complete lines in `content`, as far as there is room for them. `now`: monotonic seconds."""
+        self._room = min(BURST, self._room + (now - self._at) / LINE_EVERY_S)
         self._at = now
         *lines, self._begun = (self._begun + content).split(b"\n")
         if len(self._begun) > LONGEST_BYTES:
@@ -51,9 +53,9 @@ class SparingLog:
             self._tell_of_those_left_out()
 
     def run(self) -> None:
-        """For ever."""
+        """Pass on lines forever."""
         while True:
-            waits_s = EACH_S if self._left_out else None
+            waits_s = LINE_EVERY_S if self._left_out else None
             ready = select.select([self._output], [], [], waits_s)[0]
             self.take(os.read(self._output, READ_BYTES) if ready else b"", time.monotonic())
 

@@ -33,7 +33,7 @@ SHORT = 0.5
 HELD = ("RssAnon", "RssShmem", "VmSwap")
 
 
-class Scores:
+class OomScores:
     """`usual`: the score of all renters' processes that are not to be ended first."""
 
     def __init__(
@@ -76,7 +76,7 @@ def usual(of_root: int) -> int:
     return min(of_root + ABOVE_ROOT, FIRST)
 
 
-def is_short(use: cgroup.Usage) -> bool:
+def is_short(use: cgroup.CgroupUsage) -> bool:
     """Return whether so much memory is used that scores count. Without a limit they would count for the machine."""
     return use.memory_used_bytes > use.memory_limit_bytes * SHORT > 0
 
@@ -95,12 +95,12 @@ def of_renters(proc: Path) -> Iterator[tuple[int, int, int]]:
         if not place.name.isdigit():
             continue
         with suppress(OSError), _opened(place) as folder:
-            found = told_by(_read(folder))
+            found = renter_memory_of(_read(folder))
             if found:
                 yield folder, *found
 
 
-def told_by(status: str) -> tuple[int, int] | None:
+def renter_memory_of(status: str) -> tuple[int, int] | None:
     """Return uid and bytes of a renter's process by the text of /proc/PID/status; None for anybody else's.
 
     By the real uid: a program of root's that looks as a renter has that as its effective one.

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from orion_worker.freezer.stopper import Task, stopped_among
+from orion_worker.freezer.stopper import KernelTask, stopped_among
 from orion_worker.rental.commands import Rentals
 from orion_worker.system import processes
 
@@ -30,14 +30,14 @@ class StoppedLogIns:
     def __init__(self, rentals: Rentals, say: Callable[[str], None]) -> None:
         self._rentals = rentals
         self._say = say
-        self._seen: dict[Task, int] = {}
+        self._seen: dict[KernelTask, int] = {}
         """How often in a row each was seen, as it stands."""
-        self._again_at = 0.0
+        self._repeat_at = 0.0
 
-    def look_after(self) -> None:
+    def look_if_due(self) -> None:
         """Look, where it is time to. Call it every so often."""
-        if time.monotonic() >= self._again_at:
-            self._again_at = time.monotonic() + LOOK_EVERY_S
+        if time.monotonic() >= self._repeat_at:
+            self._repeat_at = time.monotonic() + LOOK_EVERY_S
             try:
                 self.look()
             except Exception as fault:
@@ -53,11 +53,11 @@ class StoppedLogIns:
             if self._seen[task] >= LOOKS:
                 renter = {uid: each for uid, each in renters.items() if each == name}
                 for pid in (task.parent, task.pid):  # the one that waits first, so that it does nothing more
-                    processes.send(pid, renter, signal.SIGKILL)
+                    processes.signal_process(pid, renter, signal.SIGKILL)
                 self._say(f"{name} has stopped a log-in of its own: it was ended")
 
     def _renters(self) -> dict[int, str]:
         """Return the names of the renters that may run here, by uid."""
         freezer = self._rentals.freezer
-        living = self._rentals.ledger.all_living() if freezer.has_lease else []
+        living = self._rentals.records.all() if freezer.has_lease else []
         return {record.uid: record.username for record in living if not freezer.is_frozen(record.rental_id)}

@@ -1,17 +1,19 @@
-"""No renter takes the terminals of a machine: a worker's renters together open MOST of them, and then no more.
+"""A guard that keeps the renters of one worker from taking all the terminals of its machine.
 
-The kernel gives a fixed number to all containers of a machine (kernel.pty.max less kernel.pty.reserve: 3072), and takes
-20 microseconds for one. Docker mounts each container a /dev/pts of its own, but without a limit (`max=`), which root
-cannot set afterwards without CAP_SYS_ADMIN. No limit of processes or files is low enough.
+The renters of a worker together may open MOST_HELD terminals. The kernel gives a fixed number to all containers of a
+machine (kernel.pty.max less kernel.pty.reserve: 3072), and takes 20 microseconds for one. Docker mounts each container
+a /dev/pts of its own, but without a limit (`max=`), which root cannot set afterwards without CAP_SYS_ADMIN. No limit of
+processes or files is low enough.
 
-A new terminal gets the lowest number that is free in its /dev/pts, and the kernel tells who watches that directory of
-each. So a number beyond MOST says that as many are held here, also by who closed the side that is seen there (a
-terminal whose master is closed lasts as long as its slave is open). Then /dev/pts/ptmx is shut to all but root, for
-whom sshd opens those of log-ins; who shows many is ended; and it is opened again as soon as less than MOST are held.
+A new terminal gets the lowest number that is free in its /dev/pts, and the kernel reports each new name in that
+directory to whoever watches it. So a number beyond MOST_HELD shows that as many are held here, also by renters who
+closed the side that is seen there (a terminal whose master is closed lasts as long as its slave is open). Then the
+guard shuts /dev/pts/ptmx to all but root, for whom sshd opens the terminals of log-ins; it ends the renters who show
+many; and it opens ptmx again as soon as fewer than MOST_HELD are held.
 
-Who hides what it holds cannot be found: its processes can be looked into by nobody but itself. Then the others of this
-worker have no terminals but by ssh, until it lets go. If it was so fast that it hides FAR, which others of the machine
-need, everything of all renters of this worker is ended.
+A renter who hides its terminals cannot be found: nobody else can look into its processes. Then the other renters of
+this worker get terminals by ssh alone, until it closes them. If it was so fast that it hides MOST_HIDDEN, which other
+containers of the machine need, the guard ends everything of all renters of this worker.
 """
 
 from __future__ import annotations
@@ -31,17 +33,21 @@ from pathlib import Path
 from orion_worker.system import processes
 from orion_worker.system.processes import FIRST_UID
 
-PLACE = Path("/dev/pts")
-DOOR = "ptmx"
-"""What is opened to get a new one."""
-MOST = 256
-FEW = 64
-"""Whoever shows more than that is ended while more than MOST are held."""
-FAR = 1024
-"""A third of what all containers have together."""
+PTS = Path("/dev/pts")
+PTMX = "ptmx"
+"""The name of the file that is opened to get a new terminal."""
+MOST_HELD = 256
+"""Terminals that the renters of a worker may hold together."""
+MOST_SHOWN = 64
+"""Terminals beyond which a renter who shows them is ended, while more than MOST_HELD are held."""
+MOST_HIDDEN = 1024
+"""Terminals held beyond which all renters are ended: a third of what all containers have together."""
 AGAIN_S = 1.0
+"""Seconds between two looks while ptmx is shut."""
 BETWEEN_LOOKS_S = 0.005
-"""A renter that opens and closes them all the time does not keep the agent busy; in that time 250 can be opened."""
+"""Seconds between two looks, so that opening and closing terminals does not keep the agent busy; 250 can be opened
+meanwhile.
+"""
 FAULT_S = 60.0
 _IN_CREATE, _IN_Q_OVERFLOW = 0x100, 0x4000
 _ASK_NUMBER = 0x80045430
@@ -49,51 +55,54 @@ _ASK_NUMBER = 0x80045430
 _EVENT = struct.Struct("iIII")
 
 
-class Terminals:
-    """`end`: ends all that runs of the renters with these uids. `free`: how many numbers are free (`free_numbers`)."""
+class TerminalGuard:
+    """`end` ends all processes of the renters with these uids. `free` counts free numbers, as `free_numbers` does."""
 
     def __init__(
         self,
         end: Callable[[list[int]], object],
         say: Callable[[str], None],
-        place: Path = PLACE,
+        place: Path = PTS,
         free: Callable[[int, int], int] | None = None,
     ) -> None:
         self._end = end
         self._say = say
         self._place = place
         self._free = free or free_numbers
-        self._open_to_all = stat.S_IMODE((place / DOOR).stat().st_mode)
+        self._open_to_all = stat.S_IMODE((place / PTMX).stat().st_mode)
         self._highest = -1
         """The highest number that was given since it was shut; -1: it is open."""
 
     @property
     def is_shut(self) -> bool:
+        """Return whether renters can open no terminal of their own."""
         return self._highest >= 0
 
     def look(self, highest: int) -> None:
-        """`highest`: the highest number that was given since the last look; -1: none was."""
-        if highest >= MOST and not self.is_shut:
-            (self._place / DOOR).chmod(0o600)
+        """Shut ptmx, end renters or open ptmx again. `highest`: the highest number given since the last look; -1: none
+        was.
+        """
+        if highest >= MOST_HELD and not self.is_shut:
+            (self._place / PTMX).chmod(0o600)
             self._say(f"{highest + 1} terminals are held here: renters get no more but by ssh")
-        if highest >= MOST or self.is_shut:
+        if highest >= MOST_HELD or self.is_shut:
             self._highest = max(highest, self._highest)
         if not self.is_shut:
             return
-        many = [uid for uid, shown in shown_by(self._place).items() if shown > FEW]
+        many = [uid for uid, shown in shown_by(self._place).items() if shown > MOST_SHOWN]
         if many:
             self._end_all(many)
         held = self._held()
-        if held >= FAR:
+        if held >= MOST_HIDDEN:
             self._end_all(sorted(processes.uids_from(FIRST_UID)))
             held = self._held()
-        if held < MOST:
+        if held < MOST_HELD:
             self._highest = -1
-            (self._place / DOOR).chmod(self._open_to_all)
+            (self._place / PTMX).chmod(self._open_to_all)
             self._say("terminals are to be had again")
 
     def run(self) -> None:
-        """For ever."""
+        """Look forever."""
         while True:
             try:
                 with suppress(TimeoutError):
@@ -103,19 +112,20 @@ class Terminals:
                 time.sleep(FAULT_S)
 
     def _watch(self) -> None:
-        watch = watched(self._place)
+        watch = watch_directory(self._place)
         try:
             while True:
-                told = select.select([watch], [], [], AGAIN_S if self.is_shut else None)[0]
-                self.look(highest_of(os.read(watch, 1 << 16)) if told else -1)
+                ready = select.select([watch], [], [], AGAIN_S if self.is_shut else None)[0]
+                self.look(highest_of(os.read(watch, 1 << 16)) if ready else -1)
                 time.sleep(BETWEEN_LOOKS_S)
         finally:
             os.close(watch)
 
     def _held(self) -> int:
-        """How many are held of the numbers up to the highest that was given; less than MOST is not told apart."""
+        """Return how many of the numbers up to the highest given one are held. Below MOST_HELD the count is not
+        exact."""
         numbers = self._highest + 1
-        return numbers - self._free(self._highest, numbers - MOST + 1)
+        return numbers - self._free(self._highest, numbers - MOST_HELD + 1)
 
     def _end_all(self, uids: list[int]) -> None:
         self._say(f"too many terminals: everything is ended that runs as {', '.join(map(str, uids))}")
@@ -134,12 +144,12 @@ def shown_by(place: Path) -> Counter[int]:
 
 
 def free_numbers(highest: int, enough: int) -> int:
-    """Return how many numbers up to the highest are free, up to `enough`. Root has them for that moment."""
+    """Return how many numbers up to the highest are free, counting up to `enough`. Root opens them for that moment."""
     held: list[int] = []
     number = -1
     try:
         while len(held) < enough and number < highest:
-            held.append(os.open(PLACE / DOOR, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+            held.append(os.open(PTS / PTMX, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
             number = struct.unpack("i", fcntl.ioctl(held[-1], _ASK_NUMBER, bytes(4)))[0]
     except OSError:
         pass  # the machine has no more: who holds them is among those that are looked for
@@ -149,8 +159,8 @@ def free_numbers(highest: int, enough: int) -> int:
     return len(held) - (number > highest)
 
 
-def watched(place: Path) -> int:
-    """Return a descriptor that tells of each new name in a directory (inotify(7)). Raise OSError if there is none."""
+def watch_directory(place: Path) -> int:
+    """Return a descriptor that reports each new name in a directory (inotify(7)). Raise OSError if there is none."""
     libc = ctypes.CDLL(None, use_errno=True)
     watch = libc.inotify_init1(os.O_CLOEXEC)
     if watch < 0 or libc.inotify_add_watch(watch, bytes(place), _IN_CREATE) < 0:
@@ -161,18 +171,18 @@ def watched(place: Path) -> int:
     return int(watch)
 
 
-def highest_of(told: bytes) -> int:
-    """Return the highest number among new names, as inotify tells them; MOST if it could not tell all; -1: none."""
-    return max((number for number in _numbers(told)), default=-1)
+def highest_of(events: bytes) -> int:
+    """Return the highest number among the new names of inotify events; MOST_HELD if events were lost; -1: none."""
+    return max((number for number in _numbers(events)), default=-1)
 
 
-def _numbers(told: bytes) -> Iterable[int]:
+def _numbers(events: bytes) -> Iterable[int]:
     at = 0
-    while at < len(told):
-        _, what, _, length = _EVENT.unpack_from(told, at)
-        name = told[at + _EVENT.size :][:length].rstrip(b"\0")
+    while at < len(events):
+        _, what, _, length = _EVENT.unpack_from(events, at)
+        name = events[at + _EVENT.size :][:length].rstrip(b"\0")
         at += _EVENT.size + length
         if what & _IN_Q_OVERFLOW:
-            yield MOST
+            yield MOST_HELD
         elif name.isdigit():
             yield int(name)

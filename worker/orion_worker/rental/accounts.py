@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orion_worker.records import Refused
+from orion_worker.records import RequestRefused
 from orion_worker.system.locks import got_record_lock, opened_lock
 
 FILES = ("group", "passwd", "shadow")
@@ -101,5 +101,5 @@ def _replace(file: Path, lines: list[str]) -> None:
 def _locked(etc: Path) -> Iterator[None]:
     with opened_lock(etc / ".pwd.lock") as lock:
         if not got_record_lock(lock, LOCK_WAIT_S):
-            raise Refused("busy", "something else is changing the account files, and does not end; try again")
+            raise RequestRefused("busy", "something else is changing the account files, and does not end; try again")
         yield

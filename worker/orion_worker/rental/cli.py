@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from orion_worker.records import Refused, check_boot
+from orion_worker.records import RequestRefused, check_boot
 from orion_worker.rental.commands import Rentals
-from orion_worker.rental.paths import Places
-from orion_worker.rental.requests import Report, Request, request_from
+from orion_worker.rental.paths import WorkerPaths
+from orion_worker.rental.requests import RentalRequest, Report, request_from
 from orion_worker.rpc import server
 from orion_worker.snapshots import transfer
 
@@ -23,13 +23,13 @@ def answer_request(command: str, text: str, rentals: Rentals, now: float) -> tup
     if command == "inventory":
         return 0, {"changed": False, "rentals": rentals.inventory()}
     try:
-        asked = json.loads(text)
+        payload = json.loads(text)
     except ValueError as error:
         return _not_understood(error)
-    if not (isinstance(asked, dict) and "rentals" in asked):
-        return _answer_one(command, asked, rentals, now)
-    several = asked["rentals"]
-    if not (isinstance(several, list) and several and len(asked) == 1):
+    if not (isinstance(payload, dict) and "rentals" in payload):
+        return _answer_one(command, payload, rentals, now)
+    several = payload["rentals"]
+    if not (isinstance(several, list) and several and len(payload) == 1):
         return _not_understood("rentals must be a list of requests, and alone")
     answers = _answer_all(command, several, rentals, now)
     reports = [report for _, report in answers]
@@ -45,12 +45,12 @@ def _answer_all(command: str, several: list[object], rentals: Rentals, now: floa
     if command != "purge" or len(set(map(str, names))) < len(names):
         return [_answer_one(command, one, rentals, now) for one in several]
     answers = [_request(command, one, rentals, now) for one in several]
-    reports = iter(rentals.purge([each for each in answers if isinstance(each, Request)]))
-    return [_purged(next(reports)) if isinstance(each, Request) else each for each in answers]
+    reports = iter(rentals.purge([each for each in answers if isinstance(each, RentalRequest)]))
+    return [_purged(next(reports)) if isinstance(each, RentalRequest) else each for each in answers]
 
 
-def _answer_one(command: str, asked: object, rentals: Rentals, now: float) -> tuple[int, Report]:
-    commands: dict[str, Callable[[Request], Report]] = {
+def _answer_one(command: str, payload: object, rentals: Rentals, now: float) -> tuple[int, Report]:
+    commands: dict[str, Callable[[RentalRequest], Report]] = {
         "run": rentals.run,
         "create": rentals.create,
         "certify": rentals.certify,
@@ -59,42 +59,42 @@ def _answer_one(command: str, asked: object, rentals: Rentals, now: float) -> tu
         "freeze": rentals.freeze,
         "thaw": rentals.thaw,
     }
-    request = _request(command, asked, rentals, now)
-    if not isinstance(request, Request):
+    request = _request(command, payload, rentals, now)
+    if not isinstance(request, RentalRequest):
         return request
     if command == "purge":
         return _purged(*rentals.purge([request]))
     try:
         return 0, commands[command](request)
-    except Refused as refusal:
+    except RequestRefused as refusal:
         return _refused(refusal)
 
 
-def _request(command: str, asked: object, rentals: Rentals, now: float) -> Request | tuple[int, Report]:
-    """What was asked for, or what there is to answer at once."""
+def _request(command: str, payload: object, rentals: Rentals, now: float) -> RentalRequest | tuple[int, Report]:
+    """What was payload for, or what there is to answer at once."""
     try:
-        request = request_from(command, asked)
+        request = request_from(command, payload)
     except (ValueError, TypeError) as error:
         return _not_understood(error)
     if request.deadline is not None and now > request.deadline:
-        late = Refused("deadline_passed", "its deadline has passed: who ordered it no longer waits for it")
+        late = RequestRefused("deadline_passed", "its deadline has passed: who ordered it no longer waits for it")
         return _refused(late)
     try:
         check_boot(request.boot_id, rentals.launcher.boot_id)
-    except Refused as refusal:
+    except RequestRefused as refusal:
         return _refused(refusal)
     return request
 
 
-def _purged(report: Report | Refused) -> tuple[int, Report]:
-    if isinstance(report, Refused):
+def _purged(report: Report | RequestRefused) -> tuple[int, Report]:
+    if isinstance(report, RequestRefused):
         return _refused(report)
     if report["left"]:
         return 4, {**report, "error": "something of the rental is left on the worker", "code": "left_behind"}
     return 0, report
 
 
-def _refused(refusal: Refused) -> tuple[int, Report]:
+def _refused(refusal: RequestRefused) -> tuple[int, Report]:
     return 3, {"changed": False, "error": str(refusal), "code": refusal.code}
 
 
@@ -109,7 +109,7 @@ def main() -> int:
         return 2
     command = sys.argv[1]
     if command == "serve":
-        transfers = server.Transfers(Path(server.SOCKET_PATH), _carry_now)
+        transfers = server.TransferHandler(Path(server.SOCKET_PATH), _carry_now)
         server.serve(_answer_now, COMMANDS, sys.stdin.fileno(), sys.stdout.fileno(), transfers)
         return 0
     if command in transfer.TRANSFERS:
@@ -125,5 +125,5 @@ def _answer_now(command: str, text: str) -> tuple[int, Report]:
 
 
 def _carry_now(direction: str) -> int:
-    places = Places()
-    return transfer.carry(direction, Rentals(places), places.aside, places.homes)
+    paths = WorkerPaths()
+    return transfer.run_transfer(direction, Rentals(paths), paths.staging, paths.homes)

@@ -21,22 +21,22 @@ from typing import Any
 
 from orion_worker.freezer.marks import Freezer
 from orion_worker.records import (
-    Ledger,
-    Record,
-    Refused,
+    RentalRecord,
+    RentalRecords,
+    RequestRefused,
     check_create,
-    check_not_laid_down,
     check_not_newer,
+    check_not_retired,
     check_unlock,
 )
 from orion_worker.rental import accounts
 from orion_worker.rental.host_certificate import HostCertificate
 from orion_worker.rental.keys import KeyFiles
-from orion_worker.rental.paths import Places
+from orion_worker.rental.paths import WorkerPaths
 from orion_worker.rental.purge import Purger
-from orion_worker.rental.requests import Report, Request
+from orion_worker.rental.requests import RentalRequest, Report
 from orion_worker.snapshots.manifests import Manifests
-from orion_worker.start.launcher import Launcher, told_of_itself
+from orion_worker.start.launcher import Launcher, rental_variables
 from orion_worker.system import processes, trees
 from orion_worker.system.trees import remove_tree
 
@@ -47,78 +47,78 @@ FREEZING_WAIT_S = 5.0
 class Rentals:
     """The commands. Each may be repeated, and may be killed at any instant and then repeated."""
 
-    def __init__(self, places: Places | None = None, lock_wait_s: float = LOCK_WAIT_S) -> None:
-        self._places = places or Places()
+    def __init__(self, paths: WorkerPaths | None = None, lock_wait_s: float = LOCK_WAIT_S) -> None:
+        self._paths = paths or WorkerPaths()
         self._lock_wait_s = lock_wait_s
-        self.ledger = Ledger(self._places.root / "var/lib/orion/rentals")
-        self.freezer = Freezer(self._places.root)
-        self.launcher = Launcher(self._places.root)
-        self.manifests = Manifests(self._places.root)
-        self._keys = KeyFiles(self._places)
-        self._purger = Purger(self._places, self._keys, self.freezer, self.launcher, self.manifests)
-        self._certificate = HostCertificate(self._places.root)
+        self.records = RentalRecords(self._paths.root / "var/lib/orion/rentals")
+        self.freezer = Freezer(self._paths.root)
+        self.launcher = Launcher(self._paths.root)
+        self.manifests = Manifests(self._paths.root)
+        self._keys = KeyFiles(self._paths)
+        self._purger = Purger(self._paths, self._keys, self.freezer, self.launcher, self.manifests)
+        self._certificate = HostCertificate(self._paths.root)
 
-    def create(self, request: Request) -> Report:
+    def create(self, request: RentalRequest) -> Report:
         """Account, home and keys exist, locked unless this very epoch was unlocked before."""
-        with self.ledger.locked(request.rental_id, self._lock_wait_s):
-            record = self.ledger.living(request.rental_id)
-            check_create(record, self.ledger.purged_epoch(request.rental_id), request.epoch)
+        with self.records.locked(request.rental_id, self._lock_wait_s):
+            record = self.records.find(request.rental_id)
+            check_create(record, self.records.purged_epoch(request.rental_id), request.epoch)
             self._check_names(request, record)
             changed = False
             name = request.rental_name or (record.rental_name if record else "")
             if record is None or record.epoch < request.epoch:
                 self._keys.forget(request.username)
                 who = request.rental_id, request.username, request.uid, request.epoch
-                self.ledger.keep(Record(*who, rental_name=name))
+                self.records.save(RentalRecord(*who, rental_name=name))
                 changed = True
-            elif record.rental_name != name or record.laid_down:
+            elif record.rental_name != name or record.retired:
                 # A manager that went back to a backup has it run on here: it is not lost any more.
-                self.ledger.keep(replace(record, rental_name=name, laid_down=False))
+                self.records.save(replace(record, rental_name=name, retired=False))
                 changed = True
-            changed |= accounts.add(self._places.etc, request.username, request.uid)
+            changed |= accounts.add(self._paths.etc, request.username, request.uid)
             changed |= self._make_home(request)
             changed |= self._write_keys(request, name)
             changed |= self._install(request)
             restored = {"restored": record.restored} if record and record.epoch == request.epoch else {}
-            return {"changed": changed, "epoch": request.epoch, "state": self._shown(request), **restored}
+            return {"changed": changed, "epoch": request.epoch, "state": self._state_of(request), **restored}
 
-    def certify(self, request: Request) -> Report:
+    def certify(self, request: RentalRequest) -> Report:
         """sshd shows this certificate, or one that was signed later."""
-        with self.ledger.locked(request.rental_id, self._lock_wait_s):
-            record = self.ledger.living(request.rental_id)
-            check_unlock(record, self.ledger.purged_epoch(request.rental_id), request.epoch)
+        with self.records.locked(request.rental_id, self._lock_wait_s):
+            record = self.records.find(request.rental_id)
+            check_unlock(record, self.records.purged_epoch(request.rental_id), request.epoch)
             changed = self._install(request)
         self._certificate.show()
-        return {"changed": changed, "epoch": request.epoch, "state": self._shown(record or request)}
+        return {"changed": changed, "epoch": request.epoch, "state": self._state_of(record or request)}
 
-    def unlock(self, request: Request) -> Report:
+    def unlock(self, request: RentalRequest) -> Report:
         """Its keys are where sshd looks."""
-        with self.ledger.locked(request.rental_id, self._lock_wait_s):
-            record = self._going_on(request)
+        with self.records.locked(request.rental_id, self._lock_wait_s):
+            record = self._current_record(request)
             if self.freezer.is_frozen(record.rental_id):
-                raise Refused("frozen", "it is frozen: thaw it")
-            return {"changed": self._let_in(record), "epoch": record.epoch, "state": "running"}
+                raise RequestRefused("frozen", "it is frozen: thaw it")
+            return {"changed": self._activate(record), "epoch": record.epoch, "state": "running"}
 
-    def freeze(self, request: Request) -> Report:
+    def freeze(self, request: RentalRequest) -> Report:
         """Nobody is let in, and nothing of it goes on, until it is thawed; its processes and files are kept."""
-        with self.ledger.locked(request.rental_id, self._lock_wait_s):
-            record = self.ledger.living(request.rental_id)
+        with self.records.locked(request.rental_id, self._lock_wait_s):
+            record = self.records.find(request.rental_id)
             check_not_newer(record, request.epoch)
-            check_not_laid_down(record)
+            check_not_retired(record)
             if record is None:
                 return {"changed": False, "state": "absent", "killed": 0}
-            self.shut(record)
-            changed, killed = self.freezer.freeze(record, _boot_time_s(), move=request.move)
+            self.lock_at_once(record)
+            changed, killed = self.freezer.freeze(record, _boot_time_s(), migration=request.migration)
             return {"changed": changed, "epoch": record.epoch, "state": "frozen", "killed": killed}
 
-    def thaw(self, request: Request, asked_at: float | None = None) -> Report:
-        """It goes on, and its renter is let in. `asked_at`: when the call was sent whose reply says so."""
-        with self.ledger.locked(request.rental_id, self._lock_wait_s):
-            record = self._going_on(request)
-            changed = self.freezer.thaw(record, asked_at, request.move)
-            return {"changed": self._let_in(record) or changed, "epoch": record.epoch, "state": "running"}
+    def thaw(self, request: RentalRequest, requested_at: float | None = None) -> Report:
+        """It goes on, and its renter is let in. `requested_at`: when the call was sent whose reply says so."""
+        with self.records.locked(request.rental_id, self._lock_wait_s):
+            record = self._current_record(request)
+            changed = self.freezer.thaw(record, requested_at, request.migration)
+            return {"changed": self._activate(record) or changed, "epoch": record.epoch, "state": "running"}
 
-    def run(self, request: Request) -> Report:
+    def run(self, request: RentalRequest) -> Report:
         """Created, then unlocked, then its start command runs: steps that each look at the epoch anew.
 
         Nobody is let in before sshd can show whose worker it is.
@@ -131,40 +131,40 @@ class Rentals:
         changed = created["changed"] or unlocked["changed"] or bool(started)
         return {**unlocked, **started, "changed": changed}
 
-    def lock(self, request: Request) -> Report:
+    def lock(self, request: RentalRequest) -> Report:
         """Its keys are where sshd does not look; with `kill`, its processes are ended."""
-        with self.ledger.locked(request.rental_id, self._lock_wait_s):
-            record = self.ledger.living(request.rental_id)
+        with self.records.locked(request.rental_id, self._lock_wait_s):
+            record = self.records.find(request.rental_id)
             check_not_newer(record, request.epoch)
             if record is None:
                 return {"changed": False, "state": "absent", "killed": 0}
             changed = self._keys.lock(record.username)
-            killed = processes.end({record.uid: record.username}) if request.kill else 0
+            killed = processes.kill_all({record.uid: record.username}) if request.kill else 0
             return {"changed": changed or killed > 0, "state": "locked", "killed": killed}
 
-    def purge(self, requests: Sequence[Request]) -> list[Report | Refused]:
+    def purge(self, requests: Sequence[RentalRequest]) -> list[Report | RequestRefused]:
         """Nothing of these rentals is left, and each report says so after looking. The epochs never come back here.
 
         They are different ones, and share what takes long: two searches of the whole file system.
         """
-        found: dict[str, Report | Refused] = {}
+        found: dict[str, Report | RequestRefused] = {}
         with ExitStack() as locks:
             purged = []
             for request in sorted(requests, key=lambda each: each.rental_id):  # in the same order as anybody else
                 try:
-                    locks.enter_context(self.ledger.locked(request.rental_id, self._lock_wait_s))
-                    before = self.ledger.living(request.rental_id)
+                    locks.enter_context(self.records.locked(request.rental_id, self._lock_wait_s))
+                    before = self.records.find(request.rental_id)
                     check_not_newer(before, request.epoch)
                     self._check_names(request, before)
-                except Refused as refusal:
+                except RequestRefused as refusal:
                     found[request.rental_id] = refusal
                 else:
-                    self.ledger.keep(_ending(request))
+                    self.records.save(_ending(request))
                     purged.append(request)
                     found[request.rental_id] = {"changed": before is not None}
             for request, report in zip(purged, self._purger.purge(purged), strict=True):
                 if not report["left"]:
-                    self.ledger.bury(_ending(request))
+                    self.records.bury(_ending(request))
                 known = found[request.rental_id]
                 assert isinstance(known, dict)  # noqa: S101 - only what was not refused is purged
                 changed = known["changed"] or report["killed"] + report["removed_files"] > 0
@@ -179,62 +179,62 @@ class Rentals:
                 "username": record.username,
                 "uid": record.uid,
                 "epoch": record.epoch,
-                "state": self._shown(record),
+                "state": self._state_of(record),
             }
-            for record in self.ledger.all_living()
+            for record in self.records.all()
         ]
 
-    def shut(self, record: Record) -> None:
+    def lock_at_once(self, record: RentalRecord) -> None:
         """Lock at once, whatever other command is at work on it: one rename, harmless between any two steps."""
         self._keys.lock(record.username)
 
-    def begin(self) -> None:
+    def discard_staging(self) -> None:
         """At the start of the container: what was set aside for a transfer is of no use any more."""
-        remove_tree(self._places.aside)
+        remove_tree(self._paths.staging)
 
-    def hold_over(self, record: Record, what: str) -> bool:
+    def freeze_over_limit(self, record: RentalRecord, reason: str) -> bool:
         """Freeze it because its home holds too much; False while it may make room, having been thawed for that."""
-        with self.ledger.locked(record.rental_id, self._lock_wait_s):
-            now = self.ledger.living(record.rental_id)
-            if now is None or now.epoch != record.epoch or self.freezer.is_spared(record, _boot_time_s()):
+        with self.records.locked(record.rental_id, self._lock_wait_s):
+            now = self.records.find(record.rental_id)
+            if now is None or now.epoch != record.epoch or self.freezer.is_in_grace(record, _boot_time_s()):
                 return False
-            self.shut(record)
-            self.freezer.freeze(record, None, over=what)
+            self.lock_at_once(record)
+            self.freezer.freeze(record, None, over_limit=reason)
             return True
 
-    def lay_down(self, record: Record) -> None:
+    def retire(self, record: RentalRecord) -> None:
         """Nothing of it runs, nobody is let in, and nothing that reads its files is stopped. With the rental's lock.
 
         It is written down first, so that neither an order nor the fence freezes it again, nor lets it go on.
         """
-        self.ledger.keep(replace(record, laid_down=True))
-        self.shut(record)
-        processes.end({record.uid: record.username})
+        self.records.save(replace(record, retired=True))
+        self.lock_at_once(record)
+        processes.kill_all({record.uid: record.username})
         with self.freezer.locked(FREEZING_WAIT_S):
             self.freezer.forget(record.rental_id)
 
-    def _going_on(self, request: Request) -> Record:
+    def _current_record(self, request: RentalRequest) -> RentalRecord:
         """Return the record of a rental that may go on here at exactly this epoch. With the rental's lock."""
-        record = self.ledger.living(request.rental_id)
-        check_unlock(record, self.ledger.purged_epoch(request.rental_id), request.epoch)
-        check_not_laid_down(record)
+        record = self.records.find(request.rental_id)
+        check_unlock(record, self.records.purged_epoch(request.rental_id), request.epoch)
+        check_not_retired(record)
         assert record is not None  # noqa: S101 - check_unlock has refused it
         return record
 
-    def _check_names(self, request: Request, record: Record | None) -> None:
+    def _check_names(self, request: RentalRequest, record: RentalRecord | None) -> None:
         """A rental keeps its name and number for ever; nothing is done to another's by a mistaken order."""
         same = (request.username, request.uid)
         if record and (record.username, record.uid) != same:
-            raise Refused("conflict", f"this rental is {record.username}, uid {record.uid}, here")
-        others = (each for each in self.ledger.all_living() if each.rental_id != request.rental_id)
+            raise RequestRefused("conflict", f"this rental is {record.username}, uid {record.uid}, here")
+        others = (each for each in self.records.all() if each.rental_id != request.rental_id)
         if any(request.username == each.username or request.uid == each.uid for each in others):
-            raise Refused("conflict", f"{request.username} or uid {request.uid} is another rental's here")
-        if accounts.taken_by_another(self._places.etc, *same):
-            raise Refused("conflict", f"{request.username} or uid {request.uid} is another account's here")
+            raise RequestRefused("conflict", f"{request.username} or uid {request.uid} is another rental's here")
+        if accounts.taken_by_another(self._paths.etc, *same):
+            raise RequestRefused("conflict", f"{request.username} or uid {request.uid} is another account's here")
 
-    def _make_home(self, request: Request) -> bool:
+    def _make_home(self, request: RentalRequest) -> bool:
         """Empty, so that a copy of the rental's files can be put into it."""
-        home = self._places.homes / request.username
+        home = self._paths.homes / request.username
         with suppress(FileExistsError):
             home.mkdir(mode=0o700)
         folder = os.open(home, trees.OPEN_FOLDER)
@@ -247,11 +247,11 @@ class Rentals:
             os.close(folder)
         return True
 
-    def _write_keys(self, request: Request, name: str) -> bool:
+    def _write_keys(self, request: RentalRequest, name: str) -> bool:
         """Each key counts only from the app's address: people come in through the manager's relay."""
-        source = self._places.app_address.read_text().strip()
-        told = told_of_itself(request.rental_id, name).items()
-        limits = ",".join([f'from="{source}"', *(f'environment="{variable}={value}"' for variable, value in told)])
+        source = self._paths.app_address.read_text().strip()
+        variables = rental_variables(request.rental_id, name).items()
+        limits = ",".join([f'from="{source}"', *(f'environment="{variable}={value}"' for variable, value in variables)])
         text = "".join(f"{limits} {key}\n" for key in request.public_keys)
         if request.user_authority:
             # In the same file, so that what shuts out the keys shuts out certificates in the same step.
@@ -259,41 +259,41 @@ class Rentals:
             text += f'cert-authority,principals="{principal}",{limits} {request.user_authority}\n'
         return self._keys.write(request.username, text, request.uid)
 
-    def _install(self, request: Request) -> bool:
+    def _install(self, request: RentalRequest) -> bool:
         return bool(request.host_certificate) and self._certificate.install(request.host_certificate, time.time())
 
-    def _let_in(self, record: Record) -> bool:
+    def _activate(self, record: RentalRecord) -> bool:
         """Unless the lease ends meanwhile: whichever of the two looks last finds what the other did.
 
         It looks first as well: the fence freezes whoever was let in, and only a reply to a running rental thaws.
         """
         self._check_lease()
         if not self._keys.exist(record.username):
-            raise Refused("unknown_rental", "its keys are not here: it was not created at this epoch")
-        if not record.let_in:
-            self.ledger.keep(replace(record, let_in=True))  # before the keys: see files.py
+            raise RequestRefused("unknown_rental", "its keys are not here: it was not created at this epoch")
+        if not record.activated:
+            self.records.save(replace(record, activated=True))  # before the keys: see files.py
         changed = self._keys.activate(record.username)
         try:
             self._check_lease()
-        except Refused:
-            self.shut(record)
+        except RequestRefused:
+            self.lock_at_once(record)
             raise
         return changed
 
     def _check_lease(self) -> None:
         if not self.freezer.has_lease:
-            raise Refused("no_lease", "this worker has no lease: nobody is let in")
+            raise RequestRefused("no_lease", "this worker has no lease: nobody is let in")
 
-    def _start(self, request: Request) -> Report:
+    def _start(self, request: RentalRequest) -> Report:
         """Under a lease, as whoever is let in: what starts as that ends is stopped by the fence's next look."""
-        with self.ledger.locked(request.rental_id, self._lock_wait_s):
-            record = self._going_on(request)
+        with self.records.locked(request.rental_id, self._lock_wait_s):
+            record = self._current_record(request)
             self._check_lease()
             if self.freezer.is_frozen(record.rental_id):
-                raise Refused("no_lease", "it was frozen meanwhile: nothing of it may run")
+                raise RequestRefused("no_lease", "it was frozen meanwhile: nothing of it may run")
             return self.launcher.launch(record, request.start, request.start_mark)
 
-    def _shown(self, of: Record | Request) -> str:
+    def _state_of(self, of: RentalRecord | RentalRequest) -> str:
         return (
             "frozen"
             if self.freezer.is_frozen(of.rental_id)
@@ -301,8 +301,8 @@ class Rentals:
         )
 
 
-def _ending(request: Request) -> Record:
-    return Record(request.rental_id, request.username, request.uid, request.epoch, ending=True)
+def _ending(request: RentalRequest) -> RentalRecord:
+    return RentalRecord(request.rental_id, request.username, request.uid, request.epoch, ending=True)
 
 
 def _boot_time_s() -> float:

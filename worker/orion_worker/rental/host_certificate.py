@@ -18,20 +18,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orion_worker.records import Refused, write_whole
+from orion_worker.records import RequestRefused, write_atomically
 from orion_worker.system.locks import got_lock, opened_lock
 
 KIND = "ssh-ed25519-cert-v01@openssh.com"
 LONGEST_S = 3600.0 + 60.0
 """The manager signs for an hour. What lasts longer was signed while its clock was ahead."""
-ANEW_WITHIN_S = 5.0
-HELD_WAIT_S = 2 * ANEW_WITHIN_S
+RELOAD_WITHIN_S = 5.0
+LOCK_WAIT_S = 2 * RELOAD_WITHIN_S
 """Seconds that whoever has it begin anew is waited for."""
 LOOK_EVERY_S = 0.001
 
 
 @dataclass(frozen=True)
-class Signed:
+class CertificateTerms:
     """What of a certificate says which of two counts."""
 
     serial: int
@@ -42,7 +42,7 @@ class Signed:
         return self.valid_after <= now < self.valid_before <= now + LONGEST_S
 
 
-def read_certificate(line: str) -> Signed:
+def read_certificate(line: str) -> CertificateTerms:
     """Raises ValueError for what is no host certificate of an ed25519 key (PROTOCOL.certkeys of OpenSSH)."""
     kind, _, encoded = line.strip().partition(" ")
     try:
@@ -50,7 +50,7 @@ def read_certificate(line: str) -> Signed:
         inside, _nonce, _key = (fields.string() for _ in range(3))
         serial, certificate_type = fields.number(8), fields.number(4)
         _key_id, _principals = fields.string(), fields.string()
-        signed = Signed(serial, fields.number(8), fields.number(8))
+        signed = CertificateTerms(serial, fields.number(8), fields.number(8))
     except (ValueError, IndexError) as error:
         raise ValueError("this is no certificate") from error
     if kind != KIND or inside != KIND.encode() or certificate_type != 2:
@@ -64,38 +64,38 @@ class HostCertificate:
     def __init__(self, root: Path) -> None:
         self._file = root / "etc/ssh/orion_host_certificate.pub"
         self._taken = root / "run/orion/host_certificate_taken"
-        self._sshd = Sshd(root)
+        self._sshd = RunningSshd(root)
 
     def install(self, line: str, now: float) -> bool:
         """True if it is another one than before. `now`: Unix time."""
         new = read_certificate(line)
-        with self._sshd.held():
+        with self._sshd.locked():
             before = self._installed()
             # One that is not valid now cannot hold its place: it was signed by a clock that was wrong since.
             if before and before.is_valid(now) and before.serial >= new.serial:
                 return False
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._file, f"{line.strip()}\n", mode=0o644)
+            write_atomically(self._file, f"{line.strip()}\n", mode=0o644)
             return True
 
     def show(self) -> None:
         """From now on sshd shows what was installed, or what came later."""
-        with self._sshd.held():
+        with self._sshd.locked():
             installed = self._installed()
             serial = str(installed.serial if installed else 0)
             if self._taken.exists() and self._taken.read_text() == serial:
                 return
-            self._sshd.begin_anew()
-            write_whole(self._taken, serial)
+            self._sshd.reload()
+            write_atomically(self._taken, serial)
 
-    def _installed(self) -> Signed | None:
+    def _installed(self) -> CertificateTerms | None:
         try:
             return read_certificate(self._file.read_text())
         except (FileNotFoundError, ValueError):
             return None
 
 
-class Sshd:
+class RunningSshd:
     """The daemon that listens, by the file in which it writes its number once it does."""
 
     def __init__(self, root: Path) -> None:
@@ -103,29 +103,29 @@ class Sshd:
         self._lock = root / "run/orion/sshd.lock"
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep others from having it begin anew. Raise Refused if they do."""
+    def locked(self) -> Iterator[None]:
+        """Keep others from having it begin anew. Raise RequestRefused if they do."""
         self._lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with opened_lock(self._lock) as lock:
-            if not got_lock(lock, HELD_WAIT_S):
-                raise Refused("busy", "something else has sshd begin anew, and does not end; try again")
+            if not got_lock(lock, LOCK_WAIT_S):
+                raise RequestRefused("busy", "something else has sshd begin anew, and does not end; try again")
             yield
 
-    def begun(self) -> int:
+    def started_at_ns(self) -> int:
         """Another number for each time that it began to listen; 0 while it does not."""
         with suppress(FileNotFoundError):
             return self.pid_file.stat().st_mtime_ns
         return 0
 
-    def begin_anew(self) -> None:
+    def reload(self) -> None:
         """Have it read its files again. Where none listens there is nothing to do: it reads them when it starts."""
-        before = self.begun()
+        before = self.started_at_ns()
         with suppress(OSError, ValueError):
             os.kill(int(self.pid_file.read_text()), signal.SIGHUP)
-            deadline = time.monotonic() + ANEW_WITHIN_S
-            while self.begun() in {0, before}:
+            deadline = time.monotonic() + RELOAD_WITHIN_S
+            while self.started_at_ns() in {0, before}:
                 if time.monotonic() > deadline:
-                    raise Refused("sshd_away", "sshd was told to take a new certificate and did not come back")
+                    raise RequestRefused("sshd_away", "sshd was told to take a new certificate and did not come back")
                 time.sleep(LOOK_EVERY_S)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orion_worker.records import write_whole
-from orion_worker.rental.paths import Places
+from orion_worker.records import write_atomically
+from orion_worker.rental.paths import WorkerPaths
 
 
 class KeyFiles:
     """The file of each renter lies in one of two directories, so that locking and activating are one rename."""
 
-    def __init__(self, paths: Places) -> None:
+    def __init__(self, paths: WorkerPaths) -> None:
         self._active = paths.keys
         self._locked = paths.locked_keys
         self._active.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ class KeyFiles:
         file = (self._active if self.are_active(username) else self._locked) / username
         if file.exists() and file.read_text() == text:
             return False
-        write_whole(file, text, mode=0o640, group=group)
+        write_atomically(file, text, mode=0o640, group=group)
         return True
 
     def activate(self, username: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Places:
+class WorkerPaths:
     """Where things are; `root` is another directory in tests."""
 
     root: Path = Path("/")
@@ -35,7 +35,7 @@ class Places:
         return self.root / "home"
 
     @property
-    def aside(self) -> Path:
+    def staging(self) -> Path:
         """Where files of rentals are set aside for a snapshot: root's, and on the file system of the homes.
 
         Not below /var/lib/orion, which is closed to those who send them.

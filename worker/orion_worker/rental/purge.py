@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from orion_worker.freezer.marks import Freezer
-from orion_worker.records import Refused
+from orion_worker.records import RequestRefused
 from orion_worker.rental import accounts, residue
 from orion_worker.rental.keys import KeyFiles
-from orion_worker.rental.paths import Places
-from orion_worker.rental.requests import Report, Request
+from orion_worker.rental.paths import WorkerPaths
+from orion_worker.rental.requests import RentalRequest, Report
 from orion_worker.snapshots import transfer
 from orion_worker.snapshots.manifests import Manifests
 from orion_worker.start.launcher import Launcher
@@ -25,29 +25,29 @@ SWEEPS = 3
 
 class Purger:
     def __init__(
-        self, paths: Places, keys: KeyFiles, freezer: Freezer, launcher: Launcher, manifests: Manifests
+        self, paths: WorkerPaths, keys: KeyFiles, freezer: Freezer, launcher: Launcher, manifests: Manifests
     ) -> None:
-        self._places = paths
+        self._paths = paths
         self._keys = keys
         self._freezer = freezer
         self._launcher = launcher
         self._manifests = manifests
 
-    def purge(self, requests: Sequence[Request]) -> list[Report]:
+    def purge(self, requests: Sequence[RentalRequest]) -> list[Report]:
         if not requests:
             return []
         killed, removed = dict.fromkeys(requests, 0), dict.fromkeys(requests, 0)
         for request in requests:
-            renter = {request.uid: request.username, transfer.sender_of(request.uid): request.username}
+            renter = {request.uid: request.username, transfer.sender_uid(request.uid): request.username}
             self._keys.forget(request.username)
-            killed[request] += processes.end(renter)
-            accounts.remove(self._places.etc, request.username, request.uid)
-            killed[request] += processes.end(renter)  # a log-in that was under way when the keys went
+            killed[request] += processes.kill_all(renter)
+            accounts.remove(self._paths.etc, request.username, request.uid)
+            killed[request] += processes.kill_all(renter)  # a log-in that was under way when the keys went
             self._freezer.forget_purged(request.rental_id)
             self._launcher.forget(request.rental_id)
             self._manifests.forget(request.rental_id)
-            with suppress(Refused):  # what stays is found below
-                transfer.forget_aside(self._places.aside, request.rental_id)
+            with suppress(RequestRefused):  # what stays is found below
+                transfer.remove_staging(self._paths.staging, request.rental_id)
             removed[request] += self._remove_named(request) + residue.remove_ipc(request.uid)
         for uid, number in self._remove_owned({request.uid for request in requests}).items():
             removed[next(each for each in requests if each.uid == uid)] += number
@@ -56,9 +56,9 @@ class Purger:
             for each, report in zip(requests, self._look_again(requests), strict=True)
         ]
 
-    def _remove_named(self, request: Request) -> int:
+    def _remove_named(self, request: RentalRequest) -> int:
         removed = 0
-        for place in residue.by_name(self._places.root, request.username):
+        for place in residue.find_named(self._paths.root, request.username):
             folder = os.open(place.parent, trees.OPEN_FOLDER)
             with suppress(OSError):
                 removed += trees.remove_entry(folder, place.name)
@@ -69,19 +69,19 @@ class Purger:
         removed: Counter[int] = Counter()
         for mount in self._mounts():
             for _ in range(SWEEPS):
-                found = [(each.uid, residue.remove(each)) for each in residue.owned(mount, uids, [])]
+                found = [(each.uid, residue.remove(each)) for each in residue.find_owned(mount, uids, [])]
                 for uid, number in found:
                     removed[uid] += number
                 if not found:
                     break
         return removed
 
-    def _look_again(self, requests: Sequence[Request]) -> list[Report]:
+    def _look_again(self, requests: Sequence[RentalRequest]) -> list[Report]:
         unsearched: list[str] = []
         owned: dict[int, list[str]] = {request.uid: [] for request in requests}
         mounts = self._mounts()
         for mount in mounts:
-            for found in residue.owned(mount, owned.keys(), unsearched):
+            for found in residue.find_owned(mount, owned.keys(), unsearched):
                 owned[found.uid].append(f"file {found.path[:300]}")
         looked = ["processes", "accounts", "System V IPC", "keys, mail, cron, at", *mounts]
         return [
@@ -89,15 +89,15 @@ class Purger:
             for each in requests
         ]
 
-    def _found(self, request: Request) -> list[str]:
-        left = [f"process {pid} ({processes.name_of(pid)})" for pid in processes.of([request.uid])]
+    def _found(self, request: RentalRequest) -> list[str]:
+        left = [f"process {pid} ({processes.name_of(pid)})" for pid in processes.pids_of([request.uid])]
         left += [f"log-in {pid}" for pid in processes.log_ins([request.username])]
-        left += [f"line in {file}" for file in accounts.found(self._places.etc, request.username, request.uid)]
-        named = [*residue.by_name(self._places.root, request.username), self._places.aside / request.rental_id]
+        left += [f"line in {file}" for file in accounts.found(self._paths.etc, request.username, request.uid)]
+        named = [*residue.find_named(self._paths.root, request.username), self._paths.staging / request.rental_id]
         left += [f"file {place}" for place in named if os.path.lexists(place)]
-        return left + [f"IPC {kind} {number}" for kind, number in residue.ipc(request.uid)]
+        return left + [f"IPC {kind} {number}" for kind, number in residue.find_ipc(request.uid)]
 
     def _mounts(self) -> list[str]:
-        if self._places.root != Path("/"):
-            return [str(self._places.root)]
+        if self._paths.root != Path("/"):
+            return [str(self._paths.root)]
         return residue.writable_mounts(Path("/proc/self/mountinfo").read_text())

@@ -1,4 +1,4 @@
-"""Requests"""
+"""What the manager or the agent asks of orion-rental for one rental, and how such a request is checked."""
 
 from __future__ import annotations
 
@@ -12,51 +12,61 @@ from orion_worker.start.launcher import START_MARK, is_command
 from orion_worker.system.processes import FIRST_UID
 
 Report = dict[str, Any]
+"""What a command answers, as JSON carries it."""
 _RENTAL_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _PUBLIC_KEY = re.compile(r"[a-z0-9@.-]+ [A-Za-z0-9+/]{20,8000}={0,3}( [\x20-\x7e]{0,200})?")
 
 
 @dataclass(frozen=True)
-class Request:
+class RentalRequest:
+    """One command for one rental."""
+
     rental_id: str
     epoch: int
     username: str = ""
     uid: int = 0
     public_keys: tuple[str, ...] = ()
     rental_name: str = ""
-    """The name that the rental's sessions are told; empty: the one that an earlier order told, if one did."""
+    """The name that sessions find in ORION_RENTAL; empty: the name of an earlier order, if one had any."""
     user_authority: str = ""
-    """The key that signs certificates for renters; empty: there are none."""
+    """The public key that signs certificates for renters; empty: there are none."""
     host_certificate: str = ""
-    """What sshd shows from now on, in which this rental is named; empty: as before."""
+    """The certificate that sshd shows from now on, in which this rental is named; empty: as before."""
     kill: bool = False
     start: str = ""
-    """The start command, to run when its renter is let in; `start_mark` says which run of it: see launching.py."""
+    """The start command, which runs when the rental is activated."""
     start_mark: str = ""
+    """Which run of the start command this is (start/launcher.py)."""
     deadline: float | None = None
-    """Unix time after which the order is void: who gave it has given up."""
-    move: int = 0
-    """For freeze and thaw: the planned move that it is for, by a number that only rises for a rental."""
+    """The Unix time after which the order is void, because its sender has given up."""
+    migration: int = 0
+    """For freeze and thaw: the number of the planned migration, which only rises for a rental."""
     boot_id: str = ""
     """The life of this container that the order is for; empty: any."""
 
 
-def parse_request(command: str, text: str) -> Request:
-    """The request of a command. Raises ValueError, in words for a person."""
+RELEASED_NAMES = {"migration": "move"}
+"""The names of fields in the JSON where they differ from ours: managers of released versions send them."""
+
+
+def parse_request(command: str, text: str) -> RentalRequest:
+    """Return the request of a command; raise ValueError, in words for a person, if it is none."""
     return request_from(command, json.loads(text))
 
 
-def request_from(command: str, data: object) -> Request:
+def request_from(command: str, data: object) -> RentalRequest:
+    """Return the request that a JSON value holds; raise ValueError or TypeError if it is none for this command."""
     if not isinstance(data, dict):
         raise ValueError("the request must be a JSON object")
-    unknown = set(data) - set(Request.__dataclass_fields__)
+    ours = {RELEASED_NAMES.get(name, name): name for name in RentalRequest.__dataclass_fields__}
+    unknown = data.keys() - ours.keys()
     if unknown:
         raise ValueError(f"unknown fields: {', '.join(sorted(unknown))}")
-    data = {name: value for name, value in data.items() if value is not None}
-    request = Request(**{**data, "public_keys": tuple(data.get("public_keys", ()))})
+    data = {ours[released]: value for released, value in data.items() if value is not None}
+    request = RentalRequest(**{**data, "public_keys": tuple(data.get("public_keys", ()))})
     _check(re.fullmatch(r"[a-z0-9-]{1,64}", request.rental_id), "rental_id is not an id")
     _check(type(request.epoch) is int and request.epoch >= 1, "epoch must be a whole number from 1")
-    _check(type(request.move) is int and request.move >= 0, "move must be a whole number from 0")
+    _check(type(request.migration) is int and request.migration >= 0, "move must be a whole number from 0")
     _check(isinstance(request.boot_id, str), "boot_id must be a text")
     if command in ("run", "create", "purge"):
         _check(re.fullmatch(r"r-[a-z0-9]{1,30}", request.username), "username must be r- and an id")

@@ -40,7 +40,7 @@ _IPC_DESTROYED = 0o1000
 
 
 @dataclass(frozen=True)
-class Found:
+class ResidueEntry:
     """An entry of an open directory. `theirs`: owned by the uid; else only its group is the renter's."""
 
     folder: int
@@ -63,7 +63,7 @@ def writable_mounts(mountinfo: str) -> list[str]:
     return [point for point in points if Path(point).is_dir()]
 
 
-def owned(root: str, uids: Collection[int], unsearched: list[str]) -> Iterator[Found]:
+def find_owned(root: str, uids: Collection[int], unsearched: list[str]) -> Iterator[ResidueEntry]:
     """All that has one of these uids, or such a gid, on the file system of `root`; what is below a directory of theirs
     is not listed.
 
@@ -76,7 +76,7 @@ def owned(root: str, uids: Collection[int], unsearched: list[str]) -> Iterator[F
         os.close(top)
 
 
-def remove(found: Found) -> int:
+def remove(found: ResidueEntry) -> int:
     """Remove what is theirs and return the number of entries; give back what only has their group to its owner.
 
     What resists raises nothing: the next search finds it again.
@@ -90,23 +90,23 @@ def remove(found: Found) -> int:
     return 0
 
 
-def by_name(root: Path, username: str) -> list[Path]:
+def find_named(root: Path, username: str) -> list[Path]:
     """What bears the renter's name in the places where a name counts."""
     places = (root / place / username for place in NAMED_PLACES)
     return [place for place in places if os.path.lexists(place)]
 
 
-def ipc(uid: int) -> list[tuple[str, int]]:
+def find_ipc(uid: int) -> list[tuple[str, int]]:
     """(kind, id) of the shared memory, semaphores and message queues that this uid owns or made."""
     found = []
     for kind in ("shm", "sem", "msg"):
         with suppress(FileNotFoundError):
             table = Path("/proc/sysvipc", kind).read_text()
-            found += [(kind, number) for number in ipc_of(table, uid)]
+            found += [(kind, number) for number in ipc_ids_of(table, uid)]
     return found
 
 
-def ipc_of(table: str, uid: int) -> list[int]:
+def ipc_ids_of(table: str, uid: int) -> list[int]:
     """The ids in the text of one of /proc/sysvipc/*. What only waits for a neighbour to let go is gone already."""
     header, *rows = (line.split() for line in table.splitlines() if line.strip())
     found = []
@@ -121,7 +121,7 @@ def ipc_of(table: str, uid: int) -> list[int]:
 def remove_ipc(uid: int) -> int:
     """Done as the renter: the kernel wants the owner here, or a capability that a worker has not."""
     libc = ctypes.CDLL(None, use_errno=True)
-    found = ipc(uid)
+    found = find_ipc(uid)
     os.seteuid(uid)
     try:
         for kind, number in found:
@@ -136,7 +136,7 @@ def remove_ipc(uid: int) -> int:
 
 def _search(
     folder: int, path: str, uids: Collection[int], device: int, unsearched: list[str], depth: int
-) -> Iterator[Found]:
+) -> Iterator[ResidueEntry]:
     inner = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -147,7 +147,7 @@ def _search(
             theirs = status.st_uid in uids
             if theirs or status.st_gid in uids:
                 uid = status.st_uid if theirs else status.st_gid
-                yield Found(folder, entry.name, status, f"{path}/{entry.name}", uid, theirs)
+                yield ResidueEntry(folder, entry.name, status, f"{path}/{entry.name}", uid, theirs)
             if stat.S_ISDIR(status.st_mode) and not theirs and status.st_dev == device:
                 inner.append(entry.name)
     if inner and depth == DEEPEST:
@@ -164,7 +164,7 @@ def _search(
             os.close(child)
 
 
-def _give_back(found: Found) -> None:
+def _give_back(found: ResidueEntry) -> None:
     """Through a descriptor: by its name, a neighbour could make us change the group of a file of root."""
     if stat.S_ISLNK(found.status.st_mode):
         return

@@ -22,31 +22,33 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-LET_GO = b"end\n"
+ORDERLY_END = b"end\n"
 """The manager's last word when it lets go by itself: it will prove nothing by this end."""
 MOST_BYTES = 4096
 ROOT = 0
 BLIND_PAUSE_S = 1.0
 
 
-class Watched:
-    """`on_end` is told of each watch that ends without its last word, `on_let_go` of each that ends with it."""
+class LivenessListener:
+    """`on_end` is told of each watch that ends without its last word, `on_orderly_end` of each that ends with it."""
 
-    def __init__(self, place: Path, boot_id: str, on_end: Callable[[], None], on_let_go: Callable[[], None]) -> None:
+    def __init__(
+        self, place: Path, boot_id: str, on_end: Callable[[], None], on_orderly_end: Callable[[], None]
+    ) -> None:
         self._hello = f"{boot_id}\n".encode()
         self._on_end = on_end
-        self._on_let_go = on_let_go
-        self._said: dict[int, bytes] = {}
+        self._on_orderly_end = on_orderly_end
+        self._last_bytes: dict[int, bytes] = {}
         """The end of what came in by each watch that lasts."""
         self._programs: dict[int, socket.socket] = {}
         """The program behind each, which ends when its connection is closed."""
         self._ready = selectors.DefaultSelector()
         place.unlink(missing_ok=True)
-        self._door = socket.socket(socket.AF_UNIX)
-        self._door.bind(str(place))
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(place))
         place.chmod(0o600)
-        self._door.listen(8)
-        self._ready.register(self._door, selectors.EVENT_READ, self._welcome)
+        self._listener.listen(8)
+        self._ready.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def run(self) -> None:
         """For ever. Who cannot look may have missed an end: that is told as one."""
@@ -62,16 +64,16 @@ class Watched:
         for key, _ in self._ready.select(timeout_s):
             key.data()
 
-    def _welcome(self) -> None:
-        program, _ = self._door.accept()
+    def _accept(self) -> None:
+        program, _ = self._listener.accept()
         user_id = struct.unpack("3i", program.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
         if user_id != ROOT:
             program.close()
             return
         program.setblocking(False)
-        self._ready.register(program, selectors.EVENT_READ, lambda: self._begin(program))
+        self._ready.register(program, selectors.EVENT_READ, lambda: self._take_over(program))
 
-    def _begin(self, program: socket.socket) -> None:
+    def _take_over(self, program: socket.socket) -> None:
         self._ready.unregister(program)
         descriptors: list[int] = []
         with suppress(OSError):
@@ -79,24 +81,24 @@ class Watched:
         if len(descriptors) != 2:
             program.close()
             return
-        heard, spoken = descriptors
-        self._said[heard], self._programs[heard] = b"", program
-        self._ready.register(heard, selectors.EVENT_READ, lambda: self._hear(heard))
-        with suppress(OSError):  # its end is then the next thing that is heard
-            os.write(spoken, self._hello)
-        os.close(spoken)
+        incoming, outgoing = descriptors
+        self._last_bytes[incoming], self._programs[incoming] = b"", program
+        self._ready.register(incoming, selectors.EVENT_READ, lambda: self._read(incoming))
+        with suppress(OSError):  # its end is then the next thing that is incoming
+            os.write(outgoing, self._hello)
+        os.close(outgoing)
 
-    def _hear(self, heard: int) -> None:
-        said = b""
+    def _read(self, incoming: int) -> None:
+        content = b""
         with suppress(OSError):
-            said = os.read(heard, MOST_BYTES)
-        self._said[heard] = (self._said[heard] + said)[-len(LET_GO) :]
-        if said:
+            content = os.read(incoming, MOST_BYTES)
+        self._last_bytes[incoming] = (self._last_bytes[incoming] + content)[-len(ORDERLY_END) :]
+        if content:
             return
-        self._ready.unregister(heard)
-        os.close(heard)
-        self._programs.pop(heard).close()
-        if self._said.pop(heard) == LET_GO:
-            self._on_let_go()
+        self._ready.unregister(incoming)
+        os.close(incoming)
+        self._programs.pop(incoming).close()
+        if self._last_bytes.pop(incoming) == ORDERLY_END:
+            self._on_orderly_end()
         else:
             self._on_end()

@@ -40,28 +40,28 @@ Answer = Callable[[str, str], tuple[int, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Transfers:
-    """`carry`: does the one that it is named, over standard input and output, and does not return before its end."""
+class TransferHandler:
+    """`run`: does the one that it is named, over standard input and output, and does not return before its end."""
 
-    place: Path
-    carry: Callable[[str], int]
+    socket_path: Path
+    run: Callable[[str], int]
 
 
 def serve(
-    answer: Answer, commands: Collection[str], incoming: int, outgoing: int, transfers: Transfers | None = None
+    answer: Answer, commands: Collection[str], incoming: int, outgoing: int, transfers: TransferHandler | None = None
 ) -> None:
-    """Until `incoming` ends and all that was asked is answered. `answer`: the status and the report of a command."""
-    _Standing(answer, commands, incoming, outgoing, transfers).run()
+    """Until `incoming` ends and all that was payload is answered. `answer`: the status and the report of a command."""
+    _Server(answer, commands, incoming, outgoing, transfers).run()
 
 
-class _Standing:
+class _Server:
     def __init__(
         self,
         answer: Answer,
         commands: Collection[str],
         incoming: int,
         outgoing: int,
-        transfers: Transfers | None,
+        transfers: TransferHandler | None,
     ) -> None:
         self._answer = answer
         self._commands = commands
@@ -70,11 +70,11 @@ class _Standing:
         self._selector = selectors.DefaultSelector()
         self._received = b""
         self._ended = False
-        self._at_work: dict[int, tuple[int, object, bytearray]] = {}
-        """By the pipe to its process: that process, the id of its request, and what it has said."""
+        self._requests: dict[int, tuple[int, object, bytearray]] = {}
+        """By the pipe to its process: that process, the id of its request, and what it has output."""
         self._transfers = transfers
-        self._listening = _listen(transfers.place) if transfers else None
-        self._carrying: dict[int, int] = {}
+        self._listening = _listen(transfers.socket_path) if transfers else None
+        self._transfer_pids: dict[int, int] = {}
         """The processes of transfers, by a descriptor that says when each has ended."""
 
     def run(self) -> None:
@@ -83,13 +83,13 @@ class _Standing:
             self._selector.register(self._listening, selectors.EVENT_READ)
         self._selector.register(self._incoming, selectors.EVENT_READ)
         self._write(b'{"ready": true}\n')
-        while not self._ended or self._at_work:
+        while not self._ended or self._requests:
             for key, _ in self._selector.select():
                 if key.fd == self._incoming:
                     self._read()
                 elif key.fileobj is self._listening:
                     self._begin_transfer()
-                elif key.fd in self._carrying:
+                elif key.fd in self._transfer_pids:
                     self._end_transfer(key.fd)
                 else:
                     self._collect(key.fd)
@@ -103,14 +103,14 @@ class _Standing:
             self._ended = True
 
     def _start_what_waits(self) -> None:
-        while len(self._at_work) < MOST_AT_ONCE and b"\n" in self._received:
+        while len(self._requests) < MOST_AT_ONCE and b"\n" in self._received:
             line, _, self._received = self._received.partition(b"\n")
             self._start(line)
 
     def _start(self, line: bytes) -> None:
         try:
-            asked = json.loads(line)
-            identifier, command, request = asked["id"], asked["command"], json.dumps(asked["request"])
+            payload = json.loads(line)
+            identifier, command, request = payload["id"], payload["command"], json.dumps(payload["request"])
             if command not in self._commands:
                 raise ValueError(command)
         except (ValueError, KeyError, TypeError):
@@ -122,7 +122,7 @@ class _Standing:
             self._work(writing, identifier, command, request)
         os.close(writing)
         self._selector.register(reading, selectors.EVENT_READ)
-        self._at_work[reading] = pid, identifier, bytearray()
+        self._requests[reading] = pid, identifier, bytearray()
 
     def _work(self, writing: int, identifier: object, command: str, request: str) -> None:
         """In a process of its own, which ends here whatever happens; what breaks is told on stderr."""
@@ -138,47 +138,49 @@ class _Standing:
             os._exit(0)
 
     def _collect(self, pipe: int) -> None:
-        pid, identifier, said = self._at_work[pipe]
+        pid, identifier, output = self._requests[pipe]
         part = os.read(pipe, READ_BYTES)
-        said += part
+        output += part
         if part:
             return
         self._selector.unregister(pipe)
         os.close(pipe)
         os.waitpid(pid, 0)
-        del self._at_work[pipe]
-        if not said.endswith(b"\n"):  # it was killed
-            said = bytearray(_line(identifier, 1, _broken(ChildProcessError("its process ended without an answer"))))
-        self._write(bytes(said))
+        del self._requests[pipe]
+        if not output.endswith(b"\n"):  # it was killed
+            output = bytearray(_line(identifier, 1, _broken(ChildProcessError("its process ended without an answer"))))
+        self._write(bytes(output))
 
     def _begin_transfer(self) -> None:
         assert self._listening  # noqa: S101 - who else has told of it
         try:
-            asker, _ = self._listening.accept()
+            connection, _ = self._listening.accept()
         except BlockingIOError:
             return
-        with asker:
+        with connection:
             pid = os.fork()
             if pid == 0:
-                self._carry(asker)
+                self._run_transfer(connection)
         ended = os.pidfd_open(pid)
-        self._carrying[ended] = pid
+        self._transfer_pids[ended] = pid
         self._selector.register(ended, selectors.EVENT_READ)
 
-    def _carry(self, asker: socket.socket) -> None:
-        """In a process of its own, which ends here or becomes rsync; who handed it over waits until `asker` is shut."""
+    def _run_transfer(self, connection: socket.socket) -> None:
+        """Do a transfer in a process of its own, which ends here or becomes rsync; the shim waits until `connection` is
+        shut.
+        """
         status = 1
         try:
-            asker.setblocking(True)
-            command, ends, _, _ = socket.recv_fds(asker, len(max(TRANSFERS, key=len)), 3)
+            connection.setblocking(True)
+            command, ends, _, _ = socket.recv_fds(connection, len(max(TRANSFERS, key=len)), 3)
             if len(ends) == 3 and self._transfers and command.decode() in TRANSFERS:
                 for standard, end in enumerate(ends):
                     os.dup2(end, standard)
                     os.close(end)
-                asker.sendall(TAKEN)
-                asker.set_inheritable(True)
-                status = self._transfers.carry(command.decode())
-                asker.sendall(bytes([status]))
+                connection.sendall(TAKEN)
+                connection.set_inheritable(True)
+                status = self._transfers.run(command.decode())
+                connection.sendall(bytes([status]))
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
         finally:
@@ -187,7 +189,7 @@ class _Standing:
     def _end_transfer(self, ended: int) -> None:
         self._selector.unregister(ended)
         os.close(ended)
-        os.waitpid(self._carrying.pop(ended), 0)
+        os.waitpid(self._transfer_pids.pop(ended), 0)
 
     def _write(self, whole_lines: bytes) -> None:
         """Nobody may be there any more to read it."""
@@ -195,13 +197,13 @@ class _Standing:
             _write_all(self._outgoing, whole_lines)
 
 
-def _listen(place: Path) -> socket.socket:
+def _listen(socket_path: Path) -> socket.socket:
     """For root alone. Whoever stood there before may go on with what it has; the next come here."""
-    place.unlink(missing_ok=True)
+    socket_path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)
     try:
-        listening.bind(str(place))
+        listening.bind(str(socket_path))
     finally:
         os.umask(before)
     listening.listen(64)

@@ -11,31 +11,31 @@ from typing import Any, Protocol
 
 from orion_worker.freezer.marks import Freezer
 from orion_worker.freezer.stopper import has_run, tasks_of
-from orion_worker.records import Ledger, Record, Refused, check_unlock
+from orion_worker.records import RentalRecord, RentalRecords, RequestRefused, check_unlock
 from orion_worker.snapshots.manifests import Manifest, Manifests
-from orion_worker.snapshots.requests import PAUSE_MOST_S, Wish
+from orion_worker.snapshots.requests import PAUSE_MOST_S, TransferRequest
 from orion_worker.snapshots.scan import (
-    Entry,
+    HomeEntry,
     Scan,
+    changed_entries,
+    closed_folders,
     digest_at,
-    entry,
-    fresh,
-    gone,
+    is_racy,
     mapped_inodes,
-    odd_folders,
+    parse_entry,
     path_of,
-    racy,
+    removed_paths,
     scan,
     size_of,
     topmost,
 )
-from orion_worker.snapshots.staging import NAMES_SHOWN, Aside
+from orion_worker.snapshots.staging import NAMES_SHOWN, StagingTree
 
 MOST_ODD_BYTES = 4000
 """Bytes of the paths of odd directories that the other side is told of; beyond that, they are named as not whole."""
 LOCK_WAIT_S = 5.0
 SMALL_BYTES, SMALL_NUMBER = 4 << 20, 64
-"""Bytes and number of changed files from which on they are set aside before the rental is stopped, not only then."""
+"""Bytes and number of changed files from which on they are set staging before the rental is stopped, not only then."""
 MOST_ROUNDS = 4
 HELPS = 0.7
 """The share of the bytes of the round before that a round may have left, to be worth another."""
@@ -47,86 +47,93 @@ COPIED_A_SECOND = 300e6
 """Bytes, as a guess for files that were not copied in this snapshot yet."""
 
 
-class Keeper(Protocol):
-    """What is done to a rental besides: rental.Rentals."""
+class RentalOperations(Protocol):
+    """What is done to a rental besides: commands.Rentals."""
 
-    ledger: Ledger
+    records: RentalRecords
     freezer: Freezer
     manifests: Manifests
 
-    def lay_down(self, record: Record) -> None: ...
+    def retire(self, record: RentalRecord) -> None: ...
 
-    def hold_over(self, record: Record, what: str) -> bool: ...
+    def freeze_over_limit(self, record: RentalRecord, reason: str) -> bool: ...
 
 
-class Snapshot:
+class SnapshotMaker:
     """The making of one snapshot; `make` returns what the other side is told of it."""
 
     def __init__(
-        self, keeper: Keeper, record: Record, wish: Wish, aside: Aside, home: int, salvage: bool, asked_at: float
+        self,
+        operations: RentalOperations,
+        record: RentalRecord,
+        request: TransferRequest,
+        staging: StagingTree,
+        home: int,
+        is_salvage: bool,
+        requested_at: float,
     ) -> None:
-        """`asked_at`: when the request had been read, in monotonic seconds."""
-        self._asked_at = asked_at
-        self._keeper = keeper
+        """`requested_at`: when the request had been read, in monotonic seconds."""
+        self._requested_at = requested_at
+        self._operations = operations
         self._record = record
-        self._wish = wish
-        self._aside = aside
+        self._request = request
+        self._staging = staging
         self._home = home
-        self._salvage = salvage
-        self._last_moment = monotonic_of(wish.deadline)
-        self._base = keeper.manifests.read(wish.rental_id, wish.base) if wish.base else None
+        self._is_salvage = is_salvage
+        self._deadline = monotonic_of(request.deadline)
+        self._base = operations.manifests.read(request.rental_id, request.base) if request.base else None
         self._known = self._base or Manifest(Scan(frozenset(), 0.0))
         self._missing: dict[bytes, str] = {}
         self._folders: dict[str, int] = {}
         self._scan_s = 0.0
-        self._stands_still = salvage or keeper.freezer.is_frozen(record.rental_id)
+        self._is_stopped = is_salvage or operations.freezer.is_frozen(record.rental_id)
         """Whether nothing of the rental runs already: its home is scanned once only then."""
-        self._pause_most_s = PAUSE_MOST_S if wish.moving else min(PAUSE_MOST_S, wish.pause_s)
+        self._pause_most_s = PAUSE_MOST_S if request.for_migration else min(PAUSE_MOST_S, request.pause_s)
 
     @property
-    def is_regular(self) -> bool:
+    def is_scheduled(self) -> bool:
         """Whether it is one of those that are made every so often."""
-        return not (self._salvage or self._wish.moving)
+        return not (self._is_salvage or self._request.for_migration)
 
     def make(self) -> dict[str, Any]:
         began, copied, mapped = time.monotonic(), Scan(self._known.scan.lines, 0.0), frozenset[int]()
-        if not self._stands_still:
+        if not self._is_stopped:
             mapped = self._mapped()
             now = self._scan()
             self._check_size(now)
             if self._base and self._is_same(now):
                 return self._same(now, began)
-            copied = self._set_aside_what_runs(now, mapped)
-        with self._keeper.ledger.locked(self._record.rental_id, LOCK_WAIT_S):
+            copied = self._stage_while_running(now, mapped)
+        with self._operations.records.locked(self._record.rental_id, LOCK_WAIT_S):
             check_unlock(
-                self._keeper.ledger.living(self._record.rental_id),
-                self._keeper.ledger.purged_epoch(self._record.rental_id),
+                self._operations.records.find(self._record.rental_id),
+                self._operations.records.purged_epoch(self._record.rental_id),
                 self._record.epoch,
             )
             began = time.monotonic()
-            last, pause_s, mapped = self._while_it_stands(copied, mapped)
-        if self._stands_still and self._base and self._is_same(last):
+            last, pause_s, mapped = self._stage_while_stopped(copied, mapped)
+        if self._is_stopped and self._base and self._is_same(last):
             return self._same(last, began)
         manifest = self._settle(last, mapped)
-        self._keeper.manifests.write(self._record.rental_id, self._wish.mark, manifest, self._wish.base)
+        self._operations.manifests.write(self._record.rental_id, self._request.mark, manifest, self._request.base)
         return {
             "same": False, "whole": self._base is None, "pause_s": round(pause_s, 4), "folders": self._folders,
-        } | self._when(began) | self._figures(last)  # fmt: skip
+        } | self._times_of(began) | self._figures(last)  # fmt: skip
 
     def _same(self, now: Scan, began: float) -> dict[str, Any]:
-        return {"same": True, "whole": False} | self._when(began) | self._figures(now)
+        return {"same": True, "whole": False} | self._times_of(began) | self._figures(now)
 
-    def _when(self, began: float) -> dict[str, Any]:
+    def _times_of(self, began: float) -> dict[str, Any]:
         """Return the seconds from the request until it was begun, and since then: what was written before is in it.
 
         The first counts. The second is for managers of earlier versions, which subtract it from the time at which they
         hear of it.
         """
-        return {"after_s": began - self._asked_at, "age_s": time.monotonic() - began}
+        return {"after_s": began - self._requested_at, "age_s": time.monotonic() - began}
 
-    def _set_aside_what_runs(self, now: Scan, mapped: frozenset[int]) -> Scan:
+    def _stage_while_running(self, now: Scan, mapped: frozenset[int]) -> Scan:
         """Copy what changed while programs go on; return the scan up to which all is copied."""
-        waiting = fresh(now, self._known.scan)
+        waiting = changed_entries(now, self._known.scan)
         copied, before = Scan(self._known.scan.lines, 0.0), float("inf")
         keeping_s = 0.0
         for _ in range(MOST_ROUNDS):
@@ -134,17 +141,17 @@ class Snapshot:
             if (left <= SMALL_BYTES and len(waiting) <= SMALL_NUMBER) or left > HELPS * before:
                 break
             began, number = _processor_s(), len(waiting)
-            self._aside.keep(waiting.values(), self._look)
+            self._staging.stage(waiting.values(), self._look)
             took_s = _processor_s() - began
             before, copied = left, now
             now = self._scan()
-            waiting = fresh(now, copied)
+            waiting = changed_entries(now, copied)
             more = max(_bytes_of(waiting) / max(SMALL_BYTES, left), len(waiting) / max(SMALL_NUMBER, number))
             keeping_s = took_s * more
-        pause_s = self._scan_s + keeping_s + _bytes_of(self._unseen(now, mapped)) / COPIED_A_SECOND
-        if self.is_regular and pause_s > self._pause_most_s:
+        pause_s = self._scan_s + keeping_s + _bytes_of(self._entries_in_doubt(now, mapped)) / COPIED_A_SECOND
+        if self.is_scheduled and pause_s > self._pause_most_s:
             what = f"would have to stand still for some {pause_s:.1f} s"
-            raise Refused("pause_too_long", f"its programs {what} for a snapshot: {SO_MUCH}")
+            raise RequestRefused("pause_too_long", f"its programs {what} for a snapshot: {SO_MUCH}")
         return copied
 
     def _scan(self) -> Scan:
@@ -153,88 +160,90 @@ class Snapshot:
         The time on the clock says more about the renter's programs, which have the processors at present.
         """
         began = _processor_s()
-        found = scan(self._wish.max_files, self._last_moment, strict=False)
+        found = scan(self._request.max_files, self._deadline, strict=False)
         self._scan_s = _processor_s() - began
         return found
 
-    def _unseen(self, of: Scan, mapped: frozenset[int]) -> dict[bytes, Entry]:
+    def _entries_in_doubt(self, of: Scan, mapped: frozenset[int]) -> dict[bytes, HomeEntry]:
         """Return by path what may change without showing it: mapped for writing, or doubtful in the snapshot before."""
         doubtful, inodes = self._known.doubtful, {str(inode).encode() for inode in mapped}
         lines = of.lines if doubtful or inodes else ()
         return {
-            path_of(line): entry(line)
+            path_of(line): parse_entry(line)
             for line in lines
             if line.split(b" ", 1)[0] in inodes or (doubtful and path_of(line) in doubtful)
         }
 
-    def _while_it_stands(self, copied: Scan, mapped: frozenset[int]) -> tuple[Scan, float, frozenset[int]]:
+    def _stage_while_stopped(self, copied: Scan, mapped: frozenset[int]) -> tuple[Scan, float, frozenset[int]]:
         """Copy the rest while nothing of it runs; return the scan of that moment, the pause, and what was mapped."""
-        freezer, record = self._keeper.freezer, self._record
+        freezer, record = self._operations.freezer, self._record
         for _ in range(PAUSE_TRIES):
             began = time.monotonic()
             until = time.clock_gettime(time.CLOCK_BOOTTIME) + PAUSE_ENDS_S
-            tasks = frozenset() if self._salvage else freezer.pause(record, until)
-            is_pause = tasks is not None and not self._salvage
-            ends_at = monotonic_of(self._wish.deadline)
-            self._last_moment = min(ends_at, began + self._pause_most_s) if is_pause else ends_at
+            tasks = frozenset() if self._is_salvage else freezer.pause(record, until)
+            is_pause = tasks is not None and not self._is_salvage
+            ends_at = monotonic_of(self._request.deadline)
+            self._deadline = min(ends_at, began + self._pause_most_s) if is_pause else ends_at
             try:
-                if is_pause and self._stands_still:
-                    raise Refused("restless", "it stood still, and was let go on as its snapshot began")
+                if is_pause and self._is_stopped:
+                    raise RequestRefused("restless", "it stood still, and was let go on as its snapshot began")
                 mapped = mapped | self._mapped()
                 before = tasks_of(record.uid) if tasks is None else tasks
-                last = scan(self._wish.max_files, self._last_moment, strict=True)
-                if self._stands_still:
+                last = scan(self._request.max_files, self._deadline, strict=True)
+                if self._is_stopped:
                     self._check_size(last)
-                self._aside.keep(self._rest(last, copied, mapped), self._look)
+                self._staging.stage(self._entries_left(last, copied, mapped), self._look)
                 self._look()
-                if not has_run(before, tasks_of(record.uid)) and not self._aside.vanished:
+                if not has_run(before, tasks_of(record.uid)) and not self._staging.vanished:
                     return last, time.monotonic() - began if is_pause else 0.0, mapped
-            except Refused as refusal:
-                if refusal.code == "timed_out" and self._last_moment < ends_at:
+            except RequestRefused as refusal:
+                if refusal.code == "timed_out" and self._deadline < ends_at:
                     what = f"stood still for {time.monotonic() - began:.1f} s in vain"
-                    raise Refused("pause_in_vain", f"its programs {what} for a snapshot: {SO_MUCH}") from refusal
+                    raise RequestRefused("pause_in_vain", f"its programs {what} for a snapshot: {SO_MUCH}") from refusal
                 raise
             finally:
                 if is_pause:
                     freezer.resume(record.rental_id)
-            self._last_moment = monotonic_of(self._wish.deadline)
-        raise Refused("restless", "something ran, or came in, each time that its programs were stopped for a snapshot")
+            self._deadline = monotonic_of(self._request.deadline)
+        raise RequestRefused(
+            "restless", "something ran, or came in, each time that its programs were stopped for a snapshot"
+        )
 
-    def _rest(self, last: Scan, copied: Scan, mapped: frozenset[int]) -> list[Entry]:
+    def _entries_left(self, last: Scan, copied: Scan, mapped: frozenset[int]) -> list[HomeEntry]:
         """Return what has to be copied while nothing runs: what changed since, or may have without showing it."""
-        rest = fresh(last, copied)
-        for path, found in fresh(last, self._known.scan).items():
-            if racy(found, copied.at) or found.path in self._aside.vanished:
+        rest = changed_entries(last, copied)
+        for path, found in changed_entries(last, self._known.scan).items():
+            if is_racy(found, copied.at) or found.path in self._staging.vanished:
                 rest[path] = found
-        rest |= self._unseen(last, mapped)
-        self._aside.vanished.clear()
+        rest |= self._entries_in_doubt(last, mapped)
+        self._staging.vanished.clear()
         return list(rest.values())
 
     def _settle(self, last: Scan, mapped: frozenset[int]) -> Manifest:
         """Write the list of what is sent; return the manifest of the snapshot. Everything goes on meanwhile."""
-        changed = fresh(last, self._known.scan)
-        doubtful = {path: found for path, found in changed.items() if racy(found, last.at)}
-        doubtful |= self._unseen(last, mapped)
-        removed = gone(last, self._known.scan)
+        changed = changed_entries(last, self._known.scan)
+        doubtful = {path: found for path, found in changed.items() if is_racy(found, last.at)}
+        doubtful |= self._entries_in_doubt(last, mapped)
+        removed = removed_paths(last, self._known.scan)
         others = [found.path for found in changed.values() if found.kind != b"d"]
         sent = [*(changed.keys() | doubtful.keys()), b"."]
-        self._aside.settle(sent)
+        self._staging.keep_only(sent)
         listed = [*sent, *topmost(removed, others)]
-        self._aside.write_list([path[2:] if path.startswith(b"./") else path for path in listed])
+        self._staging.write_list([path[2:] if path.startswith(b"./") else path for path in listed])
         missing = {path: why for path, why in self._known.missing.items() if path not in changed.keys() | removed}
-        missing |= self._aside.poorer | self._aside.missing
+        missing |= self._staging.incomplete | self._staging.missing
         self._folders, room = {}, MOST_ODD_BYTES
-        for path, mode in sorted(odd_folders(last).items()):
+        for path, mode in sorted(closed_folders(last).items()):
             room -= len(path)
             if room >= 0:
                 self._folders[path.hex()] = mode
             else:
                 missing[path] = f"its mode {mode:o} comes back as {mode | 0o700:o}"
-        if missing and self._wish.moving:
+        if missing and self._request.for_migration:
             names = ", ".join(f"{_shown(path)} ({why})" for path, why in sorted(missing.items())[:3])
-            raise Refused("cannot_carry", f"{len(missing)} of its files cannot be carried whole: {names}")
+            raise RequestRefused("cannot_carry", f"{len(missing)} of its files cannot be carried whole: {names}")
         self._missing = missing
-        hashes = {path: self._aside.digest(path) for path in doubtful if doubtful[path].kind == b"f"}
+        hashes = {path: self._staging.digest(path) for path in doubtful if doubtful[path].kind == b"f"}
         return Manifest(last, hashes, missing)
 
     def _is_same(self, now: Scan) -> bool:
@@ -246,10 +255,10 @@ class Snapshot:
         return all(found and digest_at(self._home, path, uid) == found for path, found in self._known.doubtful.items())
 
     def _check_size(self, now: Scan) -> None:
-        if size_of(now) > self._wish.max_bytes:
-            most = self._wish.max_bytes >> 20
+        if size_of(now) > self._request.max_bytes:
+            most = self._request.max_bytes >> 20
             counted = "each directory and small file counts as 4 KiB, and holes count"
-            raise Refused("over_limit", f"its home holds more than {most} MiB ({counted})")
+            raise RequestRefused("over_limit", f"its home holds more than {most} MiB ({counted})")
 
     def _figures(self, of: Scan) -> dict[str, Any]:
         names = [_shown(path) for path in sorted(self._missing)[:NAMES_SHOWN]]
@@ -259,11 +268,11 @@ class Snapshot:
         return mapped_inodes(self._record.uid)
 
     def _look(self) -> None:
-        """Raise Refused where the deadline has passed, or nobody waits any more."""
-        if time.monotonic() > self._last_moment:
-            raise Refused("timed_out", "setting aside what changed took longer than it may")
+        """Raise RequestRefused where the deadline has passed, or nobody waits any more."""
+        if time.monotonic() > self._deadline:
+            raise RequestRefused("timed_out", "setting staging what changed took longer than it may")
         if hung_up():
-            raise Refused("abandoned", "nobody waits for it any more")
+            raise RequestRefused("abandoned", "nobody waits for it any more")
 
 
 def _processor_s() -> float:
@@ -272,7 +281,7 @@ def _processor_s() -> float:
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
-def _bytes_of(entries: Mapping[bytes, Entry]) -> int:
+def _bytes_of(entries: Mapping[bytes, HomeEntry]) -> int:
     return sum(each.size for each in entries.values() if each.kind == b"f")
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orion_worker.records import Refused
+from orion_worker.records import RequestRefused
 from orion_worker.system import trees
 
 FIND = ("/usr/bin/find", ".", "-xdev", "-printf", r"%i %n %s %m %T@ %C@ %y %U %p\0%i %b %s\0")
@@ -33,16 +33,17 @@ CHUNK = 8 << 20
 
 @dataclass(frozen=True)
 class Scan:
-    """The entries of a home, one line each, and the Unix time at which the scan began."""
+    """The entries of a home, one line each, as FIND writes its first records."""
 
     lines: frozenset[bytes]
     at: float
+    """The Unix time at which the scan began."""
     sizes: bytes = b""
     """The inode, the blocks of 512 bytes and the size of each entry, one line each."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class HomeEntry:
     inode: int
     size: int
     changed_at: float
@@ -51,20 +52,20 @@ class Entry:
     path: bytes
 
 
-def entry(line: bytes) -> Entry:
+def parse_entry(line: bytes) -> HomeEntry:
     inode, _, size, _, _, changed_at, kind, _, path = line.split(b" ", 8)
-    return Entry(int(inode), int(size), float(changed_at), kind, path)
+    return HomeEntry(int(inode), int(size), float(changed_at), kind, path)
 
 
 def path_of(line: bytes) -> bytes:
     return line.split(b" ", 8)[8]
 
 
-def scan(most_entries: int, last_moment: float, strict: bool) -> Scan:
-    """Return a scan of the current directory. `last_moment`: monotonic seconds. `strict`: nothing runs in it.
+def scan(most_entries: int, deadline: float, strict: bool) -> Scan:
+    """Return a scan of the current directory. `deadline`: monotonic seconds. `strict`: no process runs in it.
 
-    Raise Refused for more than `most_entries` entries, for names that are too long altogether, and, if strict, for what
-    cannot be looked at.
+    Raise RequestRefused for more than `most_entries` entries, for names that are too long altogether, and, if strict,
+    for entries that cannot be looked at.
     """
     at = time.time()
     find = subprocess.Popen(
@@ -75,13 +76,13 @@ def scan(most_entries: int, last_moment: float, strict: bool) -> Scan:
     content = bytearray()
     records = 0
     try:
-        while part := _read_by(last_moment, find.stdout.fileno()):
+        while part := _read_by(deadline, find.stdout.fileno()):
             content += part
             records += part.count(b"\0")
             if records > 2 * most_entries:
-                raise Refused("over_limit", f"its home holds more than {most_entries} files and directories")
+                raise RequestRefused("over_limit", f"its home holds more than {most_entries} files and directories")
             if len(content) > LINE_BYTES * most_entries + (1 << 20):
-                raise Refused("over_limit", "the names of the files in its home are too long altogether")
+                raise RequestRefused("over_limit", "the names of the files in its home are too long altogether")
             with suppress(BlockingIOError):
                 os.read(find.stderr.fileno(), 1 << 16)  # so that it never waits to complain
         status = find.wait()
@@ -91,16 +92,17 @@ def scan(most_entries: int, last_moment: float, strict: bool) -> Scan:
         find.stdout.close()
         find.stderr.close()
     if strict and status:
-        raise Refused("failed", "its home cannot be looked through")
+        raise RequestRefused("failed", "its home cannot be looked through")
     found = bytes(content).split(b"\0")[:-1]
     return Scan(frozenset(found[::2]), at, b"\n".join(found[1::2]))
 
 
-def _read_by(last_moment: float, descriptor: int) -> bytes:
-    """Return what is said next, empty at the end. Raise Refused if nothing is until that moment (monotonic seconds)."""
-    left_s = last_moment - time.monotonic()
+def _read_by(deadline: float, descriptor: int) -> bytes:
+    """Return the next bytes, empty at the end. Raise RequestRefused if none come before the deadline (monotonic
+    seconds)."""
+    left_s = deadline - time.monotonic()
     if left_s < 0 or not select.select([descriptor], [], [], left_s)[0]:
-        raise Refused("timed_out", "looking through its home took longer than it may")
+        raise RequestRefused("timed_out", "looking through its home took longer than it may")
     return os.read(descriptor, 1 << 20)
 
 
@@ -114,7 +116,7 @@ def size_of(of: Scan) -> int:
     return sum(max(512 * int(blocks), int(size), BLOCK_BYTES) for _, blocks, size in entries)
 
 
-def odd_folders(of: Scan) -> dict[bytes, int]:
+def closed_folders(of: Scan) -> dict[bytes, int]:
     """Return the modes of directories that their owner may write to and not list or enter, by path.
 
     rsync opens such a directory to fill it, and does not close it again.
@@ -127,7 +129,7 @@ def odd_folders(of: Scan) -> dict[bytes, int]:
     return found
 
 
-def close_folders(home: int, folders: Mapping[bytes, int], uid: int) -> None:
+def restore_modes(home: int, folders: Mapping[bytes, int], uid: int) -> None:
     """Give these directories of a home their modes, those that lie deeper first. What is not there is passed over."""
     for path, mode in sorted(folders.items(), key=lambda each: -each[0].count(b"/")):
         with suppress(OSError):
@@ -154,12 +156,12 @@ def open_below(home: int, names: Iterable[bytes]) -> int:
     return folder
 
 
-def fresh(now: Scan, before: Scan) -> dict[bytes, Entry]:
+def changed_entries(now: Scan, before: Scan) -> dict[bytes, HomeEntry]:
     """Return what is new or other than before, by path."""
-    return {found.path: found for found in map(entry, now.lines - before.lines)}
+    return {found.path: found for found in map(parse_entry, now.lines - before.lines)}
 
 
-def gone(now: Scan, before: Scan) -> set[bytes]:
+def removed_paths(now: Scan, before: Scan) -> set[bytes]:
     """Return the paths of what was there before, and is not there any more under that name."""
     others = before.lines - now.lines
     if not others:
@@ -167,15 +169,19 @@ def gone(now: Scan, before: Scan) -> set[bytes]:
     return {path_of(line) for line in others} - {path_of(line) for line in now.lines - before.lines}
 
 
-def racy(found: Entry, at: float) -> bool:
+def is_racy(found: HomeEntry, at: float) -> bool:
     """Return whether a change after a scan at that time could have left the entry's line as it is."""
     return found.kind == b"f" and found.changed_at > at - RACY_S
 
 
-def racy_in(of: Scan) -> list[Entry]:
+def racy_entries(of: Scan) -> list[HomeEntry]:
     """Return the entries of a scan that are racy at its own time."""
     since = of.at - RACY_S
-    return [found for line in of.lines if float(line.split(b" ", 6)[5]) > since and racy(found := entry(line), of.at)]
+    return [
+        found
+        for line in of.lines
+        if float(line.split(b" ", 6)[5]) > since and is_racy(found := parse_entry(line), of.at)
+    ]
 
 
 def topmost(paths: Collection[bytes], replaced: Collection[bytes]) -> list[bytes]:

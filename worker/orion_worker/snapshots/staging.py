@@ -5,7 +5,7 @@ inode (ctime) at each write, and no program can set it. Two scans so tell what c
 may change without a new ctime, and count as doubtful: one whose ctime is as young as the scan (the kernel's clock has a
 granularity), and one that a program has mapped for writing. A doubtful file is copied again, or its content compared.
 
-What changed is copied into a tree beside the homes, which no renter reaches. The tree is written as `rsync
+What changed is copied into a tree in_tree the homes, which no renter reaches. The tree is written as `rsync
 --fake-super` writes: owner, mode and access list of an entry stand in its attributes. So an unprivileged rsync of an
 account of its own can send the tree, and the renter can neither stop that rsync nor shut a file from it.
 
@@ -24,8 +24,8 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from orion_worker.records import Refused
-from orion_worker.snapshots.scan import CHUNK, Entry, digest, folders_above
+from orion_worker.records import RequestRefused
+from orion_worker.snapshots.scan import CHUNK, HomeEntry, digest, folders_above
 from orion_worker.system import trees
 from orion_worker.system.trees import remove_tree
 
@@ -40,7 +40,7 @@ RESERVED = "user.rsync.%"
 NAMES_SHOWN = 20
 
 
-class Aside:
+class StagingTree:
     """Copies of entries of a home in a tree of their own, under the names that they have at home."""
 
     def __init__(self, home: int, place: Path, uid: int, sender: int) -> None:
@@ -52,7 +52,7 @@ class Aside:
         self.tree = place / "tree"
         self.missing: dict[bytes, str] = {}
         """Why an entry cannot be carried, by path."""
-        self.poorer: dict[bytes, str] = {}
+        self.incomplete: dict[bytes, str] = {}
         """Why an entry is carried without some of its attributes, by path."""
         self.vanished: set[bytes] = set()
         """The paths of what was not there any more when it was to be copied."""
@@ -80,7 +80,7 @@ class Aside:
             file.write(b"\0".join(paths))
             os.fchown(file.fileno(), self.sender, self.sender)
 
-    def keep(self, entries: Iterable[Entry], look: Callable[[], None]) -> int:
+    def stage(self, entries: Iterable[HomeEntry], look: Callable[[], None]) -> int:
         """Copy these as they are now, over what was copied before; return the bytes of the files. `look` may raise."""
         self._attributes(self._home, self.top, os.fstat(self._home), b".")
         self._look = look
@@ -90,27 +90,29 @@ class Aside:
         try:
             for each in sorted(entries, key=lambda one: one.path.split(b"/")):
                 look()
-                for noted in (self.missing, self.poorer):
+                for noted in (self.missing, self.incomplete):
                     noted.pop(each.path, None)
                 self.vanished.discard(each.path)
                 try:
-                    copied += self._keep(each, chain, written)
+                    copied += self._stage(each, chain, written)
                 except (FileNotFoundError, NotADirectoryError):
                     self.vanished.add(each.path)
                 except OSError as error:
                     if error.errno == errno.ELOOP:
                         self.vanished.add(each.path)
                     elif error.errno in {errno.ENOSPC, errno.EDQUOT}:
-                        raise Refused("no_room", "the worker's disk has no room to set aside what changed") from error
+                        raise RequestRefused(
+                            "no_room", "the worker's disk has no room to set aside what changed"
+                        ) from error
                     else:
                         self._cannot(each.path, error.strerror or str(error))
         finally:
-            for _, at_home, beside in chain:
-                os.close(at_home)
-                os.close(beside)
+            for _, in_home, in_tree in chain:
+                os.close(in_home)
+                os.close(in_tree)
         return copied
 
-    def settle(self, wanted: Collection[bytes]) -> None:
+    def keep_only(self, wanted: Collection[bytes]) -> None:
         """Leave in the tree only these paths and the directories above them, with the times that they have at home."""
         above = {folder for path in wanted for folder in folders_above(path)}
         for path in self._staged - {*wanted, *above}:
@@ -130,53 +132,53 @@ class Aside:
         finally:
             os.close(descriptor)
 
-    def _keep(self, each: Entry, chain: list[tuple[bytes, int, int]], written: dict[int, bytes]) -> int:
+    def _stage(self, each: HomeEntry, chain: list[tuple[bytes, int, int]], written: dict[int, bytes]) -> int:
         parts = each.path.split(b"/")[1:]
         if len(each.path) > LONGEST_PATH:
             self._cannot(each.path, "its path is too long")
             return 0
         if not parts:
             return 0
-        at_home, beside = self._enter(parts[:-1], chain)
+        in_home, in_tree = self._enter(parts[:-1], chain)
         name = parts[-1]
-        status = os.stat(name, dir_fd=at_home, follow_symlinks=False)
+        status = os.stat(name, dir_fd=in_home, follow_symlinks=False)
         if status.st_uid != self._uid:
             self._cannot(each.path, "it belongs to somebody else")
             return 0
         if stat.S_ISDIR(status.st_mode):
-            self._keep_folder(each.path, name, at_home, beside)
+            self._stage_folder(each.path, name, in_home, in_tree)
             return 0
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode) or _is_special(status.st_mode)):
             self._cannot(each.path, "it is a device")
             return 0
         self._times.pop(each.path, None)
         if status.st_ino in written:
-            self._link(each.path, name, beside, written[status.st_ino])
+            self._link(each.path, name, in_tree, written[status.st_ino])
             return 0
         self._staged.add(each.path)
         if stat.S_ISLNK(status.st_mode):
-            _make_link(os.readlink(name, dir_fd=at_home), name, beside, self.sender, status)
+            _make_link(os.readlink(name, dir_fd=in_home), name, in_tree, self.sender, status)
             written[status.st_ino] = each.path
             return 0
-        copied = self._keep_file(each.path, name, at_home, beside, status)
+        copied = self._stage_file(each.path, name, in_home, in_tree, status)
         written[status.st_ino] = each.path
         return copied
 
     def _enter(self, folders: list[bytes], chain: list[tuple[bytes, int, int]]) -> tuple[int, int]:
-        """Return the open directory at home and the one beside it, below which the chain of open ones leads."""
+        """Return the open directory at home and the one in_tree it, below which the chain of open ones leads."""
         same = 0
         while same < min(len(chain), len(folders)) and chain[same][0] == folders[same]:
             same += 1
         while len(chain) > same:
-            _, at_home, beside = chain.pop()
-            os.close(at_home)
-            os.close(beside)
+            _, in_home, in_tree = chain.pop()
+            os.close(in_home)
+            os.close(in_tree)
         for depth in range(same, len(folders)):
-            at_home, beside = chain[-1][1:] if chain else (self._home, self.top)
+            in_home, in_tree = chain[-1][1:] if chain else (self._home, self.top)
             name = folders[depth]
-            inner = os.open(name, trees.OPEN_FOLDER, dir_fd=at_home)
+            inner = os.open(name, trees.OPEN_FOLDER, dir_fd=in_home)
             try:
-                made = self._folder(name, beside)
+                made = self._folder(name, in_tree)
                 if made[1]:
                     self._attributes(inner, made[0], os.fstat(inner), b"/".join((b".", *folders[: depth + 1])))
             except BaseException:
@@ -185,23 +187,23 @@ class Aside:
             chain.append((name, inner, made[0]))
         return chain[-1][1:] if chain else (self._home, self.top)
 
-    def _folder(self, name: bytes, beside: int) -> tuple[int, bool]:
+    def _folder(self, name: bytes, in_tree: int) -> tuple[int, bool]:
         """Return the open directory of that name, and whether it was made just now."""
         try:
-            os.mkdir(name, 0o700, dir_fd=beside)
+            os.mkdir(name, 0o700, dir_fd=in_tree)
             made = True
         except FileExistsError:
             made = False
-            if not stat.S_ISDIR(os.stat(name, dir_fd=beside, follow_symlinks=False).st_mode):
-                os.unlink(name, dir_fd=beside)
-                os.mkdir(name, 0o700, dir_fd=beside)
+            if not stat.S_ISDIR(os.stat(name, dir_fd=in_tree, follow_symlinks=False).st_mode):
+                os.unlink(name, dir_fd=in_tree)
+                os.mkdir(name, 0o700, dir_fd=in_tree)
                 made = True
-        return os.open(name, trees.OPEN_FOLDER, dir_fd=beside), made
+        return os.open(name, trees.OPEN_FOLDER, dir_fd=in_tree), made
 
-    def _keep_folder(self, path: bytes, name: bytes, at_home: int, beside: int) -> None:
-        inner = os.open(name, trees.OPEN_FOLDER, dir_fd=at_home)
+    def _stage_folder(self, path: bytes, name: bytes, in_home: int, in_tree: int) -> None:
+        inner = os.open(name, trees.OPEN_FOLDER, dir_fd=in_home)
         try:
-            made, _ = self._folder(name, beside)
+            made, _ = self._folder(name, in_tree)
             try:
                 self._attributes(inner, made, os.fstat(inner), path)
             finally:
@@ -210,15 +212,15 @@ class Aside:
         finally:
             os.close(inner)
 
-    def _keep_file(self, path: bytes, name: bytes, at_home: int, beside: int, expected: os.stat_result) -> int:
+    def _stage_file(self, path: bytes, name: bytes, in_home: int, in_tree: int, expected: os.stat_result) -> int:
         special = _is_special(expected.st_mode)
         flags = os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_PATH if special else os.O_RDONLY | os.O_NONBLOCK | os.O_NOATIME)
-        source = os.open(name, flags, dir_fd=at_home)
+        source = os.open(name, flags, dir_fd=in_home)
         try:
             status = os.fstat(source)
             if status.st_uid != self._uid or stat.S_IFMT(status.st_mode) != stat.S_IFMT(expected.st_mode):
                 raise FileNotFoundError(name)  # something else has taken its place
-            target = _open_file(name, beside)
+            target = _open_file(name, in_tree)
             try:
                 copied = 0 if special else self._copy(source, target, status)
                 self._attributes(source, target, status, path, plain=not special)
@@ -271,18 +273,18 @@ class Aside:
                     default = name.endswith("default")
                     os.setxattr(target, LISTS[name], access_list(os.getxattr(source, name), default))
                 elif name.startswith(RESERVED):
-                    self.poorer[path] = f"the attribute {name} is reserved"
+                    self.incomplete[path] = f"the attribute {name} is reserved"
                 elif name.startswith("user."):
                     os.setxattr(target, name, os.getxattr(source, name))
         except (OSError, ValueError) as error:
-            self.poorer[path] = f"its attributes cannot be carried: {error}"
+            self.incomplete[path] = f"its attributes cannot be carried: {error}"
         if stat.S_ISDIR(status.st_mode):
             self._times[path] = (status.st_atime_ns, status.st_mtime_ns)
 
-    def _link(self, path: bytes, name: bytes, beside: int, first: bytes) -> None:
+    def _link(self, path: bytes, name: bytes, in_tree: int, first: bytes) -> None:
         """Make it another name of what was copied under the path `first`."""
-        _clear(beside, name)
-        os.link(_relative(first), name, src_dir_fd=self.top, dst_dir_fd=beside, follow_symlinks=False)
+        _clear(in_tree, name)
+        os.link(_relative(first), name, src_dir_fd=self.top, dst_dir_fd=in_tree, follow_symlinks=False)
         self._staged.add(path)
 
     def _cannot(self, path: bytes, why: str) -> None:
@@ -337,21 +339,21 @@ def _relative(path: bytes) -> bytes:
     return path[2:] if path.startswith(b"./") else path
 
 
-def _open_file(name: bytes, beside: int) -> int:
+def _open_file(name: bytes, in_tree: int) -> int:
     """Return the open file of that name, made where there is none, and in the place of whatever else has the name."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with suppress(FileNotFoundError):
-        status = os.stat(name, dir_fd=beside, follow_symlinks=False)
+        status = os.stat(name, dir_fd=in_tree, follow_symlinks=False)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            _clear(beside, name)
-    return os.open(name, flags, 0o600, dir_fd=beside)
+            _clear(in_tree, name)
+    return os.open(name, flags, 0o600, dir_fd=in_tree)
 
 
-def _make_link(to: bytes, name: bytes, beside: int, owner: int, status: os.stat_result) -> None:
-    _clear(beside, name)
-    os.symlink(to, name, dir_fd=beside)
-    os.chown(name, owner, owner, dir_fd=beside, follow_symlinks=False)
-    os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=beside, follow_symlinks=False)
+def _make_link(to: bytes, name: bytes, in_tree: int, owner: int, status: os.stat_result) -> None:
+    _clear(in_tree, name)
+    os.symlink(to, name, dir_fd=in_tree)
+    os.chown(name, owner, owner, dir_fd=in_tree, follow_symlinks=False)
+    os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=in_tree, follow_symlinks=False)
 
 
 def _clear(folder: int, name: bytes) -> None:

@@ -24,8 +24,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from orion_worker.records import Record
-from orion_worker.system.processes import NOT_BEGUN, begin, end_group, has_ended
+from orion_worker.records import RentalRecord
+from orion_worker.system.processes import NOT_BEGUN, begin_child, has_ended, kill_group
 
 LONGEST = 1000
 START_MARK = re.compile(r"[0-9]{1,16}@[A-Za-z0-9-]{0,64}")
@@ -53,7 +53,7 @@ class Launcher:
         self._boot = root / "run/orion/boot-id"
         self._homes = root / "home"
 
-    def begin(self, boot_id: str) -> None:
+    def set_boot_id(self, boot_id: str) -> None:
         """At the start of the container: orders from before it are void."""
         self._boot.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._boot.write_text(boot_id)
@@ -63,7 +63,7 @@ class Launcher:
         """This life of the container, as the agent has told the manager; empty where no agent runs, as in a test."""
         return _text(self._boot)
 
-    def launch(self, record: Record, command: str, mark: str) -> dict[str, object]:
+    def launch(self, record: RentalRecord, command: str, mark: str) -> dict[str, object]:
         """Run it, unless this run was had; what a report says of it. Call it with the rental's lock."""
         file = self._marks / record.rental_id
         wanted = f"{record.epoch} {mark}"
@@ -77,7 +77,7 @@ class Launcher:
     def forget(self, rental_id: str) -> None:
         (self._marks / rental_id).unlink(missing_ok=True)
 
-    def ended(self, record: Record, now: float) -> dict[str, object] | None:
+    def ended(self, record: RentalRecord, now: float) -> dict[str, object] | None:
         """Return how the run that it has had here ended, as a heartbeat has it. None: it goes on, or nothing is known.
 
         `now`: CLOCK_BOOTTIME. A run that was ended with the program that keeps its output is `unseen`.
@@ -98,7 +98,7 @@ class Launcher:
             "ago_s": round(ago_s, 1),
         }
 
-    def _note(self, record: Record) -> bytes:
+    def _note(self, record: RentalRecord) -> bytes:
         """What its program has noted; empty where that still runs, or it is no plain file of this renter's."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         opened: list[int] = []
@@ -121,7 +121,7 @@ class Launcher:
         boot_id = self.boot_id
         return bool(boot_id) and mark.partition("@")[2] != boot_id
 
-    def _run(self, record: Record, which: str, command: str) -> str:
+    def _run(self, record: RentalRecord, which: str, command: str) -> str:
         """Why it could not be run; empty where it was."""
         try:
             status = self._begin(record, which, command)
@@ -132,20 +132,20 @@ class Launcher:
         why = os.strerror(status - NOT_BEGUN) if status > NOT_BEGUN else f"it ended with {status}"
         return f"its start command cannot be run: {why}" if status else ""
 
-    def _begin(self, record: Record, which: str, command: str) -> int | None:
+    def _begin(self, record: RentalRecord, which: str, command: str) -> int | None:
         """Return with what status the program has gone its own way; None: it did not in time, and was killed."""
         home = os.open(self._homes / record.username, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            child = begin(partial(_be_the_program, home, record, which, command))
+            child = begin_child(partial(_be_the_program, home, record, which, command))
         finally:
             os.close(home)
         if has_ended(child, WITHIN_S):
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        end_group(child)
+        kill_group(child)
         return None
 
 
-def _be_the_program(home: int, record: Record, which: str, command: str) -> None:
+def _be_the_program(home: int, record: RentalRecord, which: str, command: str) -> None:
     """In a child: be the renter's program (start.py), in the renter's home."""
     os.fchdir(home)
     silence = os.open(os.devnull, os.O_RDWR)
@@ -163,15 +163,15 @@ def _be_the_program(home: int, record: Record, which: str, command: str) -> None
     os.execve(program[0], program, environment(record))  # noqa: S606 - there is no shell in it
 
 
-def environment(record: Record) -> dict[str, str]:
+def environment(record: RentalRecord) -> dict[str, str]:
     """Return what a log-in by ssh has in its environment. Nothing of ours."""
     named = dict.fromkeys(("USER", "LOGNAME"), record.username)
     home, path = f"/home/{record.username}", "/usr/local/bin:/usr/bin:/bin:/usr/games"
     named |= {"HOME": home, "SHELL": "/bin/bash", "PATH": path, "LANG": "C.UTF-8"}
-    return named | told_of_itself(record.rental_id, record.rental_name)
+    return named | rental_variables(record.rental_id, record.rental_name)
 
 
-def told_of_itself(rental_id: str, rental_name: str) -> dict[str, str]:
+def rental_variables(rental_id: str, rental_name: str) -> dict[str, str]:
     """Return the variables by which a rental's processes know which rental they are in. sshd_config lists them."""
     named = {"ORION_RENTAL": rental_name} if rental_name else {}
     return named | {"ORION_RENTAL_ID": rental_id}

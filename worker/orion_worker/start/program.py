@@ -29,7 +29,7 @@ LARGEST_BYTES = 1 << 20
 READ_BYTES = 1 << 16
 
 
-class Log:
+class StartLog:
     """A file that never grows beyond LARGEST_BYTES, with the one before it."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Log:
         return descriptor
 
 
-class Note:
+class RunNote:
     """Which run this is, and how it ended. Nobody is kept waiting for it: where it cannot be kept, nothing is told."""
 
     def __init__(self, run: str) -> None:
@@ -104,7 +104,7 @@ class Note:
 
 def run(which: str, command: str) -> None:
     """Until the command, and all that it leaves behind with its output, has ended. `which`: see launching.py."""
-    log, note = Log(), Note(which)
+    log, note = StartLog(), RunNote(which)
     log.say(f"runs: {command}")
     shell = subprocess.Popen(
         ["/bin/bash", "--login", "-c", command],

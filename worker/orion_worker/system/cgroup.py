@@ -15,7 +15,7 @@ Read = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
-class Usage:
+class CgroupUsage:
     cpu_s: float
     """Processor seconds since the container began."""
     memory_used_bytes: int
@@ -26,7 +26,7 @@ class Usage:
     """0: no limit."""
 
 
-def usage(read: Read) -> Usage:
+def usage(read: Read) -> CgroupUsage:
     if read("cgroup.controllers") is not None:
         return _version_2(read)
     return _version_1(read)
@@ -44,9 +44,9 @@ def processes_for_each_renter(processes_limit: int, slots: int) -> int:
     return max(16, ((processes_limit or 512) - 64) // slots)
 
 
-def _version_2(read: Read) -> Usage:
+def _version_2(read: Read) -> CgroupUsage:
     used = _number(read("memory.current")) - _field(read("memory.stat"), "inactive_file")
-    return Usage(
+    return CgroupUsage(
         cpu_s=_field(read("cpu.stat"), "usage_usec") / 1e6,
         memory_used_bytes=max(0, used),
         memory_limit_bytes=_limit(read("memory.max")),
@@ -55,10 +55,10 @@ def _version_2(read: Read) -> Usage:
     )
 
 
-def _version_1(read: Read) -> Usage:
+def _version_1(read: Read) -> CgroupUsage:
     used = _number(read("memory/memory.usage_in_bytes"))
     used -= _field(read("memory/memory.stat"), "total_inactive_file")
-    return Usage(
+    return CgroupUsage(
         cpu_s=_number(read("cpuacct/cpuacct.usage")) / 1e9,
         memory_used_bytes=max(0, used),
         memory_limit_bytes=_limit(read("memory/memory.limit_in_bytes")),

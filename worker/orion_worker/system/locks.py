@@ -45,12 +45,12 @@ def got_record_lock(descriptor: int, wait_s: float) -> bool:
 
 
 def _got(try_it: Callable[[], object], wait_s: float) -> bool:
-    last_moment = time.monotonic() + wait_s
+    deadline = time.monotonic() + wait_s
     while True:
         try:
             try_it()
         except (BlockingIOError, PermissionError):  # fcntl(2): "EACCES or EAGAIN"
-            if time.monotonic() >= last_moment:
+            if time.monotonic() >= deadline:
                 return False
             time.sleep(LOOK_EVERY_S)
         else:

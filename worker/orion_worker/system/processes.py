@@ -26,7 +26,7 @@ FIRST_SENDER = 1 << 31
 """The uid from which on the accounts are that send the files of rentals; every renter's is below it."""
 NOT_BEGUN = 128
 """The exit status, less the number of the error, of a child that could not begin its work."""
-LAST = 19
+LOWEST_PRIORITY = 19
 """The highest niceness: with it, 22 processes have as much of a processor as one of another renter's."""
 _NOBODYS_ID = 4_000_000_000
 """Above every number that a renter can have, and no account's."""
@@ -45,7 +45,7 @@ def owners(status: str) -> set[int]:
     return {int(uid) for uid in fields.get("Uid", "").split()}
 
 
-def of(uids: Collection[int]) -> list[int]:
+def pids_of(uids: Collection[int]) -> list[int]:
     """Living processes that have one of these uids in any of their four places."""
     return [pid for pid in _all() if not owners(_status(pid)).isdisjoint(uids)]
 
@@ -62,7 +62,7 @@ def uids_from(first: int) -> set[int]:
 
 def sessions(uid: int, username: str) -> list[int]:
     """sshd's processes of root that hold this renter's log-ins: not those of which nobody knows yet who is there."""
-    parents = {parent_of(_status(pid)) for pid in of([uid])}
+    parents = {parent_of(_status(pid)) for pid in pids_of([uid])}
     return [pid for pid in log_ins([username]) if pid in parents]
 
 
@@ -82,20 +82,20 @@ def ticks(pid: int) -> int:
     return sum(map(int, fields[11:15])) + sum(ticks(int(child)) for child in children)
 
 
-def end(renters: dict[int, str], within_s: float = END_WITHIN_S) -> int:
+def kill_all(renters: dict[int, str], within_s: float = END_WITHIN_S) -> int:
     """Kill all processes of these renters (uid: username) and wait until none is left; returns how many it saw.
 
     What is not gone in time, such as a process that the kernel cannot interrupt, is left for the caller to find.
     """
-    found = [*of(renters), *log_ins(renters.values())]
+    found = [*pids_of(renters), *log_ins(renters.values())]
     seen = set(found)
-    last_moment = time.monotonic() + within_s
-    while time.monotonic() < last_moment:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
         for uid in renters:
-            strike(uid, signal.SIGKILL)
+            signal_all(uid, signal.SIGKILL)
         for pid in found:
-            send(pid, renters, signal.SIGKILL)
-        found = [*of(renters), *log_ins(renters.values())]
+            signal_process(pid, renters, signal.SIGKILL)
+        found = [*pids_of(renters), *log_ins(renters.values())]
         if not found:
             break
         seen.update(found)
@@ -103,7 +103,7 @@ def end(renters: dict[int, str], within_s: float = END_WITHIN_S) -> int:
     return len(seen)
 
 
-def begin(work: Callable[[], object]) -> int:
+def begin_child(work: Callable[[], object]) -> int:
     """Begin a child that does this work and ends; return its number. It leads a group of its own: see `end_group`."""
     child = os.fork()
     if child == 0:
@@ -137,7 +137,7 @@ def has_ended(child: int, within_s: float) -> bool:
         os.close(ended)
 
 
-def end_group(child: int) -> int:
+def kill_group(child: int) -> int:
     """Kill a child and all that it has started in its group, stopped or not; return its exit status as `os` codes it.
 
     The status is taken last: until then the number is not given to another.
@@ -173,7 +173,7 @@ def be_killed_after(seconds: float) -> bool:
     return not libc.timer_settime(timer, 0, moment, None)
 
 
-def strike(uid: int, number: signal.Signals) -> bool:
+def signal_all(uid: int, number: signal.Signals) -> bool:
     """A signal to every process of this uid in one step of the kernel, as none but that uid itself can send it.
 
     False where there was no room for the sender: then whoever is found is reached one by one.
@@ -186,12 +186,12 @@ def strike(uid: int, number: signal.Signals) -> bool:
     return act_as(uid, lambda: os.kill(-1, number))
 
 
-def come_last(uid: int) -> bool:
+def lower_priority(uid: int) -> bool:
     """Give all processes of this uid the lowest priority in one step of the kernel, as `strike` reaches them.
 
     Root needs a capability for it that a worker has not.
     """
-    return act_as(uid, lambda: os.setpriority(os.PRIO_USER, uid, LAST))
+    return act_as(uid, lambda: os.setpriority(os.PRIO_USER, uid, LOWEST_PRIORITY))
 
 
 def act_as(uid: int, act: Callable[[], object]) -> bool:
@@ -213,7 +213,7 @@ def act_as(uid: int, act: Callable[[], object]) -> bool:
     return True
 
 
-def send(pid: int, renters: Mapping[int, str], number: signal.Signals) -> None:
+def signal_process(pid: int, renters: Mapping[int, str], number: signal.Signals) -> None:
     """Through a descriptor opened before the last look: a number that was given to another meanwhile is not hit."""
     try:
         descriptor = os.pidfd_open(pid)

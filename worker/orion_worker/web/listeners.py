@@ -27,7 +27,7 @@ class Listener:
 
 
 @dataclass(frozen=True)
-class Reached:
+class PortTarget:
     """Where to connect to, one after the other, and the sockets that may take the connection: all the rental's."""
 
     addresses: tuple[str, ...]
@@ -46,7 +46,7 @@ def listeners(*tables: str) -> list[Listener]:
     return found
 
 
-def reach(there: Iterable[Listener], uid: int, port: int) -> Reached | None:
+def target_of(there: Iterable[Listener], uid: int, port: int) -> PortTarget | None:
     """None unless whatever could take a connection to that port is this uid's."""
     on_port = [each for each in there if each.port == port]
     v4 = [each for each in on_port if each.address in _V4]
@@ -56,7 +56,7 @@ def reach(there: Iterable[Listener], uid: int, port: int) -> Reached | None:
         return None
     by_v4 = v4 or any(each.address == _BOTH for each in v6)
     addresses = (*(["127.0.0.1"] if by_v4 else []), *([] if v4 else ["::1"]))
-    return Reached(addresses, frozenset(each.inode for each in may_answer))
+    return PortTarget(addresses, frozenset(each.inode for each in may_answer))
 
 
 def _address(text: str) -> IPv4Address | IPv6Address:

@@ -9,7 +9,7 @@ The proxy sends one request on each connection, with a pass that the manager mad
 opens it (a token, or that the port is public), a number and for how long, signed with the secret of this worker's
 session. What is checked, in this order: the peer is the proxy; the pass is the
 manager's; the rental is here at this very epoch, let in, and not frozen; whatever listens on the port is a socket of
-the rental's uid, before the connection to it and after. Then bytes are passed on, both ways, as they are. A connection
+the rental's uid, before the connection to it and after. Then bytes are passed on, both pumps, as they are. A connection
 ends as soon as the rental's right to run here does, when the time in its pass is over, and when the manager says that
 what opened it has ended (src/orion/manager/gateway/web_ends.py).
 
@@ -32,10 +32,18 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
-from orion_worker.web.active_rentals import Tenants
-from orion_worker.web.listeners import Reached, reach
-from orion_worker.web.port_tokens import END, END_MESSAGE, Way, end_signature, header, opened, take_pass
-from orion_worker.web.refusals import Refusal, refusal_response, wants_html
+from orion_worker.web.active_rentals import ActiveRentals
+from orion_worker.web.listeners import PortTarget, target_of
+from orion_worker.web.port_tokens import (
+    END_HEADER,
+    END_MESSAGE,
+    PortToken,
+    end_signature,
+    header,
+    take_token,
+    token_from,
+)
+from orion_worker.web.refusals import PortRefusal, refusal_response, wants_html
 from orion_worker.web.responses import READ_BYTES, pump, pump_answer
 from orion_worker.web.socket_diag import listening
 
@@ -55,11 +63,11 @@ REMEMBERED_S = 120.0
 """What has ended is known for so long. A pass comes within a minute: for no longer the proxy tries to connect."""
 
 
-def look_at_port(uid: int, port: int) -> Reached | None:
-    return reach(listening(), uid, port)
+def look_at_port(uid: int, port: int) -> PortTarget | None:
+    return target_of(listening(), uid, port)
 
 
-class WebDoor:
+class PortProxy:
     """`look` is given a uid and a port; `managers` are the addresses that may say what has ended.
 
     `slots`: how many rentals the worker may have; each has its share of the connections, so that none takes another's.
@@ -67,24 +75,24 @@ class WebDoor:
 
     def __init__(
         self,
-        tenants: Tenants,
+        rentals: ActiveRentals,
         peers: frozenset[str],
-        look: Callable[[int, int], Reached | None] = look_at_port,
+        look: Callable[[int, int], PortTarget | None] = look_at_port,
         managers: frozenset[str] = frozenset(),
         slots: int = 1,
     ) -> None:
-        self._tenants = tenants
+        self._rentals = rentals
         self._peers = peers
         self._look = look
         self._managers = managers
-        self._most_of_a_rental = max(ENOUGH_EACH, ENOUGH // slots)
-        self._carried: dict[asyncio.Task[None], Way] = {}
+        self._rental_limit = max(ENOUGH_EACH, ENOUGH // slots)
+        self._carried: dict[asyncio.Task[None], PortToken] = {}
         self._ended: dict[str, tuple[int, float]] = {}
         """What has ended, as the manager names it: up to which number, and until when that is remembered."""
 
     async def serve(self, listener: socket.socket) -> None:
         """For ever."""
-        server = await asyncio.start_server(self._admit, sock=listener, limit=READ_BYTES)
+        server = await asyncio.start_server(self._accept, sock=listener, limit=READ_BYTES)
         async with server:
             while True:
                 await asyncio.sleep(LOOK_EVERY_S)
@@ -92,15 +100,15 @@ class WebDoor:
 
     def look_again(self) -> None:
         """End what is carried for whoever may not run here any more."""
-        for way in set(self._carried.values()):
+        for token in set(self._carried.values()):
             try:
-                self._tenants.find(way)
-            except Refusal:
+                self._rentals.find(token)
+            except PortRefusal:
                 for task, its in self._carried.items():
-                    if its == way:
+                    if its == token:
                         task.cancel()
 
-    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = writer.get_extra_info("peername")
         if not peer or peer[0] not in self._peers | self._managers:
             writer.transport.abort()
@@ -110,14 +118,14 @@ class WebDoor:
         try:
             async with asyncio.timeout(HEAD_WITHIN_S):
                 head = await _head(reader)
-            if peer[0] in self._managers and (told := header(head, END)):
-                await self._hear(reader, writer, told, head)
+            if peer[0] in self._managers and (text := header(head, END_HEADER)):
+                await self._take_end_message(reader, writer, text, head)
                 return
             if peer[0] not in self._peers:
-                raise Refusal(403, "no_pass", "this door is for the platform's proxy alone")
-            told, rest = take_pass(head)
-            await self._carry(reader, writer, opened(told, self._tenants.session_id()), rest)
-        except Refusal as refusal:
+                raise PortRefusal(403, "no_pass", "this door is for the platform's proxy alone")
+            text, rest = take_token(head)
+            await self._carry(reader, writer, token_from(text, self._rentals.session_id()), rest)
+        except PortRefusal as refusal:
             with suppress(OSError):
                 writer.write(refusal_response(refusal, wants_html(head)))
                 writer.write_eof()
@@ -127,18 +135,20 @@ class WebDoor:
         finally:
             writer.close()
 
-    async def _hear(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, told: str, head: bytes) -> None:
+    async def _take_end_message(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: str, head: bytes
+    ) -> None:
         """End what the manager says is over, and answer with what is open then."""
-        match, size = END_MESSAGE.fullmatch(told), header(head, b"content-length")
+        match, size = END_MESSAGE.fullmatch(text), header(head, b"content-length")
         if not match or not re.fullmatch(r"[0-9]{1,9}", size) or int(size) > LARGEST_END_BYTES:
-            raise Refusal(400, "no_end", "this does not say what has ended")
+            raise PortRefusal(400, "no_end", "this does not say what has ended")
         async with asyncio.timeout(HEAD_WITHIN_S):
             lines = await reader.readexactly(int(size))
-        session_id, number = self._tenants.session_id(), int(match[1])
+        session_id, number = self._rentals.session_id(), int(match[1])
         if not session_id or not hmac.compare_digest(end_signature(session_id, number, lines), match[2]):
-            raise Refusal(403, "no_end", "this is not of the manager of this session")
+            raise PortRefusal(403, "no_end", "this is not of the manager of this session")
         self.end(lines.decode("latin-1").splitlines(), number)
-        is_open = "\n".join(sorted({way.opened_by for way in self._carried.values()})).encode()
+        is_open = "\n".join(sorted({token.opened_by for token in self._carried.values()})).encode()
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(is_open) + is_open)
         with suppress(OSError):
             await writer.drain()
@@ -148,35 +158,35 @@ class WebDoor:
         now = time.monotonic()
         self._ended = {line: known for line, known in self._ended.items() if known[1] > now}
         self._ended |= dict.fromkeys(lines, (number, now + REMEMBERED_S))
-        for task, way in list(self._carried.items()):
-            if self._has_ended(way):
+        for task, token in list(self._carried.items()):
+            if self._has_ended(token):
                 del self._carried[task]
                 task.cancel()
 
-    def _has_ended(self, way: Way) -> bool:
-        known = (self._ended.get(line) for line in (way.opened_by, f"* * {way.grant}"))
-        return any(way.number < found[0] for found in known if found)
+    def _has_ended(self, token: PortToken) -> bool:
+        known = (self._ended.get(line) for line in (token.opened_by, f"* * {token.grant}"))
+        return any(token.number < found[0] for found in known if found)
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Way, head: bytes) -> None:
-        if sum(other.rental_id == way.rental_id for other in self._carried.values()) >= self._most_of_a_rental:
-            detail = (
-                f"the web ports of this rental have {self._most_of_a_rental} connections open, and may have no more"
-            )
-            raise Refusal(503, "too_many_connections", f"{detail}: close some, or try again in a moment")
+    async def _carry(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: PortToken, head: bytes
+    ) -> None:
+        if sum(other.rental_id == token.rental_id for other in self._carried.values()) >= self._rental_limit:
+            detail = f"the web ports of this rental have {self._rental_limit} connections open, and may have no more"
+            raise PortRefusal(503, "too_many_connections", f"{detail}: close some, or try again in a moment")
         if len(self._carried) >= MOST_OF_ALL:
             detail = f"the worker of this rental carries {MOST_OF_ALL} connections to web ports, and no more"
-            raise Refusal(503, "too_many_connections", f"{detail}: try again in a moment")
-        if self._has_ended(way):
-            raise Refusal(403, "ended", "what opened this port has ended: open it anew")
+            raise PortRefusal(503, "too_many_connections", f"{detail}: try again in a moment")
+        if self._has_ended(token):
+            raise PortRefusal(403, "ended", "what opened this port has ended: open it anew")
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in one
-        self._carried[task] = way
-        ends = asyncio.get_running_loop().call_later(way.left_ms / 1000, task.cancel) if way.left_ms else None
+        self._carried[task] = token
+        ends = asyncio.get_running_loop().call_later(token.left_ms / 1000, task.cancel) if token.left_ms else None
         try:
-            far_reader, far_writer = await self._connect(way)
+            far_reader, far_writer = await self._connect(token)
             try:
                 far_writer.write(head)
-                await _both_ways(pump(reader, far_writer), pump_answer(far_reader, writer))
+                await _until_one_ends(pump(reader, far_writer), pump_answer(far_reader, writer))
             finally:
                 far_writer.close()
         except asyncio.CancelledError:
@@ -188,22 +198,24 @@ class WebDoor:
                 ends.cancel()
             self._carried.pop(task, None)
 
-    async def _connect(self, way: Way) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connect(self, token: PortToken) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """To a socket of the rental's own. Who takes a port in between is found by the second look."""
-        uid = self._tenants.find(way).uid
-        nobody = Refusal(502, "nothing_listens", f"nothing of this rental listens on port {way.port}: start it there")
-        before = self._look(uid, way.port)
+        uid = self._rentals.find(token).uid
+        nobody = PortRefusal(
+            502, "nothing_listens", f"nothing of this rental listens on port {token.port}: start it there"
+        )
+        before = self._look(uid, token.port)
         if before is None:
             raise nobody
         for address in before.addresses:
             with suppress(OSError):  # TimeoutError is one
                 async with asyncio.timeout(CONNECT_WITHIN_S):
-                    reader, writer = await asyncio.open_connection(address, way.port, limit=READ_BYTES)
+                    reader, writer = await asyncio.open_connection(address, token.port, limit=READ_BYTES)
                     break
         else:
-            detail = f"a process of this rental listens on port {way.port} and took no connection: look at it there"
-            raise Refusal(502, "not_accepted", detail)
-        after = self._look(uid, way.port)
+            detail = f"a process of this rental listens on port {token.port} and took no connection: look at it there"
+            raise PortRefusal(502, "not_accepted", detail)
+        after = self._look(uid, token.port)
         if after is None or not before.inodes <= after.inodes:
             writer.transport.abort()
             raise nobody
@@ -216,13 +228,13 @@ async def _head(reader: asyncio.StreamReader) -> bytes:
     while b"\r\n\r\n" not in head[-4:]:
         head += await reader.readuntil(b"\r\n")
         if len(head) > LARGEST_HEAD_BYTES:
-            raise Refusal(400, "head_too_large", "the headers of the request are too large")
+            raise PortRefusal(400, "head_too_large", "the headers of the request are too large")
     return head
 
 
-async def _both_ways(*ways: Coroutine[Any, Any, None]) -> None:
-    """Until either ends. Raises the Refusal that one ends with."""
-    pumps = [asyncio.create_task(way) for way in ways]
+async def _until_one_ends(*directions: Coroutine[Any, Any, None]) -> None:
+    """Until either ends. Raises the PortRefusal that one ends with."""
+    pumps = [asyncio.create_task(direction) for direction in directions]
     try:
         done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         for pump in done:
@@ -259,6 +271,8 @@ def main() -> int:
     os.nice(NICENESS)
     gc.freeze()
     listener = socket.socket(fileno=os.dup(0))
-    door = WebDoor(Tenants(), frozenset({sys.argv[1]}), managers=frozenset({sys.argv[2]}), slots=int(sys.argv[3]))
+    door = PortProxy(
+        ActiveRentals(), frozenset({sys.argv[1]}), managers=frozenset({sys.argv[2]}), slots=int(sys.argv[3])
+    )
     asyncio.run(door.serve(listener))
     return 0

@@ -7,13 +7,13 @@ import hmac
 import re
 from dataclasses import dataclass, field
 
-from orion_worker.web.refusals import Refusal
+from orion_worker.web.refusals import PortRefusal
 
-HEADER = b"x-orion-pass"
-END = b"x-orion-end"
-OURS = b"x-orion-"
+TOKEN_HEADER = b"x-orion-pass"
+END_HEADER = b"x-orion-end"
+OWN_HEADERS = b"x-orion-"
 """No header of a client that is called so is passed on, either."""
-_PASS = re.compile(
+_TOKEN = re.compile(
     r"([a-z0-9-]{1,64}) ([1-9][0-9]{0,17}) ([1-9][0-9]{3,4})"
     r" (public|[a-z]{5,6}\.[a-z0-9-]{1,64}\.[0-9a-f]{16}) ([1-9][0-9]{0,17}) (0|[1-9][0-9]{0,14}) ([0-9a-f]{64})"
 )
@@ -21,7 +21,7 @@ END_MESSAGE = re.compile(r"([1-9][0-9]{0,17}) ([0-9a-f]{64})")
 
 
 @dataclass(frozen=True)
-class Way:
+class PortToken:
     rental_id: str
     epoch: int
     port: int
@@ -32,7 +32,7 @@ class Way:
     """0: it does not end by itself."""
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         return f"{self.rental_id} {self.epoch} {self.port} {self.grant} {self.number} {self.left_ms}"
 
     @property
@@ -41,9 +41,9 @@ class Way:
         return f"{self.rental_id} {self.port} {self.grant}"
 
 
-def signature(session_id: str, way: Way) -> str:
+def signature(session_id: str, token: PortToken) -> str:
     """As src/orion/manager/gateway/ways.py makes it."""
-    return hmac.new(session_id.encode(), way.told.encode(), hashlib.sha256).hexdigest()
+    return hmac.new(session_id.encode(), token.text.encode(), hashlib.sha256).hexdigest()
 
 
 def end_signature(session_id: str, number: int, lines: bytes) -> str:
@@ -51,25 +51,28 @@ def end_signature(session_id: str, number: int, lines: bytes) -> str:
     return hmac.new(session_id.encode(), b"end %d " % number + lines, hashlib.sha256).hexdigest()
 
 
-def opened(told: str, session_id: str) -> Way:
-    """The way that a pass opens. Raises Refusal for one that this worker's session did not sign."""
-    match = _PASS.fullmatch(told)
+def token_from(text: str, session_id: str) -> PortToken:
+    """The token that a pass opens. Raises PortRefusal for one that this worker's session did not sign."""
+    match = _TOKEN.fullmatch(text)
     if not match or not session_id:
-        raise Refusal(403, "no_pass", "this door is for the platform's proxy alone")
-    way = Way(match[1], int(match[2]), int(match[3]), match[4], int(match[5]), int(match[6]))
-    if not hmac.compare_digest(signature(session_id, way), match[7]):
-        raise Refusal(403, "no_pass", "this door is for the platform's proxy alone")
-    return way
+        raise PortRefusal(403, "no_pass", "this door is for the platform's proxy alone")
+    token = PortToken(match[1], int(match[2]), int(match[3]), match[4], int(match[5]), int(match[6]))
+    if not hmac.compare_digest(signature(session_id, token), match[7]):
+        raise PortRefusal(403, "no_pass", "this door is for the platform's proxy alone")
+    return token
 
 
-def take_pass(head: bytes) -> tuple[str, bytes]:
-    """The pass in the head of a request, and the head without it and its like. Raises Refusal unless there is one."""
+def take_token(head: bytes) -> tuple[str, bytes]:
+    """Return the token in the head of a request, and the head without the platform's own headers.
+
+    Raise PortRefusal unless there is exactly one token.
+    """
     lines = head.split(b"\r\n")
-    passes = [line for line in lines[1:] if line.partition(b":")[0].strip().lower() == HEADER]
+    passes = [line for line in lines[1:] if line.partition(b":")[0].strip().lower() == TOKEN_HEADER]
     if len(passes) != 1:
-        raise Refusal(403, "no_pass", "this door is for the platform's proxy alone")
-    told = passes[0].partition(b":")[2].strip().decode("latin-1")
-    return told, b"\r\n".join(line for line in lines if not line.lower().startswith(OURS))
+        raise PortRefusal(403, "no_pass", "this door is for the platform's proxy alone")
+    text = passes[0].partition(b":")[2].strip().decode("latin-1")
+    return text, b"\r\n".join(line for line in lines if not line.lower().startswith(OWN_HEADERS))
 
 
 def header(head: bytes, name: bytes) -> str:

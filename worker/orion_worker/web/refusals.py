@@ -10,7 +10,7 @@ PROXY_MARK = b"X-Orion-Door: 1\r\n"
 _TITLES = {400: "Bad Request", 403: "Forbidden", 502: "Bad Gateway", 503: "Service Unavailable"}
 
 
-class Refusal(Exception):
+class PortRefusal(Exception):
     """Why nothing is carried, as whoever asked will read it."""
 
     def __init__(self, status: int, code: str, detail: str) -> None:
@@ -23,7 +23,7 @@ def wants_html(head: bytes) -> bool:
     return any(line.lower().startswith(b"accept:") and b"text/html" in line.lower() for line in head.split(b"\r\n"))
 
 
-def refusal_response(refusal: Refusal, as_html: bool) -> bytes:
+def refusal_response(refusal: PortRefusal, as_html: bool) -> bytes:
     title, detail = _TITLES[refusal.status], str(refusal)
     if as_html:
         kind = "text/html; charset=utf-8"

@@ -6,7 +6,7 @@ import asyncio
 import re
 from contextlib import suppress
 
-from orion_worker.web.refusals import PROXY_MARK, Refusal
+from orion_worker.web.refusals import PROXY_MARK, PortRefusal
 
 LARGEST_ANSWER_HEAD_BYTES = 30 << 10
 """The proxy reads 32 KB (proxy_buffer_size in web_port.conf), this door's own mark included."""
@@ -20,7 +20,7 @@ _EMPTY_LINE = re.compile(rb"\n\r?\n")
 
 
 async def pump_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Pass on an answer whose head was read whole, with a mark. Raises Refusal for what is none.
+    """Pass on an answer whose head was read whole, with a mark. Raises PortRefusal for what is none.
 
     What precedes the answer (1xx) stays here: Nginx would take it for the whole answer, and the answer for something
     else. Nobody misses it: a hint is only a hint, and the proxy itself says when a body may come.
@@ -32,28 +32,30 @@ async def pump_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter
                 break
             head, rest = await _answer_head(reader, rest)
         else:
-            raise Refusal(502, "no_http", f"what listens there sent {MOST_INTERIM} interim answers (1xx) and no other")
+            raise PortRefusal(
+                502, "no_http", f"what listens there sent {MOST_INTERIM} interim answers (1xx) and no other"
+            )
         status, end, fields = head.partition(b"\n")
         writer.write(status + end + PROXY_MARK + fields + rest)
     await pump(reader, writer)
 
 
 async def _answer_head(reader: asyncio.StreamReader, came: bytes) -> tuple[bytes, bytes]:
-    """Return the next head, up to and with its empty line, and what came behind it. Raises Refusal for what is none.
+    """Return the next head, up to and with its empty line, and the bytes behind it. `came` was read before.
 
-    `came` is what was read before.
+    Raise PortRefusal if it is no head of an HTTP answer.
     """
     looked = 0
     while True:
         status = came[: came.find(b"\n") + 1]
         if (status or len(came) > LONGEST_STATUS_BYTES) and not _STATUS.fullmatch(status):
-            raise Refusal(502, "no_http", "what listens there does not answer in HTTP")
+            raise PortRefusal(502, "no_http", "what listens there does not answer in HTTP")
         end = _EMPTY_LINE.search(came, looked)
         if end and end.end() <= LARGEST_ANSWER_HEAD_BYTES:
             return came[: end.end()], came[end.end() :]
         if end or len(came) > LARGEST_ANSWER_HEAD_BYTES:
             detail = f"what listens there sends more than {LARGEST_ANSWER_HEAD_BYTES >> 10} KB of headers"
-            raise Refusal(502, "answer_head_too_large", f"{detail}: it may set too many cookies, or too large ones")
+            raise PortRefusal(502, "answer_head_too_large", f"{detail}: it may set too many cookies, or too large ones")
         looked = max(0, len(came) - 2)
         part = await reader.read(READ_BYTES)
         if not part:
@@ -61,13 +63,13 @@ async def _answer_head(reader: asyncio.StreamReader, came: bytes) -> tuple[bytes
         came += part
 
 
-def _broken_off(came: bytes) -> Refusal:
+def _broken_off(came: bytes) -> PortRefusal:
     """Return what is said of a connection that ended before the head of its answer did."""
     if not came:
-        return Refusal(502, "no_answer", "what listens there closed the connection without an answer")
+        return PortRefusal(502, "no_answer", "what listens there closed the connection without an answer")
     if b"\n" not in came:
-        return Refusal(502, "no_http", "what listens there does not answer in HTTP")
-    return Refusal(502, "no_answer", "what listens there closed the connection amid the headers of its answer")
+        return PortRefusal(502, "no_http", "what listens there does not answer in HTTP")
+    return PortRefusal(502, "no_answer", "what listens there closed the connection amid the headers of its answer")
 
 
 async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

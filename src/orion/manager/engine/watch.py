@@ -46,7 +46,7 @@ HELLO_BYTES = 100
 """A boot id. No more is ever read of a worker, which may be anybody's by now."""
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_S = 1.5
-"""Unanswered for so long after the end: dead. More than the agent's WATCH_GRACE_S (orion_worker/agent/decisions.py),
+"""Unanswered for so long after the end: dead. More than the agent's LIVENESS_GRACE_S (orion_worker/agent/decisions.py),
 by what it takes to stop a renter's processes."""
 ATTEMPT_EVERY_S = 0.25
 LATE_S = 0.25

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from orion_worker.limits.terminals import FAR, FEW, MOST, Terminals, free_numbers, highest_of, shown_by, watched
+from orion_worker.limits.terminals import (
+    MOST_HELD,
+    MOST_HIDDEN,
+    MOST_SHOWN,
+    TerminalGuard,
+    free_numbers,
+    highest_of,
+    shown_by,
+    watch_directory,
+)
 from orion_worker.system import processes
 
 ONE, ANOTHER = 100_001, 100_002
@@ -29,7 +38,7 @@ class Machine:
     def __post_init__(self) -> None:
         (self.root / "ptmx").write_text("")
         (self.root / "ptmx").chmod(0o666)
-        self.terminals = Terminals(self._end, self.said.append, self.root, self._free)
+        self.terminals = TerminalGuard(self._end, self.said.append, self.root, self._free)
 
     def opens(self, uid: int, count: int) -> int:
         """Return the highest number that was given."""
@@ -74,24 +83,24 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 @AS_ROOT
 def test_what_is_usual_changes_nothing(machine: Machine) -> None:
-    machine.terminals.look(machine.opens(ONE, MOST))
+    machine.terminals.look(machine.opens(ONE, MOST_HELD))
     machine.terminals.look(-1)
     assert (machine.is_open, machine.ended, machine.said) == (True, [], [])
 
 
 @AS_ROOT
 def test_who_holds_many_is_ended_and_there_are_more_for_the_others(machine: Machine) -> None:
-    machine.opens(ANOTHER, FEW)
-    machine.opens(0, FEW + 1)
-    machine.terminals.look(machine.opens(ONE, MOST))
+    machine.opens(ANOTHER, MOST_SHOWN)
+    machine.opens(0, MOST_SHOWN + 1)
+    machine.terminals.look(machine.opens(ONE, MOST_HELD))
     assert machine.ended == [ONE]
     assert machine.is_open
-    assert shown_by(machine.root) == {ANOTHER: FEW}
+    assert shown_by(machine.root) == {ANOTHER: MOST_SHOWN}
 
 
 @AS_ROOT
 def test_who_hides_what_it_holds_gets_no_more_until_it_lets_go_and_nobody_is_ended(machine: Machine) -> None:
-    machine.terminals.look(machine.hides(MOST + 40))
+    machine.terminals.look(machine.hides(MOST_HELD + 40))
     machine.terminals.look(-1)
     assert (machine.is_open, machine.ended) == (False, [])
     machine.hidden -= set(range(40))
@@ -106,10 +115,10 @@ def test_who_hides_what_it_holds_gets_no_more_until_it_lets_go_and_nobody_is_end
 
 @AS_ROOT
 def test_who_hides_what_others_of_the_machine_need_has_everything_ended(machine: Machine) -> None:
-    machine.terminals.look(machine.hides(FAR - 1))
+    machine.terminals.look(machine.hides(MOST_HIDDEN - 1))
     assert machine.ended == []
-    machine.hidden.add(FAR)
-    machine.terminals.look(FAR)
+    machine.hidden.add(MOST_HIDDEN)
+    machine.terminals.look(MOST_HIDDEN)
     assert machine.ended == [ONE, ANOTHER]
     assert machine.is_open
 
@@ -117,14 +126,14 @@ def test_who_hides_what_others_of_the_machine_need_has_everything_ended(machine:
 @AS_ROOT
 def test_as_long_as_it_is_shut_each_look_ends_who_shows_many(machine: Machine) -> None:
     machine.hidden_ends = False
-    machine.terminals.look(machine.hides(MOST + 1))
-    machine.terminals.look(machine.opens(ONE, FEW + 1))
+    machine.terminals.look(machine.hides(MOST_HELD + 1))
+    machine.terminals.look(machine.opens(ONE, MOST_SHOWN + 1))
     assert machine.ended == [ONE]
     assert not machine.is_open
 
 
 def test_each_new_name_is_told_with_its_number(tmp_path: Path) -> None:
-    watch = watched(tmp_path)
+    watch = watch_directory(tmp_path)
     try:
         for name in ("7", "1203", "ptmx", "9a", "40"):
             (tmp_path / name).write_text("")
@@ -135,16 +144,16 @@ def test_each_new_name_is_told_with_its_number(tmp_path: Path) -> None:
         assert highest_of(os.read(watch, 1 << 16)) == -1
     finally:
         os.close(watch)
-    assert highest_of(bytes.fromhex("ffffffff 00400000 00000000 00000000")) == MOST, "it could not tell all"
+    assert highest_of(bytes.fromhex("ffffffff 00400000 00000000 00000000")) == MOST_HELD, "it could not tell all"
 
 
 def test_a_directory_that_is_not_there_cannot_be_watched(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        watched(tmp_path / "none")
+        watch_directory(tmp_path / "none")
 
 
 def test_the_kernel_tells_of_a_real_terminal_by_its_number_and_the_lowest_is_given_again() -> None:
-    watch = watched(Path("/dev/pts"))
+    watch = watch_directory(Path("/dev/pts"))
     try:
         opened = [os.openpty() for _ in range(3)]
         highest = max(int(Path(os.ttyname(slave)).name) for _, slave in opened)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from orion_worker.agent import confined
-from orion_worker.agent.confined import Confined
+from orion_worker.agent.confined import ConfinedCommand
 from orion_worker.start import confine
 from orion_worker.start.confine import writable
 from orion_worker.system import processes
@@ -37,12 +37,12 @@ needs_landlock = pytest.mark.skipif(
 
 
 @pytest.fixture
-def begun() -> Iterator[Callable[[str], Confined]]:
+def begun() -> Iterator[Callable[[str], ConfinedCommand]]:
     """Begin to keep a shell script, without starting it."""
-    kept: list[Confined] = []
+    kept: list[ConfinedCommand] = []
 
-    def begin(script: str) -> Confined:
-        kept.append(Confined(["sh", "-c", script], SCORE))
+    def begin(script: str) -> ConfinedCommand:
+        kept.append(ConfinedCommand(["sh", "-c", script], SCORE))
         return kept[-1]
 
     yield begin
@@ -75,7 +75,9 @@ def test_all_of_the_root_may_be_written_to_but_proc(tmp_path: Path) -> None:
 
 
 @needs_landlock
-def test_what_it_starts_lowers_no_score_and_goes_on_as_before(begun: Callable[[str], Confined], tmp_path: Path) -> None:
+def test_what_it_starts_lowers_no_score_and_goes_on_as_before(
+    begun: Callable[[str], ConfinedCommand], tmp_path: Path
+) -> None:
     tries = """
         for one in self $$; do (echo 499 > /proc/$one/oom_score_adj) && echo lowered; done
         (echo 15 > /proc/self/oom_adj) && echo lowered
@@ -91,7 +93,7 @@ def test_what_it_starts_lowers_no_score_and_goes_on_as_before(begun: Callable[[s
 
 
 def test_the_command_begins_with_its_score_and_what_starts_it_goes_back_to_its_own(
-    begun: Callable[[str], Confined], tmp_path: Path
+    begun: Callable[[str], ConfinedCommand], tmp_path: Path
 ) -> None:
     kept = begun(f"cat /proc/self/oom_score_adj > {tmp_path}/score; exec sleep 60")
     kept.start()
@@ -100,7 +102,9 @@ def test_the_command_begins_with_its_score_and_what_starts_it_goes_back_to_its_o
     assert int(starter.read_text()) == processes.own_score()
 
 
-def test_how_it_ended_is_told_once_and_it_is_started_again(begun: Callable[[str], Confined], tmp_path: Path) -> None:
+def test_how_it_ended_is_told_once_and_it_is_started_again(
+    begun: Callable[[str], ConfinedCommand], tmp_path: Path
+) -> None:
     kept = begun(f"echo life >> {tmp_path}/lives; kill -9 $$")
     for _ in range(2):
         kept.start()
@@ -109,7 +113,9 @@ def test_how_it_ended_is_told_once_and_it_is_started_again(begun: Callable[[str]
     assert written(tmp_path / "lives") == "life\nlife"
 
 
-def test_what_an_earlier_life_left_running_can_be_looked_into(begun: Callable[[str], Confined], tmp_path: Path) -> None:
+def test_what_an_earlier_life_left_running_can_be_looked_into(
+    begun: Callable[[str], ConfinedCommand], tmp_path: Path
+) -> None:
     """As by a renter with a debugger, or by whoever copies its home: another domain of Landlock would hide it."""
     left = f"{tmp_path}/left"
     kept = begun(
@@ -124,13 +130,15 @@ def test_what_an_earlier_life_left_running_can_be_looked_into(begun: Callable[[s
     assert "sleep" in written(tmp_path / "maps")
 
 
-def test_a_command_that_is_not_there_ends_as_any_other(begun: Callable[[str], Confined]) -> None:
+def test_a_command_that_is_not_there_ends_as_any_other(begun: Callable[[str], ConfinedCommand]) -> None:
     kept = begun("exec /nowhere")
     kept.start()
     assert until(kept.ended) == "127"
 
 
-def test_whoever_starts_it_may_die_and_no_two_of_it_run(begun: Callable[[str], Confined], tmp_path: Path) -> None:
+def test_whoever_starts_it_may_die_and_no_two_of_it_run(
+    begun: Callable[[str], ConfinedCommand], tmp_path: Path
+) -> None:
     kept = begun(f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 60")
     kept.start()
     first = int(until(lambda: written(tmp_path / "pid")))
@@ -144,7 +152,7 @@ def test_whoever_starts_it_may_die_and_no_two_of_it_run(begun: Callable[[str], C
 
 
 def test_it_is_stopped_whether_it_obeys_or_not(
-    begun: Callable[[str], Confined], monkeypatch: pytest.MonkeyPatch
+    begun: Callable[[str], ConfinedCommand], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(confined, "STOPS_WITHIN_S", 0.0)
     for script in ("exec sleep 60", "trap '' TERM; while :; do sleep 60; done"):

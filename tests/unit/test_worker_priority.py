@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from orion_worker.limits.turns import CROWD, Turns, told_by, wanting
+from orion_worker.limits.priority import CROWD, PriorityGuard, tasks_waiting, uid_and_threads_of
 from orion_worker.system import processes
-from orion_worker.system.processes import FIRST_SENDER, LAST
+from orion_worker.system.processes import FIRST_SENDER, LOWEST_PRIORITY
 
 ONE, ANOTHER = 100_001, 100_002
 
@@ -26,7 +26,7 @@ class Machine:
     said: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.turns = Turns(self.said.append, self.last.append, self.root)
+        self.turns = PriorityGuard(self.said.append, self.last.append, self.root)
 
     def runs(self, pid: int, uid: int, states: str) -> None:
         """Have a process with a task of each of these states."""
@@ -58,7 +58,7 @@ def test_threads_count_as_processes_do(machine: Machine) -> None:
     machine.runs(2000, ANOTHER, "R" * CROWD + "SDZT")
     machine.turns.look()
     assert machine.last == [ONE]
-    assert wanting(machine.root) == {ONE: CROWD + 1, ANOTHER: CROWD}
+    assert tasks_waiting(machine.root) == {ONE: CROWD + 1, ANOTHER: CROWD}
 
 
 def test_what_ends_meanwhile_is_not_counted(machine: Machine) -> None:
@@ -68,7 +68,7 @@ def test_what_ends_meanwhile_is_not_counted(machine: Machine) -> None:
     (machine.root / "1001/task/1001/stat").unlink()
     machine.turns.look()
     assert machine.last == []
-    assert told_by("") == (0, 0)
+    assert uid_and_threads_of("") == (0, 0)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="acting under a renter's uid needs root; CI is root")
@@ -90,6 +90,6 @@ class TestForReal:
         self, uid: int, theirs: list[subprocess.Popen[bytes]]
     ) -> None:
         before = os.getpriority(os.PRIO_PROCESS, 0)
-        assert processes.come_last(uid)
-        assert {os.getpriority(os.PRIO_PROCESS, each.pid) for each in theirs} == {LAST}
+        assert processes.lower_priority(uid)
+        assert {os.getpriority(os.PRIO_PROCESS, each.pid) for each in theirs} == {LOWEST_PRIORITY}
         assert os.getpriority(os.PRIO_PROCESS, 0) == before

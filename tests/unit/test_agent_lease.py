@@ -7,21 +7,21 @@ from dataclasses import replace
 
 import pytest
 from orion_worker.agent.decisions import (
-    WATCH_GRACE_S,
-    WATCH_SETTLES_S,
-    Standing,
+    LIVENESS_GRACE_S,
+    LIVENESS_SETTLES_S,
+    LeaseState,
+    actions_for,
     ask_within_s,
-    door_answer_from,
     may_run,
-    orders,
+    proxy_answer_from,
 )
 
-LEASED = Standing(lease_s=75.0, door_answer_s=5.0, acknowledged_at=1000.0)
+LEASED = LeaseState(lease_s=75.0, proxy_answer_s=5.0, acknowledged_at=1000.0)
 
 
 def test_who_was_never_acknowledged_may_run_nothing() -> None:
-    assert not may_run(Standing(), None, 0.0)
-    assert not may_run(Standing(lease_s=75.0), None, 10.0)
+    assert not may_run(LeaseState(), None, 0.0)
+    assert not may_run(LeaseState(lease_s=75.0), None, 10.0)
 
 
 def test_a_lease_runs_from_the_sending_of_the_last_acknowledged_call_and_ends_on_the_dot() -> None:
@@ -38,21 +38,21 @@ def test_beyond_the_lease_only_a_fresh_word_of_the_proxy_counts() -> None:
 
 
 def test_when_the_watch_has_ended_what_was_said_before_counts_for_a_second() -> None:
-    assert may_run(LEASED, 1010.0, 1010.0 + WATCH_GRACE_S - 0.01)
-    assert not may_run(LEASED, 1010.0, 1010.0 + WATCH_GRACE_S)
+    assert may_run(LEASED, 1010.0, 1010.0 + LIVENESS_GRACE_S - 0.01)
+    assert not may_run(LEASED, 1010.0, 1010.0 + LIVENESS_GRACE_S)
     excused = replace(LEASED, unreached_at=1010.0)
     assert not may_run(excused, 1010.0, 1011.0)
 
 
 @pytest.mark.parametrize("heard", ["acknowledged_at", "unreached_at"])
 def test_only_what_was_asked_after_the_end_of_the_watch_reached_the_manager_makes_up_for_it(heard: str) -> None:
-    settled = 1010.0 + WATCH_SETTLES_S
+    settled = 1010.0 + LIVENESS_SETTLES_S
     assert may_run(replace(LEASED, **{heard: settled}), 1010.0, 1012.0)
     assert not may_run(replace(LEASED, **{heard: settled - 0.01}), 1010.0, 1012.0)
 
 
 def test_a_worker_that_is_sure_of_its_lease_waits_for_its_interval() -> None:
-    assert ask_within_s(Standing(), None, 1000.0) == math.inf
+    assert ask_within_s(LeaseState(), None, 1000.0) == math.inf
     assert ask_within_s(LEASED, None, 1000.0) == 70.0
     assert ask_within_s(replace(LEASED, acknowledged_at=1011.0), 1010.0, 1012.0) == 69.0
 
@@ -60,25 +60,25 @@ def test_a_worker_that_is_sure_of_its_lease_waits_for_its_interval() -> None:
 def test_a_worker_that_is_about_to_lose_its_lease_or_has_lost_it_asks_every_two_seconds() -> None:
     assert ask_within_s(LEASED, None, 1070.0) == 2.0
     assert ask_within_s(LEASED, None, 5000.0) == 2.0
-    assert ask_within_s(replace(LEASED, lease_s=7.5, door_answer_s=0.5), None, 1007.0) == pytest.approx(0.2)
+    assert ask_within_s(replace(LEASED, lease_s=7.5, proxy_answer_s=0.5), None, 1007.0) == pytest.approx(0.2)
 
 
 def test_the_end_of_the_watch_is_answered_for_in_time_to_be_answered_itself() -> None:
-    assert ask_within_s(LEASED, 1010.0, 1010.0) == WATCH_SETTLES_S
-    assert ask_within_s(LEASED, 1010.0, 1010.9) == WATCH_SETTLES_S, "and again, while there is time"
+    assert ask_within_s(LEASED, 1010.0, 1010.0) == LIVENESS_SETTLES_S
+    assert ask_within_s(LEASED, 1010.0, 1010.9) == LIVENESS_SETTLES_S, "and again, while there is time"
     assert ask_within_s(LEASED, 1010.0, 1011.0) == 2.0
 
 
 def test_a_reply_of_an_older_manager_means_the_share_of_the_defaults() -> None:
-    assert door_answer_from({"lease_s": 75.0}) == 5.0
-    assert door_answer_from({"lease_s": 75.0, "door_answer_s": 2.5}) == 2.5
+    assert proxy_answer_from({"lease_s": 75.0}) == 5.0
+    assert proxy_answer_from({"lease_s": 75.0, "door_answer_s": 2.5}) == 2.5
 
 
 def test_what_is_frozen_is_thawed_by_run_and_left_frozen_by_everything_else() -> None:
     item = {"rental_id": "one", "username": "r-one", "uid": 100_001, "epoch": 2, "state": "frozen"}
 
     def actions(want: str, epoch: int) -> list[str]:
-        return [order.action for order in orders([item], [{"rental_id": "one", "epoch": epoch, "want": want}])]
+        return [order.action for order in actions_for([item], [{"rental_id": "one", "epoch": epoch, "want": want}])]
 
     assert actions("run", 2) == ["thaw"]
     assert [actions("run", 1), actions("run", 3), actions("hold", 2), actions("purge", 2)] == [[], [], [], []]

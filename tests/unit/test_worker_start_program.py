@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orion_worker.records import Record
+from orion_worker.records import RentalRecord
 from orion_worker.rental.requests import parse_request
 from orion_worker.start import launcher, program
 from orion_worker.start.launcher import Launcher
-from test_rental_program import CREATE
+from test_worker_rental import CREATE
 
-RECORD = Record("one", "r-one", 100_001, epoch=2)
+RECORD = RentalRecord("one", "r-one", 100_001, epoch=2)
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     """Programs that root starts, each as it is when it starts, which end well."""
     (tmp_path / "home/r-one").mkdir(parents=True)
     found: list[dict[str, Any]] = []
-    begin = launcher.begin
+    begin = launcher.begin_child
 
     def begun(work: Callable[[], object]) -> int:
         told = mmap.mmap(-1, 1 << 16)  # shared with the child, which closes whatever it has open
@@ -44,7 +44,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         found.append(json.loads(told.readline()))
         return child
 
-    monkeypatch.setattr(launcher, "begin", begun)
+    monkeypatch.setattr(launcher, "begin_child", begun)
     return found
 
 
@@ -98,14 +98,14 @@ def test_each_run_is_had_once_in_a_life_of_the_container_and_at_an_epoch(
     tmp_path: Path, calls: list[dict[str, Any]]
 ) -> None:
     launcher = Launcher(tmp_path)
-    launcher.begin("boot-1")
+    launcher.set_boot_id("boot-1")
     told = [launcher.launch(RECORD, "serve", mark) for mark in ("1@boot-1", "1@boot-1", "2@boot-1", "2@boot-0")]
     assert [bool(report) for report in told] == [True, False, True, False]
-    assert launcher.launch(Record("one", "r-one", 100_001, epoch=3), "serve", "2@boot-1")
-    launcher.begin("boot-2")
-    assert launcher.launch(Record("one", "r-one", 100_001, epoch=3), "serve", "2@boot-2")
+    assert launcher.launch(RentalRecord("one", "r-one", 100_001, epoch=3), "serve", "2@boot-1")
+    launcher.set_boot_id("boot-2")
+    assert launcher.launch(RentalRecord("one", "r-one", 100_001, epoch=3), "serve", "2@boot-2")
     launcher.forget("one")
-    assert launcher.launch(Record("one", "r-one", 100_001, epoch=3), "serve", "2@boot-2")
+    assert launcher.launch(RentalRecord("one", "r-one", 100_001, epoch=3), "serve", "2@boot-2")
     assert len(calls) == 5
 
 
@@ -148,7 +148,7 @@ def test_what_it_says_is_kept_with_how_it_ended(tmp_path: Path) -> None:
 def test_the_log_stays_small_and_what_was_said_last_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(program, "LARGEST_BYTES", 1000)
-    log = program.Log()
+    log = program.StartLog()
     for number in range(500):
         log.write(f"line {number}\n".encode())
     files = sorted((tmp_path / ".orion").iterdir())
@@ -190,13 +190,13 @@ def test_who_starts_it_does_not_wait_for_it(tmp_path: Path) -> None:
     assert (tmp_path / "done").read_text() == "through\n"
 
 
-def was_launched(root: Path, run: str = "2 1@boot") -> tuple[Launcher, Record, Path]:
+def was_launched(root: Path, run: str = "2 1@boot") -> tuple[Launcher, RentalRecord, Path]:
     """Its launcher, the record of a rental whose home is of this test's user, and that home."""
     marks, home = root / "run/orion/started", root / "home/r-one"
     marks.mkdir(parents=True)
     (marks / "one").write_text(run)
     home.mkdir(parents=True)
-    return Launcher(root), Record("one", "r-one", os.getuid(), epoch=2), home
+    return Launcher(root), RentalRecord("one", "r-one", os.getuid(), epoch=2), home
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_what_ended_with_the_container_is_not_told(tmp_path: Path) -> None:
     launcher, record, home = was_launched(tmp_path)
     run_in(home, "exit 3", "2 1@boot")
     assert launcher.ended(record, 0.0) is not None
-    launcher.begin("another")
+    launcher.set_boot_id("another")
     assert launcher.ended(record, 0.0) is None
 
 
@@ -278,5 +278,5 @@ def test_a_renter_cannot_have_the_agent_read_or_wait_for_anything_else(tmp_path:
         told.mkdir()
     elif trick == "another's":
         told.write_text("2 1@boot\nstatus 3 5.0\n")
-        record = Record("one", "r-one", os.getuid() + 1, epoch=2)
+        record = RentalRecord("one", "r-one", os.getuid() + 1, epoch=2)
     assert launcher.ended(record, 0.0) is None

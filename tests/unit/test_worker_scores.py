@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from orion_worker.limits.scores import ABOVE_ROOT, FIRST, Scores, is_short, told_by, usual
-from orion_worker.system.cgroup import Usage
+from orion_worker.limits.scores import ABOVE_ROOT, FIRST, OomScores, is_short, renter_memory_of, usual
+from orion_worker.system.cgroup import CgroupUsage
 from orion_worker.system.processes import FIRST_SENDER
 
 ONE, ANOTHER = 100_001, 100_002
@@ -32,7 +32,7 @@ class Machine:
     used_mb: int = 400
 
     def __post_init__(self) -> None:
-        self.scores = Scores(usual(0), self.said.append, self._read, self.root)
+        self.scores = OomScores(usual(0), self.said.append, self._read, self.root)
         (self.root / "self").mkdir()
 
     def runs(self, pid: int, uid: int, mb: int, effective: int | None = None, score: int = 0) -> None:
@@ -127,14 +127,14 @@ def test_a_process_that_ends_meanwhile_does_not_keep_the_others_from_their_score
 
 def test_memory_counts_that_is_no_file_s_and_a_process_s_name_is_no_line(machine: Machine) -> None:
     machine.runs(11, ONE, 10)
-    assert told_by((machine.root / "11/status").read_text()) == (ONE, (10 << 20) + (3 << 10))
-    assert told_by("") is None
-    assert told_by(f"Uid:\t{ONE}\t{ONE}\t{ONE}\t{ONE}\n") == (ONE, 0), "a process that has ended"
+    assert renter_memory_of((machine.root / "11/status").read_text()) == (ONE, (10 << 20) + (3 << 10))
+    assert renter_memory_of("") is None
+    assert renter_memory_of(f"Uid:\t{ONE}\t{ONE}\t{ONE}\t{ONE}\n") == (ONE, 0), "a process that has ended"
 
 
 @pytest.mark.parametrize(("used", "limit", "short"), [(9, 10, True), (5, 10, False), (9, 0, False), (0, 0, False)])
 def test_memory_is_short_when_more_than_half_of_what_there_is_is_used(used: int, limit: int, short: bool) -> None:
-    assert is_short(Usage(0.0, used, limit, 0, 0)) is short
+    assert is_short(CgroupUsage(0.0, used, limit, 0, 0)) is short
 
 
 @pytest.mark.parametrize(("of_root", "of_renters"), [(0, 500), (200, 700), (800, 1000), (-500, 0)])

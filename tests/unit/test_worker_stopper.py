@@ -7,7 +7,7 @@ import signal
 from dataclasses import replace
 
 import pytest
-from orion_worker.freezer.stopper import Task, parents, restless, still, task_of, woken
+from orion_worker.freezer.stopper import KernelTask, all_at_rest, any_resists, any_woken, parents, parse_task
 from orion_worker.system import processes
 
 STAT = "42 (a) R (b) T 1 42 42 0 -1 4194304 97 0 0 0 3 4 0 0 20 0 1 0 777 2510848 200 18446744073709551615"
@@ -15,42 +15,42 @@ STATUS = (
     "Name:\ta) R (b\nState:\tT (stopped)\nSigPnd:\t0000000000000000\nShdPnd:\t0000000000040000\n"
     "voluntary_ctxt_switches:\t5\nnonvoluntary_ctxt_switches:\t6\n"
 )
-TASK = Task(42, 42, 1, 777, "T", False, (5, 6, 7))
+TASK = KernelTask(42, 42, 1, 777, "T", False, (5, 6, 7))
 
 
-def by_key(*tasks: Task) -> dict[tuple[int, int, int], Task]:
+def by_key(*tasks: KernelTask) -> dict[tuple[int, int, int], KernelTask]:
     return {task.key: task for task in tasks}
 
 
 def test_a_task_is_read_whatever_the_renter_called_it() -> None:
-    assert task_of(42, STAT, STATUS) == replace(TASK, stopping=True)
+    assert parse_task(42, STAT, STATUS) == replace(TASK, stopping=True)
 
 
 def test_all_stand_still_when_none_can_run_before_it_has_stopped() -> None:
-    assert still([TASK, replace(TASK, state="Z"), replace(TASK, state="D"), replace(TASK, state="t")])
-    assert not still([TASK, replace(TASK, state="S")])
-    assert not still([replace(TASK, state="R")])
+    assert all_at_rest([TASK, replace(TASK, state="Z"), replace(TASK, state="D"), replace(TASK, state="t")])
+    assert not all_at_rest([TASK, replace(TASK, state="S")])
+    assert not all_at_rest([replace(TASK, state="R")])
 
 
 def test_who_goes_on_after_a_turn_is_restless_and_who_got_none_is_only_waiting() -> None:
     running = replace(TASK, state="R")
-    assert restless(by_key(running), [replace(running, turns=(5, 7, 9))])
-    assert not restless(by_key(running), [running])
-    assert not restless(by_key(running), [replace(running, turns=(5, 7, 9), stopping=True)]), "it is about to stop"
-    assert not restless(by_key(running), [replace(running, state="T", turns=(6, 6, 7))])
-    assert not restless({}, [running]), "new since: the next look decides"
+    assert any_resists(by_key(running), [replace(running, turns=(5, 7, 9))])
+    assert not any_resists(by_key(running), [running])
+    assert not any_resists(by_key(running), [replace(running, turns=(5, 7, 9), stopping=True)]), "it is about to stop"
+    assert not any_resists(by_key(running), [replace(running, state="T", turns=(6, 6, 7))])
+    assert not any_resists({}, [running]), "new since: the next look decides"
 
 
 def test_who_ran_since_it_was_seen_stopped_was_woken_even_if_it_is_stopped_again() -> None:
-    assert woken(by_key(TASK), [replace(TASK, turns=(6, 6, 7))])
-    assert woken(by_key(TASK), [replace(TASK, state="S", turns=(6, 6, 7))])
-    assert not woken(by_key(TASK), [TASK])
-    assert not woken(by_key(replace(TASK, state="D")), [replace(TASK, turns=(6, 6, 7))]), "it came back and stopped"
-    assert not woken(by_key(TASK), [replace(TASK, started=778, turns=(6, 6, 7))]), "its number is another's now"
+    assert any_woken(by_key(TASK), [replace(TASK, turns=(6, 6, 7))])
+    assert any_woken(by_key(TASK), [replace(TASK, state="S", turns=(6, 6, 7))])
+    assert not any_woken(by_key(TASK), [TASK])
+    assert not any_woken(by_key(replace(TASK, state="D")), [replace(TASK, turns=(6, 6, 7))]), "it came back and stopped"
+    assert not any_woken(by_key(TASK), [replace(TASK, started=778, turns=(6, 6, 7))]), "its number is another's now"
 
 
 def test_parents_are_stopped_before_their_children_and_the_oldest_first() -> None:
-    def process(pid: int, parent: int, started: int) -> Task:
+    def process(pid: int, parent: int, started: int) -> KernelTask:
         return replace(TASK, pid=pid, tid=pid, parent=parent, started=started)
 
     outer, inner, leaf = process(70, 1, 100), process(50, 70, 200), process(60, 50, 200)
@@ -78,4 +78,4 @@ def test_a_strike_that_is_stopped_itself_goes_on_and_nobody_waits_for_ever(monke
         kill(os.getpid() if pid == -1 else pid, signal.SIGSTOP if pid == -1 else number)
 
     monkeypatch.setattr(os, "kill", stopped_first)
-    assert processes.strike(4_100_000_000, signal.SIGTERM)
+    assert processes.signal_all(4_100_000_000, signal.SIGTERM)

@@ -15,20 +15,20 @@ from pathlib import Path
 
 import pytest
 from orion_worker.freezer.marks import Freezer
-from orion_worker.records import Ledger, Record
+from orion_worker.records import RentalRecord, RentalRecords
 from orion_worker.web import port_proxy, socket_diag
-from orion_worker.web.active_rentals import Tenants
-from orion_worker.web.listeners import Listener, Reached, listeners, reach
-from orion_worker.web.port_proxy import WebDoor
-from orion_worker.web.port_tokens import Way, end_signature, opened, signature, take_pass
-from orion_worker.web.refusals import Refusal, refusal_response
+from orion_worker.web.active_rentals import ActiveRentals
+from orion_worker.web.listeners import Listener, PortTarget, listeners, target_of
+from orion_worker.web.port_proxy import PortProxy
+from orion_worker.web.port_tokens import PortToken, end_signature, signature, take_token, token_from
+from orion_worker.web.refusals import PortRefusal, refusal_response
 
 from orion.manager.gateway import web_ends
 from orion.manager.gateway.ways import signed_pass
 
 SESSION = "5e55" * 8
-WAY = Way("abcd234567", 3, 8000)
-RECORD = Record("abcd234567", "r-abcd234567", 100_001, 3, let_in=True)
+WAY = PortToken("abcd234567", 3, 8000)
+RECORD = RentalRecord("abcd234567", "r-abcd234567", 100_001, 3, activated=True)
 OURS, ANOTHERS = 100_001, 100_002
 WITHIN_S = 60.0
 
@@ -47,19 +47,19 @@ def table(*lines: tuple[str, int, int, int], state: str = "0A") -> str:
     return "\n".join(written) + "\n"
 
 
-def reached(*lines: tuple[str, int, int, int]) -> Reached | None:
+def reached(*lines: tuple[str, int, int, int]) -> PortTarget | None:
     v4 = table(*[line for line in lines if ":" not in line[0]])
-    return reach(listeners(v4, table(*[line for line in lines if ":" in line[0]])), OURS, 8000)
+    return target_of(listeners(v4, table(*[line for line in lines if ":" in line[0]])), OURS, 8000)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::ffff:127.0.0.1"])  # noqa: S104
 def test_a_socket_of_its_own_is_reached_where_it_listens(address: str) -> None:
-    assert reached((address, 8000, OURS, 7)) == Reached(("127.0.0.1",), frozenset({7}))
+    assert reached((address, 8000, OURS, 7)) == PortTarget(("127.0.0.1",), frozenset({7}))
 
 
 def test_one_that_listens_by_ipv6_is_reached_so_and_where_that_may_mean_both_by_either() -> None:
-    assert reached(("::1", 8000, OURS, 7)) == Reached(("::1",), frozenset({7}))
-    assert reached(("::", 8000, OURS, 7)) == Reached(("127.0.0.1", "::1"), frozenset({7}))
+    assert reached(("::1", 8000, OURS, 7)) == PortTarget(("::1",), frozenset({7}))
+    assert reached(("::", 8000, OURS, 7)) == PortTarget(("127.0.0.1", "::1"), frozenset({7}))
 
 
 @pytest.mark.parametrize(
@@ -106,12 +106,12 @@ def test_a_kernel_that_cannot_be_asked_is_read(monkeypatch: pytest.MonkeyPatch) 
 # Passes
 
 
-def told(way: Way = WAY, session: str = SESSION) -> str:
-    return f"{way.told} {signature(session, way)}"
+def told(way: PortToken = WAY, session: str = SESSION) -> str:
+    return f"{way.text} {signature(session, way)}"
 
 
 def test_a_pass_of_the_session_opens_its_way() -> None:
-    assert opened(told(), SESSION) == WAY
+    assert token_from(told(), SESSION) == WAY
 
 
 @pytest.mark.parametrize(
@@ -129,24 +129,24 @@ def test_a_pass_of_the_session_opens_its_way() -> None:
     ],
 )
 def test_any_other_pass_opens_nothing(tried: str, session: str) -> None:
-    with pytest.raises(Refusal) as refused:
-        opened(tried, session)
+    with pytest.raises(PortRefusal) as refused:
+        token_from(tried, session)
     assert refused.value.status == 403
 
 
 def test_the_pass_is_taken_out_of_what_the_renter_gets() -> None:
     head = b"GET /x HTTP/1.1\r\nHost: a\r\nx-orion-PASS: it\r\nX-Orion-Other: c\r\nAccept: b\r\n\r\n"
-    assert take_pass(head) == ("it", b"GET /x HTTP/1.1\r\nHost: a\r\nAccept: b\r\n\r\n")
+    assert take_token(head) == ("it", b"GET /x HTTP/1.1\r\nHost: a\r\nAccept: b\r\n\r\n")
 
 
 @pytest.mark.parametrize("passes", [b"", b"X-Orion-Pass: a\r\nX-Orion-Pass: a\r\n", b"X-Orion-Pass : a\r\n" * 2])
 def test_no_pass_and_two_are_none(passes: bytes) -> None:
-    with pytest.raises(Refusal):
-        take_pass(b"GET / HTTP/1.1\r\n" + passes + b"\r\n")
+    with pytest.raises(PortRefusal):
+        take_token(b"GET / HTTP/1.1\r\n" + passes + b"\r\n")
 
 
 def test_a_refusal_is_for_programs_or_for_people() -> None:
-    refusal = Refusal(503, "frozen", "still <now>")
+    refusal = PortRefusal(503, "frozen", "still <now>")
     assert b"Retry-After: 2" in refusal_response(refusal, as_html=False)
     assert b'"code": "frozen"' in refusal_response(refusal, as_html=False)
     assert b"still &lt;now&gt;" in refusal_response(refusal, as_html=True)
@@ -156,20 +156,24 @@ def test_a_refusal_is_for_programs_or_for_people() -> None:
 
 
 def test_only_who_is_here_at_that_epoch_let_in_and_not_frozen_is_found(tmp_path: Path) -> None:
-    tenants, ledger, freezer = Tenants(tmp_path), Ledger(tmp_path / "var/lib/orion/rentals"), Freezer(tmp_path)
+    active, records, freezer = (
+        ActiveRentals(tmp_path),
+        RentalRecords(tmp_path / "var/lib/orion/rentals"),
+        Freezer(tmp_path),
+    )
 
     def refusal() -> str:
         try:
-            assert tenants.find(WAY) == RECORD
-        except Refusal as refused:
+            assert active.find(WAY) == RECORD
+        except PortRefusal as refused:
             return refused.code
         return ""
 
     assert refusal() == "not_here"
-    for other in (replace(RECORD, let_in=False), replace(RECORD, ending=True), replace(RECORD, epoch=4)):
-        ledger.keep(other)
+    for other in (replace(RECORD, activated=False), replace(RECORD, ending=True), replace(RECORD, epoch=4)):
+        records.save(other)
         assert refusal() == "not_here", other
-    ledger.keep(RECORD)
+    records.save(RECORD)
     assert refusal() == ""
     freezer.mark(RECORD, frozenset())
     assert refusal() == "frozen"
@@ -178,7 +182,7 @@ def test_only_who_is_here_at_that_epoch_let_in_and_not_frozen_is_found(tmp_path:
     assert refusal() == "frozen"
     freezer.set_lease(True)
     assert refusal() == ""
-    ledger.bury(RECORD)
+    records.bury(RECORD)
     assert refusal() == "not_here"
 
 
@@ -189,22 +193,22 @@ class Stage:
     """A door and a renter's server behind it, both on this machine's loopback."""
 
     def __init__(self, root: Path, slots: int) -> None:
-        self.ledger = Ledger(root / "var/lib/orion/rentals")
-        self.ledger.keep(RECORD)
+        self.records = RentalRecords(root / "var/lib/orion/rentals")
+        self.records.save(RECORD)
         (root / "run/orion").mkdir(parents=True)
         (root / "run/orion/session").write_text(SESSION)
-        self.looks: list[Reached | None] = []
+        self.looks: list[PortTarget | None] = []
         here = frozenset({"127.0.0.1"})
-        self.door = WebDoor(Tenants(root), here, self._look, here, slots)
+        self.door = PortProxy(ActiveRentals(root), here, self._look, here, slots)
         self.received = b""
         self.says = b"HTTP/1.1 200 OK\r\n\r\nfirst "
         self.connections = 0
         self.gone = asyncio.Event()
         self.server_port = self.door_port = 0
 
-    def _look(self, uid: int, port: int) -> Reached | None:
+    def _look(self, uid: int, port: int) -> PortTarget | None:
         assert (uid, port) == (RECORD.uid, self.server_port)
-        return self.looks.pop(0) if self.looks else Reached(("127.0.0.1",), frozenset({7}))
+        return self.looks.pop(0) if self.looks else PortTarget(("127.0.0.1",), frozenset({7}))
 
     async def renter(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -232,7 +236,7 @@ class Stage:
         return answer
 
     @property
-    def way(self) -> Way:
+    def way(self) -> PortToken:
         return replace(WAY, port=self.server_port)
 
 
@@ -316,7 +320,7 @@ async def test_hints_before_an_answer_stay_at_the_door_and_the_answer_passes(tmp
 
 async def test_what_listens_and_takes_no_connection_is_said_to_do_so(tmp_path: Path) -> None:
     async with standing(tmp_path) as stage:
-        stage.looks = [Reached(("127.0.0.254",), frozenset({7}))]  # it refuses: nothing is there
+        stage.looks = [PortTarget(("127.0.0.254",), frozenset({7}))]  # it refuses: nothing is there
         reader, writer = await stage.ask(told(stage.way))
         assert b"not_accepted" in await reader.read()
         writer.close()
@@ -326,7 +330,7 @@ async def test_a_connection_ends_with_the_rentals_right_to_run_here(tmp_path: Pa
     async with standing(tmp_path) as stage:
         reader, writer = await stage.ask(told(stage.way))
         await reader.readuntil(b"first ")
-        stage.ledger.keep(replace(RECORD, epoch=4))
+        stage.records.save(replace(RECORD, epoch=4))
         stage.door.look_again()
         assert await ended(reader) == b""
         await stage.gone.wait()
@@ -403,8 +407,8 @@ async def test_only_the_manager_of_this_session_says_what_has_ended(tmp_path: Pa
 
 async def test_a_port_that_is_taken_by_another_while_it_is_connected_to_gets_nothing(tmp_path: Path) -> None:
     async with standing(tmp_path) as stage:
-        for after in (None, Reached(("127.0.0.1",), frozenset({8}))):
-            stage.looks = [Reached(("127.0.0.1",), frozenset({7})), after]
+        for after in (None, PortTarget(("127.0.0.1",), frozenset({8}))):
+            stage.looks = [PortTarget(("127.0.0.1",), frozenset({7})), after]
             reader, writer = await stage.ask(told(stage.way), b"secret")
             assert b"nothing_listens" in await reader.read()
             writer.close()
@@ -430,7 +434,7 @@ async def test_a_rental_has_its_slots_share_of_the_connections_and_leaves_the_ot
     monkeypatch.setattr(port_proxy, "ENOUGH", 4)
     monkeypatch.setattr(port_proxy, "ENOUGH_EACH", 1)
     async with standing(tmp_path, slots=2) as stage:
-        stage.ledger.keep(replace(RECORD, rental_id="zzzzzzzzzz", username="r-zzzzzzzzzz"))
+        stage.records.save(replace(RECORD, rental_id="zzzzzzzzzz", username="r-zzzzzzzzzz"))
         inside = [await stage.ask(told(stage.way)) for _ in range(2)]
         for reader, _ in inside:
             await reader.readuntil(b"first ")
@@ -445,7 +449,7 @@ async def test_a_rental_has_its_slots_share_of_the_connections_and_leaves_the_ot
 
 
 def test_however_many_slots_a_worker_has_each_has_some_connections() -> None:
-    shares = [WebDoor(Tenants(), frozenset(), slots=slots)._most_of_a_rental for slots in (1, 2, 4, 256)]
+    shares = [PortProxy(ActiveRentals(), frozenset(), slots=slots)._rental_limit for slots in (1, 2, 4, 256)]
     assert shares == [200, 100, 50, 10]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from orion_worker.limits.log_limit import BURST, EACH_S, LONGEST_BYTES, SparingLog
+from orion_worker.limits.log_limit import BURST, LINE_EVERY_S, LONGEST_BYTES, LimitedLog
 
 LEFT_OUT = "orion-agent: {} lines of sshd's were left out: too many at a time"
 
@@ -16,46 +16,46 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def log(said: list[str]) -> SparingLog:
-    made = SparingLog(said.append)
+def log(said: list[str]) -> LimitedLog:
+    made = LimitedLog(said.append)
     made.take(b"", 1000.0)
     return made
 
 
-def test_lines_are_said_as_they_are_and_halves_when_they_are_whole(log: SparingLog, said: list[str]) -> None:
+def test_lines_are_said_as_they_are_and_halves_when_they_are_whole(log: LimitedLog, said: list[str]) -> None:
     log.take(b"one\r\ntwo\nth", 1000.0)
     assert said == ["one", "two"]
     log.take(b"ree \xff\n", 1000.0)
     assert said == ["one", "two", "three \N{REPLACEMENT CHARACTER}"]
 
 
-def test_what_is_too_much_is_counted_and_said_when_there_is_room(log: SparingLog, said: list[str]) -> None:
+def test_what_is_too_much_is_counted_and_said_when_there_is_room(log: LimitedLog, said: list[str]) -> None:
     log.take(b"x\n" * (BURST + 50), 1000.0)
     assert said == ["x"] * BURST
-    log.take(b"", 1000.0 + 1.5 * EACH_S)
+    log.take(b"", 1000.0 + 1.5 * LINE_EVERY_S)
     assert said[BURST:] == [LEFT_OUT.format(50)]
-    log.take(b"y\n", 1000.0 + 1.5 * EACH_S)
+    log.take(b"y\n", 1000.0 + 1.5 * LINE_EVERY_S)
     assert len(said) == BURST + 1
-    log.take(b"z\n", 1000.0 + 5 * EACH_S)
+    log.take(b"z\n", 1000.0 + 5 * LINE_EVERY_S)
     assert said[BURST + 1 :] == [LEFT_OUT.format(1), "z"]
 
 
-def test_a_flood_is_as_many_lines_as_the_time_allows(log: SparingLog, said: list[str]) -> None:
+def test_a_flood_is_as_many_lines_as_the_time_allows(log: LimitedLog, said: list[str]) -> None:
     for number in range(1000):
         log.take(b"x\n" * 100, 1000.0 + number / 100)
-    assert len(said) <= BURST + 10 / EACH_S + 1
+    assert len(said) <= BURST + 10 / LINE_EVERY_S + 1
     log.take(b"", 2000.0)
     log.take(b"x\n" * BURST * 2, 2000.0)
-    assert said.count("x") <= 2 * BURST + 10 / EACH_S, "what was not used is not saved up"
+    assert said.count("x") <= 2 * BURST + 10 / LINE_EVERY_S, "what was not used is not saved up"
 
 
-def test_a_line_without_an_end_is_cut(log: SparingLog, said: list[str]) -> None:
+def test_a_line_without_an_end_is_cut(log: LimitedLog, said: list[str]) -> None:
     for _ in range(3):
         log.take(b"x" * (LONGEST_BYTES + 1), 1000.0)
     assert said == ["x" * LONGEST_BYTES] * 3
 
 
-def test_who_writes_never_waits(log: SparingLog) -> None:
+def test_who_writes_never_waits(log: LimitedLog) -> None:
     assert not os.get_blocking(log.input)
     os.write(log.input, b"x" * (1 << 20))
     with pytest.raises(BlockingIOError):

@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orion_worker.freezer.marks import Freezer, Mark
-from orion_worker.freezer.stopper import Task
-from orion_worker.records import Ledger, Record, Refused
+from orion_worker.freezer.marks import FreezeMark, Freezer
+from orion_worker.freezer.stopper import KernelTask
+from orion_worker.records import RentalRecord, RentalRecords, RequestRefused
 from orion_worker.snapshots import maker, staging, transfer
 from orion_worker.snapshots import scan as scanning
-from orion_worker.snapshots.maker import Snapshot
+from orion_worker.snapshots.maker import SnapshotMaker
 from orion_worker.snapshots.manifests import Manifest, Manifests
-from orion_worker.snapshots.requests import Wish
+from orion_worker.snapshots.requests import TransferRequest
 from orion_worker.snapshots.scan import Scan, scan
-from orion_worker.snapshots.staging import STAT, Aside, access_list
+from orion_worker.snapshots.staging import STAT, StagingTree, access_list
 from orion_worker.system.locks import got_lock
 
 UID = os.getuid()
-RECORD = Record("one", "r-one", UID, epoch=2, let_in=True)
+RECORD = RentalRecord("one", "r-one", UID, epoch=2, activated=True)
 BASE, MARK = "aa", "bb"
 
 
@@ -44,7 +44,7 @@ class Programs(Freezer):
     work: Callable[[], Any] = lambda: None
     paused: bool = False
     pauses: int = 0
-    tasks: list[Task] = field(default_factory=list)
+    tasks: list[KernelTask] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__(self.root)
@@ -53,7 +53,7 @@ class Programs(Freezer):
         if not self.paused:
             self.work()
 
-    def pause(self, record: Record, until: float) -> frozenset[Task] | None:
+    def pause(self, record: RentalRecord, until: float) -> frozenset[KernelTask] | None:
         if self.is_frozen(record.rental_id):
             return None
         self.paused, self.pauses = True, self.pauses + 1
@@ -65,18 +65,18 @@ class Programs(Freezer):
 
 @dataclass
 class Keeper:
-    """In place of rental.Rentals: what it does to a rental is written down."""
+    """In place of commands.Rentals: what it does to a rental is written down."""
 
-    ledger: Ledger
+    records: RentalRecords
     freezer: Programs
     manifests: Manifests
     spares: bool = False
     held: str = ""
 
-    def lay_down(self, record: Record) -> None: ...
+    def retire(self, record: RentalRecord) -> None: ...
 
-    def hold_over(self, record: Record, what: str) -> bool:
-        self.held = "" if self.spares else what
+    def freeze_over_limit(self, record: RentalRecord, reason: str) -> bool:
+        self.held = "" if self.spares else reason
         return not self.spares
 
 
@@ -94,14 +94,14 @@ class House:
         return self.root / "home"
 
     def snapshot(self, base: str = "", mark: str = MARK, asked_s_ago: float = 0.0, **more: Any) -> dict[str, Any]:
-        wish = Wish(**{"rental_id": "one", "epoch": 2, "deadline": time.time() + 60, "max_files": 1000,
+        wish = TransferRequest(**{"rental_id": "one", "epoch": 2, "deadline": time.time() + 60, "max_files": 1000,
                        "max_bytes": 1 << 30, "base": base, "mark": mark} | more)  # fmt: skip
-        home = transfer.enter(self.home, UID)
-        aside = Aside(home, self.root / "aside/one", UID, UID)
+        home = transfer.open_home(self.home, UID)
+        aside = StagingTree(home, self.root / "aside/one", UID, UID)
         try:
             asked_at = time.monotonic() - asked_s_ago
-            made = Snapshot(self.keeper, RECORD, wish, aside, home, salvage=False, asked_at=asked_at)
-            told = transfer.told_of(self.keeper, RECORD, made)
+            made = SnapshotMaker(self.keeper, RECORD, wish, aside, home, is_salvage=False, requested_at=asked_at)
+            told = transfer.make_snapshot(self.keeper, RECORD, made)
             self.sent = {} if told["same"] else tree(aside.tree)
             if not told["same"]:
                 self.listed = {os.fsdecode(name) for name in (aside.place / "list").read_bytes().split(b"\0")}
@@ -125,9 +125,9 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     (tmp_path / "home").mkdir()
     (tmp_path / "aside").mkdir()
     programs = Programs(tmp_path)
-    ledger = Ledger(tmp_path / "ledger")
-    ledger.keep(RECORD)
-    here = House(tmp_path, Keeper(ledger, programs, Manifests(tmp_path)))
+    records = RentalRecords(tmp_path / "ledger")
+    records.save(RECORD)
+    here = House(tmp_path, Keeper(records, programs, Manifests(tmp_path)))
     monkeypatch.setattr(maker, "mapped_inodes", lambda uid: frozenset())
     monkeypatch.setattr(maker, "tasks_of", lambda uid: list(programs.tasks))
     monkeypatch.setattr(maker, "hung_up", programs.run)
@@ -275,14 +275,14 @@ def test_something_that_ran_in_the_pause_is_noticed_and_the_pause_begun_again(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (house.home / "file").write_text("x")
-    comes = Task(7, 7, 1, 7, "S", False, (1,))
+    comes = KernelTask(7, 7, 1, 7, "S", False, (1,))
     seen = [[comes], [], []]
     monkeypatch.setattr(maker, "tasks_of", lambda uid: seen.pop(0))
     house.snapshot(mark=BASE)
     assert house.keeper.freezer.pauses == 2
     monkeypatch.setattr(maker, "tasks_of", lambda uid: [comes])
     (house.home / "file").write_text("y")
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         house.snapshot(base=BASE)
     assert refused.value.code == "restless"
     assert not house.keeper.freezer.paused
@@ -294,8 +294,8 @@ def test_a_pause_ends_whatever_goes_wrong_in_it(house: House, monkeypatch: pytes
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Aside, "_copy", full)
-    with pytest.raises(Refused) as refused:
+    monkeypatch.setattr(StagingTree, "_copy", full)
+    with pytest.raises(RequestRefused) as refused:
         house.snapshot()
     assert refused.value.code == "no_room"
     assert not house.keeper.freezer.paused
@@ -312,7 +312,7 @@ def test_a_pause_that_takes_longer_than_it_may_ends_and_is_refused(
         return look(most_entries, 0.0 if strict else last_moment, strict)
 
     monkeypatch.setattr(maker, "scan", slow)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         house.snapshot(pause_s=9)
     assert refused.value.code == "pause_in_vain"
     assert (house.keeper.freezer.pauses, house.keeper.freezer.paused) == (1, False)
@@ -321,10 +321,10 @@ def test_a_pause_that_takes_longer_than_it_may_ends_and_is_refused(
 def test_where_a_pause_will_be_too_long_nothing_is_stopped(house: House) -> None:
     for number in range(200):
         (house.home / f"m{number}").write_text("x")
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         house.snapshot(pause_s=1e-6)
     assert (refused.value.code, house.keeper.freezer.pauses) == ("pause_too_long", 0)
-    house.snapshot(pause_s=1e-6, moving=True)
+    house.snapshot(pause_s=1e-6, for_migration=True)
     assert (len(house.sent), house.keeper.freezer.pauses) == (200, 1)
 
 
@@ -335,9 +335,9 @@ def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
     """Half a minute to copy 200 files, and `written` of them were written again meanwhile."""
     used = [0.0]
     monkeypatch.setattr(maker, "_processor_s", lambda: used[0])
-    keep = Aside.keep
+    keep = StagingTree.stage
 
-    def slowly(aside: Aside, entries: Iterable[scanning.Entry], look: Callable[[], None]) -> int:
+    def slowly(aside: StagingTree, entries: Iterable[scanning.HomeEntry], look: Callable[[], None]) -> int:
         copied = keep(aside, entries, look)
         if not house.keeper.freezer.paused:
             used[0] += 30.0
@@ -345,11 +345,11 @@ def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
                 (house.home / f"m{number}").write_text("y")
         return copied
 
-    monkeypatch.setattr(Aside, "keep", slowly)
+    monkeypatch.setattr(StagingTree, "stage", slowly)
     for number in range(200):
         (house.home / f"m{number}").write_text("x")
     if written:
-        with pytest.raises(Refused, match=r"would have to stand still for some (29\.9|30\.0) s"):
+        with pytest.raises(RequestRefused, match=r"would have to stand still for some (29\.9|30\.0) s"):
             house.snapshot()
     else:
         house.snapshot()
@@ -359,7 +359,7 @@ def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
 def test_a_frozen_home_is_not_stopped_and_not_let_go_on(house: House) -> None:
     (house.home / "file").write_text("x")
     house.keeper.freezer.mark(RECORD, frozenset())
-    house.snapshot(moving=True)
+    house.snapshot(for_migration=True)
     assert house.sent == {"file": b"x"}
     assert house.keeper.freezer.pauses == 0
 
@@ -373,12 +373,12 @@ def test_a_frozen_home_is_looked_through_once_whether_or_not_it_changed(
     scans: list[bool] = []
     monkeypatch.setattr(maker, "scan", lambda *arguments, strict: scans.append(strict) or scan(*arguments, strict))
     house.keeper.freezer.mark(RECORD, frozenset())
-    assert house.snapshot(base=BASE, moving=True)["same"]
+    assert house.snapshot(base=BASE, for_migration=True)["same"]
     (house.home / "other").write_text("y")
-    assert not house.snapshot(base=BASE, moving=True)["same"]
+    assert not house.snapshot(base=BASE, for_migration=True)["same"]
     assert house.sent == {"other": b"y"}
-    with pytest.raises(Refused) as refused:
-        house.snapshot(base=BASE, moving=True, max_files=2)
+    with pytest.raises(RequestRefused) as refused:
+        house.snapshot(base=BASE, for_migration=True, max_files=2)
     assert refused.value.code == "over_limit"
     assert scans == [True, True, True]
 
@@ -389,8 +389,8 @@ def test_what_is_let_go_on_as_its_snapshot_begins_is_tried_again_and_not_copied_
     (house.home / "file").write_text("x")
     was_frozen = iter([True])
     monkeypatch.setattr(house.keeper.freezer, "is_frozen", lambda _rental_id: next(was_frozen, False))
-    with pytest.raises(Refused) as refused:
-        house.snapshot(moving=True)
+    with pytest.raises(RequestRefused) as refused:
+        house.snapshot(for_migration=True)
     assert refused.value.code == "restless"
     assert (house.keeper.freezer.pauses, house.keeper.freezer.paused) == (1, False)
 
@@ -411,11 +411,11 @@ def test_a_purge_ends_the_transfer_that_sets_files_aside_and_leaves_nothing_of_i
             os._exit(1)
     while not ((places / "one/100").exists() or os.waitpid(child, os.WNOHANG)[0]):
         pass
-    transfer.forget_aside(places, "one")
+    transfer.remove_staging(places, "one")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert list(places.iterdir()) == []
-    transfer.forget_aside(places, "another")
-    transfer.forget_aside(tmp_path / "nothing was ever set aside here", "one")
+    transfer.remove_staging(places, "another")
+    transfer.remove_staging(tmp_path / "nothing was ever set aside here", "one")
 
 
 def furnish(home: Path) -> None:
@@ -444,12 +444,12 @@ def furnish(home: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root reads what a renter has shut; CI is root")
 def test_entries_of_every_kind_are_set_aside_with_all_that_belongs_to_them(house: House) -> None:
     furnish(house.home)
-    home = transfer.enter(house.home, UID)
-    aside = Aside(home, house.root / "aside/one", UID, 12345)
+    home = transfer.open_home(house.home, UID)
+    aside = StagingTree(home, house.root / "aside/one", UID, 12345)
     looked = scan(100, time.monotonic() + 20, strict=True)
-    aside.keep([scanning.entry(line) for line in looked.lines], lambda: None)
-    aside.settle([scanning.path_of(line) for line in looked.lines])
-    assert (aside.missing, aside.poorer, aside.vanished) == ({}, {}, set())
+    aside.stage([scanning.parse_entry(line) for line in looked.lines], lambda: None)
+    aside.keep_only([scanning.path_of(line) for line in looked.lines])
+    assert (aside.missing, aside.incomplete, aside.vanished) == ({}, {}, set())
     beside = aside.tree
     for path in (house.home, *sorted(house.home.rglob("*"))):
         copy, was = beside / path.relative_to(house.home), path.lstat()
@@ -475,14 +475,14 @@ def test_a_link_in_the_place_of_a_folder_or_a_file_leads_nowhere(house: House, t
     (house.home / "folder").mkdir()
     (house.home / "folder/file").write_text("mine")
     (house.home / "plain").write_text("mine")
-    home = transfer.enter(house.home, UID)
+    home = transfer.open_home(house.home, UID)
     looked = scan(100, time.monotonic() + 20, strict=True)
     (house.home / "folder").rename(house.home / "away")
     (house.home / "folder").symlink_to(tmp_path / "secret")
     (house.home / "plain").unlink()
     (house.home / "plain").symlink_to(tmp_path / "secret/file")
-    aside = Aside(home, house.root / "aside/one", UID, UID)
-    aside.keep([scanning.entry(line) for line in looked.lines], lambda: None)
+    aside = StagingTree(home, house.root / "aside/one", UID, UID)
+    aside.stage([scanning.parse_entry(line) for line in looked.lines], lambda: None)
     assert aside.vanished == {b"./folder/file"}
     assert (aside.tree / "folder").readlink() == tmp_path / "secret"
     assert tree(aside.tree) == {"plain": str(tmp_path / "secret/file")}
@@ -504,8 +504,8 @@ def test_what_cannot_be_carried_refuses_a_move_by_its_name_and_is_named_by_other
         return os.stat_result((*status[:4], UID + 1, *status[5:])) if status.st_ino == inode else status
 
     monkeypatch.setattr(staging.os, "stat", foreign)
-    with pytest.raises(Refused, match=r"1 of its files cannot be carried whole: theirs \(it belongs to"):
-        house.snapshot(moving=True)
+    with pytest.raises(RequestRefused, match=r"1 of its files cannot be carried whole: theirs \(it belongs to"):
+        house.snapshot(for_migration=True)
     told = house.snapshot(mark=BASE)
     assert (told["skipped"], house.sent) == (["theirs"], {"mine": b"x"})
     assert house.snapshot(base=BASE)["skipped"] == ["theirs"], "it is still missing"
@@ -516,15 +516,15 @@ def test_what_is_over_its_limits_is_frozen_and_the_way_out_is_said(house: House,
     for number in range(5):
         (house.home / str(number)).write_text("x" * 10)
     assert house.snapshot()["files"] == 6
-    with pytest.raises(Refused, match="orion thaw") as refused:
+    with pytest.raises(RequestRefused, match="orion thaw") as refused:
         house.snapshot(**limits)
     assert (refused.value.code, refused.value.details) == ("over_limit", {"held": True})
     assert house.keeper.held.startswith("its home holds more than")
     house.keeper.spares = True
-    with pytest.raises(Refused, match="unless it does"):
+    with pytest.raises(RequestRefused, match="unless it does"):
         house.snapshot(**limits)
-    with pytest.raises(Refused) as moving:
-        house.snapshot(moving=True, **limits)
+    with pytest.raises(RequestRefused) as moving:
+        house.snapshot(for_migration=True, **limits)
     assert "orion thaw" not in str(moving.value), "a planned move freezes nobody for that"
 
 
@@ -534,7 +534,7 @@ def test_empty_directories_count_by_number_and_by_the_room_that_they_take(house:
         (house.home / str(number)).mkdir()
     assert house.snapshot(**limits)["files"] == 100
     os.mkfifo(house.home / "one more")
-    with pytest.raises(Refused, match="its home holds more than") as refused:
+    with pytest.raises(RequestRefused, match="its home holds more than") as refused:
         house.snapshot(**limits)
     assert refused.value.code == "over_limit"
 
@@ -595,12 +595,12 @@ def test_a_file_that_another_takes_the_place_of_before_it_is_opened_is_not_read(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (house.home / "file").write_text("mine")
-    home = transfer.enter(house.home, UID)
+    home = transfer.open_home(house.home, UID)
     looked = scan(100, time.monotonic() + 20, strict=True)
-    aside = Aside(home, house.root / "aside/one", UID, UID)
+    aside = StagingTree(home, house.root / "aside/one", UID, UID)
     real = os.fstat
     monkeypatch.setattr(staging.os, "fstat", lambda fd: os.stat_result((*real(fd)[:4], UID + 1, *real(fd)[5:])))
-    aside.keep([each for line in looked.lines if (each := scanning.entry(line)).kind == b"f"], lambda: None)
+    aside.stage([each for line in looked.lines if (each := scanning.parse_entry(line)).kind == b"f"], lambda: None)
     monkeypatch.undo()
     assert (aside.vanished, tree(aside.tree)) == ({b"./file"}, {})
     aside.remove()
@@ -608,13 +608,13 @@ def test_a_file_that_another_takes_the_place_of_before_it_is_opened_is_not_read(
 
 
 def test_what_is_frozen_for_its_size_is_not_looked_through_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    house.keeper.freezer._write("one", Mark(frozenset(), over="its home holds more than 4 files"))
+    house.keeper.freezer._write("one", FreezeMark(frozenset(), over_limit="its home holds more than 4 files"))
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(transfer, "_answer", lambda status, report: said.append(report) or status)
     wish = {"rental_id": "one", "epoch": 2, "deadline": time.time() + 60, "max_files": 4, "max_bytes": 10, "mark": MARK}
     monkeypatch.setattr(transfer, "_read_line", lambda: json.dumps(wish).encode())
     monkeypatch.setattr(maker, "scan", lambda *_, **__: pytest.fail("it was looked through"))
-    assert transfer.carry("send", house.keeper, house.root / "aside", house.root) == 3
+    assert transfer.run_transfer("send", house.keeper, house.root / "aside", house.root) == 3
     assert "4 files; it is frozen: `orion thaw`" in said[0]["error"]
 
 
@@ -643,21 +643,21 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def test_who_fills_a_home_waits_a_moment_for_its_account(tmp_path: Path, machine: Machine) -> None:
-    ledger = Ledger(tmp_path)
-    machine.happens_at.append((0.9 * transfer.MADE_WITHIN_S, lambda: ledger.keep(RECORD)))
-    transfer.await_account(ledger, Wish("one", RECORD.epoch, 0.0))
+    records = RentalRecords(tmp_path)
+    machine.happens_at.append((0.9 * transfer.ACCOUNT_WITHIN_S, lambda: records.save(RECORD)))
+    transfer.await_account(records, TransferRequest("one", RECORD.epoch, 0.0))
     assert machine.happens_at == []
-    assert machine.now < transfer.MADE_WITHIN_S
+    assert machine.now < transfer.ACCOUNT_WITHIN_S
 
 
 def test_who_fills_a_home_does_not_wait_for_ever_nor_for_what_was_purged(tmp_path: Path, machine: Machine) -> None:
-    ledger = Ledger(tmp_path)
-    transfer.await_account(ledger, Wish("one", RECORD.epoch, 0.0))
-    assert machine.now == pytest.approx(transfer.MADE_WITHIN_S, abs=0.01)
-    with pytest.raises(Refused) as refusal:
-        transfer.allowed("receive", ledger, Wish("one", RECORD.epoch, 0.0))
+    records = RentalRecords(tmp_path)
+    transfer.await_account(records, TransferRequest("one", RECORD.epoch, 0.0))
+    assert machine.now == pytest.approx(transfer.ACCOUNT_WITHIN_S, abs=0.01)
+    with pytest.raises(RequestRefused) as refusal:
+        transfer.record_for("receive", records, TransferRequest("one", RECORD.epoch, 0.0))
     assert refusal.value.code == "unknown_rental"
-    ledger.bury(RECORD)
+    records.bury(RECORD)
     waited_s = machine.now
-    transfer.await_account(ledger, Wish("one", RECORD.epoch, 0.0))
+    transfer.await_account(records, TransferRequest("one", RECORD.epoch, 0.0))
     assert machine.now == waited_s

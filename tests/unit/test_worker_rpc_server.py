@@ -44,7 +44,7 @@ class Served:
             os.close(self.to)
             os.close(self.back)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            transfers = server.Transfers(folder / "transfers", _echo)
+            transfers = server.TransferHandler(folder / "transfers", _echo)
             server.serve(self._answer, COMMANDS, their_in, their_out, transfers)
             os._exit(0)
         os.close(their_in)

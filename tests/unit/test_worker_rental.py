@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orion_worker.records import Ledger, Record, Refused, check_create, check_not_newer, check_unlock
+from orion_worker.records import (
+    RentalRecord,
+    RentalRecords,
+    RequestRefused,
+    check_create,
+    check_not_newer,
+    check_unlock,
+)
 from orion_worker.rental import accounts, residue
 from orion_worker.rental.cli import answer_request
 from orion_worker.rental.commands import Rentals
-from orion_worker.rental.paths import Places
-from orion_worker.rental.requests import Request, parse_request
+from orion_worker.rental.paths import WorkerPaths
+from orion_worker.rental.requests import RentalRequest, parse_request
 from orion_worker.system import processes
 
 KEY = "ssh-ed25519 " + "A" * 68
@@ -25,7 +32,7 @@ CREATE: dict[str, Any] = {
     "epoch": 1,
     "public_keys": [KEY],
 }
-RECORD = Record("one", "r-one", 100_001, epoch=3)
+RECORD = RentalRecord("one", "r-one", 100_001, epoch=3)
 
 
 @pytest.fixture
@@ -50,9 +57,9 @@ def test_no_epoch_is_made_that_is_older_than_seen_or_was_purged_or_is_half_purge
         (RECORD, 0, 2, "stale_epoch"),
         (None, 3, 3, "purged"),
         (None, 3, 2, "purged"),
-        (Record("one", "r-one", 100_001, 3, ending=True), 0, 4, "purge_unfinished"),
+        (RentalRecord("one", "r-one", 100_001, 3, ending=True), 0, 4, "purge_unfinished"),
     ):
-        with pytest.raises(Refused) as refusal:
+        with pytest.raises(RequestRefused) as refusal:
             check_create(record, purged, epoch)
         assert refusal.value.code == code
 
@@ -64,9 +71,9 @@ def test_only_the_very_epoch_that_is_here_is_unlocked() -> None:
         (RECORD, 0, 4, "stale_epoch"),
         (None, 0, 1, "unknown_rental"),
         (None, 3, 3, "purged"),
-        (Record("one", "r-one", 100_001, 3, ending=True), 0, 3, "purged"),
+        (RentalRecord("one", "r-one", 100_001, 3, ending=True), 0, 3, "purged"),
     ):
-        with pytest.raises(Refused) as refusal:
+        with pytest.raises(RequestRefused) as refusal:
             check_unlock(record, purged, epoch)
         assert refusal.value.code == code
 
@@ -75,39 +82,39 @@ def test_an_old_order_to_lock_or_purge_leaves_what_is_newer() -> None:
     check_not_newer(None, 1)
     check_not_newer(RECORD, 3)
     check_not_newer(RECORD, 9)
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         check_not_newer(RECORD, 2)
 
 
 def test_a_record_of_before_there_were_names_is_read(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text('{"rental_id": "one", "username": "r-one", "uid": 100001, "epoch": 3}')
-    ledger = Ledger(tmp_path)
-    assert ledger.living("one") == RECORD
-    ledger.keep(replace(RECORD, rental_name="lab"))
-    assert ledger.living("one") == Record("one", "r-one", 100_001, 3, rental_name="lab")
+    records = RentalRecords(tmp_path)
+    assert records.find("one") == RECORD
+    records.save(replace(RECORD, rental_name="lab"))
+    assert records.find("one") == RentalRecord("one", "r-one", 100_001, 3, rental_name="lab")
 
 
 def test_a_tombstone_outlives_a_crash_between_it_and_the_record(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    ledger.keep(RECORD)
+    records = RentalRecords(tmp_path)
+    records.save(RECORD)
     (tmp_path / "tombstones/one").write_text("3")
-    assert ledger.living("one") is None
-    assert ledger.all_living() == []
-    ledger.keep(Record("one", "r-one", 100_001, epoch=4))
-    assert [record.epoch for record in ledger.all_living()] == [4]
+    assert records.find("one") is None
+    assert records.all() == []
+    records.save(RentalRecord("one", "r-one", 100_001, epoch=4))
+    assert [record.epoch for record in records.all()] == [4]
 
 
 def test_a_tombstone_never_sinks_to_an_older_epoch(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    ledger.bury(Record("one", "r-one", 100_001, epoch=5))
-    ledger.bury(Record("one", "r-one", 100_001, epoch=2))
-    assert ledger.purged_epoch("one") == 5
+    records = RentalRecords(tmp_path)
+    records.bury(RentalRecord("one", "r-one", 100_001, epoch=5))
+    records.bury(RentalRecord("one", "r-one", 100_001, epoch=2))
+    assert records.purged_epoch("one") == 5
 
 
 def test_one_command_at_a_time_for_a_rental_and_another_rental_does_not_wait(tmp_path: Path) -> None:
-    ledger, other_process = Ledger(tmp_path), Ledger(tmp_path)
-    with ledger.locked("one", wait_s=0):
-        with pytest.raises(Refused, match="still at work"), other_process.locked("one", wait_s=0):
+    records, other_process = RentalRecords(tmp_path), RentalRecords(tmp_path)
+    with records.locked("one", wait_s=0):
+        with pytest.raises(RequestRefused, match="still at work"), other_process.locked("one", wait_s=0):
             pass
         with other_process.locked("two", wait_s=0):
             pass
@@ -120,7 +127,7 @@ def test_one_command_at_a_time_for_a_rental_and_another_rental_does_not_wait(tmp
 
 def test_a_request_is_read() -> None:
     request = parse_request("create", json.dumps(CREATE | {"deadline": None}))
-    assert request == Request("one", 1, "r-one", 100_001, (KEY,))
+    assert request == RentalRequest("one", 1, "r-one", 100_001, (KEY,))
 
 
 @pytest.mark.parametrize(
@@ -147,17 +154,17 @@ def test_a_request_is_read() -> None:
     ],
 )
 def test_a_request_that_could_do_harm_is_not_understood(wrong: dict[str, Any], tmp_path: Path) -> None:
-    status, report = answer_request("create", json.dumps(CREATE | wrong), Rentals(Places(tmp_path)), now=0)
+    status, report = answer_request("create", json.dumps(CREATE | wrong), Rentals(WorkerPaths(tmp_path)), now=0)
     assert (status, report["code"], report["changed"]) == (2, "invalid_request", False)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "nonsense", "{}"])
 def test_what_is_no_request_is_not_understood(text: str, tmp_path: Path) -> None:
-    assert answer_request("purge", text, Rentals(Places(tmp_path)), now=0)[0] == 2
+    assert answer_request("purge", text, Rentals(WorkerPaths(tmp_path)), now=0)[0] == 2
 
 
 def test_a_passed_deadline_is_refused_by_every_command(tmp_path: Path) -> None:
-    rentals = Rentals(Places(tmp_path))
+    rentals = Rentals(WorkerPaths(tmp_path))
     for command in ("create", "unlock", "lock", "purge"):
         status, report = answer_request(command, json.dumps(CREATE | {"deadline": 99.0}), rentals, now=100.0)
         assert (status, report["code"]) == (3, "deadline_passed")
@@ -168,35 +175,35 @@ def test_a_passed_deadline_is_refused_by_every_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["run", "create", "lock", "unlock", "freeze", "thaw", "purge"])
 def test_an_order_for_another_life_of_the_container_is_refused(command: str, tmp_path: Path) -> None:
-    rentals = Rentals(Places(tmp_path))
-    rentals.ledger.keep(RECORD)
-    rentals.launcher.begin("boot-0002")
+    rentals = Rentals(WorkerPaths(tmp_path))
+    rentals.records.save(RECORD)
+    rentals.launcher.set_boot_id("boot-0002")
     asked = CREATE | {"epoch": 3, "boot_id": "boot-0001"}
     for order in (asked, {"rentals": [asked]}):
         status, report = answer_request(command, json.dumps(order), rentals, now=0)
         assert (status, report["code"], report["changed"]) == (3, "other_boot", False)
-    assert rentals.ledger.all_living() == [RECORD]
+    assert rentals.records.all() == [RECORD]
 
 
 @pytest.mark.parametrize("named", [{"boot_id": "boot-0002"}, {"boot_id": None}, {}])
 def test_an_order_for_this_life_or_from_before_orders_named_one_is_done(named: dict[str, Any], tmp_path: Path) -> None:
-    rentals = Rentals(Places(tmp_path))
-    rentals.ledger.keep(RECORD)
-    rentals.launcher.begin("boot-0002")
+    rentals = Rentals(WorkerPaths(tmp_path))
+    rentals.records.save(RECORD)
+    rentals.launcher.set_boot_id("boot-0002")
     assert answer_request("lock", json.dumps({"rental_id": "one", "epoch": 3} | named), rentals, now=0)[0] == 0
 
 
 def test_a_boot_id_that_is_no_text_is_not_understood(tmp_path: Path) -> None:
     asked = {"rental_id": "one", "epoch": 3, "boot_id": 5}
-    assert answer_request("lock", json.dumps(asked), Rentals(Places(tmp_path)), now=0)[0] == 2
+    assert answer_request("lock", json.dumps(asked), Rentals(WorkerPaths(tmp_path)), now=0)[0] == 2
 
 
 # Several rentals in one order
 
 
 def test_each_rental_of_an_order_is_done_or_refused_by_itself_and_the_worst_is_the_status(tmp_path: Path) -> None:
-    rentals = Rentals(Places(tmp_path))
-    rentals.ledger.keep(RECORD)
+    rentals = Rentals(WorkerPaths(tmp_path))
+    rentals.records.save(RECORD)
     asked = [{"rental_id": "one", "epoch": 3}, {"rental_id": "one", "epoch": 2}, {"rental_id": "?", "epoch": 1}]
     status, report = answer_request("lock", json.dumps({"rentals": asked}), rentals, now=0)
     assert status == 3
@@ -207,18 +214,18 @@ def test_each_rental_of_an_order_is_done_or_refused_by_itself_and_the_worst_is_t
 
 @pytest.mark.parametrize("rentals", [[], {}, "one", None])
 def test_a_list_of_nothing_is_not_understood(rentals: Any, tmp_path: Path) -> None:
-    status, report = answer_request("lock", json.dumps({"rentals": rentals}), Rentals(Places(tmp_path)), now=0)
+    status, report = answer_request("lock", json.dumps({"rentals": rentals}), Rentals(WorkerPaths(tmp_path)), now=0)
     assert (status, report["code"]) == (2, "invalid_request")
 
 
 def test_a_list_stands_alone(tmp_path: Path) -> None:
     asked = {"rentals": [{"rental_id": "one", "epoch": 3}], "epoch": 4}
-    assert answer_request("lock", json.dumps(asked), Rentals(Places(tmp_path)), now=0)[0] == 2
+    assert answer_request("lock", json.dumps(asked), Rentals(WorkerPaths(tmp_path)), now=0)[0] == 2
 
 
 def test_what_is_refused_of_a_purge_of_several_is_refused_alone_and_in_its_place(tmp_path: Path) -> None:
-    rentals = Rentals(Places(tmp_path))
-    rentals.ledger.keep(RECORD)
+    rentals = Rentals(WorkerPaths(tmp_path))
+    rentals.records.save(RECORD)
     old = {"rental_id": "one", "username": "r-one", "uid": 100_001, "epoch": 2}
     late = {"rental_id": "two", "username": "r-two", "uid": 100_002, "epoch": 1, "deadline": 5.0}
     status, report = answer_request("purge", json.dumps({"rentals": [late, old, {"rental_id": "?"}]}), rentals, now=9)
@@ -230,26 +237,26 @@ def test_what_is_refused_of_a_purge_of_several_is_refused_alone_and_in_its_place
 
 
 def test_unlocking_and_locking_move_the_keys_and_may_be_repeated(tmp_path: Path) -> None:
-    rentals = Rentals(Places(tmp_path))
-    rentals.ledger.keep(RECORD)
+    rentals = Rentals(WorkerPaths(tmp_path))
+    rentals.records.save(RECORD)
     aside, in_place = tmp_path / "etc/orion/locked/r-one", tmp_path / "etc/orion/keys/r-one"
     aside.write_text("key\n")
-    assert [rentals.unlock(Request("one", 3))["changed"] for _ in range(2)] == [True, False]
+    assert [rentals.unlock(RentalRequest("one", 3))["changed"] for _ in range(2)] == [True, False]
     assert (in_place.read_text(), aside.exists()) == ("key\n", False)
     assert rentals.inventory()[0]["state"] == "running"
-    assert [rentals.lock(Request("one", 3))["changed"] for _ in range(2)] == [True, False]
+    assert [rentals.lock(RentalRequest("one", 3))["changed"] for _ in range(2)] == [True, False]
     assert (aside.read_text(), in_place.exists()) == ("key\n", False)
 
 
 def test_what_has_no_keys_here_cannot_be_unlocked(tmp_path: Path) -> None:
-    rentals = Rentals(Places(tmp_path))
-    rentals.ledger.keep(RECORD)
-    with pytest.raises(Refused, match="not created"):
-        rentals.unlock(Request("one", 3))
+    rentals = Rentals(WorkerPaths(tmp_path))
+    rentals.records.save(RECORD)
+    with pytest.raises(RequestRefused, match="not created"):
+        rentals.unlock(RentalRequest("one", 3))
 
 
 def test_locking_what_is_not_here_is_no_failure(tmp_path: Path) -> None:
-    assert Rentals(Places(tmp_path)).lock(Request("one", 3))["state"] == "absent"
+    assert Rentals(WorkerPaths(tmp_path)).lock(RentalRequest("one", 3))["state"] == "absent"
 
 
 # Accounts
@@ -336,9 +343,9 @@ def test_a_search_finds_what_has_the_number_and_does_not_go_through_links(tmp_pa
     (tmp_path / "folder/file").write_text("x")
     (tmp_path / "link").symlink_to("/etc")
     ours = os.getuid()
-    found = {found.path.removeprefix(str(tmp_path)) for found in residue.owned(str(tmp_path), [ours], [])}
+    found = {found.path.removeprefix(str(tmp_path)) for found in residue.find_owned(str(tmp_path), [ours], [])}
     assert found == {"/folder", "/link"}
-    assert list(residue.owned(str(tmp_path), [4_000_000_001], [])) == []
+    assert list(residue.find_owned(str(tmp_path), [4_000_000_001], [])) == []
 
 
 def test_directories_of_others_that_are_too_deep_are_named(tmp_path: Path) -> None:
@@ -347,7 +354,7 @@ def test_directories_of_others_that_are_too_deep_are_named(tmp_path: Path) -> No
         here /= "d"
         here.mkdir()
     unsearched: list[str] = []
-    list(residue.owned(str(tmp_path), [4_000_000_001], unsearched))
+    list(residue.find_owned(str(tmp_path), [4_000_000_001], unsearched))
     assert unsearched == [str(tmp_path) + "/d" * residue.DEEPEST]
 
 
@@ -378,7 +385,7 @@ SHARED_MEMORY = """\
 
 
 def test_ipc_of_a_renter_is_what_it_owns_or_made_and_not_what_is_already_destroyed() -> None:
-    assert residue.ipc_of(SHARED_MEMORY, 100_001) == [8, 9]
+    assert residue.ipc_ids_of(SHARED_MEMORY, 100_001) == [8, 9]
 
 
 # Processes
@@ -395,4 +402,4 @@ def test_ending_nobody_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(
         "orion_worker.system.processes.time.sleep", lambda _: pytest.fail("there is nobody to wait for")
     )
-    assert processes.end({}) == 0
+    assert processes.kill_all({}) == 0

@@ -24,13 +24,13 @@ CROWD = 16
 """Who has more tasks than that at once that want a processor comes last."""
 
 
-class Turns:
+class PriorityGuard:
     """`come_last`: gives all processes of a uid the lowest priority."""
 
     def __init__(
         self,
         say: Callable[[str], None],
-        come_last: Callable[[int], object] = processes.come_last,
+        come_last: Callable[[int], object] = processes.lower_priority,
         proc: Path = processes.PROC,
     ) -> None:
         self._say = say
@@ -39,7 +39,7 @@ class Turns:
 
     def look(self) -> None:
         """Have those come last that are a crowd now."""
-        for uid, count in wanting(self._proc).items():
+        for uid, count in tasks_waiting(self._proc).items():
             if count > CROWD:
                 self._come_last(uid)
 
@@ -53,14 +53,14 @@ class Turns:
             time.sleep(LOOK_EVERY_S)
 
 
-def wanting(proc: Path) -> Counter[int]:
+def tasks_waiting(proc: Path) -> Counter[int]:
     """Return how many tasks of each renter want a processor, by uid, of those that have enough tasks for a crowd."""
     tasks: Counter[int] = Counter()
     found: list[tuple[int, Path]] = []
     for place in proc.iterdir():
         if place.name.isdigit():
             with suppress(OSError):  # it has ended meanwhile
-                uid, threads = told_by((place / "status").read_text(errors="replace"))
+                uid, threads = uid_and_threads_of((place / "status").read_text(errors="replace"))
                 if FIRST_UID <= uid < processes.FIRST_SENDER:
                     found.append((uid, place))
                     tasks[uid] += threads
@@ -71,7 +71,7 @@ def wanting(proc: Path) -> Counter[int]:
     return want
 
 
-def told_by(status: str) -> tuple[int, int]:
+def uid_and_threads_of(status: str) -> tuple[int, int]:
     """Return real uid and number of tasks by the text of /proc/PID/status; that of root and 0 where nothing is told."""
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     return int(fields.get("Uid", "0").split()[0]), int(fields.get("Threads", 0))

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from orion_worker.rpc.liveness import LET_GO, Watched
+from orion_worker.rpc.liveness import ORDERLY_END, LivenessListener
 
 
 class Watch:
@@ -29,7 +29,7 @@ class House:
         self.place = folder / "watch"
         self.ends = 0
         self.let_go = 0
-        self.watched = Watched(self.place, "boot-1", self._count, self._count_let_go)
+        self.watched = LivenessListener(self.place, "boot-1", self._count, self._count_let_go)
 
     def watch(self) -> Watch:
         made = Watch(self.place)
@@ -66,9 +66,9 @@ def test_a_watch_that_ends_by_itself_is_told_of(house: House) -> None:
 
 def test_a_watch_that_was_let_go_with_the_last_word_is_not(house: House) -> None:
     watch = house.watch()
-    watch.ours.sendall(LET_GO[:2])
+    watch.ours.sendall(ORDERLY_END[:2])
     house.watched.look(1.0)
-    watch.ours.sendall(LET_GO[2:])
+    watch.ours.sendall(ORDERLY_END[2:])
     watch.close()
     for _ in range(3):
         house.watched.look(0.1)
@@ -77,7 +77,7 @@ def test_a_watch_that_was_let_go_with_the_last_word_is_not(house: House) -> None
 
 def test_the_last_word_must_be_the_last(house: House) -> None:
     watch = house.watch()
-    watch.ours.sendall(LET_GO + b"no, wait")
+    watch.ours.sendall(ORDERLY_END + b"no, wait")
     watch.close()
     for _ in range(3):
         house.watched.look(0.1)
