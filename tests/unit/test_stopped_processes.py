@@ -249,7 +249,7 @@ def test_a_log_in_that_its_renter_has_stopped_is_ended_with_root_s_process_that_
     looking.look()
     assert log_in.root.wait(60) == -signal.SIGKILL
     wait_until(lambda: not state(log_in.child), "the renter's part has ended")
-    assert said == ["r-one has stopped a log-in of its own: it was ended"]
+    assert said == ["r-one has stopped a log-in of its own: the log-in was ended"]
 
 
 @AS_ROOT

@@ -1,4 +1,4 @@
-"""Enforcer"""
+"""Keeping the processes of a frozen rental stopped, although the renter may wake or replace them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ from orion_worker.freezer.stopper import (
 from orion_worker.system import processes
 
 PATIENCE_S = 1.0
-"""How long a process may take to stop. On a busy machine it gets no turn to do so; who gets one and goes on, fights."""
+"""Seconds that a process may take to stop. On a busy machine it may not run and so not stop; if it runs on, it
+resists."""
 BETWEEN_PASSES_S = 0.005
+"""Seconds between two looks at the processes."""
 FORGIVEN = 1
-"""Times that something may have woken while all was still."""
+"""How many times a stopped process may have run before the enforcer kills: a hang-up of a terminal wakes once as
+well."""
 
 
 class Enforcer:
-    """Over one rental's processes: `hold` stops them, and every call after that finds who was awake meanwhile."""
+    """The enforcer of one frozen rental: each call of `enforce` stops its processes and finds those that ran since the
+    last.
+    """
 
     def __init__(self, uid: int, username: str) -> None:
         self._uid = uid
@@ -34,7 +39,7 @@ class Enforcer:
         self._times_woken = 0
 
     def enforce(self) -> int:
-        """When it returns all stand still, or have been killed for fighting: how many were is returned."""
+        """Stop all processes of the rental, or kill all if they resist; return how many were killed."""
         if any_woken(self._before, tasks_of(self._uid)):
             self._times_woken += 1
         fights = self._times_woken > FORGIVEN or not self._stop()
@@ -44,7 +49,7 @@ class Enforcer:
         return 0
 
     def _stop(self) -> bool:
-        """Passes until one finds nobody at work. False if somebody fights it."""
+        """Signal the processes until none runs; return False if one resists."""
         renter = {self._uid: self._username}
         if not self._before:
             stop_parents(self._uid, time.monotonic() + PARENTS_WITHIN_S)

@@ -1,14 +1,14 @@
-"""Keeping a renter's processes still though they fight it, and letting them go on.
+"""Stopping the processes of a renter with signals, and waking them.
 
-Why signals: the kernel's own freezer, cgroup.freeze, is not ours to write. Docker mounts the control groups read-only
-into a container without CAP_SYS_ADMIN, the renters' processes share the agent's group, and version 1 has no such file.
-So every process is sent SIGSTOP, which none can catch, by kill(-1) as its own uid, which reaches all at once.
+The kernel's own freezer, cgroup.freeze, is not available: Docker mounts the control groups read-only into a container
+without CAP_SYS_ADMIN, the renters' processes share the agent's group, and version 1 has no such file. So every process
+is sent SIGSTOP, which none can catch, by kill(-1) as its own uid, which reaches all at once.
 
-SIGCONT undoes it. When all are stopped no process of the renter can send it, and no other account may; but the kernel
-can, by a timer (timer_create: seen), a descriptor (F_SETSIG) or the death of a parent that the renter prepared. A
-stopped task does not run, so the kernel's count of its turns stands still: whoever has run since it was seen stopped
-has been woken. Once is forgiven, as a hang-up does it too; whoever does it again, or never stops, is killed with all
-the rental's processes. Its files are left.
+SIGCONT undoes SIGSTOP. When all processes are stopped, no process of the renter can send it, and no other account may;
+but the kernel can, by a timer (timer_create: seen), a descriptor (F_SETSIG) or the death of a parent that the renter
+prepared. A stopped task does not run, so the kernel's counters of its turns do not change: a task whose counters
+changed since it was seen stopped has been woken. The enforcer forgives that once, because a hang-up does it too; a
+rental that does it again, or never stops, loses all its processes. Its files are kept.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from pathlib import Path
 from orion_worker.system import processes
 
 STOPPED = frozenset("Tt")
+"""The states of a stopped task."""
 AT_REST = STOPPED | frozenset("ZXD")
-"""Dead, or in the kernel without an end: what comes back from there finds its SIGSTOP before anything else."""
+"""The states of a task that does not run: stopped, dead, or waiting in the kernel, where SIGSTOP takes it first when it
+returns."""
 BETWEEN_STOPS_S = 0.001
-"""The same for a pause, which its renter notices."""
+"""Seconds between two looks at the processes in a pause, which the renter notices."""
 PARENTS_WITHIN_S = 0.2
-"""How long all parents together may take to stop before everybody is stopped at once."""
+"""Seconds within which all parents together are stopped one by one, before all processes are stopped at once."""
 
 Key = tuple[int, int, int]
 
@@ -41,20 +43,22 @@ class KernelTask:
     tid: int
     parent: int
     started: int
-    """In ticks since the machine's start: a number that was given to another is another task."""
+    """Ticks since the machine's start: a task that has the same number and another start is another task."""
     state: str
     stopping: bool
-    """SIGSTOP waits for its next turn."""
+    """Whether SIGSTOP is pending and takes effect when the task runs next."""
     turns: tuple[int, ...]
-    """How often it gave up a processor or lost it, and the ticks that it used."""
+    """How often the task gave up a processor, how often it lost it, and the ticks that it used."""
 
     @property
     def key(self) -> Key:
+        """Return what tells this task from all others."""
         return self.pid, self.tid, self.started
 
 
 def parse_task(pid: int, stat: str, status: str) -> KernelTask:
-    """From the texts of stat and status in /proc/PID/task/TID. The name in the former is the renter's to choose."""
+    """Return the task in the texts of stat and status in /proc/PID/task/TID. A renter chooses the name in the
+    former."""
     tid, _, rest = stat.partition(" (")
     fields = rest.rpartition(")")[2].split()
     lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
@@ -66,7 +70,7 @@ def parse_task(pid: int, stat: str, status: str) -> KernelTask:
 
 
 def tasks_of(uid: int) -> list[KernelTask]:
-    """All tasks of all processes of this uid."""
+    """Return all tasks of all processes of this uid."""
     found = []
     for pid in processes.pids_of([uid]):
         with suppress(OSError):  # it has ended meanwhile
@@ -77,11 +81,13 @@ def tasks_of(uid: int) -> list[KernelTask]:
 
 
 def all_at_rest(tasks: Iterable[KernelTask]) -> bool:
+    """Return whether none of these tasks runs."""
     return all(task.state in AT_REST for task in tasks)
 
 
 def any_resists(before: Mapping[Key, KernelTask], now: Iterable[KernelTask]) -> bool:
-    """Whether one has had a turn since `before` and goes on all the same; a task that got none is only waiting."""
+    """Return whether a task has run since `before` and runs on; a task that has not run is only waiting for a
+    processor."""
     return any(
         task.state not in AT_REST and not task.stopping and task.turns != before.get(task.key, task).turns
         for task in now
@@ -89,7 +95,7 @@ def any_resists(before: Mapping[Key, KernelTask], now: Iterable[KernelTask]) -> 
 
 
 def any_woken(before: Mapping[Key, KernelTask], now: Iterable[KernelTask]) -> bool:
-    """Whether one that stood stopped has run since."""
+    """Return whether a task that was stopped has run since."""
     return any(
         task.key in before and before[task.key].state in STOPPED and before[task.key].turns != task.turns
         for task in now
@@ -97,14 +103,14 @@ def any_woken(before: Mapping[Key, KernelTask], now: Iterable[KernelTask]) -> bo
 
 
 def parents(tasks: Iterable[KernelTask]) -> list[int]:
-    """The numbers of those that have children among them, the oldest first."""
+    """Return the processes that have children among these tasks, the oldest first."""
     leaders = {task.pid: task for task in tasks if task.pid == task.tid}
     found = {task.parent for task in leaders.values()} & leaders.keys()
     return sorted(found, key=lambda pid: (leaders[pid].started, pid))
 
 
 def stopped_processes(uid: int) -> frozenset[tuple[int, int]]:
-    """(pid, start) of those that are stopped: before a freeze, those that are to stay so after it."""
+    """Return (pid, start) of the stopped processes of this uid."""
     return frozenset((t.pid, t.started) for t in tasks_of(uid) if t.pid == t.tid and t.state == "T")
 
 
@@ -118,9 +124,10 @@ def stopped_among(uids: Collection[int]) -> list[KernelTask]:
 
 
 def stop(uid: int, username: str, within_s: float) -> list[KernelTask] | None:
-    """Stop all processes of a renter for a moment; return their tasks as they stand, None if they do not in time.
+    """Stop all processes of a renter for a moment; return their tasks as they are then, None if they do not stop in
+    time.
 
-    The processes of sshd that belong to root go on: they write no file of the renter's, and nothing is hung up.
+    The processes of sshd that belong to root go on: they write no file of the renter's, and no connection is hung up.
     """
     deadline = time.monotonic() + within_s
     stop_parents(uid, min(deadline, time.monotonic() + PARENTS_WITHIN_S))
@@ -137,17 +144,17 @@ def stop(uid: int, username: str, within_s: float) -> list[KernelTask] | None:
 
 
 def has_run(before: Iterable[KernelTask], now: Iterable[KernelTask]) -> bool:
-    """Return whether a task is new, or one that stood stopped has had a turn since."""
+    """Return whether a task is new, or a stopped one has run since."""
     known = {task.key: task for task in before}
     found = list(now)
     return any_woken(known, found) or any(task.key not in known for task in found)
 
 
 def stop_parents(uid: int, deadline: float) -> None:
-    """The oldest first, each before its children, until that moment (monotonic seconds).
+    """Stop the parents among the processes of this uid, the oldest first, each before its children.
 
-    A shell that saw its child stop would take it for suspended by its user, and say so when it goes on. It is a
-    courtesy, and bounded: everybody is stopped at once after it, and who fights it gets nothing by it.
+    A shell that sees its child stop takes it for suspended by its user, and says so when it goes on. To avoid that is a
+    courtesy, which ends at the deadline (monotonic seconds): then all processes are stopped at once.
     """
     if time.monotonic() > deadline:
         return
@@ -160,9 +167,10 @@ def stop_parents(uid: int, deadline: float) -> None:
 
 
 def wake(uid: int, username: str, stay: frozenset[tuple[int, int]]) -> None:
-    """Let all go on but those that were stopped before.
+    """Let all processes of a renter go on, but those that it had stopped itself.
 
-    The youngest first: a shell that woke before its child would find it stopped, and take it for suspended by its user.
+    The youngest go first: a shell that woke before its child would find it stopped, and take it for suspended by its
+    user.
     """
     renter = {uid: username}
     found = {(task.started, task.pid) for task in tasks_of(uid) if task.pid == task.tid}
@@ -181,5 +189,6 @@ def _is_at_rest(pid: int) -> bool:
 
 
 def read_task(pid: int, place: Path) -> KernelTask:
+    """Return a task from its directory in /proc. Raise OSError if it has ended."""
     stat, status = (place / "stat").read_text(errors="replace"), (place / "status").read_text(errors="replace")
     return parse_task(pid, stat, status)

@@ -1,5 +1,4 @@
-"""Limiting how much of sshd's output reaches the container's log, because a renter can have sshd write thousands of
-lines.
+"""A limit for what sshd writes to the container's log, because a renter can have it write thousands of lines.
 
 Each connection that a client asks to have forwarded elsewhere and is refused is a line (4400 a second, 0.8 MB: seen),
 and the engine keeps the newest 30 MB. So lines beyond BURST, which comes back by one in LINE_EVERY_S, are only counted,

@@ -1,10 +1,10 @@
-"""A renter with many processes that all want a processor has its turns after the others, and after root.
+"""A guard that gives the lowest priority to a renter whose many processes all want a processor.
 
-The kernel shares a worker's processors among processes, not among rentals, and gives those of who came by SSH, root's
-orders as well, the same part each. So where one renter lets 112 of them fork without end, an order of root's takes ten
-seconds instead of one (seen), and with 448 it does not end within thirty. A control group for each rental is not to be
-had (scores.py); but a uid may have the lowest priority for all that it runs, in one step of the kernel, and neither
-what has it nor what it starts gets another again.
+The kernel shares a worker's processors among processes, not among rentals, and root's orders over SSH get the same part
+as each of them. So where one renter with 112 processes lets them fork without end, an order of root's takes ten seconds
+instead of one (seen), and with 448 it does not end within thirty. A control group for each rental is not available
+(scores.py); but a uid can be given the lowest priority for all that it runs, in one step of the kernel, and neither
+these processes nor their children get another one again.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from orion_worker.system.processes import FIRST_UID
 
 LOOK_EVERY_S = 1.0
 CROWD = 16
-"""Who has more tasks than that at once that want a processor comes last."""
+"""Tasks that want a processor at once, beyond which a renter gets the lowest priority."""
 
 
 class PriorityGuard:
-    """`come_last`: gives all processes of a uid the lowest priority."""
+    """`come_last` gives all processes of a uid the lowest priority; `say` writes one line to the log."""
 
     def __init__(
         self,
@@ -38,13 +38,13 @@ class PriorityGuard:
         self._proc = proc
 
     def look(self) -> None:
-        """Have those come last that are a crowd now."""
+        """Lower the priority of each renter that has a crowd now."""
         for uid, count in tasks_waiting(self._proc).items():
             if count > CROWD:
                 self._come_last(uid)
 
     def run(self) -> None:
-        """For ever."""
+        """Look forever."""
         while True:
             try:
                 self.look()
@@ -54,7 +54,7 @@ class PriorityGuard:
 
 
 def tasks_waiting(proc: Path) -> Counter[int]:
-    """Return how many tasks of each renter want a processor, by uid, of those that have enough tasks for a crowd."""
+    """Return how many tasks of each renter want a processor, by uid, for renters that have enough tasks for a crowd."""
     tasks: Counter[int] = Counter()
     found: list[tuple[int, Path]] = []
     for place in proc.iterdir():
@@ -72,13 +72,14 @@ def tasks_waiting(proc: Path) -> Counter[int]:
 
 
 def uid_and_threads_of(status: str) -> tuple[int, int]:
-    """Return real uid and number of tasks by the text of /proc/PID/status; that of root and 0 where nothing is told."""
+    """Return the real uid and the number of tasks in the text of /proc/PID/status; 0 and 0 where the text has
+    neither."""
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     return int(fields.get("Uid", "0").split()[0]), int(fields.get("Threads", 0))
 
 
 def _running(process: Path) -> int:
-    """How many tasks of a process run or wait for a processor."""
+    """Return how many tasks of a process run or wait for a processor."""
     running = 0
     with suppress(OSError):  # it has ended meanwhile
         for task in os.listdir(process / "task"):  # noqa: PTH208 - names are all that is wanted

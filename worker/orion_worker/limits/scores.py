@@ -1,15 +1,15 @@
-"""Whose processes the kernel ends first when the container's memory is used up: those of the rental that uses the most.
+"""Scores that make the kernel end the rental that uses the most memory first, when the container's memory is used up.
 
-The kernel ends one process after the other, each time the one that is largest by its memory and its score
-(oom_score_adj, in thousandths of the limit). By that alone a rental of many small processes outlives a neighbour with
-one that is larger. So the score follows the rental: while more than half of the memory is used, all processes of the
-rental that uses the most have FIRST, whose difference to the others' is more than any other rental can weigh.
+The kernel ends one process after the other, each time the one whose memory and score (oom_score_adj, in thousandths of
+the limit) are the largest together. Without scores, a rental of many small processes outlives another that has one
+larger process. So the score follows the rental: while more than half of the memory is used, all processes of the rental
+that uses the most have FIRST, which is higher than the others' score by more than any other rental can weigh.
 
-No limit of memory for each rental stands behind this: that would be a control group for each, and Docker mounts them
-read-only into a container (stillness.py). A rental alone on its worker has one, the container's.
+There is no limit of memory for each rental: that would need a control group for each, and Docker mounts them read-only
+into a container (freezer/stopper.py). The only limit is that of the container.
 
-What a process holds is what /proc/PID/status tells to everybody. Memory that several processes share counts for each of
-them, and memory that none has mapped (memfd_create, /dev/shm) for nobody.
+What a process uses is in /proc/PID/status, which everybody may read. Memory that several processes share counts for
+each of them, and memory that none has mapped (memfd_create, /dev/shm) for none.
 """
 
 from __future__ import annotations
@@ -25,16 +25,20 @@ from orion_worker.system import cgroup, processes
 from orion_worker.system.processes import FIRST_UID
 
 FIRST = 1000
+"""The score of the processes that the kernel is to end first; the highest that there is."""
 ABOVE_ROOT = 500
-"""So much more than the agent's is the score with which sshd, and so each session, begins."""
+"""The difference between the agent's score and that of sshd, and so of each session."""
 LOOK_EVERY_S = 0.25
+"""Seconds between two looks at the memory."""
 SHORT = 0.5
 """The share of the memory's limit beyond which scores are given. The rest can be filled in some tenths of a second."""
 HELD = ("RssAnon", "RssShmem", "VmSwap")
+"""The lines of /proc/PID/status whose sum is the memory of a process."""
 
 
 class OomScores:
-    """`usual`: the score of all renters' processes that are not to be ended first."""
+    """`usual` is the score of all renters' processes that are not to be ended first; `say` writes one line to the
+    log."""
 
     def __init__(
         self,
@@ -50,14 +54,14 @@ class OomScores:
         self._given = False
 
     def look(self) -> None:
-        """Give the scores anew while memory is short, and once more when it is not any more."""
+        """Give the scores anew while memory is short, and once more when it no longer is."""
         short = is_short(cgroup.usage(self._read))
         if short or self._given:
             self._give(largest(self._proc) if short else None)
         self._given = short
 
     def run(self) -> None:
-        """For ever."""
+        """Look forever."""
         while True:
             try:
                 self.look()
@@ -72,7 +76,7 @@ class OomScores:
 
 
 def usual(of_root: int) -> int:
-    """Return the score of renters' processes, and of what may become one, where the agent has `of_root`."""
+    """Return the score of renters' processes, and of sshd from which they descend, where the agent has `of_root`."""
     return min(of_root + ABOVE_ROOT, FIRST)
 
 
@@ -90,7 +94,8 @@ def largest(proc: Path) -> int | None:
 
 
 def of_renters(proc: Path) -> Iterator[tuple[int, int, int]]:
-    """Give each renter's process: its folder, open so that no other process can take its place, uid and bytes."""
+    """Give each renter's process: its folder, opened so that no other process can take its place, its uid and its
+    bytes."""
     for place in proc.iterdir():
         if not place.name.isdigit():
             continue
@@ -101,9 +106,9 @@ def of_renters(proc: Path) -> Iterator[tuple[int, int, int]]:
 
 
 def renter_memory_of(status: str) -> tuple[int, int] | None:
-    """Return uid and bytes of a renter's process by the text of /proc/PID/status; None for anybody else's.
+    """Return uid and bytes of a renter's process by the text of /proc/PID/status; None for a process of anybody else.
 
-    By the real uid: a program of root's that looks as a renter has that as its effective one.
+    The real uid counts: a program of root's that acts as a renter has that uid as its effective one only.
     """
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     uid = int(fields.get("Uid", "0").split()[0])

@@ -1,11 +1,12 @@
-"""Log-ins that their renter has stopped: they are ended, for nothing else ever would.
+"""A guard that ends log-ins whose renter has stopped them, because nothing else would.
 
 sshd has two processes for each log-in: one of root, and its child with the renter's uid, which has the connection and
-finds out when that is over. A renter may stop the child. Then root's process waits for it though the client has long
-gone, and no limit of the renter's counts it: with both, one renter after the other takes the container's processes.
+notices its end. A renter may stop the child. Then root's process waits for the child although the client has long gone,
+and no limit of the renter's counts root's process: so one renter after the other could take all processes of the
+container.
 
-What stands still because its rental is frozen, paused for a snapshot or without a lease is not meant: a pause is over
-before LOOKS looks, and whoever has run between two of them is counted anew.
+Log-ins that are stopped because their rental is frozen, paused for a snapshot or without a lease are left alone: a
+pause ends before LOOKS looks are over, and a task that has run between two looks is counted anew.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from orion_worker.rental.commands import Rentals
 from orion_worker.system import processes
 
 LOOK_EVERY_S = 5.0
+"""Seconds between two looks."""
 LOOKS = 5
-"""Looks at which one has to stand stopped without having run: more time than PAUSE_ENDS_S (files.py). They are counted,
-and not the seconds, which go on while the whole container is paused."""
+"""Looks at which a log-in has to be stopped without having run: more time than PAUSE_ENDS_S (snapshots/maker.py). Looks
+are counted and not seconds, which go on while the whole container is paused."""
 
 
 class StoppedLogIns:
@@ -31,30 +33,30 @@ class StoppedLogIns:
         self._rentals = rentals
         self._say = say
         self._seen: dict[KernelTask, int] = {}
-        """How often in a row each was seen, as it stands."""
+        """How many times in a row each stopped task was seen unchanged."""
         self._repeat_at = 0.0
 
     def look_if_due(self) -> None:
-        """Look, where it is time to. Call it every so often."""
+        """Look if the last look was LOOK_EVERY_S ago. The agent calls this in its loop."""
         if time.monotonic() >= self._repeat_at:
             self._repeat_at = time.monotonic() + LOOK_EVERY_S
             try:
                 self.look()
             except Exception as fault:
-                # A full table of files, a file that nobody thought of: the next look does what this one could not.
+                # Such as a full table of files. The next look does what this one could not.
                 self._say(f"stopped log-ins: {fault!r}; looking again")
 
     def look(self) -> None:
-        """End those that stand stopped since LOOKS looks, while their rental may run."""
+        """End the log-ins that have been stopped for LOOKS looks, while their rental may run."""
         renters = self._renters()
         found = [(task, name) for task in stopped_among(renters) if (name := processes.log_in_name(task.parent))]
         self._seen = {task: self._seen.get(task, 0) + 1 for task, _ in found}
         for task, name in found:
             if self._seen[task] >= LOOKS:
                 renter = {uid: each for uid, each in renters.items() if each == name}
-                for pid in (task.parent, task.pid):  # the one that waits first, so that it does nothing more
+                for pid in (task.parent, task.pid):  # the waiting parent first, so that it does nothing more
                     processes.signal_process(pid, renter, signal.SIGKILL)
-                self._say(f"{name} has stopped a log-in of its own: it was ended")
+                self._say(f"{name} has stopped a log-in of its own: the log-in was ended")
 
     def _renters(self) -> dict[int, str]:
         """Return the names of the renters that may run here, by uid."""

@@ -46,8 +46,7 @@ AGAIN_S = 1.0
 """Seconds between two looks while ptmx is shut."""
 BETWEEN_LOOKS_S = 0.005
 """Seconds between two looks, so that opening and closing terminals does not keep the agent busy; 250 can be opened
-meanwhile.
-"""
+meanwhile."""
 FAULT_S = 60.0
 _IN_CREATE, _IN_Q_OVERFLOW = 0x100, 0x4000
 _ASK_NUMBER = 0x80045430

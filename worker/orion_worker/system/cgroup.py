@@ -1,4 +1,6 @@
-"""What the container may use and uses, as its control group says: version 2, or version 1 where the host has that."""
+"""Reading what the container may use and uses, from its control group of version 2, or of version 1 where the host has
+that.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +10,35 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 _NO_LIMIT_BYTES = 2**53
-"""Version 1 says "no limit" by a huge number."""
+"""Bytes from which on a limit of version 1 means "no limit"."""
 
 Read = Callable[[str], str | None]
-"""The text of a file of the control group by its name, None where there is no such file."""
+"""A function that returns the text of a file of the control group by its name; None where there is no such file."""
 
 
 @dataclass(frozen=True)
 class CgroupUsage:
+    """The processors, memory and processes that the container uses, with its limits."""
+
     cpu_s: float
     """Processor seconds since the container began."""
     memory_used_bytes: int
     memory_limit_bytes: int
-    """0: no limit."""
+    """0 means no limit."""
     processes: int
     processes_limit: int
-    """0: no limit."""
+    """0 means no limit."""
 
 
 def usage(read: Read) -> CgroupUsage:
+    """Return what the container uses."""
     if read("cgroup.controllers") is not None:
         return _version_2(read)
     return _version_1(read)
 
 
 def read_file(name: str) -> str | None:
+    """Return the text of a file of this container's control group; None where there is no such file."""
     try:
         return (CGROUP / name).read_text()
     except OSError:
@@ -40,7 +46,8 @@ def read_file(name: str) -> str | None:
 
 
 def processes_for_each_renter(processes_limit: int, slots: int) -> int:
-    """So many that all renters together leave 64 for sshd, the agent and Ansible; never less than 16 each."""
+    """Return how many processes each renter may have: at least 16, and so many that 64 remain for sshd, agent and
+    Ansible."""
     return max(16, ((processes_limit or 512) - 64) // slots)
 
 
@@ -77,7 +84,7 @@ def _limit(text: str | None) -> int:
 
 
 def _field(text: str | None, name: str) -> int:
-    """A line `name number` of a file of statistics."""
+    """Return the number of a line `name number` in a file of statistics; 0 where there is none."""
     for line in (text or "").splitlines():
         key, _, value = line.partition(" ")
         if key == name:

@@ -35,12 +35,12 @@ def opened_lock(file: Path) -> Iterator[int]:
 
 
 def got_lock(descriptor: int, wait_s: float) -> bool:
-    """Return whether the lock of an open file (flock) was got within that time."""
+    """Take the lock of an open file (flock); return whether it was free within that time."""
     return _got(lambda: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB), wait_s)
 
 
 def got_record_lock(descriptor: int, wait_s: float) -> bool:
-    """Return whether the lock that shadow's own tools take (fcntl, lckpwdf(3)) was got within that time."""
+    """Take the lock that shadow's own tools take (fcntl, lckpwdf(3)); return whether it was free within that time."""
     return _got(lambda: fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB), wait_s)
 
 

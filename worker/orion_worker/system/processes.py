@@ -1,8 +1,8 @@
-"""The processes of a renter: finding them, and reaching all of them at once though they fork meanwhile.
+"""Finding the processes of a renter, and signalling all of them at once although they fork meanwhile.
 
-A renter may stop whatever has its uid, what root has begun for it as well; then only SIGKILL ends that, and no signal
-that waits for its turn, as SIGALRM does. So root waits for such a child until a moment that it has named before, and
-then ends it by `end_group`.
+A renter may stop whatever has its uid, also a process that root has started for it; then only SIGKILL ends that, and no
+signal that waits for the process to run, as SIGALRM does. So root waits for such a child until a deadline that it has
+set before, and then ends it with `kill_group`.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from pathlib import Path
 
 PROC = Path("/proc")
 SCORE = "oom_score_adj"
-"""The file of a process by which the kernel chooses whom it ends when memory is used up: see scores.py."""
+"""The file of a process by which the kernel chooses which one to end when memory is used up (limits/scores.py)."""
 END_WITHIN_S = 10.0
 FIRST_UID = 100_000
 """The lowest uid of a renter."""
 FIRST_SENDER = 1 << 31
-"""The uid from which on the accounts are that send the files of rentals; every renter's is below it."""
+"""The lowest uid of the accounts that send the files of rentals; every renter's uid is below it."""
 NOT_BEGUN = 128
 """The exit status, less the number of the error, of a child that could not begin its work."""
 LOWEST_PRIORITY = 19
-"""The highest niceness: with it, 22 processes have as much of a processor as one of another renter's."""
+"""The highest niceness: with it, 22 processes get as much of a processor as one process of another renter."""
 _NOBODYS_ID = 4_000_000_000
-"""Above every number that a renter can have, and no account's."""
+"""A number above every uid that a renter can have, which no account has."""
 _DIES_WITH_PARENT = 1
 """prctl(2), PR_SET_PDEATHSIG."""
 
 
 def owners(status: str) -> set[int]:
-    """Real, effective, saved and file-system uid in the text of /proc/PID/status; none for a zombie.
+    """Return the real, effective, saved and file-system uid in the text of /proc/PID/status; none for a zombie.
 
-    A process whose first thread has ended looks like a zombie while others go on in it.
+    A process whose first thread has ended looks like a zombie while its other threads go on.
     """
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     if fields.get("State", "").strip().startswith(("Z", "X")) and int(fields.get("Threads", 1)) < 2:
@@ -46,34 +46,37 @@ def owners(status: str) -> set[int]:
 
 
 def pids_of(uids: Collection[int]) -> list[int]:
-    """Living processes that have one of these uids in any of their four places."""
+    """Return the living processes that have one of these uids as any of their four."""
     return [pid for pid in _all() if not owners(_status(pid)).isdisjoint(uids)]
 
 
 def log_ins(usernames: Collection[str]) -> list[int]:
-    """sshd's own processes for these renters, which run as root and show the name in their title."""
+    """Return sshd's own processes for the log-ins of these renters, which run as root and show the name in their
+    title."""
     return [pid for pid in _all() if log_in_name(pid) in usernames]
 
 
 def uids_from(first: int) -> set[int]:
-    """Return the uids from this one up that have a process, without those that send files (files.sender_of)."""
+    """Return the uids from this one up that have a process, without the uids that send files (transfer.sender_uid)."""
     return {uid for pid in _all() for uid in owners(_status(pid)) if first <= uid < FIRST_SENDER}
 
 
 def sessions(uid: int, username: str) -> list[int]:
-    """sshd's processes of root that hold this renter's log-ins: not those of which nobody knows yet who is there."""
+    """Return sshd's processes of root that hold log-ins of this renter, without those that have not authenticated
+    anybody."""
     parents = {parent_of(_status(pid)) for pid in pids_of([uid])}
     return [pid for pid in log_ins([username]) if pid in parents]
 
 
 def parent_of(status: str) -> int:
-    """The parent in the text of /proc/PID/status; 0 where there is none."""
+    """Return the parent in the text of /proc/PID/status; 0 where there is none."""
     found = [line for line in status.splitlines() if line.startswith("PPid:")]
     return int(found[0].split()[1]) if found else 0
 
 
 def ticks(pid: int) -> int:
-    """Return the ticks of a processor that a process has used, and all that it has started; 0 where there is none."""
+    """Return the ticks of a processor that a process and all its children have used; 0 where there is no such
+    process."""
     try:
         fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
         children = (PROC / str(pid) / "task" / str(pid) / "children").read_text().split()
@@ -83,9 +86,9 @@ def ticks(pid: int) -> int:
 
 
 def kill_all(renters: dict[int, str], within_s: float = END_WITHIN_S) -> int:
-    """Kill all processes of these renters (uid: username) and wait until none is left; returns how many it saw.
+    """Kill all processes of these renters (uid: username) and wait until none is left; return how many were seen.
 
-    What is not gone in time, such as a process that the kernel cannot interrupt, is left for the caller to find.
+    A process that has not gone in time, such as one that the kernel cannot interrupt, is left for the caller to find.
     """
     found = [*pids_of(renters), *log_ins(renters.values())]
     seen = set(found)
@@ -104,7 +107,8 @@ def kill_all(renters: dict[int, str], within_s: float = END_WITHIN_S) -> int:
 
 
 def begin_child(work: Callable[[], object]) -> int:
-    """Begin a child that does this work and ends; return its number. It leads a group of its own: see `end_group`."""
+    """Begin a child that does this work and ends; return its number. The child leads a group of its own
+    (`kill_group`)."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -119,9 +123,9 @@ def begin_child(work: Callable[[], object]) -> int:
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when the one of that number ends, which has begun it.
+    """Have the kernel kill this process when its parent, which has that number, ends.
 
-    Another uid makes the kernel forget that: call it when this process has the uid that it keeps.
+    A change of uid makes the kernel forget this, so call it when this process has the uid that it keeps.
     """
     ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
@@ -140,16 +144,16 @@ def has_ended(child: int, within_s: float) -> bool:
 def kill_group(child: int) -> int:
     """Kill a child and all that it has started in its group, stopped or not; return its exit status as `os` codes it.
 
-    The status is taken last: until then the number is not given to another.
+    The status is taken last, because until then no other process gets the number.
     """
-    for reach in (os.killpg, os.kill):  # it may not lead its group yet
+    for kill in (os.killpg, os.kill):  # the child may not lead its group yet
         with suppress(ProcessLookupError):
-            reach(child, signal.SIGKILL)
+            kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 class _Event(ctypes.Structure):
-    """What happens at the end of a timer: sigevent(3type)."""
+    """The event at the end of a timer: sigevent(3type)."""
 
     _fields_ = [
         ("value", ctypes.c_void_p),
@@ -160,13 +164,14 @@ class _Event(ctypes.Structure):
 
 
 def be_killed_after(seconds: float) -> bool:
-    """Have the kernel kill this process after so many seconds, whatever it waits for, and though it is stopped.
+    """Have the kernel kill this process after so many seconds, even if it waits or is stopped.
 
-    No child inherits that, nor does a program that takes its place. Return whether the kernel has such a timer.
+    Neither a child nor a program that takes the place of this one inherits the timer. Return whether the kernel has
+    such a timer.
     """
     libc = ctypes.CDLL(None)
     event, timer = _Event(number=signal.SIGKILL), ctypes.c_void_p()
-    seconds = max(0.001, seconds)  # none would be no end
+    seconds = max(0.001, seconds)  # 0 would stop the timer
     moment = (ctypes.c_long * 4)(0, 0, int(seconds), int(seconds % 1 * 1e9))
     if libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)):
         return False
@@ -174,28 +179,28 @@ def be_killed_after(seconds: float) -> bool:
 
 
 def signal_all(uid: int, number: signal.Signals) -> bool:
-    """A signal to every process of this uid in one step of the kernel, as none but that uid itself can send it.
+    """Send a signal to every process of this uid in one step of the kernel, as that uid itself could.
 
-    False where there was no room for the sender: then whoever is found is reached one by one.
+    Return False where no process could be made to send it: then the caller signals the processes one by one.
 
-    Looking for processes and killing what was found, even after stopping it, is not enough: a program that goes on in
-    its child and ends the parent is never there any more when its turn comes (seen). kill(-1) holds the kernel's list,
-    and a fork that is under way gets the signal too. The sender has the uid as its effective one only, and a real one
-    that nobody has, so that the renter cannot strike first.
+    To look for processes and to kill those found, even after stopping them, is not enough: a program that goes on in
+    its child and ends the parent has always gone when its turn comes (seen). kill(-1) holds the kernel's list of
+    processes, and a fork that is under way gets the signal too. The sender has the uid as its effective one only, and a
+    real uid that nobody has, so that the renter cannot signal the sender first.
     """
     return act_as(uid, lambda: os.kill(-1, number))
 
 
 def lower_priority(uid: int) -> bool:
-    """Give all processes of this uid the lowest priority in one step of the kernel, as `strike` reaches them.
+    """Give all processes of this uid the lowest priority in one step of the kernel, in the way of `signal_all`.
 
-    Root needs a capability for it that a worker has not.
+    Root itself would need a capability for it that a worker does not have.
     """
     return act_as(uid, lambda: os.setpriority(os.PRIO_USER, uid, LOWEST_PRIORITY))
 
 
 def act_as(uid: int, act: Callable[[], object]) -> bool:
-    """Do what this uid may do to its processes, in a child that they cannot reach; False: there was no room for it."""
+    """Do what this uid may do, in a child that its processes cannot signal; return False if no child could be made."""
     try:
         child = os.fork()
     except OSError:
@@ -204,17 +209,21 @@ def act_as(uid: int, act: Callable[[], object]) -> bool:
         with suppress(OSError):
             os.setgroups([])
             os.setresgid(_NOBODYS_ID, _NOBODYS_ID, _NOBODYS_ID)
-            own = _NOBODYS_ID + os.getpid()  # one for each sender: two strikes at a time must not hit each other
+            own = _NOBODYS_ID + os.getpid()  # a different one for each sender, so that none signals another
             os.setresuid(own, uid, own)
             act()
         os._exit(0)
     while os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1]):
-        os.kill(child, signal.SIGCONT)  # whoever stopped it must not have this process wait for ever
+        os.kill(child, signal.SIGCONT)  # if anything stopped it, this process must not wait forever
     return True
 
 
 def signal_process(pid: int, renters: Mapping[int, str], number: signal.Signals) -> None:
-    """Through a descriptor opened before the last look: a number that was given to another meanwhile is not hit."""
+    """Signal a process if it belongs to one of these renters (uid: username).
+
+    The descriptor is opened before the last look at the owner, so that another process that got the number is not
+    signalled.
+    """
     try:
         descriptor = os.pidfd_open(pid)
     except OSError:
@@ -230,15 +239,17 @@ def signal_process(pid: int, renters: Mapping[int, str], number: signal.Signals)
 
 
 def own_score() -> int:
+    """Return the score of this process."""
     return int((PROC / "self" / SCORE).read_text())
 
 
 def give_score(pid: int, score: int) -> None:
-    """For a process of root's. Raise OSError where it has ended, or where the kernel refuses."""
+    """Set the score of a process of root. Raise OSError where it has ended, or where the kernel refuses."""
     (PROC / str(pid) / SCORE).write_text(str(score))
 
 
 def name_of(pid: int) -> str:
+    """Return the name of a process, or "gone"."""
     try:
         return (PROC / str(pid) / "comm").read_text(errors="replace").strip()
     except OSError:
@@ -246,7 +257,9 @@ def name_of(pid: int) -> str:
 
 
 def log_in_name(pid: int) -> str | None:
-    """The renter's name in the title of one of sshd's processes of root: `sshd-session: r-abc [priv]`."""
+    """Return the renter's name in the title of one of sshd's processes of root, `sshd-session: r-abc [priv]`; None if
+    none.
+    """
     try:
         title = (PROC / str(pid) / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
     except OSError:

@@ -1,4 +1,8 @@
-"""Removing directory trees as root where a renter may change them meanwhile."""
+"""Removing directory trees as root where a renter may change them meanwhile.
+
+Nothing here follows a link, or a path that a renter may change: each step goes from an open directory to an entry in it
+(openat with O_NOFOLLOW).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,10 @@ OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def remove_entry(folder: int, name: str, expected: os.stat_result | None = None) -> int:
-    """Remove one entry of an open directory with all that is in it; returns the number of entries removed."""
+    """Remove one entry of an open directory with all that is in it; return the number of entries removed.
+
+    Where `expected` is given, a directory is removed only if it still is the one that was looked at.
+    """
     if stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
         return _remove_tree(folder, name, expected)
     os.unlink(name, dir_fd=folder)
@@ -31,11 +38,12 @@ def remove_tree(place: Path) -> None:
 
 
 def _remove_tree(parent: int, name: str, expected: os.stat_result | None) -> int:
-    """However deep and however full: inner directories are moved up to the top, so two are open at a time."""
+    """Remove a directory of any depth and size. Inner directories are moved to the top, so that two are open at a
+    time."""
     removed = 0
     with _shut(parent, name) as top:
         if expected and not os.path.samestat(os.fstat(top), expected):
-            return 0  # a neighbour has put something else in its place
+            return 0  # another renter has put something else in its place
         lifted = _Names()
         while True:
             files, waiting = _clear(top, top, lifted)
@@ -54,7 +62,7 @@ def _remove_tree(parent: int, name: str, expected: os.stat_result | None) -> int
 
 
 class _Names:
-    """New names for directories that are moved, which a renter cannot have guessed."""
+    """New names for moved directories, which a renter cannot guess."""
 
     def __init__(self) -> None:
         self._prefix = os.urandom(8).hex()  # `secrets` would cost each call of this program 4 ms
@@ -68,7 +76,7 @@ class _Names:
 
 
 def _clear(folder: int, top: int, lifted: _Names) -> tuple[int, list[str]]:
-    """Unlink all files of an open directory and move its directories to the top; how many, and their new names."""
+    """Unlink all files of an open directory and move its directories to the top; return how many, and the new names."""
     files, moved = 0, []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -83,7 +91,7 @@ def _clear(folder: int, top: int, lifted: _Names) -> tuple[int, list[str]]:
 
 @contextmanager
 def _shut(parent: int, name: str) -> Iterator[int]:
-    """A directory, open to us and shut to all others, whatever its mode or access list let them do before."""
+    """Give a directory opened by root and shut to all others, whatever its mode or access list was."""
     folder = os.open(name, OPEN_FOLDER, dir_fd=parent)
     try:
         os.fchmod(folder, 0o700)
