@@ -61,7 +61,7 @@ options:
         description: Whether the worker also kills the processes of the rental. For lock.
         type: bool
       move:
-        description: The number of the planned migration, which an order of an earlier one cannot thaw. For freeze and thaw.
+        description: The number of the planned migration; an order with a lower one cannot thaw. For freeze and thaw.
         type: int
       boot_id:
         description: The boot of the worker's container that the order is for. Another boot refuses. Optional.
