@@ -21,7 +21,7 @@ from orion.manager.store.events import BATCH
 
 async def say(house: House, *kinds: str, owner: str | None = None, **ids: str) -> None:
     for kind in kinds:
-        await house.store.write(record, Event(kind, "somebody", "because", owner, **ids))
+        await house.store.write(record, Event(kind=kind, actor="somebody", reason="because", owner=owner, **ids))
 
 
 @asynccontextmanager
@@ -158,7 +158,10 @@ async def remove(house: House, number: int) -> None:
 
 
 def write_many(connection: Any) -> None:
-    record(connection, *(Event(f"test.n{number}", "somebody", "because") for number in range(2 * BATCH + 50)))
+    record(
+        connection,
+        *(Event(kind=f"test.n{number}", actor="somebody", reason="because") for number in range(2 * BATCH + 50)),
+    )
 
 
 async def test_the_oldest_events_are_removed_in_batches_and_that_is_an_event(house: House) -> None:
@@ -272,7 +275,13 @@ async def test_a_client_s_stream_holds_nothing_of_others(house: House) -> None:
 
 async def test_a_stream_that_lags_behind_misses_nothing(house: House) -> None:
     def many(connection: Any) -> None:
-        record(connection, *(Event(f"test.n{number}", "somebody", "because") for number in range(wire.MAX_PAGE + 20)))
+        record(
+            connection,
+            *(
+                Event(kind=f"test.n{number}", actor="somebody", reason="because")
+                for number in range(wire.MAX_PAGE + 20)
+            ),
+        )
 
     await house.store.write(many)
     async with stream(house, house.secrets.admin_token) as lines:

@@ -165,9 +165,11 @@ def test_a_worker_becomes_ready_in_time_though_a_salvage_never_ends() -> None:
     rental = active_rental(1, epoch=2, state=RentalState.QUEUED)
     lost = new_placement(replace(rental, epoch=1), joining, PlacementState.LOST)
     world = new_world(joining, rental, lost)
-    shown = {joining.id: (Item(rental.id, rental.username, rental.uid, 1),)}
+    shown = {joining.id: (Item(rental_id=rental.id, username=rental.username, uid=rental.uid, epoch=1),)}
     for age_s, kind in ((SALVAGE_WITHIN_S, TaskKind.SALVAGE), (SALVAGE_WITHIN_S + 1, TaskKind.DELETE)):
-        decision = decide(world, Facts(shown, frozenset(), {joining.id: age_s}, iter("p")))
+        decision = decide(
+            world, Facts(inventories=shown, leaving=frozenset(), ages={joining.id: age_s}, new_ids=iter("p"))
+        )
         assert [task.kind for task in decision.tasks] == [kind]
     (event,) = [event for step in decision.steps for event in step.events if event.kind.startswith("rental.salvage")]
     assert (event.kind, "is lost" in event.reason) == ("rental.salvage_failed", True)

@@ -32,7 +32,7 @@ PATIENT = [
     (kind, state) for kind, table in TABLES.items() for state, row in table.items() if row.deadline_s is not None
 ]
 LATE_S = 1.0
-CALM = Brake(-10_000.0, None, "")
+CALM = Brake(disturbed_at=-10_000.0, since=None, reason="")
 
 
 def ids() -> Iterator[str]:
@@ -43,7 +43,12 @@ def decided(world: World, late: str, rounds: int = 4, **facts: Any) -> World:
     """The world after some rounds in which `late` has been in its state for longer than any deadline."""
     new_ids = ids()
     for _ in range(rounds):
-        decision = decide(world, Facts({}, frozenset(), {late: QUEUE_DEADLINE_S + LATE_S}, new_ids, **facts))
+        decision = decide(
+            world,
+            Facts(
+                inventories={}, leaving=frozenset(), ages={late: QUEUE_DEADLINE_S + LATE_S}, new_ids=new_ids, **facts
+            ),
+        )
         for step in decision.steps:
             assert world.apply(step)
     return world
@@ -52,8 +57,18 @@ def decided(world: World, late: str, rounds: int = 4, **facts: Any) -> World:
 def judged(health: Health, silent_s: float, **change: Any) -> Health:
     """What becomes of a worker that was in a state for too long."""
     worker = new_worker(health=health, **change)
-    lease = Lease(worker.session_id or "", -silent_s)
-    verdict = judge(Evidence(worker, lease, 0.0, Clocks(), CALM, refuge=True, joining_s=JOIN_DEADLINE_S + LATE_S))
+    lease = Lease(session_id=worker.session_id or "", received_at=-silent_s)
+    verdict = judge(
+        Evidence(
+            worker=worker,
+            lease=lease,
+            now=0.0,
+            clocks=Clocks(),
+            brake=CALM,
+            refuge=True,
+            joining_s=JOIN_DEADLINE_S + LATE_S,
+        )
+    )
     if verdict is None:
         return health
     move_worker(worker, verdict.to, verdict.reason)  # raises what is not in the table

@@ -88,7 +88,10 @@ async def test_nobody_is_let_through_to_a_rental_that_stands_still_for_its_move(
     async def hold(move: int) -> None:
         def put(connection: Connection) -> None:
             connection.execute(update(placements).values(held=move))
-            record(connection, Event("rental.held", "reconciler", "it moves", rental_id=rental["id"], epoch=1))
+            record(
+                connection,
+                Event(kind="rental.held", actor="reconciler", reason="it moves", rental_id=rental["id"], epoch=1),
+            )
 
         await house.store.write(put)
 
@@ -249,10 +252,18 @@ async def test_what_ends_of_another_epoch_ends_no_session(house: House, sshds: S
     async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
         assert await client.is_in()
         for epoch in (rental["epoch"] - 1, rental["epoch"] + 1):
-            other = Event("placement.failed", "reconciler", "it came to nothing", rental_id=rental["id"], epoch=epoch)
+            other = Event(
+                kind="placement.failed",
+                actor="reconciler",
+                reason="it came to nothing",
+                rental_id=rental["id"],
+                epoch=epoch,
+            )
             await house.store.write(record, other)
         assert client.heard.empty()
-        its_own = Event("placement.lost", "reconciler", "its worker is down", rental_id=rental["id"], epoch=1)
+        its_own = Event(
+            kind="placement.lost", actor="reconciler", reason="its worker is down", rental_id=rental["id"], epoch=1
+        )
         await house.store.write(record, its_own)
         assert (await client.hears())["code"] == MOVED
     assert len(sshds.connected) == 1

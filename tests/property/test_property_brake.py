@@ -83,7 +83,12 @@ EVIDENCE = st.builds(
     ),
     now=st.floats(1000, 3000),
     clocks=st.just(CLOCKS),
-    brake=st.builds(Brake, st.floats(0, 3000), st.none() | st.floats(0, 3000), st.just("why")),
+    brake=st.builds(
+        Brake,
+        disturbed_at=st.floats(0, 3000),
+        since=st.none() | st.floats(0, 3000),
+        reason=st.just("why"),
+    ),
     refuge=st.booleans(),
     joining_s=st.floats(0, 600),
     losses=st.integers(0, 5),

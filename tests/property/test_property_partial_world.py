@@ -36,7 +36,9 @@ class Partly(Platform):
 
         def facts(**different: Any) -> Facts:
             ids = (f"p-{start:06d}-{number}" for number in range(1000))
-            return replace(Facts(dict(self.inventories), leaving, ages, ids), **different)
+            return replace(
+                Facts(inventories=dict(self.inventories), leaving=leaving, ages=ages, new_ids=ids), **different
+            )
 
         part, shown = self._part(world, leaving)
         whole = decide(_now(MemoryLedger(world).load()), facts())  # what is purged is not in it
@@ -53,7 +55,11 @@ class Partly(Platform):
         _now(ledger.follow(lambda changes: roster.apply(changes, self.now)))
         for worker_id, inventory in self.inventories.items():
             leases.open(worker_id, "session", self.now, inventory)
-            leases.renew(worker_id, Beat("session", 1, inventory, worker_id in leaving), self.now)
+            leases.renew(
+                worker_id,
+                Beat(session_id="session", seq=1, inventory=inventory, leaving=worker_id in leaving),
+                self.now,
+            )
             reconciler.shown(worker_id, inventory)
         looked_at = reconciler._look_at()
         return _now(reconciler._snapshot(looked_at)), leases.inventories(looked_at)

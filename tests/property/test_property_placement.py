@@ -22,7 +22,7 @@ def candidates(draw: st.DrawFn, number: int) -> Candidate:
         intent=draw(st.sampled_from([Intent.ACTIVE, Intent.ACTIVE, *Intent])),
     )
     used = draw(st.frozensets(st.integers(0, slots), max_size=slots))
-    return Candidate(worker, used, draw(st.booleans()), draw(st.booleans()))
+    return Candidate(worker=worker, used=used, failed_here=draw(st.booleans()), leaving=draw(st.booleans()))
 
 
 POOLS = st.integers(0, 6).flatmap(lambda size: st.tuples(*(candidates(number) for number in range(size)))).map(list)

@@ -355,7 +355,10 @@ class Platform(RuleBasedStateMachine):
         ages = {identity: self.now - since for (identity, _), since in self.since.items()}
         new_ids = (f"p-{number:06d}" for number in self.numbers)
         before = world.copy()
-        decision = decide(world, Facts(dict(self.inventories), frozenset(self.leaving), ages, new_ids))
+        decision = decide(
+            world,
+            Facts(inventories=dict(self.inventories), leaving=frozenset(self.leaving), ages=ages, new_ids=new_ids),
+        )
         assert world == before, "deciding changes nothing"
         keys = Counter(task.key for task in decision.tasks if task.kind is TaskKind.CREATE)
         assert all(number == 1 for number in keys.values())
@@ -418,7 +421,7 @@ class Platform(RuleBasedStateMachine):
             self.inventories[task.worker_id] = tuple(i for i in shown if (i.rental_id, i.epoch) != cleaned)
         self.attempts[task] += 1
         step = (
-            succeeded(self.world, Ended(task, True, self.now, self.now, {"left": []}))
+            succeeded(self.world, Ended(task=task, ok=True, wall=self.now, counts_from=self.now, report={"left": []}))
             if well
             else failed(self.world, task, "it broke", self.attempts[task])
         )

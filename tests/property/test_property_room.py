@@ -42,7 +42,9 @@ def test_a_pool_chooses_one_after_the_other_as_a_look_at_all_candidates_does(
             break
         pool.take(choice)
         taken = now[choice.worker_id]
-        now[choice.worker_id] = Candidate(taken.worker, taken.used | {choice.slot}, taken.failed_here, taken.leaving)
+        now[choice.worker_id] = Candidate(
+            worker=taken.worker, used=taken.used | {choice.slot}, failed_here=taken.failed_here, leaving=taken.leaving
+        )
 
 
 def test_who_is_elsewhere_counts_in_the_explanation_and_one_that_could_take_it_is_waited_for() -> None:
@@ -53,4 +55,4 @@ def test_who_is_elsewhere_counts_in_the_explanation_and_one_that_could_take_it_i
 
 
 def _unfailed(candidate: Candidate) -> Candidate:
-    return Candidate(candidate.worker, candidate.used, False, candidate.leaving)
+    return Candidate(worker=candidate.worker, used=candidate.used, failed_here=False, leaving=candidate.leaving)

@@ -39,7 +39,9 @@ class Front:
                 created_at=self._wall(),
                 start=CRASHES if int(key) % 4 == 3 else SERVES if int(key) % 2 else "",
             )
-            self._ledger.events.append(Event("rental.queued", owner, "asked for", owner, identity, epoch=0))
+            self._ledger.events.append(
+                Event(kind="rental.queued", actor=owner, reason="asked for", owner=owner, rental_id=identity, epoch=0)
+            )
             self._ledger.tell(rental_ids=[identity])
         return identity
 
@@ -65,7 +67,7 @@ class Front:
             self._ledger.world.workers[worker_id] = replace(worker, intent=to, **cleared)
             self._ledger.tell([worker_id])
             kind = "worker.resumed" if resumed else "worker.drain_started"
-            self._ledger.events.append(Event(kind, "operator", "asked for", worker_id=worker_id))
+            self._ledger.events.append(Event(kind=kind, actor="operator", reason="asked for", worker_id=worker_id))
         if resumed:
             self._leases.forgive(worker_id)
 
@@ -77,7 +79,9 @@ class Front:
             return False
         del world.workers[worker_id]
         self._ledger.tokens.pop(worker_id, None)
-        self._ledger.events.append(Event("worker.removed", "operator", "asked for", worker_id=worker_id))
+        self._ledger.events.append(
+            Event(kind="worker.removed", actor="operator", reason="asked for", worker_id=worker_id)
+        )
         self._ledger.tell([worker_id])
         self._leases.end(worker_id)
         return True

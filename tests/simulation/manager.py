@@ -172,7 +172,14 @@ class SimulatedManager:
     async def _heartbeat(self, worker_id: str, address: str, body: Mapping[str, Any]) -> Answer:
         leaving = body.get("leaving", False)
         vacating = body.get("vacating", False)
-        beat = Beat(body["session_id"], body["seq"], tuple(_items(body)), leaving, body["lease_s"], vacating)
+        beat = Beat(
+            session_id=body["session_id"],
+            seq=body["seq"],
+            inventory=tuple(_items(body)),
+            leaving=leaving,
+            lease_s=body["lease_s"],
+            vacating=vacating,
+        )
         found = self.call_home.heartbeat(worker_id, beat, address)
         await self.point()
         self.leases.note(worker_id, self.sim.wall(), {})
@@ -253,7 +260,10 @@ class WithPoints:
 
 
 def _items(body: Mapping[str, Any]) -> list[Item]:
-    return [Item(i["rental_id"], i["username"], i["uid"], i["epoch"]) for i in body["inventory"]]
+    return [
+        Item(rental_id=i["rental_id"], username=i["username"], uid=i["uid"], epoch=i["epoch"])
+        for i in body["inventory"]
+    ]
 
 
 def _orders(found: list[tuple[Item, str]]) -> list[dict[str, Any]]:

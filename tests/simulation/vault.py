@@ -65,7 +65,7 @@ class SimulatedVault:
     async def _keep(self, home: Home, content: float, spare: Generation | None, salvage: bool = False) -> Copied:
         there = self.sim.stored.setdefault(home.rental_id, {})
         generation = Generation(home.epoch, next_number(list(there), home.epoch))
-        copy = there[generation] = Copy(generation, content, 1, 1, salvage=salvage)
+        copy = there[generation] = Copy(generation=generation, at=content, bytes=1, files=1, salvage=salvage)
         for old in there.keys() - kept(there.values()) - {spare}:
             del there[old]
         await self.manager.point()

@@ -80,7 +80,7 @@ def new_placement(rental: Rental, worker: Worker, state: PlacementState, **chang
 
 
 def new_world(*rows: Worker | Rental | Placement) -> World:
-    world = World({}, {}, {})
+    world = World(workers={}, rentals={}, placements={})
     for row in rows:
         table: dict[str, Any] = {Worker: world.workers, Rental: world.rentals, Placement: world.placements}[type(row)]
         table[row.id] = row

@@ -363,7 +363,7 @@ class House:
 
     def end_the_brake_of_the_start(self) -> None:
         """As if the manager had been running for long."""
-        self.manager.health.brake = Brake(self.clock.now - 1000.0, None, "")
+        self.manager.health.brake = Brake(disturbed_at=self.clock.now - 1000.0, since=None, reason="")
 
     def live_copies(self, rental_id: str) -> list[int]:
         """The epochs in which somebody could log in to a rental, over all workers that run."""

@@ -72,7 +72,7 @@ async def test_what_is_let_in_is_copied_at_once_and_again_after_its_first_sessio
 
     async def at_once(kind: str) -> bool:
         book.begun = {}
-        loop.hear([Event(kind, "", "", rental_id="one", epoch=book.epochs["one"])])
+        loop.hear([Event(kind=kind, actor="", reason="", rental_id="one", epoch=book.epochs["one"])])
         await _round(loop)
         return bool(book.begun)
 

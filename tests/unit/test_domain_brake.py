@@ -11,7 +11,7 @@ from orion.manager.domain.clocks import Clocks
 
 CLOCKS = Clocks()
 START = 1000.0
-OFF = Brake(0.0, None, "")
+OFF = Brake(disturbed_at=0.0, since=None, reason="")
 FINE = Observation(door_open=True, late_s=0.0, heard_at=None, silent_since=(), pool=3)
 SHUT = replace(FINE, door_open=False)
 

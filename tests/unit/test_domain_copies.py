@@ -41,7 +41,7 @@ GENERATIONS = st.lists(st.builds(Generation, st.integers(1, 5), st.integers(1, 9
 
 
 def copy_of(generation: Generation) -> Copy:
-    return Copy(generation, 5.0, 0, 1)
+    return Copy(generation=generation, at=5.0, bytes=0, files=1)
 
 
 @given(GENERATIONS)

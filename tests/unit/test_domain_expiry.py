@@ -11,7 +11,7 @@ from orion.manager.domain.expiry import FAR_S, NEAR_S, SETTLE_S, Mark, WallClock
 from orion.manager.domain.states import ENDED, RentalState
 
 WALL = 1_800_000_000.0
-BELIEVED = WallClock(WALL)
+BELIEVED = WallClock(offset_s=WALL)
 LIVING = set(RentalState) - ENDED - {RentalState.RELEASING}
 
 
@@ -43,7 +43,7 @@ def test_one_that_was_active_expires_wherever_it_is(state: RentalState) -> None:
 @pytest.mark.parametrize("jump_s", [NEAR_S - 1, 1 - NEAR_S, 2.1, -2.1])
 def test_a_clock_that_jumped_expires_nobody_until_it_has_gone_evenly_for_a_while(jump_s: float) -> None:
     rental = active_rental(expires_at=WALL)
-    clock, now = WallClock(WALL), 0.0
+    clock, now = WallClock(offset_s=WALL), 0.0
     while now < SETTLE_S:
         clock = clock.observe(WALL + jump_s + now, now)
         assert not clock.believed
@@ -54,7 +54,7 @@ def test_a_clock_that_jumped_expires_nobody_until_it_has_gone_evenly_for_a_while
 
 
 def test_a_second_jump_starts_the_wait_again() -> None:
-    clock = WallClock(WALL).observe(WALL + 10, 0.0)
+    clock = WallClock(offset_s=WALL).observe(WALL + 10, 0.0)
     clock = clock.observe(WALL + 250 + 30, 250.0)
     clock = clock.observe(WALL + 300 + 30, 300.0)
     assert not clock.believed
@@ -64,7 +64,7 @@ def test_a_second_jump_starts_the_wait_again() -> None:
 @pytest.mark.parametrize("jump_s", [NEAR_S + 1, -NEAR_S - 1, 40 * 86_400.0, -3600.0])
 def test_a_clock_that_is_far_is_never_believed_by_itself(jump_s: float) -> None:
     rental = active_rental(expires_at=WALL)
-    clock = WallClock(WALL)
+    clock = WallClock(offset_s=WALL)
     for now in range(0, 100_000, 10):
         clock = clock.observe(WALL + jump_s + now, float(now))
         assert expire([rental], WALL + jump_s + now, clock) == []
@@ -74,7 +74,7 @@ def test_a_clock_that_is_far_is_never_believed_by_itself(jump_s: float) -> None:
 
 
 def test_a_clock_that_comes_back_is_believed_when_it_has_gone_evenly_for_a_while() -> None:
-    clock = WallClock(WALL).observe(WALL + 86_400, 0.0)
+    clock = WallClock(offset_s=WALL).observe(WALL + 86_400, 0.0)
     clock = clock.observe(WALL + 1000, 1000.0)
     assert not clock.believed
     assert clock.settles
@@ -83,14 +83,19 @@ def test_a_clock_that_comes_back_is_believed_when_it_has_gone_evenly_for_a_while
 
 @pytest.mark.parametrize("jump_s", [-3600.0, 5.0, 40 * 86_400.0])
 def test_what_was_believed_goes_on_beside_a_clock_that_jumped(jump_s: float) -> None:
-    clock = WallClock(WALL).observe(WALL + 10, 10.0).observe(WALL + 20 + jump_s, 20.0).observe(WALL + 50 + jump_s, 50.0)
+    clock = (
+        WallClock(offset_s=WALL)
+        .observe(WALL + 10, 10.0)
+        .observe(WALL + 20 + jump_s, 20.0)
+        .observe(WALL + 50 + jump_s, 50.0)
+    )
     assert clock.as_believed(60.0) == WALL + 60
     assert clock.confirmed().as_believed(60.0) == WALL + 60 + jump_s
 
 
 def test_many_small_jumps_do_not_carry_a_clock_far() -> None:
     """Not faster than one that settles does: each has to go evenly, and near to what was believed before it."""
-    clock = WallClock(WALL)
+    clock = WallClock(offset_s=WALL)
     for number in range(1, 100):
         clock = clock.observe(WALL + 100 * number, 0.0)
     assert not clock.settles
@@ -161,7 +166,7 @@ def test_one_that_is_ended_late_is_said_to_end_now_so_that_its_copies_are_kept_f
 
 def test_a_clock_that_is_slewed_is_believed_all_the_way() -> None:
     """NTP corrects by at most 500 ppm; here a hundred times as fast, over half an hour."""
-    clock, now = WallClock(WALL), 0.0
+    clock, now = WallClock(offset_s=WALL), 0.0
     for _ in range(1800):
         now += 1.0
         clock = clock.observe(WALL + now * 1.05, now)
@@ -171,7 +176,7 @@ def test_a_clock_that_is_slewed_is_believed_all_the_way() -> None:
 
 @given(st.lists(st.floats(-5000, 5000), min_size=1, max_size=30))
 def test_nobody_expires_within_settling_time_of_a_jump(jumps: list[float]) -> None:
-    clock, offset, now, jumped_at = WallClock(WALL), WALL, 0.0, None
+    clock, offset, now, jumped_at = WallClock(offset_s=WALL), WALL, 0.0, None
     for jump in jumps:
         now += 30.0
         offset += jump

@@ -17,16 +17,19 @@ from orion.manager.domain.states import JOIN_DEADLINE_S, Health
 
 CLOCKS = Clocks()
 NOW = 10_000.0
-OFF = Brake(0.0, None, "")
-ON = Brake(0.0, NOW - 10, "because")
+OFF = Brake(disturbed_at=0.0, since=None, reason="")
+ON = Brake(disturbed_at=0.0, since=NOW - 10, reason="because")
 
 
 def evidence(health: Health, silent_s: float = 1.0, **change: Any) -> Evidence:
     """A verified worker that was last heard `silent_s` ago; `worker` and `lease` take changes of those."""
     worker = replace(new_worker(health=health), **change.pop("worker", {}))
-    lease = replace(Lease(SESSION, NOW - silent_s, 5, (), lease_s=CLOCKS.freeze_after_s), **change.pop("lease", {}))
+    lease = replace(
+        Lease(session_id=SESSION, received_at=NOW - silent_s, seq=5, inventory=(), lease_s=CLOCKS.freeze_after_s),
+        **change.pop("lease", {}),
+    )
     fields = {"brake": OFF, "refuge": True} | change
-    return Evidence(worker, lease, NOW, CLOCKS, **fields)
+    return Evidence(worker=worker, lease=lease, now=NOW, clocks=CLOCKS, **fields)
 
 
 def verdict(health: Health, silent_s: float = 1.0, **change: Any) -> Health | None:
@@ -59,7 +62,9 @@ def test_a_brake_does_not_keep_anybody_from_becoming_suspect() -> None:
 
 
 def test_grace_that_begins_anew_hides_nobody_s_silence() -> None:
-    just_disturbed = Brake(NOW - 1, NOW - 1, "the manager cannot reach itself through the proxy")
+    just_disturbed = Brake(
+        disturbed_at=NOW - 1, since=NOW - 1, reason="the manager cannot reach itself through the proxy"
+    )
     assert verdict(Health.READY, 41, brake=just_disturbed) is Health.SUSPECT
 
 
@@ -105,7 +110,7 @@ def test_a_worker_that_registered_again_is_checked_again(health: Health) -> None
 
 def test_a_down_worker_stays_down_until_it_is_heard_in_a_session_that_is_not_over() -> None:
     down = new_worker(health=Health.DOWN)
-    assert judge(Evidence(down, None, NOW, CLOCKS, OFF, refuge=True)) is None
+    assert judge(Evidence(worker=down, lease=None, now=NOW, clocks=CLOCKS, brake=OFF, refuge=True)) is None
     assert verdict(Health.DOWN, lease={"session_id": "another"}, worker={"verified_session": None}) is None
     assert verdict(Health.DOWN, silent_s=41, **UNVERIFIED) is None
 
@@ -119,7 +124,7 @@ def test_the_manager_s_own_absence_makes_a_ready_worker_unknown_and_not_suspect(
 def test_one_that_was_not_heard_since_the_manager_started_has_a_doubled_grace(
     health: Health, since_start_s: float, to: Health | None
 ) -> None:
-    started = Brake(NOW - since_start_s, None, "")
+    started = Brake(disturbed_at=NOW - since_start_s, since=None, reason="")
     assert verdict(health, brake=started, **NOT_HEARD_YET) is to
 
 
@@ -189,9 +194,24 @@ def test_a_reason_tells_how_long_it_was_silent() -> None:
 
 def test_a_worker_without_any_lease_is_judged_by_the_manager_s_start() -> None:
     orphan: Worker = new_worker(health=Health.SUSPECT)
-    started = Brake(NOW - 181, None, "")
-    assert judge(Evidence(orphan, None, NOW, CLOCKS, started, refuge=False)).to is Health.DOWN
-    assert judge(Evidence(orphan, None, NOW, CLOCKS, replace(started, disturbed_at=NOW - 179), refuge=False)) is None
+    started = Brake(disturbed_at=NOW - 181, since=None, reason="")
+    assert (
+        judge(Evidence(worker=orphan, lease=None, now=NOW, clocks=CLOCKS, brake=started, refuge=False)).to
+        is Health.DOWN
+    )
+    assert (
+        judge(
+            Evidence(
+                worker=orphan,
+                lease=None,
+                now=NOW,
+                clocks=CLOCKS,
+                brake=replace(started, disturbed_at=NOW - 179),
+                refuge=False,
+            )
+        )
+        is None
+    )
 
 
 CLOSED = Watched(closed_at=NOW - 0.5)

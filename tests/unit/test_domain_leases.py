@@ -9,8 +9,8 @@ from orion.manager.domain.model import Item
 
 WORKER = "w-1"
 LEASE_S = 75.0
-ITEM = Item("rental1", "r-rental1", 100_001, 1)
-OTHER = Item("rental2", "r-rental2", 100_002, 4)
+ITEM = Item(rental_id="rental1", username="r-rental1", uid=100_001, epoch=1)
+OTHER = Item(rental_id="rental2", username="r-rental2", uid=100_002, epoch=4)
 
 
 @pytest.fixture
@@ -21,18 +21,24 @@ def leases() -> Leases:
 
 
 def renew(leases: Leases, seq: int = 0, now: float = 20.0, session: str = "session-1", leaving: bool = False) -> bool:
-    return leases.renew(WORKER, Beat(session, seq, (ITEM,), leaving, LEASE_S), now)
+    return leases.renew(
+        WORKER, Beat(session_id=session, seq=seq, inventory=(ITEM,), leaving=leaving, lease_s=LEASE_S), now
+    )
 
 
 def test_a_registration_opens_a_lease_with_its_inventory(leases: Leases) -> None:
-    assert leases.get(WORKER) == Lease("session-1", 10.0, -1, (ITEM,), lease_s=LEASE_S)
+    assert leases.get(WORKER) == Lease(
+        session_id="session-1", received_at=10.0, seq=-1, inventory=(ITEM,), lease_s=LEASE_S
+    )
     assert leases.inventories([WORKER]) == {WORKER: (ITEM,)}
     assert leases.heard_at == 10.0
 
 
 def test_a_heartbeat_of_the_session_renews_it(leases: Leases) -> None:
     assert renew(leases, 7)
-    assert leases.get(WORKER) == Lease("session-1", 20.0, 7, (ITEM,), lease_s=LEASE_S)
+    assert leases.get(WORKER) == Lease(
+        session_id="session-1", received_at=20.0, seq=7, inventory=(ITEM,), lease_s=LEASE_S
+    )
     assert leases.heard_at == 20.0
 
 
@@ -53,7 +59,9 @@ def test_a_heartbeat_of_an_unknown_worker_renews_nothing() -> None:
 def test_a_heartbeat_that_was_overtaken_renews_nothing(leases: Leases, late: int) -> None:
     assert renew(leases, 5)
     assert not renew(leases, late, now=30.0)
-    assert leases.get(WORKER) == Lease("session-1", 20.0, 5, (ITEM,), lease_s=LEASE_S)
+    assert leases.get(WORKER) == Lease(
+        session_id="session-1", received_at=20.0, seq=5, inventory=(ITEM,), lease_s=LEASE_S
+    )
     assert renew(leases, 6, now=31.0)
 
 
@@ -88,7 +96,7 @@ def test_one_that_registered_since_it_was_looked_at_is_not_revoked(leases: Lease
 def test_after_a_restart_sessions_are_known_but_silent() -> None:
     leases = Leases(LEASE_S)
     leases.restore({WORKER: "session-1"}, 0.0)
-    assert leases.get(WORKER) == Lease("session-1", lease_s=LEASE_S)
+    assert leases.get(WORKER) == Lease(session_id="session-1", lease_s=LEASE_S)
     assert leases.heard_at is None
     assert leases.inventories([WORKER]) == {}, "what nobody has shown since is not taken for an empty inventory"
 
@@ -102,7 +110,9 @@ def test_after_a_restart_any_number_of_a_known_session_is_taken(seq: int) -> Non
 
 def test_a_restore_does_not_silence_one_that_registered_already(leases: Leases) -> None:
     leases.restore({WORKER: "session-0"}, 0.0)
-    assert leases.get(WORKER) == Lease("session-1", 10.0, -1, (ITEM,), lease_s=LEASE_S)
+    assert leases.get(WORKER) == Lease(
+        session_id="session-1", received_at=10.0, seq=-1, inventory=(ITEM,), lease_s=LEASE_S
+    )
 
 
 def test_a_worker_is_believed_to_live_by_the_longest_lease_that_a_former_manager_gave_until_it_tells() -> None:
@@ -116,7 +126,7 @@ def test_a_worker_is_believed_to_live_by_the_longest_lease_that_a_former_manager
 
 
 def test_a_worker_that_tells_a_longer_lease_than_was_ever_given_gets_no_more_grace(leases: Leases) -> None:
-    assert leases.renew(WORKER, Beat("session-1", 1, (ITEM,), lease_s=86_400.0), 20.0)
+    assert leases.renew(WORKER, Beat(session_id="session-1", seq=1, inventory=(ITEM,), lease_s=86_400.0), 20.0)
     assert leases.get(WORKER).lease_s == LEASE_S
 
 
@@ -134,7 +144,7 @@ def test_a_heartbeat_after_the_goodbye_takes_it_back(leases: Leases) -> None:
 
 
 def test_what_the_manager_purged_is_not_found_in_the_older_inventory_again(leases: Leases) -> None:
-    leases.renew(WORKER, Beat("session-1", 1, (ITEM, OTHER)), 20.0)
+    leases.renew(WORKER, Beat(session_id="session-1", seq=1, inventory=(ITEM, OTHER)), 20.0)
     leases.cleaned(WORKER, OTHER.rental_id, OTHER.epoch + 1)
     assert leases.inventories([WORKER]) == {WORKER: (ITEM, OTHER)}
     leases.cleaned(WORKER, OTHER.rental_id, OTHER.epoch)
@@ -152,7 +162,7 @@ def test_losses_of_ready_count_within_the_window_and_until_they_are_forgiven(lea
 
 def test_a_restart_that_was_announced_is_no_loss_and_the_next_silence_is_one(leases: Leases) -> None:
     leases.open(WORKER, "session-1", 1.0, ())
-    leases.renew(WORKER, Beat("session-1", 1, leaving=True), 2.0)
+    leases.renew(WORKER, Beat(session_id="session-1", seq=1, leaving=True), 2.0)
     leases.open(WORKER, "session-2", 4.0, ())
     assert leases.lost_ready(WORKER, 4.0, 100.0) == 0
     assert leases.lost_ready(WORKER, 50.0, 100.0) == 1
@@ -160,8 +170,8 @@ def test_a_restart_that_was_announced_is_no_loss_and_the_next_silence_is_one(lea
 
 def test_what_is_shown_again_is_kept_once(leases: Leases) -> None:
     shown = leases.get(WORKER).inventory
-    again = Item(ITEM.rental_id, ITEM.username, ITEM.uid, ITEM.epoch)
-    assert leases.renew(WORKER, Beat("session-1", 1, (again,)), 20.0)
+    again = Item(rental_id=ITEM.rental_id, username=ITEM.username, uid=ITEM.uid, epoch=ITEM.epoch)
+    assert leases.renew(WORKER, Beat(session_id="session-1", seq=1, inventory=(again,)), 20.0)
     assert leases.get(WORKER).inventory is shown
 
 

@@ -35,12 +35,12 @@ STANDBY = replace(
 HELD = replace(RUNNING, held=4)
 STOPPING = replace(HELD, state=PlacementState.STOPPING)
 MIGRATING, RELEASING = (replace(RENTAL, state=s) for s in (RentalState.MIGRATING, RentalState.RELEASING))
-OF_HELD = moves.Source(RUNNING.id, SOURCE.id, 1, 4)
+OF_HELD = moves.Source(placement_id=RUNNING.id, worker_id=SOURCE.id, epoch=1, move=4)
 
 
 def facts(**more: frozenset[str]) -> Facts:
     leaving = more.get("vacating", frozenset())
-    return Facts({}, leaving, {}, (f"p-new-{number}" for number in count()), **more)
+    return Facts(inventories={}, leaving=leaving, ages={}, new_ids=(f"p-new-{number}" for number in count()), **more)
 
 
 def world(*placements: Placement) -> World:

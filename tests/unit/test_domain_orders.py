@@ -13,7 +13,7 @@ RENTAL, WORKER = active_rental(epoch=3), new_worker()
 
 
 def item(epoch: int = 3, rental_id: str = RENTAL.id) -> Item:
-    return Item(rental_id, RENTAL.username, RENTAL.uid, epoch)
+    return Item(rental_id=rental_id, username=RENTAL.username, uid=RENTAL.uid, epoch=epoch)
 
 
 @pytest.mark.parametrize(

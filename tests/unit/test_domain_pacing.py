@@ -15,7 +15,7 @@ def play(pauses: list[float], until: float) -> tuple[list[tuple[float, float]], 
 
     Return the moments and pauses of the copies, and the moments in which its owner was told of another interval.
     """
-    pace, now, made, told = Pace(USUAL_S, SHARE), 0.0, [], []
+    pace, now, made, told = Pace(usual_s=USUAL_S, share=SHARE), 0.0, [], []
     waiting = list(pauses)
     while now < until:
         pause_s = waiting[0] if len(waiting) == 1 else waiting.pop(0)
@@ -69,7 +69,7 @@ def test_what_no_pause_is_enough_for_is_tried_in_all_intervals_and_told_once() -
 
 
 def test_a_pause_in_vain_is_paid_off_and_one_that_was_foreseen_costs_nothing() -> None:
-    foreseen, in_vain = Pace(USUAL_S, SHARE), Pace(USUAL_S, SHARE)
+    foreseen, in_vain = Pace(usual_s=USUAL_S, share=SHARE), Pace(usual_s=USUAL_S, share=SHARE)
     foreseen.too_long(0.0, 0.0)
     in_vain.too_long(0.0, LONGEST_PAUSE_S)
     assert [pace.allowed_s(60.0) for pace in (foreseen, in_vain)] == [LONGEST_PAUSE_S, SHORT_PAUSE_S]
@@ -78,7 +78,7 @@ def test_a_pause_in_vain_is_paid_off_and_one_that_was_foreseen_costs_nothing() -
 
 def test_who_stands_still_for_longer_than_allowed_is_copied_again_when_that_is_paid_off() -> None:
     """Its worker did not foresee it, and will not the next time."""
-    pace, now = Pace(USUAL_S, SHARE), 0.0
+    pace, now = Pace(usual_s=USUAL_S, share=SHARE), 0.0
     stood = 0.0
     while now < 36_000:
         pace.copied(now, 2.0)
@@ -90,7 +90,7 @@ def test_who_stands_still_for_longer_than_allowed_is_copied_again_when_that_is_p
 
 
 def test_in_a_debt_a_short_pause_is_allowed() -> None:
-    pace = Pace(USUAL_S, SHARE)
+    pace = Pace(usual_s=USUAL_S, share=SHARE)
     assert pace.allowed_s(0.0) == LONGEST_PAUSE_S
     pace.copied(0.0, 1.0)
     assert pace.allowed_s(199.0) == SHORT_PAUSE_S

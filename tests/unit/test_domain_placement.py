@@ -13,7 +13,7 @@ from orion.manager.domain.states import Health, Intent
 
 def candidate(number: int = 1, used: set[int] | None = None, **change: Any) -> Candidate:
     flags = {name: change.pop(name, False) for name in ("failed_here", "leaving")}
-    return Candidate(new_worker(number, **change), frozenset(used or ()), **flags)
+    return Candidate(worker=new_worker(number, **change), used=frozenset(used or ()), **flags)
 
 
 def test_an_empty_pool_is_said_to_be_empty() -> None:

@@ -18,7 +18,7 @@ WORKER = new_worker(1, slots=2)
 
 
 def facts() -> Facts:
-    return Facts({}, frozenset(), {}, (f"p-{number}" for number in count(1)))
+    return Facts(inventories={}, leaving=frozenset(), ages={}, new_ids=(f"p-{number}" for number in count(1)))
 
 
 @pytest.mark.parametrize("rental", [new_rental(), active_rental(state=RentalState.MIGRATING)], ids=["new", "migrating"])

@@ -13,7 +13,7 @@ from orion.manager.domain.states import Health, Intent, PlacementState, RentalSt
 
 WORKER, RENTAL = new_worker(1, slots=2), active_rental(1)
 RUNNING = new_placement(RENTAL, WORKER, PlacementState.RUNNING)
-SHOWN = Item(RENTAL.id, RENTAL.username, RENTAL.uid, RENTAL.epoch)
+SHOWN = Item(rental_id=RENTAL.id, username=RENTAL.username, uid=RENTAL.uid, epoch=RENTAL.epoch)
 
 
 def roster_of(worker: Worker | None, *placements: Placement, rental: Rental = RENTAL, now: float = 0.0) -> Roster:

@@ -41,7 +41,9 @@ async def store(tmp_path: Path) -> AsyncIterator[Counted]:
 
 async def say(store: Store, *kinds: str, owner: str = "alice", rental_id: str = "one") -> None:
     for kind in kinds:
-        await store.write(record, Event(kind, "somebody", "because", owner, rental_id=rental_id))
+        await store.write(
+            record, Event(kind=kind, actor="somebody", reason="because", owner=owner, rental_id=rental_id)
+        )
 
 
 class Reader:

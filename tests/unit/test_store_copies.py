@@ -36,7 +36,7 @@ WORLD = new_world(
     LOST,
     replace(LOST, id="p-given-up", salvaged=True, epoch=1),
 )
-COPY = Copy(Generation(3, 1), 5000.0, 12_345_678_901, 7, ("secret", "odd \x1b name"))
+COPY = Copy(generation=Generation(3, 1), at=5000.0, bytes=12_345_678_901, files=7, skipped=("secret", "odd \x1b name"))
 
 
 @dataclass

@@ -107,7 +107,10 @@ def test_what_is_committed_survives_a_crash_of_the_machine(store: Store) -> None
 async def test_a_transaction_that_raises_leaves_no_trace_and_no_news(store: Store) -> None:
     def half(connection: Connection) -> None:
         connection.execute(insert(rentals), a_rental())
-        record(connection, Event("rental.queued", "alice", "asked for", "alice", "rental1"))
+        record(
+            connection,
+            Event(kind="rental.queued", actor="alice", reason="asked for", owner="alice", rental_id="rental1"),
+        )
         raise RuntimeError("in the middle")
 
     with store.news.listen(News.EVERYTHING) as changed:
@@ -120,20 +123,31 @@ async def test_a_transaction_that_raises_leaves_no_trace_and_no_news(store: Stor
 
 async def test_the_news_of_a_transaction_that_failed_do_not_come_with_the_next_one(store: Store) -> None:
     def failing(connection: Connection) -> None:
-        record(connection, Event("rental.queued", "alice", "asked for", "alice", "rental1"))
+        record(
+            connection,
+            Event(kind="rental.queued", actor="alice", reason="asked for", owner="alice", rental_id="rental1"),
+        )
         raise RuntimeError
 
     with store.news.listen("rental1") as changed:
         with pytest.raises(RuntimeError):
             await store.write(failing)
-        await store.write(lambda c: record(c, Event("rental.queued", "alice", "x", "alice", "rental2")))
+        await store.write(
+            lambda c: record(
+                c, Event(kind="rental.queued", actor="alice", reason="x", owner="alice", rental_id="rental2")
+            )
+        )
         assert not changed.is_set()
 
 
 async def test_a_commit_wakes_those_who_listen_to_its_rental_or_to_everything_and_nobody_else(store: Store) -> None:
     news = store.news
     with news.listen("rental1") as one, news.listen("rental2") as two, news.listen(News.EVERYTHING) as everything:
-        await store.write(lambda c: record(c, Event("rental.queued", "alice", "x", "alice", "rental1")))
+        await store.write(
+            lambda c: record(
+                c, Event(kind="rental.queued", actor="alice", reason="x", owner="alice", rental_id="rental1")
+            )
+        )
         assert (one.is_set(), two.is_set(), everything.is_set()) == (True, False, True)
     assert not news._listeners, "who has left is forgotten"
 
@@ -227,7 +241,7 @@ async def test_what_was_committed_is_news_though_its_writer_no_longer_waits(stor
     def slow(connection: Connection) -> None:
         begun.set()
         go_on.wait(60)
-        record(connection, Event("rental.queued", "alice", "asked for", rental_id="rental1"))
+        record(connection, Event(kind="rental.queued", actor="alice", reason="asked for", rental_id="rental1"))
 
     with store.news.listen("rental1") as changed:
         writing = asyncio.create_task(store.write(slow))

@@ -82,7 +82,9 @@ async def test_a_step_is_applied_with_its_events_in_one_transaction(store: Store
 
 async def test_a_step_with_one_stale_guard_leaves_no_trace_at_all(store: Store, world: World) -> None:
     stale = replace(RENTAL, epoch=RENTAL.epoch + 1)
-    placed = Placement("p-2", RENTAL.id, WORKER.id, 1, 2, PlacementState.RESERVED)
+    placed = Placement(
+        id="p-2", rental_id=RENTAL.id, worker_id=WORKER.id, slot=1, epoch=2, state=PlacementState.RESERVED
+    )
     lost = move_placement(RUNNING, "alice", PlacementState.LOST, "reconciler", "down")
     step = merge((lost, move_rental(stale, RentalState.MIGRATING, "reconciler", "down"), Step((), (), placed)))
     assert not await store.write(ledger.apply, [step])
@@ -100,18 +102,25 @@ async def test_steps_before_a_stale_one_are_applied_and_those_after_it_are_not(s
 
 
 async def test_a_guard_on_nothing_that_changes_still_guards(store: Store, world: World) -> None:
-    guard = Step((Write("worker", WORKER.id, {"health": Health.DOWN}, {}),), (Event("x", "y", "z"),))
+    guard = Step(
+        (Write(kind="worker", id=WORKER.id, expect={"health": Health.DOWN}, change={}),),
+        (Event(kind="x", actor="y", reason="z"),),
+    )
     assert not await store.write(ledger.apply, [guard])
     assert not world.apply(guard)
-    met = Step((Write("worker", WORKER.id, {"health": Health.READY}, {}),))
+    met = Step((Write(kind="worker", id=WORKER.id, expect={"health": Health.READY}, change={}),))
     assert await store.write(ledger.apply, [met])
     assert await store.read(ledger.load) == world
 
 
 async def test_a_guard_on_an_empty_field_is_a_guard(store: Store, world: World) -> None:
-    assert await store.write(ledger.apply, [Step((Write("rental", RENTAL.id, {"end": None}, {"failures": 1}),))])
+    assert await store.write(
+        ledger.apply, [Step((Write(kind="rental", id=RENTAL.id, expect={"end": None}, change={"failures": 1}),))]
+    )
     await store.write(lambda c: c.execute(update(rentals).values(end="released")).rowcount)
-    assert not await store.write(ledger.apply, [Step((Write("rental", RENTAL.id, {"end": None}, {"failures": 2}),))])
+    assert not await store.write(
+        ledger.apply, [Step((Write(kind="rental", id=RENTAL.id, expect={"end": None}, change={"failures": 2}),))]
+    )
 
 
 async def test_a_write_to_a_row_that_is_gone_is_dropped(store: Store, world: World) -> None:
@@ -157,8 +166,17 @@ def _some_step(random: Random, world: World, number: int) -> Step | None:
         exits = sorted(PLACEMENT_TABLE[row.state].exits)
         return move_placement(row, "alice", PlacementState(random.choice(exits)), "a", "why") if exits else None
     if world.live_placement(row.id) is None and random.random() < 0.5:
-        placed = Placement(f"p-{number}", row.id, f"gone-{number}", 0, row.epoch + 1, PlacementState.RESERVED)
-        return Step((Write("rental", row.id, {"epoch": row.epoch}, {"epoch": row.epoch + 1}),), (), placed)
+        placed = Placement(
+            id=f"p-{number}",
+            rental_id=row.id,
+            worker_id=f"gone-{number}",
+            slot=0,
+            epoch=row.epoch + 1,
+            state=PlacementState.RESERVED,
+        )
+        return Step(
+            (Write(kind="rental", id=row.id, expect={"epoch": row.epoch}, change={"epoch": row.epoch + 1}),), (), placed
+        )
     exits = sorted(RENTAL_TABLE[row.state].exits)
     changed_rental = replace(row, epoch=row.epoch + 7) if stale else row
     return move_rental(changed_rental, RentalState(random.choice(exits)), "a", "why") if exits else None

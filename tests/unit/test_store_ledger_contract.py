@@ -67,7 +67,13 @@ PURGED = new_placement(replace(RENTAL, epoch=1), OTHER, PlacementState.PURGED)
 ENDED = active_rental(4, state=RentalState.RELEASED)
 LEFT_OF_ENDED = new_placement(ENDED, OTHER, PlacementState.LOST)
 LONG_GONE = active_rental(5, state=RentalState.EXPIRED)
-TASK = Task(TaskKind.DELETE, WORKER.id, WORKER.session_id, Item(RENTAL.id, RENTAL.username, RENTAL.uid, 3), RUNNING.id)
+TASK = Task(
+    kind=TaskKind.DELETE,
+    worker_id=WORKER.id,
+    session_id=WORKER.session_id,
+    item=Item(rental_id=RENTAL.id, username=RENTAL.username, uid=RENTAL.uid, epoch=3),
+    placement_id=RUNNING.id,
+)
 WAY_TO: dict[Health, tuple[Health, ...]] = {
     Health.JOINING: (),
     Health.READY: (Health.READY,),
@@ -121,14 +127,14 @@ async def test_due_are_the_living_whose_time_is_over(bench: Bench) -> None:
 
 
 async def test_a_time_that_is_not_counted_is_counted_once_the_clock_is_believed(bench: Bench) -> None:
-    doubted = WallClock(0.0).observe(86_400.0, 0.0)
+    doubted = WallClock(offset_s=0.0).observe(86_400.0, 0.0)
     assert await bench.ledger.uncounted() == []
     assert await bench.ledger.apply([renew(RENTAL, 60, "alice", None)])
     assert await bench.ledger.due(1e12) == []
     (uncounted,) = await bench.ledger.uncounted()
     assert (uncounted.id, uncounted.ttl_s, uncounted.expires_at) == (RENTAL.id, 60, None)
     assert count([uncounted], 7000.0, doubted) == []
-    counted = count([uncounted], 7000.0, WallClock(0.0))
+    counted = count([uncounted], 7000.0, WallClock(offset_s=0.0))
     assert await bench.ledger.apply(counted)
     assert not await bench.ledger.apply(counted), "it was counted meanwhile"
     assert await bench.ledger.uncounted() == []
@@ -137,12 +143,12 @@ async def test_a_time_that_is_not_counted_is_counted_once_the_clock_is_believed(
 
 async def test_what_was_renewed_since_it_was_due_does_not_expire(bench: Bench) -> None:
     wall = 5600.0
-    decided = expire(await bench.ledger.due(wall), wall, WallClock(0.0))
+    decided = expire(await bench.ledger.due(wall), wall, WallClock(offset_s=0.0))
     assert len(decided) == 1
     assert await bench.ledger.apply([renew(RENTAL, 60, "alice", wall)])
     assert not await bench.ledger.apply(decided)
     assert (await bench.ledger.load()).rentals[RENTAL.id].state is RentalState.ACTIVE
-    assert await bench.ledger.apply(expire(await bench.ledger.due(wall + 60), wall + 60, WallClock(0.0)))
+    assert await bench.ledger.apply(expire(await bench.ledger.due(wall + 60), wall + 60, WallClock(offset_s=0.0)))
 
 
 async def test_a_step_is_applied_with_its_events(bench: Bench) -> None:
@@ -188,7 +194,7 @@ async def test_a_write_of_a_field_that_no_step_may_write_raises_at_once(
 ) -> None:
     before = await bench.ledger.load()
     with pytest.raises(UnknownField, match=f"{kind} {identity}"):
-        await bench.ledger.apply([Step((Write(kind, identity, expect, change),))])
+        await bench.ledger.apply([Step((Write(kind=kind, id=identity, expect=expect, change=change),))])
     assert await bench.ledger.load() == before
 
 
@@ -203,7 +209,7 @@ def test_a_misspelt_change_of_a_state_raises_at_once() -> None:
 async def test_each_field_that_a_step_may_write_can_be_written(bench: Bench, kind: Kind, row: Any) -> None:
     for name in sorted(WRITTEN[kind]):
         change = {name: getattr(row, name, 7)}
-        assert await bench.ledger.apply([Step((Write(kind, row.id, {}, change),))]), name
+        assert await bench.ledger.apply([Step((Write(kind=kind, id=row.id, expect={}, change=change),))]), name
 
 
 async def test_a_free_slot_may_be_taken(bench: Bench) -> None:
@@ -214,7 +220,7 @@ async def test_a_free_slot_may_be_taken(bench: Bench) -> None:
 async def test_a_slot_is_free_when_its_placement_is_purged(bench: Bench) -> None:
     stopping = move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")
     await bench.ledger.apply([stopping])
-    await bench.ledger.finish([Ended(TASK, True, 9000.0, 9000.0, {"left": []})], follow)
+    await bench.ledger.finish([Ended(task=TASK, ok=True, wall=9000.0, counts_from=9000.0, report={"left": []})], follow)
     assert RUNNING.id not in (await bench.ledger.load()).placements
     assert (await bench.kinds())[-2:] == ["placement.stopped", "placement.purged"]
     assert await bench.ledger.apply([reserved(1, QUEUED, WORKER)])
@@ -222,13 +228,15 @@ async def test_a_slot_is_free_when_its_placement_is_purged(bench: Bench) -> None
 
 async def test_a_success_that_nobody_waits_for_changes_nothing(bench: Bench) -> None:
     before = await bench.ledger.load()
-    await bench.ledger.finish([Ended(TASK, True, 9000.0, 9000.0, {"left": []})], follow)
+    await bench.ledger.finish([Ended(task=TASK, ok=True, wall=9000.0, counts_from=9000.0, report={"left": []})], follow)
     assert await bench.ledger.load() == before
 
 
 async def test_a_failure_is_explained_to_who_waits_for_it(bench: Bench) -> None:
     await bench.ledger.apply([release(RENTAL, "released", "alice", "asked for")])
-    await bench.ledger.finish([Ended(TASK, False, 9000.0, 9000.0, message="no space left", attempts=1)], follow)
+    await bench.ledger.finish(
+        [Ended(task=TASK, ok=False, wall=9000.0, counts_from=9000.0, message="no space left", attempts=1)], follow
+    )
     assert (await bench.ledger.load()).rentals[RENTAL.id].explanation == "trying again: no space left"
 
 
@@ -296,7 +304,9 @@ async def test_whoever_was_at_the_address_of_a_new_worker_is_kept_for(bench: Ben
     await bench.become(OTHER, Health.SUSPECT, Health.DOWN)
     if keeps == "an intent":
         purged = move_placement(LEFT_OF_ENDED, "reconciler", PlacementState.PURGED, "a", "why")
-        await bench.ledger.apply([purged, Step((Write("worker", OTHER.id, {}, {"intent": Intent.DRAINING}),), ())])
+        await bench.ledger.apply(
+            [purged, Step((Write(kind="worker", id=OTHER.id, expect={}, change={"intent": Intent.DRAINING}),), ())]
+        )
     newcomer = await bench.ledger.register(replace(CLAIM, address=OTHER.address), None, True)
     assert newcomer.replaced == ()
     assert await bench.ledger.worker(OTHER.id)
@@ -328,8 +338,14 @@ async def test_steps_that_have_nothing_to_do_with_each_other_are_applied_each_fo
 
 async def test_tasks_that_end_together_are_all_written_and_each_sees_the_ones_before_it(bench: Bench) -> None:
     await bench.ledger.apply([move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")])
-    reached = Task(TaskKind.REACH, OTHER.id, OTHER.session_id)
-    await bench.ledger.finish([Ended(one, True, 9000.0, 9000.0, {"left": []}) for one in (TASK, TASK, reached)], follow)
+    reached = Task(kind=TaskKind.REACH, worker_id=OTHER.id, session_id=OTHER.session_id)
+    await bench.ledger.finish(
+        [
+            Ended(task=one, ok=True, wall=9000.0, counts_from=9000.0, report={"left": []})
+            for one in (TASK, TASK, reached)
+        ],
+        follow,
+    )
     assert await bench.kinds() == [
         "placement.stopping",
         "placement.stopped",
@@ -349,7 +365,7 @@ async def test_who_follows_is_told_what_is_there_and_then_what_each_commit_chang
     assert (known.health, known.session_id, known.verified) == (Health.JOINING, registered.session_id, False)
     await bench.ledger.apply([move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")])
     assert [held.state for held in followed.held(WORKER.id)] == [PlacementState.STOPPING]
-    await bench.ledger.finish([Ended(TASK, True, 9000.0, 9000.0, {"left": []})], follow)
+    await bench.ledger.finish([Ended(task=TASK, ok=True, wall=9000.0, counts_from=9000.0, report={"left": []})], follow)
     assert followed.held(WORKER.id) == ()
     await bench.ledger.apply([reserved(1, QUEUED, WORKER)])
     await bench.ledger.apply([release(QUEUED, "released", "alice", "asked for")])

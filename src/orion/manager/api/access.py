@@ -94,9 +94,16 @@ async def certificate(
     signed, until = shared.authority.user_certificate(
         body.ssh_public_key, rental_id, row["epoch"], principal.name, shared.app_address, body.ttl_s
     )
-    told = {"fingerprint": wire.fingerprint(body.ssh_public_key), "seconds": body.ttl_s}
-    place = (row["owner"], rental_id, row["worker_id"], row["epoch"], told)
-    event = Event("rental.certificate_issued", principal.name, "asked for", *place)
+    event = Event(
+        kind="rental.certificate_issued",
+        actor=principal.name,
+        reason="asked for",
+        owner=row["owner"],
+        rental_id=rental_id,
+        worker_id=row["worker_id"],
+        epoch=row["epoch"],
+        details={"fingerprint": wire.fingerprint(body.ssh_public_key), "seconds": body.ttl_s},
+    )
     await shared.store.write(record, event)
     return wire.CertificateReply(certificate=signed, expires_at=datetime.fromtimestamp(until, UTC))
 

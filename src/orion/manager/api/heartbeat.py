@@ -159,10 +159,24 @@ async def _whole_body(receive: Receive) -> bytes:
 
 def answer(shared: HeartbeatServices, worker_id: str, body: HeartbeatRequest, address: str) -> bytes:
     """Renew its lease and say what to do. `address`: the peer that the proxy saw. Raises ApiProblem."""
-    items = tuple(Item(item.rental_id, item.username, item.uid, item.epoch) for item in body.inventory)
+    items = tuple(
+        Item(rental_id=item.rental_id, username=item.username, uid=item.uid, epoch=item.epoch)
+        for item in body.inventory
+    )
     wall = shared.wall()
-    ends = tuple(CommandEnd(e.rental_id, e.epoch, e.run, e.how, wall - e.ago_s) for e in body.start_ends)
-    beat = Beat(body.session_id, body.seq, items, body.leaving, body.lease_s, body.vacating, ends)
+    ends = tuple(
+        CommandEnd(rental_id=e.rental_id, epoch=e.epoch, run=e.run, how=e.how, at=wall - e.ago_s)
+        for e in body.start_ends
+    )
+    beat = Beat(
+        session_id=body.session_id,
+        seq=body.seq,
+        inventory=items,
+        leaving=body.leaving,
+        lease_s=body.lease_s,
+        vacating=body.vacating,
+        start_ends=ends,
+    )
     try:
         found = shared.call_home.heartbeat(worker_id, beat, address)
     except CallRefused as refusal:

@@ -233,4 +233,6 @@ def _orders(found: Orders) -> list[wire.PlacementOrder]:
 
 
 def _items(inventory: list[Any]) -> list[Item]:
-    return [Item(item.rental_id, item.username, item.uid, item.epoch) for item in inventory]
+    return [
+        Item(rental_id=item.rental_id, username=item.username, uid=item.uid, epoch=item.epoch) for item in inventory
+    ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from orion.manager.domain.clocks import Clocks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Brake:
     """`since`: monotonic seconds when it went on, None while it is off. `disturbed_at`: grace counts from here."""
 
@@ -24,14 +24,14 @@ class Brake:
 
     @staticmethod
     def at_start(now: float) -> Brake:
-        return Brake(now, now, "the manager has just started")
+        return Brake(disturbed_at=now, since=now, reason="the manager has just started")
 
     @property
     def on(self) -> bool:
         return self.since is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Observation:
     """What the health loop saw since its last round."""
 

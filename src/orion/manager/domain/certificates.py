@@ -46,7 +46,7 @@ def principal_of(rental_id: str, epoch: int) -> str:
     return f"{rental_id}-{epoch}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Issued:
     """A host certificate. `valid_until`: UTC seconds."""
 

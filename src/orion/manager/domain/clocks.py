@@ -13,7 +13,7 @@ DRIFT = 0.01
 """How far two monotonic clocks may run apart, as a share."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Clocks:
     heartbeat_s: float = 30.0
     suspect_after_s: float = 40.0

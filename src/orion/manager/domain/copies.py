@@ -57,7 +57,7 @@ class Generation:
         return Generation(int(match[1]), int(match[2])) if match else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Copy:
     """One complete copy of a home."""
 
@@ -339,7 +339,12 @@ def salvaged(rental: Rental, placement: Placement, copy: Copy, there: Iterable[C
     change |= {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes} if counts else {}
     writes = (
         _salvage_is_over(placement),
-        Write("rental", rental.id, {"let_in_epoch": rental.let_in_epoch, "state": rental.state}, change),
+        Write(
+            kind="rental",
+            id=rental.id,
+            expect={"let_in_epoch": rental.let_in_epoch, "state": rental.state},
+            change=change,
+        ),
     )
     return Step(writes, (_event("rental.salvaged", reason, rental, worker_id, copy),))
 
@@ -356,7 +361,12 @@ def not_salvaged(rental: Rental, placement: Placement, why: str) -> Step:
 
 
 def _salvage_is_over(placement: Placement) -> Write:
-    return Write("placement", placement.id, {"state": PlacementState.LOST, "salvaged": False}, {"salvaged": True})
+    return Write(
+        kind="placement",
+        id=placement.id,
+        expect={"state": PlacementState.LOST, "salvaged": False},
+        change={"salvaged": True},
+    )
 
 
 def ask_to_restore(rental: Rental, running: Placement | None, source: str, actor: str) -> Step:
@@ -365,7 +375,7 @@ def ask_to_restore(rental: Rental, running: Placement | None, source: str, actor
     if running is None:
         expect = {"state": rental.state, "epoch": rental.epoch}
         event = _event("rental.restore_asked", f"it is to begin {what}", rental, None, actor=actor)
-        return Step((Write("rental", rental.id, expect, {"restore_from": source}),), (event,))
+        return Step((Write(kind="rental", id=rental.id, expect=expect, change={"restore_from": source}),), (event,))
     reason = f"it is stopped, to begin again {what}"
     stopping = move_placement(running, rental.owner, PlacementState.STOPPING, actor, reason)
     return stopping + move_rental(rental, RentalState.MIGRATING, actor, reason, running.worker_id, restore_from=source)
@@ -409,8 +419,13 @@ def _still_running(
 ) -> tuple[Write, ...]:
     """Guards of what is only true while the placement that was copied is the one that runs."""
     return (
-        Write("placement", placement.id, {"state": PlacementState.RUNNING, "epoch": placement.epoch} | expect, {}),
-        Write("rental", rental.id, {"state": RentalState.ACTIVE, "epoch": rental.epoch}, change),
+        Write(
+            kind="placement",
+            id=placement.id,
+            expect={"state": PlacementState.RUNNING, "epoch": placement.epoch} | expect,
+            change={},
+        ),
+        Write(kind="rental", id=rental.id, expect={"state": RentalState.ACTIVE, "epoch": rental.epoch}, change=change),
     )
 
 
@@ -425,4 +440,13 @@ def _event(
 ) -> Event:
     if copy is not None:
         details = {"generation": str(copy.generation), "bytes": copy.bytes, "files": copy.files}
-    return Event(kind, actor, reason, rental.owner, rental.id, worker_id, rental.epoch, details or {})
+    return Event(
+        kind=kind,
+        actor=actor,
+        reason=reason,
+        owner=rental.owner,
+        rental_id=rental.id,
+        worker_id=worker_id,
+        epoch=rental.epoch,
+        details=details or {},
+    )

@@ -34,7 +34,7 @@ class Mark:
     """Which beginning of the machine; 0: unknown."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WallClock:
     """The wall clock compared with one that cannot be set, from look to look."""
 
@@ -56,27 +56,27 @@ class WallClock:
         """
         offset = wall - now
         if mark is not None and boot_id and mark.boot_id == boot_id and now >= mark.boot:
-            clock = WallClock(offset, mark.wall - mark.boot, now)
+            clock = WallClock(offset_s=offset, believed_offset_s=mark.wall - mark.boot, jumped_at=now)
             slewed_s = JUMP_S + DRIFT * (now - mark.boot)
-            return WallClock(offset) if abs(clock.far_s) <= slewed_s else clock
+            return WallClock(offset_s=offset) if abs(clock.far_s) <= slewed_s else clock
         known = mark.wall if mark is not None else last_event_at
         if known is None:
-            return WallClock(offset)
-        clock = WallClock(offset, known - now, now, FAR_S)
-        return WallClock(offset) if clock._is_near else clock
+            return WallClock(offset_s=offset)
+        clock = WallClock(offset_s=offset, believed_offset_s=known - now, jumped_at=now, ahead_s=FAR_S)
+        return WallClock(offset_s=offset) if clock._is_near else clock
 
     def observe(self, wall: float, now: float) -> WallClock:
         offset = wall - now
         if abs(offset - self.offset_s) > JUMP_S:
             return replace(self, offset_s=offset, believed_offset_s=self._should_be_s, jumped_at=now)
         if self.jumped_at is None:
-            return WallClock(offset)
+            return WallClock(offset_s=offset)
         looked = replace(self, offset_s=offset)
-        return WallClock(offset) if looked._is_near and now - self.jumped_at >= SETTLE_S else looked
+        return WallClock(offset_s=offset) if looked._is_near and now - self.jumped_at >= SETTLE_S else looked
 
     def confirmed(self) -> WallClock:
         """Return the clock as an operator believes it, as it is."""
-        return WallClock(self.offset_s)
+        return WallClock(offset_s=self.offset_s)
 
     def as_believed(self, now: float) -> float:
         """Return Unix seconds at `now`, of the other clock, by what this one should show."""
@@ -118,7 +118,14 @@ def count(rentals: Iterable[Rental], wall: float, clock: WallClock) -> list[Step
     if not clock.believed:
         return []
     return [
-        Step((Write("rental", rental.id, {"expires_at": None}, {"expires_at": wall + rental.ttl_s}),), ())
+        Step(
+            (
+                Write(
+                    kind="rental", id=rental.id, expect={"expires_at": None}, change={"expires_at": wall + rental.ttl_s}
+                ),
+            ),
+            (),
+        )
         for rental in rentals
     ]
 
@@ -159,5 +166,12 @@ def renew(rental: Rental, ttl_s: int, actor: str, counts_from: float | None) -> 
     change: dict[str, float | None] = {"ttl_s": ttl_s}
     if rental.activated_at is not None:
         change["expires_at"] = end_of(ttl_s, counts_from)
-    event = Event("rental.renewed", actor, f"for {ttl_s} s", rental.owner, rental.id, epoch=rental.epoch)
-    return Step((Write("rental", rental.id, {"state": rental.state}, change),), (event,))
+    event = Event(
+        kind="rental.renewed",
+        actor=actor,
+        reason=f"for {ttl_s} s",
+        owner=rental.owner,
+        rental_id=rental.id,
+        epoch=rental.epoch,
+    )
+    return Step((Write(kind="rental", id=rental.id, expect={"state": rental.state}, change=change),), (event,))

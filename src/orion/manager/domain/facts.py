@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from orion.manager.domain.model import CommandEnd, Item, Placement
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """What the snapshot does not hold. `ages`: seconds that a placement, a rental or a worker that joins (by id) has
     been in its state.

@@ -36,7 +36,7 @@ class Watched:
     """Why it must be dead, found out since then."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """All that one verdict rests on. `joining_s`: seconds in `joining`; `losses`: of `ready`, within the window."""
 

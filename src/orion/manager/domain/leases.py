@@ -14,7 +14,7 @@ from typing import Any
 from orion.manager.domain.model import CommandEnd, Item
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:
     session_id: str
     received_at: float | None = None
@@ -35,7 +35,7 @@ class Lease:
     """The worker that has registered from its address since it was last heard; empty: none has."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Beat:
     """A heartbeat as it came in."""
 
@@ -71,7 +71,7 @@ class Leases:
         """
         self._granted_s = max(self._granted_s, granted_s)
         for worker_id, session_id in sessions.items():
-            self._leases.setdefault(worker_id, Lease(session_id, lease_s=self._granted_s))
+            self._leases.setdefault(worker_id, Lease(session_id=session_id, lease_s=self._granted_s))
 
     def open(self, worker_id: str, session_id: str, now: float, inventory: Iterable[Item]) -> None:
         """A registration: a new session replaces the one before."""
@@ -79,7 +79,11 @@ class Leases:
         announced = before is not None and before.leaving_at is not None
         self._forget(worker_id)
         self._leases[worker_id] = Lease(
-            session_id, now, inventory=tuple(inventory), announced=announced, lease_s=self._granted_s
+            session_id=session_id,
+            received_at=now,
+            inventory=tuple(inventory),
+            announced=announced,
+            lease_s=self._granted_s,
         )
         self.heard_at = now
 
@@ -96,7 +100,14 @@ class Leases:
         inventory = lease.inventory if lease.inventory == beat.inventory else beat.inventory
         vacating_at = (lease.vacating_at or now) if beat.vacating or beat.leaving else None
         self._leases[worker_id] = Lease(
-            lease.session_id, now, beat.seq, inventory, leaving_at, vacating_at, lease.announced, lease_s
+            session_id=lease.session_id,
+            received_at=now,
+            seq=beat.seq,
+            inventory=inventory,
+            leaving_at=leaving_at,
+            vacating_at=vacating_at,
+            announced=lease.announced,
+            lease_s=lease_s,
         )
         self._note_vacating(worker_id, vacating_at if beat.vacating else None)
         self._note_ends(worker_id, beat.start_ends)

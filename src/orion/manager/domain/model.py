@@ -25,7 +25,7 @@ BOOT = "boot"
 """The word in an agent's version by which orders to it may name a boot id (orion_worker/agent/node.py)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Worker:
     id: str
     hostname: str
@@ -60,7 +60,7 @@ class Origin(NamedTuple):
     """Somebody had asked for this copy, or for an empty home; else it was the newest known."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rental:
     id: str
     name: str
@@ -109,7 +109,7 @@ class Rental:
         return max(self.epoch, self.last_epoch) + 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Placement:
     id: str
     rental_id: str
@@ -134,7 +134,7 @@ class Placement:
     """The copy that a standby was filled with."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Item:
     """A rental as a worker's inventory tells it: believed only about that worker."""
 
@@ -144,7 +144,7 @@ class Item:
     epoch: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CommandEnd:
     """How a run of a start command ended, as its worker tells it: believed only about what is placed on that worker."""
 
@@ -158,7 +158,7 @@ class CommandEnd:
     """UTC seconds."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Event:
     kind: str
     actor: str
@@ -188,7 +188,7 @@ class UnknownField(Exception):
     """A write names a field that its kind of row does not have."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Write:
     """Change a row that is still as expected: `expect` and `change` map field to value. No change: only a guard.
 
@@ -238,19 +238,19 @@ def move_rental(
     """The one way a rental changes its state. `reason` becomes its explanation too."""
     check_transition("rental", rental.id, rental.state, to)
     event = Event(
-        _RENTAL_EVENTS[to],
-        actor,
-        reason,
-        rental.owner,
-        rental.id,
-        worker_id,
-        change.get("epoch", rental.epoch),
+        kind=_RENTAL_EVENTS[to],
+        actor=actor,
+        reason=reason,
+        owner=rental.owner,
+        rental_id=rental.id,
+        worker_id=worker_id,
+        epoch=change.get("epoch", rental.epoch),
     )
     write = Write(
-        "rental",
-        rental.id,
-        {"state": rental.state, "epoch": rental.epoch},
-        {"state": to, "explanation": reason} | change,
+        kind="rental",
+        id=rental.id,
+        expect={"state": rental.state, "epoch": rental.epoch},
+        change={"state": to, "explanation": reason} | change,
     )
     return Step((write,), (event,))
 
@@ -267,17 +267,17 @@ def move_placement(
     """The one way a placement changes its state."""
     check_transition("placement", placement.id, placement.state, to)
     event = Event(
-        f"placement.{to}",
-        actor,
-        reason,
-        owner,
-        placement.rental_id,
-        placement.worker_id,
-        placement.epoch,
-        details or {},
+        kind=f"placement.{to}",
+        actor=actor,
+        reason=reason,
+        owner=owner,
+        rental_id=placement.rental_id,
+        worker_id=placement.worker_id,
+        epoch=placement.epoch,
+        details=details or {},
     )
     return Step(
-        (Write("placement", placement.id, {"state": placement.state}, {"state": to} | change),),
+        (Write(kind="placement", id=placement.id, expect={"state": placement.state}, change={"state": to} | change),),
         (event,),
     )
 
@@ -285,15 +285,15 @@ def move_placement(
 def move_worker(worker: Worker, to: Health, reason: str) -> Step:
     """The one way a worker's health changes; only the health loop uses it."""
     check_transition("worker", worker.id, worker.health, to)
-    event = Event(f"worker.became_{to}", "health", reason, worker_id=worker.id)
+    event = Event(kind=f"worker.became_{to}", actor="health", reason=reason, worker_id=worker.id)
     expect = {"health": worker.health, "session_id": worker.session_id}
     change = {"health": to, "explanation": "" if to is Health.READY else reason}
     if to is Health.QUARANTINED:
         change["fault"] = worker.fault or reason
-    return Step((Write("worker", worker.id, expect, change),), (event,))
+    return Step((Write(kind="worker", id=worker.id, expect=expect, change=change),), (event,))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class World:
     """Workers, living rentals and placements that are not purged, by id. Decisions work on a copy of their own.
 

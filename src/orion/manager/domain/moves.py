@@ -71,7 +71,7 @@ class NotMoved(Exception):
         self.code = code
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """What is being moved away: a placement that runs, and the number of its hold, if it stands still."""
 
@@ -141,11 +141,24 @@ def can_move(rental: Rental, placement: Placement) -> bool:
 def begin(rental: Rental, placement: Placement, target: Worker, slot: int, new_id: str, actor: str, why: str) -> Step:
     """Reserve a standby on another worker."""
     epoch = rental.next_epoch
-    standby = Placement(new_id, rental.id, target.id, slot, epoch, PlacementState.RESERVED, standby=True)
+    standby = Placement(
+        id=new_id,
+        rental_id=rental.id,
+        worker_id=target.id,
+        slot=slot,
+        epoch=epoch,
+        state=PlacementState.RESERVED,
+        standby=True,
+    )
     reason = f"{why}: moving to worker {target.id}; it goes on here meanwhile"
     writes = (
-        Write("worker", target.id, {"health": target.health, "intent": target.intent, "slots": target.slots}, {}),
-        Write("placement", placement.id, {"state": PlacementState.RUNNING, "held": 0}, {}),
+        Write(
+            kind="worker",
+            id=target.id,
+            expect={"health": target.health, "intent": target.intent, "slots": target.slots},
+            change={},
+        ),
+        Write(kind="placement", id=placement.id, expect={"state": PlacementState.RUNNING, "held": 0}, change={}),
         _rental_write(rental, {"last_epoch": epoch, "explanation": reason}, last_epoch=rental.last_epoch),
     )
     started = _event("rental.move_started", reason, rental, target.id, epoch, actor)
@@ -158,9 +171,15 @@ def hold(rental: Rental, placement: Placement, standby: Placement | None, why: s
     to = MigrationPhase.FINAL_SYNC if standby else MigrationPhase.PARK
     check_phase(rental.id, phase_of(rental, placement, standby), to)
     move = standby.epoch if standby else rental.next_epoch
-    guard = () if standby is None else (Write("placement", standby.id, {"state": PlacementState.PREPARING}, {}),)
+    guard = (
+        ()
+        if standby is None
+        else (Write(kind="placement", id=standby.id, expect={"state": PlacementState.PREPARING}, change={}),)
+    )
     numbered = {} if standby else {"last_epoch": move}
-    held = Write("placement", placement.id, {"state": PlacementState.RUNNING, "held": 0}, {"held": move})
+    held = Write(
+        kind="placement", id=placement.id, expect={"state": PlacementState.RUNNING, "held": 0}, change={"held": move}
+    )
     event = _event("rental.held", why, rental, placement.worker_id, placement.epoch)
     return Step((held, *guard, _rental_write(rental, numbered)), (event,))
 
@@ -175,7 +194,7 @@ def abandon(rental: Rental, placement: Placement, standby: Placement | None, why
     if placement.held:
         held = {"state": PlacementState.RUNNING, "held": placement.held}
         released = _event("rental.let_go_on", "it goes on here", rental, placement.worker_id, placement.epoch)
-        step += Step((Write("placement", placement.id, held, {"held": 0}),), (released,))
+        step += Step((Write(kind="placement", id=placement.id, expect=held, change={"held": 0}),), (released,))
     return step if standby is None else merge((step, end_standby(standby, rental.owner, why)))
 
 
@@ -186,14 +205,19 @@ def end_standby(standby: Placement, owner: str | None, why: str) -> Step:
 
 def promote(rental: Rental, standby: Placement) -> Step:
     """What it stood by for has been lost: it takes over, with the newest copy."""
-    taken = Write("placement", standby.id, {"state": standby.state, "standby": True}, {"standby": False, "filled": ""})
+    taken = Write(
+        kind="placement",
+        id=standby.id,
+        expect={"state": standby.state, "standby": True},
+        change={"standby": False, "filled": ""},
+    )
     reason = f"being made on worker {standby.worker_id}, where it was to be moved"
     if rental.state is RentalState.QUEUED:
         placed = move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, standby.worker_id, epoch=standby.epoch)
         return placed + Step((taken,))
     expect = {"state": rental.state, "epoch": rental.epoch}
     event = _event("rental.taken_over", reason, rental, standby.worker_id, standby.epoch)
-    return Step((Write("rental", rental.id, expect, {"epoch": standby.epoch}), taken), (event,))
+    return Step((Write(kind="rental", id=rental.id, expect=expect, change={"epoch": standby.epoch}), taken), (event,))
 
 
 def problem_of(standby: Placement, rental: Rental, target: Worker | None, leaving: Collection[str]) -> str:
@@ -212,7 +236,7 @@ def seeded(rental: Rental, standby: Placement, generation: str) -> Step | None:
     if rental.state is not RentalState.ACTIVE or not standby.standby or standby.state is not PlacementState.PREPARING:
         return None
     expect = {"state": PlacementState.PREPARING, "standby": True}
-    return Step((Write("placement", standby.id, expect, {"filled": generation}),))
+    return Step((Write(kind="placement", id=standby.id, expect=expect, change={"filled": generation}),))
 
 
 def switch(
@@ -229,14 +253,14 @@ def switch(
     check_phase(rental.id, phase, MigrationPhase.CUTOVER)
     where = f"to worker {standby.worker_id}" if standby else f"away from worker {placement.worker_id}, to wait"
     reason = f"moved {where} with all its files: copy {generation}"
-    held = Step((Write("placement", placement.id, {"held": source.move}, {}),))
+    held = Step((Write(kind="placement", id=placement.id, expect={"held": source.move}, change={}),))
     stopping = move_placement(placement, rental.owner, PlacementState.STOPPING, ACTOR, reason)
     if standby is None:
         waiting = move_rental(rental, RentalState.MIGRATING, ACTOR, reason, placement.worker_id)
         parked = _event("rental.parked", reason, rental, placement.worker_id, placement.epoch)
         return merge((held, stopping, waiting, Step((), (parked,))))
     expect = {"state": PlacementState.PREPARING, "standby": True}
-    taken = Write("placement", standby.id, expect, {"standby": False, "filled": generation})
+    taken = Write(kind="placement", id=standby.id, expect=expect, change={"standby": False, "filled": generation})
     risen = move_rental(rental, RentalState.MIGRATING, ACTOR, reason, standby.worker_id, epoch=standby.epoch)
     moved = _event("rental.moved", reason, rental, standby.worker_id, standby.epoch)
     return merge((held, stopping, risen, Step((taken,), (moved,))))
@@ -255,8 +279,12 @@ def claim_of(rental: Rental | None, failed: bool) -> Claim:
 
 def _rental_write(rental: Rental, change: Mapping[str, object], **expect: object) -> Write:
     """Only while it is active, at the epoch at which it was looked at."""
-    return Write("rental", rental.id, {"state": RentalState.ACTIVE, "epoch": rental.epoch} | expect, change)
+    return Write(
+        kind="rental", id=rental.id, expect={"state": RentalState.ACTIVE, "epoch": rental.epoch} | expect, change=change
+    )
 
 
 def _event(kind: str, reason: str, rental: Rental, worker_id: str, epoch: int, actor: str = ACTOR) -> Event:
-    return Event(kind, actor, reason, rental.owner, rental.id, worker_id, epoch)
+    return Event(
+        kind=kind, actor=actor, reason=reason, owner=rental.owner, rental_id=rental.id, worker_id=worker_id, epoch=epoch
+    )

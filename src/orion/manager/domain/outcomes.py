@@ -124,12 +124,14 @@ def _of_move(world: World, source: moves.Source) -> tuple[Rental | None, Placeme
 def _explained(world: World, task: Task, placement: Placement | None, message: str) -> Step | None:
     if task.kind is TaskKind.REACH:
         change = {"explanation": message}
-        return Step((Write("worker", task.worker_id, {"session_id": task.session_id}, change),))
+        return Step((Write(kind="worker", id=task.worker_id, expect={"session_id": task.session_id}, change=change),))
     rental = world.rentals.get(placement.rental_id) if placement else None
     if placement is None or rental is None or not _is_waited_for(task, placement, rental):
         return None
     expect = {"state": rental.state, "epoch": rental.epoch}
-    return Step((Write("rental", rental.id, expect, {"explanation": f"trying again: {message}"}),))
+    return Step(
+        (Write(kind="rental", id=rental.id, expect=expect, change={"explanation": f"trying again: {message}"}),)
+    )
 
 
 def _is_waited_for(task: Task, placement: Placement, rental: Rental) -> bool:
@@ -140,9 +142,13 @@ def _is_waited_for(task: Task, placement: Placement, rental: Rental) -> bool:
 
 
 def _verified(task: Task) -> Step:
-    event = Event("worker.verified", ACTOR, "reached by SSH with its pinned host key", worker_id=task.worker_id)
+    event = Event(
+        kind="worker.verified", actor=ACTOR, reason="reached by SSH with its pinned host key", worker_id=task.worker_id
+    )
     change = {"verified_session": task.session_id, "explanation": ""}
-    return Step((Write("worker", task.worker_id, {"session_id": task.session_id}, change),), (event,))
+    return Step(
+        (Write(kind="worker", id=task.worker_id, expect={"session_id": task.session_id}, change=change),), (event,)
+    )
 
 
 def _made(rental: Rental, placement: Placement, ended: Ended) -> Step | None:
@@ -151,16 +157,18 @@ def _made(rental: Rental, placement: Placement, ended: Ended) -> Step | None:
     if placement.state is PlacementState.RUNNING:
         expect = {"state": PlacementState.RUNNING}
         changed = Event(
-            "rental.key_changed",
-            ACTOR,
-            "its keys are in place",
-            rental.owner,
-            rental.id,
-            task.worker_id,
-            rental.epoch,
+            kind="rental.key_changed",
+            actor=ACTOR,
+            reason="its keys are in place",
+            owner=rental.owner,
+            rental_id=rental.id,
+            worker_id=task.worker_id,
+            epoch=rental.epoch,
         )
         events = (changed,) if placement.public_key != task.public_key else ()
-        keyed = Step((Write("placement", placement.id, expect, {"public_key": task.public_key}),), events)
+        keyed = Step(
+            (Write(kind="placement", id=placement.id, expect=expect, change={"public_key": task.public_key}),), events
+        )
         return merge((keyed, started))
     if placement.state is not PlacementState.PREPARING:
         return None
@@ -193,7 +201,9 @@ def _started(rental: Rental, placement: Placement, task: Task, report: Mapping[s
         return Step(())
     problem = str(report.get("start_problem", ""))[:MOST_OF_A_PROBLEM]
     event = starting.ran(rental, placement, task.start_mark, problem)
-    return Step((Write("placement", placement.id, {}, starting.run_anew(task.start_mark)),), (event,))
+    return Step(
+        (Write(kind="placement", id=placement.id, expect={}, change=starting.run_anew(task.start_mark)),), (event,)
+    )
 
 
 def _purged(world: World, task: Task, placement: Placement | None, report: Mapping[str, Any]) -> Step | None:
@@ -201,14 +211,14 @@ def _purged(world: World, task: Task, placement: Placement | None, report: Mappi
     if placement is None:
         item = task.item
         event = Event(
-            "worker.cleaned",
-            ACTOR,
-            "it held a rental that is not its own any more; purged, then looked: nothing is left",
-            None,
-            item.rental_id if item else None,
-            task.worker_id,
-            item.epoch if item else None,
-            details,
+            kind="worker.cleaned",
+            actor=ACTOR,
+            reason="it held a rental that is not its own any more; purged, then looked: nothing is left",
+            owner=None,
+            rental_id=item.rental_id if item else None,
+            worker_id=task.worker_id,
+            epoch=item.epoch if item else None,
+            details=details,
         )
         return Step((), (event,))
     rental = world.rentals.get(placement.rental_id)

@@ -33,7 +33,7 @@ WHAT_TO_DO: Mapping[tuple[str, str], str] = {
 """For each state with a deadline, and for those that wait for an operator."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Overdue:
     kind: Literal["worker", "rental", "placement"]
     id: str
@@ -86,21 +86,39 @@ def _all(world: World, ages: Mapping[str, float]) -> Iterator[Overdue]:
 def _worker(worker: Worker, since_s: float) -> Overdue:
     what = _what_to_do("worker", worker.health, worker.id)
     why = worker.fault or worker.explanation or "it has not been heard, or not been checked yet"
-    return Overdue("worker", worker.id, worker.hostname, worker.health, since_s, why, what)
+    return Overdue(
+        kind="worker",
+        id=worker.id,
+        name=worker.hostname,
+        state=worker.health,
+        since_s=since_s,
+        why=why,
+        what_to_do=what,
+    )
 
 
 def _rental(rental: Rental, live: Placement | None, since_s: float) -> Overdue:
     what = _what_to_do("rental", rental.state, live.worker_id if live else "ITS-WORKER")
     if rental.explanation.startswith(AWAITS_FILES):
         what = f"start its worker again, or begin without its files: orion restore {rental.name} --empty"
-    return Overdue("rental", rental.id, rental.name, rental.state, since_s, rental.explanation, what)
+    return Overdue(
+        kind="rental",
+        id=rental.id,
+        name=rental.name,
+        state=rental.state,
+        since_s=since_s,
+        why=rental.explanation,
+        what_to_do=what,
+    )
 
 
 def _placement(placement: Placement, rental: Rental | None, since_s: float) -> Overdue:
     what = _what_to_do("placement", placement.state, placement.worker_id)
     name = rental.name if rental else placement.rental_id
     why = f"on worker {placement.worker_id}" + (f": {rental.explanation}" if rental else "")
-    return Overdue("placement", placement.id, name, placement.state, since_s, why, what)
+    return Overdue(
+        kind="placement", id=placement.id, name=name, state=placement.state, since_s=since_s, why=why, what_to_do=what
+    )
 
 
 def _what_to_do(kind: str, state: str, worker_id: str) -> str:

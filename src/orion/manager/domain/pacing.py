@@ -19,7 +19,7 @@ PAID_SOON = 2.0
 """Times the usual interval within which to wait for the end of a debt is better than to try in vain before."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pace:
     """The copies of one rental. All times are monotonic seconds; `share` of the time is for pauses."""
 

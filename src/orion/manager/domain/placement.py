@@ -24,7 +24,7 @@ class Standing(NamedTuple):
     """This rental could not be made here before."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     worker: Worker
     used: frozenset[int]
@@ -35,7 +35,14 @@ class Candidate:
     @property
     def standing(self) -> Standing:
         worker, full = self.worker, is_full(len(self.used), self.worker.slots)
-        return Standing(worker.health, bool(worker.fault), worker.intent, self.leaving, full, self.failed_here)
+        return Standing(
+            health=worker.health,
+            fault=bool(worker.fault),
+            intent=worker.intent,
+            leaving=self.leaving,
+            full=full,
+            failed_here=self.failed_here,
+        )
 
     @property
     def rank(self) -> Rank:

@@ -37,7 +37,10 @@ class Places:
         self._unmoved = facts.unmoved
         self._moving = moves.under_way(world, facts.unmoved)
         known = (w for w in world.workers.values() if world.is_whole(w.id) or w.id in world.taken)
-        candidates = (Candidate(w, world.used_on(w.id), False, w.id in facts.leaving) for w in known)
+        candidates = (
+            Candidate(worker=w, used=world.used_on(w.id), failed_here=False, leaving=w.id in facts.leaving)
+            for w in known
+        )
         self._pool = Pool(candidates, world.elsewhere)
 
     def place(self, rental: Rental) -> Step | None:
@@ -105,7 +108,7 @@ def wait(rental: Rental, explanation: str) -> Step | None:
     if rental.explanation == explanation:
         return None
     expect = {"state": rental.state, "epoch": rental.epoch}
-    return Step((Write("rental", rental.id, expect, {"explanation": explanation}),))
+    return Step((Write(kind="rental", id=rental.id, expect=expect, change={"explanation": explanation}),))
 
 
 def wait_for_files(rental: Rental, worker_id: str, within_s: float) -> Step | None:
@@ -118,33 +121,41 @@ def wait_for_files(rental: Rental, worker_id: str, within_s: float) -> Step | No
     step = wait(rental, explanation)
     if step is None:
         return None
-    event = Event("rental.files_awaited", ACTOR, explanation, rental.owner, rental.id, worker_id, rental.epoch)
+    event = Event(
+        kind="rental.files_awaited",
+        actor=ACTOR,
+        reason=explanation,
+        owner=rental.owner,
+        rental_id=rental.id,
+        worker_id=worker_id,
+        epoch=rental.epoch,
+    )
     return step + Step((), (event,))
 
 
 def _reserve(worker: Worker, rental: Rental, slot: int, placement_id: str) -> Step:
     placement = Placement(
-        placement_id,
-        rental.id,
-        worker.id,
-        slot,
-        rental.next_epoch,
-        PlacementState.RESERVED,
+        id=placement_id,
+        rental_id=rental.id,
+        worker_id=worker.id,
+        slot=slot,
+        epoch=rental.next_epoch,
+        state=PlacementState.RESERVED,
     )
     as_chosen = {"health": worker.health, "intent": worker.intent, "slots": worker.slots}
-    still_fit = Write("worker", worker.id, as_chosen, {})
+    still_fit = Write(kind="worker", id=worker.id, expect=as_chosen, change={})
     reserved = Event(
-        "placement.reserved",
-        ACTOR,
-        f"slot {slot}",
-        rental.owner,
-        rental.id,
-        worker.id,
-        placement.epoch,
+        kind="placement.reserved",
+        actor=ACTOR,
+        reason=f"slot {slot}",
+        owner=rental.owner,
+        rental_id=rental.id,
+        worker_id=worker.id,
+        epoch=placement.epoch,
     )
     if rental.state is RentalState.MIGRATING:
         expect = {"state": rental.state, "epoch": rental.epoch}
-        raised = Write("rental", rental.id, expect, {"epoch": placement.epoch})
+        raised = Write(kind="rental", id=rental.id, expect=expect, change={"epoch": placement.epoch})
         return Step((still_fit, raised), (reserved,), placement)
     reason = f"being made on worker {worker.id}"
     placed = move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, worker.id, epoch=placement.epoch)

@@ -89,7 +89,11 @@ def decide(snapshot: World, facts: Facts) -> Decision:
             commit(_prepare(world, placement))
     for worker in list(world.workers.values()):
         commit(_drained(world, worker))
-    held = (moves.Source(p.id, p.worker_id, p.epoch, p.held) for p in snapshot.placements.values() if p.held)
+    held = (
+        moves.Source(placement_id=p.id, worker_id=p.worker_id, epoch=p.epoch, move=p.held)
+        for p in snapshot.placements.values()
+        if p.held
+    )
     thaws = (task for task in (tasks.thaw(world, source) for source in held) if task)
     return Decision(tuple(steps), (*tasks.wanted(world, facts), *thaws))
 
@@ -100,7 +104,7 @@ def _settle_placement(world: World, placement: Placement, facts: Facts) -> Step 
     rental = world.rentals.get(placement.rental_id)
     if worker is None or worker.health is Health.DOWN:
         return _settle_without_worker(worker, placement, rental, facts)
-    case = PlacementCase(placement, worker, rental, facts)
+    case = PlacementCase(placement=placement, worker=worker, rental=rental, facts=facts)
     for rule in PLACEMENT_RULES[placement.state]:
         step = rule(case)
         if step is not None:
@@ -108,7 +112,7 @@ def _settle_placement(world: World, placement: Placement, facts: Facts) -> Step 
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlacementCase:
     """A placement whose worker is there and is not down."""
 
@@ -241,7 +245,7 @@ def _lose(worker: Worker | None, placement: Placement, rental: Rental | None, fa
     )
     if worker is not None:
         # A worker that is not down any more may have been told to run it: then it is lost no more.
-        lost = merge((Step((Write("worker", worker.id, {"health": Health.DOWN}, {}),)), lost))
+        lost = merge((Step((Write(kind="worker", id=worker.id, expect={"health": Health.DOWN}, change={}),)), lost))
     if rental is None or placement.state not in LIVE or placement.standby:
         return lost
     change, events = starting.after_a_loss(rental, placement, facts.wall)
@@ -256,7 +260,7 @@ def _lose(worker: Worker | None, placement: Placement, rental: Rental | None, fa
         return merge((lost, moved, told))
     if rental.state is RentalState.MIGRATING and change:
         here = {"state": rental.state, "epoch": rental.epoch}
-        return merge((lost, Step((Write("rental", rental.id, here, change),), events)))
+        return merge((lost, Step((Write(kind="rental", id=rental.id, expect=here, change=change),), events)))
     return lost
 
 
@@ -278,7 +282,15 @@ def give_up(placement: Placement, rental: Rental | None, reason: str) -> Step:
 
 def _blame(worker: Worker, placement: Placement) -> Step:
     reason = f"rental {placement.rental_id} could not be cleaned up"
-    event = Event("worker.cleanup_failed", ACTOR, reason, None, placement.rental_id, worker.id, placement.epoch)
+    event = Event(
+        kind="worker.cleanup_failed",
+        actor=ACTOR,
+        reason=reason,
+        owner=None,
+        rental_id=placement.rental_id,
+        worker_id=worker.id,
+        epoch=placement.epoch,
+    )
     return _set_fault(worker, reason, event)
 
 
@@ -296,17 +308,24 @@ def _keep_strangers(worker: Worker, facts: Facts) -> Step | None:
             f"{HOLDS_STRANGERS} ({names}): restore a backup that knows them, "
             f"or end them for good: orion resume --give-up {worker.id}"
         )
-        return _set_fault(worker, fault, Event("worker.holds_unknown", ACTOR, fault, worker_id=worker.id))
+        return _set_fault(
+            worker, fault, Event(kind="worker.holds_unknown", actor=ACTOR, reason=fault, worker_id=worker.id)
+        )
     if not found and worker.fault.startswith(HOLDS_STRANGERS):
         gone = "what the database has never placed is not there any more"
-        return _set_fault(worker, "", Event("worker.holds_nothing_unknown", ACTOR, gone, worker_id=worker.id))
+        return _set_fault(
+            worker, "", Event(kind="worker.holds_nothing_unknown", actor=ACTOR, reason=gone, worker_id=worker.id)
+        )
     return None
 
 
 def _set_fault(worker: Worker, fault: str, event: Event) -> Step:
     """With another fault, or none, it must be checked anew before it is ready."""
     expect = {"session_id": worker.session_id, "fault": worker.fault}
-    return Step((Write("worker", worker.id, expect, {"fault": fault, "verified_session": None}),), (event,))
+    return Step(
+        (Write(kind="worker", id=worker.id, expect=expect, change={"fault": fault, "verified_session": None}),),
+        (event,),
+    )
 
 
 def _queue(world: World) -> list[Rental]:
@@ -388,7 +407,9 @@ def _settle_move(world: Draft, placement: Placement, facts: Facts, places: Place
         return None
     target = world.standby_of(rental.id)
     to = world.workers.get(target.worker_id) if target else None
-    case = MigrationCase(rental, placement, worker, target, to, facts, places)
+    case = MigrationCase(
+        rental=rental, source=placement, worker=worker, target=target, to=to, facts=facts, places=places
+    )
     for rule in MIGRATION_RULES[moves.phase_of(rental, placement, target)]:
         step = rule(case)
         if step is not None:
@@ -396,7 +417,7 @@ def _settle_move(world: Draft, placement: Placement, facts: Facts, places: Place
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MigrationCase:
     """A rental at rest, and the planned migration away from its worker, if one has begun."""
 
@@ -488,5 +509,8 @@ def _prepare(world: World, placement: Placement) -> Step | None:
 def _drained(world: Draft, worker: Worker) -> Step | None:
     if worker.intent is not Intent.DRAINING or not world.is_whole(worker.id) or world.used_on(worker.id):
         return None
-    event = Event("worker.drained", ACTOR, "it holds no rental any more", worker_id=worker.id)
-    return Step((Write("worker", worker.id, {"intent": Intent.DRAINING}, {"intent": Intent.DRAINED}),), (event,))
+    event = Event(kind="worker.drained", actor=ACTOR, reason="it holds no rental any more", worker_id=worker.id)
+    return Step(
+        (Write(kind="worker", id=worker.id, expect={"intent": Intent.DRAINING}, change={"intent": Intent.DRAINED}),),
+        (event,),
+    )

@@ -20,7 +20,7 @@ from orion.manager.domain.room import Rank, Room
 from orion.manager.domain.states import ENDED, HOLDING, LIVE, Health, Intent, PlacementState, RentalState
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Held:
     """A placement that is not purged."""
 
@@ -42,14 +42,22 @@ class Held:
 
     @staticmethod
     def of(placement: Placement, rental: Rental | None, worker: Worker | None = None) -> Held:
-        keyed = rental is not None and placement.public_key == rental.public_key
-        start_due = rental is not None and worker is not None and bool(starting.due(rental, placement, worker))
         p = placement
-        key = keyed, not p.public_key
-        return Held(p.id, p.rental_id, p.epoch, p.state, *key, start_due, p.standby, p.held, bool(p.start_end))
+        return Held(
+            id=p.id,
+            rental_id=p.rental_id,
+            epoch=p.epoch,
+            state=p.state,
+            keyed=rental is not None and p.public_key == rental.public_key,
+            blank=not p.public_key,
+            start_due=rental is not None and worker is not None and bool(starting.due(rental, p, worker)),
+            standby=p.standby,
+            held=p.held,
+            start_ended=bool(p.start_end),
+        )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Known:
     """A worker."""
 
@@ -68,23 +76,32 @@ class Known:
     def of(worker: Worker, token_hash: str) -> Known:
         verified = worker.session_id is not None and worker.verified_session == worker.session_id
         w = worker
-        return Known(token_hash, w.health, w.intent, w.slots, w.session_id, verified, w.fault, w.address)
+        return Known(
+            token_hash=token_hash,
+            health=w.health,
+            intent=w.intent,
+            slots=w.slots,
+            session_id=w.session_id,
+            verified=verified,
+            fault=w.fault,
+            address=w.address,
+        )
 
     def as_worker(self, worker_id: str) -> Worker:
         """As far as it is known: all that its health is judged by."""
         verified = self.session_id if self.verified else None
         return Worker(
-            worker_id,
-            "",
-            "",
-            (),
-            self.slots,
-            self.health,
-            self.intent,
-            self.session_id,
-            "",
-            verified,
-            self.fault,
+            id=worker_id,
+            hostname="",
+            address="",
+            host_keys=(),
+            slots=self.slots,
+            health=self.health,
+            intent=self.intent,
+            session_id=self.session_id,
+            boot_id="",
+            verified_session=verified,
+            fault=self.fault,
         )
 
     @property
@@ -363,7 +380,13 @@ def _used(held: tuple[Held, ...]) -> int:
 
 
 def _standing(known: Known, used: int) -> Standing:
-    return Standing(known.health, bool(known.fault), known.intent, False, is_full(used, known.slots))
+    return Standing(
+        health=known.health,
+        fault=bool(known.fault),
+        intent=known.intent,
+        leaving=False,
+        full=is_full(used, known.slots),
+    )
 
 
 def _rank(worker_id: str, known: Known | None, held: tuple[Held, ...]) -> Rank | None:

@@ -63,8 +63,8 @@ def restarted(rental: Rental, placement: Placement, worker: Worker, wall: float)
         return None
     here = {"state": placement.state, "started": placement.started}
     writes = (
-        Write("placement", placement.id, here, run_anew("")),
-        Write("rental", rental.id, {"state": rental.state, "epoch": rental.epoch}, change),
+        Write(kind="placement", id=placement.id, expect=here, change=run_anew("")),
+        Write(kind="rental", id=rental.id, expect={"state": rental.state, "epoch": rental.epoch}, change=change),
     )
     return Step(writes, events)
 
@@ -83,7 +83,9 @@ def ended(rental: Rental, placement: Placement, ends: Iterable[CommandEnd]) -> S
     if end is None:
         return None
     expect = {"state": placement.state, "started": placement.started, "start_end": ""}
-    write = Write("placement", placement.id, expect, {"start_end": end.how, "start_ended_at": end.at})
+    write = Write(
+        kind="placement", id=placement.id, expect=expect, change={"start_end": end.how, "start_ended_at": end.at}
+    )
     reason = f"its start command {in_words(end.how)}: orion logs shows what it said"
     run = {"run": end.run.partition("@")[0], "how": end.how}
     return Step((write,), (_event("rental.start_ended", ACTOR, reason, rental, placement, run),))
@@ -104,8 +106,15 @@ def ran(rental: Rental, placement: Placement, mark: str, problem: str) -> Event:
 def ask_to_start(rental: Rental, actor: str) -> Step:
     """Run it now, or where the rental comes to be next, whatever it did before."""
     change = {"start_run": rental.start_run + 1, "start_problem": "", "takeovers": ()}
-    event = Event("rental.start_asked", actor, "asked for", rental.owner, rental.id, epoch=rental.epoch)
-    return Step((Write("rental", rental.id, {"start_run": rental.start_run}, change),), (event,))
+    event = Event(
+        kind="rental.start_asked",
+        actor=actor,
+        reason="asked for",
+        owner=rental.owner,
+        rental_id=rental.id,
+        epoch=rental.epoch,
+    )
+    return Step((Write(kind="rental", id=rental.id, expect={"start_run": rental.start_run}, change=change),), (event,))
 
 
 def _event(
@@ -117,4 +126,13 @@ def _event(
     details: Mapping[str, Any] | None = None,
 ) -> Event:
     owner, where = rental.owner, placement.worker_id
-    return Event(kind, actor, reason, owner, rental.id, where, placement.epoch, details or {})
+    return Event(
+        kind=kind,
+        actor=actor,
+        reason=reason,
+        owner=owner,
+        rental_id=rental.id,
+        worker_id=where,
+        epoch=placement.epoch,
+        details=details or {},
+    )

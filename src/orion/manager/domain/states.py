@@ -94,7 +94,7 @@ HELD_DEADLINE_S = 300.0
 """More seconds than the final sync may take, for any home that can be copied at all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One state: where it may go, whose work it is, how long it may last, and how it ends if it lasts longer."""
 
@@ -105,7 +105,7 @@ class Row:
 
 
 def _row(exits: Iterable[str], owner: str, deadline_s: float | None = None, overdue: str = "") -> Row:
-    return Row(frozenset(exits), owner, deadline_s, overdue)
+    return Row(exits=frozenset(exits), owner=owner, deadline_s=deadline_s, overdue=overdue)
 
 
 H, P, R = Health, PlacementState, RentalState

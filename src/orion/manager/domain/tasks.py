@@ -31,7 +31,7 @@ class TaskKind(StrEnum):
     THAW = "thaw"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """Work on one worker. `placement_id` is None for reaching it and for what only its inventory knows."""
 
@@ -67,7 +67,7 @@ class Task:
         return self.worker_id, self.item.rental_id if self.item else ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ended:
     """A task that has ended. `attempts`: how often it has failed, this time counted; `wall`: UTC seconds."""
 
@@ -103,8 +103,16 @@ def thaw(world: World, source: moves.Source) -> Task | None:
         return None
     if placement.held or placement.state is not PlacementState.RUNNING:
         return None
-    item = Item(rental.id, rental.username, rental.uid, placement.epoch)
-    return Task(TaskKind.THAW, worker.id, worker.session_id, item, placement.id, source=source, owner=rental.owner)
+    item = Item(rental_id=rental.id, username=rental.username, uid=rental.uid, epoch=placement.epoch)
+    return Task(
+        kind=TaskKind.THAW,
+        worker_id=worker.id,
+        session_id=worker.session_id,
+        item=item,
+        placement_id=placement.id,
+        source=source,
+        owner=rental.owner,
+    )
 
 
 def _task_of(world: World, placement: Placement, facts: Facts) -> Task | None:
@@ -112,14 +120,14 @@ def _task_of(world: World, placement: Placement, facts: Facts) -> Task | None:
     rental = world.rentals.get(placement.rental_id)
     if worker is None or worker.health is Health.DOWN or rental is None:
         return None
-    case = TaskCase(world, placement, worker, rental, facts)
+    case = TaskCase(world=world, placement=placement, worker=worker, rental=rental, facts=facts)
     for applies, task in TASK_RULES:
         if applies(case):
             return task(case)
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskCase:
     """A placement with its rental, and its worker, which is not down."""
 
@@ -131,8 +139,15 @@ class TaskCase:
 
     def task(self, kind: TaskKind, **more: Any) -> Task:
         rental, worker = self.rental, self.worker
-        item = Item(rental.id, rental.username, rental.uid, self.placement.epoch)
-        return Task(kind, worker.id, worker.session_id, item, self.placement.id, **more)
+        item = Item(rental_id=rental.id, username=rental.username, uid=rental.uid, epoch=self.placement.epoch)
+        return Task(
+            kind=kind,
+            worker_id=worker.id,
+            session_id=worker.session_id,
+            item=item,
+            placement_id=self.placement.id,
+            **more,
+        )
 
 
 def _is_target(case: TaskCase) -> bool:
@@ -185,7 +200,7 @@ def _fill_target(case: TaskCase) -> Task | None:
     kind = FILLING.get(moves.phase_of(case.rental, source, case.placement))
     if kind is None:
         return None
-    of = moves.Source(source.id, source.worker_id, source.epoch, source.held)
+    of = moves.Source(placement_id=source.id, worker_id=source.worker_id, epoch=source.epoch, move=source.held)
     return case.task(kind, public_key=case.rental.public_key, rental_name=case.rental.name, source=of)
 
 
@@ -196,7 +211,12 @@ def _park(case: TaskCase) -> Task | None:
     ends = case.worker.id in case.facts.vacating and moves.can_move(rental, placement)
     if phase is not MigrationPhase.PARK or not ends:
         return None
-    return case.task(TaskKind.PARK, source=moves.Source(placement.id, case.worker.id, placement.epoch, placement.held))
+    return case.task(
+        TaskKind.PARK,
+        source=moves.Source(
+            placement_id=placement.id, worker_id=case.worker.id, epoch=placement.epoch, move=placement.held
+        ),
+    )
 
 
 def _create(case: TaskCase) -> Task:
@@ -247,8 +267,8 @@ def _tasks_of_worker(world: Draft, worker: Worker, facts: Facts) -> Iterator[Tas
     for item in orphans:
         if (item.rental_id, item.epoch) in facts.strangers:
             continue
-        yield Task(TaskKind.DELETE, worker.id, worker.session_id, item)
+        yield Task(kind=TaskKind.DELETE, worker_id=worker.id, session_id=worker.session_id, item=item)
     stale = any(p.state is PlacementState.LOST for p in placed)
     unverified = worker.verified_session != worker.session_id
     if worker.health is Health.JOINING and unverified and not orphans and not stale and not worker.fault:
-        yield Task(TaskKind.REACH, worker.id, worker.session_id)
+        yield Task(kind=TaskKind.REACH, worker_id=worker.id, session_id=worker.session_id)

@@ -70,7 +70,13 @@ class Authority:
             valid_after=int(now - BACKDATED_S),
             valid_before=int(now + LIFETIME_S),
         )
-        return Issued(serial, _line(made), frozenset(named), tuple(host_keys), now + LIFETIME_S)
+        return Issued(
+            serial=serial,
+            line=_line(made),
+            rental_ids=frozenset(named),
+            host_keys=tuple(host_keys),
+            valid_until=now + LIFETIME_S,
+        )
 
     def user_certificate(
         self, public_key: str, rental_id: str, epoch: int, who: str, source: str, lasts_s: float

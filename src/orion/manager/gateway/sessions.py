@@ -155,8 +155,17 @@ class Sessions:
 
     def _note(self, session: Session, kind: str, reason: str, told: dict[str, float]) -> None:
         details = {"session": session.id, "from": session.where_from} | session.also | told
-        place = (session.owner, session.rental_id, session.worker_id, session.epoch)
-        self._pending.append(Event(kind, session.who, reason, *place, details))
+        event = Event(
+            kind=kind,
+            actor=session.who,
+            reason=reason,
+            owner=session.owner,
+            rental_id=session.rental_id,
+            worker_id=session.worker_id,
+            epoch=session.epoch,
+            details=details,
+        )
+        self._pending.append(event)
 
     def _check(self, new: Session) -> None:
         limits, there = self.limits, self._inside.get(new.worker_id, set())

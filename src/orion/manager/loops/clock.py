@@ -49,7 +49,7 @@ class TrustedClock:
         self._wall = wall
         self._boot = boot
         self._store = store
-        self._clock = WallClock(wall() - now())
+        self._clock = WallClock(offset_s=wall() - now())
         self._said = True
         """What was last written down: whether the clock is believed."""
         self._kept_at = float("-inf")
@@ -68,7 +68,7 @@ class TrustedClock:
         if self._said != self._clock.believed:
             self._said = self._clock.believed
             kind = "manager.clock_believed" if self._said else "manager.clock_doubted"
-            await self._note(Event(kind, "manager", self.problem or "it agrees again"))
+            await self._note(Event(kind=kind, actor="manager", reason=self.problem or "it agrees again"))
         elif self._clock.believed and self._now() >= self._kept_at + KEPT_EVERY_S:
             await self._keep()
         return self._clock
@@ -80,7 +80,9 @@ class TrustedClock:
             return
         far = self._far()
         self._clock, self._said = self._clock.confirmed(), True
-        await self._note(Event("manager.clock_confirmed", actor, f"it is {far} what it should show, and right"))
+        await self._note(
+            Event(kind="manager.clock_confirmed", actor=actor, reason=f"it is {far} what it should show, and right")
+        )
         await self._keep()
 
     @property

@@ -192,7 +192,9 @@ class HealthLoop:
         leaving = self._leases.leaving()
         pool = len(self._roster) - self._roster.number(Health.DOWN) - len(leaving)
         silent = tuple([at async for at in self._silent_since(now)])
-        seen = Observation(self._door_open(), late_s, self._leases.heard_at, silent, pool)
+        seen = Observation(
+            door_open=self._door_open(), late_s=late_s, heard_at=self._leases.heard_at, silent_since=silent, pool=pool
+        )
         before, self.brake = self.brake, advance(self.brake, seen, now, self._clocks)
         if before.on != self.brake.on or before.reason != self.brake.reason:
             log.info("brake", on=self.brake.on, reason=self.brake.reason or f"ended: {before.reason}")
@@ -256,15 +258,15 @@ class HealthLoop:
         )
         joined_at = self._roster.since(worker.id) if worker.health is Health.JOINING else None
         return Evidence(
-            worker,
-            lease,
-            now,
-            self._clocks,
-            self.brake,
-            refuges > is_refuge,
-            0.0 if joined_at is None else now - joined_at,
-            self._leases.losses(worker.id, now, self._clocks.flap_window_s),
-            self._watching.found(worker) if self._watching else Watched(),
+            worker=worker,
+            lease=lease,
+            now=now,
+            clocks=self._clocks,
+            brake=self.brake,
+            refuge=refuges > is_refuge,
+            joining_s=0.0 if joined_at is None else now - joined_at,
+            losses=self._leases.losses(worker.id, now, self._clocks.flap_window_s),
+            watched=self._watching.found(worker) if self._watching else Watched(),
         )
 
     def _plan(self, evidence: Evidence) -> None:

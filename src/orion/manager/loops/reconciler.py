@@ -204,7 +204,7 @@ class Reconciler:
                 world = await self._ledger.look({worker_id}, candidates)
                 here = [w for w in world.workers if world.is_whole(w) or w in world.taken]
                 world.elsewhere = self._roster.refusals(here, leaving)
-                facts = Facts({}, leaving, {}, self._placement_ids)
+                facts = Facts(inventories={}, leaving=leaving, ages={}, new_ids=self._placement_ids)
                 step = ask_to_move(world, rental_id, actor, facts)
                 if step is None or await self._ledger.apply([step]):
                     self.loop.hint()
@@ -264,10 +264,19 @@ class Reconciler:
         now = self._monotonic()
         resting = frozenset(rental_id for rental_id, failure in self._rests.items() if failure.again_at > now)
         unmoved = frozenset(r for r, failure in self._rests.items() if failure.again_at > now - LONGEST_REST_S)
-        ages, leaving = self._ages(world), self._leases.leaving()
-        ends = {worker_id: self._leases.start_ends(worker_id) for worker_id in inventories}
-        more = self._vacating(), resting, unmoved, self._awaits_files_s, ends
-        return Facts(inventories, leaving, ages, self._placement_ids, strangers, self._wall(), *more)
+        return Facts(
+            inventories=inventories,
+            leaving=self._leases.leaving(),
+            ages=self._ages(world),
+            new_ids=self._placement_ids,
+            strangers=strangers,
+            wall=self._wall(),
+            vacating=self._vacating(),
+            resting=resting,
+            unmoved=unmoved,
+            awaits_files_s=self._awaits_files_s,
+            start_ends={worker_id: self._leases.start_ends(worker_id) for worker_id in inventories},
+        )
 
     def _ages(self, world: World) -> dict[str, float]:
         now = self._monotonic()
@@ -387,8 +396,15 @@ class Reconciler:
             self._on_worker_change()
 
     def _end_of(self, task: Task, outcome: Outcome, attempts: int = 0) -> Ended:
-        when = self._wall(), self._counts_from()
-        return Ended(task, outcome.ok, *when, outcome.report, outcome.message, attempts)
+        return Ended(
+            task=task,
+            ok=outcome.ok,
+            wall=self._wall(),
+            counts_from=self._counts_from(),
+            report=outcome.report,
+            message=outcome.message,
+            attempts=attempts,
+        )
 
     async def _thaw_after(self, task: Task) -> None:
         """What stood still for a move that has failed goes on at once."""

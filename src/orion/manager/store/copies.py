@@ -255,7 +255,14 @@ def with_salvages(connection: Connection, rental_ids: Iterable[str]) -> dict[str
 
 def _copy(row: RowMapping) -> Copy:
     generation, skipped = Generation(row["epoch"], row["number"]), tuple(row["skipped"])
-    return Copy(generation, row["at"], row["bytes"], row["files"], skipped, bool(row["salvage"]))
+    return Copy(
+        generation=generation,
+        at=row["at"],
+        bytes=row["bytes"],
+        files=row["files"],
+        skipped=skipped,
+        salvage=bool(row["salvage"]),
+    )
 
 
 def newest_of(connection: Connection, rental_id: str) -> Copy | None:

@@ -65,7 +65,9 @@ def remove_batch(connection: Connection, up_to: int, kept: int) -> bool:
         return False
     connection.execute(delete(events).where(events.c.id <= ids[-1]))
     reason = f"the oldest {BATCH} events, up to number {ids[-1]}, were removed: the newest {kept} are kept"
-    record(connection, Event(REMOVED, "retention", reason, details={"up_to": ids[-1], "number": BATCH}))
+    record(
+        connection, Event(kind=REMOVED, actor="retention", reason=reason, details={"up_to": ids[-1], "number": BATCH})
+    )
     return True
 
 

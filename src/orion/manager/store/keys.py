@@ -92,4 +92,4 @@ def _living(connection: Connection, rental_id: str) -> Rental | None:
 
 def _event(kind: str, rental: Rental, actor: str, key: str) -> Event:
     reason = wire.fingerprint(key)
-    return Event(kind, actor, reason, rental.owner, rental.id, epoch=rental.epoch)
+    return Event(kind=kind, actor=actor, reason=reason, owner=rental.owner, rental_id=rental.id, epoch=rental.epoch)

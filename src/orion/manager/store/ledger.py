@@ -54,9 +54,11 @@ def load(connection: Connection) -> World:
     living = rentals.c.state.not_in(ENDED)
     of_open = rentals.c.id.in_(select(placements.c.rental_id).where(placements.c.state != PlacementState.PURGED))
     return World(
-        {row["id"]: worker(row) for row in connection.execute(select(workers)).mappings()},
-        {row["id"]: rental(row) for row in connection.execute(select(rentals).where(living | of_open)).mappings()},
-        found,
+        workers={row["id"]: worker(row) for row in connection.execute(select(workers)).mappings()},
+        rentals={
+            row["id"]: rental(row) for row in connection.execute(select(rentals).where(living | of_open)).mappings()
+        },
+        placements=found,
     )
 
 
@@ -82,11 +84,11 @@ def look(connection: Connection, whole: Collection[str], candidates: Collection[
     others = {p.rental_id for p in found.values()} - waiting.keys()
     known = {p.worker_id for p in found.values()} | {*whole, *candidates}
     return World(
-        load_workers(connection, known),
-        waiting | _by_id(connection, rentals, others, rental),
-        found,
-        frozenset(whole),
-        _taken(connection, set(candidates) - set(whole)),
+        workers=load_workers(connection, known),
+        rentals=waiting | _by_id(connection, rentals, others, rental),
+        placements=found,
+        whole=frozenset(whole),
+        taken=_taken(connection, set(candidates) - set(whole)),
     )
 
 
@@ -181,7 +183,11 @@ def finish(connection: Connection, ended: Sequence[Ended], follow: Follow) -> No
     wanted = {identity for e in ended for identity in e.task.placement_ids}
     placed = _by_id(connection, placements, wanted, placement)
     placed = {identity: p for identity, p in placed.items() if p.state is not PlacementState.PURGED}
-    world = World({}, _by_id(connection, rentals, {p.rental_id for p in placed.values()}, rental), placed)
+    world = World(
+        workers={},
+        rentals=_by_id(connection, rentals, {p.rental_id for p in placed.values()}, rental),
+        placements=placed,
+    )
     for one in ended:
         step = follow(world, one)
         if step is not None and _apply_one(connection, step):

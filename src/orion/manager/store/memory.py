@@ -43,7 +43,7 @@ class MemoryLedger:
     """
 
     def __init__(self, world: World | None = None) -> None:
-        self.world = (world or World({}, {}, {})).copy()
+        self.world = (world or World(workers={}, rentals={}, placements={})).copy()
         """What `load` shows; rentals that have ended stay, placements that are purged do not."""
         self.events: list[Event] = []
         self.last_heard: dict[str, float] = {}
@@ -80,7 +80,7 @@ class MemoryLedger:
         rentals, open_ = self.world.rentals, dict(self.world.placements)
         wanted = {p.rental_id for p in open_.values()}
         shown = {i: r for i, r in rentals.items() if r.state not in ENDED or i in wanted}
-        return World(dict(self.world.workers), shown, open_)
+        return World(workers=dict(self.world.workers), rentals=shown, placements=open_)
 
     async def never_placed(self, items: Iterable[Item]) -> frozenset[tuple[str, int]]:
         return frozenset((item.rental_id, item.epoch) for item in items) - self._epochs
@@ -101,11 +101,11 @@ class MemoryLedger:
         known = {p.worker_id for p in found.values()} | {*whole, *candidates}
         used = world.used_slots()
         return World(
-            await self.workers(known),
-            waiting | {i: world.rentals[i] for i in sorted(of_found - waiting.keys())},
-            found,
-            frozenset(whole),
-            {w: frozenset(used.get(w, ())) for w in set(candidates) - set(whole)},
+            workers=await self.workers(known),
+            rentals=waiting | {i: world.rentals[i] for i in sorted(of_found - waiting.keys())},
+            placements=found,
+            whole=frozenset(whole),
+            taken={w: frozenset(used.get(w, ())) for w in set(candidates) - set(whole)},
         )
 
     async def workers(self, ids: Iterable[str]) -> dict[str, Worker]:
@@ -186,7 +186,7 @@ class MemoryLedger:
         if token:
             self.tokens[identity] = token
         reason = "a new worker called home" if worker_id is None else "it called home again"
-        self.events.append(Event("worker.registered", identity, reason, worker_id=identity))
+        self.events.append(Event(kind="worker.registered", actor=identity, reason=reason, worker_id=identity))
         gone = self._forget_former(claim, identity)
         self.tell((identity, *gone))
         return Registered(identity, session_id, token, gone)
@@ -206,7 +206,7 @@ class MemoryLedger:
                 gone.append(other.id)
                 del self.world.workers[other.id]
                 reason = REGISTERED_AGAIN if again else ADDRESS_REUSED
-                self.events.append(Event("worker.removed", identity, reason, worker_id=other.id))
+                self.events.append(Event(kind="worker.removed", actor=identity, reason=reason, worker_id=other.id))
         return tuple(gone)
 
     def _apply_one(self, step: Step) -> bool:

@@ -87,7 +87,12 @@ def create(connection: Connection, wish: Wish) -> str:
         used = {"owner": wish.owner, "key": wish.key, "request_hash": wish.request_hash}
         connection.execute(insert(idempotency), used | {"rental_id": identity, "created_at": wish.key_begins_at})
     touched(connection).rentals.add(identity)
-    record(connection, Event("rental.queued", wish.owner, "asked for", wish.owner, identity, epoch=0))
+    record(
+        connection,
+        Event(
+            kind="rental.queued", actor=wish.owner, reason="asked for", owner=wish.owner, rental_id=identity, epoch=0
+        ),
+    )
     return identity
 
 

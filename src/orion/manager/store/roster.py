@@ -109,13 +109,36 @@ def everything(connection: Connection) -> Changes:
 def _known(connection: Connection, query: Select[Any]) -> Iterator[tuple[str, Known]]:
     for identity, token_hash, health, intent, slots, session, verified, fault, address in connection.execute(query):
         same = session is not None and verified == session
-        yield identity, Known(token_hash, _HEALTH[health], _INTENT[intent], slots, session, same, fault, address)
+        yield (
+            identity,
+            Known(
+                token_hash=token_hash,
+                health=_HEALTH[health],
+                intent=_INTENT[intent],
+                slots=slots,
+                session_id=session,
+                verified=same,
+                fault=fault,
+                address=address,
+            ),
+        )
 
 
 def _add_held(connection: Connection, query: Select[Any], held: dict[str, list[Held]], same: dict[str, str]) -> None:
     for worker_id, identity, rental_id, epoch, state, keyed, blank, start_due, *move, ended in connection.execute(
         query
     ):
-        told = bool(keyed), bool(blank), bool(start_due), *move, bool(ended)
-        found = Held(identity, same.get(rental_id, rental_id), epoch, _PLACEMENT[state], *told)
+        standby, quiesced_for = move
+        found = Held(
+            id=identity,
+            rental_id=same.get(rental_id, rental_id),
+            epoch=epoch,
+            state=_PLACEMENT[state],
+            keyed=bool(keyed),
+            blank=bool(blank),
+            start_due=bool(start_due),
+            standby=standby,
+            held=quiesced_for,
+            start_ended=bool(ended),
+        )
         held[same.get(worker_id, worker_id)].append(found)

@@ -110,7 +110,7 @@ def create(connection: Connection, actor: str, name: str, role: str, ends_at: fl
     row: dict[str, Any] = {"id": identity, "name": name, "role": role, "hash": digest(token), "created_at": now}
     row["expires_at"] = ends_at
     connection.execute(insert(tokens), row)
-    record(connection, Event("token.created", actor, f"{role} token {identity} for {name}"))
+    record(connection, Event(kind="token.created", actor=actor, reason=f"{role} token {identity} for {name}"))
     return rows(connection.execute(select(tokens).where(tokens.c.id == identity)))[0], token
 
 
@@ -137,5 +137,5 @@ def revoke(connection: Connection, actor: str, identity: str) -> bool:
     if row["revoked_at"] is None:
         connection.execute(update(tokens).where(tokens.c.id == identity).values(revoked_at=time.time()))
         reason = f"{row['role']} token {identity} of {row['name']}"
-        record(connection, Event(REVOKED, actor, reason, details={"token_id": identity}))
+        record(connection, Event(kind=REVOKED, actor=actor, reason=reason, details={"token_id": identity}))
     return True

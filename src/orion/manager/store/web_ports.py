@@ -38,6 +38,14 @@ def expose(connection: Connection, rental_id: str, actor: str, port: int, public
     connection.execute(update(rentals).where(rentals.c.id == rental_id).values(public_ports=after))
     touched(connection).rentals.add(rental_id)
     kind = "rental.port_published" if public else CLOSED
-    event = Event(kind, actor, "asked for", row["owner"], rental_id, epoch=row["epoch"], details={"port": port})
+    event = Event(
+        kind=kind,
+        actor=actor,
+        reason="asked for",
+        owner=row["owner"],
+        rental_id=rental_id,
+        epoch=row["epoch"],
+        details={"port": port},
+    )
     record(connection, event)
     return ""

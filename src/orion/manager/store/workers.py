@@ -47,7 +47,9 @@ def register(connection: Connection, body: Registration, worker_id: str | None, 
     touched(connection).workers.add(identity)
     reason = "a new worker called home" if worker_id is None else "it called home again"
     details = {"address": body.address, "hostname": body.hostname}
-    record(connection, Event("worker.registered", identity, reason, worker_id=identity, details=details))
+    record(
+        connection, Event(kind="worker.registered", actor=identity, reason=reason, worker_id=identity, details=details)
+    )
     return Registered(identity, session_id, token, _forget_former(connection, body, identity))
 
 
@@ -74,7 +76,7 @@ def _forget_former(connection: Connection, body: Registration, identity: str) ->
     touched(connection).workers.update(forgotten)
     for worker_id, reason in forgotten.items():
         connection.execute(delete(workers).where(workers.c.id == worker_id))
-        record(connection, Event("worker.removed", identity, reason, worker_id=worker_id))
+        record(connection, Event(kind="worker.removed", actor=identity, reason=reason, worker_id=worker_id))
     return tuple(forgotten)
 
 
@@ -128,7 +130,7 @@ def set_intent(connection: Connection, actor: str, worker_id: str, to: Intent) -
     connection.execute(update(workers).where(workers.c.id == worker_id).values(change))
     touched(connection).workers.add(worker_id)
     kind = "worker.resumed" if resumed else "worker.drain_started"
-    record(connection, Event(kind, actor, "asked for", worker_id=worker_id))
+    record(connection, Event(kind=kind, actor=actor, reason="asked for", worker_id=worker_id))
     return one(connection, worker_id)
 
 
@@ -144,7 +146,7 @@ def declared_gone(connection: Connection, actor: str, worker_id: str) -> None:
     """Write down an operator's word that its container is not there any more; the health loop acts on it."""
     touched(connection).workers.add(worker_id)
     reason = "its container is not there any more, they say"
-    record(connection, Event("worker.declared_gone", actor, reason, worker_id=worker_id))
+    record(connection, Event(kind="worker.declared_gone", actor=actor, reason=reason, worker_id=worker_id))
 
 
 def give_up(connection: Connection, actor: str, worker_id: str, items: Iterable[Item]) -> None:
@@ -163,7 +165,18 @@ def give_up(connection: Connection, actor: str, worker_id: str, items: Iterable[
         connection.execute(insert(placements), place)
         touched(connection).workers.add(worker_id)
         reason = "the database had never placed it; an operator gave it up"
-        record(connection, Event("rental.given_up", actor, reason, None, item.rental_id, worker_id, item.epoch))
+        record(
+            connection,
+            Event(
+                kind="rental.given_up",
+                actor=actor,
+                reason=reason,
+                owner=None,
+                rental_id=item.rental_id,
+                worker_id=worker_id,
+                epoch=item.epoch,
+            ),
+        )
 
 
 def remove(connection: Connection, actor: str, worker_id: str) -> str | None:
@@ -175,7 +188,7 @@ def remove(connection: Connection, actor: str, worker_id: str) -> str | None:
         return "worker_in_use"
     connection.execute(delete(workers).where(workers.c.id == worker_id))
     touched(connection).workers.add(worker_id)
-    record(connection, Event("worker.removed", actor, "asked for", worker_id=worker_id))
+    record(connection, Event(kind="worker.removed", actor=actor, reason="asked for", worker_id=worker_id))
     return None
 
 
@@ -204,7 +217,7 @@ def prune(connection: Connection, actor: str, worker_ids: Collection[str] | None
             forgotten.append(worker_id)
             connection.execute(delete(workers).where(workers.c.id == worker_id))
             reason = "it is down, and nothing of it is missing"
-            record(connection, Event("worker.removed", actor, reason, worker_id=worker_id))
+            record(connection, Event(kind="worker.removed", actor=actor, reason=reason, worker_id=worker_id))
     touched(connection).workers.update(forgotten)
     return Pruned(tuple(forgotten), kept)
 

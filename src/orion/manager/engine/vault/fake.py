@@ -76,7 +76,9 @@ class FakeVault:
             raise VaultError(OVER_LIMIT, f"its home holds more than a copy may: {'frozen' if held else 'spared'}")
         if self.pause_s > limits.pause_s and not moving:
             raise VaultError(PAUSE_TOO_LONG, f"its programs would have to stand still for {self.pause_s} s")
-        copy = Copy(Generation(home.epoch, 1), began_at, size, len(files) + 1, skipped)
+        copy = Copy(
+            generation=Generation(home.epoch, 1), at=began_at, bytes=size, files=len(files) + 1, skipped=skipped
+        )
         return self._keep(home, files, copy, spare, limits)
 
     async def salvage(
@@ -96,7 +98,14 @@ class FakeVault:
         size = _counted(files)
         if len(files) + 1 > limits.max_files or size > limits.max_bytes:
             raise VaultError(OVER_LIMIT, "its home holds more than a copy may")
-        copy = Copy(Generation(home.epoch, 1), began_at, size, len(files) + 1, skipped, salvage=True)
+        copy = Copy(
+            generation=Generation(home.epoch, 1),
+            at=began_at,
+            bytes=size,
+            files=len(files) + 1,
+            skipped=skipped,
+            salvage=True,
+        )
         return self._keep(home, files, copy, spare, limits)
 
     def _readable(self, home: Files) -> tuple[Files, tuple[str, ...]]:

@@ -136,7 +136,9 @@ def describe(
     if files > limits[0] or size > limits[1]:
         raise OSError(errno.EFBIG, f"it holds {files} files and {size} bytes, which is more than a copy may")
     generation = Generation(epoch, next_number([each.generation for each in found(folder)], epoch))
-    about = written(Copy(generation, made.at, size, files, made.skipped, made.salvage))
+    about = written(
+        Copy(generation=generation, at=made.at, bytes=size, files=files, skipped=made.skipped, salvage=made.salvage)
+    )
     about |= {"mark": made.mark, "base": "", "folders": made.folders}
     about |= {"made_from": base, "whole": measured.whole, "own": measured.own}
     if base and changed is not None and all(_is_inside(path) for path in changed):

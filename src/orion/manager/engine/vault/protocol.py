@@ -83,6 +83,11 @@ def read(data: dict[str, Any]) -> Copy:
     generation = Generation.parse(data["generation"])
     if generation is None:
         raise ValueError("not a generation")
-    skipped = tuple(str(name) for name in data["skipped"])
-    figures = float(data["at"]), int(data["bytes"]), int(data["files"])
-    return Copy(generation, *figures, skipped, bool(data.get("salvage", False)))
+    return Copy(
+        generation=generation,
+        at=float(data["at"]),
+        bytes=int(data["bytes"]),
+        files=int(data["files"]),
+        skipped=tuple(str(name) for name in data["skipped"]),
+        salvage=bool(data.get("salvage", False)),
+    )
