@@ -15,7 +15,16 @@ from orion.manager.store import engine_log
 from orion.manager.store.database import Store
 from orion.manager.store.engine_log import PER_RENTAL, Entry
 
-ENTRY = Entry(1000.0, "one", 1, "create_user", "w-abcdefgh", True, 0.04, "made")
+ENTRY = Entry(
+    at=1000.0,
+    rental_id="one",
+    epoch=1,
+    action="create_user",
+    worker_id="w-abcdefgh",
+    ok=True,
+    seconds=0.04,
+    message="made",
+)
 JOB = Job(Action.CREATE, Host("w-abcdefgh", "192.0.2.7", ()), "one", "r-one", 100_000, 3)
 
 

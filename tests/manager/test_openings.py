@@ -161,7 +161,7 @@ async def test_a_clock_that_was_corrected_meanwhile_decides_when_a_tokens_time_i
     """A timer goes by another clock than the token: when it ends it looks again."""
     wall = 1000.0
     house.manager.openings._wall = lambda: wall
-    principal = tokens.Principal("client", "x", "x", "", 1000.0 + SOON_S)
+    principal = tokens.Principal(role="client", id="x", name="x", mark="", expires_at=1000.0 + SOON_S)
     opening: Opening = Opening()
     timer: list[asyncio.TimerHandle] = []
     house.manager.openings._end_in_time(opening, principal.expires_at or 0.0, timer)

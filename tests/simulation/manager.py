@@ -152,8 +152,15 @@ class SimulatedManager:
             return Answer(409, {"code": refusal.code})
 
     async def _register(self, own_id: str | None, token: str, address: str, body: Mapping[str, Any]) -> Answer:
-        agent = body["boot_id"], body["agent_version"]
-        claim = Registration(address, body["hostname"], (body["host_key"],), body["slots"], {}, *agent)
+        claim = Registration(
+            address=address,
+            hostname=body["hostname"],
+            host_keys=(body["host_key"],),
+            slots=body["slots"],
+            labels={},
+            boot_id=body["boot_id"],
+            agent_version=body["agent_version"],
+        )
         welcome = await self.call_home.register(own_id, claim, _items(body))
         self.health.loop.hint()
         self.reconciler.loop.hint()

@@ -27,7 +27,7 @@ class Store:
     async def read(self, query: Callable[..., Any], token: str, *_: float) -> Principal | str | None:
         if query is tokens.why_refused:
             return "this token is not known here"
-        return Principal("client", "alice", "alice") if token == TOKEN else None
+        return Principal(role="client", id="alice", name="alice") if token == TOKEN else None
 
 
 class Call:

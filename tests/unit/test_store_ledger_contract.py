@@ -82,7 +82,15 @@ WAY_TO: dict[Health, tuple[Health, ...]] = {
     Health.DOWN: (Health.DOWN,),
     Health.QUARANTINED: (Health.QUARANTINED,),
 }
-CLAIM = Registration("172.20.128.9", "node-9", (host_key(9),), 3, {}, "boot-0009", "0.1")
+CLAIM = Registration(
+    address="172.20.128.9",
+    hostname="node-9",
+    host_keys=(host_key(9),),
+    slots=3,
+    labels={},
+    boot_id="boot-0009",
+    agent_version="0.1",
+)
 
 
 def _put(connection: Any, world: World) -> None:

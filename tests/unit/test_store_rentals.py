@@ -15,7 +15,16 @@ from orion.manager.store.database import Store
 from orion.manager.store.rentals import FIRST_UID, KEY_LIFETIME_S, NameTaken, OtherRequest, Wish
 from orion.manager.store.schema import rentals as table
 
-WISH = Wish("alice", None, host_key(1), False, 3600, {}, None, "hash-1")
+WISH = Wish(
+    owner="alice",
+    name=None,
+    public_key=host_key(1),
+    made_key=False,
+    ttl_s=3600,
+    labels={},
+    key=None,
+    request_hash="hash-1",
+)
 KEYED = replace(WISH, key="key-1")
 NOW = 1_800_000_000.0
 

@@ -14,7 +14,15 @@ from orion.manager.store.schema import tokens as table
 from orion.manager.store.tokens import Principal, make_token
 
 ALICE = ("admin", "alice", "client", None)
-CLAIM = Registration("172.20.128.1", "node-1", ("ssh-ed25519 AAAA",), 1, {}, "boot-0001", "0.1")
+CLAIM = Registration(
+    address="172.20.128.1",
+    hostname="node-1",
+    host_keys=("ssh-ed25519 AAAA",),
+    slots=1,
+    labels={},
+    boot_id="boot-0001",
+    agent_version="0.1",
+)
 
 
 NOW = 1_800_000_000.0
@@ -26,14 +34,14 @@ async def who(store: Store, token: str, now: float = NOW) -> Principal | None:
 
 async def test_a_token_opens_as_whom_it_was_made_for(store: Store) -> None:
     row, token = await store.write(tokens.create, *ALICE)
-    assert await who(store, token) == Principal("client", row["id"], "alice")
+    assert await who(store, token) == Principal(role="client", id=row["id"], name="alice")
 
 
 async def test_a_worker_s_token_opens_as_that_worker_until_it_is_replaced_or_the_worker_is_removed(
     store: Store,
 ) -> None:
     made = await store.write(worker_rows.register, CLAIM, None, True)
-    assert await who(store, made.token) == Principal("worker", made.worker_id, made.worker_id)
+    assert await who(store, made.token) == Principal(role="worker", id=made.worker_id, name=made.worker_id)
     again = await store.write(worker_rows.register, CLAIM, made.worker_id, True)
     assert await who(store, made.token) is None
     assert await who(store, again.token) is not None
@@ -85,7 +93,7 @@ async def test_the_file_s_token_is_the_valid_one_also_after_the_file_was_made_an
     first, second = make_token("admin", "admin"), make_token("admin", "admin")
     await store.write(tokens.install, "admin", first)
     await store.write(tokens.install, "admin", first)
-    assert await who(store, first) == Principal("admin", "admin", "admin")
+    assert await who(store, first) == Principal(role="admin", id="admin", name="admin")
     await store.write(tokens.install, "admin", second)
     assert await who(store, first) is None
     assert await who(store, second) is not None
@@ -117,5 +125,5 @@ async def test_a_revoked_token_stays_revoked_over_a_restart_until_its_file_is_ma
     await store.write(tokens.install, "join", first)
     assert await who(store, first) is None
     await store.write(tokens.install, "join", second)
-    assert await who(store, second) == Principal("join", "join", "join")
+    assert await who(store, second) == Principal(role="join", id="join", name="join")
     assert await who(store, first) is None

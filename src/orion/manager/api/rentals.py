@@ -68,16 +68,16 @@ async def rent(
         body = body.model_copy(update={"ssh_public_key": wire.one_public_key(body.ssh_public_key)})
     private_key, public_key = (None, body.ssh_public_key) if body.ssh_public_key else _new_key()
     wish = rentals.Wish(
-        principal.name,
-        body.name,
-        public_key or "",
-        private_key is not None,
-        body.ttl_s,
-        body.labels,
-        idempotency_key,
-        hashlib.sha256(body.model_dump_json(exclude={"wait_s", *_left_out(body)}).encode()).hexdigest(),
-        body.start or "",
-        comment,
+        owner=principal.name,
+        name=body.name,
+        public_key=public_key or "",
+        made_key=private_key is not None,
+        ttl_s=body.ttl_s,
+        labels=body.labels,
+        key=idempotency_key,
+        request_hash=hashlib.sha256(body.model_dump_json(exclude={"wait_s", *_left_out(body)}).encode()).hexdigest(),
+        start=body.start or "",
+        comment=comment,
         # Whichever clock is right in the end: a key that goes too early lets a rent that comes again make a second one.
         key_begins_at=max(shared.wall(), shared.clock.wall_of_tokens()),
     )

@@ -59,7 +59,13 @@ async def register(
         detail = f"a worker calls home from inside {shared.settings.subnet}; this came from {address}"
         raise ApiProblem(403, "address_not_in_pool", detail)
     claim = Registration(
-        address, body.hostname, tuple(body.ssh_host_keys), body.slots, body.labels, body.boot_id, body.agent_version
+        address=address,
+        hostname=body.hostname,
+        host_keys=tuple(body.ssh_host_keys),
+        slots=body.slots,
+        labels=body.labels,
+        boot_id=body.boot_id,
+        agent_version=body.agent_version,
     )
     own_id = principal.id if principal.role == "worker" else None
     with _refusals():

@@ -50,7 +50,7 @@ class Known:
     owner: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Examined:
     """What a restore of a staged copy would do. `id` accepts it."""
 
@@ -168,11 +168,11 @@ class Backups:
         with closing(_open(copy)) as connection:
             (last_event_at,) = connection.execute("SELECT max(at) FROM events").fetchone()
         return Examined(
-            identity,
-            last_event_at,
-            len(there),
-            [rental for rental_id, rental in here.items() if rental_id not in known],
-            [rental for rental_id, rental in there.items() if rental_id in everything_here - set(here)],
+            id=identity,
+            last_event_at=last_event_at,
+            rentals=len(there),
+            forgotten=[rental for rental_id, rental in here.items() if rental_id not in known],
+            revived=[rental for rental_id, rental in there.items() if rental_id in everything_here - set(here)],
         )
 
     def _beside(self, suffix: str) -> Path:
@@ -255,7 +255,7 @@ def _fit_into_the_present(connection: sqlite3.Connection, database: Path, actor:
     connection.executemany(f"INSERT INTO events ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)  # noqa: S608
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Present:
     counters: dict[str, int]
     revoked: dict[str, float]
@@ -272,8 +272,8 @@ def _present(database: Path) -> _Present:
             (last,) = connection.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()
             ended = [row[0] for row in connection.execute(f"SELECT id FROM rentals WHERE NOT ({_LIVING})")]  # noqa: S608
     except sqlite3.Error:
-        return _Present({}, {}, 0, [])
-    return _Present(counters, revoked, last, ended)
+        return _Present(counters={}, revoked={}, last_event=0, ended=[])
+    return _Present(counters=counters, revoked=revoked, last_event=last, ended=ended)
 
 
 def _living(file: Path) -> dict[str, Known]:

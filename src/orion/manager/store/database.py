@@ -78,7 +78,7 @@ class News:
                 changed.set()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Touched:
     """The rows that a transaction has changed, by id."""
 

@@ -14,7 +14,7 @@ PER_RENTAL = 50
 IN_TOTAL = 100_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """One job of the engine, when it had ended. `at`: UTC seconds; `seconds`: from the order to the outcome."""
 

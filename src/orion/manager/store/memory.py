@@ -189,7 +189,7 @@ class MemoryLedger:
         self.events.append(Event(kind="worker.registered", actor=identity, reason=reason, worker_id=identity))
         gone = self._forget_former(claim, identity)
         self.tell((identity, *gone))
-        return Registered(identity, session_id, token, gone)
+        return Registered(worker_id=identity, session_id=session_id, token=token, replaced=gone)
 
     def _forget_former(self, claim: Registration, identity: str) -> tuple[str, ...]:
         """See `workers.register`."""

@@ -93,7 +93,7 @@ class Ledger(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Registration:
     """A registration as it is believed: the address is the peer that the proxy saw."""
 
@@ -106,7 +106,7 @@ class Registration:
     agent_version: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Registered:
     worker_id: str
     session_id: str

@@ -32,7 +32,7 @@ class OtherRequest(Exception):
     """This idempotency key was used with another request."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Wish:
     """A rent as asked for; `request_hash` is compared when its idempotency key comes again."""
 

@@ -24,7 +24,7 @@ MARK_LENGTH = 16
 _ALPHABET = string.ascii_letters + string.digits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Principal:
     """Who a request comes from: `name` is the owner of rentals, `id` the token's or, for a worker, the worker's."""
 
@@ -55,7 +55,11 @@ def authenticate(connection: Connection, token: str, now: float) -> Principal | 
     role, identity = match[1], match[2]
     if role == "worker":
         row = connection.execute(select(workers.c.token_hash).where(workers.c.id == identity)).first()
-        return Principal(role, identity, identity) if row and hmac.compare_digest(row[0], digest(token)) else None
+        return (
+            Principal(role=role, id=identity, name=identity)
+            if row and hmac.compare_digest(row[0], digest(token))
+            else None
+        )
     kept = connection.execute(select(tokens).where(tokens.c.id == identity)).mappings().first()
     if kept is None or kept["role"] != role or not hmac.compare_digest(kept["hash"], digest(token)):
         return None
@@ -115,7 +119,13 @@ def create(connection: Connection, actor: str, name: str, role: str, ends_at: fl
 
 
 def _principal(kept: RowMapping) -> Principal:
-    return Principal(kept["role"], kept["id"], kept["name"], kept["hash"][:MARK_LENGTH], kept["expires_at"])
+    return Principal(
+        role=kept["role"],
+        id=kept["id"],
+        name=kept["name"],
+        mark=kept["hash"][:MARK_LENGTH],
+        expires_at=kept["expires_at"],
+    )
 
 
 def _is_over(kept: RowMapping, now: float) -> bool:

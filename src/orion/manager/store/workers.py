@@ -50,7 +50,9 @@ def register(connection: Connection, body: Registration, worker_id: str | None, 
     record(
         connection, Event(kind="worker.registered", actor=identity, reason=reason, worker_id=identity, details=details)
     )
-    return Registered(identity, session_id, token, _forget_former(connection, body, identity))
+    return Registered(
+        worker_id=identity, session_id=session_id, token=token, replaced=_forget_former(connection, body, identity)
+    )
 
 
 def _forget_former(connection: Connection, body: Registration, identity: str) -> tuple[str, ...]:
