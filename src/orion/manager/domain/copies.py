@@ -125,19 +125,25 @@ def _latest_of_what_it_began_with(ordered: Sequence[Copy], rental: Rental) -> li
     if origin is None:
         return chain
     latest, asked = Generation.parse(rental.began_with), origin.asked
-    while True:
-        name = str(latest) if latest else ""
-        later = [copy for copy in ordered if latest is None or copy.generation > latest]
-        same_home = [c for c in later if latest and not asked and c.generation.epoch == latest.epoch]
-        filled_with_it = [c for c in later if Origin(c.generation.epoch, name, asked) in rental.lineage]
-        if latest is None and not asked:  # anything is more than nothing
-            filled_with_it += [copy for copy in later if _origin(rental, copy.generation.epoch) is None]
-            filled_with_it.sort(key=lambda copy: copy.generation)
-        grown = same_home or filled_with_it
-        if not grown:
-            return chain
+    while grown := _grown_from(latest, asked, ordered, rental):
         chain.append(grown[-1])
         latest, asked = grown[-1].generation, False
+    return chain
+
+
+def _grown_from(latest: Generation | None, asked: bool, ordered: Sequence[Copy], rental: Rental) -> list[Copy]:
+    """Return the later copies that have all of the copy `latest`, oldest first. `latest` None: the home was empty.
+
+    `asked`: somebody went back to it, and has given up what was later in the same home.
+    """
+    name = str(latest) if latest else ""
+    later = [copy for copy in ordered if latest is None or copy.generation > latest]
+    same_home = [c for c in later if latest and not asked and c.generation.epoch == latest.epoch]
+    filled_with_it = [c for c in later if Origin(c.generation.epoch, name, asked) in rental.lineage]
+    if latest is None and not asked:  # anything is more than nothing
+        filled_with_it += [copy for copy in later if _origin(rental, copy.generation.epoch) is None]
+        filled_with_it.sort(key=lambda copy: copy.generation)
+    return same_home or filled_with_it
 
 
 def waiting_salvage(complete: Iterable[Copy], rental: Rental, wall: float) -> Copy | None:
