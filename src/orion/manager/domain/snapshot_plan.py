@@ -33,4 +33,4 @@ class Plan:
 
     def pace(self) -> Pace:
         """Return the pace of a rental that was not copied yet."""
-        return Pace(self.interval_s, self.paused_share, wait_s=self.interval_s)
+        return Pace(usual_s=self.interval_s, share=self.paused_share, wait_s=self.interval_s)

@@ -114,8 +114,17 @@ class PortAccess:
         row = await self._store.read(web_ports.look, rental_id)
         if row is None:
             raise not_found("rental")
-        place = (row["owner"], row["id"], row["worker_id"], row["epoch"], {"port": port, "from": where_from})
-        await self._store.write(record, Event("rental.port_opened", principal.name, "by a ticket", *place))
+        port_opened = Event(
+            kind="rental.port_opened",
+            actor=principal.name,
+            reason="by a ticket",
+            owner=row["owner"],
+            rental_id=row["id"],
+            worker_id=row["worker_id"],
+            epoch=row["epoch"],
+            details={"port": port, "from": where_from},
+        )
+        await self._store.write(record, port_opened)
         return self._keys.make(rental_id, port, Named(principal.role, principal.id, principal.mark), now)
 
     async def _who(self, connection: HTTPConnection, asked: Asked, offered: Callable[[], Sequence[str]]) -> Who:
