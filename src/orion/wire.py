@@ -1,6 +1,7 @@
-"""The contract: every request and reply of the API, shared by the manager, the client and the tests.
+"""The contract: every request and reply of the API, for the manager, the client and the tests.
 
-Times are RFC 3339 in UTC; durations are seconds and end in `_s`. Unknown fields of a request are refused.
+Times are RFC 3339 in UTC. Durations are seconds, and their names end in `_s`. The manager refuses requests with unknown
+fields. The descriptions and the docstrings of the models are also the text of the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ DEFAULT_WAIT_S = 30
 MAX_WAIT_S = 55
 MAX_PAGE = 500
 MAX_START = 1000
+"""Characters of a start command, at most."""
 MAX_SLOTS = 256
-"""Of one worker, whose certificate names all its rentals: OpenSSH reads no more names."""
+"""Slots of one worker, at most. Its host certificate names all its rentals, and OpenSSH reads no more names."""
 MAX_KEYS = 32
+"""Keys of one rental, at most."""
 MAX_COMMENT = 100
 """Characters of a key's comment that are kept."""
 MIN_PORT, MAX_PORT = 1024, 65535
-"""Of what a rental's processes may listen on."""
+"""The ports on which a rental's processes may listen."""
 MAX_PUBLIC_PORTS = 32
-"""Of a rental."""
+"""Public ports of one rental, at most."""
 MAX_CERTIFICATE_S = 3600
+"""Seconds for which a certificate of a renter's key is valid, at most."""
 
 SSH_KEY_TYPES = (
     "ssh-ed25519",
@@ -45,7 +49,7 @@ SSH_KEY_TYPES = (
 )
 MIN_RSA_BITS = 2048
 KEY_FIELDS = range(2, 5)
-"""Its type, and what the algorithm needs: one (ed25519) to three (a security key of ECDSA)."""
+"""Numbers of fields of a public key: its type, and one (ed25519) to three (ECDSA on a security key) more."""
 _SSH_KEY = re.compile(
     r"(?P<type>[a-z0-9@.\-]+) (?P<key>[A-Za-z0-9+/]{20,4096}={0,3})(?: (?P<comment>[\x21-\x7e][\x20-\x7e]{0,127}))?"
 )
@@ -54,6 +58,8 @@ _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
 class WorkerHealth(StrEnum):
+    """What the manager knows of a worker's ability to run rentals."""
+
     JOINING = "joining"
     READY = "ready"
     SUSPECT = "suspect"
@@ -63,12 +69,16 @@ class WorkerHealth(StrEnum):
 
 
 class WorkerIntent(StrEnum):
+    """What the operators want of a worker."""
+
     ACTIVE = "active"
     DRAINING = "draining"
     DRAINED = "drained"
 
 
 class RentalState(StrEnum):
+    """The state of a rental, from `queued` to `released`, `expired` or `failed`."""
+
     QUEUED = "queued"
     PROVISIONING = "provisioning"
     ACTIVE = "active"
@@ -80,6 +90,8 @@ class RentalState(StrEnum):
 
 
 class Role(StrEnum):
+    """What a token allows."""
+
     ADMIN = "admin"
     CLIENT = "client"
     JOIN = "join"
@@ -87,7 +99,7 @@ class Role(StrEnum):
 
 
 NOT_MOVED = "could not be moved: "
-"""How the explanation of a rental begins that was to go to another worker, and goes on where it is."""
+"""The beginning of a rental's explanation after a migration that failed; the rental stays on its worker."""
 
 
 class Want(StrEnum):
@@ -99,46 +111,49 @@ class Want(StrEnum):
 
 
 def one_public_key(text: str) -> str:
-    """One OpenSSH public key without options, its comment dropped.
+    """Return the text of one OpenSSH public key without its comment.
 
-    Raises ValueError for anything else: an option (`command=`) or a second line in an authorized_keys file
-    would be the renter's word in a file of root.
+    Raises ValueError for anything else. root writes the key into an authorized_keys file, where an option (`command=`)
+    or a second line would give the renter control.
     """
     match = _SSH_KEY.fullmatch(text.strip())
     if not match or match["type"] not in SSH_KEY_TYPES:
         raise ValueError("must be one OpenSSH public key, such as 'ssh-ed25519 AAAA... comment', without options")
     fields = _ssh_fields(match["key"])
     if not fields or fields[0] != match["type"].encode():
-        raise ValueError(f"is damaged: its data is not that of a whole {match['type']} key")
+        raise ValueError(f"is damaged: its data is not a complete {match['type']} key")
     if match["type"] == "ssh-rsa" and int.from_bytes(fields[-1], "big").bit_length() < MIN_RSA_BITS:
-        raise ValueError(f"is too weak: an RSA key needs {MIN_RSA_BITS} bits; ed25519 is better")
+        raise ValueError(f"is too weak: an RSA key needs at least {MIN_RSA_BITS} bits; an ed25519 key is better")
     return f"{match['type']} {match['key']}"
 
 
 def comment_of(text: str) -> str:
-    """Return what a public key is called, in printable ASCII: at most MAX_COMMENT characters of its comment."""
+    """Return the comment of a public key in printable ASCII, cut to MAX_COMMENT characters."""
     match = _SSH_KEY.fullmatch(text.strip())
     return (match["comment"] or "")[:MAX_COMMENT].rstrip() if match else ""
 
 
 def named_key(text: str) -> str:
-    """One public key as `one_public_key` has it, with its comment. Raises ValueError as that does."""
+    """Return the text of one OpenSSH public key with its comment. Raises ValueError as `one_public_key` does."""
     return f"{one_public_key(text)} {comment_of(text)}".rstrip()
 
 
 def key_id(public_key: str) -> str:
-    """Of one public key, for an address: short, and nothing in it that an address would not have."""
+    """Return the short id of a public key, which fits into a URL."""
     return hashlib.sha256(base64.b64decode(public_key.split()[1])).hexdigest()[:16]
 
 
 def fingerprint(public_key: str) -> str:
-    """As `ssh-keygen -l` shows it."""
+    """Return the fingerprint of a public key as `ssh-keygen -l` shows it."""
     digest = hashlib.sha256(base64.b64decode(public_key.split()[1])).digest()
     return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 
 def _ssh_fields(encoded: str) -> list[bytes]:
-    """The strings of an SSH key's data, each after its length in four bytes (RFC 4253, 6.6); none if it is damaged."""
+    """Return the fields of an SSH key's data, each of which follows its length in four bytes (RFC 4253, 6.6).
+
+    Return an empty list if the data is damaged.
+    """
     try:
         rest = base64.b64decode(encoded, validate=True)
     except ValueError:
@@ -154,26 +169,30 @@ def _ssh_fields(encoded: str) -> list[bytes]:
 
 
 def plain_name(text: str) -> str:
-    """Harmless in a shell, in a URL and as a host's name. Raises ValueError for anything else."""
+    """Return the name. Raise ValueError if it could do harm in a shell, in a URL or as a host name."""
     if not _NAME.fullmatch(text):
-        raise ValueError("must be lowercase letters, digits and hyphens, from a letter on, at most 40: such as my-lab")
+        raise ValueError(
+            "must be lowercase letters, digits and hyphens, at most 40, such as my-lab; "
+            "it begins with a letter and does not end with a hyphen"
+        )
     return text
 
 
 def start_command(text: str) -> str:
-    """One line for a shell, which alone makes something of it. Raises ValueError for anything else."""
+    """Return the command. Raise ValueError if it is not one line that a shell can run."""
     if not text.strip():
-        raise ValueError("must be a command, or be left out")
+        raise ValueError("must be a command; without a command leave the field out")
     if len(text) > MAX_START or not text.isprintable():
         raise ValueError(
-            f"must be one line of printable characters, at most {MAX_START}: put more into a file in the rental's home"
+            f"must be one line of at most {MAX_START} printable characters; put a longer script into a file in the "
+            "rental's home"
         )
     return text
 
 
 PublicKey = Annotated[str, Field(max_length=8192), AfterValidator(one_public_key)]
 NamedKey = Annotated[str, Field(max_length=8192), AfterValidator(named_key)]
-"""A public key with its comment, which is for people: a file of keys gets what `one_public_key` leaves of it."""
+"""A public key with its comment, which people read. An authorized_keys file gets the key without the comment."""
 Name = Annotated[str, AfterValidator(plain_name), Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"})]
 LabelKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
 LabelValue = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{0,63}$")]
@@ -185,7 +204,7 @@ Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S, strict=True)]
 
 _IN_WORDS = {
     "missing": "is missing",
-    "extra_forbidden": "is no field of this request",
+    "extra_forbidden": "is not a field of this request",
     "greater_than_equal": "must be at least {ge}",
     "greater_than": "must be more than {gt}",
     "less_than_equal": "must be at most {le}",
@@ -210,15 +229,15 @@ _IN_WORDS = {
     "literal_error": "must be {expected}",
     "json_invalid": "is not JSON: {error}",
 }
-"""What each type of a validation error means in words, to follow the name of the field."""
+"""The message for each type of a validation error, to be put after the name of the field."""
 _LABELS = (
-    "must be letters, digits and . _ / - on both sides, such as team=blue: at most 63 on each, "
-    "the key from a letter or digit on"
+    "must be letters, digits and . _ / - on both sides of =, at most 63 on each, such as team=blue; "
+    "a key begins with a letter or digit"
 )
 
 
 def in_words(error: Mapping[str, Any]) -> str:
-    """Return what is wrong with a field, to follow its name. `error` is one of a ValidationError's `errors()`."""
+    """Return the message for one of a ValidationError's `errors()`, to be put after the name of the field."""
     if error["type"] == "string_pattern_mismatch" and "labels" in error["loc"]:
         return _LABELS
     words = _IN_WORDS.get(error["type"])
@@ -228,16 +247,20 @@ def in_words(error: Mapping[str, Any]) -> str:
 
 
 class Request(BaseModel):
+    """The base of all requests. The manager refuses unknown fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Reply(BaseModel):
-    """Clients of an older version must be able to read a newer reply: unknown fields are ignored."""
+    """The base of all replies. Clients ignore unknown fields, so that an older client can read a newer reply."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class Load(Request):
+    """The resources that a worker uses."""
+
     cpu: float = Field(
         0.0, ge=0, le=4096, strict=True, description="Processors in use, averaged since the last heartbeat"
     )
@@ -247,7 +270,7 @@ class Load(Request):
 
 
 class InventoryItem(Request):
-    """A rental as its worker sees it."""
+    """A rental as its worker reports it."""
 
     rental_id: Id
     username: Annotated[str, StringConstraints(pattern=r"^r-[a-z0-9]{1,30}$")]
@@ -260,12 +283,16 @@ Inventory = Annotated[list[InventoryItem], Field(max_length=10_000)]
 
 
 class PlacementOrder(Reply):
+    """What a worker must do with one of its rentals."""
+
     rental_id: str
     epoch: int
     want: Want
 
 
 class RegisterRequest(Request):
+    """The call with which a worker joins the pool."""
+
     hostname: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$")]
     ssh_host_keys: Annotated[list[PublicKey], Field(min_length=1, max_length=8)]
     slots: int = Field(1, ge=1, le=MAX_SLOTS)
@@ -276,192 +303,228 @@ class RegisterRequest(Request):
 
 
 class RegisterReply(Reply):
+    """The identity and the settings of a registered worker."""
+
     worker_id: str
     worker_token: str
     session_id: str
     heartbeat_interval_s: float
     lease_s: float
-    door_answer_s: float = Field(description="How old the proxy's word that the manager cannot be reached may be")
-    authorized_keys: list[str] = Field(description="Lines for root's authorized keys: the manager's own")
+    door_answer_s: float = Field(
+        description="Seconds for which an answer of the proxy that the manager cannot be reached counts"
+    )
+    authorized_keys: list[str] = Field(description="The manager's lines for root's authorized_keys file")
     placements: list[PlacementOrder]
 
 
 class StartEnd(Request):
-    """How the run of a start command ended that its worker has had. `unseen`: with the program that kept its output."""
+    """How one run of a start command ended. `unseen` means that the program that records its output ended as well."""
 
     rental_id: Id
     epoch: int = Field(ge=1, lt=2**53, strict=True)
     run: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,16}@[A-Za-z0-9-]{0,64}$")]
     how: Annotated[str, StringConstraints(pattern=r"^(status [0-9]{1,3}|signal [0-9]{1,2}|unseen)$")]
-    ago_s: float = Field(0, ge=0, le=1e9, strict=True)
+    ago_s: float = Field(0, ge=0, le=1e9, strict=True, description="Seconds since the run ended")
 
 
 FURTHER_FIELDS = ("start_ends",)
-"""Fields of a heartbeat that a worker sends only to a manager that has said that it takes them: an older one refuses
-what it does not know."""
+"""Fields of a heartbeat that a worker sends only to a manager that announced them in `takes`, as an older manager would
+refuse them."""
 
 
 class HeartbeatRequest(Request):
-    """Numbers must be numbers: the manager reads most of these with another reader (api/heartbeat.py), as strictly."""
+    """A worker's report, sent at regular intervals. Numbers must be JSON numbers, not text."""
+
+    # The manager reads most heartbeats with a faster parser (api/heartbeat.py), which is as strict as this model.
 
     session_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{8,64}$")]
     seq: int = Field(ge=0, lt=2**53, strict=True)
     load: Load = Load()
     inventory: Inventory = []
     lease_s: float = Field(
-        0, ge=0, le=86_400, strict=True, description="The lease that the last reply gave it; 0: none yet"
+        0, ge=0, le=86_400, strict=True, description="The lease of the last reply in seconds; 0 before the first reply"
     )
     start_ends: Annotated[list[StartEnd], Field(max_length=MAX_SLOTS)] = []
     vacating: bool = Field(
-        False, strict=True, description="The worker was told to stop, and waits for its rentals to be taken away"
+        False, strict=True, description="Whether the worker is stopping and waits until its rentals have left"
     )
     leaving: bool = Field(
-        False, strict=True, description="The goodbye: the worker has stopped its rentals and is about to end"
+        False,
+        strict=True,
+        description="Whether this is the last heartbeat: the worker has stopped its rentals and ends",
     )
 
 
 class HeartbeatReply(Reply):
+    """The answer to a heartbeat: a new lease, and what the worker must do."""
+
     lease_s: float
     door_answer_s: float
     next_heartbeat_s: float
     placements: list[PlacementOrder]
-    takes: list[str] = Field([], description="Fields that the next heartbeat may have as well: see FURTHER_FIELDS")
+    takes: list[str] = Field([], description="Optional fields that the next heartbeat may contain, such as start_ends")
 
 
 class RentRequest(Request):
+    """What to rent. Without a name or a key the platform makes one."""
+
     name: Name | None = None
     ssh_public_key: NamedKey | None = None
     ttl_s: Ttl = DEFAULT_TTL_S
     labels: Labels = {}
     start: StartCommand | None = Field(
-        None, description="Run by its shell, in its home, whenever it comes to be on a worker"
+        None,
+        description="A command that the rental's shell runs in its home each time that it becomes active on a worker",
     )
     wait_s: float = Field(DEFAULT_WAIT_S, ge=0, le=MAX_WAIT_S)
 
 
 class SshAuthority(Reply):
-    """By what a renter's ssh recognises every worker as that of a rental: its host certificate names the rental."""
+    """The authority by which a renter's ssh verifies a worker. The worker's host certificate names its rentals."""
 
     public_key: str
-    known_hosts: str = Field(description="The line for a known_hosts file; the host's name is ID.orion (HostKeyAlias)")
+    known_hosts: str = Field(description="The line for a known_hosts file; set HostKeyAlias to ID.orion")
 
 
 class Key(Reply):
-    """A key that opens a rental."""
+    """An SSH key that opens a rental."""
 
     id: str
-    fingerprint: str = Field(description="As ssh-keygen -l shows it")
+    fingerprint: str = Field(description="The fingerprint as ssh-keygen -l shows it")
     public_key: str
-    comment: str = Field("", description="What it is called, as it was given: the platform makes nothing of it")
-    in_place: bool = Field(description="Its worker has all keys as they are listed; false while that is under way")
+    comment: str = Field("", description="The comment that was given with the key; the platform does not interpret it")
+    in_place: bool = Field(description="Whether the worker has all keys of this list; if not, it gets them soon")
 
 
 class AddKeyRequest(Request):
+    """A key to add to a rental."""
+
     ssh_public_key: NamedKey
     wait_s: float = Field(DEFAULT_WAIT_S, ge=0, le=MAX_WAIT_S)
 
 
 class CertificateRequest(Request):
-    """A certificate for this key, which need not be one of the rental's."""
+    """The key to certify. It need not be one of the rental's keys."""
 
     ssh_public_key: PublicKey
     ttl_s: int = Field(MAX_CERTIFICATE_S, ge=MIN_TTL_S, le=MAX_CERTIFICATE_S, strict=True)
 
 
 class CertificateReply(Reply):
-    certificate: str = Field(description="The line for a file KEY-cert.pub; it opens this rental, until it moves")
+    """A certificate that opens a rental."""
+
+    certificate: str = Field(
+        description="The line for a file KEY-cert.pub; it opens this rental until the rental changes its worker"
+    )
     expires_at: datetime
 
 
 class TerminalTicket(Reply):
-    """For one terminal in a browser: the second subprotocol of the WebSocket, after `orion.terminal`."""
+    """A ticket for one terminal in a browser: the second subprotocol of the WebSocket, after `orion.terminal`."""
 
     ticket: str
     expires_in_s: float
 
 
 class WebPort(Reply):
-    """A port that the rental's processes may listen on, as the proxy shows it."""
+    """A port on which the rental's processes may listen, and its addresses on the platform."""
 
     port: int
-    public: bool = Field(description="Whether anybody may open it; else its owner, and admins")
-    path: str = Field(pattern=r"^/[A-Za-z0-9/-]+$", description="Where it is on the platform's own address")
-    host: str | None = Field(None, pattern=r"^[a-z0-9.-]+$", description="The host name of its own that it has as well")
+    public: bool = Field(description="Whether anybody may open the port; if not, the rental's owner and admins may")
+    path: str = Field(pattern=r"^/[A-Za-z0-9/-]+$", description="The port's path on the platform's own address")
+    host: str | None = Field(
+        None, pattern=r"^[a-z0-9.-]+$", description="The port's own host name; null if the platform gives out none"
+    )
 
 
 class ExposeRequest(Request):
+    """Whether anybody may open a port."""
+
     public: bool = Field(strict=True)
 
 
 class WebPortTicket(WebPort):
-    """For one browser: the address /.orion/open/#RENTAL/PORT/TICKET, of either host, opens the port there."""
+    """A port with a ticket for one browser, which opens it at /.orion/open/#RENTAL/PORT/TICKET on either host."""
 
     ticket: str
     expires_in_s: float
 
 
 class RenewRequest(Request):
+    """The new time of a rental, counted from now."""
+
     ttl_s: Ttl = DEFAULT_TTL_S
 
 
 class Snapshot(Reply):
-    """A complete copy of a rental's files, kept by the manager."""
+    """A complete copy of a rental's home, kept by the platform."""
 
-    generation: str = Field(description="EPOCH-NUMBER; a later one has later files")
-    at: datetime = Field(description="When it was begun, for the last time that the home was found to be like it")
+    generation: str = Field(description="The snapshot's id, EPOCH-NUMBER; a later snapshot has a higher one")
+    at: datetime = Field(description="The last time at which the home was found to be as in this snapshot")
     bytes: int
-    files: int = Field(description="Files, directories and links")
+    files: int = Field(description="Number of files, directories and links")
     skipped: list[str] = Field(
-        description="The first names of what could not be carried whole: it is missing, or lacks attributes or its mode"
+        description="The first names of files that are missing, or lack attributes or their mode, in the snapshot"
     )
-    salvage: bool = Field(False, description="What a lost worker still had when it came back: restored on request")
+    salvage: bool = Field(
+        False, description="Whether this is a recovered snapshot: what a lost worker still had when it came back"
+    )
 
 
 class Rental(Reply):
+    """A rented environment."""
+
     id: str
     name: str
     owner: str
     state: RentalState
-    epoch: int = Field(description="Rises with each placement; 0 before the first")
+    epoch: int = Field(description="The number of the present placement; 0 before the first")
     worker_id: str | None
-    moving_to: str | None = Field(None, description="The worker to which it is being moved, from the one that it is on")
+    moving_to: str | None = Field(None, description="The worker to which the rental is being migrated")
     username: str
-    ssh_host_keys: list[str] = Field(description="Of the worker it is on; empty while it is on none")
+    ssh_host_keys: list[str] = Field(description="The host keys of the rental's worker; empty if it has no worker")
     labels: dict[str, str]
     ttl_s: int
     created_at: datetime
     expires_at: datetime | None = Field(
-        description="Null before it was first active, and while its time is not counted as the clock is doubted"
+        description="Null before the rental is first active, and while the manager does not trust its clock"
     )
-    last_safe_copy_at: datetime | None = Field(description="When the last complete copy of its files was begun")
-    last_safe_copy_bytes: int | None = Field(None, description="What its files and directories take")
-    copy_problem: str = Field("", description="Why its files cannot be copied at present")
+    last_safe_copy_at: datetime | None = Field(description="When the last complete snapshot of the home was begun")
+    last_safe_copy_bytes: int | None = Field(None, description="Bytes of the files and directories of that snapshot")
+    copy_problem: str = Field("", description="Why no snapshot of the home can be made at present")
     home_warning: str = Field(
-        "", description="What its home holds, from 80 % of what it may hold; how often it is copied, if less than usual"
+        "",
+        description="The home's size, if above 80 % of its limit; how often snapshots are made, if less than usual",
     )
     salvage: Snapshot | None = Field(
-        None, description="The newest of what lost workers still had and it does not have; shown for a week"
+        None, description="The newest recovered snapshot with files that the rental does not have; shown for a week"
     )
-    start: str | None = Field(None, description="Its start command")
-    start_problem: str = Field("", description="Why its start command is not run any more")
+    start: str | None = Field(None, description="The start command")
+    start_problem: str = Field("", description="Why the start command is not run any more")
     start_end: str = Field(
-        "", description="How its start command ended: status N, signal N or unseen; empty: it runs, or is about to"
+        "", description="How the start command ended: status N, signal N or unseen; empty while it runs or will run"
     )
-    start_ended_at: datetime | None = Field(None, description="When that was, by the word of its worker")
+    start_ended_at: datetime | None = Field(
+        None, description="When the start command ended, as the rental's worker reports it"
+    )
     public_ports: list[int] = Field([], description="The web ports that anybody may open")
-    explanation: str = Field(description="Why it is in its state, for a person")
+    explanation: str = Field(description="The reason for the state, for people")
 
 
 class RentReply(Rental):
-    ssh_private_key: str | None = Field(None, description="Only in this reply, and only where no key was given")
+    """A new rental."""
+
+    ssh_private_key: str | None = Field(
+        None, description="The private key that the platform made, in this reply only; null if a key was given"
+    )
 
 
 class RestoreRequest(Request):
-    """Exactly one of `generation` and `empty`."""
+    """What to restore: give exactly one of `generation` and `empty`."""
 
     generation: Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,15}-[1-9][0-9]{0,15}$")] | None = None
-    empty: bool = Field(False, description="Begin without any files")
-    discard: bool = Field(False, description="Do not copy first what is there now")
+    empty: bool = Field(False, description="Start with an empty home")
+    discard: bool = Field(False, description="Do not make a snapshot of the present files first")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -471,6 +534,8 @@ class RestoreRequest(Request):
 
 
 class Worker(Reply):
+    """A worker of the pool."""
+
     id: str
     hostname: str
     address: str
@@ -486,26 +551,38 @@ class Worker(Reply):
 
 
 class DrainRequest(Request):
-    worker_ids: list[Id] = Field(min_length=1, max_length=1000, description="Nothing is moved from one to another")
+    """Workers to drain at once."""
+
+    worker_ids: list[Id] = Field(
+        min_length=1, max_length=1000, description="No rental is migrated from one of these workers to another"
+    )
 
 
 class Kept(Reply):
+    """A worker that is down and was not forgotten."""
+
     id: str
-    why: str = Field(description="Why this worker, which is down, is not forgotten")
+    why: str = Field(description="Why the worker was not forgotten")
 
 
 class Pruned(Reply):
+    """The workers that were forgotten, and those that were kept though they are down."""
+
     forgotten: list[str]
     kept: list[Kept]
 
 
 class TokenRequest(Request):
+    """The token to make."""
+
     name: Name
     role: Literal["client", "admin", "join"] = "client"
     ttl_s: int | None = Field(None, ge=MIN_TTL_S, le=MAX_TOKEN_TTL_S, strict=True)
 
 
 class Token(Reply):
+    """A token without its secret."""
+
     id: str
     name: str
     role: Role
@@ -515,13 +592,17 @@ class Token(Reply):
 
 
 class TokenReply(Token):
-    token: str = Field(description="Shown this once; only its hash is kept")
+    """A new token with its secret."""
+
+    token: str = Field(description="The secret, in this reply only; the platform keeps its hash alone")
 
 
 class Event(Reply):
+    """Something that happened on the platform."""
+
     id: int
     at: datetime
-    kind: str = Field(description="Past tense, such as 'rental.activated'")
+    kind: str = Field(description="What happened, such as 'rental.activated'")
     actor: str
     reason: str
     owner: str | None
@@ -532,75 +613,87 @@ class Event(Reply):
 
 
 class LogEntry(Reply):
-    """One job of the provisioning engine, when it had ended."""
+    """One finished job of the provisioning engine."""
 
     at: datetime
     action: str = Field(description="The playbook: create_user or delete_user")
     worker_id: str
     epoch: int
     ok: bool
-    seconds: float = Field(description="From the order to the outcome")
+    seconds: float = Field(description="Seconds from the order to the outcome")
     message: str
 
 
 class Overdue(Reply):
-    """Something that has been in a state for longer than it should."""
+    """Something that has been in one state for too long."""
 
     kind: Literal["worker", "rental", "placement"]
     id: str
-    name: str = Field(description="The hostname of a worker, the name of a rental")
+    name: str = Field(description="The hostname of the worker, or the name of the rental")
     state: str
-    since_s: float = Field(description="Counted from the start of the manager at the earliest")
+    since_s: float = Field(description="Seconds in this state, at most those since the start of the manager")
     why: str
     what_to_do: str
 
 
 class RentalName(Reply):
+    """The names of a rental and its owner."""
+
     id: str
     name: str
     owner: str
 
 
 class RestorePlan(Reply):
-    """What restoring a backup would do; `id` accepts it."""
+    """What restoring a backup would do. A second request with its `id` starts the restore."""
 
     id: str
-    last_event_at: datetime | None = Field(description="When the last thing happened that the backup knows")
-    rentals: int = Field(description="Living ones in the backup")
-    forgotten: list[RentalName] = Field(description="Living now and unknown to the backup")
-    revived: list[RentalName] = Field(description="Ended since, and living in the backup")
+    last_event_at: datetime | None = Field(description="The time of the backup's last event")
+    rentals: int = Field(description="Number of living rentals in the backup")
+    forgotten: list[RentalName] = Field(description="Rentals that live now and are not in the backup")
+    revived: list[RentalName] = Field(description="Rentals that live in the backup and have ended since")
 
 
 class Restoring(Reply):
-    kept_as: str = Field(description="The former database's file, beside the new one")
+    """The answer to an accepted restore."""
+
+    kept_as: str = Field(description="The file name of the former database, which is kept beside the new one")
 
 
 class Status(Reply):
+    """The state of the whole platform."""
+
     version: str
-    brake: str | None = Field(description="Why no silent worker is declared down at present; null when nothing holds")
+    brake: str | None = Field(description="Why silent workers are not declared down at present; null if they are")
     workers: dict[str, int] = Field(description="Number of workers by health")
     rentals: dict[str, int] = Field(description="Number of living rentals by state")
     slots: int
     slots_free: int
-    copies_paused: str | None = Field(None, description="Why no files are copied at present")
-    clock: str | None = Field(None, description="Why the manager's clock is not believed, so that nobody expires")
-    overdue: list[Overdue] = Field([], description="What has waited too long, why, and what to do")
+    copies_paused: str | None = Field(None, description="Why no snapshots are made at present; null if they are")
+    clock: str | None = Field(
+        None, description="Why the manager does not trust its clock, so that no rental expires; null if it does"
+    )
+    overdue: list[Overdue] = Field([], description="Everything that has waited too long, why, and what to do")
 
 
 class ManagerClock(Reply):
-    problem: str | None = Field(description="Why the manager's clock is not believed; null: it is")
+    """Whether the manager trusts its clock."""
+
+    problem: str | None = Field(description="Why the manager does not trust its clock; null if it does")
 
 
 T = TypeVar("T")
 
 
 class Page(Reply, Generic[T]):
+    """One page of a list."""
+
     items: list[T]
-    next: str | None = Field(None, description="Pass it as `after` for the next page; null at the end")
+    next: str | None = Field(None, description="The value of `after` for the next page; null on the last page")
 
 
 class Problem(Reply):
-    """RFC 9457, as application/problem+json. `code` is stable; `detail` says what to do."""
+    """An error (RFC 9457, application/problem+json). `code` is stable and for programs; `detail` says what to do."""
 
     type: str = "about:blank"
     title: str
