@@ -21,7 +21,7 @@ from bench.processes import family, memory_mb
 from bench.report import Result
 from bench.stack import Stack, running, wait_until
 from orion import frames, stream
-from orion.login import Login
+from orion.login import PlatformLogin
 from orion.ssh import pinned_authority_arguments, pinned_host_arguments
 
 GIGABYTE = 1 << 30
@@ -110,7 +110,7 @@ def _copies(result: Result, inside: Baselines, ways: Ways, rounds: int) -> None:
 
 def _idle(result: Result, stack: Stack, rentals: list[dict[str, Any]]) -> None:
     """Sessions that stand at sshd's greeting: what the manager keeps of one does not depend on what it carries."""
-    account = Login(f"http://127.0.0.1:{stack.http_port}", stack.token)
+    account = PlatformLogin(f"http://127.0.0.1:{stack.http_port}", stack.token)
     manager = _manager(stack)
     before = memory_mb(manager)
     with ExitStack() as open_ones:
@@ -124,7 +124,7 @@ def _idle(result: Result, stack: Stack, rentals: list[dict[str, Any]]) -> None:
     result.at_most(f"{IDLE} idle sessions cost the manager", during - before, 100, " MB")
 
 
-def _session(account: Login, rental_id: str) -> Any:
+def _session(account: PlatformLogin, rental_id: str) -> Any:
     upgrade = {
         "Upgrade": "websocket",
         "Connection": "Upgrade",

@@ -1,11 +1,11 @@
-"""`orion connect RENTAL_ID`: stdin and stdout become one SSH connection to the rental's worker.
+"""`orion connect RENTAL_ID`: the ProxyCommand of ssh, which connects stdin and stdout to the rental's worker.
 
-This is ssh's ProxyCommand: the bytes go through a WebSocket to the platform, which relays them to the worker's sshd.
-It knows nothing of SSH and decides nothing: ssh itself verifies the worker. It is started for every session, so it
-starts fast: the standard library only, and little of that.
+The bytes pass through a WebSocket to the platform, which relays them to the worker's sshd. This program does not
+interpret SSH: ssh itself verifies the worker. Because ssh starts this program for every session, it must start fast, so
+it loads only a small part of the standard library.
 
-Where the rental is on the move it waits for it, and says so. How it ended is written to the file that
-ORION_CONNECT_REPORT names, for `orion ssh`, which goes on from there.
+If the rental is queued or migrating, the program waits and says so. When it ends, it writes how to the file that
+ORION_CONNECT_REPORT names; `orion ssh` reads that file to decide whether to reconnect.
 """
 
 from __future__ import annotations
@@ -33,65 +33,75 @@ from orion.errors import (
     no_reply,
     refusal,
 )
-from orion.login import Login
+from orion.login import PlatformLogin
 
 OPEN_S = 20.0
+"""Seconds for each step of opening a connection."""
 SAY_EVERY_S = 5.0
-"""Seconds between the lines that say why it takes so long. The platform is asked to answer within as many."""
+"""Seconds between two lines about what the session waits for. One question waits on the server for as long."""
 KEEP_TRYING_S = 120.0
-"""A worker that falls silent is down after 90 s, one that died after 2 s; then its rental is made elsewhere."""
+"""Seconds to wait for a rental. A takeover begins 90 s after a worker falls silent, or 2 s after it dies."""
 PAUSE_S = 1.0
+"""Seconds between two attempts to reach a worker."""
 CHUNK_BYTES = 1 << 18
-MOST_WAITING = 1 << 20
-"""Bytes in either direction that were taken and not given on."""
+"""Bytes that are read or written at once, at most."""
+MAX_BUFFERED = 1 << 20
+"""Bytes that are buffered in each direction before reading pauses."""
 PING_EVERY_S = 20.0
-"""Keeps the connection alive in gateways on the way. No answer is no failure: a renter who stops reading (Ctrl-S, a
-suspended ssh) also stops the reading of pongs. ssh has its own ServerAliveInterval."""
+"""Seconds between two pings, which keep the connection alive in gateways on the way.
+
+A missing pong is no failure: if a renter stops reading (Ctrl-S, a suspended ssh), nobody reads pongs either. ssh
+detects a dead worker by its own ServerAliveInterval."""
 AFTER_STDIN_S = 5.0
-"""A WebSocket cannot be closed in one direction alone. When stdin has ended, what still comes is delivered until
-the other side closes, or was silent for so long."""
+"""Seconds of silence after which a session ends whose stdin has ended.
+
+A WebSocket cannot be closed in one direction alone, so the other side does not learn of the end of stdin. Its output is
+delivered until it closes the connection or is silent for this long."""
 LAST_WORD_S = 1.0
+"""Seconds to wait for the last bytes to leave, or for ssh to end."""
 REPORT = "ORION_CONNECT_REPORT"
+"""The variable that names the file for the report on how the session ended."""
 MOVED = 4001
-"""The platform's close code when the rental left its worker, or its worker it."""
+"""The platform's close code for a rental that left its worker, or whose worker is down."""
 NOTICE = "X-Orion-Notice"
-"""A header of the platform: what somebody who comes in should know."""
+"""The platform's header with a notice for everybody who opens a session."""
 REMARK = "X-Orion-Remark"
-"""The same, of what can wait: it is said at a log-in alone."""
+"""The platform's header with a remark that is shown at interactive log-ins only."""
 SAID = "ORION_CONNECT_SAID"
-"""Set by who has said it already."""
+"""The variable that `orion ssh` sets because it has shown the remark itself."""
 TIDY = (
-    "\x1b7\x1b[?1049l"  # leave the alternate screen; where there was none, the cursor stays: it was saved just before
+    "\x1b7\x1b[?1049l"  # save the cursor and leave the alternate screen; without one, that only restores the cursor
     "\x1b[!p\x1b[0m\x1b>"  # margins, insert mode, cursor keys, cursor, colours, keypad
     "\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1004l\x1b[?1006l"  # reports of mouse and focus
     "\x1b[?2004l\x1b[>4m\x1b[=0u"  # bracketed paste, modified keys, the keyboard protocol of kitty
 )
-"""Puts a terminal right that a program on a lost connection has left as it was."""
+"""Escape sequences that reset a terminal after a program on it lost its connection."""
 
 
 class Lost(OrionError):
-    """A session that had begun was lost."""
+    """A session was lost after the worker had sent something."""
 
 
 class NeverBegan(OrionError):
-    """The rental left its worker before that had said anything."""
+    """The rental left its worker before the worker had sent anything."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    # As the child of ssh we share its terminal: Ctrl-C ends both, without a trace.
+    """Run the program and return its exit status."""
+    # ssh and this program share a terminal: Ctrl-C ends both, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         given = list(arguments)
         if given == ["--learn"]:
             ssh_rentals.learn(login.load())
         elif given == ["--unknown"]:
-            raise InvalidInput("you have no living rental of this name: orion ls shows those you have")
+            raise InvalidInput("you have no living rental of this name. List your rentals with: orion ls")
         elif given and given[0].startswith("--certify="):
             certify(login.load(), _rental_id([given[0].partition("=")[2]]))
         else:
             relay(login.load(), _rental_id(given))
     except Lost as error:
-        if REPORT not in os.environ:  # whoever asked for a report goes on from there, and says so itself
+        if REPORT not in os.environ:  # `orion ssh`, which asks for a report, tells the user itself
             _say(str(error), tidy=True)
         _let_ssh_end()
         return error.exit_code
@@ -101,22 +111,22 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def relay(account: Login, rental_id: str) -> None:
-    """Carry bytes both ways until one side ends. Raises OrionError."""
+def relay(account: PlatformLogin, rental_id: str) -> None:
+    """Carry bytes in both directions until one side ends. Raises OrionError."""
     report: dict[str, object] = {"lost": False, "there": False, "reason": ""}
     patience = Patience()
-    said_by_ssh = b""
+    sent_by_ssh = b""
     try:
         while True:
             connection, early = _open(account, rental_id, patience)
             with connection:
-                carrier = Carrier(connection, early, said_by_ssh)
+                carrier = Carrier(connection, early, sent_by_ssh)
                 try:
                     report["lost"] = not carrier.run()
                     return
                 except NeverBegan as error:
                     patience.wait_after(error)
-                    said_by_ssh = carrier.said_by_ssh
+                    sent_by_ssh = carrier.sent_by_ssh
                 finally:
                     report["there"] = carrier.was_closed
     except OrionError as error:
@@ -124,12 +134,12 @@ def relay(account: Login, rental_id: str) -> None:
         raise
     finally:
         if name := os.environ.get(REPORT):
-            with suppress(OSError):  # whoever asked for it has gone
+            with suppress(OSError):  # the folder is gone if `orion ssh` has ended
                 Path(name).write_text(json.dumps(report))
 
 
-def certify(account: Login, rental_id: str) -> None:
-    """Have a certificate for a rental of which this machine has no key. Waits for one that is on the move."""
+def certify(account: PlatformLogin, rental_id: str) -> None:
+    """Get a certificate for a rental whose key this machine does not have. Wait while it is queued or migrating."""
     patience = Patience()
     wait_s = 0.0
     while True:
@@ -144,20 +154,21 @@ def certify(account: Login, rental_id: str) -> None:
 
 
 class Patience:
-    """Says why it takes so long, at once and from time to time, and raises the reason when it has taken too long."""
+    """Tells the user what the session waits for, and raises the reason after KEEP_TRYING_S."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._said, self._said_at = "", 0.0
 
     def wait_after(self, error: OrionError, pause_s: float = PAUSE_S) -> None:
-        """Raise the error if that was the last try."""
+        """Tell the user the error and pause. Raise the error instead if KEEP_TRYING_S are over."""
         if time.monotonic() - self._began > KEEP_TRYING_S:
             raise error
         self.say(str(error))
         time.sleep(pause_s)
 
     def say(self, reason: str) -> None:
+        """Tell the user the reason, at once if it is a new one, else every SAY_EVERY_S."""
         now = time.monotonic()
         if reason == self._said and now - self._said_at < SAY_EVERY_S:
             return
@@ -166,9 +177,9 @@ class Patience:
         _say(f"{reason}; waiting{since}")
 
 
-def _open(account: Login, rental_id: str, patience: Patience) -> tuple[socket.socket, bytes]:
-    """The opened WebSocket, and what has come after its opening. Waits where a little later it may succeed."""
-    wait_s = 0.0  # what there is to wait for is said at once
+def _open(account: PlatformLogin, rental_id: str, patience: Patience) -> tuple[socket.socket, bytes]:
+    """Return the opened WebSocket and the first bytes after its opening. Wait while the rental is not active."""
+    wait_s = 0.0  # the first answer comes at once, so that the user soon reads the reason
     while True:
         try:
             return _open_once(account, rental_id, wait_s)
@@ -182,7 +193,7 @@ def _open(account: Login, rental_id: str, patience: Patience) -> tuple[socket.so
                 raise
 
 
-def _open_once(account: Login, rental_id: str, wait_s: float) -> tuple[socket.socket, bytes]:
+def _open_once(account: PlatformLogin, rental_id: str, wait_s: float) -> tuple[socket.socket, bytes]:
     key = frames.new_key()
     upgrade = {
         "Upgrade": "websocket",
@@ -213,31 +224,33 @@ def _open_once(account: Login, rental_id: str, wait_s: float) -> tuple[socket.so
 
 
 class Carrier:
-    """One thread for both directions: an SSL connection may be used by no more."""
+    """Carries the bytes of one connection in both directions, in one thread as an SSL connection demands."""
 
-    def __init__(self, connection: socket.socket, early: bytes, said_before: bytes = b"") -> None:
-        """`said_before`: what ssh had said to a worker that never answered."""
+    def __init__(self, connection: socket.socket, early: bytes, sent_before: bytes = b"") -> None:
+        """Take over the connection and send `sent_before`: the bytes of ssh that an earlier worker never answered."""
         self._connection = connection
         self._incoming = frames.Incoming()
-        self.said_by_ssh = said_before
-        """Everything, as long as the worker has said nothing."""
+        self.sent_by_ssh = sent_before
+        """All bytes that ssh has sent, until the worker sends its first ones."""
         self._has_begun = False
         self._began = time.monotonic()
         self._patience = Patience()
-        self._to_send = bytearray(frames.frame(frames.BINARY, said_before) if said_before else b"")
+        self._to_send = bytearray(frames.frame(frames.BINARY, sent_before) if sent_before else b"")
         self._to_write = bytearray()
         self._stdin_open = True
         self._reader_gone = False
-        self._last_sound = self._last_ping = time.monotonic()
+        self._last_received = self._last_ping = time.monotonic()
         connection.setblocking(False)
         for number in (0, 1):
-            if not os.isatty(number):  # the other end would be changed with it
+            if not os.isatty(number):  # a terminal is shared with other programs, which do not expect this mode
                 os.set_blocking(number, False)
         self._take(early)
 
     def run(self) -> bool:
-        """Until either side has ended; whether that was this side. Raises OrionError where it should not have: Lost
-        where something had come from the worker, NeverBegan where nothing had and another may be tried.
+        """Carry bytes until either side ends, and return whether this side did.
+
+        Raises Lost if the connection broke after the worker had sent something, NeverBegan if the rental left a worker
+        that had sent nothing, and another OrionError if the connection broke before that.
         """
         try:
             return self._run()
@@ -249,28 +262,28 @@ class Carrier:
     def _run(self) -> bool:
         while self._incoming.closed is None or self._to_write:
             if self._reader_gone or self._is_over():
-                self._say_goodbye()
+                self._close()
                 return True
             self._step()
         code, reason = self._incoming.closed
         if code == MOVED:
-            said = f"the rental is not on that worker any more: {reason}"
-            raise OrionError(said) if self._has_begun else NeverBegan(said)
+            moved = f"the rental is not on that worker any more: {reason}"
+            raise OrionError(moved) if self._has_begun else NeverBegan(moved)
         if code != frames.NORMAL:
             raise OrionError(reason or "the connection to the rental was cut")
         return not self._stdin_open
 
     @property
     def was_closed(self) -> bool:
-        """By the platform, because of what happened at the rental's worker; else it broke on the way."""
+        """Return whether the platform closed the connection, as when a worker is lost; else it broke on the way."""
         return self._incoming.closed is not None
 
     def _is_over(self) -> bool:
-        """Nothing more comes from stdin, and for a while nothing came from the other side."""
-        return not self._stdin_open and time.monotonic() - self._last_sound >= AFTER_STDIN_S
+        """Return whether stdin has ended and the other side was silent for AFTER_STDIN_S."""
+        return not self._stdin_open and time.monotonic() - self._last_received >= AFTER_STDIN_S
 
     def _step(self) -> None:
-        """Wait for something, and do it."""
+        """Wait until something can be read or written, and do so."""
         now = time.monotonic()
         if now - self._last_ping >= PING_EVERY_S:
             self._last_ping = now
@@ -281,7 +294,7 @@ class Carrier:
             if now - self._began >= SAY_EVERY_S:
                 self._patience.say("its worker does not answer yet")
         if not self._stdin_open:
-            wait_s = min(wait_s, self._last_sound + AFTER_STDIN_S - now)
+            wait_s = min(wait_s, self._last_received + AFTER_STDIN_S - now)
         poll = select.poll()
         for number, events in self._wanted().items():
             poll.register(number, events)
@@ -294,15 +307,16 @@ class Carrier:
         self._send()
 
     def _wanted(self) -> dict[int, int]:
+        """Return the events to wait for, by file descriptor."""
         of_connection = 0
-        if self._incoming.closed is None and len(self._to_write) < MOST_WAITING:
+        if self._incoming.closed is None and len(self._to_write) < MAX_BUFFERED:
             of_connection |= select.POLLIN
         if self._to_send:
             of_connection |= select.POLLOUT
         wanted = {self._connection.fileno(): of_connection} if of_connection else {}
-        if self._stdin_open and len(self._to_send) < MOST_WAITING:
+        if self._stdin_open and len(self._to_send) < MAX_BUFFERED:
             wanted[0] = select.POLLIN
-        # Without an event asked for, the end of its reader is told all the same.
+        # poll() reports that the reader of stdout has gone even if no event is asked for.
         wanted[1] = select.POLLOUT if self._to_write else 0
         return wanted
 
@@ -316,12 +330,12 @@ class Carrier:
         if part:
             self._to_send += frames.frame(frames.BINARY, part)
             if not self._has_begun:
-                self.said_by_ssh += part
+                self.sent_by_ssh += part
         else:
-            self._stdin_open, self._last_sound = False, time.monotonic()
+            self._stdin_open, self._last_received = False, time.monotonic()
 
     def _write_stdout(self) -> None:
-        """Where it is ready without anything to write, nobody reads it any more."""
+        """Write buffered bytes to stdout. If there are none, poll() woke us because the reader has gone."""
         try:
             if self._to_write:
                 del self._to_write[: os.write(1, self._to_write[:CHUNK_BYTES])]
@@ -332,8 +346,8 @@ class Carrier:
         except OSError:
             self._reader_gone = True
 
-    def _written(self, content: bytes) -> int:
-        """How much of it stdout took at once, without a copy."""
+    def _write_at_once(self, content: bytes) -> int:
+        """Write to stdout without copying into the buffer, and return the number of bytes that were written."""
         try:
             return os.write(1, content)
         except BlockingIOError:
@@ -343,7 +357,7 @@ class Carrier:
             return len(content)
 
     def _receive(self) -> None:
-        while self._incoming.closed is None and len(self._to_write) < MOST_WAITING:
+        while self._incoming.closed is None and len(self._to_write) < MAX_BUFFERED:
             try:
                 part = self._connection.recv(CHUNK_BYTES)
             except BlockingIOError:
@@ -359,8 +373,8 @@ class Carrier:
     def _take(self, part: bytes) -> None:
         try:
             for content in self._incoming.feed(part):
-                self._to_write += content if self._to_write else content[self._written(content) :]
-                self._last_sound = time.monotonic()
+                self._to_write += content if self._to_write else content[self._write_at_once(content) :]
+                self._last_received = time.monotonic()
                 self._has_begun = True
         except frames.ProtocolError as error:
             raise UnreadableReply(str(error)) from error
@@ -377,10 +391,10 @@ class Carrier:
             except OSError as error:
                 if _is_tls_waiting(error):
                     return
-                self._to_send.clear()  # what it said last is still to be read, and says why
+                self._to_send.clear()  # the platform's close frame, which has the reason, can still be read
 
-    def _say_goodbye(self) -> None:
-        """What ssh said last is still sent."""
+    def _close(self) -> None:
+        """Send the last bytes of ssh and a close frame."""
         if self._stdin_open and not os.isatty(0):
             self._read_stdin()
         with suppress(OSError):
@@ -393,21 +407,21 @@ def _is_tls_waiting(error: OSError) -> bool:
 
 
 def _with_advice(error: OrionError) -> str:
-    """What ssh knew of this rental may be of yesterday: its name may be another's now."""
+    """Return the error's text. If the rental is gone, update ssh's configuration: another may have its name now."""
     gone = isinstance(error, ApiError) and error.status in {404, 409}
     if gone and ssh_rentals.learn_again():
-        return f"{error}. What ssh knows of your rentals was renewed: if another has its name now, try again"
+        return f"{error}. The list of your rentals for ssh was updated: if another rental has the name now, try again"
     return str(error)
 
 
 def _rental_id(arguments: Sequence[str]) -> str:
     if len(arguments) != 1 or not re.fullmatch(r"[a-z0-9-]{1,64}", arguments[0]):
-        raise InvalidInput("usage: orion connect RENTAL_ID (it is what ssh runs: see orion config-ssh)")
+        raise InvalidInput("usage: orion connect RENTAL_ID (ssh runs this command, see orion config-ssh)")
     return arguments[0]
 
 
 def _let_ssh_end() -> None:
-    """ssh ends by itself when it reads no more. If nobody read what it still says, it would complain of that."""
+    """Close stdout, so that ssh ends, and read its last bytes, so that it does not complain about a broken pipe."""
     with suppress(OSError):
         os.set_blocking(0, True)
         os.close(1)
@@ -418,7 +432,7 @@ def _let_ssh_end() -> None:
 
 
 def _say(text: str, tidy: bool = False) -> None:
-    """The other side's words must not steer the terminal. `tidy`: put right what was left on it, if ssh has it."""
+    """Write a line to stderr without control characters of the server. `tidy` also resets a terminal that ssh uses."""
     line = "".join(letter if letter.isprintable() else " " for letter in text)
     raw = _is_raw(2)
     start, end = (TIDY if tidy and raw else ""), ("\r\n" if raw else "\n")
@@ -427,9 +441,9 @@ def _say(text: str, tidy: bool = False) -> None:
 
 
 def _is_log_in() -> bool:
-    """Return whether ssh, which has started this, reads from a terminal. scp, sftp, rsync and git give it a pipe.
+    """Return whether ssh, our parent, reads from a terminal. scp, sftp, rsync and git give it a pipe.
 
-    Where that cannot be seen nobody is told: what copies files must not be disturbed.
+    Return False if that cannot be seen, so that a program that copies files never gets unexpected output.
     """
     try:
         reads = Path(f"/proc/{os.getppid()}/fd/0").readlink()
@@ -439,8 +453,8 @@ def _is_log_in() -> bool:
 
 
 def _is_raw(number: int) -> bool:
-    """Return whether it is a terminal that ssh has taken over: then a new line does not begin at the left by itself."""
-    import termios  # noqa: PLC0415 - nobody needs it where nothing is said
+    """Return whether this is a terminal in raw mode, as ssh sets it, in which a line feed needs a carriage return."""
+    import termios  # noqa: PLC0415 - only a message needs this module
 
     try:
         modes = termios.tcgetattr(number)

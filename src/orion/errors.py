@@ -1,6 +1,7 @@
-"""The tree of exceptions that the SDK, the command and the relay raise; the message says what to do.
+"""The exceptions that the SDK, the command and `orion connect` raise. Each message says what to do.
 
-Standard library only: `orion.connect` starts before every SSH session and must not load an HTTP client.
+This module uses the standard library only: `orion.connect` starts before every SSH session and must not load an HTTP
+client.
 """
 
 from __future__ import annotations
@@ -13,58 +14,61 @@ from typing import Any
 
 
 class OrionError(Exception):
-    """Something did not work. `code` is stable and for programs; `exit_code` is the command's exit status."""
+    """The base of all errors. `code` is stable and meant for programs; `exit_code` is the command's exit status."""
 
     code = "error"
     exit_code = 1
 
 
 class Retryable(OrionError):
-    """The same call may succeed a little later. `retry_after_s`: how long the server asked to wait, if it did."""
+    """The same call may succeed a little later."""
 
     retry_after_s: float | None = None
+    """Seconds that the server asked to wait; None where it named no time."""
 
 
 class InvalidInput(OrionError):
-    """What was given to the client can never be accepted; nothing was sent."""
+    """The client was given a value that can never be accepted; it sent nothing."""
 
     code = "invalid_input"
     exit_code = 2
 
 
 class LocalFault(OrionError):
-    """This machine lacks something, or forbids it."""
+    """This machine lacks a program or a file, or forbids its use."""
 
     code = "local_fault"
 
 
 class NotLoggedIn(OrionError):
+    """There is no usable login on this machine."""
+
     code = "not_logged_in"
     exit_code = 4
 
 
 class Unreachable(Retryable):
-    """No reply came: whether the request was carried out is unknown."""
+    """No reply came, so the client does not know whether the request was carried out."""
 
     code = "unreachable"
     exit_code = 5
 
 
 class Untrusted(OrionError):
-    """The server's certificate was not accepted. Not retryable: it will not be accepted later either."""
+    """The server's certificate was not accepted. A retry would not help."""
 
     code = "untrusted_certificate"
     exit_code = 5
 
 
 class UnreadableReply(OrionError):
-    """What answered does not speak Orion's contract."""
+    """The reply does not follow Orion's contract."""
 
     code = "unreadable_reply"
 
 
 class Ambiguous(OrionError):
-    """A name that several things bear; `candidates` are their ids."""
+    """Several things have the same name; `candidates` are their ids."""
 
     code = "ambiguous_name"
     exit_code = 6
@@ -74,29 +78,29 @@ class Ambiguous(OrionError):
         self.candidates = list(candidates)
 
 
-class Ended(OrionError):
-    """The rental is over."""
+class AlreadyEnded(OrionError):
+    """The rental or the drain has ended."""
 
     code = "ended"
     exit_code = 6
 
 
-class NotMoved(OrionError):
-    """It could not be moved, and goes on where it is."""
+class NotMigrated(OrionError):
+    """The rental could not be migrated and stays on its worker."""
 
     code = "not_moved"
     exit_code = 6
 
 
 class StillWaiting(OrionError):
-    """It was accepted and goes on by itself, but was not done in the time that was given."""
+    """The platform accepted the request and continues with it, but did not finish in the given time."""
 
     code = "still_waiting"
     exit_code = 7
 
 
 class ApiError(OrionError):
-    """The manager, or the proxy in front of it, refused."""
+    """The manager, or the proxy in front of it, refused the request."""
 
     def __init__(
         self,
@@ -117,43 +121,53 @@ class ApiError(OrionError):
 
 
 class Unauthorized(ApiError):
+    """The token is missing, unknown, expired or revoked."""
+
     exit_code = 4
 
 
 class Forbidden(ApiError):
+    """The token's role does not allow the request."""
+
     exit_code = 4
 
 
 class NotFound(ApiError):
+    """The thing that the request names does not exist."""
+
     exit_code = 3
 
 
 class Conflict(ApiError):
+    """The present state does not allow the request."""
+
     exit_code = 6
 
 
 class InvalidRequest(ApiError):
+    """A field of the request has a wrong value."""
+
     exit_code = 2
 
 
 class ServerFault(ApiError):
-    """A 5xx that nobody marked: retrying it blindly could do harm."""
+    """The server answered with a 5xx that is not marked as harmless, so a retry could carry the request out twice."""
 
 
 class RateLimited(ApiError, Retryable):
-    pass
+    """The caller sends more requests than it may."""
 
 
 class ManagerUnreachable(ApiError, Retryable):
-    """The proxy's own, marked reply: the manager did not get the request."""
+    """The proxy answered in place of the manager, which did not get the request."""
 
     exit_code = 5
 
 
 class NoAnswer(ApiError, Retryable):
-    """The proxy's own reply when the manager went away in the middle: it may have done what was asked.
+    """The proxy answered in place of the manager, which broke off and may have carried the request out.
 
-    Only what may be repeated is sent again: a rent has its idempotency key, a release may be said twice.
+    The client sends only repeatable requests again, such as a rent with its idempotency key, or a release.
     """
 
     exit_code = 5
@@ -170,7 +184,7 @@ _BY_STATUS: dict[int, type[ApiError]] = {
 
 
 def refusal(status: int, headers: Mapping[str, str], body: bytes, now: datetime | None = None) -> ApiError:
-    """The exception for a reply that is not a success. `headers` must be a case-insensitive mapping."""
+    """Return the exception for a reply that is not a success. `headers` must be a case-insensitive mapping."""
     problem = _problem(body)
     kind = _BY_STATUS.get(status, ServerFault if status >= 500 else ApiError)
     if status in {502, 504} and headers.get("X-Orion-Manager") == "unreachable":
@@ -188,17 +202,17 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes, now: datetime 
 
 
 def no_reply(url: str, error: BaseException) -> OrionError:
-    """The exception for a connection that failed or broke, whatever library noticed it."""
-    import ssl  # noqa: PLC0415 - it takes long to load, and where nothing failed nobody needs it
+    """Return the exception for a connection that failed or broke, from the error of any library."""
+    import ssl  # noqa: PLC0415 - this module takes long to load and is needed after a failure alone
 
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return Untrusted(
                 f"the certificate of {url} is not trusted ({cause.verify_message}). If it is self-signed, "
-                f"get it from whoever runs the platform and log in with: orion login {url} --ca-file FILE"
+                f"ask the platform's operator for it and run: orion login {url} --ca-file FILE"
             )
-    return Unreachable(f"{url} cannot be reached: {_reason(causes)}. Is it up? On its machine: make up.")
+    return Unreachable(f"{url} cannot be reached: {_reason(causes)}. To start it, run on its machine: make up")
 
 
 def _problem(body: bytes) -> dict[str, Any]:
@@ -211,16 +225,16 @@ def _problem(body: bytes) -> dict[str, Any]:
 
 def _detail(problem: Mapping[str, Any], status: int) -> str:
     text = problem.get("detail") or problem.get("title")
-    return str(text) if text else f"it answered HTTP {status}, without saying why"
+    return str(text) if text else f"the platform answered HTTP {status} without a reason"
 
 
 def _seconds(retry_after: str | None, now: datetime) -> float | None:
-    """RFC 9110, 10.2.3: a number of seconds or a date."""
+    """Return the seconds of a Retry-After header, which is a number or a date (RFC 9110, 10.2.3)."""
     if retry_after is None:
         return None
     if retry_after.strip().isdecimal():
         return float(retry_after)
-    from email.utils import parsedate_to_datetime  # noqa: PLC0415 - as above
+    from email.utils import parsedate_to_datetime  # noqa: PLC0415 - this module takes long to load, too
 
     try:
         return max(0.0, (parsedate_to_datetime(retry_after) - now).total_seconds())

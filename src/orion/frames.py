@@ -1,8 +1,8 @@
-"""The client's side of a WebSocket (RFC 6455) as far as the relay needs it: binary messages as a stream of bytes.
+"""The client's side of a WebSocket (RFC 6455), reduced to what `orion connect` needs: a stream of binary messages.
 
-A library does more, and takes longer to load than a whole SSH session takes to open. Nothing here reads or writes:
-bytes go in and out. The content of a frame is passed on as it comes, so the largest frame needs no more memory than a
-small one.
+A WebSocket library takes longer to load than a whole SSH session takes to open. This module does no input or output of
+its own: it turns bytes into bytes. It passes on the content of a frame as it comes, so a large frame needs no more
+memory than a small one.
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ from hashlib import sha1
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 NORMAL = 1000
+"""The close code of a connection that ends as intended."""
 LONGEST_CONTROL = 125
+"""Bytes of content of a control frame, at most (RFC 6455, 5.5)."""
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
 class ProtocolError(Exception):
-    """What came is no WebSocket, or not ours."""
+    """The server sent something that does not belong to this WebSocket."""
 
 
 def new_key() -> str:
+    """Return a new value for the header Sec-WebSocket-Key."""
     return b2a_base64(os.urandom(16), newline=False).decode()
 
 
 def accept_of(key: str) -> str:
-    """What the server answers to this key."""
+    """Return the value of Sec-WebSocket-Accept with which a server answers this key."""
     return b2a_base64(sha1(key.encode() + _GUID).digest(), newline=False).decode()  # noqa: S324 - as the RFC says
 
 
 def frame(opcode: int, content: bytes) -> bytes:
-    """One whole frame, masked as a client must (with a new random mask each time)."""
+    """Return one whole frame with a new random mask, which a client must use."""
     mask = os.urandom(4)
     size = len(content)
     if size <= LONGEST_CONTROL:
@@ -45,22 +48,24 @@ def frame(opcode: int, content: bytes) -> bytes:
 
 
 def closing(code: int = NORMAL) -> bytes:
+    """Return a close frame."""
     return frame(CLOSE, code.to_bytes(2, "big"))
 
 
 class Incoming:
-    """What the server sends. After its close frame `closed` is its code and its reason, and nothing comes any more."""
+    """The parser of the server's frames."""
 
     def __init__(self) -> None:
         self._waiting = b""
         self._left = 0
-        """Of the content of a data frame."""
+        """Bytes that are still to come of the present data frame."""
         self.closed: tuple[int, str] | None = None
+        """Code and reason of the server's close frame; None until it comes."""
         self.to_answer: list[bytes] = []
-        """Frames to be sent: what its pings ask for."""
+        """Frames to send in answer to the server's pings."""
 
     def feed(self, received: bytes) -> Iterator[bytes]:
-        """The bytes of the messages in it. Raises ProtocolError."""
+        """Yield the messages' bytes among those received. Raises ProtocolError."""
         rest = self._waiting + received if self._waiting else received
         self._waiting = b""
         while rest and self.closed is None:
@@ -90,33 +95,33 @@ class Incoming:
             code = int.from_bytes(content[:2], "big") if len(content) > 1 else NORMAL
             self.closed = code, content[2:].decode(errors="replace")
         elif opcode == TEXT:
-            raise ProtocolError("the platform sent text where the bytes of SSH should be")
+            raise ProtocolError("the platform sent text instead of SSH data")
         elif opcode != PONG:
-            raise ProtocolError("the platform sent what is no WebSocket frame")
+            raise ProtocolError("the platform sent an invalid WebSocket frame")
 
 
-def _header(begun: bytes) -> tuple[int, int, int] | None:
-    """Opcode, where the content begins, its size; None while it is not whole."""
-    if len(begun) < 2:
+def _header(received: bytes) -> tuple[int, int, int] | None:
+    """Return the opcode, where the content begins and its size, or None if the header is incomplete."""
+    if len(received) < 2:
         return None
-    opcode, size, begin = begun[0] & 0x0F, begun[1] & 0x7F, 2
-    if begun[0] & 0x70 or begun[1] & 0x80:
-        raise ProtocolError("the platform sent what is no WebSocket frame")
+    opcode, size, begin = received[0] & 0x0F, received[1] & 0x7F, 2
+    if received[0] & 0x70 or received[1] & 0x80:
+        raise ProtocolError("the platform sent an invalid WebSocket frame")
     if opcode == TEXT:
         return opcode, begin, 0
     if opcode >= CLOSE and size > LONGEST_CONTROL:
-        raise ProtocolError("the platform sent what is no WebSocket frame")
+        raise ProtocolError("the platform sent an invalid WebSocket frame")
     if size > LONGEST_CONTROL:
         more = 2 if size == 126 else 8
         begin += more
-        if len(begun) < begin:
+        if len(received) < begin:
             return None
-        size = int.from_bytes(begun[2:begin], "big")
+        size = int.from_bytes(received[2:begin], "big")
     return opcode, begin, size
 
 
 def _masked(content: bytes, mask: bytes) -> bytes:
-    """By one operation on long numbers: in a loop over bytes it would take a hundred times as long."""
+    """Return the content XORed with the mask. One operation on long integers is a hundred times faster than a loop."""
     size = len(content)
     whole = (mask * (size // 4 + 1))[:size]
     return (int.from_bytes(content, "big") ^ int.from_bytes(whole, "big")).to_bytes(size, "big")

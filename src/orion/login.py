@@ -1,6 +1,6 @@
-"""Where the platform is and who we are there: one small file, or the environment.
+"""The platform's address and our token for it, from a small file or from the environment.
 
-Standard library only, for the same reason as `orion.errors`; and what takes long to load only where it is needed.
+This module uses the standard library only, as `orion.errors` does, and imports slow modules only where it needs them.
 """
 
 from __future__ import annotations
@@ -21,38 +21,42 @@ from orion.errors import InvalidInput, LocalFault, NotLoggedIn
 _HOW = "run: orion login http://localhost:8080"
 
 
-class Login(NamedTuple):
+class PlatformLogin(NamedTuple):
+    """The address of a platform and the token to use there."""
+
     url: str
     token: str
     ca_file: str | None = None
-    """The only certificate (or authority) to trust, in PEM; None: those that the system trusts."""
+    """A file with the only certificate (or authority) to trust, in PEM; None means those that the system trusts."""
 
     def __repr__(self) -> str:
-        return f"Login({self.url!r})"  # never the token: it must not reach a log
+        return f"PlatformLogin({self.url!r})"  # without the token, which must not get into a log
 
 
 def folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of this user's login and keys."""
     base = environment.get("XDG_CONFIG_HOME", "")
     # The XDG specification says to ignore a relative path.
     return (Path(base) if Path(base).is_absolute() else Path.home() / ".config") / "orion"
 
 
-def load(environment: Mapping[str, str] = os.environ) -> Login:
-    """The login in force: ORION_URL with ORION_TOKEN_FILE (and ORION_CA_FILE), else what `orion login` stored.
+def load(environment: Mapping[str, str] = os.environ) -> PlatformLogin:
+    """Return the login of ORION_URL with ORION_TOKEN_FILE (and ORION_CA_FILE), else the one that `orion login` stored.
 
-    Half of the pair is refused: the stored token must not go to another server, nor another token to the stored one.
+    Raises NotLoggedIn if only one of the pair is set: the stored token must not be sent to another server, nor another
+    token to the stored server.
     """
     url, token_file = environment.get("ORION_URL"), environment.get("ORION_TOKEN_FILE")
     if url and token_file:
-        return Login(clean_url(url), read_token(Path(token_file)), environment.get("ORION_CA_FILE") or None)
+        return PlatformLogin(clean_url(url), read_token(Path(token_file)), environment.get("ORION_CA_FILE") or None)
     if url or token_file:
         present, absent = ("ORION_URL", "ORION_TOKEN_FILE") if url else ("ORION_TOKEN_FILE", "ORION_URL")
         raise NotLoggedIn(f"{present} is set but {absent} is not: set both, or neither and {_HOW}")
     return _stored(folder(environment) / "config.json")
 
 
-def store(login: Login, environment: Mapping[str, str] = os.environ) -> Path:
-    """Keep the login for this user alone; a certificate file is copied, so that the original may go."""
+def store(login: PlatformLogin, environment: Mapping[str, str] = os.environ) -> Path:
+    """Store the login in a private file and return its path. The certificate file is copied."""
     place = private_folder(environment)
     ca_file = None
     if login.ca_file:
@@ -64,19 +68,20 @@ def store(login: Login, environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def private_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of `folder`, made if need be, with mode 0700. Raises LocalFault."""
     place = folder(environment)
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         place.chmod(0o700)
     except OSError as error:
-        detail = f"cannot keep anything in {place} ({error.strerror}): set XDG_CONFIG_HOME to another folder"
+        detail = f"cannot write to {place} ({error.strerror}): set XDG_CONFIG_HOME to another folder"
         raise LocalFault(detail) from error
     return place
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace the file in one step; nobody else can read it at any moment."""
-    import tempfile  # noqa: PLC0415 - see above
+    """Replace the file in one step. Other users cannot read it at any time."""
+    import tempfile  # noqa: PLC0415 - this module takes long to load
 
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # made with mode 0600
     try:
@@ -91,6 +96,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def read_token(path: Path) -> str:
+    """Return the token in this file. Raises NotLoggedIn."""
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -100,20 +106,20 @@ def read_token(path: Path) -> str:
 
 
 def clean_token(text: str) -> str:
-    """A token as a header may carry it; refused here rather than by a confusing error of the HTTP client."""
+    """Return the token without blanks around it. Raises NotLoggedIn if an HTTP header could not carry it."""
     token = text.strip()
     if not token or not all("!" <= letter <= "~" for letter in token):
         raise NotLoggedIn(
-            "that is not a token: it must be one word, such as orion_client_..., from whoever runs the platform "
-            "(on its machine the admin's: make -s token)"
+            "this is not a token. A token is one word such as orion_client_...; ask the platform's operator for one "
+            "(to show the admin's token, run on the platform's machine: make -s token)"
         )
     return token
 
 
 def clean_url(text: str) -> str:
-    """Return `http(s)://host[:port][/prefix]`. Where no scheme is given: http for this machine, else https.
+    """Return `http(s)://host[:port][/prefix]`. Without a scheme, this machine gets http and any other https.
 
-    The address of the API, which people copy from the pages, is understood as that of the platform.
+    A trailing `/api` is dropped, because people copy the API's address from the pages. Raises InvalidInput.
     """
     if "://" not in text:
         text = ("http://" if is_this_machine(urlsplit(f"//{text}").hostname or "") else "https://") + text
@@ -125,14 +131,15 @@ def clean_url(text: str) -> str:
     if parts.scheme not in {"http", "https"} or not parts.hostname or port == 0:
         raise InvalidInput(f"{text!r} is not an address such as http://localhost:8080")
     if parts.username is not None or parts.query or parts.fragment or not text.isprintable() or " " in text:
-        raise InvalidInput(f"{text!r} must be only an address, such as http://localhost:8080")
+        raise InvalidInput(f"{text!r} must be an address and nothing more, such as http://localhost:8080")
     return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/").removesuffix("/api"), "", ""))
 
 
 def is_this_machine(host: str) -> bool:
+    """Return whether the host is localhost or a loopback address."""
     if not host[:1].isdigit() and ":" not in host:
         return host == "localhost" or host.endswith(".localhost")
-    import ipaddress  # noqa: PLC0415 - see above
+    import ipaddress  # noqa: PLC0415 - this module takes long to load
 
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -141,15 +148,15 @@ def is_this_machine(host: str) -> bool:
 
 
 def proxy_for(url: str) -> str | None:
-    """The forward proxy that the environment asks for, one rule for HTTP calls and WebSockets.
+    """Return the forward proxy that the environment sets for this address, for HTTP calls and WebSockets alike.
 
-    This machine is never reached through a proxy, whatever NO_PROXY forgot to say.
+    Return None for this machine, even if NO_PROXY does not name it. Raises InvalidInput for a proxy of another kind.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
     if is_this_machine(host) or not _may_have_proxies():
         return None
-    import urllib.request  # noqa: PLC0415 - see above
+    import urllib.request  # noqa: PLC0415 - this module takes long to load
 
     if urllib.request.proxy_bypass(host):
         return None
@@ -159,19 +166,22 @@ def proxy_for(url: str) -> str | None:
         proxy = f"http://{proxy}"
     if proxy and not proxy.startswith(("http://", "https://")):
         raise InvalidInput(
-            f"the proxy {proxy} of the environment is of a kind that orion cannot use: unset it, or NO_PROXY={host}"
+            f"orion cannot use the proxy {proxy} of the environment: unset its variable, or set NO_PROXY={host}"
         )
     return proxy
 
 
 def _may_have_proxies() -> bool:
-    """On other systems than Linux the settings of the desktop count as well."""
+    """Return whether a proxy may be set; on systems other than Linux, the desktop's settings count, too."""
     return sys.platform != "linux" or any(name.lower().endswith("_proxy") for name in os.environ)
 
 
-def tls_context(login: Login) -> ssl.SSLContext:
-    """Verification is always on. For plain http one that trusts nobody: the system's authorities take long to load."""
-    import ssl  # noqa: PLC0415 - see above
+def tls_context(login: PlatformLogin) -> ssl.SSLContext:
+    """Return a context that verifies the server. Raises InvalidInput if the certificate file cannot be used.
+
+    For plain http the context trusts nobody, because the system's authorities take long to load.
+    """
+    import ssl  # noqa: PLC0415 - this module takes long to load
 
     if not login.url.startswith("https://"):
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -181,10 +191,10 @@ def tls_context(login: Login) -> ssl.SSLContext:
         raise InvalidInput(f"cannot use the certificate file {login.ca_file}: {error}") from error
 
 
-def _stored(path: Path) -> Login:
+def _stored(path: Path) -> PlatformLogin:
     try:
         config = json.loads(path.read_text())
-        return Login(clean_url(config["url"]), clean_token(config["token"]), config.get("ca_file"))
+        return PlatformLogin(clean_url(config["url"]), clean_token(config["token"]), config.get("ca_file"))
     except FileNotFoundError:
         raise NotLoggedIn(f"not logged in: {_HOW}") from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Server-sent events as bytes come in (WHATWG HTML, 9.2.6), as far as our own server uses them."""
+"""A parser of server-sent events (WHATWG HTML, 9.2.6), reduced to what our own server sends."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from orion.errors import UnreadableReply
 
 MAX_LINE_BYTES = 1 << 20
+"""Bytes of one line, at most."""
 
 
 def messages(chunks: Iterable[bytes]) -> Iterator[str | None]:
-    """The data of each message; None for each comment, so that the reader sees that time passes."""
+    """Yield the data of each message, and None for each comment, so that the caller can watch the time."""
     data: list[str] = []
     for line in _lines(chunks):
         if line.startswith(b":"):
@@ -23,11 +24,11 @@ def messages(chunks: Iterable[bytes]) -> Iterator[str | None]:
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Split at line feeds alone: str.splitlines would also cut at characters that JSON carries unescaped."""
+    """Yield the lines, split at line feeds only: str.splitlines also splits at characters that JSON does not escape."""
     rest = b""
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(b"\n")
         if len(rest) > MAX_LINE_BYTES:
-            raise UnreadableReply("the stream of events holds a line without an end")
+            raise UnreadableReply("the stream of events contains a line that is too long")
         for line in whole:
             yield line.removesuffix(b"\r")

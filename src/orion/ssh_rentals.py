@@ -1,14 +1,14 @@
-"""What the machine's own ssh knows of our rentals, by `orion config-ssh`: three files beside the login.
+"""The configuration by which this machine's ssh reaches our rentals: three files beside the login.
 
-    config        one block for each living rental (its account, its keys, the name that its worker must prove); it asks
-                  for a name that is not among them, and has every host verified
-    rentals       the blocks again, which `config` includes after it has asked
-    known_hosts   one line: the platform's authority for hosts
+    config        one block for each living rental (its user, its keys, the name that its worker must prove), a command
+                  that looks up an unknown name, and the verification of every host
+    rentals       the same blocks, which `config` includes after that command
+    known_hosts   one line: the platform's authority for host certificates
 
-They are written anew by `orion config-ssh`, `rent` and `release`, and by `orion connect --learn`, which ssh itself runs
-when it is given a name that it does not know. The blocks are in `config` itself because not every tool follows an
-Include of an included file. Nothing is put in place before the machine's ssh has read it without complaint: a line that
-ssh refuses would end every ssh of this user. Standard library only, as `orion.connect`.
+`orion config-ssh`, `rent` and `release` write the files, and so does `orion connect --learn`, which ssh itself runs for
+a name that it does not know. `config` contains the blocks, too, because not every tool follows an Include of an
+included file. A line that ssh refuses would break every ssh of this user, so the files are replaced only after the
+machine's ssh has accepted the new text. This module uses the standard library only, as `orion.connect` does.
 """
 
 from __future__ import annotations
@@ -29,26 +29,29 @@ from typing import Any
 
 from orion import login, stream
 from orion.errors import InvalidInput, LocalFault, OrionError, UnreadableReply, no_reply, refusal
-from orion.login import Login
+from orion.login import PlatformLogin
 
 DOMAIN = "orion"
+"""The last part of a rental's host name."""
 ANSWER_S = 15.0
+"""Seconds to wait for each step of a request."""
 PAGE = 500
-MOST = 2000
-"""Rentals of everybody, whom an administrator sees: own ones are known besides."""
+"""Rentals in one page of a list."""
+MAX_LISTED = 2000
+"""Rentals that are read of one list, at most. An administrator's own rentals are read from a list of their own."""
 CERTIFICATE_S = 3600
-"""Seconds that a certificate is asked for."""
+"""Seconds for which a new certificate is valid."""
 CONNECT_TIMEOUT_S = 180
 """Seconds that ssh waits for a worker to answer: longer than `orion connect` waits for a rental (KEEP_TRYING_S)."""
 ENOUGH_S = 600
-"""Seconds that a certificate must still be good for, to be used again: log-ins that follow must not be surprised."""
+"""Seconds for which a stored certificate must still be valid to be used again, so that later log-ins work, too."""
 CHECK_S = 10.0
-"""Seconds within which ssh has read its configuration."""
+"""Seconds within which ssh must have read its new configuration."""
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
-"""What no shell, no ssh and no other reader of ssh's configuration takes for anything but itself."""
+"""Words that no shell, no ssh and no other reader of ssh's configuration treats specially."""
 _GLOB_CLASSES = {"*": "[*]", "?": "[?]", "[": "[[]", '"': "[!-#]", "%": "[#-&]", "$": "[#-&]", "\\": "[Z-^]"}
-"""Classes of glob(7) that match a character, and at most four others, without writing it: versions of ssh differ in
-what they make of it in an Include."""
+"""Classes of glob(7) that stand for a special character and match at most four others. Versions of ssh differ in how
+they read such a character itself in an Include."""
 _ID = re.compile(r"[a-z0-9-]{1,64}")
 _USERNAME = re.compile(r"r-[a-z0-9]{1,30}")
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
@@ -56,22 +59,24 @@ _AUTHORITY = re.compile(r"@cert-authority \*\.orion ssh-ed25519 [A-Za-z0-9+/]{20
 
 
 def folder() -> Path:
+    """Return the folder of the three files."""
     return login.folder() / "ssh"
 
 
 def is_configured() -> bool:
+    """Return whether `orion config-ssh` was run."""
     return (folder() / "config").exists()
 
 
-def learn(account: Login) -> None:
-    """Ask the platform, and write what it says. Raises OrionError."""
+def learn(account: PlatformLogin) -> None:
+    """Ask the platform for the rentals and its authority, and write the files. Raises OrionError."""
     authority = str(_ask(account, "/api/ssh-authority").get("known_hosts"))
     own, others = own_and_others(account)
     write(own, others, authority)
 
 
 def learn_again() -> bool:
-    """The same where ssh is configured; whether that has worked."""
+    """Write the files again if ssh is configured, and return whether that worked."""
     with suppress(OrionError, OSError):
         if is_configured():
             learn(login.load())
@@ -80,45 +85,48 @@ def learn_again() -> bool:
 
 
 def write(own: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], authority: str) -> None:
-    """Write all three files. Raises UnreadableReply for what ssh would take for something else, LocalFault for what it
-    refuses, OSError.
+    """Write all three files.
+
+    Raises UnreadableReply for values that ssh could misread, LocalFault for text that ssh refuses, and OSError.
     """
     check_authority(authority)
-    check_place()
+    check_folder()
     login.private_folder()
     folder().mkdir(mode=0o700, exist_ok=True)
     known = "".join(blocks(own, others, _identities()))
-    written = configuration(known)
-    check_by_ssh(written)
+    text = configuration(known)
+    check_by_ssh(text)
     login.write_private(folder() / "known_hosts", f"{authority}\n")
     login.write_private(folder() / "rentals", known)
-    login.write_private(folder() / "config", written)
+    login.write_private(folder() / "config", text)
 
 
 def remove() -> None:
+    """Delete the three files."""
     for name in ("config", "rentals", "known_hosts"):
         (folder() / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder().rmdir()
 
 
-def check_place() -> None:
-    """Raise InvalidInput if the folder's path cannot be written in ssh's configuration in any way."""
-    place = str(folder())
-    if not place.isprintable() or "${" in place:
-        raise InvalidInput(f"ssh would misunderstand the path {place!r}: set XDG_CONFIG_HOME to another folder")
+def check_folder() -> None:
+    """Raise InvalidInput if there is no way to write the folder's path in ssh's configuration."""
+    path = str(folder())
+    if not path.isprintable() or "${" in path:
+        raise InvalidInput(f"ssh would misread the path {path!r}: set XDG_CONFIG_HOME to another folder")
 
 
 def include_line() -> str:
-    """Return the line that includes `config`. Raises InvalidInput as `check_place`."""
-    check_place()
+    """Return the line that includes `config`. Raises InvalidInput as `check_folder` does."""
+    check_folder()
     return _include(folder() / "config")
 
 
-def check_by_ssh(written: str) -> None:
-    """Raise LocalFault if the machine's ssh does not read this text as a configuration, or not as it is meant.
+def check_by_ssh(text: str) -> None:
+    """Raise LocalFault if the machine's ssh does not accept this text as a configuration, or misreads it.
 
-    Without an ssh there is nothing that it could break. No command of the text is run: the user is one of our accounts.
+    Accept any text if the machine has no ssh. The check does not run the commands in the text, because it names a user
+    for whom they do not apply.
     """
     program = shutil.which("ssh")
     if program is None:
@@ -126,34 +134,36 @@ def check_by_ssh(written: str) -> None:
     candidate = folder() / "candidate"
     command = [program, "-F", str(candidate), "-G", "-l", "r-check", f"check.{DOMAIN}"]
     try:
-        login.write_private(candidate, written)
+        login.write_private(candidate, text)
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=CHECK_S, errors="replace"
         )
     except subprocess.TimeoutExpired as error:
-        raise LocalFault(f"ssh did not read its configuration within {CHECK_S:.0f} s: nothing was changed") from error
+        raise LocalFault(
+            f"ssh took longer than {CHECK_S:.0f} s to read its new configuration: nothing changed"
+        ) from error
     finally:
         candidate.unlink(missing_ok=True)
     if done.returncode or "orion.connect --unknown" not in done.stdout:
-        said = (done.stderr.strip().splitlines() or ["it does not find what is included"])[0]
+        reason = (done.stderr.strip().splitlines() or ["it does not find the included file"])[0]
         raise LocalFault(
-            f"ssh of this machine would not understand its new configuration ({said}), so nothing was changed: "
-            "set XDG_CONFIG_HOME to a folder whose path has letters, digits and - only"
+            f"this machine's ssh does not accept its new configuration ({reason}), so nothing was changed: "
+            "set XDG_CONFIG_HOME to a folder whose path has only letters, digits and -"
         )
 
 
 def configuration(known: str) -> str:
-    """Return what ssh reads of rentals. Names reach no command: ssh hands a host's name to a shell.
+    """Return the text of `config`. `known` are the blocks of the known rentals.
 
-    `known` are the blocks of the rentals that are known now.
+    No command contains a host name that a user typed, because ssh passes its commands to a shell.
     """
     return f"""\
-# Written by orion config-ssh; orion config-ssh --remove takes it away. What is changed here is lost.
+# Written by orion config-ssh, which overwrites all changes; orion config-ssh --remove deletes this file.
 {known}
-# A name that is not known yet. (Blocks of rentals name an account, so this is not run for what is known.)
+# Looks up an unknown name. (The block of a known rental sets a user, so this does not run for known names.)
 Match host *.{DOMAIN} !user r-* exec "{connect_command("--learn")}"
     {_include(folder() / "rentals")}
-# A connection that is shared with an earlier one leads to where the rental was before it moved.
+# Connections are not shared: a shared one would lead to the worker on which the rental was before.
 Host *.{DOMAIN}
     ProxyCommand {connect_command("--unknown")}
     UserKnownHostsFile {quoted(folder() / "known_hosts")}
@@ -175,16 +185,16 @@ Host *.{DOMAIN}
 def blocks(
     own: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], identities: Mapping[str, str]
 ) -> Iterator[str]:
-    """Yield one block for each rental, which has its id, and its name if that is nobody else's.
+    """Yield one block for each rental, for its id and, if no other rental has it, its name.
 
-    An own rental's name goes before others', as in `Orion.find_rental`.
+    A name of an own rental is not given to other people's, as in `Orion.find_rental`.
     """
-    for rentals, rivals in ((own, own), (others, [*own, *others])):
-        bearers = Counter(str(rental.get("name")) for rental in rivals)
+    for rentals, all_with_names in ((own, own), (others, [*own, *others])):
+        uses = Counter(str(rental.get("name")) for rental in all_with_names)
         for rental in rentals:
             rental_id, name, username = (str(rental.get(field)) for field in ("id", "name", "username"))
             check_names(rental_id, name, username)
-            hosts = [rental_id] if bearers[name] > 1 else [name, rental_id]
+            hosts = [rental_id] if uses[name] > 1 else [name, rental_id]
             yield f"Host {' '.join(f'{host}.{DOMAIN}' for host in hosts)}\n"
             yield f"    User {username}\n    HostKeyAlias {rental_id}.{DOMAIN}\n"
             yield f"    ProxyCommand {connect_command(rental_id)}\n"
@@ -192,47 +202,50 @@ def blocks(
 
 
 def check_names(rental_id: str, name: str, username: str) -> None:
-    """Raises UnreadableReply for what ssh, or a shell that it starts, could take for something else."""
+    """Raise UnreadableReply if ssh, or a shell that ssh starts, could misread one of the names."""
     if not (_ID.fullmatch(rental_id) and _NAME.fullmatch(name) and _USERNAME.fullmatch(username)):
-        raise UnreadableReply("the platform names a rental in a way that ssh could misunderstand")
+        raise UnreadableReply("the platform sent a rental whose name ssh could misread")
 
 
 def check_authority(line: str) -> None:
-    """The same for the line by which workers are recognised."""
+    """Raise UnreadableReply if the line is not a known_hosts line of the platform's authority."""
     if not _AUTHORITY.fullmatch(line):
-        raise UnreadableReply("the platform does not say how to recognise its workers: is it of this version?")
+        raise UnreadableReply(
+            "the platform did not send the key that verifies its workers. Check that it has the same version as orion"
+        )
 
 
 def connect_command(argument: str) -> str:
-    """Return the command for ssh, which has a shell run it; other tools split it at blanks and run it without one.
+    """Return the command line of `orion connect` with this argument, for ssh's configuration.
 
-    A word that any of them could misunderstand stands there in base 64. -P: a folder that somebody prepared must not
-    slip its own modules in.
+    ssh passes the line to a shell; other tools split it at blanks and run it without a shell. Words that one of them
+    could misread are encoded in base 64. With -P Python does not import modules from the current folder.
     """
     command = [sys.executable, "-P", "-m", "orion.connect", argument]
-    if place := os.environ.get("XDG_CONFIG_HOME"):
-        command = ["env", f"XDG_CONFIG_HOME={place}", *command]
+    if config_home := os.environ.get("XDG_CONFIG_HOME"):
+        command = ["env", f"XDG_CONFIG_HOME={config_home}", *command]
     if all(_PLAIN.fullmatch(word) for word in command):
         return " ".join(command)
-    return f"/bin/sh -c 'IFS=;set -f;exec {' '.join(_spelt(word) for word in command)}'"
+    return f"/bin/sh -c 'IFS=;set -f;exec {' '.join(_encoded(word) for word in command)}'"
 
 
-def _spelt(word: str) -> str:
+def _encoded(word: str) -> str:
     if _PLAIN.fullmatch(word):
         return word
     return f"$(echo {binascii.b2a_base64(os.fsencode(word), newline=False).decode()}|base64 -d)"
 
 
 def _include(path: Path) -> str:
-    """An absolute path in quotes, for ~ is no home in quotes."""
+    """Return the line that includes this absolute path, in quotes."""
     return f'Include "{"".join(_GLOB_CLASSES.get(letter, letter) for letter in str(path))}"\n'
 
 
 def _identity_lines(rental_id: str, username: str, hosts: list[str], recorded: str | None) -> Iterator[str]:
-    """The recorded key if its file is there, else a certificate for our own, made anew when ssh is about to need it.
+    """Yield the lines for the recorded key if its file exists, else for a certificate of our own key.
 
-    With IdentitiesOnly: an agent with many keys would use up the attempts before the right one is tried. The
-    certificate is for that account alone: `orion ssh` uses the host name NAME.orion for another's rental too.
+    ssh itself runs the command that renews the certificate. IdentitiesOnly keeps an agent with many keys from using up
+    the attempts before the right key is tried. The certificate is limited to this user name, because `orion ssh` uses
+    the host name NAME.orion for other people's rentals, too.
     """
     identity = Path(recorded) if recorded else login.folder() / "id_ed25519"
     if "${" not in str(identity) and str(identity).isprintable():
@@ -258,63 +271,69 @@ def quoted(path: Path) -> str:
 
 
 def certificate_file(rental_id: str) -> Path:
+    """Return the path of the certificate for a rental."""
     return login.folder() / f"{rental_id}-cert.pub"
 
 
-def certify(account: Login, rental_id: str, epoch: int) -> None:
-    """Have a certificate of our own key for that rental at that epoch in its file. Raises OrionError."""
+def certify(account: PlatformLogin, rental_id: str, epoch: int) -> None:
+    """Store a certificate of our own key for the rental at this epoch, unless a fresh one is stored.
+
+    Raises OrionError.
+    """
     file = certificate_file(rental_id)
-    with suppress(OSError, ValueError, IndexError):  # one that `orion ssh` left says neither
-        held_epoch, wall, monotonic = map(int, file.read_text().split()[2].split("/"))
-        if held_epoch == epoch and _is_fresh(wall, monotonic):
+    with suppress(OSError, ValueError, IndexError):  # a certificate that `orion ssh` stored has no epoch and no times
+        stored_epoch, wall, monotonic = map(int, file.read_text().split()[2].split("/"))
+        if stored_epoch == epoch and _is_fresh(wall, monotonic):
             return
     try:
         public_key = " ".join((login.folder() / "id_ed25519.pub").read_text().split()[:2])
     except OSError as error:
-        raise LocalFault("orion's own key is not there: orion config-ssh makes it") from error
-    asked = {"ssh_public_key": public_key, "ttl_s": CERTIFICATE_S}
-    signed = str(_ask(account, f"/api/rentals/{rental_id}/certificate", asked).get("certificate"))
-    check_certificate(signed)
-    login.write_private(file, f"{signed} {epoch}/{int(time.time())}/{int(time.monotonic())}\n")
+        raise LocalFault("orion's own SSH key is missing. To make it, run: orion config-ssh") from error
+    request = {"ssh_public_key": public_key, "ttl_s": CERTIFICATE_S}
+    certificate = str(_ask(account, f"/api/rentals/{rental_id}/certificate", request).get("certificate"))
+    check_certificate(certificate)
+    login.write_private(file, f"{certificate} {epoch}/{int(time.time())}/{int(time.monotonic())}\n")
 
 
 def _is_fresh(wall: int, monotonic: int) -> bool:
-    """Return whether a certificate that was asked for at these seconds of two clocks still serves.
+    """Return whether a certificate that was made at these seconds of the two clocks is valid for long enough.
 
-    It ends by the worker's clock, which this machine does not know. Of its own, one may be set and one stops in sleep.
+    The worker's clock decides when it ends, and this machine does not know that clock. Neither of its own clocks is
+    sure: the wall clock may be set, and the monotonic clock stops while the machine sleeps. So the older age counts.
     """
     ages_s = (time.time() - wall, time.monotonic() - monotonic)
     return min(ages_s) >= 0 and max(ages_s) < CERTIFICATE_S - ENOUGH_S
 
 
 def check_certificate(line: str) -> None:
-    """Raise UnreadableReply for what is no certificate."""
+    """Raise UnreadableReply if the line is not a certificate."""
     if not re.fullmatch(r"[a-z0-9@.-]+ [A-Za-z0-9+/=]+", line):
-        raise UnreadableReply("the platform sent something else than a certificate")
+        raise UnreadableReply("the platform did not send a valid certificate")
 
 
-def look_up(account: Login, rental_id: str, wait_s: float) -> dict[str, Any]:
-    """The rental, once it is active or has ended, or after `wait_s`. Raises OrionError."""
+def look_up(account: PlatformLogin, rental_id: str, wait_s: float) -> dict[str, Any]:
+    """Return the rental once it is active or has ended, or as it is after `wait_s`. Raises OrionError."""
     return _ask(account, f"/api/rentals/{rental_id}?state=active&wait_s={wait_s:g}", within_s=ANSWER_S + wait_s)
 
 
-def own_and_others(account: Login) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Return the living rentals of this login's name, and those that an administrator sees besides. Raises OrionError.
+def own_and_others(account: PlatformLogin) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Return the living rentals of this login's owner, and those of other people, which an administrator sees.
 
-    All that one owner has counts as own: no two of them bear the same name. So for a client one list is enough.
+    If all rentals belong to one owner, they count as own ones, as no two of them have the same name. So for a client
+    one list is enough. Raises OrionError.
     """
     found = _rentals(account)
-    if len({str(rental.get("owner")) for rental in found}) < 2 and len(found) < MOST:
+    if len({str(rental.get("owner")) for rental in found}) < 2 and len(found) < MAX_LISTED:
         return found, []
     own = _rentals(account, "&mine=true")
     known = {str(rental.get("id")) for rental in own}
     return own, [rental for rental in found if str(rental.get("id")) not in known]
 
 
-def _rentals(account: Login, which: str = "") -> list[Mapping[str, Any]]:
+def _rentals(account: PlatformLogin, which: str = "") -> list[Mapping[str, Any]]:
     found: list[Mapping[str, Any]] = []
     after = ""
-    while len(found) < MOST:
+    while len(found) < MAX_LISTED:
         page = _ask(account, f"/api/rentals?limit={PAGE}{which}{after}")
         found += page.get("items") or []
         if not page.get("next"):
@@ -324,10 +343,10 @@ def _rentals(account: Login, which: str = "") -> list[Mapping[str, Any]]:
 
 
 def _ask(
-    account: Login, path: str, body: Mapping[str, Any] | None = None, within_s: float = ANSWER_S
+    account: PlatformLogin, path: str, body: Mapping[str, Any] | None = None, within_s: float = ANSWER_S
 ) -> dict[str, Any]:
-    """Send a GET, or a POST where there is a body. Raises OrionError."""
-    import http.client  # noqa: PLC0415 - it takes long to load, and a session that opens does not need it
+    """Send a GET, or a POST if there is a body, and return the JSON of the reply. Raises OrionError."""
+    import http.client  # noqa: PLC0415 - this module takes long to load, and opening a session does not need it
 
     try:
         with stream.connect(account, within_s) as connection:
@@ -343,4 +362,4 @@ def _ask(
     try:
         return dict(json.loads(content))
     except (ValueError, TypeError) as error:
-        raise UnreadableReply(f"{account.url} answered something else than Orion does") from error
+        raise UnreadableReply(f"{account.url} did not answer as Orion does") from error

@@ -1,5 +1,7 @@
-"""A connection to the platform for `orion connect`: through the environment's forward proxy, with TLS where the login
-says so, and with the certificate that was pinned there. Standard library only, as `orion.errors`.
+"""Raw connections to the platform for `orion connect`, and HTTP requests over them.
+
+A connection uses the environment's forward proxy, and TLS with the login's certificate if the login's address is https.
+This module uses the standard library only, as `orion.errors` does.
 """
 
 from __future__ import annotations
@@ -13,16 +15,20 @@ from urllib.parse import unquote, urlsplit
 
 from orion import __version__, login
 from orion.errors import InvalidInput, Unreachable, UnreadableReply, no_reply
-from orion.login import Login
+from orion.login import PlatformLogin
 
-LONGEST_HEAD = 64 << 10
-LONGEST_BODY = 64 << 10
-"""Of a refusal."""
+MAX_HEAD_BYTES = 64 << 10
+"""Bytes of a reply's head, at most."""
+MAX_REFUSAL_BYTES = 64 << 10
+"""Bytes that are read of a refusal's body, at most."""
 PORTS = {"http": 80, "https": 443}
 
 
-def connect(account: Login, within_s: float) -> socket.socket:
-    """To the platform, verified; raises OrionError. `within_s` is for each step, and left as its timeout."""
+def connect(account: PlatformLogin, within_s: float) -> socket.socket:
+    """Return a verified connection to the platform. Raises OrionError.
+
+    `within_s` is the limit of each step in seconds, and stays the connection's timeout.
+    """
     parts = urlsplit(account.url)
     host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
     try:
@@ -35,16 +41,20 @@ def connect(account: Login, within_s: float) -> socket.socket:
     return stream
 
 
-def ask(stream: socket.socket, account: Login, path: str, headers: Mapping[str, str]) -> tuple[Head, bytes]:
-    """Send a GET; the head of its reply, and what has come after it. Raises OSError."""
+def ask(stream: socket.socket, account: PlatformLogin, path: str, headers: Mapping[str, str]) -> tuple[Head, bytes]:
+    """Send a GET and return the head of the reply with the bytes that follow it. Raises OSError."""
     send(stream, account, path, headers)
     return _reply(stream, account.url)
 
 
 def send(
-    stream: socket.socket, account: Login, path: str, headers: Mapping[str, str], body: Mapping[str, Any] | None = None
+    stream: socket.socket,
+    account: PlatformLogin,
+    path: str,
+    headers: Mapping[str, str],
+    body: Mapping[str, Any] | None = None,
 ) -> None:
-    """Send a GET, or a POST where there is a body. Raises OSError."""
+    """Send a GET, or a POST if there is a body. Raises OSError."""
     parts = urlsplit(account.url)
     content = b"" if body is None else json.dumps(body).encode()
     if body is not None:
@@ -60,18 +70,19 @@ def send(
 
 
 class Head(dict[str, str]):
-    """The status and the headers of a reply. Names of headers are the same in whatever letters."""
+    """The status and the headers of a reply. Case does not matter in names of headers."""
 
     status: int
 
     def get(self, name: str, default: str | None = None) -> str | None:  # type: ignore[override]
+        """Return the value of a header, or the default."""
         return super().get(name.lower(), default)
 
 
 def rest_of_refusal(stream: socket.socket, head: Head, begun: bytes) -> bytes:
-    """The body of a reply that is short. Raises OSError."""
+    """Return the first MAX_REFUSAL_BYTES of the body that begins with `begun`. Raises OSError."""
     length = head.get("content-length") or ""
-    wanted = min(int(length), LONGEST_BODY) if length.isdecimal() else LONGEST_BODY
+    wanted = min(int(length), MAX_REFUSAL_BYTES) if length.isdecimal() else MAX_REFUSAL_BYTES
     while len(begun) < wanted and (part := stream.recv(wanted - len(begun))):
         begun += part
     return begun[:wanted]
@@ -82,34 +93,36 @@ def _through_proxy(proxy: str | None, host: str, port: int, within_s: float) -> 
         return socket.create_connection((host, port), within_s)
     parts = urlsplit(proxy)
     if parts.scheme != "http":
-        raise InvalidInput(f"orion connect speaks to a forward proxy by http only: unset {proxy}, or NO_PROXY={host}")
+        raise InvalidInput(
+            f"orion connect can use http proxies only, not {proxy}: unset its variable, or set NO_PROXY={host}"
+        )
     stream = socket.create_connection((parts.hostname or "", parts.port or 80), within_s)
-    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    lines = [f"CONNECT {place} HTTP/1.1", f"Host: {place}"]
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
     if parts.username is not None:
         pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
         lines.append(f"Proxy-Authorization: Basic {binascii.b2a_base64(pair, newline=False).decode()}")
     stream.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
     head, early = _reply(stream, f"http://{parts.hostname}:{parts.port or 80}")
     if head.status != 200 or early:
-        raise Unreachable(f"the forward proxy {parts.hostname} does not connect to {place}: HTTP {head.status}")
+        raise Unreachable(f"the forward proxy {parts.hostname} did not connect to {target}: HTTP {head.status}")
     return stream
 
 
 def _reply(stream: socket.socket, url: str) -> tuple[Head, bytes]:
-    got = b""
-    while b"\r\n\r\n" not in got:
-        part = stream.recv(LONGEST_HEAD)
+    received = b""
+    while b"\r\n\r\n" not in received:
+        part = stream.recv(MAX_HEAD_BYTES)
         if not part:
-            raise ConnectionResetError(f"{url} hung up")
-        got += part
-        if len(got) > LONGEST_HEAD:
-            raise UnreadableReply(f"{url} answered something else than Orion does: is it the right address?")
-    text, _, rest = got.partition(b"\r\n\r\n")
+            raise ConnectionResetError(f"{url} closed the connection")
+        received += part
+        if len(received) > MAX_HEAD_BYTES:
+            raise UnreadableReply(f"{url} did not answer as Orion does. Check that it is the right address")
+    text, _, rest = received.partition(b"\r\n\r\n")
     first, *lines = text.decode("latin-1").split("\r\n")
     protocol, _, status = first.partition(" ")
     if not protocol.startswith("HTTP/1.") or not status[:3].isdecimal():
-        raise UnreadableReply(f"{url} answered something else than Orion does: is it the right address?")
+        raise UnreadableReply(f"{url} did not answer as Orion does. Check that it is the right address")
     head = Head((name.strip().lower(), value.strip()) for name, _, value in (line.partition(":") for line in lines))
     head.status = int(status[:3])
     return head, rest

@@ -1,4 +1,4 @@
-"""One HTTP exchange with the platform, or several when that is safe. The only file that sees httpx's errors."""
+"""HTTP requests to the platform, sent again where that is safe. Only this module handles httpx's errors."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ from pydantic import BaseModel
 
 from orion import __version__
 from orion.errors import OrionError, Retryable, UnreadableReply, no_reply, refusal
-from orion.login import Login, proxy_for, tls_context
+from orion.login import PlatformLogin, proxy_for, tls_context
 
 CONNECT_S = 5.0
+"""Seconds to wait for a connection."""
 ANSWER_S = 20.0
-"""Added to what the call itself waits for (`wait_s`): the proxy and the manager have their own shorter limits."""
+"""Seconds to wait for a reply, besides the call's own `wait_s`. The proxy and the manager have shorter limits."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.3, 5.0
+"""Seconds between two attempts: after the first failure, and at most."""
 
 OnRetry = Callable[[Retryable, float], None]
+"""A function that gets the error and the seconds of the pause that follows."""
 
 
 def backoff_s(failures: int) -> float:
-    """Doubles from FIRST_PAUSE_S to LONGEST_PAUSE_S; half of it is random, so that clients do not come back in step."""
+    """Return a pause that doubles from FIRST_PAUSE_S to LONGEST_PAUSE_S. Half of it is random, to spread clients."""
     whole: float = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(failures - 1, 10))
     return whole * random.uniform(0.5, 1.0)  # noqa: S311 - no secret depends on it
 
 
-class Transport:
-    """`http`, `sleep` and `clock` are for tests."""
+class HttpTransport:
+    """Sends requests of one login. Tests set `http`, `sleep` and `clock`."""
 
     def __init__(
         self,
-        login: Login,
+        login: PlatformLogin,
         *,
         http: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
@@ -46,19 +49,20 @@ class Transport:
         self.clock = clock
         self.on_retry: OnRetry = lambda _error, _pause: None
         self.patience_s = 0.0
-        """Seconds for which a GET is tried again, whatever its caller says: it changes nothing."""
+        """Seconds for which every GET is sent again, as it changes nothing, even if its caller asks for fewer."""
         self._client = httpx.Client(
             base_url=login.url,
             headers={"Authorization": f"Bearer {login.token}", "User-Agent": f"orion/{__version__}"},
             transport=http,
             verify=tls_context(login),
             proxy=proxy_for(login.url),
-            # Only proxy_for and tls_context read the environment: a .netrc must not replace our token.
+            # httpx must not read the environment: a .netrc could replace our token. proxy_for and tls_context read it.
             trust_env=False,
             follow_redirects=False,
         )
 
     def close(self) -> None:
+        """Close all connections."""
         self._client.close()
 
     def send(
@@ -72,7 +76,10 @@ class Transport:
         wait_s: float = 0.0,
         retry_for_s: float = 0.0,
     ) -> httpx.Response:
-        """A successful reply. What is retryable is tried again until `retry_for_s` after the first failure."""
+        """Send a request and return a successful reply. Repeat it until `retry_for_s` after the first failure.
+
+        Only a retryable error leads to a repetition. Raises OrionError.
+        """
         request = self._client.build_request(
             method,
             path,
@@ -93,7 +100,7 @@ class Transport:
                 self.pause(error, failures, give_up_at)
 
     def pause(self, error: Retryable, failures: int, give_up_at: float) -> None:
-        """Wait as long as the server asked, else back off; raise the error where that would end too late."""
+        """Pause as long as the server asked, else back off. Raise the error if that ends after `give_up_at`."""
         pause = error.retry_after_s if error.retry_after_s is not None else backoff_s(failures)
         if self.clock() + pause > give_up_at:
             raise error
@@ -101,7 +108,7 @@ class Transport:
         self.sleep(pause)
 
     def upload(self, path: str, file: IO[bytes], media_type: str, wait_s: float) -> httpx.Response:
-        """A successful reply to what a file holds, which is never in memory as a whole. Not tried again."""
+        """Send a file in parts, once, and return a successful reply. Raises OrionError."""
         timeout = httpx.Timeout(CONNECT_S, read=wait_s + ANSWER_S, write=ANSWER_S)
         size = os.fstat(file.fileno()).st_size
         headers = {"Content-Type": media_type, "Content-Length": str(size)}
@@ -111,7 +118,7 @@ class Transport:
     def stream(
         self, path: str, params: Mapping[str, str | float | None], headers: Mapping[str, str], silence_s: float
     ) -> Iterator[Iterator[bytes]]:
-        """The body of a reply as it comes. Silence longer than `silence_s` is a broken connection."""
+        """Yield the body of a reply as it comes. Raises Unreachable after a silence of `silence_s` seconds."""
         query = {key: value for key, value in params.items() if value is not None}
         timeout = httpx.Timeout(CONNECT_S, read=silence_s, write=ANSWER_S)
         try:
@@ -126,11 +133,12 @@ class Transport:
         try:
             response = self._client.send(request)
         except httpx.DecodingError as error:
-            raise UnreadableReply(f"{self.url} sent something that cannot be read: {error}") from error
+            raise UnreadableReply(f"{self.url} sent a reply that cannot be decoded: {error}") from error
         except httpx.HTTPError as error:
             raise self._failure(error) from error
         if response.is_redirect:
-            raise UnreadableReply(f"{self.url} sends us to {response.headers.get('Location')}: log in there instead")
+            location = response.headers.get("Location")
+            raise UnreadableReply(f"{self.url} redirects to {location}. Log in to that address instead")
         if not response.is_success:
             raise refusal(response.status_code, response.headers, response.content)
         return response

@@ -785,7 +785,7 @@ def test_a_worker_is_declared_gone_only_when_somebody_means_it(platform: Scripte
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orion.client.MOVE_POLL_S", 0.0)
+    monkeypatch.setattr("orion.client.MIGRATION_POLL_S", 0.0)
 
 
 @pytest.mark.usefixtures("no_pauses")

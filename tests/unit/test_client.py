@@ -12,7 +12,7 @@ from support.scripted_platform import Answer, ScriptedPlatform, event, page, pro
 
 from orion import errors
 from orion.client import Orion
-from orion.login import Login
+from orion.login import PlatformLogin
 from orion.sse import messages
 from orion.wire import RentalState
 
@@ -54,7 +54,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def orion(platform: ScriptedPlatform, clock: Clock) -> Iterator[Orion]:
-    with Orion(Login(platform.url, TOKEN), sleep=clock.sleep, clock=clock.read) as orion:
+    with Orion(PlatformLogin(platform.url, TOKEN), sleep=clock.sleep, clock=clock.read) as orion:
         yield orion
 
 

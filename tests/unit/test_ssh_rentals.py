@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orion import ssh_rentals
-from orion.login import Login
+from orion.login import PlatformLogin
 from orion.ssh_rentals import CERTIFICATE_S, ENOUGH_S, certify
 
 CERTIFICATE = "ssh-ed25519-cert-v01@openssh.com AAAA"
@@ -46,14 +46,14 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], in
     monkeypatch.setattr(ssh_rentals.login, "folder", lambda: tmp_path)
     asked: list[str] = []
 
-    def ask(_account: Login, path: str, _body: Any = None) -> dict[str, Any]:
+    def ask(_account: PlatformLogin, path: str, _body: Any = None) -> dict[str, Any]:
         asked.append(path)
         return {"certificate": CERTIFICATE}
 
     monkeypatch.setattr(ssh_rentals, "_ask", ask)
 
     def now(epoch: int = 1) -> int:
-        certify(Login("http://localhost:8080", "token"), "abcdefgh23", epoch)
+        certify(PlatformLogin("http://localhost:8080", "token"), "abcdefgh23", epoch)
         assert (tmp_path / "abcdefgh23-cert.pub").read_text().startswith(CERTIFICATE)
         return len(asked)
 

@@ -14,7 +14,7 @@ from orion import login as logins
 from orion.cli import durations, output
 from orion.cli.session import AsJson, Yes, confirm, platform
 from orion.client import Orion
-from orion.login import Login
+from orion.login import PlatformLogin
 from orion.wire import MAX_TOKEN_TTL_S, MIN_TTL_S
 
 tokens = typer.Typer(no_args_is_help=True, help="Make, list and revoke tokens.")
@@ -51,7 +51,7 @@ def login(
 
     The token is tried first, and kept in a file that this user alone can read.
     """
-    account = Login(logins.clean_url(url), _token(token_file), str(ca_file) if ca_file else None)
+    account = PlatformLogin(logins.clean_url(url), _token(token_file), str(ca_file) if ca_file else None)
     with Orion(account) as orion, output.progress(f"trying {account.url}"):
         next(orion.rentals(limit=1), None)
     kept_in = logins.store(account)

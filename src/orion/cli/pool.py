@@ -14,7 +14,7 @@ import typer
 from orion.cli import durations, output
 from orion.cli.durations import rough
 from orion.cli.session import AsJson, WorkerName, Yes, confirm, platform
-from orion.errors import Ended, NotFound, StillWaiting
+from orion.errors import AlreadyEnded, NotFound, StillWaiting
 from orion.ssh import pinned_host_arguments
 from orion.wire import NOT_MOVED, Worker, WorkerHealth, WorkerIntent, one_public_key
 
@@ -90,7 +90,7 @@ def drain(
     if as_json:
         return output.emit(drained)
     if drained.intent is WorkerIntent.ACTIVE:
-        raise Ended(f"{drained.id} is not being drained any more: somebody resumed it")
+        raise AlreadyEnded(f"{drained.id} is not being drained any more: somebody resumed it")
     more = "" if drained.intent is WorkerIntent.DRAINED else "; it goes on by itself, see: orion workers"
     return output.say(f"{output.plain(drained.id)} is {drained.intent.value}{more}.")
 

@@ -12,7 +12,7 @@ from orion import login
 from orion.cli import config_ssh, durations, keys, output
 from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
 from orion.client import ENDED
-from orion.errors import Ended, InvalidInput, NotMoved, OrionError, StillWaiting
+from orion.errors import AlreadyEnded, InvalidInput, NotMigrated, OrionError, StillWaiting
 from orion.wire import (
     DEFAULT_TTL_S,
     DEFAULT_WAIT_S,
@@ -109,7 +109,7 @@ def _report_rented(rental: Rental, as_json: bool) -> None:
     if as_json:
         output.emit(rental)
     if rental.state in ENDED or rental.state is RentalState.RELEASING:
-        raise Ended(situation(rental))
+        raise AlreadyEnded(situation(rental))
     if rental.state is not RentalState.ACTIVE:
         raise StillWaiting(f"{situation(rental)}. It stays rented; get in with: orion ssh {rental.name}")
     if not as_json:
@@ -216,7 +216,7 @@ def migrate(rental: RentalName, wait: Wait = DEFAULT_MOVE_WAIT, as_json: AsJson 
     if not _is_there(moved):
         raise StillWaiting(f"{situation(moved)}. It goes on by itself")
     if moved.worker_id == before.worker_id:
-        raise NotMoved(f"{moved.name} goes on where it is: {moved.explanation}")
+        raise NotMigrated(f"{moved.name} goes on where it is: {moved.explanation}")
     if not as_json:
         output.say(f"{output.plain(moved.name)} is on worker {output.plain(moved.worker_id or '-')} now.")
 

@@ -23,7 +23,7 @@ from orion.cli.session import AsJson, RentalName, platform
 from orion.client import ENDED, Orion
 from orion.connect import TIDY
 from orion.connect import main as relay
-from orion.errors import Ended, InvalidInput, LocalFault, OrionError, StillWaiting
+from orion.errors import AlreadyEnded, InvalidInput, LocalFault, OrionError, StillWaiting
 from orion.ssh import pinned_authority_arguments, ssh_command
 from orion.ssh_rentals import (
     certificate_file,
@@ -275,7 +275,7 @@ def _active(orion: Orion, rental: Rental, within_s: float, tell: output.Tell) ->
         tell(situation(rental))
         rental = orion.wait_for(rental.id, RentalState.ACTIVE, within_s, lambda one: tell(situation(one)))
     if rental.state in ENDED or rental.state is RentalState.RELEASING:
-        raise Ended(f"{situation(rental)}. Rent another with: orion rent")
+        raise AlreadyEnded(f"{situation(rental)}. Rent another with: orion rent")
     if rental.state is not RentalState.ACTIVE:
         raise StillWaiting(f"{situation(rental)}. Wait longer with: orion ssh --wait 10m {rental.name}")
     return rental
