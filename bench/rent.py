@@ -17,7 +17,7 @@ from bench.calls import Caller, Reply
 from bench.figures import median, summary
 from bench.report import Result
 from bench.stack import ROOT, Stack, running
-from orion.cli.shell import Wish, ssh_arguments
+from orion.cli.shell import SshRequest, ssh_arguments
 from orion.client import Orion
 from orion.wire import Rental
 
@@ -66,7 +66,7 @@ class Renter:
 
     def runs(self, rental: dict[str, Any], command: str, within_s: float = 60) -> str:
         """What a command in the rental prints. Raises RuntimeError when it fails, or nobody is let in."""
-        arguments = ssh_arguments(Rental.model_validate(rental), self._authority, Wish((command,), self._key))
+        arguments = ssh_arguments(Rental.model_validate(rental), self._authority, SshRequest((command,), self._key))
         environment = {"PATH": os.environ["PATH"], "HOME": str(self._stack.folder), "PYTHONPATH": str(ROOT / "src")}
         environment |= {"ORION_URL": f"http://127.0.0.1:{self._stack.http_port}"}
         environment |= {"ORION_TOKEN_FILE": str(self._token_file)}

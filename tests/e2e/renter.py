@@ -20,7 +20,7 @@ from typing import Any
 
 from stack import ROOT
 
-from orion.cli.shell import Wish, ssh_arguments
+from orion.cli.shell import SshRequest, ssh_arguments
 from orion.client import Orion
 from orion.wire import Rental
 
@@ -72,7 +72,7 @@ class Renter:
         return self._run(self.arguments(rental, command, key), 120, environment)
 
     def arguments(self, rental: Rental, command: str, key: Path | None = None) -> list[str]:
-        return ssh_arguments(rental, self.authority, Wish((command,), key or self.key))
+        return ssh_arguments(rental, self.authority, SshRequest((command,), key or self.key))
 
     @cached_property
     def authority(self) -> str:

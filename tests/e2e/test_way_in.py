@@ -165,7 +165,7 @@ def test_a_restart_of_the_manager_gives_the_shell_back(stack: Stack, lab: Rental
         shell.type("MARK=only-in-this-shell\n")
         shell.shows("$ ", 30)
         stack.docker("restart", stack.container("manager_app").id)
-        before = shell.shows("is lost; coming back", BACK_WITHIN_S)
+        before = shell.shows("is lost; reconnecting", BACK_WITHIN_S)
         assert TIDY in before
         shell.shows("only-in-this-shell", 2 * BACK_WITHIN_S)
         shell.type("clear; echo it is $MARK; exit 5\n")
@@ -221,7 +221,7 @@ def test_a_shell_comes_back_by_itself_when_its_worker_dies_and_plain_ssh_as_well
         shell.shows("$ ", 30)
         mark, began = stack.mark(), time.monotonic()
         stack.docker("kill", stack.container_of(lab.worker_id).id)
-        shell.shows("is lost; coming back", BACK_WITHIN_S)
+        shell.shows("is lost; reconnecting", BACK_WITHIN_S)
         figures["docker kill to a word of it in the shell"] = f"{time.monotonic() - began:.1f} s"
         shell.shows("is on another worker", BACK_WITHIN_S)
         shell.shows("$ ", BACK_WITHIN_S)
@@ -256,7 +256,7 @@ def test_with_persist_a_break_on_the_way_gives_the_screen_back(lab: Rental, rent
             shell.type("MARK=only-in-this-shell\n")
             shell.shows("$ ", 30)
             way.cut()
-            shell.shows("is lost; coming back", BACK_WITHIN_S)
+            shell.shows("is lost; reconnecting", BACK_WITHIN_S)
             shell.shows("only-in-this-shell", BACK_WITHIN_S)
             shell.type("clear; echo it is $MARK\n")
             shell.shows("it is only-in-this-shell", 30)

@@ -22,7 +22,7 @@ from support.terminal import at_a_terminal
 from websockets.asyncio.server import ServerConnection, serve
 
 from orion import ssh_rentals
-from orion.cli.shell import Wish, ssh_arguments
+from orion.cli.shell import SshRequest, ssh_arguments
 from orion.errors import UnreadableReply
 from orion.wire import Rental
 
@@ -30,7 +30,7 @@ AUTHORITY = f"@cert-authority *.orion {HOST_KEY}"
 
 
 def arguments(identity: Path | None = None, *command: str, authority: str = AUTHORITY, **changes: Any) -> list[str]:
-    return ssh_arguments(Rental.model_validate(rental(**changes)), authority, Wish(command, identity))
+    return ssh_arguments(Rental.model_validate(rental(**changes)), authority, SshRequest(command, identity))
 
 
 def test_the_worker_is_recognised_by_the_rentals_id_and_checking_is_on() -> None:
@@ -55,7 +55,7 @@ def test_a_known_key_is_the_only_one_offered(tmp_path: Path) -> None:
 def test_a_path_of_a_key_or_certificate_is_what_ssh_reads(tmp_path: Path, odd: str) -> None:
     key, certificate = tmp_path / odd / "key", tmp_path / odd / "key-cert.pub"
     found = Rental.model_validate(rental())
-    ssh, *options = ssh_arguments(found, AUTHORITY, Wish((), key), certificate)
+    ssh, *options = ssh_arguments(found, AUTHORITY, SshRequest((), key), certificate)
     done = subprocess.run([ssh, "-F", "none", "-G", *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = done.stdout.replace("%%", "%").splitlines()
@@ -65,8 +65,8 @@ def test_a_path_of_a_key_or_certificate_is_what_ssh_reads(tmp_path: Path, odd: s
 
 def test_an_agent_is_forwarded_only_where_that_is_asked_for() -> None:
     found = Rental.model_validate(rental())
-    assert "ForwardAgent=no" in ssh_arguments(found, AUTHORITY, Wish())
-    assert "ForwardAgent=yes" in ssh_arguments(found, AUTHORITY, Wish(forward_agent=True))
+    assert "ForwardAgent=no" in ssh_arguments(found, AUTHORITY, SshRequest())
+    assert "ForwardAgent=yes" in ssh_arguments(found, AUTHORITY, SshRequest(forward_agent=True))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_an_ssh_that_is_too_old_is_told_apart_before_it_complains_of_an_option(
     done = orion_ssh(a_rental_that_comes, environment, "box")
     assert done.returncode == 1
     assert done.stderr.replace("\n", " ").strip() == (
-        "orion: orion ssh needs OpenSSH 8.5 or newer, and this machine has 8.4: type orion config-ssh once, then ssh "
+        "orion: orion ssh needs OpenSSH 8.5 or newer, and this machine has 8.4. Run orion config-ssh once, then ssh "
         "NAME.orion"
     )
 
@@ -221,7 +221,7 @@ async def test_only_a_worker_that_proves_to_be_the_rentals_is_spoken_to(
     worker = OwnSshd.make(tmp_path, of_rentals)
     found = Rental.model_validate(rental())
     async with at_the_platform(worker.serve) as url:
-        ssh, *options = ssh_arguments(found, worker.authority, Wish(("true",)))
+        ssh, *options = ssh_arguments(found, worker.authority, SshRequest(("true",)))
         process = await asyncio.create_subprocess_exec(
             *(ssh, "-F", "none", "-o", "BatchMode=yes", *options),
             env={**environment, "ORION_URL": url}, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -310,8 +310,8 @@ async def test_a_session_that_is_lost_under_a_full_screen_leaves_a_terminal_in_o
             await connection.close(4001, "its worker is down")
         await asyncio.gather(serving, return_exceptions=True)
 
-    wish = Wish((EDITOR,), worker.key, tty=True)
-    ssh, *options = ssh_arguments(Rental.model_validate(rental()), worker.authority, wish)
+    request = SshRequest((EDITOR,), worker.key, tty=True)
+    ssh, *options = ssh_arguments(Rental.model_validate(rental()), worker.authority, request)
     options[options.index("r-abcdefgh23@box.orion")] = f"{worker.account}@box.orion"
     async with at_the_platform(serve_until_lost) as url:
         with at_a_terminal([ssh, "-F", "none", *options], {**environment, "ORION_URL": url}) as terminal:

@@ -64,7 +64,7 @@ def test_a_restore_shows_what_it_would_do_and_asks(
     assert run(["admin", "restore", str(backup)]) == 2, "nobody is there to ask"
     shown = capsys.readouterr().out
     assert "locked on their workers until you decide: since\\x1b[31m of ada" in shown
-    assert "made anew, empty: ended of bob" in shown
+    assert "made again with empty homes: ended of bob" in shown
     assert [call.path for call in platform.calls] == ["/api/admin/restore"]
     assert platform.calls[0].headers["Content-Type"] == "application/vnd.sqlite3"
 

@@ -189,7 +189,7 @@ def test_show_with_log_tells_what_was_done_on_workers(platform: ScriptedPlatform
 def test_show_with_log_says_when_nothing_was_done(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals/box", rental())
     platform.answer("GET", "/api/rentals/abcdefgh23/log", page())
-    assert "nothing was done for it yet" in orion("show", "box", "--log").err
+    assert "there were no provisioning jobs yet" in orion("show", "box", "--log").err
 
 
 def test_ls_shows_why_a_rental_is_not_active(platform: ScriptedPlatform, orion: Command) -> None:
@@ -197,7 +197,7 @@ def test_ls_shows_why_a_rental_is_not_active(platform: ScriptedPlatform, orion: 
         "GET", "/api/rentals", page(rental(), rental(name="late", state="queued", explanation="pool is full"))
     )
     result = orion("ls")
-    assert result.out.splitlines()[0].split() == ["NAME", "ID", "STATE", "WORKER", "ENDS", "LAST", "COPY", "SIZE"]
+    assert result.out.splitlines()[0].split() == ["NAME", "ID", "STATE", "WORKER", "ENDS", "SNAPSHOT", "SIZE"]
     assert "late: pool is full" in result.out
     assert "OWNER" not in result.out
 
@@ -233,9 +233,9 @@ def test_what_is_over_its_limit_is_not_said_to_be_nearly_so(platform: ScriptedPl
 @pytest.mark.parametrize(
     ("end", "short", "whole"),
     [
-        ("status 3", "active (start: status 3)", "it ended with status 3, "),
-        ("signal 9", "active (start: signal 9)", "it was ended by signal 9, "),
-        ("unseen", "active (start: ended)", "it has ended, "),
+        ("status 3", "active (start: status 3)", "ended with status 3, "),
+        ("signal 9", "active (start: signal 9)", "was ended by signal 9, "),
+        ("unseen", "active (start: ended)", "has ended, "),
     ],
 )
 def test_a_start_command_that_ended_is_said_with_what_to_type(
@@ -246,7 +246,7 @@ def test_a_start_command_that_ended_is_said_with_what_to_type(
     platform.answer("GET", "/api/rentals/box", told)
     assert short in orion("ls").out
     shown = orion("show", "box").out
-    for words in (whole, "what it said: orion logs box", "to run it again: orion start box"):
+    for words in (whole, "to see its output: orion logs box", "to run it again: orion start box"):
         assert words in shown
     assert json.loads(orion("ls", "--json").out)[0]["start_end"] == end
 
@@ -376,7 +376,7 @@ def test_wrong_usage_is_json_where_json_was_asked_for(orion: Command) -> None:
 def test_help_tells_the_exit_statuses(orion: Command) -> None:
     result = orion("--help")
     assert result.status == 0
-    for line in ("3  no such thing", "7  still waiting", "5  the platform cannot be reached"):
+    for line in ("3  not found", "7  still waiting", "5  the platform cannot be reached"):
         assert line in result.out
 
 
@@ -477,7 +477,7 @@ def test_what_does_not_work_below_a_path_is_said_with_the_way_that_works(
     assert result.err.count("\n") == 1
     for words in ("sandbox", "Jupyter", "Vite", "ssh -L 8000:127.0.0.1:8000 box.orion", "http://127.0.0.1:8000/"):
         assert words in result.err
-    assert ("leave --path away" in result.err) is (host is not None)
+    assert ("leave out --path" in result.err) is (host is not None)
     assert orion("open", "box", "8000", "--path", "--json").err == "", "a program knows what it does"
 
 
@@ -563,7 +563,7 @@ def test_ctrl_c_while_renting_says_what_stays_rented(
     platform.answer("POST", "/api/rent", Answer(202, rental(state="queued", explanation="no worker has a free slot")))
     result = orion("rent", "--key", str(public_key))
     assert result.status == 130
-    assert "box is queued: no worker has a free slot. It stays rented; get in with: orion ssh box" in result.err
+    assert "box is queued: no worker has a free slot. It stays rented. To log in, run: orion ssh box" in result.err
     assert "orion release box" in result.err
     first, again = platform.calls
     assert first.headers["Idempotency-Key"] == again.headers["Idempotency-Key"]
@@ -580,17 +580,17 @@ def test_ctrl_c_while_renting_and_no_platform_says_where_to_look(
     monkeypatch.setattr(Orion, "rent", interrupted)
     result = orion("rent", "--key", str(public_key))
     assert result.status == 130
-    assert "it may have been rented all the same; see: orion ls" in result.err
+    assert "the rental may have been made; see: orion ls" in result.err
 
 
 @pytest.mark.parametrize(
     ("call", "arguments", "said"),
     [
-        ("migrate", ("migrate", "box"), "the move of box has begun, it goes on by itself"),
-        ("release", ("release", "box", "--yes"), "the release of box has begun, it goes on by itself"),
-        ("restore_files", ("restore", "box", "--empty", "--yes"), "box may begin again without its files"),
-        ("wait_until_drained", ("drain", "w-aaaa2222"), "orion resume w-aaaa2222 ends it"),
-        ("wait_until_ready", ("resume", "w-aaaa2222"), "w-aaaa2222 is resumed, and checked by itself"),
+        ("migrate", ("migrate", "box"), "the migration of box has begun, it continues"),
+        ("release", ("release", "box", "--yes"), "the release of box has begun, it continues"),
+        ("restore_files", ("restore", "box", "--empty", "--yes"), "box may start again with an empty home"),
+        ("wait_until_drained", ("drain", "w-aaaa2222"), "to end it, run: orion resume w-aaaa2222"),
+        ("wait_until_ready", ("resume", "w-aaaa2222"), "w-aaaa2222 is resumed, and its check continues"),
     ],
 )
 def test_ctrl_c_says_what_goes_on(
@@ -634,14 +634,14 @@ def test_a_rental_that_was_not_frozen_is_not_said_to_go_on(
     platform.answer("POST", "/api/rentals/abcdefgh23/thaw", rental(copy_problem=problem))
     first, *rest = orion("thaw", "box").out.splitlines()
     assert first == "box was not frozen: nothing has changed."
-    assert rest == ([f"box is not copied: {problem}"] if problem else [])
+    assert rest == ([f"no snapshot of box can be made: {problem}"] if problem else [])
 
 
 def test_a_rental_that_was_frozen_goes_on_and_its_time_is_said(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals/box", rental(copy_problem="its home holds too much; it is frozen"))
     platform.answer("POST", "/api/rentals/abcdefgh23/thaw", rental(copy_problem=THAWED))
     said = orion("thaw", "box").out
-    assert f"box goes on: {THAWED}." in said
+    assert f"box runs again: {THAWED}." in said
     assert "Remove files" in said
 
 
@@ -656,7 +656,7 @@ def test_resume_waits_until_the_worker_was_checked(platform: ScriptedPlatform, o
     platform.answer("GET", "/api/workers/w-aaaa2222", joining, worker(health="quarantined", explanation="it is dirty."))
     result = orion("resume", "w-aaaa2222")
     assert result.status == 7
-    assert "w-aaaa2222 is quarantined: it is dirty. It was resumed" in result.err
+    assert "w-aaaa2222 is quarantined: it is dirty. It is resumed, and its check continues" in result.err
     assert orion("resume", "w-aaaa2222", "--wait", "0").status == 7
 
 
@@ -744,7 +744,7 @@ def test_removing_a_key_that_is_not_there_is_no_such_thing(platform: ScriptedPla
     platform.answer("GET", "/api/rentals/abcdefgh23/keys", page())
     result = orion("keys", "box", "rm", "nothing", "--yes")
     assert result.status == 3
-    assert "orion keys box ls shows them" in result.err
+    assert "List its keys with: orion keys box ls" in result.err
 
 
 def test_renew_says_when_it_ends_now(platform: ScriptedPlatform, orion: Command) -> None:
@@ -826,8 +826,8 @@ def test_migrate_says_where_it_is_now(platform: ScriptedPlatform, orion: Command
     ("answer", "status", "said"),
     [
         (problem(409, "nowhere_to_go", "no other worker can take it"), 6, "no other worker can take it"),
-        (Answer(202, rental(moving_to="w-bbbb3333")), 7, "It goes on by itself"),
-        (rental(explanation="could not be moved: no"), 6, "goes on where it is: could not be moved: no"),
+        (Answer(202, rental(moving_to="w-bbbb3333")), 7, "The migration continues by itself"),
+        (rental(explanation="could not be moved: no"), 6, "stays on its worker: could not be moved: no"),
     ],
 )
 def test_migrate_says_why_it_is_not_there(
@@ -966,7 +966,7 @@ def test_a_reader_that_has_enough_ends_the_command_without_a_word(
 def test_the_help_of_what_ssh_runs_is_shown(option: str) -> None:
     done = by_itself(["connect", option], capture_output=True)
     assert done.returncode == 0
-    assert "What ssh runs for each session" in done.stdout
+    assert "This is what ssh runs for each session" in done.stdout
 
 
 def test_the_list_of_commands_cuts_no_sentence(orion: Command) -> None:

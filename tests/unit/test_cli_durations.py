@@ -50,7 +50,7 @@ def test_anything_else_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["0", "59s", "31d", "5w"])
 def test_a_duration_out_of_its_bounds_is_refused_with_the_bounds_in_words(text: str) -> None:
-    with pytest.raises(InvalidInput, match=f"^--ttl is {text}, and must be at least 1m and at most 30d$"):
+    with pytest.raises(InvalidInput, match=f"^--ttl is {text} but must be at least 1m and at most 30d$"):
         durations.within(text, "--ttl", 60, 30 * 86400)
     assert durations.within("60", "--ttl", 60, 30 * 86400) == 60
     assert durations.within("30d", "--ttl", 60, 30 * 86400) == 30 * 86400

@@ -52,7 +52,7 @@ def test_a_rental_without_a_copy_says_so(server: ScriptedPlatform, orion: Comman
     server.answer("GET", f"/api/rentals/{RENTAL}/snapshots", page())
     result = orion("snapshots", RENTAL)
     assert (result.status, result.out) == (0, "")
-    assert "no copy of box yet" in result.err
+    assert "there is no snapshot of box yet" in result.err
 
 
 @pytest.mark.parametrize(

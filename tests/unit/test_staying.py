@@ -40,11 +40,11 @@ def test_only_what_was_lost_and_not_ended_is_lost(told: object, status: int, los
     left = staying.run(python(REPORTS, json.dumps(told), str(status)))
     assert (left.status, left.lost) == (status, lost)
     if lost:
-        assert (left.there, left.reason) == (True, "its worker is down")
+        assert (left.at_worker, left.reason) == (True, "its worker is down")
 
 
 def test_without_a_report_it_was_ssh_s_own_end() -> None:
-    assert staying.run(python("import sys; sys.exit(255)")) == staying.Left(255, lost=False, there=False, reason="")
+    assert staying.run(python("import sys; sys.exit(255)")) == staying.Left(255, lost=False, at_worker=False, reason="")
 
 
 def test_who_was_killed_has_the_status_that_a_shell_tells() -> None:

@@ -1,4 +1,4 @@
-"""The command `orion`."""
+"""The command `orion`: its entry point, which loads the commands only when they are needed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import sys
 
 
 def main() -> None:
+    """Run the command line of this process and exit with its status."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["connect"] and not {"-h", "--help"} & set(arguments):
-        # ssh starts it for every session: it must not wait for what the other commands need.
+        # ssh starts `orion connect` for every session, so it must not load the modules of the other commands.
         from orion.connect import main as connect  # noqa: PLC0415
 
         sys.exit(connect(arguments[1:]))

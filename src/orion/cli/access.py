@@ -1,4 +1,4 @@
-"""login, and the tokens that let others in."""
+"""The commands login and token."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ tokens = typer.Typer(no_args_is_help=True, help="Make, list and revoke tokens.")
 
 
 class TokenRole(StrEnum):
+    """What a new token allows."""
+
     CLIENT = "client"
     ADMIN = "admin"
     JOIN = "join"
@@ -36,55 +38,57 @@ def login(
     token_file: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="The file that holds the token; - is stdin. Without it you are asked for the token."
+            metavar="FILE", help="Read the token from this file; - is stdin. Without this option orion asks for it."
         ),
     ] = None,
     ca_file: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="The platform's own certificate, in PEM, where no known authority has signed it."
+            metavar="FILE", help="The platform's certificate in PEM, if this machine does not trust its authority."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Log in to a platform.
 
-    The token is tried first, and kept in a file that this user alone can read.
+    The token is checked first, then kept in a file that only this user can read.
     """
     account = PlatformLogin(logins.clean_url(url), _token(token_file), str(ca_file) if ca_file else None)
-    with Orion(account) as orion, output.progress(f"trying {account.url}"):
+    with Orion(account) as orion, output.progress(f"logging in to {account.url}"):
         next(orion.rentals(limit=1), None)
     kept_in = logins.store(account)
     if account.url.startswith("http://") and not logins.is_this_machine(urlsplit(account.url).hostname or ""):
         output.note(
-            "orion: this is plain http: who listens on the way reads the token. Prefer https (port 8443)", "yellow"
+            "orion: plain http sends the token unencrypted, so others on the network can read it. "
+            "Use https instead (port 8443)",
+            "yellow",
         )
     if as_json:
         return output.emit({"url": account.url, "config": str(kept_in)})
-    return output.say(f"logged in to {account.url}; kept in {kept_in}")
+    return output.say(f"logged in to {account.url}; the login is kept in {kept_in}")
 
 
 @tokens.command("create")
 def create_token(
     name: Annotated[
-        str, typer.Argument(help="The name of whoever gets it, who owns what is rented with it.", show_default=False)
+        str, typer.Argument(help="The name of the token's user, who owns all rentals made with it.", show_default=False)
     ],
-    role: Annotated[TokenRole, typer.Option(help="What it may do.")] = TokenRole.CLIENT,
+    role: Annotated[TokenRole, typer.Option(help="What the token allows.")] = TokenRole.CLIENT,
     ttl: Annotated[
-        str | None, typer.Option(metavar="DURATION", help="How long it is valid; without it until it is revoked.")
+        str | None, typer.Option(metavar="DURATION", help="How long the token is valid. Default: until it is revoked.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a token.
 
-    It is printed this once, alone on stdout, and cannot be shown again.
+    The token is printed once, alone on stdout, and cannot be shown again.
     """
     ttl_s = durations.within(ttl, "--ttl", MIN_TTL_S, MAX_TOKEN_TTL_S) if ttl is not None else None
     with platform() as (orion, _tell):
         made = orion.create_token(name, role.value, ttl_s)
     if as_json:
         return output.emit(made)
-    output.note(f"token {output.plain(made.id)} of {output.plain(made.name)}, {made.role.value}; shown this once:")
+    output.note(f"token {output.plain(made.id)} of {output.plain(made.name)}, {made.role.value}; it is shown only now:")
     return output.say(output.plain(made.token))
 
 
@@ -112,14 +116,14 @@ def list_tokens(as_json: AsJson = False) -> None:
 @tokens.command("revoke")
 def revoke_token(
     token: Annotated[
-        str, typer.Argument(help="The token's id, or its name where no other token has that.", show_default=False)
+        str, typer.Argument(help="The token's id, or its name if no other token has it.", show_default=False)
     ],
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """Revoke a token at once.
 
-    What was rented with it goes on; what was opened with it ends.
+    Its rentals continue. Sessions that it opened end.
     """
     with platform() as (orion, _tell):
         found = orion.find_token(token)
@@ -132,6 +136,7 @@ def revoke_token(
 
 
 def _token(file: Path | None) -> str:
+    """Return the token from the file, from stdin, or from a person at the terminal."""
     if file is None and sys.stdin.isatty():
         return logins.clean_token(typer.prompt("Token", hide_input=True, err=True))
     if file is None or str(file) == "-":

@@ -1,4 +1,4 @@
-"""backup and restore, for those who run the platform."""
+"""The commands below `orion admin`: backup, restore and confirm-clock."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ from orion.client import Orion
 from orion.errors import InvalidInput, LocalFault, Retryable
 from orion.wire import RentalName, RestorePlan
 
-commands = typer.Typer(no_args_is_help=True, help="Back the platform up, and go back to a backup.")
+commands = typer.Typer(no_args_is_help=True, help="Back up and restore the platform.")
 
 RESTART_S = 60.0
+"""Seconds to wait for the manager's restart."""
 _SHOWN = 10
+"""Rentals that are named before the rest is only counted."""
 
 
 @commands.command()
 def backup(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A new file; - is stdout.", show_default=False)],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The file to make; - is stdout.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
     """Write a copy of the database to a file.
 
-    Everything goes on meanwhile.
+    The platform keeps running meanwhile.
     """
     if file == "-":
         with platform("copying the database") as (orion, _tell):
             return orion.backup(sys.stdout.buffer)
     target = Path(file)
     if target.exists():
-        raise InvalidInput(f"{target} is there already: give another name")
+        raise InvalidInput(f"{target} already exists: give another name")
     partial = target.with_name(f".{target.name}.partial")
     try:
         _write(partial)
@@ -47,29 +49,33 @@ def backup(
         partial.unlink(missing_ok=True)
     if as_json:
         return output.emit({"file": str(target), "bytes": target.stat().st_size})
-    return output.say(f"{target}: {target.stat().st_size >> 10} KiB. The secrets are not in it: see docs/operations.md")
+    return output.say(
+        f"{target}: {target.stat().st_size >> 10} KiB. It does not contain the secrets: see docs/operations.md"
+    )
 
 
 @commands.command("confirm-clock")
 def confirm_clock(yes: Yes = False, as_json: AsJson = False) -> None:
-    """Say that the manager's clock is right, if it is doubted."""
+    """Make the manager trust its clock again."""
     with platform() as (orion, _tell):
         problem = orion.status().clock
     if problem is None:
-        return output.emit({"confirmed": False}) if as_json else output.say("The manager's clock is believed.")
-    confirm(f"The manager's clock: {output.plain(problem)}. Is it right now? What is over by it ends at once", yes)
+        return output.emit({"confirmed": False}) if as_json else output.say("The manager already trusts its clock.")
+    confirm(
+        f"The manager's clock: {output.plain(problem)}. Is it right now? Rentals that are over by it end at once", yes
+    )
     with platform() as (orion, _tell):
         orion.confirm_clock()
-    return output.emit({"confirmed": True}) if as_json else output.say("The manager's clock is believed from now on.")
+    return output.emit({"confirmed": True}) if as_json else output.say("The manager trusts its clock from now on.")
 
 
 @commands.command()
 def restore(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `orion admin backup` wrote.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of `orion admin backup`.", show_default=False)],
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Go back to a backup; the manager restarts with it."""
+    """Restore a backup; the manager restarts with it."""
     try:
         with file.open("rb") as stream, platform("examining the backup") as (orion, _tell):
             plan = orion.plan_restore(stream)
@@ -77,15 +83,15 @@ def restore(
         raise LocalFault(f"{file} cannot be read: {error.strerror}") from error
     if not as_json:
         _show(plan)
-    confirm("Go back to it?", yes)
-    goes_on = "the restore may go on by itself; see: docker compose logs manager_app"
-    with platform("restarting the manager", goes_on) as (orion, _tell):
+    confirm("Restore it?", yes)
+    if_interrupted = "the restore may continue; see: docker compose logs manager_app"
+    with platform("restarting the manager", if_interrupted) as (orion, _tell):
         done = orion.restore(plan)
         _wait_for_restart(orion)
     if as_json:
         return output.emit({**plan.model_dump(mode="json"), **done.model_dump(mode="json")})
     output.say(f"restored; the former database is kept beside it as {output.plain(done.kept_as)}")
-    return output.say("watch the workers come back: orion status")
+    return output.say("To watch the workers come back, run: orion status")
 
 
 def _write(partial: Path) -> None:
@@ -97,11 +103,13 @@ def _write(partial: Path) -> None:
 
 
 def _show(plan: RestorePlan) -> None:
-    output.say(f"It ends with what happened {output.when(plan.last_event_at)} and has {plan.rentals} living rentals.")
+    output.say(
+        f"The backup's last event was {output.when(plan.last_event_at)}, and it has {plan.rentals} living rentals."
+    )
     if plan.forgotten:
-        output.say(f"Unknown to it, so locked on their workers until you decide: {_names(plan.forgotten)}")
+        output.say(f"Not in the backup, so locked on their workers until you decide: {_names(plan.forgotten)}")
     if plan.revived:
-        output.say(f"Ended since, so made anew, empty: {_names(plan.revived)}")
+        output.say(f"Ended since the backup, so made again with empty homes: {_names(plan.revived)}")
 
 
 def _names(rentals: list[RentalName]) -> str:
@@ -110,7 +118,10 @@ def _names(rentals: list[RentalName]) -> str:
 
 
 def _wait_for_restart(orion: Orion) -> None:
-    """Until it was away and answers again, or has answered for long: then it was away between two questions."""
+    """Return when the manager has stopped answering and answers again. Raises LocalFault after RESTART_S.
+
+    Return as well if it answers every question for a quarter of that time: then it restarted between two of them.
+    """
     began, away = time.monotonic(), False
     while time.monotonic() - began < RESTART_S:
         time.sleep(0.3)
@@ -121,4 +132,4 @@ def _wait_for_restart(orion: Orion) -> None:
             continue
         if away or time.monotonic() - began > RESTART_S / 4:
             return
-    raise LocalFault("the manager has not come back yet. Whoever has the platform's machine reads why in: make logs")
+    raise LocalFault("the manager has not come back yet. To see why, run on the platform's machine: make logs")

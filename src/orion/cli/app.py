@@ -1,4 +1,4 @@
-"""All commands together, and the exit status of each way to fail."""
+"""The tree of all commands, and the exit status of each kind of error."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from orion.cli import access, admin, config_ssh, feed, output, pool, rental_keys
 from orion.errors import InvalidInput, OrionError
 
 PIPE_CLOSED = 128 + signal.SIGPIPE
-"""The exit status of a program that the kernel ends because nobody reads any more what it says."""
+"""The exit status of a program that the kernel ends because nobody reads its output any more."""
 
 _EPILOG = """\b
 Exit status, for scripts:
   0  done                         4  not logged in, or not allowed
   1  another error                5  the platform cannot be reached
   2  wrong usage                  6  conflict: a name taken, in use, ended
-  3  no such thing                7  still waiting: accepted, not done yet
+  3  not found                    7  still waiting: accepted, not done yet
 `orion ssh` ends with the status of ssh or of the command.
 
 \b
@@ -45,10 +45,10 @@ app = typer.Typer(
 
 @app.callback()
 def _everywhere(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with any command.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; works with any command.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
-    del as_json  # the option of the same name of each command looks here
+    del as_json  # the --json option of each command reads this value from the context
     if version:
         output.say(f"orion {__version__}")
         raise typer.Exit
@@ -87,7 +87,7 @@ app.add_typer(admin.commands, name="admin")
 
 @cache
 def commands() -> Any:
-    """All of them, as Click has them. Made once: it takes tens of milliseconds."""
+    """Return the tree of commands for Click. It is built once, as that takes tens of milliseconds."""
     return get_command(app)
 
 
@@ -95,16 +95,16 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line; return its exit status."""
     try:
         status = _run(arguments)
-        sys.stdout.flush()  # not at the interpreter's end, where nobody could catch what comes of it
-    except (BrokenPipeError, SystemExit):  # the second is what Typer and Rich make of the first
-        _let_go(sys.stdout)
-        _let_go(sys.stderr)
+        sys.stdout.flush()  # here, because an error of the interpreter's own flush at its end cannot be caught
+    except (BrokenPipeError, SystemExit):  # Typer and Rich turn the first into the second
+        _discard_if_unread(sys.stdout)
+        _discard_if_unread(sys.stderr)
         return PIPE_CLOSED
     return status
 
 
-def _let_go(stream: IO[str]) -> None:
-    """Let what nobody reads any more go nowhere: whoever read, as `head` does, has enough."""
+def _discard_if_unread(stream: IO[str]) -> None:
+    """Send the rest of the stream to /dev/null if its reader has ended, as `head` does."""
     try:
         stream.flush()
     except BrokenPipeError:
@@ -124,20 +124,24 @@ def _run(arguments: Sequence[str]) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             output.note(str(error))
             return 2
-        if not hasattr(error, "format_message"):  # Typer's own errors of usage have it, in all its versions
+        if not hasattr(error, "format_message"):  # only Typer's errors of usage have this method, in all its versions
             raise
         output.failure(InvalidInput(_usage(error)), as_json)
         return getattr(error, "exit_code", 2)
 
 
 def _usage(error: Exception) -> str:
+    """Return the message of one of Typer's errors of usage, with the command that shows the help."""
     context = getattr(error, "ctx", None)
     message = str(getattr(error, "format_message")())  # noqa: B009 - Exception has none
     return f"{message} See: {context.command_path} --help" if context else message
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:
-    """Before parsing, so that errors of parsing are JSON too. What follows `ssh RENTAL` is not ours."""
+    """Return whether the arguments contain --json, without parsing them, so that errors of parsing are JSON, too.
+
+    Arguments after `ssh RENTAL` belong to the command that runs there, and do not count.
+    """
     rest = list(arguments)
     words = 0
     while rest and rest[0] != "--":

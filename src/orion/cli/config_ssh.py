@@ -1,4 +1,4 @@
-"""config-ssh: one line in ~/.ssh/config, after which any tool that uses ssh reaches rentals by their names."""
+"""The command config-ssh, which adds one line to ~/.ssh/config, so that tools that use ssh reach rentals by name."""
 
 from __future__ import annotations
 
@@ -22,82 +22,83 @@ REMARK = (
 
 def config_ssh(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
-    remove: Annotated[bool, typer.Option("--remove", help="Take away what this command has written.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Undo what this command wrote.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make your rentals reachable as NAME.orion.
 
-    ssh, scp, rsync, VS Code and Ansible then reach them. One line is put before everything else in ~/.ssh/config, and
-    what that includes is kept beside the login. The command may be repeated.
+    ssh, scp, rsync, VS Code and Ansible then find them. The command adds one line at the beginning of ~/.ssh/config,
+    which includes a file beside the login. It may be repeated.
     """
     file = _ssh_config()
     before = _content(file)
     after = without(before) if remove else with_include(before)
     if not dry_run:
         if remove:
-            made_here = _made_here().exists()
-            _made_here().unlink(missing_ok=True)
+            made_by_us = _made_by_us().exists()
+            _made_by_us().unlink(missing_ok=True)
             ssh_rentals.remove()
         else:
-            made_here = False
+            made_by_us = False
             _check_home()
             account = login.load()
             keys.public_key(None)
             ssh_rentals.learn(account)
             ssh_rentals.check_by_ssh(include_line().decode())
             if not file.exists():
-                _made_here().touch(mode=0o600)
-        if made_here and not after:
+                _made_by_us().touch(mode=0o600)
+        if made_by_us and not after:
             file.unlink(missing_ok=True)
         elif after != before:
             _replace(file, after)
     _report(file, before, after, dry_run, as_json)
     if not as_json and not remove and not dry_run:
-        output.say("Get in with: ssh NAME.orion")
+        output.say("To log in to a rental, run: ssh NAME.orion")
         if not staying.is_usable(os.environ.get("SHELL", "/bin/sh")):
-            output.note("ssh starts its ProxyCommand by $SHELL, which is no shell here: SHELL=/bin/sh ssh NAME.orion")
+            output.note("ssh needs a shell in $SHELL, and yours cannot run commands: run SHELL=/bin/sh ssh NAME.orion")
 
 
 def include_line() -> bytes:
+    """Return the line that includes our configuration."""
     return ssh_rentals.include_line().encode()
 
 
 def with_include(before: bytes) -> bytes:
-    """Before everything else: after a Host or Match line it would count for those hosts alone."""
+    """Return ssh's configuration with our two lines first: after a Host line they would apply to that host only."""
     if before.startswith(REMARK + include_line()):
         return before
     return REMARK + include_line() + without(before)
 
 
 def without(before: bytes) -> bytes:
-    """Exactly what there was before, wherever our two lines have been moved to."""
+    """Return ssh's configuration without our two lines, wherever they are."""
     return before.replace(REMARK + include_line(), b"")
 
 
 def refresh() -> None:
-    """Where ssh is configured: after something was rented or released. That stands already, so a failure is said."""
+    """Update ssh's configuration after a rent or a release, if there is one. Print a note if that fails."""
     if not ssh_rentals.is_configured():
         return
     try:
         ssh_rentals.learn(login.load())
     except (OrionError, OSError) as error:
-        output.note(f"orion: ssh does not know of it yet ({error}); try: orion config-ssh")
+        output.note(f"orion: the list of your rentals for ssh was not updated ({error}); run: orion config-ssh")
 
 
-def _made_here() -> Path:
-    """Return the mark of a ~/.ssh/config that was not there before us, and goes with us if nobody has used it."""
+def _made_by_us() -> Path:
+    """Return the file whose presence says that we made ~/.ssh/config, so that --remove deletes it if it is empty."""
     return ssh_rentals.folder() / "made-config"
 
 
 def _check_home() -> None:
-    """Raise LocalFault in the home of another user: files that ssh may not read would end all of that user's ssh."""
+    """Raise LocalFault if this is another user's home: files that its owner cannot read would break that user's ssh."""
     home = Path.home()
     if home.exists() and home.stat().st_uid != os.geteuid():
-        raise LocalFault(f"{home} is another user's home: run this as that user, or set HOME to your own")
+        raise LocalFault(f"{home} is another user's home: run this command as that user, or set HOME to your own home")
 
 
 def _ssh_config() -> Path:
-    """What is really there: a link leads to where somebody keeps it."""
+    """Return the path of ssh's configuration file, with links resolved, so that a link is not replaced."""
     return (Path.home() / ".ssh" / "config").resolve()
 
 
@@ -111,7 +112,7 @@ def _content(file: Path) -> bytes:
 
 
 def _replace(file: Path, content: bytes) -> None:
-    """In one step, with the rights that the file has; 0600 if it is new."""
+    """Replace the file in one step and keep its mode; a new file gets mode 0600. Raises LocalFault."""
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         mode = file.stat().st_mode & 0o7777 if file.exists() else 0o600
@@ -134,10 +135,10 @@ def _report(file: Path, before: bytes, after: bytes, dry_run: bool, as_json: boo
     if as_json:
         return output.emit({"file": str(file), "changed": before != after, "dry_run": dry_run})
     if before == after:
-        return output.say(f"{file} is as it should be.")
+        return output.say(f"{file} needs no change.")
     if not dry_run:
         return output.say(f"{file} was changed.")
-    lines = difflib.unified_diff(_lines(before), _lines(after), str(file), f"{file} (would be)", n=1, lineterm="")
+    lines = difflib.unified_diff(_lines(before), _lines(after), str(file), f"{file} (new)", n=1, lineterm="")
     for line in lines:
         output.say(output.plain(line))
     return None

@@ -1,4 +1,4 @@
-"""events: what happened, and what happens."""
+"""The command events, which shows past and new events."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from orion.wire import MAX_PAGE, Event
 
 
 def events(
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens from now on.")] = False,
-    rental: Annotated[str | None, typer.Option(help="Only of this rental.")] = None,
-    worker: Annotated[str | None, typer.Option(help="Only of this worker.")] = None,
-    last: Annotated[int, typer.Option("--last", "-n", min=0, help="How many of the latest to show.")] = 20,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Also show new events as they happen.")] = False,
+    rental: Annotated[str | None, typer.Option(help="Show only events of this rental.")] = None,
+    worker: Annotated[str | None, typer.Option(help="Show only events of this worker.")] = None,
+    last: Annotated[int, typer.Option("--last", "-n", min=0, help="How many of the newest events to show.")] = 20,
     after: Annotated[
-        int | None, typer.Option(metavar="ID", help="Show all after the event of this number instead.")
+        int | None, typer.Option(metavar="ID", help="Show all events after the one with this id instead.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what happened; with --json one object per line."""
+    """Show events; with --json one object per line."""
     with platform() as (orion, _tell):
         rental_id = orion.find_rental(rental, ended=True).id if rental else None
         worker_id = orion.find_worker(worker).id if worker else None
-        whose: dict[str, Any] = {"rental_id": rental_id, "worker_id": worker_id}
+        subject: dict[str, Any] = {"rental_id": rental_id, "worker_id": worker_id}
         if after is not None:
-            shown = list(orion.events(after=after, limit=MAX_PAGE, **whose))
+            shown = list(orion.events(after=after, limit=MAX_PAGE, **subject))
         else:
-            wanted = max(1, last)  # at least one: where to go on
-            newest = orion.events(newest_first=True, limit=min(wanted, MAX_PAGE), **whose)
+            wanted = max(1, last)  # at least one, whose id says where to follow from
+            newest = orion.events(newest_first=True, limit=min(wanted, MAX_PAGE), **subject)
             shown = list(islice(newest, wanted))[::-1]
         reached = shown[-1].id if shown else after or 0
     for event in shown if last or after is not None else []:
         _print(event, as_json)
     if follow:
         with Orion.logged_in() as orion:
-            orion.when_retrying(_tell_once())
+            orion.when_retrying(_note_each_reason_once())
             for event in orion.follow_events(after=reached, rental_id=rental_id, worker_id=worker_id):
                 _print(event, as_json)
 
 
-def _tell_once() -> OnRetry:
-    """A reason for trying again is told when it is another than the one before."""
-    told = ""
+def _note_each_reason_once() -> OnRetry:
+    """Return a function that prints the reason for a retry, unless it is the same as the last one."""
+    last_reason = ""
 
-    def tell(error: Retryable, _pause_s: float) -> None:
-        nonlocal told
-        if str(error) != told:
-            told = str(error)
-            output.note(f"orion: {output.plain(told)} Trying again.", "dim")
+    def note(error: Retryable, _pause_s: float) -> None:
+        nonlocal last_reason
+        if str(error) != last_reason:
+            last_reason = str(error)
+            output.note(f"orion: {output.plain(last_reason.rstrip('.'))}. Trying again.", "dim")
 
-    return tell
+    return note
 
 
 def _print(event: Event, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Which SSH key opens which rental, kept beside the login: `orion ssh` simply works after `orion rent`."""
+"""The SSH keys of this machine, and a file beside the login that records which key opens which rental."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from orion.errors import InvalidInput, LocalFault
 from orion.wire import comment_of, named_key, one_public_key
 
 REMEMBERED = 1000
-"""Rentals whose key is kept in mind; the oldest are forgotten."""
+"""Rentals whose key is recorded, at most; the oldest records are dropped."""
 
 
 def own_key() -> Path:
+    """Return the path of orion's own private key."""
     return login.folder() / "id_ed25519"
 
 
 def public_key(chosen: Path | None) -> tuple[str, Path]:
-    """Return the one public key to rent with, and the file that `ssh -i` wants. Without a choice it is our own key."""
+    """Return the public key to rent with, and the file to pass to `ssh -i`. The default is orion's own key."""
     found, identity = public_keys(chosen)
     if len(found) > 1:
-        more = "rent with a file of one, and add the others with: orion keys RENTAL add FILE"
-        raise InvalidInput(f"{chosen} holds {len(found)} keys: {more}")
+        advice = "rent with a file that holds one key, then add the others with: orion keys RENTAL add FILE"
+        raise InvalidInput(f"{chosen} holds {len(found)} keys: {advice}")
     return found[0], identity
 
 
 def listed(text: str) -> list[str]:
-    """Return the public keys of a file with their comments, without blank lines and remarks.
-
-    Raise ValueError if it has none.
-    """
+    """Return the public keys in the text of a file, with their comments. Raise ValueError if there are none."""
     lines = (line.strip() for line in text.splitlines())
     return [named_key(line) for line in lines if line and not line.startswith("#")] or [named_key("")]
 
 
 def public_keys(chosen: Path | None) -> tuple[list[str], Path]:
-    """Return the public keys of the chosen file, and the file that `ssh -i` wants: else our own, made if need be."""
+    """Return the public keys in a file, and the file to pass to `ssh -i`.
+
+    The default is orion's own key, which is made if it does not exist.
+    """
     if chosen is None:
         _make_own_key()
         chosen = own_key()
@@ -51,44 +52,45 @@ def public_keys(chosen: Path | None) -> tuple[list[str], Path]:
     try:
         found = listed(public.read_text())
     except FileNotFoundError:
-        raise InvalidInput(f"there is no public key {public}: ssh-keygen -t ed25519 makes a pair") from None
+        raise InvalidInput(f"there is no public key {public}. To make a key pair, run: ssh-keygen -t ed25519") from None
     except OSError as error:
         raise InvalidInput(f"cannot read {public}: {error.strerror}") from error
     except ValueError as error:
-        raise InvalidInput(f"what {public} holds {error}") from error
+        raise InvalidInput(f"{public}: a key {error}") from error
     private = public.with_suffix("")
-    # Only the public half is here when an agent or a security key holds the private one: ssh -i takes it as well.
+    # If an agent or a security key holds the private key, only the public file exists; ssh -i accepts it, too.
     return found, (private if private.exists() else public).absolute()
 
 
 def on_this_machine() -> dict[str, tuple[str, str]]:
-    """Return where this machine has a public key, and its comment: of the usual places, by the key itself."""
+    """Return the private key's path and the comment of each key in ~/.ssh and of orion's own, by the public key."""
     found = {}
     for file in [*sorted((Path.home() / ".ssh").glob("*.pub")), own_key().with_suffix(".pub")]:
-        with suppress(OSError, ValueError):  # what cannot be read, or is no key, is no help here
+        with suppress(OSError, ValueError):  # skip files that cannot be read or are not keys
             text = file.read_text().strip()
             found[one_public_key(text)] = str(file.with_suffix("")), comment_of(text)
     return found
 
 
 def remember(rental_id: str, identity: Path) -> None:
-    """The rental stands already: where nothing can be kept, that is said and no more."""
+    """Record which key opens the rental. If that fails, print a note, because the rental exists already."""
     try:
         with _locked() as place:
             known = {**_known(), rental_id: str(identity)}
             _write(place, dict(list(known.items())[-REMEMBERED:]))
     except (LocalFault, OSError) as error:
-        output.note(f"orion: {error}; get in with -i {identity}")
+        output.note(f"orion: {error}; log in with the option -i {identity}")
 
 
 def forget(rental_id: str) -> None:
+    """Delete the record of the rental's key."""
     if rental_id in _known():
         with _locked() as place:
             _write(place, {key: value for key, value in _known().items() if key != rental_id})
 
 
 def identity_of(rental_id: str) -> Path | None:
-    """The file to give to `ssh -i`; None when the rental was not rented from here."""
+    """Return the file to pass to `ssh -i`, or None if this machine did not rent the rental."""
     known = _known().get(rental_id)
     return Path(known) if known else None
 
@@ -99,7 +101,7 @@ def _make_own_key() -> None:
     try:
         _make_key_once()
     except LocalFault as error:
-        raise LocalFault(f"{error}; or rent with a key of yours: --key FILE") from error
+        raise LocalFault(f"{error}; or rent with your own key: --key FILE") from error
 
 
 def _make_key_once() -> None:
@@ -119,7 +121,7 @@ def _run_keygen(path: Path) -> None:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     except FileNotFoundError as error:
-        raise LocalFault("ssh-keygen is missing: apt install openssh-client") from error
+        raise LocalFault("ssh-keygen is missing. To install it, run: apt install openssh-client") from error
     except subprocess.CalledProcessError as error:
         raise LocalFault(f"ssh-keygen could not make a key: {error.stderr.strip()}") from error
 
@@ -129,6 +131,7 @@ def _write(place: Path, known: dict[str, str]) -> None:
 
 
 def _known() -> dict[str, str]:
+    """Return the recorded key file of each rental, by the rental's id."""
     try:
         known = json.loads((login.folder() / "keys.json").read_text())
     except (OSError, ValueError):
@@ -138,7 +141,7 @@ def _known() -> dict[str, str]:
 
 @contextmanager
 def _locked() -> Iterator[Path]:
-    """One command at a time changes what is kept here."""
+    """Yield the folder of the keys while no other command can change the files in it. Raises LocalFault."""
     try:
         place = login.private_folder()
         handle = os.open(place / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)

@@ -1,4 +1,4 @@
-"""What the command prints: tables and sentences for people, JSON for programs, nothing that steers a terminal."""
+"""Functions that print: tables and sentences for people, JSON for programs, and no control characters."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ from orion.cli import durations
 from orion.errors import ApiError, OrionError
 
 Tell = Callable[[str], None]
-LEAST_WIDE = 10
-"""Columns of the terminal that the cell of a table which folds has at least."""
-AT_ONCE_S = 0.4
-"""What is done sooner needs no moving line."""
+"""A function that changes the text of a progress line."""
+MIN_FOLDED_WIDTH = 10
+"""Columns of the terminal that a folded cell of a table has, at least."""
+PROGRESS_AFTER_S = 0.4
+"""Seconds after which a progress line appears."""
 
 
 def plain(text: object) -> str:
-    """The server's words with what a terminal would obey made visible: escapes, line ends, bidirectional controls."""
+    """Return the text with control characters made visible: escapes, line ends, bidirectional controls."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape", "replace").decode() for letter in str(text)
     )
 
 
 def say(text: str, style: str = "") -> None:
-    """A line on stdout. Never Rich's markup: `[red]` in a label is just that."""
+    """Print a line on stdout. Rich's markup has no effect: a label `[red]` is printed as it is."""
     _stdout().print(Text(text, style), soft_wrap=True)
 
 
 def note(text: str, style: str = "") -> None:
-    """A line on stderr, beside the result."""
+    """Print a line on stderr, so that stdout has the result alone."""
     Console(stderr=True, highlight=False).print(Text(text, style), soft_wrap=True)
 
 
 def emit(value: BaseModel | Sequence[BaseModel] | dict[str, Any]) -> None:
-    """JSON on stdout: an object, or an array for a list."""
+    """Print JSON on stdout: an object, or an array for a list."""
     if isinstance(value, BaseModel):
         ready: Any = value.model_dump(mode="json")
     elif isinstance(value, dict):
@@ -55,14 +56,14 @@ def emit(value: BaseModel | Sequence[BaseModel] | dict[str, Any]) -> None:
 
 
 def emit_line(value: BaseModel) -> None:
-    """One JSON object on a line of its own, at once: for what goes on for ever."""
+    """Print a JSON object on one line and flush it, for output without an end."""
     print(json.dumps(value.model_dump(mode="json")), flush=True)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], wide: str | None = None) -> None:
-    """Print columns without lines. All keep their width except `wide`, which folds where the terminal ends.
+    """Print a table. Only the column `wide` is folded if the terminal is narrow; the others keep their width.
 
-    Where the terminal is too narrow for that, each row is a list of its cells: what has to be typed is never cut.
+    If the terminal is too narrow even for that, print each row as a list, so that no name or id is ever cut.
     """
     console = _stdout()
     cells = [[plain(cell) for cell in row] for row in rows]
@@ -78,10 +79,10 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], wide: str | No
 
 def _least_width(headings: Sequence[str], rows: Sequence[Sequence[str]], wide: str | None) -> int:
     """Return how many columns of the terminal a table needs at least."""
-    width = -2  # there is nothing behind the last one
+    width = -2  # the last column has no gap behind it
     for position, heading in enumerate(headings):
         longest = max(cell_len(text) for text in (heading, *(row[position] for row in rows)))
-        width += 2 + (min(longest, LEAST_WIDE) if heading == wide else longest)
+        width += 2 + (min(longest, MIN_FOLDED_WIDTH) if heading == wide else longest)
     return width
 
 
@@ -93,6 +94,7 @@ def _lists(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def fields(pairs: Sequence[tuple[str, str]]) -> None:
+    """Print names and values, one pair on each line."""
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
         say(f"{name:<{width}}  {plain(value)}".rstrip())
@@ -100,16 +102,16 @@ def fields(pairs: Sequence[tuple[str, str]]) -> None:
 
 @contextmanager
 def progress(text: str) -> Iterator[Tell]:
-    """A moving line on stderr while something takes long, where a person watches; else nothing.
+    """Show a progress line on stderr while the body runs, and yield a function that changes its text.
 
-    The function it gives changes the text.
+    Show nothing if stderr is not a terminal.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda _text: None
         return
     status = console.status(Text(plain(text)))
-    starter = threading.Timer(AT_ONCE_S, status.start)
+    starter = threading.Timer(PROGRESS_AFTER_S, status.start)
     starter.start()
     try:
         yield lambda changed: status.update(Text(plain(changed)))
@@ -120,18 +122,18 @@ def progress(text: str) -> Iterator[Tell]:
 
 
 def failure(error: OrionError, as_json: bool) -> None:
-    """The error on stderr: one sentence that says what to do, or a JSON object."""
+    """Print the error on stderr, as a sentence or as a JSON object."""
     if as_json:
         print(json.dumps({"error": _described(error)}), file=sys.stderr)
         return
     text = f"orion: {plain(error)}"
     if isinstance(error, ApiError) and error.status >= 500 and error.request_id:
-        text += f"\n  (request {plain(error.request_id)}: look for it in the platform's log)"
+        text += f"\n  (search the platform's log for request {plain(error.request_id)})"
     note(text, "red")
 
 
 def when(moment: datetime | None, absent: str = "-") -> str:
-    """`in 3 h`, `12 s ago`."""
+    """Return the time relative to now, such as `in 3 h` or `12 s ago`."""
     if moment is None:
         return absent
     seconds = (moment - datetime.now(UTC)).total_seconds()
@@ -139,7 +141,7 @@ def when(moment: datetime | None, absent: str = "-") -> str:
 
 
 def size(number: int | None, absent: str = "-") -> str:
-    """`812 B`, `10 MB`: in powers of 1000."""
+    """Return a number of bytes in units of powers of 1000, such as `812 B` or `10 MB`."""
     if number is None:
         return absent
     for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
@@ -148,14 +150,15 @@ def size(number: int | None, absent: str = "-") -> str:
     return f"{number} B"
 
 
-def labels(of: dict[str, str]) -> str:
-    return ",".join(f"{key}={value}" if value else key for key, value in sorted(of.items())) or "-"
+def labels(pairs: dict[str, str]) -> str:
+    """Return labels on one line, such as `team=blue,zone=north`."""
+    return ",".join(f"{key}={value}" if value else key for key, value in sorted(pairs.items())) or "-"
 
 
 def _stdout() -> Console:
     console = Console(highlight=False)
     if not console.is_terminal:
-        # A pipe has no width: nothing is to be folded for the program that reads it.
+        # A pipe has no width, so lines for the program that reads it are not folded.
         console.width = 500
     return console
 

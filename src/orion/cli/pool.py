@@ -1,4 +1,4 @@
-"""workers, drain, resume, remove, inventory, status: for those who run the platform."""
+"""The operators' commands: workers, drain, resume, remove, inventory and status."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from orion.ssh import pinned_host_arguments
 from orion.wire import NOT_MOVED, Worker, WorkerHealth, WorkerIntent, one_public_key
 
 DEFAULT_RESUME_WAIT = "30s"
-LOOK_AT_RENTALS = 10
-"""Every so many looks at the worker: there may be thousands of them."""
+RENTALS_EVERY = 10
+"""Number of questions about a worker for each question about its rentals, of which there may be thousands."""
 _WORKER_ID = re.compile(r"[a-z0-9-]{1,64}")
 
 
@@ -37,7 +37,7 @@ def workers(context: typer.Context, as_json: AsJson = False) -> None:
     if as_json:
         return output.emit(found)
     if not found:
-        return output.note("no worker has called home yet; start some with: WORKERS=3 make up")
+        return output.note("no worker has joined yet. To start some, run: WORKERS=3 make up")
     output.table(
         ["ID", "HOSTNAME", "HEALTH", "FREE", "LOAD", "HEARTBEAT", "LABELS"], [_row(one) for one in found], wide="LABELS"
     )
@@ -49,7 +49,10 @@ def workers(context: typer.Context, as_json: AsJson = False) -> None:
 
 @commands.command()
 def prune(as_json: AsJson = False) -> None:
-    """Forget the workers that are down and of which nothing is missing; an hour later that happens by itself."""
+    """Forget workers that are down.
+
+    A worker that may have the only copy of a rental's files is kept. The others are forgotten after an hour anyway.
+    """
     with platform() as (orion, _tell):
         done = orion.prune_workers()
     if as_json:
@@ -62,16 +65,21 @@ def prune(as_json: AsJson = False) -> None:
 
 @commands.command()
 def gone(worker: WorkerName, yes: Yes = False, as_json: AsJson = False) -> None:
-    """Say that a worker's container is not there any more, so that what ran there is taken over at once."""
+    """Declare that a worker's container is gone.
+
+    Its rentals are then taken over at once.
+    """
     with platform() as (orion, _tell):
         found = orion.find_worker(worker)
-    what = "one that only lost its network runs on beside what is taken over, until its lease has passed"
-    confirm(f"Is the container of {found.id} ({found.hostname}) really removed, or stopped? ({what})", yes)
+    warning = "if it only lost its network, its rentals run twice until its lease ends"
+    confirm(f"Is the container of {found.id} ({found.hostname}) really removed or stopped? ({warning})", yes)
     with platform() as (orion, _tell):
         declared = orion.declare_gone(found.id)
     if as_json:
         return output.emit(declared)
-    return output.say(f"{output.plain(found.id)} is given up; its rentals go on elsewhere: orion events -f")
+    return output.say(
+        f"{output.plain(found.id)} is down; its rentals go on elsewhere. To watch them, run: orion events -f"
+    )
 
 
 def drain(
@@ -79,9 +87,9 @@ def drain(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until it is drained.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Move all rentals away from a worker.
+    """Migrate all rentals away from a worker.
 
-    They keep all their files, and nothing new is placed on the worker until it is resumed.
+    They keep all their files. The worker gets no new rentals until it is resumed.
     """
     with platform() as (orion, _tell):
         drained = orion.drain(orion.find_worker(worker).id)
@@ -91,28 +99,28 @@ def drain(
         return output.emit(drained)
     if drained.intent is WorkerIntent.ACTIVE:
         raise AlreadyEnded(f"{drained.id} is not being drained any more: somebody resumed it")
-    more = "" if drained.intent is WorkerIntent.DRAINED else "; it goes on by itself, see: orion workers"
+    more = "" if drained.intent is WorkerIntent.DRAINED else "; the drain continues, see: orion workers"
     return output.say(f"{output.plain(drained.id)} is {drained.intent.value}{more}.")
 
 
 def _wait_until_drained(worker: Worker) -> Worker:
-    """Tells what it waits for, each time that this is something else."""
-    told: set[str] = set()
-    looks = count()
+    """Wait until the worker is drained. Print each new reason for waiting once."""
+    printed: set[str] = set()
+    questions = count()
 
     def note(text: str) -> None:
-        if text not in told:
-            told.add(text)
+        if text not in printed:
+            printed.add(text)
             output.note(output.plain(text))
 
-    goes_on = f"the drain of {worker.id} goes on by itself; orion resume {worker.id} ends it"
-    with platform(f"draining {worker.id}", goes_on) as (orion, tell):
+    if_interrupted = f"the drain of {worker.id} continues; to end it, run: orion resume {worker.id}"
+    with platform(f"draining {worker.id}", if_interrupted) as (orion, tell):
 
         def changed(now: Worker) -> None:
             tell(f"draining {now.id}: {now.explanation or 'cleaning up'}")
-            note(f"{now.id}: {now.explanation or 'its rentals are away; cleaning up'}")
-            asked = next(looks) % LOOK_AT_RENTALS == 0
-            for rental in orion.rentals() if now.explanation and asked else ():
+            note(f"{now.id}: {now.explanation or 'its rentals have left; cleaning up'}")
+            ask_for_rentals = next(questions) % RENTALS_EVERY == 0
+            for rental in orion.rentals() if now.explanation and ask_for_rentals else ():
                 if rental.worker_id == now.id and rental.explanation.startswith(NOT_MOVED):
                     note(f"{rental.name}: {rental.explanation}")
 
@@ -123,38 +131,40 @@ def resume(
     worker: WorkerName,
     give_up: Annotated[
         bool,
-        typer.Option("--give-up", help="Also end, files and all, the rentals on it that the database does not know."),
+        typer.Option(
+            "--give-up", help="Also delete its rentals that the database does not know, with all their files."
+        ),
     ] = False,
     wait: Annotated[
-        str, typer.Option(metavar="DURATION", help="How long to wait until it is ready at most; 0 does not wait.")
+        str, typer.Option(metavar="DURATION", help="How long to wait until it is ready, at most; 0 means not at all.")
     ] = DEFAULT_RESUME_WAIT,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """Let a worker take rentals again.
 
-    It was drained or quarantined. It is checked first, which takes some seconds.
+    Use this after a drain or a quarantine. The platform first checks the worker, which takes some seconds.
     """
     within_s = durations.parse(wait)
     with platform() as (orion, _tell):
         found = orion.find_worker(worker)
     if give_up:
-        confirm(f"End for good, files and all, what {found.id} holds and the database does not know?", yes)
+        confirm(f"Delete the rentals on {found.id} that the database does not know, with all their files?", yes)
     with platform() as (orion, _tell):
         resumed = orion.resume(found.id, give_up=give_up)
-    goes_on = f"{found.id} is resumed, and checked by itself; see: orion workers"
-    with platform(f"waiting until {found.id} is ready", goes_on) as (orion, tell):
+    if_interrupted = f"{found.id} is resumed, and its check continues; see: orion workers"
+    with platform(f"waiting until {found.id} is ready", if_interrupted) as (orion, tell):
         resumed = orion.wait_until_ready(resumed, within_s, lambda one: tell(_situation(one)))
     if as_json:
         output.emit(resumed)
     if resumed.health is not WorkerHealth.READY:
-        raise StillWaiting(f"{_situation(resumed)}. It was resumed, and is checked by itself; see: orion workers")
+        raise StillWaiting(f"{_situation(resumed)}. It is resumed, and its check continues; see: orion workers")
     if not as_json:
         output.say(f"{output.plain(resumed.id)} is {_health(resumed)}.")
 
 
 def _situation(worker: Worker) -> str:
-    """`w-aaaa2222 is joining: not checked yet`"""
+    """Return a worker's state and the reason, such as `w-aaaa2222 is joining: not checked yet`."""
     explanation = worker.explanation.rstrip(".")
     return f"{worker.id} is {_health(worker)}" + (f": {explanation}" if explanation else "")
 
@@ -172,7 +182,7 @@ def remove(worker: WorkerName, yes: Yes = False, as_json: AsJson = False) -> Non
 
 
 def status(as_json: AsJson = False) -> None:
-    """Show how the platform is."""
+    """Show the state of the platform."""
     with platform() as (orion, _tell):
         found = orion.status()
     if as_json:
@@ -185,7 +195,7 @@ def status(as_json: AsJson = False) -> None:
             ("slots", f"{found.slots_free} free of {found.slots}"),
             ("brake", found.brake or "off"),
             *([("clock", found.clock)] if found.clock else []),
-            ("copies", f"paused: {found.copies_paused}" if found.copies_paused else "on"),
+            ("snapshots", f"paused: {found.copies_paused}" if found.copies_paused else "on"),
         ]
     )
     for late in found.overdue:
@@ -197,24 +207,24 @@ def status(as_json: AsJson = False) -> None:
 
 
 def inventory(
-    list_all: Annotated[bool, typer.Option("--list", help="All hosts; the default.")] = False,
-    host: Annotated[str | None, typer.Option(help="The variables of one host.")] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="Print all hosts; the default.")] = False,
+    host: Annotated[str | None, typer.Option(help="Print the variables of one host.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the workers for ansible-playbook -i."""
-    del list_all, as_json  # there is nothing else that this could print
+    del list_all, as_json  # the options of an inventory program; the output is JSON in any case
     with platform() as (orion, _tell):
         hosts = ansible_hosts(orion.workers())
     if host is None:
         return output.emit({"workers": {"hosts": sorted(hosts)}, "_meta": {"hostvars": hosts}})
     if host not in hosts:
-        raise NotFound(404, "not_found", f"there is no worker {host!r} that is not down")
+        raise NotFound(404, "not_found", f"there is no worker {host!r}, or it is down")
     return output.emit(hosts[host])
 
 
 def ansible_hosts(workers: Iterable[Worker]) -> dict[str, dict[str, Any]]:
-    """The variables of each worker that is not down. One whose values ssh might obey as commands is left out."""
-    return {one.id: _ansible_variables(one) for one in workers if one.health is not WorkerHealth.DOWN and _safe(one)}
+    """Return the variables of each worker that is not down. Leave out those whose values ssh could run as commands."""
+    return {one.id: _ansible_variables(one) for one in workers if one.health is not WorkerHealth.DOWN and _is_safe(one)}
 
 
 def _ansible_variables(worker: Worker) -> dict[str, Any]:
@@ -228,7 +238,7 @@ def _ansible_variables(worker: Worker) -> dict[str, Any]:
     }
 
 
-def _safe(worker: Worker) -> bool:
+def _is_safe(worker: Worker) -> bool:
     try:
         ipaddress.ip_address(worker.address)
         keys = [one_public_key(key) for key in worker.ssh_host_keys]
@@ -255,5 +265,5 @@ def _health(worker: Worker) -> str:
     return f"{worker.health.value}, {worker.intent.value}"
 
 
-def _counts(of: dict[str, int]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in sorted(of.items()) if number) or "none"
+def _counts(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in sorted(numbers.items()) if number) or "none"

@@ -1,4 +1,4 @@
-"""keys: which keys open a rental."""
+"""The command keys, which lists and changes the keys of a rental."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ commands = typer.Typer(no_args_is_help=True)
 
 
 @commands.callback()
-def _of(context: typer.Context, rental: RentalName) -> None:
+def _keys_of(context: typer.Context, rental: RentalName) -> None:
     """List, add and remove a rental's keys."""
     context.obj = rental
 
 
 @commands.command("ls")
 def list_keys(context: typer.Context, as_json: AsJson = False) -> None:
-    """List the keys that open it."""
+    """List the keys that open the rental."""
     with platform() as (orion, _tell):
         found = orion.keys(orion.find_rental(context.obj).id)
     return _show(found, as_json)
@@ -35,21 +35,19 @@ def add_key(
     context: typer.Context,
     file: Annotated[
         Path | None,
-        typer.Argument(help="A file of public keys, one a line; - is stdin. Else orion's own key, made if need be."),
+        typer.Argument(help="A file with one public key on each line; - is stdin. The default is orion's own key."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let more keys open it."""
-    with platform() as (orion, _tell):  # before a key is made: whoever is not logged in, or has no such rental, is told
+    """Let more keys open the rental."""
+    with platform() as (orion, _tell):  # first, so that no key is made if the user or the rental is unknown
         rental = orion.find_rental(context.obj)
     if file is not None and str(file) == "-":
         added, identity = _from_stdin(), None
     else:
         added, identity = keys.public_keys(file)
-    with platform("adding the key", f"it may have been added all the same; see: orion keys {rental.name} ls") as (
-        orion,
-        _,
-    ):
+    if_interrupted = f"the key may have been added; see: orion keys {rental.name} ls"
+    with platform("adding the key", if_interrupted) as (orion, _tell):
         for key in added:
             found = orion.add_key(rental.id, key)
     if identity is not None and keys.identity_of(rental.id) is None:
@@ -61,23 +59,25 @@ def add_key(
 @commands.command("rm")
 def remove_key(
     context: typer.Context,
-    key: Annotated[str, typer.Argument(help="Its id or fingerprint (orion keys RENTAL ls).", show_default=False)],
+    key: Annotated[str, typer.Argument(help="The key's id or fingerprint (orion keys RENTAL ls).", show_default=False)],
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let a key open it no more.
+    """Remove a key from the rental.
 
-    Sessions that the key has opened go on. The last key cannot be removed.
+    Sessions that the key opened continue. The last key cannot be removed.
     """
     with platform() as (orion, _tell):
         rental = orion.find_rental(context.obj)
         known = orion.keys(rental.id)
     found = next((one for one in known if key in {one.id, one.fingerprint}), None)
     if found is None:
-        raise NotFound(404, "not_found", f"{rental.name} has no key {key!r}: orion keys {rental.name} ls shows them")
-    confirm(f"Let {found.fingerprint} open {rental.name} no more?", yes)
-    goes_on = f"it may have been removed all the same; see: orion keys {rental.name} ls"
-    with platform("removing the key", goes_on) as (orion, _tell):
+        raise NotFound(
+            404, "not_found", f"{rental.name} has no key {key!r}. List its keys with: orion keys {rental.name} ls"
+        )
+    confirm(f"Remove the key {found.fingerprint} from {rental.name}?", yes)
+    if_interrupted = f"the key may have been removed; see: orion keys {rental.name} ls"
+    with platform("removing the key", if_interrupted) as (orion, _tell):
         left = orion.remove_key(rental.id, found.id)
     _show(left, as_json)
     _wait_for_all(left)
@@ -87,7 +87,7 @@ def _from_stdin() -> list[str]:
     try:
         return keys.listed(sys.stdin.read())
     except ValueError as error:
-        raise InvalidInput(f"what stdin holds {error}") from error
+        raise InvalidInput(f"stdin: a key {error}") from error
 
 
 def _show(found: list[Key], as_json: bool) -> None:
@@ -113,5 +113,5 @@ def _show(found: list[Key], as_json: bool) -> None:
 def _wait_for_all(found: list[Key]) -> None:
     if not all(one.in_place for one in found):
         raise StillWaiting(
-            "the keys are changed, and the rental's worker does not have them yet: it gets them by itself"
+            "the keys are changed, but the rental's worker does not have them yet; the platform sends them by itself"
         )

@@ -1,4 +1,4 @@
-"""rent, ls, show, renew, migrate, release."""
+"""The commands rent, ls, show, start, thaw, renew, migrate and release."""
 
 from __future__ import annotations
 
@@ -24,85 +24,90 @@ from orion.wire import (
     RentalState,
 )
 
-Ttl = Annotated[str, typer.Option(metavar="DURATION", help="How long, from now: 90s, 30m, 2h, 7d, 1w; at most 30d.")]
+Ttl = Annotated[
+    str, typer.Option(metavar="DURATION", help="The rental's time from now: 90s, 30m, 2h, 7d, 1w; at most 30d.")
+]
 Wait = Annotated[
-    str, typer.Option(metavar="DURATION", help="How long to wait at most; 0 does not wait. It goes on all the same.")
+    str,
+    typer.Option(
+        metavar="DURATION", help="How long to wait at most; 0 means not at all. The platform continues in any case."
+    ),
 ]
 
 DEFAULT_TTL = durations.exact(DEFAULT_TTL_S)
 DEFAULT_WAIT = durations.exact(DEFAULT_WAIT_S)
-DEFAULT_MOVE_WAIT = "10m"
+DEFAULT_MIGRATION_WAIT = "10m"
 
 
 def rent(
-    name: Annotated[str | None, typer.Option(help="The rental's name. Without it a name is made up.")] = None,
+    name: Annotated[str | None, typer.Option(help="The rental's name. Default: a random name.")] = None,
     ttl: Ttl = DEFAULT_TTL,
     key: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Your public key. Without it orion uses a key of its own, made at the first time."
+            metavar="FILE", help="Your public key. Default: orion's own key, which is made when it is first needed."
         ),
     ] = None,
     label: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label of yours; may be repeated.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label for the rental; may be repeated.")
     ] = None,
     start: Annotated[
         str | None,
         typer.Option(
             "--start",
             metavar="COMMAND",
-            help="A command that the rental's shell runs at the beginning, and again after each move.",
+            help="A command that the rental's shell runs at first and again on each new worker.",
         ),
     ] = None,
     wait: Wait = DEFAULT_WAIT,
     as_json: AsJson = False,
 ) -> None:
-    """Rent an environment, and say how to get in."""
+    """Rent an environment."""
     within_s, labels = durations.parse(wait), _labels(label or [])
     ttl_s = durations.within(ttl, "--ttl", MIN_TTL_S, MAX_TTL_S)
-    login.load()  # whoever is not logged in is told so before a key is made
+    login.load()  # first, so that no key is made without a login
     public_key, identity = keys.public_key(key)
-    asked: dict[str, Any] = {
+    request: dict[str, Any] = {
         "name": name,
         "ssh_public_key": public_key,
         "ttl_s": ttl_s,
         "labels": labels,
         "start": start,
     }
-    asked["idempotency_key"] = secrets.token_urlsafe(24)
+    request["idempotency_key"] = secrets.token_urlsafe(24)
     try:
         with platform("renting") as (orion, tell):
-            rental: Rental = orion.rent(**asked, wait_s=min(within_s, MAX_WAIT_S))
+            rental: Rental = orion.rent(**request, wait_s=min(within_s, MAX_WAIT_S))
             keys.remember(rental.id, identity)
             if rental.state is not RentalState.ACTIVE and within_s > MAX_WAIT_S:
                 left_s = within_s - MAX_WAIT_S
                 rental = orion.wait_for(rental.id, RentalState.ACTIVE, left_s, lambda one: tell(situation(one)))
     except KeyboardInterrupt:
-        _say_what_is_rented(asked, identity)
+        _report_interrupted(request, identity)
         raise
     config_ssh.refresh()
     _report_rented(rental, as_json)
 
 
-def _say_what_is_rented(asked: dict[str, Any], identity: Path) -> None:
-    """Say what Ctrl-C leaves behind. The same request with the same key is answered with the same rental."""
+def _report_interrupted(request: dict[str, Any], identity: Path) -> None:
+    """Print what was rented before Ctrl-C. Sent again with the same key, the request returns the same rental."""
     output.note("")
     try:
-        with platform("asking what was rented") as (orion, _tell):
-            rental = orion.rent(**asked, wait_s=0, retry_for_s=0)
+        with platform("checking what was rented") as (orion, _tell):
+            rental = orion.rent(**request, wait_s=0, retry_for_s=0)
     except (KeyboardInterrupt, OrionError):
-        output.note("orion: it may have been rented all the same; see: orion ls")
+        output.note("orion: the rental may have been made; see: orion ls")
         return
     keys.remember(rental.id, identity)
     config_ssh.refresh()
     name = output.plain(rental.name)
-    output.note(f"orion: {output.plain(situation(rental))}. It stays rented; get in with: orion ssh {name}")
-    output.note(f"  end it with: orion release {name}")
+    output.note(f"orion: {output.plain(situation(rental))}. It stays rented. To log in, run: orion ssh {name}")
+    output.note(f"  To end it, run: orion release {name}")
 
 
 def _end(rental: Rental) -> str:
-    """`in 3 h`; of one whose time is not counted yet, how much that is."""
-    return output.when(rental.expires_at, f"{durations.exact(rental.ttl_s)} after its time has begun")
+    """Return when the rental ends, such as `in 3 h`, or its time if that is not counted yet."""
+    return output.when(rental.expires_at, f"{durations.exact(rental.ttl_s)} after its time begins")
 
 
 def _report_rented(rental: Rental, as_json: bool) -> None:
@@ -111,25 +116,25 @@ def _report_rented(rental: Rental, as_json: bool) -> None:
     if rental.state in ENDED or rental.state is RentalState.RELEASING:
         raise AlreadyEnded(situation(rental))
     if rental.state is not RentalState.ACTIVE:
-        raise StillWaiting(f"{situation(rental)}. It stays rented; get in with: orion ssh {rental.name}")
+        raise StillWaiting(f"{situation(rental)}. It stays rented. To log in later, run: orion ssh {rental.name}")
     if not as_json:
-        output.say(f"{output.plain(rental.name)} is yours, and ends {_end(rental)}.")
-        output.say(f"Get in with: orion ssh {output.plain(rental.name)}")
+        output.say(f"{output.plain(rental.name)} is rented and ends {_end(rental)}.")
+        output.say(f"To log in, run: orion ssh {output.plain(rental.name)}")
 
 
 def ls(
-    ended: Annotated[bool, typer.Option("--ended", "-a", help="Show those that have ended as well.")] = False,
+    ended: Annotated[bool, typer.Option("--ended", "-a", help="Also show ended rentals.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List your rentals; an admin sees everybody's."""
+    """List your rentals; an admin sees all."""
     with platform() as (orion, _tell):
         rentals = list(orion.rentals(ended=ended))
     if as_json:
         return output.emit(rentals)
     if not rentals:
-        return output.note("nothing is rented; try: orion rent")
+        return output.note("there are no rentals. To rent an environment, run: orion rent")
     owners = len({one.owner for one in rentals}) > 1
-    headings = ["NAME", "ID", "STATE", "WORKER", "ENDS", "LAST COPY", "SIZE", *(["OWNER"] if owners else [])]
+    headings = ["NAME", "ID", "STATE", "WORKER", "ENDS", "SNAPSHOT", "SIZE", *(["OWNER"] if owners else [])]
     output.table(headings, [_row(one, owners) for one in rentals], wide="NAME")
     for one in rentals:
         if one.state not in {RentalState.ACTIVE, RentalState.RELEASED} and one.explanation:
@@ -143,10 +148,10 @@ def ls(
 
 def show(
     rental: RentalName,
-    log: Annotated[bool, typer.Option("--log", help="Show what was done for it on workers instead.")] = False,
+    log: Annotated[bool, typer.Option("--log", help="Show its provisioning jobs on workers instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show everything about a rental, also one that has ended."""
+    """Show a rental's details, even after its end."""
     with platform() as (orion, _tell):
         found = orion.find_rental(rental, ended=True)
         entries = list(orion.rental_log(found.id)) if log else []
@@ -154,29 +159,29 @@ def show(
         return _show_log(entries, as_json)
     if as_json:
         return output.emit(found)
-    output.fields(_everything(found))
+    output.fields(_details(found))
     if found.state not in ENDED:
-        output.say(f"\nGet in with: orion ssh {output.plain(found.name)}")
+        output.say(f"\nTo log in, run: orion ssh {output.plain(found.name)}")
     return None
 
 
 def start(rental: RentalName, as_json: AsJson = False) -> None:
     """Run a rental's start command now.
 
-    This is also the way on where it is not run any more by itself. What still runs of it is left alone.
+    This also works if the platform no longer runs it by itself. Processes of an earlier run are not stopped.
     """
     with platform() as (orion, _tell):
-        asked = orion.start(orion.find_rental(rental).id)
+        started = orion.start(orion.find_rental(rental).id)
     if as_json:
-        return output.emit(asked)
-    name = output.plain(asked.name)
-    return output.say(f"{name} runs its start command; see what that says with: orion logs {name}")
+        return output.emit(started)
+    name = output.plain(started.name)
+    return output.say(f"{name} runs its start command. To see its output, run: orion logs {name}")
 
 
 def thaw(rental: RentalName, as_json: AsJson = False) -> None:
-    """Let a rental go on that is frozen for its size.
+    """Thaw a rental whose home is too large.
 
-    Its home holds too much: there are ten minutes to remove files.
+    The owner has ten minutes to remove files. If the home is still too large then, the rental is frozen again.
     """
     with platform() as (orion, _tell):
         before = orion.find_rental(rental)
@@ -184,15 +189,15 @@ def thaw(rental: RentalName, as_json: AsJson = False) -> None:
     if as_json:
         return output.emit(thawed)
     name = output.plain(thawed.name)
-    if thawed.copy_problem in {"", before.copy_problem}:  # a thaw has a problem of its own: to be frozen again
+    if thawed.copy_problem in {"", before.copy_problem}:  # a thaw sets another problem: the time of the next freeze
         output.say(f"{name} was not frozen: nothing has changed.")
-        return output.say(_not_copied(thawed)) if thawed.copy_problem else None
-    output.say(f"{name} goes on: {output.plain(thawed.copy_problem)}.")
-    return output.say(f"Remove files, or release it. Get in with: orion ssh {name}")
+        return output.say(_no_snapshot(thawed)) if thawed.copy_problem else None
+    output.say(f"{name} runs again: {output.plain(thawed.copy_problem)}.")
+    return output.say(f"Remove files, or release the rental. To log in, run: orion ssh {name}")
 
 
 def renew(rental: RentalName, ttl: Ttl = DEFAULT_TTL, as_json: AsJson = False) -> None:
-    """Give a rental a new time, counted from now."""
+    """Set a rental's time, counted from now."""
     ttl_s = durations.within(ttl, "--ttl", MIN_TTL_S, MAX_TTL_S)
     with platform() as (orion, _tell):
         renewed = orion.renew(orion.find_rental(rental).id, ttl_s)
@@ -201,39 +206,43 @@ def renew(rental: RentalName, ttl: Ttl = DEFAULT_TTL, as_json: AsJson = False) -
     return output.say(f"{output.plain(renewed.name)} ends {_end(renewed)}.")
 
 
-def migrate(rental: RentalName, wait: Wait = DEFAULT_MOVE_WAIT, as_json: AsJson = False) -> None:
-    """Move a rental to another worker, with all its files."""
+def migrate(rental: RentalName, wait: Wait = DEFAULT_MIGRATION_WAIT, as_json: AsJson = False) -> None:
+    """Migrate a rental to another worker.
+
+    It keeps all its files. Its processes end, and its start command runs again.
+    """
     within_s = durations.parse(wait)
     with platform() as (orion, _tell):
         before = orion.find_rental(rental)
-    goes_on = f"if the move of {before.name} has begun, it goes on by itself; see: orion show {before.name}"
-    with platform(f"moving {before.name}", goes_on) as (orion, tell):
-        moved = orion.migrate(before.id, wait_s=min(within_s, MAX_WAIT_S))
-        if not _is_there(moved) and within_s > MAX_WAIT_S:
-            moved = orion.wait_until_moved(before.id, within_s - MAX_WAIT_S, lambda one: tell(situation(one)))
+    if_interrupted = f"if the migration of {before.name} has begun, it continues; see: orion show {before.name}"
+    with platform(f"migrating {before.name}", if_interrupted) as (orion, tell):
+        after = orion.migrate(before.id, wait_s=min(within_s, MAX_WAIT_S))
+        if not _is_settled(after) and within_s > MAX_WAIT_S:
+            after = orion.wait_until_moved(before.id, within_s - MAX_WAIT_S, lambda one: tell(situation(one)))
     if as_json:
-        output.emit(moved)
-    if not _is_there(moved):
-        raise StillWaiting(f"{situation(moved)}. It goes on by itself")
-    if moved.worker_id == before.worker_id:
-        raise NotMigrated(f"{moved.name} goes on where it is: {moved.explanation}")
+        output.emit(after)
+    if not _is_settled(after):
+        raise StillWaiting(f"{situation(after)}. The migration continues by itself")
+    if after.worker_id == before.worker_id:
+        raise NotMigrated(f"{after.name} stays on its worker: {after.explanation}")
     if not as_json:
-        output.say(f"{output.plain(moved.name)} is on worker {output.plain(moved.worker_id or '-')} now.")
+        output.say(f"{output.plain(after.name)} is on worker {output.plain(after.worker_id or '-')} now.")
 
 
-def _is_there(rental: Rental) -> bool:
+def _is_settled(rental: Rental) -> bool:
+    """Return whether the rental has ended, or is active and not migrating."""
     return rental.state in ENDED or (rental.state is RentalState.ACTIVE and rental.moving_to is None)
 
 
 def release(rental: RentalName, yes: Yes = False, wait: Wait = DEFAULT_WAIT, as_json: AsJson = False) -> None:
-    """End a rental: everything in it is deleted."""
+    """End a rental and delete all its files."""
     within_s = durations.parse(wait)
     with platform() as (orion, _tell):
         found = orion.find_rental(rental, ended=True)
     if found.state not in ENDED:
-        confirm(f"Release {found.name} and delete everything in it?", yes)
-    goes_on = f"if the release of {found.name} has begun, it goes on by itself; see: orion show {found.id}"
-    with platform(f"releasing {found.name}", goes_on) as (orion, tell):
+        confirm(f"Release {found.name} and delete all its files?", yes)
+    if_interrupted = f"if the release of {found.name} has begun, it continues; see: orion show {found.id}"
+    with platform(f"releasing {found.name}", if_interrupted) as (orion, tell):
         released = orion.release(found.id, wait_s=min(within_s, MAX_WAIT_S))
         if released.state not in ENDED and within_s > MAX_WAIT_S:
             left_s = within_s - MAX_WAIT_S
@@ -243,40 +252,40 @@ def release(rental: RentalName, yes: Yes = False, wait: Wait = DEFAULT_WAIT, as_
     if as_json:
         output.emit(released)
     if released.state not in ENDED:
-        raise StillWaiting(f"{situation(released)}. It goes on by itself")
+        raise StillWaiting(f"{situation(released)}. The release continues by itself")
     if not as_json:
         output.say(f"{situation(released)}.")
 
 
 def situation(rental: Rental) -> str:
-    """`box is queued: no worker has a free slot`"""
+    """Return a rental's state and the reason, such as `box is queued: no worker has a free slot`."""
     explanation = rental.explanation.rstrip(".")
     return f"{rental.name} is {rental.state.value}" + (f": {explanation}" if explanation else "")
 
 
 def notices(rental: Rental) -> list[str]:
-    """Return what the owner should know of a rental's files, a line each, fit for a terminal."""
+    """Return the warnings about a rental's files, one line each, without control characters."""
     name, found = output.plain(rental.name), []
     if rental.copy_problem:
-        found.append(_not_copied(rental))
+        found.append(_no_snapshot(rental))
     elif rental.home_warning:
         found.append(f"{name}: {output.plain(rental.home_warning)}")
     if rental.salvage:
-        found.append(f"{name} does not have what a lost worker still had of it: {_salvage(rental)}")
+        found.append(f"{name} has a recovered snapshot of files that it lost with a worker: {_recovered(rental)}")
     return found
 
 
-def _not_copied(rental: Rental) -> str:
-    return f"{output.plain(rental.name)} is not copied: {output.plain(rental.copy_problem)}"
+def _no_snapshot(rental: Rental) -> str:
+    return f"no snapshot of {output.plain(rental.name)} can be made: {output.plain(rental.copy_problem)}"
 
 
-def _salvage(rental: Rental) -> str:
-    """`1-4, 12 kB, of 3 min ago: orion restore lab --from 1-4`"""
+def _recovered(rental: Rental) -> str:
+    """Return a recovered snapshot and the command, such as `1-4, 12 kB, of 3 min ago: orion restore lab --from 1-4`."""
     if rental.salvage is None:
         return ""
-    one, generation = rental.salvage, output.plain(rental.salvage.generation)
-    restore = f"orion restore {output.plain(rental.name)} --from {generation}"
-    return f"{generation}, {output.size(one.bytes)}, of {output.when(one.at)}: {restore}"
+    snapshot, snapshot_id = rental.salvage, output.plain(rental.salvage.generation)
+    restore = f"orion restore {output.plain(rental.name)} --from {snapshot_id}"
+    return f"{snapshot_id}, {output.size(snapshot.bytes)}, of {output.when(snapshot.at)}: {restore}"
 
 
 def _row(rental: Rental, owner: bool) -> list[str]:
@@ -293,25 +302,25 @@ def _row(rental: Rental, owner: bool) -> list[str]:
 
 
 def _state(rental: Rental) -> str:
-    """`active`, or `active (start: status 3)` where its start command does not run any more."""
+    """Return the state; after the end of the start command with that end, such as `active (start: status 3)`."""
     if not rental.start_end:
         return rental.state.value
     return f"{rental.state.value} (start: {rental.start_end.replace('unseen', 'ended')})"
 
 
 def _start_end(rental: Rental) -> str:
-    """`it ended with status 3, 2 min ago; what it said: orion logs lab; to run it again: orion start lab`"""
+    """Return how the start command ended, and the commands that show its output and run it again."""
     kind, _, number = rental.start_end.partition(" ")
-    words = {"status": f"it ended with status {number}", "signal": f"it was ended by signal {number}"}
-    how, at, name = words.get(kind, "it has ended"), output.when(rental.start_ended_at), rental.name
-    return f"{how}, {at}; what it said: orion logs {name}; to run it again: orion start {name}"
+    words = {"status": f"ended with status {number}", "signal": f"was ended by signal {number}"}
+    how, at, name = words.get(kind, "has ended"), output.when(rental.start_ended_at), rental.name
+    return f"{how}, {at}; to see its output: orion logs {name}; to run it again: orion start {name}"
 
 
 def _show_log(entries: list[LogEntry], as_json: bool) -> None:
     if as_json:
         return output.emit(entries)
     if not entries:
-        return output.note("nothing was done for it yet")
+        return output.note("there were no provisioning jobs yet")
     return output.table(
         ["WHEN", "ACTION", "WORKER", "EPOCH", "OUTCOME", "SECONDS", "MESSAGE"],
         [
@@ -330,40 +339,41 @@ def _show_log(entries: list[LogEntry], as_json: bool) -> None:
     )
 
 
-def _everything(rental: Rental) -> list[tuple[str, str]]:
+def _details(rental: Rental) -> list[tuple[str, str]]:
+    """Return the fields of `orion show`."""
     return [
         ("name", rental.name),
         ("id", rental.id),
         ("owner", rental.owner),
         ("state", rental.state.value),
-        ("because", rental.explanation or "-"),
-        ("worker", _where(rental)),
+        ("reason", rental.explanation or "-"),
+        ("worker", _worker(rental)),
         ("epoch", str(rental.epoch)),
         ("user", rental.username),
         ("labels", output.labels(rental.labels)),
         ("time", durations.exact(rental.ttl_s)),
         ("rented", output.when(rental.created_at)),
         ("ends", _end(rental)),
-        ("last copy", _last_copy(rental)),
+        ("snapshot", _last_snapshot(rental)),
         *([("home", rental.home_warning)] if rental.home_warning else []),
-        *([("salvage", _salvage(rental))] if rental.salvage else []),
+        *([("recovered", _recovered(rental))] if rental.salvage else []),
         *([("public ports", " ".join(map(str, rental.public_ports)))] if rental.public_ports else []),
-        *([("start", rental.start), ("its log", f"orion logs {rental.name}")] if rental.start else []),
-        *([("its end", _start_end(rental))] if rental.start_end else []),
-        *([("not run", rental.start_problem)] if rental.start_problem else []),
+        *([("start", rental.start), ("start log", f"orion logs {rental.name}")] if rental.start else []),
+        *([("start end", _start_end(rental))] if rental.start_end else []),
+        *([("start problem", rental.start_problem)] if rental.start_problem else []),
     ]
 
 
-def _where(rental: Rental) -> str:
-    where = rental.worker_id or "-"
-    return f"{where}, moving to {rental.moving_to}" if rental.moving_to else where
+def _worker(rental: Rental) -> str:
+    worker = rental.worker_id or "-"
+    return f"{worker}, migrating to {rental.moving_to}" if rental.moving_to else worker
 
 
-def _last_copy(rental: Rental) -> str:
+def _last_snapshot(rental: Rental) -> str:
     last = output.when(rental.last_safe_copy_at, "none")
     if rental.last_safe_copy_bytes is not None:
         last += f", {output.size(rental.last_safe_copy_bytes)}"
-    return f"{last}; not copied now: {rental.copy_problem}" if rental.copy_problem else last
+    return f"{last}; none can be made now: {rental.copy_problem}" if rental.copy_problem else last
 
 
 def _labels(written: list[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What every command shares: its options, and the connection to the platform."""
+"""The options that commands share, and the connection to the platform."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from orion.errors import InvalidInput, Retryable
 
 
 def _also_before_the_command(context: typer.Context, value: bool) -> bool:
-    """`orion --json ls` means `orion ls --json`."""
+    """Return the option's value, also for `orion --json ls`, which means `orion ls --json`."""
     return value or bool(context.find_root().params.get("as_json"))
 
 
 AsJson = Annotated[
-    bool, typer.Option("--json", callback=_also_before_the_command, help="Print JSON, errors too (on stderr).")
+    bool, typer.Option("--json", callback=_also_before_the_command, help="Print JSON; also errors, on stderr.")
 ]
-RentalName = Annotated[str, typer.Argument(metavar="RENTAL", help="Its name or id.", show_default=False)]
-WorkerName = Annotated[str, typer.Argument(metavar="WORKER", help="Its id or hostname.", show_default=False)]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+RentalName = Annotated[str, typer.Argument(metavar="RENTAL", help="The rental's name or id.", show_default=False)]
+WorkerName = Annotated[str, typer.Argument(metavar="WORKER", help="The worker's id or hostname.", show_default=False)]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 
 @contextmanager
 def platform(doing: str = "", if_interrupted: str = "") -> Iterator[tuple[Orion, output.Tell]]:
-    """Yield the connection, and a function that tells a watching person what is going on.
+    """Yield a connection and a function that changes the text of the progress line, which begins with `doing`.
 
-    `if_interrupted` says what Ctrl-C leaves behind.
+    Ctrl-C prints `if_interrupted`, which says what continues on the platform.
     """
     with (
-        _explained(if_interrupted),
+        _note_if_interrupted(if_interrupted),
         Orion.logged_in() as orion,
         output.progress(doing or "asking the platform") as tell,
     ):
@@ -46,7 +46,7 @@ def platform(doing: str = "", if_interrupted: str = "") -> Iterator[tuple[Orion,
 
 
 @contextmanager
-def _explained(if_interrupted: str) -> Iterator[None]:
+def _note_if_interrupted(if_interrupted: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
@@ -56,9 +56,9 @@ def _explained(if_interrupted: str) -> Iterator[None]:
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask a person; a script must have said --yes."""
+    """Ask a person for confirmation, unless `yes`. Raises InvalidInput if stdin is not a terminal."""
     if yes:
         return
     if not typer.get_text_stream("stdin").isatty():
-        raise InvalidInput("there is nobody to ask here: add --yes")
+        raise InvalidInput("this needs a confirmation, and stdin is not a terminal: add --yes")
     typer.confirm(output.plain(question), abort=True, err=True)

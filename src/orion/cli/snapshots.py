@@ -1,4 +1,4 @@
-"""snapshots, restore: the copies of a rental's files."""
+"""The commands snapshots and restore."""
 
 from __future__ import annotations
 
@@ -12,51 +12,53 @@ from orion.errors import InvalidInput
 
 
 def snapshots(rental: RentalName, as_json: AsJson = False) -> None:
-    """List the copies of a rental's files that are kept."""
+    """List the snapshots of a rental's home."""
     with platform() as (orion, _tell):
         found = orion.find_rental(rental, ended=True)
-        copies = orion.snapshots(found.id)
+        kept = orion.snapshots(found.id)
     if as_json:
-        return output.emit(copies)
-    if not copies:
-        return output.note(f"there is no copy of {output.plain(found.name)} yet")
+        return output.emit(kept)
+    if not kept:
+        return output.note(f"there is no snapshot of {output.plain(found.name)} yet")
     rows = [
         [
             one.generation,
-            "salvage" if one.salvage else "copy",
+            "recovered" if one.salvage else "regular",
             output.when(one.at),
             output.size(one.bytes),
             str(one.files),
             ", ".join(one.skipped) or "-",
         ]
-        for one in copies
+        for one in kept
     ]
-    return output.table(["GENERATION", "KIND", "AGE", "SIZE", "FILES", "NOT WHOLE"], rows, wide="NOT WHOLE")
+    return output.table(["SNAPSHOT", "KIND", "AGE", "SIZE", "FILES", "INCOMPLETE"], rows, wide="INCOMPLETE")
 
 
 def restore(
     rental: RentalName,
     source: Annotated[
-        str | None, typer.Option("--from", metavar="GENERATION", help="A copy that `orion snapshots` lists.")
+        str | None, typer.Option("--from", metavar="SNAPSHOT", help="A snapshot that `orion snapshots` lists.")
     ] = None,
-    empty: Annotated[bool, typer.Option("--empty", help="Begin again without any files.")] = False,
-    discard: Annotated[bool, typer.Option("--discard", help="Do not copy first what is there now.")] = False,
+    empty: Annotated[bool, typer.Option("--empty", help="Start with an empty home instead.")] = False,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="Do not make a snapshot of the present files first.")
+    ] = False,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Go back to an older copy of a rental's files.
+    """Restore a snapshot of a rental's home.
 
-    The rental is stopped, all that runs in it ends, and it begins again with that copy, or without files.
+    The rental is stopped, all its processes end, and it starts again with the snapshot or with an empty home.
     """
     if (source is None) != empty:
-        raise InvalidInput("give either --from GENERATION or --empty; orion snapshots lists the copies")
+        raise InvalidInput("give either --from SNAPSHOT or --empty. List the snapshots with: orion snapshots RENTAL")
     with platform() as (orion, _tell):
         found = orion.find_rental(rental)
-    what = "without its files" if empty else f"with copy {source}"
-    confirm(f"Stop {found.name}, end all that runs in it, and begin again {what}?", yes)
-    goes_on = f"{found.name} may begin again {what} all the same; see: orion show {found.name}"
-    with platform(f"copying {found.name} as it is now", goes_on) as (orion, _tell):
-        asked = orion.restore_files(found.id, source, empty=empty, discard=discard)
+    what = "with an empty home" if empty else f"with snapshot {source}"
+    confirm(f"Stop {found.name}, end all its processes, and start it again {what}?", yes)
+    if_interrupted = f"{found.name} may start again {what} all the same; see: orion show {found.name}"
+    with platform(f"making a snapshot of {found.name}", if_interrupted) as (orion, _tell):
+        restored = orion.restore_files(found.id, source, empty=empty, discard=discard)
     if as_json:
-        return output.emit(asked)
-    return output.say(f"{output.plain(asked.name)} begins again {what}; watch it with: orion events -f")
+        return output.emit(restored)
+    return output.say(f"{output.plain(restored.name)} starts again {what}. To watch it, run: orion events -f")

@@ -1,4 +1,7 @@
-"""ssh as a child that may be lost and started again: signals, the terminal and the status are as if it were us."""
+"""Runs ssh as a child process, so that `orion ssh` can start it again after a lost connection.
+
+Signals, the terminal and the exit status behave as if ssh itself had been started.
+"""
 
 from __future__ import annotations
 
@@ -16,57 +19,64 @@ from orion.connect import REPORT, SAID
 from orion.errors import LocalFault
 
 LOST = 255
-"""ssh's own status: the connection failed or broke."""
+"""ssh's exit status after a connection that failed or broke."""
 
 
 @dataclass(frozen=True)
 class Left:
-    """How ssh ended. `lost`: by no doing of its own; `reason` says why, where that is known."""
+    """How ssh ended."""
 
     status: int
+    """The exit status."""
     lost: bool
-    there: bool
-    """It was lost at the rental's worker, and not on the way to the platform."""
+    """Whether the connection was lost, so that ssh did not end by itself."""
+    at_worker: bool
+    """Whether the connection was lost at the rental's worker, not on the way to the platform."""
     reason: str
+    """The reason for the loss, or an empty text."""
 
 
 def is_usable(shell: str) -> bool:
-    """Return whether it is a program that runs commands: services often have one that refuses."""
+    """Return whether the program runs commands. The shell of a service account often refuses to."""
     return Path(shell).name not in {"nologin", "false", "true"} and os.access(shell, os.X_OK)
 
 
 def environment() -> dict[str, str]:
-    """Return what ssh is started with. It starts its ProxyCommand by $SHELL, which need not say again what was said."""
+    """Return the environment for ssh, which starts its ProxyCommand by $SHELL.
+
+    SAID keeps the ProxyCommand from printing the remark that `orion ssh` has printed.
+    """
     usable = is_usable(os.environ.get("SHELL", "/bin/sh"))
     return os.environ | {SAID: "1"} | ({} if usable else {"SHELL": "/bin/sh"})
 
 
 def run(arguments: Sequence[str]) -> Left:
-    """ssh from its start to its end. Raises LocalFault where there is none."""
+    """Run ssh and return how it ended. Raises LocalFault if ssh is not installed."""
     with tempfile.TemporaryDirectory(prefix="orion-") as folder:
         report = Path(folder) / "report"
         with _Shadow() as shadow:
             try:
                 child = subprocess.Popen(arguments, env=environment() | {REPORT: str(report)})
             except FileNotFoundError as error:
-                raise LocalFault("ssh is not installed on this machine: apt install openssh-client") from error
+                raise LocalFault("ssh is not installed. To install it, run: apt install openssh-client") from error
             shadow.follow(child)
             status = _wait(child, shadow.woken)
-        told = _read(report)
-    lost = status == LOST and told.get("lost") is True
-    return Left(status, lost, told.get("there") is True, str(told.get("reason") or ""))
+        reported = _read(report)
+    lost = status == LOST and reported.get("lost") is True
+    return Left(status, lost, reported.get("there") is True, str(reported.get("reason") or ""))
 
 
 class _Shadow:
-    """Handles signals while ssh starts and runs: leaves those of the terminal to ssh and passes on all others.
+    """Handles signals while ssh runs: it passes them on, except those that the terminal sends to ssh anyway.
 
-    The handlers are set before ssh is started, and what comes before ssh is there is passed on as soon as it is. So no
-    signal ends this process alone and leaves ssh with the terminal.
+    The handlers are set before ssh starts, and a signal that comes before is passed on when ssh runs. So no signal ends
+    this process alone and leaves ssh with the terminal.
     """
 
     def __init__(self) -> None:
         self.woken, self._wakes = os.pipe()
-        """`woken`: a descriptor that is readable after each signal. A handler alone ends no wait that begins then."""
+        """A pipe whose end `woken` is readable after each signal. A handler alone would not end a wait that begins
+        just after it."""
         self._child: subprocess.Popen[bytes] | None = None
         self._early: list[int] = []
 
@@ -91,7 +101,7 @@ class _Shadow:
         os.close(self._wakes)
 
     def follow(self, child: subprocess.Popen[bytes]) -> None:
-        """Pass signals on to this process from now on, and those that came before it was there."""
+        """Pass signals on to this process from now on, and also those that came before."""
         self._child = child
         while self._early:
             self._pass_on(self._early.pop(0), None)
@@ -100,16 +110,16 @@ class _Shadow:
         if self._child is None:
             self._early.append(number)
         elif self._child.returncode is None:
-            os.kill(self._child.pid, number)  # not send_signal, which may take the status that _wait waits for
+            os.kill(self._child.pid, number)  # send_signal could collect the exit status for which _wait waits
 
     def _leave_to_ssh(self, number: int, _frame: object) -> None:
-        """Do nothing once ssh is there, which gets what the terminal sends to all of them."""
+        """Do nothing if ssh runs, because it gets the terminal's signal itself. Else keep the signal for it."""
         if self._child is None:
             self._early.append(number)
 
 
 def _wait(child: subprocess.Popen[bytes], woken: int) -> int:
-    """Its status, as a shell has it. Where ssh stops itself (~^Z), so do we, so that the shell goes on."""
+    """Wait until ssh ends, and return its exit status as a shell does. If ssh stops itself (~^Z), stop as well."""
     while True:
         changed, status = os.waitpid(child.pid, os.WUNTRACED | os.WNOHANG)
         if not changed:
@@ -125,7 +135,7 @@ def _wait(child: subprocess.Popen[bytes], woken: int) -> int:
 
 def _read(report: Path) -> dict[str, Any]:
     try:
-        told = json.loads(report.read_text())
+        reported = json.loads(report.read_text())
     except (OSError, ValueError):
-        return {}  # ssh ended it before it could say anything: then that was ssh's own end
-    return told if isinstance(told, dict) else {}
+        return {}  # ssh ended `orion connect` before it could write a report, so ssh ended by itself
+    return reported if isinstance(reported, dict) else {}

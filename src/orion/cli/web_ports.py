@@ -1,4 +1,4 @@
-"""open, expose, ports: what a rental's processes serve, in a browser."""
+"""The commands open, expose and ports, which show a rental's web servers in a browser."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from orion.wire import MAX_PORT, MIN_PORT
 Port = Annotated[
     int,
     typer.Argument(
-        min=MIN_PORT, max=MAX_PORT, help="The port that a program in the rental listens on.", show_default=False
+        min=MIN_PORT, max=MAX_PORT, help="The port on which a program in the rental listens.", show_default=False
     ),
 ]
 ByPath = Annotated[
     bool,
     typer.Option(
         "--path",
-        help="Give the address below the platform's own: for where a name such as 8000-ID.localhost leads nowhere.",
+        help="Print an address below the platform's own. Use this where names such as 8000-ID.localhost do not work.",
     ),
 ]
 
@@ -30,13 +30,13 @@ ByPath = Annotated[
 def open_port(
     rental: RentalName,
     port: Port,
-    browser: Annotated[bool, typer.Option("--browser", help="Open it in this machine's browser.")] = False,
+    browser: Annotated[bool, typer.Option("--browser", help="Open the address in this machine's browser.")] = False,
     by_path: ByPath = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the address of a web port, for a browser.
+    """Print an address that opens a web port.
 
-    The address is good once, for a minute; the browser that opens it may go on for eight hours.
+    The address works once, within a minute. The browser that opens it keeps access for eight hours.
     """
     with platform(f"looking for {rental}") as (orion, _tell):
         rental_id = orion.find_rental(rental).id
@@ -49,17 +49,17 @@ def open_port(
             output.note(f"orion: {_below_a_path(rental, port, has_host=ticket.host is not None)}", "yellow")
         output.say(output.plain(url))
     if browser and not webbrowser.open(url):
-        raise LocalFault("no browser was found on this machine: open the address in one yourself, within a minute")
+        raise LocalFault("no browser was found on this machine: open the address in a browser within a minute")
 
 
 def _below_a_path(rental: str, port: int, has_host: bool) -> str:
-    """Return what does not work at an address below the platform's own, and what does: see docs/operations.md."""
-    other_way = "leave --path away" if has_host else "an operator sets ORION_APPS_DOMAIN"
+    """Return a note on the limits of an address below the platform's own, and how to avoid them."""
+    alternative = "leave out --path" if has_host else "ask the operator to set ORION_APPS_DOMAIN"
     forward = f"ssh -L {port}:127.0.0.1:{port} {output.plain(rental)}.orion"
     return (
-        "below the platform's own address a page is in a sandbox, without cookies and storage: Jupyter stays blank "
-        f"there and Vite's scripts are blocked. All of it works after {forward} (once orion config-ssh was run) at "
-        f"http://127.0.0.1:{port}/; or {other_way}"
+        "below the platform's own address the browser keeps a page in a sandbox without cookies and storage: Jupyter "
+        f"stays blank and Vite's scripts are blocked. To avoid this, run orion config-ssh once and {forward}, then "
+        f"open http://127.0.0.1:{port}/; or {alternative}"
     )
 
 
@@ -67,7 +67,7 @@ def expose(
     rental: RentalName,
     port: Port,
     public: Annotated[
-        bool | None, typer.Option("--public/--private", help="To everybody, or to its owner alone again.")
+        bool | None, typer.Option("--public/--private", help="Open to everybody, or to the rental's owner alone.")
     ] = None,
     by_path: ByPath = False,
     as_json: AsJson = False,
@@ -77,7 +77,7 @@ def expose(
     A public port is open to everybody who reaches the platform.
     """
     if public is None:
-        raise InvalidInput("say --public or --private")
+        raise InvalidInput("give --public or --private")
     with platform() as (orion, _tell):
         exposed = orion.expose(orion.find_rental(rental).id, port, public)
         url = orion.port_url(exposed, own_host=not by_path)
@@ -85,7 +85,7 @@ def expose(
         return output.emit({**exposed.model_dump(), "url": url})
     if exposed.public:
         return output.say(f"Anybody may open {output.plain(url)}")
-    return output.say(f"Its owner alone may open it now: orion open {output.plain(rental)} {port}")
+    return output.say(f"Only the rental's owner may open it now, with: orion open {output.plain(rental)} {port}")
 
 
 def ports(rental: RentalName, by_path: ByPath = False, as_json: AsJson = False) -> None:
@@ -96,6 +96,6 @@ def ports(rental: RentalName, by_path: ByPath = False, as_json: AsJson = False) 
     if as_json:
         return output.emit(found)
     if not found:
-        return output.note(f"its owner alone may open what it serves: orion open {output.plain(rental)} PORT")
+        return output.note(f"no port is public. The owner may open one with: orion open {output.plain(rental)} PORT")
     rows = [[str(one.port), output.plain(url)] for one, url in zip(found, urls, strict=True)]
     return output.table(["PORT", "ADDRESS"], rows, wide="ADDRESS")
