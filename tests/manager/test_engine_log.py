@@ -48,7 +48,9 @@ async def test_a_job_that_failed_says_why_and_how_long_it_took(store: Store) -> 
 
     times = [1000.0]
     log = EngineLog(store)
-    outcome = await LoggedEngine(Failing(), log.note, lambda: times[-1], lambda: 5.0).run(JOB)
+    outcome = await LoggedEngine(engine=Failing(), note=log.note, monotonic=lambda: times[-1], wall=lambda: 5.0).run(
+        JOB
+    )
     (row,) = await log.of("one")
     assert (row["ok"], row["seconds"], row["at"], row["epoch"]) == (False, 0.25, 5.0, 3)
     assert row["message"] == outcome.message

@@ -50,7 +50,18 @@ class Partly(Platform):
         ledger, roster, leases = MemoryLedger(world), Roster(), Leases(75.0)
         nobody: Any = None  # nothing is performed here
         clock = lambda: self.now  # noqa: E731
-        reconciler = Reconciler(ledger, roster, leases, nobody, nobody, nobody, nobody, clock, clock, clock)
+        reconciler = Reconciler(
+            ledger=ledger,
+            roster=roster,
+            leases=leases,
+            engine=nobody,
+            reach=nobody,
+            restorer=nobody,
+            mover=nobody,
+            monotonic=clock,
+            wall=clock,
+            counts_from=clock,
+        )
         reconciler.swept_at_once = 0
         _now(ledger.follow(lambda changes: roster.apply(changes, self.now)))
         for worker_id, inventory in self.inventories.items():

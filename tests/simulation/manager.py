@@ -58,29 +58,57 @@ class SimulatedManager:
         engine, reach = sim.engine_of(self), sim.reach_of(self)
         book: Any = WithPoints(self, sim.book)
         vault = SimulatedVault(sim, self)
-        restorer = Restorer(engine, vault, book)
-        mover = Mover(engine, vault, book, Plan().limits, sim.monotonic)
-        self.copies = CopiesLoop(book, vault, Plan(), sim.copies_disk, sim.monotonic, sim.wall, self.random)
+        restorer = Restorer(engine=engine, vault=vault, book=book)
+        mover = Mover(engine=engine, vault=vault, book=book, limits=Plan().limits, monotonic=sim.monotonic)
+        self.copies = CopiesLoop(
+            book=book,
+            vault=vault,
+            plan=Plan(),
+            disk_share=sim.copies_disk,
+            monotonic=sim.monotonic,
+            wall=sim.wall,
+            random=self.random,
+        )
         self.copies.loop = Loop("copies", COPIES_ROUND_S, self.copies.round)
         self.roster = roster = Roster()
-        clock = TrustedClock(sim.monotonic, sim.wall)
+        clock = TrustedClock(now=sim.monotonic, wall=sim.wall)
         worker_changed = Callbacks[[]]()
-        more = sim.monotonic, sim.wall, clock.counts_from, sim.placement_ids, AWAITS_FILES_S, worker_changed
-        self.reconciler = Reconciler(ledger, roster, leases, engine, reach, restorer, mover, *more)
+        self.reconciler = Reconciler(
+            ledger=ledger,
+            roster=roster,
+            leases=leases,
+            engine=engine,
+            reach=reach,
+            restorer=restorer,
+            mover=mover,
+            monotonic=sim.monotonic,
+            wall=sim.wall,
+            counts_from=clock.counts_from,
+            placement_ids=sim.placement_ids,
+            awaits_files_s=AWAITS_FILES_S,
+            on_worker_change=worker_changed,
+        )
         self.reconciler.swept_at_once = 0  # the net is not there: what is not looked at in time is to be noticed
         self.reconciler.loop = Loop("reconciler", ROUND_S, self.reconciler.round)
         hint = self.reconciler.loop.hint
         watch_ended = Callbacks[str]()
         self.watching = Watching(sim.watch_of(self), sim.monotonic, watch_ended)
         self.health = HealthLoop(
-            ledger, roster, leases, sim.clocks, sim.door_is_open, sim.monotonic, hint, self.watching
+            ledger=ledger,
+            roster=roster,
+            leases=leases,
+            clocks=sim.clocks,
+            door_open=sim.door_is_open,
+            monotonic=sim.monotonic,
+            on_verdict=hint,
+            watching=self.watching,
         )
         self.health.swept_at_once = 0
         self.health.interval_s = ROUND_S
         self.health.loop = Loop("health", ROUND_S, self.health.round)
         watch_ended.subscribe(self.health.judge_now)
         worker_changed.subscribe(self.health.loop.hint)
-        self.expiry = ExpiryLoop(ledger, clock, sim.wall, hint)
+        self.expiry = ExpiryLoop(ledger=ledger, clock=clock, wall=sim.wall, on_expiry=hint)
         self.expiry.loop = Loop("expiry", EXPIRY_ROUND_S, self.expiry.round)
         self.call_home = CallHome(
             ledger, roster, leases, reach, sim.monotonic, self.reconciler.shown, self.health.look_at

@@ -68,7 +68,9 @@ async def _round(loop: CopiesLoop) -> None:
 async def test_what_is_let_in_is_copied_at_once_and_again_after_its_first_session() -> None:
     book = Book()
     vault = FakeVault(FakeWorld(), lambda: book.now)
-    loop = CopiesLoop(book, vault, PLAN, lambda: 0.0, lambda: book.now, lambda: book.now)  # type: ignore[arg-type]
+    loop = CopiesLoop(
+        book=book, vault=vault, plan=PLAN, disk_share=lambda: 0.0, monotonic=lambda: book.now, wall=lambda: book.now
+    )  # type: ignore[arg-type]
 
     async def at_once(kind: str) -> bool:
         book.begun = {}
@@ -97,7 +99,9 @@ async def test_what_is_let_in_is_copied_at_once_and_again_after_its_first_sessio
 async def test_what_a_takeover_has_just_restored_is_not_copied_while_others_are_restored() -> None:
     book = Book()
     vault = FakeVault(FakeWorld(), lambda: book.now)
-    loop = CopiesLoop(book, vault, PLAN, lambda: 0.0, lambda: book.now, lambda: book.now)  # type: ignore[arg-type]
+    loop = CopiesLoop(
+        book=book, vault=vault, plan=PLAN, disk_share=lambda: 0.0, monotonic=lambda: book.now, wall=lambda: book.now
+    )  # type: ignore[arg-type]
     soon = PLAN.interval_s * JITTER + STEP_S
     at_first = await _waits(book, loop, 1)
     assert len(at_first) == len(RENTALS)
@@ -150,7 +154,9 @@ async def four_of_one_owner_and_one_of_another(owner: str) -> tuple[FullBook, He
     names = [f"{owner}{number}" for number in range(4)] + ["quick"]
     book.owners = {name: name.rstrip("0123456789") for name in names}
     plan = replace(PLAN, at_once=4)
-    loop = CopiesLoop(book, vault, plan, lambda: 0.0, lambda: book.now, lambda: book.now)  # type: ignore[arg-type]
+    loop = CopiesLoop(
+        book=book, vault=vault, plan=plan, disk_share=lambda: 0.0, monotonic=lambda: book.now, wall=lambda: book.now
+    )  # type: ignore[arg-type]
     await _round(loop)
     book.epochs = dict.fromkeys(names, 1)
     return book, vault, loop

@@ -60,7 +60,7 @@ async def test_a_few_homes_are_filled_at_a_time_and_a_worker_that_hangs_holds_up
     for host in (HANGS, WORKS):
         world.add(host)
     vault, engine = Slow(world), FakeEngine(world)
-    restorer = Restorer(engine, vault, NoBook())  # type: ignore[arg-type]
+    restorer = Restorer(engine=engine, vault=vault, book=NoBook())  # type: ignore[arg-type]
     jobs = [_job(HANGS, number) for number in range(3 * AT_ONCE)]
     hanging = [asyncio.create_task(restorer.make(job, NEWEST)) for job in jobs]
     others = [restorer.make(_job(WORKS, 100 + number), NEWEST) for number in range(2 * AT_ONCE)]
@@ -75,7 +75,7 @@ async def test_an_owner_fills_half_of_the_homes_that_one_worker_fills_at_a_time(
     world = FakeWorld()
     world.add(HANGS)
     vault = Slow(world)
-    restorer = Restorer(FakeEngine(world), vault, NoBook())  # type: ignore[arg-type]
+    restorer = Restorer(engine=FakeEngine(world), vault=vault, book=NoBook())  # type: ignore[arg-type]
     jobs = [replace(_job(HANGS, number), owner="greedy") for number in range(2 * AT_ONCE)]
     jobs.append(replace(_job(HANGS, 99), owner="other"))
     making = [asyncio.create_task(restorer.make(job, NEWEST)) for job in jobs]
@@ -106,7 +106,7 @@ async def test_those_whose_files_are_there_are_let_in_together(monkeypatch: pyte
     worker = (world := FakeWorld()).add(WORKS)
     few, late = [_job(WORKS, number) for number in range(TOGETHER - 1)], _job(WORKS, 100)
     vault = Stops(world, {late.rental_id})
-    restorer = Restorer(FakeEngine(world), vault, NoBook())  # type: ignore[arg-type]
+    restorer = Restorer(engine=FakeEngine(world), vault=vault, book=NoBook())  # type: ignore[arg-type]
 
     def let_in() -> set[str]:
         return {rental_id for rental_id, account in worker.accounts.items() if account.unlocked}
@@ -127,7 +127,7 @@ async def test_who_is_filled_alone_is_let_in_at_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(restoring, "TOGETHER_S", 3600.0)
     world = FakeWorld()
     world.add(WORKS)
-    restorer = Restorer(FakeEngine(world), FakeVault(world, lambda: 0.0), NoBook())  # type: ignore[arg-type]
+    restorer = Restorer(engine=FakeEngine(world), vault=FakeVault(world, lambda: 0.0), book=NoBook())  # type: ignore[arg-type]
     async with asyncio.timeout(60):
         assert (await restorer.make(_job(WORKS, 0), NEWEST)).ok
 
@@ -148,7 +148,7 @@ class Asked(FakeEngine):
 async def test_the_copy_of_one_rental_is_sent_for_while_its_account_is_made() -> None:
     worker = (world := FakeWorld()).add(WORKS)
     vault = FakeVault(world, lambda: 0.0)
-    restorer = Restorer(Asked(world, vault), vault, NoBook())  # type: ignore[arg-type]
+    restorer = Restorer(engine=Asked(world, vault), vault=vault, book=NoBook())  # type: ignore[arg-type]
     async with asyncio.timeout(60):
         assert (await restorer.make(_job(WORKS, 0), NEWEST)).ok
     assert worker.accounts[_job(WORKS, 0).rental_id].unlocked
@@ -158,7 +158,7 @@ async def test_of_many_only_one_is_sent_for_before_its_account_is_there() -> Non
     world = FakeWorld()
     world.add(WORKS)
     vault = Slow(world)
-    restorer = Restorer(Asked(world, Stops(world, set())), vault, NoBook())  # type: ignore[arg-type]
+    restorer = Restorer(engine=Asked(world, Stops(world, set())), vault=vault, book=NoBook())  # type: ignore[arg-type]
     making = [asyncio.create_task(restorer.make(_job(WORKS, number), NEWEST)) for number in range(2 * AT_ONCE)]
     await _spin()
     assert vault.most[WORKS.worker_id] == 1

@@ -126,11 +126,15 @@ class Manager:
         self._ports = ports
         self._secrets = secrets
         self.ledger = SqlLedger(store)
-        self.clock = TrustedClock(ports.boot_time or ports.monotonic, ports.wall, ports.boot_id, store)
+        self.clock = TrustedClock(
+            now=ports.boot_time or ports.monotonic, wall=ports.wall, boot=ports.boot_id, store=store
+        )
         self.engine_log = EngineLog(store)
         self.authority = Authority(secrets.host_authority, secrets.user_authority, ports.wall)
-        logged = LoggedEngine(ports.engine, self.engine_log.note, ports.monotonic, ports.wall)
-        self.certificates = Certificates(store, self.authority, logged, ports.wall)
+        logged = LoggedEngine(
+            engine=ports.engine, note=self.engine_log.note, monotonic=ports.monotonic, wall=ports.wall
+        )
+        self.certificates = Certificates(store=store, authority=self.authority, engine=logged, wall=ports.wall)
         engine = CertifyingEngine(logged, self.certificates, self.authority.of_users)
         self.authentication = Authentication(store, self.clock.wall_of_tokens)
         self.openings = Openings(store, self.clock.wall_of_tokens)
@@ -141,46 +145,55 @@ class Manager:
         self.roster = Roster()
         self.web_ends = WebEnds(store, self.roster, ports.tell_door, self.clock.wall_of_tokens)
         book = SqlCopyBook(store)
-        restorer = Restorer(engine, ports.vault, book, settings.copies.limits)
-        mover = Mover(engine, ports.vault, book, settings.copies.limits, ports.monotonic)
+        restorer = Restorer(engine=engine, vault=ports.vault, book=book, limits=settings.copies.limits)
+        mover = Mover(
+            engine=engine, vault=ports.vault, book=book, limits=settings.copies.limits, monotonic=ports.monotonic
+        )
         # Objects that call each other are made one after the other, with one of these in between.
         worker_changed, job_ended, watch_changed = Callbacks[[]](), Callbacks[str, bool, float](), Callbacks[str]()
         self.reconciler = Reconciler(
-            self.ledger,
-            self.roster,
-            self.leases,
-            engine,
-            ports.reach,
-            restorer,
-            mover,
-            ports.monotonic,
-            ports.wall,
-            self.clock.counts_from,
+            ledger=self.ledger,
+            roster=self.roster,
+            leases=self.leases,
+            engine=engine,
+            reach=ports.reach,
+            restorer=restorer,
+            mover=mover,
+            monotonic=ports.monotonic,
+            wall=ports.wall,
+            counts_from=self.clock.counts_from,
             awaits_files_s=settings.awaits_files_s,
             on_worker_change=worker_changed,
             on_job=job_ended,
         )
         removals = self.clock.wall_of_removals
-        self.copies = CopiesLoop(book, ports.vault, settings.copies, ports.copies_disk, ports.monotonic, removals)
+        self.copies = CopiesLoop(
+            book=book,
+            vault=ports.vault,
+            plan=settings.copies,
+            disk_share=ports.copies_disk,
+            monotonic=ports.monotonic,
+            wall=removals,
+        )
         store.news.follow(self.copies.hear)
         wake_reconciler = self.reconciler.loop.hint
         door = ports.door
         self.watching = Watching(ports.watch, ports.monotonic, watch_changed) if ports.watch else None
         self.health = HealthLoop(
-            self.ledger,
-            self.roster,
-            self.leases,
-            settings.clocks,
-            lambda: door is None or door.open,
-            ports.monotonic,
-            wake_reconciler,
-            self.watching,
+            ledger=self.ledger,
+            roster=self.roster,
+            leases=self.leases,
+            clocks=settings.clocks,
+            door_open=lambda: door is None or door.open,
+            monotonic=ports.monotonic,
+            on_verdict=wake_reconciler,
+            watching=self.watching,
         )
         worker_changed.subscribe(self.health.loop.hint)
         self.readiness = Readiness(self.ledger, self.roster, ports.vault)
         watch_changed.subscribe(self.health.judge_now)
         watch_changed.subscribe(self._prepare_for_loss)
-        self.expiry = ExpiryLoop(self.ledger, self.clock, ports.wall, wake_reconciler)
+        self.expiry = ExpiryLoop(ledger=self.ledger, clock=self.clock, wall=ports.wall, on_expiry=wake_reconciler)
         self.metrics = Metrics(
             Watched(
                 self.roster,

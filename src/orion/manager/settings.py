@@ -75,7 +75,12 @@ class Settings(BaseSettings):
     def copies(self) -> Plan:
         limits = Limits(self.home_max_files, self.home_max_bytes, owner_share=self.owner_disk_share)
         share = Plan.paused_share / self.clock_scale  # a pause does not scale
-        return Plan(self.snapshot_interval_s * self.clock_scale, self.copies_at_once, limits, share)
+        return Plan(
+            interval_s=self.snapshot_interval_s * self.clock_scale,
+            at_once=self.copies_at_once,
+            limits=limits,
+            paused_share=share,
+        )
 
     @property
     def awaits_files_s(self) -> float:

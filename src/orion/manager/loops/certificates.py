@@ -27,7 +27,7 @@ JUST_VALID_S = 60.0
 
 
 class Certificates:
-    def __init__(self, store: Store, authority: Authority, engine: Engine, wall: Callable[[], float]) -> None:
+    def __init__(self, *, store: Store, authority: Authority, engine: Engine, wall: Callable[[], float]) -> None:
         self._store = store
         self._authority = authority
         self._engine = engine

@@ -42,7 +42,7 @@ def boot_id() -> int:
 
 class TrustedClock:
     def __init__(
-        self, now: Callable[[], float], wall: Callable[[], float], boot: int = 0, store: Store | None = None
+        self, *, now: Callable[[], float], wall: Callable[[], float], boot: int = 0, store: Store | None = None
     ) -> None:
         """`now`: seconds by a clock that nobody sets; `boot`: see `boot_id`. `store` None: nothing is kept or said."""
         self._now = now

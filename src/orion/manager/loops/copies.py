@@ -70,6 +70,7 @@ def _rarely(pace: Pace) -> str:
 class CopiesLoop:
     def __init__(
         self,
+        *,
         book: CopyBook,
         vault: Vault,
         plan: Plan,

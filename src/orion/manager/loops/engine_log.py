@@ -57,7 +57,7 @@ class EngineLog:
         return await self._store.read(engine_log.of_rental, rental_id)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LoggedEngine:
     """Implements `port.Engine` by another one, and notes each job when it has ended."""
 

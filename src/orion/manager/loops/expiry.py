@@ -16,7 +16,7 @@ COUNT_EVERY = 60
 
 class ExpiryLoop:
     def __init__(
-        self, ledger: Ledger, clock: TrustedClock, wall: Callable[[], float], on_expiry: Callable[[], None]
+        self, *, ledger: Ledger, clock: TrustedClock, wall: Callable[[], float], on_expiry: Callable[[], None]
     ) -> None:
         self._ledger = ledger
         self._clock = clock

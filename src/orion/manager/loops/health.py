@@ -56,6 +56,7 @@ JUST_NOW_S = 1.0
 class HealthLoop:
     def __init__(
         self,
+        *,
         ledger: Ledger,
         roster: Roster,
         leases: Leases,

@@ -34,7 +34,7 @@ ROOMIER = 4
 
 class Mover:
     def __init__(
-        self, engine: Engine, vault: Vault, book: CopyBook, limits: Limits, monotonic: Callable[[], float]
+        self, *, engine: Engine, vault: Vault, book: CopyBook, limits: Limits, monotonic: Callable[[], float]
     ) -> None:
         self._engine = engine
         self._vault = vault

@@ -87,6 +87,7 @@ class _Failure:
 class Reconciler:
     def __init__(
         self,
+        *,
         ledger: Ledger,
         roster: Roster,
         leases: Leases,

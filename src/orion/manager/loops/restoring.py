@@ -91,7 +91,7 @@ class _Worker:
 
 
 class Restorer:
-    def __init__(self, engine: Engine, vault: Vault, book: CopyBook, limits: Limits | None = None) -> None:
+    def __init__(self, *, engine: Engine, vault: Vault, book: CopyBook, limits: Limits | None = None) -> None:
         self._engine = engine
         self._vault = vault
         self._book = book
