@@ -1,4 +1,4 @@
-"""`orion ssh`: the machine's own ssh and sshd, with the platform between them played by a WebSocket server."""
+"""`orion ssh` with the machine's own ssh and sshd, and a WebSocket server in place of the platform."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def arguments(identity: Path | None = None, *command: str, authority: str = AUTH
     return ssh_arguments(Rental.model_validate(rental(**changes)), authority, SshRequest(command, identity))
 
 
-def test_the_worker_is_recognised_by_the_rentals_id_and_checking_is_on() -> None:
+def test_ssh_verifies_the_worker_by_the_rentals_id() -> None:
     built = arguments()
     assert "StrictHostKeyChecking=yes" in built
     assert "HostKeyAlias=abcdefgh23.orion" in built
@@ -91,7 +91,7 @@ def test_nothing_from_the_server_reaches_ssh_that_it_would_obey(change: dict[str
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """A machine with nothing but a PATH: no agent, no configuration of a user."""
+    """Return the environment of a machine that has a PATH, but no agent and no configuration of a user."""
     (tmp_path / "token").write_text("orion_client_t1_secret")
     return {
         "PATH": os.environ["PATH"],
@@ -109,7 +109,7 @@ def orion_ssh(platform: ScriptedPlatform, environment: dict[str, str], *given: s
 
 @pytest.fixture
 def recording_ssh(environment: dict[str, str], tmp_path: Path) -> Path:
-    """In the place of ssh, a program that writes down its arguments and ends with 42."""
+    """Put a program in place of ssh that prints its arguments and exits with 42, and return its path."""
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "ssh"
@@ -124,7 +124,7 @@ CERTIFICATE = "ssh-ed25519-cert-v01@openssh.com AAAAIHNzaC1lZDI1NTE5"
 
 @pytest.fixture
 def a_rental_that_comes() -> Iterator[ScriptedPlatform]:
-    """It was on the move when it was looked for."""
+    """Yield a platform whose rental is migrating at the first question and active afterwards."""
     platform = ScriptedPlatform()
     platform.answer("GET", "/api/rentals/box", rental(state="migrating"))
     platform.answer("GET", "/api/rentals/abcdefgh23", rental(worker_id="w-bbbb3333"))
@@ -145,7 +145,7 @@ def has_recorded_key(environment: dict[str, str]) -> Path:
 
 
 @pytest.mark.usefixtures("recording_ssh")
-def test_it_becomes_ssh_whose_status_is_ours(
+def test_the_command_becomes_ssh_and_has_its_exit_status(
     environment: dict[str, str], a_rental_that_comes: ScriptedPlatform
 ) -> None:
     key = has_recorded_key(environment)
@@ -158,7 +158,7 @@ def test_it_becomes_ssh_whose_status_is_ours(
     assert not [option for option in given if option.startswith("CertificateFile")]
 
 
-def test_an_ssh_that_is_too_old_is_told_apart_before_it_complains_of_an_option(
+def test_an_ssh_that_is_too_old_is_refused_before_it_runs(
     environment: dict[str, str], recording_ssh: Path, a_rental_that_comes: ScriptedPlatform
 ) -> None:
     recording_ssh.write_text("#!/bin/sh\necho OpenSSH_8.4p1 Debian-5, OpenSSL 1.1.1w >&2\n")
@@ -172,7 +172,7 @@ def test_an_ssh_that_is_too_old_is_told_apart_before_it_complains_of_an_option(
 
 @pytest.mark.usefixtures("recording_ssh")
 @pytest.mark.parametrize("why", ["rented elsewhere", "its key is gone", "asked for"])
-def test_a_certificate_opens_what_no_key_of_this_machine_opens(
+def test_a_certificate_opens_a_rental_whose_key_is_not_on_this_machine(
     environment: dict[str, str], a_rental_that_comes: ScriptedPlatform, why: str
 ) -> None:
     if why != "rented elsewhere":
@@ -191,7 +191,7 @@ def test_a_certificate_opens_what_no_key_of_this_machine_opens(
 
 
 @pytest.mark.usefixtures("recording_ssh")
-def test_a_manager_that_is_being_restarted_is_waited_for(
+def test_ssh_waits_for_a_manager_that_restarts(
     environment: dict[str, str], a_rental_that_comes: ScriptedPlatform
 ) -> None:
     has_recorded_key(environment)
@@ -227,7 +227,7 @@ async def test_only_a_worker_that_proves_to_be_the_rentals_is_spoken_to(
             env={**environment, "ORION_URL": url}, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
         _out, said = await asyncio.wait_for(process.communicate(), 60)
-    # The user of the rental is unknown to this machine: being refused as a user means that the host was accepted.
+    # This machine does not have the rental's user. If ssh is refused as a user, it has accepted the host.
     expected = b"Permission denied" if named == "its own rental" else b"Host key verification failed"
     assert expected in said, said.decode()
     assert process.returncode == 255
@@ -235,12 +235,12 @@ async def test_only_a_worker_that_proves_to_be_the_rentals_is_spoken_to(
 
 @contextmanager
 def agent_with_keys(folder: Path, number: int) -> Iterator[dict[str, str]]:
-    """A real agent that holds so many keys, none of which opens anything; the environment of its clients."""
+    """Start a real agent with this many keys that open nothing, and yield the environment of its clients."""
     where = {"SSH_AUTH_SOCK": str(folder / "agent")}
     with subprocess.Popen(["ssh-agent", "-D", "-a", where["SSH_AUTH_SOCK"]], stdout=subprocess.DEVNULL) as agent:
         try:
             give_up_at = time.monotonic() + 60
-            # Its socket is there before it listens: ssh-add ends with 2 where no agent answers.
+            # The agent's socket exists before the agent listens; ssh-add exits with 2 if no agent answers.
             its = {**os.environ, **where}
             while subprocess.run(["ssh-add", "-l"], env=its, capture_output=True, check=False).returncode == 2:
                 assert time.monotonic() < give_up_at, "the agent does not start"
@@ -257,16 +257,16 @@ def agent_with_keys(folder: Path, number: int) -> Iterator[dict[str, str]]:
 
 @needs_sshd
 @pytest.mark.parametrize("changed", [[], ["-o", "IdentitiesOnly=no"]], ids=["as written", "without IdentitiesOnly"])
-async def test_the_written_configuration_lets_in_by_a_key_in_a_file_whatever_an_agent_holds(
+async def test_the_configuration_logs_in_with_a_key_file_whatever_an_agent_has(
     environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: list[str]
 ) -> None:
-    """sshd hears six keys (MaxAuthTries), and ssh offers those of an agent before one that is only in a file."""
+    """sshd accepts six attempts (MaxAuthTries), and ssh offers an agent's keys before a key that is only in a file."""
     worker, place = OwnSshd.make(tmp_path, ("abcdefgh23",)), tmp_path / "config"
     monkeypatch.setenv("XDG_CONFIG_HOME", str(place))
     (place / "orion").mkdir(parents=True)
     (place / "orion/keys.json").write_text(json.dumps({"abcdefgh23": str(worker.key)}))
     ssh_rentals.write([rental()], [], worker.authority)
-    # The account of the rental is unknown to this machine: the user of the test logs in as itself.
+    # This machine does not have the rental's user, so the user of the test logs in as itself.
     command = ["ssh", "-F", str(ssh_rentals.folder() / "config"), "-l", worker.account, "-o", "BatchMode=yes"]
     with agent_with_keys(tmp_path, 7) as where:
         async with at_the_platform(worker.serve) as url:
@@ -283,22 +283,22 @@ async def test_the_written_configuration_lets_in_by_a_key_in_a_file_whatever_an_
 
 
 EDITOR = "printf '\\033[?1049h\\033[?25l\\033[2J\\033[5;7Ha full screen'; exec cat"
-"""Does with a terminal what an editor does, then waits."""
+"""A command that sets up the terminal as an editor does, then waits."""
 ENDS = {
     "its rental leaves the worker": "the rental is not on that worker any more: its worker is down",
     "the manager is gone": "the connection to the platform was cut",
 }
 
 WORDS_OF_SSH = ("Connection to box.orion closed", "client_loop: send disconnect: Broken pipe")
-"""How its own lines begin. It complains of the pipe if it takes a second and more to notice that the relay ends."""
+"""The beginnings of ssh's own lines. ssh complains about a pipe if it needs over a second to see the relay's end."""
 
 
 @needs_sshd
 @pytest.mark.parametrize("how", ENDS)
-async def test_a_session_that_is_lost_under_a_full_screen_leaves_a_terminal_in_order(
+async def test_a_lost_full_screen_session_leaves_the_terminal_in_order(
     environment: dict[str, str], tmp_path: Path, how: str
 ) -> None:
-    """The machine's ssh has the terminal until the end, and a word of its own to say."""
+    """ssh owns the terminal until it ends, and prints a line of its own."""
     worker, lost = OwnSshd.make(tmp_path, ("abcdefgh23",)), asyncio.Event()
 
     async def serve_until_lost(connection: ServerConnection) -> None:

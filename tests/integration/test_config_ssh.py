@@ -1,4 +1,4 @@
-"""`orion config-ssh`, as the machine's own ssh reads what it has written (ssh -G)."""
+"""`orion config-ssh`, and how the machine's own ssh reads its files (ssh -G)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from orion import ssh_rentals
 from orion.login import PlatformLogin
 
 THEIRS = b"# mine\r\nHost *\n  User somebody\n  ServerAliveInterval 60\n\nHost work\n  HostName 192.0.2.1"
-"""With a line end of another system, and none at the end."""
+"""A user's configuration with a line end of another system, and none at its end."""
 AUTHORITY = f"@cert-authority *.orion {HOST_KEY}"
 
 
 class Machine:
-    """Somebody's home, with a login, and ssh."""
+    """The home of a user with a login, and this machine's ssh."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -49,7 +49,7 @@ class Machine:
         }
 
     def has_key_of(self, rental_id: str) -> Path:
-        """As `orion rent` leaves it: the key is there, and it is known which rental it opens."""
+        """Make a key and record it for the rental, as `orion rent` does."""
         key = self.home / ".ssh/of rental"
         key.touch(mode=0o600)
         place = Path(self.environment.get("XDG_CONFIG_HOME", self.home / ".config")) / "orion"
@@ -58,7 +58,7 @@ class Machine:
         return key
 
     def rentals(self, *found: dict[str, Any]) -> None:
-        """Show these to whoever asks for everybody's, and ada's, whose login this is, to whoever asks for own ones."""
+        """Answer requests for all rentals with these, and for own ones with those of ada, the owner of the login."""
         own = [one for one in found if one["owner"] == "ada"]
         self.platform.answer("GET", "/api/rentals", page(*found))
         self.platform.answer("GET", "/api/rentals?mine=true", page(*own))
@@ -69,7 +69,7 @@ class Machine:
         return done.stdout + done.stderr
 
     def asks(self, host: str) -> dict[str, str]:
-        """What ssh would do for that host, by option."""
+        """Return the options that ssh would use for the host."""
         done = self.run_ssh("-G", host)
         assert done.returncode == 0, done.stderr
         lines = (line.partition(" ") for line in done.stdout.splitlines())
@@ -110,13 +110,13 @@ def test_plain_ssh_reaches_a_rental_by_its_name_or_id_with_every_host_verified(m
         assert known.read_text() == f"{AUTHORITY}\n"
 
 
-def test_what_was_there_still_counts_for_everything_else(machine: Machine) -> None:
+def test_the_earlier_configuration_still_applies_to_all_other_hosts(machine: Machine) -> None:
     before = [machine.asks(host) for host in ("work", "elsewhere.example", "orion")]
     machine.orion("config-ssh")
     assert [machine.asks(host) for host in ("work", "elsewhere.example", "orion")] == before
 
 
-def test_it_can_be_repeated_and_taken_away_without_a_trace(machine: Machine) -> None:
+def test_the_command_can_be_repeated_and_undone_without_a_trace(machine: Machine) -> None:
     machine.orion("config-ssh")
     once = machine.config.read_bytes()
     assert once.endswith(THEIRS)
@@ -152,7 +152,7 @@ def test_a_link_stays_a_link_and_a_missing_file_is_made_for_its_owner_alone(mach
     assert machine.asks("box.orion")["user"] == "r-abcdefgh23"
 
 
-def test_a_rental_that_was_made_elsewhere_is_learned_when_ssh_asks_for_it(machine: Machine) -> None:
+def test_a_rental_that_was_made_elsewhere_is_looked_up_when_ssh_needs_it(machine: Machine) -> None:
     machine.has_key_of("abcdefgh23")
     machine.orion("config-ssh")
     machine.rentals(rental(), rental(id="another234", name="web", username="r-another234"))
@@ -162,7 +162,7 @@ def test_a_rental_that_was_made_elsewhere_is_learned_when_ssh_asks_for_it(machin
     assert machine.asks("web.orion")["user"] == "r-another234"
 
 
-def test_a_name_that_nobody_has_leads_nowhere_and_is_told(machine: Machine) -> None:
+def test_an_unknown_name_ends_ssh_with_a_message(machine: Machine) -> None:
     machine.orion("config-ssh")
     asked = machine.asks("nothing.orion")
     assert asked["proxycommand"].endswith("orion.connect --unknown")
@@ -172,7 +172,7 @@ def test_a_name_that_nobody_has_leads_nowhere_and_is_told(machine: Machine) -> N
     assert done.returncode == 255
 
 
-def test_a_name_that_two_others_bear_is_nobodys(machine: Machine) -> None:
+def test_a_name_of_two_other_people_is_configured_for_neither(machine: Machine) -> None:
     machine.rentals(rental(owner="carol"), rental(id="another234", username="r-another234", owner="bob"))
     machine.orion("config-ssh")
     assert "--unknown" in machine.asks("box.orion")["proxycommand"]
@@ -180,7 +180,7 @@ def test_a_name_that_two_others_bear_is_nobodys(machine: Machine) -> None:
 
 
 def test_an_admins_own_rental_goes_before_others_of_its_name(machine: Machine) -> None:
-    """As it does in `orion show` and `orion ssh`."""
+    """`orion show` and `orion ssh` choose the same rental."""
     machine.rentals(rental(id="another234", username="r-another234", owner="bob"), rental(owner="ada"))
     machine.has_key_of("abcdefgh23")
     machine.orion("config-ssh")
@@ -201,8 +201,8 @@ def test_an_own_rental_is_known_however_many_others_there_are(monkeypatch: pytes
     assert {one["id"] for one in others} == {"another234"}
 
 
-def test_the_own_rental_of_a_shared_name_lends_the_other_no_certificate_of_its_own(machine: Machine) -> None:
-    """`orion ssh` logs in to the other one, by its id, at the name that both bear."""
+def test_an_own_rental_lends_its_certificate_to_no_other_of_its_name(machine: Machine) -> None:
+    """`orion ssh` with the other rental's id uses the host name that both rentals have."""
     machine.rentals(rental(id="another234", username="r-another234", owner="bob"), rental(owner="ada"))
     machine.orion("config-ssh")
     machine.platform.calls.clear()
@@ -211,11 +211,11 @@ def test_the_own_rental_of_a_shared_name_lends_the_other_no_certificate_of_its_o
 
 
 ODD = 'it\'s a "b"  100%h%% $HOME $(touch pwned) #1 a\\b [x]*? ä;b&c|d'
-"""One path with all of them: a shell, ssh and glob(7) each obey another part of it."""
+"""A path with characters that are special to a shell, to ssh or to glob(7)."""
 
 
 def read(path: str) -> str:
-    """ssh -G shows each % as it is written: twice."""
+    """Return a path that ssh -G printed, with each % once instead of twice."""
     return re.sub("%+", "%", path)
 
 
@@ -256,14 +256,14 @@ def test_whatever_a_path_holds_ssh_reads_it_and_everything_else_goes_on(tmp_path
 
 
 @pytest.mark.parametrize("place", ["new\nline", "${HOME}"])
-def test_a_path_that_no_way_of_writing_leads_to_is_refused_and_nothing_changes(machine: Machine, place: str) -> None:
+def test_a_path_that_cannot_be_written_is_refused_and_nothing_changes(machine: Machine, place: str) -> None:
     machine.environment["XDG_CONFIG_HOME"] = str(machine.home / place)
     assert "XDG_CONFIG_HOME" in machine.orion("config-ssh", status=2)
     assert machine.config.read_bytes() == THEIRS
 
 
-def test_what_ssh_would_refuse_is_never_put_in_place(machine: Machine) -> None:
-    """Whatever we wrote wrongly: a configuration that ssh does not read would end every ssh of this user."""
+def test_a_configuration_that_ssh_refuses_is_never_installed(machine: Machine) -> None:
+    """A configuration that ssh refuses would break every ssh of this user."""
     machine.orion("config-ssh")
     before = (machine.home / ".config/orion/ssh/config").read_text()
     strict = machine.home / "bin/ssh"
@@ -278,7 +278,7 @@ def test_what_ssh_would_refuse_is_never_put_in_place(machine: Machine) -> None:
 
 
 def test_another_users_home_is_left_alone(machine: Machine) -> None:
-    """As with sudo: files of root in it would end every ssh of that user."""
+    """With sudo, files of root in a user's home would break every ssh of that user."""
     if os.geteuid():
         pytest.skip("Only root can make a file that is another user's.")
     os.chown(machine.home, 12345, 12345)
@@ -287,7 +287,7 @@ def test_another_users_home_is_left_alone(machine: Machine) -> None:
 
 
 def test_one_level_of_inclusion_is_enough_for_a_rental_that_is_known(machine: Machine) -> None:
-    """For tools that follow no Include of an included file, or none at all and are given this file."""
+    """Some tools do not follow an Include of an included file, and others follow none and are given this file."""
     machine.has_key_of("abcdefgh23")
     machine.orion("config-ssh")
     (machine.home / ".config/orion/ssh/rentals").unlink()
@@ -301,7 +301,7 @@ print(json.dumps(dict(paramiko.SSHConfig.from_path(sys.argv[1]).lookup(sys.argv[
 
 
 def read_by_paramiko(machine: Machine, host: str) -> dict[str, Any]:
-    """Return what paramiko would do for that host, by the one file that it is to be given."""
+    """Return the options that paramiko would use for the host, from the one file that it is given."""
     file = str(machine.home / ".config/orion/ssh/config")
     done = machine._run([sys.executable, "-c", PARAMIKO_READS, file, host])
     assert done.returncode == 0, done.stderr
@@ -310,7 +310,7 @@ def read_by_paramiko(machine: Machine, host: str) -> dict[str, Any]:
 
 
 def test_paramiko_finds_a_rental_in_the_file_that_it_is_given(machine: Machine) -> None:
-    """It follows no Include, and runs what a Match asks for."""
+    """paramiko does not follow an Include, but runs the command of a Match."""
     key = machine.has_key_of("abcdefgh23")
     machine.orion("config-ssh")
     machine.platform.calls.clear()
@@ -332,7 +332,7 @@ def test_paramiko_finds_a_rental_in_the_file_that_it_is_given(machine: Machine) 
 async def test_paramiko_logs_in_by_what_it_has_found_and_verifies_the_host(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """paramiko knows no certificates of hosts: it verifies the key of the worker, which the platform shows."""
+    """paramiko does not know host certificates, so it verifies the worker's key, which the platform shows."""
     worker = OwnSshd.make(tmp_path, ("abcdefgh23",))
     machine.has_key_of("abcdefgh23").write_bytes(worker.key.read_bytes())
     machine.orion("config-ssh")
@@ -361,7 +361,7 @@ async def test_paramiko_logs_in_by_what_it_has_found_and_verifies_the_host(
             await asyncio.to_thread(log_in, HOST_KEY)
 
 
-def test_a_rental_without_a_key_here_is_opened_by_a_certificate_that_is_asked_for_once_an_epoch(
+def test_a_rental_without_a_key_here_is_opened_by_one_certificate_an_epoch(
     machine: Machine,
 ) -> None:
     machine.platform.answer("GET", "/api/rentals/abcdefgh23", rental(epoch=1))
@@ -370,7 +370,7 @@ def test_a_rental_without_a_key_here_is_opened_by_a_certificate_that_is_asked_fo
     machine.orion("config-ssh")
     place = machine.home / ".config/orion"
 
-    (place / "abcdefgh23-cert.pub").write_text("ssh-ed25519-cert-v01@openssh.com AAAA\n")  # as `orion ssh` leaves it
+    (place / "abcdefgh23-cert.pub").write_text("ssh-ed25519-cert-v01@openssh.com AAAA\n")  # as `orion ssh` stores it
 
     def times_asked() -> int:
         return sum(call.method == "POST" for call in machine.platform.calls)
@@ -399,7 +399,7 @@ def test_a_shared_connection_and_the_users_agent_are_not_for_rentals_unless_aske
     assert "LC_*" in asked["sendenv"]
 
 
-def test_a_shell_that_starts_no_proxy_command_is_pointed_at(machine: Machine) -> None:
+def test_a_shell_that_cannot_run_commands_is_reported(machine: Machine) -> None:
     machine.environment["SHELL"] = "/usr/sbin/nologin"
     assert "SHELL=/bin/sh ssh" in machine.orion("config-ssh")
 
@@ -431,7 +431,7 @@ def test_what_the_platform_says_never_becomes_a_line_of_the_configuration(
     assert not (machine.home / ".config/orion/ssh/rentals").exists()
 
 
-def test_renting_and_releasing_keep_it_in_step(machine: Machine) -> None:
+def test_rent_and_release_update_the_configuration(machine: Machine) -> None:
     machine.orion("config-ssh")
     machine.rentals()
     ended = rental(state="released")
@@ -442,7 +442,7 @@ def test_renting_and_releasing_keep_it_in_step(machine: Machine) -> None:
 
 
 def test_the_relay_starts_without_what_the_other_commands_need() -> None:
-    """`orion connect` is started for every session, by the same program as all other commands."""
+    """ssh starts `orion connect`, by the program of all other commands, for every session."""
     heavy = "{'typer', 'rich', 'pydantic', 'httpx', 'websockets', 'asyncio', 'ssl', 'http.client'} & set(sys.modules)"
     program = (
         "import sys\nsys.argv = ['orion', 'connect', '--unknown']\nfrom orion.cli import main\n"

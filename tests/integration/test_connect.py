@@ -1,4 +1,4 @@
-"""The relay under ssh: a real process, a real WebSocket server, and a TCP server behind it in the place of sshd."""
+"""`orion connect` as a real process with a real WebSocket server, and a TCP server in place of sshd."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ALL_BYTES = bytes(range(256))
 
 @asynccontextmanager
 async def platform(relay: Relay, context: ssl.SSLContext | None = None) -> AsyncIterator[int]:
-    """A WebSocket server that lets our token in, at the one path of the contract."""
+    """Run a WebSocket server that accepts our token at the path of the contract, and yield its port."""
 
     def admit(connection: ServerConnection, request: Request) -> Response | None:
         if request.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -57,7 +57,7 @@ def refusal(connection: ServerConnection, status: HTTPStatus, detail: str) -> Re
 
 
 async def echo(connection: ServerConnection) -> None:
-    """As the gateway: frames to a TCP connection and back, and the close with it."""
+    """Copy frames to a TCP connection and back, and close both, as the gateway does."""
     server = await asyncio.start_server(_echo_bytes, "127.0.0.1", 0)
     async with server:
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
@@ -65,7 +65,7 @@ async def echo(connection: ServerConnection) -> None:
 
 
 async def _echo_bytes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Echoes; the byte 0xff at the end of what was read ends it, as sshd ends a connection."""
+    """Send back all bytes. End the connection, as sshd does, after a byte 0xff at the end of a read."""
     while data := await reader.read(65536):
         writer.write(data)
         await writer.drain()
@@ -114,7 +114,7 @@ async def start(
         "ORION_URL": f"{scheme}://{host}:{port}",
         "ORION_TOKEN_FILE": f"/dev/fd/{reading}",
         "ORION_CA_FILE": ca,
-        # A forward proxy that is not there: this machine is reached without it.
+        # This forward proxy does not exist; a connection to this machine does not use it.
         "http_proxy": "http://127.0.0.1:9",
         "https_proxy": "http://127.0.0.1:9",
         **more,
@@ -234,7 +234,7 @@ async def test_a_refusal_is_one_harmless_line(rental_id: str, token: str, status
     assert done.stdout == b""
 
 
-async def test_a_worker_that_cannot_be_reached_is_said_with_the_servers_words() -> None:
+async def test_an_unreachable_worker_is_reported_with_the_servers_message() -> None:
     async def lost(connection: ServerConnection) -> None:
         await connection.close(1011, "worker w-aaaa2222 cannot be reached")
 
@@ -318,7 +318,7 @@ async def _pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.close()
 
 
-async def test_how_it_ended_is_told_to_who_asked_for_it(tmp_path: Path) -> None:
+async def test_a_report_says_how_the_session_ended(tmp_path: Path) -> None:
     report = tmp_path / "report"
     async with platform(moved) as port:
         lost = await run(port, b"", ORION_CONNECT_REPORT=str(report))
@@ -350,7 +350,7 @@ async def test_a_worker_that_does_not_answer_yet_is_tried_again() -> None:
 
 
 def assert_waited(stderr: bytes, reason: str) -> None:
-    """Assert that this was said at once, and again only where five more seconds had passed, as they may."""
+    """Assert that the reason was printed at once, and again at most every five seconds."""
     first, *again = stderr.decode().splitlines()
     assert first == f"orion: {reason}; waiting"
     for number, line in enumerate(again, 1):
@@ -360,12 +360,12 @@ def assert_waited(stderr: bytes, reason: str) -> None:
 
 
 async def moved(connection: ServerConnection) -> None:
-    """A session that begins, and whose rental then leaves its worker."""
+    """Begin a session, then close it because the rental leaves its worker."""
     await connection.send(b"SSH-2.0-x\r\n")
     await connection.close(4001, "its worker is down")
 
 
-async def test_a_rental_that_is_on_the_move_is_waited_for_and_its_reason_is_said_at_once() -> None:
+async def test_a_migrating_rental_is_waited_for_and_the_reason_is_shown_at_once() -> None:
     asked: list[str] = []
 
     def not_yet(connection: ServerConnection, request: Request) -> Response | None:
@@ -383,7 +383,7 @@ async def test_a_rental_that_is_on_the_move_is_waited_for_and_its_reason_is_said
     assert asked == ["wait_s=0", "wait_s=5", "wait_s=5", "wait_s=5"], "the reason first, then a word every five seconds"
 
 
-async def test_a_rental_that_is_over_is_not_waited_for() -> None:
+async def test_an_ended_rental_is_not_waited_for() -> None:
     def over(connection: ServerConnection, _request: Request) -> Response:
         return connection.respond(HTTPStatus.CONFLICT, '{"code": "not_active", "detail": "it is released"}')
 
@@ -392,7 +392,7 @@ async def test_a_rental_that_is_over_is_not_waited_for() -> None:
     assert (done.returncode, done.stderr) == (6, b"orion: it is released\n")
 
 
-async def test_what_the_platform_has_to_say_to_who_comes_in_is_said() -> None:
+async def test_a_notice_of_the_platform_is_shown() -> None:
     def noticed(_connection: ServerConnection, _request: Request, response: Response) -> None:
         response.headers["X-Orion-Notice"] = "box is not copied: it is frozen\x85[2J"
 
@@ -408,10 +408,10 @@ REMARKED = b"orion: box: its home holds 9.0 MB of 10.0 MB [2J\n"
     ("stdin_of_ssh", "said_before", "told"),
     [("a terminal", {}, REMARKED), ("a pipe", {}, b""), ("a terminal", {"ORION_CONNECT_SAID": "1"}, b"")],
 )
-async def test_what_can_wait_is_said_at_a_log_in_and_never_to_scp_rsync_or_who_was_told_already(
+async def test_a_remark_is_shown_once_at_a_log_in_and_never_to_scp_or_rsync(
     stdin_of_ssh: str, said_before: dict[str, str], told: bytes
 ) -> None:
-    """A program that copies files starts ssh with a pipe as its stdin, whoever watches."""
+    """A program that copies files always starts ssh with a pipe as its stdin."""
 
     def remarked(_connection: ServerConnection, _request: Request, response: Response) -> None:
         response.headers["X-Orion-Remark"] = "box: its home holds 9.0 MB of 10.0 MB\x85[2J"
@@ -428,8 +428,8 @@ async def test_what_can_wait_is_said_at_a_log_in_and_never_to_scp_rsync_or_who_w
     assert (out, err) == (b"END\xff", told)
 
 
-async def test_a_worker_that_is_lost_before_it_has_said_anything_is_followed_by_the_next() -> None:
-    """Paused, it takes connections and says nothing: ssh does not notice that it speaks with another one."""
+async def test_a_worker_that_is_lost_before_it_sends_anything_is_followed_by_the_next() -> None:
+    """A paused worker accepts connections and sends nothing. ssh does not notice that another worker answers later."""
     sessions = 0
     told = asyncio.Event()
 
@@ -458,8 +458,8 @@ async def test_a_worker_that_is_lost_before_it_has_said_anything_is_followed_by_
 
 
 @pytest.mark.parametrize("raw", [True, False])
-async def test_a_session_that_is_lost_leaves_a_terminal_in_order(raw: bool) -> None:
-    """As with an editor open: ssh has the terminal, and a line that only ends would begin where the last one did."""
+async def test_a_lost_session_leaves_the_terminal_in_order(raw: bool) -> None:
+    """ssh has set the terminal to raw mode, in which a line feed alone does not go back to the left."""
     ours, theirs = pty.openpty()
     if raw:
         tty.setraw(theirs)
@@ -473,7 +473,7 @@ async def test_a_session_that_is_lost_leaves_a_terminal_in_order(raw: bool) -> N
         process.stdin.close()
         assert await asyncio.wait_for(process.wait(), 60) == 1
     said = b""
-    with suppress(OSError):  # how a terminal says that nobody writes to it any more
+    with suppress(OSError):  # a terminal without a writer raises OSError
         while part := os.read(ours, 1000):
             said += part
     os.close(ours)
@@ -481,7 +481,7 @@ async def test_a_session_that_is_lost_leaves_a_terminal_in_order(raw: bool) -> N
     assert said == (TIDY.encode() if raw else b"") + line
 
 
-def test_why_it_takes_so_long_is_said_at_once_and_every_five_seconds_and_at_last_raised(
+def test_the_reason_for_waiting_is_shown_at_once_and_every_five_seconds_and_raised_at_last(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 1000.0
@@ -512,7 +512,7 @@ CERTIFICATE = "ssh-ed25519-cert-v01@openssh.com AAAAIHNzaC1lZDI1NTE5"
 
 @pytest.fixture
 def certifying(tmp_path: Path) -> Iterator[ScriptedPlatform]:
-    """A platform that signs a certificate, and a folder with a key of our own that no rental knows."""
+    """Make our own key in the folder, and yield a platform that signs a certificate for it."""
     (tmp_path / "orion").mkdir()
     (tmp_path / "orion/id_ed25519.pub").write_text(f"{HOST_KEY} orion\n")
     made = ScriptedPlatform()
@@ -523,15 +523,15 @@ def certifying(tmp_path: Path) -> Iterator[ScriptedPlatform]:
 
 
 async def certified(platform: ScriptedPlatform, folder: Path) -> subprocess.CompletedProcess[bytes]:
-    """As ssh runs it before it opens a rental of which this machine has no key."""
+    """Run the command that ssh runs before it logs in to a rental whose key this machine does not have."""
     port = urlsplit(platform.url).port or 0
     return await run(port, b"", rental_id="--certify=abcdefgh23", host="127.0.0.1", XDG_CONFIG_HOME=str(folder))
 
 
-async def test_a_certificate_waits_for_a_rental_that_is_queued_or_on_the_move(
+async def test_a_certificate_waits_for_a_queued_or_migrating_rental(
     certifying: ScriptedPlatform, tmp_path: Path
 ) -> None:
-    """An earlier one would be for the epoch that is over, and open nothing."""
+    """A certificate that is made earlier would be for the former epoch and open nothing."""
     queued = rental(state="queued", explanation="no worker has a free slot")
     moving = rental(state="migrating", explanation="its worker is down")
     certifying.answer("GET", "/api/rentals/abcdefgh23", queued, queued, moving, rental(epoch=3))
@@ -548,7 +548,7 @@ async def test_a_certificate_waits_for_a_rental_that_is_queued_or_on_the_move(
 
 
 @pytest.mark.parametrize("state", ["releasing", "released", "failed"])
-async def test_no_certificate_is_waited_for_where_the_rental_is_over(
+async def test_a_certificate_of_an_ended_rental_is_not_waited_for(
     certifying: ScriptedPlatform, tmp_path: Path, state: str
 ) -> None:
     certifying.answer("GET", "/api/rentals/abcdefgh23", rental(state=state, explanation="asked for"))

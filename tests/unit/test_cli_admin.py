@@ -33,7 +33,7 @@ def platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script
 
 @pytest.fixture
 def backup(tmp_path: Path) -> Path:
-    """What a platform gave; the scripted one reads it as JSON."""
+    """Return a file in place of a backup. It contains JSON, because the scripted platform parses every body."""
     file = tmp_path / "orion.db"
     file.write_text("{}")
     return file
@@ -80,7 +80,7 @@ def test_a_restore_waits_until_the_manager_is_back(
     assert len([call for call in platform.calls if call.path == "/healthz"]) == 3
 
 
-def test_a_file_that_is_no_backup_is_said_to_be_none(
+def test_a_file_that_is_not_a_backup_is_refused(
     platform: ScriptedPlatform, backup: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     platform.answer("POST", "/api/admin/restore", problem(422, "not_a_backup", "this file cannot be restored: it is"))
@@ -89,7 +89,7 @@ def test_a_file_that_is_no_backup_is_said_to_be_none(
     assert run(["admin", "restore", str(backup) + ".not-there", "--yes"]) == 1
 
 
-def test_status_tells_what_has_waited_too_long_and_what_to_do(
+def test_status_shows_what_has_waited_too_long_and_what_to_do(
     platform: ScriptedPlatform, capsys: pytest.CaptureFixture[str]
 ) -> None:
     late = {"kind": "rental", "id": "abcdefgh23", "name": "box", "state": "queued", "since_s": 7200.0}
@@ -101,7 +101,7 @@ def test_status_tells_what_has_waited_too_long_and_what_to_do(
     assert "queued for 2 h: no worker\\x1b]0;x\\x07\n  start more workers\n" in out
 
 
-def test_giving_up_what_the_database_does_not_know_is_asked_for(platform: ScriptedPlatform) -> None:
+def test_giving_up_unknown_rentals_needs_a_confirmation(platform: ScriptedPlatform) -> None:
     platform.answer("GET", "/api/workers", {"items": [worker()], "next": None})
     found = worker()["id"]
     platform.answer("POST", f"/api/workers/{found}/resume", worker())
@@ -113,7 +113,7 @@ def test_giving_up_what_the_database_does_not_know_is_asked_for(platform: Script
 DOUBTED = "it shows 2030-01-01 00:00:00 UTC, 40.0 days ahead of what it should"
 
 
-def test_a_clock_that_is_not_believed_is_shown_and_confirmed_when_somebody_says_so(
+def test_a_clock_that_is_not_trusted_is_shown_and_confirmed_after_a_yes(
     platform: ScriptedPlatform, capsys: pytest.CaptureFixture[str]
 ) -> None:
     platform.answer("GET", "/api/status", Answer(body=STATUS | {"clock": DOUBTED}))
@@ -126,7 +126,7 @@ def test_a_clock_that_is_not_believed_is_shown_and_confirmed_when_somebody_says_
     assert [call.path for call in platform.calls if call.method == "POST"] == ["/api/admin/clock"]
 
 
-def test_a_clock_that_is_believed_is_not_confirmed(platform: ScriptedPlatform) -> None:
+def test_a_clock_that_is_trusted_is_not_confirmed(platform: ScriptedPlatform) -> None:
     platform.answer("GET", "/api/status", Answer(body=STATUS))
     assert run(["admin", "confirm-clock"]) == 0
     assert [call.method for call in platform.calls] == ["GET"]

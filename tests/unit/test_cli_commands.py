@@ -61,7 +61,7 @@ def platform(server: ScriptedPlatform) -> ScriptedPlatform:
 def orion(
     platform: ScriptedPlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Command:
-    """`orion ARGUMENTS`, logged in by the environment."""
+    """Return a function that runs `orion ARGUMENTS` with a login from the environment."""
     (tmp_path / "token").write_text("orion_client_t1_secret")
     monkeypatch.setenv("ORION_URL", platform.url)
     monkeypatch.setenv("ORION_TOKEN_FILE", str(tmp_path / "token"))
@@ -82,7 +82,7 @@ def public_key(tmp_path: Path) -> Path:
     return file
 
 
-def test_rent_prints_how_to_get_in(platform: ScriptedPlatform, orion: Command, public_key: Path) -> None:
+def test_rent_prints_how_to_log_in(platform: ScriptedPlatform, orion: Command, public_key: Path) -> None:
     platform.answer("POST", "/api/rent", Answer(201, rental()))
     result = orion("rent", "--name", "box", "--ttl", "2h", "--key", str(public_key), "--label", "team=blue")
     assert result.status == 0
@@ -160,7 +160,7 @@ def test_json_of_a_rental_is_the_contracts(platform: ScriptedPlatform, orion: Co
     assert json.loads(orion("--json", "show", "box").out) == rental()
 
 
-def test_show_says_where_a_start_command_tells_how_it_ended(platform: ScriptedPlatform, orion: Command) -> None:
+def test_show_names_the_command_that_prints_the_start_log(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals/box", rental(start="./serve"), rental())
     assert "orion logs box" in orion("show", "box").out
     assert "orion logs" not in orion("show", "box").out
@@ -172,7 +172,7 @@ def test_json_of_a_list_is_an_array(platform: ScriptedPlatform, orion: Command) 
     assert json.loads(orion("ls", "--json").out) == []
 
 
-def test_show_with_log_tells_what_was_done_on_workers(platform: ScriptedPlatform, orion: Command) -> None:
+def test_show_with_log_lists_the_provisioning_jobs(platform: ScriptedPlatform, orion: Command) -> None:
     entry = {"at": "2030-01-01T00:00:00Z", "action": "create_user", "worker_id": "w-aaaa2222", "epoch": 2}
     entry |= {"ok": False, "seconds": 0.0421, "message": f"timed out {EVIL}"}
     for _ in range(2):
@@ -186,7 +186,7 @@ def test_show_with_log_tells_what_was_done_on_workers(platform: ScriptedPlatform
     assert json.loads(orion("show", "box", "--log", "--json").out) == [entry]
 
 
-def test_show_with_log_says_when_nothing_was_done(platform: ScriptedPlatform, orion: Command) -> None:
+def test_show_with_log_says_if_there_were_no_jobs(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals/box", rental())
     platform.answer("GET", "/api/rentals/abcdefgh23/log", page())
     assert "there were no provisioning jobs yet" in orion("show", "box", "--log").err
@@ -213,7 +213,7 @@ SALVAGE = {
 
 
 @pytest.mark.parametrize("arguments", [("ls",), ("show", "box"), ("ssh", "box", "true")])
-def test_a_home_that_is_nearly_full_and_a_salvage_that_waits_are_said(
+def test_a_nearly_full_home_and_a_recovered_snapshot_are_shown(
     platform: ScriptedPlatform, orion: Command, arguments: tuple[str, ...]
 ) -> None:
     told = rental(home_warning="its home holds 9.0 MB of 10.0 MB", salvage=SALVAGE)
@@ -223,7 +223,7 @@ def test_a_home_that_is_nearly_full_and_a_salvage_that_waits_are_said(
         assert words in result.out + result.err
 
 
-def test_what_is_over_its_limit_is_not_said_to_be_nearly_so(platform: ScriptedPlatform, orion: Command) -> None:
+def test_a_home_over_its_limit_is_not_called_nearly_full(platform: ScriptedPlatform, orion: Command) -> None:
     told = rental(home_warning="its home holds 9.0 MB of 10.0 MB", copy_problem="it is frozen")
     platform.answer("GET", "/api/rentals", page(told))
     said = orion("ls").out
@@ -238,7 +238,7 @@ def test_what_is_over_its_limit_is_not_said_to_be_nearly_so(platform: ScriptedPl
         ("unseen", "active (start: ended)", "has ended, "),
     ],
 )
-def test_a_start_command_that_ended_is_said_with_what_to_type(
+def test_the_end_of_a_start_command_is_shown_with_the_next_commands(
     platform: ScriptedPlatform, orion: Command, end: str, short: str, whole: str
 ) -> None:
     told = rental(start="./serve", start_end=end, start_ended_at="2020-01-01T00:00:00Z")
@@ -251,7 +251,7 @@ def test_a_start_command_that_ended_is_said_with_what_to_type(
     assert json.loads(orion("ls", "--json").out)[0]["start_end"] == end
 
 
-def test_a_start_command_that_runs_is_not_remarked(platform: ScriptedPlatform, orion: Command) -> None:
+def test_a_running_start_command_has_no_end(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals", page(rental(start="./serve")))
     platform.answer("GET", "/api/rentals/box", rental(start="./serve"))
     assert "(start" not in orion("ls").out
@@ -348,7 +348,7 @@ def _without_colours(line: str) -> str:
         (Answer(body=b"<html>"), 1),
     ],
 )
-def test_each_failure_has_its_status_in_words_and_in_json(
+def test_each_failure_has_its_exit_status_as_text_and_as_json(
     platform: ScriptedPlatform, orion: Command, answer: Answer, status: int
 ) -> None:
     platform.answer("GET", "/api/status", answer)
@@ -373,7 +373,7 @@ def test_wrong_usage_is_json_where_json_was_asked_for(orion: Command) -> None:
     assert json.loads(orion("rent", "--nonsense", "--json").err)["error"]["exit_code"] == 2
 
 
-def test_help_tells_the_exit_statuses(orion: Command) -> None:
+def test_help_lists_the_exit_statuses(orion: Command) -> None:
     result = orion("--help")
     assert result.status == 0
     for line in ("3  not found", "7  still waiting", "5  the platform cannot be reached"):
@@ -408,7 +408,7 @@ def test_a_release_is_repeatable(platform: ScriptedPlatform, orion: Command) -> 
 
 
 @pytest.mark.parametrize(("state", "status"), [("queued", 7), ("released", 6), ("failed", 6), ("releasing", 6)])
-def test_a_rental_that_cannot_be_entered_says_why(
+def test_ssh_says_why_a_rental_cannot_be_reached(
     platform: ScriptedPlatform, orion: Command, state: str, status: int
 ) -> None:
     platform.answer("GET", "/api/rentals/box", rental(state=state, explanation="that is so"))
@@ -418,7 +418,7 @@ def test_a_rental_that_cannot_be_entered_says_why(
     assert f"box is {state}: that is so" in result.err
 
 
-def test_the_address_of_a_terminal_has_the_ticket_where_no_browser_sends_it(
+def test_the_address_of_a_terminal_has_its_ticket_after_the_hash(
     platform: ScriptedPlatform, orion: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
@@ -438,7 +438,7 @@ def test_the_address_of_a_terminal_has_the_ticket_where_no_browser_sends_it(
 WEB_PORT = {"port": 8000, "public": True, "path": "/r/abcdefgh23/8000/"}
 
 
-def test_a_web_port_is_opened_by_an_address_whose_ticket_no_browser_sends(
+def test_the_address_of_a_web_port_has_its_ticket_after_the_hash(
     platform: ScriptedPlatform, orion: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
@@ -460,14 +460,14 @@ def test_a_web_port_is_opened_by_an_address_whose_ticket_no_browser_sends(
 
 @pytest.mark.parametrize("host", [None, "8000-abcdefgh23.localhost"])
 @pytest.mark.parametrize("further", [(), ("--browser",)])
-def test_what_does_not_work_below_a_path_is_said_with_the_way_that_works(
+def test_the_limits_of_an_address_with_a_path_are_shown_with_an_alternative(
     platform: ScriptedPlatform,
     orion: Command,
     monkeypatch: pytest.MonkeyPatch,
     host: str | None,
     further: tuple[str, ...],
 ) -> None:
-    """As Jupyter, which stays blank there, and Vite's scripts, which are blocked."""
+    """Jupyter stays blank at such an address, and Vite's scripts are blocked."""
     monkeypatch.setattr("webbrowser.open", lambda _url: True)
     platform.answer("GET", "/api/rentals/box", rental())
     told = WEB_PORT | {"host": host, "ticket": "t-_1", "expires_in_s": 60.0}
@@ -496,14 +496,14 @@ def test_a_web_port_is_made_public_and_private_and_is_shown(platform: ScriptedPl
 
 
 @pytest.mark.parametrize("host", ["evil.example/x", "a@evil.example", "evil.example:1", "-x\n"])
-def test_a_host_that_is_none_is_not_opened(platform: ScriptedPlatform, orion: Command, host: str) -> None:
+def test_an_invalid_host_is_not_opened(platform: ScriptedPlatform, orion: Command, host: str) -> None:
     platform.answer("GET", "/api/rentals/box", rental())
     told = WEB_PORT | {"host": host, "ticket": "t", "expires_in_s": 60.0}
     platform.answer("POST", "/api/rentals/abcdefgh23/ports/8000/ticket", Answer(201, told))
     assert orion("open", "box", "8000").status == 1
 
 
-def test_a_rental_made_where_nothing_can_be_kept_is_still_reported(
+def test_a_rental_is_reported_even_if_its_key_cannot_be_recorded(
     platform: ScriptedPlatform, orion: Command, public_key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", "/proc/nowhere")
@@ -511,7 +511,7 @@ def test_a_rental_made_where_nothing_can_be_kept_is_still_reported(
     result = orion("rent", "--key", str(public_key))
     assert result.status == 0
     assert f"-i {public_key}" in result.err
-    assert orion("rent").status == 1  # without a key there is nowhere to make one
+    assert orion("rent").status == 1  # orion cannot make its own key without the folder
 
 
 @pytest.mark.parametrize(
@@ -523,7 +523,7 @@ def test_a_rental_made_where_nothing_can_be_kept_is_still_reported(
         ("token", "create", "a", "--ttl", "0"),
     ],
 )
-def test_a_time_out_of_its_bounds_is_refused_in_words_and_nothing_is_sent(
+def test_a_time_out_of_bounds_is_refused_and_nothing_is_sent(
     platform: ScriptedPlatform, orion: Command, arguments: tuple[str, ...]
 ) -> None:
     result = orion(*arguments)
@@ -541,7 +541,7 @@ def test_a_time_out_of_its_bounds_is_refused_in_words_and_nothing_is_sent(
         (("--start", " "), "start must be a command"),
     ],
 )
-def test_what_can_never_be_rented_is_refused_in_words(
+def test_an_invalid_rent_is_refused_with_the_reason(
     platform: ScriptedPlatform, orion: Command, public_key: Path, arguments: tuple[str, ...], said: str
 ) -> None:
     result = orion("rent", "--key", str(public_key), *arguments)
@@ -549,7 +549,7 @@ def test_what_can_never_be_rented_is_refused_in_words(
     assert said in result.err
 
 
-def test_ctrl_c_while_renting_says_what_stays_rented(
+def test_ctrl_c_while_renting_shows_what_stays_rented(
     platform: ScriptedPlatform, orion: Command, public_key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rent = Orion.rent
@@ -571,7 +571,7 @@ def test_ctrl_c_while_renting_says_what_stays_rented(
     assert keys.identity_of("abcdefgh23") is not None
 
 
-def test_ctrl_c_while_renting_and_no_platform_says_where_to_look(
+def test_ctrl_c_while_renting_without_a_platform_says_where_to_look(
     platform: ScriptedPlatform, orion: Command, public_key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(self: Orion, **asked: Any) -> RentReply:
@@ -593,7 +593,7 @@ def test_ctrl_c_while_renting_and_no_platform_says_where_to_look(
         ("wait_until_ready", ("resume", "w-aaaa2222"), "w-aaaa2222 is resumed, and its check continues"),
     ],
 )
-def test_ctrl_c_says_what_goes_on(
+def test_ctrl_c_says_what_continues(
     platform: ScriptedPlatform,
     orion: Command,
     monkeypatch: pytest.MonkeyPatch,
@@ -627,7 +627,7 @@ THAWED = "it was thawed to make room, and is frozen again unless it does within 
 
 
 @pytest.mark.parametrize("problem", ["", "the worker cannot be asked", THAWED])
-def test_a_rental_that_was_not_frozen_is_not_said_to_go_on(
+def test_a_rental_that_was_not_frozen_is_not_called_thawed(
     platform: ScriptedPlatform, orion: Command, problem: str
 ) -> None:
     platform.answer("GET", "/api/rentals/box", rental(copy_problem=problem))
@@ -637,7 +637,7 @@ def test_a_rental_that_was_not_frozen_is_not_said_to_go_on(
     assert rest == ([f"no snapshot of box can be made: {problem}"] if problem else [])
 
 
-def test_a_rental_that_was_frozen_goes_on_and_its_time_is_said(platform: ScriptedPlatform, orion: Command) -> None:
+def test_a_thawed_rental_is_shown_with_the_time_that_it_has(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals/box", rental(copy_problem="its home holds too much; it is frozen"))
     platform.answer("POST", "/api/rentals/abcdefgh23/thaw", rental(copy_problem=THAWED))
     said = orion("thaw", "box").out
@@ -660,9 +660,7 @@ def test_resume_waits_until_the_worker_was_checked(platform: ScriptedPlatform, o
     assert orion("resume", "w-aaaa2222", "--wait", "0").status == 7
 
 
-def test_whoever_is_not_logged_in_is_told_before_a_key_is_made(
-    orion: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_login_no_key_is_made(orion: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ORION_URL")
     monkeypatch.delenv("ORION_TOKEN_FILE")
     for arguments in (("rent",), ("keys", "box", "add")):
@@ -675,7 +673,7 @@ def test_whoever_is_not_logged_in_is_told_before_a_key_is_made(
 OTHER_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMJmT9oQyXJXw1cMyxGBLCFfEDPrgh2TyT2PnTrEFpGr"
 
 
-def test_a_file_of_keys_may_hold_remarks_and_several_keys(
+def test_a_file_of_keys_may_contain_comments_and_several_keys(
     platform: ScriptedPlatform, orion: Command, tmp_path: Path
 ) -> None:
     file = tmp_path / "keys.pub"
@@ -739,7 +737,7 @@ def test_the_list_of_keys_says_which_of_them_this_machine_has(
     assert_harmless(listed)
 
 
-def test_removing_a_key_that_is_not_there_is_no_such_thing(platform: ScriptedPlatform, orion: Command) -> None:
+def test_removing_an_unknown_key_fails_with_not_found(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/rentals/box", rental())
     platform.answer("GET", "/api/rentals/abcdefgh23/keys", page())
     result = orion("keys", "box", "rm", "nothing", "--yes")
@@ -755,7 +753,7 @@ def test_renew_says_when_it_ends_now(platform: ScriptedPlatform, orion: Command)
     assert platform.calls[-1].body == {"ttl_s": 604800}
 
 
-def test_the_pool_is_run_by_hostname_too(platform: ScriptedPlatform, orion: Command) -> None:
+def test_workers_can_be_named_by_hostname(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/workers", page(worker()))
     platform.answer("POST", "/api/workers/w-aaaa2222/drain", worker(intent="draining"))
     platform.answer("POST", "/api/workers/w-aaaa2222/resume", worker())
@@ -766,7 +764,7 @@ def test_the_pool_is_run_by_hostname_too(platform: ScriptedPlatform, orion: Comm
     assert platform.calls[-1].method == "DELETE"
 
 
-def test_the_dead_are_pruned_and_those_that_stay_are_named(platform: ScriptedPlatform, orion: Command) -> None:
+def test_prune_names_the_forgotten_and_the_kept_workers(platform: ScriptedPlatform, orion: Command) -> None:
     kept = {"id": "w-bbbb3333", "why": "it may still have what was written last in desk"}
     platform.answer("POST", "/api/workers/prune", {"forgotten": ["w-aaaa2222"], "kept": [kept]})
     said = orion("workers", "prune").out
@@ -775,7 +773,7 @@ def test_the_dead_are_pruned_and_those_that_stay_are_named(platform: ScriptedPla
     assert json.loads(orion("workers", "prune", "--json").out)["kept"] == [kept]
 
 
-def test_a_worker_is_declared_gone_only_when_somebody_means_it(platform: ScriptedPlatform, orion: Command) -> None:
+def test_a_worker_is_declared_gone_only_after_a_yes(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/workers", page(worker()))
     platform.answer("POST", "/api/workers/w-aaaa2222/gone", worker(health="down"))
     assert "add --yes" in orion("workers", "gone", "0123456789ab").err
@@ -807,7 +805,7 @@ def test_a_drain_says_what_it_waits_for_once_and_ends_when_it_is_drained(
 
 
 @pytest.mark.usefixtures("no_pauses")
-def test_a_drain_that_somebody_ends_is_not_said_to_be_done(platform: ScriptedPlatform, orion: Command) -> None:
+def test_a_drain_that_is_ended_by_a_resume_is_not_reported_as_done(platform: ScriptedPlatform, orion: Command) -> None:
     platform.answer("GET", "/api/workers", page(worker()))
     platform.answer("POST", "/api/workers/w-aaaa2222/drain", worker(intent="draining"))
     platform.answer("GET", "/api/workers/w-aaaa2222", worker())
@@ -830,7 +828,7 @@ def test_migrate_says_where_it_is_now(platform: ScriptedPlatform, orion: Command
         (rental(explanation="could not be moved: no"), 6, "stays on its worker: could not be moved: no"),
     ],
 )
-def test_migrate_says_why_it_is_not_there(
+def test_migrate_says_why_the_rental_is_not_on_another_worker(
     platform: ScriptedPlatform, orion: Command, answer: Answer | dict[str, Any], status: int, said: str
 ) -> None:
     platform.answer("GET", "/api/rentals/box", rental())
@@ -867,7 +865,7 @@ def test_events_shows_the_last_ones_and_follows_from_there(platform: ScriptedPla
     past = page(event(3), event(2), event(1, reason="first"), following="1")
     platform.answer("GET", "/api/events", past, stream(event(3), event(4, reason="latest")), refused)
     result = orion("events", "-f", "-n", "2")
-    assert result.status == 4  # the script above ends it
+    assert result.status == 4  # the third answer of the scripted platform ends the command
     assert "first" not in result.out
     assert result.out.count("rental.activated") == 3
     assert platform.calls[0].query == {"newest_first": "true", "limit": "2"}
@@ -922,7 +920,7 @@ def test_the_inventory_holds_nothing_that_ssh_would_obey(
     assert json.loads(orion("inventory").out)["workers"]["hosts"] == []
 
 
-def test_login_stores_nothing_before_the_token_was_taken(
+def test_login_stores_nothing_before_the_token_is_accepted(
     platform: ScriptedPlatform, orion: Command, tmp_path: Path
 ) -> None:
     platform.answer("GET", "/api/rentals", problem(401, "unauthorized", "unknown token"), page())
@@ -942,7 +940,7 @@ def test_not_logged_in_says_how(orion: Command, monkeypatch: pytest.MonkeyPatch)
 
 
 def by_itself(arguments: list[str], **streams: Any) -> subprocess.CompletedProcess[str]:
-    """`orion ARGUMENTS` as a process of its own, whose output is buffered as it is for a user."""
+    """Run `orion ARGUMENTS` as a process of its own, whose output is buffered as for a user."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     environment |= {"PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "orion.cli", *arguments]
@@ -950,7 +948,7 @@ def by_itself(arguments: list[str], **streams: Any) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize("arguments", [["events", "--json"], ["ls", "--json"], ["ls"], ["--help"]])
-def test_a_reader_that_has_enough_ends_the_command_without_a_word(
+def test_a_closed_pipe_ends_the_command_without_output(
     platform: ScriptedPlatform, orion: Command, arguments: list[str]
 ) -> None:
     platform.answer("GET", "/api/events", page(*(event(number) for number in range(500))))
@@ -963,7 +961,7 @@ def test_a_reader_that_has_enough_ends_the_command_without_a_word(
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
-def test_the_help_of_what_ssh_runs_is_shown(option: str) -> None:
+def test_the_help_of_connect_is_shown(option: str) -> None:
     done = by_itself(["connect", option], capture_output=True)
     assert done.returncode == 0
     assert "This is what ssh runs for each session" in done.stdout

@@ -1,4 +1,4 @@
-"""Where the login is kept, and which one is in force."""
+"""The stored login, and the order of the environment and the file."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_environment_goes_before_the_file(environment: dict[str, str], tmp_p
 
 
 @pytest.mark.parametrize("half", [{"ORION_URL": "http://evil.example"}, {"ORION_TOKEN_FILE": "/dev/null"}])
-def test_half_of_the_environments_pair_is_never_completed_from_the_file(
+def test_half_of_the_environments_pair_is_never_completed_by_the_file(
     environment: dict[str, str], half: dict[str, str]
 ) -> None:
     login.store(PlatformLogin("http://localhost:8080", TOKEN), environment)
@@ -100,7 +100,7 @@ def test_a_token_is_not_shown_by_accident() -> None:
     assert TOKEN not in repr(PlatformLogin("http://localhost:8080", TOKEN))
 
 
-def test_it_is_json_that_a_person_can_read(environment: dict[str, str]) -> None:
+def test_the_stored_login_is_readable_json(environment: dict[str, str]) -> None:
     kept_in = login.store(PlatformLogin("http://localhost:8080", TOKEN), environment)
     assert json.loads(kept_in.read_text()) == {"url": "http://localhost:8080", "token": TOKEN, "ca_file": None}
 

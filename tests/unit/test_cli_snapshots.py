@@ -1,4 +1,4 @@
-"""`orion snapshots`, `orion restore`, and how old a rental's files are wherever it is shown."""
+"""`orion snapshots`, `orion restore`, and the age of a rental's last snapshot in the other commands."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def orion(
     return command
 
 
-def test_snapshots_are_listed_with_their_age_and_what_is_not_in_them(server: ScriptedPlatform, orion: Command) -> None:
+def test_snapshots_are_listed_with_their_age_and_missing_files(server: ScriptedPlatform, orion: Command) -> None:
     copy = {"generation": "3-12", "at": UP_TO_NOW, "bytes": 10_500_000, "files": 42, "skipped": [EVIL]}
     server.answer("GET", f"/api/rentals/{RENTAL}/snapshots", page(copy))
     result = orion("snapshots", RENTAL)
@@ -48,7 +48,7 @@ def test_snapshots_are_listed_with_their_age_and_what_is_not_in_them(server: Scr
     assert "\x1b" not in result.out
 
 
-def test_a_rental_without_a_copy_says_so(server: ScriptedPlatform, orion: Command) -> None:
+def test_a_rental_without_a_snapshot_says_so(server: ScriptedPlatform, orion: Command) -> None:
     server.answer("GET", f"/api/rentals/{RENTAL}/snapshots", page())
     result = orion("snapshots", RENTAL)
     assert (result.status, result.out) == (0, "")
@@ -62,7 +62,7 @@ def test_a_rental_without_a_copy_says_so(server: ScriptedPlatform, orion: Comman
         (("--empty", "--discard"), {"generation": None, "empty": True, "discard": True}),
     ],
 )
-def test_a_restore_asks_for_what_was_said(
+def test_a_restore_requests_the_given_snapshot(
     server: ScriptedPlatform, orion: Command, options: tuple[str, ...], sent: dict[str, object]
 ) -> None:
     server.answer("POST", f"/api/rentals/{RENTAL}/restore", Answer(202, rental(state="migrating")))
@@ -72,7 +72,7 @@ def test_a_restore_asks_for_what_was_said(
 
 
 @pytest.mark.parametrize("options", [(), ("--from", "1-1", "--empty"), ("--from", "yesterday"), ("--from", "../1")])
-def test_a_restore_that_means_nothing_is_not_sent(
+def test_a_restore_without_a_clear_source_is_not_sent(
     server: ScriptedPlatform, orion: Command, options: tuple[str, ...]
 ) -> None:
     assert orion("restore", RENTAL, *options, "--yes").status == 2
@@ -84,7 +84,7 @@ def test_a_restore_is_not_begun_without_a_yes(server: ScriptedPlatform, orion: C
     assert [call.method for call in server.calls] == ["GET"]
 
 
-def test_why_a_restore_is_refused_is_told(server: ScriptedPlatform, orion: Command) -> None:
+def test_the_reason_for_a_refused_restore_is_shown(server: ScriptedPlatform, orion: Command) -> None:
     refused = problem(409, "not_copied", "its files as they are now cannot be copied first: it is too large")
     server.answer("POST", f"/api/rentals/{RENTAL}/restore", refused)
     result = orion("restore", RENTAL, "--empty", "--yes")
@@ -92,7 +92,7 @@ def test_why_a_restore_is_refused_is_told(server: ScriptedPlatform, orion: Comma
     assert "cannot be copied first" in result.err
 
 
-def test_age_size_and_problems_of_copies_are_shown_with_a_rental(server: ScriptedPlatform, orion: Command) -> None:
+def test_age_size_and_problems_of_snapshots_are_shown_with_a_rental(server: ScriptedPlatform, orion: Command) -> None:
     told = {"last_safe_copy_at": UP_TO_NOW, "last_safe_copy_bytes": 999, "copy_problem": "its home holds too much"}
     server.answer("GET", f"/api/rentals/{RENTAL}", rental(**told))
     server.answer("GET", "/api/rentals", page(rental(**told)))

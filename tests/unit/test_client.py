@@ -20,7 +20,7 @@ TOKEN = "orion_client_t1_secret"
 
 
 class Clock:
-    """Time that passes only while somebody sleeps."""
+    """A clock that moves only during `sleep`."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -64,7 +64,7 @@ def test_every_call_carries_the_token(platform: ScriptedPlatform, orion: Orion) 
     assert platform.calls[0].headers["Authorization"] == f"Bearer {TOKEN}"
 
 
-def test_rent_sends_what_was_asked_and_a_key_of_its_own(platform: ScriptedPlatform, orion: Orion) -> None:
+def test_rent_sends_the_request_with_an_idempotency_key(platform: ScriptedPlatform, orion: Orion) -> None:
     platform.answer("POST", "/api/rent", Answer(201, rental()))
     rented = orion.rent(name="box", ttl_s=3600, labels={"team": "blue"}, wait_s=0)
     assert rented.state is RentalState.ACTIVE
@@ -99,7 +99,7 @@ def test_a_rent_that_broke_is_repeated_with_the_same_key_and_body(
     assert platform.calls[0].body == platform.calls[2].body
 
 
-def test_a_release_that_broke_is_said_again(platform: ScriptedPlatform, orion: Orion) -> None:
+def test_a_release_that_broke_is_repeated(platform: ScriptedPlatform, orion: Orion) -> None:
     gone = problem(502, "manager_no_answer", "nobody knows")
     platform.answer("DELETE", "/api/rentals/abcdefgh23", gone, Answer(breaks=True), rental(state="released"))
     assert orion.release("abcdefgh23").state is RentalState.RELEASED
@@ -127,7 +127,7 @@ def test_retrying_ends(platform: ScriptedPlatform, orion: Orion, clock: Clock) -
     assert 5 < sum(clock.slept) <= 10
 
 
-def test_a_person_is_told_of_each_retry(platform: ScriptedPlatform, orion: Orion, clock: Clock) -> None:
+def test_each_retry_is_reported(platform: ScriptedPlatform, orion: Orion, clock: Clock) -> None:
     told: list[float] = []
     orion.when_retrying(lambda _error, pause: told.append(pause))
     platform.answer("POST", "/api/rent", Answer(breaks=True), Answer(201, rental()))
@@ -135,7 +135,7 @@ def test_a_person_is_told_of_each_retry(platform: ScriptedPlatform, orion: Orion
     assert told == clock.slept
 
 
-def test_reading_is_not_repeated_behind_the_callers_back(platform: ScriptedPlatform, orion: Orion) -> None:
+def test_a_read_is_not_repeated_unless_the_caller_asks_for_that(platform: ScriptedPlatform, orion: Orion) -> None:
     platform.answer("GET", "/api/status", Answer(breaks=True))
     with pytest.raises(errors.Unreachable):
         orion.status()
@@ -186,13 +186,13 @@ def test_retry_after_may_be_a_date() -> None:
     assert error.retry_after_s == 30
 
 
-def test_a_nonsense_retry_after_is_as_none() -> None:
+def test_an_invalid_retry_after_is_ignored() -> None:
     assert errors.refusal(429, httpx.Headers({"Retry-After": "soon"}), b"").retry_after_s is None
 
 
 def test_nobody_listening_says_what_to_do() -> None:
     with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))  # without listening: nobody else gets that port meanwhile
+        silent.bind(("127.0.0.1", 0))  # bound but not listening, so that no other program takes the port
         port = silent.getsockname()[1]
         with (
             Orion.at(f"http://127.0.0.1:{port}", TOKEN) as orion,
@@ -247,7 +247,7 @@ def test_a_name_of_several_lists_them(platform: ScriptedPlatform, orion: Orion) 
     assert caught.value.candidates == ["one", "two"]
 
 
-def test_of_the_ended_the_latest_bears_the_name(platform: ScriptedPlatform, orion: Orion) -> None:
+def test_among_ended_rentals_of_one_name_the_latest_is_found(platform: ScriptedPlatform, orion: Orion) -> None:
     old = rental(id="old", state="released", created_at="2029-01-01T00:00:00Z")
     platform.answer("GET", "/api/rentals", page(), page(old, rental(id="new", state="expired")))
     assert orion.find_rental("box", ended=True).id == "new"
@@ -286,7 +286,7 @@ def test_waiting_ends_in_the_state_that_was_wanted(platform: ScriptedPlatform, o
     assert platform.calls[0].query == {"wait_s": "10.0", "state": "active"}
 
 
-def test_waiting_ends_when_it_can_never_be(platform: ScriptedPlatform, orion: Orion) -> None:
+def test_waiting_ends_if_the_state_can_never_come(platform: ScriptedPlatform, orion: Orion) -> None:
     platform.answer("GET", "/api/rentals/abcdefgh23", rental(state="released"))
     assert orion.wait_for("abcdefgh23", RentalState.ACTIVE, 60).state is RentalState.RELEASED
 
@@ -300,7 +300,7 @@ def test_waiting_ends_in_time_without_asking_in_a_tight_loop(
     assert len(platform.calls) <= 11
 
 
-def test_waiting_goes_on_through_an_outage(platform: ScriptedPlatform, orion: Orion) -> None:
+def test_waiting_continues_through_an_outage(platform: ScriptedPlatform, orion: Orion) -> None:
     platform.answer("GET", "/api/rentals/abcdefgh23", Answer(breaks=True), Answer(breaks=True), rental())
     assert orion.wait_for("abcdefgh23", RentalState.ACTIVE, 60).state is RentalState.ACTIVE
 
@@ -350,7 +350,7 @@ def test_a_release_is_waited_for(platform: ScriptedPlatform, orion: Orion) -> No
     assert platform.calls[0].query == {"wait_s": "30"}
 
 
-def test_the_remaining_calls_are_where_the_contract_says(platform: ScriptedPlatform, orion: Orion) -> None:
+def test_the_remaining_calls_use_the_paths_of_the_contract(platform: ScriptedPlatform, orion: Orion) -> None:
     platform.answer("POST", "/api/rentals/r/renew", rental())
     platform.answer("GET", "/api/workers/w", worker())
     platform.answer("POST", "/api/workers/w/drain", worker(intent="draining"))

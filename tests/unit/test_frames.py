@@ -1,4 +1,4 @@
-"""The client's side of a WebSocket, against what the library would send and take."""
+"""The client's side of a WebSocket against the frames of a WebSocket library."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_message_in_several_frames_is_its_bytes() -> None:
     assert b"".join(incoming.feed(whole)) == b"one two"
 
 
-def test_a_frame_without_end_is_given_on_as_it_comes() -> None:
+def test_a_long_frame_is_passed_on_as_it_comes() -> None:
     incoming = frames.Incoming()
     head = b"\x82\x7f" + (1 << 40).to_bytes(8, "big")
     assert list(incoming.feed(head + b"a" * 10)) == [b"a" * 10]
@@ -73,11 +73,11 @@ def test_a_frame_without_end_is_given_on_as_it_comes() -> None:
     [b"\x81\x02hi", b"\x83\x00", b"\xc2\x01x", b"\x82\x81maskx", b"\x89\x7e\x00\x80", b"\x8b\x7e\x00\x80" + b"x" * 128],
     ids=["text", "an unknown frame", "a reserved bit", "a mask", "a ping too long", "a pong too long"],
 )
-def test_what_is_no_frame_of_ours_is_refused(sent: bytes) -> None:
+def test_an_unexpected_frame_is_refused(sent: bytes) -> None:
     with pytest.raises(frames.ProtocolError):
         list(frames.Incoming().feed(sent))
 
 
-def test_the_answer_to_a_key_is_that_of_the_standard() -> None:
-    """RFC 6455, 1.3."""
+def test_the_answer_to_a_key_follows_the_standard() -> None:
+    """The example is that of RFC 6455, 1.3."""
     assert frames.accept_of("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="

@@ -1,4 +1,4 @@
-"""The certificate of this machine's own key: how long the one that is kept serves, whatever the clock does."""
+"""The stored certificate of this machine's own key: for how long it is used, whatever the clocks do."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], in
     return now
 
 
-def test_one_is_asked_for_once_an_epoch_and_again_before_it_ends(clocks: Clocks, asked: Callable[..., int]) -> None:
+def test_a_certificate_is_requested_once_an_epoch_and_again_before_it_ends(
+    clocks: Clocks, asked: Callable[..., int]
+) -> None:
     assert asked() == asked() == 1
     clocks.pass_time(CERTIFICATE_S - ENOUGH_S - 1)
     assert asked() == 1
@@ -70,7 +72,7 @@ def test_one_is_asked_for_once_an_epoch_and_again_before_it_ends(clocks: Clocks,
 
 
 @pytest.mark.parametrize("back_s", [60.0, 1800.0, 7200.0, 86_400.0])
-def test_a_clock_that_is_set_back_makes_none_last_longer(
+def test_a_clock_that_is_set_back_does_not_prolong_a_certificate(
     clocks: Clocks, asked: Callable[..., int], back_s: float
 ) -> None:
     asked()
@@ -79,7 +81,7 @@ def test_a_clock_that_is_set_back_makes_none_last_longer(
     assert asked() == 2
 
 
-def test_a_machine_that_slept_or_began_anew_asks_again(clocks: Clocks, asked: Callable[..., int]) -> None:
+def test_after_sleep_or_a_reboot_a_new_certificate_is_requested(clocks: Clocks, asked: Callable[..., int]) -> None:
     asked()
     clocks.wall += CERTIFICATE_S
     assert asked() == 2
@@ -88,7 +90,9 @@ def test_a_machine_that_slept_or_began_anew_asks_again(clocks: Clocks, asked: Ca
     assert asked() == 3
 
 
-def test_a_note_that_is_none_is_asked_for_again(clocks: Clocks, asked: Callable[..., int], tmp_path: Path) -> None:
+def test_a_certificate_without_valid_times_is_requested_again(
+    clocks: Clocks, asked: Callable[..., int], tmp_path: Path
+) -> None:
     for kept in ("", CERTIFICATE, f"{CERTIFICATE} 1/{int(clocks.wall) + 3600}", f"{CERTIFICATE} 1/x/y"):
         (tmp_path / "abcdefgh23-cert.pub").write_text(kept)
         before = asked()

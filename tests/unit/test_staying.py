@@ -1,4 +1,4 @@
-"""ssh as a child: its status is ours, signals go where they should, and what ended it is known."""
+"""ssh as a child process: its exit status, its signals, and the reason for its end."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def python(program: str, *arguments: str) -> list[str]:
         ([], 255, False),
     ],
 )
-def test_only_what_was_lost_and_not_ended_is_lost(told: object, status: int, lost: bool) -> None:
+def test_a_session_counts_as_lost_only_if_its_connection_was_lost(told: object, status: int, lost: bool) -> None:
     left = staying.run(python(REPORTS, json.dumps(told), str(status)))
     assert (left.status, left.lost) == (status, lost)
     if lost:
         assert (left.at_worker, left.reason) == (True, "its worker is down")
 
 
-def test_without_a_report_it_was_ssh_s_own_end() -> None:
+def test_without_a_report_ssh_ended_by_itself() -> None:
     assert staying.run(python("import sys; sys.exit(255)")) == staying.Left(255, lost=False, at_worker=False, reason="")
 
 
-def test_who_was_killed_has_the_status_that_a_shell_tells() -> None:
+def test_a_killed_child_has_the_exit_status_that_a_shell_gives() -> None:
     assert staying.run(python("import os; os.kill(os.getpid(), 9)")).status == 137
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_from_elsewhere_is_passed_on(number: signal.Signals, tmp_path: Path) -> None:
-    """As ours, while ssh runs: it ends, and we go on to say so."""
+    """A signal to our process ends the child, and our process then returns the child's status."""
     ready = tmp_path / "ready"
     program = (
         f"import signal, sys, pathlib; signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}]); "
@@ -72,7 +72,7 @@ def test_a_signal_from_elsewhere_is_passed_on(number: signal.Signals, tmp_path: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_that_comes_before_ssh_is_there_is_passed_on_to_it(
+def test_a_signal_that_comes_before_ssh_runs_is_passed_on_to_it(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = subprocess.Popen
@@ -86,8 +86,8 @@ def test_a_signal_that_comes_before_ssh_is_there_is_passed_on_to_it(
     assert staying.run(["sleep", "60"]).status == 128 + number
 
 
-def test_who_stops_itself_stops_us_and_goes_on_with_us() -> None:
-    """As ~^Z of ssh does: the shell must get its terminal back."""
+def test_a_child_that_stops_itself_stops_us_and_continues_with_us() -> None:
+    """~^Z of ssh stops ssh in this way, and the shell must get its terminal back."""
     child = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP); raise SystemExit(5)"
     ours = f"import sys; from orion.cli import staying; sys.exit(staying.run([sys.executable, '-c', {child!r}]).status)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
