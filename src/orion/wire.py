@@ -57,6 +57,9 @@ _SSH_KEY = re.compile(
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
+# Enumerations
+
+
 class WorkerHealth(StrEnum):
     """What the manager knows of a worker's ability to run rentals."""
 
@@ -108,6 +111,9 @@ class Want(StrEnum):
     RUN = "run"
     HOLD = "hold"
     PURGE = "purge"
+
+
+# Keys, names and commands
 
 
 def one_public_key(text: str) -> str:
@@ -202,6 +208,8 @@ Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
 Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S, strict=True)]
 
 
+# Messages for wrong values
+
 _IN_WORDS = {
     "missing": "is missing",
     "extra_forbidden": "is not a field of this request",
@@ -246,6 +254,9 @@ def in_words(error: Mapping[str, Any]) -> str:
     )
 
 
+# Models of every call
+
+
 class Request(BaseModel):
     """The base of all requests. The manager refuses unknown fields."""
 
@@ -256,6 +267,9 @@ class Reply(BaseModel):
     """The base of all replies. Clients ignore unknown fields, so that an older client can read a newer reply."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+# Calls of a worker
 
 
 class Load(Request):
@@ -365,6 +379,9 @@ class HeartbeatReply(Reply):
     takes: list[str] = Field([], description="Optional fields that the next heartbeat may contain, such as start_ends")
 
 
+# Renting
+
+
 class RentRequest(Request):
     """What to rent. Without a name or a key the platform makes one."""
 
@@ -377,6 +394,9 @@ class RentRequest(Request):
         description="A command that the rental's shell runs in its home each time that it becomes active on a worker",
     )
     wait_s: float = Field(DEFAULT_WAIT_S, ge=0, le=MAX_WAIT_S)
+
+
+# Access to a rental
 
 
 class SshAuthority(Reply):
@@ -448,6 +468,9 @@ class WebPortTicket(WebPort):
 
     ticket: str
     expires_in_s: float
+
+
+# State, time and files of a rental
 
 
 class RenewRequest(Request):
@@ -533,6 +556,9 @@ class RestoreRequest(Request):
         return self
 
 
+# Workers
+
+
 class Worker(Reply):
     """A worker of the pool."""
 
@@ -572,6 +598,9 @@ class Pruned(Reply):
     kept: list[Kept]
 
 
+# Tokens
+
+
 class TokenRequest(Request):
     """The token to make."""
 
@@ -595,6 +624,9 @@ class TokenReply(Token):
     """A new token with its secret."""
 
     token: str = Field(description="The secret, in this reply only; the platform keeps its hash alone")
+
+
+# Events and jobs
 
 
 class Event(Reply):
@@ -622,6 +654,9 @@ class LogEntry(Reply):
     ok: bool
     seconds: float = Field(description="Seconds from the order to the outcome")
     message: str
+
+
+# The platform
 
 
 class Overdue(Reply):
