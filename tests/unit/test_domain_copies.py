@@ -230,7 +230,7 @@ def test_a_name_is_read_as_it_is_written_and_nothing_else_is_one() -> None:
 # The worker's end
 
 
-WISH: dict[str, Any] = {"rental_id": "one", "epoch": 3, "deadline": 2000.0}
+REQUEST: dict[str, Any] = {"rental_id": "one", "epoch": 3, "deadline": 2000.0}
 RECORD = RentalRecord("one", "r-one", 100_001, epoch=3)
 
 
@@ -254,13 +254,13 @@ RECORD = RentalRecord("one", "r-one", 100_001, epoch=3)
 )
 def test_what_could_do_harm_is_not_understood(wrong: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError)):
-        requests.parse_request(json.dumps(WISH | wrong).encode(), now=1000.0)
+        requests.parse_request(json.dumps(REQUEST | wrong).encode(), now=1000.0)
 
 
 def test_a_passed_deadline_is_refused() -> None:
-    assert requests.parse_request(json.dumps(WISH).encode(), now=1000.0).epoch == 3
+    assert requests.parse_request(json.dumps(REQUEST).encode(), now=1000.0).epoch == 3
     with pytest.raises(RequestRefused, match="deadline"):
-        requests.parse_request(json.dumps(WISH).encode(), now=2000.0)
+        requests.parse_request(json.dumps(REQUEST).encode(), now=2000.0)
 
 
 def test_only_a_home_of_this_epoch_that_nobody_was_let_into_is_filled() -> None:
@@ -282,8 +282,8 @@ def test_only_a_home_of_this_epoch_that_nobody_was_let_into_is_filled() -> None:
 def test_the_record_remembers_what_its_home_was_filled_with(tmp_path: Path) -> None:
     records = RentalRecords(tmp_path)
     records.save(RECORD)
-    wish = requests.TransferRequest("one", 3, 2000.0, snapshot_id="2-7")
-    assert transfer.record_for("receive", records, wish).restored == "2-7"
+    request = requests.TransferRequest("one", 3, 2000.0, snapshot_id="2-7")
+    assert transfer.record_for("receive", records, request).restored == "2-7"
     assert records.find("one") == RentalRecord("one", "r-one", 100_001, 3, restored="2-7")
 
 

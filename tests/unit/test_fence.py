@@ -74,7 +74,7 @@ class House:
             self.fence.lease_renewed()
         self.fence.look()
 
-    def let_in(self) -> None:
+    def activate(self) -> None:
         self.may_run(True)
         self.rentals.unlock(RentalRequest("one", 1))
         self.kernel.running.add(UID)
@@ -104,17 +104,17 @@ def house(tmp_path: Path, kernel: Kernel) -> House:
     return House(tmp_path, kernel, rentals, fence, right, said)
 
 
-def test_at_its_start_nobody_is_let_in_before_there_is_a_lease(house: House) -> None:
+def test_at_its_start_nobody_is_activated_before_there_is_a_lease(house: House) -> None:
     house.fence.look()
     assert house.shown == "locked", "what does not run is not frozen either"
     with pytest.raises(RequestRefused, match="no lease"):
         house.rentals.unlock(RentalRequest("one", 1))
-    house.let_in()
+    house.activate()
     assert house.shown == "running"
 
 
 def test_without_the_right_everything_stops_and_the_keys_go(house: House) -> None:
-    house.let_in()
+    house.activate()
     house.may_run(False)
     assert house.shown == "frozen"
     assert (house.root / "etc/orion/locked/r-one").exists()
@@ -123,7 +123,7 @@ def test_without_the_right_everything_stops_and_the_keys_go(house: House) -> Non
 
 
 def test_the_fence_never_thaws_that_takes_a_reply_and_a_lease(house: House) -> None:
-    house.let_in()
+    house.activate()
     house.may_run(False)
     with pytest.raises(RequestRefused, match="no lease"):
         house.rentals.thaw(RentalRequest("one", 1), requested_at=5.0)
@@ -137,7 +137,7 @@ def test_the_fence_never_thaws_that_takes_a_reply_and_a_lease(house: House) -> N
 
 @pytest.mark.parametrize("epoch", [2, 3])
 def test_only_the_very_epoch_that_is_here_is_thawed(house: House, epoch: int) -> None:
-    house.let_in()
+    house.activate()
     house.may_run(False)
     house.may_run(True)
     with pytest.raises(RequestRefused, match="epoch"):
@@ -146,7 +146,7 @@ def test_only_the_very_epoch_that_is_here_is_thawed(house: House, epoch: int) ->
 
 
 def test_what_was_stopped_before_stays_so_over_two_freezes(house: House) -> None:
-    house.let_in()
+    house.activate()
     house.kernel.running.clear()
     house.kernel.suspended.add(UID)
     house.may_run(False)
@@ -160,7 +160,7 @@ def test_what_was_stopped_before_stays_so_over_two_freezes(house: House) -> None
 def test_the_fence_goes_first_and_notes_later_where_nothing_can_be_written(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house.let_in()
+    house.activate()
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -182,7 +182,7 @@ def test_the_fence_goes_first_and_notes_later_where_nothing_can_be_written(
 
 
 def test_a_rental_that_comes_while_there_is_no_lease_is_frozen_too(house: House) -> None:
-    house.let_in()
+    house.activate()
     house.may_run(False)
     house.rentals.records.save(RentalRecord("two", "r-two", UID + 1, 1, activated=True))
     house.kernel.running.add(UID + 1)
@@ -207,7 +207,7 @@ def test_what_fills_a_home_is_ended_and_its_rental_can_be_made_again(house: Hous
 def test_an_order_to_freeze_outlives_a_reply_to_a_call_that_was_sent_before_it(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house.let_in()
+    house.activate()
     monkeypatch.setattr(commands, "_boot_time_s", lambda: 100.0)
     assert house.rentals.freeze(RentalRequest("one", 1)) == {
         "changed": True,
@@ -225,7 +225,7 @@ def test_an_order_to_freeze_outlives_a_reply_to_a_call_that_was_sent_before_it(
 def test_an_order_to_freeze_is_not_undone_by_a_lease_that_was_lost_and_came_back(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house.let_in()
+    house.activate()
     monkeypatch.setattr(commands, "_boot_time_s", lambda: 100.0)
     house.rentals.freeze(RentalRequest("one", 1))
     house.may_run(False)
@@ -242,7 +242,7 @@ def test_an_older_order_freezes_nothing_newer_and_what_is_not_here_is_no_fault(h
 
 
 def test_marks_end_with_the_container(house: House) -> None:
-    house.let_in()
+    house.activate()
     house.may_run(False)
     house.fence.begin()
     assert house.shown == "locked"
@@ -250,7 +250,7 @@ def test_marks_end_with_the_container(house: House) -> None:
 
 
 def test_the_mark_of_a_rental_that_was_purged_goes(house: House) -> None:
-    house.let_in()
+    house.activate()
     house.may_run(False)
     house.rentals.records.bury(RentalRecord("one", "r-one", UID, 1))
     house.fence._repeat_at = 0.0
@@ -259,7 +259,7 @@ def test_the_mark_of_a_rental_that_was_purged_goes(house: House) -> None:
 
 
 def test_no_order_of_an_earlier_move_thaws_what_a_later_one_froze(house: House) -> None:
-    house.let_in()
+    house.activate()
     house.rentals.freeze(RentalRequest("one", 1, migration=7))
     house.rentals.freeze(RentalRequest("one", 1, migration=5))
     for earlier in (0, 5, 6):
@@ -279,7 +279,7 @@ def pause(house: House, seconds: float = 10.0) -> frozenset[stopper.KernelTask] 
 
 
 def test_a_pause_stops_a_rental_and_its_end_lets_go_on_what_went_on_before(house: House) -> None:
-    house.let_in()
+    house.activate()
     house.kernel.suspended.add(UID)
     assert pause(house) == frozenset()
     assert (house.kernel.running, house.shown) == (set(), "running"), "its renter may log in meanwhile"
@@ -295,7 +295,7 @@ def test_a_pause_stops_a_rental_and_its_end_lets_go_on_what_went_on_before(house
 
 def test_a_pause_that_nobody_ended_is_ended_by_the_fence(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orion_worker.agent.fence.AGAIN_EVERY_S", 0.0)
-    house.let_in()
+    house.activate()
     pause(house, seconds=60)
     house.fence.look()
     assert house.kernel.running == set(), "there is time left"
@@ -306,7 +306,7 @@ def test_a_pause_that_nobody_ended_is_ended_by_the_fence(house: House, monkeypat
 
 
 def test_what_is_frozen_is_not_paused_and_the_end_of_a_pause_thaws_nothing(house: House) -> None:
-    house.let_in()
+    house.activate()
     pause(house)
     house.rentals.freeze(RentalRequest("one", 1, migration=2))
     house.rentals.freezer.resume("one")
@@ -317,7 +317,7 @@ def test_what_is_frozen_is_not_paused_and_the_end_of_a_pause_thaws_nothing(house
 
 
 def test_a_lease_that_is_lost_in_a_pause_keeps_everything_still_and_wakes_all_of_it_later(house: House) -> None:
-    house.let_in()
+    house.activate()
     pause(house)
     house.may_run(False)
     house.rentals.freezer.resume("one")
@@ -331,7 +331,7 @@ def test_a_lease_that_is_lost_in_a_pause_keeps_everything_still_and_wakes_all_of
 def test_programs_that_cannot_be_stopped_go_on_and_there_is_no_snapshot(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house.let_in()
+    house.activate()
     monkeypatch.setattr(
         "orion_worker.freezer.marks.stop", lambda uid, *_: house.kernel.signal_all(uid, Signals.SIGSTOP) and None
     )
@@ -340,10 +340,10 @@ def test_programs_that_cannot_be_stopped_go_on_and_there_is_no_snapshot(
     assert (refused.value.code, house.kernel.running) == ("restless", {UID})
 
 
-def test_whoever_is_thawed_while_the_fence_looks_stays_let_in(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_is_thawed_while_the_fence_looks_stays_activated(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else its renter is shut out until the next reply to a heartbeat finds that (chaos has seen it)."""
     monkeypatch.setattr("orion_worker.agent.fence.AGAIN_EVERY_S", 0.0)
-    house.let_in()
+    house.activate()
     house.may_run(False)
     house.right[0] = True
     house.fence.lease_renewed()
@@ -361,64 +361,64 @@ def test_whoever_is_thawed_while_the_fence_looks_stays_let_in(house: House, monk
     assert house.kernel.running == {UID}
 
 
-# What is laid down to be salvaged
+# What is retired, so that its files can be recovered
 
 
 @pytest.fixture
-def laid_down(house: House, monkeypatch: pytest.MonkeyPatch) -> House:
-    """A house whose one rental has run, and is laid down to be salvaged."""
+def retired(house: House, monkeypatch: pytest.MonkeyPatch) -> House:
+    """A house whose one rental has run, and is retired, so that its files can be recovered."""
 
     def end(renters: dict[int, str], within_s: float = 0.0) -> int:
         return sum(house.kernel.signal_all(uid, Signals.SIGKILL) for uid in renters)
 
     monkeypatch.setattr("orion_worker.system.processes.kill_all", end)
-    house.let_in()
+    house.activate()
     (record,) = house.rentals.records.all()
     house.rentals.retire(record)
     return house
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_what_is_laid_down_is_nobody_s_to_freeze_or_to_let_in(laid_down: House, epoch: int) -> None:
-    rentals = laid_down.rentals
+def test_what_is_retired_is_nobody_s_to_freeze_or_to_activate(retired: House, epoch: int) -> None:
+    rentals = retired.rentals
     for order in (rentals.freeze, rentals.thaw, rentals.unlock):
         with pytest.raises(RequestRefused) as refused:
             order(RentalRequest("one", epoch, migration=7))
         if epoch == 1 or order == rentals.freeze:
             assert refused.value.code == "laid_down"
-    assert (rentals.freezer.frozen(), laid_down.shown) == ([], "locked")
-    assert laid_down.kernel.running == set()
+    assert (rentals.freezer.frozen(), retired.shown) == ([], "locked")
+    assert retired.kernel.running == set()
 
 
-def test_the_fence_freezes_nothing_that_is_laid_down_and_ends_what_would_run_of_it(laid_down: House) -> None:
-    laid_down.kernel.running.add(UID)
-    laid_down.may_run(False)
-    assert (laid_down.rentals.freezer.frozen(), laid_down.shown) == ([], "locked")
-    assert (laid_down.kernel.running, laid_down.kernel.stopped) == (set(), set())
+def test_the_fence_freezes_nothing_that_is_retired_and_ends_what_would_run_of_it(retired: House) -> None:
+    retired.kernel.running.add(UID)
+    retired.may_run(False)
+    assert (retired.rentals.freezer.frozen(), retired.shown) == ([], "locked")
+    assert (retired.kernel.running, retired.kernel.stopped) == (set(), set())
 
 
-def test_a_mark_that_was_made_as_it_was_laid_down_goes(laid_down: House) -> None:
-    (record,) = laid_down.rentals.records.all()
-    laid_down.rentals.freezer.mark(record, frozenset())
-    laid_down.fence._repeat_at = 0.0
-    laid_down.fence.look()
-    assert laid_down.rentals.freezer.frozen() == []
+def test_a_mark_that_was_made_as_it_was_retired_goes(retired: House) -> None:
+    (record,) = retired.rentals.records.all()
+    retired.rentals.freezer.mark(record, frozenset())
+    retired.fence._repeat_at = 0.0
+    retired.fence.look()
+    assert retired.rentals.freezer.frozen() == []
 
 
-def test_what_is_laid_down_stays_so_when_its_container_restarts_and_can_be_salvaged_again(laid_down: House) -> None:
-    again = Rentals(WorkerPaths(laid_down.root), lock_wait_s=0.0)
+def test_what_is_retired_stays_so_when_its_container_restarts_and_can_be_salvaged_again(retired: House) -> None:
+    again = Rentals(WorkerPaths(retired.root), lock_wait_s=0.0)
     with pytest.raises(RequestRefused, match="await their recovery"):
         again.freeze(RentalRequest("one", 1))
-    wish = TransferRequest("one", 1, deadline=time.time() + 60)
-    assert record_for("salvage", again.records, wish).retired
+    request = TransferRequest("one", 1, deadline=time.time() + 60)
+    assert record_for("salvage", again.records, request).retired
     with pytest.raises(RequestRefused, match="await their recovery"):
-        record_for("send", again.records, wish)
+        record_for("send", again.records, request)
 
 
-def test_what_is_made_again_after_going_back_to_a_backup_is_laid_down_no_more(
-    laid_down: House, monkeypatch: pytest.MonkeyPatch
+def test_what_is_made_again_after_going_back_to_a_backup_is_retired_no_more(
+    retired: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rentals = laid_down.rentals
+    rentals = retired.rentals
     monkeypatch.setattr(rentals, "_make_home", lambda request: False)
     monkeypatch.setattr(rentals, "_write_keys", lambda request, name: False)
     monkeypatch.setattr("orion_worker.rental.accounts.add", lambda etc, username, uid: False)

@@ -166,10 +166,10 @@ def test_an_rsync_is_ended_with_the_process_of_root_s_that_waits_for_it(
 def test_a_transfer_is_killed_some_time_after_its_deadline_whatever_it_waits_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    wish = requests.TransferRequest("one", 1, time.time() + SHORT_S)
+    request = requests.TransferRequest("one", 1, time.time() + SHORT_S)
     monkeypatch.setattr(transfer, "TIDIES_S", 0.0)
     monkeypatch.setattr(transfer, "_read_line", lambda: b"")
-    monkeypatch.setattr(transfer, "parse_request", lambda *_: wish)
+    monkeypatch.setattr(transfer, "parse_request", lambda *_: request)
     monkeypatch.setattr(transfer, "_receive", lambda *_: stop_itself())
     child = processes.begin_child(lambda: transfer.run_transfer("receive", Rentals, Path(), Path()))  # type: ignore[arg-type]
     assert processes.has_ended(child, 60.0)

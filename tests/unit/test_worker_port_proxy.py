@@ -249,7 +249,7 @@ async def ended(reader: asyncio.StreamReader) -> bytes:
 
 
 @asynccontextmanager
-async def standing(root: Path, slots: int = 1) -> AsyncIterator[Stage]:
+async def serving(root: Path, slots: int = 1) -> AsyncIterator[Stage]:
     stage = Stage(root, slots)
     async with asyncio.timeout(WITHIN_S):
         renter = await asyncio.start_server(stage.renter, "127.0.0.1", 0)
@@ -265,7 +265,7 @@ async def standing(root: Path, slots: int = 1) -> AsyncIterator[Stage]:
 
 
 async def test_bytes_pass_both_ways_as_they_are_without_the_pass(tmp_path: Path) -> None:
-    async with standing(tmp_path) as stage:
+    async with serving(tmp_path) as stage:
         reader, writer = await stage.ask(told(stage.way), b"one\0")
         assert await reader.readuntil(b"one\0") == b"HTTP/1.1 200 OK\r\nX-Orion-Door: 1\r\n\r\nfirst one\0"
         writer.write(b"two")
@@ -294,7 +294,7 @@ NO_ANSWERS = [
 
 @pytest.mark.parametrize(("says", "code"), NO_ANSWERS)
 async def test_what_does_not_answer_in_http_is_not_passed_on(tmp_path: Path, says: bytes, code: bytes) -> None:
-    async with standing(tmp_path) as stage:
+    async with serving(tmp_path) as stage:
         stage.says = says
         reader, writer = await stage.ask(told(stage.way), b"end")
         answered = await reader.read()
@@ -311,7 +311,7 @@ async def test_what_does_not_answer_in_http_is_not_passed_on(tmp_path: Path, say
     ],
 )
 async def test_hints_before_an_answer_stay_at_the_door_and_the_answer_passes(tmp_path: Path, before: bytes) -> None:
-    async with standing(tmp_path) as stage:
+    async with serving(tmp_path) as stage:
         stage.says = before + HTML
         reader, writer = await stage.ask(told(stage.way))
         assert await reader.read() == b"HTTP/1.1 200 OK\r\nX-Orion-Door: 1\r\nContent-Length: 3\r\n\r\n<p>"
@@ -319,7 +319,7 @@ async def test_hints_before_an_answer_stay_at_the_door_and_the_answer_passes(tmp
 
 
 async def test_what_listens_and_takes_no_connection_is_said_to_do_so(tmp_path: Path) -> None:
-    async with standing(tmp_path) as stage:
+    async with serving(tmp_path) as stage:
         stage.looks = [PortTarget(("127.0.0.254",), frozenset({7}))]  # it refuses: nothing is there
         reader, writer = await stage.ask(told(stage.way))
         assert b"not_accepted" in await reader.read()
@@ -327,7 +327,7 @@ async def test_what_listens_and_takes_no_connection_is_said_to_do_so(tmp_path: P
 
 
 async def test_a_connection_ends_with_the_rentals_right_to_run_here(tmp_path: Path) -> None:
-    async with standing(tmp_path) as stage:
+    async with serving(tmp_path) as stage:
         reader, writer = await stage.ask(told(stage.way))
         await reader.readuntil(b"first ")
         stage.records.save(replace(RECORD, epoch=4))
@@ -342,7 +342,7 @@ ALICE, BOB = "client.a11ce.0123456789abcdef", "client.b0b.0123456789abcdef"
 
 async def test_a_connection_ends_when_the_manager_says_that_what_opened_it_has_ended(tmp_path: Path) -> None:
     """By a token, everywhere, or because the port is public; what was opened by another goes on."""
-    async with standing(tmp_path) as stage:
+    async with serving(tmp_path) as stage:
         port = stage.server_port
         grants = ("public", ALICE, BOB)
         ways = [replace(stage.way, grant=grant, number=number) for number, grant in enumerate(grants, 10)]
@@ -360,7 +360,7 @@ async def test_a_connection_ends_when_the_manager_says_that_what_opened_it_has_e
 
 
 async def test_the_manager_and_the_door_speak_the_same_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with standing(tmp_path) as stage:
+    async with serving(tmp_path) as stage:
         monkeypatch.setattr(web_ends, "DOOR_PORT", stage.door_port)
         way, told_by = stage.way, web_ends.tell_door
         signed = signed_pass(SESSION, way.rental_id, way.epoch, way.port, ALICE, 10, None)
@@ -374,7 +374,7 @@ async def test_the_manager_and_the_door_speak_the_same_words(tmp_path: Path, mon
 
 
 async def test_a_pass_that_was_on_its_way_when_its_grant_ended_opens_nothing(tmp_path: Path) -> None:
-    async with standing(tmp_path) as stage:
+    async with serving(tmp_path) as stage:
         way = replace(stage.way, number=10)
         await stage.tell(f"abcd234567 {way.port} public", number=11)
         reader, _ = await stage.ask(told(way))
@@ -385,7 +385,7 @@ async def test_a_pass_that_was_on_its_way_when_its_grant_ended_opens_nothing(tmp
 
 
 async def test_a_connection_ends_with_the_time_in_its_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with standing(tmp_path) as stage:
+    async with serving(tmp_path) as stage:
         reader, _ = await stage.ask(told(replace(stage.way, grant=ALICE, left_ms=30_000)))
         await reader.readuntil(b"first ")
         loop = asyncio.get_running_loop()
@@ -395,7 +395,7 @@ async def test_a_connection_ends_with_the_time_in_its_pass(tmp_path: Path, monke
 
 
 async def test_only_the_manager_of_this_session_says_what_has_ended(tmp_path: Path) -> None:
-    async with standing(tmp_path) as stage:
+    async with serving(tmp_path) as stage:
         way = stage.way
         reader, _ = await stage.ask(told(way))
         await reader.readuntil(b"first ")
@@ -406,7 +406,7 @@ async def test_only_the_manager_of_this_session_says_what_has_ended(tmp_path: Pa
 
 
 async def test_a_port_that_is_taken_by_another_while_it_is_connected_to_gets_nothing(tmp_path: Path) -> None:
-    async with standing(tmp_path) as stage:
+    async with serving(tmp_path) as stage:
         for after in (None, PortTarget(("127.0.0.1",), frozenset({8}))):
             stage.looks = [PortTarget(("127.0.0.1",), frozenset({7})), after]
             reader, writer = await stage.ask(told(stage.way), b"secret")
@@ -416,7 +416,7 @@ async def test_a_port_that_is_taken_by_another_while_it_is_connected_to_gets_not
 
 
 async def test_a_former_epoch_and_a_foreign_pass_reach_nobody(tmp_path: Path) -> None:
-    async with standing(tmp_path) as stage:
+    async with serving(tmp_path) as stage:
         for tried, code in (
             (told(replace(stage.way, epoch=2)), b"not_here"),
             (told(replace(stage.way, epoch=4)), b"not_here"),
@@ -433,7 +433,7 @@ async def test_a_rental_has_its_slots_share_of_the_connections_and_leaves_the_ot
 ) -> None:
     monkeypatch.setattr(port_proxy, "ENOUGH", 4)
     monkeypatch.setattr(port_proxy, "ENOUGH_EACH", 1)
-    async with standing(tmp_path, slots=2) as stage:
+    async with serving(tmp_path, slots=2) as stage:
         stage.records.save(replace(RECORD, rental_id="zzzzzzzzzz", username="r-zzzzzzzzzz"))
         inside = [await stage.ask(told(stage.way)) for _ in range(2)]
         for reader, _ in inside:
@@ -454,7 +454,7 @@ def test_however_many_slots_a_worker_has_each_has_some_connections() -> None:
 
 
 async def test_who_is_not_the_proxy_is_hung_up_on(tmp_path: Path) -> None:
-    async with standing(tmp_path) as stage:
+    async with serving(tmp_path) as stage:
         stage.door._peers = stage.door._managers = frozenset({"127.0.0.9"})
         reader, writer = await stage.ask(told(stage.way))
         assert await ended(reader) == b""

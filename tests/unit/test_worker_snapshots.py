@@ -64,7 +64,7 @@ class Programs(Freezer):
 
 
 @dataclass
-class Keeper:
+class Operations:
     """In place of commands.Rentals: what it does to a rental is written down."""
 
     records: RentalRecords
@@ -85,7 +85,7 @@ class House:
     """A worker with one home; `snapshot` returns what the manager is told."""
 
     root: Path
-    keeper: Keeper
+    operations: Operations
     sent: dict[str, Any] = field(default_factory=dict)
     listed: set[str] = field(default_factory=set)
 
@@ -94,20 +94,22 @@ class House:
         return self.root / "home"
 
     def snapshot(self, base: str = "", mark: str = MARK, asked_s_ago: float = 0.0, **more: Any) -> dict[str, Any]:
-        wish = TransferRequest(**{"rental_id": "one", "epoch": 2, "deadline": time.time() + 60, "max_files": 1000,
+        request = TransferRequest(**{"rental_id": "one", "epoch": 2, "deadline": time.time() + 60, "max_files": 1000,
                        "max_bytes": 1 << 30, "base": base, "mark": mark} | more)  # fmt: skip
         home = transfer.open_home(self.home, UID)
-        aside = StagingTree(home, self.root / "aside/one", UID, UID)
+        staging_tree = StagingTree(home, self.root / "aside/one", UID, UID)
         try:
             asked_at = time.monotonic() - asked_s_ago
-            made = SnapshotMaker(self.keeper, RECORD, wish, aside, home, is_salvage=False, requested_at=asked_at)
-            told = transfer.make_snapshot(self.keeper, RECORD, made)
-            self.sent = {} if told["same"] else tree(aside.tree)
+            made = SnapshotMaker(
+                self.operations, RECORD, request, staging_tree, home, is_salvage=False, requested_at=asked_at
+            )
+            told = transfer.make_snapshot(self.operations, RECORD, made)
+            self.sent = {} if told["same"] else tree(staging_tree.tree)
             if not told["same"]:
-                self.listed = {os.fsdecode(name) for name in (aside.place / "list").read_bytes().split(b"\0")}
+                self.listed = {os.fsdecode(name) for name in (staging_tree.place / "list").read_bytes().split(b"\0")}
             return told
         finally:
-            aside.remove()
+            staging_tree.remove()
             os.close(home)
 
 
@@ -127,7 +129,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     programs = Programs(tmp_path)
     records = RentalRecords(tmp_path / "ledger")
     records.save(RECORD)
-    here = House(tmp_path, Keeper(records, programs, Manifests(tmp_path)))
+    here = House(tmp_path, Operations(records, programs, Manifests(tmp_path)))
     monkeypatch.setattr(maker, "mapped_inodes", lambda uid: frozenset())
     monkeypatch.setattr(maker, "tasks_of", lambda uid: list(programs.tasks))
     monkeypatch.setattr(maker, "hung_up", programs.run)
@@ -162,7 +164,7 @@ def test_a_first_snapshot_has_everything_and_an_unchanged_home_is_the_same_witho
     assert (told["same"], told["whole"], told["files"]) == (False, True, 4)
     assert house.sent == {"deep/er/file": b"content"}
     assert house.snapshot(base=BASE)["same"]
-    assert house.keeper.freezer.pauses == 1
+    assert house.operations.freezer.pauses == 1
 
 
 def test_only_what_changed_is_sent_and_what_was_removed_is_listed(house: House) -> None:
@@ -207,7 +209,7 @@ def test_a_change_that_comes_as_soon_as_the_scan_that_its_ctime_does_not_tell_it
     file.write_text("old")
     house.snapshot(mark=BASE)
     assert house.snapshot(base=BASE)["same"]
-    known = house.keeper.manifests.read("one", BASE)
+    known = house.operations.manifests.read("one", BASE)
     assert known
     assert set(known.doubtful) == {b"./file"}
     file.write_text("new")
@@ -225,14 +227,14 @@ def test_what_a_program_has_mapped_for_writing_is_taken_again_while_it_stands(
     aged(house.home)
     house.snapshot(mark=BASE)
     inode = file.stat().st_ino
-    known = house.keeper.manifests.read("one", BASE)
+    known = house.operations.manifests.read("one", BASE)
     assert known
     monkeypatch.setattr(maker, "mapped_inodes", lambda uid: frozenset({inode}))
     (house.home / "other").write_text("x")
     aged(house.home)
     house.snapshot(base=BASE)
     assert house.sent == {"mapped": b"old", "other": b"x"}
-    kept = house.keeper.manifests.read("one", MARK)
+    kept = house.operations.manifests.read("one", MARK)
     assert kept
     assert set(kept.doubtful) == {b"./mapped"}
 
@@ -254,7 +256,7 @@ class Counter:
 
 def test_a_snapshot_is_a_state_that_existed(house: House) -> None:
     """Files that are written in an order are in it in that order, however much is copied meanwhile."""
-    counter = house.keeper.freezer.work = Counter(house.home)
+    counter = house.operations.freezer.work = Counter(house.home)
     for name in ("A", "zz_B"):
         (house.home / name).write_text("0")
     for number in range(100):
@@ -279,13 +281,13 @@ def test_something_that_ran_in_the_pause_is_noticed_and_the_pause_begun_again(
     seen = [[comes], [], []]
     monkeypatch.setattr(maker, "tasks_of", lambda uid: seen.pop(0))
     house.snapshot(mark=BASE)
-    assert house.keeper.freezer.pauses == 2
+    assert house.operations.freezer.pauses == 2
     monkeypatch.setattr(maker, "tasks_of", lambda uid: [comes])
     (house.home / "file").write_text("y")
     with pytest.raises(RequestRefused) as refused:
         house.snapshot(base=BASE)
     assert refused.value.code == "restless"
-    assert not house.keeper.freezer.paused
+    assert not house.operations.freezer.paused
 
 
 def test_a_pause_ends_whatever_goes_wrong_in_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,8 +300,8 @@ def test_a_pause_ends_whatever_goes_wrong_in_it(house: House, monkeypatch: pytes
     with pytest.raises(RequestRefused) as refused:
         house.snapshot()
     assert refused.value.code == "no_room"
-    assert not house.keeper.freezer.paused
-    assert house.keeper.manifests.read("one", MARK) is None
+    assert not house.operations.freezer.paused
+    assert house.operations.manifests.read("one", MARK) is None
 
 
 def test_a_pause_that_takes_longer_than_it_may_ends_and_is_refused(
@@ -315,7 +317,7 @@ def test_a_pause_that_takes_longer_than_it_may_ends_and_is_refused(
     with pytest.raises(RequestRefused) as refused:
         house.snapshot(pause_s=9)
     assert refused.value.code == "pause_in_vain"
-    assert (house.keeper.freezer.pauses, house.keeper.freezer.paused) == (1, False)
+    assert (house.operations.freezer.pauses, house.operations.freezer.paused) == (1, False)
 
 
 def test_where_a_pause_will_be_too_long_nothing_is_stopped(house: House) -> None:
@@ -323,9 +325,9 @@ def test_where_a_pause_will_be_too_long_nothing_is_stopped(house: House) -> None
         (house.home / f"m{number}").write_text("x")
     with pytest.raises(RequestRefused) as refused:
         house.snapshot(pause_s=1e-6)
-    assert (refused.value.code, house.keeper.freezer.pauses) == ("pause_too_long", 0)
+    assert (refused.value.code, house.operations.freezer.pauses) == ("pause_too_long", 0)
     house.snapshot(pause_s=1e-6, for_migration=True)
-    assert (len(house.sent), house.keeper.freezer.pauses) == (200, 1)
+    assert (len(house.sent), house.operations.freezer.pauses) == (200, 1)
 
 
 @pytest.mark.parametrize("written", [0, 200])
@@ -337,9 +339,9 @@ def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
     monkeypatch.setattr(maker, "_processor_s", lambda: used[0])
     keep = StagingTree.stage
 
-    def slowly(aside: StagingTree, entries: Iterable[scanning.HomeEntry], look: Callable[[], None]) -> int:
-        copied = keep(aside, entries, look)
-        if not house.keeper.freezer.paused:
+    def slowly(staging_tree: StagingTree, entries: Iterable[scanning.HomeEntry], look: Callable[[], None]) -> int:
+        copied = keep(staging_tree, entries, look)
+        if not house.operations.freezer.paused:
             used[0] += 30.0
             for number in range(written):
                 (house.home / f"m{number}").write_text("y")
@@ -353,15 +355,15 @@ def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
             house.snapshot()
     else:
         house.snapshot()
-    assert house.keeper.freezer.pauses == (0 if written else 1)
+    assert house.operations.freezer.pauses == (0 if written else 1)
 
 
 def test_a_frozen_home_is_not_stopped_and_not_let_go_on(house: House) -> None:
     (house.home / "file").write_text("x")
-    house.keeper.freezer.mark(RECORD, frozenset())
+    house.operations.freezer.mark(RECORD, frozenset())
     house.snapshot(for_migration=True)
     assert house.sent == {"file": b"x"}
-    assert house.keeper.freezer.pauses == 0
+    assert house.operations.freezer.pauses == 0
 
 
 def test_a_frozen_home_is_looked_through_once_whether_or_not_it_changed(
@@ -372,7 +374,7 @@ def test_a_frozen_home_is_looked_through_once_whether_or_not_it_changed(
     house.snapshot(mark=BASE)
     scans: list[bool] = []
     monkeypatch.setattr(maker, "scan", lambda *arguments, strict: scans.append(strict) or scan(*arguments, strict))
-    house.keeper.freezer.mark(RECORD, frozenset())
+    house.operations.freezer.mark(RECORD, frozenset())
     assert house.snapshot(base=BASE, for_migration=True)["same"]
     (house.home / "other").write_text("y")
     assert not house.snapshot(base=BASE, for_migration=True)["same"]
@@ -388,11 +390,11 @@ def test_what_is_let_go_on_as_its_snapshot_begins_is_tried_again_and_not_copied_
 ) -> None:
     (house.home / "file").write_text("x")
     was_frozen = iter([True])
-    monkeypatch.setattr(house.keeper.freezer, "is_frozen", lambda _rental_id: next(was_frozen, False))
+    monkeypatch.setattr(house.operations.freezer, "is_frozen", lambda _rental_id: next(was_frozen, False))
     with pytest.raises(RequestRefused) as refused:
         house.snapshot(for_migration=True)
     assert refused.value.code == "restless"
-    assert (house.keeper.freezer.pauses, house.keeper.freezer.paused) == (1, False)
+    assert (house.operations.freezer.pauses, house.operations.freezer.paused) == (1, False)
 
 
 def test_a_purge_ends_the_transfer_that_sets_files_aside_and_leaves_nothing_of_it(tmp_path: Path) -> None:
@@ -445,14 +447,14 @@ def furnish(home: Path) -> None:
 def test_entries_of_every_kind_are_set_aside_with_all_that_belongs_to_them(house: House) -> None:
     furnish(house.home)
     home = transfer.open_home(house.home, UID)
-    aside = StagingTree(home, house.root / "aside/one", UID, 12345)
+    staging_tree = StagingTree(home, house.root / "aside/one", UID, 12345)
     looked = scan(100, time.monotonic() + 20, strict=True)
-    aside.stage([scanning.parse_entry(line) for line in looked.lines], lambda: None)
-    aside.keep_only([scanning.path_of(line) for line in looked.lines])
-    assert (aside.missing, aside.incomplete, aside.vanished) == ({}, {}, set())
-    beside = aside.tree
+    staging_tree.stage([scanning.parse_entry(line) for line in looked.lines], lambda: None)
+    staging_tree.keep_only([scanning.path_of(line) for line in looked.lines])
+    assert (staging_tree.missing, staging_tree.incomplete, staging_tree.vanished) == ({}, {}, set())
+    in_tree = staging_tree.tree
     for path in (house.home, *sorted(house.home.rglob("*"))):
-        copy, was = beside / path.relative_to(house.home), path.lstat()
+        copy, was = in_tree / path.relative_to(house.home), path.lstat()
         assert copy.lstat().st_uid == 12345
         assert copy.lstat().st_mtime_ns == was.st_mtime_ns
         if path.is_symlink():
@@ -461,11 +463,11 @@ def test_entries_of_every_kind_are_set_aside_with_all_that_belongs_to_them(house
         assert os.getxattr(copy, STAT).decode() == f"{was.st_mode:o} 0,0 {was.st_uid}:{was.st_gid}"
         if path.is_file():
             assert copy.read_bytes() == path.read_bytes()
-    assert os.getxattr(beside / "dir/file", "user.mine") == b"\0value"
-    assert (beside / "dir/file").samefile(beside / "other name")
-    assert (beside / "sparse").stat().st_blocks < 1000
-    aside.remove()
-    assert not beside.exists()
+    assert os.getxattr(in_tree / "dir/file", "user.mine") == b"\0value"
+    assert (in_tree / "dir/file").samefile(in_tree / "other name")
+    assert (in_tree / "sparse").stat().st_blocks < 1000
+    staging_tree.remove()
+    assert not in_tree.exists()
     os.close(home)
 
 
@@ -481,12 +483,12 @@ def test_a_link_in_the_place_of_a_folder_or_a_file_leads_nowhere(house: House, t
     (house.home / "folder").symlink_to(tmp_path / "secret")
     (house.home / "plain").unlink()
     (house.home / "plain").symlink_to(tmp_path / "secret/file")
-    aside = StagingTree(home, house.root / "aside/one", UID, UID)
-    aside.stage([scanning.parse_entry(line) for line in looked.lines], lambda: None)
-    assert aside.vanished == {b"./folder/file"}
-    assert (aside.tree / "folder").readlink() == tmp_path / "secret"
-    assert tree(aside.tree) == {"plain": str(tmp_path / "secret/file")}
-    aside.remove()
+    staging_tree = StagingTree(home, house.root / "aside/one", UID, UID)
+    staging_tree.stage([scanning.parse_entry(line) for line in looked.lines], lambda: None)
+    assert staging_tree.vanished == {b"./folder/file"}
+    assert (staging_tree.tree / "folder").readlink() == tmp_path / "secret"
+    assert tree(staging_tree.tree) == {"plain": str(tmp_path / "secret/file")}
+    staging_tree.remove()
     os.close(home)
 
 
@@ -519,8 +521,8 @@ def test_what_is_over_its_limits_is_frozen_and_the_way_out_is_said(house: House,
     with pytest.raises(RequestRefused, match="orion thaw") as refused:
         house.snapshot(**limits)
     assert (refused.value.code, refused.value.details) == ("over_limit", {"held": True})
-    assert house.keeper.held.startswith("its home holds more than")
-    house.keeper.spares = True
+    assert house.operations.held.startswith("its home holds more than")
+    house.operations.spares = True
     with pytest.raises(RequestRefused, match="unless it does"):
         house.snapshot(**limits)
     with pytest.raises(RequestRefused) as moving:
@@ -597,24 +599,33 @@ def test_a_file_that_another_takes_the_place_of_before_it_is_opened_is_not_read(
     (house.home / "file").write_text("mine")
     home = transfer.open_home(house.home, UID)
     looked = scan(100, time.monotonic() + 20, strict=True)
-    aside = StagingTree(home, house.root / "aside/one", UID, UID)
+    staging_tree = StagingTree(home, house.root / "aside/one", UID, UID)
     real = os.fstat
     monkeypatch.setattr(staging.os, "fstat", lambda fd: os.stat_result((*real(fd)[:4], UID + 1, *real(fd)[5:])))
-    aside.stage([each for line in looked.lines if (each := scanning.parse_entry(line)).kind == b"f"], lambda: None)
+    staging_tree.stage(
+        [each for line in looked.lines if (each := scanning.parse_entry(line)).kind == b"f"], lambda: None
+    )
     monkeypatch.undo()
-    assert (aside.vanished, tree(aside.tree)) == ({b"./file"}, {})
-    aside.remove()
+    assert (staging_tree.vanished, tree(staging_tree.tree)) == ({b"./file"}, {})
+    staging_tree.remove()
     os.close(home)
 
 
 def test_what_is_frozen_for_its_size_is_not_looked_through_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    house.keeper.freezer._write("one", FreezeMark(frozenset(), over_limit="its home holds more than 4 files"))
+    house.operations.freezer._write("one", FreezeMark(frozenset(), over_limit="its home holds more than 4 files"))
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(transfer, "_answer", lambda status, report: said.append(report) or status)
-    wish = {"rental_id": "one", "epoch": 2, "deadline": time.time() + 60, "max_files": 4, "max_bytes": 10, "mark": MARK}
-    monkeypatch.setattr(transfer, "_read_line", lambda: json.dumps(wish).encode())
+    request = {
+        "rental_id": "one",
+        "epoch": 2,
+        "deadline": time.time() + 60,
+        "max_files": 4,
+        "max_bytes": 10,
+        "mark": MARK,
+    }
+    monkeypatch.setattr(transfer, "_read_line", lambda: json.dumps(request).encode())
     monkeypatch.setattr(maker, "scan", lambda *_, **__: pytest.fail("it was looked through"))
-    assert transfer.run_transfer("send", house.keeper, house.root / "aside", house.root) == 3
+    assert transfer.run_transfer("send", house.operations, house.root / "aside", house.root) == 3
     assert "4 files; it is frozen: `orion thaw`" in said[0]["error"]
 
 
