@@ -332,7 +332,7 @@ class Container:
         check_unlock(record, self.tombstones.get(rental_id, 0), epoch)
         check_not_retired(record)
         if not self._may_run():
-            raise RequestRefused("no_lease", "this worker has no lease: nobody is let in")
+            raise RequestRefused("no_lease", "this worker has no lease: no rental is activated")
         if rental_id in self.held:
             raise RequestRefused("frozen", "it is frozen: thaw it")
         if record is not None and not record.activated:
