@@ -1,7 +1,7 @@
 """The baselines, run where the manager is: the only place from which a worker lets ssh in.
 
-Standard library and orion.ssh alone; it goes into the app's container as an argument of its Python. Each line of
-stdin is an order, each line of stdout its answer: {"seconds": ..., "ok": ..., "said": ...}.
+Standard library and orion.ssh_command alone; it goes into the app's container as an argument of its Python. Each line
+of stdin is an order, each line of stdout its answer: {"seconds": ..., "ok": ..., "said": ...}.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orion.ssh import pinned_host_arguments
+from orion.ssh_command import pinned_host_arguments
 
 KEY = "/var/lib/orion/secrets/ssh_key"
 PLACE = Path("/tmp/orion-bench")  # noqa: S108 - a tmpfs of this container alone

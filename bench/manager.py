@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from bench import pool
+from orion.manager.ansible.port import Job, Outcome
 from orion.manager.app import Ports
-from orion.manager.engine.fake import FakeWorld
-from orion.manager.engine.port import Host, Job, Outcome, Reached
-from orion.manager.engine.vault.fake import FakeVault
-from orion.manager.loops import reconciler
+from orion.manager.controllers import reconciler
+from orion.manager.fakes.snapshots import FakeSnapshotService
+from orion.manager.fakes.workers import FakeWorld
 from orion.manager.main import log_as_json, open_store, serve
 from orion.manager.settings import Secrets, Settings
+from orion.manager.ssh.port import Host, Reached
 from orion.manager.store.database import Store
 
 NAME = "decide"
@@ -73,7 +74,9 @@ def main() -> None:
     tell_decisions()
     store = open_store(settings, Store)
     # No copies: their disk is full. No door: it would ask itself through a proxy that growth does not have.
-    ports = Ports(IdleEngine(arguments.job_s), EverywhereReach(), FakeVault(FakeWorld(), time.time), None, lambda: 1.0)
+    ports = Ports(
+        IdleEngine(arguments.job_s), EverywhereReach(), FakeSnapshotService(FakeWorld(), time.time), None, lambda: 1.0
+    )
     serve(settings, secrets, store, ports, arguments.host)
 
 

@@ -18,7 +18,7 @@ from bench.figures import median, summary
 from bench.report import Result
 from bench.stack import ROOT, Stack, running
 from orion.cli.shell import SshRequest, ssh_arguments
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.wire import Rental
 
 STOCK_EVERY = 12

@@ -20,9 +20,9 @@ from bench.figures import median
 from bench.processes import family, memory_mb
 from bench.report import Result
 from bench.stack import Stack, running, wait_until
-from orion import frames, stream
-from orion.login import PlatformLogin
-from orion.ssh import pinned_authority_arguments, pinned_host_arguments
+from orion.login import Login
+from orion.ssh_client import frames, stream
+from orion.ssh_command import pinned_authority_arguments, pinned_host_arguments
 
 GIGABYTE = 1 << 30
 RENTALS = 6
@@ -64,7 +64,7 @@ def through_the_door(python: str, rental_id: str, authority: str) -> list[str]:
     return ["-o", f"ProxyCommand={connect}", *pinned_authority_arguments(f"{rental_id}.orion", authority)]
 
 
-def measure(openings: int, copies: int) -> Result:
+def measure(token_uses: int, copies: int) -> Result:
     result = Result("sessions", "The way in, beside ssh to the same sshd")
     with running(3, {"ORION_SLOTS": "4"}) as stack, stack.caller() as door:
         key = key_pair(stack.folder)
@@ -75,7 +75,7 @@ def measure(openings: int, copies: int) -> Result:
         ways = Ways(stack, rentals[0], workers[rentals[0]["worker_id"]], authority, key.read_text())
         with baselines(stack, public_key) as inside:
             inside.open(workers[rentals[0]["worker_id"]])  # makes its folder
-            _openings(result, inside, ways, openings)
+            _openings(result, inside, ways, token_uses)
             _copies(result, inside, ways, copies)
         _idle(result, stack, rentals)
     return result
@@ -110,7 +110,7 @@ def _copies(result: Result, inside: Baselines, ways: Ways, rounds: int) -> None:
 
 def _idle(result: Result, stack: Stack, rentals: list[dict[str, Any]]) -> None:
     """Sessions that stand at sshd's greeting: what the manager keeps of one does not depend on what it carries."""
-    account = PlatformLogin(f"http://127.0.0.1:{stack.http_port}", stack.token)
+    account = Login(f"http://127.0.0.1:{stack.http_port}", stack.token)
     manager = _manager(stack)
     before = memory_mb(manager)
     with ExitStack() as open_ones:
@@ -124,7 +124,7 @@ def _idle(result: Result, stack: Stack, rentals: list[dict[str, Any]]) -> None:
     result.at_most(f"{IDLE} idle sessions cost the manager", during - before, 100, " MB")
 
 
-def _session(account: PlatformLogin, rental_id: str) -> Any:
+def _session(account: Login, rental_id: str) -> Any:
     upgrade = {
         "Upgrade": "websocket",
         "Connection": "Upgrade",

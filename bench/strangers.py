@@ -169,13 +169,13 @@ def counted_kib(memory_stat: str) -> float:
 @contextmanager
 def attacking(attack: Attack, to: tuple[str, int], sources: Sequence[str]) -> Iterator[Strangers]:
     """Attack from a thread of this process, which needs many descriptors for it."""
-    ending, strangers = threading.Event(), Strangers(attack, to, sources)
-    thread = threading.Thread(target=strangers.run, args=(ending,), daemon=True)
+    ending, unknown_rentals = threading.Event(), Strangers(attack, to, sources)
+    thread = threading.Thread(target=unknown_rentals.run, args=(ending,), daemon=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 30_000), hard))
     thread.start()
     try:
-        yield strangers
+        yield unknown_rentals
     finally:
         ending.set()
         thread.join(60)
@@ -209,8 +209,8 @@ def measure(keys: int) -> Result:
             elsewhere = {"attack": "bodies", "to": ("127.0.0.1", NOBODYS_PORT), "sources": sources}
             alone = _case(result, stack, renter, typist, keys, "with an attack on nobody", elsewhere)
             for name, attack, number in _cases():
-                strangers = {"attack": attack, "to": (str(stack.proxy_address), 80), "sources": sources[:number]}
-                found = _case(result, stack, renter, typist, keys, name, strangers)
+                unknown_rentals = {"attack": attack, "to": (str(stack.proxy_address), 80), "sources": sources[:number]}
+                found = _case(result, stack, renter, typist, keys, name, unknown_rentals)
                 _compare(result, name, alone, found)
         with stack.caller() as asking:
             doubted = doubts(asking)
@@ -229,10 +229,16 @@ def _cases() -> list[tuple[str, str, int]]:
 
 
 def _case(
-    result: Result, stack: Stack, renter: Renter, typist: Typist, keys: int, name: str, strangers: dict[str, Any] | None
+    result: Result,
+    stack: Stack,
+    renter: Renter,
+    typist: Typist,
+    keys: int,
+    name: str,
+    unknown_rentals: dict[str, Any] | None,
 ) -> Inside:
     inside, ending = Inside(), threading.Event()
-    with stack.caller() as door, _process(strangers, lambda: door.must("GET", "/healthz")):
+    with stack.caller() as door, _process(unknown_rentals, lambda: door.must("GET", "/healthz")):
         renting = threading.Thread(target=_rent_each_second, args=(door, renter, inside, ending))
         coming = threading.Thread(target=_come_each_second, args=(stack, inside, ending))
         containers = {service: stack.container(service) for service in ("manager_proxy", "manager_app")}
@@ -243,7 +249,7 @@ def _case(
         inside.keys = echoes(typist, keys)
         memory_mib = counted_kib(stack.inside("manager_proxy", *MEMORY)) / 1024
         held = open_from(
-            strangers["sources"] if strangers else (), stack.inside("manager_proxy", "cat", "/proc/net/tcp")
+            unknown_rentals["sources"] if unknown_rentals else (), stack.inside("manager_proxy", "cat", "/proc/net/tcp")
         )
         ending.set()
         for thread in (renting, coming):
@@ -270,17 +276,17 @@ def _over(now: Sequence[float], before: Sequence[float]) -> float:
 
 
 @contextmanager
-def _process(strangers: dict[str, Any] | None, before: Callable[[], object]) -> Iterator[None]:
+def _process(unknown_rentals: dict[str, Any] | None, before: Callable[[], object]) -> Iterator[None]:
     """Have a process of its own attack, if anybody is to. `before`: what those who are inside have done by then."""
     before()
-    if strangers is None:
+    if unknown_rentals is None:
         yield
         return
     command = [sys.executable, "-m", "bench.strangers"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("both are pipes")
-        process.stdin.write(json.dumps(strangers) + "\n")
+        process.stdin.write(json.dumps(unknown_rentals) + "\n")
         process.stdin.flush()
         if process.stdout.readline().strip() != READY:
             raise RuntimeError("the attack ended before it began")

@@ -1,4 +1,4 @@
-"""What the manager's watches cost it: the real SshWatch on 1,000 SSH servers, which are one process on this machine.
+"""What the manager's watches cost it: the real SshLiveness on 1,000 SSH servers, which are one process on this machine.
 
 The servers ask every 15 s whether the other end is still there, as sshd of a worker does (worker/sshd_config): that is
 all that happens on a watch at rest.
@@ -22,9 +22,9 @@ import asyncssh
 
 from bench.processes import cpu_s, memory_mb
 from bench.report import Result, Row
-from orion.manager.engine.port import Host, Sign
-from orion.manager.engine.reach import SshReach
-from orion.manager.engine.watch import SshWatch
+from orion.manager.ssh.liveness import SshLiveness
+from orion.manager.ssh.port import Host, Sign
+from orion.manager.ssh.reach import SshReach
 
 REST_S = 30.0
 WITHIN_S = 180.0
@@ -93,7 +93,7 @@ async def _serve(folder: Path) -> None:
 
 
 async def _hold(watches: int, port: int, folder: Path) -> None:
-    watch = SshWatch(SshReach((folder / "key").read_text()))
+    watch = SshLiveness(SshReach((folder / "key").read_text()))
     host = Host("w", "127.0.0.1", ((folder / "key.pub").read_text().strip(),), port)
     signs: list[Sign] = []
     memory, descriptors, processor, began = memory_mb(os.getpid()), _descriptors(), cpu_s(os.getpid()), time.monotonic()

@@ -25,7 +25,7 @@ from typing import NoReturn, TypeVar
 
 try:
     from orion.cli.output import plain
-    from orion.client import ENDED, Orion
+    from orion.client.sdk import ENDED, Orion
     from orion.errors import OrionError
     from orion.wire import Event, Rental, RentalState, Worker, WorkerHealth
 except ImportError:

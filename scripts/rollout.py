@@ -34,7 +34,7 @@ from rollout_plan import (
 )
 
 from orion.cli.output import plain
-from orion.client import ENDED, Orion
+from orion.client.sdk import ENDED, Orion
 from orion.errors import Conflict, NotFound, OrionError
 from orion.wire import Rental, RentalState, Worker, WorkerHealth, WorkerIntent
 

@@ -1,7 +1,7 @@
 """The exceptions that the SDK, the command and `orion connect` raise. Each message says what to do.
 
-This module uses the standard library only: `orion.connect` starts before every SSH session and must not load an HTTP
-client.
+This module uses the standard library only: `orion.ssh_client.connect` starts before every SSH session and must not load
+an HTTP client.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Ambiguous(OrionError):
         self.candidates = list(candidates)
 
 
-class AlreadyEnded(OrionError):
+class Ended(OrionError):
     """The rental or the drain has ended."""
 
     code = "ended"

@@ -21,7 +21,7 @@ from orion.errors import InvalidInput, LocalFault, NotLoggedIn
 _HOW = "run: orion login http://localhost:8080"
 
 
-class PlatformLogin(NamedTuple):
+class Login(NamedTuple):
     """The address of a platform and the token to use there."""
 
     url: str
@@ -30,7 +30,7 @@ class PlatformLogin(NamedTuple):
     """A file with the only certificate (or authority) to trust, in PEM; None means those that the system trusts."""
 
     def __repr__(self) -> str:
-        return f"PlatformLogin({self.url!r})"  # without the token, which must not get into a log
+        return f"Login({self.url!r})"  # without the token, which must not get into a log
 
 
 def folder(environment: Mapping[str, str] = os.environ) -> Path:
@@ -40,7 +40,7 @@ def folder(environment: Mapping[str, str] = os.environ) -> Path:
     return (Path(base) if Path(base).is_absolute() else Path.home() / ".config") / "orion"
 
 
-def load(environment: Mapping[str, str] = os.environ) -> PlatformLogin:
+def load(environment: Mapping[str, str] = os.environ) -> Login:
     """Return the login of ORION_URL with ORION_TOKEN_FILE (and ORION_CA_FILE), else the one that `orion login` stored.
 
     Raises NotLoggedIn if only one of the pair is set: the stored token must not be sent to another server, nor another
@@ -48,14 +48,14 @@ def load(environment: Mapping[str, str] = os.environ) -> PlatformLogin:
     """
     url, token_file = environment.get("ORION_URL"), environment.get("ORION_TOKEN_FILE")
     if url and token_file:
-        return PlatformLogin(clean_url(url), read_token(Path(token_file)), environment.get("ORION_CA_FILE") or None)
+        return Login(clean_url(url), read_token(Path(token_file)), environment.get("ORION_CA_FILE") or None)
     if url or token_file:
         present, absent = ("ORION_URL", "ORION_TOKEN_FILE") if url else ("ORION_TOKEN_FILE", "ORION_URL")
         raise NotLoggedIn(f"{present} is set but {absent} is not: set both, or neither and {_HOW}")
     return _stored(folder(environment) / "config.json")
 
 
-def store(login: PlatformLogin, environment: Mapping[str, str] = os.environ) -> Path:
+def store(login: Login, environment: Mapping[str, str] = os.environ) -> Path:
     """Store the login in a private file and return its path. The certificate file is copied."""
     place = private_folder(environment)
     ca_file = None
@@ -176,7 +176,7 @@ def _may_have_proxies() -> bool:
     return sys.platform != "linux" or any(name.lower().endswith("_proxy") for name in os.environ)
 
 
-def tls_context(login: PlatformLogin) -> ssl.SSLContext:
+def tls_context(login: Login) -> ssl.SSLContext:
     """Return a context that verifies the server. Raises InvalidInput if the certificate file cannot be used.
 
     For plain http the context trusts nobody, because the system's authorities take long to load.
@@ -191,10 +191,10 @@ def tls_context(login: PlatformLogin) -> ssl.SSLContext:
         raise InvalidInput(f"cannot use the certificate file {login.ca_file}: {error}") from error
 
 
-def _stored(path: Path) -> PlatformLogin:
+def _stored(path: Path) -> Login:
     try:
         config = json.loads(path.read_text())
-        return PlatformLogin(clean_url(config["url"]), clean_token(config["token"]), config.get("ca_file"))
+        return Login(clean_url(config["url"]), clean_token(config["token"]), config.get("ca_file"))
     except FileNotFoundError:
         raise NotLoggedIn(f"not logged in: {_HOW}") from None
     except OSError as error:

@@ -259,7 +259,7 @@ def _all_is_at_rest(history: History) -> Iterator[Violation]:
         if (worker.health, worker.intent) != ("ready", "active"):
             text = f"{worker.host} ({identity}) is {worker.health}, {worker.intent}: {worker.explanation}"
             yield Violation("no stuck state", text)
-    for text in history.restless:
+    for text in history.dirty_workers:
         yield Violation("no stuck state", text)
 
 

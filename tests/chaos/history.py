@@ -127,7 +127,7 @@ class History:
     """By rental."""
     workers: dict[str, WorkerEnd] = field(default_factory=dict)
     """By the platform's id of it."""
-    restless: tuple[str, ...] = ()
+    dirty_workers: tuple[str, ...] = ()
     """What else was not at rest in the end: the brake, pauses, what is overdue."""
 
 

@@ -24,7 +24,7 @@ from waiting import TooLate, eventually
 from chaos.checker import PAUSE
 from chaos.history import Deed
 from chaos.tenants import NOT_NOW
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.errors import Conflict, NotFound
 from orion.wire import RentalState, WorkerIntent
 
@@ -313,7 +313,7 @@ KINDS: dict[str, Kind] = {
     "pause of the brain or the door": Kind((MANAGER, PROXY), 2, (0.5, 10.0), _pause),
     "cut of the brain or the door": Kind((MANAGER, PROXY), 2, (0.5, 10.0), _cut_off, (NETWORK,)),
     "restart of the brain or the door": Kind((MANAGER, PROXY), 1, (0.0, 0.0), _restart),
-    "kill of the engine": Kind((MANAGER,), 2, (0.0, 0.0), _kill_within("orion.manager.engine.server")),
-    "kill of the vault": Kind((MANAGER,), 1, (0.0, 0.0), _kill_within("orion.manager.engine.vault")),
+    "kill of the engine": Kind((MANAGER,), 2, (0.0, 0.0), _kill_within("orion.manager.ansible.server")),
+    "kill of the vault": Kind((MANAGER,), 1, (0.0, 0.0), _kill_within("orion.manager.snapshots")),
     "full disk": Kind((KEEPER,), 2, (2.0, 15.0), _fill_the_disk, (DISK,)),
 }

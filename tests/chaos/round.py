@@ -19,7 +19,7 @@ from chaos.checker import Violation, check, longest_waking_s, lost_lines
 from chaos.history import Asked, End, Found, Happened, History, Tick, WorkerEnd, story
 from chaos.nemesis import KEEPER, KINDS, WORKER, Act, Nemesis, plan
 from chaos.tenants import FOUND, JOURNAL, PLACE, Book, Guest, Tenant, read_faults, read_lines
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.errors import OrionError
 from orion.wire import Event, Rental, RentalState, Worker, WorkerHealth, WorkerIntent
 

@@ -19,7 +19,7 @@ from stack import Stack
 
 from chaos.history import Asked, Shown
 from chaos.witness import COMPLAINTS, LINES
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.errors import Conflict, NotFound, OrionError, Retryable, ServerFault
 from orion.wire import Rental, RentalState
 
@@ -96,12 +96,12 @@ class Session:
 
 
 class Tenant(threading.Thread):
-    def __init__(self, stack: Stack, renter: Renter, book: Book, name: str, postgres: bool = False) -> None:
+    def __init__(self, stack: Stack, renter: Renter, catalog: Book, name: str, postgres: bool = False) -> None:
         super().__init__(name=name, daemon=True)
         self._postgres = postgres
         self._stack = stack
         self._renter = renter
-        self._book = book
+        self._book = catalog
         self._leaving = threading.Event()
         self._session: Session | None = None
         self._again_at = 0.0

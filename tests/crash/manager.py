@@ -23,22 +23,23 @@ from typing import Any
 from sqlalchemy import Connection, event
 
 from orion.manager import main
+from orion.manager.ansible.client import RESTARTED
+from orion.manager.ansible.port import Job, Outcome
 from orion.manager.app import Ports
-from orion.manager.domain.copies import Copy, Generation
-from orion.manager.domain.model import Event
-from orion.manager.domain.snapshot_plan import Limits
-from orion.manager.engine.ansible import RESTARTED
-from orion.manager.engine.port import Host, Job, Outcome, Reached
-from orion.manager.engine.vault.port import (
+from orion.manager.controllers.wall_clock import boot_id, boot_time_s
+from orion.manager.domain.snapshot_plan import SnapshotLimits
+from orion.manager.domain.snapshots import Snapshot, SnapshotId
+from orion.manager.domain.steps import Event
+from orion.manager.settings import Secrets, Settings
+from orion.manager.snapshots.port import (
     COPY_DEADLINE_S,
     RESTORE_DEADLINE_S,
     SALVAGE_DEADLINE_S,
-    Copied,
     Home,
-    VaultError,
+    SnapshotError,
+    Taken,
 )
-from orion.manager.loops.clock import boot_id, boot_time_s
-from orion.manager.settings import Secrets, Settings
+from orion.manager.ssh.port import Host, Reached
 from orion.manager.store.ballast import Ballast
 from orion.manager.store.database import Store
 
@@ -70,11 +71,11 @@ def run(order: Order) -> None:
     points = Points(order.stage)
     store = main.open_store(order.settings, lambda url, ballast: PointedStore(url, ballast, points))
     engine, reach = RemoteEngine(order.stage, points), RemoteReach(order.stage, points)
-    vault = RemoteVault(order.stage, points)
+    snapshot_service = RemoteVault(order.stage, points)
     ports = Ports(
         engine,
         reach,
-        vault,
+        snapshot_service,
         None,
         lambda: 0.0,
         wall=lambda: time.time() + order.wall_offset_s,
@@ -211,37 +212,37 @@ class RemoteVault:
     async def copy(
         self,
         home: Home,
-        limits: Limits,
+        limits: SnapshotLimits,
         deadline_s: float = COPY_DEADLINE_S,
-        spare: Generation | None = None,
+        spare: SnapshotId | None = None,
         moving: bool = False,
-    ) -> Copied:
-        done: Copied = await self._ask("copy", home, limits, deadline_s, spare, moving)
+    ) -> Taken:
+        done: Taken = await self._ask("copy", home, limits, deadline_s, spare, moving)
         return done
 
     async def salvage(
         self,
         home: Home,
-        limits: Limits,
+        limits: SnapshotLimits,
         deadline_s: float = SALVAGE_DEADLINE_S,
-        spare: Generation | None = None,
-    ) -> Copied:
-        done: Copied = await self._ask("salvage", home, limits, deadline_s, spare)
+        spare: SnapshotId | None = None,
+    ) -> Taken:
+        done: Taken = await self._ask("salvage", home, limits, deadline_s, spare)
         return done
 
     async def restore(
         self,
         home: Home,
-        generation: Generation | None = None,
+        generation: SnapshotId | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
-        filled: Generation | None = None,
+        filled: SnapshotId | None = None,
         again: bool = False,
-    ) -> Copy | None:
-        done: Copy | None = await self._ask("restore", home, generation)
+    ) -> Snapshot | None:
+        done: Snapshot | None = await self._ask("restore", home, generation)
         return done
 
-    async def copies(self, rental_id: str, uid: int) -> list[Copy]:
-        done: list[Copy] = await self._ask("copies", rental_id, uid)
+    async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
+        done: list[Snapshot] = await self._ask("copies", rental_id, uid)
         return done
 
     async def remove(self, rental_id: str, uid: int) -> None:
@@ -262,7 +263,7 @@ class RemoteVault:
         answer = pickle.loads(bytes.fromhex((await ask(self._stage, question, outlives_us))["done"]))  # noqa: S301
         self._points.reach(f"after {call}")
         if isinstance(answer, tuple):
-            raise VaultError(*answer)
+            raise SnapshotError(*answer)
         return answer
 
 

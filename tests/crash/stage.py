@@ -21,18 +21,19 @@ from typing import Any, NamedTuple
 
 import httpx
 from crash import manager
-from crash.door import PointedDoor
+from crash.proxy import PointedDoor
 from support.builders import AUTHORITIES, host_key
 from support.house import PROXY_SECRET, Agent
 
-from orion.manager.api.door import SECRET_HEADER
-from orion.manager.domain.copies import Generation
-from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorld
-from orion.manager.engine.port import Action, Host, Job
-from orion.manager.engine.vault.fake import FakeVault
-from orion.manager.engine.vault.port import VaultError
+from orion.manager.ansible.port import Action, Job
+from orion.manager.api.proxy_guard import SECRET_HEADER
+from orion.manager.domain.snapshots import SnapshotId
+from orion.manager.fakes.snapshots import FakeSnapshotService
+from orion.manager.fakes.workers import FakeEngine, FakeReach, FakeWorld
 from orion.manager.main import LOOPBACK
 from orion.manager.settings import Secrets, Settings
+from orion.manager.snapshots.port import SnapshotError
+from orion.manager.ssh.port import Host
 from orion.manager.store.tokens import make_token
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -118,7 +119,7 @@ class Stage:
         )
         self.clock = RealClock()
         self.world = FakeWorld()
-        self.vault = FakeVault(self.world, time.time)
+        self.snapshot_service = FakeSnapshotService(self.world, time.time)
         self.agents: list[Agent] = []
         headers = {SECRET_HEADER: PROXY_SECRET, "X-Real-IP": "198.51.100.7"}
         self.http = httpx.AsyncClient(
@@ -202,8 +203,8 @@ class Stage:
     async def _ask_vault(self, call: str, given: str) -> Any:
         """What it returns; of what it refuses, code, message and `restored`."""
         try:
-            return await getattr(self.vault, call)(*pickle.loads(bytes.fromhex(given)))  # noqa: S301
-        except VaultError as error:
+            return await getattr(self.snapshot_service, call)(*pickle.loads(bytes.fromhex(given)))  # noqa: S301
+        except SnapshotError as error:
             return error.code, str(error), error.restored
 
     def _is_last(self, name: str) -> bool:
@@ -262,8 +263,8 @@ class Stage:
     def kept(self, rental: dict[str, Any]) -> dict[str, str] | None:
         """The files of the newest copy that the manager has accepted."""
         known = self.rows(f"SELECT epoch, number FROM copies WHERE rental_id = '{rental['id']}'")  # noqa: S608
-        newest = max((Generation(row["epoch"], row["number"]) for row in known), default=None)
-        return self.vault.stored[rental["id"]][newest][1] if newest else None
+        newest = max((SnapshotId(row["epoch"], row["number"]) for row in known), default=None)
+        return self.snapshot_service.stored[rental["id"]][newest][1] if newest else None
 
     # The clients: who gets no answer asks again, as the command line does
 

@@ -15,7 +15,7 @@ from renter import Renter
 from stack import Stack, running, story
 from waiting import eventually
 
-from orion.client import ENDED, Orion
+from orion.client.sdk import ENDED, Orion
 from orion.wire import Rental, RentalState
 
 HERE = Path(__file__).parent

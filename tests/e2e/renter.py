@@ -21,7 +21,7 @@ from typing import Any
 from stack import ROOT
 
 from orion.cli.shell import SshRequest, ssh_arguments
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.wire import Rental
 
 COMMAND = (sys.executable, "-m", "orion.cli")

@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 from waiting import TooLate, eventually
 
-from orion.client import ENDED, Orion
+from orion.client.sdk import ENDED, Orion
 from orion.errors import Conflict
 from orion.wire import Event, Rental, RentalState, Worker, WorkerHealth, WorkerIntent
 

@@ -14,7 +14,7 @@ import pytest
 from stack import ROOT, WORKERS, Stack
 from support.patience import PATIENCE_S
 
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.errors import Untrusted
 
 

@@ -18,7 +18,7 @@ from renter import Renter
 from stack import MOVED_WITHIN_S, Stack
 from waiting import eventually
 
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.wire import Rental
 
 WITHIN_MS = 30_000

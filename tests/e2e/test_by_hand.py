@@ -11,7 +11,7 @@ from conftest import Rent
 from renter import Renter, make_key
 from stack import Stack
 
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.wire import Rental
 
 PLAYBOOK_S = 120

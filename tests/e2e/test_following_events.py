@@ -13,7 +13,7 @@ from conftest import Rent
 from renter import Renter
 from stack import Stack
 
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.wire import Event
 
 AT_ONCE_S = 10.0

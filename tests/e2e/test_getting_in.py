@@ -8,7 +8,7 @@ from conftest import Rent
 from renter import Renter, make_key
 from stack import Stack
 
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.wire import RentalState
 
 

@@ -13,7 +13,7 @@ from stack import TAKEOVER_S, WHOLE_WITHIN_S, Stack, story
 from support.containers import pause
 from waiting import eventually
 
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.errors import ManagerUnreachable, OrionError
 from orion.wire import Rental, RentalState, RentReply
 
@@ -148,7 +148,7 @@ for entry in pathlib.Path("/proc").iterdir():
         words = (entry / "cmdline").read_bytes().split(b"\\0")
     except OSError:
         continue
-    if b"orion.manager.engine.server" in words:
+    if b"orion.manager.ansible.server" in words:
         os.kill(int(entry.name), signal.SIGKILL)
         print(entry.name)
 """

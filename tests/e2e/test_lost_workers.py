@@ -17,7 +17,7 @@ from stack import MOVED_WITHIN_S, PROJECT, TAKEOVER_S, Container, Stack, story
 from support.containers import pause
 from waiting import eventually
 
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.wire import Event, Rental, RentalState, WorkerHealth
 
 RETURNED_WITHIN_S = 90.0

@@ -11,7 +11,7 @@ from conftest import Figures, Rent
 from renter import Renter
 from stack import ROOT, WORKERS, Container, Stack, story
 
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.wire import Rental, RentalState
 
 HOME = """

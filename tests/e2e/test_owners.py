@@ -11,7 +11,7 @@ from conftest import Rent
 from renter import Renter
 from stack import Stack
 
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.errors import Forbidden, NotFound, Unauthorized
 
 

@@ -14,7 +14,7 @@ from renter import Renter
 from stack import WHOLE_WITHIN_S, WORKERS, Stack, story
 from waiting import eventually
 
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.errors import Conflict
 from orion.wire import Event, Rental, RentalState, WorkerIntent
 

@@ -8,7 +8,7 @@ from renter import Renter
 from stack import Stack, story
 from waiting import eventually
 
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.errors import Conflict
 from orion.wire import Rental, RentalState, WorkerHealth
 

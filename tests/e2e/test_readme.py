@@ -24,7 +24,7 @@ from renter import Renter
 from stack import Stack
 from support.readme import GUIDE, ROOT, commands, shell_blocks
 
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.wire import RentalState
 
 WITHIN_S = 240

@@ -9,7 +9,7 @@ from conftest import Figures
 from renter import Renter
 from stack import WORKERS, Container, Stack, story
 
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.wire import Event, RentalState, WorkerHealth
 
 READY_WITHIN_S = 30.0

@@ -24,8 +24,8 @@ from stack import MOVED_WITHIN_S, Stack
 from support.terminal import at_a_terminal
 from waiting import eventually
 
-from orion.client import Orion
-from orion.connect import TIDY
+from orion.client.sdk import Orion
+from orion.ssh_client.connect import TIDY
 from orion.wire import Rental
 
 BACK_WITHIN_S = MOVED_WITHIN_S

@@ -15,7 +15,7 @@ from renter import Renter
 from stack import MOVED_WITHIN_S, Stack
 from waiting import eventually
 
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.wire import Rental, RentalState
 
 PORT = "8000"

@@ -28,8 +28,8 @@ import uvicorn
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 from support.house import PROXY_SECRET, House
 
-from orion.manager.api.door import SECRET_HEADER_BYTES
-from orion.manager.engine.port import Host, Login, Shell
+from orion.manager.api.proxy_guard import SECRET_HEADER_BYTES
+from orion.manager.ssh.port import Host, Shell, ShellLogin
 
 WITHIN_S = 60
 expect.set_options(timeout=WITHIN_S * 1000)
@@ -102,7 +102,7 @@ class PtyShells:
 
     opened: list[PtyShell] = field(default_factory=list)
 
-    async def open(self, host: Host, login: Login, size: tuple[int, int]) -> Shell:
+    async def open(self, host: Host, login: ShellLogin, size: tuple[int, int]) -> Shell:
         self.opened.append(PtyShell(size))
         return self.opened[-1]
 

@@ -23,11 +23,11 @@ from support.patience import PATIENCE_S
 
 from orion.manager import main
 from orion.manager.app import Ports
-from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWorld
-from orion.manager.engine.port import Host
-from orion.manager.engine.vault.fake import FakeVault
-from orion.manager.gateway.web_ends import tell_door
+from orion.manager.fakes.snapshots import FakeSnapshotService
+from orion.manager.fakes.workers import FakeEngine, FakeReach, FakeWorld
+from orion.manager.gateway.port_connections import tell_door
 from orion.manager.settings import Secrets, Settings
+from orion.manager.ssh.port import Host
 from orion.manager.store.database import Store
 from orion.manager.store.tokens import make_token
 
@@ -56,7 +56,12 @@ def run_manager(order: Order) -> None:
     world.add(Host("", order.here, (WORKER_KEY,)))
     store = main.open_store(order.settings, Store)
     ports = Ports(
-        FakeEngine(world), FakeReach(world), FakeVault(world, time.time), None, lambda: 0.0, tell_door=tell_door
+        FakeEngine(world),
+        FakeReach(world),
+        FakeSnapshotService(world, time.time),
+        None,
+        lambda: 0.0,
+        tell_door=tell_door,
     )
     main.serve(order.settings, order.secrets, store, ports, order.here)
 

@@ -9,9 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from orion.manager.engine import playbook
-from orion.manager.engine.port import Action
-from orion.manager.engine.protocol import BatchLine, HostLine, HostOrders, Order, ResultLine, Variables
+from orion.manager.ansible import playbook
+from orion.manager.ansible.port import Action
+from orion.manager.ansible.protocol import BatchMessage, BatchOrder, HostOrders, ResultMessage, Variables
+from orion.manager.messages import HostMessage
 
 OF_HERE = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
 
@@ -23,19 +24,19 @@ def main(directory: Path) -> None:
 
 def play(path: Path, usernames: list[str], workers: list[str]) -> list[dict[str, object]]:
     """Each worker has a rental for each user name. Nothing is checked here: the point is what Ansible makes of it."""
-    results: list[ResultLine] = []
+    results: list[ResultMessage] = []
     numbers = iter(range(len(usernames) * len(workers)))
     hosts = tuple(
         HostOrders.model_construct(
-            host=HostLine.model_construct(worker_id=worker, address="127.0.0.1", port=22, host_keys=()),
+            host=HostMessage.model_construct(worker_id=worker, address="127.0.0.1", port=22, host_keys=()),
             orders=tuple(
-                Order(number=next(numbers), vars=Variables.model_construct(username=name), refused_after=0)
+                BatchOrder(number=next(numbers), vars=Variables.model_construct(username=name), refused_after=0)
                 for name in usernames
             ),
         )
         for worker in workers
     )
-    batch = BatchLine.model_construct(action=Action.CREATE, hosts=hosts)
+    batch = BatchMessage.model_construct(action=Action.CREATE, hosts=hosts)
     playbook.play(path, batch, lambda _: OF_HERE, results.append)
     return [result.model_dump(mode="json") for result in sorted(results, key=lambda result: result.number)]
 

@@ -174,7 +174,7 @@ class Inside:
 
 
 @pytest.fixture
-def strangers() -> Iterator[tuple[str, ...]]:
+def unknown_rentals() -> Iterator[tuple[str, ...]]:
     with addresses(8) as made:
         yield made
 
@@ -220,21 +220,21 @@ def under(
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_thousands_of_connections_of_a_stranger_cut_nobody_s_session_and_leave_memory(
-    attacked: Platform, strangers: tuple[str, ...], attack: str, record_property: Callable[[str, object], None]
+    attacked: Platform, unknown_rentals: tuple[str, ...], attack: str, record_property: Callable[[str, object], None]
 ) -> None:
-    held, figures = under(attack, attacked, strangers[:1], TRUSTED, 10)
+    held, figures = under(attack, attacked, unknown_rentals[:1], TRUSTED, 10)
     record_property("cost", {"held": held} | figures)
     assert held <= room(attacked.door) // 4
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_strangers_of_many_addresses_keep_no_worker_out_and_leave_memory(
-    attacked: Platform, strangers: tuple[str, ...], attack: str, record_property: Callable[[str, object], None]
+    attacked: Platform, unknown_rentals: tuple[str, ...], attack: str, record_property: Callable[[str, object], None]
 ) -> None:
     """They may keep out who is not there yet, and nobody else."""
     # A large body of a stranger is refused at once, so how many are there follows how fast the attacker is.
     at_least = room(attacked.door) // (8 if attack == "large-bodies" else 4)
-    held, figures = under(attack, attacked, strangers, LIKE_A_WORKER, at_least)
+    held, figures = under(attack, attacked, unknown_rentals, LIKE_A_WORKER, at_least)
     record_property("cost", {"held": held} | figures)
     assert held <= room(attacked.door) * 7 // 8
 
@@ -259,13 +259,13 @@ FRAMES: dict[str, Callable[[int], bytes]] = {
 
 @pytest.mark.parametrize("kind", FRAMES)
 def test_frames_of_http_2_without_an_end_disturb_nobody_and_take_no_memory(
-    attacked: Platform, strangers: tuple[str, ...], kind: str
+    attacked: Platform, unknown_rentals: tuple[str, ...], kind: str
 ) -> None:
     door, ending, sent = attacked.door, threading.Event(), list[int]()
 
     def send() -> None:
         while not ending.is_set():
-            with suppress(OSError), socket.create_connection(address(door), 5, (strangers[0], 0)) as there:
+            with suppress(OSError), socket.create_connection(address(door), 5, (unknown_rentals[0], 0)) as there:
                 there.sendall(http2.PREFACE + http2.frame(http2.SETTINGS, 0, 0))
                 while not ending.is_set():
                     there.sendall(FRAMES[kind](100 * len(sent)))
@@ -289,17 +289,17 @@ def test_frames_of_http_2_without_an_end_disturb_nobody_and_take_no_memory(
 
 
 def test_a_visitor_with_as_many_requests_as_it_may_have_is_told_so(
-    attacked: Platform, strangers: tuple[str, ...]
+    attacked: Platform, unknown_rentals: tuple[str, ...]
 ) -> None:
     door = attacked.door
     may = room(door) // 5
     token = attacked.token("many")
-    by_it = httpx.HTTPTransport(local_address=strangers[0])
+    by_it = httpx.HTTPTransport(local_address=unknown_rentals[0])
     url = f"http://{door.network}.2"
     with ExitStack() as open_ones, httpx.Client(base_url=url, transport=by_it, timeout=60) as http:
         for number in range(may + 40):  # of two kinds, so that none is refused for its rate
             path = "/api/tokens" if number % 3 else "/api/rent"
-            open_ones.enter_context(unfinished_body(attacked, path, strangers[0], token))
+            open_ones.enter_context(unfinished_body(attacked, path, unknown_rentals[0], token))
 
         answers = list[httpx.Response]()
 

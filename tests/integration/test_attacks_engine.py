@@ -19,11 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engine_contract import account, assert_done, new_job
-from test_engine import Process, RealBench
+from ansible_contract import account, assert_done, new_job
+from test_ansible import Process, RealBench
 from worker_support import Network, SmallManager, Worker, wait_until, worker
 
-from orion.manager.engine.port import Host, Job, Outcome, Reached
+from orion.manager.ansible.port import Job, Outcome
+from orion.manager.ssh.port import Host, Reached
 
 DEADLINE_S = 2.5
 MARGIN_S = 40.0

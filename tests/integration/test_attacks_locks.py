@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 from rental_support import Rental, new_rental
+from snapshot_support import home_of, snapshot_service
 from test_identity import let_in
-from vault_support import home_of, vault
 from worker_support import ROOT, Network, SmallManager, Worker, worker
 
-from orion.manager.domain.snapshot_plan import Limits
+from orion.manager.domain.snapshot_plan import SnapshotLimits
 
-LIMITS = Limits(max_files=20_000, max_bytes=64 << 20)
+LIMITS = SnapshotLimits(max_files=20_000, max_bytes=64 << 20)
 
 LIBRARY = "/usr/local/lib/orion"
 NOTED = "/run/orion-noted"
@@ -130,7 +130,7 @@ def live(rental: Rental, folder: Path) -> None:
     assert rental.lets_in()
     assert rental.ssh("mkdir -p deep/er; echo text > deep/er/file; ln -s /etc/passwd link").returncode == 0
     again = replace(rental, epoch=2)
-    with vault(folder, on.key) as real:
+    with snapshot_service(folder, on.key) as real:
         asyncio.run(real.client.copy(home_of(rental), LIMITS))
         for command in ("freeze", "thaw", "lock", "unlock"):
             status, report = on.rental(command, **named)
@@ -224,7 +224,7 @@ def test_a_renter_who_is_alone_locks_all_and_fills_its_processes_is_carried_and_
     network: Network, shared_manager: SmallManager, join: Path, folder: Path
 ) -> None:
     """A worker of one slot: what is frozen, copied, salvaged and purged is the attacker's own."""
-    with worker(network, shared_manager, join, slots=1) as on, vault(folder, shared_manager.key) as real:
+    with worker(network, shared_manager, join, slots=1) as on, snapshot_service(folder, shared_manager.key) as real:
         on.wait_registered()
         attacker = new_rental(on, folder)
         let_in(attacker)

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from orion_worker.limits.stopped_log_ins import LOOK_EVERY_S, LOOKS
 from rental_support import Rental, new_rental
-from vault_contract import refusal
-from vault_support import RealVault, home_of, vault
+from snapshot_service_contract import refusal
+from snapshot_support import RealSnapshotService, home_of, snapshot_service
 from worker_support import Worker, docker, wait_until
 
-from orion.manager.domain.snapshot_plan import Limits
-from orion.manager.engine.vault.port import VaultError
+from orion.manager.domain.snapshot_plan import SnapshotLimits
+from orion.manager.snapshots.port import SnapshotError
 
-LIMITS = Limits(max_files=20_000, max_bytes=64 << 20)
+LIMITS = SnapshotLimits(max_files=20_000, max_bytes=64 << 20)
 ROUNDS = 4
 DEADLINE_S = 8.0
 """Seconds that each copy and restore of the attacker's may take."""
@@ -41,8 +41,8 @@ STOP_ALL = "import os, signal\nwhile True: os.kill(-1, signal.SIGSTOP)"
 
 
 @pytest.fixture(scope="module")
-def real(pair: tuple[Worker, Worker], folder: Path) -> Iterator[RealVault]:
-    with vault(folder, pair[0].key) as running:
+def real(pair: tuple[Worker, Worker], folder: Path) -> Iterator[RealSnapshotService]:
+    with snapshot_service(folder, pair[0].key) as running:
         yield running
 
 
@@ -75,7 +75,7 @@ def too_old(worker: Worker) -> list[str]:
 
 
 async def test_a_renter_who_stops_each_rsync_leaves_none_behind_and_others_are_copied(
-    real: RealVault, rental: Rental, roommate: Rental
+    real: RealSnapshotService, rental: Rental, roommate: Rental
 ) -> None:
     with running(rental, STOP_EACH_RSYNC):
         for number in range(ROUNDS):
@@ -85,7 +85,7 @@ async def test_a_renter_who_stops_each_rsync_leaves_none_behind_and_others_are_c
             own = asyncio.create_task(real.client.copy(home_of(rental), LIMITS, DEADLINE_S))
             copied = await real.client.copy(home_of(roommate), LIMITS)
             assert copied.copy.files >= number + 1
-            with suppress(VaultError):
+            with suppress(SnapshotError):
                 await own
             assert await asyncio.to_thread(too_old, rental.on) == []
         await asyncio.to_thread(
@@ -95,7 +95,7 @@ async def test_a_renter_who_stops_each_rsync_leaves_none_behind_and_others_are_c
 
 
 async def test_a_restore_that_is_stopped_by_what_is_left_of_its_renter_ends_and_is_repeated(
-    real: RealVault, rental: Rental, neighbour: Worker
+    real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     await asyncio.to_thread(rental.ssh, "head -c 60000000 /dev/urandom > file")
     await real.client.copy(home_of(rental), LIMITS)

@@ -21,7 +21,7 @@ from support.builders import host_key
 from web_support import SECRETS, SLOP, MadeUpWorker, made_up_worker, our_cookie
 
 from orion import wire
-from orion.client import Orion
+from orion.client.sdk import Orion
 
 NOTHING = b""
 MB = 1 << 20
@@ -576,11 +576,11 @@ def test_strangers_who_send_byte_by_byte_hold_no_connection_of_a_rental(
 ) -> None:
     """Each is refused before its body has come, and is forgotten soon, however slowly that comes."""
     request = f"POST {private}/x HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\na".encode()
-    with ExitStack() as strangers:
+    with ExitStack() as unknown_rentals:
         connections = []
         for _ in range(110):
             connection = socket.create_connection(("127.0.0.1", attacked.door.http_port))
-            connections.append(strangers.enter_context(connection))
+            connections.append(unknown_rentals.enter_context(connection))
             connection.settimeout(60)
             connection.sendall(request)
         answers = {connection.recv(12) for connection in connections}

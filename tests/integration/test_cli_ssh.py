@@ -21,9 +21,9 @@ from support.scripted_platform import HOST_KEY, Answer, ScriptedPlatform, proble
 from support.terminal import at_a_terminal
 from websockets.asyncio.server import ServerConnection, serve
 
-from orion import ssh_rentals
 from orion.cli.shell import SshRequest, ssh_arguments
 from orion.errors import UnreadableReply
+from orion.ssh_client import hosts
 from orion.wire import Rental
 
 AUTHORITY = f"@cert-authority *.orion {HOST_KEY}"
@@ -265,9 +265,9 @@ async def test_the_configuration_logs_in_with_a_key_file_whatever_an_agent_has(
     monkeypatch.setenv("XDG_CONFIG_HOME", str(place))
     (place / "orion").mkdir(parents=True)
     (place / "orion/keys.json").write_text(json.dumps({"abcdefgh23": str(worker.key)}))
-    ssh_rentals.write([rental()], [], worker.authority)
+    hosts.write([rental()], [], worker.authority)
     # This machine does not have the rental's user, so the user of the test logs in as itself.
-    command = ["ssh", "-F", str(ssh_rentals.folder() / "config"), "-l", worker.account, "-o", "BatchMode=yes"]
+    command = ["ssh", "-F", str(hosts.folder() / "config"), "-l", worker.account, "-o", "BatchMode=yes"]
     with agent_with_keys(tmp_path, 7) as where:
         async with at_the_platform(worker.serve) as url:
             process = await asyncio.create_subprocess_exec(

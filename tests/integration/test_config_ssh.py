@@ -20,8 +20,8 @@ from support.own_sshd import OwnSshd, needs_sshd
 from support.scripted_platform import HOST_KEY, ScriptedPlatform, page, rental
 from websockets.asyncio.server import serve
 
-from orion import ssh_rentals
-from orion.login import PlatformLogin
+from orion.login import Login
+from orion.ssh_client import hosts
 
 THEIRS = b"# mine\r\nHost *\n  User somebody\n  ServerAliveInterval 60\n\nHost work\n  HostName 192.0.2.1"
 """A user's configuration with a line end of another system, and none at its end."""
@@ -191,11 +191,11 @@ def test_an_admins_own_rental_goes_before_others_of_its_name(machine: Machine) -
 
 
 def test_an_own_rental_is_known_however_many_others_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssh_rentals, "MAX_LISTED", 2)
+    monkeypatch.setattr(hosts, "MAX_LISTED", 2)
     platform = ScriptedPlatform()
     platform.answer("GET", "/api/rentals", page(rental(id="another234", owner="bob"), following="another234"))
     platform.answer("GET", "/api/rentals?mine=true", page(rental()))
-    own, others = ssh_rentals.own_and_others(PlatformLogin(platform.url, "orion_client_t1_secret", None))
+    own, others = hosts.own_and_others(Login(platform.url, "orion_client_t1_secret", None))
     platform.stop()
     assert [one["id"] for one in own] == ["abcdefgh23"]
     assert {one["id"] for one in others} == {"another234"}

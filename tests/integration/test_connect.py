@@ -23,9 +23,9 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from orion import connect, ssh_rentals
-from orion.connect import SAY_EVERY_S, TIDY
 from orion.errors import OrionError
+from orion.ssh_client import connect, hosts
+from orion.ssh_client.connect import SAY_EVERY_S, TIDY
 
 Relay = Callable[[ServerConnection], Awaitable[None]]
 TOKEN = "orion_client_t1_secret"
@@ -558,7 +558,7 @@ async def test_a_certificate_of_an_ended_rental_is_not_waited_for(
 
 
 def test_ssh_waits_for_as_long_as_the_relay_does() -> None:
-    assert connect.KEEP_TRYING_S + connect.OPEN_S < ssh_rentals.CONNECT_TIMEOUT_S
+    assert connect.KEEP_TRYING_S + connect.OPEN_S < hosts.CONNECT_TIMEOUT_S
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:
@@ -571,5 +571,5 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
 
 def test_it_starts_without_the_libraries_of_the_command() -> None:
     heavy = "{'typer', 'rich', 'pydantic', 'httpx'} & set(sys.modules)"
-    program = f"import sys, orion.connect; assert not {heavy}, {heavy}"
+    program = f"import sys, orion.ssh_client.connect; assert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": os.pathsep.join(sys.path)})

@@ -202,10 +202,10 @@ sys.exit(Supervisor(places, manager, mine, {{"admin_token": "x"}}).run())
 class Container:
     """The supervisor in a process of its own, with shell scripts for children."""
 
-    def __init__(self, directory: Path, grace_s: float, manager: str, engine: str, vault: str) -> None:
+    def __init__(self, directory: Path, grace_s: float, manager: str, engine: str, snapshot_service: str) -> None:
         self.directory = directory
         arguments = [sys.executable, "-c", SUPERVISE, str(FILE.parent), str(directory), str(grace_s)]
-        arguments += [manager, engine, vault]
+        arguments += [manager, engine, snapshot_service]
         self.process = subprocess.Popen(
             arguments,
             cwd=directory,
@@ -233,9 +233,12 @@ def run() -> Iterator[Callable[..., Container]]:
     started: list[Container] = []
 
     def start(
-        manager: str, engine: str = "exec sleep 600", vault: str = "exec sleep 600", grace_s: float = PATIENCE_S
+        manager: str,
+        engine: str = "exec sleep 600",
+        snapshot_service: str = "exec sleep 600",
+        grace_s: float = PATIENCE_S,
     ) -> Container:
-        started.append(Container(directory, grace_s, manager, engine, vault))
+        started.append(Container(directory, grace_s, manager, engine, snapshot_service))
         return started[-1]
 
     yield start
@@ -303,7 +306,7 @@ def test_what_an_engine_left_running_is_killed_before_the_next_one_starts(run: A
 def test_the_vault_stays_root_gets_neither_secrets_nor_settings_and_is_started_again(run: Any) -> None:
     tell = "{ id -u; id -G; } > ids; ls /proc/self/fd > open; env > environment; echo > once"
     tell = f"if [ -e once ]; then echo > twice; exec sleep 600; fi; {tell}"
-    container = run("while [ ! -e twice ]; do :; done", vault=tell)
+    container = run("while [ ! -e twice ]; do :; done", snapshot_service=tell)
     assert container.ended() == 0
     assert container.read("ids").split() == ["0", "0"]
     assert set(container.read("open").split()) <= {"0", "1", "2", "3"}  # 3: of the ls itself

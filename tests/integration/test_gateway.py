@@ -20,8 +20,8 @@ from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as websocket_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from orion.manager.engine.port import Host
-from orion.manager.gateway.ssh import MAX_FRAME_BYTES, Relayed, WorkerUnreachable, connect, relay
+from orion.manager.gateway.relay import MAX_FRAME_BYTES, Relayed, WorkerUnreachable, connect, relay
+from orion.manager.ssh.port import Host
 
 Sshd = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

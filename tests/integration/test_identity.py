@@ -19,8 +19,8 @@ from support.builders import AUTHORITIES, private_key
 from support.patience import PATIENCE_S
 from worker_support import SESSION_S, Worker, takes_connections, wait_until
 
-from orion.manager.domain.certificates import LIFETIME_S, host_name
-from orion.manager.engine.authority import Authority
+from orion.manager.domain.host_certificates import LIFETIME_S, host_name
+from orion.manager.ssh.authority import Authority
 
 AUTHORITY = Authority(*AUTHORITIES, time.time)
 FORMER = Authority(*AUTHORITIES, lambda: time.time() - LIFETIME_S - 60)

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 from rental_support import Rental, new_rental
+from snapshot_service_contract import refusal
+from snapshot_support import RealSnapshotService, home_of, snapshot_service
 from support import bank, difficult_tree
-from test_vault import _rental, move
-from vault_contract import refusal
-from vault_support import RealVault, home_of, vault
+from test_snapshots import _rental, move
 from worker_support import Worker, docker, wait_until
 
-from orion.manager.domain.snapshot_plan import Limits
-from orion.manager.engine.vault.port import Copied
+from orion.manager.domain.snapshot_plan import SnapshotLimits
+from orion.manager.snapshots.port import Taken
 
-ROOMY = Limits(max_files=100_000, max_bytes=1 << 30)
+ROOMY = SnapshotLimits(max_files=100_000, max_bytes=1 << 30)
 MOVE = 1_000_000
 """The number of a planned move, which only rises."""
 BANK_S = 60.0
@@ -33,8 +33,8 @@ ATTRIBUTES_MB = 100
 
 
 @pytest.fixture(scope="module")
-def real(pair: tuple[Worker, Worker], folder: Path) -> Iterator[RealVault]:
-    with vault(folder, pair[0].key) as running:
+def real(pair: tuple[Worker, Worker], folder: Path) -> Iterator[RealSnapshotService]:
+    with snapshot_service(folder, pair[0].key) as running:
         yield running
 
 
@@ -81,7 +81,7 @@ def _differences(before: list[str], after: list[str]) -> str:
     return "\n".join(line for line in lines if not line.startswith("@@"))
 
 
-async def _moved(real: RealVault, rental: Rental, to: Worker) -> Rental:
+async def _moved(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
     """As a planned move does it: copied while it runs, stopped, copied again, and made elsewhere."""
     await real.client.copy(home_of(rental), ROOMY)
     aside = f"/var/lib/orion-aside/{rental.rental_id}"
@@ -95,14 +95,14 @@ async def _moved(real: RealVault, rental: Rental, to: Worker) -> Rental:
     return await move(real, rental, to)
 
 
-async def _taken_over(real: RealVault, rental: Rental, to: Worker) -> Rental:
+async def _taken_over(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
     """As after the loss of its worker: from the last periodic copy."""
     copied = await real.client.copy(home_of(rental), ROOMY)
     assert copied.copy.skipped == ()
     return await move(real, rental, to)
 
 
-async def _recovered(real: RealVault, rental: Rental, to: Worker) -> Rental:
+async def _recovered(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
     """As its owner restores what its lost worker still had when it came back."""
     salvaged = await real.client.salvage(home_of(rental), ROOMY)
     assert salvaged.copy.skipped == ()
@@ -118,7 +118,7 @@ WAYS = {"planned move": _moved, "takeover": _taken_over, "recovered snapshot": _
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_every_entry_of_a_home_is_carried_byte_by_byte_and_mode_by_mode(
-    way: str, real: RealVault, rental: Rental, neighbour: Worker
+    way: str, real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     before = await asyncio.to_thread(_make_tree, rental)
     after = await asyncio.to_thread(_listing, await WAYS[way](real, rental, neighbour))
@@ -126,7 +126,7 @@ async def test_every_entry_of_a_home_is_carried_byte_by_byte_and_mode_by_mode(
 
 
 async def test_a_home_that_was_moved_twice_is_still_as_it_was(
-    real: RealVault, rental: Rental, pair: tuple[Worker, Worker]
+    real: RealSnapshotService, rental: Rental, pair: tuple[Worker, Worker]
 ) -> None:
     before = await asyncio.to_thread(_make_tree, rental)
     there = await _moved(real, rental, pair[1])
@@ -137,7 +137,7 @@ async def test_a_home_that_was_moved_twice_is_still_as_it_was(
 
 
 async def test_a_hundred_megabytes_of_attributes_are_carried(
-    real: RealVault, rental: Rental, neighbour: Worker
+    real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     before = await asyncio.to_thread(_make_tree, rental, ATTRIBUTES_MB)
     carried = sum("user.large" in line for line in before)
@@ -171,7 +171,7 @@ ODD_LISTING = (
 
 @pytest.mark.parametrize("what", ODD)
 async def test_what_cannot_be_carried_refuses_the_move_by_its_name(
-    what: str, real: RealVault, rental: Rental, neighbour: Worker
+    what: str, real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     home = f"cd /home/{rental.username}"
     rental.ssh("echo precious > kept")
@@ -180,7 +180,7 @@ async def test_what_cannot_be_carried_refuses_the_move_by_its_name(
     await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=1, move=MOVE)
     copying = asyncio.create_task(real.client.copy(home_of(rental), ROOMY, deadline_s=60, moving=True))
     (told,) = await asyncio.gather(copying, return_exceptions=True)
-    if isinstance(told, Copied):
+    if isinstance(told, Taken):
         moved = await move(real, rental, neighbour)
         after = moved.on.run("sh", "-c", f"{home}; {ODD_LISTING}")
         assert after == before, f"{what} is not as it was, and the move was not refused"
@@ -202,7 +202,7 @@ def _wait_beyond(rental: Rental, step: str) -> None:
     wait_until(lambda: rental.ssh("cat bank/zz_B").stdout > step, "the bank works", BANK_S)
 
 
-async def test_every_periodic_copy_is_a_state_that_existed(real: RealVault, rental: Rental) -> None:
+async def test_every_periodic_copy_is_a_state_that_existed(real: RealSnapshotService, rental: Rental) -> None:
     await asyncio.to_thread(_open_bank, rental)
     steps, torn = set(), []
     for _ in range(6):
@@ -216,14 +216,14 @@ async def test_every_periodic_copy_is_a_state_that_existed(real: RealVault, rent
     assert len(steps) > 3, "the bank went on between the copies"
 
 
-async def test_what_is_left_of_a_lost_epoch_is_a_state_that_existed(real: RealVault, rental: Rental) -> None:
+async def test_what_is_left_of_a_lost_epoch_is_a_state_that_existed(real: RealSnapshotService, rental: Rental) -> None:
     await asyncio.to_thread(_open_bank, rental)
     salvaged = (await real.client.salvage(home_of(rental), ROOMY)).copy
     assert bank.faults(real.copy_of(home_of(rental), str(salvaged.generation)) / "bank") == []
 
 
 async def test_what_is_restored_elsewhere_is_a_state_that_existed_and_its_program_goes_on(
-    real: RealVault, rental: Rental, neighbour: Worker
+    real: RealSnapshotService, rental: Rental, neighbour: Worker
 ) -> None:
     await asyncio.to_thread(_open_bank, rental)
     await real.client.copy(home_of(rental), ROOMY)

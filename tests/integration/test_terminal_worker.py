@@ -25,11 +25,11 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 from worker_support import Network, Worker
 
-from orion.manager.engine.authority import Authority
-from orion.manager.engine.port import Host, Login, ShellUnreachable
-from orion.manager.engine.shell import SshShells
-from orion.manager.gateway.ssh import NORMAL, Ending
-from orion.manager.gateway.terminal import Page, Terms, carry, serve
+from orion.manager.gateway.relay import NORMAL, Ending
+from orion.manager.gateway.terminal import TerminalPage, Terms, carry, serve
+from orion.manager.ssh.authority import Authority
+from orion.manager.ssh.port import Host, ShellLogin, ShellUnreachable
+from orion.manager.ssh.shell import SshShells
 
 AUTHORITY = Authority(*AUTHORITIES, time.time)
 CHUNK_BYTES, IN_FLIGHT_BYTES = 16 << 10, 64 << 10
@@ -40,8 +40,8 @@ WITHIN_S = 60
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give a busy worker time: one that shakes hands late lets people in, and a shell that ends late is not lost."""
-    monkeypatch.setattr("orion.manager.engine.shell.OPEN_TIMEOUT_S", WITHIN_S)
-    monkeypatch.setattr("orion.manager.engine.shell.CLOSED_WITHIN_S", WITHIN_S)
+    monkeypatch.setattr("orion.manager.ssh.shell.OPEN_TIMEOUT_S", WITHIN_S)
+    monkeypatch.setattr("orion.manager.ssh.shell.CLOSED_WITHIN_S", WITHIN_S)
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +60,18 @@ class Gateway:
 
     shells: SshShells
     host: Host
-    login: Login
+    login: ShellLogin
     terms: Terms = field(default_factory=Terms)
     port: int = 0
-    pages: list[Page] = field(default_factory=list)
+    pages: list[TerminalPage] = field(default_factory=list)
 
     async def route(self, websocket: WebSocket) -> None:
         await websocket.accept("orion.terminal")
-        page = Page(websocket, self.terms)
+        page = TerminalPage(websocket, self.terms)
         self.pages.append(page)
         await serve(page, self._visit(page))
 
-    async def _visit(self, page: Page) -> Ending:
+    async def _visit(self, page: TerminalPage) -> Ending:
         shell = await self.shells.open(self.host, self.login, page.size)
         page.attach(True)
         await page.tell("connected", "")
@@ -169,7 +169,7 @@ class Browser:
 @asynccontextmanager
 async def gateway_to(rental: Rental, network: Network) -> AsyncIterator[Gateway]:
     place = Host(rental.on.worker_id, rental.on.address, rental.on.host_keys)
-    login = Login(rental.username, rental.rental_id, rental.epoch, "alice")
+    login = ShellLogin(rental.username, rental.rental_id, rental.epoch, "alice")
     gateway = Gateway(SshShells(AUTHORITY, network.gateway), place, login)
     listening = socket.create_server(("127.0.0.1", 0))
     gateway.port = listening.getsockname()[1]
@@ -265,7 +265,7 @@ async def test_nobody_gets_in_by_another_epoch_another_authority_or_another_addr
     rental: Rental, network: Network
 ) -> None:
     place = Host(rental.on.worker_id, rental.on.address, rental.on.host_keys)
-    login = Login(rental.username, rental.rental_id, rental.epoch, "alice")
+    login = ShellLogin(rental.username, rental.rental_id, rental.epoch, "alice")
     another = Authority(private_key(), private_key(), time.time)
     tried = [
         (SshShells(AUTHORITY, network.gateway), replace(login, epoch=2)),

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orion_worker.records import RentalRecord, RentalRecords
-from orion_worker.web.active_rentals import ActiveRentals
+from orion_worker.web.active_rentals import RunningRentals
 from orion_worker.web.listeners import PortTarget, listeners, target_of
 from orion_worker.web.port_proxy import PortProxy
 from platform_support import Platform
@@ -147,7 +147,7 @@ class MadeUpWorker:
         server = await asyncio.start_server(self.renter.serve, "127.0.0.1", 0)
         self.renter.port = server.sockets[0].getsockname()[1]
         self.door = PortProxy(
-            ActiveRentals(self._root),
+            RunningRentals(self._root),
             frozenset({f"{self._platform.door.network}.2"}),
             self._look,
             frozenset({_comes_from(self.address)}),

@@ -28,7 +28,7 @@ from typing import Any
 
 from support.patience import PATIENCE_S
 
-from orion.ssh import pinned_host_arguments
+from orion.ssh_command import pinned_host_arguments
 
 ROOT = Path(__file__).parents[2]
 CHECKOUT = hashlib.sha256(str(ROOT).encode()).hexdigest()[:6]

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from support.builders import host_key
 from support.house import PROXY_SECRET, House
 
-from orion.manager.api.door import SECRET_HEADER
+from orion.manager.api.proxy_guard import SECRET_HEADER
 from orion.manager.store.database import Store
 
 ROUTES: list[tuple[str, str, dict[str, Any] | None, set[str]]] = [

@@ -17,9 +17,9 @@ from test_api_access import is_problem
 
 from orion import wire
 from orion.manager.api import heartbeat
-from orion.manager.domain.model import move_worker
 from orion.manager.domain.states import Health
-from orion.manager.store import ledger
+from orion.manager.domain.steps import move_worker
+from orion.manager.store import state
 
 ITEM = {"rental_id": "abcdef", "username": "r-abcdef", "uid": 100_001, "epoch": 1, "state": "running"}
 LOAD = {"cpu": 0.5, "memory_used_bytes": 1, "memory_limit_bytes": 2, "processes": 3}
@@ -201,24 +201,24 @@ async def test_a_token_is_void_as_soon_as_another_was_given_and_the_new_one_outl
 
 
 async def test_what_was_rolled_back_is_not_known(house: House, agent: Agent) -> None:
-    (worker,) = (await house.manager.ledger.workers([agent.worker_id])).values()
+    (worker,) = (await house.manager.state_store.workers([agent.worker_id])).values()
 
     def half(connection: Any) -> None:
-        assert ledger.apply(connection, [move_worker(worker, Health.SUSPECT, "a test")])
+        assert state.apply(connection, [move_worker(worker, Health.SUSPECT, "a test")])
         raise RuntimeError("a full disk")
 
     with pytest.raises(RuntimeError):
         await house.store.write(half)
-    known = house.manager.roster.worker(agent.worker_id)
+    known = house.manager.pool_index.worker(agent.worker_id)
     assert known is not None
     assert known.health is Health.READY
     await house.compare_roster()
 
 
 async def test_who_has_waited_for_a_commit_finds_it_in_memory(house: House, agent: Agent) -> None:
-    (worker,) = (await house.manager.ledger.workers([agent.worker_id])).values()
-    assert await house.manager.ledger.apply([move_worker(worker, Health.SUSPECT, "a test")])
-    known = house.manager.roster.worker(agent.worker_id)
+    (worker,) = (await house.manager.state_store.workers([agent.worker_id])).values()
+    assert await house.manager.state_store.apply([move_worker(worker, Health.SUSPECT, "a test")])
+    known = house.manager.pool_index.worker(agent.worker_id)
     assert known is not None
     assert known.health is Health.SUSPECT
 
@@ -231,7 +231,7 @@ async def test_what_was_heard_is_written_once_a_second_whatever_brings_the_round
     async def heard(notes: Any) -> None:
         written.append([worker_id for worker_id, _, _ in notes])
 
-    monkeypatch.setattr(house.manager.ledger, "heard", heard)
+    monkeypatch.setattr(house.manager.state_store, "heard", heard)
     for _ in range(4):
         for _ in range(3):
             await agent.beat()

@@ -14,7 +14,7 @@ from support.house import PROXY_SECRET, House
 from test_api_access import is_problem
 
 from orion import wire
-from orion.manager.domain.model import Event
+from orion.manager.domain.steps import Event
 from orion.manager.store.database import record
 from orion.manager.store.events import BATCH
 

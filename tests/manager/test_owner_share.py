@@ -8,11 +8,11 @@ from typing import Any
 import httpx
 import pytest
 from support.house import House
-from test_loops_copies import copied, copy_round
-from test_loops_copies import files as files_of
+from test_controller_snapshots import copied, copy_round
+from test_controller_snapshots import files as files_of
 
 from orion import wire
-from orion.manager.domain.copies import BLOCK_BYTES
+from orion.manager.domain.snapshots import BLOCK_BYTES
 from orion.manager.settings import Settings
 from orion.manager.store.database import Store
 
@@ -24,7 +24,7 @@ A_COPY_BYTES = LARGE_BYTES + BLOCK_BYTES
 async def house(store: Store) -> AsyncIterator[House]:
     """A house whose disk has room for two and a half copies of each owner."""
     async with House(store, Settings(database_url=store.url, uncopied_wait_s=0, owner_disk_share=0.25)) as house:
-        house.vault.disk_bytes = 10 * A_COPY_BYTES
+        house.snapshot_service.disk_bytes = 10 * A_COPY_BYTES
         for _ in range(2):
             await house.join(slots=4)
         yield house
@@ -45,7 +45,7 @@ async def rent(house: House, owner: httpx.AsyncClient, **more: Any) -> dict[str,
 
 
 async def generations(house: House, rental: dict[str, Any]) -> list[str]:
-    return [str(copy.generation) for copy in await house.vault.copies(rental["id"], 0)]
+    return [str(copy.generation) for copy in await house.snapshot_service.copies(rental["id"], 0)]
 
 
 async def test_who_is_beyond_its_share_is_told_why_and_is_copied_again_when_there_is_room(
@@ -95,11 +95,11 @@ async def test_copies_that_are_kept_after_the_end_are_the_first_to_make_room(
     await house.settle()
     await house.pass_time(61)
     await copy_round(house)
-    assert {rental["id"] for rental in ended} == set(house.vault.stored), "they are kept for a day"
+    assert {rental["id"] for rental in ended} == set(house.snapshot_service.stored), "they are kept for a day"
     living = await rent(house, ann)
     for _ in range(4):
         shown = await copied(house, living)
-    assert (shown["copy_problem"], set(house.vault.stored)) == ("", {living["id"]})
+    assert (shown["copy_problem"], set(house.snapshot_service.stored)) == ("", {living["id"]})
 
 
 async def test_a_planned_move_beyond_the_share_is_refused_and_its_rental_goes_on(

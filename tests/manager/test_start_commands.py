@@ -12,12 +12,12 @@ from support.builders import active_rental, new_placement, new_worker, new_world
 from support.house import Agent, House
 
 from orion import wire
-from orion.manager.domain.facts import Facts
+from orion.manager.ansible.port import Job
+from orion.manager.domain.observations import Observations
 from orion.manager.domain.reconcile import decide
-from orion.manager.domain.starting import TAKEOVERS_WITHIN_S
+from orion.manager.domain.start_commands import TAKEOVERS_WITHIN_S
 from orion.manager.domain.states import DELETE_DEADLINE_S, Health, PlacementState, RentalState
-from orion.manager.engine.fake import Refused
-from orion.manager.engine.port import Job
+from orion.manager.fakes.workers import RefusedOrder
 
 SERVE = "exec ./serve --name \"$HOSTNAME\" {{ 7*7 }} '; rm -rf / #' $(id) é"
 
@@ -153,9 +153,9 @@ def test_a_worker_that_was_lost_while_it_was_made_there_counts_too(state: Rental
     dead = new_worker(1, health=Health.DOWN)
     rental = active_rental(1, state=state, start=SERVE, takeovers=(1.0, 700.0, 800.0))
     placement = new_placement(rental, dead, PlacementState.PREPARING)
-    facts = Facts(inventories={}, leaving=frozenset(), ages={}, new_ids=iter(()), wall=1000.0)
+    observations = Observations(inventories={}, leaving=frozenset(), ages={}, new_ids=iter(()), wall=1000.0)
     world = new_world(dead, rental, placement)
-    for step in decide(world, facts).steps:
+    for step in decide(world, observations).steps:
         assert world.apply(step)
     assert world.rentals[rental.id].takeovers == (700.0, 800.0, 1000.0)
     assert "orion start" in world.rentals[rental.id].start_problem
@@ -178,8 +178,10 @@ def test_where_it_may_have_been_run_it_is_ended_before_it_is_run_elsewhere(
     rental = active_rental(1, state=RentalState.QUEUED, start=start)
     given_up = new_placement(rental, where, state)
     world = new_world(where, new_worker(2), rental, given_up)
-    facts = Facts(inventories={}, leaving=frozenset(), ages={given_up.id: age_s}, new_ids=iter(["p-new"]), wall=1000.0)
-    for step in decide(world, facts).steps:
+    observations = Observations(
+        inventories={}, leaving=frozenset(), ages={given_up.id: age_s}, new_ids=iter(["p-new"]), wall=1000.0
+    )
+    for step in decide(world, observations).steps:
         assert world.apply(step)
     assert (world.live_placement(rental.id) is not None) is goes_on
     assert goes_on or "waiting until worker w-0001 has ended" in world.rentals[rental.id].explanation
@@ -191,14 +193,14 @@ async def test_what_was_given_up_is_purged_before_it_is_run_again_anywhere(house
 
     def run_and_say_nothing(number: int, job: Job) -> dict[str, Any]:
         whole[number][0](job)
-        raise Refused("the connection broke")
+        raise RefusedOrder("the connection broke")
 
     def note_and_purge(number: int, job: Job) -> dict[str, Any]:
         for node, (create, _) in zip(nodes, whole, strict=True):
             node.create = create  # type: ignore[method-assign]
         purged.append(sum(len(node.started) for node in nodes))
         if len(purged) < 3:
-            raise Refused("no space left")
+            raise RefusedOrder("no space left")
         return whole[number][1](job)
 
     for number, node in enumerate(nodes):

@@ -12,10 +12,9 @@ from support.house import House
 
 from orion.manager.domain.brake import Brake
 from orion.manager.domain.clocks import Clocks
-from orion.manager.domain.facts import Facts
 from orion.manager.domain.health import Evidence, judge
 from orion.manager.domain.leases import Lease
-from orion.manager.domain.model import World, move_worker
+from orion.manager.domain.observations import Observations
 from orion.manager.domain.overdue import WHAT_TO_DO, overdue
 from orion.manager.domain.reconcile import decide
 from orion.manager.domain.states import (
@@ -26,6 +25,8 @@ from orion.manager.domain.states import (
     PlacementState,
     RentalState,
 )
+from orion.manager.domain.steps import move_worker
+from orion.manager.domain.world import World
 
 R, P, H = RentalState, PlacementState, Health
 PATIENT = [
@@ -39,14 +40,18 @@ def ids() -> Iterator[str]:
     return (f"p-new-{number}" for number in count())
 
 
-def decided(world: World, late: str, rounds: int = 4, **facts: Any) -> World:
+def decided(world: World, late: str, rounds: int = 4, **observations: Any) -> World:
     """The world after some rounds in which `late` has been in its state for longer than any deadline."""
     new_ids = ids()
     for _ in range(rounds):
         decision = decide(
             world,
-            Facts(
-                inventories={}, leaving=frozenset(), ages={late: QUEUE_DEADLINE_S + LATE_S}, new_ids=new_ids, **facts
+            Observations(
+                inventories={},
+                leaving=frozenset(),
+                ages={late: QUEUE_DEADLINE_S + LATE_S},
+                new_ids=new_ids,
+                **observations,
             ),
         )
         for step in decision.steps:

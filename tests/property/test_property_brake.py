@@ -18,7 +18,7 @@ CLOCKS = Clocks()
 TIMES = st.floats(0, 5000)
 OBSERVATIONS = st.builds(
     Observation,
-    door_open=st.booleans(),
+    proxy_answers=st.booleans(),
     late_s=st.floats(-1, 20),
     heard_at=st.none() | TIMES,
     silent_since=st.lists(TIMES, max_size=4).map(tuple),
@@ -57,7 +57,7 @@ def test_when_it_ends_before_brake_max_the_door_was_open_and_somebody_heard_for_
     for seconds, seen in history:
         now += seconds
         before, brake = brake, advance(brake, seen, now, CLOCKS)
-        shut_at = shut_at if seen.door_open else now
+        shut_at = shut_at if seen.proxy_answers else now
         if before.on and not brake.on and not brake.exhausted and now - before.since < CLOCKS.brake_max_s:
             assert now - shut_at >= CLOCKS.takeover_after_s
             assert seen.heard_at is not None

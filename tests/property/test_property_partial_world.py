@@ -8,16 +8,16 @@ from random import Random
 from typing import Any, TypeVar
 
 import pytest
-from support.rosters import what_differs
+from support.pools import what_differs
 from test_property_reconciliation import INVARIANTS, RATES, Platform, _play
 
-from orion.manager.domain.facts import Facts
-from orion.manager.domain.leases import Beat, Leases
-from orion.manager.domain.model import World
+from orion.manager.controllers.reconciler import Reconciler
+from orion.manager.domain.leases import Heartbeat, Leases
+from orion.manager.domain.observations import Observations
+from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.domain.reconcile import Decision, decide
-from orion.manager.domain.roster import Roster
-from orion.manager.loops.reconciler import Reconciler
-from orion.manager.store.memory import MemoryLedger
+from orion.manager.domain.world import World
+from orion.manager.store.memory import MemoryStateStore
 
 SEEDS, STEPS = 12, 300
 T = TypeVar("T")
@@ -34,25 +34,25 @@ class Partly(Platform):
         leaving = frozenset(self.leaving & self.inventories.keys())
         start = next(self.numbers)
 
-        def facts(**different: Any) -> Facts:
+        def observations(**different: Any) -> Observations:
             ids = (f"p-{start:06d}-{number}" for number in range(1000))
             return replace(
-                Facts(inventories=dict(self.inventories), leaving=leaving, ages=ages, new_ids=ids), **different
+                Observations(inventories=dict(self.inventories), leaving=leaving, ages=ages, new_ids=ids), **different
             )
 
         part, shown = self._part(world, leaving)
-        whole = decide(_now(MemoryLedger(world).load()), facts())  # what is purged is not in it
-        assert _told(decide(part, facts(inventories=shown))) == _told(whole)
+        whole = decide(_now(MemoryStateStore(world).load()), observations())  # what is purged is not in it
+        assert _told(decide(part, observations(inventories=shown))) == _told(whole)
         self.parts += len(part.placements) < len(world.placements)
         return decision
 
     def _part(self, world: World, leaving: frozenset[str]) -> tuple[World, Any]:
-        ledger, roster, leases = MemoryLedger(world), Roster(), Leases(75.0)
+        state_store, pool_index, leases = MemoryStateStore(world), PoolIndex(), Leases(75.0)
         nobody: Any = None  # nothing is performed here
         clock = lambda: self.now  # noqa: E731
         reconciler = Reconciler(
-            ledger=ledger,
-            roster=roster,
+            state_store=state_store,
+            pool_index=pool_index,
             leases=leases,
             engine=nobody,
             reach=nobody,
@@ -63,12 +63,12 @@ class Partly(Platform):
             counts_from=clock,
         )
         reconciler.swept_at_once = 0
-        _now(ledger.follow(lambda changes: roster.apply(changes, self.now)))
+        _now(state_store.follow(lambda changes: pool_index.apply(changes, self.now)))
         for worker_id, inventory in self.inventories.items():
             leases.open(worker_id, "session", self.now, inventory)
             leases.renew(
                 worker_id,
-                Beat(session_id="session", seq=1, inventory=inventory, leaving=worker_id in leaving),
+                Heartbeat(session_id="session", seq=1, inventory=inventory, leaving=worker_id in leaving),
                 self.now,
             )
             reconciler.shown(worker_id, inventory)
@@ -109,15 +109,15 @@ def test_a_roster_that_followed_each_step_is_one_that_was_filled_now(seed: int) 
     random = Random(f"followed {seed}")  # noqa: S311
     platform = Platform()
     platform.a_pool([1, 2])
-    ledger, followed = MemoryLedger(platform.world), Roster()
-    _now(ledger.follow(lambda changes: followed.apply(changes, 0.0)))
+    state_store, followed = MemoryStateStore(platform.world), PoolIndex()
+    _now(state_store.follow(lambda changes: followed.apply(changes, 0.0)))
     for _ in range(STEPS):
         _play(platform, random, 0.6, random.choices(list(RATES), list(RATES.values()))[0])
-        before, ledger.world = ledger.world, MemoryLedger(platform.world).world
-        placed = {p.worker_id for world in (before, ledger.world) for p in world.placements.values()}
-        workers = {*before.workers, *ledger.world.workers, *placed}
-        rentals = {*before.rentals, *ledger.world.rentals}
-        ledger.tell(random.sample(sorted(workers), len(workers)), random.sample(sorted(rentals), len(rentals)))
-        anew = Roster()
-        _now(MemoryLedger(platform.world).follow(lambda changes, anew=anew: anew.apply(changes, 0.0)))
+        before, state_store.world = state_store.world, MemoryStateStore(platform.world).world
+        placed = {p.worker_id for world in (before, state_store.world) for p in world.placements.values()}
+        workers = {*before.workers, *state_store.world.workers, *placed}
+        rentals = {*before.rentals, *state_store.world.rentals}
+        state_store.tell(random.sample(sorted(workers), len(workers)), random.sample(sorted(rentals), len(rentals)))
+        anew = PoolIndex()
+        _now(MemoryStateStore(platform.world).follow(lambda changes, anew=anew: anew.apply(changes, 0.0)))
         assert not what_differs(anew, followed)

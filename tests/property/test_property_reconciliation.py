@@ -19,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support.builders import host_key, new_rental, new_worker, new_world
 
 from orion.manager.domain.expiry import release, renew
-from orion.manager.domain.facts import Facts
-from orion.manager.domain.model import Item, Placement, Rental, Step, Worker, World, move_worker
+from orion.manager.domain.model import Item, Placement, Rental, Worker
+from orion.manager.domain.observations import Observations
 from orion.manager.domain.outcomes import failed, succeeded
 from orion.manager.domain.reconcile import Decision, decide
 from orion.manager.domain.states import (
@@ -33,7 +33,9 @@ from orion.manager.domain.states import (
     PlacementState,
     RentalState,
 )
-from orion.manager.domain.tasks import Ended, Task, TaskKind
+from orion.manager.domain.steps import Step, move_worker
+from orion.manager.domain.tasks import Task, TaskEnded, TaskKind
+from orion.manager.domain.world import World
 
 INVARIANTS = (
     "a_rental_has_at_most_one_live_placement_and_one_standby",
@@ -357,7 +359,9 @@ class Platform(RuleBasedStateMachine):
         before = world.copy()
         decision = decide(
             world,
-            Facts(inventories=dict(self.inventories), leaving=frozenset(self.leaving), ages=ages, new_ids=new_ids),
+            Observations(
+                inventories=dict(self.inventories), leaving=frozenset(self.leaving), ages=ages, new_ids=new_ids
+            ),
         )
         assert world == before, "deciding changes nothing"
         keys = Counter(task.key for task in decision.tasks if task.kind is TaskKind.CREATE)
@@ -421,7 +425,9 @@ class Platform(RuleBasedStateMachine):
             self.inventories[task.worker_id] = tuple(i for i in shown if (i.rental_id, i.epoch) != cleaned)
         self.attempts[task] += 1
         step = (
-            succeeded(self.world, Ended(task=task, ok=True, wall=self.now, counts_from=self.now, report={"left": []}))
+            succeeded(
+                self.world, TaskEnded(task=task, ok=True, wall=self.now, counts_from=self.now, report={"left": []})
+            )
             if well
             else failed(self.world, task, "it broke", self.attempts[task])
         )

@@ -29,8 +29,8 @@ from orion_worker.records import (
     check_unlock,
 )
 
+from orion.manager.ansible.port import OF_ONE_BOOT, Job
 from orion.manager.domain.clocks import DRIFT, Clocks
-from orion.manager.engine.port import OF_ONE_BOOT, Job
 
 if TYPE_CHECKING:
     from simulation.world import Simulation

@@ -38,11 +38,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from orion.manager.domain.copies import Copy, Generation, waiting_salvage
 from orion.manager.domain.expiry import SETTLE_S
-from orion.manager.domain.model import Placement, Rental, Step, Write
-from orion.manager.domain.moves import phase_of
+from orion.manager.domain.migration import phase_of
+from orion.manager.domain.model import Placement, Rental
 from orion.manager.domain.reconcile import ANSWERING
+from orion.manager.domain.snapshots import Snapshot, SnapshotId, waiting_salvage
 from orion.manager.domain.states import (
     HELD_DEADLINE_S,
     MIGRATION_TABLE,
@@ -52,6 +52,7 @@ from orion.manager.domain.states import (
     PlacementState,
     RentalState,
 )
+from orion.manager.domain.steps import Step, Write
 
 if TYPE_CHECKING:
     from simulation.agents import Container
@@ -131,7 +132,7 @@ class Checker:
         self.look_at_copies()
 
     def _check_phase(self, rental_id: str) -> None:
-        world = self._sim.ledger.world
+        world = self._sim.state_store.world
         rental, target = world.rentals[rental_id], world.standby_of(rental_id)
         sources = [p for p in world.placements_of(rental_id) if not p.standby]
         phases = {phase_of(rental, source, target) for source in sources} - {MigrationPhase.NONE}
@@ -160,7 +161,9 @@ class Checker:
         if write.kind == "rental":
             self._rental_moved(step, row, to, write)
         if to == Health.READY:
-            stale = [p for p in sim.ledger.world.placements.values() if p.worker_id == write.id and p.state == "lost"]
+            stale = [
+                p for p in sim.state_store.world.placements.values() if p.worker_id == write.id and p.state == "lost"
+            ]
             if stale:
                 sim.fail("a ready worker holds nothing stale", f"{write.id}: {stale}")
         if sim.schedule.only_the_door and to in {Health.DOWN, RentalState.MIGRATING}:
@@ -201,7 +204,7 @@ class Checker:
             sim.fail("a clock that jumped expires nobody", f"{rental.id} expires")
 
     def _check_rental(self, rental_id: str, before: Rental | None) -> None:
-        world = self._sim.ledger.world
+        world = self._sim.state_store.world
         rental = world.rentals[rental_id]
         own = [p for p in world.placements.values() if p.rental_id == rental_id]
         live = [p for p in own if p.state in LIVE and not p.standby]
@@ -219,7 +222,7 @@ class Checker:
             self._sim.fail("what has ended holds nothing", f"{rental_id}: {own}")
 
     def _check_new(self, placement: Placement) -> None:
-        world = self._sim.ledger.world
+        world = self._sim.state_store.world
         worker = world.workers.get(placement.worker_id)
         held = [p for p in world.placements.values() if p.worker_id == placement.worker_id and p.state in HOLDING]
         if worker is None or placement.slot >= worker.slots or len({p.slot for p in held}) != len(held):
@@ -229,7 +232,7 @@ class Checker:
 
     def let_in(self, rental_id: str, epoch: int, home: float) -> None:
         """Fails when a renter finds files that are older than the last safe copy, at the epoch that counts."""
-        rental = self._sim.ledger.world.rentals.get(rental_id)
+        rental = self._sim.state_store.world.rentals.get(rental_id)
         if rental is None or rental.epoch != epoch:
             return
         if rental.last_safe_copy_at is None:
@@ -245,7 +248,7 @@ class Checker:
             self._sim.fail("files are as old as the last safe copy", story)
 
     def _begins_empty(self, rental: Rental, epoch: int) -> None:
-        sim, world, before = self._sim, self._sim.ledger.world, rental.let_in_epoch
+        sim, world, before = self._sim, self._sim.state_store.world, rental.let_in_epoch
         own = [p for p in world.placements.values() if (p.rental_id, p.epoch) == (rental.id, before)]
         may_come_back = any(p.state is PlacementState.LOST and p.worker_id in world.workers for p in own)
         waited_s = sim.loop.now - self._lost_at.get((rental.id, before), float("-inf"))
@@ -268,7 +271,7 @@ class Checker:
 
     def purged(self, container: Container, rental_id: str, epoch: int) -> None:
         """Fails when a home goes that nobody has tried to copy aside."""
-        world = self._sim.ledger.world
+        world = self._sim.state_store.world
         rental = world.rentals.get(rental_id)
         record = container.records.get(rental_id)
         if rental is None or record is None or record.epoch != epoch:
@@ -279,23 +282,23 @@ class Checker:
         if any(p.state is PlacementState.LOST and not p.salvaged and not p.standby for p in own):
             self._sim.fail("what a worker still has is salvaged before it is purged", f"{rental_id} of epoch {epoch}")
 
-    def filled(self, rental_id: str, copy: Copy) -> None:
+    def filled(self, rental_id: str, copy: Snapshot) -> None:
         """Fails when a rental begins by itself with what is older than where its renter was let in."""
-        rental = self._sim.ledger.world.rentals.get(rental_id)
+        rental = self._sim.state_store.world.rentals.get(rental_id)
         if rental is None or str(copy.generation) == rental.began_with:
             return
-        began_with = Generation.parse(rental.began_with)
+        began_with = SnapshotId.parse(rental.began_with)
         has_all = began_with is None or self._has_all_of(rental_id, copy.generation, began_with)
         if copy.salvage and copy.generation.epoch < rental.let_in_epoch and not has_all:
             story = f"{rental_id}, which was let in at epoch {rental.let_in_epoch}, begins with {copy.generation}"
             self._sim.fail("a salvage is restored on request", story)
 
-    def chosen(self, rental_id: str, known: Iterable[Copy], copy: Copy | None) -> None:
+    def chosen(self, rental_id: str, known: Iterable[Snapshot], copy: Snapshot | None) -> None:
         """Fails when a rental is to begin with less than is known of it, and nobody is told of what is more.
 
         Of a salvage it is not known what its home was filled with, where its worker died as its renter was let in.
         """
-        rental, known = self._sim.ledger.world.rentals[rental_id], list(known)
+        rental, known = self._sim.state_store.world.rentals[rental_id], list(known)
         origins = {origin.epoch for origin in rental.lineage}
         for other in known:
             is_told = other.salvage and other.generation.epoch not in origins
@@ -306,10 +309,10 @@ class Checker:
                 story = f"{rental_id} begins with {copy and copy.generation}, though there is {other.generation}"
                 self._sim.fail("the newest safe state wins", story)
 
-    def _has_all_of(self, rental_id: str, later: Generation, earlier: Generation) -> bool:
+    def _has_all_of(self, rental_id: str, later: SnapshotId, earlier: SnapshotId) -> bool:
         """Whether it is another one, of the same home or of one that was filled with that; as the manager was told."""
         while later.epoch > earlier.epoch and (rental_id, later.epoch) in self._let_in:
-            before = Generation.parse(self.origins.get((rental_id, later.epoch), ""))
+            before = SnapshotId.parse(self.origins.get((rental_id, later.epoch), ""))
             if before is None or before == earlier:
                 return before is not None
             later = before
@@ -338,7 +341,7 @@ class Checker:
         if manager is None:
             self._ages.clear()
             return
-        world = self._sim.ledger.world
+        world = self._sim.state_store.world
         rows = [("worker", w.id, w.health, w) for w in world.workers.values()]
         rows += [("rental", r.id, r.state, r) for r in world.rentals.values()]
         rows += [("placement", p.id, p.state, p) for p in world.placements.values()]
@@ -360,7 +363,7 @@ class Checker:
         self._ages.clear()
 
     def _excused(self, kind: str, row: Any) -> bool:
-        sim, world = self._sim, self._sim.ledger.world
+        sim, world = self._sim, self._sim.state_store.world
         if sim.disk_is_slow:
             return True
         if kind == "worker":
@@ -374,14 +377,14 @@ class Checker:
         return False
 
     def _waits_for_an_operator(self, kind: str, row: Any) -> bool:
-        worker = self._sim.ledger.world.workers.get(row.worker_id) if kind == "placement" else None
+        worker = self._sim.state_store.world.workers.get(row.worker_id) if kind == "placement" else None
         return worker is not None and row.state in CLEANED_UP and bool(worker.fault)
 
     # -- in the end ------------------------------------------------------------------------------------------
 
     def unsettled(self) -> str:
         """Why a world that was left quiet has not come to what it promises; empty when it has."""
-        sim, world = self._sim, self._sim.ledger.world
+        sim, world = self._sim, self._sim.state_store.world
         if sim.manager is None:
             return "the manager is away"
         if sim.waiting_clients:
@@ -392,7 +395,7 @@ class Checker:
         return self._workers_unsettled() or self._rentals_unsettled() or self._disks_unsettled()
 
     def _workers_unsettled(self) -> str:
-        world, alive = self._sim.ledger.world, set()
+        world, alive = self._sim.state_store.world, set()
         for container in self._sim.containers:
             if container.up:
                 worker_id = self._sim.worker_id_of(container)
@@ -406,7 +409,7 @@ class Checker:
         return ""
 
     def _rentals_unsettled(self) -> str:
-        world = self._sim.ledger.world
+        world = self._sim.state_store.world
         ready = [w for w in world.workers.values() if w.health is Health.READY]
         used = world.used_slots()
         full = all(len(used[w.id]) >= w.slots for w in ready)
@@ -426,7 +429,7 @@ class Checker:
     def _disks_unsettled(self) -> str:
         running = {
             (p.worker_id, p.rental_id, p.epoch)
-            for p in self._sim.ledger.world.placements.values()
+            for p in self._sim.state_store.world.placements.values()
             if p.state is PlacementState.RUNNING
         }
         found = set()
@@ -442,7 +445,7 @@ class Checker:
         return ""
 
     def _has_not_started(self, container: Container, rental_id: str, epoch: int) -> bool:
-        rental = self._sim.ledger.world.rentals.get(rental_id)
+        rental = self._sim.state_store.world.rentals.get(rental_id)
         if rental is None or not rental.start or rental.start_problem:
             return False
         return (rental_id, epoch, f"{rental.start_run}@{container.boot_id}") not in container.started

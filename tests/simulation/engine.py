@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from orion_worker.records import RequestRefused
 
-from orion.manager.engine.port import Action, End, Host, Job, Outcome, Reached, Sign
-from orion.manager.engine.watch import ATTEMPT_EVERY_S, CONNECT_TIMEOUT_S, PROBE_AT_MOST_S, SILENCE_S, Silence, Told
+from orion.manager.ansible.port import Action, Job, Outcome
+from orion.manager.ssh.liveness import ATTEMPT_EVERY_S, CONNECT_TIMEOUT_S, PROBE_AT_MOST_S, SILENCE_S, Silence, Told
+from orion.manager.ssh.port import End, Host, Reached, Sign
 from simulation.agents import FORMER_VERSION
 
 if TYPE_CHECKING:

@@ -7,17 +7,18 @@ from dataclasses import replace
 
 from orion.manager.domain.expiry import release, renew
 from orion.manager.domain.leases import Leases
-from orion.manager.domain.model import Event, Rental
+from orion.manager.domain.model import Rental
 from orion.manager.domain.states import ENDED, HOLDING, Health, Intent, RentalState
-from orion.manager.store.memory import MemoryLedger
+from orion.manager.domain.steps import Event
+from orion.manager.store.memory import MemoryStateStore
 from simulation.agents import CRASHES, SERVES
 
 FIRST_UID = 100_000
 
 
 class Front:
-    def __init__(self, ledger: MemoryLedger, leases: Leases, wall: Callable[[], float]) -> None:
-        self._ledger = ledger
+    def __init__(self, state_store: MemoryStateStore, leases: Leases, wall: Callable[[], float]) -> None:
+        self._ledger = state_store
         self._leases = leases
         self._wall = wall
 

@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 from orion_worker.agent.decisions import Answer
 
 from orion.manager.api.call_home import CallHome, CallRefused
-from orion.manager.domain.leases import Beat, Leases
+from orion.manager.controllers.callbacks import Callbacks
+from orion.manager.controllers.expiry import ExpiryController
+from orion.manager.controllers.health import HealthController
+from orion.manager.controllers.loop import Loop
+from orion.manager.controllers.reconciler import Reconciler
+from orion.manager.controllers.snapshots import SnapshotController
+from orion.manager.controllers.wall_clock import TrustedClock
+from orion.manager.domain.leases import Heartbeat, Leases
+from orion.manager.domain.migration import NotMigrated
 from orion.manager.domain.model import Item
-from orion.manager.domain.moves import NotMoved
-from orion.manager.domain.roster import Roster
-from orion.manager.domain.snapshot_plan import Plan
+from orion.manager.domain.pool_index import PoolIndex
+from orion.manager.domain.snapshot_plan import SnapshotPlan
 from orion.manager.domain.states import Health, Intent
-from orion.manager.loops.callbacks import Callbacks
-from orion.manager.loops.clock import TrustedClock
-from orion.manager.loops.copies import CopiesLoop
-from orion.manager.loops.expiry import ExpiryLoop
-from orion.manager.loops.health import HealthLoop
-from orion.manager.loops.moving import Mover
-from orion.manager.loops.reconciler import Reconciler
-from orion.manager.loops.restoring import Restorer
-from orion.manager.loops.timer import Loop
-from orion.manager.loops.watching import Watching
+from orion.manager.operations.liveness import LivenessConnections
+from orion.manager.operations.migrate import Migrator
+from orion.manager.operations.restore import Restorer
 from orion.manager.store.port import Registration
 from simulation.agents import JOIN_TOKEN
 from simulation.front import Front
-from simulation.vault import SimulatedVault
+from simulation.snapshot_service import SimulatedVault
 
 if TYPE_CHECKING:
     from simulation.world import Simulation
@@ -54,28 +54,34 @@ class SimulatedManager:
         self.random = Random(f"manager {sim.loop.now} {sim.schedule.seed}")
         self._tasks: set[asyncio.Task[Any]] = set()
         self.leases = leases = Leases(sim.clocks.freeze_after_s)
-        ledger: Any = WithPoints(self, sim.ledger)
+        state_store: Any = WithPoints(self, sim.state_store)
         engine, reach = sim.engine_of(self), sim.reach_of(self)
-        book: Any = WithPoints(self, sim.book)
-        vault = SimulatedVault(sim, self)
-        restorer = Restorer(engine=engine, vault=vault, book=book)
-        mover = Mover(engine=engine, vault=vault, book=book, limits=Plan().limits, monotonic=sim.monotonic)
-        self.copies = CopiesLoop(
-            book=book,
-            vault=vault,
-            plan=Plan(),
+        catalog: Any = WithPoints(self, sim.catalog)
+        snapshot_service = SimulatedVault(sim, self)
+        restorer = Restorer(engine=engine, snapshot_service=snapshot_service, catalog=catalog)
+        mover = Migrator(
+            engine=engine,
+            snapshot_service=snapshot_service,
+            catalog=catalog,
+            limits=SnapshotPlan().limits,
+            monotonic=sim.monotonic,
+        )
+        self.copies = SnapshotController(
+            catalog=catalog,
+            snapshot_service=snapshot_service,
+            plan=SnapshotPlan(),
             disk_share=sim.copies_disk,
             monotonic=sim.monotonic,
             wall=sim.wall,
             random=self.random,
         )
         self.copies.loop = Loop("copies", COPIES_ROUND_S, self.copies.round)
-        self.roster = roster = Roster()
+        self.pool_index = pool_index = PoolIndex()
         clock = TrustedClock(now=sim.monotonic, wall=sim.wall)
         worker_changed = Callbacks[[]]()
         self.reconciler = Reconciler(
-            ledger=ledger,
-            roster=roster,
+            state_store=state_store,
+            pool_index=pool_index,
             leases=leases,
             engine=engine,
             reach=reach,
@@ -92,13 +98,13 @@ class SimulatedManager:
         self.reconciler.loop = Loop("reconciler", ROUND_S, self.reconciler.round)
         hint = self.reconciler.loop.hint
         watch_ended = Callbacks[str]()
-        self.watching = Watching(sim.watch_of(self), sim.monotonic, watch_ended)
-        self.health = HealthLoop(
-            ledger=ledger,
-            roster=roster,
+        self.watching = LivenessConnections(sim.watch_of(self), sim.monotonic, watch_ended)
+        self.health = HealthController(
+            state_store=state_store,
+            pool_index=pool_index,
             leases=leases,
             clocks=sim.clocks,
-            door_open=sim.door_is_open,
+            proxy_answers=sim.door_is_open,
             monotonic=sim.monotonic,
             on_verdict=hint,
             watching=self.watching,
@@ -108,20 +114,20 @@ class SimulatedManager:
         self.health.loop = Loop("health", ROUND_S, self.health.round)
         watch_ended.subscribe(self.health.judge_now)
         worker_changed.subscribe(self.health.loop.hint)
-        self.expiry = ExpiryLoop(ledger=ledger, clock=clock, wall=sim.wall, on_expiry=hint)
+        self.expiry = ExpiryController(state_store=state_store, clock=clock, wall=sim.wall, on_expiry=hint)
         self.expiry.loop = Loop("expiry", EXPIRY_ROUND_S, self.expiry.round)
         self.call_home = CallHome(
-            ledger, roster, leases, reach, sim.monotonic, self.reconciler.shown, self.health.look_at
+            state_store, pool_index, leases, reach, sim.monotonic, self.reconciler.shown, self.health.look_at
         )
-        self.front = Front(sim.ledger, leases, sim.wall)
+        self.front = Front(sim.state_store, leases, sim.wall)
 
     def start(self) -> None:
         self.spawn(self._run())
 
     async def _run(self) -> None:
         """As app.Manager restores what the database knows, and lets old leases lapse."""
-        await self.sim.ledger.follow(lambda changes: self.roster.apply(changes, self.sim.monotonic()))
-        workers = self.roster.items()
+        await self.sim.state_store.follow(lambda changes: self.pool_index.apply(changes, self.sim.monotonic()))
+        workers = self.pool_index.items()
         known = {w: k.session_id for w, k in workers if k.session_id and k.health is not Health.DOWN}
         self.sim.granted_s = granted_s = max(self.sim.granted_s, self.sim.clocks.freeze_after_s)
         self.leases.restore(known, granted_s)
@@ -169,7 +175,7 @@ class SimulatedManager:
     async def answer(self, path: str, token: str, address: str, body: Mapping[str, Any]) -> Answer:
         """As api/workers.py: who may ask, then the rules, then the status."""
         await self.point()
-        own_id = next((w for w, valid in self.sim.ledger.tokens.items() if valid == token), None)
+        own_id = next((w for w, valid in self.sim.state_store.tokens.items() if valid == token), None)
         if own_id is None and (token != JOIN_TOKEN or path != "/api/register"):
             return Answer(401, {"code": "unauthorized"})
         try:
@@ -207,7 +213,7 @@ class SimulatedManager:
     async def _heartbeat(self, worker_id: str, address: str, body: Mapping[str, Any]) -> Answer:
         leaving = body.get("leaving", False)
         vacating = body.get("vacating", False)
-        beat = Beat(
+        beat = Heartbeat(
             session_id=body["session_id"],
             seq=body["seq"],
             inventory=tuple(_items(body)),
@@ -247,10 +253,10 @@ class SimulatedManager:
 
     async def migrate(self, rental_id: str) -> Answer:
         await self.point()
-        placed = self.sim.ledger.world.live_placement(rental_id)
+        placed = self.sim.state_store.world.live_placement(rental_id)
         try:
             await self.reconciler.ask_to_move(rental_id, placed.worker_id if placed else "", "client")
-        except NotMoved as refusal:
+        except NotMigrated as refusal:
             return Answer(409, {"code": refusal.code})
         return Answer(202)
 

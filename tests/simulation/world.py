@@ -13,14 +13,14 @@ from typing import Any
 
 from orion_worker.agent.decisions import Answer
 
+from orion.manager.controllers import health, loop, reconciler, snapshots, wall_clock
 from orion.manager.domain.clocks import DRIFT, Clocks
-from orion.manager.domain.copies import Copy, Generation
-from orion.manager.domain.model import Step
+from orion.manager.domain.snapshots import Snapshot, SnapshotId
 from orion.manager.domain.states import Health, Intent
-from orion.manager.engine.port import Host
-from orion.manager.loops import clock, copies, health, reconciler, timer
-from orion.manager.store.copies import MemoryCopyBook
-from orion.manager.store.memory import InvariantBroken, MemoryLedger
+from orion.manager.domain.steps import Step
+from orion.manager.ssh.port import Host
+from orion.manager.store.memory import InvariantBroken, MemoryStateStore
+from orion.manager.store.snapshots import MemorySnapshotCatalog
 from simulation.agents import Container
 from simulation.checker import Checker
 from simulation.clock import EverybodyWaits, VirtualLoop
@@ -50,7 +50,7 @@ class _Over(Exception):
     """Whoever broke an invariant goes no further."""
 
 
-class WatchedLedger(MemoryLedger):
+class WatchedLedger(MemoryStateStore):
     def __init__(self, sim: Simulation) -> None:
         super().__init__()
         self._sim = sim
@@ -72,12 +72,12 @@ class WatchedLedger(MemoryLedger):
         return applied
 
 
-class WatchedBook(MemoryCopyBook):
+class WatchedBook(MemorySnapshotCatalog):
     def __init__(self, sim: Simulation) -> None:
-        super().__init__(sim.ledger)
+        super().__init__(sim.state_store)
         self._sim = sim
 
-    async def newest(self, rental_id: str) -> Copy | None:
+    async def newest(self, rental_id: str) -> Snapshot | None:
         found = await super().newest(rental_id)
         self._sim.checker.chosen(rental_id, self.copies.get(rental_id, ()), found)
         return found
@@ -97,9 +97,9 @@ class Simulation:
         self.granted_s = 0.0
         """The longest lease that a manager has written down as given."""
         self.placement_ids: Iterator[str] = (f"p-{number:04d}" for number in count(1))
-        self.ledger = WatchedLedger(self)
-        self.book = WatchedBook(self)
-        self.stored: dict[str, dict[Generation, Copy]] = {}
+        self.state_store = WatchedLedger(self)
+        self.catalog = WatchedBook(self)
+        self.stored: dict[str, dict[SnapshotId, Snapshot]] = {}
         """The copies of each rental's home; `at` is also what is in it: see agents.py."""
         self.network = Network(self)
         self.workshop = Workshop(self)
@@ -172,7 +172,7 @@ class Simulation:
         return container if container and container.answers_ssh and container.host_key in host.host_keys else None
 
     def worker_id_of(self, container: Container) -> str:
-        return next((w for w, token in self.ledger.tokens.items() if token == container.token), "")
+        return next((w for w, token in self.state_store.tokens.items() if token == container.token), "")
 
     def new_container(self, slots: int, address: str | None = None) -> Container:
         number = 1 + len(self.containers)
@@ -238,7 +238,7 @@ class Simulation:
 
     def _operate(self) -> None:
         """An operator looks at what was quarantined or drained."""
-        for worker in list(self.ledger.world.workers.values()):
+        for worker in list(self.state_store.world.workers.values()):
             if self.manager and (worker.health is Health.QUARANTINED or worker.intent is not Intent.ACTIVE):
                 self.manager.spawn(self.manager.set_intent(worker.id, Intent.ACTIVE))
 
@@ -292,7 +292,7 @@ class _Log:
 
 @contextmanager
 def _quiet(sim: Simulation) -> Iterator[None]:
-    rooms: list[Any] = [clock, copies, health, reconciler, timer]
+    rooms: list[Any] = [wall_clock, snapshots, health, reconciler, loop]
     logs = [room.log for room in rooms]
     for room in rooms:
         room.log = _Log(sim)

@@ -12,7 +12,7 @@ import httpx
 from support.house import House
 from support.way_in import Client, connecting
 
-from orion.manager.engine.fake_shell import FakeShell
+from orion.manager.fakes.shell import FakeShell
 
 
 async def ticket(client: httpx.AsyncClient, rental_id: str) -> str:

@@ -6,8 +6,9 @@ from typing import Any
 
 import asyncssh
 
-from orion.manager.domain.model import Placement, Rental, Worker, World
+from orion.manager.domain.model import Placement, Rental, Worker
 from orion.manager.domain.states import Health, Intent, PlacementState, RentalState
+from orion.manager.domain.world import World
 
 SESSION = "session-1"
 

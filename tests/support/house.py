@@ -19,21 +19,21 @@ import httpx
 from fastapi import FastAPI
 from sqlalchemy import select
 from support.builders import AUTHORITIES, host_key
-from support.rosters import what_differs
+from support.pools import what_differs
 
-from orion.manager.api.door import SECRET_HEADER
+from orion.manager.api.proxy_guard import SECRET_HEADER
 from orion.manager.app import Manager, Ports, application, put_into
+from orion.manager.controllers.loop import Loop
 from orion.manager.domain.brake import Brake
-from orion.manager.domain.roster import Roster
-from orion.manager.engine.fake import FakeEngine, FakeReach, FakeWatch, FakeWorker, FakeWorld
-from orion.manager.engine.fake_shell import FakeShells
-from orion.manager.engine.port import Host
-from orion.manager.engine.vault.fake import FakeVault
-from orion.manager.loops.timer import Loop
+from orion.manager.domain.pool_index import PoolIndex
+from orion.manager.fakes.shell import FakeShells
+from orion.manager.fakes.snapshots import FakeSnapshotService
+from orion.manager.fakes.workers import FakeEngine, FakeLiveness, FakeReach, FakeWorker, FakeWorld
 from orion.manager.settings import Secrets, Settings
+from orion.manager.ssh.port import Host
 from orion.manager.store import events, tokens
 from orion.manager.store.database import News, Row, Store, rows
-from orion.manager.store.roster import everything
+from orion.manager.store.pool_index import everything
 from orion.manager.store.schema import placements
 from orion.manager.store.tokens import make_token
 
@@ -59,7 +59,7 @@ class Clock:
 
 @dataclass
 class Door:
-    """In place of loops.door.DoorProbe: whether the manager reaches itself through the proxy."""
+    """In place of loops.door.ProxyProbe: whether the manager reaches itself through the proxy."""
 
     open: bool = True
     loop: Loop = field(default_factory=lambda: Loop("door", 3600.0, _nothing))
@@ -194,10 +194,10 @@ class House:
         self.clock = Clock()
         self.door = Door()
         self.world = FakeWorld()
-        self.vault = FakeVault(self.world, self.clock.wall)
+        self.snapshot_service = FakeSnapshotService(self.world, self.clock.wall)
         self.disk_share = 0.1
         self.shells = FakeShells()
-        self.watch: FakeWatch | None = None
+        self.watch: FakeLiveness | None = None
         self.agents: list[Agent] = []
         self._numbers = count(1)
         self.begin()
@@ -208,7 +208,7 @@ class House:
         ports = Ports(
             FakeEngine(self.world),
             FakeReach(self.world),
-            self.vault,
+            self.snapshot_service,
             door,
             lambda: self.disk_share,
             self.clock.monotonic,
@@ -232,7 +232,7 @@ class House:
 
     async def watch_workers(self) -> None:
         """Begin again with a manager that holds a watch on each worker, so that deaths are proved."""
-        self.watch = FakeWatch(self.world)
+        self.watch = FakeLiveness(self.world)
         await self.restart()
 
     async def restart(self) -> None:
@@ -335,9 +335,9 @@ class House:
         A call of the test's that is under way may commit between the two looks: then it has come to rest by the next.
         """
         for _ in range(3):
-            anew = Roster()
+            anew = PoolIndex()
             anew.apply(await self.store.write(everything), self.clock.now)  # behind all that was written before
-            difference = what_differs(anew, self.manager.roster)
+            difference = what_differs(anew, self.manager.pool_index)
             if not difference:
                 return
         raise AssertionError(difference)

@@ -17,7 +17,7 @@ import pytest
 from support.builders import AUTHORITIES
 from websockets.asyncio.server import ServerConnection
 
-from orion.manager.engine.authority import Authority
+from orion.manager.ssh.authority import Authority
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 CAN_RUN_SSHD = SSHD is not None and (os.geteuid() != 0 or Path("/run/sshd").is_dir())

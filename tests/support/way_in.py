@@ -12,8 +12,8 @@ from typing import Any
 
 from support.house import PROXY_SECRET, House
 
-from orion.manager.engine.port import Host
-from orion.manager.gateway.ssh import SshStream
+from orion.manager.gateway.relay import SshStream
+from orion.manager.ssh.port import Host
 
 
 @dataclass

@@ -9,7 +9,7 @@ from orion_worker.agent.node import MAX_SLOTS, count_files, settings_from
 from orion_worker.system.cgroup import CgroupUsage, processes_for_each_renter, usage
 
 from orion import wire
-from orion.manager.domain.certificates import MOST_NAMES
+from orion.manager.domain.host_certificates import MOST_NAMES
 
 VERSION_1 = {
     "cpuacct/cpuacct.usage": "2500000000\n",

@@ -218,7 +218,7 @@ def test_a_worker_that_is_not_at_rest_is_noticed(change: dict[str, str]) -> None
 
 
 def test_what_was_still_restless_is_told() -> None:
-    assert _broken(replace(GOOD, restless=("the brake is on",))) == ["no stuck state: the brake is on"]
+    assert _broken(replace(GOOD, dirty_workers=("the brake is on",))) == ["no stuck state: the brake is on"]
 
 
 def test_a_worker_that_is_lost_though_only_the_door_was_away_is_noticed() -> None:

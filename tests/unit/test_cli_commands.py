@@ -28,7 +28,7 @@ from support.scripted_platform import (
 
 from orion.cli import keys
 from orion.cli.app import run
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.wire import NOT_MOVED, RentReply
 
 EVIL = "\x1b]0;owned\x07\x1b[31m[red]x[/red]\u202e\u009b2J"
@@ -783,7 +783,7 @@ def test_a_worker_is_declared_gone_only_after_a_yes(platform: ScriptedPlatform, 
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orion.client.MIGRATION_POLL_S", 0.0)
+    monkeypatch.setattr("orion.client.sdk.MIGRATION_POLL_S", 0.0)
 
 
 @pytest.mark.usefixtures("no_pauses")

@@ -11,7 +11,7 @@ import pytest
 
 from orion import login
 from orion.errors import InvalidInput, NotLoggedIn
-from orion.login import PlatformLogin
+from orion.login import Login
 
 TOKEN = "orion_client_t1_secret"
 
@@ -26,7 +26,7 @@ def mode(path: Path) -> int:
 
 
 def test_what_was_stored_is_loaded(environment: dict[str, str]) -> None:
-    account = PlatformLogin("http://localhost:8080", TOKEN)
+    account = Login("http://localhost:8080", TOKEN)
     login.store(account, environment)
     assert login.load(environment) == account
 
@@ -36,7 +36,7 @@ def test_only_its_owner_can_read_the_login(environment: dict[str, str], tmp_path
     (tmp_path / "orion").mkdir(mode=0o755)
     before = os.umask(umask)
     try:
-        kept_in = login.store(PlatformLogin("http://localhost:8080", TOKEN), environment)
+        kept_in = login.store(Login("http://localhost:8080", TOKEN), environment)
     finally:
         os.umask(before)
     assert mode(kept_in) == 0o600
@@ -45,15 +45,15 @@ def test_only_its_owner_can_read_the_login(environment: dict[str, str], tmp_path
 
 
 def test_a_second_login_replaces_the_first(environment: dict[str, str]) -> None:
-    login.store(PlatformLogin("http://localhost:8080", TOKEN), environment)
-    login.store(PlatformLogin("http://localhost:9090", TOKEN), environment)
+    login.store(Login("http://localhost:8080", TOKEN), environment)
+    login.store(Login("http://localhost:9090", TOKEN), environment)
     assert login.load(environment).url == "http://localhost:9090"
 
 
 def test_a_certificate_file_is_copied(environment: dict[str, str], tmp_path: Path) -> None:
     given = tmp_path / "given.pem"
     given.write_text("certificate")
-    login.store(PlatformLogin("https://lab:8443", TOKEN, str(given)), environment)
+    login.store(Login("https://lab:8443", TOKEN, str(given)), environment)
     given.unlink()
     kept = login.load(environment).ca_file
     assert kept is not None
@@ -61,17 +61,17 @@ def test_a_certificate_file_is_copied(environment: dict[str, str], tmp_path: Pat
 
 
 def test_the_environment_goes_before_the_file(environment: dict[str, str], tmp_path: Path) -> None:
-    login.store(PlatformLogin("http://localhost:8080", TOKEN), environment)
+    login.store(Login("http://localhost:8080", TOKEN), environment)
     (tmp_path / "token").write_text("orion_admin_admin_other\n")
     here = {**environment, "ORION_URL": "http://manager_proxy", "ORION_TOKEN_FILE": str(tmp_path / "token")}
-    assert login.load(here) == PlatformLogin("http://manager_proxy", "orion_admin_admin_other")
+    assert login.load(here) == Login("http://manager_proxy", "orion_admin_admin_other")
 
 
 @pytest.mark.parametrize("half", [{"ORION_URL": "http://evil.example"}, {"ORION_TOKEN_FILE": "/dev/null"}])
 def test_half_of_the_environments_pair_is_never_completed_by_the_file(
     environment: dict[str, str], half: dict[str, str]
 ) -> None:
-    login.store(PlatformLogin("http://localhost:8080", TOKEN), environment)
+    login.store(Login("http://localhost:8080", TOKEN), environment)
     with pytest.raises(NotLoggedIn, match="set both"):
         login.load({**environment, **half})
 
@@ -97,11 +97,11 @@ def test_a_token_is_one_plain_word(tmp_path: Path, token: str) -> None:
 
 
 def test_a_token_is_not_shown_by_accident() -> None:
-    assert TOKEN not in repr(PlatformLogin("http://localhost:8080", TOKEN))
+    assert TOKEN not in repr(Login("http://localhost:8080", TOKEN))
 
 
 def test_the_stored_login_is_readable_json(environment: dict[str, str]) -> None:
-    kept_in = login.store(PlatformLogin("http://localhost:8080", TOKEN), environment)
+    kept_in = login.store(Login("http://localhost:8080", TOKEN), environment)
     assert json.loads(kept_in.read_text()) == {"url": "http://localhost:8080", "token": TOKEN, "ca_file": None}
 
 

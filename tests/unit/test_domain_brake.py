@@ -12,8 +12,8 @@ from orion.manager.domain.clocks import Clocks
 CLOCKS = Clocks()
 START = 1000.0
 OFF = Brake(disturbed_at=0.0, since=None, reason="")
-FINE = Observation(door_open=True, late_s=0.0, heard_at=None, silent_since=(), pool=3)
-SHUT = replace(FINE, door_open=False)
+FINE = Observation(proxy_answers=True, late_s=0.0, heard_at=None, silent_since=(), pool=3)
+SHUT = replace(FINE, proxy_answers=False)
 
 
 def quiet(brake: Brake, seconds: float, seen: Observation = FINE, start: float = START) -> Brake:

@@ -10,7 +10,7 @@ from support.builders import SESSION, new_worker
 
 from orion.manager.domain.brake import Brake
 from orion.manager.domain.clocks import Clocks
-from orion.manager.domain.health import MAX_FLAPS, RULES, WATCH_CLOSED, Evidence, Verdict, Watched, judge
+from orion.manager.domain.health import MAX_FLAPS, RULES, WATCH_CLOSED, Evidence, LivenessReport, Verdict, judge
 from orion.manager.domain.leases import Lease
 from orion.manager.domain.model import Worker
 from orion.manager.domain.states import JOIN_DEADLINE_S, Health
@@ -214,8 +214,8 @@ def test_a_worker_without_any_lease_is_judged_by_the_manager_s_start() -> None:
     )
 
 
-CLOSED = Watched(closed_at=NOW - 0.5)
-DEAD = Watched(closed_at=NOW - 0.5, proof="its container is gone")
+CLOSED = LivenessReport(closed_at=NOW - 0.5)
+DEAD = LivenessReport(closed_at=NOW - 0.5, proof="its container is gone")
 COUNTED_ON = [Health.READY, Health.SUSPECT, Health.UNKNOWN, Health.JOINING, Health.QUARANTINED]
 
 
@@ -245,7 +245,7 @@ def test_a_closed_watch_makes_a_worker_suspect_until_it_is_heard_or_held_again()
     assert judge(evidence(Health.READY, 3.0, watched=CLOSED)) == Verdict(Health.SUSPECT, WATCH_CLOSED)
     assert verdict(Health.SUSPECT, 3.0, watched=CLOSED) is None
     assert verdict(Health.SUSPECT, 0.1, watched=CLOSED) is Health.READY
-    assert verdict(Health.SUSPECT, 3.0, watched=Watched()) is Health.READY
+    assert verdict(Health.SUSPECT, 3.0, watched=LivenessReport()) is Health.READY
 
 
 def test_to_be_suspect_by_a_closed_watch_is_no_loss_but_what_comes_of_it_is() -> None:

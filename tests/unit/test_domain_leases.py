@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orion.manager.domain.leases import Beat, Lease, Leases
+from orion.manager.domain.leases import Heartbeat, Lease, Leases
 from orion.manager.domain.model import Item
 
 WORKER = "w-1"
@@ -22,7 +22,7 @@ def leases() -> Leases:
 
 def renew(leases: Leases, seq: int = 0, now: float = 20.0, session: str = "session-1", leaving: bool = False) -> bool:
     return leases.renew(
-        WORKER, Beat(session_id=session, seq=seq, inventory=(ITEM,), leaving=leaving, lease_s=LEASE_S), now
+        WORKER, Heartbeat(session_id=session, seq=seq, inventory=(ITEM,), leaving=leaving, lease_s=LEASE_S), now
     )
 
 
@@ -126,7 +126,7 @@ def test_a_worker_is_believed_to_live_by_the_longest_lease_that_a_former_manager
 
 
 def test_a_worker_that_tells_a_longer_lease_than_was_ever_given_gets_no_more_grace(leases: Leases) -> None:
-    assert leases.renew(WORKER, Beat(session_id="session-1", seq=1, inventory=(ITEM,), lease_s=86_400.0), 20.0)
+    assert leases.renew(WORKER, Heartbeat(session_id="session-1", seq=1, inventory=(ITEM,), lease_s=86_400.0), 20.0)
     assert leases.get(WORKER).lease_s == LEASE_S
 
 
@@ -144,7 +144,7 @@ def test_a_heartbeat_after_the_goodbye_takes_it_back(leases: Leases) -> None:
 
 
 def test_what_the_manager_purged_is_not_found_in_the_older_inventory_again(leases: Leases) -> None:
-    leases.renew(WORKER, Beat(session_id="session-1", seq=1, inventory=(ITEM, OTHER)), 20.0)
+    leases.renew(WORKER, Heartbeat(session_id="session-1", seq=1, inventory=(ITEM, OTHER)), 20.0)
     leases.cleaned(WORKER, OTHER.rental_id, OTHER.epoch + 1)
     assert leases.inventories([WORKER]) == {WORKER: (ITEM, OTHER)}
     leases.cleaned(WORKER, OTHER.rental_id, OTHER.epoch)
@@ -162,7 +162,7 @@ def test_losses_of_ready_count_within_the_window_and_until_they_are_forgiven(lea
 
 def test_a_restart_that_was_announced_is_no_loss_and_the_next_silence_is_one(leases: Leases) -> None:
     leases.open(WORKER, "session-1", 1.0, ())
-    leases.renew(WORKER, Beat(session_id="session-1", seq=1, leaving=True), 2.0)
+    leases.renew(WORKER, Heartbeat(session_id="session-1", seq=1, leaving=True), 2.0)
     leases.open(WORKER, "session-2", 4.0, ())
     assert leases.lost_ready(WORKER, 4.0, 100.0) == 0
     assert leases.lost_ready(WORKER, 50.0, 100.0) == 1
@@ -171,7 +171,7 @@ def test_a_restart_that_was_announced_is_no_loss_and_the_next_silence_is_one(lea
 def test_what_is_shown_again_is_kept_once(leases: Leases) -> None:
     shown = leases.get(WORKER).inventory
     again = Item(rental_id=ITEM.rental_id, username=ITEM.username, uid=ITEM.uid, epoch=ITEM.epoch)
-    assert leases.renew(WORKER, Beat(session_id="session-1", seq=1, inventory=(again,)), 20.0)
+    assert leases.renew(WORKER, Heartbeat(session_id="session-1", seq=1, inventory=(again,)), 20.0)
     assert leases.get(WORKER).inventory is shown
 
 

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from support.builders import active_rental, new_rental, new_worker, new_world
 
-from orion.manager.domain.facts import Facts
 from orion.manager.domain.model import Rental
+from orion.manager.domain.observations import Observations
 from orion.manager.domain.reconcile import decide
 from orion.manager.domain.states import Health, Intent, RentalState
 
 WORKER = new_worker(1, slots=2)
 
 
-def facts() -> Facts:
-    return Facts(inventories={}, leaving=frozenset(), ages={}, new_ids=(f"p-{number}" for number in count(1)))
+def observations() -> Observations:
+    return Observations(inventories={}, leaving=frozenset(), ages={}, new_ids=(f"p-{number}" for number in count(1)))
 
 
 @pytest.mark.parametrize("rental", [new_rental(), active_rental(state=RentalState.MIGRATING)], ids=["new", "migrating"])
@@ -31,7 +31,7 @@ def test_a_place_is_reserved_only_on_a_worker_that_is_still_as_it_was_chosen(
     rental: Rental, change: dict[str, Any]
 ) -> None:
     world = new_world(WORKER, rental)
-    placing, *_ = decide(world, facts()).steps
+    placing, *_ = decide(world, observations()).steps
     assert placing.placement is not None
     assert world.copy().apply(placing)
     world.workers[WORKER.id] = replace(WORKER, **change)

@@ -13,7 +13,7 @@ import pytest
 from orion import wire
 from orion.manager.api import event_streams
 from orion.manager.api.event_streams import MOST_OF_A_TOKEN, EventStreams, Filter
-from orion.manager.domain.model import Event
+from orion.manager.domain.steps import Event
 from orion.manager.refusals import ApiProblem
 from orion.manager.store import events
 from orion.manager.store.database import Store, record

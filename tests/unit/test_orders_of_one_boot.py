@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_contract import KEY, deletion, new_job
+from ansible_contract import KEY, deletion, new_job
 from orion_worker.agent.node import AGENT_VERSION
 from orion_worker.rental.requests import parse_request
 from support.builders import new_worker
 
-from orion.manager.engine.port import OF_ONE_BOOT, Action, Host, Job
-from orion.manager.engine.protocol import job_line
+from orion.manager.ansible.port import OF_ONE_BOOT, Action, Job
+from orion.manager.ansible.protocol import job_message
+from orion.manager.ssh.port import Host
 
 PLAYBOOKS = Path(__file__).parents[2] / "playbooks"
 HOST = Host("w-abcdefgh", "192.0.2.7", (KEY,), boot_id="boot-0002")
@@ -25,7 +26,9 @@ HOST = Host("w-abcdefgh", "192.0.2.7", (KEY,), boot_id="boot-0002")
 def ordered(job: Job) -> dict[str, Any]:
     """Return what the worker is sent, as playbook.py and the task orion_rental make it of the engine's line."""
     return {
-        name: value for name, value in job_line("1", job).model_dump(mode="json")["vars"].items() if value is not None
+        name: value
+        for name, value in job_message("1", job).model_dump(mode="json")["vars"].items()
+        if value is not None
     }
 
 

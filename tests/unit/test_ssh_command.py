@@ -7,11 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from engine_contract import KEY, OTHER_KEY
+from ansible_contract import KEY, OTHER_KEY
 
-from orion.manager.engine.port import Host
-from orion.manager.engine.ssh import worker_ssh
-from orion.ssh import Pinned, pinned_authority_arguments, pinned_host_arguments, ssh_command
+from orion.manager.ssh.options import worker_ssh
+from orion.manager.ssh.port import Host
+from orion.ssh_command import Pinned, pinned_authority_arguments, pinned_host_arguments, ssh_command
 
 AUTHORITY = f"@cert-authority *.orion {KEY}"
 CARELESS = (

@@ -14,8 +14,8 @@ from sqlalchemy import Connection, create_engine, func, insert, inspect, select,
 from sqlalchemy.event import listen
 from sqlalchemy.exc import IntegrityError
 
-from orion.manager.domain.model import Event
-from orion.manager.store import events, ledger
+from orion.manager.domain.steps import Event
+from orion.manager.store import events, state
 from orion.manager.store.database import News, Store, record
 from orion.manager.store.schema import counters, metadata, placements, rentals, workers
 
@@ -256,7 +256,7 @@ async def test_who_is_on_the_move_is_found_without_a_look_at_all_that_run(store:
     def plan(connection: Connection) -> str:
         asked: list[str] = []
         listen(connection, "before_cursor_execute", lambda _c, _cursor, statement, *_: asked.append(statement))
-        ledger.look(connection, (), ())
+        state.look(connection, (), ())
         [about_moves] = [statement for statement in asked if "AND standby" in statement]
         return str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {about_moves}").all())
 

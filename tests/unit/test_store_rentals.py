@@ -10,12 +10,12 @@ from sqlalchemy import delete, select, update
 from support.builders import host_key
 
 from orion.manager.domain.states import RentalState
-from orion.manager.store import events, ledger, rentals
+from orion.manager.store import events, rentals, state
 from orion.manager.store.database import Store
-from orion.manager.store.rentals import FIRST_UID, KEY_LIFETIME_S, NameTaken, OtherRequest, Wish
+from orion.manager.store.rentals import FIRST_UID, KEY_LIFETIME_S, NameTaken, NewRental, OtherRequest
 from orion.manager.store.schema import rentals as table
 
-WISH = Wish(
+WISH = NewRental(
     owner="alice",
     name=None,
     public_key=host_key(1),
@@ -130,7 +130,7 @@ async def test_a_release_begins_once(store: Store) -> None:
     rental_id = await store.write(rentals.create, WISH)
     for _ in range(2):
         await store.write(rentals.begin_release, rental_id, "alice")
-    assert (await store.read(ledger.load)).rentals[rental_id].end == "released"
+    assert (await store.read(state.load)).rentals[rental_id].end == "released"
     assert await store.read(events.last) == 2
 
 

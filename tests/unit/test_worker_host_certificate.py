@@ -8,8 +8,8 @@ import pytest
 from orion_worker.rental.host_certificate import HostCertificate, read_certificate
 from support.builders import AUTHORITIES, host_key
 
-from orion.manager.domain.certificates import BACKDATED_S, LIFETIME_S, NothingToSign
-from orion.manager.engine.authority import Authority
+from orion.manager.domain.host_certificates import BACKDATED_S, LIFETIME_S, NothingToSign
+from orion.manager.ssh.authority import Authority
 
 NOW = 1_800_000_000.0
 

@@ -17,14 +17,14 @@ import pytest
 from orion_worker.freezer.marks import Freezer
 from orion_worker.records import RentalRecord, RentalRecords
 from orion_worker.web import port_proxy, socket_diag
-from orion_worker.web.active_rentals import ActiveRentals
+from orion_worker.web.active_rentals import RunningRentals
 from orion_worker.web.listeners import Listener, PortTarget, listeners, target_of
 from orion_worker.web.port_proxy import PortProxy
 from orion_worker.web.port_tokens import PortToken, end_signature, signature, take_token, token_from
 from orion_worker.web.refusals import PortRefusal, refusal_response
 
-from orion.manager.gateway import web_ends
-from orion.manager.gateway.ways import signed_pass
+from orion.manager.gateway import port_connections
+from orion.manager.gateway.port_keys import signed_pass
 
 SESSION = "5e55" * 8
 WAY = PortToken("abcd234567", 3, 8000)
@@ -157,7 +157,7 @@ def test_a_refusal_is_for_programs_or_for_people() -> None:
 
 def test_only_who_is_here_at_that_epoch_let_in_and_not_frozen_is_found(tmp_path: Path) -> None:
     active, records, freezer = (
-        ActiveRentals(tmp_path),
+        RunningRentals(tmp_path),
         RentalRecords(tmp_path / "var/lib/orion/rentals"),
         Freezer(tmp_path),
     )
@@ -199,7 +199,7 @@ class Stage:
         (root / "run/orion/session").write_text(SESSION)
         self.looks: list[PortTarget | None] = []
         here = frozenset({"127.0.0.1"})
-        self.door = PortProxy(ActiveRentals(root), here, self._look, here, slots)
+        self.door = PortProxy(RunningRentals(root), here, self._look, here, slots)
         self.received = b""
         self.says = b"HTTP/1.1 200 OK\r\n\r\nfirst "
         self.connections = 0
@@ -361,8 +361,8 @@ async def test_a_connection_ends_when_the_manager_says_that_what_opened_it_has_e
 
 async def test_the_manager_and_the_door_speak_the_same_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(tmp_path) as stage:
-        monkeypatch.setattr(web_ends, "DOOR_PORT", stage.door_port)
-        way, told_by = stage.way, web_ends.tell_door
+        monkeypatch.setattr(port_connections, "DOOR_PORT", stage.door_port)
+        way, told_by = stage.way, port_connections.tell_door
         signed = signed_pass(SESSION, way.rental_id, way.epoch, way.port, ALICE, 10, None)
         reader, _ = await stage.ask(signed)
         await reader.readuntil(b"first ")
@@ -449,7 +449,7 @@ async def test_a_rental_has_its_slots_share_of_the_connections_and_leaves_the_ot
 
 
 def test_however_many_slots_a_worker_has_each_has_some_connections() -> None:
-    shares = [PortProxy(ActiveRentals(), frozenset(), slots=slots)._rental_limit for slots in (1, 2, 4, 256)]
+    shares = [PortProxy(RunningRentals(), frozenset(), slots=slots)._rental_limit for slots in (1, 2, 4, 256)]
     assert shares == [200, 100, 50, 10]
 
 

@@ -1,7 +1,7 @@
 """Snapshots on a worker, in directories: what is found changed, and that what is set aside existed.
 
 The renter's programs are functions here that run whenever the worker looks, unless they are stopped; real programs are
-in tests/integration/test_vault.py.
+in tests/integration/test_snapshots.py.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ import typer
 from orion import login as logins
 from orion.cli import durations, output
 from orion.cli.session import AsJson, Yes, confirm, platform
-from orion.client import Orion
-from orion.login import PlatformLogin
+from orion.client.sdk import Orion
+from orion.login import Login
 from orion.wire import MAX_TOKEN_TTL_S, MIN_TTL_S
 
 tokens = typer.Typer(no_args_is_help=True, help="Make, list and revoke tokens.")
@@ -53,7 +53,7 @@ def login(
 
     The token is checked first, then kept in a file that only this user can read.
     """
-    account = PlatformLogin(logins.clean_url(url), _token(token_file), str(ca_file) if ca_file else None)
+    account = Login(logins.clean_url(url), _token(token_file), str(ca_file) if ca_file else None)
     with Orion(account) as orion, output.progress(f"logging in to {account.url}"):
         next(orion.rentals(limit=1), None)
     kept_in = logins.store(account)

@@ -12,7 +12,7 @@ import typer
 
 from orion.cli import output
 from orion.cli.session import AsJson, Yes, confirm, platform
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.errors import InvalidInput, LocalFault, Retryable
 from orion.wire import RentalName, RestorePlan
 

@@ -10,10 +10,11 @@ from typing import Annotated
 
 import typer
 
-from orion import login, ssh_rentals
+from orion import login
 from orion.cli import keys, output, staying
 from orion.cli.session import AsJson
 from orion.errors import LocalFault, OrionError
+from orion.ssh_client import hosts
 
 REMARK = (
     b"# By orion config-ssh, for your rentals (NAME.orion); orion config-ssh --remove takes these two lines away.\n"
@@ -37,14 +38,14 @@ def config_ssh(
         if remove:
             made_by_us = _made_by_us().exists()
             _made_by_us().unlink(missing_ok=True)
-            ssh_rentals.remove()
+            hosts.remove()
         else:
             made_by_us = False
             _check_home()
             account = login.load()
             keys.public_key(None)
-            ssh_rentals.learn(account)
-            ssh_rentals.check_by_ssh(include_line().decode())
+            hosts.learn(account)
+            hosts.check_by_ssh(include_line().decode())
             if not file.exists():
                 _made_by_us().touch(mode=0o600)
         if made_by_us and not after:
@@ -60,7 +61,7 @@ def config_ssh(
 
 def include_line() -> bytes:
     """Return the line that includes our configuration."""
-    return ssh_rentals.include_line().encode()
+    return hosts.include_line().encode()
 
 
 def with_include(before: bytes) -> bytes:
@@ -77,17 +78,17 @@ def without(before: bytes) -> bytes:
 
 def refresh() -> None:
     """Update ssh's configuration after a rent or a release, if there is one. Print a note if that fails."""
-    if not ssh_rentals.is_configured():
+    if not hosts.is_configured():
         return
     try:
-        ssh_rentals.learn(login.load())
+        hosts.learn(login.load())
     except (OrionError, OSError) as error:
         output.note(f"orion: the list of your rentals for ssh was not updated ({error}); run: orion config-ssh")
 
 
 def _made_by_us() -> Path:
     """Return the file whose presence says that we made ~/.ssh/config, so that --remove deletes it if it is empty."""
-    return ssh_rentals.folder() / "made-config"
+    return hosts.folder() / "made-config"
 
 
 def _check_home() -> None:

@@ -9,9 +9,9 @@ import typer
 
 from orion.cli import output
 from orion.cli.session import AsJson, platform
-from orion.client import Orion
+from orion.client.sdk import Orion
+from orion.client.transport import OnRetry
 from orion.errors import Retryable
-from orion.transport import OnRetry
 from orion.wire import MAX_PAGE, Event
 
 

@@ -14,8 +14,8 @@ import typer
 from orion.cli import durations, output
 from orion.cli.durations import rough
 from orion.cli.session import AsJson, WorkerName, Yes, confirm, platform
-from orion.errors import AlreadyEnded, NotFound, StillWaiting
-from orion.ssh import pinned_host_arguments
+from orion.errors import Ended, NotFound, StillWaiting
+from orion.ssh_command import pinned_host_arguments
 from orion.wire import NOT_MOVED, Worker, WorkerHealth, WorkerIntent, one_public_key
 
 DEFAULT_RESUME_WAIT = "30s"
@@ -98,7 +98,7 @@ def drain(
     if as_json:
         return output.emit(drained)
     if drained.intent is WorkerIntent.ACTIVE:
-        raise AlreadyEnded(f"{drained.id} is not being drained any more: somebody resumed it")
+        raise Ended(f"{drained.id} is not being drained any more: somebody resumed it")
     more = "" if drained.intent is WorkerIntent.DRAINED else "; the drain continues, see: orion workers"
     return output.say(f"{output.plain(drained.id)} is {drained.intent.value}{more}.")
 

@@ -11,8 +11,8 @@ import typer
 from orion import login
 from orion.cli import config_ssh, durations, keys, output
 from orion.cli.session import AsJson, RentalName, Yes, confirm, platform
-from orion.client import ENDED
-from orion.errors import AlreadyEnded, InvalidInput, NotMigrated, OrionError, StillWaiting
+from orion.client.sdk import ENDED
+from orion.errors import Ended, InvalidInput, NotMigrated, OrionError, StillWaiting
 from orion.wire import (
     DEFAULT_TTL_S,
     DEFAULT_WAIT_S,
@@ -114,7 +114,7 @@ def _report_rented(rental: Rental, as_json: bool) -> None:
     if as_json:
         output.emit(rental)
     if rental.state in ENDED or rental.state is RentalState.RELEASING:
-        raise AlreadyEnded(situation(rental))
+        raise Ended(situation(rental))
     if rental.state is not RentalState.ACTIVE:
         raise StillWaiting(f"{situation(rental)}. It stays rented. To log in later, run: orion ssh {rental.name}")
     if not as_json:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from orion.cli import output
-from orion.client import Orion
+from orion.client.sdk import Orion
 from orion.errors import InvalidInput, Retryable
 
 

@@ -20,12 +20,11 @@ from orion import login
 from orion.cli import durations, keys, output, staying
 from orion.cli.rentals import notices, situation
 from orion.cli.session import AsJson, RentalName, platform
-from orion.client import ENDED, Orion
-from orion.connect import TIDY
-from orion.connect import main as relay
-from orion.errors import AlreadyEnded, InvalidInput, LocalFault, OrionError, StillWaiting
-from orion.ssh import pinned_authority_arguments, ssh_command
-from orion.ssh_rentals import (
+from orion.client.sdk import ENDED, Orion
+from orion.errors import Ended, InvalidInput, LocalFault, OrionError, StillWaiting
+from orion.ssh_client.connect import TIDY
+from orion.ssh_client.connect import main as relay
+from orion.ssh_client.hosts import (
     certificate_file,
     check_authority,
     check_certificate,
@@ -33,6 +32,7 @@ from orion.ssh_rentals import (
     connect_command,
     quoted,
 )
+from orion.ssh_command import pinned_authority_arguments, ssh_command
 from orion.wire import Rental, RentalState
 
 START_LOG = ".orion/start.log"
@@ -280,12 +280,12 @@ def _stay(rental: Rental, request: SshRequest, arguments: list[str], within_s: f
 
 
 def _active(orion: Orion, rental: Rental, within_s: float, tell: output.Tell) -> Rental:
-    """Return the rental once it is active. Raises AlreadyEnded or StillWaiting."""
+    """Return the rental once it is active. Raises Ended or StillWaiting."""
     if rental.state is not RentalState.ACTIVE and rental.state not in ENDED:
         tell(situation(rental))
         rental = orion.wait_for(rental.id, RentalState.ACTIVE, within_s, lambda one: tell(situation(one)))
     if rental.state in ENDED or rental.state is RentalState.RELEASING:
-        raise AlreadyEnded(f"{situation(rental)}. To rent another, run: orion rent")
+        raise Ended(f"{situation(rental)}. To rent another, run: orion rent")
     if rental.state is not RentalState.ACTIVE:
         raise StillWaiting(f"{situation(rental)}. To wait longer, run: orion ssh --wait 10m {rental.name}")
     return rental

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orion.connect import REPORT, SAID
 from orion.errors import LocalFault
+from orion.ssh_client.connect import REPORT, SAID
 
 LOST = 255
 """ssh's exit status after a connection that failed or broke."""

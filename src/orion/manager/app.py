@@ -15,6 +15,7 @@ import structlog
 from fastapi import FastAPI
 
 from orion import __version__
+from orion.manager.ansible.port import Engine
 from orion.manager.api import (
     access,
     admin,
@@ -32,11 +33,11 @@ from orion.manager.api.access import AccessServices
 from orion.manager.api.admin import AdminServices
 from orion.manager.api.bodies import Bodies
 from orion.manager.api.call_home import CallHome
-from orion.manager.api.door import Door
 from orion.manager.api.event_streams import EventStreams
-from orion.manager.api.heartbeat import Heartbeat, HeartbeatServices
-from orion.manager.api.metrics import Metrics, Watched
+from orion.manager.api.heartbeat import HeartbeatRoute, HeartbeatServices
+from orion.manager.api.metrics import Metrics, MetricSources
 from orion.manager.api.operations import OperationServices
+from orion.manager.api.proxy_guard import ProxyGuard
 from orion.manager.api.rentals import RentalServices
 from orion.manager.api.services import Services
 from orion.manager.api.snapshots import SnapshotServices
@@ -46,45 +47,45 @@ from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.api.web_ports import WebPortServices
 from orion.manager.api.workers import WorkerServices
 from orion.manager.authentication import Authentication
+from orion.manager.controllers.callbacks import Callbacks
+from orion.manager.controllers.expiry import ExpiryController
+from orion.manager.controllers.health import HealthController
+from orion.manager.controllers.job_log import JobLog, LoggedEngine
+from orion.manager.controllers.loop import Loop
+from orion.manager.controllers.proxy_probe import ProxyProbe
+from orion.manager.controllers.reconciler import Reconciler
+from orion.manager.controllers.retention import RetentionController
+from orion.manager.controllers.snapshots import SnapshotController
+from orion.manager.controllers.wall_clock import TrustedClock
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.overdue import MOST_SHOWN, Overdue, overdue, workers_to_look_at
-from orion.manager.domain.roster import Roster
+from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.domain.states import Health
-from orion.manager.engine.authority import Authority
-from orion.manager.engine.port import Engine, Reach, Shells, Watch
-from orion.manager.engine.shell import SshShells
-from orion.manager.engine.vault.port import Vault
-from orion.manager.gateway.active_rental import ActiveRentals
-from orion.manager.gateway.openings import Openings
 from orion.manager.gateway.port_access import PortAccess
+from orion.manager.gateway.port_connections import PortConnections, Tell
+from orion.manager.gateway.port_keys import PortKeys
+from orion.manager.gateway.running_rental import RunningRentals
 from orion.manager.gateway.sessions import Sessions
 from orion.manager.gateway.ssh_sessions import SshSessions
 from orion.manager.gateway.terminal_sessions import TerminalSessions
 from orion.manager.gateway.tickets import Terminals, Tickets
-from orion.manager.gateway.ways import Keys
-from orion.manager.gateway.web_ends import Tell, WebEnds
-from orion.manager.loops.callbacks import Callbacks
-from orion.manager.loops.certificates import Certificates, CertifyingEngine
-from orion.manager.loops.clock import TrustedClock
-from orion.manager.loops.copies import CopiesLoop
-from orion.manager.loops.door import DoorProbe
-from orion.manager.loops.engine_log import EngineLog, LoggedEngine
-from orion.manager.loops.expiry import ExpiryLoop
-from orion.manager.loops.health import HealthLoop
-from orion.manager.loops.moving import Mover
-from orion.manager.loops.readiness import Readiness
-from orion.manager.loops.reconciler import Reconciler
-from orion.manager.loops.restoring import Restorer
-from orion.manager.loops.retention import RetentionLoop
-from orion.manager.loops.thawing import Thawer
-from orion.manager.loops.timer import Loop
-from orion.manager.loops.watching import Watching
+from orion.manager.gateway.token_lifetime import TokenUses
+from orion.manager.operations.host_certificates import CertifyingEngine, HostCertificates
+from orion.manager.operations.liveness import LivenessConnections
+from orion.manager.operations.migrate import Migrator
+from orion.manager.operations.preconnect import Preconnector
+from orion.manager.operations.restore import Restorer
+from orion.manager.operations.thaw import Thawer
 from orion.manager.settings import Secrets, Settings
+from orion.manager.snapshots.port import SnapshotService
+from orion.manager.ssh.authority import Authority
+from orion.manager.ssh.port import Liveness, Reach, Shells
+from orion.manager.ssh.shell import SshShells
 from orion.manager.store import tokens
 from orion.manager.store import workers as worker_rows
-from orion.manager.store.copies import SqlCopyBook
 from orion.manager.store.database import Store
-from orion.manager.store.sql import SqlLedger
+from orion.manager.store.snapshots import SqlSnapshotCatalog
+from orion.manager.store.sql import SqlStateStore
 
 log = structlog.get_logger()
 
@@ -98,14 +99,14 @@ class Ports:
 
     engine: Engine
     reach: Reach
-    vault: Vault
-    door: DoorProbe | None
+    snapshot_service: SnapshotService
+    door: ProxyProbe | None
     """None: there is no proxy to ask through, as in tests without one."""
     copies_disk: Callable[[], float]
     """How much of the disk that the copies are on is used, of its bytes or its inodes: from 0 to 1."""
     monotonic: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
-    watch: Watch | None = None
+    watch: Liveness | None = None
     """None: deaths are found by leases alone."""
     shells: Shells | None = None
     """None: of the workers' sshd, with certificates of this manager's own authority."""
@@ -125,35 +126,41 @@ class Manager:
         self.clocks = settings.clocks
         self._ports = ports
         self._secrets = secrets
-        self.ledger = SqlLedger(store)
+        self.state_store = SqlStateStore(store)
         self.clock = TrustedClock(
             now=ports.boot_time or ports.monotonic, wall=ports.wall, boot=ports.boot_id, store=store
         )
-        self.engine_log = EngineLog(store)
+        self.engine_log = JobLog(store)
         self.authority = Authority(secrets.host_authority, secrets.user_authority, ports.wall)
         logged = LoggedEngine(
             engine=ports.engine, note=self.engine_log.note, monotonic=ports.monotonic, wall=ports.wall
         )
-        self.certificates = Certificates(store=store, authority=self.authority, engine=logged, wall=ports.wall)
+        self.certificates = HostCertificates(store=store, authority=self.authority, engine=logged, wall=ports.wall)
         engine = CertifyingEngine(logged, self.certificates, self.authority.of_users)
         self.authentication = Authentication(store, self.clock.wall_of_tokens)
-        self.openings = Openings(store, self.clock.wall_of_tokens)
+        self.token_uses = TokenUses(store, self.clock.wall_of_tokens)
         self.event_streams = EventStreams(store)
         self.sessions = Sessions(store, ports.monotonic)
-        self.retention = RetentionLoop(store, settings.events_kept, self.clock.wall_of_removals)
+        self.retention = RetentionController(store, settings.events_kept, self.clock.wall_of_removals)
         self.terminals = Terminals(ports.monotonic)
-        self.roster = Roster()
-        self.web_ends = WebEnds(store, self.roster, ports.tell_door, self.clock.wall_of_tokens)
-        book = SqlCopyBook(store)
-        restorer = Restorer(engine=engine, vault=ports.vault, book=book, limits=settings.copies.limits)
-        mover = Mover(
-            engine=engine, vault=ports.vault, book=book, limits=settings.copies.limits, monotonic=ports.monotonic
+        self.pool_index = PoolIndex()
+        self.port_connections = PortConnections(store, self.pool_index, ports.tell_door, self.clock.wall_of_tokens)
+        catalog = SqlSnapshotCatalog(store)
+        restorer = Restorer(
+            engine=engine, snapshot_service=ports.snapshot_service, catalog=catalog, limits=settings.copies.limits
+        )
+        mover = Migrator(
+            engine=engine,
+            snapshot_service=ports.snapshot_service,
+            catalog=catalog,
+            limits=settings.copies.limits,
+            monotonic=ports.monotonic,
         )
         # Objects that call each other are made one after the other, with one of these in between.
         worker_changed, job_ended, watch_changed = Callbacks[[]](), Callbacks[str, bool, float](), Callbacks[str]()
         self.reconciler = Reconciler(
-            ledger=self.ledger,
-            roster=self.roster,
+            state_store=self.state_store,
+            pool_index=self.pool_index,
             leases=self.leases,
             engine=engine,
             reach=ports.reach,
@@ -167,9 +174,9 @@ class Manager:
             on_job=job_ended,
         )
         removals = self.clock.wall_of_removals
-        self.copies = CopiesLoop(
-            book=book,
-            vault=ports.vault,
+        self.copies = SnapshotController(
+            catalog=catalog,
+            snapshot_service=ports.snapshot_service,
             plan=settings.copies,
             disk_share=ports.copies_disk,
             monotonic=ports.monotonic,
@@ -178,25 +185,27 @@ class Manager:
         store.news.follow(self.copies.hear)
         wake_reconciler = self.reconciler.loop.hint
         door = ports.door
-        self.watching = Watching(ports.watch, ports.monotonic, watch_changed) if ports.watch else None
-        self.health = HealthLoop(
-            ledger=self.ledger,
-            roster=self.roster,
+        self.watching = LivenessConnections(ports.watch, ports.monotonic, watch_changed) if ports.watch else None
+        self.health = HealthController(
+            state_store=self.state_store,
+            pool_index=self.pool_index,
             leases=self.leases,
             clocks=settings.clocks,
-            door_open=lambda: door is None or door.open,
+            proxy_answers=lambda: door is None or door.open,
             monotonic=ports.monotonic,
             on_verdict=wake_reconciler,
             watching=self.watching,
         )
         worker_changed.subscribe(self.health.loop.hint)
-        self.readiness = Readiness(self.ledger, self.roster, ports.vault)
+        self.readiness = Preconnector(self.state_store, self.pool_index, ports.snapshot_service)
         watch_changed.subscribe(self.health.judge_now)
         watch_changed.subscribe(self._prepare_for_loss)
-        self.expiry = ExpiryLoop(ledger=self.ledger, clock=self.clock, wall=ports.wall, on_expiry=wake_reconciler)
+        self.expiry = ExpiryController(
+            state_store=self.state_store, clock=self.clock, wall=ports.wall, on_expiry=wake_reconciler
+        )
         self.metrics = Metrics(
-            Watched(
-                self.roster,
+            MetricSources(
+                self.pool_index,
                 self.leases,
                 {loop.name: loop for loop in self.loops},
                 self._brake,
@@ -211,11 +220,13 @@ class Manager:
             store=store,
             clock=self.clock,
             authentication=self.authentication,
-            ends=self.web_ends,
+            ends=self.port_connections,
             tickets=Tickets(ports.monotonic),
-            keys=Keys(secrets.proxy_secret),
+            keys=PortKeys(secrets.proxy_secret),
         )
-        self.services: Services = {type(one): one for one in self._services_of_routers(settings, Thawer(engine, book))}
+        self.services: Services = {
+            type(one): one for one in self._services_of_routers(settings, Thawer(engine, catalog))
+        }
 
     def _services_of_routers(self, settings: Settings, thawer: Thawer) -> tuple[object, ...]:
         """Return what each router uses, and what all requests are authenticated by."""
@@ -224,12 +235,12 @@ class Manager:
             store=store,
             clock=self.clock,
             monotonic=ports.monotonic,
-            openings=self.openings,
+            token_uses=self.token_uses,
             why_old=self.copies.why_old,
         )
         call_home = CallHome(
-            self.ledger,
-            self.roster,
+            self.state_store,
+            self.pool_index,
             self.leases,
             ports.reach,
             ports.monotonic,
@@ -240,7 +251,7 @@ class Manager:
             self.authentication,
             HeartbeatServices(
                 clocks=settings.clocks,
-                roster=self.roster,
+                pool_index=self.pool_index,
                 leases=self.leases,
                 call_home=call_home,
                 wall=ports.wall,
@@ -250,7 +261,7 @@ class Manager:
             WorkerServices(
                 settings=settings,
                 store=store,
-                roster=self.roster,
+                pool_index=self.pool_index,
                 leases=self.leases,
                 call_home=call_home,
                 reach=ports.reach,
@@ -280,25 +291,25 @@ class Manager:
             SnapshotServices(
                 rentals=rentals,
                 store=store,
-                openings=self.openings,
+                token_uses=self.token_uses,
                 copy_now=self.copies.copy_now,
                 wake_reconciler=wake_reconciler,
             ),
             OperationServices(
                 store=store,
-                roster=self.roster,
+                pool_index=self.pool_index,
                 clock=self.clock,
                 brake=self._brake,
                 copies_paused=lambda: self.copies.paused or None,
                 overdue=self._overdue,
                 metrics=self.metrics,
                 event_streams=self.event_streams,
-                openings=self.openings,
+                token_uses=self.token_uses,
             ),
             AdminServices(
                 database_url=settings.database_url,
                 clock=self.clock,
-                openings=self.openings,
+                token_uses=self.token_uses,
                 restart=lambda: os.kill(os.getpid(), signal.SIGTERM),
             ),
             *self._services_of_the_gateway(settings, rentals),
@@ -307,11 +318,11 @@ class Manager:
     def _services_of_the_gateway(self, settings: Settings, rentals: VisibleRentals) -> tuple[object, ...]:
         """Return what the routers of ssh, terminals and web ports use."""
         store, ports = self.store, self._ports
-        active_rentals = ActiveRentals(store, self.clock, ports.monotonic)
+        active_rentals = RunningRentals(store, self.clock, ports.monotonic)
         ssh_sessions = SshSessions(
             rentals=active_rentals,
             sessions=self.sessions,
-            openings=self.openings,
+            token_uses=self.token_uses,
             leases=self.leases,
             certify=self.certificates.ensure,
             monotonic=ports.monotonic,
@@ -321,7 +332,7 @@ class Manager:
             clock=self.clock,
             rentals=active_rentals,
             sessions=self.sessions,
-            openings=self.openings,
+            token_uses=self.token_uses,
             terminals=self.terminals,
             shells=ports.shells or SshShells(self.authority, str(settings.app_address)),
             monotonic=ports.monotonic,
@@ -353,9 +364,9 @@ class Manager:
 
     async def _overdue(self) -> list[Overdue]:
         now = self._ports.monotonic()
-        late = workers_to_look_at(self.roster, now)
+        late = workers_to_look_at(self.pool_index, now)
         world, ages = await self.reconciler.overdue_world(late)
-        since = {w: self.roster.since(w) for w in late}
+        since = {w: self.pool_index.since(w) for w in late}
         ages |= {worker_id: now - at for worker_id, at in since.items() if at is not None}
         return overdue(world, ages)[:MOST_SHOWN]
 
@@ -366,11 +377,11 @@ class Manager:
         await self.health.round()  # before anything is placed: nobody was heard yet, and some may be gone for good
         running = [asyncio.create_task(loop.run(), name=loop.name) for loop in self.loops]
         running.append(asyncio.create_task(self._let_old_leases_lapse()))
-        self.web_ends.begin()
+        self.port_connections.begin()
         try:
             yield
         finally:
-            await self.web_ends.stop()
+            await self.port_connections.stop()
             await self.event_streams.stop()
             for task in running:
                 task.cancel()
@@ -391,8 +402,8 @@ class Manager:
         await self.store.write(tokens.install, "admin", self._secrets.admin_token)
         await self.store.write(tokens.install, "join", self._secrets.join_token)
         await self.clock.begin()
-        await self.ledger.follow(lambda changes: self.roster.apply(changes, self._ports.monotonic()))
-        known = self.roster.items()
+        await self.state_store.follow(lambda changes: self.pool_index.apply(changes, self._ports.monotonic()))
+        known = self.pool_index.items()
         sessions = {w: k.session_id for w, k in known if k.session_id and k.health is not Health.DOWN}
         granted_s = max(await self.store.read(worker_rows.granted_lease), self.clocks.freeze_after_s)
         await self.store.write(worker_rows.grant_lease, granted_s)
@@ -439,7 +450,7 @@ def application(proxy_secret: str) -> FastAPI:
         redirect_slashes=False,  # a redirect would send a client to whatever its Host header says
         lifespan=lifespan,
     )
-    app.add_middleware(Heartbeat)
+    app.add_middleware(HeartbeatRoute)
     problems.install(app)
     contract.describe(app)
     rooms = (workers, rentals, access, snapshots, operations, admin, ssh, terminals, web_ports)
@@ -447,7 +458,7 @@ def application(proxy_secret: str) -> FastAPI:
         app.include_router(room.router)
     app.include_router(web_ports.inside)
     app.add_middleware(Bodies)
-    app.add_middleware(Door, secret=proxy_secret)
+    app.add_middleware(ProxyGuard, secret=proxy_secret)
     return app
 
 

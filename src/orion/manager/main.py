@@ -20,17 +20,17 @@ import uvicorn
 from pydantic import ValidationError
 from structlog.typing import Processor
 
-from orion.manager.api.door import protocol_for
+from orion.manager.ansible.client import AnsibleEngine, ReachedAndExpected
+from orion.manager.api.proxy_guard import protocol_for
 from orion.manager.app import Ports, build
-from orion.manager.engine.ansible import AnsibleEngine, ReachedAndExpected
-from orion.manager.engine.reach import SshReach
-from orion.manager.engine.vault.client import VaultClient
-from orion.manager.engine.watch import SshWatch
-from orion.manager.gateway.web_ends import tell_door
-from orion.manager.loops.clock import boot_id, boot_time_s
-from orion.manager.loops.copies import disk_share
-from orion.manager.loops.door import DoorProbe
+from orion.manager.controllers.proxy_probe import ProxyProbe
+from orion.manager.controllers.snapshots import disk_share
+from orion.manager.controllers.wall_clock import boot_id, boot_time_s
+from orion.manager.gateway.port_connections import tell_door
 from orion.manager.settings import Secrets, Settings
+from orion.manager.snapshots.client import SnapshotClient
+from orion.manager.ssh.liveness import SshLiveness
+from orion.manager.ssh.reach import SshReach
 from orion.manager.store.backup import Backups
 from orion.manager.store.ballast import Ballast
 from orion.manager.store.database import NewerSchema, Store
@@ -66,10 +66,10 @@ def _real_ports(settings: Settings, secrets: Secrets) -> Ports:
     return Ports(
         engine,
         ReachedAndExpected(reach, engine),
-        VaultClient(Path(settings.vault_socket)),
-        DoorProbe(settings.door_url, settings.clocks.door_answer_s, min(1.0, settings.clocks.heartbeat_s / 30)),
+        SnapshotClient(Path(settings.vault_socket)),
+        ProxyProbe(settings.door_url, settings.clocks.door_answer_s, min(1.0, settings.clocks.heartbeat_s / 30)),
         partial(disk_share, Path(settings.copies_directory)),
-        watch=SshWatch(reach),
+        watch=SshLiveness(reach),
         tell_door=tell_door,
         boot_time=boot_time_s,
         boot_id=boot_id(),
@@ -128,7 +128,7 @@ def serve(settings: Settings, secrets: Secrets, store: Store, ports: Ports, host
         http=protocol_for(frozenset({str(settings.proxy_address), LOOPBACK})),
         ws="websockets-sansio",
         ws_max_size=2**20,
-        # A renter who suspends ssh answers no ping and is not gone: TCP ends what is dead (gateway/ssh.py).
+        # A renter who suspends ssh answers no ping and is not gone: TCP ends what is dead (gateway/relay.py).
         ws_ping_timeout=None,
         ws_per_message_deflate=False,  # what ssh encrypted does not shrink
         log_config=None,

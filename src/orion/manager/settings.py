@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from orion.manager.domain.clocks import Clocks
-from orion.manager.domain.snapshot_plan import Limits, Plan
+from orion.manager.domain.snapshot_plan import SnapshotLimits, SnapshotPlan
 
 
 class Settings(BaseSettings):
@@ -72,10 +72,10 @@ class Settings(BaseSettings):
         return Clocks(**{name: getattr(self, name) for name in vars(Clocks())}).scaled(self.clock_scale)
 
     @property
-    def copies(self) -> Plan:
-        limits = Limits(self.home_max_files, self.home_max_bytes, owner_share=self.owner_disk_share)
-        share = Plan.paused_share / self.clock_scale  # a pause does not scale
-        return Plan(
+    def copies(self) -> SnapshotPlan:
+        limits = SnapshotLimits(self.home_max_files, self.home_max_bytes, owner_share=self.owner_disk_share)
+        share = SnapshotPlan.paused_share / self.clock_scale  # a pause does not scale
+        return SnapshotPlan(
             interval_s=self.snapshot_interval_s * self.clock_scale,
             at_once=self.copies_at_once,
             limits=limits,

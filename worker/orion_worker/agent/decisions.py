@@ -19,7 +19,7 @@ UNREACHED_RETRY_MAX_S = 3.0
 LIVENESS_GRACE_S = 1.0
 """How long a worker may go on without word from the manager when the watch on it has ended.
 
-The manager takes silence for death 1.5 s after it saw that end (engine/watch.py): then all must have stood still.
+The manager takes silence for death 1.5 s after it saw that end (ssh/liveness.py): then all must have stood still.
 """
 LIVENESS_SETTLES_S = 0.25
 """Until the end of a watch has reached the manager, even if its message was lost once (TCP repeats it after 0.2 s).

@@ -3,7 +3,7 @@
 The manager holds one SSH connection to each worker, and runs `orion-watched` over it: this file as a program, which
 hands what sshd gave it as its input and output to the agent, and waits. So the agent sees at once what ends that
 connection, whoever is busy: the manager's death, a cut that sshd notices, the death of sshd's process here. The manager
-may take such an end, with silence after it, for this worker's death (engine/watch.py): the agent asks at once
+may take such an end, with silence after it, for this worker's death (ssh/liveness.py): the agent asks at once
 (call_home.py), and lets nothing run without a word that is later (decisions.may_run).
 
 Watching /proc/net/tcp instead would not tell the watch from the manager's other connections. (sshd itself would open

@@ -21,7 +21,7 @@ FIND = ("/usr/bin/find", ".", "-xdev", "-printf", r"%i %n %s %m %T@ %C@ %y %U %p
 """Two records for each entry. Its blocks are no part of the first: they may change long after the entry has, as when
 the kernel writes to the disk."""
 BLOCK_BYTES = 4096
-"""The least that an entry counts for, as domain/copies.py counts: a directory has a block on most disks."""
+"""The least that an entry counts for, as domain/snapshots.py counts: a directory has a block on most disks."""
 RACY_S = 0.02
 """Seconds before a scan within which a change of a file may have got the same ctime as a change after the scan."""
 LINE_BYTES = 190
@@ -107,7 +107,7 @@ def _read_by(deadline: float, descriptor: int) -> bytes:
 
 
 def size_of(of: Scan) -> int:
-    """Return the bytes for which a home counts, as the manager counts a copy of it (`counted` of domain/copies.py).
+    """Return the bytes for which a home counts, as the manager counts a copy of it (`counted` of domain/snapshots.py).
 
     An entry of any kind counts for its blocks or for its size with holes, whichever is more, and for BLOCK_BYTES at
     least. A file with several names counts once.

@@ -77,7 +77,7 @@ ARGUMENTS = {
 }
 """The arguments of rsync here: for what changed, for a whole home, to fill a home, and to bring one up to date.
 
-They are fixed, whatever the other side says; rsync asks for the same with the options of engine/vault/transfer.py.
+They are fixed, whatever the other side says; rsync asks for the same with the options of snapshots/transfer.py.
 """
 TRANSFERS = ("send", "salvage", "receive")
 ACCOUNT_WITHIN_S = 1.0

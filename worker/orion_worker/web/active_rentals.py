@@ -10,7 +10,7 @@ from orion_worker.web.port_tokens import PortToken
 from orion_worker.web.refusals import PortRefusal
 
 
-class ActiveRentals:
+class RunningRentals:
     """Who is here and may run, by what the agent and orion-rental keep. `root` is another directory in tests."""
 
     def __init__(self, root: Path = Path("/")) -> None:

@@ -11,7 +11,7 @@ session. What is checked, in this order: the peer is the proxy; the pass is the
 manager's; the rental is here at this very epoch, let in, and not frozen; whatever listens on the port is a socket of
 the rental's uid, before the connection to it and after. Then bytes are passed on, both pumps, as they are. A connection
 ends as soon as the rental's right to run here does, when the time in its pass is over, and when the manager says that
-what opened it has ended (src/orion/manager/gateway/web_ends.py).
+what opened it has ended (src/orion/manager/gateway/port_connections.py).
 
 What it cannot carry it answers itself, in words for people or for programs.
 """
@@ -32,7 +32,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
-from orion_worker.web.active_rentals import ActiveRentals
+from orion_worker.web.active_rentals import RunningRentals
 from orion_worker.web.listeners import PortTarget, target_of
 from orion_worker.web.port_tokens import (
     END_HEADER,
@@ -75,7 +75,7 @@ class PortProxy:
 
     def __init__(
         self,
-        rentals: ActiveRentals,
+        rentals: RunningRentals,
         peers: frozenset[str],
         look: Callable[[int, int], PortTarget | None] = look_at_port,
         managers: frozenset[str] = frozenset(),
@@ -272,7 +272,7 @@ def main() -> int:
     gc.freeze()
     listener = socket.socket(fileno=os.dup(0))
     door = PortProxy(
-        ActiveRentals(), frozenset({sys.argv[1]}), managers=frozenset({sys.argv[2]}), slots=int(sys.argv[3])
+        RunningRentals(), frozenset({sys.argv[1]}), managers=frozenset({sys.argv[2]}), slots=int(sys.argv[3])
     )
     asyncio.run(door.serve(listener))
     return 0

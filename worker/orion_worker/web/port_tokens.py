@@ -42,12 +42,12 @@ class PortToken:
 
 
 def signature(session_id: str, token: PortToken) -> str:
-    """As src/orion/manager/gateway/ways.py makes it."""
+    """As src/orion/manager/gateway/port_keys.py makes it."""
     return hmac.new(session_id.encode(), token.text.encode(), hashlib.sha256).hexdigest()
 
 
 def end_signature(session_id: str, number: int, lines: bytes) -> str:
-    """As src/orion/manager/gateway/web_ends.py makes it."""
+    """As src/orion/manager/gateway/port_connections.py makes it."""
     return hmac.new(session_id.encode(), b"end %d " % number + lines, hashlib.sha256).hexdigest()
 
 

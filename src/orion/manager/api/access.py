@@ -14,9 +14,9 @@ from orion.manager.api import views
 from orion.manager.api.contract import Responses, refusals
 from orion.manager.api.services import Client, given
 from orion.manager.api.visible_rentals import VisibleRentals
-from orion.manager.domain.model import Event
-from orion.manager.engine.authority import Authority
+from orion.manager.domain.steps import Event
 from orion.manager.refusals import ApiProblem, not_found
+from orion.manager.ssh.authority import Authority
 from orion.manager.store import keys
 from orion.manager.store.database import Store, record
 from orion.manager.store.tokens import Principal

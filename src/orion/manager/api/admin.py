@@ -15,8 +15,8 @@ from orion import wire
 from orion.manager.api import views
 from orion.manager.api.contract import refusals
 from orion.manager.api.services import Admin, given
-from orion.manager.gateway.openings import Openings, Streamed
-from orion.manager.loops.clock import TrustedClock
+from orion.manager.controllers.wall_clock import TrustedClock
+from orion.manager.gateway.token_lifetime import Streamed, TokenUses
 from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.store.backup import Backups, Examined, NotABackup
 
@@ -31,7 +31,7 @@ _BODY = {"requestBody": {"required": True, "content": {MEDIA_TYPE: {"schema": {"
 class AdminServices:
     database_url: str
     clock: TrustedClock
-    openings: Openings
+    token_uses: TokenUses
     restart: Callable[[], None]
     """Ends the manager, which is started again with what is then on the disk."""
     copying: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -56,7 +56,7 @@ async def backup(admin: Admin, shared: Shared) -> StreamingResponse:
         copy.unlink()  # what is open stays readable, and nothing is left whatever happens now
     size = stream.seek(0, 2)
     headers = {"Content-Length": str(size), "Content-Disposition": 'attachment; filename="orion.db"'}
-    return Streamed(_chunks(stream), shared.openings, admin, MEDIA_TYPE, headers)
+    return Streamed(_chunks(stream), shared.token_uses, admin, MEDIA_TYPE, headers)
 
 
 @router.post("/clock")

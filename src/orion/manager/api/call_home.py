@@ -10,12 +10,12 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from orion.manager.domain.leases import Beat, Leases
+from orion.manager.domain.heartbeat_orders import orders
+from orion.manager.domain.leases import Heartbeat, Leases
 from orion.manager.domain.model import Item, Worker
-from orion.manager.domain.orders import orders
-from orion.manager.domain.roster import Roster
+from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.domain.states import Health
-from orion.manager.engine.port import Host, Reach, Reached
+from orion.manager.ssh.port import Host, Reach, Reached
 from orion.manager.store.port import Registered, Registration, Registry
 
 PROBE_TIMEOUT_S = 3.0
@@ -42,7 +42,7 @@ class CallHome:
     def __init__(
         self,
         registry: Registry,
-        roster: Roster,
+        pool_index: PoolIndex,
         leases: Leases,
         reach: Reach,
         monotonic: Callable[[], float],
@@ -51,7 +51,7 @@ class CallHome:
     ) -> None:
         """`on_inventory`: told what each call shows. `on_return`: told of a call of one that is not ready."""
         self._registry = registry
-        self._roster = roster
+        self._roster = pool_index
         self._on_inventory = on_inventory
         self._on_return = on_return
         self._leases = leases
@@ -72,8 +72,8 @@ class CallHome:
         self._on_return(registered.worker_id)
         return Welcome(registered, self._orders(registered.worker_id, items))
 
-    def heartbeat(self, worker_id: str, beat: Beat, address: str) -> Orders:
-        """It renews the worker's lease, if its session is current. Asks nobody but memory: see domain/roster.py.
+    def heartbeat(self, worker_id: str, beat: Heartbeat, address: str) -> Orders:
+        """It renews the worker's lease, if its session is current. Asks nobody but memory: see domain/pool_index.py.
 
         A worker that was cut off may come back with another address within its lease. Everything goes to where it
         registered from, so it must register again before anything of it counts.

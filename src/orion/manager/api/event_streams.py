@@ -16,7 +16,7 @@ import structlog
 
 from orion import wire
 from orion.manager.api import views
-from orion.manager.domain.model import Event
+from orion.manager.domain.steps import Event
 from orion.manager.refusals import ApiProblem
 from orion.manager.store import events
 from orion.manager.store.database import Row, Store

@@ -1,8 +1,9 @@
 """The heartbeat's hot path: what is well-formed is answered here, from memory alone.
 
-The contract's own route (api/workers.py) stands behind it, and gets every request that this one does not understand.
-So the OpenAPI document, and what is refused and how, are FastAPI's, and only what pydantic would accept as well is
-answered here (tests/manager/test_api_heartbeat.py). What is in memory are the roster (domain/roster.py) and the leases.
+The contract's own route (api/workers.py) stands behind it, and gets every request that this one does not understand. So
+the OpenAPI document, and what is refused and how, are FastAPI's, and only what pydantic would accept as well is
+answered here (tests/manager/test_api_heartbeat.py). What is in memory are the roster (domain/pool_index.py) and the
+leases.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from orion.manager.api.call_home import CallHome, CallRefused
 from orion.manager.api.problems import problem
 from orion.manager.api.services import provided
 from orion.manager.domain.clocks import Clocks
-from orion.manager.domain.leases import Beat, Leases
+from orion.manager.domain.leases import Heartbeat, Leases
 from orion.manager.domain.model import CommandEnd, Item
-from orion.manager.domain.roster import Roster
+from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.refusals import ApiProblem, unauthorized
 from orion.wire import FURTHER_FIELDS, MAX_SLOTS
 
@@ -81,7 +82,7 @@ class HeartbeatRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     leaving: bool = False
 
 
-class Order(msgspec.Struct, frozen=True):
+class HeartbeatOrder(msgspec.Struct, frozen=True):
     """As wire.PlacementOrder."""
 
     rental_id: str
@@ -95,7 +96,7 @@ class HeartbeatReply(msgspec.Struct, frozen=True):
     lease_s: float
     door_answer_s: float
     next_heartbeat_s: float
-    placements: list[Order]
+    placements: list[HeartbeatOrder]
     takes: tuple[str, ...] = FURTHER_FIELDS
 
 
@@ -106,7 +107,7 @@ _encode = msgspec.json.Encoder().encode
 @dataclass(frozen=True, kw_only=True)
 class HeartbeatServices:
     clocks: Clocks
-    roster: Roster
+    pool_index: PoolIndex
     leases: Leases
     call_home: CallHome
     wall: Callable[[], float]
@@ -114,7 +115,7 @@ class HeartbeatServices:
     wake_reconciler: Callable[[], None]
 
 
-class Heartbeat:
+class HeartbeatRoute:
     """Stands before all routes; the one behind it gets what this one does not understand."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -168,7 +169,7 @@ def answer(shared: HeartbeatServices, worker_id: str, body: HeartbeatRequest, ad
         CommandEnd(rental_id=e.rental_id, epoch=e.epoch, run=e.run, how=e.how, at=wall - e.ago_s)
         for e in body.start_ends
     )
-    beat = Beat(
+    beat = Heartbeat(
         session_id=body.session_id,
         seq=body.seq,
         inventory=items,
@@ -188,7 +189,7 @@ def answer(shared: HeartbeatServices, worker_id: str, body: HeartbeatRequest, ad
         shared.wake_reconciler()
     clocks = shared.clocks
     next_s = CONFIRM_S if body.lease_s > clocks.freeze_after_s else _with_jitter(clocks.heartbeat_s)
-    orders = [Order(item.rental_id, item.epoch, want) for item, want in found]
+    orders = [HeartbeatOrder(item.rental_id, item.epoch, want) for item, want in found]
     return _encode(HeartbeatReply(clocks.freeze_after_s, clocks.door_answer_s, next_s, orders))
 
 
@@ -221,7 +222,7 @@ def _worker_of(shared: HeartbeatServices, header: bytes) -> str | None:
     if match is None:
         return None
     worker_id = match[2].decode()
-    known = shared.roster.worker(worker_id)
+    known = shared.pool_index.worker(worker_id)
     kept = known.token_hash if known else ""
     if not hmac.compare_digest(kept, hashlib.sha256(match[1]).hexdigest()):
         raise unauthorized()

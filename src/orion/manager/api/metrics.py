@@ -15,10 +15,10 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from orion import __version__
+from orion.manager.controllers.loop import Loop
 from orion.manager.domain.leases import Leases
-from orion.manager.domain.roster import Roster
+from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.domain.states import ENDED, Health, RentalState
-from orion.manager.loops.timer import Loop
 from orion.manager.store.backup import Backups
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
@@ -27,10 +27,10 @@ JOB_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 @dataclass
-class Watched:
+class MetricSources:
     """What is asked at each scrape."""
 
-    roster: Roster
+    pool_index: PoolIndex
     leases: Leases
     loops: Mapping[str, Loop]
     brake: Callable[[], str | None]
@@ -45,7 +45,7 @@ class Watched:
 class Metrics:
     """One manager's: it is a registry of its own, so that several may live in one process."""
 
-    watched: Watched
+    watched: MetricSources
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     last_event: int = 0
 
@@ -97,8 +97,8 @@ class _Known(Collector):
         yield from self._database()
 
     def _pool(self) -> Iterator[Metric]:
-        roster, brake = self._metrics.watched.roster, self._metrics.watched.brake()
-        health, state, (slots, free) = roster.by_health(), roster.by_state(), roster.slots()
+        pool_index, brake = self._metrics.watched.pool_index, self._metrics.watched.brake()
+        health, state, (slots, free) = pool_index.by_health(), pool_index.by_state(), pool_index.slots()
         yield _labelled(GaugeMetricFamily, "orion_workers", "Workers", "health", {h: health.get(h, 0) for h in Health})
         living = (s for s in RentalState if s not in ENDED)
         yield _labelled(
@@ -110,7 +110,9 @@ class _Known(Collector):
         believed = int(self._metrics.watched.clock_is_believed())
         yield GaugeMetricFamily("orion_clock_believed", "0 while nobody expires because the clock is doubted", believed)
         yield GaugeMetricFamily(
-            "orion_restless_workers", "Workers with something to do for the reconciler", roster.restless_number
+            "orion_restless_workers",
+            "Workers with something to do for the reconciler",
+            pool_index.number_of_dirty_workers,
         )
 
     def _traffic(self) -> Iterator[Metric]:

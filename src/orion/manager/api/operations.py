@@ -18,10 +18,10 @@ from orion.manager.api.event_streams import Filter as Shown
 from orion.manager.api.metrics import MEDIA_TYPE, Metrics
 from orion.manager.api.services import Admin, Client, given
 from orion.manager.authentication import visible_owner
+from orion.manager.controllers.wall_clock import TrustedClock
 from orion.manager.domain.overdue import Overdue
-from orion.manager.domain.roster import Roster
-from orion.manager.gateway.openings import Openings, Streamed
-from orion.manager.loops.clock import TrustedClock
+from orion.manager.domain.pool_index import PoolIndex
+from orion.manager.gateway.token_lifetime import Streamed, TokenUses
 from orion.manager.refusals import not_found
 from orion.manager.store import events, tokens
 from orion.manager.store.database import Store
@@ -36,7 +36,7 @@ Filter = Annotated[str | None, Query(max_length=64)]
 @dataclass(frozen=True, kw_only=True)
 class OperationServices:
     store: Store
-    roster: Roster
+    pool_index: PoolIndex
     clock: TrustedClock
     brake: Callable[[], str | None]
     """Returns why the brake is on; None while it is off."""
@@ -46,7 +46,7 @@ class OperationServices:
     """Returns what has waited too long."""
     metrics: Metrics
     event_streams: EventStreams
-    openings: Openings
+    token_uses: TokenUses
 
 
 Shared = Annotated[OperationServices, Depends(given(OperationServices))]
@@ -59,13 +59,13 @@ async def healthz() -> JSONResponse:
 
 @router.get("/api/status", tags=["operations"])
 async def status(principal: Client, shared: Shared) -> wire.Status:
-    slots, free = shared.roster.slots()
+    slots, free = shared.pool_index.slots()
     waiting = await shared.overdue() if principal.role == "admin" else []
     return wire.Status(
         version=__version__,
         brake=shared.brake(),
-        workers=shared.roster.by_health(),
-        rentals=shared.roster.by_state(),
+        workers=shared.pool_index.by_health(),
+        rentals=shared.pool_index.by_state(),
         slots=slots,
         slots_free=free,
         copies_paused=shared.copies_paused(),
@@ -133,7 +133,7 @@ async def list_events(
         told = {"Cache-Control": "no-store"}
         place = shared.event_streams.place(principal.id)
         over = ": the token is over\n\n"
-        return Streamed(stream, shared.openings, principal, "text/event-stream", told, over, place)
+        return Streamed(stream, shared.token_uses, principal, "text/event-stream", told, over, place)
     rows = await shared.store.read(events.page, owner, rental_id, worker_id, after, limit + 1, newest_first)
     page = wire.Page[wire.Event](**views.page(rows, limit, lambda row: str(row["id"]), views.event))
     return Response(page.model_dump_json(), media_type="application/json")

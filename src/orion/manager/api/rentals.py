@@ -17,8 +17,8 @@ from orion.manager.api.metrics import Metrics
 from orion.manager.api.services import Client, given
 from orion.manager.api.visible_rentals import VisibleRentals
 from orion.manager.authentication import visible_owner
-from orion.manager.domain.moves import NotMoved
-from orion.manager.loops.clock import TrustedClock
+from orion.manager.controllers.wall_clock import TrustedClock
+from orion.manager.domain.migration import NotMigrated
 from orion.manager.refusals import ApiProblem
 from orion.manager.store import rentals
 from orion.manager.store.database import Row, Store
@@ -45,7 +45,7 @@ class RentalServices:
     thaw: Callable[[str, str], Awaitable[str]]
     """Has a rental go on that is over its limits, for an actor; returns why that could not be, empty when it does."""
     move: Callable[[str, str, str], Awaitable[None]]
-    """Begins a planned move of a rental, from a worker, for somebody. Raises moves.NotMoved."""
+    """Begins a planned move of a rental, from a worker, for somebody. Raises moves.NotMigrated."""
     engine_log: Callable[[str], Awaitable[list[Row]]]
     """Returns what the engine did for a rental, oldest first."""
 
@@ -67,7 +67,7 @@ async def rent(
     if body.ssh_public_key:  # what it is called makes no other request
         body = body.model_copy(update={"ssh_public_key": wire.one_public_key(body.ssh_public_key)})
     private_key, public_key = (None, body.ssh_public_key) if body.ssh_public_key else _new_key()
-    wish = rentals.Wish(
+    wish = rentals.NewRental(
         owner=principal.name,
         name=body.name,
         public_key=public_key or "",
@@ -187,7 +187,7 @@ async def migrate(
     before = await shared.rentals.find(rental_id, principal)
     try:
         await shared.move(rental_id, before["worker_id"] or "", principal.name)
-    except NotMoved as refusal:
+    except NotMigrated as refusal:
         raise ApiProblem(409, refusal.code, str(refusal)) from refusal
     row = await shared.rentals.wait_for(principal, rental_id, wait_s, _is_at_rest)
     if _is_at_rest(row) and row["worker_id"] == before["worker_id"]:

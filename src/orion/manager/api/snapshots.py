@@ -14,10 +14,10 @@ from orion.manager.api import views
 from orion.manager.api.contract import refusals
 from orion.manager.api.services import Client, given
 from orion.manager.api.visible_rentals import VisibleRentals
-from orion.manager.domain.copies import EMPTY, Generation
-from orion.manager.gateway.openings import Openings
+from orion.manager.domain.snapshots import EMPTY, SnapshotId
+from orion.manager.gateway.token_lifetime import TokenUses
 from orion.manager.refusals import ApiProblem, not_found
-from orion.manager.store import copies
+from orion.manager.store import snapshots
 from orion.manager.store.database import Store
 
 router = APIRouter(prefix="/api", tags=["rentals"])
@@ -35,8 +35,8 @@ _REFUSALS = {
 class SnapshotServices:
     rentals: VisibleRentals
     store: Store
-    openings: Openings
-    copy_now: Callable[[str, Generation | None], Awaitable[str]]
+    token_uses: TokenUses
+    copy_now: Callable[[str, SnapshotId | None], Awaitable[str]]
     """Copies a rental's files at once, and keeps an older copy; returns why that was not done, empty when it was."""
     wake_reconciler: Callable[[], None]
 
@@ -48,7 +48,7 @@ Shared = Annotated[SnapshotServices, Depends(given(SnapshotServices))]
 async def list_snapshots(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wire.Snapshot]:
     """The complete copies of its files that are kept, oldest first: all of them, for they are few."""
     await shared.rentals.find(rental_id, principal)
-    found = await shared.store.read(copies.copies_of, rental_id)
+    found = await shared.store.read(snapshots.copies_of, rental_id)
     return wire.Page(items=[views.snapshot(copy) for copy in found])
 
 
@@ -61,21 +61,21 @@ async def restore(rental_id: str, body: wire.RestoreRequest, principal: Client, 
     """
     row = await shared.rentals.find(rental_id, principal)
     source = EMPTY if body.empty else str(body.generation)
-    known = await shared.store.read(copies.copies_of, rental_id)
+    known = await shared.store.read(snapshots.copies_of, rental_id)
     if source != EMPTY and source not in {str(copy.generation) for copy in known}:
         raise not_found("snapshot")
     if row["state"] == wire.RentalState.ACTIVE and not body.discard:
-        async with shared.openings.by(principal) as opening:
-            await _copy_first(shared, rental_id, Generation.parse(source))
+        async with shared.token_uses.by(principal) as opening:
+            await _copy_first(shared, rental_id, SnapshotId.parse(source))
             opening.check()
-    refused = await shared.store.write(copies.begin_restore, rental_id, principal.name, source)
+    refused = await shared.store.write(snapshots.begin_restore, rental_id, principal.name, source)
     if refused:
         raise ApiProblem(409, refused, _REFUSALS[refused])
     shared.wake_reconciler()
     return views.rental(await shared.rentals.find(rental_id, principal))
 
 
-async def _copy_first(shared: SnapshotServices, rental_id: str, spare: Generation | None) -> None:
+async def _copy_first(shared: SnapshotServices, rental_id: str, spare: SnapshotId | None) -> None:
     try:
         async with asyncio.timeout(COPY_WITHIN_S):
             problem = await shared.copy_now(rental_id, spare)

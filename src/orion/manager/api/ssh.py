@@ -11,7 +11,7 @@ from orion import wire
 from orion.manager.api.problems import problem
 from orion.manager.api.services import client_address, given
 from orion.manager.authentication import Authentication
-from orion.manager.gateway.ssh import WorkerUnreachable
+from orion.manager.gateway.relay import WorkerUnreachable
 from orion.manager.gateway.ssh_sessions import SshSessions
 from orion.manager.refusals import ApiProblem
 

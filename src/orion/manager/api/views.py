@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Query
 
 from orion import wire
-from orion.manager.domain.copies import Copy
+from orion.manager.domain.snapshots import Snapshot
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def _rental_fields(row: Row) -> dict[str, Any]:
     }
 
 
-def snapshot(copy: Copy) -> wire.Snapshot:
+def snapshot(copy: Snapshot) -> wire.Snapshot:
     return wire.Snapshot(
         generation=str(copy.generation),
         at=datetime.fromtimestamp(copy.at, UTC),

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from orion import wire
 from orion.manager.api import views
 from orion.manager.authentication import visible_owner
-from orion.manager.gateway.openings import Openings
-from orion.manager.loops.clock import TrustedClock
+from orion.manager.controllers.wall_clock import TrustedClock
+from orion.manager.gateway.token_lifetime import TokenUses
 from orion.manager.refusals import not_found
 from orion.manager.store import rentals
 from orion.manager.store.database import Store
@@ -23,7 +23,7 @@ class VisibleRentals:
     store: Store
     clock: TrustedClock
     monotonic: Callable[[], float]
-    openings: Openings
+    token_uses: TokenUses
     why_old: Callable[[str, float], str]
     """Returns why the last copy of an active rental, begun at that time (Unix seconds), is old; empty: it is not."""
 
@@ -43,7 +43,7 @@ class VisibleRentals:
             row = await self._read(rental_id, None)
             if done(row) or wait_s <= 0:
                 return row
-            async with self.openings.by(principal) as opening:
+            async with self.token_uses.by(principal) as opening:
                 opening.wakes(changed)
                 while True:
                     with suppress(TimeoutError):

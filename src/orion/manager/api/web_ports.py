@@ -17,10 +17,10 @@ from orion.manager.api.contract import refusals
 from orion.manager.api.problems import TITLES, problem
 from orion.manager.api.services import Client, client_address, given
 from orion.manager.api.visible_rentals import VisibleRentals
-from orion.manager.gateway.active_rental import OVER
 from orion.manager.gateway.port_access import Asked, NamedRental, PortAccess, try_later
+from orion.manager.gateway.port_keys import LIFETIME_S as KEY_LIFETIME_S
+from orion.manager.gateway.running_rental import OVER
 from orion.manager.gateway.tickets import LIFETIME_S
-from orion.manager.gateway.ways import LIFETIME_S as KEY_LIFETIME_S
 from orion.manager.refusals import ApiProblem
 from orion.manager.store import web_ports
 from orion.manager.store.database import Store

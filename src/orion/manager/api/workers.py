@@ -18,13 +18,13 @@ from orion.manager.api.heartbeat import HeartbeatRequest, HeartbeatServices, ans
 from orion.manager.api.services import Admin, CallerHome, CallingWorker, client_address, given
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.model import Item
-from orion.manager.domain.placement import counted
-from orion.manager.domain.roster import Roster
+from orion.manager.domain.pool_index import PoolIndex
+from orion.manager.domain.scheduler import counted
 from orion.manager.domain.states import LIVE, Health, Intent
-from orion.manager.engine.port import Host, Reach, Reached
 from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.settings import Settings
-from orion.manager.store import ledger, workers
+from orion.manager.ssh.port import Host, Reach, Reached
+from orion.manager.store import state, workers
 from orion.manager.store.database import Store
 from orion.manager.store.port import Registration
 
@@ -35,7 +35,7 @@ router = APIRouter(prefix="/api", tags=["workers"])
 class WorkerServices:
     settings: Settings
     store: Store
-    roster: Roster
+    pool_index: PoolIndex
     leases: Leases
     call_home: CallHome
     reach: Reach
@@ -168,7 +168,7 @@ async def gone(worker_id: str, admin: Admin, shared: Shared) -> wire.Worker:
     For who knows it from the container engine. A worker that lives and is only cut off would run on for as long as its
     lease lasts, beside what is taken over.
     """
-    known = (await shared.store.read(ledger.load_workers, [worker_id])).get(worker_id)
+    known = (await shared.store.read(state.load_workers, [worker_id])).get(worker_id)
     if known is None:
         raise not_found("worker")
     if known.health is not Health.DOWN:
@@ -214,14 +214,14 @@ def _displaced(row: views.Row, shared: WorkerServices) -> str:
 
 def _why_it_drains(row: views.Row, shared: WorkerServices) -> str:
     """What a drain still waits for."""
-    left = sum(held.state in LIVE for held in shared.roster.held(row["id"]))
+    left = sum(held.state in LIVE for held in shared.pool_index.held(row["id"]))
     if row["intent"] != Intent.DRAINING or not left:
         return ""
     what = f"{left} rental{'s are' if left > 1 else ' is'} to be moved away"
     leaving = shared.leases.leaving()
-    if shared.roster.room.best(1, without=leaving):
+    if shared.pool_index.room.best(1, without=leaving):
         return what
-    return f"{what}, and no worker can take one: {counted(shared.roster.refusals((), leaving))}"
+    return f"{what}, and no worker can take one: {counted(shared.pool_index.refusals((), leaving))}"
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Brake:
 class Observation:
     """What the health loop saw since its last round."""
 
-    door_open: bool
+    proxy_answers: bool
     """The manager reached itself through the proxy the last time it asked."""
     late_s: float
     """How much later than planned this round began."""
@@ -67,7 +67,7 @@ def advance(brake: Brake, seen: Observation, now: float, clocks: Clocks) -> Brak
 
 
 def _disturbance(seen: Observation, now: float, clocks: Clocks) -> tuple[str | None, float]:
-    if not seen.door_open:
+    if not seen.proxy_answers:
         return "the manager cannot reach itself through the proxy", now
     if seen.late_s > clocks.door_answer_s:
         return f"the manager itself was late by more than {clocks.door_answer_s:g} s", now

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from orion.manager.domain.model import Event, Rental, Step, Write, move_rental
+from orion.manager.domain.model import Rental
 from orion.manager.domain.states import ENDED, RentalState
+from orion.manager.domain.steps import Event, Step, Write, move_rental
 
 JUMP_S = 2.0
 """A larger change between two looks is a jump; slewing by NTP is far slower."""

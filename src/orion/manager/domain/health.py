@@ -27,8 +27,8 @@ FORGOTTEN_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
-class Watched:
-    """What the watch on a worker has found in its present session; see engine/watch.py."""
+class LivenessReport:
+    """What the watch on a worker has found in its present session; see ssh/liveness.py."""
 
     closed_at: float | None = None
     """When its kernel closed the watch (monotonic seconds); None: it is held, or was lost so that it says nothing."""
@@ -49,7 +49,7 @@ class Evidence:
     """Another worker is ready, active and not leaving: rentals have somewhere to go."""
     joining_s: float = 0.0
     losses: int = 0
-    watched: Watched = Watched()
+    watched: LivenessReport = LivenessReport()
 
     @property
     def leaving(self) -> bool:

@@ -36,7 +36,7 @@ class Lease:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Beat:
+class Heartbeat:
     """A heartbeat as it came in."""
 
     session_id: str
@@ -87,7 +87,7 @@ class Leases:
         )
         self.heard_at = now
 
-    def renew(self, worker_id: str, beat: Beat, now: float) -> bool:
+    def renew(self, worker_id: str, beat: Heartbeat, now: float) -> bool:
         """A heartbeat. False (nothing renewed) for a session that is not current, and for an old `seq`."""
         lease = self._leases.get(worker_id)
         if lease is None or lease.session_id != beat.session_id or beat.seq <= lease.seq:

@@ -7,23 +7,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from orion.manager.domain import copies, moves, starting
+from orion.manager.domain import migration, snapshots, start_commands
 from orion.manager.domain.expiry import end_of
-from orion.manager.domain.model import (
-    Event,
-    Placement,
-    Rental,
-    Step,
-    World,
-    Write,
-    merge,
-    move_placement,
-    move_rental,
-)
-from orion.manager.domain.moves import ACTOR
+from orion.manager.domain.migration import ACTOR
+from orion.manager.domain.model import Placement, Rental
 from orion.manager.domain.reconcile import give_up
 from orion.manager.domain.states import MigrationPhase, PlacementState, RentalState
-from orion.manager.domain.tasks import Ended, Task, TaskKind
+from orion.manager.domain.steps import Event, Step, Write, merge, move_placement, move_rental
+from orion.manager.domain.tasks import Task, TaskEnded, TaskKind
+from orion.manager.domain.world import World
 
 MOST_OF_A_REPORT = 4096
 """Characters of a worker's report that its event keeps: a worker could fill the database with more."""
@@ -37,21 +29,21 @@ SALVAGE_ATTEMPTS = 2
 """Failed tries to copy aside what a returned worker still has, before it is purged all the same."""
 
 
-def follow(world: World, ended: Ended) -> Step | None:
+def follow(world: World, ended: TaskEnded) -> Step | None:
     """The step that records an outcome; None when it changes nothing any more."""
     if ended.ok:
         return succeeded(world, ended)
     return failed(world, ended.task, ended.message, ended.attempts)
 
 
-def succeeded(world: World, ended: Ended) -> Step | None:
+def succeeded(world: World, ended: TaskEnded) -> Step | None:
     """The step that records a success; None when it changes nothing any more."""
     task, report = ended.task, ended.report
     if task.kind is TaskKind.REACH:
         return _verified(task)
     placement = world.placements.get(task.placement_id or "")
     if task.kind is TaskKind.SALVAGE:
-        return None  # it was written with the copy that it made: see loops/salvaging.py
+        return None  # it was written with the copy that it made: see operations/recover.py
     if task.kind is TaskKind.DELETE:
         return _purged(world, task, placement, report)
     if task.source is not None:
@@ -80,43 +72,43 @@ def _not_salvaged(world: World, placement: Placement | None, message: str, attem
         placement is None
         or rental is None
         or attempts < SALVAGE_ATTEMPTS
-        or not copies.wants_salvage(rental, placement)
+        or not snapshots.wants_salvage(rental, placement)
     ):
         return None
-    return copies.not_salvaged(rental, placement, message)
+    return snapshots.not_salvaged(rental, placement, message)
 
 
 def _moved(
-    world: World, task: Task, placement: Placement | None, source: moves.Source, report: Mapping[str, Any]
+    world: World, task: Task, placement: Placement | None, source: migration.Source, report: Mapping[str, Any]
 ) -> Step | None:
     rental, placed = _of_move(world, source)
     if rental is None or placed is None or task.kind is TaskKind.THAW:
         return None
     generation = str(report.get("generation", ""))
     if task.kind is TaskKind.PARK:
-        return moves.switch(rental, placed, None, source, generation)
+        return migration.switch(rental, placed, None, source, generation)
     if placement is None or task.kind is TaskKind.SEED:
-        return None if placement is None else moves.seeded(rental, placement, generation)
-    return moves.switch(rental, placed, placement, source, generation)
+        return None if placement is None else migration.seeded(rental, placement, generation)
+    return migration.switch(rental, placed, placement, source, generation)
 
 
 def _not_moved(
-    world: World, task: Task, placement: Placement | None, source: moves.Source, message: str, attempts: int
+    world: World, task: Task, placement: Placement | None, source: migration.Source, message: str, attempts: int
 ) -> Step | None:
     """What stands still is let go on at once; a standby is filled again first."""
     rental, placed = _of_move(world, source)
-    if rental is None or placed is None or not moves.can_move(rental, placed) or task.kind is TaskKind.THAW:
+    if rental is None or placed is None or not migration.can_move(rental, placed) or task.kind is TaskKind.THAW:
         return None
     if placed.held != source.move or (task.kind is TaskKind.SEED and attempts < MAX_ATTEMPTS):
         return None
     if task.kind is TaskKind.PARK:
-        return moves.abandon(rental, placed, None, message)
-    target = moves.as_target(placement)
-    waits = target is not None and moves.phase_of(rental, placed, target) in WAITS_FOR_ITS_TARGET
-    return moves.abandon(rental, placed, target, message) if waits else None
+        return migration.abandon(rental, placed, None, message)
+    target = migration.as_target(placement)
+    waits = target is not None and migration.phase_of(rental, placed, target) in WAITS_FOR_ITS_TARGET
+    return migration.abandon(rental, placed, target, message) if waits else None
 
 
-def _of_move(world: World, source: moves.Source) -> tuple[Rental | None, Placement | None]:
+def _of_move(world: World, source: migration.Source) -> tuple[Rental | None, Placement | None]:
     placed = world.placements.get(source.placement_id)
     return (world.rentals.get(placed.rental_id) if placed else None), placed
 
@@ -151,7 +143,7 @@ def _verified(task: Task) -> Step:
     )
 
 
-def _made(rental: Rental, placement: Placement, ended: Ended) -> Step | None:
+def _made(rental: Rental, placement: Placement, ended: TaskEnded) -> Step | None:
     task, report, wall = ended.task, ended.report, ended.wall
     started = _started(rental, placement, task, report)
     if placement.state is PlacementState.RUNNING:
@@ -187,9 +179,9 @@ def _made(rental: Rental, placement: Placement, ended: Ended) -> Step | None:
     ends_at = end_of(rental.ttl_s, ended.counts_from)
     change: dict[str, Any] = {"activated_at": wall, "expires_at": ends_at} if first else {}
     change |= {"restore_from": None} if rental.restore_from else {}
-    change |= copies.let_in(rental, placement.epoch, copies.began_with(report))
-    reason = f"running on worker {placement.worker_id}{copies.lacking(report)}"
-    filled = copies.filled(rental, placement.worker_id, report, wall)
+    change |= snapshots.let_in(rental, placement.epoch, snapshots.began_with(report))
+    reason = f"running on worker {placement.worker_id}{snapshots.lacking(report)}"
+    filled = snapshots.filled(rental, placement.worker_id, report, wall)
     told = Step((), (filled,) if filled else ())
     active = move_rental(rental, RentalState.ACTIVE, ACTOR, reason, placement.worker_id, **change)
     return merge((running, told, active))
@@ -200,9 +192,10 @@ def _started(rental: Rental, placement: Placement, task: Task, report: Mapping[s
     if not task.start_mark:
         return Step(())
     problem = str(report.get("start_problem", ""))[:MOST_OF_A_PROBLEM]
-    event = starting.ran(rental, placement, task.start_mark, problem)
+    event = start_commands.ran(rental, placement, task.start_mark, problem)
     return Step(
-        (Write(kind="placement", id=placement.id, expect={}, change=starting.run_anew(task.start_mark)),), (event,)
+        (Write(kind="placement", id=placement.id, expect={}, change=start_commands.run_anew(task.start_mark)),),
+        (event,),
     )
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from orion.manager.domain.model import Placement, Rental, Worker, World
-from orion.manager.domain.places import AWAITS_FILES
-from orion.manager.domain.roster import Roster
+from orion.manager.domain.assignment import AWAITS_FILES
+from orion.manager.domain.model import Placement, Rental, Worker
+from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.domain.states import TABLES, Health, PlacementState, RentalState
+from orion.manager.domain.world import World
 
 MOST_SHOWN = 200
 QUEUE_NOTICE_S = 300.0
@@ -51,10 +52,10 @@ def overdue(world: World, ages: Mapping[str, float]) -> list[Overdue]:
     return sorted(found, key=lambda item: -item.since_s)
 
 
-def workers_to_look_at(roster: Roster, now: float) -> list[str]:
+def workers_to_look_at(pool_index: PoolIndex, now: float) -> list[str]:
     """Those over their deadline; where too many are, MOST_SHOWN of each health, the longest first."""
     healths = (health for health in Health if _worker_limit_s(health) < float("inf"))
-    return [w for health in healths for w in roster.longest_in(health, _worker_limit_s(health), now, MOST_SHOWN)]
+    return [w for health in healths for w in pool_index.longest_in(health, _worker_limit_s(health), now, MOST_SHOWN)]
 
 
 def _worker_limit_s(health: Health) -> float:

@@ -13,23 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from orion.manager.domain import copies, moves, starting, tasks
-from orion.manager.domain.facts import Facts
-from orion.manager.domain.model import (
-    Draft,
-    Event,
-    Placement,
-    Rental,
-    Step,
-    Worker,
-    World,
-    Write,
-    merge,
-    move_placement,
-    move_rental,
-)
-from orion.manager.domain.moves import ACTOR
-from orion.manager.domain.places import Places, wait, wait_for_files
+from orion.manager.domain import migration, snapshots, start_commands, tasks
+from orion.manager.domain.assignment import Assignments, wait, wait_for_files
+from orion.manager.domain.migration import ACTOR
+from orion.manager.domain.model import Placement, Rental, Worker
+from orion.manager.domain.observations import Observations
 from orion.manager.domain.states import (
     CREATE_DEADLINE_S,
     DELETE_DEADLINE_S,
@@ -45,14 +33,16 @@ from orion.manager.domain.states import (
     PlacementState,
     RentalState,
 )
+from orion.manager.domain.steps import Event, Step, Write, merge, move_placement, move_rental
 from orion.manager.domain.tasks import Task
+from orion.manager.domain.world import Draft, World
 
 MAX_FAILURES = 5
 """A rental that was never active and could not be made so often is failed."""
 
 SALVAGE_WITHIN_S = 150.0
 """Of a worker's joining, which has JOIN_DEADLINE_S in all: what is not copied aside by then is given up. A try that is
-under way then ends first (loops/salvaging.py), and then it is purged."""
+under way then ends first (operations/recover.py), and then it is purged."""
 
 HOLDS_STRANGERS = "it holds what the database has never placed"
 
@@ -66,7 +56,7 @@ class Decision:
     tasks: tuple[Task, ...]
 
 
-def decide(snapshot: World, facts: Facts) -> Decision:
+def decide(snapshot: World, observations: Observations) -> Decision:
     """The steps, in the order to commit them, and the tasks that the world after them asks for."""
     world = Draft(snapshot)
     steps: list[Step] = []
@@ -76,35 +66,35 @@ def decide(snapshot: World, facts: Facts) -> Decision:
             steps.append(step)
 
     for worker in list(world.workers.values()):
-        commit(_keep_strangers(worker, facts))
+        commit(_keep_strangers(worker, observations))
     for placement in list(world.placements.values()):
-        commit(_settle_placement(world, placement, facts))
-    places = Places(world, facts)
+        commit(_settle_placement(world, placement, observations))
+    places = Assignments(world, observations)
     for rental in _queue(world):
-        commit(_settle_rental(world, rental, facts, places))
-    for placement in sorted(world.placements.values(), key=lambda p: (p.worker_id not in facts.vacating, p.id)):
-        commit(_settle_move(world, placement, facts, places))
+        commit(_settle_rental(world, rental, observations, places))
+    for placement in sorted(world.placements.values(), key=lambda p: (p.worker_id not in observations.vacating, p.id)):
+        commit(_settle_move(world, placement, observations, places))
     for placement in list(world.placements.values()):
         if placement.state is PlacementState.RESERVED:
             commit(_prepare(world, placement))
     for worker in list(world.workers.values()):
         commit(_drained(world, worker))
     held = (
-        moves.Source(placement_id=p.id, worker_id=p.worker_id, epoch=p.epoch, move=p.held)
+        migration.Source(placement_id=p.id, worker_id=p.worker_id, epoch=p.epoch, move=p.held)
         for p in snapshot.placements.values()
         if p.held
     )
     thaws = (task for task in (tasks.thaw(world, source) for source in held) if task)
-    return Decision(tuple(steps), (*tasks.wanted(world, facts), *thaws))
+    return Decision(tuple(steps), (*tasks.wanted(world, observations), *thaws))
 
 
-def _settle_placement(world: World, placement: Placement, facts: Facts) -> Step | None:
+def _settle_placement(world: World, placement: Placement, observations: Observations) -> Step | None:
     """Return the step that settles one placement against its worker and its rental; None: it is settled."""
     worker = world.workers.get(placement.worker_id)
     rental = world.rentals.get(placement.rental_id)
     if worker is None or worker.health is Health.DOWN:
-        return _settle_without_worker(worker, placement, rental, facts)
-    case = PlacementCase(placement=placement, worker=worker, rental=rental, facts=facts)
+        return _settle_without_worker(worker, placement, rental, observations)
+    case = PlacementCase(placement=placement, worker=worker, rental=rental, observations=observations)
     for rule in PLACEMENT_RULES[placement.state]:
         step = rule(case)
         if step is not None:
@@ -119,7 +109,7 @@ class PlacementCase:
     placement: Placement
     worker: Worker
     rental: Rental | None
-    facts: Facts
+    observations: Observations
 
     @property
     def owner(self) -> str | None:
@@ -128,18 +118,18 @@ class PlacementCase:
     @property
     def passed_clean_up_s(self) -> bool:
         """Whether a worker that answers has had more than the deadline to clean up."""
-        return self.worker.health in ANSWERING and self.facts.age(self.placement.id) > DELETE_DEADLINE_S
+        return self.worker.health in ANSWERING and self.observations.age(self.placement.id) > DELETE_DEADLINE_S
 
 
 def _settle_without_worker(
-    worker: Worker | None, placement: Placement, rental: Rental | None, facts: Facts
+    worker: Worker | None, placement: Placement, rental: Rental | None, observations: Observations
 ) -> Step | None:
     owner = rental.owner if rental else None
     if placement.state is PlacementState.STOPPED:
         return move_placement(placement, owner, PlacementState.PURGED, ACTOR, "nothing was made there")
     if worker is None and placement.state in {PlacementState.FAILED, PlacementState.LOST}:
         return move_placement(placement, owner, PlacementState.PURGED, ACTOR, "its worker was removed")
-    return _lose(worker, placement, rental, facts)
+    return _lose(worker, placement, rental, observations)
 
 
 def _nothing_was_made(case: PlacementCase) -> Step | None:
@@ -151,7 +141,7 @@ def _container_restarted(case: PlacementCase) -> Step | None:
     # Its start command may have brought that about.
     if case.rental is None:
         return None
-    return starting.restarted(case.rental, case.placement, case.worker, case.facts.wall)
+    return start_commands.restarted(case.rental, case.placement, case.worker, case.observations.wall)
 
 
 def _rental_ends(case: PlacementCase) -> Step | None:
@@ -165,15 +155,15 @@ def _rental_ends(case: PlacementCase) -> Step | None:
 
 def _not_made_in_time(case: PlacementCase) -> Step | None:
     # Another worker may do it faster. Files that are put there first take longer.
-    within_s = RESTORE_DEADLINE_S if case.rental and copies.wanted(case.rental) else CREATE_DEADLINE_S
-    if case.facts.age(case.placement.id) <= within_s:
+    within_s = RESTORE_DEADLINE_S if case.rental and snapshots.wanted(case.rental) else CREATE_DEADLINE_S
+    if case.observations.age(case.placement.id) <= within_s:
         return None
     return give_up(case.placement, case.rental, f"it was not made within {within_s:.0f} s")
 
 
 def _missing(case: PlacementCase) -> Step | None:
     # Only a restored database leaves a running placement without a key: it is there, or was moved or ended since.
-    if case.placement.public_key or case.facts.shows(case.placement):
+    if case.placement.public_key or case.observations.shows(case.placement):
         return None
     reason = "its worker does not have it: it was moved or ended after the backup"
     lost = move_placement(case.placement, case.owner, PlacementState.LOST, ACTOR, reason)
@@ -187,7 +177,7 @@ def _command_ended(case: PlacementCase) -> Step | None:
     # Its owner asks how it ended, and the worker forgets it.
     if case.rental is None:
         return None
-    return starting.ended(case.rental, case.placement, case.facts.start_ends.get(case.worker.id, ()))
+    return start_commands.ended(case.rental, case.placement, case.observations.start_ends.get(case.worker.id, ()))
 
 
 def _not_cleaned_up_in_time(case: PlacementCase) -> Step | None:
@@ -208,15 +198,15 @@ def _still_not_cleaned_up(case: PlacementCase) -> Step | None:
 
 def _not_salvaged_in_time(case: PlacementCase) -> Step | None:
     # So that its worker is ready in time, whatever keeps its files from being copied aside.
-    late = case.worker.health is Health.JOINING and case.facts.age(case.worker.id) > SALVAGE_WITHIN_S
-    if not late or case.rental is None or not copies.wants_salvage(case.rental, case.placement):
+    late = case.worker.health is Health.JOINING and case.observations.age(case.worker.id) > SALVAGE_WITHIN_S
+    if not late or case.rental is None or not snapshots.wants_salvage(case.rental, case.placement):
         return None
-    return copies.not_salvaged(case.rental, case.placement, f"it took longer than {SALVAGE_WITHIN_S:.0f} s")
+    return snapshots.not_salvaged(case.rental, case.placement, f"it took longer than {SALVAGE_WITHIN_S:.0f} s")
 
 
 def _came_back_without_it(case: PlacementCase) -> Step | None:
     # Nothing is left to purge.
-    if case.facts.shows(case.placement):
+    if case.observations.shows(case.placement):
         return None
     return move_placement(case.placement, case.owner, PlacementState.PURGED, ACTOR, "its worker came back without it")
 
@@ -235,11 +225,13 @@ PLACEMENT_RULES: Mapping[PlacementState, tuple[PlacementRule, ...]] = {
 """The first rule that makes a step decides."""
 
 
-def _lose(worker: Worker | None, placement: Placement, rental: Rental | None, facts: Facts) -> Step | None:
+def _lose(
+    worker: Worker | None, placement: Placement, rental: Rental | None, observations: Observations
+) -> Step | None:
     if placement.state not in LIVE | {PlacementState.STOPPING, PlacementState.FAILED}:
         return None
     owner = rental.owner if rental else None
-    nothing_to_salvage = placement.state not in starting.MAY_HAVE_RUN
+    nothing_to_salvage = placement.state not in start_commands.MAY_HAVE_RUN
     lost = move_placement(
         placement, owner, PlacementState.LOST, ACTOR, "its worker is down", salvaged=nothing_to_salvage
     )
@@ -248,7 +240,7 @@ def _lose(worker: Worker | None, placement: Placement, rental: Rental | None, fa
         lost = merge((Step((Write(kind="worker", id=worker.id, expect={"health": Health.DOWN}, change={}),)), lost))
     if rental is None or placement.state not in LIVE or placement.standby:
         return lost
-    change, events = starting.after_a_loss(rental, placement, facts.wall)
+    change, events = start_commands.after_a_loss(rental, placement, observations.wall)
     told = Step((), events)
     if rental.state is RentalState.ACTIVE:
         reason = f"worker {placement.worker_id} is down: moving to another one"
@@ -294,14 +286,14 @@ def _blame(worker: Worker, placement: Placement) -> Step:
     return _set_fault(worker, reason, event)
 
 
-def _keep_strangers(worker: Worker, facts: Facts) -> Step | None:
+def _keep_strangers(worker: Worker, observations: Observations) -> Step | None:
     """What the database has never heard of may be all that is left of a rental: only an operator ends it.
 
     The worker is set aside for it, until it is given up (orion resume --give-up) or is not there any more.
     """
-    if worker.health is Health.DOWN or worker.id not in facts.inventories:
+    if worker.health is Health.DOWN or worker.id not in observations.inventories:
         return None
-    found = [i for i in facts.inventories[worker.id] if (i.rental_id, i.epoch) in facts.strangers]
+    found = [i for i in observations.inventories[worker.id] if (i.rental_id, i.epoch) in observations.unknown_rentals]
     if found and not worker.fault:
         names = ", ".join(sorted(item.rental_id for item in found)[:5])
         fault = (
@@ -336,45 +328,45 @@ def _queue(world: World) -> list[Rental]:
     )
 
 
-def _settle_rental(world: Draft, rental: Rental, facts: Facts, places: Places) -> Step | None:
+def _settle_rental(world: Draft, rental: Rental, observations: Observations, places: Assignments) -> Step | None:
     if rental.state is RentalState.RELEASING:
         return _finish_release(world, rental)
     if world.live_placement(rental.id) is not None or _is_being_stopped(world, rental):
         return None
-    lost = _may_come_back_with_its_files(world, rental, facts)
+    lost = _may_come_back_with_its_files(world, rental, observations)
     standby = world.standby_of(rental.id)
     if standby is not None:
-        problem = moves.problem_of(standby, rental, world.workers.get(standby.worker_id), facts.leaving)
+        problem = migration.problem_of(standby, rental, world.workers.get(standby.worker_id), observations.leaving)
         problem = problem or ("no copy of its files was made for it" if lost else "")
-        return moves.end_standby(standby, rental.owner, problem) if problem else moves.promote(rental, standby)
+        return migration.end_standby(standby, rental.owner, problem) if problem else migration.promote(rental, standby)
     if rental.state is RentalState.PROVISIONING:
         return move_rental(rental, RentalState.QUEUED, ACTOR, "its place was lost")
     if rental.activated_at is None and rental.failures >= MAX_FAILURES:
         reason = f"it could not be made {rental.failures} times; last: {rental.explanation}"
         return move_rental(rental, RentalState.FAILED, ACTOR, reason)
-    if rental.activated_at is None and facts.age(rental.id) > QUEUE_DEADLINE_S:
+    if rental.activated_at is None and observations.age(rental.id) > QUEUE_DEADLINE_S:
         return move_rental(rental, RentalState.FAILED, ACTOR, f"no worker was free within {QUEUE_DEADLINE_S:.0f} s")
-    at_work = _may_be_at_work(world, rental, facts)
+    at_work = _may_be_at_work(world, rental, observations)
     if at_work is not None:
         return wait(rental, f"waiting until worker {at_work.worker_id} has ended what it may have begun of it")
     if lost is not None:
-        return wait_for_files(rental, lost.worker_id, facts.awaits_files_s)
+        return wait_for_files(rental, lost.worker_id, observations.awaits_files_s)
     return places.place(rental)
 
 
-def _may_come_back_with_its_files(world: Draft, rental: Rental, facts: Facts) -> Placement | None:
+def _may_come_back_with_its_files(world: Draft, rental: Rental, observations: Observations) -> Placement | None:
     """Return the lost placement whose worker is waited for, because the only files of the rental are there.
 
     A worker that joins has come back: it has its own deadline (SALVAGE_WITHIN_S) to hand them over.
     """
-    if not facts.awaits_files_s or not copies.is_without_copies(rental):
+    if not observations.awaits_files_s or not snapshots.is_without_copies(rental):
         return None
     for placement in world.placements_of(rental.id):
         worker = world.workers.get(placement.worker_id)
-        holds = copies.wants_salvage(rental, placement) and not placement.standby
+        holds = snapshots.wants_salvage(rental, placement) and not placement.standby
         if worker is None or not holds or placement.epoch < rental.let_in_epoch:
             continue
-        if worker.health is Health.JOINING or facts.age(placement.id) < facts.awaits_files_s:
+        if worker.health is Health.JOINING or observations.age(placement.id) < observations.awaits_files_s:
             return placement
     return None
 
@@ -387,7 +379,7 @@ def _is_being_stopped(world: Draft, rental: Rental) -> bool:
     )
 
 
-def _may_be_at_work(world: Draft, rental: Rental, facts: Facts) -> Placement | None:
+def _may_be_at_work(world: Draft, rental: Rental, observations: Observations) -> Placement | None:
     """Where it was given up, and its start command may be running: how the last try there ended may be unknown.
 
     Nobody else is led there, so a rental without a command goes on elsewhere at once. A clean-up that passes its
@@ -397,20 +389,20 @@ def _may_be_at_work(world: Draft, rental: Rental, facts: Facts) -> Placement | N
         return None
     given_up = (p for p in world.placements_of(rental.id) if p.state is PlacementState.FAILED)
     own = (p for p in given_up if not p.standby and not p.held)
-    return next((p for p in own if facts.age(p.id) <= DELETE_DEADLINE_S), None)
+    return next((p for p in own if observations.age(p.id) <= DELETE_DEADLINE_S), None)
 
 
-def _settle_move(world: Draft, placement: Placement, facts: Facts, places: Places) -> Step | None:
-    """Return the next step of a planned migration, the first one included: see domain/moves.py."""
+def _settle_move(world: Draft, placement: Placement, observations: Observations, places: Assignments) -> Step | None:
+    """Return the next step of a planned migration, the first one included: see domain/migration.py."""
     worker, rental = world.workers.get(placement.worker_id), world.rentals.get(placement.rental_id)
-    if placement.standby or worker is None or rental is None or not moves.can_move(rental, placement):
+    if placement.standby or worker is None or rental is None or not migration.can_move(rental, placement):
         return None
     target = world.standby_of(rental.id)
     to = world.workers.get(target.worker_id) if target else None
     case = MigrationCase(
-        rental=rental, source=placement, worker=worker, target=target, to=to, facts=facts, places=places
+        rental=rental, source=placement, worker=worker, target=target, to=to, observations=observations, places=places
     )
-    for rule in MIGRATION_RULES[moves.phase_of(rental, placement, target)]:
+    for rule in MIGRATION_RULES[migration.phase_of(rental, placement, target)]:
         step = rule(case)
         if step is not None:
             return step
@@ -428,46 +420,48 @@ class MigrationCase:
     target: Placement | None
     to: Worker | None
     """The worker of the target."""
-    facts: Facts
-    places: Places
+    observations: Observations
+    places: Assignments
 
     @property
     def is_vacating(self) -> bool:
-        return self.worker.id in self.facts.vacating
+        return self.worker.id in self.observations.vacating
 
 
 def _quiesced_for_too_long(case: MigrationCase) -> Step | None:
     # Whatever keeps its files from being copied: nobody's programs stand still for longer.
-    if case.facts.age(case.source.id) <= HELD_DEADLINE_S:
+    if case.observations.age(case.source.id) <= HELD_DEADLINE_S:
         return None
-    return moves.abandon(case.rental, case.source, case.target, f"it stood still for {HELD_DEADLINE_S:.0f} s")
+    return migration.abandon(case.rental, case.source, case.target, f"it stood still for {HELD_DEADLINE_S:.0f} s")
 
 
 def _target_is_of_no_use(case: MigrationCase) -> Step | None:
     # A worker that is lost, at fault or to be emptied itself would be left again at once.
     if case.target is None:
         return None
-    problem = moves.problem_of(case.target, case.rental, case.to, case.facts.leaving)
-    return moves.abandon(case.rental, case.source, case.target, problem) if problem else None
+    problem = migration.problem_of(case.target, case.rental, case.to, case.observations.leaving)
+    return migration.abandon(case.rental, case.source, case.target, problem) if problem else None
 
 
 def _quiesce(case: MigrationCase) -> Step | None:
     # Only once the target has most of the files: what is left to copy then is little.
     if case.target is None:
         return None
-    return moves.hold(case.rental, case.source, case.target, f"for its move to worker {case.target.worker_id}")
+    return migration.hold(case.rental, case.source, case.target, f"for its move to worker {case.target.worker_id}")
 
 
 def _target_was_lost(case: MigrationCase) -> Step | None:
     # On a worker that is about to end it stays quiesced, and is parked.
     parks = case.is_vacating
-    return None if parks else moves.abandon(case.rental, case.source, None, "where it was to go is not ready any more")
+    return (
+        None if parks else migration.abandon(case.rental, case.source, None, "where it was to go is not ready any more")
+    )
 
 
 def _begin(case: MigrationCase) -> Step | None:
     # Not while the rental rests from a migration that has failed.
-    why = moves.must_leave(case.worker, case.facts.vacating)
-    if not why or case.rental.id in case.facts.resting:
+    why = migration.must_leave(case.worker, case.observations.vacating)
+    if not why or case.rental.id in case.observations.resting:
         return None
     return case.places.move(case.rental, case.source, why, parks=case.is_vacating)
 

@@ -8,7 +8,7 @@ from orion.manager.domain.pacing import LONGEST_PAUSE_S, Pace
 
 
 @dataclass(frozen=True)
-class Limits:
+class SnapshotLimits:
     """What a copy may hold at most."""
 
     max_files: int = 200_000
@@ -20,14 +20,14 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SnapshotPlan:
     """How the copies loop spends its time, and what each copy may hold."""
 
     interval_s: float = 30.0
     """The seconds between copies of one rental."""
     at_once: int = 8
     """Copies of all owners under way at a time, of which one owner has half at most."""
-    limits: Limits = field(default_factory=Limits)
+    limits: SnapshotLimits = field(default_factory=SnapshotLimits)
     paused_share: float = 0.005
     """The share of its time for which the programs of a rental may be stopped for copies."""
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from orion.manager.domain import copies, moves, starting
-from orion.manager.domain.facts import Facts
-from orion.manager.domain.model import Draft, Item, Placement, Rental, Step, Worker, World
+from orion.manager.domain import migration, snapshots, start_commands
+from orion.manager.domain.model import Item, Placement, Rental, Worker
+from orion.manager.domain.observations import Observations
 from orion.manager.domain.states import LIVE, Health, MigrationPhase, PlacementState
+from orion.manager.domain.steps import Step
+from orion.manager.domain.world import Draft, World
 
 REACHABLE = frozenset({Health.READY, Health.SUSPECT, Health.UNKNOWN, Health.QUARANTINED})
 """Workers on which a rental may be made or changed; a joining one is only cleaned."""
@@ -50,8 +52,8 @@ class Task:
     """The copy that is in its home already, put there by a planned move."""
     rental_name: str = ""
     """The name that the rental's own sessions are told, where an account is made."""
-    source: moves.Source | None = None
-    """What a planned move takes away: see domain/moves.py."""
+    source: migration.Source | None = None
+    """What a planned move takes away: see domain/migration.py."""
     owner: str = ""
     """The name of the rental's owner; empty for what only an inventory knows."""
 
@@ -68,7 +70,7 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
+class TaskEnded:
     """A task that has ended. `attempts`: how often it has failed, this time counted; `wall`: UTC seconds."""
 
     task: Task
@@ -81,21 +83,21 @@ class Ended:
     attempts: int = 0
 
 
-Follow = Callable[[World, Ended], Step | None]
+Follow = Callable[[World, TaskEnded], Step | None]
 """It returns the step that follows from the end of a task, or None: outcomes.follow, which the store is given."""
 
 
-def wanted(world: Draft, facts: Facts) -> Iterator[Task]:
+def wanted(world: Draft, observations: Observations) -> Iterator[Task]:
     """All that is to be done now; some of it may be under way."""
     for placement in world.placements.values():
-        task = _task_of(world, placement, facts)
+        task = _task_of(world, placement, observations)
         if task is not None:
             yield replace(task, owner=world.rentals[placement.rental_id].owner)
     for worker in world.workers.values():
-        yield from _tasks_of_worker(world, worker, facts)
+        yield from _tasks_of_worker(world, worker, observations)
 
 
-def thaw(world: World, source: moves.Source) -> Task | None:
+def thaw(world: World, source: migration.Source) -> Task | None:
     """What has just been let go on need not wait for its worker's next heartbeat, which would thaw it too."""
     placement, worker = world.placements.get(source.placement_id), world.workers.get(source.worker_id)
     rental = world.rentals.get(placement.rental_id) if placement else None
@@ -115,12 +117,12 @@ def thaw(world: World, source: moves.Source) -> Task | None:
     )
 
 
-def _task_of(world: World, placement: Placement, facts: Facts) -> Task | None:
+def _task_of(world: World, placement: Placement, observations: Observations) -> Task | None:
     worker = world.workers.get(placement.worker_id)
     rental = world.rentals.get(placement.rental_id)
     if worker is None or worker.health is Health.DOWN or rental is None:
         return None
-    case = TaskCase(world=world, placement=placement, worker=worker, rental=rental, facts=facts)
+    case = TaskCase(world=world, placement=placement, worker=worker, rental=rental, observations=observations)
     for applies, task in TASK_RULES:
         if applies(case):
             return task(case)
@@ -135,7 +137,7 @@ class TaskCase:
     placement: Placement
     worker: Worker
     rental: Rental
-    facts: Facts
+    observations: Observations
 
     def task(self, kind: TaskKind, **more: Any) -> Task:
         rental, worker = self.rental, self.worker
@@ -152,7 +154,7 @@ class TaskCase:
 
 def _is_target(case: TaskCase) -> bool:
     # Nobody is let into the target before the cutover: it gets no other task.
-    return moves.as_target(case.placement) is not None
+    return migration.as_target(case.placement) is not None
 
 
 def _is_quiesced(case: TaskCase) -> bool:
@@ -163,7 +165,7 @@ def _is_quiesced(case: TaskCase) -> bool:
 def _was_not_shown(case: TaskCase) -> bool:
     # Its worker may have lost or purged it, and has not shown anything yet: see reconcile._missing.
     placement = case.placement
-    unseen = not placement.public_key and case.facts.inventories.get(case.worker.id) is None
+    unseen = not placement.public_key and case.observations.inventories.get(case.worker.id) is None
     return placement.state is PlacementState.RUNNING and unseen
 
 
@@ -174,13 +176,13 @@ def _is_to_be_made(case: TaskCase) -> bool:
         return False
     if placement.state is PlacementState.PREPARING:
         return True
-    others = placement.public_key != rental.public_key or bool(starting.due(rental, placement, case.worker))
+    others = placement.public_key != rental.public_key or bool(start_commands.due(rental, placement, case.worker))
     return placement.state is PlacementState.RUNNING and others
 
 
 def _is_to_be_salvaged(case: TaskCase) -> bool:
     # The worker of a lost placement may have files that nobody has copied. A target has only copies.
-    return not case.placement.standby and copies.wants_salvage(case.rental, case.placement)
+    return not case.placement.standby and snapshots.wants_salvage(case.rental, case.placement)
 
 
 def _is_to_be_purged(case: TaskCase) -> bool:
@@ -195,25 +197,25 @@ def _nothing(case: TaskCase) -> None:
 def _fill_target(case: TaskCase) -> Task | None:
     """Return the task of the precopy or of the final sync."""
     source = case.world.live_placement(case.rental.id)
-    if source is None or not moves.can_move(case.rental, source):
+    if source is None or not migration.can_move(case.rental, source):
         return None
-    kind = FILLING.get(moves.phase_of(case.rental, source, case.placement))
+    kind = FILLING.get(migration.phase_of(case.rental, source, case.placement))
     if kind is None:
         return None
-    of = moves.Source(placement_id=source.id, worker_id=source.worker_id, epoch=source.epoch, move=source.held)
+    of = migration.Source(placement_id=source.id, worker_id=source.worker_id, epoch=source.epoch, move=source.held)
     return case.task(kind, public_key=case.rental.public_key, rental_name=case.rental.name, source=of)
 
 
 def _park(case: TaskCase) -> Task | None:
     """Return the task that copies a last time what has nowhere to go; None: it waits for its target, or goes on."""
     placement, rental = case.placement, case.rental
-    phase = moves.phase_of(rental, placement, case.world.standby_of(rental.id))
-    ends = case.worker.id in case.facts.vacating and moves.can_move(rental, placement)
+    phase = migration.phase_of(rental, placement, case.world.standby_of(rental.id))
+    ends = case.worker.id in case.observations.vacating and migration.can_move(rental, placement)
     if phase is not MigrationPhase.PARK or not ends:
         return None
     return case.task(
         TaskKind.PARK,
-        source=moves.Source(
+        source=migration.Source(
             placement_id=placement.id, worker_id=case.worker.id, epoch=placement.epoch, move=placement.held
         ),
     )
@@ -221,15 +223,15 @@ def _park(case: TaskCase) -> Task | None:
 
 def _create(case: TaskCase) -> Task:
     placement, rental = case.placement, case.rental
-    start_mark = starting.due(rental, placement, case.worker)
-    restore = copies.wanted(rental) if placement.state is PlacementState.PREPARING else None
+    start_mark = start_commands.due(rental, placement, case.worker)
+    restore = snapshots.wanted(rental) if placement.state is PlacementState.PREPARING else None
     return case.task(
         TaskKind.CREATE,
         public_key=rental.public_key,
         restore=restore,
         start=rental.start if start_mark else "",
         start_mark=start_mark,
-        filled=placement.filled if restore == copies.NEWEST else "",
+        filled=placement.filled if restore == snapshots.NEWEST else "",
         rental_name=rental.name,
     )
 
@@ -256,16 +258,16 @@ TASK_RULES: tuple[TaskRule, ...] = (
 """The first rule that applies to a placement decides on its task, if it has one."""
 
 
-def _tasks_of_worker(world: Draft, worker: Worker, facts: Facts) -> Iterator[Task]:
+def _tasks_of_worker(world: Draft, worker: Worker, observations: Observations) -> Iterator[Task]:
     """Purge what only the inventory knows; reach a joining worker once nothing stale is left on it."""
-    inventory = facts.inventories.get(worker.id)
+    inventory = observations.inventories.get(worker.id)
     if worker.health is Health.DOWN or inventory is None or not world.is_whole(worker.id):
         return
     placed = world.placements_on(worker.id)
     known = {(p.rental_id, p.epoch) for p in placed}
     orphans = [item for item in inventory if (item.rental_id, item.epoch) not in known]
     for item in orphans:
-        if (item.rental_id, item.epoch) in facts.strangers:
+        if (item.rental_id, item.epoch) in observations.unknown_rentals:
             continue
         yield Task(kind=TaskKind.DELETE, worker_id=worker.id, session_id=worker.session_id, item=item)
     stale = any(p.state is PlacementState.LOST for p in placed)

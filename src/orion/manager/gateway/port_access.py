@@ -14,12 +14,12 @@ from starlette.requests import HTTPConnection
 
 from orion import wire
 from orion.manager.authentication import Authentication, visible_owner
-from orion.manager.domain.model import Event
-from orion.manager.gateway.active_rental import OVER
+from orion.manager.controllers.wall_clock import TrustedClock
+from orion.manager.domain.steps import Event
+from orion.manager.gateway.port_connections import PUBLIC, PortConnections
+from orion.manager.gateway.port_keys import Named, PortKeys, signed_pass
+from orion.manager.gateway.running_rental import OVER
 from orion.manager.gateway.tickets import LIFETIME_S, Tickets
-from orion.manager.gateway.ways import Keys, Named, signed_pass
-from orion.manager.gateway.web_ends import PUBLIC, WebEnds
-from orion.manager.loops.clock import TrustedClock
 from orion.manager.refusals import ApiProblem, not_found
 from orion.manager.store import rentals, tokens, web_ports
 from orion.manager.store.database import Row, Store, record
@@ -69,9 +69,9 @@ class PortAccess:
         store: Store,
         clock: TrustedClock,
         authentication: Authentication,
-        ends: WebEnds,
+        ends: PortConnections,
         tickets: Tickets,
-        keys: Keys,
+        keys: PortKeys,
     ) -> None:
         self._store = store
         self._clock = clock

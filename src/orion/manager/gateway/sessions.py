@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from orion.manager.domain.model import Event
-from orion.manager.domain.shares import Claim, may_take
-from orion.manager.gateway.openings import Opening
-from orion.manager.gateway.ssh import MOVED, REVOKED, Ending
-from orion.manager.loops.timer import Loop
+from orion.manager.controllers.loop import Loop
+from orion.manager.domain.fair_share import Claim, may_take
+from orion.manager.domain.steps import Event
+from orion.manager.gateway.relay import MOVED, REVOKED, Ending
+from orion.manager.gateway.token_lifetime import TokenUse
 from orion.manager.refusals import ApiProblem
 from orion.manager.store.database import Store, record
 
@@ -31,7 +31,7 @@ ENDS = frozenset(f"placement.{state}" for state in ("stopping", "stopped", "fail
 
 
 @dataclass(frozen=True)
-class Limits:
+class SessionLimits:
     """Sessions at once. Of all, and of the young ones of a worker, an owner of rentals has half at most.
 
     A young one may not have logged in: sshd of a worker takes 200 of those, and then refuses whoever comes, the manager
@@ -58,12 +58,12 @@ class Session:
     epoch: int = 0
     also: dict[str, Any] = field(default_factory=dict)
     """What else its events tell."""
-    opening: Opening = field(default_factory=Opening)
+    opening: TokenUse = field(default_factory=TokenUse)
     """Says when the token by which it was opened is over."""
     over: asyncio.Future[Ending] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Why its worker is the rental's no more, or its token nobody's."""
 
-    def opened_by(self, opening: Opening) -> None:
+    def opened_by(self, opening: TokenUse) -> None:
         """End with the token of this opening."""
         self.opening = opening
         opening.over.add_done_callback(lambda over: self.end(Ending(REVOKED, over.result())))
@@ -81,10 +81,10 @@ class Session:
 
 
 class Sessions:
-    def __init__(self, store: Store, monotonic: Callable[[], float], limits: Limits | None = None) -> None:
+    def __init__(self, store: Store, monotonic: Callable[[], float], limits: SessionLimits | None = None) -> None:
         self._store = store
         self._monotonic = monotonic
-        self.limits = limits or Limits()
+        self.limits = limits or SessionLimits()
         self._listening: dict[str, set[Session]] = {}
         """By rental: whoever is in, or about to come in."""
         self._inside: dict[str, set[Session]] = {}

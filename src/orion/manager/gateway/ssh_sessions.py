@@ -10,12 +10,13 @@ from typing import Any
 import structlog
 from starlette.websockets import WebSocket
 
+from orion.manager.ansible.port import Job
 from orion.manager.domain.leases import Leases
-from orion.manager.engine.port import Host, Job
-from orion.manager.gateway.active_rental import ActiveRentals, job_of, remarks
-from orion.manager.gateway.openings import Openings
+from orion.manager.gateway.relay import NOTICE, REMARK, Ending, Relayed, SshStream, WorkerUnreachable, connect, relay
+from orion.manager.gateway.running_rental import RunningRentals, job_of, remarks
 from orion.manager.gateway.sessions import Session, Sessions
-from orion.manager.gateway.ssh import NOTICE, REMARK, Ending, Relayed, SshStream, WorkerUnreachable, connect, relay
+from orion.manager.gateway.token_lifetime import TokenUses
+from orion.manager.ssh.port import Host
 from orion.manager.store.database import Row
 from orion.manager.store.tokens import Principal
 
@@ -29,17 +30,17 @@ class SshSessions:
     def __init__(
         self,
         *,
-        rentals: ActiveRentals,
+        rentals: RunningRentals,
         sessions: Sessions,
-        openings: Openings,
+        token_uses: TokenUses,
         leases: Leases,
         certify: Callable[[Job], Awaitable[None]],
         monotonic: Callable[[], float],
     ) -> None:
-        """`certify` has the worker of a rental show a certificate that names it: see loops/certificates.py."""
+        """`certify` has the worker of a rental show a certificate that names it (operations/host_certificates.py)."""
         self._rentals = rentals
         self._sessions = sessions
-        self._openings = openings
+        self._openings = token_uses
         self._leases = leases
         self._certify = certify
         self._monotonic = monotonic

@@ -28,8 +28,8 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from orion.manager.engine.port import Shell
-from orion.manager.gateway.ssh import CLOSE_TIMEOUT_S, LONGEST_REASON, TOO_BIG, UNSUPPORTED, Ending
+from orion.manager.gateway.relay import CLOSE_TIMEOUT_S, LONGEST_REASON, TOO_BIG, UNSUPPORTED, Ending
+from orion.manager.ssh.port import Shell
 
 OVER, COME_AGAIN, TIME_OVER = 4000, 4001, 4002
 """Close codes: the rental has ended; a new ticket will do; nothing happened for long, or the day is over."""
@@ -59,7 +59,7 @@ class Terms:
     """Between attempts to reach a worker that does not answer."""
 
 
-class Page:
+class TerminalPage:
     """The browser's end."""
 
     def __init__(
@@ -194,7 +194,7 @@ class Page:
         await self._websocket.send_text(json.dumps(told))
 
 
-async def serve(page: Page, visits: Coroutine[Any, Any, Ending]) -> Ending:
+async def serve(page: TerminalPage, visits: Coroutine[Any, Any, Ending]) -> Ending:
     """Until the page leaves, its time is over, or the visits to the rental's shells end. All is closed then."""
     running = [asyncio.create_task(part) for part in (page.listen(), page.until_too_late(), visits)]
     try:
@@ -210,7 +210,7 @@ async def serve(page: Page, visits: Coroutine[Any, Any, Ending]) -> Ending:
     return ending
 
 
-async def carry(page: Page, shell: Shell, over: asyncio.Future[Ending]) -> str | None:
+async def carry(page: TerminalPage, shell: Shell, over: asyncio.Future[Ending]) -> str | None:
     """Between the page and one shell, until that has ended: how. None: it is lost, or `over` is done."""
     running = [asyncio.create_task(part(page, shell)) for part in (_show, _type, _resize)]
     waiting: list[asyncio.Future[Any]] = [*running, over]
@@ -225,19 +225,19 @@ async def carry(page: Page, shell: Shell, over: asyncio.Future[Ending]) -> str |
     return None if over.done() else await shell.how_it_ended()
 
 
-async def _show(page: Page, shell: Shell) -> None:
+async def _show(page: TerminalPage, shell: Shell) -> None:
     while part := await shell.read():
         await page.show(part)
 
 
-async def _type(page: Page, shell: Shell) -> None:
+async def _type(page: TerminalPage, shell: Shell) -> None:
     while True:
         data = await page.typed()
         await shell.write(data)
         await page.took(len(data))
 
 
-async def _resize(page: Page, shell: Shell) -> None:
+async def _resize(page: TerminalPage, shell: Shell) -> None:
     while True:
         await page.resized.wait()
         page.resized.clear()

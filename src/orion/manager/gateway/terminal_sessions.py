@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 from starlette.websockets import WebSocket
 
-from orion.manager.engine.port import Login, Shell, Shells, ShellUnreachable
-from orion.manager.gateway.active_rental import ActiveRentals, job_of, remarks
-from orion.manager.gateway.openings import Opening, Openings
+from orion.manager.controllers.wall_clock import TrustedClock
+from orion.manager.gateway.relay import NORMAL, REVOKED, Ending
+from orion.manager.gateway.running_rental import RunningRentals, job_of, remarks
 from orion.manager.gateway.sessions import Session, Sessions
-from orion.manager.gateway.ssh import NORMAL, REVOKED, Ending
-from orion.manager.gateway.terminal import COME_AGAIN, OVER, TIME_OVER, Page, carry, serve
+from orion.manager.gateway.terminal import COME_AGAIN, OVER, TIME_OVER, TerminalPage, carry, serve
 from orion.manager.gateway.tickets import LIFETIME_S, Resume, Terminals
-from orion.manager.loops.clock import TrustedClock
+from orion.manager.gateway.token_lifetime import TokenUse, TokenUses
 from orion.manager.refusals import ApiProblem
+from orion.manager.ssh.port import Shell, ShellLogin, Shells, ShellUnreachable
 from orion.manager.store import tokens
 from orion.manager.store.database import Row, Store
 from orion.manager.store.tokens import Principal
@@ -27,9 +27,9 @@ class TerminalSessions:
         *,
         store: Store,
         clock: TrustedClock,
-        rentals: ActiveRentals,
+        rentals: RunningRentals,
         sessions: Sessions,
-        openings: Openings,
+        token_uses: TokenUses,
         terminals: Terminals,
         shells: Shells,
         monotonic: Callable[[], float],
@@ -38,7 +38,7 @@ class TerminalSessions:
         self._clock = clock
         self._rentals = rentals
         self._sessions = sessions
-        self._openings = openings
+        self._openings = token_uses
         self._terminals = terminals
         self._shells = shells
         self._monotonic = monotonic
@@ -66,13 +66,13 @@ class TerminalSessions:
         resumes = self._terminals.resumes
         with self._terminals.opened(resume.rental_id, resume.principal.name), resumes.used(resume):
             await websocket.accept(subprotocol)
-            page = Page(websocket, self._terminals.terms, size, self._monotonic() - resume.began_at)
+            page = TerminalPage(websocket, self._terminals.terms, size, self._monotonic() - resume.began_at)
             ending = await serve(page, self._visits(page, resume, where_from))
             if ending.code in {NORMAL, OVER, TIME_OVER}:
                 resumes.forget(resume)
         return ending
 
-    async def _visits(self, page: Page, resume: Resume, where_from: str) -> Ending:
+    async def _visits(self, page: TerminalPage, resume: Resume, where_from: str) -> Ending:
         """Open one shell after the other, wherever the rental is, until one ends by itself, the rental or the token."""
         try:
             async with self._openings.by(resume.principal) as opening:
@@ -80,7 +80,7 @@ class TerminalSessions:
         except ApiProblem as error:
             return Ending(OVER, error.detail)
 
-    async def _visit(self, page: Page, resume: Resume, where_from: str, opening: Opening) -> Ending:
+    async def _visit(self, page: TerminalPage, resume: Resume, where_from: str, opening: TokenUse) -> Ending:
         rental_id, principal = resume.rental_id, resume.principal
         await page.tell("connecting", "Opening a shell")
         no_later = self._monotonic() + self._terminals.terms.total_s
@@ -110,9 +110,9 @@ class TerminalSessions:
             else:
                 await asyncio.sleep(self._terminals.terms.again_after_s)
 
-    async def _open(self, page: Page, row: Row, principal: Principal, session: Session) -> Shell | None:
+    async def _open(self, page: TerminalPage, row: Row, principal: Principal, session: Session) -> Shell | None:
         """Return a shell; None where there is none now, which the page was told."""
-        login = Login(row["username"], row["id"], row["epoch"], principal.name)
+        login = ShellLogin(row["username"], row["id"], row["epoch"], principal.name)
         opening = asyncio.create_task(self._shells.open(job_of(row).host, login, page.size))
         wanted = False
         try:
@@ -128,7 +128,7 @@ class TerminalSessions:
                 opening.cancel()
         return None
 
-    async def _use(self, page: Page, shell: Shell, session: Session, about: dict[str, str]) -> str | None:
+    async def _use(self, page: TerminalPage, shell: Shell, session: Session, about: dict[str, str]) -> str | None:
         """Return how the shell ended; None where it is lost, which the page was told."""
         self._sessions.note_begin(session)
         reason = "the page was closed"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from orion.manager.domain.shares import Claim, may_take
+from orion.manager.domain.fair_share import Claim, may_take
 from orion.manager.gateway.terminal import Terms
 from orion.manager.refusals import ApiProblem
 from orion.manager.store.tokens import Principal, digest

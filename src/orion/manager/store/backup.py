@@ -42,7 +42,7 @@ class NotABackup(Exception):
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownRental:
     """A rental, for a person to recognise it."""
 
     id: str
@@ -59,9 +59,9 @@ class Examined:
     """UTC seconds: about when the copy was made."""
     rentals: int
     """Living ones in the copy."""
-    forgotten: list[Known]
+    forgotten: list[KnownRental]
     """Living now, and not in the copy."""
-    revived: list[Known]
+    revived: list[KnownRental]
     """Living in the copy, and ended since."""
 
 
@@ -276,10 +276,10 @@ def _present(database: Path) -> _Present:
     return _Present(counters=counters, revoked=revoked, last_event=last, ended=ended)
 
 
-def _living(file: Path) -> dict[str, Known]:
+def _living(file: Path) -> dict[str, KnownRental]:
     with closing(_open(file)) as connection:
         rows = connection.execute(f"SELECT id, name, owner FROM rentals WHERE {_LIVING} ORDER BY id")  # noqa: S608
-        return {row[0]: Known(*row) for row in rows}
+        return {row[0]: KnownRental(*row) for row in rows}
 
 
 def _all_ids(file: Path) -> set[str]:

@@ -21,9 +21,9 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import OperationalError
 
 from orion import __version__
-from orion.manager.domain.model import Event
-from orion.manager.domain.roster import Changes
-from orion.manager.store import roster
+from orion.manager.domain.pool_index import Changes
+from orion.manager.domain.steps import Event
+from orion.manager.store import pool_index
 from orion.manager.store.ballast import Ballast
 from orion.manager.store.schema import events
 
@@ -175,7 +175,7 @@ class Store:
             committed = connection.info["recorded"] = []
             rows_touched = connection.info["touched"] = Touched()
             result = function(connection, *args, **kwargs)
-            changes = roster.changes(connection, rows_touched) if self._follower and rows_touched else None
+            changes = pool_index.changes(connection, rows_touched) if self._follower and rows_touched else None
         return result, committed, changes
 
     def _read(self, function: Callable[..., T], args: Any, kwargs: Any) -> T:
@@ -199,7 +199,7 @@ def record(connection: Connection, *recorded: Event) -> None:
 
 
 def touched(connection: Connection) -> Touched:
-    """To be told by whoever changes a worker, a rental or a placement: see store/roster.py."""
+    """To be told by whoever changes a worker, a rental or a placement: see store/pool_index.py."""
     found: Touched = connection.info["touched"]
     return found
 

@@ -9,7 +9,7 @@ import time
 
 from sqlalchemy import Connection, delete, func, select
 
-from orion.manager.domain.model import Event
+from orion.manager.domain.steps import Event
 from orion.manager.store.database import Row, record, rows
 from orion.manager.store.schema import events
 

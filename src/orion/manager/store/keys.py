@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from sqlalchemy import Connection, select, update
 
 from orion import wire
-from orion.manager.domain.model import Event, Rental
+from orion.manager.domain.model import Rental
 from orion.manager.domain.states import ENDED, RentalState
-from orion.manager.store import ledger
+from orion.manager.domain.steps import Event
+from orion.manager.store import state
 from orion.manager.store.database import record, touched
 from orion.manager.store.schema import placements, rentals
 
@@ -86,7 +87,7 @@ def _keep_comments(connection: Connection, rental_id: str, keys: str, key: str =
 
 def _living(connection: Connection, rental_id: str) -> Rental | None:
     row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
-    rental = ledger.rental(row)
+    rental = state.rental(row)
     return None if rental.state in ENDED | {RentalState.RELEASING} else rental
 
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from orion.manager.domain.model import Event, Item, Placement, Rental, Step, Worker, World
-from orion.manager.domain.roster import Changes, Held, Known
+from orion.manager.domain.model import Item, Placement, Rental, Worker
+from orion.manager.domain.pool_index import Changes, IndexedPlacement, IndexedWorker
 from orion.manager.domain.states import (
     ENDED,
     HOLDING,
@@ -20,7 +20,9 @@ from orion.manager.domain.states import (
     PlacementState,
     RentalState,
 )
-from orion.manager.domain.tasks import Ended, Follow
+from orion.manager.domain.steps import Event, Step
+from orion.manager.domain.tasks import Follow, TaskEnded
+from orion.manager.domain.world import World
 from orion.manager.store.port import (
     ADDRESS_REUSED,
     DUE_AT_ONCE,
@@ -36,7 +38,7 @@ class InvariantBroken(Exception):
     """A step would break what the schema of the database holds."""
 
 
-class MemoryLedger:
+class MemoryStateStore:
     """Implements `port.Ledger` and `port.Registry`. Ids, sessions and tokens are numbers: a replay makes the same.
 
     No call waits for anything in between, so each is a transaction.
@@ -66,11 +68,11 @@ class MemoryLedger:
             workers = {w: self._known(w) for w in sorted(worker_ids)}  # sorted: a replay tells the same
             self._follower(Changes(workers, {r: self._state(r) for r in sorted(rental_ids)}))
 
-    def _known(self, worker_id: str) -> tuple[Known | None, tuple[Held, ...]]:
+    def _known(self, worker_id: str) -> tuple[IndexedWorker | None, tuple[IndexedPlacement, ...]]:
         worker, rentals = self.world.workers.get(worker_id), self.world.rentals
         here = (p for p in self.world.placements.values() if p.worker_id == worker_id)
-        held = tuple(Held.of(p, rentals.get(p.rental_id), worker) for p in here)
-        return Known.of(worker, "") if worker else None, held
+        held = tuple(IndexedPlacement.of(p, rentals.get(p.rental_id), worker) for p in here)
+        return IndexedWorker.of(worker, "") if worker else None, held
 
     def _state(self, rental_id: str) -> RentalState | None:
         rental = self.world.rentals.get(rental_id)
@@ -127,7 +129,7 @@ class MemoryLedger:
         with self._transaction():
             return [self._apply_one(step) for step in steps]
 
-    async def finish(self, ended: Sequence[Ended], follow: Follow) -> None:
+    async def finish(self, ended: Sequence[TaskEnded], follow: Follow) -> None:
         with self._transaction():
             for one in ended:
                 step = follow(self.world, one)
@@ -174,14 +176,25 @@ class MemoryLedger:
         self._registrations += 1
         identity = worker_id or f"w-new{self._registrations:04d}"
         session_id = f"session-{self._registrations:04d}"
-        facts: dict[str, Any] = {"address": claim.address, "hostname": claim.hostname, "host_keys": claim.host_keys}
-        facts |= {"slots": claim.slots, "boot_id": claim.boot_id, "session_id": session_id, "verified_session": None}
-        facts |= {"agent_version": claim.agent_version}
+        observations: dict[str, Any] = {
+            "address": claim.address,
+            "hostname": claim.hostname,
+            "host_keys": claim.host_keys,
+        }
+        observations |= {
+            "slots": claim.slots,
+            "boot_id": claim.boot_id,
+            "session_id": session_id,
+            "verified_session": None,
+        }
+        observations |= {"agent_version": claim.agent_version}
         known = self.world.workers.get(identity)
         if worker_id is None:
-            self.world.workers[identity] = Worker(id=identity, health=Health.JOINING, intent=Intent.ACTIVE, **facts)
+            self.world.workers[identity] = Worker(
+                id=identity, health=Health.JOINING, intent=Intent.ACTIVE, **observations
+            )
         elif known is not None:
-            self.world.workers[identity] = replace(known, **facts)
+            self.world.workers[identity] = replace(known, **observations)
         token = f"token-{self._registrations:04d}-of-{identity}" if new_token else None
         if token:
             self.tokens[identity] = token

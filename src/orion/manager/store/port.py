@@ -1,7 +1,7 @@
 """The ports between those who decide and the database.
 
-`SqlLedger` (store/sql.py) is the real one, `MemoryLedger` (store/memory.py) the shipped fake; one contract holds both:
-tests/unit/test_store_ledger_contract.py.
+`SqlStateStore` (store/sql.py) is the real one, `MemoryStateStore` (store/memory.py) the shipped fake; one contract
+holds both: tests/unit/test_store_state_contract.py.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from orion.manager.domain.model import Item, Rental, Step, Worker, World
-from orion.manager.domain.roster import Changes
-from orion.manager.domain.tasks import Ended, Follow
+from orion.manager.domain.model import Item, Rental, Worker
+from orion.manager.domain.pool_index import Changes
+from orion.manager.domain.steps import Step
+from orion.manager.domain.tasks import Follow, TaskEnded
+from orion.manager.domain.world import World
 
 Notes = Iterable[tuple[str, float, Mapping[str, Any]]]
 """Worker id, UTC seconds when it was heard, its load."""
@@ -25,11 +27,11 @@ ADDRESS_REUSED = "its address is another worker's now"
 REGISTERED_AGAIN = "the same machine has registered again, under another identity"
 
 
-class Ledger(Protocol):
+class StateStore(Protocol):
     """What the loops read and write. Each call is one transaction."""
 
     async def follow(self, follower: Callable[[Changes], None]) -> None:
-        """Tell it all that there is, then what each commit changes: see domain/roster.py."""
+        """Tell it all that there is, then what each commit changes: see domain/pool_index.py."""
         ...
 
     async def load(self) -> World:
@@ -72,7 +74,7 @@ class Ledger(Protocol):
         """Apply steps that have nothing to do with each other in one transaction; of each, whether it was applied."""
         ...
 
-    async def finish(self, ended: Sequence[Ended], follow: Follow) -> None:
+    async def finish(self, ended: Sequence[TaskEnded], follow: Follow) -> None:
         """Apply the step that `follow` decides on for each task that has ended, unless a row is not as it expects.
 
         The world that `follow` gets has the placements of the task that are not purged, and their rentals, as the steps

@@ -10,12 +10,12 @@ from typing import Any
 from sqlalchemy import Connection, Select, and_, delete, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from orion.manager.domain.copies import waiting_salvage
 from orion.manager.domain.expiry import release, renew
-from orion.manager.domain.model import Event
-from orion.manager.domain.starting import ask_to_start
+from orion.manager.domain.snapshots import waiting_salvage
+from orion.manager.domain.start_commands import ask_to_start
 from orion.manager.domain.states import ENDED, LIVE, RentalState
-from orion.manager.store import copies, keys, ledger
+from orion.manager.domain.steps import Event
+from orion.manager.store import keys, snapshots, state
 from orion.manager.store.database import Row, first, record, rows, touched
 from orion.manager.store.names import new_id, new_name
 from orion.manager.store.schema import LIVING, counters, idempotency, placements, rentals, workers
@@ -33,7 +33,7 @@ class OtherRequest(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class NewRental:
     """A rent as asked for; `request_hash` is compared when its idempotency key comes again."""
 
     owner: str
@@ -52,7 +52,7 @@ class Wish:
     """Unix seconds from which the lifetime of its idempotency key counts."""
 
 
-def create(connection: Connection, wish: Wish) -> str:
+def create(connection: Connection, wish: NewRental) -> str:
     """The id of the new rental, or of the one that this idempotency key made before.
 
     Raises NameTaken and OtherRequest.
@@ -101,7 +101,7 @@ def forget_keys(connection: Connection, now: float) -> None:
     connection.execute(delete(idempotency).where(idempotency.c.created_at < now - KEY_LIFETIME_S))
 
 
-def _replayed(connection: Connection, wish: Wish) -> str | None:
+def _replayed(connection: Connection, wish: NewRental) -> str | None:
     if wish.key is None:
         return None
     same = and_(idempotency.c.owner == wish.owner, idempotency.c.key == wish.key)
@@ -170,30 +170,30 @@ def page(
 def begin_release(connection: Connection, rental_id: str, actor: str) -> None:
     """Begin to release a living rental; nothing happens to one that is already ending or has ended."""
     row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
-    rental = ledger.rental(row)
+    rental = state.rental(row)
     if rental.state not in ENDED | {RentalState.RELEASING}:
-        ledger.apply(connection, [release(rental, "released", actor, "asked for")])
+        state.apply(connection, [release(rental, "released", actor, "asked for")])
 
 
 def extend(connection: Connection, rental_id: str, actor: str, ttl_s: int, counts_from: float | None) -> bool:
     """Renew a living rental, as expiry.renew; return False when it is ending or has ended."""
     row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
-    rental = ledger.rental(row)
+    rental = state.rental(row)
     if rental.state in ENDED | {RentalState.RELEASING}:
         return False
-    ledger.apply(connection, [renew(rental, ttl_s, actor, counts_from)])
+    state.apply(connection, [renew(rental, ttl_s, actor, counts_from)])
     return True
 
 
 def begin_start(connection: Connection, rental_id: str, actor: str) -> str:
     """Have its start command run; why that cannot be, as a stable word, empty when it was asked for."""
     row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
-    rental = ledger.rental(row)
+    rental = state.rental(row)
     if rental.state in ENDED | {RentalState.RELEASING}:
         return "ended"
     if not rental.start:
         return "no_start"
-    ledger.apply(connection, [ask_to_start(rental, actor)])
+    state.apply(connection, [ask_to_start(rental, actor)])
     on = select(placements.c.worker_id).where(placements.c.rental_id == rental_id, placements.c.state.in_(LIVE))
     touched(connection).workers.update(connection.execute(on).scalars())
     return ""
@@ -201,10 +201,10 @@ def begin_start(connection: Connection, rental_id: str, actor: str) -> str:
 
 def _with_salvage(connection: Connection, found: list[Row], wall: float) -> list[Row]:
     """Add to each rental its `salvage`: see copies.waiting_salvage."""
-    some = copies.with_salvages(connection, [row["id"] for row in found])
+    some = snapshots.with_salvages(connection, [row["id"] for row in found])
     for row in found:
         of_it = some.get(row["id"])
-        row["salvage"] = waiting_salvage(of_it, ledger.rental(row), wall) if of_it else None
+        row["salvage"] = waiting_salvage(of_it, state.rental(row), wall) if of_it else None
     return found
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from orion.manager.domain.model import Item, Rental, Step, Worker, World
-from orion.manager.domain.roster import Changes
-from orion.manager.domain.tasks import Ended, Follow
-from orion.manager.store import ledger, workers
+from orion.manager.domain.model import Item, Rental, Worker
+from orion.manager.domain.pool_index import Changes
+from orion.manager.domain.steps import Step
+from orion.manager.domain.tasks import Follow, TaskEnded
+from orion.manager.domain.world import World
+from orion.manager.store import state, workers
 from orion.manager.store.database import Store
 from orion.manager.store.port import Notes, Registered, Registration
 
 
-class SqlLedger:
+class SqlStateStore:
     """Implements `port.Ledger` and `port.Registry`."""
 
     def __init__(self, store: Store) -> None:
@@ -22,31 +24,31 @@ class SqlLedger:
         await self._store.follow(follower)
 
     async def load(self) -> World:
-        return await self._store.read(ledger.load)
+        return await self._store.read(state.load)
 
     async def look(self, whole: Collection[str], candidates: Collection[str]) -> World:
-        return await self._store.read(ledger.look, whole, candidates)
+        return await self._store.read(state.look, whole, candidates)
 
     async def never_placed(self, items: Iterable[Item]) -> frozenset[tuple[str, int]]:
-        return await self._store.read(ledger.never_placed, list(items))
+        return await self._store.read(state.never_placed, list(items))
 
     async def workers(self, ids: Iterable[str]) -> dict[str, Worker]:
-        return await self._store.read(ledger.load_workers, ids)
+        return await self._store.read(state.load_workers, ids)
 
     async def due(self, wall: float) -> list[Rental]:
-        return await self._store.read(ledger.load_due, wall)
+        return await self._store.read(state.load_due, wall)
 
     async def uncounted(self) -> list[Rental]:
-        return await self._store.read(ledger.load_uncounted)
+        return await self._store.read(state.load_uncounted)
 
     async def apply(self, steps: Iterable[Step]) -> bool:
-        return await self._store.write(ledger.apply, steps)
+        return await self._store.write(state.apply, steps)
 
     async def apply_each(self, steps: Iterable[Step]) -> list[bool]:
-        return await self._store.write(ledger.apply_each, steps)
+        return await self._store.write(state.apply_each, steps)
 
-    async def finish(self, ended: Sequence[Ended], follow: Follow) -> None:
-        await self._store.write(ledger.finish, ended, follow)
+    async def finish(self, ended: Sequence[TaskEnded], follow: Follow) -> None:
+        await self._store.write(state.finish, ended, follow)
 
     async def forget(self, worker_ids: Collection[str]) -> tuple[str, ...]:
         return (await self._store.write(workers.prune, "health", worker_ids)).forgotten
@@ -55,7 +57,7 @@ class SqlLedger:
         await self._store.write(workers.heard, notes)
 
     async def known_at(self, address: str) -> list[Worker]:
-        return await self._store.read(ledger.load_known_at, address)
+        return await self._store.read(state.load_known_at, address)
 
     async def worker(self, worker_id: str) -> Worker | None:
         return (await self.workers([worker_id])).get(worker_id)

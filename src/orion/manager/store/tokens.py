@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, delete, insert, select, update
 
-from orion.manager.domain.model import Event
+from orion.manager.domain.steps import Event
 from orion.manager.store.database import Row, record, rows
 from orion.manager.store.schema import tokens, workers
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from sqlalchemy import Connection, and_, select, update
 
 from orion import wire
-from orion.manager.domain.model import Event
 from orion.manager.domain.states import ENDED, LIVE, RentalState
+from orion.manager.domain.steps import Event
 from orion.manager.store.database import Row, first, record, touched
 from orion.manager.store.schema import placements, rentals, workers
 

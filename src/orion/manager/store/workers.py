@@ -10,9 +10,10 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
-from orion.manager.domain.model import Event, Item
+from orion.manager.domain.model import Item
 from orion.manager.domain.states import HOLDING, OUT_OF_SERVICE, SILENT, Health, Intent, PlacementState, RentalState
-from orion.manager.store import ledger
+from orion.manager.domain.steps import Event
+from orion.manager.store import state
 from orion.manager.store.database import Row, first, record, rows, touched
 from orion.manager.store.names import new_id
 from orion.manager.store.port import ADDRESS_REUSED, REGISTERED_AGAIN, Registered, Registration
@@ -23,7 +24,7 @@ from orion.manager.store.tokens import digest, make_token
 def register(connection: Connection, body: Registration, worker_id: str | None, new_token: bool) -> Registered:
     """See `port.Registry.register`."""
     session_id = secrets.token_hex(16)
-    facts: dict[str, Any] = {
+    observations: dict[str, Any] = {
         "address": body.address,
         "hostname": body.hostname,
         "host_keys": list(body.host_keys),
@@ -38,12 +39,12 @@ def register(connection: Connection, body: Registration, worker_id: str | None, 
     identity = worker_id or f"w-{new_id(8)}"
     token = make_token("worker", identity) if new_token else None
     if token:
-        facts["token_hash"] = digest(token)
+        observations["token_hash"] = digest(token)
     if worker_id is None:
         birth = {"health": Health.JOINING, "intent": Intent.ACTIVE, "load": {}, "registered_at": time.time()}
-        connection.execute(insert(workers), facts | birth | {"id": identity})
+        connection.execute(insert(workers), observations | birth | {"id": identity})
     else:
-        connection.execute(update(workers).where(workers.c.id == worker_id).values(facts))
+        connection.execute(update(workers).where(workers.c.id == worker_id).values(observations))
     touched(connection).workers.add(identity)
     reason = "a new worker called home" if worker_id is None else "it called home again"
     details = {"address": body.address, "hostname": body.hostname}
@@ -153,8 +154,8 @@ def declared_gone(connection: Connection, actor: str, worker_id: str) -> None:
 
 def give_up(connection: Connection, actor: str, worker_id: str, items: Iterable[Item]) -> None:
     """An operator's word that what the database has never placed may be purged: it becomes known as lost there."""
-    strangers = ledger.never_placed(connection, list(items))
-    for item in (i for i in items if (i.rental_id, i.epoch) in strangers):
+    unknown_rentals = state.never_placed(connection, list(items))
+    for item in (i for i in items if (i.rental_id, i.epoch) in unknown_rentals):
         known = connection.execute(select(rentals.c.id).where(rentals.c.id == item.rental_id)).first()
         if known is None:
             row = {"id": item.rental_id, "username": item.username, "uid": item.uid, "epoch": item.epoch}

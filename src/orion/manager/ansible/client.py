@@ -1,0 +1,150 @@
+"""The engine as the manager sees it: many jobs over one connection to the engine's process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from orion.manager.ansible.port import Job, Outcome
+from orion.manager.ansible.protocol import OutcomeMessage, expect_message, job_message
+from orion.manager.channel import MAX_LINE_BYTES, AsyncChannel, Message, decode_as
+from orion.manager.ssh.port import Host, Reach, Reached
+
+MARGIN_S = 10.0
+"""Beyond a job's deadline, before the engine's process is taken for hung."""
+EXPECT_WITHIN_S = 1.0
+"""A word in advance is worth no longer wait: a worker that was reached must not wait for an engine that is away."""
+ANSWER_BYTES = 4 * MAX_LINE_BYTES
+FIRST_RETRY_S = 0.05
+LONGEST_RETRY_S = 1.0
+
+RESTARTED = Outcome(ok=False, message="the engine was restarted")
+
+log = logging.getLogger(__name__)
+
+
+class AnsibleEngine:
+    """Implements `port.Engine`. Connects at the first job, and again by itself when the process was restarted.
+
+    Nothing hangs: a job is answered within its deadline and `margin_s`, whatever the process does.
+    """
+
+    def __init__(self, socket_path: Path, margin_s: float = MARGIN_S) -> None:
+        self._socket_path = socket_path
+        self._margin_s = margin_s
+        self._identifiers = count(1)
+        self._connecting = asyncio.Lock()
+        self._connection: EngineConnection | None = None
+
+    async def run(self, job: Job) -> Outcome:
+        identifier = str(next(self._identifiers))
+        try:
+            line = job_message(identifier, job)
+        except ValidationError as error:
+            return Outcome(ok=False, message=f"not a job for the engine: {error.errors()[0]['msg']}")
+        try:
+            async with asyncio.timeout(job.deadline_s + self._margin_s):
+                return await (await self._connected()).ask(identifier, line)
+        except TimeoutError:
+            return Outcome(ok=False, message="the engine did not answer in time")
+
+    async def expect(self, host: Host) -> None:
+        """Orders to this worker are to come: the engine opens its connection meanwhile. Whether it can is not told."""
+        try:
+            async with asyncio.timeout(EXPECT_WITHIN_S):
+                await (await self._connected()).tell(expect_message(host))
+        except (TimeoutError, ValidationError) as error:
+            log.warning("the engine was not told that orders to %s are to come: %s", host.worker_id, error)
+
+    async def close(self) -> None:
+        """Ends the connection; the engine kills what is in flight, which answers that it was restarted."""
+        if self._connection:
+            await self._connection.close()
+
+    async def _connected(self) -> EngineConnection:
+        async with self._connecting:
+            if self._connection is None or self._connection.broken:
+                self._connection = await self._connect()
+            return self._connection
+
+    async def _connect(self) -> EngineConnection:
+        pause = FIRST_RETRY_S
+        while True:
+            try:
+                return EngineConnection(await AsyncChannel.connect(self._socket_path, ANSWER_BYTES))
+            except OSError as error:
+                log.warning("the engine cannot be reached at %s: %s", self._socket_path, error)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_RETRY_S)
+
+
+@dataclass
+class ReachedAndExpected:
+    """Implements `port.Reach` by another one: a worker that was reached is about to get orders."""
+
+    by: Reach
+    engine: AnsibleEngine
+
+    async def reach(self, host: Host, timeout_s: float) -> Reached:
+        reached = await self.by.reach(host, timeout_s)
+        if reached is Reached.YES:
+            await self.engine.expect(host)
+        return reached
+
+
+class EngineConnection:
+    """Answers come in any order; when it breaks, everybody who waits learns it at once."""
+
+    def __init__(self, channel: AsyncChannel) -> None:
+        self._channel = channel
+        self._asked: dict[str, asyncio.Future[Outcome]] = {}
+        self._reading = asyncio.create_task(self._read(), name="engine answers")
+
+    @property
+    def broken(self) -> bool:
+        return self._reading.done()
+
+    async def ask(self, identifier: str, line: Message) -> Outcome:
+        if self.broken:
+            return RESTARTED
+        answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._asked[identifier] = answer
+        try:
+            await self.tell(line)
+            return await answer
+        finally:
+            del self._asked[identifier]
+
+    async def tell(self, line: Message) -> None:
+        with suppress(ConnectionError):  # then the reading ends as well, and answers
+            await self._channel.send(line)
+
+    async def close(self) -> None:
+        self._reading.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._reading
+
+    async def _read(self) -> None:
+        try:
+            while (line := await self._channel.receive()) is not None:
+                self._take(decode_as(OutcomeMessage, line))
+        except (OSError, ValueError) as error:
+            log.warning("the connection to the engine broke: %s", error)
+        finally:
+            self._channel.close()
+            for answer in self._asked.values():
+                if not answer.done():
+                    answer.set_result(RESTARTED)
+
+    def _take(self, line: OutcomeMessage) -> None:
+        answer = self._asked.get(line.id)
+        if answer is None:
+            log.warning("the engine answered what nobody waits for: %s", line.message)
+        elif not answer.done():
+            answer.set_result(line.outcome())

@@ -1,0 +1,248 @@
+"""The SSH connections that the engine holds: one for each worker, to a program that stays at its other end.
+
+`orion-rental serve` answers one JSON object per line (orion_worker/rpc/server.py). So an order costs neither a login
+nor the start of a program, and what a worker can send is JSON and nothing else: it is read here, bounded, and kept in
+memory. Each connection is a process of OpenSSH with the worker's host key pinned; it is the master of its control
+socket as well, so that other tasks of a playbook go through it too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from enum import Enum
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from orion.manager.channel import READ_BYTES, BrokenLine, LineTooLong, SelectorChannel, decode
+from orion.manager.messages import HostMessage
+from orion.manager.ssh.options import control_path, explained, worker_ssh
+
+MAX_COMPLAINT_BYTES = 1 << 12
+OPEN_WITHIN_S = 8.0
+"""From the start of ssh to the first line of the program: more than ssh itself waits for the connection."""
+IDLE_S = 900.0
+KEPT = 16
+"""So many stay though they are idle: a small pool's first order of the day need not wait for ssh."""
+MOST = 128
+"""Beyond so many, the one that was used the longest ago is closed."""
+OWN_OPTIONS = ("ControlMaster=yes",)
+SERVE = "exec /usr/local/sbin/orion-rental serve"
+
+log = logging.getLogger("orion.engine")
+
+Reply = Callable[[dict[str, Any]], None]
+"""Takes `status` and `report`, or `broken` and nothing else."""
+
+
+class State(Enum):
+    OPENING = "opening"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class WorkerConnection:
+    """One connection. `changed` is called when its state is another."""
+
+    def __init__(
+        self,
+        number: int,
+        host: HostMessage,
+        directory: Path,
+        selector: selectors.BaseSelector,
+        changed: Callable[[], None],
+    ) -> None:
+        self.number = number
+        self.host = host
+        self.state = State.OPENING
+        self.was_open = False
+        self.complaint = ""
+        """Why it is closed, for a person."""
+        self.used = self._began = time.monotonic()
+        self._selector = selector
+        self._changed = changed
+        self._asked: dict[int, Reply] = {}
+        self._numbers = count(1)
+        self._errors = bytearray()
+        control_path(host.host(), directory).unlink(missing_ok=True)
+        self._process = subprocess.Popen(
+            [*worker_ssh(host.host(), directory, OWN_OPTIONS), SERVE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert stream is not None  # noqa: S101 - all three are pipes
+            os.set_blocking(stream.fileno(), False)
+        assert self._process.stdin and self._process.stdout and self._process.stderr  # noqa: S101, PT018 - as above
+        self._channel = SelectorChannel(selector, self._process.stdout, self._process.stdin, self._take, self._end)
+        self._complaints = self._process.stderr
+        selector.register(self._complaints, selectors.EVENT_READ, lambda _: self._hear_complaint())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def opens_until(self) -> float | None:
+        return self._began + OPEN_WITHIN_S if self.state is State.OPENING else None
+
+    @property
+    def closed(self) -> bool:
+        return self.state is State.CLOSED
+
+    @property
+    def idle(self) -> bool:
+        return self.state is State.OPEN and not self._asked
+
+    def ask(self, command: str, request: object, reply: Reply) -> None:
+        """Answered once: by the worker, or with `broken` when the connection ends before."""
+        if self.state is not State.OPEN:
+            reply({"broken": self.complaint or "the connection is not open"})
+            return
+        self.used = time.monotonic()
+        number = next(self._numbers)
+        self._asked[number] = reply
+        self._channel.send({"id": number, "command": command, "request": request})
+
+    def close(self, reason: str) -> None:
+        if self.closed:
+            return
+        self._hear_complaint()
+        self.complaint = explained(self._errors.decode(errors="replace")) or reason
+        self.state = State.CLOSED
+        if self._process.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)  # Popen's own would take its status, which is taken elsewhere
+        self._channel.close()
+        with suppress(KeyError):
+            self._selector.unregister(self._complaints)
+        self._complaints.close()
+        for reply in self._asked.values():
+            reply({"broken": self.complaint})
+        self._asked.clear()
+        self._changed()
+
+    def reaped(self, status: int) -> None:
+        """Its process has ended, and its status was taken."""
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        self._channel.drain()
+        self.close("the connection was closed")
+
+    def _take(self, _: SelectorChannel, line: bytes) -> None:
+        """Take an answer, or the program's first line. Raise BrokenLine for anything else: it is not the program that
+        we know."""
+        said = decode(line)
+        if self.state is State.OPENING and said == {"ready": True}:
+            self.state, self.was_open = State.OPEN, True
+            self._changed()
+            return
+        number, status, report = said.get("id"), said.get("status"), said.get("report")
+        if type(number) is not int or type(status) is not int or type(report) is not dict or number not in self._asked:
+            raise BrokenLine("not an answer to what was asked")
+        self._asked.pop(number)({"status": status, "report": report})
+
+    def _end(self, _: SelectorChannel, error: Exception | None) -> None:
+        if isinstance(error, LineTooLong):
+            self.close("the worker said more than an answer can be")
+        elif isinstance(error, BrokenLine):
+            self.close("the worker said what is no answer")
+        else:
+            self.close("the connection broke" if error else "the connection was closed")
+
+    def _hear_complaint(self) -> None:
+        """Read what ssh says; this may be called once more after the end, when the descriptor is another's."""
+        if self.closed:
+            return
+        try:
+            part = os.read(self._complaints.fileno(), READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            part = b""
+        self._errors += part
+        del self._errors[:-MAX_COMPLAINT_BYTES]
+        if not part:
+            with suppress(KeyError):
+                self._selector.unregister(self._complaints)
+
+
+class Connections:
+    """`step` after each event; `patience` says for how long nothing will need a step unless an event comes."""
+
+    def __init__(self, selector: selectors.BaseSelector, directory: Path) -> None:
+        self._selector = selector
+        self._directory = directory
+        self._numbers = count(1)
+        self._held: dict[HostMessage, WorkerConnection] = {}
+        self._ending: dict[int, WorkerConnection] = {}
+        """Processes that are not reaped yet."""
+
+    def to(self, host: HostMessage) -> WorkerConnection:
+        """The connection that is open or opening, or a new one. Raises OSError when no process can be started."""
+        held = self._held.get(host)
+        if held is None:
+            self._make_room()
+            held = WorkerConnection(
+                next(self._numbers), host, self._directory, self._selector, partial(self._forget_closed, host)
+            )
+            self._held[host] = self._ending[held.pid] = held
+        held.used = time.monotonic()
+        return held
+
+    def numbered(self, number: int) -> WorkerConnection | None:
+        return next((held for held in self._held.values() if held.number == number), None)
+
+    def drop(self, host: HostMessage, reason: str) -> None:
+        if host in self._held:
+            self._held[host].close(reason)
+
+    def close_all(self) -> None:
+        for held in list(self._held.values()):
+            held.close("the engine ends")
+
+    @property
+    def pids(self) -> Collection[int]:
+        return self._ending.keys()
+
+    def reaped(self, pid: int, status: int) -> bool:
+        """Whether it was the process of a connection."""
+        held = self._ending.pop(pid, None)
+        if held:
+            held.reaped(status)
+        return held is not None
+
+    def patience(self) -> float | None:
+        """Until an opening takes too long."""
+        moments = [held.opens_until for held in self._held.values() if held.opens_until is not None]
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
+
+    def step(self) -> None:
+        now = time.monotonic()
+        for held in list(self._held.values()):
+            if held.opens_until is not None and held.opens_until <= now:
+                held.close("nothing answered in time")
+        spare = len(self._held) - KEPT
+        for held in self._longest_idle()[:spare] if spare > 0 else ():
+            if held.used + IDLE_S <= now:
+                held.close("it was not used any more")
+
+    def _make_room(self) -> None:
+        for held in self._longest_idle()[: max(0, len(self._held) - MOST + 1)]:
+            held.close("others are used more")
+
+    def _longest_idle(self) -> list[WorkerConnection]:
+        return sorted((held for held in self._held.values() if held.idle), key=lambda held: held.used)
+
+    def _forget_closed(self, host: HostMessage) -> None:
+        held = self._held.get(host)
+        if held and held.state is State.CLOSED:
+            del self._held[host]

@@ -1,0 +1,204 @@
+"""Runs of playbooks by Ansible's Python interface, in the process that calls it, over many workers at once.
+
+The playbooks are the files that an operator runs by hand. The differences: Ansible is already loaded, the inventory
+is the workers of the batch, each with its own rentals, and what came of it is collected instead of printed.
+
+Values from users and workers reach Ansible as plain strings. Since 2.19 it evaluates templates only in strings that
+are marked as trusted, which those of its own files are and ours are not: tests/integration/test_ansible_playbook.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+from orion.manager.ansible.port import Action
+from orion.manager.ansible.protocol import BatchMessage, BatchOrder, HostOrders, ResultMessage
+from orion.manager.ansible.runners import Play, Say
+from orion.manager.messages import HostMessage
+from orion.manager.ssh.options import CONNECT_TIMEOUT_S, IMPOSTOR, control_path, explained, one_line, options
+from orion.manager.ssh.port import Host
+
+OPTIONS = {"forks": 16, "syntax": False, "start_at_task": None, "verbosity": 0, "connection": "ssh"}
+MAX_REPORT_BYTES = 1 << 18
+PLUGINS = Path(__file__).with_name("plugins")
+UNREACHABLE = "the worker cannot be reached by SSH: "
+
+log = logging.getLogger("orion.engine")
+
+OfHost = Callable[[HostOrders], Mapping[str, Any]]
+"""The variables by which Ansible reaches a worker."""
+
+
+def load(playbooks: Path, directory: Path) -> Play:
+    """Load Ansible; what it writes goes to `directory`, where id_ed25519 is. Once in a process, before the forks."""
+    settings = {
+        "ANSIBLE_CONFIG": playbooks / "ansible.cfg",
+        "ANSIBLE_LIBRARY": playbooks / "library",
+        "ANSIBLE_ACTION_PLUGINS": playbooks / "action",
+        "ANSIBLE_CONNECTION_PLUGINS": PLUGINS / "connection",
+        "ANSIBLE_HOME": directory / "ansible",
+        "ANSIBLE_LOCAL_TEMP": directory / "ansible" / "tmp",
+        "ANSIBLE_CALLBACKS_ENABLED": "",
+        "ANSIBLE_RETRY_FILES_ENABLED": "no",
+        "ANSIBLE_DEPRECATION_WARNINGS": "no",
+        "ORION_HELD_SOCKET": directory / "held.sock",
+    }
+    os.environ.update({name: str(value) for name, value in settings.items()})
+    from ansible.cli import CLI  # noqa: F401, PLC0415 - importing it is what sets Ansible up in this process
+    from ansible.executor import playbook_executor  # noqa: F401, PLC0415
+    from ansible.plugins import loader  # noqa: PLC0415
+    from ansible.plugins.callback import CallbackBase  # noqa: F401, PLC0415
+
+    loader.init_plugin_loader([])
+    for plugins in (loader.connection_loader, loader.shell_loader, loader.become_loader, loader.strategy_loader):
+        list(plugins.all(class_only=True))
+
+    def play_batch(batch: BatchMessage, say: Say) -> None:
+        play(playbooks / f"{batch.action}.yml", batch, lambda orders: _variables(orders, directory), say)
+
+    _warm_up(playbooks, directory)
+    return play_batch
+
+
+def _warm_up(playbooks: Path, directory: Path) -> None:
+    """Play each playbook once for nobody: what Ansible loads only when it first needs it is there before the forks."""
+    nobody = HostMessage.model_construct(
+        worker_id="w-nobody", address=IPv4Address("192.0.2.1"), host_keys=("none none",)
+    )
+    of_nobody = host_variables(nobody.host(), directory)
+    for action in Action:
+        batch = BatchMessage(action=action, hosts=(HostOrders.model_construct(host=nobody, orders=(), connection=0),))
+        if (path := playbooks / f"{action}.yml").exists():
+            play(path, batch, lambda _: of_nobody, lambda _: None)
+
+
+def play(path: Path, batch: BatchMessage, of_host: OfHost, say: Say) -> None:
+    """Run the playbook on these workers, which are the group `workers`. Says one result for each order, as soon as
+    its worker is done. Never raises for what Ansible makes of it."""
+    from ansible import context  # noqa: PLC0415 - see load
+    from ansible.errors import AnsibleError  # noqa: PLC0415
+    from ansible.executor.playbook_executor import PlaybookExecutor  # noqa: PLC0415
+    from ansible.inventory.manager import InventoryManager  # noqa: PLC0415
+    from ansible.parsing.dataloader import DataLoader  # noqa: PLC0415
+    from ansible.utils.context_objects import CLIArgs  # noqa: PLC0415
+    from ansible.vars.manager import VariableManager  # noqa: PLC0415
+
+    context.CLIARGS = CLIArgs(OPTIONS)
+    loader = DataLoader()
+    inventory = InventoryManager(loader, parse=False)
+    inventory.add_group("workers")
+    for orders in batch.hosts:
+        name = orders.host.worker_id
+        inventory.add_host(name, group="workers")
+        for variable, value in {**of_host(orders), "rentals": [_rental(order) for order in orders.orders]}.items():
+            inventory.get_host(name).set_variable(variable, value)
+    collector = _collector({orders.host.worker_id: orders.orders for orders in batch.hosts}, say)
+    try:
+        executor = PlaybookExecutor([str(path)], inventory, VariableManager(loader, inventory), loader, passwords={})
+        executor._tqm._callback_plugins.append(collector)
+        executor.run()
+    except AnsibleError as error:
+        collector.finish(f"Ansible: {one_line(error.message)}")
+    else:
+        collector.finish("the playbook did nothing on the worker")
+
+
+def _rental(order: BatchOrder) -> dict[str, Any]:
+    return order.vars.model_dump(mode="json") | {"deadline": order.refused_after}
+
+
+def _variables(orders: HostOrders, directory: Path) -> dict[str, Any]:
+    return host_variables(orders.host.host(), directory) | {"orion_connection": orders.connection}
+
+
+def host_variables(host: Host, directory: Path) -> dict[str, Any]:
+    """Return how Ansible reaches this worker: by the engine's connection to it, or else by its pinned host key and the
+    engine's key."""
+    multiplexed = ["-o", "ControlMaster=no", "-o", f"ControlPath={control_path(host, directory)}"]
+    return {
+        "ansible_connection": "orion_held",
+        "ansible_host": host.address,
+        "ansible_port": host.port,
+        "ansible_user": "root",
+        "ansible_ssh_private_key_file": str(directory / "id_ed25519"),
+        "ansible_ssh_args": shlex.join(multiplexed),
+        "ansible_ssh_common_args": shlex.join(options(host)),
+        "ansible_host_key_checking": True,
+        "ansible_ssh_timeout": CONNECT_TIMEOUT_S,
+        "ansible_ssh_retries": 0,
+        "ansible_pipelining": True,
+        "ansible_python_interpreter": "/usr/bin/python3",
+    }
+
+
+def _collector(orders: Mapping[str, tuple[BatchOrder, ...]], say: Say) -> Any:
+    from ansible.plugins.callback import CallbackBase  # noqa: PLC0415 - see load
+
+    class Collector(CallbackBase):  # type: ignore[misc]  # Ansible has no types
+        """Says what came of each order of a worker after its last task, or its first that failed."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.waiting = dict(orders)
+            self.results: dict[str, list[Mapping[str, Any]]] = {name: [] for name in orders}
+            self.tasks = 0
+
+        def v2_playbook_on_play_start(self, play: Any) -> None:
+            blocks = (task for block in play.compile() for task in block.get_tasks())
+            self.tasks = sum(task.action not in ("meta", "ansible.builtin.meta") for task in blocks)
+
+        def v2_runner_on_ok(self, result: Any) -> None:
+            name = result.host.get_name()
+            self.results[name].append(result.result)
+            if len(self.results[name]) == self.tasks:
+                self._done(name, None)
+
+        def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:
+            name = result.host.get_name()
+            self.results[name].append(result.result)
+            if not ignore_errors:
+                message = one_line(str(result.result.get("msg") or "a task failed without saying why"))
+                # Of several rentals only some have failed, and each report says which.
+                self._done(name, None if "rentals" in result.result else {"ok": False, "message": message})
+
+        def v2_runner_on_unreachable(self, result: Any) -> None:
+            reason = explained(str(result.result.get("msg", "")))
+            unreachable = {"ok": False, "message": f"{UNREACHABLE}{reason}", "unreachable": reason != IMPOSTOR}
+            self._done(result.host.get_name(), unreachable)
+
+        def finish(self, otherwise: str) -> None:
+            """For those that nothing was said about: all that was done for them is done, or `otherwise` nothing."""
+            for name in list(self.waiting):
+                self._done(name, None if self.results[name] else {"ok": False, "message": otherwise})
+
+        def _done(self, name: str, failure: dict[str, Any] | None) -> None:
+            waiting = self.waiting.pop(name, ())
+            for place, order in enumerate(waiting):
+                report = _report(place, len(waiting), self.results[name])
+                error = report.pop("error", None)
+                if error is not None and failure is None:
+                    say(ResultMessage(number=order.number, ok=False, message=one_line(str(error)), report=report))
+                else:
+                    say(ResultMessage(number=order.number, report=report, **(failure or {})))
+
+    collector = Collector()
+    collector._init_callback_methods()
+    return collector
+
+
+def _report(place: int, asked: int, results: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the tasks said of the rental at this place, a later one over an earlier one; `changed` if any did."""
+    report: dict[str, Any] = {"changed": False}
+    for result in results:
+        reports = result.get("rentals")
+        if isinstance(reports, list) and len(reports) == asked and isinstance(reports[place], Mapping):
+            report = {**report, **reports[place], "changed": report["changed"] or reports[place].get("changed") is True}
+    plain = json.dumps(report, default=str)
+    return dict(json.loads(plain)) if len(plain) <= MAX_REPORT_BYTES else {"changed": report["changed"], "cut": True}

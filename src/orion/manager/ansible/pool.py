@@ -1,0 +1,349 @@
+"""The engine's jobs: the waiting ones go into batches, at most so many runs at once, each job bounded by its deadline.
+
+What one worker or one run does wrong costs the others nothing: results are taken as they come; a run that is held up
+is killed, and what it still owed is tried again, alone; a worker that failed lately stays out of batches. Of the
+runners that one worker alone can hold up, an owner has half at most, and workers that failed lately one of each owner
+and half of all (domain/fair_share.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import count
+
+from orion.manager.ansible import runners
+from orion.manager.ansible.batches import Waiting, choose
+from orion.manager.ansible.connections import Connections, State, WorkerConnection
+from orion.manager.ansible.protocol import BatchMessage, BatchOrder, HostOrders, JobMessage, OutcomeMessage
+from orion.manager.ansible.protocol import ResultMessage as Result
+from orion.manager.ansible.runners import Play
+from orion.manager.channel import ChannelError, SelectorChannel, decode_as
+from orion.manager.domain.fair_share import Claim
+from orion.manager.messages import HostMessage
+from orion.manager.queues import FairQueue
+
+PATIENCE_S = 5.0
+"""A run over several workers is killed when it takes longer than this, and a quarter more for each rental of one of
+them. A worker that hangs is mostly found before, by its connection."""
+SUSPECT_S = 60.0
+"""For so long a worker that failed stays out of batches, unless it succeeds meanwhile."""
+BATCHES_PER_RUNNER = 500
+NO_RESULT = "the engine's process for this job ended without a result"
+UNREACHABLE = "the worker cannot be reached by SSH: "
+
+log = logging.getLogger("orion.engine")
+
+Answer = Callable[[OutcomeMessage], None]
+
+
+@dataclass(eq=False)
+class Run:
+    """One job, from its receipt to its answer."""
+
+    number: int
+    job: JobMessage
+    owner: object
+    answer: Answer
+    received: float
+    refused_after: float
+    alone: bool = False
+    """It was in a run that failed: it is tried once more, in one of its own."""
+    held: WorkerConnection | None = None
+
+    @property
+    def deadline(self) -> float:
+        return self.received + self.job.deadline_s
+
+
+@dataclass(eq=False)
+class Runner:
+    """A process that plays batches, and the batch that it has."""
+
+    pid: int
+    channel: SelectorChannel
+    began: float = 0.0
+    runs: dict[int, Run] = field(default_factory=dict)
+    """What is not answered yet of its batch, by number."""
+    busy: bool = False
+    several: bool = False
+    """Its batch is over several workers."""
+    lone: bool = False
+    """Its batch is one job."""
+    killed: bool = False
+    claim: Claim | None = None
+    """The place that it holds, where its batch is over one worker."""
+    patience_s: float = 0.0
+    played: int = 0
+
+
+class Pool:
+    """`step` after each event; `patience` says for how long nothing will need a step unless an event comes."""
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        play: Play,
+        most_runners: int,
+        connections: Connections,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self._selector = selector
+        self._play = play
+        self._most_runners = most_runners
+        self._shares = FairQueue(most_runners)
+        self._connections = connections
+        self._patience_s = patience_s
+        self._numbers = count(1)
+        self._waiting: list[Run] = []
+        self._runners: dict[int, Runner] = {}
+        self._suspects: dict[HostMessage, float] = {}
+        """Until when."""
+
+    def submit(self, job: JobMessage, owner: object, answer: Answer) -> None:
+        """The job is answered once, unless its owner is abandoned before."""
+        if any(run.owner is owner and run.job.id == job.id for run in self._all()):
+            answer(OutcomeMessage(id=job.id, ok=False, message="a job with this id is already in work"))
+            return
+        now = time.monotonic()
+        self._waiting.append(Run(next(self._numbers), job, owner, answer, now, time.time() + job.deadline_s))
+
+    def abandon(self, owner: object) -> None:
+        """Let go of the owner's jobs; they are not answered. A run that is left with nothing is killed."""
+        self._waiting = [run for run in self._waiting if run.owner is not owner]
+        for runner in list(self._runners.values()):
+            theirs = [number for number, run in runner.runs.items() if run.owner is owner]
+            for number in theirs:
+                del runner.runs[number]
+            if theirs and not runner.runs:
+                self._kill(runner)
+
+    def kill_all(self) -> None:
+        self._waiting.clear()
+        for pid in self._runners:
+            runners.kill(pid)
+
+    def patience(self) -> float | None:
+        moments = [run.deadline for run in self._all()]
+        moments += [r.began + r.patience_s for r in self._runners.values() if r.several and not r.killed]
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
+
+    def prepare(self) -> None:
+        """Have one runner ready before it is needed."""
+        if not self._runners:
+            self._start_runner()
+
+    @property
+    def pids(self) -> Iterable[int]:
+        return self._runners.keys()
+
+    def reaped(self, pid: int) -> bool:
+        """Whether it was a runner; what it owed is tried again or answered."""
+        runner = self._runners.get(pid)
+        if runner is None:
+            return False
+        runner.channel.drain()
+        runner.channel.close()
+        del self._runners[pid]
+        self._give_back(runner)
+        for run in runner.runs.values():
+            self._try_again(run, NO_RESULT, as_part=runner.killed or not runner.lone)
+        return True
+
+    def step(self) -> None:
+        now = time.monotonic()
+        self._end_late_ones(now)
+        self._end_stragglers(now)
+        self._suspects = {host: until for host, until in self._suspects.items() if until > now}
+        while self._start_a_batch():
+            pass
+
+    def _all(self) -> Iterable[Run]:
+        yield from self._waiting
+        for runner in self._runners.values():
+            yield from runner.runs.values()
+
+    # The start of a batch
+
+    def _start_a_batch(self) -> bool:
+        ready = [run for run in list(self._waiting) if self._is_connected(run)]
+        waiting = [self._as_waiting(run) for run in ready]
+        chosen = set(choose(waiting, self._shares.may))
+        runner = self._free_runner() if chosen else None
+        if runner is None:
+            return False
+        batch = [run for run in ready if run.number in chosen]
+        self._waiting = [run for run in self._waiting if run.number not in chosen]
+        self._assign(runner, batch)
+        return True
+
+    def _as_waiting(self, run: Run) -> Waiting:
+        job = run.job
+        return Waiting(run.number, job.action, job.host, run.alone, job.host in self._suspects, job.owner)
+
+    def _is_connected(self, run: Run) -> bool:
+        """Whether it can start now; where its worker cannot be reached it is answered."""
+        if run.held and run.held.state is State.CLOSED:
+            if not run.held.was_open:
+                self._suspect(run.job.host)
+                self._finish(run, Result(ok=False, message=f"{UNREACHABLE}{run.held.complaint}"))
+                return False
+            run.held = None  # it broke before it was used: a new one
+        if run.held is None:
+            try:
+                run.held = self._connections.to(run.job.host)
+            except OSError as error:
+                self._finish(run, Result(ok=False, message=f"the engine cannot start a process: {error}"))
+                return False
+        return run.held.state is State.OPEN
+
+    def _free_runner(self) -> Runner | None:
+        free = [runner for runner in self._runners.values() if not runner.busy]
+        if free:
+            return max(free, key=lambda runner: runner.played)  # its caches are the warmest
+        if len(self._runners) < self._most_runners:
+            return self._start_runner()
+        return None
+
+    def _start_runner(self) -> Runner | None:
+        try:
+            pid, connection = runners.start(self._play)
+        except OSError as error:
+            log.warning("the engine cannot start a process: %s", error)
+            return None
+        runner = Runner(pid, SelectorChannel(self._selector, connection, connection, self._take, self._end_broken))
+        self._runners[pid] = runner
+        return runner
+
+    def _assign(self, runner: Runner, batch: list[Run]) -> None:
+        by_host: dict[HostMessage, list[Run]] = {}
+        for run in batch:
+            by_host.setdefault(run.job.host, []).append(run)
+        connections = {run.job.host: run.held.number for run in batch if run.held}
+        most = max(len(runs) for runs in by_host.values())
+        runner.began, runner.busy = time.monotonic(), True
+        runner.several, runner.lone = len(by_host) > 1, len(batch) == 1
+        runner.patience_s = self._patience_s * (1 + most / 4)
+        if not runner.several:
+            claims = (self._as_waiting(run).claim for run in batch)
+            runner.claim = next((claim for claim in claims if self._shares.take(claim)), None)
+        runner.runs = {run.number: run for run in batch}
+        runner.played += 1
+        hosts = tuple(
+            HostOrders(
+                host=host,
+                orders=tuple(BatchOrder(number=r.number, vars=r.job.vars, refused_after=r.refused_after) for r in runs),
+                connection=connections[host],
+            )
+            for host, runs in by_host.items()
+        )
+        runner.channel.send(BatchMessage(action=batch[0].job.action, hosts=hosts))
+
+    # What a runner says
+
+    def _take(self, channel: SelectorChannel, line: bytes) -> None:
+        runner = self._runner_of(channel)
+        result = decode_as(Result, line)
+        if result.finished:
+            self._take_end(runner)
+            return
+        run = runner.runs.pop(result.number, None)
+        if run is None:
+            return  # it was too late
+        if result.unreachable:
+            self._suspect(run.job.host)
+            run.held = None
+            self._try_again(run, result.message, as_part=True)
+            return
+        self._suspects.pop(run.job.host, None)
+        self._finish(run, result)
+
+    def _end_broken(self, channel: SelectorChannel, error: Exception | None) -> None:
+        """Kill a runner that says too much, or what is no result. Any other has died, and will be reaped."""
+        if isinstance(error, ChannelError):
+            runners.kill(self._runner_of(channel).pid)
+
+    def _runner_of(self, channel: SelectorChannel) -> Runner:
+        return next(runner for runner in self._runners.values() if runner.channel is channel)
+
+    def _take_end(self, runner: Runner) -> None:
+        for run in runner.runs.values():
+            self._finish(run, Result(ok=False, message=NO_RESULT))
+        runner.busy = runner.several = False
+        runner.runs = {}
+        self._give_back(runner)
+        if runner.played >= BATCHES_PER_RUNNER:
+            self._kill(runner)
+
+    def _give_back(self, runner: Runner) -> None:
+        if runner.claim:
+            self._shares.give_back(runner.claim)
+            runner.claim = None
+
+    # The ends
+
+    def _try_again(self, run: Run, message: str, as_part: bool) -> None:
+        """Once, and alone, what was not alone; else it is answered. `as_part`: it may have been another's fault."""
+        if as_part and not run.alone:
+            run.alone = True
+            self._waiting.append(run)
+        else:
+            self._finish(run, Result(ok=False, message=message))
+
+    def _end_late_ones(self, now: float) -> None:
+        for run in [run for run in self._waiting if run.deadline <= now]:
+            opening = run.held is not None and run.held.state is not State.OPEN
+            if opening:
+                self._suspect(run.job.host)
+            why = _timed_out(run) if opening else f"{_timed_out(run)}, waiting for its turn"
+            self._finish(run, Result(ok=False, message=why))
+        for runner in list(self._runners.values()):
+            late = [run for run in runner.runs.values() if run.deadline <= now]
+            for run in late:
+                del runner.runs[run.number]
+                self._give_up(run.job.host, _timed_out(run))
+                self._finish(run, Result(ok=False, message=_timed_out(run)))
+            if late:
+                self._kill(runner)
+
+    def _end_stragglers(self, now: float) -> None:
+        """Their results are not needed to go on: everybody else has been answered, and they are tried again alone."""
+        for runner in self._runners.values():
+            if runner.several and not runner.killed and runner.began + runner.patience_s <= now:
+                for run in runner.runs.values():
+                    self._give_up(run.job.host, "it did not answer in time")
+                    run.held = None
+                self._kill(runner)
+
+    def _kill(self, runner: Runner) -> None:
+        """What it owes is tried again when it is reaped."""
+        runner.busy = runner.killed = True
+        runners.kill(runner.pid)
+
+    def _give_up(self, host: HostMessage, reason: str) -> None:
+        self._suspect(host)
+        self._connections.drop(host, reason)
+
+    def _suspect(self, host: HostMessage) -> None:
+        self._suspects[host] = time.monotonic() + SUSPECT_S
+
+    def _finish(self, run: Run, result: Result) -> None:
+        if run in self._waiting:
+            self._waiting.remove(run)
+        log.info(
+            "%s of %s on %s: %s in %.3f s%s",
+            run.job.action,
+            run.job.vars.rental_id,
+            run.job.host.worker_id,
+            "done" if result.ok else "failed",
+            time.monotonic() - run.received,
+            f" ({result.message})" if result.message else "",
+        )
+        run.answer(OutcomeMessage(id=run.job.id, ok=result.ok, message=result.message, report=result.report))
+
+
+def _timed_out(run: Run) -> str:
+    return f"timed out after {run.job.deadline_s:g} s"

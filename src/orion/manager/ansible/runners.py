@@ -1,0 +1,134 @@
+"""Runners: forked processes with Ansible loaded, which play one batch after the other, and die with all they started.
+
+The parent must have one thread only, or a fork could copy a lock that is held. It is the reaper of whatever its
+runners leave behind when they die (`adopt_orphans`), so nothing that a run started can outlive it unseen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+
+from orion.manager.ansible.protocol import BatchMessage, ResultMessage
+from orion.manager.channel import BlockingChannel, decode_as
+
+PR_SET_CHILD_SUBREAPER = 36
+
+Say = Callable[[ResultMessage], None]
+Play = Callable[[BatchMessage, Say], None]
+"""Plays one batch, in a runner; says each result as soon as it is known."""
+
+
+def adopt_orphans() -> None:
+    """This process becomes the parent of what its descendants leave behind (see prctl(2))."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "this process cannot become a subreaper")
+
+
+def start(play: Play) -> tuple[int, socket.socket]:
+    """A runner in a session of its own: its pid, and the socket for its batches and results."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        _run(play, theirs)
+    theirs.close()
+    ours.setblocking(False)
+    return pid, ours
+
+
+def kill_strays(known: Collection[int]) -> None:
+    """Kill the children of this process that are not known: what a runner that died has left."""
+    for pid in _children(os.getpid()) - set(known):
+        kill(pid)
+
+
+def kill(pid: int) -> None:
+    """Kill the child and all its descendants.
+
+    Its process group is not enough: Ansible gives each of its own workers a new session. Everybody is stopped
+    first, in passes until a pass finds nobody new, so that nobody can fork out of reach meanwhile.
+    """
+    stopped: set[int] = set()
+    while found := _family(pid) - stopped:
+        for member in found:
+            _signal(member, signal.SIGSTOP)
+        stopped |= found
+    for member in stopped:
+        _signal(member, signal.SIGKILL)
+
+
+def _run(play: Play, connection: socket.socket) -> None:
+    """In the runner, until the other end closes. Never returns: the code above belongs to the parent."""
+    status = 1
+    try:
+        os.setsid()
+        _quiet_signals()
+        _only_keep(connection.fileno())
+        channel = BlockingChannel(connection, max_line_bytes=None)
+        while (line := channel.receive()) is not None:
+            play(decode_as(BatchMessage, line), channel.send)
+            channel.send(ResultMessage(finished=True))
+        status = 0
+    except BaseException:  # nothing may climb into the parent's code
+        _write_all(2, traceback.format_exc().encode())
+    finally:
+        os._exit(status)
+
+
+def _quiet_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _only_keep(descriptor: int) -> None:
+    """Close the parent's sockets and pipes, and silence stdin and stdout; stderr stays for tracebacks."""
+    gc.freeze()
+    silence = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1):
+        os.dup2(silence, number)
+    for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are all that is wanted
+        if int(entry) not in (0, 1, 2, descriptor):
+            with suppress(OSError):
+                os.close(int(entry))
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+def _children(pid: int) -> set[int]:
+    listing = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return {int(child) for child in listing.split()}
+
+
+def _family(pid: int) -> set[int]:
+    """The process and its descendants that live."""
+    parents = {int(entry.name): _parent(entry) for entry in Path("/proc").iterdir() if entry.name.isdecimal()}
+    family = {pid} & parents.keys()
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return family
+
+
+def _parent(entry: Path) -> int:
+    try:
+        # The second field is the program's name in brackets, and may itself hold spaces and brackets.
+        return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError):
+        return 0
+
+
+def _signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -1,0 +1,198 @@
+"""The engine's process: `python -m orion.manager.ansible.server`, under a uid of its own.
+
+It listens on a Unix socket for jobs (protocol.py), gives them in batches (pool.py, batches.py) to processes that stay
+(runners.py) and play them with Ansible (playbook.py), and answers each once, in any order. A job's deadline counts from
+its receipt, so waiting for a turn is within it. The connections to the workers are held here (held.py), where they
+outlive a run that has to be killed.
+
+It has one thread and loads Ansible once, so that a fork is safe and starts at once with everything loaded.
+
+When a connection closes, its jobs are killed: nobody is left to hear the answer, and a manager that comes back
+decides anew what it wants. That harms nothing: the playbooks are idempotent, and the program on the worker refuses
+a lower epoch and a deadline that has passed, so what a killed run left behind cannot overtake a later one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import selectors
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from orion.manager.ansible import runners
+from orion.manager.ansible.connections import Connections
+from orion.manager.ansible.order_socket import OrderSocket
+from orion.manager.ansible.pool import PATIENCE_S, Pool
+from orion.manager.ansible.protocol import ExpectMessage, JobMessage, OutcomeMessage
+from orion.manager.ansible.runners import Play
+from orion.manager.channel import (
+    MAX_LINE_BYTES,
+    READ_BYTES,
+    BrokenLine,
+    LineTooLong,
+    SelectorChannel,
+    decode,
+    decode_as,
+)
+
+SOCKET = "/run/orion/engine.sock"
+DIRECTORY = "/run/orion/engine"
+PLAYBOOKS = "/opt/orion/playbooks"
+
+log = logging.getLogger("orion.engine")
+
+
+class Server:
+    def __init__(
+        self,
+        listening: socket.socket,
+        play: Play,
+        most_runners: int,
+        directory: Path,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        """`directory`: where the SSH key and the sockets of the connections to workers are."""
+        self._listening = listening
+        self._selector = selectors.DefaultSelector()
+        self._connections = Connections(self._selector, directory)
+        self._orders = OrderSocket(self._selector, directory, self._connections)
+        self._pool = Pool(self._selector, play, most_runners, self._connections, patience_s)
+        self._stopping = False
+
+    def serve(self) -> None:
+        """Until SIGTERM or SIGINT. All children are killed when it returns."""
+        runners.adopt_orphans()
+        wakeup, wake = socket.socketpair()
+        for end in (wakeup, wake, self._listening):
+            end.setblocking(False)
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        self._selector.register(wakeup, selectors.EVENT_READ, lambda _: wakeup.recv(READ_BYTES))
+        self._selector.register(self._listening, selectors.EVENT_READ, lambda _: self._accept())
+        self._pool.prepare()
+        self._listening.listen(64)
+        while not self._stopping:
+            for key, ready in self._selector.select(self._patience()):
+                if key.fd in self._selector.get_map():  # what came before it may have closed it
+                    key.data(ready)
+            self._reap()
+            self._connections.step()
+            self._pool.step()
+        self._pool.kill_all()
+        self._connections.close_all()
+        signal.set_wakeup_fd(-1)
+
+    def _patience(self) -> float | None:
+        moments = [self._pool.patience(), self._connections.patience()]
+        return min((moment for moment in moments if moment is not None), default=None)
+
+    def _reap(self) -> None:
+        a_runner_ended = False
+        with suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    break
+                if not self._connections.reaped(pid, status):
+                    a_runner_ended |= self._pool.reaped(pid)
+        if a_runner_ended:
+            runners.kill_strays([*self._pool.pids, *self._connections.pids])
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def _accept(self) -> None:
+        with suppress(BlockingIOError):
+            accepted, _ = self._listening.accept()
+            accepted.setblocking(False)
+            SelectorChannel(self._selector, accepted, accepted, self._take, self._leave)
+
+    def _take(self, peer: SelectorChannel, line: bytes) -> None:
+        if self._is_word_of_orders_to_come(line):
+            return
+        try:
+            job = decode_as(JobMessage, line)
+        except BrokenLine as error:
+            peer.send(OutcomeMessage(id=_identifier(line), ok=False, message=_refusal(error)))
+            return
+        self._pool.submit(job, peer, peer.send)
+
+    def _is_word_of_orders_to_come(self, line: bytes) -> bool:
+        try:
+            expected = decode_as(ExpectMessage, line).expect
+        except BrokenLine:
+            return False
+        try:
+            self._connections.to(expected)
+        except OSError as error:
+            log.warning("the engine cannot start a process: %s", error)
+        return True
+
+    def _leave(self, peer: SelectorChannel, error: Exception | None) -> None:
+        if isinstance(error, LineTooLong):
+            log.warning("a request was longer than %d bytes: its connection is closed", MAX_LINE_BYTES)
+        self._pool.abandon(peer)
+        peer.close()
+
+
+def _identifier(line: bytes) -> str:
+    """Of a request that is refused, so that who asked does not wait for nothing."""
+    try:
+        identifier = decode(line).get("id", "")
+    except BrokenLine:
+        return ""
+    return identifier if isinstance(identifier, str) and len(identifier) <= 64 else ""
+
+
+def _refusal(error: BrokenLine) -> str:
+    return f"the engine refused the request: {error}" if error.field else "the request is not valid JSON"
+
+
+def bind(path: Path) -> socket.socket:
+    """Return a socket for the owner and the group, which the directory's setgid bit makes the manager's.
+
+    It does not listen yet: nobody is to find an engine there before a signal ends that engine in order.
+    """
+    with suppress(FileNotFoundError):
+        path.unlink()
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o117)
+    listening.bind(str(path))
+    os.umask(before)
+    return listening
+
+
+def main() -> None:
+    arguments = _arguments()
+    for descriptor in (0, 1, 2):
+        # Whoever shares them may have made them non-blocking (ssh does), and then Ansible does not start.
+        os.set_blocking(descriptor, True)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from orion.manager.ansible import playbook  # noqa: PLC0415 - it reads the environment that is set here
+
+    play = playbook.load(arguments.playbooks, arguments.directory)
+    listening = bind(arguments.socket)
+    log.info("ready on %s, at most %d runs at once", arguments.socket, arguments.runners)
+    try:
+        Server(listening, play, arguments.runners, arguments.directory).serve()
+    finally:
+        arguments.socket.unlink(missing_ok=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Orion-Sec's engine: runs playbooks for the manager.")
+    parser.add_argument("--socket", type=Path, default=Path(os.environ.get("ORION_ENGINE_SOCKET", SOCKET)))
+    parser.add_argument("--directory", type=Path, default=Path(os.environ.get("ORION_ENGINE_DIRECTORY", DIRECTORY)))
+    parser.add_argument("--playbooks", type=Path, default=Path(os.environ.get("ORION_PLAYBOOKS", PLAYBOOKS)))
+    parser.add_argument("--runners", type=int, default=max(4, 2 * (os.cpu_count() or 1)))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

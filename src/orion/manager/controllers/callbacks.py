@@ -1,0 +1,28 @@
+"""What joins objects that call each other: each is whole when it is made, and none is changed afterwards.
+
+changed = Callbacks[str]()            # is made first
+watching = Watching(changed)          # calls changed("w-1") when there is something to tell
+health = HealthController(watching)
+changed.subscribe(health.look_at)     # before anything runs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, ParamSpec
+
+P = ParamSpec("P")
+
+
+class Callbacks(Generic[P]):
+    """Functions that are called together, in the order in which they were subscribed."""
+
+    def __init__(self) -> None:
+        self._subscribed: list[Callable[P, None]] = []
+
+    def subscribe(self, callback: Callable[P, None]) -> None:
+        self._subscribed.append(callback)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:
+        for callback in self._subscribed:
+            callback(*args, **kwargs)

@@ -1,0 +1,139 @@
+"""The wall clock as far as it is believed: what cannot be undone is done by it alone only while it is.
+
+A manager that begins with a clock far from what it should be, or whose clock jumps, says so. Nobody expires, and
+neither kept copies nor idempotency keys are removed, until the clock agrees again or an operator confirms it. Tokens
+end meanwhile by the clock as it was believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+
+from orion.manager.domain.expiry import Mark, WallClock
+from orion.manager.domain.steps import Event
+from orion.manager.store import clock as marks
+from orion.manager.store.database import Store, record
+
+log = structlog.get_logger()
+
+KEPT_EVERY_S = 30.0
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+CONFIRM = "orion admin confirm-clock"
+
+
+def boot_time_s() -> float:
+    """Return seconds since the machine began, by a clock that nobody sets and that counts on while it is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def boot_id() -> int:
+    """Return a number of 31 bits for this start of the machine; 0 if it is unknown."""
+    try:
+        return int.from_bytes(hashlib.sha256(BOOT_ID.read_bytes()).digest()[:4], "big") >> 1
+    except OSError:
+        return 0
+
+
+class TrustedClock:
+    def __init__(
+        self, *, now: Callable[[], float], wall: Callable[[], float], boot: int = 0, store: Store | None = None
+    ) -> None:
+        """`now`: seconds by a clock that nobody sets; `boot`: see `boot_id`. `store` None: nothing is kept or said."""
+        self._now = now
+        self._wall = wall
+        self._boot = boot
+        self._store = store
+        self._clock = WallClock(offset_s=wall() - now())
+        self._said = True
+        """What was last written down: whether the clock is believed."""
+        self._kept_at = float("-inf")
+
+    async def begin(self) -> None:
+        """Compare the clock with what the database knows."""
+        if self._store is None:
+            return
+        mark, last_event_at = await self._store.read(marks.last_known)
+        self._clock = WallClock.at_start(self._wall(), self._now(), self._boot, mark, last_event_at)
+        await self.look()
+
+    async def look(self) -> WallClock:
+        """Return the clock as it is now, and say where that has changed."""
+        self._observe()
+        if self._said != self._clock.believed:
+            self._said = self._clock.believed
+            kind = "manager.clock_believed" if self._said else "manager.clock_doubted"
+            await self._note(Event(kind=kind, actor="manager", reason=self.problem or "it agrees again"))
+        elif self._clock.believed and self._now() >= self._kept_at + KEPT_EVERY_S:
+            await self._keep()
+        return self._clock
+
+    async def confirm(self, actor: str) -> None:
+        """Believe the clock as it is, for an operator says that it is right."""
+        self._observe()
+        if self._clock.believed:
+            return
+        far = self._far()
+        self._clock, self._said = self._clock.confirmed(), True
+        await self._note(
+            Event(kind="manager.clock_confirmed", actor=actor, reason=f"it is {far} what it should show, and right")
+        )
+        await self._keep()
+
+    @property
+    def problem(self) -> str:
+        """Why the clock is not believed, and what to do; empty while it is."""
+        self._observe()
+        if self._clock.believed:
+            return ""
+        shown = datetime.fromtimestamp(self._wall(), UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        waits = "until it has gone evenly for five minutes" if self._clock.settles else f"until {CONFIRM}"
+        return f"it shows {shown}, {self._far()} what it should: nobody expires and no kept copy is removed {waits}"
+
+    def wall_of_removals(self) -> float:
+        """Return Unix seconds by which things that were kept may go; before all times while the clock is doubted."""
+        self._observe()
+        return self._wall() if self._clock.believed else float("-inf")
+
+    def counts_from(self) -> float | None:
+        """Return Unix seconds from which a time is counted that begins now; None while the clock is doubted."""
+        self._observe()
+        return self._wall() if self._clock.believed else None
+
+    def wall_of_tokens(self) -> float:
+        """Return Unix seconds by which tokens end: by the clock as it was last believed, carried on by the other one.
+
+        So a token whose time is over stays so, whatever the clock shows. While a machine was off nothing was carried
+        on: then it is less than the time, until the clock is believed again.
+        """
+        self._observe()
+        return self._wall() if self._clock.believed else self._clock.as_believed(self._now())
+
+    def _observe(self) -> None:
+        self._clock = self._clock.observe(self._wall(), self._now())
+
+    def _far(self) -> str:
+        far_s = self._clock.far_s
+        return f"{_span(abs(far_s))} {'ahead of' if far_s >= 0 else 'behind'}"
+
+    async def _keep(self) -> None:
+        if self._store is not None:
+            self._kept_at = self._now()
+            await self._store.write(marks.keep, Mark(self._wall(), self._now(), self._boot))
+
+    async def _note(self, event: Event) -> None:
+        log.warning("the wall clock", kind=event.kind, reason=event.reason)
+        if self._store is not None:
+            await self._store.write(record, event)
+
+
+def _span(seconds: float) -> str:
+    for unit, length_s in (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length_s:
+            return f"{seconds / length_s:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,47 @@
+"""Workers in the order in which rentals go to them, kept up to date one change at a time."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Container
+
+Rank = tuple[float, int, str]
+"""What `placement.choose` compares: share of its slots in use, number in use, its id. The least is first."""
+
+
+class Ranking:
+    """A heap whose stale entries are skipped, and thrown away when they are most of it: a change costs O(log n)."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[str, Rank] = {}
+        self._heap: list[tuple[Rank, str]] = []
+
+    def put(self, identity: str, rank: Rank | None) -> None:
+        """Its place from now on; None: it can take nothing."""
+        if rank is None:
+            self._ranks.pop(identity, None)
+        elif self._ranks.get(identity) != rank:
+            self._ranks[identity] = rank
+            heapq.heappush(self._heap, (rank, identity))
+        if len(self._heap) > 2 * len(self._ranks) + 64:
+            self._heap = [(rank, identity) for identity, rank in self._ranks.items()]
+            heapq.heapify(self._heap)
+
+    def best(self, number: int, without: Container[str] = ()) -> list[str]:
+        """The ids of the first `number`, those of `without` left out."""
+        found: list[str] = []
+        taken: list[tuple[Rank, str]] = []
+        while self._heap and len(found) < number:
+            entry = heapq.heappop(self._heap)
+            rank, identity = entry
+            if self._ranks.get(identity) != rank or (taken and taken[-1] == entry):
+                continue
+            taken.append(entry)
+            if identity not in without:
+                found.append(identity)
+        for entry in taken:
+            heapq.heappush(self._heap, entry)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._ranks)

@@ -1,0 +1,163 @@
+"""Choosing a worker for a rental: filters that explain their refusals, then spread."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from orion.manager.domain.model import Worker
+from orion.manager.domain.ranking import Rank, Ranking
+from orion.manager.domain.states import Health, Intent
+
+
+class Eligibility(NamedTuple):
+    """All that a worker is let through or refused by."""
+
+    health: Health
+    fault: bool
+    intent: Intent
+    leaving: bool
+    full: bool
+    failed_here: bool = False
+    """This rental could not be made here before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    worker: Worker
+    used: frozenset[int]
+    """Slot numbers that are taken."""
+    failed_here: bool
+    leaving: bool
+
+    @property
+    def standing(self) -> Eligibility:
+        worker, full = self.worker, is_full(len(self.used), self.worker.slots)
+        return Eligibility(
+            health=worker.health,
+            fault=bool(worker.fault),
+            intent=worker.intent,
+            leaving=self.leaving,
+            full=full,
+            failed_here=self.failed_here,
+        )
+
+    @property
+    def rank(self) -> Rank:
+        return rank(self.worker.id, len(self.used), self.worker.slots)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    worker_id: str
+    slot: int
+
+
+@dataclass(frozen=True)
+class NoWorker:
+    explanation: str
+    counted: str = field(default="", compare=False)
+    """Why nobody can take it, without the rest of the sentence."""
+
+
+Filter = tuple[str, Callable[[Eligibility], bool]]
+
+FILTERS: tuple[Filter, ...] = (
+    ("{health}", lambda s: s.health is not Health.READY),
+    ("at fault", lambda s: s.fault),
+    ("draining", lambda s: s.intent is not Intent.ACTIVE),
+    ("leaving", lambda s: s.leaving),
+    ("full", lambda s: s.full),
+    ("failed to make it", lambda s: s.failed_here),
+)
+
+
+def choose(candidates: list[Candidate]) -> Chosen | NoWorker:
+    """The least used worker that passes every filter; ties go to the lower id, so a replay decides the same.
+
+    An unknown one, which was ready before the manager was away, is not taken: it may have no lease, and then refuses to
+    let anybody in. Who can be reached is heard within two seconds of the manager's return
+    (orion_worker/agent/decisions.py).
+    """
+    fit = [candidate for candidate in candidates if not refusal(candidate.standing)]
+    if not fit:
+        reasons = Counter(refusal(candidate.standing) for candidate in candidates)
+        return NoWorker(explain(reasons), counted(reasons))
+    best = min(fit, key=lambda candidate: candidate.rank)
+    slot = next(number for number in range(best.worker.slots) if number not in best.used)
+    return Chosen(best.worker.id, slot)
+
+
+def is_full(used: int, slots: int) -> bool:
+    return used >= slots
+
+
+def rank(worker_id: str, used: int, slots: int) -> Rank:
+    return used / slots, used, worker_id
+
+
+def refusal(standing: Eligibility) -> str:
+    """Which filter refuses it; empty when none does."""
+    for reason, refuses in FILTERS:
+        if refuses(standing):
+            return reason.format(health=standing.health)
+    return ""
+
+
+def explain(reasons: Mapping[str, int]) -> str:
+    """`reasons`: how many workers each filter refuses."""
+    if not reasons:
+        return "waiting: the pool has no worker. It starts by itself when one joins"
+    return f"waiting: {counted(reasons)}. It starts by itself when one can take it"
+
+
+def counted(reasons: Mapping[str, int]) -> str:
+    """`of 2 workers, 1 full, 1 draining`"""
+    number = sum(reasons.values())
+    listed = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
+    return f"of {number} worker{'s' if number > 1 else ''}, {listed}" if number else "the pool has no worker"
+
+
+class Candidates:
+    """The workers of one round: choices that follow each other, each in O(log n). `choose` is what each comes to."""
+
+    def __init__(self, candidates: Iterable[Candidate], elsewhere: Mapping[str, int]) -> None:
+        """`elsewhere`: why each worker that is not among the candidates can take nothing, counted; "" if it could."""
+        self._candidates = {candidate.worker.id: candidate for candidate in candidates}
+        self._room = Ranking()
+        self._reasons = Counter(elsewhere)
+        for candidate in self._candidates.values():
+            self._count(candidate, 1)
+
+    def choose(self, failed: Collection[str], own: str = "") -> Chosen | NoWorker | None:
+        """`failed`: where this rental could not be made before; `own`: where it is, and is not to stay.
+
+        None: one that is not a candidate could take it.
+        """
+        best = self._room.best(1, without={*failed, own})
+        if best:
+            return choose([self._candidates[best[0]]])
+        reasons = Counter(self._reasons)
+        for worker_id in failed:
+            candidate = self._candidates.get(worker_id)
+            if candidate is not None:
+                standing = candidate.standing
+                reasons[refusal(standing)] -= 1
+                reasons[refusal(standing._replace(failed_here=True))] += 1
+        if own in self._candidates and own not in failed:
+            reasons[refusal(self._candidates[own].standing)] -= 1
+            reasons["where it is"] += 1
+        return None if reasons[""] > 0 else NoWorker(explain(+reasons), counted(+reasons))
+
+    def take(self, chosen: Chosen) -> None:
+        candidate = self._candidates[chosen.worker_id]
+        self._count(candidate, -1)
+        after = self._candidates[chosen.worker_id] = replace(candidate, used=candidate.used | {chosen.slot})
+        self._count(after, 1)
+
+    def _count(self, candidate: Candidate, one: int) -> None:
+        reason = refusal(candidate.standing)
+        self._reasons[reason] += one
+        self._room.put(candidate.worker.id, None if reason else candidate.rank)

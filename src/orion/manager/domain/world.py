@@ -1,0 +1,108 @@
+"""The world of a decision: workers, living rentals and placements, as of one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from orion.manager.domain.model import Placement, Rental, Worker
+from orion.manager.domain.states import (
+    HOLDING,
+    LIVE,
+)
+from orion.manager.domain.steps import READ, Step
+
+
+@dataclass(kw_only=True)
+class World:
+    """Workers, living rentals and placements that are not purged, by id. Decisions work on a copy of their own.
+
+    It may be a part of the whole, but then a part that is enough: each placement comes with its worker and its rental,
+    each rental that is not at rest with all its placements, each that has a standby too, and each worker in `whole`
+    with all of its own.
+    """
+
+    workers: dict[str, Worker]
+    rentals: dict[str, Rental]
+    placements: dict[str, Placement]
+    whole: frozenset[str] | None = None
+    """The workers of which everything is here; None: all."""
+    taken: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """The slots in use of workers that are candidates for a rental and not in `whole`."""
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
+    """Why each worker that is no candidate here can take nothing, counted: see placement.Pool."""
+
+    def copy(self) -> World:
+        return replace(self, workers=dict(self.workers), rentals=dict(self.rentals), placements=dict(self.placements))
+
+    def is_whole(self, worker_id: str) -> bool:
+        return self.whole is None or worker_id in self.whole
+
+    def apply(self, step: Step) -> bool:
+        """Apply all of a step or nothing of it; False when a row was not as expected."""
+        tables: dict[str, dict[str, Any]] = {
+            "worker": self.workers,
+            "rental": self.rentals,
+            "placement": self.placements,
+        }
+        changed: dict[tuple[str, str], Any] = {}
+        for write in step.writes:
+            row = changed.get((write.kind, write.id), tables[write.kind].get(write.id))
+            if row is None or any(getattr(row, column) != value for column, value in write.expect.items()):
+                return False
+            read = {column: value for column, value in write.change.items() if column in READ[write.kind]}
+            changed[write.kind, write.id] = replace(row, **read)
+        for (kind, identity), row in changed.items():
+            tables[kind][identity] = row
+        if step.placement:
+            self.placements[step.placement.id] = step.placement
+        return True
+
+    def live_placement(self, rental_id: str) -> Placement | None:
+        return next((p for p in self.placements_of(rental_id) if p.state in LIVE and not p.standby), None)
+
+    def standby_of(self, rental_id: str) -> Placement | None:
+        return next((p for p in self.placements_of(rental_id) if p.state in LIVE and p.standby), None)
+
+    def placements_of(self, rental_id: str) -> list[Placement]:
+        return [p for p in self.placements.values() if p.rental_id == rental_id]
+
+    def used_slots(self) -> dict[str, set[int]]:
+        """The slots in use, by worker id."""
+        used = {worker_id: set(self.taken.get(worker_id, ())) for worker_id in self.workers}
+        for placement in self.placements.values():
+            if placement.state in HOLDING:
+                used.setdefault(placement.worker_id, set()).add(placement.slot)
+        return used
+
+
+class Draft(World):
+    """A world that a decision changes step by step, with what it asks again and again kept at hand."""
+
+    def __init__(self, snapshot: World) -> None:
+        super().__init__(**vars(snapshot.copy()))
+        self._of_rental: dict[str, list[str]] = {}
+        self._on_worker: dict[str, list[str]] = {}
+        for placement in self.placements.values():
+            self._note(placement)
+
+    def apply(self, step: Step) -> bool:
+        applied = super().apply(step)
+        if applied and step.placement:
+            self._note(step.placement)
+        return applied
+
+    def placements_of(self, rental_id: str) -> list[Placement]:
+        return [self.placements[identity] for identity in self._of_rental.get(rental_id, ())]
+
+    def placements_on(self, worker_id: str) -> list[Placement]:
+        return [self.placements[identity] for identity in self._on_worker.get(worker_id, ())]
+
+    def used_on(self, worker_id: str) -> frozenset[int]:
+        held = {p.slot for p in self.placements_on(worker_id) if p.state in HOLDING}
+        return frozenset(held | self.taken.get(worker_id, frozenset()))
+
+    def _note(self, placement: Placement) -> None:
+        self._of_rental.setdefault(placement.rental_id, []).append(placement.id)
+        self._on_worker.setdefault(placement.worker_id, []).append(placement.id)

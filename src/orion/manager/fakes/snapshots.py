@@ -1,0 +1,243 @@
+"""A vault in memory, over the fake world of workers, by the contract of the real one:
+tests/snapshot_service_contract.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from orion.manager.domain.snapshot_plan import SnapshotLimits
+from orion.manager.domain.snapshots import Snapshot, SnapshotId, begins_from, counted, may_stay, next_number
+from orion.manager.fakes.workers import FakeWorker, FakeWorld
+from orion.manager.snapshots.port import (
+    CONNECT_DEADLINE_S,
+    COPY_DEADLINE_S,
+    LET_IN,
+    NO_SUCH_GENERATION,
+    NOTHING_TO_SALVAGE,
+    OVER_LIMIT,
+    OVER_SHARE,
+    PAUSE_TOO_LONG,
+    RESTORE_DEADLINE_S,
+    SALVAGE_DEADLINE_S,
+    Home,
+    SnapshotError,
+    Taken,
+)
+from orion.manager.ssh.port import Host
+
+Files = dict[str, str]
+
+
+@dataclass
+class FakeSnapshotService:
+    """Implements `port.Vault`. `wall`: UTC seconds."""
+
+    world: FakeWorld
+    wall: Callable[[], float]
+    stored: dict[str, dict[SnapshotId, tuple[Snapshot, Files]]] = field(default_factory=dict)
+    failure: SnapshotError | None = None
+    """What every call raises."""
+    restored: list[tuple[str, int, str]] = field(default_factory=list)
+    """Rental, epoch and generation of each restore."""
+    connected: list[str] = field(default_factory=list)
+    """The workers to which a connection was wanted."""
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a copy or a restore was asked for."""
+    pause_s: float = 0.0
+    """The seconds for which programs stand still for a copy that differs from the one before."""
+    unreadable: set[str] = field(default_factory=set)
+    """The names of files that their renter has made unreadable even to itself, in whatever home they are."""
+    disk_bytes: int = 1 << 40
+    """The size of its disk, of which each owner has a share. Inodes are not counted."""
+    _put: dict[tuple[str, int], str] = field(default_factory=dict)
+    _owners: dict[str, str] = field(default_factory=dict)
+    """The owner of each rental."""
+    _refused: set[str] = field(default_factory=set)
+    """The rentals whose last copy was more than their owner's share had room for."""
+
+    async def copy(
+        self,
+        home: Home,
+        limits: SnapshotLimits,
+        deadline_s: float = COPY_DEADLINE_S,
+        spare: SnapshotId | None = None,
+        moving: bool = False,
+    ) -> Taken:
+        began_at = self.wall()
+        worker = await self._worker(home, deadline_s)
+        if home.rental_id in worker.laid_down:
+            raise SnapshotError("laid_down", "it is laid down to be salvaged")
+        files, skipped = self._readable(worker.homes[home.rental_id])
+        size = _counted(files)
+        if len(files) + 1 > limits.max_files or size > limits.max_bytes:
+            held = home.rental_id not in worker.spared
+            worker.over |= {home.rental_id} if held else set()
+            raise SnapshotError(OVER_LIMIT, f"its home holds more than a copy may: {'frozen' if held else 'spared'}")
+        if self.pause_s > limits.pause_s and not moving:
+            raise SnapshotError(PAUSE_TOO_LONG, f"its programs would have to stand still for {self.pause_s} s")
+        copy = Snapshot(
+            generation=SnapshotId(home.epoch, 1), at=began_at, bytes=size, files=len(files) + 1, skipped=skipped
+        )
+        return self._keep(home, files, copy, spare, limits)
+
+    async def salvage(
+        self,
+        home: Home,
+        limits: SnapshotLimits,
+        deadline_s: float = SALVAGE_DEADLINE_S,
+        spare: SnapshotId | None = None,
+    ) -> Taken:
+        began_at = self.wall()
+        worker = await self._worker(home, deadline_s)
+        if worker.let_in.get(home.rental_id) != home.epoch:
+            raise SnapshotError(NOTHING_TO_SALVAGE, "its renter was never let in here")
+        worker.laid_down.add(home.rental_id)
+        worker.frozen.pop(home.rental_id, None)
+        files, skipped = self._readable(worker.homes[home.rental_id])
+        size = _counted(files)
+        if len(files) + 1 > limits.max_files or size > limits.max_bytes:
+            raise SnapshotError(OVER_LIMIT, "its home holds more than a copy may")
+        copy = Snapshot(
+            generation=SnapshotId(home.epoch, 1),
+            at=began_at,
+            bytes=size,
+            files=len(files) + 1,
+            skipped=skipped,
+            salvage=True,
+        )
+        return self._keep(home, files, copy, spare, limits)
+
+    def _readable(self, home: Files) -> tuple[Files, tuple[str, ...]]:
+        """Return what of a home can be copied, and the names of the rest."""
+        files = {name: content for name, content in home.items() if name not in self.unreadable}
+        return files, tuple(sorted(home.keys() - files.keys()))
+
+    def _keep(
+        self, home: Home, files: Files, copy: Snapshot, spare: SnapshotId | None, limits: SnapshotLimits
+    ) -> Taken:
+        there = self.stored.setdefault(home.rental_id, {})
+        self._owners[home.rental_id] = home.owner
+        base = begins_from(self._copies(home.rental_id), home.epoch, copy.salvage)
+        if base and base.generation.epoch == home.epoch and there[base.generation][1] == files:
+            there[base.generation] = (replace(base, at=copy.at), dict(files))
+            if not copy.salvage:
+                self._make_room(home, spare, limits)
+            return Taken(there[base.generation][0], self._copies(home.rental_id))
+        copy = replace(copy, generation=SnapshotId(home.epoch, next_number(list(there), home.epoch)))
+        there[copy.generation] = (copy, dict(files))
+        if not self._make_room(home, spare, limits):
+            del there[copy.generation]
+            raise SnapshotError(OVER_SHARE, "the copies of all that its owner rents would take more than its share")
+        return Taken(copy, self._copies(home.rental_id), self.pause_s)
+
+    def _make_room(self, home: Home, spare: SnapshotId | None, limits: SnapshotLimits) -> bool:
+        """Remove the copies that do not stay; return False, and remove none, where the owner's share has no room."""
+        there = self.stored[home.rental_id]
+        others = {rental_id for rental_id, owner in self._owners.items() if owner == home.owner} - {home.rental_id}
+        stored = [self.stored.get(rental_id, {}) for rental_id in others]
+        room = limits.owner_share * self.disk_bytes - sum(_taken(one, one.keys()) for one in stored)
+        choices = may_stay(self._copies(home.rental_id), spare)
+        fitting = [staying for staying in choices if _taken(there, staying) <= room]
+        self._refused = self._refused - {home.rental_id} if fitting else self._refused | {home.rental_id}
+        if fitting:
+            for old in there.keys() - fitting[-1 if self._refused.intersection(others) else 0]:
+                del there[old]
+        return bool(fitting)
+
+    async def restore(
+        self,
+        home: Home,
+        generation: SnapshotId | None = None,
+        deadline_s: float = RESTORE_DEADLINE_S,
+        filled: SnapshotId | None = None,
+        again: bool = False,
+    ) -> Snapshot | None:
+        await self._going()
+        there = self.stored.get(home.rental_id, {})
+        wanted = generation or max((g for g, (copy, _) in there.items() if not copy.salvage), default=None)
+        if not there or wanted is None:
+            return None
+        if wanted not in there:
+            raise SnapshotError(NO_SUCH_GENERATION, f"there is no copy {wanted}")
+        worker = await self._worker(home, deadline_s)
+        if worker.let_in.get(home.rental_id) == home.epoch:
+            before = self._put.get((home.rental_id, home.epoch), "")
+            raise SnapshotError(LET_IN, "its renter was let in here at this epoch", before)
+        copy, files = there[wanted]
+        worker.homes[home.rental_id] = dict(files)
+        self.restored.append((home.rental_id, home.epoch, str(wanted)))
+        self._put[home.rental_id, home.epoch] = worker.restored[home.rental_id] = str(wanted)
+        return copy
+
+    async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
+        await self._going()
+        await self._reached(host, deadline_s)
+        self.connected.append(host.worker_id)
+
+    async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
+        await self._going()
+        return list(self._copies(rental_id))
+
+    async def remove(self, rental_id: str, uid: int) -> None:
+        await self._going()
+        self.stored.pop(rental_id, None)
+        self._owners.pop(rental_id, None)
+        self._refused.discard(rental_id)
+
+    async def short_of_room(self) -> list[str]:
+        await self._going()
+        return sorted({self._owners[rental_id] for rental_id in self._refused})
+
+    async def rentals(self) -> list[str]:
+        await self._going()
+        return sorted(self.stored)
+
+    def _copies(self, rental_id: str) -> tuple[Snapshot, ...]:
+        return tuple(copy for _, (copy, _) in sorted(self.stored.get(rental_id, {}).items()))
+
+    async def _going(self) -> None:
+        await asyncio.sleep(0)
+        self.asked.set()
+        if self.failure:
+            raise self.failure
+
+    async def _reached(self, host: Host, deadline_s: float) -> FakeWorker:
+        worker = self.world.at(host)
+        if worker is None or not self.world.recognises(worker, host):
+            raise SnapshotError("unreachable", "the worker cannot be asked")
+        try:
+            async with asyncio.timeout(deadline_s):
+                await worker.going()
+        except TimeoutError as error:
+            raise SnapshotError("timed_out", "it took longer than it may") from error
+        if not worker.alive:
+            raise SnapshotError("unreachable", "the worker cannot be asked")
+        return worker
+
+    async def _worker(self, home: Home, deadline_s: float) -> FakeWorker:
+        await self._going()
+        worker = await self._reached(home.host, deadline_s)
+        account = worker.accounts.get(home.rental_id)
+        if account is None:
+            raise SnapshotError("unknown_rental", "no such rental on this worker")
+        if account.epoch != home.epoch:
+            raise SnapshotError("stale_epoch", f"epoch {home.epoch} is not epoch {account.epoch}, which is here")
+        return worker
+
+
+def _counted(files: Files) -> int:
+    """Return the bytes for which a home counts: its own directory and its files, each in whole blocks."""
+    return sum(counted((len(content) + 4095) // 4096 * 8, len(content)) for content in ("", *files.values()))
+
+
+def _taken(there: dict[SnapshotId, tuple[Snapshot, Files]], staying: Iterable[SnapshotId]) -> int:
+    """Return the bytes that these copies take. What is as in the one before counts once."""
+    taken, before = 0, Files()
+    for generation in sorted(staying):
+        files = there[generation][1]
+        taken += _counted({name: content for name, content in files.items() if before.get(name) != content})
+        before = files
+    return taken

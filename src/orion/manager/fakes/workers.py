@@ -1,0 +1,318 @@
+"""A small world of workers in memory, with an engine, a reach and a watch into it: for tests, and for trying out.
+
+It holds to the contract of the real ones (tests/ansible_contract.py), the worker's epoch guard and tombstones included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from orion.manager.ansible.port import OF_ONE_BOOT, OTHER_BOOT, Action, Job, Outcome
+from orion.manager.ssh.port import End, Host, Reached, Sign
+
+
+@dataclass(frozen=True)
+class Account:
+    """A rental as it is on a worker."""
+
+    username: str
+    uid: int
+    epoch: int
+    keys: tuple[str, ...]
+    unlocked: bool
+
+
+class RefusedOrder(Exception):
+    """What the worker's own program would not do."""
+
+
+@dataclass(eq=False)
+class FakeWorker:
+    """Its fields are the world's state, for a test to read and to change."""
+
+    host: Host
+    accounts: dict[str, Account] = field(default_factory=dict)
+    tombstones: dict[str, int] = field(default_factory=dict)
+    homes: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The files of each rental's home, by name."""
+    frozen: dict[str, int] = field(default_factory=dict)
+    """The rentals that stand still, with the planned move for which they do."""
+    let_in: dict[str, int] = field(default_factory=dict)
+    """The epoch at which each rental's renter was let in."""
+    started: dict[str, list[str]] = field(default_factory=dict)
+    """The runs of its start command that each rental has had here, as marks."""
+    over: set[str] = field(default_factory=set)
+    """Rentals that are frozen because their homes hold too much."""
+    spared: set[str] = field(default_factory=set)
+    """Those that were thawed to make room."""
+    restored: dict[str, str] = field(default_factory=dict)
+    """The copy that each home was filled with."""
+    laid_down: set[str] = field(default_factory=set)
+    """Rentals that were laid down to be salvaged."""
+    names: dict[str, str] = field(default_factory=dict)
+    """The name that each rental's sessions are told."""
+    start_problem: str = ""
+    """Not empty: no start command can be run here, for this reason."""
+    alive: bool = True
+    failure: str = ""
+    """Not empty: every job here fails with this message."""
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a job has reached this worker, whatever became of it."""
+    boot_id: str = "boot-0001"
+    host_certificate: str = ""
+    """What its sshd shows."""
+    sshd_begun: int = 0
+    """How often its sshd began anew, to show another one."""
+    _going: asyncio.Event = field(default_factory=asyncio.Event)
+    _closing: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._going.set()
+
+    def die(self) -> None:
+        """As a container that was killed; what hangs here fails at once."""
+        self.alive = False
+        self._going.set()
+        self.close_watches()
+
+    def close_watches(self) -> None:
+        """As when sshd is restarted: the connections end, and the next are taken."""
+        self._closing.set()
+        self._closing = asyncio.Event()
+
+    async def closed(self) -> None:
+        await self._closing.wait()
+
+    def come_back(self) -> None:
+        """Its file system as it was, every account locked."""
+        self.alive = True
+        self.frozen.clear()
+        self.accounts = {
+            rental_id: Account(a.username, a.uid, a.epoch, a.keys, unlocked=False)
+            for rental_id, a in self.accounts.items()
+        }
+
+    def hang(self) -> None:
+        """As a container that was paused: jobs wait until `go_on`, or their deadline."""
+        self._going.clear()
+
+    def go_on(self) -> None:
+        self._going.set()
+
+    async def going(self) -> None:
+        self.asked.set()
+        await self._going.wait()
+
+    def create(self, job: Job) -> dict[str, Any]:
+        before = self.accounts.get(job.rental_id)
+        purged = self.tombstones.get(job.rental_id, 0)
+        if job.epoch <= purged:
+            raise RefusedOrder(f"epoch {job.epoch} was purged here (tombstone of epoch {purged})")
+        self._refuse_older(before, job)
+        self._refuse_other_names(job)
+        if job.action is Action.CREATE and job.rental_id in self.frozen:
+            raise RefusedOrder("it is frozen: thaw it")
+        unlocked = job.action is Action.CREATE or bool(before and before.epoch == job.epoch and before.unlocked)
+        account = Account(job.username, job.uid, job.epoch, job.public_keys, unlocked)
+        self.accounts[job.rental_id] = account
+        self.laid_down.discard(job.rental_id)
+        self.names[job.rental_id] = job.rental_name
+        self._show(job.host_certificate)
+        self.homes.setdefault(job.rental_id, {})
+        if unlocked:
+            self.let_in[job.rental_id] = job.epoch
+        report = {"changed": account != before, "epoch": job.epoch, "state": "running" if unlocked else "locked"}
+        if before and before.epoch == job.epoch and job.rental_id in self.restored:
+            report["restored"] = self.restored[job.rental_id]
+        return report | (self._start(job) if unlocked and job.start else {})
+
+    def _start(self, job: Job) -> dict[str, Any]:
+        runs = self.started.setdefault(job.rental_id, [])
+        if job.start_mark in runs:
+            return {}
+        if self.start_problem:
+            return {"started": False, "start_problem": self.start_problem}
+        runs.append(job.start_mark)
+        return {"started": True}
+
+    def freeze(self, job: Job) -> dict[str, Any]:
+        account = self._here(job)
+        self.frozen[job.rental_id] = max(job.move, self.frozen.get(job.rental_id, 0))
+        self.accounts[job.rental_id] = replace(account, unlocked=False)
+        return {"changed": account.unlocked, "epoch": job.epoch, "state": "frozen", "killed": 0}
+
+    def thaw(self, job: Job) -> dict[str, Any]:
+        account = self._here(job)
+        if job.move < self.frozen.get(job.rental_id, 0):
+            raise RefusedOrder(f"it stands still for planned move {self.frozen[job.rental_id]}, which is a later one")
+        over = job.rental_id in self.over
+        if over and job.move:
+            self.frozen.pop(job.rental_id, None)
+            raise RefusedOrder("its home holds more than it may: its owner alone may have it go on")
+        changed = over or not account.unlocked
+        self.frozen.pop(job.rental_id, None)
+        self.over.discard(job.rental_id)
+        self.spared |= {job.rental_id} if over else set()
+        self.accounts[job.rental_id] = replace(account, unlocked=True)
+        return {"changed": changed, "epoch": job.epoch, "state": "running"}
+
+    def _here(self, job: Job) -> Account:
+        account = self.accounts.get(job.rental_id)
+        if account is None or account.epoch != job.epoch:
+            raise RefusedOrder(f"epoch {job.epoch} is not here")
+        if job.rental_id in self.laid_down:
+            raise RefusedOrder("it is laid down to be salvaged")
+        return account
+
+    def certify(self, job: Job) -> dict[str, Any]:
+        account = self.accounts.get(job.rental_id)
+        if account is None:
+            raise RefusedOrder("no such rental on this worker")
+        if account.epoch != job.epoch:
+            raise RefusedOrder(f"epoch {job.epoch} is not epoch {account.epoch}, which is here")
+        changed = self._show(job.host_certificate)
+        return {"changed": changed, "epoch": job.epoch, "state": "running" if account.unlocked else "locked"}
+
+    def _show(self, certificate: str) -> bool:
+        if certificate in {"", self.host_certificate}:
+            return False
+        self.host_certificate = certificate
+        self.sshd_begun += 1
+        return True
+
+    def purge(self, job: Job) -> dict[str, Any]:
+        self._refuse_older(self.accounts.get(job.rental_id), job)
+        self._refuse_other_names(job)
+        before = self.accounts.pop(job.rental_id, None)
+        self.homes.pop(job.rental_id, None)
+        self.let_in.pop(job.rental_id, None)
+        self.started.pop(job.rental_id, None)
+        self.restored.pop(job.rental_id, None)
+        self.frozen.pop(job.rental_id, None)
+        self.laid_down.discard(job.rental_id)
+        self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
+        return {"changed": before is not None, "left": [], "removed_files": 0, "killed": 0, "looked": ["/"]}
+
+    def _refuse_older(self, account: Account | None, job: Job) -> None:
+        if account and job.epoch < account.epoch:
+            raise RefusedOrder(f"epoch {job.epoch} is older than epoch {account.epoch}, which was seen here")
+
+    def _refuse_other_names(self, job: Job) -> None:
+        for rental_id, account in self.accounts.items():
+            same = (account.username == job.username, account.uid == job.uid)
+            if (rental_id == job.rental_id and not all(same)) or (rental_id != job.rental_id and any(same)):
+                raise RefusedOrder(f"{job.username} or uid {job.uid} is another rental's here")
+
+
+@dataclass
+class FakeWorld:
+    """The workers by address and port, as the network has them: a new worker may get a dead one's address."""
+
+    workers: dict[tuple[str, int], FakeWorker] = field(default_factory=dict)
+
+    def add(self, host: Host) -> FakeWorker:
+        worker = self.workers[host.address, host.port] = FakeWorker(host)
+        return worker
+
+    def at(self, host: Host) -> FakeWorker | None:
+        worker = self.workers.get((host.address, host.port))
+        return worker if worker and worker.alive else None
+
+    def recognises(self, worker: FakeWorker, host: Host) -> bool:
+        return bool(set(worker.host.host_keys) & set(host.host_keys))
+
+
+@dataclass
+class FakeEngine:
+    """Implements `port.Engine`."""
+
+    world: FakeWorld
+
+    async def run(self, job: Job) -> Outcome:
+        await asyncio.sleep(0)  # a job is never done at once
+        worker = self.world.at(job.host)
+        if worker is None:
+            return _unreachable("nothing answers at its address")
+        try:
+            async with asyncio.timeout(job.deadline_s):
+                await worker.going()
+        except TimeoutError:
+            return Outcome(ok=False, message=f"timed out after {job.deadline_s:g} s")
+        return self._on(worker, job)
+
+    def _on(self, worker: FakeWorker, job: Job) -> Outcome:
+        if not worker.alive:
+            return _unreachable("the connection broke")
+        if not self.world.recognises(worker, job.host):
+            return _unreachable("it has another host key than the pinned one")
+        if worker.failure:
+            return Outcome(ok=False, message=worker.failure)
+        if job.action in OF_ONE_BOOT and job.host.boot_id not in {"", worker.boot_id}:
+            report = {"changed": False, "code": OTHER_BOOT}
+            return Outcome(ok=False, message="it is for another life of this worker's container", report=report)
+        try:
+            report = self._work(worker, job.action)(job)
+        except RefusedOrder as refusal:
+            return Outcome(ok=False, message=str(refusal), report={"changed": False})
+        return Outcome(ok=True, report=report)
+
+    def _work(self, worker: FakeWorker, action: Action) -> Callable[[Job], dict[str, Any]]:
+        others = {
+            Action.DELETE: worker.purge,
+            Action.FREEZE: worker.freeze,
+            Action.THAW: worker.thaw,
+            Action.CERTIFY: worker.certify,
+        }
+        return others.get(action, worker.create)
+
+
+@dataclass
+class FakeReach:
+    """Implements `port.Reach`."""
+
+    world: FakeWorld
+
+    async def reach(self, host: Host, timeout_s: float) -> Reached:
+        await asyncio.sleep(0)
+        worker = self.world.at(host)
+        if worker is None:
+            return Reached.NO
+        try:
+            async with asyncio.timeout(timeout_s):
+                await worker.going()
+        except TimeoutError:
+            return Reached.NO
+        if not worker.alive:
+            return Reached.NO
+        return Reached.YES if self.world.recognises(worker, host) else Reached.IMPOSTOR
+
+
+@dataclass
+class FakeLiveness:
+    """Implements `port.Watch`; its silence takes no time."""
+
+    world: FakeWorld
+
+    async def hold(self, host: Host, boot_id: str, told: Callable[[Sign], None]) -> End:
+        await asyncio.sleep(0)
+        worker = self.world.at(host)
+        while worker is not None and self.world.recognises(worker, host):
+            if worker.boot_id != boot_id:
+                return End.NOT_HELD
+            told(Sign.HELD)
+            await worker.closed()
+            told(Sign.CLOSED)
+            await asyncio.sleep(0)
+            worker = self.world.at(host)
+            if worker is None:
+                return End.GONE
+            if not self.world.recognises(worker, host):
+                return End.REPLACED
+        return End.NOT_HELD
+
+
+def _unreachable(reason: str) -> Outcome:
+    return Outcome(ok=False, message=f"the worker cannot be reached by SSH: {reason}")

@@ -1,0 +1,80 @@
+"""A rental on the worker that it runs on, as the relay and the terminals need it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+from orion import wire
+from orion.manager.ansible.port import Action, Job
+from orion.manager.authentication import visible_owner
+from orion.manager.controllers.wall_clock import TrustedClock
+from orion.manager.domain.states import ENDED
+from orion.manager.gateway.sessions import Session
+from orion.manager.refusals import ApiProblem, not_found
+from orion.manager.ssh.port import Host
+from orion.manager.store import rentals
+from orion.manager.store.database import Row, Store
+from orion.manager.store.tokens import Principal
+
+OVER = frozenset({*ENDED, wire.RentalState.RELEASING})
+"""The states of a rental that is not active any more, and never will be."""
+
+
+class RunningRentals:
+    def __init__(self, store: Store, clock: TrustedClock, monotonic: Callable[[], float]) -> None:
+        self._store = store
+        self._clock = clock
+        self._monotonic = monotonic
+
+    async def wait_for(self, rental_id: str, principal: Principal, deadline: float, session: Session) -> Row:
+        """Return the rental with the worker that it runs on, as soon as it is active.
+
+        Raise ApiProblem where it is not yet at `deadline` (monotonic seconds), never will be, or the session's token
+        is over.
+        """
+        with self._store.news.listen(rental_id) as changed:
+            session.opening.wakes(changed)
+            while True:
+                changed.clear()
+                session.opening.check()
+                session.again()
+                row = await self._store.read(
+                    rentals.one, rental_id, visible_owner(principal), self._clock.wall_of_removals()
+                )
+                if row is None:
+                    raise not_found("rental")
+                left_s = deadline - self._monotonic()
+                if row["state"] == wire.RentalState.ACTIVE and not row["held"]:
+                    if not session.over.done():
+                        return row
+                    continue  # something ended while it was read: look again
+                if row["state"] in OVER or left_s <= 0:
+                    raise _not_active(row)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(left_s):
+                        await changed.wait()
+
+
+def job_of(row: Row) -> Job:
+    """Return the job by which the rental's worker is certified; it names the worker's host."""
+    host = Host(row["worker_id"], row["address"], tuple(row["host_keys"]))
+    return Job(Action.CERTIFY, host, row["id"], row["username"], row["uid"], row["epoch"], owner=row["owner"])
+
+
+def remarks(row: Row) -> str:
+    """Return what its owner should know of its files at a log-in, in a line; empty: there is nothing."""
+    found = [row["home_warning"]] if row["home_warning"] and not row["copy_problem"] else []
+    if row["salvage"]:
+        restore = f"orion restore {row['name']} --from {row['salvage'].generation}"
+        found.append(f"it does not have what a lost worker still had of it: {restore}")
+    return f"{row['name']}: {'; '.join(found)}" if found else ""
+
+
+def _not_active(row: Row) -> ApiProblem:
+    """Return the refusal, with Retry-After where it is worth waiting for."""
+    again = {} if row["state"] in OVER else {"Retry-After": "5"}
+    if row["state"] == wire.RentalState.ACTIVE:
+        return ApiProblem(409, "not_active", "the rental is being moved: it stands still for a moment", again)
+    return ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}", again)

@@ -1,0 +1,31 @@
+"""Messages that the engine and the snapshot service have in common: a host, and the limit of a deadline."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, StringConstraints
+
+from orion.manager.ssh.port import Host
+from orion.wire import PublicKey
+
+MAX_DEADLINE_S = 3600.0
+
+
+WorkerId = Annotated[str, StringConstraints(pattern=r"^w-[a-z0-9]{1,30}$")]
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HostMessage(Message):
+    """An address is never a name: OpenSSH would take one that begins with a dash for an option."""
+
+    worker_id: WorkerId
+    address: IPvAnyAddress
+    port: int = Field(22, ge=1, le=65535)
+    host_keys: Annotated[tuple[PublicKey, ...], Field(min_length=1, max_length=8)]
+
+    def host(self) -> Host:
+        return Host(self.worker_id, str(self.address), self.host_keys, self.port)

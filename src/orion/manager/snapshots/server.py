@@ -1,0 +1,151 @@
+"""The vault: keeps copies of rentals' homes, and puts them back. `python -m orion.manager.snapshots`, as root.
+
+It has what it needs to act under a rental's uid (CAP_SETUID, SETGID, CHOWN, KILL), and no right to read what is
+another's. It listens on a Unix socket for the manager and forks one process for each request, which ends at its
+deadline, or when the manager hangs up, with all that it started.
+
+It has one thread, so that a fork is safe, and does nothing itself but accept and reap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from orion.manager.channel import BlockingChannel, BrokenLine, ChannelError, decode_as
+from orion.manager.snapshots.jobs import Directories, SnapshotJob
+from orion.manager.snapshots.lifetime import Abandoned, Lifetime
+from orion.manager.snapshots.port import SnapshotError
+from orion.manager.snapshots.protocol import LONGEST_LINE, ReplyLine, RequestLine
+
+REQUEST_WITHIN_S = 5.0
+MOST_JOBS = 32
+
+log = logging.getLogger("orion.vault")
+
+
+def serve(listening: socket.socket, places: Directories) -> None:
+    """Until SIGTERM or SIGINT. Jobs that run then end when the manager hangs up."""
+    wakeup, wake = socket.socketpair()
+    for end in (wakeup, wake, listening):
+        end.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    stopping: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stopping.append(number))
+    jobs: set[int] = set()
+    gc.freeze()
+    listening.listen(64)
+    while not stopping:
+        wanted = [wakeup, listening] if len(jobs) < MOST_JOBS else [wakeup]
+        ready, _, _ = select.select(wanted, [], [])
+        if wakeup in ready:
+            wakeup.recv(4096)
+        jobs = {job for job in jobs if not os.waitpid(job, os.WNOHANG)[0]}
+        if listening in ready:
+            with suppress(BlockingIOError):
+                jobs.add(_fork(listening, places))
+
+
+def _fork(listening: socket.socket, places: Directories) -> int:
+    asker, _ = listening.accept()
+    with asker:
+        job = os.fork()
+        if job == 0:
+            _be_a_job(listening, asker, places)
+    return job
+
+
+def _be_a_job(listening: socket.socket, asker: socket.socket, places: Directories) -> None:
+    """In the child. Never returns."""
+    status = 1
+    try:
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        listening.close()
+        asker.setblocking(True)
+        with suppress(Abandoned, BrokenPipeError):
+            reply, job = _answer(asker, places)
+            BlockingChannel(asker).send(reply)
+            if job:
+                job.tidy()
+        status = 0
+    except BaseException:
+        log.exception("a job failed")
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _answer(asker: socket.socket, places: Directories) -> tuple[ReplyLine, SnapshotJob | None]:
+    """Return the answer, and the job if there was one."""
+    asker.settimeout(REQUEST_WITHIN_S)
+    try:
+        line = BlockingChannel(asker, LONGEST_LINE).receive()
+    except ChannelError as error:
+        raise Abandoned from error
+    if line is None:
+        raise Abandoned
+    asker.settimeout(None)
+    try:
+        request = decode_as(RequestLine, line)
+    except BrokenLine as error:
+        return ReplyLine(ok=False, code="invalid_request", message=f"{error.field}: {error.reason}"), None
+    job = SnapshotJob(request, places, Lifetime(asker, request.deadline_s))
+    try:
+        return job.run(), job
+    except SnapshotError as error:
+        return ReplyLine(ok=False, code=error.code, message=str(error), restored=error.restored), job
+    except OSError as error:
+        log.exception("a job failed")
+        return ReplyLine(ok=False, code="failed", message=f"the vault failed: {error}"), job
+
+
+def bind(path: Path, group: int) -> socket.socket:
+    """Return a socket for root, and for the group, which is the manager's. It does not listen yet: `serve` does."""
+    path.unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o117)
+    listening.bind(str(path))
+    os.umask(before)
+    os.chown(path, -1, group)
+    return listening
+
+
+def main() -> None:
+    arguments = _arguments()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    places = Directories(arguments.copies, arguments.run, arguments.ssh_uid)
+    places.locks.mkdir(mode=0o700, exist_ok=True)
+    socket_path = places.run / "vault.sock"
+    listening = bind(socket_path, arguments.group)
+    log.info("ready on %s; copies are in %s", socket_path, places.copies)
+    try:
+        serve(listening, places)
+    finally:
+        socket_path.unlink(missing_ok=True)
+
+
+def _arguments() -> argparse.Namespace:
+    usual = Directories()
+    parser = argparse.ArgumentParser(description="Orion-Sec's vault: keeps copies of rentals' homes.")
+    parser.add_argument("--copies", type=Path, default=usual.copies)
+    parser.add_argument("--run", type=Path, default=usual.run)
+    parser.add_argument("--ssh-uid", type=int, default=usual.ssh_uid, help="whose ssh it is; the key is in RUN/ssh")
+    parser.add_argument("--group", type=int, default=900, help="the group that may ask")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

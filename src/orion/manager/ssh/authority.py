@@ -1,0 +1,106 @@
+"""The two authorities of the platform for SSH: one signs for workers, the other for renters.
+
+Two keys, because who is trusted to say which host this is should not by that say who may log in. Both stay in the
+manager's process: the engine and the vault, which speak with workers, have neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import asyncssh
+
+from orion.manager.domain.host_certificates import (
+    BACKDATED_S,
+    LIFETIME_S,
+    MOST_NAMES,
+    Issued,
+    NothingToSign,
+    host_name,
+    principal_of,
+)
+
+ED25519 = "ssh-ed25519"
+
+
+class Authority:
+    def __init__(self, host_key: str, user_key: str, wall: Callable[[], float]) -> None:
+        """Private keys in OpenSSH's format. Raises asyncssh.KeyImportError."""
+        self._hosts: Any = asyncssh.import_private_key(host_key)
+        self._users: Any = asyncssh.import_private_key(user_key)
+        self._wall = wall
+        self._last_serial = 0
+
+    @property
+    def of_hosts(self) -> str:
+        """The public key by which clients verify workers."""
+        return _public(self._hosts)
+
+    @property
+    def of_users(self) -> str:
+        """The public key by which workers verify renters."""
+        return _public(self._users)
+
+    def next_serial(self) -> int:
+        """Rises with each call: workers keep the certificate with the highest."""
+        self._last_serial = max(self._last_serial + 1, int(self._wall() * 1e6))
+        return self._last_serial
+
+    def host_certificate(
+        self, serial: int, worker_id: str, host_keys: Sequence[str], rental_ids: Collection[str]
+    ) -> Issued:
+        """For an hour, for the worker that holds that key, as the host of these rentals. Raises NothingToSign."""
+        named = sorted(rental_ids)[:MOST_NAMES]
+        if not named:
+            raise NothingToSign(f"nothing is placed on worker {worker_id}")
+        key = next((key for key in host_keys if key.startswith(f"{ED25519} ")), None)
+        if key is None:
+            raise NothingToSign(f"worker {worker_id} has no host key of kind {ED25519}")
+        try:
+            public_key = asyncssh.import_public_key(key)
+        except asyncssh.KeyImportError as error:
+            raise NothingToSign(f"the host key of worker {worker_id} is none: {error}") from error
+        now = self._wall()
+        made = self._hosts.generate_host_certificate(
+            public_key,
+            worker_id,
+            serial=serial,
+            principals=[host_name(rental_id) for rental_id in named],
+            valid_after=int(now - BACKDATED_S),
+            valid_before=int(now + LIFETIME_S),
+        )
+        return Issued(
+            serial=serial,
+            line=_line(made),
+            rental_ids=frozenset(named),
+            host_keys=tuple(host_keys),
+            valid_until=now + LIFETIME_S,
+        )
+
+    def user_certificate(
+        self, public_key: str, rental_id: str, epoch: int, who: str, source: str, lasts_s: float
+    ) -> tuple[str, float]:
+        """The certificate, and UTC seconds when it ends. `source`: the one address from which it counts."""
+        now = self._wall()
+        made = self._users.generate_user_certificate(
+            asyncssh.import_public_key(public_key),
+            f"{who} of {rental_id}",
+            serial=self.next_serial(),
+            principals=[principal_of(rental_id, epoch)],
+            valid_after=int(now - BACKDATED_S),
+            valid_before=int(now + lasts_s),
+            source_address=[source],
+            permit_x11_forwarding=False,
+            permit_agent_forwarding=False,
+            permit_user_rc=False,
+        )
+        return _line(made), float(int(now + lasts_s))
+
+
+def _public(key: Any) -> str:
+    return " ".join(key.export_public_key("openssh").decode().split()[:2])
+
+
+def _line(certificate: Any) -> str:
+    return " ".join(certificate.export_certificate("openssh").decode().split()[:2])

@@ -1,0 +1,67 @@
+"""Whether a worker can be reached by SSH, with its pinned host key and the manager's own key."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import asyncssh
+
+from orion.manager.ssh.port import Host, Reached
+from orion.ssh_command import host_key_algorithms
+
+
+class SshReach:
+    """Implements `port.Reach`. No agent, no configuration file, no other key; never an unknown host key."""
+
+    def __init__(self, private_key: str) -> None:
+        """`private_key`: in OpenSSH's format. Raises asyncssh.KeyImportError."""
+        self._key = asyncssh.import_private_key(private_key)
+
+    async def reach(self, host: Host, timeout_s: float) -> Reached:
+        try:
+            async with asyncio.timeout(timeout_s):
+                connection = await self.connect(host)
+        except asyncssh.HostKeyNotVerifiable:
+            return Reached.IMPOSTOR
+        except asyncssh.KeyExchangeFailed as error:
+            # It offers no key of the pinned kind at all: then it does not hold the pinned one.
+            return Reached.IMPOSTOR if "host key" in str(error) else Reached.NO
+        except (OSError, asyncssh.Error, ValueError):
+            return Reached.NO
+        connection.abort()
+        return Reached.YES
+
+    async def connect(
+        self, host: Host, client: Callable[[], asyncssh.SSHClient] = asyncssh.SSHClient
+    ) -> asyncssh.SSHClientConnection:
+        """One connection; raises OSError and asyncssh.Error. Nothing is ever sent over it by itself."""
+        connection, _ = await asyncssh.create_connection(
+            client,
+            host.address,
+            host.port,
+            username="root",
+            client_keys=[self._key],
+            tcp_keepalive=False,
+            **pinned(host),
+        )
+        return connection
+
+
+def pinned(host: Host) -> dict[str, Any]:
+    """What every connection to a worker is made with: its host key and no other, and nothing of this machine's own."""
+    return {
+        "known_hosts": ([asyncssh.import_public_key(key) for key in host.host_keys], [], []),
+        "preferred_auth": "publickey",
+        "disable_trivial_auth": True,
+        "agent_path": None,
+        "config": None,
+        "server_host_key_algs": _algorithms(host),
+    }
+
+
+def _algorithms(host: Host) -> list[str]:
+    """Of the pinned keys alone, so that an honest worker shows one of them."""
+    kinds = dict.fromkeys(key.split()[0] for key in host.host_keys)
+    return [name for kind in kinds for name in host_key_algorithms(kind)]

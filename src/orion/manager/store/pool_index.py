@@ -1,0 +1,146 @@
+"""What the roster is told (domain/pool_index.py): rows as a transaction leaves them, read before it commits."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, Protocol
+
+from sqlalchemy import Connection, Select, String, and_, cast, select
+
+from orion.manager.domain.pool_index import NOTHING, Changes, IndexedPlacement, IndexedWorker
+from orion.manager.domain.states import ENDED, Health, Intent, PlacementState, RentalState
+from orion.manager.store.schema import placements, rentals, workers
+
+SOME = 500
+"""Values of one statement's list."""
+OPEN = tuple(state for state in PlacementState if state is not PlacementState.PURGED)
+LIVING = tuple(state for state in RentalState if state not in ENDED)
+
+_HEALTH = {str(health): health for health in Health}
+_INTENT = {str(intent): intent for intent in Intent}
+_PLACEMENT = {str(state): state for state in PlacementState}
+_RENTAL = {str(state): state for state in RentalState}
+
+_WORKERS = select(
+    workers.c.id,
+    workers.c.token_hash,
+    workers.c.health,
+    workers.c.intent,
+    workers.c.slots,
+    workers.c.session_id,
+    workers.c.verified_session,
+    workers.c.fault,
+    workers.c.address,
+)
+_HELD = (
+    select(
+        placements.c.worker_id,
+        placements.c.id,
+        placements.c.rental_id,
+        placements.c.epoch,
+        placements.c.state,
+        placements.c.public_key == rentals.c.public_key,
+        placements.c.public_key == "",
+        and_(
+            rentals.c.start != "",
+            rentals.c.start_problem == "",
+            placements.c.started != cast(rentals.c.start_run, String) + "@" + workers.c.boot_id,
+        ),
+        placements.c.standby,
+        placements.c.held,
+        placements.c.start_end != "",
+    )
+    .select_from(
+        placements.join(rentals, rentals.c.id == placements.c.rental_id).outerjoin(
+            workers, workers.c.id == placements.c.worker_id
+        )
+    )
+    .where(placements.c.state.in_(OPEN))
+)
+_RENTALS = select(rentals.c.id, rentals.c.state).where(rentals.c.state.in_(LIVING))
+
+
+class Rows(Protocol):
+    """See database.Touched."""
+
+    workers: set[str]
+    rentals: set[str]
+    placements: set[str]
+    everything: bool
+
+
+def changes(connection: Connection, touched: Rows) -> Changes:
+    """The rows that were touched, as they are now."""
+    if touched.everything:
+        return everything(connection)
+    ids = set(touched.workers)
+    for some in chunks(touched.placements):
+        ids |= set(connection.execute(select(placements.c.worker_id).where(placements.c.id.in_(some))).scalars())
+    known: dict[str, IndexedWorker | None] = dict.fromkeys(ids)
+    held: dict[str, list[IndexedPlacement]] = defaultdict(list)
+    states: dict[str, RentalState | None] = dict.fromkeys(touched.rentals)
+    for some in chunks(ids):
+        known.update(_known(connection, _WORKERS.where(workers.c.id.in_(some))))
+        _add_held(connection, _HELD.where(placements.c.worker_id.in_(some)), held, {})
+    for some in chunks(touched.rentals):
+        found = connection.execute(_RENTALS.where(rentals.c.id.in_(some)))
+        states.update((rental_id, _RENTAL[state]) for rental_id, state in found)
+    return Changes({w: (known[w], tuple(held.get(w, NOTHING))) for w in ids}, states)
+
+
+def chunks(values: Iterable[str]) -> Iterator[list[str]]:
+    """In an order, and of a length that a statement can take."""
+    ordered = iter(sorted(values))
+    while some := list(islice(ordered, SOME)):
+        yield some
+
+
+def everything(connection: Connection) -> Changes:
+    known = dict(_known(connection, _WORKERS))
+    states = {rental_id: _RENTAL[state] for rental_id, state in connection.execute(_RENTALS)}
+    held: dict[str, list[IndexedPlacement]] = defaultdict(list)
+    # One string for each id, wherever it stands: a large pool is in memory once.
+    _add_held(connection, _HELD, held, {identity: identity for identity in (*known, *states)})
+    return Changes({w: (known.get(w), tuple(held.get(w, NOTHING))) for w in {**known, **held}}, states)
+
+
+def _known(connection: Connection, query: Select[Any]) -> Iterator[tuple[str, IndexedWorker]]:
+    for identity, token_hash, health, intent, slots, session, verified, fault, address in connection.execute(query):
+        same = session is not None and verified == session
+        yield (
+            identity,
+            IndexedWorker(
+                token_hash=token_hash,
+                health=_HEALTH[health],
+                intent=_INTENT[intent],
+                slots=slots,
+                session_id=session,
+                verified=same,
+                fault=fault,
+                address=address,
+            ),
+        )
+
+
+def _add_held(
+    connection: Connection, query: Select[Any], held: dict[str, list[IndexedPlacement]], same: dict[str, str]
+) -> None:
+    for worker_id, identity, rental_id, epoch, state, keyed, blank, start_due, *move, ended in connection.execute(
+        query
+    ):
+        standby, quiesced_for = move
+        found = IndexedPlacement(
+            id=identity,
+            rental_id=same.get(rental_id, rental_id),
+            epoch=epoch,
+            state=_PLACEMENT[state],
+            keyed=bool(keyed),
+            blank=bool(blank),
+            start_due=bool(start_due),
+            standby=standby,
+            held=quiesced_for,
+            start_ended=bool(ended),
+        )
+        held[same.get(worker_id, worker_id)].append(found)

@@ -1,0 +1,340 @@
+"""Loading the world for a decision, and applying the steps that were decided, each whole or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
+from itertools import groupby
+from typing import Any, TypeVar
+
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    RowMapping,
+    Select,
+    Table,
+    and_,
+    bindparam,
+    insert,
+    literal_column,
+    select,
+    text,
+    update,
+)
+
+from orion.manager.domain.model import Item, Origin, Placement, Rental, Worker
+from orion.manager.domain.states import ENDED, HOLDING, Health, Intent, PlacementState, RentalState
+from orion.manager.domain.steps import Step, Write
+from orion.manager.domain.tasks import Follow, TaskEnded
+from orion.manager.domain.world import World
+from orion.manager.store.database import record, touched
+from orion.manager.store.pool_index import OPEN, chunks
+from orion.manager.store.port import DUE_AT_ONCE, QUEUED_AT_ONCE
+from orion.manager.store.schema import LIVING, STANDBY, placements, rentals, workers
+
+TABLES: dict[str, Table] = {"worker": workers, "rental": rentals, "placement": placements}
+AT_WORK = (RentalState.PROVISIONING, RentalState.MIGRATING, RentalState.RELEASING)
+COLUMNS = {
+    table.name: select(*(table.c[field.name] for field in fields(kind)))
+    for table, kind in ((workers, Worker), (rentals, Rental), (placements, Placement))
+}
+"""What decisions are made from, and nothing else: what is read in thousands should not hold labels and loads."""
+
+T = TypeVar("T")
+
+
+class _Dropped(Exception):
+    """A row was not as a step expected it."""
+
+
+def load(connection: Connection) -> World:
+    """All workers, living rentals, placements that are not purged, and the rentals of those."""
+    open_placements = connection.execute(select(placements).where(placements.c.state != PlacementState.PURGED))
+    found = {row["id"]: placement(row) for row in open_placements.mappings()}
+    living = rentals.c.state.not_in(ENDED)
+    of_open = rentals.c.id.in_(select(placements.c.rental_id).where(placements.c.state != PlacementState.PURGED))
+    return World(
+        workers={row["id"]: worker(row) for row in connection.execute(select(workers)).mappings()},
+        rentals={
+            row["id"]: rental(row) for row in connection.execute(select(rentals).where(living | of_open)).mappings()
+        },
+        placements=found,
+    )
+
+
+def never_placed(connection: Connection, items: Iterable[Item]) -> frozenset[tuple[str, int]]:
+    """Of what inventories show, what was never placed on any worker, as (rental id, epoch)."""
+    shown = {(item.rental_id, item.epoch) for item in items}
+    ids = sorted({rental_id for rental_id, _ in shown})
+    placed: set[tuple[str, int]] = set()
+    for start in range(0, len(ids), 500):  # an inventory may be longer than a statement's list of values
+        query = select(placements.c.rental_id, placements.c.epoch)
+        found = connection.execute(query.where(placements.c.rental_id.in_(ids[start : start + 500])))
+        placed |= {(row[0], row[1]) for row in found}
+    return frozenset(shown - placed)
+
+
+def look(connection: Connection, whole: Collection[str], candidates: Collection[str]) -> World:
+    """See `port.Ledger.look`."""
+    waiting = _rentals(connection, rentals.c.state.in_(AT_WORK))
+    waiting |= _rentals(connection, rentals.c.state == RentalState.QUEUED, QUEUED_AT_ONCE)
+    waiting |= _rentals(connection, _moving(connection))
+    found = _in(connection, placements.c.worker_id, whole, placement)
+    found |= _in(connection, placements.c.rental_id, waiting, placement)
+    others = {p.rental_id for p in found.values()} - waiting.keys()
+    known = {p.worker_id for p in found.values()} | {*whole, *candidates}
+    return World(
+        workers=load_workers(connection, known),
+        rentals=waiting | _by_id(connection, rentals, others, rental),
+        placements=found,
+        whole=frozenset(whole),
+        taken=_taken(connection, set(candidates) - set(whole)),
+    )
+
+
+def _moving(connection: Connection) -> ColumnElement[bool]:
+    """Of a rental: it has a standby. SQLite would take the index of states, and read every running placement."""
+    by_index = " INDEXED BY uq_placements_standby" if connection.dialect.name == "sqlite" else ""
+    standbys: Select[Any] = (
+        select(literal_column("rental_id")).select_from(text(f"placements{by_index}")).where(text(STANDBY))
+    )
+    return rentals.c.id.in_(standbys)
+
+
+def load_workers(connection: Connection, ids: Iterable[str]) -> dict[str, Worker]:
+    """Those of these workers that there are."""
+    return _by_id(connection, workers, ids, worker)
+
+
+def load_known_at(connection: Connection, address: str) -> list[Worker]:
+    """The workers, dead or alive, that are known at an address."""
+    at = select(workers).where(workers.c.address == address)
+    return [worker(row) for row in connection.execute(at).mappings()]
+
+
+def load_due(connection: Connection, wall: float) -> list[Rental]:
+    """See `port.Ledger.due`."""
+    over = (rentals.c.expires_at <= wall, rentals.c.state != RentalState.RELEASING, text(LIVING))
+    due = select(rentals).where(*over).order_by(rentals.c.expires_at, rentals.c.id).limit(DUE_AT_ONCE)
+    return [rental(row) for row in connection.execute(due).mappings()]
+
+
+def load_uncounted(connection: Connection) -> list[Rental]:
+    """See `port.Ledger.uncounted`."""
+    begun = (rentals.c.expires_at.is_(None), rentals.c.activated_at.is_not(None))
+    found = select(rentals).where(*begun, rentals.c.state != RentalState.RELEASING, text(LIVING)).limit(DUE_AT_ONCE)
+    return [rental(row) for row in connection.execute(found).mappings()]
+
+
+def apply(connection: Connection, steps: Iterable[Step]) -> bool:
+    """Apply the steps in one transaction, up to the first that finds a row not as it expected; False if there is one.
+
+    That one leaves no trace, and neither do those after it: they were decided in the belief that it had happened.
+    """
+    return all(_apply_one(connection, step) for step in steps)
+
+
+def apply_each(connection: Connection, steps: Iterable[Step]) -> list[bool]:
+    """Apply steps that have nothing to do with each other in one transaction; of each, whether it was applied."""
+    applied: list[bool] = []
+    for _, group in groupby(steps, key=_shape):
+        alike = list(group)
+        if len(alike) > 1 and _apply_alike(connection, alike):
+            applied += [True] * len(alike)
+        else:
+            applied += [_apply_one(connection, step) for step in alike]
+    return applied
+
+
+def _shape(step: Step) -> tuple[Any, ...]:
+    """The same for steps of one write each that one statement can make."""
+    if len(step.writes) != 1 or step.placement:
+        return (id(step),)
+    (write,) = step.writes
+    return write.kind, tuple(write.expect), tuple(write.change)
+
+
+def _apply_alike(connection: Connection, steps: list[Step]) -> bool:
+    """All of them by one statement; False, and nothing has happened, when a row was not as its step expected it."""
+    if not connection.dialect.supports_sane_multi_rowcount:
+        return False
+    writes = [step.writes[0] for step in steps]
+    table, first = TABLES[writes[0].kind], writes[0]
+    guards = [table.c[column].is_not_distinct_from(bindparam(f"was_{column}")) for column in first.expect]
+    change: dict[str, Any] = {column: bindparam(f"to_{column}") for column in first.change}
+    rows = [
+        {"which": w.id} | {f"was_{c}": v for c, v in w.expect.items()} | {f"to_{c}": v for c, v in w.change.items()}
+        for w in writes
+    ]
+    statement = update(table).where(and_(table.c.id == bindparam("which"), *guards)).values(change)
+    try:
+        with connection.begin_nested():
+            if connection.execute(statement, rows).rowcount != len(rows):
+                raise _Dropped
+    except _Dropped:
+        return False
+    _touch(connection, writes)
+    record(connection, *(event for step in steps for event in step.events))
+    return True
+
+
+def finish(connection: Connection, ended: Sequence[TaskEnded], follow: Follow) -> None:
+    """See `port.Ledger.finish`."""
+    wanted = {identity for e in ended for identity in e.task.placement_ids}
+    placed = _by_id(connection, placements, wanted, placement)
+    placed = {identity: p for identity, p in placed.items() if p.state is not PlacementState.PURGED}
+    world = World(
+        workers={},
+        rentals=_by_id(connection, rentals, {p.rental_id for p in placed.values()}, rental),
+        placements=placed,
+    )
+    for one in ended:
+        step = follow(world, one)
+        if step is not None and _apply_one(connection, step):
+            world.apply(step)
+            for write in step.writes:
+                if write.change.get("state") is PlacementState.PURGED:
+                    del world.placements[write.id]
+
+
+def _rentals(connection: Connection, which: ColumnElement[bool], limit: int | None = None) -> dict[str, Rental]:
+    """In the order of the queue."""
+    order = (rentals.c.activated_at.is_(None), rentals.c.created_at, rentals.c.id)
+    query = COLUMNS["rentals"].where(which).order_by(*order).limit(limit)
+    return {row["id"]: rental(row) for row in connection.execute(query).mappings()}
+
+
+def _in(
+    connection: Connection, column: Column[Any], values: Iterable[str], make: Callable[[RowMapping], Placement]
+) -> dict[str, Placement]:
+    """Placements that are not purged."""
+    found: dict[str, Placement] = {}
+    for some in chunks(values):
+        query = COLUMNS["placements"].where(column.in_(some), placements.c.state.in_(OPEN))
+        found.update((row["id"], make(row)) for row in connection.execute(query).mappings())
+    return found
+
+
+def _by_id(connection: Connection, table: Table, ids: Iterable[str], make: Callable[[RowMapping], T]) -> dict[str, T]:
+    found: dict[str, T] = {}
+    for some in chunks(ids):
+        query = COLUMNS[table.name].where(table.c.id.in_(some))
+        found.update((row["id"], make(row)) for row in connection.execute(query).mappings())
+    return found
+
+
+def _taken(connection: Connection, ids: set[str]) -> dict[str, frozenset[int]]:
+    found: dict[str, set[int]] = {worker_id: set() for worker_id in ids}
+    for some in chunks(ids):
+        query = select(placements.c.worker_id, placements.c.slot)
+        held = query.where(placements.c.worker_id.in_(some), placements.c.state.in_(HOLDING))
+        for worker_id, slot in connection.execute(held):
+            found[worker_id].add(slot)
+    return {worker_id: frozenset(slots) for worker_id, slots in found.items()}
+
+
+def _apply_one(connection: Connection, step: Step) -> bool:
+    try:
+        if len(step.writes) == 1 and not step.placement:
+            _write(connection, step.writes[0])  # it writes its row or it does not: nothing to take back
+        else:
+            with connection.begin_nested():
+                for write in step.writes:
+                    _write(connection, write)
+                if step.placement:
+                    connection.execute(insert(placements), vars(step.placement) | {"created_at": time.time()})
+    except _Dropped:
+        return False
+    if step.placement:
+        touched(connection).workers.add(step.placement.worker_id)
+    record(connection, *step.events)
+    return True
+
+
+def _write(connection: Connection, write: Write) -> None:
+    table = TABLES[write.kind]
+    guards = [table.c[column].is_not_distinct_from(value) for column, value in write.expect.items()]
+    values = dict(write.change) or {"id": write.id}
+    result = connection.execute(update(table).where(and_(table.c.id == write.id, *guards)).values(values))
+    if result.rowcount != 1:
+        raise _Dropped
+    if write.change:
+        _touch(connection, [write])
+
+
+def _touch(connection: Connection, writes: Iterable[Write]) -> None:
+    rows = touched(connection)
+    ids = {"worker": rows.workers, "rental": rows.rentals, "placement": rows.placements}
+    for write in writes:
+        ids[write.kind].add(write.id)
+
+
+def worker(row: RowMapping) -> Worker:
+    return Worker(
+        id=row["id"],
+        hostname=row["hostname"],
+        address=row["address"],
+        host_keys=tuple(row["host_keys"]),
+        slots=row["slots"],
+        health=Health(row["health"]),
+        intent=Intent(row["intent"]),
+        session_id=row["session_id"],
+        boot_id=row["boot_id"],
+        verified_session=row["verified_session"],
+        fault=row["fault"],
+        explanation=row["explanation"],
+        agent_version=row["agent_version"],
+    )
+
+
+def rental(row: RowMapping | Mapping[str, Any]) -> Rental:
+    return Rental(
+        id=row["id"],
+        name=row["name"],
+        owner=row["owner"],
+        username=row["username"],
+        uid=row["uid"],
+        state=RentalState(row["state"]),
+        epoch=row["epoch"],
+        public_key=row["public_key"],
+        ttl_s=row["ttl_s"],
+        created_at=row["created_at"],
+        activated_at=row["activated_at"],
+        expires_at=row["expires_at"],
+        end=row["end"],
+        failures=row["failures"],
+        explanation=row["explanation"],
+        last_safe_copy_at=row["last_safe_copy_at"],
+        copy_problem=row["copy_problem"],
+        home_warning=row["home_warning"],
+        restore_from=row["restore_from"],
+        let_in_epoch=row["let_in_epoch"],
+        began_with=row["began_with"],
+        lineage=tuple(Origin(*origin) for origin in row["lineage"]),
+        start=row["start"],
+        start_run=row["start_run"],
+        start_problem=row["start_problem"],
+        takeovers=tuple(row["takeovers"]),
+        last_epoch=row["last_epoch"],
+    )
+
+
+def placement(row: RowMapping) -> Placement:
+    return Placement(
+        id=row["id"],
+        rental_id=row["rental_id"],
+        worker_id=row["worker_id"],
+        slot=row["slot"],
+        epoch=row["epoch"],
+        state=PlacementState(row["state"]),
+        public_key=row["public_key"],
+        started=row["started"],
+        start_end=row["start_end"],
+        start_ended_at=row["start_ended_at"],
+        salvaged=bool(row["salvaged"]),
+        standby=row["standby"],
+        held=row["held"],
+        filled=row["filled"],
+    )

@@ -1,0 +1,171 @@
+"""The watch on a real worker: what its end tells the manager, and what the worker's agent makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+import asyncssh
+from rental_support import new_rental
+from worker_support import Network, SmallManager, Worker, docker, wait_until, worker
+
+from orion.manager.ssh.liveness import SshLiveness
+from orion.manager.ssh.port import End, Host, Sign
+from orion.manager.ssh.reach import SshReach
+
+FROZEN_WITHIN_S = 5.0
+"""Seconds on a busy machine; a worker takes one."""
+KILL_SSHD = ("pkill", "-KILL", "-x", "sshd|sshd-session")
+
+
+class Held:
+    """A watch on a worker, and all that it has told, with times."""
+
+    def __init__(self, on: Worker, manager: SmallManager) -> None:
+        boot_id = manager.of("/api/register")[-1].body["boot_id"]
+        watch = SshLiveness(SshReach(on.key.file.read_text()))
+        host = Host(on.worker_id, on.address, on.host_keys)
+        self.told: list[Sign] = []
+        self.task = asyncio.create_task(self._hold(watch, host, boot_id))
+
+    async def _hold(self, watch: SshLiveness, host: Host, boot_id: str) -> End:
+        """Begin anew as the manager does: a busy sshd may need more time than one attempt gives it."""
+        while (end := await watch.hold(host, boot_id, self.told.append)) is End.NOT_HELD and not self.told:
+            pass
+        return end
+
+    async def until(self, *signs: Sign, within_s: float = 60.0) -> None:
+        deadline = time.monotonic() + within_s
+        while self.told != list(signs):
+            assert time.monotonic() < deadline, self.told
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def watched(on: Worker, manager: SmallManager) -> AsyncIterator[Held]:
+    held = Held(on, manager)
+    await held.until(Sign.HELD)
+    yield held
+    held.task.cancel()
+    await asyncio.gather(held.task, return_exceptions=True)
+
+
+async def shown(on: Worker) -> str:
+    return await asyncio.to_thread(on.run, "orion-rental", "inventory")
+
+
+def log_with_times(on: Worker) -> str:
+    done = subprocess.run(["docker", "logs", "--timestamps", on.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+async def test_a_watch_goes_over_a_restart_of_sshd_and_ends_with_the_container(
+    network: Network, manager: SmallManager, join: Path, folder: Path
+) -> None:
+    manager.interval_s, manager.lease_s = 600.0, 3600.0  # none that is due by itself comes meanwhile
+    with worker(network, manager, join) as new:
+        await asyncio.to_thread(new.wait_registered)
+        rental = await asyncio.to_thread(new_rental(new, folder).create_quickly)
+
+        async with watched(new, manager):
+            quiet = time.monotonic()
+        await asyncio.to_thread(wait_until, lambda: manager.of("/api/heartbeat", after=quiet), "it asks who comes next")
+        await asyncio.sleep(1.2)  # when it would stand still, had nobody let go
+        assert len(manager.of("/api/heartbeat", after=quiet)) == 1, "it was heard"
+        assert '"running"' in await shown(new)
+
+        async with watched(new, manager) as held:
+            ended = time.monotonic()
+            await asyncio.to_thread(new.run, *KILL_SSHD)
+            await held.until(Sign.HELD, Sign.CLOSED, Sign.HELD)
+            await asyncio.to_thread(wait_until, lambda: manager.of("/api/heartbeat", after=ended), "it asks")
+            beats = manager.of("/api/heartbeat", after=ended)
+            assert len(beats) == 1, "it asked at once, and was answered"
+            assert beats[0].at - ended < manager.interval_s / 2
+            assert '"running"' in await shown(new)
+
+            await asyncio.to_thread(docker, "kill", new.name)
+            async with asyncio.timeout(60):
+                assert await held.task is End.GONE
+            assert held.told[-1] is Sign.CLOSED
+        assert rental.username
+
+
+async def test_a_worker_whose_watch_ends_without_a_word_from_anybody_freezes_in_a_second(
+    network: Network, manager: SmallManager, join: Path, folder: Path
+) -> None:
+    manager.lease_s = 3600.0  # it is not its end that freezes
+    with worker(network, manager, join) as new:
+        await asyncio.to_thread(new.wait_registered)
+        await asyncio.to_thread(new_rental(new, folder).create_quickly)
+        async with watched(new, manager) as held:
+            await asyncio.to_thread(docker, "network", "disconnect", network.name, new.name)
+            await asyncio.sleep(1.8)
+            assert held.told == [Sign.HELD], "a cut ends nothing: the lease decides"
+            assert '"running"' in await shown(new)
+            killing = f"date +%s.%N; exec {shlex.join(KILL_SSHD)}"
+            killed_at = float(await asyncio.to_thread(new.run, "sh", "-c", killing))
+            await asyncio.to_thread(wait_until, lambda: '"frozen"' in new.run("orion-rental", "inventory"), "frozen")
+            [said_at] = re.findall(r"^(\S+)Z .*no right to run", log_with_times(new), re.MULTILINE)
+            frozen_at = datetime.fromisoformat(f"{said_at[:26]}+00:00").timestamp()
+            assert frozen_at - killed_at < FROZEN_WITHIN_S, new.log()
+
+
+async def test_another_boot_of_the_container_is_not_watched_in_its_name(
+    network: Network, manager: SmallManager, join: Path
+) -> None:
+    with worker(network, manager, join) as new:
+        await asyncio.to_thread(new.wait_registered)
+        watch = SshLiveness(SshReach(new.key.file.read_text()))
+        told: list[Sign] = []
+        assert await watch.hold(Host("w", new.address, new.host_keys), "another-boot", told.append) is End.NOT_HELD
+        assert told == []
+
+
+async def test_what_was_never_held_proves_nothing(manager: SmallManager) -> None:
+    watch = SshLiveness(SshReach(manager.key.file.read_text()))
+    key = manager.key.public
+    assert await watch.hold(Host("w", "127.0.0.1", (key,), port=9), "boot", lambda _: None) is End.NOT_HELD
+
+
+async def test_a_worker_that_talks_on_its_watch_is_not_listened_to(tmp_path: Path) -> None:
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    sent = 0
+
+    async def talk(process: asyncssh.SSHServerProcess[str]) -> None:
+        nonlocal sent
+        process.stdout.write("boot-0001\n")
+        await process.stdout.drain()
+        await asyncio.sleep(0.3)
+        with suppress(OSError, asyncssh.Error):
+            while sent < 2**28:
+                process.stdout.write("x" * 2**16)
+                await process.stdout.drain()
+                sent += 2**16
+
+    class Anybody(asyncssh.SSHServer):
+        def begin_auth(self, username: str) -> bool:
+            return True
+
+        def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+            return True
+
+        def public_key_auth_supported(self) -> bool:
+            return True
+
+    server = await asyncssh.listen("127.0.0.1", 0, server_factory=Anybody, server_host_keys=[key], process_factory=talk)
+    watch = SshLiveness(SshReach(key.export_private_key().decode()))
+    host = Host("w", "127.0.0.1", (key.export_public_key().decode().strip(),), server.get_port())
+    told: list[Sign] = []
+    async with asyncio.timeout(60):
+        assert await watch.hold(host, "boot-0001", told.append) is End.NOT_HELD
+    assert told == [Sign.HELD]
+    assert sent < 2**24
+    server.close()

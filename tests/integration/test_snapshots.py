@@ -1,0 +1,509 @@
+"""Copies of homes on real workers, and homes made from copies: by the real vault, real ssh, real rsync.
+
+The renters here play every trick on it that a renter can; a worker that lies is in test_vault_attacks.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from orion_worker.rpc.server import SOCKET_PATH
+from rental_support import Rental, new_rental, placement
+from snapshot_service_contract import Bench, VaultContract, refusal
+from snapshot_support import RealSnapshotService, home_of, host_of, snapshot_service
+from worker_support import Worker, wait_until
+
+from orion.manager.domain.snapshot_plan import SnapshotLimits
+from orion.manager.domain.snapshots import Snapshot
+from orion.manager.snapshots.disk import Disk
+from orion.manager.snapshots.port import LET_IN, Home, SnapshotError
+
+LIMITS = SnapshotLimits(max_files=20_000, max_bytes=64 << 20)
+
+
+@pytest.fixture(scope="module")
+def real(pair: tuple[Worker, Worker], folder: Path) -> Iterator[RealSnapshotService]:
+    with snapshot_service(folder, pair[0].key) as running:
+        yield running
+
+
+class RealBench(Bench):
+    def __init__(self, real: RealSnapshotService, pair: tuple[Worker, Worker], folder: Path) -> None:
+        self._disk = Disk.of(real.copies)
+        self.snapshot_service = real.client
+        self.hosts = (host_of(pair[0]), host_of(pair[1]))
+        self._workers = dict(zip(self.hosts, pair, strict=True))
+        self._key = pair[0].key.public
+        self._offset = 1000 * secrets.randbelow(10_000)
+
+    def new_home(self, epoch: int = 1) -> Home:
+        home = super().new_home(epoch)
+        return replace(home, uid=home.uid + self._offset)
+
+    @property
+    def disk_bytes(self) -> int:
+        return self._disk.size.bytes
+
+    async def create(self, home: Home, let_in: bool) -> None:
+        worker = self._workers[home.host]
+        request = {"rental_id": home.rental_id, "username": f"r-{home.rental_id}", "uid": home.uid}
+        await _rental(worker, "create", **request, epoch=home.epoch, public_keys=[self._key])
+        if let_in:
+            await _rental(worker, "unlock", rental_id=home.rental_id, epoch=home.epoch)
+
+    async def write(self, home: Home, name: str, content: str) -> None:
+        await self._in(home, f"printf %s '{content}' > {name}")
+
+    async def remove(self, home: Home, name: str) -> None:
+        await self._in(home, f"rm {name}")
+
+    async def files(self, home: Home) -> dict[str, str]:
+        script = "import json, os; print(json.dumps({n: open(n).read() for n in os.listdir('.')}))"
+        files: dict[str, str] = json.loads(await self._in(home, f'python3 -c "{script}"'))
+        return files
+
+    async def _in(self, home: Home, script: str) -> str:
+        become = ["setpriv", f"--reuid={home.uid}", f"--regid={home.uid}", "--clear-groups"]
+        command = [*become, "sh", "-c", f"cd /home/r-{home.rental_id} && {script}"]
+        return await asyncio.to_thread(self._workers[home.host].run, *command)
+
+
+async def _rental(worker: Worker, command: str, **request: Any) -> None:
+    status, report = await asyncio.to_thread(lambda: worker.rental(command, **request))
+    assert status == 0, report
+
+
+@pytest.fixture
+def bench(real: RealSnapshotService, pair: tuple[Worker, Worker], folder: Path) -> RealBench:
+    return RealBench(real, pair, folder)
+
+
+class TestRealVault(VaultContract):
+    pass
+
+
+# What a home may hold
+
+
+FURNISH = r"""
+import os, socket
+os.chdir(os.path.expanduser("~"))
+def put(name, content=b"x", mode=0o644):
+    with open(name, "wb") as file:
+        file.write(content)
+    os.chmod(name, mode)
+os.mkdir("folder")
+for name in (b"new\nline", b"'quotes\" $(id)`", b"\xff\xfe", b" space ", b"-rf", b"*", b"\x1b[2J", b"\\", b"a" * 255):
+    put(b"folder/" + name, name)
+put("small", b"content")
+os.link("small", "folder/hard link")
+os.symlink("/etc/shadow", "to-shadow")
+os.symlink("/etc", "to-etc")
+os.symlink("nowhere", "dangling")
+os.setxattr("small", "user.mine", b"\x00value")
+os.utime("small", ns=(1_000_000_000_123_456_789, 1_000_000_000_123_456_789))
+os.symlink("x", "dated link")
+os.utime("dated link", ns=(5, 1_100_000_000_000_000_007), follow_symlinks=False)
+with open("sparse", "wb") as file:
+    file.seek(30 << 20)
+    file.write(b"end")
+for mode in (0o400, 0o600, 0o755, 0o1777, 0o2755, 0o4755, 0o6777, 0o444):
+    put("mode-%o" % mode, b"m", mode)
+for mode in (0o500, 0o700, 0o1777, 0o2775):
+    os.mkdir("folder-%o" % mode)
+    put("folder-%o/inside" % mode)
+    os.chmod("folder-%o" % mode, mode)
+os.utime("folder", ns=(1_200_000_000_000_000_000, 1_200_000_000_000_000_000))
+os.mkfifo("fifo")
+socket.socket(socket.AF_UNIX).bind("socket")
+put("unreadable", b"secret", 0)
+os.mkdir("closed")
+put("closed/inside")
+os.chmod("closed", 0)
+os.chmod(".", 0o711)
+"""
+
+TELL = r"""
+import hashlib, json, os, stat
+os.chdir(os.path.expanduser("~"))
+told = {}
+def tell(path):
+    status = os.lstat(path)
+    kind = stat.S_IFMT(status.st_mode)
+    about = {"kind": kind, "mode": stat.S_IMODE(status.st_mode), "mtime": status.st_mtime_ns}
+    about |= {"uid": status.st_uid, "gid": status.st_gid}
+    if stat.S_ISLNK(kind):
+        about["to"] = os.fsdecode(os.readlink(path))
+    elif stat.S_ISREG(kind):
+        about |= {"size": status.st_size, "links": status.st_nlink, "few blocks": status.st_blocks < 1000}
+        about["xattr"] = {name: os.getxattr(path, name).hex() for name in os.listxattr(path)}
+        if status.st_mode & 0o400:
+            about["content"] = hashlib.sha256(open(path, "rb").read()).hexdigest()
+    elif stat.S_ISDIR(kind) and status.st_mode & 0o400:
+        for name in sorted(os.listdir(path)):
+            tell(os.path.join(path, name))
+    told[os.fsdecode(path).encode("utf-8", "surrogateescape").hex()] = about
+tell(b".")
+print(json.dumps(told))
+"""
+
+
+def told(rental: Rental) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(rental.python(TELL))
+    return {bytes.fromhex(name).decode(errors="backslashreplace"): about for name, about in found.items()}
+
+
+async def move(real: RealSnapshotService, rental: Rental, to: Worker) -> Rental:
+    """Restored on another worker at the next epoch, and let in."""
+    moved = replace(rental, on=to, epoch=rental.epoch + 1)
+    await _rental(to, "create", **moved.variables, public_keys=[moved.key.public])
+    assert await real.client.restore(home_of(moved))
+    await _rental(to, "unlock", rental_id=moved.rental_id, epoch=moved.epoch)
+    return moved
+
+
+@pytest.fixture
+def rental(host: Worker, folder: Path) -> Rental:
+    return new_rental(host, folder).create_quickly()
+
+
+async def test_a_restored_home_is_as_it_was(real: RealSnapshotService, rental: Rental, neighbour: Worker) -> None:
+    rental.python(FURNISH)
+    rental.ssh("touch -hd '2010-01-01 00:00:00.1' folder 'dated link'")
+    await real.client.copy(home_of(rental), LIMITS)
+    rental.ssh("touch -hd '2010-01-01 00:00:00.2' folder 'dated link'")
+    before = told(rental)
+    copied = await real.client.copy(home_of(rental), LIMITS)
+    assert copied.copy.skipped == ()
+    after = told(await move(real, rental, neighbour))
+    assert after.keys() == before.keys()
+    for name, about in after.items():
+        assert about == before[name], name
+
+
+async def test_what_makes_room_for_the_last_copy_of_a_move_is_removed_when_the_home_has_been_filled(
+    real: RealSnapshotService, rental: Rental, neighbour: Worker
+) -> None:
+    for number in range(3):
+        rental.ssh(f"echo {number} > file")
+        await real.client.copy(home_of(rental), LIMITS)
+    there = replace(rental, on=neighbour, epoch=2)
+    await _rental(neighbour, "create", **there.variables, public_keys=[there.key.public])
+    await real.client.restore(home_of(there), again=True)
+    rental.ssh("echo last > file")
+    await real.client.copy(home_of(rental), LIMITS, moving=True)
+    place = real.copies / rental.rental_id
+    assert {each.name for each in place.iterdir()} == {"old-1-1", "1-2", "1-3", "1-4"}
+    there = await move(real, rental, neighbour)
+    assert there.ssh("cat file").stdout == "last\n"
+    wait_until(lambda: not list(place.glob("old-*")), "it is removed once nobody waits")
+
+
+async def test_ten_thousand_files_are_copied_and_an_unchanged_home_makes_no_other_generation(
+    real: RealSnapshotService, rental: Rental
+) -> None:
+    rental.ssh("mkdir many; cd many; seq 10000 | xargs touch")
+    first = (await real.client.copy(home_of(rental), LIMITS)).copy
+    assert first.files == 10_002
+    again = (await real.client.copy(home_of(rental), LIMITS)).copy
+    assert again.generation == first.generation
+
+
+async def test_a_home_that_changes_while_it_is_read_is_copied_and_nothing_of_others_is_in_it(
+    real: RealSnapshotService, rental: Rental
+) -> None:
+    """Files that grow, links put in the place of files and of directories, as fast as the renter can."""
+    rental.ssh(
+        "mkdir swap away; echo mine > swap/shadow; echo mine > file; head -c 3000000 /dev/zero > grows; "
+        "(while :; do ln -sfT /etc/shadow file; rm -f file; echo mine > file; done) >/dev/null 2>&1 & "
+        "(while :; do mv swap away/; ln -s /etc swap; rm swap; mv away/swap .; done) >/dev/null 2>&1 & "
+        "(while :; do for _ in $(seq 500); do head -c 100000 /dev/zero >> grows; done; : > grows; done) "
+        ">/dev/null 2>&1 & true"
+    )
+    secret = rental.on.run("cat", "/etc/shadow")
+    for _ in range(4):
+        copy = (await real.client.copy(home_of(rental), SnapshotLimits(20_000, 1 << 30))).copy
+        place = real.copy_of(home_of(rental), str(copy.generation))
+        content = {f.read_text() for f in (place / "file", place / "swap/shadow", place / "swap") if f.is_file()}
+        assert content <= {"mine\n", "", "/etc/shadow", "/etc"}, "a link is kept as a file with where it leads"
+        assert secret not in content
+    rental.ssh("kill -9 -1")
+
+
+STAT = "user.rsync.%stat"
+SPOILED = {
+    "a folder": "40755 0,0 0:0",
+    "a link": "120777 0,0 0:0",
+    "a device": "60666 8,0 0:0",
+    "root's": "104755 0,0 0:0",
+    "another's": "100644 0,0 900:902",
+    "sub": "120777 0,0 0:0",
+}
+"""What a compromised worker may have written of its files in a copy, as rsync keeps it."""
+
+
+async def test_a_home_is_filled_by_its_renter_whatever_a_copy_says_of_its_files(
+    real: RealSnapshotService, rental: Rental, neighbour: Worker
+) -> None:
+    rental.python("import os\nos.chdir(os.path.expanduser('~'))\nos.mkdir('sub')\nopen('sub/inside', 'w').write('x')")
+    for name in SPOILED.keys() - {"sub"}:
+        rental.ssh(f'printf /etc > "{name}"')
+    rental.ssh("echo precious > honest")
+    copied = (await real.client.copy(home_of(rental), LIMITS)).copy
+    place = real.copy_of(home_of(rental), str(copied.generation))
+    for name, told in SPOILED.items():
+        os.setxattr(place / name, STAT, told.encode())
+    there = replace(rental, on=neighbour, epoch=2)
+    await _rental(neighbour, "create", **there.variables, public_keys=[there.key.public])
+    before = neighbour.run("sh", "-c", "ls -la /etc | sha256sum")
+    filled = await real.client.restore(home_of(there))
+    assert filled
+    wrong = f"find /home/{there.username} '(' ! -uid {there.uid} -o -type b -o -type c ')'"
+    assert neighbour.run("sh", "-c", wrong) == ""
+    assert neighbour.run("sh", "-c", "ls -la /etc | sha256sum") == before
+    assert neighbour.run("cat", f"/home/{there.username}/honest") == "precious\n"
+
+
+LONG_NAMES = r"""
+import os
+os.chdir(os.path.expanduser("~"))
+letters = "\N{CYRILLIC SMALL LETTER ZHE}" * 127
+os.mkdir(letters)
+for number in range(30):
+    name = f"{letters}/{number:02}{letters[2:]}"
+    open(name, "w").close()
+    os.setxattr(name, "user.rsync.%mine", b"reserved")
+"""
+"""Names that are as long as can be, of files that are carried in part."""
+MANY_SHUT = r"""
+import itertools, os, string
+os.chdir(os.path.expanduser("~"))
+for name in itertools.islice(itertools.product(string.ascii_letters, repeat=2), 990):
+    os.mkdir("".join(name))
+    os.chmod("".join(name), 0o300)
+"""
+"""As many directories as there can be of whose modes the manager is told, by names that are as short as can be."""
+
+
+@pytest.mark.parametrize("furnish", [LONG_NAMES, MANY_SHUT], ids=["long names", "many modes"])
+async def test_what_is_told_of_a_home_is_no_reason_to_copy_nothing_of_it_or_to_fill_none(
+    real: RealSnapshotService, rental: Rental, neighbour: Worker, furnish: str
+) -> None:
+    rental.python(furnish)
+    before = rental.ssh("stat -c '%A %n' *").stdout
+    copied = (await real.client.copy(home_of(rental), LIMITS)).copy
+    assert len(copied.skipped) == (20 if furnish is LONG_NAMES else 0)
+    there = await move(real, rental, neighbour)
+    assert there.ssh("stat -c '%A %n' *").stdout == before
+
+
+async def test_a_copy_that_comes_before_its_account_fills_the_home_as_soon_as_that_is_there(bench: RealBench) -> None:
+    home = bench.new_home()
+    await bench.create(home, let_in=True)
+    await bench.write(home, "file", "precious")
+    copied = await bench.snapshot_service.copy(home, LIMITS)
+    there = replace(home, host=bench.hosts[1], epoch=2)
+    coming = asyncio.create_task(bench.snapshot_service.restore(there))
+    await bench.create(there, let_in=False)
+    assert await _come(coming, bench, there) == copied.copy
+    assert await bench.files(there) == {"file": "precious"}
+    never = await refusal(bench.snapshot_service.restore(replace(there, epoch=3)))
+    assert never.code == "stale_epoch", "it does not wait for ever"
+
+
+async def _come(early: asyncio.Task[Snapshot | None], bench: RealBench, home: Home) -> Snapshot | None:
+    """Ask again where it came too early, as a manager does: the worker waits a second, and this one may be slower."""
+    (found,) = await asyncio.gather(early, return_exceptions=True)
+    if isinstance(found, SnapshotError) and found.code == "unknown_rental":
+        return await bench.snapshot_service.restore(home)
+    return await early
+
+
+@contextmanager
+def _standing(worker: Worker) -> Iterator[None]:
+    """As while the manager's engine holds its connection to it."""
+    serving = ["docker", "exec", "-i", worker.name, "orion-rental", "serve"]
+    with subprocess.Popen(serving, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as standing:
+        assert standing.stdout
+        assert json.loads(standing.stdout.readline()) == {"ready": True}
+        yield
+
+
+async def test_what_stands_there_does_the_transfers_without_loading_anything(
+    real: RealSnapshotService, rental: Rental
+) -> None:
+    rental.ssh("echo precious > file")
+    program, aside = "/usr/local/lib/orion/orion_worker/rental/cli.py", "/usr/local/lib/orion/aside.py"
+    with _standing(rental.on):
+        rental.on.run("mv", program, aside)
+        try:
+            copied = await real.client.copy(home_of(rental), LIMITS)
+            stale = await refusal(real.client.copy(replace(home_of(rental), epoch=7), LIMITS))
+            again = await refusal(real.client.restore(home_of(rental)))
+            knocked = rental.ssh(
+                f"python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect(\"{SOCKET_PATH}\")'"
+            )
+        finally:
+            rental.on.run("mv", aside, program)
+    assert (real.copy_of(home_of(rental), str(copied.copy.generation)) / "file").read_text() == "precious\n"
+    assert (stale.code, again.code) == ("stale_epoch", LET_IN)
+    assert "PermissionError" in knocked.stderr
+    assert (await real.client.copy(home_of(rental), LIMITS)).copy.files == copied.copy.files, "nobody stands there now"
+
+
+async def test_a_home_that_its_renter_shut_is_copied_as_any_other(real: RealSnapshotService, rental: Rental) -> None:
+    rental.ssh("echo > file")
+    await real.client.copy(home_of(rental), LIMITS)
+    rental.ssh("echo precious > file; chmod 0 .")
+    copied = (await real.client.copy(home_of(rental), LIMITS)).copy
+    assert (real.copy_of(home_of(rental), str(copied.generation)) / "file").read_text() == "precious\n"
+    await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=rental.epoch, move=2)
+    for _ in range(2):
+        moving = (await real.client.copy(home_of(rental), LIMITS, deadline_s=60, moving=True)).copy
+    assert (real.copy_of(home_of(rental), str(moving.generation)) / "file").read_text() == "precious\n"
+    await _rental(rental.on, "thaw", rental_id=rental.rental_id, epoch=rental.epoch, move=2)
+
+
+async def test_nobody_reads_a_neighbours_files_by_asking_for_them(
+    real: RealSnapshotService, rental: Rental, folder: Path
+) -> None:
+    other = new_rental(rental.on, folder).create_quickly()
+    other.ssh("echo secret > file")
+    await real.client.copy(home_of(other), LIMITS)
+    mixed = replace(home_of(other), uid=rental.uid)
+    assert (await refusal(real.client.copy(mixed, LIMITS))).code == "conflict"
+    assert (await refusal(real.client.restore(mixed))).code == "conflict"
+    for wrong in ("..", "../etc", other.username + "/..", ""):
+        assert (await refusal(real.client.copy(replace(mixed, rental_id=wrong), LIMITS))).code == "invalid_request"
+        done = rental.on.ssh(
+            "root",
+            rental.on.key,
+            "orion-rental send",
+            json.dumps({"rental_id": wrong, "epoch": 1, "deadline": 4e9}) + "\n",
+        )
+        assert (done.returncode, json.loads(done.stdout)["code"]) == (2, "invalid_request")
+    for uid in (0, 900, 902, 99_999):
+        assert (await refusal(real.client.copy(replace(mixed, uid=uid), LIMITS))).code == "invalid_request"
+
+
+async def test_what_is_kept_is_open_to_its_own_uid_alone(real: RealSnapshotService, rental: Rental) -> None:
+    await real.client.copy(home_of(rental), LIMITS)
+    place = real.copies / rental.rental_id
+    status = place.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (rental.uid, rental.uid, 0o700)
+    assert (real.folder / "run/ssh").stat().st_mode & 0o7777 == 0o700
+
+
+async def test_a_copy_that_is_cut_short_leaves_the_one_before_and_nothing_running(
+    real: RealSnapshotService, rental: Rental
+) -> None:
+    rental.ssh("echo first > file")
+    first = (await real.client.copy(home_of(rental), LIMITS)).copy
+    rental.ssh("head -c 60000000 /dev/urandom > large")
+    for pause_s in (0.05, 0.15, 0.3, 0.45):
+        copying = asyncio.create_task(real.client.copy(home_of(rental), LIMITS))
+        await asyncio.sleep(pause_s)
+        copying.cancel()
+        await asyncio.gather(copying, return_exceptions=True)
+    assert first in await real.client.copies(rental.rental_id, rental.uid)
+    await asyncio.to_thread(wait_until, lambda: not real.running(rental.uid), "what was struck has ended")
+    assert (await real.client.copy(home_of(rental), LIMITS)).copy.bytes > 60_000_000
+
+
+def fillers(rental: Rental) -> set[str]:
+    """Return the processes of rsync that fill a home: they hold its rental's lock."""
+    return set(rental.on.run("pgrep", "-u", str(rental.uid), "rsync", check=False).split())
+
+
+async def test_nobody_is_let_in_while_files_still_come_and_a_restore_that_was_cut_short_is_repeated(
+    real: RealSnapshotService, rental: Rental, neighbour: Worker
+) -> None:
+    rental.ssh("head -c 60000000 /dev/urandom > large; echo > small")
+    await real.client.copy(home_of(rental), LIMITS)
+    moved = replace(rental, on=neighbour, epoch=2)
+    await _rental(neighbour, "create", **moved.variables, public_keys=[moved.key.public])
+    restoring = asyncio.create_task(real.client.restore(home_of(moved)))
+    await asyncio.sleep(0.2)
+    restoring.cancel()
+    await asyncio.gather(restoring, return_exceptions=True)
+    assert not moved.lets_in()
+    first = asyncio.create_task(real.client.restore(home_of(moved)))
+    await asyncio.sleep(0.2)
+    restoring = asyncio.create_task(real.client.restore(home_of(moved)))
+    before = fillers(moved)
+    assert (await refusal(first)).code == "superseded"
+    begun_or_over = lambda: restoring.done() or fillers(moved) - before  # noqa: E731 - one look may take longer than it
+    await asyncio.to_thread(wait_until, begun_or_over, "the worker fills the home")
+    unlocking = asyncio.create_task(_rental(neighbour, "unlock", rental_id=moved.rental_id, epoch=2))
+    (copy,) = [await restoring]
+    assert copy
+    await unlocking
+    assert moved.ssh("stat -c %s large").stdout == "60000000\n"
+    assert (await refusal(real.client.restore(home_of(moved)))).code == LET_IN
+
+
+async def test_a_home_that_is_frozen_is_salvaged_and_what_ran_in_it_is_ended(
+    real: RealSnapshotService, pair: tuple[Worker, Worker], folder: Path
+) -> None:
+    rental = new_rental(pair[0], folder).create_quickly()
+    rental.ssh("echo precious > file; setsid sleep 1000 >/dev/null 2>&1 </dev/null &")
+    status, _ = rental.on.rental("freeze", rental_id=rental.rental_id, epoch=1)
+    assert status == 0
+    salvaged = await real.client.salvage(home_of(rental), LIMITS)
+    assert salvaged.copy.salvage
+    assert (real.copy_of(home_of(rental), str(salvaged.copy.generation)) / "file").read_text() == "precious\n"
+
+    def is_ended() -> bool:
+        return not rental.on.run("ps", "-o", "pid=", "-u", str(rental.uid), check=False).strip()
+
+    await asyncio.to_thread(wait_until, is_ended, "nothing runs, and the dead are reaped")
+    for late in ("freeze", "thaw", "unlock"):
+        status, report = rental.on.rental(late, rental_id=rental.rental_id, epoch=1)
+        assert (status, report["code"]) == (3, "laid_down")
+    assert not rental.lets_in()
+    assert (await asyncio.to_thread(rental.delete)).ok
+
+
+async def test_a_home_over_its_limits_is_frozen_whatever_a_reply_says_and_its_renter_gets_out(
+    real: RealSnapshotService, pair: tuple[Worker, Worker], folder: Path
+) -> None:
+    rental = new_rental(pair[0], folder).create_quickly()
+    few = SnapshotLimits(max_files=50, max_bytes=1 << 20)
+    rental.ssh("mkdir many && cd many && touch $(seq 60); setsid sleep 1000 >/dev/null 2>&1 </dev/null &")
+    over = await refusal(real.client.copy(home_of(rental), few))
+    assert (over.code, "more than 50 files" in str(over), "orion thaw" in str(over)) == ("over_limit", True, True)
+    states = ("ps", "-o", "stat=", "-u", str(rental.uid))
+
+    def stand() -> bool:
+        return {state[0] for state in rental.on.run(*states).split()} == {"T"}
+
+    # One that was in the kernel finds its SIGSTOP when it comes back from there, which takes a turn of the processor.
+    await asyncio.to_thread(wait_until, stand, "all stand still")
+    assert not rental.lets_in()
+    rental.on.manager.placements = [placement(rental, "run")]
+    heard = len(rental.on.manager.calls)
+    await asyncio.to_thread(
+        wait_until, lambda: len(rental.on.manager.calls) > heard + 3, "some replies have said that it is to run"
+    )
+    rental.on.manager.placements = []
+    assert not rental.lets_in(), "a reply does not thaw it"
+    assert str(await refusal(real.client.copy(home_of(rental), few))) == str(over), "it is not counted again"
+    thawed = await asyncio.to_thread(lambda: rental.on.playbook("thaw", rental_id=rental.rental_id, epoch=1))
+    assert thawed.ok, thawed.output
+    assert "unless it does" in str(await refusal(real.client.copy(home_of(rental), few)))
+    assert rental.ssh("rm -r many; echo kept > file").returncode == 0
+    copied = await real.client.copy(home_of(rental), few)
+    assert copied.copy.files == 2
+    assert rental.lets_in()
+    assert (await asyncio.to_thread(rental.delete)).ok
+    assert rental.traces() == ""

@@ -1,0 +1,100 @@
+"""What the engine did for a rental can be read, by whose it is, without a key in it, and does not grow without end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from support.builders import host_key
+from support.house import House
+from test_api_rentals import rent_and_wait
+
+from orion.manager.ansible.port import Action, Job, Outcome
+from orion.manager.controllers.job_log import JobLog, LoggedEngine, readable
+from orion.manager.ssh.port import Host
+from orion.manager.store import job_log
+from orion.manager.store.database import Store
+from orion.manager.store.job_log import PER_RENTAL, Entry
+
+ENTRY = Entry(
+    at=1000.0,
+    rental_id="one",
+    epoch=1,
+    action="create_user",
+    worker_id="w-abcdefgh",
+    ok=True,
+    seconds=0.04,
+    message="made",
+)
+JOB = Job(Action.CREATE, Host("w-abcdefgh", "192.0.2.7", ()), "one", "r-one", 100_000, 3)
+
+
+async def test_the_owner_and_the_admin_read_what_was_done_and_nobody_else(house: House) -> None:
+    agent = await house.join()
+    alice, bob = await house.new_client("alice"), await house.new_client("bob")
+    rental = (await rent_and_wait(house, alice, name="lab")).json()
+    reads = [await client.get(f"/api/rentals/{rental['id']}/log") for client in (alice, house.as_admin)]
+    for read in reads:
+        (entry,) = read.json()["items"]
+        assert (entry["action"], entry["worker_id"], entry["epoch"]) == ("create_user", agent.worker_id, 1)
+        assert (entry["ok"], entry["message"]) == (True, "made")
+    assert (await bob.get(f"/api/rentals/{rental['id']}/log")).status_code == 404
+
+
+async def test_a_job_that_failed_says_why_and_how_long_it_took(store: Store) -> None:
+    class Failing:
+        async def run(self, job: Job) -> Outcome:
+            times.append(1000.25)
+            return Outcome(ok=False, message="the worker cannot be reached by SSH: no route to host")
+
+    times = [1000.0]
+    log = JobLog(store)
+    outcome = await LoggedEngine(engine=Failing(), note=log.note, monotonic=lambda: times[-1], wall=lambda: 5.0).run(
+        JOB
+    )
+    (row,) = await log.of("one")
+    assert (row["ok"], row["seconds"], row["at"], row["epoch"]) == (False, 0.25, 5.0, 3)
+    assert row["message"] == outcome.message
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNz\n-----END OPENSSH PRIVATE KEY-----",
+        "-----BEGIN OPENSSH PRIVATE KEY----- b3BlbnNzaC1rZXktdjEAAAAA",
+        host_key(1),
+        "orion_admin_admin_" + "A" * 43,
+        "A" * 64 + "==",
+    ],
+)
+def test_no_key_and_no_token_is_ever_in_it(secret: str) -> None:
+    shown = readable(f"it said {secret}")
+    assert shown.startswith("it said (not shown)")
+    assert not any(part in shown for part in secret.split() if len(part) > 20)
+
+
+async def test_of_a_rental_the_latest_stay(store: Store) -> None:
+    for start in range(0, 3 * PER_RENTAL, 30):
+        entries = [replace(ENTRY, seconds=float(number)) for number in range(start, start + 30)]
+        await store.write(job_log.add, [*entries, replace(ENTRY, rental_id="two")])
+    kept = await store.read(job_log.of_rental, "one")
+    assert [row["seconds"] for row in kept] == [float(number) for number in range(2 * PER_RENTAL, 3 * PER_RENTAL)]
+    assert len(await store.read(job_log.of_rental, "two")) == 5
+
+
+async def test_in_total_the_oldest_go(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_log, "IN_TOTAL", 7)
+    for number in range(20):
+        await store.write(job_log.add, [replace(ENTRY, rental_id=f"r{number}")])
+    kept = [number for number in range(20) if await store.read(job_log.of_rental, f"r{number}")]
+    assert kept == list(range(13, 20))
+
+
+async def test_what_could_not_be_written_is_written_later(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = JobLog(store)
+    log.note(ENTRY)
+    with monkeypatch.context() as broken:
+        broken.setattr(job_log, "add", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await log.flush()
+    assert len(await log.of("one")) == 1

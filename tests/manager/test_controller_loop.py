@@ -1,0 +1,326 @@
+"""The loop that runs rounds, the door's probe, and the expiry of rentals."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime
+
+import httpx
+import pytest
+from support.house import House
+
+from orion.manager.controllers.expiry import COUNT_EVERY
+from orion.manager.controllers.loop import Loop
+from orion.manager.controllers.proxy_probe import ProxyProbe
+from orion.manager.domain.expiry import NEAR_S, SETTLE_S
+
+NEVER_S = 3600.0
+
+
+async def until(condition: asyncio.Event) -> None:
+    await asyncio.wait_for(condition.wait(), 60)
+
+
+async def test_a_hint_brings_the_next_round_forward() -> None:
+    rounds: list[int] = []
+    ran = asyncio.Event()
+
+    async def once() -> None:
+        rounds.append(len(rounds))
+        ran.set()
+
+    loop = Loop("test", NEVER_S, once)
+    running = asyncio.create_task(loop.run())
+    for number in (1, 2, 3):
+        await until(ran)
+        assert len(rounds) == number
+        ran.clear()
+        loop.hint()
+    running.cancel()
+
+
+async def test_a_hint_during_a_round_is_not_lost() -> None:
+    ran, twice = asyncio.Event(), asyncio.Event()
+
+    async def once() -> None:
+        if ran.is_set():
+            twice.set()
+        else:
+            loop.hint()
+            ran.set()
+
+    loop = Loop("test", NEVER_S, once)
+    running = asyncio.create_task(loop.run())
+    await until(twice)
+    running.cancel()
+
+
+async def test_a_round_that_fails_is_counted_and_the_next_one_comes() -> None:
+    went_well = asyncio.Event()
+    failures: list[int] = []
+
+    async def once() -> None:
+        failures.append(loop.failures)
+        if len(failures) < 3:
+            loop.hint()
+            raise RuntimeError("a bad moment")
+        went_well.set()
+
+    loop = Loop("test", NEVER_S, once)
+    running = asyncio.create_task(loop.run())
+    await until(went_well)
+    await asyncio.sleep(0)
+    assert failures == [0, 1, 2]
+    assert loop.failures == 0
+    running.cancel()
+
+
+@pytest.mark.parametrize(
+    ("reply", "is_open"), [("HTTP/1.1 200 OK", True), ("HTTP/1.1 502 Bad Gateway", False), ("", False)]
+)
+async def test_the_door_is_open_when_the_manager_reaches_itself_through_it(reply: str, is_open: bool) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"{reply}\r\nContent-Length: 0\r\n\r\n".encode() if reply else b"")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        probe = ProxyProbe(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/healthz", 60, 1)
+        await probe.ask()
+        assert probe.open is is_open
+        await probe.close()
+
+
+async def test_a_door_that_answers_too_late_is_shut_and_opens_again() -> None:
+    slow = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if slow.is_set():
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            writer.close()
+        else:
+            await slow.wait()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        probe = ProxyProbe(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/healthz", 0.05, 1)
+        await probe.ask()
+        assert not probe.open
+        slow.set()
+        probe._client.timeout = httpx.Timeout(60)
+        await probe.ask()
+        assert probe.open
+        await probe.close()
+
+
+async def test_a_rental_expires_when_its_time_is_over_and_its_worker_is_cleaned(house: House) -> None:
+    agent = await house.join()
+    rental = await house.rent(ttl_s=60)
+    await house.pass_time(59)
+    await house.manager.expiry.round()
+    assert (await house.rental(rental["id"]))["state"] == "active"
+    await house.pass_time(1)
+    await house.manager.expiry.round()
+    await house.settle()
+    assert (await house.rental(rental["id"]))["state"] == "expired"
+    assert agent.node.accounts == {}
+
+
+async def test_a_queued_rental_does_not_use_up_its_time(house: House) -> None:
+    rental = await house.rent(ttl_s=60)
+    await house.pass_time(120)
+    await house.manager.expiry.round()
+    assert (await house.rental(rental["id"]))["state"] == "queued"
+
+
+async def test_a_wall_clock_that_jumped_a_little_expires_nobody_until_it_has_gone_evenly(house: House) -> None:
+    await house.join()
+    rental = await house.rent(ttl_s=60)
+    house.clock.wall_offset += NEAR_S - 1
+    await house.manager.expiry.round()
+    house.clock.now += SETTLE_S - 1
+    await house.manager.expiry.round()
+    assert (await house.rental(rental["id"]))["state"] == "active"
+    house.clock.now += 1
+    await house.manager.expiry.round()
+    assert (await house.rental(rental["id"]))["state"] == "releasing"
+
+
+async def doubted(house: House) -> str | None:
+    found: str | None = (await house.as_admin.get("/api/status")).json()["clock"]
+    metric = (await house.as_admin.get("/metrics")).text
+    assert f"orion_clock_believed {float(found is None)}" in metric
+    return found
+
+
+@pytest.mark.parametrize("begins", [False, True], ids=["it jumps", "the manager begins with it"])
+async def test_a_clock_that_is_far_ahead_ends_nothing_until_an_operator_confirms_it(house: House, begins: bool) -> None:
+    """Forty days: no rental expires, and what has expired keeps its last copies; it is said, and by whom it ended."""
+    await house.join(slots=2)
+    over, rental = await house.rent(ttl_s=60), await house.rent(ttl_s=3600)
+    home = house.snapshot_service
+    await house.manager.copies.copy_now(over["id"], None)
+    await house.pass_time(60)
+    await house.manager.expiry.round()
+    await house.settle()
+    assert (await house.rental(over["id"]))["state"] == "expired"
+    assert over["id"] in await home.rentals()
+    house.clock.wall_offset += 40 * 86_400
+    if begins:
+        await house.restart()
+    await house.manager.expiry.round()
+    await house.manager.copies._sweep()
+    await house.settle()
+    for _ in range(10):
+        house.clock.now += SETTLE_S
+        await house.manager.expiry.round()
+        await house.manager.copies._sweep()
+    assert (await house.rental(rental["id"]))["state"] != "releasing"
+    assert over["id"] in await home.rentals()
+    told = await doubted(house)
+    assert told is not None
+    assert "40.0 days ahead" in told
+    assert "orion admin confirm-clock" in told
+    assert len(await house.events("manager.clock_doubted")) == 1
+    assert (await (await house.new_client("alice")).post("/api/admin/clock")).status_code == 403
+
+    for _ in range(2):
+        assert (await house.as_admin.post("/api/admin/clock")).json() == {"problem": None}
+    assert await doubted(house) is None
+    assert [(e["actor"]) for e in await house.events("manager.clock_confirmed")] == ["admin"]
+    await house.manager.expiry.round()
+    await house.settle()
+    assert (await house.rental(rental["id"]))["state"] in {"releasing", "expired"}
+    await house.restart()
+    assert await doubted(house) is None, "what was confirmed is known to the next manager"
+
+
+async def opens(client: httpx.AsyncClient) -> bool:
+    return (await client.get("/api/rentals")).status_code == 200
+
+
+async def rents(client: httpx.AsyncClient, key: str) -> str:
+    """The id of the rental that this idempotency key makes, or has made."""
+    reply = await client.post("/api/rent", json={"wait_s": 0}, headers={"Idempotency-Key": key})
+    return str(reply.json()["id"])
+
+
+@pytest.mark.parametrize("begins", [False, True], ids=["it jumps", "the manager begins with it"])
+async def test_a_clock_that_is_far_ahead_ends_no_token_and_forgets_no_idempotency_key(
+    house: House, begins: bool
+) -> None:
+    """Tokens go on to end by the clock as it was believed, until an operator confirms the other one."""
+    alice, bob = await house.new_client("alice", ttl_s=3600), await house.new_client("bob", ttl_s=30 * 86_400)
+    made = await rents(bob, "key-1")
+    house.clock.wall_offset += 40 * 86_400
+    if begins:
+        await house.restart()
+    await house.manager.expiry.round()
+    await house.manager.retention.round()
+    assert await opens(alice)
+    assert await opens(bob)
+    assert await rents(bob, "key-1") == made
+    house.clock.now += 3600
+    assert not await opens(alice), "its time is over by the clock that was believed"
+    made_meanwhile = await rents(bob, "key-2")
+
+    await house.as_admin.post("/api/admin/clock")
+    await house.manager.retention.round()
+    assert not await opens(bob)
+    assert await rents(await house.new_client("bob"), "key-1") != made
+    assert await rents(await house.new_client("bob"), "key-2") == made_meanwhile, "it is an hour old at most"
+
+
+async def test_a_token_whose_time_is_over_opens_nothing_though_the_clock_goes_back(house: House) -> None:
+    alice = await house.new_client("alice", ttl_s=60)
+    house.clock.now += 60
+    assert not await opens(alice)
+    await house.manager.expiry.round()
+    house.clock.wall_offset -= 86_400
+    assert not await opens(alice)
+    await house.restart()
+    assert await doubted(house)
+    assert not await opens(alice)
+
+
+async def test_a_token_that_is_made_while_the_clock_is_doubted_lasts_as_long_as_was_said(house: House) -> None:
+    house.clock.wall_offset -= 86_400
+    made = (await house.as_admin.post("/api/tokens", json={"name": "alice", "ttl_s": 3600})).json()
+    alice = house.client(made["token"])
+    house.clock.now += 1800
+    house.clock.wall_offset += 86_400
+    assert await opens(alice)
+    house.clock.now += 1801
+    assert not await opens(alice)
+
+
+@pytest.mark.parametrize("wrong_s", [-2 * 86_400, 2 * 86_400], ids=["behind", "ahead"])
+@pytest.mark.parametrize("is_right", [False, True], ids=["it is set right", "an operator confirms it"])
+async def test_a_time_that_begins_while_the_clock_is_doubted_lasts_as_long_as_was_said(
+    house: House, wrong_s: float, is_right: bool
+) -> None:
+    """A new rental and a renewed one: their time is counted from the moment in which the clock is believed again."""
+    await house.join(slots=2)
+    before = await house.rent(ttl_s=3600)
+    house.clock.wall_offset += wrong_s
+    await house.manager.expiry.round()
+    rental = await house.rent(ttl_s=6 * 3600)
+    renewed = (await house.as_admin.post(f"/api/rentals/{before['id']}/renew", json={"ttl_s": 6 * 3600})).json()
+    assert (rental["state"], rental["expires_at"], renewed["expires_at"]) == ("active", None, None)
+    if is_right:
+        await house.as_admin.post("/api/admin/clock")
+    else:
+        house.clock.wall_offset -= wrong_s
+        await house.manager.expiry.round()
+        house.clock.now += SETTLE_S
+    await house.manager.expiry.round()
+    assert await doubted(house) is None
+    both = [await house.rental(each["id"]) for each in (rental, before)]
+    for each in both:
+        left_s = datetime.fromisoformat(each["expires_at"]).timestamp() - house.clock.wall()
+        assert (each["state"], round(left_s)) == ("active", 6 * 3600)
+    house.clock.now += 6 * 3600 - 1
+    await house.manager.expiry.round()
+    assert {(await house.rental(each["id"]))["state"] for each in both} == {"active"}
+    house.clock.now += 1
+    await house.manager.expiry.round()
+    assert {(await house.rental(each["id"]))["state"] for each in both} == {"releasing"}
+
+
+async def test_a_doubt_that_no_round_has_seen_leaves_nobody_without_an_end(house: House) -> None:
+    await house.join()
+    house.clock.wall_offset += 2 * 86_400
+    rental = await house.rent(ttl_s=3600)
+    await house.as_admin.post("/api/admin/clock")
+    for _ in range(COUNT_EVERY):
+        await house.manager.expiry.round()
+    assert (await house.rental(rental["id"]))["expires_at"]
+
+
+async def test_a_clock_that_comes_back_is_believed_by_itself_and_it_is_said(house: House) -> None:
+    await house.join()
+    house.clock.wall_offset += 86_400
+    await house.restart()
+    await house.manager.expiry.round()
+    assert await doubted(house)
+    house.clock.wall_offset -= 86_400
+    await house.manager.expiry.round()
+    house.clock.now += SETTLE_S
+    await house.manager.expiry.round()
+    assert await doubted(house) is None
+    kinds = [e["kind"] for e in await house.events("manager.clock")]
+    assert kinds == ["manager.clock_doubted", "manager.clock_believed"]
+    await house.restart()
+    assert await doubted(house) is None
+
+
+async def test_what_expires_late_keeps_its_last_copies_for_a_day_from_then_on(house: House) -> None:
+    """The manager was away for three days."""
+    await house.join()
+    rental = await house.rent(ttl_s=3600)
+    await house.manager.copies.copy_now(rental["id"], None)
+    house.clock.now += 3 * 86_400
+    await house.manager.expiry.round()
+    await house.settle()
+    await house.manager.copies._sweep()
+    assert rental["id"] in await house.snapshot_service.rentals()

@@ -1,0 +1,492 @@
+"""Files of rentals, in the whole manager on virtual time: copied, brought along, and never lost silently."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from support.house import Agent, House
+
+from orion.manager.controllers.snapshots import FIRST_TRIES
+from orion.manager.domain.snapshot_plan import SnapshotLimits
+from orion.manager.domain.snapshots import BLOCK_BYTES, EXPIRED_KEPT_S
+from orion.manager.operations import restore
+from orion.manager.settings import Settings
+from orion.manager.snapshots.port import Home, SnapshotError
+from orion.manager.ssh.port import Host
+from orion.manager.store.database import Store
+
+AWAY = SnapshotError("vault_away", "the part of the manager that keeps copies does not answer")
+
+
+@pytest.fixture
+async def pool(house: House) -> list[Agent]:
+    return [await house.join(slots=4) for _ in range(2)]
+
+
+def holder(house: House, rental: dict[str, Any]) -> Agent:
+    return next(agent for agent in house.agents if agent.worker_id == rental["worker_id"])
+
+
+def files(house: House, rental: dict[str, Any]) -> dict[str, str]:
+    return holder(house, rental).node.homes[rental["id"]]
+
+
+async def copy_round(house: House) -> None:
+    """All that is due, and what is started when that is done."""
+    copies = house.manager.copies
+    await copies.round()
+    while running := [*copies._running.values(), *([copies._sweeping] if copies._sweeping else [])]:
+        await asyncio.gather(*running)
+        await copies.round()
+
+
+async def copied(house: House, rental: dict[str, Any]) -> dict[str, Any]:
+    """The rental after the next copies are due and made."""
+    await copy_round(house)
+    await house.pass_time(31)
+    await copy_round(house)
+    return await house.rental(rental["id"])
+
+
+async def lose(house: House, rental: dict[str, Any]) -> dict[str, Any]:
+    """Its worker dies, and the manager finds out."""
+    house.end_the_brake_of_the_start()
+    dead = holder(house, rental)
+    dead.die()
+    await house.silence(dead, 91)
+    return await house.rental(rental["id"])
+
+
+async def test_files_come_along_when_their_worker_dies_and_the_event_says_which(
+    house: House, pool: list[Agent]
+) -> None:
+    rental = await house.rent()
+    assert (rental["last_safe_copy_at"], rental["last_safe_copy_bytes"]) == (None, None)
+    files(house, rental)["precious"] = "content"
+    shown = await copied(house, rental)
+    assert shown["last_safe_copy_at"]
+    assert shown["last_safe_copy_bytes"] == 2 * BLOCK_BYTES, "the home itself and a file"
+    files(house, rental)["too late"] = "x"
+    moved = await lose(house, rental)
+    assert (moved["state"], moved["epoch"]) == ("active", 2)
+    assert files(house, moved) == {"precious": "content"}
+    (event,) = await house.events("rental.files_restored")
+    assert (event["epoch"], event["details"]["generation"], event["details"]["bytes"]) == (2, "1-1", 2 * BLOCK_BYTES)
+    assert event["details"]["age_s"] > 90
+    assert "not whole in it" not in event["reason"]
+    assert moved["explanation"] == f"running on worker {moved['worker_id']}"
+
+
+async def test_a_takeover_whose_copy_lacks_files_names_them_in_its_event_and_in_the_rentals_explanation(
+    house: House, pool: list[Agent]
+) -> None:
+    rental = await house.rent()
+    files(house, rental).update({"kept": "content", "sealed": "x", "shut": "y"})
+    house.snapshot_service.unreadable = {"sealed", "shut"}
+    await copied(house, rental)
+    moved = await lose(house, rental)
+    assert (moved["state"], files(house, moved)) == ("active", {"kept": "content"})
+    (event,) = await house.events("rental.files_restored")
+    assert event["reason"].endswith("2 files, 8192 bytes; not whole in it: sealed, shut")
+    assert event["details"]["skipped"] == ["sealed", "shut"]
+    running = f"running on worker {moved['worker_id']}"
+    assert moved["explanation"] == f"{running}; its files are from copy 1-1, not whole in it: sealed, shut"
+
+
+async def test_nobody_is_let_in_before_the_files_are_there(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    files(house, rental)["file"] = "x"
+    await copied(house, rental)
+    house.snapshot_service.failure = AWAY
+    waiting = await lose(house, rental)
+    assert waiting["state"] == "migrating"
+    assert "its files cannot be restored now" in waiting["explanation"]
+    assert "--empty" in waiting["explanation"]
+    assert house.live_copies(rental["id"]) == []
+    await house.pass_time(200)
+    assert (await house.rental(rental["id"]))["epoch"] == 2, "another worker would do no better"
+    house.snapshot_service.failure = None
+    await house.pass_time(20)
+    back = await house.rental(rental["id"])
+    assert (back["state"], files(house, back)) == ("active", {"file": "x"})
+
+
+async def test_a_worker_that_cannot_take_the_files_is_left_for_another(house: House, store: Store) -> None:
+    first, second, third = [await house.join() for _ in range(3)]
+    rental = await house.rent()
+    files(house, rental)["file"] = "x"
+    await copied(house, rental)
+    others = [agent for agent in (first, second, third) if agent.worker_id != rental["worker_id"]]
+    restore, refused = house.snapshot_service.restore, []
+
+    async def once(home: Home, *more: Any) -> Any:
+        if not refused or refused == [home.host.worker_id]:
+            refused[:] = [home.host.worker_id]
+            raise SnapshotError("failed", "there is no room for it on the worker")
+        return await restore(home, *more)
+
+    house.snapshot_service.restore = once  # type: ignore[method-assign]
+    await lose(house, rental)
+    await house.pass_time(60)
+    moved = await house.rental(rental["id"])
+    assert (moved["state"], files(house, moved)) == ("active", {"file": "x"})
+    assert {moved["worker_id"], *refused} == {agent.worker_id for agent in others}
+
+
+async def test_a_rental_that_was_never_copied_begins_empty_and_the_event_says_so(
+    house: House, pool: list[Agent]
+) -> None:
+    moved = await lose(house, await house.rent())
+    assert (moved["state"], files(house, moved)) == ("active", {})
+    assert [event["reason"] for event in await house.events("rental.started_empty")] == [restore.NO_COPY]
+
+
+async def test_copies_that_are_gone_from_the_disk_are_not_taken_for_none(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    await copied(house, rental)
+    house.snapshot_service.stored.clear()
+    waiting = await lose(house, rental)
+    assert waiting["state"] == "migrating"
+    assert "they are not there any more" in waiting["explanation"]
+    reply = await house.as_admin.post(f"/api/rentals/{rental['id']}/restore", json={"empty": True})
+    assert reply.status_code == 202, reply.text
+    await house.settle()
+    assert (await house.rental(rental["id"]))["state"] == "active"
+    assert [event["reason"] for event in await house.events("rental.started_empty")] == [
+        "without its files, as asked for"
+    ]
+
+
+async def test_what_only_the_vault_knows_is_restored_as_well(house: House, pool: list[Agent]) -> None:
+    """The manager was killed between a copy and its own note of it, or has gone back to a backup."""
+    rental = await house.rent()
+    files(house, rental)["file"] = "x"
+    agent = holder(house, rental)
+    host = Host(agent.worker_id, agent.node.host.address, agent.node.host.host_keys)
+    account = agent.node.accounts[rental["id"]]
+    await house.snapshot_service.copy(Home(rental["id"], account.uid, 1, host), SnapshotLimits())
+    moved = await lose(house, rental)
+    assert files(house, moved) == {"file": "x"}
+
+
+async def test_a_manager_that_is_restarted_after_the_files_came_lets_in_without_bringing_them_again(
+    house: House, pool: list[Agent]
+) -> None:
+    rental = await house.rent()
+    files(house, rental)["file"] = "x"
+    await copied(house, rental)
+    finish, house.manager.state_store.finish = house.manager.state_store.finish, _lose_it  # type: ignore[method-assign]
+    moved = await lose(house, rental)
+    assert moved["state"] == "migrating"
+    target = next(agent for agent in house.agents if agent.node.alive)
+    target.node.homes[rental["id"]]["newer"] = "than any copy"
+    house.manager.state_store.finish = finish  # type: ignore[method-assign]
+    await house.restart()
+    await house.pass_time(40)
+    back = await house.rental(rental["id"])
+    assert (back["state"], back["epoch"]) == ("active", 2)
+    assert files(house, back) == {"file": "x", "newer": "than any copy"}
+    assert len(house.snapshot_service.restored) == 1
+
+
+async def _lose_it(*_: Any) -> None:
+    raise OSError("the manager is killed before it writes this down")
+
+
+async def test_a_copy_that_comes_after_its_placement_has_ended_does_not_count(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    files(house, rental)["file"] = "x"
+    copy = house.snapshot_service.copy
+
+    async def late(*given: Any, **named: Any) -> Any:
+        done = await copy(*given, **named)
+        await lose(house, rental)
+        return done
+
+    house.snapshot_service.copy = late  # type: ignore[method-assign]
+    copies = house.manager.copies
+    await copies.round()
+    await house.pass_time(4)
+    await copies.round()
+    await asyncio.gather(*copies._running.values())
+    moved = await house.rental(rental["id"])
+    assert (moved["epoch"], moved["last_safe_copy_at"]) == (2, None)
+    assert (await house.as_admin.get(f"/api/rentals/{rental['id']}/snapshots")).json()["items"] == []
+
+
+# When copies are made
+
+
+async def test_every_rental_is_copied_once_in_an_interval_a_few_at_a_time(house: House) -> None:
+    await house.join(slots=10)
+    rentals = [await house.rent() for _ in range(10)]
+    at_once, made, most = 0, [], 0
+    copy = house.snapshot_service.copy
+
+    async def counted(home: Home, *given: Any, **named: Any) -> Any:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        made.append(home.rental_id)
+        await asyncio.sleep(0)
+        done = await copy(home, *given, **named)
+        at_once -= 1
+        return done
+
+    house.snapshot_service.copy = counted  # type: ignore[method-assign]
+    for _ in range(45):
+        await copy_round(house)
+        house.clock.now += 1.5
+        await house.agents[0].beat()
+    assert most == 4
+    assert {r["id"] for r in rentals} == set(made)
+    assert all(2 <= made.count(r["id"]) <= 3 for r in rentals), "in 67 s, every 27 to 30 s"
+
+
+async def test_programs_stand_still_for_half_a_percent_of_the_time_at_most_and_who_is_copied_less_often_is_told(
+    house: House, pool: list[Agent]
+) -> None:
+    rental = await house.rent()
+
+    async def copies_within(seconds: int) -> int:
+        made = 0
+        for number in range(seconds // 10):
+            files(house, rental)["file"] = f"{house.snapshot_service.pause_s} {number}"
+            before = (await house.rental(rental["id"]))["last_safe_copy_at"]
+            await house.pass_time(10)
+            await copy_round(house)
+            made += (await house.rental(rental["id"]))["last_safe_copy_at"] != before
+        return made
+
+    async def warning() -> str:
+        return str((await house.rental(rental["id"]))["home_warning"])
+
+    assert await copies_within(120) in range(3, 6), "every half minute"
+    assert await warning() == ""
+    house.snapshot_service.pause_s = 0.6
+    await copies_within(60)
+    assert await copies_within(480) in range(3, 6), "every two minutes"
+    (event,) = await house.events("rental.copy_interval_changed")
+    assert event["reason"] == (
+        "its programs would have to stand still for 0.6 s. It is tried again, ever later, and copied as soon as less "
+        "changes"
+    )
+    assert "it is copied every 120 s only" in await warning()
+    house.snapshot_service.pause_s = 0.01
+    await copies_within(120)
+    assert await copies_within(120) in range(3, 6)
+    _, back = await house.events("rental.copy_interval_changed")
+    assert "stood still for 0.01 s while its files were set aside, so they are copied every 30 s" in back["reason"]
+    assert await warning() == ""
+
+
+async def test_who_is_not_copied_again_before_a_pause_is_paid_off_is_shown_that_at_once(
+    house: House, pool: list[Agent]
+) -> None:
+    rental = await house.rent()
+    house.snapshot_service.pause_s = 9.0
+    for number in range(2):
+        files(house, rental)["file"] = str(number)
+        shown = await copied(house, rental)
+        await house.pass_time(31)
+    assert len(await house.events("rental.copy_interval_changed")) == 1
+    assert "it is copied every 1800 s only" in shown["home_warning"]
+    assert shown["copy_problem"] == ""
+
+
+async def test_a_home_that_is_too_large_says_so_once_and_again_when_it_is_copied(store: Store) -> None:
+    async with House(store, Settings(database_url=store.url, home_max_bytes=1 << 20)) as house:
+        await house.join()
+        rental = await house.rent()
+        files(house, rental)["large"] = "x" * (2 << 20)
+        for _ in range(3):
+            shown = await copied(house, rental)
+        assert "more than a copy may" in shown["copy_problem"]
+        del files(house, rental)["large"]
+        shown = await copied(house, rental)
+        assert (shown["copy_problem"], shown["last_safe_copy_bytes"]) == ("", BLOCK_BYTES)
+        kinds = [
+            event["kind"] for event in await house.events() if event["kind"] in {"rental.over_limit", "rental.copied"}
+        ]
+        assert kinds == ["rental.over_limit", "rental.copied"]
+
+
+async def test_a_worker_that_does_not_answer_once_is_no_news(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    await copied(house, rental)
+    house.snapshot_service.failure = SnapshotError("unreachable", "the worker cannot be asked")
+    await house.pass_time(31)
+    await copy_round(house)
+    assert (await house.rental(rental["id"]))["copy_problem"] == ""
+    await house.pass_time(31)
+    await copy_round(house)
+    assert (await house.rental(rental["id"]))["copy_problem"] == "the worker cannot be asked"
+
+
+async def test_no_copy_is_made_on_a_disk_that_is_nearly_full_and_the_status_says_so(
+    house: House, pool: list[Agent]
+) -> None:
+    rental = await house.rent()
+    house.disk_share = 0.81
+    assert (await copied(house, rental))["last_safe_copy_at"] is None
+    status = (await house.as_admin.get("/api/status")).json()
+    assert "80% full" in status["copies_paused"]
+    house.disk_share = 0.79
+    assert (await copied(house, rental))["last_safe_copy_at"]
+    assert (await house.as_admin.get("/api/status")).json()["copies_paused"] is None
+
+
+async def test_copies_of_a_released_rental_go_and_of_an_expired_one_a_day_later(
+    house: House, pool: list[Agent]
+) -> None:
+    released, expired = await house.rent(), await house.rent(ttl_s=600)
+    await copied(house, released)
+    assert set(house.snapshot_service.stored) == {released["id"], expired["id"]}
+    await house.as_admin.delete(f"/api/rentals/{released['id']}")
+    await house.settle()
+    await house.pass_time(61)
+    await copy_round(house)
+    assert set(house.snapshot_service.stored) == {expired["id"]}
+    for after_s, kept in ((600.0, {expired["id"]}), (EXPIRED_KEPT_S + 1, set())):
+        house.clock.now += after_s
+        for agent in pool:
+            await agent.beat()
+        await house.manager.expiry.round()
+        await house.settle()
+        await copy_round(house)
+        assert set(house.snapshot_service.stored) == kept
+
+
+# Beginning again with an older copy
+
+
+async def snapshots(house: House, rental: dict[str, Any]) -> list[str]:
+    reply = await house.as_admin.get(f"/api/rentals/{rental['id']}/snapshots")
+    return [item["generation"] for item in reply.json()["items"]]
+
+
+async def test_an_older_copy_is_restored_on_demand_and_what_was_there_is_copied_first(
+    house: House, pool: list[Agent]
+) -> None:
+    rental = await house.rent()
+    for content in ("good", "better", "best", "spoilt"):
+        files(house, rental)["file"] = content
+        await copied(house, rental)
+    assert await snapshots(house, rental) == ["1-2", "1-3", "1-4"]
+    files(house, rental)["file"] = "just now"
+    reply = await house.as_admin.post(f"/api/rentals/{rental['id']}/restore", json={"generation": "1-2"})
+    assert (reply.status_code, reply.json()["state"]) == (202, "migrating")
+    assert house.live_copies(rental["id"]) == [1], "the old one has not ended yet"
+    await house.settle()
+    again = await house.rental(rental["id"])
+    assert (again["state"], again["epoch"], files(house, again)) == ("active", 2, {"file": "better"})
+    assert house.live_copies(rental["id"]) == [2]
+    assert [p["state"] for p in await house.placements()] == ["purged", "running"]
+    assert house.snapshot_service.stored[rental["id"]][max(house.snapshot_service.stored[rental["id"]])][1] == {
+        "file": "just now"
+    }
+    after = await lose(house, again)
+    assert files(house, after) == {"file": "better"}, "nothing was copied since: a takeover brings what it went back to"
+
+
+async def test_a_rental_is_never_on_two_workers_while_it_begins_again(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    await copied(house, rental)
+    old = holder(house, rental)
+    old.node.hang()
+    await house.as_admin.post(f"/api/rentals/{rental['id']}/restore", json={"generation": "1-1", "discard": True})
+    await house.manager.reconciler.round()
+    assert [p["state"] for p in await house.placements()] == ["stopping"]
+    old.node.go_on()
+    await house.settle()
+    assert (await house.rental(rental["id"]))["state"] == "active"
+
+
+async def test_what_cannot_be_restored_is_refused_with_its_reason(house: House, pool: list[Agent]) -> None:
+    queued = await house.rent()
+    alice = await house.new_client("alice")
+    rental_path = f"/api/rentals/{queued['id']}/restore"
+    assert (await alice.post(rental_path, json={"empty": True})).status_code == 404
+    for wrong in ({}, {"empty": True, "generation": "1-1"}, {"generation": "../1"}, {"generation": "1-1\n"}):
+        assert (await house.as_admin.post(rental_path, json=wrong)).status_code == 422
+    assert (await house.as_admin.post(rental_path, json={"generation": "1-7"})).status_code == 404
+    house.snapshot_service.failure = AWAY
+    refused = await house.as_admin.post(rental_path, json={"empty": True})
+    assert (refused.status_code, refused.json()["code"]) == (409, "not_copied")
+    assert "does not answer" in refused.json()["detail"]
+    await house.as_admin.delete(f"/api/rentals/{queued['id']}")
+    await house.settle()
+    ended = await house.as_admin.post(rental_path, json={"empty": True})
+    assert (ended.status_code, ended.json()["code"]) == (409, "ended")
+
+
+async def test_a_rental_that_was_never_active_has_nothing_to_restore(house: House) -> None:
+    waiting = await house.rent()
+    refused = await house.as_admin.post(f"/api/rentals/{waiting['id']}/restore", json={"empty": True})
+    assert (refused.status_code, refused.json()["code"]) == (409, "not_active_yet")
+
+
+async def test_a_first_copy_that_fails_is_tried_again_soon_and_said_when_it_goes_on_failing(
+    house: House, pool: list[Agent]
+) -> None:
+    house.snapshot_service.failure = SnapshotError("unreachable", "the worker cannot be asked")
+    rental = await house.rent()
+    tries = []
+    for _ in range(8):
+        await copy_round(house)
+        tries.append(house.manager.copies._failures[rental["id"]])
+        problem = (await house.rental(rental["id"]))["copy_problem"]
+        assert ("cannot be asked" in problem) is (tries[-1] > FIRST_TRIES)
+        await house.pass_time(3)
+    assert tries[:2] == [1, 2]
+    assert tries[-1] == 4, "ever less often"
+    house.snapshot_service.failure = None
+    await house.pass_time(31)
+    await copy_round(house)
+    shown = await house.rental(rental["id"])
+    assert (bool(shown["last_safe_copy_at"]), shown["copy_problem"]) == (True, "")
+
+
+async def test_a_rental_whose_worker_was_suspect_when_it_was_due_is_copied_soon_after_it_is_ready_again(
+    house: House, pool: list[Agent]
+) -> None:
+    """Also its first copy, which is due in the moment in which it becomes active."""
+    rental = await house.rent()
+    silent = holder(house, rental)
+    await house.silence(silent, 46)
+    assert "not run on a worker that can be asked" in await house.manager.copies.copy_now(rental["id"], None)
+    silent.beating = True
+    for _ in range(3):  # a tenth of the interval at most after it is found
+        await house.pass_time(2)
+        await copy_round(house)
+    assert (await house.rental(rental["id"]))["last_safe_copy_at"]
+
+
+async def test_an_old_copy_is_always_explained(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    await copied(house, rental)
+
+    async def explained() -> str:
+        found = [await house.rental(rental["id"]), *(await house.as_admin.get("/api/rentals")).json()["items"]]
+        (problem,) = {shown["copy_problem"] for shown in found}
+        return str(problem)
+
+    await house.pass_time(60)
+    assert await explained() == ""
+    await house.pass_time(31)
+    assert await explained() == "the copies of others come first"
+    house.snapshot_service.failure = SnapshotError("unreachable", "the worker cannot be asked")
+    await copy_round(house)
+    assert await explained() == "the last copy has failed, and is tried again"
+    house.snapshot_service.failure = None
+    house.disk_share = 0.81
+    await copy_round(house)
+    assert "no files are copied at present: " in await explained()
+    house.disk_share = 0.79
+    house.end_the_brake_of_the_start()
+    holder(house, rental).die()
+    await house.silence(holder(house, rental), 60)
+    await copy_round(house)
+    assert "its worker is not heard from" in await explained()

@@ -1,0 +1,385 @@
+"""Who is let through to a worker, for how long, and what is written down about it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, insert, update
+from support.browser import is_connected, opening, ticket
+from support.house import House
+from support.way_in import Sshds, coming_in
+
+from orion.manager.domain.steps import Event
+from orion.manager.gateway.relay import MOVED, REVOKED
+from orion.manager.gateway.sessions import SessionLimits
+from orion.manager.store import tokens
+from orion.manager.store.database import record
+from orion.manager.store.schema import copies, placements, rentals
+
+
+async def token_of(house: House, name: str, role: str = "client") -> str:
+    _, token = await house.store.write(tokens.create, "admin", name, role, None)
+    return token
+
+
+async def test_a_session_leads_to_the_one_worker_that_is_the_rentals(house: House, sshds: Sshds) -> None:
+    """Two workers have held it, and the former one still has a certificate that is good for an hour: nobody is brought
+    to it any more."""
+    first, second = await house.join(), await house.join()
+    rental = await house.rent()
+    there, other = (first, second) if rental["worker_id"] == first.worker_id else (second, first)
+    there.die()
+    await house.silence(there, 100)
+    await house.pass_time(10)
+    there.node.alive = True
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        assert await client.is_in()
+        [(host, sshd)] = sshds.connected
+        assert (host.worker_id, host.host_keys) == (other.worker_id, other.node.host.host_keys)
+        client.said.put_nowait({"type": "websocket.receive", "bytes": b"SSH-2.0-x"})
+        assert await asyncio.get_running_loop().sock_recv(sshd, 100) == b"SSH-2.0-x"
+        await client.leave()
+
+
+async def test_another_clients_token_opens_nothing_and_reaches_no_worker(house: House, sshds: Sshds) -> None:
+    await house.join()
+    rental = await house.rent()
+    for role, status in (("client", 404), ("join", 403)):
+        async with coming_in(house, rental["id"], await token_of(house, "mallory", role)) as client:
+            assert (await client.refusal())["status"] == status
+    async with coming_in(house, rental["id"], "orion_client_nobody_x") as client:
+        assert (await client.refusal())["status"] == 401
+    assert sshds.connected == []
+
+
+async def test_a_rental_that_is_queued_or_over_is_refused_with_its_reason(house: House, sshds: Sshds) -> None:
+    rental = await house.rent()
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        told = await client.refusal()
+    assert (told["status"], told["code"]) == (409, "not_active")
+    assert "queued" in told["detail"]
+    await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+    await house.settle()
+    async with coming_in(house, rental["id"], house.secrets.admin_token, "wait_s=55") as client:
+        assert "released" in (await client.refusal())["detail"]
+    assert sshds.connected == []
+
+
+async def test_what_is_worth_waiting_for_is_told_from_what_is_over(house: House, sshds: Sshds) -> None:
+    """By Retry-After: a client that says every few seconds what it waits for asks again."""
+    rental = await house.rent()
+    for again in ("5", ""):
+        async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+            start = await client.hears()
+            assert dict(start["headers"]).get(b"retry-after", b"").decode() == again
+        await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+        await house.settle()
+    assert sshds.connected == []
+
+
+async def test_nobody_is_let_through_to_a_rental_that_stands_still_for_its_move(house: House, sshds: Sshds) -> None:
+    """Its sshd would say that permission is denied."""
+    await house.join()
+    rental = await house.rent()
+
+    async def hold(move: int) -> None:
+        def put(connection: Connection) -> None:
+            connection.execute(update(placements).values(held=move))
+            record(
+                connection,
+                Event(kind="rental.held", actor="reconciler", reason="it moves", rental_id=rental["id"], epoch=1),
+            )
+
+        await house.store.write(put)
+
+    await hold(1)
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        told = await client.refusal()
+        assert (told["status"], told["code"]) == (409, "not_active")
+        assert "stands still for a moment" in told["detail"]
+    async with coming_in(house, rental["id"], house.secrets.admin_token, "wait_s=50") as client:
+        await hold(0)
+        assert await client.is_in()
+        await client.leave()
+    assert len(sshds.connected) == 1
+
+
+async def test_who_comes_in_is_told_why_its_rental_may_be_frozen(house: House, sshds: Sshds) -> None:
+    await house.join()
+    rental = await house.rent()
+    problem = "its home holds too much: 3 GB\r\nX: y\u00e9; it is frozen: `orion thaw` lets it go on"
+    await house.store.write(lambda connection: connection.execute(update(rentals).values(copy_problem=problem)))
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        accepted = await client.hears()
+        [(name, said)] = accepted["headers"]
+        assert name == b"X-Orion-Notice"
+        assert said.decode() == f"{rental['name']} is not copied: {problem}".replace("\r", "?").replace(
+            "\n", "?"
+        ).replace("\u00e9", "?")
+        await client.leave()
+    assert len(sshds.connected) == 1
+
+
+async def nearly_full_with_a_salvage(house: House) -> dict[str, Any]:
+    rental = await house.rent()
+    row = {"rental_id": rental["id"], "epoch": 1, "number": 4, "at": house.clock.wall(), "bytes": 12_000, "files": 3}
+    warned = update(rentals).values(home_warning="its home holds 9.0 MB of 10.0 MB", let_in_epoch=2)
+    await house.store.write(lambda connection: connection.execute(warned))
+    salvage = insert(copies).values(row | {"skipped": [], "salvage": True})
+    await house.store.write(lambda connection: connection.execute(salvage))
+    return rental
+
+
+async def test_who_logs_in_is_told_of_a_home_that_is_nearly_full_and_of_a_salvage_that_waits(
+    house: House, sshds: Sshds
+) -> None:
+    await house.join()
+    rental = await nearly_full_with_a_salvage(house)
+    told = (
+        f"{rental['name']}: its home holds 9.0 MB of 10.0 MB; it does not have what a lost worker still had of it: "
+        f"orion restore {rental['name']} --from 1-4"
+    )
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        assert (await client.hears())["headers"] == [(b"X-Orion-Remark", told.encode())]
+        await client.leave()
+    async with opening(house, rental["id"], await ticket(house.as_admin, rental["id"])) as page:
+        assert (await is_connected(page))["notice"] == told
+
+
+async def test_a_salvage_is_shown_for_a_week_by_a_clock_that_is_believed(house: House) -> None:
+    await house.join()
+    rental = await nearly_full_with_a_salvage(house)
+    house.clock.wall_offset += 8 * 86_400
+    assert (await house.rental(rental["id"]))["salvage"]["generation"] == "1-4"
+    assert (await house.as_admin.get("/api/rentals")).json()["items"][0]["salvage"]
+    await house.as_admin.post("/api/admin/clock")
+    assert (await house.rental(rental["id"]))["salvage"] is None
+
+
+async def test_who_logs_in_where_nothing_waits_is_told_nothing(house: House, sshds: Sshds) -> None:
+    await house.join()
+    rental = await house.rent()
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        assert (await client.hears())["headers"] == []
+        await client.leave()
+    async with opening(house, rental["id"], await ticket(house.as_admin, rental["id"])) as page:
+        assert "notice" not in await is_connected(page)
+
+
+async def test_who_waits_comes_in_when_the_rental_is_there(house: House, sshds: Sshds) -> None:
+    rental = await house.rent()
+    async with coming_in(house, rental["id"], house.secrets.admin_token, "wait_s=55") as client:
+        await house.join()
+        await house.settle()
+        assert await client.is_in()
+        await client.leave()
+    assert len(sshds.connected) == 1
+
+
+@pytest.mark.parametrize("wait_s", ["-1", "nan", "1000", "x"])
+async def test_nobody_waits_for_longer_than_the_contract_says(house: House, wait_s: str) -> None:
+    rental = await house.rent()
+    async with coming_in(house, rental["id"], house.secrets.admin_token, f"wait_s={wait_s}") as client:
+        assert (await client.refusal())["status"] == 422
+
+
+async def test_a_session_ends_at_once_when_its_worker_is_lost_and_says_so(house: House, sshds: Sshds) -> None:
+    worker = await house.join()
+    rental = await house.rent()
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        assert await client.is_in()
+        house.end_the_brake_of_the_start()
+        worker.die()
+        await house.silence(worker, 100)
+        await house.pass_time(10)
+        told = await client.hears()
+        assert (told["type"], told["code"], told["reason"]) == ("websocket.close", MOVED, "its worker is down")
+        await client.ended()
+    assert sshds.connected[0][1].recv(1) == b"", "and its connection to the worker is closed"
+
+
+async def test_a_release_ends_the_sessions_of_that_rental_alone(house: House, sshds: Sshds) -> None:
+    await house.join(slots=2)
+    one, other = await house.rent(), await house.rent()
+    async with (
+        coming_in(house, one["id"], house.secrets.admin_token) as ending,
+        coming_in(house, other["id"], house.secrets.admin_token) as staying,
+    ):
+        assert await ending.is_in()
+        assert await staying.is_in()
+        await house.as_admin.delete(f"/api/rentals/{one['id']}")
+        await house.settle()
+        assert (await ending.hears())["code"] == MOVED
+        assert staying.heard.empty()
+        await staying.leave()
+    assert len(sshds.connected) == 2
+
+
+async def test_a_revoked_token_ends_its_own_sessions_at_once_and_no_others(house: House, sshds: Sshds) -> None:
+    await house.join()
+    one = await house.rent()
+    alice = await token_of(house, "alice", "admin")
+    async with (
+        coming_in(house, one["id"], alice) as ending,
+        coming_in(house, one["id"], house.secrets.admin_token) as staying,
+    ):
+        assert await ending.is_in()
+        assert await staying.is_in()
+        await house.revoke("alice")
+        told = await ending.hears()
+        assert (told["code"], told["reason"]) == (REVOKED, "the token by which it was opened has been revoked")
+        assert staying.heard.empty()
+        await staying.leave()
+
+
+async def test_a_token_that_is_revoked_while_it_waits_for_its_rental_opens_nothing(house: House, sshds: Sshds) -> None:
+    waiting = await house.rent()
+    async with coming_in(house, waiting["id"], await token_of(house, "alice", "admin"), "wait_s=50") as client:
+        await house.pass_time(1)
+        await house.revoke("alice")
+        await house.join()
+        await house.settle()
+        assert (await client.refusal())["status"] == 401
+    assert sshds.connected == []
+
+
+async def test_what_ends_of_another_epoch_ends_no_session(house: House, sshds: Sshds) -> None:
+    await house.join()
+    rental = await house.rent()
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        assert await client.is_in()
+        for epoch in (rental["epoch"] - 1, rental["epoch"] + 1):
+            other = Event(
+                kind="placement.failed",
+                actor="reconciler",
+                reason="it came to nothing",
+                rental_id=rental["id"],
+                epoch=epoch,
+            )
+            await house.store.write(record, other)
+        assert client.heard.empty()
+        its_own = Event(
+            kind="placement.lost", actor="reconciler", reason="its worker is down", rental_id=rental["id"], epoch=1
+        )
+        await house.store.write(record, its_own)
+        assert (await client.hears())["code"] == MOVED
+    assert len(sshds.connected) == 1
+
+
+async def test_every_session_is_two_events_and_never_what_was_said(house: House, sshds: Sshds) -> None:
+    await house.join()
+    token = await token_of(house, "alice")
+    rental = (await house.client(token).post("/api/rent", json={"wait_s": 0})).json()
+    await house.settle()
+    async with coming_in(house, rental["id"], token) as client:
+        assert await client.is_in()
+        client.said.put_nowait({"type": "websocket.receive", "bytes": b"the secret"})
+        assert await asyncio.get_running_loop().sock_recv(sshds.connected[0][1], 100) == b"the secret"
+        house.clock.now += 61.5
+        await client.leave()
+    assert await house.events("rental.session") == [], "not on the way of the session: once a second, all together"
+    await house.manager.sessions.flush()
+    opened, closed = await house.events("rental.session")
+    assert (opened["kind"], closed["kind"]) == ("rental.session_opened", "rental.session_closed")
+    for event in (opened, closed):
+        assert (event["actor"], event["owner"], event["rental_id"], event["epoch"]) == (
+            "alice",
+            "alice",
+            rental["id"],
+            1,
+        )
+        assert event["details"]["from"] == "198.51.100.7"
+        assert event["details"]["session"] == opened["details"]["session"]
+        assert "secret" not in str(event)
+    assert closed["details"] | {"session": "", "from": ""} == {
+        "session": "", "from": "", "seconds": 61.5, "bytes_to_worker": 10, "bytes_to_client": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (SessionLimits(of_a_rental=2), "the rental has 2 sessions"),
+        (SessionLimits(of_all=4), "the rentals of admin have 2 sessions"),
+        (SessionLimits(young_of_a_rental=2), "begun there at once"),
+        (SessionLimits(young_of_a_worker=4), "begun there at once"),
+    ],
+)
+async def test_a_limit_answers_with_its_reason(house: House, sshds: Sshds, limits: SessionLimits, said: str) -> None:
+    await house.join()
+    rental = await house.rent()
+    house.manager.sessions.limits = limits
+    async with AsyncExitStack() as inside:
+        for _ in range(2):
+            client = await inside.enter_async_context(coming_in(house, rental["id"], house.secrets.admin_token))
+            assert await client.is_in()
+        async with coming_in(house, rental["id"], house.secrets.admin_token) as one_more:
+            told = await one_more.refusal()
+        assert (told["status"], told["code"]) == (429, "too_many_sessions")
+        assert said in told["detail"]
+        assert len(sshds.connected) == 2
+        if limits.young_of_a_rental == 2:
+            house.clock.now += limits.young_s
+            async with coming_in(house, rental["id"], house.secrets.admin_token) as later:
+                assert await later.is_in(), "those that have logged in since do not count"
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as after:
+        assert await after.is_in() or limits.young_of_a_rental == 2, "who left takes no place"
+
+
+async def test_sessions_of_one_rental_do_not_keep_another_out(house: House, sshds: Sshds) -> None:
+    await house.join(slots=2)
+    one, other = await house.rent(), await house.rent()
+    house.manager.sessions.limits = SessionLimits(of_a_rental=1, young_of_a_rental=1)
+    async with (
+        coming_in(house, one["id"], house.secrets.admin_token) as first,
+        coming_in(house, other["id"], house.secrets.admin_token) as second,
+    ):
+        assert await first.is_in()
+        assert await second.is_in()
+    assert len(sshds.connected) == 2
+
+
+@pytest.mark.parametrize("limits", [SessionLimits(of_all=4), SessionLimits(young_of_a_worker=4)])
+async def test_an_owner_of_many_rentals_leaves_others_half_of_the_sessions(
+    house: House, sshds: Sshds, limits: SessionLimits
+) -> None:
+    await house.join(slots=4)
+    other = (await house.store.write(tokens.create, "admin", "other", "client", None))[1]
+    rentals = [(await house.rent())["id"] for _ in range(3)]
+    theirs = (await house.client(other).post("/api/rent", json={"wait_s": 0})).json()["id"]
+    await house.settle()
+    house.manager.sessions.limits = limits
+    async with AsyncExitStack() as inside:
+        for rental_id in rentals[:2]:
+            client = await inside.enter_async_context(coming_in(house, rental_id, house.secrets.admin_token))
+            assert await client.is_in()
+        async with coming_in(house, rentals[2], house.secrets.admin_token) as one_more:
+            assert (await one_more.refusal())["code"] == "too_many_sessions"
+        for _ in range(2):
+            client = await inside.enter_async_context(coming_in(house, theirs, other))
+            assert await client.is_in()
+        async with coming_in(house, theirs, other) as one_more:
+            assert (await one_more.refusal())["code"] == "too_many_sessions"
+    assert len(sshds.connected) == 4
+    async with coming_in(house, rentals[2], house.secrets.admin_token) as after:
+        assert await after.is_in() or limits.young_of_a_worker == 4, "who left takes no place"
+
+
+async def test_a_renter_is_recognised_before_it_is_let_through(house: House, sshds: Sshds) -> None:
+    worker = await house.join()
+    rental = await house.rent()
+    before = worker.node.host_certificate
+    house.clock.now += 3600
+    async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
+        assert await client.is_in()
+    assert worker.node.host_certificate != before
+    assert len(sshds.connected) == 1
+
+
+def test_the_limits_leave_the_managers_own_connections_room() -> None:
+    """sshd of a worker drops some of those that have not logged in from 200 on (MaxStartups)."""
+    assert SessionLimits().young_of_a_worker < 200
+    assert 2 * SessionLimits().young_of_a_rental < SessionLimits().young_of_a_worker

@@ -1,0 +1,580 @@
+"""Web ports: whom the manager lets through, where it leads them, and what it tells all others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import httpx
+import pytest
+from orion_worker.web.port_tokens import PortToken, token_from
+from orion_worker.web.refusals import PortRefusal
+from support.house import Agent, House
+
+from orion import wire
+from orion.manager.api.web_ports import WebPortServices
+from orion.manager.gateway import port_connections, port_keys, tickets
+from orion.manager.gateway.port_keys import Named, PortKeys
+from orion.manager.store.tokens import make_token
+
+PORT = 8000
+PATH_HOST, OWN_HOST = "orion.example:8443", "8000-it.apps.example"
+
+
+class Asking:
+    """As the proxy asks for somebody who is at the door."""
+
+    def __init__(self, house: House, rental_id: str, port: int = PORT) -> None:
+        self.house = house
+        self.about = {"X-Orion-Rental": rental_id, "X-Orion-Port": str(port), "X-Orion-Method": "GET"}
+        self.on_own_host = {"X-Orion-Own-Host": "1", "X-Forwarded-Host": OWN_HOST}
+
+    async def way(self, **headers: str) -> httpx.Response:
+        told = self.about | {name.replace("_", "-"): value for name, value in headers.items()}
+        return await self.house.http.get("/web/way", headers=told)
+
+    async def by_cookie(self, key: str, **headers: str) -> httpx.Response:
+        return await self.way(**self.on_own_host, cookie=f"a=b; orion_port={key}; c=d", **headers)
+
+    async def lets_in(self, **headers: str) -> bool:
+        reply = await self.way(**headers)
+        assert reply.status_code in {204, 403}, reply.text
+        if reply.status_code == 403:
+            assert not {"x-orion-worker", "x-orion-pass"} & set(reply.headers), "a refusal tells of no worker"
+        return reply.status_code == 204
+
+    async def refusal(self, **headers: str) -> tuple[int, str]:
+        reply = shown(await self.way(**headers))
+        return reply.status_code, reply.json()["code"]
+
+
+def shown(reply: httpx.Response) -> httpx.Response:
+    """Return what the proxy makes of a refusal (manager_proxy/web_access.conf)."""
+    assert (reply.status_code, reply.content) == (403, b"")
+    told = {
+        name: reply.headers[name] for name in ("location", "www-authenticate", "retry-after") if name in reply.headers
+    }
+    kind = {"json": "application/problem+json", "html": "text/html; charset=utf-8"}[reply.headers["x-orion-refused-as"]]
+    content = unquote_to_bytes(reply.headers["x-orion-refused-text"])
+    return httpx.Response(
+        int(reply.headers["x-orion-refused-status"]), headers=told | {"Content-Type": kind}, content=content
+    )
+
+
+def token(client: httpx.AsyncClient) -> dict[str, str]:
+    return {"Authorization": client.headers["Authorization"]}
+
+
+async def ticket(client: httpx.AsyncClient, rental_id: str, port: int = PORT) -> str:
+    reply = await client.post(f"/api/rentals/{rental_id}/ports/{port}/ticket")
+    assert reply.status_code == 201, reply.text
+    return str(reply.json()["ticket"])
+
+
+async def give(house: House, rental_id: str, told: str, port: int = PORT, **headers: str) -> httpx.Response:
+    """As the page that `orion open` leads to does."""
+    form = {"rental": rental_id, "port": str(port), "ticket": told}
+    return await house.http.post("/web/open", data=form, headers={n.replace("_", "-"): v for n, v in headers.items()})
+
+
+async def key(house: House, client: httpx.AsyncClient, rental_id: str, port: int = PORT) -> str:
+    sent_on = await give(house, rental_id, await ticket(client, rental_id, port), port)
+    assert sent_on.status_code == 303, sent_on.text
+    before, _, found = sent_on.headers["location"].rstrip("/").partition("~")
+    assert before == f"/r/{rental_id}/{port}/"
+    return str(found)
+
+
+async def expose(client: httpx.AsyncClient, rental_id: str, public: bool = True, port: int = PORT) -> httpx.Response:
+    return await client.put(f"/api/rentals/{rental_id}/ports/{port}", json={"public": public})
+
+
+async def rented(house: House) -> tuple[Agent, str, httpx.AsyncClient]:
+    """Alice's."""
+    worker, alice = await house.join(), await house.new_client("alice")
+    rental_id = (await alice.post("/api/rent", json={"wait_s": 0})).json()["id"]
+    await house.settle()
+    return worker, str(rental_id), alice
+
+
+# Who may
+
+
+async def test_a_port_is_its_owners_alone_until_it_is_made_public_and_again_after(house: House) -> None:
+    _, rental_id, alice = await rented(house)
+    mallory = await house.new_client("mallory")
+    port, other = Asking(house, rental_id), Asking(house, rental_id, 8001)
+    assert not await port.lets_in()
+    assert not await port.lets_in(**token(mallory))
+    assert await port.lets_in(**token(alice))
+    assert await port.lets_in(**token(house.as_admin))
+
+    assert (await expose(mallory, rental_id)).status_code == 404
+    for _ in range(2):
+        assert (await expose(alice, rental_id)).json()["public"] is True
+    assert await port.lets_in()
+    assert await port.lets_in(**token(mallory))
+    assert not await other.lets_in(), "a port is public, and not the rental"
+    listed = (await alice.get(f"/api/rentals/{rental_id}/ports")).json()["items"]
+    assert [(item["port"], item["public"]) for item in listed] == [(PORT, True)]
+    assert (await house.rental(rental_id))["public_ports"] == [PORT]
+
+    assert (await expose(alice, rental_id, public=False)).json()["public"] is False
+    assert not await port.lets_in()
+    told = [(e["kind"], e["actor"], e["details"]) for e in await house.events("rental.port")]
+    assert told == [("rental.port_published", "alice", {"port": PORT}), ("rental.port_closed", "alice", {"port": PORT})]
+
+
+async def test_a_stranger_learns_nothing_of_what_there_is(house: House) -> None:
+    _, rental_id, _ = await rented(house)
+    mallory = await house.new_client("mallory")
+    there, nowhere = Asking(house, rental_id), Asking(house, "nosuchthin")
+    assert await there.refusal() == await nowhere.refusal() == (401, "private")
+    assert await there.refusal(**token(mallory)) == await nowhere.refusal(**token(mallory)) == (404, "not_found")
+    assert await there.refusal(Authorization="Bearer orion_client_x_y") == (401, "unauthorized")
+
+
+async def test_a_rental_is_found_by_its_name_by_its_owner_alone(house: House) -> None:
+    await house.join()
+    alice, mallory = await house.new_client("alice"), await house.new_client("mallory")
+    rental_id = (await alice.post("/api/rent", json={"name": "production", "wait_s": 0})).json()["id"]
+    await house.settle()
+    named = Asking(house, "production")
+    sent_on = shown(await named.way(X_Orion_Rest="/a%2Fb?c=d", **token(alice)))
+    assert (sent_on.status_code, sent_on.headers["location"]) == (307, f"/r/{rental_id}/{PORT}/a%2Fb?c=d")
+    elsewhere = shown(await named.way(X_Orion_Rest="//evil.example/", **token(alice)))
+    assert elsewhere.headers["location"].startswith(f"/r/{rental_id}/{PORT}/")
+    assert await named.refusal(**token(mallory)) == await named.refusal(**token(house.as_admin)) == (404, "not_found")
+    stranger = shown(await named.way()).json()
+    assert stranger["code"] == "private"
+    assert f"`orion open production {PORT}`" in stranger["detail"]
+
+
+@pytest.mark.parametrize(
+    ("seen", "status", "code"),
+    [
+        ("", 503, "try_again"),
+        ("not_connected", 503, "worker_unreachable"),
+        ("no_answer", 503, "worker_unreachable"),
+        ("unreadable", 502, "answer_unreadable"),
+        ("what no proxy says", 503, "try_again"),
+    ],
+)
+async def test_what_the_proxy_could_not_serve_is_said_by_what_it_saw(
+    house: House, seen: str, status: int, code: str
+) -> None:
+    _, rental_id, alice = await rented(house)
+    reply = await Asking(house, rental_id).way(X_Orion_Explain="1", X_Orion_Seen=seen, **token(alice))
+    assert (reply.status_code, reply.json()["code"]) == (status, code)
+
+
+async def test_only_the_proxy_asks_the_way(house: House) -> None:
+    """From outside nobody comes to this address; and whoever came would have to know the proxy's secret."""
+    _, rental_id, alice = await rented(house)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(house.app), base_url="http://manager") as outsider:
+        reply = await outsider.get("/web/way", headers=Asking(house, rental_id).about | token(alice))
+    assert reply.json()["code"] == "not_through_the_door"
+    assert "/web/way" not in (await house.http.get("/api/openapi.json")).json()["paths"]
+
+
+@pytest.mark.parametrize("port", ["22", "80", "1023", "65536", "0", "-1", "", "80 00", "8e3", "٨٠٠٠", "9" * 14])
+async def test_what_is_no_port_of_a_renter_leads_nowhere(house: House, port: str) -> None:
+    told = Asking(house, "abcdefghij").about | {"X-Orion-Port": port}
+    reply = shown(await house.http.get("/web/way", headers={name: value.encode() for name, value in told.items()}))
+    assert (reply.status_code, reply.json()["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize("port", ["22", "1023", "65536", "0", "-1", "8e3"])
+async def test_only_a_port_of_a_renter_is_made_public(house: House, port: str) -> None:
+    refused = await house.as_admin.put(f"/api/rentals/x/ports/{port}", json={"public": True})
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
+
+
+async def test_so_many_ports_may_be_public_and_none_of_a_rental_that_is_over(house: House) -> None:
+    _, rental_id, alice = await rented(house)
+    for port in range(2000, 2000 + wire.MAX_PUBLIC_PORTS):
+        assert (await expose(alice, rental_id, port=port)).status_code == 200
+    refused = await expose(alice, rental_id)
+    assert (refused.status_code, refused.json()["code"]) == (409, "too_many_ports")
+    await alice.delete(f"/api/rentals/{rental_id}")
+    await house.settle()
+    refused = await expose(alice, rental_id, public=False, port=2000)
+    assert (refused.status_code, refused.json()["code"]) == (409, "ended")
+    refused = await alice.post(f"/api/rentals/{rental_id}/ports/2000/ticket")
+    assert (refused.status_code, refused.json()["code"]) == (409, "ended")
+
+
+# Where it leads
+
+
+def opens(reply: httpx.Response, worker: Agent) -> PortToken | None:
+    """What the door of that worker makes of the pass."""
+    try:
+        return token_from(reply.headers["x-orion-pass"], worker.session)
+    except PortRefusal:
+        return None
+
+
+async def test_the_way_leads_to_the_current_worker_with_a_pass_that_it_alone_takes(house: House) -> None:
+    first, rental_id, alice = await rented(house)
+    second = await house.join()
+    asking = Asking(house, rental_id)
+    reply = await asking.way(**token(alice))
+    assert reply.headers["x-orion-worker"] == first.node.host.address
+    assert opens(reply, first) == PortToken(rental_id, 1, PORT)
+    assert opens(reply, second) is None
+
+    first.die()
+    await house.silence(first, 60)
+    assert (await asking.way(**token(alice))).status_code == 204, "nobody is declared dead for being silent"
+    await house.silence(first, 100)
+    await house.pass_time(10)
+    moved = await asking.way(**token(alice))
+    assert moved.headers["x-orion-worker"] == second.node.host.address
+    assert opens(moved, second) == PortToken(rental_id, 2, PORT)
+    assert opens(moved, first) is None
+
+
+async def test_a_pass_ends_with_the_session_of_its_worker(house: House) -> None:
+    """Another container gets a dead worker's address, or the worker begins anew."""
+    worker, rental_id, alice = await rented(house)
+    before = await Asking(house, rental_id).way(**token(alice))
+    await worker.register()
+    await house.settle()
+    assert opens(before, worker) is None
+    assert opens(await Asking(house, rental_id).way(**token(alice)), worker) == PortToken(rental_id, 1, PORT)
+
+
+async def test_a_rental_that_is_on_the_move_is_to_be_waited_for(house: House) -> None:
+    worker, rental_id, alice = await rented(house)
+    await expose(alice, rental_id)
+    await house.join()
+    await house.rent()  # which takes the only other place
+    worker.die()
+    await house.silence(worker, 100)
+    await house.pass_time(10)
+    assert (await house.rental(rental_id))["state"] != "active"
+    asking = Asking(house, rental_id)
+    assert not await asking.lets_in()
+    reply = shown(await asking.way())
+    assert (reply.status_code, reply.json()["code"]) == (503, "not_active")
+    assert reply.headers["retry-after"] == "2"
+    assert "queued" not in reply.text, "why is its owner's to know"
+    await expose(alice, rental_id, public=False)
+    assert "queued" in shown(await asking.way(**token(alice))).text
+
+
+async def test_a_rental_that_is_over_is_over_for_everybody_at_once(house: House) -> None:
+    _, rental_id, alice = await rented(house)
+    await expose(alice, rental_id)
+    held = await key(house, alice, rental_id)
+    asking = Asking(house, rental_id)
+    await alice.delete(f"/api/rentals/{rental_id}")
+    assert await asking.refusal() == (401, "private")
+    assert await asking.refusal(**token(alice)) == (404, "ended")
+    assert await asking.refusal(X_Orion_Key=held) == (404, "ended")
+
+
+async def test_what_is_refused_is_told_to_people_and_to_programs(house: House) -> None:
+    asking = Asking(house, "abcdefghij")
+    page = shown(await asking.way(Accept="text/html,*/*"))
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert f"orion open abcdefghij {PORT}" in page.text
+    told = shown(await asking.way(Accept="*/*"))
+    assert told.headers["content-type"] == "application/problem+json"
+    assert told.headers["www-authenticate"].startswith("Bearer")
+
+
+# Browsers
+
+
+async def test_a_ticket_opens_one_port_once_within_a_minute(house: House) -> None:
+    _, rental_id, alice = await rented(house)
+    told = await ticket(alice, rental_id)
+    assert (await give(house, rental_id, told, 8001)).status_code == 401
+    assert (await give(house, rental_id, told)).status_code == 401, "it was used up by the attempt"
+    late = await ticket(alice, rental_id)
+    house.clock.now += tickets.LIFETIME_S
+    assert (await give(house, rental_id, late)).status_code == 401
+    good = await ticket(alice, rental_id)
+    assert (await give(house, rental_id, good)).status_code == 303
+    assert (await give(house, rental_id, good)).status_code == 401
+    told_of = [(e["actor"], e["details"]) for e in await house.events("rental.port_opened")]
+    assert told_of == [("alice", {"port": PORT, "from": "198.51.100.7"})]
+
+
+async def test_a_key_in_the_path_opens_its_port_alone_for_eight_hours(house: House) -> None:
+    _, rental_id, alice = await rented(house)
+    held = await key(house, alice, rental_id)
+    asking = Asking(house, rental_id)
+    assert await asking.lets_in(X_Orion_Key=held)
+    assert not await Asking(house, rental_id, 8001).lets_in(X_Orion_Key=held)
+    assert not await asking.lets_in(cookie=f"orion_port={held}"), "there are no cookies on the platform's own address"
+    await house.restart()
+    asking = Asking(house, rental_id)
+    assert await asking.lets_in(X_Orion_Key=held), "a restart of the manager ends nobody's work"
+    house.clock.wall_offset += 40 * 86_400
+    assert await asking.lets_in(X_Orion_Key=held), "nobody believes this clock"
+    house.clock.now += port_keys.LIFETIME_S
+    assert not await asking.lets_in(X_Orion_Key=held)
+
+
+async def test_on_a_host_of_its_own_the_key_is_a_cookie_which_no_script_reads(house: House) -> None:
+    _, rental_id, alice = await rented(house)
+    on_host = {"X_Orion_Own_Host": "1", "X_Orion_Rental": rental_id, "X_Orion_Port": str(PORT)}
+    sent_on = await give(house, rental_id, await ticket(alice, rental_id), **on_host, X_Forwarded_Proto="https")
+    assert (sent_on.status_code, sent_on.headers["location"]) == (303, "/")
+    name, _, rest = sent_on.headers["set-cookie"].partition("=")
+    held, _, attributes = rest.partition("; ")
+    assert name == "orion_port"
+    assert attributes == "HttpOnly; Max-Age=28800; Path=/; SameSite=lax; Secure"
+    asking = Asking(house, rental_id)
+    assert (await asking.by_cookie(held)).status_code == 204
+    forged = await asking.way(**asking.on_own_host, cookie=f"orion_port=forged; orion_port={held}")
+    assert forged.status_code == 204, "another host of the same site may have set one that is none"
+    assert not await asking.lets_in(**asking.on_own_host, X_Orion_Key=held)
+    elsewhere = await give(house, rental_id, await ticket(alice, rental_id), **on_host | {"X_Orion_Port": "8001"})
+    assert elsewhere.status_code == 422
+
+
+async def test_a_key_is_worth_what_its_token_is_worth_now(house: House) -> None:
+    _, rental_id, alice = await rented(house)
+    held = await key(house, alice, rental_id)
+    known = (await house.as_admin.get("/api/tokens")).json()["items"]
+    its_id = next(one["id"] for one in known if one["name"] == "alice")
+    bought = await ticket(alice, rental_id)
+    await house.as_admin.delete(f"/api/tokens/{its_id}")
+    assert not await Asking(house, rental_id).lets_in(X_Orion_Key=held)
+    assert (await give(house, rental_id, bought)).status_code == 401
+
+
+async def test_a_ticket_for_anothers_rental_is_not_given(house: House) -> None:
+    _, rental_id, _ = await rented(house)
+    mallory = await house.new_client("mallory")
+    assert (await mallory.post(f"/api/rentals/{rental_id}/ports/{PORT}/ticket")).status_code == 404
+
+
+def test_a_key_is_nothing_but_what_was_signed() -> None:
+    keys, named = PortKeys("secret"), Named("client", "t-1", "0123456789abcdef")
+    made = keys.make("abcdefghij", PORT, named, 1000.0)
+    assert keys.read(made, "abcdefghij", PORT, 1000.0) == named
+    signature, _, told = made.partition(".")
+    assert PortKeys("another").read(made, "abcdefghij", PORT, 1000.0) is None
+    for other in (f"{signature}.{told}0", f"{signature}.f{told}", f"{signature}.{told.replace('client', 'admin')}", ""):
+        assert keys.read(other, "abcdefghij", PORT, 1000.0) is None, other
+    for rental_id, port in (("abcdefghi", PORT), ("abcdefghij", 8001), ("abcdefghij 8", 0)):
+        assert keys.read(made, rental_id, port, 1000.0) is None
+    assert keys.read(made, "abcdefghij", PORT, 1000.0 + port_keys.LIFETIME_S) is None
+
+
+FROM_ELSEWHERE: list[dict[str, str]] = [
+    {"Origin": "https://evil.example"},
+    {"Origin": "null"},
+    {"Origin": "http://8000-other.apps.example"},
+    {"Origin": f"http://{OWN_HOST}:81"},
+    {"Origin": "http://[::"},
+    {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "script"},
+    {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"},
+    {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "websocket", "Sec-Fetch-Dest": "websocket"},
+    {
+        "Sec-Fetch-Site": "same-site",
+        "Sec-Fetch-Mode": "navigate",
+        "Sec-Fetch-Dest": "document",
+        "X-Orion-Method": "POST",
+    },
+]
+
+
+@pytest.mark.parametrize("headers", FROM_ELSEWHERE)
+async def test_a_page_from_elsewhere_does_nothing_with_the_cookie_that_a_browser_holds(
+    house: House, headers: dict[str, str]
+) -> None:
+    _, rental_id, alice = await rented(house)
+    held = await key(house, alice, rental_id)
+    asking = Asking(house, rental_id)
+    assert shown(await asking.by_cookie(held, **headers)).json()["code"] == "cross_site"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": f"http://{OWN_HOST}", "Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors"},
+        {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},
+    ],
+)
+async def test_its_own_page_and_a_link_from_elsewhere_are_let_in(house: House, headers: dict[str, str]) -> None:
+    _, rental_id, alice = await rented(house)
+    held = await key(house, alice, rental_id)
+    assert (await Asking(house, rental_id).by_cookie(held, **headers)).status_code == 204
+
+
+@pytest.mark.parametrize(
+    ("domain", "host", "expected"),
+    [
+        ("", "localhost:8080", "8000-{}.localhost"),
+        ("", "127.0.0.1", "8000-{}.localhost"),
+        ("", "orion.example:8443", None),
+        ("", "[::", None),
+        ("apps.example", "orion.example", "8000-{}.apps.example"),
+    ],
+)
+async def test_a_port_has_a_host_of_its_own_where_there_is_a_domain_or_the_browser_is_on_this_machine(
+    house: House, domain: str, host: str, expected: str | None
+) -> None:
+    _, rental_id, alice = await rented(house)
+    house.change_services(WebPortServices, apps_domain=domain)
+    alice.headers["X-Forwarded-Host"] = host
+    told: dict[str, Any] = (await expose(alice, rental_id)).json()
+    assert told["host"] == (expected.format(rental_id) if expected else None)
+    assert told["path"] == f"/r/{rental_id}/8000/"
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"port": "x"}, {"port": "8000", "ticket": "x" * 2000}, {"rental": "a", "port": "8000"}]
+)
+async def test_a_form_that_is_none_is_refused(house: House, form: dict[str, str]) -> None:
+    reply = await house.http.post("/web/open", data=form)
+    assert reply.status_code in {401, 413, 422}
+    assert reply.json()["code"] in {"no_ticket", "body_too_large", "invalid_request"}
+
+
+# What is open ends with what opened it
+
+
+class Doors:
+    """In place of the workers' doors: what is open there, what they were told, and whether they answer."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        self.told: list[tuple[str, tuple[str, ...]]] = []
+        self.is_open: list[str] = []
+        self.away = 0
+        house.manager.port_connections._tell = self.tell
+
+    async def tell(self, address: str, session_id: str, number: int, over: Sequence[str]) -> list[str]:
+        if self.away:
+            self.away -= 1
+            raise ConnectionRefusedError
+        [agent] = [agent for agent in self.house.agents if agent.node.host.address == address]
+        assert session_id == agent.session
+        self.told.append((agent.worker_id, tuple(over)))
+        self.is_open = [line for line in self.is_open if line not in over and f"* * {line.split()[2]}" not in over]
+        return self.is_open
+
+    async def hear_all(self) -> list[tuple[str, tuple[str, ...]]]:
+        await asyncio.wait_for(asyncio.gather(*self.house.manager.port_connections._telling), 20)
+        return self.told
+
+
+async def passed(house: House, agent: Agent, rental_id: str, **headers: str) -> PortToken:
+    reply = await Asking(house, rental_id).way(**headers)
+    assert reply.status_code == 204, reply.text
+    return token_from(reply.headers["x-orion-pass"], agent.session)
+
+
+async def test_the_doors_that_a_token_led_to_are_told_when_it_is_revoked(house: House) -> None:
+    worker, rental_id, alice = await rented(house)
+    await house.join()
+    doors = Doors(house)
+    way = await passed(house, worker, rental_id, **token(alice))
+    other = await passed(house, worker, rental_id, **token(house.as_admin))
+    assert way.grant.startswith("client.")
+    assert way.number < other.number
+    await house.revoke("alice")
+    assert await doors.hear_all() == [(worker.worker_id, (f"* * {way.grant}",))]
+
+
+async def test_a_door_is_told_when_a_port_is_made_private_again(house: House) -> None:
+    worker, rental_id, alice = await rented(house)
+    doors = Doors(house)
+    await expose(alice, rental_id)
+    assert (await passed(house, worker, rental_id)).grant == "public"
+    await expose(alice, rental_id, public=False)
+    assert await doors.hear_all() == [(worker.worker_id, (f"{rental_id} {PORT} public",))]
+
+
+async def test_a_door_that_does_not_answer_is_told_until_it_has_heard(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(port_connections, "AGAIN_AFTER_S", 0.01)
+    worker, rental_id, alice = await rented(house)
+    doors = Doors(house)
+    way = await passed(house, worker, rental_id, **token(alice))
+    doors.away = 3
+    await house.revoke("alice")
+    assert await doors.hear_all() == [(worker.worker_id, (f"* * {way.grant}",))]
+
+
+async def test_a_token_that_is_revoked_while_its_pass_is_made_gets_none(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, rental_id, alice = await rented(house)
+    looked_up = house.manager.port_access._authentication.authenticate
+
+    async def authenticated(*asked: Any) -> Any:
+        found = await looked_up(*asked)
+        await house.revoke("alice")
+        return found
+
+    monkeypatch.setattr(house.manager.port_access, "_authentication", SimpleNamespace(authenticate=authenticated))
+    assert not await Asking(house, rental_id).lets_in(**token(alice))
+
+
+async def test_a_manager_that_begins_asks_what_is_open_and_ends_what_may_not_be(house: House) -> None:
+    """It was away when a token ended, a port was closed, or the admin's token was made anew in its file."""
+    worker, rental_id, alice = await rented(house)
+    await expose(alice, rental_id, port=8001)
+    mallory = await house.new_client("mallory")
+    good = await passed(house, worker, rental_id, **token(alice))
+    gone = (await passed(house, worker, rental_id, **token(house.as_admin))).grant.replace("admin.admin.", "admin.x.")
+    anew = f"admin.admin.{'0' * 16}"
+    assert mallory
+    await house.restart()
+    doors = Doors(house)
+    keep = [f"{rental_id} {PORT} {good.grant}", f"{rental_id} 8001 public"]
+    end = [f"{rental_id} {PORT} {gone}", f"{rental_id} {PORT} {anew}", f"{rental_id} 8002 public"]
+    doors.is_open = keep + end
+    house.manager.port_connections.begin()
+    assert await doors.hear_all() == [(worker.worker_id, ()), (worker.worker_id, tuple(end))]
+    assert doors.is_open == keep
+    await house.revoke("alice")
+    assert (await doors.hear_all())[2:] == [(worker.worker_id, (f"* * {good.grant}",))]
+
+
+async def test_doors_that_do_not_answer_keep_no_other_from_being_asked(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(port_connections, "ASKED_AT_ONCE", 1)
+    monkeypatch.setattr(port_connections, "AGAIN_AFTER_S", 3600.0)
+    await house.join()
+    await house.join()
+    doors = Doors(house)
+    doors.away = 1
+    house.manager.port_connections.begin()
+    async with asyncio.timeout(20):
+        while not doors.told:  # noqa: ASYNC110 - a stand-in that only notes what it is told
+            await asyncio.sleep(0)
+    assert len(doors.told) == 1, "the one that was asked second"
+
+
+async def test_a_pass_lasts_no_longer_than_the_key_or_the_token(house: House) -> None:
+    worker, rental_id, alice = await rented(house)
+    assert (await passed(house, worker, rental_id, **token(alice))).left_ms == 0
+    held = await key(house, alice, rental_id)
+    assert (await passed(house, worker, rental_id, X_Orion_Key=held)).left_ms == port_keys.LIFETIME_S * 1000
+    short = await house.new_client("alice", ttl_s=600)
+    assert (await passed(house, worker, rental_id, **token(short))).left_ms == 600_000
+
+
+async def test_a_key_of_a_token_that_was_made_anew_in_its_file_opens_nothing(house: House) -> None:
+    _, rental_id, _ = await rented(house)
+    held = await key(house, house.as_admin, rental_id)
+    assert await Asking(house, rental_id).lets_in(X_Orion_Key=held)
+    house.secrets = replace(house.secrets, admin_token=make_token("admin", "admin"))
+    await house.restart()
+    assert not await Asking(house, rental_id).lets_in(X_Orion_Key=held)

@@ -1,0 +1,178 @@
+"""By what a renter recognises its worker: who is named, when it is signed again, and who is never named."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import asyncssh
+import pytest
+from orion_worker.rental.host_certificate import read_certificate
+from support.house import House
+
+from orion.manager.ansible.port import Action, Job, Outcome
+from orion.manager.domain.host_certificates import FRESH_S, LIFETIME_S
+from orion.manager.operations import host_certificates
+from orion.manager.ssh.port import Host
+from orion.manager.store import rentals
+
+
+def named(certificate: str) -> set[str]:
+    """The principals of a host certificate, signed by the authority of hosts."""
+    read: Any = asyncssh.import_certificate(certificate)
+    return {str(name).removesuffix(".orion") for name in read.principals}
+
+
+async def job_of(house: House, rental_id: str) -> Job:
+    row = await house.store.read(rentals.one, rental_id, None)
+    assert row is not None
+    host = Host(row["worker_id"], row["address"], tuple(row["host_keys"]))
+    return Job(Action.CERTIFY, host, rental_id, row["username"], row["uid"], row["epoch"])
+
+
+async def test_a_worker_shows_who_is_there_from_the_first_moment(house: House) -> None:
+    worker = await house.join(slots=3)
+    first = await house.rent()
+    assert named(worker.node.host_certificate) == {first["id"]}
+    second = await house.rent()
+    assert named(worker.node.host_certificate) == {first["id"], second["id"]}
+
+
+async def test_it_is_signed_by_the_authority_of_hosts_for_the_key_that_is_pinned(house: House) -> None:
+    worker = await house.join()
+    await house.rent()
+    read: Any = asyncssh.import_certificate(worker.node.host_certificate)
+    signer = " ".join(read.signing_key.export_public_key("openssh").decode().split()[:2])
+    assert signer == house.manager.authority.of_hosts != house.manager.authority.of_users
+    key = " ".join(read.key.export_public_key("openssh").decode().split()[:2])
+    assert (key,) == worker.node.host.host_keys
+
+
+async def test_after_a_takeover_the_new_worker_is_named_and_the_old_one_never_again(house: House) -> None:
+    first, second = await house.join(), await house.join()
+    rental = await house.rent()
+    there, other = (first, second) if rental["worker_id"] == first.worker_id else (second, first)
+    there.die()
+    await house.silence(there, 100)
+    await house.pass_time(10)
+    moved = await house.rental(rental["id"])
+    assert moved["worker_id"] == other.worker_id
+    assert named(other.node.host_certificate) == {rental["id"]}
+    old = there.node.host_certificate
+    job = await job_of(house, rental["id"])
+    await house.manager.certificates.ensure(replace(job, host=replace(there.node.host, worker_id=there.worker_id)))
+    assert there.node.host_certificate == old
+
+
+async def test_a_released_rental_is_named_nowhere_from_the_next_certificate_on(house: House) -> None:
+    worker = await house.join(slots=3)
+    first, second = await house.rent(), await house.rent()
+    await house.as_admin.delete(f"/api/rentals/{first['id']}")
+    await house.settle()
+    house.clock.now += LIFETIME_S
+    await house.manager.certificates.ensure(await job_of(house, second["id"]))
+    assert named(worker.node.host_certificate) == {second["id"]}
+
+
+async def test_it_is_renewed_when_somebody_comes_and_it_will_soon_be_over(house: House) -> None:
+    worker = await house.join()
+    job = await job_of(house, (await house.rent())["id"])
+    before = worker.node.host_certificate
+    house.clock.now += LIFETIME_S - FRESH_S - 1
+    await house.manager.certificates.ensure(job)
+    assert worker.node.host_certificate == before
+    house.clock.now += 2
+    await house.manager.certificates.ensure(job)
+    await asyncio.gather(*house.manager.certificates._renewing.values())  # beside: the old one is good for a while
+    assert worker.node.host_certificate != before
+
+
+async def test_one_that_is_over_is_renewed_before_anybody_is_let_in(house: House) -> None:
+    worker = await house.join()
+    job = await job_of(house, (await house.rent())["id"])
+    before = worker.node.host_certificate
+    house.clock.now += LIFETIME_S
+    await house.manager.certificates.ensure(job)
+    assert worker.node.host_certificate != before
+
+
+@pytest.mark.parametrize("ahead_s", [120.0, 7200.0, 40 * 86_400.0])
+async def test_one_that_was_signed_while_the_clock_was_ahead_is_renewed_when_the_clock_is_back(
+    house: House, ahead_s: float
+) -> None:
+    worker = await house.join()
+    job = await job_of(house, (await house.rent())["id"])
+    house.clock.wall_offset += ahead_s
+    house.clock.now += LIFETIME_S
+    await house.manager.certificates.ensure(job)
+    wrong = worker.node.host_certificate
+    house.clock.wall_offset -= ahead_s
+    await house.manager.certificates.ensure(job)
+    assert worker.node.host_certificate != wrong
+    assert read_certificate(worker.node.host_certificate).serial > read_certificate(wrong).serial
+    right = worker.node.host_certificate
+    await house.manager.certificates.ensure(job)
+    assert worker.node.host_certificate == right
+
+
+async def test_after_a_restart_of_the_manager_the_first_to_come_has_it_signed_anew(house: House) -> None:
+    worker = await house.join()
+    job = await job_of(house, (await house.rent())["id"])
+    before = worker.node.host_certificate
+    await house.restart()
+    await house.manager.certificates.ensure(job)
+    assert worker.node.host_certificate != before
+
+
+async def test_a_worker_that_cannot_be_told_does_not_keep_anybody_waiting_for_ever(house: House) -> None:
+    worker = await house.join()
+    job = await job_of(house, (await house.rent())["id"])
+    house.clock.now += LIFETIME_S
+    worker.node.failure = "its disk is full"
+    before = worker.node.host_certificate
+    await house.manager.certificates.ensure(job)
+    assert worker.node.host_certificate == before
+
+
+async def test_a_renter_who_holds_up_the_renewal_of_its_own_does_not_hold_up_anothers(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await house.join(slots=2)
+    monkeypatch.setattr(host_certificates, "CERTIFY_WITHIN_S", 600.0)
+    slow, job = [replace(await job_of(house, (await house.rent())["id"]), owner=owner) for owner in ("slow", "other")]
+    house.clock.now += LIFETIME_S
+    run, before = house.manager.certificates._engine.run, worker.node.host_certificate
+
+    async def held_up(order: Job) -> Outcome:
+        if order.rental_id == slow.rental_id:
+            await asyncio.Event().wait()
+        return await run(order)
+
+    monkeypatch.setattr(house.manager.certificates._engine, "run", held_up)
+    waiting = asyncio.create_task(house.manager.certificates.ensure(slow))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(60):  # less than it would wait for the other one
+        await house.manager.certificates.ensure(job)
+    assert worker.node.host_certificate != before
+    waiting.cancel()
+
+
+async def test_an_order_of_a_former_epoch_brings_no_certificate(house: House) -> None:
+    worker = await house.join()
+    job = await job_of(house, (await house.rent())["id"])
+    before = worker.node.host_certificate
+    house.clock.now += LIFETIME_S
+    await house.manager.certificates.ensure(replace(job, epoch=job.epoch + 1))
+    assert worker.node.host_certificate == before
+
+
+async def test_those_that_are_taken_over_together_are_named_by_one_certificate(house: House) -> None:
+    first = await house.join(slots=8)
+    rentals_there = [await house.rent() for _ in range(6)]
+    other = await house.join(slots=8)
+    first.die()
+    await house.silence(first, 100)
+    await house.pass_time(10)
+    assert named(other.node.host_certificate) == {rental["id"] for rental in rentals_there}
+    assert other.node.sshd_begun < len(rentals_there)

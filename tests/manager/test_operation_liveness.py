@@ -1,0 +1,191 @@
+"""Who is watched, what a watch finds, and what the health loop makes of it; the watch itself is the shipped fake."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import asyncssh
+import pytest
+from orion_worker.agent.decisions import LIVENESS_GRACE_S
+from orion_worker.agent.fence import AGAIN_EVERY_S, LOOK_EVERY_S
+from support.builders import new_worker
+from support.house import House
+
+from orion.manager.domain.health import LivenessReport
+from orion.manager.domain.model import Worker
+from orion.manager.domain.states import Health
+from orion.manager.fakes.workers import FakeLiveness, FakeWorker, FakeWorld
+from orion.manager.operations.liveness import PROOFS, LivenessConnections
+from orion.manager.ssh.liveness import ATTEMPT_EVERY_S, SILENCE_S, Silence, breaks_silence, closed_by_peer
+from orion.manager.ssh.port import Host
+
+
+class Scene:
+    def __init__(self) -> None:
+        self.world = FakeWorld()
+        self.now = 1000.0
+        self.changes = 0
+        self.watching = LivenessConnections(FakeLiveness(self.world), lambda: self.now, self._count)
+        self.worker = new_worker(health=Health.READY)
+        self.node = self.add(self.worker)
+
+    def add(self, worker: Worker) -> FakeWorker:
+        node = self.world.add(Host(worker.id, worker.address, worker.host_keys))
+        node.boot_id = worker.boot_id
+        return node
+
+    async def rest(self) -> LivenessReport:
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return self.watching.found(self.worker)
+
+    def _count(self, worker_id: str) -> None:
+        assert worker_id == self.worker.id
+        self.changes += 1
+
+
+@pytest.fixture
+async def scene() -> Scene:
+    scene = Scene()
+    scene.watching.see(scene.worker)
+    assert await scene.rest() == LivenessReport()
+    return scene
+
+
+async def test_a_container_that_dies_is_proved_dead(scene: Scene) -> None:
+    scene.node.die()
+    found = await scene.rest()
+    assert (found.closed_at, found.proof) == (1000.0, PROOFS["gone"])
+    assert scene.changes >= 1, "the health loop is told"
+    await scene.watching.stop()
+
+
+async def test_a_restarted_sshd_leaves_nothing_behind(scene: Scene) -> None:
+    scene.node.close_watches()
+    assert await scene.rest() == LivenessReport()
+    assert scene.changes == 2, "closed, and held again"
+    await scene.watching.stop()
+
+
+async def test_another_machine_at_the_address_is_a_proof_too(scene: Scene) -> None:
+    other = replace(scene.worker, id="w-other", host_keys=("ssh-ed25519 other",))
+    scene.add(other)
+    scene.node.die()
+    assert (await scene.rest()).proof == PROOFS["replaced"]
+    await scene.watching.stop()
+
+
+async def test_what_was_found_of_one_life_of_a_worker_says_nothing_of_the_next(scene: Scene) -> None:
+    scene.node.die()
+    assert (await scene.rest()).proof
+    again = replace(scene.worker, session_id="another", boot_id="boot-0002")
+    scene.watching.see(again)
+    assert scene.watching.found(again) == LivenessReport()
+    await scene.watching.stop()
+
+
+@pytest.mark.parametrize("change", [{"health": Health.DOWN}, {"session_id": None}])
+async def test_who_is_down_or_has_no_session_is_not_watched(change: dict[str, str]) -> None:
+    scene = Scene()
+    scene.watching.see(replace(scene.worker, **change))  # type: ignore[arg-type]
+    assert scene.watching._tasks == {}
+
+
+async def test_who_was_removed_is_let_go(scene: Scene) -> None:
+    scene.watching.forget("w-another")
+    assert scene.watching._tasks
+    scene.watching.forget(scene.worker.id)
+    assert scene.watching._tasks == {}
+
+
+async def test_a_killed_worker_s_rental_moves_at_once_and_a_restarted_sshd_moves_nothing(house: House) -> None:
+    await house.watch_workers()
+    first, second = await house.join(), await house.join()
+    house.end_the_brake_of_the_start()
+    await house.pass_time(5.0)
+    rental = await house.rent()
+    holder = next(a for a in (first, second) if a.worker_id == rental["worker_id"])
+    await _rest(house)
+
+    holder.node.close_watches()
+    await _rest(house)
+    assert await house.health(holder) == "ready"
+    assert (await house.rental(rental["id"]))["epoch"] == 1
+
+    holder.node.die()
+    holder.beating = False
+    await _rest(house)
+    await house.settle()
+    assert await house.health(holder) == "down"
+    assert (await house.worker(holder))["explanation"] == PROOFS["gone"]
+    other = second if holder is first else first
+    assert set(house.snapshot_service.connected) == {other.worker_id}, "it was at hand before the death was proved"
+    moved = await house.rental(rental["id"])
+    assert (moved["state"], moved["epoch"]) == ("active", 2)
+    assert house.manager.leases.losses(holder.worker_id, house.clock.now, 3600.0) == 1
+
+
+async def _rest(house: House) -> None:
+    for _ in range(5):
+        await house.settle()
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("ended", "closed"),
+    [
+        (asyncssh.ConnectionLost("FIN"), True),
+        (ConnectionResetError(104, "RST"), True),
+        (None, False),
+        (TimeoutError(110, "what we sent was never acknowledged"), False),
+        (OSError(113, "no route to host"), False),
+    ],
+)
+def test_only_an_end_that_came_from_the_other_side_begins_a_proof(ended: Exception | None, closed: bool) -> None:
+    assert closed_by_peer(ended) is closed
+
+
+def test_a_living_worker_has_frozen_what_it_runs_before_its_silence_is_taken_for_death() -> None:
+    """Silence begins with the end of the connection, for the agent too: docs/decisions/015-liveness-connection.md."""
+    assert LIVENESS_GRACE_S + LOOK_EVERY_S + AGAIN_EVERY_S < SILENCE_S
+
+
+def test_silence_proves_death_only_after_its_time_and_enough_attempts() -> None:
+    silence = Silence(100.0)
+    for _ in range(int(SILENCE_S / ATTEMPT_EVERY_S)):
+        silence.begun()
+    assert not silence.proves(100.0 + SILENCE_S - 0.01)
+    assert silence.proves(100.0 + SILENCE_S)
+    assert not Silence(100.0, attempts=2).proves(200.0), "nobody asked"
+
+
+def test_a_death_is_proved_as_soon_as_the_silence_was_long_enough() -> None:
+    silence = Silence(100.0)
+    assert silence.pause_s(100.0) == ATTEMPT_EVERY_S
+    silence.broken(100.01)  # by a refusal of what was just being taken down
+    assert silence.pause_s(101.25) == ATTEMPT_EVERY_S
+    assert silence.pause_s(101.5) == pytest.approx(0.01)
+    assert silence.pause_s(100.01 + SILENCE_S) == ATTEMPT_EVERY_S, "too few attempts: it does not spin"
+
+
+def test_an_answer_of_any_kind_begins_the_silence_anew() -> None:
+    silence = Silence(100.0, attempts=9)
+    silence.broken(101.0)
+    assert not silence.proves(101.0 + SILENCE_S), "it takes new attempts too"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "breaks"),
+    [
+        (None, True),
+        (ConnectionRefusedError(111, "refused"), True),
+        (ConnectionResetError(104, "reset"), True),
+        (TimeoutError(110, "timed out"), False),
+        (OSError(113, "no route to host"), False),
+        (OSError(101, "our own network is unreachable"), True),
+        (OSError(24, "too many open files"), True),
+    ],
+)
+def test_only_what_the_other_end_left_unanswered_is_silence(outcome: OSError | None, breaks: bool) -> None:
+    assert breaks_silence(outcome) is breaks

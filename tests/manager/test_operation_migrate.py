@@ -1,0 +1,459 @@
+"""Planned moves in the whole manager, on virtual time: nothing is one byte old, nothing lives twice, nothing sticks."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from support.house import Agent, House
+
+from orion import wire
+from orion.manager.ansible.port import OTHER_BOOT, Action, Job, Outcome
+from orion.manager.controllers.reconciler import MOVES
+from orion.manager.domain import migration
+from orion.manager.domain.states import HELD_DEADLINE_S, Health
+from orion.manager.domain.steps import move_worker
+from orion.manager.snapshots.port import OVER_LIMIT, SnapshotError, Taken
+
+TOO_LARGE = SnapshotError(OVER_LIMIT, "its home holds too much")
+
+
+@pytest.fixture
+async def pool(house: House) -> list[Agent]:
+    return [await house.join(slots=2) for _ in range(2)]
+
+
+def holder(house: House, rental: dict[str, Any]) -> Agent:
+    return next(agent for agent in house.agents if agent.worker_id == rental["worker_id"])
+
+
+def files(house: House, rental: dict[str, Any]) -> dict[str, str]:
+    return holder(house, rental).node.homes[rental["id"]]
+
+
+async def migrate(house: House, rental: dict[str, Any]) -> dict[str, Any]:
+    """Ask for it and let everything happen that can happen now."""
+    reply = await house.as_admin.post(f"/api/rentals/{rental['id']}/migrate")
+    assert reply.status_code == 202, reply.text
+    await house.settle()
+    return await house.rental(rental["id"])
+
+
+async def drain(house: House, agent: Agent) -> None:
+    assert (await house.as_admin.post(f"/api/workers/{agent.worker_id}/drain")).status_code == 200
+    await house.settle()
+
+
+class Interference:
+    """Does something in the middle of a move: after the engine has done an action for the nth time."""
+
+    def __init__(self, house: House, action: Action, what: Any, time: int = 1) -> None:
+        self._run = house.manager.reconciler._mover._engine.run
+        self._action, self._what, self._left = action, what, time
+        house.manager.reconciler._mover._engine = self  # type: ignore[assignment]
+
+    async def run(self, job: Job) -> Outcome:
+        outcome = await self._run(job)
+        if job.action is self._action:
+            self._left -= 1
+            if not self._left:
+                found = self._what(job)
+                if asyncio.iscoroutine(found):
+                    await found
+        return outcome
+
+
+class Restart:
+    """Restarts the container of a worker while its first order to freeze is on its way; keeps what became of that."""
+
+    def __init__(self, house: House, agent: Agent) -> None:
+        self._run = house.manager.reconciler._mover._engine.run
+        self._agent = agent
+        self.outcomes: list[Outcome] = []
+        house.manager.reconciler._mover._engine = self  # type: ignore[assignment]
+
+    async def run(self, job: Job) -> Outcome:
+        if job.action is not Action.FREEZE or self.outcomes:
+            return await self._run(job)
+        self._agent.node.come_back()
+        self._agent.node.boot_id = "boot-0002"
+        self.outcomes.append(await self._run(job))
+        assert self._agent.node.frozen.keys() == ({job.rental_id} if self.outcomes[0].ok else set())
+        return self.outcomes[0]
+
+
+@pytest.mark.parametrize(("version", "refused"), [("0.1.0+boot", True), ("0.2.0+more.boot", True), ("0.1.0", False)])
+async def test_a_late_freeze_does_not_reach_the_next_life_of_a_container_that_takes_such_orders(
+    house: House, version: str, refused: bool
+) -> None:
+    """One of a former version is ordered as it was then: it would refuse an order that names a boot id."""
+    pool = [house.new_agent(slots=2) for _ in range(2)]
+    for agent in pool:
+        agent.agent_version = version
+        await agent.register()
+    await house.settle()
+    rental = await house.rent()
+    source = holder(house, rental)
+    restart = Restart(house, source)
+    await migrate(house, rental)
+    assert [outcome.report.get("code") == OTHER_BOOT for outcome in restart.outcomes] == [refused]
+    await source.come_back()
+    await house.pass_time(60)
+    back = await house.rental(rental["id"])
+    assert (back["state"], len(house.live_copies(rental["id"]))) == ("active", 1)
+
+
+async def test_a_rental_is_told_its_name_wherever_it_is_made(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent(name="lab")
+    assert holder(house, rental).node.names == {rental["id"]: "lab"}
+    await migrate(house, rental)
+    assert [agent.node.names for agent in pool] == [{rental["id"]: "lab"}] * 2
+
+
+async def test_a_moved_rental_has_what_it_wrote_until_it_stood_still(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    files(house, rental)["early"] = "1"
+    home = files(house, rental)
+    Interference(house, Action.PREPARE, lambda _: home.update(late="2"))
+    moved = await migrate(house, rental)
+    assert (moved["state"], moved["epoch"], moved["moving_to"]) == ("active", 2, None)
+    assert moved["worker_id"] != rental["worker_id"]
+    assert files(house, moved) == {"early": "1", "late": "2"}
+    assert house.live_copies(rental["id"]) == [2]
+    assert rental["id"] not in holder(house, rental).node.accounts, "nothing is left where it was"
+    kinds = [event["kind"] for event in await house.events() if event["rental_id"] == rental["id"]]
+    order = ["rental.move_started", "rental.held", "rental.migration_started", "rental.activated"]
+    assert [kind for kind in kinds if kind in order] == ["rental.activated", *order]
+
+
+async def test_it_goes_on_until_its_standby_is_filled_and_nobody_is_let_in_there_before(
+    house: House, pool: list[Agent]
+) -> None:
+    rental = await house.rent()
+    seen: list[list[int]] = []
+    Interference(house, Action.PREPARE, lambda _: seen.append(house.live_copies(rental["id"])))
+    Interference(house, Action.FREEZE, lambda _: seen.append(house.live_copies(rental["id"])))
+    await migrate(house, rental)
+    assert seen == [[1], []]
+
+
+async def test_while_it_is_held_no_reply_lets_it_run(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    source = holder(house, rental)
+
+    async def beats(_: Job) -> None:
+        await source.beat()
+        assert [order["want"] for order in source.last_reply["placements"]] == ["hold"]
+        assert house.live_copies(rental["id"]) == []
+
+    Interference(house, Action.FREEZE, beats)
+    assert (await migrate(house, rental))["epoch"] == 2
+
+
+async def test_with_nowhere_to_go_it_is_refused_and_goes_on(house: House) -> None:
+    await house.join()
+    rental = await house.rent()
+    reply = await house.as_admin.post(f"/api/rentals/{rental['id']}/migrate")
+    assert (reply.status_code, reply.json()["code"]) == (409, "nowhere_to_go")
+    assert "of 1 worker, 1 where it is" in reply.json()["detail"]
+    await house.settle()
+    assert house.live_copies(rental["id"]) == [1]
+
+
+async def test_a_stranger_cannot_move_it_and_its_owner_can(house: House, pool: list[Agent]) -> None:
+    owner, stranger = await house.new_client("alice"), await house.new_client("mallory")
+    rental = (await owner.post("/api/rent", json={"wait_s": 0})).json()
+    await house.settle()
+    assert (await stranger.post(f"/api/rentals/{rental['id']}/migrate")).status_code == 404
+    assert (await owner.post(f"/api/rentals/{rental['id']}/migrate")).status_code == 202
+    again = await owner.post(f"/api/rentals/{rental['id']}/migrate")
+    assert again.status_code == 202, "asking twice is one move"
+    assert again.json()["moving_to"]
+    await house.settle()
+    assert (await house.rental(rental["id"]))["epoch"] == 2
+
+
+@pytest.mark.parametrize("asked", ["queued", "released"])
+async def test_what_does_not_run_is_not_moved(house: House, asked: str) -> None:
+    rental = await house.rent()
+    if asked == "released":
+        await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+        await house.settle()
+    reply = await house.as_admin.post(f"/api/rentals/{rental['id']}/migrate")
+    assert (reply.status_code, reply.json()["code"]) == (409, "not_active")
+
+
+async def test_what_fails_while_it_stands_still_is_thawed_at_once(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    source = holder(house, rental)
+
+    def breaks(_: Job) -> None:
+        house.snapshot_service.failure = TOO_LARGE
+
+    Interference(house, Action.FREEZE, breaks)
+    kept = await migrate(house, rental)
+    assert (kept["state"], kept["epoch"], kept["worker_id"]) == ("active", 1, rental["worker_id"])
+    assert kept["explanation"] == f"{wire.NOT_MOVED}{TOO_LARGE}"
+    assert (source.unlocked(), source.node.frozen) == ({rental["id"]: 1}, {})
+    assert [p["state"] for p in await house.placements()] == ["running", "purged"]
+    house.snapshot_service.failure = None
+    moved = await migrate(house, rental)
+    assert moved["epoch"] == 3, "the epoch of the move that failed never comes back"
+
+
+async def test_the_waiting_client_is_told_that_it_was_not_moved(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    house.snapshot_service.failure = TOO_LARGE
+    asking = asyncio.create_task(house.as_admin.post(f"/api/rentals/{rental['id']}/migrate?wait_s=30"))
+    with house.store.news.listen(rental["id"]) as begun:
+        await begun.wait()
+    await house.pass_time(30)
+    reply = await asking
+    assert (reply.status_code, reply.json()["code"]) == (409, "not_moved")
+    assert str(TOO_LARGE) in reply.json()["detail"]
+
+
+async def test_when_its_target_dies_while_it_stands_still_it_goes_on_where_it_is(
+    house: House, pool: list[Agent]
+) -> None:
+    house.end_the_brake_of_the_start()
+    rental = await house.rent()
+    target = next(agent for agent in pool if agent is not holder(house, rental))
+    Interference(house, Action.FREEZE, lambda _: target.die())
+    kept = await migrate(house, rental)
+    assert (kept["epoch"], house.live_copies(rental["id"])) == (1, [1])
+    await house.silence(target, 91)
+    assert (await house.rental(rental["id"]))["moving_to"] is None
+
+
+async def test_when_its_source_dies_the_standby_takes_over(house: House, pool: list[Agent]) -> None:
+    house.end_the_brake_of_the_start()
+    rental = await house.rent()
+    files(house, rental)["file"] = "1"
+    source, state_store = holder(house, rental), house.manager.state_store
+
+    async def is_found_dead(_: Job) -> None:
+        source.die()
+        worker = (await state_store.workers([source.worker_id]))[source.worker_id]
+        assert await state_store.apply([move_worker(worker, Health.DOWN, "found dead")])
+
+    Interference(house, Action.PREPARE, is_found_dead)
+    moved = await migrate(house, rental)
+    assert (moved["state"], moved["epoch"], house.live_copies(rental["id"])) == ("active", 2, [2])
+    assert await house.events("rental.taken_over")
+
+
+async def test_a_release_ends_both_the_rental_and_its_standby(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+
+    async def releases(_: Job) -> None:
+        await house.as_admin.delete(f"/api/rentals/{rental['id']}")
+
+    Interference(house, Action.FREEZE, releases)
+    assert (await migrate(house, rental))["state"] == "released"
+    assert [agent.node.accounts for agent in pool] == [{}, {}]
+
+
+@pytest.mark.parametrize("action", [Action.PREPARE, Action.FREEZE])
+async def test_a_manager_that_ends_in_the_middle_goes_on_where_it_was(
+    house: House, pool: list[Agent], action: Action
+) -> None:
+    rental = await house.rent()
+    files(house, rental)["file"] = "1"
+    stopped = asyncio.Event()
+
+    async def ends(_: Job) -> None:
+        stopped.set()
+        await asyncio.Event().wait()
+
+    Interference(house, action, ends)
+    assert (await house.as_admin.post(f"/api/rentals/{rental['id']}/migrate")).status_code == 202
+    while not stopped.is_set():
+        await house.manager.reconciler.round()
+        await asyncio.sleep(0)
+    await house.restart()
+    for agent in pool:
+        await agent.beat()
+    await house.settle()
+    moved = await house.rental(rental["id"])
+    assert (moved["state"], moved["epoch"]) == ("active", 2)
+    assert files(house, moved) == {"file": "1"}
+    assert house.live_copies(rental["id"]) == [2]
+
+
+async def test_a_hold_that_nobody_ends_has_an_end(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    Interference(house, Action.FREEZE, lambda _: asyncio.Event().wait())
+    await house.as_admin.post(f"/api/rentals/{rental['id']}/migrate")
+    for _ in range(20):
+        await house.manager.reconciler.round()
+        await asyncio.sleep(0.001)
+    assert house.live_copies(rental["id"]) == []
+    house.clock.now += HELD_DEADLINE_S + 1
+    await house.settle()
+    kept = await house.rental(rental["id"])
+    assert kept["explanation"].startswith(wire.NOT_MOVED)
+    assert (kept["worker_id"], house.live_copies(rental["id"])) == (rental["worker_id"], [1])
+
+
+# -- drains ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_drain_moves_everything_and_ends(house: House) -> None:
+    full = await house.join(slots=9)
+    rentals = [await house.rent() for _ in range(9)]
+    for number, rental in enumerate(rentals):
+        files(house, rental)["file"] = str(number)
+    other = await house.join(slots=9)
+    at_once: list[int] = []
+    Interference(house, Action.PREPARE, lambda _: None)
+    original = house.manager.reconciler._mover.seed
+
+    async def counted(*jobs: Job) -> Outcome:
+        at_once.append(sum(task.kind in MOVES for task in house.manager.reconciler._tasks.values()))
+        return await original(*jobs)
+
+    house.manager.reconciler._mover.seed = counted  # type: ignore[method-assign]
+    await drain(house, full)
+    assert (await house.worker(full))["intent"] == "drained"
+    assert 1 < max(at_once) <= migration.MOST_AT_ONCE, "several at a time, and no more"
+    assert full.node.accounts == {}
+    moved = [await house.rental(rental["id"]) for rental in rentals]
+    assert {rental["worker_id"] for rental in moved} == {other.worker_id}
+    assert [files(house, rental)["file"] for rental in moved] == [str(number) for number in range(9)]
+
+
+async def test_a_drain_with_nowhere_to_go_says_so_and_goes_on_when_there_is_room(house: House) -> None:
+    only = await house.join()
+    rental = await house.rent()
+    await drain(house, only)
+    shown = await house.worker(only)
+    assert (shown["intent"], house.live_copies(rental["id"])) == ("draining", [1])
+    assert shown["explanation"] == ("1 rental is to be moved away, and no worker can take one: of 1 worker, 1 draining")
+    await house.join()
+    assert (await house.worker(only))["intent"] == "drained"
+    assert (await house.rental(rental["id"]))["epoch"] == 2
+
+
+async def test_what_cannot_be_moved_does_not_hold_up_the_others_and_is_explained(house: House) -> None:
+    full = await house.join(slots=2)
+    tricky, honest = await house.rent(), await house.rent()
+    await house.join(slots=2)
+    copy = house.snapshot_service.copy
+
+    async def refuses(home: Any, *arguments: Any, **named: Any) -> Any:
+        if home.rental_id == tricky["id"]:
+            raise TOO_LARGE
+        return await copy(home, *arguments, **named)
+
+    house.snapshot_service.copy = refuses  # type: ignore[method-assign]
+    await drain(house, full)
+    await house.pass_time(60)
+    assert (await house.rental(honest["id"]))["epoch"] == 2
+    stays = await house.rental(tricky["id"])
+    assert stays["explanation"] == f"{wire.NOT_MOVED}{TOO_LARGE}"
+    assert house.live_copies(tricky["id"]) == [1]
+    assert (await house.worker(full))["explanation"] == "1 rental is to be moved away"
+    tries = len(await house.events("rental.move_started"))
+    await house.pass_time(200)
+    assert len(await house.events("rental.move_started")) <= tries + 2, "it is tried ever less often"
+
+
+async def test_what_runs_on_a_quarantined_worker_is_moved_away(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    source = holder(house, rental)
+    await house.as_admin.post(f"/api/workers/{source.worker_id}/drain")
+    await house.as_admin.post(f"/api/workers/{source.worker_id}/resume")
+    for _ in range(3):
+        house.manager.leases.lost_ready(source.worker_id, house.clock.now, 3600.0)
+    await source.come_back()
+    await house.pass_time(60)
+    assert await house.health(source) == "quarantined"
+    assert (await house.rental(rental["id"]))["epoch"] == 2
+
+
+# -- goodbyes -------------------------------------------------------------------------------------------------------
+
+
+async def vacate(house: House, *agents: Agent) -> None:
+    """They are told to stop, and wait until nothing is left on them."""
+    for agent in agents:
+        await agent.beat(vacating=True)
+    for _ in range(20):
+        await house.pass_time(0.5)
+        for agent in agents:
+            await agent.beat(vacating=True)
+        if not any(agent.node.accounts for agent in agents):
+            return
+    raise AssertionError("something is left")
+
+
+async def test_a_worker_that_is_told_to_stop_loses_nothing(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    files(house, rental)["file"] = "1"
+    await vacate(house, holder(house, rental))
+    moved = await house.rental(rental["id"])
+    assert (moved["state"], moved["epoch"], files(house, moved)) == ("active", 2, {"file": "1"})
+
+
+async def test_where_all_are_told_to_stop_everything_is_parked_and_comes_back(house: House, pool: list[Agent]) -> None:
+    rentals = [await house.rent() for _ in range(3)]
+    for number, rental in enumerate(rentals):
+        files(house, rental)["file"] = str(number)
+    await vacate(house, *pool)
+    assert {(await house.rental(rental["id"]))["state"] for rental in rentals} == {"queued"}
+    assert not await house.events("rental.move_started"), "nothing moves among those that are about to end"
+    for agent in pool:
+        await agent.say_goodbye()
+    await house.restart()
+    await house.join(slots=3)
+    back = [await house.rental(rental["id"]) for rental in rentals]
+    assert [rental["state"] for rental in back] == ["active"] * 3
+    assert [files(house, rental)["file"] for rental in back] == ["0", "1", "2"]
+
+
+async def test_a_copy_that_was_begun_before_it_stood_still_does_not_take_the_place_of_the_last_one(
+    house: House,
+) -> None:
+    """It was made before the last one, and is noted after it: the manager's disk is slow."""
+    agent = await house.join()
+    rental = await house.rent()
+    files(house, rental)["file"] = "copied"
+    was_made, may_be_noted, copy = asyncio.Event(), asyncio.Event(), house.snapshot_service.copy
+
+    async def made_and_held_up(*arguments: Any, moving: bool = False, **named: Any) -> Taken:
+        made = await copy(*arguments, **named)
+        if moving:
+            may_be_noted.set()
+            await begun
+        else:
+            was_made.set()
+            await may_be_noted.wait()
+        return made
+
+    house.snapshot_service.copy = made_and_held_up  # type: ignore[method-assign]
+    begun = asyncio.create_task(house.manager.copies.copy_now(rental["id"], None))
+    await was_made.wait()
+    files(house, rental)["file"] = "written before it stood still"
+    await vacate(house, agent)
+    assert begun.result() == "it was stopped or moved meanwhile"
+    assert (await house.rental(rental["id"]))["state"] == "queued"
+    await agent.say_goodbye()
+    await house.join()
+    back = await house.rental(rental["id"])
+    assert (back["state"], files(house, back)) == ("active", {"file": "written before it stood still"})
+
+
+async def test_one_that_is_told_to_stop_last_passes_on_what_it_was_about_to_get(
+    house: House, pool: list[Agent]
+) -> None:
+    rental = await house.rent()
+    files(house, rental)["file"] = "1"
+    target = next(agent for agent in pool if agent is not holder(house, rental))
+    Interference(house, Action.PREPARE, lambda _: target.beat(vacating=True))
+    await vacate(house, *pool)
+    assert (await house.rental(rental["id"]))["state"] == "queued"
+    await house.join()
+    back = await house.rental(rental["id"])
+    assert (back["state"], files(house, back)) == ("active", {"file": "1"})

@@ -1,0 +1,530 @@
+"""What a worker that comes back still has is copied aside before it is purged, and never keeps it from being ready."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from support.builders import active_rental, new_placement, new_worker, new_world
+from support.house import Agent, House
+from test_controller_snapshots import copied, files, holder, lose
+
+from orion.manager.ansible.port import Action, Job
+from orion.manager.controllers.reconciler import JOB_DEADLINE_S, MOST_SALVAGES
+from orion.manager.domain import outcomes
+from orion.manager.domain.model import Item
+from orion.manager.domain.observations import Observations
+from orion.manager.domain.reconcile import SALVAGE_WITHIN_S, decide
+from orion.manager.domain.snapshot_plan import SnapshotLimits
+from orion.manager.domain.snapshots import BLOCK_BYTES, SnapshotId
+from orion.manager.domain.states import JOIN_DEADLINE_S, Health, PlacementState, RentalState
+from orion.manager.domain.tasks import TaskKind
+from orion.manager.fakes.workers import RefusedOrder
+from orion.manager.operations.recover import LONGEST_TRY_S
+from orion.manager.settings import Settings
+from orion.manager.snapshots.port import Home, SnapshotError, Taken
+from orion.manager.store.database import Store
+
+
+@pytest.fixture
+async def pool(house: House) -> list[Agent]:
+    return [await house.join(slots=4) for _ in range(2)]
+
+
+async def written_and_lost(house: House) -> tuple[dict[str, Any], Agent]:
+    """A rental that moved without what was written last, and the worker that has it."""
+    rental = await house.rent(name="lab")
+    files(house, rental)["file"] = "copied"
+    await copied(house, rental)
+    files(house, rental)["file"] = "written after that"
+    dead = holder(house, rental)
+    return await lose(house, rental), dead
+
+
+async def snapshots(house: House, rental: dict[str, Any]) -> list[tuple[str, bool]]:
+    found = (await house.as_admin.get(f"/api/rentals/{rental['id']}/snapshots")).json()["items"]
+    return [(one["generation"], one["salvage"]) for one in found]
+
+
+def lets_in_and_dies(agent: Agent, written: str) -> None:
+    """The next renter that it lets in writes something; nobody hears of that before its end."""
+    create = agent.node.create
+
+    def create_and_die(job: Job) -> dict[str, Any]:
+        report = create(job)
+        if job.action is Action.PREPARE:
+            return report
+        agent.node.homes[job.rental_id]["file"] = written
+        agent.node.create = create  # type: ignore[method-assign]
+        agent.die()
+        raise RefusedOrder("the connection broke")
+
+    agent.node.create = create_and_die  # type: ignore[method-assign]
+
+
+@pytest.fixture
+async def watched(house: House) -> House:
+    """Deaths are proved, before a second try to make anything there has failed."""
+    await house.watch_workers()
+    house.end_the_brake_of_the_start()
+    return house
+
+
+async def intend(house: House, agent: Agent, what: str) -> None:
+    assert (await house.as_admin.post(f"/api/workers/{agent.worker_id}/{what}")).status_code == 200
+    await house.settle()
+
+
+async def test_what_was_written_after_the_last_copy_is_kept_aside_and_restored_on_request(
+    house: House, pool: list[Agent]
+) -> None:
+    moved, dead = await written_and_lost(house)
+    assert files(house, moved) == {"file": "copied"}
+    await dead.come_back()
+    await house.settle()
+    assert (await house.health(dead), dead.node.homes) == ("ready", {})
+    assert await snapshots(house, moved) == [("1-1", False), ("1-2", True)]
+    (event,) = await house.events("rental.salvaged")
+    assert "orion restore lab --from 1-2" in event["reason"]
+    await copied(house, moved)
+    again = await lose(house, moved)
+    assert files(house, again) == {"file": "copied"}, "there is a copy of a later epoch"
+    body = {"generation": "1-2", "discard": True}
+    assert (await house.as_admin.post(f"/api/rentals/{moved['id']}/restore", json=body)).status_code == 202
+    await house.pass_time(8)
+    back = await house.rental(moved["id"])
+    assert (back["state"], files(house, back)) == ("active", {"file": "written after that"})
+
+
+async def test_what_nobody_has_worked_on_since_is_the_newest_and_comes_back_by_itself(house: House) -> None:
+    await house.join()
+    waiting, dead = await written_and_lost(house)
+    assert waiting["state"] == "queued"
+    shown_before = waiting["last_safe_copy_at"]
+    await dead.come_back()
+    await house.pass_time(8)
+    back = await house.rental(waiting["id"])
+    assert (back["state"], files(house, back)) == ("active", {"file": "written after that"})
+    assert back["last_safe_copy_at"] > shown_before
+    assert [e["details"]["generation"] for e in await house.events("rental.files_restored")] == ["1-2"]
+
+
+async def test_a_home_that_was_copied_as_it_is_has_lost_nothing(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    files(house, rental)["file"] = "same"
+    await copied(house, rental)
+    dead = holder(house, rental)
+    await lose(house, rental)
+    await dead.come_back()
+    await house.settle()
+    assert await snapshots(house, rental) == [("1-1", False)]
+    assert [e["reason"].partition(": ")[2] for e in await house.events("rental.salvaged")] == [
+        "they are as in copy 1-1"
+    ]
+
+
+async def test_what_was_released_is_not_salvaged(house: House, pool: list[Agent]) -> None:
+    moved, dead = await written_and_lost(house)
+    await house.as_admin.delete(f"/api/rentals/{moved['id']}")
+    await house.settle()
+    assert (await house.rental(moved["id"]))["state"] == "released"
+    await dead.come_back()
+    await house.settle()
+    assert await house.health(dead) == "ready"
+    assert await house.events("rental.salvage") == []
+
+
+@pytest.mark.parametrize("code", ["unreachable", "over_limit", "unreadable_home", "failed", "purged"])
+async def test_what_cannot_be_salvaged_is_purged_all_the_same_and_what_was_lost_is_said(
+    house: House, pool: list[Agent], code: str
+) -> None:
+    moved, dead = await written_and_lost(house)
+    tries = []
+
+    async def refuse(home: Home, limits: SnapshotLimits, spare: SnapshotId | None = None) -> Taken:
+        tries.append(home)
+        raise SnapshotError(code, "there is no way")
+
+    house.snapshot_service.salvage = refuse  # type: ignore[method-assign, assignment]
+    await dead.come_back()
+    await house.pass_time(12)
+    assert (await house.health(dead), dead.node.homes) == ("ready", {})
+    assert len(tries) == (2 if code in {"unreachable", "failed"} else 1)
+    assert {(home.rental_id, home.epoch, home.host.worker_id) for home in tries} == {(moved["id"], 1, dead.worker_id)}
+    (event,) = await house.events("rental.salvage_failed")
+    assert "there is no way" in event["reason"]
+    assert "is lost" in event["reason"]
+
+
+def test_a_worker_becomes_ready_in_time_though_a_salvage_never_ends() -> None:
+    """Whatever it hangs in: its worker has been joining for so long."""
+    joining = new_worker(1, health=Health.JOINING, verified_session=None)
+    rental = active_rental(1, epoch=2, state=RentalState.QUEUED)
+    lost = new_placement(replace(rental, epoch=1), joining, PlacementState.LOST)
+    world = new_world(joining, rental, lost)
+    shown = {joining.id: (Item(rental_id=rental.id, username=rental.username, uid=rental.uid, epoch=1),)}
+    for age_s, kind in ((SALVAGE_WITHIN_S, TaskKind.SALVAGE), (SALVAGE_WITHIN_S + 1, TaskKind.DELETE)):
+        decision = decide(
+            world, Observations(inventories=shown, leaving=frozenset(), ages={joining.id: age_s}, new_ids=iter("p"))
+        )
+        assert [task.kind for task in decision.tasks] == [kind]
+    (event,) = [event for step in decision.steps for event in step.events if event.kind.startswith("rental.salvage")]
+    assert (event.kind, "is lost" in event.reason) == ("rental.salvage_failed", True)
+    assert SALVAGE_WITHIN_S + LONGEST_TRY_S + JOB_DEADLINE_S < JOIN_DEADLINE_S, "there is time to purge it"
+
+
+async def test_a_manager_that_ends_before_it_has_noted_a_salvage_makes_it_again_and_keeps_one(
+    house: House, pool: list[Agent]
+) -> None:
+    moved, dead = await written_and_lost(house)
+    salvage = house.snapshot_service.salvage
+
+    async def and_die(home: Home, limits: SnapshotLimits, spare: SnapshotId | None = None) -> Taken:
+        await salvage(home, limits, spare=spare)
+        raise SnapshotError("no_answer", "the vault ended before it answered")
+
+    house.snapshot_service.salvage = and_die  # type: ignore[method-assign, assignment]
+    await dead.come_back()
+    await house.manager.reconciler.round()
+    await house.finish_tasks()
+    house.snapshot_service.salvage = salvage  # type: ignore[method-assign]
+    await house.restart()
+    await dead.register()
+    await house.pass_time(12)
+    assert await house.health(dead) == "ready"
+    assert await snapshots(house, moved) == [("1-1", False), ("1-2", True)]
+
+
+async def test_a_worker_gains_nothing_by_showing_what_was_never_placed_there(house: House, pool: list[Agent]) -> None:
+    rental = await house.rent()
+    files(house, rental)["file"] = "mine"
+    await copied(house, rental)
+    evil = next(agent for agent in pool if agent.worker_id != rental["worker_id"])
+    account = holder(house, rental).node.accounts[rental["id"]]
+    evil.node.accounts[rental["id"]] = account.__class__(account.username, account.uid, 99, account.keys, False)
+    evil.node.homes[rental["id"]] = {"file": "evil"}
+    evil.node.let_in[rental["id"]] = 99
+    await evil.beat()
+    await house.settle()
+    resumed = await house.as_admin.post(f"/api/workers/{evil.worker_id}/resume?give_up=true")
+    assert resumed.status_code == 200
+    await house.pass_time(40)
+    assert house.snapshot_service.stored[rental["id"]].keys() == {SnapshotId(1, 1)}
+    assert await snapshots(house, rental) == [("1-1", False)]
+
+
+# What nobody lived to tell
+
+
+@pytest.mark.parametrize("first_back", ["the latest", "the one before"])
+async def test_where_a_renter_was_let_in_unheard_is_the_newest_whoever_comes_back_first(
+    watched: House, first_back: str
+) -> None:
+    """The second worker lets it in and dies, and the manager knows only of the first, until both have come back."""
+    first = await watched.join()
+    rental = await watched.rent(name="lab")
+    files(watched, rental)["file"] = "copied"
+    await copied(watched, rental)
+    files(watched, rental)["file"] = "written at epoch 1"
+    second = await watched.join()
+    lets_in_and_dies(second, "written at epoch 2")
+    first.die()
+    await watched.pass_time(12)
+    assert (await watched.rental(rental["id"]))["state"] == "queued"
+    for agent in (first, second):
+        await intend(watched, agent, "drain")  # nothing is made anew before both are back
+    for agent in (second, first) if first_back == "the latest" else (first, second):
+        await agent.come_back()
+        await watched.pass_time(8)
+        assert agent.node.homes == {}
+    shown = await watched.rental(rental["id"])
+    found = (await watched.as_admin.get(f"/api/rentals/{rental['id']}/snapshots")).json()["items"]
+    newest = next(one for one in found if one["generation"] == "2-1")
+    assert (shown["state"], shown["last_safe_copy_at"]) == ("queued", newest["at"]), "the age of what it begins with"
+    told = {event["details"]["generation"]: event["reason"] for event in await watched.events("rental.salvaged")}
+    assert "with which it begins again" in told["2-1"]
+    assert ("orion restore lab --from 1-2" in told["1-2"]) == (first_back == "the latest")
+    await intend(watched, first, "resume")
+    await watched.pass_time(8)
+    back = await watched.rental(rental["id"])
+    assert (back["state"], files(watched, back)) == ("active", {"file": "written at epoch 2"})
+
+
+async def test_what_was_never_active_keeps_what_was_written_where_it_was_let_in_unheard(watched: House) -> None:
+    only = await watched.join()
+    lets_in_and_dies(only, "written before anybody knew")
+    rental = await watched.rent()
+    await watched.pass_time(8)
+    waiting = await watched.rental(rental["id"])
+    assert (waiting["state"], waiting["last_safe_copy_at"]) == ("queued", None)
+    await only.come_back()
+    await watched.pass_time(8)
+    back = await watched.rental(rental["id"])
+    assert (back["state"], files(watched, back)) == ("active", {"file": "written before anybody knew"})
+    assert back["last_safe_copy_at"]
+
+
+async def test_what_was_never_active_and_is_made_elsewhere_meanwhile_has_it_kept_aside(watched: House) -> None:
+    dead = await watched.join()
+    lets_in_and_dies(dead, "written before anybody knew")
+    rental = await watched.rent(name="lab")
+    await watched.pass_time(8)
+    await watched.join()
+    made = await watched.rental(rental["id"])
+    assert (made["state"], files(watched, made)) == ("active", {})
+    await dead.come_back()
+    await watched.pass_time(8)
+    assert (await watched.health(dead), dead.node.homes) == ("ready", {})
+    assert await snapshots(watched, made) == [("1-1", True)]
+    (event,) = await watched.events("rental.salvaged")
+    assert "orion restore lab --from 1-1" in event["reason"]
+
+
+async def test_a_worker_that_never_let_anybody_in_has_nothing_to_salvage_and_nothing_is_said(watched: House) -> None:
+    only = await watched.join()
+    create = only.node.create
+
+    def make_and_die(job: Job) -> dict[str, Any]:
+        create(replace(job, action=Action.PREPARE))
+        only.die()
+        raise RefusedOrder("the connection broke")
+
+    only.node.create = make_and_die  # type: ignore[method-assign]
+    rental = await watched.rent()
+    await watched.pass_time(8)
+    only.node.create = create  # type: ignore[method-assign]
+    await only.come_back()
+    await watched.pass_time(8)
+    assert (await watched.rental(rental["id"]))["state"] == "active"
+    assert await snapshots(watched, rental) == []
+    assert await watched.events("rental.salvage") == []
+
+
+async def lost_three_times(house: House) -> tuple[dict[str, Any], list[Agent]]:
+    """A rental that is active at epoch 4, copied at epoch 1 alone, and the workers that it had before, in order.
+
+    It was written at each epoch, and began with copy 1-1 at each but the first.
+    """
+    for _ in range(5):
+        await house.join(slots=4)
+    rental = await house.rent(name="lab")
+    files(house, rental)["file"] = "copied"
+    await copied(house, rental)
+    gone: list[Agent] = []
+    for epoch in range(1, 4):
+        files(house, rental)[f"of epoch {epoch}"] = "x"
+        gone.append(holder(house, rental))
+        rental = await lose(house, rental)
+        assert (rental["state"], files(house, rental)) == ("active", {"file": "copied"})
+    return rental, gone
+
+
+async def test_the_same_home_counts_before_others_that_were_filled_from_it_and_is_kept_however_many_come(
+    house: House,
+) -> None:
+    rental, gone = await lost_three_times(house)
+    for agent in gone:
+        await agent.come_back()
+        await house.pass_time(8)
+    assert {("1-2", True), ("2-1", True), ("3-1", True)} <= set(await snapshots(house, rental))
+    again = await lose(house, rental)
+    assert (again["state"], files(house, again)) == ("active", {"file": "copied", "of epoch 1": "x"})
+    assert (await house.rental(rental["id"]))["salvage"]["generation"] == "3-1", "the others wait for their owner"
+
+
+async def test_what_was_filled_with_a_copy_and_written_since_counts_before_that_copy(house: House) -> None:
+    """Two kills without a copy in between, and only the second worker is back at the third."""
+    rental, gone = await lost_three_times(house)
+    await gone[1].come_back()
+    await house.pass_time(8)
+    (event,) = await house.events("rental.salvaged")
+    assert "with which it begins again if it loses its worker before it is copied" in event["reason"]
+    again = await lose(house, rental)
+    assert (again["state"], files(house, again)) == ("active", {"file": "copied", "of epoch 2": "x"})
+
+
+async def test_of_two_kills_within_a_minute_the_second_brings_what_was_salvaged_of_the_first(
+    house: House, pool: list[Agent]
+) -> None:
+    moved, dead = await written_and_lost(house)
+    assert files(house, moved) == {"file": "copied"}
+    await dead.come_back()
+    await house.pass_time(8)
+    again = await lose(house, await house.rental(moved["id"]))
+    assert (again["state"], files(house, again)) == ("active", {"file": "written after that"})
+    assert again["salvage"] is None, "it has it"
+
+
+async def test_who_went_back_to_an_older_copy_is_not_given_what_was_later_in_that_home(
+    house: House, pool: list[Agent]
+) -> None:
+    await house.join(slots=4)
+    rental = await house.rent()
+    files(house, rental)["file"] = "older"
+    await copied(house, rental)
+    files(house, rental)["file"] = "rejected"
+    await copied(house, rental)
+    body = {"generation": "1-1", "discard": True}
+    assert (await house.as_admin.post(f"/api/rentals/{rental['id']}/restore", json=body)).status_code == 202
+    await house.pass_time(8)
+    for _ in range(2):
+        rental = await lose(house, await house.rental(rental["id"]))
+        assert (rental["state"], files(house, rental)) == ("active", {"file": "older"})
+
+
+async def test_a_salvage_that_waits_is_shown_until_its_rental_has_it(house: House, pool: list[Agent]) -> None:
+    moved, dead = await written_and_lost(house)
+    files(house, moved)["of epoch 2"] = "x"
+    await copied(house, moved)
+    assert (await house.rental(moved["id"]))["salvage"] is None
+    await dead.come_back()
+    await house.pass_time(8)
+    listed = (await house.as_admin.get("/api/rentals")).json()["items"]
+    for shown in (await house.rental(moved["id"]), *listed):
+        assert (shown["salvage"]["generation"], shown["salvage"]["bytes"]) == ("1-2", 2 * BLOCK_BYTES)
+    body = {"generation": "1-2"}
+    assert (await house.as_admin.post(f"/api/rentals/{moved['id']}/restore", json=body)).status_code == 202
+    await house.pass_time(8)
+    back = await house.rental(moved["id"])
+    assert (back["state"], files(house, back), back["salvage"]) == ("active", {"file": "written after that"}, None)
+
+
+# What no copy was made of
+
+
+@pytest.fixture
+async def patient(store: Store) -> AsyncIterator[House]:
+    """A house with two workers, whose rentals wait ten minutes for files that no copy has."""
+    async with House(store, Settings(database_url=store.url, uncopied_wait_s=600)) as house:
+        for _ in range(2):
+            await house.join(slots=4)
+        yield house
+
+
+async def lost_before_its_first_copy(house: House) -> tuple[dict[str, Any], Agent]:
+    rental = await house.rent(name="lab")
+    files(house, rental)["file"] = "typed briskly"
+    dead = holder(house, rental)
+    return await lose(house, rental), dead
+
+
+async def test_what_was_lost_before_its_first_copy_waits_for_its_worker_and_says_both_ways_out(
+    patient: House,
+) -> None:
+    waiting, dead = await lost_before_its_first_copy(patient)
+    assert waiting["state"] == "queued"
+    for words in (dead.worker_id, "started", "10 min", "orion restore lab --empty"):
+        assert words in waiting["explanation"]
+    (event,) = await patient.events("rental.files_awaited")
+    assert (event["rental_id"], event["worker_id"], event["epoch"]) == (waiting["id"], dead.worker_id, 1)
+    await patient.pass_time(400)
+    assert (await patient.rental(waiting["id"]))["state"] == "queued"
+    (late,) = (await patient.as_admin.get("/api/status")).json()["overdue"]
+    assert "orion restore lab --empty" in late["what_to_do"]
+    await dead.come_back()
+    await patient.pass_time(12)
+    back = await patient.rental(waiting["id"])
+    assert (back["state"], files(patient, back)) == ("active", {"file": "typed briskly"})
+    assert await patient.events("rental.started_empty") == []
+    assert len(await patient.events("rental.files_awaited")) == 1
+
+
+async def test_a_worker_that_is_back_is_waited_for_until_it_has_handed_the_files_over(patient: House) -> None:
+    waiting, dead = await lost_before_its_first_copy(patient)
+    await patient.pass_time(560)
+    patient.snapshot_service.failure = SnapshotError(
+        "vault_away", "the part of the manager that keeps copies does not answer"
+    )
+    await dead.come_back()
+    await patient.manager.health.round()
+    patient.manager.reconciler._awaits_files_s = 1.0  # its time is over while it joins
+    await patient.manager.reconciler.round()
+    assert (await patient.rental(waiting["id"]))["state"] == "queued"
+    patient.snapshot_service.failure = None
+    await patient.pass_time(12)
+    back = await patient.rental(waiting["id"])
+    assert (back["state"], files(patient, back)) == ("active", {"file": "typed briskly"})
+
+
+async def test_it_begins_empty_when_its_time_is_over_and_what_comes_back_later_waits_for_its_owner(
+    patient: House,
+) -> None:
+    waiting, dead = await lost_before_its_first_copy(patient)
+    await patient.pass_time(590)
+    assert (await patient.rental(waiting["id"]))["state"] == "queued"
+    await patient.pass_time(20)
+    back = await patient.rental(waiting["id"])
+    assert (back["state"], files(patient, back)) == ("active", {})
+    (event,) = await patient.events("rental.started_empty")
+    assert "kept when that comes back" in event["reason"]
+    await dead.come_back()
+    await patient.pass_time(12)
+    assert (await patient.rental(back["id"]))["salvage"]["generation"] == "1-1"
+
+
+async def test_its_owner_may_say_that_it_begins_empty_now(patient: House) -> None:
+    waiting, _dead = await lost_before_its_first_copy(patient)
+    body = {"empty": True}
+    assert (await patient.as_admin.post(f"/api/rentals/{waiting['id']}/restore", json=body)).status_code == 202
+    await patient.pass_time(8)
+    back = await patient.rental(waiting["id"])
+    assert (back["state"], files(patient, back)) == ("active", {})
+
+
+async def test_nobody_waits_for_a_worker_that_was_removed(patient: House) -> None:
+    waiting, dead = await lost_before_its_first_copy(patient)
+    assert (await patient.as_admin.delete(f"/api/workers/{dead.worker_id}")).is_success
+    await patient.pass_time(8)
+    assert (await patient.rental(waiting["id"]))["state"] == "active"
+
+
+async def test_a_standby_without_files_does_not_take_over_what_has_no_copy(
+    patient: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcomes, "MAX_ATTEMPTS", 1000)  # filling it goes on failing until its source dies
+    rental = await patient.rent(name="lab")
+    files(patient, rental)["file"] = "typed briskly"
+    patient.end_the_brake_of_the_start()
+    dead = holder(patient, rental)
+    patient.snapshot_service.failure = SnapshotError("unreachable", "the worker cannot be asked")
+    assert (await patient.as_admin.post(f"/api/rentals/{rental['id']}/migrate")).status_code == 202
+    await patient.pass_time(4)
+    assert (await patient.rental(rental["id"]))["moving_to"]
+    dead.die()
+    await patient.silence(dead, 91)
+    waiting = await patient.rental(rental["id"])
+    assert (waiting["state"], "orion restore lab --empty" in waiting["explanation"]) == ("queued", True)
+    patient.snapshot_service.failure = None
+    await dead.come_back()
+    await patient.pass_time(12)
+    back = await patient.rental(rental["id"])
+    assert (back["state"], files(patient, back)) == ("active", {"file": "typed briskly"})
+
+
+async def test_an_owner_s_salvages_leave_others_of_that_worker_theirs(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = await house.join(slots=8)
+    for client in [house.as_admin] * 4 + [await house.new_client("other")]:
+        assert (await client.post("/api/rent", json={"wait_s": 0})).status_code in {201, 202}
+    await house.settle()
+    under_way = list[str]()
+
+    async def salvage(home: Home, *_: object, **__: object) -> Taken:
+        under_way.append(home.owner)
+        return await asyncio.Future()
+
+    monkeypatch.setattr(house.snapshot_service, "salvage", salvage)
+    house.end_the_brake_of_the_start()
+    dead.die()
+    await house.silence(dead, 91)
+    await dead.come_back()
+    for _ in range(3):
+        await house.manager.health.round()
+        await house.manager.reconciler.round()
+        while len(under_way) < house.manager.reconciler.running:  # noqa: ASYNC110 - each looks into the database first
+            await asyncio.sleep(0.001)
+    assert sorted(under_way) == ["admin"] * (MOST_SALVAGES // 2) + ["other"]

@@ -1,0 +1,129 @@
+"""The vault on the simulated workers: its jobs end with the manager that asked, and go wrong as the network does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, TypeVar
+
+from orion_worker.records import RequestRefused
+
+from orion.manager.domain.snapshot_plan import SnapshotLimits
+from orion.manager.domain.snapshots import Snapshot, SnapshotId, kept, next_number
+from orion.manager.snapshots.port import (
+    COPY_DEADLINE_S,
+    NO_SUCH_GENERATION,
+    RESTORE_DEADLINE_S,
+    SALVAGE_DEADLINE_S,
+    Home,
+    SnapshotError,
+    Taken,
+)
+
+if TYPE_CHECKING:
+    from simulation.agents import Container
+    from simulation.manager import SimulatedManager
+    from simulation.world import Simulation
+
+T = TypeVar("T")
+
+
+@dataclass
+class SimulatedVault:
+    """Implements `port.Vault` for one life of the manager. What it keeps outlives it."""
+
+    sim: Simulation
+    manager: SimulatedManager
+
+    def __post_init__(self) -> None:
+        self._random = Random(f"vault {self.sim.loop.now} {self.sim.schedule.seed}")
+
+    async def copy(
+        self,
+        home: Home,
+        limits: SnapshotLimits,
+        deadline_s: float = COPY_DEADLINE_S,
+        spare: SnapshotId | None = None,
+        moving: bool = False,
+    ) -> Taken:
+        began_at = self.sim.loop.now
+        content = await self._on_worker(home, lambda container: container.read_home(home.rental_id, home.epoch))
+        return await self._keep(home, min(content, began_at), spare)
+
+    async def salvage(
+        self,
+        home: Home,
+        limits: SnapshotLimits,
+        deadline_s: float = SALVAGE_DEADLINE_S,
+        spare: SnapshotId | None = None,
+    ) -> Taken:
+        content = await self._on_worker(home, lambda container: container.salvage_home(home.rental_id, home.epoch))
+        return await self._keep(home, content, spare, salvage=True)
+
+    async def _keep(self, home: Home, content: float, spare: SnapshotId | None, salvage: bool = False) -> Taken:
+        there = self.sim.stored.setdefault(home.rental_id, {})
+        generation = SnapshotId(home.epoch, next_number(list(there), home.epoch))
+        copy = there[generation] = Snapshot(generation=generation, at=content, bytes=1, files=1, salvage=salvage)
+        for old in there.keys() - kept(there.values()) - {spare}:
+            del there[old]
+        await self.manager.point()
+        return Taken(copy, tuple(there[each] for each in sorted(there)))
+
+    async def restore(
+        self,
+        home: Home,
+        generation: SnapshotId | None = None,
+        deadline_s: float = RESTORE_DEADLINE_S,
+        filled: SnapshotId | None = None,
+        again: bool = False,
+    ) -> Snapshot | None:
+        there = self.sim.stored.get(home.rental_id, {})
+        if not there or not (generation or any(not copy.salvage for copy in there.values())):
+            await self.manager.point()
+            return None
+        wanted = generation or max(each for each in there if not there[each].salvage)
+        if wanted not in there:
+            raise SnapshotError(NO_SUCH_GENERATION, f"there is no copy {wanted}")
+        copy = there[wanted]
+        self.sim.checker.filled(home.rental_id, copy)
+        await self._on_worker(
+            home, lambda container: container.fill_home(home.rental_id, home.epoch, copy.at, str(wanted))
+        )
+        self.sim.say("vault", f"put copy {wanted} into {home.rental_id} at epoch {home.epoch}")
+        await self.manager.point()
+        return copy
+
+    async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
+        await self.manager.point()
+        there = self.sim.stored.get(rental_id, {})
+        return [there[each] for each in sorted(there)]
+
+    async def remove(self, rental_id: str, uid: int) -> None:
+        await self.manager.point()
+        self.sim.stored.pop(rental_id, None)
+
+    async def rentals(self) -> list[str]:
+        await self.manager.point()
+        return sorted(self.sim.stored)
+
+    async def short_of_room(self) -> list[str]:
+        await self.manager.point()
+        return []
+
+    async def _on_worker(self, home: Home, work: Callable[[Container], T]) -> T:
+        await self.manager.point()
+        chance = self._random.random() if self.sim.network.bad else 1.0
+        await asyncio.sleep(0.1 + (20.0 if chance < 0.3 else 1.0) * self._random.random())
+        container = self.sim.reachable(home.host)
+        if container is None or chance < 0.2:
+            raise SnapshotError("unreachable", "the worker cannot be asked")
+        boots = container.boots
+        await container.going()
+        if container.boots != boots or self.sim.reachable(home.host) is not container or container.disk_fails:
+            raise SnapshotError("failed", "the connection broke")
+        try:
+            return work(container)
+        except RequestRefused as refusal:
+            raise SnapshotError(refusal.code, str(refusal), refusal.details.get("restored", "")) from refusal

@@ -1,0 +1,354 @@
+"""What every vault must do: unit tests run it on the fake, integration tests on the real one and real workers.
+
+They look at what is in homes and at what is kept, never at how it was asked for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from itertools import count
+
+import pytest
+
+from orion.manager.domain.snapshot_plan import SnapshotLimits
+from orion.manager.domain.snapshots import BLOCK_BYTES, SnapshotId
+from orion.manager.snapshots.port import (
+    LET_IN,
+    NO_SUCH_GENERATION,
+    NOTHING_TO_SALVAGE,
+    OVER_LIMIT,
+    OVER_SHARE,
+    Home,
+    SnapshotError,
+    SnapshotService,
+)
+from orion.manager.ssh.port import Host
+
+LIMITS = SnapshotLimits(max_files=1000, max_bytes=1 << 20)
+LARGE_BYTES = 20 * BLOCK_BYTES
+_numbers = count(1)
+
+
+class Bench(ABC):
+    """A vault and two workers."""
+
+    snapshot_service: SnapshotService
+    hosts: tuple[Host, Host]
+
+    def new_home(self, epoch: int = 1) -> Home:
+        """Of a rental that nobody has heard of, on the first worker; `create` makes it."""
+        number = next(_numbers)
+        name = f"vault{number:03d}".translate(str.maketrans("0123456789", "abcdefghij"))
+        return Home(name, 2_000_000_000 + number, epoch, self.hosts[0])
+
+    def moved(self, home: Home) -> Home:
+        """The same rental, at its next epoch, on the other worker."""
+        other = next(host for host in self.hosts if host != home.host)
+        return replace(home, epoch=home.epoch + 1, host=other)
+
+    async def owned_by(self, owner: Home | None = None) -> Home:
+        """Return a rental that runs, of the same owner as that of `owner`, of a new owner without one."""
+        home = self.new_home()
+        home = replace(home, owner=owner.owner if owner else f"owner-{home.rental_id}")
+        await self.create(home, let_in=True)
+        return home
+
+    async def copy_other(self, home: Home, limits: SnapshotLimits) -> list[str]:
+        """Copy a home that holds LARGE_BYTES of which the copy before has none; return which copies are kept."""
+        letter = chr(ord("a") + next(_numbers) % 26)
+        await self.write(home, "large", letter * LARGE_BYTES)
+        return [str(copy.generation) for copy in (await self.snapshot_service.copy(home, limits)).kept]
+
+    def room_for(self, copies: float) -> SnapshotLimits:
+        """Return limits that give each owner a share of the disk for so many copies of LARGE_BYTES."""
+        return replace(LIMITS, owner_share=copies * (LARGE_BYTES + BLOCK_BYTES) / self.disk_bytes)
+
+    @property
+    @abstractmethod
+    def disk_bytes(self) -> int: ...
+
+    @abstractmethod
+    async def create(self, home: Home, let_in: bool) -> None: ...
+
+    @abstractmethod
+    async def write(self, home: Home, name: str, content: str) -> None: ...
+
+    @abstractmethod
+    async def remove(self, home: Home, name: str) -> None: ...
+
+    @abstractmethod
+    async def files(self, home: Home) -> dict[str, str]: ...
+
+
+async def refusal(awaitable: object) -> SnapshotError:
+    with pytest.raises(SnapshotError) as refused:
+        await awaitable  # type: ignore[misc]
+    return refused.value
+
+
+class VaultContract:
+    """A subclass gives the fixture `bench`."""
+
+    async def test_what_was_copied_from_one_worker_is_put_into_a_locked_home_on_another(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        await bench.write(home, "one", "first")
+        await bench.write(home, "two", "second")
+        copied = await bench.snapshot_service.copy(home, LIMITS)
+        assert (copied.copy.generation, copied.copy.files, copied.copy.bytes) == (
+            SnapshotId(1, 1),
+            3,
+            3 * BLOCK_BYTES,
+        ), "the home itself and two files"
+        target = bench.moved(home)
+        await bench.create(target, let_in=False)
+        assert await bench.snapshot_service.restore(target) == copied.copy
+        assert await bench.files(target) == {"one": "first", "two": "second"}
+
+    async def test_a_rental_without_a_copy_stays_as_it_is(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=False)
+        assert await bench.snapshot_service.restore(home) is None
+        assert await bench.files(home) == {}
+        assert await bench.snapshot_service.copies(home.rental_id, home.uid) == []
+
+    async def test_a_connection_at_hand_is_to_the_worker_with_the_pinned_host_key_or_to_nobody(
+        self, bench: Bench
+    ) -> None:
+        one, other = bench.hosts
+        await bench.snapshot_service.connect(one)
+        await bench.snapshot_service.connect(one)
+        refused = await refusal(bench.snapshot_service.connect(replace(one, host_keys=other.host_keys)))
+        assert refused.code == "unreachable"
+
+    async def test_a_restore_may_be_repeated_until_the_renter_is_let_in_and_never_after(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        await bench.write(home, "file", "old")
+        await bench.snapshot_service.copy(home, LIMITS)
+        target = bench.moved(home)
+        await bench.create(target, let_in=False)
+        for _ in range(2):
+            assert await bench.snapshot_service.restore(target)
+        await bench.create(target, let_in=True)
+        await bench.write(target, "file", "newer than any copy")
+        refused = await refusal(bench.snapshot_service.restore(target))
+        assert (refused.code, refused.restored) == (LET_IN, "1-1")
+        assert await bench.files(target) == {"file": "newer than any copy"}
+
+    async def test_a_copy_that_was_prepared_for_holds_what_changed_since(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        for name in ("changed", "removed", "same"):
+            await bench.write(home, name, name)
+        first = (await bench.snapshot_service.copy(home, LIMITS, moving=True)).copy.generation
+        target = bench.moved(home)
+        await bench.create(target, let_in=False)
+        assert await bench.snapshot_service.restore(target, first, again=True)
+        await bench.write(home, "changed", "twice")
+        await bench.remove(home, "removed")
+        last = await bench.snapshot_service.copy(home, LIMITS, moving=True)
+        assert [str(copy.generation) for copy in last.kept] == ["1-1", "1-2"]
+        assert await bench.snapshot_service.restore(target, last.copy.generation, filled=first) == last.copy
+        assert await bench.files(target) == {"changed": "twice", "same": "same"}
+        assert (
+            await bench.snapshot_service.restore(target, last.copy.generation, filled=last.copy.generation) == last.copy
+        )
+        assert await bench.files(target) == {"changed": "twice", "same": "same"}
+        other = bench.moved(target)
+        await bench.create(other, let_in=False)
+        assert await bench.snapshot_service.restore(other, last.copy.generation, filled=last.copy.generation), (
+            "it was not filled"
+        )
+        assert await bench.files(other) == {"changed": "twice", "same": "same"}
+        await bench.snapshot_service.restore(other, first)
+        assert await bench.files(other) == {"changed": "changed", "removed": "removed", "same": "same"}
+
+    async def test_an_older_copy_is_restored_when_it_is_named_and_only_if_it_is_there(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        for content in ("a", "bb"):
+            await bench.write(home, "file", content)
+            await bench.snapshot_service.copy(home, LIMITS)
+        target = bench.moved(home)
+        await bench.create(target, let_in=False)
+        restored = await bench.snapshot_service.restore(target, SnapshotId(1, 1))
+        assert restored
+        assert restored.generation == SnapshotId(1, 1)
+        assert await bench.files(target) == {"file": "a"}
+        assert (await refusal(bench.snapshot_service.restore(target, SnapshotId(1, 9)))).code == NO_SUCH_GENERATION
+        assert await bench.files(target) == {"file": "a"}
+
+    async def test_copies_are_ordered_by_epoch_first_and_the_newest_of_the_epoch_before_is_kept(
+        self, bench: Bench
+    ) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        for number in range(5):
+            await bench.write(home, "file", "x" * number)
+            kept = (await bench.snapshot_service.copy(home, LIMITS)).kept
+        assert [str(copy.generation) for copy in kept] == ["1-3", "1-4", "1-5"]
+        target = bench.moved(home)
+        await bench.create(target, let_in=False)
+        await bench.snapshot_service.restore(target)
+        await bench.create(target, let_in=True)
+        for number in range(4):
+            await bench.write(target, "file", "y" * number)
+            kept = (await bench.snapshot_service.copy(target, LIMITS)).kept
+        assert [str(copy.generation) for copy in kept] == ["1-5", "2-2", "2-3", "2-4"]
+        assert await bench.snapshot_service.copies(home.rental_id, home.uid) == list(kept)
+
+    async def test_a_home_that_has_not_changed_makes_the_newest_copy_younger(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        await bench.write(home, "file", "same")
+        await bench.write(home, "other", "")
+        first = (await bench.snapshot_service.copy(home, LIMITS)).copy
+        second = (await bench.snapshot_service.copy(home, LIMITS)).copy
+        assert second.generation == first.generation
+        assert second.at > first.at
+        await bench.remove(home, "other")
+        assert (await bench.snapshot_service.copy(home, LIMITS)).copy.generation == SnapshotId(1, 2)
+
+    async def test_what_changes_within_a_second_and_keeps_its_size_has_changed(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        for number, content in enumerate(("one", "two", "six"), start=1):
+            await bench.write(home, "file", content)
+            assert (await bench.snapshot_service.copy(home, LIMITS)).copy.generation == SnapshotId(1, number)
+
+    async def test_only_the_epoch_that_is_there_is_copied(self, bench: Bench) -> None:
+        home = bench.new_home(epoch=2)
+        await bench.create(home, let_in=True)
+        for epoch in (1, 3):
+            assert (
+                await refusal(bench.snapshot_service.copy(replace(home, epoch=epoch), LIMITS))
+            ).code == "stale_epoch"
+        assert (await refusal(bench.snapshot_service.copy(bench.new_home(), LIMITS))).code == "unknown_rental"
+
+    async def test_a_home_over_its_limits_is_not_copied_and_the_last_copy_stays(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        await bench.write(home, "file", "x" * 2000)
+        copied = await bench.snapshot_service.copy(home, LIMITS)
+        await bench.write(home, "more", "x" * 2000)
+        for limits in (SnapshotLimits(1000, 3 * BLOCK_BYTES - 1), SnapshotLimits(2, 1 << 20)):
+            assert (await refusal(bench.snapshot_service.copy(home, limits))).code == OVER_LIMIT
+        assert await bench.snapshot_service.copies(home.rental_id, home.uid) == [copied.copy]
+
+    async def test_beyond_its_owners_share_the_oldest_copies_make_room_for_a_new_one(self, bench: Bench) -> None:
+        home = await bench.owned_by()
+        kept = [await bench.copy_other(home, bench.room_for(2.5)) for _ in range(3)]
+        assert kept == [["1-1"], ["1-1", "1-2"], ["1-2", "1-3"]]
+        assert home.owner not in await bench.snapshot_service.short_of_room()
+
+    async def test_the_last_copy_makes_no_room_and_the_new_one_is_refused(self, bench: Bench) -> None:
+        home = await bench.owned_by()
+        await bench.copy_other(home, LIMITS)
+        await bench.copy_other(home, LIMITS)
+        await bench.write(home, "more", "x")
+        assert (await refusal(bench.snapshot_service.copy(home, bench.room_for(0.9)))).code == OVER_SHARE
+        kept = [str(copy.generation) for copy in await bench.snapshot_service.copies(home.rental_id, home.uid)]
+        assert kept == ["1-1", "1-2"]
+
+    async def test_one_owner_has_its_share_and_others_are_not_affected(self, bench: Bench) -> None:
+        room = bench.room_for(2.5)
+        first = await bench.owned_by()
+        second, other = await bench.owned_by(first), await bench.owned_by()
+        assert [await bench.copy_other(first, room) for _ in range(2)] == [["1-1"], ["1-1", "1-2"]]
+        await bench.write(second, "large", "x" * LARGE_BYTES)
+        assert (await refusal(bench.snapshot_service.copy(second, room))).code == OVER_SHARE
+        assert await bench.snapshot_service.copies(second.rental_id, second.uid) == []
+        assert {first.owner, other.owner}.intersection(await bench.snapshot_service.short_of_room()) == {first.owner}
+        assert [await bench.copy_other(other, room) for _ in range(2)] == [["1-1"], ["1-1", "1-2"]]
+        unchanged = await bench.snapshot_service.copy(first, room)
+        assert [str(copy.generation) for copy in unchanged.kept] == ["1-2"], "it makes room for the second"
+        assert (await bench.snapshot_service.copy(second, room)).copy.generation == SnapshotId(1, 1)
+        assert first.owner not in await bench.snapshot_service.short_of_room()
+
+    async def test_what_is_removed_gives_its_room_back_to_its_owner(self, bench: Bench) -> None:
+        room = bench.room_for(1.5)
+        first = await bench.owned_by()
+        second = await bench.owned_by(first)
+        await bench.copy_other(first, room)
+        await bench.write(second, "large", "x" * LARGE_BYTES)
+        assert (await refusal(bench.snapshot_service.copy(second, room))).code == OVER_SHARE
+        await bench.snapshot_service.remove(first.rental_id, first.uid)
+        assert (await bench.snapshot_service.copy(second, room)).copy.generation == SnapshotId(1, 1)
+
+    async def test_nothing_is_left_of_what_is_removed_and_only_of_that(self, bench: Bench) -> None:
+        homes = [bench.new_home(), bench.new_home()]
+        for home in homes:
+            await bench.create(home, let_in=True)
+            await bench.snapshot_service.copy(home, LIMITS)
+        gone, stays = homes
+        for _ in range(2):
+            await bench.snapshot_service.remove(gone.rental_id, gone.uid)
+        assert await bench.snapshot_service.copies(gone.rental_id, gone.uid) == []
+        kept = await bench.snapshot_service.rentals()
+        assert (gone.rental_id in kept, stays.rental_id in kept) == (False, True)
+
+    async def test_a_worker_that_does_not_answer_or_has_another_key_is_said_to_be_unreachable(
+        self, bench: Bench
+    ) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        nowhere = replace(home, host=replace(home.host, port=1))
+        impostor = replace(home, host=replace(home.host, host_keys=bench.hosts[1].host_keys))
+        for wrong in (nowhere, impostor):
+            assert (await refusal(bench.snapshot_service.copy(wrong, LIMITS))).code == "unreachable"
+
+    async def test_what_is_left_of_a_lost_epoch_is_copied_aside_and_is_not_what_comes_next_by_itself(
+        self, bench: Bench
+    ) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        await bench.write(home, "file", "copied")
+        copied = await bench.snapshot_service.copy(home, LIMITS)
+        await bench.write(home, "file", "written after that")
+        salvaged = await bench.snapshot_service.salvage(home, LIMITS)
+        assert (salvaged.copy.generation, salvaged.copy.salvage) == (SnapshotId(1, 2), True)
+        assert [copy.salvage for copy in salvaged.kept] == [False, True]
+        assert (await bench.snapshot_service.salvage(home, LIMITS)).copy.generation == SnapshotId(1, 2), (
+            "once is enough"
+        )
+        assert (await refusal(bench.snapshot_service.copy(home, LIMITS))).code == "laid_down"
+        target = bench.moved(home)
+        await bench.create(target, let_in=False)
+        assert await bench.snapshot_service.restore(target) == copied.copy
+        assert await bench.files(target) == {"file": "copied"}
+        assert await bench.snapshot_service.restore(target, SnapshotId(1, 2))
+        assert await bench.files(target) == {"file": "written after that"}
+
+    async def test_a_lost_home_that_is_as_its_last_copy_makes_no_salvage(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        await bench.write(home, "file", "same")
+        copied = await bench.snapshot_service.copy(home, LIMITS)
+        salvaged = await bench.snapshot_service.salvage(home, LIMITS)
+        assert (salvaged.copy.generation, salvaged.copy.salvage) == (copied.copy.generation, False)
+
+    async def test_the_latest_salvages_stay_and_besides_the_one_that_is_needed(self, bench: Bench) -> None:
+        home = bench.new_home()
+        await bench.create(home, let_in=True)
+        for number, spare in ((1, None), (2, None), (3, SnapshotId(1, 1)), (4, SnapshotId(1, 1)), (5, None)):
+            await bench.write(home, "file", f"version {number}")
+            salvaged = await bench.snapshot_service.salvage(home, LIMITS, spare=spare)
+            oldest = (1,) if number == 1 or spare else ()
+            latest = (number - 1, number) if number > 1 else ()
+            staying = {1, 2} if number == 2 else {*oldest, *latest}
+            assert {copy.generation.number for copy in salvaged.kept} == staying
+
+    async def test_only_what_its_renter_had_at_that_very_epoch_is_salvaged(self, bench: Bench) -> None:
+        home = bench.new_home(epoch=2)
+        await bench.create(home, let_in=False)
+        assert (await refusal(bench.snapshot_service.salvage(home, LIMITS))).code == NOTHING_TO_SALVAGE
+        await bench.create(home, let_in=True)
+        for epoch in (1, 3):
+            assert (
+                await refusal(bench.snapshot_service.salvage(replace(home, epoch=epoch), LIMITS))
+            ).code == "stale_epoch"
+        await bench.write(home, "file", "x" * 2000)
+        assert (await refusal(bench.snapshot_service.salvage(home, SnapshotLimits(1000, 1000)))).code == OVER_LIMIT
+        assert await bench.snapshot_service.copies(home.rental_id, home.uid) == []

@@ -1,0 +1,32 @@
+"""Comparing rosters: one that followed every commit with one that was just filled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orion.manager.domain.pool_index import PoolIndex
+
+
+def what_differs(one: PoolIndex, other: PoolIndex) -> dict[str, tuple[Any, Any]]:
+    """Everything that they say differently; when states were entered is not compared."""
+    told, tells = _all_of(one), _all_of(other)
+    return {name: (told[name], tells[name]) for name in told if told[name] != tells[name]}
+
+
+def _all_of(pool_index: PoolIndex) -> dict[str, Any]:
+    known = dict(pool_index.items())
+    ids = sorted({*known, *pool_index._held})
+    number = len(ids) + 1
+    return {
+        "workers": known,
+        "held": {w: sorted(pool_index.held(w), key=lambda held: held.id) for w in ids},
+        "restless": set(pool_index.dirty_workers(number)),
+        "room": pool_index.room.best(number),
+        "refusals": pool_index.refusals((), ()),
+        "refuges": pool_index.refuges(()),
+        "slots": pool_index.slots(),
+        "by health": pool_index.by_health(),
+        "by state": pool_index.by_state(),
+        "waiting": pool_index.waiting(),
+        "unsettled": set(pool_index._unsettled),
+    }

@@ -1,0 +1,247 @@
+"""The steps of a planned move: what each rests on, and that whoever acted meanwhile wins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import count
+
+import pytest
+from support.builders import active_rental, new_placement, new_rental, new_worker, new_world
+
+from orion import wire
+from orion.manager.domain import migration
+from orion.manager.domain.assignment import ask_to_move
+from orion.manager.domain.fair_share import Claim
+from orion.manager.domain.model import Placement, Rental
+from orion.manager.domain.observations import Observations
+from orion.manager.domain.reconcile import decide
+from orion.manager.domain.states import (
+    QUIESCED,
+    ForbiddenTransition,
+    Health,
+    Intent,
+    MigrationPhase,
+    PlacementState,
+    RentalState,
+)
+from orion.manager.domain.tasks import TaskKind
+from orion.manager.domain.world import World
+
+SOURCE, TARGET = new_worker(1), new_worker(2)
+RENTAL = active_rental(last_epoch=4)
+RUNNING = new_placement(RENTAL, SOURCE, PlacementState.RUNNING)
+STANDBY = replace(
+    new_placement(RENTAL, TARGET, PlacementState.PREPARING), id="p-standby", epoch=4, standby=True, filled="1-3"
+)
+HELD = replace(RUNNING, held=4)
+STOPPING = replace(HELD, state=PlacementState.STOPPING)
+MIGRATING, RELEASING = (replace(RENTAL, state=s) for s in (RentalState.MIGRATING, RentalState.RELEASING))
+OF_HELD = migration.Source(placement_id=RUNNING.id, worker_id=SOURCE.id, epoch=1, move=4)
+
+
+def observations(**more: frozenset[str]) -> Observations:
+    leaving = more.get("vacating", frozenset())
+    return Observations(
+        inventories={}, leaving=leaving, ages={}, new_ids=(f"p-new-{number}" for number in count()), **more
+    )
+
+
+def world(*placements: Placement) -> World:
+    return new_world(SOURCE, TARGET, RENTAL, *placements)
+
+
+def test_the_words_are_the_contract_s() -> None:
+    assert migration.NOT_MOVED == wire.NOT_MOVED
+
+
+@pytest.mark.parametrize(
+    ("rental", "source", "target", "phase"),
+    [
+        (RENTAL, RUNNING, None, MigrationPhase.NONE),
+        (RENTAL, RUNNING, replace(STANDBY, state=PlacementState.RESERVED, filled=""), MigrationPhase.RESERVED),
+        (RENTAL, RUNNING, replace(STANDBY, filled=""), MigrationPhase.PRECOPY),
+        (RENTAL, RUNNING, STANDBY, MigrationPhase.QUIESCE),
+        (RENTAL, HELD, STANDBY, MigrationPhase.FINAL_SYNC),
+        (RENTAL, HELD, None, MigrationPhase.PARK),
+        (MIGRATING, STOPPING, None, MigrationPhase.CUTOVER),
+        (MIGRATING, replace(STOPPING, held=0), None, MigrationPhase.NONE),
+        (RELEASING, STOPPING, None, MigrationPhase.NONE),
+        (RENTAL, HELD, replace(STANDBY, epoch=5), MigrationPhase.STALE),
+        (RENTAL, HELD, replace(STANDBY, state=PlacementState.RESERVED), MigrationPhase.STALE),
+        (MIGRATING, replace(HELD, state=PlacementState.LOST), None, MigrationPhase.NONE),
+    ],
+)
+def test_the_phase_of_a_migration_follows_from_the_rows(
+    rental: Rental, source: Placement, target: Placement | None, phase: MigrationPhase
+) -> None:
+    assert migration.phase_of(rental, source, target) is phase
+    assert migration.is_quiesced(source) is (phase in QUIESCED)
+
+
+def test_a_target_is_one_until_the_cutover_or_until_it_ends() -> None:
+    assert migration.as_target(STANDBY) == STANDBY
+    ended = replace(STANDBY, state=PlacementState.FAILED)
+    assert [migration.as_target(p) for p in (None, ended, replace(STANDBY, standby=False))] == [None, None, None]
+
+
+@pytest.mark.parametrize("source", [RUNNING, replace(HELD, state=PlacementState.STOPPING)])
+def test_a_step_out_of_its_phase_raises(source: Placement) -> None:
+    with pytest.raises(ForbiddenTransition):
+        migration.abandon(RENTAL, source, None, "a test")
+    with pytest.raises(ForbiddenTransition):
+        migration.hold(RENTAL, source, replace(STANDBY, filled=""), "a test")
+
+
+def test_a_switch_raises_the_epoch_and_ends_what_was_held_in_one_step() -> None:
+    after = world(HELD, STANDBY)
+    step = migration.switch(RENTAL, HELD, STANDBY, OF_HELD, "1-9")
+    assert step
+    assert after.apply(step)
+    rental = after.rentals[RENTAL.id]
+    assert (rental.state, rental.epoch) == (RentalState.MIGRATING, 4)
+    assert after.placements[RUNNING.id].state is PlacementState.STOPPING
+    live = after.live_placement(RENTAL.id)
+    assert live == replace(STANDBY, standby=False, filled="1-9")
+
+
+@pytest.mark.parametrize(
+    ("placement", "standby"),
+    [
+        (RUNNING, STANDBY),
+        (replace(HELD, held=5), STANDBY),
+        (replace(HELD, held=5), None),
+        (replace(HELD, state=PlacementState.STOPPING), STANDBY),
+        (HELD, replace(STANDBY, state=PlacementState.FAILED)),
+        (HELD, replace(STANDBY, epoch=5)),
+        (HELD, replace(STANDBY, standby=False)),
+    ],
+)
+def test_nothing_is_switched_that_is_not_held_for_this_very_move(
+    placement: Placement, standby: Placement | None
+) -> None:
+    assert migration.switch(RENTAL, placement, standby, OF_HELD, "1-9") is None
+
+
+def test_a_switch_that_was_decided_before_somebody_else_acted_is_dropped() -> None:
+    step = migration.switch(RENTAL, HELD, STANDBY, OF_HELD, "1-9")
+    assert step
+    for changed in (replace(HELD, held=0), replace(HELD, held=7)):
+        assert not world(changed, STANDBY).apply(step)
+    assert not world(HELD, replace(STANDBY, state=PlacementState.FAILED)).apply(step)
+
+
+def test_only_what_is_filled_is_waited_for_with_a_hold() -> None:
+    empty = replace(STANDBY, filled="")
+    (task,) = decide(world(RUNNING, empty), observations()).tasks
+    assert task.kind is TaskKind.SEED
+    decision = decide(world(RUNNING, STANDBY), observations())
+    assert [task.kind for task in decision.tasks] == [TaskKind.FINISH]
+    assert decision.steps[0].events[0].kind == "rental.held"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        replace(TARGET, intent=Intent.DRAINING),
+        replace(TARGET, health=Health.JOINING),
+        replace(TARGET, health=Health.QUARANTINED),
+        replace(TARGET, fault="it flaps"),
+    ],
+)
+def test_a_standby_on_a_worker_that_takes_nothing_any_more_is_given_up_and_what_is_held_thawed(target: object) -> None:
+    now = new_world(SOURCE, target, RENTAL, HELD, STANDBY)  # type: ignore[arg-type]
+    decision = decide(now, observations())
+    for step in decision.steps:
+        assert now.apply(step)
+    assert now.placements[STANDBY.id].state is PlacementState.FAILED
+    assert now.placements[RUNNING.id].held == 0
+    thaw = next(task for task in decision.tasks if task.kind is TaskKind.THAW)
+    assert (thaw.worker_id, thaw.source) == (SOURCE.id, OF_HELD)
+
+
+def test_what_is_held_without_a_standby_is_parked_only_while_its_worker_waits_for_that() -> None:
+    leaving = frozenset({SOURCE.id})
+    assert [task.kind for task in decide(world(HELD), observations(vacating=leaving)).tasks] == [TaskKind.PARK]
+    assert [task.kind for task in decide(world(HELD), observations()).tasks] == [TaskKind.THAW]
+
+
+def test_what_is_parked_is_placed_at_once_where_there_is_room_though_it_was_not_purged_yet() -> None:
+    parked = replace(HELD, state=PlacementState.STOPPING)
+    waiting = replace(RENTAL, state=RentalState.MIGRATING)
+    now = new_world(SOURCE, TARGET, waiting, parked)
+    for step in decide(now, observations()).steps:
+        assert now.apply(step)
+    live = now.live_placement(RENTAL.id)
+    assert live
+    assert (live.worker_id, live.epoch) == (TARGET.id, 5)
+
+
+def test_no_more_are_moved_at_once_than_is_good_for_all() -> None:
+    source, target = (
+        replace(SOURCE, slots=20, intent=Intent.DRAINING),
+        replace(TARGET, slots=20),
+    )
+    rentals = [active_rental(number, owner="alice" if number <= 8 else f"owner{number % 2}") for number in range(1, 21)]
+    placed = [
+        replace(new_placement(rental, source, PlacementState.RUNNING), slot=number)
+        for number, rental in enumerate(rentals)
+    ]
+    now = new_world(source, target, *rentals, *placed)
+    for step in decide(now, observations()).steps:
+        assert now.apply(step)
+    assert migration.under_way(now).total() == migration.MOST_AT_ONCE
+    assert migration.under_way(now)[Claim("alice")] == migration.MOST_AT_ONCE // 2
+    still = next(rental for rental in rentals if now.standby_of(rental.id) is None)
+    with pytest.raises(migration.NotMigrated) as refused:
+        ask_to_move(now, still.id, "alice", observations())
+    assert refused.value.code == "too_many_moves"
+
+
+def crowd(*owners: str, intent: Intent = Intent.ACTIVE) -> tuple[World, list[Rental]]:
+    """A rental of each of these owners, all on one worker, with room for all on another one."""
+    source, target = replace(SOURCE, slots=40, intent=intent), replace(TARGET, slots=40)
+    rentals = [active_rental(number, owner=owner) for number, owner in enumerate(owners, 1)]
+    placed = [replace(new_placement(each, source, PlacementState.RUNNING), slot=n) for n, each in enumerate(rentals)]
+    return new_world(source, target, *rentals, *placed), rentals
+
+
+def test_who_asks_for_moves_of_all_that_it_has_leaves_others_theirs() -> None:
+    now, rentals = crowd(*["greedy"] * migration.MOST_ASKED_FOR, "other")
+    asked, known = list[str](), observations()
+    for rental in rentals:
+        try:
+            step = ask_to_move(now, rental.id, rental.owner, known)
+        except migration.NotMigrated as refused:
+            assert refused.code == "too_many_moves"  # noqa: PT017 - some of them are refused
+        else:
+            assert step
+            assert now.apply(step)
+            asked.append(rental.owner)
+    assert asked == [*["greedy"] * (migration.MOST_ASKED_FOR // 2), "other"]
+
+
+def test_what_could_not_be_moved_has_one_place_of_its_owner_and_what_can_be_moved_the_others() -> None:
+    now, rentals = crowd(*["greedy"] * 5, intent=Intent.DRAINING)
+    unmoved = frozenset(rental.id for rental in rentals[:4])
+    for step in decide(now, observations(unmoved=unmoved)).steps:
+        assert now.apply(step)
+    moving = {rental.id for rental in rentals if now.standby_of(rental.id)}
+    assert len(moving & unmoved) == 1
+    assert rentals[4].id in moving
+
+
+def test_what_could_not_be_moved_does_not_wait_for_its_turn_where_its_worker_is_about_to_end() -> None:
+    now, rentals = crowd(*["greedy"] * 4)
+    more = {"unmoved": frozenset(rental.id for rental in rentals), "vacating": frozenset({SOURCE.id})}
+    for step in decide(now, observations(**more)).steps:
+        assert now.apply(step)
+    assert all(now.standby_of(rental.id) for rental in rentals)
+
+
+def test_a_silent_worker_is_not_moved_away_from() -> None:
+    silent = replace(SOURCE, health=Health.SUSPECT)
+    with pytest.raises(migration.NotMigrated) as refused:
+        ask_to_move(new_world(silent, TARGET, RENTAL, RUNNING), RENTAL.id, "alice", observations())
+    assert refused.value.code == "worker_not_ready"
+    with pytest.raises(migration.NotMigrated, match="it has ended"):
+        ask_to_move(world(), new_rental(2).id, "alice", observations())

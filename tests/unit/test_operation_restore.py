@@ -1,0 +1,175 @@
+"""Many homes that are to be filled at once: a few at a time on each worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from ansible_contract import KEY
+
+from orion.manager.ansible.port import Action, Job, Outcome
+from orion.manager.domain.snapshots import NEWEST, Snapshot, SnapshotId
+from orion.manager.fakes.snapshots import FakeSnapshotService
+from orion.manager.fakes.workers import FakeEngine, FakeWorld
+from orion.manager.operations import restore
+from orion.manager.operations.restore import AT_ONCE, TOGETHER, Restorer
+from orion.manager.snapshots.port import RESTORE_DEADLINE_S, Home
+from orion.manager.ssh.port import Host
+
+HANGS, WORKS = Host("w-hangs", "192.0.2.1", (KEY,)), Host("w-works", "192.0.2.2", (KEY,))
+
+
+class NoBook:
+    """Implements what a Restorer needs of `store.copies.SnapshotCatalog`: the database knows nothing."""
+
+    async def newest(self, _rental_id: str) -> Snapshot | None:
+        return None
+
+
+class Slow(FakeSnapshotService):
+    """Restores to one worker do not end until they are let go."""
+
+    def __init__(self, world: FakeWorld) -> None:
+        super().__init__(world, lambda: 0.0)
+        self.under_way: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self.let_go = asyncio.Event()
+
+    async def restore(
+        self, home: Home, generation: SnapshotId | None = None, deadline_s: float = RESTORE_DEADLINE_S
+    ) -> Snapshot | None:
+        worker = home.host.worker_id
+        self.under_way[worker] += 1
+        self.most[worker] = max(self.most[worker], self.under_way[worker])
+        if worker == HANGS.worker_id:
+            await self.let_go.wait()
+        try:
+            return await super().restore(home, generation, deadline_s)
+        finally:
+            self.under_way[worker] -= 1
+
+
+def _job(host: Host, number: int) -> Job:
+    name = f"home{number}".translate(str.maketrans("0123456789", "abcdefghij"))
+    return Job(Action.CREATE, host, name, f"r-{name}", 200_000 + number, 2, (KEY,), owner=f"owner{number % 2}")
+
+
+async def test_a_few_homes_are_filled_at_a_time_and_a_worker_that_hangs_holds_up_no_other() -> None:
+    world = FakeWorld()
+    for host in (HANGS, WORKS):
+        world.add(host)
+    snapshot_service, engine = Slow(world), FakeEngine(world)
+    restorer = Restorer(engine=engine, snapshot_service=snapshot_service, catalog=NoBook())  # type: ignore[arg-type]
+    jobs = [_job(HANGS, number) for number in range(3 * AT_ONCE)]
+    hanging = [asyncio.create_task(restorer.make(job, NEWEST)) for job in jobs]
+    others = [restorer.make(_job(WORKS, 100 + number), NEWEST) for number in range(2 * AT_ONCE)]
+    assert all(outcome.ok for outcome in await asyncio.gather(*others))
+    assert snapshot_service.under_way == {HANGS.worker_id: AT_ONCE, WORKS.worker_id: 0}
+    snapshot_service.let_go.set()
+    assert all(outcome.ok for outcome in await asyncio.gather(*hanging))
+    assert snapshot_service.most[HANGS.worker_id] == AT_ONCE
+
+
+async def test_an_owner_fills_half_of_the_homes_that_one_worker_fills_at_a_time() -> None:
+    world = FakeWorld()
+    world.add(HANGS)
+    snapshot_service = Slow(world)
+    restorer = Restorer(engine=FakeEngine(world), snapshot_service=snapshot_service, catalog=NoBook())  # type: ignore[arg-type]
+    jobs = [replace(_job(HANGS, number), owner="greedy") for number in range(2 * AT_ONCE)]
+    jobs.append(replace(_job(HANGS, 99), owner="other"))
+    making = [asyncio.create_task(restorer.make(job, NEWEST)) for job in jobs]
+    await _spin()
+    assert snapshot_service.under_way[HANGS.worker_id] == AT_ONCE // 2 + 1
+    snapshot_service.let_go.set()
+    assert all(outcome.ok for outcome in await asyncio.gather(*making))
+
+
+class Stops(FakeSnapshotService):
+    """The restores of these rentals do not end until they are let go."""
+
+    def __init__(self, world: FakeWorld, stopped: set[str]) -> None:
+        super().__init__(world, lambda: 0.0)
+        self._stopped = stopped
+        self.let_go = asyncio.Event()
+
+    async def restore(
+        self, home: Home, generation: SnapshotId | None = None, deadline_s: float = RESTORE_DEADLINE_S
+    ) -> Snapshot | None:
+        if home.rental_id in self._stopped:
+            await self.let_go.wait()
+        return await super().restore(home, generation, deadline_s)
+
+
+async def test_those_whose_files_are_there_are_let_in_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restore, "TOGETHER_S", 3600.0)
+    worker = (world := FakeWorld()).add(WORKS)
+    few, late = [_job(WORKS, number) for number in range(TOGETHER - 1)], _job(WORKS, 100)
+    snapshot_service = Stops(world, {late.rental_id})
+    restorer = Restorer(engine=FakeEngine(world), snapshot_service=snapshot_service, catalog=NoBook())  # type: ignore[arg-type]
+
+    def let_in() -> set[str]:
+        return {rental_id for rental_id, account in worker.accounts.items() if account.unlocked}
+
+    making = [asyncio.create_task(restorer.make(job, NEWEST)) for job in (*few, late)]
+    await _spin()
+    assert len(worker.accounts) == TOGETHER
+    assert not let_in(), "one more is being filled, and they are few"
+    more = asyncio.create_task(restorer.make(_job(WORKS, 200), NEWEST))
+    await _spin()
+    assert len(let_in()) == TOGETHER, "so many do not wait for the one that is late"
+    snapshot_service.let_go.set()
+    assert all(outcome.ok for outcome in await asyncio.gather(*making, more))
+    assert len(let_in()) == TOGETHER + 1
+
+
+async def test_who_is_filled_alone_is_let_in_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restore, "TOGETHER_S", 3600.0)
+    world = FakeWorld()
+    world.add(WORKS)
+    restorer = Restorer(
+        engine=FakeEngine(world), snapshot_service=FakeSnapshotService(world, lambda: 0.0), catalog=NoBook()
+    )  # type: ignore[arg-type]
+    async with asyncio.timeout(60):
+        assert (await restorer.make(_job(WORKS, 0), NEWEST)).ok
+
+
+class Asked(FakeEngine):
+    """Makes no account before somebody has asked for the files of its rental."""
+
+    def __init__(self, world: FakeWorld, snapshot_service: FakeSnapshotService) -> None:
+        super().__init__(world)
+        self._vault = snapshot_service
+
+    async def run(self, job: Job) -> Outcome:
+        if job.action is Action.PREPARE:
+            await self._vault.asked.wait()
+        return await super().run(job)
+
+
+async def test_the_copy_of_one_rental_is_sent_for_while_its_account_is_made() -> None:
+    worker = (world := FakeWorld()).add(WORKS)
+    snapshot_service = FakeSnapshotService(world, lambda: 0.0)
+    restorer = Restorer(engine=Asked(world, snapshot_service), snapshot_service=snapshot_service, catalog=NoBook())  # type: ignore[arg-type]
+    async with asyncio.timeout(60):
+        assert (await restorer.make(_job(WORKS, 0), NEWEST)).ok
+    assert worker.accounts[_job(WORKS, 0).rental_id].unlocked
+
+
+async def test_of_many_only_one_is_sent_for_before_its_account_is_there() -> None:
+    world = FakeWorld()
+    world.add(WORKS)
+    snapshot_service = Slow(world)
+    restorer = Restorer(engine=Asked(world, Stops(world, set())), snapshot_service=snapshot_service, catalog=NoBook())  # type: ignore[arg-type]
+    making = [asyncio.create_task(restorer.make(_job(WORKS, number), NEWEST)) for number in range(2 * AT_ONCE)]
+    await _spin()
+    assert snapshot_service.most[WORKS.worker_id] == 1
+    for one in making:
+        one.cancel()
+    await asyncio.gather(*making, return_exceptions=True)
+
+
+async def _spin() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)

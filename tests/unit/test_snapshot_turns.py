@@ -1,0 +1,217 @@
+"""When a home is first copied where it is now."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from support.builders import active_rental, new_placement, new_worker
+
+from orion.manager.controllers.snapshots import JITTER, SPREAD, SnapshotController
+from orion.manager.domain.snapshot_plan import SnapshotPlan
+from orion.manager.domain.states import PlacementState
+from orion.manager.domain.steps import Event
+from orion.manager.fakes.snapshots import FakeSnapshotService
+from orion.manager.fakes.workers import FakeWorld
+from orion.manager.snapshots.port import Home, SnapshotError
+from orion.manager.store.snapshots import Running
+
+WORKER = new_worker(1)
+RENTAL = active_rental(1)
+PLACEMENT = new_placement(RENTAL, WORKER, PlacementState.RUNNING)
+
+RENTALS = [f"rental{number}" for number in range(40)]
+PLAN = SnapshotPlan(interval_s=30.0, at_once=2 * len(RENTALS))
+STEP_S = 0.5
+
+
+class Book:
+    """Implements what the loop needs of `store.copies.SnapshotCatalog`: it notes when the copy of a rental begins."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.epochs: dict[str, int] = {}
+        self.owners: dict[str, str] = {}
+        self.begun: dict[str, float] = {}
+
+    async def running(self) -> dict[str, tuple[int, str]]:
+        return {rental_id: (epoch, self.owners.get(rental_id, rental_id)) for rental_id, epoch in self.epochs.items()}
+
+    async def one(self, rental_id: str) -> None:
+        self.begun.setdefault(rental_id, self.now)
+
+    async def over(self, *_: object) -> list[tuple[str, int]]:
+        return []
+
+
+async def _waits(catalog: Book, loop: SnapshotController, epoch: int) -> list[float]:
+    """For how long each waits that runs at this epoch from now on, of those that are copied within an interval."""
+    catalog.epochs, catalog.begun, began = dict.fromkeys(RENTALS, epoch), {}, catalog.now
+    while catalog.now <= began + PLAN.interval_s:
+        await _round(loop)
+        catalog.now += STEP_S
+    return [at - began for at in catalog.begun.values()]
+
+
+async def _nothing_runs(catalog: Book, loop: SnapshotController) -> None:
+    catalog.epochs = {}
+    catalog.now += PLAN.interval_s
+    await _round(loop)
+
+
+async def _round(loop: SnapshotController) -> None:
+    await loop.round()
+    for _ in range(5):  # what it has begun ends
+        await asyncio.sleep(0)
+
+
+async def test_what_is_let_in_is_copied_at_once_and_again_after_its_first_session() -> None:
+    catalog = Book()
+    snapshot_service = FakeSnapshotService(FakeWorld(), lambda: catalog.now)
+    loop = SnapshotController(
+        catalog=catalog,
+        snapshot_service=snapshot_service,
+        plan=PLAN,
+        disk_share=lambda: 0.0,
+        monotonic=lambda: catalog.now,
+        wall=lambda: catalog.now,
+    )  # type: ignore[arg-type]
+
+    async def at_once(kind: str) -> bool:
+        catalog.begun = {}
+        loop.hear([Event(kind=kind, actor="", reason="", rental_id="one", epoch=catalog.epochs["one"])])
+        await _round(loop)
+        return bool(catalog.begun)
+
+    async def much_later(epoch: int) -> None:
+        await _nothing_runs(catalog, loop)
+        catalog.epochs = {"one": epoch}
+        await _round(loop)
+
+    await _round(loop)
+    catalog.epochs = {"one": 1}
+    assert await at_once("rental.activated")
+    assert not await at_once("rental.session_opened")
+    assert await at_once("rental.session_closed")
+    assert not await at_once("rental.session_closed"), "by then it is copied every so often"
+    await much_later(2)
+    assert not await at_once("rental.activated"), "it is as its copy is: others may still be restored"
+    assert await at_once("rental.session_closed")
+    assert await at_once("rental.started_empty")
+    await loop.stop()
+
+
+async def test_what_a_takeover_has_just_restored_is_not_copied_while_others_are_restored() -> None:
+    catalog = Book()
+    snapshot_service = FakeSnapshotService(FakeWorld(), lambda: catalog.now)
+    loop = SnapshotController(
+        catalog=catalog,
+        snapshot_service=snapshot_service,
+        plan=PLAN,
+        disk_share=lambda: 0.0,
+        monotonic=lambda: catalog.now,
+        wall=lambda: catalog.now,
+    )  # type: ignore[arg-type]
+    soon = PLAN.interval_s * JITTER + STEP_S
+    at_first = await _waits(catalog, loop, 1)
+    assert len(at_first) == len(RENTALS)
+    assert max(at_first) <= soon
+    await _nothing_runs(catalog, loop)
+    taken_over = await _waits(catalog, loop, 2)
+    assert len(taken_over) == len(RENTALS)
+    assert min(taken_over) >= PLAN.interval_s * (1 - SPREAD)
+    await _nothing_runs(catalog, loop)
+    where_it_was = await _waits(catalog, loop, 2)
+    assert len(where_it_was) == len(RENTALS)
+    assert max(where_it_was) <= soon, "it is older by now than a copy may be"
+    await loop.stop()
+
+
+class Held:
+    """A vault in which each copy lasts until it is told how to end: a code of failure."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, asyncio.Future[str]] = {}
+
+    async def copy(self, home: Home, *_: object, **__: object) -> None:
+        ending = self.held[home.rental_id] = asyncio.get_running_loop().create_future()
+        try:
+            raise SnapshotError(await ending, "it is held up")
+        finally:
+            del self.held[home.rental_id]
+
+    async def rentals(self) -> list[str]:
+        return []
+
+    def end(self, rental_id: str, code: str) -> None:
+        self.held[rental_id].set_result(code)
+
+
+class FullBook(Book):
+    """Implements `Book` with rentals that run."""
+
+    async def one(self, rental_id: str) -> Running:  # type: ignore[override]
+        rental = replace(RENTAL, id=rental_id, owner=self.owners[rental_id], last_safe_copy_at=1.0)
+        return Running(rental, replace(PLACEMENT, rental_id=rental_id), WORKER)
+
+    async def complain(self, _: object) -> None:
+        pass
+
+
+async def four_of_one_owner_and_one_of_another(owner: str) -> tuple[FullBook, Held, SnapshotController]:
+    """Give a loop of four places that has just met the rentals `owner`0 to `owner`3, and `quick`."""
+    catalog, snapshot_service = FullBook(), Held()
+    names = [f"{owner}{number}" for number in range(4)] + ["quick"]
+    catalog.owners = {name: name.rstrip("0123456789") for name in names}
+    plan = replace(PLAN, at_once=4)
+    loop = SnapshotController(
+        catalog=catalog,
+        snapshot_service=snapshot_service,
+        plan=plan,
+        disk_share=lambda: 0.0,
+        monotonic=lambda: catalog.now,
+        wall=lambda: catalog.now,
+    )  # type: ignore[arg-type]
+    await _round(loop)
+    catalog.epochs = dict.fromkeys(names, 1)
+    return catalog, snapshot_service, loop
+
+
+async def test_who_holds_up_its_own_copies_holds_half_of_the_places_and_then_one() -> None:
+    catalog, snapshot_service, loop = await four_of_one_owner_and_one_of_another("slow")
+    for _ in range(8):
+        await _round(loop)
+        catalog.now += STEP_S
+    assert len([name for name in snapshot_service.held if name.startswith("slow")]) == 2
+    assert "quick" in snapshot_service.held
+    snapshot_service.end("quick", "unreadable_home")
+    for name in [name for name in snapshot_service.held if name.startswith("slow")]:
+        snapshot_service.end(name, "stalled")
+    await _round(loop)
+    await _round(loop)
+    assert len(snapshot_service.held) == 2, "the other two of the same owner"
+    for name in list(snapshot_service.held):
+        snapshot_service.end(name, "timed_out")
+    catalog.now += 2 * PLAN.interval_s
+    await _round(loop)
+    await _round(loop)
+    assert sorted(name.rstrip("0123") for name in snapshot_service.held) == ["quick", "slow"], (
+        "what fails shares one place"
+    )
+    await loop.stop()
+
+
+async def test_who_asks_for_copies_of_all_that_it_has_takes_half_of_the_places() -> None:
+    catalog, snapshot_service, loop = await four_of_one_owner_and_one_of_another("asked")
+    await _round(loop)
+    asking = [asyncio.create_task(loop.copy_now(f"asked{number}", None)) for number in range(4)]
+    await _round(loop)
+    catalog.now += PLAN.interval_s
+    await _round(loop)
+    assert sorted(name.rstrip("0123") for name in snapshot_service.held) == ["asked", "asked", "quick"]
+    while any(not task.done() for task in asking):
+        for name in [name for name in snapshot_service.held if name != "quick"]:
+            snapshot_service.end(name, "failed")
+        await _round(loop)
+    assert {task.result() for task in asking} == {"it is held up"}
+    await loop.stop()

@@ -1,0 +1,35 @@
+"""What rsync takes for its remote shell hands over its two ends and stays until it is told to go."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+from orion.manager.snapshots.transfer import BRIDGE, _ends
+
+
+def test_the_ends_of_its_connection_arrive_and_it_goes_when_it_is_told() -> None:
+    mine, theirs = socket.socketpair()
+    bridge = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(BRIDGE), str(theirs.fileno())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=(theirs.fileno(),),
+    )
+    theirs.close()
+    assert bridge.stdin and bridge.stdout  # noqa: PT018
+    mine.settimeout(30)
+    _, (from_rsync, to_rsync), _, _ = _ends(mine)
+    os.write(bridge.stdin.fileno(), b"asked")
+    assert os.read(from_rsync, 100) == b"asked"
+    os.write(to_rsync, b"answered")
+    assert os.read(bridge.stdout.fileno(), 100) == b"answered"
+    assert bridge.poll() is None
+    mine.close()
+    assert bridge.wait(timeout=30) == 0
+    for end in (from_rsync, to_rsync):
+        os.close(end)
+    bridge.stdin.close()
+    bridge.stdout.close()

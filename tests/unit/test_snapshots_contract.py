@@ -1,0 +1,59 @@
+"""The fake vault keeps the contract that the real one is held to: tests/integration/test_snapshots.py."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+from ansible_contract import KEY, OTHER_KEY
+from snapshot_service_contract import Bench, VaultContract
+
+from orion.manager.ansible.port import Action, Job
+from orion.manager.fakes.snapshots import FakeSnapshotService
+from orion.manager.fakes.workers import FakeEngine, FakeWorld
+from orion.manager.snapshots.port import Home
+from orion.manager.ssh.port import Host
+
+
+class FakeBench(Bench):
+    def __init__(self) -> None:
+        self.world = FakeWorld()
+        self.hosts = (Host("w-one", "192.0.2.1", (KEY,)), Host("w-two", "192.0.2.2", (OTHER_KEY,)))
+        for host in self.hosts:
+            self.world.add(host)
+        ticks = count(1)
+        self.snapshot_service = FakeSnapshotService(self.world, lambda: float(next(ticks)))
+        self.engine = FakeEngine(self.world)
+
+    @property
+    def disk_bytes(self) -> int:
+        return self.snapshot_service.disk_bytes
+
+    async def create(self, home: Home, let_in: bool) -> None:
+        action = Action.CREATE if let_in else Action.PREPARE
+        job = Job(action, home.host, home.rental_id, f"r-{home.rental_id}", home.uid, home.epoch, (KEY,))
+        outcome = await self.engine.run(job)
+        assert outcome.ok, outcome.message
+
+    async def write(self, home: Home, name: str, content: str) -> None:
+        self._files(home)[name] = content
+
+    async def remove(self, home: Home, name: str) -> None:
+        del self._files(home)[name]
+
+    async def files(self, home: Home) -> dict[str, str]:
+        return self._files(home)
+
+    def _files(self, home: Home) -> dict[str, str]:
+        worker = self.world.at(home.host)
+        assert worker
+        return worker.homes[home.rental_id]
+
+
+@pytest.fixture
+def bench() -> FakeBench:
+    return FakeBench()
+
+
+class TestFakeVault(VaultContract):
+    pass

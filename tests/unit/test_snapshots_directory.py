@@ -1,0 +1,215 @@
+"""The directory of a rental's copies: what is prepared, what is left over, what a copy is made from, what all take."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from orion_worker.snapshots import scan
+
+from orion.manager.domain.snapshots import BLOCK_BYTES, Snapshot
+from orion.manager.snapshots import directory
+from orion.manager.snapshots.directory import INCOMING, Made, begin, choices, clone, describe, finish, prepare
+from orion.manager.snapshots.disk import Usage
+
+LIMITS = 100, 1 << 20
+
+
+def copy(folder: Path, in_haste: bool = False, choice: int = 0, **written: str) -> Snapshot:
+    come(folder, **written)
+    return finish(folder, choice=choice, in_haste=in_haste)
+
+
+def come(folder: Path, limits: tuple[int, int] = LIMITS, **written: str) -> None:
+    """Bring what is to be the next copy."""
+    base = begin(folder, 1, salvage=False)["generation"]
+    clone(folder, base)
+    for name, content in written.items():
+        file = folder / INCOMING / "home" / name
+        file.unlink(missing_ok=True)
+        file.write_text(content)
+    described(folder, base, limits, *written)
+
+
+def described(folder: Path, base: str = "", limits: tuple[int, int] = LIMITS, *changed: str) -> None:
+    describe(folder, 1, Made(0.0, "aa", (), {}), limits, base, [os.fsencode(name) for name in changed])
+
+
+def brought(folder: Path, fill: Callable[[Path], object], limits: tuple[int, int] = LIMITS) -> Snapshot:
+    """Return the first copy, of a home that `fill` has filled."""
+    begin(folder, 1, salvage=False)
+    clone(folder, "")
+    fill(folder / INCOMING / "home")
+    described(folder, "", limits)
+    return finish(folder)
+
+
+def names(folder: Path) -> set[str]:
+    return {place.name for place in folder.iterdir()}
+
+
+def contents(folder: Path, generation: str) -> dict[str, str]:
+    return {file.name: file.read_text() for file in (folder / generation / "home").iterdir()}
+
+
+def test_a_copy_begins_from_what_was_prepared_and_leaves_the_one_before_as_it_was(tmp_path: Path) -> None:
+    copy(tmp_path, one="1", two="2")
+    for _ in range(2):
+        prepare(tmp_path, "1-1")
+    assert names(tmp_path) == {"1-1", "next-1-1"}
+    prepared = (tmp_path / "next-1-1").stat().st_ino
+    copy(tmp_path, two="other")
+    assert (tmp_path / "1-2/home").stat().st_ino == prepared, "nothing was linked again while a renter waits"
+    assert names(tmp_path) == {"1-1", "1-2"}
+    assert contents(tmp_path, "1-1") == {"one": "1", "two": "2"}
+    assert contents(tmp_path, "1-2") == {"one": "1", "two": "other"}
+
+
+def test_what_was_prepared_for_an_older_copy_or_was_broken_off_is_removed(tmp_path: Path) -> None:
+    copy(tmp_path, one="1")
+    prepare(tmp_path, "1-1")
+    begin(tmp_path, 1, salvage=False)
+    assert names(tmp_path) == {"1-1", "next-1-1", INCOMING}, "what was not used yet is still of use"
+    copy(tmp_path, one="2")
+    (tmp_path / "next-1-1").mkdir()  # left by a job that was killed
+    (tmp_path / INCOMING).mkdir()
+    begin(tmp_path, 1, salvage=False)
+    assert names(tmp_path) == {"1-1", "1-2", INCOMING}
+    prepare(tmp_path, "1-2")
+    assert names(tmp_path) == {"1-1", "1-2", "next-1-2"}
+
+
+def test_in_haste_old_copies_do_not_count_any_more_and_the_next_removes_them(tmp_path: Path) -> None:
+    for number in range(3):
+        copy(tmp_path, one=str(number))
+    copy(tmp_path, in_haste=True, one="last")
+    assert names(tmp_path) == {"old-1-1", "1-2", "1-3", "1-4"}
+    assert [str(each.generation) for each in directory.found(tmp_path)] == ["1-2", "1-3", "1-4"]
+    prepare(tmp_path, "1-4")
+    assert names(tmp_path) == {"1-2", "1-3", "1-4", "next-1-4"}
+    copy(tmp_path, in_haste=True, one="later")
+    directory.tidy(tmp_path)
+    assert names(tmp_path) == {"1-3", "1-4", "1-5"}
+
+
+# What a copy counts for, and what all of them take
+
+
+def furnish(home: Path) -> None:
+    """Fill a home with an entry of every kind."""
+    for number in range(10):
+        (home / f"folder-{number}").mkdir()
+    (home / "small").write_text("x")
+    (home / "other name").hardlink_to(home / "small")
+    (home / "link").symlink_to("nowhere")
+    os.mkfifo(home / "fifo")
+    with (home / "sparse").open("wb") as file:
+        file.truncate(300_000)
+
+
+def test_both_ends_count_a_home_in_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = brought(tmp_path, furnish)
+    monkeypatch.chdir(tmp_path / "1-1/home")
+    there = scan.scan(100, time.monotonic() + 20, strict=True)
+    assert (scan.size_of(there), len(there.lines)) == (copied.bytes, copied.files)
+    assert scan.BLOCK_BYTES == BLOCK_BYTES
+
+
+def test_an_entry_of_any_kind_counts_and_each_name_is_one_and_each_inode_takes_room_once(tmp_path: Path) -> None:
+    copied = brought(tmp_path, furnish)
+    assert copied.files == 1 + 10 + 5
+    assert copied.bytes == (1 + 10 + 3) * BLOCK_BYTES + 300_000, "the holes of the sparse file count"
+
+
+def test_a_file_that_takes_more_than_its_size_counts_for_what_it_takes(tmp_path: Path) -> None:
+    def reserve(home: Path) -> None:
+        with (home / "file").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 200_000)
+            os.utime(file.fileno())
+        taken = (home / "file").stat().st_blocks * 512
+        assert taken > 200_000, "whole blocks"
+
+    assert brought(tmp_path, reserve).bytes > 200_000 + BLOCK_BYTES
+
+
+@pytest.mark.parametrize(("most", "is_refused"), [(51, False), (50, True)])
+def test_empty_directories_are_refused_by_their_number(tmp_path: Path, most: int, is_refused: bool) -> None:
+    refused(tmp_path, (most, 1 << 30), is_refused)
+
+
+@pytest.mark.parametrize(("most", "is_refused"), [(51 * BLOCK_BYTES, False), (51 * BLOCK_BYTES - 1, True)])
+def test_empty_directories_are_refused_by_the_room_that_they_take(tmp_path: Path, most: int, is_refused: bool) -> None:
+    refused(tmp_path, (1000, most), is_refused)
+
+
+def refused(folder: Path, limits: tuple[int, int], is_refused: bool) -> None:
+    """Bring a home with fifty directories; assert that it is more than a copy may hold, or not."""
+
+    def many(home: Path) -> None:
+        for number in range(50):
+            (home / str(number)).mkdir()
+
+    if not is_refused:
+        brought(folder, many, limits)
+        return
+    with pytest.raises(OSError, match="more than a copy may") as error:
+        brought(folder, many, limits)
+    assert error.value.errno == errno.EFBIG
+    assert directory.found(folder) == []
+
+
+def test_what_two_copies_share_is_counted_once(tmp_path: Path) -> None:
+    copy(tmp_path, one="1", two="2", three="3")
+    assert choices(tmp_path, None) == [Usage(4, 4 * BLOCK_BYTES)]
+    come(tmp_path, two="other")
+    assert choices(tmp_path, None)[0] == Usage(4 + 2, 6 * BLOCK_BYTES), "the directory and the other file"
+
+
+def test_names_within_a_home_do_not_pass_for_what_is_shared_with_another_copy(tmp_path: Path) -> None:
+    def twice(home: Path) -> None:
+        for number in range(10):
+            (home / f"{number}").write_text("x")
+            (home / f"{number} again").hardlink_to(home / f"{number}")
+
+    copy(tmp_path, one="1")
+    base = begin(tmp_path, 1, salvage=False)["generation"]
+    clone(tmp_path, base)
+    twice(tmp_path / INCOMING / "home")
+    described(tmp_path, base)
+    assert choices(tmp_path, None)[0] == Usage(2 + 1 + 10, 13 * BLOCK_BYTES)
+
+
+def test_a_copy_of_which_the_one_before_goes_counts_whole(tmp_path: Path) -> None:
+    copy(tmp_path, same="x", one="first")
+    for number in range(2):
+        copy(tmp_path, one=str(number))
+    come(tmp_path, one="last")
+    all_of = Usage(3, 3 * BLOCK_BYTES)
+    assert [usage.inodes for usage in choices(tmp_path, None)] == [3 + 2 + 2, 3 + 2, 3]
+    assert choices(tmp_path, None)[-1] == all_of
+    assert str(finish(tmp_path, choice=2).generation) == "1-4"
+    assert names(tmp_path) == {"1-4"}
+    assert choices(tmp_path, None) == [all_of]
+
+
+def test_what_an_earlier_version_has_written_down_counts_whole(tmp_path: Path) -> None:
+    for content in ("1", "2"):
+        copy(tmp_path, one=content)
+    for place in (tmp_path / "1-1", tmp_path / "1-2"):
+        about = directory._read(place)
+        for name in ("whole", "own", "made_from"):
+            del about[name]
+        directory._write(place, about)
+    assert choices(tmp_path, None)[0] == Usage(4, 4 * BLOCK_BYTES)
+
+
+def test_what_is_given_up_leaves_nothing_behind(tmp_path: Path) -> None:
+    copy(tmp_path, one="1")
+    come(tmp_path, one="2")
+    directory.give_up(tmp_path)
+    assert names(tmp_path) == {"1-1"}
+    assert contents(tmp_path, "1-1") == {"one": "1"}

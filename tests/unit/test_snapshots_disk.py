@@ -1,0 +1,100 @@
+"""How full a disk is, and what the copies of each rental take of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from orion.manager.controllers.snapshots import disk_share
+from orion.manager.snapshots.disk import Disk, Usage, Usages
+
+MOST = Usage(100, 1000)
+
+
+def statvfs(blocks: int, free: int, for_all: int, files: int, files_free: int) -> os.statvfs_result:
+    """Return what a file system of blocks of 4 KiB says; `for_all`: the free blocks that are not kept for root."""
+    return os.statvfs_result((4096, 4096, blocks, free, for_all, files, files_free, files_free, 0, 255))
+
+
+@pytest.mark.parametrize(
+    ("told", "share", "scarce"),
+    [
+        (statvfs(1000, 500, 400, 1000, 900), 500 / 900, "bytes"),
+        (statvfs(1000, 500, 400, 1000, 50), 0.95, "inodes"),
+        (statvfs(1000, 500, 500, 0, 0), 0.5, "bytes"),
+    ],
+    ids=["bytes", "inodes", "a file system that makes inodes as it needs them"],
+)
+def test_a_disk_is_as_full_as_that_of_which_least_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: os.statvfs_result, share: float, scarce: str
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: told)
+    assert Disk.of(tmp_path).scarcest == (pytest.approx(share), scarce)
+    assert disk_share(tmp_path) == pytest.approx(share)
+
+
+def test_a_share_is_of_bytes_and_of_inodes_where_there_are_any() -> None:
+    disk = Disk(size=Usage(50, 1000), used=Usage(0, 0))
+    assert disk.share(0.5) == Usage(25, 500)
+    assert disk.share(0.001) == Usage(1, 1), "which is not that there is no limit"
+    without = Disk(size=Usage(0, 1000), used=Usage(0, 0)).share(0.5)
+    assert Usage(10**9, 500).fits_in(without)
+    assert not Usage(1, 501).fits_in(without)
+
+
+@pytest.fixture
+def usages(tmp_path: Path) -> Usages:
+    return Usages(tmp_path / "usages", tmp_path / "lock")
+
+
+@pytest.mark.parametrize("large", [Usage(1, 600), Usage(60, 1)], ids=["bytes", "inodes"])
+def test_what_an_owner_has_in_all_is_limited_and_nobody_else_feels_it(usages: Usages, large: Usage) -> None:
+    assert usages.choose("one", "ann", [large], MOST) == 0
+    assert usages.choose("two", "ann", [large], MOST) is None
+    assert usages.choose("three", "bob", [large], MOST) == 0
+    assert usages.choose("one", "ann", [large], MOST) == 0, "its own place is not counted against it"
+    assert usages.refused() == ["ann"]
+    usages.forget("one")
+    assert usages.choose("two", "ann", [large], MOST) == 0
+    assert usages.refused() == []
+
+
+def test_the_first_choice_that_fits_is_taken_and_the_last_while_another_of_its_owner_was_refused(
+    usages: Usages,
+) -> None:
+    choices = [Usage(1, 1200), Usage(1, 800), Usage(1, 300)]
+    assert usages.choose("one", "ann", choices, MOST) == 1
+    assert usages.choose("two", "ann", [Usage(1, 400)], MOST) is None
+    assert usages.choose("one", "ann", choices, MOST) == 2
+    assert usages.choose("two", "ann", [Usage(1, 400)], MOST) == 0
+    assert usages.choose("one", "ann", [Usage(1, 500), Usage(1, 300)], MOST) == 0
+
+
+def test_where_the_others_have_all_nothing_need_come_and_that_is_a_refusal(usages: Usages) -> None:
+    usages.choose("one", "ann", [MOST], MOST)
+    assert usages.is_room("one", "ann", MOST)
+    assert usages.is_room("two", "bob", MOST)
+    assert usages.refused() == []
+    assert not usages.is_room("two", "ann", MOST)
+    assert usages.refused() == ["ann"]
+
+
+def test_what_is_refused_is_counted_as_before(usages: Usages) -> None:
+    usages.choose("one", "ann", [Usage(1, 600)], MOST)
+    assert usages.choose("one", "ann", [Usage(1, 1100)], MOST) is None
+    assert usages.choose("two", "ann", [Usage(1, 500)], MOST) is None
+
+
+@pytest.mark.parametrize("content", ["", '{"one": ["ann", [1, 6', "[]", '{"one": 5}', '{"one": ["ann", [1, "x"], 0]}'])
+def test_half_of_what_was_written_down_is_nothing(usages: Usages, tmp_path: Path, content: str) -> None:
+    (tmp_path / "usages").write_text(content)
+    assert usages.refused() == []
+    assert usages.choose("two", "ann", [Usage(1, 600)], MOST) == 0
+    assert usages.choose("one", "ann", [Usage(1, 600)], MOST) is None
+
+
+def test_who_has_what_is_for_root_alone(usages: Usages, tmp_path: Path) -> None:
+    usages.choose("one", "ann", [MOST], MOST)
+    assert (tmp_path / "usages").stat().st_mode & 0o777 == 0o600

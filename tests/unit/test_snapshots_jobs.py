@@ -1,0 +1,196 @@
+"""What the vault does before and after a transfer: it looks at its disk and at an owner's share, and leaves nothing.
+
+The worker here says that the home is as in the copy before, or fails; what it has to send is in tests/integration.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.builders import host_key
+
+from orion.manager.domain.snapshots import BLOCK_BYTES
+from orion.manager.messages import HostMessage
+from orion.manager.snapshots import jobs
+from orion.manager.snapshots.disk import Disk, Usage
+from orion.manager.snapshots.jobs import Directories, SnapshotJob
+from orion.manager.snapshots.lifetime import Lifetime
+from orion.manager.snapshots.port import OVER_SHARE, SnapshotError
+from orion.manager.snapshots.protocol import ReplyLine, RequestLine, SnapshotAction
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acting under other uids needs root; CI is root")
+
+HOST = HostMessage(worker_id="w-one", address="192.0.2.1", host_keys=(host_key(1),))  # type: ignore[arg-type]
+SAME = '{"ok": true, "same": true}'
+OTHER = '{"ok": true}'
+UID = 1_900_000_001
+A_COPY = Usage(1, BLOCK_BYTES)
+"""What a copy of an empty home takes."""
+
+
+@dataclass
+class Vault:
+    places: Directories
+    monkeypatch: pytest.MonkeyPatch
+
+    @property
+    def begun(self) -> Path:
+        """The file with the Unix time at which the worker had read the request."""
+        return self.places.copies.parent / "begun"
+
+    def has(self, size: Usage, used: Usage) -> None:
+        """Give it a disk."""
+        self.monkeypatch.setattr(jobs.Disk, "of", lambda _: Disk(size, used))
+
+    def copy(
+        self, rental_id: str, epoch: int, action: SnapshotAction = SnapshotAction.COPY, says: str = SAME, **more: str
+    ) -> ReplyLine:
+        """Have a worker copied that says this; each epoch makes a copy of its own."""
+        program = f"read -r request; date +%s.%N >{self.begun}; echo; echo '{says}'"
+        self.monkeypatch.setattr(jobs, "worker_ssh", lambda *_: ["sh", "-c", program])
+        request = RequestLine(
+            action=action, rental_id=rental_id, uid=UID, epoch=epoch, host=HOST, deadline_s=20.0,
+            max_files=100, max_bytes=1 << 20, owner_share=0.5, **{"owner": "ann"} | more,
+        )  # fmt: skip
+        asker, client = socket.socketpair()
+        with asker, client:
+            job = SnapshotJob(request, self.places, Lifetime(asker, 20.0))
+            try:
+                return job.run()
+            finally:
+                job.tidy()
+
+    def kept(self, rental_id: str) -> set[str]:
+        place = self.places.copies / rental_id
+        return {each.name for each in place.iterdir()} if place.exists() else set()
+
+
+@pytest.fixture
+def snapshot_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vault]:
+    folder = Path(tempfile.mkdtemp(prefix="orion-"))
+    folder.chmod(0o711)
+    for name in ("copies", "run", "run/locks", "run/ssh"):
+        (folder / name).mkdir(mode=0o711)
+    snapshot_service = Vault(Directories(folder / "copies", folder / "run", 0), monkeypatch)
+    snapshot_service.has(Usage(1000, 1000 * BLOCK_BYTES), Usage(0, 0))
+    yield snapshot_service
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("used", "scarce"), [(Usage(100, 901 * BLOCK_BYTES), "bytes"), (Usage(901, 100 * BLOCK_BYTES), "inodes")]
+)
+def test_no_copy_is_begun_on_a_disk_that_has_hardly_any_bytes_or_inodes_left(
+    snapshot_service: Vault, used: Usage, scarce: str
+) -> None:
+    snapshot_service.has(Usage(1000, 1000 * BLOCK_BYTES), used)
+    with pytest.raises(SnapshotError, match=f"nearly full: it has hardly any {scarce} left") as refused:
+        snapshot_service.copy("one", 1)
+    assert refused.value.code == "disk_full"
+    assert snapshot_service.kept("one") == set()
+
+
+def room_for(snapshot_service: Vault, copies: int) -> None:
+    snapshot_service.has(Usage(2 * copies, 2 * copies * BLOCK_BYTES + 100), Usage(0, 0))
+
+
+def test_an_owner_beyond_its_share_loses_its_older_copies_and_then_gets_no_new_one(snapshot_service: Vault) -> None:
+    room_for(snapshot_service, 3)
+    for epoch in range(1, 5):
+        snapshot_service.copy("one", epoch)
+    assert snapshot_service.kept("one") == {"2-1", "3-1", "4-1"}
+    with pytest.raises(SnapshotError, match="would take more than 50% of the manager's disk") as refused:
+        snapshot_service.copy("two", 1)
+    assert refused.value.code == OVER_SHARE
+    assert snapshot_service.kept("two") == set()
+    assert snapshot_service.kept("one") == {"2-1", "3-1", "4-1"}
+    assert snapshot_service.copy("three", 1, owner="bob").ok
+    assert snapshot_service.copy("one", 4).copies[0]["generation"] == "4-1", (
+        "it is unchanged, and makes room all the same"
+    )
+    assert snapshot_service.kept("one") == {"incoming", "4-1"}
+    assert snapshot_service.copy("two", 1).ok
+
+
+def test_who_is_short_of_room_is_told_and_no_more_when_it_is_released(snapshot_service: Vault) -> None:
+    room_for(snapshot_service, 1)
+    snapshot_service.copy("one", 1)
+    with pytest.raises(SnapshotError):
+        snapshot_service.copy("two", 1)
+    assert snapshot_service.copy("-", 1, SnapshotAction.SHORT_OF_ROOM).owners == ["ann"]
+    assert snapshot_service.copy("-", 1, SnapshotAction.RENTALS).rentals == ["one", "two"]
+    snapshot_service.copy("one", 1, SnapshotAction.REMOVE)
+    assert snapshot_service.copy("two", 1).ok
+    assert snapshot_service.copy("-", 1, SnapshotAction.SHORT_OF_ROOM).owners == []
+
+
+def test_nothing_is_received_for_an_owner_whose_other_rentals_have_all_of_its_share(
+    snapshot_service: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_for(snapshot_service, 1)
+    snapshot_service.copy("one", 1)
+    monkeypatch.setattr(SnapshotJob, "_receive", lambda *_: pytest.fail("it was received"))
+    with pytest.raises(SnapshotError) as refused:
+        snapshot_service.copy("two", 1, says=OTHER)
+    assert refused.value.code == OVER_SHARE
+
+
+def test_the_copy_that_somebody_is_about_to_ask_for_makes_no_room(snapshot_service: Vault) -> None:
+    room_for(snapshot_service, 3)
+    for epoch in range(1, 5):
+        snapshot_service.copy("one", epoch)
+    with pytest.raises(SnapshotError):
+        snapshot_service.copy("two", 1)
+    snapshot_service.copy("one", 4, generation="2-1")
+    assert snapshot_service.kept("one") == {"incoming", "2-1", "4-1"}
+
+
+def test_a_salvage_that_is_as_an_old_copy_does_not_lose_it(snapshot_service: Vault) -> None:
+    room_for(snapshot_service, 3)
+    for epoch in range(1, 4):
+        snapshot_service.copy("one", epoch)
+    with pytest.raises(SnapshotError):
+        snapshot_service.copy("two", 1)
+    assert snapshot_service.copy("one", 2, SnapshotAction.SALVAGE).done
+    assert "2-1" in snapshot_service.kept("one")
+
+
+@pytest.mark.parametrize(
+    ("after", "counted_s"), [("", 0.0), (', "after_s": 0.001', 0.001), (', "after_s": -1e300', 0.0)]
+)
+def test_no_copy_is_said_to_be_younger_than_the_moment_at_which_it_was_begun(
+    snapshot_service: Vault, after: str, counted_s: float
+) -> None:
+    """The answer is heard later than it was given: what was written in between is not in the copy."""
+    asked_at = time.time()
+    done = snapshot_service.copy("one", 1, says=f'{{"ok": true, "same": true, "age_s": 0{after}}}').done
+    assert done is not None
+    assert asked_at + counted_s <= done["at"] <= float(snapshot_service.begun.read_text()) + counted_s
+
+
+def test_a_worker_that_says_that_it_began_late_makes_no_copy_of_a_time_to_come(snapshot_service: Vault) -> None:
+    done = snapshot_service.copy("one", 1, says='{"ok": true, "same": true, "after_s": 1e300}').done
+    assert done is not None
+    assert done["at"] <= time.time()
+
+
+def test_of_a_copy_that_comes_to_nothing_nothing_is_left(
+    snapshot_service: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def receive(job: SnapshotJob, *_: object) -> None:
+        (job._folder / "incoming/home/large").write_bytes(bytes(100_000))
+        raise SnapshotError("stalled", "nothing comes any more")
+
+    snapshot_service.copy("one", 1)
+    monkeypatch.setattr(SnapshotJob, "_receive", receive)
+    with pytest.raises(SnapshotError, match="nothing comes"):
+        snapshot_service.copy("one", 2, says=OTHER)
+    assert snapshot_service.kept("one") == {"1-1"}

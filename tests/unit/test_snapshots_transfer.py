@@ -1,0 +1,203 @@
+"""How long the vault waits for a worker: to be reached, and then for its answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from orion_worker.snapshots.requests import MAX_REQUEST_BYTES
+
+from orion.manager.snapshots import transfer
+from orion.manager.snapshots.lifetime import Lifetime
+from orion.manager.snapshots.port import SnapshotError
+from orion.manager.snapshots.transfer import MOST_FOLDERS_BYTES, Far, Hello, Idle, Transfer
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="ssh runs as an account of its own")
+
+
+@pytest.fixture
+def watch() -> Iterator[Lifetime]:
+    asker, client = socket.socketpair()
+    with asker, client:
+        yield Lifetime(asker, 300.0)
+
+
+def heard(shell: str, watch: Lifetime) -> dict[str, object]:
+    """What is heard from a program in the place of ssh."""
+    with Far(["sh", "-c", shell], (0, 0), {"PATH": "/usr/bin:/bin"}, "send", {}) as far:
+        return far.hear(watch)
+
+
+def test_a_worker_that_is_not_reached_is_given_up_long_before_the_job_s_deadline(
+    watch: Lifetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "REACHED_WITHIN_S", 0.05)
+    with pytest.raises(SnapshotError, match=r"no answer within 0\.05 s") as refused:
+        heard("exec sleep 300", watch)
+    assert refused.value.code == "unreachable"
+    assert watch.left_s > 200
+
+
+def test_a_worker_that_was_reached_may_take_its_time_to_answer(
+    watch: Lifetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    wait_for = watch.wait_for
+
+    def noted(descriptor: int, within_s: float = float("inf")) -> bool:
+        waits.append(within_s)
+        return wait_for(descriptor, within_s)
+
+    monkeypatch.setattr(watch, "wait_for", noted)
+    assert heard('echo; read -r request; echo \'{"ok": true, "same": true}\'', watch)["same"] is True
+    assert waits[0] == transfer.REACHED_WITHIN_S
+    assert set(waits[1:]) == {float("inf")}
+
+
+def test_an_answer_without_a_word_before_it_is_heard_too(watch: Lifetime) -> None:
+    assert heard("read -r request; echo '{\"ok\": true}'", watch) == {"ok": True}
+
+
+RSYNC = """
+import array, os, socket, sys
+asked, answered = socket.socketpair(), socket.socketpair()
+ends = array.array("i", [asked[1].fileno(), answered[1].fileno()])
+socket.socket(fileno=int(sys.argv[1])).sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, ends)])
+asked[1].close(), answered[1].close()
+try:
+    while True:
+        os.write(asked[0].fileno(), bytes(1 << 16))
+except OSError:
+    sys.exit(12)
+"""
+"""As an rsync that first writes all that it has, and then would read that nobody answers any more."""
+
+
+@contextmanager
+def local_rsync(program: str) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+    """A program in the place of the rsync here, and the socket by which it hands over its ends."""
+    mine, theirs = socket.socketpair()
+    rsync = subprocess.Popen(
+        [sys.executable, "-c", program, str(theirs.fileno())],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(theirs.fileno(),), bufsize=0,
+    )  # fmt: skip
+    theirs.close()
+    try:
+        yield rsync, mine
+    finally:
+        rsync.kill()
+        rsync.wait()
+        mine.close()
+
+
+@pytest.mark.parametrize("worker", ["exit", "exec >/dev/null; exec sleep 300"])
+def test_an_rsync_that_still_writes_ends_with_the_connection_to_its_worker(worker: str, watch: Lifetime) -> None:
+    with (
+        local_rsync(RSYNC) as (rsync, control),
+        Far(["sh", "-c", worker], (0, 0), {"PATH": "/usr/bin:/bin"}, "receive", {}) as far,
+    ):
+        watch._ends_at = time.monotonic() + 20.0
+        Transfer(far, 0, watch, 1e9, 1e9, gently=False)._carry(rsync, control, lambda: None)
+        assert rsync.wait(20) == 12
+
+
+STILL = RSYNC.replace("while True", "if True").replace("sys.exit(12)", "pass") + "import time; time.sleep(300)"
+"""As an rsync that writes once, and then is stopped."""
+
+
+@pytest.fixture
+def looking_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "LOOK_EVERY_S", 0.02)
+
+
+def test_a_transfer_in_which_nothing_moves_is_given_up_long_before_the_job_s_deadline(
+    watch: Lifetime, looking_often: None
+) -> None:
+    with (
+        local_rsync(STILL) as (rsync, control),
+        Far(["sh", "-c", "cat >/dev/null"], (0, 0), {"PATH": "/usr/bin:/bin"}, "receive", {}) as far,
+    ):
+        standing = Transfer(far, 0, watch, 1e9, 1e9, gently=False, stalled_s=0.3)
+        with pytest.raises(SnapshotError, match="nothing of its files has come or gone") as refused:
+            standing._carry(rsync, control, lambda: None)
+    assert refused.value.code == "stalled"
+    assert watch.left_s > 200
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        (STILL.replace("time.sleep(300)", "[sum(range(10000)) for _ in range(40000)]"), "cat >/dev/null"),
+        (STILL, "while sleep 0.05; do echo . >&2; done"),
+    ],
+    ids=["this side works", "the worker says that it does"],
+)
+def test_a_transfer_in_which_one_side_works_goes_on_though_nothing_moves(
+    watch: Lifetime, looking_often: None, here: str, there: str
+) -> None:
+    with (
+        local_rsync(here) as (rsync, control),
+        Far(["sh", "-c", there], (0, 0), {"PATH": "/usr/bin:/bin"}, "receive", {}) as far,
+    ):
+        watch._ends_at = time.monotonic() + 1.5
+        working = Transfer(far, 0, watch, 1e9, 1e9, gently=False, stalled_s=0.5)
+        with pytest.raises(SnapshotError) as refused:
+            working._carry(rsync, control, lambda: None)
+    assert refused.value.code == "timed_out", "by the deadline of the job"
+
+
+def test_a_transfer_is_idle_while_nothing_is_done_and_this_process_runs() -> None:
+    idle = Idle(10.0)
+    assert not any(idle.is_too_long(0, float(now)) for now in range(10))
+    assert not idle.is_too_long(1, 10.0), "something was done in the last second"
+    assert not idle.is_too_long(1, 500.0), "this process was stopped meanwhile"
+    assert [idle.is_too_long(1, 500.0 + now) for now in range(1, 10)] == [*[False] * 8, True]
+
+
+def test_an_answer_as_long_as_an_honest_one_can_be_is_heard(watch: Lifetime) -> None:
+    skipped = json.dumps(["\N{GRINNING FACE}" * 200] * 20)
+    assert len(skipped) > 48_000
+    told = f'{{"ok": true, "skipped": {skipped}}}'.replace("\\", "\\\\")
+    assert len(list(heard(f"echo; read -r request; printf '{told}\n'", watch)["skipped"])) == 20  # type: ignore[call-overload]
+
+
+def test_an_answer_that_goes_ever_deeper_is_none(watch: Lifetime) -> None:
+    with pytest.raises(SnapshotError, match="its answer is not one"):
+        heard("echo; read -r request; head -c 90000 /dev/zero | tr '\\0' '['; echo", watch)
+
+
+@pytest.mark.parametrize(
+    ("path", "mode"),
+    [
+        ("../escape", 448),
+        (b"/etc".hex(), 448),
+        (b"./../x".hex(), 448),
+        (b".//x".hex(), 448),
+        (b"./\0".hex(), 448),
+        (b"./n".hex().upper(), 448),
+        (b"./x".hex(), 1 << 40),
+        (b"./x".hex(), -1),
+        (b"./x".hex(), float("inf")),
+        (b"./x".hex(), None),
+    ],
+)
+def test_modes_that_no_worker_would_take_back_are_no_part_of_a_copy(path: str, mode: float) -> None:
+    """A home could not be filled with that copy any more."""
+    good = {b".".hex(): 0o300, b"./a\n\xff".hex(): 0o7300}
+    assert Hello.of({"folders": good}).folders == good
+    with pytest.raises(SnapshotError):
+        Hello.of({"folders": good | {path: mode}})
+
+
+def test_all_modes_that_are_kept_fit_into_a_request_to_a_worker() -> None:
+    many = {f"./{number:08}".encode().hex(): 0o300 for number in range(5000)}
+    with pytest.raises(SnapshotError):
+        Hello.of({"folders": many})
+    assert MOST_FOLDERS_BYTES <= MAX_REQUEST_BYTES // 2
