@@ -11,8 +11,8 @@ from itertools import pairwise
 
 from crash.stage import Stage
 
-from orion.manager.domain.model import _RENTAL_EVENTS
 from orion.manager.domain.states import ENDED, TABLES, RentalState
+from orion.manager.domain.steps import _RENTAL_EVENTS
 
 RESTFUL = {
     "rental": {"active", *ENDED},

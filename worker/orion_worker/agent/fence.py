@@ -135,4 +135,4 @@ class Fence:
     def _refreeze(self, record: RentalRecord, enforcer: Enforcer) -> None:
         killed = self._freezer.refreeze(record.rental_id, enforcer, lambda: self._rentals.lock_at_once(record))
         if killed:
-            self._say(f"rental {record.rental_id} fought being frozen: {killed} of its processes were ended")
+            self._say(f"rental {record.rental_id} resisted being frozen: {killed} of its processes were ended")

@@ -29,7 +29,7 @@ from orion_worker.limits.priority import PriorityGuard
 from orion_worker.limits.stopped_log_ins import StoppedLogIns
 from orion_worker.limits.terminals import TerminalGuard
 from orion_worker.rental.commands import Rentals
-from orion_worker.rental.host_certificate import RunningSshd as Listening
+from orion_worker.rental.host_certificate import RunningSshd
 from orion_worker.rpc import liveness_program
 from orion_worker.rpc.liveness import LivenessListener
 from orion_worker.system import cgroup, processes
@@ -62,7 +62,7 @@ class SshdChild:
         command = ["prlimit", f"--nproc={each}:{each}", "--"]
         command += ["nice", "-n", str(RENTERS_NICENESS), "--"]
         command += ["/usr/sbin/sshd", "-D", "-e", "-o", exempt]
-        self._listening = Listening(Path("/"))
+        self._listening = RunningSshd(Path("/"))
         self._command = ConfinedCommand(command, scores.usual(processes.own_score()), errors)
         say(f"each renter may have {each} processes")
         self._start()
@@ -175,14 +175,14 @@ def run(settings: AgentSettings) -> None:
         home.liveness_closed_at = boot_time_s()
         hurry.set()
 
-    watched = LivenessListener(Path(liveness_program.SOCKET_PATH), node.boot_id, liveness_ended, liveness_closed)
+    liveness = LivenessListener(Path(liveness_program.SOCKET_PATH), node.boot_id, liveness_ended, liveness_closed)
     log = LimitedLog(write)
     sshd = SshdChild(settings, log.input)
     web_door = PortProxyChild(settings.proxy_address, settings.app_address, settings.slots)
     stopped = StoppedLogIns(node.rentals, say)
     ended_first = scores.OomScores(scores.usual(processes.own_score()), say)
     terminals = TerminalGuard(lambda uids: end_all(node.rentals, uids), say)
-    for work in (log.run, fence.run, watched.run, ended_first.run, terminals.run, PriorityGuard(say).run):
+    for work in (log.run, fence.run, liveness.run, ended_first.run, terminals.run, PriorityGuard(say).run):
         threading.Thread(target=work, daemon=True).start()
     calling = threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True)
     calling.start()
@@ -190,7 +190,7 @@ def run(settings: AgentSettings) -> None:
         sshd.ensure_running()
         web_door.ensure_running()
         stopped.look_if_due()
-    say("told_to_stop to stop")
+    say("told to stop")
     home.evacuate()
     hurry.set()
     began = time.monotonic()
