@@ -1,6 +1,6 @@
-"""Chaos: renters at work on the whole platform while everything is taken from under it; a checker reads it all.
+"""Chaos tests: renters work on the whole platform while faults are injected, and a checker verifies every guarantee.
 
-The platform itself, its renters and bounded waits are those of tests/e2e, whose modules are found by their bare names.
+The platform, its renters and bounded waits come from tests/e2e, whose modules are imported by their bare names.
 """
 
 import sys

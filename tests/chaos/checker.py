@@ -1,8 +1,8 @@
-"""What must be true of every history: the promises, each as a pure function that yields what breaks it.
+"""Check a history against the guarantees. Each rule is a pure function that yields the violations of one guarantee.
 
-The ticks decide who was alive. `WAKE_BUDGET_S` is the one residue that is allowed for: a worker whose whole container
-was paused until after its rental was taken over, and wakes. It is counted from the first sign of life there after it
-was woken, which is a tick of any rental on it: docker says only some time later that it has done it.
+Ticks show which processes were alive. One exception is allowed: a worker whose container was paused until its rental
+was taken over may run it for `WAKE_BUDGET_S` after it was unpaused. That time counts from the first tick of any rental
+on the worker, because docker reports the unpause only some time later.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from chaos.history import Asked, Deed, End, History, Tick, WorkerEnd
+from chaos.history import End, GrantedRental, History, InjectedFault, Tick, WorkerEnd
 from chaos.witness import number_of
 from orion.manager.domain.clocks import Clocks
 
 WAKE_BUDGET_S = Clocks.wake_budget_s
-"""As it is by default: what it takes to stop processes does not get shorter with the clocks."""
+"""Seconds by the default clocks: stopping processes does not become faster with faster clocks."""
 EXCUSED_S = 15.0
-"""How long after the nemesis let go of a worker its loss may still be the nemesis's: longer than a takeover."""
+"""Seconds after the end of a fault in which it may still cause the loss of its worker: longer than a takeover."""
 PAUSE = "pause"
 ENDS_ALL = ("kill", "restart")
-"""What ends all processes of a container."""
+"""The faults that end all processes of a container."""
 ENDED = ("released", "expired")
 Ticks = list[Tick]
 
@@ -33,7 +33,7 @@ class Violation:
     rental: str | None = None
     since: float = 0.0
     until: float = float("inf")
-    """Between which times one has to look to understand it."""
+    """The end of the time (from `since`) whose events explain the violation."""
 
     def __str__(self) -> str:
         return f"{self.promise}: {self.text}"
@@ -54,7 +54,7 @@ def _nothing_is_lost(history: History) -> Iterator[Violation]:
 
 
 def _never_alive_twice(history: History) -> Iterator[Violation]:
-    """Nothing of an epoch lives once a later one is let in, and nothing of one epoch lives on two workers."""
+    """Check that no epoch runs after a later one was activated, and that no epoch runs on two workers."""
     for rental, ticks in _by_rental(history).items():
         hosts: dict[int, str] = {}
         for tick in ticks:
@@ -74,7 +74,7 @@ def _never_alive_twice(history: History) -> Iterator[Violation]:
 
 
 def _begins(history: History, rental: str, ticks: Ticks) -> dict[int, float]:
-    """When each epoch was let in: its activation was written down, or it ticked, whatever came first."""
+    """Return the begin of each epoch: its event of activation or its first tick, whichever came first."""
     begins: dict[int, float] = {}
     for event in history.events:
         if event.rental == rental and event.kind == "rental.activated" and event.epoch:
@@ -102,7 +102,7 @@ def _wakings(history: History, host: str) -> Iterator[float]:
 
 
 def longest_waking_s(history: History) -> float:
-    """How long the longest of those lived that woke too late: what the wake budget is for."""
+    """Return the longest time that a stale rental ran after its worker was unpaused: what the wake budget allows."""
     found = [0.0]
     for rental, ticks in _by_rental(history).items():
         begins = _begins(history, rental, ticks)
@@ -121,7 +121,7 @@ def _lines_are_whole(history: History) -> Iterator[Violation]:
 
 
 def _no_line_is_lost_beyond_the_shown_age(history: History) -> Iterator[Violation]:
-    """Whatever was acknowledged before a copy began that its renter was told of, at that epoch, is there in the end."""
+    """Check that no line is lost that was written, in the same epoch, before a snapshot that the API reported."""
     ticks_of = _by_rental(history)
     for one in _kept(history):
         there = {_written(line) for line in history.ends[one.rental].lines}
@@ -141,7 +141,7 @@ def _no_line_is_lost_beyond_the_shown_age(history: History) -> Iterator[Violatio
 
 
 def _a_planned_move_loses_nothing(history: History) -> Iterator[Violation]:
-    """Not one line of an epoch that a planned move has ended, whatever became of the worker that it was moved to."""
+    """Check that no line is lost of an epoch that a planned migration or a park ended, even if the target fails."""
     ticks_of = _by_rental(history)
     for one in _kept(history):
         there = {_written(line) for line in history.ends[one.rental].lines}
@@ -158,21 +158,21 @@ def _a_planned_move_loses_nothing(history: History) -> Iterator[Violation]:
 
 
 def _moved_by_plan(history: History, rental: str) -> Iterator[tuple[int, float]]:
-    """The epochs that a planned move has ended, and when."""
+    """Yield the epochs that a planned migration or a park ended, each with its time."""
     let_in = [e.epoch for e in history.events if e.rental == rental and e.kind == "rental.activated" and e.epoch]
     for event in history.events:
         if event.rental != rental or not event.epoch:
             continue
         if event.kind == "rental.parked":
             yield event.epoch, event.at
-        elif event.kind == "rental.moved":  # with the epoch that it has there
+        elif event.kind == "rental.moved":  # its epoch is that of the target placement
             yield from (
                 (epoch, event.at) for epoch in [max((e for e in let_in if e < event.epoch), default=0)] if epoch
             )
 
 
 def lost_lines(history: History) -> int:
-    """Of those that are still there in the end: what takeovers cost."""
+    """Return the number of lost lines of rentals that are active in the end: the cost of takeovers."""
     ticks_of, lost = _by_rental(history), 0
     for one in _kept(history):
         there = {_written(line) for line in history.ends[one.rental].lines}
@@ -194,20 +194,22 @@ def _written(line: str) -> tuple[int, str, int]:
 
 
 def _what_is_given_back_existed(history: History) -> Iterator[Violation]:
-    """Return what no instant can have left: a sum that never was, a later file older than an earlier, an entry less."""
+    """Check that restored files are a state that existed: right sums, files in their order, and no missing entry."""
     for one in history.found:
         if one.faults:
             what = "; ".join(one.faults)
-            text = f"what {one.rental} was given on {one.host} with epoch {one.epoch} never existed: {what}"
+            text = f"the files of {one.rental} on {one.host} in epoch {one.epoch} never existed like this: {what}"
             yield Violation("a state that existed", text, one.rental, one.at - 30, one.at + 5)
     for asked in _kept(history):
         if faults := history.ends[asked.rental].faults:
-            text = f"what {asked.name} ({asked.rental}) has in the end never existed: {'; '.join(faults)[:1500]}"
+            text = (
+                f"the final files of {asked.name} ({asked.rental}) never existed like this: {'; '.join(faults)[:1500]}"
+            )
             yield Violation("a state that existed", text, asked.rental)
 
 
 def _every_kept_rental_goes_on(history: History) -> Iterator[Violation]:
-    """Its renter is let in where it is in the end, and what is run there goes on."""
+    """Check that the process of each rental that must be active runs where the platform says."""
     for one in _kept(history):
         end = history.ends[one.rental]
         host = history.workers[end.worker].host if end.worker in history.workers else end.worker
@@ -219,7 +221,7 @@ def _every_kept_rental_goes_on(history: History) -> Iterator[Violation]:
 
 
 def _nobody_dies_for_nothing(history: History) -> Iterator[Violation]:
-    """A renter's process ends with its container or its placement, and for no other reason."""
+    """Check that a renter's process ended only with its container or its placement."""
     for rental, ticks in _by_rental(history).items():
         last: dict[tuple[str, int], Tick] = {}
         for tick in ticks:
@@ -264,7 +266,7 @@ def _all_is_at_rest(history: History) -> Iterator[Violation]:
 
 
 def _nobody_is_down_for_nothing(history: History) -> Iterator[Violation]:
-    """A worker is lost only if the nemesis had its hand on it: that the proxy or the manager was away costs nobody."""
+    """Check that a worker was declared down only after a fault on it, and not because proxy or manager were away."""
     for event in history.events:
         if event.kind != "worker.became_down" or event.worker not in history.workers:
             continue
@@ -274,12 +276,12 @@ def _nobody_is_down_for_nothing(history: History) -> Iterator[Violation]:
             yield Violation("no stampede", text, None, event.at - 30, event.at + 5)
 
 
-def _explains(deed: Deed, worker: WorkerEnd, at: float) -> bool:
+def _explains(deed: InjectedFault, worker: WorkerEnd, at: float) -> bool:
     return deed.host == worker.host and deed.began_at <= at <= deed.undone_at + EXCUSED_S
 
 
-def _kept(history: History) -> Iterator[Asked]:
-    """Those that must be there, and are; the others are another rule's."""
+def _kept(history: History) -> Iterator[GrantedRental]:
+    """Yield the rentals that must be active in the end and are. Another rule checks the others."""
     for one in history.asked:
         end = history.ends.get(one.rental)
         if not one.released and end is not None and end.state == "active":

@@ -1,6 +1,6 @@
-"""What was seen of one round, as plain data: what the nemesis did, what renters were told, ticks, events, and the end.
+"""The history of one round as plain data: faults, answers to renters, ticks, events, and the final state.
 
-All times are CLOCK_BOOTTIME of the one machine, in seconds; a host is a worker's container as it calls itself.
+All times are CLOCK_BOOTTIME of the one machine, in seconds. A host is the hostname of a worker's container.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Tick:
-    """A renter's process was alive at this moment, and had written line `number`."""
+    """A sign that a renter's process was alive at a time, and had written line `number`."""
 
     at: float
     rental: str
@@ -28,8 +28,8 @@ class Tick:
 
 
 @dataclass(frozen=True)
-class Deed:
-    """One act of the nemesis on a container, and its undoing, each with when it was asked for and when it was done."""
+class InjectedFault:
+    """One fault that was injected into a container, with the begin and the end of the injection and of its undoing."""
 
     kind: str
     host: str
@@ -42,7 +42,7 @@ class Deed:
 
 @dataclass(frozen=True)
 class Shown:
-    """An answer about a rental: `safe_at` is its last_safe_copy_at."""
+    """An answer of the API about a rental. `safe_at`: its last_safe_copy_at."""
 
     at: float
     rental: str
@@ -64,7 +64,7 @@ class Happened:
 
 @dataclass(frozen=True)
 class Found:
-    """What a renter's bank found wrong with the files that it was to go on with; in most cases nothing."""
+    """The faults that a renter's bank found in its files when it was started; mostly none."""
 
     at: float
     rental: str
@@ -74,14 +74,14 @@ class Found:
 
     @staticmethod
     def parse(line: str) -> Found:
-        told = json.loads(line)
-        rental, host, epoch = told["words"].split()
-        return Found(told["at"], rental, host, int(epoch), tuple(told["faults"]))
+        entry = json.loads(line)
+        rental, host, epoch = entry["words"].split()
+        return Found(entry["at"], rental, host, int(epoch), tuple(entry["faults"]))
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A rental that was answered with success, and what its renter did with it in the end."""
+class GrantedRental:
+    """A rental that the platform granted, and whether its renter released it."""
 
     rental: str
     name: str
@@ -90,9 +90,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class End:
-    """How a rental was found when all had come to rest. `lines`: of its home, as its renter reads them.
+    """The state of a rental after the platform has settled.
 
-    `faults`: what is wrong with its banks and with its difficult tree.
+    `lines`: the lines in its home, as its renter reads them. `faults`: the faults of its banks and its difficult tree.
     """
 
     state: str
@@ -106,7 +106,7 @@ class End:
 
 @dataclass(frozen=True)
 class WorkerEnd:
-    """How a worker was found. `traces`: all that looks like a renter's: 'account r-x', 'process 7 of 100003', ..."""
+    """The final state of a worker. `traces`: all of renters on it, as 'account r-x', 'process 7 of 100003', ..."""
 
     host: str
     health: str
@@ -117,23 +117,23 @@ class WorkerEnd:
 
 @dataclass(frozen=True)
 class History:
-    asked: tuple[Asked, ...] = ()
+    asked: tuple[GrantedRental, ...] = ()
     ticks: tuple[Tick, ...] = ()
-    deeds: tuple[Deed, ...] = ()
+    deeds: tuple[InjectedFault, ...] = ()
     shown: tuple[Shown, ...] = ()
     events: tuple[Happened, ...] = ()
     found: tuple[Found, ...] = ()
     ends: dict[str, End] = field(default_factory=dict)
-    """By rental."""
+    """The final states of rentals, by id."""
     workers: dict[str, WorkerEnd] = field(default_factory=dict)
-    """By the platform's id of it."""
+    """The final states of workers, by id."""
     dirty_workers: tuple[str, ...] = ()
-    """What else was not at rest in the end: the brake, pauses, what is overdue."""
+    """Everything else that had not settled in the end: the brake, pauses, overdue steps."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Ticks of one process, one after the other, without a pause that is worth telling."""
+    """Consecutive ticks of one process without a long pause."""
 
     first: Tick
     last: Tick
@@ -148,7 +148,7 @@ class Run:
 
 
 def runs(ticks: Iterable[Tick], pause_s: float = 0.5) -> Iterator[Run]:
-    """The ticks of one rental, put together where they are of one process and less than `pause_s` apart."""
+    """Yield the ticks of one rental, grouped by process where they are less than `pause_s` seconds apart."""
     open_runs: dict[tuple[str, int], Run] = {}
     for tick in sorted(ticks, key=lambda one: one.at):
         key = (tick.host, tick.pid)
@@ -163,23 +163,23 @@ def runs(ticks: Iterable[Tick], pause_s: float = 0.5) -> Iterator[Run]:
 
 
 def story(history: History, rental: str | None, since: float, until: float) -> str:
-    """What the nemesis did, what the platform wrote down and who was alive, in one order. None: of no rental."""
+    """Return the faults, the platform's events and the ticks about a rental, or about none, in order of time."""
     hosts = {identity: worker.host for identity, worker in history.workers.items()}
     concerned = {one.worker for one in history.events if one.rental == rental}
-    told: list[tuple[float, str]] = []
+    entries: list[tuple[float, str]] = []
     for deed in history.deeds:
-        told.append((deed.began_at, f"NEMESIS {deed.kind} of {deed.host} (done {deed.done_at:.3f})"))
+        entries.append((deed.began_at, f"NEMESIS {deed.kind} of {deed.host} (done {deed.done_at:.3f})"))
         if deed.undone_at > deed.done_at:
-            told.append((deed.undone_from, f"NEMESIS undoes {deed.kind} of {deed.host} (done {deed.undone_at:.3f})"))
+            entries.append((deed.undone_from, f"NEMESIS undoes {deed.kind} of {deed.host} (done {deed.undone_at:.3f})"))
     for event in history.events:
         of_worker = event.rental is None and (rental is None or event.worker in concerned)
         if event.rental == rental or of_worker:
             where = f"on {hosts.get(event.worker, event.worker)}" if event.worker else ""
             epoch = f"epoch {event.epoch}" if event.epoch else ""
-            told.append((event.at, f"  event {event.kind} {event.rental or ''} {where} {epoch} - {event.reason}"))
+            entries.append((event.at, f"  event {event.kind} {event.rental or ''} {where} {epoch} - {event.reason}"))
     for found in history.found:
         if found.rental == rental:
-            seen = "; ".join(found.faults) or "all is as it was at one moment"
-            told.append((found.at, f"  its bank on {found.host}, epoch {found.epoch}: {seen}"))
-    told += [(run.first.at, f"    {run}") for run in runs(one for one in history.ticks if one.rental == rental)]
-    return "\n".join(f"  {at:12.3f} {text}" for at, text in sorted(told) if since <= at <= until)
+            seen = "; ".join(found.faults) or "consistent"
+            entries.append((found.at, f"  its bank on {found.host}, epoch {found.epoch}: {seen}"))
+    entries += [(run.first.at, f"    {run}") for run in runs(one for one in history.ticks if one.rental == rental)]
+    return "\n".join(f"  {at:12.3f} {text}" for at, text in sorted(entries) if since <= at <= until)

@@ -1,9 +1,8 @@
-"""What is done to the platform: planned from a seed as plain data, then done by one thread for each act.
+"""Inject faults into the platform: planned from a seed as plain data, then done by one thread for each fault.
 
-Acts overlap. Two acts with the same grip on one container wait for each other (nobody can pause what is dead); and a
-container may be cut off from the network while it is killed, paused or restarted, and drained whatever else happens to
-it. A further kind is one more line in KINDS; a planned act is one that asks the platform instead of Docker, until that
-answers.
+Faults overlap. Two faults with the same grip on one container wait for each other, because a dead container cannot be
+paused. A container may be disconnected while it is killed, paused or restarted, and drained at any time. A new kind is
+one more line in KINDS. Some kinds ask the platform instead of Docker, and repeat that until it answers.
 """
 
 from __future__ import annotations
@@ -22,35 +21,38 @@ from support.containers import pause
 from waiting import TooLate, eventually
 
 from chaos.checker import PAUSE
-from chaos.history import Deed
+from chaos.history import InjectedFault
 from chaos.tenants import NOT_NOW
 from orion.client.sdk import Orion
 from orion.errors import Conflict, NotFound
 from orion.wire import RentalState, WorkerIntent
 
 GAP_S = 2.5
-"""Between the beginnings of two acts, on average."""
+"""Seconds between the beginnings of two faults, on average."""
 FIRST_ACT_S = 1.0
 WORKER, PROXY, MANAGER, KEEPER = "worker", "manager_proxy", "manager_app", "keeper"
 
 ASKED_EVERY_S = 0.5
 ANSWERED_WITHIN_S = 90.0
 GOODBYE_WITHIN_S = 15
-"""A quarter of what docker-compose.yml gives, and several times what it takes, unless somebody is away whom it needs.
-Then it is killed in the middle of its goodbye, and the round goes on."""
+"""Seconds of a worker's grace: a quarter of that in docker-compose.yml, and several times what it needs. If manager or
+proxy are away, the worker is killed while it parks its rentals."""
 EMPTY_WITHIN_S = 30
-"""A worker that is replaced is told to stop after so long, whatever is on it."""
+"""Seconds after which a worker that is being replaced is stopped, even if it still has rentals."""
 LIFE, NETWORK, INTENT, DISK, POOL = "life", "network", "intent", "disk", "pool"
 
 Undo = Callable[[], Container | None]
-"""Returns the container that has taken its place, where another one has."""
+"""A function that undoes a fault, and returns the container that has replaced the faulty one, if any."""
 Do = Callable[[Stack, Container], Undo | None]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`weight`: how often in a deck. `lasts_s`: shortest and longest, in seconds. `grips`: what it holds."""
+    """A kind of fault.
+
+    `weight`: its frequency. `lasts_s`: its shortest and longest duration in seconds. `grips`: what it locks meanwhile.
+    """
 
     services: tuple[str, ...]
     weight: int
@@ -60,7 +62,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Act:
+class PlannedFault:
     at_s: float
     kind: str
     service: str
@@ -72,16 +74,16 @@ class Act:
         return f"{self.at_s:6.1f} s: {self.kind} of {self.service} {self.number}{lasting}"
 
 
-def plan(seed: int, seconds: float) -> list[Act]:
-    """Kinds are dealt from a shuffled deck, so that also a short round has some of each that is frequent."""
+def plan(seed: int, seconds: float) -> list[PlannedFault]:
+    """Return the faults of a round. Kinds come from a shuffled deck, so that short rounds have all frequent ones."""
     chance = Random(seed)
-    acts: list[Act] = []
+    acts: list[PlannedFault] = []
     at_s, deck = FIRST_ACT_S, _deck(chance)
     while at_s < seconds:
         name, service = next(deck)
         number = chance.randint(1, WORKERS) if service == WORKER else 1
         lasts_s = min(chance.uniform(*KINDS[name].lasts_s), seconds - at_s)
-        acts.append(Act(round(at_s, 2), name, service, number, round(lasts_s, 2)))
+        acts.append(PlannedFault(round(at_s, 2), name, service, number, round(lasts_s, 2)))
         at_s += chance.expovariate(1 / GAP_S)
     return acts
 
@@ -99,16 +101,16 @@ class Nemesis:
         self._now = now
         self._tell = tell
         self._containers = {(one.service, one.number): one for one in stack.containers()}
-        """By the number that each had at first: whoever takes its place has another one."""
+        """The containers by service and first number. A replacement keeps the key, though its own number differs."""
         self._grips: Mapping[tuple[object, str], threading.Lock] = defaultdict(threading.Lock)
-        self.deeds: list[Deed] = []
+        self.deeds: list[InjectedFault] = []
         self.gone: set[str] = set()
-        """Hostnames of workers that were taken away for good."""
+        """The hostnames of workers that were removed for good."""
         self.faults: list[str] = []
-        """What it could not do: then the round is no test."""
+        """The errors of injections, which make the round invalid."""
 
-    def run(self, acts: Iterable[Act]) -> None:
-        """Returns when all is done and undone."""
+    def run(self, acts: Iterable[PlannedFault]) -> None:
+        """Inject all faults, and return when all are undone."""
         began = time.monotonic()
         threads = [threading.Thread(target=self._act, args=(act, began), daemon=True) for act in acts]
         for thread in threads:
@@ -116,7 +118,7 @@ class Nemesis:
         for thread in threads:
             thread.join()
 
-    def _act(self, act: Act, began: float) -> None:
+    def _act(self, act: PlannedFault, began: float) -> None:
         time.sleep(max(0.0, began + act.at_s - time.monotonic()))
         kind, place = KINDS[act.kind], (act.service, act.number)
         with ExitStack() as held:
@@ -137,7 +139,7 @@ class Nemesis:
                 self.faults.append(f"{act}: {error}")
                 return
         host = container.hostname if act.service == WORKER else act.service
-        self.deeds.append(Deed(act.kind, host, began_at, done_at, undone_from, undone_at))
+        self.deeds.append(InjectedFault(act.kind, host, began_at, done_at, undone_from, undone_at))
 
     def _replace(self, place: tuple[str, int], container: Container | None) -> None:
         if container is not None:
@@ -173,7 +175,7 @@ def _cut_off(stack: Stack, container: Container) -> Undo:
 
 
 def _address_of(stack: Stack, container: Container) -> list[str]:
-    """As docker-compose.yml gives it; a worker gets any other."""
+    """Return Docker's options for the fixed address of a service; a worker gets any free address."""
     addresses = {PROXY: "ORION_PROXY_ADDRESS", MANAGER: "ORION_APP_ADDRESS"}
     if container.service not in addresses:
         return []
@@ -181,11 +183,11 @@ def _address_of(stack: Stack, container: Container) -> list[str]:
 
 
 def _kill_within(program: str) -> Do:
-    """A process inside, by what its command line holds: SIGKILL, as the kernel's when memory runs out."""
+    """Return a fault that kills the processes in a container whose command line contains this text."""
 
     def kill(stack: Stack, container: Container) -> None:
         killed = stack.exec(container.id, "python3", "-c", KILL, program)
-        # It may have been about to be started again by itself.
+        # No process may be found, because it is just being restarted.
         assert killed.returncode in {0, 9}, f"{program}: {killed.stderr}"
 
     return kill
@@ -229,20 +231,20 @@ def _drain(stack: Stack, container: Container) -> Undo | None:
 
 
 def _migrate(stack: Stack, container: Container) -> None:
-    """Whatever is active there, where the platform knows of a place."""
+    """Migrate the active rentals of a worker, as far as other workers have room."""
 
     def ask(orion: Orion) -> None:
         here = orion.find_worker(container.hostname).id
         for rental in orion.rentals():
             if rental.worker_id == here and rental.state is RentalState.ACTIVE:
-                with suppress(Conflict):  # it goes on where it is
+                with suppress(Conflict):  # no worker has room: the rental stays
                     orion.migrate(rental.id, wait_s=0)
 
     _answered(stack, ask)
 
 
 def _answered(stack: Stack, ask: Callable[[Orion], T]) -> T | None:
-    """None: what it is about is not known, or not any more."""
+    """Repeat a call until the platform answers, and return the result, or None for an unknown worker or rental."""
     last_moment = time.monotonic() + ANSWERED_WITHIN_S
     while True:
         try:
@@ -257,16 +259,16 @@ def _answered(stack: Stack, ask: Callable[[Orion], T]) -> T | None:
 
 
 def _scale_down(stack: Stack, container: Container) -> Undo:
-    """As `up --scale worker=N` does it with fewer, but with any of them: SIGTERM, its grace, and it is gone for good.
+    """Remove a worker like `up --scale worker=N` with fewer workers: SIGTERM, its grace, and removal.
 
-    With more again there is another one in its place; Compose makes it, and whoever is dead meanwhile stays so.
+    To undo it, Compose creates another worker; containers that are dead meanwhile stay dead.
     """
     _stop_for_good(stack, container)
     return lambda: _another(stack)
 
 
 def _another(stack: Stack) -> Container:
-    """Make one worker more and start it, whatever the others do."""
+    """Create and start one more worker, without any effect on the others."""
     before = {one.id for one in stack.containers(WORKER)}
     scale = ("--scale", f"{WORKER}={len(before) + 1}", WORKER)
     stack.compose("up", "--no-start", "--no-build", "--no-recreate", "--no-deps", *scale)
@@ -276,9 +278,9 @@ def _another(stack: Stack) -> Container:
 
 
 def _replace(stack: Stack, container: Container) -> Undo:
-    """As `make up` does it with a worker of other settings: another one first, then this one is emptied and goes.
+    """Replace a worker like `make up` with other settings: start another one, then empty and remove this one.
 
-    What finds no place in time is parked by the worker's own goodbye, as there.
+    Rentals without a place are parked when the worker stops.
     """
     newcomer = _another(stack)
     worker = _answered(stack, lambda orion: orion.drain(orion.find_worker(container.hostname).id))

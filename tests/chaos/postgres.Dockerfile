@@ -1,4 +1,4 @@
-# The workers' image with PostgreSQL, for the chaos platform alone.
+# The workers' image with PostgreSQL, for chaos tests only.
 ARG WORKER
 FROM ${WORKER}
 RUN install -d /etc/postgresql-common \

@@ -1,9 +1,10 @@
-"""A renter's bank in PostgreSQL, whose files are its data directory: what comes back must start by crash recovery.
+"""A renter's bank in PostgreSQL. Its data directory, when restored, must start by crash recovery.
 
-    python3 postgres.py start FOLDER JOURNAL WORDS  write what is wrong to JOURNAL, work on in the background
-    python3 postgres.py check FOLDER                print what is wrong as JSON; ends with 1 if anything is
+    python3 postgres.py start FOLDER JOURNAL WORDS  write the faults to JOURNAL, and work in the background
+    python3 postgres.py check FOLDER                print the faults as JSON; the exit status is 1 if there are any
 
-Transactions move units between accounts, as those of support/bank.py do. Standard library only, Python 3.11 or later.
+Transactions move units between accounts, like those of support/bank.py. The program uses only the standard library of
+Python 3.11 or later.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SUM = "SELECT count(*) || ' accounts hold ' || sum(balance) FROM accounts"
 BY_INDEX = f"SET enable_seqscan = off; SET enable_bitmapscan = off; {SUM} WHERE number > 0"
 RIGHT = f"{ACCOUNTS} accounts hold {TOTAL}"
 EACH_S = "40"
-"""Transactions in a second: others share the machine."""
+"""Transactions a second: few, because other programs share the machine."""
 UP_WITHIN_S = 60.0
 SETTINGS = {
     "listen_addresses": "",
@@ -55,8 +56,8 @@ SETTINGS = {
 }
 
 
-class Fault(Exception):
-    """What came back is no database any more."""
+class PostgresFault(Exception):
+    """The restored files are not a working database."""
 
 
 def programs() -> Path:
@@ -64,16 +65,16 @@ def programs() -> Path:
 
 
 def faults(folder: Path) -> list[str]:
-    """Return what is wrong with a data directory in which nobody works; looking at it recovers it."""
+    """Return the faults of a data directory in which no program works. The check recovers the database."""
     try:
         with serving(folder):
             return _wrong(folder)
-    except Fault as fault:
+    except PostgresFault as fault:
         return [f"PostgreSQL: {fault}"]
 
 
 def start(folder: Path, journal: str, words: str) -> None:
-    """Unless somebody works there already: look at what is there, and go on with it in a process of its own."""
+    """Write the faults to the journal and work on in a new process, unless a process works there already."""
     lock = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,7 +91,7 @@ def start(folder: Path, journal: str, words: str) -> None:
 
 
 def create(folder: Path) -> None:
-    """Make a bank that nobody can find half made."""
+    """Create a bank atomically."""
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     options = ("--username=bank", "--auth=trust", "--no-locale", "--encoding=UTF8", "--wal-segsize=1")
@@ -110,9 +111,9 @@ def work(folder: Path) -> None:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[None]:
-    """A server on this directory, which ends as it does when all is well. Raises Fault if it does not start.
+    """Run a server on this directory, and shut it down properly. Raise PostgresFault if it does not start.
 
-    The file that names a running server goes first: the lock says that there is none, and its number may be another's.
+    postmaster.pid is removed first: the lock proves that no server runs, and another process may have the pid.
     """
     (folder / "postmaster.pid").unlink(missing_ok=True)
     settings = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
@@ -124,7 +125,7 @@ def serving(folder: Path) -> Iterator[None]:
             while not _answers(folder):
                 if server.poll() is not None or time.monotonic() > deadline:
                     said.seek(0)
-                    raise Fault(f"it does not start: {said.read().decode(errors='replace').strip()[-600:]}")
+                    raise PostgresFault(f"it did not start: {said.read().decode(errors='replace').strip()[-600:]}")
                 time.sleep(0.1)
             yield
         finally:
@@ -154,7 +155,7 @@ def _run(program: str, *arguments: str, stdin: str = "") -> str:
     command = [str(programs() / program), *arguments]
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Fault(f"{program}: {done.stderr.strip()[-600:]}")
+        raise PostgresFault(f"{program}: {done.stderr.strip()[-600:]}")
     return done.stdout
 
 

@@ -1,4 +1,4 @@
-"""One round: the platform comes up, renters work while the nemesis is at it, all is healed and rests, and is read."""
+"""One round: start the platform, inject faults while renters work, wait until it has settled, and check its history."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from stack import WORKERS, Container, Stack
 from waiting import TooLate, eventually
 
 from chaos.checker import Violation, check, longest_waking_s, lost_lines
-from chaos.history import Asked, End, Found, Happened, History, Tick, WorkerEnd, story
-from chaos.nemesis import KEEPER, KINDS, WORKER, Act, Nemesis, plan
-from chaos.tenants import FOUND, JOURNAL, PLACE, Book, Guest, Tenant, read_faults, read_lines
+from chaos.history import End, Found, GrantedRental, Happened, History, Tick, WorkerEnd, story
+from chaos.nemesis import KEEPER, KINDS, WORKER, Nemesis, PlannedFault, plan
+from chaos.tenants import FOUND, JOURNAL, PLACE, Guest, Tenant, TenantRecords, read_faults, read_lines
 from orion.client.sdk import Orion
 from orion.errors import OrionError
 from orion.wire import Event, Rental, RentalState, Worker, WorkerHealth, WorkerIntent
@@ -26,26 +26,26 @@ from orion.wire import Event, Rental, RentalState, Worker, WorkerHealth, WorkerI
 HERE = Path(__file__).parent
 SUPPORT = HERE.parent / "support"
 PROGRAMS = (HERE / "witness.py", HERE / "postgres.py", SUPPORT / "bank.py", SUPPORT / "difficult_tree.py")
-"""What renters run."""
+"""The programs that renters run."""
 SLOTS = 2
 TENANTS = 3
 BEGUN_WITHIN_S = 90.0
 OPEN_WITHIN_S = 90.0
 AT_REST_WITHIN_S = 120.0
-"""A takeover at a tenth takes 10 s, a brake at most 30; a worker that returned is cleaned; a machine may be busy."""
+"""Seconds until the platform must have settled. A takeover takes 10 s, a brake at most 30; the machine may be busy."""
 CLOCK_MAY_SLEW_S = 0.05
 NEVER_FLAPS = "1"
-"""Seconds at full scale: the nemesis is no reason to shut a worker out."""
+"""The window in seconds for losses of a worker: so short that no worker is quarantined for injected faults."""
 
 Say = Callable[[str], None]
 
 
 class NoTest(Exception):
-    """The round itself did not work, so it says nothing about the platform."""
+    """The round itself failed, so it has no result."""
 
 
 @dataclass
-class Outcome:
+class RoundResult:
     seed: int
     history: History
     violations: list[Violation]
@@ -54,22 +54,22 @@ class Outcome:
     def report(self) -> str:
         lines = [f"{what}: {value}" for what, value in self.figures.items()]
         for violation in self.violations:
-            lines += ["", f"BROKEN: {violation}"]
+            lines += ["", f"VIOLATION: {violation}"]
             lines.append(story(self.history, violation.rental, violation.since, violation.until))
         if self.violations:
-            lines += ["", f"again, as far as chance allows: make chaos SEED={self.seed}"]
+            lines += ["", f"to repeat the same plan: make chaos SEED={self.seed}"]
         return "\n".join(lines)
 
 
-def play(seed: int, seconds: float, say: Say, keep: Path | None = None, postgres: bool = False) -> Outcome:
-    """`keep`: a directory for the history, as JSON, and for what all containers said.
+def play(seed: int, seconds: float, say: Say, keep: Path | None = None, postgres: bool = False) -> RoundResult:
+    """Run a round. `keep`: a directory for the history, as JSON, and for the logs of all containers.
 
-    `postgres`: one tenant has a PostgreSQL besides, which the workers' image gets in a layer of its own.
+    `postgres`: whether one tenant also has a PostgreSQL, for which the workers' image gets an additional layer.
     """
     small_disk = _memory_keeps_attributes()
     acts = [act for act in plan(seed, seconds) if small_disk or act.service != KEEPER]
     if not small_disk:
-        say("no disk is filled: on this kernel a file system in memory keeps no extended attributes, which copies need")
+        say("no disk is filled: this kernel's tmpfs has no extended attributes, which snapshots need")
     with (
         tempfile.TemporaryDirectory(prefix="orion-chaos-") as folder,
         _platform(Path(folder), small_disk, postgres) as stack,
@@ -96,10 +96,10 @@ class Round:
         self._keeper = stack.container(KEEPER).id
         self._wall_ahead = _wall_ahead_s()
         self._renter = Renter(folder / "renter", stack.url, stack.admin_token())
-        self._book = Book(boot_time_s, self._of_boot)
+        self._book = TenantRecords(boot_time_s, self._of_boot)
         self._figures: dict[str, str] = {}
 
-    def play(self, acts: list[Act]) -> Outcome:
+    def play(self, acts: list[PlannedFault]) -> RoundResult:
         self._lay_out()
         mark = self._stack.mark()
         tenants = [
@@ -114,7 +114,7 @@ class Round:
         eventually("each tenant's bank is open", lambda: len(self._found()) >= banks, OPEN_WITHIN_S)
         nemesis = Nemesis(self._stack, boot_time_s, self._tell)
         nemesis.run(acts)
-        self._tell("all is healed")
+        self._tell("all faults are undone")
         self._leave([guest])
         unrest = self._come_to_rest(nemesis.gone)
         self._leave(tenants)
@@ -124,10 +124,10 @@ class Round:
         history = self._read(mark, nemesis, faults)
         violations = check(history)
         self._figure(history)
-        return Outcome(self._seed, history, violations, self._figures)
+        return RoundResult(self._seed, history, violations, self._figures)
 
     def _lay_out(self) -> None:
-        """The journals are root's, and anybody's to write to: no purge of a renter takes them away."""
+        """Install the programs and the journals, which root owns, so that no purge removes them."""
         for program in PROGRAMS:
             self._lay_down(f"cat > {PLACE}/{program.name}; chmod 0644 {PLACE}/{program.name}", program.read_text())
         self._lay_down(f"for one in {JOURNAL} {FOUND}; do : > $one; chmod 0622 $one; done; chmod 0711 {PLACE}")
@@ -143,11 +143,11 @@ class Round:
         return tuple(Tick.parse(line) for line in self._lines_of(JOURNAL))
 
     def _found(self) -> tuple[Found, ...]:
-        """What banks found wherever they were started again."""
+        """Return the findings of all banks at their starts."""
         return tuple(Found.parse(line) for line in self._lines_of(FOUND))
 
     def _lines_of(self, journal: str) -> list[str]:
-        """Return those that are whole: the last may be half written where it goes beyond a page."""
+        """Return the complete lines of a journal. The last line may be incomplete if it crosses a page."""
         return self._stack.exec(self._keeper, "cat", journal).stdout.rpartition("\n")[0].splitlines()
 
     def _leave(self, tenants: list[Tenant]) -> None:
@@ -155,12 +155,12 @@ class Round:
             one.leave()
         for one in tenants:
             one.join(60)
-            assert not one.is_alive(), f"{one.name} cannot come to its end"
+            assert not one.is_alive(), f"{one.name} did not end"
 
-    # Coming to rest
+    # Settling
 
     def _come_to_rest(self, gone: set[str]) -> list[str]:
-        """What is still not at rest when it should be. `gone`: hostnames of workers that are not there any more."""
+        """Wait until the platform has settled, and return what has not. `gone`: hostnames of removed workers."""
         began = time.monotonic()
         unrest = ["the platform does not answer"]
 
@@ -170,14 +170,14 @@ class Round:
             return not unrest
 
         try:
-            eventually("all is at rest", at_rest, AT_REST_WITHIN_S)
+            eventually("the platform has settled", at_rest, AT_REST_WITHIN_S)
         except TooLate:
             return [f"after {AT_REST_WITHIN_S:g} s: {one}" for one in unrest]
-        self._figures["all at rest after"] = f"{time.monotonic() - began:.1f} s"
+        self._figures["settled after"] = f"{time.monotonic() - began:.1f} s"
         return []
 
     def _forget(self, orion: Orion, gone: set[str]) -> Iterator[str]:
-        """As an operator does it with workers that were taken away: nothing may be left of them."""
+        """Remove the workers that were taken away, like an operator, and yield those that are not down yet."""
         for worker in orion.workers():
             if worker.hostname in gone and worker.health is WorkerHealth.DOWN:
                 orion.remove_worker(worker.id)
@@ -189,7 +189,7 @@ class Round:
         if status.brake:
             yield f"the brake is on: {status.brake}"
         if status.copies_paused:
-            yield f"no copies are made: {status.copies_paused}"
+            yield f"no snapshots are made: {status.copies_paused}"
         for worker in orion.workers():
             if (worker.health, worker.intent) != (WorkerHealth.READY, WorkerIntent.ACTIVE):
                 yield f"worker {worker.hostname} is {worker.health}, {worker.intent}: {worker.explanation}"
@@ -202,15 +202,15 @@ class Round:
                 yield f"{rental.name} is active with epoch {rental.epoch}, but its process does not run yet"
             yield f"{rental.name} is {rental.state}: {rental.explanation}"
         if not living and status.slots_free != status.slots:
-            yield f"{status.slots - status.slots_free} slots are taken by nobody"
+            yield f"{status.slots - status.slots_free} slots are occupied without a rental"
         if status.slots_free + len(living) != status.slots:
             yield f"{len(living)} rentals, and {status.slots_free} of {status.slots} slots are free"
         for one in status.overdue:
             yield f"overdue: {one.kind} {one.name} {one.state}: {one.why}"
 
     def _lives(self, rental: Rental) -> bool:
-        """Its last tick is of now, and of where it is said to be."""
-        now = boot_time_s()  # to read all ticks takes a while
+        """Return whether the rental's last tick is recent and of its current epoch."""
+        now = boot_time_s()  # taken first, because reading all ticks takes a while
         last = max((one for one in self._ticks() if one.rental == rental.id), key=lambda one: one.at, default=None)
         return bool(last and last.epoch == rental.epoch and now - last.at < 2.0)
 
@@ -223,7 +223,7 @@ class Round:
             events = tuple(self._happened(one) for one in orion.events(after=mark, limit=500))
             unknown = [one for one in orion.rentals() if one.id not in self._book.asked]
         if abs(_wall_ahead_s() - self._wall_ahead) > CLOCK_MAY_SLEW_S:
-            raise NoTest("this machine's wall clock was set during the round: what was shown cannot be compared")
+            raise NoTest("this machine's wall clock was set during the round, so times cannot be compared")
         containers = {one.hostname: one for one in self._stack.containers(WORKER)}
         workers = {
             one.id: WorkerEnd(
@@ -232,8 +232,8 @@ class Round:
             for one in found
             if one.hostname in containers
         }
-        faults += [f"a rental that nobody was answered about: {one.name}, {one.state}" for one in unknown]
-        faults += [f"a worker that is no container: {one.hostname}" for one in found if one.hostname not in containers]
+        faults += [f"a rental that no tenant was granted: {one.name}, {one.state}" for one in unknown]
+        faults += [f"a worker without a container: {one.hostname}" for one in found if one.hostname not in containers]
         return History(
             tuple(self._book.asked.values()),
             self._ticks(),
@@ -248,7 +248,7 @@ class Round:
 
     @staticmethod
     def _workers_at_rest(orion: Orion) -> list[Worker]:
-        """Return all when all are ready, or as they are in the end: a busy machine may make one late meanwhile."""
+        """Return the workers as soon as all are ready, or as they are after a timeout."""
         found: list[Worker] = []
 
         def all_are_ready() -> bool:
@@ -263,7 +263,7 @@ class Round:
         at = self._of_boot(event.at.timestamp())
         return Happened(at, event.kind, event.rental_id, event.worker_id, event.epoch, event.reason)
 
-    def _end(self, orion: Orion, asked: Asked, faults: list[str]) -> End | None:
+    def _end(self, orion: Orion, asked: GrantedRental, faults: list[str]) -> End | None:
         lines: tuple[str, ...] = ()
         wrong: tuple[str, ...] = ()
         try:
@@ -275,13 +275,13 @@ class Round:
             faults.append(f"{asked.name}: {error}")
             return None
         except AssertionError as error:
-            faults.append(f"the renter of {asked.name} is not let in: {error}")
+            faults.append(f"the renter of {asked.name} cannot log in: {error}")
         return End(rental.state, rental.epoch, rental.worker_id, rental.username, rental.explanation, lines, wrong)
 
     def _traces(self, container: Container) -> tuple[str, ...]:
         looked = self._stack.exec(container.id, "python3", "-c", TRACES)
         if looked.returncode:
-            return (f"it cannot be looked at: {looked.stderr[-300:]}",)
+            return (f"the search for traces failed: {looked.stderr[-300:]}",)
         return tuple(json.loads(looked.stdout))
 
     def _figure(self, history: History) -> None:
@@ -293,13 +293,13 @@ class Round:
             if any(one.kind == kind for one in history.deeds)
         )
         self._figures["ticks"] = f"{len(history.ticks)} of {len({one.rental for one in history.ticks})} rentals"
-        self._figures["states looked at by banks"] = str(len(history.found))
-        self._figures["planned moves"] = str(kinds.count("rental.moved") + kinds.count("rental.parked"))
+        self._figures["states checked by banks"] = str(len(history.found))
+        self._figures["planned migrations"] = str(kinds.count("rental.moved") + kinds.count("rental.parked"))
         self._figures["workers down"] = str(kinds.count("worker.became_down"))
         self._figures["takeovers"] = str(takeovers)
         self._figures["visits of guests"] = str(sum(one.released for one in history.asked))
-        self._figures["lines lost, all younger than the copy that was shown"] = str(lost_lines(history))
-        self._figures["longest life after waking too late"] = f"{longest_waking_s(history):.3f} s"
+        self._figures["lines lost, all newer than the last reported snapshot"] = str(lost_lines(history))
+        self._figures["longest run of a stale rental after an unpause"] = f"{longest_waking_s(history):.3f} s"
 
     def _of_boot(self, wall: float) -> float:
         return wall - self._wall_ahead
@@ -312,7 +312,7 @@ TRACES = """
 import json, os, pathlib, pwd
 first, found = 100_000, []
 names = {one.pw_uid: one.pw_name for one in pwd.getpwall()}
-def whose(uid):  # who sends a rental's files has the uid of its renter with the highest bit set
+def whose(uid):  # the process that sends a rental's files has the renter's uid with the highest bit set
     return names.get(uid & 0x7fffffff, uid)
 found += [f"account {name}" for uid, name in names.items() if uid >= first]
 for file, kind in (("/etc/shadow", "account"), ("/etc/group", "account")):
@@ -334,7 +334,7 @@ for entry in pathlib.Path("/proc").iterdir():
 def device_of(path):
     try:
         return os.lstat(path).st_dev
-    except OSError:  # it was there: copies are made and taken away meanwhile
+    except OSError:  # the path has vanished: snapshots are made and removed meanwhile
         return None
 for top in ("/", "/dev/shm", "/run", "/tmp"):
     device = os.stat(top).st_dev
@@ -355,7 +355,7 @@ print(json.dumps(sorted(set(found))))
 
 
 class _WithPostgres(Stack):
-    """Workers whose image has one more layer."""
+    """A platform whose workers have an image with PostgreSQL."""
 
     def build(self) -> None:
         super().build()
@@ -387,7 +387,7 @@ def _platform(folder: Path, small_disk: bool, postgres: bool) -> Iterator[Stack]
 
 
 def _memory_keeps_attributes() -> bool:
-    """tmpfs has them since Linux 6.6 (tmpfs(5))."""
+    """Return whether tmpfs supports extended attributes, which it does since Linux 6.6 (tmpfs(5))."""
     memory = "/dev/shm"  # noqa: S108 - of this machine
     if not os.access(memory, os.W_OK):
         return False

@@ -1,8 +1,8 @@
-"""`make chaos`: one round, told as it goes. Ends with 1 when a promise was broken.
+"""`make chaos`: run one round, print its progress, and exit with status 1 if a guarantee was violated.
 
 python -m chaos.runner [--seed N] [--seconds 300] [--keep DIRECTORY] [--no-postgres]
 
-One tenant has a PostgreSQL, which the short round of the tests leaves out: its layer of the image takes minutes.
+One tenant has a PostgreSQL. The short round of the tests has none, because building that image takes minutes.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from chaos.round import play
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--seed", type=int, default=None, help="of the plan; another one each time by default")
-    arguments.add_argument("--seconds", type=float, default=300, help="how long the nemesis is at it")
-    arguments.add_argument("--keep", type=Path, help="a directory for the history and what all containers said")
-    arguments.add_argument("--no-postgres", action="store_true", help="no tenant has a PostgreSQL")
+    arguments.add_argument("--seed", type=int, default=None, help="seed of the plan; random by default")
+    arguments.add_argument("--seconds", type=float, default=300, help="seconds in which faults are injected")
+    arguments.add_argument("--keep", type=Path, help="directory for the history and the logs of all containers")
+    arguments.add_argument("--no-postgres", action="store_true", help="run without the tenant's PostgreSQL")
     wanted = arguments.parse_args()
     seed = SystemRandom().randrange(1_000_000) if wanted.seed is None else wanted.seed
     outcome = play(seed, wanted.seconds, _say, wanted.keep, not wanted.no_postgres)
     print(outcome.report())
-    print(
-        f"\nseed {seed}: {f'{len(outcome.violations)} promises broken' if outcome.violations else 'all promises kept'}"
-    )
+    print(f"\nseed {seed}: {f'{len(outcome.violations)} violations' if outcome.violations else 'no violation'}")
     return 1 if outcome.violations else 0
 
 

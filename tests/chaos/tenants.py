@@ -1,7 +1,7 @@
-"""Renters at work during a round, each a thread: they keep a witness alive in the rental, and note what they are told.
+"""Renters during a round, each in a thread: they keep a witness running in their rental, and record the API's answers.
 
-A tenant stays; a guest rents, works for a while, releases, and comes again. Whatever the platform answers or does not
-answer is taken as any client takes it: try again.
+A tenant keeps its rental; a guest rents, works for a while, releases, and rents again. Like any client, they repeat a
+request that fails or gets no answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from renter import Renter
 from stack import Stack
 
-from chaos.history import Asked, Shown
+from chaos.history import GrantedRental, Shown
 from chaos.witness import COMPLAINTS, LINES
 from orion.client.sdk import Orion
 from orion.errors import Conflict, NotFound, OrionError, Retryable, ServerFault
@@ -25,7 +25,7 @@ from orion.wire import Rental, RentalState
 
 LOOKS_EVERY_S = 0.3
 BACK_AFTER_S = 1.0
-"""Until a session that broke is tried again."""
+"""Seconds until a broken session is opened again."""
 GUEST_STAYS_S = 6.0
 PLACE = "/ticks"
 JOURNAL = f"{PLACE}/ticks"
@@ -35,18 +35,18 @@ MAKE_TREE = (
     "[ -e tree ] || { chmod -R u+rwx tree.new; rm -rf tree.new; "
     f"python3 {TREE} make tree.new && python3 {TREE} describe tree.new > listing && mv tree.new tree; }}"
 )
-"""Whoever finds a tree finds its listing, whenever a copy was made."""
+"""A command that makes the tree after its listing, so that every snapshot with a tree has its listing."""
 CHECK_TREE = f"[ ! -e tree ] || python3 {TREE} describe tree | diff listing - | head -n 40"
 NOT_NOW = (Retryable, ServerFault, Conflict)
 
 
-class Book:
-    """What all of them note. `of_boot`: seconds of CLOCK_BOOTTIME for seconds of the wall clock."""
+class TenantRecords:
+    """The records of all tenants. `of_boot`: converts wall clock seconds to seconds of CLOCK_BOOTTIME."""
 
     def __init__(self, now: Callable[[], float], of_boot: Callable[[float], float]) -> None:
         self.now = now
         self._of_boot = of_boot
-        self.asked: dict[str, Asked] = {}
+        self.asked: dict[str, GrantedRental] = {}
         self.shown: list[Shown] = []
 
     def note(self, rental: Rental) -> None:
@@ -57,11 +57,11 @@ class Book:
 
 
 class Session:
-    """A login that starts the witness, or finds it there, and stays as long as it lives.
+    """A login that starts the witness, unless it runs already, and lasts as long as the witness.
 
-    Behind it work a bank in SQLite, a tree of difficult files, and a bank in PostgreSQL where that is there and wanted.
-    Its ssh may wait until the rental runs at a later epoch, and on the same host: where an account was made since
-    `read_at` (Unix time, before its epoch was read), it starts nothing.
+    It also starts a bank in SQLite, creates a tree of difficult files, and optionally starts a bank in PostgreSQL. Its
+    ssh may wait until the rental runs again with a later epoch on the same host: if an account was created after
+    `read_at` (Unix time, before the epoch was read), it starts nothing.
     """
 
     def __init__(self, renter: Renter, rental: Rental, host: str, postgres: bool, read_at: float) -> None:
@@ -89,14 +89,14 @@ class Session:
         return self._ssh.poll() is not None
 
     def close(self) -> None:
-        """With the relay that it started; what it started in the rental lives on."""
+        """End the login and its ProxyCommand. The processes in the rental keep running."""
         if not self.ended:
             os.killpg(self._ssh.pid, signal.SIGKILL)
         self._ssh.wait()
 
 
 class Tenant(threading.Thread):
-    def __init__(self, stack: Stack, renter: Renter, catalog: Book, name: str, postgres: bool = False) -> None:
+    def __init__(self, stack: Stack, renter: Renter, catalog: TenantRecords, name: str, postgres: bool = False) -> None:
         super().__init__(name=name, daemon=True)
         self._postgres = postgres
         self._stack = stack
@@ -106,7 +106,7 @@ class Tenant(threading.Thread):
         self._session: Session | None = None
         self._again_at = 0.0
         self.faults: list[str] = []
-        """What no renter should ever be told."""
+        """The answers that a renter must never get."""
 
     def leave(self) -> None:
         self._leaving.set()
@@ -127,7 +127,7 @@ class Tenant(threading.Thread):
             self._look_after(orion, rental_id)
 
     def _rent(self, orion: Orion, name: str) -> str | None:
-        """Until it is answered; always the same wish."""
+        """Repeat the same request until it is answered, and return the rental's id, or None if the round ends."""
         while not self._leaving.is_set():
             try:
                 key = self._renter.public_key
@@ -135,7 +135,7 @@ class Tenant(threading.Thread):
             except NOT_NOW:
                 self._leaving.wait(LOOKS_EVERY_S)
                 continue
-            self._book.asked[rental.id] = Asked(rental.id, name, released=False)
+            self._book.asked[rental.id] = GrantedRental(rental.id, name, released=False)
             return rental.id
         return None
 
@@ -150,7 +150,7 @@ class Tenant(threading.Thread):
             return
         try:
             host = orion.worker(rental.worker_id).hostname if rental.worker_id else ""
-        except (*NOT_NOW, NotFound):  # it may have been taken away meanwhile, and forgotten
+        except (*NOT_NOW, NotFound):  # the worker may have been removed meanwhile
             return
         self._book.note(rental)
         if rental.state is RentalState.ACTIVE:
@@ -181,7 +181,7 @@ class Guest(Tenant):
             self._release(orion, rental_id, name)
 
     def _release(self, orion: Orion, rental_id: str, name: str) -> None:
-        """Until it is answered; that it comes to its end is for the checker to see."""
+        """Repeat the release until it is answered. The checker verifies that the rental ends."""
         while True:
             try:
                 orion.release(rental_id, wait_s=0)
@@ -191,7 +191,7 @@ class Guest(Tenant):
                 continue
             except OrionError as error:
                 self.faults.append(f"{name} ({rental_id}): {error}")
-            self._book.asked[rental_id] = Asked(rental_id, name, released=True)
+            self._book.asked[rental_id] = GrantedRental(rental_id, name, released=True)
             if self._session:
                 self._session.close()
                 self._session = None
@@ -199,16 +199,16 @@ class Guest(Tenant):
 
 
 def read_lines(renter: Renter, rental: Rental) -> tuple[str, ...]:
-    """The lines of its home, after all that works there has been ended; then what the witness complained about."""
+    """Kill the programs in the rental, and return the lines in its home and the witness's errors."""
     ended = "pkill -KILL -x 'python3|postgres|pgbench'"
     return tuple(renter.inside(rental, f"{ended}; cat {LINES} {COMPLAINTS}").splitlines())
 
 
 def read_faults(renter: Renter, rental: Rental) -> tuple[str, ...]:
-    """What is wrong with its banks and with its tree, once nothing works there any more."""
+    """Return the faults of the rental's banks and of its tree, after its programs have ended."""
     found: list[str] = []
     for folder, program in (("bank", BANK), ("postgres", POSTGRES)):
-        needed = folder == "bank"  # the other takes its time to be made
+        needed = folder == "bank"  # PostgreSQL's may not exist yet
         look = f"python3 {program} check {folder} || true"
         told = renter.inside(rental, look if needed else f"[ ! -e {folder} ] || {look}")
         found += json.loads(told or "[]")

@@ -1,4 +1,4 @@
-"""A short round of chaos; `make chaos` plays longer ones, each from another seed."""
+"""A short round of chaos; `make chaos` runs longer ones, each with another seed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from chaos.round import play
 
 SEED = int(os.environ.get("ORION_CHAOS_SEED", "5"))
 SECONDS = 80.0
-"""With bring-up, coming to rest and reading: three minutes."""
+"""Seconds of faults. With start, settling and reading the round takes three minutes."""
 
 
 @pytest.mark.timeout(900)
-def test_every_promise_is_kept_while_everything_is_taken_away(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_guarantee_holds_while_faults_are_injected_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = play(SEED, SECONDS, lambda text: print(text, file=sys.stderr))
     with capsys.disabled():
         print(f"\nchaos, seed {SEED}: " + "; ".join(f"{what}: {value}" for what, value in outcome.figures.items()))

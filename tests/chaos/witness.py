@@ -1,13 +1,13 @@
-"""What a renter runs in the rental: a process that lives on there, writes lines in the home, and says that it is alive.
+"""A renter's program: a background process that writes lines to the home, and records that it is alive.
 
     python3 witness.py RENTAL EPOCH HOST JOURNAL
 
-Starts it unless it runs already, and stays as long as it does. On another host than HOST it starts nothing: a renter's
-ssh follows the rental, which may have moved since its epoch was read. A line is one write: its number, the time, who
-wrote it where, and a checksum. After each line a tick goes to JOURNAL, outside of the home, which outlives it: what is
-in there was acknowledged, and whoever ticked was alive. Times are CLOCK_BOOTTIME, which all containers of a machine
-share.
-Standard library only, Python 3.11 or later.
+The program starts the process unless it runs already, and ends when the process ends. On another host than HOST it
+starts nothing, because ssh follows the rental, which may have migrated since its epoch was read. A line is one write:
+its number, the time, the rental, host and epoch, and a checksum. After each line a tick is written to JOURNAL, which is
+outside the home and outlives it: a tick proves that its line was written and that its process was alive. Times are
+CLOCK_BOOTTIME, which all containers of a machine share. The program uses only the standard library of Python 3.11 or
+later.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def line_of(number: int, at: float, rental: str, host: str, epoch: int) -> str:
 
 
 def number_of(line: str, rental: str) -> int | None:
-    """The number of a line of this rental that is whole; None for anything else."""
+    """Return the number of a complete line of this rental, or None for anything else."""
     body, _, checksum = line.rstrip("\n").rpartition(" ")
     words = body.split(" ")
     whole = len(words) == 5 and checksum == f"{zlib.crc32(body.encode()):08x}"
@@ -49,9 +49,9 @@ def main(rental: str, epoch: int, host: str, journal: str) -> None:
     else:
         if os.fork() == 0:
             _live(rental, epoch, journal)
-        os.close(lock)  # the other one holds it
+        os.close(lock)  # the child still has the lock
         lock = os.open(".witness", os.O_RDWR)
-    fcntl.flock(lock, fcntl.LOCK_SH)  # until it has ended
+    fcntl.flock(lock, fcntl.LOCK_SH)  # waits until the process has ended
 
 
 def _live(rental: str, epoch: int, journal: str) -> None:
@@ -72,7 +72,7 @@ def _live(rental: str, epoch: int, journal: str) -> None:
 
 
 def _last_number(lines: int, rental: str) -> int:
-    """A copy may have caught half a line at the end: that goes, as any program that keeps a journal does it."""
+    """Return the number of the last line. Remove an incomplete line, which a snapshot may have at its end."""
     content = os.pread(lines, os.fstat(lines).st_size, 0)
     whole, newline, half = content.rpartition(b"\n")
     if half:

@@ -1,4 +1,4 @@
-"""The processes of managers are forked from one that has everything loaded."""
+"""Preload the manager in the process from which crash tests fork it, and summarise the crash points."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from crash.stage import CRASH_POINTS, PROCESSES, VICTIMS
+from crash.environment import CRASH_POINTS, PROCESSES, VICTIMS
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,15 +16,18 @@ PROCESSES.set_forkserver_preload(["crash.manager", "support.house"])
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
-    acts = [
+    scenarios = [
         dict(report.user_properties)[CRASH_POINTS] for report in reports if report.when == "call" and _counts(report)
     ]
-    if acts:
+    if scenarios:
         terminalreporter.section("crash points")
-        for name, *counts, took_s in acts:
-            killed = ", ".join(f"the {who} at {count}" for who, count in zip(VICTIMS, counts, strict=True))
+        for name, *counts, took_s in scenarios:
+            killed = ", ".join(f"the {victim} at {count}" for victim, count in zip(VICTIMS, counts, strict=True))
             terminalreporter.line(f"{name}: killed {killed}, in {took_s} s")
-        totals = (f"the {who} {sum(act[1 + place] for act in acts)}" for place, who in enumerate(VICTIMS))
+        totals = (
+            f"the {victim} {sum(scenario[1 + position] for scenario in scenarios)}"
+            for position, victim in enumerate(VICTIMS)
+        )
         terminalreporter.line(f"all: {', '.join(totals)}")
 
 

@@ -1,7 +1,7 @@
-"""A manager in a process of its own, that asks at each crash point whether it is to die there.
+"""A manager in a process of its own, which asks the test at each crash point whether to die there.
 
-Its own composition root: the store's transactions and the ports are wrapped here, and nothing of it is in the code
-that is shipped. The crash points are not written down anywhere: each commit and each call of a port names itself.
+The module has a composition root of its own, which wraps the store's transactions and the ports; the code that is
+shipped has no crash points. There is no list of crash points: each commit and each call of a port is one.
 """
 
 from __future__ import annotations
@@ -45,33 +45,33 @@ from orion.manager.store.database import Store
 
 
 @dataclass(frozen=True)
-class Order:
-    """What a manager starts with."""
+class ManagerStart:
+    """The arguments with which a manager's process starts."""
 
     database: Path
-    stage: Path
-    """The socket of the world outside: workers, and who decides when to die."""
+    environment: Path
+    """The socket of the test, which simulates the workers and decides when the manager dies."""
     port: int
     settings: Settings
     secrets: Secrets
     wall_offset_s: float
-    """How far its wall clock is ahead of this machine's."""
+    """Seconds by which the manager's wall clock is ahead of this machine's."""
     faketime: str = ""
-    """Where libfaketime puts the wall clock of the whole process, such as "+40d"; empty: it is this machine's."""
+    """The offset of the process's wall clock for libfaketime, such as "+40d", or an empty string for none."""
 
 
-def run(order: Order) -> None:
-    """The process: until it is killed."""
+def run(order: ManagerStart) -> None:
+    """Run the manager until it is killed."""
     if order.faketime and "FAKETIME" not in os.environ:
-        become_one_with_another_clock(order)
+        restart_with_faketime(order)
     log = os.open(order.database.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     main.log_as_json()
-    points = Points(order.stage)
-    store = main.open_store(order.settings, lambda url, ballast: PointedStore(url, ballast, points))
-    engine, reach = RemoteEngine(order.stage, points), RemoteReach(order.stage, points)
-    snapshot_service = RemoteVault(order.stage, points)
+    points = CrashPoints(order.environment)
+    store = main.open_store(order.settings, lambda url, ballast: CrashingStore(url, ballast, points))
+    engine, reach = RemoteEngine(order.environment, points), RemoteReach(order.environment, points)
+    snapshot_service = RemoteVault(order.environment, points)
     ports = Ports(
         engine,
         reach,
@@ -85,25 +85,25 @@ def run(order: Order) -> None:
     main.serve(order.settings, order.secrets, store, ports, main.LOOPBACK)
 
 
-def become_one_with_another_clock(order: Order) -> None:
-    """Begin this process anew below libfaketime, which is loaded before all else or not at all."""
+def restart_with_faketime(order: ManagerStart) -> None:
+    """Replace this process by one with libfaketime, which can only be loaded when a process starts."""
     libraries = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
     if not libraries:
-        raise FileNotFoundError("libfaketime is not there: apt-get install faketime")
-    told = order.database.with_suffix(".order")
-    told.write_bytes(pickle.dumps(order))
+        raise FileNotFoundError("libfaketime is missing: apt-get install faketime")
+    file = order.database.with_suffix(".order")
+    file.write_bytes(pickle.dumps(order))
     clocks = {"LD_PRELOAD": str(libraries[0]), "FAKETIME": order.faketime, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
     environment = os.environ | clocks | {"PYTHONPATH": os.pathsep.join(sys.path)}
     begin = "import pickle, sys; from crash import manager; manager.run(pickle.load(open(sys.argv[1], 'rb')))"
-    os.execve(sys.executable, [sys.executable, "-c", begin, str(told)], environment)  # noqa: S606
+    os.execve(sys.executable, [sys.executable, "-c", begin, str(file)], environment)  # noqa: S606
 
 
-class Points:
-    """Reports each crash point as it is reached, and waits for the answer: go on, or die here."""
+class CrashPoints:
+    """Reports each crash point when it is reached, and waits for the answer: continue or die."""
 
-    def __init__(self, stage: Path) -> None:
+    def __init__(self, environment: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(stage))
+        self._socket.connect(str(environment))
         self._file = self._socket.makefile("rw")
         self._one_at_a_time = threading.Lock()
 
@@ -122,10 +122,10 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class PointedStore(Store):
-    """Each commit is two points: nothing of it is written yet, and it is written but nobody knows."""
+class CrashingStore(Store):
+    """A store with two crash points for each commit: before it is written, and before its caller gets the result."""
 
-    def __init__(self, url: str, ballast: Ballast | None, points: Points) -> None:
+    def __init__(self, url: str, ballast: Ballast | None, points: CrashPoints) -> None:
         super().__init__(url, ballast)
         self._points = points
 
@@ -154,34 +154,34 @@ class PointedStore(Store):
 
 
 def described(function: Callable[..., Any], recorded: list[Event]) -> str:
-    """A commit by the function that wrote it and what happened in it."""
-    room = function.__module__.rsplit(".", 1)[-1]
+    """Return the name of a commit: the function that made it, and the kinds of its events."""
+    module = function.__module__.rsplit(".", 1)[-1]
     kinds = ", ".join(event.kind for event in recorded)
-    return f"{room}.{function.__name__}{f' ({kinds})' if kinds else ''}"
+    return f"{module}.{function.__name__}{f' ({kinds})' if kinds else ''}"
 
 
 class RemoteEngine:
-    """Implements `port.Engine` in another process's world.
+    """An implementation of `port.Engine` that runs jobs in the process of the test.
 
-    A call is six points: the manager, or the engine's process, is killed before it, while it is under way, when it
-    has an answer. What is under way lands later, when the next one is already there.
+    A call has six crash points: the manager or the engine's process is killed before it, during it, and after its
+    answer. A job in progress takes effect later, when the next manager or engine already runs.
     """
 
-    def __init__(self, stage: Path, points: Points) -> None:
-        self._stage = stage
+    def __init__(self, environment: Path, points: CrashPoints) -> None:
+        self._environment = environment
         self._points = points
 
     async def run(self, job: Job) -> Outcome:
         self._points.reach(f"before {job.action}")
         if self._points.is_last(f"the engine before {job.action}"):
             return RESTARTED
-        outlives_us = self._points.is_last(f"while {job.action} is under way")
-        outlives_the_engine = self._points.is_last(f"the engine while {job.action} is under way")
-        question = {"job": asdict(job), "late": outlives_us or outlives_the_engine}
-        if outlives_the_engine:
-            await tell(self._stage, question)
+        manager_dies = self._points.is_last(f"during {job.action}")
+        engine_dies = self._points.is_last(f"the engine during {job.action}")
+        request = {"job": asdict(job), "late": manager_dies or engine_dies}
+        if engine_dies:
+            await send(self._environment, request)
             return RESTARTED
-        answer = await ask(self._stage, question, outlives_us)
+        answer = await ask(self._environment, request, manager_dies)
         if self._points.is_last(f"the engine after {job.action}"):
             return RESTARTED
         self._points.reach(f"after {job.action}")
@@ -189,24 +189,24 @@ class RemoteEngine:
 
 
 class RemoteReach:
-    """Implements `port.Reach` in another process's world."""
+    """An implementation of `port.Reach` that checks workers in the process of the test."""
 
-    def __init__(self, stage: Path, points: Points) -> None:
-        self._stage = stage
+    def __init__(self, environment: Path, points: CrashPoints) -> None:
+        self._environment = environment
         self._points = points
 
     async def reach(self, host: Host, timeout_s: float) -> Reached:
         self._points.reach("before reach")
-        answer = await ask(self._stage, {"reach": asdict(host), "timeout_s": timeout_s}, and_die=False)
+        answer = await ask(self._environment, {"reach": asdict(host), "timeout_s": timeout_s}, and_die=False)
         self._points.reach("after reach")
         return Reached(answer["reached"])
 
 
 class RemoteVault:
-    """Implements `port.Vault` in another process's world."""
+    """An implementation of `port.Vault` that keeps snapshots in the process of the test."""
 
-    def __init__(self, stage: Path, points: Points) -> None:
-        self._stage = stage
+    def __init__(self, environment: Path, points: CrashPoints) -> None:
+        self._environment = environment
         self._points = points
 
     async def copy(
@@ -256,22 +256,22 @@ class RemoteVault:
         done: list[str] = await self._ask("short_of_room")
         return done
 
-    async def _ask(self, call: str, *given: Any) -> Any:
+    async def _ask(self, call: str, *arguments: Any) -> Any:
         self._points.reach(f"before {call}")
-        outlives_us = self._points.is_last(f"while {call} is under way")
-        question = {"vault": call, "given": pickle.dumps(given).hex(), "late": outlives_us}
-        answer = pickle.loads(bytes.fromhex((await ask(self._stage, question, outlives_us))["done"]))  # noqa: S301
+        manager_dies = self._points.is_last(f"during {call}")
+        request = {"vault": call, "given": pickle.dumps(arguments).hex(), "late": manager_dies}
+        answer = pickle.loads(bytes.fromhex((await ask(self._environment, request, manager_dies))["done"]))  # noqa: S301
         self._points.reach(f"after {call}")
         if isinstance(answer, tuple):
             raise SnapshotError(*answer)
         return answer
 
 
-async def ask(stage: Path, question: dict[str, Any], and_die: bool) -> dict[str, Any]:
-    """One question to the world outside. `and_die`: when it is on its way, for ever without an answer."""
-    reader, writer = await asyncio.open_unix_connection(stage)
+async def ask(environment: Path, request: dict[str, Any], and_die: bool) -> dict[str, Any]:
+    """Send a request to the test, and return its answer. `and_die`: die after sending it."""
+    reader, writer = await asyncio.open_unix_connection(environment)
     try:
-        writer.write(json.dumps(question).encode() + b"\n")
+        writer.write(json.dumps(request).encode() + b"\n")
         await writer.drain()
         if and_die:
             die()
@@ -280,9 +280,9 @@ async def ask(stage: Path, question: dict[str, Any], and_die: bool) -> dict[str,
         writer.close()
 
 
-async def tell(stage: Path, order: dict[str, Any]) -> None:
-    """Something for the world outside to do, of which nobody hears again."""
-    _, writer = await asyncio.open_unix_connection(stage)
-    writer.write(json.dumps(order).encode() + b"\n")
+async def send(environment: Path, request: dict[str, Any]) -> None:
+    """Send a request to the test without waiting for an answer."""
+    _, writer = await asyncio.open_unix_connection(environment)
+    writer.write(json.dumps(request).encode() + b"\n")
     await writer.drain()
     writer.close()

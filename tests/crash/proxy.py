@@ -1,4 +1,4 @@
-"""The proxy between the manager and everybody else, which may be killed at each request that changes something."""
+"""A proxy between the manager and its clients, which may be killed at each request that changes something."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Callable
 import httpx
 
 AWAY_S = 0.2
-"""Until it is there again."""
+"""Seconds until the proxy runs again after it was killed."""
 ANY_INSTANT_S = 0.01
-"""After a request went on: somewhere in the middle of what it brings about."""
+"""Seconds from forwarding a request until the proxy is killed: during the effects of the request."""
 
 _ONE = re.compile(r"(?<=/rentals/|/workers/)[^/]+|(?<=/tokens/)[^/]+")
 
 
-class PointedDoor(httpx.AsyncBaseTransport):
-    """A request is three points: nothing of it went on; it went on and both sides were hung up on; its answer is lost.
+class CrashingProxy(httpx.AsyncBaseTransport):
+    """A transport with three crash points for each request: before it is forwarded, during it, and before its answer.
 
-    When it dies, whatever else is on its way through it is broken off as well.
+    When the proxy dies, all other requests in progress are broken off as well.
     """
 
     def __init__(self, is_last: Callable[[str], bool]) -> None:
@@ -31,11 +31,11 @@ class PointedDoor(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if time.monotonic() < self._back_at:
-            raise httpx.ConnectError("the proxy is away")
+            raise httpx.ConnectError("the proxy does not run")
         name = described(request)
         if name and self._is_last(f"the proxy before {name}"):
             self._die()
-            raise httpx.ConnectError("the proxy is away")
+            raise httpx.ConnectError("the proxy does not run")
         sending = asyncio.create_task(self._send(request))
         self._in_flight.add(sending)
         try:
@@ -47,10 +47,10 @@ class PointedDoor(httpx.AsyncBaseTransport):
             sending.cancel()
             self._in_flight.discard(sending)
         if sending.cancelled():
-            raise httpx.ReadError("the proxy hung up")
+            raise httpx.ReadError("the proxy closed the connection")
         if name and self._is_last(f"the proxy after {name}"):
             self._die()
-            raise httpx.ReadError("the proxy hung up")
+            raise httpx.ReadError("the proxy closed the connection")
         return sending.result()
 
     async def aclose(self) -> None:
@@ -68,7 +68,7 @@ class PointedDoor(httpx.AsyncBaseTransport):
 
 
 def described(request: httpx.Request) -> str:
-    """A request by its method and its route; empty for one that only reads."""
+    """Return the method and the route of a request, or an empty string for one that only reads."""
     if request.method == "GET":
         return ""
     return f"{request.method} {_ONE.sub('one', request.url.path)}"

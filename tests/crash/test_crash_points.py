@@ -1,4 +1,4 @@
-"""The manager is killed at each crash point in turn, really restarted, and everything that was promised is kept."""
+"""The manager is killed at each crash point in turn and restarted, and every guarantee holds."""
 
 from __future__ import annotations
 
@@ -9,73 +9,73 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from crash.acts import ACTS, Act
-from crash.promises import broken
-from crash.stage import CRASH_POINTS, PATIENCE_S, VICTIMS, Point, Stage, eventually
+from crash.environment import CRASH_POINTS, PATIENCE_S, VICTIMS, CrashEnvironment, Point, eventually
+from crash.guarantees import violations
+from crash.scenarios import SCENARIOS, Scenario
 
 AT_ONCE = 6
-"""Runs side by side: most of a run is waiting for clocks."""
+"""Number of simultaneous runs, which mostly wait for clocks."""
 SAME_POINT = 2
-"""How often the same commit or call is tried within one act; once where nothing happens, as a heartbeat's note."""
+"""Number of times that the same commit or call is tried in a scenario; commits without events are tried once."""
 
 ATTEMPTS = 3
-"""What depends on a timer (who is heard first after a restart) does not come again in every run."""
+"""Number of runs for a crash point, because a point that depends on a timer is not reached in every run."""
 RECORDINGS = 2
-"""How often an act is recorded, of which the shorter counts: a worker that a busy machine lost adds some points."""
+"""Number of recordings of a scenario. The shorter one counts, because a worker that is lost by chance adds points."""
 MISSED = 0.1
-"""The share of the points of an act that may not have come again, and so were not tried in this run."""
+"""The share of a scenario's crash points that may be missed, because they were not reached again."""
 
 
-async def perform(folder: Path, act: Act, dies_at: Point | None = None) -> Stage:
-    """One run of an act, until all is at rest. Raises AssertionError with what is wrong."""
-    stage = Stage(folder, dies_at, act.snapshot_interval_s, act.passes_over)
-    async with stage.running():
+async def perform(folder: Path, scenario: Scenario, dies_at: Point | None = None) -> CrashEnvironment:
+    """Run a scenario until the platform has settled. Raise AssertionError with the violations."""
+    environment = CrashEnvironment(folder, dies_at, scenario.snapshot_interval_s, scenario.ignored_points)
+    async with environment.running():
         try:
             async with asyncio.timeout(PATIENCE_S):
-                if act.workers is not None:
-                    for agent in [stage.new_agent() for _ in range(act.workers)]:
-                        await stage.until_health(agent, "ready")
-                await act.play(stage)
-                stage.disarm()
-                await eventually(lambda: not broken(stage, act.expected))
+                if scenario.workers is not None:
+                    for agent in [environment.new_agent() for _ in range(scenario.workers)]:
+                        await environment.until_health(agent, "ready")
+                await scenario.play(environment)
+                environment.disarm()
+                await eventually(lambda: not violations(environment, scenario.expected))
         except TimeoutError:
-            wrong = broken(stage, act.expected) or ["the act does not end"]
+            wrong = violations(environment, scenario.expected) or ["the scenario did not end"]
             raise AssertionError("; ".join(wrong)) from None
-    return stage
+    return environment
 
 
-def points_of(stage: Stage) -> list[Point]:
-    """In the order in which they were reached."""
-    return [p for p in stage.points if p.time == 1 or (p.time <= SAME_POINT and not _is_a_note(p))]
+def points_of(environment: CrashEnvironment) -> list[Point]:
+    """Return the crash points to try, in the order in which they were reached."""
+    return [p for p in environment.points if p.time == 1 or (p.time <= SAME_POINT and not _is_without_events(p))]
 
 
-def _is_a_note(point: Point) -> bool:
+def _is_without_events(point: Point) -> bool:
     return "commit" in point.name and "(" not in point.name
 
 
-async def kill_at(folder: Path, act: Act, point: Point, limit: asyncio.Semaphore) -> tuple[bool, str]:
-    """Whether it was killed there, and what was broken by that."""
+async def kill_at(folder: Path, scenario: Scenario, point: Point, limit: asyncio.Semaphore) -> tuple[bool, str]:
+    """Return whether a process was killed at the point, and the violations that this caused."""
     async with limit:
         for attempt in range(ATTEMPTS):
             try:
-                stage = await perform(folder / str(attempt), act, point)
+                environment = await perform(folder / str(attempt), scenario, point)
             except AssertionError as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 return True, f"killed {point.name} (time {point.time}): {error} [{where.name}: {where.line}]"
-            if stage.killed:
+            if environment.killed:
                 return True, ""
     return False, ""
 
 
-@pytest.mark.parametrize("name", ACTS)
+@pytest.mark.parametrize("name", SCENARIOS)
 async def test_killed_at_any_point_nothing_is_lost_and_nothing_doubled(
     name: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    act, began = ACTS[name], time.monotonic()
-    recorded = await asyncio.gather(*(perform(tmp_path / f"record-{number}", act) for number in range(RECORDINGS)))
+    scenario, began = SCENARIOS[name], time.monotonic()
+    recorded = await asyncio.gather(*(perform(tmp_path / f"record-{number}", scenario) for number in range(RECORDINGS)))
     points = min(map(points_of, recorded), key=len)
     limit = asyncio.Semaphore(AT_ONCE)
-    runs = [kill_at(tmp_path / f"{number:03d}", act, point, limit) for number, point in enumerate(points)]
+    runs = [kill_at(tmp_path / f"{number:03d}", scenario, point, limit) for number, point in enumerate(points)]
     results = await asyncio.gather(*runs)
     tried = [point for point, (killed, _) in zip(points, results, strict=True) if killed]
     wrong = [broke for _, broke in results if broke]

@@ -1,4 +1,4 @@
-"""One platform for all end-to-end tests: brought up once, and whole again after each of them."""
+"""One platform for all end-to-end tests: it is started once, and restored after each test."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ORDER = (
     "test_lost_manager.py",
     "test_afterwards.py",
 )
-"""What breaks nothing comes first; what is read from all that happened comes last."""
+"""The order of the test files: first those without failures, last the one that reads the traces of all others."""
 
 SHORTEST_TTL_S = 60
 
@@ -71,13 +71,13 @@ def platform(tmp_path_factory: pytest.TempPathFactory, figures: Figures) -> Iter
 
 @pytest.fixture(scope="session")
 def renter(platform: Stack, tmp_path_factory: pytest.TempPathFactory) -> Renter:
-    """Logged in as the admin."""
+    """Return a renter who is logged in as the admin."""
     return Renter(tmp_path_factory.mktemp("renter"), platform.url, platform.admin_token())
 
 
 @pytest.fixture(scope="session")
 def short_rental(platform: Stack, renter: Renter) -> Rental:
-    """Of the shortest time that there is: it ends while the other tests go on."""
+    """Return a rental with the shortest TTL, which expires while other tests run."""
     with platform.connect() as orion:
         rental = orion.rent(name="short", ssh_public_key=renter.public_key, ttl_s=SHORTEST_TTL_S)
     platform.spared.add(rental.id)
@@ -86,7 +86,7 @@ def short_rental(platform: Stack, renter: Renter) -> Rental:
 
 @pytest.fixture
 def stack(platform: Stack, request: pytest.FixtureRequest) -> Iterator[Stack]:
-    """The platform, whole when a test gets it and whole again after it."""
+    """Yield the platform with all workers ready, and restore it after the test."""
     if any("short_rental" in getattr(item, "fixturenames", ()) for item in request.session.items):
         request.getfixturevalue("short_rental")
     yield platform
@@ -95,18 +95,18 @@ def stack(platform: Stack, request: pytest.FixtureRequest) -> Iterator[Stack]:
 
 @pytest.fixture
 def all_slots(stack: Stack) -> None:
-    """The short rental is over, so nothing but the test takes or frees a slot."""
+    """Wait until the short rental has ended, so that only the test occupies or frees slots."""
     with stack.connect() as connection:
         for rental_id in stack.spared:
             within_s = SHORTEST_TTL_S + 60
             eventually(
-                "the short rental is over", lambda one=rental_id: connection.rental(one).state in ENDED, within_s
+                "the short rental has ended", lambda one=rental_id: connection.rental(one).state in ENDED, within_s
             )
 
 
 @pytest.fixture
 def orion(stack: Stack) -> Iterator[Orion]:
-    """A connection of the admin."""
+    """Yield a connection of the admin."""
     with stack.connect() as connection:
         yield connection
 
@@ -132,7 +132,7 @@ def chromium(playwright: Playwright) -> Iterator[Browser]:
     program = shutil.which("chromium")
     if not program:
         pytest.fail("These tests need a browser: apt install chromium (scripts/test.sh does)", pytrace=False)
-    # Its sandbox refuses to run as root, as tests do; it opens our own pages alone.
+    # Chromium's sandbox refuses to run as root, which runs the tests; the browser opens only pages of the tests.
     browser = playwright.chromium.launch(executable_path=program, chromium_sandbox=os.geteuid() != 0)
     yield browser
     browser.close()
@@ -142,19 +142,19 @@ def chromium(playwright: Playwright) -> Iterator[Browser]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A failure brings what happened on the platform, and what its services said."""
+    """Add the platform's events and logs to the report of a failed test."""
     report = yield
     platform = getattr(item, "funcargs", {}).get("platform")
     if report.failed and call.when != "setup" and isinstance(platform, Stack):
-        _tell(report, "events", lambda: story(platform.events(max(0, platform.mark() - 60))))
-        _tell(report, "logs", lambda: "\n".join(platform.telling_logs().splitlines()[-250:]))
+        _add_section(report, "events", lambda: story(platform.events(max(0, platform.mark() - 60))))
+        _add_section(report, "logs", lambda: "\n".join(platform.telling_logs().splitlines()[-250:]))
     return report
 
 
-def _tell(report: pytest.TestReport, title: str, what: Callable[[], str]) -> None:
+def _add_section(report: pytest.TestReport, title: str, what: Callable[[], str]) -> None:
     try:
         text = what()
-    except Exception as error:  # the platform may be in pieces: then that is what is told
+    except Exception as error:  # the platform may not run: then the error is the section's text
         text = repr(error)
     report.sections.append((f"platform: {title}", text))
 

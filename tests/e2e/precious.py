@@ -1,4 +1,4 @@
-"""What a renter would miss: a tree of difficult files, and a bank at work (tests/support)."""
+"""Files that must survive: a tree of difficult files, and a bank that is being written (tests/support)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPEN_WITHIN_S = 60.0
 
 
 def furnish(renter: Renter, rental: Rental) -> list[str]:
-    """Make the tree, and open the bank; the listing of the tree."""
+    """Create the tree, start the bank, and return the listing of the tree."""
     renter.inside(rental, _program(difficult_tree, "make", "tree"))
     renter.inside(rental, f"nohup {_program(bank, 'run', 'bank')} >/dev/null 2>&1 </dev/null & echo")
     eventually("the bank works", lambda: renter.ssh(rental, "cat bank/zz_B").stdout > "000000000003", OPEN_WITHIN_S)
@@ -26,7 +26,7 @@ def furnish(renter: Renter, rental: Rental) -> list[str]:
 
 
 def check_all_is_there(renter: Renter, rental: Rental, listing: list[str]) -> None:
-    """All of the tree is as it was, and the bank as it was at one moment."""
+    """Assert that the tree is unchanged and that the bank is consistent."""
     lines = list(difflib.unified_diff(listing, _listing(renter, rental), "before", "after", n=0, lineterm=""))
     assert not lines, "\n".join(lines)
     assert json.loads(renter.ssh(rental, _program(bank, "check", "bank")).stdout) == []

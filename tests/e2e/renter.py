@@ -1,4 +1,4 @@
-"""Somebody who rents: a home of their own, a key, the command `orion`, and the machine's own ssh."""
+"""A renter with a home directory, a key, the command `orion`, and this machine's ssh."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Done = subprocess.CompletedProcess[str]
 
 class Renter:
     def __init__(self, folder: Path, url: str, token: str) -> None:
-        """Logs in with the command itself."""
+        """Make a key, and log in with the command `orion`."""
         self.folder = folder
         self.token = token
         self.url = url
@@ -53,7 +53,7 @@ class Renter:
         }
 
     def orion(self, *arguments: str, status: int = 0, timeout_s: float = 120) -> Done:
-        """One command line, which must end with this status."""
+        """Run `orion`, and assert that it ends with this status."""
         done = self._run([*COMMAND, *arguments], timeout_s)
         assert done.returncode == status, f"orion {' '.join(arguments)}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done
@@ -62,13 +62,13 @@ class Renter:
         return json.loads(self.orion("--json", *arguments).stdout)
 
     def following(self, *arguments: str) -> subprocess.Popen[str]:
-        """A command that goes on; its lines come as it prints them."""
+        """Start `orion` in the background, with a pipe for its output."""
         return subprocess.Popen(
             [*COMMAND, *arguments], env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
 
     def ssh(self, rental: Rental, command: str, key: Path | None = None, **environment: str) -> Done:
-        """As `orion ssh` calls it, for a rental that may be made up."""
+        """Run a command in a rental by ssh, with the arguments of `orion ssh`. The rental may be an invented one."""
         return self._run(self.arguments(rental, command, key), 120, environment)
 
     def arguments(self, rental: Rental, command: str, key: Path | None = None) -> list[str]:
@@ -76,12 +76,12 @@ class Renter:
 
     @cached_property
     def authority(self) -> str:
-        """By what it recognises workers."""
+        """The line of known_hosts by which ssh verifies workers."""
         with Orion.at(self.url, self.token) as orion:
             return orion.ssh_authority().known_hosts
 
     def receives(self, rental: Rental, command: str) -> str:
-        """The SHA-256 of what a command sends here."""
+        """Return the SHA-256 of the output of a command in the rental."""
         arguments = self.arguments(rental, command)
         sent = subprocess.run(
             arguments, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=120, check=True
@@ -89,16 +89,16 @@ class Renter:
         return hashlib.sha256(sent.stdout).hexdigest()
 
     def inside(self, rental: Rental, command: str) -> str:
-        """What a command in the rental prints; it must succeed."""
+        """Return the output of a command in the rental, which must succeed."""
         done = self.ssh(rental, command)
         assert done.returncode == 0, f"{command!r} in {rental.name}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout.strip()
 
-    def gets_in(self, rental: Rental) -> bool:
+    def can_log_in(self, rental: Rental) -> bool:
         return self.ssh(rental, "true").returncode == 0
 
     def at_a_terminal(self, arguments: Sequence[str], rows: int, columns: int, typed: str) -> tuple[int, str]:
-        """Status and screen of `orion` at a terminal, where `typed` is typed at the first prompt."""
+        """Run `orion` in a terminal, type `typed` at the first prompt, and return its status and its screen."""
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         environment = self.environment | {"TERM": "xterm"}
@@ -117,7 +117,7 @@ class Renter:
             os.close(ours)
 
     def run(self, command: Sequence[str]) -> Done:
-        """Any command, with this renter's home."""
+        """Run any command with this renter's home."""
         return self._run(command, 120)
 
     def _run(self, command: Sequence[str], timeout_s: float, environment: Mapping[str, str] | None = None) -> Done:
@@ -141,14 +141,14 @@ def make_key(path: Path) -> Path:
 
 
 def _read_until(terminal: int, awaited: bytes | None, within_s: float) -> bytes:
-    """What the terminal shows until `awaited` is there, or (None) until its program ends."""
+    """Return the terminal's output until it contains `awaited`, or until its program ends if that is None."""
     seen, deadline = b"", time.monotonic() + within_s
     while awaited is None or awaited not in seen:
         ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
         assert ready, f"not within {within_s} s: {awaited!r}, but {seen!r}"
         try:
             part = os.read(terminal, 4096)
-        except OSError:  # how a terminal says that nobody writes to it any more
+        except OSError:  # the terminal has no writer any more
             part = b""
         if not part:
             break

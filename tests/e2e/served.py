@@ -1,4 +1,4 @@
-"""What a renter serves in tests/e2e/test_web_ports.py: a page with all that pages have. Runs in the rental."""
+"""A renter's web server for tests/e2e/test_web_ports.py, which runs in the rental: a page with all kinds of content."""
 
 import base64
 import hashlib
@@ -56,7 +56,7 @@ FILES = {
 }
 
 
-class Handler(BaseHTTPRequestHandler):
+class PageHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         with Path("seen.jsonl").open("a") as seen:
             seen.write(json.dumps([self.requestline, dict(self.headers)]) + "\n")
@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
     do_PUT = do_GET  # noqa: N815 - the name that http.server calls
 
     def echo(self) -> None:
-        """One short frame after the other (RFC 6455, 5.2)."""
+        """Send back each short frame of a WebSocket (RFC 6455, 5.2)."""
         key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
         accepted = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()  # noqa: S324 - the protocol's
         self.wfile.write(
@@ -88,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, *_: object) -> None:
-        """Quiet: what was seen is in its file."""
+        """Log nothing: the requests are recorded in a file."""
 
 
-ThreadingHTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
+ThreadingHTTPServer(("127.0.0.1", PORT), PageHandler).serve_forever()

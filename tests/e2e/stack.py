@@ -1,6 +1,6 @@
 """The whole platform for tests: docker-compose.yml in a project of its own, with all clocks at a tenth.
 
-Everything is reached as a user reaches it, through the published port; `docker` is only for what happens to machines.
+Tests use the platform like a user, through the published port; `docker` is used only for faults of machines.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from orion.wire import Event, Rental, RentalState, Worker, WorkerHealth, WorkerI
 
 ROOT = Path(__file__).parents[2]
 PROJECT = f"orione2e{hashlib.sha256(str(ROOT).encode()).hexdigest()[:6]}"
-"""Of this checkout alone: another one's tests may run beside these."""
+"""The Compose project of this checkout. Tests of another checkout may run at the same time."""
 WORKERS = 3
 CLOCK_SCALE = 0.1
 TAKEOVER_S = 90 * CLOCK_SCALE
 GOODBYE_S = 5.0
-"""As it is by default: a container's restart takes as long as ever, also when the clocks run ten times as fast."""
+"""Seconds by the default clocks: a restart of a container does not become faster with faster clocks."""
 UP_WITHIN_S = 120.0
 WHOLE_WITHIN_S = 90.0
 MOVED_WITHIN_S = 75.0
-"""A takeover takes about 10 s. A machine that is too busy puts the brake on, at most for 30 s: that is no failure."""
+"""Seconds for a takeover, which takes about 10 s. On a busy machine the brake may delay it by up to 30 s."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Container:
 
     @property
     def hostname(self) -> str:
-        """What a worker calls itself."""
+        """The hostname by which a worker in the container registers."""
         return self.id[:12]
 
 
@@ -65,7 +65,7 @@ class Stack:
     def __init__(
         self, folder: Path, files: Sequence[Path] = (), settings: Mapping[str, str] = MappingProxyType({})
     ) -> None:
-        """`files`: more compose files, on top of docker-compose.yml. `settings`: more of the environment."""
+        """`files`: additional compose files. `settings`: additional environment variables of Compose."""
         self.folder = folder
         self._files = (ROOT / "docker-compose.yml", *files)
         self._settings = settings
@@ -75,7 +75,7 @@ class Stack:
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.https_url = f"https://127.0.0.1:{self.https_port}"
         self.spared: set[str] = set()
-        """Rentals that outlive the test that they were made in."""
+        """The ids of rentals that are not released after a test."""
         self._empty = folder / "no.env"
         self._empty.touch()
         self._last_event = 0
@@ -87,7 +87,7 @@ class Stack:
         self.build()
         try:
             self.scale(WORKERS)
-            eventually("the door answers", self._answers, UP_WITHIN_S)
+            eventually("the platform answers", self._answers, UP_WITHIN_S)
             self.wait_whole(UP_WITHIN_S)
         except (AssertionError, subprocess.TimeoutExpired):
             sys.stderr.write(self.telling_logs())
@@ -100,9 +100,9 @@ class Stack:
         self.compose("up", "-d", "--no-build", "--no-recreate", "--scale", f"worker={workers}", timeout_s=180)
 
     def remove(self) -> None:
-        """Containers, network and volumes of the project, also those of a run that was cut short.
+        """Remove containers, network and volumes of the project, also those of an interrupted run.
 
-        By force: the engine may still be at a command whose client was given up, as the second half of a restart.
+        The removal is forced, because the engine may still run a command whose client has timed out, such as a restart.
         """
         for container in self.containers():
             if container.paused:
@@ -117,7 +117,7 @@ class Stack:
         return _run([*command, *arguments], timeout_s, env=self.environment(), cwd=ROOT)
 
     def environment(self) -> dict[str, str]:
-        """Nothing of ours in the caller's environment counts, and nothing of a .env file."""
+        """Return the environment of Compose, without settings of the caller and of a .env file."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("ORION_", "COMPOSE_"))}
         first = self.subnet.network_address
         return kept | {
@@ -150,7 +150,7 @@ class Stack:
     def exec(
         self, container: str, *command: str, stdin: str = "", timeout_s: float = 60
     ) -> subprocess.CompletedProcess[str]:
-        """What a program in a container answered, whatever its status."""
+        """Run a program in a container, and return its output and its status."""
         run = ["docker", "exec", "-i", container, *command]
         return subprocess.run(run, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False)
 
@@ -174,7 +174,7 @@ class Stack:
         return self.compose("logs", "--no-color", "--tail", str(tail))
 
     def telling_logs(self) -> str:
-        """Without the proxy's lines of what went well: they bury the rest."""
+        """Return the logs without the proxy's lines about successful requests."""
         return "\n".join(line for line in self.logs(400).splitlines() if not _went_well(line))
 
     def secret(self, service: str, path: str) -> str:
@@ -182,7 +182,7 @@ class Stack:
         assert read.returncode == 0, f"{service} has no {path}: {read.stderr}"
         return read.stdout.strip()
 
-    # Through the door
+    # Calls through the proxy
 
     def admin_token(self) -> str:
         return self.secret("manager_app", "/var/lib/orion/secrets/admin_token")
@@ -191,7 +191,7 @@ class Stack:
         return Orion.at(self.url, token or self._admin)
 
     def post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
-        """One request of the admin, past the checks of the SDK."""
+        """Send a request of the admin without the checks of the SDK."""
         headers = {"Authorization": f"Bearer {self._admin}"}
         return httpx.post(self.url + path, json=body, headers=headers, timeout=60, trust_env=False)
 
@@ -203,7 +203,7 @@ class Stack:
         return kept.read_text()
 
     def mark(self) -> int:
-        """The last event so far: what comes after it is what a test brought about."""
+        """Return the id of the last event, so that a test can read the events after it."""
         for event in self.events(self._last_event):
             self._last_event = event.id
         return self._last_event
@@ -213,7 +213,7 @@ class Stack:
             return list(orion.events(after=after, rental_id=rental_id, worker_id=worker_id, limit=500))
 
     def await_event(self, after: int, what: str, wanted: Callable[[Event], bool], within_s: float) -> Event:
-        """The first such event, as soon as it is there."""
+        """Wait for the first event that is wanted, and return it."""
         with self.connect() as orion:
             for event in orion.follow_events(after=after, for_s=within_s):
                 if wanted(event):
@@ -230,7 +230,7 @@ class Stack:
         return self.await_event(after, f"{kind} of {rental_id or worker_id or 'anything'}", wanted, within_s)
 
     def await_active(self, after: int, rental: Rental, epoch: int, within_s: float = MOVED_WITHIN_S) -> Event:
-        """The event that says that the rental is active with this epoch."""
+        """Wait for the event that the rental is active with this epoch, and return it."""
 
         def wanted(event: Event) -> bool:
             return (event.rental_id, event.kind, event.epoch) == (rental.id, "rental.activated", epoch)
@@ -238,28 +238,28 @@ class Stack:
         return self.await_event(after, f"{rental.name} is active with epoch {epoch}", wanted, within_s)
 
     def free_slots(self) -> int:
-        """Also those of a worker that is only late with a heartbeat."""
+        """Return the number of free slots, including those of workers whose heartbeat is late."""
         with self.connect() as orion:
             return sum(worker.slots_free for worker in orion.workers())
 
     def await_no_brake(self) -> None:
-        """Nothing that was disturbed before can delay what is measured from here on."""
+        """Wait until the brake is off, so that earlier faults do not delay a following takeover."""
         with self.connect() as orion:
             eventually("the brake is off", lambda: orion.status().brake is None, WHOLE_WITHIN_S)
 
     # Between two tests
 
     def restore(self) -> None:
-        """All containers as they were, none of the last test's rentals, three ready workers that nobody blames."""
+        """Restore the platform: all containers run, the test's rentals are released, and three workers are ready."""
         self._revive()
         if len(self.containers("worker")) != WORKERS:
             self.scale(WORKERS)
         with self.connect() as orion:
-            eventually("the door answers", self._answers, WHOLE_WITHIN_S)
+            eventually("the platform answers", self._answers, WHOLE_WITHIN_S)
             for rental in self._foreign_rentals(orion):
                 eventually(f"{rental.name} is released", lambda one=rental: _released(orion, one), WHOLE_WITHIN_S)
             for worker in orion.workers():
-                orion.resume(worker.id)  # forgives the losses too: three of them are a quarantine
+                orion.resume(worker.id)  # this also resets the count of losses, of which three cause a quarantine
         self.wait_whole(WHOLE_WITHIN_S)
 
     def wait_whole(self, within_s: float) -> None:
@@ -311,7 +311,7 @@ def running(folder: Path) -> Iterator[Stack]:
 
 
 def story(events: Iterable[Event]) -> str:
-    """The events as a person reads them."""
+    """Return the events as text, a line for each."""
     lines = [
         f"  {event.at:%H:%M:%S.%f} {event.kind} {event.rental_id or ''} {event.worker_id or ''} {event.epoch or ''}"
         f" - {event.reason} ({event.actor})"
@@ -364,7 +364,7 @@ def _run(command: list[str], timeout_s: float, **how: Any) -> str:
 
 
 def _free_subnet() -> IPv4Network:
-    """Return the first of ours that nobody else has, and of which no former engine left a rule."""
+    """Return the first candidate that overlaps neither another network nor a rule that a former engine left."""
     names = _run(["docker", "network", "ls", "--format", "{{.Name}}"], 30).split()
     wanted = "{{range .IPAM.Config}}{{.Subnet}} {{end}}"
     others = [name for name in names if name != f"{PROJECT}_orion_net"]
@@ -378,7 +378,7 @@ def _free_subnet() -> IPv4Network:
 
 
 def _free_ports(number: int) -> list[int]:
-    """Below those that the kernel gives to connections going out."""
+    """Return free ports below the range that the kernel uses for outgoing connections."""
     free = (port for port in random.sample(range(20_000, 30_000), 1000) if _is_free(port))
     return list(itertools.islice(free, number))
 

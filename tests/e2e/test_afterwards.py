@@ -1,4 +1,4 @@
-"""What must be true of everything that happened before."""
+"""Checks of what all earlier tests have left: no secret is in an environment, an argument or a log."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_no_secret_is_in_an_environment_an_argument_or_a_log(stack: Stack, secre
     assert found == []
 
 
-def test_secrets_are_roots_alone_where_they_are_kept(stack: Stack) -> None:
+def test_only_root_can_read_stored_secrets(stack: Stack) -> None:
     for service, path in (
         ("manager_app", "/var/lib/orion/secrets"),
         ("manager_app", "/var/lib/orion-join"),
@@ -53,7 +53,7 @@ def test_secrets_are_roots_alone_where_they_are_kept(stack: Stack) -> None:
         assert seen.stdout.strip() == "root 700", f"{path} of {service}"
 
 
-def test_each_service_holds_only_the_secrets_that_it_needs(stack: Stack) -> None:
+def test_each_service_has_only_the_secrets_that_it_needs(stack: Stack) -> None:
     mounted = {
         container.service: {mount["Name"] for mount in json.loads(stack.docker("inspect", container.id))[0]["Mounts"]}
         for container in stack.containers()

@@ -1,4 +1,4 @@
-"""One door: what is published, and what is refused although it comes from inside."""
+"""The proxy is the only way in: published ports, and refusals of requests from inside the network."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def test_only_the_proxy_publishes_ports(stack: Stack) -> None:
         assert not described["HostConfig"]["Privileged"]
 
 
-def test_the_door_answers_a_health_check(stack: Stack) -> None:
+def test_the_proxy_answers_a_health_check(stack: Stack) -> None:
     reply = httpx.get(f"{stack.url}/healthz", timeout=PATIENCE_S, trust_env=False)
     assert reply.status_code == 200
     assert reply.json() == {"status": "ok"}
     assert reply.headers["X-Request-ID"]
 
 
-def test_who_has_no_token_learns_nothing_else(stack: Stack) -> None:
+def test_a_client_without_a_token_learns_nothing_else(stack: Stack) -> None:
     for path in ("/api/rentals", "/api/workers", "/api/status", "/api/events", "/api/tokens"):
         reply = httpx.get(stack.url + path, timeout=PATIENCE_S, trust_env=False)
         assert reply.status_code == 401
@@ -46,7 +46,7 @@ def test_who_has_no_token_learns_nothing_else(stack: Stack) -> None:
 
 @contextmanager
 def closed_host(stack: Stack) -> Iterator[None]:
-    """The part of make up that sets the machine's own filter, and that of make clean which takes it away."""
+    """Add the machine's packet filter like make up, and remove it afterwards like make clean."""
 
     def run(what: str) -> str:
         script = f". {ROOT}/scripts/common.sh; . {ROOT}/scripts/host_filter.sh; {what}"
@@ -107,7 +107,7 @@ def test_the_manager_refuses_a_request_without_the_secret_even_from_the_address_
     assert '"code": "not_through_the_door"' in answer.stdout
 
 
-def test_https_works_with_the_self_made_certificate_and_with_no_other_trust(stack: Stack, orion: Orion) -> None:
+def test_https_works_with_the_self_signed_certificate_and_not_without_it(stack: Stack, orion: Orion) -> None:
     token = stack.admin_token()
     certificate = stack.folder / "tls.crt"
     certificate.write_text(stack.secret("manager_proxy", "/etc/orion-tls/tls.crt") + "\n")

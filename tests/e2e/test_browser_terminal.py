@@ -1,4 +1,4 @@
-"""The terminal in a real Chromium, as shipped: what is typed, shown, flooded, moved, and who else gets in."""
+"""The shipped terminal page in a real Chromium: typing, display, floods, takeovers, and refused access."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from orion.wire import Rental
 WITHIN_MS = 30_000
 FLOOD_WITHIN_MS = 240_000
 FLOOD_TAKES_MB = 80
-"""Growth of a manager through which 100 MB flow, of which it keeps windows alone; 16 to 55 were seen."""
+"""MB by which the manager may grow while 100 MB pass through it; it buffers windows only. 16 to 55 were measured."""
 
 
 class Screen:
-    """A page with a terminal in it, and what its browser complains about."""
+    """A page with a terminal, and the errors in its browser's console."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
@@ -149,7 +149,7 @@ def test_the_page_takes_a_token_and_keeps_it_nowhere(
     assert not any(renter.token in asked for asked in screen.asked)
 
 
-def test_a_page_with_a_token_comes_back_by_itself_when_the_manager_was_away(
+def test_a_page_with_a_token_reconnects_after_an_outage_of_the_manager(
     stack: Stack, rental: Rental, renter: Renter, new_screen: Callable[[], Screen]
 ) -> None:
     screen = new_screen()
@@ -195,7 +195,7 @@ def test_a_flood_of_100_mb_ends_and_disturbs_nobody(
     flooded.shows("here")
 
 
-def test_a_worker_dies_in_mid_session_and_the_page_goes_on_by_itself(
+def test_a_page_reconnects_by_itself_when_its_worker_dies(
     stack: Stack, rental: Rental, renter: Renter, new_screen: Callable[[], Screen], orion: Orion, figures: Figures
 ) -> None:
     screen = new_screen()
@@ -221,7 +221,7 @@ def test_a_worker_dies_in_mid_session_and_the_page_goes_on_by_itself(
 def test_a_page_of_somebody_else_opens_no_terminal_even_with_a_ticket(
     stack: Stack, rental: Rental, renter: Renter, new_screen: Callable[[], Screen]
 ) -> None:
-    """From the same host on another port, such as a renter's own web server beside it: the nearest that it gets."""
+    """Use a page of the same host on another port, like a renter's own web server: the closest possible origin."""
     _, _, of_a_ticket = address(renter, rental).partition("#")
     rental_id, ticket = of_a_ticket.split("/")
     target = f"{stack.url.replace('http', 'ws')}/api/rentals/{rental_id}/terminal"
@@ -249,7 +249,7 @@ def _elsewhere() -> Iterator[str]:
             self.wfile.write(b"<!doctype html><title>Elsewhere</title>")
 
         def log_message(self, *_: object) -> None:
-            """Quiet."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Empty)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -262,7 +262,7 @@ def _elsewhere() -> Iterator[str]:
 
 @contextmanager
 def _memories(stack: Stack) -> Iterator[list[int]]:
-    """Collect what `_memory` returns, again and again, until the block ends."""
+    """Collect the results of `_memory` repeatedly until the block ends."""
     found, ending = [_memory(stack)], threading.Event()
 
     def look() -> None:
@@ -279,7 +279,7 @@ def _memories(stack: Stack) -> Iterator[list[int]]:
 
 
 def _memory(stack: Stack) -> int:
-    """Of the manager's own process, in MB: the largest of those that have its name."""
+    """Return the memory of the manager's process in MB: the largest of the processes with its name."""
     script = "for p in /proc/[0-9]*; do if grep -qa orion.manager.main $p/cmdline; then grep VmRSS $p/status; fi; done"
     read = stack.exec(stack.container("manager_app").id, "sh", "-c", script)
     return max(int(size) for size in re.findall(r"VmRSS:\s+(\d+) kB", read.stdout)) >> 10

@@ -1,4 +1,4 @@
-"""What the README says can be done by hand: Ansible from the manager's container, and plain curl."""
+"""Operations by hand, as in the README: Ansible in the manager's container, and plain curl."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PLAYBOOK_S = 120
 
 
 class Ansible:
-    """`ansible-playbook -i orion-inventory`, as a person types it in the manager's container."""
+    """Runs `ansible-playbook -i orion-inventory` in the manager's container."""
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
         self._manager = stack.container("manager_app").id
 
     def play(self, playbook: str, worker_id: str, **variables: Any) -> dict[str, int]:
-        """The figures of the recap for the one worker, once the play has succeeded."""
+        """Run a playbook, which must succeed, and return the figures of its recap for the worker."""
         command = ["ansible-playbook", "-i", "orion-inventory", playbook, "--limit", worker_id]
         played = self._stack.exec(self._manager, *command, "-e", json.dumps(variables), timeout_s=PLAYBOOK_S)
         assert played.returncode == 0, played.stdout + played.stderr
@@ -97,5 +97,5 @@ def test_the_container_of_the_manager_is_logged_in_already(stack: Stack, rent: R
 
 
 def _bare(keys: list[str]) -> list[str]:
-    """Without their comments."""
+    """Return the keys without their comments."""
     return [" ".join(key.split()[:2]) for key in keys]

@@ -1,4 +1,4 @@
-"""Events: pages of them, and a live stream that arrives at once through the proxy."""
+"""Events: their pages, and the live stream, which passes the proxy without delay."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orion.client.sdk import Orion
 from orion.wire import Event
 
 AT_ONCE_S = 10.0
-"""Seconds, on a busy machine; a proxy that kept what it passes on would keep it for 15 s, the silence of a stream."""
+"""Seconds on a busy machine. A proxy that buffers would delay events by up to 15 s, the interval of comments."""
 FOLLOWED_S = 60.0
 
 
@@ -25,7 +25,7 @@ def test_a_rentals_events_tell_its_whole_life_in_order(stack: Stack, orion: Orio
     rental = rent("told")
     orion.release(rental.id, wait_s=30)
     told = list(orion.events(rental_id=rental.id, limit=2))
-    # It may have been copied meanwhile, or not.
+    # A snapshot may have been made meanwhile.
     assert [event.kind for event in told if event.kind != "rental.copied"] == [
         "rental.queued",
         "rental.placed",
@@ -46,7 +46,7 @@ def test_a_rentals_events_tell_its_whole_life_in_order(stack: Stack, orion: Orio
 
 @pytest.fixture
 def arriving(stack: Stack) -> Iterator[Queue[tuple[float, Event]]]:
-    """What the stream brings, with the moment of its arrival."""
+    """Yield a queue of the stream's events, each with the time of its arrival."""
     arrived: Queue[tuple[float, Event]] = Queue()
     mark = stack.mark()
 
@@ -66,7 +66,7 @@ def arriving(stack: Stack) -> Iterator[Queue[tuple[float, Event]]]:
     assert not listener.is_alive()
 
 
-def test_the_stream_brings_each_event_at_once(orion: Orion, arriving: Queue[tuple[float, Event]]) -> None:
+def test_the_stream_sends_each_event_at_once(orion: Orion, arriving: Queue[tuple[float, Event]]) -> None:
     for number in range(3):
         asked = time.time()
         orion.create_token(f"streamed-{number}")

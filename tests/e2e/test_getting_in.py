@@ -1,4 +1,4 @@
-"""A renter's way in: real ssh through the door, with the worker's host key verified."""
+"""A renter's log-in: real ssh through the proxy, with verification of the worker's host key."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ def test_another_key_is_refused(rent: Rent, renter: Renter, tmp_path: Path) -> N
     other = renter.ssh(rental, "true", make_key(tmp_path / "other"))
     assert other.returncode == 255
     assert "Permission denied (publickey)" in other.stderr
-    assert renter.gets_in(rental), "its own key still opens it"
+    assert renter.can_log_in(rental), "its own key still opens it"
 
 
-def test_ssh_refuses_a_worker_that_is_another_rentals(rent: Rent, renter: Renter) -> None:
+def test_ssh_refuses_the_worker_of_another_rental(rent: Rent, renter: Renter) -> None:
     rental, other = rent(), rent()
     command = renter.arguments(rental, "true")
     alias = command.index(f"HostKeyAlias={rental.id}.orion")
     refused = renter.run([*command[:alias], f"HostKeyAlias={other.id}.orion", *command[alias + 1 :]])
     assert refused.returncode == 255
     assert "Host key verification failed" in refused.stderr
-    assert renter.gets_in(rental)
+    assert renter.can_log_in(rental)
 
 
-def test_without_a_key_one_is_made_and_its_private_half_opens_the_rental(
+def test_a_rent_without_a_key_returns_a_private_key_that_opens_the_rental(
     orion: Orion, renter: Renter, tmp_path: Path
 ) -> None:
     rental = orion.rent(name="made-key", idempotency_key="made-key-once")

@@ -1,4 +1,4 @@
-"""The brain or the door goes away: nobody is declared dead for it, and nothing that was begun is lost or doubled."""
+"""Failures of the manager or the proxy: no worker is declared down, and no rent in progress is lost or doubled."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_nothing_moves_because_the_platform_itself_was_away(
     time.sleep(away_s)  # longer than a takeover: that is the claim
     bring_back()
     eventually("the door answers", lambda: _door_answers(stack), WHOLE_WITHIN_S)
-    # Until the brake is off and everybody was heard: no verdict of the outage can come any more.
+    # When the brake is off and all workers have sent heartbeats, the outage cannot cause a takeover any more.
     stack.await_no_brake()
     with stack.connect() as orion:
         eventually(
@@ -80,7 +80,7 @@ def test_all_that_was_stopped_together_is_found_as_it_was(stack: Stack, rent: Re
     stack.compose("stop")
     stack.compose("start")
     eventually("the door answers", lambda: _door_answers(stack), WHOLE_WITHIN_S)
-    eventually("its renter is let in again", lambda: renter.gets_in(rental), WHOLE_WITHIN_S)
+    eventually("the renter can log in again", lambda: renter.can_log_in(rental), WHOLE_WITHIN_S)
     assert renter.inside(rental, "cat kept") == "precious"
     stack.await_no_brake()
     with stack.connect() as orion:
@@ -91,7 +91,7 @@ def test_all_that_was_stopped_together_is_found_as_it_was(stack: Stack, rent: Re
     assert not {"placement.lost", "rental.taken_over"} & set(kinds), story(stack.events(mark))
 
 
-def test_without_the_manager_the_door_says_so(stack: Stack) -> None:
+def test_without_the_manager_the_proxy_says_so(stack: Stack) -> None:
     stack.docker("kill", stack.container("manager_app").id)
     with stack.connect() as orion, pytest.raises(ManagerUnreachable) as refusal:
         orion.status()
@@ -127,11 +127,11 @@ def test_a_manager_killed_in_the_middle_of_a_rent_neither_loses_nor_doubles_it(s
         assert _accounts(stack) == living, story(stack.events(mark))
     if isinstance(outcome[0], Rental):
         assert outcome[0].id == rental.id, "it was answered before the kill"
-    assert renter.gets_in(rental)
+    assert renter.can_log_in(rental)
 
 
 def _accounts(stack: Stack) -> dict[str, int]:
-    """How many workers have each renter's account."""
+    """Return for each renter's account the number of workers that have it."""
     found: dict[str, int] = {}
     for container in stack.containers("worker"):
         for line in stack.exec(container.id, "getent", "passwd").stdout.splitlines():
@@ -154,9 +154,9 @@ for entry in pathlib.Path("/proc").iterdir():
 """
 
 
-def test_the_engine_may_die_and_the_next_rent_works(stack: Stack, orion: Orion, renter: Renter) -> None:
+def test_a_rent_works_after_the_engine_has_died(stack: Stack, orion: Orion, renter: Renter) -> None:
     killed = stack.exec(stack.container("manager_app").id, "python", "-c", KILL_THE_ENGINE)
     assert killed.stdout.split(), killed.stderr
     rental = orion.rent(ssh_public_key=renter.public_key, wait_s=55)
     assert rental.state is RentalState.ACTIVE, rental.explanation
-    assert renter.gets_in(rental)
+    assert renter.can_log_in(rental)

@@ -1,4 +1,4 @@
-"""What happens to a rental when its worker dies, sleeps, is cut off, or only starts again."""
+"""Failures of a rental's worker: it dies, is paused, loses the network, or restarts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from orion.wire import Event, Rental, RentalState, WorkerHealth
 RETURNED_WITHIN_S = 90.0
 FROZEN_WITHIN_S = 2.0
 PROVED_WITHIN_S = TAKEOVER_S
-"""A machine that does nothing else takes 2 s. By its lease a worker is down no sooner, and not for that reason."""
+"""Seconds for a takeover by a proof of death, which takes 2 s on an idle machine. A lease ends later than that."""
 BY_LEASE = "no heartbeat for"
 BY_PROOF = "its container is gone"
 
@@ -43,7 +43,7 @@ def rental(stack: Stack, orion: Orion, rent: Rent, renter: Renter) -> Rental:
     return rented
 
 
-def test_a_killed_worker_gives_up_its_rental_and_is_cleaned_when_it_returns(
+def test_a_killed_worker_loses_its_rental_and_is_cleaned_when_it_returns(
     stack: Stack, orion: Orion, rental: Rental, renter: Renter, figures: Figures
 ) -> None:
     dead, tree = stack.container_of(rental.worker_id), furnish(renter, rental)
@@ -54,7 +54,7 @@ def test_a_killed_worker_gives_up_its_rental_and_is_cleaned_when_it_returns(
     stack.await_kind(mark, "worker.became_down", PROVED_WITHIN_S, rental.worker_id)
     figures["docker kill to down, by proof"] = f"{time.monotonic() - began:.1f} s"
     stack.await_active(mark, rental, rental.epoch + 1)
-    figures["docker kill to active again"] = f"{time.monotonic() - began:.1f} s"
+    figures["docker kill to active on another worker"] = f"{time.monotonic() - began:.1f} s"
     _check_takeover(stack, mark, rental, BY_PROOF)
     _check_moved(orion, rental, renter)
     _check_files(orion, rental, renter, killed_at, shown, figures)
@@ -68,7 +68,7 @@ def test_a_killed_worker_gives_up_its_rental_and_is_cleaned_when_it_returns(
 
 @contextmanager
 def copied(stack: Stack, worker: Container) -> Iterator[str]:
-    """Run a second container with a copy of all that this one has written, while that goes on; its name."""
+    """Run a second container with a copy of all files of this one, while that runs, and yield its name."""
     name = f"{PROJECT}-copy"
     stack.docker("commit", "--pause=false", worker.id, f"{name}:latest")
     found = json.loads(stack.docker("inspect", worker.id))[0]
@@ -103,7 +103,7 @@ def test_a_copy_of_a_worker_disturbs_nobody_says_what_to_do_and_takes_its_place_
         assert f"worker {rental.worker_id} still answers at" in said()
         assert "your volume is a copy of its own, remove it" in said()
         events = [one for one in stack.events(mark) if one.kind != "rental.copied"]
-        # On a busy machine any other may be late with a heartbeat.
+        # On a busy machine a heartbeat of any other worker may be late.
         late = ("worker.became_suspect", "worker.became_ready")
         events = [one for one in events if one.kind not in late or one.worker_id == rental.worker_id]
         assert events == [], story(events)
@@ -121,7 +121,7 @@ def test_a_copy_of_a_worker_disturbs_nobody_says_what_to_do_and_takes_its_place_
         assert stack.exec(copy, "ls", "/home").stdout == "", "what it had of the rental was laid aside and purged"
 
 
-def test_a_worker_that_sleeps_too_long_wakes_up_without_its_rental(
+def test_a_worker_that_was_paused_too_long_comes_back_without_its_rental(
     stack: Stack, orion: Orion, rental: Rental, renter: Renter
 ) -> None:
     asleep = stack.container_of(rental.worker_id)
@@ -190,7 +190,7 @@ def test_a_worker_whose_sshd_is_restarted_only_looks_suspect_for_a_moment(
     assert renter.inside(orion.rental(rental.id), "cat kept") == "precious"
 
 
-def test_what_runs_on_a_worker_that_is_restarted_is_moved_before_with_its_files(
+def test_a_rental_migrates_with_its_files_before_its_worker_restarts(
     stack: Stack, orion: Orion, rental: Rental, renter: Renter
 ) -> None:
     worker_id = str(rental.worker_id)
@@ -205,13 +205,13 @@ def test_what_runs_on_a_worker_that_is_restarted_is_moved_before_with_its_files(
 
 
 def _states(stack: Stack, container: Container, rental: Rental) -> set[str]:
-    """Of the rental's processes, as ps shows them: T is stopped."""
+    """Return the states of the rental's processes from ps, where T means stopped."""
     shown = stack.exec(container.id, "ps", "-o", "stat=", "-U", rental.username).stdout
     return {line.strip()[0] for line in shown.splitlines()}
 
 
 def _frozen_at(stack: Stack, container: Container) -> datetime | None:
-    """When its agent last said, in this life of its container, that it may not run anything."""
+    """Return when the agent last logged, in this boot of its container, that its lease had ended."""
     since = container.started_at.isoformat()
     logged = stack.docker("logs", "--timestamps", "--since", since, container.id).splitlines()
     times = [line.split()[0] for line in logged if "no right to run" in line]
@@ -221,7 +221,7 @@ def _frozen_at(stack: Stack, container: Container) -> datetime | None:
 def _check_files(
     orion: Orion, rental: Rental, renter: Renter, killed_at: float, shown: Rental, figures: Figures
 ) -> None:
-    """They are back as they were, and what is missing is younger than the age that was shown at the time."""
+    """Assert that the files are back, and that only files newer than the reported snapshot are missing."""
     moved = orion.rental(rental.id)
     assert renter.inside(moved, "cat kept; stat -c %a kept") == "precious\n640"
     last_line = float(renter.inside(moved, "tail -n 1 lines"))
@@ -234,7 +234,7 @@ def _check_files(
 
 
 def _await_copy(orion: Orion, rental: Rental) -> None:
-    """Return when there is a copy of its home as it is now."""
+    """Wait for a snapshot of the rental's home as it is now."""
     now = time.time()
 
     def is_copied() -> bool:
@@ -245,7 +245,7 @@ def _await_copy(orion: Orion, rental: Rental) -> None:
 
 
 def _check_takeover(stack: Stack, mark: int, rental: Rental, reason: str) -> None:
-    """The order of events: suspect first, down by its lease or by proof, and only then somewhere else."""
+    """Assert the order of events: suspect, then down by lease or by proof of death, then active on another worker."""
     events = stack.events(mark)
     of_worker = _kinds(events, worker_id=rental.worker_id)
     verdicts = [kind for kind in of_worker if kind.startswith("worker.became_")]
@@ -260,7 +260,7 @@ def _check_takeover(stack: Stack, mark: int, rental: Rental, reason: str) -> Non
 
 
 def _check_moved(orion: Orion, rental: Rental, renter: Renter) -> None:
-    """The same rental for its renter: name, account, key and end; on another worker, whose own host key is pinned."""
+    """Assert that the rental has the same name, account, key and expiry, and the pinned host key of its new worker."""
     moved = orion.rental(rental.id)
     assert (moved.state, moved.epoch) == (RentalState.ACTIVE, rental.epoch + 1)
     assert moved.worker_id != rental.worker_id
@@ -270,7 +270,7 @@ def _check_moved(orion: Orion, rental: Rental, renter: Renter) -> None:
 
 
 def _check_return(stack: Stack, mark: int, rental: Rental, container: Container) -> None:
-    """The worker is cleaned of what it had before it is ready: events say so in this order, and nothing is there."""
+    """Assert that the worker was cleaned before it became ready, and that it has no residue of the rental."""
     ready = stack.await_kind(mark, "worker.became_ready", RETURNED_WITHIN_S, rental.worker_id)
     events = stack.events(mark, worker_id=rental.worker_id)
     purged = [event for event in events if event.kind == "placement.purged"]

@@ -1,4 +1,4 @@
-"""Who may see and end what: tokens made by the admin, each the owner of its own rentals."""
+"""Access by owner: the admin creates tokens, and each token sees and ends only its own rentals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orion.errors import Forbidden, NotFound, Unauthorized
 
 @pytest.fixture
 def token_file(stack: Stack, renter: Renter, tmp_path: Path) -> Iterator[Path]:
-    """Of a client whose token the command made."""
+    """Yield the token file of a client whose token was made by `orion`."""
     token = tmp_path / "token-of-bob"
     token.write_text(renter.orion("token", "create", "bob").stdout)
     yield token
@@ -40,7 +40,7 @@ def test_a_client_sees_and_ends_only_what_is_its_own(rent: Rent, renter: Renter,
     for forbidden in (bob.rental, bob.release, bob.renew):
         with pytest.raises(NotFound):
             forbidden(admins.id)
-    assert renter.gets_in(admins)
+    assert renter.can_log_in(admins)
     assert {event.rental_id for event in bob.events()} == {own.id}
 
 
@@ -51,7 +51,7 @@ def test_a_client_cannot_open_a_connection_to_a_rental_of_another(
     refused = renter.ssh(rental, "true", ORION_URL=stack.url, ORION_TOKEN_FILE=str(token_file))
     assert refused.returncode == 255
     assert "there is no such rental" in refused.stderr
-    assert renter.gets_in(rental)
+    assert renter.can_log_in(rental)
 
 
 def test_two_owners_may_use_the_same_name(rent: Rent, renter: Renter, bob: Orion) -> None:
@@ -80,7 +80,7 @@ def test_a_revoked_token_opens_nothing_but_its_rentals_go_on(
     with pytest.raises(Unauthorized) as refusal:
         list(bob.rentals())
     assert refusal.value.status == 401
-    assert renter.gets_in(own)
+    assert renter.can_log_in(own)
 
     replaced = renter.orion("token", "create", "bob").stdout.strip()
     with stack.connect(replaced) as again:

@@ -1,4 +1,4 @@
-"""Nothing is one byte old after a planned move: one that was asked for, a drain, the end of everything."""
+"""Planned migrations, drains and parks lose no byte."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BULK = (
 
 @contextmanager
 def counting(renter: Renter, rental: Rental) -> Iterator[subprocess.Popen[str]]:
-    """A renter at work, who writes numbers down and tells each one that is written."""
+    """Run a renter's program that writes numbers to a file, and prints each number after it was written."""
     arguments = renter.arguments(rental, COUNTING)
     with subprocess.Popen(
         arguments, env=renter.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
@@ -40,7 +40,7 @@ def counting(renter: Renter, rental: Rental) -> Iterator[subprocess.Popen[str]]:
 
 
 def told(at_work: subprocess.Popen[str]) -> int:
-    """The last number that the renter was told, once the session has ended."""
+    """Return the last number that was printed, after the session has ended."""
     said, _ = at_work.communicate(timeout=60)
     return max((int(line) for line in said.split("\n")[:-1]), default=1)
 
@@ -73,13 +73,13 @@ def test_a_rental_of_100_mb_is_moved_while_its_renter_works(
     assert renter.inside(moved, "sha256sum bulk; ls many | wc -l") == f"{bulk}\n500"
     events = stack.events(mark)
     held, active = (next(e for e in events if e.kind == kind) for kind in ("rental.held", "rental.activated"))
-    figures["planned move of 100 MB: held to active"] = f"{(active.at - held.at).total_seconds():.2f} s"
+    figures["planned migration of 100 MB: quiesce to active"] = f"{(active.at - held.at).total_seconds():.2f} s"
     assert "placement.lost" not in kinds(events, rental), story(events)
     eventually("nothing is left where it was", lambda: "placement.purged" in kinds(stack.events(mark), rental), 60)
 
 
 @pytest.mark.usefixtures("all_slots")
-def test_a_drain_moves_what_it_can_says_what_it_waits_for_and_ends(
+def test_a_drain_migrates_what_it_can_explains_what_it_waits_for_and_ends(
     stack: Stack, orion: Orion, rent: Rent, renter: Renter
 ) -> None:
     rentals = [rent() for _ in range(WORKERS)]
@@ -91,7 +91,7 @@ def test_a_drain_moves_what_it_can_says_what_it_waits_for_and_ends(
     with counting(renter, stays) as at_work:
         renter.orion("drain", drained, "--no-wait")
         waits = "1 rental is to be moved away, and no worker can take one: of 3 workers, 1 draining, 2 full"
-        # A busy machine may make another one late meanwhile, which is told as well.
+        # On a busy machine another worker's heartbeat may be late, which the explanation mentions as well.
         eventually("it says what it waits for", lambda: orion.worker(drained).explanation == waits, 60)
         orion.release(other.id)
         said = renter.orion("drain", drained)
@@ -107,7 +107,7 @@ def test_a_drain_moves_what_it_can_says_what_it_waits_for_and_ends(
     assert (active.state, active.worker_id) == (RentalState.ACTIVE, drained)
 
 
-def test_all_is_parked_when_everything_goes_down_and_comes_back_on_new_workers(
+def test_rentals_are_parked_when_the_platform_stops_and_continue_on_new_workers(
     stack: Stack, orion: Orion, rent: Rent, renter: Renter, figures: Figures
 ) -> None:
     rentals = [rent(), rent()]

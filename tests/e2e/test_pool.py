@@ -1,4 +1,4 @@
-"""The pool as an operator sees it: full, draining, and short of a worker that was removed."""
+"""The pool for an operator: a full pool, a drain, and the removal of a worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orion.wire import Rental, RentalState, WorkerHealth
 
 
 @pytest.mark.usefixtures("all_slots")
-def test_a_full_pool_queues_with_an_explanation_and_goes_on_by_itself(
+def test_a_full_pool_queues_a_rent_with_an_explanation_and_continues_by_itself(
     stack: Stack, orion: Orion, renter: Renter
 ) -> None:
     rentals = [orion.rent(ssh_public_key=renter.public_key) for _ in range(stack.free_slots())]
@@ -31,7 +31,7 @@ def test_a_full_pool_queues_with_an_explanation_and_goes_on_by_itself(
     active = orion.rental(queued.id, state=RentalState.ACTIVE, wait_s=50)
     assert active.state is RentalState.ACTIVE, story(stack.events(mark))
     assert active.worker_id == rentals[0].worker_id
-    assert renter.gets_in(active)
+    assert renter.can_log_in(active)
 
 
 def test_a_worker_that_holds_a_rental_is_not_removed(orion: Orion, rent: Rent, renter: Renter) -> None:
@@ -39,7 +39,7 @@ def test_a_worker_that_holds_a_rental_is_not_removed(orion: Orion, rent: Rent, r
     with pytest.raises(Conflict) as refusal:
         orion.remove_worker(str(rental.worker_id))
     assert refusal.value.code == "worker_in_use"
-    assert renter.gets_in(rental)
+    assert renter.can_log_in(rental)
 
 
 def test_a_removed_worker_that_still_runs_comes_back_as_a_new_one(stack: Stack, orion: Orion, renter: Renter) -> None:

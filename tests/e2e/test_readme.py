@@ -41,7 +41,7 @@ FOLLOWING = ("orion events -f", "ask -N ")
 
 @pytest.fixture
 def home(tmp_path: Path, renter: Renter) -> Path:
-    """Of somebody who has a key and the command `orion`, and is logged in."""
+    """Return the home of a user with a key, the command `orion`, and a login."""
     (tmp_path / ".ssh").mkdir()
     (tmp_path / ".ssh/id_ed25519.pub").write_text(renter.public_key)
     (tmp_path / ".config").symlink_to(renter.folder / ".config")
@@ -50,7 +50,7 @@ def home(tmp_path: Path, renter: Renter) -> Path:
     command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m orion.cli "$@"\n')
     command.chmod(0o755)
     (tmp_path / ".ssh/config").touch()
-    # ssh looks for its configuration in the home that the system knows, whatever HOME says; and scp for ssh.
+    # ssh reads its configuration from the home in the system's list of accounts, whatever HOME is; so does scp.
     for name in ("ssh", "scp"):
         program = tmp_path / "bin" / name
         program.write_text(f'#!/bin/sh\nexec {shutil.which(name)} -F "$HOME/.ssh/config" "$@"\n')
@@ -58,15 +58,15 @@ def home(tmp_path: Path, renter: Renter) -> Path:
     return tmp_path
 
 
-class Reader:
-    """Types what a block of these pages says, in the repository's folder."""
+class ReadmeReader:
+    """Runs the commands of a block of these pages in the repository's folder."""
 
     def __init__(self, stack: Stack, home: Path) -> None:
         self._stack = stack
         self._home = home
 
     def types(self, block_with: str, **filled_in: str) -> list[str]:
-        """The lines that the one block with this text printed; every command must succeed."""
+        """Run the one block that contains this text, whose commands must succeed, and return the printed lines."""
         (block,) = (block for block in shell_blocks(*GUIDE) if block_with in block)
         script = BEFORE + "\n".join(self._here(command, filled_in) for command in commands(block))
         how = {"cwd": ROOT, "env": self._environment(), "stdin": subprocess.DEVNULL, "start_new_session": True}
@@ -100,12 +100,12 @@ class Reader:
 
 
 @pytest.fixture
-def reader(stack: Stack, home: Path) -> Reader:
-    return Reader(stack, home)
+def reader(stack: Stack, home: Path) -> ReadmeReader:
+    return ReadmeReader(stack, home)
 
 
 @pytest.mark.parametrize("block", ["orion rent --name lab", "$API/rent "], ids=["orion", "curl"])
-def test_the_full_flow_of_the_readme(stack: Stack, orion: Orion, reader: Reader, block: str) -> None:
+def test_the_full_flow_of_the_readme(stack: Stack, orion: Orion, reader: ReadmeReader, block: str) -> None:
     mark, machines = stack.mark(), {one.hostname for one in stack.containers("worker")}
     stack.await_no_brake()
     printed = reader.types(block)
@@ -121,7 +121,7 @@ def test_the_full_flow_of_the_readme(stack: Stack, orion: Orion, reader: Reader,
         assert [line == first for line in others] == [True, False, True]
 
 
-def test_the_tools_of_the_readme(stack: Stack, orion: Orion, reader: Reader, home: Path) -> None:
+def test_the_tools_of_the_readme(stack: Stack, orion: Orion, reader: ReadmeReader, home: Path) -> None:
     machines = {one.hostname for one in stack.containers("worker")}
     printed = reader.types("orion config-ssh")
     assert len([line for line in printed if line in machines]) == 2
@@ -130,7 +130,7 @@ def test_the_tools_of_the_readme(stack: Stack, orion: Orion, reader: Reader, hom
     assert (home / ".ssh/config").read_bytes() == b""
 
 
-def test_the_web_port_of_the_readme(stack: Stack, reader: Reader) -> None:
+def test_the_web_port_of_the_readme(stack: Stack, reader: ReadmeReader) -> None:
     printed = reader.types("orion open site")
     [opening] = [line for line in printed if "/.orion/open/#" in line]
     [public] = [line for line in printed if line.startswith("Anybody may open http")]
@@ -142,7 +142,7 @@ def test_the_web_port_of_the_readme(stack: Stack, reader: Reader) -> None:
     assert host in listed
 
 
-def test_the_playbooks_of_the_readme(rent: Rent, renter: Renter, reader: Reader) -> None:
+def test_the_playbooks_of_the_readme(rent: Rent, renter: Renter, reader: ReadmeReader) -> None:
     rental = rent("by-hand")
     uid = renter.inside(rental, "id -u")
     printed = reader.types(
@@ -156,15 +156,15 @@ def test_the_playbooks_of_the_readme(rent: Rent, renter: Renter, reader: Reader)
     )
     recaps = [line for line in printed if line.startswith(str(rental.worker_id)) and "failed=0" in line]
     assert len(recaps) == 2
-    assert not renter.gets_in(rental)
+    assert not renter.can_log_in(rental)
 
 
-def test_who_goes_around_the_proxy_is_refused_as_the_readme_says(reader: Reader) -> None:
+def test_a_connection_past_the_proxy_is_refused_as_the_readme_says(reader: ReadmeReader) -> None:
     printed = reader.types("echo refused")  # between them curl's complaint, where Compose passes it on as output
     assert [printed[0], printed[-1]] == ['{"status":"ok"} through the proxy', "refused"]
 
 
-def test_the_log_in_by_https_of_the_readme(stack: Stack, home: Path, reader: Reader) -> None:
+def test_the_log_in_by_https_of_the_readme(stack: Stack, home: Path, reader: ReadmeReader) -> None:
     (home / ".config").unlink()  # another's login stays as it is
     printed = reader.types("--ca-file")
     account = json.loads((home / ".config/orion/config.json").read_text())

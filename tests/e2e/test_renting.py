@@ -1,4 +1,4 @@
-"""A rental's life without accidents, through the door."""
+"""A rental from rent to release through the proxy, without failures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_one_request_rents_an_environment(stack: Stack, renter: Renter) -> None:
     assert renter.inside(rental, "id -un; pwd") == f"{rental.username}\n/home/{rental.username}"
 
 
-def test_a_key_that_is_no_key_is_refused_before_anything_is_made(stack: Stack, orion: Orion, renter: Renter) -> None:
+def test_an_invalid_key_is_refused_before_anything_is_created(stack: Stack, orion: Orion, renter: Renter) -> None:
     before = {one.id for one in orion.rentals(ended=True)}
     bad = 'command="rm -rf /" ' + renter.public_key
     reply = stack.post("/api/rent", {"ssh_public_key": bad})
@@ -160,9 +160,7 @@ def _percentiles(seconds: list[float]) -> str:
     return f"p50 {cuts[9]:.2f} s, p95 {cuts[18]:.2f} s"
 
 
-def test_a_rental_whose_time_is_over_ends_by_itself_and_is_cleaned(
-    stack: Stack, orion: Orion, short_rental: Rental
-) -> None:
+def test_an_expired_rental_ends_by_itself_and_is_cleaned(stack: Stack, orion: Orion, short_rental: Rental) -> None:
     ended = orion.rental(short_rental.id, state=RentalState.EXPIRED, wait_s=55)
     if ended.state is not RentalState.EXPIRED:
         ended = orion.rental(short_rental.id, state=RentalState.EXPIRED, wait_s=55)

@@ -1,4 +1,4 @@
-"""The pool grows and shrinks under the platform's feet: `up --scale worker=N`."""
+"""The pool grows and shrinks by `up --scale worker=N`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from orion.client.sdk import Orion
 from orion.wire import Event, RentalState, WorkerHealth
 
 READY_WITHIN_S = 30.0
-"""Seconds, on a machine that may stand still meanwhile; a worker takes a few."""
+"""Seconds until a new worker is ready: a few, but more on a busy machine."""
 
 
 @pytest.mark.usefixtures("all_slots")
-def test_a_new_worker_is_soon_ready_and_one_that_is_taken_away_says_goodbye(
+def test_a_new_worker_becomes_ready_and_a_removed_one_migrates_its_rental_first(
     stack: Stack, orion: Orion, renter: Renter, figures: Figures
 ) -> None:
-    """In one test, because each of the two is the way back from the other."""
+    """Both are in one test, because each undoes the other."""
     newcomer = _scale_up(stack, figures)
     rentals = [orion.rent(ssh_public_key=renter.public_key) for _ in range(WORKERS + 1)]
     assert {one.state for one in rentals} == {RentalState.ACTIVE}
@@ -34,7 +34,7 @@ def test_a_new_worker_is_soon_ready_and_one_that_is_taken_away_says_goodbye(
     stack.scale(WORKERS)
     assert newcomer.id not in {one.id for one in stack.containers()}, "Compose takes away the highest number"
     stack.await_active(mark, moving, moving.epoch + 1)
-    figures["scale-down to active elsewhere"] = f"{time.monotonic() - began:.1f} s"
+    figures["scale-down to active on another worker"] = f"{time.monotonic() - began:.1f} s"
     down = stack.await_kind(mark, "worker.became_down", 60, left.id)
     _check_move(stack, mark, down)
     moved = orion.rental(moving.id)
@@ -68,7 +68,7 @@ def _scale_up(stack: Stack, figures: Figures) -> Container:
 
 
 def _check_move(stack: Stack, mark: int, down: Event) -> None:
-    """It moved before its worker ended, with all that it had written."""
+    """Assert that the rental migrated with all its files before its worker ended."""
     events = stack.events(mark)
     assert down.reason == "it said goodbye", story(events)
     activated = next(event for event in events if event.kind == "rental.activated")

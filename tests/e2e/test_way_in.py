@@ -1,4 +1,4 @@
-"""The way in with the tools that people have, through takeovers, and what is written down about it."""
+"""Access by common SSH tools, also through takeovers, and the events of sessions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BACK_WITHIN_S = MOVED_WITHIN_S
 
 @pytest.fixture
 def config(renter: Renter) -> Iterator[str]:
-    """Of ssh, as `orion config-ssh` leaves it. (ssh itself looks into the home that the system knows.)"""
+    """Yield ssh's configuration as `orion config-ssh` writes it. (ssh itself uses the home in the list of accounts.)"""
     renter.orion("config-ssh")
     yield str(renter.folder / ".ssh/config")
     renter.orion("config-ssh", "--remove")
@@ -96,7 +96,7 @@ def test_ports_are_carried_both_ways(lab: Rental, config: str, renter: Renter) -
 def test_asyncssh_reads_the_same_configuration(
     lab: Rental, config: str, renter: Renter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It follows what is included, runs the command, and believes the authority alone."""
+    """asyncssh reads the included file, runs the ProxyCommand, and trusts only the authority."""
     for name, value in renter.environment.items():
         monkeypatch.setenv(name, value)
     known_hosts = str(renter.folder / ".config/orion/ssh/known_hosts")
@@ -150,7 +150,7 @@ def test_git_and_an_editors_way(lab: Rental, config: str, renter: Renter, tmp_pa
 def test_a_rental_of_which_this_machine_has_no_key_is_opened_by_a_certificate(
     lab: Rental, renter: Renter, tmp_path: Path
 ) -> None:
-    """A second machine with the same token: by its own command and by plain ssh."""
+    """Use a second machine with the same token, by `orion ssh` and by plain ssh."""
     second = Renter(tmp_path / "second", renter.url, renter.token)
     assert second.orion("ssh", "lab", "id -un").stdout == f"{lab.username}\n"
     second.orion("config-ssh")
@@ -158,8 +158,8 @@ def test_a_rental_of_which_this_machine_has_no_key_is_opened_by_a_certificate(
     assert (said.stdout, said.stderr) == (f"{lab.username}\n", "")
 
 
-def test_a_restart_of_the_manager_gives_the_shell_back(stack: Stack, lab: Rental, renter: Renter) -> None:
-    """And a terminal that an editor had is put right before anything is said on it."""
+def test_a_shell_reconnects_after_a_restart_of_the_manager(stack: Stack, lab: Rental, renter: Renter) -> None:
+    """A terminal that was in an editor's mode is reset before a message is printed."""
     with at_a_terminal([*COMMAND, "ssh", "--persist", "lab"], renter.environment) as shell:
         shell.shows("$ ", 30)
         shell.type("MARK=only-in-this-shell\n")
@@ -190,7 +190,7 @@ def test_keys_and_certificates(lab: Rental, renter: Renter, tmp_path: Path, orio
     assert {"rental.key_added", "rental.key_removed", "rental.certificate_issued"} <= set(kinds)
 
 
-def test_a_session_is_two_events_with_who_from_where_how_long_and_how_much(
+def test_a_session_has_two_events_with_user_address_duration_and_bytes(
     lab: Rental, renter: Renter, orion: Orion
 ) -> None:
     renter.orion("ssh", "lab", "head -c 100000 /dev/zero")
@@ -205,7 +205,7 @@ def test_a_session_is_two_events_with_who_from_where_how_long_and_how_much(
     assert re.fullmatch(r"[0-9.]+", str(told["from"]))
 
 
-def test_a_shell_comes_back_by_itself_when_its_worker_dies_and_plain_ssh_as_well(
+def test_a_shell_and_plain_ssh_reconnect_when_their_worker_dies(
     stack: Stack, orion: Orion, lab: Rental, config: str, renter: Renter, figures: Figures
 ) -> None:
     renter.inside(lab, "echo precious > kept")
@@ -234,9 +234,7 @@ def test_a_shell_comes_back_by_itself_when_its_worker_dies_and_plain_ssh_as_well
     assert (again.stdout, again.stderr) == ("precious\n", ""), "the same command, without a word"
 
 
-def test_plain_ssh_waits_for_a_rental_that_is_on_the_move(
-    stack: Stack, lab: Rental, config: str, renter: Renter
-) -> None:
+def test_plain_ssh_waits_for_a_rental_that_is_migrating(stack: Stack, lab: Rental, config: str, renter: Renter) -> None:
     stack.await_kind(0, "rental.copied", 60, rental_id=lab.id)  # one that was never copied waits for its worker
     stack.await_no_brake()
     machine = renter.run(["ssh", "-F", config, "lab.orion", "hostname"]).stdout
@@ -247,9 +245,9 @@ def test_plain_ssh_waits_for_a_rental_that_is_on_the_move(
     assert "host key" not in moved.stderr.lower()
 
 
-def test_with_persist_a_break_on_the_way_gives_the_screen_back(lab: Rental, renter: Renter) -> None:
+def test_with_persist_a_broken_connection_restores_the_screen(lab: Rental, renter: Renter) -> None:
     assert lab.name == "lab"
-    with a_way_that_breaks(urlsplit(renter.url).port or 80) as way:
+    with breakable_forward(urlsplit(renter.url).port or 80) as way:
         there = {"ORION_URL": f"http://127.0.0.1:{way.port}", "ORION_TOKEN_FILE": str(renter.token_file)}
         with at_a_terminal([*COMMAND, "ssh", "--persist", "lab"], renter.environment | there) as shell:
             shell.shows("$ ", 30)
@@ -264,8 +262,8 @@ def test_with_persist_a_break_on_the_way_gives_the_screen_back(lab: Rental, rent
             assert shell.ends(30) == 0
 
 
-class Way:
-    """Of bytes to a port of this machine, which may be cut and is open again at once."""
+class BreakableForward:
+    """Forwards bytes to a port of this machine. It can be cut, and accepts new connections at once."""
 
     def __init__(self, to: int) -> None:
         self._to = to
@@ -301,8 +299,8 @@ class Way:
 
 
 @contextmanager
-def a_way_that_breaks(to: int) -> Iterator[Way]:
-    way = Way(to)
+def breakable_forward(to: int) -> Iterator[BreakableForward]:
+    way = BreakableForward(to)
     yield way
     way.close()
 

@@ -1,4 +1,4 @@
-"""What a renter serves, in a real Chromium: it works, is found again after a move, and gets nothing of others."""
+"""A renter's web port in a real Chromium: it works, follows a migration, and has no access to other rentals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def serving(orion: Orion, renter: Renter, name: str) -> Rental:
 
 
 def who(url: str, **headers: str) -> str:
-    """The machine that answers there; empty while none does."""
+    """Return the hostname of the worker that answers at the address, or an empty string if none answers."""
     try:
         reply = httpx.get(f"{url}who", headers=headers, timeout=WITHIN_S / 3, trust_env=False)
     except httpx.TimeoutException:  # as a rental on the move may
@@ -59,7 +59,7 @@ def found(page: Page) -> dict[str, Any]:
 
 
 def seen(renter: Renter, rental: Rental) -> str:
-    """All that its server was ever sent."""
+    """Return all requests that the rental's server has received."""
     return renter.ssh(rental, "cat seen.jsonl").stdout
 
 
@@ -72,7 +72,7 @@ def test_what_is_served_works_in_a_browser_follows_a_move_and_learns_nothing(
     assert httpx.get(path, timeout=WITHIN_S, trust_env=False).json()["code"] == "private"
     before = eventually("it is served", lambda: who(path, **token), WITHIN_S)
 
-    # Below the platform's own address: a sandbox, in which all works that needs nothing of this address.
+    # On the platform's own address the page is in a sandbox, where everything works that needs no origin.
     page = context.new_page()
     loads(page, renter.orion("open", rental.name, PORT, "--path").stdout.strip())
     assert page.url.startswith(f"{path}~"), page.url
@@ -85,7 +85,7 @@ def test_what_is_served_works_in_a_browser_follows_a_move_and_learns_nothing(
         tried = json.loads(page.evaluate("tries(arguments_)".replace("arguments_", json.dumps(stack.url + address))))
         assert tried == {"fetched": "TypeError", "socket": "refused", "script": "refused", "framed": "closed"}, address
 
-    # On its own host name: everything that a page on its own may have. Two keys of one second are the same.
+    # On its own host name the page has an origin of its own. Two keys that are made in one second are equal.
     made_at = int(time.time())
     eventually("the second is over", lambda: int(time.time()) > made_at, WITHIN_S)
     own = context.new_page()
@@ -99,7 +99,7 @@ def test_what_is_served_works_in_a_browser_follows_a_move_and_learns_nothing(
     [ours] = [cookie for cookie in context.cookies() if cookie["name"] == "orion_port"]
     assert (ours["httpOnly"], ours["sameSite"], ours["domain"]) == (True, "Lax", host.partition(":")[0])
 
-    # To everybody, and wherever it moves.
+    # A public port is open to everybody, also after a migration.
     public = renter.orion("expose", rental.name, PORT, "--public", "--path").stdout
     assert path in public
     assert who(path) == before

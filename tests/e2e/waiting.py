@@ -1,4 +1,4 @@
-"""Bounded waits that say what did not happen."""
+"""Waits with a timeout, whose error says what did not happen."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _EVERY_S = 0.1
 
 
 class TooLate(AssertionError):
-    """What was waited for did not come."""
+    """The awaited condition was not met in time."""
 
 
 def eventually(what: str, condition: Callable[[], T], within_s: float) -> T:
-    """The first true value of the condition. A platform that does not answer is one more way of not yet."""
+    """Return the first true value of the condition. Errors of a platform that does not answer are retried."""
     deadline = time.monotonic() + within_s
     while True:
         last: object

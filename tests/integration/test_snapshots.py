@@ -339,7 +339,7 @@ def _standing(worker: Worker) -> Iterator[None]:
         yield
 
 
-async def test_what_stands_there_does_the_transfers_without_loading_anything(
+async def test_the_resident_server_does_the_transfers_without_loading_anything(
     real: RealSnapshotService, rental: Rental
 ) -> None:
     rental.ssh("echo precious > file")

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from chaos.checker import WAKE_BUDGET_S, check, longest_waking_s, lost_lines
-from chaos.history import Asked, Deed, End, Found, Happened, History, Shown, Tick, WorkerEnd, story
+from chaos.history import End, Found, GrantedRental, Happened, History, InjectedFault, Shown, Tick, WorkerEnd, story
 from chaos.nemesis import KINDS, plan
 from chaos.witness import line_of, number_of
 
@@ -33,9 +33,9 @@ def _event(at: float, kind: str, rental: str | None, worker: str, epoch: int | N
 BEFORE = _ticks(LAB, FIRST, 1, 50, 1, (1.0, 3.0, 5.0, 7.0, 9.0))
 AFTER = _ticks(LAB, SECOND, 2, 70, 5, (12.5, 14.0, 16.0))
 GOOD = History(
-    asked=(Asked(LAB, "lab", released=False), Asked(GUEST, "guest", released=True)),
+    asked=(GrantedRental(LAB, "lab", released=False), GrantedRental(GUEST, "guest", released=True)),
     ticks=(*BEFORE, *AFTER),
-    deeds=(Deed("kill", FIRST, KILLED_AT, KILLED_AT + 0.1, 13.0, 13.3),),
+    deeds=(InjectedFault("kill", FIRST, KILLED_AT, KILLED_AT + 0.1, 13.0, 13.3),),
     shown=(Shown(8.5, LAB, 1, SAFE_AT), Shown(15.0, LAB, 2, SAFE_AT), Shown(20.0, LAB, 2, 19.0)),
     events=(
         _event(0.5, "rental.activated", LAB, "w-first", 1),
@@ -122,7 +122,7 @@ def test_a_line_that_was_written_where_it_is_parked_may_not_be_lost_either() -> 
 
 
 def _paused(until: float, stale: Iterable[float]) -> History:
-    deed = Deed("pause", FIRST, KILLED_AT, KILLED_AT + 0.1, until, until + 0.4)
+    deed = InjectedFault("pause", FIRST, KILLED_AT, KILLED_AT + 0.1, until, until + 0.4)
     return replace(GOOD, deeds=(deed,), ticks=(*GOOD.ticks, *_ticks(LAB, FIRST, 1, 50, 6, stale)))
 
 
@@ -138,7 +138,7 @@ def test_who_wakes_and_lives_longer_is_noticed() -> None:
 
 def test_a_pause_excuses_nobody_before_it_ends_and_no_other_worker() -> None:
     assert len(_broken(_paused(20.0, (19.9,)))) == 1
-    deed = Deed("pause", SECOND, KILLED_AT, 10.1, 12.0, 12.1)
+    deed = InjectedFault("pause", SECOND, KILLED_AT, 10.1, 12.0, 12.1)
     history = replace(GOOD, deeds=(*GOOD.deeds, deed), ticks=(*GOOD.ticks, Tick(12.2, LAB, FIRST, 1, 50, 6)))
     assert len(_broken(history)) == 1
 
@@ -155,12 +155,14 @@ def test_a_state_that_never_existed_is_noticed_where_it_was_given_back_and_in_th
     line = json.dumps({"words": f"{LAB} {SECOND} 2", "at": 12.2, "faults": ["19999988 of 20000000 units"]})
     (found,) = check(replace(GOOD, found=(Found.parse(line), Found(14.0, LAB, SECOND, 2, ()))))
     assert str(found) == (
-        f"a state that existed: what {LAB} was given on {SECOND} with epoch 2 never existed: 19999988 of 20000000 units"
+        f"a state that existed: the files of {LAB} on {SECOND} in epoch 2 never existed like this: "
+        "19999988 of 20000000 units"
     )
     told = story(replace(GOOD, found=(Found.parse(line),)), LAB, found.since, found.until)
     assert f"its bank on {SECOND}, epoch 2: 19999988 of" in told
     (text,) = _broken(_with_end(faults=("< './tree/x' file 0000",)))
-    assert text.endswith("has in the end never existed: < './tree/x' file 0000")
+    assert text.startswith("a state that existed: the final files of ")
+    assert text.endswith("never existed like this: < './tree/x' file 0000")
 
 
 def test_what_a_later_epoch_was_shown_says_nothing_about_the_lines_of_an_earlier_one() -> None:
@@ -191,7 +193,7 @@ def test_a_process_that_ends_on_a_worker_that_nobody_touched_is_noticed() -> Non
     history = replace(_with_end(lines=_lines((*BEFORE[:4], *AFTER, *another))), ticks=(*GOOD.ticks, *another))
     (text,) = _broken(history)
     assert "process 70" in text
-    restarted = replace(history, deeds=(*GOOD.deeds, Deed("restart", SECOND, 16.5, 17.0, 17.0, 17.0)))
+    restarted = replace(history, deeds=(*GOOD.deeds, InjectedFault("restart", SECOND, 16.5, 17.0, 17.0, 17.0)))
     assert _broken(restarted) == []
 
 
@@ -222,7 +224,7 @@ def test_what_was_still_restless_is_told() -> None:
 
 
 def test_a_worker_that_is_lost_though_only_the_door_was_away_is_noticed() -> None:
-    history = replace(GOOD, deeds=(Deed("kill", "manager_proxy", 2.0, 2.1, 11.0, 11.2),))
+    history = replace(GOOD, deeds=(InjectedFault("kill", "manager_proxy", 2.0, 2.1, 11.0, 11.2),))
     (text,) = _broken(history)
     assert text.startswith(f"no stampede: {FIRST} became down at 11.500")
 

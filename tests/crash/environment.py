@@ -1,4 +1,4 @@
-"""The world around a manager that is killed: workers with their agents, clients that try again, and who restarts it."""
+"""The environment of a manager that is killed: it restarts the manager, and simulates workers and clients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import httpx
 from crash import manager
-from crash.proxy import PointedDoor
+from crash.proxy import CrashingProxy
 from support.builders import AUTHORITIES, host_key
 from support.house import PROXY_SECRET, Agent
 
@@ -37,12 +37,12 @@ from orion.manager.ssh.port import Host
 from orion.manager.store.tokens import make_token
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([manager.__name__])  # a manager that is started again does not import all anew
+PROCESSES.set_forkserver_preload([manager.__name__])  # so that a restarted manager need not import its modules again
 PATIENCE_S = 120.0
-"""Far more than anything here takes on a busy machine."""
+"""Seconds of a timeout that no scenario reaches, even on a busy machine."""
 BEAT_S, PAUSE_S, LATE_S = 0.3, 0.03, 0.3
-LOOK_S = 0.1
-"""Between two looks at how far it is: many runs look at once, and that must not be what keeps the machine busy."""
+CHECK_S = 0.1
+"""Seconds between two checks of a condition: many runs check at the same time, and must not load the machine."""
 NEVER_S = 36_000.0
 CLOCKS = {
     "heartbeat_s": BEAT_S,
@@ -55,47 +55,50 @@ CLOCKS = {
     "slack_s": 0.01,
     "brake_max_s": 3.0,
     "goodbye_after_s": 0.1,
-    "flap_window_s": 0.001,  # a machine that is busy with tests quarantines nobody
+    "flap_window_s": 0.001,  # no worker is quarantined because the machine is busy
 }
 
 VICTIMS = ("manager", "engine", "proxy")
 CRASH_POINTS = "crash points"
-"""The name under which a test records how many it killed at: for the summary, also of a process beside this one."""
+"""The property in which a test records its numbers of crash points, for the summary over all processes of pytest."""
 
 
 class Point(NamedTuple):
+    """A crash point that was reached."""
+
     name: str
     time: int
-    """The first, second, ... time that it is reached."""
+    """The number of times that a point of this name was reached, this time included."""
 
     @property
     def kills(self) -> str:
-        return next((who for who in VICTIMS if self.name.startswith(f"the {who} ")), "manager")
+        """The process that is killed at this point."""
+        return next((victim for victim in VICTIMS if self.name.startswith(f"the {victim} ")), "manager")
 
 
-class RealClock:
+class MonotonicClock:
     @property
     def now(self) -> float:
         return time.monotonic()
 
 
-class Stage:
-    """One run: a database, a manager on it that is started again whenever it dies, and its world, which lives on."""
+class CrashEnvironment:
+    """One run: a database, a manager that is restarted whenever it dies, and workers that keep running."""
 
     def __init__(
         self,
         folder: Path,
         dies_at: Point | None = None,
         snapshot_interval_s: float = NEVER_S,
-        passes_over: str = "",
+        ignored_points: str = "",
         slower: float = 1.0,
     ) -> None:
-        """`slower`: how many times as long all clocks are, where no worker may be lost but those that are killed."""
+        """`slower`: a factor for all clocks, for tests in which a busy machine must not cost a worker."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.database = folder / "orion.db"
         self.dies_at = dies_at
-        self._passes_over = passes_over
+        self._passes_over = ignored_points
         self._lease_s = slower * CLOCKS["freeze_after_s"]
         self.reached: Counter[str] = Counter()
         self.points: list[Point] = []
@@ -112,12 +115,12 @@ class Stage:
             lock_file=str(folder / "lock"),
             port=self._kept_port.getsockname()[1],
             snapshot_interval_s=snapshot_interval_s,
-            uncopied_wait_s=0,  # an act may lose a worker before the first copy
+            uncopied_wait_s=0,  # a scenario may lose a worker before the first snapshot
             ballast_bytes=0,
             clock_scale=slower,
             **CLOCKS,
         )
-        self.clock = RealClock()
+        self.clock = MonotonicClock()
         self.world = FakeWorld()
         self.snapshot_service = FakeSnapshotService(self.world, time.time)
         self.agents: list[Agent] = []
@@ -126,20 +129,20 @@ class Stage:
             base_url=f"http://{LOOPBACK}:{self.settings.port}",
             headers=headers,
             timeout=PATIENCE_S,
-            transport=PointedDoor(self._is_last),
+            transport=CrashingProxy(self._is_last),
         )
         self._process: Any = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def killed(self) -> bool:
-        """Whether it died at the point where it was to die."""
+        """Whether a process was killed at the chosen crash point."""
         return self.dies_at is not None and self.dies_at in self.points
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[Stage]:
+    async def running(self) -> AsyncIterator[CrashEnvironment]:
         start_forkserver()
-        server = await asyncio.start_unix_server(self._serve, self.folder / "stage", limit=2**20)
+        server = await asyncio.start_unix_server(self._serve, self.folder / "environment", limit=2**20)
         self._tasks.append(asyncio.create_task(self._keep_it_running()))
         try:
             yield self
@@ -155,7 +158,7 @@ class Stage:
             self._kept_port.close()
 
     def arm(self) -> None:
-        """Crash points count from here."""
+        """Count crash points from now on."""
         self._armed = True
 
     def disarm(self) -> None:
@@ -165,18 +168,18 @@ class Stage:
 
     async def _keep_it_running(self) -> None:
         while True:
-            where = (self.database, self.folder / "stage", self.settings.port)
-            order = manager.Order(*where, self.settings, self.secrets, self.wall_offset_s, self.faketime)
+            where = (self.database, self.folder / "environment", self.settings.port)
+            order = manager.ManagerStart(*where, self.settings, self.secrets, self.wall_offset_s, self.faketime)
             self._process = PROCESSES.Process(target=manager.run, args=(order,), daemon=True)
             self._process.start()
             await _end_of(self._process)
             self.exits.append(self._process.exitcode)
 
     def kill(self) -> None:
-        """As `docker kill`, at an instant of nobody's choosing."""
+        """Kill the manager like `docker kill`, at any instant."""
         self._process.kill()
 
-    # What the manager's process asks
+    # Requests of the manager's process
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
@@ -201,7 +204,7 @@ class Stage:
         return vars(await FakeEngine(self.world).run(job))
 
     async def _ask_vault(self, call: str, given: str) -> Any:
-        """What it returns; of what it refuses, code, message and `restored`."""
+        """Return the result of a call, or code, message and `restored` of its error."""
         try:
             return await getattr(self.snapshot_service, call)(*pickle.loads(bytes.fromhex(given)))  # noqa: S301
         except SnapshotError as error:
@@ -226,7 +229,7 @@ class Stage:
         return agent
 
     async def _call_home(self, agent: Agent) -> None:
-        """As the worker's own agent: for ever, whatever goes wrong."""
+        """Send heartbeats like a worker's agent, without end and in spite of any error."""
         while True:
             pause_s = PAUSE_S
             if agent.beating:
@@ -239,12 +242,12 @@ class Stage:
         if reply.status_code in {200, 201}:
             return BEAT_S
         if not agent.session and agent.token and reply.status_code in {401, 409}:
-            agent.token = None  # our identity is not accepted any more
+            agent.token = None  # the manager does not accept this identity any more
         agent.session = ""
         return PAUSE_S
 
     def return_of(self, agent: Agent) -> None:
-        """As after a restart of its container: its files as they were, every account locked."""
+        """Start a worker like after a restart of its container: its files are kept, and every account is locked."""
         agent.node.come_back()
         agent.session = ""
         agent.beating = True
@@ -253,20 +256,20 @@ class Stage:
         return next(agent for agent in self.agents if agent.worker_id == rental["worker_id"])
 
     async def holder_of(self, rental: dict[str, Any]) -> Agent:
-        """Return the worker where it is active. On a busy machine one may have been lost just now: then the next."""
+        """Wait until the rental is active, and return its worker."""
         while True:
             found = await self.rental(rental)
             if found["state"] == "active":
                 return self.holder(found)
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(CHECK_S)
 
     def kept(self, rental: dict[str, Any]) -> dict[str, str] | None:
-        """The files of the newest copy that the manager has accepted."""
+        """Return the files of the newest snapshot in the manager's catalog, or None if there is none."""
         known = self.rows(f"SELECT epoch, number FROM copies WHERE rental_id = '{rental['id']}'")  # noqa: S608
         newest = max((SnapshotId(row["epoch"], row["number"]) for row in known), default=None)
         return self.snapshot_service.stored[rental["id"]][newest][1] if newest else None
 
-    # The clients: who gets no answer asks again, as the command line does
+    # Clients, which repeat a request without an answer, like the command line
 
     async def ask(self, method: str, path: str, token: str = "", **request: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {token or self.secrets.admin_token}"} | request.pop("headers", {})
@@ -290,16 +293,16 @@ class Stage:
         return dict((await self.ask("GET", f"/api/rentals/{rental['id']}")).json())
 
     async def until(self, check: Callable[[dict[str, Any]], bool], rental: dict[str, Any]) -> None:
-        """The rental is as `check` wants it."""
+        """Wait until `check` accepts the rental."""
         while True:
             if check(await self.rental(rental)):
                 return
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(CHECK_S)
 
     async def home(self, rental: dict[str, Any]) -> dict[str, str]:
-        """Return the files that it has while it is active.
+        """Return the files of the rental's home while the rental is active.
 
-        On a busy machine its next worker may be lost as well: so it is asked for before and after they are read.
+        On a busy machine its worker may be lost meanwhile, so the rental is read before and after its files.
         """
         while True:
             before = await self.rental(rental)
@@ -308,24 +311,24 @@ class Stage:
             after = await self.rental(rental)
             if agent and (after["state"], after["epoch"]) == ("active", before["epoch"]):
                 return found
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(CHECK_S)
 
     async def until_worker(self, agent: Agent, check: Callable[[dict[str, Any]], bool]) -> None:
-        """The worker is known, and as `check` wants it."""
+        """Wait until the worker is registered and `check` accepts it."""
         while True:
             if agent.worker_id:
                 reply = await self.ask("GET", f"/api/workers/{agent.worker_id}")
                 if reply.status_code == 200 and check(reply.json()):
                     return
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(CHECK_S)
 
     async def until_health(self, agent: Agent, health: str) -> None:
         await self.until_worker(agent, lambda worker: bool(worker["health"] == health))
 
-    # What is true in the end
+    # The state at the end
 
     def rows(self, query: str) -> list[dict[str, Any]]:
-        """Of the database's file, as another process sees it."""
+        """Return the rows of a query on the database's file."""
         with closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as connection:
             connection.row_factory = sqlite3.Row
             return [dict(row) for row in connection.execute(query)]
@@ -335,7 +338,7 @@ class Stage:
 
 
 def start_forkserver() -> None:
-    """Start the process that managers are forked from. It finds what it preloads by $PYTHONPATH only."""
+    """Start the process from which managers are forked. It finds the modules to preload by $PYTHONPATH only."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     try:
@@ -347,7 +350,7 @@ def start_forkserver() -> None:
 
 
 async def _end_of(process: Any) -> None:
-    """Without a thread: two that ask for the status of one process steal it from each other."""
+    """Wait until a process ends. No thread waits for it, because two waiters would take its status from each other."""
     ended = asyncio.Event()
     asyncio.get_running_loop().add_reader(process.sentinel, ended.set)
     try:
@@ -361,11 +364,11 @@ async def eventually(check: Callable[[], bool]) -> None:
     while True:
         if is_true(check):
             return
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(CHECK_S)
 
 
 def is_true(check: Callable[[], bool]) -> bool:
-    """Return what it says, and False where the database cannot be read: one manager is following another."""
+    """Return the result of `check`, or False if the database cannot be read because a manager is being restarted."""
     with suppress(sqlite3.OperationalError):
         return check()
     return False
@@ -376,11 +379,11 @@ def _host(fields: dict[str, Any]) -> Host:
 
 
 def keep_port() -> socket.socket:
-    """A port that only who says SO_REUSEADDR, as a manager does, may listen on, also while no manager lives.
+    """Return a socket that reserves a port, on which only a process with SO_REUSEADDR, like a manager, may listen.
 
-    Left free between two managers, it would be given to another stage, whose manager then answers for this one.
+    Without it, the kernel could give the port to another run between two managers, whose manager would then answer.
     """
     kept = socket.socket()
     kept.bind((LOOPBACK, 0))
-    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after the bind: no other bind to port 0 gets it
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # set after the bind, so no bind to port 0 gets the port
     return kept
