@@ -141,9 +141,9 @@ def _answers(folder: Path) -> bool:
 def _wrong(folder: Path) -> list[str]:
     found = []
     for query in (SUM, BY_INDEX):
-        told = _run("psql", *_at(folder), "--quiet", "--tuples-only", "--no-align", "-c", query).strip()
-        if told != RIGHT:
-            found.append(f"PostgreSQL: {told}, not {TOTAL}")
+        result = _run("psql", *_at(folder), "--quiet", "--tuples-only", "--no-align", "-c", query).strip()
+        if result != RIGHT:
+            found.append(f"PostgreSQL: {result}, not {TOTAL}")
     return found
 
 

@@ -67,11 +67,11 @@ class Session:
     def __init__(self, renter: Renter, rental: Rental, host: str, postgres: bool, read_at: float) -> None:
         self.of = (rental.epoch, rental.worker_id)
         words = f"'{rental.id} {host} {rental.epoch}'"
-        besides = [f"python3 {BANK} start bank {FOUND} {words}", f"flock -n tree.lock sh -c '{MAKE_TREE}'"]
-        besides += [f"python3 {POSTGRES} start postgres {FOUND} {words}"] if postgres else []
+        background = [f"python3 {BANK} start bank {FOUND} {words}", f"flock -n tree.lock sh -c '{MAKE_TREE}'"]
+        background += [f"python3 {POSTGRES} start postgres {FOUND} {words}"] if postgres else []
         command = (
             f'[ -z "$(find /etc/passwd -newermt @{read_at:.3f})" ] || exit 0; '
-            f"( {'; '.join(besides)} ) >/dev/null 2>&1 </dev/null & "
+            f"( {'; '.join(background)} ) >/dev/null 2>&1 </dev/null & "
             f"exec python3 {WITNESS} {rental.id} {rental.epoch} {host} {JOURNAL}"
         )
         self._ssh = subprocess.Popen(
@@ -210,6 +210,6 @@ def read_faults(renter: Renter, rental: Rental) -> tuple[str, ...]:
     for folder, program in (("bank", BANK), ("postgres", POSTGRES)):
         needed = folder == "bank"  # PostgreSQL's may not exist yet
         look = f"python3 {program} check {folder} || true"
-        told = renter.inside(rental, look if needed else f"[ ! -e {folder} ] || {look}")
-        found += json.loads(told or "[]")
+        output = renter.inside(rental, look if needed else f"[ ! -e {folder} ] || {look}")
+        found += json.loads(output or "[]")
     return (*found, *renter.inside(rental, CHECK_TREE).splitlines())

@@ -101,26 +101,26 @@ def _numbers_are_given_once(environment: CrashEnvironment) -> list[str]:
 
 
 def _each_change_is_in_its_table_and_has_its_event(environment: CrashEnvironment) -> list[str]:
-    told: dict[tuple[str, str], list[str]] = defaultdict(list)
+    recorded: dict[tuple[str, str], list[str]] = defaultdict(list)
     for event in environment.rows("SELECT * FROM events ORDER BY id"):
         kind, _, what = event["kind"].partition(".")
         if event["kind"] in RENTAL_STATES:
-            told["rental", event["rental_id"]].append(RENTAL_STATES[event["kind"]])
+            recorded["rental", event["rental_id"]].append(RENTAL_STATES[event["kind"]])
         elif kind == "placement":
-            told["placement", f"{event['rental_id']}/{event['epoch']}"].append(what)
+            recorded["placement", f"{event['rental_id']}/{event['epoch']}"].append(what)
         elif kind == "worker" and what.startswith("became_"):
-            told["worker", event["worker_id"]].append(what.removeprefix("became_"))
+            recorded["worker", event["worker_id"]].append(what.removeprefix("became_"))
     now = {("rental", row["id"]): row["state"] for row in environment.rows("SELECT id, state FROM rentals")}
     for row in environment.rows("SELECT * FROM placements"):
         now["placement", f"{row['rental_id']}/{row['epoch']}"] = row["state"]
     for row in environment.rows("SELECT id, health FROM workers"):
         now["worker", row["id"]] = row["health"]
-    return [wrong for key, state in now.items() for wrong in _story(key, told[key], state)]
+    return [wrong for key, state in now.items() for wrong in _violations_of_history(key, recorded[key], state)]
 
 
-def _story(key: tuple[str, str], told: list[str], state: str) -> list[str]:
+def _violations_of_history(key: tuple[str, str], recorded: list[str], state: str) -> list[str]:
     kind, identity = key
-    path = ["joining", *told] if kind == "worker" else told
+    path = ["joining", *recorded] if kind == "worker" else recorded
     steps = pairwise(path)
     wrong = [f"{kind} {identity} went from {a} to {b}" for a, b in steps if b not in TABLES[kind][a].exits]
     if not path or path[-1] != state:

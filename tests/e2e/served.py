@@ -12,7 +12,7 @@ PAGE = b"""<!doctype html><title>loading</title><link rel="stylesheet" href="sty
 <img src="image.svg"><script src="script.js"></script>"""
 SCRIPT = b"""
 const attempt = async (what) => { try { return String(await what()); } catch (error) { return error.name; } };
-const told = (address) => new Promise((resolve) => {
+const opened = (address) => new Promise((resolve) => {
   const socket = new WebSocket(address);
   socket.onopen = () => socket.send("echoed");
   socket.onmessage = ({ data }) => { resolve(data); socket.onclose = () => { document.title = "cut"; }; };
@@ -23,7 +23,7 @@ window.found = async () => JSON.stringify({
   origin: self.origin,
   data: await attempt(async () => (await fetch("data.json")).text()),
   posted: await attempt(async () => (await fetch("data.json", { method: "PUT", headers: { "X-Own": "1" } })).text()),
-  socket: await told(here.replace("http", "ws") + "socket"),
+  socket: await opened(here.replace("http", "ws") + "socket"),
   coloured: getComputedStyle(document.body).color,
   image: document.images[0].naturalWidth,
   cookie: await attempt(() => document.cookie),
@@ -31,7 +31,7 @@ window.found = async () => JSON.stringify({
 });
 window.tries = async (address) => JSON.stringify({
   fetched: await attempt(async () => (await fetch(address, { credentials: "include" })).text()),
-  socket: await told(address.replace("http", "ws") + "socket"),
+  socket: await opened(address.replace("http", "ws") + "socket"),
   script: await new Promise((resolve) => {
     const one = document.createElement("script");
     [one.src, one.onload, one.onerror] = [address + "script.js", () => resolve("ran"), () => resolve("refused")];

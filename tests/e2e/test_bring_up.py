@@ -59,7 +59,7 @@ def closed_host(stack: Stack) -> Iterator[None]:
     rules = run("as_root iptables -S")
     try:
         assert run("add_host_rules") == ""
-        assert run("as_root iptables -S") == rules, "what is there is not set again"
+        assert run("as_root iptables -S") == rules, "existing rules are not added again"
         yield
     finally:
         run("remove_host_rules")
@@ -83,7 +83,7 @@ def test_the_machines_own_filter_closes_it_to_the_platforms_network_and_nothing_
             assert names.returncode == 0
             through = stack.exec(worker.id, "curl", "-sS", "--noproxy", "*", "http://manager_proxy/healthz")
             assert json.loads(through.stdout) == {"status": "ok"}
-        assert reaches(ours), "the filter is as it was"
+        assert reaches(ours), "the filter is restored"
 
 
 def test_the_manager_hangs_up_on_a_worker_that_goes_around_the_door(stack: Stack) -> None:

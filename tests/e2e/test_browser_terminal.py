@@ -94,7 +94,7 @@ def test_a_shell_in_a_browser_with_sizes_colours_letters_and_vim(
     assert colour != page.locator(".xterm-rows").evaluate("one => getComputedStyle(one).color")
 
     screen.types("clear; echo si''ze=$(stty size).\n")
-    sizes = re.compile(r"size=\d+\s\d+\.")  # whole: it may come in two parts
+    sizes = re.compile(r"size=\d+\s\d+\.")  # the output may arrive in two parts
     expect(page.locator(".xterm-rows")).to_contain_text(sizes, timeout=WITHIN_MS)
     before = screen.text().split("size=")[-1].split(".")[0].split()
     assert all(number.isdigit() for number in before), before
@@ -108,7 +108,7 @@ def test_a_shell_in_a_browser_with_sizes_colours_letters_and_vim(
     screen.shows("line two")
     page.keyboard.press("Escape")
     screen.types(":wq\n")
-    screen.shows(f"{rental.name}:~$")  # the prompt: what is typed before that, vi throws away
+    screen.shows(f"{rental.name}:~$")  # vi discards what is typed before the prompt
     screen.types("clear; echo lin''es $(wc -l < written)\n")
     screen.shows("lines 2")
     assert renter.inside(rental, "cat written") == "in a browser\nline two"
@@ -204,7 +204,7 @@ def test_a_page_reconnects_by_itself_when_its_worker_dies(
     screen.types("echo kept > kept; echo writ''ten\n")
     screen.shows("written")
     written_at = datetime.now(UTC)
-    eventually("it is copied", lambda: (orion.rental(rental.id).last_safe_copy_at or written_at) > written_at, 60)
+    eventually("a snapshot is made", lambda: (orion.rental(rental.id).last_safe_copy_at or written_at) > written_at, 60)
     stack.await_no_brake()
     screen.types("vi other\n")
     screen.shows('"other"')

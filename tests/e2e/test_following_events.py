@@ -22,11 +22,11 @@ FOLLOWED_S = 60.0
 
 
 def test_a_rentals_events_tell_its_whole_life_in_order(stack: Stack, orion: Orion, rent: Rent) -> None:
-    rental = rent("told")
+    rental = rent("described")
     orion.release(rental.id, wait_s=30)
-    told = list(orion.events(rental_id=rental.id, limit=2))
+    found = list(orion.events(rental_id=rental.id, limit=2))
     # A snapshot may have been made meanwhile.
-    assert [event.kind for event in told if event.kind != "rental.copied"] == [
+    assert [event.kind for event in found if event.kind != "rental.copied"] == [
         "rental.queued",
         "rental.placed",
         "placement.reserved",
@@ -39,9 +39,9 @@ def test_a_rentals_events_tell_its_whole_life_in_order(stack: Stack, orion: Orio
         "placement.purged",
         "rental.released",
     ]
-    assert [event.id for event in told] == sorted({event.id for event in told})
-    assert all(event.actor and event.reason and event.owner == "admin" for event in told)
-    assert list(orion.events(rental_id=rental.id, after=told[-1].id)) == []
+    assert [event.id for event in found] == sorted({event.id for event in found})
+    assert all(event.actor and event.reason and event.owner == "admin" for event in found)
+    assert list(orion.events(rental_id=rental.id, after=found[-1].id)) == []
 
 
 @pytest.fixture

@@ -50,9 +50,9 @@ def test_nothing_moves_because_the_platform_itself_was_away(
     rental, mark = rent(), stack.mark()
     renter.inside(rental, "echo precious > kept")
     bring_back = take_away(stack)
-    time.sleep(away_s)  # longer than a takeover: that is the claim
+    time.sleep(away_s)  # longer than a takeover takes
     bring_back()
-    eventually("the door answers", lambda: _door_answers(stack), WHOLE_WITHIN_S)
+    eventually("the platform answers", lambda: _platform_answers(stack), WHOLE_WITHIN_S)
     # When the brake is off and all workers have sent heartbeats, the outage cannot cause a takeover any more.
     stack.await_no_brake()
     with stack.connect() as orion:
@@ -68,7 +68,7 @@ def test_nothing_moves_because_the_platform_itself_was_away(
     assert renter.inside(after, "cat kept") == "precious"
 
 
-def _door_answers(stack: Stack) -> bool:
+def _platform_answers(stack: Stack) -> bool:
     with stack.connect() as orion:
         orion.healthz()
     return True
@@ -79,7 +79,7 @@ def test_all_that_was_stopped_together_is_found_as_it_was(stack: Stack, rent: Re
     renter.inside(rental, "echo precious > kept")
     stack.compose("stop")
     stack.compose("start")
-    eventually("the door answers", lambda: _door_answers(stack), WHOLE_WITHIN_S)
+    eventually("the platform answers", lambda: _platform_answers(stack), WHOLE_WITHIN_S)
     eventually("the renter can log in again", lambda: renter.can_log_in(rental), WHOLE_WITHIN_S)
     assert renter.inside(rental, "cat kept") == "precious"
     stack.await_no_brake()
@@ -117,7 +117,7 @@ def test_a_manager_killed_in_the_middle_of_a_rent_neither_loses_nor_doubles_it(s
     asking.join(timeout=60)
     assert not asking.is_alive()
     stack.docker("start", manager)
-    eventually("the door answers", lambda: _door_answers(stack), WHOLE_WITHIN_S)
+    eventually("the platform answers", lambda: _platform_answers(stack), WHOLE_WITHIN_S)
 
     with stack.connect() as orion:
         rental = orion.rent(ssh_public_key=renter.public_key, wait_s=55, **wish)  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ def rental(stack: Stack, orion: Orion, rent: Rent, renter: Renter) -> Rental:
     write = "while :; do date +%s.%N >> lines; sleep 0.2; done"
     renter.inside(rented, f"echo precious > kept; chmod 640 kept; nohup sh -c '{write}' >/dev/null 2>&1 &")
     written_at = datetime.now(UTC)
-    eventually("it is copied", lambda: (orion.rental(rented.id).last_safe_copy_at or written_at) > written_at, 60)
+    eventually("a snapshot is made", lambda: (orion.rental(rented.id).last_safe_copy_at or written_at) > written_at, 60)
     stack.await_no_brake()
     return rented
 
@@ -99,7 +99,7 @@ def test_a_copy_of_a_worker_disturbs_nobody_says_what_to_do_and_takes_its_place_
             assert done.returncode == 0, "it goes on asking"
             return stack.docker("logs", copy)
 
-        eventually("it is refused, again and again", lambda: said().count("identity_in_use") >= 3, 60)
+        eventually("the copy is refused repeatedly", lambda: said().count("identity_in_use") >= 3, 60)
         assert f"worker {rental.worker_id} still answers at" in said()
         assert "your volume is a copy of its own, remove it" in said()
         events = [one for one in stack.events(mark) if one.kind != "rental.copied"]
@@ -118,7 +118,9 @@ def test_a_copy_of_a_worker_disturbs_nobody_says_what_to_do_and_takes_its_place_
         hostname = orion.worker(rental.worker_id or "").hostname
         assert hostname == stack.docker("inspect", "--format", "{{.Config.Hostname}}", copy).strip()
         _check_moved(orion, rental, renter)
-        assert stack.exec(copy, "ls", "/home").stdout == "", "what it had of the rental was laid aside and purged"
+        assert stack.exec(copy, "ls", "/home").stdout == "", (
+            "the files of the rental were kept as a recovered snapshot and purged"
+        )
 
 
 def test_a_worker_that_was_paused_too_long_comes_back_without_its_rental(
@@ -138,7 +140,7 @@ def test_a_worker_that_was_paused_too_long_comes_back_without_its_rental(
         at = _frozen_at(stack, asleep)
         return at if at != frozen_before else None
 
-    frozen_at = eventually("it freezes as it wakes", frozen_anew, 30)
+    frozen_at = eventually("the worker freezes the rental after the unpause", frozen_anew, 30)
     assert frozen_at
     assert (frozen_at - woken_at).total_seconds() < FROZEN_WITHIN_S
     _check_return(stack, mark, rental, asleep)
@@ -178,7 +180,9 @@ def test_a_worker_whose_sshd_is_restarted_only_looks_suspect_for_a_moment(
         heard_at.add(orion.worker(str(rental.worker_id)).last_heartbeat_at)
         return len(heard_at) > 2
 
-    eventually("it is heard again and again, for longer than a proof takes", is_heard_twice_more, RETURNED_WITHIN_S)
+    eventually(
+        "the worker sends heartbeats for longer than a proof of death takes", is_heard_twice_more, RETURNED_WITHIN_S
+    )
     happened = stack.events(mark)
     verdicts = [kind for kind in _kinds(happened, worker_id=str(rental.worker_id)) if kind.startswith("worker.")]
     assert verdicts[:2] == ["worker.became_suspect", "worker.became_ready"], story(happened)
@@ -241,7 +245,7 @@ def _await_copy(orion: Orion, rental: Rental) -> None:
         began_at = orion.rental(rental.id).last_safe_copy_at
         return began_at is not None and began_at.timestamp() >= now
 
-    eventually("its home is copied as it is now", is_copied, 60)
+    eventually("a snapshot of the present home is made", is_copied, 60)
 
 
 def _check_takeover(stack: Stack, mark: int, rental: Rental, reason: str) -> None:

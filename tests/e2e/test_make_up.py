@@ -81,7 +81,7 @@ def test_other_settings_and_a_restart_of_the_machine_cost_a_rental_nothing(
 
     same = _workers(stack)
     assert "Migrated" not in rolled(stack, ORION_SLOTS="1")
-    assert _workers(stack) == same, "what is as it should be is left alone"
+    assert _workers(stack) == same, "unchanged workers are kept"
 
 
 def _workers(stack: Stack) -> list[str]:

@@ -39,16 +39,16 @@ def counting(renter: Renter, rental: Rental) -> Iterator[subprocess.Popen[str]]:
             at_work.kill()
 
 
-def told(at_work: subprocess.Popen[str]) -> int:
+def last_number(at_work: subprocess.Popen[str]) -> int:
     """Return the last number that was printed, after the session has ended."""
     said, _ = at_work.communicate(timeout=60)
     return max((int(line) for line in said.split("\n")[:-1]), default=1)
 
 
-def check_nothing_is_missing(renter: Renter, moved: Rental, last_told: int) -> None:
+def check_nothing_is_missing(renter: Renter, moved: Rental, last_printed: int) -> None:
     lines = [int(line) for line in renter.inside(moved, "cat lines").split()]
     assert lines == list(range(1, len(lines) + 1))
-    assert len(lines) >= last_told
+    assert len(lines) >= last_printed
 
 
 def kinds(events: list[Event], rental: Rental) -> list[str]:
@@ -63,19 +63,19 @@ def test_a_rental_of_100_mb_is_moved_while_its_renter_works(
     with counting(renter, rental) as at_work:
         mark = stack.mark()
         said = renter.orion("migrate", "mover")
-        last_told = told(at_work)
+        last_printed = last_number(at_work)
     moved = orion.rental(rental.id)
     assert said.stdout == f"mover is on worker {moved.worker_id} now.\n"
     assert (moved.state, moved.epoch) == (RentalState.ACTIVE, rental.epoch + 1)
     assert moved.worker_id != rental.worker_id
-    check_nothing_is_missing(renter, moved, last_told)
+    check_nothing_is_missing(renter, moved, last_printed)
     check_all_is_there(renter, moved, tree)
     assert renter.inside(moved, "sha256sum bulk; ls many | wc -l") == f"{bulk}\n500"
     events = stack.events(mark)
     held, active = (next(e for e in events if e.kind == kind) for kind in ("rental.held", "rental.activated"))
     figures["planned migration of 100 MB: quiesce to active"] = f"{(active.at - held.at).total_seconds():.2f} s"
     assert "placement.lost" not in kinds(events, rental), story(events)
-    eventually("nothing is left where it was", lambda: "placement.purged" in kinds(stack.events(mark), rental), 60)
+    eventually("the source is purged", lambda: "placement.purged" in kinds(stack.events(mark), rental), 60)
 
 
 @pytest.mark.usefixtures("all_slots")
@@ -92,16 +92,18 @@ def test_a_drain_migrates_what_it_can_explains_what_it_waits_for_and_ends(
         renter.orion("drain", drained, "--no-wait")
         waits = "1 rental is to be moved away, and no worker can take one: of 3 workers, 1 draining, 2 full"
         # On a busy machine another worker's heartbeat may be late, which the explanation mentions as well.
-        eventually("it says what it waits for", lambda: orion.worker(drained).explanation == waits, 60)
+        eventually("the drain explains what it waits for", lambda: orion.worker(drained).explanation == waits, 60)
         orion.release(other.id)
         said = renter.orion("drain", drained)
-        last_told = told(at_work)
+        last_printed = last_number(at_work)
     assert said.stdout == f"{drained} is drained.\n"
     moved = orion.rental(stays.id)
     assert (moved.state, moved.worker_id) == (RentalState.ACTIVE, other.worker_id)
-    check_nothing_is_missing(renter, moved, last_told)
+    check_nothing_is_missing(renter, moved, last_printed)
     waiting = orion.rent(ssh_public_key=renter.public_key, wait_s=0)
-    eventually("it says that one is drained", lambda: "1 draining" in orion.rental(waiting.id).explanation, 60)
+    eventually(
+        "the explanation has the drained worker", lambda: "1 draining" in orion.rental(waiting.id).explanation, 60
+    )
     renter.orion("resume", drained)
     active = orion.rental(waiting.id, state=RentalState.ACTIVE, wait_s=50)
     assert (active.state, active.worker_id) == (RentalState.ACTIVE, drained)
@@ -116,11 +118,11 @@ def test_rentals_are_parked_when_the_platform_stops_and_continue_on_new_workers(
         mark, began = stack.mark(), time.monotonic()
         stack.compose("down", timeout_s=180)
         figures["docker compose down, two rentals at work"] = f"{time.monotonic() - began:.1f} s"
-        last_told = [told(first), told(second)]
+        last_printed = [last_number(first), last_number(second)]
     stack.scale(WORKERS)
-    eventually("the door answers", orion.status, WHOLE_WITHIN_S)
-    for rental, last in zip(rentals, last_told, strict=True):
-        stack.await_active(mark, rental, rental.epoch + 2)  # being parked has a number of its own
+    eventually("the platform answers", orion.status, WHOLE_WITHIN_S)
+    for rental, last in zip(rentals, last_printed, strict=True):
+        stack.await_active(mark, rental, rental.epoch + 2)  # parking uses an epoch of its own
         check_nothing_is_missing(renter, orion.rental(rental.id), last)
     check_all_is_there(renter, orion.rental(rentals[0].id), tree)
     assert "placement.lost" not in [event.kind for event in stack.events(mark)], story(stack.events(mark))

@@ -23,7 +23,11 @@ def test_a_full_pool_queues_a_rent_with_an_explanation_and_continues_by_itself(
     assert reply.status_code == 202
     queued = orion.rental(Rental.model_validate_json(reply.content).id, state=RentalState.ACTIVE, wait_s=3)
     assert queued.state is RentalState.QUEUED
-    eventually("it says that all are full", lambda: "of 3 workers, 3 full" in orion.rental(queued.id).explanation, 60)
+    eventually(
+        "the explanation says that all workers are full",
+        lambda: "of 3 workers, 3 full" in orion.rental(queued.id).explanation,
+        60,
+    )
     assert "by itself" in orion.rental(queued.id).explanation
 
     mark = stack.mark()
@@ -51,4 +55,4 @@ def test_a_removed_worker_that_still_runs_comes_back_as_a_new_one(stack: Stack, 
         (again,) = [one for one in orion.workers() if one.hostname == old.hostname] or [None]
         return again is not None and again.id != old.id and again.health is WorkerHealth.READY
 
-    eventually("it is ready under a new id", returned, 60)
+    eventually("the worker is ready under a new id", returned, 60)

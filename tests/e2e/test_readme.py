@@ -74,14 +74,14 @@ class ReadmeReader:
             try:
                 printed, complaints = shell.communicate(timeout=WITHIN_S)
             finally:
-                with suppress(ProcessLookupError):  # what follows goes on, although nobody reads it any more
+                with suppress(ProcessLookupError):  # a command such as logs -f would not end by itself
                     os.killpg(shell.pid, signal.SIGKILL)
         assert shell.returncode == 0, f"{script}\nended with {shell.returncode}:\n{printed}\n{complaints}"
         return printed.splitlines()
 
     def _here(self, command: str, filled_in: Mapping[str, str]) -> str:
         if command == "make up":
-            return ":"  # it is
+            return ":"  # the platform runs already
         for there, here in {
             "http://localhost:8080": self._stack.url,
             "https://localhost:8443": f"https://localhost:{self._stack.https_port}",
@@ -165,7 +165,7 @@ def test_a_connection_past_the_proxy_is_refused_as_the_readme_says(reader: Readm
 
 
 def test_the_log_in_by_https_of_the_readme(stack: Stack, home: Path, reader: ReadmeReader) -> None:
-    (home / ".config").unlink()  # another's login stays as it is
+    (home / ".config").unlink()  # the login of another test must not be changed
     printed = reader.types("--ca-file")
     account = json.loads((home / ".config/orion/config.json").read_text())
     assert account["url"] == f"https://localhost:{stack.https_port}"

@@ -198,11 +198,11 @@ def test_a_session_has_two_events_with_user_address_duration_and_bytes(
     def closed() -> list[dict[str, object]]:
         return [e.details for e in orion.events(rental_id=lab.id) if e.kind == "rental.session_closed"]
 
-    eventually("the end of the session is written down", closed, 60)
-    [told] = closed()
-    assert int(str(told["bytes_to_client"])) > 100_000
-    assert 0 < float(str(told["seconds"])) < 60
-    assert re.fullmatch(r"[0-9.]+", str(told["from"]))
+    eventually("the event of the session's end exists", closed, 60)
+    [session] = closed()
+    assert int(str(session["bytes_to_client"])) > 100_000
+    assert 0 < float(str(session["seconds"])) < 60
+    assert re.fullmatch(r"[0-9.]+", str(session["from"]))
 
 
 def test_a_shell_and_plain_ssh_reconnect_when_their_worker_dies(
@@ -215,7 +215,7 @@ def test_a_shell_and_plain_ssh_reconnect_when_their_worker_dies(
         at = orion.rental(lab.id).last_safe_copy_at
         return at is not None and at > written
 
-    eventually("what was written is copied", is_copied, 60)
+    eventually("a snapshot has the file", is_copied, 60)
     stack.await_no_brake()
     with at_a_terminal([*COMMAND, "ssh", "lab"], renter.environment) as shell:
         shell.shows("$ ", 30)
@@ -231,11 +231,11 @@ def test_a_shell_and_plain_ssh_reconnect_when_their_worker_dies(
         assert shell.ends(30) == 5
     stack.await_active(mark, lab, lab.epoch + 1)
     again = renter.run(["ssh", "-F", config, "lab.orion", "cat kept"])
-    assert (again.stdout, again.stderr) == ("precious\n", ""), "the same command, without a word"
+    assert (again.stdout, again.stderr) == ("precious\n", ""), "the same command, without a message"
 
 
 def test_plain_ssh_waits_for_a_rental_that_is_migrating(stack: Stack, lab: Rental, config: str, renter: Renter) -> None:
-    stack.await_kind(0, "rental.copied", 60, rental_id=lab.id)  # one that was never copied waits for its worker
+    stack.await_kind(0, "rental.copied", 60, rental_id=lab.id)  # a rental without a snapshot would wait for its worker
     stack.await_no_brake()
     machine = renter.run(["ssh", "-F", config, "lab.orion", "hostname"]).stdout
     stack.docker("kill", stack.container_of(lab.worker_id).id)

@@ -44,7 +44,7 @@ def who(url: str, **headers: str) -> str:
     """Return the hostname of the worker that answers at the address, or an empty string if none answers."""
     try:
         reply = httpx.get(f"{url}who", headers=headers, timeout=WITHIN_S / 3, trust_env=False)
-    except httpx.TimeoutException:  # as a rental on the move may
+    except httpx.TimeoutException:  # a migrating rental may answer late
         return ""
     return reply.text if reply.status_code == 200 else ""
 
@@ -70,7 +70,7 @@ def test_what_is_served_works_in_a_browser_follows_a_move_and_learns_nothing(
     path = f"{stack.url}/r/{rental.id}/{PORT}/"
     token = {"Authorization": f"Bearer {renter.token}"}
     assert httpx.get(path, timeout=WITHIN_S, trust_env=False).json()["code"] == "private"
-    before = eventually("it is served", lambda: who(path, **token), WITHIN_S)
+    before = eventually("the page is served", lambda: who(path, **token), WITHIN_S)
 
     # On the platform's own address the page is in a sandbox, where everything works that needs no origin.
     page = context.new_page()
@@ -87,7 +87,7 @@ def test_what_is_served_works_in_a_browser_follows_a_move_and_learns_nothing(
 
     # On its own host name the page has an origin of its own. Two keys that are made in one second are equal.
     made_at = int(time.time())
-    eventually("the second is over", lambda: int(time.time()) > made_at, WITHIN_S)
+    eventually("the next second has begun", lambda: int(time.time()) > made_at, WITHIN_S)
     own = context.new_page()
     loads(own, renter.orion("open", rental.name, PORT).stdout.strip())
     host = f"{PORT}-{rental.id}.localhost:{stack.http_port}"
@@ -105,7 +105,7 @@ def test_what_is_served_works_in_a_browser_follows_a_move_and_learns_nothing(
     assert who(path) == before
     renter.orion("migrate", rental.name)
     expect(own).to_have_title("cut", timeout=WITHIN_S * 1000)
-    after = eventually("it is served there", lambda: who(path), MOVED_WITHIN_S)
+    after = eventually("the target serves the page", lambda: who(path), MOVED_WITHIN_S)
     assert after != before
     loads(own, f"http://{host}/")
     loads(page, page.url)
@@ -130,7 +130,7 @@ def test_a_page_of_one_rental_gets_nothing_of_another_that_the_same_browser_may_
     for rental in (mine, hostile):
         path = f"{stack.url}/r/{rental.id}/{PORT}/"
         token = {"Authorization": f"Bearer {renter.token}"}
-        eventually("it is served", lambda path=path, token=token: who(path, **token), WITHIN_S)
+        eventually("the page is served", lambda path=path, token=token: who(path, **token), WITHIN_S)
     page = context.new_page()
     addresses = {}
     for way in ((), ("--path",)):

@@ -251,19 +251,19 @@ def _line(path: bytes, first_names: dict[tuple[int, int], bytes]) -> str:
     status = os.lstat(path)
     kind = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link", stat.S_IFIFO: "fifo"}
     kind |= {stat.S_IFSOCK: "socket", stat.S_IFBLK: "block", stat.S_IFCHR: "character"}
-    told = [repr(path)[1:], kind[stat.S_IFMT(status.st_mode)], f"{stat.S_IMODE(status.st_mode):04o}"]
-    told += [f"{status.st_uid}:{status.st_gid}", f"at {status.st_mtime_ns}"]
+    parts = [repr(path)[1:], kind[stat.S_IFMT(status.st_mode)], f"{stat.S_IMODE(status.st_mode):04o}"]
+    parts += [f"{status.st_uid}:{status.st_gid}", f"at {status.st_mtime_ns}"]
     if stat.S_ISREG(status.st_mode):
         with _readable(path), open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         has_holes = status.st_blocks * 512 < status.st_size - 65_536
-        told += [f"{status.st_size} bytes", content[:32], *(["with holes"] if has_holes else [])]
+        parts += [f"{status.st_size} bytes", content[:32], *(["with holes"] if has_holes else [])]
     elif stat.S_ISLNK(status.st_mode):
-        told += [f"to {os.readlink(path)!r}"]
+        parts += [f"to {os.readlink(path)!r}"]
     if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
         first = first_names.setdefault((status.st_dev, status.st_ino), path)
-        told += [f"{status.st_nlink} links", f"as {first!r}"]
-    return " ".join([*told, *_attributes_of(path)])
+        parts += [f"{status.st_nlink} links", f"as {first!r}"]
+    return " ".join([*parts, *_attributes_of(path)])
 
 
 def _attributes_of(path: bytes) -> Iterator[str]:

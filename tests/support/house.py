@@ -100,11 +100,11 @@ class Agent:
         }
         reply = await self._post("/api/register", body, self.token or self.house.secrets.join_token)
         if reply.status_code == 201:
-            told = reply.json()
-            self.token, self.worker_id, self.session = told["worker_token"], told["worker_id"], told["session_id"]
+            answer = reply.json()
+            self.token, self.worker_id, self.session = answer["worker_token"], answer["worker_id"], answer["session_id"]
             self.node.host = replace(self.node.host, worker_id=self.worker_id)
-            self.seq, self.last_beat, self.last_reply = 0, self.house.clock.now, told
-            self._obey(told["placements"])
+            self.seq, self.last_beat, self.last_reply = 0, self.house.clock.now, answer
+            self._obey(answer["placements"])
         return reply
 
     async def beat(self, **change: Any) -> httpx.Response:

@@ -52,9 +52,9 @@ class Client:
         start, body = await self.hears(), await self.hears()
         assert start["type"] == "websocket.http.response.start", start
         assert (b"content-type", b"application/problem+json") in start["headers"]
-        told: dict[str, Any] = json.loads(body["body"])
-        assert told["status"] == start["status"]
-        return told
+        problem: dict[str, Any] = json.loads(body["body"])
+        assert problem["status"] == start["status"]
+        return problem
 
     async def leave(self) -> None:
         self.said.put_nowait({"type": "websocket.disconnect", "code": 1000})

@@ -73,7 +73,7 @@ def test_only_incompatible_workers_with_rentals_are_named_with_a_solution() -> N
     assert incompatible_workers([APP, PROXY, *old], lambda _: True, "make up") == ""
 
 
-def test_fewer_slots_than_rentals_are_announced() -> None:
+def test_fewer_slots_than_rentals_are_said_before() -> None:
     """A plain `make up` after ORION_SLOTS=4: seven rentals on two workers, three slots afterwards."""
     old = [worker(number, outdated=True) for number in (1, 2, 3)]
     busy = pool((old[0], ["a", "b", "c", "d"]), (old[1], ["e", "f", "g"]), (old[2], []), slots=4)
