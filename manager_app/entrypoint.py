@@ -215,7 +215,7 @@ def helpers(directories: Directories) -> tuple[Helper, ...]:
     engine_paths = ("--socket", str(directories.run / "engine.sock"), "--directory", str(directories.run / "engine"))
     engine = (sys.executable, "-m", "orion.manager.ansible.server", *engine_paths)
     snapshot_paths = ("--copies", str(directories.data / "copies"), "--run", str(directories.snapshot_service))
-    snapshots = (sys.executable, "-m", "orion.manager.snapshots", *snapshot_paths)
+    snapshots = (sys.executable, "-m", "orion.manager.snapshots.server", *snapshot_paths)
     return (
         Helper(
             "engine",

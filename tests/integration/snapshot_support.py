@@ -61,7 +61,7 @@ def snapshot_service(folder: Path, key: Key) -> Iterator[RealSnapshotService]:
         "run", "--detach", "--name", name, "--network", "host", "--read-only", "--init", "--cap-drop", "ALL",
         *(f"--cap-add={capability}" for capability in CAPABILITIES), "--security-opt", "no-new-privileges:true",
         "--volume", f"{place}/copies:/var/lib/orion/copies", "--volume", f"{place}/run:/run/orion-vault",
-        "--entrypoint", "/opt/orion/venv/bin/python", build(), "-m", "orion.manager.snapshots",
+        "--entrypoint", "/opt/orion/venv/bin/python", build(), "-m", "orion.manager.snapshots.server",
     )  # fmt: skip
     try:
         wait_until(lambda: takes_connections(place / "run" / SOCKET), "the vault listens")

@@ -1,4 +1,4 @@
-"""The vault: keeps copies of rentals' homes, and puts them back. `python -m orion.manager.snapshots`, as root.
+"""The vault: keeps copies of rentals' homes, and puts them back. `python -m orion.manager.snapshots.server`, as root.
 
 It has what it needs to act under a rental's uid (CAP_SETUID, SETGID, CHOWN, KILL), and no right to read what is
 another's. It listens on a Unix socket for the manager and forks one process for each request, which ends at its
