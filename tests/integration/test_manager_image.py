@@ -47,7 +47,7 @@ class Container:
         return self.run("python", "-c", script, user=MANAGER, check=False).strip() == "yes"
 
     def engine_pids(self) -> set[str]:
-        listing = self.run("sh", "-c", "grep -lz 'engine[.]server' /proc/[0-9]*/cmdline 2>/dev/null; true")
+        listing = self.run("sh", "-c", "grep -lz 'ansible[.]server' /proc/[0-9]*/cmdline 2>/dev/null; true")
         return {path.split("/")[2] for path in listing.split()}
 
 
