@@ -228,10 +228,10 @@ async def test_what_was_heard_is_written_once_a_second_whatever_brings_the_round
 ) -> None:
     written: list[list[str]] = []
 
-    async def heard(notes: Any) -> None:
+    async def record_heartbeats(notes: Any) -> None:
         written.append([worker_id for worker_id, _, _ in notes])
 
-    monkeypatch.setattr(house.manager.state_store, "heard", heard)
+    monkeypatch.setattr(house.manager.state_store, "record_heartbeats", record_heartbeats)
     for _ in range(4):
         for _ in range(3):
             await agent.beat()

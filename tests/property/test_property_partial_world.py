@@ -117,7 +117,7 @@ def test_a_roster_that_followed_each_step_is_one_that_was_filled_now(seed: int) 
         placed = {p.worker_id for world in (before, state_store.world) for p in world.placements.values()}
         workers = {*before.workers, *state_store.world.workers, *placed}
         rentals = {*before.rentals, *state_store.world.rentals}
-        state_store.tell(random.sample(sorted(workers), len(workers)), random.sample(sorted(rentals), len(rentals)))
+        state_store.publish(random.sample(sorted(workers), len(workers)), random.sample(sorted(rentals), len(rentals)))
         anew = PoolIndex()
         _now(MemoryStateStore(platform.world).follow(lambda changes, anew=anew: anew.apply(changes, 0.0)))
         assert not what_differs(anew, followed)

@@ -43,7 +43,7 @@ class Front:
             self._ledger.events.append(
                 Event(kind="rental.queued", actor=owner, reason="asked for", owner=owner, rental_id=identity, epoch=0)
             )
-            self._ledger.tell(rental_ids=[identity])
+            self._ledger.publish(rental_ids=[identity])
         return identity
 
     async def renew(self, rental_id: str, ttl_s: int) -> bool:
@@ -66,7 +66,7 @@ class Front:
         if not already or (resumed and (worker.fault or worker.health is Health.QUARANTINED)):
             cleared = {"fault": "", "verified_session": None} if resumed else {}
             self._ledger.world.workers[worker_id] = replace(worker, intent=to, **cleared)
-            self._ledger.tell([worker_id])
+            self._ledger.publish([worker_id])
             kind = "worker.resumed" if resumed else "worker.drain_started"
             self._ledger.events.append(Event(kind=kind, actor="operator", reason="asked for", worker_id=worker_id))
         if resumed:
@@ -83,6 +83,6 @@ class Front:
         self._ledger.events.append(
             Event(kind="worker.removed", actor="operator", reason="asked for", worker_id=worker_id)
         )
-        self._ledger.tell([worker_id])
+        self._ledger.publish([worker_id])
         self._leases.end(worker_id)
         return True

@@ -40,7 +40,7 @@ EXPIRY_ROUND_S = 10.0
 COPIES_ROUND_S = 12.0
 AWAITS_FILES_S = 120.0
 """Shorter than ORION_UNCOPIED_WAIT_S: so that both of its ends are seen in a history."""
-WRITES = frozenset({"apply", "apply_each", "finish", "register", "accept", "complain", "forget"})
+WRITES = frozenset({"apply", "apply_each", "finish", "register", "accept", "record", "forget"})
 """Being killed between a read and what is made of it is no different from being killed before the read."""
 
 

@@ -40,7 +40,7 @@ class Book:
     async def one(self, rental_id: str) -> None:
         self.begun.setdefault(rental_id, self.now)
 
-    async def over(self, *_: object) -> list[tuple[str, int]]:
+    async def removable(self, *_: object) -> list[tuple[str, int]]:
         return []
 
 
@@ -154,7 +154,7 @@ class FullBook(Book):
         rental = replace(RENTAL, id=rental_id, owner=self.owners[rental_id], last_safe_copy_at=1.0)
         return Running(rental, replace(PLACEMENT, rental_id=rental_id), WORKER)
 
-    async def complain(self, _: object) -> None:
+    async def record(self, _: object) -> None:
         pass
 
 

@@ -256,7 +256,7 @@ async def test_who_is_on_the_move_is_found_without_a_look_at_all_that_run(store:
     def plan(connection: Connection) -> str:
         asked: list[str] = []
         listen(connection, "before_cursor_execute", lambda _c, _cursor, statement, *_: asked.append(statement))
-        state.look(connection, (), ())
+        state.load_part(connection, (), ())
         [about_moves] = [statement for statement in asked if "AND standby" in statement]
         return str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {about_moves}").all())
 

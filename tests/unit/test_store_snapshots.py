@@ -113,7 +113,7 @@ async def test_a_problem_is_told_when_it_comes_and_when_it_goes(bench: Bench) ->
         rental = await bench.shown()
         step = rules.failed(rental, RUNNING, "its home holds too much")
         if step:
-            await bench.catalog.complain(step)
+            await bench.catalog.record(step)
     rental = await bench.shown()
     assert rental.copy_problem == "its home holds too much"
     assert await bench.catalog.accept(rules.accepted(rental, RUNNING, COPY), RENTAL.id, [COPY])
@@ -125,8 +125,8 @@ async def test_a_problem_is_told_when_it_comes_and_when_it_goes(bench: Bench) ->
 async def test_copies_outlive_a_release_not_at_all_and_an_expiry_by_a_day(bench: Bench) -> None:
     everybody = [RENTAL.id, MOVING.id, RELEASED.id, EXPIRED.id, "unknown"]
     ended_at = EXPIRED.expires_at or 0.0
-    assert await bench.catalog.over(everybody, ended_at) == [(RELEASED.id, RELEASED.uid)]
-    over = await bench.catalog.over(everybody, ended_at + EXPIRED_KEPT_S + 1)
+    assert await bench.catalog.removable(everybody, ended_at) == [(RELEASED.id, RELEASED.uid)]
+    over = await bench.catalog.removable(everybody, ended_at + EXPIRED_KEPT_S + 1)
     assert sorted(over) == [(RELEASED.id, RELEASED.uid), (EXPIRED.id, EXPIRED.uid)]
 
 
@@ -134,9 +134,9 @@ async def test_what_has_expired_makes_room_for_its_owner_at_once_but_by_a_clock_
     everybody = [RENTAL.id, RELEASED.id, EXPIRED.id]
     ended_at = EXPIRED.expires_at or 0.0
     released, expired = (RELEASED.id, RELEASED.uid), (EXPIRED.id, EXPIRED.uid)
-    assert sorted(await bench.catalog.over(everybody, ended_at + 1, [EXPIRED.owner])) == [released, expired]
-    assert await bench.catalog.over(everybody, ended_at + 1, ["somebody else"]) == [released]
-    assert await bench.catalog.over(everybody, float("-inf"), [EXPIRED.owner]) == [released]
+    assert sorted(await bench.catalog.removable(everybody, ended_at + 1, [EXPIRED.owner])) == [released, expired]
+    assert await bench.catalog.removable(everybody, ended_at + 1, ["somebody else"]) == [released]
+    assert await bench.catalog.removable(everybody, float("-inf"), [EXPIRED.owner]) == [released]
 
 
 async def test_what_is_forgotten_is_not_listed(bench: Bench) -> None:
@@ -148,11 +148,11 @@ async def test_what_is_forgotten_is_not_listed(bench: Bench) -> None:
 
 async def test_what_is_salvaged_is_known_with_its_placement_and_only_once(bench: Bench) -> None:
     salvage = replace(COPY, generation=SnapshotId(2, 9), salvage=True)
-    assert await bench.catalog.lost(LOST.id) == (RENTAL, LOST)
-    assert [await bench.catalog.lost(each) for each in ("p-given-up", RUNNING.id, "p-unknown")] == [None] * 3
+    assert await bench.catalog.to_recover(LOST.id) == (RENTAL, LOST)
+    assert [await bench.catalog.to_recover(each) for each in ("p-given-up", RUNNING.id, "p-unknown")] == [None] * 3
     step = rules.salvaged(RENTAL, LOST, salvage, [salvage, COPY])
     assert await bench.catalog.accept(step, RENTAL.id, [salvage, COPY])
-    assert await bench.catalog.lost(LOST.id) is None
+    assert await bench.catalog.to_recover(LOST.id) is None
     assert not await bench.catalog.accept(step, RENTAL.id, [])
     assert await bench.catalog.of(RENTAL.id) == [salvage, COPY]
     assert await bench.catalog.newest(RENTAL.id) == COPY
@@ -161,6 +161,6 @@ async def test_what_is_salvaged_is_known_with_its_placement_and_only_once(bench:
 
 async def test_what_could_not_be_salvaged_is_given_up_once(bench: Bench) -> None:
     for _ in range(2):
-        await bench.catalog.complain(rules.not_salvaged(RENTAL, LOST, "its home holds too much"))
-    assert await bench.catalog.lost(LOST.id) is None
+        await bench.catalog.record(rules.not_salvaged(RENTAL, LOST, "its home holds too much"))
+    assert await bench.catalog.to_recover(LOST.id) is None
     assert await bench.kinds() == ["rental.salvage_failed"]

@@ -135,16 +135,16 @@ async def test_due_are_the_living_whose_time_is_over(bench: Bench) -> None:
 
 async def test_a_time_that_is_not_counted_is_counted_once_the_clock_is_believed(bench: Bench) -> None:
     doubted = WallClock(offset_s=0.0).observe(86_400.0, 0.0)
-    assert await bench.state_store.uncounted() == []
+    assert await bench.state_store.without_expiry() == []
     assert await bench.state_store.apply([renew(RENTAL, 60, "alice", None)])
     assert await bench.state_store.due(1e12) == []
-    (uncounted,) = await bench.state_store.uncounted()
-    assert (uncounted.id, uncounted.ttl_s, uncounted.expires_at) == (RENTAL.id, 60, None)
-    assert count([uncounted], 7000.0, doubted) == []
-    counted = count([uncounted], 7000.0, WallClock(offset_s=0.0))
+    (without_expiry,) = await bench.state_store.without_expiry()
+    assert (without_expiry.id, without_expiry.ttl_s, without_expiry.expires_at) == (RENTAL.id, 60, None)
+    assert count([without_expiry], 7000.0, doubted) == []
+    counted = count([without_expiry], 7000.0, WallClock(offset_s=0.0))
     assert await bench.state_store.apply(counted)
     assert not await bench.state_store.apply(counted), "it was counted meanwhile"
-    assert await bench.state_store.uncounted() == []
+    assert await bench.state_store.without_expiry() == []
     assert [rental.expires_at for rental in await bench.state_store.due(7060.0)] == [7060.0]
 
 
@@ -255,7 +255,7 @@ async def test_a_failure_is_explained_to_who_waits_for_it(bench: Bench) -> None:
 
 async def test_that_workers_were_heard_changes_nothing_that_is_decided_by(bench: Bench) -> None:
     before = await bench.state_store.load()
-    await bench.state_store.heard([(WORKER.id, 9000.0, {"cpu": 1.0})])
+    await bench.state_store.record_heartbeats([(WORKER.id, 9000.0, {"cpu": 1.0})])
     assert await bench.state_store.load() == before
 
 
@@ -329,14 +329,14 @@ async def test_a_look_shows_what_was_asked_for_whole_and_all_that_is_in_work(ben
     releasing = release(RENTAL, "released", "alice", "asked for")
     assert await bench.state_store.apply([releasing])
     everything = await bench.state_store.load()
-    seen = await bench.state_store.look({OTHER.id, "w-gone"}, {WORKER.id})
+    seen = await bench.state_store.load_part({OTHER.id, "w-gone"}, {WORKER.id})
     assert seen == replace(everything, whole=frozenset({OTHER.id, "w-gone"}), taken={WORKER.id: frozenset({0})})
 
 
 async def test_a_look_leaves_out_what_is_at_rest_elsewhere(bench: Bench) -> None:
-    seen = await bench.state_store.look((), ())
+    seen = await bench.state_store.load_part((), ())
     assert (seen.workers, seen.rentals, seen.placements) == ({}, {QUEUED.id: QUEUED}, {})
-    with_candidate = await bench.state_store.look((), {WORKER.id})
+    with_candidate = await bench.state_store.load_part((), {WORKER.id})
     assert (with_candidate.workers, with_candidate.taken) == ({WORKER.id: WORKER}, {WORKER.id: {0}})
     assert with_candidate.placements == {}, "only its slots"
 

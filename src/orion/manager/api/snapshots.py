@@ -48,7 +48,7 @@ Shared = Annotated[SnapshotServices, Depends(given(SnapshotServices))]
 async def list_snapshots(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wire.Snapshot]:
     """The complete copies of its files that are kept, oldest first: all of them, for they are few."""
     await shared.rentals.find(rental_id, principal)
-    found = await shared.store.read(snapshots.copies_of, rental_id)
+    found = await shared.store.read(snapshots.snapshots_of, rental_id)
     return wire.Page(items=[views.snapshot(copy) for copy in found])
 
 
@@ -61,7 +61,7 @@ async def restore(rental_id: str, body: wire.RestoreRequest, principal: Client, 
     """
     row = await shared.rentals.find(rental_id, principal)
     source = EMPTY if body.empty else str(body.generation)
-    known = await shared.store.read(snapshots.copies_of, rental_id)
+    known = await shared.store.read(snapshots.snapshots_of, rental_id)
     if source != EMPTY and source not in {str(copy.generation) for copy in known}:
         raise not_found("snapshot")
     if row["state"] == wire.RentalState.ACTIVE and not body.discard:

@@ -41,5 +41,5 @@ class ExpiryController:
             self._uncounted_for = 0  # they are looked for as soon as it is believed again
             return
         if self._uncounted_for == 0:
-            await self._ledger.apply_each(count(await self._ledger.uncounted(), wall, clock))
+            await self._ledger.apply_each(count(await self._ledger.without_expiry(), wall, clock))
         self._uncounted_for = (self._uncounted_for + 1) % COUNT_EVERY

@@ -133,7 +133,7 @@ class HealthController:
         notes = self._leases.take_notes(NOTES_AT_ONCE)
         if notes:
             self._noted_at = now
-            await self._ledger.heard(notes)
+            await self._ledger.record_heartbeats(notes)
 
     def _find_due(self) -> list[str]:
         """Those of them that a commit touched, or whose turn it is."""

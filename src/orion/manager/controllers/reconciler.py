@@ -195,7 +195,7 @@ class Reconciler:
 
     async def overdue_world(self, worker_ids: Collection[str]) -> tuple[World, dict[str, float]]:
         """These workers, all that is in work, and for how long each rental and placement has been as it is."""
-        world = await self._ledger.look({*worker_ids, *self._roster.dirty_workers(LOOKED_AT_ONCE)}, ())
+        world = await self._ledger.load_part({*worker_ids, *self._roster.dirty_workers(LOOKED_AT_ONCE)}, ())
         return world, self._ages(world)
 
     async def ask_to_move(self, rental_id: str, worker_id: str, actor: str) -> None:
@@ -204,7 +204,7 @@ class Reconciler:
             async with self._placing:
                 leaving = self._leases.leaving()
                 candidates = self._roster.room.best(SPARE_CANDIDATES, without={*leaving, worker_id})
-                world = await self._ledger.look({worker_id}, candidates)
+                world = await self._ledger.load_part({worker_id}, candidates)
                 here = [w for w in world.workers if world.is_whole(w) or w in world.taken]
                 world.elsewhere = self._roster.refusals(here, leaving)
                 observations = Observations(inventories={}, leaving=leaving, ages={}, new_ids=self._placement_ids)
@@ -252,7 +252,7 @@ class Reconciler:
         leaving = self._leases.leaving()
         wanted = min(self._roster.wanting(looked_at, leaving), MAX_PLACED)
         candidates = self._roster.room.best(wanted + SPARE_CANDIDATES, without=leaving) if wanted else []
-        world = await self._ledger.look(looked_at, candidates)
+        world = await self._ledger.load_part(looked_at, candidates)
         if wanted:
             here = [w for w in world.workers if world.is_whole(w) or w in world.taken]
             world.elsewhere = self._roster.refusals(here, leaving)
@@ -415,7 +415,7 @@ class Reconciler:
         """What stood still for a move that has failed goes on at once."""
         if task.source is None or not task.source.move or task.kind is TaskKind.THAW:
             return
-        thawing = thaw(await self._ledger.look({task.source.worker_id}, ()), task.source)
+        thawing = thaw(await self._ledger.load_part({task.source.worker_id}, ()), task.source)
         if thawing is not None:
             self._start(thawing)
 

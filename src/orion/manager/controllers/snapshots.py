@@ -271,7 +271,7 @@ class SnapshotController:
                 stood_s = limits.pause_s if error.code == PAUSE_IN_VAIN else 0.0
                 if pace.too_long(self._monotonic(), stood_s):
                     step = snapshots.copied_less_often(rental, placement, str(error), _rarely(pace))
-                    await self._book.complain(step)
+                    await self._book.record(step)
             if limits.pause_s >= LONGEST_PAUSE_S or error.code not in OF_THE_PAUSE:
                 await self._complain(found, error)
             return str(error)
@@ -291,13 +291,13 @@ class SnapshotController:
         if error.code in SAID_AT_ONCE or failures > (FIRST_TRIES if rental.id in self._uncopied else 1):
             step = snapshots.failed(rental, found.placement, str(error), error.code == OVER_LIMIT)
             if step:
-                await self._book.complain(step)
+                await self._book.record(step)
 
     async def _sweep(self) -> None:
         """Remove the copies of what has ended, sooner where their owner is short of room for others."""
         try:
             kept, short_of_room = await self._vault.rentals(), await self._vault.short_of_room()
-            for rental_id, uid in await self._book.over(kept, self._wall(), short_of_room):
+            for rental_id, uid in await self._book.removable(kept, self._wall(), short_of_room):
                 await self._vault.remove(rental_id, uid)
                 await self._book.forget(rental_id)
         except SnapshotError as error:

@@ -105,7 +105,7 @@ class Migrator:
 
     async def _copy(self, source: Job) -> Snapshot:
         """Complete, and accepted: so that it is the one that counts, whatever happens next."""
-        found = await self._book.moving(source.rental_id)
+        found = await self._book.migrating(source.rental_id)
         if found is None:
             raise SnapshotError("superseded", "it was ended or moved meanwhile")
         copied = await self._vault.copy(_home(source), self._limits, COPY_DEADLINE_S, moving=True)

@@ -50,7 +50,7 @@ class Recoverer:
         home = Home(item.rental_id, item.uid, item.epoch, host, owner)
         try:
             async with asyncio.timeout(LONGEST_TRY_S), self._shares.place(Claim(owner)):
-                found = await self._book.lost(placement_id)
+                found = await self._book.to_recover(placement_id)
                 if found is None:
                     return Outcome(ok=True)  # somebody else has acted
                 rental, placement = found
@@ -59,7 +59,7 @@ class Recoverer:
             return Outcome(ok=False, message=f"it was not copied within {LONGEST_TRY_S:.0f} s")
         except SnapshotError as error:
             if error.code == NOTHING_TO_SALVAGE:
-                await self._book.complain(snapshots.not_salvaged(rental, placement, ""))
+                await self._book.record(snapshots.not_salvaged(rental, placement, ""))
                 return Outcome(ok=True)
             tries = SALVAGE_ATTEMPTS if error.code in FOR_GOOD else 1
             return Outcome(ok=False, message=str(error), report={TRIES: tries})

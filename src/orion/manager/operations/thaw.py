@@ -31,5 +31,5 @@ class Thawer:
         if not outcome.ok:
             return outcome.message
         if outcome.report.get("changed"):
-            await self._book.complain(snapshots.thawed(rental, placement, actor))
+            await self._book.record(snapshots.thawed(rental, placement, actor))
         return ""

@@ -39,7 +39,7 @@ class InvariantBroken(Exception):
 
 
 class MemoryStateStore:
-    """Implements `port.Ledger` and `port.Registry`. Ids, sessions and tokens are numbers: a replay makes the same.
+    """Implements `port.StateStore` and `port.Registry`. Ids, sessions and tokens are numbers: a replay makes the same.
 
     No call waits for anything in between, so each is a transaction.
     """
@@ -60,9 +60,9 @@ class MemoryStateStore:
     async def follow(self, follower: Callable[[Changes], None]) -> None:
         self._follower = follower
         on = (p.worker_id for p in self.world.placements.values())
-        self.tell({*self.world.workers, *on}, self.world.rentals)
+        self.publish({*self.world.workers, *on}, self.world.rentals)
 
-    def tell(self, worker_ids: Iterable[str] = (), rental_ids: Iterable[str] = ()) -> None:
+    def publish(self, worker_ids: Iterable[str] = (), rental_ids: Iterable[str] = ()) -> None:
         """Rows have changed: for whoever follows. Called by who changes them without a step, too."""
         if self._follower is not None:
             workers = {w: self._known(w) for w in sorted(worker_ids)}  # sorted: a replay tells the same
@@ -87,7 +87,7 @@ class MemoryStateStore:
     async def never_placed(self, items: Iterable[Item]) -> frozenset[tuple[str, int]]:
         return frozenset((item.rental_id, item.epoch) for item in items) - self._epochs
 
-    async def look(self, whole: Collection[str], candidates: Collection[str]) -> World:
+    async def load_part(self, whole: Collection[str], candidates: Collection[str]) -> World:
         world = self.world
         queue = sorted(
             (r for r in world.rentals.values() if r.state is RentalState.QUEUED),
@@ -117,7 +117,7 @@ class MemoryStateStore:
         living = (r for r in self.world.rentals.values() if r.state not in ENDED | {RentalState.RELEASING})
         return [r for r in living if r.expires_at is not None and r.expires_at <= wall][:DUE_AT_ONCE]
 
-    async def uncounted(self) -> list[Rental]:
+    async def without_expiry(self) -> list[Rental]:
         living = (r for r in self.world.rentals.values() if r.state not in ENDED | {RentalState.RELEASING})
         return [r for r in living if r.activated_at is not None and r.expires_at is None][:DUE_AT_ONCE]
 
@@ -146,7 +146,7 @@ class MemoryStateStore:
             self.world, self._epochs = before, epochs
             del self.events[events:]
             raise
-        self.tell(*self._touched)
+        self.publish(*self._touched)
 
     async def forget(self, worker_ids: Collection[str]) -> tuple[str, ...]:
         world = self.world
@@ -160,10 +160,10 @@ class MemoryStateStore:
         gone = tuple(w.id for w in down if w.health is Health.DOWN and w.intent is Intent.ACTIVE)
         for worker_id in gone:
             del world.workers[worker_id]
-        self.tell(gone)
+        self.publish(gone)
         return gone
 
-    async def heard(self, notes: Notes) -> None:
+    async def record_heartbeats(self, notes: Notes) -> None:
         self.last_heard |= {worker_id: at for worker_id, at, _ in notes}
 
     async def known_at(self, address: str) -> list[Worker]:
@@ -201,7 +201,7 @@ class MemoryStateStore:
         reason = "a new worker called home" if worker_id is None else "it called home again"
         self.events.append(Event(kind="worker.registered", actor=identity, reason=reason, worker_id=identity))
         gone = self._forget_former(claim, identity)
-        self.tell((identity, *gone))
+        self.publish((identity, *gone))
         return Registered(worker_id=identity, session_id=session_id, token=token, replaced=gone)
 
     def _forget_former(self, claim: Registration, identity: str) -> tuple[str, ...]:

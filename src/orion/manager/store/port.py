@@ -38,7 +38,7 @@ class StateStore(Protocol):
         """All workers, living rentals, placements that are not purged, and the rentals of those."""
         ...
 
-    async def look(self, whole: Collection[str], candidates: Collection[str]) -> World:
+    async def load_part(self, whole: Collection[str], candidates: Collection[str]) -> World:
         """The part of the world that these workers are, and all that is in work: what model.World asks of a part.
 
         With every rental that is not at rest, but of those that wait in the queue only the first QUEUED_AT_ONCE; of
@@ -58,7 +58,7 @@ class StateStore(Protocol):
         """Living rentals whose time is over at `wall` (UTC seconds), and that are not ending; DUE_AT_ONCE at most."""
         ...
 
-    async def uncounted(self) -> list[Rental]:
+    async def without_expiry(self) -> list[Rental]:
         """Living rentals that were active and have no end, and that are not ending; DUE_AT_ONCE at most."""
         ...
 
@@ -90,7 +90,7 @@ class StateStore(Protocol):
         """
         ...
 
-    async def heard(self, notes: Notes) -> None:
+    async def record_heartbeats(self, notes: Notes) -> None:
         """Write down when workers were last heard, for people to read."""
         ...
 

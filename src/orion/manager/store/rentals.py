@@ -201,7 +201,7 @@ def begin_start(connection: Connection, rental_id: str, actor: str) -> str:
 
 def _with_salvage(connection: Connection, found: list[Row], wall: float) -> list[Row]:
     """Add to each rental its `salvage`: see copies.waiting_salvage."""
-    some = snapshots.with_salvages(connection, [row["id"] for row in found])
+    some = snapshots.with_recovered(connection, [row["id"] for row in found])
     for row in found:
         of_it = some.get(row["id"])
         row["salvage"] = waiting_salvage(of_it, state.rental(row), wall) if of_it else None

@@ -54,7 +54,7 @@ class SnapshotCatalog(Protocol):
         """None: it cannot be copied now."""
         ...
 
-    async def moving(self, rental_id: str) -> Running | None:
+    async def migrating(self, rental_id: str) -> Running | None:
         """The same for a planned move, whose worker need not be ready. None: it does not run any more."""
         ...
 
@@ -62,7 +62,7 @@ class SnapshotCatalog(Protocol):
         """Apply the step of a new copy, and with it what copies there are now; False, and nothing, when it is late."""
         ...
 
-    async def complain(self, step: Step) -> None: ...
+    async def record(self, step: Step) -> None: ...
 
     async def of(self, rental_id: str) -> list[Snapshot]:
         """The copies of a rental, oldest first."""
@@ -72,11 +72,11 @@ class SnapshotCatalog(Protocol):
         """That with which it begins again by itself."""
         ...
 
-    async def lost(self, placement_id: str) -> tuple[Rental, Placement] | None:
+    async def to_recover(self, placement_id: str) -> tuple[Rental, Placement] | None:
         """A placement of which something is to be salvaged; None: it is not any more."""
         ...
 
-    async def over(
+    async def removable(
         self, rental_ids: Iterable[str], wall: float, short_of_room: Collection[str] = ()
     ) -> list[tuple[str, int]]:
         """Return of these rentals those that have ended and whose copies are kept no longer, with their uids.
@@ -102,28 +102,28 @@ class SqlSnapshotCatalog:
     async def one(self, rental_id: str) -> Running | None:
         return await self._store.read(load_one, rental_id)
 
-    async def moving(self, rental_id: str) -> Running | None:
-        return await self._store.read(load_moving, rental_id)
+    async def migrating(self, rental_id: str) -> Running | None:
+        return await self._store.read(load_migrating, rental_id)
 
     async def accept(self, step: Step, rental_id: str, there: Sequence[Snapshot]) -> bool:
-        return await self._store.write(accept_copy, step, rental_id, there)
+        return await self._store.write(_accept, step, rental_id, there)
 
-    async def complain(self, step: Step) -> None:
+    async def record(self, step: Step) -> None:
         await self._store.write(state.apply, [step])
 
     async def of(self, rental_id: str) -> list[Snapshot]:
-        return await self._store.read(copies_of, rental_id)
+        return await self._store.read(snapshots_of, rental_id)
 
     async def newest(self, rental_id: str) -> Snapshot | None:
         return await self._store.read(newest_of, rental_id)
 
-    async def lost(self, placement_id: str) -> tuple[Rental, Placement] | None:
-        return await self._store.read(lost, placement_id)
+    async def to_recover(self, placement_id: str) -> tuple[Rental, Placement] | None:
+        return await self._store.read(load_to_recover, placement_id)
 
-    async def over(
+    async def removable(
         self, rental_ids: Iterable[str], wall: float, short_of_room: Collection[str] = ()
     ) -> list[tuple[str, int]]:
-        return await self._store.read(over, list(rental_ids), wall, short_of_room)
+        return await self._store.read(load_removable, list(rental_ids), wall, short_of_room)
 
     async def forget(self, rental_id: str) -> None:
         await self._store.write(forget, rental_id)
@@ -142,7 +142,7 @@ class MemorySnapshotCatalog:
     async def one(self, rental_id: str) -> Running | None:
         return next((one for one in self._running() if one.rental.id == rental_id), None)
 
-    async def moving(self, rental_id: str) -> Running | None:
+    async def migrating(self, rental_id: str) -> Running | None:
         world, rental = self._ledger.world, self._ledger.world.rentals.get(rental_id)
         live = world.live_placement(rental_id)
         if rental is None or live is None or rental.state is not RentalState.ACTIVE:
@@ -165,7 +165,7 @@ class MemorySnapshotCatalog:
         self.copies[rental_id] = list(there)
         return True
 
-    async def complain(self, step: Step) -> None:
+    async def record(self, step: Step) -> None:
         await self._ledger.apply([step])
 
     async def of(self, rental_id: str) -> list[Snapshot]:
@@ -174,12 +174,12 @@ class MemorySnapshotCatalog:
     async def newest(self, rental_id: str) -> Snapshot | None:
         return newest(await self.of(rental_id), self._ledger.world.rentals[rental_id])
 
-    async def lost(self, placement_id: str) -> tuple[Rental, Placement] | None:
+    async def to_recover(self, placement_id: str) -> tuple[Rental, Placement] | None:
         placement = self._ledger.world.placements.get(placement_id)
         rental = self._ledger.world.rentals.get(placement.rental_id) if placement else None
         return (rental, placement) if rental and placement and wants_salvage(rental, placement) else None
 
-    async def over(
+    async def removable(
         self, rental_ids: Iterable[str], wall: float, short_of_room: Collection[str] = ()
     ) -> list[tuple[str, int]]:
         known = [self._ledger.world.rentals[each] for each in rental_ids if each in self._ledger.world.rentals]
@@ -198,7 +198,7 @@ def load_one(connection: Connection, rental_id: str) -> Running | None:
     return _load(connection, _running(rentals.c.id, placements.c.id, workers.c.id), rental_id)
 
 
-def load_moving(connection: Connection, rental_id: str) -> Running | None:
+def load_migrating(connection: Connection, rental_id: str) -> Running | None:
     return _load(connection, _placed(rentals.c.id, placements.c.id, workers.c.id), rental_id)
 
 
@@ -230,7 +230,7 @@ def _placed(*columns: Column[str]) -> Any:
     return select(*columns).select_from(joined).where(*runs)
 
 
-def accept_copy(connection: Connection, step: Step, rental_id: str, there: Sequence[Snapshot]) -> bool:
+def _accept(connection: Connection, step: Step, rental_id: str, there: Sequence[Snapshot]) -> bool:
     if not state.apply(connection, [step]):
         return False
     forget(connection, rental_id)
@@ -239,12 +239,12 @@ def accept_copy(connection: Connection, step: Step, rental_id: str, there: Seque
     return True
 
 
-def copies_of(connection: Connection, rental_id: str) -> list[Snapshot]:
+def snapshots_of(connection: Connection, rental_id: str) -> list[Snapshot]:
     query = select(copies).where(copies.c.rental_id == rental_id).order_by(copies.c.epoch, copies.c.number)
     return [_copy(row) for row in connection.execute(query).mappings()]
 
 
-def with_salvages(connection: Connection, rental_ids: Iterable[str]) -> dict[str, list[Snapshot]]:
+def with_recovered(connection: Connection, rental_ids: Iterable[str]) -> dict[str, list[Snapshot]]:
     """Return all copies of those of these rentals that have a salvage among them."""
     found: dict[str, list[Snapshot]] = {}
     salvages = copies.alias()
@@ -269,10 +269,10 @@ def _copy(row: RowMapping) -> Snapshot:
 
 def newest_of(connection: Connection, rental_id: str) -> Snapshot | None:
     row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
-    return newest(copies_of(connection, rental_id), state.rental(row))
+    return newest(snapshots_of(connection, rental_id), state.rental(row))
 
 
-def lost(connection: Connection, placement_id: str) -> tuple[Rental, Placement] | None:
+def load_to_recover(connection: Connection, placement_id: str) -> tuple[Rental, Placement] | None:
     row = connection.execute(select(placements).where(placements.c.id == placement_id)).mappings().first()
     if row is None:
         return None
@@ -282,7 +282,7 @@ def lost(connection: Connection, placement_id: str) -> tuple[Rental, Placement] 
     return (rental, placement) if wants_salvage(rental, placement) else None
 
 
-def over(
+def load_removable(
     connection: Connection, rental_ids: Sequence[str], wall: float, short_of_room: Collection[str]
 ) -> list[tuple[str, int]]:
     found = []
@@ -300,7 +300,7 @@ def begin_restore(connection: Connection, rental_id: str, actor: str, source: st
         return "ended"
     if not was_let_in(rental):
         return "not_active_yet"
-    if source != EMPTY and source not in {str(copy.generation) for copy in copies_of(connection, rental_id)}:
+    if source != EMPTY and source not in {str(copy.generation) for copy in snapshots_of(connection, rental_id)}:
         return "no_such_snapshot"
     runs = and_(placements.c.rental_id == rental_id, placements.c.state == PlacementState.RUNNING)
     row = connection.execute(select(placements).where(runs)).mappings().first()

@@ -15,7 +15,7 @@ from orion.manager.store.port import Notes, Registered, Registration
 
 
 class SqlStateStore:
-    """Implements `port.Ledger` and `port.Registry`."""
+    """Implements `port.StateStore` and `port.Registry`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -26,8 +26,8 @@ class SqlStateStore:
     async def load(self) -> World:
         return await self._store.read(state.load)
 
-    async def look(self, whole: Collection[str], candidates: Collection[str]) -> World:
-        return await self._store.read(state.look, whole, candidates)
+    async def load_part(self, whole: Collection[str], candidates: Collection[str]) -> World:
+        return await self._store.read(state.load_part, whole, candidates)
 
     async def never_placed(self, items: Iterable[Item]) -> frozenset[tuple[str, int]]:
         return await self._store.read(state.never_placed, list(items))
@@ -38,8 +38,8 @@ class SqlStateStore:
     async def due(self, wall: float) -> list[Rental]:
         return await self._store.read(state.load_due, wall)
 
-    async def uncounted(self) -> list[Rental]:
-        return await self._store.read(state.load_uncounted)
+    async def without_expiry(self) -> list[Rental]:
+        return await self._store.read(state.load_without_expiry)
 
     async def apply(self, steps: Iterable[Step]) -> bool:
         return await self._store.write(state.apply, steps)
@@ -53,8 +53,8 @@ class SqlStateStore:
     async def forget(self, worker_ids: Collection[str]) -> tuple[str, ...]:
         return (await self._store.write(workers.prune, "health", worker_ids)).forgotten
 
-    async def heard(self, notes: Notes) -> None:
-        await self._store.write(workers.heard, notes)
+    async def record_heartbeats(self, notes: Notes) -> None:
+        await self._store.write(workers.record_heartbeats, notes)
 
     async def known_at(self, address: str) -> list[Worker]:
         return await self._store.read(state.load_known_at, address)

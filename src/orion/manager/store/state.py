@@ -76,8 +76,8 @@ def never_placed(connection: Connection, items: Iterable[Item]) -> frozenset[tup
     return frozenset(shown - placed)
 
 
-def look(connection: Connection, whole: Collection[str], candidates: Collection[str]) -> World:
-    """See `port.Ledger.look`."""
+def load_part(connection: Connection, whole: Collection[str], candidates: Collection[str]) -> World:
+    """See `port.StateStore.load_part`."""
     waiting = _rentals(connection, rentals.c.state.in_(AT_WORK))
     waiting |= _rentals(connection, rentals.c.state == RentalState.QUEUED, QUEUED_AT_ONCE)
     waiting |= _rentals(connection, _moving(connection))
@@ -115,14 +115,14 @@ def load_known_at(connection: Connection, address: str) -> list[Worker]:
 
 
 def load_due(connection: Connection, wall: float) -> list[Rental]:
-    """See `port.Ledger.due`."""
+    """See `port.StateStore.due`."""
     over = (rentals.c.expires_at <= wall, rentals.c.state != RentalState.RELEASING, text(LIVING))
     due = select(rentals).where(*over).order_by(rentals.c.expires_at, rentals.c.id).limit(DUE_AT_ONCE)
     return [rental(row) for row in connection.execute(due).mappings()]
 
 
-def load_uncounted(connection: Connection) -> list[Rental]:
-    """See `port.Ledger.uncounted`."""
+def load_without_expiry(connection: Connection) -> list[Rental]:
+    """See `port.StateStore.without_expiry`."""
     begun = (rentals.c.expires_at.is_(None), rentals.c.activated_at.is_not(None))
     found = select(rentals).where(*begun, rentals.c.state != RentalState.RELEASING, text(LIVING)).limit(DUE_AT_ONCE)
     return [rental(row) for row in connection.execute(found).mappings()]
@@ -181,7 +181,7 @@ def _apply_alike(connection: Connection, steps: list[Step]) -> bool:
 
 
 def finish(connection: Connection, ended: Sequence[TaskEnded], follow: Follow) -> None:
-    """See `port.Ledger.finish`."""
+    """See `port.StateStore.finish`."""
     wanted = {identity for e in ended for identity in e.task.placement_ids}
     placed = _by_id(connection, placements, wanted, placement)
     placed = {identity: p for identity, p in placed.items() if p.state is not PlacementState.PURGED}

@@ -95,7 +95,7 @@ def page(connection: Connection, after: str | None, limit: int) -> list[Row]:
     return rows(connection.execute(query))
 
 
-def heard(connection: Connection, news: Iterable[tuple[str, float, Mapping[str, Any]]]) -> None:
+def record_heartbeats(connection: Connection, news: Iterable[tuple[str, float, Mapping[str, Any]]]) -> None:
     """Write down when workers were last heard (UTC seconds) and their load, for people to read."""
     rows = [{"who": worker_id, "last_heartbeat_at": at, "load": dict(load)} for worker_id, at, load in news]
     if rows:
@@ -203,7 +203,7 @@ class Pruned:
 
 
 def prune(connection: Connection, actor: str, worker_ids: Collection[str] | None = None) -> Pruned:
-    """See `port.Ledger.forget`; None means all workers that are down."""
+    """See `port.StateStore.forget`; None means all workers that are down."""
     down = select(workers.c.id, workers.c.intent).where(workers.c.health == Health.DOWN).order_by(workers.c.id)
     asked = connection.execute(down).all()
     missing = _missing(connection)
