@@ -1,4 +1,4 @@
-"""Copies of the database, going back to one, and what a crash in the middle of that leaves."""
+"""Backups of the database, their restore, and what a crash in the middle of a restore leaves."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def backups(database: Path) -> Backups:
     return Backups(database)
 
 
-def given_back(backups: Backups, copy: Path) -> Path:
-    """As an upload of it."""
+def uploaded(backups: Backups, backup: Path) -> Path:
+    """Return an upload of a backup."""
     upload = backups.receive()
-    shutil.copy(copy, upload)
+    shutil.copy(backup, upload)
     return upload
 
 
@@ -81,22 +81,22 @@ def test_each_connection_is_durable_and_checked_and_there_is_one_writer(store: S
     assert store._writer._max_workers == 1
 
 
-async def test_a_copy_taken_while_others_write_is_whole_and_stands_alone(store: Store, backups: Backups) -> None:
+async def test_a_backup_taken_during_writes_is_complete_and_one_file(store: Store, backups: Backups) -> None:
     async def write() -> None:
         for number in range(60):
             await store.write(tokens.create, "admin", f"name-{number}", "client", None)
 
     writing = asyncio.create_task(write())
     await asyncio.sleep(0)
-    copies = [await asyncio.to_thread(backups.copy) for _ in range(3)]
+    taken = [await asyncio.to_thread(backups.copy) for _ in range(3)]
     await writing
-    for copy in copies:
-        assert value(copy, "PRAGMA integrity_check") == "ok"
-        assert value(copy, "SELECT count(*) FROM tokens") == value(copy, "SELECT count(*) FROM events")
-        assert copy.stat().st_mode & 0o077 == 0, "nobody else may read it"
+    for backup in taken:
+        assert value(backup, "PRAGMA integrity_check") == "ok"
+        assert value(backup, "SELECT count(*) FROM tokens") == value(backup, "SELECT count(*) FROM events")
+        assert backup.stat().st_mode & 0o077 == 0, "only its owner may read it"
 
 
-async def test_a_copy_holds_no_secret(store: Store, backups: Backups) -> None:
+async def test_a_backup_holds_no_secret(store: Store, backups: Backups) -> None:
     _, client = await store.write(tokens.create, "admin", "alice", "client", None)
     admin = tokens.make_token("admin", "admin")
     await store.write(tokens.install, "admin", admin)
@@ -106,7 +106,7 @@ async def test_a_copy_holds_no_secret(store: Store, backups: Backups) -> None:
         assert secret.rsplit("_", 1)[1].encode() not in content
 
 
-def test_a_database_that_is_no_file_has_no_copies_of_ours() -> None:
+def test_a_database_that_is_not_a_file_has_no_backups() -> None:
     assert Backups.of("postgresql://somewhere/orion") is None
     assert Backups.of("sqlite://") is None
 
@@ -159,10 +159,10 @@ def with_rows_that_do_not_fit(file: Path) -> None:
         (with_rows_that_do_not_fit, "do not fit together"),
     ],
 )
-def test_what_is_no_backup_is_refused_and_nothing_changes(
+def test_what_is_no_backup_is_refused_and_changes_nothing(
     backups: Backups, spoil: Callable[[Path], None], why: str
 ) -> None:
-    upload = given_back(backups, backups.database)
+    upload = uploaded(backups, backups.database)
     spoil(upload)
     before = backups.database.read_bytes()
     with pytest.raises(NotABackup, match=why):
@@ -219,7 +219,7 @@ STRANGE = {
 )
 def test_rows_that_a_manager_could_not_start_with_are_refused(backups: Backups, column: str, strange: str) -> None:
     table, _, name = column.partition(".")
-    upload = given_back(backups, backups.database)
+    upload = uploaded(backups, backups.database)
     execute(upload, *GOOD_ROWS)
     with closing(sqlite3.connect(upload)) as connection, connection:
         connection.execute("PRAGMA ignore_check_constraints = ON")
@@ -229,17 +229,17 @@ def test_rows_that_a_manager_could_not_start_with_are_refused(backups: Backups, 
     assert not list(backups.database.parent.glob("*staged*"))
 
 
-def test_rows_as_they_are_written_are_taken(backups: Backups) -> None:
-    upload = given_back(backups, backups.database)
+def test_rows_that_a_manager_writes_are_accepted(backups: Backups) -> None:
+    upload = uploaded(backups, backups.database)
     execute(upload, *GOOD_ROWS)
     assert backups.stage(upload).rentals == 1
 
 
-def test_a_plan_says_what_is_forgotten_and_what_comes_to_life_again(backups: Backups) -> None:
+def test_a_plan_says_what_is_forgotten_and_what_is_revived(backups: Backups) -> None:
     execute(
         backups.database, *(RENTAL.format(*row) for row in (("both", 100_001, "active"), ("ends", 100_002, "active")))
     )
-    upload = given_back(backups, backups.copy())
+    upload = uploaded(backups, backups.copy())
     execute(
         backups.database,
         "UPDATE rentals SET state = 'released' WHERE id = 'ends'",
@@ -253,9 +253,9 @@ def test_a_plan_says_what_is_forgotten_and_what_comes_to_life_again(backups: Bac
 
 @pytest.fixture
 def accepted(backups: Backups) -> Backups:
-    """A restore that was accepted, of a database with one rental; another was made since."""
+    """Give an accepted restore of a database with one rental; another rental was made since."""
     execute(backups.database, RENTAL.format("old", 100_001, "active"), "INSERT INTO counters VALUES ('uid', 100001)")
-    upload = given_back(backups, backups.copy())
+    upload = uploaded(backups, backups.copy())
     execute(
         backups.database,
         RENTAL.format("new", 100_002, "active"),
@@ -267,21 +267,21 @@ def accepted(backups: Backups) -> Backups:
     return backups
 
 
-def test_what_was_ended_since_is_revived_without_the_copies_that_were_removed_with_it(backups: Backups) -> None:
+def test_a_rental_that_ended_since_is_revived_without_its_removed_snapshots(backups: Backups) -> None:
     execute(
         backups.database,
         RENTAL.format("stays", 100_001, "active"),
         RENTAL.format("ends", 100_002, "active"),
         "INSERT INTO copies VALUES ('stays', 1, 1, 5.0, 0, 1, '[]', 0), ('ends', 1, 1, 5.0, 0, 1, '[]', 0)",
     )
-    upload = given_back(backups, backups.copy())
+    upload = uploaded(backups, backups.copy())
     execute(backups.database, "UPDATE rentals SET state = 'released' WHERE id = 'ends'")
     assert backups.accept(backups.stage(upload).id, "admin")
     assert backups.swap_in()
     assert value(backups.database, "SELECT group_concat(rental_id) FROM copies") == "stays"
 
 
-def test_a_restore_gives_no_number_again(accepted: Backups) -> None:
+def test_a_restore_reuses_no_number(accepted: Backups) -> None:
     assert accepted.swap_in()
     assert value(accepted.database, "SELECT group_concat(id) FROM rentals") == "old"
     assert value(accepted.database, "SELECT value FROM counters WHERE name = 'uid'") == 100_002 + UID_GAP
@@ -297,11 +297,11 @@ def test_the_former_database_is_kept_and_nothing_else_is_left(accepted: Backups)
 
 
 @pytest.mark.parametrize("step", ["set aside", "replace"])
-def test_a_crash_in_the_middle_of_a_swap_leaves_one_or_the_other(
+def test_a_crash_in_the_middle_of_a_swap_leaves_one_of_the_databases(
     accepted: Backups, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     class Crash(BaseException):
-        """As a kill."""
+        """A kill of the process."""
 
     def crash(*_: Any) -> None:
         raise Crash
@@ -318,8 +318,8 @@ def test_a_crash_in_the_middle_of_a_swap_leaves_one_or_the_other(
     assert value(accepted.database, "SELECT group_concat(id) FROM rentals") == "old"
 
 
-def test_the_log_of_a_killed_manager_never_meets_the_restored_database(accepted: Backups, tmp_path: Path) -> None:
-    """SQLite would play an old -wal file into whatever bears the database's name."""
+def test_the_log_of_a_killed_manager_is_not_applied_to_the_restored_database(accepted: Backups, tmp_path: Path) -> None:
+    """SQLite would apply an old -wal file to any database of that name."""
     killed = tmp_path / "killed"
     killed.mkdir()
     connection = sqlite3.connect(accepted.database)
@@ -332,22 +332,22 @@ def test_the_log_of_a_killed_manager_never_meets_the_restored_database(accepted:
     there = Backups(killed / "orion.db")
     assert there.swap_in()
     assert value(there.database, "SELECT group_concat(id) FROM rentals") == "old"
-    assert value(there.replaced, "SELECT count(*) FROM rentals") == 3, "what was committed is in what is kept"
+    assert value(there.replaced, "SELECT count(*) FROM rentals") == 3, "the former database has what was committed"
 
 
 def test_a_broken_database_can_be_replaced(accepted: Backups) -> None:
     content = bytearray(accepted.database.read_bytes())
     content[100:8192] = b"\xff" * 8092
     accepted.database.write_bytes(content)
-    copy = accepted.accepted.rename(accepted.database.with_name("kept-elsewhere"))
-    plan = accepted.stage(given_back(accepted, copy))
+    backup = accepted.accepted.rename(accepted.database.with_name("kept-elsewhere"))
+    plan = accepted.stage(uploaded(accepted, backup))
     assert plan.forgotten == []
     assert accepted.accept(plan.id, "admin")
     assert accepted.swap_in()
     assert value(accepted.database, "SELECT group_concat(id) FROM rentals") == "old"
 
 
-async def test_an_administrator_takes_a_copy_and_goes_back_to_it(store: Store, database: Path) -> None:
+async def test_an_administrator_takes_a_backup_and_restores_it(store: Store, database: Path) -> None:
     async with House(store, Settings(database_url=f"sqlite:///{database}")) as house:
         restarts: list[bool] = []
         house.change_services(AdminServices, restart=lambda: restarts.append(True))
@@ -376,15 +376,15 @@ async def test_an_administrator_takes_a_copy_and_goes_back_to_it(store: Store, d
     assert value(database, "SELECT count(*) FROM tokens WHERE name = 'alice' AND revoked_at IS NOT NULL") == 1
 
 
-async def test_where_the_database_is_postgresql_its_own_tools_are_named(store: Store) -> None:
+async def test_for_postgresql_its_own_tools_are_named(store: Store) -> None:
     async with House(store, Settings(database_url="postgresql://somewhere/orion")) as house:
         reply: httpx.Response = await house.as_admin.get("/api/admin/backup")
     assert (reply.status_code, reply.json()["code"]) == (409, "not_sqlite")
     assert "pg_dump" in reply.json()["detail"]
 
 
-async def test_what_is_no_backup_is_not_taken_to_its_end(store: Store, database: Path) -> None:
-    """It may be as large as the proxy lets through, and the disk may not."""
+async def test_an_upload_that_is_no_backup_is_not_read_to_its_end(store: Store, database: Path) -> None:
+    """It may be larger than the disk."""
     given = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -400,6 +400,6 @@ async def test_what_is_no_backup_is_not_taken_to_its_end(store: Store, database:
     assert not list(database.parent.glob("*upload*"))
 
 
-def test_what_is_asked_of_a_column_is_asked_of_one_that_there_is() -> None:
+def test_each_condition_is_of_a_column_that_exists() -> None:
     columns = {f"{table.name}.{column.name}" for table in metadata.sorted_tables for column in table.columns}
     assert columns >= _CONDITIONS.keys()

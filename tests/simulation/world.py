@@ -79,7 +79,7 @@ class WatchedBook(MemorySnapshotCatalog):
 
     async def newest(self, rental_id: str) -> Snapshot | None:
         found = await super().newest(rental_id)
-        self._sim.checker.chosen(rental_id, self.copies.get(rental_id, ()), found)
+        self._sim.checker.chosen(rental_id, self.snapshots.get(rental_id, ()), found)
         return found
 
 

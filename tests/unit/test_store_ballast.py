@@ -1,4 +1,4 @@
-"""What is thrown away when the disk is full, so that the manager can go on writing."""
+"""The ballast is deleted when the disk is full, so that the manager can go on writing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def size_of(file: Path) -> int:
     return file.stat().st_size
 
 
-async def test_a_commit_for_which_there_is_no_room_is_made_in_the_room_of_the_ballast(store: Store, file: Path) -> None:
+async def test_a_commit_that_finds_the_disk_full_is_made_in_the_room_of_the_ballast(store: Store, file: Path) -> None:
     tries = 0
 
     def write(_: Connection) -> str:
@@ -61,27 +61,27 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-async def test_what_has_nothing_to_do_with_room_costs_no_ballast(store: Store, file: Path) -> None:
+async def test_another_error_than_a_full_disk_keeps_the_ballast(store: Store, file: Path) -> None:
     with pytest.raises(OperationalError):
         await store.write(lambda _: _raise(problem(sqlite3.SQLITE_BUSY)))
     assert size_of(file) == SIZE_BYTES
 
 
-def test_it_takes_its_room_for_real_and_comes_back_when_there_is_room_again(
+def test_the_ballast_occupies_its_room_and_is_made_again_when_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = Ballast(tmp_path / "ballast", 1 << 20)
-    there.take()
+    there.allocate()
     assert (tmp_path / "ballast").stat().st_blocks * 512 >= 1 << 20
-    assert there.drop(problem(sqlite3.SQLITE_IOERR_WRITE))
-    there.take()
-    assert not (tmp_path / "ballast").exists(), "not at once: whoever needed the room has not used it yet"
-    monkeypatch.setattr(ballast, "LOOK_EVERY_S", 0.0)
-    there.take()
+    assert there.release(problem(sqlite3.SQLITE_IOERR_WRITE))
+    there.allocate()
+    assert not (tmp_path / "ballast").exists(), "not at once: the commit that needed the room has not used it yet"
+    monkeypatch.setattr(ballast, "CHECK_EVERY_S", 0.0)
+    there.allocate()
     assert (tmp_path / "ballast").exists()
 
 
-def test_it_takes_nothing_of_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
+def test_no_ballast_is_made_on_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
     room = os.statvfs(tmp_path)
-    Ballast(tmp_path / "ballast", room.f_bavail * room.f_frsize).take()
+    Ballast(tmp_path / "ballast", room.f_bavail * room.f_frsize).allocate()
     assert list(tmp_path.iterdir()) == []

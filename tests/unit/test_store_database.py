@@ -1,4 +1,4 @@
-"""The database: one writer whose transactions are whole, a schema that refuses what must never be, and its news."""
+"""The database: one writer, atomic transactions, a schema that enforces invariants, and the news of commits."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_migrations_make_exactly_the_schema(database: Path) -> None:
 
 
 def test_the_migrations_make_what_alembic_does_not_compare(database: Path, tmp_path: Path) -> None:
-    """Checks, and the conditions of indexes that hold only for some rows."""
+    """Checks, and the conditions of partial indexes."""
 
     def refusals(path: Path) -> dict[str, object]:
         engine = create_engine(f"sqlite:///{path}")
@@ -140,7 +140,7 @@ async def test_the_news_of_a_transaction_that_failed_do_not_come_with_the_next_o
         assert not changed.is_set()
 
 
-async def test_a_commit_wakes_those_who_listen_to_its_rental_or_to_everything_and_nobody_else(store: Store) -> None:
+async def test_a_commit_wakes_the_listeners_of_its_rental_and_of_everything_and_no_others(store: Store) -> None:
     news = store.news
     with news.listen("rental1") as one, news.listen("rental2") as two, news.listen(News.EVERYTHING) as everything:
         await store.write(
@@ -149,7 +149,7 @@ async def test_a_commit_wakes_those_who_listen_to_its_rental_or_to_everything_an
             )
         )
         assert (one.is_set(), two.is_set(), everything.is_set()) == (True, False, True)
-    assert not news._listeners, "who has left is forgotten"
+    assert not news._listeners, "a listener that left is removed"
 
 
 async def test_writes_at_the_same_time_all_land(store: Store) -> None:
@@ -175,7 +175,7 @@ async def test_reading_goes_on_while_something_is_written(store: Store) -> None:
 
     writing = asyncio.create_task(store.write(slow))
     await reading.wait()
-    assert await number_of(store, rentals) == 0, "nobody sees what is not committed"
+    assert await number_of(store, rentals) == 0, "what is not committed is invisible"
     done.set()
     await writing
     assert await number_of(store, rentals) == 1
@@ -235,7 +235,7 @@ async def test_a_worker_has_at_least_one_slot(store: Store) -> None:
         await put(store, workers, row | rest | {"slots": 0})
 
 
-async def test_what_was_committed_is_news_though_its_writer_no_longer_waits(store: Store) -> None:
+async def test_a_commit_is_published_though_its_writer_no_longer_waits(store: Store) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     def slow(connection: Connection) -> None:
@@ -252,13 +252,13 @@ async def test_what_was_committed_is_news_though_its_writer_no_longer_waits(stor
     assert writing.cancelled()
 
 
-async def test_who_is_on_the_move_is_found_without_a_look_at_all_that_run(store: Store) -> None:
+async def test_rentals_in_migration_are_found_without_reading_all_that_run(store: Store) -> None:
     def plan(connection: Connection) -> str:
-        asked: list[str] = []
-        listen(connection, "before_cursor_execute", lambda _c, _cursor, statement, *_: asked.append(statement))
+        executed: list[str] = []
+        listen(connection, "before_cursor_execute", lambda _c, _cursor, statement, *_: executed.append(statement))
         state.load_part(connection, (), ())
-        [about_moves] = [statement for statement in asked if "AND standby" in statement]
-        return str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {about_moves}").all())
+        [about_migrations] = [statement for statement in executed if "AND standby" in statement]
+        return str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {about_migrations}").all())
 
     assert "uq_placements_standby" in await store.read(plan)
     assert "SCAN rentals" not in await store.read(plan)

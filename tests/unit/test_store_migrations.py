@@ -1,4 +1,4 @@
-"""Databases of former releases, as they are out there: tests/unit/schemas has one of each schema that was released."""
+"""Databases of former releases: tests/unit/schemas has one of each released schema."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def shape(database: Path) -> set[tuple[str, str]]:
         found = connection.execute(
             "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name != 'sqlite_sequence'"
         )
-        # A table that was made anew has its constraints in any order.
+        # A table that was recreated has its constraints in another order.
         return {(name, " ".join(sorted(line.strip(" \t,") for line in sql.splitlines()))) for name, sql in found}
 
 
@@ -59,7 +59,7 @@ def test_each_schema_that_a_later_one_follows_is_here() -> None:
 
 
 @each_release
-def test_migrations_go_up_from_every_released_schema_and_keep_what_is_there(dump: Path, tmp_path: Path) -> None:
+def test_migrations_upgrade_every_released_schema_and_keep_its_rows(dump: Path, tmp_path: Path) -> None:
     database = released(dump, tmp_path / "orion.db")
     before = rows(database)
     assert all(before.values())
@@ -84,7 +84,7 @@ def of_a_newer_version(database: Path) -> Path:
     return database
 
 
-def test_a_schema_of_a_newer_version_is_said_in_words_and_left_alone(tmp_path: Path) -> None:
+def test_a_schema_of_a_newer_version_is_refused_with_a_reason_and_not_changed(tmp_path: Path) -> None:
     database = of_a_newer_version(tmp_path / "orion.db")
     before = shape(database)
     store = Store(f"sqlite:///{database}")
@@ -106,24 +106,24 @@ def test_a_manager_waits_for_a_database_that_it_understands_instead_of_ending(
 
     def sleep(seconds: float) -> None:
         pauses.append(seconds)
-        if len(pauses) == main.LOOKS_PER_WORD + 1:  # an operator has put it right
+        if len(pauses) == main.LOOKS_PER_WORD + 1:  # an operator has repaired it
             with closing(sqlite3.connect(database)) as connection:
                 connection.execute("DELETE FROM alembic_version")
                 connection.execute("INSERT INTO alembic_version VALUES (?)", (sorted(known_revisions())[-1],))
                 connection.commit()
 
     monkeypatch.setattr(main.time, "sleep", sleep)
-    with capture_logs() as told:
+    with capture_logs() as logged:
         main._open_store_in_time(Settings(database_url=f"sqlite:///{database}", ballast_bytes=0)).close()
     assert pauses == [main.LOOK_AGAIN_S] * (main.LOOKS_PER_WORD + 1)
-    waits = [line["why"] for line in told if "it waits for a database" in line["event"]]
+    waits = [line["why"] for line in logged if "it waits for a database" in line["event"]]
     assert len(waits) == 2, "one line in five minutes"
     assert "schema 9999" in waits[0]
 
 
 @each_release
-def test_what_a_migration_makes_is_as_it_was_released(dump: Path, tmp_path: Path) -> None:
-    """A migration that was changed afterwards would leave two shapes of the same version out there."""
+def test_a_released_migration_makes_the_same_schema_still(dump: Path, tmp_path: Path) -> None:
+    """A migration that was changed after its release would leave two schemas with one version."""
     engine = create_engine(f"sqlite:///{tmp_path / 'made.db'}")
     made = config()
     with engine.begin() as connection:

@@ -1,4 +1,4 @@
-"""Renting in the database: once for each idempotency key, one living rental of a name, numbers that never come back."""
+"""Rents in the database: one for each idempotency key, one living rental of a name, uids that are never reused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orion.manager.store.database import Store
 from orion.manager.store.rentals import FIRST_UID, KEY_LIFETIME_S, NameTaken, NewRental, OtherRequest
 from orion.manager.store.schema import rentals as table
 
-WISH = NewRental(
+REQUEST = NewRental(
     owner="alice",
     name=None,
     public_key=host_key(1),
@@ -25,7 +25,7 @@ WISH = NewRental(
     key=None,
     request_hash="hash-1",
 )
-KEYED = replace(WISH, key="key-1")
+KEYED = replace(REQUEST, key="key-1")
 NOW = 1_800_000_000.0
 
 
@@ -38,7 +38,7 @@ async def public_key_of(store: Store, rental_id: str) -> str:
 
 
 async def test_a_new_rental_is_queued_with_an_event_and_a_name_that_people_can_say(store: Store) -> None:
-    rental_id = await store.write(rentals.create, WISH)
+    rental_id = await store.write(rentals.create, REQUEST)
     row = await store.read(rentals.one, rental_id, "alice")
     assert (row["state"], row["epoch"], row["uid"], row["username"]) == ("queued", 0, FIRST_UID, f"r-{rental_id}")
     assert row["name"].count("-") == 2
@@ -47,16 +47,16 @@ async def test_a_new_rental_is_queued_with_an_event_and_a_name_that_people_can_s
     assert event["kind"] == "rental.queued"
 
 
-async def test_a_number_is_never_given_again_even_when_its_rental_is_forgotten(store: Store) -> None:
-    first = await store.write(rentals.create, WISH)
+async def test_a_uid_is_never_assigned_again_even_when_its_rental_is_removed(store: Store) -> None:
+    first = await store.write(rentals.create, REQUEST)
     await store.write(lambda c: c.execute(delete(table).where(table.c.id == first)).rowcount)
-    again = [await store.write(rentals.create, WISH) for _ in range(3)]
+    again = [await store.write(rentals.create, REQUEST) for _ in range(3)]
     uids = [(await store.read(rentals.one, rental_id, None))["uid"] for rental_id in again]
     assert uids == [FIRST_UID + 1, FIRST_UID + 2, FIRST_UID + 3]
 
 
-async def test_rents_at_the_same_time_get_numbers_of_their_own(store: Store) -> None:
-    made = await asyncio.gather(*(store.write(rentals.create, WISH) for _ in range(20)))
+async def test_rents_at_the_same_time_get_different_uids(store: Store) -> None:
+    made = await asyncio.gather(*(store.write(rentals.create, REQUEST) for _ in range(20)))
     uids = await store.read(lambda c: set(c.execute(select(table.c.uid)).scalars()))
     assert len(set(made)) == len(uids) == 20
 
@@ -105,7 +105,7 @@ async def test_a_replay_brings_a_new_key_only_where_the_manager_made_it_and_the_
 
 
 async def test_a_request_that_was_refused_has_not_used_its_key(store: Store) -> None:
-    await store.write(rentals.create, replace(WISH, name="lab"))
+    await store.write(rentals.create, replace(REQUEST, name="lab"))
     with pytest.raises(NameTaken):
         await store.write(rentals.create, replace(KEYED, name="lab"))
     assert await store.write(rentals.create, KEYED)
@@ -113,36 +113,36 @@ async def test_a_request_that_was_refused_has_not_used_its_key(store: Store) -> 
 
 @pytest.mark.parametrize("state", sorted(set(RentalState) - {"released", "expired", "failed"}))
 async def test_a_name_is_taken_while_its_rental_lives(store: Store, state: RentalState) -> None:
-    await state_is(store, await store.write(rentals.create, replace(WISH, name="lab")), state)
+    await state_is(store, await store.write(rentals.create, replace(REQUEST, name="lab")), state)
     with pytest.raises(NameTaken):
-        await store.write(rentals.create, replace(WISH, name="lab"))
-    assert await store.write(rentals.create, replace(WISH, name="lab", owner="bob"))
+        await store.write(rentals.create, replace(REQUEST, name="lab"))
+    assert await store.write(rentals.create, replace(REQUEST, name="lab", owner="bob"))
 
 
 @pytest.mark.parametrize("state", ["released", "expired", "failed"])
 async def test_a_name_is_free_again_when_its_rental_has_ended(store: Store, state: RentalState) -> None:
-    first = await store.write(rentals.create, replace(WISH, name="lab"))
+    first = await store.write(rentals.create, replace(REQUEST, name="lab"))
     await state_is(store, first, state)
-    assert await store.write(rentals.create, replace(WISH, name="lab")) != first
+    assert await store.write(rentals.create, replace(REQUEST, name="lab")) != first
 
 
 async def test_a_release_begins_once(store: Store) -> None:
-    rental_id = await store.write(rentals.create, WISH)
+    rental_id = await store.write(rentals.create, REQUEST)
     for _ in range(2):
         await store.write(rentals.begin_release, rental_id, "alice")
     assert (await store.read(state.load)).rentals[rental_id].end == "released"
     assert await store.read(events.last) == 2
 
 
-async def test_what_is_ending_is_not_renewed(store: Store) -> None:
-    rental_id = await store.write(rentals.create, WISH)
+async def test_a_rental_that_is_ending_is_not_renewed(store: Store) -> None:
+    rental_id = await store.write(rentals.create, REQUEST)
     assert await store.write(rentals.extend, rental_id, "alice", 60, 0.0)
     await store.write(rentals.begin_release, rental_id, "alice")
     assert not await store.write(rentals.extend, rental_id, "alice", 60, 0.0)
 
 
 async def test_another_owner_s_rental_is_as_unknown_as_one_that_never_was(store: Store) -> None:
-    rental_id = await store.write(rentals.create, WISH)
+    rental_id = await store.write(rentals.create, REQUEST)
     assert await store.read(rentals.one, rental_id, "bob") is None
     assert await store.read(rentals.one, "never", "alice") is None
     assert await store.read(rentals.page, "bob", None, True, None, 10) == []

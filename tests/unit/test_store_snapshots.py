@@ -1,4 +1,4 @@
-"""One contract for what is known of copies, in the database and in memory."""
+"""The contract of the snapshot catalogs in the database and in memory."""
 
 from __future__ import annotations
 
@@ -21,35 +21,37 @@ from orion.manager.store.schema import placements, rentals, workers
 from orion.manager.store.snapshots import MemorySnapshotCatalog, Running, SnapshotCatalog, SqlSnapshotCatalog
 
 WORKER, SUSPECT = new_worker(1, slots=4), new_worker(2, slots=4, health=Health.SUSPECT)
-SHUT = new_worker(3, health=Health.QUARANTINED)
+QUARANTINED = new_worker(3, health=Health.QUARANTINED)
 RENTAL, ELSEWHERE = active_rental(1, epoch=3), active_rental(2)
-MOVING = active_rental(3, state=RentalState.MIGRATING)
+TAKEN_OVER = active_rental(3, state=RentalState.MIGRATING)
 RELEASED = active_rental(4, state=RentalState.RELEASED)
 EXPIRED = active_rental(5, state=RentalState.EXPIRED)
-SHUT_IN = active_rental(6)
+ON_QUARANTINED = active_rental(6)
 RUNNING = new_placement(RENTAL, WORKER, PlacementState.RUNNING)
 LOST = new_placement(RENTAL, SUSPECT, PlacementState.LOST, id="p-lost", epoch=2, slot=1)
 WORLD = new_world(
-    *(WORKER, SUSPECT, SHUT, RENTAL, ELSEWHERE, MOVING, RELEASED, EXPIRED, SHUT_IN, RUNNING),
-    new_placement(SHUT_IN, SHUT, PlacementState.RUNNING),
+    *(WORKER, SUSPECT, QUARANTINED, RENTAL, ELSEWHERE, TAKEN_OVER, RELEASED, EXPIRED, ON_QUARANTINED, RUNNING),
+    new_placement(ON_QUARANTINED, QUARANTINED, PlacementState.RUNNING),
     new_placement(ELSEWHERE, SUSPECT, PlacementState.RUNNING),
-    new_placement(MOVING, WORKER, PlacementState.PREPARING, slot=1),
+    new_placement(TAKEN_OVER, WORKER, PlacementState.PREPARING, slot=1),
     LOST,
     replace(LOST, id="p-given-up", salvaged=True, epoch=1),
 )
-COPY = Snapshot(
+SNAPSHOT = Snapshot(
     generation=SnapshotId(3, 1), at=5000.0, bytes=12_345_678_901, files=7, skipped=("secret", "odd \x1b name")
 )
 
 
 @dataclass
 class Bench:
+    """A catalog and the events that it wrote."""
+
     catalog: SnapshotCatalog
     state_store: MemoryStateStore | None = None
     store: Store | None = None
 
     async def shown(self) -> Rental:
-        """The one that can be copied."""
+        """Return the rental of which a snapshot can be taken."""
         found = await self.catalog.one(RENTAL.id)
         assert found
         return found.rental
@@ -81,34 +83,34 @@ async def bench(request: pytest.FixtureRequest) -> Bench:
     return Bench(SqlSnapshotCatalog(store), store=store)
 
 
-async def test_what_runs_on_a_worker_that_is_ready_or_quarantined_can_be_copied(bench: Bench) -> None:
-    assert await bench.catalog.running() == {each.id: (each.epoch, each.owner) for each in (RENTAL, SHUT_IN)}
+async def test_snapshots_are_taken_on_workers_that_are_ready_or_quarantined(bench: Bench) -> None:
+    assert await bench.catalog.running() == {each.id: (each.epoch, each.owner) for each in (RENTAL, ON_QUARANTINED)}
     assert await bench.catalog.one(RENTAL.id) == Running(RENTAL, RUNNING, WORKER)
-    assert await bench.catalog.one(MOVING.id) is None
+    assert await bench.catalog.one(TAKEN_OVER.id) is None
 
 
-async def test_an_accepted_copy_is_known_and_shown_and_told_once(bench: Bench) -> None:
+async def test_an_accepted_snapshot_is_in_the_catalog_and_the_first_has_an_event(bench: Bench) -> None:
     assert await bench.catalog.of(RENTAL.id) == []
-    assert await bench.catalog.accept(rules.accepted(RENTAL, RUNNING, COPY), RENTAL.id, [COPY])
-    assert await bench.catalog.of(RENTAL.id) == [COPY]
+    assert await bench.catalog.accept(rules.accepted(RENTAL, RUNNING, SNAPSHOT), RENTAL.id, [SNAPSHOT])
+    assert await bench.catalog.of(RENTAL.id) == [SNAPSHOT]
     shown = await bench.shown()
     assert shown == replace(RENTAL, last_safe_copy_at=5000.0)
-    later = replace(COPY, generation=SnapshotId(3, 2), at=5030.0)
-    assert await bench.catalog.accept(rules.accepted(shown, RUNNING, later), RENTAL.id, [COPY, later])
-    assert await bench.catalog.of(RENTAL.id) == [COPY, later]
+    later = replace(SNAPSHOT, generation=SnapshotId(3, 2), at=5030.0)
+    assert await bench.catalog.accept(rules.accepted(shown, RUNNING, later), RENTAL.id, [SNAPSHOT, later])
+    assert await bench.catalog.of(RENTAL.id) == [SNAPSHOT, later]
     assert await bench.kinds() == ["rental.copied"]
 
 
-async def test_a_copy_of_a_placement_that_runs_no_more_leaves_no_trace(bench: Bench) -> None:
+async def test_a_snapshot_of_a_placement_that_runs_no_more_changes_nothing(bench: Bench) -> None:
     late = replace(RUNNING, epoch=2)
-    assert not await bench.catalog.accept(rules.accepted(RENTAL, late, COPY), RENTAL.id, [COPY])
-    preparing = new_placement(MOVING, WORKER, PlacementState.PREPARING)
-    assert not await bench.catalog.accept(rules.accepted(MOVING, preparing, COPY), MOVING.id, [COPY])
+    assert not await bench.catalog.accept(rules.accepted(RENTAL, late, SNAPSHOT), RENTAL.id, [SNAPSHOT])
+    preparing = new_placement(TAKEN_OVER, WORKER, PlacementState.PREPARING)
+    assert not await bench.catalog.accept(rules.accepted(TAKEN_OVER, preparing, SNAPSHOT), TAKEN_OVER.id, [SNAPSHOT])
     assert await bench.catalog.of(RENTAL.id) == []
     assert await bench.kinds() == []
 
 
-async def test_a_problem_is_told_when_it_comes_and_when_it_goes(bench: Bench) -> None:
+async def test_a_problem_has_an_event_when_it_begins_and_when_it_ends(bench: Bench) -> None:
     for _ in range(2):
         rental = await bench.shown()
         step = rules.failed(rental, RUNNING, "its home holds too much")
@@ -116,50 +118,50 @@ async def test_a_problem_is_told_when_it_comes_and_when_it_goes(bench: Bench) ->
             await bench.catalog.record(step)
     rental = await bench.shown()
     assert rental.copy_problem == "its home holds too much"
-    assert await bench.catalog.accept(rules.accepted(rental, RUNNING, COPY), RENTAL.id, [COPY])
+    assert await bench.catalog.accept(rules.accepted(rental, RUNNING, SNAPSHOT), RENTAL.id, [SNAPSHOT])
     rental = await bench.shown()
     assert rental.copy_problem == ""
     assert await bench.kinds() == ["rental.copy_failed", "rental.copied"]
 
 
-async def test_copies_outlive_a_release_not_at_all_and_an_expiry_by_a_day(bench: Bench) -> None:
-    everybody = [RENTAL.id, MOVING.id, RELEASED.id, EXPIRED.id, "unknown"]
+async def test_snapshots_are_removable_after_a_release_at_once_and_after_an_expiry_in_a_day(bench: Bench) -> None:
+    all_ids = [RENTAL.id, TAKEN_OVER.id, RELEASED.id, EXPIRED.id, "unknown"]
     ended_at = EXPIRED.expires_at or 0.0
-    assert await bench.catalog.removable(everybody, ended_at) == [(RELEASED.id, RELEASED.uid)]
-    over = await bench.catalog.removable(everybody, ended_at + EXPIRED_KEPT_S + 1)
-    assert sorted(over) == [(RELEASED.id, RELEASED.uid), (EXPIRED.id, EXPIRED.uid)]
+    assert await bench.catalog.removable(all_ids, ended_at) == [(RELEASED.id, RELEASED.uid)]
+    removable = await bench.catalog.removable(all_ids, ended_at + EXPIRED_KEPT_S + 1)
+    assert sorted(removable) == [(RELEASED.id, RELEASED.uid), (EXPIRED.id, EXPIRED.uid)]
 
 
-async def test_what_has_expired_makes_room_for_its_owner_at_once_but_by_a_clock_that_is_believed(bench: Bench) -> None:
-    everybody = [RENTAL.id, RELEASED.id, EXPIRED.id]
+async def test_snapshots_of_an_expired_rental_are_removable_when_its_owner_is_short_of_room(bench: Bench) -> None:
+    all_ids = [RENTAL.id, RELEASED.id, EXPIRED.id]
     ended_at = EXPIRED.expires_at or 0.0
     released, expired = (RELEASED.id, RELEASED.uid), (EXPIRED.id, EXPIRED.uid)
-    assert sorted(await bench.catalog.removable(everybody, ended_at + 1, [EXPIRED.owner])) == [released, expired]
-    assert await bench.catalog.removable(everybody, ended_at + 1, ["somebody else"]) == [released]
-    assert await bench.catalog.removable(everybody, float("-inf"), [EXPIRED.owner]) == [released]
+    assert sorted(await bench.catalog.removable(all_ids, ended_at + 1, [EXPIRED.owner])) == [released, expired]
+    assert await bench.catalog.removable(all_ids, ended_at + 1, ["somebody else"]) == [released]
+    assert await bench.catalog.removable(all_ids, float("-inf"), [EXPIRED.owner]) == [released]
 
 
-async def test_what_is_forgotten_is_not_listed(bench: Bench) -> None:
-    await bench.catalog.accept(rules.accepted(RENTAL, RUNNING, COPY), RENTAL.id, [COPY])
+async def test_forgotten_snapshots_are_not_listed(bench: Bench) -> None:
+    await bench.catalog.accept(rules.accepted(RENTAL, RUNNING, SNAPSHOT), RENTAL.id, [SNAPSHOT])
     for _ in range(2):
         await bench.catalog.forget(RENTAL.id)
     assert await bench.catalog.of(RENTAL.id) == []
 
 
-async def test_what_is_salvaged_is_known_with_its_placement_and_only_once(bench: Bench) -> None:
-    salvage = replace(COPY, generation=SnapshotId(2, 9), salvage=True)
+async def test_a_lost_placement_is_recovered_once(bench: Bench) -> None:
+    recovered = replace(SNAPSHOT, generation=SnapshotId(2, 9), salvage=True)
     assert await bench.catalog.to_recover(LOST.id) == (RENTAL, LOST)
     assert [await bench.catalog.to_recover(each) for each in ("p-given-up", RUNNING.id, "p-unknown")] == [None] * 3
-    step = rules.salvaged(RENTAL, LOST, salvage, [salvage, COPY])
-    assert await bench.catalog.accept(step, RENTAL.id, [salvage, COPY])
+    step = rules.salvaged(RENTAL, LOST, recovered, [recovered, SNAPSHOT])
+    assert await bench.catalog.accept(step, RENTAL.id, [recovered, SNAPSHOT])
     assert await bench.catalog.to_recover(LOST.id) is None
     assert not await bench.catalog.accept(step, RENTAL.id, [])
-    assert await bench.catalog.of(RENTAL.id) == [salvage, COPY]
-    assert await bench.catalog.newest(RENTAL.id) == COPY
+    assert await bench.catalog.of(RENTAL.id) == [recovered, SNAPSHOT]
+    assert await bench.catalog.newest(RENTAL.id) == SNAPSHOT
     assert await bench.kinds() == ["rental.salvaged"]
 
 
-async def test_what_could_not_be_salvaged_is_given_up_once(bench: Bench) -> None:
+async def test_a_recovery_that_failed_is_given_up_once(bench: Bench) -> None:
     for _ in range(2):
         await bench.catalog.record(rules.not_salvaged(RENTAL, LOST, "its home holds too much"))
     assert await bench.catalog.to_recover(LOST.id) is None

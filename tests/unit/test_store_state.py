@@ -1,4 +1,4 @@
-"""Steps in the database: whole or not at all, in order, with their events, just as in the World of the decisions."""
+"""Steps in the database are atomic, in order, and with their events, as in the World that decisions use."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ async def world(store: Store) -> World:
     return world
 
 
-async def test_what_was_put_down_is_loaded_as_it_was(store: Store, world: World) -> None:
+async def test_the_rows_are_loaded_as_they_were_written(store: Store, world: World) -> None:
     assert await store.read(state.load) == world
 
 
-async def test_the_world_holds_what_lives_and_what_is_left_of_what_has_ended(store: Store) -> None:
+async def test_the_world_has_what_is_alive_and_the_residue_of_what_has_ended(store: Store) -> None:
     ended, gone = active_rental(2, state=RentalState.RELEASED), active_rental(3, state=RentalState.EXPIRED)
     lost = new_placement(ended, WORKER, PlacementState.LOST)
     purged = new_placement(gone, WORKER, PlacementState.PURGED, slot=1)
@@ -70,7 +70,7 @@ async def test_a_step_is_applied_with_its_events_in_one_transaction(store: Store
     )
 
 
-async def test_a_step_with_one_stale_guard_leaves_no_trace_at_all(store: Store, world: World) -> None:
+async def test_a_step_with_one_stale_guard_changes_nothing(store: Store, world: World) -> None:
     stale = replace(RENTAL, epoch=RENTAL.epoch + 1)
     placed = Placement(
         id="p-2", rental_id=RENTAL.id, worker_id=WORKER.id, slot=1, epoch=2, state=PlacementState.RESERVED
@@ -91,7 +91,7 @@ async def test_steps_before_a_stale_one_are_applied_and_those_after_it_are_not(s
     assert (await store.read(state.load)).rentals[RENTAL.id].state is RentalState.ACTIVE
 
 
-async def test_a_guard_on_nothing_that_changes_still_guards(store: Store, world: World) -> None:
+async def test_a_guard_of_a_write_without_changes_holds(store: Store, world: World) -> None:
     guard = Step(
         (Write(kind="worker", id=WORKER.id, expect={"health": Health.DOWN}, change={}),),
         (Event(kind="x", actor="y", reason="z"),),
@@ -103,7 +103,7 @@ async def test_a_guard_on_nothing_that_changes_still_guards(store: Store, world:
     assert await store.read(state.load) == world
 
 
-async def test_a_guard_on_an_empty_field_is_a_guard(store: Store, world: World) -> None:
+async def test_a_guard_on_an_empty_field_holds(store: Store, world: World) -> None:
     assert await store.write(
         state.apply, [Step((Write(kind="rental", id=RENTAL.id, expect={"end": None}, change={"failures": 1}),))]
     )
@@ -113,11 +113,11 @@ async def test_a_guard_on_an_empty_field_is_a_guard(store: Store, world: World) 
     )
 
 
-async def test_a_write_to_a_row_that_is_gone_is_dropped(store: Store, world: World) -> None:
+async def test_a_write_to_a_row_that_does_not_exist_is_not_applied(store: Store, world: World) -> None:
     assert not await store.write(state.apply, [move_worker(new_worker(7), Health.SUSPECT, "silence")])
 
 
-async def test_due_are_the_living_rentals_whose_time_is_over(store: Store) -> None:
+async def test_living_rentals_are_due_when_their_time_is_over(store: Store) -> None:
     due, later = active_rental(1, expires_at=100.0), active_rental(2, expires_at=100.1)
     ended = active_rental(3, expires_at=1.0, state=RentalState.RELEASED)
     await store.write(put, new_world(due, later, ended, new_rental(4)))
@@ -125,9 +125,9 @@ async def test_due_are_the_living_rentals_whose_time_is_over(store: Store) -> No
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_the_store_applies_steps_as_the_world_of_the_decisions_does(store: Store, seed: int) -> None:
+async def test_the_store_applies_steps_as_the_world_of_decisions_does(store: Store, seed: int) -> None:
     """The same random steps, some of them stale, end in the same rows on both sides."""
-    random = Random(seed)  # noqa: S311  a history to play again, no secret
+    random = Random(seed)  # noqa: S311  a reproducible history, no secret
     rows: list[Any] = [new_worker(1, slots=3), new_worker(2, slots=3)]
     rows += [new_rental(number) for number in range(4)]
     world = new_world(*rows)

@@ -1,4 +1,4 @@
-"""One contract for the ledger in the database and the one in memory: what the simulation shows holds for both."""
+"""The contract of the state stores in the database and in memory: so what the simulation shows holds for both."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from orion.manager.store.sql import SqlStateStore
 
 
 class Both(StateStore, Registry, Protocol):
-    """What both implement."""
+    """The ports that both implement."""
 
 
 @dataclass
 class Bench:
-    """A ledger that holds a world, and how to look at it from outside."""
+    """A state store that holds a world, and its events."""
 
     state_store: Both
     store: Store | None = None
@@ -73,7 +73,7 @@ TASK = Task(
     item=Item(rental_id=RENTAL.id, username=RENTAL.username, uid=RENTAL.uid, epoch=3),
     placement_id=RUNNING.id,
 )
-WAY_TO: dict[Health, tuple[Health, ...]] = {
+PATH_TO: dict[Health, tuple[Health, ...]] = {
     Health.JOINING: (),
     Health.READY: (Health.READY,),
     Health.SUSPECT: (Health.SUSPECT,),
@@ -117,23 +117,23 @@ def reserved(number: int, rental: Any, worker: Any, **change: Any) -> Step:
     return Step((), (), replace(row, **change))
 
 
-async def test_it_shows_what_lives_and_what_is_left_of_what_has_ended(bench: Bench) -> None:
+async def test_the_world_has_what_is_alive_and_the_residue_of_what_has_ended(bench: Bench) -> None:
     assert await bench.state_store.load() == new_world(WORKER, OTHER, RENTAL, QUEUED, ENDED, RUNNING, LEFT_OF_ENDED)
     assert await bench.state_store.workers([WORKER.id, "w-unknown"]) == {WORKER.id: WORKER}
 
 
-async def test_what_it_showed_does_not_change_afterwards(bench: Bench) -> None:
+async def test_a_loaded_world_does_not_change_afterwards(bench: Bench) -> None:
     seen = await bench.state_store.load()
     assert await bench.state_store.apply([release(RENTAL, "released", "alice", "asked for")])
     assert seen.rentals[RENTAL.id] == RENTAL
 
 
-async def test_due_are_the_living_whose_time_is_over(bench: Bench) -> None:
+async def test_living_rentals_are_due_when_their_time_is_over(bench: Bench) -> None:
     assert await bench.state_store.due(5599.0) == []
     assert await bench.state_store.due(5600.0) == [RENTAL]
 
 
-async def test_a_time_that_is_not_counted_is_counted_once_the_clock_is_believed(bench: Bench) -> None:
+async def test_a_rental_without_expiry_gets_one_once_the_clock_is_trusted(bench: Bench) -> None:
     doubted = WallClock(offset_s=0.0).observe(86_400.0, 0.0)
     assert await bench.state_store.without_expiry() == []
     assert await bench.state_store.apply([renew(RENTAL, 60, "alice", None)])
@@ -148,7 +148,7 @@ async def test_a_time_that_is_not_counted_is_counted_once_the_clock_is_believed(
     assert [rental.expires_at for rental in await bench.state_store.due(7060.0)] == [7060.0]
 
 
-async def test_what_was_renewed_since_it_was_due_does_not_expire(bench: Bench) -> None:
+async def test_a_rental_that_was_renewed_since_it_was_due_does_not_expire(bench: Bench) -> None:
     wall = 5600.0
     decided = expire(await bench.state_store.due(wall), wall, WallClock(offset_s=0.0))
     assert len(decided) == 1
@@ -183,7 +183,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-async def test_what_must_never_be_is_refused_and_nothing_of_the_transaction_stays(bench: Bench, what: str) -> None:
+async def test_a_broken_invariant_is_refused_and_rolls_the_transaction_back(bench: Bench, what: str) -> None:
     before = await bench.state_store.load()
     harmless = move_worker(OTHER, Health.SUSPECT, "silence")
     with pytest.raises((InvariantBroken, IntegrityError)):
@@ -237,7 +237,7 @@ async def test_a_slot_is_free_when_its_placement_is_purged(bench: Bench) -> None
     assert await bench.state_store.apply([reserved(1, QUEUED, WORKER)])
 
 
-async def test_a_success_that_nobody_waits_for_changes_nothing(bench: Bench) -> None:
+async def test_a_success_of_a_task_that_is_not_wanted_any_more_changes_nothing(bench: Bench) -> None:
     before = await bench.state_store.load()
     await bench.state_store.finish(
         [TaskEnded(task=TASK, ok=True, wall=9000.0, counts_from=9000.0, report={"left": []})], follow
@@ -245,7 +245,7 @@ async def test_a_success_that_nobody_waits_for_changes_nothing(bench: Bench) -> 
     assert await bench.state_store.load() == before
 
 
-async def test_a_failure_is_explained_to_who_waits_for_it(bench: Bench) -> None:
+async def test_a_failure_is_explained_in_its_rental(bench: Bench) -> None:
     await bench.state_store.apply([release(RENTAL, "released", "alice", "asked for")])
     await bench.state_store.finish(
         [TaskEnded(task=TASK, ok=False, wall=9000.0, counts_from=9000.0, message="no space left", attempts=1)], follow
@@ -253,7 +253,7 @@ async def test_a_failure_is_explained_to_who_waits_for_it(bench: Bench) -> None:
     assert (await bench.state_store.load()).rentals[RENTAL.id].explanation == "trying again: no space left"
 
 
-async def test_that_workers_were_heard_changes_nothing_that_is_decided_by(bench: Bench) -> None:
+async def test_recorded_heartbeats_change_nothing_that_decisions_read(bench: Bench) -> None:
     before = await bench.state_store.load()
     await bench.state_store.record_heartbeats([(WORKER.id, 9000.0, {"cpu": 1.0})])
     assert await bench.state_store.load() == before
@@ -280,12 +280,12 @@ async def test_a_worker_that_calls_home_again_has_a_new_session_and_the_same_hea
 
 
 @pytest.mark.parametrize("health", Health)
-async def test_whoever_was_at_the_address_of_a_new_worker_and_holds_nothing_is_forgotten(
+async def test_a_worker_without_placements_is_removed_when_a_new_one_has_its_address(
     bench: Bench, health: Health
 ) -> None:
     before = await bench.state_store.register(CLAIM, None, True)
     (known,) = await bench.state_store.known_at(CLAIM.address)
-    await bench.become(known, *WAY_TO[health])
+    await bench.become(known, *PATH_TO[health])
     after = await bench.state_store.register(replace(CLAIM, host_keys=(host_key(10),)), None, True)
     gone = health in {Health.JOINING, Health.DOWN}
     assert after.replaced == ((before.worker_id,) if gone else ())
@@ -295,17 +295,17 @@ async def test_whoever_was_at_the_address_of_a_new_worker_and_holds_nothing_is_f
 
 
 @pytest.mark.parametrize("health", Health)
-async def test_a_worker_that_never_had_the_answer_to_its_registration_is_known_once(
+async def test_a_worker_that_never_got_the_answer_to_its_registration_is_known_once(
     bench: Bench, health: Health
 ) -> None:
-    """Its network was cut meanwhile, and it has another address: its host keys say which machine it is."""
+    """Its network was cut meanwhile, and it has another address: its host keys identify it."""
     before = await bench.state_store.register(CLAIM, None, True)
     (known,) = await bench.state_store.known_at(CLAIM.address)
-    await bench.become(known, *WAY_TO[health])
-    unknown_rentals = replace(CLAIM, host_keys=("no", "other")), replace(CLAIM, boot_id="of another start")
-    for each in unknown_rentals:
-        told = await bench.state_store.register(replace(each, address="172.20.128.98"), None, True)
-        assert before.worker_id not in told.replaced
+    await bench.become(known, *PATH_TO[health])
+    others = replace(CLAIM, host_keys=("no", "other")), replace(CLAIM, boot_id="of another start")
+    for each in others:
+        registered = await bench.state_store.register(replace(each, address="172.20.128.98"), None, True)
+        assert before.worker_id not in registered.replaced
     after = await bench.state_store.register(replace(CLAIM, address="172.20.128.99"), None, True)
     gone = health in {Health.JOINING, Health.SUSPECT, Health.DOWN}
     assert (before.worker_id in after.replaced) == gone
@@ -313,7 +313,7 @@ async def test_a_worker_that_never_had_the_answer_to_its_registration_is_known_o
 
 
 @pytest.mark.parametrize("keeps", ["a placement", "an intent"])
-async def test_whoever_was_at_the_address_of_a_new_worker_is_kept_for(bench: Bench, keeps: str) -> None:
+async def test_a_worker_whose_address_a_new_one_has_is_kept_for(bench: Bench, keeps: str) -> None:
     await bench.become(OTHER, Health.SUSPECT, Health.DOWN)
     if keeps == "an intent":
         purged = move_placement(LEFT_OF_ENDED, "reconciler", PlacementState.PURGED, "a", "why")
@@ -325,7 +325,7 @@ async def test_whoever_was_at_the_address_of_a_new_worker_is_kept_for(bench: Ben
     assert await bench.state_store.worker(OTHER.id)
 
 
-async def test_a_look_shows_what_was_asked_for_whole_and_all_that_is_in_work(bench: Bench) -> None:
+async def test_a_part_has_the_whole_workers_and_every_rental_in_transition(bench: Bench) -> None:
     releasing = release(RENTAL, "released", "alice", "asked for")
     assert await bench.state_store.apply([releasing])
     everything = await bench.state_store.load()
@@ -333,7 +333,7 @@ async def test_a_look_shows_what_was_asked_for_whole_and_all_that_is_in_work(ben
     assert seen == replace(everything, whole=frozenset({OTHER.id, "w-gone"}), taken={WORKER.id: frozenset({0})})
 
 
-async def test_a_look_leaves_out_what_is_at_rest_elsewhere(bench: Bench) -> None:
+async def test_a_part_leaves_out_active_rentals_of_other_workers(bench: Bench) -> None:
     seen = await bench.state_store.load_part((), ())
     assert (seen.workers, seen.rentals, seen.placements) == ({}, {QUEUED.id: QUEUED}, {})
     with_candidate = await bench.state_store.load_part((), {WORKER.id})
@@ -341,7 +341,7 @@ async def test_a_look_leaves_out_what_is_at_rest_elsewhere(bench: Bench) -> None
     assert with_candidate.placements == {}, "only its slots"
 
 
-async def test_steps_that_have_nothing_to_do_with_each_other_are_applied_each_for_itself(bench: Bench) -> None:
+async def test_independent_steps_are_applied_one_by_one(bench: Bench) -> None:
     stale = move_worker(replace(WORKER, session_id="another"), Health.SUSPECT, "silence")
     good = move_worker(OTHER, Health.SUSPECT, "silence")
     assert await bench.state_store.apply_each([stale, good]) == [False, True]
@@ -349,7 +349,7 @@ async def test_steps_that_have_nothing_to_do_with_each_other_are_applied_each_fo
     assert await bench.kinds() == ["worker.became_suspect"]
 
 
-async def test_tasks_that_end_together_are_all_written_and_each_sees_the_ones_before_it(bench: Bench) -> None:
+async def test_tasks_that_end_together_are_all_applied_and_each_sees_the_ones_before_it(bench: Bench) -> None:
     await bench.state_store.apply([move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")])
     reached = Task(kind=TaskKind.REACH, worker_id=OTHER.id, session_id=OTHER.session_id)
     await bench.state_store.finish(
@@ -368,7 +368,7 @@ async def test_tasks_that_end_together_are_all_written_and_each_sees_the_ones_be
     ]
 
 
-async def test_who_follows_is_told_what_is_there_and_then_what_each_commit_changed(bench: Bench) -> None:
+async def test_a_follower_gets_the_whole_pool_and_then_the_changes_of_each_commit(bench: Bench) -> None:
     followed, anew = PoolIndex(), PoolIndex()
     await bench.state_store.follow(lambda changes: followed.apply(changes, 0.0))
     assert [held.id for held in followed.held(WORKER.id)] == [RUNNING.id]
@@ -388,8 +388,8 @@ async def test_who_follows_is_told_what_is_there_and_then_what_each_commit_chang
     assert not what_differs(anew, followed)
 
 
-async def test_of_the_dead_those_are_forgotten_of_which_nothing_is_missing(bench: Bench) -> None:
-    """Not the one that may have the newest files of a living rental; what it has of an ended one nobody misses."""
+async def test_workers_that_are_down_are_removed_if_they_hold_no_files_that_are_needed(bench: Bench) -> None:
+    """A worker that may hold the newest files of a living rental is kept; files of an ended rental are not needed."""
     await bench.become(WORKER, Health.SUSPECT, Health.DOWN)
     assert await bench.state_store.forget([WORKER.id, OTHER.id]) == ()
     await bench.become(OTHER, Health.SUSPECT, Health.DOWN)

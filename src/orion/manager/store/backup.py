@@ -1,8 +1,9 @@
-"""Copies of the database while it runs, and going back to one. SQLite alone: PostgreSQL has tools of its own.
+"""Backups of a running database, and restoring one. SQLite alone: PostgreSQL has its own tools.
 
-Safe order of a restore: an uploaded copy is examined and brought up to date beside the database; `accept` makes it fit
-for a world that went on without it, and gives it the name that counts in one rename; the manager ends; the next start
-swaps it in before anything is opened. A crash between any two of these leaves the old database or the new one, whole.
+Safe order of a restore: an uploaded backup is checked and its schema brought up to date beside the database; `accept`
+adapts it to what happened since the backup, and gives it the name for the next start by one rename; the manager ends;
+the next start swaps it in before anything opens the database. A crash between two of these steps leaves the old or the
+new database, complete.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from orion.manager.store.database import Store, known_revisions
 from orion.manager.store.schema import metadata
 
 UID_GAP = 10_000
-"""More uids than can have been given since a backup: none of them is given again."""
+"""More uids than can have been assigned since a backup, so that none is assigned twice."""
 EPOCH_GAP = 1_000
-"""The same for the epochs of a rental: a worker refuses one that it has seen."""
+"""The same for the epochs of a rental: a worker refuses an epoch that it has seen."""
 EVENT_GAP = 1_000
-"""The same for events: who follows them by id must not miss those that come after a restore."""
+"""The same for ids of events: a client that follows them by id must not miss the events after a restore."""
 _HEADER = b"SQLite format 3\x00"
 _PRESENT = "('ready', 'suspect', 'unknown')"
 _LIVING = f"state NOT IN ({', '.join(repr(str(state)) for state in sorted(ENDED))})"
@@ -43,7 +44,7 @@ class NotABackup(Exception):
 
 @dataclass(frozen=True)
 class KnownRental:
-    """A rental, for a person to recognise it."""
+    """What lets a person recognise a rental."""
 
     id: str
     name: str
@@ -52,43 +53,44 @@ class KnownRental:
 
 @dataclass(frozen=True, kw_only=True)
 class Examined:
-    """What a restore of a staged copy would do. `id` accepts it."""
+    """What a restore of a staged backup would do. `accept` takes its `id`."""
 
     id: str
     last_event_at: float | None
-    """UTC seconds: about when the copy was made."""
+    """UTC seconds; about when the backup was made."""
     rentals: int
-    """Living ones in the copy."""
+    """The number of living rentals in the backup."""
     forgotten: list[KnownRental]
-    """Living now, and not in the copy."""
+    """Rentals that are alive now and missing from the backup."""
     revived: list[KnownRental]
-    """Living in the copy, and ended since."""
+    """Rentals that are alive in the backup and have ended since."""
 
 
 class Backups:
-    """Blocks: called in a thread. `None` instead of this class where the database is not a file."""
+    """The backups of a database file. Its methods block: call them in a thread."""
 
     def __init__(self, database: Path) -> None:
         self.database = database
 
     @staticmethod
     def of(url: str) -> Backups | None:
+        """Return the backups of a database; None if the database is not a file."""
         parsed = make_url(url)
         in_file = parsed.get_backend_name() == "sqlite" and parsed.database not in {None, "", ":memory:"}
         return Backups(Path(str(parsed.database))) if in_file else None
 
     @property
     def accepted(self) -> Path:
-        """The copy that the next start takes."""
+        """The path of the backup that the next start swaps in."""
         return self._beside("restore")
 
     @property
     def replaced(self) -> Path:
-        """The database as it was before the last restore."""
+        """The path of the database as it was before the last restore."""
         return self._beside("before-restore")
 
     def copy(self) -> Path:
-        """A consistent copy in one file, for the caller to remove. The writer is not held up (WAL)."""
+        """Make a consistent backup in one file, which the caller removes. Writes go on meanwhile (WAL)."""
         target = self._beside(f"backup-{token_hex(8)}")
         target.touch(0o600)
         with closing(_open(self.database)) as connection:
@@ -97,21 +99,21 @@ class Backups:
 
     @staticmethod
     def refuse_early(beginning: bytes) -> None:
-        """Raise NotABackup for the first bytes of what is none: it may be larger than the disk."""
+        """Raise NotABackup if an upload does not begin like a backup: the whole of it may be larger than the disk."""
         if not _HEADER.startswith(beginning[: len(_HEADER)]):
             raise NotABackup("it is not an SQLite database")
 
     def receive(self) -> Path:
-        """An empty file for an upload."""
+        """Return a new empty file for an upload."""
         target = self._beside(f"upload-{token_hex(8)}")
         target.touch(0o600)
         return target
 
     def stage(self, upload: Path) -> Examined:
-        """Examine an upload, bring its schema up to date, and keep it until it is accepted. Raises NotABackup."""
+        """Check an upload, bring its schema up to date, and keep it for `accept`. Raises NotABackup."""
         identity = token_hex(8)
         try:
-            _examine(upload)
+            _check(upload)
             _bring_up_to_date(upload)
             found = self._compare(upload, identity)
         except (sqlite3.DatabaseError, DatabaseError) as error:
@@ -122,20 +124,23 @@ class Backups:
         return found
 
     def accept(self, identity: str, actor: str) -> bool:
-        """Make a staged copy the one that the next start takes; False when it is not there."""
+        """Make a staged backup the one that the next start swaps in; return False if there is none of this id."""
         name = f"{self.database.name}.staged-{identity}"
         staged = next((file for file in self._all("staged-*") if file.name == name), None)
         if staged is None:
             return False
         with closing(_open(staged)) as connection, _transaction(connection):
-            _fit_into_the_present(connection, self.database, actor)
+            _adapt_to_present(connection, self.database, actor)
         _flush(staged)
         staged.replace(self.accepted)
         _flush(staged.parent)
         return True
 
     def swap_in(self) -> bool:
-        """Before anything opens the database: put an accepted copy in its place, and keep what was there."""
+        """Put an accepted backup in the place of the database, and keep the former one; return whether there was one.
+
+        It must be called before anything opens the database.
+        """
         for leftover in (*self._all("backup-*"), *self._all("upload-*")):
             leftover.unlink()
         if not self.accepted.exists():
@@ -146,26 +151,26 @@ class Backups:
         return True
 
     def _set_aside(self) -> None:
-        """The old file gets a second name; its log of commits must never meet the new file."""
+        """Keep the old file under a second name, without its log of commits: SQLite would apply it to the new file."""
         with suppress(sqlite3.Error), closing(_open(self.database, must_exist=False)) as connection:
-            connection.execute("PRAGMA journal_mode = DELETE")  # writes the log into the file and removes it
+            connection.execute("PRAGMA journal_mode = DELETE")  # this writes the log into the file and removes it
         for suffix in ("", "-wal", "-shm"):
             old = Path(f"{self.database}{suffix}")
             kept = Path(f"{self.replaced}{suffix}")
             kept.unlink(missing_ok=True)
             if old.exists() and suffix:
-                old.replace(kept)  # it could not be read: kept as it is
+                old.replace(kept)  # the database could not be read: its log is kept as it is
             elif old.exists():
                 kept.hardlink_to(old)
 
-    def _compare(self, copy: Path, identity: str) -> Examined:
-        there = _living(copy)
+    def _compare(self, backup: Path, identity: str) -> Examined:
+        there = _living(backup)
         try:
             here, everything_here = _living(self.database), _all_ids(self.database)
         except sqlite3.Error:
-            here, everything_here = {}, set(there)  # the database is what is broken
-        known = _all_ids(copy)
-        with closing(_open(copy)) as connection:
+            here, everything_here = {}, set(there)  # the database itself is broken
+        known = _all_ids(backup)
+        with closing(_open(backup)) as connection:
             (last_event_at,) = connection.execute("SELECT max(at) FROM events").fetchone()
         return Examined(
             id=identity,
@@ -182,7 +187,8 @@ class Backups:
         return list(self.database.parent.glob(f"{self.database.name}.{pattern}"))
 
 
-def _examine(file: Path) -> None:
+def _check(file: Path) -> None:
+    """Raise NotABackup if the file is not an intact database of a known schema of Orion-Sec."""
     with file.open("rb") as stream:
         if stream.read(len(_HEADER)) != _HEADER:
             raise NotABackup("it is not an SQLite database")
@@ -205,6 +211,7 @@ def _examine(file: Path) -> None:
 
 
 def _bring_up_to_date(file: Path) -> None:
+    """Migrate the file's schema; raise NotABackup if tables or rows are not such as this version writes."""
     store = Store(f"sqlite:///{file}")
     try:
         store.migrate()
@@ -222,10 +229,11 @@ def _bring_up_to_date(file: Path) -> None:
         connection.execute("PRAGMA journal_mode = DELETE")
 
 
-def _fit_into_the_present(connection: sqlite3.Connection, database: Path, actor: str) -> None:
-    """The workers went on: what was given since is not given again, and each has to show what it holds.
+def _adapt_to_present(connection: sqlite3.Connection, database: Path, actor: str) -> None:
+    """Adapt a backup to workers that went on: assign no number twice, and have each worker show what it holds.
 
-    A running placement without its key is looked for before anything is believed of it: see reconcile._is_missing.
+    A running placement whose key is removed is confirmed by its worker before it is relied on: see
+    reconcile._is_missing.
     """
     now = _present(database)
     for name, value in now.counters.items():
@@ -233,11 +241,11 @@ def _fit_into_the_present(connection: sqlite3.Connection, database: Path, actor:
         connection.execute("UPDATE counters SET value = max(value, ?) WHERE name = ?", (value, name))
     connection.execute("UPDATE counters SET value = value + ? WHERE name = 'uid'", (UID_GAP,))
     connection.execute(f"UPDATE rentals SET epoch = epoch + ? WHERE {_LIVING}", (EPOCH_GAP,))  # noqa: S608
-    # Who was let in since, nobody knows: what a worker still has of an epoch from before is restored on request only.
-    nobody_knows = "let_in_epoch = epoch, began_with = '', lineage = '[]'"
-    connection.execute(f"UPDATE rentals SET {nobody_knows} WHERE {_LIVING}")  # noqa: S608
+    # Which epochs were activated since is unknown: recovered snapshots of earlier ones are restored on request only.
+    unknown = "let_in_epoch = epoch, began_with = '', lineage = '[]'"
+    connection.execute(f"UPDATE rentals SET {unknown} WHERE {_LIVING}")  # noqa: S608
     connection.execute("UPDATE placements SET public_key = '' WHERE state = 'running'")
-    # The copies of what has ended since were removed with it: it begins empty, and nobody waits for them.
+    # The snapshots of rentals that have ended since are removed: such a rental begins empty, without waiting for them.
     connection.executemany("DELETE FROM copies WHERE rental_id = ?", [(identity,) for identity in now.ended])
     connection.execute("UPDATE workers SET session_id = NULL, verified_session = NULL")
     present = [row[0] for row in connection.execute(f"SELECT id FROM workers WHERE health IN {_PRESENT}")]  # noqa: S608
@@ -248,15 +256,17 @@ def _fit_into_the_present(connection: sqlite3.Connection, database: Path, actor:
         )
     (last,) = connection.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()
     at, reason = time.time(), "the platform went back to a backup"
-    told = [("platform.restored", None), *(("worker.became_joining", worker_id) for worker_id in present)]
+    recorded = [("platform.restored", None), *(("worker.became_joining", worker_id) for worker_id in present)]
     first = max(last, now.last_event) + EVENT_GAP
-    rows = [(first + n, at, kind, actor, reason, worker_id, "{}") for n, (kind, worker_id) in enumerate(told)]
+    rows = [(first + n, at, kind, actor, reason, worker_id, "{}") for n, (kind, worker_id) in enumerate(recorded)]
     columns = "id, at, kind, actor, reason, worker_id, details"
     connection.executemany(f"INSERT INTO events ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)  # noqa: S608
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Present:
+    """What a restore keeps of the database that it replaces."""
+
     counters: dict[str, int]
     revoked: dict[str, float]
     last_event: int
@@ -264,7 +274,7 @@ class _Present:
 
 
 def _present(database: Path) -> _Present:
-    """What a restore must not take back. Nothing where the database is what is broken: the gaps are for that too."""
+    """Return what a restore must not undo; nothing if the database is broken: the gaps cover that case as well."""
     try:
         with closing(_open(database)) as connection:
             counters = dict(connection.execute("SELECT name, value FROM counters").fetchall())
@@ -277,6 +287,7 @@ def _present(database: Path) -> _Present:
 
 
 def _living(file: Path) -> dict[str, KnownRental]:
+    """Return the living rentals of a database file, by id."""
     with closing(_open(file)) as connection:
         rows = connection.execute(f"SELECT id, name, owner FROM rentals WHERE {_LIVING} ORDER BY id")  # noqa: S608
         return {row[0]: KnownRental(*row) for row in rows}
@@ -298,7 +309,7 @@ def _open(file: Path, must_exist: bool = True) -> sqlite3.Connection:
 def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("BEGIN IMMEDIATE")
-    yield  # what is raised here closes the connection, which rolls back
+    yield  # an exception closes the connection, which rolls back
     connection.execute("COMMIT")
 
 

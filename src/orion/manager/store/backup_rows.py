@@ -1,7 +1,6 @@
-"""Whether the rows of a backup are such as this manager writes: it starts with them, and reads them without looking.
+"""Checks that the rows of a backup are such as this manager writes: after a restore it reads them unchecked.
 
-SQLite keeps in a column what it is given, whatever the column's type says; and a file from elsewhere need not have the
-constraints of ours.
+SQLite stores values of any type in a column, and a file from elsewhere need not have our constraints.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from orion.manager.store.schema import metadata
 from orion.wire import Role
 
 LARGEST_NUMBER = 2**53
-"""What a number of ours never comes near, and SQLite may still add to."""
+"""Larger than any number that the manager writes, and small enough that SQLite can add to it."""
 LAST_TIME = 1e11
 """Unix seconds, far beyond the year 5000."""
 LARGEST_UID = 10**9
@@ -51,7 +50,7 @@ _CONDITIONS = {
 
 
 def strange_column(connection: sqlite3.Connection) -> str:
-    """Return the name of the first column that holds, in some row, what this manager never writes; empty for none."""
+    """Return the name of the first column with a value that this manager never writes; empty if there is none."""
     for table in metadata.sorted_tables:
         conditions = [(name, f"coalesce({condition.format(_quoted(name))}, 0)") for name, condition in _expected(table)]
         if not _all_true(connection, table.name, " AND ".join(condition for _, condition in conditions)):
@@ -65,7 +64,7 @@ def _all_true(connection: sqlite3.Connection, table: str, condition: str) -> boo
 
 
 def _expected(table: Table) -> Iterator[tuple[str, str]]:
-    """Give each column with what has to be true of it: first its type, then what its value may be."""
+    """Yield each column with the conditions that it has to satisfy: first its type, then its value."""
     for column in table.columns:
         yield column.name, _typed(column)
         if condition := _CONDITIONS.get(f"{table.name}.{column.name}"):
@@ -73,6 +72,7 @@ def _expected(table: Table) -> Iterator[tuple[str, str]]:
 
 
 def _typed(column: Column[Any]) -> str:
+    """Return the SQL condition, with {0} for the column, that a value has the column's type."""
     kind = column.type
     if isinstance(kind, JSON):
         shape = "array" if column.name in _LISTS else "object"

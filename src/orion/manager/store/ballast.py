@@ -1,4 +1,4 @@
-"""A file beside the database that can be thrown away: a full disk must not stop a takeover, which is a few commits."""
+"""The ballast: a file beside the database that is deleted when the disk is full, so that takeovers can be committed."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from pathlib import Path
 from sqlalchemy import make_url
 from sqlalchemy.exc import OperationalError
 
-LOOK_EVERY_S = 30.0
+CHECK_EVERY_S = 30.0
 _FULL, _IO_ERROR = 13, 10
 """SQLITE_FULL and SQLITE_IOERR (sqlite.org/rescode.html); the low byte of an extended code is its primary one."""
 
 
 class Ballast:
-    """Not safe for several threads: the store's one writer has it."""
+    """The ballast file. Not safe for several threads: only the store's writer thread uses it."""
 
     def __init__(self, file: Path, size_bytes: int) -> None:
         self._file = file
         self._size_bytes = size_bytes
-        self._looked_at = float("-inf")
+        self._checked_at = float("-inf")
 
     @staticmethod
     def of(url: str, size_bytes: int) -> Ballast | None:
-        """None where the database is no file, or nothing is to be kept."""
+        """Return the ballast of a database; None if the database is not a file, or the size is 0."""
         parsed = make_url(url)
         in_file = parsed.get_backend_name() == "sqlite" and parsed.database not in {None, "", ":memory:"}
         return Ballast(Path(f"{parsed.database}.ballast"), size_bytes) if in_file and size_bytes else None
 
-    def drop(self, error: OperationalError) -> bool:
-        """Make room, if that is what the error is about and there is something to drop."""
+    def release(self, error: OperationalError) -> bool:
+        """Delete the file if the error says that the disk is full; return whether there is room now."""
         code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
         if code not in {_FULL, _IO_ERROR} or not self._file.exists():
             return False
         self._file.unlink()
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         return True
 
-    def take(self) -> None:
-        """Have it there, as long as that leaves as much again; looks again only every LOOK_EVERY_S."""
-        if time.monotonic() < self._looked_at + LOOK_EVERY_S:
+    def allocate(self) -> None:
+        """Make the file if it is missing and as much room again stays free; check at most every CHECK_EVERY_S."""
+        if time.monotonic() < self._checked_at + CHECK_EVERY_S:
             return
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         room = os.statvfs(self._file.parent)
         if self._file.exists() or room.f_bavail * room.f_frsize < 2 * self._size_bytes:
             return
@@ -51,7 +51,7 @@ class Ballast:
         try:
             os.posix_fallocate(descriptor, 0, self._size_bytes)
         except OSError:
-            partial.unlink()  # somebody else took the room meanwhile
+            partial.unlink()  # the room was used up meanwhile
         else:
             partial.replace(self._file)
         finally:

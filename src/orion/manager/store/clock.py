@@ -1,4 +1,4 @@
-"""The last moment at which the wall clock was believed, kept among the counters."""
+"""The last moment at which the wall clock was trusted, kept among the counters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAMES = ("clock_wall_s", "clock_boot_s", "clock_boot_id")
 
 
 def last_known(connection: Connection) -> tuple[Mark | None, float | None]:
-    """Return the mark, and the time of the last event (Unix seconds); None for what there is not."""
+    """Return the mark, and the time of the last event (Unix seconds); None for each if there is none."""
     query = select(counters.c.name, counters.c.value).where(counters.c.name.in_(_NAMES))
     found = {str(name): int(value) for name, value in connection.execute(query)}
     mark = Mark(*(found[name] for name in _NAMES)) if len(found) == len(_NAMES) else None
@@ -21,7 +21,7 @@ def last_known(connection: Connection) -> tuple[Mark | None, float | None]:
 
 
 def keep(connection: Connection, mark: Mark) -> None:
-    """Write the mark down. Its numbers are whole, and less than 2**31 until 2038, as the column is in PostgreSQL."""
+    """Write the mark in whole numbers, below 2**31 until 2038: the column has 32 bits in PostgreSQL."""
     for name, value in zip(_NAMES, (round(mark.wall), round(mark.boot), mark.boot_id), strict=True):
         if connection.execute(update(counters).where(counters.c.name == name).values(value=value)).rowcount == 0:
             connection.execute(insert(counters), {"name": name, "value": value})

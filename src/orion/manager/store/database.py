@@ -1,4 +1,7 @@
-"""One writer, several readers, and the news of what was committed. Nothing here blocks the event loop."""
+"""Access to the database: one writer thread, several reader threads, and news of each commit.
+
+No coroutine here blocks the event loop.
+"""
 
 from __future__ import annotations
 
@@ -36,27 +39,27 @@ _Transacted = tuple[Any, list[Event], Changes | None]
 
 
 class NewerSchema(Exception):
-    """A newer version of this program has changed the database's schema."""
+    """The database has a schema of a newer version of Orion-Sec."""
 
 
 class News:
-    """Tells those who wait that something about a rental, or anything at all, was committed."""
+    """Wakes waiting tasks after commits: about one rental, or any commit."""
 
     EVERYTHING = "*"
 
     def __init__(self) -> None:
         self._listeners: dict[str, set[asyncio.Event]] = defaultdict(set)
         self.committed: Counter[str] = Counter()
-        """Events since the start, by kind."""
+        """The number of committed events since the start, by kind."""
         self._followers: list[Callable[[list[Event]], None]] = []
 
     def follow(self, follower: Callable[[list[Event]], None]) -> None:
-        """Call the follower with the events of each commit, in order, before the task that waits for it goes on."""
+        """Call the follower with the events of each commit, in order, before the writing task continues."""
         self._followers.append(follower)
 
     @contextmanager
     def listen(self, topic: str) -> Iterator[asyncio.Event]:
-        """An event that is set after each commit about `topic` (a rental's id, or EVERYTHING)."""
+        """Give an event that is set after each commit about `topic` (a rental's id, or EVERYTHING)."""
         changed = asyncio.Event()
         self._listeners[topic].add(changed)
         try:
@@ -95,10 +98,10 @@ Follower = Callable[[Changes], None]
 
 
 class Store:
-    """Runs functions of one connection, each in a transaction of its own: `await store.write(rows.insert, ...)`."""
+    """Runs functions that take a connection, each in its own transaction: `await store.write(rentals.create, ...)`."""
 
     def __init__(self, url: str, ballast: Ballast | None = None) -> None:
-        """`ballast`: what is thrown away when the disk is full."""
+        """`ballast`: the file that is deleted when the disk is full."""
         self.url = url
         self.news = News()
         self._follower: Follower | None = None
@@ -108,9 +111,9 @@ class Store:
         self._readers = ThreadPoolExecutor(4, "store-reader")
 
     def migrate(self) -> None:
-        """Bring the schema up to date; raise NewerSchema where it is beyond that.
+        """Bring the schema up to date; raise NewerSchema if a newer version made it.
 
-        This blocks: it is called before the event loop runs.
+        It blocks, and is called before the event loop runs.
         """
         config = _migrations()
         with self._engine.begin() as connection:
@@ -125,18 +128,18 @@ class Store:
             command.upgrade(config, "head")
 
     async def follow(self, follower: Follower) -> None:
-        """Tell it, in the event loop, all that there is, and from then on what each commit changed, in their order.
+        """Call the follower in the event loop with the whole pool, then with the changes of each commit, in order.
 
-        Whoever has waited for a commit finds it told.
+        `write` returns after the follower was called with its changes.
         """
         self._follower = follower
         await self.write(_touch_everything)
 
     async def write(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run it in the one writer's thread; commit when it returns, roll back when it raises."""
+        """Run the function in the writer thread; commit when it returns, roll back when it raises."""
         loop = asyncio.get_running_loop()
         transaction = loop.run_in_executor(self._writer, self._transact, function, args, kwargs)
-        # Not in the waiting task: that may be cancelled (its client hung up), and the commit is news all the same.
+        # Not in the waiting task: it may be cancelled (its client disconnected), and the commit is published anyway.
         transaction.add_done_callback(self._publish)
         return (await asyncio.shield(transaction))[0]
 
@@ -159,11 +162,11 @@ class Store:
 
     def _transact(self, function: Callable[..., T], args: Any, kwargs: Any) -> tuple[T, list[Event], Changes | None]:
         if self._ballast:
-            self._ballast.take()
+            self._ballast.allocate()
         try:
             return self._transact_once(function, args, kwargs)
         except OperationalError as error:
-            if self._ballast is None or not self._ballast.drop(error):
+            if self._ballast is None or not self._ballast.release(error):
                 raise
         return self._transact_once(function, args, kwargs)
 
@@ -171,7 +174,7 @@ class Store:
         self, function: Callable[..., T], args: Any, kwargs: Any
     ) -> tuple[T, list[Event], Changes | None]:
         with self._engine.begin() as connection:
-            # The pool keeps these: a transaction that failed left its own.
+            # Replaced for each transaction: the pooled connection still has those of one that failed.
             committed = connection.info["recorded"] = []
             rows_touched = connection.info["touched"] = Touched()
             result = function(connection, *args, **kwargs)
@@ -189,7 +192,7 @@ def known_revisions() -> set[str]:
 
 
 def record(connection: Connection, *recorded: Event) -> None:
-    """Write events in the transaction that makes them true."""
+    """Write events in the transaction of the changes that they tell of."""
     if not recorded:
         return
     at = time.time()
@@ -199,7 +202,7 @@ def record(connection: Connection, *recorded: Event) -> None:
 
 
 def touched(connection: Connection) -> Touched:
-    """To be told by whoever changes a worker, a rental or a placement: see store/pool_index.py."""
+    """Return the set to which code adds each worker, rental and placement that it changes: see store/pool_index.py."""
     found: Touched = connection.info["touched"]
     return found
 
@@ -209,7 +212,7 @@ def _touch_everything(connection: Connection) -> None:
 
 
 def rows(result: Result[Any]) -> list[Row]:
-    """The rows of a result as dictionaries, by column name."""
+    """Return the rows of a result as dictionaries, by column name."""
     return [dict(row) for row in result.mappings()]
 
 

@@ -1,6 +1,6 @@
-"""Reading events, and removing the oldest.
+"""Reads events, and removes the oldest.
 
-How many are kept is counted, and not measured by a clock: a clock that is wrong removes nothing.
+A number of events is kept, not a span of time, so that a wrong clock removes nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from orion.manager.store.database import Row, record, rows
 from orion.manager.store.schema import events
 
 BATCH = 1000
-"""Events that one transaction removes, which takes some milliseconds of the one writer."""
+"""Events that one transaction removes; it takes some milliseconds of the writer thread."""
 REMOVED = "events.removed"
 MISSED = "events.missed"
-"""The kind of what stands in a list or a stream for events that were asked for and are removed."""
+"""The kind of the row that replaces removed events in a list or a stream."""
 
 
 def page(
@@ -29,10 +29,10 @@ def page(
     limit: int,
     newest_first: bool = False,
 ) -> list[Row]:
-    """Return events with an id above `after`, oldest first; `owner` None: everybody's.
+    """Return events with an id above `after`, oldest first; `owner` None: those of all owners.
 
-    With `newest_first` they come from the end, and those with an id below `after`, where that is not 0. Where events
-    after `after` were removed, the first row says so.
+    With `newest_first` return the newest first, with an id below `after` if that is not 0. If events after `after` were
+    removed, the first row is of the kind MISSED.
     """
     query = select(events).order_by(events.c.id.desc() if newest_first else events.c.id).limit(limit)
     if not newest_first:
@@ -52,13 +52,13 @@ def last(connection: Connection) -> int:
 
 
 def too_old(connection: Connection, kept: int) -> int:
-    """Return the id of the newest event that is not among the newest `kept`; 0 where there is none."""
+    """Return the id of the newest event that is not among the newest `kept`; 0 if there is none."""
     newest_too_old = select(events.c.id).order_by(events.c.id.desc()).offset(kept).limit(1)
     return connection.execute(newest_too_old).scalar() or 0
 
 
 def remove_batch(connection: Connection, up_to: int, kept: int) -> bool:
-    """Remove the oldest BATCH events with ids up to `up_to`, and write that down; False where there are not as many."""
+    """Remove the oldest BATCH events with ids up to `up_to`, with an event; return False if there are fewer."""
     oldest = select(events.c.id).where(events.c.id <= up_to).order_by(events.c.id).limit(BATCH)
     ids = connection.execute(oldest).scalars().all()
     if len(ids) < BATCH:
@@ -72,11 +72,11 @@ def remove_batch(connection: Connection, up_to: int, kept: int) -> bool:
 
 
 def _missed(connection: Connection, after: int) -> list[Row]:
-    """Return what stands for the events after `after` that were removed, if any were. It is not in the database."""
+    """Return a row, which is not in the database, in place of the removed events after `after`; none if none were."""
     first = connection.execute(select(func.min(events.c.id))).scalar()
     if first is None or first <= after + 1:
         return []
     reason = f"the events from number {after + 1} to {first - 1} were removed: only the newest are kept"
-    nobody: Row = dict.fromkeys(("owner", "rental_id", "worker_id", "epoch"))
-    told: Row = {"id": first - 1, "at": time.time(), "kind": MISSED, "actor": "retention", "reason": reason}
-    return [told | nobody | {"details": {"from": after + 1, "to": first - 1}}]
+    empty: Row = dict.fromkeys(("owner", "rental_id", "worker_id", "epoch"))
+    row: Row = {"id": first - 1, "at": time.time(), "kind": MISSED, "actor": "retention", "reason": reason}
+    return [row | empty | {"details": {"from": after + 1, "to": first - 1}}]

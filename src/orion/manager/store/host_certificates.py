@@ -1,4 +1,4 @@
-"""Which rentals a worker may prove to be the host of."""
+"""Reads the rentals for which a worker gets a host certificate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from orion.manager.store.schema import placements, rentals
 
 
 def current_on(connection: Connection, worker_id: str) -> frozenset[str]:
-    """The ids of the rentals whose current placement is on this worker and is not on its way out."""
+    """Return the ids of the rentals whose current placement is on this worker and is not ending."""
     same_epoch = and_(rentals.c.id == placements.c.rental_id, rentals.c.epoch == placements.c.epoch)
     query = select(rentals.c.id).select_from(placements.join(rentals, same_epoch))
     here = and_(placements.c.worker_id == worker_id, placements.c.state.in_(CURRENT), rentals.c.state.in_(NAMED))

@@ -1,4 +1,4 @@
-"""What the engine did for each rental: the latest, and not more than anybody reads."""
+"""The job log: the latest jobs of the engine for each rental. Its table is called engine_log."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from orion.manager.store.schema import engine_log
 
 PER_RENTAL = 50
 IN_TOTAL = 100_000
+"""Entries that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One job of the engine, when it had ended. `at`: UTC seconds; `seconds`: from the order to the outcome."""
+    """A job of the engine. `at`: when it ended, in UTC seconds; `seconds`: how long it took from order to outcome."""
 
     at: float
     rental_id: str
@@ -29,7 +30,7 @@ class Entry:
 
 
 def add(connection: Connection, entries: Sequence[Entry]) -> None:
-    """Of one rental the latest PER_RENTAL stay, of all together about IN_TOTAL."""
+    """Add entries; keep the latest PER_RENTAL of each rental, and about IN_TOTAL of all together."""
     if not entries:
         return
     connection.execute(insert(engine_log), [vars(entry) for entry in entries])
@@ -44,6 +45,6 @@ def add(connection: Connection, entries: Sequence[Entry]) -> None:
 
 
 def of_rental(connection: Connection, rental_id: str) -> list[Row]:
-    """Oldest first."""
+    """Return the entries of a rental, oldest first."""
     query = select(engine_log).where(engine_log.c.rental_id == rental_id).order_by(engine_log.c.id)
     return rows(connection.execute(query))

@@ -1,4 +1,4 @@
-"""The keys that open a rental, one a line in its row. The reconciler puts them on its worker when they change."""
+"""The SSH keys of a rental, one per line in its row. The reconciler sends them to its worker when they change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from orion.manager.store.schema import placements, rentals
 
 
 def with_made_anew(before: str, made: str) -> str:
-    """The keys after a replay of the request that made one: it alone counts, unless its renter has added others."""
+    """Return the keys after a replayed rent for which the manager made the key `made`.
+
+    It replaces the one key that the rental has; if its renter has added others, it is added to them.
+    """
     known = before.splitlines()
     if len(known) == 1:
         return made
@@ -24,16 +27,16 @@ def with_made_anew(before: str, made: str) -> str:
 
 
 def comments_after(before: Mapping[str, str], keys: str, key: str, comment: str) -> dict[str, str]:
-    """Return what each of the keys is called, by its id, when `key` is called `comment`; empty: as before."""
+    """Return the comments of the keys, by key id, with `comment` for `key`; an empty comment changes nothing."""
     ids = {wire.key_id(each) for each in keys.splitlines()}
     named = {**before, wire.key_id(key): comment} if comment else before
     return {key_id: name for key_id, name in named.items() if key_id in ids}
 
 
 def add(connection: Connection, rental_id: str, actor: str, key: str, comment: str = "") -> str:
-    """Why not, as a code; empty when it is one of them now. Repeatable.
+    """Add a key; return an error code, empty when the rental has the key. Repeatable.
 
-    `comment`: what it is called, for people; no worker gets it.
+    `comment`: its name for people, which no worker gets.
     """
     rental = _living(connection, rental_id)
     if rental is None:
@@ -44,15 +47,15 @@ def add(connection: Connection, rental_id: str, actor: str, key: str, comment: s
         return ""
     if len(known) >= wire.MAX_KEYS:
         return "too_many_keys"
-    all_ = "\n".join([*known, key])
-    put(connection, rental_id, all_)
-    _keep_comments(connection, rental_id, all_, key, comment)
+    keys = "\n".join([*known, key])
+    put(connection, rental_id, keys)
+    _keep_comments(connection, rental_id, keys, key, comment)
     record(connection, _event("rental.key_added", rental, actor, key))
     return ""
 
 
 def remove(connection: Connection, rental_id: str, actor: str, key_id: str) -> str:
-    """Why not, as a code; empty when it is gone. The last one stays: a rental that nobody can open is of no use."""
+    """Remove a key; return an error code, empty when it is removed. The last key of a rental cannot be removed."""
     rental = _living(connection, rental_id)
     if rental is None:
         return "ended"
@@ -70,6 +73,7 @@ def remove(connection: Connection, rental_id: str, actor: str, key_id: str) -> s
 
 
 def put(connection: Connection, rental_id: str, keys: str) -> None:
+    """Write the keys of a rental, and wake the reconciler for its workers."""
     connection.execute(update(rentals).where(rentals.c.id == rental_id).values(public_key=keys))
     on = select(placements.c.worker_id).where(placements.c.rental_id == rental_id)
     rows = touched(connection)

@@ -1,4 +1,4 @@
-"""The ledger and the registry in memory, over the domain's own World: for tests, and for trying things out."""
+"""The state store and the registry in memory, over the domain's own World: for tests and experiments."""
 
 from __future__ import annotations
 
@@ -35,18 +35,19 @@ from orion.manager.store.port import (
 
 
 class InvariantBroken(Exception):
-    """A step would break what the schema of the database holds."""
+    """A step would violate a constraint that the database has as well."""
 
 
 class MemoryStateStore:
-    """Implements `port.StateStore` and `port.Registry`. Ids, sessions and tokens are numbers: a replay makes the same.
+    """Implements `port.StateStore` and `port.Registry`.
 
-    No call waits for anything in between, so each is a transaction.
+    Each call is a transaction, because none of them awaits anything. Ids, sessions and tokens are made from a counter,
+    so that a replay makes the same ones.
     """
 
     def __init__(self, world: World | None = None) -> None:
         self.world = (world or World(workers={}, rentals={}, placements={})).copy()
-        """What `load` shows; rentals that have ended stay, placements that are purged do not."""
+        """The rows: those of ended rentals stay, those of purged placements are removed."""
         self.events: list[Event] = []
         self.last_heard: dict[str, float] = {}
         self.tokens: dict[str, str] = {}
@@ -63,16 +64,16 @@ class MemoryStateStore:
         self.publish({*self.world.workers, *on}, self.world.rentals)
 
     def publish(self, worker_ids: Iterable[str] = (), rental_ids: Iterable[str] = ()) -> None:
-        """Rows have changed: for whoever follows. Called by who changes them without a step, too."""
+        """Tell the follower that these rows have changed. Code that changes `world` without a step calls it as well."""
         if self._follower is not None:
-            workers = {w: self._known(w) for w in sorted(worker_ids)}  # sorted: a replay tells the same
+            workers = {w: self._indexed(w) for w in sorted(worker_ids)}  # sorted, for equal replays
             self._follower(Changes(workers, {r: self._state(r) for r in sorted(rental_ids)}))
 
-    def _known(self, worker_id: str) -> tuple[IndexedWorker | None, tuple[IndexedPlacement, ...]]:
+    def _indexed(self, worker_id: str) -> tuple[IndexedWorker | None, tuple[IndexedPlacement, ...]]:
         worker, rentals = self.world.workers.get(worker_id), self.world.rentals
         here = (p for p in self.world.placements.values() if p.worker_id == worker_id)
-        held = tuple(IndexedPlacement.of(p, rentals.get(p.rental_id), worker) for p in here)
-        return IndexedWorker.of(worker, "") if worker else None, held
+        placed = tuple(IndexedPlacement.of(p, rentals.get(p.rental_id), worker) for p in here)
+        return IndexedWorker.of(worker, "") if worker else None, placed
 
     def _state(self, rental_id: str) -> RentalState | None:
         rental = self.world.rentals.get(rental_id)
@@ -94,17 +95,17 @@ class MemoryStateStore:
             key=lambda r: (r.activated_at is None, r.created_at, r.id),
         )
         at_rest = ENDED | {RentalState.ACTIVE, RentalState.QUEUED}
-        waiting = {r.id: r for r in world.rentals.values() if r.state not in at_rest}
-        waiting |= {r.id: r for r in queue[:QUEUED_AT_ONCE]}
-        moving = sorted(p.rental_id for p in world.placements.values() if p.standby and p.state in LIVE)
-        waiting |= {i: world.rentals[i] for i in moving}
-        found = {i: p for i, p in world.placements.items() if p.worker_id in whole or p.rental_id in waiting}
+        active = {r.id: r for r in world.rentals.values() if r.state not in at_rest}
+        active |= {r.id: r for r in queue[:QUEUED_AT_ONCE]}
+        migrating = sorted(p.rental_id for p in world.placements.values() if p.standby and p.state in LIVE)
+        active |= {i: world.rentals[i] for i in migrating}
+        found = {i: p for i, p in world.placements.items() if p.worker_id in whole or p.rental_id in active}
         of_found = {p.rental_id for p in found.values()}
         known = {p.worker_id for p in found.values()} | {*whole, *candidates}
         used = world.used_slots()
         return World(
             workers=await self.workers(known),
-            rentals=waiting | {i: world.rentals[i] for i in sorted(of_found - waiting.keys())},
+            rentals=active | {i: world.rentals[i] for i in sorted(of_found - active.keys())},
             placements=found,
             whole=frozenset(whole),
             taken={w: frozenset(used.get(w, ())) for w in set(candidates) - set(whole)},
@@ -151,12 +152,12 @@ class MemoryStateStore:
     async def forget(self, worker_ids: Collection[str]) -> tuple[str, ...]:
         world = self.world
         living = {one.id for one in world.rentals.values() if one.state not in ENDED}
-        missing = {
+        needed = {
             p.worker_id
             for p in world.placements.values()
             if p.state is not PlacementState.PURGED and not p.salvaged and p.rental_id in living
         }
-        down = (world.workers[one] for one in sorted(worker_ids) if one in world.workers and one not in missing)
+        down = (world.workers[one] for one in sorted(worker_ids) if one in world.workers and one not in needed)
         gone = tuple(w.id for w in down if w.health is Health.DOWN and w.intent is Intent.ACTIVE)
         for worker_id in gone:
             del world.workers[worker_id]
@@ -200,21 +201,21 @@ class MemoryStateStore:
             self.tokens[identity] = token
         reason = "a new worker called home" if worker_id is None else "it called home again"
         self.events.append(Event(kind="worker.registered", actor=identity, reason=reason, worker_id=identity))
-        gone = self._forget_former(claim, identity)
+        gone = self._remove_replaced(claim, identity)
         self.publish((identity, *gone))
         return Registered(worker_id=identity, session_id=session_id, token=token, replaced=gone)
 
-    def _forget_former(self, claim: Registration, identity: str) -> tuple[str, ...]:
-        """See `workers.register`."""
-        holding = {p.worker_id for p in self.world.placements.values()}
+    def _remove_replaced(self, claim: Registration, identity: str) -> tuple[str, ...]:
+        """See `port.Registry.register`."""
+        with_placements = {p.worker_id for p in self.world.placements.values()}
         gone = []
         for other in [
-            self.world.workers[each] for each in sorted(self.world.workers) if each not in {identity, *holding}
+            self.world.workers[each] for each in sorted(self.world.workers) if each not in {identity, *with_placements}
         ]:
-            at_it = other.address == claim.address
-            same = (other.host_keys, other.boot_id) == (claim.host_keys, claim.boot_id)
-            same = same and (at_it or other.hostname == claim.hostname)
-            again, reused = same and other.health in SILENT, at_it and other.health in OUT_OF_SERVICE
+            same_address = other.address == claim.address
+            same_agent = (other.host_keys, other.boot_id) == (claim.host_keys, claim.boot_id)
+            same_agent = same_agent and (same_address or other.hostname == claim.hostname)
+            again, reused = same_agent and other.health in SILENT, same_address and other.health in OUT_OF_SERVICE
             if (again or reused) and other.intent is Intent.ACTIVE:
                 gone.append(other.id)
                 del self.world.workers[other.id]
@@ -242,11 +243,14 @@ class MemoryStateStore:
         return True
 
     def _check(self, new: Placement) -> None:
-        """No state is ever entered from outside of LIVE and of HOLDING, so a new row alone can break these."""
+        """Raise InvariantBroken if a new row violates a constraint.
+
+        Only a new row can: no transition of a placement enters LIVE or HOLDING from outside.
+        """
         others = [p for p in self.world.placements.values() if p.id != new.id]
         alike = [p for p in others if p.rental_id == new.rental_id and p.state in LIVE and p.standby == new.standby]
         if alike:
-            raise InvariantBroken(f"rental {new.rental_id} has two live placements, or two standbys")
+            raise InvariantBroken(f"rental {new.rental_id} has two live placements, or two target placements")
         if any((p.worker_id, p.slot) == (new.worker_id, new.slot) and p.state in HOLDING for p in others):
             raise InvariantBroken(f"slot {new.slot} of worker {new.worker_id} is taken")
         if (new.rental_id, new.epoch) in self._epochs:

@@ -1,4 +1,4 @@
-"""Ids that nobody can guess and names that people can say."""
+"""Makes ids that cannot be guessed, and names that people can say."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _SECOND = "badger crane dolphin eagle falcon fox hare heron ibex lynx otter owl 
 
 
 def new_id(length: int) -> str:
-    """Random base 32, five bits a character."""
+    """Return random characters of base 32, five bits each."""
     return "".join(secrets.choice(_BASE32) for _ in range(length))
 
 
 def new_name() -> str:
-    """A name for a rental whose renter gave none: adjective, animal, three characters against collisions."""
+    """Return a name for a rental whose renter gave none: adjective, animal, three characters against collisions."""
     return f"{secrets.choice(_FIRST.split())}-{secrets.choice(_SECOND.split())}-{new_id(3)}"

@@ -1,4 +1,4 @@
-"""What the roster is told (domain/pool_index.py): rows as a transaction leaves them, read before it commits."""
+"""Reads the changes for the pool index (domain/pool_index.py): rows as a transaction leaves them, before it commits."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from orion.manager.domain.states import ENDED, Health, Intent, PlacementState, R
 from orion.manager.store.schema import placements, rentals, workers
 
 SOME = 500
-"""Values of one statement's list."""
+"""Values in the list of one statement."""
 OPEN = tuple(state for state in PlacementState if state is not PlacementState.PURGED)
 LIVING = tuple(state for state in RentalState if state not in ENDED)
 
 _HEALTH = {str(health): health for health in Health}
 _INTENT = {str(intent): intent for intent in Intent}
-_PLACEMENT = {str(state): state for state in PlacementState}
-_RENTAL = {str(state): state for state in RentalState}
+_PLACEMENT_STATE = {str(state): state for state in PlacementState}
+_RENTAL_STATE = {str(state): state for state in RentalState}
 
 _WORKERS = select(
     workers.c.id,
@@ -34,7 +34,7 @@ _WORKERS = select(
     workers.c.fault,
     workers.c.address,
 )
-_HELD = (
+_PLACEMENTS = (
     select(
         placements.c.worker_id,
         placements.c.id,
@@ -63,7 +63,7 @@ _RENTALS = select(rentals.c.id, rentals.c.state).where(rentals.c.state.in_(LIVIN
 
 
 class Rows(Protocol):
-    """See database.Touched."""
+    """The part of database.Touched that is read here."""
 
     workers: set[str]
     rentals: set[str]
@@ -72,38 +72,39 @@ class Rows(Protocol):
 
 
 def changes(connection: Connection, touched: Rows) -> Changes:
-    """The rows that were touched, as they are now."""
+    """Return the rows that were touched, as they are now."""
     if touched.everything:
         return everything(connection)
     ids = set(touched.workers)
     for some in chunks(touched.placements):
         ids |= set(connection.execute(select(placements.c.worker_id).where(placements.c.id.in_(some))).scalars())
     known: dict[str, IndexedWorker | None] = dict.fromkeys(ids)
-    held: dict[str, list[IndexedPlacement]] = defaultdict(list)
+    placed: dict[str, list[IndexedPlacement]] = defaultdict(list)
     states: dict[str, RentalState | None] = dict.fromkeys(touched.rentals)
     for some in chunks(ids):
         known.update(_known(connection, _WORKERS.where(workers.c.id.in_(some))))
-        _add_held(connection, _HELD.where(placements.c.worker_id.in_(some)), held, {})
+        _add_placements(connection, _PLACEMENTS.where(placements.c.worker_id.in_(some)), placed, {})
     for some in chunks(touched.rentals):
         found = connection.execute(_RENTALS.where(rentals.c.id.in_(some)))
-        states.update((rental_id, _RENTAL[state]) for rental_id, state in found)
-    return Changes({w: (known[w], tuple(held.get(w, NOTHING))) for w in ids}, states)
+        states.update((rental_id, _RENTAL_STATE[state]) for rental_id, state in found)
+    return Changes({w: (known[w], tuple(placed.get(w, NOTHING))) for w in ids}, states)
 
 
 def chunks(values: Iterable[str]) -> Iterator[list[str]]:
-    """In an order, and of a length that a statement can take."""
+    """Yield the values, sorted, in lists that a statement can take."""
     ordered = iter(sorted(values))
     while some := list(islice(ordered, SOME)):
         yield some
 
 
 def everything(connection: Connection) -> Changes:
+    """Return all workers with their placements, and all living rentals."""
     known = dict(_known(connection, _WORKERS))
-    states = {rental_id: _RENTAL[state] for rental_id, state in connection.execute(_RENTALS)}
-    held: dict[str, list[IndexedPlacement]] = defaultdict(list)
-    # One string for each id, wherever it stands: a large pool is in memory once.
-    _add_held(connection, _HELD, held, {identity: identity for identity in (*known, *states)})
-    return Changes({w: (known.get(w), tuple(held.get(w, NOTHING))) for w in {**known, **held}}, states)
+    states = {rental_id: _RENTAL_STATE[state] for rental_id, state in connection.execute(_RENTALS)}
+    placed: dict[str, list[IndexedPlacement]] = defaultdict(list)
+    # One string object for each id saves memory in a large pool.
+    _add_placements(connection, _PLACEMENTS, placed, {identity: identity for identity in (*known, *states)})
+    return Changes({w: (known.get(w), tuple(placed.get(w, NOTHING))) for w in {**known, **placed}}, states)
 
 
 def _known(connection: Connection, query: Select[Any]) -> Iterator[tuple[str, IndexedWorker]]:
@@ -124,18 +125,18 @@ def _known(connection: Connection, query: Select[Any]) -> Iterator[tuple[str, In
         )
 
 
-def _add_held(
-    connection: Connection, query: Select[Any], held: dict[str, list[IndexedPlacement]], same: dict[str, str]
+def _add_placements(
+    connection: Connection, query: Select[Any], placed: dict[str, list[IndexedPlacement]], same: dict[str, str]
 ) -> None:
-    for worker_id, identity, rental_id, epoch, state, keyed, blank, start_due, *move, ended in connection.execute(
+    for worker_id, identity, rental_id, epoch, state, keyed, blank, start_due, *migration, ended in connection.execute(
         query
     ):
-        standby, quiesced_for = move
+        standby, quiesced_for = migration
         found = IndexedPlacement(
             id=identity,
             rental_id=same.get(rental_id, rental_id),
             epoch=epoch,
-            state=_PLACEMENT[state],
+            state=_PLACEMENT_STATE[state],
             keyed=bool(keyed),
             blank=bool(blank),
             start_due=bool(start_due),
@@ -143,4 +144,4 @@ def _add_held(
             held=quiesced_for,
             start_ended=bool(ended),
         )
-        held[same.get(worker_id, worker_id)].append(found)
+        placed[same.get(worker_id, worker_id)].append(found)

@@ -1,7 +1,7 @@
-"""The ports between those who decide and the database.
+"""The ports of the controllers to the database.
 
-`SqlStateStore` (store/sql.py) is the real one, `MemoryStateStore` (store/memory.py) the shipped fake; one contract
-holds both: tests/unit/test_store_state_contract.py.
+`SqlStateStore` (store/sql.py) is the real one, `MemoryStateStore` (store/memory.py) the shipped fake.
+tests/unit/test_store_state_contract.py is the contract of both.
 """
 
 from __future__ import annotations
@@ -17,87 +17,89 @@ from orion.manager.domain.tasks import Follow, TaskEnded
 from orion.manager.domain.world import World
 
 Notes = Iterable[tuple[str, float, Mapping[str, Any]]]
-"""Worker id, UTC seconds when it was heard, its load."""
+"""Worker id, time of its last heartbeat (UTC seconds), and the load that it told."""
 
 QUEUED_AT_ONCE = 1000
-"""Rentals of the queue that one look shows. No worker is free for those behind them before it is for one of these."""
+"""Queued rentals that `load_part` returns: the queue is served in order, so those behind them cannot be placed yet."""
 DUE_AT_ONCE = 500
+"""Rentals that `due` and `without_expiry` return at most."""
 
+# Reasons of `worker.removed`, when a registration takes the place of a worker.
 ADDRESS_REUSED = "its address is another worker's now"
 REGISTERED_AGAIN = "the same machine has registered again, under another identity"
 
 
 class StateStore(Protocol):
-    """What the loops read and write. Each call is one transaction."""
+    """What the controllers read and write. Each call is one transaction."""
 
     async def follow(self, follower: Callable[[Changes], None]) -> None:
-        """Tell it all that there is, then what each commit changes: see domain/pool_index.py."""
+        """Call the follower with the whole pool, then with what each commit changes: see domain/pool_index.py."""
         ...
 
     async def load(self) -> World:
-        """All workers, living rentals, placements that are not purged, and the rentals of those."""
+        """Return all workers, living rentals, placements that are not purged, and the rentals of these placements."""
         ...
 
     async def load_part(self, whole: Collection[str], candidates: Collection[str]) -> World:
-        """The part of the world that these workers are, and all that is in work: what model.World asks of a part.
+        """Return a part of the world that satisfies what domain/world.py asks of one.
 
-        With every rental that is not at rest, but of those that wait in the queue only the first QUEUED_AT_ONCE; of
-        `candidates` only the workers themselves and their taken slots.
+        The part holds the workers `whole` with their placements; every rental that is neither active nor queued, or has
+        a target placement; the first QUEUED_AT_ONCE queued ones; of `candidates` the worker rows and the taken slots.
         """
         ...
 
     async def never_placed(self, items: Iterable[Item]) -> frozenset[tuple[str, int]]:
-        """Of what inventories show, what was never placed on any worker, as (rental id, epoch)."""
+        """Return, as (rental id, epoch), the items of inventories that were never placed on any worker."""
         ...
 
     async def workers(self, ids: Iterable[str]) -> dict[str, Worker]:
-        """Those of these workers that there are."""
+        """Return the workers with these ids, by id, without those that do not exist."""
         ...
 
     async def due(self, wall: float) -> list[Rental]:
-        """Living rentals whose time is over at `wall` (UTC seconds), and that are not ending; DUE_AT_ONCE at most."""
+        """Return rentals that are to expire at `wall` (UTC seconds): alive, not releasing, at most DUE_AT_ONCE."""
         ...
 
     async def without_expiry(self) -> list[Rental]:
-        """Living rentals that were active and have no end, and that are not ending; DUE_AT_ONCE at most."""
+        """Return rentals that were activated and have no `expires_at`: alive, not releasing, at most DUE_AT_ONCE."""
         ...
 
     async def apply(self, steps: Iterable[Step]) -> bool:
-        """Apply the steps up to the first that finds a row not as it expected; False if there is one.
+        """Apply the steps up to the first whose rows are not as it expects; return False if there is one.
 
-        That one leaves no trace, and neither do those after it. Raises, and changes nothing at all, when a step would
-        break what the schema holds: one live placement of a rental, one placement in a slot, an epoch used once.
+        That step and those after it change nothing. Raises, and applies none of the steps, when a step would violate a
+        constraint of the schema: one live placement of a rental, one placement in a slot, each epoch used once.
         """
         ...
 
     async def apply_each(self, steps: Iterable[Step]) -> list[bool]:
-        """Apply steps that have nothing to do with each other in one transaction; of each, whether it was applied."""
+        """Apply independent steps in one transaction; return for each of them whether it was applied."""
         ...
 
     async def finish(self, ended: Sequence[TaskEnded], follow: Follow) -> None:
-        """Apply the step that `follow` decides on for each task that has ended, unless a row is not as it expects.
+        """Apply the step that `follow` decides for each task that has ended, unless a row is not as the step expects.
 
-        The world that `follow` gets has the placements of the task that are not purged, and their rentals, as the steps
-        before left them.
+        `follow` gets a world with the placements of the tasks that are not purged, and their rentals, as the steps of
+        the tasks before it left them.
         """
         ...
 
     async def forget(self, worker_ids: Collection[str]) -> tuple[str, ...]:
-        """Forget those of these workers that are down and of which nothing is missing; return their ids.
+        """Remove those of these workers that are down and hold no files that are needed; return their ids.
 
-        Missing is what a worker that is down may still have of a living rental, and nobody has copied aside. Those
-        that an operator is draining stay: they may be away for long, and are to come back as what they are.
+        A worker holds needed files while it has a placement of a living rental that is neither purged nor recovered.
+        Workers that an operator drains stay: they may be away for long, and keep their identity.
         """
         ...
 
     async def record_heartbeats(self, notes: Notes) -> None:
-        """Write down when workers were last heard, for people to read."""
+        """Write the times and loads of workers' last heartbeats. They are shown, and no decision reads them."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """A registration as it is believed: the address is the peer that the proxy saw."""
+    """A checked registration of a worker. `address` is the peer that the proxy saw, not what the worker says."""
 
     address: str
     hostname: str
@@ -110,28 +112,30 @@ class Registration:
 
 @dataclass(frozen=True, kw_only=True)
 class Registered:
+    """The identity and the session that a registration got."""
+
     worker_id: str
     session_id: str
     token: str | None
     """A new token; None when the worker keeps the one it has."""
     replaced: tuple[str, ...] = ()
-    """Workers that were forgotten, because their address is this one's now."""
+    """Ids of the workers that were removed because the registration takes their place."""
 
 
 class Registry(Protocol):
-    """What a worker that calls home is known by."""
+    """The identities of workers that call home."""
 
     async def known_at(self, address: str) -> list[Worker]:
-        """The workers, dead or alive, that are known at an address."""
+        """Return the workers with this address, whatever their health."""
         ...
 
     async def worker(self, worker_id: str) -> Worker | None: ...
 
     async def register(self, claim: Registration, worker_id: str | None, new_token: bool) -> Registered:
-        """Record a registration as facts: the health loop judges them. `worker_id` None makes a new worker.
+        """Write a registration as observations, which the health controller judges. `worker_id` None makes a worker.
 
-        Whoever else is known at its address, is joining or down and holds nothing is forgotten, unless an operator is
-        draining it: else each new container would leave one behind, and whoever has the join
-        token could fill the database from one address.
+        Another worker at the same address that is joining or down and has no placement is removed, unless an operator
+        drains it. Otherwise each new container would leave a worker behind, and a client with the join token could
+        fill the database from one address.
         """
         ...

@@ -1,4 +1,4 @@
-"""Rentals as the API asks for them."""
+"""Creates, lists and changes rentals for the API."""
 
 from __future__ import annotations
 
@@ -25,56 +25,57 @@ KEY_LIFETIME_S = 24 * 3600.0
 
 
 class NameTaken(Exception):
-    """The owner has a living rental of this name."""
+    """The owner has a living rental of this name already."""
 
 
 class OtherRequest(Exception):
-    """This idempotency key was used with another request."""
+    """The idempotency key was used with another request."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewRental:
-    """A rent as asked for; `request_hash` is compared when its idempotency key comes again."""
+    """A requested rental. `request_hash` is compared when its idempotency key is used again."""
 
     owner: str
     name: str | None
     public_key: str
     made_key: bool
-    """The manager made the key, so a replay brings a new one."""
+    """Whether the manager made the SSH key; a replay then brings a new one."""
     ttl_s: int
     labels: Mapping[str, str]
     key: str | None
+    """The idempotency key, if the request has one."""
     request_hash: str
     start: str = ""
     comment: str = ""
-    """The name of its key, for people; empty: it has none."""
+    """The name of the SSH key, for people; empty: it has none."""
     key_begins_at: float = field(default_factory=time.time)
-    """Unix seconds from which the lifetime of its idempotency key counts."""
+    """Unix seconds from which the lifetime of the idempotency key counts."""
 
 
-def create(connection: Connection, wish: NewRental) -> str:
-    """The id of the new rental, or of the one that this idempotency key made before.
+def create(connection: Connection, new: NewRental) -> str:
+    """Make a queued rental; return its id, or the id of the rental that the idempotency key made before.
 
     Raises NameTaken and OtherRequest.
     """
-    known = _replayed(connection, wish)
+    known = _replayed(connection, new)
     if known is not None:
         return known
     now = time.time()
     identity = new_id(10)
     row = {
         "id": identity,
-        "name": wish.name or _unused_name(connection, wish.owner),
-        "owner": wish.owner,
+        "name": new.name or _unused_name(connection, new.owner),
+        "owner": new.owner,
         "username": f"r-{identity}",
         "uid": _next_uid(connection),
         "state": RentalState.QUEUED,
         "epoch": 0,
-        "public_key": wish.public_key,
-        "key_comments": keys.comments_after({}, wish.public_key, wish.public_key, wish.comment),
-        "ttl_s": wish.ttl_s,
-        "labels": dict(wish.labels),
-        "start": wish.start,
+        "public_key": new.public_key,
+        "key_comments": keys.comments_after({}, new.public_key, new.public_key, new.comment),
+        "ttl_s": new.ttl_s,
+        "labels": dict(new.labels),
+        "start": new.start,
         "created_at": now,
         "explanation": "it is next",
     }
@@ -82,16 +83,14 @@ def create(connection: Connection, wish: NewRental) -> str:
         with connection.begin_nested():
             connection.execute(insert(rentals), row)
     except IntegrityError as error:
-        raise NameTaken(wish.name) from error
-    if wish.key is not None:
-        used = {"owner": wish.owner, "key": wish.key, "request_hash": wish.request_hash}
-        connection.execute(insert(idempotency), used | {"rental_id": identity, "created_at": wish.key_begins_at})
+        raise NameTaken(new.name) from error
+    if new.key is not None:
+        used = {"owner": new.owner, "key": new.key, "request_hash": new.request_hash}
+        connection.execute(insert(idempotency), used | {"rental_id": identity, "created_at": new.key_begins_at})
     touched(connection).rentals.add(identity)
     record(
         connection,
-        Event(
-            kind="rental.queued", actor=wish.owner, reason="asked for", owner=wish.owner, rental_id=identity, epoch=0
-        ),
+        Event(kind="rental.queued", actor=new.owner, reason="asked for", owner=new.owner, rental_id=identity, epoch=0),
     )
     return identity
 
@@ -101,20 +100,20 @@ def forget_keys(connection: Connection, now: float) -> None:
     connection.execute(delete(idempotency).where(idempotency.c.created_at < now - KEY_LIFETIME_S))
 
 
-def _replayed(connection: Connection, wish: NewRental) -> str | None:
-    if wish.key is None:
+def _replayed(connection: Connection, new: NewRental) -> str | None:
+    if new.key is None:
         return None
-    same = and_(idempotency.c.owner == wish.owner, idempotency.c.key == wish.key)
+    same = and_(idempotency.c.owner == new.owner, idempotency.c.key == new.key)
     row = connection.execute(select(idempotency).where(same)).mappings().first()
     if row is None:
         return None
-    if row["request_hash"] != wish.request_hash:
-        raise OtherRequest(wish.key)
-    if wish.made_key:
+    if row["request_hash"] != new.request_hash:
+        raise OtherRequest(new.key)
+    if new.made_key:
         living = and_(rentals.c.id == row["rental_id"], rentals.c.state.not_in({*ENDED, RentalState.RELEASING}))
         before = connection.execute(select(rentals.c.public_key).where(living)).scalar()
         if before is not None:
-            keys.put(connection, row["rental_id"], keys.with_made_anew(before, wish.public_key))
+            keys.put(connection, row["rental_id"], keys.with_made_anew(before, new.public_key))
     return str(row["rental_id"])
 
 
@@ -127,7 +126,7 @@ def _unused_name(connection: Connection, owner: str) -> str:
 
 
 def _next_uid(connection: Connection) -> int:
-    """Given once, never used again: a number that comes back would own what its predecessor left behind."""
+    """Return a uid that was never assigned: a reused one would own files that its predecessor left behind."""
     same = counters.c.name == "uid"
     if connection.execute(update(counters).where(same).values(value=counters.c.value + 1)).rowcount == 0:
         connection.execute(insert(counters), {"name": "uid", "value": FIRST_UID})
@@ -135,15 +134,15 @@ def _next_uid(connection: Connection) -> int:
 
 
 def one(connection: Connection, rental_id: str, owner: str | None, wall: float = float("-inf")) -> Row | None:
-    """A rental with its worker; None when there is none or it is another owner's (`owner` None: anybody's).
+    """Return a rental with its worker; None if it does not exist or has another owner (`owner` None: any).
 
-    `wall`: the time now (Unix seconds), by which a salvage is too old to be shown; less than all times: all are shown.
+    `wall`: the time now (Unix seconds), which decides whether a recovered snapshot is too old to be shown.
     """
     query = _with_worker().where(rentals.c.id == rental_id)
     if owner is not None:
         query = query.where(rentals.c.owner == owner)
     found = first(connection.execute(query))
-    return found and _with_salvage(connection, [found], wall)[0]
+    return found and _with_recovered(connection, [found], wall)[0]
 
 
 def page(
@@ -155,7 +154,7 @@ def page(
     limit: int,
     wall: float = float("-inf"),
 ) -> list[Row]:
-    """Rentals by id. `owner` None: everybody's; `ended`: those that ended too; `wall` as for `one`."""
+    """Return rentals in the order of their ids; `owner` None: of all; `ended`: also ended ones; `wall`: see `one`."""
     query = _with_worker().order_by(rentals.c.id).limit(limit)
     for wanted, column in ((owner, rentals.c.owner), (name, rentals.c.name)):
         if wanted is not None:
@@ -164,11 +163,11 @@ def page(
         query = query.where(text(LIVING))
     if after:
         query = query.where(rentals.c.id > after)
-    return _with_salvage(connection, rows(connection.execute(query)), wall)
+    return _with_recovered(connection, rows(connection.execute(query)), wall)
 
 
 def begin_release(connection: Connection, rental_id: str, actor: str) -> None:
-    """Begin to release a living rental; nothing happens to one that is already ending or has ended."""
+    """Begin to release a living rental; do nothing if it is releasing or has ended."""
     row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
     rental = state.rental(row)
     if rental.state not in ENDED | {RentalState.RELEASING}:
@@ -176,7 +175,7 @@ def begin_release(connection: Connection, rental_id: str, actor: str) -> None:
 
 
 def extend(connection: Connection, rental_id: str, actor: str, ttl_s: int, counts_from: float | None) -> bool:
-    """Renew a living rental, as expiry.renew; return False when it is ending or has ended."""
+    """Renew a living rental, as expiry.renew; return False if it is releasing or has ended."""
     row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
     rental = state.rental(row)
     if rental.state in ENDED | {RentalState.RELEASING}:
@@ -186,7 +185,7 @@ def extend(connection: Connection, rental_id: str, actor: str, ttl_s: int, count
 
 
 def begin_start(connection: Connection, rental_id: str, actor: str) -> str:
-    """Have its start command run; why that cannot be, as a stable word, empty when it was asked for."""
+    """Request a run of the rental's start command; return an error code, empty when it was requested."""
     row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
     rental = state.rental(row)
     if rental.state in ENDED | {RentalState.RELEASING}:
@@ -199,25 +198,25 @@ def begin_start(connection: Connection, rental_id: str, actor: str) -> str:
     return ""
 
 
-def _with_salvage(connection: Connection, found: list[Row], wall: float) -> list[Row]:
-    """Add to each rental its `salvage`: see copies.waiting_salvage."""
-    some = snapshots.with_recovered(connection, [row["id"] for row in found])
+def _with_recovered(connection: Connection, found: list[Row], wall: float) -> list[Row]:
+    """Add to each rental its `salvage`, a recovered snapshot: see domain/snapshots.py, waiting_salvage."""
+    recovered = snapshots.with_recovered(connection, [row["id"] for row in found])
     for row in found:
-        of_it = some.get(row["id"])
+        of_it = recovered.get(row["id"])
         row["salvage"] = waiting_salvage(of_it, state.rental(row), wall) if of_it else None
     return found
 
 
 def _with_worker() -> Select[Any]:
-    """Return the query of rentals, each with the worker that it is on and what is known of it there.
+    """Return the query of rentals, each with its worker and the state of its live placement.
 
     Columns: `worker_id`, `address`, `host_keys`, `key_in_place`, `held`, `moving_to`, `start_end`, `start_ended_at`.
     """
     of_it = and_(placements.c.rental_id == rentals.c.id, placements.c.state.in_(LIVE))
     live = and_(of_it, placements.c.standby.is_(False))
     joined = rentals.outerjoin(placements, live).outerjoin(workers, workers.c.id == placements.c.worker_id)
-    standby = placements.alias()
-    moving_to = select(standby.c.worker_id).where(standby.c.rental_id == rentals.c.id, standby.c.standby.is_(True))
+    target = placements.alias()
+    moving_to = select(target.c.worker_id).where(target.c.rental_id == rentals.c.id, target.c.standby.is_(True))
     return select(
         rentals,
         placements.c.worker_id,
@@ -227,5 +226,5 @@ def _with_worker() -> Select[Any]:
         placements.c.start_end,
         placements.c.start_ended_at,
         (placements.c.public_key == rentals.c.public_key).label("key_in_place"),
-        moving_to.where(standby.c.state.in_(LIVE)).scalar_subquery().label("moving_to"),
+        moving_to.where(target.c.state.in_(LIVE)).scalar_subquery().label("moving_to"),
     ).select_from(joined)

@@ -1,4 +1,7 @@
-"""The tables. What must never be, the schema refuses too: see the partial unique indexes."""
+"""The tables. Partial unique indexes and checks enforce the invariants in the database as well.
+
+Tables and columns keep their released names; docs/glossary.md says what the words are now.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ workers = Table(
 )
 
 LIVING = "rentals.state NOT IN ('released', 'expired', 'failed')"
-"""As the partial indexes have it: a query that is to use one says it in the same words."""
+"""The condition of the partial indexes; a query that is to use one must repeat it literally."""
 _LIVING = text(LIVING.removeprefix("rentals."))
 
 rentals = Table(
@@ -101,7 +104,7 @@ rentals = Table(
         postgresql_where=_LIVING,
     ),
     Index("ix_rentals_state", "state"),
-    # Pages of the living, of an owner's, by name; and those whose time is over: each without a look at all others.
+    # Lists of living rentals, of one owner's, of one name, and rentals that expire: each without a scan of the table.
     Index("ix_rentals_living", "id", sqlite_where=_LIVING, postgresql_where=_LIVING),
     Index("ix_rentals_owner_id", "owner", "id"),
     Index("ix_rentals_name", "name"),
@@ -110,7 +113,7 @@ rentals = Table(
 
 _LIVE = text("state IN ('reserved', 'preparing', 'running') AND NOT standby")
 STANDBY = "state IN ('reserved', 'preparing', 'running') AND standby"
-"""Of a planned move that has begun and is not over."""
+"""The condition of a target placement: one that a planned migration which is not over has reserved."""
 _STANDBY = text(STANDBY)
 _HOLDING = text("state IN ('reserved', 'preparing', 'running', 'stopping', 'stopped', 'failed')")
 
@@ -133,7 +136,7 @@ placements = Table(
     Column("start_end", String(20), nullable=False, server_default=""),
     Column("start_ended_at", Float),
     UniqueConstraint("rental_id", "epoch"),
-    # Never two live copies of a rental, and never two placements in one slot.
+    # Never two live placements of a rental, two target placements of one, or two placements in one slot.
     Index("uq_placements_live", "rental_id", unique=True, sqlite_where=_LIVE, postgresql_where=_LIVE),
     Index("uq_placements_standby", "rental_id", unique=True, sqlite_where=_STANDBY, postgresql_where=_STANDBY),
     Index("uq_placements_slot", "worker_id", "slot", unique=True, sqlite_where=_HOLDING, postgresql_where=_HOLDING),

@@ -1,7 +1,8 @@
-"""What is known of the copies of homes. The copies themselves are the vault's; what it says is there is written here.
+"""The snapshot catalog: what the database knows of the snapshots that the snapshot service keeps.
 
-`SqlSnapshotCatalog` is the real one, `MemorySnapshotCatalog` the shipped fake; tests/unit/test_store_snapshots.py holds
-both.
+`SqlSnapshotCatalog` is the real one, `MemorySnapshotCatalog` the shipped fake; tests/unit/test_store_snapshots.py is
+the contract of both. Released names in the tables: `copies` are snapshots, `salvage` is a recovered snapshot, `standby`
+a target placement, `held` quiesced.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from orion.manager.store.memory import MemoryStateStore
 from orion.manager.store.pool_index import chunks
 from orion.manager.store.schema import copies, placements, rentals, workers
 
-standbys = placements.alias()
-COPIED_FROM = (Health.READY, Health.QUARANTINED)
-"""Workers whose rentals are copied every so often: a quarantined one runs what it has, and answers."""
+_targets = placements.alias()
+REACHABLE = (Health.READY, Health.QUARANTINED)
+"""Health of the workers from which snapshots are taken regularly: a quarantined worker runs its rentals and answers."""
 
 
 class Running(NamedTuple):
-    """An active rental with the placement that runs, on a worker that can be asked, and is not being moved away."""
+    """An active rental with its running placement and the worker of that."""
 
     rental: Rental
     placement: Placement
@@ -47,46 +48,57 @@ class SnapshotCatalog(Protocol):
     """Each call is one transaction."""
 
     async def running(self) -> dict[str, tuple[int, str]]:
-        """Return the rentals that can be copied now, each with its epoch and its owner."""
+        """Return, by rental id, epoch and owner of the rentals of which a snapshot can be taken now.
+
+        They are active, on a reachable worker, and in no planned migration.
+        """
         ...
 
     async def one(self, rental_id: str) -> Running | None:
-        """None: it cannot be copied now."""
+        """Return a rental of which a snapshot can be taken now, as in `running`; None if it is not one of these."""
         ...
 
     async def migrating(self, rental_id: str) -> Running | None:
-        """The same for a planned move, whose worker need not be ready. None: it does not run any more."""
+        """Return a rental for the snapshots of its planned migration, whatever its worker's health.
+
+        None if the rental is not active and running any more.
+        """
         ...
 
-    async def accept(self, step: Step, rental_id: str, there: Sequence[Snapshot]) -> bool:
-        """Apply the step of a new copy, and with it what copies there are now; False, and nothing, when it is late."""
+    async def accept(self, step: Step, rental_id: str, kept: Sequence[Snapshot]) -> bool:
+        """Apply the step of a new snapshot, and replace the rental's snapshots by `kept`.
+
+        Return False, with nothing changed, if the step comes too late.
+        """
         ...
 
-    async def record(self, step: Step) -> None: ...
+    async def record(self, step: Step) -> None:
+        """Apply a step that adds no snapshot, such as a problem, unless it comes too late."""
+        ...
 
     async def of(self, rental_id: str) -> list[Snapshot]:
-        """The copies of a rental, oldest first."""
+        """Return the snapshots of a rental, oldest first."""
         ...
 
     async def newest(self, rental_id: str) -> Snapshot | None:
-        """That with which it begins again by itself."""
+        """Return the snapshot that a takeover restores; None if there is none."""
         ...
 
     async def to_recover(self, placement_id: str) -> tuple[Rental, Placement] | None:
-        """A placement of which something is to be salvaged; None: it is not any more."""
+        """Return a lost placement that is to be recovered, and its rental; None if it is not to be, or not any more."""
         ...
 
     async def removable(
         self, rental_ids: Iterable[str], wall: float, short_of_room: Collection[str] = ()
     ) -> list[tuple[str, int]]:
-        """Return of these rentals those that have ended and whose copies are kept no longer, with their uids.
+        """Return id and uid of each of these rentals that has ended and whose snapshots are not kept any longer.
 
-        `short_of_room`: owners of whom nothing is kept that has ended.
+        `wall`: the time now in Unix seconds; `short_of_room`: owners whose ended rentals keep no snapshots.
         """
         ...
 
     async def forget(self, rental_id: str) -> None:
-        """Its copies are gone."""
+        """Remove the rows of a rental's snapshots."""
         ...
 
 
@@ -105,8 +117,8 @@ class SqlSnapshotCatalog:
     async def migrating(self, rental_id: str) -> Running | None:
         return await self._store.read(load_migrating, rental_id)
 
-    async def accept(self, step: Step, rental_id: str, there: Sequence[Snapshot]) -> bool:
-        return await self._store.write(_accept, step, rental_id, there)
+    async def accept(self, step: Step, rental_id: str, kept: Sequence[Snapshot]) -> bool:
+        return await self._store.write(_accept, step, rental_id, kept)
 
     async def record(self, step: Step) -> None:
         await self._store.write(state.apply, [step])
@@ -130,11 +142,11 @@ class SqlSnapshotCatalog:
 
 
 class MemorySnapshotCatalog:
-    """Implements `SnapshotCatalog` over a ledger in memory."""
+    """Implements `SnapshotCatalog` over a state store in memory."""
 
-    def __init__(self, world: MemoryStateStore) -> None:
-        self._ledger = world
-        self.copies: dict[str, list[Snapshot]] = {}
+    def __init__(self, state_store: MemoryStateStore) -> None:
+        self._state_store = state_store
+        self.snapshots: dict[str, list[Snapshot]] = {}
 
     async def running(self) -> dict[str, tuple[int, str]]:
         return {one.rental.id: (one.rental.epoch, one.rental.owner) for one in self._running()}
@@ -143,7 +155,7 @@ class MemorySnapshotCatalog:
         return next((one for one in self._running() if one.rental.id == rental_id), None)
 
     async def migrating(self, rental_id: str) -> Running | None:
-        world, rental = self._ledger.world, self._ledger.world.rentals.get(rental_id)
+        world, rental = self._state_store.world, self._state_store.world.rentals.get(rental_id)
         live = world.live_placement(rental_id)
         if rental is None or live is None or rental.state is not RentalState.ACTIVE:
             return None
@@ -151,42 +163,44 @@ class MemorySnapshotCatalog:
         return Running(rental, live, worker) if worker and live.state is PlacementState.RUNNING else None
 
     def _running(self) -> list[Running]:
-        world = self._ledger.world
-        moving = {p.rental_id for p in world.placements.values() if p.state in LIVE and (p.standby or p.held)}
+        world = self._state_store.world
+        migrating = {p.rental_id for p in world.placements.values() if p.state in LIVE and (p.standby or p.held)}
         running = [p for p in world.placements.values() if p.state is PlacementState.RUNNING]
-        running = [p for p in running if p.rental_id not in moving]
+        running = [p for p in running if p.rental_id not in migrating]
         placed = [p for p in running if p.worker_id in world.workers]
         found = [Running(world.rentals[p.rental_id], p, world.workers[p.worker_id]) for p in placed]
-        return [r for r in found if r.rental.state is RentalState.ACTIVE and r.worker.health in COPIED_FROM]
+        return [r for r in found if r.rental.state is RentalState.ACTIVE and r.worker.health in REACHABLE]
 
-    async def accept(self, step: Step, rental_id: str, there: Sequence[Snapshot]) -> bool:
-        if not await self._ledger.apply([step]):
+    async def accept(self, step: Step, rental_id: str, kept: Sequence[Snapshot]) -> bool:
+        if not await self._state_store.apply([step]):
             return False
-        self.copies[rental_id] = list(there)
+        self.snapshots[rental_id] = list(kept)
         return True
 
     async def record(self, step: Step) -> None:
-        await self._ledger.apply([step])
+        await self._state_store.apply([step])
 
     async def of(self, rental_id: str) -> list[Snapshot]:
-        return list(self.copies.get(rental_id, ()))
+        return list(self.snapshots.get(rental_id, ()))
 
     async def newest(self, rental_id: str) -> Snapshot | None:
-        return newest(await self.of(rental_id), self._ledger.world.rentals[rental_id])
+        return newest(await self.of(rental_id), self._state_store.world.rentals[rental_id])
 
     async def to_recover(self, placement_id: str) -> tuple[Rental, Placement] | None:
-        placement = self._ledger.world.placements.get(placement_id)
-        rental = self._ledger.world.rentals.get(placement.rental_id) if placement else None
+        placement = self._state_store.world.placements.get(placement_id)
+        rental = self._state_store.world.rentals.get(placement.rental_id) if placement else None
         return (rental, placement) if rental and placement and wants_salvage(rental, placement) else None
 
     async def removable(
         self, rental_ids: Iterable[str], wall: float, short_of_room: Collection[str] = ()
     ) -> list[tuple[str, int]]:
-        known = [self._ledger.world.rentals[each] for each in rental_ids if each in self._ledger.world.rentals]
-        return [(rental.id, rental.uid) for rental in known if _is_over(rental, wall, short_of_room)]
+        known = [
+            self._state_store.world.rentals[each] for each in rental_ids if each in self._state_store.world.rentals
+        ]
+        return [(rental.id, rental.uid) for rental in known if _is_removable(rental, wall, short_of_room)]
 
     async def forget(self, rental_id: str) -> None:
-        self.copies.pop(rental_id, None)
+        self.snapshots.pop(rental_id, None)
 
 
 def load_running(connection: Connection) -> dict[str, tuple[int, str]]:
@@ -206,7 +220,7 @@ def _load(connection: Connection, query: Any, rental_id: str) -> Running | None:
     found = connection.execute(query.where(rentals.c.id == rental_id)).first()
     if found is None:
         return None
-    # Their columns have the same names, hence three queries.
+    # Three queries, because the columns of the tables have the same names.
     rental, placement, worker = (
         connection.execute(select(table).where(table.c.id == identity)).mappings().one()
         for table, identity in zip((rentals, placements, workers), found, strict=True)
@@ -215,14 +229,14 @@ def _load(connection: Connection, query: Any, rental_id: str) -> Running | None:
 
 
 def _running(*columns: Column[Any]) -> Any:
-    """Select of active rentals whose placement runs on a worker that can be asked; a planned move copies for itself."""
-    moving = select(standbys.c.rental_id).where(standbys.c.standby.is_(True), standbys.c.state.in_(LIVE))
-    at_rest = (placements.c.held == 0, workers.c.health.in_(COPIED_FROM), rentals.c.id.not_in(moving))
-    return _placed(*columns).where(*at_rest)
+    """Return the query of rentals of which regular snapshots are taken; a planned migration takes its own."""
+    migrating = select(_targets.c.rental_id).where(_targets.c.standby.is_(True), _targets.c.state.in_(LIVE))
+    ordinary = (placements.c.held == 0, workers.c.health.in_(REACHABLE), rentals.c.id.not_in(migrating))
+    return _placed(*columns).where(*ordinary)
 
 
 def _placed(*columns: Column[str]) -> Any:
-    """Select of active rentals whose placement runs."""
+    """Return the query of active rentals whose placement is running."""
     joined = placements.join(rentals, rentals.c.id == placements.c.rental_id).join(
         workers, workers.c.id == placements.c.worker_id
     )
@@ -230,32 +244,32 @@ def _placed(*columns: Column[str]) -> Any:
     return select(*columns).select_from(joined).where(*runs)
 
 
-def _accept(connection: Connection, step: Step, rental_id: str, there: Sequence[Snapshot]) -> bool:
+def _accept(connection: Connection, step: Step, rental_id: str, kept: Sequence[Snapshot]) -> bool:
     if not state.apply(connection, [step]):
         return False
     forget(connection, rental_id)
-    if there:
-        connection.execute(insert(copies), [_row(rental_id, copy) for copy in there])
+    if kept:
+        connection.execute(insert(copies), [_row(rental_id, snapshot) for snapshot in kept])
     return True
 
 
 def snapshots_of(connection: Connection, rental_id: str) -> list[Snapshot]:
     query = select(copies).where(copies.c.rental_id == rental_id).order_by(copies.c.epoch, copies.c.number)
-    return [_copy(row) for row in connection.execute(query).mappings()]
+    return [_snapshot(row) for row in connection.execute(query).mappings()]
 
 
 def with_recovered(connection: Connection, rental_ids: Iterable[str]) -> dict[str, list[Snapshot]]:
-    """Return all copies of those of these rentals that have a salvage among them."""
+    """Return, by rental id, all snapshots of those of these rentals that have a recovered one."""
     found: dict[str, list[Snapshot]] = {}
-    salvages = copies.alias()
+    recovered = copies.alias()
     for some in chunks(rental_ids):
-        have = select(salvages.c.rental_id).where(salvages.c.rental_id.in_(some), salvages.c.salvage.is_(True))
+        have = select(recovered.c.rental_id).where(recovered.c.rental_id.in_(some), recovered.c.salvage.is_(True))
         for row in connection.execute(select(copies).where(copies.c.rental_id.in_(have))).mappings():
-            found.setdefault(row["rental_id"], []).append(_copy(row))
+            found.setdefault(row["rental_id"], []).append(_snapshot(row))
     return found
 
 
-def _copy(row: RowMapping) -> Snapshot:
+def _snapshot(row: RowMapping) -> Snapshot:
     generation, skipped = SnapshotId(row["epoch"], row["number"]), tuple(row["skipped"])
     return Snapshot(
         generation=generation,
@@ -289,18 +303,18 @@ def load_removable(
     for start in range(0, len(rental_ids), 500):
         some = select(rentals).where(rentals.c.id.in_(rental_ids[start : start + 500]), rentals.c.state.in_(ENDED))
         rows = [state.rental(row) for row in connection.execute(some).mappings()]
-        found += [(rental.id, rental.uid) for rental in rows if _is_over(rental, wall, short_of_room)]
+        found += [(rental.id, rental.uid) for rental in rows if _is_removable(rental, wall, short_of_room)]
     return found
 
 
 def begin_restore(connection: Connection, rental_id: str, actor: str, source: str) -> str:
-    """Make a rental begin anew with `source`; why it cannot, as a stable word, empty when it was done."""
+    """Restart a rental from the snapshot `source`, or EMPTY; return an error code, empty when it was begun."""
     rental = state.rental(connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one())
     if rental.state in ENDED | {RentalState.RELEASING}:
         return "ended"
     if not was_let_in(rental):
         return "not_active_yet"
-    if source != EMPTY and source not in {str(copy.generation) for copy in snapshots_of(connection, rental_id)}:
+    if source != EMPTY and source not in {str(one.generation) for one in snapshots_of(connection, rental_id)}:
         return "no_such_snapshot"
     runs = and_(placements.c.rental_id == rental_id, placements.c.state == PlacementState.RUNNING)
     row = connection.execute(select(placements).where(runs)).mappings().first()
@@ -313,14 +327,14 @@ def forget(connection: Connection, rental_id: str) -> None:
     connection.execute(delete(copies).where(copies.c.rental_id == rental_id))
 
 
-def _is_over(rental: Rental, wall: float, short_of_room: Collection[str]) -> bool:
+def _is_removable(rental: Rental, wall: float, short_of_room: Collection[str]) -> bool:
     kept_s = 0.0 if rental.owner in short_of_room else EXPIRED_KEPT_S
     if rental.state is RentalState.EXPIRED:
         return wall > (rental.expires_at or 0.0) + kept_s
     return rental.state in ENDED
 
 
-def _row(rental_id: str, copy: Snapshot) -> dict[str, object]:
-    named = {"rental_id": rental_id, "epoch": copy.generation.epoch, "number": copy.generation.number}
-    told = {"at": copy.at, "bytes": copy.bytes, "files": copy.files, "skipped": list(copy.skipped)}
-    return named | told | {"salvage": copy.salvage}
+def _row(rental_id: str, snapshot: Snapshot) -> dict[str, object]:
+    named = {"rental_id": rental_id, "epoch": snapshot.generation.epoch, "number": snapshot.generation.number}
+    values = {"at": snapshot.at, "bytes": snapshot.bytes, "files": snapshot.files, "skipped": list(snapshot.skipped)}
+    return named | values | {"salvage": snapshot.salvage}

@@ -1,4 +1,4 @@
-"""The ledger and the registry in the database."""
+"""The state store and the registry in the database."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading the world for a decision, and applying the steps that were decided, each whole or not at all."""
+"""Loads the world for a decision, and applies the decided steps, each one completely or not at all."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from orion.manager.store.port import DUE_AT_ONCE, QUEUED_AT_ONCE
 from orion.manager.store.schema import LIVING, STANDBY, placements, rentals, workers
 
 TABLES: dict[str, Table] = {"worker": workers, "rental": rentals, "placement": placements}
-AT_WORK = (RentalState.PROVISIONING, RentalState.MIGRATING, RentalState.RELEASING)
+IN_TRANSITION = (RentalState.PROVISIONING, RentalState.MIGRATING, RentalState.RELEASING)
 COLUMNS = {
     table.name: select(*(table.c[field.name] for field in fields(kind)))
     for table, kind in ((workers, Worker), (rentals, Rental), (placements, Placement))
 }
-"""What decisions are made from, and nothing else: what is read in thousands should not hold labels and loads."""
+"""Queries of the columns that decisions read; labels and loads would cost memory in thousands of rows."""
 
 T = TypeVar("T")
 
 
-class _Dropped(Exception):
-    """A row was not as a step expected it."""
+class _Stale(Exception):
+    """A row is not as a step expects it."""
 
 
 def load(connection: Connection) -> World:
-    """All workers, living rentals, placements that are not purged, and the rentals of those."""
+    """See `port.StateStore.load`."""
     open_placements = connection.execute(select(placements).where(placements.c.state != PlacementState.PURGED))
     found = {row["id"]: placement(row) for row in open_placements.mappings()}
     living = rentals.c.state.not_in(ENDED)
@@ -65,11 +65,11 @@ def load(connection: Connection) -> World:
 
 
 def never_placed(connection: Connection, items: Iterable[Item]) -> frozenset[tuple[str, int]]:
-    """Of what inventories show, what was never placed on any worker, as (rental id, epoch)."""
+    """See `port.StateStore.never_placed`."""
     shown = {(item.rental_id, item.epoch) for item in items}
     ids = sorted({rental_id for rental_id, _ in shown})
     placed: set[tuple[str, int]] = set()
-    for start in range(0, len(ids), 500):  # an inventory may be longer than a statement's list of values
+    for start in range(0, len(ids), 500):  # an inventory may be longer than the list of values that a statement takes
         query = select(placements.c.rental_id, placements.c.epoch)
         found = connection.execute(query.where(placements.c.rental_id.in_(ids[start : start + 500])))
         placed |= {(row[0], row[1]) for row in found}
@@ -78,66 +78,66 @@ def never_placed(connection: Connection, items: Iterable[Item]) -> frozenset[tup
 
 def load_part(connection: Connection, whole: Collection[str], candidates: Collection[str]) -> World:
     """See `port.StateStore.load_part`."""
-    waiting = _rentals(connection, rentals.c.state.in_(AT_WORK))
-    waiting |= _rentals(connection, rentals.c.state == RentalState.QUEUED, QUEUED_AT_ONCE)
-    waiting |= _rentals(connection, _moving(connection))
+    active = _rentals(connection, rentals.c.state.in_(IN_TRANSITION))
+    active |= _rentals(connection, rentals.c.state == RentalState.QUEUED, QUEUED_AT_ONCE)
+    active |= _rentals(connection, _has_target(connection))
     found = _in(connection, placements.c.worker_id, whole, placement)
-    found |= _in(connection, placements.c.rental_id, waiting, placement)
-    others = {p.rental_id for p in found.values()} - waiting.keys()
+    found |= _in(connection, placements.c.rental_id, active, placement)
+    others = {p.rental_id for p in found.values()} - active.keys()
     known = {p.worker_id for p in found.values()} | {*whole, *candidates}
     return World(
         workers=load_workers(connection, known),
-        rentals=waiting | _by_id(connection, rentals, others, rental),
+        rentals=active | _by_id(connection, rentals, others, rental),
         placements=found,
         whole=frozenset(whole),
         taken=_taken(connection, set(candidates) - set(whole)),
     )
 
 
-def _moving(connection: Connection) -> ColumnElement[bool]:
-    """Of a rental: it has a standby. SQLite would take the index of states, and read every running placement."""
+def _has_target(connection: Connection) -> ColumnElement[bool]:
+    """Return the condition that a rental has a target placement of a planned migration.
+
+    SQLite would choose the index of states, and read every running placement: the query names the right index.
+    """
     by_index = " INDEXED BY uq_placements_standby" if connection.dialect.name == "sqlite" else ""
-    standbys: Select[Any] = (
+    targets: Select[Any] = (
         select(literal_column("rental_id")).select_from(text(f"placements{by_index}")).where(text(STANDBY))
     )
-    return rentals.c.id.in_(standbys)
+    return rentals.c.id.in_(targets)
 
 
 def load_workers(connection: Connection, ids: Iterable[str]) -> dict[str, Worker]:
-    """Those of these workers that there are."""
+    """See `port.StateStore.workers`."""
     return _by_id(connection, workers, ids, worker)
 
 
 def load_known_at(connection: Connection, address: str) -> list[Worker]:
-    """The workers, dead or alive, that are known at an address."""
+    """See `port.Registry.known_at`."""
     at = select(workers).where(workers.c.address == address)
     return [worker(row) for row in connection.execute(at).mappings()]
 
 
 def load_due(connection: Connection, wall: float) -> list[Rental]:
     """See `port.StateStore.due`."""
-    over = (rentals.c.expires_at <= wall, rentals.c.state != RentalState.RELEASING, text(LIVING))
-    due = select(rentals).where(*over).order_by(rentals.c.expires_at, rentals.c.id).limit(DUE_AT_ONCE)
+    expired = (rentals.c.expires_at <= wall, rentals.c.state != RentalState.RELEASING, text(LIVING))
+    due = select(rentals).where(*expired).order_by(rentals.c.expires_at, rentals.c.id).limit(DUE_AT_ONCE)
     return [rental(row) for row in connection.execute(due).mappings()]
 
 
 def load_without_expiry(connection: Connection) -> list[Rental]:
     """See `port.StateStore.without_expiry`."""
-    begun = (rentals.c.expires_at.is_(None), rentals.c.activated_at.is_not(None))
-    found = select(rentals).where(*begun, rentals.c.state != RentalState.RELEASING, text(LIVING)).limit(DUE_AT_ONCE)
+    activated = (rentals.c.expires_at.is_(None), rentals.c.activated_at.is_not(None))
+    found = select(rentals).where(*activated, rentals.c.state != RentalState.RELEASING, text(LIVING)).limit(DUE_AT_ONCE)
     return [rental(row) for row in connection.execute(found).mappings()]
 
 
 def apply(connection: Connection, steps: Iterable[Step]) -> bool:
-    """Apply the steps in one transaction, up to the first that finds a row not as it expected; False if there is one.
-
-    That one leaves no trace, and neither do those after it: they were decided in the belief that it had happened.
-    """
+    """See `port.StateStore.apply`. Steps after a stale one are not applied: they were decided as if it had been."""
     return all(_apply_one(connection, step) for step in steps)
 
 
 def apply_each(connection: Connection, steps: Iterable[Step]) -> list[bool]:
-    """Apply steps that have nothing to do with each other in one transaction; of each, whether it was applied."""
+    """See `port.StateStore.apply_each`."""
     applied: list[bool] = []
     for _, group in groupby(steps, key=_shape):
         alike = list(group)
@@ -149,7 +149,7 @@ def apply_each(connection: Connection, steps: Iterable[Step]) -> list[bool]:
 
 
 def _shape(step: Step) -> tuple[Any, ...]:
-    """The same for steps of one write each that one statement can make."""
+    """Return a key that is equal for steps which one UPDATE statement can apply together."""
     if len(step.writes) != 1 or step.placement:
         return (id(step),)
     (write,) = step.writes
@@ -157,7 +157,7 @@ def _shape(step: Step) -> tuple[Any, ...]:
 
 
 def _apply_alike(connection: Connection, steps: list[Step]) -> bool:
-    """All of them by one statement; False, and nothing has happened, when a row was not as its step expected it."""
+    """Apply the steps by one statement; return False, with nothing changed, if a row is not as its step expects."""
     if not connection.dialect.supports_sane_multi_rowcount:
         return False
     writes = [step.writes[0] for step in steps]
@@ -172,8 +172,8 @@ def _apply_alike(connection: Connection, steps: list[Step]) -> bool:
     try:
         with connection.begin_nested():
             if connection.execute(statement, rows).rowcount != len(rows):
-                raise _Dropped
-    except _Dropped:
+                raise _Stale
+    except _Stale:
         return False
     _touch(connection, writes)
     record(connection, *(event for step in steps for event in step.events))
@@ -200,7 +200,7 @@ def finish(connection: Connection, ended: Sequence[TaskEnded], follow: Follow) -
 
 
 def _rentals(connection: Connection, which: ColumnElement[bool], limit: int | None = None) -> dict[str, Rental]:
-    """In the order of the queue."""
+    """Return rentals in the order of the queue."""
     order = (rentals.c.activated_at.is_(None), rentals.c.created_at, rentals.c.id)
     query = COLUMNS["rentals"].where(which).order_by(*order).limit(limit)
     return {row["id"]: rental(row) for row in connection.execute(query).mappings()}
@@ -209,7 +209,7 @@ def _rentals(connection: Connection, which: ColumnElement[bool], limit: int | No
 def _in(
     connection: Connection, column: Column[Any], values: Iterable[str], make: Callable[[RowMapping], Placement]
 ) -> dict[str, Placement]:
-    """Placements that are not purged."""
+    """Return the placements that are not purged and whose column has one of these values."""
     found: dict[str, Placement] = {}
     for some in chunks(values):
         query = COLUMNS["placements"].where(column.in_(some), placements.c.state.in_(OPEN))
@@ -226,11 +226,12 @@ def _by_id(connection: Connection, table: Table, ids: Iterable[str], make: Calla
 
 
 def _taken(connection: Connection, ids: set[str]) -> dict[str, frozenset[int]]:
+    """Return the numbers of the slots of these workers that are taken."""
     found: dict[str, set[int]] = {worker_id: set() for worker_id in ids}
     for some in chunks(ids):
         query = select(placements.c.worker_id, placements.c.slot)
-        held = query.where(placements.c.worker_id.in_(some), placements.c.state.in_(HOLDING))
-        for worker_id, slot in connection.execute(held):
+        taken = query.where(placements.c.worker_id.in_(some), placements.c.state.in_(HOLDING))
+        for worker_id, slot in connection.execute(taken):
             found[worker_id].add(slot)
     return {worker_id: frozenset(slots) for worker_id, slots in found.items()}
 
@@ -238,14 +239,14 @@ def _taken(connection: Connection, ids: set[str]) -> dict[str, frozenset[int]]:
 def _apply_one(connection: Connection, step: Step) -> bool:
     try:
         if len(step.writes) == 1 and not step.placement:
-            _write(connection, step.writes[0])  # it writes its row or it does not: nothing to take back
+            _write(connection, step.writes[0])  # a single write needs no savepoint
         else:
             with connection.begin_nested():
                 for write in step.writes:
                     _write(connection, write)
                 if step.placement:
                     connection.execute(insert(placements), vars(step.placement) | {"created_at": time.time()})
-    except _Dropped:
+    except _Stale:
         return False
     if step.placement:
         touched(connection).workers.add(step.placement.worker_id)
@@ -254,12 +255,13 @@ def _apply_one(connection: Connection, step: Step) -> bool:
 
 
 def _write(connection: Connection, write: Write) -> None:
+    """Make one guarded write; raise _Stale if its row is not as it expects."""
     table = TABLES[write.kind]
     guards = [table.c[column].is_not_distinct_from(value) for column, value in write.expect.items()]
     values = dict(write.change) or {"id": write.id}
     result = connection.execute(update(table).where(and_(table.c.id == write.id, *guards)).values(values))
     if result.rowcount != 1:
-        raise _Dropped
+        raise _Stale
     if write.change:
         _touch(connection, [write])
 

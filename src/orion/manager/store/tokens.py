@@ -1,4 +1,4 @@
-"""Tokens: only their hashes are kept, and compared in constant time."""
+"""Tokens. Only their hashes are kept, and they are compared in constant time."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ _ALPHABET = string.ascii_letters + string.digits
 
 @dataclass(frozen=True, kw_only=True)
 class Principal:
-    """Who a request comes from: `name` is the owner of rentals, `id` the token's or, for a worker, the worker's."""
+    """The sender of a request. `name`: the owner of its rentals; `id`: the id of the token, or of the worker."""
 
     role: str
     id: str
     name: str
     mark: str = field(default="", compare=False)
-    """The beginning of the token's hash: a token that is made anew in its file keeps its id and not its mark."""
+    """The beginning of the token's hash: a token that was made again in its file has the same id and another mark."""
     expires_at: float | None = field(default=None, compare=False)
-    """Unix seconds at which the token ends; None: it does not end by itself."""
+    """Unix seconds at which the token expires; None: never."""
 
 
 def make_token(role: str, identity: str) -> str:
-    """A new secret token; 43 characters of 62 are 256 bits."""
+    """Return a new secret token; 43 characters of 62 are 256 bits."""
     return f"orion_{role}_{identity}_{''.join(secrets.choice(_ALPHABET) for _ in range(43))}"
 
 
 def digest(token: str) -> str:
-    """The hash that is kept. Plain SHA-256: a token has 256 random bits, so there is nothing to guess."""
+    """Return the hash that is kept. Plain SHA-256 is enough, because a token has 256 random bits."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def authenticate(connection: Connection, token: str, now: float) -> Principal | None:
-    """Return whose token it is at `now` (Unix seconds); None for anything wrong, expired, revoked or unknown."""
+    """Return the principal of a token at `now` (Unix seconds); None if it is malformed, expired, revoked or unknown."""
     match = _TOKEN.fullmatch(token)
     if not match:
         return None
@@ -67,7 +67,7 @@ def authenticate(connection: Connection, token: str, now: float) -> Principal | 
 
 
 def why_refused(connection: Connection, token: str) -> str:
-    """Return why a token is not valid. Only who has the whole token learns more than that it is unknown."""
+    """Return why a token is not valid, and no more than that it is unknown unless the whole token is right."""
     match = _TOKEN.fullmatch(token)
     if not match:
         return "what was sent is no token of Orion: a token is one word, such as orion_client_..."
@@ -78,22 +78,22 @@ def why_refused(connection: Connection, token: str) -> str:
 
 
 def is_valid(connection: Connection, principal: Principal, now: float) -> bool:
-    """Return whether the token by which a person, or an admin, was known is still good, and still the same."""
+    """Return whether the token of a client or an admin is still valid at `now`, and the same one."""
     known = named(connection, principal.role, principal.id, now)
     return known is not None and known.mark == principal.mark
 
 
 def named(connection: Connection, role: str, identity: str, now: float) -> Principal | None:
-    """Return whose token this is, a person's or an admin's; None for one that is over at `now` or unknown."""
+    """Return the principal of a client's or admin's token by its id; None if it is expired, revoked or unknown."""
     query = select(tokens).where(tokens.c.id == identity, tokens.c.role == role)
     kept = connection.execute(query).mappings().first()
     return _principal(kept) if kept is not None and not _is_over(kept, now) else None
 
 
 def install(connection: Connection, role: str, token: str) -> None:
-    """Make the token of a secret file the valid one: the file decides, also after it was made anew.
+    """Make the token of a secret file the valid one, also after the file was made again.
 
-    One that was revoked stays so until its file is made anew.
+    A revoked token stays revoked until its file is made again.
     """
     match = _TOKEN.fullmatch(token)
     if not match or match[1] != role:
@@ -107,7 +107,7 @@ def install(connection: Connection, role: str, token: str) -> None:
 
 
 def create(connection: Connection, actor: str, name: str, role: str, ends_at: float | None) -> tuple[Row, str]:
-    """A new token's row and the token itself, which is not kept. `ends_at`: Unix seconds; None: not by itself."""
+    """Make a token; return its row and the token, which is not kept. `ends_at`: Unix seconds; None: never."""
     identity = secrets.token_hex(5)
     token = make_token(role, identity)
     now = time.time()
@@ -140,7 +140,7 @@ def page(connection: Connection, after: str | None, limit: int) -> list[Row]:
 
 
 def revoke(connection: Connection, actor: str, identity: str) -> bool:
-    """False when there is no such token; revoking twice is a success."""
+    """Revoke a token; return False if it does not exist. Repeatable."""
     row = connection.execute(select(tokens).where(tokens.c.id == identity)).mappings().first()
     if row is None:
         return False

@@ -1,4 +1,4 @@
-"""The web ports of rentals: which are open to everybody, and where the rental's processes are."""
+"""The web ports of rentals: which of them are public, and on which worker a rental is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ CLOSED = "rental.port_closed"
 
 
 def look(connection: Connection, rental_id: str) -> Row | None:
-    """What decides about a request to one of its ports. `session_id`: of its worker, empty while it has none."""
+    """Return what decides about a request to a port of a rental; None if it does not exist.
+
+    The columns of the worker are None while the rental has no live placement.
+    """
     live = and_(placements.c.rental_id == rentals.c.id, placements.c.state.in_(LIVE), placements.c.standby.is_(False))
     joined = rentals.outerjoin(placements, live).outerjoin(workers, workers.c.id == placements.c.worker_id)
     wanted = (
@@ -25,7 +28,7 @@ def look(connection: Connection, rental_id: str) -> Row | None:
 
 
 def expose(connection: Connection, rental_id: str, actor: str, port: int, public: bool) -> str:
-    """Open a port to everybody, or to its owner alone; why not, as a code, empty when it is so. Repeatable."""
+    """Make a port public, or open to its owner alone; return an error code, empty when it is so. Repeatable."""
     row = connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one()
     if row["state"] in ENDED | {RentalState.RELEASING}:
         return "ended"

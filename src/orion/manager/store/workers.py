@@ -16,7 +16,7 @@ from orion.manager.domain.steps import Event
 from orion.manager.store import state
 from orion.manager.store.database import Row, first, record, rows, touched
 from orion.manager.store.names import new_id
-from orion.manager.store.port import ADDRESS_REUSED, REGISTERED_AGAIN, Registered, Registration
+from orion.manager.store.port import ADDRESS_REUSED, REGISTERED_AGAIN, Notes, Registered, Registration
 from orion.manager.store.schema import counters, placements, rentals, workers
 from orion.manager.store.tokens import digest, make_token
 
@@ -52,66 +52,67 @@ def register(connection: Connection, body: Registration, worker_id: str | None, 
         connection, Event(kind="worker.registered", actor=identity, reason=reason, worker_id=identity, details=details)
     )
     return Registered(
-        worker_id=identity, session_id=session_id, token=token, replaced=_forget_former(connection, body, identity)
+        worker_id=identity, session_id=session_id, token=token, replaced=_remove_replaced(connection, body, identity)
     )
 
 
-def _forget_former(connection: Connection, body: Registration, identity: str) -> tuple[str, ...]:
-    """Remove workers that hold nothing and cannot be there any more; return their ids.
+def _remove_replaced(connection: Connection, body: Registration, identity: str) -> tuple[str, ...]:
+    """Remove workers without placements whose place the registration takes; return their ids.
 
-    One at the same address, or the same agent (by its host keys and the number of its start, which nobody else is told)
-    under the identity of which it never heard.
+    Such a worker has the same address, or is the same agent (same host keys and boot id, which others do not know) that
+    never got the answer to an earlier registration.
     """
-    held = select(placements.c.worker_id).where(placements.c.state != PlacementState.PURGED)
+    with_placements = select(placements.c.worker_id).where(placements.c.state != PlacementState.PURGED)
     others = select(workers.c.id, workers.c.address, workers.c.health, workers.c.host_keys, workers.c.boot_id).where(
         (workers.c.address == body.address) | (workers.c.hostname == body.hostname),
         workers.c.id != identity,
         workers.c.health.in_(SILENT),
         workers.c.intent == Intent.ACTIVE,
-        workers.c.id.not_in(held),
+        workers.c.id.not_in(with_placements),
     )
-    forgotten = {}
+    removed = {}
     for other in connection.execute(others.order_by(workers.c.id)):
         if (tuple(other.host_keys), other.boot_id) == (body.host_keys, body.boot_id):
-            forgotten[other.id] = REGISTERED_AGAIN
+            removed[other.id] = REGISTERED_AGAIN
         elif other.address == body.address and other.health in OUT_OF_SERVICE:
-            forgotten[other.id] = ADDRESS_REUSED
-    touched(connection).workers.update(forgotten)
-    for worker_id, reason in forgotten.items():
+            removed[other.id] = ADDRESS_REUSED
+    touched(connection).workers.update(removed)
+    for worker_id, reason in removed.items():
         connection.execute(delete(workers).where(workers.c.id == worker_id))
         record(connection, Event(kind="worker.removed", actor=identity, reason=reason, worker_id=worker_id))
-    return tuple(forgotten)
+    return tuple(removed)
 
 
 def one(connection: Connection, worker_id: str) -> Row | None:
+    """Return a worker with `used`, the number of its slots that are taken; None if it does not exist."""
     return first(connection.execute(_with_use().where(workers.c.id == worker_id)))
 
 
 def page(connection: Connection, after: str | None, limit: int) -> list[Row]:
-    """Workers by id, each with `used`, the number of its slots that are taken."""
+    """Return workers in the order of their ids, each with `used`, the number of its slots that are taken."""
     query = _with_use().order_by(workers.c.id).limit(limit)
     if after:
         query = query.where(workers.c.id > after)
     return rows(connection.execute(query))
 
 
-def record_heartbeats(connection: Connection, news: Iterable[tuple[str, float, Mapping[str, Any]]]) -> None:
-    """Write down when workers were last heard (UTC seconds) and their load, for people to read."""
-    rows = [{"who": worker_id, "last_heartbeat_at": at, "load": dict(load)} for worker_id, at, load in news]
+def record_heartbeats(connection: Connection, notes: Notes) -> None:
+    """See `port.StateStore.record_heartbeats`."""
+    rows = [{"which": worker_id, "last_heartbeat_at": at, "load": dict(load)} for worker_id, at, load in notes]
     if rows:
-        same = workers.c.id == bindparam("who")
+        same = workers.c.id == bindparam("which")
         change: dict[str, Any] = {"last_heartbeat_at": bindparam("last_heartbeat_at"), "load": bindparam("load")}
         connection.execute(update(workers).where(same).values(change), rows)
 
 
 def granted_lease(connection: Connection) -> float:
-    """The longest lease that a former manager's replies may have given, in seconds; 0 before the first manager."""
+    """Return the longest lease in seconds that replies of a former manager may have granted; 0 before the first one."""
     value = connection.execute(select(counters.c.value).where(counters.c.name == "lease_ms")).scalar()
     return (value or 0) / 1000
 
 
 def grant_lease(connection: Connection, lease_s: float) -> None:
-    """Write down, before any reply gives it, the longest lease that is in force from now on."""
+    """Write the longest lease in seconds that replies grant from now on; must be called before the first reply."""
     value = round(lease_s * 1000)
     same = counters.c.name == "lease_ms"
     if connection.execute(update(counters).where(same).values(value=value)).rowcount == 0:
@@ -119,7 +120,7 @@ def grant_lease(connection: Connection, lease_s: float) -> None:
 
 
 def set_intent(connection: Connection, actor: str, worker_id: str, to: Intent) -> Row | None:
-    """An operator's word; None when there is no such worker. Saying it twice is a success."""
+    """Set what an operator wants of a worker, and return its row; None if it does not exist. Repeatable."""
     row = one(connection, worker_id)
     if row is None:
         return None
@@ -138,7 +139,7 @@ def set_intent(connection: Connection, actor: str, worker_id: str, to: Intent) -
 
 
 def drain_together(connection: Connection, actor: str, worker_ids: Iterable[str]) -> list[Row | None]:
-    """Drain them all; where one is None there is no such worker, and nothing was changed."""
+    """Drain these workers and return their rows. If one does not exist its row is None, and none of them is changed."""
     found = [one(connection, worker_id) for worker_id in worker_ids]
     if None in found:
         return found
@@ -146,14 +147,14 @@ def drain_together(connection: Connection, actor: str, worker_ids: Iterable[str]
 
 
 def declared_gone(connection: Connection, actor: str, worker_id: str) -> None:
-    """Write down an operator's word that its container is not there any more; the health loop acts on it."""
+    """Write the event that an operator declared a worker's container gone, and wake the health controller for it."""
     touched(connection).workers.add(worker_id)
-    reason = "its container is not there any more, they say"
+    reason = "an operator says that its container is gone"
     record(connection, Event(kind="worker.declared_gone", actor=actor, reason=reason, worker_id=worker_id))
 
 
 def give_up(connection: Connection, actor: str, worker_id: str, items: Iterable[Item]) -> None:
-    """An operator's word that what the database has never placed may be purged: it becomes known as lost there."""
+    """Let a worker purge the rentals of its inventory that the database never placed: write them as lost placements."""
     unknown_rentals = state.never_placed(connection, list(items))
     for item in (i for i in items if (i.rental_id, i.epoch) in unknown_rentals):
         known = connection.execute(select(rentals.c.id).where(rentals.c.id == item.rental_id)).first()
@@ -163,7 +164,7 @@ def give_up(connection: Connection, actor: str, worker_id: str, items: Iterable[
             row |= {"public_key": "", "ttl_s": 0, "labels": {}, "created_at": time.time(), "explanation": "given up"}
             connection.execute(insert(rentals), row)
         place = {"id": f"p-{new_id(12)}", "rental_id": item.rental_id, "worker_id": worker_id, "slot": 0}
-        # Not salvaged: a worker's word that it has an epoch of some rental must not become a copy of that rental.
+        # `salvaged`, so that it is not recovered: a worker's claim to have an epoch must not become a snapshot of it.
         place |= {"epoch": item.epoch, "state": PlacementState.LOST, "created_at": time.time(), "salvaged": True}
         connection.execute(insert(placements), place)
         touched(connection).workers.add(worker_id)
@@ -183,7 +184,7 @@ def give_up(connection: Connection, actor: str, worker_id: str, items: Iterable[
 
 
 def remove(connection: Connection, actor: str, worker_id: str) -> str | None:
-    """Forget a worker; returns why not, or None when it is gone."""
+    """Remove a worker; return a code that says why it cannot be removed, or None when it is removed."""
     row = one(connection, worker_id)
     if row is None:
         return "not_found"
@@ -197,20 +198,23 @@ def remove(connection: Connection, actor: str, worker_id: str) -> str | None:
 
 @dataclass(frozen=True)
 class Pruned:
+    """The outcome of `prune`."""
+
     forgotten: tuple[str, ...]
+    """Ids of the workers that were removed."""
     kept: Mapping[str, str]
-    """Why each of the other workers that are down is not forgotten, by its id."""
+    """The reason why each other worker that is down was not removed, by its id."""
 
 
 def prune(connection: Connection, actor: str, worker_ids: Collection[str] | None = None) -> Pruned:
-    """See `port.StateStore.forget`; None means all workers that are down."""
+    """See `port.StateStore.forget`; `worker_ids` None means all workers that are down."""
     down = select(workers.c.id, workers.c.intent).where(workers.c.health == Health.DOWN).order_by(workers.c.id)
-    asked = connection.execute(down).all()
-    missing = _missing(connection)
+    found = connection.execute(down).all()
+    needed = _names_of_needed(connection)
     forgotten, kept = [], {}
-    for worker_id, intent in (row for row in asked if worker_ids is None or row.id in worker_ids):
-        if worker_id in missing:
-            names = ", ".join(sorted(missing[worker_id]))
+    for worker_id, intent in (row for row in found if worker_ids is None or row.id in worker_ids):
+        if worker_id in needed:
+            names = ", ".join(sorted(needed[worker_id]))
             kept[worker_id] = (
                 f"it may still have what was written last in {names}: start it, or orion remove {worker_id}"
             )
@@ -219,14 +223,14 @@ def prune(connection: Connection, actor: str, worker_ids: Collection[str] | None
         else:
             forgotten.append(worker_id)
             connection.execute(delete(workers).where(workers.c.id == worker_id))
-            reason = "it is down, and nothing of it is missing"
+            reason = "it is down, and holds nothing that is needed"
             record(connection, Event(kind="worker.removed", actor=actor, reason=reason, worker_id=worker_id))
     touched(connection).workers.update(forgotten)
     return Pruned(tuple(forgotten), kept)
 
 
-def _missing(connection: Connection) -> dict[str, list[str]]:
-    """Return the names of the living rentals of which a worker that is down may have the newest files, by worker."""
+def _names_of_needed(connection: Connection) -> dict[str, list[str]]:
+    """Return, by worker that is down, the names of the living rentals whose newest files it may hold."""
     ended = (RentalState.RELEASED, RentalState.EXPIRED, RentalState.FAILED)
     query = (
         select(placements.c.worker_id, rentals.c.name)
@@ -246,6 +250,7 @@ def _missing(connection: Connection) -> dict[str, list[str]]:
 
 
 def _with_use() -> Any:
+    """Return the query of workers with their column `used`; a worker that is down uses no slot."""
     used = (
         select(func.count())
         .where(placements.c.worker_id == workers.c.id, placements.c.state.in_(HOLDING), workers.c.health != Health.DOWN)

@@ -1,4 +1,4 @@
-"""Alembic's environment: the store hands its connection over; there is no offline mode."""
+"""Alembic's environment. The store passes its connection; there is no offline mode."""
 
 from alembic import context
 
