@@ -1,10 +1,9 @@
 """Workers: containers with the real agent (agent/call_home.py) on a model of their file system.
 
-The model keeps what orion_worker/rental/commands.py keeps, by the same checks of records.py: records with epochs,
-tombstones, keys that are in place or not. And what the fence does is modelled: when the agent's own rule
-(decisions.may_run), by its own clock, has denied the right to run for as long as freezing may take, nothing of a rental
-goes on. The manager's watches end for both sides, or, where the way of SSH is cut, for the one at whose end it
-happened.
+The model keeps what orion_worker/rental/commands.py keeps, with the same checks of records.py: records with epochs,
+tombstones, and whether an account is unlocked. It models the fence: when the agent's own rule (decisions.may_run) has
+denied the right to run, by the agent's clock, for as long as freezing may take, no rental runs. The manager's liveness
+connections end on both sides or, when SSH is cut, only on the side where the end happened.
 """
 
 from __future__ import annotations
@@ -37,20 +36,20 @@ if TYPE_CHECKING:
 
 JOIN_TOKEN = "the join token"
 FREEZE_BUDGET_LEASES = Clocks().freeze_budget_s / Clocks().freeze_after_s
-"""How long freezing may take when a lease has ended, in leases: the same at every scale of the clocks."""
+"""How long freezing may take after the end of a lease, in leases: the same at every scale of the clocks."""
 SERVES, CRASHES = "serve", "crash"
-"""Start commands: one that goes on, and one that kills its worker."""
+"""Start commands: one that runs on, and one that kills its worker."""
 FORMER_VERSION = "0.1.0"
 """The version of an agent that refuses an order which names a boot id."""
-CRASHES_AFTER_S, IS_BACK_AFTER_S = 3.0, 20.0
+CRASHES_AFTER_S, RESTARTS_AFTER_S = 3.0, 20.0
 STOP_GRACE_S = 55.0
-LOOK_OFTEN_S = 0.5
+POLL_S = 0.5
 FREEZE_BUDGET_S = 0.4
-"""The same when a watch has ended."""
+"""How long freezing may take after the end of a liveness connection."""
 
 
 class Container:
-    """A file system that outlives a restart, and processes that do not. Its fields are the state of the world."""
+    """A container: files that outlive a restart, and processes that do not."""
 
     def __init__(self, sim: Simulation, number: int, address: str, slots: int) -> None:
         self.sim = sim
@@ -65,31 +64,32 @@ class Container:
         self.token: str | None = None
         self.records: dict[str, RentalRecord] = {}
         self.homes: dict[str, float] = {}
-        """Each home as the moment of the last thing that its renter wrote, who writes all the time."""
+        """The content of each home: when its renter, who writes all the time, wrote last."""
         self.tombstones: dict[str, int] = {}
         self.unlocked: set[str] = set()
         self.frozen: set[str] = set()
-        """Without a lease."""
-        self.held: dict[str, tuple[int, float]] = {}
-        """By an order: the planned move that it was for, and when."""
+        """Rentals that the fence has frozen."""
+        self.quiesced: dict[str, tuple[int, float]] = {}
+        """Rentals that an order has quiesced, with the number of the planned migration and the time."""
         self.started: set[tuple[str, int, str]] = set()
-        """The runs that start commands have had in this life."""
+        """The runs of start commands since the container was started."""
         self.up = False
         self.exists = True
         self.boots = 0
+        # The numbers of the faults that last at present:
         self.cut_off = 0
         self.no_ssh = 0
         self.disk_fails = 0
         self.pauses = 0
-        self._going = asyncio.Event()
-        self._going.set()
+        self._resumed = asyncio.Event()
+        self._resumed.set()
         self._agent: asyncio.Task[None] | None = None
         self.home: HomeCaller | None = None
-        self.watches: set[asyncio.Future[bool]] = set()
-        """Held by a manager; the result says whether it noticed the end."""
+        self.liveness_connections: set[asyncio.Future[bool]] = set()
+        """The connections that a manager holds; the result says that it noticed the end."""
         self._hurry = asyncio.Event()
 
-    # -- what happens to it ----------------------------------------------------------------------------------
+    # -- faults --------------------------------------------------------------------------------------------
 
     @property
     def boot_id(self) -> str:
@@ -101,7 +101,7 @@ class Container:
         self.unlocked.clear()
         self.frozen.clear()
         self.started.clear()
-        self.held.clear()
+        self.quiesced.clear()
         self.home = HomeCaller(self, self, self.clock, self.random.random, lambda line: self.sim.say(self.name, line))  # type: ignore[arg-type]
         self._agent = self.sim.loop.create_task(self._live(self.home))
 
@@ -110,49 +110,49 @@ class Container:
         self.up = False
         if self._agent:
             self._agent.cancel()
-        self._close_watches()
+        self._close_liveness_connections()
 
     def kill_sshd(self) -> None:
-        """It is started again at once, and so are no connections."""
-        if self.up and not self.pauses and self.watches:
-            self._close_watches()
+        """Kill sshd, which is started again at once without its connections."""
+        if self.up and not self.pauses and self.liveness_connections:
+            self._close_liveness_connections()
             self.liveness_ended()
 
-    def _close_watches(self) -> None:
-        """The kernel says so to the other end, if there is a way."""
-        watches, self.watches = self.watches, set()
-        for watch in watches:
-            if not watch.done() and not self.no_ssh:
-                watch.set_result(True)
+    def _close_liveness_connections(self) -> None:
+        """End all liveness connections; the kernel tells the manager unless SSH is cut."""
+        ended, self.liveness_connections = self.liveness_connections, set()
+        for connection in ended:
+            if not connection.done() and not self.no_ssh:
+                connection.set_result(True)
 
-    def manager_left(self, watch: asyncio.Future[bool]) -> None:
-        """The process that held it is gone."""
-        if watch in self.watches:
-            self.watches.discard(watch)
+    def manager_process_ended(self, connection: asyncio.Future[bool]) -> None:
+        """End a liveness connection because the manager's process has ended."""
+        if connection in self.liveness_connections:
+            self.liveness_connections.discard(connection)
             if self.up and not self.no_ssh:
                 self.liveness_ended()
 
     def liveness_ended(self) -> None:
-        """The agent sees that a watch has ended; a paused one when it goes on."""
+        """Tell the agent that a liveness connection has ended; a paused agent notices it when it is resumed."""
         self.sim.spawn(self._notice(self.boots))
 
     async def _notice(self, boots: int) -> None:
-        await self.going()
+        await self.until_resumed()
         if self.home is not None and self.boots == boots:
-            self.sim.say(self.name, "is not watched any more")
+            self.sim.say(self.name, "notices the end of the liveness connection")
             self.home.liveness_ended_at = self.clock()
             self._hurry.set()
 
     async def stop(self) -> None:
-        """As on SIGTERM: what is here is taken away, as long as the grace lasts; all locked, a goodbye, the end."""
+        """Stop as on SIGTERM: evacuate while the grace lasts, lock all rentals, send the last heartbeat, end."""
         home, boots = self.home, self.boots
         if home is not None and self.up:
             home.evacuate()
             self._hurry.set()
             last_moment = self.sim.loop.now + STOP_GRACE_S
             while self.boots == boots and self.up and home.is_evacuating() and self.sim.loop.now < last_moment:
-                await asyncio.sleep(LOOK_OFTEN_S)
-                await self.going()
+                await asyncio.sleep(POLL_S)
+                await self.until_resumed()
             if self.boots != boots or not self.up:
                 return
         if self._agent:
@@ -168,24 +168,24 @@ class Container:
     def pause(self) -> None:
         self._write()
         self.pauses += 1
-        self._going.clear()
+        self._resumed.clear()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         self.pauses -= 1
         if not self.pauses:
-            self._going.set()
+            self._resumed.set()
 
-    async def going(self) -> None:
-        """A paused container's processes wait here, and notice nothing."""
-        while not self._going.is_set():
-            await self._going.wait()
+    async def until_resumed(self) -> None:
+        """Wait here while the container is paused."""
+        while not self._resumed.is_set():
+            await self._resumed.wait()
 
     @property
     def answers_ssh(self) -> bool:
-        """A paused one takes the connection, and does nothing with it until it goes on."""
+        """Whether the kernel accepts SSH connections; a paused container accepts them and does nothing with them."""
         return self.up and not self.no_ssh
 
-    # -- the agent -------------------------------------------------------------------------------------------
+    # -- the agent -----------------------------------------------------------------------------------------
 
     def clock(self) -> float:
         return 5000.0 * self.number + self.sim.loop.now * self.clock_rate
@@ -193,12 +193,12 @@ class Container:
     async def _live(self, home: HomeCaller) -> None:
         await asyncio.sleep(self.random.uniform(0.1, 2.0))
         while True:
-            await self.going()
+            await self.until_resumed()
             wait_s = await self._drive(home.talk())
             await self._wait(home, wait_s)
 
     async def _wait(self, home: HomeCaller, wait_s: float) -> None:
-        """As agent.call_for_ever does."""
+        """Wait for the next call, or for a reason to call earlier, as agent/main.py does."""
         while True:
             try:
                 async with asyncio.timeout(max(0.001, wait_s / self.clock_rate)):
@@ -213,14 +213,14 @@ class Container:
             call = next(talk)
             while True:
                 answer = await self._carry(call)
-                await self.going()
+                await self.until_resumed()
                 self.sim.say(self.name, f"{call.path}: {answer}")
                 call = talk.send(answer)
         except StopIteration as end:
             wait_s: float = end.value
             return wait_s
         finally:
-            self.sim.checker.look_at_copies()
+            self.sim.checker.check_live_copies()
 
     async def _carry(self, call: Call) -> Answer:
         body, address = dict(call.body), self.address
@@ -228,7 +228,7 @@ class Container:
             self, lambda manager: manager.answer(call.path, call.token, address, body), call.timeout_s / self.clock_rate
         )
 
-    # -- what the agent sees and changes, as node.Node -------------------------------------------------------
+    # -- the agent's view of its container, as node.Node ---------------------------------------------------
 
     def own_token(self) -> str | None:
         return self.token
@@ -260,7 +260,7 @@ class Container:
         }
 
     def inventory(self) -> list[dict[str, Any]]:
-        self._freeze_what_has_no_lease()
+        self._freeze_without_lease()
         return [
             {"rental_id": r.rental_id, "username": r.username, "uid": r.uid, "epoch": r.epoch, "state": self._state(r)}
             for r in self.records.values()
@@ -282,10 +282,10 @@ class Container:
     def lock_all(self, kill: bool = False) -> None:
         self.unlocked.clear()
 
-    # -- what is done to rentals here, as commands.Rentals -----------------------------------------------------
+    # -- orders for rentals, as commands.Rentals -----------------------------------------------------------
 
     def start_command(self, job: Job) -> None:
-        """As launcher.Launcher, in this life of the container."""
+        """Run a start command once since the start of the container, as launcher.Launcher does."""
         mark = (job.rental_id, job.epoch, job.start_mark)
         if not job.start or mark in self.started or job.start_mark.partition("@")[2] != self.boot_id:
             return
@@ -294,11 +294,11 @@ class Container:
         self.started.add(mark)
         self.sim.say(self.name, f"runs the start command of {job.rental_id}: {job.start_mark}")
         self.sim.checker.started(job.rental_id, job.epoch)
-        if job.start == CRASHES and not self.sim.schedule.only_the_door:
+        if job.start == CRASHES and not self.sim.schedule.only_outages:
             self.sim.loop.call_later(CRASHES_AFTER_S, self._crash, self.boots)
 
     def _crash(self, boots: int) -> None:
-        """Its container goes down with what a renter runs in it, and is started again."""
+        """Kill the container because of a renter's start command, and start it again later."""
         if not self.up or self.boots != boots:
             return
         self.sim.say(self.name, "is brought down by a start command")
@@ -308,13 +308,13 @@ class Container:
             if self.exists and not self.up:
                 self.sim.start_container(self)
 
-        self.sim.loop.call_later(IS_BACK_AFTER_S, start_again)
+        self.sim.loop.call_later(RESTARTS_AFTER_S, start_again)
 
-    def take(self, job: Job) -> None:
-        """As cli.answer_request, before anything is done."""
+    def check_order(self, job: Job) -> None:
+        """Refuse an order for another start of the container, as cli.answer_request does."""
         named = job.host.boot_id if job.action in OF_ONE_BOOT else ""
         if named and self.agent_version == FORMER_VERSION:
-            self.sim.fail("old and new understand each other", f"{self.name} is sent an order with a boot id")
+            self.sim.fail("old and new understand each other", f"{self.name} gets an order with a boot id")
         check_boot(named, self.boot_id)
 
     def create(self, job: Job) -> None:
@@ -333,35 +333,35 @@ class Container:
         check_not_retired(record)
         if not self._may_run():
             raise RequestRefused("no_lease", "this worker has no lease: no rental is activated")
-        if rental_id in self.held:
+        if rental_id in self.quiesced:
             raise RequestRefused("frozen", "it is frozen: thaw it")
         if record is not None and not record.activated:
-            self.sim.checker.let_in(rental_id, epoch, self.homes[rental_id])
+            self.sim.checker.activated(rental_id, epoch, self.homes[rental_id])
             self.records[rental_id] = replace(record, activated=True)
         self.unlocked.add(rental_id)
         self.frozen.discard(rental_id)
-        self.sim.checker.look_at_copies()
+        self.sim.checker.check_live_copies()
 
     def freeze(self, job: Job) -> None:
         record = self.records.get(job.rental_id)
         check_unlock(record, self.tombstones.get(job.rental_id, 0), job.epoch)
         check_not_retired(record)
-        before, _ = self.held.get(job.rental_id, (0, 0.0))
+        before, _ = self.quiesced.get(job.rental_id, (0, 0.0))
         if (job.rental_id, job.epoch) in self.running():
             self.homes[job.rental_id] = self.sim.loop.now
-        self.held[job.rental_id] = max(before, job.move), self.clock()
+        self.quiesced[job.rental_id] = max(before, job.move), self.clock()
         self.unlocked.discard(job.rental_id)
 
     def thaw(self, rental_id: str, epoch: int, asked_at: float | None, move: int = 0) -> None:
-        """As marks.Freezer.thaw: not by an older reply, nor by an order of an earlier move."""
+        """Thaw a rental as marks.Freezer.thaw does, unless by an older reply or an order of an earlier migration."""
         check_unlock(self.records.get(rental_id), self.tombstones.get(rental_id, 0), epoch)
         check_not_retired(self.records.get(rental_id))
-        held, ordered_at = self.held.get(rental_id, (0, 0.0))
+        number, ordered_at = self.quiesced.get(rental_id, (0, 0.0))
         if not self._may_run():
             raise RequestRefused("no_lease", "this worker has no lease: nothing may run here")
-        if rental_id in self.held and (move < held if asked_at is None else asked_at <= ordered_at):
+        if rental_id in self.quiesced and (move < number if asked_at is None else asked_at <= ordered_at):
             raise RequestRefused("frozen_since", "it was frozen since")
-        self.held.pop(rental_id, None)
+        self.quiesced.pop(rental_id, None)
         self.unlock(rental_id, epoch)
 
     def lock(self, rental_id: str, epoch: int) -> None:
@@ -377,67 +377,67 @@ class Container:
         check_not_newer(self.records.get(job.rental_id), job.epoch)
         self.sim.checker.purged(self, job.rental_id, job.epoch)
         self.records.pop(job.rental_id, None)
-        self.held.pop(job.rental_id, None)
+        self.quiesced.pop(job.rental_id, None)
         self.homes.pop(job.rental_id, None)
         self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
 
     def _write(self) -> None:
-        """Whoever is at work has written until now."""
+        """Note that the renters of running rentals have written until now."""
         for rental_id, _ in self.running():
             self.homes[rental_id] = self.sim.loop.now
 
     def read_home(self, rental_id: str, epoch: int) -> float:
-        """As `orion-rental send`."""
+        """Return the content of a home for a snapshot, as `orion-rental send` does."""
         check_unlock(self.records.get(rental_id), self.tombstones.get(rental_id, 0), epoch)
         check_not_retired(self.records.get(rental_id))
         if (rental_id, epoch) in self.running():
             self.homes[rental_id] = self.sim.loop.now
         return self.homes[rental_id]
 
-    def salvage_home(self, rental_id: str, epoch: int) -> float:
-        """As `orion-rental salvage`."""
+    def recover_home(self, rental_id: str, epoch: int) -> float:
+        """Return the content of a home that is recovered, as `orion-rental salvage` does."""
         record = self.records.get(rental_id)
         check_unlock(record, self.tombstones.get(rental_id, 0), epoch)
         if record is None or not record.activated:
-            raise RequestRefused("nothing_to_salvage", "its renter was never let in here at this epoch")
+            raise RequestRefused("nothing_to_salvage", "it was never activated here at this epoch")
         self.records[rental_id] = replace(record, retired=True)
         self.unlocked.discard(rental_id)
         self.frozen.discard(rental_id)
-        self.held.pop(rental_id, None)
+        self.quiesced.pop(rental_id, None)
         return self.homes[rental_id]
 
-    def fill_home(self, rental_id: str, epoch: int, content: float, generation: str) -> None:
-        """As `orion-rental receive`."""
+    def fill_home(self, rental_id: str, epoch: int, content: float, snapshot: str) -> None:
+        """Fill a home, as `orion-rental receive` does."""
         record = self.records.get(rental_id)
         check_receive(record, self.tombstones.get(rental_id, 0), epoch)
         assert record is not None
-        self.records[rental_id] = replace(record, restored=generation)
+        self.records[rental_id] = replace(record, restored=snapshot)
         self.homes[rental_id] = content
-        self.sim.checker.origins[rental_id, epoch] = generation
+        self.sim.checker.origins[rental_id, epoch] = snapshot
 
-    # -- what runs here --------------------------------------------------------------------------------------
+    # -- running rentals -----------------------------------------------------------------------------------
 
     def running(self) -> list[tuple[str, int]]:
-        """The rentals, with their epochs, in which a renter could be at work at this instant."""
+        """Return the rentals, with their epochs, in which a renter can work at this instant."""
         if not self.up or self.pauses:
             return []
-        self._freeze_what_has_no_lease()
+        self._freeze_without_lease()
         return [(r, self.records[r].epoch) for r in sorted(self.unlocked - self.frozen) if r in self.records]
 
-    def _freeze_what_has_no_lease(self) -> None:
+    def _freeze_without_lease(self) -> None:
         if not self._may_run(FREEZE_BUDGET_S, FREEZE_BUDGET_LEASES):
             self.frozen |= self.unlocked
 
     def _may_run(self, budget_s: float = 0.0, budget_leases: float = 0.0) -> bool:
-        """Or had the right until so short a time ago that it may not all be stopped yet."""
+        """Return whether rentals may run, or could until so recently that freezing may not be finished."""
         if self.home is None:
             return False
-        standing, now = self.home.lease, self.clock()
-        by_lease = may_run(standing, None, now - budget_leases * standing.lease_s)
-        return by_lease and may_run(standing, self.home.liveness_ended_at, now - budget_s)
+        lease, now = self.home.lease, self.clock()
+        by_lease = may_run(lease, None, now - budget_leases * lease.lease_s)
+        return by_lease and may_run(lease, self.home.liveness_ended_at, now - budget_s)
 
     def _state(self, record: RentalRecord) -> str:
-        if record.rental_id in self.held:
+        if record.rental_id in self.quiesced:
             return "frozen"
         if record.rental_id not in self.unlocked:
             return "locked"

@@ -1,36 +1,35 @@
-"""What must be true after each step, and what must be true in the end.
+"""Checks the invariants of the platform after each step, and at the end of a simulation.
 
-Claimed, after each committed step:
+Checked after each committed step:
 * a step moves rows only along their tables, and carries the event of each move;
-* a rental has at most one placement in LIVE and one standby beside it, a slot at most one in HOLDING, no slot lies
-  beyond its worker's, and the epoch of a rental only rises and is that of its live placement;
-* an active rental runs; what has ended holds nothing; what was once active never fails;
-* a rental that was answered with success ends only because its client asked or its time is over: not earlier by what
-  the wall clock has jumped since its end was said, within this life of the manager and the time that it takes to be
-  believed again (a clock that was put back before anybody could look has not jumped);
-* no state lasts beyond its deadline. Not counted: time without a manager (a restarted one counts anew) or with a slow
-  disk, workers under a brake, and clean-ups on workers that do not answer or already wait for an operator (who resumes
-  one gives them their time again);
-* a worker is ready only when every placement that it lost is purged;
-* where only the proxy and the manager were away, nobody is declared down and nothing moves.
+* a rental has at most one placement in LIVE and one target placement, a slot at most one placement in HOLDING; a slot
+  is one of its worker's; the epoch of a rental only rises and equals that of its live placement;
+* an active rental runs; an ended rental has no placement in HOLDING; a rental that was active never fails;
+* a rental that was answered with success ends only because its client asked or its time is over. Jumps of the wall
+  clock since its expiry was set do not end it earlier; only jumps count that happened in this life of the manager and
+  within the time that the clock takes to be trusted again;
+* no state lasts beyond its deadline. Not counted: time without a manager (a restarted one counts again from zero) or
+  with a slow disk, workers under a brake, clean-ups on workers that do not answer, and those that wait for an operator
+  (a resumed worker gets the whole time again);
+* a worker is ready only when every lost placement on it is purged;
+* in a schedule where only the proxy and the manager are away, no worker is declared down and no rental moves.
 
-Claimed, whenever a renter is let in: its files are not older than the last safe copy that the manager has accepted; and
-what it finds is no salvage of an epoch before one at which it was let in, unless that has all that it had then; and it
-is not empty as long as its only files are on a worker that was lost less than AWAITS_FILES_S ago and may come back.
-Claimed, whenever a copy is chosen for a takeover: no other is known that has all of it and more. Claimed, whenever a
-home is purged: it is not one that was lost, of a rental that lives, and that was neither salvaged nor given up.
-Claimed, whenever a start command runs: its rental has not lost three workers within ten minutes before it was placed
-there; and in the end, that the command of each rental that runs has run in this life of its container.
+Checked when a rental is activated: its files are not older than the last accepted snapshot, nor than what was written
+before the cutover of a planned migration; they are no recovered snapshot of an epoch before the last activated one,
+unless that has all that was there then; and its home is not empty while its only files are on a worker that was lost
+less than AWAITS_FILES_S ago and may come back.
+Checked at a cutover: the rental does not run at its source.
+Checked when a snapshot is chosen for a takeover: no other known snapshot has all of it and more.
+Checked when a home is purged: it is not that of a lost placement of a living rental that was neither recovered nor
+given up.
+Checked when a start command runs: its rental has not lost three workers within ten minutes before it was placed there;
+and at the end: the command of each running rental has run since its container was started.
 
-Claimed, too, whenever a renter is let in: its files are not older than anything that was written before the switch of
-a planned move. And a switch finds nothing at work where it was.
-
-Claimed, whenever a worker obeys a reply, an account is unlocked or a placement begins to run: no rental runs on two
-workers. It runs where its account is unlocked at an epoch whose placement was running at some time (renters are led
-nowhere else) or at which its start command was run, the container is up and not paused, and the worker has a lease by
-its own clock. The last is what the agent will enforce by freezing; here the model of the worker does. Not claimed:
-anything about a container in the moment in which it wakes from a pause (`wake_budget`), nor about accounts that were
-unlocked where nobody was ever led and nothing was run.
+Checked whenever a worker obeys a reply, an account is unlocked or a placement becomes running: no rental runs on two
+workers. A rental runs where its account is unlocked at an epoch whose placement was running at some time (renters are
+sent nowhere else) or at which its start command was run, the container is up and not paused, and the worker has a
+lease by its own clock, which the model of the worker enforces. Not checked: a container in the moment in which it wakes
+from a pause (`wake_budget`), and accounts that were unlocked where no renter was sent and nothing was run.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ if TYPE_CHECKING:
     from simulation.agents import Container
     from simulation.world import Simulation
 
-# Said here again, so that a mistake in the domain's own sets is noticed.
+# Defined again, so that a mistake in the domain's own sets is noticed.
 LIVE = frozenset({"reserved", "preparing", "running"})
 HOLDING = LIVE | {"stopping", "stopped", "failed"}
 ENDED = frozenset({"released", "expired", "failed"})
@@ -66,7 +65,7 @@ CLEANED_UP = frozenset({"stopping", "stopped", "failed"})
 
 MOST_LOSSES, LOSSES_WITHIN_S = 3, 600.0
 OVERDUE_AFTER_S = 30.0
-"""Beyond a deadline: some rounds, and the tasks and commits that they wait for."""
+"""Seconds beyond a deadline that are allowed: some rounds, and the tasks and commits that they wait for."""
 
 _EVENTS: dict[str, dict[str, str]] = {
     "rental": {
@@ -86,41 +85,43 @@ _IDS = {"rental": "rental_id", "worker": "worker_id"}
 
 
 class Checker:
+    """Follows a simulation, and lets it fail when an invariant is broken."""
+
     def __init__(self, sim: Simulation) -> None:
         self._sim = sim
-        self._let_in: set[tuple[str, int]] = set()
+        self._may_run_at: set[tuple[str, int]] = set()
         self._was_active: set[str] = set()
         self._written: dict[str, tuple[int, float]] = {}
-        """Of rentals that were moved: the epoch that ended, and when the last thing was written in it."""
+        """Of each rental after a planned migration: the epoch that ended, and when the renter wrote last in it."""
         self._ages: dict[tuple[str, str], tuple[tuple[str, bool], float]] = {}
         """How long each row has been in its state, and whether it waited for an operator meanwhile."""
         self.acknowledged: set[str] = set()
         self.release_asked: set[str] = set()
         self.origins: dict[tuple[str, int], str] = {}
-        """With which copy the home of each rental was filled, by epoch."""
+        """The snapshot that the home of each rental was filled with, by rental and epoch."""
         self._lost_at: dict[tuple[str, int], float] = {}
-        """When each rental was lost, by epoch."""
+        """When the placement of each rental and epoch was lost."""
         self._losses: dict[str, list[float]] = {}
-        """When each rental lost workers on which its command may have run, by the wall clock."""
+        """When each rental lost workers on which its start command may have run, by the wall clock."""
         self._phases: dict[str, MigrationPhase] = {}
-        """How far the planned migration of each rental is."""
-        self._stopped_at: dict[str, int] = {}
-        """The epoch at which the start command of a rental had lost too many."""
+        """The phase of the planned migration of each rental."""
+        self._start_stopped_at: dict[str, int] = {}
+        """The epoch at which the start command of a rental had lost too many workers."""
         self.jumps: list[tuple[float, float]] = []
         """When the wall clock jumped, and by how much."""
-        self._time_given: dict[str, float] = {}
-        """When the end of each rental was last said, by the wall clock of that moment."""
+        self._expiry_set_at: dict[str, float] = {}
+        """When the expiry of each rental was last set, in virtual time."""
 
-    # -- after each step -------------------------------------------------------------------------------------
+    # -- after each step -----------------------------------------------------------------------------------
 
     def committed(self, step: Step, before: dict[tuple[str, str], Any]) -> None:
         states = {key: _state(row) for key, row in before.items()}
         for write in step.writes:
             to = write.change.get("health" if write.kind == "worker" else "state")
             if to is not None and to != states[write.kind, write.id]:
-                self._moved(step, write, before[write.kind, write.id], states[write.kind, write.id], to)
+                self._transition(step, write, before[write.kind, write.id], states[write.kind, write.id], to)
                 states[write.kind, write.id] = to
-        self._time_given |= {w.id: self._sim.loop.now for w in step.writes if "expires_at" in w.change}
+        self._expiry_set_at |= {w.id: self._sim.loop.now for w in step.writes if "expires_at" in w.change}
         touched = {w.id for w in step.writes if w.kind == "rental"}
         touched |= {before["placement", w.id].rental_id for w in step.writes if w.kind == "placement"}
         touched |= {step.placement.rental_id} if step.placement else set()
@@ -129,7 +130,7 @@ class Checker:
             self._check_phase(rental_id)
         if step.placement:
             self._check_new(step.placement)
-        self.look_at_copies()
+        self.check_live_copies()
 
     def _check_phase(self, rental_id: str) -> None:
         world = self._sim.state_store.world
@@ -142,45 +143,47 @@ class Checker:
             self._sim.fail("every transition is in its table", found)
         self._phases[rental_id] = after
 
-    def _moved(self, step: Step, write: Write, row: Any, source: str, to: str) -> None:
+    def _transition(self, step: Step, write: Write, row: Any, source: str, to: str) -> None:
         sim = self._sim
-        sim.say("ledger", f"{write.kind} {write.id} {source} -> {to}: {_reason(step, write.kind, to)}")
+        sim.say("store", f"{write.kind} {write.id} {source} -> {to}: {_reason(step, write.kind, to)}")
         if to not in TABLES[write.kind][source].exits:
             sim.fail("every transition is in its table", f"{write.kind} {write.id} went from {source} to {to}")
         kind, identity = _EVENTS[write.kind][to], getattr(row, "rental_id", row.id)
-        told = [e for e in step.events if e.kind == kind]
-        if not any(identity == getattr(e, _IDS.get(write.kind, "rental_id")) for e in told):
+        events = [e for e in step.events if e.kind == kind]
+        if not any(identity == getattr(e, _IDS.get(write.kind, "rental_id")) for e in events):
             sim.fail("every transition has its event", f"{write.kind} {write.id} went to {to} without {kind}")
         if write.kind == "placement" and to == PlacementState.RUNNING:
-            self._let_in.add((row.rental_id, row.epoch))
+            self._may_run_at.add((row.rental_id, row.epoch))
         may_hold_files = source in {"preparing", "running"} and not getattr(row, "standby", False)
         if write.kind == "placement" and to == PlacementState.LOST and may_hold_files:
             self._lost(row)
         if write.kind == "placement" and to == PlacementState.STOPPING and row.held and write.change.get("state"):
-            self._switched(step, row)
+            self._cut_over(step, row)
         if write.kind == "rental":
-            self._rental_moved(step, row, to, write)
+            self._rental_transition(step, row, to, write)
         if to == Health.READY:
             stale = [
                 p for p in sim.state_store.world.placements.values() if p.worker_id == write.id and p.state == "lost"
             ]
             if stale:
                 sim.fail("a ready worker holds nothing stale", f"{write.id}: {stale}")
-        if sim.schedule.only_the_door and to in {Health.DOWN, RentalState.MIGRATING}:
-            sim.fail("no stampede", f"only the door was away, and {write.kind} {write.id} became {to}")
+        if sim.schedule.only_outages and to in {Health.DOWN, RentalState.MIGRATING}:
+            sim.fail("no stampede", f"proxy and manager alone were away, and {write.kind} {write.id} became {to}")
 
-    def _switched(self, step: Step, row: Placement) -> None:
-        """What was held ends because of its move, not of a release."""
+    def _cut_over(self, step: Step, row: Placement) -> None:
+        """Check a cutover: a quiesced placement that ends because its rental migrates, and is not released."""
         if not any(w.kind == "rental" and w.change.get("state") == RentalState.MIGRATING for w in step.writes):
             return
         sim = self._sim
         for container in sim.containers:
             if sim.worker_id_of(container) == row.worker_id and row.rental_id in container.homes:
                 if (row.rental_id, row.epoch) in container.running():
-                    sim.fail("nothing is lost in a planned move", f"{row.rental_id} still runs on {container.name}")
+                    sim.fail(
+                        "nothing is lost in a planned migration", f"{row.rental_id} still runs on {container.name}"
+                    )
                 self._written[row.rental_id] = row.epoch, container.homes[row.rental_id]
 
-    def _rental_moved(self, step: Step, rental: Rental, to: str, write: Write) -> None:
+    def _rental_transition(self, step: Step, rental: Rental, to: str, write: Write) -> None:
         if to == RentalState.ACTIVE:
             self._was_active.add(rental.id)
         if to == RentalState.FAILED and rental.id in self._was_active:
@@ -193,13 +196,13 @@ class Checker:
             self._check_expiry(rental)
 
     def _check_expiry(self, rental: Rental) -> None:
-        """What was decided before a jump may be committed after it; what is decided after it must wait."""
+        """Check an expiry: one that was decided before a jump may be committed after it, others must wait."""
         sim, expires_at = self._sim, rental.expires_at or float("inf")
         _, last_s = self.jumps[-1] if self.jumps else (0.0, 0.0)
         if expires_at > sim.wall() - min(0.0, last_s) + 1.0:
             sim.fail("no rental is lost", f"{rental.id} expires before its time")
-        not_believed = max(sim.manager.started_at if sim.manager else sim.loop.now, sim.loop.now - SETTLE_S * 0.95)
-        since = max(not_believed, self._time_given[rental.id])
+        untrusted_since = max(sim.manager.started_at if sim.manager else sim.loop.now, sim.loop.now - SETTLE_S * 0.95)
+        since = max(untrusted_since, self._expiry_set_at[rental.id])
         if expires_at > sim.wall() - sum(by_s for at, by_s in self.jumps if at > since) + 1.0:
             sim.fail("a clock that jumped expires nobody", f"{rental.id} expires")
 
@@ -209,7 +212,7 @@ class Checker:
         own = [p for p in world.placements.values() if p.rental_id == rental_id]
         live = [p for p in own if p.state in LIVE and not p.standby]
         if len([p for p in own if p.state in LIVE and p.standby]) > 1:
-            self._sim.fail("never two standbys", f"{rental_id}: {own}")
+            self._sim.fail("never two target placements", f"{rental_id}: {own}")
         if len(live) > 1:
             self._sim.fail("never two live placements", f"{rental_id}: {[p.id for p in live]}")
         if before is not None and rental.epoch < before.epoch:
@@ -219,7 +222,7 @@ class Checker:
         if rental.state is RentalState.ACTIVE and [p.state for p in live] != [PlacementState.RUNNING]:
             self._sim.fail("an active rental runs", f"{rental_id}: {own}")
         if rental.state in ENDED and any(p.state in HOLDING for p in own):
-            self._sim.fail("what has ended holds nothing", f"{rental_id}: {own}")
+            self._sim.fail("an ended rental holds nothing", f"{rental_id}: {own}")
 
     def _check_new(self, placement: Placement) -> None:
         world = self._sim.state_store.world
@@ -230,8 +233,8 @@ class Checker:
         if worker is not None and worker.health is not Health.READY:
             self._sim.fail("only a ready worker gets rentals", f"{placement} on {worker}")
 
-    def let_in(self, rental_id: str, epoch: int, home: float) -> None:
-        """Fails when a renter finds files that are older than the last safe copy, at the epoch that counts."""
+    def activated(self, rental_id: str, epoch: int, home: float) -> None:
+        """Fail if a renter finds files at the current epoch that are older than the last snapshot."""
         rental = self._sim.state_store.world.rentals.get(rental_id)
         if rental is None or rental.epoch != epoch:
             return
@@ -242,10 +245,10 @@ class Checker:
         before, written = self._written.get(rental_id, (epoch, 0.0))
         if before < epoch and home < written:
             story = f"{rental_id} at epoch {epoch} has its files of {home:.1f}, and wrote until {written:.1f}"
-            self._sim.fail("nothing is lost in a planned move", story)
+            self._sim.fail("nothing is lost in a planned migration", story)
         if home < rental.last_safe_copy_at:
             story = f"{rental_id} at epoch {epoch} has its files of {home:.1f}, not of {rental.last_safe_copy_at:.1f}"
-            self._sim.fail("files are as old as the last safe copy", story)
+            self._sim.fail("files are as old as the last snapshot", story)
 
     def _begins_empty(self, rental: Rental, epoch: int) -> None:
         sim, world, before = self._sim, self._sim.state_store.world, rental.let_in_epoch
@@ -254,23 +257,23 @@ class Checker:
         waited_s = sim.loop.now - self._lost_at.get((rental.id, before), float("-inf"))
         if may_come_back and not own[0].salvaged and waited_s < sim.awaits_files_s * 0.97:
             story = f"{rental.id} at epoch {epoch}, {waited_s:.0f} s after its worker of epoch {before} was lost"
-            sim.fail("what no copy was made of is waited for", story)
+            sim.fail("a rental without a snapshot waits for its worker", story)
 
     def _lost(self, placement: Placement) -> None:
         self._lost_at[placement.rental_id, placement.epoch] = self._sim.loop.now
         at = self._losses.setdefault(placement.rental_id, [])
         at.append(self._sim.wall())
         if len([loss for loss in at if abs(at[-1] - loss) < LOSSES_WITHIN_S]) >= MOST_LOSSES:
-            self._stopped_at.setdefault(placement.rental_id, placement.epoch)
+            self._start_stopped_at.setdefault(placement.rental_id, placement.epoch)
 
     def started(self, rental_id: str, epoch: int) -> None:
-        """Fails when a start command that keeps losing its workers is run on another one."""
-        self._let_in.add((rental_id, epoch))
-        if epoch > self._stopped_at.get(rental_id, epoch):
-            self._sim.fail("a command that costs workers is stopped", f"{rental_id} runs it at epoch {epoch}")
+        """Fail if a start command that keeps losing its workers is run on another one."""
+        self._may_run_at.add((rental_id, epoch))
+        if epoch > self._start_stopped_at.get(rental_id, epoch):
+            self._sim.fail("a start command that costs workers is stopped", f"{rental_id} runs it at epoch {epoch}")
 
     def purged(self, container: Container, rental_id: str, epoch: int) -> None:
-        """Fails when a home goes that nobody has tried to copy aside."""
+        """Fail if a lost home is purged before it was recovered or given up."""
         world = self._sim.state_store.world
         rental = world.rentals.get(rental_id)
         record = container.records.get(rental_id)
@@ -280,52 +283,56 @@ class Checker:
             return
         own = [p for p in world.placements.values() if (p.rental_id, p.epoch) == (rental_id, epoch)]
         if any(p.state is PlacementState.LOST and not p.salvaged and not p.standby for p in own):
-            self._sim.fail("what a worker still has is salvaged before it is purged", f"{rental_id} of epoch {epoch}")
+            self._sim.fail("a lost home is recovered before it is purged", f"{rental_id} of epoch {epoch}")
 
-    def filled(self, rental_id: str, copy: Snapshot) -> None:
-        """Fails when a rental begins by itself with what is older than where its renter was let in."""
+    def filled(self, rental_id: str, snapshot: Snapshot) -> None:
+        """Fail if a home is filled without a request with a recovered snapshot that lacks files of a later epoch."""
         rental = self._sim.state_store.world.rentals.get(rental_id)
-        if rental is None or str(copy.generation) == rental.began_with:
+        if rental is None or str(snapshot.generation) == rental.began_with:
             return
         began_with = SnapshotId.parse(rental.began_with)
-        has_all = began_with is None or self._has_all_of(rental_id, copy.generation, began_with)
-        if copy.salvage and copy.generation.epoch < rental.let_in_epoch and not has_all:
-            story = f"{rental_id}, which was let in at epoch {rental.let_in_epoch}, begins with {copy.generation}"
-            self._sim.fail("a salvage is restored on request", story)
+        has_all = began_with is None or self._has_all_of(rental_id, snapshot.generation, began_with)
+        if snapshot.salvage and snapshot.generation.epoch < rental.let_in_epoch and not has_all:
+            story = (
+                f"{rental_id}, which was activated at epoch {rental.let_in_epoch}, begins with {snapshot.generation}"
+            )
+            self._sim.fail("a recovered snapshot is restored on request", story)
 
-    def chosen(self, rental_id: str, known: Iterable[Snapshot], copy: Snapshot | None) -> None:
-        """Fails when a rental is to begin with less than is known of it, and nobody is told of what is more.
+    def chosen(self, rental_id: str, known: Iterable[Snapshot], snapshot: Snapshot | None) -> None:
+        """Fail if a rental is to begin with less than a known snapshot has, unless its owner is shown that one.
 
-        Of a salvage it is not known what its home was filled with, where its worker died as its renter was let in.
+        The origin of a recovered snapshot is unknown if its worker died during the activation.
         """
         rental, known = self._sim.state_store.world.rentals[rental_id], list(known)
         origins = {origin.epoch for origin in rental.lineage}
         for other in known:
-            is_told = other.salvage and other.generation.epoch not in origins
-            told = waiting_salvage(known, rental, other.at) if is_told else None
-            if told is not None and told.generation >= other.generation:
+            may_be_shown = other.salvage and other.generation.epoch not in origins
+            shown = waiting_salvage(known, rental, other.at) if may_be_shown else None
+            if shown is not None and shown.generation >= other.generation:
                 continue
-            if copy is None or self._has_all_of(rental_id, other.generation, copy.generation):
-                story = f"{rental_id} begins with {copy and copy.generation}, though there is {other.generation}"
+            if snapshot is None or self._has_all_of(rental_id, other.generation, snapshot.generation):
+                story = (
+                    f"{rental_id} begins with {snapshot and snapshot.generation}, though there is {other.generation}"
+                )
                 self._sim.fail("the newest safe state wins", story)
 
     def _has_all_of(self, rental_id: str, later: SnapshotId, earlier: SnapshotId) -> bool:
-        """Whether it is another one, of the same home or of one that was filled with that; as the manager was told."""
-        while later.epoch > earlier.epoch and (rental_id, later.epoch) in self._let_in:
+        """Return whether `later` is of the same home as `earlier` or of one that was filled with it, and is newer."""
+        while later.epoch > earlier.epoch and (rental_id, later.epoch) in self._may_run_at:
             before = SnapshotId.parse(self.origins.get((rental_id, later.epoch), ""))
             if before is None or before == earlier:
                 return before is not None
             later = before
         return later.epoch == earlier.epoch and later.number > earlier.number
 
-    def look_at_copies(self) -> None:
-        """Fails when a rental runs on two workers."""
+    def check_live_copies(self) -> None:
+        """Fail if a rental runs on two workers."""
         where: dict[str, tuple[Container, int]] = {}
         for container in self._sim.containers:
             if not container.unlocked:
                 continue
             for rental_id, epoch in container.running():
-                if (rental_id, epoch) not in self._let_in:
+                if (rental_id, epoch) not in self._may_run_at:
                     continue
                 if rental_id in where:
                     (other, its_epoch) = where[rental_id]
@@ -333,10 +340,10 @@ class Checker:
                     self._sim.fail("never two live copies", story)
                 where[rental_id] = container, epoch
 
-    # -- as time passes --------------------------------------------------------------------------------------
+    # -- as time passes ------------------------------------------------------------------------------------
 
     def tick(self, passed_s: float) -> None:
-        """Fails when a state has lasted too long."""
+        """Fail if a state has lasted beyond its deadline."""
         manager = self._sim.manager
         if manager is None:
             self._ages.clear()
@@ -359,7 +366,7 @@ class Checker:
                 self._sim.fail("no state lasts beyond its deadline", f"{kind} {identity} is {state} for {age_s:.0f} s")
 
     def forget_ages(self) -> None:
-        """A manager that restarts counts anew."""
+        """Forget how long states have lasted: a restarted manager counts again from zero."""
         self._ages.clear()
 
     def _excused(self, kind: str, row: Any) -> bool:
@@ -380,10 +387,10 @@ class Checker:
         worker = self._sim.state_store.world.workers.get(row.worker_id) if kind == "placement" else None
         return worker is not None and row.state in CLEANED_UP and bool(worker.fault)
 
-    # -- in the end ------------------------------------------------------------------------------------------
+    # -- at the end ----------------------------------------------------------------------------------------
 
     def unsettled(self) -> str:
-        """Why a world that was left quiet has not come to what it promises; empty when it has."""
+        """Return why the world has not converged though no fault happens any more; empty if it has."""
         sim, world = self._sim, self._sim.state_store.world
         if sim.manager is None:
             return "the manager is away"
@@ -419,7 +426,7 @@ class Checker:
                 return f"{rental.id} is {rental.state}: {rental.explanation}"
         for placement in world.placements.values():
             if placement.held and placement.state is PlacementState.RUNNING:
-                return f"placement {placement.id} of {placement.rental_id} stands still"
+                return f"placement {placement.id} of {placement.rental_id} is quiesced"
             lost = placement.state is PlacementState.LOST
             gone = world.workers.get(placement.worker_id)
             if placement.state is not PlacementState.RUNNING and not (lost and gone and gone.health is Health.DOWN):
@@ -441,7 +448,7 @@ class Checker:
                 if self._has_not_started(container, item["rental_id"], item["epoch"]):
                     return f"{item['rental_id']} on {container.name} has not run its start command"
         if found != running:
-            return f"on the workers {sorted(found)}, in the ledger {sorted(running)}"
+            return f"on the workers {sorted(found)}, in the state store {sorted(running)}"
         return ""
 
     def _has_not_started(self, container: Container, rental_id: str, epoch: int) -> bool:

@@ -1,4 +1,4 @@
-"""Time that passes only when nobody has anything left to do: an event loop without sockets, threads or waiting."""
+"""An event loop on virtual time, which passes only when no task can run: without sockets, threads or waiting."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import asyncio
 from typing import Any
 
 
-class EverybodyWaits(Exception):
-    """Nothing will ever happen again: no timer is left."""
+class NothingScheduled(Exception):
+    """No task can run and no timer is left."""
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """Where the real loop waits for sockets until the next timer, this one lets so much time have passed."""
+    """Advances its time to the next timer, where a real loop waits for sockets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,13 +23,13 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def select(self, timeout: float | None) -> tuple[()]:
         if timeout is None:
-            raise EverybodyWaits
+            raise NothingScheduled
         if timeout > 0:
             self.now += timeout
         return ()
 
     def _process_events(self, event_list: Any) -> None:
-        """There are none: nothing comes from outside."""
+        """Do nothing: there are no events from outside."""
 
     def _write_to_self(self) -> None:
-        """Nobody outside has to wake it."""
+        """Do nothing: no other thread has to wake the loop."""

@@ -1,7 +1,7 @@
-"""The engine, the reach and the watch into the simulated workers.
+"""The simulated engine, reach and liveness connection.
 
-Jobs outlive the manager, are lost, and come late or twice. A watch ends when its worker's kernel says so, if that can
-get through; then the real rule of silence decides what is made of it.
+Jobs outlive the manager, are lost, and come late or twice. A liveness connection ends when the worker's kernel says so
+and SSH is not cut; then the real rule (Silence) decides what that proves.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SimulatedEngine:
     async def run(self, job: Job) -> Outcome:
         await self.manager.point()
         outcome: asyncio.Future[Outcome] = self.sim.loop.create_future()
-        self.sim.workshop.take(job, outcome)
+        self.sim.job_runner.start(job, outcome)
         late = self.sim.loop.call_later(job.deadline_s + MARGIN_S, _settle, outcome, Outcome(False, "timed out"))
         try:
             found = await outcome
@@ -48,14 +48,14 @@ class SimulatedEngine:
         return found
 
 
-class Workshop:
-    """Where jobs are done, whatever becomes of the manager meanwhile."""
+class JobRunner:
+    """Runs jobs, also when the manager ends meanwhile."""
 
     def __init__(self, sim: Simulation) -> None:
         self._sim = sim
         self._random = Random(f"engine {sim.schedule.seed}")
 
-    def take(self, job: Job, outcome: asyncio.Future[Outcome]) -> None:
+    def start(self, job: Job, outcome: asyncio.Future[Outcome]) -> None:
         random, bad = self._random, self._sim.network.bad
         chance = random.random() if bad else 1.0
         void_at = self._sim.wall() + job.deadline_s
@@ -74,27 +74,27 @@ class Workshop:
     async def _do(
         self, job: Job, delay_s: float, void_at: float, outcome: asyncio.Future[Outcome], answered: bool
     ) -> None:
-        lives = {container.name: container.boots for container in self._sim.containers}
+        boots_before = {container.name: container.boots for container in self._sim.containers}
         await asyncio.sleep(delay_s)
-        found = await self._play(job, void_at, lives)
+        found = await self._play(job, void_at, boots_before)
         self._sim.say(
             "engine",
             f"{job.action} {job.rental_id} epoch {job.epoch} on {job.host.worker_id}: {found.message or 'done'}",
         )
         _settle(outcome, found if answered else BROKEN)
 
-    async def _play(self, job: Job, void_at: float, lives: Mapping[str, int]) -> Outcome:
-        """The two modules of a playbook, one after the other; each looks for itself whether it is still wanted.
+    async def _play(self, job: Job, void_at: float, boots_before: Mapping[str, int]) -> Outcome:
+        """Run the modules of a playbook one after the other; each checks deadline and worker for itself.
 
-        `lives`: how often each container had been started when the order was given. A worker of a former version, which
-        cannot refuse an order for another life, is spared such orders: until it is replaced, nothing is promised there.
+        `boots_before`: how often each container had been started when the order was given. A worker of a former
+        version cannot refuse an order for another start, and gets none: the promises do not hold there.
         """
         container = self._sim.reachable(job.host)
         if container is None:
             return BROKEN
-        if container.agent_version == FORMER_VERSION and container.boots != lives.get(container.name):
+        if container.agent_version == FORMER_VERSION and container.boots != boots_before.get(container.name):
             return BROKEN
-        await container.going()
+        await container.until_resumed()
         steps: dict[Action, tuple[Callable[[Job], None], ...]] = {
             Action.PREPARE: (container.create,),
             Action.CREATE: (
@@ -107,7 +107,7 @@ class Workshop:
             Action.DELETE: (container.begin_purge, container.end_purge),
         }
         try:
-            container.take(job)
+            container.check_order(job)
         except RequestRefused as refusal:
             return Outcome(False, str(refusal), {"code": refusal.code})
         boots = container.boots
@@ -124,7 +124,7 @@ class Workshop:
                 return Outcome(False, str(refusal), {"code": refusal.code})
             await asyncio.sleep(0.02)
         state = "running" if job.rental_id in container.unlocked else "locked"
-        state = "frozen" if job.rental_id in container.held else state
+        state = "frozen" if job.rental_id in container.quiesced else state
         record = container.records.get(job.rental_id)
         restored = {"restored": record.restored} if record and record.restored else {}
         return Outcome(True, report={"left": [], "state": state, "epoch": job.epoch} | restored)
@@ -132,7 +132,7 @@ class Workshop:
 
 @dataclass
 class SimulatedReach:
-    """Implements `port.Reach`."""
+    """Implements `port.Reach` for one life of the manager."""
 
     sim: Simulation
     manager: SimulatedManager
@@ -150,8 +150,8 @@ class SimulatedReach:
 
 
 @dataclass
-class SimulatedWatch:
-    """Implements `port.Watch`."""
+class SimulatedLiveness:
+    """Implements `port.Liveness` for one life of the manager."""
 
     sim: Simulation
     manager: SimulatedManager
@@ -171,15 +171,15 @@ class SimulatedWatch:
         return End.NOT_HELD
 
     async def _until_closed(self, container: Container, told: Told) -> None:
-        watch: asyncio.Future[bool] = self.sim.loop.create_future()
-        container.watches.add(watch)
+        connection: asyncio.Future[bool] = self.sim.loop.create_future()
+        container.liveness_connections.add(connection)
         told(Sign.HELD)
         try:
-            await watch
+            await connection
         finally:
             if self.manager.dead:
-                container.manager_left(watch)
-            container.watches.discard(watch)
+                container.manager_process_ended(connection)
+            container.liveness_connections.discard(connection)
         await self.manager.point()
         told(Sign.CLOSED)
 

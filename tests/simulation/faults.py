@@ -1,4 +1,4 @@
-"""What a schedule does to the platform, and how it is undone."""
+"""The faults: what a schedule does to the platform, and how each is undone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from simulation.agents import Container
     from simulation.world import Simulation
 
-FOR_EVER_S = 1e6
-PATIENCE = 30
-"""Times that an operator tries to remove a dead worker."""
+FOREVER_S = 1e6
+REMOVAL_TRIES = 30
+"""How often an operator tries to remove a dead worker."""
 
 
 class Faults:
+    """Makes faults happen, and undoes them."""
+
     def __init__(self, sim: Simulation) -> None:
         self._sim = sim
         self._undo: list[Callable[[], None]] = []
@@ -37,7 +39,7 @@ class Faults:
             "a worker cannot be reached by SSH": lambda f: self._count(f, self._container(f), "no_ssh"),
             "a worker's sshd is killed": lambda f: self._container(f).kill_sshd(),
             "a worker is cut off whole": self._cut_off,
-            "a worker is cut off as its sshd is killed": self._close_and_cut_off,
+            "a worker is cut off as its sshd is killed": self._kill_sshd_and_cut_off,
             "a worker's disk fails": lambda f: self._count(f, self._container(f), "disk_fails"),
             "a worker is paused": self._pause,
             "the network is bad": lambda f: self._count(f, sim.network, "bad"),
@@ -63,7 +65,7 @@ class Faults:
         self._kinds[fault.kind](fault)
 
     def stop(self) -> None:
-        """Everything that lasts is undone, but what was lost for ever stays lost."""
+        """Undo all faults that last; workers that were lost for ever stay lost."""
         self._stopped = True
         for undo in list(self._undo):
             undo()
@@ -71,9 +73,9 @@ class Faults:
             self._sim.manager.points_left = None
 
     def manager_died(self) -> None:
-        self._for(self._away_s, self._sim.start_manager)
+        self._undo_after(self._away_s, self._sim.start_manager)
 
-    # -- workers ---------------------------------------------------------------------------------------------
+    # -- workers -------------------------------------------------------------------------------------------
 
     def _container(self, fault: Fault) -> Container:
         there = [c for c in self._sim.containers if c.exists]
@@ -82,20 +84,20 @@ class Faults:
     def _kill(self, fault: Fault) -> None:
         container = self._container(fault)
         container.kill()
-        self._for(fault.lasts_s, lambda: self._start(container))
+        self._undo_after(fault.lasts_s, lambda: self._start(container))
 
     def _stop_worker(self, fault: Fault) -> None:
         self._stop(self._container(fault), fault)
 
     def _stop_all(self, fault: Fault) -> None:
-        """As Compose does, one shortly after the other."""
+        """Stop all workers as Compose does, one shortly after the other."""
         for number, container in enumerate(c for c in self._sim.containers if c.exists):
             self._sim.loop.call_later(number * fault.figure, self._stop, container, fault)
 
     def _stop(self, container: Container, fault: Fault) -> None:
         if container.up:
             self._sim.spawn(container.stop())
-        self._for(max(4.0, fault.lasts_s), lambda: self._start(container))
+        self._undo_after(max(4.0, fault.lasts_s), lambda: self._start(container))
 
     def _recreate(self, fault: Fault) -> None:
         old = self._container(fault)
@@ -107,7 +109,7 @@ class Faults:
             there = address if address and self._sim.container_at(address) is None else None
             self._sim.start_container(self._sim.new_container(old.slots, there))
 
-        self._for(fault.lasts_s, bring)
+        self._undo_after(fault.lasts_s, bring)
 
     def _start(self, container: Container) -> None:
         if container.exists and not container.up:
@@ -117,16 +119,16 @@ class Faults:
     def _pause(self, fault: Fault) -> None:
         container = self._container(fault)
         container.pause()
-        self._for(fault.lasts_s, container.go_on)
+        self._undo_after(fault.lasts_s, container.resume)
 
     def _cut_off(self, fault: Fault) -> None:
-        """From the proxy and from the manager's SSH."""
+        """Cut a worker off from the proxy and from the manager's SSH."""
         container = self._container(fault)
         self._count(fault, container, "cut_off")
         self._count(fault, container, "no_ssh")
 
-    def _close_and_cut_off(self, fault: Fault) -> None:
-        """What looks most like a death and is none."""
+    def _kill_sshd_and_cut_off(self, fault: Fault) -> None:
+        """Let a living worker look dead: its liveness connection ends, then it is cut off."""
         container = self._container(fault)
         container.kill_sshd()
         self._sim.loop.call_later(fault.figure, self._cut_off, fault)
@@ -134,7 +136,7 @@ class Faults:
     def _add(self, fault: Fault) -> None:
         self._sim.start_container(self._sim.new_container(int(fault.figure)))
 
-    # -- the rest of the house -------------------------------------------------------------------------------
+    # -- proxy, manager, operator --------------------------------------------------------------------------
 
     def _kill_manager(self, fault: Fault) -> None:
         if self._sim.manager is not None:
@@ -161,33 +163,33 @@ class Faults:
             self._sim.client(f"remove {worker_id}", lambda manager: manager.remove(worker_id))
 
     def _give_up(self, fault: Fault) -> None:
-        """It dies, and an operator removes it as soon as it is down; it comes back all the same."""
+        """Kill a worker that an operator removes as soon as it is down, and that comes back all the same."""
         container = self._container(fault)
         worker_id = self._sim.worker_id_of(container)
         self._kill(fault)
         if worker_id:
-            self._sim.spawn(self._remove_at_last(worker_id))
+            self._sim.spawn(self._remove_when_down(worker_id))
 
-    async def _remove_at_last(self, worker_id: str) -> None:
-        for _ in range(PATIENCE):
+    async def _remove_when_down(self, worker_id: str) -> None:
+        for _ in range(REMOVAL_TRIES):
             await asyncio.sleep(5.0)
             answer = await self._sim.network.call(None, lambda manager: manager.remove(worker_id), 5.0)
             if answer.status == 204:
                 self._sim.say("operator", f"removed {worker_id}")
                 return
 
-    # -- clients ---------------------------------------------------------------------------------------------
+    # -- clients -------------------------------------------------------------------------------------------
 
     def _rent(self, fault: Fault) -> None:
         key = str(len(self._keys) + 1)
         self._keys.append((f"client-{key}", key, int(fault.figure)))
-        self._ask(len(self._keys) - 1)
+        self._send_rent(len(self._keys) - 1)
 
     def _repeat(self, fault: Fault) -> None:
         if self._keys:
-            self._ask(fault.target % len(self._keys))
+            self._send_rent(fault.target % len(self._keys))
 
-    def _ask(self, number: int) -> None:
+    def _send_rent(self, number: int) -> None:
         owner, key, ttl_s = self._keys[number]
 
         def answered(answer: Answer) -> None:
@@ -217,15 +219,15 @@ class Faults:
         known = sorted(self._sim.checker.acknowledged)
         return known[fault.target % len(known)] if known else ""
 
-    # -- undoing ---------------------------------------------------------------------------------------------
+    # -- undoing -------------------------------------------------------------------------------------------
 
     def _count(self, fault: Fault, what: object, name: str) -> None:
         setattr(what, name, getattr(what, name) + 1)
-        self._for(fault.lasts_s, lambda: setattr(what, name, getattr(what, name) - 1), always=True)
+        self._undo_after(fault.lasts_s, lambda: setattr(what, name, getattr(what, name) - 1), always=True)
 
-    def _for(self, lasts_s: float, undo: Callable[[], None], always: bool = False) -> None:
-        """Undo it after a time, or when faults stop, once; never what lasts for ever, unless `always`."""
-        if lasts_s > FOR_EVER_S and not always:
+    def _undo_after(self, lasts_s: float, undo: Callable[[], None], always: bool = False) -> None:
+        """Undo a fault once, after `lasts_s` or when faults stop; never one that lasts for ever, unless `always`."""
+        if lasts_s > FOREVER_S and not always:
             return
         if self._stopped:
             lasts_s = 0.0
@@ -236,5 +238,5 @@ class Faults:
                 undo()
 
         self._undo.append(once)
-        if lasts_s <= FOR_EVER_S:
+        if lasts_s <= FOREVER_S:
             self._sim.loop.call_later(lasts_s, once)

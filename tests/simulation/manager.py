@@ -1,4 +1,4 @@
-"""One life of the manager: its real loops and its real rules, on a ledger that outlives it, killed at any await."""
+"""One life of the manager: real controllers and rules on a state store that outlives it, killed at any await."""
 
 from __future__ import annotations
 
@@ -29,35 +29,37 @@ from orion.manager.operations.restore import Restorer
 from orion.manager.store.port import Registration
 from simulation.agents import JOIN_TOKEN
 from simulation.front import Front
-from simulation.snapshot_service import SimulatedVault
+from simulation.snapshot_service import SimulatedSnapshotService
 
 if TYPE_CHECKING:
     from simulation.world import Simulation
 
 ROUND_S = 5.0
-"""Between rounds of each loop: less than what makes the manager think itself late, and few enough to be cheap."""
+"""Seconds between the rounds of a controller: too few for the manager to think itself late, enough to be cheap."""
 EXPIRY_ROUND_S = 10.0
-COPIES_ROUND_S = 12.0
+SNAPSHOT_ROUND_S = 12.0
 AWAITS_FILES_S = 120.0
-"""Shorter than ORION_UNCOPIED_WAIT_S: so that both of its ends are seen in a history."""
+"""Shorter than the default of ORION_UNCOPIED_WAIT_S, so that waits end both ways within a history."""
 WRITES = frozenset({"apply", "apply_each", "finish", "register", "accept", "record", "forget"})
-"""Being killed between a read and what is made of it is no different from being killed before the read."""
+"""Methods after which the manager may be killed; a kill after a read is like one before it."""
 
 
 class SimulatedManager:
+    """A manager process: its controllers, its leases and pool index, its routes."""
+
     def __init__(self, sim: Simulation) -> None:
         self.sim = sim
         self.dead = False
         self.started_at = sim.loop.now
         self.points_left: int | None = None
-        """Awaits until it is killed; None: it lives."""
+        """The number of awaits until it is killed; None: it is not to be killed."""
         self.random = Random(f"manager {sim.loop.now} {sim.schedule.seed}")
         self._tasks: set[asyncio.Task[Any]] = set()
         self.leases = leases = Leases(sim.clocks.freeze_after_s)
         state_store: Any = WithPoints(self, sim.state_store)
         engine, reach = sim.engine_of(self), sim.reach_of(self)
         catalog: Any = WithPoints(self, sim.catalog)
-        snapshot_service = SimulatedVault(sim, self)
+        snapshot_service = SimulatedSnapshotService(sim, self)
         restorer = Restorer(engine=engine, snapshot_service=snapshot_service, catalog=catalog)
         mover = Migrator(
             engine=engine,
@@ -66,16 +68,16 @@ class SimulatedManager:
             limits=SnapshotPlan().limits,
             monotonic=sim.monotonic,
         )
-        self.copies = SnapshotController(
+        self.snapshots = SnapshotController(
             catalog=catalog,
             snapshot_service=snapshot_service,
             plan=SnapshotPlan(),
-            disk_share=sim.copies_disk,
+            disk_share=sim.disk_share,
             monotonic=sim.monotonic,
             wall=sim.wall,
             random=self.random,
         )
-        self.copies.loop = Loop("copies", COPIES_ROUND_S, self.copies.round)
+        self.snapshots.loop = Loop("copies", SNAPSHOT_ROUND_S, self.snapshots.round)
         self.pool_index = pool_index = PoolIndex()
         clock = TrustedClock(now=sim.monotonic, wall=sim.wall)
         worker_changed = Callbacks[[]]()
@@ -94,17 +96,17 @@ class SimulatedManager:
             awaits_files_s=AWAITS_FILES_S,
             on_worker_change=worker_changed,
         )
-        self.reconciler.swept_at_once = 0  # the net is not there: what is not looked at in time is to be noticed
+        self.reconciler.swept_at_once = 0  # without the sweep, a row that is not looked at in time is noticed
         self.reconciler.loop = Loop("reconciler", ROUND_S, self.reconciler.round)
         hint = self.reconciler.loop.hint
         watch_ended = Callbacks[str]()
-        self.watching = LivenessConnections(sim.watch_of(self), sim.monotonic, watch_ended)
+        self.watching = LivenessConnections(sim.liveness_of(self), sim.monotonic, watch_ended)
         self.health = HealthController(
             state_store=state_store,
             pool_index=pool_index,
             leases=leases,
             clocks=sim.clocks,
-            proxy_answers=sim.door_is_open,
+            proxy_answers=sim.proxy_answers,
             monotonic=sim.monotonic,
             on_verdict=hint,
             watching=self.watching,
@@ -125,35 +127,35 @@ class SimulatedManager:
         self.spawn(self._run())
 
     async def _run(self) -> None:
-        """As app.Manager restores what the database knows, and lets old leases lapse."""
+        """Restore the leases from the database and run the controllers, as app.Manager does."""
         await self.sim.state_store.follow(lambda changes: self.pool_index.apply(changes, self.sim.monotonic()))
         workers = self.pool_index.items()
         known = {w: k.session_id for w, k in workers if k.session_id and k.health is not Health.DOWN}
         self.sim.granted_s = granted_s = max(self.sim.granted_s, self.sim.clocks.freeze_after_s)
         self.leases.restore(known, granted_s)
-        for loop in (self.health.loop, self.reconciler.loop, self.expiry.loop, self.copies.loop):
+        for loop in (self.health.loop, self.reconciler.loop, self.expiry.loop, self.snapshots.loop):
             self.spawn(loop.run())
         await asyncio.sleep(2 * granted_s)
         self.sim.granted_s = self.sim.clocks.freeze_after_s
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Work that ends with the manager's process."""
+        """Run a coroutine that ends with the manager's process."""
         task = self.sim.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def kill(self) -> None:
-        """As by SIGKILL: nothing that it has not committed has happened."""
+        """Kill the manager as by SIGKILL: what it has not committed has not happened."""
         self.dead = True
-        others = [self.reconciler._writing, self.copies._sweeping, *self.copies._running.values()]
-        watches = {known.task for known in self.watching._tasks.values()}
-        tasks = self._tasks | {*self.reconciler._running.values(), *(task for task in others if task)} | watches
+        others = [self.reconciler._writing, self.snapshots._sweeping, *self.snapshots._running.values()]
+        liveness = {known.task for known in self.watching._tasks.values()}
+        tasks = self._tasks | {*self.reconciler._running.values(), *(task for task in others if task)} | liveness
         for task in sorted(tasks, key=lambda t: t.get_name()):
             task.cancel()
         self.sim.manager_died(self)
 
     async def point(self) -> None:
-        """An await of the real program: others run meanwhile, or it is killed here."""
+        """Await as the real program does: other tasks run meanwhile, or the manager is killed here."""
         if self.points_left is not None and not self.dead:
             self.points_left -= 1
             if self.points_left < 0:
@@ -170,10 +172,10 @@ class SimulatedManager:
             return 6.0 * chance * chance
         return chance if chance < 0.05 else 0.0
 
-    # -- the routes ------------------------------------------------------------------------------------------
+    # -- the routes ----------------------------------------------------------------------------------------
 
     async def answer(self, path: str, token: str, address: str, body: Mapping[str, Any]) -> Answer:
-        """As api/workers.py: who may ask, then the rules, then the status."""
+        """Answer a call of an agent as api/heartbeat.py does: authenticate, apply the rules, return the status."""
         await self.point()
         own_id = next((w for w, valid in self.sim.state_store.tokens.items() if valid == token), None)
         if own_id is None and (token != JOIN_TOKEN or path != "/api/register"):
@@ -198,7 +200,7 @@ class SimulatedManager:
         welcome = await self.call_home.register(own_id, claim, _items(body))
         self.health.loop.hint()
         self.reconciler.loop.hint()
-        told = {
+        reply = {
             "worker_id": welcome.registered.worker_id,
             "worker_token": welcome.registered.token or token,
             "session_id": welcome.registered.session_id,
@@ -208,35 +210,34 @@ class SimulatedManager:
             "authorized_keys": [],
             "placements": _orders(welcome.orders),
         }
-        return Answer(201, told)
+        return Answer(201, reply)
 
     async def _heartbeat(self, worker_id: str, address: str, body: Mapping[str, Any]) -> Answer:
-        leaving = body.get("leaving", False)
-        vacating = body.get("vacating", False)
+        exiting, evacuating = body.get("leaving", False), body.get("vacating", False)
         beat = Heartbeat(
             session_id=body["session_id"],
             seq=body["seq"],
             inventory=tuple(_items(body)),
-            leaving=leaving,
+            leaving=exiting,
             lease_s=body["lease_s"],
-            vacating=vacating,
+            vacating=evacuating,
         )
         found = self.call_home.heartbeat(worker_id, beat, address)
         await self.point()
         self.leases.note(worker_id, self.sim.wall(), {})
-        if leaving:
+        if exiting:
             self.health.loop.hint()
-        if vacating:
+        if evacuating:
             self.reconciler.loop.hint()
         clocks = self.sim.clocks
         next_s = clocks.heartbeat_s * self.random.uniform(0.9, 1.05)
-        told = {
+        reply = {
             "lease_s": clocks.freeze_after_s,
             "door_answer_s": clocks.door_answer_s,
             "next_heartbeat_s": next_s,
             "placements": _orders(found),
         }
-        return Answer(200, told)
+        return Answer(200, reply)
 
     async def rent(self, owner: str, key: str, ttl_s: int) -> Answer:
         await self.point()
@@ -280,7 +281,7 @@ class SimulatedManager:
 
 
 class WithPoints:
-    """A ledger or book as one life of the manager has it: it may be killed before a transaction, and after a write."""
+    """A state store or catalog in one life of the manager, which may be killed before a call and after a write."""
 
     def __init__(self, manager: SimulatedManager, target: object) -> None:
         self._manager = manager

@@ -1,4 +1,4 @@
-"""What lies between the workers, the proxy and the manager: messages are lost, late, repeated and reordered."""
+"""The network between workers, proxy and manager: it loses, delays, repeats and reorders messages."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ if TYPE_CHECKING:
 UNREACHABLE = Answer(502, {"code": "manager_unreachable"}, marked=True)
 NO_ANSWER = Answer(502, {"code": "manager_no_answer"})
 LATEST_S = 25.0
-"""How late a message may come: longer than anybody waits for its answer."""
+"""The longest delay of a message; longer than any caller waits for an answer."""
 
 Handler = Callable[["SimulatedManager"], Awaitable[Answer]]
 
 
 class Network:
+    """Carries requests and answers."""
+
     def __init__(self, sim: Simulation) -> None:
         self._sim = sim
         self._random = Random(f"network {sim.schedule.seed}")
         self.proxy_away = 0
-        """How many reasons there are for it to be away."""
+        """The number of faults for which the proxy is away at present."""
         self.bad = 0
 
     async def call(self, sender: Container | None, handler: Handler, timeout_s: float) -> Answer:
-        """One request through the proxy to the manager; `sender` None is a client outside."""
+        """Send a request through the proxy to the manager; `sender` None is a client outside."""
         answer: asyncio.Future[Answer] = self._sim.loop.create_future()
-        for delay_s in self._journeys():
+        for delay_s in self._delays_s():
             self._sim.loop.call_later(delay_s, self._arrive, sender, handler, answer)
         giving_up = self._sim.loop.call_later(timeout_s, _settle, answer, Answer(0, reason="timed out"))
         try:
@@ -56,15 +58,15 @@ class Network:
         try:
             found = await handler(manager)
         finally:
-            for delay_s in self._journeys()[:1]:
-                self._sim.loop.call_later(delay_s, self._bring_back, sender, answer, found)
+            for delay_s in self._delays_s()[:1]:
+                self._sim.loop.call_later(delay_s, self._return, sender, answer, found)
 
-    def _bring_back(self, sender: Container | None, answer: asyncio.Future[Answer], found: Answer) -> None:
+    def _return(self, sender: Container | None, answer: asyncio.Future[Answer], found: Answer) -> None:
         if not self.proxy_away and not (sender is not None and sender.cut_off):
             _settle(answer, found)
 
-    def _journeys(self) -> list[float]:
-        """How long each copy of a message is on its way; none: it is lost."""
+    def _delays_s(self) -> list[float]:
+        """Return the delay of each copy of a message; an empty list means that it is lost."""
         random = self._random
         usual_s = 0.001 + 0.02 * random.random()
         if not self.bad:

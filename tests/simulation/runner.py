@@ -1,4 +1,4 @@
-"""`make simulate`: many schedules, each from its seed; the first that fails is made short and told.
+"""`make simulate`: plays many schedules, each made from its seed; shrinks the first that fails, and prints its history.
 
 python -m simulation.runner [--schedules 10000] [--first 0] [--seed ONE]
 """
@@ -17,6 +17,8 @@ from simulation.world import Failure, Simulation
 
 @dataclass(frozen=True)
 class Finding:
+    """A schedule that breaks an invariant."""
+
     schedule: Schedule
     failure: Failure
     history: str
@@ -26,9 +28,9 @@ def play(schedule: Schedule) -> Failure | None:
     return Simulation(schedule).run()
 
 
-def tell(schedule: Schedule) -> str:
-    """The schedule, then what happened, by whom and when, in seconds of virtual time."""
-    sim = Simulation(schedule, tell=True)
+def history_of(schedule: Schedule) -> str:
+    """Return the schedule and the history of its simulation, in seconds of virtual time."""
+    sim = Simulation(schedule, record=True)
     failure = sim.run()
     lines = [f"schedule of seed {schedule.seed}, slots {schedule.slots}, {schedule.length_s:.1f} s:"]
     lines += [f"  {fault}" for fault in schedule.faults]
@@ -42,13 +44,13 @@ def tell(schedule: Schedule) -> str:
 
 
 def search(seeds: range, raw: bool = False) -> Finding | None:
-    """The first of these schedules that breaks something, made as short as it can be unless `raw`."""
+    """Return the first of these schedules that breaks an invariant, shrunk unless `raw`; None if there is none."""
     for seed in seeds:
         schedule = make_schedule(seed)
         failure = play(schedule)
         if failure is not None:
             small = schedule if raw else shrink(schedule, failure, play)
-            return Finding(small, failure, "" if raw else tell(small))
+            return Finding(small, failure, "" if raw else history_of(small))
     return None
 
 
@@ -56,18 +58,18 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--schedules", type=int, default=10_000)
     arguments.add_argument("--first", type=int, default=0, help="the first seed")
-    arguments.add_argument("--seed", type=int, help="replay this one and tell its history")
-    arguments.add_argument("--raw", action="store_true", help="say only which seed breaks what")
+    arguments.add_argument("--seed", type=int, help="replay this one and print its history")
+    arguments.add_argument("--raw", action="store_true", help="print only which seed breaks which invariant")
     wanted = arguments.parse_args()
     if wanted.seed is not None:
-        print(tell(make_schedule(wanted.seed)))
+        print(history_of(make_schedule(wanted.seed)))
         return 0
     started = time.perf_counter()
     finding = search(range(wanted.first, wanted.first + wanted.schedules), wanted.raw)
     if finding is not None:
         print(finding.history)
         print(f"\nseed {finding.schedule.seed} breaks: {finding.failure}")
-        print(f"the whole of it: make simulate SEED={finding.schedule.seed}")
+        print(f"its whole history: make simulate SEED={finding.schedule.seed}")
         return 1
     took_s = time.perf_counter() - started
     print(

@@ -1,4 +1,4 @@
-"""What happens to a platform in one simulation, as plain data: so it can be printed, replayed and made shorter."""
+"""Schedules: the faults of one simulation as plain data, which can be printed, replayed and shrunk."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from random import Random
 
 FIRST_FAULT_S = 0.1
-DOOR_IS_AWAY_AT_MOST_S = 250.0
-"""All outages together, where nothing else happens: below `brake_max`, beyond which silence counts."""
+OUTAGES_AT_MOST_S = 250.0
+"""The length of all outages of a schedule with outages alone: below `brake_max`, after which silence counts."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that happens at `at_s`. `lasts_s`: until it is undone, where it is undone at all."""
+    """An event at `at_s`. `lasts_s`: the time until it is undone, if it is undone at all."""
 
     at_s: float
     kind: str
@@ -28,23 +28,25 @@ class Fault:
 
 @dataclass(frozen=True)
 class Schedule:
+    """The workers and the faults of one simulation."""
+
     seed: int
     slots: tuple[int, ...]
-    """Of each worker that is there from the beginning."""
+    """The number of slots of each worker that exists from the beginning."""
     faults: tuple[Fault, ...]
     length_s: float
-    only_the_door: bool
-    """Nothing but the proxy and the manager goes away: then nothing may move."""
+    only_outages: bool
+    """Whether only the proxy and the manager go away; then no rental may move."""
 
 
 def make_schedule(seed: int) -> Schedule:
-    """Faults often come together: it is what meets that breaks things."""
+    """Make a schedule from its seed. Faults often come together, because combinations find errors."""
     random = Random(f"schedule {seed}")
     slots = tuple(random.choice([1, 1, 2]) for _ in range(random.choice([1, 2, 2, 3, 3, 4])))
-    only_the_door = random.random() < 0.2
+    only_outages = random.random() < 0.2
     length_s = random.choice([60.0, 120.0, 180.0, 260.0, 350.0]) * random.uniform(0.8, 1.2)
     faults = [_rent(random, number, 20.0) for number in range(random.randint(1, 3))]
-    if only_the_door:
+    if only_outages:
         faults += _away_in_turn(random, length_s)
     else:
         kinds, weights = zip(*FAULTS, strict=True)
@@ -53,7 +55,7 @@ def make_schedule(seed: int) -> Schedule:
             together = random.random() < 0.4
             at_s = at_s + random.uniform(0.0, 8.0) if together else FIRST_FAULT_S + length_s * random.random() ** 1.5
             faults.append(make(random, min(at_s, length_s)))
-    return Schedule(seed, slots, tuple(sorted(faults, key=lambda f: f.at_s)), length_s, only_the_door)
+    return Schedule(seed, slots, tuple(sorted(faults, key=lambda f: f.at_s)), length_s, only_outages)
 
 
 def _away_in_turn(random: Random, length_s: float) -> list[Fault]:
@@ -61,7 +63,7 @@ def _away_in_turn(random: Random, length_s: float) -> list[Fault]:
     number = random.choice([1, 1, 2])
     for at_s in [random.uniform(FIRST_FAULT_S, length_s) for _ in range(number)]:
         kind = random.choice(["the proxy is away", "the manager is killed"])
-        lasts_s = random.uniform(1.0, DOOR_IS_AWAY_AT_MOST_S / number)
+        lasts_s = random.uniform(1.0, OUTAGES_AT_MOST_S / number)
         found.append(Fault(at_s, kind, random.randrange(30), lasts_s))
     return found
 
@@ -82,7 +84,7 @@ def _once(kind: str, *figures: float) -> Make:
 
 
 def _long(kind: str) -> Make:
-    """Mostly short, sometimes longer than a lease, sometimes for ever."""
+    """Return a maker of faults that are mostly short, sometimes longer than a lease, sometimes for ever."""
     return lambda random, at_s: Fault(
         at_s,
         kind,
@@ -92,7 +94,7 @@ def _long(kind: str) -> Make:
 
 
 def _closing(kind: str, low_s: float, high_s: float) -> Make:
-    """The cut comes so long after the end of the connection."""
+    """Return a maker of faults whose `figure` is the delay between their parts, mostly short."""
     return lambda random, at_s: Fault(
         at_s, kind, random.randrange(60), random.uniform(low_s, high_s), 2.0 * random.random() ** 2
     )

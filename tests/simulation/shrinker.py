@@ -1,4 +1,4 @@
-"""Making a schedule that fails short: fewer faults, fewer workers, a shorter life, as long as the same thing breaks."""
+"""Shrinks a schedule that fails: fewer faults, fewer workers, less time, while it breaks the same invariant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST_TRIES = 400
 
 
 def shrink(schedule: Schedule, failure: Failure, play: Callable[[Schedule], Failure | None]) -> Schedule:
-    """The smallest schedule found that breaks the same invariant; the same seed keeps everything else as it was."""
+    """Return the smallest schedule found that breaks the same invariant; its seed stays the same."""
     tries = 0
     progress = True
     while progress and tries < MOST_TRIES:
@@ -27,7 +27,7 @@ def shrink(schedule: Schedule, failure: Failure, play: Callable[[Schedule], Fail
 
 
 def _smaller(schedule: Schedule) -> Iterator[Schedule]:
-    """Big cuts first."""
+    """Yield smaller schedules, the smallest first."""
     faults = schedule.faults
     size = len(faults) // 2
     while size >= 1:

@@ -1,4 +1,4 @@
-"""The vault on the simulated workers: its jobs end with the manager that asked, and go wrong as the network does."""
+"""The simulated snapshot service: its jobs end with the manager that asked, and fail when the network is bad."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ T = TypeVar("T")
 
 
 @dataclass
-class SimulatedVault:
-    """Implements `port.Vault` for one life of the manager. What it keeps outlives it."""
+class SimulatedSnapshotService:
+    """Implements `port.SnapshotService` for one life of the manager. Its snapshots outlive the manager."""
 
     sim: Simulation
     manager: SimulatedManager
 
     def __post_init__(self) -> None:
+        # The word in the seed stays, so that known seeds replay the same histories.
         self._random = Random(f"vault {self.sim.loop.now} {self.sim.schedule.seed}")
 
     async def copy(
@@ -59,7 +60,7 @@ class SimulatedVault:
         deadline_s: float = SALVAGE_DEADLINE_S,
         spare: SnapshotId | None = None,
     ) -> Taken:
-        content = await self._on_worker(home, lambda container: container.salvage_home(home.rental_id, home.epoch))
+        content = await self._on_worker(home, lambda container: container.recover_home(home.rental_id, home.epoch))
         return await self._keep(home, content, spare, salvage=True)
 
     async def _keep(self, home: Home, content: float, spare: SnapshotId | None, salvage: bool = False) -> Taken:
@@ -85,13 +86,13 @@ class SimulatedVault:
             return None
         wanted = generation or max(each for each in there if not there[each].salvage)
         if wanted not in there:
-            raise SnapshotError(NO_SUCH_GENERATION, f"there is no copy {wanted}")
+            raise SnapshotError(NO_SUCH_GENERATION, f"there is no snapshot {wanted}")
         copy = there[wanted]
         self.sim.checker.filled(home.rental_id, copy)
         await self._on_worker(
             home, lambda container: container.fill_home(home.rental_id, home.epoch, copy.at, str(wanted))
         )
-        self.sim.say("vault", f"put copy {wanted} into {home.rental_id} at epoch {home.epoch}")
+        self.sim.say("snapshots", f"restored {wanted} into {home.rental_id} at epoch {home.epoch}")
         await self.manager.point()
         return copy
 
@@ -120,7 +121,7 @@ class SimulatedVault:
         if container is None or chance < 0.2:
             raise SnapshotError("unreachable", "the worker cannot be asked")
         boots = container.boots
-        await container.going()
+        await container.until_resumed()
         if container.boots != boots or self.sim.reachable(home.host) is not container or container.disk_fails:
             raise SnapshotError("failed", "the connection broke")
         try:

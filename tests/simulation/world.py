@@ -1,4 +1,4 @@
-"""One simulation: a platform on virtual time, what happens to it, and the story of it."""
+"""One simulation: a platform on virtual time, its faults, and its history."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ from orion.manager.store.memory import InvariantBroken, MemoryStateStore
 from orion.manager.store.snapshots import MemorySnapshotCatalog
 from simulation.agents import Container
 from simulation.checker import Checker
-from simulation.clock import EverybodyWaits, VirtualLoop
-from simulation.engine import SimulatedEngine, SimulatedReach, SimulatedWatch, Workshop
+from simulation.clock import NothingScheduled, VirtualLoop
+from simulation.engine import JobRunner, SimulatedEngine, SimulatedLiveness, SimulatedReach
 from simulation.faults import Faults
 from simulation.manager import AWAITS_FILES_S, SimulatedManager
 from simulation.network import Network
 from simulation.schedule import Schedule
 
+Request = Callable[[SimulatedManager], Awaitable[Answer]]
 WALL_START = 1_800_000_000.0
-LOOK_EVERY_S = 10.0
+CHECK_EVERY_S = 10.0
 SETTLED_WITHIN_S = 1500.0
-"""Of a world without faults: a brake to its end, a doubled lease, the deadlines of a join and of a clean-up."""
+"""Seconds in which a world without faults converges: a whole brake, a doubled lease, deadlines of join and clean-up."""
 
 
 @dataclass(frozen=True)
 class Failure:
+    """A broken invariant."""
+
     invariant: str
     story: str
     at_s: float
@@ -46,11 +49,13 @@ class Failure:
         return f"{self.at_s:.3f}: {self.invariant}: {self.story}"
 
 
-class _Over(Exception):
+class _Ended(Exception):
     """Whoever broke an invariant goes no further."""
 
 
-class WatchedLedger(MemoryStateStore):
+class CheckedStateStore(MemoryStateStore):
+    """The state store in memory; each applied step is checked."""
+
     def __init__(self, sim: Simulation) -> None:
         super().__init__()
         self._sim = sim
@@ -72,7 +77,9 @@ class WatchedLedger(MemoryStateStore):
         return applied
 
 
-class WatchedBook(MemorySnapshotCatalog):
+class CheckedCatalog(MemorySnapshotCatalog):
+    """The snapshot catalog in memory; each choice of a snapshot is checked."""
+
     def __init__(self, sim: Simulation) -> None:
         super().__init__(sim.state_store)
         self._sim = sim
@@ -84,25 +91,27 @@ class WatchedBook(MemorySnapshotCatalog):
 
 
 class Simulation:
-    def __init__(self, schedule: Schedule, tell: bool = False) -> None:
+    """A platform on virtual time; `record` keeps its history."""
+
+    def __init__(self, schedule: Schedule, record: bool = False) -> None:
         self.schedule = schedule
-        self.history: list[tuple[float, str, str]] | None = [] if tell else None
+        self.history: list[tuple[float, str, str]] | None = [] if record else None
         self.failure: Failure | None = None
         self.settled_after_s = 0.0
         self.loop = VirtualLoop()
         self.random = Random(f"platform {schedule.seed}")
         self.clocks = self.next_clocks = Clocks()
-        """The manager's, and those of the next manager."""
+        """The clocks of the manager, and those of its next life."""
         self.awaits_files_s = AWAITS_FILES_S
         self.granted_s = 0.0
-        """The longest lease that a manager has written down as given."""
+        """The longest lease in seconds that a manager has written as granted."""
         self.placement_ids: Iterator[str] = (f"p-{number:04d}" for number in count(1))
-        self.state_store = WatchedLedger(self)
-        self.catalog = WatchedBook(self)
+        self.state_store = CheckedStateStore(self)
+        self.catalog = CheckedCatalog(self)
         self.stored: dict[str, dict[SnapshotId, Snapshot]] = {}
-        """The copies of each rental's home; `at` is also what is in it: see agents.py."""
+        """The snapshots that the service keeps, by rental; `at` is also the content: see agents.py."""
         self.network = Network(self)
-        self.workshop = Workshop(self)
+        self.job_runner = JobRunner(self)
         self.checker = Checker(self)
         self.containers: list[Container] = []
         self.manager: SimulatedManager | None = None
@@ -114,15 +123,15 @@ class Simulation:
         self.faults = Faults(self)
 
     def run(self) -> Failure | None:
-        """Play it to its end; the first broken invariant, or None."""
+        """Run the simulation to its end; return the first broken invariant, or None."""
         main = self.loop.create_task(self._play())
         main.add_done_callback(lambda _: self._over.done() or self._over.set_result(None))
         with _quiet(self):
             try:
                 self.loop.run_until_complete(self._over)
-            except EverybodyWaits:
+            except NothingScheduled:
                 self.failure = self.failure or Failure(
-                    "no stuck state", "nothing will ever happen again", self.loop.now
+                    "no stuck state", "no task can run and no timer is left", self.loop.now
                 )
             finally:
                 self._end()
@@ -130,7 +139,7 @@ class Simulation:
             raise main.exception() or AssertionError
         return self.failure
 
-    # -- for the others --------------------------------------------------------------------------------------
+    # -- for the other modules -----------------------------------------------------------------------------
 
     def say(self, actor: str, text: str) -> None:
         if self.history is not None:
@@ -149,10 +158,10 @@ class Simulation:
     def wall(self) -> float:
         return WALL_START + self.loop.now + self.wall_offset
 
-    def door_is_open(self) -> bool:
+    def proxy_answers(self) -> bool:
         return not self.network.proxy_away
 
-    def copies_disk(self) -> float:
+    def disk_share(self) -> float:
         return 0.0
 
     def engine_of(self, manager: SimulatedManager) -> SimulatedEngine:
@@ -161,8 +170,8 @@ class Simulation:
     def reach_of(self, manager: SimulatedManager) -> SimulatedReach:
         return SimulatedReach(self, manager)
 
-    def watch_of(self, manager: SimulatedManager) -> SimulatedWatch:
-        return SimulatedWatch(self, manager)
+    def liveness_of(self, manager: SimulatedManager) -> SimulatedLiveness:
+        return SimulatedLiveness(self, manager)
 
     def container_at(self, address: str) -> Container | None:
         return next((c for c in self.containers if c.up and c.address == address), None)
@@ -181,7 +190,7 @@ class Simulation:
         return container
 
     def start_container(self, container: Container) -> None:
-        """Its address may have been given to another one meanwhile."""
+        """Start a container, with another address if another container has its address now."""
         holder = self.container_at(container.address)
         if holder is not None and holder is not container:
             container.address = f"172.20.129.{container.number + 50 * container.boots}"
@@ -204,17 +213,17 @@ class Simulation:
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         return self.loop.create_task(work)
 
-    def client(self, what: str, handler: Callable[[SimulatedManager], Awaitable[Answer]], done: Any = None) -> None:
-        """A client that asks until it has an answer."""
-        self.spawn(self._insist(what, handler, done))
+    def client(self, what: str, handler: Request, done: Any = None) -> None:
+        """Run a client that repeats its request until it is answered."""
+        self.spawn(self._repeat_until_answered(what, handler, done))
 
-    # -- the story -------------------------------------------------------------------------------------------
+    # -- the course of the simulation ----------------------------------------------------------------------
 
     async def _play(self) -> None:
         self.start_manager()
         for slots in self.schedule.slots:
             self.start_container(self.new_container(slots))
-        watch = self.spawn(self._watch())
+        ticking = self.spawn(self._tick())
         for fault in self.schedule.faults:
             await self._until(fault.at_s)
             self.faults.happen(fault)
@@ -224,11 +233,11 @@ class Simulation:
         quiet_since = self.loop.now
         await self._settle(quiet_since + SETTLED_WITHIN_S)
         self.settled_after_s = self.loop.now - quiet_since
-        watch.cancel()
+        ticking.cancel()
 
     async def _settle(self, last_moment: float) -> None:
         while not self._over.done():
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(CHECK_EVERY_S)
             self._operate()
             problem = self.checker.unsettled()
             if not problem:
@@ -237,21 +246,23 @@ class Simulation:
                 self.fail("a world that is left quiet converges", problem)
 
     def _operate(self) -> None:
-        """An operator looks at what was quarantined or drained."""
+        """Resume the workers that are quarantined or drained, as an operator does."""
         for worker in list(self.state_store.world.workers.values()):
             if self.manager and (worker.health is Health.QUARANTINED or worker.intent is not Intent.ACTIVE):
                 self.manager.spawn(self.manager.set_intent(worker.id, Intent.ACTIVE))
 
-    async def _watch(self) -> None:
+    async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            self.checker.tick(LOOK_EVERY_S)
+            await asyncio.sleep(CHECK_EVERY_S)
+            self.checker.tick(CHECK_EVERY_S)
 
     async def _until(self, at_s: float) -> None:
         if at_s > self.loop.now:
             await asyncio.sleep(at_s - self.loop.now)
 
-    async def _insist(self, what: str, handler: Callable[[SimulatedManager], Awaitable[Answer]], done: Any) -> None:
+    async def _repeat_until_answered(
+        self, what: str, handler: Callable[[SimulatedManager], Awaitable[Answer]], done: Any
+    ) -> None:
         self.waiting_clients += 1
         try:
             while True:
@@ -274,8 +285,8 @@ class Simulation:
         self.loop.close()
 
 
-class _Log:
-    """In place of the loops' log: what they survive by logging it is a failure here."""
+class _FailingLog:
+    """Replaces the controllers' log: an exception that they log and survive is a failure here."""
 
     def __init__(self, sim: Simulation) -> None:
         self._sim = sim
@@ -292,12 +303,12 @@ class _Log:
 
 @contextmanager
 def _quiet(sim: Simulation) -> Iterator[None]:
-    rooms: list[Any] = [wall_clock, snapshots, health, reconciler, loop]
-    logs = [room.log for room in rooms]
-    for room in rooms:
-        room.log = _Log(sim)
+    modules: list[Any] = [wall_clock, snapshots, health, reconciler, loop]
+    logs = [module.log for module in modules]
+    for module in modules:
+        module.log = _FailingLog(sim)
     try:
         yield
     finally:
-        for room, log in zip(rooms, logs, strict=True):
-            room.log = log
+        for module, log in zip(modules, logs, strict=True):
+            module.log = log

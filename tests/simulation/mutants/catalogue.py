@@ -1,4 +1,4 @@
-"""The mutants: the code broken on purpose, each a small replacement of source text that a test must notice."""
+"""The mutants: small replacements of source text, each of which breaks the code so that a test must fail."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ ROOT = HERE.parents[2]
 
 @dataclass(frozen=True)
 class Mutant:
+    """A replacement of `old` by `new` in a source file."""
+
     name: str
     breaks: str
-    """In words, what is wrong with it."""
+    """One sentence that says what the mutant breaks."""
     file: str
-    """In the work tree."""
+    """The path of the source file in the work tree."""
     old: str
     new: str
     tests: tuple[str, ...] = ()
-    """Those that notice it sooner than the simulation, or where that does not; none: the simulation must."""
+    """Tests that fail sooner than the simulation, or instead of it; none: the simulation must fail."""
 
     def applies(self, root: Path = ROOT) -> bool:
         return (root / self.file).read_text().count(self.old) == 1
@@ -35,5 +37,5 @@ def all_mutants() -> list[Mutant]:
 
 
 def _read(file: Path) -> Mutant:
-    told = tomllib.loads(file.read_text())
-    return Mutant(file.stem, **told | {"tests": tuple(told.get("tests", ()))})
+    fields = tomllib.loads(file.read_text())
+    return Mutant(file.stem, **fields | {"tests": tuple(fields.get("tests", ()))})

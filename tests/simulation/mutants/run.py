@@ -1,4 +1,4 @@
-"""`make mutants`: every mutant is tried in a copy of the source, and somebody must notice each.
+"""`make mutants`: tries every mutant in a copy of the source; a test or the simulation must fail for each.
 
 python -m simulation.mutants.run [--schedules 400] [NAME...]
 """
@@ -18,11 +18,11 @@ from pathlib import Path
 
 from simulation.mutants.catalogue import ROOT, Mutant, all_mutants
 
-ENOUGH_S = 600
+TIMEOUT_S = 600
 
 
-def noticed_by(mutant: Mutant, schedules: int) -> str:
-    """Which test notices it; empty when none does."""
+def caught_by(mutant: Mutant, schedules: int) -> str:
+    """Return the test that fails because of the mutant; empty if none does."""
     with tempfile.TemporaryDirectory(prefix="orion-mutant-") as folder:
         copy = Path(folder)
         for part in ("src", "worker", "tests", "playbooks"):
@@ -34,19 +34,19 @@ def noticed_by(mutant: Mutant, schedules: int) -> str:
 
 def _simulation(copy: Path, schedules: int) -> str:
     command = ["simulation.runner", "--schedules", str(schedules), "--raw"]
-    status, said = _run(copy, command)
+    status, output = _run(copy, command)
     if status == 0:
         return ""
-    found = re.findall(r"^seed (\d+) breaks: [\d.]+: (.*?): ", said, re.MULTILINE)
-    seed, invariant = found[0] if found else ("?", said.strip().splitlines()[-1][:100])
+    found = re.findall(r"^seed (\d+) breaks: [\d.]+: (.*?): ", output, re.MULTILINE)
+    seed, invariant = found[0] if found else ("?", output.strip().splitlines()[-1][:100])
     return f"the simulation, seed {seed}: {invariant}"
 
 
 def _tests(copy: Path, tests: tuple[str, ...]) -> str:
     if not tests:
         return ""
-    status, said = _run(copy, ["pytest", "-q", "-x", "-p", "no:cacheprovider", *tests])
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+    status, output = _run(copy, ["pytest", "-q", "-x", "-p", "no:cacheprovider", *tests])
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
     return failed[0] if status == 1 and failed else ""
 
 
@@ -58,7 +58,7 @@ def _run(copy: Path, module: list[str]) -> tuple[int, str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=ENOUGH_S,
+        timeout=TIMEOUT_S,
         check=False,
     )
     return done.returncode, done.stdout + done.stderr
@@ -66,7 +66,7 @@ def _run(copy: Path, module: list[str]) -> tuple[int, str]:
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--schedules", type=int, default=400, help="that the simulation may take to notice one")
+    arguments.add_argument("--schedules", type=int, default=400, help="how many the simulation plays for each")
     arguments.add_argument("names", nargs="*")
     wanted = arguments.parse_args()
     mutants = [m for m in all_mutants() if not wanted.names or m.name in wanted.names]
@@ -74,7 +74,7 @@ def main() -> int:
 
     def try_out(mutant: Mutant) -> bool:
         started = time.perf_counter()
-        by = noticed_by(mutant, wanted.schedules) if mutant.applies() else ""
+        by = caught_by(mutant, wanted.schedules) if mutant.applies() else ""
         verdict = f"caught by {by}" if by else ("MISSED" if mutant.applies() else "DOES NOT APPLY any more")
         print(f"{mutant.name:<38} {verdict}  ({time.perf_counter() - started:.1f} s)", flush=True)
         return bool(by)
