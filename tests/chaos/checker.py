@@ -133,9 +133,9 @@ def _no_line_is_lost_beyond_the_shown_age(history: History) -> Iterator[Violatio
         ]
         if lost:
             text = (
-                f"{len(lost)} lines of {one.name} ({one.rental}) are lost that are older than the copy that was shown: "
+                f"{len(lost)} lines of {one.name} ({one.rental}) are lost that are older than the shown snapshot: "
                 f"line {lost[0].number}, written on {lost[0].host} at {lost[0].at:.3f} in epoch {lost[0].epoch}; "
-                f"the copy was said to be of {safe[lost[0].epoch]:.3f}"
+                f"the snapshot was reported as of {safe[lost[0].epoch]:.3f}"
             )
             yield Violation("nothing lost", text, one.rental, lost[0].at - 10)
 
@@ -150,8 +150,8 @@ def _a_planned_move_loses_nothing(history: History) -> Iterator[Violation]:
             lost = [tick for tick in of_epoch if (tick.number, tick.host, tick.epoch) not in there]
             if lost:
                 text = (
-                    f"{len(lost)} lines of {one.name} ({one.rental}) are lost that were there when it was moved as "
-                    f"planned at {at:.3f}: line {lost[0].number}, written on {lost[0].host} at {lost[0].at:.3f} in "
+                    f"{len(lost)} lines of {one.name} ({one.rental}) are lost that were there at its planned "
+                    f"migration at {at:.3f}: line {lost[0].number}, written on {lost[0].host} at {lost[0].at:.3f} in "
                     f"epoch {epoch}"
                 )
                 yield Violation("nothing lost", text, one.rental, lost[0].at - 10, at + 30)

@@ -316,6 +316,6 @@ KINDS: dict[str, Kind] = {
     "cut of manager or proxy": Kind((MANAGER, PROXY), 2, (0.5, 10.0), _cut_off, (NETWORK,)),
     "restart of manager or proxy": Kind((MANAGER, PROXY), 1, (0.0, 0.0), _restart),
     "kill of the engine": Kind((MANAGER,), 2, (0.0, 0.0), _kill_within("orion.manager.ansible.server")),
-    "kill of the vault": Kind((MANAGER,), 1, (0.0, 0.0), _kill_within("orion.manager.snapshots.server")),
+    "kill of the snapshot service": Kind((MANAGER,), 1, (0.0, 0.0), _kill_within("orion.manager.snapshots.server")),
     "full disk": Kind((KEEPER,), 2, (2.0, 15.0), _fill_the_disk, (DISK,)),
 }

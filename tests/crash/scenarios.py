@@ -204,9 +204,9 @@ async def draining(environment: CrashEnvironment) -> None:
     environment.arm()
     assert (await environment.ask("POST", f"/api/workers/{source.worker_id}/drain")).status_code == 200
     await environment.until_worker(source, lambda worker: worker["intent"] == "drained")
-    other.vacating = True
+    other.evacuating = True
     await eventually(lambda: not other.node.accounts)
-    other.vacating = False
+    other.evacuating = False
     assert (await environment.ask("POST", f"/api/workers/{source.worker_id}/resume")).status_code == 200
     await environment.until(lambda r: r["state"] == "active", lab)
     await _has_all(environment, lab)

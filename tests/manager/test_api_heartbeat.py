@@ -212,7 +212,7 @@ async def test_what_was_rolled_back_is_not_known(house: House, agent: Agent) -> 
     known = house.manager.pool_index.worker(agent.worker_id)
     assert known is not None
     assert known.health is Health.READY
-    await house.compare_roster()
+    await house.compare_pool_index()
 
 
 async def test_who_has_waited_for_a_commit_finds_it_in_memory(house: House, agent: Agent) -> None:

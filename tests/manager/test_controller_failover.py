@@ -323,14 +323,14 @@ async def test_while_the_proxy_is_away_nobody_is_down_and_nothing_moves_afterwar
     house: House, pool: list[Agent], away_s: float
 ) -> None:
     rentals = [await house.rent() for _ in range(3)]
-    house.door.open = False
+    house.proxy_probe.open = False
     for agent in pool:
         agent.beating = False
     await house.pass_time(away_s)
     assert (await house.as_admin.get("/api/status")).json()["brake"] == (
         "the manager cannot reach itself through the proxy"
     )
-    house.door.open = True
+    house.proxy_probe.open = True
     for agent in pool:
         agent.beating = True
     await house.pass_time(200)
@@ -350,7 +350,7 @@ async def test_two_of_three_that_fall_silent_together_get_their_grace_again(hous
 async def test_a_goodbye_moves_the_rental_at_once_where_there_is_a_refuge(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     leaving = where(house, rental)
-    await leaving.say_goodbye()
+    await leaving.exit()
     await house.settle()
     assert (await house.rental(rental["id"]))["epoch"] == 1, "a restart moves nothing"
     await house.pass_time(6)
@@ -362,7 +362,7 @@ async def test_a_goodbye_moves_the_rental_at_once_where_there_is_a_refuge(house:
 async def test_one_that_says_goodbye_and_is_back_at_once_keeps_what_it_has(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     restarted = where(house, rental)
-    await restarted.say_goodbye()
+    await restarted.exit()
     await house.pass_time(4)
     reply = await restarted.come_back()
     assert [o["want"] for o in reply.json()["placements"]] == ["run"]
@@ -377,7 +377,7 @@ async def test_when_everything_says_goodbye_nothing_moves_and_all_come_back_with
 ) -> None:
     rentals = [await house.rent() for _ in range(3)]
     for agent in pool:
-        await agent.say_goodbye()
+        await agent.exit()
     await house.pass_time(30)
     assert not await house.events("worker.became_down")
     await house.restart()

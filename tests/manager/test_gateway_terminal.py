@@ -238,7 +238,7 @@ async def test_a_reload_gives_a_terminal_no_more_time_than_it_had(house: House) 
     house.clock.now += 100.0
     async with opening(house, rental_id, key) as page:
         assert await page.client.is_in()
-        while (told := await page.told())["state"] != "ended":
+        while (told := await page.control())["state"] != "ended":
             pass
     assert told["message"] == "a terminal stays open for 1 min at most"
 
@@ -365,7 +365,7 @@ async def test_a_page_that_does_not_acknowledge_still_types_and_still_hears(hous
         assert await page.shown()
         page.types(b"\x03")
         page.types(bytes(TELL_BYTES))
-        assert await page.told() == {"took": TELL_BYTES + 1}
+        assert await page.control() == {"took": TELL_BYTES + 1}
 
 
 async def test_what_nobody_reads_is_not_received_without_end(house: House) -> None:
@@ -460,10 +460,10 @@ async def test_what_is_typed_while_there_is_no_shell_reaches_none(house: House) 
         assert "broke" in await page.sees("waiting")
         assert "does not answer" in await page.sees("waiting")
         page.types(bytes(TELL_BYTES))
-        while "took" not in await page.told():
+        while "took" not in await page.control():
             pass
         house.shells.refusing = ""
-        while (await page.told())["state"] != "connected":
+        while (await page.control())["state"] != "connected":
             pass
         assert bytes(house.shells.opened[-1].written) == b""
 
@@ -501,7 +501,7 @@ async def test_its_time_is_over_and_it_says_why(house: House, terms: dict[str, f
     has_terms(house, **terms)
     async with opening(house, rental_id, await ticket(house.as_admin, rental_id)) as page:
         assert await page.client.is_in()
-        while (told := await page.told())["state"] != "ended":
+        while (told := await page.control())["state"] != "ended":
             pass  # how far it had come by then does not matter
         assert told["message"] == words
         closed = await page.client.hears()

@@ -100,7 +100,7 @@ async def test_who_was_removed_is_let_go(scene: Scene) -> None:
 
 
 async def test_a_killed_worker_s_rental_moves_at_once_and_a_restarted_sshd_moves_nothing(house: House) -> None:
-    await house.watch_workers()
+    await house.hold_liveness_connections()
     first, second = await house.join(), await house.join()
     house.end_the_brake_of_the_start()
     await house.pass_time(5.0)

@@ -405,7 +405,7 @@ async def test_where_all_are_told_to_stop_everything_is_parked_and_comes_back(ho
     assert {(await house.rental(rental["id"]))["state"] for rental in rentals} == {"queued"}
     assert not await house.events("rental.move_started"), "nothing moves among those that are about to end"
     for agent in pool:
-        await agent.say_goodbye()
+        await agent.exit()
     await house.restart()
     await house.join(slots=3)
     back = [await house.rental(rental["id"]) for rental in rentals]
@@ -439,7 +439,7 @@ async def test_a_copy_that_was_begun_before_it_stood_still_does_not_take_the_pla
     await vacate(house, agent)
     assert begun.result() == "it was stopped or moved meanwhile"
     assert (await house.rental(rental["id"]))["state"] == "queued"
-    await agent.say_goodbye()
+    await agent.exit()
     await house.join()
     back = await house.rental(rental["id"])
     assert (back["state"], files(house, back)) == ("active", {"file": "written before it stood still"})

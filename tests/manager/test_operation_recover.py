@@ -68,7 +68,7 @@ def lets_in_and_dies(agent: Agent, written: str) -> None:
 @pytest.fixture
 async def watched(house: House) -> House:
     """Deaths are proved, before a second try to make anything there has failed."""
-    await house.watch_workers()
+    await house.hold_liveness_connections()
     house.end_the_brake_of_the_start()
     return house
 

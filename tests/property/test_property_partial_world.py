@@ -8,7 +8,7 @@ from random import Random
 from typing import Any, TypeVar
 
 import pytest
-from support.pools import what_differs
+from support.pools import differences
 from test_property_reconciliation import INVARIANTS, RATES, Platform, _play
 
 from orion.manager.controllers.reconciler import Reconciler
@@ -120,4 +120,4 @@ def test_a_roster_that_followed_each_step_is_one_that_was_filled_now(seed: int) 
         state_store.publish(random.sample(sorted(workers), len(workers)), random.sample(sorted(rentals), len(rentals)))
         anew = PoolIndex()
         _now(MemoryStateStore(platform.world).follow(lambda changes, anew=anew: anew.apply(changes, 0.0)))
-        assert not what_differs(anew, followed)
+        assert not differences(anew, followed)

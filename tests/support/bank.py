@@ -1,4 +1,4 @@
-"""A renter's program that notices when its files are put back as they never were: a bank in SQLite, and three counters.
+"""A renter's program that notices restored files in a state that never existed: a bank in SQLite, and three counters.
 
     python3 bank.py run FOLDER [STEPS]          work in FOLDER until STEPS are done, or for ever
     python3 bank.py start FOLDER JOURNAL WORDS  write what is wrong with FOLDER to JOURNAL, work on in the background
@@ -34,17 +34,17 @@ ACCOUNTS = 20_000
 BALANCE = 1_000
 TOTAL = ACCOUNTS * BALANCE
 TRANSFERS = 20
-"""In one transaction: enough to touch a good part of the database's pages."""
+"""Transfers in one transaction; enough to change a good part of the database's pages."""
 CHECKPOINT_PAGES = 100
-"""So the database itself is written to every few steps, and not its log alone."""
+"""Pages of the log after which it is written to the database: every few steps."""
 REST_S = 0.005
-"""Between two steps: several of these programs share a machine with what they test."""
+"""Seconds between two steps: several of these programs share a machine with what they test."""
 DATABASE, LOG, COUNTERS = "bank.db", "bank.db-wal", ("A", "m", "zz_B")
 _NUMBER = re.compile(rb"\d{12}\n")
 
 
 def create(folder: Path) -> None:
-    """Make a bank that nobody can find half made: it gets its name when it is whole."""
+    """Make a bank atomically: it gets its name when it is complete."""
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()

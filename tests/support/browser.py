@@ -1,4 +1,4 @@
-"""The page's end of a browser terminal in the house, with scripted shells in the place of workers."""
+"""The page of a browser terminal in the house, with scripted shells in place of workers."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ async def ticket(client: httpx.AsyncClient, rental_id: str) -> str:
 
 
 class Page:
+    """The page: what it types and controls, and what it gets."""
+
     def __init__(self, client: Client) -> None:
         self.client = client
 
@@ -32,16 +34,16 @@ class Page:
         self.client.said.put_nowait({"type": "websocket.receive", "text": json.dumps(said) if text is None else text})
 
     async def sees(self, state: str) -> str:
-        """The next control is that state; its message."""
-        told = await self.told()
-        assert told["state"] == state, told
-        return str(told["message"])
+        """Return the message of the next control, which must be of this state."""
+        control = await self.control()
+        assert control["state"] == state, control
+        return str(control["message"])
 
-    async def told(self) -> dict[str, Any]:
+    async def control(self) -> dict[str, Any]:
         message = await self.client.hears()
         assert message["type"] == "websocket.send", message
-        told: dict[str, Any] = json.loads(message["text"])
-        return told
+        control: dict[str, Any] = json.loads(message["text"])
+        return control
 
     async def shown(self) -> bytes:
         message = await self.client.hears()
@@ -49,7 +51,7 @@ class Page:
         return bytes(message["bytes"])
 
     async def is_closed(self) -> tuple[int, str]:
-        """With which code; and the last word before it."""
+        """Return the close code, and the message of the last control."""
         words = await self.sees("ended")
         message = await self.client.hears()
         assert message["type"] == "websocket.close", message
@@ -60,24 +62,24 @@ class Page:
 
 @asynccontextmanager
 async def opening(house: House, rental_id: str, by: str, query: str = "", **headers: str) -> AsyncIterator[Page]:
-    """Open a WebSocket by that ticket or resume key."""
+    """Open a WebSocket by a ticket or a resume key."""
     path = f"/api/rentals/{rental_id}/terminal"
     async with connecting(house, path, headers, ("orion.terminal", by), query) as client:
         yield Page(client)
 
 
 async def is_connected(page: Page) -> dict[str, Any]:
-    """Wait until the page has its shell; return what it is told then."""
+    """Wait until the page has its shell; return the control that says so."""
     assert await page.client.is_in()
     await page.sees("connecting")
-    told = await page.told()
-    assert told["state"] == "connected", told
-    return told
+    control = await page.control()
+    assert control["state"] == "connected", control
+    return control
 
 
 @asynccontextmanager
 async def terminal(house: House, rental_id: str) -> AsyncIterator[tuple[Page, FakeShell]]:
-    """Of the admin, with its first shell."""
+    """Open a terminal of the admin, and give it with its first shell."""
     async with opening(house, rental_id, await ticket(house.as_admin, rental_id)) as page:
         accepted = await page.client.hears()
         assert (accepted["type"], accepted["subprotocol"]) == ("websocket.accept", "orion.terminal")
@@ -87,9 +89,9 @@ async def terminal(house: House, rental_id: str) -> AsyncIterator[tuple[Page, Fa
 
 
 async def turns(until: Callable[[], Any], what: str) -> None:
-    """Of the event loop: nothing here waits for anything else."""
+    """Run the event loop until a condition holds."""
     for _ in range(10_000):
         if until():
             return
         await asyncio.sleep(0)
-    raise AssertionError(f"it does not come to it: {what}")
+    raise AssertionError(f"it does not happen: {what}")

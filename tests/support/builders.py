@@ -1,4 +1,4 @@
-"""Workers, rentals and placements of the domain, with what a test does not care about filled in."""
+"""Makes workers, rentals and placements of the domain, with defaults for what a test does not set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def private_key() -> str:
 
 
 AUTHORITIES = (private_key(), private_key())
-"""Of hosts, of users."""
+"""The certificate authorities of hosts and of users."""
 
 
 def host_key(number: int) -> str:
@@ -27,7 +27,7 @@ def host_key(number: int) -> str:
 
 
 def new_worker(number: int = 1, **change: Any) -> Worker:
-    """One that is ready, with one slot, verified in its session."""
+    """Return a ready worker with one slot, verified in its session."""
     fields: dict[str, Any] = {
         "id": f"w-{number:04d}",
         "hostname": f"host-{number}",
@@ -45,7 +45,7 @@ def new_worker(number: int = 1, **change: Any) -> Worker:
 
 
 def new_rental(number: int = 1, **change: Any) -> Rental:
-    """One that was just asked for."""
+    """Return a rental that was just queued."""
     fields: dict[str, Any] = {
         "id": f"rental{number:04d}",
         "name": f"name-{number}",
@@ -67,7 +67,7 @@ def active_rental(number: int = 1, epoch: int = 1, **change: Any) -> Rental:
 
 
 def new_placement(rental: Rental, worker: Worker, state: PlacementState, **change: Any) -> Placement:
-    """The rental's latest placement, on the worker's first slot, with the rental's key in place."""
+    """Return the rental's latest placement, on the worker's first slot, with the rental's key in place."""
     fields: dict[str, Any] = {
         "id": f"p-{rental.id}-{rental.epoch}",
         "rental_id": rental.id,

@@ -1,4 +1,4 @@
-"""What every layer that has containers does with them."""
+"""What all tests with containers do with them."""
 
 import subprocess
 import time
@@ -8,7 +8,7 @@ PAUSED_WITHIN_S = 30
 
 
 def pause(container: str) -> None:
-    """Stops all its processes at once.
+    """Stop all processes of a container at once.
 
     With cgroups of version 1 runc gives up where processes are made while it freezes, and leaves another try to its
     caller (github.com/opencontainers/runc, pull requests 2791 and 4388).

@@ -1,4 +1,4 @@
-"""What a test has started, and what that has left behind: whether something of it is still there, and its end."""
+"""The processes that a test has started, and their descendants: whether any is alive, and their end."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     python3 difficult_tree.py make FOLDER [MEGABYTES]  make it, with so many megabytes of attributes besides
     python3 difficult_tree.py describe FOLDER          print a line for each entry, always in the same order
 
-Both run as whoever owns the tree. What its owner has shut to itself is opened for reading and shut again.
+Both run as the owner of the tree. Files that the owner may not read are made readable for a moment.
 Standard library only, Python 3.11 or later.
 """
 
@@ -77,7 +77,7 @@ def make(folder: str, attribute_megabytes: int = 0) -> None:
         _attributes(attribute_megabytes)
         _access_lists()
         _times()
-        _modes()  # the last: what is shut lets nothing in
+        _modes()  # the last one, because files cannot be made in unreadable directories
         _date(b".", 9)
     finally:
         os.chdir(here)
@@ -234,7 +234,7 @@ def _walk(path: bytes) -> Iterator[bytes]:
 
 @contextmanager
 def _readable(path: bytes) -> Iterator[None]:
-    """Open it to its owner for the length of a block, if it is shut to it; its times stay as they are."""
+    """Make an entry readable to its owner for the length of a block; its times stay as they are."""
     mode = stat.S_IMODE(os.lstat(path).st_mode)
     wanted = mode | (0o500 if os.path.isdir(path) else 0o400)
     shut = wanted != mode and not os.access(path, os.R_OK | (os.X_OK if os.path.isdir(path) else 0))
@@ -267,7 +267,7 @@ def _line(path: bytes, first_names: dict[tuple[int, int], bytes]) -> str:
 
 
 def _attributes_of(path: bytes) -> Iterator[str]:
-    """What a renter can set; the others are the kernel's or root's."""
+    """Return whether a renter can set the attribute; others are the kernel's or root's."""
     with _readable(path) if not os.path.islink(path) else nullcontext():
         for name in sorted(os.listxattr(path, follow_symlinks=False)):
             if name.startswith("user.") or name in {ACCESS, DEFAULT}:

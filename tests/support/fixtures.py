@@ -18,7 +18,7 @@ from orion.manager.store.database import Store
 
 @pytest.fixture(scope="session", autouse=True)
 def _plain_log() -> None:
-    """An exception in the log is told in seconds by the default renderer, which draws boxes around it."""
+    """Log exceptions plainly: the default renderer draws boxes around them, which takes seconds."""
     plain = [structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()]
     structlog.configure(processors=plain)  # type: ignore[arg-type]
 
@@ -39,7 +39,7 @@ def database(migrated_database: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def statements() -> Engine:
-    """An engine that never connects: what one test's store has compiled, the next one finds here."""
+    """Return an engine that never connects, whose cache of compiled statements all tests share."""
     return create_engine("sqlite://", query_cache_size=5000)
 
 
@@ -54,14 +54,14 @@ def store(database: Path, statements: Engine) -> Iterator[Store]:
 
 @pytest.fixture
 async def house(store: Store) -> AsyncIterator[House]:
-    """The whole manager on virtual time, its rounds driven by hand, with a fake world of workers."""
+    """Give the whole manager on virtual time, its rounds driven by the test, with a fake world of workers."""
     async with House(store) as house:
         yield house
 
 
 @pytest.fixture
 def sshds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshds]:
-    """What the gateway connects to in the place of workers."""
+    """Give the sockets that the gateway connects to in place of workers."""
     made = Sshds()
     monkeypatch.setattr(ssh_sessions, "connect", made.connect)
     yield made

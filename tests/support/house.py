@@ -19,7 +19,7 @@ import httpx
 from fastapi import FastAPI
 from sqlalchemy import select
 from support.builders import AUTHORITIES, host_key
-from support.pools import what_differs
+from support.pools import differences
 
 from orion.manager.api.proxy_guard import SECRET_HEADER
 from orion.manager.app import Manager, Ports, application, put_into
@@ -42,11 +42,13 @@ PROXY_SECRET = "the-proxy-s-secret"
 START = 1_000.0
 WALL_START = 1_800_000_000.0
 STEP_S = 4.0
-"""Of virtual time between rounds: less than what makes the manager think itself late."""
+"""Seconds of virtual time between rounds; with more of them the manager would think itself late."""
 
 
 @dataclass
 class Clock:
+    """Virtual time."""
+
     now: float = START
     wall_offset: float = WALL_START - START
 
@@ -58,8 +60,8 @@ class Clock:
 
 
 @dataclass
-class Door:
-    """In place of loops.door.ProxyProbe: whether the manager reaches itself through the proxy."""
+class FakeProxyProbe:
+    """Replaces the ProxyProbe: a test decides whether the manager reaches itself through the proxy."""
 
     open: bool = True
     loop: Loop = field(default_factory=lambda: Loop("door", 3600.0, _nothing))
@@ -70,7 +72,7 @@ async def _nothing() -> None: ...
 
 @dataclass
 class Agent:
-    """A worker's agent as the contract has it: registers, beats, obeys the orders of each reply."""
+    """A worker's agent by the contract of the API: it registers, sends heartbeats, and obeys their replies."""
 
     house: House
     node: FakeWorker
@@ -81,12 +83,12 @@ class Agent:
     session: str = ""
     seq: int = 0
     beating: bool = True
-    vacating: bool = False
-    """It was told to stop, and waits until nothing is left on it."""
+    evacuating: bool = False
+    """Whether it was told to stop and is being emptied."""
     last_beat: float = 0.0
     last_reply: dict[str, Any] = field(default_factory=dict)
     start_ends: list[dict[str, Any]] = field(default_factory=list)
-    """The ends of start commands that its heartbeats tell, as wire.StartEnd."""
+    """The ends of start commands that its heartbeats report, as wire.StartEnd."""
     agent_version: str = "0.1.0+boot"
 
     async def register(self) -> httpx.Response:
@@ -110,7 +112,7 @@ class Agent:
     async def beat(self, **change: Any) -> httpx.Response:
         self.seq += 1
         body = {"session_id": self.session, "seq": self.seq, "inventory": self.inventory(), "lease_s": 75.0} | change
-        body |= {"vacating": True} if self.vacating else {}
+        body |= {"vacating": True} if self.evacuating else {}
         body |= {"start_ends": self.start_ends} if self.start_ends else {}
         reply = await self._post("/api/heartbeat", body, self.token or "")
         if reply.status_code == 200:
@@ -118,8 +120,8 @@ class Agent:
             self._obey(self.last_reply["placements"])
         return reply
 
-    async def say_goodbye(self) -> None:
-        """As on SIGTERM: everything locked, one last heartbeat."""
+    async def exit(self) -> None:
+        """End as on SIGTERM: lock everything, and send the last heartbeat."""
         self.node.come_back()
         await self.beat(leaving=True)
         self.die()
@@ -129,7 +131,7 @@ class Agent:
         self.beating = False
 
     async def come_back(self) -> httpx.Response:
-        """As after a restart of its container: everything locked, then it calls home."""
+        """Start again as after a restart of the container: lock everything, then register."""
         self.node.come_back()
         self.beating = True
         return await self.register()
@@ -147,7 +149,7 @@ class Agent:
         ]
 
     def unlocked(self) -> dict[str, int]:
-        """The epoch of each rental that a renter could log in to here."""
+        """Return the epoch of each rental that a renter could log in to here."""
         return {r: a.epoch for r, a in self.node.accounts.items() if a.unlocked and self.node.alive}
 
     async def _post(self, path: str, body: dict[str, Any], token: str) -> httpx.Response:
@@ -166,59 +168,61 @@ class Agent:
 
 @cache
 def _routes() -> FastAPI:
-    """Made once: FastAPI takes tens of milliseconds for it, and houses stand one after the other."""
+    """Return the application, which is made once because FastAPI takes tens of milliseconds for it."""
     return application(PROXY_SECRET)
 
 
-class AtOnce(ThreadPoolExecutor):
-    """In place of the store's threads: what is asked for is done when it is asked for, in the one order there is."""
+class ImmediateExecutor(ThreadPoolExecutor):
+    """Replaces the store's threads: runs each function when it is submitted, so that the order is always the same."""
 
     def submit(self, function: Callable[..., T], /, *args: Any, **named: Any) -> Future[T]:
         done: Future[T] = Future()
         try:
             done.set_result(function(*args, **named))
-        except Exception as error:  # as an executor does: whoever waits gets it
+        except Exception as error:  # as an executor does: the waiting task gets it
             done.set_exception(error)
         return done
 
 
 class House:
+    """The manager and its fake workers on virtual time."""
+
     def __init__(self, store: Store, settings: Settings | None = None) -> None:
         self.store = store
-        store._writer = store._readers = AtOnce(1)
-        # What is lost before it was copied begins empty at once, but where a test is about that.
+        store._writer = store._readers = ImmediateExecutor(1)
+        # A rental that is lost without a snapshot begins empty at once, unless a test is about that wait.
         self.settings = settings or Settings(database_url=store.url, uncopied_wait_s=0)
         self.secrets = Secrets(
             make_token("admin", "admin"), make_token("join", "join"), PROXY_SECRET, "", host_key(1), *AUTHORITIES
         )
         self.clock = Clock()
-        self.door = Door()
+        self.proxy_probe = FakeProxyProbe()
         self.world = FakeWorld()
         self.snapshot_service = FakeSnapshotService(self.world, self.clock.wall)
         self.disk_share = 0.1
         self.shells = FakeShells()
-        self.watch: FakeLiveness | None = None
+        self.liveness: FakeLiveness | None = None
         self.agents: list[Agent] = []
         self._numbers = count(1)
         self.begin()
 
     def begin(self) -> None:
-        """A new manager on the same store, as after a restart; `enter` lets it take over."""
-        door: Any = self.door
+        """Make a new manager on the same store, as after a restart."""
+        proxy_probe: Any = self.proxy_probe
         ports = Ports(
             FakeEngine(self.world),
             FakeReach(self.world),
             self.snapshot_service,
-            door,
+            proxy_probe,
             lambda: self.disk_share,
             self.clock.monotonic,
             self.clock.wall,
-            watch=self.watch,
+            watch=self.liveness,
             shells=self.shells,
         )
         self.app = _routes()
         self.manager = Manager(self.settings, self.secrets, self.store, ports)
-        # The net is not there: what is not looked at in time is to be noticed.
+        # Without the sweep, a row that is not looked at in time is noticed.
         self.manager.health.swept_at_once = self.manager.reconciler.swept_at_once = 0
         put_into(self.app, self.manager)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
@@ -227,12 +231,12 @@ class House:
         self.as_admin = self.client(self.secrets.admin_token)
 
     def change_services(self, kind: type, **changes: Any) -> None:
-        """Have the router with services of this class use others from now on."""
+        """Change the services of this class that a router uses."""
         self.manager.services[kind] = replace(self.manager.services[kind], **changes)
 
-    async def watch_workers(self) -> None:
-        """Begin again with a manager that holds a watch on each worker, so that deaths are proved."""
-        self.watch = FakeLiveness(self.world)
+    async def hold_liveness_connections(self) -> None:
+        """Restart the manager with liveness connections to all workers, so that deaths are proved."""
+        self.liveness = FakeLiveness(self.world)
         await self.restart()
 
     async def restart(self) -> None:
@@ -266,7 +270,7 @@ class House:
         return self.client(token)
 
     async def revoke(self, name: str) -> None:
-        """The one token of this name."""
+        """Revoke the only token of this name."""
         found = (await self.as_admin.get("/api/tokens")).json()["items"]
         [identity] = [token["id"] for token in found if token["name"] == name]
         assert (await self.as_admin.delete(f"/api/tokens/{identity}")).is_success
@@ -286,7 +290,7 @@ class House:
         return agent
 
     async def rent(self, **body: Any) -> dict[str, Any]:
-        """Ask for one and let everything happen that can happen now."""
+        """Rent, and run the controllers until nothing more happens."""
         reply = await self.as_admin.post("/api/rent", json={"wait_s": 0} | body)
         assert reply.status_code in {201, 202}, reply.text
         await self.settle()
@@ -311,9 +315,9 @@ class House:
         return await self.store.read(lambda c: rows(c.execute(select(placements).order_by(placements.c.epoch))))
 
     async def settle(self, passing: bool = False) -> None:
-        """Rounds, and the tasks that they start, until nothing more happens at this instant.
+        """Run rounds, and the tasks that they start, until nothing more happens at this instant.
 
-        `passing`: time goes on; where nothing happened there is nothing new to compare.
+        `passing`: more time will pass; the pool index is then compared only if something happened.
         """
         hinted = self.manager.reconciler.loop._hinted
         with self.store.news.listen(News.EVERYTHING) as changed:
@@ -325,29 +329,29 @@ class House:
                 await self.finish_tasks()
                 if not changed.is_set() and not hinted.is_set():
                     if number or not passing:
-                        await self.compare_roster()
+                        await self.compare_pool_index()
                     return
         raise AssertionError("the platform does not come to rest")
 
-    async def compare_roster(self) -> None:
-        """What is in memory is what is in the database, whatever has happened.
+    async def compare_pool_index(self) -> None:
+        """Fail if the pool index differs from the database.
 
-        A call of the test's that is under way may commit between the two looks: then it has come to rest by the next.
+        It is repeated, because a call of the test that is under way may commit between the two reads.
         """
         for _ in range(3):
             anew = PoolIndex()
-            anew.apply(await self.store.write(everything), self.clock.now)  # behind all that was written before
-            difference = what_differs(anew, self.manager.pool_index)
+            anew.apply(await self.store.write(everything), self.clock.now)  # after all earlier writes
+            difference = differences(anew, self.manager.pool_index)
             if not difference:
                 return
         raise AssertionError(difference)
 
     async def finish_tasks(self) -> None:
-        """To their ends, or until they are cancelled; what fails in one is its own outcome."""
+        """Wait until all running tasks have ended; ignore their failures, which are outcomes."""
         await asyncio.gather(*self.manager.reconciler._running.values(), return_exceptions=True)
 
     async def pass_time(self, seconds: float, step_s: float = STEP_S) -> None:
-        """Virtual time, with rounds all the while and the heartbeats of those that are beating."""
+        """Let virtual time pass, with rounds and with the heartbeats of the agents that are beating."""
         end = self.clock.now + seconds
         while self.clock.now < end:
             self.clock.now = min(end, self.clock.now + step_s)
@@ -357,14 +361,14 @@ class House:
             await self.settle(passing=self.clock.now < end)
 
     async def silence(self, agent: Agent, seconds: float) -> None:
-        """Until so long after its last heartbeat."""
+        """Let time pass without heartbeats of an agent, until so many seconds after its last one."""
         agent.beating = False
         await self.pass_time(agent.last_beat + seconds - self.clock.now)
 
     def end_the_brake_of_the_start(self) -> None:
-        """As if the manager had been running for long."""
+        """Set the brake as if the manager had been running for long."""
         self.manager.health.brake = Brake(disturbed_at=self.clock.now - 1000.0, since=None, reason="")
 
     def live_copies(self, rental_id: str) -> list[int]:
-        """The epochs in which somebody could log in to a rental, over all workers that run."""
+        """Return the epochs in which a renter could log in to a rental, over all workers that run."""
         return [a.unlocked()[rental_id] for a in self.agents if rental_id in a.unlocked()]

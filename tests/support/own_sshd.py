@@ -1,4 +1,4 @@
-"""A worker's sshd, played by the sshd of this machine: behind a WebSocket, and for whoever runs the tests."""
+"""The sshd of this machine in place of a worker's: behind a WebSocket, for the user who runs the tests."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class OwnSshd:
 
     host_key: Path
     authority: str
-    """The line of known_hosts by which the host is recognised."""
+    """The line of known_hosts of this host."""
     key: Path
-    """The private key that opens the account."""
+    """The file of the private key for the account."""
     account: str
-    """The user who runs the tests: an sshd that is not root's lets in nobody else."""
+    """The user who runs the tests: an sshd that is not root's accepts no other user."""
 
     @staticmethod
     def make(folder: Path, rental_ids: tuple[str, ...]) -> OwnSshd:
-        """Return one that proves to be the host of these rentals; without any it has no certificate."""
+        """Return an sshd with a certificate for these rentals; without rentals it has none."""
         for name in ("host", "renter"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
         authority = Authority(*AUTHORITIES, time.time)

@@ -1,4 +1,4 @@
-"""How long tests wait for what nobody promised a time."""
+"""How long tests wait for events without a promised time."""
 
 PATIENCE_S = 60
-"""Seconds: other tests, attacks among them, have the machine besides."""
+"""Seconds; long, because other tests use the machine at the same time."""

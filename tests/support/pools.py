@@ -1,4 +1,4 @@
-"""Comparing rosters: one that followed every commit with one that was just filled."""
+"""Compares pool indexes: one that followed every commit with one that was just filled."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 from orion.manager.domain.pool_index import PoolIndex
 
 
-def what_differs(one: PoolIndex, other: PoolIndex) -> dict[str, tuple[Any, Any]]:
-    """Everything that they say differently; when states were entered is not compared."""
-    told, tells = _all_of(one), _all_of(other)
-    return {name: (told[name], tells[name]) for name in told if told[name] != tells[name]}
+def differences(one: PoolIndex, other: PoolIndex) -> dict[str, tuple[Any, Any]]:
+    """Return the parts in which they differ; the times at which states were entered are not compared."""
+    these, those = _all_of(one), _all_of(other)
+    return {name: (these[name], those[name]) for name in these if these[name] != those[name]}
 
 
 def _all_of(pool_index: PoolIndex) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def _all_of(pool_index: PoolIndex) -> dict[str, Any]:
     return {
         "workers": known,
         "held": {w: sorted(pool_index.held(w), key=lambda held: held.id) for w in ids},
-        "restless": set(pool_index.dirty_workers(number)),
+        "dirty": set(pool_index.dirty_workers(number)),
         "room": pool_index.room.best(number),
         "refusals": pool_index.refusals((), ()),
         "refuges": pool_index.refuges(()),

@@ -1,4 +1,4 @@
-"""A real HTTP server that answers as it was told, for the tests of the SDK and of the command."""
+"""A real HTTP server with scripted answers, for the tests of the SDK and of the command."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class ScriptedPlatform:
 
 
 def _is_asked_for(path: str, call: Call) -> bool:
-    """Return whether an answer for this path, with a query or without one, is one to the call."""
+    """Return whether an answer for this path, with or without a query, fits the call."""
     parts = urlsplit(path)
     return parts.path == call.path and dict(parse_qsl(parts.query)).items() <= call.query.items()
 
@@ -195,7 +195,7 @@ def event(number: int, **changes: Any) -> dict[str, Any]:
 
 
 def stream(*events: dict[str, Any]) -> Answer:
-    """A stream that breaks after these events."""
+    """Return the answer of a stream that breaks after these events."""
     text = ": hello\n\n" + "".join(
         f"id: {one['id']}\nevent: {one['kind']}\ndata: {json.dumps(one)}\n\n" for one in events
     )

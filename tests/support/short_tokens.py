@@ -1,4 +1,4 @@
-"""A token that comes to its end in either way, for tests of what it has opened."""
+"""A token that expires or is revoked, for tests of the connections that it has opened."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from support.house import House
 from orion.manager.store import tokens
 
 SOON_S = 0.3
-"""The seconds of a token that ends by itself. So often its openings look at the clock, which a test lets go on."""
+"""The lifetime in seconds of a token that expires, and the interval at which connections check it."""
 
 
 class Short:
-    """A token, and how it comes to its end."""
+    """A token, and the way in which it ends."""
 
     def __init__(self, house: House, ends_by_itself: bool) -> None:
         self._house = house
@@ -20,7 +20,7 @@ class Short:
 
     @property
     def reason(self) -> str:
-        """Return what is said of the end where something is ended by it."""
+        """Return the reason that a connection gives when the token ends it."""
         if self.ends_by_itself:
             return "the time of the token by which it was opened is over"
         return "the token by which it was opened has been revoked"

@@ -1,4 +1,4 @@
-"""A program at a terminal: what is typed, and what is on the screen."""
+"""A program at a terminal: its input and its screen."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 @dataclass
 class Terminal:
+    """A running program and its terminal."""
+
     program: subprocess.Popen[bytes]
     screen: int
     seen: bytes = b""
@@ -25,14 +27,14 @@ class Terminal:
         os.write(self.screen, text.encode())
 
     def shows(self, awaited: str, within_s: float) -> str:
-        """Wait until it shows this, after what it had shown when something was last awaited; all until then."""
+        """Wait until the screen shows a text after the last awaited one; return everything before it."""
         deadline = time.monotonic() + within_s
         while awaited.encode() not in self.seen:
             ready, _, _ = select.select([self.screen], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"not within {within_s} s: {awaited!r}, but {self.seen.decode(errors='replace')!r}"
             try:
                 part = os.read(self.screen, 4096)
-            except OSError:  # how a terminal says that nobody writes to it any more
+            except OSError:  # a terminal without writers raises this
                 part = b""
             assert part, f"it ended without {awaited!r}: {self.seen.decode(errors='replace')!r}"
             self.seen += part
@@ -40,7 +42,7 @@ class Terminal:
         return shown.decode(errors="replace")
 
     def ends(self, within_s: float) -> int:
-        """Its status. What it still shows is read, or it could not end."""
+        """Return the exit status. Its output is read meanwhile, or the program could not end."""
         deadline = time.monotonic() + within_s
         while self.program.poll() is None:
             assert time.monotonic() < deadline, f"it does not end: {self.seen.decode(errors='replace')!r}"
@@ -52,8 +54,8 @@ class Terminal:
         return int(self.program.returncode)
 
     def rest(self) -> bytes:
-        """Return what it still shows after its program has ended."""
-        with suppress(OSError):  # nobody writes to it any more
+        """Return the output that is left after the program has ended."""
+        with suppress(OSError):  # a terminal without writers raises this
             while part := os.read(self.screen, 4096):
                 self.seen += part
         return self.seen

@@ -1,4 +1,4 @@
-"""A renter's connection to a rental of the house: the real route, with sockets in the place of a worker's sshd."""
+"""A renter's connection to a rental of the house: the real route, with sockets in place of a worker's sshd."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orion.manager.ssh.port import Host
 
 @dataclass
 class Sshds:
-    """What was connected to, in order: each worker's host, and sshd's end of the connection."""
+    """The connections, in order: each worker's host, and sshd's end of the socket."""
 
     connected: list[tuple[Host, socket.socket]] = field(default_factory=list)
 
@@ -35,7 +35,7 @@ class Sshds:
 
 @dataclass
 class Client:
-    """The other end of the WebSocket, as the server sees it."""
+    """The client of a WebSocket, as the server sees it."""
 
     said: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
     heard: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
@@ -48,7 +48,7 @@ class Client:
         return (await self.hears())["type"] == "websocket.accept"
 
     async def refusal(self) -> dict[str, Any]:
-        """The problem that it got in place of a WebSocket."""
+        """Return the problem that the client got in place of a WebSocket."""
         start, body = await self.hears(), await self.hears()
         assert start["type"] == "websocket.http.response.start", start
         assert (b"content-type", b"application/problem+json") in start["headers"]
@@ -73,7 +73,7 @@ def coming_in(house: House, rental_id: str, token: str, query: str = "") -> Abst
 async def connecting(
     house: House, path: str, headers: dict[str, str], subprotocols: Sequence[str] = (), query: str = ""
 ) -> AsyncIterator[Client]:
-    """To a WebSocket of the house, as through the proxy."""
+    """Open a WebSocket of the house as through the proxy."""
     client = Client()
     client.said.put_nowait({"type": "websocket.connect"})
     headers = {"x-orion-proxy-secret": PROXY_SECRET, "x-real-ip": "198.51.100.7"} | headers

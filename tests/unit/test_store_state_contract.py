@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import insert
 from sqlalchemy.exc import IntegrityError
 from support.builders import active_rental, host_key, new_placement, new_rental, new_worker, new_world
-from support.pools import what_differs
+from support.pools import differences
 
 from orion.manager.domain.expiry import WallClock, count, expire, release, renew
 from orion.manager.domain.model import Item, Worker
@@ -385,7 +385,7 @@ async def test_a_follower_gets_the_whole_pool_and_then_the_changes_of_each_commi
     await bench.state_store.apply([reserved(1, QUEUED, WORKER)])
     await bench.state_store.apply([release(QUEUED, "released", "alice", "asked for")])
     await bench.state_store.follow(lambda changes: anew.apply(changes, 0.0))
-    assert not what_differs(anew, followed)
+    assert not differences(anew, followed)
 
 
 async def test_workers_that_are_down_are_removed_if_they_hold_no_files_that_are_needed(bench: Bench) -> None:
