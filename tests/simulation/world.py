@@ -49,10 +49,6 @@ class Failure:
         return f"{self.at_s:.3f}: {self.invariant}: {self.story}"
 
 
-class _Ended(Exception):
-    """Whoever broke an invariant goes no further."""
-
-
 class CheckedStateStore(MemoryStateStore):
     """The state store in memory; each applied step is checked."""
 

@@ -59,7 +59,7 @@ def create(folder: Path) -> None:
 
 
 def work(folder: Path, steps: int | None = None, rest_s: float = REST_S) -> None:
-    """Do so many steps; None: until the process is ended."""
+    """Do `steps` steps; None: go on until the process is ended."""
     if not folder.exists():
         create(folder)
     chance = random.Random()  # noqa: S311 - it hides nothing
@@ -75,7 +75,7 @@ def work(folder: Path, steps: int | None = None, rest_s: float = REST_S) -> None
 
 
 def faults(folder: Path) -> list[str]:
-    """Return what is wrong with a bank that nobody works in; nothing of it is changed by looking."""
+    """Return the faults of a bank in which no process works, without changing it."""
     if not folder.exists():
         return ["there is no bank"]
     found: list[str] = []
@@ -140,7 +140,7 @@ def _counted(folder: Path, found: list[str]) -> Iterator[tuple[str, int]]:
 
 
 def _look_into(folder: Path, found: list[str]) -> int | None:
-    """Return the number of steps that the database holds, as it is after its own recovery; of a copy of its files."""
+    """Return the number of steps in the database after its own recovery, which happens in a copy of its files."""
     with tempfile.TemporaryDirectory(prefix="bank-") as place:
         for name in (DATABASE, LOG):
             if (folder / name).exists():
@@ -160,10 +160,10 @@ def _look_into(folder: Path, found: list[str]) -> int | None:
 
 
 def start(folder: Path, journal: str, words: str) -> None:
-    """Unless somebody works there already: look at what is there, and go on with it in a process of its own.
+    """Check the bank and work on it in a new process, unless a process works there already.
 
-    The lock, which that process holds, names it. A line of the journal is JSON:
-    `words`, which say who and where this is, the faults and the time (CLOCK_BOOTTIME).
+    The process holds a lock file that contains its pid. A line of the journal is JSON: `words`, which identify the
+    rental and the worker, the faults and the time (CLOCK_BOOTTIME).
     """
     lock = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -21,13 +21,13 @@ from contextlib import contextmanager, nullcontext, suppress
 
 LARGE_BYTES = 2 << 20
 LARGEST_ATTRIBUTE = 3800
-"""Bytes: ext4 has one block of 4,096 for all attributes of a file, their names included."""
+"""Bytes of an attribute; ext4 has one block of 4,096 for all attributes of a file and their names."""
 ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
 OWNER, USER, GROUP, MASK, OTHER = 1, 2, 4, 16, 32
 """The tags of an access control list, as the kernel has them (uapi/linux/posix_acl.h)."""
 NOBODYS_ID = 0xFFFFFFFF
 A_STRANGER = 12_345
-"""A uid that no list of accounts has."""
+"""A uid without an account."""
 NAMES = (
     *(
         b"new\nline",
@@ -42,7 +42,7 @@ NAMES = (
     *(b"\\", b"\\n", b"\x1b[2J", b"\x01\x7f", b"\xff\xfe not utf-8 \xc3", b"a" * 255, b"\xc3\xa9" * 127, b"...", b"~"),
     *(b"\xc3\xa9", b"e\xcc\x81", b"#hash", b"%41", b".rsync-filter", b".~tmp~", b".name.Xa3Yz9", b"CASE", b"case"),
 )
-"""The last ones: one letter in two writings, names that rsync uses itself, two that some file systems take for one."""
+"""The last ones: one letter in two encodings, names that rsync uses itself, two that some file systems treat as one."""
 FILE_MODES = (
     0o000,
     0o001,
@@ -65,7 +65,7 @@ ODD_NS = 1_234_567_890_123_456_789
 
 
 def make(folder: str, attribute_megabytes: int = 0) -> None:
-    """Make the tree in a folder that is made for it."""
+    """Make the tree in a new folder."""
     os.mkdir(folder)
     here = os.getcwd()
     os.chdir(folder)
@@ -84,7 +84,7 @@ def make(folder: str, attribute_megabytes: int = 0) -> None:
 
 
 def describe(folder: str) -> list[str]:
-    """Return a line for each entry below the folder, itself included."""
+    """Return a line for the folder and for each entry below it."""
     here = os.getcwd()
     os.chdir(folder)
     try:
@@ -153,7 +153,7 @@ def _specials() -> None:
 
 
 def _attributes(megabytes: int) -> None:
-    """Make none where the file system carries none, which `describe` shows as well."""
+    """Make extended attributes, as far as the file system has them, which `describe` shows as well."""
     os.mkdir(b"attributes")
     _put(b"attributes/file", b"attributed")
     with suppress(OSError):
@@ -168,7 +168,7 @@ def _attributes(megabytes: int) -> None:
 
 
 def _access_lists() -> None:
-    """Make none where the file system has none, which `describe` shows as well."""
+    """Make access control lists, if the file system has them, which `describe` shows as well."""
     os.mkdir(b"lists")
     _put(b"lists/file", b"shared", 0o640)
     os.mkdir(b"lists/folder")

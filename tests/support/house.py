@@ -1,6 +1,6 @@
 """The whole manager in one test: real store, real API, virtual time, and a fake world of workers with their agents.
 
-Nothing runs by itself: `settle` plays rounds until nothing is left to do, `pass_time` lets the clocks go on and the
+Nothing runs by itself: `settle` runs rounds until nothing is left to do, `pass_time` advances the clocks and lets the
 agents send their heartbeats.
 """
 

@@ -1,4 +1,4 @@
-"""HTTP/2 by hand: frames as a client may send them that keeps to no rule, which no library sends."""
+"""HTTP/2 by hand: frames of a client that breaks the rules, which no library sends."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def reset(stream: int = 1) -> bytes:
 async def exchange(
     port: int, *frames: bytes, within_s: float = 1.0, is_answered: bool = False
 ) -> list[tuple[int, bytes, bytes]]:
-    """Return all answers that come for these frames in time: stream, status and body.
+    """Send frames, and return all answers that come in time: stream, status and body.
 
     `is_answered`: there has to be one, and the time counts from it.
     """
@@ -76,7 +76,7 @@ def _answers(got: bytes) -> list[tuple[int, bytes, bytes]]:
 
 
 def _text(text: str) -> bytes:
-    """HPACK's form of a text without Huffman coding."""
+    """Return a text in the form of HPACK without Huffman coding."""
     plain = text.encode("latin-1")
     if len(plain) < 127:
         return bytes([len(plain)]) + plain

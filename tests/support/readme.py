@@ -1,4 +1,4 @@
-"""The commands and the names that the pages show, as they are written there."""
+"""Reads the commands and the names that the pages show."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 READMES = (ROOT / "README.md", ROOT / "README.fr.md")
 GUIDE = (ROOT / "README.md", ROOT / "docs/usage.md")
-"""The pages that show a reader what to type, in English."""
+"""The English pages with commands to type."""
 GUIDE_IN_FRENCH = (ROOT / "README.fr.md", ROOT / "docs/usage.fr.md")
 GUIDES = (GUIDE, GUIDE_IN_FRENCH)
 PAGES = (*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))

@@ -99,7 +99,7 @@ class Backups:
 
     @staticmethod
     def refuse_early(beginning: bytes) -> None:
-        """Raise NotABackup if an upload does not begin like a backup: the whole of it may be larger than the disk."""
+        """Raise NotABackup if an upload does not begin like a backup: it may be larger than the disk."""
         if not _HEADER.startswith(beginning[: len(_HEADER)]):
             raise NotABackup("it is not an SQLite database")
 

@@ -17,7 +17,7 @@ from orion.manager.domain.tasks import Follow, TaskEnded
 from orion.manager.domain.world import World
 
 Notes = Iterable[tuple[str, float, Mapping[str, Any]]]
-"""Worker id, time of its last heartbeat (UTC seconds), and the load that it told."""
+"""Worker id, time of its last heartbeat (UTC seconds), and the load in it."""
 
 QUEUED_AT_ONCE = 1000
 """Queued rentals that `load_part` returns: the queue is served in order, so those behind them cannot be placed yet."""

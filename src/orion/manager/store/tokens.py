@@ -67,7 +67,7 @@ def authenticate(connection: Connection, token: str, now: float) -> Principal | 
 
 
 def why_refused(connection: Connection, token: str) -> str:
-    """Return why a token is not valid, and no more than that it is unknown unless the whole token is right."""
+    """Return why a token is not valid; of a token whose secret part is wrong, only that it is unknown."""
     match = _TOKEN.fullmatch(token)
     if not match:
         return "what was sent is no token of Orion: a token is one word, such as orion_client_..."
