@@ -317,7 +317,7 @@ async def test_a_drain_moves_everything_and_ends(house: House) -> None:
     house.manager.reconciler._mover.seed = counted  # type: ignore[method-assign]
     await drain(house, full)
     assert (await house.worker(full))["intent"] == "drained"
-    assert 1 < max(at_once) <= migration.MOST_AT_ONCE, "several at a time, and no more"
+    assert 1 < max(at_once) <= migration.MAX_UNDER_WAY, "several at a time, and no more"
     assert full.node.accounts == {}
     moved = [await house.rental(rental["id"]) for rental in rentals]
     assert {rental["worker_id"] for rental in moved} == {other.worker_id}

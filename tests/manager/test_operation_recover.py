@@ -17,7 +17,7 @@ from orion.manager.controllers.reconciler import JOB_DEADLINE_S, MOST_SALVAGES
 from orion.manager.domain import outcomes
 from orion.manager.domain.model import Item
 from orion.manager.domain.observations import Observations
-from orion.manager.domain.reconcile import SALVAGE_WITHIN_S, decide
+from orion.manager.domain.reconcile import RECOVERY_DEADLINE_S, decide
 from orion.manager.domain.snapshot_plan import SnapshotLimits
 from orion.manager.domain.snapshots import BLOCK_BYTES, SnapshotId
 from orion.manager.domain.states import JOIN_DEADLINE_S, Health, PlacementState, RentalState
@@ -166,14 +166,14 @@ def test_a_worker_becomes_ready_in_time_though_a_salvage_never_ends() -> None:
     lost = new_placement(replace(rental, epoch=1), joining, PlacementState.LOST)
     world = new_world(joining, rental, lost)
     shown = {joining.id: (Item(rental_id=rental.id, username=rental.username, uid=rental.uid, epoch=1),)}
-    for age_s, kind in ((SALVAGE_WITHIN_S, TaskKind.SALVAGE), (SALVAGE_WITHIN_S + 1, TaskKind.DELETE)):
+    for age_s, kind in ((RECOVERY_DEADLINE_S, TaskKind.SALVAGE), (RECOVERY_DEADLINE_S + 1, TaskKind.DELETE)):
         decision = decide(
-            world, Observations(inventories=shown, leaving=frozenset(), ages={joining.id: age_s}, new_ids=iter("p"))
+            world, Observations(inventories=shown, exiting=frozenset(), ages={joining.id: age_s}, new_ids=iter("p"))
         )
         assert [task.kind for task in decision.tasks] == [kind]
     (event,) = [event for step in decision.steps for event in step.events if event.kind.startswith("rental.salvage")]
     assert (event.kind, "is lost" in event.reason) == ("rental.salvage_failed", True)
-    assert SALVAGE_WITHIN_S + LONGEST_TRY_S + JOB_DEADLINE_S < JOIN_DEADLINE_S, "there is time to purge it"
+    assert RECOVERY_DEADLINE_S + LONGEST_TRY_S + JOB_DEADLINE_S < JOIN_DEADLINE_S, "there is time to purge it"
 
 
 async def test_a_manager_that_ends_before_it_has_noted_a_salvage_makes_it_again_and_keeps_one(

@@ -153,7 +153,7 @@ def test_a_worker_that_was_lost_while_it_was_made_there_counts_too(state: Rental
     dead = new_worker(1, health=Health.DOWN)
     rental = active_rental(1, state=state, start=SERVE, takeovers=(1.0, 700.0, 800.0))
     placement = new_placement(rental, dead, PlacementState.PREPARING)
-    observations = Observations(inventories={}, leaving=frozenset(), ages={}, new_ids=iter(()), wall=1000.0)
+    observations = Observations(inventories={}, exiting=frozenset(), ages={}, new_ids=iter(()), wall=1000.0)
     world = new_world(dead, rental, placement)
     for step in decide(world, observations).steps:
         assert world.apply(step)
@@ -179,7 +179,7 @@ def test_where_it_may_have_been_run_it_is_ended_before_it_is_run_elsewhere(
     given_up = new_placement(rental, where, state)
     world = new_world(where, new_worker(2), rental, given_up)
     observations = Observations(
-        inventories={}, leaving=frozenset(), ages={given_up.id: age_s}, new_ids=iter(["p-new"]), wall=1000.0
+        inventories={}, exiting=frozenset(), ages={given_up.id: age_s}, new_ids=iter(["p-new"]), wall=1000.0
     )
     for step in decide(world, observations).steps:
         assert world.apply(step)

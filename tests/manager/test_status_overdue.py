@@ -48,7 +48,7 @@ def decided(world: World, late: str, rounds: int = 4, **observations: Any) -> Wo
             world,
             Observations(
                 inventories={},
-                leaving=frozenset(),
+                exiting=frozenset(),
                 ages={late: QUEUE_DEADLINE_S + LATE_S},
                 new_ids=new_ids,
                 **observations,
@@ -70,7 +70,7 @@ def judged(health: Health, silent_s: float, **change: Any) -> Health:
             now=0.0,
             clocks=Clocks(),
             brake=CALM,
-            refuge=True,
+            has_destination=True,
             joining_s=JOIN_DEADLINE_S + LATE_S,
         )
     )

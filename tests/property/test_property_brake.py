@@ -79,7 +79,7 @@ EVIDENCE = st.builds(
         Lease,
         session_id=st.sampled_from(["session-1", "session-2"]),
         received_at=st.none() | st.floats(0, 1000),
-        leaving_at=st.none() | st.floats(0, 1000),
+        exiting_at=st.none() | st.floats(0, 1000),
     ),
     now=st.floats(1000, 3000),
     clocks=st.just(CLOCKS),
@@ -89,7 +89,7 @@ EVIDENCE = st.builds(
         since=st.none() | st.floats(0, 3000),
         reason=st.just("why"),
     ),
-    refuge=st.booleans(),
+    has_destination=st.booleans(),
     joining_s=st.floats(0, 600),
     losses=st.integers(0, 5),
 )
@@ -108,7 +108,7 @@ def test_down_is_said_only_of_one_that_was_silent_for_its_whole_lease_or_said_go
     if verdict is None or verdict.to is not Health.DOWN:
         return
     lease = evidence.lease
-    said_goodbye = lease is not None and lease.leaving_at is not None
+    said_goodbye = lease is not None and lease.exiting_at is not None
     heard_at = lease.received_at if lease and lease.received_at is not None else 0.0
     assert said_goodbye or evidence.now - heard_at > CLOCKS.takeover_after_s
     assert said_goodbye or evidence.now - evidence.brake.disturbed_at > CLOCKS.takeover_after_s

@@ -31,22 +31,22 @@ class Partly(Platform):
     def _decide(self, world: World) -> Decision:
         decision = super()._decide(world)
         ages = {identity: self.now - since for (identity, _), since in self.since.items()}
-        leaving = frozenset(self.leaving & self.inventories.keys())
+        exiting = frozenset(self.exiting & self.inventories.keys())
         start = next(self.numbers)
 
         def observations(**different: Any) -> Observations:
             ids = (f"p-{start:06d}-{number}" for number in range(1000))
             return replace(
-                Observations(inventories=dict(self.inventories), leaving=leaving, ages=ages, new_ids=ids), **different
+                Observations(inventories=dict(self.inventories), exiting=exiting, ages=ages, new_ids=ids), **different
             )
 
-        part, shown = self._part(world, leaving)
+        part, shown = self._part(world, exiting)
         whole = decide(_now(MemoryStateStore(world).load()), observations())  # what is purged is not in it
         assert _told(decide(part, observations(inventories=shown))) == _told(whole)
         self.parts += len(part.placements) < len(world.placements)
         return decision
 
-    def _part(self, world: World, leaving: frozenset[str]) -> tuple[World, Any]:
+    def _part(self, world: World, exiting: frozenset[str]) -> tuple[World, Any]:
         state_store, pool_index, leases = MemoryStateStore(world), PoolIndex(), Leases(75.0)
         nobody: Any = None  # nothing is performed here
         clock = lambda: self.now  # noqa: E731
@@ -68,7 +68,7 @@ class Partly(Platform):
             leases.open(worker_id, "session", self.now, inventory)
             leases.renew(
                 worker_id,
-                Heartbeat(session_id="session", seq=1, inventory=inventory, leaving=worker_id in leaving),
+                Heartbeat(session_id="session", seq=1, inventory=inventory, exiting=worker_id in exiting),
                 self.now,
             )
             reconciler.shown(worker_id, inventory)

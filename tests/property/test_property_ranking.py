@@ -43,7 +43,7 @@ def test_a_pool_chooses_one_after_the_other_as_a_look_at_all_candidates_does(
         pool.take(choice)
         taken = now[choice.worker_id]
         now[choice.worker_id] = Candidate(
-            worker=taken.worker, used=taken.used | {choice.slot}, failed_here=taken.failed_here, leaving=taken.leaving
+            worker=taken.worker, used=taken.used | {choice.slot}, failed_here=taken.failed_here, exiting=taken.exiting
         )
 
 
@@ -55,4 +55,4 @@ def test_who_is_elsewhere_counts_in_the_explanation_and_one_that_could_take_it_i
 
 
 def _unfailed(candidate: Candidate) -> Candidate:
-    return Candidate(worker=candidate.worker, used=candidate.used, failed_here=False, leaving=candidate.leaving)
+    return Candidate(worker=candidate.worker, used=candidate.used, failed_here=False, exiting=candidate.exiting)

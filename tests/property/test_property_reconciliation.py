@@ -62,7 +62,7 @@ class Platform(RuleBasedStateMachine):
         self.numbers = count(1)
         self.inventories: dict[str, tuple[Item, ...]] = {}
         self.disks: dict[str, set[Item]] = {}
-        self.leaving: set[str] = set()
+        self.exiting: set[str] = set()
         self.attempts: Counter[Task] = Counter()
         self.running: list[Task] = []
         self.pending: tuple[Decision, World] | None = None
@@ -135,7 +135,7 @@ class Platform(RuleBasedStateMachine):
             session = f"session-{next(self.numbers)}"
             self.world.workers[worker.id] = replace(worker, session_id=session, verified_session=None)
             self.inventories[worker.id] = tuple(self.disks[worker.id])
-            self.leaving.discard(worker.id)
+            self.exiting.discard(worker.id)
 
     @rule(at=CHOICE)
     def a_worker_sends_a_heartbeat(self, at: int) -> None:
@@ -160,7 +160,7 @@ class Platform(RuleBasedStateMachine):
     def a_worker_says_goodbye(self, at: int) -> None:
         worker = self._worker(at)
         if worker is not None:
-            self.leaving.add(worker.id)
+            self.exiting.add(worker.id)
 
     @rule(at=CHOICE)
     def an_operator_removes_a_worker(self, at: int) -> None:
@@ -226,7 +226,7 @@ class Platform(RuleBasedStateMachine):
         self.pending = None
         self.since.clear()
         self.attempts.clear()
-        self.leaving.clear()
+        self.exiting.clear()
         self.inventories.clear()
 
     # -- what must always be ----------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ class Platform(RuleBasedStateMachine):
         healed = {"fault": "", "intent": Intent.ACTIVE, "session_id": session, "verified_session": None}
         self.world.workers[worker.id] = replace(worker, **healed)
         self.inventories[worker.id] = tuple(self.disks[worker.id])
-        self.leaving.discard(worker.id)
+        self.exiting.discard(worker.id)
 
     def _judge_by_the_rules(self, worker: Worker) -> None:
         verified = worker.verified_session == worker.session_id
@@ -360,7 +360,7 @@ class Platform(RuleBasedStateMachine):
         decision = decide(
             world,
             Observations(
-                inventories=dict(self.inventories), leaving=frozenset(self.leaving), ages=ages, new_ids=new_ids
+                inventories=dict(self.inventories), exiting=frozenset(self.exiting), ages=ages, new_ids=new_ids
             ),
         )
         assert world == before, "deciding changes nothing"
@@ -414,7 +414,7 @@ class Platform(RuleBasedStateMachine):
     def _end(self, task: Task, well: bool) -> None:
         worker = self.world.workers.get(task.worker_id)
         well = well and worker is not None
-        made = task.kind in {TaskKind.CREATE, TaskKind.SEED, TaskKind.FINISH}
+        made = task.kind in {TaskKind.CREATE, TaskKind.PRECOPY, TaskKind.FINAL_SYNC}
         removed = task.kind in {TaskKind.DELETE, TaskKind.SALVAGE}  # what was salvaged is purged next
         if well and task.item and (made or removed):
             kept = {item for item in self.disks[task.worker_id] if item.rental_id != task.item.rental_id}

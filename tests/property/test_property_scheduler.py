@@ -22,14 +22,14 @@ def candidates(draw: st.DrawFn, number: int) -> Candidate:
         intent=draw(st.sampled_from([Intent.ACTIVE, Intent.ACTIVE, *Intent])),
     )
     used = draw(st.frozensets(st.integers(0, slots), max_size=slots))
-    return Candidate(worker=worker, used=used, failed_here=draw(st.booleans()), leaving=draw(st.booleans()))
+    return Candidate(worker=worker, used=used, failed_here=draw(st.booleans()), exiting=draw(st.booleans()))
 
 
 POOLS = st.integers(0, 6).flatmap(lambda size: st.tuples(*(candidates(number) for number in range(size)))).map(list)
 
 
 def fits(candidate: Candidate) -> bool:
-    return not any(refuses(candidate.standing) for _, refuses in FILTERS)
+    return not any(refuses(candidate.eligibility) for _, refuses in FILTERS)
 
 
 def share(candidate: Candidate) -> float:
@@ -50,7 +50,7 @@ def test_the_choice_fits_is_the_least_used_and_its_slot_is_free(pool: list[Candi
     assert fits(chosen)
     assert chosen.worker.health is Health.READY
     assert chosen.worker.intent is Intent.ACTIVE
-    assert not chosen.leaving
+    assert not chosen.exiting
     assert not chosen.failed_here
     assert 0 <= choice.slot < chosen.worker.slots
     assert choice.slot not in chosen.used

@@ -41,7 +41,7 @@ from orion.manager.domain.expiry import SETTLE_S
 from orion.manager.domain.migration import phase_of
 from orion.manager.domain.model import Placement, Rental
 from orion.manager.domain.reconcile import ANSWERING
-from orion.manager.domain.snapshots import Snapshot, SnapshotId, waiting_salvage
+from orion.manager.domain.snapshots import Snapshot, SnapshotId, waiting_recovered_snapshot
 from orion.manager.domain.states import (
     HELD_DEADLINE_S,
     MIGRATION_TABLE,
@@ -134,7 +134,7 @@ class Checker:
 
     def _check_phase(self, rental_id: str) -> None:
         world = self._sim.state_store.world
-        rental, target = world.rentals[rental_id], world.standby_of(rental_id)
+        rental, target = world.rentals[rental_id], world.target_of(rental_id)
         sources = [p for p in world.placements_of(rental_id) if not p.standby]
         phases = {phase_of(rental, source, target) for source in sources} - {MigrationPhase.NONE}
         before, after = self._phases.get(rental_id, MigrationPhase.NONE), max(phases, default=MigrationPhase.NONE)
@@ -307,7 +307,7 @@ class Checker:
         origins = {origin.epoch for origin in rental.lineage}
         for other in known:
             may_be_shown = other.salvage and other.generation.epoch not in origins
-            shown = waiting_salvage(known, rental, other.at) if may_be_shown else None
+            shown = waiting_recovered_snapshot(known, rental, other.at) if may_be_shown else None
             if shown is not None and shown.generation >= other.generation:
                 continue
             if snapshot is None or self._has_all_of(rental_id, other.generation, snapshot.generation):

@@ -213,14 +213,15 @@ class SimulatedManager:
         return Answer(201, reply)
 
     async def _heartbeat(self, worker_id: str, address: str, body: Mapping[str, Any]) -> Answer:
-        exiting, evacuating = body.get("leaving", False), body.get("vacating", False)
+        exiting = body.get("leaving", False)
+        evacuating = body.get("vacating", False)
         beat = Heartbeat(
             session_id=body["session_id"],
             seq=body["seq"],
             inventory=tuple(_items(body)),
-            leaving=exiting,
+            exiting=exiting,
             lease_s=body["lease_s"],
-            vacating=evacuating,
+            evacuating=evacuating,
         )
         found = self.call_home.heartbeat(worker_id, beat, address)
         await self.point()

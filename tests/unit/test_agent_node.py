@@ -9,7 +9,7 @@ from orion_worker.agent.node import MAX_SLOTS, count_files, settings_from
 from orion_worker.system.cgroup import CgroupUsage, processes_for_each_renter, usage
 
 from orion import wire
-from orion.manager.domain.host_certificates import MOST_NAMES
+from orion.manager.domain.host_certificates import MAX_NAMES
 
 VERSION_1 = {
     "cpuacct/cpuacct.usage": "2500000000\n",
@@ -55,7 +55,7 @@ def test_the_renters_together_leave_room_for_sshd_and_the_agent(limit: int, slot
 
 
 def test_a_worker_offers_no_more_than_one_certificate_can_name_and_the_contract_takes() -> None:
-    assert MAX_SLOTS == wire.MAX_SLOTS == MOST_NAMES
+    assert MAX_SLOTS == wire.MAX_SLOTS == MAX_NAMES
     assert settings_from({"ORION_APP_ADDRESS": "172.20.0.3", "ORION_SLOTS": f"{MAX_SLOTS}"}).slots == MAX_SLOTS
 
 

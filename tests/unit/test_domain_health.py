@@ -10,7 +10,7 @@ from support.builders import SESSION, new_worker
 
 from orion.manager.domain.brake import Brake
 from orion.manager.domain.clocks import Clocks
-from orion.manager.domain.health import MAX_FLAPS, RULES, WATCH_CLOSED, Evidence, LivenessReport, Verdict, judge
+from orion.manager.domain.health import LIVENESS_ENDED, MAX_FLAPS, RULES, Evidence, LivenessReport, Verdict, judge
 from orion.manager.domain.leases import Lease
 from orion.manager.domain.model import Worker
 from orion.manager.domain.states import JOIN_DEADLINE_S, Health
@@ -28,7 +28,7 @@ def evidence(health: Health, silent_s: float = 1.0, **change: Any) -> Evidence:
         Lease(session_id=SESSION, received_at=NOW - silent_s, seq=5, inventory=(), lease_s=CLOCKS.freeze_after_s),
         **change.pop("lease", {}),
     )
-    fields = {"brake": OFF, "refuge": True} | change
+    fields = {"brake": OFF, "has_destination": True} | change
     return Evidence(worker=worker, lease=lease, now=NOW, clocks=CLOCKS, **fields)
 
 
@@ -39,7 +39,7 @@ def verdict(health: Health, silent_s: float = 1.0, **change: Any) -> Health | No
 
 UNVERIFIED = {"worker": {"verified_session": None}}
 NOT_HEARD_YET = {"lease": {"received_at": None, "inventory": None}}
-GOODBYE = {"lease": {"leaving_at": NOW - CLOCKS.goodbye_after_s}}
+GOODBYE = {"lease": {"exiting_at": NOW - CLOCKS.goodbye_after_s}}
 
 
 def test_each_state_has_its_rules() -> None:
@@ -110,7 +110,7 @@ def test_a_worker_that_registered_again_is_checked_again(health: Health) -> None
 
 def test_a_down_worker_stays_down_until_it_is_heard_in_a_session_that_is_not_over() -> None:
     down = new_worker(health=Health.DOWN)
-    assert judge(Evidence(worker=down, lease=None, now=NOW, clocks=CLOCKS, brake=OFF, refuge=True)) is None
+    assert judge(Evidence(worker=down, lease=None, now=NOW, clocks=CLOCKS, brake=OFF, has_destination=True)) is None
     assert verdict(Health.DOWN, lease={"session_id": "another"}, worker={"verified_session": None}) is None
     assert verdict(Health.DOWN, silent_s=41, **UNVERIFIED) is None
 
@@ -129,16 +129,16 @@ def test_one_that_was_not_heard_since_the_manager_started_has_a_doubled_grace(
 
 
 @pytest.mark.parametrize("health", [health for health in RULES if health is not Health.DOWN])
-def test_a_goodbye_is_acted_on_late_with_a_refuge_and_without_a_brake(health: Health) -> None:
+def test_a_goodbye_is_acted_on_late_with_a_destination_and_without_a_brake(health: Health) -> None:
     unchanged = verdict(health)
     assert verdict(health, **GOODBYE) is Health.DOWN
-    assert verdict(health, lease={"leaving_at": NOW - CLOCKS.goodbye_after_s + 0.1}) is unchanged
-    assert verdict(health, **GOODBYE, refuge=False) is unchanged
+    assert verdict(health, lease={"exiting_at": NOW - CLOCKS.goodbye_after_s + 0.1}) is unchanged
+    assert verdict(health, **GOODBYE, has_destination=False) is unchanged
     assert verdict(health, **GOODBYE, brake=ON) is unchanged
 
 
 def test_when_everything_is_stopped_the_workers_that_said_goodbye_become_suspect_and_hold_what_they_have() -> None:
-    assert verdict(Health.READY, 41, **GOODBYE, refuge=False) is Health.SUSPECT
+    assert verdict(Health.READY, 41, **GOODBYE, has_destination=False) is Health.SUSPECT
 
 
 def test_a_joining_worker_is_ready_when_it_is_heard_and_verified() -> None:
@@ -196,7 +196,7 @@ def test_a_worker_without_any_lease_is_judged_by_the_manager_s_start() -> None:
     orphan: Worker = new_worker(health=Health.SUSPECT)
     started = Brake(disturbed_at=NOW - 181, since=None, reason="")
     assert (
-        judge(Evidence(worker=orphan, lease=None, now=NOW, clocks=CLOCKS, brake=started, refuge=False)).to
+        judge(Evidence(worker=orphan, lease=None, now=NOW, clocks=CLOCKS, brake=started, has_destination=False)).to
         is Health.DOWN
     )
     assert (
@@ -207,7 +207,7 @@ def test_a_worker_without_any_lease_is_judged_by_the_manager_s_start() -> None:
                 now=NOW,
                 clocks=CLOCKS,
                 brake=replace(started, disturbed_at=NOW - 179),
-                refuge=False,
+                has_destination=False,
             )
         )
         is None
@@ -222,36 +222,36 @@ COUNTED_ON = [Health.READY, Health.SUSPECT, Health.UNKNOWN, Health.JOINING, Heal
 @pytest.mark.parametrize("health", COUNTED_ON)
 @pytest.mark.parametrize("brake", [OFF, ON])
 def test_a_proof_of_death_counts_at_once_and_in_a_brake_too(health: Health, brake: Brake) -> None:
-    assert judge(evidence(health, 3.0, brake=brake, watched=DEAD)) == Verdict(Health.DOWN, DEAD.proof)
+    assert judge(evidence(health, 3.0, brake=brake, liveness=DEAD)) == Verdict(Health.DOWN, DEAD.proof)
 
 
 @pytest.mark.parametrize("health", COUNTED_ON)
 def test_who_was_heard_since_its_watch_was_closed_is_not_dead(health: Health) -> None:
-    assert verdict(health, 0.4, watched=DEAD) is not Health.DOWN
-    assert verdict(health, 0.5, watched=DEAD) is Health.DOWN, "in the same moment is before"
+    assert verdict(health, 0.4, liveness=DEAD) is not Health.DOWN
+    assert verdict(health, 0.5, liveness=DEAD) is Health.DOWN, "in the same moment is before"
 
 
 def test_a_manager_that_was_away_can_prove_a_death_before_it_heard_anybody() -> None:
-    assert verdict(Health.UNKNOWN, watched=DEAD, **NOT_HEARD_YET) is Health.DOWN
+    assert verdict(Health.UNKNOWN, liveness=DEAD, **NOT_HEARD_YET) is Health.DOWN
 
 
 def test_who_said_goodbye_is_not_proved_dead_but_given_the_time_of_a_restart() -> None:
-    leaving = {"lease": {"leaving_at": NOW - 1.0}}
-    assert verdict(Health.READY, 3.0, watched=DEAD, **leaving) is None
-    assert verdict(Health.READY, 3.0, watched=CLOSED, **leaving) is None
+    exiting = {"lease": {"exiting_at": NOW - 1.0}}
+    assert verdict(Health.READY, 3.0, liveness=DEAD, **exiting) is None
+    assert verdict(Health.READY, 3.0, liveness=CLOSED, **exiting) is None
 
 
 def test_a_closed_watch_makes_a_worker_suspect_until_it_is_heard_or_held_again() -> None:
-    assert judge(evidence(Health.READY, 3.0, watched=CLOSED)) == Verdict(Health.SUSPECT, WATCH_CLOSED)
-    assert verdict(Health.SUSPECT, 3.0, watched=CLOSED) is None
-    assert verdict(Health.SUSPECT, 0.1, watched=CLOSED) is Health.READY
-    assert verdict(Health.SUSPECT, 3.0, watched=LivenessReport()) is Health.READY
+    assert judge(evidence(Health.READY, 3.0, liveness=CLOSED)) == Verdict(Health.SUSPECT, LIVENESS_ENDED)
+    assert verdict(Health.SUSPECT, 3.0, liveness=CLOSED) is None
+    assert verdict(Health.SUSPECT, 0.1, liveness=CLOSED) is Health.READY
+    assert verdict(Health.SUSPECT, 3.0, liveness=LivenessReport()) is Health.READY
 
 
 def test_to_be_suspect_by_a_closed_watch_is_no_loss_but_what_comes_of_it_is() -> None:
     ready, suspect = new_worker(health=Health.READY), new_worker(health=Health.SUSPECT)
-    by_watch, by_silence = replace(suspect, explanation=WATCH_CLOSED), replace(suspect, explanation="no heartbeat")
-    assert not Verdict(Health.SUSPECT, WATCH_CLOSED).is_loss(ready)
+    by_watch, by_silence = replace(suspect, explanation=LIVENESS_ENDED), replace(suspect, explanation="no heartbeat")
+    assert not Verdict(Health.SUSPECT, LIVENESS_ENDED).is_loss(ready)
     assert not Verdict(Health.READY, "").is_loss(by_watch)
     assert Verdict(Health.SUSPECT, "no heartbeat").is_loss(ready)
     assert Verdict(Health.JOINING, "").is_loss(by_watch)

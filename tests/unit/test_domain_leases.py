@@ -20,9 +20,9 @@ def leases() -> Leases:
     return table
 
 
-def renew(leases: Leases, seq: int = 0, now: float = 20.0, session: str = "session-1", leaving: bool = False) -> bool:
+def renew(leases: Leases, seq: int = 0, now: float = 20.0, session: str = "session-1", exiting: bool = False) -> bool:
     return leases.renew(
-        WORKER, Heartbeat(session_id=session, seq=seq, inventory=(ITEM,), leaving=leaving, lease_s=LEASE_S), now
+        WORKER, Heartbeat(session_id=session, seq=seq, inventory=(ITEM,), exiting=exiting, lease_s=LEASE_S), now
     )
 
 
@@ -66,11 +66,11 @@ def test_a_heartbeat_that_was_overtaken_renews_nothing(leases: Leases, late: int
 
 
 def test_a_new_registration_ends_the_session_before(leases: Leases) -> None:
-    renew(leases, 5, leaving=True)
+    renew(leases, 5, exiting=True)
     leases.open(WORKER, "session-2", 30.0, [])
     assert not renew(leases, 6)
     assert renew(leases, 0, session="session-2")
-    assert leases.leaving() == frozenset()
+    assert leases.exiting() == frozenset()
 
 
 def test_a_revoked_session_is_not_renewed_any_more(leases: Leases) -> None:
@@ -131,16 +131,16 @@ def test_a_worker_that_tells_a_longer_lease_than_was_ever_given_gets_no_more_gra
 
 
 def test_a_goodbye_counts_from_when_it_was_first_said(leases: Leases) -> None:
-    renew(leases, 1, 20.0, leaving=True)
-    renew(leases, 2, 25.0, leaving=True)
-    assert leases.leaving() == {WORKER}
-    assert leases.get(WORKER).leaving_at == 20.0
+    renew(leases, 1, 20.0, exiting=True)
+    renew(leases, 2, 25.0, exiting=True)
+    assert leases.exiting() == {WORKER}
+    assert leases.get(WORKER).exiting_at == 20.0
 
 
 def test_a_heartbeat_after_the_goodbye_takes_it_back(leases: Leases) -> None:
-    renew(leases, 1, leaving=True)
+    renew(leases, 1, exiting=True)
     renew(leases, 2, now=25.0)
-    assert leases.leaving() == frozenset()
+    assert leases.exiting() == frozenset()
 
 
 def test_what_the_manager_purged_is_not_found_in_the_older_inventory_again(leases: Leases) -> None:
@@ -162,7 +162,7 @@ def test_losses_of_ready_count_within_the_window_and_until_they_are_forgiven(lea
 
 def test_a_restart_that_was_announced_is_no_loss_and_the_next_silence_is_one(leases: Leases) -> None:
     leases.open(WORKER, "session-1", 1.0, ())
-    leases.renew(WORKER, Heartbeat(session_id="session-1", seq=1, leaving=True), 2.0)
+    leases.renew(WORKER, Heartbeat(session_id="session-1", seq=1, exiting=True), 2.0)
     leases.open(WORKER, "session-2", 4.0, ())
     assert leases.lost_ready(WORKER, 4.0, 100.0) == 0
     assert leases.lost_ready(WORKER, 50.0, 100.0) == 1

@@ -10,7 +10,7 @@ from support.builders import active_rental, new_placement, new_rental, new_worke
 
 from orion import wire
 from orion.manager.domain import migration
-from orion.manager.domain.assignment import ask_to_move
+from orion.manager.domain.assignment import request_migration
 from orion.manager.domain.fair_share import Claim
 from orion.manager.domain.model import Placement, Rental
 from orion.manager.domain.observations import Observations
@@ -40,9 +40,9 @@ OF_HELD = migration.Source(placement_id=RUNNING.id, worker_id=SOURCE.id, epoch=1
 
 
 def observations(**more: frozenset[str]) -> Observations:
-    leaving = more.get("vacating", frozenset())
+    exiting = more.get("evacuating", frozenset())
     return Observations(
-        inventories={}, leaving=leaving, ages={}, new_ids=(f"p-new-{number}" for number in count()), **more
+        inventories={}, exiting=exiting, ages={}, new_ids=(f"p-new-{number}" for number in count()), **more
     )
 
 
@@ -89,12 +89,12 @@ def test_a_step_out_of_its_phase_raises(source: Placement) -> None:
     with pytest.raises(ForbiddenTransition):
         migration.abandon(RENTAL, source, None, "a test")
     with pytest.raises(ForbiddenTransition):
-        migration.hold(RENTAL, source, replace(STANDBY, filled=""), "a test")
+        migration.quiesce(RENTAL, source, replace(STANDBY, filled=""), "a test")
 
 
 def test_a_switch_raises_the_epoch_and_ends_what_was_held_in_one_step() -> None:
     after = world(HELD, STANDBY)
-    step = migration.switch(RENTAL, HELD, STANDBY, OF_HELD, "1-9")
+    step = migration.cut_over(RENTAL, HELD, STANDBY, OF_HELD, "1-9")
     assert step
     assert after.apply(step)
     rental = after.rentals[RENTAL.id]
@@ -119,11 +119,11 @@ def test_a_switch_raises_the_epoch_and_ends_what_was_held_in_one_step() -> None:
 def test_nothing_is_switched_that_is_not_held_for_this_very_move(
     placement: Placement, standby: Placement | None
 ) -> None:
-    assert migration.switch(RENTAL, placement, standby, OF_HELD, "1-9") is None
+    assert migration.cut_over(RENTAL, placement, standby, OF_HELD, "1-9") is None
 
 
 def test_a_switch_that_was_decided_before_somebody_else_acted_is_dropped() -> None:
-    step = migration.switch(RENTAL, HELD, STANDBY, OF_HELD, "1-9")
+    step = migration.cut_over(RENTAL, HELD, STANDBY, OF_HELD, "1-9")
     assert step
     for changed in (replace(HELD, held=0), replace(HELD, held=7)):
         assert not world(changed, STANDBY).apply(step)
@@ -133,9 +133,9 @@ def test_a_switch_that_was_decided_before_somebody_else_acted_is_dropped() -> No
 def test_only_what_is_filled_is_waited_for_with_a_hold() -> None:
     empty = replace(STANDBY, filled="")
     (task,) = decide(world(RUNNING, empty), observations()).tasks
-    assert task.kind is TaskKind.SEED
+    assert task.kind is TaskKind.PRECOPY
     decision = decide(world(RUNNING, STANDBY), observations())
-    assert [task.kind for task in decision.tasks] == [TaskKind.FINISH]
+    assert [task.kind for task in decision.tasks] == [TaskKind.FINAL_SYNC]
     assert decision.steps[0].events[0].kind == "rental.held"
 
 
@@ -160,8 +160,8 @@ def test_a_standby_on_a_worker_that_takes_nothing_any_more_is_given_up_and_what_
 
 
 def test_what_is_held_without_a_standby_is_parked_only_while_its_worker_waits_for_that() -> None:
-    leaving = frozenset({SOURCE.id})
-    assert [task.kind for task in decide(world(HELD), observations(vacating=leaving)).tasks] == [TaskKind.PARK]
+    exiting = frozenset({SOURCE.id})
+    assert [task.kind for task in decide(world(HELD), observations(evacuating=exiting)).tasks] == [TaskKind.PARK]
     assert [task.kind for task in decide(world(HELD), observations()).tasks] == [TaskKind.THAW]
 
 
@@ -189,11 +189,11 @@ def test_no_more_are_moved_at_once_than_is_good_for_all() -> None:
     now = new_world(source, target, *rentals, *placed)
     for step in decide(now, observations()).steps:
         assert now.apply(step)
-    assert migration.under_way(now).total() == migration.MOST_AT_ONCE
-    assert migration.under_way(now)[Claim("alice")] == migration.MOST_AT_ONCE // 2
-    still = next(rental for rental in rentals if now.standby_of(rental.id) is None)
+    assert migration.under_way(now).total() == migration.MAX_UNDER_WAY
+    assert migration.under_way(now)[Claim("alice")] == migration.MAX_UNDER_WAY // 2
+    still = next(rental for rental in rentals if now.target_of(rental.id) is None)
     with pytest.raises(migration.NotMigrated) as refused:
-        ask_to_move(now, still.id, "alice", observations())
+        request_migration(now, still.id, "alice", observations())
     assert refused.value.code == "too_many_moves"
 
 
@@ -206,42 +206,42 @@ def crowd(*owners: str, intent: Intent = Intent.ACTIVE) -> tuple[World, list[Ren
 
 
 def test_who_asks_for_moves_of_all_that_it_has_leaves_others_theirs() -> None:
-    now, rentals = crowd(*["greedy"] * migration.MOST_ASKED_FOR, "other")
+    now, rentals = crowd(*["greedy"] * migration.MAX_REQUESTED, "other")
     asked, known = list[str](), observations()
     for rental in rentals:
         try:
-            step = ask_to_move(now, rental.id, rental.owner, known)
+            step = request_migration(now, rental.id, rental.owner, known)
         except migration.NotMigrated as refused:
             assert refused.code == "too_many_moves"  # noqa: PT017 - some of them are refused
         else:
             assert step
             assert now.apply(step)
             asked.append(rental.owner)
-    assert asked == [*["greedy"] * (migration.MOST_ASKED_FOR // 2), "other"]
+    assert asked == [*["greedy"] * (migration.MAX_REQUESTED // 2), "other"]
 
 
 def test_what_could_not_be_moved_has_one_place_of_its_owner_and_what_can_be_moved_the_others() -> None:
     now, rentals = crowd(*["greedy"] * 5, intent=Intent.DRAINING)
-    unmoved = frozenset(rental.id for rental in rentals[:4])
-    for step in decide(now, observations(unmoved=unmoved)).steps:
+    migration_failed = frozenset(rental.id for rental in rentals[:4])
+    for step in decide(now, observations(migration_failed=migration_failed)).steps:
         assert now.apply(step)
-    moving = {rental.id for rental in rentals if now.standby_of(rental.id)}
-    assert len(moving & unmoved) == 1
+    moving = {rental.id for rental in rentals if now.target_of(rental.id)}
+    assert len(moving & migration_failed) == 1
     assert rentals[4].id in moving
 
 
 def test_what_could_not_be_moved_does_not_wait_for_its_turn_where_its_worker_is_about_to_end() -> None:
     now, rentals = crowd(*["greedy"] * 4)
-    more = {"unmoved": frozenset(rental.id for rental in rentals), "vacating": frozenset({SOURCE.id})}
+    more = {"migration_failed": frozenset(rental.id for rental in rentals), "evacuating": frozenset({SOURCE.id})}
     for step in decide(now, observations(**more)).steps:
         assert now.apply(step)
-    assert all(now.standby_of(rental.id) for rental in rentals)
+    assert all(now.target_of(rental.id) for rental in rentals)
 
 
 def test_a_silent_worker_is_not_moved_away_from() -> None:
     silent = replace(SOURCE, health=Health.SUSPECT)
     with pytest.raises(migration.NotMigrated) as refused:
-        ask_to_move(new_world(silent, TARGET, RENTAL, RUNNING), RENTAL.id, "alice", observations())
+        request_migration(new_world(silent, TARGET, RENTAL, RUNNING), RENTAL.id, "alice", observations())
     assert refused.value.code == "worker_not_ready"
     with pytest.raises(migration.NotMigrated, match="it has ended"):
-        ask_to_move(world(), new_rental(2).id, "alice", observations())
+        request_migration(world(), new_rental(2).id, "alice", observations())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orion.manager.domain.pacing import LONGEST_PAUSE_S, SHORT_PAUSE_S, TOLD_FROM, Pace
+from orion.manager.domain.pacing import LONGEST_PAUSE_S, SHORT_PAUSE_S, WARN_FROM, Pace
 
 USUAL_S = 30.0
 SHARE = 0.005
@@ -54,7 +54,7 @@ def test_who_writes_much_all_the_time_stands_still_for_its_share_at_most_and_is_
     made, told = play([pause_s], hours)
     assert sum(pause for _, pause in made) <= SHARE * hours + pause_s
     assert len(made) == pytest.approx(hours * SHARE / pause_s, abs=1), "as often as that share allows"
-    assert len(told) == (pause_s / SHARE > TOLD_FROM * USUAL_S)
+    assert len(told) == (pause_s / SHARE > WARN_FROM * USUAL_S)
 
 
 def test_a_pause_that_is_paid_off_soon_is_waited_for() -> None:

@@ -145,13 +145,13 @@ def test_health_and_rentals_are_counted_with_the_longest_first() -> None:
     )
 
 
-def test_a_refusal_counts_each_worker_once_and_the_leaving_as_leaving() -> None:
+def test_a_refusal_counts_each_worker_once_and_the_exiting_as_exiting() -> None:
     pool_index = PoolIndex()
     full = (IndexedWorker.of(replace(WORKER, slots=1), ""), (IndexedPlacement.of(RUNNING, RENTAL),))
     free = (IndexedWorker.of(WORKER, ""), ())
     down = (IndexedWorker.of(replace(WORKER, health=Health.DOWN), ""), ())
     pool_index.apply(Changes({"w-full": full, "w-free": free, "w-down": down, "w-gone": free}, {}), 0.0)
     assert pool_index.refusals((), ()) == {"full": 1, "": 2, "down": 1}
-    assert pool_index.refusals(["w-free"], ["w-gone", "w-full", "w-down"]) == {"leaving": 2, "down": 1}
-    assert pool_index.refuges(["w-gone"]) == 2
+    assert pool_index.refusals(["w-free"], ["w-gone", "w-full", "w-down"]) == {"exiting": 2, "down": 1}
+    assert pool_index.destinations(["w-gone"]) == 2
     assert pool_index.slots() == (5, 4)

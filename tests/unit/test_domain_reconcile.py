@@ -18,7 +18,7 @@ WORKER = new_worker(1, slots=2)
 
 
 def observations() -> Observations:
-    return Observations(inventories={}, leaving=frozenset(), ages={}, new_ids=(f"p-{number}" for number in count(1)))
+    return Observations(inventories={}, exiting=frozenset(), ages={}, new_ids=(f"p-{number}" for number in count(1)))
 
 
 @pytest.mark.parametrize("rental", [new_rental(), active_rental(state=RentalState.MIGRATING)], ids=["new", "migrating"])

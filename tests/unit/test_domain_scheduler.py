@@ -12,7 +12,7 @@ from orion.manager.domain.states import Health, Intent
 
 
 def candidate(number: int = 1, used: set[int] | None = None, **change: Any) -> Candidate:
-    flags = {name: change.pop(name, False) for name in ("failed_here", "leaving")}
+    flags = {name: change.pop(name, False) for name in ("failed_here", "exiting")}
     return Candidate(worker=new_worker(number, **change), used=frozenset(used or ()), **flags)
 
 
@@ -31,7 +31,7 @@ def test_a_worker_that_is_not_ready_is_refused_with_its_health(health: Health) -
     [
         ({"intent": Intent.DRAINING}, "draining"),
         ({"intent": Intent.DRAINED}, "draining"),
-        ({"leaving": True}, "leaving"),
+        ({"exiting": True}, "exiting"),
         ({"used": {0}}, "full"),
         ({"failed_here": True}, "failed to make it"),
     ],
@@ -43,9 +43,9 @@ def test_each_filter_says_why(change: dict[str, Any], reason: str) -> None:
 
 
 def test_the_refusals_of_a_whole_pool_are_counted_by_reason() -> None:
-    pool = [candidate(1, {0}), candidate(2, {0}), candidate(3, health=Health.DOWN), candidate(4, leaving=True)]
+    pool = [candidate(1, {0}), candidate(2, {0}), candidate(3, health=Health.DOWN), candidate(4, exiting=True)]
     assert choose(pool) == NoWorker(
-        "waiting: of 4 workers, 1 down, 2 full, 1 leaving. It starts by itself when one can take it"
+        "waiting: of 4 workers, 1 down, 1 exiting, 2 full. It starts by itself when one can take it"
     )
 
 

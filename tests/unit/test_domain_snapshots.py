@@ -18,22 +18,22 @@ from support.builders import active_rental, new_placement, new_worker
 from orion.manager.domain.model import Origin, Rental
 from orion.manager.domain.snapshots import (
     EMPTY,
-    MOST_ORIGINS,
+    MAX_ORIGINS,
     NEWEST_KEPT,
-    SALVAGE_SHOWN_S,
-    SALVAGES_KEPT,
+    RECOVERED_KEPT,
+    RECOVERED_SHOWN_S,
     Snapshot,
     SnapshotId,
     accepted,
-    copied_less_often,
-    copied_rarely,
+    activated,
     kept,
-    let_in,
     may_stay,
     nearly_full,
     newest,
     next_number,
-    waiting_salvage,
+    slowed,
+    slower_warning,
+    waiting_recovered_snapshot,
 )
 from orion.manager.domain.states import PlacementState, RentalState
 
@@ -60,7 +60,7 @@ def test_the_newest_are_kept_and_the_newest_of_the_epoch_before_whatever_there_i
 def test_salvages_drop_no_copy_and_no_copy_drops_them(all_: list[SnapshotId], salvaged: set[int]) -> None:
     copies = [copy_of(each) for each in all_ if each.epoch not in salvaged]
     salvages = [replace(copy_of(each), salvage=True) for each in all_ if each.epoch in salvaged]
-    newest_ones = sorted(copy.generation for copy in salvages)[-SALVAGES_KEPT:]
+    newest_ones = sorted(copy.generation for copy in salvages)[-RECOVERED_KEPT:]
     assert kept([*copies, *salvages]) == kept(copies) | set(newest_ones)
 
 
@@ -141,11 +141,11 @@ def test_what_was_asked_for_gives_up_what_was_later_in_that_home_and_nothing_tha
     assert newest([FIRST, LATER], lineage(*asked)) == FIRST
     begun_again = lineage(*asked)
     for epoch in (3, 4):
-        begun_again = replace(begun_again, **let_in(begun_again, epoch, "1-3"))
+        begun_again = replace(begun_again, **activated(begun_again, epoch, "1-3"))
     assert [origin.asked for origin in begun_again.lineage] == [False, True, True, True]
     assert newest([FIRST, LATER], begun_again) == FIRST
     assert newest([FIRST, LATER, OF_SECOND], begun_again) == OF_SECOND
-    assert not let_in(begun_again, 5, "4-1")["lineage"][-1].asked
+    assert not activated(begun_again, 5, "4-1")["lineage"][-1].asked
 
 
 def test_of_what_began_empty_a_salvage_is_the_newest_unless_it_was_to_begin_empty() -> None:
@@ -153,7 +153,7 @@ def test_of_what_began_empty_a_salvage_is_the_newest_unless_it_was_to_begin_empt
     assert newest([salvage_of(1, 1)], by_itself) == salvage_of(1, 1)
     asked = lineage(Origin(1, "", False), Origin(2, "", True))
     assert newest([salvage_of(1, 1)], asked) is None
-    assert let_in(active_rental(restore_from=EMPTY), 2, "")["lineage"] == (Origin(2, "", True),)
+    assert activated(active_rental(restore_from=EMPTY), 2, "")["lineage"] == (Origin(2, "", True),)
 
 
 def test_a_lineage_that_leads_back_to_itself_ends() -> None:
@@ -163,23 +163,23 @@ def test_a_lineage_that_leads_back_to_itself_ends() -> None:
 def test_of_its_origins_the_latest_are_kept() -> None:
     rental = active_rental()
     for epoch in range(1, 100):
-        rental = replace(rental, **let_in(rental, epoch, f"{epoch}-1"))
-    assert [origin.epoch for origin in rental.lineage] == list(range(100 - MOST_ORIGINS, 100))
+        rental = replace(rental, **activated(rental, epoch, f"{epoch}-1"))
+    assert [origin.epoch for origin in rental.lineage] == list(range(100 - MAX_ORIGINS, 100))
 
 
 def test_a_salvage_waits_until_the_rental_has_it_or_a_week_is_over() -> None:
     there = [FIRST, LATER, OF_SECOND]
     runs = lineage(*CHAIN)
-    assert waiting_salvage(there, runs, wall=10.0) == OF_SECOND
-    assert waiting_salvage(there, runs, wall=5.0 + SALVAGE_SHOWN_S) is None
-    assert waiting_salvage([FIRST], runs, wall=10.0) is None
+    assert waiting_recovered_snapshot(there, runs, wall=10.0) == OF_SECOND
+    assert waiting_recovered_snapshot(there, runs, wall=5.0 + RECOVERED_SHOWN_S) is None
+    assert waiting_recovered_snapshot([FIRST], runs, wall=10.0) is None
     has_both = lineage(*CHAIN[:2], Origin(3, "2-1", False))
-    assert waiting_salvage([FIRST, OF_SECOND], has_both, wall=10.0) is None
-    assert waiting_salvage(there, has_both, wall=10.0) == LATER
+    assert waiting_recovered_snapshot([FIRST, OF_SECOND], has_both, wall=10.0) is None
+    assert waiting_recovered_snapshot(there, has_both, wall=10.0) == LATER
     queued = replace(runs, state=RentalState.QUEUED)
-    assert waiting_salvage([FIRST, LATER], queued, wall=10.0) is None, "it begins with it"
-    assert waiting_salvage([FIRST, LATER], replace(queued, restore_from="1-3"), wall=10.0) == LATER
-    assert waiting_salvage(there, replace(runs, state=RentalState.RELEASED), wall=10.0) is None
+    assert waiting_recovered_snapshot([FIRST, LATER], queued, wall=10.0) is None, "it begins with it"
+    assert waiting_recovered_snapshot([FIRST, LATER], replace(queued, restore_from="1-3"), wall=10.0) == LATER
+    assert waiting_recovered_snapshot(there, replace(runs, state=RentalState.RELEASED), wall=10.0) is None
 
 
 def test_a_home_that_is_nearly_full_is_told_when_it_becomes_so_and_again_after_it_was_not() -> None:
@@ -199,7 +199,7 @@ def test_a_home_that_is_nearly_full_is_told_when_it_becomes_so_and_again_after_i
 def test_a_home_that_is_copied_rarely_is_shown_beside_one_that_is_nearly_full_and_does_not_hide_its_event() -> None:
     worker, rental = new_worker(1), active_rental(1)
     runs = new_placement(rental, worker, PlacementState.RUNNING)
-    rarely, copy = copied_rarely(120.0, 30.0), replace(copy_of(SnapshotId(1, 1)), bytes=900)
+    rarely, copy = slower_warning(120.0, 30.0), replace(copy_of(SnapshotId(1, 1)), bytes=900)
     full = nearly_full(copy, 1000, 100)
     for before, warning, slower, shown in (
         ("", "", rarely, rarely),
@@ -212,7 +212,7 @@ def test_a_home_that_is_copied_rarely_is_shown_beside_one_that_is_nearly_full_an
         told = [event.kind for event in step.events if event.kind == "rental.home_nearly_full"]
         assert bool(told) is (bool(warning) and full not in before)
     for before, shown in (("", rarely), (full, f"{full}; {rarely}"), (f"{full}; {rarely}", f"{full}; {rarely}")):
-        step = copied_less_often(replace(rental, home_warning=before), runs, "it would stand still", rarely)
+        step = slowed(replace(rental, home_warning=before), runs, "it would stand still", rarely)
         assert step.writes[1].change["home_warning"] == shown
 
 

@@ -152,7 +152,7 @@ async def test_a_lost_placement_is_recovered_once(bench: Bench) -> None:
     recovered = replace(SNAPSHOT, generation=SnapshotId(2, 9), salvage=True)
     assert await bench.catalog.to_recover(LOST.id) == (RENTAL, LOST)
     assert [await bench.catalog.to_recover(each) for each in ("p-given-up", RUNNING.id, "p-unknown")] == [None] * 3
-    step = rules.salvaged(RENTAL, LOST, recovered, [recovered, SNAPSHOT])
+    step = rules.recovered(RENTAL, LOST, recovered, [recovered, SNAPSHOT])
     assert await bench.catalog.accept(step, RENTAL.id, [recovered, SNAPSHOT])
     assert await bench.catalog.to_recover(LOST.id) is None
     assert not await bench.catalog.accept(step, RENTAL.id, [])
@@ -163,6 +163,6 @@ async def test_a_lost_placement_is_recovered_once(bench: Bench) -> None:
 
 async def test_a_recovery_that_failed_is_given_up_once(bench: Bench) -> None:
     for _ in range(2):
-        await bench.catalog.record(rules.not_salvaged(RENTAL, LOST, "its home holds too much"))
+        await bench.catalog.record(rules.not_recovered(RENTAL, LOST, "its home holds too much"))
     assert await bench.catalog.to_recover(LOST.id) is None
     assert await bench.kinds() == ["rental.salvage_failed"]

@@ -58,7 +58,7 @@ from orion.manager.controllers.retention import RetentionController
 from orion.manager.controllers.snapshots import SnapshotController
 from orion.manager.controllers.wall_clock import TrustedClock
 from orion.manager.domain.leases import Leases
-from orion.manager.domain.overdue import MOST_SHOWN, Overdue, overdue, workers_to_look_at
+from orion.manager.domain.overdue import MAX_SHOWN, Overdue, overdue, workers_to_look_at
 from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.domain.states import Health
 from orion.manager.gateway.port_access import PortAccess
@@ -368,7 +368,7 @@ class Manager:
         world, ages = await self.reconciler.overdue_world(late)
         since = {w: self.pool_index.since(w) for w in late}
         ages |= {worker_id: now - at for worker_id, at in since.items() if at is not None}
-        return overdue(world, ages)[:MOST_SHOWN]
+        return overdue(world, ages)[:MAX_SHOWN]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -83,7 +83,7 @@ class CallHome:
             raise CallRefused("stale_session", f"you registered from {known.address}: register again from {address}")
         if not self._leases.renew(worker_id, beat, self._monotonic()):
             raise CallRefused("stale_session", "this session is over: register again")
-        if beat.leaving or known is None or known.health is not Health.READY:
+        if beat.exiting or known is None or known.health is not Health.READY:
             self._on_return(worker_id)
         return self._orders(worker_id, beat.inventory)
 

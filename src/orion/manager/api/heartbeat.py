@@ -173,9 +173,9 @@ def answer(shared: HeartbeatServices, worker_id: str, body: HeartbeatRequest, ad
         session_id=body.session_id,
         seq=body.seq,
         inventory=items,
-        leaving=body.leaving,
+        exiting=body.leaving,
         lease_s=body.lease_s,
-        vacating=body.vacating,
+        evacuating=body.vacating,
         start_ends=ends,
     )
     try:

@@ -218,10 +218,10 @@ def _why_it_drains(row: views.Row, shared: WorkerServices) -> str:
     if row["intent"] != Intent.DRAINING or not left:
         return ""
     what = f"{left} rental{'s are' if left > 1 else ' is'} to be moved away"
-    leaving = shared.leases.leaving()
-    if shared.pool_index.room.best(1, without=leaving):
+    exiting = shared.leases.exiting()
+    if shared.pool_index.room.best(1, without=exiting):
         return what
-    return f"{what}, and no worker can take one: {counted(shared.pool_index.refusals((), leaving))}"
+    return f"{what}, and no worker can take one: {counted(shared.pool_index.refusals((), exiting))}"
 
 
 @contextmanager

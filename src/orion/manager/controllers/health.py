@@ -26,8 +26,8 @@ from orion.manager.domain.health import (
     Evidence,
     LivenessReport,
     Verdict,
+    deadlines,
     judge,
-    moments,
 )
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.model import Worker
@@ -139,9 +139,9 @@ class HealthController:
         """Those of them that a commit touched, or whose turn it is."""
         changed = self._roster.take_changed()
         self._due.update(dict.fromkeys(changed))
-        leaving = self._leases.leaving()
-        if leaving and not self.brake.on and self._roster.refuges(leaving):
-            self._due.update(dict.fromkeys(sorted(leaving)))
+        exiting = self._leases.exiting()
+        if exiting and not self.brake.on and self._roster.destinations(exiting):
+            self._due.update(dict.fromkeys(sorted(exiting)))
         swept = list(islice(self._sweep, self.swept_at_once))
         if len(swept) < self.swept_at_once:
             self._sweep = iter(list(self._roster.ids()))
@@ -191,8 +191,8 @@ class HealthController:
     async def _advance_brake(self, now: float) -> None:
         late_s = 0.0 if self._began_at is None else now - self._began_at - self.interval_s
         self._began_at = now
-        leaving = self._leases.leaving()
-        pool = len(self._roster) - self._roster.number(Health.DOWN) - len(leaving)
+        exiting = self._leases.exiting()
+        pool = len(self._roster) - self._roster.number(Health.DOWN) - len(exiting)
         silent = tuple([at async for at in self._silent_since(now)])
         seen = Observation(
             proxy_answers=self._door_open(),
@@ -221,7 +221,7 @@ class HealthController:
 
     def _suspect_at(self, worker_id: str) -> float | None:
         known, lease = self._roster.worker(worker_id), self._leases.get(worker_id)
-        if known is None or known.health is Health.DOWN or lease is None or lease.leaving_at is not None:
+        if known is None or known.health is Health.DOWN or lease is None or lease.exiting_at is not None:
             return None
         return None if lease.received_at is None else lease.received_at + self._clocks.suspect_after_s
 
@@ -229,15 +229,15 @@ class HealthController:
 
     async def _judge(self, worker_ids: list[str]) -> None:
         now = self._monotonic()  # before the snapshot: see domain/health.py
-        refuges = self._roster.refuges(self._leases.leaving())
-        suspects = [worker_id for worker_id in worker_ids if self._may_change(worker_id, refuges, now)]
+        destinations = self._roster.destinations(self._leases.exiting())
+        suspects = [worker_id for worker_id in worker_ids if self._may_change(worker_id, destinations, now)]
         if not suspects:
             await asyncio.sleep(0)  # others have their turn between two slices
             return
         workers = await self._ledger.workers(suspects)
         verdicts: list[tuple[Evidence, Verdict]] = []
         for worker in workers.values():
-            evidence = self._evidence(worker, refuges, now)
+            evidence = self._evidence(worker, destinations, now)
             verdict = judge(evidence)
             if verdict is None:
                 self._plan(evidence)
@@ -245,22 +245,24 @@ class HealthController:
                 verdicts.append((evidence, verdict))
         await self._commit(verdicts)
 
-    def _may_change(self, worker_id: str, refuges: int, now: float) -> bool:
+    def _may_change(self, worker_id: str, destinations: int, now: float) -> bool:
         """By what is in memory; a verdict is given by the row itself. When not: plans when to look again."""
         known = self._roster.worker(worker_id)
         if known is None:
             return False
-        evidence = self._evidence(known.as_worker(worker_id), refuges, now)
+        evidence = self._evidence(known.as_worker(worker_id), destinations, now)
         if judge(evidence) is not None:
             return True
         self._plan(evidence)
         return False
 
-    def _evidence(self, worker: Worker, refuges: int, now: float) -> Evidence:
+    def _evidence(self, worker: Worker, destinations: int, now: float) -> Evidence:
         lease = self._leases.get(worker.id)
         known = self._roster.worker(worker.id)
-        is_refuge = (
-            known is not None and known.is_refuge and (lease is None or (lease.leaving_at or lease.vacating_at) is None)
+        is_destination = (
+            known is not None
+            and known.is_destination
+            and (lease is None or (lease.exiting_at or lease.evacuating_at) is None)
         )
         joined_at = self._roster.since(worker.id) if worker.health is Health.JOINING else None
         return Evidence(
@@ -269,16 +271,16 @@ class HealthController:
             now=now,
             clocks=self._clocks,
             brake=self.brake,
-            refuge=refuges > is_refuge,
+            has_destination=destinations > is_destination,
             joining_s=0.0 if joined_at is None else now - joined_at,
             losses=self._leases.losses(worker.id, now, self._clocks.flap_window_s),
-            watched=self._watching.found(worker) if self._watching else LivenessReport(),
+            liveness=self._watching.found(worker) if self._watching else LivenessReport(),
         )
 
     def _plan(self, evidence: Evidence) -> None:
         """When to look at it again."""
         worker_id, now = evidence.worker.id, evidence.now
-        ahead = moments(evidence)
+        ahead = deadlines(evidence)
         suspect_at = self._suspect_at(worker_id)
         if suspect_at is not None and suspect_at <= now:
             self._silent[worker_id] = suspect_at

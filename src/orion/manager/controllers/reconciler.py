@@ -23,7 +23,7 @@ import structlog
 from orion.manager.ansible.port import OTHER_BOOT, Action, Engine, Job, Outcome
 from orion.manager.controllers.loop import Loop
 from orion.manager.domain import outcomes
-from orion.manager.domain.assignment import MAX_PLACED, ask_to_move
+from orion.manager.domain.assignment import MAX_PLACED, request_migration
 from orion.manager.domain.fair_share import Claim, may_take
 from orion.manager.domain.leases import Leases
 from orion.manager.domain.migration import NotMigrated, Source
@@ -67,7 +67,7 @@ LONGEST_REST_S = 300.0
 """Between two attempts to move what could not be moved."""
 
 _ACTIONS = {TaskKind.CREATE: Action.CREATE, TaskKind.DELETE: Action.DELETE, TaskKind.THAW: Action.THAW}
-MOVES = frozenset({TaskKind.SEED, TaskKind.FINISH, TaskKind.PARK})
+MOVES = frozenset({TaskKind.PRECOPY, TaskKind.FINAL_SYNC, TaskKind.PARK})
 _REACHED = {
     Reached.YES: Outcome(True),
     Reached.NO: Outcome(False, "it cannot be reached by SSH"),
@@ -144,7 +144,7 @@ class Reconciler:
 
     def shown(self, worker_id: str, inventory: Sequence[Item]) -> None:
         """What a worker that called home shows, compared with what is placed there."""
-        news = self._roster.tells_ends(worker_id, self._leases.start_ends(worker_id))
+        news = self._roster.has_new_ends(worker_id, self._leases.start_ends(worker_id))
         if news or self._roster.disagrees(worker_id, inventory):
             self._disagreeing[worker_id] = None
         else:
@@ -202,13 +202,13 @@ class Reconciler:
         """Begin a planned move from that worker, unless it is under way. Raises moves.NotMigrated."""
         for _ in range(MOST_TRIES):
             async with self._placing:
-                leaving = self._leases.leaving()
-                candidates = self._roster.room.best(SPARE_CANDIDATES, without={*leaving, worker_id})
+                exiting = self._leases.exiting()
+                candidates = self._roster.room.best(SPARE_CANDIDATES, without={*exiting, worker_id})
                 world = await self._ledger.load_part({worker_id}, candidates)
                 here = [w for w in world.workers if world.is_whole(w) or w in world.taken]
-                world.elsewhere = self._roster.refusals(here, leaving)
-                observations = Observations(inventories={}, leaving=leaving, ages={}, new_ids=self._placement_ids)
-                step = ask_to_move(world, rental_id, actor, observations)
+                world.elsewhere = self._roster.refusals(here, exiting)
+                observations = Observations(inventories={}, exiting=exiting, ages={}, new_ids=self._placement_ids)
+                step = request_migration(world, rental_id, actor, observations)
                 if step is None or await self._ledger.apply([step]):
                     self.loop.hint()
                     return
@@ -222,11 +222,11 @@ class Reconciler:
         swept = list(islice(self._sweep, self.swept_at_once))
         if len(swept) < self.swept_at_once:
             self._sweep = iter(list(self._roster.ids()))
-        vacating = (w for w in self._vacating() if self._roster.held(w))
-        return frozenset((*dirty_workers, *disagreeing, *vacating, *swept))
+        evacuating = (w for w in self._evacuating() if self._roster.held(w))
+        return frozenset((*dirty_workers, *disagreeing, *evacuating, *swept))
 
-    def _vacating(self) -> frozenset[str]:
-        return self._leases.vacating(self._monotonic() - VACATING_SETTLES_S)
+    def _evacuating(self) -> frozenset[str]:
+        return self._leases.evacuating(self._monotonic() - VACATING_SETTLES_S)
 
     def _end_what_is_overtaken(self, busy: set[tuple[str, str]], wanted: Iterable[Task]) -> None:
         """End parts of a move that was given up before this snapshot, and the filling of a home that is to go away.
@@ -249,13 +249,13 @@ class Reconciler:
         return many or self._roster.waiting() > MAX_PLACED
 
     async def _snapshot(self, looked_at: frozenset[str]) -> World:
-        leaving = self._leases.leaving()
-        wanted = min(self._roster.wanting(looked_at, leaving), MAX_PLACED)
-        candidates = self._roster.room.best(wanted + SPARE_CANDIDATES, without=leaving) if wanted else []
+        exiting = self._leases.exiting()
+        wanted = min(self._roster.wanted_places(looked_at, exiting), MAX_PLACED)
+        candidates = self._roster.room.best(wanted + SPARE_CANDIDATES, without=exiting) if wanted else []
         world = await self._ledger.load_part(looked_at, candidates)
         if wanted:
             here = [w for w in world.workers if world.is_whole(w) or w in world.taken]
-            world.elsewhere = self._roster.refusals(here, leaving)
+            world.elsewhere = self._roster.refusals(here, exiting)
         return world
 
     async def _strangers(self, world: World, inventories: Inventories) -> frozenset[tuple[str, int]]:
@@ -267,18 +267,18 @@ class Reconciler:
         self, world: World, inventories: Inventories, unknown_rentals: frozenset[tuple[str, int]]
     ) -> Observations:
         now = self._monotonic()
-        resting = frozenset(rental_id for rental_id, failure in self._rests.items() if failure.again_at > now)
-        unmoved = frozenset(r for r, failure in self._rests.items() if failure.again_at > now - LONGEST_REST_S)
+        migration_backoff = frozenset(rental_id for rental_id, failure in self._rests.items() if failure.again_at > now)
+        migration_failed = frozenset(r for r, failure in self._rests.items() if failure.again_at > now - LONGEST_REST_S)
         return Observations(
             inventories=inventories,
-            leaving=self._leases.leaving(),
+            exiting=self._leases.exiting(),
             ages=self._ages(world),
             new_ids=self._placement_ids,
             unknown_rentals=unknown_rentals,
             wall=self._wall(),
-            vacating=self._vacating(),
-            resting=resting,
-            unmoved=unmoved,
+            evacuating=self._evacuating(),
+            migration_backoff=migration_backoff,
+            migration_failed=migration_failed,
             awaits_files_s=self._awaits_files_s,
             start_ends={worker_id: self._leases.start_ends(worker_id) for worker_id in inventories},
         )
@@ -373,7 +373,7 @@ class Reconciler:
             return await self._engine.run(away)
         if task.kind is TaskKind.PARK:
             return await self._mover.park(away)
-        part = self._mover.finish if task.kind is TaskKind.FINISH else self._mover.seed
+        part = self._mover.finish if task.kind is TaskKind.FINAL_SYNC else self._mover.seed
         return await part(away, job)
 
     async def _feed_back(self, task: Task, outcome: Outcome) -> None:
@@ -391,7 +391,7 @@ class Reconciler:
             return
         self._failures.pop(task, None)
         self._failing.discard(task.worker_id)
-        if task.source and task.item and task.kind in {TaskKind.FINISH, TaskKind.PARK}:
+        if task.source and task.item and task.kind in {TaskKind.FINAL_SYNC, TaskKind.PARK}:
             self._rests.pop(task.item.rental_id, None)
         if task.kind is TaskKind.DELETE and task.item:
             self._leases.cleaned(task.worker_id, task.item.rental_id, task.item.epoch)

@@ -72,7 +72,7 @@ def disk_share(directory: Path) -> float:
 
 
 def _rarely(pace: Pace) -> str:
-    return snapshots.copied_rarely(pace.interval_s, pace.usual_s) if pace.is_slower else ""
+    return snapshots.slower_warning(pace.interval_s, pace.usual_s) if pace.is_slower else ""
 
 
 class SnapshotController:
@@ -270,7 +270,7 @@ class SnapshotController:
             if error.code in OF_THE_PAUSE:
                 stood_s = limits.pause_s if error.code == PAUSE_IN_VAIN else 0.0
                 if pace.too_long(self._monotonic(), stood_s):
-                    step = snapshots.copied_less_often(rental, placement, str(error), _rarely(pace))
+                    step = snapshots.slowed(rental, placement, str(error), _rarely(pace))
                     await self._book.record(step)
             if limits.pause_s >= LONGEST_PAUSE_S or error.code not in OF_THE_PAUSE:
                 await self._complain(found, error)

@@ -25,11 +25,11 @@ class Assignments:
         self._world = world
         self._new_ids = observations.new_ids
         self._left = MAX_PLACED
-        self._unmoved = observations.unmoved
-        self._moving = migration.under_way(world, observations.unmoved)
+        self._migration_failed = observations.migration_failed
+        self._moving = migration.under_way(world, observations.migration_failed)
         known = (w for w in world.workers.values() if world.is_whole(w.id) or w.id in world.taken)
         candidates = (
-            Candidate(worker=w, used=world.used_on(w.id), failed_here=False, leaving=w.id in observations.leaving)
+            Candidate(worker=w, used=world.used_on(w.id), failed_here=False, exiting=w.id in observations.exiting)
             for w in known
         )
         self._pool = Candidates(candidates, world.elsewhere)
@@ -43,15 +43,15 @@ class Assignments:
             self._left -= 1
             self._pool.take(choice)
             return _reserve(self._world.workers[choice.worker_id], rental, choice.slot, next(self._new_ids))
-        return wait(rental, choice.explanation) if isinstance(choice, NoWorker) else None
+        return wait_for_worker(rental, choice.explanation) if isinstance(choice, NoWorker) else None
 
     def move(self, rental: Rental, placement: Placement, why: str, parks: bool) -> Step | None:
         """Move a rental to another worker, if one can take it. `parks`: else it is to wait, with all its files.
 
         Its worker is about to end then: what failed before is not kept waiting for that.
         """
-        claim = migration.claim_of(rental, rental.id in self._unmoved and not parks)
-        if not may_take(claim, self._moving, migration.MOST_AT_ONCE):
+        claim = migration.claim_of(rental, rental.id in self._migration_failed and not parks)
+        if not may_take(claim, self._moving, migration.MAX_UNDER_WAY):
             return None
         failed = {p.worker_id for p in self._world.placements_of(rental.id) if p.state is PlacementState.FAILED}
         choice = self._pool.choose(failed, placement.worker_id)
@@ -59,42 +59,42 @@ class Assignments:
             self._moving[claim] += 1
             self._pool.take(choice)
             target = self._world.workers[choice.worker_id]
-            return migration.begin(rental, placement, target, choice.slot, next(self._new_ids), ACTOR, why)
+            return migration.reserve(rental, placement, target, choice.slot, next(self._new_ids), ACTOR, why)
         if isinstance(choice, NoWorker) and parks:
             self._moving[claim] += 1
-            return migration.hold(rental, placement, None, f"{why}, and nothing can take it")
+            return migration.quiesce(rental, placement, None, f"{why}, and nothing can take it")
         return None
 
     def asked(self, rental: Rental, placement: Placement, actor: str) -> Step:
         """The same, because somebody asked for it. Raises moves.NotMigrated."""
-        if not may_take(migration.claim_of(rental, False), self._moving, migration.MOST_ASKED_FOR):
+        if not may_take(migration.claim_of(rental, False), self._moving, migration.MAX_REQUESTED):
             raise migration.NotMigrated("too_many_moves", "others are being moved just now: try again in a minute")
         choice = self._pool.choose((), placement.worker_id)
         if isinstance(choice, Chosen):
             target, new_id = self._world.workers[choice.worker_id], next(self._new_ids)
-            return migration.begin(rental, placement, target, choice.slot, new_id, actor, "asked for")
+            return migration.reserve(rental, placement, target, choice.slot, new_id, actor, "asked for")
         why = choice.counted if choice else "the pool is changing: try again"
         raise migration.NotMigrated("nowhere_to_go", f"no other worker can take it, so it goes on where it is: {why}")
 
 
-def ask_to_move(world: World, rental_id: str, actor: str, observations: Observations) -> Step | None:
+def request_migration(world: World, rental_id: str, actor: str, observations: Observations) -> Step | None:
     """Begin a planned move that somebody asked for; None when it is under way. Raises moves.NotMigrated."""
     draft = Draft(world)
     rental, placement = draft.rentals.get(rental_id), draft.live_placement(rental_id)
-    if draft.standby_of(rental_id) is not None:
+    if draft.target_of(rental_id) is not None:
         return None
     if rental is None or placement is None or not migration.can_move(rental, placement):
         state = f"it is {rental.state}: {rental.explanation}" if rental else "it has ended"
         raise migration.NotMigrated("not_active", state)
     worker = draft.workers.get(placement.worker_id)
-    if worker is None or worker.health not in migration.LEAVABLE:
+    if worker is None or worker.health not in migration.SOURCE_HEALTH:
         raise migration.NotMigrated(
             "worker_not_ready", "its worker does not answer just now: nothing can be copied from it"
         )
     return Assignments(draft, observations).asked(rental, placement, actor)
 
 
-def wait(rental: Rental, explanation: str) -> Step | None:
+def wait_for_worker(rental: Rental, explanation: str) -> Step | None:
     """It has no place yet; None where that is said already."""
     if rental.state is RentalState.MIGRATING:
         return move_rental(rental, RentalState.QUEUED, ACTOR, explanation)
@@ -111,7 +111,7 @@ def wait_for_files(rental: Rental, worker_id: str, within_s: float) -> Step | No
         f"{AWAITS_FILES}worker {worker_id} was lost before the first copy of them. It begins again when that worker is "
         f"started and has handed them over; without them after {within}, or now by: orion restore {rental.name} --empty"
     )
-    step = wait(rental, explanation)
+    step = wait_for_worker(rental, explanation)
     if step is None:
         return None
     event = Event(

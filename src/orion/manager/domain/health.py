@@ -18,7 +18,7 @@ MAX_FLAPS = 3
 """Losses of `ready` within the flap window that quarantine a worker."""
 
 
-WATCH_CLOSED = "it closed the manager's watch on it"
+LIVENESS_ENDED = "it closed the manager's watch on it"
 DECLARED_GONE = "an operator said that its container is not there any more"
 FORGET_AFTER_S = 3600.0
 """A worker that has been down for so long, and of which nothing is missing, is forgotten."""
@@ -45,22 +45,22 @@ class Evidence:
     now: float
     clocks: Clocks
     brake: Brake
-    refuge: bool
+    has_destination: bool
     """Another worker is ready, active and not leaving: rentals have somewhere to go."""
     joining_s: float = 0.0
     losses: int = 0
-    watched: LivenessReport = LivenessReport()
+    liveness: LivenessReport = LivenessReport()
 
     @property
-    def leaving(self) -> bool:
-        return self.lease is not None and self.lease.leaving_at is not None
+    def exiting(self) -> bool:
+        return self.lease is not None and self.lease.exiting_at is not None
 
     @property
     def closed(self) -> bool:
         """Its watch was closed, and it was not heard since: a dead one sends nothing. A goodbye told of its end."""
-        received_at, closed_at = self.lease.received_at if self.lease else None, self.watched.closed_at
+        received_at, closed_at = self.lease.received_at if self.lease else None, self.liveness.closed_at
         heard = received_at is not None and closed_at is not None and received_at > closed_at
-        return closed_at is not None and not heard and not self.leaving
+        return closed_at is not None and not heard and not self.exiting
 
     @property
     def unheard_s(self) -> float:
@@ -110,15 +110,15 @@ class Verdict:
         comes of it: else a renter who brings that about could have its worker quarantined.
         """
         if of.health is Health.READY:
-            return self.to in {Health.SUSPECT, Health.JOINING, Health.DOWN} and self.reason != WATCH_CLOSED
-        watch_closed = of.health is Health.SUSPECT and of.explanation == WATCH_CLOSED
+            return self.to in {Health.SUSPECT, Health.JOINING, Health.DOWN} and self.reason != LIVENESS_ENDED
+        watch_closed = of.health is Health.SUSPECT and of.explanation == LIVENESS_ENDED
         return watch_closed and self.to in {Health.JOINING, Health.DOWN}
 
 
 Rule = Callable[[Evidence], Verdict | None]
 
 
-def moments(evidence: Evidence) -> tuple[float, ...]:
+def deadlines(evidence: Evidence) -> tuple[float, ...]:
     """When time alone may change the verdict, if nothing else happens; some may have passed, waiting for the brake.
 
     Everything else that a verdict rests on is told: a commit, a heartbeat, a goodbye, the end of the brake.
@@ -128,8 +128,8 @@ def moments(evidence: Evidence) -> tuple[float, ...]:
         return ()
     silent = evidence.now - evidence.unheard_s + evidence.clocks.suspect_after_s
     passed = evidence.now - evidence.silence_s + evidence.grace_s
-    leaving_at = evidence.lease.leaving_at if evidence.lease else None
-    leaves = () if leaving_at is None else (leaving_at + evidence.clocks.goodbye_after_s,)
+    exiting_at = evidence.lease.exiting_at if evidence.lease else None
+    leaves = () if exiting_at is None else (exiting_at + evidence.clocks.goodbye_after_s,)
     joined = (since + JOIN_DEADLINE_S,) if health is Health.JOINING else ()
     return (silent, passed, *joined, *leaves)
 
@@ -145,17 +145,17 @@ def judge(evidence: Evidence) -> Verdict | None:
 
 def _said_goodbye(e: Evidence) -> Verdict | None:
     # Acted on late and only with a refuge: when everything is being stopped, nothing moves.
-    leaving_at = e.lease.leaving_at if e.lease else None
-    if leaving_at is None or e.brake.on or not e.refuge or e.now - leaving_at < e.clocks.goodbye_after_s:
+    exiting_at = e.lease.exiting_at if e.lease else None
+    if exiting_at is None or e.brake.on or not e.has_destination or e.now - exiting_at < e.clocks.goodbye_after_s:
         return None
     return Verdict(Health.DOWN, "it said goodbye")
 
 
 def _proved_dead(e: Evidence) -> Verdict | None:
     # In a brake too: this is no silence.
-    if not e.watched.proof or not e.closed:
+    if not e.liveness.proof or not e.closed:
         return None
-    return Verdict(Health.DOWN, e.watched.proof)
+    return Verdict(Health.DOWN, e.liveness.proof)
 
 
 def _declared_gone(e: Evidence) -> Verdict | None:
@@ -168,7 +168,7 @@ def _declared_gone(e: Evidence) -> Verdict | None:
 def _watch_closed(e: Evidence) -> Verdict | None:
     if not e.closed:
         return None
-    return Verdict(Health.SUSPECT, WATCH_CLOSED)
+    return Verdict(Health.SUSPECT, LIVENESS_ENDED)
 
 
 def _lease_passed(e: Evidence) -> Verdict | None:

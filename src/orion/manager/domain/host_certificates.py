@@ -20,7 +20,7 @@ AHEAD_S = 60.0
 """A certificate that lasts longer than its lifetime by more than this was signed while the clock was ahead."""
 FRESH_S = 900.0
 """One that is good for less is renewed when somebody is let in by it."""
-MOST_NAMES = 256
+MAX_NAMES = 256
 """OpenSSH reads no certificate with more principals (SSHKEY_CERT_MAX_PRINCIPALS)."""
 CURRENT = frozenset({PlacementState.PREPARING, PlacementState.RUNNING})
 NAMED = frozenset({RentalState.PROVISIONING, RentalState.ACTIVE, RentalState.MIGRATING})

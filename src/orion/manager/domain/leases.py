@@ -21,9 +21,9 @@ class Lease:
     """When the last heartbeat or registration came in; None: not since this manager started."""
     seq: int = -1
     inventory: tuple[Item, ...] | None = None
-    leaving_at: float | None = None
+    exiting_at: float | None = None
     """When the worker said goodbye."""
-    vacating_at: float | None = None
+    evacuating_at: float | None = None
     """When the worker first said that it was told to stop, and waits for its rentals to be taken away."""
     announced: bool = False
     """The session before ended with a goodbye: this one is a restart that was meant."""
@@ -42,9 +42,9 @@ class Heartbeat:
     session_id: str
     seq: int
     inventory: tuple[Item, ...] = ()
-    leaving: bool = False
+    exiting: bool = False
     lease_s: float = 0.0
-    vacating: bool = False
+    evacuating: bool = False
     start_ends: tuple[CommandEnd, ...] = ()
 
 
@@ -53,8 +53,8 @@ class Leases:
         """`lease_s`: the lease that replies give now."""
         self._granted_s = lease_s
         self._leases: dict[str, Lease] = {}
-        self._leaving: set[str] = set()
-        self._vacating: dict[str, float] = {}
+        self._exiting: set[str] = set()
+        self._evacuating: dict[str, float] = {}
         self._losses: dict[str, tuple[float, ...]] = {}
         self._start_ends: dict[str, tuple[CommandEnd, ...]] = {}
         self._notes: dict[str, tuple[float, Mapping[str, Any]]] = {}
@@ -76,7 +76,7 @@ class Leases:
     def open(self, worker_id: str, session_id: str, now: float, inventory: Iterable[Item]) -> None:
         """A registration: a new session replaces the one before."""
         before = self._leases.get(worker_id)
-        announced = before is not None and before.leaving_at is not None
+        announced = before is not None and before.exiting_at is not None
         self._forget(worker_id)
         self._leases[worker_id] = Lease(
             session_id=session_id,
@@ -94,35 +94,35 @@ class Leases:
             self.stale += 1
             return False
         self.renewed += 1
-        leaving_at = (lease.leaving_at or now) if beat.leaving else None
+        exiting_at = (lease.exiting_at or now) if beat.exiting else None
         lease_s = min(beat.lease_s, self._granted_s)  # its word counts for no more than was ever given
         # What has not changed is kept, so that a large pool's inventories are in memory once.
         inventory = lease.inventory if lease.inventory == beat.inventory else beat.inventory
-        vacating_at = (lease.vacating_at or now) if beat.vacating or beat.leaving else None
+        evacuating_at = (lease.evacuating_at or now) if beat.evacuating or beat.exiting else None
         self._leases[worker_id] = Lease(
             session_id=lease.session_id,
             received_at=now,
             seq=beat.seq,
             inventory=inventory,
-            leaving_at=leaving_at,
-            vacating_at=vacating_at,
+            exiting_at=exiting_at,
+            evacuating_at=evacuating_at,
             announced=lease.announced,
             lease_s=lease_s,
         )
-        self._note_vacating(worker_id, vacating_at if beat.vacating else None)
+        self._note_evacuating(worker_id, evacuating_at if beat.evacuating else None)
         self._note_ends(worker_id, beat.start_ends)
-        if leaving_at is not None:
-            self._leaving.add(worker_id)
-        elif self._leaving:
-            self._leaving.discard(worker_id)
+        if exiting_at is not None:
+            self._exiting.add(worker_id)
+        elif self._exiting:
+            self._exiting.discard(worker_id)
         self.heard_at = now
         return True
 
-    def _note_vacating(self, worker_id: str, at: float | None) -> None:
+    def _note_evacuating(self, worker_id: str, at: float | None) -> None:
         if at is not None:
-            self._vacating[worker_id] = at
-        elif self._vacating:
-            self._vacating.pop(worker_id, None)
+            self._evacuating[worker_id] = at
+        elif self._evacuating:
+            self._evacuating.pop(worker_id, None)
 
     def _note_ends(self, worker_id: str, ends: tuple[CommandEnd, ...]) -> None:
         if ends:
@@ -179,8 +179,8 @@ class Leases:
 
     def _forget(self, worker_id: str) -> None:
         self._leases.pop(worker_id, None)
-        self._leaving.discard(worker_id)
-        self._vacating.pop(worker_id, None)
+        self._exiting.discard(worker_id)
+        self._evacuating.pop(worker_id, None)
         self._start_ends.pop(worker_id, None)
 
     def get(self, worker_id: str) -> Lease | None:
@@ -193,13 +193,13 @@ class Leases:
             kept = tuple(i for i in lease.inventory if (i.rental_id, i.epoch) != (rental_id, epoch))
             self._leases[worker_id] = replace(lease, inventory=kept)
 
-    def leaving(self) -> frozenset[str]:
+    def exiting(self) -> frozenset[str]:
         """The workers that said goodbye, or are about to."""
-        return frozenset(self._leaving | self._vacating.keys()) if self._vacating else frozenset(self._leaving)
+        return frozenset(self._exiting | self._evacuating.keys()) if self._evacuating else frozenset(self._exiting)
 
-    def vacating(self, before: float) -> frozenset[str]:
+    def evacuating(self, before: float) -> frozenset[str]:
         """Those that said before then that they wait for their rentals to be taken away, and still do."""
-        return frozenset(worker_id for worker_id, at in self._vacating.items() if at <= before)
+        return frozenset(worker_id for worker_id, at in self._evacuating.items() if at <= before)
 
     def inventories(self, worker_ids: Iterable[str]) -> dict[str, tuple[Item, ...]]:
         """What each of these workers said it holds. Read this before the snapshot: see reconcile.decide."""

@@ -41,16 +41,16 @@ from orion.manager.domain.steps import Event, Step, Write, merge, move_placement
 from orion.manager.domain.world import World
 
 ACTOR = "reconciler"
-MOST_AT_ONCE = 12
+MAX_UNDER_WAY = 12
 """Planned moves that drains and goodbyes may have under way, of one owner half: each copies, and stands still for a
 moment."""
-MOST_ASKED_FOR = 6
+MAX_REQUESTED = 6
 """The same of those that are asked for, with all that are under way: nobody's asking keeps a worker from being emptied.
 """
 NOT_MOVED = "could not be moved: "
 """As wire.NOT_MOVED."""
 
-LEAVABLE = frozenset({Health.READY, Health.QUARANTINED})
+SOURCE_HEALTH = frozenset({Health.READY, Health.QUARANTINED})
 """Workers that a rental can be moved away from: they answer, or should."""
 
 
@@ -107,11 +107,11 @@ def as_target(placement: Placement | None) -> Placement | None:
     return placement if placement and placement.standby and placement.state in LIVE else None
 
 
-def must_leave(worker: Worker, vacating: Collection[str]) -> str:
+def must_leave(worker: Worker, evacuating: Collection[str]) -> str:
     """Why what runs on this worker is to be moved; empty when it is not. `vacating`: those that were told to stop."""
-    if worker.health not in LEAVABLE:
+    if worker.health not in SOURCE_HEALTH:
         return ""
-    if worker.id in vacating:
+    if worker.id in evacuating:
         return f"worker {worker.id} was told to stop"
     if worker.intent is Intent.DRAINING:
         return f"worker {worker.id} is being drained"
@@ -129,7 +129,7 @@ def can_move(rental: Rental, placement: Placement) -> bool:
     )
 
 
-def begin(rental: Rental, placement: Placement, target: Worker, slot: int, new_id: str, actor: str, why: str) -> Step:
+def reserve(rental: Rental, placement: Placement, target: Worker, slot: int, new_id: str, actor: str, why: str) -> Step:
     """Reserve a standby on another worker."""
     epoch = rental.next_epoch
     standby = Placement(
@@ -157,7 +157,7 @@ def begin(rental: Rental, placement: Placement, target: Worker, slot: int, new_i
     return Step(writes, (started, reserved), standby)
 
 
-def hold(rental: Rental, placement: Placement, standby: Placement | None, why: str) -> Step:
+def quiesce(rental: Rental, placement: Placement, standby: Placement | None, why: str) -> Step:
     """It is about to stand still: for its standby, or to be parked under a number of its own."""
     to = MigrationPhase.FINAL_SYNC if standby else MigrationPhase.PARK
     check_phase(rental.id, phase_of(rental, placement, standby), to)
@@ -186,15 +186,15 @@ def abandon(rental: Rental, placement: Placement, standby: Placement | None, why
         held = {"state": PlacementState.RUNNING, "held": placement.held}
         released = _event("rental.let_go_on", "it goes on here", rental, placement.worker_id, placement.epoch)
         step += Step((Write(kind="placement", id=placement.id, expect=held, change={"held": 0}),), (released,))
-    return step if standby is None else merge((step, end_standby(standby, rental.owner, why)))
+    return step if standby is None else merge((step, end_target(standby, rental.owner, why)))
 
 
-def end_standby(standby: Placement, owner: str | None, why: str) -> Step:
+def end_target(standby: Placement, owner: str | None, why: str) -> Step:
     to = PlacementState.STOPPED if standby.state is PlacementState.RESERVED else PlacementState.FAILED
     return move_placement(standby, owner, to, ACTOR, why)
 
 
-def promote(rental: Rental, standby: Placement) -> Step:
+def promote_target(rental: Rental, standby: Placement) -> Step:
     """What it stood by for has been lost: it takes over, with the newest copy."""
     taken = Write(
         kind="placement",
@@ -211,18 +211,18 @@ def promote(rental: Rental, standby: Placement) -> Step:
     return Step((Write(kind="rental", id=rental.id, expect=expect, change={"epoch": standby.epoch}), taken), (event,))
 
 
-def problem_of(standby: Placement, rental: Rental, target: Worker | None, leaving: Collection[str]) -> str:
+def target_problem(standby: Placement, rental: Rental, target: Worker | None, exiting: Collection[str]) -> str:
     """Why a standby is of no use any more; empty while it is."""
     if standby.epoch <= rental.epoch:
         return "the platform went back to a backup meanwhile"
     if target is None or target.health not in {Health.READY, Health.SUSPECT} or target.fault:
         return f"worker {standby.worker_id} is not ready any more"
-    if target.intent is not Intent.ACTIVE or target.id in leaving:
+    if target.intent is not Intent.ACTIVE or target.id in exiting:
         return f"worker {standby.worker_id} is to be emptied itself"
     return ""
 
 
-def seeded(rental: Rental, standby: Placement, generation: str) -> Step | None:
+def precopied(rental: Rental, standby: Placement, generation: str) -> Step | None:
     """Its standby has its files, as they were a moment ago."""
     if rental.state is not RentalState.ACTIVE or not standby.standby or standby.state is not PlacementState.PREPARING:
         return None
@@ -230,7 +230,7 @@ def seeded(rental: Rental, standby: Placement, generation: str) -> Step | None:
     return Step((Write(kind="placement", id=standby.id, expect=expect, change={"filled": generation}),))
 
 
-def switch(
+def cut_over(
     rental: Rental, placement: Placement, standby: Placement | None, source: Source, generation: str
 ) -> Step | None:
     """It is where it was to go: the epoch rises, and what was held ends. Without a standby it waits for a place.

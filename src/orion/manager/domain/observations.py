@@ -18,17 +18,17 @@ class Observations:
     """
 
     inventories: Mapping[str, tuple[Item, ...]]
-    leaving: frozenset[str]
+    exiting: frozenset[str]
     ages: Mapping[str, float]
     new_ids: Iterator[str]
     unknown_rentals: frozenset[tuple[str, int]] = frozenset()
     wall: float = 0.0
     """UTC seconds: only start commands are counted by it."""
-    vacating: frozenset[str] = frozenset()
+    evacuating: frozenset[str] = frozenset()
     """Workers that were told to stop, and wait for their rentals to be taken away. They are among `leaving`."""
-    resting: frozenset[str] = frozenset()
+    migration_backoff: frozenset[str] = frozenset()
     """Rentals whose planned move has failed lately, and that are not to be moved yet."""
-    unmoved: frozenset[str] = frozenset()
+    migration_failed: frozenset[str] = frozenset()
     """Rentals whose last planned move has failed, also where they may be moved again."""
     awaits_files_s: float = 0.0
     """Seconds that a rental of which there is no copy waits for the worker that was lost with its files; 0: none."""

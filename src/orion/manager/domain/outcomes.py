@@ -17,15 +17,15 @@ from orion.manager.domain.steps import Event, Step, Write, merge, move_placement
 from orion.manager.domain.tasks import Task, TaskEnded, TaskKind
 from orion.manager.domain.world import World
 
-MOST_OF_A_REPORT = 4096
+MAX_REPORT_CHARS = 4096
 """Characters of a worker's report that its event keeps: a worker could fill the database with more."""
-MOST_OF_A_PROBLEM = 300
+MAX_PROBLEM_CHARS = 300
 MAX_ATTEMPTS = 3
 """Failed tries to make a rental on one worker before it is made on another."""
 
 WAITS_FOR_ITS_TARGET = frozenset({MigrationPhase.PRECOPY, MigrationPhase.QUIESCE, MigrationPhase.FINAL_SYNC})
 """Phases of a planned migration in which a failed task ends it."""
-SALVAGE_ATTEMPTS = 2
+RECOVERY_ATTEMPTS = 2
 """Failed tries to copy aside what a returned worker still has, before it is purged all the same."""
 
 
@@ -47,59 +47,59 @@ def succeeded(world: World, ended: TaskEnded) -> Step | None:
     if task.kind is TaskKind.DELETE:
         return _purged(world, task, placement, report)
     if task.source is not None:
-        return _moved(world, task, placement, task.source, report)
+        return _migrated(world, task, placement, task.source, report)
     rental = world.rentals.get(placement.rental_id) if placement else None
     if placement is None or rental is None:
         return None
-    return _made(rental, placement, ended)
+    return _created(rental, placement, ended)
 
 
 def failed(world: World, task: Task, message: str, attempts: int) -> Step | None:
     """The step after a failure: making it elsewhere after MAX_ATTEMPTS, else only what a person sees meanwhile."""
     placement = world.placements.get(task.placement_id or "")
     if task.source is not None:
-        return _not_moved(world, task, placement, task.source, message, attempts)
+        return _not_migrated(world, task, placement, task.source, message, attempts)
     if placement and placement.state is PlacementState.PREPARING and attempts >= MAX_ATTEMPTS:
         return give_up(placement, world.rentals.get(placement.rental_id), message)
     if task.kind is TaskKind.SALVAGE:
-        return _not_salvaged(world, placement, message, attempts)
+        return _not_recovered(world, placement, message, attempts)
     return _explained(world, task, placement, message)
 
 
-def _not_salvaged(world: World, placement: Placement | None, message: str, attempts: int) -> Step | None:
+def _not_recovered(world: World, placement: Placement | None, message: str, attempts: int) -> Step | None:
     rental = world.rentals.get(placement.rental_id) if placement else None
     if (
         placement is None
         or rental is None
-        or attempts < SALVAGE_ATTEMPTS
-        or not snapshots.wants_salvage(rental, placement)
+        or attempts < RECOVERY_ATTEMPTS
+        or not snapshots.is_to_be_recovered(rental, placement)
     ):
         return None
-    return snapshots.not_salvaged(rental, placement, message)
+    return snapshots.not_recovered(rental, placement, message)
 
 
-def _moved(
+def _migrated(
     world: World, task: Task, placement: Placement | None, source: migration.Source, report: Mapping[str, Any]
 ) -> Step | None:
-    rental, placed = _of_move(world, source)
+    rental, placed = _source_rows(world, source)
     if rental is None or placed is None or task.kind is TaskKind.THAW:
         return None
     generation = str(report.get("generation", ""))
     if task.kind is TaskKind.PARK:
-        return migration.switch(rental, placed, None, source, generation)
-    if placement is None or task.kind is TaskKind.SEED:
-        return None if placement is None else migration.seeded(rental, placement, generation)
-    return migration.switch(rental, placed, placement, source, generation)
+        return migration.cut_over(rental, placed, None, source, generation)
+    if placement is None or task.kind is TaskKind.PRECOPY:
+        return None if placement is None else migration.precopied(rental, placement, generation)
+    return migration.cut_over(rental, placed, placement, source, generation)
 
 
-def _not_moved(
+def _not_migrated(
     world: World, task: Task, placement: Placement | None, source: migration.Source, message: str, attempts: int
 ) -> Step | None:
     """What stands still is let go on at once; a standby is filled again first."""
-    rental, placed = _of_move(world, source)
+    rental, placed = _source_rows(world, source)
     if rental is None or placed is None or not migration.can_move(rental, placed) or task.kind is TaskKind.THAW:
         return None
-    if placed.held != source.move or (task.kind is TaskKind.SEED and attempts < MAX_ATTEMPTS):
+    if placed.held != source.move or (task.kind is TaskKind.PRECOPY and attempts < MAX_ATTEMPTS):
         return None
     if task.kind is TaskKind.PARK:
         return migration.abandon(rental, placed, None, message)
@@ -108,7 +108,7 @@ def _not_moved(
     return migration.abandon(rental, placed, target, message) if waits else None
 
 
-def _of_move(world: World, source: migration.Source) -> tuple[Rental | None, Placement | None]:
+def _source_rows(world: World, source: migration.Source) -> tuple[Rental | None, Placement | None]:
     placed = world.placements.get(source.placement_id)
     return (world.rentals.get(placed.rental_id) if placed else None), placed
 
@@ -118,7 +118,7 @@ def _explained(world: World, task: Task, placement: Placement | None, message: s
         change = {"explanation": message}
         return Step((Write(kind="worker", id=task.worker_id, expect={"session_id": task.session_id}, change=change),))
     rental = world.rentals.get(placement.rental_id) if placement else None
-    if placement is None or rental is None or not _is_waited_for(task, placement, rental):
+    if placement is None or rental is None or not _is_awaited(task, placement, rental):
         return None
     expect = {"state": rental.state, "epoch": rental.epoch}
     return Step(
@@ -126,7 +126,7 @@ def _explained(world: World, task: Task, placement: Placement | None, message: s
     )
 
 
-def _is_waited_for(task: Task, placement: Placement, rental: Rental) -> bool:
+def _is_awaited(task: Task, placement: Placement, rental: Rental) -> bool:
     """Whether the renter waits for this; not for the cleaning of what it has left behind somewhere."""
     if task.kind is TaskKind.CREATE:
         return placement.state is PlacementState.PREPARING
@@ -143,9 +143,9 @@ def _verified(task: Task) -> Step:
     )
 
 
-def _made(rental: Rental, placement: Placement, ended: TaskEnded) -> Step | None:
+def _created(rental: Rental, placement: Placement, ended: TaskEnded) -> Step | None:
     task, report, wall = ended.task, ended.report, ended.wall
-    started = _started(rental, placement, task, report)
+    started = _command_started(rental, placement, task, report)
     if placement.state is PlacementState.RUNNING:
         expect = {"state": PlacementState.RUNNING}
         changed = Event(
@@ -179,7 +179,7 @@ def _made(rental: Rental, placement: Placement, ended: TaskEnded) -> Step | None
     ends_at = end_of(rental.ttl_s, ended.counts_from)
     change: dict[str, Any] = {"activated_at": wall, "expires_at": ends_at} if first else {}
     change |= {"restore_from": None} if rental.restore_from else {}
-    change |= snapshots.let_in(rental, placement.epoch, snapshots.began_with(report))
+    change |= snapshots.activated(rental, placement.epoch, snapshots.began_with(report))
     reason = f"running on worker {placement.worker_id}{snapshots.lacking(report)}"
     filled = snapshots.filled(rental, placement.worker_id, report, wall)
     told = Step((), (filled,) if filled else ())
@@ -187,20 +187,20 @@ def _made(rental: Rental, placement: Placement, ended: TaskEnded) -> Step | None
     return merge((running, told, active))
 
 
-def _started(rental: Rental, placement: Placement, task: Task, report: Mapping[str, Any]) -> Step:
+def _command_started(rental: Rental, placement: Placement, task: Task, report: Mapping[str, Any]) -> Step:
     """The run of its start command that it has had now, for good or ill."""
     if not task.start_mark:
         return Step(())
-    problem = str(report.get("start_problem", ""))[:MOST_OF_A_PROBLEM]
-    event = start_commands.ran(rental, placement, task.start_mark, problem)
+    problem = str(report.get("start_problem", ""))[:MAX_PROBLEM_CHARS]
+    event = start_commands.run_event(rental, placement, task.start_mark, problem)
     return Step(
-        (Write(kind="placement", id=placement.id, expect={}, change=start_commands.run_anew(task.start_mark)),),
+        (Write(kind="placement", id=placement.id, expect={}, change=start_commands.new_run(task.start_mark)),),
         (event,),
     )
 
 
 def _purged(world: World, task: Task, placement: Placement | None, report: Mapping[str, Any]) -> Step | None:
-    details = {"report": _kept(report)}
+    details = {"report": _bounded(report)}
     if placement is None:
         item = task.item
         event = Event(
@@ -226,5 +226,5 @@ def _purged(world: World, task: Task, placement: Placement | None, report: Mappi
     return None
 
 
-def _kept(report: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(report) if len(json.dumps(report)) <= MOST_OF_A_REPORT else {"cut": True}
+def _bounded(report: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(report) if len(json.dumps(report)) <= MAX_REPORT_CHARS else {"cut": True}

@@ -12,7 +12,7 @@ from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.domain.states import TABLES, Health, PlacementState, RentalState
 from orion.manager.domain.world import World
 
-MOST_SHOWN = 200
+MAX_SHOWN = 200
 QUEUE_NOTICE_S = 300.0
 """A rental may wait in the queue for a day; a person wants to know of it sooner."""
 
@@ -55,7 +55,7 @@ def overdue(world: World, ages: Mapping[str, float]) -> list[Overdue]:
 def workers_to_look_at(pool_index: PoolIndex, now: float) -> list[str]:
     """Those over their deadline; where too many are, MOST_SHOWN of each health, the longest first."""
     healths = (health for health in Health if _worker_limit_s(health) < float("inf"))
-    return [w for health in healths for w in pool_index.longest_in(health, _worker_limit_s(health), now, MOST_SHOWN)]
+    return [w for health in healths for w in pool_index.longest_in(health, _worker_limit_s(health), now, MAX_SHOWN)]
 
 
 def _worker_limit_s(health: Health) -> float:

@@ -13,9 +13,9 @@ LONGEST_PAUSE_S = 10.0
 """The worker's own limit as well (orion_worker/snapshots/transfer.py)."""
 SHORT_PAUSE_S = 0.1
 """A pause that is allowed at each copy: p99 of a pause with 100 MB changed is to be no longer."""
-TOLD_FROM = 1.5
+WARN_FROM = 1.5
 """Times the usual interval from which on a rental is told that it is copied less often."""
-PAID_SOON = 2.0
+WAIT_UP_TO = 2.0
 """Times the usual interval within which to wait for the end of a debt is better than to try in vain before."""
 
 
@@ -54,9 +54,9 @@ class Pace:
             self.pause_s = pause_s
         owed_s = self.paid_at - now
         # Where it took longer than it was allowed to, the worker did not foresee that, and would not again.
-        is_waited_for = self.usual_s < owed_s <= PAID_SOON * self.usual_s or (not is_paid and cost_s > self.usual_s)
+        is_waited_for = self.usual_s < owed_s <= WAIT_UP_TO * self.usual_s or (not is_paid and cost_s > self.usual_s)
         self.wait_s = owed_s if is_waited_for else self.usual_s
-        was_slower, is_long = self.is_slower, cost_s > TOLD_FROM * self.usual_s
+        was_slower, is_long = self.is_slower, cost_s > WARN_FROM * self.usual_s
         self.is_slower = is_long and (was_slower or self.wait_s > self.usual_s)
         return self.is_slower != was_slower
 

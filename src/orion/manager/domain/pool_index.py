@@ -106,12 +106,12 @@ class IndexedWorker:
         )
 
     @property
-    def is_refuge(self) -> bool:
+    def is_destination(self) -> bool:
         return self.health is Health.READY and self.intent is Intent.ACTIVE
 
 
-ON_THE_WAY = {PlacementState.RESERVED, PlacementState.PREPARING}
-NOTHING: tuple[IndexedPlacement, ...] = ()
+BEING_MADE = {PlacementState.RESERVED, PlacementState.PREPARING}
+NO_PLACEMENTS: tuple[IndexedPlacement, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,12 @@ class PoolIndex:
         self._workers: dict[str, IndexedWorker] = {}
         self._held: dict[str, tuple[IndexedPlacement, ...]] = {}
         self._rentals: dict[str, RentalState] = {}
-        self._restless: dict[str, None] = {}
+        self._dirty: dict[str, None] = {}
         self._refusals: Counter[str] = Counter()
         self._by_health: dict[Health, dict[str, float]] = {health: {} for health in Health}
         self._by_state: dict[RentalState, dict[str, float]] = {s: {} for s in RentalState if s not in ENDED}
         self._unsettled: dict[str, float] = {}
-        self._refuges = self._slots = self._slots_used = 0
+        self._destinations = self._slots = self._slots_used = 0
         self._stale: dict[str, None] = {}
 
     # -- what was committed ------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ class PoolIndex:
             self._put_rental(rental_id, state, now)
 
     def _put(self, worker_id: str, known: IndexedWorker | None, held: tuple[IndexedPlacement, ...], now: float) -> None:
-        before, had = self._workers.get(worker_id), self._held.get(worker_id, NOTHING)
+        before, had = self._workers.get(worker_id), self._held.get(worker_id, NO_PLACEMENTS)
         if before is not None:
             self._count(before, had, -1)
         if known is not None:
@@ -199,16 +199,16 @@ class PoolIndex:
         self._age_worker(worker_id, before, known, now)
         self._age_held(before, had, known, held, now)
         if any(rule(known, held) for _, rule in DIRTY):
-            self._restless[worker_id] = None
+            self._dirty[worker_id] = None
         else:
-            self._restless.pop(worker_id, None)
+            self._dirty.pop(worker_id, None)
         self.room.put(worker_id, _rank(worker_id, known, held))
         self._stale[worker_id] = None
 
     def _count(self, known: IndexedWorker, held: tuple[IndexedPlacement, ...], one: int) -> None:
         used = _used(held)
-        self._refusals[refusal(_standing(known, used))] += one
-        self._refuges += one * known.is_refuge
+        self._refusals[refusal(_eligibility(known, used))] += one
+        self._destinations += one * known.is_destination
         if known.health is Health.READY:
             self._slots += one * known.slots
             self._slots_used += one * min(used, known.slots)
@@ -255,11 +255,11 @@ class PoolIndex:
 
     def held(self, worker_id: str) -> tuple[IndexedPlacement, ...]:
         """What a worker has or may still have, its placements that are not purged."""
-        return self._held.get(worker_id, NOTHING)
+        return self._held.get(worker_id, NO_PLACEMENTS)
 
     def disagrees(self, worker_id: str, inventory: Iterable[Item]) -> bool:
         """Whether what a worker shows asks for a decision: all that is shown must be placed there, and believed."""
-        known, held = self._workers.get(worker_id), self._held.get(worker_id, NOTHING)
+        known, held = self._workers.get(worker_id), self._held.get(worker_id, NO_PLACEMENTS)
         if known is None or known.health is Health.DOWN:
             return False
         placed = {(h.rental_id, h.epoch) for h in held}
@@ -269,7 +269,7 @@ class PoolIndex:
             or any((item.rental_id, item.epoch) not in placed for item in inventory)
         )
 
-    def tells_ends(self, worker_id: str, ends: Iterable[CommandEnd]) -> bool:
+    def has_new_ends(self, worker_id: str, ends: Iterable[CommandEnd]) -> bool:
         """Whether a worker says of a start command that it ended, and that is not written down."""
         told = {(end.rental_id, end.epoch) for end in ends}
         return bool(told) and any(
@@ -295,32 +295,32 @@ class PoolIndex:
 
     def dirty_workers(self, number: int) -> list[str]:
         """The workers that need the reconciler, at most so many: those that were told least recently."""
-        found = list(islice(self._restless, number))
-        if len(found) < len(self._restless):
+        found = list(islice(self._dirty, number))
+        if len(found) < len(self._dirty):
             for worker_id in found:
-                self._restless[worker_id] = self._restless.pop(worker_id)
+                self._dirty[worker_id] = self._dirty.pop(worker_id)
         return found
 
     @property
     def number_of_dirty_workers(self) -> int:
-        return len(self._restless)
+        return len(self._dirty)
 
-    def refusals(self, without: Collection[str], leaving: Collection[str]) -> Counter[str]:
+    def refusals(self, without: Collection[str], exiting: Collection[str]) -> Counter[str]:
         """Why each worker beyond `without` can take nothing, counted; under "" those that could."""
         found = Counter(self._refusals)
-        for worker_id in {*without, *leaving}:
+        for worker_id in {*without, *exiting}:
             known = self._workers.get(worker_id)
             if known is not None:
-                standing = _standing(known, _used(self.held(worker_id)))
-                found[refusal(standing)] -= 1
+                eligibility = _eligibility(known, _used(self.held(worker_id)))
+                found[refusal(eligibility)] -= 1
                 if worker_id not in without:
-                    found[refusal(standing._replace(leaving=True))] += 1
+                    found[refusal(eligibility._replace(exiting=True))] += 1
         return +found
 
-    def refuges(self, leaving: Iterable[str]) -> int:
+    def destinations(self, exiting: Iterable[str]) -> int:
         """How many workers are ready, active, and not among those that are leaving."""
-        gone = (self._workers.get(worker_id) for worker_id in leaving)
-        return self._refuges - sum(known is not None and known.is_refuge for known in gone)
+        gone = (self._workers.get(worker_id) for worker_id in exiting)
+        return self._destinations - sum(known is not None and known.is_destination for known in gone)
 
     def slots(self) -> tuple[int, int]:
         """Slots of all ready workers, and how many of them are free."""
@@ -342,13 +342,13 @@ class PoolIndex:
         """Rentals that may ask for a place."""
         return len(self._by_state[RentalState.QUEUED]) + len(self._by_state[RentalState.MIGRATING])
 
-    def wanting(self, looked_at: Iterable[str], leaving: Collection[str] = ()) -> int:
+    def wanted_places(self, looked_at: Iterable[str], exiting: Collection[str] = ()) -> int:
         """How many rentals may ask for a place when these workers are looked at: those that wait, will be lost or
         are to be moved away. `leaving`: the workers that are about to stop."""
         return self.waiting() + sum(
             h.blank
-            or h.state in ON_THE_WAY
-            or (h.state in LIVE and (worker_id in leaving or _is_left(self._workers.get(worker_id))))
+            or h.state in BEING_MADE
+            or (h.state in LIVE and (worker_id in exiting or _is_to_be_emptied(self._workers.get(worker_id))))
             for worker_id in looked_at
             for h in self.held(worker_id)
         )
@@ -370,7 +370,7 @@ class PoolIndex:
         return [w for w, since in islice(self._by_health[health].items(), number) if now - since > beyond_s]
 
 
-def _is_left(known: IndexedWorker | None) -> bool:
+def _is_to_be_emptied(known: IndexedWorker | None) -> bool:
     """What runs there will have to be somewhere else."""
     return known is None or known.health in {Health.DOWN, Health.QUARANTINED} or known.intent is Intent.DRAINING
 
@@ -387,17 +387,17 @@ def _used(held: tuple[IndexedPlacement, ...]) -> int:
     return sum(h.state in HOLDING for h in held)
 
 
-def _standing(known: IndexedWorker, used: int) -> Eligibility:
+def _eligibility(known: IndexedWorker, used: int) -> Eligibility:
     return Eligibility(
         health=known.health,
         fault=bool(known.fault),
         intent=known.intent,
-        leaving=False,
+        exiting=False,
         full=is_full(used, known.slots),
     )
 
 
 def _rank(worker_id: str, known: IndexedWorker | None, held: tuple[IndexedPlacement, ...]) -> Rank | None:
-    if known is None or refusal(_standing(known, _used(held))):
+    if known is None or refusal(_eligibility(known, _used(held))):
         return None
     return rank(worker_id, _used(held), known.slots)

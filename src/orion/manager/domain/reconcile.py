@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from orion.manager.domain import migration, snapshots, start_commands, tasks
-from orion.manager.domain.assignment import Assignments, wait, wait_for_files
+from orion.manager.domain.assignment import Assignments, wait_for_files, wait_for_worker
 from orion.manager.domain.migration import ACTOR
 from orion.manager.domain.model import Placement, Rental, Worker
 from orion.manager.domain.observations import Observations
@@ -40,11 +40,11 @@ from orion.manager.domain.world import Draft, World
 MAX_FAILURES = 5
 """A rental that was never active and could not be made so often is failed."""
 
-SALVAGE_WITHIN_S = 150.0
+RECOVERY_DEADLINE_S = 150.0
 """Of a worker's joining, which has JOIN_DEADLINE_S in all: what is not copied aside by then is given up. A try that is
 under way then ends first (operations/recover.py), and then it is purged."""
 
-HOLDS_STRANGERS = "it holds what the database has never placed"
+HOLDS_UNKNOWN = "it holds what the database has never placed"
 
 ANSWERING = frozenset({Health.READY, Health.JOINING})
 """Workers that are to blame when a clean-up passes its deadline; a silent one is judged by its lease."""
@@ -66,19 +66,21 @@ def decide(snapshot: World, observations: Observations) -> Decision:
             steps.append(step)
 
     for worker in list(world.workers.values()):
-        commit(_keep_strangers(worker, observations))
+        commit(_keep_unknown_rentals(worker, observations))
     for placement in list(world.placements.values()):
         commit(_settle_placement(world, placement, observations))
     places = Assignments(world, observations)
-    for rental in _queue(world):
+    for rental in _by_priority(world):
         commit(_settle_rental(world, rental, observations, places))
-    for placement in sorted(world.placements.values(), key=lambda p: (p.worker_id not in observations.vacating, p.id)):
-        commit(_settle_move(world, placement, observations, places))
+    for placement in sorted(
+        world.placements.values(), key=lambda p: (p.worker_id not in observations.evacuating, p.id)
+    ):
+        commit(_settle_migration(world, placement, observations, places))
     for placement in list(world.placements.values()):
         if placement.state is PlacementState.RESERVED:
             commit(_prepare(world, placement))
     for worker in list(world.workers.values()):
-        commit(_drained(world, worker))
+        commit(_finish_drain(world, worker))
     held = (
         migration.Source(placement_id=p.id, worker_id=p.worker_id, epoch=p.epoch, move=p.held)
         for p in snapshot.placements.values()
@@ -186,22 +188,22 @@ def _not_cleaned_up_in_time(case: PlacementCase) -> Step | None:
         return None
     reason = "its clean-up passed its deadline"
     failed = move_placement(case.placement, case.owner, PlacementState.FAILED, ACTOR, reason)
-    return merge((failed, _blame(case.worker, case.placement)))
+    return merge((failed, _fault_after_clean_up(case.worker, case.placement)))
 
 
 def _still_not_cleaned_up(case: PlacementCase) -> Step | None:
     # An operator who resumes its worker gives it another deadline.
     if not case.passed_clean_up_s or case.worker.fault:
         return None
-    return _blame(case.worker, case.placement)
+    return _fault_after_clean_up(case.worker, case.placement)
 
 
-def _not_salvaged_in_time(case: PlacementCase) -> Step | None:
+def _not_recovered_in_time(case: PlacementCase) -> Step | None:
     # So that its worker is ready in time, whatever keeps its files from being copied aside.
-    late = case.worker.health is Health.JOINING and case.observations.age(case.worker.id) > SALVAGE_WITHIN_S
-    if not late or case.rental is None or not snapshots.wants_salvage(case.rental, case.placement):
+    late = case.worker.health is Health.JOINING and case.observations.age(case.worker.id) > RECOVERY_DEADLINE_S
+    if not late or case.rental is None or not snapshots.is_to_be_recovered(case.rental, case.placement):
         return None
-    return snapshots.not_salvaged(case.rental, case.placement, f"it took longer than {SALVAGE_WITHIN_S:.0f} s")
+    return snapshots.not_recovered(case.rental, case.placement, f"it took longer than {RECOVERY_DEADLINE_S:.0f} s")
 
 
 def _came_back_without_it(case: PlacementCase) -> Step | None:
@@ -219,7 +221,7 @@ PLACEMENT_RULES: Mapping[PlacementState, tuple[PlacementRule, ...]] = {
     PlacementState.STOPPING: (_not_cleaned_up_in_time,),
     PlacementState.STOPPED: (_nothing_was_made,),
     PlacementState.FAILED: (_still_not_cleaned_up,),
-    PlacementState.LOST: (_not_salvaged_in_time, _came_back_without_it),
+    PlacementState.LOST: (_not_recovered_in_time, _came_back_without_it),
     PlacementState.PURGED: (),
 }
 """The first rule that makes a step decides."""
@@ -240,7 +242,7 @@ def _lose(
         lost = merge((Step((Write(kind="worker", id=worker.id, expect={"health": Health.DOWN}, change={}),)), lost))
     if rental is None or placement.state not in LIVE or placement.standby:
         return lost
-    change, events = start_commands.after_a_loss(rental, placement, observations.wall)
+    change, events = start_commands.after_loss(rental, placement, observations.wall)
     told = Step((), events)
     if rental.state is RentalState.ACTIVE:
         reason = f"worker {placement.worker_id} is down: moving to another one"
@@ -272,7 +274,7 @@ def give_up(placement: Placement, rental: Rental | None, reason: str) -> Step:
     return merge((failed, queued))
 
 
-def _blame(worker: Worker, placement: Placement) -> Step:
+def _fault_after_clean_up(worker: Worker, placement: Placement) -> Step:
     reason = f"rental {placement.rental_id} could not be cleaned up"
     event = Event(
         kind="worker.cleanup_failed",
@@ -286,7 +288,7 @@ def _blame(worker: Worker, placement: Placement) -> Step:
     return _set_fault(worker, reason, event)
 
 
-def _keep_strangers(worker: Worker, observations: Observations) -> Step | None:
+def _keep_unknown_rentals(worker: Worker, observations: Observations) -> Step | None:
     """What the database has never heard of may be all that is left of a rental: only an operator ends it.
 
     The worker is set aside for it, until it is given up (orion resume --give-up) or is not there any more.
@@ -297,13 +299,13 @@ def _keep_strangers(worker: Worker, observations: Observations) -> Step | None:
     if found and not worker.fault:
         names = ", ".join(sorted(item.rental_id for item in found)[:5])
         fault = (
-            f"{HOLDS_STRANGERS} ({names}): restore a backup that knows them, "
+            f"{HOLDS_UNKNOWN} ({names}): restore a backup that knows them, "
             f"or end them for good: orion resume --give-up {worker.id}"
         )
         return _set_fault(
             worker, fault, Event(kind="worker.holds_unknown", actor=ACTOR, reason=fault, worker_id=worker.id)
         )
-    if not found and worker.fault.startswith(HOLDS_STRANGERS):
+    if not found and worker.fault.startswith(HOLDS_UNKNOWN):
         gone = "what the database has never placed is not there any more"
         return _set_fault(
             worker, "", Event(kind="worker.holds_nothing_unknown", actor=ACTOR, reason=gone, worker_id=worker.id)
@@ -320,7 +322,7 @@ def _set_fault(worker: Worker, fault: str, event: Event) -> Step:
     )
 
 
-def _queue(world: World) -> list[Rental]:
+def _by_priority(world: World) -> list[Rental]:
     """Those that were active before first, then by age; one that does not fit blocks nobody."""
     return sorted(
         (r for r in world.rentals.values() if r.state not in ENDED | {RentalState.ACTIVE}),
@@ -333,12 +335,16 @@ def _settle_rental(world: Draft, rental: Rental, observations: Observations, pla
         return _finish_release(world, rental)
     if world.live_placement(rental.id) is not None or _is_being_stopped(world, rental):
         return None
-    lost = _may_come_back_with_its_files(world, rental, observations)
-    standby = world.standby_of(rental.id)
+    lost = _awaited_files(world, rental, observations)
+    standby = world.target_of(rental.id)
     if standby is not None:
-        problem = migration.problem_of(standby, rental, world.workers.get(standby.worker_id), observations.leaving)
+        problem = migration.target_problem(standby, rental, world.workers.get(standby.worker_id), observations.exiting)
         problem = problem or ("no copy of its files was made for it" if lost else "")
-        return migration.end_standby(standby, rental.owner, problem) if problem else migration.promote(rental, standby)
+        return (
+            migration.end_target(standby, rental.owner, problem)
+            if problem
+            else migration.promote_target(rental, standby)
+        )
     if rental.state is RentalState.PROVISIONING:
         return move_rental(rental, RentalState.QUEUED, ACTOR, "its place was lost")
     if rental.activated_at is None and rental.failures >= MAX_FAILURES:
@@ -346,15 +352,17 @@ def _settle_rental(world: Draft, rental: Rental, observations: Observations, pla
         return move_rental(rental, RentalState.FAILED, ACTOR, reason)
     if rental.activated_at is None and observations.age(rental.id) > QUEUE_DEADLINE_S:
         return move_rental(rental, RentalState.FAILED, ACTOR, f"no worker was free within {QUEUE_DEADLINE_S:.0f} s")
-    at_work = _may_be_at_work(world, rental, observations)
+    at_work = _may_run_command(world, rental, observations)
     if at_work is not None:
-        return wait(rental, f"waiting until worker {at_work.worker_id} has ended what it may have begun of it")
+        return wait_for_worker(
+            rental, f"waiting until worker {at_work.worker_id} has ended what it may have begun of it"
+        )
     if lost is not None:
         return wait_for_files(rental, lost.worker_id, observations.awaits_files_s)
     return places.place(rental)
 
 
-def _may_come_back_with_its_files(world: Draft, rental: Rental, observations: Observations) -> Placement | None:
+def _awaited_files(world: Draft, rental: Rental, observations: Observations) -> Placement | None:
     """Return the lost placement whose worker is waited for, because the only files of the rental are there.
 
     A worker that joins has come back: it has its own deadline (SALVAGE_WITHIN_S) to hand them over.
@@ -363,7 +371,7 @@ def _may_come_back_with_its_files(world: Draft, rental: Rental, observations: Ob
         return None
     for placement in world.placements_of(rental.id):
         worker = world.workers.get(placement.worker_id)
-        holds = snapshots.wants_salvage(rental, placement) and not placement.standby
+        holds = snapshots.is_to_be_recovered(rental, placement) and not placement.standby
         if worker is None or not holds or placement.epoch < rental.let_in_epoch:
             continue
         if worker.health is Health.JOINING or observations.age(placement.id) < observations.awaits_files_s:
@@ -379,7 +387,7 @@ def _is_being_stopped(world: Draft, rental: Rental) -> bool:
     )
 
 
-def _may_be_at_work(world: Draft, rental: Rental, observations: Observations) -> Placement | None:
+def _may_run_command(world: Draft, rental: Rental, observations: Observations) -> Placement | None:
     """Where it was given up, and its start command may be running: how the last try there ended may be unknown.
 
     Nobody else is led there, so a rental without a command goes on elsewhere at once. A clean-up that passes its
@@ -392,12 +400,14 @@ def _may_be_at_work(world: Draft, rental: Rental, observations: Observations) ->
     return next((p for p in own if observations.age(p.id) <= DELETE_DEADLINE_S), None)
 
 
-def _settle_move(world: Draft, placement: Placement, observations: Observations, places: Assignments) -> Step | None:
+def _settle_migration(
+    world: Draft, placement: Placement, observations: Observations, places: Assignments
+) -> Step | None:
     """Return the next step of a planned migration, the first one included: see domain/migration.py."""
     worker, rental = world.workers.get(placement.worker_id), world.rentals.get(placement.rental_id)
     if placement.standby or worker is None or rental is None or not migration.can_move(rental, placement):
         return None
-    target = world.standby_of(rental.id)
+    target = world.target_of(rental.id)
     to = world.workers.get(target.worker_id) if target else None
     case = MigrationCase(
         rental=rental, source=placement, worker=worker, target=target, to=to, observations=observations, places=places
@@ -424,8 +434,8 @@ class MigrationCase:
     places: Assignments
 
     @property
-    def is_vacating(self) -> bool:
-        return self.worker.id in self.observations.vacating
+    def is_evacuating(self) -> bool:
+        return self.worker.id in self.observations.evacuating
 
 
 def _quiesced_for_too_long(case: MigrationCase) -> Step | None:
@@ -439,7 +449,7 @@ def _target_is_of_no_use(case: MigrationCase) -> Step | None:
     # A worker that is lost, at fault or to be emptied itself would be left again at once.
     if case.target is None:
         return None
-    problem = migration.problem_of(case.target, case.rental, case.to, case.observations.leaving)
+    problem = migration.target_problem(case.target, case.rental, case.to, case.observations.exiting)
     return migration.abandon(case.rental, case.source, case.target, problem) if problem else None
 
 
@@ -447,12 +457,12 @@ def _quiesce(case: MigrationCase) -> Step | None:
     # Only once the target has most of the files: what is left to copy then is little.
     if case.target is None:
         return None
-    return migration.hold(case.rental, case.source, case.target, f"for its move to worker {case.target.worker_id}")
+    return migration.quiesce(case.rental, case.source, case.target, f"for its move to worker {case.target.worker_id}")
 
 
 def _target_was_lost(case: MigrationCase) -> Step | None:
     # On a worker that is about to end it stays quiesced, and is parked.
-    parks = case.is_vacating
+    parks = case.is_evacuating
     return (
         None if parks else migration.abandon(case.rental, case.source, None, "where it was to go is not ready any more")
     )
@@ -460,10 +470,10 @@ def _target_was_lost(case: MigrationCase) -> Step | None:
 
 def _begin(case: MigrationCase) -> Step | None:
     # Not while the rental rests from a migration that has failed.
-    why = migration.must_leave(case.worker, case.observations.vacating)
-    if not why or case.rental.id in case.observations.resting:
+    why = migration.must_leave(case.worker, case.observations.evacuating)
+    if not why or case.rental.id in case.observations.migration_backoff:
         return None
-    return case.places.move(case.rental, case.source, why, parks=case.is_vacating)
+    return case.places.move(case.rental, case.source, why, parks=case.is_evacuating)
 
 
 MigrationRule = Callable[[MigrationCase], Step | None]
@@ -500,7 +510,7 @@ def _prepare(world: World, placement: Placement) -> Step | None:
     return move_placement(placement, rental.owner, PlacementState.PREPARING, ACTOR, "making its account")
 
 
-def _drained(world: Draft, worker: Worker) -> Step | None:
+def _finish_drain(world: Draft, worker: Worker) -> Step | None:
     if worker.intent is not Intent.DRAINING or not world.is_whole(worker.id) or world.used_on(worker.id):
         return None
     event = Event(kind="worker.drained", actor=ACTOR, reason="it holds no rental any more", worker_id=worker.id)

@@ -18,7 +18,7 @@ class Eligibility(NamedTuple):
     health: Health
     fault: bool
     intent: Intent
-    leaving: bool
+    exiting: bool
     full: bool
     failed_here: bool = False
     """This rental could not be made here before."""
@@ -30,16 +30,16 @@ class Candidate:
     used: frozenset[int]
     """Slot numbers that are taken."""
     failed_here: bool
-    leaving: bool
+    exiting: bool
 
     @property
-    def standing(self) -> Eligibility:
+    def eligibility(self) -> Eligibility:
         worker, full = self.worker, is_full(len(self.used), self.worker.slots)
         return Eligibility(
             health=worker.health,
             fault=bool(worker.fault),
             intent=worker.intent,
-            leaving=self.leaving,
+            exiting=self.exiting,
             full=full,
             failed_here=self.failed_here,
         )
@@ -68,7 +68,7 @@ FILTERS: tuple[Filter, ...] = (
     ("{health}", lambda s: s.health is not Health.READY),
     ("at fault", lambda s: s.fault),
     ("draining", lambda s: s.intent is not Intent.ACTIVE),
-    ("leaving", lambda s: s.leaving),
+    ("exiting", lambda s: s.exiting),
     ("full", lambda s: s.full),
     ("failed to make it", lambda s: s.failed_here),
 )
@@ -81,9 +81,9 @@ def choose(candidates: list[Candidate]) -> Chosen | NoWorker:
     let anybody in. Who can be reached is heard within two seconds of the manager's return
     (orion_worker/agent/decisions.py).
     """
-    fit = [candidate for candidate in candidates if not refusal(candidate.standing)]
+    fit = [candidate for candidate in candidates if not refusal(candidate.eligibility)]
     if not fit:
-        reasons = Counter(refusal(candidate.standing) for candidate in candidates)
+        reasons = Counter(refusal(candidate.eligibility) for candidate in candidates)
         return NoWorker(explain(reasons), counted(reasons))
     best = min(fit, key=lambda candidate: candidate.rank)
     slot = next(number for number in range(best.worker.slots) if number not in best.used)
@@ -98,11 +98,11 @@ def rank(worker_id: str, used: int, slots: int) -> Rank:
     return used / slots, used, worker_id
 
 
-def refusal(standing: Eligibility) -> str:
+def refusal(eligibility: Eligibility) -> str:
     """Which filter refuses it; empty when none does."""
     for reason, refuses in FILTERS:
-        if refuses(standing):
-            return reason.format(health=standing.health)
+        if refuses(eligibility):
+            return reason.format(health=eligibility.health)
     return ""
 
 
@@ -143,11 +143,11 @@ class Candidates:
         for worker_id in failed:
             candidate = self._candidates.get(worker_id)
             if candidate is not None:
-                standing = candidate.standing
-                reasons[refusal(standing)] -= 1
-                reasons[refusal(standing._replace(failed_here=True))] += 1
+                eligibility = candidate.eligibility
+                reasons[refusal(eligibility)] -= 1
+                reasons[refusal(eligibility._replace(failed_here=True))] += 1
         if own in self._candidates and own not in failed:
-            reasons[refusal(self._candidates[own].standing)] -= 1
+            reasons[refusal(self._candidates[own].eligibility)] -= 1
             reasons["where it is"] += 1
         return None if reasons[""] > 0 else NoWorker(explain(+reasons), counted(+reasons))
 
@@ -158,6 +158,6 @@ class Candidates:
         self._count(after, 1)
 
     def _count(self, candidate: Candidate, one: int) -> None:
-        reason = refusal(candidate.standing)
+        reason = refusal(candidate.eligibility)
         self._reasons[reason] += one
         self._room.put(candidate.worker.id, None if reason else candidate.rank)

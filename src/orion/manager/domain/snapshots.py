@@ -22,24 +22,24 @@ from orion.manager.domain.states import ENDED, PlacementState, RentalState
 from orion.manager.domain.steps import Event, Step, Write, move_placement, move_rental
 
 NEWEST_KEPT = 3
-SALVAGES_KEPT = 2
+RECOVERED_KEPT = 2
 EXPIRED_KEPT_S = 24 * 3600.0
 """An expired rental's last copy is kept for so long; a released one's goes at once."""
-SALVAGE_SHOWN_S = 7 * 24 * 3600.0
+RECOVERED_SHOWN_S = 7 * 24 * 3600.0
 """A salvage that waits for its owner is shown for so long; it is kept and listed for longer."""
-HOLDS = "its home holds "
+NEARLY_FULL_WARNING = "its home holds "
 """How the warning begins that a home is nearly full."""
-RARELY = "so much of its home changes at once that it is copied "
+SLOWER = "so much of its home changes at once that it is copied "
 """How the warning begins that a home is copied less often than usual."""
 NEARLY_FULL = 0.8
 """The share of what a home may hold from which on its renter is warned."""
 BLOCK_BYTES = 4096
 """The least that an entry of a home counts for: a directory takes a block of most disks, and a copy of it one more."""
-MOST_ORIGINS = 32
+MAX_ORIGINS = 32
 """Epochs of a rental whose origins are kept. A salvage of an earlier epoch waits to be asked for."""
 NAMES_SHOWN = 3
 """Names of files that a copy lacks, in a sentence about it; its details have those that are known."""
-_WRITTEN = re.compile(r"([1-9][0-9]{0,15})-([1-9][0-9]{0,15})")
+_ID = re.compile(r"([1-9][0-9]{0,15})-([1-9][0-9]{0,15})")
 
 
 @dataclass(frozen=True, order=True)
@@ -54,7 +54,7 @@ class SnapshotId:
 
     @staticmethod
     def parse(text: str) -> SnapshotId | None:
-        match = _WRITTEN.fullmatch(text)
+        match = _ID.fullmatch(text)
         return SnapshotId(int(match[1]), int(match[2])) if match else None
 
 
@@ -81,7 +81,7 @@ def kept(complete: Iterable[Snapshot]) -> set[SnapshotId]:
     ordered = [copy.generation for copy in all_ if not copy.salvage]
     salvages = [copy.generation for copy in all_ if copy.salvage]
     before = [generation for generation in ordered if generation.epoch < ordered[0].epoch]
-    return {*ordered[:NEWEST_KEPT], *before[:1], *salvages[:SALVAGES_KEPT]}
+    return {*ordered[:NEWEST_KEPT], *before[:1], *salvages[:RECOVERED_KEPT]}
 
 
 def counted(blocks: int, size: int) -> int:
@@ -109,12 +109,12 @@ def newest(complete: Iterable[Snapshot], rental: Rental) -> Snapshot | None:
     latest state that grew out of what it began with then; where nobody knows that, the latest copy."""
     ordered = sorted(complete, key=lambda copy: copy.generation)
     since = [copy for copy in ordered if copy.generation.epoch >= rental.let_in_epoch]
-    began_with = _latest_of_what_it_began_with(ordered, rental)
+    began_with = _grown_from_origin(ordered, rental)
     copies = [copy for copy in ordered if not copy.salvage]
     return next((each[-1] for each in (since, began_with, copies) if each), None)
 
 
-def _latest_of_what_it_began_with(ordered: Sequence[Snapshot], rental: Rental) -> list[Snapshot]:
+def _grown_from_origin(ordered: Sequence[Snapshot], rental: Rental) -> list[Snapshot]:
     """Return the kept copies from what the rental began with to the latest state that has all of it.
 
     A later copy of the same home has all of an earlier one, and so has a copy of a home that was filled with it. Where
@@ -126,13 +126,13 @@ def _latest_of_what_it_began_with(ordered: Sequence[Snapshot], rental: Rental) -
     if origin is None:
         return chain
     latest, asked = SnapshotId.parse(rental.began_with), origin.asked
-    while grown := _grown_from(latest, asked, ordered, rental):
+    while grown := _successors(latest, asked, ordered, rental):
         chain.append(grown[-1])
         latest, asked = grown[-1].generation, False
     return chain
 
 
-def _grown_from(latest: SnapshotId | None, asked: bool, ordered: Sequence[Snapshot], rental: Rental) -> list[Snapshot]:
+def _successors(latest: SnapshotId | None, asked: bool, ordered: Sequence[Snapshot], rental: Rental) -> list[Snapshot]:
     """Return the later copies that have all of the copy `latest`, oldest first. `latest` None: the home was empty.
 
     `asked`: somebody went back to it, and has given up what was later in the same home.
@@ -147,7 +147,7 @@ def _grown_from(latest: SnapshotId | None, asked: bool, ordered: Sequence[Snapsh
     return same_home or filled_with_it
 
 
-def waiting_salvage(complete: Iterable[Snapshot], rental: Rental, wall: float) -> Snapshot | None:
+def waiting_recovered_snapshot(complete: Iterable[Snapshot], rental: Rental, wall: float) -> Snapshot | None:
     """Return the newest salvage that is no part of what the rental has, or is about to begin with; None: there is none.
 
     `wall`: UTC seconds. Without a time each would be shown for as long as the rental lives.
@@ -159,7 +159,7 @@ def waiting_salvage(complete: Iterable[Snapshot], rental: Rental, wall: float) -
     again = newest(all_, rental)
     begins = rental.restore_from or (str(again.generation) if again else "")
     has = _ancestors(rental, rental.began_with if runs else begins)
-    shown = [copy for copy in all_ if copy.salvage and wall - copy.at < SALVAGE_SHOWN_S]
+    shown = [copy for copy in all_ if copy.salvage and wall - copy.at < RECOVERED_SHOWN_S]
     shown = [copy for copy in shown if not (runs and copy.generation.epoch >= rental.let_in_epoch)]
     waiting = [c for c in shown if c.generation.number > has.get(c.generation.epoch, 0)]
     return max(waiting, key=lambda copy: copy.generation, default=None)
@@ -180,7 +180,7 @@ def _origin(rental: Rental, epoch: int) -> Origin | None:
     return next((origin for origin in rental.lineage if origin.epoch == epoch), None)
 
 
-def let_in(rental: Rental, epoch: int, generation: str) -> dict[str, Any]:
+def activated(rental: Rental, epoch: int, generation: str) -> dict[str, Any]:
     """Return what changes in a rental whose renter is let in at `epoch`, with that copy in the home; empty: with none.
 
     What was asked for stays asked for while there is no copy of the epoch that began with it.
@@ -189,10 +189,10 @@ def let_in(rental: Rental, epoch: int, generation: str) -> dict[str, Any]:
     same = before is not None and before.asked and before.generation == generation
     origin = Origin(epoch, generation, rental.restore_from is not None or same)
     others = [each for each in rental.lineage if each.epoch != epoch]
-    return {"let_in_epoch": epoch, "began_with": generation, "lineage": (*others, origin)[-MOST_ORIGINS:]}
+    return {"let_in_epoch": epoch, "began_with": generation, "lineage": (*others, origin)[-MAX_ORIGINS:]}
 
 
-def begins_from(complete: Iterable[Snapshot], epoch: int, salvage: bool) -> Snapshot | None:
+def base_of(complete: Iterable[Snapshot], epoch: int, salvage: bool) -> Snapshot | None:
     """The copy that a new one of this epoch is compared with: the latest that it may be like."""
     before = [c for c in complete if c.generation.epoch <= epoch and (salvage or not c.salvage)]
     return max(before, key=lambda copy: copy.generation, default=None)
@@ -210,10 +210,10 @@ ACTOR = "copies"
 
 def wanted(rental: Rental) -> str | None:
     """What its next placement begins with; None for one whose renter was never let in, which has nothing to lose."""
-    return (rental.restore_from or NEWEST) if was_let_in(rental) else None
+    return (rental.restore_from or NEWEST) if was_activated(rental) else None
 
 
-def was_let_in(rental: Rental) -> bool:
+def was_activated(rental: Rental) -> bool:
     """Whether its renter was let in anywhere, as far as the manager was told: by the end of the task, or by a salvage
     of what nobody lived to tell. Then it has files, though it may never have been active.
     """
@@ -223,7 +223,7 @@ def was_let_in(rental: Rental) -> bool:
 def is_without_copies(rental: Rental) -> bool:
     """Return whether its files are nowhere but where it ran: no copy of them is known, and none was asked for."""
     never = rental.last_safe_copy_at is None and not rental.began_with
-    return was_let_in(rental) and never and rental.restore_from is None
+    return was_activated(rental) and never and rental.restore_from is None
 
 
 def nearly_full(copy: Snapshot, max_bytes: int, max_files: int) -> str:
@@ -235,20 +235,20 @@ def nearly_full(copy: Snapshot, max_bytes: int, max_files: int) -> str:
         held.append(f"{copy.files:,} of {max_files:,} files")
     if not held:
         return ""
-    return f"{HOLDS}{' and '.join(held)}: with more than that it is frozen and not copied, so make room"
+    return f"{NEARLY_FULL_WARNING}{' and '.join(held)}: with more than that it is frozen and not copied, so make room"
 
 
 def _megabytes(number: int) -> str:
     return f"{number / 10**6:,.1f} MB"
 
 
-def copied_rarely(interval_s: float, usual_s: float) -> str:
+def slower_warning(interval_s: float, usual_s: float) -> str:
     """Return the warning of a home whose programs would stand still for too long if it were copied as often as usual.
 
     `interval_s`: the seconds between its copies, as far as they are known to be more than `usual_s`.
     """
     how_often = f"every {interval_s:.0f} s only" if interval_s > usual_s else f"less often than every {usual_s:.0f} s"
-    return f"{RARELY}{how_often}, until less changes at once"
+    return f"{SLOWER}{how_often}, until less changes at once"
 
 
 def accepted(rental: Rental, placement: Placement, copy: Snapshot, warning: str = "", rarely: str = "") -> Step:
@@ -262,7 +262,7 @@ def accepted(rental: Rental, placement: Placement, copy: Snapshot, warning: str 
     change |= {"home_warning": _both(warning, rarely)}
     event = _event("rental.copied", "its files are copied from now on", rental, placement.worker_id, copy)
     told = [event] if rental.last_safe_copy_at is None or rental.copy_problem else []
-    if warning and not rental.home_warning.startswith(HOLDS):
+    if warning and not rental.home_warning.startswith(NEARLY_FULL_WARNING):
         told.append(_event("rental.home_nearly_full", warning, rental, placement.worker_id, copy))
     return Step(_still_running(rental, placement, change, held=placement.held), tuple(told))
 
@@ -281,14 +281,14 @@ def interval_changed(rental: Rental, placement: Placement, pause_s: float, inter
     return Step((), (told,))
 
 
-def copied_less_often(rental: Rental, placement: Placement, problem: str, rarely: str) -> Step:
+def slowed(rental: Rental, placement: Placement, problem: str, rarely: str) -> Step:
     """Tell its owner that a rental is copied as soon as less of it changes. `problem`: why it was not copied now.
 
     `rarely` is shown until it is copied as often as usual: see `copied_rarely`.
     """
     reason = f"{problem}. It is tried again, ever later, and copied as soon as less changes"
     event = _event("rental.copy_interval_changed", reason, rental, placement.worker_id)
-    full = rental.home_warning.partition(RARELY)[0].removesuffix("; ")
+    full = rental.home_warning.partition(SLOWER)[0].removesuffix("; ")
     return Step(_still_running(rental, placement, {"home_warning": _both(full, rarely)}), (event,))
 
 
@@ -308,7 +308,7 @@ def thawed(rental: Rental, placement: Placement, actor: str) -> Step:
     return Step(_still_running(rental, placement, {"copy_problem": problem}), (event,))
 
 
-def wants_salvage(rental: Rental | None, placement: Placement) -> bool:
+def is_to_be_recovered(rental: Rental | None, placement: Placement) -> bool:
     """Whether what its worker still has of a lost placement is to be copied aside before it is purged.
 
     Also where no renter is known to have been let in: only the worker knows (NOTHING_TO_SALVAGE).
@@ -318,7 +318,7 @@ def wants_salvage(rental: Rental | None, placement: Placement) -> bool:
     return rental.state not in ENDED | {RentalState.RELEASING}
 
 
-def salvaged(rental: Rental, placement: Placement, copy: Snapshot, there: Iterable[Snapshot]) -> Step:
+def recovered(rental: Rental, placement: Placement, copy: Snapshot, there: Iterable[Snapshot]) -> Step:
     """What its worker still had is kept; as a salvage, unless it is just as a copy that there is already.
 
     And it is news that its renter was let in at that epoch: a worker that dies just then takes the outcome with it.
@@ -345,7 +345,7 @@ def salvaged(rental: Rental, placement: Placement, copy: Snapshot, there: Iterab
         reason = f"{had}: they are kept as copy {name}, and restored by: {restore}"
     change |= {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes} if counts else {}
     writes = (
-        _salvage_is_over(placement),
+        _recovery_ends(placement),
         Write(
             kind="rental",
             id=rental.id,
@@ -356,18 +356,18 @@ def salvaged(rental: Rental, placement: Placement, copy: Snapshot, there: Iterab
     return Step(writes, (_event("rental.salvaged", reason, rental, worker_id, copy),))
 
 
-def not_salvaged(rental: Rental, placement: Placement, why: str) -> Step:
+def not_recovered(rental: Rental, placement: Placement, why: str) -> Step:
     """What its worker had beyond the last copy is lost. `why` empty: it had nothing of its own."""
     if not why:
-        return Step((_salvage_is_over(placement),))
+        return Step((_recovery_ends(placement),))
     reason = (
         f"worker {placement.worker_id} came back with its files of epoch {placement.epoch}, and they could not be "
         f"copied aside before they were purged: {why}. What was written there after the last copy of that epoch is lost"
     )
-    return Step((_salvage_is_over(placement),), (_event("rental.salvage_failed", reason, rental, placement.worker_id),))
+    return Step((_recovery_ends(placement),), (_event("rental.salvage_failed", reason, rental, placement.worker_id),))
 
 
-def _salvage_is_over(placement: Placement) -> Write:
+def _recovery_ends(placement: Placement) -> Write:
     return Write(
         kind="placement",
         id=placement.id,

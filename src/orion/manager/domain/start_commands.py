@@ -36,7 +36,7 @@ def due(rental: Rental, placement: Placement, worker: Worker) -> str:
     return wanted if is_due else ""
 
 
-def after_a_loss(rental: Rental, placement: Placement, wall: float) -> tuple[Mapping[str, Any], tuple[Event, ...]]:
+def after_loss(rental: Rental, placement: Placement, wall: float) -> tuple[Mapping[str, Any], tuple[Event, ...]]:
     """What changes in a rental whose worker, or its container's life, was lost at `wall` (UTC seconds), and why.
 
     A wall clock that jumps makes it run once more, or once less, until its owner asks for it: nothing else.
@@ -59,18 +59,18 @@ def restarted(rental: Rental, placement: Placement, worker: Worker, wall: float)
     run, _, boot_id = placement.started.partition("@")
     if not run or boot_id == worker.boot_id or placement.state is not PlacementState.RUNNING:
         return None
-    change, events = after_a_loss(rental, placement, wall)
+    change, events = after_loss(rental, placement, wall)
     if not change:
         return None
     here = {"state": placement.state, "started": placement.started}
     writes = (
-        Write(kind="placement", id=placement.id, expect=here, change=run_anew("")),
+        Write(kind="placement", id=placement.id, expect=here, change=new_run("")),
         Write(kind="rental", id=rental.id, expect={"state": rental.state, "epoch": rental.epoch}, change=change),
     )
     return Step(writes, events)
 
 
-def run_anew(mark: str) -> dict[str, Any]:
+def new_run(mark: str) -> dict[str, Any]:
     """Return what changes in a placement with a run of the command: of this one nobody knows an end."""
     return {"started": mark, "start_end": "", "start_ended_at": None}
 
@@ -97,7 +97,7 @@ def in_words(how: str) -> str:
     return {"status": f"ended with status {number}", "signal": f"was ended by signal {number}"}.get(kind, "has ended")
 
 
-def ran(rental: Rental, placement: Placement, mark: str, problem: str) -> Event:
+def run_event(rental: Rental, placement: Placement, mark: str, problem: str) -> Event:
     """`problem`: why it could not be run, in the worker's words; empty where it was."""
     kind = "rental.start_failed" if problem else "rental.started"
     reason = problem or "its start command is run: orion logs shows what it says"

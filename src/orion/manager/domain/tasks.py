@@ -27,8 +27,8 @@ class TaskKind(StrEnum):
     REACH = "reach"
     SALVAGE = "salvage"
     """Copy aside what is left of a lost placement, before it is purged: see copies.wants_salvage."""
-    SEED = "seed"
-    FINISH = "finish"
+    PRECOPY = "seed"
+    FINAL_SYNC = "finish"
     PARK = "park"
     THAW = "thaw"
 
@@ -182,7 +182,7 @@ def _is_to_be_made(case: TaskCase) -> bool:
 
 def _is_to_be_salvaged(case: TaskCase) -> bool:
     # The worker of a lost placement may have files that nobody has copied. A target has only copies.
-    return not case.placement.standby and snapshots.wants_salvage(case.rental, case.placement)
+    return not case.placement.standby and snapshots.is_to_be_recovered(case.rental, case.placement)
 
 
 def _is_to_be_purged(case: TaskCase) -> bool:
@@ -209,8 +209,8 @@ def _fill_target(case: TaskCase) -> Task | None:
 def _park(case: TaskCase) -> Task | None:
     """Return the task that copies a last time what has nowhere to go; None: it waits for its target, or goes on."""
     placement, rental = case.placement, case.rental
-    phase = migration.phase_of(rental, placement, case.world.standby_of(rental.id))
-    ends = case.worker.id in case.observations.vacating and migration.can_move(rental, placement)
+    phase = migration.phase_of(rental, placement, case.world.target_of(rental.id))
+    ends = case.worker.id in case.observations.evacuating and migration.can_move(rental, placement)
     if phase is not MigrationPhase.PARK or not ends:
         return None
     return case.task(
@@ -244,7 +244,7 @@ def _delete(case: TaskCase) -> Task:
     return case.task(TaskKind.DELETE)
 
 
-FILLING = {MigrationPhase.PRECOPY: TaskKind.SEED, MigrationPhase.FINAL_SYNC: TaskKind.FINISH}
+FILLING = {MigrationPhase.PRECOPY: TaskKind.PRECOPY, MigrationPhase.FINAL_SYNC: TaskKind.FINAL_SYNC}
 """The tasks that fill the target of a planned migration, by its phase."""
 TaskRule = tuple[Callable[[TaskCase], bool], Callable[[TaskCase], Task | None]]
 TASK_RULES: tuple[TaskRule, ...] = (

@@ -62,7 +62,7 @@ class World:
     def live_placement(self, rental_id: str) -> Placement | None:
         return next((p for p in self.placements_of(rental_id) if p.state in LIVE and not p.standby), None)
 
-    def standby_of(self, rental_id: str) -> Placement | None:
+    def target_of(self, rental_id: str) -> Placement | None:
         return next((p for p in self.placements_of(rental_id) if p.state in LIVE and p.standby), None)
 
     def placements_of(self, rental_id: str) -> list[Placement]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from orion.manager.domain.snapshot_plan import SnapshotLimits
-from orion.manager.domain.snapshots import Snapshot, SnapshotId, begins_from, counted, may_stay, next_number
+from orion.manager.domain.snapshots import Snapshot, SnapshotId, base_of, counted, may_stay, next_number
 from orion.manager.fakes.workers import FakeWorker, FakeWorld
 from orion.manager.snapshots.port import (
     CONNECT_DEADLINE_S,
@@ -120,7 +120,7 @@ class FakeSnapshotService:
     ) -> Taken:
         there = self.stored.setdefault(home.rental_id, {})
         self._owners[home.rental_id] = home.owner
-        base = begins_from(self._copies(home.rental_id), home.epoch, copy.salvage)
+        base = base_of(self._copies(home.rental_id), home.epoch, copy.salvage)
         if base and base.generation.epoch == home.epoch and there[base.generation][1] == files:
             there[base.generation] = (replace(base, at=copy.at), dict(files))
             if not copy.salvage:

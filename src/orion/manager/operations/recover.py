@@ -14,7 +14,7 @@ from orion.manager.ansible.port import Outcome
 from orion.manager.domain import snapshots
 from orion.manager.domain.fair_share import Claim
 from orion.manager.domain.model import Item, Rental
-from orion.manager.domain.outcomes import SALVAGE_ATTEMPTS
+from orion.manager.domain.outcomes import RECOVERY_ATTEMPTS
 from orion.manager.domain.snapshot_plan import SnapshotLimits
 from orion.manager.domain.snapshots import SnapshotId
 from orion.manager.queues import FairQueue
@@ -59,11 +59,13 @@ class Recoverer:
             return Outcome(ok=False, message=f"it was not copied within {LONGEST_TRY_S:.0f} s")
         except SnapshotError as error:
             if error.code == NOTHING_TO_SALVAGE:
-                await self._book.record(snapshots.not_salvaged(rental, placement, ""))
+                await self._book.record(snapshots.not_recovered(rental, placement, ""))
                 return Outcome(ok=True)
-            tries = SALVAGE_ATTEMPTS if error.code in FOR_GOOD else 1
+            tries = RECOVERY_ATTEMPTS if error.code in FOR_GOOD else 1
             return Outcome(ok=False, message=str(error), report={TRIES: tries})
-        await self._book.accept(snapshots.salvaged(rental, placement, copied.copy, copied.kept), rental.id, copied.kept)
+        await self._book.accept(
+            snapshots.recovered(rental, placement, copied.copy, copied.kept), rental.id, copied.kept
+        )
         return Outcome(ok=True)
 
     async def _needed(self, rental: Rental) -> SnapshotId | None:

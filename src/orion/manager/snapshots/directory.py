@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orion.manager.domain.snapshots import Snapshot, SnapshotId, begins_from, counted, may_stay, next_number
+from orion.manager.domain.snapshots import Snapshot, SnapshotId, base_of, counted, may_stay, next_number
 from orion.manager.snapshots.disk import Usage
 from orion.manager.snapshots.protocol import read, written
 
@@ -68,7 +68,7 @@ def begin(folder: Path, epoch: int, salvage: bool) -> dict[str, Any]:
     `prepared` is whether `prepare` was done for it: a renter waits.
     """
     complete = found(folder)
-    base = begins_from(complete, epoch, salvage)
+    base = base_of(complete, epoch, salvage)
     _sweep(folder, complete, str(base.generation) if base else "")
     (folder / INCOMING).mkdir(mode=0o700)
     if base is None:

@@ -14,7 +14,7 @@ import asyncssh
 from orion.manager.domain.host_certificates import (
     BACKDATED_S,
     LIFETIME_S,
-    MOST_NAMES,
+    MAX_NAMES,
     Issued,
     NothingToSign,
     host_name,
@@ -51,7 +51,7 @@ class Authority:
         self, serial: int, worker_id: str, host_keys: Sequence[str], rental_ids: Collection[str]
     ) -> Issued:
         """For an hour, for the worker that holds that key, as the host of these rentals. Raises NothingToSign."""
-        named = sorted(rental_ids)[:MOST_NAMES]
+        named = sorted(rental_ids)[:MAX_NAMES]
         if not named:
             raise NothingToSign(f"nothing is placed on worker {worker_id}")
         key = next((key for key in host_keys if key.startswith(f"{ED25519} ")), None)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import Connection, Select, String, and_, cast, select
 
-from orion.manager.domain.pool_index import NOTHING, Changes, IndexedPlacement, IndexedWorker
+from orion.manager.domain.pool_index import NO_PLACEMENTS, Changes, IndexedPlacement, IndexedWorker
 from orion.manager.domain.states import ENDED, Health, Intent, PlacementState, RentalState
 from orion.manager.store.schema import placements, rentals, workers
 
@@ -87,7 +87,7 @@ def changes(connection: Connection, touched: Rows) -> Changes:
     for some in chunks(touched.rentals):
         found = connection.execute(_RENTALS.where(rentals.c.id.in_(some)))
         states.update((rental_id, _RENTAL_STATE[state]) for rental_id, state in found)
-    return Changes({w: (known[w], tuple(placed.get(w, NOTHING))) for w in ids}, states)
+    return Changes({w: (known[w], tuple(placed.get(w, NO_PLACEMENTS))) for w in ids}, states)
 
 
 def chunks(values: Iterable[str]) -> Iterator[list[str]]:
@@ -104,7 +104,7 @@ def everything(connection: Connection) -> Changes:
     placed: dict[str, list[IndexedPlacement]] = defaultdict(list)
     # One string object for each id saves memory in a large pool.
     _add_placements(connection, _PLACEMENTS, placed, {identity: identity for identity in (*known, *states)})
-    return Changes({w: (known.get(w), tuple(placed.get(w, NOTHING))) for w in {**known, **placed}}, states)
+    return Changes({w: (known.get(w), tuple(placed.get(w, NO_PLACEMENTS))) for w in {**known, **placed}}, states)
 
 
 def _known(connection: Connection, query: Select[Any]) -> Iterator[tuple[str, IndexedWorker]]:

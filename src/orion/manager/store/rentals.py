@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Select, and_, delete, insert, select, text, u
 from sqlalchemy.exc import IntegrityError
 
 from orion.manager.domain.expiry import release, renew
-from orion.manager.domain.snapshots import waiting_salvage
+from orion.manager.domain.snapshots import waiting_recovered_snapshot
 from orion.manager.domain.start_commands import ask_to_start
 from orion.manager.domain.states import ENDED, LIVE, RentalState
 from orion.manager.domain.steps import Event
@@ -203,7 +203,7 @@ def _with_recovered(connection: Connection, found: list[Row], wall: float) -> li
     recovered = snapshots.with_recovered(connection, [row["id"] for row in found])
     for row in found:
         of_it = recovered.get(row["id"])
-        row["salvage"] = waiting_salvage(of_it, state.rental(row), wall) if of_it else None
+        row["salvage"] = waiting_recovered_snapshot(of_it, state.rental(row), wall) if of_it else None
     return found
 
 

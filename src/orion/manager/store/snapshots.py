@@ -19,9 +19,9 @@ from orion.manager.domain.snapshots import (
     Snapshot,
     SnapshotId,
     ask_to_restore,
+    is_to_be_recovered,
     newest,
-    wants_salvage,
-    was_let_in,
+    was_activated,
 )
 from orion.manager.domain.states import ENDED, LIVE, Health, PlacementState, RentalState
 from orion.manager.domain.steps import Step
@@ -189,7 +189,7 @@ class MemorySnapshotCatalog:
     async def to_recover(self, placement_id: str) -> tuple[Rental, Placement] | None:
         placement = self._state_store.world.placements.get(placement_id)
         rental = self._state_store.world.rentals.get(placement.rental_id) if placement else None
-        return (rental, placement) if rental and placement and wants_salvage(rental, placement) else None
+        return (rental, placement) if rental and placement and is_to_be_recovered(rental, placement) else None
 
     async def removable(
         self, rental_ids: Iterable[str], wall: float, short_of_room: Collection[str] = ()
@@ -293,7 +293,7 @@ def load_to_recover(connection: Connection, placement_id: str) -> tuple[Rental, 
     placement = state.placement(row)
     found = connection.execute(select(rentals).where(rentals.c.id == placement.rental_id)).mappings().one()
     rental = state.rental(found)
-    return (rental, placement) if wants_salvage(rental, placement) else None
+    return (rental, placement) if is_to_be_recovered(rental, placement) else None
 
 
 def load_removable(
@@ -312,7 +312,7 @@ def begin_restore(connection: Connection, rental_id: str, actor: str, source: st
     rental = state.rental(connection.execute(select(rentals).where(rentals.c.id == rental_id)).mappings().one())
     if rental.state in ENDED | {RentalState.RELEASING}:
         return "ended"
-    if not was_let_in(rental):
+    if not was_activated(rental):
         return "not_active_yet"
     if source != EMPTY and source not in {str(one.generation) for one in snapshots_of(connection, rental_id)}:
         return "no_such_snapshot"
