@@ -75,7 +75,7 @@ async def test_files_come_along_when_their_worker_dies_and_the_event_says_which(
     (event,) = await house.events("rental.files_restored")
     assert (event["epoch"], event["details"]["generation"], event["details"]["bytes"]) == (2, "1-1", 2 * BLOCK_BYTES)
     assert event["details"]["age_s"] > 90
-    assert "not whole in it" not in event["reason"]
+    assert "incomplete in it" not in event["reason"]
     assert moved["explanation"] == f"running on worker {moved['worker_id']}"
 
 
@@ -89,10 +89,10 @@ async def test_a_takeover_whose_copy_lacks_files_names_them_in_its_event_and_in_
     moved = await lose(house, rental)
     assert (moved["state"], files(house, moved)) == ("active", {"kept": "content"})
     (event,) = await house.events("rental.files_restored")
-    assert event["reason"].endswith("2 files, 8192 bytes; not whole in it: sealed, shut")
+    assert event["reason"].endswith("2 files, 8192 bytes; incomplete in it: sealed, shut")
     assert event["details"]["skipped"] == ["sealed", "shut"]
     running = f"running on worker {moved['worker_id']}"
-    assert moved["explanation"] == f"{running}; its files are from copy 1-1, not whole in it: sealed, shut"
+    assert moved["explanation"] == f"{running}; its files are from snapshot 1-1, incomplete in it: sealed, shut"
 
 
 async def test_nobody_is_let_in_before_the_files_are_there(house: House, pool: list[Agent]) -> None:
@@ -270,15 +270,15 @@ async def test_programs_stand_still_for_half_a_percent_of_the_time_at_most_and_w
     assert await copies_within(480) in range(3, 6), "every two minutes"
     (event,) = await house.events("rental.copy_interval_changed")
     assert event["reason"] == (
-        "its programs would have to stand still for 0.6 s. It is tried again, ever later, and copied as soon as less "
-        "changes"
+        "its programs would have to stand still for 0.6 s. The snapshot is tried again at growing intervals, until "
+        "less changes at once"
     )
     assert "it is copied every 120 s only" in await warning()
     house.snapshot_service.pause_s = 0.01
     await copies_within(120)
     assert await copies_within(120) in range(3, 6)
     _, back = await house.events("rental.copy_interval_changed")
-    assert "stood still for 0.01 s while its files were set aside, so they are copied every 30 s" in back["reason"]
+    assert "were paused for 0.01 s by a snapshot, so snapshots are taken every 30 s" in back["reason"]
     assert await warning() == ""
 
 

@@ -122,7 +122,7 @@ async def test_a_home_that_was_copied_as_it_is_has_lost_nothing(house: House, po
     await house.settle()
     assert await snapshots(house, rental) == [("1-1", False)]
     assert [e["reason"].partition(": ")[2] for e in await house.events("rental.salvaged")] == [
-        "they are as in copy 1-1"
+        "they are as in snapshot 1-1"
     ]
 
 
@@ -245,7 +245,7 @@ async def test_where_a_renter_was_let_in_unheard_is_the_newest_whoever_comes_bac
     newest = next(one for one in found if one["generation"] == "2-1")
     assert (shown["state"], shown["last_safe_copy_at"]) == ("queued", newest["at"]), "the age of what it begins with"
     told = {event["details"]["generation"]: event["reason"] for event in await watched.events("rental.salvaged")}
-    assert "with which it begins again" in told["2-1"]
+    assert "from which it is restored" in told["2-1"]
     assert ("orion restore lab --from 1-2" in told["1-2"]) == (first_back == "the latest")
     await intend(watched, first, "resume")
     await watched.pass_time(8)
@@ -341,7 +341,7 @@ async def test_what_was_filled_with_a_copy_and_written_since_counts_before_that_
     await gone[1].come_back()
     await house.pass_time(8)
     (event,) = await house.events("rental.salvaged")
-    assert "with which it begins again if it loses its worker before it is copied" in event["reason"]
+    assert "from which it is restored if it loses its worker before the first snapshot" in event["reason"]
     again = await lose(house, rental)
     assert (again["state"], files(house, again)) == ("active", {"file": "copied", "of epoch 2": "x"})
 

@@ -1,13 +1,14 @@
-"""Copies of a rental's home: what names them, which are kept, which are due, and what follows from one.
+"""Snapshots of a rental's home: their ids, which are kept, which one a restore takes, and the steps that record them.
 
-A copy counts only when it is complete. Copies are ordered by (epoch, number), so what an earlier placement left behind
-never comes after what a later one had.
+Only a complete snapshot counts. Snapshots are ordered by (epoch, number), so a snapshot of an earlier placement never
+comes after one of a later placement.
 
-Salvage is what a worker that was down, and is back, still has of an epoch that was lost meanwhile: its home is copied
-aside before it is purged there. It has what was written after the last copy of its epoch, and may lack what was written
-at a later one. A rental begins with it by itself only where nothing that is known of a later epoch is given up by that:
-where its renter was let in at no later one, or where there is no copy of the later ones and they began with an earlier
-state of that very home. Every other salvage waits until somebody asks for it (`waiting_salvage`).
+A recovered snapshot (`salvage` in the database and the API) is made of the home that a lost worker still has when it
+comes back, before that home is purged. It holds what was written after the last snapshot of its epoch, and may lack
+what was written at a later epoch. A rental is restored from it without a request only if that gives up nothing known of
+a later epoch: the renter was activated at no later epoch, or there is no snapshot of the later epochs and they began
+with an earlier state of the same home. Every other recovered snapshot waits for a request
+(`waiting_recovered_snapshot`).
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ from orion.manager.domain.steps import Event, Step, Write, move_placement, move_
 NEWEST_KEPT = 3
 RECOVERED_KEPT = 2
 EXPIRED_KEPT_S = 24 * 3600.0
-"""An expired rental's last copy is kept for so long; a released one's goes at once."""
+"""Seconds for which the last snapshot of an expired rental is kept; that of a released one is removed at once."""
 RECOVERED_SHOWN_S = 7 * 24 * 3600.0
-"""A salvage that waits for its owner is shown for so long; it is kept and listed for longer."""
+"""Seconds for which a rental shows a recovered snapshot that waits for a request; it is kept and listed for longer."""
 NEARLY_FULL_WARNING = "its home holds "
-"""How the warning begins that a home is nearly full."""
+"""The beginning of the warning that a home is nearly full."""
 SLOWER = "so much of its home changes at once that it is copied "
-"""How the warning begins that a home is copied less often than usual."""
+"""The beginning of the warning that snapshots of a home are taken less often than usual."""
 NEARLY_FULL = 0.8
-"""The share of what a home may hold from which on its renter is warned."""
+"""The share of its limit at which the renter of a home is warned."""
 BLOCK_BYTES = 4096
-"""The least that an entry of a home counts for: a directory takes a block of most disks, and a copy of it one more."""
+"""The least bytes that an entry of a home counts for: on most disks a directory takes a block, and so does its copy."""
 MAX_ORIGINS = 32
-"""Epochs of a rental whose origins are kept. A salvage of an earlier epoch waits to be asked for."""
+"""Epochs of a rental whose origins are kept. A recovered snapshot of an earlier epoch waits for a request."""
 NAMES_SHOWN = 3
-"""Names of files that a copy lacks, in a sentence about it; its details have those that are known."""
+"""File names that a sentence about an incomplete snapshot gives; the event's details have all that are known."""
 _ID = re.compile(r"([1-9][0-9]{0,15})-([1-9][0-9]{0,15})")
 
 
 @dataclass(frozen=True, order=True)
 class SnapshotId:
-    """Which copy: of which placement of the rental, and which of it."""
+    """The id of a snapshot: the epoch of its placement, and its number within that epoch."""
 
     epoch: int
     number: int
@@ -60,28 +61,29 @@ class SnapshotId:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """One complete copy of a home."""
+    """One complete snapshot of a home."""
 
     generation: SnapshotId
+    """Its id; the API and the volume have named it `generation` since their first release."""
     at: float
-    """UTC seconds at which it was begun, for the last time that the home was found to be like it."""
+    """UTC seconds at which the home was last seen to be as in the snapshot: the start of that look."""
     bytes: int
     """Sum of what its entries count for (`counted`). A file with several names counts once."""
     files: int
     """Entries of every kind: files, directories, links, FIFOs, sockets; each name counts."""
     skipped: tuple[str, ...] = ()
-    """The first names of what could not be carried whole: it is missing, or lacks attributes or its mode."""
+    """The first names of incomplete entries: missing, or without some attribute or the mode."""
     salvage: bool = False
-    """What a worker that came back still had of an epoch that was lost: see `newest`."""
+    """Whether it is a recovered snapshot: see `newest`."""
 
 
 def kept(complete: Iterable[Snapshot]) -> set[SnapshotId]:
-    """Of the complete ones: the newest few, and the newest of the epoch before the latest; and the newest salvages."""
+    """Return the snapshots to keep: the newest, the newest of the epoch before, and the newest recovered ones."""
     all_ = sorted(complete, key=lambda copy: copy.generation, reverse=True)
-    ordered = [copy.generation for copy in all_ if not copy.salvage]
-    salvages = [copy.generation for copy in all_ if copy.salvage]
-    before = [generation for generation in ordered if generation.epoch < ordered[0].epoch]
-    return {*ordered[:NEWEST_KEPT], *before[:1], *salvages[:RECOVERED_KEPT]}
+    regular = [copy.generation for copy in all_ if not copy.salvage]
+    recovered = [copy.generation for copy in all_ if copy.salvage]
+    before = [snapshot_id for snapshot_id in regular if snapshot_id.epoch < regular[0].epoch]
+    return {*regular[:NEWEST_KEPT], *before[:1], *recovered[:RECOVERED_KEPT]}
 
 
 def counted(blocks: int, size: int) -> int:
@@ -94,8 +96,9 @@ def counted(blocks: int, size: int) -> int:
 
 
 def may_stay(complete: Iterable[Snapshot], spare: SnapshotId | None) -> list[set[SnapshotId]]:
-    """Return which of the complete copies stay, if there is room for them: first all that are usually kept and `spare`,
-    then each time one fewer, the oldest. The latest copy stays in any case, and so do `spare` and salvages.
+    """Return the sets of snapshots that may be kept, from the largest to the smallest; the caller takes the first that
+    has room on the disk. The first set is `kept` and `spare`; each next one is without the oldest that the set before
+    it had. All of them have the latest snapshot, `spare`, and the recovered ones.
     """
     all_ = list(complete)
     regular = [copy.generation for copy in all_ if not copy.salvage]
@@ -105,21 +108,22 @@ def may_stay(complete: Iterable[Snapshot], spare: SnapshotId | None) -> list[set
 
 
 def newest(complete: Iterable[Snapshot], rental: Rental) -> Snapshot | None:
-    """Return what a rental begins with again by itself: the latest copy since its renter was last let in; else the
-    latest state that grew out of what it began with then; where nobody knows that, the latest copy."""
+    """Return the snapshot that a rental is restored from without a request: the latest since its renter was last
+    activated; else the latest that grew out of the snapshot of that activation; if that is unknown, the latest regular
+    one."""
     ordered = sorted(complete, key=lambda copy: copy.generation)
     since = [copy for copy in ordered if copy.generation.epoch >= rental.let_in_epoch]
-    began_with = _grown_from_origin(ordered, rental)
+    grown = _grown_from_origin(ordered, rental)
     copies = [copy for copy in ordered if not copy.salvage]
-    return next((each[-1] for each in (since, began_with, copies) if each), None)
+    return next((each[-1] for each in (since, grown, copies) if each), None)
 
 
 def _grown_from_origin(ordered: Sequence[Snapshot], rental: Rental) -> list[Snapshot]:
-    """Return the kept copies from what the rental began with to the latest state that has all of it.
+    """Return the kept snapshots from the one that the rental began with to the latest that contains it.
 
-    A later copy of the same home has all of an earlier one, and so has a copy of a home that was filled with it. Where
-    both are there, each lacks something of the other: the same home counts, for the other one may be unchanged. Who
-    asked for an older copy has given up what was later in that home.
+    A snapshot contains the earlier ones of the same home, and the one that its home was filled with. If a snapshot has
+    both kinds of successors, each lacks something of the other: those of the same home are taken, for the other home
+    may be unchanged. A request for an older snapshot gives up what was later in that home.
     """
     chain = [copy for copy in ordered if str(copy.generation) == rental.began_with]
     origin = _origin(rental, rental.let_in_epoch)
@@ -133,46 +137,46 @@ def _grown_from_origin(ordered: Sequence[Snapshot], rental: Rental) -> list[Snap
 
 
 def _successors(latest: SnapshotId | None, asked: bool, ordered: Sequence[Snapshot], rental: Rental) -> list[Snapshot]:
-    """Return the later copies that have all of the copy `latest`, oldest first. `latest` None: the home was empty.
+    """Return the later snapshots that contain `latest`, oldest first. `latest` None: the home was empty.
 
-    `asked`: somebody went back to it, and has given up what was later in the same home.
+    `asked`: a request went back to `latest`, and gave up what was later in the same home.
     """
     name = str(latest) if latest else ""
     later = [copy for copy in ordered if latest is None or copy.generation > latest]
     same_home = [c for c in later if latest and not asked and c.generation.epoch == latest.epoch]
     filled_with_it = [c for c in later if Origin(c.generation.epoch, name, asked) in rental.lineage]
-    if latest is None and not asked:  # anything is more than nothing
+    if latest is None and not asked:  # every snapshot contains an empty home
         filled_with_it += [copy for copy in later if _origin(rental, copy.generation.epoch) is None]
         filled_with_it.sort(key=lambda copy: copy.generation)
     return same_home or filled_with_it
 
 
 def waiting_recovered_snapshot(complete: Iterable[Snapshot], rental: Rental, wall: float) -> Snapshot | None:
-    """Return the newest salvage that is no part of what the rental has, or is about to begin with; None: there is none.
+    """Return the newest recovered snapshot that the rental's home does not contain, and will not after a restore.
 
-    `wall`: UTC seconds. Without a time each would be shown for as long as the rental lives.
+    `wall`: UTC seconds. Without RECOVERED_SHOWN_S each one would be shown for as long as the rental lives.
     """
     if rental.state in ENDED | {RentalState.RELEASING}:
         return None
     all_ = list(complete)
     runs = rental.state is RentalState.ACTIVE
     again = newest(all_, rental)
-    begins = rental.restore_from or (str(again.generation) if again else "")
-    has = _ancestors(rental, rental.began_with if runs else begins)
+    next_origin = rental.restore_from or (str(again.generation) if again else "")
+    contained = _ancestors(rental, rental.began_with if runs else next_origin)
     shown = [copy for copy in all_ if copy.salvage and wall - copy.at < RECOVERED_SHOWN_S]
     shown = [copy for copy in shown if not (runs and copy.generation.epoch >= rental.let_in_epoch)]
-    waiting = [c for c in shown if c.generation.number > has.get(c.generation.epoch, 0)]
+    waiting = [c for c in shown if c.generation.number > contained.get(c.generation.epoch, 0)]
     return max(waiting, key=lambda copy: copy.generation, default=None)
 
 
 def _ancestors(rental: Rental, name: str) -> dict[int, int]:
-    """Return the copies that a copy has grown out of, itself included: the latest number of each epoch."""
+    """Return the snapshots that the one named `name` contains, itself included: epoch -> latest number."""
     found: dict[int, int] = {}
-    generation = SnapshotId.parse(name)
-    while generation and generation.epoch not in found:
-        found[generation.epoch] = generation.number
-        origin = _origin(rental, generation.epoch)
-        generation = SnapshotId.parse(origin.generation) if origin else None
+    snapshot_id = SnapshotId.parse(name)
+    while snapshot_id and snapshot_id.epoch not in found:
+        found[snapshot_id.epoch] = snapshot_id.number
+        origin = _origin(rental, snapshot_id.epoch)
+        snapshot_id = SnapshotId.parse(origin.generation) if origin else None
     return found
 
 
@@ -180,54 +184,58 @@ def _origin(rental: Rental, epoch: int) -> Origin | None:
     return next((origin for origin in rental.lineage if origin.epoch == epoch), None)
 
 
-def activated(rental: Rental, epoch: int, generation: str) -> dict[str, Any]:
-    """Return what changes in a rental whose renter is let in at `epoch`, with that copy in the home; empty: with none.
+def activated(rental: Rental, epoch: int, name: str) -> dict[str, Any]:
+    """Return the changes of a rental whose renter is activated at `epoch`. `name`: the snapshot in the home, or "".
 
-    What was asked for stays asked for while there is no copy of the epoch that began with it.
+    An origin that was requested counts as requested again if the next epoch begins with it too: there is no snapshot
+    of the epoch between then.
     """
     before = _origin(rental, rental.let_in_epoch)
-    same = before is not None and before.asked and before.generation == generation
-    origin = Origin(epoch, generation, rental.restore_from is not None or same)
+    same = before is not None and before.asked and before.generation == name
+    origin = Origin(epoch, name, rental.restore_from is not None or same)
     others = [each for each in rental.lineage if each.epoch != epoch]
-    return {"let_in_epoch": epoch, "began_with": generation, "lineage": (*others, origin)[-MAX_ORIGINS:]}
+    return {"let_in_epoch": epoch, "began_with": name, "lineage": (*others, origin)[-MAX_ORIGINS:]}
 
 
 def base_of(complete: Iterable[Snapshot], epoch: int, salvage: bool) -> Snapshot | None:
-    """The copy that a new one of this epoch is compared with: the latest that it may be like."""
+    """Return the snapshot that a new one of this epoch is compared with: the latest that may be like it."""
     before = [c for c in complete if c.generation.epoch <= epoch and (salvage or not c.salvage)]
     return max(before, key=lambda copy: copy.generation, default=None)
 
 
-def next_number(generations: Sequence[SnapshotId], epoch: int) -> int:
-    return 1 + max((generation.number for generation in generations if generation.epoch == epoch), default=0)
+def next_number(ids: Sequence[SnapshotId], epoch: int) -> int:
+    return 1 + max((each.number for each in ids if each.epoch == epoch), default=0)
 
 
 NEWEST = "newest"
 EMPTY = "empty"
-"""How a rental's home is to be filled, besides by a generation that was asked for."""
+"""What a rental's home is filled with, if no request names a snapshot."""
 ACTOR = "copies"
+"""The actor of events about snapshots, as it was released."""
 
 
 def wanted(rental: Rental) -> str | None:
-    """What its next placement begins with; None for one whose renter was never let in, which has nothing to lose."""
+    """Return what the home of the next placement is filled with; None if the renter was never activated."""
     return (rental.restore_from or NEWEST) if was_activated(rental) else None
 
 
 def was_activated(rental: Rental) -> bool:
-    """Whether its renter was let in anywhere, as far as the manager was told: by the end of the task, or by a salvage
-    of what nobody lived to tell. Then it has files, though it may never have been active.
+    """Return whether the renter was activated at any epoch, so that there may be files.
+
+    The manager knows that from the end of a task, or from a recovered snapshot if the worker died before it could
+    report: then the rental may never have been active.
     """
     return rental.activated_at is not None or rental.let_in_epoch > 0
 
 
 def is_without_copies(rental: Rental) -> bool:
-    """Return whether its files are nowhere but where it ran: no copy of them is known, and none was asked for."""
+    """Return whether the files are only where the rental ran: no snapshot is known, and none was requested."""
     never = rental.last_safe_copy_at is None and not rental.began_with
     return was_activated(rental) and never and rental.restore_from is None
 
 
 def nearly_full(copy: Snapshot, max_bytes: int, max_files: int) -> str:
-    """Return a warning if a home holds NEARLY_FULL of what it may, or more; else an empty text."""
+    """Return a warning if a home holds NEARLY_FULL of its limit or more; else an empty text."""
     held = []
     if copy.bytes >= NEARLY_FULL * max_bytes:
         held.append(f"{_megabytes(copy.bytes)} of {_megabytes(max_bytes)}")
@@ -243,57 +251,58 @@ def _megabytes(number: int) -> str:
 
 
 def slower_warning(interval_s: float, usual_s: float) -> str:
-    """Return the warning of a home whose programs would stand still for too long if it were copied as often as usual.
+    """Return the warning for a home whose programs would be paused for too long at the usual interval.
 
-    `interval_s`: the seconds between its copies, as far as they are known to be more than `usual_s`.
+    `interval_s`: the seconds between its snapshots, if they are known to be more than `usual_s`.
     """
     how_often = f"every {interval_s:.0f} s only" if interval_s > usual_s else f"less often than every {usual_s:.0f} s"
     return f"{SLOWER}{how_often}, until less changes at once"
 
 
-def accepted(rental: Rental, placement: Placement, copy: Snapshot, warning: str = "", rarely: str = "") -> Step:
-    """A complete copy counts, if its placement is still the one that runs. Told only when something is better now, or
-    when the home has become nearly full: `warning` says that, see `nearly_full`. `rarely`: see `copied_rarely`.
+def accepted(rental: Rental, placement: Placement, copy: Snapshot, warning: str = "", slower: str = "") -> Step:
+    """Return the step that records a complete snapshot, if its placement is still the one that runs.
 
-    One that was begun before a planned move held it is late once it is held: it must not take the place of the last
-    copy, which has every byte.
+    `warning`: see `nearly_full`; `slower`: see `slower_warning`. Events are written for the first snapshot, after a
+    problem, and when the home becomes nearly full.
+
+    The step is void if the placement was quiesced meanwhile: this snapshot must not replace that of the final sync,
+    which has every byte.
     """
     change = {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes, "copy_problem": ""}
-    change |= {"home_warning": _both(warning, rarely)}
+    change |= {"home_warning": _joined(warning, slower)}
     event = _event("rental.copied", "its files are copied from now on", rental, placement.worker_id, copy)
-    told = [event] if rental.last_safe_copy_at is None or rental.copy_problem else []
+    events = [event] if rental.last_safe_copy_at is None or rental.copy_problem else []
     if warning and not rental.home_warning.startswith(NEARLY_FULL_WARNING):
-        told.append(_event("rental.home_nearly_full", warning, rental, placement.worker_id, copy))
-    return Step(_still_running(rental, placement, change, held=placement.held), tuple(told))
+        events.append(_event("rental.home_nearly_full", warning, rental, placement.worker_id, copy))
+    return Step(_still_running(rental, placement, change, held=placement.held), tuple(events))
 
 
-def _both(*warnings: str) -> str:
+def _joined(*warnings: str) -> str:
     return "; ".join(warning for warning in warnings if warning)
 
 
 def interval_changed(rental: Rental, placement: Placement, pause_s: float, interval_s: float) -> Step:
-    """Tell its owner how often a rental is copied from now on. `pause_s`: how long its programs were stopped last."""
+    """Return the step that tells the owner of another interval. `pause_s`: seconds of the last pause of programs."""
     reason = (
-        f"its programs stood still for {pause_s:.2f} s while its files were set aside, so they are copied every "
-        f"{interval_s:.0f} s from now on; a smaller pause brings them back to the usual interval"
+        f"its programs were paused for {pause_s:.2f} s by a snapshot, so snapshots are taken every {interval_s:.0f} s "
+        f"from now on; a shorter pause brings back the usual interval"
     )
-    told = _event("rental.copy_interval_changed", reason, rental, placement.worker_id)
-    return Step((), (told,))
+    return Step((), (_event("rental.copy_interval_changed", reason, rental, placement.worker_id),))
 
 
-def slowed(rental: Rental, placement: Placement, problem: str, rarely: str) -> Step:
-    """Tell its owner that a rental is copied as soon as less of it changes. `problem`: why it was not copied now.
+def slowed(rental: Rental, placement: Placement, problem: str, slower: str) -> Step:
+    """Return the step that tells the owner that no snapshot was taken for now, for `problem`.
 
-    `rarely` is shown until it is copied as often as usual: see `copied_rarely`.
+    `slower` is shown until snapshots are taken at the usual interval: see `slower_warning`.
     """
-    reason = f"{problem}. It is tried again, ever later, and copied as soon as less changes"
+    reason = f"{problem}. The snapshot is tried again at growing intervals, until less changes at once"
     event = _event("rental.copy_interval_changed", reason, rental, placement.worker_id)
     full = rental.home_warning.partition(SLOWER)[0].removesuffix("; ")
-    return Step(_still_running(rental, placement, {"home_warning": _both(full, rarely)}), (event,))
+    return Step(_still_running(rental, placement, {"home_warning": _joined(full, slower)}), (event,))
 
 
 def failed(rental: Rental, placement: Placement, problem: str, over_limit: bool = False) -> Step | None:
-    """Its files could not be copied; None when that is known already."""
+    """Return the step that records why no snapshot could be taken; None if that is known already."""
     if rental.copy_problem == problem:
         return None
     kind = "rental.over_limit" if over_limit else "rental.copy_failed"
@@ -302,16 +311,16 @@ def failed(rental: Rental, placement: Placement, problem: str, over_limit: bool 
 
 
 def thawed(rental: Rental, placement: Placement, actor: str) -> Step:
-    """It goes on, though its home holds more than it may."""
+    """Return the step that records a thaw of a rental whose home holds more than its limit."""
     problem = "it was thawed to make room, and is frozen again unless it does within ten minutes"
     event = _event("rental.thawed", problem, rental, placement.worker_id, actor=actor)
     return Step(_still_running(rental, placement, {"copy_problem": problem}), (event,))
 
 
 def is_to_be_recovered(rental: Rental | None, placement: Placement) -> bool:
-    """Whether what its worker still has of a lost placement is to be copied aside before it is purged.
+    """Return whether a recovered snapshot of a lost placement is to be made before its worker purges it.
 
-    Also where no renter is known to have been let in: only the worker knows (NOTHING_TO_SALVAGE).
+    It is tried also if no activation is known: only the worker knows whether there was one (NOTHING_TO_SALVAGE).
     """
     if rental is None or placement.state is not PlacementState.LOST or placement.salvaged:
         return False
@@ -319,31 +328,32 @@ def is_to_be_recovered(rental: Rental | None, placement: Placement) -> bool:
 
 
 def recovered(rental: Rental, placement: Placement, copy: Snapshot, there: Iterable[Snapshot]) -> Step:
-    """What its worker still had is kept; as a salvage, unless it is just as a copy that there is already.
+    """Return the step that records what a returned worker still had: `copy`, a recovered snapshot, or the regular one
+    that the home was equal to. `there`: all complete snapshots, with this one.
 
-    And it is news that its renter was let in at that epoch: a worker that dies just then takes the outcome with it.
-    `there`: all complete copies, with this one.
+    The step also records the activation at that epoch, of which the manager may not know: a worker that dies at once
+    cannot report it.
     """
     name, worker_id = copy.generation, placement.worker_id
     is_latest = placement.epoch >= rental.let_in_epoch
     change: dict[str, Any] = {"let_in_epoch": placement.epoch, "began_with": str(name)} if is_latest else {}
-    begins = rental.restore_from is None and newest(there, replace(rental, **change)) == copy
-    # One that is being made just now may have been given an older copy already.
-    counts = begins and rental.state is RentalState.QUEUED
+    is_newest = rental.restore_from is None and newest(there, replace(rental, **change)) == copy
+    # A rental that is being made may have been filled with an older snapshot already.
+    is_restored = is_newest and rental.state is RentalState.QUEUED
     restore = f"orion restore {rental.name} --from {name}"
     had = f"worker {worker_id} came back with its files of epoch {placement.epoch}"
     if not copy.salvage:
-        reason = f"{had}: they are as in copy {name}"
-    elif counts:
-        reason = f"{had}: they are kept as copy {name}, the newest, with which it begins again"
-    elif begins:
+        reason = f"{had}: they are as in snapshot {name}"
+    elif is_restored:
+        reason = f"{had}: they are kept as snapshot {name}, the newest, from which it is restored"
+    elif is_newest:
         reason = (
-            f"{had}: they are kept as copy {name}, with which it begins again if it loses its worker before it is "
-            f"copied where it is now; they are restored now by: {restore}"
+            f"{had}: they are kept as snapshot {name}, from which it is restored if it loses its worker before the "
+            f"first snapshot of where it is now; to restore them now: {restore}"
         )
     else:
-        reason = f"{had}: they are kept as copy {name}, and restored by: {restore}"
-    change |= {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes} if counts else {}
+        reason = f"{had}: they are kept as snapshot {name}; to restore them: {restore}"
+    change |= {"last_safe_copy_at": copy.at, "last_safe_copy_bytes": copy.bytes} if is_restored else {}
     writes = (
         _recovery_ends(placement),
         Write(
@@ -357,12 +367,13 @@ def recovered(rental: Rental, placement: Placement, copy: Snapshot, there: Itera
 
 
 def not_recovered(rental: Rental, placement: Placement, why: str) -> Step:
-    """What its worker had beyond the last copy is lost. `why` empty: it had nothing of its own."""
+    """Return the step that gives up the files of a lost placement. `why` empty: its worker had none that are new."""
     if not why:
         return Step((_recovery_ends(placement),))
     reason = (
         f"worker {placement.worker_id} came back with its files of epoch {placement.epoch}, and they could not be "
-        f"copied aside before they were purged: {why}. What was written there after the last copy of that epoch is lost"
+        f"recovered before they were purged: {why}. What was written there after the last snapshot of that epoch is "
+        "lost"
     )
     return Step((_recovery_ends(placement),), (_event("rental.salvage_failed", reason, rental, placement.worker_id),))
 
@@ -377,8 +388,8 @@ def _recovery_ends(placement: Placement) -> Write:
 
 
 def ask_to_restore(rental: Rental, running: Placement | None, source: str, actor: str) -> Step:
-    """Make it begin anew with `source`, a generation or EMPTY. What runs of it ends first, and is purged."""
-    what = "without its files" if source == EMPTY else f"with copy {source}"
+    """Return the step that requests a restore from `source`, a snapshot's name or EMPTY; `running` is stopped first."""
+    what = "without its files" if source == EMPTY else f"with snapshot {source}"
     if running is None:
         expect = {"state": rental.state, "epoch": rental.epoch}
         event = _event("rental.restore_asked", f"it is to begin {what}", rental, None, actor=actor)
@@ -389,13 +400,13 @@ def ask_to_restore(rental: Rental, running: Placement | None, source: str, actor
 
 
 def began_with(report: Mapping[str, Any]) -> str:
-    """Which copy a home was filled with, by the report of what filled it."""
-    generation = report.get("restored", {}).get("generation") or ""
-    return generation if SnapshotId.parse(generation) else ""
+    """Return the name of the snapshot that a home was filled with, as the report of the restore says; else ""."""
+    name = report.get("restored", {}).get("generation") or ""
+    return name if SnapshotId.parse(name) else ""
 
 
 def filled(rental: Rental, worker_id: str, report: Mapping[str, Any], wall: float) -> Event | None:
-    """What its renter finds there, from the report of what filled its home; None where nothing was filled."""
+    """Return the event of a restore from its report; None if nothing was filled."""
     if "restored" not in report:
         return None
     restored = report["restored"]
@@ -403,18 +414,20 @@ def filled(rental: Rental, worker_id: str, report: Mapping[str, Any], wall: floa
         return _event("rental.started_empty", restored["reason"], rental, worker_id)
     name = restored["generation"]
     if "at" not in restored:
-        return _event("rental.files_restored", f"copy {name}", rental, worker_id, details={"generation": name})
+        return _event("rental.files_restored", f"snapshot {name}", rental, worker_id, details={"generation": name})
     age_s = max(0.0, wall - restored["at"])
-    reason = f"copy {name}, {age_s:.0f} s old, {restored['files']} files, {restored['bytes']} bytes"
-    reason += f"; not whole in it: {_first(restored['skipped'])}" if restored["skipped"] else ""
+    reason = f"snapshot {name}, {age_s:.0f} s old, {restored['files']} files, {restored['bytes']} bytes"
+    reason += f"; incomplete in it: {_first(restored['skipped'])}" if restored["skipped"] else ""
     return _event("rental.files_restored", reason, rental, worker_id, details={**restored, "age_s": round(age_s, 1)})
 
 
 def lacking(report: Mapping[str, Any]) -> str:
-    """Return what the explanation of a rental adds where the copy in its home is not whole; else an empty text."""
+    """Return what the explanation of a rental adds if the snapshot in its home is incomplete; else an empty text."""
     restored = report.get("restored", {})
     skipped = restored.get("skipped")
-    return f"; its files are from copy {restored['generation']}, not whole in it: {_first(skipped)}" if skipped else ""
+    if not skipped:
+        return ""
+    return f"; its files are from snapshot {restored['generation']}, incomplete in it: {_first(skipped)}"
 
 
 def _first(skipped: Sequence[str]) -> str:
@@ -424,7 +437,7 @@ def _first(skipped: Sequence[str]) -> str:
 def _still_running(
     rental: Rental, placement: Placement, change: Mapping[str, Any], **expect: object
 ) -> tuple[Write, ...]:
-    """Guards of what is only true while the placement that was copied is the one that runs."""
+    """Return the write of `change` with guards: the placement of the snapshot is still the one that runs."""
     return (
         Write(
             kind="placement",
