@@ -1,4 +1,4 @@
-"""Where rentals go: what one decision gives to one after the other, and what it says to those that get nothing."""
+"""Assignments of one decision: which worker and slot each rental gets, and the explanation of those that wait."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from orion.manager.domain.steps import Event, Step, Write, merge, move_rental
 from orion.manager.domain.world import Draft, World
 
 AWAITS_FILES = "it waits for its files: "
-"""How the explanation of a rental begins that waits for a lost worker."""
+"""The beginning of the explanation of a rental that waits for a lost worker."""
 MAX_PLACED = 256
-"""Rentals that get a place in one decision; the others in the next, so that none takes long."""
+"""Rentals that get a slot in one decision; the next decision takes the others, so that no decision takes long."""
 
 
 class Assignments:
-    """Where the rentals of one decision go, one after the other."""
+    """The assignments of one decision; each takes a slot from the next."""
 
     def __init__(self, world: Draft, observations: Observations) -> None:
         self._world = world
@@ -35,6 +35,7 @@ class Assignments:
         self._pool = Candidates(candidates, world.elsewhere)
 
     def place(self, rental: Rental) -> Step | None:
+        """Return the step that gives a rental a slot, or that says why it waits; None: nothing changes."""
         if not self._left:
             return None
         failed = {p.worker_id for p in self._world.placements_of(rental.id) if p.state is PlacementState.FAILED}
@@ -45,10 +46,11 @@ class Assignments:
             return _reserve(self._world.workers[choice.worker_id], rental, choice.slot, next(self._new_ids))
         return wait_for_worker(rental, choice.explanation) if isinstance(choice, NoWorker) else None
 
-    def move(self, rental: Rental, placement: Placement, why: str, parks: bool) -> Step | None:
-        """Move a rental to another worker, if one can take it. `parks`: else it is to wait, with all its files.
+    def migrate(self, rental: Rental, placement: Placement, why: str, parks: bool) -> Step | None:
+        """Return the step that begins a planned migration; None if none can begin now.
 
-        Its worker is about to end then: what failed before is not kept waiting for that.
+        `parks`: the worker is about to end. The rental is then parked if no worker can take it, and a failure of its
+        last migration does not make it wait.
         """
         claim = migration.claim_of(rental, rental.id in self._migration_failed and not parks)
         if not may_take(claim, self._moving, migration.MAX_UNDER_WAY):
@@ -65,10 +67,10 @@ class Assignments:
             return migration.quiesce(rental, placement, None, f"{why}, and nothing can take it")
         return None
 
-    def asked(self, rental: Rental, placement: Placement, actor: str) -> Step:
-        """The same, because somebody asked for it. Raises moves.NotMigrated."""
+    def request(self, rental: Rental, placement: Placement, actor: str) -> Step:
+        """Return the step that begins a requested migration. Raise NotMigrated if none can begin now."""
         if not may_take(migration.claim_of(rental, False), self._moving, migration.MAX_REQUESTED):
-            raise migration.NotMigrated("too_many_moves", "others are being moved just now: try again in a minute")
+            raise migration.NotMigrated("too_many_moves", "too many migrations are under way: try again in a minute")
         choice = self._pool.choose((), placement.worker_id)
         if isinstance(choice, Chosen):
             target, new_id = self._world.workers[choice.worker_id], next(self._new_ids)
@@ -78,7 +80,7 @@ class Assignments:
 
 
 def request_migration(world: World, rental_id: str, actor: str, observations: Observations) -> Step | None:
-    """Begin a planned move that somebody asked for; None when it is under way. Raises moves.NotMigrated."""
+    """Return the step that begins a requested migration; None if one is under way. Raise NotMigrated if none can."""
     draft = Draft(world)
     rental, placement = draft.rentals.get(rental_id), draft.live_placement(rental_id)
     if draft.target_of(rental_id) is not None:
@@ -91,11 +93,11 @@ def request_migration(world: World, rental_id: str, actor: str, observations: Ob
         raise migration.NotMigrated(
             "worker_not_ready", "its worker does not answer just now: nothing can be copied from it"
         )
-    return Assignments(draft, observations).asked(rental, placement, actor)
+    return Assignments(draft, observations).request(rental, placement, actor)
 
 
 def wait_for_worker(rental: Rental, explanation: str) -> Step | None:
-    """It has no place yet; None where that is said already."""
+    """Return the step that explains why a rental waits for a worker; None if it says so already."""
     if rental.state is RentalState.MIGRATING:
         return move_rental(rental, RentalState.QUEUED, ACTOR, explanation)
     if rental.explanation == explanation:
@@ -105,11 +107,12 @@ def wait_for_worker(rental: Rental, explanation: str) -> Step | None:
 
 
 def wait_for_files(rental: Rental, worker_id: str, within_s: float) -> Step | None:
-    """Return the step that says that it waits for a lost worker, which has its only files; None: it is said already."""
+    """Return the step that explains that a rental waits for the lost worker with its only files; None: it says so."""
     within = f"{within_s / 60:.0f} min" if within_s >= 120 else f"{within_s:.0f} s"
     explanation = (
-        f"{AWAITS_FILES}worker {worker_id} was lost before the first copy of them. It begins again when that worker is "
-        f"started and has handed them over; without them after {within}, or now by: orion restore {rental.name} --empty"
+        f"{AWAITS_FILES}worker {worker_id} was lost before the first snapshot of them. It goes on when that worker is "
+        f"started and its files are recovered; without them after {within}, or now by: orion restore {rental.name} "
+        "--empty"
     )
     step = wait_for_worker(rental, explanation)
     if step is None:

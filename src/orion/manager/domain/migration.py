@@ -1,22 +1,25 @@
-"""Planned moves: a rental goes on elsewhere with every byte that it has written.
+"""Planned migrations: a rental goes from a source to a target placement with every byte that it has written.
 
-The safe order; each is a committed step, or a task that may be repeated:
-1. begin: a standby is reserved on the target, under an epoch that was never given. The rental goes on where it is.
-2. Precopy, the task `seed`: its files are copied while it runs, and put into the standby's locked home.
-3. Quiesce, `hold`: from this commit on no heartbeat's reply says `run` for what runs.
-4. Final sync, the task `finish`: it is frozen, what changed since is copied, and put into the standby's home.
-5. Cutover, `switch`: one step. The epoch rises to the standby's, what was quiesced is stopping.
-6. The standby is let in, and what was quiesced is purged, as after any other move.
+The safe order; each line is a committed step, or a task that may be repeated:
+1. Reserve, a step: the target placement gets a slot and an epoch that was never given. The source runs.
+2. Precopy, a task: the files are copied while the source runs, and put into the target's locked home.
+3. Quiesce, a step: from this commit on no heartbeat's reply says `run` for the source.
+4. Final sync, a task: the source is frozen, what changed since the precopy is copied to the target's home.
+5. Cutover, a step: the rental's epoch rises to that of the target, and the source is stopping.
+6. The target is activated and the source is purged, by the same tasks as after a takeover.
 
-`phase_of` derives from the rows how far a migration is; states.MIGRATION_TABLE says what may follow.
+`phase_of` derives the phase of a migration from the rows; states.MIGRATION_TABLE says which phases may follow.
 
-What fails before the switch ends the standby, clears the hold and thaws; after it the last copy is restored elsewhere.
-Where there is nowhere to go and the worker is about to end, the rental is parked: held, frozen, copied a last time, and
-then it waits for a place as after a takeover.
+A failure before the cutover ends the target and thaws the source; after the cutover the last snapshot is restored
+elsewhere. If no worker has a free slot and the source's worker is about to end, the rental is parked: quiesced, frozen,
+copied a last time, and queued as after a takeover.
 
-Why never two live: nobody is let in before the switch; the switch rests on the same hold as the freeze that was
-confirmed before it; and the worker refuses to thaw for an order of an earlier move than the one that froze it, and for
-a reply to a call from before that.
+Why there are never two live copies: the target is not activated before the cutover; the cutover is guarded by the same
+migration number as the freeze that was confirmed before it; and the worker refuses a thaw by an order of an earlier
+migration than the one that froze the rental, and by a reply to a call from before that.
+
+The rows have the released names: `standby` is a target before its cutover, `held` the number of the migration for which
+a source is quiesced, `filled` the snapshot that precopy put into the target.
 """
 
 from __future__ import annotations
@@ -42,20 +45,18 @@ from orion.manager.domain.world import World
 
 ACTOR = "reconciler"
 MAX_UNDER_WAY = 12
-"""Planned moves that drains and goodbyes may have under way, of one owner half: each copies, and stands still for a
-moment."""
+"""Planned migrations that drains and evacuations may have under way; one owner has half of them at most."""
 MAX_REQUESTED = 6
-"""The same of those that are asked for, with all that are under way: nobody's asking keeps a worker from being emptied.
-"""
+"""Migrations under way up to which a requested one may begin: so requests never keep a worker from being emptied."""
 NOT_MOVED = "could not be moved: "
 """As wire.NOT_MOVED."""
 
 SOURCE_HEALTH = frozenset({Health.READY, Health.QUARANTINED})
-"""Workers that a rental can be moved away from: they answer, or should."""
+"""The health of workers from which a rental can migrate: they answer, or should."""
 
 
 class NotMigrated(Exception):
-    """It cannot be moved now, and goes on where it is; the message is for a person, `code` is stable."""
+    """A rental cannot migrate now, and stays where it is. The message is for a person, `code` is stable."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -64,7 +65,7 @@ class NotMigrated(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is being moved away: a placement that runs, and the number of its hold, if it stands still."""
+    """The source placement of a planned migration. `move`: the number of the migration if it is quiesced, else 0."""
 
     placement_id: str
     worker_id: str
@@ -73,7 +74,7 @@ class Source:
 
 
 class Placed(Protocol):
-    """A placement, as a row or as the roster knows it."""
+    """A placement, as a row or as the pool index has it."""
 
     @property
     def state(self) -> PlacementState: ...
@@ -83,7 +84,7 @@ class Placed(Protocol):
 
 
 def phase_of(rental: Rental, source: Placement, target: Placement | None) -> MigrationPhase:
-    """Return how far a rental's planned migration away from `source` is. `target`: its standby, if it has one."""
+    """Return the phase of a rental's planned migration from `source` to `target`, which is None if there is none."""
     if source.state is not PlacementState.RUNNING:
         ends = source.state is PlacementState.STOPPING and rental.state is RentalState.MIGRATING
         return MigrationPhase.CUTOVER if source.held and ends else MigrationPhase.NONE
@@ -108,7 +109,10 @@ def as_target(placement: Placement | None) -> Placement | None:
 
 
 def must_leave(worker: Worker, evacuating: Collection[str]) -> str:
-    """Why what runs on this worker is to be moved; empty when it is not. `vacating`: those that were told to stop."""
+    """Return why the rentals of this worker have to migrate; empty if they need not.
+
+    `evacuating`: the workers that were told to stop, and wait until they are empty.
+    """
     if worker.health not in SOURCE_HEALTH:
         return ""
     if worker.id in evacuating:
@@ -121,7 +125,7 @@ def must_leave(worker: Worker, evacuating: Collection[str]) -> str:
 
 
 def can_move(rental: Rental, placement: Placement) -> bool:
-    """It is at rest where it is: what is restored, ended or made is not moved meanwhile."""
+    """Return whether a rental is at rest on its worker: nothing makes, restores or ends it."""
     return (
         rental.state is RentalState.ACTIVE
         and placement.state is PlacementState.RUNNING
@@ -129,132 +133,134 @@ def can_move(rental: Rental, placement: Placement) -> bool:
     )
 
 
-def reserve(rental: Rental, placement: Placement, target: Worker, slot: int, new_id: str, actor: str, why: str) -> Step:
-    """Reserve a standby on another worker."""
+def reserve(rental: Rental, placement: Placement, worker: Worker, slot: int, new_id: str, actor: str, why: str) -> Step:
+    """Return the step that reserves a target placement on another worker."""
     epoch = rental.next_epoch
-    standby = Placement(
+    target = Placement(
         id=new_id,
         rental_id=rental.id,
-        worker_id=target.id,
+        worker_id=worker.id,
         slot=slot,
         epoch=epoch,
         state=PlacementState.RESERVED,
         standby=True,
     )
-    reason = f"{why}: moving to worker {target.id}; it goes on here meanwhile"
+    reason = f"{why}: moving to worker {worker.id}; it goes on here meanwhile"
     writes = (
         Write(
             kind="worker",
-            id=target.id,
-            expect={"health": target.health, "intent": target.intent, "slots": target.slots},
+            id=worker.id,
+            expect={"health": worker.health, "intent": worker.intent, "slots": worker.slots},
             change={},
         ),
         Write(kind="placement", id=placement.id, expect={"state": PlacementState.RUNNING, "held": 0}, change={}),
         _rental_write(rental, {"last_epoch": epoch, "explanation": reason}, last_epoch=rental.last_epoch),
     )
-    started = _event("rental.move_started", reason, rental, target.id, epoch, actor)
-    reserved = _event("placement.reserved", f"slot {slot}, as a standby", rental, target.id, epoch)
-    return Step(writes, (started, reserved), standby)
+    started = _event("rental.move_started", reason, rental, worker.id, epoch, actor)
+    reserved = _event("placement.reserved", f"slot {slot}, for a planned migration", rental, worker.id, epoch)
+    return Step(writes, (started, reserved), target)
 
 
-def quiesce(rental: Rental, placement: Placement, standby: Placement | None, why: str) -> Step:
-    """It is about to stand still: for its standby, or to be parked under a number of its own."""
-    to = MigrationPhase.FINAL_SYNC if standby else MigrationPhase.PARK
-    check_phase(rental.id, phase_of(rental, placement, standby), to)
-    move = standby.epoch if standby else rental.next_epoch
+def quiesce(rental: Rental, placement: Placement, target: Placement | None, why: str) -> Step:
+    """Return the step that quiesces a source: for its target, or to be parked under a migration number of its own."""
+    to = MigrationPhase.FINAL_SYNC if target else MigrationPhase.PARK
+    check_phase(rental.id, phase_of(rental, placement, target), to)
+    move = target.epoch if target else rental.next_epoch
     guard = (
         ()
-        if standby is None
-        else (Write(kind="placement", id=standby.id, expect={"state": PlacementState.PREPARING}, change={}),)
+        if target is None
+        else (Write(kind="placement", id=target.id, expect={"state": PlacementState.PREPARING}, change={}),)
     )
-    numbered = {} if standby else {"last_epoch": move}
-    held = Write(
+    numbered = {} if target else {"last_epoch": move}
+    quiesced = Write(
         kind="placement", id=placement.id, expect={"state": PlacementState.RUNNING, "held": 0}, change={"held": move}
     )
     event = _event("rental.held", why, rental, placement.worker_id, placement.epoch)
-    return Step((held, *guard, _rental_write(rental, numbered)), (event,))
+    return Step((quiesced, *guard, _rental_write(rental, numbered)), (event,))
 
 
-def abandon(rental: Rental, placement: Placement, standby: Placement | None, why: str) -> Step:
-    """It goes on where it is; what was made of its standby is cleaned up."""
-    check_phase(rental.id, phase_of(rental, placement, standby), MigrationPhase.NONE)
+def abandon(rental: Rental, placement: Placement, target: Placement | None, why: str) -> Step:
+    """Return the step that ends a migration before its cutover: the source runs on, and the target is cleaned up."""
+    check_phase(rental.id, phase_of(rental, placement, target), MigrationPhase.NONE)
     reason = f"{NOT_MOVED}{why}"
-    told = _rental_write(rental, {"explanation": reason})
+    explained = _rental_write(rental, {"explanation": reason})
     event = _event("rental.move_failed", why, rental, placement.worker_id, placement.epoch)
-    step = Step((told,), (event,))
+    step = Step((explained,), (event,))
     if placement.held:
-        held = {"state": PlacementState.RUNNING, "held": placement.held}
+        quiesced = {"state": PlacementState.RUNNING, "held": placement.held}
         released = _event("rental.let_go_on", "it goes on here", rental, placement.worker_id, placement.epoch)
-        step += Step((Write(kind="placement", id=placement.id, expect=held, change={"held": 0}),), (released,))
-    return step if standby is None else merge((step, end_target(standby, rental.owner, why)))
+        step += Step((Write(kind="placement", id=placement.id, expect=quiesced, change={"held": 0}),), (released,))
+    return step if target is None else merge((step, end_target(target, rental.owner, why)))
 
 
-def end_target(standby: Placement, owner: str | None, why: str) -> Step:
-    to = PlacementState.STOPPED if standby.state is PlacementState.RESERVED else PlacementState.FAILED
-    return move_placement(standby, owner, to, ACTOR, why)
+def end_target(target: Placement, owner: str | None, why: str) -> Step:
+    """Return the step that ends a target before its cutover."""
+    to = PlacementState.STOPPED if target.state is PlacementState.RESERVED else PlacementState.FAILED
+    return move_placement(target, owner, to, ACTOR, why)
 
 
-def promote_target(rental: Rental, standby: Placement) -> Step:
-    """What it stood by for has been lost: it takes over, with the newest copy."""
+def promote_target(rental: Rental, target: Placement) -> Step:
+    """Return the step that makes the target the rental's placement after its source was lost; it gets the newest
+    snapshot."""
     taken = Write(
         kind="placement",
-        id=standby.id,
-        expect={"state": standby.state, "standby": True},
+        id=target.id,
+        expect={"state": target.state, "standby": True},
         change={"standby": False, "filled": ""},
     )
-    reason = f"being made on worker {standby.worker_id}, where it was to be moved"
+    reason = f"being made on worker {target.worker_id}, to which it was migrating"
     if rental.state is RentalState.QUEUED:
-        placed = move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, standby.worker_id, epoch=standby.epoch)
+        placed = move_rental(rental, RentalState.PROVISIONING, ACTOR, reason, target.worker_id, epoch=target.epoch)
         return placed + Step((taken,))
     expect = {"state": rental.state, "epoch": rental.epoch}
-    event = _event("rental.taken_over", reason, rental, standby.worker_id, standby.epoch)
-    return Step((Write(kind="rental", id=rental.id, expect=expect, change={"epoch": standby.epoch}), taken), (event,))
+    event = _event("rental.taken_over", reason, rental, target.worker_id, target.epoch)
+    return Step((Write(kind="rental", id=rental.id, expect=expect, change={"epoch": target.epoch}), taken), (event,))
 
 
-def target_problem(standby: Placement, rental: Rental, target: Worker | None, exiting: Collection[str]) -> str:
-    """Why a standby is of no use any more; empty while it is."""
-    if standby.epoch <= rental.epoch:
+def target_problem(target: Placement, rental: Rental, worker: Worker | None, exiting: Collection[str]) -> str:
+    """Return why a target cannot be used any more; empty if it can."""
+    if target.epoch <= rental.epoch:
         return "the platform went back to a backup meanwhile"
-    if target is None or target.health not in {Health.READY, Health.SUSPECT} or target.fault:
-        return f"worker {standby.worker_id} is not ready any more"
-    if target.intent is not Intent.ACTIVE or target.id in exiting:
-        return f"worker {standby.worker_id} is to be emptied itself"
+    if worker is None or worker.health not in {Health.READY, Health.SUSPECT} or worker.fault:
+        return f"worker {target.worker_id} is not ready any more"
+    if worker.intent is not Intent.ACTIVE or worker.id in exiting:
+        return f"worker {target.worker_id} is to be emptied itself"
     return ""
 
 
-def precopied(rental: Rental, standby: Placement, generation: str) -> Step | None:
-    """Its standby has its files, as they were a moment ago."""
-    if rental.state is not RentalState.ACTIVE or not standby.standby or standby.state is not PlacementState.PREPARING:
+def precopied(rental: Rental, target: Placement, snapshot: str) -> Step | None:
+    """Return the step that records the end of the precopy; None if the migration is over."""
+    if rental.state is not RentalState.ACTIVE or not target.standby or target.state is not PlacementState.PREPARING:
         return None
     expect = {"state": PlacementState.PREPARING, "standby": True}
-    return Step((Write(kind="placement", id=standby.id, expect=expect, change={"filled": generation}),))
+    return Step((Write(kind="placement", id=target.id, expect=expect, change={"filled": snapshot}),))
 
 
 def cut_over(
-    rental: Rental, placement: Placement, standby: Placement | None, source: Source, generation: str
+    rental: Rental, placement: Placement, target: Placement | None, source: Source, snapshot: str
 ) -> Step | None:
-    """It is where it was to go: the epoch rises, and what was held ends. Without a standby it waits for a place.
+    """Return the step of the cutover: the epoch rises, and the source ends. Without a target the rental is parked.
 
-    None: somebody acted meanwhile, and nothing is to be switched any more.
+    None if another step came between: the migration is over then.
     """
-    phase = phase_of(rental, placement, as_target(standby))
-    due = MigrationPhase.FINAL_SYNC if standby else MigrationPhase.PARK
+    phase = phase_of(rental, placement, as_target(target))
+    due = MigrationPhase.FINAL_SYNC if target else MigrationPhase.PARK
     if rental.state is not RentalState.ACTIVE or phase is not due or placement.held != source.move:
         return None
     check_phase(rental.id, phase, MigrationPhase.CUTOVER)
-    where = f"to worker {standby.worker_id}" if standby else f"away from worker {placement.worker_id}, to wait"
-    reason = f"moved {where} with all its files: copy {generation}"
-    held = Step((Write(kind="placement", id=placement.id, expect={"held": source.move}, change={}),))
+    where = f"to worker {target.worker_id}" if target else f"away from worker {placement.worker_id}, to wait"
+    reason = f"moved {where} with all its files: snapshot {snapshot}"
+    quiesced = Step((Write(kind="placement", id=placement.id, expect={"held": source.move}, change={}),))
     stopping = move_placement(placement, rental.owner, PlacementState.STOPPING, ACTOR, reason)
-    if standby is None:
+    if target is None:
         waiting = move_rental(rental, RentalState.MIGRATING, ACTOR, reason, placement.worker_id)
         parked = _event("rental.parked", reason, rental, placement.worker_id, placement.epoch)
-        return merge((held, stopping, waiting, Step((), (parked,))))
+        return merge((quiesced, stopping, waiting, Step((), (parked,))))
     expect = {"state": PlacementState.PREPARING, "standby": True}
-    taken = Write(kind="placement", id=standby.id, expect=expect, change={"standby": False, "filled": generation})
-    risen = move_rental(rental, RentalState.MIGRATING, ACTOR, reason, standby.worker_id, epoch=standby.epoch)
-    moved = _event("rental.moved", reason, rental, standby.worker_id, standby.epoch)
-    return merge((held, stopping, risen, Step((taken,), (moved,))))
+    taken = Write(kind="placement", id=target.id, expect=expect, change={"standby": False, "filled": snapshot})
+    risen = move_rental(rental, RentalState.MIGRATING, ACTOR, reason, target.worker_id, epoch=target.epoch)
+    moved = _event("rental.moved", reason, rental, target.worker_id, target.epoch)
+    return merge((quiesced, stopping, risen, Step((taken,), (moved,))))
 
 
 def under_way(world: World, failed: Collection[str] = ()) -> Counter[Claim]:
@@ -269,7 +275,7 @@ def claim_of(rental: Rental | None, failed: bool) -> Claim:
 
 
 def _rental_write(rental: Rental, change: Mapping[str, object], **expect: object) -> Write:
-    """Only while it is active, at the epoch at which it was looked at."""
+    """Return a write of the rental that is guarded by its activity, its epoch and `expect`."""
     return Write(
         kind="rental", id=rental.id, expect={"state": RentalState.ACTIVE, "epoch": rental.epoch} | expect, change=change
     )

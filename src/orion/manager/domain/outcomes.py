@@ -1,4 +1,4 @@
-"""What follows from the end of a task. Guarded like every step: whoever acted meanwhile wins."""
+"""Steps that follow from the end of a task. Their guards drop them if another step came between."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from orion.manager.domain.tasks import Task, TaskEnded, TaskKind
 from orion.manager.domain.world import World
 
 MAX_REPORT_CHARS = 4096
-"""Characters of a worker's report that its event keeps: a worker could fill the database with more."""
+"""Characters of a worker's report that an event keeps at most: a longer one could fill the database."""
 MAX_PROBLEM_CHARS = 300
 MAX_ATTEMPTS = 3
-"""Failed tries to make a rental on one worker before it is made on another."""
+"""Failed tries to make a rental on one worker, after which it is made on another."""
 
 WAITS_FOR_ITS_TARGET = frozenset({MigrationPhase.PRECOPY, MigrationPhase.QUIESCE, MigrationPhase.FINAL_SYNC})
 """Phases of a planned migration in which a failed task ends it."""
 RECOVERY_ATTEMPTS = 2
-"""Failed tries to copy aside what a returned worker still has, before it is purged all the same."""
+"""Failed tries to recover the files on a returned worker, after which they are purged."""
 
 
 def follow(world: World, ended: TaskEnded) -> Step | None:
-    """The step that records an outcome; None when it changes nothing any more."""
+    """Return the step that records the outcome of a task; None if it changes nothing any more."""
     if ended.ok:
         return succeeded(world, ended)
     return failed(world, ended.task, ended.message, ended.attempts)
 
 
 def succeeded(world: World, ended: TaskEnded) -> Step | None:
-    """The step that records a success; None when it changes nothing any more."""
+    """Return the step that records a success; None if it changes nothing any more."""
     task, report = ended.task, ended.report
     if task.kind is TaskKind.REACH:
         return _verified(task)
     placement = world.placements.get(task.placement_id or "")
     if task.kind is TaskKind.SALVAGE:
-        return None  # it was written with the copy that it made: see operations/recover.py
+        return None  # it was recorded with the recovered snapshot: see operations/recover.py
     if task.kind is TaskKind.DELETE:
         return _purged(world, task, placement, report)
     if task.source is not None:
@@ -55,7 +55,7 @@ def succeeded(world: World, ended: TaskEnded) -> Step | None:
 
 
 def failed(world: World, task: Task, message: str, attempts: int) -> Step | None:
-    """The step after a failure: making it elsewhere after MAX_ATTEMPTS, else only what a person sees meanwhile."""
+    """Return the step after a failure: the explanation changes, and after MAX_ATTEMPTS another worker is tried."""
     placement = world.placements.get(task.placement_id or "")
     if task.source is not None:
         return _not_migrated(world, task, placement, task.source, message, attempts)
@@ -84,18 +84,21 @@ def _migrated(
     rental, placed = _source_rows(world, source)
     if rental is None or placed is None or task.kind is TaskKind.THAW:
         return None
-    generation = str(report.get("generation", ""))
+    snapshot = str(report.get("generation", ""))
     if task.kind is TaskKind.PARK:
-        return migration.cut_over(rental, placed, None, source, generation)
+        return migration.cut_over(rental, placed, None, source, snapshot)
     if placement is None or task.kind is TaskKind.PRECOPY:
-        return None if placement is None else migration.precopied(rental, placement, generation)
-    return migration.cut_over(rental, placed, placement, source, generation)
+        return None if placement is None else migration.precopied(rental, placement, snapshot)
+    return migration.cut_over(rental, placed, placement, source, snapshot)
 
 
 def _not_migrated(
     world: World, task: Task, placement: Placement | None, source: migration.Source, message: str, attempts: int
 ) -> Step | None:
-    """What stands still is let go on at once; a standby is filled again first."""
+    """Return the step that ends a migration after a failure; None while the precopy is tried again.
+
+    A quiesced source runs on at once, after its first failure.
+    """
     rental, placed = _source_rows(world, source)
     if rental is None or placed is None or not migration.can_move(rental, placed) or task.kind is TaskKind.THAW:
         return None
@@ -127,7 +130,7 @@ def _explained(world: World, task: Task, placement: Placement | None, message: s
 
 
 def _is_awaited(task: Task, placement: Placement, rental: Rental) -> bool:
-    """Whether the renter waits for this; not for the cleaning of what it has left behind somewhere."""
+    """Return whether the renter waits for the task, as for a creation or a release, and not for other clean-ups."""
     if task.kind is TaskKind.CREATE:
         return placement.state is PlacementState.PREPARING
     return rental.state is RentalState.RELEASING
@@ -182,13 +185,13 @@ def _created(rental: Rental, placement: Placement, ended: TaskEnded) -> Step | N
     change |= snapshots.activated(rental, placement.epoch, snapshots.began_with(report))
     reason = f"running on worker {placement.worker_id}{snapshots.lacking(report)}"
     filled = snapshots.filled(rental, placement.worker_id, report, wall)
-    told = Step((), (filled,) if filled else ())
+    restored = Step((), (filled,) if filled else ())
     active = move_rental(rental, RentalState.ACTIVE, ACTOR, reason, placement.worker_id, **change)
-    return merge((running, told, active))
+    return merge((running, restored, active))
 
 
 def _command_started(rental: Rental, placement: Placement, task: Task, report: Mapping[str, Any]) -> Step:
-    """The run of its start command that it has had now, for good or ill."""
+    """Return the step that records the run of the start command, whether it succeeded or not."""
     if not task.start_mark:
         return Step(())
     problem = str(report.get("start_problem", ""))[:MAX_PROBLEM_CHARS]

@@ -1,11 +1,11 @@
-"""What to do next, from a snapshot: steps to commit and tasks to run. Pure; the same at start and on a hint.
+"""The decision of the reconciler: from the world and observations to steps to commit and tasks to run. It is pure.
 
-The snapshot may be a part of the world (model.World says which); what is decided from it is what the whole world would
-have decided about that part: tests/property/test_property_partial_world.py.
+The world may be a part of the whole (world.World says which part is enough). The decision about that part is the same
+as from the whole world: tests/property/test_property_partial_world.py.
 
-Safe order: a placement row is committed before anything is made for it on a worker, and it holds its slot until the
-worker says, after looking, that nothing is left. Inventories must be read before the rest of the snapshot: what an
-older inventory shows has its row in a newer snapshot, so a rental that was just made is never taken for an orphan.
+Safe order: a placement's row is committed before anything is made for it on a worker, and it keeps its slot until the
+worker has looked for residue and found none. Inventories must be read before the rows: then every rental that an
+inventory shows has its row, and a rental that was just made is never taken for an unknown one.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from orion.manager.domain.tasks import Task
 from orion.manager.domain.world import Draft, World
 
 MAX_FAILURES = 5
-"""A rental that was never active and could not be made so often is failed."""
+"""Failed tries to make a rental that was never active, after which it is failed."""
 
 RECOVERY_DEADLINE_S = 150.0
-"""Of a worker's joining, which has JOIN_DEADLINE_S in all: what is not copied aside by then is given up. A try that is
-under way then ends first (operations/recover.py), and then it is purged."""
+"""Seconds since a worker joined after which files that are not recovered are given up, of JOIN_DEADLINE_S in all. A try
+that is under way ends first (operations/recover.py); then the files are purged."""
 
 HOLDS_UNKNOWN = "it holds what the database has never placed"
 
@@ -57,7 +57,7 @@ class Decision:
 
 
 def decide(snapshot: World, observations: Observations) -> Decision:
-    """The steps, in the order to commit them, and the tasks that the world after them asks for."""
+    """Return the steps, in the order to commit them, and the tasks of the world after them."""
     world = Draft(snapshot)
     steps: list[Step] = []
 
@@ -69,24 +69,24 @@ def decide(snapshot: World, observations: Observations) -> Decision:
         commit(_keep_unknown_rentals(worker, observations))
     for placement in list(world.placements.values()):
         commit(_settle_placement(world, placement, observations))
-    places = Assignments(world, observations)
+    assignments = Assignments(world, observations)
     for rental in _by_priority(world):
-        commit(_settle_rental(world, rental, observations, places))
+        commit(_settle_rental(world, rental, observations, assignments))
     for placement in sorted(
         world.placements.values(), key=lambda p: (p.worker_id not in observations.evacuating, p.id)
     ):
-        commit(_settle_migration(world, placement, observations, places))
+        commit(_settle_migration(world, placement, observations, assignments))
     for placement in list(world.placements.values()):
         if placement.state is PlacementState.RESERVED:
             commit(_prepare(world, placement))
     for worker in list(world.workers.values()):
         commit(_finish_drain(world, worker))
-    held = (
+    quiesced = (
         migration.Source(placement_id=p.id, worker_id=p.worker_id, epoch=p.epoch, move=p.held)
         for p in snapshot.placements.values()
         if p.held
     )
-    thaws = (task for task in (tasks.thaw(world, source) for source in held) if task)
+    thaws = (task for task in (tasks.thaw(world, source) for source in quiesced) if task)
     return Decision(tuple(steps), (*tasks.wanted(world, observations), *thaws))
 
 
@@ -140,14 +140,14 @@ def _nothing_was_made(case: PlacementCase) -> Step | None:
 
 
 def _container_restarted(case: PlacementCase) -> Step | None:
-    # Its start command may have brought that about.
+    # The start command may be the cause: enough restarts under it stop it.
     if case.rental is None:
         return None
     return start_commands.restarted(case.rental, case.placement, case.worker, case.observations.wall)
 
 
 def _rental_ends(case: PlacementCase) -> Step | None:
-    # Nobody wants it any more, whatever state it is in.
+    # A rental that ends, or has ended, needs no placement.
     placement = case.placement
     if case.rental is not None and case.rental.state is not RentalState.RELEASING:
         return None
@@ -156,7 +156,7 @@ def _rental_ends(case: PlacementCase) -> Step | None:
 
 
 def _not_made_in_time(case: PlacementCase) -> Step | None:
-    # Another worker may do it faster. Files that are put there first take longer.
+    # Another worker may be faster. The deadline is longer if a snapshot is restored first.
     within_s = RESTORE_DEADLINE_S if case.rental and snapshots.wanted(case.rental) else CREATE_DEADLINE_S
     if case.observations.age(case.placement.id) <= within_s:
         return None
@@ -164,7 +164,7 @@ def _not_made_in_time(case: PlacementCase) -> Step | None:
 
 
 def _missing(case: PlacementCase) -> Step | None:
-    # Only a restored database leaves a running placement without a key: it is there, or was moved or ended since.
+    # Only a restored database has a running placement without a key. Its rental may have migrated or ended since.
     if case.placement.public_key or case.observations.shows(case.placement):
         return None
     reason = "its worker does not have it: it was moved or ended after the backup"
@@ -176,7 +176,7 @@ def _missing(case: PlacementCase) -> Step | None:
 
 
 def _command_ended(case: PlacementCase) -> Step | None:
-    # Its owner asks how it ended, and the worker forgets it.
+    # The end is recorded for the owner, because the worker does not keep it.
     if case.rental is None:
         return None
     return start_commands.ended(case.rental, case.placement, case.observations.start_ends.get(case.worker.id, ()))
@@ -199,7 +199,7 @@ def _still_not_cleaned_up(case: PlacementCase) -> Step | None:
 
 
 def _not_recovered_in_time(case: PlacementCase) -> Step | None:
-    # So that its worker is ready in time, whatever keeps its files from being copied aside.
+    # The worker must become ready in time, whatever the problem of the recovery is.
     late = case.worker.health is Health.JOINING and case.observations.age(case.worker.id) > RECOVERY_DEADLINE_S
     if not late or case.rental is None or not snapshots.is_to_be_recovered(case.rental, case.placement):
         return None
@@ -233,25 +233,25 @@ def _lose(
     if placement.state not in LIVE | {PlacementState.STOPPING, PlacementState.FAILED}:
         return None
     owner = rental.owner if rental else None
-    nothing_to_salvage = placement.state not in start_commands.MAY_HAVE_RUN
+    nothing_to_recover = placement.state not in start_commands.MAY_HAVE_RUN
     lost = move_placement(
-        placement, owner, PlacementState.LOST, ACTOR, "its worker is down", salvaged=nothing_to_salvage
+        placement, owner, PlacementState.LOST, ACTOR, "its worker is down", salvaged=nothing_to_recover
     )
     if worker is not None:
-        # A worker that is not down any more may have been told to run it: then it is lost no more.
+        # A worker that is not down any more may have been ordered to run the placement, which is not lost then.
         lost = merge((Step((Write(kind="worker", id=worker.id, expect={"health": Health.DOWN}, change={}),)), lost))
     if rental is None or placement.state not in LIVE or placement.standby:
         return lost
     change, events = start_commands.after_loss(rental, placement, observations.wall)
-    told = Step((), events)
+    explained = Step((), events)
     if rental.state is RentalState.ACTIVE:
         reason = f"worker {placement.worker_id} is down: moving to another one"
         moved = move_rental(rental, RentalState.MIGRATING, ACTOR, reason, placement.worker_id, **change)
-        return merge((lost, moved, told))
+        return merge((lost, moved, explained))
     if rental.state is RentalState.PROVISIONING:
         reason = f"worker {placement.worker_id} went down while it was being made there"
         moved = move_rental(rental, RentalState.QUEUED, ACTOR, reason, placement.worker_id, **change)
-        return merge((lost, moved, told))
+        return merge((lost, moved, explained))
     if rental.state is RentalState.MIGRATING and change:
         here = {"state": rental.state, "epoch": rental.epoch}
         return merge((lost, Step((Write(kind="rental", id=rental.id, expect=here, change=change),), events)))
@@ -259,7 +259,7 @@ def _lose(
 
 
 def give_up(placement: Placement, rental: Rental | None, reason: str) -> Step:
-    """Making it here failed: clean up here, try elsewhere."""
+    """Return the step that fails a placement that could not be made, and queues its rental for another worker."""
     failed = move_placement(placement, rental.owner if rental else None, PlacementState.FAILED, ACTOR, reason)
     if rental is None or rental.state not in {RentalState.PROVISIONING, RentalState.MIGRATING}:
         return failed
@@ -289,9 +289,9 @@ def _fault_after_clean_up(worker: Worker, placement: Placement) -> Step:
 
 
 def _keep_unknown_rentals(worker: Worker, observations: Observations) -> Step | None:
-    """What the database has never heard of may be all that is left of a rental: only an operator ends it.
+    """Return the step that sets or clears the fault of a worker with unknown rentals; None: nothing changes.
 
-    The worker is set aside for it, until it is given up (orion resume --give-up) or is not there any more.
+    An unknown rental may be all that is left of a rental, so only an operator ends it (orion resume --give-up).
     """
     if worker.health is Health.DOWN or worker.id not in observations.inventories:
         return None
@@ -314,7 +314,7 @@ def _keep_unknown_rentals(worker: Worker, observations: Observations) -> Step | 
 
 
 def _set_fault(worker: Worker, fault: str, event: Event) -> Step:
-    """With another fault, or none, it must be checked anew before it is ready."""
+    """Return the step that sets the fault of a worker; the worker must be verified again before it is ready."""
     expect = {"session_id": worker.session_id, "fault": worker.fault}
     return Step(
         (Write(kind="worker", id=worker.id, expect=expect, change={"fault": fault, "verified_session": None}),),
@@ -323,49 +323,47 @@ def _set_fault(worker: Worker, fault: str, event: Event) -> Step:
 
 
 def _by_priority(world: World) -> list[Rental]:
-    """Those that were active before first, then by age; one that does not fit blocks nobody."""
+    """Return the rentals to settle: those that were active before come first, then the oldest."""
     return sorted(
         (r for r in world.rentals.values() if r.state not in ENDED | {RentalState.ACTIVE}),
         key=lambda r: (r.activated_at is None, r.created_at, r.id),
     )
 
 
-def _settle_rental(world: Draft, rental: Rental, observations: Observations, places: Assignments) -> Step | None:
+def _settle_rental(world: Draft, rental: Rental, observations: Observations, assignments: Assignments) -> Step | None:
+    """Return the next step of a rental that is not at rest; None if it waits for a task or needs nothing."""
     if rental.state is RentalState.RELEASING:
         return _finish_release(world, rental)
     if world.live_placement(rental.id) is not None or _is_being_stopped(world, rental):
         return None
     lost = _awaited_files(world, rental, observations)
-    standby = world.target_of(rental.id)
-    if standby is not None:
-        problem = migration.target_problem(standby, rental, world.workers.get(standby.worker_id), observations.exiting)
-        problem = problem or ("no copy of its files was made for it" if lost else "")
-        return (
-            migration.end_target(standby, rental.owner, problem)
-            if problem
-            else migration.promote_target(rental, standby)
-        )
+    target = world.target_of(rental.id)
+    if target is not None:
+        problem = migration.target_problem(target, rental, world.workers.get(target.worker_id), observations.exiting)
+        problem = problem or ("there is no snapshot of its files" if lost else "")
+        if problem:
+            return migration.end_target(target, rental.owner, problem)
+        return migration.promote_target(rental, target)
     if rental.state is RentalState.PROVISIONING:
-        return move_rental(rental, RentalState.QUEUED, ACTOR, "its place was lost")
+        return move_rental(rental, RentalState.QUEUED, ACTOR, "its placement was lost")
     if rental.activated_at is None and rental.failures >= MAX_FAILURES:
         reason = f"it could not be made {rental.failures} times; last: {rental.explanation}"
         return move_rental(rental, RentalState.FAILED, ACTOR, reason)
     if rental.activated_at is None and observations.age(rental.id) > QUEUE_DEADLINE_S:
         return move_rental(rental, RentalState.FAILED, ACTOR, f"no worker was free within {QUEUE_DEADLINE_S:.0f} s")
-    at_work = _may_run_command(world, rental, observations)
-    if at_work is not None:
-        return wait_for_worker(
-            rental, f"waiting until worker {at_work.worker_id} has ended what it may have begun of it"
-        )
+    failed = _may_run_command(world, rental, observations)
+    if failed is not None:
+        return wait_for_worker(rental, f"waiting until worker {failed.worker_id} has ended its start command")
     if lost is not None:
         return wait_for_files(rental, lost.worker_id, observations.awaits_files_s)
-    return places.place(rental)
+    return assignments.place(rental)
 
 
 def _awaited_files(world: Draft, rental: Rental, observations: Observations) -> Placement | None:
-    """Return the lost placement whose worker is waited for, because the only files of the rental are there.
+    """Return the lost placement whose worker the rental waits for, because the only files are there; None: it waits for
+    no worker.
 
-    A worker that joins has come back: it has its own deadline (SALVAGE_WITHIN_S) to hand them over.
+    A joining worker has come back: the recovery from it has a deadline of its own, RECOVERY_DEADLINE_S.
     """
     if not observations.awaits_files_s or not snapshots.is_without_copies(rental):
         return None
@@ -380,7 +378,7 @@ def _awaited_files(world: Draft, rental: Rental, observations: Observations) -> 
 
 
 def _is_being_stopped(world: Draft, rental: Rental) -> bool:
-    """It is to begin again from a copy, and what runs of it has not been seen to have ended, or to stand still."""
+    """Return whether a restore was requested and the current placement may still run: not ended, and not quiesced."""
     ending = {PlacementState.STOPPING, PlacementState.FAILED}
     return rental.state is RentalState.MIGRATING and any(
         p.epoch == rental.epoch and p.state in ending and not p.held for p in world.placements_of(rental.id)
@@ -388,10 +386,10 @@ def _is_being_stopped(world: Draft, rental: Rental) -> bool:
 
 
 def _may_run_command(world: Draft, rental: Rental, observations: Observations) -> Placement | None:
-    """Where it was given up, and its start command may be running: how the last try there ended may be unknown.
+    """Return a failed placement where the start command may still run, because the end of the last try is unknown.
 
-    Nobody else is led there, so a rental without a command goes on elsewhere at once. A clean-up that passes its
-    deadline holds up its worker, and the rental no longer.
+    A rental without a start command does not wait for such a placement: nobody is led there. After DELETE_DEADLINE_S
+    the rental waits no longer; the worker is at fault then.
     """
     if not rental.start or rental.start_problem:
         return None
@@ -401,7 +399,7 @@ def _may_run_command(world: Draft, rental: Rental, observations: Observations) -
 
 
 def _settle_migration(
-    world: Draft, placement: Placement, observations: Observations, places: Assignments
+    world: Draft, placement: Placement, observations: Observations, assignments: Assignments
 ) -> Step | None:
     """Return the next step of a planned migration, the first one included: see domain/migration.py."""
     worker, rental = world.workers.get(placement.worker_id), world.rentals.get(placement.rental_id)
@@ -410,7 +408,13 @@ def _settle_migration(
     target = world.target_of(rental.id)
     to = world.workers.get(target.worker_id) if target else None
     case = MigrationCase(
-        rental=rental, source=placement, worker=worker, target=target, to=to, observations=observations, places=places
+        rental=rental,
+        source=placement,
+        worker=worker,
+        target=target,
+        to=to,
+        observations=observations,
+        assignments=assignments,
     )
     for rule in MIGRATION_RULES[migration.phase_of(rental, placement, target)]:
         step = rule(case)
@@ -431,7 +435,7 @@ class MigrationCase:
     to: Worker | None
     """The worker of the target."""
     observations: Observations
-    places: Assignments
+    assignments: Assignments
 
     @property
     def is_evacuating(self) -> bool:
@@ -439,14 +443,14 @@ class MigrationCase:
 
 
 def _quiesced_for_too_long(case: MigrationCase) -> Step | None:
-    # Whatever keeps its files from being copied: nobody's programs stand still for longer.
+    # Whatever the problem of the final sync is, no programs are frozen for longer.
     if case.observations.age(case.source.id) <= HELD_DEADLINE_S:
         return None
     return migration.abandon(case.rental, case.source, case.target, f"it stood still for {HELD_DEADLINE_S:.0f} s")
 
 
 def _target_is_of_no_use(case: MigrationCase) -> Step | None:
-    # A worker that is lost, at fault or to be emptied itself would be left again at once.
+    # From a worker that is lost, at fault or to be emptied the rental would have to go again at once.
     if case.target is None:
         return None
     problem = migration.target_problem(case.target, case.rental, case.to, case.observations.exiting)
@@ -454,7 +458,7 @@ def _target_is_of_no_use(case: MigrationCase) -> Step | None:
 
 
 def _quiesce(case: MigrationCase) -> Step | None:
-    # Only once the target has most of the files: what is left to copy then is little.
+    # The target has most of the files now, so the final sync is short.
     if case.target is None:
         return None
     return migration.quiesce(case.rental, case.source, case.target, f"for its move to worker {case.target.worker_id}")
@@ -473,7 +477,7 @@ def _begin(case: MigrationCase) -> Step | None:
     why = migration.must_leave(case.worker, case.observations.evacuating)
     if not why or case.rental.id in case.observations.migration_backoff:
         return None
-    return case.places.move(case.rental, case.source, why, parks=case.is_evacuating)
+    return case.assignments.migrate(case.rental, case.source, why, parks=case.is_evacuating)
 
 
 MigrationRule = Callable[[MigrationCase], Step | None]
@@ -487,11 +491,14 @@ MIGRATION_RULES: Mapping[MigrationPhase, tuple[MigrationRule, ...]] = {
     MigrationPhase.CUTOVER: (),
     MigrationPhase.STALE: (_quiesced_for_too_long, _target_is_of_no_use),
 }
-"""The first rule that makes a step decides. What copies files in a phase is a task: see tasks.TASK_RULES."""
+"""The first rule that makes a step decides. The copying of files in a phase is a task: see tasks.TASK_RULES."""
 
 
 def _finish_release(world: Draft, rental: Rental) -> Step | None:
-    """Done when no placement of it can run any more; what a dead worker keeps is purged when it returns."""
+    """Return the last step of a release; None while a placement may still run.
+
+    The residue on a worker that is down is purged when that worker returns.
+    """
     left = [p for p in world.placements_of(rental.id) if p.state is not PlacementState.PURGED]
     if any(p.state in HOLDING for p in left):
         return None

@@ -1,6 +1,6 @@
-"""Work that the world asks for: on one worker, about one rental at most. What follows from its end: outcomes.py.
+"""Tasks that the reconciler wants done, each on one worker and about one rental at most; outcomes.py records their end.
 
-A task may be begun again at any time: what it makes or ends on a worker is the same then.
+A task may be repeated at any time, with the same result on its worker.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ REACHABLE = frozenset({Health.READY, Health.SUSPECT, Health.UNKNOWN, Health.QUAR
 
 
 class TaskKind(StrEnum):
+    """The kinds of tasks. The values are labels of the metric of jobs, and stay as they were released."""
+
     CREATE = "create"
     DELETE = "delete"
     REACH = "reach"
     SALVAGE = "salvage"
-    """Copy aside what is left of a lost placement, before it is purged: see copies.wants_salvage."""
+    """Make a recovered snapshot of a lost placement before it is purged: see snapshots.is_to_be_recovered."""
     PRECOPY = "seed"
     FINAL_SYNC = "finish"
     PARK = "park"
@@ -35,7 +37,7 @@ class TaskKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Work on one worker. `placement_id` is None for reaching it and for what only its inventory knows."""
+    """Work on one worker. `placement_id` is None if the worker is to be reached, or the rental is in no row."""
 
     kind: TaskKind
     worker_id: str
@@ -44,22 +46,22 @@ class Task:
     placement_id: str | None = None
     public_key: str = ""
     restore: str | None = None
-    """What its home is filled with before its renter is let in: see copies.wanted."""
+    """What the home is filled with before the renter is activated: see snapshots.wanted."""
     start: str = ""
     start_mark: str = ""
-    """The start command to run when its renter is let in, and the run that it is: see starting.due."""
+    """The mark of the start command to run at the activation, empty for none: see start_commands.due."""
     filled: str = ""
-    """The copy that is in its home already, put there by a planned move."""
+    """The snapshot that a planned migration has put into the home already."""
     rental_name: str = ""
-    """The name that the rental's own sessions are told, where an account is made."""
+    """The name of the rental, for its sessions to show; only where an account is made."""
     source: migration.Source | None = None
-    """What a planned move takes away: see domain/migration.py."""
+    """The source of a planned migration: see migration.py."""
     owner: str = ""
-    """The name of the rental's owner; empty for what only an inventory knows."""
+    """The name of the rental's owner; empty if the rental is in no row."""
 
     @property
     def placement_ids(self) -> tuple[str, ...]:
-        """What its outcome is about."""
+        """The placements whose rows the outcome may change."""
         both = self.placement_id, self.source and self.source.placement_id
         return tuple(identity for identity in both if identity)
 
@@ -71,24 +73,24 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEnded:
-    """A task that has ended. `attempts`: how often it has failed, this time counted; `wall`: UTC seconds."""
+    """The end of a task. `attempts`: its failures so far, this one included; `wall`: UTC seconds."""
 
     task: Task
     ok: bool
     wall: float
     counts_from: float | None
-    """The UTC seconds from which a rental's time is counted that begins now; None: see expiry.count."""
+    """UTC seconds from which the time of a rental that begins now is counted; None: see expiry.count."""
     report: Mapping[str, Any] = field(default_factory=dict)
     message: str = ""
     attempts: int = 0
 
 
 Follow = Callable[[World, TaskEnded], Step | None]
-"""It returns the step that follows from the end of a task, or None: outcomes.follow, which the store is given."""
+"""A function that returns the step after the end of a task, or None. The store gets outcomes.follow as an argument."""
 
 
 def wanted(world: Draft, observations: Observations) -> Iterator[Task]:
-    """All that is to be done now; some of it may be under way."""
+    """Return the tasks of the world as it is now; some of them may be under way."""
     for placement in world.placements.values():
         task = _task_of(world, placement, observations)
         if task is not None:
@@ -98,7 +100,10 @@ def wanted(world: Draft, observations: Observations) -> Iterator[Task]:
 
 
 def thaw(world: World, source: migration.Source) -> Task | None:
-    """What has just been let go on need not wait for its worker's next heartbeat, which would thaw it too."""
+    """Return the task that thaws the source of an abandoned migration; None if it is quiesced or does not run.
+
+    The reply to the next heartbeat would thaw it too, but later.
+    """
     placement, worker = world.placements.get(source.placement_id), world.workers.get(source.worker_id)
     rental = world.rentals.get(placement.rental_id) if placement else None
     if placement is None or worker is None or rental is None:
@@ -153,7 +158,7 @@ class TaskCase:
 
 
 def _is_target(case: TaskCase) -> bool:
-    # Nobody is let into the target before the cutover: it gets no other task.
+    # The target is not activated before the cutover, so it gets no other task.
     return migration.as_target(case.placement) is not None
 
 
@@ -163,14 +168,14 @@ def _is_quiesced(case: TaskCase) -> bool:
 
 
 def _was_not_shown(case: TaskCase) -> bool:
-    # Its worker may have lost or purged it, and has not shown anything yet: see reconcile._missing.
+    # The worker may have lost or purged the placement, and has shown no inventory yet: see reconcile._missing.
     placement = case.placement
     unseen = not placement.public_key and case.observations.inventories.get(case.worker.id) is None
     return placement.state is PlacementState.RUNNING and unseen
 
 
 def _is_to_be_made(case: TaskCase) -> bool:
-    # The account, the keys or the start command are not there yet, or are not those that are wanted.
+    # The account, the keys or the run of the start command are not there yet, or are out of date.
     placement, rental = case.placement, case.rental
     if case.worker.health not in REACHABLE:
         return False
@@ -181,12 +186,12 @@ def _is_to_be_made(case: TaskCase) -> bool:
 
 
 def _is_to_be_salvaged(case: TaskCase) -> bool:
-    # The worker of a lost placement may have files that nobody has copied. A target has only copies.
+    # The worker of a lost placement may have files of which there is no snapshot; a target has no such files.
     return not case.placement.standby and snapshots.is_to_be_recovered(case.rental, case.placement)
 
 
 def _is_to_be_purged(case: TaskCase) -> bool:
-    # Nobody needs what is left of it on its worker.
+    # Its residue on the worker is not needed any more.
     return case.placement.state in {PlacementState.STOPPING, PlacementState.FAILED, PlacementState.LOST}
 
 
@@ -207,7 +212,7 @@ def _fill_target(case: TaskCase) -> Task | None:
 
 
 def _park(case: TaskCase) -> Task | None:
-    """Return the task that copies a last time what has nowhere to go; None: it waits for its target, or goes on."""
+    """Return the task that takes the last snapshot of a rental that is parked; None for every other quiesced source."""
     placement, rental = case.placement, case.rental
     phase = migration.phase_of(rental, placement, case.world.target_of(rental.id))
     ends = case.worker.id in case.observations.evacuating and migration.can_move(rental, placement)
@@ -259,7 +264,7 @@ TASK_RULES: tuple[TaskRule, ...] = (
 
 
 def _tasks_of_worker(world: Draft, worker: Worker, observations: Observations) -> Iterator[Task]:
-    """Purge what only the inventory knows; reach a joining worker once nothing stale is left on it."""
+    """Return the purges of orphans in the inventory, and the check of a joining worker that has nothing stale left."""
     inventory = observations.inventories.get(worker.id)
     if worker.health is Health.DOWN or inventory is None or not world.is_whole(worker.id):
         return
