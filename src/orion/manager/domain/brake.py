@@ -1,7 +1,8 @@
-"""The brake: while it holds, silence proves nothing, because it may be the manager that nobody can reach.
+"""The brake is the circuit breaker of takeovers: while it is on, no worker is declared down for its silence, because
+the manager itself may be unreachable.
 
-Anything that disturbs the door starts everybody's grace again. The brake ends when the door and at least one heartbeat
-have worked throughout `takeover_after`, or after `brake_max`: a brake is not a stuck state.
+A disturbance of the proxy or the manager starts the grace of every worker again. The brake ends when the proxy has
+answered throughout `takeover_after_s` and a heartbeat came in, or after `brake_max_s`, so that it is no stuck state.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from orion.manager.domain.clocks import Clocks
 
 @dataclass(frozen=True, kw_only=True)
 class Brake:
-    """`since`: monotonic seconds when it went on, None while it is off. `disturbed_at`: grace counts from here."""
+    """The state of the brake. `since`: monotonic seconds at which it went on, None while it is off. `disturbed_at`:
+    monotonic seconds of the last disturbance, from which grace is counted."""
 
     disturbed_at: float
     since: float | None
     reason: str
     exhausted: bool = False
-    """A disturbance outlasted `brake_max`: nothing brakes again before one observation without any."""
+    """Whether a disturbance outlasted `brake_max_s`: the brake stays off until an observation has no disturbance."""
 
     @staticmethod
     def at_start(now: float) -> Brake:
@@ -33,22 +35,22 @@ class Brake:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What the health loop saw since its last round."""
+    """The inputs of the brake since the last round of the health controller; times are monotonic seconds."""
 
     proxy_answers: bool
-    """The manager reached itself through the proxy the last time it asked."""
+    """Whether the last proxy probe reached the manager through the proxy."""
     late_s: float
-    """How much later than planned this round began."""
+    """Seconds by which this round began later than planned."""
     heard_at: float | None
-    """When any worker was last heard."""
+    """The time of the last heartbeat of any worker."""
     silent_since: tuple[float, ...]
-    """For each worker that has gone silent (but is not down): when it became suspect."""
+    """The time at which each silent worker that is not down became suspect."""
     pool: int
-    """How many workers are not down."""
+    """The number of workers that are not down."""
 
 
 def advance(brake: Brake, seen: Observation, now: float, clocks: Clocks) -> Brake:
-    """The brake after one observation."""
+    """Return the brake after one observation."""
     cause, at = _disturbance(seen, now, clocks)
     if cause is None:
         brake = replace(brake, exhausted=False)
@@ -78,7 +80,10 @@ def _disturbance(seen: Observation, now: float, clocks: Clocks) -> tuple[str | N
 
 
 def _fell_silent_together(silent_since: Iterable[float], pool: int, lease_s: float) -> float | None:
-    """When the last of them fell silent, if two or more and at least half of the pool did within one lease."""
+    """Return the time at which the last of a group fell silent; None if there is no such group.
+
+    A group is two workers or more, at least half of the pool, that fell silent within one lease.
+    """
     times = sorted(silent_since)
     end = 0
     for first, at in enumerate(times):

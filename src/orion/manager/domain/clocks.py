@@ -1,7 +1,7 @@
-"""The intervals that failover rests on, and the inequalities that keep an environment from living twice.
+"""The intervals of failover in seconds, and the inequalities that prevent two live copies of a rental.
 
-All are seconds. The agent counts from the moment it sent its last acknowledged heartbeat, the manager from the
-moment it received it, so the agent's clock always ends first. Source of the figures:
+The agent counts from the moment at which it sent its last acknowledged heartbeat, the manager from the moment at which
+it received that heartbeat, so the agent's lease ends first. Source of the figures:
 docs/decisions/004-leases-and-clocks.md.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 DRIFT = 0.01
-"""How far two monotonic clocks may run apart, as a share."""
+"""The share of a time by which two monotonic clocks may run apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +25,15 @@ class Clocks:
     slack_s: float = 3.0
     brake_max_s: float = 300.0
     goodbye_after_s: float = 5.0
-    """How long a goodbye waits before it moves anything: a restart, or the end of everything, moves nothing."""
+    """Seconds from a worker's last heartbeat until its rentals are taken over: a restart of the worker is shorter."""
     flap_window_s: float = 3600.0
 
     def scaled(self, factor: float) -> Clocks:
-        """The same clocks, all of them `factor` times as long."""
+        """Return the same clocks, each `factor` times as long."""
         return replace(self, **{field.name: getattr(self, field.name) * factor for field in fields(self)})
 
     def problems(self) -> list[str]:
-        """What is wrong with these timings, in words for the operator; empty when they are safe."""
+        """Return the inequalities that do not hold, in words for the operator; empty if the clocks are safe."""
         found = [f"{f.name} must be positive" for f in fields(self) if getattr(self, f.name) <= 0]
         stopped_by = (self.freeze_after_s + self.door_answer_s + self.freeze_budget_s) * (1 + DRIFT) + self.slack_s
         taken_at = self.takeover_after_s * (1 - DRIFT)

@@ -1,4 +1,4 @@
-"""Ending rentals whose time is over, by a wall clock that is believed only while nothing speaks against it."""
+"""The end of rentals whose time is over, by a wall clock that is believed only if it agrees with a monotonic clock."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from orion.manager.domain.states import ENDED, RentalState
 from orion.manager.domain.steps import Event, Step, Write, move_rental
 
 JUMP_S = 2.0
-"""A larger change between two looks is a jump; slewing by NTP is far slower."""
+"""Seconds: a larger change of the offset between two looks is a jump. Slewing by NTP is far slower."""
 SETTLE_S = 300.0
-"""A clock that jumped is believed again when it has gone evenly for so long near to where it should be."""
+"""Seconds without a jump after which a clock that is near to its expected time is believed again."""
 NEAR_S = 120.0
-"""A clock that is no further than this from where it should be settles by itself; any other waits for an operator."""
+"""Seconds from its expected time within which a clock settles by itself; any other waits for an operator."""
 FAR_S = 3600.0
-"""A machine that begins anew was off for a time that nobody knows: so far ahead of the last known time is believed."""
+"""Seconds by which a clock may be ahead of the last known time after a boot: the machine was off for some time."""
 DRIFT = 0.001
-"""How far, as a share of the time that passed, a clock may be slewed while the manager is away."""
+"""The share of the time that passed by which a clock may be slewed while the manager is away."""
 LATE_S = 60.0
-"""A rental that is ended later than this is said to end now, so that its copies are kept from now on."""
+"""Seconds: a rental that is ended later than this ends now instead, so that its snapshots are kept from now on."""
 
 
 @dataclass(frozen=True)
@@ -30,30 +30,30 @@ class Mark:
     wall: float
     """Unix seconds."""
     boot: float
-    """Seconds since the machine began; a suspended machine counts on."""
+    """Seconds since the machine booted, times of suspension included."""
     boot_id: int
-    """Which beginning of the machine; 0: unknown."""
+    """The id of that boot; 0: unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WallClock:
-    """The wall clock compared with one that cannot be set, from look to look."""
+    """The wall clock, compared at each look with the boot clock, which cannot be set."""
 
     offset_s: float
-    """Of the wall clock from the other one at the last look."""
+    """Seconds from the boot clock to the wall clock at the last look."""
     believed_offset_s: float | None = None
-    """What the offset should be; None: what it is."""
+    """The expected offset in seconds; None: the present offset is believed."""
     jumped_at: float | None = None
-    """Seconds, by the other clock, of the last jump; None: nothing speaks against this clock."""
+    """Seconds of the boot clock at the last jump; None: the wall clock is believed."""
     ahead_s: float = NEAR_S
-    """How far ahead of what it should be the clock may be and settle by itself."""
+    """Seconds by which the clock may be ahead of its expected time and still settle by itself."""
 
     @staticmethod
     def at_start(wall: float, now: float, boot_id: int, mark: Mark | None, last_event_at: float | None) -> WallClock:
-        """Return the clock of a manager that begins; `last_event_at` counts only where there is no mark.
+        """Return the clock of a manager that starts; `last_event_at` counts only if there is no mark.
 
-        Since the same start of the machine it is known exactly what the clock should show. Otherwise it should show no
-        less than the last known time, and not much more.
+        If the machine has not booted since the mark, the expected time is known exactly. Otherwise the clock should
+        show no less than the last known time, and not more than FAR_S beyond.
         """
         offset = wall - now
         if mark is not None and boot_id and mark.boot_id == boot_id and now >= mark.boot:
@@ -76,11 +76,11 @@ class WallClock:
         return WallClock(offset_s=offset) if looked._is_near and now - self.jumped_at >= SETTLE_S else looked
 
     def confirmed(self) -> WallClock:
-        """Return the clock as an operator believes it, as it is."""
+        """Return the clock after an operator confirmed the time that it shows."""
         return WallClock(offset_s=self.offset_s)
 
     def as_believed(self, now: float) -> float:
-        """Return Unix seconds at `now`, of the other clock, by what this one should show."""
+        """Return the expected Unix seconds at `now` of the boot clock."""
         return now + self._should_be_s
 
     @property
@@ -89,12 +89,12 @@ class WallClock:
 
     @property
     def far_s(self) -> float:
-        """How far ahead of what it should show the clock is; negative: how far behind."""
+        """The seconds by which the clock is ahead of its expected time; negative: behind."""
         return self.offset_s - self._should_be_s
 
     @property
     def settles(self) -> bool:
-        """Whether a clock that is not believed will be, by itself, when it has gone evenly for a while."""
+        """Whether a clock that is not believed settles by itself after SETTLE_S without a jump."""
         return self._is_near
 
     @property
@@ -132,7 +132,7 @@ def count(rentals: Iterable[Rental], wall: float, clock: WallClock) -> list[Step
 
 
 def expire(rentals: Iterable[Rental], wall: float, clock: WallClock) -> list[Step]:
-    """A release for each rental whose time is over; nothing while the clock is not believed."""
+    """Return a release of each rental whose time is over; none while the clock is not believed."""
     if not clock.believed:
         return []
     return [
@@ -155,14 +155,13 @@ def _end_unless_renewed(rental: Rental, wall: float) -> Step:
 
 
 def release(rental: Rental, end: str, actor: str, reason: str) -> Step:
-    """Begin the end of a living rental; `end` is how it will be called, released or expired."""
+    """Return the step that begins the end of a rental; `end` is its last state, released or expired."""
     return move_rental(rental, RentalState.RELEASING, actor, reason, end=end)
 
 
 def renew(rental: Rental, ttl_s: int, actor: str, counts_from: float | None) -> Step:
-    """Count `ttl_s` again from `counts_from` (Unix seconds), or None while the clock is doubted: see `count`.
-
-    The time of a rental that was never active has not begun.
+    """Return the step that counts `ttl_s` again from `counts_from` (Unix seconds; None: the clock is not believed, see
+    `count`). The time of a rental that was never active begins later.
     """
     change: dict[str, float | None] = {"ttl_s": ttl_s}
     if rental.activated_at is not None:

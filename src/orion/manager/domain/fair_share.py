@@ -1,7 +1,7 @@
-"""Says who may have one more place of a queue, so that neither one owner nor what fails holds up the others.
+"""Shares of a limited number of places, so that neither one owner nor repeated failures hold up the others.
 
-An owner never has more than half of the places. What held its place in vain last time may hold it until its deadline
-again: of an owner's all that did so has one place, and of all owners' half of the places.
+An owner has half of the places at most. Work that failed last time may take its place until its deadline again, so such
+work has one place for each owner, and half of the places for all owners.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Claim:
-    """The owner of a place, and whether the same held its place in vain last time."""
+    """A claim to a place: its owner, and whether the same work failed last time."""
 
     owner: str
     fails: bool = False
 
 
 def may_take(claim: Claim, taken: Mapping[Claim, int], places: int) -> bool:
-    """Return whether this claim may have one more of so many places, of which these are taken."""
+    """Return whether a claim may have one more of `places`; `taken`: the number of those in use by each claim."""
     if sum(taken.values()) >= places:
         return False
     half = max(1, places // 2)

@@ -1,6 +1,6 @@
-"""Judging workers: an ordered list of rules over one worker and its lease; the first that matches decides.
+"""The health of workers: ordered rules over one worker, its lease and the brake; the first that matches decides.
 
-`now` is taken before the snapshot is, so a heartbeat that comes in meanwhile can only make a worker look younger.
+`now` is read before the rows and the lease are, so a heartbeat that comes in meanwhile can only shorten the silence.
 """
 
 from __future__ import annotations
@@ -16,29 +16,28 @@ from orion.manager.domain.states import JOIN_DEADLINE_S, Health
 
 MAX_FLAPS = 3
 """Losses of `ready` within the flap window that quarantine a worker."""
-
-
-LIVENESS_ENDED = "it closed the manager's watch on it"
+LIVENESS_ENDED = "its liveness connection was closed"
 DECLARED_GONE = "an operator said that its container is not there any more"
 FORGET_AFTER_S = 3600.0
-"""A worker that has been down for so long, and of which nothing is missing, is forgotten."""
+"""Seconds after which a worker that is down, and from which no files are missing, is forgotten."""
 FORGET_EVERY_S = 60.0
 FORGOTTEN_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
 class LivenessReport:
-    """What the watch on a worker has found in its present session; see ssh/liveness.py."""
+    """What the liveness connection of a worker shows of its current session; see ssh/liveness.py."""
 
     closed_at: float | None = None
-    """When its kernel closed the watch (monotonic seconds); None: it is held, or was lost so that it says nothing."""
+    """Monotonic seconds at which the worker's kernel closed it; None: it is open, or was lost in a way that proves
+    nothing."""
     proof: str = ""
-    """Why it must be dead, found out since then."""
+    """The proof of death that was found since then; empty: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """All that one verdict rests on. `joining_s`: seconds in `joining`; `losses`: of `ready`, within the window."""
+    """The inputs of one verdict. `joining_s`: seconds in `joining`; `losses`: those of `ready` within the window."""
 
     worker: Worker
     lease: Lease | None
@@ -46,7 +45,7 @@ class Evidence:
     clocks: Clocks
     brake: Brake
     has_destination: bool
-    """Another worker is ready, active and not leaving: rentals have somewhere to go."""
+    """Whether another worker is ready, active and not exiting, so that rentals can go there."""
     joining_s: float = 0.0
     losses: int = 0
     liveness: LivenessReport = LivenessReport()
@@ -57,25 +56,25 @@ class Evidence:
 
     @property
     def closed(self) -> bool:
-        """Its watch was closed, and it was not heard since: a dead one sends nothing. A goodbye told of its end."""
+        """Whether the liveness connection was closed, no heartbeat came since, and no last heartbeat announced that."""
         received_at, closed_at = self.lease.received_at if self.lease else None, self.liveness.closed_at
         heard = received_at is not None and closed_at is not None and received_at > closed_at
         return closed_at is not None and not heard and not self.exiting
 
     @property
     def unheard_s(self) -> float:
-        """Since it was last heard by this manager."""
+        """Seconds since its last heartbeat to this manager."""
         heard = self.lease.received_at if self.lease else None
         return self.now - (self.brake.disturbed_at if heard is None else heard)
 
     @property
     def silence_s(self) -> float:
-        """The silence that counts against it: grace begins anew for everybody when the door was disturbed."""
+        """Seconds of silence that count against it: a disturbance of the proxy or the manager starts them again."""
         return min(self.unheard_s, self.now - self.brake.disturbed_at)
 
     @property
     def heard(self) -> bool:
-        """Heard by this manager, in its current session, not too long ago."""
+        """Whether this manager had a heartbeat of the current session within `suspect_after_s`."""
         lease = self.lease
         return (
             lease is not None
@@ -86,10 +85,10 @@ class Evidence:
 
     @property
     def grace_s(self) -> float:
-        """By the lease that the worker may believe in; doubled for those not heard since this manager started.
+        """Seconds of silence after which the worker is down, by the lease that it may have.
 
-        Not for one whose address another worker has: it will not be heard there. It may live on without a network all
-        the same, so its lease must pass.
+        They are doubled if there was no heartbeat since this manager started, but not if another worker has the same
+        address now: then no heartbeat will come. That worker may live on without a network, so its lease must pass.
         """
         known = self.lease is not None and (self.lease.received_at is not None or bool(self.lease.displaced_by))
         longer = self.lease.lease_s / self.clocks.freeze_after_s if self.lease else 0.0
@@ -102,12 +101,16 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
+    """The next health of a worker, and the reason."""
+
     to: Health
     reason: str
 
     def is_loss(self, of: Worker) -> bool:
-        """Whether a worker that was ready is lost by it. To be suspect because a watch was closed is none, until more
-        comes of it: else a renter who brings that about could have its worker quarantined.
+        """Return whether the verdict counts as a loss of `ready`.
+
+        A closed liveness connection alone is no loss: otherwise a renter who can close it could have the worker
+        quarantined.
         """
         if of.health is Health.READY:
             return self.to in {Health.SUSPECT, Health.JOINING, Health.DOWN} and self.reason != LIVENESS_ENDED
@@ -119,9 +122,9 @@ Rule = Callable[[Evidence], Verdict | None]
 
 
 def deadlines(evidence: Evidence) -> tuple[float, ...]:
-    """When time alone may change the verdict, if nothing else happens; some may have passed, waiting for the brake.
+    """Return the times at which time alone may change the verdict; some may have passed while the brake is on.
 
-    Everything else that a verdict rests on is told: a commit, a heartbeat, a goodbye, the end of the brake.
+    All other inputs of a verdict cause a hint: a commit, a heartbeat, a last heartbeat, the end of the brake.
     """
     health, since = evidence.worker.health, evidence.now - evidence.joining_s
     if health is Health.DOWN:
@@ -135,7 +138,7 @@ def deadlines(evidence: Evidence) -> tuple[float, ...]:
 
 
 def judge(evidence: Evidence) -> Verdict | None:
-    """The verdict on one worker; None leaves it as it is."""
+    """Return the verdict on one worker; None: its health stays."""
     for rule in RULES[evidence.worker.health]:
         verdict = rule(evidence)
         if verdict is not None:
@@ -144,7 +147,7 @@ def judge(evidence: Evidence) -> Verdict | None:
 
 
 def _said_goodbye(e: Evidence) -> Verdict | None:
-    # Acted on late and only with a refuge: when everything is being stopped, nothing moves.
+    # The delay and the destination are needed: when the whole pool is stopped or restarted, nothing is taken over.
     exiting_at = e.lease.exiting_at if e.lease else None
     if exiting_at is None or e.brake.on or not e.has_destination or e.now - exiting_at < e.clocks.goodbye_after_s:
         return None
@@ -152,14 +155,14 @@ def _said_goodbye(e: Evidence) -> Verdict | None:
 
 
 def _proved_dead(e: Evidence) -> Verdict | None:
-    # In a brake too: this is no silence.
+    # The brake does not matter: a proof is not silence.
     if not e.liveness.proof or not e.closed:
         return None
     return Verdict(Health.DOWN, e.liveness.proof)
 
 
 def _declared_gone(e: Evidence) -> Verdict | None:
-    # In a brake too: this is no silence. A word that came before it was last heard counts for nothing.
+    # The brake does not matter: the operator's word is not silence. A later heartbeat voids that word (leases.py).
     if e.lease is None or not e.lease.gone:
         return None
     return Verdict(Health.DOWN, DECLARED_GONE)
@@ -178,7 +181,7 @@ def _lease_passed(e: Evidence) -> Verdict | None:
 
 
 def _silent(e: Evidence) -> Verdict | None:
-    # Without grace: to be suspect costs a worker nothing but new rentals.
+    # There is no grace: a suspect worker only gets no new rentals.
     if e.unheard_s <= e.clocks.suspect_after_s:
         return None
     return Verdict(Health.SUSPECT, f"no heartbeat for {e.unheard_s:.0f} s")

@@ -1,4 +1,4 @@
-"""What a heartbeat's reply tells a worker to do with each rental that it shows."""
+"""The orders of a heartbeat's reply, one for each rental in the inventory: run, hold or purge."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from orion.manager.domain.states import LIVE, PlacementState
 def orders(
     items: Iterable[Item], placements: Iterable[Placement | IndexedPlacement], down: bool
 ) -> list[tuple[Item, str]]:
-    """`run` what runs there, `purge` what has no business there; `placements` are that worker's own.
+    """Return the order for each item: `run`, `hold` (quiesce) or `purge`. `placements` are that worker's own.
 
-    `down`: the worker was declared down and has only just called home. What runs there by the book is about to be
-    taken away, or will be left to it: it must `hold` until that is decided.
+    `down`: the worker was declared down and has just called home. Its rentals are on `hold` until the reconciler has
+    decided whether they are taken over. The source of a planned migration is on `hold` too: see migration.py.
 
-    A placement that is being made is not mentioned: its playbook unlocks it, and a reply that crosses it on the way
-    must not lock it again. One that stands still for a planned move must `hold`: see domain/migration.py.
+    A placement that is being made gets no order: its playbook unlocks it, and a reply that arrives after that must not
+    lock it again.
     """
     known = {(p.rental_id, p.epoch): p for p in placements}
     found = []
