@@ -1,7 +1,9 @@
-"""Who is alive: the table of sessions that the heartbeat route renews and the health loop judges and revokes.
+"""The leases of workers: the heartbeat's route renews them, the health controller judges and revokes them.
 
-Times are monotonic seconds of the manager, given by the caller. It lives in the memory of the one active manager;
-the sessions themselves are in the database, so a restarted manager knows them but has heard from nobody.
+Times are monotonic seconds of the manager, given by the caller. Leases are in the manager's memory; sessions are in the
+database, so a restarted manager knows the sessions, without a heartbeat of any.
+
+The words on the wire are `leaving` for exiting and `vacating` for evacuating.
 """
 
 from __future__ import annotations
@@ -16,23 +18,25 @@ from orion.manager.domain.model import CommandEnd, Item
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:
+    """The lease of one worker."""
+
     session_id: str
     received_at: float | None = None
-    """When the last heartbeat or registration came in; None: not since this manager started."""
+    """The time of the last heartbeat or registration; None: there was none since this manager started."""
     seq: int = -1
     inventory: tuple[Item, ...] | None = None
     exiting_at: float | None = None
-    """When the worker said goodbye."""
+    """The time of the worker's last heartbeat, in which it says that it stops now."""
     evacuating_at: float | None = None
-    """When the worker first said that it was told to stop, and waits for its rentals to be taken away."""
+    """The time at which the worker first said that it was told to stop, and waits until it is empty."""
     announced: bool = False
-    """The session before ended with a goodbye: this one is a restart that was meant."""
+    """Whether the session before ended with a last heartbeat, so that this one is an intended restart."""
     lease_s: float = 0.0
-    """The lease that it may still believe in: of other clocks, when the manager was restarted with new ones."""
+    """The longest lease in seconds that the worker may have: that of earlier clocks after the manager was restarted."""
     gone: bool = False
-    """An operator said, after it was last heard, that its container is not there any more."""
+    """Whether an operator said, after the last heartbeat, that the container is not there any more."""
     displaced_by: str = ""
-    """The worker that has registered from its address since it was last heard; empty: none has."""
+    """The worker that has registered from the same address since the last heartbeat; empty: none has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +54,7 @@ class Heartbeat:
 
 class Leases:
     def __init__(self, lease_s: float) -> None:
-        """`lease_s`: the lease that replies give now."""
+        """`lease_s`: the seconds of the lease that replies grant now."""
         self._granted_s = lease_s
         self._leases: dict[str, Lease] = {}
         self._exiting: set[str] = set()
@@ -59,22 +63,22 @@ class Leases:
         self._start_ends: dict[str, tuple[CommandEnd, ...]] = {}
         self._notes: dict[str, tuple[float, Mapping[str, Any]]] = {}
         self.renewed = self.stale = 0
-        """Heartbeats so far: those that renewed a lease, and those that were told to register."""
+        """The numbers of heartbeats so far: those that renewed a lease, and those that were refused."""
         self.heard_at: float | None = None
-        """When any worker was last heard."""
+        """The time of the last heartbeat or registration of any worker."""
 
     def restore(self, sessions: Mapping[str, str], granted_s: float) -> None:
-        """Take the sessions of the database (worker id -> session id) as known but silent.
+        """Take over the sessions of the database (worker id -> session id), without a heartbeat of any.
 
-        `granted_s`: the longest lease that a former manager's replies may have given. It is assumed of every worker
-        until that tells which lease it has, so shorter clocks take nothing from a worker that still runs by the old.
+        `granted_s`: the longest lease that an earlier manager may have granted. Every worker is assumed to have that
+        until its heartbeat says which it has, so shorter clocks never end a lease by which a worker still runs.
         """
         self._granted_s = max(self._granted_s, granted_s)
         for worker_id, session_id in sessions.items():
             self._leases.setdefault(worker_id, Lease(session_id=session_id, lease_s=self._granted_s))
 
     def open(self, worker_id: str, session_id: str, now: float, inventory: Iterable[Item]) -> None:
-        """A registration: a new session replaces the one before."""
+        """Note a registration, whose session replaces the one before."""
         before = self._leases.get(worker_id)
         announced = before is not None and before.exiting_at is not None
         self._forget(worker_id)
@@ -88,15 +92,15 @@ class Leases:
         self.heard_at = now
 
     def renew(self, worker_id: str, beat: Heartbeat, now: float) -> bool:
-        """A heartbeat. False (nothing renewed) for a session that is not current, and for an old `seq`."""
+        """Renew a lease by a heartbeat; return False if its session is not the current one or its `seq` is old."""
         lease = self._leases.get(worker_id)
         if lease is None or lease.session_id != beat.session_id or beat.seq <= lease.seq:
             self.stale += 1
             return False
         self.renewed += 1
         exiting_at = (lease.exiting_at or now) if beat.exiting else None
-        lease_s = min(beat.lease_s, self._granted_s)  # its word counts for no more than was ever given
-        # What has not changed is kept, so that a large pool's inventories are in memory once.
+        lease_s = min(beat.lease_s, self._granted_s)  # a worker cannot have more than was ever granted
+        # An equal inventory is not replaced, so that those of a large pool are in memory once.
         inventory = lease.inventory if lease.inventory == beat.inventory else beat.inventory
         evacuating_at = (lease.evacuating_at or now) if beat.evacuating or beat.exiting else None
         self._leases[worker_id] = Lease(
@@ -131,22 +135,22 @@ class Leases:
             self._start_ends.pop(worker_id, None)
 
     def note(self, worker_id: str, wall: float, load: Mapping[str, Any]) -> None:
-        """Remember when it was heard (UTC seconds) and its load, for people; written down in batches."""
+        """Note the time of a heartbeat (UTC seconds) and the load, which the store gets in batches."""
         self._notes[worker_id] = (wall, load)
 
     def noted(self, worker_id: str) -> tuple[float, Mapping[str, Any]] | None:
-        """What is not written down yet: when it was heard (UTC seconds), and its load."""
+        """Return the note that the store does not have yet: the time (UTC seconds) and the load."""
         return self._notes.get(worker_id)
 
     def take_notes(self, number: int) -> list[tuple[str, float, Mapping[str, Any]]]:
-        """At most so many, those of who was not heard for longest; the rest waits, each with its latest."""
+        """Pop up to `number` notes, oldest heartbeat first."""
         first = list(islice(self._notes, number))
         return [(worker_id, *self._notes.pop(worker_id)) for worker_id in first]
 
     def revoke(self, worker_id: str, seen: Lease | None) -> bool:
-        """End the session before a verdict of death is committed; False when it was renewed since it was seen.
+        """End a session before the verdict `down` is committed; return False if it was renewed since `seen`.
 
-        From here on the heartbeat route answers 409, so no reply can renew a lease after the verdict.
+        The heartbeat's route answers 409 from now on, so no reply can renew a lease after the verdict.
         """
         if self._leases.get(worker_id) != seen:
             return False
@@ -154,20 +158,20 @@ class Leases:
         return True
 
     def declare_gone(self, worker_id: str) -> None:
-        """Note an operator's word that its container is not there any more. Whatever is heard of it voids that."""
+        """Note an operator's word that the container is not there any more; the next heartbeat voids it."""
         lease = self._leases.get(worker_id)
         if lease is not None:
             self._leases[worker_id] = replace(lease, gone=True)
 
     def displace(self, worker_ids: Iterable[str], by: str) -> None:
-        """Note that another worker has their address now. Whatever is heard of one of them voids that."""
+        """Note that the worker `by` has the address of these now; the next heartbeat of one of them voids that."""
         for worker_id in worker_ids:
             lease = self._leases.get(worker_id)
             if lease is not None and worker_id != by:
                 self._leases[worker_id] = replace(lease, displaced_by=by)
 
     def displaced_by(self, worker_id: str) -> str:
-        """Return the worker that has its address now; empty where none has."""
+        """Return the worker that has this one's address now; empty if none has."""
         lease = self._leases.get(worker_id)
         return lease.displaced_by if lease is not None else ""
 
@@ -187,31 +191,31 @@ class Leases:
         return self._leases.get(worker_id)
 
     def cleaned(self, worker_id: str, rental_id: str, epoch: int) -> None:
-        """The manager purged this itself, after the inventory was sent: do not find it there again."""
+        """Remove a rental from the inventory: the manager has purged it since the inventory was sent."""
         lease = self._leases.get(worker_id)
         if lease and lease.inventory is not None:
             kept = tuple(i for i in lease.inventory if (i.rental_id, i.epoch) != (rental_id, epoch))
             self._leases[worker_id] = replace(lease, inventory=kept)
 
     def exiting(self) -> frozenset[str]:
-        """The workers that said goodbye, or are about to."""
+        """Return the workers that were told to stop: those that evacuate, and those that sent their last heartbeat."""
         return frozenset(self._exiting | self._evacuating.keys()) if self._evacuating else frozenset(self._exiting)
 
     def evacuating(self, before: float) -> frozenset[str]:
-        """Those that said before then that they wait for their rentals to be taken away, and still do."""
+        """Return the workers that evacuate, and did so at the time `before` already."""
         return frozenset(worker_id for worker_id, at in self._evacuating.items() if at <= before)
 
     def inventories(self, worker_ids: Iterable[str]) -> dict[str, tuple[Item, ...]]:
-        """What each of these workers said it holds. Read this before the snapshot: see reconcile.decide."""
+        """Return the last inventory of each of these workers. They must be read before the rows: see reconcile.py."""
         known = ((worker_id, self._leases.get(worker_id)) for worker_id in worker_ids)
         return {w: lease.inventory for w, lease in known if lease is not None and lease.inventory is not None}
 
     def start_ends(self, worker_id: str) -> tuple[CommandEnd, ...]:
-        """Return which start commands do not run there any more, as its last heartbeat says."""
+        """Return the ended start commands of a worker, as its last heartbeat says."""
         return self._start_ends.get(worker_id, ())
 
     def lost_ready(self, worker_id: str, now: float, window_s: float) -> int:
-        """Count one more loss of `ready`, unless it was announced; returns how many there were within the window."""
+        """Count a loss of `ready`, unless it was announced; return the number of losses within the window."""
         lease = self._leases.get(worker_id)
         recent = self._losses.get(worker_id, ())
         if lease is not None and lease.announced:

@@ -1,7 +1,6 @@
-"""What decisions are made from and made of: rows as frozen records, and steps, which are guarded writes with events.
+"""The rows that decisions read, as frozen records, and what inventories show.
 
-A step is one unit: every write finds its row as expected, or the whole step is dropped, because somebody else acted.
-`World` applies steps in memory; the store applies the same steps to the database.
+Fields have the names of the columns: the glossary maps those that are older than its words.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from orion.manager.domain.states import (
 )
 
 BOOT = "boot"
-"""The word in an agent's version by which orders to it may name a boot id (orion_worker/agent/node.py)."""
+"""The word in an agent's version that says that its orders may name a boot id (orion_worker/agent/node.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,27 +31,28 @@ class Worker:
     session_id: str | None
     boot_id: str
     verified_session: str | None = None
-    """The session for which the manager reached it by SSH and found nothing stale; ready only while it is current."""
+    """The session in which the manager reached the worker by SSH and found nothing stale; a ready worker has this one.
+    """
     fault: str = ""
-    """What is wrong with it, until an operator resumes it: a clean-up that passed its deadline, flapping."""
+    """The fault that keeps the worker in quarantine until an operator resumes it; empty: none."""
     explanation: str = ""
     agent_version: str = ""
-    """The version of its agent. Words behind a plus sign, with dots between them, say which orders it takes besides."""
+    """The version of the agent. The words after a plus sign, separated by dots, are features of its orders."""
 
     @property
     def ordered_boot_id(self) -> str:
-        """The boot id that orders to it name; empty for a worker from before that, which would refuse these orders."""
+        """The boot id for orders to the worker; empty for an older worker, which would refuse orders that have one."""
         return self.boot_id if BOOT in self.agent_version.partition("+")[2].split(".") else ""
 
 
 class Origin(NamedTuple):
-    """What a rental's home was filled with before its renter was let in at one epoch."""
+    """What a rental's home was filled with before its renter was activated at one epoch."""
 
     epoch: int
     generation: str
-    """The name of the copy; empty: the home was empty."""
+    """The name of the snapshot; empty: the home was empty."""
     asked: bool
-    """Somebody had asked for this copy, or for an empty home; else it was the newest known."""
+    """Whether this snapshot, or an empty home, was requested; otherwise the newest was taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Rental:
     state: RentalState
     epoch: int
     public_key: str
-    """The keys that open it, one a line."""
+    """The public keys of its renter, one on each line."""
     ttl_s: int
     created_at: float
     activated_at: float | None = None
@@ -74,33 +74,33 @@ class Rental:
     failures: int = 0
     explanation: str = ""
     last_safe_copy_at: float | None = None
-    """UTC seconds at which the last complete copy of its files was begun."""
+    """UTC seconds at which the last complete snapshot was begun."""
     copy_problem: str = ""
-    """Why its files cannot be copied at present."""
+    """The reason why no snapshot can be taken at present; empty: none."""
     home_warning: str = ""
-    """The warning that its owner should see of its home: see copies.nearly_full and copies.copied_rarely."""
+    """The warning about the home for the owner: see snapshots.nearly_full and snapshots.slower_warning."""
     restore_from: str | None = None
-    """What its next placement begins with, where that is not the newest copy: see domain/snapshots.py."""
+    """The snapshot, or `empty`, that was requested for the next placement; None: the newest is taken."""
     let_in_epoch: int = 0
-    """The latest epoch at which its renter was let in, as far as the manager was told."""
+    """The latest epoch at which the renter was activated, as far as the manager knows."""
     began_with: str = ""
-    """The copy of its files that it began with at that epoch, or that was made of its end; empty: none is known."""
+    """The snapshot that the home was filled with at that epoch, or that was recovered from it; empty: none is known."""
     lineage: tuple[Origin, ...] = ()
-    """The origins of its latest epochs, oldest first; none is known of an epoch from before these were written down."""
+    """The origins of the latest epochs, oldest first. Epochs from before this column have none."""
     start: str = ""
-    """Its start command, a line for its shell; empty: it has none. See domain/start_commands.py."""
+    """The start command, a line for the shell; empty: there is none. See start_commands.py."""
     start_run: int = 1
-    """Which run of it is wanted: one more each time that its owner asks for it."""
+    """The number of the wanted run of the start command; each request of the owner adds one."""
     start_problem: str = ""
-    """Why it is not run any more."""
+    """The reason why the start command is not run any more; empty: none."""
     takeovers: tuple[float, ...] = ()
-    """UTC seconds at which it lately lost a worker on which its start command may have been run."""
+    """UTC seconds of recent losses of a worker on which the start command may have run."""
     last_epoch: int = 0
-    """The highest number that a planned move of it was given; see domain/migration.py."""
+    """The highest epoch that a planned migration was given; see migration.py."""
 
     @property
     def next_epoch(self) -> int:
-        """Never given before: workers remember those of moves that came to nothing, too."""
+        """An epoch that was never given: workers also remember those of migrations that failed."""
         return max(self.epoch, self.last_epoch) + 1
 
 
@@ -113,25 +113,26 @@ class Placement:
     epoch: int
     state: PlacementState
     public_key: str = ""
-    """The keys that were last put on the worker; others in the rental mean that they must be put there again."""
+    """The public keys that were last put on the worker; they are put there again if the rental has others."""
     started: str = ""
-    """The run of the start command that it has had there: see domain/start_commands.py."""
+    """The mark of the last run of the start command there: see start_commands.py."""
     start_end: str = ""
-    """How that run ended, as CommandEnd.how; empty: it goes on, as far as is known."""
+    """The end of that run, as CommandEnd.how; empty: no end is known."""
     start_ended_at: float | None = None
+    """UTC seconds of that end."""
     salvaged: bool = False
-    """Of a lost one: what its worker still has of it was copied aside, or was given up."""
+    """Whether the files of a lost placement were recovered from its worker, or given up."""
     standby: bool = False
-    """It is being filled beside the one that runs; it becomes its rental's with the step that raises the epoch."""
+    """Whether it is the target of a planned migration before the cutover."""
     held: int = 0
-    """The planned move for which it stands still; 0: none. Once it is stopping: that it stood still before."""
+    """The number of the planned migration for which it is quiesced, or was when it was stopped; 0: none."""
     filled: str = ""
-    """The copy that a standby was filled with."""
+    """The snapshot that precopy or the final sync has put into the target."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A rental as a worker's inventory tells it: believed only about that worker."""
+    """A rental in a worker's inventory; it is believed about that worker only."""
 
     rental_id: str
     username: str
@@ -141,12 +142,12 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class CommandEnd:
-    """How a run of a start command ended, as its worker tells it: believed only about what is placed on that worker."""
+    """The end of a run of a start command, as a worker reports it; it is believed about placements there only."""
 
     rental_id: str
     epoch: int
     run: str
-    """As Placement.started."""
+    """The mark of the run, as in Placement.started."""
     how: str
     """`status N`, `signal N` or `unseen`."""
     at: float

@@ -1,4 +1,4 @@
-"""What decisions rest on besides the rows: inventories, ages, who is about to leave. Data, as of one moment."""
+"""Observations: the inputs of a decision that are in no row, as of one moment."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from orion.manager.domain.model import CommandEnd, Item, Placement
 
 @dataclass(frozen=True, kw_only=True)
 class Observations:
-    """What the snapshot does not hold. `ages`: seconds that a placement, a rental or a worker that joins (by id) has
-    been in its state.
-
-    `strangers`: what inventories show and the database has never placed anywhere, as (rental id, epoch). Nothing of
-    ours can make one, for a placement is committed first: the database is older than the world, or it was lost.
-    """
+    """The inputs of a decision that are in no row."""
 
     inventories: Mapping[str, tuple[Item, ...]]
+    """The last inventory of each worker that has shown one."""
     exiting: frozenset[str]
+    """Workers that were told to stop."""
     ages: Mapping[str, float]
+    """Seconds that a placement, a rental or a joining worker (by id) has been in its state."""
     new_ids: Iterator[str]
+    """Ids for new placements."""
     unknown_rentals: frozenset[tuple[str, int]] = frozenset()
+    """Rentals in inventories that the database never placed, as (rental id, epoch). A placement is committed before it
+    is made, so the database is older than the workers, or was lost."""
     wall: float = 0.0
-    """UTC seconds: only start commands are counted by it."""
+    """UTC seconds, for the losses that start commands may have caused."""
     evacuating: frozenset[str] = frozenset()
-    """Workers that were told to stop, and wait for their rentals to be taken away. They are among `leaving`."""
+    """Workers among `exiting` that wait until their rentals have migrated."""
     migration_backoff: frozenset[str] = frozenset()
-    """Rentals whose planned move has failed lately, and that are not to be moved yet."""
+    """Rentals whose planned migration has failed lately; no other begins yet."""
     migration_failed: frozenset[str] = frozenset()
-    """Rentals whose last planned move has failed, also where they may be moved again."""
+    """Rentals whose last planned migration has failed, those included for which another may begin."""
     awaits_files_s: float = 0.0
-    """Seconds that a rental of which there is no copy waits for the worker that was lost with its files; 0: none."""
+    """Seconds that a rental without a snapshot waits for the lost worker that has its files; 0: it does not wait."""
 
     start_ends: Mapping[str, tuple[CommandEnd, ...]] = field(default_factory=dict)
-    """How start commands ended, as each worker tells it."""
+    """The ends of start commands that each worker reports."""
 
     def age(self, identity: str) -> float:
         return self.ages.get(identity, 0.0)
 
     def shows(self, placement: Placement) -> bool:
-        """Whether its worker still shows it, or has not shown anything yet."""
+        """Return whether the worker's inventory has the placement, or there is no inventory yet."""
         inventory = self.inventories.get(placement.worker_id)
         return inventory is None or any(
             (item.rental_id, item.epoch) == (placement.rental_id, placement.epoch) for item in inventory

@@ -1,4 +1,4 @@
-"""What has waited too long, why, and what a person can do: for `orion status`. It decides nothing."""
+"""Workers, rentals and placements that are past their deadlines, why, and what a person can do: for `orion status`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orion.manager.domain.world import World
 
 MAX_SHOWN = 200
 QUEUE_NOTICE_S = 300.0
-"""A rental may wait in the queue for a day; a person wants to know of it sooner."""
+"""Seconds in the queue after which a rental is shown; its deadline is a day."""
 
 WHAT_TO_DO: Mapping[tuple[str, str], str] = {
     ("worker", Health.JOINING): "look at its log; it is quarantined by itself",
@@ -31,7 +31,7 @@ WHAT_TO_DO: Mapping[tuple[str, str], str] = {
     ("placement", PlacementState.STOPPED): "look at the log of manager_app: its reconciler should have gone on",
     ("placement", PlacementState.FAILED): "look at its worker; stopping that, then orion remove {worker}, ends it",
 }
-"""For each state with a deadline, and for those that wait for an operator."""
+"""The advice for each state with a deadline, and for those that wait for an operator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,13 @@ class Overdue:
 
 
 def overdue(world: World, ages: Mapping[str, float]) -> list[Overdue]:
-    """The longest first. `ages`: seconds that each worker, rental and placement (by id) has been in its state."""
+    """Return what is overdue, the longest first. `ages`: seconds that each row (by id) has been in its state."""
     found = [item for item in _all(world, ages) if item.since_s > _limit_s(item)]
     return sorted(found, key=lambda item: -item.since_s)
 
 
 def workers_to_look_at(pool_index: PoolIndex, now: float) -> list[str]:
-    """Those over their deadline; where too many are, MOST_SHOWN of each health, the longest first."""
+    """Return the workers that are past their deadline, up to MAX_SHOWN of each health, the longest first."""
     healths = (health for health in Health if _worker_limit_s(health) < float("inf"))
     return [w for health in healths for w in pool_index.longest_in(health, _worker_limit_s(health), now, MAX_SHOWN)]
 
