@@ -19,7 +19,7 @@ def _all_of(pool_index: PoolIndex) -> dict[str, Any]:
     number = len(ids) + 1
     return {
         "workers": known,
-        "held": {w: sorted(pool_index.held(w), key=lambda held: held.id) for w in ids},
+        "held": {w: sorted(pool_index.placements_on(w), key=lambda held: held.id) for w in ids},
         "dirty": set(pool_index.dirty_workers(number)),
         "room": pool_index.room.best(number),
         "refusals": pool_index.refusals((), ()),

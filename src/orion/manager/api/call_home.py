@@ -122,4 +122,4 @@ class CallHome:
         if not items:
             return []
         known = self._roster.worker(worker_id)
-        return orders(items, self._roster.held(worker_id), known is not None and known.health is Health.DOWN)
+        return orders(items, self._roster.placements_on(worker_id), known is not None and known.health is Health.DOWN)

@@ -214,7 +214,7 @@ def _displaced(row: views.Row, shared: WorkerServices) -> str:
 
 def _why_it_drains(row: views.Row, shared: WorkerServices) -> str:
     """What a drain still waits for."""
-    left = sum(held.state in LIVE for held in shared.pool_index.held(row["id"]))
+    left = sum(placed.state in LIVE for placed in shared.pool_index.placements_on(row["id"]))
     if row["intent"] != Intent.DRAINING or not left:
         return ""
     what = f"{left} rental{'s are' if left > 1 else ' is'} to be moved away"

@@ -222,7 +222,7 @@ class Reconciler:
         swept = list(islice(self._sweep, self.swept_at_once))
         if len(swept) < self.swept_at_once:
             self._sweep = iter(list(self._roster.ids()))
-        evacuating = (w for w in self._evacuating() if self._roster.held(w))
+        evacuating = (w for w in self._evacuating() if self._roster.placements_on(w))
         return frozenset((*dirty_workers, *disagreeing, *evacuating, *swept))
 
     def _evacuating(self) -> frozenset[str]:

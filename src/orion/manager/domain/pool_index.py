@@ -1,10 +1,8 @@
-"""What the manager knows of its pool without asking the database: a consequence of commits, and of nothing else.
+"""The pool index: what the manager keeps in memory of workers, placements and rentals, as of the last commit.
 
-The store tells it, after each commit and in their order, the rows that a commit touched, as they are now
-(store/pool_index.py; store/memory.py for the ledger in memory). So at every moment it is the database as of some
-commit, never a mixture. It is filled at the start, and whatever it says follows from rows, not from what happened to
-them. Three things rest on it: a heartbeat's answer, which workers need the reconciler (`restless`), and what people
-count.
+It is filled from the rows at the start. After each commit, in their order, the store applies the rows that the commit
+touched (store/pool_index.py, store/memory.py), so the index always shows the database as of one commit. It serves the
+answers to heartbeats, the choice of the workers that need the reconciler (`dirty_workers`), and the figures of metrics.
 """
 
 from __future__ import annotations
@@ -30,16 +28,17 @@ class IndexedPlacement:
     epoch: int
     state: PlacementState
     keyed: bool
-    """The rental's key is in place there."""
+    """Whether the rental's keys are in place there."""
     blank: bool
-    """No key was ever put in place: see reconcile._is_missing."""
+    """Whether no keys were ever put in place: see reconcile._missing."""
     start_due: bool = False
-    """Its start command is to be run there: see starting.due."""
+    """Whether the start command is to be run there: see start_commands.due."""
     standby: bool = False
+    """Whether it is the target of a planned migration."""
     held: int = 0
-    """The planned move for which it stands still; 0: none."""
+    """The number of the planned migration for which it is quiesced; 0: none."""
     start_ended: bool = False
-    """How its start command ended is written down."""
+    """Whether the end of the start command is recorded."""
 
     @staticmethod
     def of(placement: Placement, rental: Rental | None, worker: Worker | None = None) -> IndexedPlacement:
@@ -60,7 +59,7 @@ class IndexedPlacement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexedWorker:
-    """A worker."""
+    """A worker, without what only people read."""
 
     token_hash: str
     health: Health
@@ -68,10 +67,10 @@ class IndexedWorker:
     slots: int
     session_id: str | None
     verified: bool
-    """In its current session."""
+    """Whether it was verified in its current session."""
     fault: str
     address: str
-    """From which it registered."""
+    """The address from which it registered."""
 
     @staticmethod
     def of(worker: Worker, token_hash: str) -> IndexedWorker:
@@ -89,7 +88,7 @@ class IndexedWorker:
         )
 
     def as_worker(self, worker_id: str) -> Worker:
-        """As far as it is known: all that its health is judged by."""
+        """Return a record with the fields by which its health is judged; the others are empty."""
         verified = self.session_id if self.verified else None
         return Worker(
             id=worker_id,
@@ -116,7 +115,7 @@ NO_PLACEMENTS: tuple[IndexedPlacement, ...] = ()
 
 @dataclass(frozen=True)
 class Changes:
-    """Rows that a commit touched, as it left them. Worker None: it was removed. State None: the rental has ended."""
+    """The rows that a commit touched, as it left them. Worker None: it was removed. State None: the rental ended."""
 
     workers: Mapping[str, tuple[IndexedWorker | None, tuple[IndexedPlacement, ...]]]
     rentals: Mapping[str, RentalState | None]
@@ -125,19 +124,21 @@ class Changes:
 Rule = tuple[str, Callable[[IndexedWorker | None, tuple[IndexedPlacement, ...]], bool]]
 
 DIRTY: tuple[Rule, ...] = (
-    ("it was removed, and what was placed on it is not settled", lambda w, held: w is None and bool(held)),
-    ("it is down, and what it held is not lost yet", lambda w, held: _is_down(w) and any(_holds(h) for h in held)),
+    ("it was removed, and what was placed on it is not settled", lambda w, placed: w is None and bool(placed)),
+    ("it is down, and what it held is not lost yet", lambda w, placed: _is_down(w) and any(_holds(p) for p in placed)),
     (
-        "something on it is on its way",
-        lambda w, held: w is not None and not _is_down(w) and any(h.state is not PlacementState.RUNNING for h in held),
+        "something on it is being made or ended",
+        lambda w, placed: (
+            w is not None and not _is_down(w) and any(p.state is not PlacementState.RUNNING for p in placed)
+        ),
     ),
     (
         "another key is to be put in place",
-        lambda w, held: w is not None and not _is_down(w) and any(not h.keyed and not h.blank for h in held),
+        lambda w, placed: w is not None and not _is_down(w) and any(not p.keyed and not p.blank for p in placed),
     ),
     (
         "a start command is to be run",
-        lambda w, held: w is not None and not _is_down(w) and any(h.start_due for h in held),
+        lambda w, placed: w is not None and not _is_down(w) and any(p.start_due for p in placed),
     ),
     (
         "it is to be reached",
@@ -145,18 +146,18 @@ DIRTY: tuple[Rule, ...] = (
     ),
     (
         "it is draining",
-        lambda w, held: w is not None and w.intent is Intent.DRAINING,
+        lambda w, placed: w is not None and w.intent is Intent.DRAINING,
     ),
     (
-        "what runs on it is to be moved away",
-        lambda w, held: w is not None and w.health is Health.QUARANTINED and any(h.state in LIVE for h in held),
+        "its rentals are to migrate away",
+        lambda w, placed: w is not None and w.health is Health.QUARANTINED and any(p.state in LIVE for p in placed),
     ),
     (
-        "something on it stands still",
-        lambda w, held: w is not None and not _is_down(w) and any(migration.is_quiesced(h) for h in held),
+        "something on it is quiesced",
+        lambda w, placed: w is not None and not _is_down(w) and any(migration.is_quiesced(p) for p in placed),
     ),
 )
-"""Why a worker needs the reconciler. Everything else about it is at rest, as long as its inventory agrees."""
+"""The reasons why a worker needs the reconciler. Any other worker is at rest, as long as its inventory agrees."""
 
 
 class PoolIndex:
@@ -164,7 +165,7 @@ class PoolIndex:
         self.room = Ranking()
         """Workers that can take a rental."""
         self._workers: dict[str, IndexedWorker] = {}
-        self._held: dict[str, tuple[IndexedPlacement, ...]] = {}
+        self._placed: dict[str, tuple[IndexedPlacement, ...]] = {}
         self._rentals: dict[str, RentalState] = {}
         self._dirty: dict[str, None] = {}
         self._refusals: Counter[str] = Counter()
@@ -177,36 +178,38 @@ class PoolIndex:
     # -- what was committed ------------------------------------------------------------------------------------------
 
     def apply(self, changes: Changes, now: float) -> None:
-        """`now`: monotonic seconds; ages count from when a state was first told."""
-        for worker_id, (known, held) in changes.workers.items():
-            self._put(worker_id, known, held, now)
+        """Apply the rows of a commit. `now`: monotonic seconds, from which the ages of new states are counted."""
+        for worker_id, (known, placed) in changes.workers.items():
+            self._put(worker_id, known, placed, now)
         for rental_id, state in changes.rentals.items():
             self._put_rental(rental_id, state, now)
 
-    def _put(self, worker_id: str, known: IndexedWorker | None, held: tuple[IndexedPlacement, ...], now: float) -> None:
-        before, had = self._workers.get(worker_id), self._held.get(worker_id, NO_PLACEMENTS)
+    def _put(
+        self, worker_id: str, known: IndexedWorker | None, placed: tuple[IndexedPlacement, ...], now: float
+    ) -> None:
+        before, placed_before = self._workers.get(worker_id), self._placed.get(worker_id, NO_PLACEMENTS)
         if before is not None:
-            self._count(before, had, -1)
+            self._count(before, placed_before, -1)
         if known is not None:
             self._workers[worker_id] = known
-            self._count(known, held, 1)
+            self._count(known, placed, 1)
         else:
             self._workers.pop(worker_id, None)
-        if held:
-            self._held[worker_id] = held
+        if placed:
+            self._placed[worker_id] = placed
         else:
-            self._held.pop(worker_id, None)
+            self._placed.pop(worker_id, None)
         self._age_worker(worker_id, before, known, now)
-        self._age_held(before, had, known, held, now)
-        if any(rule(known, held) for _, rule in DIRTY):
+        self._age_placements(before, placed_before, known, placed, now)
+        if any(rule(known, placed) for _, rule in DIRTY):
             self._dirty[worker_id] = None
         else:
             self._dirty.pop(worker_id, None)
-        self.room.put(worker_id, _rank(worker_id, known, held))
+        self.room.put(worker_id, _rank(worker_id, known, placed))
         self._stale[worker_id] = None
 
-    def _count(self, known: IndexedWorker, held: tuple[IndexedPlacement, ...], one: int) -> None:
-        used = _used(held)
+    def _count(self, known: IndexedWorker, placed: tuple[IndexedPlacement, ...], one: int) -> None:
+        used = _used(placed)
         self._refusals[refusal(_eligibility(known, used))] += one
         self._destinations += one * known.is_destination
         if known.health is Health.READY:
@@ -221,21 +224,21 @@ class PoolIndex:
         if known is not None and (before is None or known.health is not before.health):
             self._by_health[known.health][worker_id] = now
 
-    def _age_held(
+    def _age_placements(
         self,
         before: IndexedWorker | None,
-        had: tuple[IndexedPlacement, ...],
+        placed_before: tuple[IndexedPlacement, ...],
         known: IndexedWorker | None,
-        held: tuple[IndexedPlacement, ...],
+        placed: tuple[IndexedPlacement, ...],
         now: float,
     ) -> None:
-        # With its worker's fault: when an operator resumes that, a failed clean-up has its time again.
+        # An age starts again with another fault of the worker: after `orion resume` a clean-up has its deadline again.
         same_fault = (before.fault if before else "") == (known.fault if known else "")
-        states = {h.id: (h.state, migration.is_quiesced(h)) for h in had if same_fault}
-        since = {h.id: self._unsettled.pop(h.id, now) for h in had}
-        for h in held:
-            if h.state is not PlacementState.RUNNING or h.held:
-                self._unsettled[h.id] = since[h.id] if states.get(h.id) == (h.state, migration.is_quiesced(h)) else now
+        states = {p.id: (p.state, migration.is_quiesced(p)) for p in placed_before if same_fault}
+        since = {p.id: self._unsettled.pop(p.id, now) for p in placed_before}
+        for p in placed:
+            if p.state is not PlacementState.RUNNING or p.held:
+                self._unsettled[p.id] = since[p.id] if states.get(p.id) == (p.state, migration.is_quiesced(p)) else now
 
     def _put_rental(self, rental_id: str, state: RentalState | None, now: float) -> None:
         before = self._rentals.get(rental_id)
@@ -253,28 +256,29 @@ class PoolIndex:
     def worker(self, worker_id: str) -> IndexedWorker | None:
         return self._workers.get(worker_id)
 
-    def held(self, worker_id: str) -> tuple[IndexedPlacement, ...]:
-        """What a worker has or may still have, its placements that are not purged."""
-        return self._held.get(worker_id, NO_PLACEMENTS)
+    def placements_on(self, worker_id: str) -> tuple[IndexedPlacement, ...]:
+        """Return the placements of a worker that are not purged."""
+        return self._placed.get(worker_id, NO_PLACEMENTS)
 
     def disagrees(self, worker_id: str, inventory: Iterable[Item]) -> bool:
-        """Whether what a worker shows asks for a decision: all that is shown must be placed there, and believed."""
-        known, held = self._workers.get(worker_id), self._held.get(worker_id, NO_PLACEMENTS)
+        """Return whether an inventory needs a decision: it shows what is not placed there, or is needed to settle a
+        fault or a placement without keys."""
+        known, placed = self._workers.get(worker_id), self._placed.get(worker_id, NO_PLACEMENTS)
         if known is None or known.health is Health.DOWN:
             return False
-        placed = {(h.rental_id, h.epoch) for h in held}
+        known_ids = {(p.rental_id, p.epoch) for p in placed}
         return (
             bool(known.fault)
-            or any(h.blank and h.state is PlacementState.RUNNING for h in held)
-            or any((item.rental_id, item.epoch) not in placed for item in inventory)
+            or any(p.blank and p.state is PlacementState.RUNNING for p in placed)
+            or any((item.rental_id, item.epoch) not in known_ids for item in inventory)
         )
 
     def has_new_ends(self, worker_id: str, ends: Iterable[CommandEnd]) -> bool:
-        """Whether a worker says of a start command that it ended, and that is not written down."""
-        told = {(end.rental_id, end.epoch) for end in ends}
-        return bool(told) and any(
-            (h.rental_id, h.epoch) in told and h.state is PlacementState.RUNNING and not (h.start_ended or h.start_due)
-            for h in self.held(worker_id)
+        """Return whether a worker reports an end of a start command that is not recorded."""
+        ended = {(end.rental_id, end.epoch) for end in ends}
+        return bool(ended) and any(
+            (p.rental_id, p.epoch) in ended and p.state is PlacementState.RUNNING and not (p.start_ended or p.start_due)
+            for p in self.placements_on(worker_id)
         )
 
     # -- the pool ----------------------------------------------------------------------------------------------------
@@ -289,12 +293,12 @@ class PoolIndex:
         return iter(self._workers.items())
 
     def take_changed(self) -> list[str]:
-        """The workers that a commit touched since this was last asked."""
+        """Return the workers that commits touched since the last call."""
         changed, self._stale = list(self._stale), {}
         return changed
 
     def dirty_workers(self, number: int) -> list[str]:
-        """The workers that need the reconciler, at most so many: those that were told least recently."""
+        """Return up to `number` workers that need the reconciler, those first that were returned least recently."""
         found = list(islice(self._dirty, number))
         if len(found) < len(self._dirty):
             for worker_id in found:
@@ -306,24 +310,24 @@ class PoolIndex:
         return len(self._dirty)
 
     def refusals(self, without: Collection[str], exiting: Collection[str]) -> Counter[str]:
-        """Why each worker beyond `without` can take nothing, counted; under "" those that could."""
+        """Return the number of workers that each filter refuses, those in `without` left out; "": not refused."""
         found = Counter(self._refusals)
         for worker_id in {*without, *exiting}:
             known = self._workers.get(worker_id)
             if known is not None:
-                eligibility = _eligibility(known, _used(self.held(worker_id)))
+                eligibility = _eligibility(known, _used(self.placements_on(worker_id)))
                 found[refusal(eligibility)] -= 1
                 if worker_id not in without:
                     found[refusal(eligibility._replace(exiting=True))] += 1
         return +found
 
     def destinations(self, exiting: Iterable[str]) -> int:
-        """How many workers are ready, active, and not among those that are leaving."""
+        """Return the number of workers that are ready, active and not in `exiting`."""
         gone = (self._workers.get(worker_id) for worker_id in exiting)
         return self._destinations - sum(known is not None and known.is_destination for known in gone)
 
     def slots(self) -> tuple[int, int]:
-        """Slots of all ready workers, and how many of them are free."""
+        """Return the number of slots of all ready workers, and the number of free ones among them."""
         return self._slots, self._slots - self._slots_used
 
     def by_health(self) -> dict[str, int]:
@@ -335,43 +339,43 @@ class PoolIndex:
     # -- rentals and ages --------------------------------------------------------------------------------------------
 
     def by_state(self) -> dict[str, int]:
-        """Living rentals by state."""
+        """Return the number of rentals in each state that is not an end."""
         return {str(state): len(found) for state, found in self._by_state.items() if found}
 
     def waiting(self) -> int:
-        """Rentals that may ask for a place."""
+        """Return the number of rentals that may need a slot now."""
         return len(self._by_state[RentalState.QUEUED]) + len(self._by_state[RentalState.MIGRATING])
 
     def wanted_places(self, looked_at: Iterable[str], exiting: Collection[str] = ()) -> int:
-        """How many rentals may ask for a place when these workers are looked at: those that wait, will be lost or
-        are to be moved away. `leaving`: the workers that are about to stop."""
+        """Return the number of slots that a decision about these workers may need: for rentals that wait, will be lost
+        or are to migrate away. `exiting`: the workers that were told to stop."""
         return self.waiting() + sum(
-            h.blank
-            or h.state in BEING_MADE
-            or (h.state in LIVE and (worker_id in exiting or _is_to_be_emptied(self._workers.get(worker_id))))
+            p.blank
+            or p.state in BEING_MADE
+            or (p.state in LIVE and (worker_id in exiting or _is_to_be_emptied(self._workers.get(worker_id))))
             for worker_id in looked_at
-            for h in self.held(worker_id)
+            for p in self.placements_on(worker_id)
         )
 
     def since(self, worker_id: str) -> float | None:
-        """Since when it has been in its health."""
+        """Return the monotonic seconds since which a worker has been in its health; None: it is unknown."""
         known = self._workers.get(worker_id)
         return self._by_health[known.health].get(worker_id) if known else None
 
     def age_of(self, identity: str, now: float) -> float:
-        """Seconds that a rental has been in its state, or a placement that does not run, or stands still."""
+        """Return the seconds that a rental, or a placement that does not run or is quiesced, has been in its state."""
         since = self._unsettled.get(identity)
         if since is None and identity in self._rentals:
             since = self._by_state[self._rentals[identity]][identity]
         return 0.0 if since is None else now - since
 
     def longest_in(self, health: Health, beyond_s: float, now: float, number: int) -> list[str]:
-        """Workers that have been in a health for longer than that, at most so many, the longest first."""
+        """Return up to `number` workers that have been in a health for longer than `beyond_s`, the longest first."""
         return [w for w, since in islice(self._by_health[health].items(), number) if now - since > beyond_s]
 
 
 def _is_to_be_emptied(known: IndexedWorker | None) -> bool:
-    """What runs there will have to be somewhere else."""
+    """Return whether the rentals on a worker have to go elsewhere."""
     return known is None or known.health in {Health.DOWN, Health.QUARANTINED} or known.intent is Intent.DRAINING
 
 
@@ -379,12 +383,12 @@ def _is_down(known: IndexedWorker | None) -> bool:
     return known is not None and known.health is Health.DOWN
 
 
-def _holds(held: IndexedPlacement) -> bool:
-    return held.state in HOLDING
+def _holds(placed: IndexedPlacement) -> bool:
+    return placed.state in HOLDING
 
 
-def _used(held: tuple[IndexedPlacement, ...]) -> int:
-    return sum(h.state in HOLDING for h in held)
+def _used(placed: tuple[IndexedPlacement, ...]) -> int:
+    return sum(p.state in HOLDING for p in placed)
 
 
 def _eligibility(known: IndexedWorker, used: int) -> Eligibility:
@@ -397,7 +401,7 @@ def _eligibility(known: IndexedWorker, used: int) -> Eligibility:
     )
 
 
-def _rank(worker_id: str, known: IndexedWorker | None, held: tuple[IndexedPlacement, ...]) -> Rank | None:
-    if known is None or refusal(_eligibility(known, _used(held))):
+def _rank(worker_id: str, known: IndexedWorker | None, placed: tuple[IndexedPlacement, ...]) -> Rank | None:
+    if known is None or refusal(_eligibility(known, _used(placed))):
         return None
-    return rank(worker_id, _used(held), known.slots)
+    return rank(worker_id, _used(placed), known.slots)

@@ -1,4 +1,4 @@
-"""Workers in the order in which rentals go to them, kept up to date one change at a time."""
+"""The workers in the order in which rentals are placed on them, updated one change at a time."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import heapq
 from collections.abc import Container
 
 Rank = tuple[float, int, str]
-"""What `placement.choose` compares: share of its slots in use, number in use, its id. The least is first."""
+"""The order of workers in `scheduler.choose`: share of slots in use, number in use, id. The least is first."""
 
 
 class Ranking:
-    """A heap whose stale entries are skipped, and thrown away when they are most of it: a change costs O(log n)."""
+    """A heap that skips stale entries, and drops them when they are most of it. A change costs O(log n)."""
 
     def __init__(self) -> None:
         self._ranks: dict[str, Rank] = {}
         self._heap: list[tuple[Rank, str]] = []
 
     def put(self, identity: str, rank: Rank | None) -> None:
-        """Its place from now on; None: it can take nothing."""
+        """Set the rank of a worker; None: it can take no rental."""
         if rank is None:
             self._ranks.pop(identity, None)
         elif self._ranks.get(identity) != rank:
@@ -28,7 +28,7 @@ class Ranking:
             heapq.heapify(self._heap)
 
     def best(self, number: int, without: Container[str] = ()) -> list[str]:
-        """The ids of the first `number`, those of `without` left out."""
+        """Return the ids of the first `number` workers that are not in `without`."""
         found: list[str] = []
         taken: list[tuple[Rank, str]] = []
         while self._heap and len(found) < number:

@@ -1,4 +1,4 @@
-"""Choosing a worker for a rental: filters that explain their refusals, then spread."""
+"""The choice of a worker for a rental: filters that explain their refusals, then the least used worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orion.manager.domain.states import Health, Intent
 
 
 class Eligibility(NamedTuple):
-    """All that a worker is let through or refused by."""
+    """What the filters look at."""
 
     health: Health
     fault: bool
@@ -21,14 +21,14 @@ class Eligibility(NamedTuple):
     exiting: bool
     full: bool
     failed_here: bool = False
-    """This rental could not be made here before."""
+    """Whether this rental could not be made here before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     worker: Worker
     used: frozenset[int]
-    """Slot numbers that are taken."""
+    """The numbers of the slots in use."""
     failed_here: bool
     exiting: bool
 
@@ -59,7 +59,7 @@ class Chosen:
 class NoWorker:
     explanation: str
     counted: str = field(default="", compare=False)
-    """Why nobody can take it, without the rest of the sentence."""
+    """The numbers of refusals alone: see `counted`."""
 
 
 Filter = tuple[str, Callable[[Eligibility], bool]]
@@ -75,11 +75,11 @@ FILTERS: tuple[Filter, ...] = (
 
 
 def choose(candidates: list[Candidate]) -> Chosen | NoWorker:
-    """The least used worker that passes every filter; ties go to the lower id, so a replay decides the same.
+    """Return the least used worker that passes every filter. Ties go to the lower id, so a replay decides the same.
 
-    An unknown one, which was ready before the manager was away, is not taken: it may have no lease, and then refuses to
-    let anybody in. Who can be reached is heard within two seconds of the manager's return
-    (orion_worker/agent/decisions.py).
+    A worker of health `unknown`, which was ready before the manager was away, is not taken: it may have no lease, and
+    then it refuses an activation. A worker that can be reached sends a heartbeat within two seconds of the manager's
+    return (orion_worker/agent/decisions.py).
     """
     fit = [candidate for candidate in candidates if not refusal(candidate.eligibility)]
     if not fit:
@@ -99,7 +99,7 @@ def rank(worker_id: str, used: int, slots: int) -> Rank:
 
 
 def refusal(eligibility: Eligibility) -> str:
-    """Which filter refuses it; empty when none does."""
+    """Return the reason of the first filter that refuses; empty if none does."""
     for reason, refuses in FILTERS:
         if refuses(eligibility):
             return reason.format(health=eligibility.health)
@@ -107,24 +107,24 @@ def refusal(eligibility: Eligibility) -> str:
 
 
 def explain(reasons: Mapping[str, int]) -> str:
-    """`reasons`: how many workers each filter refuses."""
+    """Return the explanation of a rental that waits. `reasons`: the number of workers that each filter refuses."""
     if not reasons:
         return "waiting: the pool has no worker. It starts by itself when one joins"
     return f"waiting: {counted(reasons)}. It starts by itself when one can take it"
 
 
 def counted(reasons: Mapping[str, int]) -> str:
-    """`of 2 workers, 1 full, 1 draining`"""
+    """Return the refusals in words, as `of 2 workers, 1 draining, 1 full`."""
     number = sum(reasons.values())
     listed = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
     return f"of {number} worker{'s' if number > 1 else ''}, {listed}" if number else "the pool has no worker"
 
 
 class Candidates:
-    """The workers of one round: choices that follow each other, each in O(log n). `choose` is what each comes to."""
+    """The workers of one decision: each choice is that of `choose`, takes a slot from the next, and costs O(log n)."""
 
     def __init__(self, candidates: Iterable[Candidate], elsewhere: Mapping[str, int]) -> None:
-        """`elsewhere`: why each worker that is not among the candidates can take nothing, counted; "" if it could."""
+        """`elsewhere`: the number of workers beyond the candidates that each filter refuses; "": not refused."""
         self._candidates = {candidate.worker.id: candidate for candidate in candidates}
         self._room = Ranking()
         self._reasons = Counter(elsewhere)
@@ -132,9 +132,9 @@ class Candidates:
             self._count(candidate, 1)
 
     def choose(self, failed: Collection[str], own: str = "") -> Chosen | NoWorker | None:
-        """`failed`: where this rental could not be made before; `own`: where it is, and is not to stay.
+        """Choose a worker; return None if only one that is not a candidate could take the rental.
 
-        None: one that is not a candidate could take it.
+        `failed`: the workers where this rental could not be made; `own`: the worker that it is to leave.
         """
         best = self._room.best(1, without={*failed, own})
         if best:

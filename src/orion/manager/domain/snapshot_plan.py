@@ -1,4 +1,4 @@
-"""How often homes are copied, how many at a time, and what one copy may hold: plain values that an operator sets."""
+"""The settings of snapshots: their interval, their number at a time, and their limits."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from orion.manager.domain.pacing import LONGEST_PAUSE_S, Pace
 
 @dataclass(frozen=True)
 class SnapshotLimits:
-    """What a copy may hold at most."""
+    """The limits of one snapshot."""
 
     max_files: int = 200_000
     max_bytes: int = 2 << 30
     pause_s: float = LONGEST_PAUSE_S
-    """The seconds for which the programs of a rental may stand still for a copy that is not for a planned move."""
+    """The seconds for which a snapshot may pause the programs of a rental, except in a planned migration."""
     owner_share: float = 0.5
-    """The share of the disk, of its bytes and of its inodes, for the copies of all rentals of one owner."""
+    """The share of the disk's bytes and inodes for the snapshots of one owner."""
 
 
 @dataclass(frozen=True)
 class SnapshotPlan:
-    """How the copies loop spends its time, and what each copy may hold."""
+    """The settings of the snapshot controller."""
 
     interval_s: float = 30.0
-    """The seconds between copies of one rental."""
+    """The seconds between snapshots of one rental."""
     at_once: int = 8
-    """Copies of all owners under way at a time, of which one owner has half at most."""
+    """The number of snapshots under way at a time; one owner has half of them at most."""
     limits: SnapshotLimits = field(default_factory=SnapshotLimits)
     paused_share: float = 0.005
-    """The share of its time for which the programs of a rental may be stopped for copies."""
+    """The share of the time for which snapshots may pause the programs of a rental."""
 
     def pace(self) -> Pace:
-        """Return the pace of a rental that was not copied yet."""
+        """Return the pace of a rental without a snapshot."""
         return Pace(usual_s=self.interval_s, share=self.paused_share, wait_s=self.interval_s)

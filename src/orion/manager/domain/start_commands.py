@@ -1,12 +1,12 @@
-"""The start command of a rental: when it is to be run, and when no more.
+"""The start command of a rental: when it is run, how it ended, and when it is run no more.
 
-It is run once in each life of each worker's container that the rental comes to be on, and once more when its owner asks
-for it. What was run is written on the placement as a mark, `RUN@BOOT`: which run was asked for, in which life of the
-container. So a restart of the container, after which nothing of the rental goes on, asks for it again by itself.
+It is run once in each boot of each worker that gets the rental, and once more at each request of its owner. The
+placement has a mark of the last run, `RUN@BOOT`: the number of the requested run, and the boot id of the worker. A
+restart of the worker's container changes the boot id, so the command is run again.
 
-How a run ended is the worker's word, written down once for each run: so a worker that lies makes one event of it.
+The end of a run is recorded once, so a worker that lies about ends makes one event for each run.
 
-One that keeps killing its workers is run no more: TAKEOVERS of them lost within TAKEOVERS_WITHIN_S.
+A command is run no more after TAKEOVERS losses of its worker within TAKEOVERS_WITHIN_S seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ACTOR = "reconciler"
 TAKEOVERS = 3
 TAKEOVERS_WITHIN_S = 600.0
 MAY_HAVE_RUN = frozenset({PlacementState.PREPARING, PlacementState.RUNNING})
-"""Placements that are lost in these states may have been lost by the command."""
+"""States of placements in which the start command may have run."""
 
 
 def mark(rental: Rental, worker: Worker) -> str:
@@ -30,16 +30,16 @@ def mark(rental: Rental, worker: Worker) -> str:
 
 
 def due(rental: Rental, placement: Placement, worker: Worker) -> str:
-    """The mark with which the command is to be run there now; empty where it is not."""
+    """Return the mark of the run that is due on a placement; empty if none is."""
     wanted = mark(rental, worker)
     is_due = bool(rental.start) and not rental.start_problem and placement.started != wanted
     return wanted if is_due else ""
 
 
 def after_loss(rental: Rental, placement: Placement, wall: float) -> tuple[Mapping[str, Any], tuple[Event, ...]]:
-    """What changes in a rental whose worker, or its container's life, was lost at `wall` (UTC seconds), and why.
+    """Return the changes and events of a rental whose worker was lost, or restarted, at `wall` (UTC seconds).
 
-    A wall clock that jumps makes it run once more, or once less, until its owner asks for it: nothing else.
+    A jump of the wall clock can only make the command run once more, or once less, until the owner's next request.
     """
     if not rental.start or placement.state not in MAY_HAVE_RUN:
         return {}, ()
@@ -55,7 +55,8 @@ def after_loss(rental: Rental, placement: Placement, wall: float) -> tuple[Mappi
 
 
 def restarted(rental: Rental, placement: Placement, worker: Worker, wall: float) -> Step | None:
-    """The container restarted under a command that had been run there: that counts as a loss of its worker."""
+    """Return the step after a restart of the container in which the command ran, which counts as a loss of the worker;
+    None if there was none."""
     run, _, boot_id = placement.started.partition("@")
     if not run or boot_id == worker.boot_id or placement.state is not PlacementState.RUNNING:
         return None
@@ -71,12 +72,12 @@ def restarted(rental: Rental, placement: Placement, worker: Worker, wall: float)
 
 
 def new_run(mark: str) -> dict[str, Any]:
-    """Return what changes in a placement with a run of the command: of this one nobody knows an end."""
+    """Return the changes of a placement with a new run of the command, whose end is not known."""
     return {"started": mark, "start_end": "", "start_ended_at": None}
 
 
 def ended(rental: Rental, placement: Placement, ends: Iterable[CommandEnd]) -> Step | None:
-    """The step that writes down how the run ended that the placement has had; None: nothing is known, or it is."""
+    """Return the step that records the end of the placement's run; None if no end is reported, or it is recorded."""
     if placement.state is not PlacementState.RUNNING or not placement.started or placement.start_end:
         return None
     this = (placement.rental_id, placement.epoch, placement.started)
@@ -98,14 +99,14 @@ def in_words(how: str) -> str:
 
 
 def run_event(rental: Rental, placement: Placement, mark: str, problem: str) -> Event:
-    """`problem`: why it could not be run, in the worker's words; empty where it was."""
+    """Return the event of a run. `problem`: the worker's reason why it could not be run; empty if it was."""
     kind = "rental.start_failed" if problem else "rental.started"
     reason = problem or "its start command is run: orion logs shows what it says"
     return _event(kind, ACTOR, reason, rental, placement, {"run": mark.partition("@")[0]})
 
 
 def ask_to_start(rental: Rental, actor: str) -> Step:
-    """Run it now, or where the rental comes to be next, whatever it did before."""
+    """Return the step of an owner's request: the command is run again here, or on the next worker."""
     change = {"start_run": rental.start_run + 1, "start_problem": "", "takeovers": ()}
     event = Event(
         kind="rental.start_asked",

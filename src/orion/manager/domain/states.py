@@ -1,9 +1,9 @@
-"""The state machines as tables. What is absent from a table raises; nobody assigns a state elsewhere.
+"""The state machines as tables. A step that is not in its table raises, and states are assigned nowhere else.
 
-Three are of rows, and their states are columns. The fourth, of planned migrations, is derived from the rows.
+Three machines are of rows, and their states are columns. The fourth, of planned migrations, is derived from the rows.
 
-A state without a deadline is restful: it may last. Every other one has an owner that works on it, a deadline in
-seconds, and an exit for when the deadline passes.
+A state without a deadline may last. Every other state has an owner that works on it, a deadline in seconds, and an
+exit that is taken when the deadline has passed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RentalState(StrEnum):
 
 
 class MigrationPhase(StrEnum):
-    """How far the planned migration of a rental is. No column holds the phase: moves.phase_of derives it."""
+    """The phase of a planned migration. It is in no column: migration.phase_of derives it."""
 
     NONE = "none"
     """No planned migration is under way."""
@@ -74,18 +74,18 @@ class MigrationPhase(StrEnum):
 LIVE = frozenset({PlacementState.RESERVED, PlacementState.PREPARING, PlacementState.RUNNING})
 """A rental has at most one placement in these states."""
 HOLDING = LIVE | {PlacementState.STOPPING, PlacementState.STOPPED, PlacementState.FAILED}
-"""These take a slot of their worker, until purged or until the worker is down."""
+"""States of placements that take a slot of their worker."""
 OUT_OF_SERVICE = frozenset({Health.JOINING, Health.DOWN})
-"""A worker that nobody counts on: not yet checked, or dead."""
+"""The health of workers that are not verified yet, or dead."""
 SILENT = OUT_OF_SERVICE | {Health.SUSPECT}
-"""A worker that need not be there any more."""
+"""The health of workers that may be gone."""
 ENDED = frozenset({RentalState.RELEASED, RentalState.EXPIRED, RentalState.FAILED})
 QUIESCED = frozenset({MigrationPhase.FINAL_SYNC, MigrationPhase.PARK, MigrationPhase.STALE})
 """The source of a planned migration stands still in these phases."""
 
 CREATE_DEADLINE_S = 60.0
 RESTORE_DEADLINE_S = 600.0
-"""For one that was active before: its files are put there first."""
+"""Seconds to make a rental that was active before: a snapshot is restored first."""
 DELETE_DEADLINE_S = 120.0
 JOIN_DEADLINE_S = 300.0
 QUEUE_DEADLINE_S = 24 * 3600.0
@@ -96,7 +96,7 @@ HELD_DEADLINE_S = 300.0
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One state: where it may go, whose work it is, how long it may last, and how it ends if it lasts longer."""
+    """One state: its exits, its owner, its deadline in seconds, and what happens when that has passed."""
 
     exits: frozenset[str]
     owner: str

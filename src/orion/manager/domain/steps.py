@@ -42,7 +42,7 @@ WRITTEN: Mapping[Kind, frozenset[str]] = {
     "rental": READ["rental"] - {"id"} | {"last_safe_copy_bytes"},
     "placement": READ["placement"] - {"id"},
 }
-"""The fields of each kind of row that a step may change; no decision reads the size of the last copy."""
+"""The fields of each kind of row that a step may change; no decision reads the size of the last snapshot."""
 
 
 class UnknownField(Exception):
@@ -96,7 +96,8 @@ _RENTAL_EVENTS = {
 def move_rental(
     rental: Rental, to: RentalState, actor: str, reason: str, worker_id: str | None = None, **change: Any
 ) -> Step:
-    """The one way a rental changes its state. `reason` becomes its explanation too."""
+    """Return the step that changes a rental's state; `reason` becomes its explanation. Steps of states come from here
+    alone. Raise ForbiddenTransition if the table does not have it."""
     check_transition("rental", rental.id, rental.state, to)
     event = Event(
         kind=_RENTAL_EVENTS[to],
@@ -125,7 +126,7 @@ def move_placement(
     details: Mapping[str, Any] | None = None,
     **change: Any,
 ) -> Step:
-    """The one way a placement changes its state."""
+    """Return the step that changes a placement's state. Raise ForbiddenTransition if the table does not have it."""
     check_transition("placement", placement.id, placement.state, to)
     event = Event(
         kind=f"placement.{to}",
@@ -144,7 +145,8 @@ def move_placement(
 
 
 def move_worker(worker: Worker, to: Health, reason: str) -> Step:
-    """The one way a worker's health changes; only the health loop uses it."""
+    """Return the step that changes a worker's health, for the health controller alone. Raise ForbiddenTransition if the
+    table does not have it."""
     check_transition("worker", worker.id, worker.health, to)
     event = Event(kind=f"worker.became_{to}", actor="health", reason=reason, worker_id=worker.id)
     expect = {"health": worker.health, "session_id": worker.session_id}
@@ -155,7 +157,7 @@ def move_worker(worker: Worker, to: Health, reason: str) -> Step:
 
 
 def merge(steps: Iterable[Step]) -> Step:
-    """Several steps as one unit."""
+    """Return one step with all writes and events of several."""
     whole = Step(())
     for step in steps:
         whole = whole + step

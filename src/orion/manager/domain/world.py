@@ -1,4 +1,4 @@
-"""The world of a decision: workers, living rentals and placements, as of one moment."""
+"""The world of a decision: workers, rentals that have not ended, and placements, as of one moment."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from orion.manager.domain.steps import READ, Step
 
 @dataclass(kw_only=True)
 class World:
-    """Workers, living rentals and placements that are not purged, by id. Decisions work on a copy of their own.
+    """Workers, rentals that have not ended, and placements that are not purged, by id. Decisions work on a copy.
 
-    It may be a part of the whole, but then a part that is enough: each placement comes with its worker and its rental,
-    each rental that is not at rest with all its placements, each that has a standby too, and each worker in `whole`
-    with all of its own.
+    It may be a part of the whole that is enough for a decision: each placement comes with its worker and its rental;
+    each rental that is not at rest, or has a target, with all its placements; each worker in `whole` with all of its
+    placements.
     """
 
     workers: dict[str, Worker]
     rentals: dict[str, Rental]
     placements: dict[str, Placement]
     whole: frozenset[str] | None = None
-    """The workers of which everything is here; None: all."""
+    """The workers whose placements are all here; None: all workers."""
     taken: Mapping[str, frozenset[int]] = field(default_factory=dict)
-    """The slots in use of workers that are candidates for a rental and not in `whole`."""
+    """The slots in use, by worker id, of candidates that are not in `whole`."""
     elsewhere: Mapping[str, int] = field(default_factory=dict)
-    """Why each worker that is no candidate here can take nothing, counted: see placement.Pool."""
+    """The number of workers that are not here and that each filter refuses: see scheduler.Candidates."""
 
     def copy(self) -> World:
         return replace(self, workers=dict(self.workers), rentals=dict(self.rentals), placements=dict(self.placements))
@@ -40,7 +40,7 @@ class World:
         return self.whole is None or worker_id in self.whole
 
     def apply(self, step: Step) -> bool:
-        """Apply all of a step or nothing of it; False when a row was not as expected."""
+        """Apply a step whole; return False, with nothing applied, if a row is not as expected."""
         tables: dict[str, dict[str, Any]] = {
             "worker": self.workers,
             "rental": self.rentals,
@@ -69,7 +69,7 @@ class World:
         return [p for p in self.placements.values() if p.rental_id == rental_id]
 
     def used_slots(self) -> dict[str, set[int]]:
-        """The slots in use, by worker id."""
+        """Return the slots in use, by worker id."""
         used = {worker_id: set(self.taken.get(worker_id, ())) for worker_id in self.workers}
         for placement in self.placements.values():
             if placement.state in HOLDING:
@@ -78,7 +78,7 @@ class World:
 
 
 class Draft(World):
-    """A world that a decision changes step by step, with what it asks again and again kept at hand."""
+    """A world that a decision changes step by step, with indexes of placements by rental and by worker."""
 
     def __init__(self, snapshot: World) -> None:
         super().__init__(**vars(snapshot.copy()))

@@ -30,7 +30,7 @@ class Preconnector:
 
     def prepare_for_loss_of(self, worker_id: str) -> None:
         """Its rentals would go to the workers that are first in the order (domain/scheduler.py)."""
-        number = min(len(self._roster.held(worker_id)), MOST - len(self._opening))
+        number = min(len(self._roster.placements_on(worker_id)), MOST - len(self._opening))
         for candidate in self._roster.room.best(max(0, number), without={worker_id}):
             task = asyncio.create_task(self._open(candidate))
             self._opening.add(task)
