@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Partly(Platform):
-    """Beside each decision from the whole, the one that the reconciler makes from the part that it would look at."""
+    """Compare each decision from the whole world with the one from the part that the reconciler would load."""
 
     parts: int = 0
 
@@ -81,7 +81,7 @@ def _told(decision: Decision) -> tuple[list[str], list[str]]:
 
 
 def _now(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Of a ledger in memory, which waits for nothing."""
+    """Return the result of a coroutine of the state store in memory, which never waits."""
     try:
         coroutine.send(None)
     except StopIteration as end:
@@ -105,7 +105,7 @@ def test_a_part_of_the_world_decides_as_the_whole_does(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_roster_that_followed_each_step_is_one_that_was_filled_now(seed: int) -> None:
-    """Of the ledger in memory; House compares the one in the database whenever the platform comes to rest."""
+    """Check the pool index of the state store in memory; House compares that of the database when it is at rest."""
     random = Random(f"followed {seed}")  # noqa: S311
     platform = Platform()
     platform.a_pool([1, 2])

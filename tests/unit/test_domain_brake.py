@@ -1,4 +1,4 @@
-"""The brake: when silence proves nothing, for how long, and how it ends."""
+"""The brake: what turns it on, how long it is on, and what ends it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHUT = replace(FINE, proxy_answers=False)
 
 
 def quiet(brake: Brake, seconds: float, seen: Observation = FINE, start: float = START) -> Brake:
-    """The brake after so many seconds of the same, heard all the time."""
+    """Return the brake after so many seconds of the same observation, with heartbeats all the time."""
     for second in range(int(seconds) + 1):
         now = start + second
         brake = advance(brake, replace(seen, heard_at=now), now, CLOCKS)

@@ -1,4 +1,4 @@
-"""The inequalities between the clocks, which keep an environment from living twice."""
+"""The inequalities between the clocks, which prevent two live copies of a rental."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time that is over, renewed time, and a wall clock that is believed only while it goes evenly."""
+"""The end of a rental's time, its renewal, and a wall clock that is believed only without jumps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judging a worker: each rule of each state, and what it never says."""
+"""The verdicts on a worker: each rule of each health, and the verdicts that never come."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ON = Brake(disturbed_at=0.0, since=NOW - 10, reason="because")
 
 
 def evidence(health: Health, silent_s: float = 1.0, **change: Any) -> Evidence:
-    """A verified worker that was last heard `silent_s` ago; `worker` and `lease` take changes of those."""
+    """Return the evidence of a verified worker `silent_s` after its last heartbeat, with changes of the records."""
     worker = replace(new_worker(health=health), **change.pop("worker", {}))
     lease = replace(
         Lease(session_id=SESSION, received_at=NOW - silent_s, seq=5, inventory=(), lease_s=CLOCKS.freeze_after_s),

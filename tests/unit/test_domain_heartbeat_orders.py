@@ -1,4 +1,4 @@
-"""What a heartbeat's reply says of each rental that the worker shows."""
+"""The order of a heartbeat's reply for each rental in the inventory."""
 
 from __future__ import annotations
 

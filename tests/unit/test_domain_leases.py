@@ -1,4 +1,4 @@
-"""The table of sessions: who renews, who is revoked, and what a manager remembers after its restart."""
+"""The leases: what renews and revokes them, and what a manager knows of them after its restart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of a planned move: what each rests on, and that whoever acted meanwhile wins."""
+"""The steps of a planned migration: the guards of each, and that a step that came between voids them."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_no_more_are_moved_at_once_than_is_good_for_all() -> None:
 
 
 def crowd(*owners: str, intent: Intent = Intent.ACTIVE) -> tuple[World, list[Rental]]:
-    """A rental of each of these owners, all on one worker, with room for all on another one."""
+    """Return a world with a rental of each of these owners on one worker, and slots for all on another one."""
     source, target = replace(SOURCE, slots=40, intent=intent), replace(TARGET, slots=40)
     rentals = [active_rental(number, owner=owner) for number, owner in enumerate(owners, 1)]
     placed = [replace(new_placement(each, source, PlacementState.RUNNING), slot=n) for n, each in enumerate(rentals)]

@@ -1,4 +1,4 @@
-"""When a rental is copied again whose programs stood still for a copy, or would have had to for too long."""
+"""The time of the next snapshot after a pause of programs, or after a try that would have needed too long a pause."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ SHARE = 0.005
 
 
 def play(pauses: list[float], until: float) -> tuple[list[tuple[float, float]], list[float]]:
-    """Copy again and again a home whose n-th copy needs the n-th of these pauses, the last one for ever.
+    """Take snapshots of a home, of which the n-th needs the n-th of these pauses; the last pause is repeated.
 
-    Return the moments and pauses of the copies, and the moments in which its owner was told of another interval.
+    Return the times and pauses of the snapshots, and the times at which the owner was told of another interval.
     """
     pace, now, made, told = Pace(usual_s=USUAL_S, share=SHARE), 0.0, [], []
     waiting = list(pauses)

@@ -1,4 +1,4 @@
-"""What is not at rest about a worker, and what people count, each from rows as they are."""
+"""The workers that need the reconciler, and the figures of the pool, each from the rows alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decisions of the reconciler against a world that has changed since the snapshot."""
+"""Decisions of the reconciler, applied to a world that has changed since they were made."""
 
 from __future__ import annotations
 

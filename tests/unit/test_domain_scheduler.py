@@ -1,4 +1,4 @@
-"""Choosing a worker: who is refused and why, and who is chosen of the others."""
+"""The choice of a worker: which are refused and why, and which of the others is chosen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which copies are kept and how they are named; what a worker's end of a copy refuses."""
+"""The ids of snapshots, which are kept, which one is restored; what the worker's side of a snapshot refuses."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ CHAIN = (Origin(1, "", False), Origin(2, "1-3", False), Origin(3, "1-3", False),
 
 
 def lineage(*origins: Origin, **change: Any) -> Rental:
-    """A rental that was last let in at the epoch of the last of these."""
+    """Return a rental that was last activated at the epoch of the last of these."""
     return active_rental(lineage=origins, let_in_epoch=origins[-1].epoch, began_with=origins[-1].generation, **change)
 
 

@@ -1,4 +1,4 @@
-"""The state machines, as tables: total, owned, without a state that one can be stuck in."""
+"""The state machines as tables: they are total, and each state that may not last has an owner and an exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which orders name the life of the worker's container that they are for, and to whom."""
+"""The orders that name the worker's boot, and the workers that get such orders."""
 
 from __future__ import annotations
 
