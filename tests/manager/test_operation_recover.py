@@ -166,7 +166,7 @@ def test_a_worker_becomes_ready_in_time_though_a_salvage_never_ends() -> None:
     lost = new_placement(replace(rental, epoch=1), joining, PlacementState.LOST)
     world = new_world(joining, rental, lost)
     shown = {joining.id: (Item(rental_id=rental.id, username=rental.username, uid=rental.uid, epoch=1),)}
-    for age_s, kind in ((RECOVERY_DEADLINE_S, TaskKind.SALVAGE), (RECOVERY_DEADLINE_S + 1, TaskKind.DELETE)):
+    for age_s, kind in ((RECOVERY_DEADLINE_S, TaskKind.RECOVER), (RECOVERY_DEADLINE_S + 1, TaskKind.DELETE)):
         decision = decide(
             world, Observations(inventories=shown, exiting=frozenset(), ages={joining.id: age_s}, new_ids=iter("p"))
         )

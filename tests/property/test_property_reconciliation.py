@@ -415,7 +415,7 @@ class Platform(RuleBasedStateMachine):
         worker = self.world.workers.get(task.worker_id)
         well = well and worker is not None
         made = task.kind in {TaskKind.CREATE, TaskKind.PRECOPY, TaskKind.FINAL_SYNC}
-        removed = task.kind in {TaskKind.DELETE, TaskKind.SALVAGE}  # what was salvaged is purged next
+        removed = task.kind in {TaskKind.DELETE, TaskKind.RECOVER}  # what was salvaged is purged next
         if well and task.item and (made or removed):
             kept = {item for item in self.disks[task.worker_id] if item.rental_id != task.item.rental_id}
             self.disks[task.worker_id] = kept | ({task.item} if made else set())

@@ -23,7 +23,7 @@ def _all_of(pool_index: PoolIndex) -> dict[str, Any]:
         "dirty": set(pool_index.dirty_workers(number)),
         "room": pool_index.room.best(number),
         "refusals": pool_index.refusals((), ()),
-        "refuges": pool_index.destinations(()),
+        "destinations": pool_index.destinations(()),
         "slots": pool_index.slots(),
         "by health": pool_index.by_health(),
         "by state": pool_index.by_state(),

@@ -2,7 +2,7 @@
 
 It looks at a worker when something about it may have changed: a commit touched it (the roster tells), it was heard
 again or said goodbye (the heartbeat's route tells), or a moment has come at which time alone may change the verdict
-(domain/health.moments; kept lazily, so a heartbeat moves nothing here). What a round has no time for is due in the
+(domain/health.deadlines; kept lazily, so a heartbeat moves nothing here). What a round has no time for is due in the
 next. As a net below it, each round looks at some more workers until all have had their turn.
 """
 

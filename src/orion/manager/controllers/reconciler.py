@@ -320,12 +320,12 @@ class Reconciler:
             return True  # they are few, take long, and fail by the worker that is left as often as by this one
         if task.worker_id in self._failing:
             return at_work < 1
-        if task.kind is TaskKind.SALVAGE:
+        if task.kind is TaskKind.RECOVER:
             return may_take(Claim(task.owner), self._salvages_on(task.worker_id), MOST_SALVAGES)
         return task.kind is not TaskKind.DELETE or task.placement_id is not None or at_work < MOST_ORPHANS
 
     def _salvages_on(self, worker_id: str) -> Counter[Claim]:
-        under_way = (t for t in self._tasks.values() if t.worker_id == worker_id and t.kind is TaskKind.SALVAGE)
+        under_way = (t for t in self._tasks.values() if t.worker_id == worker_id and t.kind is TaskKind.RECOVER)
         return Counter(Claim(task.owner) for task in under_way)
 
     async def _run(self, task: Task) -> None:
@@ -355,7 +355,7 @@ class Reconciler:
         if task.item is None:
             return _REACHED[await self._reach.reach(host, REACH_TIMEOUT_S)]
         item = task.item
-        if task.kind is TaskKind.SALVAGE:
+        if task.kind is TaskKind.RECOVER:
             return await self._restorer.salvager.salvage(host, item, task.placement_id or "", task.owner)
         keys, action = tuple(task.public_key.splitlines()), _ACTIONS.get(task.kind, Action.PREPARE)
         who = item.rental_id, item.username, item.uid, item.epoch

@@ -85,7 +85,7 @@ def request_migration(world: World, rental_id: str, actor: str, observations: Ob
     rental, placement = draft.rentals.get(rental_id), draft.live_placement(rental_id)
     if draft.target_of(rental_id) is not None:
         return None
-    if rental is None or placement is None or not migration.can_move(rental, placement):
+    if rental is None or placement is None or not migration.can_migrate(rental, placement):
         state = f"it is {rental.state}: {rental.explanation}" if rental else "it has ended"
         raise migration.NotMigrated("not_active", state)
     worker = draft.workers.get(placement.worker_id)

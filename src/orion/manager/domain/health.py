@@ -146,7 +146,7 @@ def judge(evidence: Evidence) -> Verdict | None:
     return None
 
 
-def _said_goodbye(e: Evidence) -> Verdict | None:
+def _exited(e: Evidence) -> Verdict | None:
     # The delay and the destination are needed: when the whole pool is stopped or restarted, nothing is taken over.
     exiting_at = e.lease.exiting_at if e.lease else None
     if exiting_at is None or e.brake.on or not e.has_destination or e.now - exiting_at < e.clocks.goodbye_after_s:
@@ -168,7 +168,7 @@ def _declared_gone(e: Evidence) -> Verdict | None:
     return Verdict(Health.DOWN, DECLARED_GONE)
 
 
-def _watch_closed(e: Evidence) -> Verdict | None:
+def _liveness_ended(e: Evidence) -> Verdict | None:
     if not e.closed:
         return None
     return Verdict(Health.SUSPECT, LIVENESS_ENDED)
@@ -233,7 +233,7 @@ def _manager_was_away(e: Evidence) -> Verdict | None:
 
 RULES: dict[Health, tuple[Rule, ...]] = {
     Health.JOINING: (
-        _said_goodbye,
+        _exited,
         _declared_gone,
         _proved_dead,
         _lease_passed,
@@ -243,9 +243,9 @@ RULES: dict[Health, tuple[Rule, ...]] = {
         _verified,
         _never_clean,
     ),
-    Health.READY: (_said_goodbye, _declared_gone, _proved_dead, _manager_was_away, _unverified, _watch_closed, _silent),
-    Health.SUSPECT: (_said_goodbye, _declared_gone, _proved_dead, _lease_passed, _unverified, _verified),
-    Health.UNKNOWN: (_said_goodbye, _declared_gone, _proved_dead, _lease_passed, _unverified, _verified),
+    Health.READY: (_exited, _declared_gone, _proved_dead, _manager_was_away, _unverified, _liveness_ended, _silent),
+    Health.SUSPECT: (_exited, _declared_gone, _proved_dead, _lease_passed, _unverified, _verified),
+    Health.UNKNOWN: (_exited, _declared_gone, _proved_dead, _lease_passed, _unverified, _verified),
     Health.DOWN: (_unverified,),
-    Health.QUARANTINED: (_said_goodbye, _declared_gone, _proved_dead, _lease_passed, _resumed),
+    Health.QUARANTINED: (_exited, _declared_gone, _proved_dead, _lease_passed, _resumed),
 }

@@ -124,7 +124,7 @@ def must_leave(worker: Worker, evacuating: Collection[str]) -> str:
     return ""
 
 
-def can_move(rental: Rental, placement: Placement) -> bool:
+def can_migrate(rental: Rental, placement: Placement) -> bool:
     """Return whether a rental is at rest on its worker: nothing makes, restores or ends it."""
     return (
         rental.state is RentalState.ACTIVE

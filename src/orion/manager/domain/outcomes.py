@@ -42,7 +42,7 @@ def succeeded(world: World, ended: TaskEnded) -> Step | None:
     if task.kind is TaskKind.REACH:
         return _verified(task)
     placement = world.placements.get(task.placement_id or "")
-    if task.kind is TaskKind.SALVAGE:
+    if task.kind is TaskKind.RECOVER:
         return None  # it was recorded with the recovered snapshot: see operations/recover.py
     if task.kind is TaskKind.DELETE:
         return _purged(world, task, placement, report)
@@ -61,7 +61,7 @@ def failed(world: World, task: Task, message: str, attempts: int) -> Step | None
         return _not_migrated(world, task, placement, task.source, message, attempts)
     if placement and placement.state is PlacementState.PREPARING and attempts >= MAX_ATTEMPTS:
         return give_up(placement, world.rentals.get(placement.rental_id), message)
-    if task.kind is TaskKind.SALVAGE:
+    if task.kind is TaskKind.RECOVER:
         return _not_recovered(world, placement, message, attempts)
     return _explained(world, task, placement, message)
 
@@ -100,7 +100,7 @@ def _not_migrated(
     A quiesced source runs on at once, after its first failure.
     """
     rental, placed = _source_rows(world, source)
-    if rental is None or placed is None or not migration.can_move(rental, placed) or task.kind is TaskKind.THAW:
+    if rental is None or placed is None or not migration.can_migrate(rental, placed) or task.kind is TaskKind.THAW:
         return None
     if placed.held != source.move or (task.kind is TaskKind.PRECOPY and attempts < MAX_ATTEMPTS):
         return None

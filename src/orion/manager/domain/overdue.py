@@ -25,10 +25,10 @@ WHAT_TO_DO: Mapping[tuple[str, str], str] = {
     ("rental", RentalState.PROVISIONING): "look at its worker: orion drain {worker} sends the next ones elsewhere",
     ("rental", RentalState.MIGRATING): "look at its worker: orion drain {worker} sends the next ones elsewhere",
     ("rental", RentalState.RELEASING): "look at its worker; stopping that, then orion remove {worker}, ends it",
-    ("placement", PlacementState.RESERVED): "look at the log of manager_app: its reconciler should have gone on",
+    ("placement", PlacementState.RESERVED): "look at the log of manager_app: its reconciler should have settled it",
     ("placement", PlacementState.PREPARING): "look at its worker: it is made elsewhere by itself",
     ("placement", PlacementState.STOPPING): "look at its worker; stopping that, then orion remove {worker}, ends it",
-    ("placement", PlacementState.STOPPED): "look at the log of manager_app: its reconciler should have gone on",
+    ("placement", PlacementState.STOPPED): "look at the log of manager_app: its reconciler should have settled it",
     ("placement", PlacementState.FAILED): "look at its worker; stopping that, then orion remove {worker}, ends it",
 }
 """The advice for each state with a deadline, and for those that wait for an operator."""

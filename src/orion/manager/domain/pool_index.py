@@ -346,14 +346,14 @@ class PoolIndex:
         """Return the number of rentals that may need a slot now."""
         return len(self._by_state[RentalState.QUEUED]) + len(self._by_state[RentalState.MIGRATING])
 
-    def wanted_places(self, looked_at: Iterable[str], exiting: Collection[str] = ()) -> int:
+    def wanted_places(self, worker_ids: Iterable[str], exiting: Collection[str] = ()) -> int:
         """Return the number of slots that a decision about these workers may need: for rentals that wait, will be lost
         or are to migrate away. `exiting`: the workers that were told to stop."""
         return self.waiting() + sum(
             p.blank
             or p.state in BEING_MADE
             or (p.state in LIVE and (worker_id in exiting or _is_to_be_emptied(self._workers.get(worker_id))))
-            for worker_id in looked_at
+            for worker_id in worker_ids
             for p in self.placements_on(worker_id)
         )
 

@@ -56,9 +56,9 @@ class Decision:
     tasks: tuple[Task, ...]
 
 
-def decide(snapshot: World, observations: Observations) -> Decision:
+def decide(loaded: World, observations: Observations) -> Decision:
     """Return the steps, in the order to commit them, and the tasks of the world after them."""
-    world = Draft(snapshot)
+    world = Draft(loaded)
     steps: list[Step] = []
 
     def commit(step: Step | None) -> None:
@@ -83,7 +83,7 @@ def decide(snapshot: World, observations: Observations) -> Decision:
         commit(_finish_drain(world, worker))
     quiesced = (
         migration.Source(placement_id=p.id, worker_id=p.worker_id, epoch=p.epoch, move=p.held)
-        for p in snapshot.placements.values()
+        for p in loaded.placements.values()
         if p.held
     )
     thaws = (task for task in (tasks.thaw(world, source) for source in quiesced) if task)
@@ -403,7 +403,7 @@ def _settle_migration(
 ) -> Step | None:
     """Return the next step of a planned migration, the first one included: see domain/migration.py."""
     worker, rental = world.workers.get(placement.worker_id), world.rentals.get(placement.rental_id)
-    if placement.standby or worker is None or rental is None or not migration.can_move(rental, placement):
+    if placement.standby or worker is None or rental is None or not migration.can_migrate(rental, placement):
         return None
     target = world.target_of(rental.id)
     to = world.workers.get(target.worker_id) if target else None

@@ -236,14 +236,14 @@ def is_without_copies(rental: Rental) -> bool:
 
 def nearly_full(copy: Snapshot, max_bytes: int, max_files: int) -> str:
     """Return a warning if a home holds NEARLY_FULL of its limit or more; else an empty text."""
-    held = []
+    near = []
     if copy.bytes >= NEARLY_FULL * max_bytes:
-        held.append(f"{_megabytes(copy.bytes)} of {_megabytes(max_bytes)}")
+        near.append(f"{_megabytes(copy.bytes)} of {_megabytes(max_bytes)}")
     if copy.files >= NEARLY_FULL * max_files:
-        held.append(f"{copy.files:,} of {max_files:,} files")
-    if not held:
+        near.append(f"{copy.files:,} of {max_files:,} files")
+    if not near:
         return ""
-    return f"{NEARLY_FULL_WARNING}{' and '.join(held)}: with more than that it is frozen and not copied, so make room"
+    return f"{NEARLY_FULL_WARNING}{' and '.join(near)}: with more than that it is frozen and not copied, so make room"
 
 
 def _megabytes(number: int) -> str:

@@ -81,7 +81,7 @@ SILENT = OUT_OF_SERVICE | {Health.SUSPECT}
 """The health of workers that may be gone."""
 ENDED = frozenset({RentalState.RELEASED, RentalState.EXPIRED, RentalState.FAILED})
 QUIESCED = frozenset({MigrationPhase.FINAL_SYNC, MigrationPhase.PARK, MigrationPhase.STALE})
-"""The source of a planned migration stands still in these phases."""
+"""The phases of a planned migration in which the source is quiesced."""
 
 CREATE_DEADLINE_S = 60.0
 RESTORE_DEADLINE_S = 600.0

@@ -27,7 +27,7 @@ class TaskKind(StrEnum):
     CREATE = "create"
     DELETE = "delete"
     REACH = "reach"
-    SALVAGE = "salvage"
+    RECOVER = "salvage"
     """Make a recovered snapshot of a lost placement before it is purged: see snapshots.is_to_be_recovered."""
     PRECOPY = "seed"
     FINAL_SYNC = "finish"
@@ -185,7 +185,7 @@ def _is_to_be_made(case: TaskCase) -> bool:
     return placement.state is PlacementState.RUNNING and others
 
 
-def _is_to_be_salvaged(case: TaskCase) -> bool:
+def _is_to_be_recovered(case: TaskCase) -> bool:
     # The worker of a lost placement may have files of which there is no snapshot; a target has no such files.
     return not case.placement.standby and snapshots.is_to_be_recovered(case.rental, case.placement)
 
@@ -202,7 +202,7 @@ def _nothing(case: TaskCase) -> None:
 def _fill_target(case: TaskCase) -> Task | None:
     """Return the task of the precopy or of the final sync."""
     source = case.world.live_placement(case.rental.id)
-    if source is None or not migration.can_move(case.rental, source):
+    if source is None or not migration.can_migrate(case.rental, source):
         return None
     kind = FILLING.get(migration.phase_of(case.rental, source, case.placement))
     if kind is None:
@@ -215,7 +215,7 @@ def _park(case: TaskCase) -> Task | None:
     """Return the task that takes the last snapshot of a rental that is parked; None for every other quiesced source."""
     placement, rental = case.placement, case.rental
     phase = migration.phase_of(rental, placement, case.world.target_of(rental.id))
-    ends = case.worker.id in case.observations.evacuating and migration.can_move(rental, placement)
+    ends = case.worker.id in case.observations.evacuating and migration.can_migrate(rental, placement)
     if phase is not MigrationPhase.PARK or not ends:
         return None
     return case.task(
@@ -241,8 +241,8 @@ def _create(case: TaskCase) -> Task:
     )
 
 
-def _salvage(case: TaskCase) -> Task:
-    return case.task(TaskKind.SALVAGE)
+def _recover(case: TaskCase) -> Task:
+    return case.task(TaskKind.RECOVER)
 
 
 def _delete(case: TaskCase) -> Task:
@@ -257,7 +257,7 @@ TASK_RULES: tuple[TaskRule, ...] = (
     (_is_quiesced, _park),
     (_was_not_shown, _nothing),
     (_is_to_be_made, _create),
-    (_is_to_be_salvaged, _salvage),
+    (_is_to_be_recovered, _recover),
     (_is_to_be_purged, _delete),
 )
 """The first rule that applies to a placement decides on its task, if it has one."""

@@ -80,8 +80,8 @@ class World:
 class Draft(World):
     """A world that a decision changes step by step, with indexes of placements by rental and by worker."""
 
-    def __init__(self, snapshot: World) -> None:
-        super().__init__(**vars(snapshot.copy()))
+    def __init__(self, loaded: World) -> None:
+        super().__init__(**vars(loaded.copy()))
         self._of_rental: dict[str, list[str]] = {}
         self._on_worker: dict[str, list[str]] = {}
         for placement in self.placements.values():
@@ -100,8 +100,8 @@ class Draft(World):
         return [self.placements[identity] for identity in self._on_worker.get(worker_id, ())]
 
     def used_on(self, worker_id: str) -> frozenset[int]:
-        held = {p.slot for p in self.placements_on(worker_id) if p.state in HOLDING}
-        return frozenset(held | self.taken.get(worker_id, frozenset()))
+        in_use = {p.slot for p in self.placements_on(worker_id) if p.state in HOLDING}
+        return frozenset(in_use | self.taken.get(worker_id, frozenset()))
 
     def _note(self, placement: Placement) -> None:
         self._of_rental.setdefault(placement.rental_id, []).append(placement.id)

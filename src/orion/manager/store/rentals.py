@@ -199,7 +199,7 @@ def begin_start(connection: Connection, rental_id: str, actor: str) -> str:
 
 
 def _with_recovered(connection: Connection, found: list[Row], wall: float) -> list[Row]:
-    """Add to each rental its `salvage`, a recovered snapshot: see domain/snapshots.py, waiting_salvage."""
+    """Add to each rental its `salvage`, a recovered snapshot: see domain/snapshots.py, waiting_recovered_snapshot."""
     recovered = snapshots.with_recovered(connection, [row["id"] for row in found])
     for row in found:
         of_it = recovered.get(row["id"])
