@@ -31,7 +31,8 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acting under other ui
 HOST = HostMessage(worker_id="w-one", address="192.0.2.1", host_keys=(host_key(1),))  # type: ignore[arg-type]
 SAME = '{"ok": true, "same": true}'
 OTHER = '{"ok": true}'
-UID = 1_900_000_001
+UID = 1_900_000_000 + os.getpid()
+"""One uid for each process of tests: a job kills all that runs under its rental's uid, in other test runs too."""
 A_COPY = Usage(1, BLOCK_BYTES)
 """What a copy of an empty home takes."""
 
