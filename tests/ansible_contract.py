@@ -40,7 +40,7 @@ class Bench(ABC):
     async def pause(self) -> None: ...
 
     @abstractmethod
-    async def go_on(self) -> None: ...
+    async def resume(self) -> None: ...
 
     def nowhere(self) -> Host:
         """An address where nothing answers."""
@@ -217,14 +217,14 @@ class EngineContract:
         try:
             outcome = await bench.engine.run(new_job(bench.host, deadline_s=0.5))
         finally:
-            await bench.go_on()
+            await bench.resume()
         assert not outcome.ok
         assert outcome.message == "timed out after 0.5 s"
 
     async def test_a_worker_that_hung_takes_jobs_again(self, bench: Bench) -> None:
         await bench.pause()
         await bench.engine.run(new_job(bench.host, deadline_s=0.2))
-        await bench.go_on()
+        await bench.resume()
         job = new_job(bench.host)
         assert_done(await bench.engine.run(job))
         assert (await bench.accounts())[job.rental_id] == account(job)
@@ -251,4 +251,4 @@ class ReachContract:
         try:
             assert await bench.reach.reach(bench.host, 0.3) is Reached.NO
         finally:
-            await bench.go_on()
+            await bench.resume()

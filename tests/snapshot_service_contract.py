@@ -14,9 +14,9 @@ import pytest
 from orion.manager.domain.snapshot_plan import SnapshotLimits
 from orion.manager.domain.snapshots import BLOCK_BYTES, SnapshotId
 from orion.manager.snapshots.port import (
-    LET_IN,
-    NO_SUCH_GENERATION,
-    NOTHING_TO_SALVAGE,
+    ALREADY_ACTIVATED,
+    NO_SUCH_SNAPSHOT,
+    NOTHING_TO_RECOVER,
     OVER_LIMIT,
     OVER_SHARE,
     Home,
@@ -51,7 +51,7 @@ class Bench(ABC):
         """Return a rental that runs, of the same owner as that of `owner`, of a new owner without one."""
         home = self.new_home()
         home = replace(home, owner=owner.owner if owner else f"owner-{home.rental_id}")
-        await self.create(home, let_in=True)
+        await self.create(home, activated=True)
         return home
 
     async def copy_other(self, home: Home, limits: SnapshotLimits) -> list[str]:
@@ -69,7 +69,7 @@ class Bench(ABC):
     def disk_bytes(self) -> int: ...
 
     @abstractmethod
-    async def create(self, home: Home, let_in: bool) -> None: ...
+    async def create(self, home: Home, activated: bool) -> None: ...
 
     @abstractmethod
     async def write(self, home: Home, name: str, content: str) -> None: ...
@@ -92,7 +92,7 @@ class VaultContract:
 
     async def test_what_was_copied_from_one_worker_is_put_into_a_locked_home_on_another(self, bench: Bench) -> None:
         home = bench.new_home()
-        await bench.create(home, let_in=True)
+        await bench.create(home, activated=True)
         await bench.write(home, "one", "first")
         await bench.write(home, "two", "second")
         copied = await bench.snapshot_service.copy(home, LIMITS)
@@ -102,13 +102,13 @@ class VaultContract:
             3 * BLOCK_BYTES,
         ), "the home itself and two files"
         target = bench.moved(home)
-        await bench.create(target, let_in=False)
+        await bench.create(target, activated=False)
         assert await bench.snapshot_service.restore(target) == copied.copy
         assert await bench.files(target) == {"one": "first", "two": "second"}
 
     async def test_a_rental_without_a_copy_stays_as_it_is(self, bench: Bench) -> None:
         home = bench.new_home()
-        await bench.create(home, let_in=False)
+        await bench.create(home, activated=False)
         assert await bench.snapshot_service.restore(home) is None
         assert await bench.files(home) == {}
         assert await bench.snapshot_service.copies(home.rental_id, home.uid) == []
@@ -124,41 +124,42 @@ class VaultContract:
 
     async def test_a_restore_may_be_repeated_until_the_renter_is_let_in_and_never_after(self, bench: Bench) -> None:
         home = bench.new_home()
-        await bench.create(home, let_in=True)
+        await bench.create(home, activated=True)
         await bench.write(home, "file", "old")
         await bench.snapshot_service.copy(home, LIMITS)
         target = bench.moved(home)
-        await bench.create(target, let_in=False)
+        await bench.create(target, activated=False)
         for _ in range(2):
             assert await bench.snapshot_service.restore(target)
-        await bench.create(target, let_in=True)
+        await bench.create(target, activated=True)
         await bench.write(target, "file", "newer than any copy")
         refused = await refusal(bench.snapshot_service.restore(target))
-        assert (refused.code, refused.restored) == (LET_IN, "1-1")
+        assert (refused.code, refused.restored) == (ALREADY_ACTIVATED, "1-1")
         assert await bench.files(target) == {"file": "newer than any copy"}
 
     async def test_a_copy_that_was_prepared_for_holds_what_changed_since(self, bench: Bench) -> None:
         home = bench.new_home()
-        await bench.create(home, let_in=True)
+        await bench.create(home, activated=True)
         for name in ("changed", "removed", "same"):
             await bench.write(home, name, name)
-        first = (await bench.snapshot_service.copy(home, LIMITS, moving=True)).copy.generation
+        first = (await bench.snapshot_service.copy(home, LIMITS, for_migration=True)).copy.generation
         target = bench.moved(home)
-        await bench.create(target, let_in=False)
-        assert await bench.snapshot_service.restore(target, first, again=True)
+        await bench.create(target, activated=False)
+        assert await bench.snapshot_service.restore(target, first, precopy=True)
         await bench.write(home, "changed", "twice")
         await bench.remove(home, "removed")
-        last = await bench.snapshot_service.copy(home, LIMITS, moving=True)
+        last = await bench.snapshot_service.copy(home, LIMITS, for_migration=True)
         assert [str(copy.generation) for copy in last.kept] == ["1-1", "1-2"]
-        assert await bench.snapshot_service.restore(target, last.copy.generation, filled=first) == last.copy
+        assert await bench.snapshot_service.restore(target, last.copy.generation, previous=first) == last.copy
         assert await bench.files(target) == {"changed": "twice", "same": "same"}
         assert (
-            await bench.snapshot_service.restore(target, last.copy.generation, filled=last.copy.generation) == last.copy
+            await bench.snapshot_service.restore(target, last.copy.generation, previous=last.copy.generation)
+            == last.copy
         )
         assert await bench.files(target) == {"changed": "twice", "same": "same"}
         other = bench.moved(target)
-        await bench.create(other, let_in=False)
-        assert await bench.snapshot_service.restore(other, last.copy.generation, filled=last.copy.generation), (
+        await bench.create(other, activated=False)
+        assert await bench.snapshot_service.restore(other, last.copy.generation, previous=last.copy.generation), (
             "it was not filled"
         )
         assert await bench.files(other) == {"changed": "twice", "same": "same"}
@@ -167,32 +168,32 @@ class VaultContract:
 
     async def test_an_older_copy_is_restored_when_it_is_named_and_only_if_it_is_there(self, bench: Bench) -> None:
         home = bench.new_home()
-        await bench.create(home, let_in=True)
+        await bench.create(home, activated=True)
         for content in ("a", "bb"):
             await bench.write(home, "file", content)
             await bench.snapshot_service.copy(home, LIMITS)
         target = bench.moved(home)
-        await bench.create(target, let_in=False)
+        await bench.create(target, activated=False)
         restored = await bench.snapshot_service.restore(target, SnapshotId(1, 1))
         assert restored
         assert restored.generation == SnapshotId(1, 1)
         assert await bench.files(target) == {"file": "a"}
-        assert (await refusal(bench.snapshot_service.restore(target, SnapshotId(1, 9)))).code == NO_SUCH_GENERATION
+        assert (await refusal(bench.snapshot_service.restore(target, SnapshotId(1, 9)))).code == NO_SUCH_SNAPSHOT
         assert await bench.files(target) == {"file": "a"}
 
     async def test_copies_are_ordered_by_epoch_first_and_the_newest_of_the_epoch_before_is_kept(
         self, bench: Bench
     ) -> None:
         home = bench.new_home()
-        await bench.create(home, let_in=True)
+        await bench.create(home, activated=True)
         for number in range(5):
             await bench.write(home, "file", "x" * number)
             kept = (await bench.snapshot_service.copy(home, LIMITS)).kept
         assert [str(copy.generation) for copy in kept] == ["1-3", "1-4", "1-5"]
         target = bench.moved(home)
-        await bench.create(target, let_in=False)
+        await bench.create(target, activated=False)
         await bench.snapshot_service.restore(target)
-        await bench.create(target, let_in=True)
+        await bench.create(target, activated=True)
         for number in range(4):
             await bench.write(target, "file", "y" * number)
             kept = (await bench.snapshot_service.copy(target, LIMITS)).kept
@@ -201,7 +202,7 @@ class VaultContract:
 
     async def test_a_home_that_has_not_changed_makes_the_newest_copy_younger(self, bench: Bench) -> None:
         home = bench.new_home()
-        await bench.create(home, let_in=True)
+        await bench.create(home, activated=True)
         await bench.write(home, "file", "same")
         await bench.write(home, "other", "")
         first = (await bench.snapshot_service.copy(home, LIMITS)).copy
@@ -213,14 +214,14 @@ class VaultContract:
 
     async def test_what_changes_within_a_second_and_keeps_its_size_has_changed(self, bench: Bench) -> None:
         home = bench.new_home()
-        await bench.create(home, let_in=True)
+        await bench.create(home, activated=True)
         for number, content in enumerate(("one", "two", "six"), start=1):
             await bench.write(home, "file", content)
             assert (await bench.snapshot_service.copy(home, LIMITS)).copy.generation == SnapshotId(1, number)
 
     async def test_only_the_epoch_that_is_there_is_copied(self, bench: Bench) -> None:
         home = bench.new_home(epoch=2)
-        await bench.create(home, let_in=True)
+        await bench.create(home, activated=True)
         for epoch in (1, 3):
             assert (
                 await refusal(bench.snapshot_service.copy(replace(home, epoch=epoch), LIMITS))
@@ -229,7 +230,7 @@ class VaultContract:
 
     async def test_a_home_over_its_limits_is_not_copied_and_the_last_copy_stays(self, bench: Bench) -> None:
         home = bench.new_home()
-        await bench.create(home, let_in=True)
+        await bench.create(home, activated=True)
         await bench.write(home, "file", "x" * 2000)
         copied = await bench.snapshot_service.copy(home, LIMITS)
         await bench.write(home, "more", "x" * 2000)
@@ -280,7 +281,7 @@ class VaultContract:
     async def test_nothing_is_left_of_what_is_removed_and_only_of_that(self, bench: Bench) -> None:
         homes = [bench.new_home(), bench.new_home()]
         for home in homes:
-            await bench.create(home, let_in=True)
+            await bench.create(home, activated=True)
             await bench.snapshot_service.copy(home, LIMITS)
         gone, stays = homes
         for _ in range(2):
@@ -293,7 +294,7 @@ class VaultContract:
         self, bench: Bench
     ) -> None:
         home = bench.new_home()
-        await bench.create(home, let_in=True)
+        await bench.create(home, activated=True)
         nowhere = replace(home, host=replace(home.host, port=1))
         impostor = replace(home, host=replace(home.host, host_keys=bench.hosts[1].host_keys))
         for wrong in (nowhere, impostor):
@@ -303,7 +304,7 @@ class VaultContract:
         self, bench: Bench
     ) -> None:
         home = bench.new_home()
-        await bench.create(home, let_in=True)
+        await bench.create(home, activated=True)
         await bench.write(home, "file", "copied")
         copied = await bench.snapshot_service.copy(home, LIMITS)
         await bench.write(home, "file", "written after that")
@@ -315,7 +316,7 @@ class VaultContract:
         )
         assert (await refusal(bench.snapshot_service.copy(home, LIMITS))).code == "laid_down"
         target = bench.moved(home)
-        await bench.create(target, let_in=False)
+        await bench.create(target, activated=False)
         assert await bench.snapshot_service.restore(target) == copied.copy
         assert await bench.files(target) == {"file": "copied"}
         assert await bench.snapshot_service.restore(target, SnapshotId(1, 2))
@@ -323,7 +324,7 @@ class VaultContract:
 
     async def test_a_lost_home_that_is_as_its_last_copy_makes_no_salvage(self, bench: Bench) -> None:
         home = bench.new_home()
-        await bench.create(home, let_in=True)
+        await bench.create(home, activated=True)
         await bench.write(home, "file", "same")
         copied = await bench.snapshot_service.copy(home, LIMITS)
         salvaged = await bench.snapshot_service.salvage(home, LIMITS)
@@ -331,10 +332,10 @@ class VaultContract:
 
     async def test_the_latest_salvages_stay_and_besides_the_one_that_is_needed(self, bench: Bench) -> None:
         home = bench.new_home()
-        await bench.create(home, let_in=True)
+        await bench.create(home, activated=True)
         for number, spare in ((1, None), (2, None), (3, SnapshotId(1, 1)), (4, SnapshotId(1, 1)), (5, None)):
             await bench.write(home, "file", f"version {number}")
-            salvaged = await bench.snapshot_service.salvage(home, LIMITS, spare=spare)
+            salvaged = await bench.snapshot_service.salvage(home, LIMITS, protected=spare)
             oldest = (1,) if number == 1 or spare else ()
             latest = (number - 1, number) if number > 1 else ()
             staying = {1, 2} if number == 2 else {*oldest, *latest}
@@ -342,9 +343,9 @@ class VaultContract:
 
     async def test_only_what_its_renter_had_at_that_very_epoch_is_salvaged(self, bench: Bench) -> None:
         home = bench.new_home(epoch=2)
-        await bench.create(home, let_in=False)
-        assert (await refusal(bench.snapshot_service.salvage(home, LIMITS))).code == NOTHING_TO_SALVAGE
-        await bench.create(home, let_in=True)
+        await bench.create(home, activated=False)
+        assert (await refusal(bench.snapshot_service.salvage(home, LIMITS))).code == NOTHING_TO_RECOVER
+        await bench.create(home, activated=True)
         for epoch in (1, 3):
             assert (
                 await refusal(bench.snapshot_service.salvage(replace(home, epoch=epoch), LIMITS))

@@ -32,9 +32,9 @@ from orion.manager.domain.snapshots import Snapshot, SnapshotId
 from orion.manager.domain.steps import Event
 from orion.manager.settings import Secrets, Settings
 from orion.manager.snapshots.port import (
-    COPY_DEADLINE_S,
+    RECOVER_DEADLINE_S,
     RESTORE_DEADLINE_S,
-    SALVAGE_DEADLINE_S,
+    SNAPSHOT_DEADLINE_S,
     Home,
     SnapshotError,
     Taken,
@@ -213,7 +213,7 @@ class RemoteVault:
         self,
         home: Home,
         limits: SnapshotLimits,
-        deadline_s: float = COPY_DEADLINE_S,
+        deadline_s: float = SNAPSHOT_DEADLINE_S,
         spare: SnapshotId | None = None,
         moving: bool = False,
     ) -> Taken:
@@ -224,7 +224,7 @@ class RemoteVault:
         self,
         home: Home,
         limits: SnapshotLimits,
-        deadline_s: float = SALVAGE_DEADLINE_S,
+        deadline_s: float = RECOVER_DEADLINE_S,
         spare: SnapshotId | None = None,
     ) -> Taken:
         done: Taken = await self._ask("salvage", home, limits, deadline_s, spare)

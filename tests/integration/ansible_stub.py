@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 from orion.manager.ansible.protocol import BatchMessage, BatchOrder, ResultMessage
-from orion.manager.ansible.runners import Say
+from orion.manager.ansible.runners import ReportResult
 from orion.manager.ansible.server import Server, bind
 from orion.manager.channel import MAX_LINE_BYTES
 
 SOCKET = Path(sys.argv[1])
 
 
-def play(batch: BatchMessage, say: Say) -> None:
+def play(batch: BatchMessage, say: ReportResult) -> None:
     orders = [order for of_host in batch.hosts for order in of_host.orders]
     for order in orders:
         say(done(order, len(orders)))

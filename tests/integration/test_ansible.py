@@ -99,7 +99,7 @@ class RealBench(Bench):
     async def pause(self) -> None:
         await asyncio.to_thread(pause, self.on.name)
 
-    async def go_on(self) -> None:
+    async def resume(self) -> None:
         docker("unpause", self.on.name)
 
 
@@ -168,7 +168,7 @@ class TestAnsibleEngine(EngineContract):
         bench.process.kill()
         outcome = await running
         assert (outcome.ok, outcome.message) == (False, "the engine was restarted")
-        await bench.go_on()
+        await bench.resume()
         bench.process.start()
         job = new_job(bench.host, deadline_s=120.0)  # from here on, and the engine is only starting
         assert_done(await bench.engine.run(job))
@@ -201,7 +201,7 @@ class TestAnsibleEngine(EngineContract):
                 others += [asyncio.create_task(bench.engine.run(new_job(other))) for _ in range(4)]
                 assert {outcome.message for outcome in await asyncio.gather(*others)} == {""}
         finally:
-            await bench.go_on()
+            await bench.resume()
         for outcome in await asyncio.gather(*hanging):
             assert outcome.ok or outcome.message.startswith("the worker cannot be reached by SSH")
         assert_done(await bench.engine.run(new_job(bench.host)))

@@ -26,7 +26,7 @@ from worker_support import Worker, wait_until
 from orion.manager.domain.snapshot_plan import SnapshotLimits
 from orion.manager.domain.snapshots import Snapshot
 from orion.manager.snapshots.disk import Disk
-from orion.manager.snapshots.port import LET_IN, Home, SnapshotError
+from orion.manager.snapshots.port import ALREADY_ACTIVATED, Home, SnapshotError
 
 LIMITS = SnapshotLimits(max_files=20_000, max_bytes=64 << 20)
 
@@ -54,11 +54,11 @@ class RealBench(Bench):
     def disk_bytes(self) -> int:
         return self._disk.size.bytes
 
-    async def create(self, home: Home, let_in: bool) -> None:
+    async def create(self, home: Home, activated: bool) -> None:
         worker = self._workers[home.host]
         request = {"rental_id": home.rental_id, "username": f"r-{home.rental_id}", "uid": home.uid}
         await _rental(worker, "create", **request, epoch=home.epoch, public_keys=[self._key])
-        if let_in:
+        if activated:
             await _rental(worker, "unlock", rental_id=home.rental_id, epoch=home.epoch)
 
     async def write(self, home: Home, name: str, content: str) -> None:
@@ -199,9 +199,9 @@ async def test_what_makes_room_for_the_last_copy_of_a_move_is_removed_when_the_h
         await real.client.copy(home_of(rental), LIMITS)
     there = replace(rental, on=neighbour, epoch=2)
     await _rental(neighbour, "create", **there.variables, public_keys=[there.key.public])
-    await real.client.restore(home_of(there), again=True)
+    await real.client.restore(home_of(there), precopy=True)
     rental.ssh("echo last > file")
-    await real.client.copy(home_of(rental), LIMITS, moving=True)
+    await real.client.copy(home_of(rental), LIMITS, for_migration=True)
     place = real.copies / rental.rental_id
     assert {each.name for each in place.iterdir()} == {"old-1-1", "1-2", "1-3", "1-4"}
     there = await move(real, rental, neighbour)
@@ -309,12 +309,12 @@ async def test_what_is_told_of_a_home_is_no_reason_to_copy_nothing_of_it_or_to_f
 
 async def test_a_copy_that_comes_before_its_account_fills_the_home_as_soon_as_that_is_there(bench: RealBench) -> None:
     home = bench.new_home()
-    await bench.create(home, let_in=True)
+    await bench.create(home, activated=True)
     await bench.write(home, "file", "precious")
     copied = await bench.snapshot_service.copy(home, LIMITS)
     there = replace(home, host=bench.hosts[1], epoch=2)
     coming = asyncio.create_task(bench.snapshot_service.restore(there))
-    await bench.create(there, let_in=False)
+    await bench.create(there, activated=False)
     assert await _come(coming, bench, there) == copied.copy
     assert await bench.files(there) == {"file": "precious"}
     never = await refusal(bench.snapshot_service.restore(replace(there, epoch=3)))
@@ -356,7 +356,7 @@ async def test_the_resident_server_does_the_transfers_without_loading_anything(
         finally:
             rental.on.run("mv", aside, program)
     assert (real.copy_of(home_of(rental), str(copied.copy.generation)) / "file").read_text() == "precious\n"
-    assert (stale.code, again.code) == ("stale_epoch", LET_IN)
+    assert (stale.code, again.code) == ("stale_epoch", ALREADY_ACTIVATED)
     assert "PermissionError" in knocked.stderr
     assert (await real.client.copy(home_of(rental), LIMITS)).copy.files == copied.copy.files, "nobody stands there now"
 
@@ -369,7 +369,7 @@ async def test_a_home_that_its_renter_shut_is_copied_as_any_other(real: RealSnap
     assert (real.copy_of(home_of(rental), str(copied.generation)) / "file").read_text() == "precious\n"
     await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=rental.epoch, move=2)
     for _ in range(2):
-        moving = (await real.client.copy(home_of(rental), LIMITS, deadline_s=60, moving=True)).copy
+        moving = (await real.client.copy(home_of(rental), LIMITS, deadline_s=60, for_migration=True)).copy
     assert (real.copy_of(home_of(rental), str(moving.generation)) / "file").read_text() == "precious\n"
     await _rental(rental.on, "thaw", rental_id=rental.rental_id, epoch=rental.epoch, move=2)
 
@@ -449,7 +449,7 @@ async def test_nobody_is_let_in_while_files_still_come_and_a_restore_that_was_cu
     assert copy
     await unlocking
     assert moved.ssh("stat -c %s large").stdout == "60000000\n"
-    assert (await refusal(real.client.restore(home_of(moved)))).code == LET_IN
+    assert (await refusal(real.client.restore(home_of(moved)))).code == ALREADY_ACTIVATED
 
 
 async def test_a_home_that_is_frozen_is_salvaged_and_what_ran_in_it_is_ended(

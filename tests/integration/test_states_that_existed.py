@@ -91,7 +91,7 @@ async def _moved(real: RealSnapshotService, rental: Rental, to: Worker) -> Renta
 
     await asyncio.to_thread(wait_until, is_gone, "what was set aside is removed, on a busy disk late")
     await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=rental.epoch, move=MOVE)
-    await real.client.copy(home_of(rental), ROOMY, deadline_s=60, moving=True)
+    await real.client.copy(home_of(rental), ROOMY, deadline_s=60, for_migration=True)
     return await move(real, rental, to)
 
 
@@ -178,14 +178,14 @@ async def test_what_cannot_be_carried_refuses_the_move_by_its_name(
     rental.on.run("sh", "-ec", f"{home}; {ODD[what]}")
     before = rental.on.run("sh", "-c", f"{home}; {ODD_LISTING}")
     await _rental(rental.on, "freeze", rental_id=rental.rental_id, epoch=1, move=MOVE)
-    copying = asyncio.create_task(real.client.copy(home_of(rental), ROOMY, deadline_s=60, moving=True))
+    copying = asyncio.create_task(real.client.copy(home_of(rental), ROOMY, deadline_s=60, for_migration=True))
     (told,) = await asyncio.gather(copying, return_exceptions=True)
     if isinstance(told, Taken):
         moved = await move(real, rental, neighbour)
         after = moved.on.run("sh", "-c", f"{home}; {ODD_LISTING}")
         assert after == before, f"{what} is not as it was, and the move was not refused"
     else:
-        text = str(await refusal(real.client.copy(home_of(rental), ROOMY, deadline_s=60, moving=True)))
+        text = str(await refusal(real.client.copy(home_of(rental), ROOMY, deadline_s=60, for_migration=True)))
         assert "odd" in text or "oooooooooo" in text, f"{what}: refused without its name: {text}"
 
 

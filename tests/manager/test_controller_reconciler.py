@@ -124,7 +124,7 @@ async def test_what_was_not_made_before_its_deadline_is_made_on_another(house: H
         await asyncio.gather(*running)
     moved = await house.rental(reply.json()["id"])
     assert (moved["state"], moved["worker_id"]) == ("active", other.worker_id)
-    agent.node.go_on()
+    agent.node.resume()
     await house.settle()
     assert agent.node.accounts == {}, "what was made too late is purged"
     assert house.live_copies(moved["id"]) == [2]
@@ -332,7 +332,7 @@ async def test_a_manager_that_is_killed_after_any_round_is_taken_over_from_there
     for _ in range(rounds):
         await house.manager.reconciler.round()
     await house.restart()
-    agent.node.go_on()
+    agent.node.resume()
     await agent.beat()
     await house.settle()
     rental = await house.rental(reply.json()["id"])
@@ -387,7 +387,7 @@ async def test_a_worker_on_which_things_fail_gets_one_task_at_a_time(house: Hous
     await asyncio.sleep(0)
     assert at_work(house, worker) == 8
     worker.node.failure = "broken"
-    worker.node.go_on()
+    worker.node.resume()
     await house.finish_tasks()
     worker.node.hang()
     for _ in range(3):
@@ -395,7 +395,7 @@ async def test_a_worker_on_which_things_fail_gets_one_task_at_a_time(house: Hous
         await house.manager.reconciler.round()
         assert at_work(house, worker) == 1
     worker.node.failure = ""
-    worker.node.go_on()
+    worker.node.resume()
     await house.finish_tasks()
     await house.manager.reconciler.round()
     assert at_work(house, worker) == 7, "with the first success it has its full share again"
@@ -418,7 +418,7 @@ async def test_what_only_its_inventory_shows_is_purged_by_and_by(house: House) -
     await house.manager.reconciler.round()
     await asyncio.sleep(0)
     assert at_work(house, worker) == 2
-    worker.node.go_on()
+    worker.node.resume()
     await house.settle()
     assert worker.node.accounts == {}
 

@@ -399,7 +399,7 @@ async def test_a_rental_is_never_on_two_workers_while_it_begins_again(house: Hou
     await house.as_admin.post(f"/api/rentals/{rental['id']}/restore", json={"generation": "1-1", "discard": True})
     await house.manager.reconciler.round()
     assert [p["state"] for p in await house.placements()] == ["stopping"]
-    old.node.go_on()
+    old.node.resume()
     await house.settle()
     assert (await house.rental(rental["id"]))["state"] == "active"
 

@@ -175,4 +175,4 @@ async def test_those_that_are_taken_over_together_are_named_by_one_certificate(h
     await house.silence(first, 100)
     await house.pass_time(10)
     assert named(other.node.host_certificate) == {rental["id"] for rental in rentals_there}
-    assert other.node.sshd_begun < len(rentals_there)
+    assert other.node.sshd_restarts < len(rentals_there)

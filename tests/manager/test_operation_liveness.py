@@ -62,7 +62,7 @@ async def test_a_container_that_dies_is_proved_dead(scene: Scene) -> None:
 
 
 async def test_a_restarted_sshd_leaves_nothing_behind(scene: Scene) -> None:
-    scene.node.close_watches()
+    scene.node.close_connections()
     assert await scene.rest() == LivenessReport()
     assert scene.changes == 2, "closed, and held again"
     await scene.watching.stop()
@@ -108,7 +108,7 @@ async def test_a_killed_worker_s_rental_moves_at_once_and_a_restarted_sshd_moves
     holder = next(a for a in (first, second) if a.worker_id == rental["worker_id"])
     await _rest(house)
 
-    holder.node.close_watches()
+    holder.node.close_connections()
     await _rest(house)
     assert await house.health(holder) == "ready"
     assert (await house.rental(rental["id"]))["epoch"] == 1

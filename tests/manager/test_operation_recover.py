@@ -183,7 +183,7 @@ async def test_a_manager_that_ends_before_it_has_noted_a_salvage_makes_it_again_
     salvage = house.snapshot_service.salvage
 
     async def and_die(home: Home, limits: SnapshotLimits, spare: SnapshotId | None = None) -> Taken:
-        await salvage(home, limits, spare=spare)
+        await salvage(home, limits, protected=spare)
         raise SnapshotError("no_answer", "the vault ended before it answered")
 
     house.snapshot_service.salvage = and_die  # type: ignore[method-assign, assignment]
@@ -206,7 +206,7 @@ async def test_a_worker_gains_nothing_by_showing_what_was_never_placed_there(hou
     account = holder(house, rental).node.accounts[rental["id"]]
     evil.node.accounts[rental["id"]] = account.__class__(account.username, account.uid, 99, account.keys, False)
     evil.node.homes[rental["id"]] = {"file": "evil"}
-    evil.node.let_in[rental["id"]] = 99
+    evil.node.activated[rental["id"]] = 99
     await evil.beat()
     await house.settle()
     resumed = await house.as_admin.post(f"/api/workers/{evil.worker_id}/resume?give_up=true")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from orion_worker.records import RequestRefused
 
 from orion.manager.ansible.port import Action, Job, Outcome
-from orion.manager.ssh.liveness import ATTEMPT_EVERY_S, CONNECT_TIMEOUT_S, PROBE_AT_MOST_S, SILENCE_S, Silence, Told
+from orion.manager.ssh.liveness import ATTEMPT_EVERY_S, CONNECT_TIMEOUT_S, PROBE_AT_MOST_S, SILENCE_S, OnSign, Silence
 from orion.manager.ssh.port import End, Host, Reached, Sign
 from simulation.agents import FORMER_VERSION
 
@@ -156,7 +156,7 @@ class SimulatedLiveness:
     sim: Simulation
     manager: SimulatedManager
 
-    async def hold(self, host: Host, boot_id: str, told: Told) -> End:
+    async def hold(self, host: Host, boot_id: str, told: OnSign) -> End:
         await self.manager.point()
         container = self._there(host)
         if container is None or host.host_keys != (container.host_key,) or container.pauses:
@@ -170,7 +170,7 @@ class SimulatedLiveness:
             container = found
         return End.NOT_HELD
 
-    async def _until_closed(self, container: Container, told: Told) -> None:
+    async def _until_closed(self, container: Container, told: OnSign) -> None:
         connection: asyncio.Future[bool] = self.sim.loop.create_future()
         container.liveness_connections.add(connection)
         told(Sign.HELD)

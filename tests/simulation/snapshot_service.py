@@ -13,10 +13,10 @@ from orion_worker.records import RequestRefused
 from orion.manager.domain.snapshot_plan import SnapshotLimits
 from orion.manager.domain.snapshots import Snapshot, SnapshotId, kept, next_number
 from orion.manager.snapshots.port import (
-    COPY_DEADLINE_S,
-    NO_SUCH_GENERATION,
+    NO_SUCH_SNAPSHOT,
+    RECOVER_DEADLINE_S,
     RESTORE_DEADLINE_S,
-    SALVAGE_DEADLINE_S,
+    SNAPSHOT_DEADLINE_S,
     Home,
     SnapshotError,
     Taken,
@@ -45,29 +45,29 @@ class SimulatedSnapshotService:
         self,
         home: Home,
         limits: SnapshotLimits,
-        deadline_s: float = COPY_DEADLINE_S,
-        spare: SnapshotId | None = None,
-        moving: bool = False,
+        deadline_s: float = SNAPSHOT_DEADLINE_S,
+        protected: SnapshotId | None = None,
+        for_migration: bool = False,
     ) -> Taken:
         began_at = self.sim.loop.now
         content = await self._on_worker(home, lambda container: container.read_home(home.rental_id, home.epoch))
-        return await self._keep(home, min(content, began_at), spare)
+        return await self._keep(home, min(content, began_at), protected)
 
     async def salvage(
         self,
         home: Home,
         limits: SnapshotLimits,
-        deadline_s: float = SALVAGE_DEADLINE_S,
-        spare: SnapshotId | None = None,
+        deadline_s: float = RECOVER_DEADLINE_S,
+        protected: SnapshotId | None = None,
     ) -> Taken:
         content = await self._on_worker(home, lambda container: container.recover_home(home.rental_id, home.epoch))
-        return await self._keep(home, content, spare, salvage=True)
+        return await self._keep(home, content, protected, salvage=True)
 
-    async def _keep(self, home: Home, content: float, spare: SnapshotId | None, salvage: bool = False) -> Taken:
+    async def _keep(self, home: Home, content: float, protected: SnapshotId | None, salvage: bool = False) -> Taken:
         there = self.sim.stored.setdefault(home.rental_id, {})
         generation = SnapshotId(home.epoch, next_number(list(there), home.epoch))
         copy = there[generation] = Snapshot(generation=generation, at=content, bytes=1, files=1, salvage=salvage)
-        for old in there.keys() - kept(there.values()) - {spare}:
+        for old in there.keys() - kept(there.values()) - {protected}:
             del there[old]
         await self.manager.point()
         return Taken(copy, tuple(there[each] for each in sorted(there)))
@@ -78,7 +78,7 @@ class SimulatedSnapshotService:
         generation: SnapshotId | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
         filled: SnapshotId | None = None,
-        again: bool = False,
+        precopy: bool = False,
     ) -> Snapshot | None:
         there = self.sim.stored.get(home.rental_id, {})
         if not there or not (generation or any(not copy.salvage for copy in there.values())):
@@ -86,7 +86,7 @@ class SimulatedSnapshotService:
             return None
         wanted = generation or max(each for each in there if not there[each].salvage)
         if wanted not in there:
-            raise SnapshotError(NO_SUCH_GENERATION, f"there is no snapshot {wanted}")
+            raise SnapshotError(NO_SUCH_SNAPSHOT, f"there is no snapshot {wanted}")
         copy = there[wanted]
         self.sim.checker.filled(home.rental_id, copy)
         await self._on_worker(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ansible_contract import KEY, OTHER_KEY
 
-from orion.manager.ansible.batches import MOST_HOSTS, MOST_RENTALS, Waiting, choose
+from orion.manager.ansible.batches import MAX_HOSTS, MAX_RENTALS, WaitingJob, choose
 from orion.manager.ansible.port import Action
 from orion.manager.domain.fair_share import Claim
 from orion.manager.messages import HostMessage
@@ -21,11 +21,11 @@ def host(name: str, key: str = KEY) -> HostMessage:
     return HostMessage.model_validate({"worker_id": f"w-{name}", "address": "192.0.2.7", "host_keys": (key,)})
 
 
-def jobs(*workers: str) -> list[Waiting]:
-    return [Waiting(number, Action.CREATE, host(name), False, False) for number, name in enumerate(workers, 1)]
+def jobs(*workers: str) -> list[WaitingJob]:
+    return [WaitingJob(number, Action.CREATE, host(name), False, False) for number, name in enumerate(workers, 1)]
 
 
-def changed(waiting: list[Waiting], numbers: Iterable[int], **changes: object) -> list[Waiting]:
+def changed(waiting: list[WaitingJob], numbers: Iterable[int], **changes: object) -> list[WaitingJob]:
     return [replace(job, **changes) if job.number in numbers else job for job in waiting]  # type: ignore[arg-type]
 
 
@@ -59,10 +59,10 @@ def test_what_is_tried_again_is_alone() -> None:
 
 
 def test_a_run_is_bounded_in_workers_and_in_rentals_of_each() -> None:
-    many = jobs(*(f"h{number}" for number in range(MOST_HOSTS + 5)))
-    assert choose(many, anybody) == [job.number for job in many[:MOST_HOSTS]]
-    crowd = jobs(*["a"] * (MOST_RENTALS + 5), "b")
-    assert choose(crowd, anybody) == [*range(1, MOST_RENTALS + 1), MOST_RENTALS + 6]
+    many = jobs(*(f"h{number}" for number in range(MAX_HOSTS + 5)))
+    assert choose(many, anybody) == [job.number for job in many[:MAX_HOSTS]]
+    crowd = jobs(*["a"] * (MAX_RENTALS + 5), "b")
+    assert choose(crowd, anybody) == [*range(1, MAX_RENTALS + 1), MAX_RENTALS + 6]
 
 
 def test_a_worker_that_is_pinned_in_two_ways_is_never_twice_in_a_run() -> None:

@@ -75,7 +75,7 @@ def test_a_connection_is_open_when_the_program_says_so_and_is_held_for_the_next(
     bench.until(lambda: answers)
     assert answers == [{"status": 0, "report": {"changed": True}}]
     assert bench.connections.to(host("abcdefgh")) is made
-    assert bench.connections.numbered(made.number) is made
+    assert bench.connections.by_number(made.number) is made
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_what_is_no_answer_ends_the_connection_and_all_that_was_asked(bench: Ben
     bench.until(lambda: answers)
     assert answers == [{"broken": "the worker said what is no answer"}]
     assert made.closed
-    assert bench.connections.numbered(made.number) is None
+    assert bench.connections.by_number(made.number) is None
 
 
 def test_more_than_an_answer_can_be_is_not_kept(bench: Bench) -> None:
@@ -135,7 +135,7 @@ def test_a_program_that_ends_breaks_what_was_asked_and_the_next_is_a_new_one(ben
 
 
 def test_the_one_that_was_used_the_longest_ago_makes_room(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "MOST", 2)
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 2)
     made = [bench.to(ECHO, name) for name in ("a", "b")]
     bench.until(lambda: all(one.state is State.OPEN for one in made))
     bench.connections.to(host("a"))
@@ -147,7 +147,7 @@ def test_of_those_that_are_not_used_a_few_are_kept(bench: Bench, monkeypatch: py
     made = [bench.to(ECHO, name) for name in ("a", "b")]
     bench.until(lambda: all(one.state is State.OPEN for one in made))
     bench.connections.to(host("a"))
-    monkeypatch.setattr(connections, "KEPT", 1)
+    monkeypatch.setattr(connections, "MAX_IDLE", 1)
     bench.connections.step()
     assert not any(one.closed for one in made), "it is not long ago"
     monkeypatch.setattr(connections, "IDLE_S", 0.0)

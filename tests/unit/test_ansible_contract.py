@@ -28,8 +28,8 @@ class FakeBench(Bench):
     async def pause(self) -> None:
         self.worker.hang()
 
-    async def go_on(self) -> None:
-        self.worker.go_on()
+    async def resume(self) -> None:
+        self.worker.resume()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from support.builders import host_key
 from orion.manager.domain.snapshot_plan import SnapshotLimits
 from orion.manager.snapshots.client import SnapshotClient
 from orion.manager.snapshots.port import Home, SnapshotError
-from orion.manager.snapshots.protocol import ReplyLine, RequestLine
+from orion.manager.snapshots.protocol import SnapshotReply, SnapshotRequest
 from orion.manager.ssh.port import Host
 
 HOST = Host("w-one", "192.0.2.7", (host_key(1),))
@@ -23,24 +23,24 @@ HOST = Host("w-one", "192.0.2.7", (host_key(1),))
 class Waiting:
     """A vault that answers a job when it is told to."""
 
-    jobs: dict[str, asyncio.Future[ReplyLine]] = field(default_factory=dict)
+    jobs: dict[str, asyncio.Future[SnapshotReply]] = field(default_factory=dict)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        request = RequestLine.model_validate_json(await reader.readline())
+        request = SnapshotRequest.model_validate_json(await reader.readline())
         ending = self.jobs[request.rental_id] = asyncio.get_running_loop().create_future()
         writer.write((await ending).model_dump_json().encode() + b"\n")
         writer.close()
 
     def end(self, rental_id: str, code: str) -> None:
-        self.jobs.pop(rental_id).set_result(ReplyLine(ok=False, code=code, message="no"))
+        self.jobs.pop(rental_id).set_result(SnapshotReply(ok=False, code=code, message="no"))
 
 
 @asynccontextmanager
-async def serving(folder: Path, places: int) -> AsyncIterator[tuple[Waiting, SnapshotClient]]:
+async def serving(folder: Path, max_transfers: int) -> AsyncIterator[tuple[Waiting, SnapshotClient]]:
     snapshot_service = Waiting()
     server = await asyncio.start_unix_server(snapshot_service.serve, folder / "vault.sock")
     async with server:
-        yield snapshot_service, SnapshotClient(folder / "vault.sock", places=places)
+        yield snapshot_service, SnapshotClient(folder / "vault.sock", max_transfers=max_transfers)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -29,8 +29,8 @@ class FakeBench(Bench):
     def disk_bytes(self) -> int:
         return self.snapshot_service.disk_bytes
 
-    async def create(self, home: Home, let_in: bool) -> None:
-        action = Action.CREATE if let_in else Action.PREPARE
+    async def create(self, home: Home, activated: bool) -> None:
+        action = Action.CREATE if activated else Action.PREPARE
         job = Job(action, home.host, home.rental_id, f"r-{home.rental_id}", home.uid, home.epoch, (KEY,))
         outcome = await self.engine.run(job)
         assert outcome.ok, outcome.message

@@ -13,7 +13,7 @@ from orion_worker.snapshots import scan
 
 from orion.manager.domain.snapshots import BLOCK_BYTES, Snapshot
 from orion.manager.snapshots import directory
-from orion.manager.snapshots.directory import INCOMING, Made, begin, choices, clone, describe, finish, prepare
+from orion.manager.snapshots.directory import INCOMING, NewSnapshot, begin, choices, clone, describe, finish, prepare
 from orion.manager.snapshots.disk import Usage
 
 LIMITS = 100, 1 << 20
@@ -36,7 +36,7 @@ def come(folder: Path, limits: tuple[int, int] = LIMITS, **written: str) -> None
 
 
 def described(folder: Path, base: str = "", limits: tuple[int, int] = LIMITS, *changed: str) -> None:
-    describe(folder, 1, Made(0.0, "aa", (), {}), limits, base, [os.fsencode(name) for name in changed])
+    describe(folder, 1, NewSnapshot(0.0, "aa", (), {}), limits, base, [os.fsencode(name) for name in changed])
 
 
 def brought(folder: Path, fill: Callable[[Path], object], limits: tuple[int, int] = LIMITS) -> Snapshot:

@@ -24,7 +24,7 @@ from orion.manager.snapshots.disk import Disk, Usage
 from orion.manager.snapshots.jobs import Directories, SnapshotJob
 from orion.manager.snapshots.lifetime import Lifetime
 from orion.manager.snapshots.port import OVER_SHARE, SnapshotError
-from orion.manager.snapshots.protocol import ReplyLine, RequestLine, SnapshotAction
+from orion.manager.snapshots.protocol import SnapshotAction, SnapshotReply, SnapshotRequest
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acting under other uids needs root; CI is root")
 
@@ -39,13 +39,13 @@ A_COPY = Usage(1, BLOCK_BYTES)
 
 @dataclass
 class Vault:
-    places: Directories
+    directories: Directories
     monkeypatch: pytest.MonkeyPatch
 
     @property
     def begun(self) -> Path:
         """The file with the Unix time at which the worker had read the request."""
-        return self.places.copies.parent / "begun"
+        return self.directories.copies.parent / "begun"
 
     def has(self, size: Usage, used: Usage) -> None:
         """Give it a disk."""
@@ -53,24 +53,24 @@ class Vault:
 
     def copy(
         self, rental_id: str, epoch: int, action: SnapshotAction = SnapshotAction.COPY, says: str = SAME, **more: str
-    ) -> ReplyLine:
+    ) -> SnapshotReply:
         """Have a worker copied that says this; each epoch makes a copy of its own."""
         program = f"read -r request; date +%s.%N >{self.begun}; echo; echo '{says}'"
         self.monkeypatch.setattr(jobs, "worker_ssh", lambda *_: ["sh", "-c", program])
-        request = RequestLine(
+        request = SnapshotRequest(
             action=action, rental_id=rental_id, uid=UID, epoch=epoch, host=HOST, deadline_s=20.0,
             max_files=100, max_bytes=1 << 20, owner_share=0.5, **{"owner": "ann"} | more,
         )  # fmt: skip
-        asker, client = socket.socketpair()
-        with asker, client:
-            job = SnapshotJob(request, self.places, Lifetime(asker, 20.0))
+        client, far_end = socket.socketpair()
+        with client, far_end:
+            job = SnapshotJob(request, self.directories, Lifetime(client, 20.0))
             try:
                 return job.run()
             finally:
                 job.tidy()
 
     def kept(self, rental_id: str) -> set[str]:
-        place = self.places.copies / rental_id
+        place = self.directories.copies / rental_id
         return {each.name for each in place.iterdir()} if place.exists() else set()
 
 

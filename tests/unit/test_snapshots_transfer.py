@@ -17,52 +17,52 @@ from orion_worker.snapshots.requests import MAX_REQUEST_BYTES
 from orion.manager.snapshots import transfer
 from orion.manager.snapshots.lifetime import Lifetime
 from orion.manager.snapshots.port import SnapshotError
-from orion.manager.snapshots.transfer import MOST_FOLDERS_BYTES, Far, Hello, Idle, Transfer
+from orion.manager.snapshots.transfer import MAX_FOLDER_MODES_BYTES, SnapshotAnswer, StallClock, Transfer, WorkerCommand
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="ssh runs as an account of its own")
 
 
 @pytest.fixture
-def watch() -> Iterator[Lifetime]:
-    asker, client = socket.socketpair()
-    with asker, client:
-        yield Lifetime(asker, 300.0)
+def lifetime() -> Iterator[Lifetime]:
+    client, far_end = socket.socketpair()
+    with client, far_end:
+        yield Lifetime(client, 300.0)
 
 
-def heard(shell: str, watch: Lifetime) -> dict[str, object]:
+def heard(shell: str, lifetime: Lifetime) -> dict[str, object]:
     """What is heard from a program in the place of ssh."""
-    with Far(["sh", "-c", shell], (0, 0), {"PATH": "/usr/bin:/bin"}, "send", {}) as far:
-        return far.hear(watch)
+    with WorkerCommand(["sh", "-c", shell], (0, 0), {"PATH": "/usr/bin:/bin"}, "send", {}) as worker:
+        return worker.read_answer(lifetime)
 
 
 def test_a_worker_that_is_not_reached_is_given_up_long_before_the_job_s_deadline(
-    watch: Lifetime, monkeypatch: pytest.MonkeyPatch
+    lifetime: Lifetime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "REACHED_WITHIN_S", 0.05)
     with pytest.raises(SnapshotError, match=r"no answer within 0\.05 s") as refused:
-        heard("exec sleep 300", watch)
+        heard("exec sleep 300", lifetime)
     assert refused.value.code == "unreachable"
-    assert watch.left_s > 200
+    assert lifetime.left_s > 200
 
 
 def test_a_worker_that_was_reached_may_take_its_time_to_answer(
-    watch: Lifetime, monkeypatch: pytest.MonkeyPatch
+    lifetime: Lifetime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    wait_for = watch.wait_for
+    wait_for = lifetime.wait_for
 
     def noted(descriptor: int, within_s: float = float("inf")) -> bool:
         waits.append(within_s)
         return wait_for(descriptor, within_s)
 
-    monkeypatch.setattr(watch, "wait_for", noted)
-    assert heard('echo; read -r request; echo \'{"ok": true, "same": true}\'', watch)["same"] is True
+    monkeypatch.setattr(lifetime, "wait_for", noted)
+    assert heard('echo; read -r request; echo \'{"ok": true, "same": true}\'', lifetime)["same"] is True
     assert waits[0] == transfer.REACHED_WITHIN_S
     assert set(waits[1:]) == {float("inf")}
 
 
-def test_an_answer_without_a_word_before_it_is_heard_too(watch: Lifetime) -> None:
-    assert heard("read -r request; echo '{\"ok\": true}'", watch) == {"ok": True}
+def test_an_answer_without_a_word_before_it_is_heard_too(lifetime: Lifetime) -> None:
+    assert heard("read -r request; echo '{\"ok\": true}'", lifetime) == {"ok": True}
 
 
 RSYNC = """
@@ -97,14 +97,14 @@ def local_rsync(program: str) -> Iterator[tuple[subprocess.Popen[bytes], socket.
         mine.close()
 
 
-@pytest.mark.parametrize("worker", ["exit", "exec >/dev/null; exec sleep 300"])
-def test_an_rsync_that_still_writes_ends_with_the_connection_to_its_worker(worker: str, watch: Lifetime) -> None:
+@pytest.mark.parametrize("program", ["exit", "exec >/dev/null; exec sleep 300"])
+def test_an_rsync_that_still_writes_ends_with_the_connection_to_its_worker(program: str, lifetime: Lifetime) -> None:
     with (
         local_rsync(RSYNC) as (rsync, control),
-        Far(["sh", "-c", worker], (0, 0), {"PATH": "/usr/bin:/bin"}, "receive", {}) as far,
+        WorkerCommand(["sh", "-c", program], (0, 0), {"PATH": "/usr/bin:/bin"}, "receive", {}) as worker,
     ):
-        watch._ends_at = time.monotonic() + 20.0
-        Transfer(far, 0, watch, 1e9, 1e9, gently=False)._carry(rsync, control, lambda: None)
+        lifetime._ends_at = time.monotonic() + 20.0
+        Transfer(worker, 0, lifetime, 1e9, 1e9, low_priority=False)._carry(rsync, control, lambda: None)
         assert rsync.wait(20) == 12
 
 
@@ -118,17 +118,17 @@ def looking_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_transfer_in_which_nothing_moves_is_given_up_long_before_the_job_s_deadline(
-    watch: Lifetime, looking_often: None
+    lifetime: Lifetime, looking_often: None
 ) -> None:
     with (
         local_rsync(STILL) as (rsync, control),
-        Far(["sh", "-c", "cat >/dev/null"], (0, 0), {"PATH": "/usr/bin:/bin"}, "receive", {}) as far,
+        WorkerCommand(["sh", "-c", "cat >/dev/null"], (0, 0), {"PATH": "/usr/bin:/bin"}, "receive", {}) as worker,
     ):
-        standing = Transfer(far, 0, watch, 1e9, 1e9, gently=False, stalled_s=0.3)
+        standing = Transfer(worker, 0, lifetime, 1e9, 1e9, low_priority=False, stalled_s=0.3)
         with pytest.raises(SnapshotError, match="nothing of its files has come or gone") as refused:
             standing._carry(rsync, control, lambda: None)
     assert refused.value.code == "stalled"
-    assert watch.left_s > 200
+    assert lifetime.left_s > 200
 
 
 @pytest.mark.parametrize(
@@ -140,37 +140,37 @@ def test_a_transfer_in_which_nothing_moves_is_given_up_long_before_the_job_s_dea
     ids=["this side works", "the worker says that it does"],
 )
 def test_a_transfer_in_which_one_side_works_goes_on_though_nothing_moves(
-    watch: Lifetime, looking_often: None, here: str, there: str
+    lifetime: Lifetime, looking_often: None, here: str, there: str
 ) -> None:
     with (
         local_rsync(here) as (rsync, control),
-        Far(["sh", "-c", there], (0, 0), {"PATH": "/usr/bin:/bin"}, "receive", {}) as far,
+        WorkerCommand(["sh", "-c", there], (0, 0), {"PATH": "/usr/bin:/bin"}, "receive", {}) as worker,
     ):
-        watch._ends_at = time.monotonic() + 1.5
-        working = Transfer(far, 0, watch, 1e9, 1e9, gently=False, stalled_s=0.5)
+        lifetime._ends_at = time.monotonic() + 1.5
+        working = Transfer(worker, 0, lifetime, 1e9, 1e9, low_priority=False, stalled_s=0.5)
         with pytest.raises(SnapshotError) as refused:
             working._carry(rsync, control, lambda: None)
     assert refused.value.code == "timed_out", "by the deadline of the job"
 
 
 def test_a_transfer_is_idle_while_nothing_is_done_and_this_process_runs() -> None:
-    idle = Idle(10.0)
+    idle = StallClock(10.0)
     assert not any(idle.is_too_long(0, float(now)) for now in range(10))
     assert not idle.is_too_long(1, 10.0), "something was done in the last second"
     assert not idle.is_too_long(1, 500.0), "this process was stopped meanwhile"
     assert [idle.is_too_long(1, 500.0 + now) for now in range(1, 10)] == [*[False] * 8, True]
 
 
-def test_an_answer_as_long_as_an_honest_one_can_be_is_heard(watch: Lifetime) -> None:
+def test_an_answer_as_long_as_an_honest_one_can_be_is_heard(lifetime: Lifetime) -> None:
     skipped = json.dumps(["\N{GRINNING FACE}" * 200] * 20)
     assert len(skipped) > 48_000
     told = f'{{"ok": true, "skipped": {skipped}}}'.replace("\\", "\\\\")
-    assert len(list(heard(f"echo; read -r request; printf '{told}\n'", watch)["skipped"])) == 20  # type: ignore[call-overload]
+    assert len(list(heard(f"echo; read -r request; printf '{told}\n'", lifetime)["skipped"])) == 20  # type: ignore[call-overload]
 
 
-def test_an_answer_that_goes_ever_deeper_is_none(watch: Lifetime) -> None:
+def test_an_answer_that_goes_ever_deeper_is_none(lifetime: Lifetime) -> None:
     with pytest.raises(SnapshotError, match="its answer is not one"):
-        heard("echo; read -r request; head -c 90000 /dev/zero | tr '\\0' '['; echo", watch)
+        heard("echo; read -r request; head -c 90000 /dev/zero | tr '\\0' '['; echo", lifetime)
 
 
 @pytest.mark.parametrize(
@@ -191,13 +191,13 @@ def test_an_answer_that_goes_ever_deeper_is_none(watch: Lifetime) -> None:
 def test_modes_that_no_worker_would_take_back_are_no_part_of_a_copy(path: str, mode: float) -> None:
     """A home could not be filled with that copy any more."""
     good = {b".".hex(): 0o300, b"./a\n\xff".hex(): 0o7300}
-    assert Hello.of({"folders": good}).folders == good
+    assert SnapshotAnswer.of({"folders": good}).folders == good
     with pytest.raises(SnapshotError):
-        Hello.of({"folders": good | {path: mode}})
+        SnapshotAnswer.of({"folders": good | {path: mode}})
 
 
 def test_all_modes_that_are_kept_fit_into_a_request_to_a_worker() -> None:
     many = {f"./{number:08}".encode().hex(): 0o300 for number in range(5000)}
     with pytest.raises(SnapshotError):
-        Hello.of({"folders": many})
-    assert MOST_FOLDERS_BYTES <= MAX_REQUEST_BYTES // 2
+        SnapshotAnswer.of({"folders": many})
+    assert MAX_FOLDER_MODES_BYTES <= MAX_REQUEST_BYTES // 2

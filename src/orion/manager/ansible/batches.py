@@ -10,13 +10,13 @@ from orion.manager.ansible.port import Action
 from orion.manager.domain.fair_share import Claim
 from orion.manager.messages import HostMessage
 
-MOST_HOSTS = 16
-MOST_RENTALS = 16
+MAX_HOSTS = 16
+MAX_RENTALS = 16
 """Of one worker in one run: what more there is waits for the next, and others need not wait for all of it."""
 
 
 @dataclass(frozen=True)
-class Waiting:
+class WaitingJob:
     """A job that could start now."""
 
     number: int
@@ -34,7 +34,7 @@ class Waiting:
         return Claim(self.owner or self.host.worker_id, self.suspect)
 
 
-def choose(waiting: Sequence[Waiting], may_hold: Callable[[Claim], bool]) -> list[int]:
+def choose(waiting: Sequence[WaitingJob], may_hold: Callable[[Claim], bool]) -> list[int]:
     """The numbers of those that make one run; `waiting` is in order of arrival, and the first decides the action.
 
     A suspect job never shares a run with another worker's, one that is tried again shares it with nobody. A run over
@@ -54,24 +54,24 @@ def choose(waiting: Sequence[Waiting], may_hold: Callable[[Claim], bool]) -> lis
     return []
 
 
-def _with(first: Waiting, waiting: Sequence[Waiting]) -> list[Waiting]:
+def _with(first: WaitingJob, waiting: Sequence[WaitingJob]) -> list[WaitingJob]:
     """Return the jobs of a run that this one decides."""
     if first.alone:
         return [first]
-    chosen: list[Waiting] = []
+    chosen: list[WaitingJob] = []
     rentals: Counter[HostMessage] = Counter()
     names: dict[str, HostMessage] = {}
     for job in waiting:
-        if job.action is not first.action or job.alone or _keeps_apart(job, first):
+        if job.action is not first.action or job.alone or _may_not_share(job, first):
             continue
         if names.setdefault(job.host.worker_id, job.host) != job.host:
             continue  # a worker that is reached in another way now: Ansible knows it by its name alone
-        if rentals[job.host] == MOST_RENTALS or (not rentals[job.host] and len(rentals) == MOST_HOSTS):
+        if rentals[job.host] == MAX_RENTALS or (not rentals[job.host] and len(rentals) == MAX_HOSTS):
             continue
         rentals[job.host] += 1
         chosen.append(job)
     return chosen
 
 
-def _keeps_apart(job: Waiting, first: Waiting) -> bool:
+def _may_not_share(job: WaitingJob, first: WaitingJob) -> bool:
     return (job.suspect or first.suspect) and job.host != first.host

@@ -58,7 +58,7 @@ class AnsibleEngine:
         """Orders to this worker are to come: the engine opens its connection meanwhile. Whether it can is not told."""
         try:
             async with asyncio.timeout(EXPECT_WITHIN_S):
-                await (await self._connected()).tell(expect_message(host))
+                await (await self._connected()).send(expect_message(host))
         except (TimeoutError, ValidationError) as error:
             log.warning("the engine was not told that orders to %s are to come: %s", host.worker_id, error)
 
@@ -103,7 +103,7 @@ class EngineConnection:
 
     def __init__(self, channel: AsyncChannel) -> None:
         self._channel = channel
-        self._asked: dict[str, asyncio.Future[Outcome]] = {}
+        self._pending: dict[str, asyncio.Future[Outcome]] = {}
         self._reading = asyncio.create_task(self._read(), name="engine answers")
 
     @property
@@ -114,14 +114,14 @@ class EngineConnection:
         if self.broken:
             return RESTARTED
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._asked[identifier] = answer
+        self._pending[identifier] = answer
         try:
-            await self.tell(line)
+            await self.send(line)
             return await answer
         finally:
-            del self._asked[identifier]
+            del self._pending[identifier]
 
-    async def tell(self, line: Message) -> None:
+    async def send(self, line: Message) -> None:
         with suppress(ConnectionError):  # then the reading ends as well, and answers
             await self._channel.send(line)
 
@@ -138,12 +138,12 @@ class EngineConnection:
             log.warning("the connection to the engine broke: %s", error)
         finally:
             self._channel.close()
-            for answer in self._asked.values():
+            for answer in self._pending.values():
                 if not answer.done():
                     answer.set_result(RESTARTED)
 
     def _take(self, line: OutcomeMessage) -> None:
-        answer = self._asked.get(line.id)
+        answer = self._pending.get(line.id)
         if answer is None:
             log.warning("the engine answered what nobody waits for: %s", line.message)
         elif not answer.done():

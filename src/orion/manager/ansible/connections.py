@@ -30,9 +30,9 @@ MAX_COMPLAINT_BYTES = 1 << 12
 OPEN_WITHIN_S = 8.0
 """From the start of ssh to the first line of the program: more than ssh itself waits for the connection."""
 IDLE_S = 900.0
-KEPT = 16
+MAX_IDLE = 16
 """So many stay though they are idle: a small pool's first order of the day need not wait for ssh."""
-MOST = 128
+MAX_CONNECTIONS = 128
 """Beyond so many, the one that was used the longest ago is closed."""
 OWN_OPTIONS = ("ControlMaster=yes",)
 SERVE = "exec /usr/local/sbin/orion-rental serve"
@@ -69,7 +69,7 @@ class WorkerConnection:
         self.used = self._began = time.monotonic()
         self._selector = selector
         self._changed = changed
-        self._asked: dict[int, Reply] = {}
+        self._pending: dict[int, Reply] = {}
         self._numbers = count(1)
         self._errors = bytearray()
         control_path(host.host(), directory).unlink(missing_ok=True)
@@ -85,8 +85,8 @@ class WorkerConnection:
             os.set_blocking(stream.fileno(), False)
         assert self._process.stdin and self._process.stdout and self._process.stderr  # noqa: S101, PT018 - as above
         self._channel = SelectorChannel(selector, self._process.stdout, self._process.stdin, self._take, self._end)
-        self._complaints = self._process.stderr
-        selector.register(self._complaints, selectors.EVENT_READ, lambda _: self._hear_complaint())
+        self._stderr = self._process.stderr
+        selector.register(self._stderr, selectors.EVENT_READ, lambda _: self._read_stderr())
 
     @property
     def pid(self) -> int:
@@ -102,7 +102,7 @@ class WorkerConnection:
 
     @property
     def idle(self) -> bool:
-        return self.state is State.OPEN and not self._asked
+        return self.state is State.OPEN and not self._pending
 
     def ask(self, command: str, request: object, reply: Reply) -> None:
         """Answered once: by the worker, or with `broken` when the connection ends before."""
@@ -111,24 +111,24 @@ class WorkerConnection:
             return
         self.used = time.monotonic()
         number = next(self._numbers)
-        self._asked[number] = reply
+        self._pending[number] = reply
         self._channel.send({"id": number, "command": command, "request": request})
 
     def close(self, reason: str) -> None:
         if self.closed:
             return
-        self._hear_complaint()
+        self._read_stderr()
         self.complaint = explained(self._errors.decode(errors="replace")) or reason
         self.state = State.CLOSED
         if self._process.returncode is None:
             os.kill(self.pid, signal.SIGKILL)  # Popen's own would take its status, which is taken elsewhere
         self._channel.close()
         with suppress(KeyError):
-            self._selector.unregister(self._complaints)
-        self._complaints.close()
-        for reply in self._asked.values():
+            self._selector.unregister(self._stderr)
+        self._stderr.close()
+        for reply in self._pending.values():
             reply({"broken": self.complaint})
-        self._asked.clear()
+        self._pending.clear()
         self._changed()
 
     def reaped(self, status: int) -> None:
@@ -146,9 +146,14 @@ class WorkerConnection:
             self._changed()
             return
         number, status, report = said.get("id"), said.get("status"), said.get("report")
-        if type(number) is not int or type(status) is not int or type(report) is not dict or number not in self._asked:
+        if (
+            type(number) is not int
+            or type(status) is not int
+            or type(report) is not dict
+            or number not in self._pending
+        ):
             raise BrokenLine("not an answer to what was asked")
-        self._asked.pop(number)({"status": status, "report": report})
+        self._pending.pop(number)({"status": status, "report": report})
 
     def _end(self, _: SelectorChannel, error: Exception | None) -> None:
         if isinstance(error, LineTooLong):
@@ -158,12 +163,12 @@ class WorkerConnection:
         else:
             self.close("the connection broke" if error else "the connection was closed")
 
-    def _hear_complaint(self) -> None:
+    def _read_stderr(self) -> None:
         """Read what ssh says; this may be called once more after the end, when the descriptor is another's."""
         if self.closed:
             return
         try:
-            part = os.read(self._complaints.fileno(), READ_BYTES)
+            part = os.read(self._stderr.fileno(), READ_BYTES)
         except BlockingIOError:
             return
         except OSError:
@@ -172,7 +177,7 @@ class WorkerConnection:
         del self._errors[:-MAX_COMPLAINT_BYTES]
         if not part:
             with suppress(KeyError):
-                self._selector.unregister(self._complaints)
+                self._selector.unregister(self._stderr)
 
 
 class Connections:
@@ -182,32 +187,32 @@ class Connections:
         self._selector = selector
         self._directory = directory
         self._numbers = count(1)
-        self._held: dict[HostMessage, WorkerConnection] = {}
+        self._connections: dict[HostMessage, WorkerConnection] = {}
         self._ending: dict[int, WorkerConnection] = {}
         """Processes that are not reaped yet."""
 
     def to(self, host: HostMessage) -> WorkerConnection:
         """The connection that is open or opening, or a new one. Raises OSError when no process can be started."""
-        held = self._held.get(host)
-        if held is None:
+        connection = self._connections.get(host)
+        if connection is None:
             self._make_room()
-            held = WorkerConnection(
+            connection = WorkerConnection(
                 next(self._numbers), host, self._directory, self._selector, partial(self._forget_closed, host)
             )
-            self._held[host] = self._ending[held.pid] = held
-        held.used = time.monotonic()
-        return held
+            self._connections[host] = self._ending[connection.pid] = connection
+        connection.used = time.monotonic()
+        return connection
 
-    def numbered(self, number: int) -> WorkerConnection | None:
-        return next((held for held in self._held.values() if held.number == number), None)
+    def by_number(self, number: int) -> WorkerConnection | None:
+        return next((connection for connection in self._connections.values() if connection.number == number), None)
 
     def drop(self, host: HostMessage, reason: str) -> None:
-        if host in self._held:
-            self._held[host].close(reason)
+        if host in self._connections:
+            self._connections[host].close(reason)
 
     def close_all(self) -> None:
-        for held in list(self._held.values()):
-            held.close("the engine ends")
+        for connection in list(self._connections.values()):
+            connection.close("the engine ends")
 
     @property
     def pids(self) -> Collection[int]:
@@ -215,34 +220,39 @@ class Connections:
 
     def reaped(self, pid: int, status: int) -> bool:
         """Whether it was the process of a connection."""
-        held = self._ending.pop(pid, None)
-        if held:
-            held.reaped(status)
-        return held is not None
+        connection = self._ending.pop(pid, None)
+        if connection:
+            connection.reaped(status)
+        return connection is not None
 
     def patience(self) -> float | None:
         """Until an opening takes too long."""
-        moments = [held.opens_until for held in self._held.values() if held.opens_until is not None]
+        moments = [
+            connection.opens_until for connection in self._connections.values() if connection.opens_until is not None
+        ]
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def step(self) -> None:
         now = time.monotonic()
-        for held in list(self._held.values()):
-            if held.opens_until is not None and held.opens_until <= now:
-                held.close("nothing answered in time")
-        spare = len(self._held) - KEPT
-        for held in self._longest_idle()[:spare] if spare > 0 else ():
-            if held.used + IDLE_S <= now:
-                held.close("it was not used any more")
+        for connection in list(self._connections.values()):
+            if connection.opens_until is not None and connection.opens_until <= now:
+                connection.close("nothing answered in time")
+        spare = len(self._connections) - MAX_IDLE
+        for connection in self._longest_idle()[:spare] if spare > 0 else ():
+            if connection.used + IDLE_S <= now:
+                connection.close("it was not used any more")
 
     def _make_room(self) -> None:
-        for held in self._longest_idle()[: max(0, len(self._held) - MOST + 1)]:
-            held.close("others are used more")
+        for connection in self._longest_idle()[: max(0, len(self._connections) - MAX_CONNECTIONS + 1)]:
+            connection.close("others are used more")
 
     def _longest_idle(self) -> list[WorkerConnection]:
-        return sorted((held for held in self._held.values() if held.idle), key=lambda held: held.used)
+        return sorted(
+            (connection for connection in self._connections.values() if connection.idle),
+            key=lambda connection: connection.used,
+        )
 
     def _forget_closed(self, host: HostMessage) -> None:
-        held = self._held.get(host)
-        if held and held.state is State.CLOSED:
-            del self._held[host]
+        connection = self._connections.get(host)
+        if connection and connection.state is State.CLOSED:
+            del self._connections[host]

@@ -38,8 +38,8 @@ class OrderSocket:
 
     def _take(self, task: SelectorChannel, line: bytes) -> None:
         order = decode(line)
-        held = self._connections.numbered(order["connection"])
-        if held is None:
+        connection = self._connections.by_number(order["connection"])
+        if connection is None:
             task.send({"broken": "the connection was closed"})
         else:
-            held.ask(order["command"], order["request"], task.send)
+            connection.ask(order["command"], order["request"], task.send)

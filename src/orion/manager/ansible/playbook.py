@@ -20,7 +20,7 @@ from typing import Any
 
 from orion.manager.ansible.port import Action
 from orion.manager.ansible.protocol import BatchMessage, BatchOrder, HostOrders, ResultMessage
-from orion.manager.ansible.runners import Play, Say
+from orion.manager.ansible.runners import Play, ReportResult
 from orion.manager.messages import HostMessage
 from orion.manager.ssh.options import CONNECT_TIMEOUT_S, IMPOSTOR, control_path, explained, one_line, options
 from orion.manager.ssh.port import Host
@@ -60,8 +60,8 @@ def load(playbooks: Path, directory: Path) -> Play:
     for plugins in (loader.connection_loader, loader.shell_loader, loader.become_loader, loader.strategy_loader):
         list(plugins.all(class_only=True))
 
-    def play_batch(batch: BatchMessage, say: Say) -> None:
-        play(playbooks / f"{batch.action}.yml", batch, lambda orders: _variables(orders, directory), say)
+    def play_batch(batch: BatchMessage, report_result: ReportResult) -> None:
+        play(playbooks / f"{batch.action}.yml", batch, lambda orders: _variables(orders, directory), report_result)
 
     _warm_up(playbooks, directory)
     return play_batch
@@ -79,7 +79,7 @@ def _warm_up(playbooks: Path, directory: Path) -> None:
             play(path, batch, lambda _: of_nobody, lambda _: None)
 
 
-def play(path: Path, batch: BatchMessage, of_host: OfHost, say: Say) -> None:
+def play(path: Path, batch: BatchMessage, of_host: OfHost, report_result: ReportResult) -> None:
     """Run the playbook on these workers, which are the group `workers`. Says one result for each order, as soon as
     its worker is done. Never raises for what Ansible makes of it."""
     from ansible import context  # noqa: PLC0415 - see load
@@ -99,7 +99,7 @@ def play(path: Path, batch: BatchMessage, of_host: OfHost, say: Say) -> None:
         inventory.add_host(name, group="workers")
         for variable, value in {**of_host(orders), "rentals": [_rental(order) for order in orders.orders]}.items():
             inventory.get_host(name).set_variable(variable, value)
-    collector = _collector({orders.host.worker_id: orders.orders for orders in batch.hosts}, say)
+    collector = _collector({orders.host.worker_id: orders.orders for orders in batch.hosts}, report_result)
     try:
         executor = PlaybookExecutor([str(path)], inventory, VariableManager(loader, inventory), loader, passwords={})
         executor._tqm._callback_plugins.append(collector)
@@ -138,7 +138,7 @@ def host_variables(host: Host, directory: Path) -> dict[str, Any]:
     }
 
 
-def _collector(orders: Mapping[str, tuple[BatchOrder, ...]], say: Say) -> Any:
+def _collector(orders: Mapping[str, tuple[BatchOrder, ...]], report_result: ReportResult) -> Any:
     from ansible.plugins.callback import CallbackBase  # noqa: PLC0415 - see load
 
     class Collector(CallbackBase):  # type: ignore[misc]  # Ansible has no types
@@ -184,9 +184,11 @@ def _collector(orders: Mapping[str, tuple[BatchOrder, ...]], say: Say) -> Any:
                 report = _report(place, len(waiting), self.results[name])
                 error = report.pop("error", None)
                 if error is not None and failure is None:
-                    say(ResultMessage(number=order.number, ok=False, message=one_line(str(error)), report=report))
+                    report_result(
+                        ResultMessage(number=order.number, ok=False, message=one_line(str(error)), report=report)
+                    )
                 else:
-                    say(ResultMessage(number=order.number, report=report, **(failure or {})))
+                    report_result(ResultMessage(number=order.number, report=report, **(failure or {})))
 
     collector = Collector()
     collector._init_callback_methods()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from orion.manager.ansible import runners
-from orion.manager.ansible.batches import Waiting, choose
+from orion.manager.ansible.batches import WaitingJob, choose
 from orion.manager.ansible.connections import Connections, State, WorkerConnection
 from orion.manager.ansible.protocol import BatchMessage, BatchOrder, HostOrders, JobMessage, OutcomeMessage
 from orion.manager.ansible.protocol import ResultMessage as Result
@@ -52,7 +52,7 @@ class Run:
     refused_after: float
     alone: bool = False
     """It was in a run that failed: it is tried once more, in one of its own."""
-    held: WorkerConnection | None = None
+    connection: WorkerConnection | None = None
 
     @property
     def deadline(self) -> float:
@@ -69,9 +69,9 @@ class Runner:
     runs: dict[int, Run] = field(default_factory=dict)
     """What is not answered yet of its batch, by number."""
     busy: bool = False
-    several: bool = False
+    has_several_workers: bool = False
     """Its batch is over several workers."""
-    lone: bool = False
+    is_one_job: bool = False
     """Its batch is one job."""
     killed: bool = False
     claim: Claim | None = None
@@ -128,7 +128,7 @@ class Pool:
 
     def patience(self) -> float | None:
         moments = [run.deadline for run in self._all()]
-        moments += [r.began + r.patience_s for r in self._runners.values() if r.several and not r.killed]
+        moments += [r.began + r.patience_s for r in self._runners.values() if r.has_several_workers and not r.killed]
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def prepare(self) -> None:
@@ -150,7 +150,7 @@ class Pool:
         del self._runners[pid]
         self._give_back(runner)
         for run in runner.runs.values():
-            self._try_again(run, NO_RESULT, as_part=runner.killed or not runner.lone)
+            self._try_again(run, NO_RESULT, may_retry=runner.killed or not runner.is_one_job)
         return True
 
     def step(self) -> None:
@@ -180,25 +180,25 @@ class Pool:
         self._assign(runner, batch)
         return True
 
-    def _as_waiting(self, run: Run) -> Waiting:
+    def _as_waiting(self, run: Run) -> WaitingJob:
         job = run.job
-        return Waiting(run.number, job.action, job.host, run.alone, job.host in self._suspects, job.owner)
+        return WaitingJob(run.number, job.action, job.host, run.alone, job.host in self._suspects, job.owner)
 
     def _is_connected(self, run: Run) -> bool:
         """Whether it can start now; where its worker cannot be reached it is answered."""
-        if run.held and run.held.state is State.CLOSED:
-            if not run.held.was_open:
+        if run.connection and run.connection.state is State.CLOSED:
+            if not run.connection.was_open:
                 self._suspect(run.job.host)
-                self._finish(run, Result(ok=False, message=f"{UNREACHABLE}{run.held.complaint}"))
+                self._finish(run, Result(ok=False, message=f"{UNREACHABLE}{run.connection.complaint}"))
                 return False
-            run.held = None  # it broke before it was used: a new one
-        if run.held is None:
+            run.connection = None  # it broke before it was used: a new one
+        if run.connection is None:
             try:
-                run.held = self._connections.to(run.job.host)
+                run.connection = self._connections.to(run.job.host)
             except OSError as error:
                 self._finish(run, Result(ok=False, message=f"the engine cannot start a process: {error}"))
                 return False
-        return run.held.state is State.OPEN
+        return run.connection.state is State.OPEN
 
     def _free_runner(self) -> Runner | None:
         free = [runner for runner in self._runners.values() if not runner.busy]
@@ -222,12 +222,12 @@ class Pool:
         by_host: dict[HostMessage, list[Run]] = {}
         for run in batch:
             by_host.setdefault(run.job.host, []).append(run)
-        connections = {run.job.host: run.held.number for run in batch if run.held}
+        connections = {run.job.host: run.connection.number for run in batch if run.connection}
         most = max(len(runs) for runs in by_host.values())
         runner.began, runner.busy = time.monotonic(), True
-        runner.several, runner.lone = len(by_host) > 1, len(batch) == 1
+        runner.has_several_workers, runner.is_one_job = len(by_host) > 1, len(batch) == 1
         runner.patience_s = self._patience_s * (1 + most / 4)
-        if not runner.several:
+        if not runner.has_several_workers:
             claims = (self._as_waiting(run).claim for run in batch)
             runner.claim = next((claim for claim in claims if self._shares.take(claim)), None)
         runner.runs = {run.number: run for run in batch}
@@ -255,8 +255,8 @@ class Pool:
             return  # it was too late
         if result.unreachable:
             self._suspect(run.job.host)
-            run.held = None
-            self._try_again(run, result.message, as_part=True)
+            run.connection = None
+            self._try_again(run, result.message, may_retry=True)
             return
         self._suspects.pop(run.job.host, None)
         self._finish(run, result)
@@ -272,7 +272,7 @@ class Pool:
     def _take_end(self, runner: Runner) -> None:
         for run in runner.runs.values():
             self._finish(run, Result(ok=False, message=NO_RESULT))
-        runner.busy = runner.several = False
+        runner.busy = runner.has_several_workers = False
         runner.runs = {}
         self._give_back(runner)
         if runner.played >= BATCHES_PER_RUNNER:
@@ -285,9 +285,9 @@ class Pool:
 
     # The ends
 
-    def _try_again(self, run: Run, message: str, as_part: bool) -> None:
+    def _try_again(self, run: Run, message: str, may_retry: bool) -> None:
         """Once, and alone, what was not alone; else it is answered. `as_part`: it may have been another's fault."""
-        if as_part and not run.alone:
+        if may_retry and not run.alone:
             run.alone = True
             self._waiting.append(run)
         else:
@@ -295,7 +295,7 @@ class Pool:
 
     def _end_late_ones(self, now: float) -> None:
         for run in [run for run in self._waiting if run.deadline <= now]:
-            opening = run.held is not None and run.held.state is not State.OPEN
+            opening = run.connection is not None and run.connection.state is not State.OPEN
             if opening:
                 self._suspect(run.job.host)
             why = _timed_out(run) if opening else f"{_timed_out(run)}, waiting for its turn"
@@ -312,10 +312,10 @@ class Pool:
     def _end_stragglers(self, now: float) -> None:
         """Their results are not needed to go on: everybody else has been answered, and they are tried again alone."""
         for runner in self._runners.values():
-            if runner.several and not runner.killed and runner.began + runner.patience_s <= now:
+            if runner.has_several_workers and not runner.killed and runner.began + runner.patience_s <= now:
                 for run in runner.runs.values():
                     self._give_up(run.job.host, "it did not answer in time")
-                    run.held = None
+                    run.connection = None
                 self._kill(runner)
 
     def _kill(self, runner: Runner) -> None:

@@ -106,7 +106,7 @@ def job_message(identifier: str, job: Job) -> JobMessage:
     return JobMessage(
         id=identifier,
         action=job.action,
-        host=_host_line(job.host),
+        host=_host_message(job.host),
         vars=Variables(
             rental_id=job.rental_id,
             username=job.username,
@@ -128,8 +128,8 @@ def job_message(identifier: str, job: Job) -> JobMessage:
 
 def expect_message(host: Host) -> ExpectMessage:
     """Return the word that orders to this host are to come. Raise ValueError for one that the engine would refuse."""
-    return ExpectMessage(expect=_host_line(host))
+    return ExpectMessage(expect=_host_message(host))
 
 
-def _host_line(host: Host) -> HostMessage:
+def _host_message(host: Host) -> HostMessage:
     return HostMessage(worker_id=host.worker_id, address=host.address, port=host.port, host_keys=host.host_keys)

@@ -22,12 +22,12 @@ from orion.manager.channel import BlockingChannel, decode_as
 
 PR_SET_CHILD_SUBREAPER = 36
 
-Say = Callable[[ResultMessage], None]
-Play = Callable[[BatchMessage, Say], None]
+ReportResult = Callable[[ResultMessage], None]
+Play = Callable[[BatchMessage, ReportResult], None]
 """Plays one batch, in a runner; says each result as soon as it is known."""
 
 
-def adopt_orphans() -> None:
+def become_subreaper() -> None:
     """This process becomes the parent of what its descendants leave behind (see prctl(2))."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "this process cannot become a subreaper")
@@ -59,10 +59,10 @@ def kill(pid: int) -> None:
     stopped: set[int] = set()
     while found := _family(pid) - stopped:
         for member in found:
-            _signal(member, signal.SIGSTOP)
+            _send_signal(member, signal.SIGSTOP)
         stopped |= found
     for member in stopped:
-        _signal(member, signal.SIGKILL)
+        _send_signal(member, signal.SIGKILL)
 
 
 def _run(play: Play, connection: socket.socket) -> None:
@@ -70,8 +70,8 @@ def _run(play: Play, connection: socket.socket) -> None:
     status = 1
     try:
         os.setsid()
-        _quiet_signals()
-        _only_keep(connection.fileno())
+        _reset_signals()
+        _close_all_but(connection.fileno())
         channel = BlockingChannel(connection, max_line_bytes=None)
         while (line := channel.receive()) is not None:
             play(decode_as(BatchMessage, line), channel.send)
@@ -83,13 +83,13 @@ def _run(play: Play, connection: socket.socket) -> None:
         os._exit(status)
 
 
-def _quiet_signals() -> None:
+def _reset_signals() -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
 
 
-def _only_keep(descriptor: int) -> None:
+def _close_all_but(descriptor: int) -> None:
     """Close the parent's sockets and pipes, and silence stdin and stdout; stderr stays for tracebacks."""
     gc.freeze()
     silence = os.open(os.devnull, os.O_RDWR)
@@ -129,6 +129,6 @@ def _parent(entry: Path) -> int:
         return 0
 
 
-def _signal(pid: int, number: int) -> None:
+def _send_signal(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)

@@ -65,7 +65,7 @@ class Server:
 
     def serve(self) -> None:
         """Until SIGTERM or SIGINT. All children are killed when it returns."""
-        runners.adopt_orphans()
+        runners.become_subreaper()
         wakeup, wake = socket.socketpair()
         for end in (wakeup, wake, self._listening):
             end.setblocking(False)
@@ -111,10 +111,10 @@ class Server:
         with suppress(BlockingIOError):
             accepted, _ = self._listening.accept()
             accepted.setblocking(False)
-            SelectorChannel(self._selector, accepted, accepted, self._take, self._leave)
+            SelectorChannel(self._selector, accepted, accepted, self._take, self._drop_peer)
 
     def _take(self, peer: SelectorChannel, line: bytes) -> None:
-        if self._is_word_of_orders_to_come(line):
+        if self._took_expect_message(line):
             return
         try:
             job = decode_as(JobMessage, line)
@@ -123,7 +123,7 @@ class Server:
             return
         self._pool.submit(job, peer, peer.send)
 
-    def _is_word_of_orders_to_come(self, line: bytes) -> bool:
+    def _took_expect_message(self, line: bytes) -> bool:
         try:
             expected = decode_as(ExpectMessage, line).expect
         except BrokenLine:
@@ -134,7 +134,7 @@ class Server:
             log.warning("the engine cannot start a process: %s", error)
         return True
 
-    def _leave(self, peer: SelectorChannel, error: Exception | None) -> None:
+    def _drop_peer(self, peer: SelectorChannel, error: Exception | None) -> None:
         if isinstance(error, LineTooLong):
             log.warning("a request was longer than %d bytes: its connection is closed", MAX_LINE_BYTES)
         self._pool.abandon(peer)

@@ -25,10 +25,10 @@ from orion.manager.domain.steps import Event
 from orion.manager.queues import FairQueue
 from orion.manager.snapshots.disk import Disk
 from orion.manager.snapshots.port import (
-    HELD_UP,
+    NO_PROGRESS_CODES,
     OVER_LIMIT,
-    PAUSE_IN_VAIN,
     PAUSE_TOO_LONG,
+    PAUSE_TOO_SHORT,
     Home,
     SnapshotError,
     SnapshotService,
@@ -56,7 +56,7 @@ FULL_DISK = 0.8
 FULL = f"the manager's disk is {FULL_DISK:.0%} full or more, of bytes or of inodes: make room on it"
 SAID_AT_ONCE = frozenset((OVER_LIMIT, "unreadable_home", "disk_full"))
 """Problems of the home or of this machine. Others may be a worker that is just dying: they are said when they stay."""
-OF_THE_PAUSE = frozenset((PAUSE_TOO_LONG, PAUSE_IN_VAIN))
+OF_THE_PAUSE = frozenset((PAUSE_TOO_LONG, PAUSE_TOO_SHORT))
 """Too much changes at once; that is told as another interval, unless the longest pause was allowed."""
 OF_NO_ACCOUNT = frozenset(("superseded", "stale_epoch", "unknown_rental", "purged", "busy"))
 """It is being moved or ended, or what another worker still has of it is being copied aside."""
@@ -254,7 +254,7 @@ class SnapshotController:
         if not asked:
             limits = replace(limits, pause_s=pace.allowed_s(self._monotonic()))
         try:
-            copied = await self._vault.copy(home, limits, spare=spare)
+            copied = await self._vault.copy(home, limits, protected=spare)
             warning = snapshots.nearly_full(copied.copy, limits.max_bytes, limits.max_files)
             is_changed = pace.copied(self._monotonic(), copied.pause_s)
             step = snapshots.accepted(rental, placement, copied.copy, warning, _rarely(pace))
@@ -265,10 +265,10 @@ class SnapshotController:
             self._held_up.discard(rental.id)
             self._uncopied.discard(rental.id)
         except SnapshotError as error:
-            if error.code in HELD_UP:
+            if error.code in NO_PROGRESS_CODES:
                 self._held_up.add(rental.id)
             if error.code in OF_THE_PAUSE:
-                stood_s = limits.pause_s if error.code == PAUSE_IN_VAIN else 0.0
+                stood_s = limits.pause_s if error.code == PAUSE_TOO_SHORT else 0.0
                 if pace.too_long(self._monotonic(), stood_s):
                     step = snapshots.slowed(rental, placement, str(error), _rarely(pace))
                     await self._book.record(step)

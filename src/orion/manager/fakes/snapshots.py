@@ -12,16 +12,16 @@ from orion.manager.domain.snapshot_plan import SnapshotLimits
 from orion.manager.domain.snapshots import Snapshot, SnapshotId, base_of, counted, may_stay, next_number
 from orion.manager.fakes.workers import FakeWorker, FakeWorld
 from orion.manager.snapshots.port import (
+    ALREADY_ACTIVATED,
     CONNECT_DEADLINE_S,
-    COPY_DEADLINE_S,
-    LET_IN,
-    NO_SUCH_GENERATION,
-    NOTHING_TO_SALVAGE,
+    NO_SUCH_SNAPSHOT,
+    NOTHING_TO_RECOVER,
     OVER_LIMIT,
     OVER_SHARE,
     PAUSE_TOO_LONG,
+    RECOVER_DEADLINE_S,
     RESTORE_DEADLINE_S,
-    SALVAGE_DEADLINE_S,
+    SNAPSHOT_DEADLINE_S,
     Home,
     SnapshotError,
     Taken,
@@ -62,39 +62,41 @@ class FakeSnapshotService:
         self,
         home: Home,
         limits: SnapshotLimits,
-        deadline_s: float = COPY_DEADLINE_S,
-        spare: SnapshotId | None = None,
-        moving: bool = False,
+        deadline_s: float = SNAPSHOT_DEADLINE_S,
+        protected: SnapshotId | None = None,
+        for_migration: bool = False,
     ) -> Taken:
         began_at = self.wall()
         worker = await self._worker(home, deadline_s)
-        if home.rental_id in worker.laid_down:
+        if home.rental_id in worker.set_aside:
             raise SnapshotError("laid_down", "it is laid down to be salvaged")
         files, skipped = self._readable(worker.homes[home.rental_id])
         size = _counted(files)
         if len(files) + 1 > limits.max_files or size > limits.max_bytes:
-            held = home.rental_id not in worker.spared
-            worker.over |= {home.rental_id} if held else set()
-            raise SnapshotError(OVER_LIMIT, f"its home holds more than a copy may: {'frozen' if held else 'spared'}")
-        if self.pause_s > limits.pause_s and not moving:
+            over_limit = home.rental_id not in worker.exempt
+            worker.over |= {home.rental_id} if over_limit else set()
+            raise SnapshotError(
+                OVER_LIMIT, f"its home holds more than a copy may: {'frozen' if over_limit else 'spared'}"
+            )
+        if self.pause_s > limits.pause_s and not for_migration:
             raise SnapshotError(PAUSE_TOO_LONG, f"its programs would have to stand still for {self.pause_s} s")
         copy = Snapshot(
             generation=SnapshotId(home.epoch, 1), at=began_at, bytes=size, files=len(files) + 1, skipped=skipped
         )
-        return self._keep(home, files, copy, spare, limits)
+        return self._keep(home, files, copy, protected, limits)
 
     async def salvage(
         self,
         home: Home,
         limits: SnapshotLimits,
-        deadline_s: float = SALVAGE_DEADLINE_S,
-        spare: SnapshotId | None = None,
+        deadline_s: float = RECOVER_DEADLINE_S,
+        protected: SnapshotId | None = None,
     ) -> Taken:
         began_at = self.wall()
         worker = await self._worker(home, deadline_s)
-        if worker.let_in.get(home.rental_id) != home.epoch:
-            raise SnapshotError(NOTHING_TO_SALVAGE, "its renter was never let in here")
-        worker.laid_down.add(home.rental_id)
+        if worker.activated.get(home.rental_id) != home.epoch:
+            raise SnapshotError(NOTHING_TO_RECOVER, "its renter was never let in here")
+        worker.set_aside.add(home.rental_id)
         worker.frozen.pop(home.rental_id, None)
         files, skipped = self._readable(worker.homes[home.rental_id])
         size = _counted(files)
@@ -108,7 +110,7 @@ class FakeSnapshotService:
             skipped=skipped,
             salvage=True,
         )
-        return self._keep(home, files, copy, spare, limits)
+        return self._keep(home, files, copy, protected, limits)
 
     def _readable(self, home: Files) -> tuple[Files, tuple[str, ...]]:
         """Return what of a home can be copied, and the names of the rest."""
@@ -116,7 +118,7 @@ class FakeSnapshotService:
         return files, tuple(sorted(home.keys() - files.keys()))
 
     def _keep(
-        self, home: Home, files: Files, copy: Snapshot, spare: SnapshotId | None, limits: SnapshotLimits
+        self, home: Home, files: Files, copy: Snapshot, protected: SnapshotId | None, limits: SnapshotLimits
     ) -> Taken:
         there = self.stored.setdefault(home.rental_id, {})
         self._owners[home.rental_id] = home.owner
@@ -124,22 +126,22 @@ class FakeSnapshotService:
         if base and base.generation.epoch == home.epoch and there[base.generation][1] == files:
             there[base.generation] = (replace(base, at=copy.at), dict(files))
             if not copy.salvage:
-                self._make_room(home, spare, limits)
+                self._make_room(home, protected, limits)
             return Taken(there[base.generation][0], self._copies(home.rental_id))
         copy = replace(copy, generation=SnapshotId(home.epoch, next_number(list(there), home.epoch)))
         there[copy.generation] = (copy, dict(files))
-        if not self._make_room(home, spare, limits):
+        if not self._make_room(home, protected, limits):
             del there[copy.generation]
             raise SnapshotError(OVER_SHARE, "the copies of all that its owner rents would take more than its share")
         return Taken(copy, self._copies(home.rental_id), self.pause_s)
 
-    def _make_room(self, home: Home, spare: SnapshotId | None, limits: SnapshotLimits) -> bool:
+    def _make_room(self, home: Home, protected: SnapshotId | None, limits: SnapshotLimits) -> bool:
         """Remove the copies that do not stay; return False, and remove none, where the owner's share has no room."""
         there = self.stored[home.rental_id]
         others = {rental_id for rental_id, owner in self._owners.items() if owner == home.owner} - {home.rental_id}
         stored = [self.stored.get(rental_id, {}) for rental_id in others]
         room = limits.owner_share * self.disk_bytes - sum(_taken(one, one.keys()) for one in stored)
-        choices = may_stay(self._copies(home.rental_id), spare)
+        choices = may_stay(self._copies(home.rental_id), protected)
         fitting = [staying for staying in choices if _taken(there, staying) <= room]
         self._refused = self._refused - {home.rental_id} if fitting else self._refused | {home.rental_id}
         if fitting:
@@ -152,20 +154,20 @@ class FakeSnapshotService:
         home: Home,
         generation: SnapshotId | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
-        filled: SnapshotId | None = None,
-        again: bool = False,
+        previous: SnapshotId | None = None,
+        precopy: bool = False,
     ) -> Snapshot | None:
-        await self._going()
+        await self._begin_call()
         there = self.stored.get(home.rental_id, {})
         wanted = generation or max((g for g, (copy, _) in there.items() if not copy.salvage), default=None)
         if not there or wanted is None:
             return None
         if wanted not in there:
-            raise SnapshotError(NO_SUCH_GENERATION, f"there is no copy {wanted}")
+            raise SnapshotError(NO_SUCH_SNAPSHOT, f"there is no copy {wanted}")
         worker = await self._worker(home, deadline_s)
-        if worker.let_in.get(home.rental_id) == home.epoch:
+        if worker.activated.get(home.rental_id) == home.epoch:
             before = self._put.get((home.rental_id, home.epoch), "")
-            raise SnapshotError(LET_IN, "its renter was let in here at this epoch", before)
+            raise SnapshotError(ALREADY_ACTIVATED, "its renter was let in here at this epoch", before)
         copy, files = there[wanted]
         worker.homes[home.rental_id] = dict(files)
         self.restored.append((home.rental_id, home.epoch, str(wanted)))
@@ -173,32 +175,32 @@ class FakeSnapshotService:
         return copy
 
     async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
-        await self._going()
+        await self._begin_call()
         await self._reached(host, deadline_s)
         self.connected.append(host.worker_id)
 
     async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
-        await self._going()
+        await self._begin_call()
         return list(self._copies(rental_id))
 
     async def remove(self, rental_id: str, uid: int) -> None:
-        await self._going()
+        await self._begin_call()
         self.stored.pop(rental_id, None)
         self._owners.pop(rental_id, None)
         self._refused.discard(rental_id)
 
     async def short_of_room(self) -> list[str]:
-        await self._going()
+        await self._begin_call()
         return sorted({self._owners[rental_id] for rental_id in self._refused})
 
     async def rentals(self) -> list[str]:
-        await self._going()
+        await self._begin_call()
         return sorted(self.stored)
 
     def _copies(self, rental_id: str) -> tuple[Snapshot, ...]:
         return tuple(copy for _, (copy, _) in sorted(self.stored.get(rental_id, {}).items()))
 
-    async def _going(self) -> None:
+    async def _begin_call(self) -> None:
         await asyncio.sleep(0)
         self.asked.set()
         if self.failure:
@@ -210,7 +212,7 @@ class FakeSnapshotService:
             raise SnapshotError("unreachable", "the worker cannot be asked")
         try:
             async with asyncio.timeout(deadline_s):
-                await worker.going()
+                await worker.wait_until_running()
         except TimeoutError as error:
             raise SnapshotError("timed_out", "it took longer than it may") from error
         if not worker.alive:
@@ -218,7 +220,7 @@ class FakeSnapshotService:
         return worker
 
     async def _worker(self, home: Home, deadline_s: float) -> FakeWorker:
-        await self._going()
+        await self._begin_call()
         worker = await self._reached(home.host, deadline_s)
         account = worker.accounts.get(home.rental_id)
         if account is None:

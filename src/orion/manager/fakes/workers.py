@@ -40,17 +40,17 @@ class FakeWorker:
     """The files of each rental's home, by name."""
     frozen: dict[str, int] = field(default_factory=dict)
     """The rentals that stand still, with the planned move for which they do."""
-    let_in: dict[str, int] = field(default_factory=dict)
+    activated: dict[str, int] = field(default_factory=dict)
     """The epoch at which each rental's renter was let in."""
     started: dict[str, list[str]] = field(default_factory=dict)
     """The runs of its start command that each rental has had here, as marks."""
     over: set[str] = field(default_factory=set)
     """Rentals that are frozen because their homes hold too much."""
-    spared: set[str] = field(default_factory=set)
+    exempt: set[str] = field(default_factory=set)
     """Those that were thawed to make room."""
     restored: dict[str, str] = field(default_factory=dict)
     """The copy that each home was filled with."""
-    laid_down: set[str] = field(default_factory=set)
+    set_aside: set[str] = field(default_factory=set)
     """Rentals that were laid down to be salvaged."""
     names: dict[str, str] = field(default_factory=dict)
     """The name that each rental's sessions are told."""
@@ -64,21 +64,21 @@ class FakeWorker:
     boot_id: str = "boot-0001"
     host_certificate: str = ""
     """What its sshd shows."""
-    sshd_begun: int = 0
+    sshd_restarts: int = 0
     """How often its sshd began anew, to show another one."""
-    _going: asyncio.Event = field(default_factory=asyncio.Event)
+    _running: asyncio.Event = field(default_factory=asyncio.Event)
     _closing: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self._going.set()
+        self._running.set()
 
     def die(self) -> None:
         """As a container that was killed; what hangs here fails at once."""
         self.alive = False
-        self._going.set()
-        self.close_watches()
+        self._running.set()
+        self.close_connections()
 
-    def close_watches(self) -> None:
+    def close_connections(self) -> None:
         """As when sshd is restarted: the connections end, and the next are taken."""
         self._closing.set()
         self._closing = asyncio.Event()
@@ -97,14 +97,14 @@ class FakeWorker:
 
     def hang(self) -> None:
         """As a container that was paused: jobs wait until `go_on`, or their deadline."""
-        self._going.clear()
+        self._running.clear()
 
-    def go_on(self) -> None:
-        self._going.set()
+    def resume(self) -> None:
+        self._running.set()
 
-    async def going(self) -> None:
+    async def wait_until_running(self) -> None:
         self.asked.set()
-        await self._going.wait()
+        await self._running.wait()
 
     def create(self, job: Job) -> dict[str, Any]:
         before = self.accounts.get(job.rental_id)
@@ -118,12 +118,12 @@ class FakeWorker:
         unlocked = job.action is Action.CREATE or bool(before and before.epoch == job.epoch and before.unlocked)
         account = Account(job.username, job.uid, job.epoch, job.public_keys, unlocked)
         self.accounts[job.rental_id] = account
-        self.laid_down.discard(job.rental_id)
+        self.set_aside.discard(job.rental_id)
         self.names[job.rental_id] = job.rental_name
         self._show(job.host_certificate)
         self.homes.setdefault(job.rental_id, {})
         if unlocked:
-            self.let_in[job.rental_id] = job.epoch
+            self.activated[job.rental_id] = job.epoch
         report = {"changed": account != before, "epoch": job.epoch, "state": "running" if unlocked else "locked"}
         if before and before.epoch == job.epoch and job.rental_id in self.restored:
             report["restored"] = self.restored[job.rental_id]
@@ -155,7 +155,7 @@ class FakeWorker:
         changed = over or not account.unlocked
         self.frozen.pop(job.rental_id, None)
         self.over.discard(job.rental_id)
-        self.spared |= {job.rental_id} if over else set()
+        self.exempt |= {job.rental_id} if over else set()
         self.accounts[job.rental_id] = replace(account, unlocked=True)
         return {"changed": changed, "epoch": job.epoch, "state": "running"}
 
@@ -163,7 +163,7 @@ class FakeWorker:
         account = self.accounts.get(job.rental_id)
         if account is None or account.epoch != job.epoch:
             raise RefusedOrder(f"epoch {job.epoch} is not here")
-        if job.rental_id in self.laid_down:
+        if job.rental_id in self.set_aside:
             raise RefusedOrder("it is laid down to be salvaged")
         return account
 
@@ -180,7 +180,7 @@ class FakeWorker:
         if certificate in {"", self.host_certificate}:
             return False
         self.host_certificate = certificate
-        self.sshd_begun += 1
+        self.sshd_restarts += 1
         return True
 
     def purge(self, job: Job) -> dict[str, Any]:
@@ -188,11 +188,11 @@ class FakeWorker:
         self._refuse_other_names(job)
         before = self.accounts.pop(job.rental_id, None)
         self.homes.pop(job.rental_id, None)
-        self.let_in.pop(job.rental_id, None)
+        self.activated.pop(job.rental_id, None)
         self.started.pop(job.rental_id, None)
         self.restored.pop(job.rental_id, None)
         self.frozen.pop(job.rental_id, None)
-        self.laid_down.discard(job.rental_id)
+        self.set_aside.discard(job.rental_id)
         self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
         return {"changed": before is not None, "left": [], "removed_files": 0, "killed": 0, "looked": ["/"]}
 
@@ -238,7 +238,7 @@ class FakeEngine:
             return _unreachable("nothing answers at its address")
         try:
             async with asyncio.timeout(job.deadline_s):
-                await worker.going()
+                await worker.wait_until_running()
         except TimeoutError:
             return Outcome(ok=False, message=f"timed out after {job.deadline_s:g} s")
         return self._on(worker, job)
@@ -282,7 +282,7 @@ class FakeReach:
             return Reached.NO
         try:
             async with asyncio.timeout(timeout_s):
-                await worker.going()
+                await worker.wait_until_running()
         except TimeoutError:
             return Reached.NO
         if not worker.alive:
@@ -296,15 +296,15 @@ class FakeLiveness:
 
     world: FakeWorld
 
-    async def hold(self, host: Host, boot_id: str, told: Callable[[Sign], None]) -> End:
+    async def hold(self, host: Host, boot_id: str, on_sign: Callable[[Sign], None]) -> End:
         await asyncio.sleep(0)
         worker = self.world.at(host)
         while worker is not None and self.world.recognises(worker, host):
             if worker.boot_id != boot_id:
                 return End.NOT_HELD
-            told(Sign.HELD)
+            on_sign(Sign.HELD)
             await worker.closed()
-            told(Sign.CLOSED)
+            on_sign(Sign.CLOSED)
             await asyncio.sleep(0)
             worker = self.world.at(host)
             if worker is None:

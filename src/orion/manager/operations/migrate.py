@@ -108,7 +108,7 @@ class Migrator:
         found = await self._book.migrating(source.rental_id)
         if found is None:
             raise SnapshotError("superseded", "it was ended or moved meanwhile")
-        copied = await self._vault.copy(_home(source), self._limits, COPY_DEADLINE_S, moving=True)
+        copied = await self._vault.copy(_home(source), self._limits, COPY_DEADLINE_S, for_migration=True)
         warning = snapshots.nearly_full(copied.copy, self._may_hold.max_bytes, self._may_hold.max_files)
         step = snapshots.accepted(found.rental, found.placement, copied.copy, warning)
         if not await self._book.accept(step, source.rental_id, copied.kept):

@@ -19,9 +19,9 @@ from orion.manager.domain.snapshot_plan import SnapshotLimits
 from orion.manager.domain.snapshots import SnapshotId
 from orion.manager.queues import FairQueue
 from orion.manager.snapshots.port import (
-    NOTHING_TO_SALVAGE,
+    NOTHING_TO_RECOVER,
     OVER_LIMIT,
-    SALVAGE_DEADLINE_S,
+    RECOVER_DEADLINE_S,
     Home,
     SnapshotError,
     SnapshotService,
@@ -31,7 +31,7 @@ from orion.manager.store.snapshots import SnapshotCatalog
 
 AT_ONCE = 16
 """Salvages of all owners; one owner has half of them at most."""
-LONGEST_TRY_S = SALVAGE_DEADLINE_S + 5.0
+LONGEST_TRY_S = RECOVER_DEADLINE_S + 5.0
 """With the time that it waits for its turn."""
 FOR_GOOD = frozenset((OVER_LIMIT, "unreadable_home", "no_home", "purged", "stale_epoch", "unknown_rental", "conflict"))
 """Another try would find the same."""
@@ -54,11 +54,11 @@ class Recoverer:
                 if found is None:
                     return Outcome(ok=True)  # somebody else has acted
                 rental, placement = found
-                copied = await self._vault.salvage(home, self._limits, spare=await self._needed(rental))
+                copied = await self._vault.salvage(home, self._limits, protected=await self._needed(rental))
         except TimeoutError:
             return Outcome(ok=False, message=f"it was not copied within {LONGEST_TRY_S:.0f} s")
         except SnapshotError as error:
-            if error.code == NOTHING_TO_SALVAGE:
+            if error.code == NOTHING_TO_RECOVER:
                 await self._book.record(snapshots.not_recovered(rental, placement, ""))
                 return Outcome(ok=True)
             tries = RECOVERY_ATTEMPTS if error.code in FOR_GOOD else 1

@@ -22,7 +22,14 @@ from orion.manager.domain.snapshot_plan import SnapshotLimits
 from orion.manager.domain.snapshots import EMPTY, NEWEST, Snapshot, SnapshotId
 from orion.manager.operations.recover import Recoverer
 from orion.manager.queues import FairQueue
-from orion.manager.snapshots.port import LET_IN, NO_SUCH_GENERATION, OF_THE_WORKER, Home, SnapshotError, SnapshotService
+from orion.manager.snapshots.port import (
+    ALREADY_ACTIVATED,
+    NO_SUCH_SNAPSHOT,
+    WORKER_CODES,
+    Home,
+    SnapshotError,
+    SnapshotService,
+)
 from orion.manager.store.snapshots import SnapshotCatalog
 
 LET_IN_BEFORE = "its renter was let in already"
@@ -156,7 +163,7 @@ class Restorer:
         try:
             copy = await (self._newest(home) if wanted == NEWEST else self._named(home, wanted))
         except SnapshotError as error:
-            if error.code != LET_IN:
+            if error.code != ALREADY_ACTIVATED:
                 raise
             return {"generation": error.restored, "reason": LET_IN_BEFORE}
         return told_of(copy) if copy else {"reason": NO_COPY}
@@ -164,7 +171,7 @@ class Restorer:
     async def _named(self, home: Home, wanted: str) -> Snapshot | None:
         copy = await self._vault.restore(home, SnapshotId.parse(wanted))
         if copy is None:
-            raise SnapshotError(NO_SUCH_GENERATION, f"there is no copy {wanted}, nor any other")
+            raise SnapshotError(NO_SUCH_SNAPSHOT, f"there is no copy {wanted}, nor any other")
         return copy
 
     async def _newest(self, home: Home) -> Snapshot | None:
@@ -176,7 +183,7 @@ class Restorer:
         try:
             copy = await self._vault.restore(home, newest.generation if newest else None)
         except SnapshotError as error:
-            if error.code != NO_SUCH_GENERATION:
+            if error.code != NO_SUCH_SNAPSHOT:
                 raise
             copy = await self._vault.restore(home)
         if copy is None and newest:
@@ -193,4 +200,4 @@ def _refused(error: SnapshotError) -> Outcome:
         f"its files cannot be restored now: {error}. To begin without them: orion restore --empty, or with an older "
         "copy: orion restore --from"
     )
-    return Outcome(ok=False, message=message, report={WAITS: error.code not in OF_THE_WORKER})
+    return Outcome(ok=False, message=message, report={WAITS: error.code not in WORKER_CODES})

@@ -17,23 +17,23 @@ from orion.manager.messages import HostMessage
 from orion.manager.queues import FairQueue
 from orion.manager.snapshots.port import (
     CONNECT_DEADLINE_S,
-    COPY_DEADLINE_S,
-    HELD_UP,
+    NO_PROGRESS_CODES,
+    RECOVER_DEADLINE_S,
     RESTORE_DEADLINE_S,
-    SALVAGE_DEADLINE_S,
+    SNAPSHOT_DEADLINE_S,
     Home,
     SnapshotError,
     Taken,
 )
-from orion.manager.snapshots.protocol import ReplyLine, RequestLine, SnapshotAction, read
+from orion.manager.snapshots.protocol import SnapshotAction, SnapshotReply, SnapshotRequest, read
 from orion.manager.ssh.port import Host
 
 MARGIN_S = 5.0
 """Beyond a job's deadline, before the vault is taken for hung."""
 CONNECT_WITHIN_S = 5.0
-SHORT_S = 60.0
-LONGEST_REPLY = 1 << 20
-PLACES = 28
+QUICK_DEADLINE_S = 60.0
+MAX_REPLY_BYTES = 1 << 20
+MAX_TRANSFERS = 28
 """Copies, salvages and restores at a time: fewer than the jobs that the vault takes (MOST_JOBS)."""
 MOST_REMEMBERED = 1000
 """Rentals of which it is remembered that they have held a place in vain."""
@@ -42,75 +42,86 @@ MOST_REMEMBERED = 1000
 class SnapshotClient:
     """Implements `port.Vault`."""
 
-    def __init__(self, socket_path: Path, margin_s: float = MARGIN_S, places: int = PLACES) -> None:
+    def __init__(self, socket_path: Path, margin_s: float = MARGIN_S, max_transfers: int = MAX_TRANSFERS) -> None:
         """`places`: transfers at a time, of which an owner has half at most."""
         self._socket_path = socket_path
         self._margin_s = margin_s
-        self._shares = FairQueue(places)
-        self._held_up: dict[tuple[str, str], None] = {}
+        self._shares = FairQueue(max_transfers)
+        self._without_progress: dict[tuple[str, str], None] = {}
         """The rentals, each on one worker, whose last transfer has held its place in vain; the latest of them last."""
-        self._under_way: dict[str, set[asyncio.Future[ReplyLine]]] = defaultdict(set)
+        self._under_way: dict[str, set[asyncio.Future[SnapshotReply]]] = defaultdict(set)
         """The copies and restores of each rental: a restore or a removal ends them."""
 
     async def copy(
         self,
         home: Home,
         limits: SnapshotLimits,
-        deadline_s: float = COPY_DEADLINE_S,
-        spare: SnapshotId | None = None,
-        moving: bool = False,
+        deadline_s: float = SNAPSHOT_DEADLINE_S,
+        protected: SnapshotId | None = None,
+        for_migration: bool = False,
     ) -> Taken:
-        more = _allowed(limits, spare)
-        line = _line(SnapshotAction.COPY, home, deadline_s, moving=moving, pause_s=limits.pause_s, **more)
-        if moving:
+        more = _limit_fields(limits, protected)
+        line = _request(
+            SnapshotAction.COPY, home, deadline_s, for_migration=for_migration, pause_s=limits.pause_s, **more
+        )
+        if for_migration:
             await self._end_all_of(home.rental_id)
-        return _copied(await self._begin(line, home))
+        return _taken(await self._begin(line, home))
 
     async def salvage(
         self,
         home: Home,
         limits: SnapshotLimits,
-        deadline_s: float = SALVAGE_DEADLINE_S,
-        spare: SnapshotId | None = None,
+        deadline_s: float = RECOVER_DEADLINE_S,
+        protected: SnapshotId | None = None,
     ) -> Taken:
-        line = _line(SnapshotAction.SALVAGE, home, deadline_s, **_allowed(limits, spare))
-        return _copied(await self._begin(line, home))
+        line = _request(SnapshotAction.SALVAGE, home, deadline_s, **_limit_fields(limits, protected))
+        return _taken(await self._begin(line, home))
 
     async def restore(
         self,
         home: Home,
         generation: SnapshotId | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
-        filled: SnapshotId | None = None,
-        again: bool = False,
+        previous: SnapshotId | None = None,
+        precopy: bool = False,
     ) -> Snapshot | None:
-        more = {"generation": str(generation or ""), "filled": str(filled or "")}
-        line = _line(SnapshotAction.RESTORE, home, deadline_s, again=again, **more)
+        more = {"generation": str(generation or ""), "previous": str(previous or "")}
+        line = _request(SnapshotAction.RESTORE, home, deadline_s, precopy=precopy, **more)
         await self._end_all_of(home.rental_id)
         reply = await self._begin(line, home)
         return read(reply.done) if reply.done else None
 
     async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
-        line = RequestLine(action=SnapshotAction.CONNECT, host=_host_line(host), deadline_s=deadline_s)
+        line = SnapshotRequest(action=SnapshotAction.CONNECT, host=_host_message(host), deadline_s=deadline_s)
         await self._ask(line, deadline_s)
 
     async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
-        line = RequestLine(action=SnapshotAction.LIST, rental_id=rental_id, uid=uid, deadline_s=SHORT_S)
-        return [read(copy) for copy in (await self._ask(line, SHORT_S)).copies]
+        line = SnapshotRequest(action=SnapshotAction.LIST, rental_id=rental_id, uid=uid, deadline_s=QUICK_DEADLINE_S)
+        return [read(copy) for copy in (await self._ask(line, QUICK_DEADLINE_S)).copies]
 
     async def remove(self, rental_id: str, uid: int) -> None:
         await self._end_all_of(rental_id)
         await self._ask(
-            RequestLine(action=SnapshotAction.REMOVE, rental_id=rental_id, uid=uid, deadline_s=SHORT_S), SHORT_S
+            SnapshotRequest(action=SnapshotAction.REMOVE, rental_id=rental_id, uid=uid, deadline_s=QUICK_DEADLINE_S),
+            QUICK_DEADLINE_S,
         )
 
     async def rentals(self) -> list[str]:
-        return (await self._ask(RequestLine(action=SnapshotAction.RENTALS, deadline_s=SHORT_S), SHORT_S)).rentals
+        return (
+            await self._ask(
+                SnapshotRequest(action=SnapshotAction.RENTALS, deadline_s=QUICK_DEADLINE_S), QUICK_DEADLINE_S
+            )
+        ).rentals
 
     async def short_of_room(self) -> list[str]:
-        return (await self._ask(RequestLine(action=SnapshotAction.SHORT_OF_ROOM, deadline_s=SHORT_S), SHORT_S)).owners
+        return (
+            await self._ask(
+                SnapshotRequest(action=SnapshotAction.SHORT_OF_ROOM, deadline_s=QUICK_DEADLINE_S), QUICK_DEADLINE_S
+            )
+        ).owners
 
-    async def _begin(self, line: RequestLine, home: Home) -> ReplyLine:
+    async def _begin(self, line: SnapshotRequest, home: Home) -> SnapshotReply:
         """The reply; raises SnapshotError when something more urgent came for the same rental."""
         under_way = self._under_way[line.rental_id]
         asking = asyncio.ensure_future(self._ask_in_turn(line, home))
@@ -127,20 +138,20 @@ class SnapshotClient:
             if not under_way and self._under_way.get(line.rental_id) is under_way:
                 del self._under_way[line.rental_id]
 
-    async def _ask_in_turn(self, line: RequestLine, home: Home) -> ReplyLine:
+    async def _ask_in_turn(self, line: SnapshotRequest, home: Home) -> SnapshotReply:
         """A salvage has two tries and a time for both: it is not kept waiting for having failed."""
         key = home.rental_id, home.host.worker_id
-        fails = key in self._held_up and line.action is not SnapshotAction.SALVAGE
+        fails = key in self._without_progress and line.action is not SnapshotAction.SALVAGE
         async with self._shares.place(Claim(home.owner, fails)):
             try:
                 reply = await self._ask(line, line.deadline_s)
             except SnapshotError as error:
-                if error.code in HELD_UP:
-                    self._held_up = self._held_up | {key: None}
-                    while len(self._held_up) > MOST_REMEMBERED:
-                        del self._held_up[next(iter(self._held_up))]
+                if error.code in NO_PROGRESS_CODES:
+                    self._without_progress = self._without_progress | {key: None}
+                    while len(self._without_progress) > MOST_REMEMBERED:
+                        del self._without_progress[next(iter(self._without_progress))]
                 raise
-            self._held_up.pop(key, None)
+            self._without_progress.pop(key, None)
             return reply
 
     async def _end_all_of(self, rental_id: str) -> None:
@@ -149,17 +160,17 @@ class SnapshotClient:
             asking.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
-    async def _ask(self, line: RequestLine, deadline_s: float) -> ReplyLine:
+    async def _ask(self, line: SnapshotRequest, deadline_s: float) -> SnapshotReply:
         try:
             async with asyncio.timeout(CONNECT_WITHIN_S):
-                channel = await AsyncChannel.connect(self._socket_path, LONGEST_REPLY)
+                channel = await AsyncChannel.connect(self._socket_path, MAX_REPLY_BYTES)
         except (OSError, TimeoutError) as error:
             raise SnapshotError("vault_away", "the part of the manager that keeps copies does not answer") from error
         try:
             async with asyncio.timeout(deadline_s + self._margin_s):
                 await channel.send(line)
                 answer = await channel.receive()
-            reply = decode_as(ReplyLine, answer or b"")
+            reply = decode_as(SnapshotReply, answer or b"")
         except TimeoutError as error:
             raise SnapshotError("no_answer", "the vault did not answer in time") from error
         except (OSError, ValueError) as error:
@@ -172,25 +183,25 @@ class SnapshotClient:
         return reply
 
 
-def _copied(reply: ReplyLine) -> Taken:
+def _taken(reply: SnapshotReply) -> Taken:
     if reply.done is None:
         raise SnapshotError("no_answer", "the vault's answer is not one")
     return Taken(read(reply.done), tuple(read(copy) for copy in reply.copies), reply.pause_s)
 
 
-def _allowed(limits: SnapshotLimits, spare: SnapshotId | None) -> dict[str, Any]:
+def _limit_fields(limits: SnapshotLimits, protected: SnapshotId | None) -> dict[str, Any]:
     most = {"max_files": limits.max_files, "max_bytes": limits.max_bytes, "owner_share": limits.owner_share}
-    return most | {"generation": str(spare or "")}
+    return most | {"generation": str(protected or "")}
 
 
-def _line(action: SnapshotAction, home: Home, deadline_s: float, **more: Any) -> RequestLine:
+def _request(action: SnapshotAction, home: Home, deadline_s: float, **more: Any) -> SnapshotRequest:
     try:
-        return RequestLine(
+        return SnapshotRequest(
             action=action,
             rental_id=home.rental_id,
             uid=home.uid,
             epoch=home.epoch,
-            host=_host_line(home.host),
+            host=_host_message(home.host),
             owner=home.owner,
             deadline_s=deadline_s,
             **more,
@@ -199,5 +210,5 @@ def _line(action: SnapshotAction, home: Home, deadline_s: float, **more: Any) ->
         raise SnapshotError("invalid_request", f"not a request for the vault: {error.errors()[0]['msg']}") from error
 
 
-def _host_line(host: Host) -> HostMessage:
+def _host_message(host: Host) -> HostMessage:
     return HostMessage(worker_id=host.worker_id, address=host.address, port=host.port, host_keys=host.host_keys)

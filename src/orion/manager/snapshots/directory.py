@@ -35,7 +35,7 @@ CHANGES = "changes"
 
 
 @dataclass(frozen=True)
-class Made:
+class NewSnapshot:
     """What is known of a copy that is complete in `incoming`."""
 
     at: float
@@ -46,7 +46,7 @@ class Made:
     salvage: bool = False
 
 
-class Measured(NamedTuple):
+class TreeSize(NamedTuple):
     """Size of a tree. The bytes are those of `counted`; a file with several names is one inode, and counts once."""
 
     files: int
@@ -121,7 +121,7 @@ def renew(folder: Path, generation: str, at: float) -> Snapshot:
 def describe(
     folder: Path,
     epoch: int,
-    made: Made,
+    made: NewSnapshot,
     limits: tuple[int, int],
     base: str,
     changed: Sequence[bytes] | None,
@@ -148,7 +148,7 @@ def describe(
     return True
 
 
-def choices(folder: Path, spare: SnapshotId | None) -> list[Usage]:
+def choices(folder: Path, protected: SnapshotId | None) -> list[Usage]:
     """Return what all copies take, with what is described in `incoming`, for each choice of which stay.
 
     The choices are those of `may_stay`. What a copy shares with the one that it was made from counts once, if that one
@@ -159,26 +159,26 @@ def choices(folder: Path, spare: SnapshotId | None) -> list[Usage]:
         about = _read(folder / INCOMING)
         abouts[about["generation"]] = about
     copies = [read(about | {"generation": name}) for name, about in abouts.items()]
-    return [_taken(abouts, {str(generation) for generation in staying}) for staying in may_stay(copies, spare)]
+    return [_taken(abouts, {str(generation) for generation in staying}) for staying in may_stay(copies, protected)]
 
 
-def finish(folder: Path, spare: SnapshotId | None = None, choice: int = 0, in_haste: bool = False) -> Snapshot:
+def finish(folder: Path, protected: SnapshotId | None = None, choice: int = 0, in_haste: bool = False) -> Snapshot:
     """Make what is described in `incoming` a complete copy. Older ones make room: see `make_room`."""
     about = _read(folder / INCOMING)
     _flush_all(folder)
     (folder / INCOMING).rename(folder / about["generation"])
     _flush(folder)
-    make_room(folder, spare, choice, in_haste)
+    make_room(folder, protected, choice, in_haste)
     return read(about)
 
 
-def make_room(folder: Path, spare: SnapshotId | None, choice: int, in_haste: bool = False) -> bool:
+def make_room(folder: Path, protected: SnapshotId | None, choice: int, in_haste: bool = False) -> bool:
     """Remove the copies that do not stay by this choice, by its number in `choices`.
 
     `in_haste`: a renter waits, and they are removed later, by `tidy` or by the next copy.
     """
     complete = found(folder)
-    staying = may_stay(complete, spare)[choice]
+    staying = may_stay(complete, protected)[choice]
     for each in complete:
         if each.generation not in staying:
             old = (folder / str(each.generation)).rename(folder / f"{OLD}{each.generation}")
@@ -193,16 +193,16 @@ def give_up(folder: Path) -> bool:
     return True
 
 
-def marks(folder: Path, generation: str, filled: str) -> dict[str, Any]:
+def marks(folder: Path, generation: str, previous: str) -> dict[str, Any]:
     """Return what a worker has to know that is filled with a copy: its mark and the modes of some directories.
 
     `base` is the mark of `filled` if the copy is that one or was made from it, else empty.
     """
     about = _read(folder / generation)
-    base = str(about.get("mark", "")) if filled == generation else ""
+    base = str(about.get("mark", "")) if previous == generation else ""
     with suppress(OSError, ValueError):
-        if filled and about.get("base") == filled:
-            base = str(_read(folder / filled).get("mark", ""))
+        if previous and about.get("base") == previous:
+            base = str(_read(folder / previous).get("mark", ""))
     return {"mark": str(about.get("mark", "")), "base": base, "folders": about.get("folders", {})}
 
 
@@ -226,7 +226,7 @@ def _sweep(folder: Path, complete: Sequence[Snapshot], begun_from: str) -> None:
             _remove(place)
 
 
-def _measure(home: Path) -> Measured:
+def _measure(home: Path) -> TreeSize:
     looked = subprocess.run(["find", ".", "-printf", r"%y %i %n %b %s\n"], cwd=home, capture_output=True, check=True)
     inodes = Counter(looked.stdout.splitlines())  # the names of one inode have the same line
     whole, own = [], []
@@ -235,7 +235,7 @@ def _measure(home: Path) -> Measured:
         whole.append(counted(int(blocks), int(size)))
         if kind == b"d" or int(links) == names:
             own.append(whole[-1])
-    return Measured(inodes.total(), Usage(len(whole), sum(whole)), Usage(len(own), sum(own)))
+    return TreeSize(inodes.total(), Usage(len(whole), sum(whole)), Usage(len(own), sum(own)))
 
 
 def _taken(abouts: Mapping[str, Mapping[str, Any]], staying: Collection[str]) -> Usage:

@@ -27,31 +27,31 @@ from orion.manager.domain.snapshots import SnapshotId
 from orion.manager.snapshots import directory
 from orion.manager.snapshots.disk import Disk, Usage, Usages
 from orion.manager.snapshots.lifetime import Lifetime
-from orion.manager.snapshots.port import NO_BASE, NO_SUCH_GENERATION, OVER_LIMIT, OVER_SHARE, SnapshotError
-from orion.manager.snapshots.protocol import ReplyLine, RequestLine, SnapshotAction, written
+from orion.manager.snapshots.port import NO_BASE, NO_SUCH_SNAPSHOT, OVER_LIMIT, OVER_SHARE, SnapshotError
+from orion.manager.snapshots.protocol import SnapshotAction, SnapshotReply, SnapshotRequest, written
 from orion.manager.snapshots.transfer import (
     LISTS_BYTES,
     LISTS_BYTES_A_FILE,
+    LONG_STALL_S,
     OPTIONS,
-    PATIENT_S,
-    STALLED_S,
-    Far,
-    Hello,
-    Told,
+    STALL_S,
+    RsyncResult,
+    SnapshotAnswer,
     Transfer,
+    WorkerCommand,
     check,
 )
 from orion.manager.ssh.options import worker_ssh
 
 LOCK_WAIT_S = 5.0
 TIDY_WITHIN_S = 60.0
-SALVAGE_WAIT_S = 45.0
+RECOVER_LOCK_WAIT_S = 45.0
 """A salvage is in nobody's way and in no hurry: a copy of what runs elsewhere may end first."""
-FULLEST_DISK = 0.9
+MAX_DISK_SHARE = 0.9
 """A copy that is under way is given up when so much of the disk is used, of its bytes or of its inodes; none is begun
 from a lower mark on."""
 SSH_OPTIONS = ("ControlMaster=auto", "ControlPersist=60s", "ServerAliveInterval=5", "LogLevel=ERROR")
-NOBODYS_ID = 4_000_000_000
+UNUSED_IDS_FROM = 4_000_000_000
 T = TypeVar("T")
 
 
@@ -79,21 +79,21 @@ class Directories:
 
 
 class SnapshotJob:
-    def __init__(self, request: RequestLine, places: Directories, watch: Lifetime) -> None:
+    def __init__(self, request: SnapshotRequest, directories: Directories, lifetime: Lifetime) -> None:
         self._request = request
-        self._places = places
-        self._watch = watch
-        self._folder = places.copies / request.rental_id
-        self._leaves: Callable[[Path], bool] | None = None
+        self._directories = directories
+        self._lifetime = lifetime
+        self._folder = directories.copies / request.rental_id
+        self._cleanup: Callable[[Path], bool] | None = None
         """Return a function that removes what the job has left behind; None where nothing is left."""
 
-    def run(self) -> ReplyLine:
+    def run(self) -> SnapshotReply:
         """Raises SnapshotError for what goes wrong, and Abandoned when nobody waits for it any more."""
         if self._request.action is SnapshotAction.RENTALS:
-            names = {place.name for place in self._places.copies.iterdir()}
-            return ReplyLine(ok=True, rentals=sorted(name for name in names if not name.startswith(".")))
+            names = {place.name for place in self._directories.copies.iterdir()}
+            return SnapshotReply(ok=True, rentals=sorted(name for name in names if not name.startswith(".")))
         if self._request.action is SnapshotAction.SHORT_OF_ROOM:
-            return ReplyLine(ok=True, owners=self._places.usages.refused())
+            return SnapshotReply(ok=True, owners=self._directories.usages.refused())
         if self._request.action is SnapshotAction.CONNECT:
             return self._connect()
         work = {
@@ -103,7 +103,7 @@ class SnapshotJob:
             SnapshotAction.LIST: self._list,
             SnapshotAction.REMOVE: self._remove,
         }[self._request.action]
-        with self._alone():
+        with self._locked():
             return work()
 
     def tidy(self) -> None:
@@ -111,131 +111,135 @@ class SnapshotJob:
 
         What is not done within TIDY_WITHIN_S, or as another job has come, the next copy does.
         """
-        leaves = self._leaves
-        if leaves and self._folder.exists():
-            nobody, other_end = socket.socketpair()
-            with nobody, other_end, suppress(SnapshotError):
-                self._watch = Lifetime(nobody, TIDY_WITHIN_S)
-                with self._alone():
-                    self._as_renter(lambda: leaves(self._folder))
+        cleanup = self._cleanup
+        if cleanup and self._folder.exists():
+            unused_end, other_end = socket.socketpair()
+            with unused_end, other_end, suppress(SnapshotError):
+                self._lifetime = Lifetime(unused_end, TIDY_WITHIN_S)
+                with self._locked():
+                    self._as_rental(lambda: cleanup(self._folder))
 
-    def _copy(self) -> ReplyLine:
+    def _copy(self) -> SnapshotReply:
         """Make a snapshot: a copy of the one before, brought up to date with what changed at the worker since."""
         request = self._request
         self._make_folder()
-        self._leaves = directory.give_up
+        self._cleanup = directory.give_up
         salvage = request.action is SnapshotAction.SALVAGE
-        base = self._as_renter(lambda: directory.begin(self._folder, request.epoch, salvage))
-        self._look_at_disk()
+        base = self._as_rental(lambda: directory.begin(self._folder, request.epoch, salvage))
+        self._check_disk()
         mark = secrets.token_hex(16)
         limits = {"max_files": request.max_files, "max_bytes": request.max_bytes}
-        wish = limits | {"base": base["mark"], "mark": mark, "moving": request.moving}
+        payload = limits | {"base": base["mark"], "mark": mark, "moving": request.for_migration}
         if request.pause_s < LONGEST_PAUSE_S:  # which is what a worker assumes, one of an earlier version too
-            wish["pause_s"] = request.pause_s
+            payload["pause_s"] = request.pause_s
         asked_at = time.time()
-        with self._far("salvage" if salvage else "send", **wish) as far:
-            hello = Hello.of(far.hear(self._watch))
+        with self._worker_command("salvage" if salvage else "send", **payload) as worker:
+            answer = SnapshotAnswer.of(worker.read_answer(self._lifetime))
             # It began at that moment or later: not counted is what the request needed on its way. What the answer needs
             # would make a copy look younger than it is.
-            at = min(asked_at + hello.after_s, time.time())
-            told = Told()
-            if not hello.same:
-                self._look_at_share()
-                if not hello.whole:
-                    self._as_renter(lambda: directory.clone(self._folder, base["generation"]))
-                told = self._receive(far, hello, base["generation"])
+            at = min(asked_at + answer.after_s, time.time())
+            result = RsyncResult()
+            if not answer.same:
+                self._check_share()
+                if not answer.whole:
+                    self._as_rental(lambda: directory.clone(self._folder, base["generation"]))
+                result = self._receive(worker, answer, base["generation"])
             elif not base["same_epoch"]:
-                self._as_renter(lambda: directory.clone(self._folder, base["generation"]))
-        if hello.same and base["same_epoch"]:
+                self._as_rental(lambda: directory.clone(self._folder, base["generation"]))
+        if answer.same and base["same_epoch"]:
             done, *copies = self._renew(base["generation"], at)
         else:
-            folders = base["folders"] if hello.same else hello.folders
-            made = directory.Made(at, base["mark"] if hello.same else mark, hello.skipped, folders, salvage)
-            done, *copies = self._finish(made, base, None if hello.whole else told.names)
-        self._leaves = None
-        return ReplyLine(ok=True, done=done, copies=copies, pause_s=hello.pause_s)
+            folders = base["folders"] if answer.same else answer.folders
+            made = directory.NewSnapshot(at, base["mark"] if answer.same else mark, answer.skipped, folders, salvage)
+            done, *copies = self._finish(made, base, None if answer.whole else result.names)
+        self._cleanup = None
+        return SnapshotReply(ok=True, done=done, copies=copies, pause_s=answer.pause_s)
 
     def _renew(self, generation: str, at: float) -> list[dict[str, Any]]:
         """Make a copy younger; return it and all that stay. Others make room where its owner is short of that."""
-        spare = SnapshotId.parse(self._request.generation)
+        protected = SnapshotId.parse(self._request.generation)
 
         def renew() -> list[Any]:
             done = directory.renew(self._folder, generation, at)
-            return [directory.choices(self._folder, spare), written(done), *self._listed()]
+            return [directory.choices(self._folder, protected), written(done), *self._listed()]
 
-        choices, *found = self._as_renter(renew)
+        choices, *found = self._as_rental(renew)
         is_salvage = (
             self._request.action is SnapshotAction.SALVAGE
         )  # which may have found an old copy, and must not lose it
         choice = 0 if is_salvage else self._choose(choices)
         if choice != 0:
             fewer = len(choices) - 1 if choice is None else choice
-            self._as_renter(lambda: directory.make_room(self._folder, spare, fewer))
+            self._as_rental(lambda: directory.make_room(self._folder, protected, fewer))
             found[1:] = self._found()
         return found
 
-    def _finish(self, made: directory.Made, base: dict[str, Any], changed: list[bytes] | None) -> list[dict[str, Any]]:
+    def _finish(
+        self, made: directory.NewSnapshot, base: dict[str, Any], changed: list[bytes] | None
+    ) -> list[dict[str, Any]]:
         """Make what has come a complete copy; return it and all that stay. Raise SnapshotError if there is no room."""
-        request, spare = self._request, SnapshotId.parse(self._request.generation)
+        request, protected = self._request, SnapshotId.parse(self._request.generation)
 
         def describe() -> list[Usage]:
             limits = request.max_files, request.max_bytes
             directory.describe(self._folder, request.epoch, made, limits, base["generation"], changed)
-            return directory.choices(self._folder, spare)
+            return directory.choices(self._folder, protected)
 
-        choice = self._choose(self._as_renter(describe))
+        choice = self._choose(self._as_rental(describe))
         if choice is None:
             raise self._over_share()
 
         def finish() -> list[dict[str, Any]]:
-            done = directory.finish(self._folder, spare, choice, in_haste=base["prepared"])
+            done = directory.finish(self._folder, protected, choice, in_haste=base["prepared"])
             return [written(done), *self._listed()]
 
-        return self._as_renter(finish)
+        return self._as_rental(finish)
 
     def _choose(self, choices: list[Usage]) -> int | None:
         """Return the number of the choice of copies that fits into its owner's share, as `Usages.choose` does."""
         request, takes = self._request, [Usage(*each) for each in choices]
-        return self._places.usages.choose(request.rental_id, request.owner, takes, self._share())
+        return self._directories.usages.choose(request.rental_id, request.owner, takes, self._share())
 
-    def _receive(self, far: Far, hello: Hello, base: str) -> Told:
+    def _receive(self, worker: WorkerCommand, answer: SnapshotAnswer, base: str) -> RsyncResult:
         request = self._request
-        kind = "whole" if hello.whole else "send"
-        before = (f"--link-dest={self._folder / base / 'home'}",) if hello.whole and base else ()
+        kind = "whole" if answer.whole else "send"
+        before = (f"--link-dest={self._folder / base / 'home'}",) if answer.whole and base else ()
         told_of = ("-ii", "--out-format=%i %n", "--info=nonreg0")
         target = f"{self._folder / directory.INCOMING / 'home'}/"
         # What was removed is listed as well: every entry may have been replaced.
         lists = LISTS_BYTES + LISTS_BYTES_A_FILE * request.max_files
         most = request.max_bytes + lists, 2 * request.max_files + 2
-        stalled_s = PATIENT_S if request.moving or request.action is SnapshotAction.SALVAGE else STALLED_S
-        transfer = Transfer(far, request.uid, self._watch, *most, gently=not request.moving, stalled_s=stalled_s)
+        stalled_s = LONG_STALL_S if request.for_migration or request.action is SnapshotAction.SALVAGE else STALL_S
+        transfer = Transfer(
+            worker, request.uid, self._lifetime, *most, low_priority=not request.for_migration, stalled_s=stalled_s
+        )
         arguments = (*OPTIONS[kind], *before, *told_of, "worker:.", target)
-        told = transfer.run(arguments, self._look_at_disk, request.max_bytes, heard=True)
-        check(told, "receiver")
-        return told
+        result = transfer.run(arguments, self._check_disk, request.max_bytes, answer_was_read=True)
+        check(result, "receiver")
+        return result
 
-    def _restore(self) -> ReplyLine:
+    def _restore(self) -> SnapshotReply:
         complete = self._found()
         newest = next((each["generation"] for each in reversed(complete) if not each["salvage"]), "")
         wanted = self._request.generation or newest
         if not complete or not wanted:
-            return ReplyLine(ok=True)
+            return SnapshotReply(ok=True)
         copy = next((each for each in complete if each["generation"] == wanted), None)
         if copy is None:
             there = ", ".join(each["generation"] for each in complete)
-            raise SnapshotError(NO_SUCH_GENERATION, f"there is no copy {wanted}; there are {there}")
-        told = self._fill(wanted)
-        if self._request.again:
+            raise SnapshotError(NO_SUCH_SNAPSHOT, f"there is no copy {wanted}; there are {there}")
+        result = self._fill(wanted)
+        if self._request.precopy:
             with suppress(SnapshotError):  # the home is filled, and the next copy does for itself what was not prepared
-                self._as_renter(lambda: directory.prepare(self._folder, wanted))
+                self._as_rental(lambda: directory.prepare(self._folder, wanted))
         else:
-            self._leaves = directory.tidy
-        return ReplyLine(ok=True, done=copy | {"skipped": [*copy["skipped"], *told.skipped()]}, copies=complete)
+            self._cleanup = directory.tidy
+        return SnapshotReply(ok=True, done=copy | {"skipped": [*copy["skipped"], *result.skipped()]}, copies=complete)
 
-    def _fill(self, wanted: str) -> Told:
+    def _fill(self, wanted: str) -> RsyncResult:
         """Fill the home with a snapshot; where it is known to hold the one before, with what changed since."""
         source = self._folder / wanted
-        marks = self._as_renter(lambda: directory.marks(self._folder, wanted, self._request.filled))
+        marks = self._as_rental(lambda: directory.marks(self._folder, wanted, self._request.previous))
         if marks["base"]:
             changes = source / directory.CHANGES if marks["base"] != marks["mark"] else "/dev/null"
             try:
@@ -245,60 +249,62 @@ class SnapshotJob:
                     raise
         return self._send("receive", (), wanted, marks | {"base": ""})
 
-    def _send(self, kind: str, more: tuple[str, ...], wanted: str, marks: dict[str, Any]) -> Told:
+    def _send(self, kind: str, more: tuple[str, ...], wanted: str, marks: dict[str, Any]) -> RsyncResult:
         source = f"{self._folder / wanted / 'home'}/"
-        with self._far("receive", generation=wanted, **marks) as far:
-            transfer = Transfer(far, self._request.uid, self._watch, LISTS_BYTES, float("inf"), gently=False)
-            told = transfer.run((*OPTIONS[kind], *more, source, "worker:."), lambda: None, None)
-        check(told, "sender")
-        return told
+        with self._worker_command("receive", generation=wanted, **marks) as worker:
+            transfer = Transfer(
+                worker, self._request.uid, self._lifetime, LISTS_BYTES, float("inf"), low_priority=False
+            )
+            result = transfer.run((*OPTIONS[kind], *more, source, "worker:."), lambda: None, None)
+        check(result, "sender")
+        return result
 
-    def _connect(self) -> ReplyLine:
+    def _connect(self) -> SnapshotReply:
         """What comes next finds a connection that is open (ControlPersist). Nothing is asked of the worker."""
         command, environment = self._ssh()
-        account = self._places.ssh_uid
+        account = self._directories.ssh_uid
         ssh = subprocess.Popen(
             [*command, "true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env=environment, cwd="/", user=account, group=account, extra_groups=[], start_new_session=True,
         )  # fmt: skip
         ended = os.pidfd_open(ssh.pid)
         try:
-            self._watch.wait_for(ended)
+            self._lifetime.wait_for(ended)
         finally:
             os.close(ended)
             ssh.kill()
             status = ssh.wait()
         if status:
             raise SnapshotError("unreachable", "the worker cannot be asked")
-        return ReplyLine(ok=True)
+        return SnapshotReply(ok=True)
 
-    def _list(self) -> ReplyLine:
-        return ReplyLine(ok=True, copies=self._found())
+    def _list(self) -> SnapshotReply:
+        return SnapshotReply(ok=True, copies=self._found())
 
-    def _remove(self) -> ReplyLine:
+    def _remove(self) -> SnapshotReply:
         if self._folder.exists():
             self._own_folder()
-            self._as_renter(lambda: directory.wipe(self._folder))
+            self._as_rental(lambda: directory.wipe(self._folder))
             self._folder.rmdir()
-        self._places.usages.forget(self._request.rental_id)
-        return ReplyLine(ok=True)
+        self._directories.usages.forget(self._request.rental_id)
+        return SnapshotReply(ok=True)
 
     def _found(self) -> list[dict[str, Any]]:
         if not self._folder.exists():
             return []
         self._own_folder()
-        return self._as_renter(self._listed)
+        return self._as_rental(self._listed)
 
     def _listed(self) -> list[dict[str, Any]]:
         """Receive as the rental's uid, in the child that has become it."""
         return [written(copy) for copy in directory.found(self._folder)]
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """One job for a rental at a time; and nothing that ran under its uid outlives it."""
-        with (self._places.locks / self._request.rental_id).open("w") as lock:
-            wait_s = SALVAGE_WAIT_S if self._request.action is SnapshotAction.SALVAGE else LOCK_WAIT_S
-            last_moment = time.monotonic() + min(wait_s, self._watch.left_s)
+        with (self._directories.locks / self._request.rental_id).open("w") as lock:
+            wait_s = RECOVER_LOCK_WAIT_S if self._request.action is SnapshotAction.SALVAGE else LOCK_WAIT_S
+            last_moment = time.monotonic() + min(wait_s, self._lifetime.left_s)
             while not _try_lock(lock.fileno()):
                 if time.monotonic() >= last_moment:
                     raise SnapshotError("busy", "another job for this rental is still at work")
@@ -306,7 +312,7 @@ class SnapshotJob:
             try:
                 yield
             finally:
-                _strike(self._request.uid)
+                _kill_all_of(self._request.uid)
 
     def _make_folder(self) -> None:
         with suppress(FileExistsError):
@@ -322,52 +328,52 @@ class SnapshotJob:
         elif status.st_uid != self._request.uid:
             raise SnapshotError("conflict", f"the copies of {self._request.rental_id} are another uid's")
 
-    def _look_at_disk(self) -> None:
-        share, what = Disk.of(self._places.copies).scarcest
-        if share > FULLEST_DISK:
+    def _check_disk(self) -> None:
+        share, what = Disk.of(self._directories.copies).scarcest
+        if share > MAX_DISK_SHARE:
             raise SnapshotError("disk_full", f"the manager's disk is nearly full: it has hardly any {what} left")
 
-    def _look_at_share(self) -> None:
+    def _check_share(self) -> None:
         """Raise SnapshotError where the other rentals of the owner have all of its share: nothing need come then."""
         request = self._request
-        if not self._places.usages.is_room(request.rental_id, request.owner, self._share()):
+        if not self._directories.usages.is_room(request.rental_id, request.owner, self._share()):
             raise self._over_share()
 
     def _share(self) -> Usage:
-        return Disk.of(self._places.copies).share(self._request.owner_share)
+        return Disk.of(self._directories.copies).share(self._request.owner_share)
 
     def _over_share(self) -> SnapshotError:
         what = f"the copies of all that its owner rents would take more than {self._request.owner_share:.0%}"
         way_out = "release rentals, or remove files"
         return SnapshotError(OVER_SHARE, f"{what} of the manager's disk, of its bytes or of its inodes: {way_out}")
 
-    def _far(self, direction: str, **more: Any) -> Far:
+    def _worker_command(self, direction: str, **more: Any) -> WorkerCommand:
         request = self._request
         command, environment = self._ssh()
-        account = (self._places.ssh_uid, self._places.ssh_uid)
-        identity = {"rental_id": request.rental_id, "epoch": request.epoch, "deadline": self._watch.unix_deadline()}
-        return Far(command, account, environment, direction, identity | more)
+        account = (self._directories.ssh_uid, self._directories.ssh_uid)
+        identity = {"rental_id": request.rental_id, "epoch": request.epoch, "deadline": self._lifetime.unix_deadline()}
+        return WorkerCommand(command, account, environment, direction, identity | more)
 
     def _ssh(self) -> tuple[list[str], dict[str, str]]:
         """The command that reaches the worker, and its environment."""
         if self._request.host is None:
             raise SnapshotError("invalid_request", "it names no worker")
-        environment = {"PATH": "/usr/bin:/bin", "HOME": str(self._places.ssh), "LANG": "C.UTF-8"}
-        return worker_ssh(self._request.host.host(), self._places.ssh, SSH_OPTIONS), environment
+        environment = {"PATH": "/usr/bin:/bin", "HOME": str(self._directories.ssh), "LANG": "C.UTF-8"}
+        return worker_ssh(self._request.host.host(), self._directories.ssh, SSH_OPTIONS), environment
 
-    def _as_renter(self, work: Callable[[], T]) -> T:
+    def _as_rental(self, work: Callable[[], T]) -> T:
         """What `work` returns, done by a child that is the rental's uid."""
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(reading)
-            _become_and_do(self._request.uid, work, writing)
+            _run_as(self._request.uid, work, writing)
         os.close(writing)
         try:
             with os.fdopen(reading, "rb") as pipe:
                 content = b""
                 while True:
-                    self._watch.wait_for(pipe.fileno())
+                    self._lifetime.wait_for(pipe.fileno())
                     part = os.read(pipe.fileno(), 1 << 16)
                     if not part:
                         break
@@ -383,7 +389,7 @@ class SnapshotJob:
         return result
 
 
-def _become_and_do(uid: int, work: Callable[[], Any], writing: int) -> None:
+def _run_as(uid: int, work: Callable[[], Any], writing: int) -> None:
     """In a child. Never returns."""
     try:
         _become(uid)
@@ -407,14 +413,14 @@ def _become(uid: int) -> None:
     os.setresuid(uid, uid, uid)
 
 
-def _strike(uid: int) -> None:
+def _kill_all_of(uid: int) -> None:
     """SIGKILL to all that runs under a rental's uid, in one step of the kernel, from a uid that it cannot strike."""
     child = os.fork()
     if child == 0:
         with suppress(OSError):
             os.setgroups([])
-            os.setresgid(NOBODYS_ID, NOBODYS_ID, NOBODYS_ID)
-            own = NOBODYS_ID + os.getpid()  # one for each job: two that end at a time must not hit each other
+            os.setresgid(UNUSED_IDS_FROM, UNUSED_IDS_FROM, UNUSED_IDS_FROM)
+            own = UNUSED_IDS_FROM + os.getpid()  # one for each job: two that end at a time must not hit each other
             os.setresuid(own, uid, own)
             os.kill(-1, signal.SIGKILL)
         os._exit(0)

@@ -15,8 +15,8 @@ class Abandoned(Exception):
 
 
 class Lifetime:
-    def __init__(self, asker: socket.socket, deadline_s: float) -> None:
-        self._asker = asker
+    def __init__(self, client: socket.socket, deadline_s: float) -> None:
+        self._client = client
         self._ends_at = time.monotonic() + deadline_s
 
     @property
@@ -29,18 +29,18 @@ class Lifetime:
     def wait_for(self, descriptor: int, within_s: float = float("inf")) -> bool:
         """Wait until it can be read from; return False if that is not so within so many seconds."""
         waits_s = max(0.0, min(self.left_s, within_s))
-        ready, _, _ = select.select([descriptor, self._asker.fileno()], [], [], waits_s)
-        self._look(self._asker.fileno() in ready)
+        ready, _, _ = select.select([descriptor, self._client.fileno()], [], [], waits_s)
+        self._look(self._client.fileno() in ready)
         return descriptor in ready
 
     def events(self, selector: selectors.BaseSelector) -> list[tuple[selectors.SelectorKey, int]]:
         """The next events of a selector in which `register` put the asker."""
         found = selector.select(max(0.0, min(self.left_s, 1.0)))
-        self._look(any(key.fileobj is self._asker for key, _ in found))
-        return [(key, ready) for key, ready in found if key.fileobj is not self._asker]
+        self._look(any(key.fileobj is self._client for key, _ in found))
+        return [(key, ready) for key, ready in found if key.fileobj is not self._client]
 
     def register(self, selector: selectors.BaseSelector) -> None:
-        selector.register(self._asker, selectors.EVENT_READ)
+        selector.register(self._client, selectors.EVENT_READ)
 
     def _look(self, heard: bool) -> None:
         """Whoever asked has nothing more to say: what can be heard is that it has gone."""

@@ -13,8 +13,8 @@ from orion.manager.domain.snapshot_plan import SnapshotLimits
 from orion.manager.domain.snapshots import Snapshot, SnapshotId
 from orion.manager.ssh.port import Host
 
-COPY_DEADLINE_S = 120.0
-SALVAGE_DEADLINE_S = 90.0
+SNAPSHOT_DEADLINE_S = 120.0
+RECOVER_DEADLINE_S = 90.0
 RESTORE_DEADLINE_S = 300.0
 CONNECT_DEADLINE_S = 10.0
 
@@ -49,19 +49,19 @@ class SnapshotError(Exception):
         self.restored = restored
 
 
-OF_THE_WORKER = frozenset(
+WORKER_CODES = frozenset(
     (
         *("unreachable", "failed", "refused", "no_home", "stale_epoch", "purged", "unknown_rental", "broken"),
         *("timed_out", "stalled"),
     )
 )
 """Codes for which another worker might do better: what could not be restored here is restored elsewhere."""
-HELD_UP = frozenset(("timed_out", "stalled", "no_answer", "unreachable"))
+NO_PROGRESS_CODES = frozenset(("timed_out", "stalled", "no_answer", "unreachable"))
 """Codes of what has held its place for long and did nothing with it."""
-LET_IN = "let_in"
+ALREADY_ACTIVATED = "let_in"
 """The renter was let in at this epoch: nothing is put over its files any more."""
-NOTHING_TO_SALVAGE = "nothing_to_salvage"
-NO_SUCH_GENERATION = "no_such_generation"
+NOTHING_TO_RECOVER = "nothing_to_salvage"
+NO_SUCH_SNAPSHOT = "no_such_generation"
 NO_BASE = "no_base"
 """The home is not known to hold the snapshot that it is to be brought up to date from."""
 OVER_LIMIT = "over_limit"
@@ -69,7 +69,7 @@ OVER_SHARE = "over_share"
 """The copies of its owner's rentals have their share of the disk."""
 PAUSE_TOO_LONG = "pause_too_long"
 """Programs would have to stand still for longer than they may; they did not."""
-PAUSE_IN_VAIN = "pause_in_vain"
+PAUSE_TOO_SHORT = "pause_in_vain"
 """They stood still for as long as they may, and that was too short."""
 
 
@@ -80,9 +80,9 @@ class SnapshotService(Protocol):
         self,
         home: Home,
         limits: SnapshotLimits,
-        deadline_s: float = COPY_DEADLINE_S,
-        spare: SnapshotId | None = None,
-        moving: bool = False,
+        deadline_s: float = SNAPSHOT_DEADLINE_S,
+        protected: SnapshotId | None = None,
+        for_migration: bool = False,
     ) -> Taken:
         """Copy the home as it was at one moment. What was copied before stays untouched until this one is complete.
 
@@ -97,8 +97,8 @@ class SnapshotService(Protocol):
         self,
         home: Home,
         limits: SnapshotLimits,
-        deadline_s: float = SALVAGE_DEADLINE_S,
-        spare: SnapshotId | None = None,
+        deadline_s: float = RECOVER_DEADLINE_S,
+        protected: SnapshotId | None = None,
     ) -> Taken:
         """Copy aside a home whose placement was lost, of an epoch that may be long over: nothing of it runs any more.
 
@@ -113,8 +113,8 @@ class SnapshotService(Protocol):
         home: Home,
         generation: SnapshotId | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
-        filled: SnapshotId | None = None,
-        again: bool = False,
+        previous: SnapshotId | None = None,
+        precopy: bool = False,
     ) -> Snapshot | None:
         """Fill the locked home with a copy, the newest if none is named; None: there is none, and nothing was done.
 

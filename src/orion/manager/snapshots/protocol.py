@@ -16,7 +16,7 @@ from orion.manager.domain.snapshots import Snapshot, SnapshotId
 from orion.manager.messages import MAX_DEADLINE_S, HostMessage
 from orion.wire import Id
 
-LONGEST_LINE = 1 << 17
+MAX_REQUEST_BYTES = 1 << 17
 """Bytes of a request, which may name eight host keys of 8 KB."""
 
 
@@ -35,7 +35,7 @@ class SnapshotLine(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class RequestLine(SnapshotLine):
+class SnapshotRequest(SnapshotLine):
     action: SnapshotAction
     rental_id: Id = "-"
     uid: int = Field(100_000, ge=100_000, lt=2**31)
@@ -43,22 +43,22 @@ class RequestLine(SnapshotLine):
     host: HostMessage | None = None
     generation: Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,15}-[1-9][0-9]{0,15})?$")] = ""
     """To restore; of a copy, one that is to stay. Empty: the newest, or none in particular."""
-    filled: Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,15}-[1-9][0-9]{0,15})?$")] = ""
+    previous: Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,15}-[1-9][0-9]{0,15})?$")] = ""
     """Of a restore, the copy with which the home was filled before. Empty: it is not known."""
-    again: bool = False
+    precopy: bool = False
     """Whether a restore is followed by another copy, which is prepared as far as it can be."""
     max_files: int = Field(0, ge=0, lt=2**53)
     max_bytes: int = Field(0, ge=0, lt=2**53)
     owner: Annotated[str, StringConstraints(max_length=200)] = ""
     owner_share: float = Field(1.0, gt=0, le=1)
     """The share of the disk for the copies of all rentals of this owner."""
-    moving: bool = False
+    for_migration: bool = False
     pause_s: float = Field(LONGEST_PAUSE_S, gt=0, le=LONGEST_PAUSE_S)
     """The seconds for which the programs of the rental may stand still for a copy."""
     deadline_s: float = Field(gt=0, le=MAX_DEADLINE_S)
 
 
-class ReplyLine(SnapshotLine):
+class SnapshotReply(SnapshotLine):
     ok: bool
     code: str = ""
     message: str = ""

@@ -24,15 +24,15 @@ from orion.manager.channel import BlockingChannel, BrokenLine, ChannelError, dec
 from orion.manager.snapshots.jobs import Directories, SnapshotJob
 from orion.manager.snapshots.lifetime import Abandoned, Lifetime
 from orion.manager.snapshots.port import SnapshotError
-from orion.manager.snapshots.protocol import LONGEST_LINE, ReplyLine, RequestLine
+from orion.manager.snapshots.protocol import MAX_REQUEST_BYTES, SnapshotReply, SnapshotRequest
 
 REQUEST_WITHIN_S = 5.0
-MOST_JOBS = 32
+MAX_JOBS = 32
 
 log = logging.getLogger("orion.vault")
 
 
-def serve(listening: socket.socket, places: Directories) -> None:
+def serve(listening: socket.socket, directories: Directories) -> None:
     """Until SIGTERM or SIGINT. Jobs that run then end when the manager hangs up."""
     wakeup, wake = socket.socketpair()
     for end in (wakeup, wake, listening):
@@ -46,26 +46,26 @@ def serve(listening: socket.socket, places: Directories) -> None:
     gc.freeze()
     listening.listen(64)
     while not stopping:
-        wanted = [wakeup, listening] if len(jobs) < MOST_JOBS else [wakeup]
+        wanted = [wakeup, listening] if len(jobs) < MAX_JOBS else [wakeup]
         ready, _, _ = select.select(wanted, [], [])
         if wakeup in ready:
             wakeup.recv(4096)
         jobs = {job for job in jobs if not os.waitpid(job, os.WNOHANG)[0]}
         if listening in ready:
             with suppress(BlockingIOError):
-                jobs.add(_fork(listening, places))
+                jobs.add(_fork(listening, directories))
 
 
-def _fork(listening: socket.socket, places: Directories) -> int:
-    asker, _ = listening.accept()
-    with asker:
+def _fork(listening: socket.socket, directories: Directories) -> int:
+    client, _ = listening.accept()
+    with client:
         job = os.fork()
         if job == 0:
-            _be_a_job(listening, asker, places)
+            _run_job(listening, client, directories)
     return job
 
 
-def _be_a_job(listening: socket.socket, asker: socket.socket, places: Directories) -> None:
+def _run_job(listening: socket.socket, client: socket.socket, directories: Directories) -> None:
     """In the child. Never returns."""
     status = 1
     try:
@@ -74,10 +74,10 @@ def _be_a_job(listening: socket.socket, asker: socket.socket, places: Directorie
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         listening.close()
-        asker.setblocking(True)
+        client.setblocking(True)
         with suppress(Abandoned, BrokenPipeError):
-            reply, job = _answer(asker, places)
-            BlockingChannel(asker).send(reply)
+            reply, job = _answer(client, directories)
+            BlockingChannel(client).send(reply)
             if job:
                 job.tidy()
         status = 0
@@ -88,28 +88,28 @@ def _be_a_job(listening: socket.socket, asker: socket.socket, places: Directorie
         os._exit(status)
 
 
-def _answer(asker: socket.socket, places: Directories) -> tuple[ReplyLine, SnapshotJob | None]:
+def _answer(client: socket.socket, directories: Directories) -> tuple[SnapshotReply, SnapshotJob | None]:
     """Return the answer, and the job if there was one."""
-    asker.settimeout(REQUEST_WITHIN_S)
+    client.settimeout(REQUEST_WITHIN_S)
     try:
-        line = BlockingChannel(asker, LONGEST_LINE).receive()
+        line = BlockingChannel(client, MAX_REQUEST_BYTES).receive()
     except ChannelError as error:
         raise Abandoned from error
     if line is None:
         raise Abandoned
-    asker.settimeout(None)
+    client.settimeout(None)
     try:
-        request = decode_as(RequestLine, line)
+        request = decode_as(SnapshotRequest, line)
     except BrokenLine as error:
-        return ReplyLine(ok=False, code="invalid_request", message=f"{error.field}: {error.reason}"), None
-    job = SnapshotJob(request, places, Lifetime(asker, request.deadline_s))
+        return SnapshotReply(ok=False, code="invalid_request", message=f"{error.field}: {error.reason}"), None
+    job = SnapshotJob(request, directories, Lifetime(client, request.deadline_s))
     try:
         return job.run(), job
     except SnapshotError as error:
-        return ReplyLine(ok=False, code=error.code, message=str(error), restored=error.restored), job
+        return SnapshotReply(ok=False, code=error.code, message=str(error), restored=error.restored), job
     except OSError as error:
         log.exception("a job failed")
-        return ReplyLine(ok=False, code="failed", message=f"the vault failed: {error}"), job
+        return SnapshotReply(ok=False, code="failed", message=f"the vault failed: {error}"), job
 
 
 def bind(path: Path, group: int) -> socket.socket:
@@ -126,13 +126,13 @@ def bind(path: Path, group: int) -> socket.socket:
 def main() -> None:
     arguments = _arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    places = Directories(arguments.copies, arguments.run, arguments.ssh_uid)
-    places.locks.mkdir(mode=0o700, exist_ok=True)
-    socket_path = places.run / "vault.sock"
+    directories = Directories(arguments.copies, arguments.run, arguments.ssh_uid)
+    directories.locks.mkdir(mode=0o700, exist_ok=True)
+    socket_path = directories.run / "vault.sock"
     listening = bind(socket_path, arguments.group)
-    log.info("ready on %s; copies are in %s", socket_path, places.copies)
+    log.info("ready on %s; copies are in %s", socket_path, directories.copies)
     try:
-        serve(listening, places)
+        serve(listening, directories)
     finally:
         socket_path.unlink(missing_ok=True)
 

@@ -50,22 +50,22 @@ compared to the nanosecond (-1): by default, a directory that changes twice with
 MEMORY_BYTES = 1 << 30
 NICENESS = 5
 BUFFER_BYTES = 1 << 18
-LONGEST_TEXT = 1 << 16
+MAX_TEXT_BYTES = 1 << 16
 LOOK_EVERY_S = 1.0
 LISTS_BYTES = 8 << 20
 LISTS_BYTES_A_FILE = 1200
 """Bytes of a stream beyond the content of files, and more for each file: names, attributes, what rsync says."""
-LONGEST_HELLO = 1 << 17
+MAX_ANSWER_BYTES = 1 << 17
 """Bytes of an answer. An honest one may have 20 names of 200 letters in it, of 12 bytes each as JSON writes them."""
-MOST_FOLDERS_BYTES = 1 << 15
+MAX_FOLDER_MODES_BYTES = 1 << 15
 """Bytes of the modes of directories: less than a worker takes in a request, which they come back to it in."""
-SKIPPED_SHOWN = 20
+MAX_SKIPPED_NAMES = 20
 LONGEST_S = 3600.0
 REACHED_WITHIN_S = 20.0
 """Seconds until a worker must have been reached and have said its first line."""
-STALLED_S = 10.0
+STALL_S = 10.0
 """Seconds in which nothing moves and neither side works, after which a transfer is given up: it holds a place."""
-PATIENT_S = 60.0
+LONG_STALL_S = 60.0
 """The same for what is tried but once or twice."""
 PARTIAL = 23
 """The exit status of rsync where something could not be carried whole."""
@@ -78,7 +78,7 @@ _NO_ROOM = re.compile(r"No space left|Disk quota exceeded|File too large", re.IG
 
 
 @dataclass
-class Told:
+class RsyncResult:
     """What the rsync here said."""
 
     status: int = 0
@@ -89,11 +89,11 @@ class Told:
     def skipped(self) -> tuple[str, ...]:
         """Return the names of what could not be read or written."""
         names = [match[1] for line in self.errors.splitlines() if (match := _SKIPPED.match(line))]
-        return tuple(sorted({name[:200] for name in names})[:SKIPPED_SHOWN])
+        return tuple(sorted({name[:200] for name in names})[:MAX_SKIPPED_NAMES])
 
 
 @dataclass(frozen=True)
-class Hello:
+class SnapshotAnswer:
     """The worker's answer to a request for a snapshot; nothing in it is believed but about that rental's home."""
 
     same: bool = False
@@ -112,7 +112,7 @@ class Hello:
     def of(cls, answer: dict[str, Any]) -> Self:
         """Raise SnapshotError for what is no such answer."""
         try:
-            skipped = tuple(plain(str(name))[:200] for name in list(answer.get("skipped", ()))[:SKIPPED_SHOWN])
+            skipped = tuple(plain(str(name))[:200] for name in list(answer.get("skipped", ()))[:MAX_SKIPPED_NAMES])
             after_s, pause_s = (min(max(0.0, float(answer.get(name, 0))), LONGEST_S) for name in ("after_s", "pause_s"))
             folders = _modes(dict(answer.get("folders", {})))
             return cls(answer.get("same") is True, answer.get("whole") is True, after_s, pause_s, skipped, folders)
@@ -120,21 +120,21 @@ class Hello:
             raise SnapshotError("unreachable", "the worker cannot be asked: its answer is not one") from error
 
 
-def _modes(told: dict[Any, Any]) -> dict[str, int]:
+def _modes(result: dict[Any, Any]) -> dict[str, int]:
     """Return modes of directories by path. Raise ValueError for such as no worker takes that a home is filled on."""
-    found = {str(path): int(mode) for path, mode in told.items()}
+    found = {str(path): int(mode) for path, mode in result.items()}
     for path, mode in found.items():
         names = bytes.fromhex(path).split(b"/")
         if names[0] != b"." or any(name in {b"", b".."} or b"\0" in name for name in names) or path != path.lower():
             raise ValueError("a path is none below a home")
         if not 0 <= mode < 0o10000:
             raise ValueError("a mode is none")
-    if len(json.dumps(found)) > MOST_FOLDERS_BYTES:
+    if len(json.dumps(found)) > MAX_FOLDER_MODES_BYTES:
         raise ValueError("there are too many of them")
     return found
 
 
-class Far:
+class WorkerCommand:
     """`orion-rental` on the worker, by ssh, for the length of a block: it is asked at once, and heard later."""
 
     def __init__(
@@ -161,20 +161,20 @@ class Far:
         self.process.kill()
         self.process.wait()
 
-    def hear(self, watch: Lifetime) -> dict[str, Any]:
+    def read_answer(self, lifetime: Lifetime) -> dict[str, Any]:
         """Return the answer. Raise SnapshotError with its code for a refusal, and where the worker is not reached in
         time.
 
         The worker says an empty line as soon as it is reached, and answers when it has made up its mind. An ssh that
         still agrees on keys waits for ever for a worker whose address is gone.
         """
-        line = self._line(watch, REACHED_WITHIN_S)
+        line = self._line(lifetime, REACHED_WITHIN_S)
         if line == b"\n":
-            line = self._line(watch)
+            line = self._line(lifetime)
         try:
             answer = dict(json.loads(line))
         except (ValueError, TypeError, RecursionError) as error:
-            said = "its answer is not one" if line else self._last_words(watch)
+            said = "its answer is not one" if line else self._last_error_line(lifetime)
             raise SnapshotError("unreachable", f"the worker cannot be asked: {said}") from error
         if answer.get("ok") is not True:
             code, restored = str(answer.get("code")), str(answer.get("restored", ""))
@@ -183,12 +183,12 @@ class Far:
             raise SnapshotError(known, plain(str(answer.get("error", "it was refused"))), generation)
         return answer
 
-    def _line(self, watch: Lifetime, within_s: float = float("inf")) -> bytes:
+    def _line(self, lifetime: Lifetime, within_s: float = float("inf")) -> bytes:
         """Byte by byte: what follows is rsync's."""
         assert self.process.stdout  # noqa: S101
         line = b""
-        while not line.endswith(b"\n") and len(line) < LONGEST_HELLO:
-            if not watch.wait_for(self.process.stdout.fileno(), within_s):
+        while not line.endswith(b"\n") and len(line) < MAX_ANSWER_BYTES:
+            if not lifetime.wait_for(self.process.stdout.fileno(), within_s):
                 raise SnapshotError("unreachable", f"the worker cannot be asked: no answer within {within_s:g} s")
             byte = self.process.stdout.read(1)
             if not byte:
@@ -196,15 +196,15 @@ class Far:
             line += byte
         return line
 
-    def _last_words(self, watch: Lifetime) -> str:
+    def _last_error_line(self, lifetime: Lifetime) -> str:
         assert self.process.stderr  # noqa: S101
-        watch.wait_for(self.process.stderr.fileno())
-        text = os.read(self.process.stderr.fileno(), LONGEST_TEXT).decode(errors="replace")
+        lifetime.wait_for(self.process.stderr.fileno())
+        text = os.read(self.process.stderr.fileno(), MAX_TEXT_BYTES).decode(errors="replace")
         return plain((text.strip().splitlines() or ["it said nothing"])[-1])
 
 
 @dataclass(eq=False)
-class Flow:
+class ByteStream:
     """Bytes on their way in one direction, not more than `most` of them."""
 
     source: int
@@ -227,7 +227,7 @@ class Flow:
         self.waiting.clear()
 
 
-class Idle:
+class StallClock:
     """A clock of the time in which nothing was done; while this process itself does not run, it stands still."""
 
     def __init__(self, longest_s: float) -> None:
@@ -248,33 +248,37 @@ class Idle:
 class Transfer:
     def __init__(
         self,
-        far: Far,
+        worker: WorkerCommand,
         uid: int,
-        watch: Lifetime,
+        lifetime: Lifetime,
         most_bytes: float,
         most_items: float,
-        gently: bool,
-        stalled_s: float = STALLED_S,
+        low_priority: bool,
+        stalled_s: float = STALL_S,
     ) -> None:
         """`gently`: nobody waits for it. `stalled_s`: it is given up when nothing moves or works for so long."""
-        self._gently = gently
+        self._low_priority = low_priority
         self._stalled_s = stalled_s
-        self._far = far
+        self._worker = worker
         self._uid = uid
-        self._watch = watch
+        self._lifetime = lifetime
         self._most_bytes = most_bytes
         self._most_items = most_items
         self._selector = selectors.DefaultSelector()
-        self._told = Told()
+        self._result = RsyncResult()
         self._line = bytearray()
         self._errors = bytearray()
         self._open = 2  # rsync's output and its errors
-        self._signs = 0
+        self._worker_error_bytes = 0
         """Bytes that came as complaints: the worker says one for each second in which its rsync works."""
 
     def run(
-        self, arguments: Sequence[str], look: Callable[[], None], largest_file: int | None, heard: bool = False
-    ) -> Told:
+        self,
+        arguments: Sequence[str],
+        check_disk: Callable[[], None],
+        largest_file: int | None,
+        answer_was_read: bool = False,
+    ) -> RsyncResult:
         """Run rsync with these arguments, paths last. `look` is called about once a second, and may raise.
 
         Unless the worker was heard already, the rsync here starts while the worker makes up its mind; nothing goes to
@@ -286,14 +290,14 @@ class Transfer:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
             env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}, cwd="/", umask=0o077,
             user=self._uid, group=self._uid, extra_groups=[], start_new_session=True,
-            pass_fds=(theirs.fileno(),), preexec_fn=partial(_confine, largest_file, self._gently),  # noqa: PLW1509 - one thread
+            pass_fds=(theirs.fileno(),), preexec_fn=partial(_confine, largest_file, self._low_priority),  # noqa: PLW1509 - one thread
         )  # fmt: skip
         theirs.close()
         try:
-            if not heard:
-                self._far.hear(self._watch)
-            self._carry(rsync, mine, look)
-            self._told.status = rsync.wait(max(0.1, self._watch.left_s))
+            if not answer_was_read:
+                self._worker.read_answer(self._lifetime)
+            self._carry(rsync, mine, check_disk)
+            self._result.status = rsync.wait(max(0.1, self._lifetime.left_s))
         except subprocess.TimeoutExpired as error:
             raise SnapshotError("timed_out", "it took longer than it may") from error
         finally:
@@ -301,38 +305,38 @@ class Transfer:
             with suppress(ProcessLookupError):
                 os.killpg(rsync.pid, signal.SIGKILL)
             rsync.wait()
-        self._told.errors = self._errors.decode(errors="replace")
-        return self._told
+        self._result.errors = self._errors.decode(errors="replace")
+        return self._result
 
-    def _carry(self, rsync: subprocess.Popen[bytes], control: socket.socket, look: Callable[[], None]) -> None:
-        far = self._far.process
-        assert far.stdin and far.stdout and far.stderr and rsync.stdout and rsync.stderr  # noqa: S101, PT018
-        self._watch.wait_for(control.fileno())
-        _, (from_rsync, to_rsync), _, _ = _ends(control)
-        inward = Flow(far.stdout.fileno(), to_rsync, self._most_bytes)
-        outward = Flow(from_rsync, os.dup(far.stdin.fileno()), float("inf"), closes_source=True)
-        far.stdin.close()
-        self._watch.register(self._selector)
+    def _carry(self, rsync: subprocess.Popen[bytes], control: socket.socket, check_disk: Callable[[], None]) -> None:
+        worker = self._worker.process
+        assert worker.stdin and worker.stdout and worker.stderr and rsync.stdout and rsync.stderr  # noqa: S101, PT018
+        self._lifetime.wait_for(control.fileno())
+        _, (from_rsync, to_rsync), _, _ = _receive_pipe_ends(control)
+        inward = ByteStream(worker.stdout.fileno(), to_rsync, self._most_bytes)
+        outward = ByteStream(from_rsync, os.dup(worker.stdin.fileno()), float("inf"), closes_source=True)
+        worker.stdin.close()
+        self._lifetime.register(self._selector)
         self._register(rsync.stdout.fileno(), self._read_output)
         self._register(rsync.stderr.fileno(), self._read_errors)
-        self._register(far.stderr.fileno(), self._read_far_errors)
+        self._register(worker.stderr.fileno(), self._read_worker_errors)
         for flow in (inward, outward):
             os.set_blocking(flow.source, False)
             os.set_blocking(flow.target, False)
-            self._arm(flow)
-        looked_at, idle = time.monotonic(), Idle(self._stalled_s)
+            self._update_events(flow)
+        looked_at, idle = time.monotonic(), StallClock(self._stalled_s)
         while self._open:
-            for key, ready in self._watch.events(self._selector):
+            for key, ready in self._lifetime.events(self._selector):
                 key.data(key.fd, ready)
             if inward.done or not self._open:
                 control.close()  # the bridge ends, and with it what rsync takes for its remote shell
                 if not outward.done:
                     outward.end()
-                    self._arm(outward)
+                    self._update_events(outward)
             if time.monotonic() - looked_at > LOOK_EVERY_S:
-                look()
+                check_disk()
                 looked_at = time.monotonic()
-                done = inward.moved + outward.moved + self._signs + ticks(rsync.pid)
+                done = inward.moved + outward.moved + self._worker_error_bytes + ticks(rsync.pid)
                 if idle.is_too_long(done, looked_at):
                     raise SnapshotError("stalled", f"nothing of its files has come or gone for {self._stalled_s:.0f} s")
 
@@ -340,7 +344,7 @@ class Transfer:
         os.set_blocking(descriptor, False)
         self._selector.register(descriptor, selectors.EVENT_READ, take)
 
-    def _arm(self, flow: Flow) -> None:
+    def _update_events(self, flow: ByteStream) -> None:
         """Look at what the flow can go on with: its source, its target, or both."""
         for descriptor, event, wanted in (
             (flow.source, selectors.EVENT_READ, not flow.ended and len(flow.waiting) < BUFFER_BYTES),
@@ -357,7 +361,7 @@ class Transfer:
             if flow.closes_source:
                 os.close(flow.source)
 
-    def _move(self, flow: Flow, descriptor: int, _ready: int) -> None:
+    def _move(self, flow: ByteStream, descriptor: int, _ready: int) -> None:
         try:
             if descriptor == flow.source:
                 part = os.read(flow.source, BUFFER_BYTES)
@@ -375,33 +379,33 @@ class Transfer:
             flow.end()
         if flow.carried > flow.most:
             raise SnapshotError("over_limit", "more was sent than a copy may hold")
-        self._arm(flow)
+        self._update_events(flow)
 
     def _read_output(self, descriptor: int, _ready: int) -> None:
         *lines, rest = (self._line + self._part(descriptor)).split(b"\n")
-        self._line = bytearray(rest[-LONGEST_TEXT:])
+        self._line = bytearray(rest[-MAX_TEXT_BYTES:])
         for line in lines:
             if item := _ITEM.fullmatch(line):
-                self._told.names.append(_ESCAPED.sub(lambda octal: bytes([int(octal[1], 8) & 0xFF]), item[1]))
-        if len(self._told.names) > self._most_items:
+                self._result.names.append(_ESCAPED.sub(lambda octal: bytes([int(octal[1], 8) & 0xFF]), item[1]))
+        if len(self._result.names) > self._most_items:
             raise SnapshotError("over_limit", "more files were sent than a copy may hold")
 
     def _read_errors(self, descriptor: int, _ready: int) -> None:
         self._errors += self._part(descriptor)
-        del self._errors[LONGEST_TEXT:]
+        del self._errors[MAX_TEXT_BYTES:]
 
-    def _read_far_errors(self, descriptor: int, _ready: int) -> None:
+    def _read_worker_errors(self, descriptor: int, _ready: int) -> None:
         """ssh's, and of programs on the worker: read, so that nobody waits to write it, and believed in nothing else
         than that something goes on."""
         with suppress(BlockingIOError):
-            part = os.read(descriptor, LONGEST_TEXT)
-            self._signs += len(part)
+            part = os.read(descriptor, MAX_TEXT_BYTES)
+            self._worker_error_bytes += len(part)
             if not part:
                 self._selector.unregister(descriptor)
 
     def _part(self, descriptor: int) -> bytes:
         try:
-            part = os.read(descriptor, LONGEST_TEXT)
+            part = os.read(descriptor, MAX_TEXT_BYTES)
         except BlockingIOError:
             return b""
         if not part:
@@ -410,22 +414,22 @@ class Transfer:
         return part
 
 
-def check(told: Told, here: str) -> None:
+def check(result: RsyncResult, here: str) -> None:
     """Raise SnapshotError unless rsync did all that it had to. `here`: what this side is, receiver or sender.
 
     A snapshot is received whole or not at all. A home is filled with what can be put into it: what it lacks is named.
     """
-    if told.status == 0:
+    if result.status == 0:
         return
-    if told.status == PARTIAL and here == "sender" and not _NO_ROOM.search(told.errors):
+    if result.status == PARTIAL and here == "sender" and not _NO_ROOM.search(result.errors):
         return
-    if told.status == -signal.SIGXFSZ:
+    if result.status == -signal.SIGXFSZ:
         raise SnapshotError("over_limit", "a file is larger than all that a copy may hold")
-    if _NO_ROOM.search(told.errors):
+    if _NO_ROOM.search(result.errors):
         where = "on the manager" if here == "receiver" else "on the worker"
         raise SnapshotError("disk_full" if here == "receiver" else "failed", f"there is no room for it {where}")
-    lines = [line for line in told.errors.splitlines() if line.startswith(("rsync:", "rsync error:"))]
-    raise SnapshotError("failed", f"rsync ended with {told.status}: {plain((lines or ['it said nothing'])[0])}")
+    lines = [line for line in result.errors.splitlines() if line.startswith(("rsync:", "rsync error:"))]
+    raise SnapshotError("failed", f"rsync ended with {result.status}: {plain((lines or ['it said nothing'])[0])}")
 
 
 def plain(text: str) -> str:
@@ -443,16 +447,16 @@ def ticks(pid: int) -> int:
     return sum(map(int, fields[11:15])) + sum(ticks(int(child)) for child in children)
 
 
-def _ends(control: socket.socket) -> tuple[bytes, tuple[int, int], int, Any]:
+def _receive_pipe_ends(control: socket.socket) -> tuple[bytes, tuple[int, int], int, Any]:
     data, descriptors, flags, address = socket.recv_fds(control, 1, 2)
     if len(descriptors) != 2:
         raise SnapshotError("failed", "rsync did not start")
     return data, (descriptors[0], descriptors[1]), flags, address
 
 
-def _confine(largest_file: int | None, gently: bool) -> None:
+def _confine(largest_file: int | None, low_priority: bool) -> None:
     """In the child, before it becomes rsync."""
-    if gently:
+    if low_priority:
         os.nice(NICENESS)
     for kind, most in (
         (resource.RLIMIT_CORE, 0),

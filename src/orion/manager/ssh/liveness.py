@@ -41,8 +41,8 @@ from orion.manager.ssh.reach import SshReach
 
 COMMAND = "orion-watched"
 """On the worker: orion_worker/rpc/liveness.py."""
-LET_GO = b"end\n"
-HELLO_BYTES = 100
+LAST_MESSAGE = b"end\n"
+MAX_BOOT_ID_BYTES = 100
 """A boot id. No more is ever read of a worker, which may be anybody's by now."""
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_S = 1.5
@@ -53,14 +53,14 @@ LATE_S = 0.25
 """If a pause took so much longer than planned, it was the manager that was silent."""
 PROBE_AT_MOST_S = 15.0
 CHANNEL_S = 0.1
-LAST_WORD_S = 2.0
+LAST_MESSAGE_TIMEOUT_S = 2.0
 SILENCE_ERRORS = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH})
 """Nobody has that address, or nobody answers there. All other errors but a refusal are our own."""
 CLOSED_BY_PEER = (asyncssh.DisconnectError, ConnectionResetError, BrokenPipeError)
-AT_ONCE = 4
+MAX_HANDSHAKES = 4
 """Handshakes at a time: each takes some 5 ms of the processor that the heartbeats are answered by."""
 
-Told = Callable[[Sign], None]
+OnSign = Callable[[Sign], None]
 
 
 @dataclass
@@ -97,7 +97,7 @@ def closed_by_peer(ended: Exception | None) -> bool:
 
 
 @dataclass(eq=False)
-class _Held:
+class _Channel:
     """One connection, its channel to the agent, and how it ends."""
 
     connection: asyncssh.SSHClientConnection
@@ -120,51 +120,51 @@ class SshLiveness:
     """Implements `port.Watch`."""
 
     reach: SshReach
-    _shaking_hands: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))
+    _handshakes: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_HANDSHAKES))
 
-    async def hold(self, host: Host, boot_id: str, told: Told) -> End:
-        held = await self._connect(host)
-        if not isinstance(held, _Held) or held.boot_id != boot_id:
-            await _let_go(held)
+    async def hold(self, host: Host, boot_id: str, on_sign: OnSign) -> End:
+        channel = await self._connect(host)
+        if not isinstance(channel, _Channel) or channel.boot_id != boot_id:
+            await _close_with_last_message(channel)
             return End.NOT_HELD
         while True:
-            told(Sign.HELD)
-            ended = await self._until_closed(held)
+            on_sign(Sign.HELD)
+            ended = await self._until_closed(channel)
             if not closed_by_peer(ended):
                 return End.NOT_HELD
-            told(Sign.CLOSED)
+            on_sign(Sign.CLOSED)
             found = await self._probe(host, time.monotonic())
             if isinstance(found, End):
                 return found
             if found.boot_id != boot_id:
-                await _let_go(found)
+                await _close_with_last_message(found)
                 return End.NOT_HELD
-            held = found
+            channel = found
 
-    async def _until_closed(self, held: _Held) -> Exception | None:
+    async def _until_closed(self, channel: _Channel) -> Exception | None:
         """What ended it; None: we did, because the program at the other end ended, or said more than it has to."""
-        speaking = asyncio.ensure_future(held.process.stdout.read(1))
+        speaking = asyncio.ensure_future(channel.process.stdout.read(1))
         try:
-            await asyncio.wait((held.lost, speaking), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((channel.lost, speaking), return_when=asyncio.FIRST_COMPLETED)
             # When the connection ends, its channels do in the same moment.
-            await asyncio.wait((held.lost,), timeout=CHANNEL_S)
+            await asyncio.wait((channel.lost,), timeout=CHANNEL_S)
         except asyncio.CancelledError:
-            await _let_go(held)
+            await _close_with_last_message(channel)
             raise
         finally:
             speaking.cancel()
-        if not held.lost.done():
-            held.connection.abort()
+        if not channel.lost.done():
+            channel.connection.abort()
             return None
-        return held.lost.result()
+        return channel.lost.result()
 
-    async def _probe(self, host: Host, closed_at: float) -> _Held | End:
+    async def _probe(self, host: Host, closed_at: float) -> _Channel | End:
         """What is at its address now: the same again, another one, or nobody.
 
         Attempts go on while a handshake is under way: what took a connection may have been about to end (seen).
         """
         silence, attempts = Silence(closed_at), set[asyncio.Task[bool]]()
-        handshake: asyncio.Task[_Held | End] | None = None
+        handshake: asyncio.Task[_Channel | End] | None = None
         try:
             while time.monotonic() - closed_at < PROBE_AT_MOST_S:
                 attempts.add(asyncio.create_task(_attempt(host, silence)))
@@ -179,7 +179,7 @@ class SshLiveness:
                     handshake = asyncio.create_task(self._connect(host))
                 if handshake is not None and handshake.done():
                     found, handshake = handshake.result(), None
-                    if isinstance(found, _Held):
+                    if isinstance(found, _Channel):
                         return found
                     if found is End.REPLACED:
                         await asyncio.sleep(max(0.0, closed_at + SILENCE_S - time.monotonic()))
@@ -192,28 +192,28 @@ class SshLiveness:
             for task in left:
                 task.cancel()
             for result in await asyncio.gather(*left, return_exceptions=True):
-                if isinstance(result, _Held):
+                if isinstance(result, _Channel):
                     result.connection.abort()
 
-    async def _connect(self, host: Host) -> _Held | End:
-        async with self._shaking_hands:
+    async def _connect(self, host: Host) -> _Channel | End:
+        async with self._handshakes:
             client = _Client()
-            held: _Held | None = None
+            channel: _Channel | None = None
             connection: asyncssh.SSHClientConnection | None = None
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
                     connection = await self.reach.connect(host, lambda: client)
                     process = await connection.create_process(COMMAND, encoding=None, stderr=asyncssh.DEVNULL)
-                    boot_id = (await process.stdout.read(HELLO_BYTES)).decode(errors="replace").strip()
-                held = _Held(connection, process, boot_id, client.lost)
+                    boot_id = (await process.stdout.read(MAX_BOOT_ID_BYTES)).decode(errors="replace").strip()
+                channel = _Channel(connection, process, boot_id, client.lost)
             except asyncssh.HostKeyNotVerifiable:
                 return End.REPLACED
             except (OSError, asyncssh.Error, ValueError):
                 return End.NOT_HELD
             finally:
-                if held is None and connection is not None:
+                if channel is None and connection is not None:
                     connection.abort()
-            return held
+            return channel
 
 
 async def _attempt(host: Host, silence: Silence) -> bool:
@@ -231,13 +231,13 @@ async def _attempt(host: Host, silence: Silence) -> bool:
         return outcome is None
 
 
-async def _let_go(held: _Held | End) -> None:
+async def _close_with_last_message(channel: _Channel | End) -> None:
     """With the last word, so that the agent does not take it for an end that proves something."""
-    if isinstance(held, _Held):
+    if isinstance(channel, _Channel):
         # The program ends when the agent has heard it. To close the connection before that would be the last word.
         with suppress(OSError, asyncssh.Error, TimeoutError):
-            async with asyncio.timeout(LAST_WORD_S):
-                held.process.stdin.write(LET_GO)
-                held.process.stdin.write_eof()
-                await held.process.wait_closed()
-        held.connection.abort()
+            async with asyncio.timeout(LAST_MESSAGE_TIMEOUT_S):
+                channel.process.stdin.write(LAST_MESSAGE)
+                channel.process.stdin.write_eof()
+                await channel.process.wait_closed()
+        channel.connection.abort()

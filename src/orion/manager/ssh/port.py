@@ -57,7 +57,7 @@ class End(StrEnum):
 
 
 class Liveness(Protocol):
-    async def hold(self, host: Host, boot_id: str, told: Callable[[Sign], None]) -> End:
+    async def hold(self, host: Host, boot_id: str, on_sign: Callable[[Sign], None]) -> End:
         """Hold one connection to this worker, in this life of its container, until that ends for good.
 
         Cancelled, it lets go with a word, so that the worker's agent makes nothing of it.
