@@ -333,10 +333,10 @@ class VaultContract:
     async def test_the_latest_salvages_stay_and_besides_the_one_that_is_needed(self, bench: Bench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
-        for number, spare in ((1, None), (2, None), (3, SnapshotId(1, 1)), (4, SnapshotId(1, 1)), (5, None)):
+        for number, protected in ((1, None), (2, None), (3, SnapshotId(1, 1)), (4, SnapshotId(1, 1)), (5, None)):
             await bench.write(home, "file", f"version {number}")
-            salvaged = await bench.snapshot_service.salvage(home, LIMITS, protected=spare)
-            oldest = (1,) if number == 1 or spare else ()
+            salvaged = await bench.snapshot_service.salvage(home, LIMITS, protected=protected)
+            oldest = (1,) if number == 1 or protected else ()
             latest = (number - 1, number) if number > 1 else ()
             staying = {1, 2} if number == 2 else {*oldest, *latest}
             assert {copy.generation.number for copy in salvaged.kept} == staying

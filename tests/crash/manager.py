@@ -214,10 +214,10 @@ class RemoteVault:
         home: Home,
         limits: SnapshotLimits,
         deadline_s: float = SNAPSHOT_DEADLINE_S,
-        spare: SnapshotId | None = None,
-        moving: bool = False,
+        protected: SnapshotId | None = None,
+        for_migration: bool = False,
     ) -> Taken:
-        done: Taken = await self._ask("copy", home, limits, deadline_s, spare, moving)
+        done: Taken = await self._ask("copy", home, limits, deadline_s, protected, for_migration)
         return done
 
     async def salvage(
@@ -225,9 +225,9 @@ class RemoteVault:
         home: Home,
         limits: SnapshotLimits,
         deadline_s: float = RECOVER_DEADLINE_S,
-        spare: SnapshotId | None = None,
+        protected: SnapshotId | None = None,
     ) -> Taken:
-        done: Taken = await self._ask("salvage", home, limits, deadline_s, spare)
+        done: Taken = await self._ask("salvage", home, limits, deadline_s, protected)
         return done
 
     async def restore(
@@ -235,8 +235,8 @@ class RemoteVault:
         home: Home,
         generation: SnapshotId | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
-        filled: SnapshotId | None = None,
-        again: bool = False,
+        previous: SnapshotId | None = None,
+        precopy: bool = False,
     ) -> Snapshot | None:
         done: Snapshot | None = await self._ask("restore", home, generation)
         return done

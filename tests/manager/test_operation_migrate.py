@@ -422,9 +422,9 @@ async def test_a_copy_that_was_begun_before_it_stood_still_does_not_take_the_pla
     files(house, rental)["file"] = "copied"
     was_made, may_be_noted, copy = asyncio.Event(), asyncio.Event(), house.snapshot_service.copy
 
-    async def made_and_held_up(*arguments: Any, moving: bool = False, **named: Any) -> Taken:
+    async def made_and_held_up(*arguments: Any, for_migration: bool = False, **named: Any) -> Taken:
         made = await copy(*arguments, **named)
-        if moving:
+        if for_migration:
             may_be_noted.set()
             await begun
         else:

@@ -144,7 +144,7 @@ async def test_what_cannot_be_salvaged_is_purged_all_the_same_and_what_was_lost_
     moved, dead = await written_and_lost(house)
     tries = []
 
-    async def refuse(home: Home, limits: SnapshotLimits, spare: SnapshotId | None = None) -> Taken:
+    async def refuse(home: Home, limits: SnapshotLimits, protected: SnapshotId | None = None) -> Taken:
         tries.append(home)
         raise SnapshotError(code, "there is no way")
 
@@ -182,8 +182,8 @@ async def test_a_manager_that_ends_before_it_has_noted_a_salvage_makes_it_again_
     moved, dead = await written_and_lost(house)
     salvage = house.snapshot_service.salvage
 
-    async def and_die(home: Home, limits: SnapshotLimits, spare: SnapshotId | None = None) -> Taken:
-        await salvage(home, limits, protected=spare)
+    async def and_die(home: Home, limits: SnapshotLimits, protected: SnapshotId | None = None) -> Taken:
+        await salvage(home, limits, protected=protected)
         raise SnapshotError("no_answer", "the vault ended before it answered")
 
     house.snapshot_service.salvage = and_die  # type: ignore[method-assign, assignment]

@@ -77,7 +77,7 @@ class SimulatedSnapshotService:
         home: Home,
         generation: SnapshotId | None = None,
         deadline_s: float = RESTORE_DEADLINE_S,
-        filled: SnapshotId | None = None,
+        previous: SnapshotId | None = None,
         precopy: bool = False,
     ) -> Snapshot | None:
         there = self.sim.stored.get(home.rental_id, {})
