@@ -49,7 +49,7 @@ class Vault:
 
     def has(self, size: Usage, used: Usage) -> None:
         """Give it a disk."""
-        self.monkeypatch.setattr(jobs.Disk, "of", lambda _: Disk(size, used))
+        self.monkeypatch.setattr(Disk, "of", lambda _: Disk(size, used))
 
     def copy(
         self, rental_id: str, epoch: int, action: SnapshotAction = SnapshotAction.COPY, says: str = SAME, **more: str

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 import pytest
 from orion_worker.snapshots.requests import MAX_REQUEST_BYTES
 
-from orion.manager.snapshots import transfer
+from orion.manager.snapshots import transfer, worker_command
 from orion.manager.snapshots.lifetime import Lifetime
 from orion.manager.snapshots.port import SnapshotError
-from orion.manager.snapshots.transfer import MAX_FOLDER_MODES_BYTES, SnapshotAnswer, StallClock, Transfer, WorkerCommand
+from orion.manager.snapshots.transfer import StallClock, Transfer
+from orion.manager.snapshots.worker_command import MAX_FOLDER_MODES_BYTES, SnapshotAnswer, WorkerCommand
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="ssh runs as an account of its own")
 
@@ -38,7 +39,7 @@ def heard(shell: str, lifetime: Lifetime) -> dict[str, object]:
 def test_a_worker_that_is_not_reached_is_given_up_long_before_the_job_s_deadline(
     lifetime: Lifetime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "REACHED_WITHIN_S", 0.05)
+    monkeypatch.setattr(worker_command, "REACHED_WITHIN_S", 0.05)
     with pytest.raises(SnapshotError, match=r"no answer within 0\.05 s") as refused:
         heard("exec sleep 300", lifetime)
     assert refused.value.code == "unreachable"
@@ -57,7 +58,7 @@ def test_a_worker_that_was_reached_may_take_its_time_to_answer(
 
     monkeypatch.setattr(lifetime, "wait_for", noted)
     assert heard('echo; read -r request; echo \'{"ok": true, "same": true}\'', lifetime)["same"] is True
-    assert waits[0] == transfer.REACHED_WITHIN_S
+    assert waits[0] == worker_command.REACHED_WITHIN_S
     assert set(waits[1:]) == {float("inf")}
 
 

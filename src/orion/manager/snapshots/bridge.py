@@ -1,9 +1,9 @@
-"""What rsync takes for its remote shell: hands the two ends of its connection to the vault, and stays until told to go.
+"""The remote shell of the local rsync. It passes its stdin and stdout to the snapshot service, and waits for the end.
 
-So the rsync that speaks with a worker starts no ssh and can read no key. Usage: bridge.py SOCKET-DESCRIPTOR ...
+So the rsync that talks to a worker starts no ssh and can read no key. Usage: bridge.py SOCKET-DESCRIPTOR ...
 """
 
-# What `socket` is made of: that takes three times as long to import as all the rest of this, for each copy and restore.
+# `socket` itself takes three times as long to import as the rest of this, at each snapshot and restore.
 import _socket
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What every wait of a job ends by: its deadline, and whoever asked for it going away."""
+"""When a job must end: at its deadline, or when its client disconnects."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from orion.manager.snapshots.port import SnapshotError
 
 
 class Abandoned(Exception):
-    """Nobody waits for the job any more."""
+    """The client has disconnected, so the job ends."""
 
 
 class Lifetime:
+    """The deadline and the client of a job. Each of its waits ends early by raising SnapshotError or Abandoned."""
+
     def __init__(self, client: socket.socket, deadline_s: float) -> None:
         self._client = client
         self._ends_at = time.monotonic() + deadline_s
@@ -27,24 +29,24 @@ class Lifetime:
         return time.time() + self.left_s
 
     def wait_for(self, descriptor: int, within_s: float = float("inf")) -> bool:
-        """Wait until it can be read from; return False if that is not so within so many seconds."""
+        """Wait until the descriptor is readable; return False if it is not within `within_s` seconds."""
         waits_s = max(0.0, min(self.left_s, within_s))
         ready, _, _ = select.select([descriptor, self._client.fileno()], [], [], waits_s)
-        self._look(self._client.fileno() in ready)
+        self._check(self._client.fileno() in ready)
         return descriptor in ready
 
     def events(self, selector: selectors.BaseSelector) -> list[tuple[selectors.SelectorKey, int]]:
-        """The next events of a selector in which `register` put the asker."""
+        """Return the next events of a selector, after `register` has added the client to it."""
         found = selector.select(max(0.0, min(self.left_s, 1.0)))
-        self._look(any(key.fileobj is self._client for key, _ in found))
+        self._check(any(key.fileobj is self._client for key, _ in found))
         return [(key, ready) for key, ready in found if key.fileobj is not self._client]
 
     def register(self, selector: selectors.BaseSelector) -> None:
         selector.register(self._client, selectors.EVENT_READ)
 
-    def _look(self, heard: bool) -> None:
-        """Whoever asked has nothing more to say: what can be heard is that it has gone."""
-        if heard:
+    def _check(self, client_is_readable: bool) -> None:
+        """Raise Abandoned if the client is gone. It sends nothing after its request, so readable means disconnected."""
+        if client_is_readable:
             raise Abandoned
         if self.left_s <= 0:
             raise SnapshotError("timed_out", "it took longer than it may")
