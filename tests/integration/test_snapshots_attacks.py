@@ -34,14 +34,14 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acting under other ui
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA1u4uxDZrVBrtPLCdoyRvjgTAcxyaAZ7bVpKZbyTsA5"
 LIMITS = SnapshotLimits(max_files=1000, max_bytes=4 << 20)
-VAULT = """
+SERVICE = """
 import os, pathlib, shutil, sys
-from orion.manager.snapshots import __main__ as vault, jobs, transfer
+from orion.manager.snapshots import jobs, server, transfer
 liar = sys.argv.pop(1)
 sys.executable = os.path.realpath(sys.executable)
 transfer.BRIDGE = pathlib.Path(shutil.copy(transfer.BRIDGE, pathlib.Path(liar).with_name("bridge.py")))
 jobs.worker_ssh = lambda *_: [sys.executable, liar]
-vault.main()
+server.main()
 """
 LIAR = r"""
 import json, os, subprocess, sys, time
@@ -120,7 +120,7 @@ def liar(folder: Path) -> Iterator[Liar]:
     arguments = ["--copies", str(place / "copies"), "--run", str(place / "run"), "--ssh-uid", "0", "--group", "0"]
     made = Liar(place)
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    process = subprocess.Popen([sys.executable, "-c", VAULT, str(made.program), *arguments], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", SERVICE, str(made.program), *arguments], env=environment)
     try:
         wait_until(lambda: takes_connections(place / "run/vault.sock"), "the vault listens")
         yield made

@@ -17,7 +17,7 @@ from orion.manager.snapshots.port import Home, SnapshotError
 from orion.manager.ssh.port import Host
 from orion.manager.store.database import Store
 
-AWAY = SnapshotError("vault_away", "the part of the manager that keeps copies does not answer")
+AWAY = SnapshotError("vault_away", "the snapshot service does not answer")
 
 
 @pytest.fixture

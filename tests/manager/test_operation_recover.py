@@ -184,7 +184,7 @@ async def test_a_manager_that_ends_before_it_has_noted_a_salvage_makes_it_again_
 
     async def and_die(home: Home, limits: SnapshotLimits, protected: SnapshotId | None = None) -> Taken:
         await salvage(home, limits, protected=protected)
-        raise SnapshotError("no_answer", "the vault ended before it answered")
+        raise SnapshotError("no_answer", "the snapshot service ended before it answered")
 
     house.snapshot_service.salvage = and_die  # type: ignore[method-assign, assignment]
     await dead.come_back()
@@ -435,9 +435,7 @@ async def test_what_was_lost_before_its_first_copy_waits_for_its_worker_and_says
 async def test_a_worker_that_is_back_is_waited_for_until_it_has_handed_the_files_over(patient: House) -> None:
     waiting, dead = await lost_before_its_first_copy(patient)
     await patient.pass_time(560)
-    patient.snapshot_service.failure = SnapshotError(
-        "vault_away", "the part of the manager that keeps copies does not answer"
-    )
+    patient.snapshot_service.failure = SnapshotError("vault_away", "the snapshot service does not answer")
     await dead.come_back()
     await patient.manager.health.round()
     patient.manager.reconciler._awaits_files_s = 1.0  # its time is over while it joins

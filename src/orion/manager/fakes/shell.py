@@ -1,4 +1,4 @@
-"""A shell that a test plays: the shipped fake of `port.Shells`."""
+"""Shells whose output a test writes: the shipped fake of `port.Shells`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from orion.manager.ssh.port import Host, Shell, ShellLogin, ShellUnreachable
 
 @dataclass(eq=False)
 class FakeShell:
+    """Implements `port.Shell`."""
+
     host: Host
     login: ShellLogin
     size: tuple[int, int]
     written: bytearray = field(default_factory=bytearray)
     read_so_far: int = 0
     takes: asyncio.Event = field(default_factory=asyncio.Event)
-    """Cleared: the program reads nothing."""
+    """Set while the program reads its input."""
     closed: bool = False
     _output: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
     _ended: str | None = None
@@ -28,7 +30,7 @@ class FakeShell:
         self._output.put_nowait(data)
 
     def end(self, how: str | None) -> None:
-        """None: it is lost."""
+        """End the shell with this description; None means that its connection is lost."""
         self._ended = how
         self._output.put_nowait(b"")
 
@@ -53,9 +55,11 @@ class FakeShell:
 
 @dataclass
 class FakeShells:
+    """Implements `port.Shells`, and keeps the shells that it opened."""
+
     opened: list[FakeShell] = field(default_factory=list)
     refusing: str = ""
-    """Why none is opened."""
+    """The message with which `open` fails; empty if it works."""
 
     async def open(self, host: Host, login: ShellLogin, size: tuple[int, int]) -> Shell:
         if self.refusing:

@@ -1,6 +1,4 @@
-"""A vault in memory, over the fake world of workers, by the contract of the real one:
-tests/snapshot_service_contract.py.
-"""
+"""A snapshot service in memory for the fake workers. Its contract is tests/snapshot_service_contract.py."""
 
 from __future__ import annotations
 
@@ -33,30 +31,30 @@ Files = dict[str, str]
 
 @dataclass
 class FakeSnapshotService:
-    """Implements `port.Vault`. `wall`: UTC seconds."""
+    """Implements `port.SnapshotService`. `wall`: UTC seconds."""
 
     world: FakeWorld
     wall: Callable[[], float]
     stored: dict[str, dict[SnapshotId, tuple[Snapshot, Files]]] = field(default_factory=dict)
     failure: SnapshotError | None = None
-    """What every call raises."""
+    """The error that every call raises; None if calls work."""
     restored: list[tuple[str, int, str]] = field(default_factory=list)
-    """Rental, epoch and generation of each restore."""
+    """The rental, epoch and snapshot id of each restore."""
     connected: list[str] = field(default_factory=list)
-    """The workers to which a connection was wanted."""
+    """The workers that `connect` was called for."""
     asked: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when a copy or a restore was asked for."""
+    """Set when any call has begun."""
     pause_s: float = 0.0
-    """The seconds for which programs stand still for a copy that differs from the one before."""
+    """The seconds for which processes are stopped for a snapshot that differs from the one before."""
     unreadable: set[str] = field(default_factory=set)
-    """The names of files that their renter has made unreadable even to itself, in whatever home they are."""
+    """The names of files that are unreadable, in every home."""
     disk_bytes: int = 1 << 40
-    """The size of its disk, of which each owner has a share. Inodes are not counted."""
-    _put: dict[tuple[str, int], str] = field(default_factory=dict)
+    """The size of the disk, of which each owner has a share. Inodes are not counted."""
+    _restored_from: dict[tuple[str, int], str] = field(default_factory=dict)
     _owners: dict[str, str] = field(default_factory=dict)
     """The owner of each rental."""
     _refused: set[str] = field(default_factory=set)
-    """The rentals whose last copy was more than their owner's share had room for."""
+    """The rentals whose last snapshot did not fit into their owner's share."""
 
     async def copy(
         self,
@@ -95,7 +93,7 @@ class FakeSnapshotService:
         began_at = self.wall()
         worker = await self._worker(home, deadline_s)
         if worker.activated.get(home.rental_id) != home.epoch:
-            raise SnapshotError(NOTHING_TO_RECOVER, "its renter was never let in here")
+            raise SnapshotError(NOTHING_TO_RECOVER, "its renter was never activated here")
         worker.set_aside.add(home.rental_id)
         worker.frozen.pop(home.rental_id, None)
         files, skipped = self._readable(worker.homes[home.rental_id])
@@ -113,7 +111,7 @@ class FakeSnapshotService:
         return self._keep(home, files, copy, protected, limits)
 
     def _readable(self, home: Files) -> tuple[Files, tuple[str, ...]]:
-        """Return what of a home can be copied, and the names of the rest."""
+        """Return the readable files of a home, and the names of the others."""
         files = {name: content for name, content in home.items() if name not in self.unreadable}
         return files, tuple(sorted(home.keys() - files.keys()))
 
@@ -136,7 +134,7 @@ class FakeSnapshotService:
         return Taken(copy, self._copies(home.rental_id), self.pause_s)
 
     def _make_room(self, home: Home, protected: SnapshotId | None, limits: SnapshotLimits) -> bool:
-        """Remove the copies that do not stay; return False, and remove none, where the owner's share has no room."""
+        """Remove the snapshots that do not stay; return False, and remove none, if the owner's share has no room."""
         there = self.stored[home.rental_id]
         others = {rental_id for rental_id, owner in self._owners.items() if owner == home.owner} - {home.rental_id}
         stored = [self.stored.get(rental_id, {}) for rental_id in others]
@@ -166,12 +164,12 @@ class FakeSnapshotService:
             raise SnapshotError(NO_SUCH_SNAPSHOT, f"there is no copy {wanted}")
         worker = await self._worker(home, deadline_s)
         if worker.activated.get(home.rental_id) == home.epoch:
-            before = self._put.get((home.rental_id, home.epoch), "")
-            raise SnapshotError(ALREADY_ACTIVATED, "its renter was let in here at this epoch", before)
+            before = self._restored_from.get((home.rental_id, home.epoch), "")
+            raise SnapshotError(ALREADY_ACTIVATED, "its renter was activated here at this epoch", before)
         copy, files = there[wanted]
         worker.homes[home.rental_id] = dict(files)
         self.restored.append((home.rental_id, home.epoch, str(wanted)))
-        self._put[home.rental_id, home.epoch] = worker.restored[home.rental_id] = str(wanted)
+        self._restored_from[home.rental_id, home.epoch] = worker.restored[home.rental_id] = str(wanted)
         return copy
 
     async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
@@ -231,12 +229,12 @@ class FakeSnapshotService:
 
 
 def _counted(files: Files) -> int:
-    """Return the bytes for which a home counts: its own directory and its files, each in whole blocks."""
+    """Return the bytes that a home counts for: its directory and its files, each in whole blocks."""
     return sum(counted((len(content) + 4095) // 4096 * 8, len(content)) for content in ("", *files.values()))
 
 
 def _taken(there: dict[SnapshotId, tuple[Snapshot, Files]], staying: Iterable[SnapshotId]) -> int:
-    """Return the bytes that these copies take. What is as in the one before counts once."""
+    """Return the bytes that these snapshots use. Files that are the same as in the one before count once."""
     taken, before = 0, Files()
     for generation in sorted(staying):
         files = there[generation][1]

@@ -1,6 +1,6 @@
-"""A small world of workers in memory, with an engine, a reach and a watch into it: for tests, and for trying out.
+"""Workers in memory, with fakes of the engine, of reaching a worker and of the liveness connection.
 
-It holds to the contract of the real ones (tests/ansible_contract.py), the worker's epoch guard and tombstones included.
+Their contract is tests/ansible_contract.py, which includes the worker's checks of epochs and tombstones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from orion.manager.ssh.port import End, Host, Reached, Sign
 
 @dataclass(frozen=True)
 class Account:
-    """A rental as it is on a worker."""
+    """The account of a rental on a worker."""
 
     username: str
     uid: int
@@ -26,12 +26,12 @@ class Account:
 
 
 class RefusedOrder(Exception):
-    """What the worker's own program would not do."""
+    """The worker's program refused the order."""
 
 
 @dataclass(eq=False)
 class FakeWorker:
-    """Its fields are the world's state, for a test to read and to change."""
+    """One worker. Tests read and change its fields."""
 
     host: Host
     accounts: dict[str, Account] = field(default_factory=dict)
@@ -39,55 +39,55 @@ class FakeWorker:
     homes: dict[str, dict[str, str]] = field(default_factory=dict)
     """The files of each rental's home, by name."""
     frozen: dict[str, int] = field(default_factory=dict)
-    """The rentals that stand still, with the planned move for which they do."""
+    """The frozen rentals, with the number of the planned migration for which they are frozen."""
     activated: dict[str, int] = field(default_factory=dict)
-    """The epoch at which each rental's renter was let in."""
+    """The epoch at which each rental's renter was activated."""
     started: dict[str, list[str]] = field(default_factory=dict)
-    """The runs of its start command that each rental has had here, as marks."""
+    """The marks of the start commands that have run here, by rental."""
     over: set[str] = field(default_factory=set)
-    """Rentals that are frozen because their homes hold too much."""
+    """The rentals that are frozen because their homes hold too much."""
     exempt: set[str] = field(default_factory=set)
-    """Those that were thawed to make room."""
+    """The rentals that were thawed though their homes hold too much, so that their owners can remove files."""
     restored: dict[str, str] = field(default_factory=dict)
-    """The copy that each home was filled with."""
+    """The snapshot that each home was filled with."""
     set_aside: set[str] = field(default_factory=set)
-    """Rentals that were laid down to be salvaged."""
+    """The rentals that were set aside to be recovered (`laid_down` in a worker's refusals)."""
     names: dict[str, str] = field(default_factory=dict)
-    """The name that each rental's sessions are told."""
+    """The name that each rental's sessions show."""
     start_problem: str = ""
-    """Not empty: no start command can be run here, for this reason."""
+    """The reason why no start command can run here; empty if it can."""
     alive: bool = True
     failure: str = ""
-    """Not empty: every job here fails with this message."""
+    """The message with which every job fails here; empty if jobs work."""
     asked: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when a job has reached this worker, whatever became of it."""
+    """Set when a job has reached this worker, even if it fails."""
     boot_id: str = "boot-0001"
     host_certificate: str = ""
-    """What its sshd shows."""
+    """The host certificate that its sshd shows."""
     sshd_restarts: int = 0
-    """How often its sshd began anew, to show another one."""
+    """The number of restarts of sshd, one for each new host certificate."""
     _running: asyncio.Event = field(default_factory=asyncio.Event)
-    _closing: asyncio.Event = field(default_factory=asyncio.Event)
+    _connections_closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self._running.set()
 
     def die(self) -> None:
-        """As a container that was killed; what hangs here fails at once."""
+        """Behave as a killed container: jobs that hang here fail at once."""
         self.alive = False
         self._running.set()
         self.close_connections()
 
     def close_connections(self) -> None:
-        """As when sshd is restarted: the connections end, and the next are taken."""
-        self._closing.set()
-        self._closing = asyncio.Event()
+        """Behave as a restart of sshd: liveness connections end, and new ones are accepted."""
+        self._connections_closed.set()
+        self._connections_closed = asyncio.Event()
 
     async def closed(self) -> None:
-        await self._closing.wait()
+        await self._connections_closed.wait()
 
     def come_back(self) -> None:
-        """Its file system as it was, every account locked."""
+        """Start the container again with its files, and with every account locked."""
         self.alive = True
         self.frozen.clear()
         self.accounts = {
@@ -96,7 +96,7 @@ class FakeWorker:
         }
 
     def hang(self) -> None:
-        """As a container that was paused: jobs wait until `go_on`, or their deadline."""
+        """Behave as a paused container: jobs wait until `resume` is called, or until their deadline."""
         self._running.clear()
 
     def resume(self) -> None:
@@ -112,7 +112,7 @@ class FakeWorker:
         if job.epoch <= purged:
             raise RefusedOrder(f"epoch {job.epoch} was purged here (tombstone of epoch {purged})")
         self._refuse_older(before, job)
-        self._refuse_other_names(job)
+        self._refuse_name_in_use(job)
         if job.action is Action.CREATE and job.rental_id in self.frozen:
             raise RefusedOrder("it is frozen: thaw it")
         unlocked = job.action is Action.CREATE or bool(before and before.epoch == job.epoch and before.unlocked)
@@ -185,7 +185,7 @@ class FakeWorker:
 
     def purge(self, job: Job) -> dict[str, Any]:
         self._refuse_older(self.accounts.get(job.rental_id), job)
-        self._refuse_other_names(job)
+        self._refuse_name_in_use(job)
         before = self.accounts.pop(job.rental_id, None)
         self.homes.pop(job.rental_id, None)
         self.activated.pop(job.rental_id, None)
@@ -200,7 +200,7 @@ class FakeWorker:
         if account and job.epoch < account.epoch:
             raise RefusedOrder(f"epoch {job.epoch} is older than epoch {account.epoch}, which was seen here")
 
-    def _refuse_other_names(self, job: Job) -> None:
+    def _refuse_name_in_use(self, job: Job) -> None:
         for rental_id, account in self.accounts.items():
             same = (account.username == job.username, account.uid == job.uid)
             if (rental_id == job.rental_id and not all(same)) or (rental_id != job.rental_id and any(same)):
@@ -209,7 +209,7 @@ class FakeWorker:
 
 @dataclass
 class FakeWorld:
-    """The workers by address and port, as the network has them: a new worker may get a dead one's address."""
+    """The workers by address and port. A new worker may get a dead one's address."""
 
     workers: dict[tuple[str, int], FakeWorker] = field(default_factory=dict)
 
@@ -232,7 +232,7 @@ class FakeEngine:
     world: FakeWorld
 
     async def run(self, job: Job) -> Outcome:
-        await asyncio.sleep(0)  # a job is never done at once
+        await asyncio.sleep(0)  # a real job never returns at once
         worker = self.world.at(job.host)
         if worker is None:
             return _unreachable("nothing answers at its address")
@@ -292,7 +292,7 @@ class FakeReach:
 
 @dataclass
 class FakeLiveness:
-    """Implements `port.Watch`; its silence takes no time."""
+    """Implements `port.Liveness`, without waiting for silence."""
 
     world: FakeWorld
 

@@ -1,4 +1,4 @@
-"""The vault as the manager sees it: one connection for each request; hanging up ends the job."""
+"""The client of the snapshot service. It opens one connection for each request; closing it ends the job."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from orion.manager.snapshots.protocol import SnapshotAction, SnapshotReply, Snap
 from orion.manager.ssh.port import Host
 
 MARGIN_S = 5.0
-"""Beyond a job's deadline, before the vault is taken for hung."""
+"""Seconds after a job's deadline at which the snapshot service counts as hung."""
 CONNECT_WITHIN_S = 5.0
 QUICK_DEADLINE_S = 60.0
 MAX_REPLY_BYTES = 1 << 20
 MAX_TRANSFERS = 28
-"""Copies, salvages and restores at a time: fewer than the jobs that the vault takes (MOST_JOBS)."""
-MOST_REMEMBERED = 1000
-"""Rentals of which it is remembered that they have held a place in vain."""
+"""Snapshots and restores at a time: fewer than the jobs that the snapshot service runs (MAX_JOBS)."""
+MAX_REMEMBERED = 1000
+"""Rentals whose last transfer made no progress that are remembered."""
 
 
 class SnapshotClient:
-    """Implements `port.Vault`."""
+    """Implements `port.SnapshotService`."""
 
     def __init__(self, socket_path: Path, margin_s: float = MARGIN_S, max_transfers: int = MAX_TRANSFERS) -> None:
         """`places`: transfers at a time, of which an owner has half at most."""
@@ -48,9 +48,9 @@ class SnapshotClient:
         self._margin_s = margin_s
         self._shares = FairQueue(max_transfers)
         self._without_progress: dict[tuple[str, str], None] = {}
-        """The rentals, each on one worker, whose last transfer has held its place in vain; the latest of them last."""
+        """The rental and worker of each transfer that made no progress and was the last of its kind, in their order."""
         self._under_way: dict[str, set[asyncio.Future[SnapshotReply]]] = defaultdict(set)
-        """The copies and restores of each rental: a restore or a removal ends them."""
+        """The running requests of each rental. A restore or a removal ends them."""
 
     async def copy(
         self,
@@ -61,12 +61,12 @@ class SnapshotClient:
         for_migration: bool = False,
     ) -> Taken:
         more = _limit_fields(limits, protected)
-        line = _request(
+        request = _request(
             SnapshotAction.COPY, home, deadline_s, for_migration=for_migration, pause_s=limits.pause_s, **more
         )
         if for_migration:
             await self._end_all_of(home.rental_id)
-        return _taken(await self._begin(line, home))
+        return _taken(await self._begin(request, home))
 
     async def salvage(
         self,
@@ -75,8 +75,8 @@ class SnapshotClient:
         deadline_s: float = RECOVER_DEADLINE_S,
         protected: SnapshotId | None = None,
     ) -> Taken:
-        line = _request(SnapshotAction.SALVAGE, home, deadline_s, **_limit_fields(limits, protected))
-        return _taken(await self._begin(line, home))
+        request = _request(SnapshotAction.SALVAGE, home, deadline_s, **_limit_fields(limits, protected))
+        return _taken(await self._begin(request, home))
 
     async def restore(
         self,
@@ -87,18 +87,18 @@ class SnapshotClient:
         precopy: bool = False,
     ) -> Snapshot | None:
         more = {"generation": str(generation or ""), "previous": str(previous or "")}
-        line = _request(SnapshotAction.RESTORE, home, deadline_s, precopy=precopy, **more)
+        request = _request(SnapshotAction.RESTORE, home, deadline_s, precopy=precopy, **more)
         await self._end_all_of(home.rental_id)
-        reply = await self._begin(line, home)
+        reply = await self._begin(request, home)
         return read(reply.done) if reply.done else None
 
     async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
-        line = SnapshotRequest(action=SnapshotAction.CONNECT, host=_host_message(host), deadline_s=deadline_s)
-        await self._ask(line, deadline_s)
+        request = SnapshotRequest(action=SnapshotAction.CONNECT, host=_host_message(host), deadline_s=deadline_s)
+        await self._ask(request, deadline_s)
 
     async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
-        line = SnapshotRequest(action=SnapshotAction.LIST, rental_id=rental_id, uid=uid, deadline_s=QUICK_DEADLINE_S)
-        return [read(copy) for copy in (await self._ask(line, QUICK_DEADLINE_S)).copies]
+        request = SnapshotRequest(action=SnapshotAction.LIST, rental_id=rental_id, uid=uid, deadline_s=QUICK_DEADLINE_S)
+        return [read(copy) for copy in (await self._ask(request, QUICK_DEADLINE_S)).copies]
 
     async def remove(self, rental_id: str, uid: int) -> None:
         await self._end_all_of(rental_id)
@@ -121,34 +121,35 @@ class SnapshotClient:
             )
         ).owners
 
-    async def _begin(self, line: SnapshotRequest, home: Home) -> SnapshotReply:
-        """The reply; raises SnapshotError when something more urgent came for the same rental."""
-        under_way = self._under_way[line.rental_id]
-        asking = asyncio.ensure_future(self._ask_in_turn(line, home))
-        under_way.add(asking)
+    async def _begin(self, request: SnapshotRequest, home: Home) -> SnapshotReply:
+        """Return the reply. Raise SnapshotError if a more urgent request for the same rental ended this one."""
+        under_way = self._under_way[request.rental_id]
+        running_request = asyncio.ensure_future(self._ask_in_turn(request, home))
+        under_way.add(running_request)
         try:
-            return await asking
+            return await running_request
         except asyncio.CancelledError:
-            asking.cancel()
+            running_request.cancel()
             if (task := asyncio.current_task()) and task.cancelling():
                 raise
             raise SnapshotError("superseded", "something more urgent came for this rental") from None
         finally:
-            under_way.discard(asking)
-            if not under_way and self._under_way.get(line.rental_id) is under_way:
-                del self._under_way[line.rental_id]
+            under_way.discard(running_request)
+            if not under_way and self._under_way.get(request.rental_id) is under_way:
+                del self._under_way[request.rental_id]
 
-    async def _ask_in_turn(self, line: SnapshotRequest, home: Home) -> SnapshotReply:
-        """A salvage has two tries and a time for both: it is not kept waiting for having failed."""
+    async def _ask_in_turn(self, request: SnapshotRequest, home: Home) -> SnapshotReply:
+        """Ask when the rental's claim gets a place. A recovery has two tries in a limited time, so it never counts as
+        failing."""
         key = home.rental_id, home.host.worker_id
-        fails = key in self._without_progress and line.action is not SnapshotAction.SALVAGE
+        fails = key in self._without_progress and request.action is not SnapshotAction.SALVAGE
         async with self._shares.place(Claim(home.owner, fails)):
             try:
-                reply = await self._ask(line, line.deadline_s)
+                reply = await self._ask(request, request.deadline_s)
             except SnapshotError as error:
                 if error.code in NO_PROGRESS_CODES:
                     self._without_progress = self._without_progress | {key: None}
-                    while len(self._without_progress) > MOST_REMEMBERED:
+                    while len(self._without_progress) > MAX_REMEMBERED:
                         del self._without_progress[next(iter(self._without_progress))]
                 raise
             self._without_progress.pop(key, None)
@@ -156,25 +157,25 @@ class SnapshotClient:
 
     async def _end_all_of(self, rental_id: str) -> None:
         running = list(self._under_way.get(rental_id, ()))
-        for asking in running:
-            asking.cancel()
+        for running_request in running:
+            running_request.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
-    async def _ask(self, line: SnapshotRequest, deadline_s: float) -> SnapshotReply:
+    async def _ask(self, request: SnapshotRequest, deadline_s: float) -> SnapshotReply:
         try:
             async with asyncio.timeout(CONNECT_WITHIN_S):
                 channel = await AsyncChannel.connect(self._socket_path, MAX_REPLY_BYTES)
         except (OSError, TimeoutError) as error:
-            raise SnapshotError("vault_away", "the part of the manager that keeps copies does not answer") from error
+            raise SnapshotError("vault_away", "the snapshot service does not answer") from error
         try:
             async with asyncio.timeout(deadline_s + self._margin_s):
-                await channel.send(line)
+                await channel.send(request)
                 answer = await channel.receive()
             reply = decode_as(SnapshotReply, answer or b"")
         except TimeoutError as error:
-            raise SnapshotError("no_answer", "the vault did not answer in time") from error
+            raise SnapshotError("no_answer", "the snapshot service did not answer in time") from error
         except (OSError, ValueError) as error:
-            raise SnapshotError("vault_away", "the vault ended before it answered") from error
+            raise SnapshotError("vault_away", "the snapshot service ended before it answered") from error
         finally:
             channel.close()
             await channel.wait_closed()
@@ -185,7 +186,7 @@ class SnapshotClient:
 
 def _taken(reply: SnapshotReply) -> Taken:
     if reply.done is None:
-        raise SnapshotError("no_answer", "the vault's answer is not one")
+        raise SnapshotError("no_answer", "the answer of the snapshot service is not valid")
     return Taken(read(reply.done), tuple(read(copy) for copy in reply.copies), reply.pause_s)
 
 
@@ -207,7 +208,7 @@ def _request(action: SnapshotAction, home: Home, deadline_s: float, **more: Any)
             **more,
         )
     except ValidationError as error:
-        raise SnapshotError("invalid_request", f"not a request for the vault: {error.errors()[0]['msg']}") from error
+        raise SnapshotError("invalid_request", f"not a valid request: {error.errors()[0]['msg']}") from error
 
 
 def _host_message(host: Host) -> HostMessage:

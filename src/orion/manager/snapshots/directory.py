@@ -1,14 +1,14 @@
-"""The directory of one rental's copies. Everything here runs under the rental's own uid, which owns all of it.
+"""The directory of one rental's snapshots. All functions here run under the rental's uid, which owns the directory.
 
-    incoming/          a copy that is being made, or what is left of one
-    next-E-N/          a tree of hard links to the home of E-N, made before the copy that begins from it
-    old-E-N/           a copy that made room and is still to be removed
-    E-N/home/          a complete copy: generation N of epoch E
-    E-N/about.json     when, how large, what of it is shared, what is missing, its mark, and what it was made from
-    E-N/changes        the paths that differ from the one that it was made from, each followed by a zero byte
+    incoming/          a snapshot that is being received, or the rest of one that failed
+    next-E-N/          hard links to the home of E-N, made in advance for the snapshot after it
+    old-E-N/           a snapshot that is to be removed
+    E-N/home/          a complete snapshot: number N of epoch E
+    E-N/about.json     its time, sizes, missing files and mark, and the snapshot that it was made from
+    E-N/changes        the paths that differ from the snapshot that it was made from, each followed by a zero byte
 
-A copy is made complete by one rename, after all of it was written to the disk: a crash at any instant leaves it whole
-or not at all. Unchanged files are hard links to the copy before. A mark names a state of a home, at the worker too.
+One rename makes a snapshot complete, after all of it was written to the disk, so that a crash leaves the whole snapshot
+or none. Unchanged files are hard links to the snapshot before. A mark names one state of a home, also on the worker.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ CHANGES = "changes"
 
 @dataclass(frozen=True)
 class NewSnapshot:
-    """What is known of a copy that is complete in `incoming`."""
+    """A snapshot whose files are all in `incoming`."""
 
     at: float
     mark: str
     skipped: tuple[str, ...]
     folders: dict[str, int]
-    """Modes that directories have to get when a home is filled with it, by path in hexadecimal."""
+    """The modes that a restore has to give to directories, by path in hexadecimal."""
     salvage: bool = False
 
 
 class TreeSize(NamedTuple):
-    """Size of a tree. The bytes are those of `counted`; a file with several names is one inode, and counts once."""
+    """The size of a tree, in bytes by `counted`. A file with several names is one inode and counts once."""
 
     files: int
-    """Entries of every kind, each name of them counted."""
+    """The number of entries of every kind; each name counts."""
     whole: Usage
     own: Usage
-    """Disk use that no other tree shares: its directories, and the files of which all names are in it."""
+    """The disk use that no other tree shares: directories, and files that have all their names in this tree."""
 
 
 def found(folder: Path) -> list[Snapshot]:
-    """Return the complete copies, oldest first."""
+    """Return the complete snapshots, oldest first."""
     copies = [_about(place) for place in folder.iterdir() if SnapshotId.parse(place.name)]
     return sorted((copy for copy in copies if copy), key=lambda copy: copy.generation)
 
 
 def begin(folder: Path, epoch: int, salvage: bool) -> dict[str, Any]:
-    """Make room for a new copy; return the name and the mark of the one that it is made from, empty for none.
+    """Start a new snapshot; return the name and mark of its base, which are empty if there is none.
 
-    `prepared` is whether `prepare` was done for it: a renter waits.
+    `prepared`: whether `prepare` was called for the base, because a renter waits for the new snapshot.
     """
     complete = found(folder)
     base = base_of(complete, epoch, salvage)
@@ -82,7 +82,7 @@ def begin(folder: Path, epoch: int, salvage: bool) -> dict[str, Any]:
 
 
 def prepare(folder: Path, generation: str) -> bool:
-    """Do beforehand what depends on the number of files in a copy that begins from this one."""
+    """Do in advance, for a snapshot that has this base, the work that grows with the number of files."""
     _sweep(folder, found(folder), generation)
     prepared = folder / f"{NEXT}{generation}"
     if not prepared.exists():
@@ -95,7 +95,7 @@ def prepare(folder: Path, generation: str) -> bool:
 
 
 def clone(folder: Path, generation: str) -> bool:
-    """Fill `incoming` with hard links to a complete copy; of none, with an empty home."""
+    """Fill `incoming` with hard links to a complete snapshot, or with an empty home if none is named."""
     target = folder / INCOMING / "home"
     if not generation:
         target.mkdir(mode=0o700)
@@ -106,12 +106,12 @@ def clone(folder: Path, generation: str) -> bool:
     source = folder / generation / "home"
     done = subprocess.run(["cp", "-al", "--", source, target], stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise OSError(f"copy {generation} cannot be begun from: {done.stderr[:200]}")
+        raise OSError(f"snapshot {generation} cannot be linked: {done.stderr[:200]}")
     return True
 
 
 def renew(folder: Path, generation: str, at: float) -> Snapshot:
-    """Make a complete copy younger: the home is still as it says."""
+    """Give a complete snapshot a new time, because the home has not changed."""
     about = _read(folder / generation)
     renewed = replace(read(about | {"generation": generation}), at=at)
     _write(folder / generation, about | written(renewed))
@@ -126,10 +126,9 @@ def describe(
     base: str,
     changed: Sequence[bytes] | None,
 ) -> bool:
-    """Write down what is in `incoming`, all of which has come, and which copy it will be.
+    """Write `about.json` of the snapshot in `incoming`. Raise OSError if it is larger than `limits`: files and bytes.
 
-    `limits`: the most files and bytes that it may hold; OSError is raised for more. `changed`: the paths that differ
-    from `base`; None: they are not known.
+    `changed`: the paths that differ from `base`; None if they are not known.
     """
     measured = _measure(folder / INCOMING / "home")
     files, size = measured.files, measured.whole.bytes
@@ -149,10 +148,10 @@ def describe(
 
 
 def choices(folder: Path, protected: SnapshotId | None) -> list[Usage]:
-    """Return what all copies take, with what is described in `incoming`, for each choice of which stay.
+    """Return the disk use of all snapshots, the one in `incoming` included, for each choice of `may_stay`.
 
-    The choices are those of `may_stay`. What a copy shares with the one that it was made from counts once, if that one
-    stays as well; what it shares with any other counts twice. So this is never less than what they take.
+    Files that a snapshot shares with its base count once if the base stays. Files that it shares with others count
+    twice, so the result is never less than the real disk use.
     """
     abouts = {str(copy.generation): _read(folder / str(copy.generation)) for copy in found(folder)}
     with suppress(OSError):
@@ -163,7 +162,7 @@ def choices(folder: Path, protected: SnapshotId | None) -> list[Usage]:
 
 
 def finish(folder: Path, protected: SnapshotId | None = None, choice: int = 0, in_haste: bool = False) -> Snapshot:
-    """Make what is described in `incoming` a complete copy. Older ones make room: see `make_room`."""
+    """Make the snapshot in `incoming` complete, and remove older ones as `make_room` does."""
     about = _read(folder / INCOMING)
     _flush_all(folder)
     (folder / INCOMING).rename(folder / about["generation"])
@@ -173,9 +172,9 @@ def finish(folder: Path, protected: SnapshotId | None = None, choice: int = 0, i
 
 
 def make_room(folder: Path, protected: SnapshotId | None, choice: int, in_haste: bool = False) -> bool:
-    """Remove the copies that do not stay by this choice, by its number in `choices`.
+    """Remove the snapshots that do not stay by this choice, which is an index of `choices`.
 
-    `in_haste`: a renter waits, and they are removed later, by `tidy` or by the next copy.
+    `in_haste`: `tidy` or the next snapshot removes them later, because a renter waits.
     """
     complete = found(folder)
     staying = may_stay(complete, protected)[choice]
@@ -188,15 +187,15 @@ def make_room(folder: Path, protected: SnapshotId | None, choice: int, in_haste:
 
 
 def give_up(folder: Path) -> bool:
-    """Remove what has come of a copy that is not made."""
+    """Remove a snapshot that failed."""
     _remove(folder / INCOMING)
     return True
 
 
 def marks(folder: Path, generation: str, previous: str) -> dict[str, Any]:
-    """Return what a worker has to know that is filled with a copy: its mark and the modes of some directories.
+    """Return the fields of a snapshot that a restore sends to the worker: its mark and the modes of directories.
 
-    `base` is the mark of `filled` if the copy is that one or was made from it, else empty.
+    `base`: the mark of `previous` if the snapshot is that one or was made from it, else empty.
     """
     about = _read(folder / generation)
     base = str(about.get("mark", "")) if previous == generation else ""
@@ -207,19 +206,20 @@ def marks(folder: Path, generation: str, previous: str) -> dict[str, Any]:
 
 
 def wipe(folder: Path) -> None:
+    """Remove all that is in the directory."""
     for place in folder.iterdir():
         _remove(place)
 
 
 def tidy(folder: Path) -> bool:
-    """Remove the copies that made room for one in haste."""
+    """Remove the snapshots that `make_room` left in haste."""
     for place in folder.glob(f"{OLD}*"):
         _remove(place)
     return True
 
 
 def _sweep(folder: Path, complete: Sequence[Snapshot], begun_from: str) -> None:
-    """Remove all but the complete copies, and what was prepared for one that begins from `begun_from`."""
+    """Remove everything except the complete snapshots and what was prepared for one with the base `begun_from`."""
     staying = {str(copy.generation) for copy in complete} | {f"{NEXT}{begun_from}"}
     for place in folder.iterdir():
         if place.name not in staying:
@@ -268,7 +268,7 @@ def _write(place: Path, about: dict[str, Any]) -> None:
 
 
 def _remove(place: Path) -> None:
-    """By rm, which knows trees of any depth. Raises OSError."""
+    """Remove a tree of any depth. Raise OSError if that fails."""
     done = subprocess.run(["rm", "-rf", "--", place], stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise OSError(f"{place.name} cannot be removed: {done.stderr[:200]}")
@@ -283,7 +283,7 @@ def _flush(folder: Path) -> None:
 
 
 def _flush_all(folder: Path) -> None:
-    """Everything of this file system to the disk: syncfs(2)."""
+    """Write the whole file system to the disk: syncfs(2)."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):

@@ -1,6 +1,6 @@
-"""How full the disk of the copies is, and what of it the copies of each rental take.
+"""The use of the disk that holds the snapshots: in all, and by rental.
 
-A disk is full when it has no bytes left, or no inodes: 40,000 empty directories are few bytes and 40,000 inodes.
+A disk is full when it has no bytes or no inodes left: 40,000 empty directories use few bytes but 40,000 inodes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 
 
 class Usage(NamedTuple):
-    """An amount of a disk: used, or there in all."""
+    """An amount of inodes and bytes of a disk."""
 
     inodes: int = 0
     bytes: int = 0
@@ -24,14 +24,14 @@ class Usage(NamedTuple):
         return Usage(self.inodes + other.inodes, self.bytes + other.bytes)
 
     def fits_in(self, most: Usage) -> bool:
-        """Return whether it is no more than `most`, which limits no inodes where it has none."""
+        """Return whether this is at most `most`. A limit of no inodes means that inodes are not limited."""
         return self.bytes <= most.bytes and (self.inodes <= most.inodes or not most.inodes)
 
 
 class Disk(NamedTuple):
-    """Capacity of a disk and what of it is used, without what is kept for root.
+    """The capacity and use of a disk, without what is reserved for root.
 
-    A file system that makes inodes as it needs them, as btrfs does, says that it has none: there they are not counted.
+    File systems that create inodes on demand, such as btrfs, report none; there, inodes are not counted.
     """
 
     size: Usage
@@ -39,7 +39,7 @@ class Disk(NamedTuple):
 
     @classmethod
     def of(cls, directory: Path) -> Self:
-        """Raise OSError where it cannot be looked at."""
+        """Return the disk of this directory. Raise OSError if it cannot be read."""
         status = os.statvfs(directory)
         taken, free = (status.f_blocks - status.f_bfree) * status.f_frsize, status.f_bavail * status.f_frsize
         if not status.f_files:
@@ -49,12 +49,12 @@ class Disk(NamedTuple):
 
     @property
     def scarcest(self) -> tuple[float, str]:
-        """Return the share that is used, from 0 to 1, of what there is least left of; and its name."""
+        """Return the used share, from 0 to 1, of inodes or bytes, whichever is scarcer, and its name."""
         both = zip(self.used, self.size, Usage._fields, strict=True)
         return max((used / max(1, size), name) for used, size, name in both)
 
     def share(self, of_all: float) -> Usage:
-        """Return this share, from 0 to 1, of what the disk has."""
+        """Return this share, from 0 to 1, of the disk's capacity."""
         inodes = max(1, int(of_all * self.size.inodes)) if self.size.inodes else 0
         return Usage(inodes, int(of_all * self.size.bytes))
 
@@ -66,10 +66,10 @@ class _Entry(NamedTuple):
 
 
 class Usages:
-    """What the copies of each rental take, and whose they are: a file of root's, which is replaced as a whole.
+    """The disk use of each rental's snapshots, with its owner, in a file that is replaced as a whole.
 
-    Nobody waits for the disk: what a loss of power leaves of the file may be nothing, and then each rental is written
-    down again at its next copy.
+    The file is not flushed to the disk. After a loss of power it may be empty; then each rental is entered again at its
+    next snapshot.
     """
 
     def __init__(self, file: Path, lock: Path) -> None:
@@ -77,7 +77,7 @@ class Usages:
         self._lock = lock
 
     def is_room(self, rental_id: str, owner: str, most: Usage) -> bool:
-        """Return whether all else that is the owner's leaves anything of `most`; if not, note that it was refused."""
+        """Return whether the owner's other rentals leave any of `most`; if not, mark this rental as refused."""
         with self._locked():
             entries = self._read()
             found = self._others(entries, rental_id, owner).plus(Usage(1, 1)).fits_in(most)
@@ -86,10 +86,10 @@ class Usages:
             return found
 
     def choose(self, rental_id: str, owner: str, choices: Sequence[Usage], most: Usage) -> int | None:
-        """Return the number of the first choice that fits into `most` beside all else that is the owner's, and write it
-        down. Return None where none fits, and note that this rental was refused.
+        """Return the index of the first choice that fits into `most` with the owner's other rentals, and record it.
 
-        While another rental of the owner stands refused, it is the last choice that fits.
+        Return None if none fits, and mark this rental as refused. If another rental of the owner is marked as refused,
+        the last choice that fits is returned, so that it gets room.
         """
         with self._locked():
             entries = self._read()
@@ -104,12 +104,13 @@ class Usages:
             return chosen
 
     def forget(self, rental_id: str) -> None:
+        """Remove the rental from the file."""
         with self._locked():
             entries = self._read()
             self._write(entries, {name: each for name, each in entries.items() if name != rental_id})
 
     def refused(self) -> list[str]:
-        """Return the owners of rentals that stand refused."""
+        """Return the owners of rentals that are marked as refused."""
         return sorted({each.owner for each in self._read().values() if each.was_refused})
 
     def _others(self, entries: dict[str, _Entry], rental_id: str, owner: str) -> Usage:
@@ -117,7 +118,7 @@ class Usages:
         return Usage(sum(usage.inodes for usage in usages), sum(usage.bytes for usage in usages))
 
     def _refuse(self, entries: dict[str, _Entry], rental_id: str, owner: str) -> None:
-        """Leave what it takes as it is: nothing of it was removed."""
+        """Mark the rental as refused, and keep its recorded use, because none of its snapshots was removed."""
         before = entries.get(rental_id, _Entry(owner, Usage(), True))
         self._write(entries, entries | {rental_id: _Entry(owner, before.usage, True)})
 

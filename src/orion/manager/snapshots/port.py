@@ -1,7 +1,8 @@
-"""The port between the manager's loops and the place where copies of homes are kept.
+"""The port between the manager's controllers and the snapshot service.
 
-`SnapshotClient` (client.py) is the real one, `FakeSnapshotService` (fake.py) the shipped fake;
-tests/snapshot_service_contract.py holds both.
+`SnapshotClient` (client.py) is the real one, `FakeSnapshotService` (fakes/snapshots.py) the shipped fake;
+tests/snapshot_service_contract.py is the contract of both. Released words stay in names that other processes or the
+database know: `copy` and `generation` for a snapshot and its id, `salvage` for a recovered one.
 """
 
 from __future__ import annotations
@@ -28,20 +29,25 @@ class Home:
     epoch: int
     host: Host
     owner: str = ""
-    """The owner of the rental, for its share of the places and of the disk."""
+    """The owner of the rental, for its share of the transfers and of the disk."""
 
 
 @dataclass(frozen=True)
 class Taken:
+    """A snapshot that was taken, and what is kept with it."""
+
     copy: Snapshot
     kept: tuple[Snapshot, ...]
-    """All complete copies of the rental that are there now, oldest first, with this one."""
+    """All complete snapshots of the rental, this one included, oldest first."""
     pause_s: float = 0.0
-    """The seconds for which the programs of the rental stood still for it."""
+    """The seconds for which the rental's processes were stopped for it."""
 
 
 class SnapshotError(Exception):
-    """It was not done; the message is for a person and holds no secret. `code` is stable, `restored` for let_in."""
+    """A call of the snapshot service failed. The message is for a person and holds no secret; `code` is stable.
+
+    `restored`: with ALREADY_ACTIVATED, the snapshot that the home was filled with before; else empty.
+    """
 
     def __init__(self, code: str, message: str, restored: str = "") -> None:
         super().__init__(message)
@@ -55,26 +61,26 @@ WORKER_CODES = frozenset(
         *("timed_out", "stalled"),
     )
 )
-"""Codes for which another worker might do better: what could not be restored here is restored elsewhere."""
+"""Codes after which another worker may do better: a restore is tried again elsewhere."""
 NO_PROGRESS_CODES = frozenset(("timed_out", "stalled", "no_answer", "unreachable"))
-"""Codes of what has held its place for long and did nothing with it."""
+"""Codes of transfers that used up time and made no progress."""
 ALREADY_ACTIVATED = "let_in"
-"""The renter was let in at this epoch: nothing is put over its files any more."""
+"""The renter was activated at this epoch, so nothing may overwrite its files."""
 NOTHING_TO_RECOVER = "nothing_to_salvage"
 NO_SUCH_SNAPSHOT = "no_such_generation"
 NO_BASE = "no_base"
-"""The home is not known to hold the snapshot that it is to be brought up to date from."""
+"""The home is not known to hold the snapshot from which it should be brought up to date."""
 OVER_LIMIT = "over_limit"
 OVER_SHARE = "over_share"
-"""The copies of its owner's rentals have their share of the disk."""
+"""The snapshots of the owner's rentals use their whole share of the disk."""
 PAUSE_TOO_LONG = "pause_too_long"
-"""Programs would have to stand still for longer than they may; they did not."""
+"""The rental's processes would have to be stopped for longer than allowed, so they were not stopped."""
 PAUSE_TOO_SHORT = "pause_in_vain"
-"""They stood still for as long as they may, and that was too short."""
+"""The rental's processes were stopped for as long as allowed, and that was too short."""
 
 
 class SnapshotService(Protocol):
-    """Every call ends within its deadline and a little, and raises SnapshotError for whatever goes wrong."""
+    """The snapshot service. Every call ends at its deadline or soon after, and raises SnapshotError on failure."""
 
     async def copy(
         self,
@@ -84,12 +90,12 @@ class SnapshotService(Protocol):
         protected: SnapshotId | None = None,
         for_migration: bool = False,
     ) -> Taken:
-        """Copy the home as it was at one moment. What was copied before stays untouched until this one is complete.
+        """Take a snapshot of the home. Earlier snapshots stay untouched until this one is complete.
 
-        Older copies make room then, but for `spare`, which somebody is about to ask for. `moving`: for a planned move;
-        it ends another copy of the rental that is under way, and is refused where something cannot be carried whole.
-        Beyond its owner's share of the disk, copies that need not stay go first, the oldest before; where that is not
-        enough, it is refused with OVER_SHARE, and each rental of the owner keeps no more than it must from then on.
+        Then older ones are removed, except `protected`, which a restore is about to need. `for_migration`: the call
+        ends another one for this rental, and fails if a file cannot be transferred completely. Beyond the owner's share
+        of the disk, the oldest snapshots that may go are removed first. If that is not enough, the call fails with
+        OVER_SHARE, and each rental of the owner keeps only what it must from then on.
         """
         ...
 
@@ -100,11 +106,10 @@ class SnapshotService(Protocol):
         deadline_s: float = RECOVER_DEADLINE_S,
         protected: SnapshotId | None = None,
     ) -> Taken:
-        """Copy aside a home whose placement was lost, of an epoch that may be long over: nothing of it runs any more.
+        """Take a recovered snapshot of a home whose placement was lost, after ending its processes.
 
-        Its renter's processes there are ended first. The copy is marked as a salvage; where the home is as in a copy
-        of its epoch that there is, it is that one. Refused with NOTHING_TO_SALVAGE where its renter was never let in.
-        Older copies make room as for `copy`.
+        If the home is the same as a snapshot of its epoch, that one is returned. Raise SnapshotError with
+        NOTHING_TO_RECOVER if the renter was never activated there. Older snapshots are removed as for `copy`.
         """
         ...
 
@@ -116,31 +121,30 @@ class SnapshotService(Protocol):
         previous: SnapshotId | None = None,
         precopy: bool = False,
     ) -> Snapshot | None:
-        """Fill the locked home with a copy, the newest if none is named; None: there is none, and nothing was done.
+        """Fill the locked home with a snapshot, the newest if none is named. Return None if there is none.
 
-        `filled`: the copy with which the home was filled before; what changed since then may be all that is sent.
-        `again`: another copy will follow, for which a renter waits; what can be done for it beforehand is done.
-        Ends a copy or another restore of the same rental that is under way: that raises with the code "superseded".
-        Repeatable until the renter is let in.
+        `previous`: the snapshot that the home was filled with before; then only the changes since may be sent.
+        `precopy`: another snapshot will follow, for which a renter waits, and is prepared now. This ends another call
+        for the same rental, which raises the code "superseded". It may be repeated until the renter is activated.
         """
         ...
 
     async def connect(self, host: Host, deadline_s: float = CONNECT_DEADLINE_S) -> None:
-        """Have a connection to this worker at hand, for a minute: something may be about to be restored there."""
+        """Open a connection to this worker and keep it for a minute, because a restore may follow."""
         ...
 
     async def copies(self, rental_id: str, uid: int) -> list[Snapshot]:
-        """The complete copies of a rental, oldest first."""
+        """Return the complete snapshots of a rental, oldest first."""
         ...
 
     async def remove(self, rental_id: str, uid: int) -> None:
-        """No copy of the rental is left. Repeatable."""
+        """Remove all snapshots of the rental. This may be repeated."""
         ...
 
     async def rentals(self) -> list[str]:
-        """The rentals of which something is kept."""
+        """Return the ids of rentals that have anything stored."""
         ...
 
     async def short_of_room(self) -> list[str]:
-        """The owners of rentals whose last copy was refused with OVER_SHARE."""
+        """Return the owners of rentals whose last snapshot failed with OVER_SHARE."""
         ...

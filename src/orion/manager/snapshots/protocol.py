@@ -1,6 +1,6 @@
-"""What the manager and the vault say to each other, by channel.py: one message each, one connection for each request.
+"""Messages between the manager and the snapshot service: one request and one reply on each connection (channel.py).
 
-The vault checks what it is told as if the manager were a stranger: it alone may act under the rentals' uids.
+The snapshot service checks each request and does not trust the manager, because it alone may act under rentals' uids.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
 from orion.manager.domain.pacing import LONGEST_PAUSE_S
 from orion.manager.domain.snapshots import Snapshot, SnapshotId
-from orion.manager.messages import MAX_DEADLINE_S, HostMessage
+from orion.manager.messages import MAX_DEADLINE_S, HostMessage, Message
 from orion.wire import Id
 
 MAX_REQUEST_BYTES = 1 << 17
@@ -31,55 +31,52 @@ class SnapshotAction(StrEnum):
     CONNECT = "connect"
 
 
-class SnapshotLine(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SnapshotRequest(SnapshotLine):
+class SnapshotRequest(Message):
     action: SnapshotAction
     rental_id: Id = "-"
     uid: int = Field(100_000, ge=100_000, lt=2**31)
     epoch: int = Field(1, ge=1, lt=2**53)
     host: HostMessage | None = None
     generation: Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,15}-[1-9][0-9]{0,15})?$")] = ""
-    """To restore; of a copy, one that is to stay. Empty: the newest, or none in particular."""
+    """The snapshot to restore, empty for the newest; for a new snapshot, an older one that must stay."""
     previous: Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]{0,15}-[1-9][0-9]{0,15})?$")] = ""
-    """Of a restore, the copy with which the home was filled before. Empty: it is not known."""
+    """For a restore, the snapshot that the home was filled with before; empty if that is not known."""
     precopy: bool = False
-    """Whether a restore is followed by another copy, which is prepared as far as it can be."""
+    """Whether another snapshot will follow a restore, so that the service prepares for it."""
     max_files: int = Field(0, ge=0, lt=2**53)
     max_bytes: int = Field(0, ge=0, lt=2**53)
     owner: Annotated[str, StringConstraints(max_length=200)] = ""
     owner_share: float = Field(1.0, gt=0, le=1)
-    """The share of the disk for the copies of all rentals of this owner."""
+    """The share of the disk, from 0 to 1, for the snapshots of all rentals of this owner."""
     for_migration: bool = False
     pause_s: float = Field(LONGEST_PAUSE_S, gt=0, le=LONGEST_PAUSE_S)
-    """The seconds for which the programs of the rental may stand still for a copy."""
+    """The seconds for which the rental's processes may be stopped for a snapshot."""
     deadline_s: float = Field(gt=0, le=MAX_DEADLINE_S)
 
 
-class SnapshotReply(SnapshotLine):
+class SnapshotReply(Message):
     ok: bool
     code: str = ""
     message: str = ""
     restored: str = ""
-    copies: list[dict[str, Any]] = []
-    """Complete copies, as `written` writes them; oldest first."""
+    copies: list[dict[str, Any]] = Field(default_factory=list)
+    """Complete snapshots in the form of `written`, oldest first."""
     done: dict[str, Any] | None = None
-    """The copy that was made or restored."""
-    rentals: list[str] = []
-    owners: list[str] = []
-    """Those of whom a rental is short of room."""
+    """The snapshot that was taken or restored."""
+    rentals: list[str] = Field(default_factory=list)
+    owners: list[str] = Field(default_factory=list)
+    """The owners of rentals that lack room."""
     pause_s: float = 0.0
-    """The seconds for which the programs of the rental stood still."""
+    """The seconds for which the rental's processes were stopped."""
 
 
 def written(copy: Snapshot) -> dict[str, Any]:
+    """Return the fields of a snapshot for JSON, in messages and in `about.json`."""
     return asdict(copy) | {"generation": str(copy.generation), "skipped": list(copy.skipped)}
 
 
 def read(data: dict[str, Any]) -> Snapshot:
-    """Raises ValueError, TypeError or KeyError for what `written` did not write."""
+    """Return the snapshot in these fields. Raise ValueError, TypeError or KeyError if `written` did not make them."""
     generation = SnapshotId.parse(data["generation"])
     if generation is None:
         raise ValueError("not a generation")

@@ -1,10 +1,10 @@
-"""The vault: keeps copies of rentals' homes, and puts them back. `python -m orion.manager.snapshots.server`, as root.
+"""The snapshot service: takes and restores snapshots of homes. `python -m orion.manager.snapshots.server`, as root.
 
-It has what it needs to act under a rental's uid (CAP_SETUID, SETGID, CHOWN, KILL), and no right to read what is
-another's. It listens on a Unix socket for the manager and forks one process for each request, which ends at its
-deadline, or when the manager hangs up, with all that it started.
+Its capabilities (CAP_SETUID, SETGID, CHOWN, KILL) let it act under a rental's uid, but not read files of other uids. It
+listens on a Unix socket for the manager and forks one process for each request. That process ends at its deadline, or
+when the manager disconnects, with all that it started.
 
-It has one thread, so that a fork is safe, and does nothing itself but accept and reap.
+The service has one thread, so that a fork is safe. It only accepts connections and reaps children.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from orion.manager.snapshots.protocol import MAX_REQUEST_BYTES, SnapshotReply, S
 REQUEST_WITHIN_S = 5.0
 MAX_JOBS = 32
 
-log = logging.getLogger("orion.vault")
+log = logging.getLogger("orion.snapshots")
 
 
 def serve(listening: socket.socket, directories: Directories) -> None:
-    """Until SIGTERM or SIGINT. Jobs that run then end when the manager hangs up."""
+    """Serve until SIGTERM or SIGINT. Jobs that still run end when the manager disconnects."""
     wakeup, wake = socket.socketpair()
     for end in (wakeup, wake, listening):
         end.setblocking(False)
@@ -66,7 +66,7 @@ def _fork(listening: socket.socket, directories: Directories) -> int:
 
 
 def _run_job(listening: socket.socket, client: socket.socket, directories: Directories) -> None:
-    """In the child. Never returns."""
+    """Run one job in the child, and never return."""
     status = 1
     try:
         os.setsid()
@@ -109,11 +109,11 @@ def _answer(client: socket.socket, directories: Directories) -> tuple[SnapshotRe
         return SnapshotReply(ok=False, code=error.code, message=str(error), restored=error.restored), job
     except OSError as error:
         log.exception("a job failed")
-        return SnapshotReply(ok=False, code="failed", message=f"the vault failed: {error}"), job
+        return SnapshotReply(ok=False, code="failed", message=f"the snapshot service failed: {error}"), job
 
 
 def bind(path: Path, group: int) -> socket.socket:
-    """Return a socket for root, and for the group, which is the manager's. It does not listen yet: `serve` does."""
+    """Return a socket that root and the manager's group may connect to. `serve` makes it listen."""
     path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o117)
@@ -130,7 +130,7 @@ def main() -> None:
     directories.locks.mkdir(mode=0o700, exist_ok=True)
     socket_path = directories.run / "vault.sock"
     listening = bind(socket_path, arguments.group)
-    log.info("ready on %s; copies are in %s", socket_path, directories.copies)
+    log.info("ready on %s; snapshots are in %s", socket_path, directories.copies)
     try:
         serve(listening, directories)
     finally:
@@ -139,11 +139,11 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     usual = Directories()
-    parser = argparse.ArgumentParser(description="Orion-Sec's vault: keeps copies of rentals' homes.")
+    parser = argparse.ArgumentParser(description="Orion-Sec's snapshot service: takes and restores snapshots of homes.")
     parser.add_argument("--copies", type=Path, default=usual.copies)
     parser.add_argument("--run", type=Path, default=usual.run)
-    parser.add_argument("--ssh-uid", type=int, default=usual.ssh_uid, help="whose ssh it is; the key is in RUN/ssh")
-    parser.add_argument("--group", type=int, default=900, help="the group that may ask")
+    parser.add_argument("--ssh-uid", type=int, default=usual.ssh_uid, help="uid of ssh, with its key in RUN/ssh")
+    parser.add_argument("--group", type=int, default=900, help="the group that may connect")
     return parser.parse_args()
 
 
