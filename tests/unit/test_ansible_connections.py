@@ -87,7 +87,7 @@ def test_what_is_no_answer_ends_the_connection_and_all_that_was_asked(bench: Ben
     answers: list[dict[str, Any]] = []
     made.ask("run", {}, answers.append)
     bench.until(lambda: answers)
-    assert answers == [{"broken": "the worker said what is no answer"}]
+    assert answers == [{"broken": "the worker sent an invalid answer"}]
     assert made.closed
     assert bench.connections.by_number(made.number) is None
 
@@ -95,7 +95,7 @@ def test_what_is_no_answer_ends_the_connection_and_all_that_was_asked(bench: Ben
 def test_more_than_an_answer_can_be_is_not_kept(bench: Bench) -> None:
     made = bench.to(f"{READY}\nexec cat /dev/zero")
     bench.until(lambda: made.closed)
-    assert made.complaint == "the worker said more than an answer can be"
+    assert made.complaint == "the worker sent more than an answer may hold"
 
 
 @pytest.mark.parametrize(

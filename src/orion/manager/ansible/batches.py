@@ -1,4 +1,4 @@
-"""Which of the waiting jobs make the next run: a pure decision."""
+"""The choice of the waiting jobs that make the next run: a pure function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orion.manager.messages import HostMessage
 
 MAX_HOSTS = 16
 MAX_RENTALS = 16
-"""Of one worker in one run: what more there is waits for the next, and others need not wait for all of it."""
+"""The most rentals of one worker in one run, so that other workers need not wait for all of them."""
 
 
 @dataclass(frozen=True)
@@ -23,23 +23,23 @@ class WaitingJob:
     action: Action
     host: HostMessage
     alone: bool
-    """It was in a run that failed."""
+    """Whether it was in a run that failed, so that it runs alone."""
     suspect: bool
-    """Its worker failed lately."""
+    """Whether its worker failed lately."""
     owner: str = ""
 
     @property
     def claim(self) -> Claim:
-        """Return the owner for whom a run over its worker alone is counted: the worker, where the rental has none."""
+        """Return the claim of a run for its worker alone: that of the owner, or of the worker if there is no owner."""
         return Claim(self.owner or self.host.worker_id, self.suspect)
 
 
 def choose(waiting: Sequence[WaitingJob], may_hold: Callable[[Claim], bool]) -> list[int]:
-    """The numbers of those that make one run; `waiting` is in order of arrival, and the first decides the action.
+    """Return the numbers of the jobs of the next run. `waiting` is in order of arrival; the first sets the action.
 
-    A suspect job never shares a run with another worker's, one that is tried again shares it with nobody. A run over
-    one worker may be held up by that until its deadline: it begins only where `may_hold` allows its claim. One over
-    several is soon given up (PATIENCE_S in pool.py), and begins whoever's it is.
+    A suspect job never shares a run with other workers, and a job that is tried again never shares one at all. A run
+    for one worker may block its runner until the deadline, so it starts only if `may_hold` allows its claim. A run for
+    several workers is given up soon (PATIENCE_S in pool.py), and always starts.
     """
     refused: set[tuple[Action, Claim]] = set()
     for first in waiting:
@@ -50,12 +50,12 @@ def choose(waiting: Sequence[WaitingJob], may_hold: Callable[[Claim], bool]) -> 
             chosen = _with(first, waiting)
             if len({job.host for job in chosen}) > 1 or may_hold(first.claim):
                 return [job.number for job in chosen]
-            refused.add((first.action, first.claim))  # all others of these are on the same worker
+            refused.add((first.action, first.claim))  # all others with this action and claim are on the same worker
     return []
 
 
 def _with(first: WaitingJob, waiting: Sequence[WaitingJob]) -> list[WaitingJob]:
-    """Return the jobs of a run that this one decides."""
+    """Return the jobs of a run whose first job is this one."""
     if first.alone:
         return [first]
     chosen: list[WaitingJob] = []
@@ -65,7 +65,7 @@ def _with(first: WaitingJob, waiting: Sequence[WaitingJob]) -> list[WaitingJob]:
         if job.action is not first.action or job.alone or _may_not_share(job, first):
             continue
         if names.setdefault(job.host.worker_id, job.host) != job.host:
-            continue  # a worker that is reached in another way now: Ansible knows it by its name alone
+            continue  # the same worker at another address or key: Ansible knows a worker by its name alone
         if rentals[job.host] == MAX_RENTALS or (not rentals[job.host] and len(rentals) == MAX_HOSTS):
             continue
         rentals[job.host] += 1

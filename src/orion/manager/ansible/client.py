@@ -1,4 +1,4 @@
-"""The engine as the manager sees it: many jobs over one connection to the engine's process."""
+"""The client of the engine: many jobs over one connection to the engine's process."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from orion.manager.channel import MAX_LINE_BYTES, AsyncChannel, Message, decode_
 from orion.manager.ssh.port import Host, Reach, Reached
 
 MARGIN_S = 10.0
-"""Beyond a job's deadline, before the engine's process is taken for hung."""
+"""Seconds after a job's deadline at which the engine's process counts as hung."""
 EXPECT_WITHIN_S = 1.0
-"""A word in advance is worth no longer wait: a worker that was reached must not wait for an engine that is away."""
+"""Seconds that `expect` may take, so that a worker that was reached does not wait for an engine that is down."""
 ANSWER_BYTES = 4 * MAX_LINE_BYTES
 FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 1.0
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 
 
 class AnsibleEngine:
-    """Implements `port.Engine`. Connects at the first job, and again by itself when the process was restarted.
+    """Implements `port.Engine`. It connects at the first job, and again when the process was restarted.
 
-    Nothing hangs: a job is answered within its deadline and `margin_s`, whatever the process does.
+    A job is always answered within its deadline and `margin_s`.
     """
 
     def __init__(self, socket_path: Path, margin_s: float = MARGIN_S) -> None:
@@ -55,7 +55,7 @@ class AnsibleEngine:
             return Outcome(ok=False, message="the engine did not answer in time")
 
     async def expect(self, host: Host) -> None:
-        """Orders to this worker are to come: the engine opens its connection meanwhile. Whether it can is not told."""
+        """Ask the engine to open its connection to this worker, because orders will follow. Ignore failures."""
         try:
             async with asyncio.timeout(EXPECT_WITHIN_S):
                 await (await self._connected()).send(expect_message(host))
@@ -63,7 +63,7 @@ class AnsibleEngine:
             log.warning("the engine was not told that orders to %s are to come: %s", host.worker_id, error)
 
     async def close(self) -> None:
-        """Ends the connection; the engine kills what is in flight, which answers that it was restarted."""
+        """Close the connection. The engine kills the running jobs, which return RESTARTED."""
         if self._connection:
             await self._connection.close()
 
@@ -86,7 +86,7 @@ class AnsibleEngine:
 
 @dataclass
 class ReachedAndExpected:
-    """Implements `port.Reach` by another one: a worker that was reached is about to get orders."""
+    """Implements `port.Reach` by another one, and has the engine connect to each worker that was reached."""
 
     by: Reach
     engine: AnsibleEngine
@@ -99,7 +99,7 @@ class ReachedAndExpected:
 
 
 class EngineConnection:
-    """Answers come in any order; when it breaks, everybody who waits learns it at once."""
+    """One connection to the engine. Answers come in any order; if it breaks, all waiting jobs return RESTARTED."""
 
     def __init__(self, channel: AsyncChannel) -> None:
         self._channel = channel
@@ -122,7 +122,7 @@ class EngineConnection:
             del self._pending[identifier]
 
     async def send(self, line: Message) -> None:
-        with suppress(ConnectionError):  # then the reading ends as well, and answers
+        with suppress(ConnectionError):  # then reading ends too, and answers the waiting jobs
             await self._channel.send(line)
 
     async def close(self) -> None:
@@ -145,6 +145,6 @@ class EngineConnection:
     def _take(self, line: OutcomeMessage) -> None:
         answer = self._pending.get(line.id)
         if answer is None:
-            log.warning("the engine answered what nobody waits for: %s", line.message)
+            log.warning("the engine answered a job that has ended: %s", line.message)
         elif not answer.done():
             answer.set_result(line.outcome())

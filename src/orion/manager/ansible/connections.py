@@ -1,9 +1,9 @@
-"""The SSH connections that the engine holds: one for each worker, to a program that stays at its other end.
+"""The SSH connections that the engine keeps open: one for each worker, to a program that stays at its other end.
 
-`orion-rental serve` answers one JSON object per line (orion_worker/rpc/server.py). So an order costs neither a login
-nor the start of a program, and what a worker can send is JSON and nothing else: it is read here, bounded, and kept in
-memory. Each connection is a process of OpenSSH with the worker's host key pinned; it is the master of its control
-socket as well, so that other tasks of a playbook go through it too.
+`orion-rental serve` answers with one JSON object per line (orion_worker/rpc/server.py), so that an order needs neither
+a login nor the start of a program. The engine accepts nothing else from a worker, and limits its length. Each
+connection is a process of OpenSSH with the worker's pinned host key. It is also the master of its control socket, which
+the other tasks of a playbook use.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from orion.manager.ssh.options import control_path, explained, worker_ssh
 
 MAX_COMPLAINT_BYTES = 1 << 12
 OPEN_WITHIN_S = 8.0
-"""From the start of ssh to the first line of the program: more than ssh itself waits for the connection."""
+"""Seconds from the start of ssh to the first line of the program: more than ssh's own timeout to connect."""
 IDLE_S = 900.0
 MAX_IDLE = 16
-"""So many stay though they are idle: a small pool's first order of the day need not wait for ssh."""
+"""The number of connections that stay open though they are idle, so that a small pool never waits for ssh."""
 MAX_CONNECTIONS = 128
-"""Beyond so many, the one that was used the longest ago is closed."""
+"""The most connections; beyond it, the one that was used the longest ago is closed."""
 OWN_OPTIONS = ("ControlMaster=yes",)
 SERVE = "exec /usr/local/sbin/orion-rental serve"
 
 log = logging.getLogger("orion.engine")
 
 Reply = Callable[[dict[str, Any]], None]
-"""Takes `status` and `report`, or `broken` and nothing else."""
+"""A function that takes an answer: `status` and `report`, or only `broken` with the reason."""
 
 
 class State(Enum):
@@ -50,7 +50,7 @@ class State(Enum):
 
 
 class WorkerConnection:
-    """One connection. `changed` is called when its state is another."""
+    """One connection to a worker. It calls `changed` when its state changes."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class WorkerConnection:
         self.state = State.OPENING
         self.was_open = False
         self.complaint = ""
-        """Why it is closed, for a person."""
+        """The reason why it is closed, for a person."""
         self.used = self._began = time.monotonic()
         self._selector = selector
         self._changed = changed
@@ -105,7 +105,7 @@ class WorkerConnection:
         return self.state is State.OPEN and not self._pending
 
     def ask(self, command: str, request: object, reply: Reply) -> None:
-        """Answered once: by the worker, or with `broken` when the connection ends before."""
+        """Send a request. `reply` is called once: with the worker's answer, or with `broken` if the connection ends."""
         if self.state is not State.OPEN:
             reply({"broken": self.complaint or "the connection is not open"})
             return
@@ -121,7 +121,7 @@ class WorkerConnection:
         self.complaint = explained(self._errors.decode(errors="replace")) or reason
         self.state = State.CLOSED
         if self._process.returncode is None:
-            os.kill(self.pid, signal.SIGKILL)  # Popen's own would take its status, which is taken elsewhere
+            os.kill(self.pid, signal.SIGKILL)  # Popen.kill would reap the process, which the server does
         self._channel.close()
         with suppress(KeyError):
             self._selector.unregister(self._stderr)
@@ -132,14 +132,13 @@ class WorkerConnection:
         self._changed()
 
     def reaped(self, status: int) -> None:
-        """Its process has ended, and its status was taken."""
+        """Close the connection after its process has ended and was reaped with this status."""
         self._process.returncode = os.waitstatus_to_exitcode(status)
         self._channel.drain()
         self.close("the connection was closed")
 
     def _take(self, _: SelectorChannel, line: bytes) -> None:
-        """Take an answer, or the program's first line. Raise BrokenLine for anything else: it is not the program that
-        we know."""
+        """Take an answer, or the program's first line. Raise BrokenLine for any other line."""
         said = decode(line)
         if self.state is State.OPENING and said == {"ready": True}:
             self.state, self.was_open = State.OPEN, True
@@ -157,14 +156,14 @@ class WorkerConnection:
 
     def _end(self, _: SelectorChannel, error: Exception | None) -> None:
         if isinstance(error, LineTooLong):
-            self.close("the worker said more than an answer can be")
+            self.close("the worker sent more than an answer may hold")
         elif isinstance(error, BrokenLine):
-            self.close("the worker said what is no answer")
+            self.close("the worker sent an invalid answer")
         else:
             self.close("the connection broke" if error else "the connection was closed")
 
     def _read_stderr(self) -> None:
-        """Read what ssh says; this may be called once more after the end, when the descriptor is another's."""
+        """Read the messages of ssh. Do nothing after the end, when the descriptor may be reused."""
         if self.closed:
             return
         try:
@@ -181,7 +180,7 @@ class WorkerConnection:
 
 
 class Connections:
-    """`step` after each event; `patience` says for how long nothing will need a step unless an event comes."""
+    """The connections to all workers. Call `step` after each event, and when `patience` seconds have passed."""
 
     def __init__(self, selector: selectors.BaseSelector, directory: Path) -> None:
         self._selector = selector
@@ -189,10 +188,10 @@ class Connections:
         self._numbers = count(1)
         self._connections: dict[HostMessage, WorkerConnection] = {}
         self._ending: dict[int, WorkerConnection] = {}
-        """Processes that are not reaped yet."""
+        """The connections whose processes are not reaped yet, by pid."""
 
     def to(self, host: HostMessage) -> WorkerConnection:
-        """The connection that is open or opening, or a new one. Raises OSError when no process can be started."""
+        """Return the connection that is open or opening, or a new one. Raise OSError if no process can be started."""
         connection = self._connections.get(host)
         if connection is None:
             self._make_room()
@@ -219,14 +218,14 @@ class Connections:
         return self._ending.keys()
 
     def reaped(self, pid: int, status: int) -> bool:
-        """Whether it was the process of a connection."""
+        """Return whether the process that ended was that of a connection."""
         connection = self._ending.pop(pid, None)
         if connection:
             connection.reaped(status)
         return connection is not None
 
     def patience(self) -> float | None:
-        """Until an opening takes too long."""
+        """Return the seconds until an opening takes too long; None if none is opening."""
         moments = [
             connection.opens_until for connection in self._connections.values() if connection.opens_until is not None
         ]

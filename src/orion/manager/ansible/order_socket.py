@@ -1,7 +1,7 @@
-"""Where a runner's tasks hand in what is to go over a held connection (plugins/connection/orion_held.py).
+"""The socket through which a runner's tasks use the engine's connections to workers (plugins/connection/orion_held.py).
 
-One order on each connection to the Unix socket, and one answer; then the task closes it. Only the engine's own uid can
-connect.
+A task sends one order on each connection to the Unix socket, gets one answer, and closes it. Only the engine's own uid
+can connect.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from orion.manager.channel import SelectorChannel, decode
 
 
 class OrderSocket:
+    """Passes orders of tasks to the worker connections, and answers back."""
+
     def __init__(self, selector: selectors.BaseSelector, directory: Path, connections: Connections) -> None:
         self._selector = selector
         self._connections = connections

@@ -1,10 +1,10 @@
-"""Runs of playbooks by Ansible's Python interface, in the process that calls it, over many workers at once.
+"""Runs of playbooks by Ansible's Python interface, in the calling process, over many workers at once.
 
-The playbooks are the files that an operator runs by hand. The differences: Ansible is already loaded, the inventory
-is the workers of the batch, each with its own rentals, and what came of it is collected instead of printed.
+The playbooks are the files that an operator runs by hand. Here Ansible is already loaded, the inventory holds the
+workers of the batch with their rentals, and results are collected instead of printed.
 
 Values from users and workers reach Ansible as plain strings. Since 2.19 it evaluates templates only in strings that
-are marked as trusted, which those of its own files are and ours are not: tests/integration/test_ansible_playbook.py.
+are marked as trusted, as those of its own files are, and these are not: tests/integration/test_ansible_playbook.py.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ UNREACHABLE = "the worker cannot be reached by SSH: "
 log = logging.getLogger("orion.engine")
 
 OfHost = Callable[[HostOrders], Mapping[str, Any]]
-"""The variables by which Ansible reaches a worker."""
+"""A function that returns the variables by which Ansible reaches a worker."""
 
 
 def load(playbooks: Path, directory: Path) -> Play:
-    """Load Ansible; what it writes goes to `directory`, where id_ed25519 is. Once in a process, before the forks."""
+    """Load Ansible, once in a process and before it forks. `directory`: holds id_ed25519 and the files of Ansible."""
     settings = {
         "ANSIBLE_CONFIG": playbooks / "ansible.cfg",
         "ANSIBLE_LIBRARY": playbooks / "library",
@@ -68,7 +68,7 @@ def load(playbooks: Path, directory: Path) -> Play:
 
 
 def _warm_up(playbooks: Path, directory: Path) -> None:
-    """Play each playbook once for nobody: what Ansible loads only when it first needs it is there before the forks."""
+    """Play each playbook once without orders, so that Ansible loads before the forks what it loads at first use."""
     nobody = HostMessage.model_construct(
         worker_id="w-nobody", address=IPv4Address("192.0.2.1"), host_keys=("none none",)
     )
@@ -80,8 +80,8 @@ def _warm_up(playbooks: Path, directory: Path) -> None:
 
 
 def play(path: Path, batch: BatchMessage, of_host: OfHost, report_result: ReportResult) -> None:
-    """Run the playbook on these workers, which are the group `workers`. Says one result for each order, as soon as
-    its worker is done. Never raises for what Ansible makes of it."""
+    """Run the playbook on these workers, which are the group `workers`. Report one result for each order as soon as its
+    worker is done. Errors of Ansible are reported and not raised."""
     from ansible import context  # noqa: PLC0415 - see load
     from ansible.errors import AnsibleError  # noqa: PLC0415
     from ansible.executor.playbook_executor import PlaybookExecutor  # noqa: PLC0415
@@ -119,8 +119,8 @@ def _variables(orders: HostOrders, directory: Path) -> dict[str, Any]:
 
 
 def host_variables(host: Host, directory: Path) -> dict[str, Any]:
-    """Return how Ansible reaches this worker: by the engine's connection to it, or else by its pinned host key and the
-    engine's key."""
+    """Return the variables by which Ansible reaches this worker: over the engine's connection, or else by ssh with its
+    pinned host key and the engine's key."""
     multiplexed = ["-o", "ControlMaster=no", "-o", f"ControlPath={control_path(host, directory)}"]
     return {
         "ansible_connection": "orion_held",
@@ -142,7 +142,7 @@ def _collector(orders: Mapping[str, tuple[BatchOrder, ...]], report_result: Repo
     from ansible.plugins.callback import CallbackBase  # noqa: PLC0415 - see load
 
     class Collector(CallbackBase):  # type: ignore[misc]  # Ansible has no types
-        """Says what came of each order of a worker after its last task, or its first that failed."""
+        """Reports the result of each order of a worker after its last task or its first failed one."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -165,7 +165,7 @@ def _collector(orders: Mapping[str, tuple[BatchOrder, ...]], report_result: Repo
             self.results[name].append(result.result)
             if not ignore_errors:
                 message = one_line(str(result.result.get("msg") or "a task failed without saying why"))
-                # Of several rentals only some have failed, and each report says which.
+                # Only some of several rentals may have failed; each report says which.
                 self._done(name, None if "rentals" in result.result else {"ok": False, "message": message})
 
         def v2_runner_on_unreachable(self, result: Any) -> None:
@@ -174,7 +174,7 @@ def _collector(orders: Mapping[str, tuple[BatchOrder, ...]], report_result: Repo
             self._done(result.host.get_name(), unreachable)
 
         def finish(self, otherwise: str) -> None:
-            """For those that nothing was said about: all that was done for them is done, or `otherwise` nothing."""
+            """Report on the workers that are still open: success if they ran tasks, else a failure: `otherwise`."""
             for name in list(self.waiting):
                 self._done(name, None if self.results[name] else {"ok": False, "message": otherwise})
 
@@ -196,7 +196,7 @@ def _collector(orders: Mapping[str, tuple[BatchOrder, ...]], report_result: Repo
 
 
 def _report(place: int, asked: int, results: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the tasks said of the rental at this place, a later one over an earlier one; `changed` if any did."""
+    """Return the merged reports of the tasks on the rental at this place; `changed` if any task changed something."""
     report: dict[str, Any] = {"changed": False}
     for result in results:
         reports = result.get("rentals")

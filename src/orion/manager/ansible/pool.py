@@ -1,9 +1,9 @@
-"""The engine's jobs: the waiting ones go into batches, at most so many runs at once, each job bounded by its deadline.
+"""The engine's queue of jobs. It puts waiting jobs into batches and gives them to a limited number of runners.
 
-What one worker or one run does wrong costs the others nothing: results are taken as they come; a run that is held up
-is killed, and what it still owed is tried again, alone; a worker that failed lately stays out of batches. Of the
-runners that one worker alone can hold up, an owner has half at most, and workers that failed lately one of each owner
-and half of all (domain/fair_share.py).
+A failing worker or run does not delay the others. Each result is used as soon as it arrives. A run that takes too long
+is killed, and its unanswered jobs are tried once more, each alone. A worker that failed lately stays out of batches.
+One owner gets at most half of the runners that a single worker can block, and workers that failed lately get one for
+each owner and half of all (domain/fair_share.py).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from orion.manager.messages import HostMessage
 from orion.manager.queues import FairQueue
 
 PATIENCE_S = 5.0
-"""A run over several workers is killed when it takes longer than this, and a quarter more for each rental of one of
-them. A worker that hangs is mostly found before, by its connection."""
+"""Seconds after which a run over several workers is killed, plus a quarter for each rental of its busiest worker. The
+end of its connection mostly shows earlier that a worker hangs."""
 SUSPECT_S = 60.0
-"""For so long a worker that failed stays out of batches, unless it succeeds meanwhile."""
+"""Seconds for which a worker that failed stays out of batches, unless a job there succeeds meanwhile."""
 BATCHES_PER_RUNNER = 500
 NO_RESULT = "the engine's process for this job ended without a result"
 UNREACHABLE = "the worker cannot be reached by SSH: "
@@ -51,7 +51,7 @@ class Run:
     received: float
     refused_after: float
     alone: bool = False
-    """It was in a run that failed: it is tried once more, in one of its own."""
+    """Whether the job was in a run that failed, so that it is tried once more in a run of its own."""
     connection: WorkerConnection | None = None
 
     @property
@@ -61,27 +61,27 @@ class Run:
 
 @dataclass(eq=False)
 class Runner:
-    """A process that plays batches, and the batch that it has."""
+    """A process that plays batches, and its current batch."""
 
     pid: int
     channel: SelectorChannel
     began: float = 0.0
     runs: dict[int, Run] = field(default_factory=dict)
-    """What is not answered yet of its batch, by number."""
+    """The unanswered jobs of its batch, by number."""
     busy: bool = False
     has_several_workers: bool = False
-    """Its batch is over several workers."""
+    """Whether its batch is for several workers."""
     is_one_job: bool = False
-    """Its batch is one job."""
+    """Whether its batch is one job."""
     killed: bool = False
     claim: Claim | None = None
-    """The place that it holds, where its batch is over one worker."""
+    """The claim that it was started under, if its batch is for one worker."""
     patience_s: float = 0.0
     played: int = 0
 
 
 class Pool:
-    """`step` after each event; `patience` says for how long nothing will need a step unless an event comes."""
+    """The waiting jobs and the runners. Call `step` after each event, and when `patience` seconds have passed."""
 
     def __init__(
         self,
@@ -101,10 +101,10 @@ class Pool:
         self._waiting: list[Run] = []
         self._runners: dict[int, Runner] = {}
         self._suspects: dict[HostMessage, float] = {}
-        """Until when."""
+        """The monotonic second until which each worker that failed stays out of batches."""
 
     def submit(self, job: JobMessage, owner: object, answer: Answer) -> None:
-        """The job is answered once, unless its owner is abandoned before."""
+        """Queue a job. It is answered once, unless `abandon` is called for its owner before."""
         if any(run.owner is owner and run.job.id == job.id for run in self._all()):
             answer(OutcomeMessage(id=job.id, ok=False, message="a job with this id is already in work"))
             return
@@ -112,7 +112,7 @@ class Pool:
         self._waiting.append(Run(next(self._numbers), job, owner, answer, now, time.time() + job.deadline_s))
 
     def abandon(self, owner: object) -> None:
-        """Let go of the owner's jobs; they are not answered. A run that is left with nothing is killed."""
+        """Drop the owner's jobs without an answer, and kill each run that has no other jobs."""
         self._waiting = [run for run in self._waiting if run.owner is not owner]
         for runner in list(self._runners.values()):
             theirs = [number for number, run in runner.runs.items() if run.owner is owner]
@@ -127,12 +127,13 @@ class Pool:
             runners.kill(pid)
 
     def patience(self) -> float | None:
+        """Return the seconds until a deadline needs a step; None if there is no deadline."""
         moments = [run.deadline for run in self._all()]
         moments += [r.began + r.patience_s for r in self._runners.values() if r.has_several_workers and not r.killed]
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def prepare(self) -> None:
-        """Have one runner ready before it is needed."""
+        """Start one runner before it is needed."""
         if not self._runners:
             self._start_runner()
 
@@ -141,7 +142,7 @@ class Pool:
         return self._runners.keys()
 
     def reaped(self, pid: int) -> bool:
-        """Whether it was a runner; what it owed is tried again or answered."""
+        """Return whether the process that ended was a runner. Its unanswered jobs are tried again or answered."""
         runner = self._runners.get(pid)
         if runner is None:
             return False
@@ -185,13 +186,13 @@ class Pool:
         return WaitingJob(run.number, job.action, job.host, run.alone, job.host in self._suspects, job.owner)
 
     def _is_connected(self, run: Run) -> bool:
-        """Whether it can start now; where its worker cannot be reached it is answered."""
+        """Return whether the job can start now. Answer it if its worker cannot be reached."""
         if run.connection and run.connection.state is State.CLOSED:
             if not run.connection.was_open:
                 self._suspect(run.job.host)
                 self._finish(run, Result(ok=False, message=f"{UNREACHABLE}{run.connection.complaint}"))
                 return False
-            run.connection = None  # it broke before it was used: a new one
+            run.connection = None  # it broke before it was used, so a new one is opened
         if run.connection is None:
             try:
                 run.connection = self._connections.to(run.job.host)
@@ -242,7 +243,7 @@ class Pool:
         )
         runner.channel.send(BatchMessage(action=batch[0].job.action, hosts=hosts))
 
-    # What a runner says
+    # Results of a runner
 
     def _take(self, channel: SelectorChannel, line: bytes) -> None:
         runner = self._runner_of(channel)
@@ -252,7 +253,7 @@ class Pool:
             return
         run = runner.runs.pop(result.number, None)
         if run is None:
-            return  # it was too late
+            return  # the job was answered already
         if result.unreachable:
             self._suspect(run.job.host)
             run.connection = None
@@ -262,7 +263,7 @@ class Pool:
         self._finish(run, result)
 
     def _end_broken(self, channel: SelectorChannel, error: Exception | None) -> None:
-        """Kill a runner that says too much, or what is no result. Any other has died, and will be reaped."""
+        """Kill a runner that sent an invalid result. Any other one whose channel ended has died and will be reaped."""
         if isinstance(error, ChannelError):
             runners.kill(self._runner_of(channel).pid)
 
@@ -286,7 +287,7 @@ class Pool:
     # The ends
 
     def _try_again(self, run: Run, message: str, may_retry: bool) -> None:
-        """Once, and alone, what was not alone; else it is answered. `as_part`: it may have been another's fault."""
+        """Queue a job once more, alone, if another job may have caused the failure (`may_retry`); else answer it."""
         if may_retry and not run.alone:
             run.alone = True
             self._waiting.append(run)
@@ -310,7 +311,7 @@ class Pool:
                 self._kill(runner)
 
     def _end_stragglers(self, now: float) -> None:
-        """Their results are not needed to go on: everybody else has been answered, and they are tried again alone."""
+        """Kill runs over several workers that take too long. Their unanswered jobs are tried again alone."""
         for runner in self._runners.values():
             if runner.has_several_workers and not runner.killed and runner.began + runner.patience_s <= now:
                 for run in runner.runs.values():
@@ -319,7 +320,7 @@ class Pool:
                 self._kill(runner)
 
     def _kill(self, runner: Runner) -> None:
-        """What it owes is tried again when it is reaped."""
+        """Kill a runner. `reaped` then handles its unanswered jobs."""
         runner.busy = runner.killed = True
         runners.kill(runner.pid)
 

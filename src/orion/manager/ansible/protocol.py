@@ -1,7 +1,7 @@
-"""What the manager and the engine's process say to each other over a Unix socket, by channel.py.
+"""Messages between the manager and the engine's process over a Unix socket (channel.py).
 
-The engine checks what it is told as if the manager were a stranger: it alone holds the SSH key of the workers. The
-lines at the end are what the engine's own processes say to each other.
+The engine checks each message and does not trust the manager, because it alone holds the SSH key of the workers. The
+messages from BatchOrder on are between the engine's own processes.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class JobMessage(Message):
 
 
 class ExpectMessage(Message):
-    """Orders to this worker are to come: its connection may be opened. It is not answered."""
+    """Tells the engine to open its connection to this worker, because orders will follow. It gets no answer."""
 
     expect: HostMessage
 
 
 class OutcomeMessage(Message):
-    """`id` is empty where the request was no request."""
+    """The answer to a job. `id` is empty if the request was not valid."""
 
     id: str
     ok: bool
@@ -91,7 +91,7 @@ class BatchMessage(Message):
 
 
 class ResultMessage(Message):
-    """What came of one order; one with `finished` says that the whole run has ended."""
+    """The result of one order; `finished` marks the end of the whole run."""
 
     number: int = 0
     ok: bool = True
@@ -127,7 +127,7 @@ def job_message(identifier: str, job: Job) -> JobMessage:
 
 
 def expect_message(host: Host) -> ExpectMessage:
-    """Return the word that orders to this host are to come. Raise ValueError for one that the engine would refuse."""
+    """Return the message that orders to this host will follow. Raise ValueError if the engine would refuse it."""
     return ExpectMessage(expect=_host_message(host))
 
 

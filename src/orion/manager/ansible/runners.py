@@ -1,7 +1,7 @@
-"""Runners: forked processes with Ansible loaded, which play one batch after the other, and die with all they started.
+"""Runners: forked processes with Ansible loaded, which play one batch after the other.
 
-The parent must have one thread only, or a fork could copy a lock that is held. It is the reaper of whatever its
-runners leave behind when they die (`adopt_orphans`), so nothing that a run started can outlive it unseen.
+The parent must have one thread only, because a fork could copy a locked lock. It reaps the processes that its runners
+leave behind (`become_subreaper`), so that none of them outlives its run unnoticed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ PR_SET_CHILD_SUBREAPER = 36
 
 ReportResult = Callable[[ResultMessage], None]
 Play = Callable[[BatchMessage, ReportResult], None]
-"""Plays one batch, in a runner; says each result as soon as it is known."""
+"""A function that plays one batch in a runner, and reports each result as soon as it is known."""
 
 
 def become_subreaper() -> None:
-    """This process becomes the parent of what its descendants leave behind (see prctl(2))."""
+    """Make this process the parent of all orphans among its descendants (see prctl(2))."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "this process cannot become a subreaper")
 
 
 def start(play: Play) -> tuple[int, socket.socket]:
-    """A runner in a session of its own: its pid, and the socket for its batches and results."""
+    """Start a runner in a session of its own; return its pid and the socket for batches and results."""
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -45,7 +45,7 @@ def start(play: Play) -> tuple[int, socket.socket]:
 
 
 def kill_strays(known: Collection[int]) -> None:
-    """Kill the children of this process that are not known: what a runner that died has left."""
+    """Kill the children of this process that are not in `known`: orphans of runners that died."""
     for pid in _children(os.getpid()) - set(known):
         kill(pid)
 
@@ -53,8 +53,8 @@ def kill_strays(known: Collection[int]) -> None:
 def kill(pid: int) -> None:
     """Kill the child and all its descendants.
 
-    Its process group is not enough: Ansible gives each of its own workers a new session. Everybody is stopped
-    first, in passes until a pass finds nobody new, so that nobody can fork out of reach meanwhile.
+    Killing its process group is not enough, because Ansible starts its workers in new sessions. All processes are first
+    stopped, in passes until a pass finds no new one, so that none can fork meanwhile.
     """
     stopped: set[int] = set()
     while found := _family(pid) - stopped:
@@ -66,7 +66,7 @@ def kill(pid: int) -> None:
 
 
 def _run(play: Play, connection: socket.socket) -> None:
-    """In the runner, until the other end closes. Never returns: the code above belongs to the parent."""
+    """Play batches until the other end closes, and never return."""
     status = 1
     try:
         os.setsid()
@@ -77,7 +77,7 @@ def _run(play: Play, connection: socket.socket) -> None:
             play(decode_as(BatchMessage, line), channel.send)
             channel.send(ResultMessage(finished=True))
         status = 0
-    except BaseException:  # nothing may climb into the parent's code
+    except BaseException:  # no exception may reach the parent's code
         _write_all(2, traceback.format_exc().encode())
     finally:
         os._exit(status)
@@ -90,12 +90,12 @@ def _reset_signals() -> None:
 
 
 def _close_all_but(descriptor: int) -> None:
-    """Close the parent's sockets and pipes, and silence stdin and stdout; stderr stays for tracebacks."""
+    """Close all descriptors except this one and stderr, and connect stdin and stdout to /dev/null."""
     gc.freeze()
     silence = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1):
         os.dup2(silence, number)
-    for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are all that is wanted
+    for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208 - only names are needed
         if int(entry) not in (0, 1, 2, descriptor):
             with suppress(OSError):
                 os.close(int(entry))
@@ -113,7 +113,7 @@ def _children(pid: int) -> set[int]:
 
 
 def _family(pid: int) -> set[int]:
-    """The process and its descendants that live."""
+    """Return the process and its descendants that are alive."""
     parents = {int(entry.name): _parent(entry) for entry in Path("/proc").iterdir() if entry.name.isdecimal()}
     family = {pid} & parents.keys()
     while more := {child for child, parent in parents.items() if parent in family} - family:

@@ -1,15 +1,15 @@
 """The engine's process: `python -m orion.manager.ansible.server`, under a uid of its own.
 
-It listens on a Unix socket for jobs (protocol.py), gives them in batches (pool.py, batches.py) to processes that stay
-(runners.py) and play them with Ansible (playbook.py), and answers each once, in any order. A job's deadline counts from
-its receipt, so waiting for a turn is within it. The connections to the workers are held here (held.py), where they
+It listens on a Unix socket for jobs (protocol.py), gives them in batches (pool.py, batches.py) to resident processes
+(runners.py) that play them with Ansible (playbook.py), and answers each once, in any order. A job's deadline counts
+from its receipt and includes waiting. This process keeps the connections to the workers (connections.py), so that they
 outlive a run that has to be killed.
 
-It has one thread and loads Ansible once, so that a fork is safe and starts at once with everything loaded.
+It has one thread and loads Ansible once, so that a fork is safe and needs to load nothing.
 
-When a connection closes, its jobs are killed: nobody is left to hear the answer, and a manager that comes back
-decides anew what it wants. That harms nothing: the playbooks are idempotent, and the program on the worker refuses
-a lower epoch and a deadline that has passed, so what a killed run left behind cannot overtake a later one.
+When the manager's connection closes, its jobs are killed, and a new manager decides again what it needs. That is safe:
+the playbooks are idempotent, and the worker's program refuses lower epochs and passed deadlines, so a killed run cannot
+overtake a later one.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ log = logging.getLogger("orion.engine")
 
 
 class Server:
+    """The loop of the engine: its socket, its runners and its connections to workers."""
+
     def __init__(
         self,
         listening: socket.socket,
@@ -55,7 +57,7 @@ class Server:
         directory: Path,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """`directory`: where the SSH key and the sockets of the connections to workers are."""
+        """`directory`: holds the SSH key and the sockets of the connections to workers."""
         self._listening = listening
         self._selector = selectors.DefaultSelector()
         self._connections = Connections(self._selector, directory)
@@ -64,7 +66,7 @@ class Server:
         self._stopping = False
 
     def serve(self) -> None:
-        """Until SIGTERM or SIGINT. All children are killed when it returns."""
+        """Serve until SIGTERM or SIGINT, and then kill all children."""
         runners.become_subreaper()
         wakeup, wake = socket.socketpair()
         for end in (wakeup, wake, self._listening):
@@ -79,7 +81,7 @@ class Server:
         self._listening.listen(64)
         while not self._stopping:
             for key, ready in self._selector.select(self._patience()):
-                if key.fd in self._selector.get_map():  # what came before it may have closed it
+                if key.fd in self._selector.get_map():  # an event before this one may have closed it
                     key.data(ready)
             self._reap()
             self._connections.step()
@@ -142,7 +144,7 @@ class Server:
 
 
 def _identifier(line: bytes) -> str:
-    """Of a request that is refused, so that who asked does not wait for nothing."""
+    """Return the id of a request that is refused, so that its sender gets the answer."""
     try:
         identifier = decode(line).get("id", "")
     except BrokenLine:
@@ -157,7 +159,7 @@ def _refusal(error: BrokenLine) -> str:
 def bind(path: Path) -> socket.socket:
     """Return a socket for the owner and the group, which the directory's setgid bit makes the manager's.
 
-    It does not listen yet: nobody is to find an engine there before a signal ends that engine in order.
+    It does not listen yet, so that no client connects before the engine handles signals.
     """
     with suppress(FileNotFoundError):
         path.unlink()
@@ -171,7 +173,7 @@ def bind(path: Path) -> socket.socket:
 def main() -> None:
     arguments = _arguments()
     for descriptor in (0, 1, 2):
-        # Whoever shares them may have made them non-blocking (ssh does), and then Ansible does not start.
+        # Another process that shares them may have made them non-blocking (ssh does); then Ansible does not start.
         os.set_blocking(descriptor, True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from orion.manager.ansible import playbook  # noqa: PLC0415 - it reads the environment that is set here
