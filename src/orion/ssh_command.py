@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NewType
 
 Pinned = NewType("Pinned", list[str])
-"""The arguments by which ssh accepts one host and no other; only the functions below make them."""
+"""The ssh arguments that pin one host. Only the functions below make them."""
 
 
 def ssh_command(
@@ -16,7 +16,7 @@ def ssh_command(
     flags: Sequence[str] = (),
     command: Sequence[str] = (),
 ) -> list[str]:
-    """Return the argument list of an ssh to a pinned host. `options`: what follows each -o.
+    """Return the argument list of an ssh to a pinned host. `options`: the values of -o.
 
     Of an option that is named twice, ssh takes the first; so no option can turn off the check of the host key.
     """
@@ -56,7 +56,7 @@ def host_key_algorithms(key_type: str) -> tuple[str, ...]:
 
 
 def _pinned(alias: str, known_host: str, *more: str) -> Pinned:
-    """No file is needed: OpenSSH (8.5 or newer) asks KnownHostsCommand, see ssh_config(5)."""
+    """Return the options without a file of known hosts: OpenSSH 8.5 and newer runs KnownHostsCommand, ssh_config(5)."""
     options = (
         "StrictHostKeyChecking=yes",
         f"HostKeyAlias={alias}",

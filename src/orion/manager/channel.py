@@ -1,7 +1,7 @@
 """Messages between processes: one JSON object per line over a stream, in both directions.
 
-`Lines` is the framing that all ends share. Three ends stand on it, one for each way in which a process waits:
-`SelectorChannel` in a loop of selectors, `BlockingChannel`, and `AsyncChannel` in a loop of asyncio.
+`Lines` is the framing of all channels. There is one channel for each way in which a process waits: `SelectorChannel` in
+a loop of selectors, `BlockingChannel`, and `AsyncChannel` in a loop of asyncio.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class ChannelError(ValueError):
-    """The other end sent what is no message."""
+    """The other end sent an invalid message."""
 
 
 class LineTooLong(ChannelError):
@@ -41,10 +41,10 @@ class CutShort(ChannelError):
 
 
 class BrokenLine(ChannelError):
-    """A line is not the message that it should be."""
+    """A line is not a valid message of the expected kind."""
 
     def __init__(self, reason: str, field: str = "") -> None:
-        """`field`: the name of the first field that is wrong, with dots; empty where the line as a whole is wrong."""
+        """`field`: the dotted name of the first wrong field; empty if the line as a whole is wrong."""
         super().__init__(f"{field}: {reason}" if field else reason)
         self.reason = reason
         self.field = field
@@ -77,10 +77,10 @@ def decode_as(model: type[M], line: bytes) -> M:
 
 
 class Lines:
-    """Cuts a stream into lines, whatever parts it comes in."""
+    """Cuts a stream that arrives in parts into lines."""
 
     def __init__(self, max_line_bytes: int | None = MAX_LINE_BYTES) -> None:
-        """`max_line_bytes`: None allows lines of any length, which is for streams of this program's own processes."""
+        """`max_line_bytes`: None allows lines of any length, for streams between this program's own processes."""
         self._max_line_bytes = max_line_bytes
         self._rest = bytearray()
 
@@ -99,7 +99,7 @@ class Lines:
         return lines
 
     def end(self) -> None:
-        """Raise CutShort if the stream, which has ended, did so within a line."""
+        """Raise CutShort if the stream ended within a line."""
         if self._rest:
             raise CutShort("the stream ended within a line")
 
@@ -113,11 +113,11 @@ class Stream(Protocol):
 
 
 class SelectorChannel:
-    """An end in a loop of selectors that calls the data of each ready key with its events.
+    """A channel in a loop of selectors that calls the data of each ready key with its events.
 
-    `take` is called with each line, and may raise BrokenLine. `ended` is called once, when the channel stops by itself:
-    with a ChannelError for what is no message; with OSError when nothing can be written any more; with None when the
-    other end has closed the stream. Neither is called after `close`.
+    `take` is called with each line, and may raise BrokenLine. `ended` is called once if the channel ends without
+    `close`: with ChannelError after an invalid message, with OSError if writing fails, and with None if the other end
+    closes the stream. Neither is called after `close`.
     """
 
     def __init__(
@@ -138,30 +138,30 @@ class SelectorChannel:
         self._outgoing = bytearray()
         self._open = True
         self._readable = True
-        self._watched: dict[int, int] = {}
-        """The events that the selector looks for, by descriptor."""
-        self._watch()
+        self._registered: dict[int, int] = {}
+        """The registered events, by descriptor."""
+        self._register()
 
     def send(self, message: Message) -> None:
-        """Write the message, or as much as can be written now; the loop writes the rest. Do nothing after the end."""
+        """Write as much of the message as possible now; the loop writes the rest. Do nothing after the end."""
         if self._open:
             self._outgoing += encode(message)
             self._write()
 
     def drain(self) -> None:
-        """Take all that can be read now, also when writing has failed."""
+        """Read all that can be read now, also after writing has failed."""
         while self._readable and self._read():
             pass
 
     def close(self) -> None:
         self._open = self._readable = False
-        self._watch()
+        self._register()
         for stream in self._streams:
             with suppress(OSError):
                 stream.close()
 
     def _serve(self, ready: int) -> None:
-        # What came before in the same round may have closed this channel, and its descriptor may be another's.
+        # An earlier event of this round may have closed this channel, and its descriptor may be in use again.
         if self._open and ready & selectors.EVENT_WRITE:
             self._write()
         if self._open and ready & selectors.EVENT_READ:
@@ -176,7 +176,7 @@ class SelectorChannel:
         except OSError as error:
             self._end(error)
             return
-        self._watch()
+        self._register()
 
     def _read(self) -> bool:
         """Read once; return whether there may be more."""
@@ -203,18 +203,18 @@ class SelectorChannel:
     def _end(self, error: Exception | None) -> None:
         if self._open:
             self._open = False
-            self._watch()
+            self._register()
             self._ended(self, error)
 
-    def _watch(self) -> None:
-        """Have the selector look for what this channel waits for."""
+    def _register(self) -> None:
+        """Register the events that this channel waits for."""
         wanted = {self._reading: 0, self._writing: 0}
         if self._open:
             wanted[self._reading] |= selectors.EVENT_READ
             wanted[self._writing] |= selectors.EVENT_WRITE if self._outgoing else 0
         for descriptor, events in wanted.items():
-            before = self._watched.get(descriptor, 0)
-            self._watched[descriptor] = events
+            before = self._registered.get(descriptor, 0)
+            self._registered[descriptor] = events
             if events and not before:
                 self._selector.register(descriptor, events, self._serve)
             elif before and not events:
@@ -224,7 +224,7 @@ class SelectorChannel:
 
 
 class BlockingChannel:
-    """An end in a process that has nothing else to do meanwhile. The timeouts are the socket's."""
+    """A channel that blocks. Its timeouts are those of the socket."""
 
     def __init__(self, connection: socket.socket, max_line_bytes: int | None = MAX_LINE_BYTES) -> None:
         self._connection = connection
@@ -232,7 +232,7 @@ class BlockingChannel:
         self._received: deque[bytes] = deque()
 
     def receive(self) -> bytes | None:
-        """Return the next line; None when the other end has closed. Raise ChannelError, and the socket's own errors."""
+        """Return the next line; None if the other end has closed. Raise ChannelError and the socket's own errors."""
         while not self._received:
             part = self._connection.recv(READ_BYTES)
             if not part:
@@ -246,7 +246,7 @@ class BlockingChannel:
 
 
 class AsyncChannel:
-    """An end in a loop of asyncio."""
+    """A channel in a loop of asyncio."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_line_bytes: int = MAX_LINE_BYTES
@@ -258,14 +258,14 @@ class AsyncChannel:
 
     @classmethod
     async def connect(cls, socket_path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Self:
-        """Raise OSError if nobody listens on this Unix socket."""
+        """Return a channel to this Unix socket. Raise OSError if no process listens on it."""
         from asyncio import open_unix_connection  # noqa: PLC0415 - processes with other ends do without asyncio
 
         reader, writer = await open_unix_connection(socket_path)
         return cls(reader, writer, max_line_bytes)
 
     async def receive(self) -> bytes | None:
-        """Return the next line; None when the other end has closed. Raise ChannelError and OSError."""
+        """Return the next line; None if the other end has closed. Raise ChannelError and OSError."""
         while not self._received:
             part = await self._reader.read(READ_BYTES)
             if not part:
@@ -275,7 +275,7 @@ class AsyncChannel:
         return self._received.popleft()
 
     async def send(self, message: Message) -> None:
-        """Raise ConnectionError if the other end has closed."""
+        """Send the message. Raise ConnectionError if the other end has closed."""
         self._writer.write(encode(message))
         await self._writer.drain()
 

@@ -10,17 +10,17 @@ from orion.manager.ssh.port import Host
 from orion.wire import PublicKey
 
 MAX_DEADLINE_S = 3600.0
-
-
 WorkerId = Annotated[str, StringConstraints(pattern=r"^w-[a-z0-9]{1,30}$")]
 
 
 class Message(BaseModel):
+    """A message between processes, which refuses unknown fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class HostMessage(Message):
-    """An address is never a name: OpenSSH would take one that begins with a dash for an option."""
+    """A worker. Its address is never a name, because OpenSSH takes a name that begins with a dash for an option."""
 
     worker_id: WorkerId
     address: IPvAnyAddress

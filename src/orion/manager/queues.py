@@ -1,4 +1,4 @@
-"""The places of a queue, shared as domain/fair_share.py says. Whoever waits gets one in order of arrival, if it may."""
+"""A limited number of places that owners share by the rules of domain/fair_share.py, in order of arrival."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from orion.manager.domain.fair_share import Claim, may_take
 
 
 class FairQueue:
+    """The places, the claims that have them, and the claims that wait."""
+
     def __init__(self, places: int) -> None:
-        """`places`: how many may be taken at a time, one at least."""
+        """`places`: the number that may be taken at a time, at least one."""
         self._places = places
         self._taken: Counter[Claim] = Counter()
         self._waiting: list[tuple[Claim, asyncio.Future[None]]] = []
 
     @property
     def free(self) -> int:
-        """Return how many places are not taken."""
+        """Return the number of free places."""
         return self._places - self._taken.total()
 
     def may(self, claim: Claim) -> bool:
-        """Return whether `take` would take a place."""
+        """Return whether `take` would succeed."""
         return may_take(claim, self._taken, self._places)
 
     def take(self, claim: Claim) -> bool:
-        """Take a place; return False, and take none, where this claim may have none now."""
+        """Take a place; return False, and take none, if this claim may have none now."""
         if not self.may(claim):
             return False
         self._taken[claim] += 1
         return True
 
     def give_back(self, claim: Claim) -> None:
-        """Let whoever waits have the place."""
+        """Free the place, and let waiting claims that may now have one take places."""
         self._taken[claim] -= 1
         self._taken += Counter()
         waiting, self._waiting = self._waiting, []
@@ -46,7 +48,7 @@ class FairQueue:
 
     @asynccontextmanager
     async def place(self, claim: Claim) -> AsyncIterator[None]:
-        """Have a place for the length of a block; wait until this claim may have one."""
+        """Wait for a place, and hold it for the length of the block."""
         if not self.take(claim):
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append((claim, turn))
@@ -54,7 +56,7 @@ class FairQueue:
                 await turn
             except asyncio.CancelledError:
                 if not turn.cancelled():
-                    self.give_back(claim)  # its turn came as it was given up
+                    self.give_back(claim)  # the place was given at the moment of cancellation
                 raise
         try:
             yield

@@ -1,7 +1,7 @@
-"""The two authorities of the platform for SSH: one signs for workers, the other for renters.
+"""The two certificate authorities of the platform for SSH: one signs for workers, the other for renters.
 
-Two keys, because who is trusted to say which host this is should not by that say who may log in. Both stay in the
-manager's process: the engine and the vault, which speak with workers, have neither.
+There are two keys so that the right to certify hosts is not the right to certify log-ins. Both stay in the manager's
+process; the engine and the snapshot service, which connect to workers, have neither.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ ED25519 = "ssh-ed25519"
 
 
 class Authority:
+    """Signs certificates for workers and for renters."""
+
     def __init__(self, host_key: str, user_key: str, wall: Callable[[], float]) -> None:
-        """Private keys in OpenSSH's format. Raises asyncssh.KeyImportError."""
+        """Take private keys in OpenSSH's format. Raise asyncssh.KeyImportError if one is not valid."""
         self._hosts: Any = asyncssh.import_private_key(host_key)
         self._users: Any = asyncssh.import_private_key(user_key)
         self._wall = wall
@@ -43,14 +45,15 @@ class Authority:
         return _public(self._users)
 
     def next_serial(self) -> int:
-        """Rises with each call: workers keep the certificate with the highest."""
+        """Return a serial number above all earlier ones, because workers keep the certificate with the highest."""
         self._last_serial = max(self._last_serial + 1, int(self._wall() * 1e6))
         return self._last_serial
 
     def host_certificate(
         self, serial: int, worker_id: str, host_keys: Sequence[str], rental_ids: Collection[str]
     ) -> Issued:
-        """For an hour, for the worker that holds that key, as the host of these rentals. Raises NothingToSign."""
+        """Return a certificate for an hour that names the worker as the host of these rentals. Raise NothingToSign if
+        it has no rental or no key of the right kind."""
         named = sorted(rental_ids)[:MAX_NAMES]
         if not named:
             raise NothingToSign(f"nothing is placed on worker {worker_id}")
@@ -60,7 +63,7 @@ class Authority:
         try:
             public_key = asyncssh.import_public_key(key)
         except asyncssh.KeyImportError as error:
-            raise NothingToSign(f"the host key of worker {worker_id} is none: {error}") from error
+            raise NothingToSign(f"the host key of worker {worker_id} is not valid: {error}") from error
         now = self._wall()
         made = self._hosts.generate_host_certificate(
             public_key,
@@ -81,7 +84,7 @@ class Authority:
     def user_certificate(
         self, public_key: str, rental_id: str, epoch: int, who: str, source: str, lasts_s: float
     ) -> tuple[str, float]:
-        """The certificate, and UTC seconds when it ends. `source`: the one address from which it counts."""
+        """Return the certificate, and when it expires in UTC seconds. `source`: the only address it is valid from."""
         now = self._wall()
         made = self._users.generate_user_certificate(
             asyncssh.import_public_key(public_key),

@@ -1,27 +1,28 @@
-"""One SSH connection to each worker, held for what its end tells: a container that is killed says so by its kernel.
+"""The liveness connection: one SSH connection to each worker, whose end may prove that its container was killed.
 
-What ends a connection, and what may be made of it:
+What ends the connection, and what follows:
 
 * The container was killed. Its kernel closes the connection (FIN or RST), and nothing answers there any more: attempts
-  to connect stay without an answer, after perhaps a refusal by what was just being taken down. That is the proof.
-* sshd, or its process for this connection, was killed or restarted (a renter who eats all memory can bring that about).
-  It is closed as well, but the port goes on answering, if only by refusals, and the watch is held again.
-* The network was cut (docker network disconnect, a firewall that drops). Nothing comes at all: no end, no proof; the
-  lease decides. A firewall that rejects answers with refusals: no proof either. Nor is an end of our own making: no
-  keep-alive runs here, and nothing is ever sent first, so no one else's kernel has anything to answer with RST.
-* A process was stopped (SIGSTOP, docker pause). Its kernel goes on taking connections: no end, no proof.
-* The manager itself is cut off or late. Its own attempts fail at home or come too late: that is not silence of others,
-  and the time begins anew.
-* The connection was closed and *then* the network was cut: it looks like a death, and the worker lives. Its agent has
-  seen the same end (orion_worker/rpc/liveness.py). If a call that it sent 0.25 s later, or later still, was
-  acknowledged, the manager has heard it since the end, which voids the proof (domain/health.py). If none was, all its
-  rentals stand still 1 s after the end, half a second before the proof is complete.
-* Another machine answers at the address, with another host key: the one that was watched has lost it. It may be alive
-  and cut off all the same, so this too counts only after a real end, and after the same time.
-* The same machine answers with another boot id: its container was restarted. What ran there is dead, its files are not:
-  it registers by itself, and keeps its rentals. That is no reason to move them.
+  to connect get no answer, after perhaps one refusal during the teardown. That is the proof of death.
+* sshd, or its process for this connection, was killed or restarted (a renter who uses all memory can cause that). The
+  connection is closed too, but the port still answers, if only by refusals, and a new connection is made.
+* The network was cut (docker network disconnect, a firewall that drops). Nothing arrives, so there is no end and no
+  proof, and the lease decides. The refusals of a firewall that rejects are no proof either. The manager never causes
+  such an end itself: it sends no keep-alive and never sends first, so no other kernel has anything to answer with RST.
+* A process was stopped (SIGSTOP, docker pause). Its kernel still accepts connections: no end, no proof.
+* The manager itself is cut off or late. Then its attempts fail locally or come too late. That is not silence of the
+  worker, and the time starts again.
+* The connection was closed and *then* the network was cut. That looks like a death, but the worker lives. Its agent has
+  seen the same end (orion_worker/rpc/liveness.py). If a call that it sent at least 0.25 s later was acknowledged, the
+  manager has heard it since the end, which voids the proof (domain/health.py). If no call was, all its rentals are
+  frozen 1 s after the end, half a second before the proof is complete.
+* Another machine answers at the address, with another host key, so the worker has lost the address. It may be alive
+  and cut off, so this counts as a proof only after a real end, and after the same time.
+* The same machine answers with another boot id: its container was restarted. Its processes are dead, but its files are
+  there. It registers by itself and keeps its rentals, so nothing is taken over.
 
-So it is wrong about a death only where a worker is closed, cut off, and unable to stop its processes in half a second.
+So the proof is wrong only if a worker's connection is closed, its network is cut, and it cannot stop its processes
+within half a second.
 """
 
 from __future__ import annotations
@@ -43,29 +44,29 @@ COMMAND = "orion-watched"
 """On the worker: orion_worker/rpc/liveness.py."""
 LAST_MESSAGE = b"end\n"
 MAX_BOOT_ID_BYTES = 100
-"""A boot id. No more is ever read of a worker, which may be anybody's by now."""
+"""The most bytes of a boot id. No more is read, because another machine may answer at the address."""
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_S = 1.5
-"""Unanswered for so long after the end: dead. More than the agent's LIVENESS_GRACE_S (orion_worker/agent/decisions.py),
-by what it takes to stop a renter's processes."""
+"""Seconds without an answer after the end that prove a death. They exceed the agent's LIVENESS_GRACE_S
+(orion_worker/agent/decisions.py) by the time that it takes to stop a renter's processes."""
 ATTEMPT_EVERY_S = 0.25
 LATE_S = 0.25
-"""If a pause took so much longer than planned, it was the manager that was silent."""
+"""Seconds by which a pause may be longer than planned. After a longer one, the manager was late."""
 PROBE_AT_MOST_S = 15.0
 CHANNEL_S = 0.1
 LAST_MESSAGE_TIMEOUT_S = 2.0
 SILENCE_ERRORS = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH})
-"""Nobody has that address, or nobody answers there. All other errors but a refusal are our own."""
+"""The errors that mean silence. All other errors, except a refusal, are local ones."""
 CLOSED_BY_PEER = (asyncssh.DisconnectError, ConnectionResetError, BrokenPipeError)
 MAX_HANDSHAKES = 4
-"""Handshakes at a time: each takes some 5 ms of the processor that the heartbeats are answered by."""
+"""Handshakes at a time. Each takes some 5 ms of the processor that also answers heartbeats."""
 
 OnSign = Callable[[Sign], None]
 
 
 @dataclass
 class Silence:
-    """Whether nothing has answered for long enough. Times are monotonic seconds; pure."""
+    """How long a worker has not answered. It reads no clock; times are monotonic seconds."""
 
     since: float
     attempts: int = 0
@@ -74,11 +75,11 @@ class Silence:
         self.attempts += 1
 
     def broken(self, now: float) -> None:
-        """An acceptance or a refusal, or something that says nothing about the other end: it begins anew."""
+        """Start again, after an acceptance, a refusal, or a local error."""
         self.since, self.attempts = now, 0
 
     def pause_s(self, now: float) -> float:
-        """Until the next attempt, or until silence alone may prove it, whatever comes first: nobody waits longer."""
+        """Return the seconds until the next attempt, or until the silence is long enough, whichever comes first."""
         left_s = self.since + SILENCE_S - now
         return left_s if 0 < left_s < ATTEMPT_EVERY_S else ATTEMPT_EVERY_S
 
@@ -87,18 +88,21 @@ class Silence:
 
 
 def breaks_silence(outcome: OSError | None) -> bool:
-    """Whether the outcome of an attempt to connect speaks against silence; None: it was taken."""
+    """Return whether the outcome of an attempt to connect is not silence. None means that it was accepted."""
     return outcome is None or outcome.errno not in SILENCE_ERRORS
 
 
 def closed_by_peer(ended: Exception | None) -> bool:
-    """Whether the other end's kernel said so; None: we did. What our own kernel gave up on (ETIMEDOUT) says nothing."""
+    """Return whether the worker's kernel closed the connection. None means that the manager did.
+
+    A time-out of the manager's kernel (ETIMEDOUT) proves nothing.
+    """
     return isinstance(ended, CLOSED_BY_PEER)
 
 
 @dataclass(eq=False)
 class _Channel:
-    """One connection, its channel to the agent, and how it ends."""
+    """One connection, its channel to the agent, and the future of its end."""
 
     connection: asyncssh.SSHClientConnection
     process: asyncssh.SSHClientProcess[bytes]
@@ -117,7 +121,7 @@ class _Client(asyncssh.SSHClient):
 
 @dataclass
 class SshLiveness:
-    """Implements `port.Watch`."""
+    """Implements `port.Liveness`."""
 
     reach: SshReach
     _handshakes: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_HANDSHAKES))
@@ -142,11 +146,11 @@ class SshLiveness:
             channel = found
 
     async def _until_closed(self, channel: _Channel) -> Exception | None:
-        """What ended it; None: we did, because the program at the other end ended, or said more than it has to."""
+        """Return what ended the connection; None if the manager did, because the program ended or sent too much."""
         speaking = asyncio.ensure_future(channel.process.stdout.read(1))
         try:
             await asyncio.wait((channel.lost, speaking), return_when=asyncio.FIRST_COMPLETED)
-            # When the connection ends, its channels do in the same moment.
+            # The channels of a connection end at the same moment as the connection.
             await asyncio.wait((channel.lost,), timeout=CHANNEL_S)
         except asyncio.CancelledError:
             await _close_with_last_message(channel)
@@ -159,9 +163,9 @@ class SshLiveness:
         return channel.lost.result()
 
     async def _probe(self, host: Host, closed_at: float) -> _Channel | End:
-        """What is at its address now: the same again, another one, or nobody.
+        """Return what is at the worker's address now: a new channel to it, or how its liveness connection ended.
 
-        Attempts go on while a handshake is under way: what took a connection may have been about to end (seen).
+        Attempts continue during a handshake, because an sshd that is about to end may still accept a connection.
         """
         silence, attempts = Silence(closed_at), set[asyncio.Task[bool]]()
         handshake: asyncio.Task[_Channel | End] | None = None
@@ -217,7 +221,7 @@ class SshLiveness:
 
 
 async def _attempt(host: Host, silence: Silence) -> bool:
-    """One connection that is closed again at once; whether it was taken. What it met is told to `silence`."""
+    """Open a connection and close it at once; return whether it was accepted, and record the outcome in `silence`."""
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as place:
         place.setblocking(False)
@@ -232,9 +236,9 @@ async def _attempt(host: Host, silence: Silence) -> bool:
 
 
 async def _close_with_last_message(channel: _Channel | End) -> None:
-    """With the last word, so that the agent does not take it for an end that proves something."""
+    """Send the last message and close, so that the agent does not take the end for a proof."""
     if isinstance(channel, _Channel):
-        # The program ends when the agent has heard it. To close the connection before that would be the last word.
+        # The program ends when the agent has read the message. The connection must stay open until then.
         with suppress(OSError, asyncssh.Error, TimeoutError):
             async with asyncio.timeout(LAST_MESSAGE_TIMEOUT_S):
                 channel.process.stdin.write(LAST_MESSAGE)

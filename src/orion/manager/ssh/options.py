@@ -13,7 +13,7 @@ from orion.ssh_command import option_arguments, pinned_host_arguments, ssh_comma
 CONNECT_TIMEOUT_S = 5
 SSH_OPTIONS = (
     f"ConnectTimeout={CONNECT_TIMEOUT_S}",
-    # A worker that stopped while its connection stands: found within 6 s.
+    # A worker that stops while its connection is open is found within 6 s.
     "ServerAliveInterval=2",
     "ServerAliveCountMax=2",
     "ForwardAgent=no",
@@ -57,19 +57,19 @@ def worker_ssh(host: Host, directory: Path, more: Sequence[str]) -> list[str]:
 
 
 def control_path(host: Host, directory: Path) -> Path:
-    """Another one for another worker, address or host key."""
+    """Return the path of the control socket, which differs by worker, address and host keys."""
     recognised = "\n".join((host.address, str(host.port), *host.host_keys))
     return directory / f"{host.worker_id}-{sha256(recognised.encode()).hexdigest()[:12]}"
 
 
 def explained(complaint: str) -> str:
-    """Why there is no connection, for a person; empty where ssh did not say."""
+    """Return why there is no connection, for a person; empty if ssh did not say."""
     if any(sign in complaint for sign in _IMPOSTOR_SIGNS):
         return IMPOSTOR
     return one_line(_PREFACE.sub("", complaint))
 
 
 def one_line(message: str) -> str:
-    """A short line; a worker may have written it, so nothing that moves a cursor."""
+    """Return a short line without control characters: a worker may have written it, and a person reads it."""
     line = re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]+", " ", message).strip()
     return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 3]}..."

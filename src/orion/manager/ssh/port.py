@@ -12,14 +12,14 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Host:
-    """Where a worker is and how it is recognised."""
+    """The address of a worker, and the keys by which it is recognised."""
 
     worker_id: str
     address: str
     host_keys: tuple[str, ...]
     port: int = 22
     boot_id: str = ""
-    """The boot id that the orders in OF_ONE_BOOT name; empty: they name none. See Worker.ordered_boot_id."""
+    """The boot id that the orders in OF_ONE_BOOT name; empty if they name none. See Worker.ordered_boot_id."""
 
 
 class Reached(StrEnum):
@@ -38,29 +38,30 @@ class Reach(Protocol):
 
 
 class Sign(StrEnum):
-    """What a watch tells while it goes on."""
+    """A change of a liveness connection that has not ended."""
 
     HELD = "held"
     CLOSED = "closed"
-    """Its kernel closed the connection; whether it is gone is being found out."""
+    """The worker's kernel closed the connection, and the manager probes whether the worker is gone."""
 
 
 class End(StrEnum):
-    """How a watch ended."""
+    """How a liveness connection ended."""
 
     GONE = "gone"
-    """Its kernel closed the connection, and nothing has answered at its address since: a proof of death."""
+    """The worker's kernel closed it, and nothing has answered at the address since: a proof of death."""
     REPLACED = "replaced"
-    """The same, but something else answers at its address, with another host key: a proof too."""
+    """The worker's kernel closed it, and another host key answers at the address: a proof of death too."""
     NOT_HELD = "not held"
-    """It could not be held, or was lost in a way that proves nothing."""
+    """It could not be opened, or ended in a way that proves nothing."""
 
 
 class Liveness(Protocol):
     async def hold(self, host: Host, boot_id: str, on_sign: Callable[[Sign], None]) -> End:
-        """Hold one connection to this worker, in this life of its container, until that ends for good.
+        """Keep one connection to this worker, as long as it has this boot id, and return how it ended.
 
-        Cancelled, it lets go with a word, so that the worker's agent makes nothing of it.
+        `on_sign` is called with each change. A cancelled call sends a last message first, so that the worker's agent
+        does not take the end for a failure.
         """
         ...
 
@@ -71,7 +72,7 @@ class ShellUnreachable(Exception):
 
 @dataclass(frozen=True)
 class ShellLogin:
-    """Whose shell, and who asked for it."""
+    """The account and rental of a shell, and the name of the token that asked for it."""
 
     username: str
     rental_id: str
@@ -83,21 +84,21 @@ class Shell(Protocol):
     """A renter's shell in a terminal of its own."""
 
     async def read(self) -> bytes:
-        """What it wrote next; empty when it has ended or is lost. Who does not read holds it up."""
+        """Return its next output; empty when it has ended or is lost. A shell whose output is not read stops."""
 
     async def write(self, data: bytes) -> None:
-        """Returns when the worker has room for more. What the shell does not take any more is dropped."""
+        """Write input, and return when the worker has room for more. Input of a shell that has ended is dropped."""
 
     def resize(self, columns: int, rows: int) -> None: ...
 
     async def how_it_ended(self) -> str | None:
-        """After the last read: in words; None when nobody said that it has ended, so that its worker may be gone."""
+        """Return how it ended, in words, after the last read; None if its connection was lost."""
 
     def close(self) -> None: ...
 
 
 class Shells(Protocol):
-    """Opens them. `size`: columns and rows."""
+    """Opens shells. `size`: columns and rows."""
 
     async def open(self, host: Host, login: ShellLogin, size: tuple[int, int]) -> Shell:
-        """Raises ShellUnreachable, within seconds."""
+        """Open a shell. Raise ShellUnreachable within seconds if that fails."""

@@ -13,7 +13,7 @@ from orion.ssh_command import host_key_algorithms
 
 
 class SshReach:
-    """Implements `port.Reach`. No agent, no configuration file, no other key; never an unknown host key."""
+    """Implements `port.Reach`, without an SSH agent, a configuration file, other keys, or unknown host keys."""
 
     def __init__(self, private_key: str) -> None:
         """`private_key`: in OpenSSH's format. Raises asyncssh.KeyImportError."""
@@ -26,7 +26,7 @@ class SshReach:
         except asyncssh.HostKeyNotVerifiable:
             return Reached.IMPOSTOR
         except asyncssh.KeyExchangeFailed as error:
-            # It offers no key of the pinned kind at all: then it does not hold the pinned one.
+            # It offers no host key of the pinned type, so it does not have the pinned key.
             return Reached.IMPOSTOR if "host key" in str(error) else Reached.NO
         except (OSError, asyncssh.Error, ValueError):
             return Reached.NO
@@ -36,7 +36,7 @@ class SshReach:
     async def connect(
         self, host: Host, client: Callable[[], asyncssh.SSHClient] = asyncssh.SSHClient
     ) -> asyncssh.SSHClientConnection:
-        """One connection; raises OSError and asyncssh.Error. Nothing is ever sent over it by itself."""
+        """Return a connection without keep-alive messages. Raise OSError or asyncssh.Error."""
         connection, _ = await asyncssh.create_connection(
             client,
             host.address,
@@ -50,7 +50,7 @@ class SshReach:
 
 
 def pinned(host: Host) -> dict[str, Any]:
-    """What every connection to a worker is made with: its host key and no other, and nothing of this machine's own."""
+    """Return the arguments of every connection to a worker: its pinned host keys, and nothing of this machine's own."""
     return {
         "known_hosts": ([asyncssh.import_public_key(key) for key in host.host_keys], [], []),
         "preferred_auth": "publickey",
@@ -62,6 +62,6 @@ def pinned(host: Host) -> dict[str, Any]:
 
 
 def _algorithms(host: Host) -> list[str]:
-    """Of the pinned keys alone, so that an honest worker shows one of them."""
+    """Return the algorithms of the pinned keys alone, so that an honest worker shows one of them."""
     kinds = dict.fromkeys(key.split()[0] for key in host.host_keys)
     return [name for kind in kinds for name in host_key_algorithms(kind)]

@@ -1,8 +1,8 @@
-"""A renter's shell, opened by the manager as its SSH client: for those who have nothing but a browser.
+"""Shells of renters that the manager opens by SSH, for terminals in a browser.
 
-The worker's host key is pinned, as everywhere. The manager comes as the renter and never as root: with a key that lives
-in memory for one log-in, and a certificate for it which names this rental in this epoch, counts from the manager's own
-address alone and is over after a minute.
+The worker's host key is pinned. The manager logs in as the renter and never as root, with a key that is in memory for
+one log-in. The certificate of that key names this rental and epoch, is valid from the manager's address alone, and
+expires after a minute.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ OPEN_TIMEOUT_S = 10.0
 CLOSED_WITHIN_S = 5.0
 TERMINAL = "xterm-256color"
 WINDOW_BYTES = 128 << 10
-"""That a worker may send unread: what one shell takes of the event loop at a time."""
+"""Bytes that a worker may send unread, which limits the share of the event loop that one shell takes."""
 READ_BYTES = 32 << 10
 CIPHERS = ["aes256-gcm@openssh.com", "aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com"]
-"""One call of the processor's own AES for each packet: a third of what asyncssh needs for its first choice."""
+"""AES by the processor first: it takes a third of the time of asyncssh's default cipher."""
 ALIVE_EVERY_S, ALIVE_MISSED = 30, 4
-"""A worker that is silent for two minutes is lost: more than a takeover, which is noticed before."""
+"""Seconds between keep-alive messages, and the number of lost ones that end the connection, later than a takeover."""
 
 
 class SshShells:
