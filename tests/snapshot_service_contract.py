@@ -1,6 +1,6 @@
-"""What every vault must do: unit tests run it on the fake, integration tests on the real one and real workers.
+"""The contract of the snapshot service: unit tests run it on the fake, integration tests on the real one.
 
-They look at what is in homes and at what is kept, never at how it was asked for.
+Its tests look at homes and at kept snapshots, never at calls.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ _numbers = count(1)
 
 
 class Bench(ABC):
-    """A vault and two workers."""
+    """A snapshot service and two workers."""
 
     snapshot_service: SnapshotService
     hosts: tuple[Host, Host]
 
     def new_home(self, epoch: int = 1) -> Home:
-        """Of a rental that nobody has heard of, on the first worker; `create` makes it."""
+        """Return the home of a new rental on the first worker; `create` makes it."""
         number = next(_numbers)
         name = f"vault{number:03d}".translate(str.maketrans("0123456789", "abcdefghij"))
         return Home(name, 2_000_000_000 + number, epoch, self.hosts[0])
 
     def moved(self, home: Home) -> Home:
-        """The same rental, at its next epoch, on the other worker."""
+        """Return the home of the same rental at its next epoch, on the other worker."""
         other = next(host for host in self.hosts if host != home.host)
         return replace(home, epoch=home.epoch + 1, host=other)
 
     async def owned_by(self, owner: Home | None = None) -> Home:
-        """Return a rental that runs, of the same owner as that of `owner`, of a new owner without one."""
+        """Return the home of an active rental, of the same owner as `owner` or of a new one."""
         home = self.new_home()
         home = replace(home, owner=owner.owner if owner else f"owner-{home.rental_id}")
         await self.create(home, activated=True)
         return home
 
     async def copy_other(self, home: Home, limits: SnapshotLimits) -> list[str]:
-        """Copy a home that holds LARGE_BYTES of which the copy before has none; return which copies are kept."""
+        """Take a snapshot with LARGE_BYTES that the last one does not have; return the ids of all that are kept."""
         letter = chr(ord("a") + next(_numbers) % 26)
         await self.write(home, "large", letter * LARGE_BYTES)
         return [str(copy.generation) for copy in (await self.snapshot_service.copy(home, limits)).kept]
 
     def room_for(self, copies: float) -> SnapshotLimits:
-        """Return limits that give each owner a share of the disk for so many copies of LARGE_BYTES."""
+        """Return limits that give each owner a share of the disk for this many snapshots of LARGE_BYTES."""
         return replace(LIMITS, owner_share=copies * (LARGE_BYTES + BLOCK_BYTES) / self.disk_bytes)
 
     @property
@@ -87,7 +87,7 @@ async def refusal(awaitable: object) -> SnapshotError:
     return refused.value
 
 
-class VaultContract:
+class SnapshotServiceContract:
     """A subclass gives the fixture `bench`."""
 
     async def test_what_was_copied_from_one_worker_is_put_into_a_locked_home_on_another(self, bench: Bench) -> None:

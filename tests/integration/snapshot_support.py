@@ -1,4 +1,4 @@
-"""A real vault, in the manager's image and confined as there, for real workers of the tests' own network.
+"""A real snapshot service, in the manager's image and confined as there, for real workers of the tests' own network.
 
 It shares the machine's network, whose end of the workers' network they take for the app's address.
 """
@@ -41,7 +41,7 @@ class RealSnapshotService:
         return self.copies / home.rental_id / generation / "home"
 
     def running(self, uid: int) -> str:
-        """Processes of a uid in the vault's container, but for those that are dead and not yet reaped."""
+        """Processes of a uid in the service's container, but for those that are dead and not yet reaped."""
         look = f"grep -l '^Uid:.*{uid}' /proc/[0-9]*/status | xargs -r grep -L '^State:.Z'; true"
         return docker("exec", self.name, "sh", "-c", look)
 
@@ -64,7 +64,7 @@ def snapshot_service(folder: Path, key: Key) -> Iterator[RealSnapshotService]:
         "--entrypoint", "/opt/orion/venv/bin/python", build(), "-m", "orion.manager.snapshots.server",
     )  # fmt: skip
     try:
-        wait_until(lambda: takes_connections(place / "run" / SOCKET), "the vault listens")
+        wait_until(lambda: takes_connections(place / "run" / SOCKET), "the snapshot service listens")
         yield RealSnapshotService(name, place, SnapshotClient(place / "run" / SOCKET))
     finally:
         done = subprocess.run(["docker", "logs", name], capture_output=True, text=True, check=False)

@@ -1,6 +1,6 @@
-"""Copies of homes on real workers, and homes made from copies: by the real vault, real ssh, real rsync.
+"""Snapshots and restores of homes on real workers, by the real snapshot service, ssh and rsync.
 
-The renters here play every trick on it that a renter can; a worker that lies is in test_vault_attacks.py.
+The renters here play every trick on it that a renter can; a worker that lies is in test_snapshots_attacks.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from orion_worker.rpc.server import SOCKET_PATH
 from rental_support import Rental, new_rental, placement
-from snapshot_service_contract import Bench, VaultContract, refusal
+from snapshot_service_contract import Bench, SnapshotServiceContract, refusal
 from snapshot_support import RealSnapshotService, home_of, host_of, snapshot_service
 from worker_support import Worker, wait_until
 
@@ -88,7 +88,7 @@ def bench(real: RealSnapshotService, pair: tuple[Worker, Worker], folder: Path) 
     return RealBench(real, pair, folder)
 
 
-class TestRealVault(VaultContract):
+class TestRealVault(SnapshotServiceContract):
     pass
 
 

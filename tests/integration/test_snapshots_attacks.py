@@ -1,7 +1,7 @@
-"""A worker that lies: what takes the place of `orion-rental send` may say what it likes, and speaks real rsync.
+"""A lying worker: a program in the place of `orion-rental send` may answer anything, and uses the real rsync.
 
-The vault here is the shipped program, as root of this machine; only its ssh is replaced, by the liar. What it runs
-under the uid of a rental is where any uid may read it: this project may be in a directory of root's.
+The snapshot service is the shipped program, run as root; only its ssh is replaced. What it runs under a rental's uid is
+copied to where any uid may read it, because this project may be in a directory of root's.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Liar:
 
     @staticmethod
     def under(place: Path) -> list[Path]:
-        """Return all that is below a directory, which the vault may be removing things from; no link is followed."""
+        """Return all that is below a directory, which the service may be removing things from; no link is followed."""
         return [Path(folder) / name for folder, *both in os.walk(place) for names in both for name in names]
 
     def running(self) -> list[str]:
@@ -122,7 +122,7 @@ def liar(folder: Path) -> Iterator[Liar]:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     process = subprocess.Popen([sys.executable, "-c", SERVICE, str(made.program), *arguments], env=environment)
     try:
-        wait_until(lambda: takes_connections(place / "run/vault.sock"), "the vault listens")
+        wait_until(lambda: takes_connections(place / "run/vault.sock"), "the snapshot service listens")
         yield made
     finally:
         process.terminate()

@@ -1,4 +1,4 @@
-"""What rsync takes for its remote shell hands over its two ends and stays until it is told to go."""
+"""The remote shell of the local rsync passes its two pipes and stays until the other end closes."""
 
 from __future__ import annotations
 

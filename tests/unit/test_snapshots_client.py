@@ -1,4 +1,4 @@
-"""How many transfers the manager has the vault do at a time, and whose."""
+"""How many transfers the client asks the snapshot service for at a time, and for which owners."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOST = Host("w-one", "192.0.2.7", (host_key(1),))
 
 @dataclass
 class Waiting:
-    """A vault that answers a job when it is told to."""
+    """A snapshot service that answers a job when a test calls `end`."""
 
     jobs: dict[str, asyncio.Future[SnapshotReply]] = field(default_factory=dict)
 
@@ -45,7 +45,7 @@ async def serving(folder: Path, max_transfers: int) -> AsyncIterator[tuple[Waiti
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - the jobs of a vault that is a few lines
+        while not condition():  # noqa: ASYNC110 - the service above has no event to wait for
             await asyncio.sleep(0)
 
 

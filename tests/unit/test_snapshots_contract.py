@@ -1,4 +1,4 @@
-"""The fake vault keeps the contract that the real one is held to: tests/integration/test_snapshots.py."""
+"""The fake snapshot service has the same contract as the real one, which tests/integration/test_snapshots.py tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 from ansible_contract import KEY, OTHER_KEY
-from snapshot_service_contract import Bench, VaultContract
+from snapshot_service_contract import Bench, SnapshotServiceContract
 
 from orion.manager.ansible.port import Action, Job
 from orion.manager.fakes.snapshots import FakeSnapshotService
@@ -55,5 +55,5 @@ def bench() -> FakeBench:
     return FakeBench()
 
 
-class TestFakeVault(VaultContract):
+class TestFakeSnapshotService(SnapshotServiceContract):
     pass

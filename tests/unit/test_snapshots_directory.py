@@ -1,4 +1,4 @@
-"""The directory of a rental's copies: what is prepared, what is left over, what a copy is made from, what all take."""
+"""The directory of a rental's snapshots: bases, preparation, clean-up, and disk use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def copy(folder: Path, in_haste: bool = False, choice: int = 0, **written: str) 
 
 
 def come(folder: Path, limits: tuple[int, int] = LIMITS, **written: str) -> None:
-    """Bring what is to be the next copy."""
+    """Put the files of the next snapshot into `incoming`."""
     base = begin(folder, 1, salvage=False)["generation"]
     clone(folder, base)
     for name, content in written.items():
@@ -40,7 +40,7 @@ def described(folder: Path, base: str = "", limits: tuple[int, int] = LIMITS, *c
 
 
 def brought(folder: Path, fill: Callable[[Path], object], limits: tuple[int, int] = LIMITS) -> Snapshot:
-    """Return the first copy, of a home that `fill` has filled."""
+    """Return the first snapshot, of a home that `fill` has filled."""
     begin(folder, 1, salvage=False)
     clone(folder, "")
     fill(folder / INCOMING / "home")
@@ -96,7 +96,7 @@ def test_in_haste_old_copies_do_not_count_any_more_and_the_next_removes_them(tmp
     assert names(tmp_path) == {"1-3", "1-4", "1-5"}
 
 
-# What a copy counts for, and what all of them take
+# What a snapshot counts for, and what all of them use
 
 
 def furnish(home: Path) -> None:
@@ -147,7 +147,7 @@ def test_empty_directories_are_refused_by_the_room_that_they_take(tmp_path: Path
 
 
 def refused(folder: Path, limits: tuple[int, int], is_refused: bool) -> None:
-    """Bring a home with fifty directories; assert that it is more than a copy may hold, or not."""
+    """Take a snapshot of a home with fifty directories; assert that it is refused, or not."""
 
     def many(home: Path) -> None:
         for number in range(50):

@@ -1,4 +1,4 @@
-"""How full a disk is, and what the copies of each rental take of it."""
+"""How full a disk is, and how much of it the snapshots of each rental use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST = Usage(100, 1000)
 
 
 def statvfs(blocks: int, free: int, for_all: int, files: int, files_free: int) -> os.statvfs_result:
-    """Return what a file system of blocks of 4 KiB says; `for_all`: the free blocks that are not kept for root."""
+    """Return the status of a file system with blocks of 4 KiB. `for_all`: the free blocks not reserved for root."""
     return os.statvfs_result((4096, 4096, blocks, free, for_all, files, files_free, files_free, 0, 255))
 
 

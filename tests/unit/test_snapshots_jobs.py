@@ -1,6 +1,6 @@
-"""What the vault does before and after a transfer: it looks at its disk and at an owner's share, and leaves nothing.
+"""What a job of the snapshot service does around a transfer: it checks the disk and the owner's share, and cleans up.
 
-The worker here says that the home is as in the copy before, or fails; what it has to send is in tests/integration.
+The worker here answers that the home is the same as the last snapshot, or fails. Transfers are in tests/integration.
 """
 
 from __future__ import annotations
@@ -34,27 +34,29 @@ OTHER = '{"ok": true}'
 UID = 1_900_000_000 + os.getpid()
 """One uid for each process of tests: a job kills all that runs under its rental's uid, in other test runs too."""
 A_COPY = Usage(1, BLOCK_BYTES)
-"""What a copy of an empty home takes."""
+"""The disk use of a snapshot of an empty home."""
 
 
 @dataclass
-class Vault:
+class JobBench:
+    """Runs jobs in a directory of their own, with a worker that gives a fixed answer."""
+
     directories: Directories
     monkeypatch: pytest.MonkeyPatch
 
     @property
     def begun(self) -> Path:
-        """The file with the Unix time at which the worker had read the request."""
+        """The file with the Unix time at which the worker read the request."""
         return self.directories.copies.parent / "begun"
 
     def has(self, size: Usage, used: Usage) -> None:
-        """Give it a disk."""
+        """Set the size and use of the disk."""
         self.monkeypatch.setattr(Disk, "of", lambda _: Disk(size, used))
 
     def copy(
         self, rental_id: str, epoch: int, action: SnapshotAction = SnapshotAction.COPY, says: str = SAME, **more: str
     ) -> SnapshotReply:
-        """Have a worker copied that says this; each epoch makes a copy of its own."""
+        """Run a job with a worker that gives this answer. Each epoch makes a snapshot of its own."""
         program = f"read -r request; date +%s.%N >{self.begun}; echo; echo '{says}'"
         self.monkeypatch.setattr(jobs, "worker_ssh", lambda *_: ["sh", "-c", program])
         request = SnapshotRequest(
@@ -75,12 +77,12 @@ class Vault:
 
 
 @pytest.fixture
-def snapshot_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vault]:
+def snapshot_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobBench]:
     folder = Path(tempfile.mkdtemp(prefix="orion-"))
     folder.chmod(0o711)
     for name in ("copies", "run", "run/locks", "run/ssh"):
         (folder / name).mkdir(mode=0o711)
-    snapshot_service = Vault(Directories(folder / "copies", folder / "run", 0), monkeypatch)
+    snapshot_service = JobBench(Directories(folder / "copies", folder / "run", 0), monkeypatch)
     snapshot_service.has(Usage(1000, 1000 * BLOCK_BYTES), Usage(0, 0))
     yield snapshot_service
     shutil.rmtree(folder)
@@ -90,7 +92,7 @@ def snapshot_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vault]:
     ("used", "scarce"), [(Usage(100, 901 * BLOCK_BYTES), "bytes"), (Usage(901, 100 * BLOCK_BYTES), "inodes")]
 )
 def test_no_copy_is_begun_on_a_disk_that_has_hardly_any_bytes_or_inodes_left(
-    snapshot_service: Vault, used: Usage, scarce: str
+    snapshot_service: JobBench, used: Usage, scarce: str
 ) -> None:
     snapshot_service.has(Usage(1000, 1000 * BLOCK_BYTES), used)
     with pytest.raises(SnapshotError, match=f"nearly full: it has hardly any {scarce} left") as refused:
@@ -99,11 +101,13 @@ def test_no_copy_is_begun_on_a_disk_that_has_hardly_any_bytes_or_inodes_left(
     assert snapshot_service.kept("one") == set()
 
 
-def room_for(snapshot_service: Vault, copies: int) -> None:
+def room_for(snapshot_service: JobBench, copies: int) -> None:
     snapshot_service.has(Usage(2 * copies, 2 * copies * BLOCK_BYTES + 100), Usage(0, 0))
 
 
-def test_an_owner_beyond_its_share_loses_its_older_copies_and_then_gets_no_new_one(snapshot_service: Vault) -> None:
+def test_an_owner_beyond_its_share_loses_its_older_copies_and_then_gets_no_new_one(
+    snapshot_service: JobBench,
+) -> None:
     room_for(snapshot_service, 3)
     for epoch in range(1, 5):
         snapshot_service.copy("one", epoch)
@@ -121,7 +125,7 @@ def test_an_owner_beyond_its_share_loses_its_older_copies_and_then_gets_no_new_o
     assert snapshot_service.copy("two", 1).ok
 
 
-def test_who_is_short_of_room_is_told_and_no_more_when_it_is_released(snapshot_service: Vault) -> None:
+def test_who_is_short_of_room_is_told_and_no_more_when_it_is_released(snapshot_service: JobBench) -> None:
     room_for(snapshot_service, 1)
     snapshot_service.copy("one", 1)
     with pytest.raises(SnapshotError):
@@ -134,7 +138,7 @@ def test_who_is_short_of_room_is_told_and_no_more_when_it_is_released(snapshot_s
 
 
 def test_nothing_is_received_for_an_owner_whose_other_rentals_have_all_of_its_share(
-    snapshot_service: Vault, monkeypatch: pytest.MonkeyPatch
+    snapshot_service: JobBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room_for(snapshot_service, 1)
     snapshot_service.copy("one", 1)
@@ -144,7 +148,7 @@ def test_nothing_is_received_for_an_owner_whose_other_rentals_have_all_of_its_sh
     assert refused.value.code == OVER_SHARE
 
 
-def test_the_copy_that_somebody_is_about_to_ask_for_makes_no_room(snapshot_service: Vault) -> None:
+def test_the_copy_that_somebody_is_about_to_ask_for_makes_no_room(snapshot_service: JobBench) -> None:
     room_for(snapshot_service, 3)
     for epoch in range(1, 5):
         snapshot_service.copy("one", epoch)
@@ -154,7 +158,7 @@ def test_the_copy_that_somebody_is_about_to_ask_for_makes_no_room(snapshot_servi
     assert snapshot_service.kept("one") == {"incoming", "2-1", "4-1"}
 
 
-def test_a_salvage_that_is_as_an_old_copy_does_not_lose_it(snapshot_service: Vault) -> None:
+def test_a_salvage_that_is_as_an_old_copy_does_not_lose_it(snapshot_service: JobBench) -> None:
     room_for(snapshot_service, 3)
     for epoch in range(1, 4):
         snapshot_service.copy("one", epoch)
@@ -168,23 +172,23 @@ def test_a_salvage_that_is_as_an_old_copy_does_not_lose_it(snapshot_service: Vau
     ("after", "counted_s"), [("", 0.0), (', "after_s": 0.001', 0.001), (', "after_s": -1e300', 0.0)]
 )
 def test_no_copy_is_said_to_be_younger_than_the_moment_at_which_it_was_begun(
-    snapshot_service: Vault, after: str, counted_s: float
+    snapshot_service: JobBench, after: str, counted_s: float
 ) -> None:
-    """The answer is heard later than it was given: what was written in between is not in the copy."""
+    """The answer arrives later than it was sent, and files that were written meanwhile are not in the snapshot."""
     asked_at = time.time()
     done = snapshot_service.copy("one", 1, says=f'{{"ok": true, "same": true, "age_s": 0{after}}}').done
     assert done is not None
     assert asked_at + counted_s <= done["at"] <= float(snapshot_service.begun.read_text()) + counted_s
 
 
-def test_a_worker_that_says_that_it_began_late_makes_no_copy_of_a_time_to_come(snapshot_service: Vault) -> None:
+def test_a_worker_that_says_that_it_began_late_makes_no_copy_of_a_time_to_come(snapshot_service: JobBench) -> None:
     done = snapshot_service.copy("one", 1, says='{"ok": true, "same": true, "after_s": 1e300}').done
     assert done is not None
     assert done["at"] <= time.time()
 
 
 def test_of_a_copy_that_comes_to_nothing_nothing_is_left(
-    snapshot_service: Vault, monkeypatch: pytest.MonkeyPatch
+    snapshot_service: JobBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def receive(job: SnapshotJob, *_: object) -> None:
         (job._folder / "incoming/home/large").write_bytes(bytes(100_000))

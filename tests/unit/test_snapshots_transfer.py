@@ -1,4 +1,4 @@
-"""How long the vault waits for a worker: to be reached, and then for its answer."""
+"""How long a job waits for a worker, what it accepts as an answer, and when it gives up a transfer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def lifetime() -> Iterator[Lifetime]:
 
 
 def heard(shell: str, lifetime: Lifetime) -> dict[str, object]:
-    """What is heard from a program in the place of ssh."""
+    """Return the answer of a program in the place of ssh."""
     with WorkerCommand(["sh", "-c", shell], (0, 0), {"PATH": "/usr/bin:/bin"}, "send", {}) as worker:
         return worker.read_answer(lifetime)
 
@@ -78,12 +78,12 @@ try:
 except OSError:
     sys.exit(12)
 """
-"""As an rsync that first writes all that it has, and then would read that nobody answers any more."""
+"""It behaves as an rsync that writes everything before it reads, and so does not see that the other end has gone."""
 
 
 @contextmanager
 def local_rsync(program: str) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
-    """A program in the place of the rsync here, and the socket by which it hands over its ends."""
+    """Start a program in the place of the local rsync; give it and the socket over which it passes its pipes."""
     mine, theirs = socket.socketpair()
     rsync = subprocess.Popen(
         [sys.executable, "-c", program, str(theirs.fileno())],
@@ -110,7 +110,7 @@ def test_an_rsync_that_still_writes_ends_with_the_connection_to_its_worker(progr
 
 
 STILL = RSYNC.replace("while True", "if True").replace("sys.exit(12)", "pass") + "import time; time.sleep(300)"
-"""As an rsync that writes once, and then is stopped."""
+"""It behaves as an rsync that writes once and is then stopped."""
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_an_answer_that_goes_ever_deeper_is_none(lifetime: Lifetime) -> None:
     ],
 )
 def test_modes_that_no_worker_would_take_back_are_no_part_of_a_copy(path: str, mode: float) -> None:
-    """A home could not be filled with that copy any more."""
+    """A restore of that snapshot would fail."""
     good = {b".".hex(): 0o300, b"./a\n\xff".hex(): 0o7300}
     assert SnapshotAnswer.of({"folders": good}).folders == good
     with pytest.raises(SnapshotError):

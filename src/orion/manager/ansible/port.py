@@ -1,4 +1,4 @@
-"""The ports between the manager's loops and the world of workers: what runs a playbook, what reaches a worker.
+"""The port between the manager's controllers and the engine, which runs playbooks on workers.
 
 `AnsibleEngine`, `SshReach` and `SshLiveness` are the real ones, those of fakes/workers.py the shipped fakes;
 tests/unit/test_ansible_contract.py holds the fakes to the contract that tests/integration/test_ansible.py holds the
@@ -16,30 +16,28 @@ from orion.manager.ssh.port import Host
 
 class Action(StrEnum):
     CREATE = "create_user"
-    """The account exists at this epoch with these keys and is unlocked. Idempotent: also used to change keys."""
+    """Make the account at this epoch with these keys, unlocked. Idempotent; also used to change keys."""
     PREPARE = "prepare_user"
-    """The same, and locked, unless this very epoch was unlocked before: so that its home can be filled first."""
+    """Make the account locked, so that its home can be filled first. An account that this epoch unlocked stays so."""
     FREEZE = "freeze"
-    """Nobody is let in and nothing of it goes on, whatever went on before; its files are kept. Idempotent."""
+    """Lock the account and stop all its processes; keep its files. Idempotent."""
     THAW = "thaw"
-    """What is frozen at this epoch goes on and its renter is let in, unless it was frozen for a later planned move than
-    this order's; `changed` in the report says whether it was."""
+    """Let a frozen rental of this epoch go on and unlock its account, unless a later planned migration froze it.
+    `changed` in the report says whether it was frozen."""
     CERTIFY = "certify_host"
-    """The worker shows this host certificate to the rental's renter, or one that was signed later. Idempotent."""
+    """Have the worker show this host certificate, or one that was signed later. Idempotent."""
     DELETE = "delete_user"
-    """Nothing of the rental is left; the report says so after looking. Idempotent."""
+    """Remove the rental, look for residue and report it. Idempotent."""
 
 
 OF_ONE_BOOT = frozenset({Action.CREATE, Action.PREPARE, Action.FREEZE, Action.THAW})
-"""The orders that name the boot id of their worker: they are decided from what runs there, and a restart of its
-container ends that. The next life of the container refuses them.
+"""The orders that name the boot id of their worker. They depend on the processes there, which a restart of the
+container ends, so a restarted container refuses them.
 
-A purge is for whatever life has something of its epoch: that is over, and a restart leaves files. A certificate is for
-the host key, which a restart leaves too.
+A purge and a certificate are valid after a restart too, because the files and the host key outlive it.
 """
 OTHER_BOOT = "other_boot"
-"""The code of that refusal (orion_worker/records.py). Who gets it looks again: the worker is about to
-register, or has."""
+"""The code of that refusal (orion_worker/records.py). The manager decides again, because the worker registers anew."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job. `message` is for a person and holds no secret; `report` is the module's own account."""
+    """The result of a job. `message` is for a person and holds no secret; `report` comes from the worker's program."""
 
     ok: bool
     message: str = ""
@@ -81,5 +79,5 @@ class Outcome:
 
 class Engine(Protocol):
     async def run(self, job: Job) -> Outcome:
-        """Run the job to its end or its deadline. Never raises for what a worker or a playbook does."""
+        """Run the job to its end or its deadline. Failures of workers and playbooks are returned, not raised."""
         ...
