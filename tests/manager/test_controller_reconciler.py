@@ -120,7 +120,7 @@ async def test_what_was_not_made_before_its_deadline_is_made_on_another(house: H
     for _ in range(4):
         await house.manager.health.round()
         await house.manager.reconciler.round()
-        running = [t for key, t in house.manager.reconciler._running.items() if key[0] == other.worker_id]
+        running = [t for key, t in house.manager.task_runner._running.items() if key[0] == other.worker_id]
         await asyncio.gather(*running)
     moved = await house.rental(reply.json()["id"])
     assert (moved["state"], moved["worker_id"]) == ("active", other.worker_id)
@@ -373,7 +373,7 @@ async def test_migrations_are_served_before_new_rentals_and_a_head_that_does_not
 
 
 def at_work(house: House, agent: Agent) -> int:
-    return sum(worker_id == agent.worker_id for worker_id, _ in house.manager.reconciler._running)
+    return sum(worker_id == agent.worker_id for worker_id, _ in house.manager.task_runner._running)
 
 
 async def test_a_worker_on_which_things_fail_gets_one_task_at_a_time(house: House) -> None:
@@ -518,7 +518,7 @@ async def test_a_pool_at_rest_is_not_looked_at(house: House, monkeypatch: pytest
     assert {await house.health(agent) for agent in agents} == {"ready"}
     assert calls["load_workers"] <= 2 * len(agents), "each at most once a lease, and not in each of 30 rounds"
     assert calls["apply"] == calls["apply_each"] == calls["finish"] == 0
-    looks = [await house.manager.reconciler._snapshot(house.manager.reconciler._look_at()) for _ in range(2)]
+    looks = [await house.manager.reconciler._load(house.manager.reconciler._workers_of_round()) for _ in range(2)]
     assert all(not look.workers and not look.placements for look in looks)
 
 
@@ -527,7 +527,7 @@ async def test_the_net_finds_what_nobody_told_of(house: House, agent: Agent, mon
     rental = await house.rent()
     await house.store.write(_behind_its_back, rental["id"])
     await house.manager.reconciler.round()
-    assert house.manager.reconciler.running == 0
+    assert house.manager.task_runner.running == 0
     house.manager.reconciler.swept_at_once = 1
     for _ in range(3):
         await house.manager.reconciler.round()
@@ -549,7 +549,7 @@ async def test_what_a_worker_shows_while_a_round_is_decided_is_looked_at_in_the_
     await house.settle()
     house.manager.reconciler.swept_at_once = 1
     house.manager.reconciler._sweep = iter([agent.worker_id])  # so that this round is about it
-    snapshot, shown = house.manager.reconciler._snapshot, []
+    snapshot, shown = house.manager.reconciler._load, []
 
     async def it_shows_something_and_then(looked_at: Any) -> Any:
         if not shown:
@@ -557,7 +557,7 @@ async def test_what_a_worker_shows_while_a_round_is_decided_is_looked_at_in_the_
             shown.append((await agent.beat()).status_code)
         return await snapshot(looked_at)
 
-    monkeypatch.setattr(house.manager.reconciler, "_snapshot", it_shows_something_and_then)
+    monkeypatch.setattr(house.manager.reconciler, "_load", it_shows_something_and_then)
     await house.manager.reconciler.round()
     house.manager.reconciler.swept_at_once = 0
     await house.manager.reconciler.round()
@@ -569,7 +569,7 @@ async def test_what_a_worker_shows_while_a_round_is_decided_is_looked_at_in_the_
 async def test_a_removed_worker_is_not_looked_at_for_ever(house: House, agent: Agent) -> None:
     stranger = {"rental_id": "stranger", "username": "r-stranger", "uid": 100_500, "epoch": 7, "state": "running"}
     await agent.beat(inventory=[stranger])
-    assert house.manager.reconciler._look_at() == {agent.worker_id}
+    assert house.manager.reconciler._workers_of_round() == {agent.worker_id}
     await house.as_admin.delete(f"/api/workers/{agent.worker_id}")
     await house.settle()
-    assert house.manager.reconciler._look_at() == frozenset()
+    assert house.manager.reconciler._workers_of_round() == frozenset()

@@ -10,10 +10,10 @@ from support.house import Agent, House
 
 from orion import wire
 from orion.manager.ansible.port import OTHER_BOOT, Action, Job, Outcome
-from orion.manager.controllers.reconciler import MOVES
 from orion.manager.domain import migration
 from orion.manager.domain.states import HELD_DEADLINE_S, Health
 from orion.manager.domain.steps import move_worker
+from orion.manager.operations.task_runner import MIGRATION_TASKS
 from orion.manager.snapshots.port import OVER_LIMIT, SnapshotError, Taken
 
 TOO_LARGE = SnapshotError(OVER_LIMIT, "its home holds too much")
@@ -49,9 +49,9 @@ class Interference:
     """Does something in the middle of a move: after the engine has done an action for the nth time."""
 
     def __init__(self, house: House, action: Action, what: Any, time: int = 1) -> None:
-        self._run = house.manager.reconciler._mover._engine.run
+        self._run = house.manager.task_runner._migrator._engine.run
         self._action, self._what, self._left = action, what, time
-        house.manager.reconciler._mover._engine = self  # type: ignore[assignment]
+        house.manager.task_runner._migrator._engine = self  # type: ignore[assignment]
 
     async def run(self, job: Job) -> Outcome:
         outcome = await self._run(job)
@@ -68,10 +68,10 @@ class Restart:
     """Restarts the container of a worker while its first order to freeze is on its way; keeps what became of that."""
 
     def __init__(self, house: House, agent: Agent) -> None:
-        self._run = house.manager.reconciler._mover._engine.run
+        self._run = house.manager.task_runner._migrator._engine.run
         self._agent = agent
         self.outcomes: list[Outcome] = []
-        house.manager.reconciler._mover._engine = self  # type: ignore[assignment]
+        house.manager.task_runner._migrator._engine = self  # type: ignore[assignment]
 
     async def run(self, job: Job) -> Outcome:
         if job.action is not Action.FREEZE or self.outcomes:
@@ -308,13 +308,13 @@ async def test_a_drain_moves_everything_and_ends(house: House) -> None:
     other = await house.join(slots=9)
     at_once: list[int] = []
     Interference(house, Action.PREPARE, lambda _: None)
-    original = house.manager.reconciler._mover.seed
+    original = house.manager.task_runner._migrator.seed
 
     async def counted(*jobs: Job) -> Outcome:
-        at_once.append(sum(task.kind in MOVES for task in house.manager.reconciler._tasks.values()))
+        at_once.append(sum(task.kind in MIGRATION_TASKS for task in house.manager.task_runner._tasks.values()))
         return await original(*jobs)
 
-    house.manager.reconciler._mover.seed = counted  # type: ignore[method-assign]
+    house.manager.task_runner._migrator.seed = counted  # type: ignore[method-assign]
     await drain(house, full)
     assert (await house.worker(full))["intent"] == "drained"
     assert 1 < max(at_once) <= migration.MAX_UNDER_WAY, "several at a time, and no more"

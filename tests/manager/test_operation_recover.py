@@ -13,7 +13,6 @@ from support.house import Agent, House
 from test_controller_snapshots import copied, files, holder, lose
 
 from orion.manager.ansible.port import Action, Job
-from orion.manager.controllers.reconciler import JOB_DEADLINE_S, MOST_SALVAGES
 from orion.manager.domain import outcomes
 from orion.manager.domain.model import Item
 from orion.manager.domain.observations import Observations
@@ -24,6 +23,7 @@ from orion.manager.domain.states import JOIN_DEADLINE_S, Health, PlacementState,
 from orion.manager.domain.tasks import TaskKind
 from orion.manager.fakes.workers import RefusedOrder
 from orion.manager.operations.recover import LONGEST_TRY_S
+from orion.manager.operations.task_runner import JOB_DEADLINE_S, MAX_RECOVERIES_PER_WORKER
 from orion.manager.settings import Settings
 from orion.manager.snapshots.port import Home, SnapshotError, Taken
 from orion.manager.store.database import Store
@@ -523,6 +523,6 @@ async def test_an_owner_s_salvages_leave_others_of_that_worker_theirs(
     for _ in range(3):
         await house.manager.health.round()
         await house.manager.reconciler.round()
-        while len(under_way) < house.manager.reconciler.running:  # noqa: ASYNC110 - each looks into the database first
+        while len(under_way) < house.manager.task_runner.running:  # noqa: ASYNC110 - each looks into the database first
             await asyncio.sleep(0.001)
-    assert sorted(under_way) == ["admin"] * (MOST_SALVAGES // 2) + ["other"]
+    assert sorted(under_way) == ["admin"] * (MAX_RECOVERIES_PER_WORKER // 2) + ["other"]

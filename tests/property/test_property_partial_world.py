@@ -17,6 +17,7 @@ from orion.manager.domain.observations import Observations
 from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.domain.reconcile import Decision, decide
 from orion.manager.domain.world import World
+from orion.manager.operations.task_runner import TaskRunner
 from orion.manager.store.memory import MemoryStateStore
 
 SEEDS, STEPS = 12, 300
@@ -50,17 +51,26 @@ class Partly(Platform):
         state_store, pool_index, leases = MemoryStateStore(world), PoolIndex(), Leases(75.0)
         nobody: Any = None  # nothing is performed here
         clock = lambda: self.now  # noqa: E731
-        reconciler = Reconciler(
+        task_runner = TaskRunner(
             state_store=state_store,
             pool_index=pool_index,
             leases=leases,
             engine=nobody,
             reach=nobody,
             restorer=nobody,
-            mover=nobody,
+            migrator=nobody,
             monotonic=clock,
             wall=clock,
             counts_from=clock,
+            wake_reconciler=lambda: None,
+        )
+        reconciler = Reconciler(
+            state_store=state_store,
+            pool_index=pool_index,
+            leases=leases,
+            task_runner=task_runner,
+            monotonic=clock,
+            wall=clock,
         )
         reconciler.swept_at_once = 0
         _now(state_store.follow(lambda changes: pool_index.apply(changes, self.now)))
@@ -71,9 +81,9 @@ class Partly(Platform):
                 Heartbeat(session_id="session", seq=1, inventory=inventory, exiting=worker_id in exiting),
                 self.now,
             )
-            reconciler.shown(worker_id, inventory)
-        looked_at = reconciler._look_at()
-        return _now(reconciler._snapshot(looked_at)), leases.inventories(looked_at)
+            reconciler.compare(worker_id, inventory)
+        looked_at = reconciler._workers_of_round()
+        return _now(reconciler._load(looked_at)), leases.inventories(looked_at)
 
 
 def _told(decision: Decision) -> tuple[list[str], list[str]]:

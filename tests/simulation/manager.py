@@ -26,6 +26,7 @@ from orion.manager.domain.states import Health, Intent
 from orion.manager.operations.liveness import LivenessConnections
 from orion.manager.operations.migrate import Migrator
 from orion.manager.operations.restore import Restorer
+from orion.manager.operations.task_runner import TaskRunner
 from orion.manager.store.port import Registration
 from simulation.agents import JOIN_TOKEN
 from simulation.front import Front
@@ -61,7 +62,7 @@ class SimulatedManager:
         catalog: Any = WithPoints(self, sim.catalog)
         snapshot_service = SimulatedSnapshotService(sim, self)
         restorer = Restorer(engine=engine, snapshot_service=snapshot_service, catalog=catalog)
-        mover = Migrator(
+        migrator = Migrator(
             engine=engine,
             snapshot_service=snapshot_service,
             catalog=catalog,
@@ -80,25 +81,35 @@ class SimulatedManager:
         self.snapshots.loop = Loop("copies", SNAPSHOT_ROUND_S, self.snapshots.round)
         self.pool_index = pool_index = PoolIndex()
         clock = TrustedClock(now=sim.monotonic, wall=sim.wall)
-        worker_changed = Callbacks[[]]()
-        self.reconciler = Reconciler(
+        worker_changed, task_ended = Callbacks[[]](), Callbacks[[]]()
+        self.task_runner = TaskRunner(
             state_store=state_store,
             pool_index=pool_index,
             leases=leases,
             engine=engine,
             reach=reach,
             restorer=restorer,
-            mover=mover,
+            migrator=migrator,
             monotonic=sim.monotonic,
             wall=sim.wall,
             counts_from=clock.counts_from,
+            wake_reconciler=task_ended,
+            on_worker_change=worker_changed,
+        )
+        self.reconciler = Reconciler(
+            state_store=state_store,
+            pool_index=pool_index,
+            leases=leases,
+            task_runner=self.task_runner,
+            monotonic=sim.monotonic,
+            wall=sim.wall,
             placement_ids=sim.placement_ids,
             awaits_files_s=AWAITS_FILES_S,
-            on_worker_change=worker_changed,
         )
         self.reconciler.swept_at_once = 0  # without the sweep, a row that is not looked at in time is noticed
         self.reconciler.loop = Loop("reconciler", ROUND_S, self.reconciler.round)
         hint = self.reconciler.loop.hint
+        task_ended.subscribe(hint)
         watch_ended = Callbacks[str]()
         self.watching = LivenessConnections(sim.liveness_of(self), sim.monotonic, watch_ended)
         self.health = HealthController(
@@ -119,7 +130,7 @@ class SimulatedManager:
         self.expiry = ExpiryController(state_store=state_store, clock=clock, wall=sim.wall, on_expiry=hint)
         self.expiry.loop = Loop("expiry", EXPIRY_ROUND_S, self.expiry.round)
         self.call_home = CallHome(
-            state_store, pool_index, leases, reach, sim.monotonic, self.reconciler.shown, self.health.look_at
+            state_store, pool_index, leases, reach, sim.monotonic, self.reconciler.compare, self.health.look_at
         )
         self.front = Front(sim.state_store, leases, sim.wall)
 
@@ -147,9 +158,9 @@ class SimulatedManager:
     def kill(self) -> None:
         """Kill the manager as by SIGKILL: what it has not committed has not happened."""
         self.dead = True
-        others = [self.reconciler._writing, self.snapshots._sweeping, *self.snapshots._running.values()]
+        others = [self.task_runner._writing, self.snapshots._sweeping, *self.snapshots._running.values()]
         liveness = {known.task for known in self.watching._tasks.values()}
-        tasks = self._tasks | {*self.reconciler._running.values(), *(task for task in others if task)} | liveness
+        tasks = self._tasks | {*self.task_runner._running.values(), *(task for task in others if task)} | liveness
         for task in sorted(tasks, key=lambda t: t.get_name()):
             task.cancel()
         self.sim.manager_died(self)
@@ -257,7 +268,7 @@ class SimulatedManager:
         await self.point()
         placed = self.sim.state_store.world.live_placement(rental_id)
         try:
-            await self.reconciler.ask_to_move(rental_id, placed.worker_id if placed else "", "client")
+            await self.reconciler.begin_migration(rental_id, placed.worker_id if placed else "", "client")
         except NotMigrated as refusal:
             return Answer(409, {"code": refusal.code})
         return Answer(202)

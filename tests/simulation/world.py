@@ -13,11 +13,12 @@ from typing import Any
 
 from orion_worker.agent.decisions import Answer
 
-from orion.manager.controllers import health, loop, reconciler, snapshots, wall_clock
+from orion.manager.controllers import health, loop, snapshots, wall_clock
 from orion.manager.domain.clocks import DRIFT, Clocks
 from orion.manager.domain.snapshots import Snapshot, SnapshotId
 from orion.manager.domain.states import Health, Intent
 from orion.manager.domain.steps import Step
+from orion.manager.operations import task_runner
 from orion.manager.ssh.port import Host
 from orion.manager.store.memory import InvariantBroken, MemoryStateStore
 from orion.manager.store.snapshots import MemorySnapshotCatalog
@@ -299,7 +300,7 @@ class _FailingLog:
 
 @contextmanager
 def _quiet(sim: Simulation) -> Iterator[None]:
-    modules: list[Any] = [wall_clock, snapshots, health, reconciler, loop]
+    modules: list[Any] = [wall_clock, snapshots, health, task_runner, loop]
     logs = [module.log for module in modules]
     for module in modules:
         module.log = _FailingLog(sim)

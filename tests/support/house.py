@@ -255,7 +255,7 @@ class House:
 
     async def _stop(self) -> None:
         await self.manager.copies.stop()
-        await self.manager.reconciler.stop()
+        await self.manager.task_runner.stop()
         if self.manager.watching:
             await self.manager.watching.stop()
 
@@ -348,7 +348,7 @@ class House:
 
     async def finish_tasks(self) -> None:
         """Wait until all running tasks have ended; ignore their failures, which are outcomes."""
-        await asyncio.gather(*self.manager.reconciler._running.values(), return_exceptions=True)
+        await asyncio.gather(*self.manager.task_runner._running.values(), return_exceptions=True)
 
     async def pass_time(self, seconds: float, step_s: float = STEP_S) -> None:
         """Let virtual time pass, with rounds and with the heartbeats of the agents that are beating."""

@@ -75,6 +75,7 @@ from orion.manager.operations.liveness import LivenessConnections
 from orion.manager.operations.migrate import Migrator
 from orion.manager.operations.preconnect import Preconnector
 from orion.manager.operations.restore import Restorer
+from orion.manager.operations.task_runner import TaskRunner
 from orion.manager.operations.thaw import Thawer
 from orion.manager.settings import Secrets, Settings
 from orion.manager.snapshots.port import SnapshotService
@@ -149,7 +150,7 @@ class Manager:
         restorer = Restorer(
             engine=engine, snapshot_service=ports.snapshot_service, catalog=catalog, limits=settings.copies.limits
         )
-        mover = Migrator(
+        migrator = Migrator(
             engine=engine,
             snapshot_service=ports.snapshot_service,
             catalog=catalog,
@@ -158,21 +159,32 @@ class Manager:
         )
         # Objects that call each other are made one after the other, with one of these in between.
         worker_changed, job_ended, watch_changed = Callbacks[[]](), Callbacks[str, bool, float](), Callbacks[str]()
-        self.reconciler = Reconciler(
+        task_ended = Callbacks[[]]()
+        self.task_runner = TaskRunner(
             state_store=self.state_store,
             pool_index=self.pool_index,
             leases=self.leases,
             engine=engine,
             reach=ports.reach,
             restorer=restorer,
-            mover=mover,
+            migrator=migrator,
             monotonic=ports.monotonic,
             wall=ports.wall,
             counts_from=self.clock.counts_from,
-            awaits_files_s=settings.awaits_files_s,
+            wake_reconciler=task_ended,
             on_worker_change=worker_changed,
             on_job=job_ended,
         )
+        self.reconciler = Reconciler(
+            state_store=self.state_store,
+            pool_index=self.pool_index,
+            leases=self.leases,
+            task_runner=self.task_runner,
+            monotonic=ports.monotonic,
+            wall=ports.wall,
+            awaits_files_s=settings.awaits_files_s,
+        )
+        task_ended.subscribe(self.reconciler.loop.hint)
         removals = self.clock.wall_of_removals
         self.copies = SnapshotController(
             catalog=catalog,
@@ -210,7 +222,7 @@ class Manager:
                 {loop.name: loop for loop in self.loops},
                 self._brake,
                 store.news.committed,
-                lambda: self.reconciler.running,
+                lambda: self.task_runner.running,
                 store.url,
                 lambda: not self.clock.problem,
             )
@@ -244,7 +256,7 @@ class Manager:
             self.leases,
             ports.reach,
             ports.monotonic,
-            self.reconciler.shown,
+            self.reconciler.compare,
             self.health.look_at,
         )
         return (
@@ -278,7 +290,7 @@ class Manager:
                 metrics=self.metrics,
                 wake_reconciler=wake_reconciler,
                 thaw=thawer.thaw,
-                move=self.reconciler.ask_to_move,
+                move=self.reconciler.begin_migration,
                 engine_log=self.engine_log.of,
             ),
             AccessServices(
@@ -387,7 +399,7 @@ class Manager:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             await self.copies.stop()
-            await self.reconciler.stop()
+            await self.task_runner.stop()
             await self.readiness.stop()
             await self.certificates.stop()
             await self.engine_log.flush()

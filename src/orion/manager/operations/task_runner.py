@@ -1,0 +1,348 @@
+"""Running tasks: each in the share of its worker, its outcome fed back, a failed one again after a pause.
+
+What this module keeps in memory (tasks under way, how often each failed, which rentals could not be migrated) is not
+kept across a restart: the reconciler derives the tasks again from the database and the inventories.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import structlog
+
+from orion.manager.ansible.port import OTHER_BOOT, Action, Engine, Job, Outcome
+from orion.manager.domain import outcomes
+from orion.manager.domain.fair_share import Claim, may_take
+from orion.manager.domain.leases import Leases
+from orion.manager.domain.migration import Source
+from orion.manager.domain.pool_index import PoolIndex
+from orion.manager.domain.tasks import Task, TaskEnded, TaskKind, thaw
+from orion.manager.operations.migrate import Migrator
+from orion.manager.operations.recover import TRIES
+from orion.manager.operations.restore import WAITS, Restorer
+from orion.manager.ssh.port import Host, Reach, Reached
+from orion.manager.store.port import StateStore
+
+log = structlog.get_logger()
+
+JOB_DEADLINE_S = 30.0
+REACH_TIMEOUT_S = 5.0
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 15.0
+"""Seconds between a task's failure and its next try: the first pause, doubled by each failure, up to the longest."""
+FIRST_REST_S = 2.0
+LONGEST_REST_S = 300.0
+"""Seconds between two attempts to migrate a rental that could not be migrated: doubled by each failure as well."""
+MAX_RECOVERIES_PER_WORKER = 4
+"""Homes of lost placements that are copied at once from one worker. One owner has half of them, so that each owner's
+homes have their turn before the worker's time to join is over."""
+MAX_UNKNOWN_PURGES_PER_WORKER = 2
+"""Purges at once on one worker of rentals that only its own inventory shows: the worker may have invented them."""
+MIGRATION_TASKS = frozenset({TaskKind.PRECOPY, TaskKind.FINAL_SYNC, TaskKind.PARK})
+
+NO_LEASE = "no_lease"
+"""The code with which a worker without a lease refuses to activate a rental (orion_worker/rental/commands.py)."""
+
+_ACTIONS = {TaskKind.CREATE: Action.CREATE, TaskKind.DELETE: Action.DELETE, TaskKind.THAW: Action.THAW}
+_REACHED = {
+    Reached.YES: Outcome(True),
+    Reached.NO: Outcome(False, "it cannot be reached by SSH"),
+    Reached.IMPOSTOR: Outcome(False, "something else answers at its address: its host key is not the pinned one"),
+}
+
+TaskKey = tuple[str, str]
+"""Worker and rental, see Task.key."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    count: int
+    again_at: float
+    """Monotonic seconds before which it is not tried again."""
+
+
+class TaskRunner:
+    def __init__(
+        self,
+        *,
+        state_store: StateStore,
+        pool_index: PoolIndex,
+        leases: Leases,
+        engine: Engine,
+        reach: Reach,
+        restorer: Restorer,
+        migrator: Migrator,
+        monotonic: Callable[[], float],
+        wall: Callable[[], float],
+        counts_from: Callable[[], float | None],
+        wake_reconciler: Callable[[], None],
+        on_worker_change: Callable[[], None] = lambda: None,
+        on_job: Callable[[str, bool, float], None] = lambda _kind, _ok, _seconds: None,
+    ) -> None:
+        """Make a runner that runs nothing yet. `counts_from`: see TrustedClock.
+
+        `wake_reconciler` is called when a task has ended and when the pause after a failure is over;
+        `on_worker_change` when a task has changed what the health controller judges by; `on_job` when a task has ended,
+        with its kind, whether it succeeded, and its seconds.
+        """
+        self._state_store = state_store
+        self._pool_index = pool_index
+        self._leases = leases
+        self._engine = engine
+        self._reach = reach
+        self._restorer = restorer
+        self._migrator = migrator
+        self._monotonic = monotonic
+        self._wall = wall
+        self._counts_from = counts_from
+        self._wake_reconciler = wake_reconciler
+        self._on_worker_change = on_worker_change
+        self._on_job = on_job
+        self._running: dict[TaskKey, asyncio.Task[None]] = {}
+        self._tasks: dict[TaskKey, Task] = {}
+        """The tasks under way, by the same keys."""
+        self._failures: dict[Task, Failure] = {}
+        self._rests: dict[str, Failure] = {}
+        """Failed migrations, by rental."""
+        self._number_by_worker: Counter[str] = Counter()
+        """Number of tasks under way on each worker, those of migrations not counted."""
+        self._failing: set[str] = set()
+        """Workers on which the last task failed."""
+        self._ended: list[tuple[TaskEnded, asyncio.Future[None]]] = []
+        self._writing: asyncio.Task[None] | None = None
+
+    @property
+    def running(self) -> int:
+        """Number of tasks under way."""
+        return len(self._running)
+
+    def keys(self) -> frozenset[TaskKey]:
+        """Return the keys of the tasks under way."""
+        return frozenset(self._running)
+
+    def resting(self) -> frozenset[str]:
+        """Return the rentals that are not to be migrated yet, because that failed a short time ago."""
+        now = self._monotonic()
+        return frozenset(rental_id for rental_id, failure in self._rests.items() if failure.again_at > now)
+
+    def unmigrated(self) -> frozenset[str]:
+        """Return the rentals whose migration failed, and did not succeed since."""
+        since = self._monotonic() - LONGEST_REST_S
+        return frozenset(rental_id for rental_id, failure in self._rests.items() if failure.again_at > since)
+
+    def start(self, task: Task) -> None:
+        """Begin this task, unless one with its key is under way, it pauses, or its worker has its share of tasks."""
+        failure = self._failures.get(task)
+        if task.key in self._running or (failure and failure.again_at > self._monotonic()):
+            return
+        if not self._has_a_share(task):
+            return
+        self._running[task.key] = asyncio.create_task(self._run(task))
+        self._tasks[task.key] = task
+        if task.kind not in MIGRATION_TASKS:
+            self._number_by_worker[task.worker_id] += 1
+
+    def cancel_overtaken(self, busy: Collection[TaskKey], wanted: Iterable[Task]) -> None:
+        """Cancel parts of a migration that was given up, and the filling of a home that is to be purged.
+
+        `busy`: the keys of the tasks that were under way before the world was loaded from which `wanted` follows.
+        Filling a home may take minutes, and until it ends nothing else is done for that rental on that worker, nor are
+        its files recovered elsewhere.
+        """
+        kinds: dict[TaskKey, set[TaskKind]] = {}
+        for task in wanted:
+            kinds.setdefault(task.key, set()).add(task.kind)
+        for key in self._tasks.keys() & busy:
+            task, now = self._tasks[key], kinds.get(key, set())
+            is_given_up = task.kind in MIGRATION_TASKS and not now & MIGRATION_TASKS
+            is_filling = task.kind is TaskKind.CREATE and bool(task.restore)
+            if is_given_up or (is_filling and TaskKind.DELETE in now and TaskKind.CREATE not in now):
+                self._running[key].cancel()
+
+    def forget_failures(self, looked_at: frozenset[str], wanted: Iterable[Task]) -> None:
+        """Forget failures of tasks that are not wanted any more, or whose worker was removed.
+
+        `looked_at`: the workers whose tasks are all in `wanted`.
+        """
+        still = set(wanted)
+        self._failures = {
+            task: failure
+            for task, failure in self._failures.items()
+            if task in still or not (task.worker_id in looked_at or self._pool_index.worker(task.worker_id) is None)
+        }
+        concerned = {task.worker_id for task in still}
+        self._failing = {
+            w for w in self._failing if w in concerned or (w not in looked_at and self._pool_index.worker(w))
+        }
+        self._number_by_worker = Counter({w: number for w, number in self._number_by_worker.items() if number})
+
+    async def stop(self) -> None:
+        """Cancel what runs; the next manager derives the same tasks again."""
+        running: list[asyncio.Task[None]] = list(self._running.values())
+        running += [self._writing] if self._writing else []
+        for job in running:
+            job.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    def _has_a_share(self, task: Task) -> bool:
+        """Return whether its worker may have one more task: one that hangs must not take all of the engine."""
+        under_way = self._number_by_worker[task.worker_id]
+        if task.kind in MIGRATION_TASKS:
+            return True  # they are few and long, and fail because of their source as often as of this worker
+        if task.worker_id in self._failing:
+            return under_way < 1
+        if task.kind is TaskKind.RECOVER:
+            return may_take(Claim(task.owner), self._recoveries_on(task.worker_id), MAX_RECOVERIES_PER_WORKER)
+        is_unknown = task.kind is TaskKind.DELETE and task.placement_id is None
+        return not is_unknown or under_way < MAX_UNKNOWN_PURGES_PER_WORKER
+
+    def _recoveries_on(self, worker_id: str) -> Counter[Claim]:
+        under_way = (t for t in self._tasks.values() if t.worker_id == worker_id and t.kind is TaskKind.RECOVER)
+        return Counter(Claim(task.owner) for task in under_way)
+
+    async def _run(self, task: Task) -> None:
+        try:
+            began = self._monotonic()
+            outcome = await self._perform(task)
+            self._on_job(str(task.kind), outcome.ok, self._monotonic() - began)
+            await self._feed_back(task, outcome)
+        except Exception:
+            log.exception("task failed", task=task.kind, worker_id=task.worker_id)
+            self._fail(task)
+        finally:
+            # The reconciler is woken last: its round must not find this task under way.
+            self._running.pop(task.key, None)
+            self._tasks.pop(task.key, None)
+            if task.kind not in MIGRATION_TASKS:
+                self._number_by_worker[task.worker_id] -= 1
+            self._wake_reconciler()
+
+    async def _perform(self, task: Task) -> Outcome:
+        ids = {task.worker_id, *((task.source.worker_id,) if task.source else ())}
+        workers = await self._state_store.workers(ids)
+        if len(workers) < len(ids):
+            return Outcome(False, "its worker was removed")
+        hosts = {w.id: Host(w.id, w.address, w.host_keys, boot_id=w.ordered_boot_id) for w in workers.values()}
+        host = hosts[task.worker_id]
+        if task.item is None:
+            return _REACHED[await self._reach.reach(host, REACH_TIMEOUT_S)]
+        item = task.item
+        if task.kind is TaskKind.RECOVER:
+            return await self._restorer.salvager.salvage(host, item, task.placement_id or "", task.owner)
+        keys, action = tuple(task.public_key.splitlines()), _ACTIONS.get(task.kind, Action.PREPARE)
+        account = item.rental_id, item.username, item.uid, item.epoch
+        job = Job(action, host, *account, keys, JOB_DEADLINE_S, task.start, task.start_mark, task.rental_name)
+        job = replace(job, owner=task.owner)
+        if task.source:
+            return await self._migrate(task, job, hosts[task.source.worker_id], task.source)
+        if task.restore:
+            return await self._restorer.make(job, task.restore, task.filled)
+        return await self._engine.run(job)
+
+    async def _migrate(self, task: Task, job: Job, host: Host, source: Source) -> Outcome:
+        at_source = replace(job, host=host, epoch=source.epoch, move=source.move)
+        if task.kind is TaskKind.THAW:
+            return await self._engine.run(at_source)
+        if task.kind is TaskKind.PARK:
+            return await self._migrator.park(at_source)
+        part = self._migrator.finish if task.kind is TaskKind.FINAL_SYNC else self._migrator.seed
+        return await part(at_source, job)
+
+    async def _feed_back(self, task: Task, outcome: Outcome) -> None:
+        if not outcome.ok:
+            failure = self._fail(task)
+            log.warning("task failed", **_described(task), attempts=failure.count, message=outcome.message)
+            # A worker without a lease activates nothing until its next heartbeat, and one that has restarted refuses
+            # orders until it has registered. Neither counts as an attempt: the worker may succeed in a moment.
+            waits = outcome.report.get(WAITS) or outcome.report.get("code") in {NO_LEASE, OTHER_BOOT}
+            attempts = 0 if waits else failure.count * int(outcome.report.get(TRIES, 1))
+            if task.source and task.item and task.kind is not TaskKind.THAW:
+                self._rest(task.item.rental_id)
+            await self._write(self._end_of(task, outcome, attempts))
+            await self._thaw_after(task)
+            return
+        self._failures.pop(task, None)
+        self._failing.discard(task.worker_id)
+        if task.source and task.item and task.kind in {TaskKind.FINAL_SYNC, TaskKind.PARK}:
+            self._rests.pop(task.item.rental_id, None)
+        if task.kind is TaskKind.DELETE and task.item:
+            self._leases.cleaned(task.worker_id, task.item.rental_id, task.item.epoch)
+        await self._write(self._end_of(task, outcome))
+        log.info("task done", **_described(task))
+        if task.kind is not TaskKind.CREATE:
+            self._on_worker_change()
+
+    def _end_of(self, task: Task, outcome: Outcome, attempts: int = 0) -> TaskEnded:
+        return TaskEnded(
+            task=task,
+            ok=outcome.ok,
+            wall=self._wall(),
+            counts_from=self._counts_from(),
+            report=outcome.report,
+            message=outcome.message,
+            attempts=attempts,
+        )
+
+    async def _thaw_after(self, task: Task) -> None:
+        """Thaw the source at once after a failed part of its migration."""
+        if task.source is None or not task.source.move or task.kind is TaskKind.THAW:
+            return
+        thawing = thaw(await self._state_store.load_part({task.source.worker_id}, ()), task.source)
+        if thawing is not None:
+            self.start(thawing)
+
+    async def _write(self, ended: TaskEnded) -> None:
+        """Write this outcome in one transaction with the others that wait for it, and return when it is committed."""
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ended.append((ended, written))
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write_all())
+        await written
+
+    async def _write_all(self) -> None:
+        try:
+            while self._ended:
+                batch, self._ended = self._ended, []
+                await self._write_batch(batch)
+        finally:
+            self._writing = None
+
+    async def _write_batch(self, batch: list[tuple[TaskEnded, asyncio.Future[None]]]) -> None:
+        try:
+            await self._state_store.finish([ended for ended, _ in batch], outcomes.follow)
+        except Exception as error:
+            if len(batch) > 1:  # the outcome that cannot be written is to fail alone
+                for one in batch:
+                    await self._write_batch([one])
+            elif not batch[0][1].done():
+                batch[0][1].set_exception(error)
+            return
+        for _, written in batch:
+            if not written.done():
+                written.set_result(None)
+
+    def _rest(self, rental_id: str) -> None:
+        """Postpone the next migration of this rental, twice as long as after its previous failure."""
+        now = self._monotonic()
+        self._rests = {r: f for r, f in self._rests.items() if f.again_at > now - LONGEST_REST_S}
+        count = self._rests[rental_id].count + 1 if rental_id in self._rests else 1
+        rest_s = min(LONGEST_REST_S, FIRST_REST_S * 2 ** (count - 1))
+        self._rests[rental_id] = Failure(count, now + rest_s)
+
+    def _fail(self, task: Task) -> Failure:
+        count = self._failures[task].count + 1 if task in self._failures else 1
+        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (count - 1))
+        self._failures[task] = Failure(count, self._monotonic() + pause_s)
+        if task.kind not in MIGRATION_TASKS:
+            self._failing.add(task.worker_id)
+        asyncio.get_running_loop().call_later(pause_s, self._wake_reconciler)
+        return self._failures[task]
+
+
+def _described(task: Task) -> dict[str, Any]:
+    fields: dict[str, Any] = {"task": task.kind, "worker_id": task.worker_id}
+    return fields | ({"rental_id": task.item.rental_id, "epoch": task.item.epoch} if task.item else {})
