@@ -15,7 +15,7 @@ def differences(one: PoolIndex, other: PoolIndex) -> dict[str, tuple[Any, Any]]:
 
 def _all_of(pool_index: PoolIndex) -> dict[str, Any]:
     known = dict(pool_index.items())
-    ids = sorted({*known, *pool_index._held})
+    ids = sorted({*known, *pool_index._placed})
     number = len(ids) + 1
     return {
         "workers": known,
