@@ -140,7 +140,7 @@ async def test_a_rental_that_was_never_copied_begins_empty_and_the_event_says_so
 ) -> None:
     moved = await lose(house, await house.rent())
     assert (moved["state"], files(house, moved)) == ("active", {})
-    assert [event["reason"] for event in await house.events("rental.started_empty")] == [restore.NO_COPY]
+    assert [event["reason"] for event in await house.events("rental.started_empty")] == [restore.NO_SNAPSHOT]
 
 
 async def test_copies_that_are_gone_from_the_disk_are_not_taken_for_none(house: House, pool: list[Agent]) -> None:

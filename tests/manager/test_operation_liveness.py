@@ -38,7 +38,7 @@ class Scene:
     async def rest(self) -> LivenessReport:
         for _ in range(10):
             await asyncio.sleep(0)
-        return self.watching.found(self.worker)
+        return self.watching.report(self.worker)
 
     def _count(self, worker_id: str) -> None:
         assert worker_id == self.worker.id
@@ -48,7 +48,7 @@ class Scene:
 @pytest.fixture
 async def scene() -> Scene:
     scene = Scene()
-    scene.watching.see(scene.worker)
+    scene.watching.update(scene.worker)
     assert await scene.rest() == LivenessReport()
     return scene
 
@@ -80,22 +80,22 @@ async def test_what_was_found_of_one_life_of_a_worker_says_nothing_of_the_next(s
     scene.node.die()
     assert (await scene.rest()).proof
     again = replace(scene.worker, session_id="another", boot_id="boot-0002")
-    scene.watching.see(again)
-    assert scene.watching.found(again) == LivenessReport()
+    scene.watching.update(again)
+    assert scene.watching.report(again) == LivenessReport()
     await scene.watching.stop()
 
 
 @pytest.mark.parametrize("change", [{"health": Health.DOWN}, {"session_id": None}])
 async def test_who_is_down_or_has_no_session_is_not_watched(change: dict[str, str]) -> None:
     scene = Scene()
-    scene.watching.see(replace(scene.worker, **change))  # type: ignore[arg-type]
+    scene.watching.update(replace(scene.worker, **change))  # type: ignore[arg-type]
     assert scene.watching._tasks == {}
 
 
 async def test_who_was_removed_is_let_go(scene: Scene) -> None:
-    scene.watching.forget("w-another")
+    scene.watching.close("w-another")
     assert scene.watching._tasks
-    scene.watching.forget(scene.worker.id)
+    scene.watching.close(scene.worker.id)
     assert scene.watching._tasks == {}
 
 

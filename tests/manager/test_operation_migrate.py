@@ -308,13 +308,13 @@ async def test_a_drain_moves_everything_and_ends(house: House) -> None:
     other = await house.join(slots=9)
     at_once: list[int] = []
     Interference(house, Action.PREPARE, lambda _: None)
-    original = house.manager.task_runner._migrator.seed
+    original = house.manager.task_runner._migrator.precopy
 
     async def counted(*jobs: Job) -> Outcome:
         at_once.append(sum(task.kind in MIGRATION_TASKS for task in house.manager.task_runner._tasks.values()))
         return await original(*jobs)
 
-    house.manager.task_runner._migrator.seed = counted  # type: ignore[method-assign]
+    house.manager.task_runner._migrator.precopy = counted  # type: ignore[method-assign]
     await drain(house, full)
     assert (await house.worker(full))["intent"] == "drained"
     assert 1 < max(at_once) <= migration.MAX_UNDER_WAY, "several at a time, and no more"

@@ -110,7 +110,7 @@ def test_one_epoch_on_two_workers_is_noticed() -> None:
 
 
 def test_a_line_that_a_planned_move_has_lost_is_noticed_however_young_it_was() -> None:
-    moved = Happened(11.8, "rental.moved", LAB, "w-second", 2, "moved with all its files")
+    moved = Happened(11.8, "rental.moved", LAB, "w-second", 2, "migrated with all its files")
     (text,) = _broken(replace(GOOD, events=tuple(sorted((*GOOD.events, moved), key=lambda one: one.at))))
     assert text.startswith("nothing lost: 1 lines of lab")
     assert f"line 5, written on {FIRST} at 9.000 in epoch 1" in text

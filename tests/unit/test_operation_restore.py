@@ -14,7 +14,7 @@ from orion.manager.domain.snapshots import NEWEST, Snapshot, SnapshotId
 from orion.manager.fakes.snapshots import FakeSnapshotService
 from orion.manager.fakes.workers import FakeEngine, FakeWorld
 from orion.manager.operations import restore
-from orion.manager.operations.restore import AT_ONCE, TOGETHER, Restorer
+from orion.manager.operations.restore import AT_ONCE, BATCH, Restorer
 from orion.manager.snapshots.port import RESTORE_DEADLINE_S, Home
 from orion.manager.ssh.port import Host
 
@@ -103,9 +103,9 @@ class Stops(FakeSnapshotService):
 
 
 async def test_those_whose_files_are_there_are_let_in_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restore, "TOGETHER_S", 3600.0)
+    monkeypatch.setattr(restore, "BATCH_WAIT_S", 3600.0)
     worker = (world := FakeWorld()).add(WORKS)
-    few, late = [_job(WORKS, number) for number in range(TOGETHER - 1)], _job(WORKS, 100)
+    few, late = [_job(WORKS, number) for number in range(BATCH - 1)], _job(WORKS, 100)
     snapshot_service = Stops(world, {late.rental_id})
     restorer = Restorer(engine=FakeEngine(world), snapshot_service=snapshot_service, catalog=NoBook())  # type: ignore[arg-type]
 
@@ -114,18 +114,18 @@ async def test_those_whose_files_are_there_are_let_in_together(monkeypatch: pyte
 
     making = [asyncio.create_task(restorer.make(job, NEWEST)) for job in (*few, late)]
     await _spin()
-    assert len(worker.accounts) == TOGETHER
+    assert len(worker.accounts) == BATCH
     assert not let_in(), "one more is being filled, and they are few"
     more = asyncio.create_task(restorer.make(_job(WORKS, 200), NEWEST))
     await _spin()
-    assert len(let_in()) == TOGETHER, "so many do not wait for the one that is late"
+    assert len(let_in()) == BATCH, "so many do not wait for the one that is late"
     snapshot_service.let_go.set()
     assert all(outcome.ok for outcome in await asyncio.gather(*making, more))
-    assert len(let_in()) == TOGETHER + 1
+    assert len(let_in()) == BATCH + 1
 
 
 async def test_who_is_filled_alone_is_let_in_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restore, "TOGETHER_S", 3600.0)
+    monkeypatch.setattr(restore, "BATCH_WAIT_S", 3600.0)
     world = FakeWorld()
     world.add(WORKS)
     restorer = Restorer(

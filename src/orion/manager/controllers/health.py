@@ -156,12 +156,12 @@ class HealthController:
         for worker_id in worker_ids:
             known = self._roster.worker(worker_id)
             if known is None:
-                self._watching.forget(worker_id)
-            elif not self._watching.is_right(worker_id, known.session_id, known.health):
+                self._watching.close(worker_id)
+            elif not self._watching.is_current(worker_id, known.session_id, known.health):
                 begun.append(worker_id)
         for start in range(0, len(begun), LOOKED_AT_ONCE):
             for worker in (await self._ledger.workers(begun[start : start + LOOKED_AT_ONCE])).values():
-                self._watching.see(worker)
+                self._watching.update(worker)
 
     def _come_to_moments(self, now: float) -> None:
         for _ in range(GONE_THROUGH_AT_ONCE):
@@ -274,7 +274,7 @@ class HealthController:
             has_destination=destinations > is_destination,
             joining_s=0.0 if joined_at is None else now - joined_at,
             losses=self._leases.losses(worker.id, now, self._clocks.flap_window_s),
-            liveness=self._watching.found(worker) if self._watching else LivenessReport(),
+            liveness=self._watching.report(worker) if self._watching else LivenessReport(),
         )
 
     def _plan(self, evidence: Evidence) -> None:

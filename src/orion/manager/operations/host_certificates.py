@@ -1,9 +1,9 @@
-"""Host certificates: each worker has one that names the rentals which are placed there, and shows it to their renters.
+"""Host certificates: each worker has one that names the rentals placed there, and shows it to ssh clients.
 
-A rental's own order brings the certificate that names it, so it is recognised from its first moment on. Later ones are
-asked for by whoever lets somebody in: where nobody comes, nothing has to be renewed, and a worker that is not the
-rental's any more is never asked. What is known here of what workers show is lost with the manager; the next to come in
-has it signed anew.
+The order that makes a rental brings the certificate that names it, so the worker is recognised from the first log-in
+on. Certificates are renewed when a renter logs in: without log-ins nothing is renewed, and a worker that is no longer
+the rental's is never asked. What workers show is remembered in memory alone; after a restart of the manager the next
+log-in renews the certificate.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ class HostCertificates:
         self._engine = engine
         self._wall = wall
         self._shown: dict[str, Issued] = {}
-        """By worker; of workers that are not there any more too, until their certificate has ended."""
+        """The certificate that each worker shows. Those of removed workers stay until they have ended."""
         self._signed: dict[str, Issued] = {}
-        """The last of each worker, whether it shows it by now or not; as above."""
+        """The certificate that was signed last for each worker, whether it shows it yet or not; kept as long."""
         self._signing: dict[str, asyncio.Task[Issued | None]] = {}
         self._renewing: dict[tuple[str, str], asyncio.Task[None]] = {}
-        """By worker and owner: a renewal is an order about one rental, whose renter may hold it up."""
+        """Renewals by worker and owner: a renewal is an order for one rental, and its renter may delay it."""
 
     async def issue(self, host: Host) -> Issued | None:
-        """Signed now, of what is placed there now; None where that is nothing.
+        """Sign a certificate for what is placed on this worker now; return None if nothing is.
 
-        The serial first: so whatever was placed before a certificate was asked for is in every later one as well, and
-        it does not matter in which order they reach the worker.
+        The serial is taken first. So a rental that was placed before one certificate was signed is in all with a higher
+        serial, and the order in which they reach the worker does not matter.
         """
         serial = self._authority.next_serial()
         rental_ids = await self._store.read(host_certificates.current_on, host.worker_id)
         try:
             issued = self._authority.host_certificate(serial, host.worker_id, host.host_keys, rental_ids)
         except NothingToSign as reason:
-            log.warning("no host certificate", worker_id=host.worker_id, reason=str(reason))
+            log.warning("host certificate not signed", worker_id=host.worker_id, reason=str(reason))
             return None
         _keep_newest(self._signed, host.worker_id, issued, self._wall())
         return issued
 
     async def naming(self, job: Job) -> Issued | None:
-        """The last that was signed for its worker, if that names the rental and is good for a while; else a new one.
+        """Return the last certificate of the job's worker if it names the rental and lasts a while; else sign one.
 
-        So those that are placed on a worker together come with one and the same, and its sshd begins anew once, not for
-        each of a hundred.
+        So rentals that are placed on a worker together share one certificate, and its sshd restarts once, not a hundred
+        times.
         """
         worker_id = job.host.worker_id
         if not self._is_named(job) and worker_id in self._signing:
@@ -80,24 +80,24 @@ class HostCertificates:
         return last is not None and last.serves(job.rental_id, job.host.host_keys, self._wall(), FRESH_S)
 
     def shows(self, worker_id: str, issued: Issued) -> None:
-        """The worker has said so."""
+        """Note that the worker shows this certificate."""
         _keep_newest(self._shown, worker_id, issued, self._wall())
 
     async def ensure(self, job: Job) -> None:
-        """Its worker can be recognised as this rental's, as far as that can be brought about now.
+        """Renew the certificate of the job's worker if it does not name the rental or ends soon.
 
-        `job`: of the rental, of whatever action. A renter's own ssh verifies what is shown: a failure opens nothing.
+        `job`: any job of the rental. It raises nothing: the renter's own ssh verifies the worker, and refuses it then.
         """
         worker_id = job.host.worker_id
         shown = self._shown.get(worker_id)
         if shown and shown.serves(job.rental_id, job.host.host_keys, self._wall(), FRESH_S):
             return
-        whose = worker_id, job.owner
-        if whose not in self._renewing:
-            self._renewing[whose] = asyncio.create_task(self._renew(job))
+        renewal = worker_id, job.owner
+        if renewal not in self._renewing:
+            self._renewing[renewal] = asyncio.create_task(self._renew(job))
         if shown and shown.serves(job.rental_id, job.host.host_keys, self._wall(), JUST_VALID_S):
             return
-        await asyncio.wait([self._renewing[whose]], timeout=CERTIFY_WITHIN_S)
+        await asyncio.wait([self._renewing[renewal]], timeout=CERTIFY_WITHIN_S)
 
     async def stop(self) -> None:
         running = list(self._renewing.values())
@@ -117,16 +117,16 @@ class HostCertificates:
             if outcome.ok:
                 self.shows(job.host.worker_id, issued)
             else:
-                log.warning("no host certificate", worker_id=job.host.worker_id, reason=outcome.message)
+                log.warning("host certificate not renewed", worker_id=job.host.worker_id, reason=outcome.message)
         except Exception:
-            log.exception("no host certificate", worker_id=job.host.worker_id)
+            log.exception("host certificate not renewed", worker_id=job.host.worker_id)
         finally:
             del self._renewing[job.host.worker_id, job.owner]
 
 
 @dataclass
 class CertifyingEngine:
-    """Implements `port.Engine` by another one: whoever is let in finds a worker that can prove what it is."""
+    """An engine that adds certificates to the jobs of another one, so that an activated rental can be recognised."""
 
     engine: Engine
     certificates: HostCertificates
@@ -146,7 +146,7 @@ class CertifyingEngine:
 
 
 def _keep_newest(known: dict[str, Issued], worker_id: str, issued: Issued, now: float) -> None:
-    """And forget those that have ended."""
+    """Keep the certificate with the highest serial for this worker, and drop all that have ended."""
     for ended in [w for w, one in known.items() if one.valid_until <= now]:
         del known[ended]
     before = known.get(worker_id)

@@ -1,7 +1,8 @@
-"""The long parts of a planned move: filling the standby while the rental runs, and finishing when it stands still.
+"""The long parts of a planned migration: precopy while the rental runs, final sync and park while it is quiesced.
 
-What each is for, and why the order is safe, is in domain/migration.py. Each may be killed anywhere and begun again: a
-copy that has not changed is the same copy, and a home that nobody was let into may be filled as often as one likes.
+domain/migration.py says what each is for, and why their order is safe. Each may be killed at any point and begun again:
+a home that has not changed gives the same snapshot, and a home that was not activated may be filled any number of
+times.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from orion.manager.store.snapshots import SnapshotCatalog
 FREEZE_DEADLINE_S = 15.0
 COPY_DEADLINE_S = 120.0
 RESTORE_DEADLINE_S = 120.0
-SEED_WITHIN_S = 500.0
-FINISH_WITHIN_S = 280.0
-"""Less than a hold may last (states.HELD_DEADLINE_S)."""
+PRECOPY_WITHIN_S = 500.0
+FINAL_SYNC_WITHIN_S = 280.0
+"""Less than a rental may be quiesced (states.HELD_DEADLINE_S); for a park too."""
 MOST_ROUNDS = 3
-SOON_S = 2.0
-"""A round that took no longer leaves little to copy for when the rental stands still."""
+SHORT_ROUND_S = 2.0
+"""A round of precopy that took no longer leaves little to copy while the rental is quiesced."""
 MOST_REMEMBERED = 100
-"""Standbys of which it is remembered with what they were filled; of an older one the whole home is compared."""
-ROOMIER = 4
-"""Times what a home may hold to be copied every so often: one that has grown too large may be moved all the same."""
+"""Target placements whose last snapshot is remembered; the home of an older one is compared as a whole."""
+LIMIT_FACTOR = 4
+"""How many times the limits of periodic snapshots a home may reach and still be migrated."""
 
 
 class Migrator:
@@ -43,77 +44,79 @@ class Migrator:
         monotonic: Callable[[], float],
     ) -> None:
         self._engine = engine
-        self._vault = snapshot_service
-        self._book = catalog
-        self._may_hold = limits
-        self._limits = replace(limits, max_files=limits.max_files * ROOMIER, max_bytes=limits.max_bytes * ROOMIER)
+        self._snapshot_service = snapshot_service
+        self._catalog = catalog
+        self._periodic_limits = limits
+        self._limits = replace(
+            limits, max_files=limits.max_files * LIMIT_FACTOR, max_bytes=limits.max_bytes * LIMIT_FACTOR
+        )
         self._monotonic = monotonic
         self._filled: dict[tuple[str, int], SnapshotId] = {}
-        """The snapshot with which each standby was filled last, by rental and epoch."""
+        """The snapshot with which each target was filled last, by rental and epoch."""
 
-    async def seed(self, source: Job, standby: Job) -> Outcome:
-        """The standby has the files as they were at most a moment ago; the report tells which copy that is."""
-        return await _within(SEED_WITHIN_S, self._seed(source, standby))
+    async def precopy(self, source: Job, target: Job) -> Outcome:
+        """Fill the target while the source runs; the report names the snapshot with which it was filled last."""
+        return await _within(PRECOPY_WITHIN_S, self._precopy(source, target))
 
-    async def finish(self, source: Job, standby: Job) -> Outcome:
-        """It stands still, and the standby has every byte of it; the report tells in which copy."""
-        return await _within(FINISH_WITHIN_S, self._finish(source, standby))
+    async def final_sync(self, source: Job, target: Job) -> Outcome:
+        """Quiesce the source and give the target every byte of it; the report names the snapshot."""
+        return await _within(FINAL_SYNC_WITHIN_S, self._final_sync(source, target))
 
     async def park(self, source: Job) -> Outcome:
-        """It stands still, and every byte of it is in a copy."""
-        return await _within(FINISH_WITHIN_S, self._park(source))
+        """Quiesce the source and put every byte of it into a snapshot, which the report names."""
+        return await _within(FINAL_SYNC_WITHIN_S, self._park(source))
 
-    async def _seed(self, source: Job, standby: Job) -> Outcome:
-        prepared = await self._engine.run(replace(standby, action=Action.PREPARE))
+    async def _precopy(self, source: Job, target: Job) -> Outcome:
+        prepared = await self._engine.run(replace(target, action=Action.PREPARE))
         if not prepared.ok:
             return prepared
         for _ in range(MOST_ROUNDS):
             began = self._monotonic()
-            copy = await self._copy(source)
-            await self._fill(standby, copy, again=True)
-            if self._monotonic() - began < SOON_S:
+            snapshot = await self._snapshot(source)
+            await self._fill(target, snapshot, again=True)
+            if self._monotonic() - began < SHORT_ROUND_S:
                 break
-        return _done(copy)
+        return _done(snapshot)
 
-    async def _finish(self, source: Job, standby: Job) -> Outcome:
-        await self._freeze(source)
-        copy = await self._copy(source)
-        await self._fill(standby, copy, again=False)
-        self._filled.pop((standby.rental_id, standby.epoch), None)
-        return _done(copy)
+    async def _final_sync(self, source: Job, target: Job) -> Outcome:
+        await self._quiesce(source)
+        snapshot = await self._snapshot(source)
+        await self._fill(target, snapshot, again=False)
+        self._filled.pop((target.rental_id, target.epoch), None)
+        return _done(snapshot)
 
     async def _park(self, source: Job) -> Outcome:
-        await self._freeze(source)
-        return _done(await self._copy(source))
+        await self._quiesce(source)
+        return _done(await self._snapshot(source))
 
-    async def _freeze(self, source: Job) -> None:
-        """Raises SnapshotError unless all of it stands still."""
+    async def _quiesce(self, source: Job) -> None:
+        """Stop all processes of the source. Raises SnapshotError unless they are stopped."""
         job = replace(source, action=Action.FREEZE, public_keys=(), deadline_s=FREEZE_DEADLINE_S)
         frozen = await self._engine.run(job)
         if not frozen.ok:
             raise SnapshotError("not_frozen", frozen.message)
         if frozen.report.get("state") != "frozen" or frozen.report.get("epoch") != source.epoch:
-            raise SnapshotError("not_frozen", "its worker does not have it any more")
+            raise SnapshotError("not_frozen", "its worker does not have this placement any more")
 
-    async def _fill(self, standby: Job, copy: Snapshot, again: bool) -> None:
-        key = standby.rental_id, standby.epoch
+    async def _fill(self, target: Job, snapshot: Snapshot, again: bool) -> None:
+        key = target.rental_id, target.epoch
         before = self._filled.pop(key, None)
-        await self._vault.restore(_home(standby), copy.generation, RESTORE_DEADLINE_S, before, again)
-        self._filled = {key: copy.generation} | self._filled
+        await self._snapshot_service.restore(_home(target), snapshot.generation, RESTORE_DEADLINE_S, before, again)
+        self._filled = {key: snapshot.generation} | self._filled
         while len(self._filled) > MOST_REMEMBERED:
             self._filled.popitem()
 
-    async def _copy(self, source: Job) -> Snapshot:
-        """Complete, and accepted: so that it is the one that counts, whatever happens next."""
-        found = await self._book.migrating(source.rental_id)
+    async def _snapshot(self, source: Job) -> Snapshot:
+        """Take a complete snapshot and have the database accept it, so that every later restore uses it."""
+        found = await self._catalog.migrating(source.rental_id)
         if found is None:
-            raise SnapshotError("superseded", "it was ended or moved meanwhile")
-        copied = await self._vault.copy(_home(source), self._limits, COPY_DEADLINE_S, for_migration=True)
-        warning = snapshots.nearly_full(copied.copy, self._may_hold.max_bytes, self._may_hold.max_files)
-        step = snapshots.accepted(found.rental, found.placement, copied.copy, warning)
-        if not await self._book.accept(step, source.rental_id, copied.kept):
-            raise SnapshotError("superseded", "it was ended or moved meanwhile")
-        return copied.copy
+            raise SnapshotError("superseded", "it was ended or migrated meanwhile")
+        taken = await self._snapshot_service.copy(_home(source), self._limits, COPY_DEADLINE_S, for_migration=True)
+        warning = snapshots.nearly_full(taken.copy, self._periodic_limits.max_bytes, self._periodic_limits.max_files)
+        step = snapshots.accepted(found.rental, found.placement, taken.copy, warning)
+        if not await self._catalog.accept(step, source.rental_id, taken.kept):
+            raise SnapshotError("superseded", "it was ended or migrated meanwhile")
+        return taken.copy
 
 
 async def _within(seconds: float, work: Awaitable[Outcome]) -> Outcome:
@@ -130,5 +133,5 @@ def _home(job: Job) -> Home:
     return Home(job.rental_id, job.uid, job.epoch, job.host, job.owner)
 
 
-def _done(copy: Snapshot) -> Outcome:
-    return Outcome(True, report={"generation": str(copy.generation)})
+def _done(snapshot: Snapshot) -> Outcome:
+    return Outcome(True, report={"generation": str(snapshot.generation)})

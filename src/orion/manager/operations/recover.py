@@ -1,9 +1,11 @@
-"""Copying aside what a worker that came back still has of a placement that was lost, before it is purged there.
+"""Recovered snapshots: the files of a lost placement are copied when its worker is back, before they are purged there.
 
-Only where the database says that the rental was placed on that worker, at the epoch that it had there, and only as a
-copy of that epoch, whatever the worker says. The note of the copy and that nothing more is to be salvaged are one
-transaction: killed before it, all is begun again, and a home that has not changed makes no second copy. Only a few
-salvages are kept, but what the rental is to begin with again stays: it may be one of them, and older than all others.
+A home is copied only if the database says that the rental was placed on that worker at that epoch; what the worker says
+does not count. One transaction records the snapshot and that nothing is left to recover. A manager that is killed
+before it copies again, and a home that has not changed makes no second snapshot. Few recovered snapshots are kept, but
+never is the one removed that the rental is to be restored from, however old it is.
+
+On the wire and in the database the word for this is `salvage`.
 """
 
 from __future__ import annotations
@@ -30,45 +32,46 @@ from orion.manager.ssh.port import Host
 from orion.manager.store.snapshots import SnapshotCatalog
 
 AT_ONCE = 16
-"""Salvages of all owners; one owner has half of them at most."""
+"""Homes that are copied at a time, on all workers; one owner has at most half of them."""
 LONGEST_TRY_S = RECOVER_DEADLINE_S + 5.0
-"""With the time that it waits for its turn."""
+"""Seconds, the wait for its turn included."""
 FOR_GOOD = frozenset((OVER_LIMIT, "unreadable_home", "no_home", "purged", "stale_epoch", "unknown_rental", "conflict"))
-"""Another try would find the same."""
+"""Codes of errors that another try would meet again."""
 TRIES = "tries"
-"""In the report of a failure: how many it counts for."""
+"""The key in the report of a failure for the number of attempts that it counts for."""
 
 
 class Recoverer:
     def __init__(self, snapshot_service: SnapshotService, catalog: SnapshotCatalog, limits: SnapshotLimits) -> None:
-        self._vault = snapshot_service
-        self._book = catalog
+        self._snapshot_service = snapshot_service
+        self._catalog = catalog
         self._limits = limits
         self._shares = FairQueue(AT_ONCE)
 
-    async def salvage(self, host: Host, item: Item, placement_id: str, owner: str) -> Outcome:
+    async def recover(self, host: Host, item: Item, placement_id: str, owner: str) -> Outcome:
+        """Copy the home of this lost placement from its worker, and have the database accept the snapshot."""
         home = Home(item.rental_id, item.uid, item.epoch, host, owner)
         try:
             async with asyncio.timeout(LONGEST_TRY_S), self._shares.place(Claim(owner)):
-                found = await self._book.to_recover(placement_id)
+                found = await self._catalog.to_recover(placement_id)
                 if found is None:
-                    return Outcome(ok=True)  # somebody else has acted
+                    return Outcome(ok=True)  # another transaction has settled it
                 rental, placement = found
-                copied = await self._vault.salvage(home, self._limits, protected=await self._needed(rental))
+                taken = await self._snapshot_service.salvage(home, self._limits, protected=await self._needed(rental))
         except TimeoutError:
             return Outcome(ok=False, message=f"it was not copied within {LONGEST_TRY_S:.0f} s")
         except SnapshotError as error:
             if error.code == NOTHING_TO_RECOVER:
-                await self._book.record(snapshots.not_recovered(rental, placement, ""))
+                await self._catalog.record(snapshots.not_recovered(rental, placement, ""))
                 return Outcome(ok=True)
             tries = RECOVERY_ATTEMPTS if error.code in FOR_GOOD else 1
             return Outcome(ok=False, message=str(error), report={TRIES: tries})
-        await self._book.accept(
-            snapshots.recovered(rental, placement, copied.copy, copied.kept), rental.id, copied.kept
+        await self._catalog.accept(
+            snapshots.recovered(rental, placement, taken.copy, taken.kept), rental.id, taken.kept
         )
         return Outcome(ok=True)
 
     async def _needed(self, rental: Rental) -> SnapshotId | None:
-        """With which it begins again."""
-        newest = await self._book.newest(rental.id)
+        """Return the snapshot that the rental is to be restored from, if there is one."""
+        newest = await self._catalog.newest(rental.id)
         return SnapshotId.parse(rental.restore_from or "") or (newest.generation if newest else None)

@@ -1,10 +1,11 @@
-"""Filling the home of a rental that moved, before its renter is let in.
+"""Restoring a rental on a new worker: its home is filled from a snapshot before the rental is activated.
 
-Safe order: the account is made locked; the copy is put into its home; only then is it let in, by the usual job. Killed
-between any two, it is begun again: the worker refuses to put anything over the files of a renter that was let in at
-this epoch, and that counts as done. Where one rental alone is made, its copy is sent for while its account is made: the
-worker waits for that, and refuses before. Files are never given up by themselves: what cannot be restored now is tried
-again, and only an operator or the renter may say that it is to begin without.
+Safe order: make the account locked; restore the snapshot into its home; only then activate it, by the usual job. After
+a kill between any two, all begins again: the worker refuses to write over a home that was activated at this epoch, and
+that refusal counts as done. Where one rental alone is restored, its snapshot is requested while its account is made;
+the worker waits for the account, and if it refuses, the restore is requested again afterwards. Files are never given up
+automatically: a restore that fails is tried again, and only an operator or the renter may say that the rental begins
+without its files.
 """
 
 from __future__ import annotations
@@ -32,39 +33,41 @@ from orion.manager.snapshots.port import (
 )
 from orion.manager.store.snapshots import SnapshotCatalog
 
-LET_IN_BEFORE = "its renter was let in already"
-NO_COPY = "there is no copy of its files; what a lost worker may still have of them is kept when that comes back"
-WAITS = "waits"
-"""In the report of a failure: another worker would do no better."""
+ACTIVATED_BEFORE = "it was activated already"
+NO_SNAPSHOT = (
+    "there is no snapshot of its files; what a lost worker may still have of them is kept when that comes back"
+)
+NOT_COUNTED = "waits"
+"""The key in the report of a failure that is not counted, because another worker would fail as well."""
 AT_ONCE = 16
-"""Homes that are filled at a time on one worker, of which one owner has half: it has a processor or two. A hundred that
-begin together are all late, and its sshd takes no more than 64 sessions of one connection.
+"""Homes that are filled at a time on one worker; one owner has at most half of them. A worker has a processor or two,
+so a hundred at a time would all be late, and its sshd takes at most 64 sessions of one connection.
 """
-TOGETHER = 8
-TOGETHER_S = 0.4
-"""While others of their worker are being filled, those whose files are there wait so long at most until so many are:
-one run of Ansible lets in all of them, and costs little more than for one. Where nobody else is filled, nobody waits.
+BATCH = 8
+BATCH_WAIT_S = 0.4
+"""Number of filled homes of one worker that are activated together, and the seconds that a filled home waits at most
+for others that are being filled: one run of Ansible activates all of them, and costs little more than for one.
 """
 
 
 class _Worker:
-    """On which homes are being filled: one that hangs holds up no other."""
+    """A worker's own queue of homes to fill, so that a worker that hangs delays no other."""
 
     def __init__(self) -> None:
         self._shares = FairQueue(AT_ONCE)
-        self._made = 0
+        self._restoring = 0
         self._filling = 0
         self._ready = 0
-        self._door = asyncio.Event()
+        self._batch = asyncio.Event()
 
     @contextmanager
-    def making(self) -> Iterator[bool]:
-        """Whether no other rental is being made there."""
-        self._made += 1
+    def restoring(self) -> Iterator[bool]:
+        """Hold while a rental is restored there; yield whether no other one is."""
+        self._restoring += 1
         try:
-            yield self._made == 1
+            yield self._restoring == 1
         finally:
-            self._made -= 1
+            self._restoring -= 1
 
     @asynccontextmanager
     async def filling(self, owner: str) -> AsyncIterator[None]:
@@ -75,26 +78,26 @@ class _Worker:
         finally:
             self._filling -= 1
             if not self._filling:
-                self._open()
+                self._release_batch()
 
-    async def together(self) -> None:
-        """Until those that are ready by now may be let in."""
+    async def wait_for_batch(self) -> None:
+        """Wait until the homes that are filled by now may be activated together."""
         self._ready += 1
-        if not self._filling or self._ready >= TOGETHER:
-            self._open()
+        if not self._filling or self._ready >= BATCH:
+            self._release_batch()
             return
-        door = self._door
+        batch = self._batch
         try:
-            async with asyncio.timeout(TOGETHER_S):
-                await door.wait()
+            async with asyncio.timeout(BATCH_WAIT_S):
+                await batch.wait()
         except TimeoutError:
-            if door is self._door:
-                self._open()
+            if batch is self._batch:
+                self._release_batch()
 
-    def _open(self) -> None:
-        """For those that wait at it; the next wait at another one."""
-        self._door.set()
-        self._door, self._ready = asyncio.Event(), 0
+    def _release_batch(self) -> None:
+        """Release the homes that wait, and begin the next batch."""
+        self._batch.set()
+        self._batch, self._ready = asyncio.Event(), 0
 
 
 class Restorer:
@@ -107,22 +110,22 @@ class Restorer:
         limits: SnapshotLimits | None = None,
     ) -> None:
         self._engine = engine
-        self._vault = snapshot_service
-        self._book = catalog
+        self._snapshot_service = snapshot_service
+        self._catalog = catalog
         self._workers: WeakValueDictionary[str, _Worker] = WeakValueDictionary()
-        self.salvager = Recoverer(snapshot_service, catalog, limits or SnapshotLimits())
+        self.recoverer = Recoverer(snapshot_service, catalog, limits or SnapshotLimits())
 
     async def make(self, job: Job, wanted: str, filled: str = "") -> Outcome:
-        """The account is there with its files and its renter is let in; the report tells which copy it was.
+        """Make the account, fill its home and activate it; the report names the snapshot.
 
-        `filled`: the copy that a planned move has put there already.
+        `filled`: the snapshot that a planned migration has put there already.
         """
         if filled:
             made = await self._engine.run(job)
-            told = {"generation": filled, "reason": "moved with all its files"}
-            return replace(made, report={**made.report, "restored": told})
+            restored = {"generation": filled, "reason": "migrated with all its files"}
+            return replace(made, report={**made.report, "restored": restored})
         worker = self._workers.setdefault(job.host.worker_id, _Worker())
-        with worker.making() as alone:
+        with worker.restoring() as alone:
             early = asyncio.create_task(self._fill(job, wanted)) if alone else None
             try:
                 return await self._make(job, wanted, worker, early)
@@ -134,25 +137,25 @@ class Restorer:
     async def _make(
         self, job: Job, wanted: str, worker: _Worker, early: asyncio.Task[dict[str, Any]] | None
     ) -> Outcome:
-        """`early`: its home is being filled already, as soon as the worker has it, which refuses that before."""
+        """Make the account, fill its home and activate it. `early`: a restore that began before the account is made."""
         prepared = await self._engine.run(replace(job, action=Action.PREPARE))
         if not prepared.ok:
             return prepared
         before = prepared.report.get("restored")
-        found: dict[str, Any] = {"restored": {"generation": before, "reason": LET_IN_BEFORE}} if before else {}
+        found: dict[str, Any] = {"restored": {"generation": before, "reason": ACTIVATED_BEFORE}} if before else {}
         if prepared.report.get("state") != "running":
             try:
                 async with worker.filling(job.owner):
                     found = {"restored": await self._filled(job, wanted, early)}
             except SnapshotError as error:
                 return _refused(error)
-            await worker.together()
+            await worker.wait_for_batch()
         made = await self._engine.run(job)
         return replace(made, report={**made.report, **found})
 
     async def _filled(self, job: Job, wanted: str, early: asyncio.Task[dict[str, Any]] | None) -> dict[str, Any]:
         if early:
-            with suppress(SnapshotError):  # it came too early
+            with suppress(SnapshotError):  # the worker has refused it, because the account was not made yet
                 return await early
         return await self._fill(job, wanted)
 
@@ -161,43 +164,44 @@ class Restorer:
             return {"reason": "without its files, as asked for"}
         home = Home(job.rental_id, job.uid, job.epoch, job.host, job.owner)
         try:
-            copy = await (self._newest(home) if wanted == NEWEST else self._named(home, wanted))
+            snapshot = await (self._newest(home) if wanted == NEWEST else self._named(home, wanted))
         except SnapshotError as error:
             if error.code != ALREADY_ACTIVATED:
                 raise
-            return {"generation": error.restored, "reason": LET_IN_BEFORE}
-        return told_of(copy) if copy else {"reason": NO_COPY}
+            return {"generation": error.restored, "reason": ACTIVATED_BEFORE}
+        return described(snapshot) if snapshot else {"reason": NO_SNAPSHOT}
 
     async def _named(self, home: Home, wanted: str) -> Snapshot | None:
-        copy = await self._vault.restore(home, SnapshotId.parse(wanted))
-        if copy is None:
-            raise SnapshotError(NO_SUCH_SNAPSHOT, f"there is no copy {wanted}, nor any other")
-        return copy
+        snapshot = await self._snapshot_service.restore(home, SnapshotId.parse(wanted))
+        if snapshot is None:
+            raise SnapshotError(NO_SUCH_SNAPSHOT, f"there is no snapshot {wanted}, nor any other")
+        return snapshot
 
     async def _newest(self, home: Home) -> Snapshot | None:
-        """That of the database, for it was accepted; what only the vault knows, where the database knows nothing.
+        """Restore the snapshot that the database accepted last; the newest on disk where the database knows none.
 
-        One may be lost without the other: the database by going back to a backup, the copies with their disk.
+        Either may be lost without the other: the database when a backup is restored, the snapshots with their disk.
         """
-        newest = await self._book.newest(home.rental_id)
+        newest = await self._catalog.newest(home.rental_id)
         try:
-            copy = await self._vault.restore(home, newest.generation if newest else None)
+            snapshot = await self._snapshot_service.restore(home, newest.generation if newest else None)
         except SnapshotError as error:
             if error.code != NO_SUCH_SNAPSHOT:
                 raise
-            copy = await self._vault.restore(home)
-        if copy is None and newest:
-            raise SnapshotError("copies_lost", "there were copies of its files, and they are not there any more")
-        return copy
+            snapshot = await self._snapshot_service.restore(home)
+        if snapshot is None and newest:
+            raise SnapshotError("copies_lost", "there were snapshots of its files, and they are not there any more")
+        return snapshot
 
 
-def told_of(copy: Snapshot) -> dict[str, Any]:
-    return asdict(copy) | {"generation": str(copy.generation), "skipped": list(copy.skipped)}
+def described(snapshot: Snapshot) -> dict[str, Any]:
+    """Return the snapshot as the report of a task carries it."""
+    return asdict(snapshot) | {"generation": str(snapshot.generation), "skipped": list(snapshot.skipped)}
 
 
 def _refused(error: SnapshotError) -> Outcome:
     message = (
         f"its files cannot be restored now: {error}. To begin without them: orion restore --empty, or with an older "
-        "copy: orion restore --from"
+        "snapshot: orion restore --from"
     )
-    return Outcome(ok=False, message=message, report={WAITS: error.code not in WORKER_CODES})
+    return Outcome(ok=False, message=message, report={NOT_COUNTED: error.code not in WORKER_CODES})

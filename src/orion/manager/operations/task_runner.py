@@ -23,7 +23,7 @@ from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.domain.tasks import Task, TaskEnded, TaskKind, thaw
 from orion.manager.operations.migrate import Migrator
 from orion.manager.operations.recover import TRIES
-from orion.manager.operations.restore import WAITS, Restorer
+from orion.manager.operations.restore import NOT_COUNTED, Restorer
 from orion.manager.ssh.port import Host, Reach, Reached
 from orion.manager.store.port import StateStore
 
@@ -232,7 +232,7 @@ class TaskRunner:
             return _REACHED[await self._reach.reach(host, REACH_TIMEOUT_S)]
         item = task.item
         if task.kind is TaskKind.RECOVER:
-            return await self._restorer.salvager.salvage(host, item, task.placement_id or "", task.owner)
+            return await self._restorer.recoverer.recover(host, item, task.placement_id or "", task.owner)
         keys, action = tuple(task.public_key.splitlines()), _ACTIONS.get(task.kind, Action.PREPARE)
         account = item.rental_id, item.username, item.uid, item.epoch
         job = Job(action, host, *account, keys, JOB_DEADLINE_S, task.start, task.start_mark, task.rental_name)
@@ -249,7 +249,7 @@ class TaskRunner:
             return await self._engine.run(at_source)
         if task.kind is TaskKind.PARK:
             return await self._migrator.park(at_source)
-        part = self._migrator.finish if task.kind is TaskKind.FINAL_SYNC else self._migrator.seed
+        part = self._migrator.final_sync if task.kind is TaskKind.FINAL_SYNC else self._migrator.precopy
         return await part(at_source, job)
 
     async def _feed_back(self, task: Task, outcome: Outcome) -> None:
@@ -258,7 +258,7 @@ class TaskRunner:
             log.warning("task failed", **_described(task), attempts=failure.count, message=outcome.message)
             # A worker without a lease activates nothing until its next heartbeat, and one that has restarted refuses
             # orders until it has registered. Neither counts as an attempt: the worker may succeed in a moment.
-            waits = outcome.report.get(WAITS) or outcome.report.get("code") in {NO_LEASE, OTHER_BOOT}
+            waits = outcome.report.get(NOT_COUNTED) or outcome.report.get("code") in {NO_LEASE, OTHER_BOOT}
             attempts = 0 if waits else failure.count * int(outcome.report.get(TRIES, 1))
             if task.source and task.item and task.kind is not TaskKind.THAW:
                 self._rest(task.item.rental_id)
