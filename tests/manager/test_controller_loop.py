@@ -159,7 +159,7 @@ async def test_a_clock_that_is_far_ahead_ends_nothing_until_an_operator_confirms
     await house.join(slots=2)
     over, rental = await house.rent(ttl_s=60), await house.rent(ttl_s=3600)
     home = house.snapshot_service
-    await house.manager.copies.copy_now(over["id"], None)
+    await house.manager.copies.take_now(over["id"], None)
     await house.pass_time(60)
     await house.manager.expiry.round()
     await house.settle()
@@ -318,7 +318,7 @@ async def test_what_expires_late_keeps_its_last_copies_for_a_day_from_then_on(ho
     """The manager was away for three days."""
     await house.join()
     rental = await house.rent(ttl_s=3600)
-    await house.manager.copies.copy_now(rental["id"], None)
+    await house.manager.copies.take_now(rental["id"], None)
     house.clock.now += 3 * 86_400
     await house.manager.expiry.round()
     await house.settle()

@@ -456,7 +456,7 @@ async def test_a_rental_whose_worker_was_suspect_when_it_was_due_is_copied_soon_
     rental = await house.rent()
     silent = holder(house, rental)
     await house.silence(silent, 46)
-    assert "not run on a worker that can be asked" in await house.manager.copies.copy_now(rental["id"], None)
+    assert "not run on a worker that can be reached" in await house.manager.copies.take_now(rental["id"], None)
     silent.beating = True
     for _ in range(3):  # a tenth of the interval at most after it is found
         await house.pass_time(2)
@@ -476,17 +476,17 @@ async def test_an_old_copy_is_always_explained(house: House, pool: list[Agent]) 
     await house.pass_time(60)
     assert await explained() == ""
     await house.pass_time(31)
-    assert await explained() == "the copies of others come first"
+    assert await explained() == "snapshots of other rentals come first"
     house.snapshot_service.failure = SnapshotError("unreachable", "the worker cannot be asked")
     await copy_round(house)
-    assert await explained() == "the last copy has failed, and is tried again"
+    assert await explained() == "the last snapshot has failed, and is tried again"
     house.snapshot_service.failure = None
     house.disk_share = 0.81
     await copy_round(house)
-    assert "no files are copied at present: " in await explained()
+    assert "no snapshots are taken at present: " in await explained()
     house.disk_share = 0.79
     house.end_the_brake_of_the_start()
     holder(house, rental).die()
     await house.silence(holder(house, rental), 60)
     await copy_round(house)
-    assert "its worker is not heard from" in await explained()
+    assert "its worker sends no heartbeats" in await explained()

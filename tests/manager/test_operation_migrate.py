@@ -433,11 +433,11 @@ async def test_a_copy_that_was_begun_before_it_stood_still_does_not_take_the_pla
         return made
 
     house.snapshot_service.copy = made_and_held_up  # type: ignore[method-assign]
-    begun = asyncio.create_task(house.manager.copies.copy_now(rental["id"], None))
+    begun = asyncio.create_task(house.manager.copies.take_now(rental["id"], None))
     await was_made.wait()
     files(house, rental)["file"] = "written before it stood still"
     await vacate(house, agent)
-    assert begun.result() == "it was stopped or moved meanwhile"
+    assert begun.result() == "it was stopped or migrated meanwhile"
     assert (await house.rental(rental["id"]))["state"] == "queued"
     await agent.exit()
     await house.join()

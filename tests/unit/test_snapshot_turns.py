@@ -79,7 +79,7 @@ async def test_what_is_let_in_is_copied_at_once_and_again_after_its_first_sessio
 
     async def at_once(kind: str) -> bool:
         catalog.begun = {}
-        loop.hear([Event(kind=kind, actor="", reason="", rental_id="one", epoch=catalog.epochs["one"])])
+        loop.on_events([Event(kind=kind, actor="", reason="", rental_id="one", epoch=catalog.epochs["one"])])
         await _round(loop)
         return bool(catalog.begun)
 
@@ -204,7 +204,7 @@ async def test_who_holds_up_its_own_copies_holds_half_of_the_places_and_then_one
 async def test_who_asks_for_copies_of_all_that_it_has_takes_half_of_the_places() -> None:
     catalog, snapshot_service, loop = await four_of_one_owner_and_one_of_another("asked")
     await _round(loop)
-    asking = [asyncio.create_task(loop.copy_now(f"asked{number}", None)) for number in range(4)]
+    asking = [asyncio.create_task(loop.take_now(f"asked{number}", None)) for number in range(4)]
     await _round(loop)
     catalog.now += PLAN.interval_s
     await _round(loop)

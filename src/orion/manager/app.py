@@ -194,7 +194,7 @@ class Manager:
             monotonic=ports.monotonic,
             wall=removals,
         )
-        store.news.follow(self.copies.hear)
+        store.news.follow(self.copies.on_events)
         wake_reconciler = self.reconciler.loop.hint
         door = ports.door
         self.watching = LivenessConnections(ports.watch, ports.monotonic, watch_changed) if ports.watch else None
@@ -248,7 +248,7 @@ class Manager:
             clock=self.clock,
             monotonic=ports.monotonic,
             token_uses=self.token_uses,
-            why_old=self.copies.why_old,
+            why_old=self.copies.explain_age,
         )
         call_home = CallHome(
             self.state_store,
@@ -304,7 +304,7 @@ class Manager:
                 rentals=rentals,
                 store=store,
                 token_uses=self.token_uses,
-                copy_now=self.copies.copy_now,
+                copy_now=self.copies.take_now,
                 wake_reconciler=wake_reconciler,
             ),
             OperationServices(
