@@ -203,7 +203,7 @@ class RemoteReach:
 
 
 class RemoteVault:
-    """An implementation of `port.Vault` that keeps snapshots in the process of the test."""
+    """An implementation of `port.SnapshotService` that keeps snapshots in the process of the test."""
 
     def __init__(self, environment: Path, points: CrashPoints) -> None:
         self._environment = environment

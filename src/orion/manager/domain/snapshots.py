@@ -320,7 +320,7 @@ def thawed(rental: Rental, placement: Placement, actor: str) -> Step:
 def is_to_be_recovered(rental: Rental | None, placement: Placement) -> bool:
     """Return whether a recovered snapshot of a lost placement is to be made before its worker purges it.
 
-    It is tried also if no activation is known: only the worker knows whether there was one (NOTHING_TO_SALVAGE).
+    It is tried also if no activation is known: only the worker knows whether there was one (NOTHING_TO_RECOVER).
     """
     if rental is None or placement.state is not PlacementState.LOST or placement.salvaged:
         return False
