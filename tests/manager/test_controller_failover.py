@@ -323,14 +323,14 @@ async def test_while_the_proxy_is_away_nobody_is_down_and_nothing_moves_afterwar
     house: House, pool: list[Agent], away_s: float
 ) -> None:
     rentals = [await house.rent() for _ in range(3)]
-    house.proxy_probe.open = False
+    house.proxy_probe.answers = False
     for agent in pool:
         agent.beating = False
     await house.pass_time(away_s)
     assert (await house.as_admin.get("/api/status")).json()["brake"] == (
         "the manager cannot reach itself through the proxy"
     )
-    house.proxy_probe.open = True
+    house.proxy_probe.answers = True
     for agent in pool:
         agent.beating = True
     await house.pass_time(200)

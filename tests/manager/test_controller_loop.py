@@ -87,7 +87,7 @@ async def test_the_door_is_open_when_the_manager_reaches_itself_through_it(reply
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         probe = ProxyProbe(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/healthz", 60, 1)
         await probe.ask()
-        assert probe.open is is_open
+        assert probe.answers is is_open
         await probe.close()
 
 
@@ -105,11 +105,11 @@ async def test_a_door_that_answers_too_late_is_shut_and_opens_again() -> None:
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         probe = ProxyProbe(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/healthz", 0.05, 1)
         await probe.ask()
-        assert not probe.open
+        assert not probe.answers
         slow.set()
         probe._client.timeout = httpx.Timeout(60)
         await probe.ask()
-        assert probe.open
+        assert probe.answers
         await probe.close()
 
 

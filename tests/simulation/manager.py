@@ -120,17 +120,17 @@ class SimulatedManager:
             proxy_answers=sim.proxy_answers,
             monotonic=sim.monotonic,
             on_verdict=hint,
-            watching=self.watching,
+            liveness=self.watching,
         )
         self.health.swept_at_once = 0
         self.health.interval_s = ROUND_S
         self.health.loop = Loop("health", ROUND_S, self.health.round)
-        watch_ended.subscribe(self.health.judge_now)
+        watch_ended.subscribe(self.health.judge_soon)
         worker_changed.subscribe(self.health.loop.hint)
         self.expiry = ExpiryController(state_store=state_store, clock=clock, wall=sim.wall, on_expiry=hint)
         self.expiry.loop = Loop("expiry", EXPIRY_ROUND_S, self.expiry.round)
         self.call_home = CallHome(
-            state_store, pool_index, leases, reach, sim.monotonic, self.reconciler.compare, self.health.look_at
+            state_store, pool_index, leases, reach, sim.monotonic, self.reconciler.compare, self.health.mark_due
         )
         self.front = Front(sim.state_store, leases, sim.wall)
 

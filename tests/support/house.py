@@ -63,7 +63,7 @@ class Clock:
 class FakeProxyProbe:
     """Replaces the ProxyProbe: a test decides whether the manager reaches itself through the proxy."""
 
-    open: bool = True
+    answers: bool = True
     loop: Loop = field(default_factory=lambda: Loop("door", 3600.0, _nothing))
 
 

@@ -110,7 +110,7 @@ def test_giving_up_unknown_rentals_needs_a_confirmation(platform: ScriptedPlatfo
     assert [call.query for call in platform.calls if call.method == "POST"] == [{"give_up": "true"}]
 
 
-DOUBTED = "it shows 2030-01-01 00:00:00 UTC, 40.0 days ahead of what it should"
+DOUBTED = "it shows 2030-01-01 00:00:00 UTC, 40.0 days ahead of the expected time"
 
 
 def test_a_clock_that_is_not_trusted_is_shown_and_confirmed_after_a_yes(

@@ -203,14 +203,14 @@ class Manager:
             pool_index=self.pool_index,
             leases=self.leases,
             clocks=settings.clocks,
-            proxy_answers=lambda: door is None or door.open,
+            proxy_answers=lambda: door is None or door.answers,
             monotonic=ports.monotonic,
             on_verdict=wake_reconciler,
-            watching=self.watching,
+            liveness=self.watching,
         )
         worker_changed.subscribe(self.health.loop.hint)
         self.readiness = Preconnector(self.state_store, self.pool_index, ports.snapshot_service)
-        watch_changed.subscribe(self.health.judge_now)
+        watch_changed.subscribe(self.health.judge_soon)
         watch_changed.subscribe(self._prepare_for_loss)
         self.expiry = ExpiryController(
             state_store=self.state_store, clock=self.clock, wall=ports.wall, on_expiry=wake_reconciler
@@ -257,7 +257,7 @@ class Manager:
             ports.reach,
             ports.monotonic,
             self.reconciler.compare,
-            self.health.look_at,
+            self.health.mark_due,
         )
         return (
             self.authentication,

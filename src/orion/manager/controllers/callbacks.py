@@ -1,9 +1,9 @@
-"""What joins objects that call each other: each is whole when it is made, and none is changed afterwards.
+"""Callbacks join objects that call each other: each is complete when it is made, and none is changed afterwards.
 
-changed = Callbacks[str]()            # is made first
-watching = Watching(changed)          # calls changed("w-1") when there is something to tell
-health = HealthController(watching)
-changed.subscribe(health.look_at)     # before anything runs
+changed = Callbacks[str]()                  # is made first
+liveness = LivenessConnections(changed)     # calls changed("w-1") when a report has changed
+health = HealthController(liveness)
+changed.subscribe(health.mark_due)          # before anything runs
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The expiry loop: it ends rentals whose time is over, and begins to count the time of those that have no end yet."""
+"""The expiry controller: ends rentals whose time is over, and gives an end to those that have none yet."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from orion.manager.store.port import DUE_AT_ONCE, StateStore
 
 INTERVAL_S = 1.0
 COUNT_EVERY = 60
-"""The rounds after which rentals are looked for whose time is not counted yet, as long as the clock is believed."""
+"""Rounds between two searches for rentals without an end, as long as the clock is believed."""
 
 
 class ExpiryController:
     def __init__(
         self, *, state_store: StateStore, clock: TrustedClock, wall: Callable[[], float], on_expiry: Callable[[], None]
     ) -> None:
-        self._ledger = state_store
+        self._state_store = state_store
         self._clock = clock
         self._wall = wall
         self._on_expiry = on_expiry
-        self._uncounted_for = 0
-        """The rounds for which nobody has looked."""
+        self._rounds_since_search = 0
+        """Rounds since the last search."""
         self.loop = Loop("expiry", INTERVAL_S, self.round)
 
     async def round(self) -> None:
         clock, wall = await self._clock.look(), self._wall()
         await self._count(clock, wall)
-        steps = expire(await self._ledger.due(wall), wall, clock)
+        steps = expire(await self._state_store.due(wall), wall, clock)
         if steps:
-            await self._ledger.apply(steps)
+            await self._state_store.apply(steps)
             self._on_expiry()
         if len(steps) == DUE_AT_ONCE:
             self.loop.hint()
 
     async def _count(self, clock: WallClock, wall: float) -> None:
         if not clock.believed:
-            self._uncounted_for = 0  # they are looked for as soon as it is believed again
+            self._rounds_since_search = 0  # the search is repeated as soon as the clock is believed again
             return
-        if self._uncounted_for == 0:
-            await self._ledger.apply_each(count(await self._ledger.without_expiry(), wall, clock))
-        self._uncounted_for = (self._uncounted_for + 1) % COUNT_EVERY
+        if self._rounds_since_search == 0:
+            await self._state_store.apply_each(count(await self._state_store.without_expiry(), wall, clock))
+        self._rounds_since_search = (self._rounds_since_search + 1) % COUNT_EVERY

@@ -1,6 +1,6 @@
-"""Keeps what the engine did, so that it can be read: collected in memory, written once a second.
+"""The job log: what the engine has done for each rental, collected in memory and written once a second.
 
-On the way of a rent it costs nothing. A manager that is killed loses the last second of it; nothing is decided by it.
+It costs a rent nothing. A manager that is killed loses the last second of the log, by which nothing is decided.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from orion.manager.store.job_log import Entry
 
 INTERVAL_S = 1.0
 MOST_PENDING = 10_000
+"""Entries that wait to be written; of more, the oldest are lost."""
 MAX_MESSAGE = 500
-_NOT_FOR_READING = re.compile(
+"""Characters of a message that are kept."""
+_SECRET = re.compile(
     r"-----BEGIN[^-]*-----.*?(-----END[^-]*-----|$)"  # a private key
     r"|\b(ssh|ecdsa|sk)-[a-z0-9@.-]+ [A-Za-z0-9+/=]{20,}"  # a public one
     r"|\borion_[a-z]+_[a-z0-9-]+_[A-Za-z0-9]{20,}"  # a token
-    r"|[A-Za-z0-9+/]{60,}={0,2}",  # what may be any of them, cut
+    r"|[A-Za-z0-9+/]{60,}={0,2}",  # a part of any of them
     re.DOTALL,
 )
 
@@ -52,14 +54,14 @@ class JobLog:
                 raise
 
     async def of(self, rental_id: str) -> list[Row]:
-        """All that is kept of a rental, up to now, oldest first."""
+        """Return all entries of a rental, oldest first."""
         await self.flush()
         return await self._store.read(job_log.of_rental, rental_id)
 
 
 @dataclass(kw_only=True)
 class LoggedEngine:
-    """Implements `port.Engine` by another one, and notes each job when it has ended."""
+    """An engine that runs jobs by another one, and notes each when it has ended."""
 
     engine: Engine
     note: Callable[[Entry], None]
@@ -85,8 +87,8 @@ class LoggedEngine:
 
 
 def readable(message: str) -> str:
-    """Without anything that could be a key or a token, whoever wrote it there."""
-    return _NOT_FOR_READING.sub("(not shown)", message)[:MAX_MESSAGE]
+    """Return the message without anything that could be a key or a token."""
+    return _SECRET.sub("(not shown)", message)[:MAX_MESSAGE]
 
 
 def _done(outcome: Outcome) -> str:

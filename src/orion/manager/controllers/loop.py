@@ -12,7 +12,7 @@ log = structlog.get_logger()
 
 
 class Loop:
-    """Level, not edge: a hint only brings the next round forward, so a lost hint costs an interval and no more."""
+    """A controller's loop. A hint only brings the next round forward, so a lost hint costs at most an interval."""
 
     def __init__(self, name: str, interval_s: float, round_once: Callable[[], Awaitable[None]]) -> None:
         self.name = name
@@ -22,11 +22,12 @@ class Loop:
         self.failures = 0
         """Rounds that failed since the last one that succeeded."""
         self.rounds = self.failed_rounds = 0
-        """Since the start: those that succeeded, and the others."""
+        """Rounds since the start: those that succeeded, and those that failed."""
         self.seconds = self.late_s = 0.0
-        """Spent in rounds; and how much later than it should have the last round began that no hint brought."""
+        """Seconds spent in rounds; and by how many seconds the last round that no hint brought was late."""
 
     def hint(self) -> None:
+        """Let the next round begin at once."""
         self._hinted.set()
 
     async def run(self) -> None:
@@ -38,7 +39,7 @@ class Loop:
                 self.failures = 0
                 self.rounds += 1
             except Exception:
-                # The next round starts from the whole state again, so nothing is lost but time.
+                # The next round loads all state again, so only time is lost.
                 self.failures += 1
                 self.failed_rounds += 1
                 log.exception("round failed", loop=self.name, failures=self.failures)

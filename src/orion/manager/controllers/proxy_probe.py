@@ -1,4 +1,7 @@
-"""The manager asks itself through the proxy, because nobody's silence means anything while nobody can get through."""
+"""The proxy probe: a request of the manager to itself through the proxy.
+
+While the proxy does not answer, no worker's silence means anything.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ class ProxyProbe:
     def __init__(self, url: str, timeout_s: float, interval_s: float) -> None:
         self._client = httpx.AsyncClient(timeout=timeout_s, trust_env=False)
         self._url = url
-        self.open = True
-        """Whether the last question was answered; true before the first, for the brake holds at the start anyway."""
-        self.loop = Loop("door", interval_s, self.ask)
+        self.answers = True
+        """Whether the last request was answered; true before the first, because the brake is on at the start anyway."""
+        self.loop = Loop("door", interval_s, self.ask)  # the name is a label of released metrics
 
     async def ask(self) -> None:
         try:
-            self.open = (await self._client.get(self._url)).status_code == httpx.codes.OK
+            self.answers = (await self._client.get(self._url)).status_code == httpx.codes.OK
         except httpx.HTTPError:
-            self.open = False
+            self.answers = False
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -177,8 +177,8 @@ class Reconciler:
 
     def _ages(self, world: World) -> dict[str, float]:
         now = self._monotonic()
-        moving = [p.id for p in world.placements.values() if p.state is not PlacementState.RUNNING or p.held]
-        ages = {identity: self._pool_index.age_of(identity, now) for identity in (*moving, *world.rentals)}
+        changing = [p.id for p in world.placements.values() if p.state is not PlacementState.RUNNING or p.held]
+        ages = {identity: self._pool_index.age_of(identity, now) for identity in (*changing, *world.rentals)}
         joining = (w.id for w in world.workers.values() if w.health is Health.JOINING)
         return ages | {w: now - since for w in joining if (since := self._pool_index.since(w)) is not None}
 

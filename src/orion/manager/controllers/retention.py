@@ -1,4 +1,4 @@
-"""The retention loop: removes idempotency keys that are over, and the oldest events a batch at a time."""
+"""The retention controller: removes idempotency keys that have ended, and the oldest events in batches."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from orion.manager.store.database import Store
 
 INTERVAL_S = 60.0
 MOST_BATCHES = 100
-"""Batches of one round: what a former version has left is removed in some rounds."""
+"""Batches of one round; what a former version has left may take several rounds."""
 
 
 class RetentionController:
     def __init__(self, store: Store, kept: int, wall: Callable[[], float]) -> None:
-        """`kept`: how many events; `wall`: Unix seconds by which what was kept may be removed."""
+        """`kept`: number of events that stay; `wall` returns the Unix seconds by which keys have ended."""
         self._store = store
         self._kept = kept
         self._wall = wall

@@ -1,8 +1,8 @@
-"""The wall clock as far as it is believed: what cannot be undone is done by it alone only while it is.
+"""The wall clock, which is either believed or doubted; while it is doubted, nothing is removed by it.
 
-A manager that begins with a clock far from what it should be, or whose clock jumps, says so. Nobody expires, and
-neither kept copies nor idempotency keys are removed, until the clock agrees again or an operator confirms it. Tokens
-end meanwhile by the clock as it was believed.
+A manager that starts with a clock far from the expected time, or whose clock jumps, writes an event. Then no rental
+expires, and no snapshot or idempotency key is removed, until the clock agrees again or an operator confirms it. Tokens
+end meanwhile by the time that was last believed, carried on by a clock that nobody sets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from orion.manager.store.database import Store, record
 
 log = structlog.get_logger()
 
-KEPT_EVERY_S = 30.0
+MARK_EVERY_S = 30.0
+"""Seconds between two writes of the clock into the database, with which the next start compares."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 CONFIRM = "orion admin confirm-clock"
 
@@ -44,18 +45,18 @@ class TrustedClock:
     def __init__(
         self, *, now: Callable[[], float], wall: Callable[[], float], boot: int = 0, store: Store | None = None
     ) -> None:
-        """`now`: seconds by a clock that nobody sets; `boot`: see `boot_id`. `store` None: nothing is kept or said."""
+        """`now`: seconds by a clock that nobody sets; `boot`: see `boot_id`. `store` None: nothing is written."""
         self._now = now
         self._wall = wall
         self._boot = boot
         self._store = store
         self._clock = WallClock(offset_s=wall() - now())
-        self._said = True
-        """What was last written down: whether the clock is believed."""
-        self._kept_at = float("-inf")
+        self._was_believed = True
+        """Whether the clock was believed according to the last event that was written."""
+        self._marked_at = float("-inf")
 
     async def begin(self) -> None:
-        """Compare the clock with what the database knows."""
+        """Compare the clock with the last mark and event in the database."""
         if self._store is None:
             return
         mark, last_event_at = await self._store.read(marks.last_known)
@@ -63,53 +64,56 @@ class TrustedClock:
         await self.look()
 
     async def look(self) -> WallClock:
-        """Return the clock as it is now, and say where that has changed."""
+        """Return the clock as it is now, and write an event if it has become believed or doubted."""
         self._observe()
-        if self._said != self._clock.believed:
-            self._said = self._clock.believed
-            kind = "manager.clock_believed" if self._said else "manager.clock_doubted"
+        if self._was_believed != self._clock.believed:
+            self._was_believed = self._clock.believed
+            kind = "manager.clock_believed" if self._was_believed else "manager.clock_doubted"
             await self._note(Event(kind=kind, actor="manager", reason=self.problem or "it agrees again"))
-        elif self._clock.believed and self._now() >= self._kept_at + KEPT_EVERY_S:
-            await self._keep()
+        elif self._clock.believed and self._now() >= self._marked_at + MARK_EVERY_S:
+            await self._write_mark()
         return self._clock
 
     async def confirm(self, actor: str) -> None:
-        """Believe the clock as it is, for an operator says that it is right."""
+        """Believe the clock as it is, because an operator says that it is right."""
         self._observe()
         if self._clock.believed:
             return
-        far = self._far()
-        self._clock, self._said = self._clock.confirmed(), True
+        difference = self._difference()
+        self._clock, self._was_believed = self._clock.confirmed(), True
         await self._note(
-            Event(kind="manager.clock_confirmed", actor=actor, reason=f"it is {far} what it should show, and right")
+            Event(
+                kind="manager.clock_confirmed", actor=actor, reason=f"it is {difference} the expected time, and right"
+            )
         )
-        await self._keep()
+        await self._write_mark()
 
     @property
     def problem(self) -> str:
-        """Why the clock is not believed, and what to do; empty while it is."""
+        """The reason why the clock is doubted, and what to do; empty while it is believed."""
         self._observe()
         if self._clock.believed:
             return ""
         shown = datetime.fromtimestamp(self._wall(), UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         waits = "until it has gone evenly for five minutes" if self._clock.settles else f"until {CONFIRM}"
-        return f"it shows {shown}, {self._far()} what it should: nobody expires and no kept copy is removed {waits}"
+        difference = self._difference()
+        return f"it shows {shown}, {difference} the expected time: no rental expires, no snapshot is removed {waits}"
 
     def wall_of_removals(self) -> float:
-        """Return Unix seconds by which things that were kept may go; before all times while the clock is doubted."""
+        """Return the Unix seconds by which keys and snapshots have ended; minus infinity while the clock is doubted."""
         self._observe()
         return self._wall() if self._clock.believed else float("-inf")
 
     def counts_from(self) -> float | None:
-        """Return Unix seconds from which a time is counted that begins now; None while the clock is doubted."""
+        """Return the Unix seconds from which a new rental's time is counted; None while the clock is doubted."""
         self._observe()
         return self._wall() if self._clock.believed else None
 
     def wall_of_tokens(self) -> float:
-        """Return Unix seconds by which tokens end: by the clock as it was last believed, carried on by the other one.
+        """Return the Unix seconds by which tokens end: the last believed time, carried on by a clock that nobody sets.
 
-        So a token whose time is over stays so, whatever the clock shows. While a machine was off nothing was carried
-        on: then it is less than the time, until the clock is believed again.
+        So an ended token stays ended, whatever the wall clock shows. The time for which the machine was off is missing
+        until the clock is believed again.
         """
         self._observe()
         return self._wall() if self._clock.believed else self._clock.as_believed(self._now())
@@ -117,17 +121,17 @@ class TrustedClock:
     def _observe(self) -> None:
         self._clock = self._clock.observe(self._wall(), self._now())
 
-    def _far(self) -> str:
+    def _difference(self) -> str:
         far_s = self._clock.far_s
         return f"{_span(abs(far_s))} {'ahead of' if far_s >= 0 else 'behind'}"
 
-    async def _keep(self) -> None:
+    async def _write_mark(self) -> None:
         if self._store is not None:
-            self._kept_at = self._now()
+            self._marked_at = self._now()
             await self._store.write(marks.keep, Mark(self._wall(), self._now(), self._boot))
 
     async def _note(self, event: Event) -> None:
-        log.warning("the wall clock", kind=event.kind, reason=event.reason)
+        log.warning("wall clock", kind=event.kind, reason=event.reason)
         if self._store is not None:
             await self._store.write(record, event)
 
