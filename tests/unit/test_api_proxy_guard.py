@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from orion.manager.api.proxy_guard import HungUp, protocol_for
+from orion.manager.api.proxy_guard import RejectedPeers, protocol_for
 
 LOOPBACK = "127.0.0.1"
 PIECES = [b"one", b"two", b"three" * 100_000]
@@ -45,24 +45,24 @@ def request(path: str, connection: str = "keep-alive") -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: {connection}\r\n\r\n".encode()
 
 
-async def test_whoever_is_not_the_proxy_is_hung_up_on_and_the_log_says_so() -> None:
+async def test_the_connection_of_a_peer_that_is_not_the_proxy_is_closed_and_logged() -> None:
     with capture_logs() as said:
         async with connected("192.0.2.1") as (reader, writer):
             writer.write(request("/"))
             with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
                 await asyncio.wait_for(reader.readexactly(1), 60)
-    assert [(line["peer"], line["answered"], line["connections"]) for line in said] == [(LOOPBACK, "192.0.2.1", 1)]
+    assert [(line["peer"], line["accepted"], line["connections"]) for line in said] == [(LOOPBACK, "192.0.2.1", 1)]
 
 
-def test_callers_that_are_hung_up_on_cost_one_line_a_minute() -> None:
-    hung_up = HungUp(frozenset({"192.0.2.1", LOOPBACK}))
+def test_closed_connections_cost_one_line_a_minute() -> None:
+    rejected = RejectedPeers(frozenset({"192.0.2.1", LOOPBACK}))
     with capture_logs() as said:
         for tenth in range(1201):
-            hung_up.on("192.0.2.7", tenth / 10)
+            rejected.note("192.0.2.7", tenth / 10)
     assert [line["connections"] for line in said] == [1, 600, 600]
 
 
-async def test_head_and_body_of_a_reply_leave_in_one_piece() -> None:
+async def test_head_and_body_of_a_reply_are_sent_together() -> None:
     async with connected(LOOPBACK) as (reader, writer):
         for _ in range(3):
             writer.write(request("/"))

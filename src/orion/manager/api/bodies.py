@@ -1,6 +1,6 @@
-"""The bodies of requests: each is whole in time, and strangers get little of it.
+"""A middleware that limits how long a request's body may take, and what a caller without a token may send.
 
-The proxy passes a body on as it comes (manager_proxy/to_manager.conf), so what was sent of one waits here.
+The proxy does not buffer bodies (manager_proxy/to_manager.conf), so a body that arrives slowly occupies the manager.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from orion.manager.authentication import Authentication
 from orion.manager.refusals import ApiProblem
 
 WHOLE_WITHIN_S = 15.0
+"""Seconds that a whole body may take."""
 UNKNOWN_WITHIN_S = 1.0
-"""A body that is not whole by then is waited for only if its caller has a token. Most are whole at once."""
+"""Seconds until the token is checked, if the body is not whole by then. Most bodies are whole at once."""
 LARGE_BYTES = 16 << 10
-"""A larger body is not begun to be read before its caller is known."""
-AS_SLOW_AS_IT_IS = "/api/admin/"
-"""Restores of databases are large; their routes know the caller before they read."""
+"""Bytes of body above which the token is checked before the body is read."""
+UNLIMITED_PREFIX = "/api/admin/"
+"""The paths without a limit: a restore uploads a large database, and its route authenticates before it reads."""
 
 
 class Bodies:
-    """Stands before all routes."""
+    """The middleware around all routes."""
 
     def __init__(
         self, app: ASGIApp, whole_within_s: float = WHOLE_WITHIN_S, unknown_within_s: float = UNKNOWN_WITHIN_S
@@ -36,24 +37,25 @@ class Bodies:
         self._unknown_within_s = unknown_within_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        length = 0 if scope["type"] != "http" or scope["path"].startswith(AS_SLOW_AS_IT_IS) else announced(scope)
+        length = 0 if scope["type"] != "http" or scope["path"].startswith(UNLIMITED_PREFIX) else declared_length(scope)
         if length == 0:
             await self._app(scope, receive, send)
             return
         is_large = length is None or length > LARGE_BYTES
         refusal = await _refusal(scope) if is_large else None
         if refusal is None:
-            body = _InTime(scope, receive, send, self._whole_within_s, None if is_large else self._unknown_within_s)
+            body = _TimedBody(scope, receive, send, self._whole_within_s, None if is_large else self._unknown_within_s)
             await self._app(scope, body.receive, body.send)
             refusal = body.refusal
         if refusal is not None:
             await refusal(scope, receive, send)
 
 
-class _InTime:
-    """Lets a route read a body until its time is over; then the route is told that its client has hung up.
+class _TimedBody:
+    """The `receive` and `send` of one request, with a time limit on its body.
 
-    `unknown_within_s`: how long the caller need not be known; None: the caller is known.
+    When the time is over, the route receives a disconnect. `unknown_within_s` is the time after which the token is
+    checked; None means that it was checked.
     """
 
     def __init__(
@@ -65,11 +67,11 @@ class _InTime:
         self._within_s = within_s
         now = asyncio.get_running_loop().time()
         self._ends_at = now + within_s
-        self._known_by = None if unknown_within_s is None else now + unknown_within_s
+        self._check_at = None if unknown_within_s is None else now + unknown_within_s
         self._reading = True
         self._answered = False
         self.refusal: Response | None = None
-        """The answer to give, where the route could not read all and has answered nothing before."""
+        """The answer to send, if the body was cut off before the route had answered."""
 
     async def receive(self) -> Message:
         if not self._reading:
@@ -82,15 +84,15 @@ class _InTime:
         return message
 
     async def _in_time(self) -> Message | None:
-        """Return the next part. None: it did not come in time, and `refusal` says why it is not waited for."""
+        """Return the next part of the body, or None if it did not come in time; then `refusal` says why."""
         refusal = None
         while refusal is None:
             try:
-                async with asyncio.timeout_at(self._ends_at if self._known_by is None else self._known_by):
+                async with asyncio.timeout_at(self._ends_at if self._check_at is None else self._check_at):
                     return await self._receive()
             except TimeoutError:
-                refusal = late(self._within_s) if self._known_by is None else await _refusal(self._scope)
-                self._known_by = None
+                refusal = request_timeout(self._within_s) if self._check_at is None else await _refusal(self._scope)
+                self._check_at = None
         self.refusal = None if self._answered else refusal
         return None
 
@@ -101,7 +103,7 @@ class _InTime:
 
 
 async def _refusal(scope: Scope) -> Response | None:
-    """Return what is to be answered to a caller whose token is none; None: the caller is known."""
+    """Return the answer to a caller without a valid token, or None if the token is valid."""
     try:
         await provided(scope, Authentication).identify(HTTPConnection(scope))
     except ApiProblem as refusal:
@@ -109,13 +111,14 @@ async def _refusal(scope: Scope) -> Response | None:
     return None
 
 
-def late(within_s: float) -> Response:
-    """Return the answer to a request whose body was not whole after that time."""
-    return problem(408, "request_timeout", f"the body of the request was not whole after {within_s:g} s: send it again")
+def request_timeout(within_s: float) -> Response:
+    """Return the answer to a request whose body was not complete after `within_s` seconds."""
+    detail = f"the body of the request was not complete after {within_s:g} s: send it again"
+    return problem(408, "request_timeout", detail)
 
 
-def announced(scope: Scope) -> int | None:
-    """Return how many bytes of body a request has by its headers; None where they do not say, as of one in chunks."""
+def declared_length(scope: Scope) -> int | None:
+    """Return the length of a request's body in bytes by its headers, or None if they give none (chunked)."""
     for name, value in scope["headers"]:
         if name == b"content-length":
             return int(value)

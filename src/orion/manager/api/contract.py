@@ -1,4 +1,4 @@
-"""The OpenAPI document: beside what a route itself returns, how it refuses, and whose token it takes."""
+"""The OpenAPI document, completed with the refusals of each route and the token that it takes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastapi.openapi.utils import get_openapi
 from orion import wire
 
 PATH = "/api/openapi.json"
-OF_THE_DOOR = {
+REFUSALS_OF_THE_PROXY = {
     400: "The request is not well-formed HTTP",
-    405: "No call, or not this one, takes this method",
+    405: "This call does not take this method",
     408: "The request came too slowly",
     413: "The body is larger than this call allows",
     414: "The address is too long",
@@ -23,32 +23,32 @@ OF_THE_DOOR = {
     502: "The manager cannot be reached, or did not answer",
     504: "The manager did not answer in time",
 }
-"""Any call may be refused so, most of it by the proxy: manager_proxy/problems.conf."""
+"""The refusals that any call may get, most of them from the proxy: manager_proxy/problems.conf."""
 
-OF_THE_MANAGER = {
-    401: "No valid token",
-    403: "A token of another role",
-    422: "The request is not as the contract has it; `errors` names the fields",
+REFUSALS_OF_THE_MANAGER = {
+    401: "The token is missing or not valid",
+    403: "The token has a role that may not make this call",
+    422: "The request does not match the schema; `errors` names the fields",
 }
-OF_A_ROUTE = {
-    404: "There is none, or it is not yours",
-    409: "It contradicts what is; `code` says what",
-    503: "The platform has no room for more of it at present",
-    507: "No room on the disk for it",
+REFUSALS_OF_A_ROUTE = {
+    404: "It does not exist, or it is not yours",
+    409: "The call conflicts with the present state; `code` says how",
+    503: "The platform is at its limit for this at present: try again later",
+    507: "There is no room on the disk",
 }
 
 Responses = dict[int | str, dict[str, Any]]
 
 
 def refusals(*statuses: int) -> Responses:
-    """For a route's `responses`: how it alone may refuse."""
-    return {status: _refusal(OF_A_ROUTE[status]) for status in statuses}
+    """Return the refusals of one route for its `responses`."""
+    return {status: _refusal(REFUSALS_OF_A_ROUTE[status]) for status in statuses}
 
 
 def describe(app: FastAPI) -> None:
-    """Make the application's document whole, and serve it to anyone.
+    """Complete the application's document, and serve it without a token.
 
-    It is written once: more than 100 KB, which nobody should have us write again for each call without a token.
+    The document is encoded once: it is larger than 100 KB, and callers without a token may ask for it.
     """
     written: list[bytes] = []
 
@@ -74,10 +74,10 @@ def _complete(document: dict[str, Any]) -> dict[str, Any]:
     document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            answers = OF_THE_DOOR
+            answers = REFUSALS_OF_THE_PROXY
             if path.startswith("/api/") or path == "/metrics":
                 operation["security"] = [{"token": []}]
-                answers = OF_THE_DOOR | OF_THE_MANAGER
+                answers = REFUSALS_OF_THE_PROXY | REFUSALS_OF_THE_MANAGER
             operation["responses"] |= {str(status): _refusal(meaning) for status, meaning in answers.items()}
     return document
 

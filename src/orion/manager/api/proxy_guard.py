@@ -1,4 +1,7 @@
-"""The inner side of the one door: only the proxy's connections are kept, only requests with its secret are answered."""
+"""The guard that makes the proxy the only way in.
+
+It closes each connection of a peer that is not the proxy, and answers only requests that carry the proxy secret.
+"""
 
 from __future__ import annotations
 
@@ -13,38 +16,38 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from orion.manager.api.bodies import announced
+from orion.manager.api.bodies import declared_length
 from orion.manager.api.problems import problem
 
 log = structlog.get_logger()
 
 SECRET_HEADER = "x-orion-proxy-secret"  # noqa: S105  the header's name
 SECRET_HEADER_BYTES = SECRET_HEADER.encode()
-WORD_EVERY_S = 60.0
-"""Seconds between two lines in the log about peers that were hung up on."""
+LOG_EVERY_S = 60.0
+"""Seconds between two lines in the log about connections that were closed."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{8,64}")
 
 
 def protocol_for(peers: frozenset[str]) -> type[HttpToolsProtocol]:
-    """Return uvicorn's protocol, which hangs up on every peer but these before a byte is read, and says so in the log.
+    """Return uvicorn's protocol, which closes the connection of every peer but these before it reads a byte.
 
-    It answers what it cannot read as any refusal is answered. A WebSocket that begins with a body is refused: uvicorn
-    would not answer it at all, and hold it for as long as its client does.
+    A request that cannot be parsed is answered with a problem, as any other refusal. A WebSocket handshake with a body
+    is refused: uvicorn would never answer it, and would keep the connection as long as the client does.
     """
 
-    hung_up = HungUp(peers)
+    rejected = RejectedPeers(peers)
 
-    class DoorProtocol(HttpToolsProtocol):
+    class GuardedProtocol(HttpToolsProtocol):
         _kept = False
 
         def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
             peer = transport.get_extra_info("peername")
             if not peer or peer[0] not in peers:
                 transport.abort()
-                hung_up.on(peer[0] if peer else "", self.loop.time())
+                rejected.note(peer[0] if peer else "", self.loop.time())
                 return
             self._kept = True
-            super().connection_made(_InOnePiece(transport, self.loop))  # type: ignore[arg-type]
+            super().connection_made(_JoinedWrites(transport, self.loop))  # type: ignore[arg-type]
 
         def connection_lost(self, exc: Exception | None) -> None:
             if self._kept:
@@ -59,47 +62,48 @@ def protocol_for(peers: frozenset[str]) -> type[HttpToolsProtocol]:
                 super().eof_received()
 
         def handle_websocket_upgrade(self) -> None:
-            if announced(dict(self.scope)) == 0:
+            if declared_length(dict(self.scope)) == 0:
                 super().handle_websocket_upgrade()
             else:
-                self.send_400_response("a WebSocket begins with a request that has no body")
+                self.send_400_response("the handshake of a WebSocket may not have a body")
 
         def send_400_response(self, msg: str) -> None:
-            told = problem(400, "invalid_request", msg, {"connection": "close"})
-            head = b"".join(b"%s: %s\r\n" % header for header in told.raw_headers)
-            self.transport.write(b"HTTP/1.1 400 Bad Request\r\n%s\r\n%s" % (head, told.body))
+            reply = problem(400, "invalid_request", msg, {"connection": "close"})
+            head = b"".join(b"%s: %s\r\n" % header for header in reply.raw_headers)
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\n%s\r\n%s" % (head, reply.body))
             self.transport.close()
 
-    return DoorProtocol
+    return GuardedProtocol
 
 
-class HungUp:
-    """Says in the log which peers were hung up on: one line a minute, for anybody in the network can call."""
+class RejectedPeers:
+    """A log of closed connections with at most one line a minute, because any container in the network can connect."""
 
-    def __init__(self, wanted: frozenset[str]) -> None:
-        self._wanted = ", ".join(sorted(wanted))
-        self._next_word_at = float("-inf")
-        self._since_last_word = 0
+    def __init__(self, accepted: frozenset[str]) -> None:
+        self._accepted = ", ".join(sorted(accepted))
+        self._next_line_at = float("-inf")
+        self._since_last_line = 0
 
-    def on(self, peer: str, now: float) -> None:
-        """Count one connection of a peer; `now`: seconds by a clock that nobody sets."""
-        self._since_last_word += 1
-        if now < self._next_word_at:
+    def note(self, peer: str, now: float) -> None:
+        """Count one connection of a peer; `now` is in monotonic seconds."""
+        self._since_last_line += 1
+        if now < self._next_line_at:
             return
         log.warning(
-            "hung up on a peer that is not the proxy",
+            "closed the connection of a peer that is not the proxy",
             peer=peer,
-            answered=self._wanted,
-            connections=self._since_last_word,
-            hint="if it is the network's gateway, a rule of the firewall hides who calls: make up as root says which",
+            accepted=self._accepted,
+            connections=self._since_last_line,
+            hint="if the peer is the network's gateway, a firewall rule hides the callers' addresses: run make up as "
+            "root, which names the rule",
         )
-        self._next_word_at, self._since_last_word = now + WORD_EVERY_S, 0
+        self._next_line_at, self._since_last_line = now + LOG_EVERY_S, 0
 
 
-class _InOnePiece:
-    """A transport over which what is written in one go leaves in one piece.
+class _JoinedWrites:
+    """A transport that sends all writes of one turn of the event loop in one system call.
 
-    Uvicorn writes the head of a reply and its body, each at once: two system calls, and the proxy is woken twice.
+    Uvicorn writes a reply's head and its body separately: two system calls, and the proxy would wake twice.
     """
 
     def __init__(self, transport: Transport, loop: AbstractEventLoop) -> None:
@@ -126,7 +130,10 @@ class _InOnePiece:
 
 
 class ProxyGuard:
-    """Refuses what lacks the proxy's secret (but the health check), and gives every reply its request id."""
+    """A middleware that refuses requests without the proxy secret, and adds the request id to each reply.
+
+    The health check needs no secret.
+    """
 
     def __init__(self, app: ASGIApp, secret: str) -> None:
         self._app = app
@@ -161,7 +168,7 @@ class ProxyGuard:
 
 async def _refuse(scope: Scope, send: Send) -> None:
     body: dict[str, Any] = {"type": "about:blank", "title": "Forbidden", "status": 403, "code": "not_through_the_door"}
-    body["detail"] = "the manager answers only what comes through manager_proxy"
+    body["detail"] = "the manager answers only requests that come through manager_proxy: send it there"
     kind = "http.response" if scope["type"] == "http" else "websocket.http.response"
     headers = [(b"content-type", b"application/problem+json")]
     await send({"type": f"{kind}.start", "status": 403, "headers": headers})
