@@ -25,7 +25,7 @@ import pytest
 from platform_support import Platform, raw
 from support.builders import host_key
 
-from orion.manager.api.event_streams import MOST_OF_A_TOKEN
+from orion.manager.api.event_streams import MAX_STREAMS_PER_TOKEN
 
 FLOOD_S = 2.0
 FLOODED_WITHIN_S = 60.0
@@ -152,7 +152,7 @@ async def test_streams_of_events_of_one_token_have_a_ceiling_and_calls_go_on(att
             request = http.build_request("GET", "/api/events", headers=bearer(token) | {"Accept": "text/event-stream"})
             open_ones.append(await http.send(request, stream=True))
         refused = [reply for reply in open_ones if reply.status_code == 429]
-        assert len(refused) == 30 - MOST_OF_A_TOKEN
+        assert len(refused) == 30 - MAX_STREAMS_PER_TOKEN
         assert json.loads(await refused[0].aread())["code"] == "too_many_streams"
         assert await honest_calls(attacked, token) == HONEST
         for reply in open_ones:

@@ -75,7 +75,7 @@ def by_pydantic(raw: bytes) -> dict[str, Any] | None:
 
 
 def by_msgspec(raw: bytes) -> dict[str, Any] | None:
-    found = heartbeat._understood(raw)
+    found = heartbeat._decoded(raw)
     return None if found is None else msgspec.to_builtins(found)
 
 

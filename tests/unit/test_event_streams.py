@@ -12,7 +12,7 @@ import pytest
 
 from orion import wire
 from orion.manager.api import event_streams
-from orion.manager.api.event_streams import MOST_OF_A_TOKEN, EventStreams, Filter
+from orion.manager.api.event_streams import MAX_STREAMS_PER_TOKEN, EventStreams, Filter
 from orion.manager.domain.steps import Event
 from orion.manager.refusals import ApiProblem
 from orion.manager.store import events
@@ -130,7 +130,7 @@ async def test_nothing_is_lost_or_told_twice_where_a_stream_begins_amid_commits(
 async def test_who_takes_nothing_is_dropped_and_goes_on_from_what_it_has(
     store: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_streams, "MOST_WAITING", 5)
+    monkeypatch.setattr(event_streams, "MAX_WAITING_EVENTS", 5)
     streams = EventStreams(store)
     slow, quick = Reader(streams, Filter()), Reader(streams, Filter())
     async with reading(slow, quick) as (task, _):
@@ -154,7 +154,7 @@ async def test_who_takes_nothing_is_dropped_and_goes_on_from_what_it_has(
 
 async def test_a_token_has_so_many_streams_and_gets_places_back(store: Counted) -> None:
     streams = EventStreams(store)
-    places = [streams.place("t-one") for _ in range(MOST_OF_A_TOKEN)]
+    places = [streams.place("t-one") for _ in range(MAX_STREAMS_PER_TOKEN)]
     for place in places:
         place.__enter__()
     with pytest.raises(ApiProblem) as refused, streams.place("t-one"):

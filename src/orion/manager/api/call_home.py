@@ -1,6 +1,6 @@
-"""What a worker that calls home is told: who it is, whether its lease is renewed, what to do with what it holds.
+"""Registration and heartbeats of workers: identity, lease, and orders for what a worker holds.
 
-Nothing of HTTP here: the routes (api/workers.py) and the simulation both call it.
+It knows nothing of HTTP: the routes (api/workers.py, api/heartbeat.py) and the simulation both call it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from orion.manager.store.port import Registered, Registration, Registry
 PROBE_TIMEOUT_S = 3.0
 
 Orders = list[tuple[Item, str]]
-"""What to do with each thing that it holds: run, hold or purge."""
+"""Each item of a worker's inventory, with what the worker must do with it: run, hold or purge."""
 
 
 class CallRefused(Exception):
-    """Its agent goes by the code: `stale_session`, `host_key_changed`, `address_in_use` or `identity_in_use`."""
+    """A refused call. The agent acts on its code: `stale_session`, `host_key_changed`, `address_in_use` or
+    `identity_in_use`.
+    """
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -33,7 +35,9 @@ class CallRefused(Exception):
 
 
 @dataclass(frozen=True)
-class Welcome:
+class Admission:
+    """The result of a registration."""
+
     registered: Registered
     orders: Orders
 
@@ -49,9 +53,11 @@ class CallHome:
         on_inventory: Callable[[str, Sequence[Item]], None],
         on_return: Callable[[str], None],
     ) -> None:
-        """`on_inventory`: told what each call shows. `on_return`: told of a call of one that is not ready."""
+        """`on_inventory` is called with the inventory of each call, `on_return` after a call of a worker that is not
+        ready.
+        """
         self._registry = registry
-        self._roster = pool_index
+        self._pool_index = pool_index
         self._on_inventory = on_inventory
         self._on_return = on_return
         self._leases = leases
@@ -59,8 +65,12 @@ class CallHome:
         self._monotonic = monotonic
         self._registering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    async def register(self, own_id: str | None, claim: Registration, items: Sequence[Item]) -> Welcome:
-        """`own_id`: whose token it came with; None: it came with the join token, and gets one of its own."""
+    async def register(self, own_id: str | None, claim: Registration, items: Sequence[Item]) -> Admission:
+        """Register a worker and open its session. Raise CallRefused if it is not what it claims to be.
+
+        `own_id` is the worker whose token came with the call; None means that it was the join token, and the worker
+        gets a token of its own.
+        """
         async with self._registering[claim.address]:
             known = await self._registry.known_at(claim.address)
             worker_id = await self._identify(own_id, claim, known)
@@ -70,15 +80,15 @@ class CallHome:
         self._leases.open(registered.worker_id, registered.session_id, self._monotonic(), items)
         self._leases.displace((holder.id for holder in known), registered.worker_id)
         self._on_return(registered.worker_id)
-        return Welcome(registered, self._orders(registered.worker_id, items))
+        return Admission(registered, self._orders(registered.worker_id, items))
 
     def heartbeat(self, worker_id: str, beat: Heartbeat, address: str) -> Orders:
-        """It renews the worker's lease, if its session is current. Asks nobody but memory: see domain/pool_index.py.
+        """Renew the worker's lease and return its orders. Raise CallRefused if its session is not current.
 
-        A worker that was cut off may come back with another address within its lease. Everything goes to where it
-        registered from, so it must register again before anything of it counts.
+        It reads memory only (domain/pool_index.py). A worker whose network was cut may return with another address
+        within its lease. The manager connects to the address of the registration, so the worker must register again.
         """
-        known = self._roster.worker(worker_id)
+        known = self._pool_index.worker(worker_id)
         if known is not None and known.address != address:
             raise CallRefused("stale_session", f"you registered from {known.address}: register again from {address}")
         if not self._leases.renew(worker_id, beat, self._monotonic()):
@@ -88,32 +98,32 @@ class CallHome:
         return self._orders(worker_id, beat.inventory)
 
     async def _identify(self, own_id: str | None, claim: Registration, known: Sequence[Worker]) -> str | None:
-        """Which worker this is; None: a new one. `known`: the workers that are known at its address.
+        """Return the id of the worker that registers, or None for a new worker. Raise CallRefused.
 
-        With its own token it is itself, as long as its host keys are the pinned ones. With the join token it is new,
-        unless a worker with these very host keys is known at this address: then it is that one, whose answer was lost.
-        An address is refused only while the worker that holds it still answers there with its pinned host key. So is
-        another life of a worker that still answers where it was: a copy of its volume is no worker of its own.
+        `known` are the workers that registered from its address. A worker with a token of its own is accepted if its
+        host keys are the pinned ones. A worker with the join token is new, unless a worker with the same host keys is
+        known at this address: then the reply to that worker's registration was lost, and it is the same one. A worker
+        is refused while another one still answers at its address with the pinned host key. It is also refused if it
+        has another boot id and its former address still answers: then its volume is a copy.
         """
         if own_id is not None:
             own = await self._registry.worker(own_id)
             if own is None or own.host_keys != claim.host_keys:
-                raise CallRefused(
-                    "host_key_changed", "your host keys are not the pinned ones: register as a new worker"
-                )
-            if claim.boot_id != own.boot_id and claim.address != own.address and await self._answers(own):
+                detail = "your host keys are not the pinned ones: register as a new worker, with the join token"
+                raise CallRefused("host_key_changed", detail)
+            if claim.boot_id != own.boot_id and claim.address != own.address and await self._is_reachable(own):
                 detail = f"worker {own.id} still answers at {own.address}: your volume is a copy of its own, remove it"
                 raise CallRefused("identity_in_use", detail)
         same = [holder for holder in known if holder.host_keys == claim.host_keys]
         if own_id is None and same:
             return same[0].id
         for holder in known:
-            if holder not in same and await self._answers(holder):
+            if holder not in same and await self._is_reachable(holder):
                 raise CallRefused("address_in_use", f"worker {holder.id} still answers at {claim.address}")
         return own_id
 
-    async def _answers(self, worker: Worker) -> bool:
-        """Return whether it answers where it registered from, with its pinned host key."""
+    async def _is_reachable(self, worker: Worker) -> bool:
+        """Return whether the worker answers at its registered address with its pinned host key."""
         host = Host(worker.id, worker.address, worker.host_keys)
         return await self._reach.reach(host, PROBE_TIMEOUT_S) is Reached.YES
 
@@ -121,5 +131,5 @@ class CallHome:
         self._on_inventory(worker_id, items)
         if not items:
             return []
-        known = self._roster.worker(worker_id)
-        return orders(items, self._roster.placements_on(worker_id), known is not None and known.health is Health.DOWN)
+        known = self._pool_index.worker(worker_id)
+        return orders(items, self._pool_index.placements_on(worker_id), known is not None and known.health is Health.DOWN)

@@ -1,7 +1,7 @@
-"""Live streams of events: what a commit wrote is read once, and handed out to those who may see it.
+"""Live streams of events: each new event is read once from the database and offered to the streams that may show it.
 
-A stream first reads what came before it, page by page, and then takes what is handed out. A reader that takes it too
-slowly is dropped, and goes on from the last event that it has (Last-Event-ID).
+A stream first reads older events, page by page, and then takes the events that are offered. A stream whose client reads
+too slowly is dropped; the client connects again and resumes from its last event (Last-Event-ID).
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from orion.manager.refusals import ApiProblem
 from orion.manager.store import events
 from orion.manager.store.database import Row, Store
 
-MOST_OF_A_TOKEN = 10
-MOST_WAITING = 1000
-"""Events that may wait for the reader of one stream."""
-SILENCE_S = 15.0
-"""Seconds without an event after which a comment is sent, so that nobody takes the stream for dead."""
-AGAIN_AFTER_S = 1.0
+MAX_STREAMS_PER_TOKEN = 10
+"""Open streams per token."""
+MAX_WAITING_EVENTS = 1000
+"""Events that may wait for the client of one stream."""
+COMMENT_AFTER_S = 15.0
+"""Seconds without an event after which a comment is sent, so that no client takes the stream for dead."""
+RETRY_AFTER_S = 1.0
+"""Seconds until events are read again after an error."""
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Which events a stream shows; None: whichever."""
+    """The events that a stream shows; None matches every value."""
 
     owner: str | None = None
     rental_id: str | None = None
@@ -48,19 +50,19 @@ class Filter:
 class _Stream:
     filter: Filter
     waiting: deque[tuple[int, str]] = field(default_factory=deque)
-    """The events that were handed out and not taken yet, each with its id."""
+    """The events that were offered and not yet sent, each with its id."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     is_dropped: bool = False
 
     def offer(self, number: int, text: str) -> None:
-        if len(self.waiting) >= MOST_WAITING:
+        if len(self.waiting) >= MAX_WAITING_EVENTS:
             self.drop()
         elif not self.is_dropped:
             self.waiting.append((number, text))
             self.changed.set()
 
     def drop(self) -> None:
-        """End it: whoever reads it comes again for what follows the last event that it has."""
+        """End the stream; its client connects again and resumes after its last event."""
         self.is_dropped = True
         self.waiting.clear()
         self.changed.set()
@@ -72,21 +74,21 @@ class EventStreams:
         self._streams: set[_Stream] = set()
         self._of_tokens: Counter[str] = Counter()
         self._last = 0
-        """The id of the newest event that was handed out."""
+        """The id of the newest event that was offered."""
         self._is_new = asyncio.Event()
         self._reading: asyncio.Task[None] | None = None
-        store.news.follow(self.hear)
+        store.news.follow(self.on_commit)
 
-    def hear(self, committed: Sequence[Event]) -> None:
-        """Have what was committed handed out."""
+    def on_commit(self, committed: Sequence[Event]) -> None:
+        """Wake the task that offers new events to the streams."""
         if committed:
             self._is_new.set()
 
     @contextmanager
     def place(self, token_id: str) -> Iterator[None]:
-        """Count a stream of a token for as long as the block lasts. Raise ApiProblem where it has enough of them."""
-        if self._of_tokens[token_id] >= MOST_OF_A_TOKEN:
-            detail = f"{MOST_OF_A_TOKEN} streams of events are open with this token, and no more may be: end one"
+        """Count one open stream of a token during the block. Raise ApiProblem if the token has too many."""
+        if self._of_tokens[token_id] >= MAX_STREAMS_PER_TOKEN:
+            detail = f"this token has {MAX_STREAMS_PER_TOKEN} open event streams, which is the limit: close one first"
             raise ApiProblem(429, "too_many_streams", detail, {"Retry-After": "5"})
         self._of_tokens[token_id] += 1
         try:
@@ -96,7 +98,7 @@ class EventStreams:
             self._of_tokens += Counter()
 
     async def lines(self, shown: Filter, after: int) -> AsyncIterator[str]:
-        """Give the events with an id above `after` as server-sent events, and then each that comes; end if dropped."""
+        """Yield the events with an id above `after` as server-sent events, then new ones, until it is dropped."""
         stream = _Stream(shown)
         await self._add(stream)
         try:
@@ -115,7 +117,7 @@ class EventStreams:
                         last = number
                         yield text
                 try:
-                    async with asyncio.timeout(SILENCE_S):
+                    async with asyncio.timeout(COMMENT_AFTER_S):
                         await stream.changed.wait()
                 except TimeoutError:
                     yield ": nothing new\n\n"
@@ -128,27 +130,27 @@ class EventStreams:
             await asyncio.gather(self._reading, return_exceptions=True)
 
     async def _add(self, stream: _Stream) -> None:
-        """Hand out to this stream whatever is committed from now on."""
+        """Offer to this stream all events that are committed from now on."""
         if not self._streams:
             last = await self._store.read(events.last)
-            if not self._streams:  # else it would pass over what was committed since another one was added
+            if not self._streams:  # a stream that was added meanwhile must not miss what was committed since
                 self._last = max(self._last, last)
         self._streams.add(stream)
         if self._reading is None or self._reading.done():
-            self._reading = asyncio.create_task(self._hand_out())
+            self._reading = asyncio.create_task(self._offer_new_events())
 
     async def _before(self, shown: Filter, after: int) -> list[tuple[int, str]]:
         rows = await self._store.read(events.page, shown.owner, shown.rental_id, shown.worker_id, after, wire.MAX_PAGE)
         return [(row["id"], _text(row)) for row in rows]
 
-    async def _hand_out(self) -> None:
+    async def _offer_new_events(self) -> None:
         while self._streams:
             self._is_new.clear()
             try:
                 rows = await self._store.read(events.page, None, None, None, self._last, wire.MAX_PAGE)
             except Exception:
-                log.exception("events cannot be read; trying again", again_after_s=AGAIN_AFTER_S)
-                await asyncio.sleep(AGAIN_AFTER_S)
+                log.exception("events cannot be read; trying again", again_after_s=RETRY_AFTER_S)
+                await asyncio.sleep(RETRY_AFTER_S)
                 continue
             for row in rows:
                 self._offer(row)

@@ -1,9 +1,8 @@
-"""The heartbeat's hot path: what is well-formed is answered here, from memory alone.
+"""The heartbeat's hot path: a middleware that answers well-formed heartbeats from memory alone.
 
-The contract's own route (api/workers.py) stands behind it, and gets every request that this one does not understand. So
-the OpenAPI document, and what is refused and how, are FastAPI's, and only what pydantic would accept as well is
-answered here (tests/manager/test_api_heartbeat.py). What is in memory are the roster (domain/pool_index.py) and the
-leases.
+All other requests go to the FastAPI route in api/workers.py, which documents and refuses them. This middleware accepts
+only what pydantic would accept as well (tests/manager/test_api_heartbeat.py). It uses the pool index
+(domain/pool_index.py) and the leases.
 """
 
 from __future__ import annotations
@@ -30,27 +29,30 @@ from orion.manager.refusals import ApiProblem, unauthorized
 from orion.wire import FURTHER_FIELDS, MAX_SLOTS
 
 CONFIRM_S = 0.5
-"""Until the next heartbeat of a worker that still has the longer lease of other clocks: it counts until that tells."""
+"""Seconds until the next heartbeat of a worker whose lease is still the longer one of former settings.
+
+That lease counts until the worker confirms the new one.
+"""
 PATH = "/api/heartbeat"
 MAX_ITEMS = 10_000
 _TOKEN = re.compile(rb"(?i:bearer) +(orion_worker_([a-z0-9-]{1,64})_[A-Za-z0-9]{43}) *")
 _SAYS_JSON = (b"content-type", b"application/json")
 _JSON = {b"application/json", b"application/json; charset=utf-8"}
 
-Whole = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
 class Load(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """As wire.Load."""
+    """The same as wire.Load."""
 
     cpu: Annotated[float, msgspec.Meta(ge=0, le=4096)] = 0.0
-    memory_used_bytes: Whole = 0
-    memory_limit_bytes: Whole = 0
+    memory_used_bytes: NonNegative = 0
+    memory_limit_bytes: NonNegative = 0
     processes: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
 
 
 class InventoryItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """As wire.InventoryItem. A pattern's end is said as \\Z: to msgspec, `$` lets a newline through."""
+    """The same as wire.InventoryItem. Patterns end in \\Z because `$` matches before a final newline in msgspec."""
 
     rental_id: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}\Z")]
     username: Annotated[str, msgspec.Meta(pattern=r"^r-[a-z0-9]{1,30}\Z")]
@@ -60,7 +62,7 @@ class InventoryItem(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class StartEnd(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """As wire.StartEnd."""
+    """The same as wire.StartEnd."""
 
     rental_id: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}\Z")]
     epoch: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
@@ -70,10 +72,10 @@ class StartEnd(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class HeartbeatRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """As wire.HeartbeatRequest."""
+    """The same as wire.HeartbeatRequest."""
 
     session_id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9-]{8,64}\Z")]
-    seq: Whole
+    seq: NonNegative
     load: Load = Load()
     inventory: Annotated[list[InventoryItem], msgspec.Meta(max_length=MAX_ITEMS)] = []
     lease_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
@@ -83,7 +85,7 @@ class HeartbeatRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class HeartbeatOrder(msgspec.Struct, frozen=True):
-    """As wire.PlacementOrder."""
+    """The same as wire.PlacementOrder."""
 
     rental_id: str
     epoch: int
@@ -91,7 +93,7 @@ class HeartbeatOrder(msgspec.Struct, frozen=True):
 
 
 class HeartbeatReply(msgspec.Struct, frozen=True):
-    """As wire.HeartbeatReply."""
+    """The same as wire.HeartbeatReply."""
 
     lease_s: float
     door_answer_s: float
@@ -116,7 +118,7 @@ class HeartbeatServices:
 
 
 class HeartbeatRoute:
-    """Stands before all routes; the one behind it gets what this one does not understand."""
+    """The middleware; it passes on every request that is not a well-formed heartbeat."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -129,11 +131,11 @@ class HeartbeatRoute:
         try:
             reply = _reply(scope, body)
         except ApiProblem as refusal:
-            told = problem(refusal.status, refusal.code, refusal.detail, refusal.headers)
-            await told(scope, receive, send)
+            refused = problem(refusal.status, refusal.code, refusal.detail, refusal.headers)
+            await refused(scope, receive, send)
             return
         if reply is None:
-            await self._app(scope, _again(body, receive), send)
+            await self._app(scope, _replayed(body, receive), send)
             return
         length = (b"content-length", b"%d" % len(reply))
         await send({"type": "http.response.start", "status": 200, "headers": [length, _SAYS_JSON]})
@@ -141,15 +143,15 @@ class HeartbeatRoute:
 
 
 def _reply(scope: Scope, body: bytes) -> bytes | None:
-    """None: it is not understood. Raises ApiProblem."""
+    """Return the encoded reply, or None if the request is not well-formed. Raise ApiProblem to refuse it."""
     shared = provided(scope, HeartbeatServices)
     worker_id, is_json, address = _caller(shared, scope)
-    beat = _understood(body) if worker_id and is_json else None
+    beat = _decoded(body) if worker_id and is_json else None
     return None if worker_id is None or beat is None else answer(shared, worker_id, beat, address)
 
 
 async def _whole_body(receive: Receive) -> bytes:
-    """What a client that hung up has sent of it is no JSON."""
+    """Return the body, or its first part if the client disconnected; that part is not valid JSON."""
     message = await receive()
     body: bytes = message.get("body", b"")
     while message.get("more_body"):
@@ -159,7 +161,10 @@ async def _whole_body(receive: Receive) -> bytes:
 
 
 def answer(shared: HeartbeatServices, worker_id: str, body: HeartbeatRequest, address: str) -> bytes:
-    """Renew its lease and say what to do. `address`: the peer that the proxy saw. Raises ApiProblem."""
+    """Renew the worker's lease and return the encoded reply. Raise ApiProblem to refuse the heartbeat.
+
+    `address` is the peer's address that the proxy saw.
+    """
     items = tuple(
         Item(rental_id=item.rental_id, username=item.username, uid=item.uid, epoch=item.epoch)
         for item in body.inventory
@@ -193,7 +198,7 @@ def answer(shared: HeartbeatServices, worker_id: str, body: HeartbeatRequest, ad
     return _encode(HeartbeatReply(clocks.freeze_after_s, clocks.door_answer_s, next_s, orders))
 
 
-def _understood(body: bytes) -> HeartbeatRequest | None:
+def _decoded(body: bytes) -> HeartbeatRequest | None:
     try:
         return _decode(body)
     except (msgspec.DecodeError, ValueError):
@@ -201,9 +206,9 @@ def _understood(body: bytes) -> HeartbeatRequest | None:
 
 
 def _caller(shared: HeartbeatServices, scope: Scope) -> tuple[str | None, bool, str]:
-    """Whose token it is, whether the body is said to be JSON, and the peer that the proxy saw.
+    """Return the worker's id by its token, whether the content type is JSON, and the peer's address.
 
-    Raises 401 for a worker's token that is not valid.
+    Raise 401 for a worker's token that is not valid.
     """
     worker_id, is_json, address = None, False, ""
     for name, value in scope["headers"]:
@@ -217,7 +222,7 @@ def _caller(shared: HeartbeatServices, scope: Scope) -> tuple[str | None, bool, 
 
 
 def _worker_of(shared: HeartbeatServices, header: bytes) -> str | None:
-    """None: no worker's token at all, so another refusal than this route's."""
+    """Return the worker's id, or None if the token has not the form of a worker's. Raise 401 if it is not valid."""
     match = _TOKEN.fullmatch(header)
     if match is None:
         return None
@@ -229,8 +234,8 @@ def _worker_of(shared: HeartbeatServices, header: bytes) -> str | None:
     return worker_id
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    """The body, once more for whoever reads it now."""
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body again, for the route behind."""
     sent = False
 
     async def replay() -> Message:
@@ -244,4 +249,4 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 
 def _with_jitter(seconds: float) -> float:
-    return round(seconds * random.uniform(0.9, 1.05), 3)  # noqa: S311  spread, not secrecy
+    return round(seconds * random.uniform(0.9, 1.05), 3)  # noqa: S311  it spreads load, and is no secret

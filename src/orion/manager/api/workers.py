@@ -69,8 +69,8 @@ async def register(
     )
     own_id = principal.id if principal.role == "worker" else None
     with _refusals():
-        welcome = await shared.call_home.register(own_id, claim, _items(body.inventory))
-    registered = welcome.registered
+        admission = await shared.call_home.register(own_id, claim, _items(body.inventory))
+    registered = admission.registered
     shared.wake_health()
     shared.wake_reconciler()
     clocks = shared.settings.clocks
@@ -82,7 +82,7 @@ async def register(
         lease_s=clocks.freeze_after_s,
         door_answer_s=clocks.door_answer_s,
         authorized_keys=list(shared.authorized_keys),
-        placements=_orders(welcome.orders),
+        placements=_orders(admission.orders),
     )
 
 
