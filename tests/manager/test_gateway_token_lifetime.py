@@ -59,7 +59,7 @@ class Reply:
 async def test_a_stream_of_events_ends_and_shows_nothing_that_comes_later(
     house: House, short: Short, reads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orion.manager.gateway.token_lifetime.LAST_WORD_S", 0.05)
+    monkeypatch.setattr("orion.manager.gateway.token_lifetime.LAST_CHUNK_TIMEOUT_S", 0.05)
     stream = Reply(house, "/api/events", await short.begins(), reads=reads)
     async with asyncio.timeout(WITHIN_S):
         await stream.something.wait()
@@ -144,7 +144,7 @@ async def test_a_copy_that_is_made_before_a_restore_does_not_outlive_the_right_t
         await copied.wait()
         return ""
 
-    house.change_services(SnapshotServices, copy_now=copy_now)
+    house.change_services(SnapshotServices, snapshot_now=copy_now)
     client = house.client(await short.begins())
     asked = asyncio.create_task(client.post(f"/api/rentals/{rental['id']}/restore", json={"empty": True}))
     await asyncio.wait_for(copying.wait(), WITHIN_S)

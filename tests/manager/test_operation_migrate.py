@@ -330,7 +330,7 @@ async def test_a_drain_with_nowhere_to_go_says_so_and_goes_on_when_there_is_room
     await drain(house, only)
     shown = await house.worker(only)
     assert (shown["intent"], house.live_copies(rental["id"])) == ("draining", [1])
-    assert shown["explanation"] == ("1 rental is to be moved away, and no worker can take one: of 1 worker, 1 draining")
+    assert shown["explanation"] == ("1 rental is to be migrated, and no worker can take one: of 1 worker, 1 draining")
     await house.join()
     assert (await house.worker(only))["intent"] == "drained"
     assert (await house.rental(rental["id"]))["epoch"] == 2
@@ -354,7 +354,7 @@ async def test_what_cannot_be_moved_does_not_hold_up_the_others_and_is_explained
     stays = await house.rental(tricky["id"])
     assert stays["explanation"] == f"{wire.NOT_MOVED}{TOO_LARGE}"
     assert house.live_copies(tricky["id"]) == [1]
-    assert (await house.worker(full))["explanation"] == "1 rental is to be moved away"
+    assert (await house.worker(full))["explanation"] == "1 rental is to be migrated"
     tries = len(await house.events("rental.move_started"))
     await house.pass_time(200)
     assert len(await house.events("rental.move_started")) <= tries + 2, "it is tried ever less often"

@@ -790,7 +790,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_drain_says_what_it_waits_for_once_and_ends_when_it_is_drained(
     platform: ScriptedPlatform, orion: Command
 ) -> None:
-    waits = worker(intent="draining", explanation="1 rental is to be moved away, and no worker can take one")
+    waits = worker(intent="draining", explanation="1 rental is to be migrated, and no worker can take one")
     cleaning = worker(intent="draining")
     stays = rental(explanation=f"{NOT_MOVED}its home holds too much {EVIL}")
     platform.answer("GET", "/api/workers", page(worker()))

@@ -85,11 +85,11 @@ def test_a_restore_is_not_begun_without_a_yes(server: ScriptedPlatform, orion: C
 
 
 def test_the_reason_for_a_refused_restore_is_shown(server: ScriptedPlatform, orion: Command) -> None:
-    refused = problem(409, "not_copied", "its files as they are now cannot be copied first: it is too large")
+    refused = problem(409, "not_copied", "a snapshot of the present files cannot be taken first: it is too large")
     server.answer("POST", f"/api/rentals/{RENTAL}/restore", refused)
     result = orion("restore", RENTAL, "--empty", "--yes")
     assert result.status == 6
-    assert "cannot be copied first" in result.err
+    assert "cannot be taken first" in result.err
 
 
 def test_age_size_and_problems_of_snapshots_are_shown_with_a_rental(server: ScriptedPlatform, orion: Command) -> None:

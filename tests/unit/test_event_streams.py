@@ -154,14 +154,14 @@ async def test_who_takes_nothing_is_dropped_and_goes_on_from_what_it_has(
 
 async def test_a_token_has_so_many_streams_and_gets_places_back(store: Counted) -> None:
     streams = EventStreams(store)
-    places = [streams.place("t-one") for _ in range(MAX_STREAMS_PER_TOKEN)]
+    places = [streams.counted("t-one") for _ in range(MAX_STREAMS_PER_TOKEN)]
     for place in places:
         place.__enter__()
-    with pytest.raises(ApiProblem) as refused, streams.place("t-one"):
+    with pytest.raises(ApiProblem) as refused, streams.counted("t-one"):
         pass
     assert (refused.value.status, refused.value.code) == (429, "too_many_streams")
-    with streams.place("t-two"):
+    with streams.counted("t-two"):
         pass
     places[0].__exit__(None, None, None)
-    with streams.place("t-one"):
+    with streams.counted("t-one"):
         pass

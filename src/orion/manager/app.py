@@ -290,7 +290,7 @@ class Manager:
                 metrics=self.metrics,
                 wake_reconciler=wake_reconciler,
                 thaw=thawer.thaw,
-                move=self.reconciler.begin_migration,
+                migrate=self.reconciler.begin_migration,
                 engine_log=self.engine_log.of,
             ),
             AccessServices(
@@ -304,7 +304,7 @@ class Manager:
                 rentals=rentals,
                 store=store,
                 token_uses=self.token_uses,
-                copy_now=self.copies.take_now,
+                snapshot_now=self.copies.take_now,
                 wake_reconciler=wake_reconciler,
             ),
             OperationServices(
@@ -312,7 +312,7 @@ class Manager:
                 pool_index=self.pool_index,
                 clock=self.clock,
                 brake=self._brake,
-                copies_paused=lambda: self.copies.paused or None,
+                snapshots_paused=lambda: self.copies.paused or None,
                 overdue=self._overdue,
                 metrics=self.metrics,
                 event_streams=self.event_streams,

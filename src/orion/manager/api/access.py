@@ -1,4 +1,4 @@
-"""How a renter gets in: by what it recognises its worker, and by which keys and certificates it is let in."""
+"""Access to rentals by SSH: the authority of host keys, the keys of a rental, and certificates for renters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CHANGED: Responses = {202: {"model": wire.Page[wire.Key]}, **refusals(404, 409)
 _REFUSALS = {
     "ended": "the rental is ending or has ended",
     "too_many_keys": f"the rental has {wire.MAX_KEYS} keys, and may have no more: remove one first",
-    "last_key": "this is the rental's only key: add another one first, or nobody could open it any more",
+    "last_key": "this is the rental's only key, without which it could not be opened: add another one first",
 }
 
 
@@ -37,7 +37,7 @@ class AccessServices:
     store: Store
     authority: Authority
     app_address: str
-    """The manager's own address, from which every renter's connection reaches a worker."""
+    """The manager's own address, from which all connections of renters reach a worker."""
     wake_reconciler: Callable[[], None]
 
 
@@ -46,14 +46,14 @@ Shared = Annotated[AccessServices, Depends(given(AccessServices))]
 
 @router.get("/ssh-authority")
 async def ssh_authority(_: Client, shared: Shared) -> wire.SshAuthority:
-    """By what a renter's ssh verifies the worker of any rental, wherever that moves."""
+    """Return the key by which ssh verifies the worker of any rental, also after a migration or takeover."""
     key = shared.authority.of_hosts
     return wire.SshAuthority(public_key=key, known_hosts=f"@cert-authority *.orion {key}")
 
 
 @router.get("/rentals/{rental_id}/keys", responses=refusals(404))
 async def list_keys(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wire.Key]:
-    """The keys that open it: all of them, for they are few."""
+    """Return all keys that open the rental."""
     return _keys(await shared.rentals.find(rental_id, principal))
 
 
@@ -61,11 +61,11 @@ async def list_keys(rental_id: str, principal: Client, shared: Shared) -> wire.P
 async def add_key(
     rental_id: str, body: wire.AddKeyRequest, principal: Client, shared: Shared, response: Response
 ) -> wire.Page[wire.Key]:
-    """Add a key: 201 when its worker has it, 202 when that is still under way after `wait_s`. Repeatable."""
+    """Add a key: 201 when the worker has it, 202 if it does not have it yet after `wait_s`. Repeatable."""
     await shared.rentals.find(rental_id, principal)
     key, comment = wire.one_public_key(body.ssh_public_key), wire.comment_of(body.ssh_public_key)
     _refuse(await shared.store.write(keys.add, rental_id, principal.name, key, comment))
-    return await _in_place(shared, principal, rental_id, body.wait_s, response, 201)
+    return await _wait_until_in_place(shared, principal, rental_id, body.wait_s, response, 201)
 
 
 @router.delete("/rentals/{rental_id}/keys/{key_id}", responses=_CHANGED)
@@ -77,17 +77,17 @@ async def remove_key(
     response: Response,
     wait_s: views.WaitSeconds = wire.DEFAULT_WAIT_S,
 ) -> wire.Page[wire.Key]:
-    """Remove a key, but not the last: 200 when it opens nothing any more. Sessions that it has opened go on."""
+    """Remove a key, but not the last one: 200 when it opens nothing any more. Open sessions continue."""
     await shared.rentals.find(rental_id, principal)
     _refuse(await shared.store.write(keys.remove, rental_id, principal.name, key_id))
-    return await _in_place(shared, principal, rental_id, wait_s, response, 200)
+    return await _wait_until_in_place(shared, principal, rental_id, wait_s, response, 200)
 
 
 @router.post("/rentals/{rental_id}/certificate", status_code=201, responses=refusals(404, 409))
 async def certificate(
     rental_id: str, body: wire.CertificateRequest, principal: Client, shared: Shared
 ) -> wire.CertificateReply:
-    """A certificate that opens this rental for an hour at most, and not after it has moved or ended."""
+    """Return a certificate for at most an hour, which is void when the rental changes its worker or ends."""
     row = await shared.rentals.find(rental_id, principal)
     if row["state"] != wire.RentalState.ACTIVE:
         raise ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}")
@@ -108,10 +108,13 @@ async def certificate(
     return wire.CertificateReply(certificate=signed, expires_at=datetime.fromtimestamp(until, UTC))
 
 
-async def _in_place(
+async def _wait_until_in_place(
     shared: AccessServices, principal: Principal, rental_id: str, wait_s: float, response: Response, status: int
 ) -> wire.Page[wire.Key]:
-    """Where nobody can be let in at present there is nothing to wait for: who is let in later is so by these keys."""
+    """Return the keys when the worker has them, or after `wait_s`.
+
+    A rental that is not active has no account that anybody could open; it gets these keys when it is activated.
+    """
     shared.wake_reconciler()
     row = await shared.rentals.wait_for(
         principal, rental_id, wait_s, lambda r: _is_settled(r) or r["state"] != wire.RentalState.ACTIVE

@@ -1,4 +1,4 @@
-"""A copy of the database for an administrator, and going back to one."""
+"""Backup and restore of the database, and the manager's clock, for an administrator."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class AdminServices:
     clock: TrustedClock
     token_uses: TokenUses
     restart: Callable[[], None]
-    """Ends the manager, which is started again with what is then on the disk."""
+    """Stops the manager; the container engine starts it again with the database that is then on the disk."""
     copying: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """One backup or restore at a time: each needs room beside the database."""
+    """The lock for one backup or restore at a time, because each needs room beside the database."""
 
 
 Shared = Annotated[AdminServices, Depends(given(AdminServices))]
@@ -45,30 +45,33 @@ Shared = Annotated[AdminServices, Depends(given(AdminServices))]
     "/backup", response_class=StreamingResponse, responses={200: {"content": {MEDIA_TYPE: {}}}, **refusals(409, 507)}
 )
 async def backup(admin: Admin, shared: Shared) -> StreamingResponse:
-    """A consistent copy of the database, as one SQLite file. Holds hashes of tokens, and no secret."""
+    """Return a consistent copy of the database as one SQLite file. It has hashes of tokens, and no secret."""
     backups = _backups(shared)
     async with shared.copying:
         try:
             copy = await asyncio.to_thread(backups.copy)
         except sqlite3.OperationalError as error:
-            raise ApiProblem(507, "no_space", f"the copy could not be made: {error}") from error
+            detail = f"the backup could not be made: {error}. Free some disk space, and try again"
+            raise ApiProblem(507, "no_space", detail) from error
         stream = copy.open("rb")
-        copy.unlink()  # what is open stays readable, and nothing is left whatever happens now
+        copy.unlink()  # the open file stays readable, and no failure from here on leaves it behind
     size = stream.seek(0, 2)
     headers = {"Content-Length": str(size), "Content-Disposition": 'attachment; filename="orion.db"'}
-    return Streamed(_chunks(stream), shared.token_uses, admin, MEDIA_TYPE, headers)
+    return Streamed(
+        _chunks(stream), token_uses=shared.token_uses, principal=admin, media_type=MEDIA_TYPE, headers=headers
+    )
 
 
 @router.post("/clock")
 async def confirm_clock(admin: Admin, shared: Shared) -> wire.ManagerClock:
-    """Believe the manager's clock as it is, where it was not: then what is over by it ends. Repeatable."""
+    """Confirm that the manager's clock is right after it was doubted; expiry goes on by it. Repeatable."""
     await shared.clock.confirm(admin.name)
     return wire.ManagerClock(problem=shared.clock.problem or None)
 
 
 @router.post("/restore", openapi_extra=_BODY, responses=refusals(409, 507))
 async def examine(request: Request, _: Admin, shared: Shared) -> wire.RestorePlan:
-    """Take a backup and say what restoring it would do. Nothing changes before its plan is accepted."""
+    """Receive a backup and return the plan of its restore. Nothing changes before the plan is accepted."""
     backups = _backups(shared)
     async with shared.copying:
         upload = await asyncio.to_thread(backups.receive)
@@ -82,7 +85,8 @@ async def examine(request: Request, _: Admin, shared: Shared) -> wire.RestorePla
         except NotABackup as error:
             raise ApiProblem(422, "not_a_backup", f"this file cannot be restored: {error}") from error
         except OSError as error:
-            raise ApiProblem(507, "no_space", f"the file could not be kept: {error.strerror}") from error
+            detail = f"the file could not be written: {error.strerror}. Free some disk space, and try again"
+            raise ApiProblem(507, "no_space", detail) from error
         finally:
             for leftover in (upload, *(upload.with_name(upload.name + suffix) for suffix in ("-wal", "-shm"))):
                 leftover.unlink(missing_ok=True)
@@ -90,7 +94,7 @@ async def examine(request: Request, _: Admin, shared: Shared) -> wire.RestorePla
 
 @router.post("/restore/{plan_id}", status_code=202, responses=refusals(404, 409))
 async def restore(plan_id: str, admin: Admin, shared: Shared) -> wire.Restoring:
-    """Go back to it: the manager restarts with it. The former database is kept beside it."""
+    """Accept a plan: the manager restarts with that backup. The former database is kept beside it."""
     backups = _backups(shared)
     async with shared.copying:
         if not await asyncio.to_thread(backups.accept, plan_id, admin.name):

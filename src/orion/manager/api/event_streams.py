@@ -85,7 +85,7 @@ class EventStreams:
             self._is_new.set()
 
     @contextmanager
-    def place(self, token_id: str) -> Iterator[None]:
+    def counted(self, token_id: str) -> Iterator[None]:
         """Count one open stream of a token during the block. Raise ApiProblem if the token has too many."""
         if self._of_tokens[token_id] >= MAX_STREAMS_PER_TOKEN:
             detail = f"this token has {MAX_STREAMS_PER_TOKEN} open event streams, which is the limit: close one first"

@@ -1,4 +1,4 @@
-"""Tokens, events, the state of the whole, and the health check."""
+"""The routes of tokens, events, status, metrics and the health check."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class OperationServices:
     clock: TrustedClock
     brake: Callable[[], str | None]
     """Returns why the brake is on; None while it is off."""
-    copies_paused: Callable[[], str | None]
-    """Returns why no copies are made at present; None while they are."""
+    snapshots_paused: Callable[[], str | None]
+    """Returns why no snapshots are taken at present; None while they are taken."""
     overdue: Callable[[], Awaitable[list[Overdue]]]
-    """Returns what has waited too long."""
+    """Returns the rentals and workers that have been in a state for too long."""
     metrics: Metrics
     event_streams: EventStreams
     token_uses: TokenUses
@@ -68,7 +68,7 @@ async def status(principal: Client, shared: Shared) -> wire.Status:
         rentals=shared.pool_index.by_state(),
         slots=slots,
         slots_free=free,
-        copies_paused=shared.copies_paused(),
+        copies_paused=shared.snapshots_paused(),
         clock=shared.clock.problem or None,
         overdue=[wire.Overdue(**vars(item)) for item in waiting],
     )
@@ -76,7 +76,7 @@ async def status(principal: Client, shared: Shared) -> wire.Status:
 
 @router.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
 async def show_metrics(_: Admin, shared: Shared) -> Response:
-    """What an operator watches, in the text format of Prometheus."""
+    """Return the metrics in the text format of Prometheus."""
     shared.metrics.last_event = await shared.store.read(events.last)
     return Response(shared.metrics.text(), media_type=MEDIA_TYPE)
 
@@ -113,7 +113,7 @@ async def list_events(
     shared: Shared,
     after: EventId = 0,
     newest_first: Annotated[
-        bool, Query(description="From the end; `after` then goes on with older ones. Not for a stream")
+        bool, Query(description="Newest events first; `after` then continues with older ones. Not for a stream")
     ] = False,
     limit: views.Limit = 100,
     rental_id: Filter = None,
@@ -121,19 +121,24 @@ async def list_events(
     accept: Annotated[str, Header()] = "",
     last_event_id: Annotated[str, Header(max_length=20)] = "",
 ) -> Response:
-    """A page, or with `Accept: text/event-stream` a live stream that resumes by Last-Event-ID.
+    """Return a page of events, or with `Accept: text/event-stream` a live stream that resumes by Last-Event-ID.
 
-    Only the newest are kept. Where some of those after `after` were removed, the first item is of the kind
-    `events.missed` and says which; its id is that of the last one removed, so whoever goes on from it is right.
+    Old events are removed. If some of those after `after` were removed, the first item has the kind `events.missed` and
+    says which; its id is that of the last removed event, so a client may continue from it.
     """
     owner = visible_owner(principal)
     if "text/event-stream" in accept:
         start = int(last_event_id) if _EVENT_ID.fullmatch(last_event_id) else after
         stream = shared.event_streams.lines(Shown(owner, rental_id, worker_id), start)
-        told = {"Cache-Control": "no-store"}
-        place = shared.event_streams.place(principal.id)
-        over = ": the token is over\n\n"
-        return Streamed(stream, shared.token_uses, principal, "text/event-stream", told, over, place)
+        return Streamed(
+            stream,
+            token_uses=shared.token_uses,
+            principal=principal,
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store"},
+            last_chunk=": the token is over\n\n",
+            while_open=shared.event_streams.counted(principal.id),
+        )
     rows = await shared.store.read(events.page, owner, rental_id, worker_id, after, limit + 1, newest_first)
     page = wire.Page[wire.Event](**views.page(rows, limit, lambda row: str(row["id"]), views.event))
     return Response(page.model_dump_json(), media_type="application/json")

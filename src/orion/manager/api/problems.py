@@ -80,12 +80,15 @@ def install(app: FastAPI) -> None:
 
 
 def _field(error: Mapping[str, Any]) -> str:
-    """Return the name of the field at fault; empty for the body as a whole, of which JSON's reader gives a position."""
+    """Return the name of the field at fault; empty for a body that is not JSON, where pydantic gives a position."""
     return "" if error["type"] == "json_invalid" else ".".join(str(part) for part in error["loc"][1:])
 
 
 class Mistakes:
-    """Maps what no route foresaw to a problem, inside the door, so that log and reply carry the request's id."""
+    """A middleware that answers unexpected exceptions with a problem.
+
+    It runs inside the proxy guard, so that log and reply carry the request's id.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -93,18 +96,18 @@ class Mistakes:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
-        async def watched(message: Message) -> None:
+        async def noting_send(message: Message) -> None:
             nonlocal started
             started = started or message["type"] == "http.response.start"
             await send(message)
 
         try:
-            await self._app(scope, receive, watched)
+            await self._app(scope, receive, noting_send)
         except ClientDisconnect:
-            return  # in the middle of its body: nobody is there to be answered
+            return  # the client disconnected while it sent the body, so there is no one to answer
         except Exception as error:
             if scope["type"] != "http" or started:
                 raise
             log.error("request failed", path=scope["path"], exc_info=error)
-            detail = "the manager failed at this; its log says why, under the id of this request (X-Request-ID)"
+            detail = "the manager failed; its log has the cause under the id of this request (X-Request-ID)"
             await problem(500, "internal_error", detail)(scope, receive, send)

@@ -1,4 +1,4 @@
-"""Renting: rent, list, show, renew, release."""
+"""The routes of rentals: rent, list, show, renew, release, start, thaw, migrate."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from orion.manager.store.database import Row, Store
 router = APIRouter(prefix="/api", tags=["rentals"])
 
 ENDED = {wire.RentalState.RELEASED, wire.RentalState.EXPIRED, wire.RentalState.FAILED}
-_NOT_STARTED = {
-    "ended": "the rental is ending or has ended: rent another with: orion rent",
-    "no_start": "the rental has no start command: one is given when renting, with: orion rent --start COMMAND",
+_REFUSALS = {
+    "ended": "the rental is ending or has ended: rent another one with: orion rent",
+    "no_start": "the rental has no start command: it can only be given when renting, with: orion rent --start COMMAND",
 }
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
 
@@ -43,11 +43,11 @@ class RentalServices:
     metrics: Metrics
     wake_reconciler: Callable[[], None]
     thaw: Callable[[str, str], Awaitable[str]]
-    """Has a rental go on that is over its limits, for an actor; returns why that could not be, empty when it does."""
-    move: Callable[[str, str, str], Awaitable[None]]
-    """Begins a planned move of a rental, from a worker, for somebody. Raises moves.NotMigrated."""
+    """Thaws a rental that is over its limits, in the name of an actor; returns why it could not, or an empty string."""
+    migrate: Callable[[str, str, str], Awaitable[None]]
+    """Begins a planned migration of a rental from a worker, in the name of an actor. Raises NotMigrated."""
     engine_log: Callable[[str], Awaitable[list[Row]]]
-    """Returns what the engine did for a rental, oldest first."""
+    """Returns the log of the engine's jobs for a rental, oldest first."""
 
 
 Shared = Annotated[RentalServices, Depends(given(RentalServices))]
@@ -61,13 +61,13 @@ async def rent(
     response: Response,
     idempotency_key: IdempotencyKey = None,
 ) -> wire.RentReply:
-    """Rent an environment: 201 when it is active, 202 while it is queued or in work after `wait_s`."""
+    """Rent an environment: 201 when it is active, 202 if it is not active yet after `wait_s`."""
     began = shared.monotonic()
     comment = wire.comment_of(body.ssh_public_key or "")
-    if body.ssh_public_key:  # what it is called makes no other request
+    if body.ssh_public_key:  # the key's comment is not part of the request's identity
         body = body.model_copy(update={"ssh_public_key": wire.one_public_key(body.ssh_public_key)})
     private_key, public_key = (None, body.ssh_public_key) if body.ssh_public_key else _new_key()
-    wish = rentals.NewRental(
+    new = rentals.NewRental(
         owner=principal.name,
         name=body.name,
         public_key=public_key or "",
@@ -75,14 +75,16 @@ async def rent(
         ttl_s=body.ttl_s,
         labels=body.labels,
         key=idempotency_key,
-        request_hash=hashlib.sha256(body.model_dump_json(exclude={"wait_s", *_left_out(body)}).encode()).hexdigest(),
+        request_hash=hashlib.sha256(
+            body.model_dump_json(exclude={"wait_s", *_unhashed_fields(body)}).encode()
+        ).hexdigest(),
         start=body.start or "",
         comment=comment,
-        # Whichever clock is right in the end: a key that goes too early lets a rent that comes again make a second one.
+        # The later of both clocks: an Idempotency-Key that is removed too early lets a repeated rent make a second one.
         key_begins_at=max(shared.wall(), shared.clock.wall_of_tokens()),
     )
     try:
-        rental_id = await shared.store.write(rentals.create, wish)
+        rental_id = await shared.store.write(rentals.create, new)
     except rentals.NameTaken as error:
         shared.metrics.refused("name_taken")
         detail = f"you have a rental named {body.name}: choose another name, or end it with: orion release {body.name}"
@@ -109,10 +111,10 @@ async def list_rentals(
     after: views.After = None,
     limit: views.Limit = 100,
 ) -> wire.Page[wire.Rental]:
-    """Living rentals, with `ended` all of them: a client's own, an admin's everybody's."""
+    """Return rentals that have not ended, with `ended` all of them: to a client its own, to an admin everybody's."""
     owner = principal.name if mine else visible_owner(principal)
     rows = await shared.store.read(rentals.page, owner, name, ended, after, limit + 1, shared.clock.wall_of_removals())
-    found = [shared.rentals.explained(row) for row in rows]
+    found = [shared.rentals.with_snapshot_problem(row) for row in rows]
     return wire.Page(**views.page(found, limit, lambda row: str(row["id"]), views.rental))
 
 
@@ -133,10 +135,10 @@ async def show(
 
 @router.post("/rentals/{rental_id}/renew", responses=refusals(404, 409))
 async def renew(rental_id: str, body: wire.RenewRequest, principal: Client, shared: Shared) -> wire.Rental:
-    """Count `ttl_s` again from now."""
+    """Let the rental expire `ttl_s` from now."""
     await shared.rentals.find(rental_id, principal)
     if not await shared.store.write(rentals.extend, rental_id, principal.name, body.ttl_s, shared.clock.counts_from()):
-        raise ApiProblem(409, "ended", "the rental is ending or has ended: rent another with: orion rent")
+        raise ApiProblem(409, "ended", _REFUSALS["ended"])
     return views.rental(await shared.rentals.find(rental_id, principal))
 
 
@@ -144,7 +146,7 @@ async def renew(rental_id: str, body: wire.RenewRequest, principal: Client, shar
 async def release(
     rental_id: str, principal: Client, shared: Shared, response: Response, wait_s: views.WaitSeconds = 0
 ) -> wire.Rental:
-    """Release it: 202 while it is being cleaned up, 200 when it has ended. Repeatable."""
+    """Release the rental: 202 while its worker is being cleaned, 200 when it has ended. Repeatable."""
     await shared.rentals.find(rental_id, principal)
     await shared.store.write(rentals.begin_release, rental_id, principal.name)
     shared.wake_reconciler()
@@ -155,18 +157,18 @@ async def release(
 
 @router.post("/rentals/{rental_id}/start", status_code=202, responses=refusals(404, 409))
 async def start(rental_id: str, principal: Client, shared: Shared) -> wire.Rental:
-    """Run its start command now, also one that is not run any more; what still goes on of it is left alone."""
+    """Run the start command now, also one that was given up. Processes of former runs are not stopped."""
     await shared.rentals.find(rental_id, principal)
     refused = await shared.store.write(rentals.begin_start, rental_id, principal.name)
     if refused:
-        raise ApiProblem(409, refused, _NOT_STARTED[refused])
+        raise ApiProblem(409, refused, _REFUSALS[refused])
     shared.wake_reconciler()
     return views.rental(await shared.rentals.find(rental_id, principal))
 
 
 @router.post("/rentals/{rental_id}/thaw", responses=refusals(404, 409))
 async def thaw(rental_id: str, principal: Client, shared: Shared) -> wire.Rental:
-    """Let it go on though its home holds more than it may: it has ten minutes to make room. Repeatable."""
+    """Thaw a rental whose home is over its limits; its renter has ten minutes to make room. Repeatable."""
     await shared.rentals.find(rental_id, principal)
     problem = await shared.thaw(rental_id, principal.name)
     if problem:
@@ -180,46 +182,50 @@ async def thaw(rental_id: str, principal: Client, shared: Shared) -> wire.Rental
 async def migrate(
     rental_id: str, principal: Client, shared: Shared, response: Response, wait_s: views.WaitSeconds = 0
 ) -> wire.Rental:
-    """Move it to another worker with all its files: 200 when it is there, 202 while it is on its way. Repeatable.
+    """Migrate the rental with all its files: 200 when it runs on another worker, 202 while it migrates. Repeatable.
 
-    It goes on where it is until all is ready there, and stands still for a moment. What could not be moved goes on.
+    It runs on its worker until the copy is nearly complete, and then stops for a moment. A migration that fails leaves
+    it running where it is.
     """
     before = await shared.rentals.find(rental_id, principal)
     try:
-        await shared.move(rental_id, before["worker_id"] or "", principal.name)
+        await shared.migrate(rental_id, before["worker_id"] or "", principal.name)
     except NotMigrated as refusal:
         raise ApiProblem(409, refusal.code, str(refusal)) from refusal
-    row = await shared.rentals.wait_for(principal, rental_id, wait_s, _is_at_rest)
-    if _is_at_rest(row) and row["worker_id"] == before["worker_id"]:
-        raise ApiProblem(409, "not_moved", f"the rental goes on where it is: {row['explanation']}")
-    response.status_code = 200 if _is_at_rest(row) else 202
+    row = await shared.rentals.wait_for(principal, rental_id, wait_s, _is_settled)
+    if _is_settled(row) and row["worker_id"] == before["worker_id"]:
+        raise ApiProblem(409, "not_moved", f"the rental was not migrated and runs where it is: {row['explanation']}")
+    response.status_code = 200 if _is_settled(row) else 202
     return views.rental(row)
 
 
 @router.get("/rentals/{rental_id}/log", responses=refusals(404))
 async def log(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wire.LogEntry]:
-    """What the engine did for it, oldest first: the latest 50."""
+    """Return the latest 50 jobs of the engine for the rental, oldest first."""
     await shared.rentals.find(rental_id, principal)
     return wire.Page(items=[views.log_entry(row) for row in await shared.engine_log(rental_id)])
 
 
-def _left_out(body: wire.RentRequest) -> set[str]:
-    """What an older version did not know counts in a request's identity only where it is used."""
+def _unhashed_fields(body: wire.RentRequest) -> set[str]:
+    """Return the fields that do not count in the request's hash.
+
+    A field that older versions did not have counts only if it is used, so that their hashes stay valid.
+    """
     return set() if body.start else {"start"}
 
 
 def _is_usable(row: views.Row) -> bool:
-    """Open, or as far as it will ever come."""
+    """Return whether the rental is open, or has ended and never will be."""
     return _is_open(row) or row["state"] in ENDED
 
 
 def _is_open(row: views.Row) -> bool:
-    """Active, with the key that this reply tells."""
+    """Return whether the rental is active and its worker has its keys."""
     return row["state"] == wire.RentalState.ACTIVE and bool(row["key_in_place"])
 
 
-def _is_at_rest(row: views.Row) -> bool:
-    """Where it is to be, or at its end."""
+def _is_settled(row: views.Row) -> bool:
+    """Return whether the rental does not migrate: it is active without a target, or has ended."""
     return row["state"] in ENDED or (row["state"] == wire.RentalState.ACTIVE and row["moving_to"] is None)
 
 

@@ -1,4 +1,4 @@
-"""How a router gets what it uses: by a small dataclass of its own, so that it reaches nothing that it does not need.
+"""The services of routers: each router declares a dataclass of what it uses, and gets it as a dependency.
 
 @dataclass(frozen=True, kw_only=True)
 class KeyServices:                      # in the router's module; app.py makes one
@@ -24,7 +24,7 @@ from orion.manager.store.tokens import Principal
 
 T = TypeVar("T")
 Services = dict[type[Any], Any]
-"""What all routers use, each by its class: the application's state has it as `services`."""
+"""The services of all routers, each by its class; the application's state has them as `services`."""
 
 
 def provided(scope: Scope, kind: type[T]) -> T:

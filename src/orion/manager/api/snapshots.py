@@ -1,4 +1,4 @@
-"""The copies of a rental's files: which there are, and beginning again with one."""
+"""The routes of a rental's snapshots: list them, and restore one."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from orion.manager.store.database import Store
 
 router = APIRouter(prefix="/api", tags=["rentals"])
 
-COPY_WITHIN_S = 40.0
-"""Less than the proxy waits for an answer."""
+SNAPSHOT_WITHIN_S = 40.0
+"""Seconds for the snapshot before a restore; fewer than the proxy waits for a reply."""
 _REFUSALS = {
     "ended": "the rental is ending or has ended",
-    "no_such_snapshot": "that copy has made room for later ones meanwhile: orion snapshots lists those that are kept",
+    "no_such_snapshot": "that snapshot was removed meanwhile to make room: list the kept ones with: orion snapshots",
     "not_active_yet": "the rental was never active, so there is nothing to restore",
 }
 
@@ -36,8 +36,8 @@ class SnapshotServices:
     rentals: VisibleRentals
     store: Store
     token_uses: TokenUses
-    copy_now: Callable[[str, SnapshotId | None], Awaitable[str]]
-    """Copies a rental's files at once, and keeps an older copy; returns why that was not done, empty when it was."""
+    snapshot_now: Callable[[str, SnapshotId | None], Awaitable[str]]
+    """Takes a snapshot of a rental at once, and spares an older one; returns why it could not, or an empty string."""
     wake_reconciler: Callable[[], None]
 
 
@@ -46,28 +46,28 @@ Shared = Annotated[SnapshotServices, Depends(given(SnapshotServices))]
 
 @router.get("/rentals/{rental_id}/snapshots", responses=refusals(404))
 async def list_snapshots(rental_id: str, principal: Client, shared: Shared) -> wire.Page[wire.Snapshot]:
-    """The complete copies of its files that are kept, oldest first: all of them, for they are few."""
+    """Return all kept snapshots of the rental, oldest first."""
     await shared.rentals.find(rental_id, principal)
     found = await shared.store.read(snapshots.snapshots_of, rental_id)
-    return wire.Page(items=[views.snapshot(copy) for copy in found])
+    return wire.Page(items=[views.snapshot(one) for one in found])
 
 
 @router.post("/rentals/{rental_id}/restore", status_code=202, responses=refusals(404, 409))
 async def restore(rental_id: str, body: wire.RestoreRequest, principal: Client, shared: Shared) -> wire.Rental:
-    """Stop it, and have it begin again with this copy of its files, or without any.
+    """Stop the rental and start it again with the files of this snapshot, or with an empty home.
 
-    What is there now is copied first, so that there is a way back; `discard` forgoes that. One that waits for a place
-    begins there with what was asked for last.
+    A snapshot of the present files is taken first, unless `discard` is set. A queued rental starts with the snapshot
+    that was asked for last.
     """
     row = await shared.rentals.find(rental_id, principal)
     source = EMPTY if body.empty else str(body.generation)
     known = await shared.store.read(snapshots.snapshots_of, rental_id)
-    if source != EMPTY and source not in {str(copy.generation) for copy in known}:
+    if source != EMPTY and source not in {str(one.generation) for one in known}:
         raise not_found("snapshot")
     if row["state"] == wire.RentalState.ACTIVE and not body.discard:
-        async with shared.token_uses.by(principal) as opening:
-            await _copy_first(shared, rental_id, SnapshotId.parse(source))
-            opening.check()
+        async with shared.token_uses.by(principal) as use:
+            await _snapshot_first(shared, rental_id, SnapshotId.parse(source))
+            use.check()
     refused = await shared.store.write(snapshots.begin_restore, rental_id, principal.name, source)
     if refused:
         raise ApiProblem(409, refused, _REFUSALS[refused])
@@ -75,12 +75,15 @@ async def restore(rental_id: str, body: wire.RestoreRequest, principal: Client, 
     return views.rental(await shared.rentals.find(rental_id, principal))
 
 
-async def _copy_first(shared: SnapshotServices, rental_id: str, spare: SnapshotId | None) -> None:
+async def _snapshot_first(shared: SnapshotServices, rental_id: str, spare: SnapshotId | None) -> None:
     try:
-        async with asyncio.timeout(COPY_WITHIN_S):
-            problem = await shared.copy_now(rental_id, spare)
+        async with asyncio.timeout(SNAPSHOT_WITHIN_S):
+            problem = await shared.snapshot_now(rental_id, spare)
     except TimeoutError:
-        problem = f"that takes longer than {COPY_WITHIN_S:.0f} s"
+        problem = f"it takes longer than {SNAPSHOT_WITHIN_S:.0f} s"
     if problem:
-        detail = f"the files as they are now cannot be copied first: {problem}. To lose them: orion restore --discard"
+        detail = (
+            f"a snapshot of the present files cannot be taken first: {problem}. To restore without it and lose them: "
+            "orion restore --discard"
+        )
         raise ApiProblem(409, "not_copied", detail)

@@ -1,4 +1,4 @@
-"""The way in for a renter: a WebSocket that carries the bytes of one SSH connection to the rental's sshd."""
+"""The route of the relay: a WebSocket that carries the bytes of one SSH connection to the rental's sshd."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Shared = Annotated[SshServices, Depends(given(SshServices))]
 
 @router.websocket("/rentals/{rental_id}/ssh")
 async def ssh(websocket: WebSocket, rental_id: str, shared: Shared) -> None:
-    """Refusals are HTTP problems, sent before the WebSocket is accepted.
+    """Relay one SSH connection. Refusals are HTTP problems, sent before the WebSocket is accepted.
 
-    `?wait_s=` waits for so long while the rental is queued, being made or on the move.
+    `?wait_s=` is the time in seconds to wait for a rental that is queued, provisioning or migrating.
     """
     try:
         principal = await shared.authentication.authenticate(websocket, "client", "admin")

@@ -1,7 +1,7 @@
-"""The way in for a browser: a ticket by the token, then a WebSocket by the ticket, which carries a terminal.
+"""The routes of browser terminals: a token buys a ticket, and the ticket opens a WebSocket that carries a terminal.
 
-A page cannot give a WebSocket an Authorization header, and what stands in an address is logged: so the ticket comes as
-a subprotocol. A browser also says which page opens the connection (Origin): only the platform's own may.
+A page cannot set an Authorization header on a WebSocket, and addresses are logged, so the ticket is sent as a
+subprotocol. The Origin header says which page opens the connection; only the platform's own pages may.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Shared = Annotated[TerminalServices, Depends(given(TerminalServices))]
 
 @router.post("/rentals/{rental_id}/terminal", status_code=201, responses=refusals(404, 409, 503))
 async def ticket(rental_id: str, principal: Client, shared: Shared) -> wire.TerminalTicket:
-    """A ticket for a terminal in a browser: good once, for a minute, as the second subprotocol of the WebSocket."""
+    """Return a ticket for a browser terminal: valid once, for a minute, as second subprotocol of the WebSocket."""
     row = await shared.rentals.find(rental_id, principal)
     if row["state"] != wire.RentalState.ACTIVE:
         raise ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}")
@@ -54,7 +54,7 @@ async def ticket(rental_id: str, principal: Client, shared: Shared) -> wire.Term
 
 @router.websocket("/rentals/{rental_id}/terminal")
 async def terminal(websocket: WebSocket, rental_id: str, shared: Shared, columns: Size = 80, rows: Size = 24) -> None:
-    """Refusals are HTTP problems, sent before the WebSocket is accepted."""
+    """Serve a browser terminal. Refusals are HTTP problems, sent before the WebSocket is accepted."""
     try:
         _check_origin(websocket)
         resume = await shared.sessions.redeem(_offered(websocket), rental_id)
@@ -66,9 +66,9 @@ async def terminal(websocket: WebSocket, rental_id: str, shared: Shared, columns
 
 
 def _check_origin(websocket: WebSocket) -> None:
-    """Raise 403 unless the page is of the proxy's address as the browser knows it, port and all.
+    """Raise 403 if a page from another address than the proxy's, port included, opens the connection.
 
-    Programs send no origin, and have a ticket or not.
+    Programs send no Origin header; for them the ticket is enough.
     """
     origin = websocket.headers.get("origin")
     if origin is None:
@@ -79,11 +79,11 @@ def _check_origin(websocket: WebSocket) -> None:
     except ValueError:
         theirs = ""
     if not host or theirs.lower() != host.lower():
-        raise ApiProblem(403, "cross_site", "a terminal is opened from the platform's own pages alone")
+        raise ApiProblem(403, "cross_site", "a terminal can be opened only from the platform's own pages")
 
 
 def _offered(websocket: WebSocket) -> str:
-    """Return the ticket or resume key that comes as the second subprotocol. Raise 401 if none does."""
+    """Return the ticket or resume key, which is the second subprotocol. Raise 401 if there is none."""
     offered = websocket.scope["subprotocols"]
     if len(offered) != 2 or offered[0] != SUBPROTOCOL:
         raise ApiProblem(401, "no_ticket", f"offer two subprotocols: {SUBPROTOCOL}, and a ticket")

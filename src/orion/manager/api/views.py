@@ -1,4 +1,4 @@
-"""Rows of the store as replies of the contract."""
+"""Conversion of database rows to replies (orion.wire), where fields keep their released names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WaitSeconds = Annotated[float, Query(ge=0, le=wire.MAX_WAIT_S)]
 
 
 def page(rows: Sequence[T], limit: int, cursor: Callable[[T], str], view: Callable[[T], Any]) -> dict[str, Any]:
-    """One page from up to `limit` + 1 rows: the row beyond the limit only tells that there is more."""
+    """Return one page from up to `limit` + 1 rows; the last of these only shows that there is a next page."""
     shown = rows[:limit]
     return {"items": [view(row) for row in shown], "next": cursor(shown[-1]) if len(rows) > limit else None}
 
@@ -66,14 +66,14 @@ def _rental_fields(row: Row) -> dict[str, Any]:
     }
 
 
-def snapshot(copy: Snapshot) -> wire.Snapshot:
+def snapshot(found: Snapshot) -> wire.Snapshot:
     return wire.Snapshot(
-        generation=str(copy.generation),
-        at=datetime.fromtimestamp(copy.at, UTC),
-        bytes=copy.bytes,
-        files=copy.files,
-        skipped=list(copy.skipped),
-        salvage=copy.salvage,
+        generation=str(found.generation),
+        at=datetime.fromtimestamp(found.at, UTC),
+        bytes=found.bytes,
+        files=found.files,
+        skipped=list(found.skipped),
+        salvage=found.salvage,
     )
 
 

@@ -1,4 +1,4 @@
-"""Rentals as a principal may see them: found by their ids, and waited for."""
+"""Reading of rentals for a principal, who sees only its own, and waiting until a rental has changed."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ class VisibleRentals:
     monotonic: Callable[[], float]
     token_uses: TokenUses
     why_old: Callable[[str, float], str]
-    """Returns why the last copy of an active rental, begun at that time (Unix seconds), is old; empty: it is not."""
+    """Returns why the newest snapshot of an active rental, begun at that Unix time, is old; empty if it is not."""
 
     async def find(self, rental_id: str, principal: Principal) -> views.Row:
-        """Return the rental, if this principal may know of it; another's is as unknown as one that never was."""
+        """Return the rental. Raise the same 404 if it does not exist and if the principal may not see it."""
         return await self._read(rental_id, visible_owner(principal))
 
     async def wait_for(
         self, principal: Principal, rental_id: str, wait_s: float, done: Callable[[views.Row], bool]
     ) -> views.Row:
-        """Return the rental when it is done, or as it is after `wait_s`; woken by commits, it never polls.
+        """Return the rental when `done` is true of it, or as it is after `wait_s`. Commits wake this; it never polls.
 
-        Raise 401 as soon as the token of whoever waits is over.
+        Raise 401 as soon as the principal's token is over.
         """
         deadline = self.monotonic() + wait_s
         with self.store.news.listen(rental_id) as changed:
             row = await self._read(rental_id, None)
             if done(row) or wait_s <= 0:
                 return row
-            async with self.token_uses.by(principal) as opening:
-                opening.wakes(changed)
+            async with self.token_uses.by(principal) as use:
+                use.wakes(changed)
                 while True:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(deadline - self.monotonic()):
                             await changed.wait()
                     changed.clear()
-                    opening.check()
+                    use.check()
                     row = await self._read(rental_id, None)
                     if done(row) or self.monotonic() >= deadline:
                         return row
 
-    def explained(self, row: views.Row) -> views.Row:
-        """Return the rental with the reason why its last copy is old, if it is and nothing else is said of it."""
+    def with_snapshot_problem(self, row: views.Row) -> views.Row:
+        """Return the rental with the reason why its newest snapshot is old, unless it has another problem."""
         if row["state"] != wire.RentalState.ACTIVE or row["copy_problem"]:
             return row
         since = row["last_safe_copy_at"] or row["created_at"]
@@ -66,4 +66,4 @@ class VisibleRentals:
         row = await self.store.read(rentals.one, rental_id, owner, self.clock.wall_of_removals())
         if row is None:
             raise not_found("rental")
-        return self.explained(row)
+        return self.with_snapshot_problem(row)

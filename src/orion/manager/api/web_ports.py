@@ -1,4 +1,4 @@
-"""Web ports: their routes for people, and those for the proxy, which asks before each request and carries the bytes."""
+"""The routes of web ports: those for renters, and those for the proxy, which asks before it passes a request on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orion.manager.api.contract import refusals
 from orion.manager.api.problems import TITLES, problem
 from orion.manager.api.services import Client, client_address, given
 from orion.manager.api.visible_rentals import VisibleRentals
-from orion.manager.gateway.port_access import Asked, NamedRental, PortAccess, try_later
+from orion.manager.gateway.port_access import NamedRental, PortAccess, PortRequest, try_later
 from orion.manager.gateway.port_keys import LIFETIME_S as KEY_LIFETIME_S
 from orion.manager.gateway.running_rental import OVER
 from orion.manager.gateway.tickets import LIFETIME_S
@@ -31,9 +31,9 @@ _REFUSALS = {
     "ended": "the rental is ending or has ended",
     "too_many_ports": f"{wire.MAX_PUBLIC_PORTS} of its ports are public, and no more may be: make one private first",
 }
-_PASSED = ("Location", "WWW-Authenticate", "Retry-After")
-_SEEN = {
-    "": ("try_again", "what stood in the way a moment ago is over: try again"),
+_HEADERS_PASSED_ON = ("Location", "WWW-Authenticate", "Retry-After")
+_FAILURES = {
+    "": ("try_again", "the request could not be served a moment ago, and now it could: try again"),
     "not_connected": (
         "worker_unreachable",
         "the proxy gets no connection to the rental's worker: try again in a moment",
@@ -47,11 +47,11 @@ _SEEN = {
         "the proxy cannot read the headers of the answer: they are malformed or too large",
     ),
 }
-"""What the proxy says that it saw (web_maps.conf), and the code and words for whoever asked."""
+"""The code and detail for the client, by the failure that the proxy reports (manager_proxy/web_maps.conf)."""
 
 router = APIRouter(prefix="/api", tags=["rentals"])
 inside = APIRouter(prefix="/web", include_in_schema=False)
-"""For the proxy itself, which brings nobody there from outside but with what it says of them."""
+"""The router for the proxy's own subrequests; no path from outside leads to it."""
 
 Port = Annotated[int, Path(ge=wire.MIN_PORT, le=wire.MAX_PORT)]
 
@@ -62,7 +62,7 @@ class WebPortServices:
     store: Store
     access: PortAccess
     apps_domain: str
-    """The domain below which each port has a host name of its own; empty: there is none."""
+    """The domain below which each port has its own host name; empty if there is none."""
 
 
 Shared = Annotated[WebPortServices, Depends(given(WebPortServices))]
@@ -70,7 +70,7 @@ Shared = Annotated[WebPortServices, Depends(given(WebPortServices))]
 
 @router.get("/rentals/{rental_id}/ports", responses=refusals(404))
 async def list_ports(rental_id: str, principal: Client, shared: Shared, request: Request) -> wire.Page[wire.WebPort]:
-    """The ports that anybody may open. All others from 1024 on are its owner's, whenever something listens there."""
+    """Return the public ports. All other ports from 1024 on may be opened by the owner alone."""
     row = await shared.rentals.find(rental_id, principal)
     return wire.Page(items=[_web_port(shared, request, rental_id, port, True) for port in row["public_ports"]])
 
@@ -79,7 +79,7 @@ async def list_ports(rental_id: str, principal: Client, shared: Shared, request:
 async def expose(
     rental_id: str, port: Port, body: wire.ExposeRequest, principal: Client, shared: Shared, request: Request
 ) -> wire.WebPort:
-    """Open a port to everybody, or to its owner alone again. Repeatable; connections that this does not allow end."""
+    """Make a port public, or private again, which ends the connections of others. Repeatable."""
     await shared.rentals.find(rental_id, principal)
     code = await shared.store.write(web_ports.expose, rental_id, principal.name, port, body.public)
     if code:
@@ -89,7 +89,7 @@ async def expose(
 
 @router.post("/rentals/{rental_id}/ports/{port}/ticket", status_code=201, responses=refusals(404, 409))
 async def ticket(rental_id: str, port: Port, principal: Client, shared: Shared, request: Request) -> wire.WebPortTicket:
-    """A ticket by which a browser opens the port: good once, for a minute. What it gets for it lasts eight hours."""
+    """Return a ticket by which a browser opens the port: valid once, for a minute. It yields a key for eight hours."""
     row = await shared.rentals.find(rental_id, principal)
     if row["state"] in OVER:
         raise ApiProblem(409, "ended", f"the rental is {row['state']}")
@@ -100,22 +100,22 @@ async def ticket(rental_id: str, port: Port, principal: Client, shared: Shared, 
 
 @inside.get("/way")
 async def way(request: Request, shared: Shared) -> Response:
-    """204 and where the request leads to, or 403 with the refusal that the proxy shows.
+    """Return 204 with the worker that serves the request, or 403 with the refusal that the proxy shows.
 
-    What was allowed and could not be served is asked for a second time, to be explained: then `X-Orion-Explain` is set,
-    and what is not refused any more is to be tried again.
+    If an allowed request could not be served, the proxy asks again with `X-Orion-Explain`, and shows that refusal.
+    `/way` is the released name of this route between proxy and manager.
     """
     explains = "x-orion-explain" in request.headers
     number = shared.access.number()
     try:
-        asked = _asked(request)
-        found = await shared.access.lead(request, asked, partial(_offered, request, asked), number)
+        wanted = _port_request(request)
+        found = await shared.access.lead(request, wanted, partial(_offered, request, wanted), number)
         if isinstance(found, NamedRental):
-            return _as_refusal(_sent_on(request, found.rental_id, asked.port))
+            return _for_the_proxy(_redirect(request, found.rental_id, wanted.port))
         if explains:
             raise _unserved(request.headers.get("x-orion-seen", ""))
     except ApiProblem as refusal:
-        return _shown(request, refusal) if explains else _as_refusal(_shown(request, refusal))
+        return _refused(request, refusal) if explains else _for_the_proxy(_refused(request, refusal))
     policy = "" if found.is_public else "same-origin"
     headers = {
         "X-Orion-Worker": found.address,
@@ -127,48 +127,48 @@ async def way(request: Request, shared: Shared) -> Response:
 
 @inside.post("/open")
 async def open_port(request: Request, shared: Shared) -> Response:
-    """A browser gives its ticket, and is sent on with a key."""
+    """Redeem a browser's ticket, and redirect it with a key."""
     try:
-        asked, ticket = await _form(request)
+        wanted, ticket = await _form(request)
         where_from = client_address(request)
-        key = await shared.access.redeem_ticket(asked.rental_id, asked.port, ticket, where_from)
+        key = await shared.access.redeem_ticket(wanted.rental_id, wanted.port, ticket, where_from)
     except ApiProblem as refusal:
-        return _shown(request, refusal)
-    if not asked.on_own_host:
-        opened = f"{_outer_prefix(request)}{_path(asked.rental_id, asked.port)}~{key}/"
+        return _refused(request, refusal)
+    if not wanted.on_own_host:
+        opened = f"{_outer_prefix(request)}{_path(wanted.rental_id, wanted.port)}~{key}/"
         return Response(status_code=303, headers={"Location": opened})
-    sent_on = Response(status_code=303, headers={"Location": "/"})
+    redirect = Response(status_code=303, headers={"Location": "/"})
     secure = request.headers.get("x-forwarded-proto") == "https"
-    sent_on.set_cookie(COOKIE, key, max_age=int(KEY_LIFETIME_S), httponly=True, samesite="lax", secure=secure)
-    return sent_on
+    redirect.set_cookie(COOKIE, key, max_age=int(KEY_LIFETIME_S), httponly=True, samesite="lax", secure=secure)
+    return redirect
 
 
-def _asked(request: Request) -> Asked:
+def _port_request(request: Request) -> PortRequest:
     port = request.headers.get("x-orion-port", "")
     if not (port.isascii() and port.isdigit() and wire.MIN_PORT <= int(port) <= wire.MAX_PORT):
         raise ApiProblem(404, "not_found", f"a web port is a number from {wire.MIN_PORT} to {wire.MAX_PORT}")
     own = request.headers.get("x-orion-own-host") == "1"
-    return Asked(request.headers.get("x-orion-rental", ""), int(port), own, _is_cross_site(request))
+    return PortRequest(request.headers.get("x-orion-rental", ""), int(port), own, _is_cross_site(request))
 
 
-def _sent_on(request: Request, rental_id: str, port: int) -> Response:
-    """Return the redirect from a rental's name to its id, with all that stood behind the port."""
+def _redirect(request: Request, rental_id: str, port: int) -> Response:
+    """Return the redirect from a rental's name to its id; the rest of the path stays."""
     rest = request.headers.get("x-orion-rest", "").removeprefix("/")
     return Response(status_code=307, headers={"Location": f"{_outer_prefix(request)}{_path(rental_id, port)}{rest}"})
 
 
 def _outer_prefix(request: Request) -> str:
-    """Return the path below which a trusted outer proxy serves the platform: the proxy has checked it."""
+    """Return the path below which a trusted outer proxy serves the platform; manager_proxy has checked it."""
     return request.headers.get("x-forwarded-prefix", "")
 
 
 def _unserved(seen: str) -> ApiProblem:
-    """Return the refusal for a request that nothing forbids, and that the proxy could not serve all the same."""
-    code, detail = _SEEN.get(seen, _SEEN[""])
+    """Return the refusal of a request that was allowed and that the proxy could not serve."""
+    code, detail = _FAILURES.get(seen, _FAILURES[""])
     return ApiProblem(502, code, detail) if code == "answer_unreadable" else try_later(code, detail)
 
 
-def _shown(request: Request, refusal: ApiProblem) -> Response:
+def _refused(request: Request, refusal: ApiProblem) -> Response:
     if "text/html" not in request.headers.get("accept", ""):
         return problem(refusal.status, refusal.code, refusal.detail, refusal.headers)
     title = TITLES.get(refusal.status, "Error")
@@ -176,42 +176,45 @@ def _shown(request: Request, refusal: ApiProblem) -> Response:
     return HTMLResponse(body, refusal.status, refusal.headers)
 
 
-def _as_refusal(shown: Response) -> Response:
-    """Return what the proxy makes this response of again: of a refusal it sees the headers alone."""
+def _for_the_proxy(shown: Response) -> Response:
+    """Return a 403 that has this response in its headers, from which the proxy rebuilds it.
+
+    Nginx passes on only the headers of a refused subrequest (auth_request).
+    """
     is_html = shown.headers.get("content-type", "").startswith("text/html")
-    told = {
+    refused = {
         "X-Orion-Refused-Status": str(shown.status_code),
         "X-Orion-Refused-As": "html" if is_html else "json",
         "X-Orion-Refused-Text": quote(bytes(shown.body)),
     }
-    passed = {name: shown.headers[name] for name in _PASSED if name in shown.headers}
-    return Response(status_code=403, headers=told | passed)
+    passed = {name: shown.headers[name] for name in _HEADERS_PASSED_ON if name in shown.headers}
+    return Response(status_code=403, headers=refused | passed)
 
 
-async def _form(request: Request) -> tuple[Asked, str]:
-    """The rental, the port and the ticket of a form."""
+async def _form(request: Request) -> tuple[PortRequest, str]:
+    """Return the rental and port of a form, and its ticket. Raise ApiProblem if it has not this form."""
     body = b""
     async for part in request.stream():
         body += part
         if len(body) > LARGEST_FORM_BYTES:
-            raise ApiProblem(413, "body_too_large", "this is no ticket")
+            raise ApiProblem(413, "body_too_large", f"a ticket's form has at most {LARGEST_FORM_BYTES} bytes")
     fields = parse_qs(body.decode("latin-1"), max_num_fields=8)
-    rental_id, port, told = (fields.get(name, [""])[0] for name in ("rental", "port", "ticket"))
+    rental_id, port, ticket = (fields.get(name, [""])[0] for name in ("rental", "port", "ticket"))
     if not (port.isascii() and port.isdigit() and len(port) <= 5):
         raise ApiProblem(422, "invalid_request", "port must be a number")
     own = request.headers.get("x-orion-own-host") == "1"
     if own and (rental_id, port) != (request.headers.get("x-orion-rental"), request.headers.get("x-orion-port")):
-        raise ApiProblem(422, "invalid_request", "the ticket is for another host")
-    return Asked(rental_id, int(port), own, cross_site=False), told
+        raise ApiProblem(422, "invalid_request", "the ticket is for another host name")
+    return PortRequest(rental_id, int(port), own, cross_site=False), ticket
 
 
-def _offered(request: Request, asked: Asked) -> list[str]:
-    """Return the keys that the request brings: see gateway/port_access.py."""
-    return _cookies(request) if asked.on_own_host else [request.headers.get("x-orion-key", "")]
+def _offered(request: Request, wanted: PortRequest) -> list[str]:
+    """Return the keys that the request has: in cookies on a port's own host, else in the path."""
+    return _cookies(request) if wanted.on_own_host else [request.headers.get("x-orion-key", "")]
 
 
 def _cookies(request: Request) -> list[str]:
-    """All of that name: another host of the same site may have set one that is none."""
+    """Return the first five cookies of that name, because another host of the same site may have set an invalid one."""
     found = []
     for pair in request.headers.get("cookie", "").split(";"):
         try:
@@ -222,10 +225,10 @@ def _cookies(request: Request) -> list[str]:
 
 
 def _is_cross_site(request: Request) -> bool:
-    """Another rental's page is of the same site where they share a domain, and so has the browser send the cookie.
+    """Return whether a page of another origin makes the request, other than by a link that is followed.
 
-    To follow a link to it is no harm. What a browser does not tell, the cookie's own SameSite and the header
-    Cross-Origin-Resource-Policy have to hold.
+    Rentals share a domain, so to a browser their pages are of the same site, and it sends the cookie. For browsers that
+    do not send these headers, the cookie's SameSite and Cross-Origin-Resource-Policy have to suffice.
     """
     headers = request.headers
     origin = headers.get("origin")
@@ -249,7 +252,7 @@ def _web_port(shared: WebPortServices, request: Request, rental_id: str, port: i
 
 
 def _is_this_machine(host: str) -> bool:
-    """Browsers take every name under localhost for their own machine, without asking anybody."""
+    """Return whether the host is this machine; browsers resolve all names below localhost to it themselves."""
     try:
         return urlsplit(f"//{host}").hostname in {"localhost", "127.0.0.1", "::1"}
     except ValueError:

@@ -1,4 +1,4 @@
-"""Workers: they call home and send heartbeats; operators look at them, drain, resume and remove them."""
+"""The routes of workers, which register and send heartbeats, and of operators, who list, drain and remove them."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ class WorkerServices:
     call_home: CallHome
     reach: Reach
     authorized_keys: tuple[str, ...]
-    """The manager's own public keys, which a worker lets in as root."""
+    """The manager's own public keys, which may log in to a worker as root."""
     wake_health: Callable[[], None]
     wake_reconciler: Callable[[], None]
 
 
 Shared = Annotated[WorkerServices, Depends(given(WorkerServices))]
-Beating = Annotated[HeartbeatServices, Depends(given(HeartbeatServices))]
+HeartbeatShared = Annotated[HeartbeatServices, Depends(given(HeartbeatServices))]
 
 
 @router.post("/register", status_code=201, responses=refusals(409))
 async def register(
     body: wire.RegisterRequest, principal: CallerHome, request: Request, shared: Shared
 ) -> wire.RegisterReply:
-    """A worker calls home, with its own token if it has one, else with the join token."""
+    """Register a worker, by its own token if it has one, else by the join token."""
     address = client_address(request)
     if not shared.settings.may_be_a_worker(address):
-        detail = f"a worker calls home from inside {shared.settings.subnet}; this came from {address}"
+        detail = f"a worker must register from an address in {shared.settings.subnet}, not from {address}"
         raise ApiProblem(403, "address_not_in_pool", detail)
     claim = Registration(
         address=address,
@@ -88,11 +88,11 @@ async def register(
 
 @router.post("/heartbeat", responses=refusals(409))
 async def heartbeat(
-    request: Request, body: wire.HeartbeatRequest, principal: CallingWorker, shared: Beating
+    request: Request, body: wire.HeartbeatRequest, principal: CallingWorker, shared: HeartbeatShared
 ) -> wire.HeartbeatReply:
-    """The heartbeat renews the worker's lease, if its session is current.
+    """Renew the worker's lease, if its session is current.
 
-    What is well-formed was answered before it came here: see api/heartbeat.py.
+    Well-formed heartbeats are answered by the middleware in api/heartbeat.py and do not come here.
     """
     beat = msgspec.convert(body.model_dump(), HeartbeatRequest)
     reply = answer(shared, principal.id, beat, client_address(request))
@@ -114,7 +114,7 @@ async def show(worker_id: str, _: Admin, shared: Shared) -> wire.Worker:
 
 @router.post("/workers/{worker_id}/drain", responses=refusals(404))
 async def drain(worker_id: str, admin: Admin, shared: Shared) -> wire.Worker:
-    """No new rentals go there, and those that are there are moved away; `drained` when none is left. Repeatable."""
+    """Place no new rentals on the worker and migrate its rentals; it is `drained` when none is left. Repeatable."""
     row = await shared.store.write(workers.set_intent, admin.name, worker_id, Intent.DRAINING)
     shared.wake_reconciler()
     return _view(row, shared)
@@ -122,7 +122,7 @@ async def drain(worker_id: str, admin: Admin, shared: Shared) -> wire.Worker:
 
 @router.post("/workers/drain", responses=refusals(404))
 async def drain_together(body: wire.DrainRequest, admin: Admin, shared: Shared) -> wire.Page[wire.Worker]:
-    """Drain them all in the same moment: no rental moves to a worker that is drained next. Repeatable."""
+    """Drain several workers at once, so that no rental migrates to one that is drained next. Repeatable."""
     rows = await shared.store.write(workers.drain_together, admin.name, body.worker_ids)
     shared.wake_reconciler()
     return wire.Page(items=[_view(row, shared) for row in rows], next=None)
@@ -133,9 +133,9 @@ async def resume(
     worker_id: str,
     admin: Admin,
     shared: Shared,
-    give_up: Annotated[bool, Query(description="End what it holds and the database has never placed")] = False,
+    give_up: Annotated[bool, Query(description="Purge rentals on it that the database has never placed there")] = False,
 ) -> wire.Worker:
-    """Ends a drain or a quarantine; it is checked again before it is ready. Repeatable."""
+    """End a drain or a quarantine; the worker is checked again before it is ready. Repeatable."""
     lease = shared.leases.get(worker_id)
     if give_up and lease and lease.inventory:
         await shared.store.write(workers.give_up, admin.name, worker_id, lease.inventory)
@@ -148,14 +148,12 @@ async def resume(
 
 @router.delete("/workers/{worker_id}", status_code=204, responses=refusals(404, 409))
 async def remove(worker_id: str, admin: Admin, shared: Shared) -> None:
-    """Forget a worker that is down or holds no rental. One that still runs calls home again as a new worker."""
+    """Forget a worker that is down or has no rental. If it still runs, it registers again as a new worker."""
     refusal = await shared.store.write(workers.remove, admin.name, worker_id)
     if refusal == "not_found":
         raise not_found("worker")
     if refusal:
-        detail = (
-            "the worker holds rentals: move them away with: orion drain WORKER; or stop it, and wait until it is down"
-        )
+        detail = "the worker has rentals: migrate them with: orion drain WORKER; or stop it, and wait until it is down"
         raise ApiProblem(409, refusal, detail)
     shared.leases.end(worker_id)
     shared.wake_reconciler()
@@ -163,10 +161,10 @@ async def remove(worker_id: str, admin: Admin, shared: Shared) -> None:
 
 @router.post("/workers/{worker_id}/gone", responses=refusals(404, 409))
 async def gone(worker_id: str, admin: Admin, shared: Shared) -> wire.Worker:
-    """Take an operator's word that its container is not there any more: it is down at once. Repeatable.
+    """Declare a worker down at once, because an operator knows that its container does not exist any more. Repeatable.
 
-    For who knows it from the container engine. A worker that lives and is only cut off would run on for as long as its
-    lease lasts, beside what is taken over.
+    The operator has to know it from the container engine: a worker that is only cut off would run its rentals until its
+    lease ends, beside those that are taken over.
     """
     known = (await shared.store.read(state.load_workers, [worker_id])).get(worker_id)
     if known is None:
@@ -174,7 +172,7 @@ async def gone(worker_id: str, admin: Admin, shared: Shared) -> wire.Worker:
     if known.health is not Health.DOWN:
         host = Host(known.id, known.address, known.host_keys)
         if await shared.reach.reach(host, PROBE_TIMEOUT_S) is Reached.YES:
-            detail = f"it answers at {known.address} with its own host key: stop it, or drain it"
+            detail = f"the worker answers at {known.address} with its own host key: stop it, or drain it"
             raise ApiProblem(409, "worker_answers", detail)
         shared.leases.declare_gone(worker_id)
         await shared.store.write(workers.declared_gone, admin.name, worker_id)
@@ -184,7 +182,7 @@ async def gone(worker_id: str, admin: Admin, shared: Shared) -> wire.Worker:
 
 @router.post("/workers/prune")
 async def prune(admin: Admin, shared: Shared) -> wire.Pruned:
-    """Forget all workers that are down and of which nothing is missing. They are forgotten by themselves after 1 h."""
+    """Forget all workers that are down and hold nothing that is still needed. The manager does so itself after 1 h."""
     done = await shared.store.write(workers.prune, admin.name)
     for worker_id in done.forgotten:
         shared.leases.end(worker_id)
@@ -194,7 +192,7 @@ async def prune(admin: Admin, shared: Shared) -> wire.Pruned:
 
 
 def _view(row: views.Row | None, shared: WorkerServices) -> wire.Worker:
-    """With what was heard since the row was last written."""
+    """Return the worker's reply, with the load and time of its last heartbeat. Raise 404 for no row."""
     if row is None:
         raise not_found("worker")
     noted = shared.leases.noted(row["id"])
@@ -208,16 +206,16 @@ def _displaced(row: views.Row, shared: WorkerServices) -> str:
         return ""
     return (
         f"worker {other} has its address now: its container is gone, or has no network. It is down when its lease has "
-        f"passed; at once, where the container is gone: orion workers gone {row['id']}"
+        f"passed; if the container is gone, declare it down at once: orion workers gone {row['id']}"
     )
 
 
 def _why_it_drains(row: views.Row, shared: WorkerServices) -> str:
-    """What a drain still waits for."""
+    """Return what a drain still waits for, or an empty string."""
     left = sum(placed.state in LIVE for placed in shared.pool_index.placements_on(row["id"]))
     if row["intent"] != Intent.DRAINING or not left:
         return ""
-    what = f"{left} rental{'s are' if left > 1 else ' is'} to be moved away"
+    what = f"{left} rental{'s are' if left > 1 else ' is'} to be migrated"
     exiting = shared.leases.exiting()
     if shared.pool_index.room.best(1, without=exiting):
         return what

@@ -27,7 +27,7 @@ from orion.manager.store.tokens import Principal
 
 
 @dataclass(frozen=True)
-class Asked:
+class PortRequest:
     """What the proxy says of a request: it has checked the form of rental and port."""
 
     rental_id: str
@@ -85,7 +85,7 @@ class PortAccess:
         return self._ends.number()
 
     async def lead(
-        self, connection: HTTPConnection, asked: Asked, offered: Callable[[], Sequence[str]], number: int
+        self, connection: HTTPConnection, asked: PortRequest, offered: Callable[[], Sequence[str]], number: int
     ) -> Destination | NamedRental:
         """Return where the request leads to. Raise ApiProblem where the caller may not open the port.
 
@@ -127,7 +127,7 @@ class PortAccess:
         await self._store.write(record, port_opened)
         return self._keys.make(rental_id, port, Named(principal.role, principal.id, principal.mark), now)
 
-    async def _who(self, connection: HTTPConnection, asked: Asked, offered: Callable[[], Sequence[str]]) -> Who:
+    async def _who(self, connection: HTTPConnection, asked: PortRequest, offered: Callable[[], Sequence[str]]) -> Who:
         """Return who asks, of those who could be the owner.
 
         Raise 401 for anybody else, whether there is such a rental or not.
@@ -155,7 +155,7 @@ class PortAccess:
         found = await self._store.read(rentals.page, principal.name, name, False, None, 1)
         return found[0] if found else None
 
-    def _destination(self, row: Row | None, asked: Asked, who: Who | None, number: int) -> Destination:
+    def _destination(self, row: Row | None, asked: PortRequest, who: Who | None, number: int) -> Destination:
         """`who` is None for what is public alone."""
         principal = who.principal if who else None
         if row is None or (principal and visible_owner(principal) not in {None, row["owner"]}):

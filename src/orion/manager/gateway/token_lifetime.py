@@ -1,9 +1,9 @@
-"""What a token has opened ends with the token: streams of events, calls that wait, sessions, terminals.
+"""The uses of a token that last: event streams, waiting calls, sessions and terminals. They end with the token.
 
-    async with openings.by(principal) as opening:     # raises 401 where the token is over by now
-        ...                                           # opening.over is done as soon as the token is over
+    async with token_uses.by(principal) as use:     # raises 401 if the token is over
+        ...                                         # use.over is done as soon as the token is over
 
-A revocation is heard when it is committed. The end of a token's time is a timer of the opening's own.
+A revocation ends them when it is committed; a timer of each use ends it when the token expires.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from orion.manager.store.database import Store
 from orion.manager.store.tokens import Principal
 
 LOOK_AGAIN_S = 30.0
-"""The longest that a timer runs before it looks at the clock again, which may have been corrected meanwhile."""
-LAST_WORD_S = 1.0
-"""A reader that takes nothing does not even take the end of a stream: then its connection is cut."""
+"""The longest time in seconds until a timer reads the clock again, because the clock may be corrected meanwhile."""
+LAST_CHUNK_TIMEOUT_S = 1.0
+"""Seconds for the end of a stream to be sent; the connection of a client that does not read is then cut."""
 
 HAS_BEEN_REVOKED = "the token by which it was opened has been revoked"
 HAS_ENDED = "the time of the token by which it was opened is over"
@@ -34,10 +34,10 @@ HAS_ENDED = "the time of the token by which it was opened is over"
 
 @dataclass(eq=False)
 class TokenUse:
-    """One thing that a token has opened."""
+    """One use of a token."""
 
     over: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    """Done when the token is over; the result says why."""
+    """A future that is done when the token is over; its result says why."""
 
     def end(self, reason: str) -> None:
         if not self.over.done():
@@ -49,81 +49,82 @@ class TokenUse:
             raise unauthorized(self.over.result())
 
     def wakes(self, waiting: asyncio.Event) -> None:
-        """Set the event, too, when the token is over."""
+        """Set this event when the token is over."""
         self.over.add_done_callback(lambda _: waiting.set())
 
 
 class TokenUses:
     def __init__(self, store: Store, wall: Callable[[], float]) -> None:
-        """`wall`: Unix time, by the clock that tokens end by."""
+        """`wall` returns Unix time by the clock that tokens end by."""
         self._store = store
         self._wall = wall
         self._open: dict[str, set[TokenUse]] = {}
-        """By the token's id."""
-        store.news.follow(self.hear)
+        """The uses by the token's id."""
+        store.news.follow(self.on_commit)
 
     @asynccontextmanager
     async def by(self, principal: Principal) -> AsyncIterator[TokenUse]:
-        """Keep account of one thing that the principal's token opens. Raises ApiProblem if that token is over."""
-        opening = TokenUse()
+        """Register one use of the principal's token for a block. Raise ApiProblem if the token is over."""
+        use = TokenUse()
         its = self._open.setdefault(principal.id, set())
-        its.add(opening)
+        its.add(use)
         timer: list[asyncio.TimerHandle] = []
         try:
-            # Only now: a revocation that came before the line above was not heard by this opening.
+            # The token is read after the use was added, so a revocation either ends the use or shows here.
             known = await self._store.read(tokens.named, principal.role, principal.id, self._wall())
             if known is None or known.mark != principal.mark:
                 raise unauthorized()
             if known.expires_at is not None:
-                self._end_in_time(opening, known.expires_at, timer)
-            yield opening
+                self._end_in_time(use, known.expires_at, timer)
+            yield use
         finally:
             for handle in timer:
                 handle.cancel()
-            its.discard(opening)
+            its.discard(use)
             if not its and self._open.get(principal.id) is its:
                 del self._open[principal.id]
 
-    def hear(self, committed: Sequence[Event]) -> None:
-        """End what was opened by the tokens that these events revoke."""
+    def on_commit(self, committed: Sequence[Event]) -> None:
+        """End the uses of the tokens that these events revoke."""
         for event in committed:
             if event.kind == tokens.REVOKED:
-                for opening in self._open.get(str(event.details["token_id"]), ()):
-                    opening.end(HAS_BEEN_REVOKED)
+                for use in self._open.get(str(event.details["token_id"]), ()):
+                    use.end(HAS_BEEN_REVOKED)
 
-    def _end_in_time(self, opening: TokenUse, expires_at: float, timer: list[asyncio.TimerHandle]) -> None:
+    def _end_in_time(self, use: TokenUse, expires_at: float, timer: list[asyncio.TimerHandle]) -> None:
         left_s = expires_at - self._wall()
         if left_s <= 0:
-            opening.end(HAS_ENDED)
+            use.end(HAS_ENDED)
             return
         again = asyncio.get_running_loop().call_later(
-            min(left_s, LOOK_AGAIN_S), self._end_in_time, opening, expires_at, timer
+            min(left_s, LOOK_AGAIN_S), self._end_in_time, use, expires_at, timer
         )
         timer[:] = [again]
 
 
 class Streamed(StreamingResponse):
-    """A streamed answer that is cut when the token of whoever asked is over, also while its reader takes nothing.
+    """A streamed reply that is cut when its token is over, also while the client reads nothing.
 
-    `last_word` is sent before a stream without a stated length is closed; an answer with a length is broken off, so
-    that nobody takes a part for the whole. `place` is entered before anything is sent, and may refuse.
+    `last_chunk` is sent before a stream without a Content-Length is closed; a reply with a length is broken off, so
+    that no client takes a part for the whole. `while_open` is entered before the reply begins; it may raise ApiProblem.
     """
 
     def __init__(
         self,
         content: ContentStream,
+        *,
         token_uses: TokenUses,
         principal: Principal,
         media_type: str,
         headers: dict[str, str],
-        last_word: str | None = None,
-        place: AbstractContextManager[None] | None = None,
+        last_chunk: str | None = None,
+        while_open: AbstractContextManager[None] | None = None,
     ) -> None:
         super().__init__(content, media_type=media_type, headers=headers)
-        self._openings = token_uses
+        self._token_uses = token_uses
         self._principal = principal
-        self._last_word = last_word
-        self._place = place or nullcontext()
+        self._last_chunk = last_chunk
+        self._while_open = while_open or nullcontext()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
@@ -133,12 +134,12 @@ class Streamed(StreamingResponse):
             started = True
             await send(message)
 
-        with self._place:
-            async with self._openings.by(self._principal) as opening:
-                opening.check()
+        with self._while_open:
+            async with self._token_uses.by(self._principal) as use:
+                use.check()
                 sending = asyncio.create_task(super().__call__(scope, receive, noted))
                 try:
-                    waiting: set[asyncio.Future[Any]] = {sending, opening.over}
+                    waiting: set[asyncio.Future[Any]] = {sending, use.over}
                     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                     if sending.done():
                         sending.result()
@@ -146,7 +147,7 @@ class Streamed(StreamingResponse):
                 finally:
                     sending.cancel()
                     await asyncio.gather(sending, return_exceptions=True)
-        if started and self._last_word is not None:
+        if started and self._last_chunk is not None:
             with suppress(TimeoutError, OSError):
-                async with asyncio.timeout(LAST_WORD_S):
-                    await send({"type": "http.response.body", "body": self._last_word.encode(), "more_body": False})
+                async with asyncio.timeout(LAST_CHUNK_TIMEOUT_S):
+                    await send({"type": "http.response.body", "body": self._last_chunk.encode(), "more_body": False})
