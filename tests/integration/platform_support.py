@@ -25,7 +25,7 @@ from orion.manager import main
 from orion.manager.app import Ports
 from orion.manager.fakes.snapshots import FakeSnapshotService
 from orion.manager.fakes.workers import FakeEngine, FakeReach, FakeWorld
-from orion.manager.gateway.port_connections import tell_door
+from orion.manager.gateway.port_connections import end_connections
 from orion.manager.settings import Secrets, Settings
 from orion.manager.ssh.port import Host
 from orion.manager.store.database import Store
@@ -61,7 +61,7 @@ def run_manager(order: Order) -> None:
         FakeSnapshotService(world, time.time),
         None,
         lambda: 0.0,
-        tell_door=tell_door,
+        end_connections=end_connections,
     )
     main.serve(order.settings, order.secrets, store, ports, order.here)
 

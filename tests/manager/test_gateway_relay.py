@@ -13,7 +13,7 @@ from support.house import House
 from support.way_in import Sshds, coming_in
 
 from orion.manager.domain.steps import Event
-from orion.manager.gateway.relay import MOVED, REVOKED
+from orion.manager.gateway.relay import LEFT_WORKER, TOKEN_OVER
 from orion.manager.gateway.sessions import SessionLimits
 from orion.manager.store import tokens
 from orion.manager.store.database import record
@@ -139,8 +139,8 @@ async def test_who_logs_in_is_told_of_a_home_that_is_nearly_full_and_of_a_salvag
     await house.join()
     rental = await nearly_full_with_a_salvage(house)
     told = (
-        f"{rental['name']}: its home holds 9.0 MB of 10.0 MB; it does not have what a lost worker still had of it: "
-        f"orion restore {rental['name']} --from 1-4"
+        f"{rental['name']}: its home holds 9.0 MB of 10.0 MB; a lost worker had newer files, which are "
+        f"kept as a recovered snapshot: orion restore {rental['name']} --from 1-4"
     )
     async with coming_in(house, rental["id"], house.secrets.admin_token) as client:
         assert (await client.hears())["headers"] == [(b"X-Orion-Remark", told.encode())]
@@ -196,7 +196,7 @@ async def test_a_session_ends_at_once_when_its_worker_is_lost_and_says_so(house:
         await house.silence(worker, 100)
         await house.pass_time(10)
         told = await client.hears()
-        assert (told["type"], told["code"], told["reason"]) == ("websocket.close", MOVED, "its worker is down")
+        assert (told["type"], told["code"], told["reason"]) == ("websocket.close", LEFT_WORKER, "its worker is down")
         await client.ended()
     assert sshds.connected[0][1].recv(1) == b"", "and its connection to the worker is closed"
 
@@ -212,7 +212,7 @@ async def test_a_release_ends_the_sessions_of_that_rental_alone(house: House, ss
         assert await staying.is_in()
         await house.as_admin.delete(f"/api/rentals/{one['id']}")
         await house.settle()
-        assert (await ending.hears())["code"] == MOVED
+        assert (await ending.hears())["code"] == LEFT_WORKER
         assert staying.heard.empty()
         await staying.leave()
     assert len(sshds.connected) == 2
@@ -230,7 +230,7 @@ async def test_a_revoked_token_ends_its_own_sessions_at_once_and_no_others(house
         assert await staying.is_in()
         await house.revoke("alice")
         told = await ending.hears()
-        assert (told["code"], told["reason"]) == (REVOKED, "the token by which it was opened has been revoked")
+        assert (told["code"], told["reason"]) == (TOKEN_OVER, "the token by which it was opened has been revoked")
         assert staying.heard.empty()
         await staying.leave()
 
@@ -265,7 +265,7 @@ async def test_what_ends_of_another_epoch_ends_no_session(house: House, sshds: S
             kind="placement.lost", actor="reconciler", reason="its worker is down", rental_id=rental["id"], epoch=1
         )
         await house.store.write(record, its_own)
-        assert (await client.hears())["code"] == MOVED
+        assert (await client.hears())["code"] == LEFT_WORKER
     assert len(sshds.connected) == 1
 
 

@@ -18,7 +18,7 @@ from support.house import Agent, House
 from orion import wire
 from orion.manager.api.web_ports import WebPortServices
 from orion.manager.gateway import port_connections, port_keys, tickets
-from orion.manager.gateway.port_keys import Named, PortKeys
+from orion.manager.gateway.port_keys import PortKeys, TokenReference
 from orion.manager.store.tokens import make_token
 
 PORT = 8000
@@ -359,7 +359,7 @@ async def test_a_ticket_for_anothers_rental_is_not_given(house: House) -> None:
 
 
 def test_a_key_is_nothing_but_what_was_signed() -> None:
-    keys, named = PortKeys("secret"), Named("client", "t-1", "0123456789abcdef")
+    keys, named = PortKeys("secret"), TokenReference("client", "t-1", "0123456789abcdef")
     made = keys.make("abcdefghij", PORT, named, 1000.0)
     assert keys.read(made, "abcdefghij", PORT, 1000.0) == named
     signature, _, told = made.partition(".")
@@ -454,7 +454,7 @@ class Doors:
         self.told: list[tuple[str, tuple[str, ...]]] = []
         self.is_open: list[str] = []
         self.away = 0
-        house.manager.port_connections._tell = self.tell
+        house.manager.port_connections._end_connections = self.tell
 
     async def tell(self, address: str, session_id: str, number: int, over: Sequence[str]) -> list[str]:
         if self.away:
@@ -467,7 +467,7 @@ class Doors:
         return self.is_open
 
     async def hear_all(self) -> list[tuple[str, tuple[str, ...]]]:
-        await asyncio.wait_for(asyncio.gather(*self.house.manager.port_connections._telling), 20)
+        await asyncio.wait_for(asyncio.gather(*self.house.manager.port_connections._running), 20)
         return self.told
 
 
@@ -501,7 +501,7 @@ async def test_a_door_is_told_when_a_port_is_made_private_again(house: House) ->
 async def test_a_door_that_does_not_answer_is_told_until_it_has_heard(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(port_connections, "AGAIN_AFTER_S", 0.01)
+    monkeypatch.setattr(port_connections, "RETRY_AFTER_S", 0.01)
     worker, rental_id, alice = await rented(house)
     doors = Doors(house)
     way = await passed(house, worker, rental_id, **token(alice))
@@ -549,8 +549,8 @@ async def test_a_manager_that_begins_asks_what_is_open_and_ends_what_may_not_be(
 async def test_doors_that_do_not_answer_keep_no_other_from_being_asked(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(port_connections, "ASKED_AT_ONCE", 1)
-    monkeypatch.setattr(port_connections, "AGAIN_AFTER_S", 3600.0)
+    monkeypatch.setattr(port_connections, "QUERIES_AT_ONCE", 1)
+    monkeypatch.setattr(port_connections, "RETRY_AFTER_S", 3600.0)
     await house.join()
     await house.join()
     doors = Doors(house)

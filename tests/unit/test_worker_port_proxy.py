@@ -361,8 +361,8 @@ async def test_a_connection_ends_when_the_manager_says_that_what_opened_it_has_e
 
 async def test_the_manager_and_the_door_speak_the_same_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(tmp_path) as stage:
-        monkeypatch.setattr(port_connections, "DOOR_PORT", stage.door_port)
-        way, told_by = stage.way, port_connections.tell_door
+        monkeypatch.setattr(port_connections, "PORT_PROXY_PORT", stage.door_port)
+        way, told_by = stage.way, port_connections.end_connections
         signed = signed_pass(SESSION, way.rental_id, way.epoch, way.port, ALICE, 10, None)
         reader, _ = await stage.ask(signed)
         await reader.readuntil(b"first ")

@@ -62,7 +62,7 @@ from orion.manager.domain.overdue import MAX_SHOWN, Overdue, overdue, workers_to
 from orion.manager.domain.pool_index import PoolIndex
 from orion.manager.domain.states import Health
 from orion.manager.gateway.port_access import PortAccess
-from orion.manager.gateway.port_connections import PortConnections, Tell
+from orion.manager.gateway.port_connections import EndConnections, PortConnections
 from orion.manager.gateway.port_keys import PortKeys
 from orion.manager.gateway.running_rental import RunningRentals
 from orion.manager.gateway.sessions import Sessions
@@ -114,8 +114,8 @@ class Ports:
     boot_time: Callable[[], float] | None = None
     """Seconds since the machine began, as boot_id says which beginning; None: `monotonic`."""
     boot_id: int = 0
-    tell_door: Tell | None = None
-    """None: there are no doors for web ports that could be told what has ended."""
+    end_connections: EndConnections | None = None
+    """None: there are no port proxies on workers, as in tests without them."""
 
 
 class Manager:
@@ -145,7 +145,9 @@ class Manager:
         self.retention = RetentionController(store, settings.events_kept, self.clock.wall_of_removals)
         self.terminals = Terminals(ports.monotonic)
         self.pool_index = PoolIndex()
-        self.port_connections = PortConnections(store, self.pool_index, ports.tell_door, self.clock.wall_of_tokens)
+        self.port_connections = PortConnections(
+            store, self.pool_index, ports.end_connections, self.clock.wall_of_tokens
+        )
         catalog = SqlSnapshotCatalog(store)
         restorer = Restorer(
             engine=engine, snapshot_service=ports.snapshot_service, catalog=catalog, limits=settings.copies.limits
@@ -232,7 +234,7 @@ class Manager:
             store=store,
             clock=self.clock,
             authentication=self.authentication,
-            ends=self.port_connections,
+            connections=self.port_connections,
             tickets=Tickets(ports.monotonic),
             keys=PortKeys(secrets.proxy_secret),
         )

@@ -26,7 +26,7 @@ from orion.manager.app import Ports, build
 from orion.manager.controllers.proxy_probe import ProxyProbe
 from orion.manager.controllers.snapshots import disk_share
 from orion.manager.controllers.wall_clock import boot_id, boot_time_s
-from orion.manager.gateway.port_connections import tell_door
+from orion.manager.gateway.port_connections import end_connections
 from orion.manager.settings import Secrets, Settings
 from orion.manager.snapshots.client import SnapshotClient
 from orion.manager.ssh.liveness import SshLiveness
@@ -70,7 +70,7 @@ def _real_ports(settings: Settings, secrets: Secrets) -> Ports:
         ProxyProbe(settings.door_url, settings.clocks.door_answer_s, min(1.0, settings.clocks.heartbeat_s / 30)),
         partial(disk_share, Path(settings.copies_directory)),
         watch=SshLiveness(reach),
-        tell_door=tell_door,
+        end_connections=end_connections,
         boot_time=boot_time_s,
         boot_id=boot_id(),
     )

@@ -109,7 +109,7 @@ async def way(request: Request, shared: Shared) -> Response:
     number = shared.access.number()
     try:
         wanted = _port_request(request)
-        found = await shared.access.lead(request, wanted, partial(_offered, request, wanted), number)
+        found = await shared.access.find_destination(request, wanted, partial(_offered, request, wanted), number)
         if isinstance(found, NamedRental):
             return _for_the_proxy(_redirect(request, found.rental_id, wanted.port))
         if explains:

@@ -1,8 +1,8 @@
-"""Web ports: who may open which, and where it is.
+"""Authorization of requests to web ports, and the worker that each one goes to.
 
-On a host name of its own a browser has its key in a cookie. On the platform's address there are no cookies at all, for
-there all rentals and the platform itself share what cookies are kept for: so the key stands in the path, and what is
-served there has an origin of its own by the sandbox that the proxy sets (manager_proxy/web_port.conf).
+On a port's own host name, the browser has its key in a cookie. On the platform's address no cookies are used, because
+all rentals would share them: there the key is in the path, and the proxy's sandbox gives each page an origin of its own
+(manager_proxy/web_port.conf).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from orion.manager.authentication import Authentication, visible_owner
 from orion.manager.controllers.wall_clock import TrustedClock
 from orion.manager.domain.steps import Event
 from orion.manager.gateway.port_connections import PUBLIC, PortConnections
-from orion.manager.gateway.port_keys import Named, PortKeys, signed_pass
+from orion.manager.gateway.port_keys import PortKeys, TokenReference, signed_pass
 from orion.manager.gateway.running_rental import OVER
 from orion.manager.gateway.tickets import LIFETIME_S, Tickets
 from orion.manager.refusals import ApiProblem, not_found
@@ -28,18 +28,18 @@ from orion.manager.store.tokens import Principal
 
 @dataclass(frozen=True)
 class PortRequest:
-    """What the proxy says of a request: it has checked the form of rental and port."""
+    """A request as the proxy describes it; the proxy has checked the form of rental and port."""
 
     rental_id: str
     port: int
     on_own_host: bool
     cross_site: bool
-    """A page from elsewhere has the browser ask, with whatever cookie that has."""
+    """Whether a page of another origin makes the request, so that the browser's cookie proves nothing."""
 
 
 @dataclass(frozen=True)
-class Who:
-    """Who opens a private port, by a token or in its name."""
+class Caller:
+    """The principal that opens a private port, by its token or by a key that was made for it."""
 
     principal: Principal
     ends_at: float | None
@@ -57,7 +57,7 @@ class Destination:
 
 @dataclass(frozen=True)
 class NamedRental:
-    """The rental was asked for by its name, and is to be asked for by its id."""
+    """The result for a request that has the rental's name in the place of its id."""
 
     rental_id: str
 
@@ -69,47 +69,47 @@ class PortAccess:
         store: Store,
         clock: TrustedClock,
         authentication: Authentication,
-        ends: PortConnections,
+        connections: PortConnections,
         tickets: Tickets,
         keys: PortKeys,
     ) -> None:
         self._store = store
         self._clock = clock
         self._authentication = authentication
-        self._ends = ends
+        self._connections = connections
         self._tickets = tickets
         self._keys = keys
 
     def number(self) -> int:
-        """Return the number of a pass, which is taken before anything that the pass rests on is looked up."""
-        return self._ends.number()
+        """Return the number of a pass; it must be taken before the rows are read that the pass depends on."""
+        return self._connections.number()
 
-    async def lead(
-        self, connection: HTTPConnection, asked: PortRequest, offered: Callable[[], Sequence[str]], number: int
+    async def find_destination(
+        self, connection: HTTPConnection, request: PortRequest, offered: Callable[[], Sequence[str]], number: int
     ) -> Destination | NamedRental:
-        """Return where the request leads to. Raise ApiProblem where the caller may not open the port.
+        """Return the destination of the request. Raise ApiProblem if the caller may not open the port.
 
-        `offered` returns the keys that the request brings; it is called only for a port that needs one.
+        `offered` returns the keys that the request has; it is called only for a private port.
         """
-        row = await self._store.read(web_ports.look, asked.rental_id)
-        is_public = row is not None and asked.port in row["public_ports"] and row["state"] not in OVER
-        who = None if is_public else await self._who(connection, asked, offered)
-        if row is None and who is not None:
-            row = await self._named(asked.rental_id, who.principal)
+        row = await self._store.read(web_ports.look, request.rental_id)
+        is_public = row is not None and request.port in row["public_ports"] and row["state"] not in OVER
+        caller = None if is_public else await self._authenticated(connection, request, offered)
+        if row is None and caller is not None:
+            row = await self._named(request.rental_id, caller.principal)
             if row is not None:
                 return NamedRental(row["id"])
-        return self._destination(row, asked, who, number)
+        return self._destination(row, request, caller, number)
 
     def issue_ticket(self, rental_id: str, port: int, principal: Principal) -> str:
-        """Return a new ticket for the port. Raise ApiProblem where there are too many."""
+        """Return a new ticket for the port. Raise ApiProblem if there are too many."""
         return self._tickets.issue(_topic(rental_id, port), principal)
 
     async def redeem_ticket(self, rental_id: str, port: int, ticket: str, where_from: str) -> str:
-        """Return the key that a browser gets for its ticket. Raise ApiProblem where the ticket is not good."""
+        """Return the key that a browser gets for its ticket. Raise ApiProblem if the ticket is not valid."""
         principal = self._tickets.redeem(ticket, _topic(rental_id, port))
         now = self._clock.wall_of_tokens()
         if principal is None or not await self._store.read(tokens.is_valid, principal, now):
-            detail = f"this address was good once, for {LIFETIME_S:.0f} s: `orion open` prints another one"
+            detail = f"this address was valid once, for {LIFETIME_S:.0f} s: `orion open` prints another one"
             raise ApiProblem(401, "no_ticket", detail)
         row = await self._store.read(web_ports.look, rental_id)
         if row is None:
@@ -125,39 +125,38 @@ class PortAccess:
             details={"port": port, "from": where_from},
         )
         await self._store.write(record, port_opened)
-        return self._keys.make(rental_id, port, Named(principal.role, principal.id, principal.mark), now)
+        return self._keys.make(rental_id, port, TokenReference(principal.role, principal.id, principal.mark), now)
 
-    async def _who(self, connection: HTTPConnection, asked: PortRequest, offered: Callable[[], Sequence[str]]) -> Who:
-        """Return who asks, of those who could be the owner.
-
-        Raise 401 for anybody else, whether there is such a rental or not.
-        """
+    async def _authenticated(
+        self, connection: HTTPConnection, request: PortRequest, offered: Callable[[], Sequence[str]]
+    ) -> Caller:
+        """Return the caller by its token or key. Raise 401 if it has none, whether the rental exists or not."""
         if "orion_" in connection.headers.get("authorization", ""):
             principal = await self._authentication.authenticate(connection, "client", "admin")
-            return Who(principal, principal.expires_at)
+            return Caller(principal, principal.expires_at)
         now = self._clock.wall_of_tokens()
         for key in offered():
-            named = self._keys.read(key, asked.rental_id, asked.port, now)
+            named = self._keys.read(key, request.rental_id, request.port, now)
             known = await self._store.read(tokens.named, named.role, named.token_id, now) if named else None
             if named is not None and known is not None and known.mark == named.mark:
-                if asked.on_own_host and asked.cross_site:
-                    raise ApiProblem(403, "cross_site", "a page from elsewhere asks for this")
+                if request.on_own_host and request.cross_site:
+                    raise ApiProblem(403, "cross_site", "a page of another origin may not make this request")
                 ends = [at for at in (known.expires_at, named.ends_at) if at is not None]
-                return Who(known, min(ends))
+                return Caller(known, min(ends))
         detail = (
-            f"nothing is open to everybody here: `orion open {asked.rental_id} {asked.port}` opens a port of your own "
-            "in a browser, and a program sends its token (Authorization: Bearer TOKEN)"
+            f"this port is not public: `orion open {request.rental_id} {request.port}` opens a port of your own "
+            "rental in a browser, and a program sends its token (Authorization: Bearer TOKEN)"
         )
         raise ApiProblem(401, "private", detail, {"WWW-Authenticate": 'Bearer realm="orion"'})
 
     async def _named(self, name: str, principal: Principal) -> Row | None:
-        """Return the living rental that the principal itself owns under that name."""
+        """Return the principal's own rental of that name, if it has not ended."""
         found = await self._store.read(rentals.page, principal.name, name, False, None, 1)
         return found[0] if found else None
 
-    def _destination(self, row: Row | None, asked: PortRequest, who: Who | None, number: int) -> Destination:
-        """`who` is None for what is public alone."""
-        principal = who.principal if who else None
+    def _destination(self, row: Row | None, request: PortRequest, caller: Caller | None, number: int) -> Destination:
+        """Return the worker, with a pass for it. `caller` is None for a public port. Raise ApiProblem."""
+        principal = caller.principal if caller else None
         if row is None or (principal and visible_owner(principal) not in {None, row["owner"]}):
             raise not_found("rental")
         if row["state"] in OVER:
@@ -165,14 +164,14 @@ class PortAccess:
         if row["state"] != wire.RentalState.ACTIVE or not row["session_id"]:
             why = f" ({row['state']}: {row['explanation']})" if principal else ""
             raise try_later("not_active", f"the rental does not run at present{why}: try again in a moment")
-        grant = self._ends.note(who.principal, row["worker_id"]) if who else PUBLIC
-        left_s = who.ends_at - self._clock.wall_of_tokens() if who and who.ends_at is not None else None
-        signed = signed_pass(row["session_id"], row["id"], row["epoch"], asked.port, grant, number, left_s)
-        return Destination(row["address"], signed, is_public=who is None)
+        grant = self._connections.note(caller.principal, row["worker_id"]) if caller else PUBLIC
+        left_s = caller.ends_at - self._clock.wall_of_tokens() if caller and caller.ends_at is not None else None
+        signed = signed_pass(row["session_id"], row["id"], row["epoch"], request.port, grant, number, left_s)
+        return Destination(row["address"], signed, is_public=caller is None)
 
 
 def try_later(code: str, detail: str) -> ApiProblem:
-    """Return the refusal of what may be possible in a moment."""
+    """Return the refusal of a request that may succeed in a moment."""
     return ApiProblem(503, code, detail, {"Retry-After": "2"})
 
 

@@ -1,9 +1,9 @@
-"""The bytes of one SSH connection, relayed between a WebSocket and a worker's sshd.
+"""The relay of one SSH connection's bytes between a WebSocket and a worker's sshd.
 
-Nothing is decrypted here: the renter's own ssh verifies the worker's host key, and logs in, through the relay.
+It decrypts nothing: the renter's own ssh verifies the worker's host key and logs in through the relay.
 
-    stream = await connect(host)         # raises WorkerUnreachable: answer with a problem, nothing is accepted yet
-    relayed = await relay(websocket, stream, over)     # `over`: a future that says how its time is over
+    stream = await connect(host)         # raises WorkerUnreachable before the WebSocket is accepted
+    relayed = await relay(websocket, stream, over)     # `over` is a future; its result ends the relay
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ CONNECT_TIMEOUT_S = 5.0
 READ_BYTES = 256 * 1024
 MAX_FRAME_BYTES = 1 << 20
 STALLED_AFTER_S = 120
-"""A worker that takes nothing for so long, or whose machine is gone, ends the relay. Longer than a takeover."""
+"""Seconds after which a worker that reads nothing, or whose machine is gone, ends the relay. Longer than a takeover."""
 
 CLOSE_TIMEOUT_S = 5.0
-"""A client that takes nothing does not even take a close: then it is hung up on."""
-REFUSED_FOR_S = 1.0
-AGAIN_AFTER_S = 0.02
-"""sshd takes no connection for some milliseconds while it takes a new certificate."""
+"""Seconds for the close frame to be sent; the connection of a client that does not read is then cut."""
+RETRY_REFUSED_FOR_S = 1.0
+RETRY_AFTER_S = 0.02
+"""Seconds between attempts: sshd refuses connections for some milliseconds while it loads a new certificate."""
 
 NORMAL, UNSUPPORTED, TOO_BIG, BROKEN = 1000, 1003, 1009, 1011
-MOVED = 4001
-"""The rental is not on that worker any more; the reason says why."""
-REVOKED = 4003
-"""The token by which it was opened is not valid any more."""
-NOTICE = "X-Orion-Notice"
-"""A header of the answer to a client that is let through: what a person should know."""
-REMARK = "X-Orion-Remark"
-"""The same, of what can wait: for somebody who logs in, and not for a program that copies files."""
+LEFT_WORKER = 4001
+"""Close code: the rental has left the worker; the reason says why."""
+TOKEN_OVER = 4003
+"""Close code: the token that opened the connection is over."""
+NOTICE_HEADER = "X-Orion-Notice"
+"""A header of an accepted handshake: what every user of the rental should know."""
+REMARK_HEADER = "X-Orion-Remark"
+"""A header of an accepted handshake: what can wait until somebody logs in. Programs that copy files ignore it."""
 LONGEST_REASON = 100
-"""Bytes: a close frame has room for 123."""
+"""Bytes of a close frame's reason; the protocol allows 123."""
 
 
 class WorkerUnreachable(Exception):
@@ -51,7 +51,7 @@ class WorkerUnreachable(Exception):
 
 @dataclass(frozen=True)
 class Relayed:
-    """How it ended, with the close code that was sent or received, and how many bytes went each way."""
+    """The end of a relay: the close code that was sent or received, and the bytes in each direction."""
 
     to_worker: int
     to_client: int
@@ -61,13 +61,15 @@ class Relayed:
 
 @dataclass(frozen=True)
 class Ending:
+    """A WebSocket's close code and reason."""
+
     code: int
     reason: str = ""
 
 
 @dataclass
 class SshStream:
-    """A TCP connection to a worker's sshd, with what it carried."""
+    """A TCP connection to a worker's sshd, and the bytes that it carried."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -75,12 +77,12 @@ class SshStream:
     to_client: int = 0
 
     def close(self) -> None:
-        """What was written still goes out."""
+        """Close the connection after all written bytes are sent."""
         self.writer.close()
 
 
 async def connect(host: Host, timeout_s: float = CONNECT_TIMEOUT_S) -> SshStream:
-    """To the worker's sshd. Raises WorkerUnreachable, whose message a client may see."""
+    """Connect to the worker's sshd. Raise WorkerUnreachable, whose message a client may see."""
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await _open(host)
@@ -92,22 +94,22 @@ async def connect(host: Host, timeout_s: float = CONNECT_TIMEOUT_S) -> SshStream
 
 async def _open(host: Host) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     loop = asyncio.get_running_loop()
-    give_up_at = loop.time() + REFUSED_FOR_S
+    give_up_at = loop.time() + RETRY_REFUSED_FOR_S
     while True:
         try:
             return await asyncio.open_connection(host.address, host.port, limit=READ_BYTES)
         except ConnectionRefusedError:
             if loop.time() >= give_up_at:
                 raise
-            await asyncio.sleep(AGAIN_AFTER_S)
+            await asyncio.sleep(RETRY_AFTER_S)
 
 
 async def relay(
     websocket: WebSocket, stream: SshStream, over: asyncio.Future[Ending], headers: Mapping[str, str] | None = None
 ) -> Relayed:
-    """Accept the WebSocket and carry bytes both ways until either side ends. Both are closed when it returns.
+    """Accept the WebSocket with `headers`, and relay bytes both ways until one side ends or `over` is done.
 
-    `headers` go with the acceptance. It ends as well when `over` is done, by its result.
+    Both connections are closed when this returns.
     """
     try:
         await websocket.accept(headers=[(name.encode(), value.encode()) for name, value in (headers or {}).items()])
@@ -121,7 +123,7 @@ async def relay(
 
 
 async def _first_ending(websocket: WebSocket, stream: SshStream, over: asyncio.Future[Ending]) -> Ending:
-    """Of the two directions; the other is then ended as well, whatever happens here."""
+    """Run both directions and return the first ending of these and `over`; the others are cancelled."""
     pumps = [asyncio.create_task(pump(websocket, stream)) for pump in (_to_client, _to_worker)]
     try:
         waiting: list[asyncio.Future[Any]] = [*pumps, over]
@@ -131,13 +133,13 @@ async def _first_ending(websocket: WebSocket, stream: SshStream, over: asyncio.F
             pump.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
     if over in done:
-        told = over.result()
-        return Ending(told.code, told.reason.encode()[:LONGEST_REASON].decode(errors="ignore"))
+        ending = over.result()
+        return Ending(ending.code, ending.reason.encode()[:LONGEST_REASON].decode(errors="ignore"))
     return next(pump for pump in pumps if pump in done).result()
 
 
 async def _to_client(websocket: WebSocket, stream: SshStream) -> Ending:
-    """Sending waits while the client does not take what was sent, so no more is read than one block."""
+    """Carry bytes to the client. Sending waits while the client does not read, so at most one block is in memory."""
     try:
         while part := await stream.reader.read(READ_BYTES):
             await websocket.send_bytes(part)
@@ -148,7 +150,7 @@ async def _to_client(websocket: WebSocket, stream: SshStream) -> Ending:
 
 
 async def _to_worker(websocket: WebSocket, stream: SshStream) -> Ending:
-    """Draining waits while the worker does not take what was written, so no more is received than one frame."""
+    """Carry bytes to the worker. Draining waits while the worker does not read, so at most one frame is in memory."""
     while True:
         message = await websocket.receive()
         if message["type"] == "websocket.disconnect":
@@ -163,13 +165,13 @@ async def _to_worker(websocket: WebSocket, stream: SshStream) -> Ending:
             await stream.writer.drain()
             stream.to_worker += len(frame)
         except OSError:
-            await asyncio.Event().wait()  # the worker may have said why: the other direction reads it, and ends
+            await asyncio.Event().wait()  # the worker may have sent its reason: the other direction reads it and ends
 
 
 async def _close(websocket: WebSocket, ending: Ending) -> None:
     if WebSocketState.DISCONNECTED in (websocket.client_state, websocket.application_state):
         return
-    with suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # it left in this moment
+    with suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # the client may disconnect meanwhile
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await websocket.close(ending.code, ending.reason)
 
@@ -183,7 +185,7 @@ def _tune(connection: socket.socket) -> None:
 
 
 def _reason(error: OSError) -> str:
-    """asyncio puts the address into its own text, which is nobody's business outside."""
+    """Return the system's text of the error; asyncio's text has the worker's address, which clients must not see."""
     if isinstance(error, TimeoutError) or not error.errno:
         return "no answer in time"
     return os.strerror(error.errno)

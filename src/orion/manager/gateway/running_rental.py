@@ -1,4 +1,4 @@
-"""A rental on the worker that it runs on, as the relay and the terminals need it."""
+"""Waiting for a rental to run, and what the relay and the terminals need of the row that has its worker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orion.manager.store.database import Row, Store
 from orion.manager.store.tokens import Principal
 
 OVER = frozenset({*ENDED, wire.RentalState.RELEASING})
-"""The states of a rental that is not active any more, and never will be."""
+"""The states of a rental that will never be active again."""
 
 
 class RunningRentals:
@@ -29,10 +29,10 @@ class RunningRentals:
         self._monotonic = monotonic
 
     async def wait_for(self, rental_id: str, principal: Principal, deadline: float, session: Session) -> Row:
-        """Return the rental with the worker that it runs on, as soon as it is active.
+        """Return the rental with its worker as soon as it is active and not quiesced (`held` in its row).
 
-        Raise ApiProblem where it is not yet at `deadline` (monotonic seconds), never will be, or the session's token
-        is over.
+        Raise ApiProblem if it is not active at `deadline` (monotonic seconds) or never will be, or if the session's
+        token is over.
         """
         with self._store.news.listen(rental_id) as changed:
             session.opening.wakes(changed)
@@ -49,7 +49,7 @@ class RunningRentals:
                 if row["state"] == wire.RentalState.ACTIVE and not row["held"]:
                     if not session.over.done():
                         return row
-                    continue  # something ended while it was read: look again
+                    continue  # a placement ended while the row was read, so the row may be old
                 if row["state"] in OVER or left_s <= 0:
                     raise _not_active(row)
                 with suppress(TimeoutError):
@@ -58,23 +58,23 @@ class RunningRentals:
 
 
 def job_of(row: Row) -> Job:
-    """Return the job by which the rental's worker is certified; it names the worker's host."""
+    """Return the job that certifies the rental's worker; it has the worker's host."""
     host = Host(row["worker_id"], row["address"], tuple(row["host_keys"]))
     return Job(Action.CERTIFY, host, row["id"], row["username"], row["uid"], row["epoch"], owner=row["owner"])
 
 
 def remarks(row: Row) -> str:
-    """Return what its owner should know of its files at a log-in, in a line; empty: there is nothing."""
+    """Return one line that its owner should read at a log-in, about its files; empty if there is nothing to say."""
     found = [row["home_warning"]] if row["home_warning"] and not row["copy_problem"] else []
     if row["salvage"]:
         restore = f"orion restore {row['name']} --from {row['salvage'].generation}"
-        found.append(f"it does not have what a lost worker still had of it: {restore}")
+        found.append(f"a lost worker had newer files, which are kept as a recovered snapshot: {restore}")
     return f"{row['name']}: {'; '.join(found)}" if found else ""
 
 
 def _not_active(row: Row) -> ApiProblem:
-    """Return the refusal, with Retry-After where it is worth waiting for."""
+    """Return the refusal of a rental that is not active, with Retry-After if it may become so."""
     again = {} if row["state"] in OVER else {"Retry-After": "5"}
     if row["state"] == wire.RentalState.ACTIVE:
-        return ApiProblem(409, "not_active", "the rental is being moved: it stands still for a moment", again)
+        return ApiProblem(409, "not_active", "the rental is migrating and stands still for a moment: try again", again)
     return ApiProblem(409, "not_active", f"the rental is {row['state']}: {row['explanation']}", again)

@@ -19,7 +19,7 @@ from typing import Any
 from orion.manager.controllers.loop import Loop
 from orion.manager.domain.fair_share import Claim, may_take
 from orion.manager.domain.steps import Event
-from orion.manager.gateway.relay import MOVED, REVOKED, Ending
+from orion.manager.gateway.relay import LEFT_WORKER, TOKEN_OVER, Ending
 from orion.manager.gateway.token_lifetime import TokenUse
 from orion.manager.refusals import ApiProblem
 from orion.manager.store.database import Store, record
@@ -66,7 +66,7 @@ class Session:
     def opened_by(self, opening: TokenUse) -> None:
         """End with the token of this opening."""
         self.opening = opening
-        opening.over.add_done_callback(lambda over: self.end(Ending(REVOKED, over.result())))
+        opening.over.add_done_callback(lambda over: self.end(Ending(TOKEN_OVER, over.result())))
 
     def again(self) -> None:
         """It is about to look its rental up: what ended there before that is no concern of it."""
@@ -95,7 +95,7 @@ class Sessions:
         self._pending: deque[Event] = deque(maxlen=MOST_PENDING)
         self._writing = asyncio.Lock()
         self.loop = Loop("sessions", INTERVAL_S, self.flush)
-        store.news.follow(self.hear)
+        store.news.follow(self.on_commit)
 
     @contextmanager
     def beginning(self, rental_id: str) -> Iterator[Session]:
@@ -122,7 +122,7 @@ class Sessions:
             self._taken += Counter()
             _forget(self._inside, session.worker_id, session)
 
-    def hear(self, committed: Sequence[Event]) -> None:
+    def on_commit(self, committed: Sequence[Event]) -> None:
         """What was committed: ends the sessions of placements that are over, in the same moment."""
         for event in committed:
             if event.kind not in ENDS or event.rental_id not in self._listening:
@@ -131,7 +131,7 @@ class Sessions:
                 # One that has not looked yet has epoch 0, and might have looked just before. What ends of another
                 # epoch is no concern of it: a placement that was, or one that was made beside it and came to nothing.
                 if session.epoch in {0, event.epoch}:
-                    session.end(Ending(MOVED, event.reason))
+                    session.end(Ending(LEFT_WORKER, event.reason))
 
     def note_begin(self, session: Session) -> None:
         self._note(session, "rental.session_opened", "let through to its worker", {})

@@ -12,7 +12,16 @@ from starlette.websockets import WebSocket
 
 from orion.manager.ansible.port import Job
 from orion.manager.domain.leases import Leases
-from orion.manager.gateway.relay import NOTICE, REMARK, Ending, Relayed, SshStream, WorkerUnreachable, connect, relay
+from orion.manager.gateway.relay import (
+    NOTICE_HEADER,
+    REMARK_HEADER,
+    Ending,
+    Relayed,
+    SshStream,
+    WorkerUnreachable,
+    connect,
+    relay,
+)
 from orion.manager.gateway.running_rental import RunningRentals, job_of, remarks
 from orion.manager.gateway.sessions import Session, Sessions
 from orion.manager.gateway.token_lifetime import TokenUses
@@ -109,12 +118,12 @@ def _notice(row: Row) -> dict[str, str]:
     if not row["copy_problem"]:
         return {}
     said = f"{row['name']} is not copied: {row['copy_problem']}"[:LONGEST_NOTICE]
-    return {NOTICE: _printable(said)}
+    return {NOTICE_HEADER: _printable(said)}
 
 
 def _remark(row: Row) -> dict[str, str]:
     said = remarks(row)[:LONGEST_NOTICE]
-    return {REMARK: _printable(said)} if said else {}
+    return {REMARK_HEADER: _printable(said)} if said else {}
 
 
 def _printable(said: str) -> str:

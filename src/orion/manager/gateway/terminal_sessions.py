@@ -8,7 +8,7 @@ from collections.abc import Callable
 from starlette.websockets import WebSocket
 
 from orion.manager.controllers.wall_clock import TrustedClock
-from orion.manager.gateway.relay import NORMAL, REVOKED, Ending
+from orion.manager.gateway.relay import NORMAL, TOKEN_OVER, Ending
 from orion.manager.gateway.running_rental import RunningRentals, job_of, remarks
 from orion.manager.gateway.sessions import Session, Sessions
 from orion.manager.gateway.terminal import COME_AGAIN, OVER, TIME_OVER, TerminalPage, carry, serve
@@ -104,7 +104,7 @@ class TerminalSessions:
                 except ApiProblem as error:
                     return Ending(COME_AGAIN, error.detail)
             if session.over.done():
-                if session.over.result().code == REVOKED:
+                if session.over.result().code == TOKEN_OVER:
                     return Ending(OVER, session.over.result().reason)
                 await page.tell("waiting", f"The rental has left its worker: {session.over.result().reason}")
             else:
