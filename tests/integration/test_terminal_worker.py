@@ -74,7 +74,7 @@ class Gateway:
     async def _visit(self, page: TerminalPage) -> Ending:
         shell = await self.shells.open(self.host, self.login, page.size)
         page.attach(True)
-        await page.tell("connected", "")
+        await page.send_state("connected", "")
         try:
             how = await carry(page, shell, asyncio.get_running_loop().create_future())
         finally:

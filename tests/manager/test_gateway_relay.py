@@ -302,10 +302,10 @@ async def test_every_session_is_two_events_and_never_what_was_said(house: House,
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
-        (SessionLimits(of_a_rental=2), "the rental has 2 sessions"),
-        (SessionLimits(of_all=4), "the rentals of admin have 2 sessions"),
-        (SessionLimits(young_of_a_rental=2), "begun there at once"),
-        (SessionLimits(young_of_a_worker=4), "begun there at once"),
+        (SessionLimits(of_a_rental=2), "the rental has 2 open sessions"),
+        (SessionLimits(of_all=4), "the rentals of admin have 2 open sessions"),
+        (SessionLimits(young_of_a_rental=2), "began on this worker at once"),
+        (SessionLimits(young_of_a_worker=4), "began on this worker at once"),
     ],
 )
 async def test_a_limit_answers_with_its_reason(house: House, sshds: Sshds, limits: SessionLimits, said: str) -> None:

@@ -22,7 +22,7 @@ from orion.manager.gateway.relay import Ending
 from orion.manager.gateway.terminal import (
     INPUT_BYTES,
     MAX_FRAME_BYTES,
-    TELL_BYTES,
+    REPORT_INPUT_BYTES,
     TIME_OVER,
     TerminalPage,
     Terms,
@@ -364,8 +364,8 @@ async def test_a_page_that_does_not_acknowledge_still_types_and_still_hears(hous
             shell.say(bytes(1000))
         assert await page.shown()
         page.types(b"\x03")
-        page.types(bytes(TELL_BYTES))
-        assert await page.control() == {"took": TELL_BYTES + 1}
+        page.types(bytes(REPORT_INPUT_BYTES))
+        assert await page.control() == {"took": REPORT_INPUT_BYTES + 1}
 
 
 async def test_what_nobody_reads_is_not_received_without_end(house: House) -> None:
@@ -459,7 +459,7 @@ async def test_what_is_typed_while_there_is_no_shell_reaches_none(house: House) 
         shell.end(None)
         assert "broke" in await page.sees("waiting")
         assert "does not answer" in await page.sees("waiting")
-        page.types(bytes(TELL_BYTES))
+        page.types(bytes(REPORT_INPUT_BYTES))
         while "took" not in await page.control():
             pass
         house.shells.refusing = ""
@@ -600,7 +600,7 @@ async def test_who_opens_many_terminals_leaves_others_half_of_them(
         with terminals.opened(rental_id, "other"):
             refused = await house.as_admin.post(f"/api/rentals/{rental_id}/terminal")
             assert (refused.status_code, refused.json()["code"]) == (503, "too_many_terminals")
-            assert "serves 2" in refused.json()["detail"]
+            assert "has 2 open browser terminals" in refused.json()["detail"]
         terminals.check(rental_id, "other")
     assert await ticket(house.as_admin, rental_id)
 

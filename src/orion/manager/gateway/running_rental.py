@@ -35,11 +35,11 @@ class RunningRentals:
         token is over.
         """
         with self._store.news.listen(rental_id) as changed:
-            session.opening.wakes(changed)
+            session.token_use.wakes(changed)
             while True:
                 changed.clear()
-                session.opening.check()
-                session.again()
+                session.token_use.check()
+                session.before_lookup()
                 row = await self._store.read(
                     rentals.one, rental_id, visible_owner(principal), self._clock.wall_of_removals()
                 )

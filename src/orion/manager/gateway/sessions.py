@@ -1,9 +1,8 @@
-"""Who is in, where, and since when; how many may be; and the end of those whose worker is the rental's no more.
+"""The open sessions: their record, their limits, and their end when the rental leaves the worker.
 
-A session that begins is listened for before the rental is looked up, so none outlives a change that came in between.
-Beginnings and ends are written down once a second, all in one transaction: who, from where, to which rental, for how
-long and how many bytes, and never what. A manager that is killed loses the last second of it, and the ends of what it
-carried.
+A session is registered before its rental is read, so it misses no change that is committed in between. Beginnings and
+ends are written once a second in one transaction: the user, the address, the rental, the duration and the number of
+bytes, but no content. A manager that is killed loses the last second of these, and the ends of its open sessions.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from orion.manager.store.database import Store, record
 INTERVAL_S = 1.0
 MOST_PENDING = 10_000
 ENDS = frozenset(f"placement.{state}" for state in ("stopping", "stopped", "failed", "lost", "purged"))
-"""Events after which nobody has any business on that worker."""
+"""The kinds of events after which the rental has left that worker."""
 
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """Sessions at once. Of all, and of the young ones of a worker, an owner of rentals has half at most.
+    """The limits of open sessions. One owner's rentals may have half of all, and half of a worker's young ones.
 
-    A young one may not have logged in: sshd of a worker takes 200 of those, and then refuses whoever comes, the manager
-    included, for all come from the manager's address.
+    A young session may not have logged in yet. A worker's sshd accepts 200 such connections from one address, and all
+    come from the manager's: beyond them it would refuse the manager itself.
     """
 
     of_a_rental: int = 100
@@ -43,7 +42,7 @@ class SessionLimits:
     young_of_a_rental: int = 50
     young_of_a_worker: int = 150
     young_s: float = 25.0
-    """A little more than sshd waits for a log-in (LoginGraceTime)."""
+    """The seconds for which a session is young: a little more than sshd's LoginGraceTime."""
 
 
 @dataclass(eq=False)
@@ -56,22 +55,22 @@ class Session:
     owner: str = ""
     worker_id: str = ""
     epoch: int = 0
-    also: dict[str, Any] = field(default_factory=dict)
-    """What else its events tell."""
-    opening: TokenUse = field(default_factory=TokenUse)
-    """Says when the token by which it was opened is over."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Further details of its events."""
+    token_use: TokenUse = field(default_factory=TokenUse)
+    """The use of the token that opened it."""
     over: asyncio.Future[Ending] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    """Why its worker is the rental's no more, or its token nobody's."""
+    """A future that is done when the rental has left the worker or the token is over; its result says why."""
 
-    def opened_by(self, opening: TokenUse) -> None:
-        """End with the token of this opening."""
-        self.opening = opening
-        opening.over.add_done_callback(lambda over: self.end(Ending(TOKEN_OVER, over.result())))
+    def end_with(self, token_use: TokenUse) -> None:
+        """End when this use of a token ends."""
+        self.token_use = token_use
+        token_use.over.add_done_callback(lambda over: self.end(Ending(TOKEN_OVER, over.result())))
 
-    def again(self) -> None:
-        """It is about to look its rental up: what ended there before that is no concern of it."""
+    def before_lookup(self) -> None:
+        """Forget an ending of a former placement, because the rental is about to be read again."""
         self.epoch = 0
-        if self.opening.over.done():
+        if self.token_use.over.done():
             return
         self.over = asyncio.get_running_loop().create_future()
 
@@ -86,20 +85,21 @@ class Sessions:
         self._monotonic = monotonic
         self.limits = limits or SessionLimits()
         self._listening: dict[str, set[Session]] = {}
-        """By rental: whoever is in, or about to come in."""
+        """The sessions that are open or about to be, by rental."""
         self._inside: dict[str, set[Session]] = {}
-        """By worker."""
+        """The open sessions, by worker."""
         self.inside = 0
+        """The number of open sessions."""
         self._taken: Counter[Claim] = Counter()
-        """The sessions that are carried, by the owner of their rental."""
+        """The number of open sessions, by the owner of the rental."""
         self._pending: deque[Event] = deque(maxlen=MOST_PENDING)
         self._writing = asyncio.Lock()
         self.loop = Loop("sessions", INTERVAL_S, self.flush)
         store.news.follow(self.on_commit)
 
     @contextmanager
-    def beginning(self, rental_id: str) -> Iterator[Session]:
-        """From before the rental is looked up until the session has ended."""
+    def registered(self, rental_id: str) -> Iterator[Session]:
+        """Yield a new session that is ended by events of its rental; enter this before the rental is read."""
         session = Session(rental_id, self._monotonic())
         self._listening.setdefault(rental_id, set()).add(session)
         try:
@@ -108,8 +108,8 @@ class Sessions:
             _forget(self._listening, rental_id, session)
 
     @contextmanager
-    def carried(self, session: Session) -> Iterator[None]:
-        """While it is relayed to its worker. Raises ApiProblem where there are too many."""
+    def counted(self, session: Session) -> Iterator[None]:
+        """Count the session as open during the block. Raise ApiProblem if there are too many."""
         self._check(session)
         self._inside.setdefault(session.worker_id, set()).add(session)
         self.inside += 1
@@ -123,23 +123,23 @@ class Sessions:
             _forget(self._inside, session.worker_id, session)
 
     def on_commit(self, committed: Sequence[Event]) -> None:
-        """What was committed: ends the sessions of placements that are over, in the same moment."""
+        """End the sessions of the placements that these events end."""
         for event in committed:
             if event.kind not in ENDS or event.rental_id not in self._listening:
                 continue
             for session in self._listening[event.rental_id]:
-                # One that has not looked yet has epoch 0, and might have looked just before. What ends of another
-                # epoch is no concern of it: a placement that was, or one that was made beside it and came to nothing.
+                # A session with epoch 0 may have read its rental just before this commit. A placement of another epoch
+                # is a former one, or the target of a migration that failed.
                 if session.epoch in {0, event.epoch}:
                     session.end(Ending(LEFT_WORKER, event.reason))
 
     def note_begin(self, session: Session) -> None:
-        self._note(session, "rental.session_opened", "let through to its worker", {})
+        self._note(session, "rental.session_opened", "connected to its worker", {})
 
     def note_end(self, session: Session, reason: str, to_worker: int, to_client: int) -> None:
         seconds = round(self._monotonic() - session.began, 3)
-        told = {"seconds": seconds, "bytes_to_worker": to_worker, "bytes_to_client": to_client}
-        self._note(session, "rental.session_closed", reason or "ended", told)
+        figures = {"seconds": seconds, "bytes_to_worker": to_worker, "bytes_to_client": to_client}
+        self._note(session, "rental.session_closed", reason or "ended", figures)
 
     async def flush(self) -> None:
         if not self._pending:
@@ -153,8 +153,8 @@ class Sessions:
                 self._pending.extendleft(reversed(events))
                 raise
 
-    def _note(self, session: Session, kind: str, reason: str, told: dict[str, float]) -> None:
-        details = {"session": session.id, "from": session.where_from} | session.also | told
+    def _note(self, session: Session, kind: str, reason: str, figures: dict[str, float]) -> None:
+        details = {"session": session.id, "from": session.where_from} | session.details | figures
         event = Event(
             kind=kind,
             actor=session.who,
@@ -174,14 +174,17 @@ class Sessions:
         young_of_its = sum(session.rental_id == new.rental_id for session in young)
         young_of_owners = Counter(Claim(session.owner) for session in young)
         if self.inside >= limits.of_all:
-            raise _too_many(f"the platform carries {limits.of_all} sessions, and no more")
+            raise _too_many(f"the platform has {limits.of_all} open sessions, which is its limit: try again later")
         if not may_take(owner, self._taken, limits.of_all):
-            raise _too_many(f"the rentals of {new.owner} have {self._taken[owner]} sessions, and may have no more")
+            detail = (
+                f"the rentals of {new.owner} have {self._taken[owner]} open sessions, which is their limit: end one"
+            )
+            raise _too_many(detail)
         if len(its) >= limits.of_a_rental:
-            raise _too_many(f"the rental has {limits.of_a_rental} sessions, and may have no more: end one")
+            raise _too_many(f"the rental has {limits.of_a_rental} open sessions, which is its limit: end one")
         has_room = may_take(owner, young_of_owners, limits.young_of_a_worker)
         if young_of_its >= limits.young_of_a_rental or not has_room:
-            raise _too_many("too many sessions were begun there at once: try again in half a minute")
+            raise _too_many("too many sessions began on this worker at once: try again in half a minute")
 
 
 def _too_many(detail: str) -> ApiProblem:

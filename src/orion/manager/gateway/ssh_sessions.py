@@ -1,4 +1,4 @@
-"""One renter's SSH connection from its WebSocket to the sshd of the rental's worker, and its record in the sessions."""
+"""A renter's SSH connection, from its WebSocket to the sshd of the rental's worker, as a recorded session."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from orion.manager.store.tokens import Principal
 log = structlog.get_logger()
 
 LONGEST_NOTICE = 500
-"""Letters."""
+"""Characters of a notice in a header."""
 
 
 class SshSessions:
@@ -46,10 +46,10 @@ class SshSessions:
         certify: Callable[[Job], Awaitable[None]],
         monotonic: Callable[[], float],
     ) -> None:
-        """`certify` has the worker of a rental show a certificate that names it (operations/host_certificates.py)."""
+        """`certify` makes a rental's worker present a certificate for the rental (operations/host_certificates.py)."""
         self._rentals = rentals
         self._sessions = sessions
-        self._openings = token_uses
+        self._token_uses = token_uses
         self._leases = leases
         self._certify = certify
         self._monotonic = monotonic
@@ -57,28 +57,30 @@ class SshSessions:
     async def carry(
         self, websocket: WebSocket, rental_id: str, principal: Principal, where_from: str, wait_s: float
     ) -> None:
-        """Relay the WebSocket's bytes to the rental's sshd and back, until one of the two ends.
+        """Relay bytes between the WebSocket and the rental's sshd until one of them ends.
 
-        Raise ApiProblem or WorkerUnreachable before the WebSocket is accepted; wait up to `wait_s` for a rental that
-        is not active yet.
+        Wait up to `wait_s` for a rental that is not active yet. Raise ApiProblem or WorkerUnreachable before the
+        WebSocket is accepted.
         """
         deadline = self._monotonic() + wait_s
-        with self._sessions.beginning(rental_id) as session:
+        with self._sessions.registered(rental_id) as session:
             session.who, session.where_from = principal.name, where_from
-            async with self._openings.by(principal) as opening:
-                session.opened_by(opening)
-                await self._bring_in(websocket, principal, session, deadline)
+            async with self._token_uses.by(principal) as use:
+                session.end_with(use)
+                await self._connect_and_relay(websocket, principal, session, deadline)
 
-    async def _bring_in(self, websocket: WebSocket, principal: Principal, session: Session, deadline: float) -> None:
+    async def _connect_and_relay(
+        self, websocket: WebSocket, principal: Principal, session: Session, deadline: float
+    ) -> None:
         while True:
             row = await self._rentals.wait_for(session.rental_id, principal, deadline, session)
             session.owner, session.worker_id, session.epoch = row["owner"], row["worker_id"], row["epoch"]
-            with self._sessions.carried(session):
+            with self._sessions.counted(session):
                 other = self._leases.displaced_by(row["worker_id"])
                 if other:
                     raise WorkerUnreachable(
-                        f"its worker {row['worker_id']} is gone, and {other} has its address now: the rental is taken "
-                        "over as soon as the lease of the lost one has passed"
+                        f"the rental's worker {row['worker_id']} is gone, and {other} has its address now: the rental "
+                        "is taken over when the lease of the lost worker has passed"
                     )
                 job = job_of(row)
                 await self._certify(job)
@@ -89,7 +91,7 @@ class SshSessions:
 
     async def _relay(self, websocket: WebSocket, session: Session, stream: SshStream, headers: dict[str, str]) -> None:
         self._sessions.note_begin(session)
-        relayed = Relayed(0, 0, 0, "the manager ended it")
+        relayed = Relayed(to_worker=0, to_client=0, code=0, reason="the manager ended it")
         try:
             relayed = await relay(websocket, stream, session.over, headers)
         finally:
@@ -98,7 +100,7 @@ class SshSessions:
 
 
 async def _connected(host: Host, over: asyncio.Future[Ending]) -> SshStream | None:
-    """Return the connection; None where the rental left that worker while the worker did not answer."""
+    """Return the connection, or None if the rental left the worker before the worker had answered."""
     connecting = asyncio.create_task(connect(host))
     waiting: list[asyncio.Future[Any]] = [connecting, over]
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -111,20 +113,20 @@ async def _connected(host: Host, over: asyncio.Future[Ending]) -> SshStream | No
 
 
 def _notice(row: Row) -> dict[str, str]:
-    """Return a header for whoever logs in to a rental that is not copied.
+    """Return the header that says why no snapshots are taken of the rental, if none are.
 
     Such a rental may be frozen, and then its sshd says only that permission is denied.
     """
     if not row["copy_problem"]:
         return {}
-    said = f"{row['name']} is not copied: {row['copy_problem']}"[:LONGEST_NOTICE]
-    return {NOTICE_HEADER: _printable(said)}
+    text = f"{row['name']} is not copied: {row['copy_problem']}"[:LONGEST_NOTICE]
+    return {NOTICE_HEADER: _printable(text)}
 
 
 def _remark(row: Row) -> dict[str, str]:
-    said = remarks(row)[:LONGEST_NOTICE]
-    return {REMARK_HEADER: _printable(said)} if said else {}
+    text = remarks(row)[:LONGEST_NOTICE]
+    return {REMARK_HEADER: _printable(text)} if text else {}
 
 
-def _printable(said: str) -> str:
-    return "".join(letter if " " <= letter <= "~" else "?" for letter in said)
+def _printable(text: str) -> str:
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in text)

@@ -1,4 +1,4 @@
-"""A page with a terminal in it: one WebSocket, and the shells of its rental, one after the other.
+"""A browser's page with a terminal: one WebSocket, and the shells of its rental, one after the other.
 
 Binary frames are the terminal's bytes, both ways. Text frames are JSON:
 
@@ -8,12 +8,12 @@ Binary frames are the terminal's bytes, both ways. Text frames are JSON:
     {"state": "connecting" | "connected" | "waiting" | "ended", "message": "..."}     to the page
 
 The state "connected" also has the "name" of the rental, the "resume" key by which the page opens the terminal again
-after a reload (tickets.py), and a "notice" where there is something to know of the rental's files. The first size
-stands in the address: ?columns=132&rows=43.
+after a reload (tickets.py), and a "notice" if there is something to know of the rental's files. The first size is in
+the address: ?columns=132&rows=43.
 
-Both directions are counted, and neither goes on while too much is unacknowledged. So a flood waits in the worker and
-not in here or in the browser; and a paste waits in the page, so that the page's own acknowledgements never queue behind
-it: with neither of the two, a program that echoes a large paste would wait for the page, and the page for the program.
+Both directions are counted, and each stops while too many bytes are unacknowledged. So a flood of output waits in the
+worker, not in the manager or the browser, and a paste waits in the page, where it does not delay the acknowledgements.
+Otherwise a program that echoes a large paste would wait for the page, and the page for the program.
 """
 
 from __future__ import annotations
@@ -31,41 +31,41 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from orion.manager.gateway.relay import CLOSE_TIMEOUT_S, LONGEST_REASON, TOO_BIG, UNSUPPORTED, Ending
 from orion.manager.ssh.port import Shell
 
-OVER, COME_AGAIN, TIME_OVER = 4000, 4001, 4002
-"""Close codes: the rental has ended; a new ticket will do; nothing happened for long, or the day is over."""
+OVER, TRY_AGAIN, TIME_OVER = 4000, 4001, 4002
+"""Close codes: the rental has ended; the page may try again with a new ticket; the terminal's time is over."""
 MAX_FRAME_BYTES = 256 << 10
 LONGEST_CONTROL = 100
 """Characters of a text frame."""
 LARGEST_SIZE = 1000
-"""Columns and rows."""
+"""The most columns, and the most rows."""
 INPUT_BYTES = 256 << 10
-"""Typed and not yet taken by the shell: what an honest page never reaches. Beyond it nothing more is received."""
-TELL_BYTES = 16 << 10
-"""Of what the shell took is told to the page at once; it has 64 KB on the way at most."""
+"""Bytes of input that may wait for the shell; beyond it nothing is received. The platform's page never reaches it."""
+REPORT_INPUT_BYTES = 16 << 10
+"""Bytes of input after which the page is told that the shell has taken them; the page sends 64 KB ahead at most."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What each page gets."""
+    """The limits of each page."""
 
     idle_s: float = 1800.0
     total_s: float = 12 * 3600.0
     window_bytes: int = 512 << 10
-    """On the way to the screen at most."""
+    """The most bytes of output that may be unacknowledged."""
     bytes_a_second: float = 8 << 20
-    """To the screen: no eye reads faster, and the manager has others to serve."""
+    """The rate of output, limited because the manager serves many pages."""
     burst_bytes: int = 256 << 10
     again_after_s: float = 1.0
-    """Between attempts to reach a worker that does not answer."""
+    """Seconds between attempts to reach a worker that does not answer."""
 
 
 class TerminalPage:
-    """The browser's end."""
+    """The browser's end of a terminal."""
 
     def __init__(
         self, websocket: WebSocket, terms: Terms, size: tuple[int, int] = (80, 24), open_for_s: float = 0.0
     ) -> None:
-        """`open_for_s`: how long the terminal has been open before its page was reloaded."""
+        """`open_for_s` is the time for which the terminal was open before its page was reloaded."""
         self._websocket = websocket
         self._terms = terms
         self._loop = asyncio.get_running_loop()
@@ -74,28 +74,28 @@ class TerminalPage:
         self.size = size
         self.resized = asyncio.Event()
         self.shown = self.taken = 0
-        """Bytes of the present shell."""
+        """Bytes of output and of input of the present shell."""
         self._attached = False
         self._unacknowledged = 0
         self._acknowledged = asyncio.Event()
         self._free_at = -math.inf
         self._typed = bytearray()
         self._typed_more, self._typed_less = asyncio.Event(), asyncio.Event()
-        self._untold = 0
+        self._unreported = 0
 
     def attach(self, attached: bool) -> None:
-        """To a new shell, or to none: what is typed then is meant for nobody."""
+        """Begin with a new shell, or with none; input that waits is dropped: it was meant for the former one."""
         self._attached = attached
         self.shown = self.taken = 0
-        self._untold += len(self._typed)
+        self._unreported += len(self._typed)
         self._typed.clear()
         self._typed_less.set()
 
-    async def tell(self, state: str, message: str, **more: str) -> None:
+    async def send_state(self, state: str, message: str, **more: str) -> None:
         await self._send(state=state, message=message, **more)
 
     async def show(self, part: bytes) -> None:
-        """Returns when more may be shown."""
+        """Send output to the page, and return when more may be sent."""
         while self._unacknowledged and self._unacknowledged + len(part) > self._terms.window_bytes:
             self._acknowledged.clear()
             await self._acknowledged.wait()
@@ -109,6 +109,7 @@ class TerminalPage:
             await asyncio.sleep(self._free_at - now)
 
     async def typed(self) -> bytes:
+        """Wait for input and return it."""
         while not self._typed:
             self._typed_more.clear()
             await self._typed_more.wait()
@@ -117,31 +118,32 @@ class TerminalPage:
         self._typed_less.set()
         return data
 
-    async def took(self, count: int) -> None:
+    async def note_taken(self, count: int) -> None:
+        """Count input that the shell has taken, and tell the page when there is enough of it."""
         self.taken += count
-        self._untold += count
-        if self._untold >= TELL_BYTES:
-            told, self._untold = self._untold, 0
-            await self._send(took=told)
+        self._unreported += count
+        if self._unreported >= REPORT_INPUT_BYTES:
+            count, self._unreported = self._unreported, 0
+            await self._send(took=count)
 
     async def listen(self) -> Ending:
-        """Until it leaves, or says what cannot be understood."""
+        """Receive frames until the page disconnects or sends an invalid one; return the ending."""
         while True:
             message = await self._websocket.receive()
             if message["type"] == "websocket.disconnect":
                 return Ending(message.get("code", 1005), message.get("reason") or "")
             data = message.get("bytes")
             if data is None:
-                if not self._obey(message.get("text") or ""):
-                    return Ending(UNSUPPORTED, "a text frame is no control that is known")
+                if not self._apply_control(message.get("text") or ""):
+                    return Ending(UNSUPPORTED, "the text frame is not a known control message")
             elif len(data) > MAX_FRAME_BYTES:
                 return Ending(TOO_BIG, f"a frame may hold {MAX_FRAME_BYTES} bytes")
             else:
                 self._active_at = self._loop.time()
-                await self._take(data)
+                await self._queue_input(data)
 
-    async def until_too_late(self) -> Ending:
-        """The end of its time."""
+    async def wait_for_timeout(self) -> Ending:
+        """Wait until the terminal was idle for too long or open for too long; return the ending."""
         terms = self._terms
         while True:
             now = self._loop.time()
@@ -153,16 +155,16 @@ class TerminalPage:
             await asyncio.sleep(min(idle_s, left_s))
 
     async def leave(self, ending: Ending) -> None:
-        """With a last word. A page that takes nothing does not even take that: then it is hung up on."""
+        """Send the ending and close. The connection of a page that does not read is cut after CLOSE_TIMEOUT_S."""
         if WebSocketState.DISCONNECTED in (self._websocket.client_state, self._websocket.application_state):
             return
         reason = ending.reason.encode()[:LONGEST_REASON].decode(errors="ignore")
-        with suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # it left in this moment
+        with suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # the page may disconnect meanwhile
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self.tell("ended", ending.reason)
+                await self.send_state("ended", ending.reason)
                 await self._websocket.close(ending.code, reason)
 
-    async def _take(self, data: bytes) -> None:
+    async def _queue_input(self, data: bytes) -> None:
         while self._attached and len(self._typed) >= INPUT_BYTES:
             self._typed_less.clear()
             await self._typed_less.wait()
@@ -170,16 +172,16 @@ class TerminalPage:
             self._typed += data
             self._typed_more.set()
         else:
-            self._untold += len(data)
-            await self.took(0)
+            self._unreported += len(data)
+            await self.note_taken(0)
 
-    def _obey(self, text: str) -> bool:
-        """Whether it was a control."""
+    def _apply_control(self, text: str) -> bool:
+        """Apply a control message. Return False if it is not one."""
         try:
-            asked = json.loads(text) if len(text) <= LONGEST_CONTROL else None
+            message = json.loads(text) if len(text) <= LONGEST_CONTROL else None
         except ValueError:
             return False
-        match asked:
+        match message:
             case {"ack": int(count), **rest} if not rest and count > 0:
                 self._unacknowledged = max(0, self._unacknowledged - count)
                 self._acknowledged.set()
@@ -190,13 +192,13 @@ class TerminalPage:
                 return False
         return True
 
-    async def _send(self, **told: Any) -> None:
-        await self._websocket.send_text(json.dumps(told))
+    async def _send(self, **message: Any) -> None:
+        await self._websocket.send_text(json.dumps(message))
 
 
 async def serve(page: TerminalPage, visits: Coroutine[Any, Any, Ending]) -> Ending:
-    """Until the page leaves, its time is over, or the visits to the rental's shells end. All is closed then."""
-    running = [asyncio.create_task(part) for part in (page.listen(), page.until_too_late(), visits)]
+    """Serve the page until it disconnects, its time is over, or `visits` to the rental's shells end; then close it."""
+    running = [asyncio.create_task(part) for part in (page.listen(), page.wait_for_timeout(), visits)]
     try:
         done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         ending = next(task for task in running if task in done).result()
@@ -211,7 +213,7 @@ async def serve(page: TerminalPage, visits: Coroutine[Any, Any, Ending]) -> Endi
 
 
 async def carry(page: TerminalPage, shell: Shell, over: asyncio.Future[Ending]) -> str | None:
-    """Between the page and one shell, until that has ended: how. None: it is lost, or `over` is done."""
+    """Carry bytes between the page and one shell. Return how the shell ended; None if it is lost or `over` is done."""
     running = [asyncio.create_task(part(page, shell)) for part in (_show, _type, _resize)]
     waiting: list[asyncio.Future[Any]] = [*running, over]
     try:
@@ -234,7 +236,7 @@ async def _type(page: TerminalPage, shell: Shell) -> None:
     while True:
         data = await page.typed()
         await shell.write(data)
-        await page.took(len(data))
+        await page.note_taken(len(data))
 
 
 async def _resize(page: TerminalPage, shell: Shell) -> None:

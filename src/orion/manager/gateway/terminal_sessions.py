@@ -1,4 +1,4 @@
-"""A browser's terminal, from its ticket to its end: one shell after the other, wherever the rental is."""
+"""A browser's terminal, from its ticket to its end: one shell after the other, on whichever worker the rental is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orion.manager.controllers.wall_clock import TrustedClock
 from orion.manager.gateway.relay import NORMAL, TOKEN_OVER, Ending
 from orion.manager.gateway.running_rental import RunningRentals, job_of, remarks
 from orion.manager.gateway.sessions import Session, Sessions
-from orion.manager.gateway.terminal import COME_AGAIN, OVER, TIME_OVER, TerminalPage, carry, serve
+from orion.manager.gateway.terminal import OVER, TIME_OVER, TRY_AGAIN, TerminalPage, carry, serve
 from orion.manager.gateway.tickets import LIFETIME_S, Resume, Terminals
 from orion.manager.gateway.token_lifetime import TokenUse, TokenUses
 from orion.manager.refusals import ApiProblem
@@ -38,15 +38,15 @@ class TerminalSessions:
         self._clock = clock
         self._rentals = rentals
         self._sessions = sessions
-        self._openings = token_uses
+        self._token_uses = token_uses
         self._terminals = terminals
         self._shells = shells
         self._monotonic = monotonic
 
     async def redeem(self, offered: str, rental_id: str) -> Resume:
-        """Return the right to open the rental's terminal: a ticket makes a new one, a resume key belongs to one.
+        """Return the right to open the rental's terminal: a new one for a ticket, the existing one for a resume key.
 
-        Raise ApiProblem where what was offered is neither, or its token is over.
+        Raise ApiProblem if `offered` is neither, or if its token is over.
         """
         principal = self._terminals.tickets.redeem(offered, rental_id)
         if principal is None:
@@ -55,14 +55,14 @@ class TerminalSessions:
             resume = self._terminals.resumes.begin(rental_id, principal)
         now = self._clock.wall_of_tokens()
         if resume is None or not await self._store.read(tokens.is_valid, resume.principal, now):
-            detail = f"a ticket is good once, for {LIFETIME_S:.0f} s, for its own rental: ask for a new one"
+            detail = f"a ticket is valid once, for {LIFETIME_S:.0f} s, for its own rental: ask for a new one"
             raise ApiProblem(401, "no_ticket", detail)
         return resume
 
     async def serve(
         self, websocket: WebSocket, subprotocol: str, size: tuple[int, int], resume: Resume, where_from: str
     ) -> Ending:
-        """Accept the WebSocket and serve its page until it ends. Raise ApiProblem before, where there are too many."""
+        """Accept the WebSocket and serve its page until it ends. Raise ApiProblem before, if there are too many."""
         resumes = self._terminals.resumes
         with self._terminals.opened(resume.rental_id, resume.principal.name), resumes.used(resume):
             await websocket.accept(subprotocol)
@@ -73,45 +73,45 @@ class TerminalSessions:
         return ending
 
     async def _visits(self, page: TerminalPage, resume: Resume, where_from: str) -> Ending:
-        """Open one shell after the other, wherever the rental is, until one ends by itself, the rental or the token."""
+        """Open one shell after the other until one exits, the rental ends or the token is over."""
         try:
-            async with self._openings.by(resume.principal) as opening:
+            async with self._token_uses.by(resume.principal) as opening:
                 return await self._visit(page, resume, where_from, opening)
         except ApiProblem as error:
             return Ending(OVER, error.detail)
 
     async def _visit(self, page: TerminalPage, resume: Resume, where_from: str, opening: TokenUse) -> Ending:
         rental_id, principal = resume.rental_id, resume.principal
-        await page.tell("connecting", "Opening a shell")
+        await page.send_state("connecting", "Opening a shell")
         no_later = self._monotonic() + self._terminals.terms.total_s
         while True:
-            with self._sessions.beginning(rental_id) as session:
-                session.opened_by(opening)
+            with self._sessions.registered(rental_id) as session:
+                session.end_with(opening)
                 try:
                     row = await self._rentals.wait_for(rental_id, principal, no_later, session)
                 except ApiProblem as error:
                     return Ending(OVER, error.detail)
                 session.who, session.where_from, session.owner = principal.name, where_from, row["owner"]
                 session.worker_id, session.epoch = row["worker_id"], row["epoch"]
-                session.also = {"by": "browser terminal"}
+                session.details = {"by": "browser terminal"}
                 try:
-                    with self._sessions.carried(session):
+                    with self._sessions.counted(session):
                         shell = await self._open(page, row, principal, session)
                         about = {"name": row["name"], "resume": resume.key}
-                        about |= {"notice": said} if (said := remarks(row)) else {}
+                        about |= {"notice": text} if (text := remarks(row)) else {}
                         if shell and (how := await self._use(page, shell, session, about)):
                             return Ending(NORMAL, how)
                 except ApiProblem as error:
-                    return Ending(COME_AGAIN, error.detail)
+                    return Ending(TRY_AGAIN, error.detail)
             if session.over.done():
                 if session.over.result().code == TOKEN_OVER:
                     return Ending(OVER, session.over.result().reason)
-                await page.tell("waiting", f"The rental has left its worker: {session.over.result().reason}")
+                await page.send_state("waiting", f"The rental has left its worker: {session.over.result().reason}")
             else:
                 await asyncio.sleep(self._terminals.terms.again_after_s)
 
     async def _open(self, page: TerminalPage, row: Row, principal: Principal, session: Session) -> Shell | None:
-        """Return a shell; None where there is none now, which the page was told."""
+        """Return a shell, or None if none can be opened now; the page is told why."""
         login = ShellLogin(row["username"], row["id"], row["epoch"], principal.name)
         opening = asyncio.create_task(self._shells.open(job_of(row).host, login, page.size))
         wanted = False
@@ -121,7 +121,7 @@ class TerminalSessions:
                 shell, wanted = opening.result(), True
                 return shell
         except ShellUnreachable as error:
-            await page.tell("waiting", f"No shell yet: {error}")
+            await page.send_state("waiting", f"No shell yet: {error}")
         finally:
             if not wanted:
                 opening.add_done_callback(_close)
@@ -129,18 +129,18 @@ class TerminalSessions:
         return None
 
     async def _use(self, page: TerminalPage, shell: Shell, session: Session, about: dict[str, str]) -> str | None:
-        """Return how the shell ended; None where it is lost, which the page was told."""
+        """Return how the shell ended, or None if it is lost; the page is told so."""
         self._sessions.note_begin(session)
         reason = "the page was closed"
         page.attach(True)
         try:
             shell.resize(*page.size)
-            await page.tell("connected", "", **about)
+            await page.send_state("connected", "", **about)
             how = await carry(page, shell, session.over)
             lost = "the connection to the worker broke"
             reason = how or (session.over.result().reason if session.over.done() else lost)
             if how is None and not session.over.done():
-                await page.tell("waiting", f"{lost.capitalize()}. What ran in the shell may be lost")
+                await page.send_state("waiting", f"{lost.capitalize()}. What ran in the shell may be lost")
             return how
         finally:
             shell.close()
@@ -149,6 +149,6 @@ class TerminalSessions:
 
 
 def _close(opened: asyncio.Task[Shell]) -> None:
-    """Close a shell for which nobody waits any more."""
+    """Close a shell whose page is gone."""
     if not opened.cancelled() and opened.exception() is None:
         opened.result().close()

@@ -1,10 +1,8 @@
-"""Who may open a terminal in a browser, by tickets, and how many may.
+"""Tickets and resume keys, which open browser terminals, and the limits of open terminals.
 
-A page cannot send a token with a WebSocket, and a token belongs into no address.
-
-A ticket is good once, for a minute, for one rental. A resume key is given to a page whose terminal is open, so that
-it may open that terminal again when it is reloaded. Only hashes are kept, in memory: a manager that restarts knows
-none.
+A page cannot send a token with a WebSocket, and a token must not be in an address. A ticket is valid once, for one
+minute and one rental. A page whose terminal is open gets a resume key, which opens the terminal again after a reload.
+Only hashes are kept, in memory: a restart of the manager voids them all.
 """
 
 from __future__ import annotations
@@ -22,13 +20,16 @@ from orion.manager.store.tokens import Principal, digest
 
 LIFETIME_S = 60.0
 MOST = 2000
+"""Unused tickets of all tokens."""
 MOST_OF_ONE = 50
-"""Unused ones, for all that one token has asked for: nobody can use up the others' share."""
-RESUME_WITHIN_S = 600.0  # seconds from the moment in which a page has left
+"""Unused tickets of one token, so that none uses up the share of the others."""
+RESUME_WITHIN_S = 600.0
+"""Seconds for which a resume key is valid after its page has disconnected."""
 MOST_OF_A_RENTAL = 20
+"""Open terminals of one rental."""
 MOST_OF_ALL = 200
-"""Terminals at once, of which those that one token's name has opened are half at most. Of each the manager is the SSH
-client: that costs more than to relay bytes."""
+"""Open terminals; those of one token's name are half of them at most. The manager is the SSH client of each, which
+costs more than to relay bytes."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +43,22 @@ class Tickets:
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
         self._kept: dict[str, Ticket] = {}
-        """By their hash, in the order in which they end."""
+        """The unused tickets by their hash, in the order in which they expire."""
 
     def issue(self, rental_id: str, principal: Principal) -> str:
-        """A new one. Raises ApiProblem where there are too many."""
+        """Return a new ticket. Raise ApiProblem if there are too many."""
         now = self._monotonic()
         self._drop_old(now)
         its = sum(kept.principal.id == principal.id for kept in self._kept.values())
         if its >= MOST_OF_ONE or len(self._kept) >= MOST:
-            detail = f"too many tickets wait to be used: each is over after {LIFETIME_S:.0f} s"
+            detail = f"too many unused tickets: try again when they have expired, after {LIFETIME_S:.0f} s"
             raise ApiProblem(429, "too_many_tickets", detail, {"Retry-After": "5"})
         ticket = secrets.token_urlsafe(32)
         self._kept[digest(ticket)] = Ticket(rental_id, principal, now + LIFETIME_S)
         return ticket
 
     def redeem(self, ticket: str, rental_id: str) -> Principal | None:
-        """Who asked for it; None unless it is good for this rental. It is used up in either case."""
+        """Use up the ticket. Return the principal that it was issued to, or None if it is not valid for this rental."""
         kept = self._kept.pop(digest(ticket), None)
         if kept is None or kept.rental_id != rental_id or kept.ends_at <= self._monotonic():
             return None
@@ -79,34 +80,34 @@ class Resume:
     rental_id: str
     principal: Principal
     began_at: float
-    """Monotonic seconds at which the first terminal was opened: a reload gives no more time than that one had."""
+    """Monotonic seconds at which the first terminal was opened; a reload does not extend the terminal's time."""
     terminals: int = 0
-    """Number of terminals that are open by it."""
+    """The number of terminals that are open by it."""
     left_at: float = 0.0
     """Monotonic seconds at which the last of these was closed."""
 
 
 class Resumes:
-    """The resume keys that are good. Each ends with its token, which is asked for at every use of a key."""
+    """The valid resume keys. The caller checks the key's token at each use."""
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
         self._kept: dict[str, Resume] = {}
-        """By the hash of the key, in the order in which the keys were made."""
+        """The rights by the hash of their key, in the order in which they were made."""
 
     def begin(self, rental_id: str, principal: Principal) -> Resume:
-        """Return a new right, whose key no page has yet."""
+        """Return a new right."""
         return Resume(secrets.token_urlsafe(32), rental_id, principal, self._monotonic())
 
     def redeem(self, key: str, rental_id: str) -> Resume | None:
-        """Return the right that has this key; None if there is none for this rental, or none any more."""
+        """Return the right that has this key, or None if there is none for this rental."""
         self._drop_old()
         kept = self._kept.get(digest(key))
         return kept if kept is not None and kept.rental_id == rental_id else None
 
     @contextmanager
     def used(self, resume: Resume) -> Iterator[None]:
-        """Keep the right for as long as a terminal is open by it, and for a while after that."""
+        """Keep the right during the block, and for RESUME_WITHIN_S after it."""
         self._kept[digest(resume.key)] = resume
         resume.terminals += 1
         try:
@@ -117,7 +118,7 @@ class Resumes:
             self._drop_old()
 
     def forget(self, resume: Resume) -> None:
-        """Drop the right: what it was for has ended."""
+        """Drop the right, because its terminal has ended."""
         self._kept.pop(digest(resume.key), None)
 
     def _drop_old(self) -> None:
@@ -132,7 +133,7 @@ class Resumes:
 
 
 class Terminals:
-    """Those that are open, and the tickets for more."""
+    """The open terminals, and the tickets and resume keys for further ones."""
 
     def __init__(self, monotonic: Callable[[], float], terms: Terms | None = None) -> None:
         self.tickets = Tickets(monotonic)
@@ -140,23 +141,23 @@ class Terminals:
         self.terms = terms or Terms()
         self._open: Counter[str] = Counter()
         self._taken: Counter[Claim] = Counter()
-        """By the name of the token that opened them."""
+        """The number of open terminals by the token's name."""
 
     def check(self, rental_id: str, who: str) -> None:
-        """Raises ApiProblem where there are too many."""
+        """Raise ApiProblem if the rental, the token's name or the platform has too many open terminals."""
         if self._open[rental_id] >= MOST_OF_A_RENTAL:
-            detail = f"the rental has {MOST_OF_A_RENTAL} terminals open in browsers, and may have no more: close one"
+            detail = f"the rental has {MOST_OF_A_RENTAL} open browser terminals, which is its limit: close one"
             raise ApiProblem(429, "too_many_terminals", detail, {"Retry-After": "5"})
         if self._open.total() >= MOST_OF_ALL:
-            detail = f"the platform serves {MOST_OF_ALL} terminals in browsers, and no more: ssh goes on to work"
+            detail = f"the platform has {MOST_OF_ALL} open browser terminals, which is its limit: use ssh meanwhile"
             raise ApiProblem(503, "too_many_terminals", detail, {"Retry-After": "30"})
         if not may_take(Claim(who), self._taken, MOST_OF_ALL):
-            detail = f"{who} has {self._taken[Claim(who)]} terminals open in browsers, and may have no more: close one"
+            detail = f"{who} has {self._taken[Claim(who)]} open browser terminals, which is the limit: close one"
             raise ApiProblem(429, "too_many_terminals", detail, {"Retry-After": "5"})
 
     @contextmanager
     def opened(self, rental_id: str, who: str) -> Iterator[None]:
-        """Raises ApiProblem where there are too many."""
+        """Count a terminal as open during the block. Raise ApiProblem if there are too many."""
         self.check(rental_id, who)
         self._open[rental_id] += 1
         self._taken[Claim(who)] += 1
@@ -165,5 +166,5 @@ class Terminals:
         finally:
             self._open[rental_id] -= 1
             self._taken[Claim(who)] -= 1
-            self._open += Counter()  # forgets what is at zero
+            self._open += Counter()  # drops the entries that are zero
             self._taken += Counter()
