@@ -109,6 +109,10 @@ def test_each_run_is_had_once_in_a_life_of_the_container_and_at_an_epoch(
     assert len(calls) == 5
 
 
+def test_the_program_that_root_starts_is_a_file_of_the_package() -> None:
+    assert Path(program.__file__) == launcher.PROGRAM
+
+
 def test_what_cannot_be_run_is_said_and_not_tried_for_ever(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path)  # where there is no home
     assert "No such file" in str(launcher.launch(RECORD, "serve", "1@boot")["start_problem"])

@@ -35,7 +35,7 @@ NOTED = re.compile(
     rb"([0-9]+) ([0-9]+@[A-Za-z0-9-]*)\n(?:(status [0-9]{1,3}|signal [0-9]{1,2}) ([0-9]{1,12}\.[0-9])\n)?"
 )
 MOST_OF_A_NOTE = 200
-PROGRAM = Path(__file__).with_name("start.py")
+PROGRAM = Path(__file__).with_name("program.py")
 WITHIN_S = 10.0
 """Seconds until it has gone its own way: the renter may have stopped it, or have used up its processes."""
 
