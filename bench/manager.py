@@ -38,7 +38,7 @@ class IdleEngine:
 
     async def run(self, job: Job) -> Outcome:
         await asyncio.sleep(self._job_s)
-        return Outcome(ok=True, report={"changed": True, "epoch": job.epoch, "left": []})
+        return Outcome(ok=True, report={"changed": True, "epoch": job.order.epoch, "left": []})
 
 
 class EverywhereReach:

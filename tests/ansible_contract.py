@@ -18,6 +18,7 @@ from orion.manager.ansible.port import OF_ONE_BOOT, OTHER_BOOT, Action, Engine, 
 from orion.manager.fakes.workers import Account
 from orion.manager.ssh.authority import Authority
 from orion.manager.ssh.port import Host, Reach, Reached
+from orion.rental_order import RentalOrder
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA1u4uxDZrVBrtPLCdoyRvjgTAcxyaAZ7bVpKZbyTsA5"
 OTHER_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBW2lM+KrHdlPjrhU9YMGgNPrJmG2vFXJ6y5ZSZdJ8bD"
@@ -55,17 +56,20 @@ def new_job(host: Host, *, epoch: int = 1, keys: tuple[str, ...] = (KEY,), deadl
     """Create a rental that nobody has heard of."""
     number = next(_numbers)
     rental_id = f"contract{number:02d}".translate(str.maketrans("0123456789", "abcdefghij"))
-    return Job(Action.CREATE, host, rental_id, f"r-{rental_id}", 200_000 + number, epoch, keys, deadline_s)
+    order = RentalOrder(
+        rental_id=rental_id, username=f"r-{rental_id}", uid=200_000 + number, epoch=epoch, public_keys=keys
+    )
+    return Job(action=Action.CREATE, host=host, order=order, deadline_s=deadline_s)
 
 
 def account(job: Job) -> Account:
-    return Account(job.username, job.uid, job.epoch, job.public_keys, unlocked=True)
+    return Account(job.order.username, job.order.uid, job.order.epoch, job.order.public_keys, unlocked=True)
 
 
 def certificate(job: Job) -> str:
     """What its worker could show to this rental's renter."""
     authority = Authority(*AUTHORITIES, time.time)
-    return authority.host_certificate(authority.next_serial(), "w-any", job.host.host_keys, [job.rental_id]).line
+    return authority.host_certificate(authority.next_serial(), "w-any", job.host.host_keys, [job.order.rental_id]).line
 
 
 def assert_done(outcome: Outcome) -> None:
@@ -73,7 +77,7 @@ def assert_done(outcome: Outcome) -> None:
 
 
 def deletion(job: Job) -> Job:
-    return replace(job, action=Action.DELETE, public_keys=())
+    return replace(job, action=Action.DELETE).with_order(public_keys=())
 
 
 class EngineContract:
@@ -82,7 +86,7 @@ class EngineContract:
     async def test_a_created_rental_is_there_and_unlocked(self, bench: Bench) -> None:
         job = new_job(bench.host)
         assert_done(await bench.engine.run(job))
-        assert (await bench.accounts())[job.rental_id] == account(job)
+        assert (await bench.accounts())[job.order.rental_id] == account(job)
 
     async def test_a_prepared_rental_is_there_and_locked_until_it_is_created(self, bench: Bench) -> None:
         job = new_job(bench.host)
@@ -91,12 +95,12 @@ class EngineContract:
             outcome = await bench.engine.run(prepared)
             assert_done(outcome)
             assert outcome.report["state"] == "locked"
-        assert (await bench.accounts())[job.rental_id] == replace(account(job), unlocked=False)
+        assert (await bench.accounts())[job.order.rental_id] == replace(account(job), unlocked=False)
         assert_done(await bench.engine.run(job))
-        assert (await bench.accounts())[job.rental_id] == account(job)
+        assert (await bench.accounts())[job.order.rental_id] == account(job)
         again = await bench.engine.run(prepared)
         assert again.report["state"] == "running", "who was let in is not locked out"
-        assert (await bench.accounts())[job.rental_id] == account(job)
+        assert (await bench.accounts())[job.order.rental_id] == account(job)
 
     async def test_creating_again_changes_nothing_and_says_so(self, bench: Bench) -> None:
         job = new_job(bench.host)
@@ -104,32 +108,32 @@ class EngineContract:
         again = await bench.engine.run(job)
         assert_done(again)
         assert (first.report["changed"], again.report["changed"]) == (True, False)
-        assert (await bench.accounts())[job.rental_id] == account(job)
+        assert (await bench.accounts())[job.order.rental_id] == account(job)
 
     async def test_creating_again_with_other_keys_replaces_them(self, bench: Bench) -> None:
         job = new_job(bench.host)
         await bench.engine.run(job)
-        changed = replace(job, public_keys=(OTHER_KEY, KEY))
+        changed = job.with_order(public_keys=(OTHER_KEY, KEY))
         assert_done(await bench.engine.run(changed))
-        assert (await bench.accounts())[job.rental_id] == account(changed)
+        assert (await bench.accounts())[job.order.rental_id] == account(changed)
 
     async def test_a_higher_epoch_takes_over(self, bench: Bench) -> None:
         job = new_job(bench.host)
         await bench.engine.run(job)
-        later = replace(job, epoch=4)
+        later = job.with_order(epoch=4)
         assert_done(await bench.engine.run(later))
-        assert (await bench.accounts())[job.rental_id] == account(later)
+        assert (await bench.accounts())[job.order.rental_id] == account(later)
 
     @pytest.mark.parametrize("action", list(Action))
     async def test_a_lower_epoch_is_refused_and_changes_nothing(self, bench: Bench, action: Action) -> None:
         job = new_job(bench.host, epoch=3)
         await bench.engine.run(job)
         line = certificate(job) if action is Action.CERTIFY else ""
-        older = replace(job, action=action, epoch=2, public_keys=(OTHER_KEY,), host_certificate=line)
+        older = replace(job, action=action).with_order(epoch=2, public_keys=(OTHER_KEY,), host_certificate=line)
         outcome = await bench.engine.run(older)
         assert not outcome.ok
         assert "epoch 2" in outcome.message
-        assert (await bench.accounts())[job.rental_id] == account(job)
+        assert (await bench.accounts())[job.order.rental_id] == account(job)
 
     @pytest.mark.parametrize("action", sorted(OF_ONE_BOOT))
     async def test_an_order_for_another_life_of_the_container_is_refused_and_changes_nothing(
@@ -137,28 +141,30 @@ class EngineContract:
     ) -> None:
         job = new_job(bench.host)
         assert_done(await bench.engine.run(job))
-        late = replace(job, action=action, host=replace(bench.host, boot_id="another-life"), public_keys=(OTHER_KEY,))
+        late = replace(job, action=action, host=replace(bench.host, boot_id="another-life"))
+        late = late.with_order(public_keys=(OTHER_KEY,))
         outcome = await bench.engine.run(late)
         assert (outcome.ok, outcome.report["code"]) == (False, OTHER_BOOT)
-        assert (await bench.accounts())[job.rental_id] == account(job)
+        assert (await bench.accounts())[job.order.rental_id] == account(job)
 
     async def test_a_rental_is_purged_in_whatever_life_of_the_container(self, bench: Bench) -> None:
         job = new_job(bench.host)
         assert_done(await bench.engine.run(job))
         assert_done(await bench.engine.run(replace(deletion(job), host=replace(bench.host, boot_id="another-life"))))
-        assert job.rental_id not in await bench.accounts()
+        assert job.order.rental_id not in await bench.accounts()
 
     async def test_a_certificate_is_for_the_very_epoch_that_is_there(self, bench: Bench) -> None:
         job = new_job(bench.host, epoch=2)
-        certify = replace(job, action=Action.CERTIFY, host_certificate=certificate(job), public_keys=())
+        certify = replace(job, action=Action.CERTIFY)
+        certify = certify.with_order(host_certificate=certificate(job), public_keys=())
         assert not (await bench.engine.run(certify)).ok, "there is no such rental"
         await bench.engine.run(job)
-        assert not (await bench.engine.run(replace(certify, epoch=3))).ok
+        assert not (await bench.engine.run(certify.with_order(epoch=3))).ok
         for changed in (True, False):
             outcome = await bench.engine.run(certify)
             assert_done(outcome)
             assert outcome.report["changed"] is changed
-        assert (await bench.accounts())[job.rental_id] == account(job)
+        assert (await bench.accounts())[job.order.rental_id] == account(job)
 
     async def test_a_deleted_rental_leaves_nothing_and_the_report_says_so(self, bench: Bench) -> None:
         job = new_job(bench.host)
@@ -167,13 +173,13 @@ class EngineContract:
         assert_done(outcome)
         assert outcome.report["left"] == []
         assert outcome.report["looked"]
-        assert job.rental_id not in await bench.accounts()
+        assert job.order.rental_id not in await bench.accounts()
 
     async def test_deleting_again_or_what_never_was_succeeds(self, bench: Bench) -> None:
         job = deletion(new_job(bench.host))
         for _ in range(2):
             assert_done(await bench.engine.run(job))
-        assert job.rental_id not in await bench.accounts()
+        assert job.order.rental_id not in await bench.accounts()
 
     async def test_a_deleted_epoch_never_comes_back_but_a_higher_one_may(self, bench: Bench) -> None:
         job = new_job(bench.host)
@@ -181,24 +187,24 @@ class EngineContract:
         refused = await bench.engine.run(job)
         assert not refused.ok
         assert "epoch 1" in refused.message
-        assert job.rental_id not in await bench.accounts()
-        later = replace(job, epoch=2)
+        assert job.order.rental_id not in await bench.accounts()
+        later = job.with_order(epoch=2)
         assert_done(await bench.engine.run(later))
-        assert (await bench.accounts())[job.rental_id] == account(later)
+        assert (await bench.accounts())[job.order.rental_id] == account(later)
 
     async def test_another_rental_cannot_take_a_uid_that_is_in_use(self, bench: Bench) -> None:
         holder = new_job(bench.host)
         await bench.engine.run(holder)
-        outcome = await bench.engine.run(replace(new_job(bench.host), uid=holder.uid))
+        outcome = await bench.engine.run(new_job(bench.host).with_order(uid=holder.order.uid))
         assert not outcome.ok
-        assert str(holder.uid) in outcome.message
+        assert str(holder.order.uid) in outcome.message
 
     async def test_jobs_run_side_by_side_and_each_gets_its_own_answer(self, bench: Bench) -> None:
         jobs = [new_job(bench.host, epoch=number) for number in range(1, 7)]
         outcomes = await asyncio.gather(*(bench.engine.run(job) for job in jobs))
-        assert [outcome.report.get("epoch") for outcome in outcomes] == [job.epoch for job in jobs]
+        assert [outcome.report.get("epoch") for outcome in outcomes] == [job.order.epoch for job in jobs]
         accounts = await bench.accounts()
-        assert [accounts[job.rental_id] for job in jobs] == [account(job) for job in jobs]
+        assert [accounts[job.order.rental_id] for job in jobs] == [account(job) for job in jobs]
 
     async def test_a_worker_that_does_not_answer_is_said_to_be_unreachable(self, bench: Bench) -> None:
         outcome = await bench.engine.run(new_job(bench.nowhere()))
@@ -210,7 +216,7 @@ class EngineContract:
         outcome = await bench.engine.run(job)
         assert not outcome.ok
         assert "another host key" in outcome.message
-        assert job.rental_id not in await bench.accounts()
+        assert job.order.rental_id not in await bench.accounts()
 
     async def test_a_job_on_a_worker_that_hangs_ends_at_its_deadline(self, bench: Bench) -> None:
         await bench.pause()
@@ -227,7 +233,7 @@ class EngineContract:
         await bench.resume()
         job = new_job(bench.host)
         assert_done(await bench.engine.run(job))
-        assert (await bench.accounts())[job.rental_id] == account(job)
+        assert (await bench.accounts())[job.order.rental_id] == account(job)
 
 
 class ReachContract:

@@ -35,6 +35,7 @@ from orion.manager.settings import Secrets, Settings
 from orion.manager.snapshots.port import SnapshotError
 from orion.manager.ssh.port import Host
 from orion.manager.store.tokens import make_token
+from orion.rental_order import RentalOrder
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([manager.__name__])  # so that a restarted manager need not import its modules again
@@ -200,7 +201,7 @@ class CrashEnvironment:
             return {"done": pickle.dumps(await self._ask_vault(question["vault"], question["given"])).hex()}
         fields = question["job"]
         kinds = {"action": Action(fields["action"]), "host": _host(fields["host"])}
-        job = Job(**fields | kinds | {"public_keys": tuple(fields["public_keys"])})
+        job = Job(**fields | kinds | {"order": RentalOrder.from_json(fields["order"])})
         return vars(await FakeEngine(self.world).run(job))
 
     async def _ask_vault(self, call: str, given: str) -> Any:

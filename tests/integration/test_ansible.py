@@ -146,12 +146,12 @@ class TestAnsibleEngine(EngineContract):
     async def test_a_start_command_reaches_the_renter_s_shell_as_it_is_and_is_run_once(self, bench: RealBench) -> None:
         said = "{{ 6 * 7 }} {% raw %} $(id -u) !unsafe \\ 'é"
         mark = f"1@{bench.on.run('cat', '/run/orion/boot-id').strip()}"
-        job = replace(new_job(bench.host), start=f"echo {shlex.quote(said)}", start_mark=mark)
+        job = new_job(bench.host).with_order(start=f"echo {shlex.quote(said)}", start_mark=mark)
         for started in (True, None):
             outcome = await bench.engine.run(job)
             assert_done(outcome)
             assert outcome.report.get("started") is started
-        log = f"/home/{job.username}/.orion/start.log"
+        log = f"/home/{job.order.username}/.orion/start.log"
         told = await asyncio.to_thread(
             wait_until,
             lambda: (t := bench.on.run("sh", "-c", f"cat {log} || true")).count("\n") == 3 and t,
@@ -172,12 +172,12 @@ class TestAnsibleEngine(EngineContract):
         bench.process.start()
         job = new_job(bench.host, deadline_s=120.0)  # from here on, and the engine is only starting
         assert_done(await bench.engine.run(job))
-        assert (await bench.accounts())[job.rental_id] == account(job)
+        assert (await bench.accounts())[job.order.rental_id] == account(job)
 
     async def test_what_the_worker_refuses_has_its_code_in_the_report(self, bench: RealBench) -> None:
         job = new_job(bench.host, epoch=2)
         await bench.engine.run(job)
-        outcome = await bench.engine.run(replace(job, epoch=1))
+        outcome = await bench.engine.run(job.with_order(epoch=1))
         assert outcome.report["code"] == "stale_epoch"
 
     async def test_a_kept_connection_to_a_worker_that_was_restarted_is_no_failure(self, bench: RealBench) -> None:

@@ -16,9 +16,13 @@ from ansible_contract import KEY
 from orion.manager.ansible.client import AnsibleEngine
 from orion.manager.ansible.port import Action, Job, Outcome
 from orion.manager.ssh.port import Host
+from orion.rental_order import RentalOrder
 
 JOB = Job(
-    Action.CREATE, Host("w-abcdefgh", "192.0.2.7", (KEY,)), "abcdefghij", "r-abcdefghij", 100_000, 1, (KEY,), 30.0
+    action=Action.CREATE,
+    host=Host("w-abcdefgh", "192.0.2.7", (KEY,)),
+    order=RentalOrder(rental_id="abcdefghij", username="r-abcdefghij", uid=100_000, epoch=1, public_keys=(KEY,)),
+    deadline_s=30.0,
 )
 RESTARTED = Outcome(ok=False, message="the engine was restarted")
 
@@ -80,7 +84,7 @@ async def test_many_jobs_share_one_connection_and_each_gets_its_own_answer(engin
         await say_nothing(reader, writer)
 
     async with process(path, in_reverse):
-        outcomes = await asyncio.gather(*(engine.run(replace(JOB, epoch=epoch)) for epoch in range(1, 21)))
+        outcomes = await asyncio.gather(*(engine.run(JOB.with_order(epoch=epoch)) for epoch in range(1, 21)))
     assert [outcome.report["epoch"] for outcome in outcomes] == list(range(1, 21))
     assert connections == 1
 
@@ -160,9 +164,9 @@ async def test_a_cancelled_job_leaves_the_others_alone(engine: AnsibleEngine, pa
 @pytest.mark.parametrize(
     "wrong",
     [
-        replace(JOB, username="root"),
-        replace(JOB, uid=0),
-        replace(JOB, public_keys=('command="id" ' + KEY,)),
+        JOB.with_order(username="root"),
+        JOB.with_order(uid=0),
+        JOB.with_order(public_keys=('command="id" ' + KEY,)),
         replace(JOB, host=replace(JOB.host, host_keys=())),
         replace(JOB, host=replace(JOB.host, address="-oProxyCommand=id")),
         replace(JOB, deadline_s=0),

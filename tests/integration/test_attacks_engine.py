@@ -141,7 +141,7 @@ async def serve_beside(bench: RealBench, hosts: list[Host]) -> list[Outcome]:
     assert_done(await bench.engine.run(job))
     ended = await asyncio.gather(*hostile)
     assert max(took_s for _, took_s in ended) < DEADLINE_S + MARGIN_S
-    assert (await bench.accounts())[job.rental_id] == account(job)
+    assert (await bench.accounts())[job.order.rental_id] == account(job)
     return [outcome for outcome, _ in ended]
 
 
@@ -231,7 +231,7 @@ async def test_facts_hosts_templates_and_paths_that_a_worker_reports_do_nothing(
     assert lied.report.get("ansible_facts") is None
     after = new_job(bench.host)
     assert_done(await bench.engine.run(after))
-    again = await bench.engine.run(replace(job, epoch=2))
+    again = await bench.engine.run(job.with_order(epoch=2))
     assert again.ok == lied.ok, "its own next job is one on itself again"
     assert not mark.exists()
     assert await bench.accounts() == before | {after.rental_id: account(after)}

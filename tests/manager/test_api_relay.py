@@ -216,4 +216,4 @@ async def test_who_is_let_in_by_a_certificate_is_told_to_the_worker_with_the_key
     house.manager.certificates._engine.run = lambda job: (jobs.append(job), run(job))[1]  # type: ignore[method-assign]
     await house.join()
     await house.rent()
-    assert [job.user_authority for job in jobs] == [house.manager.authority.of_users]
+    assert [job.order.user_authority for job in jobs] == [house.manager.authority.of_users]

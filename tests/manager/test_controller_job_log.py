@@ -15,6 +15,7 @@ from orion.manager.ssh.port import Host
 from orion.manager.store import job_log
 from orion.manager.store.database import Store
 from orion.manager.store.job_log import PER_RENTAL, Entry
+from orion.rental_order import RentalOrder
 
 ENTRY = Entry(
     at=1000.0,
@@ -26,7 +27,11 @@ ENTRY = Entry(
     seconds=0.04,
     message="made",
 )
-JOB = Job(Action.CREATE, Host("w-abcdefgh", "192.0.2.7", ()), "one", "r-one", 100_000, 3)
+JOB = Job(
+    action=Action.CREATE,
+    host=Host("w-abcdefgh", "192.0.2.7", ()),
+    order=RentalOrder(rental_id="one", username="r-one", uid=100_000, epoch=3),
+)
 
 
 async def test_the_owner_and_the_admin_read_what_was_done_and_nobody_else(house: House) -> None:

@@ -16,6 +16,7 @@ from orion.manager.domain.host_certificates import FRESH_S, LIFETIME_S
 from orion.manager.operations import host_certificates
 from orion.manager.ssh.port import Host
 from orion.manager.store import rentals
+from orion.rental_order import RentalOrder
 
 
 def named(certificate: str) -> set[str]:
@@ -28,7 +29,8 @@ async def job_of(house: House, rental_id: str) -> Job:
     row = await house.store.read(rentals.one, rental_id, None)
     assert row is not None
     host = Host(row["worker_id"], row["address"], tuple(row["host_keys"]))
-    return Job(Action.CERTIFY, host, rental_id, row["username"], row["uid"], row["epoch"])
+    order = RentalOrder(rental_id=rental_id, username=row["username"], uid=row["uid"], epoch=row["epoch"])
+    return Job(action=Action.CERTIFY, host=host, order=order)
 
 
 async def test_a_worker_shows_who_is_there_from_the_first_moment(house: House) -> None:
@@ -144,10 +146,10 @@ async def test_a_renter_who_holds_up_the_renewal_of_its_own_does_not_hold_up_ano
     house.clock.now += LIFETIME_S
     run, before = house.manager.certificates._engine.run, worker.node.host_certificate
 
-    async def held_up(order: Job) -> Outcome:
-        if order.rental_id == slow.rental_id:
+    async def held_up(asked: Job) -> Outcome:
+        if asked.order.rental_id == slow.order.rental_id:
             await asyncio.Event().wait()
-        return await run(order)
+        return await run(asked)
 
     monkeypatch.setattr(house.manager.certificates._engine, "run", held_up)
     waiting = asyncio.create_task(house.manager.certificates.ensure(slow))
@@ -163,7 +165,7 @@ async def test_an_order_of_a_former_epoch_brings_no_certificate(house: House) ->
     job = await job_of(house, (await house.rent())["id"])
     before = worker.node.host_certificate
     house.clock.now += LIFETIME_S
-    await house.manager.certificates.ensure(replace(job, epoch=job.epoch + 1))
+    await house.manager.certificates.ensure(job.with_order(epoch=job.order.epoch + 1))
     assert worker.node.host_certificate == before
 
 

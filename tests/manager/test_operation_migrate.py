@@ -79,7 +79,7 @@ class Restart:
         self._agent.node.come_back()
         self._agent.node.boot_id = "boot-0002"
         self.outcomes.append(await self._run(job))
-        assert self._agent.node.frozen.keys() == ({job.rental_id} if self.outcomes[0].ok else set())
+        assert self._agent.node.frozen.keys() == ({job.order.rental_id} if self.outcomes[0].ok else set())
         return self.outcomes[0]
 
 

@@ -57,7 +57,7 @@ def lets_in_and_dies(agent: Agent, written: str) -> None:
         report = create(job)
         if job.action is Action.PREPARE:
             return report
-        agent.node.homes[job.rental_id]["file"] = written
+        agent.node.homes[job.order.rental_id]["file"] = written
         agent.node.create = create  # type: ignore[method-assign]
         agent.die()
         raise RefusedOrder("the connection broke")

@@ -286,15 +286,15 @@ class Container:
 
     def start_command(self, job: Job) -> None:
         """Run a start command once since the start of the container, as launcher.Launcher does."""
-        mark = (job.rental_id, job.epoch, job.start_mark)
-        if not job.start or mark in self.started or job.start_mark.partition("@")[2] != self.boot_id:
+        mark = (job.order.rental_id, job.order.epoch, job.order.start_mark)
+        if not job.order.start or mark in self.started or job.order.start_mark.partition("@")[2] != self.boot_id:
             return
         if not self._may_run():
             raise RequestRefused("no_lease", "this worker has no lease: nothing may run here")
         self.started.add(mark)
-        self.sim.say(self.name, f"runs the start command of {job.rental_id}: {job.start_mark}")
-        self.sim.checker.started(job.rental_id, job.epoch)
-        if job.start == CRASHES and not self.sim.schedule.only_outages:
+        self.sim.say(self.name, f"runs the start command of {job.order.rental_id}: {job.order.start_mark}")
+        self.sim.checker.started(job.order.rental_id, job.order.epoch)
+        if job.order.start == CRASHES and not self.sim.schedule.only_outages:
             self.sim.loop.call_later(CRASHES_AFTER_S, self._crash, self.boots)
 
     def _crash(self, boots: int) -> None:
@@ -318,14 +318,16 @@ class Container:
         check_boot(named, self.boot_id)
 
     def create(self, job: Job) -> None:
-        record = self.records.get(job.rental_id)
-        check_create(record, self.tombstones.get(job.rental_id, 0), job.epoch)
+        record = self.records.get(job.order.rental_id)
+        check_create(record, self.tombstones.get(job.order.rental_id, 0), job.order.epoch)
         if record is not None:
-            self.records[job.rental_id] = replace(record, retired=False)
-        if record is None or record.epoch < job.epoch:
-            self.unlocked.discard(job.rental_id)
-            self.records[job.rental_id] = RentalRecord(job.rental_id, job.username, job.uid, job.epoch)
-            self.homes.setdefault(job.rental_id, 0.0)
+            self.records[job.order.rental_id] = replace(record, retired=False)
+        if record is None or record.epoch < job.order.epoch:
+            self.unlocked.discard(job.order.rental_id)
+            self.records[job.order.rental_id] = RentalRecord(
+                job.order.rental_id, job.order.username, job.order.uid, job.order.epoch
+            )
+            self.homes.setdefault(job.order.rental_id, 0.0)
 
     def unlock(self, rental_id: str, epoch: int) -> None:
         record = self.records.get(rental_id)
@@ -343,14 +345,14 @@ class Container:
         self.sim.checker.check_live_copies()
 
     def freeze(self, job: Job) -> None:
-        record = self.records.get(job.rental_id)
-        check_unlock(record, self.tombstones.get(job.rental_id, 0), job.epoch)
+        record = self.records.get(job.order.rental_id)
+        check_unlock(record, self.tombstones.get(job.order.rental_id, 0), job.order.epoch)
         check_not_retired(record)
-        before, _ = self.quiesced.get(job.rental_id, (0, 0.0))
-        if (job.rental_id, job.epoch) in self.running():
-            self.homes[job.rental_id] = self.sim.loop.now
-        self.quiesced[job.rental_id] = max(before, job.move), self.clock()
-        self.unlocked.discard(job.rental_id)
+        before, _ = self.quiesced.get(job.order.rental_id, (0, 0.0))
+        if (job.order.rental_id, job.order.epoch) in self.running():
+            self.homes[job.order.rental_id] = self.sim.loop.now
+        self.quiesced[job.order.rental_id] = max(before, job.order.move), self.clock()
+        self.unlocked.discard(job.order.rental_id)
 
     def thaw(self, rental_id: str, epoch: int, asked_at: float | None, move: int = 0) -> None:
         """Thaw a rental as marks.Freezer.thaw does, unless by an older reply or an order of an earlier migration."""
@@ -369,17 +371,19 @@ class Container:
         self.unlocked.discard(rental_id)
 
     def begin_purge(self, job: Job) -> None:
-        check_not_newer(self.records.get(job.rental_id), job.epoch)
-        self.records[job.rental_id] = RentalRecord(job.rental_id, job.username, job.uid, job.epoch, ending=True)
-        self.unlocked.discard(job.rental_id)
+        check_not_newer(self.records.get(job.order.rental_id), job.order.epoch)
+        self.records[job.order.rental_id] = RentalRecord(
+            job.order.rental_id, job.order.username, job.order.uid, job.order.epoch, ending=True
+        )
+        self.unlocked.discard(job.order.rental_id)
 
     def end_purge(self, job: Job) -> None:
-        check_not_newer(self.records.get(job.rental_id), job.epoch)
-        self.sim.checker.purged(self, job.rental_id, job.epoch)
-        self.records.pop(job.rental_id, None)
-        self.quiesced.pop(job.rental_id, None)
-        self.homes.pop(job.rental_id, None)
-        self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
+        check_not_newer(self.records.get(job.order.rental_id), job.order.epoch)
+        self.sim.checker.purged(self, job.order.rental_id, job.order.epoch)
+        self.records.pop(job.order.rental_id, None)
+        self.quiesced.pop(job.order.rental_id, None)
+        self.homes.pop(job.order.rental_id, None)
+        self.tombstones[job.order.rental_id] = max(job.order.epoch, self.tombstones.get(job.order.rental_id, 0))
 
     def _write(self) -> None:
         """Note that the renters of running rentals have written until now."""

@@ -79,7 +79,8 @@ class JobRunner:
         found = await self._play(job, void_at, boots_before)
         self._sim.say(
             "engine",
-            f"{job.action} {job.rental_id} epoch {job.epoch} on {job.host.worker_id}: {found.message or 'done'}",
+            f"{job.action} {job.order.rental_id} epoch {job.order.epoch} on {job.host.worker_id}: "
+            f"{found.message or 'done'}",
         )
         _settle(outcome, found if answered else BROKEN)
 
@@ -123,11 +124,11 @@ class JobRunner:
             except RequestRefused as refusal:
                 return Outcome(False, str(refusal), {"code": refusal.code})
             await asyncio.sleep(0.02)
-        state = "running" if job.rental_id in container.unlocked else "locked"
-        state = "frozen" if job.rental_id in container.quiesced else state
-        record = container.records.get(job.rental_id)
+        state = "running" if job.order.rental_id in container.unlocked else "locked"
+        state = "frozen" if job.order.rental_id in container.quiesced else state
+        record = container.records.get(job.order.rental_id)
         restored = {"restored": record.restored} if record and record.restored else {}
-        return Outcome(True, report={"left": [], "state": state, "epoch": job.epoch} | restored)
+        return Outcome(True, report={"left": [], "state": state, "epoch": job.order.epoch} | restored)
 
 
 @dataclass

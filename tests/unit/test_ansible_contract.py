@@ -52,9 +52,9 @@ class TestFakeEngine(EngineContract):
         bench.worker.die()
         assert await bench.reach.reach(bench.host, 1) is Reached.NO
         bench.worker.come_back()
-        assert not bench.worker.accounts[job.rental_id].unlocked
+        assert not bench.worker.accounts[job.order.rental_id].unlocked
         await bench.engine.run(job)
-        assert bench.worker.accounts[job.rental_id] == account(job)
+        assert bench.worker.accounts[job.order.rental_id] == account(job)
 
     async def test_a_failure_on_demand_fails_every_job_with_its_message(self, bench: FakeBench) -> None:
         bench.worker.failure = "no space left on device"

@@ -17,6 +17,7 @@ from orion.manager.operations import restore
 from orion.manager.operations.restore import AT_ONCE, BATCH, Restorer
 from orion.manager.snapshots.port import RESTORE_DEADLINE_S, Home
 from orion.manager.ssh.port import Host
+from orion.rental_order import RentalOrder
 
 HANGS, WORKS = Host("w-hangs", "192.0.2.1", (KEY,)), Host("w-works", "192.0.2.2", (KEY,))
 
@@ -53,7 +54,8 @@ class Slow(FakeSnapshotService):
 
 def _job(host: Host, number: int) -> Job:
     name = f"home{number}".translate(str.maketrans("0123456789", "abcdefghij"))
-    return Job(Action.CREATE, host, name, f"r-{name}", 200_000 + number, 2, (KEY,), owner=f"owner{number % 2}")
+    order = RentalOrder(rental_id=name, username=f"r-{name}", uid=200_000 + number, epoch=2, public_keys=(KEY,))
+    return Job(action=Action.CREATE, host=host, order=order, owner=f"owner{number % 2}")
 
 
 async def test_a_few_homes_are_filled_at_a_time_and_a_worker_that_hangs_holds_up_no_other() -> None:
@@ -106,7 +108,7 @@ async def test_those_whose_files_are_there_are_let_in_together(monkeypatch: pyte
     monkeypatch.setattr(restore, "BATCH_WAIT_S", 3600.0)
     worker = (world := FakeWorld()).add(WORKS)
     few, late = [_job(WORKS, number) for number in range(BATCH - 1)], _job(WORKS, 100)
-    snapshot_service = Stops(world, {late.rental_id})
+    snapshot_service = Stops(world, {late.order.rental_id})
     restorer = Restorer(engine=FakeEngine(world), snapshot_service=snapshot_service, catalog=NoBook())  # type: ignore[arg-type]
 
     def let_in() -> set[str]:
@@ -154,7 +156,7 @@ async def test_the_copy_of_one_rental_is_sent_for_while_its_account_is_made() ->
     restorer = Restorer(engine=Asked(world, snapshot_service), snapshot_service=snapshot_service, catalog=NoBook())  # type: ignore[arg-type]
     async with asyncio.timeout(60):
         assert (await restorer.make(_job(WORKS, 0), NEWEST)).ok
-    assert worker.accounts[_job(WORKS, 0).rental_id].unlocked
+    assert worker.accounts[_job(WORKS, 0).order.rental_id].unlocked
 
 
 async def test_of_many_only_one_is_sent_for_before_its_account_is_there() -> None:

@@ -13,6 +13,7 @@ from orion.manager.fakes.snapshots import FakeSnapshotService
 from orion.manager.fakes.workers import FakeEngine, FakeWorld
 from orion.manager.snapshots.port import Home
 from orion.manager.ssh.port import Host
+from orion.rental_order import RentalOrder
 
 
 class FakeBench(Bench):
@@ -31,8 +32,10 @@ class FakeBench(Bench):
 
     async def create(self, home: Home, activated: bool) -> None:
         action = Action.CREATE if activated else Action.PREPARE
-        job = Job(action, home.host, home.rental_id, f"r-{home.rental_id}", home.uid, home.epoch, (KEY,))
-        outcome = await self.engine.run(job)
+        order = RentalOrder(
+            rental_id=home.rental_id, username=f"r-{home.rental_id}", uid=home.uid, epoch=home.epoch, public_keys=(KEY,)
+        )
+        outcome = await self.engine.run(Job(action=action, host=home.host, order=order))
         assert outcome.ok, outcome.message
 
     async def write(self, home: Home, name: str, content: str) -> None:

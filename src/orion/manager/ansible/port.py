@@ -7,11 +7,12 @@ real ones to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
 from orion.manager.ssh.port import Host
+from orion.rental_order import RentalOrder
 
 
 class Action(StrEnum):
@@ -40,32 +41,23 @@ OTHER_BOOT = "other_boot"
 """The code of that refusal (orion_worker/records.py). The manager decides again, because the worker registers anew."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """One playbook for one rental on one worker. `deadline_s`: the run is killed after so many seconds."""
+    """One playbook for one rental on one worker."""
 
     action: Action
     host: Host
-    rental_id: str
-    username: str
-    uid: int
-    epoch: int
-    public_keys: tuple[str, ...] = ()
+    order: RentalOrder
+    """The order for the worker, without the boot id and the deadline, which the engine's messages add."""
     deadline_s: float = 60.0
-    start: str = ""
-    start_mark: str = ""
-    """To create: the command that the renter's shell runs when it is let in, and the run that it is. A run that it has
-    had there already is not had again."""
-    rental_name: str = ""
-    """The name that the rental's sessions are told; empty: none. For CREATE and PREPARE."""
-    user_authority: str = ""
-    """The key whose certificates open the rental too; empty: none does. For CREATE and PREPARE."""
-    host_certificate: str = ""
-    """What its worker shows to renters from now on. For CREATE and CERTIFY."""
-    move: int = 0
-    """For FREEZE and THAW: the planned move, by a number that only rises for a rental."""
+    """Seconds after which the run is killed."""
     owner: str = ""
-    """The owner of the rental, for its share of engine and vault; empty: of what only an inventory knows."""
+    """The owner of the rental, whose share of engine and snapshot service the job takes; empty: only an inventory
+    knows the rental."""
+
+    def with_order(self, **changes: Any) -> Job:
+        """Return the job with these fields of its order changed."""
+        return replace(self, order=replace(self.order, **changes))
 
 
 @dataclass(frozen=True)

@@ -132,4 +132,6 @@ class CallHome:
         if not items:
             return []
         known = self._pool_index.worker(worker_id)
-        return orders(items, self._pool_index.placements_on(worker_id), known is not None and known.health is Health.DOWN)
+        return orders(
+            items, self._pool_index.placements_on(worker_id), known is not None and known.health is Health.DOWN
+        )

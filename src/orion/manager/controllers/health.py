@@ -2,9 +2,9 @@
 
 It judges a worker when something about it may have changed: a commit touched it (known from the pool index), it was
 heard again or is exiting (known from the heartbeat's route), or a deadline has passed, at which time alone may change
-the verdict (domain/health.deadlines; deadlines are moved lazily, so a heartbeat costs nothing here). What a round has no
-time for is due in the next. Each round also judges some more workers, until all have had their turn: a worker that was
-missed by mistake is found by this sweep.
+the verdict (domain/health.deadlines; deadlines are moved lazily, so a heartbeat costs nothing here). What a round has
+no time for is due in the next. Each round also judges some more workers, until all have had their turn: a worker that
+was missed by mistake is found by this sweep.
 """
 
 from __future__ import annotations

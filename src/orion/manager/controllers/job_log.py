@@ -74,8 +74,8 @@ class LoggedEngine:
         self.note(
             Entry(
                 at=self.wall(),
-                rental_id=job.rental_id,
-                epoch=job.epoch,
+                rental_id=job.order.rental_id,
+                epoch=job.order.epoch,
                 action=str(job.action),
                 worker_id=job.host.worker_id,
                 ok=outcome.ok,

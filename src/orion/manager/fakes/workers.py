@@ -107,74 +107,76 @@ class FakeWorker:
         await self._running.wait()
 
     def create(self, job: Job) -> dict[str, Any]:
-        before = self.accounts.get(job.rental_id)
-        purged = self.tombstones.get(job.rental_id, 0)
-        if job.epoch <= purged:
-            raise RefusedOrder(f"epoch {job.epoch} was purged here (tombstone of epoch {purged})")
+        before = self.accounts.get(job.order.rental_id)
+        purged = self.tombstones.get(job.order.rental_id, 0)
+        if job.order.epoch <= purged:
+            raise RefusedOrder(f"epoch {job.order.epoch} was purged here (tombstone of epoch {purged})")
         self._refuse_older(before, job)
         self._refuse_name_in_use(job)
-        if job.action is Action.CREATE and job.rental_id in self.frozen:
+        if job.action is Action.CREATE and job.order.rental_id in self.frozen:
             raise RefusedOrder("it is frozen: thaw it")
-        unlocked = job.action is Action.CREATE or bool(before and before.epoch == job.epoch and before.unlocked)
-        account = Account(job.username, job.uid, job.epoch, job.public_keys, unlocked)
-        self.accounts[job.rental_id] = account
-        self.set_aside.discard(job.rental_id)
-        self.names[job.rental_id] = job.rental_name
-        self._show(job.host_certificate)
-        self.homes.setdefault(job.rental_id, {})
+        unlocked = job.action is Action.CREATE or bool(before and before.epoch == job.order.epoch and before.unlocked)
+        account = Account(job.order.username, job.order.uid, job.order.epoch, job.order.public_keys, unlocked)
+        self.accounts[job.order.rental_id] = account
+        self.set_aside.discard(job.order.rental_id)
+        self.names[job.order.rental_id] = job.order.rental_name
+        self._show(job.order.host_certificate)
+        self.homes.setdefault(job.order.rental_id, {})
         if unlocked:
-            self.activated[job.rental_id] = job.epoch
-        report = {"changed": account != before, "epoch": job.epoch, "state": "running" if unlocked else "locked"}
-        if before and before.epoch == job.epoch and job.rental_id in self.restored:
-            report["restored"] = self.restored[job.rental_id]
-        return report | (self._start(job) if unlocked and job.start else {})
+            self.activated[job.order.rental_id] = job.order.epoch
+        report = {"changed": account != before, "epoch": job.order.epoch, "state": "running" if unlocked else "locked"}
+        if before and before.epoch == job.order.epoch and job.order.rental_id in self.restored:
+            report["restored"] = self.restored[job.order.rental_id]
+        return report | (self._start(job) if unlocked and job.order.start else {})
 
     def _start(self, job: Job) -> dict[str, Any]:
-        runs = self.started.setdefault(job.rental_id, [])
-        if job.start_mark in runs:
+        runs = self.started.setdefault(job.order.rental_id, [])
+        if job.order.start_mark in runs:
             return {}
         if self.start_problem:
             return {"started": False, "start_problem": self.start_problem}
-        runs.append(job.start_mark)
+        runs.append(job.order.start_mark)
         return {"started": True}
 
     def freeze(self, job: Job) -> dict[str, Any]:
         account = self._here(job)
-        self.frozen[job.rental_id] = max(job.move, self.frozen.get(job.rental_id, 0))
-        self.accounts[job.rental_id] = replace(account, unlocked=False)
-        return {"changed": account.unlocked, "epoch": job.epoch, "state": "frozen", "killed": 0}
+        self.frozen[job.order.rental_id] = max(job.order.move, self.frozen.get(job.order.rental_id, 0))
+        self.accounts[job.order.rental_id] = replace(account, unlocked=False)
+        return {"changed": account.unlocked, "epoch": job.order.epoch, "state": "frozen", "killed": 0}
 
     def thaw(self, job: Job) -> dict[str, Any]:
         account = self._here(job)
-        if job.move < self.frozen.get(job.rental_id, 0):
-            raise RefusedOrder(f"it stands still for planned move {self.frozen[job.rental_id]}, which is a later one")
-        over = job.rental_id in self.over
-        if over and job.move:
-            self.frozen.pop(job.rental_id, None)
+        if job.order.move < self.frozen.get(job.order.rental_id, 0):
+            raise RefusedOrder(
+                f"it stands still for planned move {self.frozen[job.order.rental_id]}, which is a later one"
+            )
+        over = job.order.rental_id in self.over
+        if over and job.order.move:
+            self.frozen.pop(job.order.rental_id, None)
             raise RefusedOrder("its home holds more than it may: its owner alone may have it go on")
         changed = over or not account.unlocked
-        self.frozen.pop(job.rental_id, None)
-        self.over.discard(job.rental_id)
-        self.exempt |= {job.rental_id} if over else set()
-        self.accounts[job.rental_id] = replace(account, unlocked=True)
-        return {"changed": changed, "epoch": job.epoch, "state": "running"}
+        self.frozen.pop(job.order.rental_id, None)
+        self.over.discard(job.order.rental_id)
+        self.exempt |= {job.order.rental_id} if over else set()
+        self.accounts[job.order.rental_id] = replace(account, unlocked=True)
+        return {"changed": changed, "epoch": job.order.epoch, "state": "running"}
 
     def _here(self, job: Job) -> Account:
-        account = self.accounts.get(job.rental_id)
-        if account is None or account.epoch != job.epoch:
-            raise RefusedOrder(f"epoch {job.epoch} is not here")
-        if job.rental_id in self.set_aside:
+        account = self.accounts.get(job.order.rental_id)
+        if account is None or account.epoch != job.order.epoch:
+            raise RefusedOrder(f"epoch {job.order.epoch} is not here")
+        if job.order.rental_id in self.set_aside:
             raise RefusedOrder("it is laid down to be salvaged")
         return account
 
     def certify(self, job: Job) -> dict[str, Any]:
-        account = self.accounts.get(job.rental_id)
+        account = self.accounts.get(job.order.rental_id)
         if account is None:
             raise RefusedOrder("no such rental on this worker")
-        if account.epoch != job.epoch:
-            raise RefusedOrder(f"epoch {job.epoch} is not epoch {account.epoch}, which is here")
-        changed = self._show(job.host_certificate)
-        return {"changed": changed, "epoch": job.epoch, "state": "running" if account.unlocked else "locked"}
+        if account.epoch != job.order.epoch:
+            raise RefusedOrder(f"epoch {job.order.epoch} is not epoch {account.epoch}, which is here")
+        changed = self._show(job.order.host_certificate)
+        return {"changed": changed, "epoch": job.order.epoch, "state": "running" if account.unlocked else "locked"}
 
     def _show(self, certificate: str) -> bool:
         if certificate in {"", self.host_certificate}:
@@ -184,27 +186,27 @@ class FakeWorker:
         return True
 
     def purge(self, job: Job) -> dict[str, Any]:
-        self._refuse_older(self.accounts.get(job.rental_id), job)
+        self._refuse_older(self.accounts.get(job.order.rental_id), job)
         self._refuse_name_in_use(job)
-        before = self.accounts.pop(job.rental_id, None)
-        self.homes.pop(job.rental_id, None)
-        self.activated.pop(job.rental_id, None)
-        self.started.pop(job.rental_id, None)
-        self.restored.pop(job.rental_id, None)
-        self.frozen.pop(job.rental_id, None)
-        self.set_aside.discard(job.rental_id)
-        self.tombstones[job.rental_id] = max(job.epoch, self.tombstones.get(job.rental_id, 0))
+        before = self.accounts.pop(job.order.rental_id, None)
+        self.homes.pop(job.order.rental_id, None)
+        self.activated.pop(job.order.rental_id, None)
+        self.started.pop(job.order.rental_id, None)
+        self.restored.pop(job.order.rental_id, None)
+        self.frozen.pop(job.order.rental_id, None)
+        self.set_aside.discard(job.order.rental_id)
+        self.tombstones[job.order.rental_id] = max(job.order.epoch, self.tombstones.get(job.order.rental_id, 0))
         return {"changed": before is not None, "left": [], "removed_files": 0, "killed": 0, "looked": ["/"]}
 
     def _refuse_older(self, account: Account | None, job: Job) -> None:
-        if account and job.epoch < account.epoch:
-            raise RefusedOrder(f"epoch {job.epoch} is older than epoch {account.epoch}, which was seen here")
+        if account and job.order.epoch < account.epoch:
+            raise RefusedOrder(f"epoch {job.order.epoch} is older than epoch {account.epoch}, which was seen here")
 
     def _refuse_name_in_use(self, job: Job) -> None:
         for rental_id, account in self.accounts.items():
-            same = (account.username == job.username, account.uid == job.uid)
-            if (rental_id == job.rental_id and not all(same)) or (rental_id != job.rental_id and any(same)):
-                raise RefusedOrder(f"{job.username} or uid {job.uid} is another rental's here")
+            same = (account.username == job.order.username, account.uid == job.order.uid)
+            if (rental_id == job.order.rental_id and not all(same)) or (rental_id != job.order.rental_id and any(same)):
+                raise RefusedOrder(f"{job.order.username} or uid {job.order.uid} is another rental's here")
 
 
 @dataclass

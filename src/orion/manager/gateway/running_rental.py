@@ -17,6 +17,7 @@ from orion.manager.ssh.port import Host
 from orion.manager.store import rentals
 from orion.manager.store.database import Row, Store
 from orion.manager.store.tokens import Principal
+from orion.rental_order import RentalOrder
 
 OVER = frozenset({*ENDED, wire.RentalState.RELEASING})
 """The states of a rental that will never be active again."""
@@ -60,7 +61,8 @@ class RunningRentals:
 def job_of(row: Row) -> Job:
     """Return the job that certifies the rental's worker; it has the worker's host."""
     host = Host(row["worker_id"], row["address"], tuple(row["host_keys"]))
-    return Job(Action.CERTIFY, host, row["id"], row["username"], row["uid"], row["epoch"], owner=row["owner"])
+    order = RentalOrder(rental_id=row["id"], username=row["username"], uid=row["uid"], epoch=row["epoch"])
+    return Job(action=Action.CERTIFY, host=host, order=order, owner=row["owner"])
 
 
 def remarks(row: Row) -> str:

@@ -77,7 +77,7 @@ class HostCertificates:
 
     def _is_named(self, job: Job) -> bool:
         last = self._signed.get(job.host.worker_id)
-        return last is not None and last.serves(job.rental_id, job.host.host_keys, self._wall(), FRESH_S)
+        return last is not None and last.serves(job.order.rental_id, job.host.host_keys, self._wall(), FRESH_S)
 
     def shows(self, worker_id: str, issued: Issued) -> None:
         """Note that the worker shows this certificate."""
@@ -90,12 +90,12 @@ class HostCertificates:
         """
         worker_id = job.host.worker_id
         shown = self._shown.get(worker_id)
-        if shown and shown.serves(job.rental_id, job.host.host_keys, self._wall(), FRESH_S):
+        if shown and shown.serves(job.order.rental_id, job.host.host_keys, self._wall(), FRESH_S):
             return
         renewal = worker_id, job.owner
         if renewal not in self._renewing:
             self._renewing[renewal] = asyncio.create_task(self._renew(job))
-        if shown and shown.serves(job.rental_id, job.host.host_keys, self._wall(), JUST_VALID_S):
+        if shown and shown.serves(job.order.rental_id, job.host.host_keys, self._wall(), JUST_VALID_S):
             return
         await asyncio.wait([self._renewing[renewal]], timeout=CERTIFY_WITHIN_S)
 
@@ -108,12 +108,10 @@ class HostCertificates:
     async def _renew(self, job: Job) -> None:
         try:
             issued = await self.issue(job.host)
-            if issued is None or job.rental_id not in issued.rental_ids:
+            if issued is None or job.order.rental_id not in issued.rental_ids:
                 return
-            order = replace(
-                job, action=Action.CERTIFY, host_certificate=issued.line, public_keys=(), deadline_s=CERTIFY_WITHIN_S
-            )
-            outcome = await self._engine.run(order)
+            certifying = replace(job, action=Action.CERTIFY, deadline_s=CERTIFY_WITHIN_S)
+            outcome = await self._engine.run(certifying.with_order(host_certificate=issued.line, public_keys=()))
             if outcome.ok:
                 self.shows(job.host.worker_id, issued)
             else:
@@ -135,11 +133,11 @@ class CertifyingEngine:
     async def run(self, job: Job) -> Outcome:
         if job.action not in {Action.CREATE, Action.PREPARE}:
             return await self.engine.run(job)
-        job = replace(job, user_authority=self.user_authority)
+        job = job.with_order(user_authority=self.user_authority)
         issued = await self.certificates.naming(job) if job.action is Action.CREATE else None
         if issued is None:
             return await self.engine.run(job)
-        outcome = await self.engine.run(replace(job, host_certificate=issued.line))
+        outcome = await self.engine.run(job.with_order(host_certificate=issued.line))
         if outcome.ok:
             self.certificates.shows(job.host.worker_id, issued)
         return outcome

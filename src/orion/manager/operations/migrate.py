@@ -82,7 +82,7 @@ class Migrator:
         await self._quiesce(source)
         snapshot = await self._snapshot(source)
         await self._fill(target, snapshot, again=False)
-        self._filled.pop((target.rental_id, target.epoch), None)
+        self._filled.pop((target.order.rental_id, target.order.epoch), None)
         return _done(snapshot)
 
     async def _park(self, source: Job) -> Outcome:
@@ -91,15 +91,15 @@ class Migrator:
 
     async def _quiesce(self, source: Job) -> None:
         """Stop all processes of the source. Raises SnapshotError unless they are stopped."""
-        job = replace(source, action=Action.FREEZE, public_keys=(), deadline_s=FREEZE_DEADLINE_S)
-        frozen = await self._engine.run(job)
+        job = replace(source, action=Action.FREEZE, deadline_s=FREEZE_DEADLINE_S)
+        frozen = await self._engine.run(job.with_order(public_keys=()))
         if not frozen.ok:
             raise SnapshotError("not_frozen", frozen.message)
-        if frozen.report.get("state") != "frozen" or frozen.report.get("epoch") != source.epoch:
+        if frozen.report.get("state") != "frozen" or frozen.report.get("epoch") != source.order.epoch:
             raise SnapshotError("not_frozen", "its worker does not have this placement any more")
 
     async def _fill(self, target: Job, snapshot: Snapshot, again: bool) -> None:
-        key = target.rental_id, target.epoch
+        key = target.order.rental_id, target.order.epoch
         before = self._filled.pop(key, None)
         await self._snapshot_service.restore(_home(target), snapshot.generation, RESTORE_DEADLINE_S, before, again)
         self._filled = {key: snapshot.generation} | self._filled
@@ -108,13 +108,13 @@ class Migrator:
 
     async def _snapshot(self, source: Job) -> Snapshot:
         """Take a complete snapshot and have the database accept it, so that every later restore uses it."""
-        found = await self._catalog.migrating(source.rental_id)
+        found = await self._catalog.migrating(source.order.rental_id)
         if found is None:
             raise SnapshotError("superseded", "it was ended or migrated meanwhile")
         taken = await self._snapshot_service.copy(_home(source), self._limits, COPY_DEADLINE_S, for_migration=True)
         warning = snapshots.nearly_full(taken.copy, self._periodic_limits.max_bytes, self._periodic_limits.max_files)
         step = snapshots.accepted(found.rental, found.placement, taken.copy, warning)
-        if not await self._catalog.accept(step, source.rental_id, taken.kept):
+        if not await self._catalog.accept(step, source.order.rental_id, taken.kept):
             raise SnapshotError("superseded", "it was ended or migrated meanwhile")
         return taken.copy
 
@@ -130,7 +130,7 @@ async def _within(seconds: float, work: Awaitable[Outcome]) -> Outcome:
 
 
 def _home(job: Job) -> Home:
-    return Home(job.rental_id, job.uid, job.epoch, job.host, job.owner)
+    return Home(job.order.rental_id, job.order.uid, job.order.epoch, job.host, job.owner)
 
 
 def _done(snapshot: Snapshot) -> Outcome:

@@ -162,7 +162,7 @@ class Restorer:
     async def _fill(self, job: Job, wanted: str) -> dict[str, Any]:
         if wanted == EMPTY:
             return {"reason": "without its files, as asked for"}
-        home = Home(job.rental_id, job.uid, job.epoch, job.host, job.owner)
+        home = Home(job.order.rental_id, job.order.uid, job.order.epoch, job.host, job.owner)
         try:
             snapshot = await (self._newest(home) if wanted == NEWEST else self._named(home, wanted))
         except SnapshotError as error:

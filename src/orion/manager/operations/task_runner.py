@@ -26,6 +26,7 @@ from orion.manager.operations.recover import TRIES
 from orion.manager.operations.restore import NOT_COUNTED, Restorer
 from orion.manager.ssh.port import Host, Reach, Reached
 from orion.manager.store.port import StateStore
+from orion.rental_order import RentalOrder
 
 log = structlog.get_logger()
 
@@ -234,9 +235,17 @@ class TaskRunner:
         if task.kind is TaskKind.RECOVER:
             return await self._restorer.recoverer.recover(host, item, task.placement_id or "", task.owner)
         keys, action = tuple(task.public_key.splitlines()), _ACTIONS.get(task.kind, Action.PREPARE)
-        account = item.rental_id, item.username, item.uid, item.epoch
-        job = Job(action, host, *account, keys, JOB_DEADLINE_S, task.start, task.start_mark, task.rental_name)
-        job = replace(job, owner=task.owner)
+        order = RentalOrder(
+            rental_id=item.rental_id,
+            username=item.username,
+            uid=item.uid,
+            epoch=item.epoch,
+            public_keys=keys,
+            start=task.start,
+            start_mark=task.start_mark,
+            rental_name=task.rental_name,
+        )
+        job = Job(action=action, host=host, order=order, deadline_s=JOB_DEADLINE_S, owner=task.owner)
         if task.source:
             return await self._migrate(task, job, hosts[task.source.worker_id], task.source)
         if task.restore:
@@ -244,7 +253,7 @@ class TaskRunner:
         return await self._engine.run(job)
 
     async def _migrate(self, task: Task, job: Job, host: Host, source: Source) -> Outcome:
-        at_source = replace(job, host=host, epoch=source.epoch, move=source.move)
+        at_source = replace(job, host=host).with_order(epoch=source.epoch, move=source.move)
         if task.kind is TaskKind.THAW:
             return await self._engine.run(at_source)
         if task.kind is TaskKind.PARK:

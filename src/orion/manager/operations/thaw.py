@@ -10,6 +10,7 @@ from orion.manager.ansible.port import Action, Engine, Job
 from orion.manager.domain import snapshots
 from orion.manager.ssh.port import Host
 from orion.manager.store.snapshots import SnapshotCatalog
+from orion.rental_order import RentalOrder
 
 DEADLINE_S = 30.0
 
@@ -26,8 +27,9 @@ class Thawer:
             return "it does not run on a worker that is ready"
         rental, placement, worker = found
         host = Host(worker.id, worker.address, worker.host_keys, boot_id=worker.ordered_boot_id)
-        account = rental.id, rental.username, rental.uid, placement.epoch
-        outcome = await self._engine.run(Job(Action.THAW, host, *account, deadline_s=DEADLINE_S, owner=rental.owner))
+        order = RentalOrder(rental_id=rental.id, username=rental.username, uid=rental.uid, epoch=placement.epoch)
+        job = Job(action=Action.THAW, host=host, order=order, deadline_s=DEADLINE_S, owner=rental.owner)
+        outcome = await self._engine.run(job)
         if not outcome.ok:
             return outcome.message
         if outcome.report.get("changed"):
