@@ -1,4 +1,4 @@
-"""From silence to a rental that runs elsewhere, and back: the loops on virtual time, with the real store and API."""
+"""Takeovers, from silence to a rental that runs elsewhere and back: the whole manager on virtual time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orion.manager.store.database import Store
 
 @pytest.fixture
 async def pool(house: House) -> list[Agent]:
-    """Three ready workers, after the brake of the start has ended."""
+    """Return three ready workers, after the brake of the start has ended."""
     agents = [await house.join() for _ in range(3)]
     house.end_the_brake_of_the_start()
     return agents
@@ -148,7 +148,7 @@ async def test_a_heartbeat_between_the_look_and_the_verdict_saves_the_worker(
 async def test_from_the_verdict_on_no_heartbeat_renews_the_lease(
     house: House, pool: list[Agent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The session is revoked before `down` is committed: a heartbeat that comes in between is told to register."""
+    """The session is revoked before `down` is committed: the answer to a heartbeat in between is to register."""
     late = pool[0]
     await house.silence(late, 88)
     replies: list[int] = []
@@ -232,7 +232,7 @@ async def test_a_worker_that_cannot_be_cleaned_does_not_become_ready(house: Hous
 async def test_a_partitioned_worker_that_calls_home_after_the_verdict_holds_until_it_is_decided(
     house: House, pool: list[Agent]
 ) -> None:
-    """It was down by the book and its rental not yet taken away: it must not be told to run it."""
+    """The worker is down in the database, and its rental not yet taken over: no order may say to run it."""
     rental = await house.rent()
     cut_off = where(house, rental)
     await house.silence(cut_off, 90)

@@ -1,4 +1,4 @@
-"""What the engine did for a rental can be read, by whose it is, without a key in it, and does not grow without end."""
+"""The job log of a rental can be read by its owner, holds no key, and does not grow without end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop that runs rounds, the door's probe, and the expiry of rentals."""
+"""The loop that runs rounds, the proxy probe, and the expiry of rentals."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ async def doubted(house: House) -> str | None:
 
 @pytest.mark.parametrize("begins", [False, True], ids=["it jumps", "the manager begins with it"])
 async def test_a_clock_that_is_far_ahead_ends_nothing_until_an_operator_confirms_it(house: House, begins: bool) -> None:
-    """Forty days: no rental expires, and what has expired keeps its last copies; it is said, and by whom it ended."""
+    """A jump of forty days: no rental expires, expired ones keep their snapshots, and events tell of the doubt."""
     await house.join(slots=2)
     over, rental = await house.rent(ttl_s=60), await house.rent(ttl_s=3600)
     home = house.snapshot_service
@@ -200,7 +200,7 @@ async def opens(client: httpx.AsyncClient) -> bool:
 
 
 async def rents(client: httpx.AsyncClient, key: str) -> str:
-    """The id of the rental that this idempotency key makes, or has made."""
+    """Return the id of the rental that this idempotency key makes, or has made."""
     reply = await client.post("/api/rent", json={"wait_s": 0}, headers={"Idempotency-Key": key})
     return str(reply.json()["id"])
 
@@ -209,7 +209,7 @@ async def rents(client: httpx.AsyncClient, key: str) -> str:
 async def test_a_clock_that_is_far_ahead_ends_no_token_and_forgets_no_idempotency_key(
     house: House, begins: bool
 ) -> None:
-    """Tokens go on to end by the clock as it was believed, until an operator confirms the other one."""
+    """Tokens end by the last believed time, carried on, until an operator confirms the new one."""
     alice, bob = await house.new_client("alice", ttl_s=3600), await house.new_client("bob", ttl_s=30 * 86_400)
     made = await rents(bob, "key-1")
     house.clock.wall_offset += 40 * 86_400
@@ -259,7 +259,7 @@ async def test_a_token_that_is_made_while_the_clock_is_doubted_lasts_as_long_as_
 async def test_a_time_that_begins_while_the_clock_is_doubted_lasts_as_long_as_was_said(
     house: House, wrong_s: float, is_right: bool
 ) -> None:
-    """A new rental and a renewed one: their time is counted from the moment in which the clock is believed again."""
+    """The time of a new rental and of a renewed one is counted from the moment in which the clock is believed again."""
     await house.join(slots=2)
     before = await house.rent(ttl_s=3600)
     house.clock.wall_offset += wrong_s
@@ -315,7 +315,7 @@ async def test_a_clock_that_comes_back_is_believed_by_itself_and_it_is_said(hous
 
 
 async def test_what_expires_late_keeps_its_last_copies_for_a_day_from_then_on(house: House) -> None:
-    """The manager was away for three days."""
+    """Let the manager be away for three days."""
     await house.join()
     rental = await house.rent(ttl_s=3600)
     await house.manager.copies.take_now(rental["id"], None)

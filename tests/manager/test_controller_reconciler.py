@@ -1,4 +1,4 @@
-"""The reconciler: tasks that fail, back off, go elsewhere; clean-ups; what a killed manager leaves to the next one."""
+"""The reconciler and its task runner: tasks that fail, pause and go elsewhere; purges; what the next manager finds."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ async def test_restarts_that_are_far_apart_are_no_flapping(house: House, agent: 
 
 @pytest.fixture
 async def stranger(house: House) -> Agent:
-    """It holds what the database has never placed, as after a restore of an older one."""
+    """Its worker holds a rental that the database never placed, as after the restore of an older backup."""
     agent = house.new_agent()
     rental = {"rental_id": "stranger", "username": "r-stranger", "uid": 100_500, "epoch": 7, "state": "running"}
     agent.inventory = lambda: [rental] if "stranger" not in agent.node.tombstones else []  # type: ignore[method-assign]
@@ -253,7 +253,7 @@ async def test_what_an_operator_gives_up_is_purged_before_its_worker_is_ready(ho
 
 
 async def test_what_was_placed_once_and_has_ended_is_purged_before_its_worker_is_ready(house: House) -> None:
-    """A worker that was removed while it was away comes back as a new one, with what it had."""
+    """A worker that was removed while it was away comes back as a new one, with its rentals."""
     agent = await house.join()
     rental = await house.rent()
     agent.die()
@@ -270,7 +270,7 @@ async def test_what_was_placed_once_and_has_ended_is_purged_before_its_worker_is
 
 
 async def test_what_a_ready_worker_shows_again_after_it_was_purged_is_purged_again(house: House, agent: Agent) -> None:
-    """A module that outlived its deadline has done its work after all."""
+    """A module that ran beyond its deadline has done its work after all."""
     rental = await house.rent()
     account = agent.node.accounts[rental["id"]]
     await house.as_admin.delete(f"/api/rentals/{rental['id']}")
@@ -377,7 +377,7 @@ def at_work(house: House, agent: Agent) -> int:
 
 
 async def test_a_worker_on_which_things_fail_gets_one_task_at_a_time(house: House) -> None:
-    """Each task that hangs holds a part of the engine until its deadline, and the engine is everybody's."""
+    """Each task that hangs takes a part of the engine, which all workers share, until its deadline."""
     worker = await house.join(slots=8)
     house.end_the_brake_of_the_start()
     worker.node.hang()
@@ -434,7 +434,7 @@ async def test_an_event_keeps_no_more_of_a_report_than_a_person_reads(house: Hou
 
 
 def counted(house: House, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Transactions from now on, by the function that made them."""
+    """Count transactions from now on, by the function that made them."""
     calls: Counter[str] = Counter()
 
     def counting(transaction: Any) -> Any:
@@ -523,7 +523,7 @@ async def test_a_pool_at_rest_is_not_looked_at(house: House, monkeypatch: pytest
 
 
 async def test_the_net_finds_what_nobody_told_of(house: House, agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change behind the roster's back, which no code makes: the slow look at everybody comes to it all the same."""
+    """The sweep finds a change that the pool index was not told of, though no code makes such a change."""
     rental = await house.rent()
     await house.store.write(_behind_its_back, rental["id"])
     await house.manager.reconciler.round()

@@ -1,4 +1,4 @@
-"""Files of rentals, in the whole manager on virtual time: copied, brought along, and never lost silently."""
+"""Snapshots in the whole manager, on virtual time: taken, restored, and never lost silently."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def files(house: House, rental: dict[str, Any]) -> dict[str, str]:
 
 
 async def copy_round(house: House) -> None:
-    """All that is due, and what is started when that is done."""
+    """Take all snapshots that are due, and those that are started afterwards."""
     copies = house.manager.copies
     await copies.round()
     while running := [*copies._running.values(), *([copies._sweeping] if copies._sweeping else [])]:
@@ -43,7 +43,7 @@ async def copy_round(house: House) -> None:
 
 
 async def copied(house: House, rental: dict[str, Any]) -> dict[str, Any]:
-    """The rental after the next copies are due and made."""
+    """Return the rental after the next snapshots are due and taken."""
     await copy_round(house)
     await house.pass_time(31)
     await copy_round(house)
@@ -51,7 +51,7 @@ async def copied(house: House, rental: dict[str, Any]) -> dict[str, Any]:
 
 
 async def lose(house: House, rental: dict[str, Any]) -> dict[str, Any]:
-    """Its worker dies, and the manager finds out."""
+    """Let its worker die, and the manager notice."""
     house.end_the_brake_of_the_start()
     dead = holder(house, rental)
     dead.die()
@@ -160,7 +160,7 @@ async def test_copies_that_are_gone_from_the_disk_are_not_taken_for_none(house: 
 
 
 async def test_what_only_the_vault_knows_is_restored_as_well(house: House, pool: list[Agent]) -> None:
-    """The manager was killed between a copy and its own note of it, or has gone back to a backup."""
+    """The manager was killed between a snapshot and its commit, or its database was restored from a backup."""
     rental = await house.rent()
     files(house, rental)["file"] = "x"
     agent = holder(house, rental)
@@ -452,7 +452,7 @@ async def test_a_first_copy_that_fails_is_tried_again_soon_and_said_when_it_goes
 async def test_a_rental_whose_worker_was_suspect_when_it_was_due_is_copied_soon_after_it_is_ready_again(
     house: House, pool: list[Agent]
 ) -> None:
-    """Also its first copy, which is due in the moment in which it becomes active."""
+    """This includes its first snapshot, which is due at once when it becomes active."""
     rental = await house.rent()
     silent = holder(house, rental)
     await house.silence(silent, 46)

@@ -1,4 +1,4 @@
-"""Workers whose container is gone: what tells, what is taken over when, and when they are forgotten."""
+"""Workers whose container is gone: how that is noticed, when their rentals are taken over, when they are removed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_api_access import is_problem
 
 @pytest.fixture
 async def pool(house: House) -> list[Agent]:
-    """Three ready workers, after the brake of the start has ended."""
+    """Return three ready workers, after the brake of the start has ended."""
     agents = [await house.join() for _ in range(3)]
     house.end_the_brake_of_the_start()
     return agents
@@ -93,7 +93,7 @@ async def test_only_an_admin_says_that_a_worker_is_gone_or_prunes(house: House, 
 async def test_another_worker_at_its_address_says_so_and_takes_the_doubled_grace_away(
     house: House, pool: list[Agent], sshds: Sshds
 ) -> None:
-    """It may live on without a network, so the lease of before the restart must pass: 90 s, and not 180."""
+    """The worker may live on without a network, so its lease of before the restart must pass: 90 s, and not 180."""
     rental = await house.rent()
     lost = where(house, rental)
     lost.die()

@@ -1,4 +1,4 @@
-"""By what a renter recognises its worker: who is named, when it is signed again, and who is never named."""
+"""Host certificates of workers: which rentals they name, and when they are signed again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orion.rental_order import RentalOrder
 
 
 def named(certificate: str) -> set[str]:
-    """The principals of a host certificate, signed by the authority of hosts."""
+    """Return the principals of a host certificate that the authority of hosts has signed."""
     read: Any = asyncssh.import_certificate(certificate)
     return {str(name).removesuffix(".orion") for name in read.principals}
 

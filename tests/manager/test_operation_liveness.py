@@ -1,4 +1,4 @@
-"""Who is watched, what a watch finds, and what the health loop makes of it; the watch itself is the shipped fake."""
+"""Liveness connections: to which workers, what they find, what the health controller decides; the port is a fake."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Scene:
         self.world = FakeWorld()
         self.now = 1000.0
         self.changes = 0
-        self.watching = LivenessConnections(FakeLiveness(self.world), lambda: self.now, self._count)
+        self.connections = LivenessConnections(FakeLiveness(self.world), lambda: self.now, self._count)
         self.worker = new_worker(health=Health.READY)
         self.node = self.add(self.worker)
 
@@ -38,7 +38,7 @@ class Scene:
     async def rest(self) -> LivenessReport:
         for _ in range(10):
             await asyncio.sleep(0)
-        return self.watching.report(self.worker)
+        return self.connections.report(self.worker)
 
     def _count(self, worker_id: str) -> None:
         assert worker_id == self.worker.id
@@ -48,7 +48,7 @@ class Scene:
 @pytest.fixture
 async def scene() -> Scene:
     scene = Scene()
-    scene.watching.update(scene.worker)
+    scene.connections.update(scene.worker)
     assert await scene.rest() == LivenessReport()
     return scene
 
@@ -57,15 +57,15 @@ async def test_a_container_that_dies_is_proved_dead(scene: Scene) -> None:
     scene.node.die()
     found = await scene.rest()
     assert (found.closed_at, found.proof) == (1000.0, PROOFS["gone"])
-    assert scene.changes >= 1, "the health loop is told"
-    await scene.watching.stop()
+    assert scene.changes >= 1, "the health controller is called"
+    await scene.connections.stop()
 
 
 async def test_a_restarted_sshd_leaves_nothing_behind(scene: Scene) -> None:
     scene.node.close_connections()
     assert await scene.rest() == LivenessReport()
     assert scene.changes == 2, "closed, and held again"
-    await scene.watching.stop()
+    await scene.connections.stop()
 
 
 async def test_another_machine_at_the_address_is_a_proof_too(scene: Scene) -> None:
@@ -73,30 +73,30 @@ async def test_another_machine_at_the_address_is_a_proof_too(scene: Scene) -> No
     scene.add(other)
     scene.node.die()
     assert (await scene.rest()).proof == PROOFS["replaced"]
-    await scene.watching.stop()
+    await scene.connections.stop()
 
 
 async def test_what_was_found_of_one_life_of_a_worker_says_nothing_of_the_next(scene: Scene) -> None:
     scene.node.die()
     assert (await scene.rest()).proof
     again = replace(scene.worker, session_id="another", boot_id="boot-0002")
-    scene.watching.update(again)
-    assert scene.watching.report(again) == LivenessReport()
-    await scene.watching.stop()
+    scene.connections.update(again)
+    assert scene.connections.report(again) == LivenessReport()
+    await scene.connections.stop()
 
 
 @pytest.mark.parametrize("change", [{"health": Health.DOWN}, {"session_id": None}])
 async def test_who_is_down_or_has_no_session_is_not_watched(change: dict[str, str]) -> None:
     scene = Scene()
-    scene.watching.update(replace(scene.worker, **change))  # type: ignore[arg-type]
-    assert scene.watching._tasks == {}
+    scene.connections.update(replace(scene.worker, **change))  # type: ignore[arg-type]
+    assert scene.connections._tasks == {}
 
 
 async def test_who_was_removed_is_let_go(scene: Scene) -> None:
-    scene.watching.close("w-another")
-    assert scene.watching._tasks
-    scene.watching.close(scene.worker.id)
-    assert scene.watching._tasks == {}
+    scene.connections.close("w-another")
+    assert scene.connections._tasks
+    scene.connections.close(scene.worker.id)
+    assert scene.connections._tasks == {}
 
 
 async def test_a_killed_worker_s_rental_moves_at_once_and_a_restarted_sshd_moves_nothing(house: House) -> None:

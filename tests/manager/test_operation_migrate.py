@@ -1,4 +1,4 @@
-"""Planned moves in the whole manager, on virtual time: nothing is one byte old, nothing lives twice, nothing sticks."""
+"""Planned migrations in the whole manager, on virtual time: no byte lost, no rental alive twice, no state stuck."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def files(house: House, rental: dict[str, Any]) -> dict[str, str]:
 
 
 async def migrate(house: House, rental: dict[str, Any]) -> dict[str, Any]:
-    """Ask for it and let everything happen that can happen now."""
+    """Ask for a migration and let everything happen that can happen now."""
     reply = await house.as_admin.post(f"/api/rentals/{rental['id']}/migrate")
     assert reply.status_code == 202, reply.text
     await house.settle()
@@ -46,7 +46,7 @@ async def drain(house: House, agent: Agent) -> None:
 
 
 class Interference:
-    """Does something in the middle of a move: after the engine has done an action for the nth time."""
+    """Does something in the middle of a migration: after the engine has done an action for the nth time."""
 
     def __init__(self, house: House, action: Action, what: Any, time: int = 1) -> None:
         self._run = house.manager.task_runner._migrator._engine.run
@@ -65,7 +65,7 @@ class Interference:
 
 
 class Restart:
-    """Restarts the container of a worker while its first order to freeze is on its way; keeps what became of that."""
+    """Restarts the container of a worker while its first order to freeze is on its way, and keeps the outcome."""
 
     def __init__(self, house: House, agent: Agent) -> None:
         self._run = house.manager.task_runner._migrator._engine.run
@@ -87,7 +87,7 @@ class Restart:
 async def test_a_late_freeze_does_not_reach_the_next_life_of_a_container_that_takes_such_orders(
     house: House, version: str, refused: bool
 ) -> None:
-    """One of a former version is ordered as it was then: it would refuse an order that names a boot id."""
+    """A worker of a former version gets its former orders: it would refuse one that names a boot id."""
     pool = [house.new_agent(slots=2) for _ in range(2)]
     for agent in pool:
         agent.agent_version = version
@@ -377,7 +377,7 @@ async def test_what_runs_on_a_quarantined_worker_is_moved_away(house: House, poo
 
 
 async def vacate(house: House, *agents: Agent) -> None:
-    """They are told to stop, and wait until nothing is left on them."""
+    """Workers that are told to stop wait until no rental is left on them."""
     for agent in agents:
         await agent.beat(vacating=True)
     for _ in range(20):
@@ -416,7 +416,7 @@ async def test_where_all_are_told_to_stop_everything_is_parked_and_comes_back(ho
 async def test_a_copy_that_was_begun_before_it_stood_still_does_not_take_the_place_of_the_last_one(
     house: House,
 ) -> None:
-    """It was made before the last one, and is noted after it: the manager's disk is slow."""
+    """The snapshot was taken before the last one and is committed after it, because the manager's disk is slow."""
     agent = await house.join()
     rental = await house.rent()
     files(house, rental)["file"] = "copied"

@@ -1,4 +1,4 @@
-"""What a worker that comes back still has is copied aside before it is purged, and never keeps it from being ready."""
+"""Recovered snapshots of what a lost worker still has: taken before the purge, and never in the way of being ready."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def pool(house: House) -> list[Agent]:
 
 
 async def written_and_lost(house: House) -> tuple[dict[str, Any], Agent]:
-    """A rental that moved without what was written last, and the worker that has it."""
+    """Return a rental that was taken over without its last writes, and the worker that has them."""
     rental = await house.rent(name="lab")
     files(house, rental)["file"] = "copied"
     await copied(house, rental)
@@ -50,7 +50,7 @@ async def snapshots(house: House, rental: dict[str, Any]) -> list[tuple[str, boo
 
 
 def lets_in_and_dies(agent: Agent, written: str) -> None:
-    """The next renter that it lets in writes something; nobody hears of that before its end."""
+    """Let the next renter on this worker write something, of which no report comes before the worker dies."""
     create = agent.node.create
 
     def create_and_die(job: Job) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def lets_in_and_dies(agent: Agent, written: str) -> None:
 
 @pytest.fixture
 async def watched(house: House) -> House:
-    """Deaths are proved, before a second try to make anything there has failed."""
+    """Prove deaths before a second try to make a rental there has failed."""
     await house.hold_liveness_connections()
     house.end_the_brake_of_the_start()
     return house
@@ -160,7 +160,7 @@ async def test_what_cannot_be_salvaged_is_purged_all_the_same_and_what_was_lost_
 
 
 def test_a_worker_becomes_ready_in_time_though_a_salvage_never_ends() -> None:
-    """Whatever it hangs in: its worker has been joining for so long."""
+    """A recovery is given up, whatever it hangs in, when its worker has been joining for too long."""
     joining = new_worker(1, health=Health.JOINING, verified_session=None)
     rental = active_rental(1, epoch=2, state=RentalState.QUEUED)
     lost = new_placement(replace(rental, epoch=1), joining, PlacementState.LOST)
@@ -223,7 +223,7 @@ async def test_a_worker_gains_nothing_by_showing_what_was_never_placed_there(hou
 async def test_where_a_renter_was_let_in_unheard_is_the_newest_whoever_comes_back_first(
     watched: House, first_back: str
 ) -> None:
-    """The second worker lets it in and dies, and the manager knows only of the first, until both have come back."""
+    """The second worker activates the rental and dies; the manager knows only of the first until both are back."""
     first = await watched.join()
     rental = await watched.rent(name="lab")
     files(watched, rental)["file"] = "copied"
@@ -304,7 +304,7 @@ async def test_a_worker_that_never_let_anybody_in_has_nothing_to_salvage_and_not
 
 
 async def lost_three_times(house: House) -> tuple[dict[str, Any], list[Agent]]:
-    """A rental that is active at epoch 4, copied at epoch 1 alone, and the workers that it had before, in order.
+    """Return a rental that is active at epoch 4, with a snapshot of epoch 1 alone, and its former workers in order.
 
     It was written at each epoch, and began with copy 1-1 at each but the first.
     """
@@ -336,7 +336,7 @@ async def test_the_same_home_counts_before_others_that_were_filled_from_it_and_i
 
 
 async def test_what_was_filled_with_a_copy_and_written_since_counts_before_that_copy(house: House) -> None:
-    """Two kills without a copy in between, and only the second worker is back at the third."""
+    """There are two kills without a snapshot in between, and only the second worker is back at the third."""
     rental, gone = await lost_three_times(house)
     await gone[1].come_back()
     await house.pass_time(8)
@@ -397,7 +397,7 @@ async def test_a_salvage_that_waits_is_shown_until_its_rental_has_it(house: Hous
 
 @pytest.fixture
 async def patient(store: Store) -> AsyncIterator[House]:
-    """A house with two workers, whose rentals wait ten minutes for files that no copy has."""
+    """Return a house with two workers, whose rentals wait ten minutes for files that no snapshot has."""
     async with House(store, Settings(database_url=store.url, uncopied_wait_s=600)) as house:
         for _ in range(2):
             await house.join(slots=4)

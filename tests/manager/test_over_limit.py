@@ -1,4 +1,4 @@
-"""A home that holds more than it may: its rental stands still, says so, and has a way out."""
+"""A home that holds more than it may: its rental is frozen, an event says so, and its owner can thaw it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from test_controller_snapshots import files as files_of
 from orion.manager.domain.snapshot_plan import SnapshotLimits, SnapshotPlan
 
 RECORD = RentalRecord("one", "r-one", 3_999_999_001, epoch=2, activated=True)
-"""Of a uid that nobody has: there is nothing to stop."""
+"""An account with a uid of no process: there is nothing to stop."""
 
 
 def test_no_reply_thaws_what_is_over_and_an_order_gives_it_time(tmp_path: Path) -> None:

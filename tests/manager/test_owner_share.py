@@ -1,4 +1,4 @@
-"""An owner's share of the disk of the copies: who is beyond it is told, makes room by itself, and harms nobody."""
+"""An owner's share of the disk of the snapshots: beyond it, the owner's own snapshots are removed, and no other's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ A_COPY_BYTES = LARGE_BYTES + BLOCK_BYTES
 
 @pytest.fixture
 async def house(store: Store) -> AsyncIterator[House]:
-    """A house whose disk has room for two and a half copies of each owner."""
+    """Return a house whose disk has room for two and a half snapshots of each owner."""
     async with House(store, Settings(database_url=store.url, uncopied_wait_s=0, owner_disk_share=0.25)) as house:
         house.snapshot_service.disk_bytes = 10 * A_COPY_BYTES
         for _ in range(2):

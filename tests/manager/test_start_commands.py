@@ -1,4 +1,4 @@
-"""A rental's start command: run wherever it comes to be, and no more when it keeps losing its workers."""
+"""A rental's start command: it runs on each worker of the rental, until the rental has lost too many workers."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def holder(house: House, rental: dict[str, Any]) -> Agent:
 
 
 def runs(house: House, rental: dict[str, Any]) -> list[str]:
-    """Of its start command, where it is."""
+    """Return the state of its start command on its worker."""
     return holder(house, rental).node.started.get(rental["id"], [])
 
 
 async def restart(agent: Agent, number: int) -> None:
-    """Its container: with another boot id, and nothing that ran in it."""
+    """Restart its container: with another boot id, and without the processes that ran in it."""
     agent.node.boot_id = f"boot-{number:04d}"
     agent.node.started.clear()
     await agent.come_back()
 
 
 async def lose(house: House, rental: dict[str, Any]) -> dict[str, Any]:
-    """Its worker dies, it moves, and the worker is back when that is done."""
+    """Let its worker die, the rental be taken over, and the worker come back afterwards."""
     dead = holder(house, rental)
     dead.die()
     await house.silence(dead, 91)
@@ -173,7 +173,7 @@ def test_a_worker_that_was_lost_while_it_was_made_there_counts_too(state: Rental
 def test_where_it_may_have_been_run_it_is_ended_before_it_is_run_elsewhere(
     start: str, state: PlacementState, age_s: float, goes_on: bool
 ) -> None:
-    """Making it there was given up: how its last try ended may be unknown, and the worker lives."""
+    """The rental was given up on a worker that lives: the end of its last try there may be unknown."""
     where = new_worker(1, health=Health.READY if state is PlacementState.FAILED else Health.JOINING)
     rental = active_rental(1, state=RentalState.QUEUED, start=start)
     given_up = new_placement(rental, where, state)

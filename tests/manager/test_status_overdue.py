@@ -1,4 +1,4 @@
-"""No stuck state: what may not last ends as its table says, and a person is told what has waited too long."""
+"""No stuck state: what may not last ends as its table says, and `orion status` lists what has waited too long."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def ids() -> Iterator[str]:
 
 
 def decided(world: World, late: str, rounds: int = 4, **observations: Any) -> World:
-    """The world after some rounds in which `late` has been in its state for longer than any deadline."""
+    """Return the world after some rounds in which `late` has been in its state for longer than any deadline."""
     new_ids = ids()
     for _ in range(rounds):
         decision = decide(
@@ -60,7 +60,7 @@ def decided(world: World, late: str, rounds: int = 4, **observations: Any) -> Wo
 
 
 def judged(health: Health, silent_s: float, **change: Any) -> Health:
-    """What becomes of a worker that was in a state for too long."""
+    """Return the verdict on a worker that was in a state for too long."""
     worker = new_worker(health=health, **change)
     lease = Lease(session_id=worker.session_id or "", received_at=-silent_s)
     verdict = judge(
@@ -98,7 +98,7 @@ def test_each_state_that_may_not_last_has_an_owner_a_deadline_an_exit_and_words_
 
 
 def ended(state: PlacementState, rental_state: RentalState) -> tuple[PlacementState, str]:
-    """A placement after one round, and what its worker is blamed for."""
+    """Return a placement after one round, and the reason why its worker is quarantined."""
     world, late = placed(state, rental_state)
     decided(world, late, rounds=1)
     return world.placements[late].state, world.workers["w-0001"].fault

@@ -1,4 +1,4 @@
-"""Many homes that are to be filled at once: a few at a time on each worker."""
+"""Restores of many homes at once: a few at a time on each worker."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ HANGS, WORKS = Host("w-hangs", "192.0.2.1", (KEY,)), Host("w-works", "192.0.2.2"
 
 
 class NoBook:
-    """Implements what a Restorer needs of `store.copies.SnapshotCatalog`: the database knows nothing."""
+    """Implements what a Restorer needs of `store.snapshots.SnapshotCatalog`: the database knows nothing."""
 
     async def newest(self, _rental_id: str) -> Snapshot | None:
         return None
 
 
 class Slow(FakeSnapshotService):
-    """Restores to one worker do not end until they are let go."""
+    """A snapshot service whose restores to one worker do not end until the test lets them."""
 
     def __init__(self, world: FakeWorld) -> None:
         super().__init__(world, lambda: 0.0)
@@ -89,7 +89,7 @@ async def test_an_owner_fills_half_of_the_homes_that_one_worker_fills_at_a_time(
 
 
 class Stops(FakeSnapshotService):
-    """The restores of these rentals do not end until they are let go."""
+    """A snapshot service whose restores of these rentals do not end until the test lets them."""
 
     def __init__(self, world: FakeWorld, stopped: set[str]) -> None:
         super().__init__(world, lambda: 0.0)
@@ -138,7 +138,7 @@ async def test_who_is_filled_alone_is_let_in_at_once(monkeypatch: pytest.MonkeyP
 
 
 class Asked(FakeEngine):
-    """Makes no account before somebody has asked for the files of its rental."""
+    """An engine that makes no account before the restore of its rental was requested."""
 
     def __init__(self, world: FakeWorld, snapshot_service: FakeSnapshotService) -> None:
         super().__init__(world)

@@ -1,4 +1,4 @@
-"""When a home is first copied where it is now."""
+"""When snapshots are due: the first one on a worker, turns of several owners, and repeats."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEP_S = 0.5
 
 
 class Book:
-    """Implements what the loop needs of `store.copies.SnapshotCatalog`: it notes when the copy of a rental begins."""
+    """Implements what the controller needs of `store.snapshots.SnapshotCatalog`: it notes when a snapshot begins."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -45,7 +45,7 @@ class Book:
 
 
 async def _waits(catalog: Book, loop: SnapshotController, epoch: int) -> list[float]:
-    """For how long each waits that runs at this epoch from now on, of those that are copied within an interval."""
+    """Return the seconds until the first snapshot of each rental that runs at this epoch from now on."""
     catalog.epochs, catalog.begun, began = dict.fromkeys(RENTALS, epoch), {}, catalog.now
     while catalog.now <= began + PLAN.interval_s:
         await _round(loop)
@@ -128,7 +128,7 @@ async def test_what_a_takeover_has_just_restored_is_not_copied_while_others_are_
 
 
 class Held:
-    """A vault in which each copy lasts until it is told how to end: a code of failure."""
+    """A snapshot service in which each snapshot lasts until the test gives it a code of failure."""
 
     def __init__(self) -> None:
         self.held: dict[str, asyncio.Future[str]] = {}
@@ -148,7 +148,7 @@ class Held:
 
 
 class FullBook(Book):
-    """Implements `Book` with rentals that run."""
+    """A catalog whose rentals run."""
 
     async def one(self, rental_id: str) -> Running:  # type: ignore[override]
         rental = replace(RENTAL, id=rental_id, owner=self.owners[rental_id], last_safe_copy_at=1.0)
@@ -159,7 +159,7 @@ class FullBook(Book):
 
 
 async def four_of_one_owner_and_one_of_another(owner: str) -> tuple[FullBook, Held, SnapshotController]:
-    """Give a loop of four places that has just met the rentals `owner`0 to `owner`3, and `quick`."""
+    """Return a controller of four places that has just seen the rentals `owner`0 to `owner`3, and `quick`."""
     catalog, snapshot_service = FullBook(), Held()
     names = [f"{owner}{number}" for number in range(4)] + ["quick"]
     catalog.owners = {name: name.rstrip("0123456789") for name in names}
