@@ -130,7 +130,13 @@ class SimulatedManager:
         self.expiry = ExpiryController(state_store=state_store, clock=clock, wall=sim.wall, on_expiry=hint)
         self.expiry.loop = Loop("expiry", EXPIRY_ROUND_S, self.expiry.round)
         self.call_home = CallHome(
-            state_store, pool_index, leases, reach, sim.monotonic, self.reconciler.compare, self.health.mark_due
+            registry=state_store,
+            pool_index=pool_index,
+            leases=leases,
+            reach=reach,
+            monotonic=sim.monotonic,
+            on_inventory=self.reconciler.compare,
+            on_return=self.health.mark_due,
         )
         self.front = Front(sim.state_store, leases, sim.wall)
 

@@ -219,14 +219,14 @@ class Manager:
         )
         self.metrics = Metrics(
             MetricSources(
-                self.pool_index,
-                self.leases,
-                {loop.name: loop for loop in self.loops},
-                self._brake,
-                store.news.committed,
-                lambda: self.task_runner.running,
-                store.url,
-                lambda: not self.clock.problem,
+                pool_index=self.pool_index,
+                leases=self.leases,
+                loops={loop.name: loop for loop in self.loops},
+                brake=self._brake,
+                committed=store.news.committed,
+                running_jobs=lambda: self.task_runner.running,
+                database_url=store.url,
+                clock_is_believed=lambda: not self.clock.problem,
             )
         )
         job_ended.subscribe(self.metrics.job_ended)
@@ -253,13 +253,13 @@ class Manager:
             why_old=self.copies.explain_age,
         )
         call_home = CallHome(
-            self.state_store,
-            self.pool_index,
-            self.leases,
-            ports.reach,
-            ports.monotonic,
-            self.reconciler.compare,
-            self.health.mark_due,
+            registry=self.state_store,
+            pool_index=self.pool_index,
+            leases=self.leases,
+            reach=ports.reach,
+            monotonic=ports.monotonic,
+            on_inventory=self.reconciler.compare,
+            on_return=self.health.mark_due,
         )
         return (
             self.authentication,

@@ -45,6 +45,7 @@ class Admission:
 class CallHome:
     def __init__(
         self,
+        *,
         registry: Registry,
         pool_index: PoolIndex,
         leases: Leases,
