@@ -26,8 +26,8 @@ def play(batch: BatchMessage, say: ReportResult) -> None:
 
 
 def done(order: BatchOrder, together: int) -> ResultMessage:
-    what = order.vars.rental_id
-    report = {"epoch": order.vars.epoch, "refused_after": order.refused_after, "together": together}
+    what = order.order.rental_id
+    report = {"epoch": order.order.epoch, "refused_after": order.refused_after, "together": together}
     if what.startswith("wait"):
         with (SOCKET.parent / f"{what}-begun").open("a") as begun:
             begun.write(f"{os.getpid()}\n")

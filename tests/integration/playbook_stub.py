@@ -11,8 +11,9 @@ from pathlib import Path
 
 from orion.manager.ansible import playbook
 from orion.manager.ansible.port import Action
-from orion.manager.ansible.protocol import BatchMessage, BatchOrder, HostOrders, ResultMessage, Variables
+from orion.manager.ansible.protocol import BatchMessage, BatchOrder, HostOrders, ResultMessage
 from orion.manager.messages import HostMessage
+from orion.rental_order import RentalOrder
 
 OF_HERE = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
 
@@ -30,7 +31,7 @@ def play(path: Path, usernames: list[str], workers: list[str]) -> list[dict[str,
         HostOrders.model_construct(
             host=HostMessage.model_construct(worker_id=worker, address="127.0.0.1", port=22, host_keys=()),
             orders=tuple(
-                BatchOrder(number=next(numbers), vars=Variables.model_construct(username=name), refused_after=0)
+                BatchOrder.model_construct(number=next(numbers), order=of_user(name), refused_after=0)
                 for name in usernames
             ),
         )
@@ -39,6 +40,10 @@ def play(path: Path, usernames: list[str], workers: list[str]) -> list[dict[str,
     batch = BatchMessage.model_construct(action=Action.CREATE, hosts=hosts)
     playbook.play(path, batch, lambda _: OF_HERE, results.append)
     return [result.model_dump(mode="json") for result in sorted(results, key=lambda result: result.number)]
+
+
+def of_user(username: str) -> RentalOrder:
+    return RentalOrder(rental_id="any", epoch=1, username=username)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def reply(identifier: str, **fields: Any) -> bytes:
 
 async def answer_all(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     async for line in reader:
-        writer.write(reply(json.loads(line)["id"], report={"epoch": json.loads(line)["vars"]["epoch"]}))
+        writer.write(reply(json.loads(line)["id"], report={"epoch": json.loads(line)["order"]["epoch"]}))
     writer.close()
 
 
@@ -80,7 +80,7 @@ async def test_many_jobs_share_one_connection_and_each_gets_its_own_answer(engin
         connections += 1
         requests = [json.loads(await reader.readline()) for _ in range(20)]
         for request in reversed(requests):
-            writer.write(reply(request["id"], report={"epoch": request["vars"]["epoch"]}))
+            writer.write(reply(request["id"], report={"epoch": request["order"]["epoch"]}))
         await say_nothing(reader, writer)
 
     async with process(path, in_reverse):

@@ -125,7 +125,7 @@ def request(what: str, identifier: str = "1") -> dict[str, Any]:
         "id": identifier,
         "action": "create_user",
         "host": host("w-abcdefgh"),
-        "vars": {"rental_id": what, "username": "r-abcdefghij", "uid": 100_000, "epoch": 7, "public_keys": []},
+        "order": {"rental_id": what, "username": "r-abcdefghij", "uid": 100_000, "epoch": 7, "public_keys": []},
         "deadline_s": 30,
     }
 
@@ -359,12 +359,12 @@ def test_what_is_no_request_is_answered_with_an_error_and_the_engine_goes_on(eng
         (("host", "port"), 0),
         (("host", "host_keys"), []),
         (("host", "host_keys"), ["ssh-ed25519 {{ lookup('pipe','id') }}"]),
-        (("vars", "ansible_ssh_common_args"), "-o StrictHostKeyChecking=no"),
-        (("vars", "target"), "all"),
-        (("vars", "username"), "root"),
-        (("vars", "uid"), 0),
-        (("vars", "rental_id"), "{{ 1 }}"),
-        (("vars", "public_keys"), ['command="id" ' + KEY]),
+        (("order", "ansible_ssh_common_args"), "-o StrictHostKeyChecking=no"),
+        (("order", "target"), "all"),
+        (("order", "username"), "root"),
+        (("order", "uid"), 0),
+        (("order", "rental_id"), "{{ 1 }}"),
+        (("order", "public_keys"), ['command="id" ' + KEY]),
     ],
 )
 def test_a_request_beyond_what_is_allowed_is_refused(engine: Engine, place: tuple[str, ...], value: Any) -> None:

@@ -25,11 +25,7 @@ HOST = Host("w-abcdefgh", "192.0.2.7", (KEY,), boot_id="boot-0002")
 
 def ordered(job: Job) -> dict[str, Any]:
     """Return what the worker is sent, as playbook.py and the task orion_rental make it of the engine's line."""
-    return {
-        name: value
-        for name, value in job_message("1", job).model_dump(mode="json")["vars"].items()
-        if value is not None
-    }
+    return dict(job_message("1", job).model_dump(mode="json")["order"])
 
 
 @pytest.mark.parametrize("version", [AGENT_VERSION, "0.1.0+boot", "1.0+more.boot"])

@@ -47,7 +47,9 @@ class AnsibleEngine:
         try:
             line = job_message(identifier, job)
         except ValidationError as error:
-            return Outcome(ok=False, message=f"not a job for the engine: {error.errors()[0]['msg']}")
+            first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+            place = ".".join(str(part) for part in first["loc"])
+            return Outcome(ok=False, message=f"not a job for the engine: {place}: {first['msg']}")
         try:
             async with asyncio.timeout(job.deadline_s + self._margin_s):
                 return await (await self._connected()).ask(identifier, line)

@@ -14,6 +14,7 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def play(path: Path, batch: BatchMessage, of_host: OfHost, report_result: Report
 
 
 def _rental(order: BatchOrder) -> dict[str, Any]:
-    return order.vars.model_dump(mode="json") | {"deadline": order.refused_after}
+    return replace(order.order, deadline=order.refused_after).as_json()
 
 
 def _variables(orders: HostOrders, directory: Path) -> dict[str, Any]:

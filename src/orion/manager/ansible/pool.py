@@ -236,7 +236,9 @@ class Pool:
         hosts = tuple(
             HostOrders(
                 host=host,
-                orders=tuple(BatchOrder(number=r.number, vars=r.job.vars, refused_after=r.refused_after) for r in runs),
+                orders=tuple(
+                    BatchOrder(number=r.number, order=r.job.order, refused_after=r.refused_after) for r in runs
+                ),
                 connection=connections[host],
             )
             for host, runs in by_host.items()
@@ -337,7 +339,7 @@ class Pool:
         log.info(
             "%s of %s on %s: %s in %.3f s%s",
             run.job.action,
-            run.job.vars.rental_id,
+            run.job.order.rental_id,
             run.job.host.worker_id,
             "done" if result.ok else "failed",
             time.monotonic() - run.received,

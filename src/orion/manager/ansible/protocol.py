@@ -6,44 +6,57 @@ messages from BatchOrder on are between the engine's own processes.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic_core import PydanticCustomError
 
 from orion.manager.ansible.port import OF_ONE_BOOT, Action, Job, Outcome
 from orion.manager.messages import MAX_DEADLINE_S, HostMessage, Message
 from orion.manager.ssh.port import Host
-from orion.wire import Id, Name, PublicKey, StartCommand
+from orion.rental_order import InvalidOrder, RentalOrder
+from orion.wire import Id, one_public_key
 
-Certificate = Annotated[
-    str, StringConstraints(pattern=r"^(ssh-ed25519-cert-v01@openssh\.com [A-Za-z0-9+/]{20,16384}={0,3})?$")
+
+def _checked(value: object) -> RentalOrder:
+    """Return the order with its keys as plain as wire.PublicKey makes them. Raise ValidationError if it is invalid."""
+    try:
+        order = RentalOrder.from_json(value.as_json() if isinstance(value, RentalOrder) else value)
+        for name in ("username", "uid"):
+            if not getattr(order, name):
+                raise InvalidOrder(name, "is missing")
+        return _with_plain_keys(order)
+    except InvalidOrder as error:
+        # A ValidationError keeps the name of the field; of another ValueError pydantic would keep the message alone.
+        problem = PydanticCustomError("invalid_order", "{problem}", {"problem": error.problem})
+        raise ValidationError.from_exception_data(
+            "RentalOrder", [{"type": problem, "loc": (error.field,), "input": None}]
+        ) from error
+
+
+def _with_plain_keys(order: RentalOrder) -> RentalOrder:
+    """Raise InvalidOrder if the data of a key is damaged or weak, which the worker does not look at."""
+    plain = {}
+    for name, keys in (("public_keys", order.public_keys), ("user_authority", (order.user_authority,))):
+        try:
+            plain[name] = tuple(one_public_key(key) for key in keys if key)
+        except ValueError as error:
+            raise InvalidOrder(name, str(error)) from error
+    return replace(order, public_keys=plain["public_keys"], user_authority="".join(plain["user_authority"]))
+
+
+Order = Annotated[
+    RentalOrder, PlainValidator(_checked), PlainSerializer(RentalOrder.as_json, return_type=dict[str, Any])
 ]
-Username = Annotated[str, StringConstraints(pattern=r"^r-[a-z0-9]{1,30}$")]
-
-
-class Variables(Message):
-    """The playbooks' extra variables: no other name is let through, so none can change how Ansible works."""
-
-    rental_id: Id
-    username: Username
-    uid: int = Field(ge=100_000, lt=2**31)
-    epoch: int = Field(ge=1, lt=2**53)
-    public_keys: Annotated[tuple[PublicKey, ...], Field(max_length=64)] = ()
-    start: StartCommand | None = None
-    start_mark: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,16}@[A-Za-z0-9-]{0,64}$")] | None = None
-    rental_name: Name | None = None
-    user_authority: PublicKey | Literal[""] = ""
-    host_certificate: Certificate = ""
-    move: int = Field(0, ge=0, lt=2**53)
-    boot_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{8,64}$")] | None = None
-    """Left out for a worker from before there were such orders: it refuses what it does not know."""
+"""An order as JSON. A field of another name is refused, so none can change how Ansible works."""
 
 
 class JobMessage(Message):
     id: Id
     action: Action
     host: HostMessage
-    vars: Variables
+    order: Order
     deadline_s: float = Field(gt=0, le=MAX_DEADLINE_S)
     owner: str = Field("", max_length=200)
     """The owner of the rental, for its share of the runners; empty: of what only an inventory knows."""
@@ -71,7 +84,7 @@ class BatchOrder(Message):
     """One job in a batch. `number`: the engine's own for it."""
 
     number: int
-    vars: Variables
+    order: Order
     refused_after: float
     """The wall clock's time after which the worker must refuse it."""
 
@@ -107,20 +120,7 @@ def job_message(identifier: str, job: Job) -> JobMessage:
         id=identifier,
         action=job.action,
         host=_host_message(job.host),
-        vars=Variables(
-            rental_id=job.order.rental_id,
-            username=job.order.username,
-            uid=job.order.uid,
-            epoch=job.order.epoch,
-            public_keys=job.order.public_keys,
-            start=job.order.start or None,
-            start_mark=job.order.start_mark or None,
-            rental_name=job.order.rental_name or None,
-            user_authority=job.order.user_authority,
-            host_certificate=job.order.host_certificate,
-            move=job.order.move,
-            boot_id=job.host.boot_id or None if job.action in OF_ONE_BOOT else None,
-        ),
+        order=replace(job.order, boot_id=job.host.boot_id if job.action in OF_ONE_BOOT else ""),
         deadline_s=job.deadline_s,
         owner=job.owner,
     )
