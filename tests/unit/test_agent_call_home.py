@@ -18,10 +18,10 @@ from orion_worker.agent.node import AgentSettings, Node
 from orion_worker.records import RentalRecord
 from orion_worker.rental.commands import Rentals
 from orion_worker.rental.paths import WorkerPaths
-from orion_worker.rental.requests import RentalRequest
 from support.builders import host_key
 from support.scripted_platform import ScriptedPlatform
 
+from orion.rental_order import RentalOrder
 from orion.wire import HeartbeatRequest, RegisterRequest
 
 JOIN = "orion_join_join_secret"
@@ -267,7 +267,7 @@ def test_replies_unlock_and_lock_what_is_here(bench: Bench) -> None:
 def test_once_it_is_leaving_no_reply_lets_a_renter_in(bench: Bench) -> None:
     rentals = a_rental(bench)
     bench.step(registered())
-    rentals.unlock(RentalRequest("one", 1))
+    rentals.unlock(RentalOrder(rental_id="one", epoch=1))
     bench.home.begin_exit()
     assert bench.node.inventory()[0]["state"] == "locked"
     bench.step(acknowledged(placements=[{"rental_id": "one", "epoch": 1, "want": "run"}]))

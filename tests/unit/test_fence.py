@@ -14,9 +14,10 @@ from orion_worker.records import RentalRecord, RequestRefused
 from orion_worker.rental import commands
 from orion_worker.rental.commands import Rentals
 from orion_worker.rental.paths import WorkerPaths
-from orion_worker.rental.requests import RentalRequest
 from orion_worker.snapshots.requests import TransferRequest
 from orion_worker.snapshots.transfer import record_for
+
+from orion.rental_order import RentalOrder
 
 UID = 100_001
 
@@ -76,7 +77,7 @@ class House:
 
     def activate(self) -> None:
         self.may_run(True)
-        self.rentals.unlock(RentalRequest("one", 1))
+        self.rentals.unlock(RentalOrder(rental_id="one", epoch=1))
         self.kernel.running.add(UID)
 
 
@@ -108,7 +109,7 @@ def test_at_its_start_nobody_is_activated_before_there_is_a_lease(house: House) 
     house.fence.look()
     assert house.shown == "locked", "what does not run is not frozen either"
     with pytest.raises(RequestRefused, match="no lease"):
-        house.rentals.unlock(RentalRequest("one", 1))
+        house.rentals.unlock(RentalOrder(rental_id="one", epoch=1))
     house.activate()
     assert house.shown == "running"
 
@@ -126,12 +127,12 @@ def test_the_fence_never_thaws_that_takes_a_reply_and_a_lease(house: House) -> N
     house.activate()
     house.may_run(False)
     with pytest.raises(RequestRefused, match="no lease"):
-        house.rentals.thaw(RentalRequest("one", 1), requested_at=5.0)
+        house.rentals.thaw(RentalOrder(rental_id="one", epoch=1), requested_at=5.0)
     house.may_run(True)
     assert (house.shown, house.kernel.stopped) == ("frozen", {UID})
     with pytest.raises(RequestRefused, match="thaw it"):
-        house.rentals.unlock(RentalRequest("one", 1))
-    assert house.rentals.thaw(RentalRequest("one", 1), requested_at=5.0)["state"] == "running"
+        house.rentals.unlock(RentalOrder(rental_id="one", epoch=1))
+    assert house.rentals.thaw(RentalOrder(rental_id="one", epoch=1), requested_at=5.0)["state"] == "running"
     assert (house.shown, house.kernel.running) == ("running", {UID})
 
 
@@ -141,7 +142,7 @@ def test_only_the_very_epoch_that_is_here_is_thawed(house: House, epoch: int) ->
     house.may_run(False)
     house.may_run(True)
     with pytest.raises(RequestRefused, match="epoch"):
-        house.rentals.thaw(RentalRequest("one", epoch))
+        house.rentals.thaw(RentalOrder(rental_id="one", epoch=epoch))
     assert house.shown == "frozen"
 
 
@@ -153,7 +154,7 @@ def test_what_was_stopped_before_stays_so_over_two_freezes(house: House) -> None
     house.may_run(True)
     house.may_run(False)
     house.may_run(True)
-    house.rentals.thaw(RentalRequest("one", 1))
+    house.rentals.thaw(RentalOrder(rental_id="one", epoch=1))
     assert (house.kernel.suspended, house.kernel.running) == ({UID}, set())
 
 
@@ -177,7 +178,7 @@ def test_the_fence_goes_first_and_notes_later_where_nothing_can_be_written(
             house.fence.lease_renewed()
         assert not house.rentals.freezer.has_lease, "nobody is let in whose processes would be forgotten"
     house.fence.lease_renewed()
-    house.rentals.thaw(RentalRequest("one", 1))
+    house.rentals.thaw(RentalOrder(rental_id="one", epoch=1))
     assert house.kernel.running == {UID}
 
 
@@ -199,9 +200,9 @@ def test_what_fills_a_home_is_ended_and_its_rental_can_be_made_again(house: Hous
     assert (house.kernel.running, house.kernel.stopped) == (set(), set())
     assert (house.shown, house.said) == ("locked", ["no right to run: 0 rentals frozen"])
     with pytest.raises(RequestRefused, match="no lease"):
-        house.rentals.unlock(RentalRequest("one", 1))
+        house.rentals.unlock(RentalOrder(rental_id="one", epoch=1))
     house.may_run(True)
-    assert house.rentals.unlock(RentalRequest("one", 1))["state"] == "running"
+    assert house.rentals.unlock(RentalOrder(rental_id="one", epoch=1))["state"] == "running"
 
 
 def test_an_order_to_freeze_outlives_a_reply_to_a_call_that_was_sent_before_it(
@@ -209,16 +210,16 @@ def test_an_order_to_freeze_outlives_a_reply_to_a_call_that_was_sent_before_it(
 ) -> None:
     house.activate()
     monkeypatch.setattr(commands, "_boot_time_s", lambda: 100.0)
-    assert house.rentals.freeze(RentalRequest("one", 1)) == {
+    assert house.rentals.freeze(RentalOrder(rental_id="one", epoch=1)) == {
         "changed": True,
         "epoch": 1,
         "state": "frozen",
         "killed": 0,
     }
-    assert not house.rentals.freeze(RentalRequest("one", 1))["changed"]
+    assert not house.rentals.freeze(RentalOrder(rental_id="one", epoch=1))["changed"]
     with pytest.raises(RequestRefused, match="since that was asked"):
-        house.rentals.thaw(RentalRequest("one", 1), requested_at=99.9)
-    assert house.rentals.thaw(RentalRequest("one", 1), requested_at=100.1)["changed"]
+        house.rentals.thaw(RentalOrder(rental_id="one", epoch=1), requested_at=99.9)
+    assert house.rentals.thaw(RentalOrder(rental_id="one", epoch=1), requested_at=100.1)["changed"]
     assert house.kernel.running == {UID}
 
 
@@ -227,18 +228,18 @@ def test_an_order_to_freeze_is_not_undone_by_a_lease_that_was_lost_and_came_back
 ) -> None:
     house.activate()
     monkeypatch.setattr(commands, "_boot_time_s", lambda: 100.0)
-    house.rentals.freeze(RentalRequest("one", 1))
+    house.rentals.freeze(RentalOrder(rental_id="one", epoch=1))
     house.may_run(False)
     house.may_run(True)
     with pytest.raises(RequestRefused, match="since that was asked"):
-        house.rentals.thaw(RentalRequest("one", 1), requested_at=99.0)
+        house.rentals.thaw(RentalOrder(rental_id="one", epoch=1), requested_at=99.0)
 
 
 def test_an_older_order_freezes_nothing_newer_and_what_is_not_here_is_no_fault(house: House) -> None:
     house.rentals.records.save(RentalRecord("one", "r-one", UID, 3))
     with pytest.raises(RequestRefused, match="older"):
-        house.rentals.freeze(RentalRequest("one", 2))
-    assert house.rentals.freeze(RentalRequest("two", 1))["state"] == "absent"
+        house.rentals.freeze(RentalOrder(rental_id="one", epoch=2))
+    assert house.rentals.freeze(RentalOrder(rental_id="two", epoch=1))["state"] == "absent"
 
 
 def test_marks_end_with_the_container(house: House) -> None:
@@ -260,17 +261,17 @@ def test_the_mark_of_a_rental_that_was_purged_goes(house: House) -> None:
 
 def test_no_order_of_an_earlier_move_thaws_what_a_later_one_froze(house: House) -> None:
     house.activate()
-    house.rentals.freeze(RentalRequest("one", 1, migration=7))
-    house.rentals.freeze(RentalRequest("one", 1, migration=5))
+    house.rentals.freeze(RentalOrder(rental_id="one", epoch=1, move=7))
+    house.rentals.freeze(RentalOrder(rental_id="one", epoch=1, move=5))
     for earlier in (0, 5, 6):
         with pytest.raises(RequestRefused, match="planned move 7"):
-            house.rentals.thaw(RentalRequest("one", 1, migration=earlier))
+            house.rentals.thaw(RentalOrder(rental_id="one", epoch=1, move=earlier))
     assert (house.shown, house.kernel.stopped) == ("frozen", {UID})
     house.may_run(False)
     house.may_run(True)
     with pytest.raises(RequestRefused, match="planned move 7"):
-        house.rentals.thaw(RentalRequest("one", 1, migration=6))
-    assert house.rentals.thaw(RentalRequest("one", 1, migration=7))["state"] == "running"
+        house.rentals.thaw(RentalOrder(rental_id="one", epoch=1, move=6))
+    assert house.rentals.thaw(RentalOrder(rental_id="one", epoch=1, move=7))["state"] == "running"
 
 
 def pause(house: House, seconds: float = 10.0) -> frozenset[stopper.KernelTask] | None:
@@ -308,11 +309,11 @@ def test_a_pause_that_nobody_ended_is_ended_by_the_fence(house: House, monkeypat
 def test_what_is_frozen_is_not_paused_and_the_end_of_a_pause_thaws_nothing(house: House) -> None:
     house.activate()
     pause(house)
-    house.rentals.freeze(RentalRequest("one", 1, migration=2))
+    house.rentals.freeze(RentalOrder(rental_id="one", epoch=1, move=2))
     house.rentals.freezer.resume("one")
     assert (house.kernel.running, house.shown) == (set(), "frozen")
     assert pause(house) is None
-    house.rentals.thaw(RentalRequest("one", 1, migration=2))
+    house.rentals.thaw(RentalOrder(rental_id="one", epoch=1, move=2))
     assert house.kernel.running == {UID}, "what the pause had stopped was not taken for stopped by its renter"
 
 
@@ -324,7 +325,7 @@ def test_a_lease_that_is_lost_in_a_pause_keeps_everything_still_and_wakes_all_of
     assert house.kernel.running == set()
     house.right[0] = True
     house.fence.lease_renewed()
-    house.rentals.thaw(RentalRequest("one", 1))
+    house.rentals.thaw(RentalOrder(rental_id="one", epoch=1))
     assert house.kernel.running == {UID}
 
 
@@ -352,7 +353,7 @@ def test_whoever_is_thawed_while_the_fence_looks_stays_activated(house: House, m
     def thawed_then() -> list[str]:
         frozen = seen()
         for _ in frozen:
-            house.rentals.thaw(RentalRequest("one", 1))
+            house.rentals.thaw(RentalOrder(rental_id="one", epoch=1))
         return frozen
 
     monkeypatch.setattr(house.rentals.freezer, "frozen", thawed_then)
@@ -383,7 +384,7 @@ def test_what_is_retired_is_nobody_s_to_freeze_or_to_activate(retired: House, ep
     rentals = retired.rentals
     for order in (rentals.freeze, rentals.thaw, rentals.unlock):
         with pytest.raises(RequestRefused) as refused:
-            order(RentalRequest("one", epoch, migration=7))
+            order(RentalOrder(rental_id="one", epoch=epoch, move=7))
         if epoch == 1 or order == rentals.freeze:
             assert refused.value.code == "laid_down"
     assert (rentals.freezer.frozen(), retired.shown) == ([], "locked")
@@ -408,7 +409,7 @@ def test_a_mark_that_was_made_as_it_was_retired_goes(retired: House) -> None:
 def test_what_is_retired_stays_so_when_its_container_restarts_and_can_be_salvaged_again(retired: House) -> None:
     again = Rentals(WorkerPaths(retired.root), lock_wait_s=0.0)
     with pytest.raises(RequestRefused, match="await their recovery"):
-        again.freeze(RentalRequest("one", 1))
+        again.freeze(RentalOrder(rental_id="one", epoch=1))
     request = TransferRequest("one", 1, deadline=time.time() + 60)
     assert record_for("salvage", again.records, request).retired
     with pytest.raises(RequestRefused, match="await their recovery"):
@@ -423,5 +424,5 @@ def test_what_is_made_again_after_going_back_to_a_backup_is_retired_no_more(
     monkeypatch.setattr(rentals, "_write_keys", lambda request, name: False)
     monkeypatch.setattr("orion_worker.rental.accounts.add", lambda etc, username, uid: False)
     monkeypatch.setattr("orion_worker.rental.accounts.taken_by_another", lambda etc, username, uid: False)
-    assert rentals.run(RentalRequest("one", 1, "r-one", UID))["state"] == "running"
-    assert rentals.freeze(RentalRequest("one", 1))["state"] == "frozen"
+    assert rentals.run(RentalOrder(rental_id="one", epoch=1, username="r-one", uid=UID))["state"] == "running"
+    assert rentals.freeze(RentalOrder(rental_id="one", epoch=1))["state"] == "frozen"

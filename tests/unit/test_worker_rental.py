@@ -21,8 +21,10 @@ from orion_worker.rental import accounts, residue
 from orion_worker.rental.cli import answer_request
 from orion_worker.rental.commands import Rentals
 from orion_worker.rental.paths import WorkerPaths
-from orion_worker.rental.requests import RentalRequest, parse_request
+from orion_worker.rental.requests import parse_request
 from orion_worker.system import processes
+
+from orion.rental_order import RentalOrder
 
 KEY = "ssh-ed25519 " + "A" * 68
 CREATE: dict[str, Any] = {
@@ -127,7 +129,7 @@ def test_one_command_at_a_time_for_a_rental_and_another_rental_does_not_wait(tmp
 
 def test_a_request_is_read() -> None:
     request = parse_request("create", json.dumps(CREATE | {"deadline": None}))
-    assert request == RentalRequest("one", 1, "r-one", 100_001, (KEY,))
+    assert request == RentalOrder(rental_id="one", epoch=1, username="r-one", uid=100_001, public_keys=(KEY,))
 
 
 @pytest.mark.parametrize(
@@ -241,10 +243,10 @@ def test_unlocking_and_locking_move_the_keys_and_may_be_repeated(tmp_path: Path)
     rentals.records.save(RECORD)
     aside, in_place = tmp_path / "etc/orion/locked/r-one", tmp_path / "etc/orion/keys/r-one"
     aside.write_text("key\n")
-    assert [rentals.unlock(RentalRequest("one", 3))["changed"] for _ in range(2)] == [True, False]
+    assert [rentals.unlock(RentalOrder(rental_id="one", epoch=3))["changed"] for _ in range(2)] == [True, False]
     assert (in_place.read_text(), aside.exists()) == ("key\n", False)
     assert rentals.inventory()[0]["state"] == "running"
-    assert [rentals.lock(RentalRequest("one", 3))["changed"] for _ in range(2)] == [True, False]
+    assert [rentals.lock(RentalOrder(rental_id="one", epoch=3))["changed"] for _ in range(2)] == [True, False]
     assert (aside.read_text(), in_place.exists()) == ("key\n", False)
 
 
@@ -252,11 +254,11 @@ def test_what_has_no_keys_here_cannot_be_unlocked(tmp_path: Path) -> None:
     rentals = Rentals(WorkerPaths(tmp_path))
     rentals.records.save(RECORD)
     with pytest.raises(RequestRefused, match="not created"):
-        rentals.unlock(RentalRequest("one", 3))
+        rentals.unlock(RentalOrder(rental_id="one", epoch=3))
 
 
 def test_locking_what_is_not_here_is_no_failure(tmp_path: Path) -> None:
-    assert Rentals(WorkerPaths(tmp_path)).lock(RentalRequest("one", 3))["state"] == "absent"
+    assert Rentals(WorkerPaths(tmp_path)).lock(RentalOrder(rental_id="one", epoch=3))["state"] == "absent"
 
 
 # Accounts

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orion.rental_order import RentalOrder
 from orion_worker.agent.decisions import AgentSession, RentalAction
 from orion_worker.freezer.marks import OVER_LIMIT
 from orion_worker.records import RequestRefused, write_atomically
 from orion_worker.rental.commands import Rentals
 from orion_worker.rental.paths import WorkerPaths
-from orion_worker.rental.requests import RentalRequest
 from orion_worker.system import cgroup, processes
 
 AGENT_VERSION = "0.1.0+boot"
@@ -159,7 +159,7 @@ class Node:
     def carry_out(self, actions: Iterable[RentalAction], requested_at: float) -> None:
         """`requested_at`: when the call was sent whose reply gives these orders (CLOCK_BOOTTIME)."""
         for action in actions:
-            request = RentalRequest(action.rental_id, action.epoch)
+            request = RentalOrder(rental_id=action.rental_id, epoch=action.epoch)
             try:
                 if action.action == "unlock":
                     self.rentals.unlock(request)

@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from orion.rental_order import COMMANDS, RentalOrder
 from orion_worker.records import RequestRefused, check_boot
 from orion_worker.rental.commands import Rentals
 from orion_worker.rental.paths import WorkerPaths
-from orion_worker.rental.requests import RentalRequest, Report, request_from
+from orion_worker.rental.requests import Report, request_from
 from orion_worker.rpc import server
 from orion_worker.snapshots import transfer
-
-COMMANDS = ("run", "create", "certify", "lock", "unlock", "freeze", "thaw", "purge")
 
 
 def answer_request(command: str, text: str, rentals: Rentals, now: float) -> tuple[int, Report]:
@@ -45,12 +44,12 @@ def _answer_all(command: str, several: list[object], rentals: Rentals, now: floa
     if command != "purge" or len(set(map(str, names))) < len(names):
         return [_answer_one(command, one, rentals, now) for one in several]
     answers = [_request(command, one, rentals, now) for one in several]
-    reports = iter(rentals.purge([each for each in answers if isinstance(each, RentalRequest)]))
-    return [_purged(next(reports)) if isinstance(each, RentalRequest) else each for each in answers]
+    reports = iter(rentals.purge([each for each in answers if isinstance(each, RentalOrder)]))
+    return [_purged(next(reports)) if isinstance(each, RentalOrder) else each for each in answers]
 
 
 def _answer_one(command: str, payload: object, rentals: Rentals, now: float) -> tuple[int, Report]:
-    commands: dict[str, Callable[[RentalRequest], Report]] = {
+    commands: dict[str, Callable[[RentalOrder], Report]] = {
         "run": rentals.run,
         "create": rentals.create,
         "certify": rentals.certify,
@@ -60,7 +59,7 @@ def _answer_one(command: str, payload: object, rentals: Rentals, now: float) -> 
         "thaw": rentals.thaw,
     }
     request = _request(command, payload, rentals, now)
-    if not isinstance(request, RentalRequest):
+    if not isinstance(request, RentalOrder):
         return request
     if command == "purge":
         return _purged(*rentals.purge([request]))
@@ -70,11 +69,11 @@ def _answer_one(command: str, payload: object, rentals: Rentals, now: float) -> 
         return _refused(refusal)
 
 
-def _request(command: str, payload: object, rentals: Rentals, now: float) -> RentalRequest | tuple[int, Report]:
+def _request(command: str, payload: object, rentals: Rentals, now: float) -> RentalOrder | tuple[int, Report]:
     """What was payload for, or what there is to answer at once."""
     try:
         request = request_from(command, payload)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         return _not_understood(error)
     if request.deadline is not None and now > request.deadline:
         late = RequestRefused("deadline_passed", "its deadline has passed: who ordered it no longer waits for it")

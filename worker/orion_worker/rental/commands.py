@@ -19,6 +19,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
+from orion.rental_order import RentalOrder
 from orion_worker.freezer.marks import Freezer
 from orion_worker.records import (
     RentalRecord,
@@ -34,7 +35,7 @@ from orion_worker.rental.host_certificate import HostCertificate
 from orion_worker.rental.keys import KeyFiles
 from orion_worker.rental.paths import WorkerPaths
 from orion_worker.rental.purge import Purger
-from orion_worker.rental.requests import RentalRequest, Report
+from orion_worker.rental.requests import Report
 from orion_worker.snapshots.manifests import Manifests
 from orion_worker.start.launcher import Launcher, rental_variables
 from orion_worker.system import processes, trees
@@ -58,7 +59,7 @@ class Rentals:
         self._purger = Purger(self._paths, self._keys, self.freezer, self.launcher, self.manifests)
         self._certificate = HostCertificate(self._paths.root)
 
-    def create(self, request: RentalRequest) -> Report:
+    def create(self, request: RentalOrder) -> Report:
         """Account, home and keys exist, locked unless this very epoch was unlocked before."""
         with self.records.locked(request.rental_id, self._lock_wait_s):
             record = self.records.find(request.rental_id)
@@ -82,7 +83,7 @@ class Rentals:
             restored = {"restored": record.restored} if record and record.epoch == request.epoch else {}
             return {"changed": changed, "epoch": request.epoch, "state": self._state_of(request), **restored}
 
-    def certify(self, request: RentalRequest) -> Report:
+    def certify(self, request: RentalOrder) -> Report:
         """sshd shows this certificate, or one that was signed later."""
         with self.records.locked(request.rental_id, self._lock_wait_s):
             record = self.records.find(request.rental_id)
@@ -91,7 +92,7 @@ class Rentals:
         self._certificate.show()
         return {"changed": changed, "epoch": request.epoch, "state": self._state_of(record or request)}
 
-    def unlock(self, request: RentalRequest) -> Report:
+    def unlock(self, request: RentalOrder) -> Report:
         """Its keys are where sshd looks."""
         with self.records.locked(request.rental_id, self._lock_wait_s):
             record = self._current_record(request)
@@ -99,7 +100,7 @@ class Rentals:
                 raise RequestRefused("frozen", "it is frozen: thaw it")
             return {"changed": self._activate(record), "epoch": record.epoch, "state": "running"}
 
-    def freeze(self, request: RentalRequest) -> Report:
+    def freeze(self, request: RentalOrder) -> Report:
         """Nobody is let in, and nothing of it goes on, until it is thawed; its processes and files are kept."""
         with self.records.locked(request.rental_id, self._lock_wait_s):
             record = self.records.find(request.rental_id)
@@ -108,17 +109,17 @@ class Rentals:
             if record is None:
                 return {"changed": False, "state": "absent", "killed": 0}
             self.lock_at_once(record)
-            changed, killed = self.freezer.freeze(record, _boot_time_s(), migration=request.migration)
+            changed, killed = self.freezer.freeze(record, _boot_time_s(), migration=request.move)
             return {"changed": changed, "epoch": record.epoch, "state": "frozen", "killed": killed}
 
-    def thaw(self, request: RentalRequest, requested_at: float | None = None) -> Report:
+    def thaw(self, request: RentalOrder, requested_at: float | None = None) -> Report:
         """It goes on, and its renter is let in. `requested_at`: when the call was sent whose reply says so."""
         with self.records.locked(request.rental_id, self._lock_wait_s):
             record = self._current_record(request)
-            changed = self.freezer.thaw(record, requested_at, request.migration)
+            changed = self.freezer.thaw(record, requested_at, request.move)
             return {"changed": self._activate(record) or changed, "epoch": record.epoch, "state": "running"}
 
-    def run(self, request: RentalRequest) -> Report:
+    def run(self, request: RentalOrder) -> Report:
         """Created, then unlocked, then its start command runs: steps that each look at the epoch anew.
 
         Nobody is let in before sshd can show whose worker it is.
@@ -131,7 +132,7 @@ class Rentals:
         changed = created["changed"] or unlocked["changed"] or bool(started)
         return {**unlocked, **started, "changed": changed}
 
-    def lock(self, request: RentalRequest) -> Report:
+    def lock(self, request: RentalOrder) -> Report:
         """Its keys are where sshd does not look; with `kill`, its processes are ended."""
         with self.records.locked(request.rental_id, self._lock_wait_s):
             record = self.records.find(request.rental_id)
@@ -142,7 +143,7 @@ class Rentals:
             killed = processes.kill_all({record.uid: record.username}) if request.kill else 0
             return {"changed": changed or killed > 0, "state": "locked", "killed": killed}
 
-    def purge(self, requests: Sequence[RentalRequest]) -> list[Report | RequestRefused]:
+    def purge(self, requests: Sequence[RentalOrder]) -> list[Report | RequestRefused]:
         """Nothing of these rentals is left, and each report says so after looking. The epochs never come back here.
 
         They are different ones, and share what takes long: two searches of the whole file system.
@@ -213,7 +214,7 @@ class Rentals:
         with self.freezer.locked(FREEZING_WAIT_S):
             self.freezer.forget(record.rental_id)
 
-    def _current_record(self, request: RentalRequest) -> RentalRecord:
+    def _current_record(self, request: RentalOrder) -> RentalRecord:
         """Return the record of a rental that may go on here at exactly this epoch. With the rental's lock."""
         record = self.records.find(request.rental_id)
         check_unlock(record, self.records.purged_epoch(request.rental_id), request.epoch)
@@ -221,7 +222,7 @@ class Rentals:
         assert record is not None  # noqa: S101 - check_unlock has refused it
         return record
 
-    def _check_names(self, request: RentalRequest, record: RentalRecord | None) -> None:
+    def _check_names(self, request: RentalOrder, record: RentalRecord | None) -> None:
         """A rental keeps its name and number for ever; nothing is done to another's by a mistaken order."""
         same = (request.username, request.uid)
         if record and (record.username, record.uid) != same:
@@ -232,7 +233,7 @@ class Rentals:
         if accounts.taken_by_another(self._paths.etc, *same):
             raise RequestRefused("conflict", f"{request.username} or uid {request.uid} is another account's here")
 
-    def _make_home(self, request: RentalRequest) -> bool:
+    def _make_home(self, request: RentalOrder) -> bool:
         """Empty, so that a copy of the rental's files can be put into it."""
         home = self._paths.homes / request.username
         with suppress(FileExistsError):
@@ -247,7 +248,7 @@ class Rentals:
             os.close(folder)
         return True
 
-    def _write_keys(self, request: RentalRequest, name: str) -> bool:
+    def _write_keys(self, request: RentalOrder, name: str) -> bool:
         """Each key counts only from the app's address: people come in through the manager's relay."""
         source = self._paths.app_address.read_text().strip()
         variables = rental_variables(request.rental_id, name).items()
@@ -259,7 +260,7 @@ class Rentals:
             text += f'cert-authority,principals="{principal}",{limits} {request.user_authority}\n'
         return self._keys.write(request.username, text, request.uid)
 
-    def _install(self, request: RentalRequest) -> bool:
+    def _install(self, request: RentalOrder) -> bool:
         return bool(request.host_certificate) and self._certificate.install(request.host_certificate, time.time())
 
     def _activate(self, record: RentalRecord) -> bool:
@@ -284,7 +285,7 @@ class Rentals:
         if not self.freezer.has_lease:
             raise RequestRefused("no_lease", "this worker has no lease: nobody is let in")
 
-    def _start(self, request: RentalRequest) -> Report:
+    def _start(self, request: RentalOrder) -> Report:
         """Under a lease, as whoever is let in: what starts as that ends is stopped by the fence's next look."""
         with self.records.locked(request.rental_id, self._lock_wait_s):
             record = self._current_record(request)
@@ -293,7 +294,7 @@ class Rentals:
                 raise RequestRefused("no_lease", "it was frozen meanwhile: nothing of it may run")
             return self.launcher.launch(record, request.start, request.start_mark)
 
-    def _state_of(self, of: RentalRecord | RentalRequest) -> str:
+    def _state_of(self, of: RentalRecord | RentalOrder) -> str:
         return (
             "frozen"
             if self.freezer.is_frozen(of.rental_id)
@@ -301,7 +302,7 @@ class Rentals:
         )
 
 
-def _ending(request: RentalRequest) -> RentalRecord:
+def _ending(request: RentalOrder) -> RentalRecord:
     return RentalRecord(request.rental_id, request.username, request.uid, request.epoch, ending=True)
 
 

@@ -8,12 +8,13 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from orion.rental_order import RentalOrder
 from orion_worker.freezer.marks import Freezer
 from orion_worker.records import RequestRefused
 from orion_worker.rental import accounts, residue
 from orion_worker.rental.keys import KeyFiles
 from orion_worker.rental.paths import WorkerPaths
-from orion_worker.rental.requests import RentalRequest, Report
+from orion_worker.rental.requests import Report
 from orion_worker.snapshots import transfer
 from orion_worker.snapshots.manifests import Manifests
 from orion_worker.start.launcher import Launcher
@@ -33,7 +34,7 @@ class Purger:
         self._launcher = launcher
         self._manifests = manifests
 
-    def purge(self, requests: Sequence[RentalRequest]) -> list[Report]:
+    def purge(self, requests: Sequence[RentalOrder]) -> list[Report]:
         if not requests:
             return []
         killed, removed = dict.fromkeys(requests, 0), dict.fromkeys(requests, 0)
@@ -56,7 +57,7 @@ class Purger:
             for each, report in zip(requests, self._look_again(requests), strict=True)
         ]
 
-    def _remove_named(self, request: RentalRequest) -> int:
+    def _remove_named(self, request: RentalOrder) -> int:
         removed = 0
         for place in residue.find_named(self._paths.root, request.username):
             folder = os.open(place.parent, trees.OPEN_FOLDER)
@@ -76,7 +77,7 @@ class Purger:
                     break
         return removed
 
-    def _look_again(self, requests: Sequence[RentalRequest]) -> list[Report]:
+    def _look_again(self, requests: Sequence[RentalOrder]) -> list[Report]:
         unsearched: list[str] = []
         owned: dict[int, list[str]] = {request.uid: [] for request in requests}
         mounts = self._mounts()
@@ -89,7 +90,7 @@ class Purger:
             for each in requests
         ]
 
-    def _found(self, request: RentalRequest) -> list[str]:
+    def _found(self, request: RentalOrder) -> list[str]:
         left = [f"process {pid} ({processes.name_of(pid)})" for pid in processes.pids_of([request.uid])]
         left += [f"log-in {pid}" for pid in processes.log_ins([request.username])]
         left += [f"line in {file}" for file in accounts.found(self._paths.etc, request.username, request.uid)]

@@ -27,8 +27,6 @@ from pathlib import Path
 from orion_worker.records import RentalRecord
 from orion_worker.system.processes import NOT_BEGUN, begin_child, has_ended, kill_group
 
-LONGEST = 1000
-START_MARK = re.compile(r"[0-9]{1,16}@[A-Za-z0-9-]{0,64}")
 NOTE = (".orion", "start.run")
 """In the home: see start.py."""
 NOTED = re.compile(
@@ -38,11 +36,6 @@ MOST_OF_A_NOTE = 200
 PROGRAM = Path(__file__).with_name("program.py")
 WITHIN_S = 10.0
 """Seconds until it has gone its own way: the renter may have stopped it, or have used up its processes."""
-
-
-def is_command(text: object) -> bool:
-    """One line, as the manager has checked it too."""
-    return isinstance(text, str) and len(text) <= LONGEST and text.isprintable() and bool(text.strip())
 
 
 class Launcher:
