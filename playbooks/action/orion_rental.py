@@ -8,10 +8,13 @@ warnings, on which Ansible would act.
 from __future__ import annotations
 
 import json
+from dataclasses import MISSING
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
+
+from orion.rental_order import COMMANDS, declared_fields, rule_of
 
 PROGRAM = "/usr/local/sbin/orion-rental"
 MAX_REPORT_BYTES = 1 << 18
@@ -32,28 +35,14 @@ REPORTED = {
 }
 """The names that a report may have, and their types."""
 RENTAL = {
-    "rental_id": {"type": "str", "required": True},
-    "epoch": {"type": "int", "required": True},
-    "username": {"type": "str"},
-    "uid": {"type": "int"},
-    "public_keys": {"type": "list", "elements": "str", "no_log": False},
-    "rental_name": {"type": "str"},
-    "user_authority": {"type": "str"},
-    "host_certificate": {"type": "str"},
-    "kill": {"type": "bool"},
-    "start": {"type": "str"},
-    "start_mark": {"type": "str"},
-    "move": {"type": "int"},
-    "boot_id": {"type": "str"},
-    "deadline": {"type": "float"},
+    name: {"type": rule_of(each).kind, "required": each.default is MISSING}
+    | ({"elements": "str", "no_log": False} if rule_of(each).kind == "list" else {})
+    for name, each in declared_fields().items()
 }
+"""The argument specification of one order. Ansible would hide `public_keys` for its name, hence `no_log`."""
 ARGUMENTS = {
-    "command": {
-        "type": "str",
-        "required": True,
-        "choices": ["run", "create", "certify", "lock", "unlock", "freeze", "thaw", "purge"],
-    },
-    "rentals": {"type": "list", "elements": "dict", "required": True, "options": RENTAL},
+    "command": {"type": "str", "required": True, "choices": list(COMMANDS)},
+    "rentals": {"type": "list", "elements": "dict", "options": RENTAL},
 }
 
 
@@ -62,6 +51,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible has no types
 
     def run(self, tmp: None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         super().run(tmp, task_vars)
+        if "rentals" not in self._task.args:
+            self._task.args["rentals"] = [self._order_of_variables(task_vars or {})]
         _, arguments = self.validate_argument_spec(ARGUMENTS)
         rentals = [{k: v for k, v in one.items() if v is not None} for one in arguments["rentals"]]
         if not rentals:
@@ -70,6 +61,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible has no types
         command = f"{PROGRAM} {arguments['command']}"
         status, output, errors = self._connection.exec_command(command, in_data=order, sudoable=False)
         return result_of(output, errors, status, len(rentals))
+
+    def _order_of_variables(self, task_vars: dict[str, Any]) -> dict[str, Any]:
+        """Return the order that the variables are for one rental: each field by its name, if the command uses it."""
+        command = self._task.args.get("command")
+        names = [name for name, each in declared_fields().items() if command in rule_of(each).used_by]
+        return {name: self._templar.template(task_vars[name]) for name in names if name in task_vars}
 
 
 def result_of(output: bytes, errors: bytes, status: int, number: int) -> dict[str, Any]:

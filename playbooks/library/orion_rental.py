@@ -17,10 +17,11 @@ options:
     choices: [run, create, certify, unlock, lock, freeze, thaw, purge]
     required: true
   rentals:
-    description: The rentals of the order.
+    description:
+      - The orders, one for each rental.
+      - Without this option there is one order, whose fields are the variables of the same names that the command uses.
     type: list
     elements: dict
-    required: true
     suboptions:
       rental_id:
         description: The id of the rental.

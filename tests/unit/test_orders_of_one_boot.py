@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,19 +47,3 @@ def test_what_is_decided_from_what_runs_there_is_for_one_life(action: Action) ->
 def test_the_worker_s_program_understands_both() -> None:
     assert parse_request("create", json.dumps(ordered(new_job(HOST)))).boot_id == "boot-0002"
     assert parse_request("purge", json.dumps(ordered(deletion(new_job(HOST))))).boot_id == ""
-
-
-@pytest.mark.parametrize("action", sorted(OF_ONE_BOOT))
-def test_the_playbook_passes_it_on_when_it_is_run_by_hand(action: Action) -> None:
-    assert re.search(
-        r"^ +boot_id: \"\{\{ boot_id \| default\(none\) \}\}\"$", (PLAYBOOKS / f"{action}.yml").read_text(), re.M
-    )
-
-
-def test_the_task_lets_it_through() -> None:
-    spec = importlib.util.spec_from_file_location("orion_rental_task", PLAYBOOKS / "action/orion_rental.py")
-    assert spec
-    assert spec.loader
-    task = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(task)
-    assert task.RENTAL["boot_id"] == {"type": "str"}
