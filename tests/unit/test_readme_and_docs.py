@@ -26,26 +26,6 @@ SKIPPED = {".git", ".venv", "node_modules", "__pycache__"}
 MAX_README_BYTES = 6 << 10
 MAX_ARCHITECTURE_BYTES = 10 << 10
 
-# The pages name these rooms and files before they are made: what is there is checked as everything else.
-ROOMS_TO_COME = (
-    "src/orion/client",
-    "src/orion/ssh_client",
-    "src/orion/manager/ansible",
-    "src/orion/manager/controllers",
-    "src/orion/manager/operations",
-    "src/orion/manager/snapshots",
-    "src/orion/manager/ssh",
-    "worker/orion_worker",
-)
-FILES_TO_COME = (
-    "api/proxy_guard.py",
-    "domain/heartbeat_orders.py",
-    "domain/migration.py",
-    "domain/scheduler.py",
-    "main.py",
-    "store/state.py",
-)
-
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 each_guide = pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide[0].name)
 
@@ -230,7 +210,7 @@ def test_every_file_exists(page: Path) -> None:
     tree = {str(path.relative_to(ROOT)) for path in _tree()}
     for name in {text for text in code(page) if _is_a_path(text)}:
         inside = {path for path in tree if f"/{path}".endswith("/" + name.strip("/"))}
-        assert inside or _is_in_an_image(name) or _is_to_come(name), f"{page.name} names {name}"
+        assert inside or _is_in_an_image(name), f"{page.name} names {name}"
 
 
 @each_page
@@ -326,11 +306,6 @@ def _is_a_path(text: str) -> bool:
     if text.startswith("/") and "orion" not in text:
         return False  # of any Linux, or the user's own
     return "/" in text or re.search(r"\.(ya?ml|py|sh|conf|md|crt|key|db)$", text) is not None
-
-
-def _is_to_come(name: str) -> bool:
-    rooms = [Path(room).name for room in ROOMS_TO_COME if not (ROOT / room).is_dir()]
-    return name.endswith(FILES_TO_COME) or any(f"/{room}/" in f"/{name}" for room in rooms)
 
 
 def _is_in_an_image(name: str) -> bool:
