@@ -222,6 +222,45 @@ def test_a_new_field_is_declared_in_one_place() -> None:
         RentalOrder.from_json(larger.as_json())
 
 
+# The worker's image
+
+FROZEN = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from orion_worker.rental.cli import answer_request
+from orion_worker.rental.commands import Rentals, WorkerPaths
+answer = answer_request("freeze", sys.stdin.read(), Rentals(WorkerPaths(Path(sys.argv[2]))), 0)
+print(json.dumps([*answer, sorted(name for name in sys.modules if name.split(".")[0] in {"orion", "pydantic"})]))
+"""
+
+
+def test_the_library_of_the_worker_s_image_is_all_that_an_order_needs(tmp_path: Path) -> None:
+    library, root = tmp_path / "usr/local/lib/orion", tmp_path / "root"
+    for line in (ROOT / "worker/Dockerfile").read_text().splitlines():
+        if line.startswith("COPY ") and "/usr/local/lib/orion" in line:
+            *sources, target = line.split()[1:]
+            into = tmp_path / target.lstrip("/")
+            for source in map(ROOT.joinpath, sources):
+                if source.is_dir():
+                    shutil.copytree(source, into, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    into.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(source, into)
+    assert sorted(file.name for file in (library / "orion").iterdir()) == ["__init__.py", "rental_order.py"]
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", FROZEN, library, root],
+        input=RELEASED["freeze"][2].replace("1800000000.5", "1"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    status, report, loaded = json.loads(done.stdout)
+    assert (status, report["state"], loaded) == (0, "absent", ["orion", "orion.rental_order"])
+
+
 # The playbooks as they are run by hand
 
 WHO_BY_HAND = {"rental_id": "abcdefghij", "username": "r-abcdefghij", "uid": 100_001, "epoch": 3}
