@@ -67,7 +67,7 @@ def test_the_command_is_one_argument_of_a_program_that_is_the_renter_s(
     assert Launcher(tmp_path).launch(RECORD, evil, "1@boot")["started"] is True
     (call,) = calls
     assert call["program"] == call["arguments"][0] == "/usr/bin/python3"
-    assert call["arguments"][-2:] == ["2 1@boot", evil]
+    assert call["arguments"][1:] == ["-I", "-S", program.__file__, "2 1@boot", evil]
     if os.geteuid() == 0:
         assert (call["uids"], call["gids"], call["groups"]) == ([100_001] * 3, [100_001] * 3, [])
     assert call["leads"]
