@@ -194,7 +194,7 @@ def test_a_start_command_that_its_renter_stops_before_it_has_begun_is_ended_and_
     monkeypatch.setattr(os, "execve", lambda *_: stop_itself())  # it has the renter's uid by then
     report = Launcher(tmp_path).launch(RentalRecord("one", "r-one", uid, epoch=2), "serve", "1@boot")
     assert report["started"] is False
-    assert "was not on its way" in str(report["start_problem"])
+    assert "did not begin within" in str(report["start_problem"])
     assert processes.pids_of([uid]) == []
 
 

@@ -3,8 +3,8 @@
 The kernel shares a worker's processors among processes, not among rentals, and root's orders over SSH get the same part
 as each of them. So where one renter with 112 processes lets them fork without end, an order of root's takes ten seconds
 instead of one (seen), and with 448 it does not end within thirty. A control group for each rental is not available
-(scores.py); but a uid can be given the lowest priority for all that it runs, in one step of the kernel, and neither
-these processes nor their children get another one again.
+(limits/scores.py); but a uid can be given the lowest priority for all that it runs, in one step of the kernel, and
+neither these processes nor their children get another one again.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
 #!/usr/bin/python3 -ES
-"""Starts a command, as often as the agent asks, where nobody may write to a file below /proc. sshd is that command.
+"""A program that starts a command each time the agent asks, without the right to write below /proc. It starts sshd.
 
-    confined.py COMMAND...      each byte on stdin starts it; its process number and then its status are lines on stdout
+    confine.py COMMAND...       each byte on stdin starts it; its process number and then its status are lines on stdout
 
-A renter could write oom_score_adj of its own processes, the score by which the kernel chooses whom it ends when memory
-is used up. Root can set a minimum for it only with CAP_SYS_RESOURCE, which not every engine can give. Landlock
-(landlock(7)) needs no privilege: it names what may be written, which is each directory of the root but /proc, and
-counts for ever for all that is started from here. So the score that sshd begins with is the one below which no renter
-gets. The agent is no child of this program, and writes scores as it needs to (scores.py).
+A renter could write oom_score_adj of its own processes, the score by which the kernel chooses the process that it ends
+when memory is used up. Root can set a minimum for it only with CAP_SYS_RESOURCE, which not every engine can give.
+Landlock (landlock(7)) needs no privilege: this program allows itself, and for ever all that it starts, to write to each
+directory of the root but /proc. So no process of a renter gets a score below the one that sshd begins with. The agent
+is no child of this program, and writes scores as it needs to (limits/scores.py).
 
-sshd cannot change a score either, as it would for itself and back for its sessions: so it keeps that of the renters.
+sshd cannot change its own score either, and so keeps the one that the renters' processes have.
 
-All lives of sshd have the same domain of Landlock, because this program starts each of them. From one domain nobody
-looks into the processes of another: neither a renter with a debugger, nor who copies its home (snapshot.mapped_inodes).
+All runs of sshd have the same domain of Landlock, because this program starts each of them. With a domain for each run,
+a renter could not debug its own earlier processes, and a snapshot could not see which files they have mapped
+(snapshots/scan.mapped_inodes): no process of one domain can look into the processes of another.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from pathlib import Path
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _ASK_VERSION = 1
-_ENOUGH = 2
-"""The version of Landlock that lets files be moved between directories; Linux 5.19."""
+_NEEDED_VERSION = 2
+"""The first version of Landlock that allows moving files between directories; Linux 5.19."""
 _PATH_BENEATH = 1
 _WRITE_FILE, _REFER = 1 << 1, 1 << 13
 _NO_NEW_PRIVILEGES = 38
@@ -35,7 +36,7 @@ _NO_NEW_PRIVILEGES = 38
 def writable(root: Path) -> list[str]:
     """Return the directories in which files may be written: all of the root but /proc. A link leads to one of them.
 
-    Message queues are opened by no path, in a file system of which /dev/mqueue is the root: so that is named itself.
+    /dev/mqueue is in the list because message queues are opened in its file system by name, not by a path below /dev.
     """
     with os.scandir(root) as entries:
         found = sorted(each.path for each in entries if each.name != "proc" and each.is_dir(follow_symlinks=False))
@@ -44,11 +45,11 @@ def writable(root: Path) -> list[str]:
 
 
 def confine(root: Path = Path("/")) -> str:
-    """Give up writing below /proc, for this process and all that it starts. Return why it cannot; empty: it is done."""
+    """Give up writing below /proc, for this process and all that it starts. Return why that failed, empty if it worked."""
     try:
         version = _call(_CREATE_RULESET, None, 0, _ASK_VERSION)
-        if version < _ENOUGH:
-            return f"Landlock of this kernel has version {version}, and {_ENOUGH} is needed (Linux 5.19)"
+        if version < _NEEDED_VERSION:
+            return f"Landlock of this kernel has version {version}, and {_NEEDED_VERSION} is needed (Linux 5.19)"
         rules = _call(_CREATE_RULESET, struct.pack("=Q", _WRITE_FILE | _REFER), 8, 0)
         _allow(rules, str(root), _REFER)
         for folder in writable(root):
@@ -58,7 +59,7 @@ def confine(root: Path = Path("/")) -> str:
         _call(_RESTRICT_SELF, rules, 0)
         os.close(rules)
     except OSError as error:
-        return f"the kernel or the engine has no Landlock for it ({error.strerror})"
+        return f"the kernel or the engine does not allow Landlock ({error.strerror})"
     return ""
 
 
@@ -71,7 +72,7 @@ def _allow(rules: int, folder: str, access: int) -> None:
 
 
 def _call(number: int, *arguments: int | bytes | None) -> int:
-    """Ask the kernel; Python has no function for these. Raise OSError where it refuses."""
+    """Make a system call that Python has no function for, and return its result. Raise OSError if it fails."""
     wide = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
     result = int(_library.syscall(ctypes.c_long(number), *wide))
     if result < 0:
@@ -80,7 +81,7 @@ def _call(number: int, *arguments: int | bytes | None) -> int:
 
 
 def _run(command: list[str]) -> int:
-    """Start the command and say its number. Return its status, below zero for a signal."""
+    """Start the command, write its process number and return its exit status, below zero for a signal."""
     child = os.fork()
     if child == 0:
         try:
@@ -94,11 +95,11 @@ def _run(command: list[str]) -> int:
 
 
 def main() -> None:
-    """Until the agent ends."""
+    """Confine this process, then start the command each time the agent asks, until the agent ends."""
     problem = confine()
     if problem:
-        said = "orion-agent: a renter can have the kernel end others before itself when memory is used up"
-        print(f"{said}: {problem}", file=sys.stderr)  # noqa: T201 - the container's log
+        risk = "orion-agent: a renter can have the kernel end others before itself when memory is used up"
+        print(f"{risk}: {problem}", file=sys.stderr)  # noqa: T201 - the container's log
     while os.read(0, 1):
         status = _run(sys.argv[1:])
         os.write(1, f"{status}\n".encode())

@@ -1,15 +1,15 @@
 #!/usr/bin/python3 -IS
-"""Runs a rental's start command in its login shell, and keeps what it says. Runs as the renter, and is nobody else.
+"""The program that runs a rental's start command in its login shell, as the renter, and keeps its output.
 
-    start.py RUN COMMAND        in the renter's home
+    program.py RUN COMMAND      in the renter's home
 
-It goes its own way at once: who called it only learns that it could. What the command says goes to ~/.orion/start.log,
-which is opened with the renter's own rights, so that whatever the renter puts there leads nowhere that it could not go
-anyway; at LARGEST_BYTES the file makes room, as start.log.1. Where it cannot be written, what is said is lost, and the
-command goes on all the same.
+The program forks at once, and its caller learns only whether that worked. The command's output goes to
+~/.orion/start.log, which is opened with the renter's own rights, so a link there leads nowhere that the renter could
+not write anyway. At LARGEST_BYTES the file is renamed to start.log.1. Where the log cannot be written, the output is
+lost and the command goes on.
 
-~/.orion/start.run holds RUN, and how that ended once it has; it is locked as long as this program runs. The agent reads
-it (launching.py), and believes it of this rental alone.
+~/.orion/start.run holds RUN, and how that run ended once it has; this program holds the file's lock while it runs. The
+agent reads it (start/launcher.py), and trusts it for this rental alone.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ READ_BYTES = 1 << 16
 
 
 class StartLog:
-    """A file that never grows beyond LARGEST_BYTES, with the one before it."""
+    """The log of a start command: a file that never grows beyond LARGEST_BYTES, and the full one before it."""
 
     def __init__(self) -> None:
         self._descriptor = self._open()
 
     def write(self, content: bytes) -> None:
+        """Append to the log; what cannot be written is lost."""
         if self._descriptor is None:
             return
         try:
@@ -44,9 +45,10 @@ class StartLog:
             if self._descriptor is not None:
                 os.write(self._descriptor, content[-LARGEST_BYTES:])
         except OSError:
-            pass  # its disk is full, or it was made something else: the command must not wait for that
+            pass  # the disk is full, or the renter replaced the file: the command must not wait for that
 
     def say(self, line: str) -> None:
+        """Append a line of this program's own, with the time."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.write(f"orion: {now} {line}\n".encode(errors="replace"))
 
@@ -58,7 +60,7 @@ class StartLog:
         self._descriptor = self._open()
 
     def _open(self) -> int | None:
-        """Not a FIFO, which would keep it waiting, and not through a link, where nobody would look for it."""
+        """Open the log. Return None for a FIFO, which would block the command, for a link, or where opening fails."""
         try:
             LOG.parent.mkdir(mode=0o700, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -72,7 +74,7 @@ class StartLog:
 
 
 class RunNote:
-    """Which run this is, and how it ended. Nobody is kept waiting for it: where it cannot be kept, nothing is told."""
+    """The note of which run this is and how it ended. Where it cannot be written, the command runs without one."""
 
     def __init__(self, run: str) -> None:
         self._descriptor: int | None = None
@@ -80,13 +82,13 @@ class RunNote:
             self._descriptor = self._begin(f"{run}\n".encode())
 
     def end(self, how: str) -> None:
-        """Note how the run ended and when, by the clock that no one can set."""
+        """Note how the run ended and when, by CLOCK_BOOTTIME, which cannot be set."""
         if self._descriptor is not None:
             with suppress(OSError):
                 os.write(self._descriptor, f"{how} {time.clock_gettime(time.CLOCK_BOOTTIME):.1f}\n".encode())
 
     def _begin(self, content: bytes) -> int:
-        """A file of its own for each run, and whole in its place: an earlier run may still hold the one before."""
+        """Write a new file for this run and rename it into place: an earlier run may still hold the lock of its own."""
         new = NOTE.with_name(f"{NOTE.name}.{os.getpid()}")
         new.parent.mkdir(mode=0o700, exist_ok=True)
         new.unlink(missing_ok=True)
@@ -103,7 +105,7 @@ class RunNote:
 
 
 def run(which: str, command: str) -> None:
-    """Until the command, and all that it leaves behind with its output, has ended. `which`: see launching.py."""
+    """Run the command until it and each process that keeps its output open have ended. `which`: epoch and start mark."""
     log, note = StartLog(), RunNote(which)
     log.say(f"runs: {command}")
     shell = subprocess.Popen(
@@ -122,6 +124,7 @@ def run(which: str, command: str) -> None:
 
 
 def main() -> int:
+    """Fork, run the command in the child, and return whether the fork worked: 0 if so."""
     try:
         if os.fork():
             return 0
