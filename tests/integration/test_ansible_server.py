@@ -363,6 +363,8 @@ def test_what_is_no_request_is_answered_with_an_error_and_the_engine_goes_on(eng
         (("order", "target"), "all"),
         (("order", "username"), "root"),
         (("order", "uid"), 0),
+        (("order", "kill"), True),
+        (("order", "deadline"), 4e9),
         (("order", "rental_id"), "{{ 1 }}"),
         (("order", "public_keys"), ['command="id" ' + KEY]),
     ],

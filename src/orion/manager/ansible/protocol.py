@@ -26,6 +26,8 @@ def _checked(value: object) -> RentalOrder:
         for name in ("username", "uid"):
             if not getattr(order, name):
                 raise InvalidOrder(name, "is missing")
+        if order.kill or order.deadline is not None:
+            raise InvalidOrder("kill" if order.kill else "deadline", "is not for the manager to say")
         return _with_plain_keys(order)
     except InvalidOrder as error:
         # A ValidationError keeps the name of the field; of another ValueError pydantic would keep the message alone.
