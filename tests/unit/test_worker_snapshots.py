@@ -351,7 +351,7 @@ def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
     for number in range(200):
         (house.home / f"m{number}").write_text("x")
     if written:
-        with pytest.raises(RequestRefused, match=r"would have to stand still for some (29\.9|30\.0) s"):
+        with pytest.raises(RequestRefused, match=r"would have to be stopped for about (29\.9|30\.0) s"):
             house.snapshot()
     else:
         house.snapshot()

@@ -1,4 +1,4 @@
-"""Making"""
+"""The making of a snapshot: scan a home, stage what changed, and stop the rental's programs only for the last part."""
 
 from __future__ import annotations
 
@@ -32,23 +32,24 @@ from orion_worker.snapshots.scan import (
 from orion_worker.snapshots.staging import NAMES_SHOWN, StagingTree
 
 MOST_ODD_BYTES = 4000
-"""Bytes of the paths of odd directories that the other side is told of; beyond that, they are named as not whole."""
+"""Bytes of the paths of closed directories whose modes a report names; the modes of others count as missing."""
 LOCK_WAIT_S = 5.0
 SMALL_BYTES, SMALL_NUMBER = 4 << 20, 64
-"""Bytes and number of changed files from which on they are set staging before the rental is stopped, not only then."""
+"""Bytes and number of changed files from which on they are staged before the rental is stopped, not only then."""
 MOST_ROUNDS = 4
 HELPS = 0.7
-"""The share of the bytes of the round before that a round may have left, to be worth another."""
+"""The share of the bytes of the previous round that may be left for another round to be worth it."""
 PAUSE_ENDS_S = 12.0
+"""Seconds after which the fence resumes a rental whose snapshot died in its pause."""
 PAUSE_TRIES = 3
-"""How often a pause is begun again in which something ran all the same, such as a log-in that came just then."""
+"""The number of pauses that are tried where something ran in one, such as a log-in that came just then."""
 SO_MUCH = "so much changes in its home at once"
 COPIED_A_SECOND = 300e6
-"""Bytes, as a guess for files that were not copied in this snapshot yet."""
+"""Bytes per second, a guess for files that were not copied in this snapshot yet."""
 
 
 class RentalOperations(Protocol):
-    """What is done to a rental besides: commands.Rentals."""
+    """The part of rental.commands.Rentals that a transfer uses."""
 
     records: RentalRecords
     freezer: Freezer
@@ -60,7 +61,7 @@ class RentalOperations(Protocol):
 
 
 class SnapshotMaker:
-    """The making of one snapshot; `make` returns what the other side is told of it."""
+    """The making of one snapshot; `make` returns the report for the manager."""
 
     def __init__(
         self,
@@ -92,10 +93,11 @@ class SnapshotMaker:
 
     @property
     def is_scheduled(self) -> bool:
-        """Whether it is one of those that are made every so often."""
+        """Whether the snapshot is one of those that are made at an interval."""
         return not (self._is_salvage or self._request.for_migration)
 
     def make(self) -> dict[str, Any]:
+        """Stage what changed and write the manifest; return the report. Raise RequestRefused where that is refused."""
         began, copied, mapped = time.monotonic(), Scan(self._known.scan.lines, 0.0), frozenset[int]()
         if not self._is_stopped:
             mapped = self._mapped()
@@ -124,10 +126,10 @@ class SnapshotMaker:
         return {"same": True, "whole": False} | self._times_of(began) | self._figures(now)
 
     def _times_of(self, began: float) -> dict[str, Any]:
-        """Return the seconds from the request until it was begun, and since then: what was written before is in it.
+        """Return the seconds from the request to the beginning of the snapshot, and those since the beginning.
 
-        The first counts. The second is for managers of earlier versions, which subtract it from the time at which they
-        hear of it.
+        All that was written before the beginning is in the snapshot. Managers use `after_s`; those of earlier versions
+        subtract `age_s` from the time at which they read the report.
         """
         return {"after_s": began - self._requested_at, "age_s": time.monotonic() - began}
 
@@ -150,14 +152,14 @@ class SnapshotMaker:
             keeping_s = took_s * more
         pause_s = self._scan_s + keeping_s + _bytes_of(self._entries_in_doubt(now, mapped)) / COPIED_A_SECOND
         if self.is_scheduled and pause_s > self._pause_most_s:
-            what = f"would have to stand still for some {pause_s:.1f} s"
+            what = f"would have to be stopped for about {pause_s:.1f} s"
             raise RequestRefused("pause_too_long", f"its programs {what} for a snapshot: {SO_MUCH}")
         return copied
 
     def _scan(self) -> Scan:
-        """Return a scan of what may go on meanwhile, and remember the processor time that it took.
+        """Return a scan of a home in which programs may run, and remember the processor time that the scan took.
 
-        The time on the clock says more about the renter's programs, which have the processors at present.
+        Its elapsed time depends on the renter's programs, which use the processors meanwhile.
         """
         began = _processor_s()
         found = scan(self._request.max_files, self._deadline, strict=False)
@@ -165,7 +167,7 @@ class SnapshotMaker:
         return found
 
     def _entries_in_doubt(self, of: Scan, mapped: frozenset[int]) -> dict[bytes, HomeEntry]:
-        """Return by path what may change without showing it: mapped for writing, or doubtful in the snapshot before."""
+        """Return by path the files that are mapped for writing, or were doubtful in the snapshot before."""
         doubtful, inodes = self._known.doubtful, {str(inode).encode() for inode in mapped}
         lines = of.lines if doubtful or inodes else ()
         return {
@@ -175,7 +177,7 @@ class SnapshotMaker:
         }
 
     def _stage_while_stopped(self, copied: Scan, mapped: frozenset[int]) -> tuple[Scan, float, frozenset[int]]:
-        """Copy the rest while nothing of it runs; return the scan of that moment, the pause, and what was mapped."""
+        """Stop the programs and copy the rest; return the scan of that moment, the pause in seconds, mapped inodes."""
         freezer, record = self._operations.freezer, self._record
         for _ in range(PAUSE_TRIES):
             began = time.monotonic()
@@ -186,7 +188,7 @@ class SnapshotMaker:
             self._deadline = min(ends_at, began + self._pause_most_s) if is_pause else ends_at
             try:
                 if is_pause and self._is_stopped:
-                    raise RequestRefused("restless", "it stood still, and was let go on as its snapshot began")
+                    raise RequestRefused("restless", "it was frozen, and was thawed as its snapshot began")
                 mapped = mapped | self._mapped()
                 before = tasks_of(record.uid) if tasks is None else tasks
                 last = scan(self._request.max_files, self._deadline, strict=True)
@@ -198,7 +200,7 @@ class SnapshotMaker:
                     return last, time.monotonic() - began if is_pause else 0.0, mapped
             except RequestRefused as refusal:
                 if refusal.code == "timed_out" and self._deadline < ends_at:
-                    what = f"stood still for {time.monotonic() - began:.1f} s in vain"
+                    what = f"were stopped for {time.monotonic() - began:.1f} s in vain"
                     raise RequestRefused("pause_in_vain", f"its programs {what} for a snapshot: {SO_MUCH}") from refusal
                 raise
             finally:
@@ -210,7 +212,7 @@ class SnapshotMaker:
         )
 
     def _entries_left(self, last: Scan, copied: Scan, mapped: frozenset[int]) -> list[HomeEntry]:
-        """Return what has to be copied while nothing runs: what changed since, or may have without showing it."""
+        """Return the entries to copy while nothing runs: those that changed since `copied`, or may have."""
         rest = changed_entries(last, copied)
         for path, found in changed_entries(last, self._known.scan).items():
             if is_racy(found, copied.at) or found.path in self._staging.vanished:
@@ -220,7 +222,7 @@ class SnapshotMaker:
         return list(rest.values())
 
     def _settle(self, last: Scan, mapped: frozenset[int]) -> Manifest:
-        """Write the list of what is sent; return the manifest of the snapshot. Everything goes on meanwhile."""
+        """Write the list of paths to send; return the manifest of the snapshot. The rental's programs run meanwhile."""
         changed = changed_entries(last, self._known.scan)
         doubtful = {path: found for path, found in changed.items() if is_racy(found, last.at)}
         doubtful |= self._entries_in_doubt(last, mapped)
@@ -247,7 +249,7 @@ class SnapshotMaker:
         return Manifest(last, hashes, missing)
 
     def _is_same(self, now: Scan) -> bool:
-        """Return whether the home is as in the snapshot that the other side has. Nothing is stopped to find out."""
+        """Return whether the home is as in the snapshot that the manager has. Nothing is stopped for this."""
         self._missing = self._known.missing
         if now.lines != self._known.scan.lines:
             return False
@@ -268,15 +270,15 @@ class SnapshotMaker:
         return mapped_inodes(self._record.uid)
 
     def _look(self) -> None:
-        """Raise RequestRefused where the deadline has passed, or nobody waits any more."""
+        """Raise RequestRefused if the deadline has passed or the manager has closed the connection."""
         if time.monotonic() > self._deadline:
-            raise RequestRefused("timed_out", "setting staging what changed took longer than it may")
+            raise RequestRefused("timed_out", "staging the files that changed took longer than it may")
         if hung_up():
-            raise RequestRefused("abandoned", "nobody waits for it any more")
+            raise RequestRefused("abandoned", "the manager no longer waits for the snapshot")
 
 
 def _processor_s() -> float:
-    """Return the processor seconds of this process and of those that it has waited for."""
+    """Return the processor seconds of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
 
@@ -297,4 +299,5 @@ def _shown(path: bytes) -> str:
 
 
 def monotonic_of(deadline: float) -> float:
+    """Return a Unix time as monotonic seconds."""
     return time.monotonic() + deadline - time.time()

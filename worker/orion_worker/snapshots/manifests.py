@@ -1,4 +1,4 @@
-"""Manifests"""
+"""Manifests: files on the worker that say what the last snapshots of each rental hold."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from orion_worker.snapshots.scan import Scan
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a snapshot holds: the scan of its home, and what that scan cannot vouch for."""
+    """The content of a snapshot: the scan of its home, and the files for which that scan is not enough."""
 
     scan: Scan
     doubtful: dict[bytes, str] = field(default_factory=dict)
     """The SHA-256 of each doubtful file as it is in the snapshot, by path; empty for one too large to compare."""
     missing: dict[bytes, str] = field(default_factory=dict)
-    """What the snapshot lacks of the home, wholly or in part: the reason by path."""
+    """Why an entry of the home is not in the snapshot, or not whole, by path."""
 
 
 class Manifests:
-    """The manifests of the last snapshots of each rental, root's, under the marks that the manager gave them."""
+    """The manifests of all rentals here, owned by root, each under the mark that the manager gave its snapshot."""
 
     def __init__(self, root: Path) -> None:
         self._folder = root / "var/lib/orion/manifests"
 
     def read(self, rental_id: str, mark: str) -> Manifest | None:
-        """Return the manifest; None where there is none, or not the whole of it."""
+        """Return the manifest; None if there is none, or only a part of it."""
         try:
             head, _, lines = (self._folder / rental_id / mark).read_bytes().partition(b"\0")
             about = json.loads(head)
@@ -43,9 +43,9 @@ class Manifests:
             return None
 
     def write(self, rental_id: str, mark: str, manifest: Manifest, stays: str = "") -> None:
-        """Write it, and forget all of this rental but `stays`, the mark of the one before.
+        """Write the manifest, and remove all others of this rental but the one with the mark `stays`.
 
-        Nothing waits for the disk: what a loss of power leaves half written is recognised by its sum.
+        This does not wait for the disk: after a loss of power, `read` recognises a half-written manifest by its sum.
         """
         folder = self._folder / rental_id
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -65,4 +65,5 @@ class Manifests:
         new.replace(folder / mark)
 
     def forget(self, rental_id: str) -> None:
+        """Remove all manifests of a rental."""
         shutil.rmtree(self._folder / rental_id, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What the manager asks of a transfer of a home: one line of JSON before the bytes of rsync."""
+"""The manager's request for a transfer of a home: one line of JSON before the bytes of rsync."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def parse_request(line: bytes, now: float) -> TransferRequest:
     if type(request.epoch) is not int or request.epoch < 1:
         raise ValueError("epoch must be a whole number from 1")
     if not re.fullmatch(r"[0-9-]{0,64}", request.snapshot_id):
-        raise ValueError("generation is not one")
+        raise ValueError("generation is not the id of a snapshot")
     if not (SNAPSHOT_MARK.fullmatch(request.base) and SNAPSHOT_MARK.fullmatch(request.mark)):
         raise ValueError("base and mark must be marks")
     for path, mode in request.folders.items():
@@ -66,5 +66,5 @@ def parse_request(line: bytes, now: float) -> TransferRequest:
     if not request.pause_s > 0:
         raise ValueError("pause_s must be a number over 0")
     if request.deadline <= now + 1:
-        raise RequestRefused("deadline_passed", "its deadline has passed: who ordered it no longer waits for it")
+        raise RequestRefused("deadline_passed", "its deadline has passed: the manager no longer waits for it")
     return request

@@ -1,4 +1,4 @@
-"""Scan"""
+"""Scans of a home: its entries at one time, what changed between two scans, and which files a scan cannot vouch for."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from orion_worker.records import RequestRefused
 from orion_worker.system import trees
 
 FIND = ("/usr/bin/find", ".", "-xdev", "-printf", r"%i %n %s %m %T@ %C@ %y %U %p\0%i %b %s\0")
-"""Two records for each entry. Its blocks are no part of the first: they may change long after the entry has, as when
-the kernel writes to the disk."""
+"""The command of a scan, which writes two records for each entry. The first record has no number of blocks, because
+that may change without a change of the entry, as when the kernel writes to the disk."""
 BLOCK_BYTES = 4096
-"""The least that an entry counts for, as domain/snapshots.py counts: a directory has a block on most disks."""
+"""The least bytes that an entry counts for, as in the manager's domain/snapshots.py."""
 RACY_S = 0.02
 """Seconds before a scan within which a change of a file may have got the same ctime as a change after the scan."""
 LINE_BYTES = 190
@@ -44,20 +44,26 @@ class Scan:
 
 @dataclass(frozen=True)
 class HomeEntry:
+    """An entry of a home as a scan found it."""
+
     inode: int
     size: int
+    """Bytes."""
     changed_at: float
+    """The ctime, in Unix seconds."""
     kind: bytes
-    """As find's %y: f, d, l, p, s, b or c."""
+    """The letter of find's %y: f, d, l, p, s, b or c."""
     path: bytes
 
 
 def parse_entry(line: bytes) -> HomeEntry:
+    """Return the entry in a line of a scan."""
     inode, _, size, _, _, changed_at, kind, _, path = line.split(b" ", 8)
     return HomeEntry(int(inode), int(size), float(changed_at), kind, path)
 
 
 def path_of(line: bytes) -> bytes:
+    """Return the path in a line of a scan."""
     return line.split(b" ", 8)[8]
 
 
@@ -84,7 +90,7 @@ def scan(most_entries: int, deadline: float, strict: bool) -> Scan:
             if len(content) > LINE_BYTES * most_entries + (1 << 20):
                 raise RequestRefused("over_limit", "the names of the files in its home are too long altogether")
             with suppress(BlockingIOError):
-                os.read(find.stderr.fileno(), 1 << 16)  # so that it never waits to complain
+                os.read(find.stderr.fileno(), 1 << 16)  # so that find never blocks on a full pipe
         status = find.wait()
     finally:
         find.kill()
@@ -92,7 +98,7 @@ def scan(most_entries: int, deadline: float, strict: bool) -> Scan:
         find.stdout.close()
         find.stderr.close()
     if strict and status:
-        raise RequestRefused("failed", "its home cannot be looked through")
+        raise RequestRefused("failed", "its home cannot be scanned")
     found = bytes(content).split(b"\0")[:-1]
     return Scan(frozenset(found[::2]), at, b"\n".join(found[1::2]))
 
@@ -102,12 +108,12 @@ def _read_by(deadline: float, descriptor: int) -> bytes:
     seconds)."""
     left_s = deadline - time.monotonic()
     if left_s < 0 or not select.select([descriptor], [], [], left_s)[0]:
-        raise RequestRefused("timed_out", "looking through its home took longer than it may")
+        raise RequestRefused("timed_out", "scanning its home took longer than it may")
     return os.read(descriptor, 1 << 20)
 
 
 def size_of(of: Scan) -> int:
-    """Return the bytes for which a home counts, as the manager counts a copy of it (`counted` of domain/snapshots.py).
+    """Return the bytes that a home counts for, as the manager counts a snapshot (`counted` of domain/snapshots.py).
 
     An entry of any kind counts for its blocks or for its size with holes, whichever is more, and for BLOCK_BYTES at
     least. A file with several names counts once.
@@ -117,9 +123,9 @@ def size_of(of: Scan) -> int:
 
 
 def closed_folders(of: Scan) -> dict[bytes, int]:
-    """Return the modes of directories that their owner may write to and not list or enter, by path.
+    """Return by path the modes of directories that their owner may write to but not list or enter.
 
-    rsync opens such a directory to fill it, and does not close it again.
+    rsync adds rights to such a directory to fill it, and does not take them away again.
     """
     found = {}
     for line in of.lines:
@@ -130,7 +136,7 @@ def closed_folders(of: Scan) -> dict[bytes, int]:
 
 
 def restore_modes(home: int, folders: Mapping[bytes, int], uid: int) -> None:
-    """Give these directories of a home their modes, those that lie deeper first. What is not there is passed over."""
+    """Give these directories of a home their modes, deeper ones first. Those that are missing are passed over."""
     for path, mode in sorted(folders.items(), key=lambda each: -each[0].count(b"/")):
         with suppress(OSError):
             folder = open_below(home, path.split(b"/")[1:])
@@ -142,6 +148,7 @@ def restore_modes(home: int, folders: Mapping[bytes, int], uid: int) -> None:
 
 
 def open_below(home: int, names: Iterable[bytes]) -> int:
+    """Open the directory that these names lead to, one below the other, without following a link."""
     folder = os.dup(home)
     try:
         for name in names:
@@ -157,12 +164,12 @@ def open_below(home: int, names: Iterable[bytes]) -> int:
 
 
 def changed_entries(now: Scan, before: Scan) -> dict[bytes, HomeEntry]:
-    """Return what is new or other than before, by path."""
+    """Return by path the entries that are new or differ from before."""
     return {found.path: found for found in map(parse_entry, now.lines - before.lines)}
 
 
 def removed_paths(now: Scan, before: Scan) -> set[bytes]:
-    """Return the paths of what was there before, and is not there any more under that name."""
+    """Return the paths that were in the scan before and are not in this one."""
     others = before.lines - now.lines
     if not others:
         return set()
@@ -185,12 +192,13 @@ def racy_entries(of: Scan) -> list[HomeEntry]:
 
 
 def topmost(paths: Collection[bytes], replaced: Collection[bytes]) -> list[bytes]:
-    """Return those paths that lie below no other of them, and below nothing that is no directory any more."""
+    """Return those paths that lie below no other of them, and below no path that has been replaced by a file."""
     covers = {*paths, *replaced}
     return [path for path in paths if not any(above in covers for above in folders_above(path))]
 
 
 def folders_above(path: bytes) -> Iterator[bytes]:
+    """Yield the directories above a path, nearest first."""
     while b"/" in path:
         path = path.rpartition(b"/")[0]
         yield path
@@ -199,8 +207,8 @@ def folders_above(path: bytes) -> Iterator[bytes]:
 def mapped_inodes(uid: int) -> frozenset[int]:
     """Return the inodes of files that a process of this uid has mapped shared and writable.
 
-    The kernel shows the maps of a process to its own uid: this process has it meanwhile as its effective one, so that
-    no signal of the renter's reaches it.
+    The kernel shows the maps of a process to its own uid. So this process takes that uid as its effective one
+    meanwhile; its real uid stays root's, so the renter cannot signal it.
     """
     before = os.geteuid(), os.getegid()
     os.setegid(uid)
@@ -228,7 +236,7 @@ def _mapped(uid: int) -> set[int]:
 
 
 def digest(descriptor: int) -> str:
-    """Return the SHA-256 of an open file, from its beginning; empty where it is too large to be compared."""
+    """Return the SHA-256 of an open file, from its beginning; empty for one that is too large to be compared."""
     if os.fstat(descriptor).st_size > LARGEST_HASHED:
         return ""
     found = hashlib.sha256()
@@ -240,7 +248,7 @@ def digest(descriptor: int) -> str:
 
 
 def digest_at(home: int, path: bytes, uid: int) -> str:
-    """Return the SHA-256 of a file in a home; empty where it cannot be compared."""
+    """Return the SHA-256 of a file in a home; empty if it cannot be compared."""
     *folders, name = path.split(b"/")[1:]
     try:
         folder = open_below(home, folders)

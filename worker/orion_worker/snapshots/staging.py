@@ -1,16 +1,16 @@
-"""What changed in a home since its last snapshot, and setting that aside on the worker as it was at one moment.
+"""The staging tree: entries of a home that changed since its last snapshot, copied on the worker as they were at once.
 
-A scan lists every entry of a home with its inode, size, mode and times: the kernel sets the time of change of an
-inode (ctime) at each write, and no program can set it. Two scans so tell what changed between them. Two kinds of files
-may change without a new ctime, and count as doubtful: one whose ctime is as young as the scan (the kernel's clock has a
+A scan lists every entry of a home with its inode, size, mode and times. The kernel sets the time of change of an inode
+(ctime) at each write, and no program can set it, so two scans tell what changed between them. Two kinds of files may
+change without a new ctime, and count as doubtful: one whose ctime is as young as the scan (the kernel's clock has a
 granularity), and one that a program has mapped for writing. A doubtful file is copied again, or its content compared.
 
-What changed is copied into a tree in_tree the homes, which no renter reaches. The tree is written as `rsync
---fake-super` writes: owner, mode and access list of an entry stand in its attributes. So an unprivileged rsync of an
-account of its own can send the tree, and the renter can neither stop that rsync nor shut a file from it.
+Changed entries are copied into a tree outside the homes, which no renter reaches. The tree has the form that `rsync
+--fake-super` writes: attributes of an entry hold its owner, mode and access list. So an unprivileged rsync with an
+account of its own can send the tree, and the renter can neither stop that rsync nor deny it a file.
 
-Everything here is done by root, whom the renter cannot shut out. So every step goes from an open directory to an entry
-in it without following a link, and the content of a file is read only after its owner has been looked at.
+Root does everything here, and can open what the renter's modes forbid. So every step goes from an open directory to an
+entry in it without following a link, and the content of a file is read only after its owner has been checked.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FICLONE = 0x40049409
 STAT = "user.rsync.%stat"
 LISTS = {"system.posix_acl_access": "user.rsync.%aacl", "system.posix_acl_default": "user.rsync.%dacl"}
 RESERVED = "user.rsync.%"
-"""The beginning of the names of attributes that rsync keeps for itself."""
+"""The prefix of attributes that rsync keeps for itself."""
 NAMES_SHOWN = 20
 
 
@@ -44,7 +44,7 @@ class StagingTree:
     """Copies of entries of a home in a tree of their own, under the names that they have at home."""
 
     def __init__(self, home: int, place: Path, uid: int, sender: int) -> None:
-        """`home`: its open directory. `place`: made anew. `uid`: the renter's. `sender`: the uid that is to read it."""
+        """Make the tree anew at `place`, readable by the uid `sender`; `home` is the open home of the renter `uid`."""
         self._home = home
         self._uid = uid
         self.sender = sender
@@ -55,14 +55,14 @@ class StagingTree:
         self.incomplete: dict[bytes, str] = {}
         """Why an entry is carried without some of its attributes, by path."""
         self.vanished: set[bytes] = set()
-        """The paths of what was not there any more when it was to be copied."""
+        """The paths of entries that were gone when they were to be copied."""
         self._times: dict[bytes, tuple[int, int]] = {}
-        """The times of the directories, set at the end: each entry that is made in one changes them."""
+        """The times of the directories by path, set at the end: each entry that is made in one changes them."""
         self._staged: set[bytes] = set()
-        """The paths of what was copied."""
+        """The paths of the entries that were copied."""
         self._can_clone = True
         self._look: Callable[[], None] = lambda: None
-        """Called between two parts of a file; may raise."""
+        """A function that is called between two parts of a file, and may raise."""
         remove_tree(place)
         self.tree.mkdir(mode=0o700, parents=True)
         for made in (place, self.tree):
@@ -70,18 +70,18 @@ class StagingTree:
         self.top = os.open(self.tree, trees.OPEN_FOLDER)
 
     def remove(self) -> None:
-        """Remove all that was set aside."""
+        """Remove the tree."""
         os.close(self.top)
         remove_tree(self.place)
 
     def write_list(self, paths: Iterable[bytes]) -> None:
-        """Write the list of what rsync is to send; what is in the list and not in the tree is removed there."""
+        """Write the list of paths that rsync sends; a path that is not in the tree is removed on the other side."""
         with (self.place / "list").open("wb") as file:
             file.write(b"\0".join(paths))
             os.fchown(file.fileno(), self.sender, self.sender)
 
     def stage(self, entries: Iterable[HomeEntry], look: Callable[[], None]) -> int:
-        """Copy these as they are now, over what was copied before; return the bytes of the files. `look` may raise."""
+        """Copy these entries as they are now, over earlier copies; return the bytes of the files. `look` may raise."""
         self._attributes(self._home, self.top, os.fstat(self._home), b".")
         self._look = look
         copied = 0
@@ -102,7 +102,7 @@ class StagingTree:
                         self.vanished.add(each.path)
                     elif error.errno in {errno.ENOSPC, errno.EDQUOT}:
                         raise RequestRefused(
-                            "no_room", "the worker's disk has no room to set aside what changed"
+                            "no_room", "the worker's disk has no room to stage the files that changed"
                         ) from error
                     else:
                         self._cannot(each.path, error.strerror or str(error))
@@ -113,7 +113,7 @@ class StagingTree:
         return copied
 
     def keep_only(self, wanted: Collection[bytes]) -> None:
-        """Leave in the tree only these paths and the directories above them, with the times that they have at home."""
+        """Leave in the tree only these paths and the directories above them, with their times in the home."""
         above = {folder for path in wanted for folder in folders_above(path)}
         for path in self._staged - {*wanted, *above}:
             self._clear_path(path)
@@ -122,7 +122,7 @@ class StagingTree:
                 os.utime(_relative(path), ns=self._times[path], dir_fd=self.top, follow_symlinks=False)
 
     def digest(self, path: bytes) -> str:
-        """Return the SHA-256 of a file that was copied; empty where it is too large to be compared."""
+        """Return the SHA-256 of a copied file; empty for one that is too large to be compared."""
         try:
             descriptor = os.open(_relative(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.top)
         except OSError:
@@ -165,7 +165,10 @@ class StagingTree:
         return copied
 
     def _enter(self, folders: list[bytes], chain: list[tuple[bytes, int, int]]) -> tuple[int, int]:
-        """Return the open directory at home and the one in_tree it, below which the chain of open ones leads."""
+        """Open these directories in the home and in the tree, one below the other; return the last two.
+
+        `chain` holds those that are open already.
+        """
         same = 0
         while same < min(len(chain), len(folders)) and chain[same][0] == folders[same]:
             same += 1
@@ -253,7 +256,7 @@ class StagingTree:
                 self._look()
                 moved = _move_bytes(source, target, begin, min(CHUNK, end - begin))
                 if not moved:
-                    break  # it was made shorter meanwhile: it is a file that is copied again
+                    break  # the file became shorter meanwhile, so it changed and is copied again
                 begin += moved
                 copied += moved
             position = max(end, begin)
@@ -282,7 +285,7 @@ class StagingTree:
             self._times[path] = (status.st_atime_ns, status.st_mtime_ns)
 
     def _link(self, path: bytes, name: bytes, in_tree: int, first: bytes) -> None:
-        """Make it another name of what was copied under the path `first`."""
+        """Make the path another name of the file that was copied under the path `first`."""
         _clear(in_tree, name)
         os.link(_relative(first), name, src_dir_fd=self.top, dst_dir_fd=in_tree, follow_symlinks=False)
         self._staged.add(path)
@@ -292,7 +295,7 @@ class StagingTree:
         self._clear_path(path)
 
     def _clear_path(self, path: bytes) -> None:
-        """Take it out of the tree, with what is below it."""
+        """Remove an entry from the tree, with all below it."""
         self._staged.discard(path)
         self._times.pop(path, None)
         folder, _, name = _relative(path).rpartition(b"/")
@@ -340,7 +343,7 @@ def _relative(path: bytes) -> bytes:
 
 
 def _open_file(name: bytes, in_tree: int) -> int:
-    """Return the open file of that name, made where there is none, and in the place of whatever else has the name."""
+    """Return the open file of that name. Make it where there is none, and in place of anything but a file."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with suppress(FileNotFoundError):
         status = os.stat(name, dir_fd=in_tree, follow_symlinks=False)
@@ -365,7 +368,7 @@ def _clear(folder: int, name: bytes) -> None:
 
 
 def _move_bytes(source: int, target: int, at: int, number: int) -> int:
-    """Copy within the kernel; return how many bytes that were."""
+    """Copy within the kernel; return the number of bytes."""
     try:
         return os.copy_file_range(source, target, number, at, at)
     except OSError as error:

@@ -3,23 +3,24 @@
 One line of JSON comes in and one goes out; then an rsync takes over the connection, which is never root.
 
 `send` makes a snapshot of a home: a state that existed at one moment. The manager names the snapshot that it has, by
-its mark; only what changed since then is sent. The order of the steps:
-1. Scan the home while its programs run, and set staging what changed (snapshot.py), again while that helps.
-2. Take the rental's lock, stop its programs, scan once more, set staging what changed since step 1, let them go on.
-   Where that takes longer than the manager allows, let them go on and refuse; where it will, refuse before.
-3. Write down the scan under the mark of the new snapshot, answer, and send what was set staging.
-Where nothing changed nothing is stopped. A rental that is frozen already is scanned in step 2 alone, and is not stopped
-and not let go on. A process that dies between stop and go-on leaves a mark, by which the fence lets the rental go on
-after PAUSE_ENDS_S.
+its mark; only entries that changed since then are sent. The order of the steps:
+1. Scan the home while its programs run, and stage what changed (snapshots/staging.py); repeat while that helps.
+2. Take the rental's lock, stop its programs, scan once more, stage what changed since step 1, resume the programs.
+   Where that takes longer than the manager allows, resume and refuse; where it is expected to, refuse before.
+3. Write the scan as the manifest of the new snapshot, answer, and send the staging tree.
+Where nothing changed, nothing is stopped. A rental that is frozen already is scanned in step 2 alone, and is neither
+stopped nor resumed. A process that dies between stop and resume leaves a mark, and the fence resumes the rental after
+PAUSE_ENDS_S.
 
-Nothing of a transfer outlives its deadline, whoever stops a part of it: rsync is killed then with all that it has
-started, root's process itself TIDIES_S later, and rsync also when root's process ends before it.
+Nothing of a transfer outlives its deadline, even if a part of it is stopped: at the deadline rsync is killed with all
+that it has started, and TIDIES_S later root's own process. rsync also ends when root's process ends before it.
 
-`salvage` is the same for a home of an epoch that was lost, before it is purged. Its processes are ended first.
+`salvage` (the released name) recovers a home of a lost epoch, before that is purged: the same as `send`, but the
+rental's processes are ended first.
 
-`receive` fills a home, under the renter's own uid. It holds the rental's lock until that ends, so nobody is let in,
-and nothing is purged, while files still come. It never fills a home whose renter was let in at this epoch: what is
-there then is newer than any snapshot.
+`receive` fills a home, under the renter's own uid. It holds the rental's lock until it ends, so the rental is neither
+activated nor purged while files still arrive. It never fills a home that was activated at this epoch: such a home is
+newer than any snapshot.
 """
 
 from __future__ import annotations
@@ -75,9 +76,10 @@ ARGUMENTS = {
     "receive": ("--server", _ALL, *_KINDS, "--delete", *_TO_FILL),
     "update": ("--server", _CHANGES, *_KINDS, "--force", "--delete-missing-args", *_TO_FILL),
 }
-"""The arguments of rsync here: for what changed, for a whole home, to fill a home, and to bring one up to date.
+"""The arguments of rsync: to send changes, to send a whole home, to fill a home, and to bring one up to date.
 
-They are fixed, whatever the other side says; rsync asks for the same with the options of snapshots/transfer.py.
+They are fixed and never come from the other side, whose rsync has the matching options of the manager's
+snapshots/transfer.py.
 """
 TRANSFERS = ("send", "salvage", "receive")
 ACCOUNT_WITHIN_S = 1.0
@@ -86,13 +88,15 @@ TIDIES_S = 60.0
 """Seconds after the deadline of a transfer within which root's process has removed its staging tree, and has ended."""
 NICENESS = 10
 WAY_OUT = "it is frozen: `orion thaw` lets it go on for ten minutes, to make room"
+"""The end of a refusal for a rental that is frozen because its home is over the limit."""
 SPARED = "it was thawed to make room, and is frozen again unless it does"
+"""The end of a refusal for a rental that is over the limit and has time to make room."""
 NO_NEW_PRIVILEGES = 38
 """prctl(2), PR_SET_NO_NEW_PRIVS."""
 
 
 def sender_uid(uid: int) -> int:
-    """Return the uid of the account that sends a rental's files: of nobody else, and out of the renter's reach."""
+    """Return the uid that sends a rental's files. It does nothing else, and the renter cannot signal its processes."""
     return uid + FIRST_SENDER
 
 
@@ -138,7 +142,7 @@ def _receive(operations: RentalOperations, request: TransferRequest, homes: Path
 
 
 def _doubtful_now(looked: Scan) -> dict[bytes, str]:
-    """Return the files that may change without showing it; nobody has been let in, so they are as they were filled."""
+    """Return the racy files of a filled home, without hashes: no renter was activated, so they are as received."""
     return {found.path: "" for found in racy_entries(looked)}
 
 
@@ -165,7 +169,7 @@ def _send(
                 record = record_for(direction, records, request)
                 operations.retire(record)
         elif not request.for_migration and (what := operations.freezer.over_limit_reason(record.rental_id)):
-            raise RequestRefused("over_limit", f"{what}; {WAY_OUT}")  # it stands still: nothing is to be counted again
+            raise RequestRefused("over_limit", f"{what}; {WAY_OUT}")  # a frozen home cannot have become smaller
         home = open_home(homes / record.username, record.uid)
         try:
             staging = StagingTree(home, place, record.uid, sender_uid(record.uid))
@@ -192,14 +196,15 @@ def _send(
 
 
 def _lock_of(staging_root: Path, rental_id: str) -> IO[str]:
-    """Return the open file whose lock a transfer holds that sets files staging; its process number is in it."""
+    """Return the open file whose lock each transfer that stages files holds; the file has its process number."""
     return os.fdopen(open_lock(staging_root / f".{rental_id}"), "r+")
 
 
 def remove_staging(staging_root: Path, rental_id: str) -> None:
-    """Remove what is set staging of a purged rental, and end the transfer that is under way. No other begins then.
+    """Remove the staging tree of a purged rental, and end its transfer if there is one. No other transfer can begin.
 
-    Two that remove a tree at a time leave parts of it behind (seen). Raise RequestRefused if the transfer does not end.
+    Two processes that remove one tree at a time leave parts of it behind (seen), so the transfer is ended first. Raise
+    RequestRefused if it does not end.
     """
     if not staging_root.is_dir():
         return
@@ -207,7 +212,7 @@ def remove_staging(staging_root: Path, rental_id: str) -> None:
     with _lock_of(staging_root, rental_id) as alone:
         while not got_lock(alone.fileno(), LOOK_EVERY_S):
             alone.seek(0)
-            with suppress(ValueError, ProcessLookupError):  # it has not written its number yet, or has just ended
+            with suppress(ValueError, ProcessLookupError):  # the transfer has no number in the file yet, or has ended
                 os.kill(int(alone.read()), signal.SIGKILL)
             if time.monotonic() > deadline:
                 raise RequestRefused("busy", "a transfer of its files does not end")
@@ -216,18 +221,22 @@ def remove_staging(staging_root: Path, rental_id: str) -> None:
 
 
 def make_snapshot(operations: RentalOperations, record: RentalRecord, snapshot: SnapshotMaker) -> dict[str, Any]:
-    """Return what the other side is payload. A home that runs and holds more than it may is frozen."""
+    """Make the snapshot and return the report for the manager. Freeze a running rental whose home is over the limit."""
     try:
         return snapshot.make()
     except RequestRefused as refusal:
         if refusal.code != "over_limit" or not snapshot.is_scheduled:
             raise
-        held = operations.freeze_over_limit(record, str(refusal))
-        raise RequestRefused("over_limit", f"{refusal}; {WAY_OUT if held else SPARED}", {"held": held}) from refusal
+        frozen = operations.freeze_over_limit(record, str(refusal))
+        details = {"held": frozen}  # the released name
+        raise RequestRefused("over_limit", f"{refusal}; {WAY_OUT if frozen else SPARED}", details) from refusal
 
 
 def await_account(records: RentalRecords, request: TransferRequest) -> None:
-    """Whoever fills a home may come a moment before it is made; whether it may be filled is looked at afterwards."""
+    """Wait up to ACCOUNT_WITHIN_S for the account: a request to fill a home may come just before that is made.
+
+    Whether the home may be filled is checked afterwards.
+    """
     deadline = time.monotonic() + ACCOUNT_WITHIN_S
     while records.purged_epoch(request.rental_id) < request.epoch and time.monotonic() < deadline:
         record = records.find(request.rental_id)
@@ -237,15 +246,15 @@ def await_account(records: RentalRecords, request: TransferRequest) -> None:
 
 
 def record_for(direction: str, records: RentalRecords, request: TransferRequest) -> RentalRecord:
-    """The record of the rental, if it may be copied from, or into, at this epoch. Raises RequestRefused."""
+    """Return the record of the rental; raise RequestRefused unless this transfer is allowed at this epoch."""
     record = records.find(request.rental_id)
     check = check_receive if direction == "receive" else check_unlock
     check(record, records.purged_epoch(request.rental_id), request.epoch)
-    assert record is not None  # noqa: S101 - the check has refused it
+    assert record is not None  # noqa: S101 - the check refuses a missing record
     if direction == "send":
-        check_not_retired(record)  # it would hold up the salvage, and be a copy of nothing that goes on
+        check_not_retired(record)  # such a snapshot would delay the recovery, and hold nothing newer
     if direction == "salvage" and not record.activated:
-        raise RequestRefused("nothing_to_salvage", "its renter was never let in here at this epoch")
+        raise RequestRefused("nothing_to_salvage", "it was never activated here at this epoch")
     if direction == "receive":
         record = replace(record, restored=request.snapshot_id)
         records.save(record)
@@ -269,7 +278,7 @@ def open_home(home: Path, uid: int) -> int:
 
 
 def drop_privileges(uid: int) -> None:
-    """Be this uid for good, without any privilege."""
+    """Become this uid for good, without any privilege. Raise RequestRefused if privileges cannot be given up."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.setgroups([])
     os.setresgid(uid, uid, uid)
@@ -279,7 +288,7 @@ def drop_privileges(uid: int) -> None:
 
 
 def run_rsync(kind: str, uid: int, deadline: float, gently: bool) -> int:
-    """Let rsync use the connection, in the current directory, and end it at its deadline; return its exit status."""
+    """Run rsync over the connection, in the current directory, and end it at the deadline; return its exit status."""
     parent = os.getpid()
 
     def be_rsync() -> None:
@@ -291,18 +300,18 @@ def run_rsync(kind: str, uid: int, deadline: float, gently: bool) -> int:
 
     child = begin_child(be_rsync)
     try:
-        _say_that_it_works(child, deadline)
+        _await_rsync(child, deadline)
     finally:
         status = kill_group(child)
     return status & 0xFF
 
 
-def _say_that_it_works(child: int, deadline: float) -> None:
-    """Wait for the end of rsync or its deadline; say one byte for each second in which it has used the processor.
+def _await_rsync(child: int, deadline: float) -> None:
+    """Wait for the end of rsync or its deadline; write one byte for each second in which rsync used the processor.
 
     The other side gives up a transfer in which nothing moves, and rsync may read gigabytes to find that hardly anything
-    has changed. What is said goes where complaints go: standard output is rsync's. Where nobody reads it, it is left
-    out: this process must not wait to say it.
+    has changed. The byte goes to standard error, because standard output is rsync's. Where standard error is full, the
+    byte is left out, so that this process never waits to write it.
     """
     used = 0
     while (left_s := deadline - time.time()) > 0 and not has_ended(child, min(1.0, left_s)):
@@ -313,7 +322,7 @@ def _say_that_it_works(child: int, deadline: float) -> None:
 
 
 def _read_line() -> bytes:
-    """Byte by byte: what follows is rsync's."""
+    """Read a line from standard input byte by byte: the bytes behind it are rsync's. Raise ValueError if it is cut."""
     line = b""
     while not line.endswith(b"\n"):
         byte = os.read(0, 1)

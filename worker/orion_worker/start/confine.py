@@ -45,7 +45,7 @@ def writable(root: Path) -> list[str]:
 
 
 def confine(root: Path = Path("/")) -> str:
-    """Give up writing below /proc, for this process and all that it starts. Return why that failed, empty if it worked."""
+    """Give up writing below /proc, for this process and all that it starts. Return why that failed, else nothing."""
     try:
         version = _call(_CREATE_RULESET, None, 0, _ASK_VERSION)
         if version < _NEEDED_VERSION:

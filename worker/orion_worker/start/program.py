@@ -105,7 +105,7 @@ class RunNote:
 
 
 def run(which: str, command: str) -> None:
-    """Run the command until it and each process that keeps its output open have ended. `which`: epoch and start mark."""
+    """Run the command until it, and each process that keeps its output open, has ended. `which`: epoch and mark."""
     log, note = StartLog(), RunNote(which)
     log.say(f"runs: {command}")
     shell = subprocess.Popen(
