@@ -1,4 +1,4 @@
-"""Calling home: register, then a heartbeat at the interval that the manager sets, for ever, whatever goes wrong."""
+"""The calls to the manager: register, then a heartbeat at the interval that the manager sets, for ever."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from orion_worker.agent.node import LogLine, Node
 REQUEST_TIMEOUT_S = 5.0
 GOODBYE_TIMEOUT_S = 3.0
 EVACUATING_INTERVAL_S = 0.4
-"""Between calls while the manager takes away what is here: each shows what is left, and takes what to do with it."""
+"""Seconds between calls while the worker is evacuated: each call reports what is left and brings orders for it."""
 EVACUATING_PATIENCE_S = 6.0
-"""How long a manager that takes things away may be silent: it may have been killed, and another be about to go on."""
+"""Seconds for which the manager may be silent during an evacuation: it may be starting again."""
 TOKEN_POLL_S = 1.0
 LARGEST_REPLY_BYTES = 4 * 2**20
-ANY_IPV4 = ("0.0.0.0", 0)  # noqa: S104 - where calls come from: nothing listens there
+ANY_IPV4 = ("0.0.0.0", 0)  # noqa: S104 - the source of calls: nothing listens there
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,22 @@ class Call:
 
 
 Talk = Generator[Call, Answer, float]
+"""Yields each call, is sent its answer, and returns the seconds to wait before the next step."""
 
 
 class CallTransport(Protocol):
+    """The port by which calls reach the manager."""
+
     def post(self, path: str, token: str, body: dict[str, Any], timeout_s: float) -> Answer:
-        """Never raises: what goes wrong is an Answer without status."""
+        """Return the manager's answer; never raise: a failure is an Answer without status."""
         ...
 
 
 class HttpTransport:
-    """One connection for each request: the proxy may be another container by the next.
+    """Calls over HTTP, with one connection for each: the proxy may be another container by the next call.
 
-    By IPv4 alone: by its address there a worker is known, and the packet filter lets no IPv6 through. A name that leads
-    to an IPv6 address as well would cost seconds with each call.
+    They use IPv4 alone: the manager knows a worker by its IPv4 address, and the packet filter drops IPv6. A name that
+    leads to an IPv6 address as well would cost seconds with each call.
     """
 
     def __init__(self, url: str) -> None:
@@ -92,10 +95,10 @@ class HttpTransport:
 
 
 class HomeCaller:
-    """`step` does the next thing and returns how many seconds to wait before the one after.
+    """The state of the calls to the manager; `step` makes the next one and returns the seconds to wait after it.
 
-    `clock` is CLOCK_BOOTTIME, which goes on while the machine sleeps; `chance` gives numbers from 0 to 1.
-    `on_renewal` is told when the lease was renewed, before the reply is obeyed.
+    `clock` is CLOCK_BOOTTIME, which goes on while the machine sleeps; `chance` returns numbers from 0 to 1.
+    `on_renewal` is called when the lease was renewed, before the orders of the reply are carried out.
     """
 
     def __init__(
@@ -123,9 +126,9 @@ class HomeCaller:
         self._evacuating_since: float | None = None
         self.lease = LeaseState()
         self.liveness_ended_at: float | None = None
-        """When the manager's watch on this worker last ended; set by who sees it (watched.py)."""
+        """When a liveness connection last ended without its last word (CLOCK_BOOTTIME). The agent's main sets it."""
         self.liveness_closed_at: float | None = None
-        """When the manager last ended it in order. Mostly it is being started again then, and has heard nobody yet."""
+        """When the manager last closed a liveness connection in order, which it mostly does before a restart."""
 
     @property
     def is_registered(self) -> bool:
@@ -134,10 +137,11 @@ class HomeCaller:
 
     @property
     def acknowledged_at(self) -> float | None:
+        """When the last acknowledged call was sent (CLOCK_BOOTTIME)."""
         return self.lease.acknowledged_at
 
     def step(self) -> float:
-        """Do it over the transport."""
+        """Make the next call over the transport; return the seconds to wait before the one after."""
         talk = self.talk()
         try:
             call = next(talk)
@@ -148,47 +152,51 @@ class HomeCaller:
             return wait_s
 
     def talk(self) -> Talk:
-        """The same, for whoever carries the calls: gives each one, takes its answer, returns the seconds to wait."""
+        """Return the next step as a generator, for a caller that carries the calls itself."""
         if self._session:
             return self._heartbeat(self._session)
         return self._register()
 
     def due_s(self) -> float:
-        """How long the next call may wait at most: shorter than what `step` said, when the watch has ended since."""
+        """Return the seconds that the next call may wait at most.
+
+        They are fewer than `step` returned when a liveness connection has ended since.
+        """
         ended_at = max((at for at in (self.liveness_ended_at, self.liveness_closed_at) if at is not None), default=None)
         within_s = ask_within_s(self.lease, ended_at, self._clock())
         return within_s if self._evacuating_since is None else min(within_s, EVACUATING_INTERVAL_S)
 
     def evacuate(self) -> None:
-        """Ask the manager, from the next call on, to take away what is here. It goes on meanwhile."""
+        """Ask the manager, from the next call on, to move all rentals away. They run meanwhile."""
         self._evacuating_since = self._clock()
 
     def is_evacuating(self) -> bool:
-        """Whether there is a point in waiting: something is left here, and a manager that answers takes it away."""
+        """Return whether it helps to wait: rentals are left here, and the manager has answered lately."""
         if self._evacuating_since is None or self._session is None or not self._node.inventory():
             return False
         heard_at = max(self._evacuating_since, self.lease.acknowledged_at or 0.0)
         return self._clock() - heard_at < EVACUATING_PATIENCE_S
 
     def begin_exit(self) -> None:
-        """From here on no reply, not even one that is on its way, can let a renter in."""
+        """Lock all rentals and end their processes. No reply, not even one on its way, activates one afterwards."""
         with self._obeying:
             self._exiting = True
         self._node.lock_all(kill=True)
 
     def say_goodbye(self) -> None:
+        """Send the last heartbeat, once."""
         call = self.goodbye()
         if call:
             answer = self._transport.post(call.path, call.token, call.body, call.timeout_s)
-            self._say("said goodbye" if answer.status == 200 else f"the goodbye was not heard: {answer}")
+            self._say("said goodbye" if answer.status == 200 else f"the goodbye was not acknowledged: {answer}")
 
     def goodbye(self) -> Call | None:
-        """The last call; None where there is nobody to tell."""
+        """Return the last call; None if the worker is not registered."""
         session = self._session
         if session is None:
             return None
         self._evacuating_since = None
-        body = {**self._heartbeat_body(session), "leaving": True}
+        body = {**self._heartbeat_body(session), "leaving": True}  # the released name of exiting
         return Call("/api/heartbeat", session.worker_token, body, GOODBYE_TIMEOUT_S)
 
     def _register(self) -> Talk:
@@ -204,7 +212,7 @@ class HomeCaller:
             case Next.ACKNOWLEDGED:
                 return self._begin(answer, sent_at)
             case Next.FORGET:
-                self._say(f"our identity is not accepted any more ({answer}): registering as a new worker")
+                self._say(f"the identity of this worker is no longer accepted ({answer}): registering as a new worker")
                 self._node.forget_identity()
                 return 0.0
         return self._try_later("registration failed", answer, REGISTER_RETRY_MAX_S)
@@ -219,7 +227,7 @@ class HomeCaller:
         try:
             session = agent_session_from(answer.body)
         except ValueError as error:
-            return self._try_later(f"registration not understood: {error}", answer, REGISTER_RETRY_MAX_S)
+            return self._try_later(f"reply to the registration is wrong: {error}", answer, REGISTER_RETRY_MAX_S)
         self._node.keep_identity(session)
         self._node.admit(session.authorized_keys)
         self._session = session
@@ -232,14 +240,14 @@ class HomeCaller:
         sent_at = self._clock()
         more = {START_ENDS: self._node.start_ends()} if START_ENDS in self._accepted_fields else {}
         answer = yield Call("/api/heartbeat", session.worker_token, self._heartbeat_body(session) | more)
-        # After a failure nothing further is told: an older manager may have come, and the lease runs.
+        # After a failure no optional field is sent: the manager may be an older one now, and would refuse it.
         self._accepted_fields = accepted_fields_from(answer.body) if answer.status == 200 else frozenset()
         self._note(answer, sent_at)
         match after_heartbeat(answer):
             case Next.ACKNOWLEDGED:
                 return self._go_on(session, answer, sent_at)
             case Next.REGISTER:
-                self._say(f"the manager wants us to register again ({answer})")
+                self._say(f"the manager asks for a new registration ({answer})")
                 self._session = None
                 return 0.0
         return self._try_later("heartbeat failed", answer, HEARTBEAT_RETRY_MAX_S)
@@ -251,7 +259,7 @@ class HomeCaller:
             proxy_answer_s = proxy_answer_from(answer.body)
             placements = placements_from(answer.body.get("placements"))
         except ValueError as error:
-            return self._try_later(f"heartbeat not understood: {error}", answer, HEARTBEAT_RETRY_MAX_S)
+            return self._try_later(f"reply to the heartbeat is wrong: {error}", answer, HEARTBEAT_RETRY_MAX_S)
         if self._failures:
             self._say(f"heartbeat acknowledged again after {self._failures} failures")
         self._session = replace(session, lease_s=lease_s, proxy_answer_s=proxy_answer_s)
@@ -261,12 +269,12 @@ class HomeCaller:
 
     def _heartbeat_body(self, session: AgentSession) -> dict[str, Any]:
         return {
-            **({"vacating": True} if self._evacuating_since is not None else {}),
+            **({"vacating": True} if self._evacuating_since is not None else {}),  # the released name of evacuating
             "session_id": session.session_id,
             "seq": next(self._sequence),
             "load": self._node.load(),
             "inventory": self._node.inventory(),
-            # So that a manager with other clocks knows by which lease this worker runs.
+            # A manager with other clocks must know by which lease this worker runs.
             "lease_s": session.lease_s,
         }
 
@@ -280,7 +288,7 @@ class HomeCaller:
         self._node.note_acknowledgement()
 
     def _obey(self, placements: tuple[dict[str, Any], ...], requested_at: float) -> None:
-        """Unless the reply is from before a sleep of this machine: then its lease may be over already."""
+        """Carry out the orders of a reply, unless its lease is over already, as after a sleep of the machine."""
         with self._obeying:
             if not self._exiting and may_run(self.lease, self.liveness_ended_at, self._clock()):
                 self._node.carry_out(actions_for(self._node.inventory(), placements), requested_at)
@@ -303,7 +311,7 @@ def _json_object(text: bytes) -> dict[str, Any]:
 
 
 def _seconds(value: str | None) -> float:
-    """Retry-After in seconds, at most a minute: a wrong header must not silence a worker."""
+    """Return Retry-After in seconds, at most a minute: a wrong header must not silence a worker."""
     try:
         seconds = float(value or 0)
     except ValueError:

@@ -16,18 +16,22 @@ STOPS_WITHIN_S = 1.0
 
 
 class ConfinedCommand:
-    """The agent's end. `score`: what the command begins with. `errors`: a descriptor for what it says; None: ours."""
+    """A command that start/confine.py runs for the agent, again each time `start` is called.
+
+    `score`: the oom_score_adj that the command begins with. `errors`: a descriptor for its standard error; None: the
+    agent's own.
+    """
 
     def __init__(self, command: Sequence[str], score: int, errors: int | None = None) -> None:
         self._command = [confine.__file__, *command]
         self._score = score
         self._errors = errors
         self._running = -1
-        """A descriptor of the command's process; -1: there is none."""
+        """The pidfd of the command's process; -1: there is none."""
         self._begin()
 
     def start(self) -> None:
-        """Start the command. Where the program that is to do so has ended, `ended` tells."""
+        """Start the command. If confine.py itself has ended, `ended` returns that."""
         self._give(self._score)
         with suppress(OSError, ValueError):
             self._asks.write(b"\n")
@@ -35,11 +39,11 @@ class ConfinedCommand:
         self._give(processes.own_score())
 
     def ended(self) -> str | None:
-        """Return how the command ended, None while it runs. It may be started again then."""
+        """Return the command's exit status, None while it runs. After a status it may be started again."""
         if not select.select([self._tells], [], [], 0)[0]:
             return None
         status = self._line()
-        self.stop()  # where the program has ended, the command may go on, and holds what the next needs
+        self.stop()  # if confine.py ended, the command may still run, and hold the port that the next one needs
         if not status:
             self._program.kill()
             self._program.wait()
@@ -65,9 +69,9 @@ class ConfinedCommand:
         self._program, self._asks, self._tells = program, program.stdin, program.stdout
 
     def _give(self, score: int) -> None:
-        with suppress(OSError):  # the command is to run in any case
+        with suppress(OSError):  # the command runs with any score
             processes.give_score(self._program.pid, score)
 
     def _line(self) -> str:
-        """Return the next line that the program says; empty at its end."""
+        """Return the next line of confine.py's output; empty at its end."""
         return self._tells.readline().decode().strip()

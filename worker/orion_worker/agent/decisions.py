@@ -1,4 +1,4 @@
-"""What the agent makes of what it hears. Pure: no clock, no network, no chance."""
+"""The agent's decisions about the manager's answers and the lease. Pure: no clock, no network, no chance."""
 
 from __future__ import annotations
 
@@ -13,45 +13,46 @@ HEARTBEAT_RETRY_MAX_S = 5.0
 """Shorter than for a registration: a lease runs out meanwhile, and a heartbeat costs the manager little."""
 
 UNREACHED_RETRY_MAX_S = 3.0
-"""While the manager is not there at all, asking costs it nothing; and a platform that starts is complete at once."""
+"""Short because calls cost nothing while the manager is unreachable, and a platform that starts needs its workers."""
 
 
 LIVENESS_GRACE_S = 1.0
-"""How long a worker may go on without word from the manager when the watch on it has ended.
+"""Seconds for which rentals may run after the liveness connection has ended, without an answer from the manager.
 
-The manager takes silence for death 1.5 s after it saw that end (ssh/liveness.py): then all must have stood still.
+The manager takes silence for death 1.5 s after it saw that end (ssh/liveness.py): by then all must be frozen.
 """
 LIVENESS_SETTLES_S = 0.25
-"""Until the end of a watch has reached the manager, even if its message was lost once (TCP repeats it after 0.2 s).
+"""Seconds until the end of a liveness connection has reached the manager, even if its message was lost once.
 
-A call that is sent earlier may arrive before it, and so would not count against a proof of death.
+(TCP repeats it after 0.2 s.) A call that is sent earlier may arrive before that end, and then would not count against a
+proof of death.
 """
 
 
 CARRIED_FILES_S = 150
 CARRIED_BYTES_S = 4 * 2**20
-"""What a planned move, or a park, carries in a second at least, on a machine that does other things as well."""
+"""Files and bytes that a planned migration, or a park, carries per second at least, on a machine with other load."""
 
 
 def stop_grace_s(least_s: float, most_s: float, files: int, size: int) -> float:
-    """Return how long a worker that was told to stop may wait until what it holds was carried away."""
+    """Return the seconds that an evacuating worker may wait for the migration of its rentals."""
     return min(most_s, least_s + files / CARRIED_FILES_S + size / CARRIED_BYTES_S)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An HTTP reply, or that there was none: then `status` is 0 and `reason` says why."""
+    """An HTTP reply; if there was none, `status` is 0 and `reason` says why."""
 
     status: int
     body: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     retry_after_s: float = 0.0
     marked: bool = False
-    """The proxy's own word, by a header that it lets nobody else set, that the manager cannot be reached."""
+    """Whether the proxy itself said, by a header that only it can set, that the manager cannot be reached."""
 
     @property
     def unreached(self) -> bool:
-        """The manager has not seen the request: nobody answered, or the proxy itself said so."""
+        """Whether the manager has not seen the request: there was no answer, or the proxy itself said so."""
         return not self.status or self.marked
 
     def __str__(self) -> str:
@@ -62,13 +63,16 @@ class Answer:
 
 
 class Next(Enum):
+    """The agent's next step after an answer."""
+
     ACKNOWLEDGED = "the session is good, the lease is renewed"
     REGISTER = "register again at once"
-    FORGET = "our token is not known any more: register as a new worker"
+    FORGET = "the worker's token is no longer known: register as a new worker"
     RETRY = "try the same again after a while"
 
 
 def after_register(answer: Answer, with_own_token: bool) -> Next:
+    """Return the next step after the answer to a registration."""
     if answer.status == 201:
         return Next.ACKNOWLEDGED
     if with_own_token and (answer.status == 401 or answer.body.get("code") == "host_key_changed"):
@@ -77,7 +81,7 @@ def after_register(answer: Answer, with_own_token: bool) -> Next:
 
 
 def after_heartbeat(answer: Answer) -> Next:
-    """Only a 200 renews the lease."""
+    """Return the next step after the answer to a heartbeat. Only a 200 renews the lease."""
     if answer.status == 200:
         return Next.ACKNOWLEDGED
     if answer.status == 401 or (answer.status == 409 and answer.body.get("code") == "stale_session"):
@@ -86,32 +90,34 @@ def after_heartbeat(answer: Answer) -> Next:
 
 
 def backoff_s(attempt: int, longest_s: float, chance: float, at_least_s: float = 0.0) -> float:
-    """Seconds to wait after failure number `attempt` (from 1): full jitter below 1, 2, 4, ... `longest_s`.
+    """Return the seconds to wait after failure number `attempt` (from 1): full jitter below 1, 2, 4, ... `longest_s`.
 
-    `chance` is from 0 to 1; `at_least_s` what the server asked for.
+    `chance` is from 0 to 1; `at_least_s` is the server's Retry-After.
     """
     return max(at_least_s, chance * min(longest_s, 2.0 ** min(attempt - 1, 16)))
 
 
 @dataclass(frozen=True)
 class LeaseState:
-    """What this worker's right to run rentals rests on. Times are its own CLOCK_BOOTTIME, of when a call was sent."""
+    """This worker's right to run rentals. Times are its CLOCK_BOOTTIME at the moment at which a call was sent."""
 
     lease_s: float = 0.0
+    """Seconds from an acknowledged call for which rentals may run."""
     proxy_answer_s: float = 0.0
-    """How old the proxy's word that the manager cannot be reached may be."""
+    """Seconds from a call for which the proxy's answer that the manager cannot be reached gives the right to run."""
     acknowledged_at: float | None = None
-    """Of the last acknowledged call: the lease runs from there, not from the reply."""
+    """The time of the last acknowledged call: the lease runs from its sending, not from the reply."""
     unreached_at: float | None = None
-    """Of the last call, if the proxy's marked word was its answer; None: another answer, or none."""
+    """The time of the last call, if the proxy answered it with its mark; None: another answer, or none."""
 
 
 def may_run(lease: LeaseState, liveness_ended_at: float | None, now: float) -> bool:
-    """Whether rentals may run here. `liveness_ended_at`: when the manager's watch on this worker last ended.
+    """Return whether rentals may run here. `liveness_ended_at`: when the liveness connection last ended.
 
-    By a lease: the manager lets it pass before it runs anything elsewhere. Or by the proxy's fresh word that the
-    manager cannot be reached, which then moves nothing. What was said before the watch ended counts for a moment only:
-    the manager may take that end, and silence after it, for this worker's death.
+    They may by a lease, because the manager waits for its end before it runs them elsewhere; or by a fresh answer of
+    the proxy that the manager cannot be reached, because such a manager moves nothing. Answers to calls from before
+    the liveness connection ended count for LIVENESS_GRACE_S more only: the manager may take that end, and silence
+    after it, for this worker's death.
     """
     acknowledged_at, unreached_at = lease.acknowledged_at, lease.unreached_at
     if liveness_ended_at is not None and now - liveness_ended_at >= LIVENESS_GRACE_S:
@@ -123,7 +129,7 @@ def may_run(lease: LeaseState, liveness_ended_at: float | None, now: float) -> b
 
 
 def ask_within_s(lease: LeaseState, liveness_ended_at: float | None, now: float) -> float:
-    """How long the next call may wait at most, in seconds: what is about to lose the right to run asks often."""
+    """Return the seconds that the next call may wait at most. A worker about to lose its right to run calls often."""
     acknowledged_at, often_s = lease.acknowledged_at, 0.4 * lease.proxy_answer_s
     if liveness_ended_at is not None and _not_before(liveness_ended_at + LIVENESS_SETTLES_S, acknowledged_at) is None:
         in_time = now - liveness_ended_at < LIVENESS_GRACE_S
@@ -139,7 +145,7 @@ def _not_before(earliest: float, at: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class RentalAction:
-    """What to do to a rental that is here."""
+    """What the agent does to a rental that is here."""
 
     action: str
     """`lock`, `unlock` or `thaw`."""
@@ -152,10 +158,11 @@ _TO_SHUT = {"running": "lock"}
 
 
 def actions_for(inventory: Iterable[dict[str, Any]], placements: Iterable[dict[str, Any]]) -> list[RentalAction]:
-    """What a reply's placements mean for what is here; what the reply does not mention is left as it is.
+    """Return the actions that the placements of a reply ask for. A rental that the reply does not name stays as it is.
 
-    One rental may be mentioned twice, with an old epoch to purge and a new one to run: an order for an epoch older
-    than ours is not about ours. An order to run a newer one means that ours is stale, and must not be let in.
+    A reply may name a rental twice, with an old epoch to purge and a new one to run. An entry for an epoch older than
+    the one here says nothing about the one here. An entry that runs a newer epoch means that the one here is stale, and
+    must be locked.
     """
     wanted: dict[str, dict[str, Any]] = {}
     for placement in placements:
@@ -175,18 +182,18 @@ def actions_for(inventory: Iterable[dict[str, Any]], placements: Iterable[dict[s
 
 
 START_ENDS = "start_ends"
-"""A field of a heartbeat that a manager from before it would refuse."""
+"""A field of a heartbeat that managers of earlier versions refuse."""
 
 
 def accepted_fields_from(body: dict[str, Any]) -> frozenset[str]:
-    """Return the further fields that the manager takes in a heartbeat, by its reply to the last one."""
+    """Return the optional fields that the manager takes in a heartbeat, from its reply to the last one."""
     takes = body.get("takes")
     return frozenset(each for each in takes if isinstance(each, str)) if isinstance(takes, list) else frozenset()
 
 
 @dataclass(frozen=True)
 class AgentSession:
-    """What a registration gave."""
+    """The reply to a registration."""
 
     worker_id: str
     worker_token: str
@@ -199,7 +206,7 @@ class AgentSession:
 
 
 def agent_session_from(body: dict[str, Any]) -> AgentSession:
-    """Raises ValueError for a reply that is not of the contract."""
+    """Return the session in the reply to a registration. Raise ValueError for a reply of another form."""
     try:
         return AgentSession(
             worker_id=_text(body["worker_id"]),
@@ -216,18 +223,18 @@ def agent_session_from(body: dict[str, Any]) -> AgentSession:
 
 
 def placements_from(value: Any) -> tuple[dict[str, Any], ...]:
-    """Raises ValueError unless it is a list of {rental_id, epoch, want}."""
+    """Return the placements of a reply. Raise ValueError unless they are a list of {rental_id, epoch, want}."""
     if not isinstance(value, list):
         raise ValueError("placements is not a list")
     for each in value:
         named = isinstance(each, dict) and isinstance(each.get("rental_id"), str)
         if not (named and type(each.get("epoch")) is int and each.get("want") in ("run", "hold", "purge")):
-            raise ValueError("a placement is not of the contract")
+            raise ValueError("a placement has another form")
     return tuple(value)
 
 
 def interval_from(value: Any) -> float:
-    """Seconds. Raises ValueError for what cannot be waited: it would stop the agent or spin it."""
+    """Return an interval in seconds. Raise ValueError for one that would stop the agent or make it spin."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError("an interval is not a number")
     if not 0.05 <= value <= 86_400:
@@ -236,7 +243,10 @@ def interval_from(value: Any) -> float:
 
 
 def proxy_answer_from(body: dict[str, Any]) -> float:
-    """`door_answer_s` of a reply; a manager from before it was told means the same share of the lease as by default."""
+    """Return `door_answer_s` of a reply (the released name); by default a fifteenth of the lease.
+
+    Managers of earlier versions do not send it, and mean that default.
+    """
     if "door_answer_s" in body:
         return interval_from(body["door_answer_s"])
     return interval_from(body.get("lease_s")) / 15

@@ -1,6 +1,6 @@
 """The fence: it freezes all rentals as soon as this worker has no right to run them, whatever else the agent does.
 
-The fence has a thread of its own, which asks nobody and looks up no name, so nothing that the agent waits for delays
+The fence has a thread of its own, which makes no call and looks up no name, so nothing that the agent waits for delays
 it. It looks at the lease every LOOK_EVERY_S, and so at once when the container, or the agent alone, wakes from a pause:
 the sleep is over by then, and CLOCK_BOOTTIME has gone on. It never thaws: that takes a reply that says `run`.
 
@@ -72,12 +72,12 @@ class Fence:
                 self._repeat_freezes()
 
     def run(self) -> None:
-        """Look forever."""
+        """Call `look` for ever."""
         while True:
             try:
                 self.look()
             except Exception as fault:
-                # A full disk, a file that nobody thought of: the next look does what this one could not.
+                # Whatever fails, such as a write to a full disk, is tried again with the next look.
                 self._say(f"the fence: {fault!r}; looking again")
             time.sleep(LOOK_EVERY_S)
 
@@ -107,7 +107,7 @@ class Fence:
         for record in self._lock_all():
             if record.activated and not record.retired:
                 marked += self._freezer.mark(record, (self._stopped_before or {}).get(record.uid, frozenset()))
-            else:  # whoever lets it in after this look finds that there is no lease
+            else:  # an activation after this look finds that there is no lease
                 processes.signal_all(record.uid, signal.SIGKILL)
         return marked
 
@@ -125,7 +125,7 @@ class Fence:
         for rental_id in frozen:
             record = living.get(rental_id)
             if record is None or record.retired:
-                self._freezer.forget(rental_id)  # it was purged or laid down meanwhile
+                self._freezer.forget(rental_id)  # it was purged or retired meanwhile
                 continue
             key = (rental_id, record.uid)
             enforcers[key] = self._enforcers.get(key) or Enforcer(record.uid, record.username)

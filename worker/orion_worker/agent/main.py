@@ -1,9 +1,9 @@
-"""The agent: the main process of a worker's container. If it dies, the container goes.
+"""The agent: the main process of a worker's container. If it dies, the container ends.
 
-It locks all rentals, starts sshd and keeps it alive, and calls home for ever. On SIGTERM it waits until the manager has
-taken its rentals to other workers, or parked them, as long as the grace lasts; then it locks, says goodbye and ends.
-The calls are made in a thread of their own, so that a slow request never delays the goodbye; and the fence has one, so
-that nothing delays the freezing of what may not run any more.
+It locks all rentals, starts sshd and restarts it when it dies, and calls home for ever. On SIGTERM it waits until the
+manager has moved its rentals to other workers, or parked them, as long as the grace lasts; then it locks all rentals,
+says goodbye and ends. The calls have a thread of their own, so that a slow request never delays the goodbye; and the
+fence has one, so that nothing delays the freezing of rentals that may not run any more.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from orion_worker.rpc.liveness import LivenessListener
 from orion_worker.system import cgroup, processes
 
 WEB_PORT = 80
-"""Where the proxy brings what is for a rental's web ports. Below 1024, so that no renter can take it."""
-WEB_DOOR = "/usr/local/lib/orion/orion-web"
+"""The port on which the proxy reaches the web ports of rentals. It is below 1024, so that no renter can take it."""
+PORT_PROXY = "/usr/local/lib/orion/orion-web"
 
 LOOK_EVERY_S = 0.5
 LOOK_OFTEN_S = 0.1
 AFTER_A_FAULT_S = 5.0
 RENTERS_NICENESS = 5
-"""So that the agent gets the processor first when a renter takes all of it: when all wake from a pause, for one."""
+"""The nice value of sshd and all sessions: the agent gets the processor first when renters use all of it."""
 
 
 class SshdChild:
-    """sshd, as a child of confined.py that is started again whenever it dies.
+    """sshd, as a child of start/confine.py that is started again whenever it dies.
 
-    Every session inherits the limit of processes; root is not subject to it. Every session inherits sshd's score too,
-    below which no renter gets (confined.py says where that is not so), and by which the kernel ends what came by SSH
-    before the agent. So sshd is ended no later than a renter's process that is as large; but the processes of the
-    rental that uses the most memory go first (scores.py), and sshd is there again with the next look.
+    Every session inherits the limit of processes; root is not subject to it. Every session inherits sshd's score too.
+    No renter gets below that score (start/confine.py says on which kernels it can), and the kernel ends sessions before
+    the agent. So sshd is ended no later than a renter's process of the same size; but the processes of the rental that
+    uses the most memory are ended first (limits/scores.py), and the next look starts sshd again.
     """
 
     def __init__(self, settings: AgentSettings, errors: int) -> None:
@@ -68,7 +68,7 @@ class SshdChild:
         self._start()
 
     def ensure_running(self) -> None:
-        """Call it every LOOK_EVERY_S."""
+        """Start sshd again if it has ended. The agent calls this every LOOK_EVERY_S."""
         status = self._command.ended()
         if status is not None:
             say(f"sshd ended with status {status}: starting it again")
@@ -83,21 +83,22 @@ class SshdChild:
 
 
 class PortProxyChild:
-    """web_door.py, as a child that is started again whenever it dies. The socket is kept here, so nobody is refused.
+    """The port proxy (web/port_proxy.py), as a child that is started again whenever it dies.
 
-    It is not started at once: a worker is to be reached by SSH first.
+    The agent keeps the listening socket, so no connection is refused meanwhile. The child is not started at once,
+    because SSH to the worker comes first.
     """
 
     def __init__(self, proxy_address: str, app_address: str, slots: int) -> None:
-        self._command = [WEB_DOOR, proxy_address, app_address, str(slots)]
+        self._command = [PORT_PROXY, proxy_address, app_address, str(slots)]
         self._socket = socket.create_server(("0.0.0.0", WEB_PORT), backlog=256)  # noqa: S104 - see network.nft
         self._child: subprocess.Popen[bytes] | None = None
 
     def ensure_running(self) -> None:
-        """Call it every LOOK_EVERY_S."""
+        """Start the port proxy if it does not run. The agent calls this every LOOK_EVERY_S."""
         status = self._child.poll() if self._child else None
         if status is not None:
-            say(f"the door for web ports ended with status {status}: starting it again")
+            say(f"the port proxy ended with status {status}: starting it again")
         if self._child is None or status is not None:
             self._child = subprocess.Popen(self._command, stdin=self._socket.fileno())
 
@@ -116,13 +117,13 @@ def write(line: str) -> None:
 
 
 def end_all(rentals: Rentals, uids: list[int]) -> None:
-    """End all that runs of the renters with these uids, and their log-ins."""
+    """End all processes and log-ins of the renters with these uids."""
     names = {record.uid: record.username for record in rentals.records.all()}
     processes.kill_all({uid: names.get(uid, "") for uid in uids})
 
 
 def call_for_ever(home: HomeCaller, stopping: threading.Event, hurry: threading.Event) -> None:
-    """`hurry` is set when the next call may have become due earlier, and when there is none any more."""
+    """Call home until `stopping` is set. `hurry` is set when the next call may be due earlier, and at the end."""
     wait_s = 0.0
     while not stopping.is_set():
         if hurry.wait(wait_s):
@@ -132,7 +133,7 @@ def call_for_ever(home: HomeCaller, stopping: threading.Event, hurry: threading.
         try:
             wait_s = home.step()
         except Exception as fault:
-            # A full disk or a reply nobody thought of must not end a container that renters work in.
+            # A full disk or an unforeseen reply must not end a container that renters work in.
             where = traceback.extract_tb(fault.__traceback__)[-1]
             say(f"unexpected: {fault!r} at {Path(where.filename).name}:{where.lineno}; going on")
             wait_s = AFTER_A_FAULT_S
@@ -151,6 +152,7 @@ def exit_in_order(home: HomeCaller, calling: threading.Thread) -> None:
 
 
 def run(settings: AgentSettings) -> None:
+    """Run the agent until SIGTERM or SIGINT."""
     told_to_stop, stopping, hurry = threading.Event(), threading.Event(), threading.Event()
 
     def stop(*_: object) -> None:
@@ -168,7 +170,7 @@ def run(settings: AgentSettings) -> None:
 
     def liveness_ended() -> None:
         home.liveness_ended_at = boot_time_s()
-        say("the manager's watch has ended")
+        say("the manager's liveness connection has ended")
         hurry.set()
 
     def liveness_closed() -> None:
@@ -178,7 +180,7 @@ def run(settings: AgentSettings) -> None:
     liveness = LivenessListener(Path(liveness_program.SOCKET_PATH), node.boot_id, liveness_ended, liveness_closed)
     log = LimitedLog(write)
     sshd = SshdChild(settings, log.input)
-    web_door = PortProxyChild(settings.proxy_address, settings.app_address, settings.slots)
+    port_proxy = PortProxyChild(settings.proxy_address, settings.app_address, settings.slots)
     stopped = StoppedLogIns(node.rentals, say)
     ended_first = scores.OomScores(scores.usual(processes.own_score()), say)
     terminals = TerminalGuard(lambda uids: end_all(node.rentals, uids), say)
@@ -188,7 +190,7 @@ def run(settings: AgentSettings) -> None:
     calling.start()
     while not told_to_stop.wait(LOOK_EVERY_S):
         sshd.ensure_running()
-        web_door.ensure_running()
+        port_proxy.ensure_running()
         stopped.look_if_due()
     say("told to stop")
     home.evacuate()
@@ -202,11 +204,12 @@ def run(settings: AgentSettings) -> None:
     stopping.set()
     hurry.set()
     exit_in_order(home, calling)
-    web_door.stop()
+    port_proxy.stop()
     sshd.stop()
 
 
 def boot_time_s() -> float:
+    """Return CLOCK_BOOTTIME, which goes on while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 

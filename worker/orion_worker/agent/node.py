@@ -1,4 +1,4 @@
-"""The worker as the agent sees and changes it: its identity, its keys, its rentals, its load."""
+"""The parts of the worker that the agent reads and changes: identity, keys, rentals, load."""
 
 from __future__ import annotations
 
@@ -23,32 +23,34 @@ from orion_worker.rental.paths import WorkerPaths
 from orion_worker.system import cgroup, processes
 
 AGENT_VERSION = "0.1.0+boot"
-"""The version of this agent. Words behind the plus sign, with dots between them, say what a manager may do with this
-worker and not with one of a former version. `boot`: its orders may name the boot id of this worker."""
+"""The version of this agent. The words behind the plus sign, separated by dots, name what a manager may do with this
+worker and not with one of an earlier version. `boot`: orders may name the boot id of this worker."""
 ENOUGH_FILES = 200_000
-"""More than that need the longest grace in any case."""
+"""The number of files up to which homes are counted: more need the longest grace in any case."""
 MAX_SLOTS = 256
-"""What the manager takes at most."""
+"""The most slots that the manager accepts of a worker."""
 
 LogLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class AgentSettings:
+    """The settings of the agent, from ORION_* variables."""
+
     url: str
     app_address: str
     proxy_address: str = ""
-    """Whose connections the door for web ports takes."""
+    """The only address from which the port proxy takes requests."""
     slots: int = 1
     labels: Mapping[str, str] = field(default_factory=dict)
     stop_grace_s: float = 8.0
-    """How long it may wait when it is told to stop, and has little to be carried away."""
+    """Seconds that the agent may wait after SIGTERM when its rentals hold few files."""
     stop_grace_max_s: float = 8.0
-    """How long it may wait in any case; what sends the signal must wait somewhat longer (Docker: 10 s)."""
+    """The most seconds that the agent may wait after SIGTERM. The sender must wait somewhat longer (Docker: 10 s)."""
 
 
 def settings_from(environment: Mapping[str, str]) -> AgentSettings:
-    """From ORION_*. Raises ValueError, saying which one and what it should be."""
+    """Return the settings. Raise ValueError, which names the wrong variable and its form."""
     url = environment.get("ORION_URL") or "http://manager_proxy"
     if not re.fullmatch(r"http://[A-Za-z0-9._-]+(:\d{1,5})?/?", url):
         raise ValueError(f"ORION_URL must be http://HOST or http://HOST:PORT, not {url!r}")
@@ -68,7 +70,7 @@ def settings_from(environment: Mapping[str, str]) -> AgentSettings:
 
 
 class Node:
-    """`root` is another directory in tests; `say` writes one line to the log."""
+    """This worker. `root` is another directory in tests; `say` writes one line to the log."""
 
     def __init__(self, settings: AgentSettings, say: LogLine, root: Path = Path("/")) -> None:
         self._settings = settings
@@ -87,7 +89,7 @@ class Node:
         self._session.unlink(missing_ok=True)
 
     def describe(self) -> dict[str, Any]:
-        """What a registration says of this worker."""
+        """Return the body of a registration."""
         keys = sorted((self._root / "etc/ssh").glob("ssh_host_*_key.pub"))
         return {
             "hostname": socket.gethostname(),
@@ -100,16 +102,17 @@ class Node:
         }
 
     def inventory(self) -> list[dict[str, Any]]:
+        """Return the rentals that have something here, in the form of a heartbeat."""
         return self.rentals.inventory()
 
     def start_ends(self) -> list[dict[str, Any]]:
-        """How the start commands ended that were run here and do not run any more."""
+        """Return how the start commands ended that ran here, in the form of a heartbeat."""
         now, launcher = time.clock_gettime(time.CLOCK_BOOTTIME), self.rentals.launcher
         ends = (launcher.ended(record, now) for record in self.rentals.records.all())
         return [end for end in ends if end is not None][:MAX_SLOTS]
 
     def load(self) -> dict[str, Any]:
-        """`cpu` is the number of processors in use, averaged since the last call."""
+        """Return the load in the form of a heartbeat; `cpu`: the average number of processors since the last call."""
         now, use = time.monotonic(), cgroup.usage(cgroup.read_file)
         then, cpu_s = self._last_load
         self._last_load = (now, use.cpu_s)
@@ -125,14 +128,14 @@ class Node:
         return count_files(self._root / "home" / record.username for record in self.rentals.records.all())
 
     def join_token(self) -> str | None:
-        """None until the manager has made it."""
+        """Return the join token; None until the manager has made it."""
         try:
             return self._join_token.read_text().strip() or None
         except OSError:
             return None
 
     def own_token(self) -> str | None:
-        """The worker token of the identity that was given to this worker, if it has one."""
+        """Return the token that the manager gave this worker; None if it has none."""
         try:
             token = json.loads(self._identity.read_text())["worker_token"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -140,24 +143,29 @@ class Node:
         return token if isinstance(token, str) else None
 
     def forget_identity(self) -> None:
+        """Remove the identity, so that the worker registers as a new one."""
         self._identity.unlink(missing_ok=True)
 
     def keep_identity(self, session: AgentSession) -> None:
+        """Store the identity and the session that a registration gave."""
         identity = {"worker_id": session.worker_id, "worker_token": session.worker_token}
         write_atomically(self._identity, json.dumps(identity))
-        write_atomically(self._session, session.session_id)  # web_door.py knows the manager's passes by it
+        write_atomically(self._session, session.session_id)  # the port proxy checks tokens with it
 
     def admit(self, keys: Iterable[str]) -> None:
-        """Root may be reached with the manager's keys, from the manager's address, and with nothing else."""
+        """Let these keys, and no others, log in as root, from the manager's address alone."""
         lines = [f'from="{self._settings.app_address}" {key}\n' for key in keys]
         write_atomically(self._root / "etc/orion/keys/root", "".join(lines))
 
     def note_acknowledgement(self) -> None:
-        """For the health check of the image, which looks at the file's age."""
+        """Touch the file whose age the health check of the image reads."""
         self._acknowledged.touch()
 
     def carry_out(self, actions: Iterable[RentalAction], requested_at: float) -> None:
-        """`requested_at`: when the call was sent whose reply gives these orders (CLOCK_BOOTTIME)."""
+        """Do these actions; log each one and each refusal.
+
+        `requested_at`: when the call was sent whose reply asks for them (CLOCK_BOOTTIME).
+        """
         for action in actions:
             request = RentalOrder(rental_id=action.rental_id, epoch=action.epoch)
             try:
@@ -170,11 +178,11 @@ class Node:
                 self._say(f"{action.action}ed rental {action.rental_id} at epoch {action.epoch}")
             except RequestRefused as refusal:
                 if refusal.code == OVER_LIMIT:
-                    continue  # it was said when it was frozen, and each reply asks again
+                    continue  # the freeze was logged, and each reply asks for the thaw again
                 self._say(f"did not {action.action} rental {action.rental_id}: {refusal}")
 
     def lock_all(self, kill: bool = False) -> None:
-        """Nobody is let in any more; with `kill`, renters' processes are ended, all at once."""
+        """Lock the log-ins of all rentals; with `kill`, end all processes of renters at once."""
         records = self.rentals.records.all()
         for record in records:
             self.rentals.lock_at_once(record)
@@ -184,7 +192,7 @@ class Node:
 
 
 def count_files(homes: Iterable[Path]) -> tuple[int, int]:
-    """Return the number and the bytes of what is in these folders, as far as ENOUGH_FILES. No link is followed."""
+    """Return the number and the bytes of the files in these folders, up to ENOUGH_FILES. No link is followed."""
     files, size, folders = 0, 0, [str(home) for home in homes]
     while folders and files < ENOUGH_FILES:
         with suppress(OSError), os.scandir(folders.pop()) as entries:  # the renter may be at work there
