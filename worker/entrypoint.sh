@@ -1,8 +1,8 @@
 #!/bin/sh
-# The start of a worker, as root: the packet filter, the host keys; then NET_ADMIN and what could regain it are given
-# up for good, and the agent is the main process. Whatever fails here ends the container with one clear line.
+# The start of a worker, as root: it sets the packet filter and makes the host keys, gives up NET_ADMIN and what could
+# regain it for good, and becomes the agent. Each failure ends the container with one clear line.
 set -eu
-# The kernel keeps a signal from process 1 that has no handler for it: docker stop would wait for its whole grace.
+# The kernel drops signals that process 1 has no handler for, and docker stop would wait for its whole grace.
 trap 'exit 0' TERM INT
 
 fail() {
@@ -13,14 +13,14 @@ fail() {
 : "${ORION_SUBNET:=172.20.0.0/16}"
 [ -n "${ORION_APP_ADDRESS:-}" ] || fail "ORION_APP_ADDRESS is not set: it is the manager's address on orion_net"
 
-# What renters never reach: orion_net as configured and as it really is, its gateway, the machine itself by the addresses
-# that make up has found (ORION_HOST_ADDRESSES), and what the operator names with an exclamation mark.
-# What they do not reach unless the operator opens it: addresses that only have a meaning on the local network, where the
-# machine's other containers and its neighbours are, and such as no host on the Internet has. (169.254.0.0/16 is where
-# clouds keep the host's credentials.)
+# Renters never reach orion_net as configured and as it really is, its gateway, the machine itself by the addresses that
+# make up has found (ORION_HOST_ADDRESSES), and places that the operator names with an exclamation mark.
+# Unless the operator opens them, renters do not reach the addresses of local networks, where the machine's other
+# containers and its neighbours are, and addresses that no host on the Internet has. (In 169.254.0.0/16 clouds serve
+# the host's credentials.)
 connected=$(ip -o -4 route show scope link | cut -d ' ' -f 1 | paste -s -d ,)
 gateway=$(ip -o -4 route show default | cut -d ' ' -f 3 | paste -s -d ,)
-# Where somebody gave orion_net IPv6: this worker speaks none (network.nft), and what is opened opens no neighbour.
+# If orion_net has IPv6: this worker uses none (network.nft), and opening a network must not open its own neighbours.
 connected6=$(ip -o -6 route show proto kernel | cut -d ' ' -f 1 | grep : | paste -s -d ,)
 local=0.0.0.0/8,10.0.0.0/8,100.64.0.0/10,127.0.0.0/8,169.254.0.0/16,172.16.0.0/12,192.0.0.0/24,192.168.0.0/16
 local=$local,198.18.0.0/15,224.0.0.0/4,240.0.0.0/4
@@ -38,8 +38,8 @@ for address in $(echo "${ORION_HOST_ADDRESSES:-}" | tr ',' ' '); do
 done
 opened='' opened6='' beyond=0.0.0.0/0 beyond6=::/0
 
-# ORION_EGRESS: `internet` (which is what nothing means), `none`, addresses and networks that are open, and with an
-# exclamation mark before them such as never are.
+# ORION_EGRESS: `internet` (the default), `none`, addresses and networks that are open, and with an exclamation mark
+# those that never are.
 for place in $(echo "${ORION_EGRESS:-internet}" | tr ',' ' '); do
     case $place in
     internet)
@@ -59,7 +59,7 @@ for place in $(echo "${ORION_EGRESS:-internet}" | tr ',' ' '); do
     esac
 done
 
-# A set may not be empty: the first elements below are addresses that nothing has.
+# A set may not be empty: the first elements below are addresses that no host has.
 nft --define "app=$ORION_APP_ADDRESS" \
     --define "proxy=${ORION_PROXY_ADDRESS:-$ORION_APP_ADDRESS}" \
     --define "own={ $own }" --define "own6={ $own6 }" \
@@ -68,7 +68,7 @@ nft --define "app=$ORION_APP_ADDRESS" \
     --file /etc/orion/network.nft \
     || fail "the packet filter could not be set (needs nf_tables in the kernel, and the capability NET_ADMIN): not starting without it"
 
-# In one step, so that a start which was cut short leaves no half key.
+# The key is renamed into place, so that a start that was interrupted leaves no half key.
 if [ ! -s /etc/ssh/ssh_host_ed25519_key ]; then
     rm -rf /etc/ssh/new
     mkdir -m 0700 /etc/ssh/new
@@ -87,7 +87,7 @@ if [ "$(cat /proc/sys/net/ipv4/ip_unprivileged_port_start)" -le 22 ]; then
         "net.ipv4.ip_unprivileged_port_start=1024 and add the capability NET_BIND_SERVICE" >&2
 fi
 
-# tini reaps what renters orphan; -s makes it do so where another init is process 1. What comes before the agent can take
-# SIGTERM is kept for it: the agent unblocks it.
+# tini reaps the orphans of renters; -s makes it do so where another init is process 1. A SIGTERM that arrives before
+# the agent can take it stays pending, because it is blocked here and the agent unblocks it.
 exec env --block-signal=TERM,INT setpriv --inh-caps=-all --bounding-set=-net_admin,-net_raw,-setpcap -- \
     /usr/bin/tini -s -- /usr/local/lib/orion/orion-agent

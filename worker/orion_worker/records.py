@@ -75,9 +75,7 @@ def check_receive(record: RentalRecord | None, purged_epoch: int, epoch: int) ->
     check_unlock(record, purged_epoch, epoch)
     if record and record.activated:
         details = {"restored": record.restored}
-        raise RequestRefused(
-            "let_in", "its renter could log in here at this epoch: nothing is put over its files", details
-        )
+        raise RequestRefused("let_in", "it was activated here at this epoch: its files are not overwritten", details)
 
 
 def check_not_newer(record: RentalRecord | None, epoch: int) -> None:

@@ -15,14 +15,14 @@ from orion_worker.records import RequestRefused
 from orion_worker.system.locks import got_record_lock, opened_lock
 
 FILES = ("group", "passwd", "shadow")
-"""In the order of writing: an account is complete, and so usable, only with its last line."""
+"""The account files in the order of writing: an account can be used only when its last line is there."""
 LOCK_WAIT_S = 10.0
 
 _UID_FIELD = {"passwd": 2, "group": 2}
 
 
 def lines_for(username: str, uid: int) -> dict[str, str]:
-    """Its line in each file. The password `*` matches nothing, and unlike `!` lets sshd accept a key."""
+    """Return the account's line in each file. The password `*` matches nothing and, unlike `!`, lets a key log in."""
     return {
         "group": f"{username}:x:{uid}:",
         "passwd": f"{username}:x:{uid}:{uid}::/home/{username}:/bin/bash",
@@ -31,7 +31,7 @@ def lines_for(username: str, uid: int) -> dict[str, str]:
 
 
 def add(etc: Path, username: str, uid: int) -> bool:
-    """The account exists with this uid, which is its gid too. True if anything was written."""
+    """Make the account with this uid, which is its gid too; return whether anything was written."""
     changed = False
     with _locked(etc):
         for name, line in lines_for(username, uid).items():
@@ -44,7 +44,7 @@ def add(etc: Path, username: str, uid: int) -> bool:
 
 
 def remove(etc: Path, username: str, uid: int) -> bool:
-    """No line has this name or this uid any more. True if anything was written."""
+    """Remove all lines with this name or this uid; return whether anything was written."""
     changed = False
     with _locked(etc):
         for name in reversed(FILES):
@@ -57,7 +57,7 @@ def remove(etc: Path, username: str, uid: int) -> bool:
 
 
 def found(etc: Path, username: str, uid: int) -> list[str]:
-    """The files that still hold a line with this name or uid."""
+    """Return the files that hold a line with this name or uid."""
     return [
         str(etc / name)
         for name in FILES
@@ -66,7 +66,7 @@ def found(etc: Path, username: str, uid: int) -> list[str]:
 
 
 def taken_by_another(etc: Path, username: str, uid: int) -> bool:
-    """Whether the name has another uid, or the uid another name."""
+    """Return whether the name has another uid, or the uid another name."""
     for line in _read(etc / "passwd"):
         name, _, number = line.split(":")[:3]
         if (name == username) != (number == str(uid)):
@@ -101,5 +101,5 @@ def _replace(file: Path, lines: list[str]) -> None:
 def _locked(etc: Path) -> Iterator[None]:
     with opened_lock(etc / ".pwd.lock") as lock:
         if not got_record_lock(lock, LOCK_WAIT_S):
-            raise RequestRefused("busy", "something else is changing the account files, and does not end; try again")
+            raise RequestRefused("busy", "another program holds the lock of the account files; try again")
         yield

@@ -1,4 +1,4 @@
-"""Purge"""
+"""The purge of rentals: remove all that they have here, then search again for residue."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from orion_worker.start.launcher import Launcher
 from orion_worker.system import processes, trees
 
 SWEEPS = 3
-"""A name may be passed over while its directory changes: an empty sweep ends the work, so many at most."""
+"""The most searches for files of a uid: a search may miss an entry whose directory changes meanwhile. The first search
+that finds nothing is the last."""
 
 
 class Purger:
+    """The removal of rentals from this worker."""
+
     def __init__(
         self, paths: WorkerPaths, keys: KeyFiles, freezer: Freezer, launcher: Launcher, manifests: Manifests
     ) -> None:
@@ -35,6 +38,7 @@ class Purger:
         self._manifests = manifests
 
     def purge(self, requests: Sequence[RentalOrder]) -> list[Report]:
+        """Purge these rentals together; return for each what was removed and, under `left`, the residue."""
         if not requests:
             return []
         killed, removed = dict.fromkeys(requests, 0), dict.fromkeys(requests, 0)
@@ -43,18 +47,18 @@ class Purger:
             self._keys.forget(request.username)
             killed[request] += processes.kill_all(renter)
             accounts.remove(self._paths.etc, request.username, request.uid)
-            killed[request] += processes.kill_all(renter)  # a log-in that was under way when the keys went
+            killed[request] += processes.kill_all(renter)  # a log-in that was under way when the keys were removed
             self._freezer.forget_purged(request.rental_id)
             self._launcher.forget(request.rental_id)
             self._manifests.forget(request.rental_id)
-            with suppress(RequestRefused):  # what stays is found below
+            with suppress(RequestRefused):  # the second search reports what stays
                 transfer.remove_staging(self._paths.staging, request.rental_id)
             removed[request] += self._remove_named(request) + residue.remove_ipc(request.uid)
         for uid, number in self._remove_owned({request.uid for request in requests}).items():
             removed[next(each for each in requests if each.uid == uid)] += number
         return [
             {"removed_files": removed[each], "killed": killed[each], **report}
-            for each, report in zip(requests, self._look_again(requests), strict=True)
+            for each, report in zip(requests, self._find_residue(requests), strict=True)
         ]
 
     def _remove_named(self, request: RentalOrder) -> int:
@@ -77,7 +81,7 @@ class Purger:
                     break
         return removed
 
-    def _look_again(self, requests: Sequence[RentalOrder]) -> list[Report]:
+    def _find_residue(self, requests: Sequence[RentalOrder]) -> list[Report]:
         unsearched: list[str] = []
         owned: dict[int, list[str]] = {request.uid: [] for request in requests}
         mounts = self._mounts()

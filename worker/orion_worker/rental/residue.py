@@ -1,7 +1,7 @@
-"""What a renter can leave behind in files and in System V IPC: finding it and removing it, as root, without trust.
+"""Residue: the files and System V IPC objects that a renter can leave behind; root finds and removes them.
 
-Nothing here follows a link or a path that a renter may change meanwhile: each step goes from an open directory to
-an entry in it (openat with O_NOFOLLOW). The renter's own processes are dead by then; a neighbour's may not be.
+No step follows a link or a path that a renter may change meanwhile: each goes from an open directory to an entry in it
+(openat with O_NOFOLLOW). The renter's own processes are dead by then, but those of other renters are not.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 from orion_worker.system.trees import OPEN_FOLDER, remove_entry
 
 DEEPEST = 200
-"""Directories of others are searched so deep and no deeper: one open descriptor for each level."""
+"""The levels to which directories of other owners are searched: each level keeps one descriptor open."""
 KERNEL_VIEWS = frozenset({
     "autofs", "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "efivarfs", "fusectl",
     "nsfs", "proc", "pstore", "rpc_pipefs", "securityfs", "selinuxfs", "sysfs", "tracefs",
 })  # fmt: skip
-"""Not places where anybody can put a file. (A terminal in devpts goes with the process that holds it.)"""
+"""File systems in which nobody can create a file. (A terminal in devpts ends with the process that holds it.)"""
 NAMED_PLACES = (
     "home",
     "var/mail",
@@ -35,25 +35,27 @@ NAMED_PLACES = (
     "etc/orion/keys",
     "etc/orion/locked",
 )
-"""Where something may bear the renter's name whoever owns it: home, mail, cron, at, last log-in, keys."""
+"""Directories in which an entry with the renter's name counts, whatever its owner: home, mail, cron, at, last log-in,
+keys."""
 _IPC_DESTROYED = 0o1000
 
 
 @dataclass(frozen=True)
 class ResidueEntry:
-    """An entry of an open directory. `theirs`: owned by the uid; else only its group is the renter's."""
+    """An entry that belongs to a renter by its owner or its group. `folder` is its directory, opened."""
 
     folder: int
     name: str
     status: os.stat_result
     path: str
     uid: int
-    """Whose it is, of those that were looked for."""
+    """The renter's uid."""
     theirs: bool
+    """Whether the renter is the owner; else only the group is the renter's."""
 
 
 def writable_mounts(mountinfo: str) -> list[str]:
-    """Mount points on which somebody could write a file, from the text of /proc/self/mountinfo (see proc(5))."""
+    """Return the mount points on which files can be written, from the text of /proc/self/mountinfo (see proc(5))."""
     points: dict[str, None] = {}
     for line in mountinfo.splitlines():
         mount, _, source = line.partition(" - ")
@@ -64,10 +66,10 @@ def writable_mounts(mountinfo: str) -> list[str]:
 
 
 def find_owned(root: str, uids: Collection[int], unsearched: list[str]) -> Iterator[ResidueEntry]:
-    """All that has one of these uids, or such a gid, on the file system of `root`; what is below a directory of theirs
-    is not listed.
+    """Yield the entries with one of these uids or gids on the file system of `root`, but none below a directory that
+    is owned by one of these uids.
 
-    `unsearched` receives the directories of others that are too deep.
+    Directories of other owners that are too deep to be searched are appended to `unsearched`.
     """
     top = os.open(root, OPEN_FOLDER)
     try:
@@ -77,9 +79,10 @@ def find_owned(root: str, uids: Collection[int], unsearched: list[str]) -> Itera
 
 
 def remove(found: ResidueEntry) -> int:
-    """Remove what is theirs and return the number of entries; give back what only has their group to its owner.
+    """Remove an entry that the renter owns, and return the number of entries that this removed.
 
-    What resists raises nothing: the next search finds it again.
+    An entry that only has the renter's group gets its owner's group instead. A failure raises nothing: the next search
+    finds the entry again.
     """
     try:
         if found.theirs:
@@ -91,13 +94,13 @@ def remove(found: ResidueEntry) -> int:
 
 
 def find_named(root: Path, username: str) -> list[Path]:
-    """What bears the renter's name in the places where a name counts."""
+    """Return the entries of NAMED_PLACES with the renter's name."""
     places = (root / place / username for place in NAMED_PLACES)
     return [place for place in places if os.path.lexists(place)]
 
 
 def find_ipc(uid: int) -> list[tuple[str, int]]:
-    """(kind, id) of the shared memory, semaphores and message queues that this uid owns or made."""
+    """Return (kind, id) of the shared memory, semaphores and message queues that this uid owns or created."""
     found = []
     for kind in ("shm", "sem", "msg"):
         with suppress(FileNotFoundError):
@@ -107,7 +110,10 @@ def find_ipc(uid: int) -> list[tuple[str, int]]:
 
 
 def ipc_ids_of(table: str, uid: int) -> list[int]:
-    """The ids in the text of one of /proc/sysvipc/*. What only waits for a neighbour to let go is gone already."""
+    """Return the ids of this uid's objects in the text of one of /proc/sysvipc/*.
+
+    Shared memory that is destroyed, and only waits until another process detaches it, is left out.
+    """
     header, *rows = (line.split() for line in table.splitlines() if line.strip())
     found = []
     for row in rows:
@@ -119,7 +125,10 @@ def ipc_ids_of(table: str, uid: int) -> list[int]:
 
 
 def remove_ipc(uid: int) -> int:
-    """Done as the renter: the kernel wants the owner here, or a capability that a worker has not."""
+    """Remove the uid's IPC objects and return their number.
+
+    The kernel lets the owner do this, or a capability that a worker does not have; so it is done with the renter's uid.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     found = find_ipc(uid)
     os.seteuid(uid)
@@ -157,7 +166,7 @@ def _search(
         try:
             child = os.open(name, OPEN_FOLDER, dir_fd=folder)
         except OSError:
-            continue  # a neighbour has replaced it meanwhile: what was there is not there any more
+            continue  # another renter has replaced the directory meanwhile, so it is gone
         try:
             yield from _search(child, f"{path}/{name}", uids, device, unsearched, depth + 1)
         finally:
@@ -165,7 +174,7 @@ def _search(
 
 
 def _give_back(found: ResidueEntry) -> None:
-    """Through a descriptor: by its name, a neighbour could make us change the group of a file of root."""
+    """Give an entry its owner's group, through a descriptor: by name, another renter could swap in a file of root's."""
     if stat.S_ISLNK(found.status.st_mode):
         return
     descriptor = os.open(found.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=found.folder)

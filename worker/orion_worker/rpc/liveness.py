@@ -1,14 +1,14 @@
-"""The manager's watch on this worker, as its agent sees it: a connection that lasts as long as the manager is there.
+"""The agent's end of the liveness connection, which lasts as long as the manager runs.
 
-The manager holds one SSH connection to each worker, and runs `orion-watched` over it: this file as a program, which
-hands what sshd gave it as its input and output to the agent, and waits. So the agent sees at once what ends that
-connection, whoever is busy: the manager's death, a cut that sshd notices, the death of sshd's process here. The manager
-may take such an end, with silence after it, for this worker's death (ssh/liveness.py): the agent asks at once
-(call_home.py), and lets nothing run without a word that is later (decisions.may_run).
+The manager holds one SSH connection to each worker, and runs `orion-watched` over it (rpc/liveness_program.py). That
+program hands its standard input and output to the agent, and waits. So the agent sees at once that the connection ends,
+by the manager's death, a cut that sshd notices, or the death of sshd's process here. The manager may take such an end,
+with silence after it, for this worker's death (ssh/liveness.py). So the agent calls at once (agent/call_home.py), and
+lets nothing run without an answer to a later call (agent/decisions.may_run).
 
-Watching /proc/net/tcp instead would not tell the watch from the manager's other connections. (sshd itself would open
-the agent's socket, without a program, for anybody but root.) No renter can fake an end or hide one: the socket is
-root's.
+/proc/net/tcp would not tell this connection from the manager's other ones, and sshd forwards a connection to the
+agent's socket, which would need no program, only for users other than root. No renter can fake or hide an end, because
+the socket is root's.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from contextlib import suppress
 from pathlib import Path
 
 ORDERLY_END = b"end\n"
-"""The manager's last word when it lets go by itself: it will prove nothing by this end."""
+"""The manager's last bytes when it closes the connection in order: it takes no such end for a death."""
 MOST_BYTES = 4096
 ROOT = 0
 BLIND_PAUSE_S = 1.0
 
 
 class LivenessListener:
-    """`on_end` is told of each watch that ends without its last word, `on_orderly_end` of each that ends with it."""
+    """The socket at which liveness connections arrive, and those that last.
+
+    `on_end` is called for each connection that ends without ORDERLY_END, `on_orderly_end` for each that ends with it.
+    """
 
     def __init__(
         self, place: Path, boot_id: str, on_end: Callable[[], None], on_orderly_end: Callable[[], None]
@@ -39,9 +42,9 @@ class LivenessListener:
         self._on_end = on_end
         self._on_orderly_end = on_orderly_end
         self._last_bytes: dict[int, bytes] = {}
-        """The end of what came in by each watch that lasts."""
+        """The last bytes that each open connection received, by the descriptor of its input."""
         self._programs: dict[int, socket.socket] = {}
-        """The program behind each, which ends when its connection is closed."""
+        """The socket of the program of each connection, by the same descriptor; closing it ends the program."""
         self._ready = selectors.DefaultSelector()
         place.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
@@ -51,7 +54,7 @@ class LivenessListener:
         self._ready.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def run(self) -> None:
-        """For ever. Who cannot look may have missed an end: that is told as one."""
+        """Call `look` for ever. A look that fails may have missed an end, so it counts as one."""
         while True:
             try:
                 self.look(None)
@@ -60,7 +63,7 @@ class LivenessListener:
                 time.sleep(BLIND_PAUSE_S)
 
     def look(self, timeout_s: float | None) -> None:
-        """Take what has happened since, or happens within that time."""
+        """Handle the events of the sockets, waiting for `timeout_s` at most."""
         for key, _ in self._ready.select(timeout_s):
             key.data()
 
@@ -84,7 +87,7 @@ class LivenessListener:
         incoming, outgoing = descriptors
         self._last_bytes[incoming], self._programs[incoming] = b"", program
         self._ready.register(incoming, selectors.EVENT_READ, lambda: self._read(incoming))
-        with suppress(OSError):  # its end is then the next thing that is incoming
+        with suppress(OSError):  # if the connection has ended, the next read says so
             os.write(outgoing, self._hello)
         os.close(outgoing)
 

@@ -1,13 +1,13 @@
-"""A program that stays at the other end of one SSH connection, so that an order costs neither a login nor a start.
+"""The RPC server: it stays at the other end of one SSH connection, so an order costs neither a log-in nor a start.
 
-Requests come one a line, `{"id": 1, "command": "run", "request": {...}}`, answers go one a line,
+Requests are lines `{"id": 1, "command": "run", "request": {...}}`, and answers are lines
 `{"id": 1, "status": 0, "report": {...}}`, in the order in which they are ready. The first line, `{"ready": true}`, says
-that it listens. Each request is answered by a process of its own, so that one that takes long, or breaks, is no other's
-trouble. When the connection ends, what is at work goes on to its end: an order is void by its epoch and its deadline,
-not by who still listens.
+that the server reads. Each request has a process of its own, so that a slow or broken one delays no other. When the
+connection ends, requests under way run to their end: an order is void by its epoch and its deadline, not by the end of
+the connection.
 
-While it stands, it also does the transfers of files that come by sessions of their own (handing.py), each in a process
-of its own as well: it has everything loaded.
+The server also does the transfers of files that arrive by SSH sessions of their own, which the shim hands to it
+(shim.py), because it has everything loaded. Each has a process of its own too.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ SOCKET_PATH = "/run/orion/transfers"
 TRANSFERS = ("send", "salvage", "receive")
 TAKEN = b"!"
 MOST_AT_ONCE = 16
-"""More requests than so many wait in the connection."""
+"""The most requests that are worked on at once; further ones wait in the connection."""
 LONGEST_S = 3600.0
-"""Seconds after which the process of a request is killed, whatever it waits for: no order is given for longer."""
+"""Seconds after which the process of a request is killed; no order has a longer deadline."""
 MAX_LINE_BYTES = 1 << 20
 READ_BYTES = 1 << 16
 
@@ -41,7 +41,7 @@ Answer = Callable[[str, str], tuple[int, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class TransferHandler:
-    """`run`: does the one that it is named, over standard input and output, and does not return before its end."""
+    """The transfers that the server does: `run` does one of TRANSFERS over standard input and output, to its end."""
 
     socket_path: Path
     run: Callable[[str], int]
@@ -50,7 +50,7 @@ class TransferHandler:
 def serve(
     answer: Answer, commands: Collection[str], incoming: int, outgoing: int, transfers: TransferHandler | None = None
 ) -> None:
-    """Until `incoming` ends and all that was payload is answered. `answer`: the status and the report of a command."""
+    """Serve until `incoming` ends and all requests are answered. `answer` returns a command's status and report."""
     _Server(answer, commands, incoming, outgoing, transfers).run()
 
 
@@ -71,14 +71,14 @@ class _Server:
         self._received = b""
         self._ended = False
         self._requests: dict[int, tuple[int, object, bytearray]] = {}
-        """By the pipe to its process: that process, the id of its request, and what it has output."""
+        """By the pipe from its process: the number of the process, the id of the request, and the output so far."""
         self._transfers = transfers
         self._listening = _listen(transfers.socket_path) if transfers else None
         self._transfer_pids: dict[int, int] = {}
-        """The processes of transfers, by a descriptor that says when each has ended."""
+        """The processes of transfers, by their pidfds."""
 
     def run(self) -> None:
-        gc.freeze()  # what the forks share stays shared
+        gc.freeze()  # so that collections in forks do not copy the shared pages
         if self._listening:
             self._selector.register(self._listening, selectors.EVENT_READ)
         self._selector.register(self._incoming, selectors.EVENT_READ)
@@ -125,7 +125,7 @@ class _Server:
         self._requests[reading] = pid, identifier, bytearray()
 
     def _work(self, writing: int, identifier: object, command: str, request: str) -> None:
-        """In a process of its own, which ends here whatever happens; what breaks is told on stderr."""
+        """Do a request in its own process, which ends here in any case; report a fault on standard error too."""
         try:
             be_killed_after(LONGEST_S)
             status, report = self._answer(command, request)
@@ -152,7 +152,7 @@ class _Server:
         self._write(bytes(output))
 
     def _begin_transfer(self) -> None:
-        assert self._listening  # noqa: S101 - who else has told of it
+        assert self._listening  # noqa: S101 - only this socket's event leads here
         try:
             connection, _ = self._listening.accept()
         except BlockingIOError:
@@ -192,13 +192,13 @@ class _Server:
         os.waitpid(self._transfer_pids.pop(ended), 0)
 
     def _write(self, whole_lines: bytes) -> None:
-        """Nobody may be there any more to read it."""
+        """Write lines to the manager, unless it has closed the connection."""
         with suppress(OSError):
             _write_all(self._outgoing, whole_lines)
 
 
 def _listen(socket_path: Path) -> socket.socket:
-    """For root alone. Whoever stood there before may go on with what it has; the next come here."""
+    """Listen on a socket that root alone can open. An earlier server keeps its transfers, and gets no new ones."""
     socket_path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)

@@ -1,4 +1,4 @@
-"""Active"""
+"""The rentals of this worker whose web ports may be reached now."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orion_worker.web.refusals import PortRefusal
 
 
 class RunningRentals:
-    """Who is here and may run, by what the agent and orion-rental keep. `root` is another directory in tests."""
+    """The rentals that may run here, from the files of the agent and of orion-rental. `root` differs in tests."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._records = RentalRecords(root / "var/lib/orion/rentals")
@@ -19,16 +19,17 @@ class RunningRentals:
         self._session = root / "run/orion/session"
 
     def session_id(self) -> str:
+        """Return the id of this worker's session, the secret that signs tokens; empty if there is none."""
         try:
             return self._session.read_text()
         except FileNotFoundError:
             return ""
 
     def find(self, token: PortToken) -> RentalRecord:
-        """Raises PortRefusal unless it may run here at that epoch."""
+        """Return the record of the token's rental; raise PortRefusal unless it may run here at the token's epoch."""
         record = self._records.find(token.rental_id)
         if record is None or record.epoch != token.epoch or record.ending or not record.activated:
             raise PortRefusal(503, "not_here", "the rental is not here, or not any more: try again in a moment")
         if self._freezer.is_frozen(token.rental_id) or not self._freezer.has_lease:
-            raise PortRefusal(503, "frozen", "the rental stands still at present: try again in a moment")
+            raise PortRefusal(503, "frozen", "the rental is frozen at present: try again in a moment")
         return record

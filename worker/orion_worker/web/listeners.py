@@ -1,7 +1,7 @@
-"""Who listens on a port of this worker's loopback. Pure.
+"""The sockets that listen on this worker's loopback, and the target of a web port among them. Pure.
 
-Renters of one worker share its loopback, so that a port is free for whoever comes first. What is sent to a rental's
-port may reach its own processes alone: the kernel says which uid a socket belongs to (socket_diag.py).
+The renters of one worker share its loopback, so any of them may listen on any free port. Requests for a rental's port
+may reach its own processes alone: the kernel says which uid a socket belongs to (web/socket_diag.py).
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ LISTENING = "0A"
 _V4 = frozenset(map(ip_address, ("127.0.0.1", "0.0.0.0", "::ffff:127.0.0.1", "::ffff:0.0.0.0")))  # noqa: S104
 _V6 = frozenset(map(ip_address, ("::1", "::")))
 _BOTH = ip_address("::")
-"""A socket there may take IPv4 as well, or not: the list does not say."""
+"""The address of sockets that may take IPv4 as well: the kernel's list does not say whether they do."""
 
 
 @dataclass(frozen=True)
 class Listener:
+    """A listening socket."""
+
     address: IPv4Address | IPv6Address
     port: int
     uid: int
@@ -28,14 +30,14 @@ class Listener:
 
 @dataclass(frozen=True)
 class PortTarget:
-    """Where to connect to, one after the other, and the sockets that may take the connection: all the rental's."""
+    """The addresses to try in turn, and the sockets that may take the connection, which are all the rental's."""
 
     addresses: tuple[str, ...]
     inodes: frozenset[int]
 
 
 def listeners(*tables: str) -> list[Listener]:
-    """From /proc/net/tcp and /proc/net/tcp6."""
+    """Return the listening sockets in the texts of /proc/net/tcp and /proc/net/tcp6."""
     found = []
     for table in tables:
         for line in table.splitlines()[1:]:
@@ -47,7 +49,7 @@ def listeners(*tables: str) -> list[Listener]:
 
 
 def target_of(there: Iterable[Listener], uid: int, port: int) -> PortTarget | None:
-    """None unless whatever could take a connection to that port is this uid's."""
+    """Return the target of a port; None unless each socket that could take a connection to it is this uid's."""
     on_port = [each for each in there if each.port == port]
     v4 = [each for each in on_port if each.address in _V4]
     v6 = [each for each in on_port if each.address in _V6]
@@ -60,6 +62,6 @@ def target_of(there: Iterable[Listener], uid: int, port: int) -> PortTarget | No
 
 
 def _address(text: str) -> IPv4Address | IPv6Address:
-    """The kernel writes each four bytes as one number of the machine's own order."""
+    """Return an address from its hexadecimal text, in which each four bytes are one number in the machine's order."""
     words = [int(text[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(text), 8)]
     return ip_address(b"".join(words))

@@ -1,19 +1,19 @@
-"""Carries what the proxy brings for a rental's web port to the rental's own process, and to nothing else.
+"""The port proxy: it carries requests from the proxy to a rental's web port, to a process of that rental alone.
 
-    web_door.py PROXY_ADDRESS APP_ADDRESS          the listening socket is its stdin
+    orion-web PROXY_ADDRESS APP_ADDRESS SLOTS          the listening socket is its stdin
 
-A process of its own, so that no byte of a renter takes the agent's time; the agent starts it, again where it dies, and
-keeps the socket. It is root, to read who is here, without any of root's capabilities.
+It is a process of its own, so that no byte of a renter takes the agent's time. The agent starts it, again when it dies,
+and keeps the socket. It runs as root, to read the rental records, but without any of root's capabilities.
 
-The proxy sends one request on each connection, with a pass that the manager made for it: rental, epoch, port, what
-opens it (a token, or that the port is public), a number and for how long, signed with the secret of this worker's
-session. What is checked, in this order: the peer is the proxy; the pass is the
-manager's; the rental is here at this very epoch, let in, and not frozen; whatever listens on the port is a socket of
-the rental's uid, before the connection to it and after. Then bytes are passed on, both pumps, as they are. A connection
-ends as soon as the rental's right to run here does, when the time in its pass is over, and when the manager says that
-what opened it has ended (src/orion/manager/gateway/port_connections.py).
+The proxy sends one request on each connection, with a token that the manager made for it (the header x-orion-pass, its
+released name): rental, epoch, port, grant (an access token, or that the port is public), a number and the time that is
+left, signed with the id of this worker's session. The checks, in this order: the peer is the proxy; the manager signed
+the token; the rental is here at the token's epoch, activated, and not frozen; each socket that listens on the port
+belongs to the rental's uid, before the connection to it and after. Then bytes are passed on unchanged in both
+directions. A connection ends when the rental may no longer run here, when the time in its token is over, and when the
+manager says that its grant has ended (src/orion/manager/gateway/port_connections.py).
 
-What it cannot carry it answers itself, in words for people or for programs.
+The port proxy answers a request that it cannot carry itself, in HTML or JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from orion_worker.web.port_tokens import (
     take_token,
     token_from,
 )
-from orion_worker.web.refusals import PortRefusal, refusal_response, wants_html
+from orion_worker.web.refusals import NOT_THE_PROXY, PortRefusal, refusal_response, wants_html
 from orion_worker.web.responses import READ_BYTES, pump, pump_answer
 from orion_worker.web.socket_diag import listening
 
@@ -51,26 +51,28 @@ LARGEST_HEAD_BYTES = 96 << 10
 HEAD_WITHIN_S = 5.0
 CONNECT_WITHIN_S = 5.0
 LINGER_S = 2.0
-"""So long is read what was sent and is not wanted: a connection that is closed over it would take the answer along."""
+"""Seconds for which the rest of a refused request is read: closing a socket with unread bytes would lose the answer."""
 LOOK_EVERY_S = 0.2
 ENOUGH, ENOUGH_EACH = 200, 10
-"""Connections to the web ports of a worker, which its slots share, and those that each has however many there are."""
+"""The connections to web ports that the slots of a worker share, and the least that each slot has."""
 MOST_OF_ALL = 500
-"""Connections of all rentals together, where there are more than 50 slots."""
+"""The most connections of all rentals together; it counts for workers with more than 50 slots."""
 NICENESS = 5
 LARGEST_END_BYTES = 256 << 10
 REMEMBERED_S = 120.0
-"""What has ended is known for so long. A pass comes within a minute: for no longer the proxy tries to connect."""
+"""Seconds for which an ended grant is remembered. A token arrives within a minute, the proxy's time to connect."""
 
 
 def look_at_port(uid: int, port: int) -> PortTarget | None:
+    """Return the target of a port of this uid, from the sockets that listen now."""
     return target_of(listening(), uid, port)
 
 
 class PortProxy:
-    """`look` is given a uid and a port; `managers` are the addresses that may say what has ended.
+    """The server that carries requests to web ports.
 
-    `slots`: how many rentals the worker may have; each has its share of the connections, so that none takes another's.
+    `look` returns the target of a uid and a port; `managers` are the addresses that may say which grants have ended.
+    `slots`: the number of rentals that the worker may have; each may use its share of the connections.
     """
 
     def __init__(
@@ -88,10 +90,10 @@ class PortProxy:
         self._rental_limit = max(ENOUGH_EACH, ENOUGH // slots)
         self._carried: dict[asyncio.Task[None], PortToken] = {}
         self._ended: dict[str, tuple[int, float]] = {}
-        """What has ended, as the manager names it: up to which number, and until when that is remembered."""
+        """Ended grants, by the manager's name for them: the number below which tokens are void, and when to forget."""
 
     async def serve(self, listener: socket.socket) -> None:
-        """For ever."""
+        """Carry connections for ever."""
         server = await asyncio.start_server(self._accept, sock=listener, limit=READ_BYTES)
         async with server:
             while True:
@@ -99,7 +101,7 @@ class PortProxy:
                 self.look_again()
 
     def look_again(self) -> None:
-        """End what is carried for whoever may not run here any more."""
+        """End the connections of rentals that may not run here any more."""
         for token in set(self._carried.values()):
             try:
                 self._rentals.find(token)
@@ -122,7 +124,7 @@ class PortProxy:
                 await self._take_end_message(reader, writer, text, head)
                 return
             if peer[0] not in self._peers:
-                raise PortRefusal(403, "no_pass", "this door is for the platform's proxy alone")
+                raise PortRefusal(403, "no_pass", NOT_THE_PROXY)
             text, rest = take_token(head)
             await self._carry(reader, writer, token_from(text, self._rentals.session_id()), rest)
         except PortRefusal as refusal:
@@ -131,22 +133,22 @@ class PortProxy:
                 writer.write_eof()
                 await _linger(reader)
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # it has hung up, or says nothing
+            pass  # the peer closed the connection, or sent no whole head in time
         finally:
             writer.close()
 
     async def _take_end_message(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: str, head: bytes
     ) -> None:
-        """End what the manager says is over, and answer with what is open then."""
+        """End the connections whose grants the manager says have ended, and answer with those that are open then."""
         match, size = END_MESSAGE.fullmatch(text), header(head, b"content-length")
         if not match or not re.fullmatch(r"[0-9]{1,9}", size) or int(size) > LARGEST_END_BYTES:
-            raise PortRefusal(400, "no_end", "this does not say what has ended")
+            raise PortRefusal(400, "no_end", "this does not name the grants that have ended")
         async with asyncio.timeout(HEAD_WITHIN_S):
             lines = await reader.readexactly(int(size))
         session_id, number = self._rentals.session_id(), int(match[1])
         if not session_id or not hmac.compare_digest(end_signature(session_id, number, lines), match[2]):
-            raise PortRefusal(403, "no_end", "this is not of the manager of this session")
+            raise PortRefusal(403, "no_end", "this is not signed by the manager of this session")
         self.end(lines.decode("latin-1").splitlines(), number)
         is_open = "\n".join(sorted({token.opened_by for token in self._carried.values()})).encode()
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(is_open) + is_open)
@@ -154,7 +156,7 @@ class PortProxy:
             await writer.drain()
 
     def end(self, lines: list[str], number: int) -> None:
-        """End what was opened by a pass with a lower number and one of these: `RENTAL PORT GRANT`, or `* * GRANT`."""
+        """End the connections of tokens with a lower number and one of these: `RENTAL PORT GRANT`, or `* * GRANT`."""
         now = time.monotonic()
         self._ended = {line: known for line, known in self._ended.items() if known[1] > now}
         self._ended |= dict.fromkeys(lines, (number, now + REMEMBERED_S))
@@ -190,7 +192,7 @@ class PortProxy:
             finally:
                 far_writer.close()
         except asyncio.CancelledError:
-            writer.transport.abort()  # nothing more of it, not even what waits to be sent
+            writer.transport.abort()  # drop even the bytes that wait to be sent
             if task.uncancel():
                 raise
         finally:
@@ -199,14 +201,17 @@ class PortProxy:
             self._carried.pop(task, None)
 
     async def _connect(self, token: PortToken) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """To a socket of the rental's own. Who takes a port in between is found by the second look."""
+        """Connect to a socket of the rental's own. Raise PortRefusal if there is none, or none that accepts.
+
+        The second look finds a neighbour's process that took the port after the first one.
+        """
         uid = self._rentals.find(token).uid
-        nobody = PortRefusal(
+        nothing_listens = PortRefusal(
             502, "nothing_listens", f"nothing of this rental listens on port {token.port}: start it there"
         )
         before = self._look(uid, token.port)
         if before is None:
-            raise nobody
+            raise nothing_listens
         for address in before.addresses:
             with suppress(OSError):  # TimeoutError is one
                 async with asyncio.timeout(CONNECT_WITHIN_S):
@@ -218,12 +223,12 @@ class PortProxy:
         after = self._look(uid, token.port)
         if after is None or not before.inodes <= after.inodes:
             writer.transport.abort()
-            raise nobody
+            raise nothing_listens
         return reader, writer
 
 
 async def _head(reader: asyncio.StreamReader) -> bytes:
-    """Up to and with the empty line; what comes behind it stays."""
+    """Read the head of a request, with its empty line; the bytes behind it stay in the reader."""
     head = b""
     while b"\r\n\r\n" not in head[-4:]:
         head += await reader.readuntil(b"\r\n")
@@ -233,7 +238,7 @@ async def _head(reader: asyncio.StreamReader) -> bytes:
 
 
 async def _until_one_ends(*directions: Coroutine[Any, Any, None]) -> None:
-    """Until either ends. Raises the PortRefusal that one ends with."""
+    """Run these until either ends. Raise the PortRefusal that one ends with."""
     pumps = [asyncio.create_task(direction) for direction in directions]
     try:
         done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -253,7 +258,10 @@ async def _linger(reader: asyncio.StreamReader) -> None:
 
 
 def give_up_capabilities() -> None:
-    """For good, as nothing is executed afterwards. capset(2), version 3: effective, permitted, inheritable, twice."""
+    """Give up all capabilities for good: no program is executed afterwards.
+
+    capset(2), version 3: effective, permitted, inheritable, twice.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     nothing = (ctypes.c_uint32 * 6)()
@@ -262,8 +270,9 @@ def give_up_capabilities() -> None:
 
 
 def main() -> int:
+    """Serve the listening socket on standard input; return 2 for wrong arguments."""
     if len(sys.argv) != 4:
-        print("usage: web_door.py PROXY_ADDRESS APP_ADDRESS SLOTS < listening socket", file=sys.stderr)  # noqa: T201
+        print("usage: orion-web PROXY_ADDRESS APP_ADDRESS SLOTS < listening socket", file=sys.stderr)  # noqa: T201
         return 2
     give_up_capabilities()
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -271,8 +280,8 @@ def main() -> int:
     os.nice(NICENESS)
     gc.freeze()
     listener = socket.socket(fileno=os.dup(0))
-    door = PortProxy(
+    proxy = PortProxy(
         RunningRentals(), frozenset({sys.argv[1]}), managers=frozenset({sys.argv[2]}), slots=int(sys.argv[3])
     )
-    asyncio.run(door.serve(listener))
+    asyncio.run(proxy.serve(listener))
     return 0

@@ -1,4 +1,4 @@
-"""Tokens"""
+"""The tokens with which the manager lets a request reach a web port, and its messages about grants that have ended."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import hmac
 import re
 from dataclasses import dataclass, field
 
-from orion_worker.web.refusals import PortRefusal
+from orion_worker.web.refusals import NOT_THE_PROXY, PortRefusal
 
 TOKEN_HEADER = b"x-orion-pass"
 END_HEADER = b"x-orion-end"
 OWN_HEADERS = b"x-orion-"
-"""No header of a client that is called so is passed on, either."""
+"""The prefix of the platform's own headers; no header of a client with this prefix is passed on."""
 _TOKEN = re.compile(
     r"([a-z0-9-]{1,64}) ([1-9][0-9]{0,17}) ([1-9][0-9]{3,4})"
     r" (public|[a-z]{5,6}\.[a-z0-9-]{1,64}\.[0-9a-f]{16}) ([1-9][0-9]{0,17}) (0|[1-9][0-9]{0,14}) ([0-9a-f]{64})"
@@ -22,43 +22,47 @@ END_MESSAGE = re.compile(r"([1-9][0-9]{0,17}) ([0-9a-f]{64})")
 
 @dataclass(frozen=True)
 class PortToken:
+    """The right of one request to reach one port of one rental, at one epoch."""
+
     rental_id: str
     epoch: int
     port: int
     grant: str = field(default="public", compare=False)
+    """The access token that opens the port, or `public`."""
     number: int = field(default=1, compare=False)
-    """Passes and messages of what has ended have rising numbers."""
+    """The number of the token, which rises. Messages about ended grants have numbers of the same row."""
     left_ms: int = field(default=0, compare=False)
-    """0: it does not end by itself."""
+    """Milliseconds after which the connection ends; 0: never."""
 
     @property
     def text(self) -> str:
+        """The signed part of the token."""
         return f"{self.rental_id} {self.epoch} {self.port} {self.grant} {self.number} {self.left_ms}"
 
     @property
     def opened_by(self) -> str:
-        """As the manager names what has ended."""
+        """The manager's name for the grant in a message about ended ones."""
         return f"{self.rental_id} {self.port} {self.grant}"
 
 
 def signature(session_id: str, token: PortToken) -> str:
-    """As src/orion/manager/gateway/port_keys.py makes it."""
+    """Return the signature of a token, as the manager's gateway/port_keys.py makes it."""
     return hmac.new(session_id.encode(), token.text.encode(), hashlib.sha256).hexdigest()
 
 
 def end_signature(session_id: str, number: int, lines: bytes) -> str:
-    """As src/orion/manager/gateway/port_connections.py makes it."""
+    """Return the signature of a message about ended grants, as the manager's gateway/port_connections.py makes it."""
     return hmac.new(session_id.encode(), b"end %d " % number + lines, hashlib.sha256).hexdigest()
 
 
 def token_from(text: str, session_id: str) -> PortToken:
-    """The token that a pass opens. Raises PortRefusal for one that this worker's session did not sign."""
+    """Return the token in the value of its header. Raise PortRefusal unless it is signed for this session."""
     match = _TOKEN.fullmatch(text)
     if not match or not session_id:
-        raise PortRefusal(403, "no_pass", "this door is for the platform's proxy alone")
+        raise PortRefusal(403, "no_pass", NOT_THE_PROXY)
     token = PortToken(match[1], int(match[2]), int(match[3]), match[4], int(match[5]), int(match[6]))
     if not hmac.compare_digest(signature(session_id, token), match[7]):
-        raise PortRefusal(403, "no_pass", "this door is for the platform's proxy alone")
+        raise PortRefusal(403, "no_pass", NOT_THE_PROXY)
     return token
 
 
@@ -68,10 +72,10 @@ def take_token(head: bytes) -> tuple[str, bytes]:
     Raise PortRefusal unless there is exactly one token.
     """
     lines = head.split(b"\r\n")
-    passes = [line for line in lines[1:] if line.partition(b":")[0].strip().lower() == TOKEN_HEADER]
-    if len(passes) != 1:
-        raise PortRefusal(403, "no_pass", "this door is for the platform's proxy alone")
-    text = passes[0].partition(b":")[2].strip().decode("latin-1")
+    tokens = [line for line in lines[1:] if line.partition(b":")[0].strip().lower() == TOKEN_HEADER]
+    if len(tokens) != 1:
+        raise PortRefusal(403, "no_pass", NOT_THE_PROXY)
+    text = tokens[0].partition(b":")[2].strip().decode("latin-1")
     return text, b"\r\n".join(line for line in lines if not line.lower().startswith(OWN_HEADERS))
 
 

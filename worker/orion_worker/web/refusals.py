@@ -1,4 +1,4 @@
-"""Refusals"""
+"""The answers of the port proxy to requests that it does not carry."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import html
 import json
 
 PROXY_MARK = b"X-Orion-Door: 1\r\n"
-"""In each answer, so that the proxy can tell one that it has read from what it could not read (web_port.js there)."""
+"""A header in each answer, by which the proxy knows that the answer came from here (web_port.js; a released name)."""
+NOT_THE_PROXY = "this port is for the platform's proxy alone"
 _TITLES = {400: "Bad Request", 403: "Forbidden", 502: "Bad Gateway", 503: "Service Unavailable"}
 
 
 class PortRefusal(Exception):
-    """Why nothing is carried, as whoever asked will read it."""
+    """The port proxy does not carry a request. The text and `code` are for the client."""
 
     def __init__(self, status: int, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -20,10 +21,12 @@ class PortRefusal(Exception):
 
 
 def wants_html(head: bytes) -> bool:
+    """Return whether the client asks for HTML."""
     return any(line.lower().startswith(b"accept:") and b"text/html" in line.lower() for line in head.split(b"\r\n"))
 
 
 def refusal_response(refusal: PortRefusal, as_html: bool) -> bytes:
+    """Return the HTTP answer of a refusal."""
     title, detail = _TITLES[refusal.status], str(refusal)
     if as_html:
         kind = "text/html; charset=utf-8"

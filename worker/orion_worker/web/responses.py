@@ -1,4 +1,4 @@
-"""Responses"""
+"""Passing on the answer of a renter's process: the head is checked and marked, the rest is passed on unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import suppress
 from orion_worker.web.refusals import PROXY_MARK, PortRefusal
 
 LARGEST_ANSWER_HEAD_BYTES = 30 << 10
-"""The proxy reads 32 KB (proxy_buffer_size in web_port.conf), this door's own mark included."""
+"""The proxy reads heads of up to 32 KB (proxy_buffer_size in web_port.conf), with the mark that is added here."""
 READ_BYTES = 64 << 10
 LONGEST_STATUS_BYTES = 1000
 _STATUS = re.compile(rb"HTTP/1\.[01] [1-9][0-9]{2}( [^\r\n\0]*)?\r?\n")
@@ -20,10 +20,10 @@ _EMPTY_LINE = re.compile(rb"\n\r?\n")
 
 
 async def pump_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Pass on an answer whose head was read whole, with a mark. Raises PortRefusal for what is none.
+    """Pass on an answer, with a mark in its head. Raise PortRefusal if it is no answer of HTTP.
 
-    What precedes the answer (1xx) stays here: Nginx would take it for the whole answer, and the answer for something
-    else. Nobody misses it: a hint is only a hint, and the proxy itself says when a body may come.
+    Interim answers (1xx) are dropped: Nginx would take one for the whole answer, and would not understand what follows.
+    No client needs them: hints are optional, and the proxy itself answers `Expect: 100-continue`.
     """
     with suppress(OSError):
         head, rest = await _answer_head(reader, b"")
@@ -64,7 +64,7 @@ async def _answer_head(reader: asyncio.StreamReader, came: bytes) -> tuple[bytes
 
 
 def _broken_off(came: bytes) -> PortRefusal:
-    """Return what is said of a connection that ended before the head of its answer did."""
+    """Return the refusal for a connection that ended before the head of its answer did."""
     if not came:
         return PortRefusal(502, "no_answer", "what listens there closed the connection without an answer")
     if b"\n" not in came:
@@ -73,6 +73,7 @@ def _broken_off(came: bytes) -> PortRefusal:
 
 
 async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Pass on bytes until either side ends."""
     with suppress(OSError):
         while part := await reader.read(READ_BYTES):
             writer.write(part)

@@ -1,7 +1,7 @@
-"""Which sockets listen, asked of the kernel by netlink (sock_diag(7)).
+"""The listening sockets of this worker, from the kernel by netlink (sock_diag(7)).
 
-/proc/net/tcp says the same, but walks through a table for all the connections of the machine to say it: 7 ms instead of
-0.06 (seen), for each look at a web port. Asked for listening sockets alone, the kernel looks at nothing else.
+/proc/net/tcp has the same, but the kernel walks through a table of all connections of the machine for it: 7 ms instead
+of 0.06 (seen), for each look at a web port. A query by netlink for listening sockets looks at those alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FOUND = struct.Struct("=BB2x2s2x16s16x4x8x12xII")
 
 
 def listening() -> list[Listener]:
-    """Of TCP, in this network namespace."""
+    """Return the listening TCP sockets of this network namespace."""
     try:
         return [*_ask(socket.AF_INET), *_ask(socket.AF_INET6)]
     except OSError:  # a kernel without tcp_diag
@@ -47,7 +47,7 @@ def _ask(family: socket.AddressFamily) -> list[Listener]:
 
 
 def _take(answer: bytes, found: list[Listener]) -> bool:
-    """Whether there is more to come. Raises OSError where the kernel does not know the question."""
+    """Add the sockets of an answer; return whether more follow. Raise OSError if the kernel refuses the query."""
     at = 0
     while at < len(answer):
         length, kind, *_ = HEADER.unpack_from(answer, at)
