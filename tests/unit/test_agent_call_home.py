@@ -30,7 +30,7 @@ KEY = host_key(1)
 
 @dataclass
 class FakeManager:
-    """Gives the scripted answers; time passes while it thinks."""
+    """A manager that gives the scripted answers; time passes before each."""
 
     answers: deque[Answer] = field(default_factory=deque)
     calls: list[tuple[str, str, dict[str, Any], float]] = field(default_factory=list)
@@ -100,14 +100,14 @@ def acknowledged(next_s: float = 30, placements: list[dict[str, Any]] | None = N
 
 
 def a_rental(bench: Bench, epoch: int = 1) -> Rentals:
-    """A locked one; without the account, whose making needs root."""
+    """Make a locked rental, without its account, which only root can make."""
     rentals = Rentals(WorkerPaths(bench.root))
     rentals.records.save(RentalRecord("one", "r-one", 100_001, epoch))
     (bench.root / "etc/orion/locked/r-one").write_text("key\n")
     return rentals
 
 
-def test_the_first_call_registers_with_the_join_token_and_keeps_what_it_was_given(bench: Bench) -> None:
+def test_the_first_call_registers_with_the_join_token_and_keeps_the_identity(bench: Bench) -> None:
     assert bench.step(registered()) == 30
     path, token, body, timeout_s = bench.last
     assert (path, token, timeout_s) == ("/api/register", JOIN, 5.0)
@@ -117,7 +117,7 @@ def test_the_first_call_registers_with_the_join_token_and_keeps_what_it_was_give
     assert (bench.root / "etc/orion/keys/root").read_text() == f'from="172.20.0.3" {KEY}\n'
 
 
-def test_every_heartbeat_is_of_the_contract_and_obeys_the_interval_of_the_last_reply(bench: Bench) -> None:
+def test_every_heartbeat_has_the_agreed_form_and_the_interval_of_the_last_reply(bench: Bench) -> None:
     bench.step(registered())
     assert bench.step(acknowledged(next_s=7.5)) == 7.5
     assert bench.step(acknowledged(next_s=31)) == 31
@@ -147,7 +147,7 @@ def test_only_the_proxy_s_own_mark_on_the_last_answer_excuses_a_worker_without_a
         assert bench.home.lease.unreached_at is None, other
 
 
-def test_a_reply_that_was_read_only_after_its_lease_is_not_obeyed(bench: Bench) -> None:
+def test_the_orders_of_a_reply_that_was_read_after_its_lease_are_not_carried_out(bench: Bench) -> None:
     a_rental(bench)
     bench.step(registered())
     bench.manager.thinks_s = 80.0  # as when the machine sleeps while the reply is on its way
@@ -155,7 +155,7 @@ def test_a_reply_that_was_read_only_after_its_lease_is_not_obeyed(bench: Bench) 
     assert bench.node.inventory()[0]["state"] == "locked"
 
 
-def test_the_next_call_is_due_at_once_when_the_watch_has_ended(bench: Bench) -> None:
+def test_the_next_call_is_due_at_once_when_the_liveness_connection_has_ended(bench: Bench) -> None:
     bench.step(registered())
     assert bench.home.due_s() > 60.0
     bench.home.liveness_ended_at = bench.manager.now
@@ -200,7 +200,7 @@ def test_failed_registrations_are_tried_for_ever_ever_slower_one_line_each(bench
 
 
 @pytest.mark.parametrize("nobody", [Answer(0, reason="refused"), Answer(502, marked=True)])
-def test_a_manager_that_is_not_there_yet_is_asked_every_few_seconds(bench: Bench, nobody: Answer) -> None:
+def test_a_manager_that_does_not_run_yet_is_called_every_few_seconds(bench: Bench, nobody: Answer) -> None:
     assert [bench.step(nobody) for _ in range(5)] == [1, 2, 3, 3, 3]
 
 
@@ -212,7 +212,7 @@ def test_a_failed_heartbeat_is_tried_again_soon_and_the_session_is_kept(bench: B
     assert [call[0] for call in bench.manager.calls].count("/api/register") == 1
 
 
-def test_a_server_that_asks_for_patience_gets_it(bench: Bench) -> None:
+def test_retry_after_is_obeyed(bench: Bench) -> None:
     assert bench.step(Answer(429, {"code": "rate_limited"}, retry_after_s=12.0)) == 12.0
 
 
@@ -242,7 +242,7 @@ def test_an_address_in_use_keeps_the_identity_and_tries_later(bench: Bench) -> N
 
 
 @pytest.mark.parametrize("broken", [{}, {"next_heartbeat_s": 0, "placements": []}, {"next_heartbeat_s": 30}])
-def test_a_reply_that_is_not_understood_renews_nothing(bench: Bench, broken: dict[str, Any]) -> None:
+def test_a_reply_of_another_form_renews_nothing(bench: Bench, broken: dict[str, Any]) -> None:
     bench.step(registered())
     assert bench.step(Answer(200, broken)) == 1.0
     assert bench.home.acknowledged_at == 1000.0
@@ -264,7 +264,7 @@ def test_replies_unlock_and_lock_what_is_here(bench: Bench) -> None:
     assert bench.log[-2:] == ["unlocked rental one at epoch 1", "locked rental one at epoch 1"]
 
 
-def test_once_it_is_leaving_no_reply_lets_a_renter_in(bench: Bench) -> None:
+def test_once_it_is_exiting_no_reply_activates_a_rental(bench: Bench) -> None:
     rentals = a_rental(bench)
     bench.step(registered())
     rentals.unlock(RentalOrder(rental_id="one", epoch=1))
@@ -274,7 +274,7 @@ def test_once_it_is_leaving_no_reply_lets_a_renter_in(bench: Bench) -> None:
     assert bench.node.inventory()[0]["state"] == "locked"
 
 
-def test_told_to_stop_it_asks_often_until_nothing_is_left_here(bench: Bench) -> None:
+def test_an_evacuating_worker_calls_often_until_it_is_empty(bench: Bench) -> None:
     rentals = a_rental(bench)
     bench.step(registered())
     assert not bench.home.is_evacuating()
@@ -293,7 +293,7 @@ def test_told_to_stop_it_asks_often_until_nothing_is_left_here(bench: Bench) -> 
     assert "vacating" not in bench.last[2]
 
 
-def test_told_to_stop_it_does_not_wait_for_a_manager_that_is_not_there(bench: Bench) -> None:
+def test_an_evacuating_worker_does_not_wait_for_a_manager_that_does_not_answer(bench: Bench) -> None:
     a_rental(bench)
     bench.home.evacuate()
     assert not bench.home.is_evacuating(), "it never registered"
@@ -315,7 +315,7 @@ def test_the_goodbye_is_a_last_heartbeat_in_three_seconds_at_most(bench: Bench) 
     assert (path, body["leaving"], timeout_s) == ("/api/heartbeat", True, 3.0)
 
 
-def test_a_rental_at_work_elsewhere_does_not_hold_the_heartbeat_up(bench: Bench) -> None:
+def test_a_locked_rental_does_not_delay_the_heartbeat(bench: Bench) -> None:
     rentals = a_rental(bench)
     run = [{"rental_id": "one", "epoch": 1, "want": "run"}]
     bench.step(registered())
@@ -346,13 +346,13 @@ def of_a_manager_that_takes_ends(*more: str) -> Answer:
 
 @pytest.fixture
 def ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """How a start command ended that was run here."""
+    """Return the end of a start command that ran here, in the form of a heartbeat."""
     a_rental(bench)
     monkeypatch.setattr(bench.node.rentals.launcher, "ended", lambda *_: ENDED)
     return ENDED
 
 
-def test_a_manager_that_takes_how_start_commands_ended_is_told(bench: Bench, ended: dict[str, Any]) -> None:
+def test_a_manager_that_takes_start_ends_gets_them(bench: Bench, ended: dict[str, Any]) -> None:
     bench.step(registered())
     bench.step(of_a_manager_that_takes_ends("what nobody has heard of"))
     assert "start_ends" not in bench.last[2], "it had not said so yet"
@@ -363,7 +363,7 @@ def test_a_manager_that_takes_how_start_commands_ended_is_told(bench: Bench, end
 
 
 @pytest.mark.parametrize("takes", [None, "start_ends", 7, [["start_ends"]], {"start_ends": True}])
-def test_an_older_manager_is_told_nothing_that_it_would_refuse(bench: Bench, ended: dict[str, Any], takes: Any) -> None:
+def test_an_older_manager_gets_no_field_that_it_would_refuse(bench: Bench, ended: dict[str, Any], takes: Any) -> None:
     bench.step(registered())
     for _ in range(3):
         bench.step(Answer(200, acknowledged().body | ({} if takes is None else {"takes": takes})))
@@ -371,7 +371,7 @@ def test_an_older_manager_is_told_nothing_that_it_would_refuse(bench: Bench, end
 
 
 @pytest.mark.parametrize("refusal", [Answer(422, {"code": "invalid_request"}), Answer(502, marked=True), Answer(0)])
-def test_a_heartbeat_after_a_failed_one_is_such_as_every_manager_takes(
+def test_a_heartbeat_after_a_failed_one_has_no_optional_field(
     bench: Bench, ended: dict[str, Any], refusal: Answer
 ) -> None:
     """The manager may have been replaced by an older one meanwhile, and the lease runs."""
@@ -383,7 +383,7 @@ def test_a_heartbeat_after_a_failed_one_is_such_as_every_manager_takes(
     assert "start_ends" not in bench.last[2]
 
 
-def test_no_more_ends_are_told_than_a_heartbeat_may_have(bench: Bench, ended: dict[str, Any]) -> None:
+def test_a_heartbeat_has_no_more_start_ends_than_it_may(bench: Bench, ended: dict[str, Any]) -> None:
     records = [RentalRecord(f"r{number}", f"r-{number}", 100_001 + number, 1) for number in range(300)]
     for record in records:
         bench.node.rentals.records.save(record)
@@ -391,7 +391,7 @@ def test_no_more_ends_are_told_than_a_heartbeat_may_have(bench: Bench, ended: di
 
 
 def test_a_name_that_leads_to_an_ipv6_address_as_well_is_called_by_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Docker's names do where a network has both, and there nothing lets IPv6 through."""
+    """Docker's names do so where a network has both, and the packet filter drops IPv6."""
     platform = ScriptedPlatform()
     platform.answer("POST", "/api/heartbeat", {"heard": True})
     port = int(platform.url.rsplit(":", 1)[1])

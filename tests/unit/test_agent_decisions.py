@@ -1,4 +1,4 @@
-"""What the agent makes of replies: pure functions."""
+"""The agent's decisions about replies: pure functions."""
 
 from __future__ import annotations
 
@@ -91,24 +91,24 @@ def test_waiting_is_never_shorter_than_the_server_asked_for() -> None:
     assert backoff_s(1, 30.0, 0.5, at_least_s=7.0) == 7.0
 
 
-def test_a_rental_is_let_in_only_at_the_very_epoch_that_is_to_run() -> None:
+def test_a_rental_is_unlocked_only_at_the_epoch_that_is_to_run() -> None:
     assert actions_for([item("locked")], [want("run")]) == [RentalAction("unlock", "one", 2)]
     assert actions_for([item("locked")], [want("run", epoch=1)]) == []
     assert actions_for([item("locked")], [want("run", epoch=3)]) == []
 
 
-def test_a_newer_epoch_to_run_shuts_the_stale_one_that_is_here() -> None:
+def test_a_newer_epoch_to_run_locks_the_stale_one_that_is_here() -> None:
     assert actions_for([item("running")], [want("run", epoch=3)]) == [RentalAction("lock", "one", 2)]
 
 
 @pytest.mark.parametrize("what", ["hold", "purge"])
-def test_hold_and_purge_shut_the_epoch_they_name_and_no_newer_one(what: str) -> None:
+def test_hold_and_purge_lock_the_epoch_they_name_and_no_newer_one(what: str) -> None:
     assert actions_for([item("running")], [want(what)]) == [RentalAction("lock", "one", 2)]
     assert actions_for([item("running")], [want(what, epoch=1)]) == []
     assert actions_for([item("locked")], [want(what)]) == []
 
 
-def test_what_the_reply_does_not_mention_is_left_as_it_is() -> None:
+def test_a_rental_that_the_reply_does_not_name_is_left_as_it_is() -> None:
     assert actions_for([item("running")], []) == []
     assert actions_for([item("running")], [want("purge", rental_id="other")]) == []
     assert actions_for([], [want("run")]) == []
@@ -139,7 +139,7 @@ def test_a_registration_is_read_and_fields_of_a_newer_manager_are_passed_over() 
         {"placements": [{"rental_id": "one", "epoch": 1, "want": "dance"}]},
     ],
 )
-def test_a_reply_that_is_not_of_the_contract_is_refused(wrong: dict[str, Any]) -> None:
+def test_a_registration_reply_of_another_form_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"."):
         agent_session_from(REGISTRATION | wrong)
     with pytest.raises(ValueError, match="not a registration"):
@@ -169,7 +169,7 @@ def test_an_answer_says_in_one_line_what_it_was() -> None:
 
 
 def test_the_grace_of_a_stop_grows_with_what_has_to_be_carried() -> None:
-    """551 MB in 26,800 files did not leave within 55 s, and came back from an old copy."""
+    """551 MB in 26,800 files were not carried within 55 s once, and came back from an old snapshot."""
     assert stop_grace_s(55, 590, files=0, size=0) == 55
     assert 300 < stop_grace_s(55, 590, files=26_800, size=551_000_000) < 590
     assert stop_grace_s(55, 590, files=10**6, size=10**12) == 590

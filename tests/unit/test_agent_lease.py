@@ -1,4 +1,4 @@
-"""How long a worker may run rentals without a word from the manager: pure functions of what it heard, and when."""
+"""How long a worker may run rentals without an answer of the manager: pure functions of answers and their times."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orion_worker.agent.decisions import (
 LEASED = LeaseState(lease_s=75.0, proxy_answer_s=5.0, acknowledged_at=1000.0)
 
 
-def test_who_was_never_acknowledged_may_run_nothing() -> None:
+def test_a_worker_that_was_never_acknowledged_may_run_nothing() -> None:
     assert not may_run(LeaseState(), None, 0.0)
     assert not may_run(LeaseState(lease_s=75.0), None, 10.0)
 
@@ -30,14 +30,14 @@ def test_a_lease_runs_from_the_sending_of_the_last_acknowledged_call_and_ends_on
     assert not may_run(LEASED, None, 9999.0), "however long it slept"
 
 
-def test_beyond_the_lease_only_a_fresh_word_of_the_proxy_counts() -> None:
+def test_beyond_the_lease_only_a_fresh_answer_of_the_proxy_counts() -> None:
     excused = replace(LEASED, unreached_at=1080.0)
     assert may_run(excused, None, 1084.9)
     assert not may_run(excused, None, 1085.0)
     assert not may_run(replace(LEASED, unreached_at=None), None, 1080.1)
 
 
-def test_when_the_watch_has_ended_what_was_said_before_counts_for_a_second() -> None:
+def test_when_the_liveness_connection_has_ended_earlier_answers_count_for_a_second() -> None:
     assert may_run(LEASED, 1010.0, 1010.0 + LIVENESS_GRACE_S - 0.01)
     assert not may_run(LEASED, 1010.0, 1010.0 + LIVENESS_GRACE_S)
     excused = replace(LEASED, unreached_at=1010.0)
@@ -45,7 +45,7 @@ def test_when_the_watch_has_ended_what_was_said_before_counts_for_a_second() -> 
 
 
 @pytest.mark.parametrize("heard", ["acknowledged_at", "unreached_at"])
-def test_only_what_was_asked_after_the_end_of_the_watch_reached_the_manager_makes_up_for_it(heard: str) -> None:
+def test_only_a_call_from_after_the_manager_saw_the_end_makes_up_for_it(heard: str) -> None:
     settled = 1010.0 + LIVENESS_SETTLES_S
     assert may_run(replace(LEASED, **{heard: settled}), 1010.0, 1012.0)
     assert not may_run(replace(LEASED, **{heard: settled - 0.01}), 1010.0, 1012.0)
@@ -63,7 +63,7 @@ def test_a_worker_that_is_about_to_lose_its_lease_or_has_lost_it_asks_every_two_
     assert ask_within_s(replace(LEASED, lease_s=7.5, proxy_answer_s=0.5), None, 1007.0) == pytest.approx(0.2)
 
 
-def test_the_end_of_the_watch_is_answered_for_in_time_to_be_answered_itself() -> None:
+def test_the_call_after_the_end_of_the_liveness_connection_leaves_time_for_its_answer() -> None:
     assert ask_within_s(LEASED, 1010.0, 1010.0) == LIVENESS_SETTLES_S
     assert ask_within_s(LEASED, 1010.0, 1010.9) == LIVENESS_SETTLES_S, "and again, while there is time"
     assert ask_within_s(LEASED, 1010.0, 1011.0) == 2.0
@@ -74,7 +74,7 @@ def test_a_reply_of_an_older_manager_means_the_share_of_the_defaults() -> None:
     assert proxy_answer_from({"lease_s": 75.0, "door_answer_s": 2.5}) == 2.5
 
 
-def test_what_is_frozen_is_thawed_by_run_and_left_frozen_by_everything_else() -> None:
+def test_a_frozen_rental_is_thawed_by_run_and_left_frozen_by_everything_else() -> None:
     item = {"rental_id": "one", "username": "r-one", "uid": 100_001, "epoch": 2, "state": "frozen"}
 
     def actions(want: str, epoch: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""The agent's settings, and what it reads of the control group in both versions."""
+"""The agent's settings, and the usage that it reads from the control group in both versions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VERSION_2 = {
 
 
 @pytest.mark.parametrize("files", [VERSION_1, VERSION_2], ids=["version 1", "version 2"])
-def test_both_versions_of_control_groups_say_the_same(files: dict[str, str]) -> None:
+def test_both_versions_of_control_groups_give_the_same_usage(files: dict[str, str]) -> None:
     assert usage(files.get) == CgroupUsage(2.5, 100_000_000, 536_870_912, 7, 512)
 
 
@@ -44,7 +44,7 @@ def test_no_limit_is_zero_in_both_versions() -> None:
         assert (found.memory_limit_bytes, found.processes_limit) == (0, 0)
 
 
-def test_files_that_are_not_there_or_make_no_sense_are_zero() -> None:
+def test_missing_or_wrong_files_of_the_control_group_are_zero() -> None:
     assert usage(lambda _: None) == CgroupUsage(0, 0, 0, 0, 0)
     assert usage({"cgroup.controllers": "", "memory.current": "no number"}.get) == CgroupUsage(0, 0, 0, 0, 0)
 
@@ -87,7 +87,7 @@ def test_a_wrong_setting_is_named(wrong: dict[str, str], named: str) -> None:
         settings_from({"ORION_APP_ADDRESS": "172.20.0.3"} | wrong)
 
 
-def test_what_has_to_be_carried_is_counted_without_following_links(tmp_path: Path) -> None:
+def test_files_to_be_carried_are_counted_without_following_links(tmp_path: Path) -> None:
     (tmp_path / "a/deep").mkdir(parents=True)
     (tmp_path / "a/deep/file").write_bytes(b"x" * 1000)
     (tmp_path / "a/loop").symlink_to(tmp_path)
@@ -96,7 +96,7 @@ def test_what_has_to_be_carried_is_counted_without_following_links(tmp_path: Pat
     assert count_files([tmp_path / "a", tmp_path / "b", tmp_path / "never"]) == (4, 1010)
 
 
-def test_the_grace_may_grow_only_where_it_is_said_how_far() -> None:
+def test_the_grace_grows_only_where_its_maximum_is_set() -> None:
     alone = settings_from({"ORION_APP_ADDRESS": "172.20.0.3", "ORION_STOP_GRACE_S": "20"})
     assert (alone.stop_grace_s, alone.stop_grace_max_s) == (20, 20)
     both = {"ORION_STOP_GRACE_S": "55", "ORION_STOP_GRACE_MAX_S": "590"}

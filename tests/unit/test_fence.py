@@ -1,4 +1,4 @@
-"""The fence on a worker in a directory: what becomes of marks, keys and the right to run. No process is touched."""
+"""The fence on a worker in a directory: its effect on marks, keys and the right to run. No process is touched."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UID = 100_001
 
 @dataclass
 class Kernel:
-    """In place of the real one, on which a renter of somebody else may have the uid of this test's."""
+    """A fake of the kernel's processes: on the real one another rental may have this test's uid."""
 
     running: set[int] = field(default_factory=set)
     suspended: set[int] = field(default_factory=set)
@@ -114,7 +114,7 @@ def test_at_its_start_nobody_is_activated_before_there_is_a_lease(house: House) 
     assert house.shown == "running"
 
 
-def test_without_the_right_everything_stops_and_the_keys_go(house: House) -> None:
+def test_without_a_lease_all_processes_stop_and_the_keys_are_locked(house: House) -> None:
     house.activate()
     house.may_run(False)
     assert house.shown == "frozen"
@@ -137,7 +137,7 @@ def test_the_fence_never_thaws_that_takes_a_reply_and_a_lease(house: House) -> N
 
 
 @pytest.mark.parametrize("epoch", [2, 3])
-def test_only_the_very_epoch_that_is_here_is_thawed(house: House, epoch: int) -> None:
+def test_only_the_epoch_that_is_here_is_thawed(house: House, epoch: int) -> None:
     house.activate()
     house.may_run(False)
     house.may_run(True)
@@ -146,7 +146,7 @@ def test_only_the_very_epoch_that_is_here_is_thawed(house: House, epoch: int) ->
     assert house.shown == "frozen"
 
 
-def test_what_was_stopped_before_stays_so_over_two_freezes(house: House) -> None:
+def test_processes_that_were_stopped_before_stay_stopped_over_two_freezes(house: House) -> None:
     house.activate()
     house.kernel.running.clear()
     house.kernel.suspended.add(UID)
@@ -158,7 +158,7 @@ def test_what_was_stopped_before_stays_so_over_two_freezes(house: House) -> None
     assert (house.kernel.suspended, house.kernel.running) == ({UID}, set())
 
 
-def test_the_fence_goes_first_and_notes_later_where_nothing_can_be_written(
+def test_the_fence_stops_processes_first_and_writes_marks_later_on_a_full_disk(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     house.activate()
@@ -182,7 +182,7 @@ def test_the_fence_goes_first_and_notes_later_where_nothing_can_be_written(
     assert house.kernel.running == {UID}
 
 
-def test_a_rental_that_comes_while_there_is_no_lease_is_frozen_too(house: House) -> None:
+def test_a_rental_that_arrives_without_a_lease_is_frozen_too(house: House) -> None:
     house.activate()
     house.may_run(False)
     house.rentals.records.save(RentalRecord("two", "r-two", UID + 1, 1, activated=True))
@@ -193,7 +193,7 @@ def test_a_rental_that_comes_while_there_is_no_lease_is_frozen_too(house: House)
     assert [item["state"] for item in house.rentals.inventory()] == ["frozen", "frozen"]
 
 
-def test_what_fills_a_home_is_ended_and_its_rental_can_be_made_again(house: House) -> None:
+def test_a_transfer_that_fills_a_home_is_ended_and_its_rental_can_be_made_again(house: House) -> None:
     house.may_run(True)
     house.kernel.running.add(UID)  # rsync, which would hold the rental's lock while it stands
     house.may_run(False)
@@ -235,7 +235,7 @@ def test_an_order_to_freeze_is_not_undone_by_a_lease_that_was_lost_and_came_back
         house.rentals.thaw(RentalOrder(rental_id="one", epoch=1), requested_at=99.0)
 
 
-def test_an_older_order_freezes_nothing_newer_and_what_is_not_here_is_no_fault(house: House) -> None:
+def test_an_older_order_freezes_nothing_newer_and_an_absent_rental_is_no_fault(house: House) -> None:
     house.rentals.records.save(RentalRecord("one", "r-one", UID, 3))
     with pytest.raises(RequestRefused, match="older"):
         house.rentals.freeze(RentalOrder(rental_id="one", epoch=2))
@@ -259,7 +259,7 @@ def test_the_mark_of_a_rental_that_was_purged_goes(house: House) -> None:
     assert house.rentals.freezer.frozen() == []
 
 
-def test_no_order_of_an_earlier_move_thaws_what_a_later_one_froze(house: House) -> None:
+def test_no_order_of_an_earlier_migration_thaws_what_a_later_one_froze(house: House) -> None:
     house.activate()
     house.rentals.freeze(RentalOrder(rental_id="one", epoch=1, move=7))
     house.rentals.freeze(RentalOrder(rental_id="one", epoch=1, move=5))
@@ -279,7 +279,7 @@ def pause(house: House, seconds: float = 10.0) -> frozenset[stopper.KernelTask] 
     return house.rentals.freezer.pause(record, time.clock_gettime(time.CLOCK_BOOTTIME) + seconds)
 
 
-def test_a_pause_stops_a_rental_and_its_end_lets_go_on_what_went_on_before(house: House) -> None:
+def test_a_pause_stops_a_rental_and_its_end_resumes_what_ran_before(house: House) -> None:
     house.activate()
     house.kernel.suspended.add(UID)
     assert pause(house) == frozenset()
@@ -294,7 +294,7 @@ def test_a_pause_stops_a_rental_and_its_end_lets_go_on_what_went_on_before(house
     assert house.kernel.running == {UID}
 
 
-def test_a_pause_that_nobody_ended_is_ended_by_the_fence(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pause_whose_snapshot_died_is_ended_by_the_fence(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orion_worker.agent.fence.AGAIN_EVERY_S", 0.0)
     house.activate()
     pause(house, seconds=60)
@@ -306,7 +306,7 @@ def test_a_pause_that_nobody_ended_is_ended_by_the_fence(house: House, monkeypat
     assert "did not end" in house.said[-1]
 
 
-def test_what_is_frozen_is_not_paused_and_the_end_of_a_pause_thaws_nothing(house: House) -> None:
+def test_a_frozen_rental_is_not_paused_and_the_end_of_a_pause_thaws_nothing(house: House) -> None:
     house.activate()
     pause(house)
     house.rentals.freeze(RentalOrder(rental_id="one", epoch=1, move=2))
@@ -317,7 +317,7 @@ def test_what_is_frozen_is_not_paused_and_the_end_of_a_pause_thaws_nothing(house
     assert house.kernel.running == {UID}, "what the pause had stopped was not taken for stopped by its renter"
 
 
-def test_a_lease_that_is_lost_in_a_pause_keeps_everything_still_and_wakes_all_of_it_later(house: House) -> None:
+def test_a_lease_that_is_lost_in_a_pause_keeps_all_stopped_and_resumes_all_later(house: House) -> None:
     house.activate()
     pause(house)
     house.may_run(False)
@@ -341,8 +341,10 @@ def test_programs_that_cannot_be_stopped_go_on_and_there_is_no_snapshot(
     assert (refused.value.code, house.kernel.running) == ("restless", {UID})
 
 
-def test_whoever_is_thawed_while_the_fence_looks_stays_activated(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else its renter is shut out until the next reply to a heartbeat finds that (chaos has seen it)."""
+def test_a_rental_that_is_thawed_while_the_fence_looks_stays_activated(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise its renter cannot log in until the next reply to a heartbeat corrects that (seen in chaos tests)."""
     monkeypatch.setattr("orion_worker.agent.fence.AGAIN_EVERY_S", 0.0)
     house.activate()
     house.may_run(False)
@@ -380,7 +382,7 @@ def retired(house: House, monkeypatch: pytest.MonkeyPatch) -> House:
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_what_is_retired_is_nobody_s_to_freeze_or_to_activate(retired: House, epoch: int) -> None:
+def test_a_retired_rental_is_neither_frozen_nor_activated(retired: House, epoch: int) -> None:
     rentals = retired.rentals
     for order in (rentals.freeze, rentals.thaw, rentals.unlock):
         with pytest.raises(RequestRefused) as refused:
@@ -398,7 +400,7 @@ def test_the_fence_freezes_nothing_that_is_retired_and_ends_what_would_run_of_it
     assert (retired.kernel.running, retired.kernel.stopped) == (set(), set())
 
 
-def test_a_mark_that_was_made_as_it_was_retired_goes(retired: House) -> None:
+def test_a_mark_from_the_moment_of_retiring_is_removed(retired: House) -> None:
     (record,) = retired.rentals.records.all()
     retired.rentals.freezer.mark(record, frozenset())
     retired.fence._repeat_at = 0.0
@@ -406,7 +408,7 @@ def test_a_mark_that_was_made_as_it_was_retired_goes(retired: House) -> None:
     assert retired.rentals.freezer.frozen() == []
 
 
-def test_what_is_retired_stays_so_when_its_container_restarts_and_can_be_salvaged_again(retired: House) -> None:
+def test_a_retired_rental_stays_retired_over_a_restart_and_can_be_recovered_again(retired: House) -> None:
     again = Rentals(WorkerPaths(retired.root), lock_wait_s=0.0)
     with pytest.raises(RequestRefused, match="await their recovery"):
         again.freeze(RentalOrder(rental_id="one", epoch=1))
@@ -416,7 +418,7 @@ def test_what_is_retired_stays_so_when_its_container_restarts_and_can_be_salvage
         record_for("send", again.records, request)
 
 
-def test_what_is_made_again_after_going_back_to_a_backup_is_retired_no_more(
+def test_a_rental_that_is_made_again_after_a_restored_backup_is_no_longer_retired(
     retired: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rentals = retired.rentals

@@ -1,4 +1,4 @@
-"""What sshd is started by: nothing of it writes below /proc, it begins with its score, and is started again."""
+"""The program that starts sshd: sshd cannot write below /proc, begins with its score, and is started again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WITHIN_S = 60.0
 
 
 def why_not() -> str:
-    """Return why this machine cannot do it; empty where it can. A process that has tried has done it for ever."""
+    """Return why this machine has no Landlock, else nothing. Another process tries: confinement is for ever."""
     asked = [sys.executable, "-c", "from orion_worker.start import confine; print(confine.confine())"]
     environment = os.environ | {"PYTHONPATH": str(Path(confine.__file__).parents[2])}
     return subprocess.run(asked, env=environment, capture_output=True, text=True, check=True).stdout.strip()
@@ -38,7 +38,7 @@ needs_landlock = pytest.mark.skipif(
 
 @pytest.fixture
 def begun() -> Iterator[Callable[[str], ConfinedCommand]]:
-    """Begin to keep a shell script, without starting it."""
+    """Return a function that makes a ConfinedCommand of a shell script, without starting it."""
     kept: list[ConfinedCommand] = []
 
     def begin(script: str) -> ConfinedCommand:
@@ -66,7 +66,7 @@ def written(file: Path) -> str:
     return ""
 
 
-def test_all_of_the_root_may_be_written_to_but_proc(tmp_path: Path) -> None:
+def test_every_directory_of_the_root_but_proc_is_writable(tmp_path: Path) -> None:
     for name in ("dev/mqueue", "etc", "home", "proc", "usr/bin"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "bin").symlink_to("usr/bin")
@@ -75,7 +75,7 @@ def test_all_of_the_root_may_be_written_to_but_proc(tmp_path: Path) -> None:
 
 
 @needs_landlock
-def test_what_it_starts_lowers_no_score_and_goes_on_as_before(
+def test_the_command_cannot_lower_a_score_and_works_otherwise(
     begun: Callable[[str], ConfinedCommand], tmp_path: Path
 ) -> None:
     tries = """
@@ -102,7 +102,7 @@ def test_the_command_begins_with_its_score_and_what_starts_it_goes_back_to_its_o
     assert int(starter.read_text()) == processes.own_score()
 
 
-def test_how_it_ended_is_told_once_and_it_is_started_again(
+def test_the_end_of_the_command_is_reported_once_and_it_can_be_started_again(
     begun: Callable[[str], ConfinedCommand], tmp_path: Path
 ) -> None:
     kept = begun(f"echo life >> {tmp_path}/lives; kill -9 $$")
@@ -113,10 +113,10 @@ def test_how_it_ended_is_told_once_and_it_is_started_again(
     assert written(tmp_path / "lives") == "life\nlife"
 
 
-def test_what_an_earlier_life_left_running_can_be_looked_into(
+def test_processes_of_an_earlier_run_can_be_looked_into(
     begun: Callable[[str], ConfinedCommand], tmp_path: Path
 ) -> None:
-    """As by a renter with a debugger, or by whoever copies its home: another domain of Landlock would hide it."""
+    """A renter's debugger and a snapshot do this; with another domain of Landlock they could not."""
     left = f"{tmp_path}/left"
     kept = begun(
         f"if [ -e {left} ]; then head -n 1 /proc/$(cat {left})/maps > {tmp_path}/maps; exit; fi; "
@@ -130,13 +130,13 @@ def test_what_an_earlier_life_left_running_can_be_looked_into(
     assert "sleep" in written(tmp_path / "maps")
 
 
-def test_a_command_that_is_not_there_ends_as_any_other(begun: Callable[[str], ConfinedCommand]) -> None:
+def test_a_missing_command_ends_as_any_other(begun: Callable[[str], ConfinedCommand]) -> None:
     kept = begun("exec /nowhere")
     kept.start()
     assert until(kept.ended) == "127"
 
 
-def test_whoever_starts_it_may_die_and_no_two_of_it_run(
+def test_confine_may_die_and_the_command_never_runs_twice(
     begun: Callable[[str], ConfinedCommand], tmp_path: Path
 ) -> None:
     kept = begun(f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 60")
@@ -151,7 +151,7 @@ def test_whoever_starts_it_may_die_and_no_two_of_it_run(
     assert kept.ended() is None
 
 
-def test_it_is_stopped_whether_it_obeys_or_not(
+def test_a_command_is_stopped_even_if_it_ignores_sigterm(
     begun: Callable[[str], ConfinedCommand], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(confined, "STOPS_WITHIN_S", 0.0)

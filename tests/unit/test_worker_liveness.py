@@ -116,7 +116,7 @@ def test_a_program_that_hands_over_nothing_is_no_connection(house: House) -> Non
     assert house.ends == 0
 
 
-def test_who_cannot_look_tells_of_an_end(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_look_counts_as_an_end(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     class Over(Exception): ...
 
     def out_of_descriptors(_: float | None) -> None:

@@ -1,4 +1,4 @@
-"""The locks of a worker's programs: nobody but root opens them, and nobody waits for them without an end."""
+"""The locks of a worker's programs: only root can open them, and no wait for them is endless."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def held_by_another(file: Path) -> Iterator[None]:
         os.waitpid(child, 0)
 
 
-def test_a_lock_is_roots_alone_whatever_the_file_was_before(root: Path) -> None:
+def test_only_root_can_open_a_lock_whatever_the_file_was_before(root: Path) -> None:
     before = os.umask(0)
     try:
         for name, take in LOCKS.items():
@@ -92,9 +92,7 @@ def test_a_link_in_the_place_of_a_lock_leads_nowhere(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LOCKS)
-def test_a_lock_that_is_held_keeps_nobody_waiting_for_ever(
-    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_wait_for_a_lock_is_endless(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accounts, "LOCK_WAIT_S", 0.0)
     monkeypatch.setattr(host_certificate, "LOCK_WAIT_S", 0.0)
     take = LOCKS[name]

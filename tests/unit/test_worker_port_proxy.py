@@ -1,4 +1,4 @@
-"""The worker's door for web ports: whose socket a port is, what a pass opens, and what passes through."""
+"""The worker's port proxy: the owner of a port's socket, the check of tokens, and the bytes that are carried."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WITHIN_S = 60.0
 
 
 def table(*lines: tuple[str, int, int, int], state: str = "0A") -> str:
-    """As the kernel writes it: (address, port, uid, inode)."""
+    """Return (address, port, uid, inode) lines in the form of /proc/net/tcp."""
     written = ["  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode"]
     for address, port, uid, inode in lines:
         packed = ip_address(address).packed
@@ -53,11 +53,11 @@ def reached(*lines: tuple[str, int, int, int]) -> PortTarget | None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::ffff:127.0.0.1"])  # noqa: S104
-def test_a_socket_of_its_own_is_reached_where_it_listens(address: str) -> None:
+def test_a_socket_of_the_rental_is_reached_where_it_listens(address: str) -> None:
     assert reached((address, 8000, OURS, 7)) == PortTarget(("127.0.0.1",), frozenset({7}))
 
 
-def test_one_that_listens_by_ipv6_is_reached_so_and_where_that_may_mean_both_by_either() -> None:
+def test_a_socket_on_ipv6_is_reached_by_ipv6_and_a_dual_one_by_either() -> None:
     assert reached(("::1", 8000, OURS, 7)) == PortTarget(("::1",), frozenset({7}))
     assert reached(("::", 8000, OURS, 7)) == PortTarget(("127.0.0.1", "::1"), frozenset({7}))
 
@@ -81,12 +81,12 @@ def test_a_port_that_another_could_answer_on_is_not_the_rentals(lines: tuple[tup
     assert reached(*lines) is None
 
 
-def test_what_only_has_a_connection_from_that_port_does_not_listen() -> None:
+def test_a_connection_from_a_port_is_no_listener() -> None:
     assert listeners(table(("127.0.0.1", 8000, OURS, 7), state="01"), "") == []
 
 
 @pytest.mark.parametrize(("address", "family"), [("127.0.0.1", socket.AF_INET), ("::", socket.AF_INET6)])
-def test_the_kernel_says_the_same_in_either_way(address: str, family: socket.AddressFamily) -> None:
+def test_netlink_and_proc_give_the_same_sockets(address: str, family: socket.AddressFamily) -> None:
     with socket.create_server((address, 0), family=family) as server:
         port = server.getsockname()[1]
         tables = [file.read_text() for file in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if file.exists()]
@@ -96,7 +96,7 @@ def test_the_kernel_says_the_same_in_either_way(address: str, family: socket.Add
     assert asked == read == Listener(ip_address(address), port, os.geteuid(), read.inode)
 
 
-def test_a_kernel_that_cannot_be_asked_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_without_netlink_diagnostics_is_read_by_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket_diag, "SOCK_DIAG_BY_FAMILY", 77)
     with socket.create_server(("127.0.0.1", 0)) as server:
         inode = os.fstat(server.fileno()).st_ino
@@ -110,7 +110,7 @@ def told(way: PortToken = WAY, session: str = SESSION) -> str:
     return f"{way.text} {signature(session, way)}"
 
 
-def test_a_pass_of_the_session_opens_its_way() -> None:
+def test_a_token_of_the_session_is_accepted() -> None:
     assert token_from(told(), SESSION) == WAY
 
 
@@ -128,24 +128,24 @@ def test_a_pass_of_the_session_opens_its_way() -> None:
         (f"../../etc/x 3 8000 {'0' * 64}", SESSION),
     ],
 )
-def test_any_other_pass_opens_nothing(tried: str, session: str) -> None:
+def test_any_other_token_is_refused(tried: str, session: str) -> None:
     with pytest.raises(PortRefusal) as refused:
         token_from(tried, session)
     assert refused.value.status == 403
 
 
-def test_the_pass_is_taken_out_of_what_the_renter_gets() -> None:
+def test_the_token_is_removed_from_the_request_that_the_renter_gets() -> None:
     head = b"GET /x HTTP/1.1\r\nHost: a\r\nx-orion-PASS: it\r\nX-Orion-Other: c\r\nAccept: b\r\n\r\n"
     assert take_token(head) == ("it", b"GET /x HTTP/1.1\r\nHost: a\r\nAccept: b\r\n\r\n")
 
 
 @pytest.mark.parametrize("passes", [b"", b"X-Orion-Pass: a\r\nX-Orion-Pass: a\r\n", b"X-Orion-Pass : a\r\n" * 2])
-def test_no_pass_and_two_are_none(passes: bytes) -> None:
+def test_a_request_needs_exactly_one_token(passes: bytes) -> None:
     with pytest.raises(PortRefusal):
         take_token(b"GET / HTTP/1.1\r\n" + passes + b"\r\n")
 
 
-def test_a_refusal_is_for_programs_or_for_people() -> None:
+def test_a_refusal_is_json_or_html() -> None:
     refusal = PortRefusal(503, "frozen", "still <now>")
     assert b"Retry-After: 2" in refusal_response(refusal, as_html=False)
     assert b'"code": "frozen"' in refusal_response(refusal, as_html=False)
@@ -155,7 +155,7 @@ def test_a_refusal_is_for_programs_or_for_people() -> None:
 # Who is here
 
 
-def test_only_who_is_here_at_that_epoch_let_in_and_not_frozen_is_found(tmp_path: Path) -> None:
+def test_only_a_rental_that_is_here_at_that_epoch_activated_and_not_frozen_is_found(tmp_path: Path) -> None:
     active, records, freezer = (
         RunningRentals(tmp_path),
         RentalRecords(tmp_path / "var/lib/orion/rentals"),
@@ -190,7 +190,7 @@ def test_only_who_is_here_at_that_epoch_let_in_and_not_frozen_is_found(tmp_path:
 
 
 class Stage:
-    """A door and a renter's server behind it, both on this machine's loopback."""
+    """A port proxy and a renter's server behind it, both on this machine's loopback."""
 
     def __init__(self, root: Path, slots: int) -> None:
         self.records = RentalRecords(root / "var/lib/orion/rentals")
@@ -226,7 +226,7 @@ class Stage:
         return reader, writer
 
     async def tell(self, *over: str, number: int, session: str = SESSION) -> bytes:
-        """As the manager does; the answer."""
+        """Send the manager's message about ended grants; return the answer."""
         lines = "\n".join(over).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", self.door_port)
         signed = f"X-Orion-End: {number} {end_signature(session, number, lines)}"
@@ -241,7 +241,7 @@ class Stage:
 
 
 async def ended(reader: asyncio.StreamReader) -> bytes:
-    """What still comes until the connection is closed, or reset."""
+    """Return the bytes that arrive until the connection is closed or reset."""
     try:
         return await reader.read()
     except ConnectionResetError:
@@ -264,7 +264,7 @@ async def serving(root: Path, slots: int = 1) -> AsyncIterator[Stage]:
             renter.close()
 
 
-async def test_bytes_pass_both_ways_as_they_are_without_the_pass(tmp_path: Path) -> None:
+async def test_bytes_pass_unchanged_both_ways_without_the_token(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
         reader, writer = await stage.ask(told(stage.way), b"one\0")
         assert await reader.readuntil(b"one\0") == b"HTTP/1.1 200 OK\r\nX-Orion-Door: 1\r\n\r\nfirst one\0"
@@ -293,7 +293,7 @@ NO_ANSWERS = [
 
 
 @pytest.mark.parametrize(("says", "code"), NO_ANSWERS)
-async def test_what_does_not_answer_in_http_is_not_passed_on(tmp_path: Path, says: bytes, code: bytes) -> None:
+async def test_an_answer_that_is_no_http_is_not_passed_on(tmp_path: Path, says: bytes, code: bytes) -> None:
     async with serving(tmp_path) as stage:
         stage.says = says
         reader, writer = await stage.ask(told(stage.way), b"end")
@@ -310,7 +310,7 @@ async def test_what_does_not_answer_in_http_is_not_passed_on(tmp_path: Path, say
         b"HTTP/1.1 100 Continue\n\nHTTP/1.1 102 Processing\r\n\r\n",
     ],
 )
-async def test_hints_before_an_answer_stay_at_the_door_and_the_answer_passes(tmp_path: Path, before: bytes) -> None:
+async def test_interim_answers_are_dropped_and_the_answer_passes(tmp_path: Path, before: bytes) -> None:
     async with serving(tmp_path) as stage:
         stage.says = before + HTML
         reader, writer = await stage.ask(told(stage.way))
@@ -318,7 +318,7 @@ async def test_hints_before_an_answer_stay_at_the_door_and_the_answer_passes(tmp
         writer.close()
 
 
-async def test_what_listens_and_takes_no_connection_is_said_to_do_so(tmp_path: Path) -> None:
+async def test_a_listener_that_accepts_no_connection_is_reported(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
         stage.looks = [PortTarget(("127.0.0.254",), frozenset({7}))]  # it refuses: nothing is there
         reader, writer = await stage.ask(told(stage.way))
@@ -340,8 +340,8 @@ async def test_a_connection_ends_with_the_rentals_right_to_run_here(tmp_path: Pa
 ALICE, BOB = "client.a11ce.0123456789abcdef", "client.b0b.0123456789abcdef"
 
 
-async def test_a_connection_ends_when_the_manager_says_that_what_opened_it_has_ended(tmp_path: Path) -> None:
-    """By a token, everywhere, or because the port is public; what was opened by another goes on."""
+async def test_a_connection_ends_when_the_manager_says_that_its_grant_has_ended(tmp_path: Path) -> None:
+    """The grant is an access token of a port, one of all ports, or `public`; connections of other grants go on."""
     async with serving(tmp_path) as stage:
         port = stage.server_port
         grants = ("public", ALICE, BOB)
@@ -359,7 +359,9 @@ async def test_a_connection_ends_when_the_manager_says_that_what_opened_it_has_e
         assert (await stage.tell("abcd234567 1 public", number=23)).endswith(f"{port} {BOB}".encode())
 
 
-async def test_the_manager_and_the_door_speak_the_same_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_manager_and_the_port_proxy_speak_the_same_protocol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with serving(tmp_path) as stage:
         monkeypatch.setattr(port_connections, "PORT_PROXY_PORT", stage.door_port)
         way, told_by = stage.way, port_connections.end_connections
@@ -373,7 +375,7 @@ async def test_the_manager_and_the_door_speak_the_same_words(tmp_path: Path, mon
         assert await ended(reader) == b""
 
 
-async def test_a_pass_that_was_on_its_way_when_its_grant_ended_opens_nothing(tmp_path: Path) -> None:
+async def test_a_token_that_was_on_its_way_when_its_grant_ended_is_refused(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
         way = replace(stage.way, number=10)
         await stage.tell(f"abcd234567 {way.port} public", number=11)
@@ -384,7 +386,7 @@ async def test_a_pass_that_was_on_its_way_when_its_grant_ended_opens_nothing(tmp
         assert (await reader.readuntil(b"first ")).startswith(b"HTTP/1.1 200"), "it was made public again since"
 
 
-async def test_a_connection_ends_with_the_time_in_its_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_ends_with_the_time_in_its_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(tmp_path) as stage:
         reader, _ = await stage.ask(told(replace(stage.way, grant=ALICE, left_ms=30_000)))
         await reader.readuntil(b"first ")
@@ -394,7 +396,7 @@ async def test_a_connection_ends_with_the_time_in_its_pass(tmp_path: Path, monke
         await stage.gone.wait()
 
 
-async def test_only_the_manager_of_this_session_says_what_has_ended(tmp_path: Path) -> None:
+async def test_only_the_manager_of_this_session_ends_grants(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
         way = stage.way
         reader, _ = await stage.ask(told(way))
@@ -405,7 +407,7 @@ async def test_only_the_manager_of_this_session_says_what_has_ended(tmp_path: Pa
         assert list(stage.door._carried.values()) == [way]
 
 
-async def test_a_port_that_is_taken_by_another_while_it_is_connected_to_gets_nothing(tmp_path: Path) -> None:
+async def test_a_port_that_another_renter_takes_during_the_connection_gets_nothing(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
         for after in (None, PortTarget(("127.0.0.1",), frozenset({8}))):
             stage.looks = [PortTarget(("127.0.0.1",), frozenset({7})), after]
@@ -415,7 +417,7 @@ async def test_a_port_that_is_taken_by_another_while_it_is_connected_to_gets_not
         assert stage.received == b""
 
 
-async def test_a_former_epoch_and_a_foreign_pass_reach_nobody(tmp_path: Path) -> None:
+async def test_an_earlier_epoch_and_a_foreign_token_reach_no_process(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
         for tried, code in (
             (told(replace(stage.way, epoch=2)), b"not_here"),
@@ -448,12 +450,12 @@ async def test_a_rental_has_its_slots_share_of_the_connections_and_leaves_the_ot
             one.close()
 
 
-def test_however_many_slots_a_worker_has_each_has_some_connections() -> None:
+def test_each_slot_has_some_connections_however_many_slots_there_are() -> None:
     shares = [PortProxy(RunningRentals(), frozenset(), slots=slots)._rental_limit for slots in (1, 2, 4, 256)]
     assert shares == [200, 100, 50, 10]
 
 
-async def test_who_is_not_the_proxy_is_hung_up_on(tmp_path: Path) -> None:
+async def test_a_peer_that_is_not_the_proxy_is_disconnected(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
         stage.door._peers = stage.door._managers = frozenset({"127.0.0.9"})
         reader, writer = await stage.ask(told(stage.way))

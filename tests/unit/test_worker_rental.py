@@ -1,4 +1,4 @@
-"""The worker's program for rentals: its rules, and its hands in a directory. With root and sshd: tests/integration."""
+"""orion-rental: its rules, and its changes in a directory. Tests with root and sshd: tests/integration."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_no_epoch_is_made_that_is_older_than_seen_or_was_purged_or_is_half_purge
         assert refusal.value.code == code
 
 
-def test_only_the_very_epoch_that_is_here_is_unlocked() -> None:
+def test_only_the_epoch_that_is_here_is_unlocked() -> None:
     check_unlock(RECORD, 0, 3)
     for record, purged, epoch, code in (
         (RECORD, 0, 2, "stale_epoch"),
@@ -88,7 +88,7 @@ def test_an_old_order_to_lock_or_purge_leaves_what_is_newer() -> None:
         check_not_newer(RECORD, 2)
 
 
-def test_a_record_of_before_there_were_names_is_read(tmp_path: Path) -> None:
+def test_a_record_from_before_rental_names_is_read(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text('{"rental_id": "one", "username": "r-one", "uid": 100001, "epoch": 3}')
     records = RentalRecords(tmp_path)
     assert records.find("one") == RECORD
@@ -106,7 +106,7 @@ def test_a_tombstone_outlives_a_crash_between_it_and_the_record(tmp_path: Path) 
     assert [record.epoch for record in records.all()] == [4]
 
 
-def test_a_tombstone_never_sinks_to_an_older_epoch(tmp_path: Path) -> None:
+def test_the_epoch_of_a_tombstone_never_falls(tmp_path: Path) -> None:
     records = RentalRecords(tmp_path)
     records.bury(RentalRecord("one", "r-one", 100_001, epoch=5))
     records.bury(RentalRecord("one", "r-one", 100_001, epoch=2))
@@ -161,7 +161,7 @@ def test_a_request_that_could_do_harm_is_not_understood(wrong: dict[str, Any], t
 
 
 @pytest.mark.parametrize("text", ["", "[]", "nonsense", "{}"])
-def test_what_is_no_request_is_not_understood(text: str, tmp_path: Path) -> None:
+def test_a_text_that_is_no_request_is_refused(text: str, tmp_path: Path) -> None:
     assert answer_request("purge", text, Rentals(WorkerPaths(tmp_path)), now=0)[0] == 2
 
 
@@ -176,7 +176,7 @@ def test_a_passed_deadline_is_refused_by_every_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "create", "lock", "unlock", "freeze", "thaw", "purge"])
-def test_an_order_for_another_life_of_the_container_is_refused(command: str, tmp_path: Path) -> None:
+def test_an_order_for_another_boot_of_the_container_is_refused(command: str, tmp_path: Path) -> None:
     rentals = Rentals(WorkerPaths(tmp_path))
     rentals.records.save(RECORD)
     rentals.launcher.set_boot_id("boot-0002")
@@ -188,7 +188,7 @@ def test_an_order_for_another_life_of_the_container_is_refused(command: str, tmp
 
 
 @pytest.mark.parametrize("named", [{"boot_id": "boot-0002"}, {"boot_id": None}, {}])
-def test_an_order_for_this_life_or_from_before_orders_named_one_is_done(named: dict[str, Any], tmp_path: Path) -> None:
+def test_an_order_for_this_boot_or_without_a_boot_id_is_done(named: dict[str, Any], tmp_path: Path) -> None:
     rentals = Rentals(WorkerPaths(tmp_path))
     rentals.records.save(RECORD)
     rentals.launcher.set_boot_id("boot-0002")
@@ -250,14 +250,14 @@ def test_unlocking_and_locking_move_the_keys_and_may_be_repeated(tmp_path: Path)
     assert (aside.read_text(), in_place.exists()) == ("key\n", False)
 
 
-def test_what_has_no_keys_here_cannot_be_unlocked(tmp_path: Path) -> None:
+def test_a_rental_without_keys_here_cannot_be_unlocked(tmp_path: Path) -> None:
     rentals = Rentals(WorkerPaths(tmp_path))
     rentals.records.save(RECORD)
     with pytest.raises(RequestRefused, match="not created"):
         rentals.unlock(RentalOrder(rental_id="one", epoch=3))
 
 
-def test_locking_what_is_not_here_is_no_failure(tmp_path: Path) -> None:
+def test_locking_an_absent_rental_is_no_failure(tmp_path: Path) -> None:
     assert Rentals(WorkerPaths(tmp_path)).lock(RentalOrder(rental_id="one", epoch=3))["state"] == "absent"
 
 
@@ -294,7 +294,7 @@ def test_the_modes_of_the_account_files_are_kept(etc: Path) -> None:
     assert (etc / "shadow").stat().st_mode & 0o777 == 0o640
 
 
-def test_a_name_with_another_number_is_anothers(etc: Path) -> None:
+def test_a_name_with_another_uid_belongs_to_another_account(etc: Path) -> None:
     accounts.add(etc, "r-one", 100_001)
     assert not accounts.taken_by_another(etc, "r-one", 100_001)
     assert accounts.taken_by_another(etc, "r-one", 100_002)
@@ -328,7 +328,7 @@ def test_a_tree_is_removed_however_deep_and_its_links_are_not_followed(tmp_path:
     assert (tmp_path / "kept/file").read_text() == "x"
 
 
-def test_what_a_neighbour_put_in_the_place_of_a_found_directory_is_not_removed(tmp_path: Path) -> None:
+def test_an_entry_that_replaced_a_found_directory_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "place").mkdir()
     found = os.lstat(tmp_path / "place")
     (tmp_path / "place").rename(tmp_path / "away")
@@ -340,7 +340,7 @@ def test_what_a_neighbour_put_in_the_place_of_a_found_directory_is_not_removed(t
     assert (tmp_path / "place/file").exists()
 
 
-def test_a_search_finds_what_has_the_number_and_does_not_go_through_links(tmp_path: Path) -> None:
+def test_a_search_finds_entries_of_the_uid_and_follows_no_links(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/file").write_text("x")
     (tmp_path / "link").symlink_to("/etc")
@@ -360,7 +360,7 @@ def test_directories_of_others_that_are_too_deep_are_named(tmp_path: Path) -> No
     assert unsearched == [str(tmp_path) + "/d" * residue.DEEPEST]
 
 
-def test_places_to_look_are_those_where_somebody_could_write(tmp_path: Path) -> None:
+def test_the_mounts_to_search_are_the_writable_ones(tmp_path: Path) -> None:
     (tmp_path / "with space").mkdir()
     (tmp_path / "read-only").mkdir()
     (tmp_path / "file").write_text("")
@@ -386,7 +386,7 @@ SHARED_MEMORY = """\
 """
 
 
-def test_ipc_of_a_renter_is_what_it_owns_or_made_and_not_what_is_already_destroyed() -> None:
+def test_ipc_of_a_renter_is_what_it_owns_or_created_and_not_what_is_destroyed() -> None:
     assert residue.ipc_ids_of(SHARED_MEMORY, 100_001) == [8, 9]
 
 
@@ -400,7 +400,7 @@ def test_a_process_belongs_to_all_four_of_its_uids_and_a_zombie_to_nobody() -> N
     assert processes.owners("") == set()
 
 
-def test_ending_nobody_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ending_no_processes_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "orion_worker.system.processes.time.sleep", lambda _: pytest.fail("there is nobody to wait for")
     )

@@ -1,4 +1,4 @@
-"""`orion-rental serve`: many orders over one connection, each answered once, and none in the way of another."""
+"""`orion-rental serve`: many orders over one connection, each answered once, and none delays another."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HAND_OVER = "from orion_worker import shim; import sys; sys.exit(shim.hand_over(
 
 
 def _echo(command: str) -> int:
-    """A transfer that says what it is, then what it hears."""
+    """Do a transfer that writes its name, then its input."""
     os.write(1, f"{command}: ".encode())
     while part := os.read(0, 100):
         os.write(1, part)
@@ -110,7 +110,7 @@ def test_an_order_that_never_ends_is_killed_though_it_is_stopped(
         served.end()
 
 
-def test_one_that_takes_long_holds_up_no_other(served: Served) -> None:
+def test_a_slow_order_delays_no_other(served: Served) -> None:
     os.mkfifo(served.folder / "gate")
     served.ask(1, "wait")
     served.ask(2, "say")
@@ -135,7 +135,7 @@ def test_an_order_whose_process_dies_is_answered_as_broken(served: Served) -> No
 
 
 @pytest.mark.parametrize("line", [b"", b"?", b"[]", b"{}", b'{"id": 1, "command": "rm", "request": {}}'])
-def test_what_is_no_order_is_said_to_be_none(served: Served, line: bytes) -> None:
+def test_a_line_that_is_no_order_is_answered_as_invalid(served: Served, line: bytes) -> None:
     os.write(served.to, line + b"\n")
     assert served.answer()["id"] is None
     served.ask(2, "say")
@@ -150,7 +150,7 @@ def test_large_answers_arrive_whole_side_by_side(served: Served) -> None:
     assert all(len(answer["report"]["filling"]) == 1 << 18 for answer in answers)
 
 
-def test_more_than_may_be_at_work_at_once_wait_and_are_all_answered(served: Served) -> None:
+def test_orders_beyond_the_limit_wait_and_are_all_answered(served: Served) -> None:
     number = 3 * server.MOST_AT_ONCE
     for identifier in range(number):
         served.ask(identifier, "say")
@@ -179,7 +179,7 @@ def test_nobody_but_root_hands_over_a_transfer(served: Served) -> None:
     assert (served.folder / "transfers").stat().st_mode & 0o777 == 0o600
 
 
-def test_what_nobody_takes_is_not_handed_over(tmp_path: Path) -> None:
+def test_a_transfer_without_a_server_is_not_handed_over(tmp_path: Path) -> None:
     assert shim.hand_over("send", str(tmp_path / "nobody")) is None
     place = tmp_path / "dies"
     with socket.socket(socket.AF_UNIX) as listening:

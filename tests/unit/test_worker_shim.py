@@ -1,4 +1,4 @@
-"""The shim of orion-rental repeats what the RPC server says, for it may not import it."""
+"""The shim of orion-rental repeats constants of the RPC server, because it must not import it."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ BASE, MARK = "aa", "bb"
 
 @dataclass
 class Programs(Freezer):
-    """The renter's programs, which do their work whenever somebody looks, but not in a pause."""
+    """The renter's programs, which work at each scan and each look, but not in a pause."""
 
     root: Path
     work: Callable[[], Any] = lambda: None
@@ -65,7 +65,7 @@ class Programs(Freezer):
 
 @dataclass
 class Operations:
-    """In place of commands.Rentals: what it does to a rental is written down."""
+    """A fake of rental.commands.Rentals that records what is done to a rental."""
 
     records: RentalRecords
     freezer: Programs
@@ -82,7 +82,7 @@ class Operations:
 
 @dataclass
 class House:
-    """A worker with one home; `snapshot` returns what the manager is told."""
+    """A worker with one home; `snapshot` returns the report for the manager."""
 
     root: Path
     operations: Operations
@@ -139,7 +139,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
 
 
 def aged(folder: Path) -> None:
-    """Wait until the clock of the file system has gone on: what is written now is not doubtful any more."""
+    """Wait until the file system's clock has gone on, so that files written before are no longer doubtful."""
     newest = max(path.lstat().st_ctime for path in [folder, *folder.rglob("*")])
     while time.time() < newest + scanning.RACY_S + 0.01:
         pass
@@ -219,7 +219,7 @@ def test_a_change_that_comes_as_soon_as_the_scan_that_its_ctime_does_not_tell_it
     assert house.sent["file"] == b"new"
 
 
-def test_what_a_program_has_mapped_for_writing_is_taken_again_while_it_stands(
+def test_a_file_mapped_for_writing_is_copied_again_during_the_pause(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = house.home / "mapped"
@@ -273,7 +273,7 @@ def test_a_snapshot_is_a_state_that_existed(house: House) -> None:
         base = mark
 
 
-def test_something_that_ran_in_the_pause_is_noticed_and_the_pause_begun_again(
+def test_a_process_that_ran_in_the_pause_is_noticed_and_the_pause_repeated(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (house.home / "file").write_text("x")
@@ -358,7 +358,7 @@ def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
     assert house.operations.freezer.pauses == (0 if written else 1)
 
 
-def test_a_frozen_home_is_not_stopped_and_not_let_go_on(house: House) -> None:
+def test_a_frozen_home_is_neither_stopped_nor_resumed(house: House) -> None:
     (house.home / "file").write_text("x")
     house.operations.freezer.mark(RECORD, frozenset())
     house.snapshot(for_migration=True)
@@ -366,9 +366,7 @@ def test_a_frozen_home_is_not_stopped_and_not_let_go_on(house: House) -> None:
     assert house.operations.freezer.pauses == 0
 
 
-def test_a_frozen_home_is_looked_through_once_whether_or_not_it_changed(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_frozen_home_is_scanned_once_whether_or_not_it_changed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     (house.home / "file").write_text("x")
     aged(house.home)
     house.snapshot(mark=BASE)
@@ -385,7 +383,7 @@ def test_a_frozen_home_is_looked_through_once_whether_or_not_it_changed(
     assert scans == [True, True, True]
 
 
-def test_what_is_let_go_on_as_its_snapshot_begins_is_tried_again_and_not_copied_whole_while_it_stands(
+def test_a_rental_that_is_thawed_as_its_snapshot_begins_is_tried_again_and_not_copied_whole_in_a_pause(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (house.home / "file").write_text("x")
@@ -397,7 +395,7 @@ def test_what_is_let_go_on_as_its_snapshot_begins_is_tried_again_and_not_copied_
     assert (house.operations.freezer.pauses, house.operations.freezer.paused) == (1, False)
 
 
-def test_a_purge_ends_the_transfer_that_sets_files_aside_and_leaves_nothing_of_it(tmp_path: Path) -> None:
+def test_a_purge_ends_the_transfer_that_stages_files_and_leaves_nothing_of_it(tmp_path: Path) -> None:
     places = tmp_path / "aside"
     (places / "one").mkdir(parents=True)
     child = os.fork()
@@ -444,7 +442,7 @@ def furnish(home: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root reads what a renter has shut; CI is root")
-def test_entries_of_every_kind_are_set_aside_with_all_that_belongs_to_them(house: House) -> None:
+def test_entries_of_every_kind_are_staged_with_their_attributes(house: House) -> None:
     furnish(house.home)
     home = transfer.open_home(house.home, UID)
     staging_tree = StagingTree(home, house.root / "aside/one", UID, 12345)
@@ -492,7 +490,7 @@ def test_a_link_in_the_place_of_a_folder_or_a_file_leads_nowhere(house: House, t
     os.close(home)
 
 
-def test_what_cannot_be_carried_refuses_a_move_by_its_name_and_is_named_by_other_snapshots(
+def test_an_entry_that_cannot_be_carried_refuses_a_migration_and_is_named_by_other_snapshots(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (house.home / "theirs").write_text("x")
@@ -514,7 +512,7 @@ def test_what_cannot_be_carried_refuses_a_move_by_its_name_and_is_named_by_other
 
 
 @pytest.mark.parametrize("limits", [{"max_files": 5}, {"max_bytes": 49}])
-def test_what_is_over_its_limits_is_frozen_and_the_way_out_is_said(house: House, limits: dict[str, int]) -> None:
+def test_a_home_over_its_limits_is_frozen_and_the_refusal_says_what_to_do(house: House, limits: dict[str, int]) -> None:
     for number in range(5):
         (house.home / str(number)).write_text("x" * 10)
     assert house.snapshot()["files"] == 6
@@ -593,9 +591,7 @@ def test_an_access_list_is_written_as_rsync_writes_it(tmp_path: Path) -> None:
             assert mine == os.getxattr(copy, name), (number, kind)
 
 
-def test_a_file_that_another_takes_the_place_of_before_it_is_opened_is_not_read(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_replaced_before_it_is_opened_is_not_read(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     (house.home / "file").write_text("mine")
     home = transfer.open_home(house.home, UID)
     looked = scan(100, time.monotonic() + 20, strict=True)
@@ -611,7 +607,7 @@ def test_a_file_that_another_takes_the_place_of_before_it_is_opened_is_not_read(
     os.close(home)
 
 
-def test_what_is_frozen_for_its_size_is_not_looked_through_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rental_frozen_for_its_size_is_not_scanned_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     house.operations.freezer._write("one", FreezeMark(frozenset(), over_limit="its home holds more than 4 files"))
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(transfer, "_answer", lambda status, report: said.append(report) or status)
@@ -633,7 +629,7 @@ def test_what_is_frozen_for_its_size_is_not_looked_through_again(house: House, m
 
 
 class Machine:
-    """The worker's clock, which goes on when somebody waits, and what happens meanwhile."""
+    """The worker's clock, which goes on with each wait, and the events at its times."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -653,7 +649,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
 
 
-def test_who_fills_a_home_waits_a_moment_for_its_account(tmp_path: Path, machine: Machine) -> None:
+def test_filling_a_home_waits_a_moment_for_its_account(tmp_path: Path, machine: Machine) -> None:
     records = RentalRecords(tmp_path)
     machine.happens_at.append((0.9 * transfer.ACCOUNT_WITHIN_S, lambda: records.save(RECORD)))
     transfer.await_account(records, TransferRequest("one", RECORD.epoch, 0.0))
@@ -661,7 +657,7 @@ def test_who_fills_a_home_waits_a_moment_for_its_account(tmp_path: Path, machine
     assert machine.now < transfer.ACCOUNT_WITHIN_S
 
 
-def test_who_fills_a_home_does_not_wait_for_ever_nor_for_what_was_purged(tmp_path: Path, machine: Machine) -> None:
+def test_filling_a_home_does_not_wait_for_ever_nor_for_a_purged_rental(tmp_path: Path, machine: Machine) -> None:
     records = RentalRecords(tmp_path)
     transfer.await_account(records, TransferRequest("one", RECORD.epoch, 0.0))
     assert machine.now == pytest.approx(transfer.ACCOUNT_WITHIN_S, abs=0.01)

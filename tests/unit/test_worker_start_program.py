@@ -1,4 +1,4 @@
-"""How a worker runs a start command: once for each run that is asked for, and with a log that stays small."""
+"""Start commands on a worker: each run that the manager orders begins once, with a log that stays small."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RECORD = RentalRecord("one", "r-one", 100_001, epoch=2)
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Programs that root starts, each as it is when it starts, which end well."""
+    """Return the programs that root starts, each with its state at its start. Each ends with 0."""
     (tmp_path / "home/r-one").mkdir(parents=True)
     found: list[dict[str, Any]] = []
     begin = launcher.begin_child
@@ -49,7 +49,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
 
 
 def _tell(told: mmap.mmap, program: str, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
-    """In the child, in place of the program."""
+    """Record the state of the child, in place of the program."""
     seen = {
         "program": program, "arguments": arguments, "env": environment, "cwd": os.getcwd(),  # noqa: PTH109
         "uids": os.getresuid(), "gids": os.getresgid(), "groups": os.getgroups(), "leads": os.getsid(0) == os.getpid(),
@@ -83,7 +83,7 @@ def test_a_start_command_knows_the_name_and_the_id_of_its_rental(tmp_path: Path,
     assert (call["env"]["ORION_RENTAL"], call["env"]["ORION_RENTAL_ID"]) == ("lab", "one")
 
 
-def test_why_its_program_cannot_be_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_says_why_the_start_program_cannot_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "home/r-one").mkdir(parents=True)
 
     def refuse(*_: object) -> None:
@@ -94,7 +94,7 @@ def test_why_its_program_cannot_be_run_is_said(tmp_path: Path, monkeypatch: pyte
     assert problem == f"its start command cannot be run: {os.strerror(errno.EAGAIN)}"
 
 
-def test_each_run_is_had_once_in_a_life_of_the_container_and_at_an_epoch(
+def test_each_run_begins_once_in_a_boot_of_the_container_and_at_an_epoch(
     tmp_path: Path, calls: list[dict[str, Any]]
 ) -> None:
     launcher = Launcher(tmp_path)
@@ -113,7 +113,7 @@ def test_the_program_that_root_starts_is_a_file_of_the_package() -> None:
     assert Path(program.__file__) == launcher.PROGRAM
 
 
-def test_what_cannot_be_run_is_said_and_not_tried_for_ever(tmp_path: Path) -> None:
+def test_a_command_that_cannot_be_run_is_reported_and_not_tried_again(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path)  # where there is no home
     assert "No such file" in str(launcher.launch(RECORD, "serve", "1@boot")["start_problem"])
     assert launcher.launch(RECORD, "serve", "1@boot") == {}
@@ -128,7 +128,7 @@ def test_a_worker_takes_no_other_command_than_the_manager_does(wrong: dict[str, 
 
 
 def run_in(home: Path, command: str, run: str = "2 1@boot") -> None:
-    """As the renter: until the command has ended."""
+    """Run a command as the renter, until it has ended."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
     code = f"from orion_worker.start import program; program.run({run!r}, {command!r})"
     subprocess.run(
@@ -140,7 +140,7 @@ def run_in(home: Path, command: str, run: str = "2 1@boot") -> None:
     )
 
 
-def test_what_it_says_is_kept_with_how_it_ended(tmp_path: Path) -> None:
+def test_the_output_is_kept_with_how_the_command_ended(tmp_path: Path) -> None:
     run_in(tmp_path, "echo out; echo err >&2; tty; exit 3")
     first, *said, last = (tmp_path / ".orion/start.log").read_text().splitlines()
     assert first.endswith("runs: echo out; echo err >&2; tty; exit 3")
@@ -149,7 +149,7 @@ def test_what_it_says_is_kept_with_how_it_ended(tmp_path: Path) -> None:
     assert (tmp_path / ".orion/start.log").stat().st_mode & 0o777 == 0o600
 
 
-def test_the_log_stays_small_and_what_was_said_last_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_stays_small_and_has_the_last_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(program, "LARGEST_BYTES", 1000)
     log = program.StartLog()
@@ -162,7 +162,7 @@ def test_the_log_stays_small_and_what_was_said_last_is_in_it(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("trick", ["a link", "a FIFO", "a folder", "a file for the folder"])
-def test_where_its_log_cannot_be_written_it_runs_all_the_same(tmp_path: Path, trick: str) -> None:
+def test_a_command_whose_log_cannot_be_written_runs(tmp_path: Path, trick: str) -> None:
     target = tmp_path / "target"
     target.write_text("untouched")
     log = tmp_path / ".orion/start.log"
@@ -181,7 +181,7 @@ def test_where_its_log_cannot_be_written_it_runs_all_the_same(tmp_path: Path, tr
     assert target.read_text() == "untouched"
 
 
-def test_who_starts_it_does_not_wait_for_it(tmp_path: Path) -> None:
+def test_the_program_detaches_itself_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
     os.mkfifo(tmp_path / "gate")
     command = [sys.executable, "-I", "-S", program.__file__, "2 1@boot", "read line < gate; echo $line > done"]
@@ -195,7 +195,7 @@ def test_who_starts_it_does_not_wait_for_it(tmp_path: Path) -> None:
 
 
 def was_launched(root: Path, run: str = "2 1@boot") -> tuple[Launcher, RentalRecord, Path]:
-    """Its launcher, the record of a rental whose home is of this test's user, and that home."""
+    """Return a launcher, the record of a rental whose home belongs to this test's user, and that home."""
     marks, home = root / "run/orion/started", root / "home/r-one"
     marks.mkdir(parents=True)
     (marks / "one").write_text(run)
@@ -206,7 +206,7 @@ def was_launched(root: Path, run: str = "2 1@boot") -> tuple[Launcher, RentalRec
 @pytest.mark.parametrize(
     ("command", "how"), [("exit 3", "status 3"), ("true", "status 0"), ("kill -KILL $$", "signal 9")]
 )
-def test_how_a_start_command_ended_is_told_with_its_run(tmp_path: Path, command: str, how: str) -> None:
+def test_how_a_start_command_ended_is_reported_with_its_run(tmp_path: Path, command: str, how: str) -> None:
     launcher, record, home = was_launched(tmp_path)
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     assert launcher.ended(record, now) is None, "it has not begun yet"
@@ -236,8 +236,8 @@ def test_a_start_command_that_runs_has_not_ended_and_one_whose_keeper_was_killed
     assert (told["how"], told["ago_s"]) == ("unseen", 0.0)
 
 
-def test_what_ended_with_the_container_is_not_told(tmp_path: Path) -> None:
-    """It is run again there, unless it was given up: nobody has to look at that worker again and again."""
+def test_an_end_with_the_container_is_not_reported(tmp_path: Path) -> None:
+    """The manager orders such a command anew, so a heartbeat must not report its end each time."""
     launcher, record, home = was_launched(tmp_path)
     run_in(home, "exit 3", "2 1@boot")
     assert launcher.ended(record, 0.0) is not None
@@ -246,8 +246,8 @@ def test_what_ended_with_the_container_is_not_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", ["1 1@boot", "2 2@boot", "2 1@another"])
-def test_the_end_of_another_run_or_at_another_place_is_not_told(tmp_path: Path, run: str) -> None:
-    """It came with the files of the home, or the command was asked for again."""
+def test_the_end_of_another_run_or_at_another_placement_is_not_reported(tmp_path: Path, run: str) -> None:
+    """The note came with the files of the home, or the command was ordered anew."""
     launcher, record, home = was_launched(tmp_path)
     run_in(home, "exit 3", run)
     assert launcher.ended(record, 0.0) is None
@@ -257,7 +257,7 @@ def test_the_end_of_another_run_or_at_another_place_is_not_told(tmp_path: Path, 
     "written",
     [b"", b"2 1@boot", b"\xff\n", b"2 1@boot\nstatus 1000 5.0\n", b"2 1@boot\nstatus 3 nan\n", b"2 1@boot\nrm -rf /\n"],
 )
-def test_what_a_renter_writes_in_place_of_an_end_is_no_end(tmp_path: Path, written: bytes) -> None:
+def test_a_forged_note_of_an_end_is_no_end(tmp_path: Path, written: bytes) -> None:
     launcher, record, home = was_launched(tmp_path)
     (home / ".orion").mkdir()
     (home / ".orion/start.run").write_bytes(written)
