@@ -27,7 +27,7 @@ from orion.manager.gateway import port_connections
 from orion.manager.gateway.port_keys import signed_pass
 
 SESSION = "5e55" * 8
-WAY = PortToken("abcd234567", 3, 8000)
+TOKEN = PortToken("abcd234567", 3, 8000)
 RECORD = RentalRecord("abcd234567", "r-abcd234567", 100_001, 3, activated=True)
 OURS, ANOTHERS = 100_001, 100_002
 WITHIN_S = 60.0
@@ -106,24 +106,24 @@ def test_a_kernel_without_netlink_diagnostics_is_read_by_proc(monkeypatch: pytes
 # Passes
 
 
-def told(way: PortToken = WAY, session: str = SESSION) -> str:
-    return f"{way.text} {signature(session, way)}"
+def signed_token(token: PortToken = TOKEN, session: str = SESSION) -> str:
+    return f"{token.text} {signature(session, token)}"
 
 
 def test_a_token_of_the_session_is_accepted() -> None:
-    assert token_from(told(), SESSION) == WAY
+    assert token_from(signed_token(), SESSION) == TOKEN
 
 
 @pytest.mark.parametrize(
     ("tried", "session"),
     [
-        (told(session="another"), SESSION),
-        (told(), "another"),
-        (told(session=""), ""),
-        (told().replace(" 3 ", " 4 "), SESSION),
-        (told().replace(" 8000 ", " 8001 "), SESSION),
-        (told().replace("abcd", "abce"), SESSION),
-        (told().upper(), SESSION),
+        (signed_token(session="another"), SESSION),
+        (signed_token(), "another"),
+        (signed_token(session=""), ""),
+        (signed_token().replace(" 3 ", " 4 "), SESSION),
+        (signed_token().replace(" 8000 ", " 8001 "), SESSION),
+        (signed_token().replace("abcd", "abce"), SESSION),
+        (signed_token().upper(), SESSION),
         ("", SESSION),
         (f"../../etc/x 3 8000 {'0' * 64}", SESSION),
     ],
@@ -139,10 +139,10 @@ def test_the_token_is_removed_from_the_request_that_the_renter_gets() -> None:
     assert take_token(head) == ("it", b"GET /x HTTP/1.1\r\nHost: a\r\nAccept: b\r\n\r\n")
 
 
-@pytest.mark.parametrize("passes", [b"", b"X-Orion-Pass: a\r\nX-Orion-Pass: a\r\n", b"X-Orion-Pass : a\r\n" * 2])
-def test_a_request_needs_exactly_one_token(passes: bytes) -> None:
+@pytest.mark.parametrize("headers", [b"", b"X-Orion-Pass: a\r\nX-Orion-Pass: a\r\n", b"X-Orion-Pass : a\r\n" * 2])
+def test_a_request_needs_exactly_one_token(headers: bytes) -> None:
     with pytest.raises(PortRefusal):
-        take_token(b"GET / HTTP/1.1\r\n" + passes + b"\r\n")
+        take_token(b"GET / HTTP/1.1\r\n" + headers + b"\r\n")
 
 
 def test_a_refusal_is_json_or_html() -> None:
@@ -164,7 +164,7 @@ def test_only_a_rental_that_is_here_at_that_epoch_activated_and_not_frozen_is_fo
 
     def refusal() -> str:
         try:
-            assert active.find(WAY) == RECORD
+            assert active.find(TOKEN) == RECORD
         except PortRefusal as refused:
             return refused.code
         return ""
@@ -199,12 +199,12 @@ class Stage:
         (root / "run/orion/session").write_text(SESSION)
         self.looks: list[PortTarget | None] = []
         here = frozenset({"127.0.0.1"})
-        self.door = PortProxy(RunningRentals(root), here, self._look, here, slots)
+        self.proxy = PortProxy(RunningRentals(root), here, self._look, here, slots)
         self.received = b""
         self.says = b"HTTP/1.1 200 OK\r\n\r\nfirst "
         self.connections = 0
         self.gone = asyncio.Event()
-        self.server_port = self.door_port = 0
+        self.server_port = self.proxy_port = 0
 
     def _look(self, uid: int, port: int) -> PortTarget | None:
         assert (uid, port) == (RECORD.uid, self.server_port)
@@ -220,15 +220,15 @@ class Stage:
         self.gone.set()
         writer.close()
 
-    async def ask(self, told: str, text: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.door_port)
-        writer.write(b"POST /x HTTP/1.1\r\nX-Orion-Pass: " + told.encode() + b"\r\nA: b\r\n\r\n" + text)
+    async def ask(self, token: str, text: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.proxy_port)
+        writer.write(b"POST /x HTTP/1.1\r\nX-Orion-Pass: " + token.encode() + b"\r\nA: b\r\n\r\n" + text)
         return reader, writer
 
     async def tell(self, *over: str, number: int, session: str = SESSION) -> bytes:
         """Send the manager's message about ended grants; return the answer."""
         lines = "\n".join(over).encode()
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.door_port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.proxy_port)
         signed = f"X-Orion-End: {number} {end_signature(session, number, lines)}"
         writer.write(f"POST / HTTP/1.1\r\n{signed}\r\nContent-Length: {len(lines)}\r\n\r\n".encode() + lines)
         answer = await reader.read()
@@ -236,8 +236,8 @@ class Stage:
         return answer
 
     @property
-    def way(self) -> PortToken:
-        return replace(WAY, port=self.server_port)
+    def token(self) -> PortToken:
+        return replace(TOKEN, port=self.server_port)
 
 
 async def ended(reader: asyncio.StreamReader) -> bytes:
@@ -254,8 +254,8 @@ async def serving(root: Path, slots: int = 1) -> AsyncIterator[Stage]:
     async with asyncio.timeout(WITHIN_S):
         renter = await asyncio.start_server(stage.renter, "127.0.0.1", 0)
         listener = socket.create_server(("127.0.0.1", 0))
-        stage.server_port, stage.door_port = renter.sockets[0].getsockname()[1], listener.getsockname()[1]
-        serving = asyncio.create_task(stage.door.serve(listener))
+        stage.server_port, stage.proxy_port = renter.sockets[0].getsockname()[1], listener.getsockname()[1]
+        serving = asyncio.create_task(stage.proxy.serve(listener))
         try:
             yield stage
         finally:
@@ -266,7 +266,7 @@ async def serving(root: Path, slots: int = 1) -> AsyncIterator[Stage]:
 
 async def test_bytes_pass_unchanged_both_ways_without_the_token(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
-        reader, writer = await stage.ask(told(stage.way), b"one\0")
+        reader, writer = await stage.ask(signed_token(stage.token), b"one\0")
         assert await reader.readuntil(b"one\0") == b"HTTP/1.1 200 OK\r\nX-Orion-Door: 1\r\n\r\nfirst one\0"
         writer.write(b"two")
         assert await reader.readexactly(3) == b"two"
@@ -296,7 +296,7 @@ NO_ANSWERS = [
 async def test_an_answer_that_is_no_http_is_not_passed_on(tmp_path: Path, says: bytes, code: bytes) -> None:
     async with serving(tmp_path) as stage:
         stage.says = says
-        reader, writer = await stage.ask(told(stage.way), b"end")
+        reader, writer = await stage.ask(signed_token(stage.token), b"end")
         answered = await reader.read()
         assert code in answered
         assert b"<" not in answered
@@ -313,7 +313,7 @@ async def test_an_answer_that_is_no_http_is_not_passed_on(tmp_path: Path, says: 
 async def test_interim_answers_are_dropped_and_the_answer_passes(tmp_path: Path, before: bytes) -> None:
     async with serving(tmp_path) as stage:
         stage.says = before + HTML
-        reader, writer = await stage.ask(told(stage.way))
+        reader, writer = await stage.ask(signed_token(stage.token))
         assert await reader.read() == b"HTTP/1.1 200 OK\r\nX-Orion-Door: 1\r\nContent-Length: 3\r\n\r\n<p>"
         writer.close()
 
@@ -321,17 +321,17 @@ async def test_interim_answers_are_dropped_and_the_answer_passes(tmp_path: Path,
 async def test_a_listener_that_accepts_no_connection_is_reported(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
         stage.looks = [PortTarget(("127.0.0.254",), frozenset({7}))]  # it refuses: nothing is there
-        reader, writer = await stage.ask(told(stage.way))
+        reader, writer = await stage.ask(signed_token(stage.token))
         assert b"not_accepted" in await reader.read()
         writer.close()
 
 
 async def test_a_connection_ends_with_the_rentals_right_to_run_here(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
-        reader, writer = await stage.ask(told(stage.way))
+        reader, writer = await stage.ask(signed_token(stage.token))
         await reader.readuntil(b"first ")
         stage.records.save(replace(RECORD, epoch=4))
-        stage.door.look_again()
+        stage.proxy.look_again()
         assert await ended(reader) == b""
         await stage.gone.wait()
         writer.close()
@@ -345,11 +345,11 @@ async def test_a_connection_ends_when_the_manager_says_that_its_grant_has_ended(
     async with serving(tmp_path) as stage:
         port = stage.server_port
         grants = ("public", ALICE, BOB)
-        ways = [replace(stage.way, grant=grant, number=number) for number, grant in enumerate(grants, 10)]
+        tokens = [replace(stage.token, grant=grant, number=number) for number, grant in enumerate(grants, 10)]
         readers = {}
-        for way in ways:
-            readers[way.grant], _ = await stage.ask(told(way))
-            await readers[way.grant].readuntil(b"first ")
+        for token in tokens:
+            readers[token.grant], _ = await stage.ask(signed_token(token))
+            await readers[token.grant].readuntil(b"first ")
         is_open = await stage.tell(number=20)
         assert is_open.endswith("\n".join(sorted(f"abcd234567 {port} {grant}" for grant in grants)).encode())
         assert (await stage.tell(f"* * {ALICE}", number=21)).endswith(f"{BOB}\nabcd234567 {port} public".encode())
@@ -363,32 +363,32 @@ async def test_the_manager_and_the_port_proxy_speak_the_same_protocol(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving(tmp_path) as stage:
-        monkeypatch.setattr(port_connections, "PORT_PROXY_PORT", stage.door_port)
-        way, told_by = stage.way, port_connections.end_connections
-        signed = signed_pass(SESSION, way.rental_id, way.epoch, way.port, ALICE, 10, None)
+        monkeypatch.setattr(port_connections, "PORT_PROXY_PORT", stage.proxy_port)
+        token, tell = stage.token, port_connections.end_connections
+        signed = signed_pass(SESSION, token.rental_id, token.epoch, token.port, ALICE, 10, None)
         reader, _ = await stage.ask(signed)
         await reader.readuntil(b"first ")
-        assert await told_by("127.0.0.1", SESSION, 11, []) == [f"{way.rental_id} {way.port} {ALICE}"]
+        assert await tell("127.0.0.1", SESSION, 11, []) == [f"{token.rental_id} {token.port} {ALICE}"]
         with pytest.raises(ValueError, match="403"):
-            await told_by("127.0.0.1", "another session", 12, [f"* * {ALICE}"])
-        assert await told_by("127.0.0.1", SESSION, 13, [f"* * {ALICE}"]) == []
+            await tell("127.0.0.1", "another session", 12, [f"* * {ALICE}"])
+        assert await tell("127.0.0.1", SESSION, 13, [f"* * {ALICE}"]) == []
         assert await ended(reader) == b""
 
 
 async def test_a_token_that_was_on_its_way_when_its_grant_ended_is_refused(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
-        way = replace(stage.way, number=10)
-        await stage.tell(f"abcd234567 {way.port} public", number=11)
-        reader, _ = await stage.ask(told(way))
+        token = replace(stage.token, number=10)
+        await stage.tell(f"abcd234567 {token.port} public", number=11)
+        reader, _ = await stage.ask(signed_token(token))
         assert b'"ended"' in await reader.read()
         assert stage.connections == 0
-        reader, _ = await stage.ask(told(replace(way, number=12)))
+        reader, _ = await stage.ask(signed_token(replace(token, number=12)))
         assert (await reader.readuntil(b"first ")).startswith(b"HTTP/1.1 200"), "it was made public again since"
 
 
 async def test_a_connection_ends_with_the_time_in_its_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(tmp_path) as stage:
-        reader, _ = await stage.ask(told(replace(stage.way, grant=ALICE, left_ms=30_000)))
+        reader, _ = await stage.ask(signed_token(replace(stage.token, grant=ALICE, left_ms=30_000)))
         await reader.readuntil(b"first ")
         loop = asyncio.get_running_loop()
         monkeypatch.setattr(loop, "time", lambda: time.monotonic() + 30.0)
@@ -398,20 +398,20 @@ async def test_a_connection_ends_with_the_time_in_its_token(tmp_path: Path, monk
 
 async def test_only_the_manager_of_this_session_ends_grants(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
-        way = stage.way
-        reader, _ = await stage.ask(told(way))
+        token = stage.token
+        reader, _ = await stage.ask(signed_token(token))
         await reader.readuntil(b"first ")
-        assert b'"no_end"' in await stage.tell(f"abcd234567 {way.port} public", number=9, session="another")
-        stage.door._managers = frozenset({"127.0.0.9"})
-        assert b'"no_pass"' in await stage.tell(f"abcd234567 {way.port} public", number=9)
-        assert list(stage.door._carried.values()) == [way]
+        assert b'"no_end"' in await stage.tell(f"abcd234567 {token.port} public", number=9, session="another")
+        stage.proxy._managers = frozenset({"127.0.0.9"})
+        assert b'"no_pass"' in await stage.tell(f"abcd234567 {token.port} public", number=9)
+        assert list(stage.proxy._carried.values()) == [token]
 
 
 async def test_a_port_that_another_renter_takes_during_the_connection_gets_nothing(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
         for after in (None, PortTarget(("127.0.0.1",), frozenset({8}))):
             stage.looks = [PortTarget(("127.0.0.1",), frozenset({7})), after]
-            reader, writer = await stage.ask(told(stage.way), b"secret")
+            reader, writer = await stage.ask(signed_token(stage.token), b"secret")
             assert b"nothing_listens" in await reader.read()
             writer.close()
         assert stage.received == b""
@@ -420,9 +420,9 @@ async def test_a_port_that_another_renter_takes_during_the_connection_gets_nothi
 async def test_an_earlier_epoch_and_a_foreign_token_reach_no_process(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
         for tried, code in (
-            (told(replace(stage.way, epoch=2)), b"not_here"),
-            (told(replace(stage.way, epoch=4)), b"not_here"),
-            (told(stage.way, session="of another worker"), b"no_pass"),
+            (signed_token(replace(stage.token, epoch=2)), b"not_here"),
+            (signed_token(replace(stage.token, epoch=4)), b"not_here"),
+            (signed_token(stage.token, session="of another worker"), b"no_pass"),
         ):
             reader, writer = await stage.ask(tried)
             assert code in await reader.read()
@@ -437,14 +437,14 @@ async def test_a_rental_has_its_slots_share_of_the_connections_and_leaves_the_ot
     monkeypatch.setattr(port_proxy, "ENOUGH_EACH", 1)
     async with serving(tmp_path, slots=2) as stage:
         stage.records.save(replace(RECORD, rental_id="zzzzzzzzzz", username="r-zzzzzzzzzz"))
-        inside = [await stage.ask(told(stage.way)) for _ in range(2)]
+        inside = [await stage.ask(signed_token(stage.token)) for _ in range(2)]
         for reader, _ in inside:
             await reader.readuntil(b"first ")
-        reader, writer = await stage.ask(told(stage.way))
+        reader, writer = await stage.ask(signed_token(stage.token))
         refused = await reader.read()
         assert b"too_many_connections" in refused
         assert b"have 2 connections open" in refused
-        neighbour = await stage.ask(told(replace(stage.way, rental_id="zzzzzzzzzz")))
+        neighbour = await stage.ask(signed_token(replace(stage.token, rental_id="zzzzzzzzzz")))
         await neighbour[0].readuntil(b"first ")
         for _, one in [*inside, (reader, writer), neighbour]:
             one.close()
@@ -457,8 +457,8 @@ def test_each_slot_has_some_connections_however_many_slots_there_are() -> None:
 
 async def test_a_peer_that_is_not_the_proxy_is_disconnected(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
-        stage.door._peers = stage.door._managers = frozenset({"127.0.0.9"})
-        reader, writer = await stage.ask(told(stage.way))
+        stage.proxy._peers = stage.proxy._managers = frozenset({"127.0.0.9"})
+        reader, writer = await stage.ask(signed_token(stage.token))
         assert await ended(reader) == b""
         writer.close()
         assert stage.connections == 0

@@ -153,10 +153,10 @@ def exit_in_order(home: HomeCaller, calling: threading.Thread) -> None:
 
 def run(settings: AgentSettings) -> None:
     """Run the agent until SIGTERM or SIGINT."""
-    told_to_stop, stopping, hurry = threading.Event(), threading.Event(), threading.Event()
+    stop_requested, stopping, hurry = threading.Event(), threading.Event(), threading.Event()
 
     def stop(*_: object) -> None:
-        told_to_stop.set()
+        stop_requested.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
@@ -188,7 +188,7 @@ def run(settings: AgentSettings) -> None:
         threading.Thread(target=work, daemon=True).start()
     calling = threading.Thread(target=call_for_ever, args=(home, stopping, hurry), daemon=True)
     calling.start()
-    while not told_to_stop.wait(LOOK_EVERY_S):
+    while not stop_requested.wait(LOOK_EVERY_S):
         sshd.ensure_running()
         port_proxy.ensure_running()
         stopped.look_if_due()

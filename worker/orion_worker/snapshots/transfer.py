@@ -127,7 +127,7 @@ def _receive(operations: RentalOperations, request: TransferRequest, homes: Path
         home = open_home(homes / record.username, record.uid)
         update = bool(request.base)
         if update and operations.manifests.read(request.rental_id, request.base) is None:
-            raise RequestRefused("no_base", "its home here is not known to hold what is to be brought up to date")
+            raise RequestRefused("no_base", "its home here is not known to hold the base of the update")
         is_same = update and request.base == request.mark
         if not is_same:
             operations.manifests.forget(request.rental_id)
