@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from bench.stack import Stack
+from bench.stack import BenchStack
 
 INSIDE = Path(__file__).with_name("inside_app.py")
 ADD = """set -e
@@ -95,7 +95,7 @@ class Baselines:
 
 
 @contextmanager
-def baselines(stack: Stack, public_key: str) -> Iterator[Baselines]:
+def baselines(stack: BenchStack, public_key: str) -> Iterator[Baselines]:
     command = ["docker", "exec", "-i", stack.container("manager_app"), "python", "-c", INSIDE.read_text()]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:

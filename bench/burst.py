@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.baselines import baselines
-from bench.calls import Caller, Reply
-from bench.rent import Renter
+from bench.calls import Caller, TimedReply
+from bench.rent import BenchRenter
 from bench.report import Result
-from bench.stack import Stack, running
+from bench.stack import BenchStack, running
 
 WORKERS = 4
 SLOTS = 64
@@ -26,7 +26,7 @@ PER_BASELINE = 40
 class Burst:
     """Calls that began together. `seconds` of each that succeeded; `whole_s` until the last."""
 
-    replies: list[Reply]
+    replies: list[TimedReply]
     failures: int
     whole_s: float
 
@@ -42,7 +42,7 @@ class Burst:
 def measure(rents: int) -> Result:
     result = Result("burst", f"{rents} rents at once over {WORKERS} workers, then {rents} releases")
     with running(WORKERS, {"ORION_SLOTS": str(SLOTS)}) as stack:
-        renter = Renter(stack)
+        renter = BenchRenter(stack)
         rounds = [_round(stack, renter, rents) for _ in range(ROUNDS)]
     for name, bursts in (("rent", [one for one, _, _ in rounds]), ("release", [one for _, one, _ in rounds])):
         result.times(f"one {name} of them", [second for burst in bursts for second in burst.seconds])
@@ -55,7 +55,7 @@ def measure(rents: int) -> Result:
     return result
 
 
-def _round(stack: Stack, renter: Renter, rents: int) -> tuple[Burst, Burst, float]:
+def _round(stack: BenchStack, renter: BenchRenter, rents: int) -> tuple[Burst, Burst, float]:
     wish = {"ssh_public_key": renter.public_key, "wait_s": WAIT_S}
     rented = _at_once(stack, [lambda door: door.call("POST", "/api/rent", wish)] * rents, 201)
     _sample_gets_in(renter, [reply.body for reply in rented.replies])
@@ -63,15 +63,15 @@ def _round(stack: Stack, renter: Renter, rents: int) -> tuple[Burst, Burst, floa
     return rented, released, _warm_ssh(stack, renter)
 
 
-def _release(rental_id: str) -> Callable[[Caller], Reply]:
+def _release(rental_id: str) -> Callable[[Caller], TimedReply]:
     return lambda door: door.call("DELETE", f"/api/rentals/{rental_id}?wait_s={WAIT_S}")
 
 
-def _at_once(stack: Stack, calls: Sequence[Callable[[Caller], Reply]], wanted: int) -> Burst:
+def _at_once(stack: BenchStack, calls: Sequence[Callable[[Caller], TimedReply]], wanted: int) -> Burst:
     """Each on a connection of its own, all let go at the same moment."""
     start = threading.Barrier(len(calls) + 1)
 
-    def one(call: Callable[[Caller], Reply]) -> Reply | None:
+    def one(call: Callable[[Caller], TimedReply]) -> TimedReply | None:
         with stack.caller() as door:
             door.must("GET", "/healthz")
             start.wait()
@@ -90,12 +90,12 @@ def _at_once(stack: Stack, calls: Sequence[Callable[[Caller], Reply]], wanted: i
     return Burst(good, len(calls) - len(good), whole_s)
 
 
-def _sample_gets_in(renter: Renter, rentals: Sequence[dict[str, Any]]) -> None:
+def _sample_gets_in(renter: BenchRenter, rentals: Sequence[dict[str, Any]]) -> None:
     for rental in rentals[:: max(1, len(rentals) // 8)]:
         renter.gets_in(rental)
 
 
-def _warm_ssh(stack: Stack, renter: Renter) -> float:
+def _warm_ssh(stack: BenchStack, renter: BenchRenter) -> float:
     """Accounts a second that warm ssh makes, one after the other, on the workers in turn."""
     with baselines(stack, renter.public_key) as without:
         workers = stack.ready_workers()

@@ -15,7 +15,7 @@ TIMEOUT_S = 70.0
 
 
 @dataclass(frozen=True)
-class Reply:
+class TimedReply:
     status: int
     body: Any
     seconds: float
@@ -33,7 +33,7 @@ class Caller:
         self._connection = HTTPConnection(host, port, timeout=timeout_s)
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", **(headers or {})}
 
-    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
+    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> TimedReply:
         """Time from the first byte sent to the last received. Raises OSError, and HTTPException for a broken reply."""
         payload = None if body is None else json.dumps(body).encode()
         began = time.perf_counter()
@@ -45,9 +45,11 @@ class Caller:
             self._connection.close()  # the next call opens it anew
             raise
         seconds = time.perf_counter() - began
-        return Reply(response.status, json.loads(content) if content[:1] in {b"{", b"["} else content.decode(), seconds)
+        return TimedReply(
+            response.status, json.loads(content) if content[:1] in {b"{", b"["} else content.decode(), seconds
+        )
 
-    def must(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
+    def must(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> TimedReply:
         """A call that has to succeed, or the measurement means nothing."""
         reply = self.call(method, path, body)
         if reply.status >= 300:

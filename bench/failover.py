@@ -20,7 +20,7 @@ from itertools import pairwise
 
 from bench.figures import median, summary
 from bench.report import Result
-from bench.scene import BACK_WITHIN_S, Case, Json, Scene, at, each, processor_s, unix
+from bench.scene import BACK_WITHIN_S, Case, Json, RentedPlatform, at, each, processor_s, unix
 from bench.stack import run, running, wait_until
 from orion.manager.domain.clocks import Clocks
 
@@ -50,7 +50,7 @@ SMALLEST = "100MB"
 RUNS_OF_LARGE = 5
 MOVED_WITHIN_S = 300.0
 CASES = ("moved", "killed", "cut", "many", "restarts")
-Measure = Callable[[Scene, int, Result], None]
+Measure = Callable[[RentedPlatform, int, Result], None]
 
 
 def measure(runs: int, chosen: Sequence[str] = CASES, homes: Sequence[str] = tuple(HOMES)) -> Result:
@@ -73,26 +73,26 @@ def measure(runs: int, chosen: Sequence[str] = CASES, homes: Sequence[str] = tup
 
 
 @contextmanager
-def _scene(workers: int, settings: Mapping[str, str], result: Result) -> Iterator[Scene]:
+def _scene(workers: int, settings: Mapping[str, str], result: Result) -> Iterator[RentedPlatform]:
     began = time.monotonic()
     with running(workers, settings, FILES) as stack:
         result.value(f"until {workers} workers are built, up and ready", "s", time.monotonic() - began)
-        yield Scene(stack, workers)
+        yield RentedPlatform(stack, workers)
 
 
-def _timed(case: Measure, scene: Scene, runs: int, result: Result) -> None:
+def _timed(case: Measure, scene: RentedPlatform, runs: int, result: Result) -> None:
     began = time.monotonic()
     case(scene, runs, result)
     result.value("  (all of it, with what is between the runs)", "s", time.monotonic() - began)
 
 
-def _moved(scene: Scene, runs: int, result: Result, homes: Sequence[str]) -> None:
+def _moved(scene: RentedPlatform, runs: int, result: Result, homes: Sequence[str]) -> None:
     """One rental after the other is moved again and again: a renter can do nothing from the hold until it is active."""
     for name in homes:
         _moved_home(scene, runs if name == SMALLEST else min(runs, RUNS_OF_LARGE), result, HOMES[name])
 
 
-def _moved_home(scene: Scene, runs: int, result: Result, home: tuple[int, int]) -> None:
+def _moved_home(scene: RentedPlatform, runs: int, result: Result, home: tuple[int, int]) -> None:
     rental, case, what = scene.rent(), Case(), f"a planned move of {home[0]:,} MB in {home[1]:,} files"
     checksum = scene.fill_with(rental, *home)
     scene.await_copies([rental["id"]])
@@ -114,7 +114,7 @@ def _moved_home(scene: Scene, runs: int, result: Result, home: tuple[int, int]) 
     result.at_most(f"{what}: the longest pause", max(case.seconds), 1, " s")
 
 
-def _killed(scene: Scene, runs: int, result: Result) -> None:
+def _killed(scene: RentedPlatform, runs: int, result: Result) -> None:
     """One rental with 10 MB; its worker is killed, then started again and cleaned before the next run."""
     rental, case = scene.rent(), Case()
     checksum = scene.fill(rental, 100_000)
@@ -144,7 +144,7 @@ def _killed(scene: Scene, runs: int, result: Result) -> None:
     result.at_most("killed, 10 MB: p99", summary(case.seconds).p99, 3, " s")
 
 
-def _jobs(scene: Scene, rental_id: str, epoch: int) -> list[tuple[str, float]]:
+def _jobs(scene: RentedPlatform, rental_id: str, epoch: int) -> list[tuple[str, float]]:
     """When the account was there, when its files were, and when its renter was let in; by the log of the engine."""
     log = scene.ask("GET", f"/api/rentals/{rental_id}/log")["items"]
     marks = []
@@ -157,7 +157,7 @@ def _jobs(scene: Scene, rental_id: str, epoch: int) -> list[tuple[str, float]]:
     return marks
 
 
-def _many_killed(scene: Scene, runs: int, result: Result) -> None:
+def _many_killed(scene: RentedPlatform, runs: int, result: Result) -> None:
     """100 rentals with 100 files on one worker; all others but one are out of service, so all go to that one.
 
     What was killed stays so, and the next to be killed is the one that took them: so no run waits until a worker is
@@ -180,7 +180,7 @@ def _many_killed(scene: Scene, runs: int, result: Result) -> None:
     result.at_most(f"killed with {MANY} rentals: the slowest", max(case.seconds), 15, " s")
 
 
-def _kill_one_with_many(scene: Scene, rental_ids: Sequence[str], killed: str, target: str, case: Case) -> None:
+def _kill_one_with_many(scene: RentedPlatform, rental_ids: Sequence[str], killed: str, target: str, case: Case) -> None:
     hosts, after = scene.workers(), scene.last_event()
     manager, other = scene.stack.container("manager_app"), hosts[target]["hostname"]
     counted = {"the manager": manager, "the worker that takes them": other}
@@ -199,7 +199,7 @@ def _kill_one_with_many(scene: Scene, rental_ids: Sequence[str], killed: str, ta
     case.steps["each of the rentals"] += active
 
 
-def _restarts(scene: Scene, runs: int, result: Result) -> None:
+def _restarts(scene: RentedPlatform, runs: int, result: Result) -> None:
     """Proxy and manager are restarted in turn with 50 rentals; afterwards nothing has moved and nobody was down."""
     rentals = [rental["id"] for rental in each(lambda _: scene.rent(), range(RESTARTED))]
     before, after = [scene.rental(one) for one in rentals], scene.last_event()
@@ -227,14 +227,14 @@ def _restarts(scene: Scene, runs: int, result: Result) -> None:
     result.at_most(f"restarts with {RESTARTED} rentals: migrations and false downs", moved, 0)
 
 
-def _all_ready(scene: Scene) -> bool:
+def _all_ready(scene: RentedPlatform) -> bool:
     try:
         return len(scene.stack.ready_workers()) == scene.number
     except (OSError, RuntimeError):
         return False
 
 
-def _cut_off(scene: Scene, runs: int, result: Result) -> None:
+def _cut_off(scene: RentedPlatform, runs: int, result: Result) -> None:
     """CUT_AT_ONCE workers lose the network, each with a rental, which must stand still before it is anywhere else."""
     case = Case()
     rentals = [scene.rent() for _ in range(WORKERS)]  # one on each: they go where least is used
@@ -253,7 +253,7 @@ def _cut_off(scene: Scene, runs: int, result: Result) -> None:
     result.at_least("cut off: the shortest time from freeze to verdict", min(margins), 0, " s")
 
 
-def _cut(scene: Scene, chosen: Sequence[Json], case: Case) -> None:
+def _cut(scene: RentedPlatform, chosen: Sequence[Json], case: Case) -> None:
     """The workers of these rentals, until all are active elsewhere and the workers are back."""
     after, hosts = scene.last_event(), scene.workers()
     began: dict[str, float] = {}

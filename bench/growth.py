@@ -59,7 +59,7 @@ Measured = dict[str, list[float]]
 
 
 @dataclass
-class Manager:
+class MeasuredManager:
     process: subprocess.Popen[bytes]
     port: int
     admin_token: str
@@ -154,7 +154,7 @@ def _at(size: int, samples: int) -> At:
     return at
 
 
-def _look(manager: Manager, seed: str, size: int, samples: int, at: At) -> None:
+def _look(manager: MeasuredManager, seed: str, size: int, samples: int, at: At) -> None:
     used, began = cpu_s(manager.process.pid), time.monotonic()
     at.values["longest pause, at rest"] = [_longest_pause(manager)]
     at.values["processor, at rest"] = [(cpu_s(manager.process.pid) - used) / (time.monotonic() - began)]
@@ -192,7 +192,7 @@ def _timed_get(door: Caller, path: str) -> float:
     return door.must("GET", path).seconds
 
 
-def _heartbeat(manager: Manager, seed: str, number: int, seq: int) -> float:
+def _heartbeat(manager: MeasuredManager, seed: str, number: int, seq: int) -> float:
     body = {"session_id": pool.session(number), "seq": seq, "inventory": [pool.item(number)], "lease_s": 750.0}
     with manager.caller(pool.token(seed, number)) as agent:
         return agent.must("POST", "/api/heartbeat", body).seconds
@@ -213,7 +213,7 @@ def _calls(one: Callable[[], float], samples: int, at: At) -> list[float]:
     return seconds
 
 
-def _longest_pause(manager: Manager) -> float:
+def _longest_pause(manager: MeasuredManager) -> float:
     """The slowest answer of the plainest route while nothing is asked of it: how long a loop held everybody up."""
     deadline, longest = time.monotonic() + IDLE_S, 0.0
     with manager.caller() as door:
@@ -226,7 +226,7 @@ def _longest_pause(manager: Manager) -> float:
     return longest
 
 
-def _settled(manager: Manager, size: int, at: At) -> list[float]:
+def _settled(manager: MeasuredManager, size: int, at: At) -> list[float]:
     """Seconds from the start until the manager has noted of everybody that it was not heard since; none in time: []."""
     deadline = time.monotonic() + SETTLE_WITHIN_S
     asked = [f"/api/workers/{pool.worker_id(number)}" for number in (0, size // 2, size - 1)]
@@ -240,7 +240,7 @@ def _settled(manager: Manager, size: int, at: At) -> list[float]:
 
 
 @contextmanager
-def _running(place: Path, url: str) -> Iterator[Manager]:
+def _running(place: Path, url: str) -> Iterator[MeasuredManager]:
     admin = make_token("admin", "admin")
     reading, writing = os.pipe()
     with os.fdopen(writing, "w") as pipe:
@@ -260,7 +260,7 @@ def _running(place: Path, url: str) -> Iterator[Manager]:
             [sys.executable, "-m", "bench.manager"], env=environment, pass_fds=(reading,), stdout=output, stderr=output
         )
     os.close(reading)
-    manager = Manager(process, port, admin, said)
+    manager = MeasuredManager(process, port, admin, said)
     try:
         _await_answer(manager)
         manager.started_s = time.monotonic() - began
@@ -270,7 +270,7 @@ def _running(place: Path, url: str) -> Iterator[Manager]:
         process.wait()
 
 
-def _await_answer(manager: Manager) -> None:
+def _await_answer(manager: MeasuredManager) -> None:
     deadline = time.monotonic() + START_WITHIN_S
     while True:
         if manager.process.poll() is not None or time.monotonic() > deadline:

@@ -24,7 +24,7 @@ from bench.calls import Caller
 from bench.figures import median
 from bench.processes import cpu_s
 from bench.report import Result, Row
-from bench.stack import ROOT, Stack, run, running, wait_until
+from bench.stack import ROOT, BenchStack, run, running, wait_until
 
 ROUNDS = 3
 CONNECTIONS = 48
@@ -55,7 +55,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Round:
+class HeartbeatRound:
     """What took turns: the constant, heartbeats over kept connections and over new ones, and rents, in seconds."""
 
     constant: Load
@@ -74,7 +74,7 @@ def measure(workers: int, load_s: float) -> Result:
         settings = {"BENCH_WORKERS": str(workers), "BENCH_SEED": seed, "BENCH_LIMITS": str(_limits(Path(folder)))}
         told = Path(folder) / "workers.tsv"
         told.write_text("".join(f"{line}\n" for line in _lines(seed, workers)))
-        with running(0, settings, ("bench/heartbeats.yml",)) as stack, Agent(stack, seed, workers) as agent:
+        with running(0, settings, ("bench/heartbeats.yml",)) as stack, RentingAgent(stack, seed, workers) as agent:
             _warm_up(stack, told, workers)
             suspects = _suspected(stack)
             rounds = [_round(stack, agent, told, load_s, number) for number in range(ROUNDS)]
@@ -83,10 +83,10 @@ def measure(workers: int, load_s: float) -> Result:
     return result
 
 
-class Agent:
+class RentingAgent:
     """The one worker with free slots, whose inventory changes: it calls home in earnest, as often as clocks ask."""
 
-    def __init__(self, stack: Stack, seed: str, number: int) -> None:
+    def __init__(self, stack: BenchStack, seed: str, number: int) -> None:
         self._stack = stack
         self._number = number
         self._token = pool.token(seed, number)
@@ -95,7 +95,7 @@ class Agent:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Agent:
+    def __enter__(self) -> RentingAgent:
         self._thread.start()
         return self
 
@@ -157,7 +157,7 @@ def _lines(seed: str, workers: int) -> list[str]:
     return [line(number) for number in range(workers)]
 
 
-def _warm_up(stack: Stack, told: Path, workers: int) -> None:
+def _warm_up(stack: BenchStack, told: Path, workers: int) -> None:
     """Heartbeats until nobody is unknown any more: after its start the manager has heard nobody."""
     number = count(1)
 
@@ -169,16 +169,16 @@ def _warm_up(stack: Stack, told: Path, workers: int) -> None:
     wait_until("the simulated workers are ready", ready, READY_WITHIN_S)
 
 
-def _round(stack: Stack, agent: Agent, told: Path, load_s: float, number: int) -> Round:
+def _round(stack: BenchStack, agent: RentingAgent, told: Path, load_s: float, number: int) -> HeartbeatRound:
     part = 10_000 * (2 * number + 1)
     _, quiet = _rents_during(agent, lambda: time.sleep(load_s / 2))
     constant = _wrk(stack, 8081, told, 0, load_s / 2)
     beats, loaded = _rents_during(agent, partial(_wrk, stack, 80, told, part, load_s))
     anew = _wrk(stack, 80, told, part + 10_000, load_s / 2, "Connection: close")
-    return Round(constant, beats, anew, quiet, loaded)
+    return HeartbeatRound(constant, beats, anew, quiet, loaded)
 
 
-def _rents_during(agent: Agent, work: Callable[[], T]) -> tuple[T, list[float]]:
+def _rents_during(agent: RentingAgent, work: Callable[[], T]) -> tuple[T, list[float]]:
     over = threading.Event()
     with ThreadPoolExecutor(1) as aside:
         rents = aside.submit(agent.rents, over)
@@ -189,7 +189,7 @@ def _rents_during(agent: Agent, work: Callable[[], T]) -> tuple[T, list[float]]:
         return done, rents.result()
 
 
-def _wrk(stack: Stack, port: int, told: Path, part: int, seconds: float, *headers: str) -> Load:
+def _wrk(stack: BenchStack, port: int, told: Path, part: int, seconds: float, *headers: str) -> Load:
     """`part`: each run's numbers begin above those of the run before. `headers`: one line for all requests."""
     pids = {"proxy": stack.pid("manager_proxy"), "manager": stack.pid("manager_app")}
     before = {name: cpu_s(pid) for name, pid in pids.items()}
@@ -214,18 +214,18 @@ def _wrk(stack: Stack, port: int, told: Path, part: int, seconds: float, *header
     )
 
 
-def _workers(stack: Stack) -> dict[str, int]:
+def _workers(stack: BenchStack) -> dict[str, int]:
     with stack.caller() as door:
         found: dict[str, int] = door.must("GET", "/api/status").body["workers"]
     return found
 
 
-def _suspected(stack: Stack) -> int:
+def _suspected(stack: BenchStack) -> int:
     """Workers that are not ready; of those that were before, each is one that was suspected without reason."""
     return sum(number for health, number in _workers(stack).items() if health != "ready")
 
 
-def _tell(result: Result, rounds: list[Round], suspects: int) -> None:
+def _tell(result: Result, rounds: list[HeartbeatRound], suspects: int) -> None:
     constant = [one.constant for one in rounds]
     beats, anew = [one.beats for one in rounds], [one.anew for one in rounds]
     _row(result, "one heartbeat", beats)

@@ -27,7 +27,7 @@ from bench.calls import Caller
 from bench.figures import percentile
 from bench.report import Result
 from bench.sessions import as_its_renter, key_pair, rent, through_the_door
-from bench.stack import ROOT, Stack, running
+from bench.stack import ROOT, BenchStack, running
 
 RENTALS = 6
 BUSY = 50
@@ -104,7 +104,7 @@ def echoes(typist: Typist, keys: int) -> list[float]:
 
 
 @contextmanager
-def _page(stack: Stack, door: Caller, rental: dict[str, Any]) -> Iterator[Typist]:
+def _page(stack: BenchStack, door: Caller, rental: dict[str, Any]) -> Iterator[Typist]:
     address, subprotocols = _terminal(stack, door, rental)
     with connect(address, subprotocols=subprotocols, compression=None) as page:
         typist = Typist(page.send, lambda within_s: _shown(page, within_s))
@@ -126,7 +126,7 @@ def _shown(page: ClientConnection, within_s: float) -> bytes:
 
 
 @contextmanager
-def ssh_typist(stack: Stack, door: Caller, rental: dict[str, Any], key: str) -> Iterator[Typist]:
+def ssh_typist(stack: BenchStack, door: Caller, rental: dict[str, Any], key: str) -> Iterator[Typist]:
     """Open a terminal by ssh, as on a renter's machine, here on the host."""
     authority = door.must("GET", "/api/ssh-authority").body["known_hosts"]
     token = stack.folder / "token"
@@ -162,14 +162,14 @@ def _read(process: subprocess.Popen[bytes], within_s: float) -> bytes:
     return os.read(process.stdout.fileno(), 1 << 16)
 
 
-def _terminal(stack: Stack, door: Caller, rental: dict[str, Any]) -> tuple[str, list[Subprotocol]]:
+def _terminal(stack: BenchStack, door: Caller, rental: dict[str, Any]) -> tuple[str, list[Subprotocol]]:
     path = f"/api/rentals/{rental['id']}/terminal"
     ticket = door.must("POST", path).body["ticket"]
     return f"ws://127.0.0.1:{stack.http_port}{path}", [SUBPROTOCOL, Subprotocol(ticket)]
 
 
 @contextmanager
-def busy_terminals(stack: Stack, rentals: list[dict[str, Any]]) -> Iterator[None]:
+def busy_terminals(stack: BenchStack, rentals: list[dict[str, Any]]) -> Iterator[None]:
     """Keep BUSY terminals of browsers open, in which a program prints all the time, and read them."""
     asked = {"port": stack.http_port, "token": stack.token, "rentals": rentals}
     command = [sys.executable, "-m", "bench.keystrokes"]

@@ -13,10 +13,10 @@ from itertools import pairwise
 from typing import Any
 
 from bench.baselines import DEFAULTS, Baselines, baselines
-from bench.calls import Caller, Reply
+from bench.calls import Caller, TimedReply
 from bench.figures import median, summary
 from bench.report import Result
-from bench.stack import ROOT, Stack, running
+from bench.stack import ROOT, BenchStack, running
 from orion.cli.shell import SshRequest, ssh_arguments
 from orion.client.sdk import Orion
 from orion.wire import Rental
@@ -39,10 +39,10 @@ class Way:
     steps: dict[str, list[float]]
 
 
-class Renter:
+class BenchRenter:
     """Somebody with a key who rents, gets in, and releases."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: BenchStack) -> None:
         self._stack = stack
         self._key = stack.folder / "id_ed25519"
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self._key], check=True)
@@ -53,7 +53,7 @@ class Renter:
         with Orion.at(f"http://127.0.0.1:{stack.http_port}", stack.token) as orion:
             self._authority = orion.ssh_authority().known_hosts
 
-    def rent(self, door: Caller) -> Reply:
+    def rent(self, door: Caller) -> TimedReply:
         reply = door.call("POST", "/api/rent", {"ssh_public_key": self.public_key, "wait_s": 50})
         if reply.status != 201:
             raise RuntimeError(f"a rent was answered with {reply.status}: {reply.body}")
@@ -80,12 +80,12 @@ def measure(rounds: int, budget_s: float) -> Result:
     """Measure rents in turn with the baselines; the rounds end after `budget_s` seconds."""
     result = Result("rent", "One rent, from the request through the proxy to the 201")
     with running(3, {"ORION_SLOTS": "8"}) as stack:
-        renter = Renter(stack)
+        renter = BenchRenter(stack)
         _tell(result, _interleaved(stack, renter, rounds, budget_s))
     return result
 
 
-def _interleaved(stack: Stack, renter: Renter, rounds: int, budget_s: float) -> Way:
+def _interleaved(stack: BenchStack, renter: BenchRenter, rounds: int, budget_s: float) -> Way:
     """Rent, warm ssh, and now and then a stock playbook, one after the other, so that all see the same machine."""
     way = Way([], [], [], [], defaultdict(list))
     aside = stack.ready_workers()[-1]
@@ -115,7 +115,7 @@ def _interleaved(stack: Stack, renter: Renter, rounds: int, budget_s: float) -> 
     return way
 
 
-def _round(renter: Renter, door: Caller, without: Baselines, aside: dict[str, Any], way: Way) -> None:
+def _round(renter: BenchRenter, door: Caller, without: Baselines, aside: dict[str, Any], way: Way) -> None:
     began = time.time()
     reply = renter.rent(door)
     ended = began + reply.seconds

@@ -15,9 +15,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench.rent import Renter
+from bench.rent import BenchRenter
 from bench.report import Result
-from bench.stack import Stack, run, wait_until
+from bench.stack import BenchStack, run, wait_until
 
 HOME = "mkdir -p files; for one in $(seq 100); do head -c {bytes} /dev/urandom > files/$one; done"
 CHECKSUM = "find files -type f | sort | xargs -r sha256sum | sha256sum | cut -c 1-64"
@@ -69,10 +69,10 @@ def each(do: Callable[[A], B], several: Iterable[A]) -> list[B]:
         return list(threads.map(do, several))
 
 
-class Scene:
-    def __init__(self, stack: Stack, workers: int) -> None:
+class RentedPlatform:
+    def __init__(self, stack: BenchStack, workers: int) -> None:
         self.stack = stack
-        self.renter = Renter(stack)
+        self.renter = BenchRenter(stack)
         self.number = workers
         self._last_event = 0
 

@@ -19,7 +19,7 @@ from bench.calls import Caller
 from bench.figures import median
 from bench.processes import family, memory_mb
 from bench.report import Result
-from bench.stack import Stack, running, wait_until
+from bench.stack import BenchStack, running, wait_until
 from orion.login import Login
 from orion.ssh_client import frames, stream
 from orion.ssh_command import pinned_authority_arguments, pinned_host_arguments
@@ -35,7 +35,9 @@ SETTLED_S = 2.0
 class Ways:
     """The same rental, directly and through the door."""
 
-    def __init__(self, stack: Stack, rental: dict[str, Any], worker: dict[str, Any], authority: str, key: str) -> None:
+    def __init__(
+        self, stack: BenchStack, rental: dict[str, Any], worker: dict[str, Any], authority: str, key: str
+    ) -> None:
         self._rental = rental
         self._worker = worker
         self._authority = authority
@@ -108,7 +110,7 @@ def _copies(result: Result, inside: Baselines, ways: Ways, rounds: int) -> None:
     result.value("scp through the door over directly, TLS", "", median(secure) / median(direct))
 
 
-def _idle(result: Result, stack: Stack, rentals: list[dict[str, Any]]) -> None:
+def _idle(result: Result, stack: BenchStack, rentals: list[dict[str, Any]]) -> None:
     """Sessions that stand at sshd's greeting: what the manager keeps of one does not depend on what it carries."""
     account = Login(f"http://127.0.0.1:{stack.http_port}", stack.token)
     manager = _manager(stack)
@@ -140,7 +142,7 @@ def _session(account: Login, rental_id: str) -> Any:
     return connection
 
 
-def _manager(stack: Stack) -> int:
+def _manager(stack: BenchStack) -> int:
     for pid in family(stack.pid("manager_app")):
         with suppress(OSError):
             if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:3] == [b"-m", b"orion.manager.main"]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench.figures import summary
 from bench.report import Result, Row
-from bench.scene import Json, Scene, processor_s, unix
+from bench.scene import Json, RentedPlatform, processor_s, unix
 from bench.stack import running
 
 PROGRAM = Path(__file__).with_name("inside_rental.py")
@@ -37,7 +37,7 @@ Case = tuple[int, float]
 
 
 @dataclass
-class Watched:
+class WriterMeasurement:
     """The gaps and the costs that were seen while a program wrote for `seconds`."""
 
     seconds: float
@@ -60,7 +60,7 @@ def measure(sizes: Sequence[int], seconds: float, interval_s: float) -> Result:
     result = Result("snapshots", f"Snapshots of homes that are written to, every {interval_s:g} s")
     cases = [(size, rate) for size in sizes for rate in RATES_MB_S]
     with running(WORKERS, {"ORION_SNAPSHOT_INTERVAL_S": f"{NEVER_S:g}"}) as stack:
-        scene = Scene(stack, WORKERS)
+        scene = RentedPlatform(stack, WORKERS)
         without = _watch_all(scene, cases, seconds, copying=False)
         stack.change(ORION_SNAPSHOT_INTERVAL_S=f"{interval_s:g}")
         copied = _watch_all(scene, cases, seconds, copying=True)
@@ -77,8 +77,10 @@ def longest_each(gaps: Sequence[Gap], bounds: Sequence[float]) -> list[float]:
     ]
 
 
-def _watch_all(scene: Scene, cases: Sequence[Case], seconds: float, copying: bool) -> dict[Case, Watched]:
-    found: dict[Case, Watched] = {}
+def _watch_all(
+    scene: RentedPlatform, cases: Sequence[Case], seconds: float, copying: bool
+) -> dict[Case, WriterMeasurement]:
+    found: dict[Case, WriterMeasurement] = {}
     for size in dict.fromkeys(size for size, _ in cases):
         rental = scene.rent()
         scene.renter.runs(rental, _program("fill", size, size), MORE_S)
@@ -91,7 +93,7 @@ def _watch_all(scene: Scene, cases: Sequence[Case], seconds: float, copying: boo
     return found
 
 
-def _watch(scene: Scene, rental: Json, case: Case, seconds: float) -> Watched:
+def _watch(scene: RentedPlatform, rental: Json, case: Case, seconds: float) -> WriterMeasurement:
     manager, worker = scene.stack.container("manager_app"), scene.workers()[rental["worker_id"]]["hostname"]
     before = processor_s(manager), processor_s(worker)
     copied: set[float] = set()
@@ -105,14 +107,14 @@ def _watch(scene: Scene, rental: Json, case: Case, seconds: float) -> Watched:
             time.sleep(LOOK_EVERY_S)
         gaps = [(at, length) for at, length in json.loads(at_work.result())]
     used = processor_s(manager) - before[0], processor_s(worker) - before[1]
-    return Watched(seconds, gaps, *used, sorted(copied), ages)
+    return WriterMeasurement(seconds, gaps, *used, sorted(copied), ages)
 
 
 def _program(*arguments: object) -> str:
     return shlex.join(["python3", "-c", PROGRAM.read_text(), *map(str, arguments)])
 
 
-def _tell(result: Result, case: Case, without: Watched, copied: Watched, interval_s: float) -> None:
+def _tell(result: Result, case: Case, without: WriterMeasurement, copied: WriterMeasurement, interval_s: float) -> None:
     label = f"{case[0]:,} MB, {case[1]:g} MB/s"
     rounds = len(copied.copied_at) - 1
     if rounds < 1:

@@ -28,7 +28,7 @@ class NotReady(Exception):
     """Something that the measurement needs did not come."""
 
 
-class Stack:
+class BenchStack:
     def __init__(self, folder: Path, settings: Mapping[str, str], files: tuple[str, ...]) -> None:
         self.folder = folder
         self.subnet = _free_subnet()
@@ -128,10 +128,10 @@ class Stack:
 
 
 @contextmanager
-def running(workers: int, settings: Mapping[str, str], files: tuple[str, ...] = ()) -> Iterator[Stack]:
+def running(workers: int, settings: Mapping[str, str], files: tuple[str, ...] = ()) -> Iterator[BenchStack]:
     """A platform of its own with so many ready workers. `files`: more compose files, from the repository's root."""
     with tempfile.TemporaryDirectory(prefix="orion-bench-") as folder:
-        stack = Stack(Path(folder), settings, files)
+        stack = BenchStack(Path(folder), settings, files)
         try:
             stack.up(workers)
             yield stack

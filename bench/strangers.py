@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 from bench.calls import Caller
 from bench.figures import percentile
 from bench.keystrokes import BUSY, READY, RENTALS, Typist, busy_terminals, doubts, echoes, ssh_typist
-from bench.rent import Renter
+from bench.rent import BenchRenter
 from bench.report import Result
 from bench.scene import processor_s
 from bench.sessions import key_pair, rent
-from bench.stack import ROOT, Stack, running
+from bench.stack import ROOT, BenchStack, running
 
 MANY = 8
 """Addresses: more than it takes to hold all connections that visitors may have."""
@@ -183,7 +183,7 @@ def attacking(attack: Attack, to: tuple[str, int], sources: Sequence[str]) -> It
 
 
 @dataclass
-class Inside:
+class InsiderTimes:
     """Measurements of those who are inside, in seconds."""
 
     keys: list[float] = field(default_factory=list)
@@ -203,7 +203,7 @@ def measure(keys: int) -> Result:
     ):
         key = key_pair(stack.folder)
         rentals = [rent(door, key.with_suffix(".pub").read_text().strip()) for _ in range(RENTALS)]
-        renter = Renter(stack)
+        renter = BenchRenter(stack)
         with ssh_typist(stack, door, rentals[1], str(key)) as typist, busy_terminals(stack, rentals):
             _case(result, stack, renter, typist, keys, "without an attack", None)
             elsewhere = {"attack": "bodies", "to": ("127.0.0.1", NOBODYS_PORT), "sources": sources}
@@ -230,14 +230,14 @@ def _cases() -> list[tuple[str, str, int]]:
 
 def _case(
     result: Result,
-    stack: Stack,
-    renter: Renter,
+    stack: BenchStack,
+    renter: BenchRenter,
     typist: Typist,
     keys: int,
     name: str,
     unknown_rentals: dict[str, Any] | None,
-) -> Inside:
-    inside, ending = Inside(), threading.Event()
+) -> InsiderTimes:
+    inside, ending = InsiderTimes(), threading.Event()
     with stack.caller() as door, _process(unknown_rentals, lambda: door.must("GET", "/healthz")):
         renting = threading.Thread(target=_rent_each_second, args=(door, renter, inside, ending))
         coming = threading.Thread(target=_come_each_second, args=(stack, inside, ending))
@@ -265,7 +265,7 @@ def _case(
     return inside
 
 
-def _compare(result: Result, name: str, alone: Inside, found: Inside) -> None:
+def _compare(result: Result, name: str, alone: InsiderTimes, found: InsiderTimes) -> None:
     result.at_most(f"{name}: p99 of a key over that with an attack on nobody", _over(found.keys, alone.keys), 2)
     result.at_most(f"{name}: p99 of a rent over that with an attack on nobody", _over(found.rents, alone.rents), 2)
     result.at_most(f"{name}: failed rents", found.failed, 0)
@@ -296,7 +296,7 @@ def _process(unknown_rentals: dict[str, Any] | None, before: Callable[[], object
             process.kill()
 
 
-def _rent_each_second(door: Caller, renter: Renter, inside: Inside, ending: threading.Event) -> None:
+def _rent_each_second(door: Caller, renter: BenchRenter, inside: InsiderTimes, ending: threading.Event) -> None:
     """Rent and release by a connection that is open already."""
     while not ending.is_set():
         began = time.monotonic()
@@ -309,7 +309,7 @@ def _rent_each_second(door: Caller, renter: Renter, inside: Inside, ending: thre
         ending.wait(max(0.0, 1 - (time.monotonic() - began)))
 
 
-def _come_each_second(stack: Stack, inside: Inside, ending: threading.Event) -> None:
+def _come_each_second(stack: BenchStack, inside: InsiderTimes, ending: threading.Event) -> None:
     while not ending.wait(1):
         began = time.monotonic()
         with Caller("127.0.0.1", stack.http_port, stack.token, timeout_s=10) as door:

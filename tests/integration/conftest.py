@@ -16,9 +16,9 @@ from worker_support import (
     IMAGE,
     PREFIX,
     ROOT,
-    Network,
     SmallManager,
     Worker,
+    WorkerNetwork,
     docker,
     join_directory,
     make_key,
@@ -55,9 +55,9 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def network(worker_image: str) -> Iterator[Network]:
+def network(worker_image: str) -> Iterator[WorkerNetwork]:
     prefix = f"10.{20 + secrets.randbelow(70)}.{secrets.randbelow(256)}"  # the proxies' and e2e's are elsewhere
-    made = Network(PREFIX, f"{prefix}.0/24", f"{prefix}.1")
+    made = WorkerNetwork(PREFIX, f"{prefix}.0/24", f"{prefix}.1")
     docker("network", "create", "--subnet", made.subnet, "--gateway", made.gateway, made.name)
     yield made
     docker("network", "rm", made.name)
@@ -70,13 +70,13 @@ def join(folder: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def shared_manager(network: Network, folder: Path) -> Iterator[SmallManager]:
+def shared_manager(network: WorkerNetwork, folder: Path) -> Iterator[SmallManager]:
     with serving(SmallManager(make_key(folder)), network.gateway) as manager:
         yield manager
 
 
 @pytest.fixture(scope="session")
-def pair(network: Network, shared_manager: SmallManager, join: Path) -> Iterator[tuple[Worker, Worker]]:
+def pair(network: WorkerNetwork, shared_manager: SmallManager, join: Path) -> Iterator[tuple[Worker, Worker]]:
     """Two neighbours, for the tests that make rentals of their own and do not restart anything."""
     with (
         worker(network, shared_manager, join, slots=4) as first,
@@ -104,7 +104,7 @@ def roommate(host: Worker, folder: Path) -> Rental:
 
 
 @pytest.fixture
-def manager(network: Network, folder: Path) -> Iterator[SmallManager]:
+def manager(network: WorkerNetwork, folder: Path) -> Iterator[SmallManager]:
     """One for a single test, which may script it."""
     with serving(SmallManager(make_key(folder)), network.gateway) as made:
         yield made

@@ -213,7 +213,7 @@ def proxy(app_host: int, tls_directory: Path | None = None, trusts_outer: bool =
         running.down()
 
 
-class Manager:
+class EchoManager:
     """A manager that tells what it was asked (ASGI under uvicorn, as the real one)."""
 
     def __init__(self, address: str) -> None:

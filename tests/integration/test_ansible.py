@@ -21,9 +21,9 @@ from ansible_contract import OTHER_KEY, Bench, EngineContract, ReachContract, ac
 from support.containers import pause
 from worker_support import (
     ROOT,
-    Network,
     SmallManager,
     Worker,
+    WorkerNetwork,
     docker,
     make_key,
     serving,
@@ -104,13 +104,13 @@ class RealBench(Bench):
 
 
 @pytest.fixture(scope="module")
-def calm_manager(network: Network, folder: Path) -> Iterator[SmallManager]:
+def calm_manager(network: WorkerNetwork, folder: Path) -> Iterator[SmallManager]:
     with serving(SmallManager(make_key(folder)), network.gateway) as manager:
         yield manager
 
 
 @pytest.fixture(scope="module")
-def mine(network: Network, calm_manager: SmallManager, join: Path) -> Iterator[Worker]:
+def mine(network: WorkerNetwork, calm_manager: SmallManager, join: Path) -> Iterator[Worker]:
     """Not one that other tests share: these pause it."""
     with worker(network, calm_manager, join) as made:
         made.wait_registered()
@@ -118,7 +118,7 @@ def mine(network: Network, calm_manager: SmallManager, join: Path) -> Iterator[W
 
 
 @pytest.fixture(scope="module")
-def second(network: Network, calm_manager: SmallManager, join: Path) -> Iterator[Worker]:
+def second(network: WorkerNetwork, calm_manager: SmallManager, join: Path) -> Iterator[Worker]:
     with worker(network, calm_manager, join, slots=4) as made:
         made.wait_registered()
         yield made

@@ -138,7 +138,7 @@ TRUSTED, LIKE_A_WORKER = 50, 51
 """The last parts of two addresses in orion_net: of an outer proxy that is trusted, and of one that is not."""
 
 
-class Inside:
+class LegitimateUser:
     """Somebody behind an outer proxy, with an open session and calls, and what the longest of either took."""
 
     def __init__(self, url: str) -> None:
@@ -198,7 +198,7 @@ def under(
     limit_kib = int(re.findall(r"in (\d+) MiB", door.logs())[-1]) * 1024
     with outer_proxy(door, caller) as url, attacked.client() as admin:
         stream = admin.stream("GET", "/api/events", headers={"Accept": "text/event-stream"})
-        someone = Inside(url)
+        someone = LegitimateUser(url)
         with stream as events, someone.at_work():
             lines = events.iter_lines()
             next(lines)
@@ -273,7 +273,7 @@ def test_frames_of_http_2_without_an_end_disturb_nobody_and_take_no_memory(
 
     before, before_kib = workers_of_nginx(door), memory_kib(door)
     with outer_proxy(door) as url, ThreadPoolExecutor(4) as attackers:
-        someone = Inside(url)
+        someone = LegitimateUser(url)
         with someone.at_work():
             attacks = [attackers.submit(send) for _ in range(4)]
             try:

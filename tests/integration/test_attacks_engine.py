@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from ansible_contract import account, assert_done, new_job
 from test_ansible import Process, RealBench
-from worker_support import Network, SmallManager, Worker, wait_until, worker
+from worker_support import SmallManager, Worker, WorkerNetwork, wait_until, worker
 
 from orion.manager.ansible.port import Job, Outcome
 from orion.manager.ssh.port import Host, Reached
@@ -104,7 +104,7 @@ class Evil:
 
 
 @pytest.fixture(scope="module")
-def evil(network: Network, shared_manager: SmallManager, join: Path) -> Iterator[Evil]:
+def evil(network: WorkerNetwork, shared_manager: SmallManager, join: Path) -> Iterator[Evil]:
     with worker(network, shared_manager, join) as made:
         made.wait_registered()
         yield Evil(made)

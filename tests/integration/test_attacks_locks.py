@@ -14,7 +14,7 @@ import pytest
 from rental_support import Rental, new_rental
 from snapshot_support import home_of, snapshot_service
 from test_identity import let_in
-from worker_support import ROOT, Network, SmallManager, Worker, worker
+from worker_support import ROOT, SmallManager, Worker, WorkerNetwork, worker
 
 from orion.manager.domain.snapshot_plan import SnapshotLimits
 
@@ -109,7 +109,7 @@ class Observed:
 
 @pytest.fixture(scope="module")
 def observed(
-    network: Network, shared_manager: SmallManager, join: Path, tmp_path_factory: pytest.TempPathFactory
+    network: WorkerNetwork, shared_manager: SmallManager, join: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Observed]:
     place = tmp_path_factory.mktemp("noting")
     (place / "noting.py").write_text(NOTE)
@@ -221,7 +221,7 @@ while True:
 
 
 def test_a_renter_who_is_alone_locks_all_and_fills_its_processes_is_carried_and_released_all_the_same(
-    network: Network, shared_manager: SmallManager, join: Path, folder: Path
+    network: WorkerNetwork, shared_manager: SmallManager, join: Path, folder: Path
 ) -> None:
     """A worker of one slot: what is frozen, copied, salvaged and purged is the attacker's own."""
     with worker(network, shared_manager, join, slots=1) as on, snapshot_service(folder, shared_manager.key) as real:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from rental_support import Rental, new_rental
-from worker_support import Key, Network, SmallManager, Worker, docker, wait_until, worker
+from worker_support import Key, SmallManager, Worker, WorkerNetwork, docker, wait_until, worker
 
 TRY_TO = """
 import ctypes, os, socket, sys
@@ -181,7 +181,7 @@ def test_the_neighbourhood_is_closed_to_renters(rental: Rental) -> None:
     ],
 )
 def test_a_renter_reaches_what_the_operator_opens_and_never_the_machine_that_is_told(
-    network: Network, shared_manager: SmallManager, join: Path, folder: Path, machine: tuple[str, int],
+    network: WorkerNetwork, shared_manager: SmallManager, join: Path, folder: Path, machine: tuple[str, int],
     egress: str, is_told: bool, reaches: list[str],
 ) -> None:  # fmt: skip
     address, port = machine
@@ -201,7 +201,7 @@ def test_a_renter_reaches_what_the_operator_opens_and_never_the_machine_that_is_
     + [("ORION_HOST_ADDRESSES", "example.org")],
 )
 def test_what_says_nothing_about_where_a_renter_may_go_ends_the_worker(
-    network: Network, shared_manager: SmallManager, join: Path, name: str, value: str
+    network: WorkerNetwork, shared_manager: SmallManager, join: Path, name: str, value: str
 ) -> None:
     with worker(network, shared_manager, join, "--env", f"{name}={value}") as made:
         wait_until(lambda: docker("inspect", "-f", "{{.State.Status}}", made.name).strip() == "exited", "it ends")
@@ -383,7 +383,7 @@ while libc.inotify_init() >= 0: pass
 
 
 @pytest.fixture
-def small(network: Network, shared_manager: SmallManager, join: Path) -> Iterator[Worker]:
+def small(network: WorkerNetwork, shared_manager: SmallManager, join: Path) -> Iterator[Worker]:
     """A worker whose homes are a disk of 16 MB."""
     with worker(network, shared_manager, join, "--tmpfs=/home:mode=0755,size=16m", slots=2) as made:
         made.wait_registered()

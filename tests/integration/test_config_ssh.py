@@ -28,7 +28,7 @@ THEIRS = b"# mine\r\nHost *\n  User somebody\n  ServerAliveInterval 60\n\nHost w
 AUTHORITY = f"@cert-authority *.orion {HOST_KEY}"
 
 
-class Machine:
+class RenterMachine:
     """The home of a user with a login, and this machine's ssh."""
 
     def __init__(self, home: Path) -> None:
@@ -88,16 +88,16 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
+def machine(tmp_path: Path) -> Iterator[RenterMachine]:
     (tmp_path / ".ssh").mkdir(mode=0o700)
-    made = Machine(tmp_path)
+    made = RenterMachine(tmp_path)
     made.config.write_bytes(THEIRS)
     made.config.chmod(0o644)
     yield made
     made.platform.stop()
 
 
-def test_plain_ssh_reaches_a_rental_by_its_name_or_id_with_every_host_verified(machine: Machine) -> None:
+def test_plain_ssh_reaches_a_rental_by_its_name_or_id_with_every_host_verified(machine: RenterMachine) -> None:
     machine.orion("config-ssh")
     for host in ("box.orion", "abcdefgh23.orion"):
         asked = machine.asks(host)
@@ -110,13 +110,13 @@ def test_plain_ssh_reaches_a_rental_by_its_name_or_id_with_every_host_verified(m
         assert known.read_text() == f"{AUTHORITY}\n"
 
 
-def test_the_earlier_configuration_still_applies_to_all_other_hosts(machine: Machine) -> None:
+def test_the_earlier_configuration_still_applies_to_all_other_hosts(machine: RenterMachine) -> None:
     before = [machine.asks(host) for host in ("work", "elsewhere.example", "orion")]
     machine.orion("config-ssh")
     assert [machine.asks(host) for host in ("work", "elsewhere.example", "orion")] == before
 
 
-def test_the_command_can_be_repeated_and_undone_without_a_trace(machine: Machine) -> None:
+def test_the_command_can_be_repeated_and_undone_without_a_trace(machine: RenterMachine) -> None:
     machine.orion("config-ssh")
     once = machine.config.read_bytes()
     assert once.endswith(THEIRS)
@@ -131,7 +131,7 @@ def test_the_command_can_be_repeated_and_undone_without_a_trace(machine: Machine
     assert machine.config.read_bytes() == THEIRS
 
 
-def test_a_dry_run_shows_what_would_change_and_changes_nothing(machine: Machine) -> None:
+def test_a_dry_run_shows_what_would_change_and_changes_nothing(machine: RenterMachine) -> None:
     shown = machine.orion("config-ssh", "--dry-run")
     assert "+Include" in shown
     assert machine.config.read_bytes() == THEIRS
@@ -139,7 +139,7 @@ def test_a_dry_run_shows_what_would_change_and_changes_nothing(machine: Machine)
     assert machine.platform.calls == []
 
 
-def test_a_link_stays_a_link_and_a_missing_file_is_made_for_its_owner_alone(machine: Machine) -> None:
+def test_a_link_stays_a_link_and_a_missing_file_is_made_for_its_owner_alone(machine: RenterMachine) -> None:
     kept = machine.home / "dotfiles"
     machine.config.rename(kept)
     machine.config.symlink_to(kept)
@@ -152,7 +152,7 @@ def test_a_link_stays_a_link_and_a_missing_file_is_made_for_its_owner_alone(mach
     assert machine.asks("box.orion")["user"] == "r-abcdefgh23"
 
 
-def test_a_rental_that_was_made_elsewhere_is_looked_up_when_ssh_needs_it(machine: Machine) -> None:
+def test_a_rental_that_was_made_elsewhere_is_looked_up_when_ssh_needs_it(machine: RenterMachine) -> None:
     machine.has_key_of("abcdefgh23")
     machine.orion("config-ssh")
     machine.rentals(rental(), rental(id="another234", name="web", username="r-another234"))
@@ -162,7 +162,7 @@ def test_a_rental_that_was_made_elsewhere_is_looked_up_when_ssh_needs_it(machine
     assert machine.asks("web.orion")["user"] == "r-another234"
 
 
-def test_an_unknown_name_ends_ssh_with_a_message(machine: Machine) -> None:
+def test_an_unknown_name_ends_ssh_with_a_message(machine: RenterMachine) -> None:
     machine.orion("config-ssh")
     asked = machine.asks("nothing.orion")
     assert asked["proxycommand"].endswith("orion.connect --unknown")
@@ -172,14 +172,14 @@ def test_an_unknown_name_ends_ssh_with_a_message(machine: Machine) -> None:
     assert done.returncode == 255
 
 
-def test_a_name_of_two_other_people_is_configured_for_neither(machine: Machine) -> None:
+def test_a_name_of_two_other_people_is_configured_for_neither(machine: RenterMachine) -> None:
     machine.rentals(rental(owner="carol"), rental(id="another234", username="r-another234", owner="bob"))
     machine.orion("config-ssh")
     assert "--unknown" in machine.asks("box.orion")["proxycommand"]
     assert machine.asks("another234.orion")["user"] == "r-another234"
 
 
-def test_an_admins_own_rental_goes_before_others_of_its_name(machine: Machine) -> None:
+def test_an_admins_own_rental_goes_before_others_of_its_name(machine: RenterMachine) -> None:
     """`orion show` and `orion ssh` choose the same rental."""
     machine.rentals(rental(id="another234", username="r-another234", owner="bob"), rental(owner="ada"))
     machine.has_key_of("abcdefgh23")
@@ -201,7 +201,7 @@ def test_an_own_rental_is_known_however_many_others_there_are(monkeypatch: pytes
     assert {one["id"] for one in others} == {"another234"}
 
 
-def test_an_own_rental_lends_its_certificate_to_no_other_of_its_name(machine: Machine) -> None:
+def test_an_own_rental_lends_its_certificate_to_no_other_of_its_name(machine: RenterMachine) -> None:
     """`orion ssh` with the other rental's id uses the host name that both rentals have."""
     machine.rentals(rental(id="another234", username="r-another234", owner="bob"), rental(owner="ada"))
     machine.orion("config-ssh")
@@ -225,7 +225,7 @@ def test_whatever_a_path_holds_ssh_reads_it_and_everything_else_goes_on(tmp_path
     (place / ".ssh").mkdir(parents=True)
     home = place if where == "HOME" else tmp_path
     (home / ".ssh").mkdir(exist_ok=True)
-    machine = Machine(home)
+    machine = RenterMachine(home)
     try:
         machine.config.write_bytes(THEIRS)
         if where == "XDG_CONFIG_HOME":
@@ -256,13 +256,13 @@ def test_whatever_a_path_holds_ssh_reads_it_and_everything_else_goes_on(tmp_path
 
 
 @pytest.mark.parametrize("place", ["new\nline", "${HOME}"])
-def test_a_path_that_cannot_be_written_is_refused_and_nothing_changes(machine: Machine, place: str) -> None:
+def test_a_path_that_cannot_be_written_is_refused_and_nothing_changes(machine: RenterMachine, place: str) -> None:
     machine.environment["XDG_CONFIG_HOME"] = str(machine.home / place)
     assert "XDG_CONFIG_HOME" in machine.orion("config-ssh", status=2)
     assert machine.config.read_bytes() == THEIRS
 
 
-def test_a_configuration_that_ssh_refuses_is_never_installed(machine: Machine) -> None:
+def test_a_configuration_that_ssh_refuses_is_never_installed(machine: RenterMachine) -> None:
     """A configuration that ssh refuses would break every ssh of this user."""
     machine.orion("config-ssh")
     before = (machine.home / ".config/orion/ssh/config").read_text()
@@ -277,7 +277,7 @@ def test_a_configuration_that_ssh_refuses_is_never_installed(machine: Machine) -
     assert not (machine.home / ".config/orion/ssh/candidate").exists()
 
 
-def test_another_users_home_is_left_alone(machine: Machine) -> None:
+def test_another_users_home_is_left_alone(machine: RenterMachine) -> None:
     """With sudo, files of root in a user's home would break every ssh of that user."""
     if os.geteuid():
         pytest.skip("Only root can make a file that is another user's.")
@@ -286,7 +286,7 @@ def test_another_users_home_is_left_alone(machine: Machine) -> None:
     assert machine.config.read_bytes() == THEIRS
 
 
-def test_one_level_of_inclusion_is_enough_for_a_rental_that_is_known(machine: Machine) -> None:
+def test_one_level_of_inclusion_is_enough_for_a_rental_that_is_known(machine: RenterMachine) -> None:
     """Some tools do not follow an Include of an included file, and others follow none and are given this file."""
     machine.has_key_of("abcdefgh23")
     machine.orion("config-ssh")
@@ -300,7 +300,7 @@ print(json.dumps(dict(paramiko.SSHConfig.from_path(sys.argv[1]).lookup(sys.argv[
 """
 
 
-def read_by_paramiko(machine: Machine, host: str) -> dict[str, Any]:
+def read_by_paramiko(machine: RenterMachine, host: str) -> dict[str, Any]:
     """Return the options that paramiko would use for the host, from the one file that it is given."""
     file = str(machine.home / ".config/orion/ssh/config")
     done = machine._run([sys.executable, "-c", PARAMIKO_READS, file, host])
@@ -309,7 +309,7 @@ def read_by_paramiko(machine: Machine, host: str) -> dict[str, Any]:
     return found
 
 
-def test_paramiko_finds_a_rental_in_the_file_that_it_is_given(machine: Machine) -> None:
+def test_paramiko_finds_a_rental_in_the_file_that_it_is_given(machine: RenterMachine) -> None:
     """paramiko does not follow an Include, but runs the command of a Match."""
     key = machine.has_key_of("abcdefgh23")
     machine.orion("config-ssh")
@@ -330,7 +330,7 @@ def test_paramiko_finds_a_rental_in_the_file_that_it_is_given(machine: Machine) 
 
 @needs_sshd
 async def test_paramiko_logs_in_by_what_it_has_found_and_verifies_the_host(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: RenterMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """paramiko does not know host certificates, so it verifies the worker's key, which the platform shows."""
     worker = OwnSshd.make(tmp_path, ("abcdefgh23",))
@@ -362,7 +362,7 @@ async def test_paramiko_logs_in_by_what_it_has_found_and_verifies_the_host(
 
 
 def test_a_rental_without_a_key_here_is_opened_by_one_certificate_an_epoch(
-    machine: Machine,
+    machine: RenterMachine,
 ) -> None:
     machine.platform.answer("GET", "/api/rentals/abcdefgh23", rental(epoch=1))
     certificate = {"certificate": "ssh-ed25519-cert-v01@openssh.com AAAA", "expires_at": "2130-01-01T00:00:00Z"}
@@ -385,7 +385,7 @@ def test_a_rental_without_a_key_here_is_opened_by_one_certificate_an_epoch(
         assert times_asked() == times
 
 
-def test_a_shared_connection_and_the_users_agent_are_not_for_rentals_unless_asked_for(machine: Machine) -> None:
+def test_a_shared_connection_and_the_users_agent_are_not_for_rentals_unless_asked_for(machine: RenterMachine) -> None:
     machine.config.write_bytes(
         b"Host *\n ControlMaster auto\n ControlPath ~/.ssh/%C\n ForwardAgent yes\n ConnectTimeout 5\n"
     )
@@ -399,13 +399,13 @@ def test_a_shared_connection_and_the_users_agent_are_not_for_rentals_unless_aske
     assert "LC_*" in asked["sendenv"]
 
 
-def test_a_shell_that_cannot_run_commands_is_reported(machine: Machine) -> None:
+def test_a_shell_that_cannot_run_commands_is_reported(machine: RenterMachine) -> None:
     machine.environment["SHELL"] = "/usr/sbin/nologin"
     assert "SHELL=/bin/sh ssh" in machine.orion("config-ssh")
 
 
 @pytest.mark.parametrize("host", ["$(touch pwned).orion", "x;touch pwned.orion", "'`touch pwned`'.orion"])
-def test_a_hosts_name_never_becomes_a_command(machine: Machine, host: str) -> None:
+def test_a_hosts_name_never_becomes_a_command(machine: RenterMachine, host: str) -> None:
     machine.orion("config-ssh")
     for options in (["-G"], ["-o", "BatchMode=yes"]):
         machine._run(["ssh", "-F", str(machine.config), *options, "--", host])
@@ -423,7 +423,7 @@ def test_a_hosts_name_never_becomes_a_command(machine: Machine, host: str) -> No
     ],
 )
 def test_what_the_platform_says_never_becomes_a_line_of_the_configuration(
-    machine: Machine, change: dict[str, Any]
+    machine: RenterMachine, change: dict[str, Any]
 ) -> None:
     machine.rentals(rental(**change))
     machine.orion("config-ssh", status=1)
@@ -431,7 +431,7 @@ def test_what_the_platform_says_never_becomes_a_line_of_the_configuration(
     assert not (machine.home / ".config/orion/ssh/rentals").exists()
 
 
-def test_rent_and_release_update_the_configuration(machine: Machine) -> None:
+def test_rent_and_release_update_the_configuration(machine: RenterMachine) -> None:
     machine.orion("config-ssh")
     machine.rentals()
     ended = rental(state="released")

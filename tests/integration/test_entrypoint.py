@@ -199,7 +199,7 @@ sys.exit(Supervisor(places, manager, mine, {{"admin_token": "x"}}).run())
 """
 
 
-class Container:
+class EntrypointContainer:
     """The supervisor in a process of its own, with shell scripts for children."""
 
     def __init__(self, directory: Path, grace_s: float, manager: str, engine: str, snapshot_service: str) -> None:
@@ -226,19 +226,19 @@ class Container:
 
 
 @pytest.fixture
-def run() -> Iterator[Callable[..., Container]]:
+def run() -> Iterator[Callable[..., EntrypointContainer]]:
     """Starts containers in a directory that every uid can write to, as pytest's own cannot."""
     directory = Path(tempfile.mkdtemp())
     directory.chmod(0o777)
-    started: list[Container] = []
+    started: list[EntrypointContainer] = []
 
     def start(
         manager: str,
         engine: str = "exec sleep 600",
         snapshot_service: str = "exec sleep 600",
         grace_s: float = PATIENCE_S,
-    ) -> Container:
-        started.append(Container(directory, grace_s, manager, engine, snapshot_service))
+    ) -> EntrypointContainer:
+        started.append(EntrypointContainer(directory, grace_s, manager, engine, snapshot_service))
         return started[-1]
 
     yield start

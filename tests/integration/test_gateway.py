@@ -27,7 +27,7 @@ Sshd = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @dataclass
-class Gateway:
+class RelayGateway:
     """A server whose one route relays to `host`, and what it returned each time."""
 
     host: Host
@@ -48,15 +48,15 @@ class Gateway:
 
 
 @asynccontextmanager
-async def gateway_to(sshd: Sshd) -> AsyncIterator[Gateway]:
+async def gateway_to(sshd: Sshd) -> AsyncIterator[RelayGateway]:
     worker = await asyncio.start_server(_closing(sshd), "127.0.0.1", 0)
-    async with serving(Gateway(_host(worker.sockets[0].getsockname()[1]))) as gateway:
+    async with serving(RelayGateway(_host(worker.sockets[0].getsockname()[1]))) as gateway:
         yield gateway
     worker.close()
 
 
 @asynccontextmanager
-async def serving(gateway: Gateway) -> AsyncIterator[Gateway]:
+async def serving(gateway: RelayGateway) -> AsyncIterator[RelayGateway]:
     listening = socket.create_server(("127.0.0.1", 0))
     app = Starlette(routes=[WebSocketRoute("/ssh", gateway.route)])
     config = uvicorn.Config(
@@ -181,7 +181,7 @@ async def test_a_worker_whose_connection_breaks_is_told_from_one_that_closes() -
 async def test_a_worker_that_does_not_answer_is_refused_before_the_websocket_is_accepted() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed_soon:
         port = closed_soon.getsockname()[1]
-    async with serving(Gateway(_host(port))) as gateway:
+    async with serving(RelayGateway(_host(port))) as gateway:
         with pytest.raises(InvalidStatus) as refused:
             async with gateway.client():
                 pass
@@ -241,7 +241,7 @@ async def test_the_largest_frame_is_relayed() -> None:
         assert len(await received(client, MAX_FRAME_BYTES)) == MAX_FRAME_BYTES
 
 
-def small_buffer(gateway: Gateway) -> socket.socket:
+def small_buffer(gateway: RelayGateway) -> socket.socket:
     """A connection to it, without which the kernel may take a great deal in for a client that reads nothing."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)

@@ -14,7 +14,18 @@ from statistics import median
 import pytest
 from rental_support import Rental, new_rental
 from test_worker_walls import CONNECT
-from worker_support import IMAGE, PREFIX, Network, SmallManager, Worker, docker, make_key, serving, wait_until, worker
+from worker_support import (
+    IMAGE,
+    PREFIX,
+    SmallManager,
+    Worker,
+    WorkerNetwork,
+    docker,
+    make_key,
+    serving,
+    wait_until,
+    worker,
+)
 
 NOWHERE = {
     "Permission denied",
@@ -44,11 +55,11 @@ with ThreadPoolExecutor(len(asked)) as pool:
 
 
 @pytest.fixture(scope="module")
-def dual(worker_image: str) -> Iterator[tuple[Network, str]]:
+def dual(worker_image: str) -> Iterator[tuple[WorkerNetwork, str]]:
     """A network as orion_net, with a prefix of IPv6 besides."""
     first = f"10.{20 + secrets.randbelow(70)}.{secrets.randbelow(256)}"
     prefix = f"fd{secrets.token_hex(1)}:{secrets.token_hex(2)}:{secrets.token_hex(2)}:1"
-    made = Network(f"{PREFIX}-dual", f"{first}.0/24", f"{first}.1")
+    made = WorkerNetwork(f"{PREFIX}-dual", f"{first}.0/24", f"{first}.1")
     own = ("--subnet", made.subnet, "--gateway", made.gateway)
     docker("network", "create", "--ipv6", *own, "--subnet", f"{prefix}::/64", "--gateway", f"{prefix}::1", made.name)
     yield made, prefix
@@ -56,7 +67,7 @@ def dual(worker_image: str) -> Iterator[tuple[Network, str]]:
 
 
 @pytest.fixture(scope="module")
-def scene(dual: tuple[Network, str], join: Path, folder: Path) -> Iterator[tuple[Rental, Worker, str]]:
+def scene(dual: tuple[WorkerNetwork, str], join: Path, folder: Path) -> Iterator[tuple[Rental, Worker, str]]:
     """A renter on a worker whose operator opened all of IPv6, its neighbour, and the gateway's address.
 
     The name by which they call home leads to the gateway by both, as Docker's names do.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import asyncssh
 from rental_support import new_rental
-from worker_support import Network, SmallManager, Worker, docker, wait_until, worker
+from worker_support import SmallManager, Worker, WorkerNetwork, docker, wait_until, worker
 
 from orion.manager.ssh.liveness import SshLiveness
 from orion.manager.ssh.port import End, Host, Sign
@@ -25,7 +25,7 @@ FROZEN_WITHIN_S = 5.0
 KILL_SSHD = ("pkill", "-KILL", "-x", "sshd|sshd-session")
 
 
-class Held:
+class LiveConnection:
     """A watch on a worker, and all that it has told, with times."""
 
     def __init__(self, on: Worker, manager: SmallManager) -> None:
@@ -49,8 +49,8 @@ class Held:
 
 
 @asynccontextmanager
-async def watched(on: Worker, manager: SmallManager) -> AsyncIterator[Held]:
-    held = Held(on, manager)
+async def watched(on: Worker, manager: SmallManager) -> AsyncIterator[LiveConnection]:
+    held = LiveConnection(on, manager)
     await held.until(Sign.HELD)
     yield held
     held.task.cancel()
@@ -67,7 +67,7 @@ def log_with_times(on: Worker) -> str:
 
 
 async def test_a_watch_goes_over_a_restart_of_sshd_and_ends_with_the_container(
-    network: Network, manager: SmallManager, join: Path, folder: Path
+    network: WorkerNetwork, manager: SmallManager, join: Path, folder: Path
 ) -> None:
     manager.interval_s, manager.lease_s = 600.0, 3600.0  # none that is due by itself comes meanwhile
     with worker(network, manager, join) as new:
@@ -99,7 +99,7 @@ async def test_a_watch_goes_over_a_restart_of_sshd_and_ends_with_the_container(
 
 
 async def test_a_worker_whose_watch_ends_without_a_word_from_anybody_freezes_in_a_second(
-    network: Network, manager: SmallManager, join: Path, folder: Path
+    network: WorkerNetwork, manager: SmallManager, join: Path, folder: Path
 ) -> None:
     manager.lease_s = 3600.0  # it is not its end that freezes
     with worker(network, manager, join) as new:
@@ -119,7 +119,7 @@ async def test_a_worker_whose_watch_ends_without_a_word_from_anybody_freezes_in_
 
 
 async def test_another_boot_of_the_container_is_not_watched_in_its_name(
-    network: Network, manager: SmallManager, join: Path
+    network: WorkerNetwork, manager: SmallManager, join: Path
 ) -> None:
     with worker(network, manager, join) as new:
         await asyncio.to_thread(new.wait_registered)

@@ -27,7 +27,7 @@ ENGINE_KEY = "/run/orion/engine/id_ed25519"
 
 
 @dataclass(frozen=True)
-class Container:
+class ManagerContainer:
     name: str
 
     def run(self, *command: str, user: str = "0:0", check: bool = True) -> str:
@@ -58,7 +58,7 @@ def build() -> str:
 
 
 @pytest.fixture(scope="module")
-def manager() -> Iterator[Container]:
+def manager() -> Iterator[ManagerContainer]:
     build()
     name = f"orion-managertest-{secrets.token_hex(3)}"
     docker(
@@ -67,7 +67,7 @@ def manager() -> Iterator[Container]:
         *(f"--cap-add={capability}" for capability in CAPABILITIES),
         "--security-opt", "no-new-privileges:true", IMAGE,
     )  # fmt: skip
-    container = Container(name)
+    container = ManagerContainer(name)
     try:
         container.wait_healthy()
         wait_until(container.engine_listens, "the engine listens")
@@ -77,29 +77,29 @@ def manager() -> Iterator[Container]:
 
 
 @pytest.mark.parametrize("path", SECRETS)
-def test_secrets_are_there_and_neither_manager_nor_engine_can_read_them(manager: Container, path: str) -> None:
+def test_secrets_are_there_and_neither_manager_nor_engine_can_read_them(manager: ManagerContainer, path: str) -> None:
     assert manager.can("0:0", "-s", path)
     for user in (MANAGER, ENGINE):
         assert "Permission denied" in manager.run("sh", "-c", f"cat {path} 2>&1", user=user, check=False)
 
 
-def test_the_database_is_the_managers_alone(manager: Container) -> None:
+def test_the_database_is_the_managers_alone(manager: ManagerContainer) -> None:
     assert manager.can(MANAGER, "-w", DATABASE)
     assert "Permission denied" in manager.run("sh", "-c", f"cat {DATABASE} 2>&1", user=ENGINE, check=False)
 
 
-def test_the_key_of_the_workers_is_the_engines_alone(manager: Container) -> None:
+def test_the_key_of_the_workers_is_the_engines_alone(manager: ManagerContainer) -> None:
     assert manager.can(ENGINE, "-r", ENGINE_KEY)
     assert "Permission denied" in manager.run("sh", "-c", f"cat {ENGINE_KEY} 2>&1", user=MANAGER, check=False)
 
 
-def test_the_engines_socket_is_for_the_manager_and_itself(manager: Container) -> None:
+def test_the_engines_socket_is_for_the_manager_and_itself(manager: ManagerContainer) -> None:
     status = manager.run("stat", "--format", "%U %G %a", "/run/orion/engine.sock", user=MANAGER)
     assert status.split() == ["orion-engine", "orion", "660"]
     assert not manager.can("65534:65534", "-e", "/run/orion/engine.sock")
 
 
-def test_the_vault_listens_for_the_manager_and_its_ssh_key_is_its_own(manager: Container) -> None:
+def test_the_vault_listens_for_the_manager_and_its_ssh_key_is_its_own(manager: ManagerContainer) -> None:
     def status() -> list[str]:
         return manager.run("stat", "--format", "%u %g %a", VAULT_SOCKET, check=False).split()
 
@@ -110,7 +110,7 @@ def test_the_vault_listens_for_the_manager_and_its_ssh_key_is_its_own(manager: C
         assert "Permission denied" in manager.run("sh", "-c", f"cat {FILES_KEY} 2>&1", user=user, check=False)
 
 
-def test_a_process_with_a_rentals_uid_reaches_nothing_of_the_manager(manager: Container) -> None:
+def test_a_process_with_a_rentals_uid_reaches_nothing_of_the_manager(manager: ManagerContainer) -> None:
     """What speaks rsync with a worker has such a uid; whoever takes it over is there."""
     for test, path in (
         *(("-r", path) for path in (*SECRETS, DATABASE, ENGINE_KEY, "/var/lib/orion/copies")),
@@ -120,7 +120,7 @@ def test_a_process_with_a_rentals_uid_reaches_nothing_of_the_manager(manager: Co
         assert not manager.can(RENTAL, test, path), (test, path)
 
 
-def test_neither_child_holds_a_capability_or_can_see_the_others_environment(manager: Container) -> None:
+def test_neither_child_holds_a_capability_or_can_see_the_others_environment(manager: ManagerContainer) -> None:
     for user, other in ((MANAGER, "901"), (ENGINE, "900")):
         script = (
             'for p in /proc/[0-9]*; do grep -q "^Uid:.$(id -u)" $p/status && grep ^CapEff $p/status; '
@@ -132,7 +132,7 @@ def test_neither_child_holds_a_capability_or_can_see_the_others_environment(mana
         assert "ORION_" not in output
 
 
-def test_no_secret_is_in_an_environment_or_an_argument(manager: Container) -> None:
+def test_no_secret_is_in_an_environment_or_an_argument(manager: ManagerContainer) -> None:
     for user in (MANAGER, ENGINE):
         seen = manager.run("sh", "-c", "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null; true", user=user)
         assert "orion.manager" in seen
@@ -140,7 +140,7 @@ def test_no_secret_is_in_an_environment_or_an_argument(manager: Container) -> No
         assert "PRIVATE KEY" not in seen
 
 
-def test_a_killed_engine_is_back_at_once_and_the_manager_does_not_notice(manager: Container) -> None:
+def test_a_killed_engine_is_back_at_once_and_the_manager_does_not_notice(manager: ManagerContainer) -> None:
     before = manager.engine_pids()
     assert before
     # Who runs as the engine's user is struck with what it has left behind, before it begins anew.
@@ -150,7 +150,7 @@ def test_a_killed_engine_is_back_at_once_and_the_manager_does_not_notice(manager
     assert manager.state("Running") == "true"
 
 
-def test_a_restart_is_orderly_and_keeps_every_secret(manager: Container) -> None:
+def test_a_restart_is_orderly_and_keeps_every_secret(manager: ManagerContainer) -> None:
     before = manager.run("cat", *SECRETS)
     docker("stop", "--time", "60", manager.name)
     assert manager.state("ExitCode") in {"0", "143"}  # it ended by itself, or by the SIGTERM; 137 would be the grace

@@ -20,7 +20,7 @@ from queue import SimpleQueue
 
 import httpx
 import pytest
-from proxy_support import ROOT, SECRET, Manager, Proxy, outer_proxy, proxy, wait_until
+from proxy_support import ROOT, SECRET, EchoManager, Proxy, outer_proxy, proxy, wait_until
 from websockets.asyncio.client import connect as connect_in_one_thread
 from websockets.exceptions import InvalidStatus
 from websockets.sync import client as websocket
@@ -51,15 +51,15 @@ def door() -> Iterator[Proxy]:
 
 
 @pytest.fixture(scope="module")
-def manager(door: Proxy) -> Iterator[Manager]:
-    running = Manager(door.app_address)
+def manager(door: Proxy) -> Iterator[EchoManager]:
+    running = EchoManager(door.app_address)
     running.start()
     yield running
     running.stop()
 
 
 @pytest.fixture(scope="module")
-def client(door: Proxy, manager: Manager) -> Iterator[httpx.Client]:
+def client(door: Proxy, manager: EchoManager) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=door.url, trust_env=False, timeout=60) as client:
         yield client
 
@@ -208,7 +208,7 @@ def test_long_addresses_and_headers_are_refused_as_problems(client: httpx.Client
     assert_problem(client.get(REST, headers={"X-Long": "a" * 20_000}), 431, "headers_too_large")
 
 
-def test_a_request_that_is_no_http_is_refused_as_a_problem(door: Proxy, manager: Manager) -> None:
+def test_a_request_that_is_no_http_is_refused_as_a_problem(door: Proxy, manager: EchoManager) -> None:
     with socket.create_connection(("127.0.0.1", door.http_port), timeout=60) as raw:
         raw.sendall(b"GET /api/rentals HTTP/1.1\r\n\r\n")
         answer = raw.makefile("rb").read().decode()
@@ -335,7 +335,7 @@ def test_a_websocket_that_the_manager_refuses_is_refused_in_its_words(door: Prox
     assert refusal.value.response.body == b"not yours"
 
 
-async def test_one_caller_has_two_hundred_sessions_and_its_calls_go_on(door: Proxy, manager: Manager) -> None:
+async def test_one_caller_has_two_hundred_sessions_and_its_calls_go_on(door: Proxy, manager: EchoManager) -> None:
     open_session = partial(connect_in_one_thread, additional_headers=bearer(77), proxy=None, open_timeout=60)
     async with AsyncExitStack() as open_ones:
         for _ in range(200):
@@ -354,7 +354,7 @@ def test_only_a_websocket_is_an_upgrade(client: httpx.Client) -> None:
     assert "upgrade" not in seen
 
 
-def test_an_event_arrives_when_it_happens(client: httpx.Client, manager: Manager) -> None:
+def test_an_event_arrives_when_it_happens(client: httpx.Client, manager: EchoManager) -> None:
     with client.stream("GET", "/api/events", headers={"Accept": "text/event-stream"}) as stream:
         told = stream.iter_lines()
         assert next(told) == "id: 1"
@@ -454,7 +454,7 @@ def test_a_renewed_certificate_is_served_within_15_s_and_what_is_open_stays_open
 
 
 @pytest.fixture(scope="module")
-def outer(door: Proxy, manager: Manager) -> Iterator[str]:
+def outer(door: Proxy, manager: EchoManager) -> Iterator[str]:
     with outer_proxy(door) as address:
         yield address
 
@@ -548,20 +548,20 @@ def test_the_health_check_passes(door: Proxy) -> None:
 # The manager away. These come last: they take it away.
 
 
-def test_while_the_manager_is_away_the_proxy_says_so_and_finds_it_again(door: Proxy, manager: Manager) -> None:
+def test_while_the_manager_is_away_the_proxy_says_so_and_finds_it_again(door: Proxy, manager: EchoManager) -> None:
     manager.stop()
     for path in (HEARTBEAT, REST, "/healthz", "/r/aaaaaaaaaa/8000/"):
         reply = post(f"{door.url}{path}")
         assert_problem(reply, 502, "manager_unreachable")
         assert reply.headers["x-orion-manager"] == "unreachable"
-    again = Manager(door.app_address)
+    again = EchoManager(door.app_address)
     again.start()
     assert get(f"{door.url}{REST}").status_code == 200
     again.stop()
 
 
 def test_the_certificate_outlives_a_restart_and_the_proxy_starts_without_the_manager(
-    door: Proxy, manager: Manager
+    door: Proxy, manager: EchoManager
 ) -> None:
     manager.stop()
     before = certificate(door)

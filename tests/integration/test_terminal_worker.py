@@ -23,7 +23,7 @@ from starlette.websockets import WebSocket
 from support.builders import AUTHORITIES, host_key, private_key
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
-from worker_support import Network, Worker
+from worker_support import Worker, WorkerNetwork
 
 from orion.manager.gateway.relay import NORMAL, Ending
 from orion.manager.gateway.terminal import TerminalPage, Terms, carry, serve
@@ -55,7 +55,7 @@ def rental(host: Worker, folder: Path) -> Iterator[Rental]:
 
 
 @dataclass
-class Gateway:
+class TerminalGateway:
     """A server whose one route is a terminal of the rental."""
 
     shells: SshShells
@@ -167,10 +167,10 @@ class Browser:
 
 
 @asynccontextmanager
-async def gateway_to(rental: Rental, network: Network) -> AsyncIterator[Gateway]:
+async def gateway_to(rental: Rental, network: WorkerNetwork) -> AsyncIterator[TerminalGateway]:
     place = Host(rental.on.worker_id, rental.on.address, rental.on.host_keys)
     login = ShellLogin(rental.username, rental.rental_id, rental.epoch, "alice")
-    gateway = Gateway(SshShells(AUTHORITY, network.gateway), place, login)
+    gateway = TerminalGateway(SshShells(AUTHORITY, network.gateway), place, login)
     listening = socket.create_server(("127.0.0.1", 0))
     gateway.port = listening.getsockname()[1]
     app = Starlette(routes=[WebSocketRoute("/terminal", gateway.route)])
@@ -185,7 +185,7 @@ async def gateway_to(rental: Rental, network: Network) -> AsyncIterator[Gateway]
 
 
 async def test_it_is_the_renters_own_shell_in_a_terminal_that_follows_the_page(
-    rental: Rental, network: Network
+    rental: Rental, network: WorkerNetwork
 ) -> None:
     async with gateway_to(rental, network) as gateway, gateway.terminal() as browser:
         await browser.resizes(101, 37)
@@ -199,7 +199,7 @@ async def test_it_is_the_renters_own_shell_in_a_terminal_that_follows_the_page(
         assert await browser.runs("echo 'é 漢字 🎉 ё'") == "é 漢字 🎉 ё\r\n"
 
 
-async def test_every_byte_passes_out_of_it_and_into_it(rental: Rental, network: Network) -> None:
+async def test_every_byte_passes_out_of_it_and_into_it(rental: Rental, network: WorkerNetwork) -> None:
     content = os.urandom(2 << 20)
     async with gateway_to(rental, network) as gateway, gateway.terminal() as browser:
         await browser.types(b"stty raw -echo; echo re''ady; head -c %d > pasted; sha256sum < pasted\n" % len(content))
@@ -211,7 +211,9 @@ async def test_every_byte_passes_out_of_it_and_into_it(rental: Rental, network: 
         assert (await browser.reads_raw(len(content)))[: len(content)] == content
 
 
-async def test_a_large_paste_into_a_program_that_echoes_it_arrives_whole(rental: Rental, network: Network) -> None:
+async def test_a_large_paste_into_a_program_that_echoes_it_arrives_whole(
+    rental: Rental, network: WorkerNetwork
+) -> None:
     content = os.urandom(1 << 20)
     async with gateway_to(rental, network) as gateway, gateway.terminal() as browser:
         await browser.types(b"stty raw -echo; echo re''ady; head -c %d\n" % len(content))
@@ -221,7 +223,7 @@ async def test_a_large_paste_into_a_program_that_echoes_it_arrives_whole(rental:
 
 
 async def test_a_flood_that_nobody_looks_at_waits_in_the_worker_and_others_go_on(
-    rental: Rental, network: Network
+    rental: Rental, network: WorkerNetwork
 ) -> None:
     async with (
         gateway_to(rental, network) as gateway,
@@ -243,7 +245,7 @@ async def test_a_flood_that_nobody_looks_at_waits_in_the_worker_and_others_go_on
         assert grown < 32 << 20, f"{grown} bytes more"
 
 
-async def test_a_flood_that_is_shown_ends_by_ctrl_c(rental: Rental, network: Network) -> None:
+async def test_a_flood_that_is_shown_ends_by_ctrl_c(rental: Rental, network: WorkerNetwork) -> None:
     async with gateway_to(rental, network) as gateway, gateway.terminal() as browser:
         await browser.types(b"yes\n")
         await browser.reads_raw(1 << 20)
@@ -255,14 +257,14 @@ async def test_a_flood_that_is_shown_ends_by_ctrl_c(rental: Rental, network: Net
 @pytest.mark.parametrize(
     ("command", "words"), [("exit 3", "ended with status 3"), ("kill -KILL $$", "by the signal KILL")]
 )
-async def test_how_the_shell_ended_is_told(rental: Rental, network: Network, command: str, words: str) -> None:
+async def test_how_the_shell_ended_is_told(rental: Rental, network: WorkerNetwork, command: str, words: str) -> None:
     async with gateway_to(rental, network) as gateway, gateway.terminal() as browser:
         await browser.types(f"{command}\n".encode())
         assert words in await browser.is_told("ended")
 
 
 async def test_nobody_gets_in_by_another_epoch_another_authority_or_another_address(
-    rental: Rental, network: Network
+    rental: Rental, network: WorkerNetwork
 ) -> None:
     place = Host(rental.on.worker_id, rental.on.address, rental.on.host_keys)
     login = ShellLogin(rental.username, rental.rental_id, rental.epoch, "alice")

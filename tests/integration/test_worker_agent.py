@@ -10,9 +10,9 @@ import pytest
 from rental_support import Rental, new_rental, placement
 from worker_support import (
     JOIN_TOKEN,
-    Network,
     SmallManager,
     Worker,
+    WorkerNetwork,
     docker,
     join_directory,
     wait_until,
@@ -24,7 +24,7 @@ STOPS_WITHIN_S = "60"
 
 
 def test_a_worker_is_registered_and_reachable_within_seconds_of_its_start(
-    network: Network, manager: SmallManager, join: Path
+    network: WorkerNetwork, manager: SmallManager, join: Path
 ) -> None:
     with worker(network, manager, join, "--env", "ORION_LABELS=zone=a,disk=fast", slots=3) as new:
         new.wait_registered()
@@ -41,7 +41,7 @@ def test_a_worker_is_registered_and_reachable_within_seconds_of_its_start(
 
 
 def test_heartbeats_come_at_the_interval_that_the_last_reply_told(
-    network: Network, manager: SmallManager, join: Path
+    network: WorkerNetwork, manager: SmallManager, join: Path
 ) -> None:
     manager.interval_s = 0.3
     with worker(network, manager, join) as new:
@@ -59,7 +59,7 @@ def test_heartbeats_come_at_the_interval_that_the_last_reply_told(
 
 
 def test_a_stale_session_is_registered_again_at_once_with_the_workers_own_token(
-    network: Network, manager: SmallManager, join: Path
+    network: WorkerNetwork, manager: SmallManager, join: Path
 ) -> None:
     with worker(network, manager, join) as new:
         new.wait_registered()
@@ -71,7 +71,7 @@ def test_a_stale_session_is_registered_again_at_once_with_the_workers_own_token(
 
 
 def test_a_worker_keeps_its_identity_and_host_key_over_a_restart_and_says_goodbye(
-    network: Network, manager: SmallManager, join: Path, folder: Path
+    network: WorkerNetwork, manager: SmallManager, join: Path, folder: Path
 ) -> None:
     with worker(network, manager, join) as new:
         new.wait_registered()
@@ -104,7 +104,7 @@ def test_a_worker_keeps_its_identity_and_host_key_over_a_restart_and_says_goodby
 
 @pytest.mark.parametrize("after_s", [0.0, 0.2, 0.6])
 def test_a_worker_that_is_told_to_stop_while_it_starts_does_not_wait_to_be_killed(
-    network: Network, manager: SmallManager, join: Path, after_s: float
+    network: WorkerNetwork, manager: SmallManager, join: Path, after_s: float
 ) -> None:
     """Process 1 gets no signal that it has no handler for, and the grace of a worker is ten minutes."""
     with worker(network, manager, join) as new:
@@ -117,7 +117,7 @@ def test_a_worker_that_is_told_to_stop_while_it_starts_does_not_wait_to_be_kille
 
 @pytest.mark.parametrize("want", ["hold", "purge"])
 def test_a_reply_that_says_hold_or_purge_locks_and_another_epoch_says_nothing(
-    network: Network, manager: SmallManager, join: Path, folder: Path, want: str
+    network: WorkerNetwork, manager: SmallManager, join: Path, folder: Path, want: str
 ) -> None:
     with worker(network, manager, join) as new:
         new.wait_registered()
@@ -134,7 +134,7 @@ def test_a_reply_that_says_hold_or_purge_locks_and_another_epoch_says_nothing(
 
 
 def test_an_agent_waits_for_the_join_token_and_goes_on_when_it_is_there(
-    network: Network, manager: SmallManager, folder: Path
+    network: WorkerNetwork, manager: SmallManager, folder: Path
 ) -> None:
     with join_directory(folder, token=None) as join, worker(network, manager, join) as new:
         wait_until(lambda: "waiting for the manager to make the join token" in new.log(), "it says so")
@@ -143,7 +143,7 @@ def test_an_agent_waits_for_the_join_token_and_goes_on_when_it_is_there(
         new.wait_registered()
 
 
-def test_sshd_that_dies_is_started_again(network: Network, manager: SmallManager, join: Path) -> None:
+def test_sshd_that_dies_is_started_again(network: WorkerNetwork, manager: SmallManager, join: Path) -> None:
     with worker(network, manager, join) as new:
         new.wait_registered()
         new.run("sh", "-c", "kill -9 $(pgrep -o -x sshd)")
@@ -152,7 +152,7 @@ def test_sshd_that_dies_is_started_again(network: Network, manager: SmallManager
 
 
 def test_a_worker_whose_manager_is_away_asks_again_and_logs_no_secret(
-    network: Network, manager: SmallManager, join: Path
+    network: WorkerNetwork, manager: SmallManager, join: Path
 ) -> None:
     for _ in range(2):
         manager.answers.append(("/api/register", 502, {"code": "manager_unreachable"}))

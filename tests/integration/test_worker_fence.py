@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rental_support import Rental, new_rental, placement
 from support.containers import pause
-from worker_support import SESSION_S, Network, SmallManager, Worker, docker, make_key, serving, wait_until, worker
+from worker_support import SESSION_S, SmallManager, Worker, WorkerNetwork, docker, make_key, serving, wait_until, worker
 
 LEASE_S = 3.0
 DOOR_ANSWER_S = 0.5
@@ -84,7 +84,7 @@ libc.pthread_exit(None)
 
 
 @dataclass
-class Scene:
+class LeasedWorker:
     worker: Worker
     manager: SmallManager
     rentals: dict[str, Rental]
@@ -121,13 +121,13 @@ class Scene:
 
 @contextmanager
 def scene(
-    network: Network, join: Path, folder: Path, names: list[str], *options: str,
+    network: WorkerNetwork, join: Path, folder: Path, names: list[str], *options: str,
     lease_s: float = LEASE_S, door_answer_s: float = DOOR_ANSWER_S,
-) -> Iterator[Scene]:  # fmt: skip
+) -> Iterator[LeasedWorker]:  # fmt: skip
     manager = SmallManager(make_key(folder), 0.2, LONG_LEASE_S, door_answer_s)
     with serving(manager, network.gateway), worker(network, manager, join, "--cpus=1", *options, slots=8) as new:
         new.wait_registered()
-        yield Scene(new, manager, {name: new_rental(new, folder).create_quickly() for name in names}, lease_s)
+        yield LeasedWorker(new, manager, {name: new_rental(new, folder).create_quickly() for name in names}, lease_s)
 
 
 def run_in_background(rental: Rental, program: str) -> None:
@@ -136,7 +136,7 @@ def run_in_background(rental: Rental, program: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def fought(network: Network, join: Path, folder: Path) -> Iterator[Scene]:
+def fought(network: WorkerNetwork, join: Path, folder: Path) -> Iterator[LeasedWorker]:
     """Each fight in a rental of its own on one worker, whose manager then falls silent."""
     with scene(network, join, folder, [*FIGHTS]) as found:
         for name, program in FIGHTS.items():
@@ -150,7 +150,7 @@ def fought(network: Network, join: Path, folder: Path) -> Iterator[Scene]:
 
 
 @pytest.mark.parametrize("fight", FIGHTS)
-def test_a_renter_who_fights_the_freeze_loses(fought: Scene, fight: str) -> None:
+def test_a_renter_who_fights_the_freeze_loses(fought: LeasedWorker, fight: str) -> None:
     rental = fought.rentals[fight]
     ticks = fought.ticks(rental)
     late = max(ticks) - fought.cut_at
@@ -162,7 +162,9 @@ def test_a_renter_who_fights_the_freeze_loses(fought: Scene, fight: str) -> None
     assert fought.ticks(rental) == ticks
 
 
-def test_everything_goes_on_where_it_stood_when_a_reply_says_run(network: Network, join: Path, folder: Path) -> None:
+def test_everything_goes_on_where_it_stood_when_a_reply_says_run(
+    network: WorkerNetwork, join: Path, folder: Path
+) -> None:
     with scene(network, join, folder, ["one"]) as found:
         rental = found.rentals["one"]
         run_in_background(rental, "os.setsid(); tick_for_ever()")
@@ -208,7 +210,7 @@ def test_everything_goes_on_where_it_stood_when_a_reply_says_run(network: Networ
 
 
 def test_a_worker_goes_on_while_the_proxy_says_that_the_manager_is_away(
-    network: Network, join: Path, folder: Path
+    network: WorkerNetwork, join: Path, folder: Path
 ) -> None:
     lease_s, door_answer_s = BUSY_S + 3.0, BUSY_S + 1.0
     with scene(network, join, folder, ["one"], lease_s=lease_s, door_answer_s=door_answer_s) as found:
@@ -228,7 +230,7 @@ def test_a_worker_goes_on_while_the_proxy_says_that_the_manager_is_away(
 
 @pytest.mark.parametrize("asleep", ["its container", "its agent alone"])
 def test_a_worker_that_wakes_without_a_lease_freezes_before_it_does_anything_else(
-    network: Network, join: Path, folder: Path, asleep: str
+    network: WorkerNetwork, join: Path, folder: Path, asleep: str
 ) -> None:
     with scene(network, join, folder, ["one"]) as found:
         rental = found.rentals["one"]
@@ -253,7 +255,7 @@ def test_a_worker_that_wakes_without_a_lease_freezes_before_it_does_anything_els
         wait_until(lambda: found.states(rental) == {"T"}, "each has had the turn in which it stops")
 
 
-def test_an_order_freezes_and_thaws_and_no_older_reply_does(network: Network, join: Path, folder: Path) -> None:
+def test_an_order_freezes_and_thaws_and_no_older_reply_does(network: WorkerNetwork, join: Path, folder: Path) -> None:
     with scene(network, join, folder, ["one"]) as found:
         rental = found.rentals["one"]
         run_in_background(rental, "os.setsid(); tick_for_ever()")
@@ -309,7 +311,9 @@ class WallClock:
         return (float(on.run("python3", "-c", "import time; print(time.time())")) - time.time()) / 3600
 
 
-def test_a_wall_clock_that_jumps_ends_no_lease_and_lengthens_none(network: Network, join: Path, folder: Path) -> None:
+def test_a_wall_clock_that_jumps_ends_no_lease_and_lengthens_none(
+    network: WorkerNetwork, join: Path, folder: Path
+) -> None:
     clock = WallClock(folder)
     with scene(network, join, folder, ["one"], *clock.options) as found:
         rental, on = found.rentals["one"], found.worker

@@ -17,9 +17,9 @@ from worker_support import (
     SESSION_S,
     SYSCTLS,
     TMPFS,
-    Network,
     SmallManager,
     Worker,
+    WorkerNetwork,
     docker,
     wait_until,
 )
@@ -51,7 +51,7 @@ def listening(rental: Rental) -> Iterator[int]:
 
 
 def test_a_renter_reaches_no_neighbour_no_manager_and_no_local_address(
-    rental: Rental, neighbour: Worker, network: Network, shared_manager: SmallManager
+    rental: Rental, neighbour: Worker, network: WorkerNetwork, shared_manager: SmallManager
 ) -> None:
     manager_port = int(shared_manager.url.rsplit(":", 1)[1])
     for address, port in (

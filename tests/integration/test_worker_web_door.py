@@ -16,7 +16,7 @@ from orion_worker.web.port_tokens import PortToken, signature
 from rental_support import Rental, new_rental
 from support.patience import PATIENCE_S
 from test_worker_walls import CONNECT, FILTERED
-from worker_support import Network, Worker, docker, wait_until
+from worker_support import Worker, WorkerNetwork, docker, wait_until
 
 PORT = 8100
 """Of this file alone: its worker is shared with other tests."""
@@ -114,7 +114,9 @@ def test_a_former_epoch_another_session_and_an_unknown_rental_are_refused(rental
         assert refused(ask(elsewhere)) == "not_here"
 
 
-def test_nobody_but_the_proxy_gets_to_the_door_or_past_it(rental: Rental, neighbour: Worker, network: Network) -> None:
+def test_nobody_but_the_proxy_gets_to_the_door_or_past_it(
+    rental: Rental, neighbour: Worker, network: WorkerNetwork
+) -> None:
     worker = rental.on
     with serving(rental, "mine", "0.0.0.0"):  # noqa: S104
         assert neighbour.run("python3", "-c", CONNECT.format(address=worker.address, port=80)).strip() == "silent"

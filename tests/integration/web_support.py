@@ -45,7 +45,7 @@ SECRETS = (
 """Where an X-Accel-Redirect would like to lead."""
 
 
-class Renter:
+class RenterServer:
     """A server that tells what it got, says what it should not, and streams."""
 
     def __init__(self) -> None:
@@ -132,7 +132,7 @@ class MadeUpWorker:
         self._root = root
         self.records = RentalRecords(root / "var/lib/orion/rentals")
         (root / "run/orion").mkdir(parents=True)
-        self.renter = Renter()
+        self.renter = RenterServer()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 

@@ -100,7 +100,7 @@ def make_key(folder: Path) -> Key:
 
 
 @dataclass(frozen=True)
-class Call:
+class AgentCall:
     """A request that the small manager received."""
 
     path: str
@@ -121,13 +121,13 @@ class SmallManager:
     answers: deque[tuple[str, int, dict[str, Any]]] = field(default_factory=deque)
     instead: tuple[int, dict[str, str]] | None = None
     """Status and headers of every answer, as long as it is set: 0 is no answer at all."""
-    calls: list[Call] = field(default_factory=list)
+    calls: list[AgentCall] = field(default_factory=list)
     url: str = ""
 
-    def of(self, path: str, after: float = 0.0) -> list[Call]:
+    def of(self, path: str, after: float = 0.0) -> list[AgentCall]:
         return [call for call in self.calls if call.path == path and call.at > after]
 
-    def answer(self, call: Call) -> tuple[int, dict[str, Any]]:
+    def answer(self, call: AgentCall) -> tuple[int, dict[str, Any]]:
         self.calls.append(call)
         if self.answers and self.answers[0][0] == call.path:
             _, status, body = self.answers.popleft()
@@ -155,11 +155,11 @@ class SmallManager:
 
 @contextmanager
 def serving(manager: SmallManager, address: str) -> Iterator[SmallManager]:
-    class Handler(BaseHTTPRequestHandler):
+    class ManagerHandler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             token = self.headers["Authorization"].removeprefix("Bearer ")
-            status, reply = manager.answer(Call(self.path, token, body, time.monotonic()))
+            status, reply = manager.answer(AgentCall(self.path, token, body, time.monotonic()))
             headers: dict[str, str] = {}
             if manager.instead:
                 status, headers = manager.instead
@@ -178,7 +178,7 @@ def serving(manager: SmallManager, address: str) -> Iterator[SmallManager]:
         def log_message(self, *_: Any) -> None:
             """Quiet: `calls` is the record."""
 
-    server = ThreadingHTTPServer((address, 0), Handler)
+    server = ThreadingHTTPServer((address, 0), ManagerHandler)
     manager.url = f"http://{address}:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -190,7 +190,7 @@ def serving(manager: SmallManager, address: str) -> Iterator[SmallManager]:
 
 
 @dataclass
-class Network:
+class WorkerNetwork:
     name: str
     subnet: str
     gateway: str
@@ -219,7 +219,7 @@ class Worker:
         """Takes address and host key as the manager would: from the registration."""
         hostname = docker("inspect", "-f", "{{.Config.Hostname}}", self.name).strip()
 
-        def registration() -> Call | None:
+        def registration() -> AgentCall | None:
             mine = (c for c in self.manager.of("/api/register", after) if c.body["hostname"] == hostname)
             return next(mine, None)
 
@@ -270,7 +270,9 @@ class Played:
 
 
 @contextmanager
-def worker(network: Network, manager: SmallManager, join: Path, *options: str, slots: int = 1) -> Iterator[Worker]:
+def worker(
+    network: WorkerNetwork, manager: SmallManager, join: Path, *options: str, slots: int = 1
+) -> Iterator[Worker]:
     name = f"{PREFIX}-{secrets.token_hex(3)}"
     confinement = [f"--cap-add={capability}" for capability in CAPABILITIES]
     confinement += [f"--sysctl={each}={value}" for each, value in SYSCTLS.items()]

@@ -24,7 +24,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Call:
+class PlatformCall:
     method: str
     path: str
     query: dict[str, str]
@@ -39,7 +39,7 @@ class ScriptedPlatform:
     """
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[PlatformCall] = []
         self._answers: dict[tuple[str, str], list[Answer]] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -58,7 +58,7 @@ class ScriptedPlatform:
         self._server.shutdown()
         self._server.server_close()
 
-    def _next(self, call: Call) -> Answer:
+    def _next(self, call: PlatformCall) -> Answer:
         self.calls.append(call)
         asked = [path for (method, path) in self._answers if method == call.method and _is_asked_for(path, call)]
         waiting = self._answers.get((call.method, max(asked, key=len, default="")))
@@ -67,7 +67,7 @@ class ScriptedPlatform:
         return waiting.pop(0) if len(waiting) > 1 else waiting[0]
 
     def _handler(platform) -> type[BaseHTTPRequestHandler]:  # noqa: N805 - self is the handler's
-        class Handler(BaseHTTPRequestHandler):
+        class PlatformHandler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
 
@@ -76,7 +76,7 @@ class ScriptedPlatform:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = json.loads(self.rfile.read(length)) if length else None
                 query = dict(parse_qsl(parts.query))
-                self._reply(platform._next(Call(self.command, parts.path, query, self.headers, body)))
+                self._reply(platform._next(PlatformCall(self.command, parts.path, query, self.headers, body)))
 
             def _reply(self, answer: Answer) -> None:
                 if answer.breaks and answer.body is None:
@@ -100,10 +100,10 @@ class ScriptedPlatform:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        return Handler
+        return PlatformHandler
 
 
-def _is_asked_for(path: str, call: Call) -> bool:
+def _is_asked_for(path: str, call: PlatformCall) -> bool:
     """Return whether an answer for this path, with or without a query, fits the call."""
     parts = urlsplit(path)
     return parts.path == call.path and dict(parse_qsl(parts.query)).items() <= call.query.items()

@@ -47,7 +47,7 @@ class FakeManager:
 
 
 @dataclass
-class Bench:
+class CallHomeBench:
     root: Path
     manager: FakeManager
     node: Node
@@ -68,7 +68,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def bench(tmp_path: Path) -> CallHomeBench:
     (tmp_path / "etc/ssh").mkdir(parents=True)
     (tmp_path / "etc/ssh/ssh_host_ed25519_key.pub").write_text(f"{KEY} root@here\n")
     join = tmp_path / "run/orion-join/token"
@@ -78,7 +78,7 @@ def bench(tmp_path: Path) -> Bench:
     node = Node(AgentSettings("http://manager", "172.20.0.3"), log.append, tmp_path)
     manager = FakeManager()
     home = HomeCaller(node, manager, manager.clock, lambda: 1.0, log.append)
-    return Bench(tmp_path, manager, node, home, log)
+    return CallHomeBench(tmp_path, manager, node, home, log)
 
 
 def registered(worker_id: str = "w-abcdefgh", placements: list[dict[str, Any]] | None = None) -> Answer:
@@ -99,7 +99,7 @@ def acknowledged(next_s: float = 30, placements: list[dict[str, Any]] | None = N
     return Answer(200, {"lease_s": 75, "door_answer_s": 5, "next_heartbeat_s": next_s, "placements": placements or []})
 
 
-def a_rental(bench: Bench, epoch: int = 1) -> Rentals:
+def a_rental(bench: CallHomeBench, epoch: int = 1) -> Rentals:
     """Make a locked rental, without its account, which only root can make."""
     rentals = Rentals(WorkerPaths(bench.root))
     rentals.records.save(RentalRecord("one", "r-one", 100_001, epoch))
@@ -107,7 +107,7 @@ def a_rental(bench: Bench, epoch: int = 1) -> Rentals:
     return rentals
 
 
-def test_the_first_call_registers_with_the_join_token_and_keeps_the_identity(bench: Bench) -> None:
+def test_the_first_call_registers_with_the_join_token_and_keeps_the_identity(bench: CallHomeBench) -> None:
     assert bench.step(registered()) == 30
     path, token, body, timeout_s = bench.last
     assert (path, token, timeout_s) == ("/api/register", JOIN, 5.0)
@@ -117,7 +117,7 @@ def test_the_first_call_registers_with_the_join_token_and_keeps_the_identity(ben
     assert (bench.root / "etc/orion/keys/root").read_text() == f'from="172.20.0.3" {KEY}\n'
 
 
-def test_every_heartbeat_has_the_agreed_form_and_the_interval_of_the_last_reply(bench: Bench) -> None:
+def test_every_heartbeat_has_the_agreed_form_and_the_interval_of_the_last_reply(bench: CallHomeBench) -> None:
     bench.step(registered())
     assert bench.step(acknowledged(next_s=7.5)) == 7.5
     assert bench.step(acknowledged(next_s=31)) == 31
@@ -127,7 +127,7 @@ def test_every_heartbeat_has_the_agreed_form_and_the_interval_of_the_last_reply(
     assert (beat.session_id, beat.seq, beat.leaving) == ("session-1234", 2, False)
 
 
-def test_the_lease_runs_from_the_sending_of_the_last_acknowledged_call(bench: Bench) -> None:
+def test_the_lease_runs_from_the_sending_of_the_last_acknowledged_call(bench: CallHomeBench) -> None:
     bench.step(registered())
     assert bench.home.acknowledged_at == 1000.0
     bench.step(acknowledged())
@@ -137,7 +137,7 @@ def test_the_lease_runs_from_the_sending_of_the_last_acknowledged_call(bench: Be
         assert bench.home.acknowledged_at == 1002.0
 
 
-def test_only_the_proxy_s_own_mark_on_the_last_answer_excuses_a_worker_without_a_lease(bench: Bench) -> None:
+def test_only_the_proxy_s_own_mark_on_the_last_answer_excuses_a_worker_without_a_lease(bench: CallHomeBench) -> None:
     bench.step(registered())
     bench.step(Answer(502, marked=True))
     assert bench.home.lease.unreached_at == 1002.0, "of when it was asked"
@@ -147,7 +147,7 @@ def test_only_the_proxy_s_own_mark_on_the_last_answer_excuses_a_worker_without_a
         assert bench.home.lease.unreached_at is None, other
 
 
-def test_the_orders_of_a_reply_that_was_read_after_its_lease_are_not_carried_out(bench: Bench) -> None:
+def test_the_orders_of_a_reply_that_was_read_after_its_lease_are_not_carried_out(bench: CallHomeBench) -> None:
     a_rental(bench)
     bench.step(registered())
     bench.manager.thinks_s = 80.0  # as when the machine sleeps while the reply is on its way
@@ -155,7 +155,7 @@ def test_the_orders_of_a_reply_that_was_read_after_its_lease_are_not_carried_out
     assert bench.node.inventory()[0]["state"] == "locked"
 
 
-def test_the_next_call_is_due_at_once_when_the_liveness_connection_has_ended(bench: Bench) -> None:
+def test_the_next_call_is_due_at_once_when_the_liveness_connection_has_ended(bench: CallHomeBench) -> None:
     bench.step(registered())
     assert bench.home.due_s() > 60.0
     bench.home.liveness_ended_at = bench.manager.now
@@ -165,7 +165,7 @@ def test_the_next_call_is_due_at_once_when_the_liveness_connection_has_ended(ben
     assert bench.home.due_s() > 60.0
 
 
-def test_a_manager_that_ended_in_order_is_asked_until_the_next_one_has_heard_it(bench: Bench) -> None:
+def test_a_manager_that_ended_in_order_is_asked_until_the_next_one_has_heard_it(bench: CallHomeBench) -> None:
     bench.step(registered())
     bench.home.liveness_closed_at = bench.manager.now
     bench.manager.now += 1.5
@@ -174,13 +174,13 @@ def test_a_manager_that_ended_in_order_is_asked_until_the_next_one_has_heard_it(
     assert bench.home.due_s() > 60.0
 
 
-def test_a_worker_whose_lease_is_about_to_end_asks_every_two_seconds(bench: Bench) -> None:
+def test_a_worker_whose_lease_is_about_to_end_asks_every_two_seconds(bench: CallHomeBench) -> None:
     bench.step(registered())
     bench.manager.now += 70.0
     assert [bench.step(Answer(503)) for _ in range(4)] == [1.0, 2.0, 2.0, 2.0]
 
 
-def test_without_a_join_token_it_waits_says_so_once_and_calls_nobody(bench: Bench) -> None:
+def test_without_a_join_token_it_waits_says_so_once_and_calls_nobody(bench: CallHomeBench) -> None:
     token = bench.root / "run/orion-join/token"
     token.unlink()
     assert [bench.step() for _ in range(3)] == [1.0, 1.0, 1.0]
@@ -190,7 +190,7 @@ def test_without_a_join_token_it_waits_says_so_once_and_calls_nobody(bench: Benc
     assert bench.step(registered()) == 30
 
 
-def test_failed_registrations_are_tried_for_ever_ever_slower_one_line_each(bench: Bench) -> None:
+def test_failed_registrations_are_tried_for_ever_ever_slower_one_line_each(bench: CallHomeBench) -> None:
     waits = [bench.step(Answer(503)) for _ in range(8)]
     assert waits == [1, 2, 4, 8, 16, 30, 30, 30]
     assert len(bench.log) == 8
@@ -200,11 +200,11 @@ def test_failed_registrations_are_tried_for_ever_ever_slower_one_line_each(bench
 
 
 @pytest.mark.parametrize("nobody", [Answer(0, reason="refused"), Answer(502, marked=True)])
-def test_a_manager_that_does_not_run_yet_is_called_every_few_seconds(bench: Bench, nobody: Answer) -> None:
+def test_a_manager_that_does_not_run_yet_is_called_every_few_seconds(bench: CallHomeBench, nobody: Answer) -> None:
     assert [bench.step(nobody) for _ in range(5)] == [1, 2, 3, 3, 3]
 
 
-def test_a_failed_heartbeat_is_tried_again_soon_and_the_session_is_kept(bench: Bench) -> None:
+def test_a_failed_heartbeat_is_tried_again_soon_and_the_session_is_kept(bench: CallHomeBench) -> None:
     bench.step(registered())
     assert [bench.step(Answer(0, reason="timed out")) for _ in range(5)] == [1, 2, 3, 3, 3]
     assert bench.step(acknowledged()) == 30
@@ -212,11 +212,11 @@ def test_a_failed_heartbeat_is_tried_again_soon_and_the_session_is_kept(bench: B
     assert [call[0] for call in bench.manager.calls].count("/api/register") == 1
 
 
-def test_retry_after_is_obeyed(bench: Bench) -> None:
+def test_retry_after_is_obeyed(bench: CallHomeBench) -> None:
     assert bench.step(Answer(429, {"code": "rate_limited"}, retry_after_s=12.0)) == 12.0
 
 
-def test_a_stale_session_registers_again_at_once_with_its_own_token(bench: Bench) -> None:
+def test_a_stale_session_registers_again_at_once_with_its_own_token(bench: CallHomeBench) -> None:
     bench.step(registered())
     assert bench.step(Answer(409, {"code": "stale_session"})) == 0.0
     bench.step(registered())
@@ -224,7 +224,9 @@ def test_a_stale_session_registers_again_at_once_with_its_own_token(bench: Bench
 
 
 @pytest.mark.parametrize("refusal", [Answer(401), Answer(409, {"code": "host_key_changed"})])
-def test_a_refused_identity_is_forgotten_and_the_join_token_asks_for_a_new_one(bench: Bench, refusal: Answer) -> None:
+def test_a_refused_identity_is_forgotten_and_the_join_token_asks_for_a_new_one(
+    bench: CallHomeBench, refusal: Answer
+) -> None:
     bench.step(registered())
     bench.step(Answer(401))
     assert bench.step(refusal) == 0.0
@@ -234,7 +236,7 @@ def test_a_refused_identity_is_forgotten_and_the_join_token_asks_for_a_new_one(b
     assert json.loads(bench.identity.read_text())["worker_id"] == "w-bbbbbbbb"
 
 
-def test_an_address_in_use_keeps_the_identity_and_tries_later(bench: Bench) -> None:
+def test_an_address_in_use_keeps_the_identity_and_tries_later(bench: CallHomeBench) -> None:
     bench.step(registered())
     bench.step(Answer(409, {"code": "stale_session"}))
     assert bench.step(Answer(409, {"code": "address_in_use"})) == 1.0
@@ -242,19 +244,19 @@ def test_an_address_in_use_keeps_the_identity_and_tries_later(bench: Bench) -> N
 
 
 @pytest.mark.parametrize("broken", [{}, {"next_heartbeat_s": 0, "placements": []}, {"next_heartbeat_s": 30}])
-def test_a_reply_of_another_form_renews_nothing(bench: Bench, broken: dict[str, Any]) -> None:
+def test_a_reply_of_another_form_renews_nothing(bench: CallHomeBench, broken: dict[str, Any]) -> None:
     bench.step(registered())
     assert bench.step(Answer(200, broken)) == 1.0
     assert bench.home.acknowledged_at == 1000.0
 
 
-def test_a_half_written_identity_is_no_identity(bench: Bench) -> None:
+def test_a_half_written_identity_is_no_identity(bench: CallHomeBench) -> None:
     bench.identity.write_text('{"worker_tok')
     bench.step(registered())
     assert bench.last[1] == JOIN
 
 
-def test_replies_unlock_and_lock_what_is_here(bench: Bench) -> None:
+def test_replies_unlock_and_lock_what_is_here(bench: CallHomeBench) -> None:
     a_rental(bench)
     run = [{"rental_id": "one", "epoch": 1, "want": "run"}]
     bench.step(registered(placements=run))
@@ -264,7 +266,7 @@ def test_replies_unlock_and_lock_what_is_here(bench: Bench) -> None:
     assert bench.log[-2:] == ["unlocked rental one at epoch 1", "locked rental one at epoch 1"]
 
 
-def test_once_it_is_exiting_no_reply_activates_a_rental(bench: Bench) -> None:
+def test_once_it_is_exiting_no_reply_activates_a_rental(bench: CallHomeBench) -> None:
     rentals = a_rental(bench)
     bench.step(registered())
     rentals.unlock(RentalOrder(rental_id="one", epoch=1))
@@ -274,7 +276,7 @@ def test_once_it_is_exiting_no_reply_activates_a_rental(bench: Bench) -> None:
     assert bench.node.inventory()[0]["state"] == "locked"
 
 
-def test_an_evacuating_worker_calls_often_until_it_is_empty(bench: Bench) -> None:
+def test_an_evacuating_worker_calls_often_until_it_is_empty(bench: CallHomeBench) -> None:
     rentals = a_rental(bench)
     bench.step(registered())
     assert not bench.home.is_evacuating()
@@ -293,7 +295,7 @@ def test_an_evacuating_worker_calls_often_until_it_is_empty(bench: Bench) -> Non
     assert "vacating" not in bench.last[2]
 
 
-def test_an_evacuating_worker_does_not_wait_for_a_manager_that_does_not_answer(bench: Bench) -> None:
+def test_an_evacuating_worker_does_not_wait_for_a_manager_that_does_not_answer(bench: CallHomeBench) -> None:
     a_rental(bench)
     bench.home.evacuate()
     assert not bench.home.is_evacuating(), "it never registered"
@@ -305,7 +307,7 @@ def test_an_evacuating_worker_does_not_wait_for_a_manager_that_does_not_answer(b
     assert not bench.home.is_evacuating()
 
 
-def test_the_goodbye_is_a_last_heartbeat_in_three_seconds_at_most(bench: Bench) -> None:
+def test_the_goodbye_is_a_last_heartbeat_in_three_seconds_at_most(bench: CallHomeBench) -> None:
     bench.home.say_goodbye()
     assert bench.manager.calls == [], "who never registered has nobody to take leave of"
     bench.step(registered())
@@ -315,7 +317,7 @@ def test_the_goodbye_is_a_last_heartbeat_in_three_seconds_at_most(bench: Bench) 
     assert (path, body["leaving"], timeout_s) == ("/api/heartbeat", True, 3.0)
 
 
-def test_a_locked_rental_does_not_delay_the_heartbeat(bench: Bench) -> None:
+def test_a_locked_rental_does_not_delay_the_heartbeat(bench: CallHomeBench) -> None:
     rentals = a_rental(bench)
     run = [{"rental_id": "one", "epoch": 1, "want": "run"}]
     bench.step(registered())
@@ -327,7 +329,7 @@ def test_a_locked_rental_does_not_delay_the_heartbeat(bench: Bench) -> None:
     assert bench.node.inventory()[0]["state"] == "running"
 
 
-def test_no_line_of_the_log_holds_a_token(bench: Bench) -> None:
+def test_no_line_of_the_log_holds_a_token(bench: CallHomeBench) -> None:
     bench.step(Answer(502, {"detail": "away"}))
     bench.step(registered())
     bench.step(Answer(401))
@@ -345,14 +347,14 @@ def of_a_manager_that_takes_ends(*more: str) -> Answer:
 
 
 @pytest.fixture
-def ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def ended(bench: CallHomeBench, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return the end of a start command that ran here, in the form of a heartbeat."""
     a_rental(bench)
     monkeypatch.setattr(bench.node.rentals.launcher, "ended", lambda *_: ENDED)
     return ENDED
 
 
-def test_a_manager_that_takes_start_ends_gets_them(bench: Bench, ended: dict[str, Any]) -> None:
+def test_a_manager_that_takes_start_ends_gets_them(bench: CallHomeBench, ended: dict[str, Any]) -> None:
     bench.step(registered())
     bench.step(of_a_manager_that_takes_ends("what nobody has heard of"))
     assert "start_ends" not in bench.last[2], "it had not said so yet"
@@ -363,7 +365,9 @@ def test_a_manager_that_takes_start_ends_gets_them(bench: Bench, ended: dict[str
 
 
 @pytest.mark.parametrize("takes", [None, "start_ends", 7, [["start_ends"]], {"start_ends": True}])
-def test_an_older_manager_gets_no_field_that_it_would_refuse(bench: Bench, ended: dict[str, Any], takes: Any) -> None:
+def test_an_older_manager_gets_no_field_that_it_would_refuse(
+    bench: CallHomeBench, ended: dict[str, Any], takes: Any
+) -> None:
     bench.step(registered())
     for _ in range(3):
         bench.step(Answer(200, acknowledged().body | ({} if takes is None else {"takes": takes})))
@@ -372,7 +376,7 @@ def test_an_older_manager_gets_no_field_that_it_would_refuse(bench: Bench, ended
 
 @pytest.mark.parametrize("refusal", [Answer(422, {"code": "invalid_request"}), Answer(502, marked=True), Answer(0)])
 def test_a_heartbeat_after_a_failed_one_has_no_optional_field(
-    bench: Bench, ended: dict[str, Any], refusal: Answer
+    bench: CallHomeBench, ended: dict[str, Any], refusal: Answer
 ) -> None:
     """The manager may have been replaced by an older one meanwhile, and the lease runs."""
     bench.step(registered())
@@ -383,7 +387,7 @@ def test_a_heartbeat_after_a_failed_one_has_no_optional_field(
     assert "start_ends" not in bench.last[2]
 
 
-def test_a_heartbeat_has_no_more_start_ends_than_it_may(bench: Bench, ended: dict[str, Any]) -> None:
+def test_a_heartbeat_has_no_more_start_ends_than_it_may(bench: CallHomeBench, ended: dict[str, Any]) -> None:
     records = [RentalRecord(f"r{number}", f"r-{number}", 100_001 + number, 1) for number in range(300)]
     for record in records:
         bench.node.rentals.records.save(record)
@@ -409,7 +413,9 @@ def test_a_name_that_leads_to_an_ipv6_address_as_well_is_called_by_ipv4(monkeypa
     assert (answer.status, answer.body) == (200, {"heard": True})
 
 
-def test_a_worker_that_is_told_to_stop_while_it_registers_keeps_its_identity_and_says_goodbye(bench: Bench) -> None:
+def test_a_worker_that_is_told_to_stop_while_it_registers_keeps_its_identity_and_says_goodbye(
+    bench: CallHomeBench,
+) -> None:
     asked, locked = threading.Event(), threading.Event()
     calls: list[dict[str, Any]] = []
 

@@ -30,7 +30,7 @@ class Store:
         return Principal(role="client", id="alice", name="alice") if token == TOKEN else None
 
 
-class Call:
+class ScriptedCall:
     """One request, and what the manager answered; `parts` of its body come, and then nothing more."""
 
     def __init__(self, path: str, headers: dict[str, str], parts: list[bytes]) -> None:
@@ -72,26 +72,26 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": said.encode()})
 
 
-async def answered(call: Call, whole_within_s: float = 60.0, unknown_within_s: float = 60.0) -> tuple[int, str]:
+async def answered(call: ScriptedCall, whole_within_s: float = 60.0, unknown_within_s: float = 60.0) -> tuple[int, str]:
     await Bodies(echo, whole_within_s, unknown_within_s)(call.scope, call.receive, call.send)
     return call.answer
 
 
 @pytest.mark.parametrize("parts", [[b"abcd"], [b"ab", b"c", b"d"]])
 async def test_a_body_that_is_whole_in_time_reaches_the_route(parts: list[bytes]) -> None:
-    assert await answered(Call("/api/rent", {"content-length": "4"}, parts)) == (200, "4")
+    assert await answered(ScriptedCall("/api/rent", {"content-length": "4"}, parts)) == (200, "4")
 
 
 async def test_a_body_that_is_not_whole_in_time_ends_the_request() -> None:
     sent = {"content-length": "4", "authorization": f"Bearer {TOKEN}"}
-    call = Call("/api/rent", sent, [b"a", b"b"])
+    call = ScriptedCall("/api/rent", sent, [b"a", b"b"])
     assert await answered(call, 0.02, 0.01) == (408, "request_timeout")
     assert len([message for message in call.sent if message["type"] == "http.response.start"]) == 1
 
 
 @pytest.mark.parametrize("token", ["", "Bearer orion_client_x_unknown"])
 async def test_a_slow_body_of_a_stranger_is_not_waited_for(token: str) -> None:
-    call = Call("/api/rent", {"content-length": "4", "authorization": token}, [b"a", b"b"])
+    call = ScriptedCall("/api/rent", {"content-length": "4", "authorization": token}, [b"a", b"b"])
     assert await answered(call, unknown_within_s=0.01) == (401, "unauthorized")
     assert len([message for message in call.sent if message["type"] == "http.response.start"]) == 1
 
@@ -99,24 +99,24 @@ async def test_a_slow_body_of_a_stranger_is_not_waited_for(token: str) -> None:
 @pytest.mark.parametrize("sent", [{"content-length": LARGE}, {"transfer-encoding": "chunked"}])
 @pytest.mark.parametrize("token", ["", "Bearer orion_client_x_unknown", "Basic YTpi"])
 async def test_a_large_body_of_a_stranger_is_not_begun_to_be_read(sent: dict[str, str], token: str) -> None:
-    call = Call("/api/rent", sent | {"authorization": token}, [b"a"])
+    call = ScriptedCall("/api/rent", sent | {"authorization": token}, [b"a"])
     assert await answered(call) == (401, "unauthorized")
     assert call.taken == 0
 
 
 async def test_a_large_body_of_a_known_caller_is_read() -> None:
     sent = {"content-length": LARGE, "authorization": f"Bearer {TOKEN}"}
-    call = Call("/api/rent", sent, [b"a" * int(LARGE)])
+    call = ScriptedCall("/api/rent", sent, [b"a" * int(LARGE)])
     assert await answered(call) == (200, LARGE)
 
 
 async def test_a_body_of_the_largest_size_that_a_stranger_may_send_is_read() -> None:
-    call = Call("/api/rent", {"content-length": str(LARGE_BYTES)}, [b"a" * LARGE_BYTES])
+    call = ScriptedCall("/api/rent", {"content-length": str(LARGE_BYTES)}, [b"a" * LARGE_BYTES])
     assert await answered(call) == (200, str(LARGE_BYTES))
 
 
 async def test_a_restore_is_as_slow_as_it_is() -> None:
-    call = Call("/api/admin/restore", {"content-length": "2"}, [b"a"])
+    call = ScriptedCall("/api/admin/restore", {"content-length": "2"}, [b"a"])
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await answered(call, 0.01)
@@ -129,6 +129,6 @@ async def test_what_is_answered_before_the_body_is_whole_stays_so() -> None:
         assert (await receive())["type"] == "http.disconnect"
         await send({"type": "http.response.body", "body": b"first"})
 
-    call = Call("/api/rent", {"content-length": "2"}, [])
+    call = ScriptedCall("/api/rent", {"content-length": "2"}, [])
     await Bodies(hasty, 0.01, 0.005)(call.scope, call.receive, call.send)
     assert call.answer == (200, "first")

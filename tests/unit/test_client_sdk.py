@@ -19,7 +19,7 @@ from orion.wire import RentalState
 TOKEN = "orion_client_t1_secret"
 
 
-class Clock:
+class RetryClock:
     """A clock that moves only during `sleep`."""
 
     def __init__(self) -> None:
@@ -48,12 +48,12 @@ def platform(server: ScriptedPlatform) -> ScriptedPlatform:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> RetryClock:
+    return RetryClock()
 
 
 @pytest.fixture
-def orion(platform: ScriptedPlatform, clock: Clock) -> Iterator[Orion]:
+def orion(platform: ScriptedPlatform, clock: RetryClock) -> Iterator[Orion]:
     with Orion(Login(platform.url, TOKEN), sleep=clock.sleep, clock=clock.read) as orion:
         yield orion
 
@@ -113,21 +113,21 @@ def test_an_unmarked_server_error_is_not_repeated(platform: ScriptedPlatform, or
     assert len(platform.calls) == 1
 
 
-def test_retry_after_is_obeyed(platform: ScriptedPlatform, orion: Orion, clock: Clock) -> None:
+def test_retry_after_is_obeyed(platform: ScriptedPlatform, orion: Orion, clock: RetryClock) -> None:
     busy = problem(429, "rate_limited", "slower", {"Retry-After": "7"})
     platform.answer("POST", "/api/rent", busy, Answer(201, rental()))
     orion.rent()
     assert clock.slept == [7.0]
 
 
-def test_retrying_ends(platform: ScriptedPlatform, orion: Orion, clock: Clock) -> None:
+def test_retrying_ends(platform: ScriptedPlatform, orion: Orion, clock: RetryClock) -> None:
     platform.answer("POST", "/api/rent", Answer(breaks=True))
     with pytest.raises(errors.Unreachable):
         orion.rent(retry_for_s=10)
     assert 5 < sum(clock.slept) <= 10
 
 
-def test_each_retry_is_reported(platform: ScriptedPlatform, orion: Orion, clock: Clock) -> None:
+def test_each_retry_is_reported(platform: ScriptedPlatform, orion: Orion, clock: RetryClock) -> None:
     told: list[float] = []
     orion.when_retrying(lambda _error, pause: told.append(pause))
     platform.answer("POST", "/api/rent", Answer(breaks=True), Answer(201, rental()))
@@ -292,7 +292,7 @@ def test_waiting_ends_if_the_state_can_never_come(platform: ScriptedPlatform, or
 
 
 def test_waiting_ends_in_time_without_asking_in_a_tight_loop(
-    platform: ScriptedPlatform, orion: Orion, clock: Clock
+    platform: ScriptedPlatform, orion: Orion, clock: RetryClock
 ) -> None:
     platform.answer("GET", "/api/rentals/abcdefgh23", rental(state="queued"))
     assert orion.wait_for("abcdefgh23", RentalState.ACTIVE, 5).state is RentalState.QUEUED
@@ -312,7 +312,7 @@ def test_a_stream_that_breaks_resumes_after_the_last_event(platform: ScriptedPla
     assert [call.headers["Last-Event-ID"] for call in platform.calls] == ["3", "5"]
 
 
-def test_a_stream_ends_when_its_time_is_over(platform: ScriptedPlatform, orion: Orion, clock: Clock) -> None:
+def test_a_stream_ends_when_its_time_is_over(platform: ScriptedPlatform, orion: Orion, clock: RetryClock) -> None:
     platform.answer("GET", "/api/events", stream(event(1)))
     assert [one.id for one in orion.follow_events(for_s=5)] == [1]
     assert clock.now >= 1005

@@ -33,7 +33,7 @@ IMAGE = {"Id": "sha256:0", "Config": {"Labels": {}}}
 
 
 @dataclass(frozen=True)
-class Machine:
+class CloneMachine:
     """One engine, with what was made on it, and clones of this checkout."""
 
     folder: Path
@@ -92,7 +92,7 @@ class NoImages(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
+def machine(tmp_path: Path) -> Iterator[CloneMachine]:
     for name in ("bin", "made"):
         (tmp_path / name).mkdir()
     (tmp_path / "bin/docker").write_text(DOCKER)
@@ -106,7 +106,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         "REAL_DOCKER": shutil.which("docker") or "false",
         "MADE": str(tmp_path / "made"),
     }
-    yield Machine(tmp_path, environment)
+    yield CloneMachine(tmp_path, environment)
     engine.shutdown()
     engine.server_close()
 
@@ -119,7 +119,7 @@ def has_compose() -> bool:
 
 
 @pytest.mark.skipif(not has_compose(), reason="needs Docker Compose, 1.29 or 2, but no engine: then it runs")
-def test_another_clone_of_the_same_commit_replaces_nothing_and_goes_on_with_its_settings(machine: Machine) -> None:
+def test_another_clone_of_the_same_commit_replaces_nothing_and_goes_on_with_its_settings(machine: CloneMachine) -> None:
     """docker-compose 1.29 reckons with the directory, so the containers stay the first clone's; Compose 2 does not."""
     first, second = machine.clone("first"), machine.clone("second")
     (first / ".env").write_text("ORION_SLOTS=4\n")

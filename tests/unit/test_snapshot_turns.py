@@ -127,7 +127,7 @@ async def test_what_a_takeover_has_just_restored_is_not_copied_while_others_are_
     await loop.stop()
 
 
-class Held:
+class HeldService:
     """A snapshot service in which each snapshot lasts until the test gives it a code of failure."""
 
     def __init__(self) -> None:
@@ -158,9 +158,9 @@ class FullBook(Book):
         pass
 
 
-async def four_of_one_owner_and_one_of_another(owner: str) -> tuple[FullBook, Held, SnapshotController]:
+async def four_of_one_owner_and_one_of_another(owner: str) -> tuple[FullBook, HeldService, SnapshotController]:
     """Return a controller of four places that has just seen the rentals `owner`0 to `owner`3, and `quick`."""
-    catalog, snapshot_service = FullBook(), Held()
+    catalog, snapshot_service = FullBook(), HeldService()
     names = [f"{owner}{number}" for number in range(4)] + ["quick"]
     catalog.owners = {name: name.rstrip("0123456789") for name in names}
     plan = replace(PLAN, at_once=4)
