@@ -1,4 +1,4 @@
-"""The two ways of making an account without Orion-Sec: warm ssh and a stock playbook."""
+"""The two baselines, which make an account without Orion-Sec: warm ssh and a stock playbook."""
 
 from __future__ import annotations
 
@@ -21,76 +21,76 @@ chgrp {name} /etc/orion/keys/{name}
 chmod 0640 /etc/orion/keys/{name}"""
 REMOVE = "userdel --remove {name} 2>/dev/null; rm -f /etc/orion/keys/{name}"
 FIRST_UID = 60_000
-"""Below those of rentals: to the worker's own books these accounts are none of theirs."""
+"""Below the uids of rentals, so the worker does not count these accounts as rentals."""
 FIRST_STOCK_UID = 900_000_000
 DEFAULTS = {
     "ANSIBLE_CONFIG": "/tmp/orion-bench-empty.cfg",  # noqa: S108 - in the container; inside_app.py makes it
     "ANSIBLE_LIBRARY": "/opt/orion/playbooks/library",
     "ANSIBLE_ACTION_PLUGINS": "/opt/orion/playbooks/action",
 }
-"""Ansible as it comes: without the pipelining and the named interpreter of playbooks/ansible.cfg."""
+"""The settings of Ansible as it is installed: no pipelining, no named interpreter of playbooks/ansible.cfg."""
 
 _numbers = itertools.count(1)
-"""One count for all: what was purged on a worker does not come back there."""
+"""One count for all accounts: a worker refuses a rental that was purged there."""
 
 
 class Baselines:
-    """Orders to inside_app.py, one at a time."""
+    """Sends requests to inside_app.py, one at a time."""
 
-    def __init__(self, asking: IO[str], answers: IO[str], public_key: str) -> None:
-        self._asking = asking
+    def __init__(self, requests: IO[str], answers: IO[str], public_key: str) -> None:
+        self._requests = requests
         self._answers = answers
         self._key = public_key
 
     def open(self, worker: Mapping[str, Any]) -> None:
-        self._order(do="open", worker=_known(worker))
+        self._request(do="open", worker=_host(worker))
 
     def warm_ssh(self, worker: Mapping[str, Any]) -> float:
-        """Seconds of useradd and key over the open connection; the account is removed outside the clock."""
+        """Return the seconds of useradd and key over the open connection. The removal of the account is not timed."""
         number = next(_numbers)
         names = {"name": f"bench{number}", "uid": FIRST_UID + number % 5000}
-        done = self._order(do="warm_ssh", worker=_known(worker), script=ADD.format(**names), given=self._key + "\n")
-        self._order(do="warm_ssh", worker=_known(worker), script=REMOVE.format(**names), given="")
+        done = self._request(do="warm_ssh", worker=_host(worker), script=ADD.format(**names), stdin=self._key + "\n")
+        self._request(do="warm_ssh", worker=_host(worker), script=REMOVE.format(**names), stdin="")
         return float(done["seconds"])
 
     def stock_playbook(self, worker: Mapping[str, Any], settings: Mapping[str, str]) -> float:
-        """Seconds of `ansible-playbook create_user.yml` from cold; its account is purged outside the clock.
+        """Return the seconds of a cold `ansible-playbook create_user.yml`. The purge of the account is not timed.
 
-        `settings`: of Ansible, on top of playbooks/ansible.cfg or (DEFAULTS) instead of it.
+        `settings`: Ansible's, in addition to playbooks/ansible.cfg, or (DEFAULTS) instead of it.
         """
         number = next(_numbers)
         rental = {"rental_id": f"bench{number:05d}", "username": f"r-bench{number:05d}", "epoch": 1}
         rental |= {"uid": FIRST_STOCK_UID + number}
         variables = rental | {"public_keys": [self._key]} | {"rentals": [rental | {"public_keys": [self._key]}]}
-        asked = {"playbook": "create_user", "variables": variables, "settings": dict(settings)}
-        done = self._order(do="playbook", worker=_known(worker), **asked)
-        self._order(
-            do="warm_ssh", worker=_known(worker), script="/usr/local/sbin/orion-rental purge", given=json.dumps(rental)
+        request = {"playbook": "create_user", "variables": variables, "settings": dict(settings)}
+        done = self._request(do="playbook", worker=_host(worker), **request)
+        self._request(
+            do="warm_ssh", worker=_host(worker), script="/usr/local/sbin/orion-rental purge", stdin=json.dumps(rental)
         )
         return float(done["seconds"])
 
     def module_alone(self, worker: Mapping[str, Any]) -> float:
-        """Seconds of a warm ssh that runs the worker's own program for a rental that is not there: its start."""
-        asked = json.dumps({"rental_id": "nobody0000", "epoch": 1})
+        """Return the seconds of a warm ssh that starts `orion-rental` for a rental that does not exist."""
+        request = json.dumps({"rental_id": "nobody0000", "epoch": 1})
         script = "/usr/local/sbin/orion-rental lock || test $? -eq 3"
-        return float(self._order(do="warm_ssh", worker=_known(worker), script=script, given=asked)["seconds"])
+        return float(self._request(do="warm_ssh", worker=_host(worker), script=script, stdin=request)["seconds"])
 
     def session(self, command: Sequence[str], environment: Mapping[str, str], files: Mapping[str, str]) -> float:
-        """Seconds of a command of a renter, run where a worker takes connections from. `files`: beside it, private."""
-        done = self._order(do="session", command=list(command), environment=dict(environment), files=dict(files))
+        """Return the seconds of a renter's command, run in the manager's container. `files`: its private files."""
+        done = self._request(do="session", command=list(command), environment=dict(environment), files=dict(files))
         return float(done["seconds"])
 
     def nothing(self, worker: Mapping[str, Any]) -> float:
-        """Seconds of `true` over the open connection."""
-        return float(self._order(do="warm_ssh", worker=_known(worker), script="true", given="")["seconds"])
+        """Return the seconds of `true` over the open connection."""
+        return float(self._request(do="warm_ssh", worker=_host(worker), script="true", stdin="")["seconds"])
 
-    def _order(self, **order: Any) -> dict[str, Any]:
-        self._asking.write(json.dumps(order) + "\n")
-        self._asking.flush()
+    def _request(self, **request: Any) -> dict[str, Any]:
+        self._requests.write(json.dumps(request) + "\n")
+        self._requests.flush()
         line = self._answers.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"ok": False, "said": "the baseline's process ended"}
+        answer: dict[str, Any] = json.loads(line) if line else {"ok": False, "output": "the baseline's process ended"}
         if not answer["ok"]:
-            raise RuntimeError(f"the baseline {order['do']} failed: {answer['said']}")
+            raise RuntimeError(f"the baseline {request['do']} failed: {answer['output']}")
         return answer
 
 
@@ -105,5 +105,5 @@ def baselines(stack: BenchStack, public_key: str) -> Iterator[Baselines]:
             process.kill()
 
 
-def _known(worker: Mapping[str, Any]) -> dict[str, Any]:
+def _host(worker: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": worker["id"], "address": worker["address"], "host_keys": worker["ssh_host_keys"]}

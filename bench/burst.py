@@ -24,7 +24,7 @@ PER_BASELINE = 40
 
 @dataclass(frozen=True)
 class Burst:
-    """Calls that began together. `seconds` of each that succeeded; `whole_s` until the last."""
+    """Calls that began together. `seconds`: of each that succeeded; `whole_s`: until the last ended."""
 
     replies: list[TimedReply]
     failures: int
@@ -56,47 +56,47 @@ def measure(rents: int) -> Result:
 
 
 def _round(stack: BenchStack, renter: BenchRenter, rents: int) -> tuple[Burst, Burst, float]:
-    wish = {"ssh_public_key": renter.public_key, "wait_s": WAIT_S}
-    rented = _at_once(stack, [lambda door: door.call("POST", "/api/rent", wish)] * rents, 201)
-    _sample_gets_in(renter, [reply.body for reply in rented.replies])
+    payload = {"ssh_public_key": renter.public_key, "wait_s": WAIT_S}
+    rented = _at_once(stack, [lambda proxy: proxy.call("POST", "/api/rent", payload)] * rents, 201)
+    _check_some_log_ins(renter, [reply.body for reply in rented.replies])
     released = _at_once(stack, [_release(reply.body["id"]) for reply in rented.replies], 200)
     return rented, released, _warm_ssh(stack, renter)
 
 
 def _release(rental_id: str) -> Callable[[Caller], TimedReply]:
-    return lambda door: door.call("DELETE", f"/api/rentals/{rental_id}?wait_s={WAIT_S}")
+    return lambda proxy: proxy.call("DELETE", f"/api/rentals/{rental_id}?wait_s={WAIT_S}")
 
 
 def _at_once(stack: BenchStack, calls: Sequence[Callable[[Caller], TimedReply]], wanted: int) -> Burst:
-    """Each on a connection of its own, all let go at the same moment."""
+    """Make each call on its own connection, all at the same moment."""
     start = threading.Barrier(len(calls) + 1)
 
-    def one(call: Callable[[Caller], TimedReply]) -> TimedReply | None:
-        with stack.caller() as door:
-            door.must("GET", "/healthz")
+    def begin(call: Callable[[Caller], TimedReply]) -> TimedReply | None:
+        with stack.caller() as proxy:
+            proxy.must("GET", "/healthz")
             start.wait()
             try:
-                return call(door)
+                return call(proxy)
             except OSError:
                 return None
 
     with ThreadPoolExecutor(len(calls)) as together:
-        asked = [together.submit(one, call) for call in calls]
+        pending = [together.submit(begin, call) for call in calls]
         start.wait()
         began = time.perf_counter()
-        replies = [one_asked.result() for one_asked in asked]
+        replies = [one.result() for one in pending]
         whole_s = time.perf_counter() - began
     good = [reply for reply in replies if reply is not None and reply.status == wanted]
     return Burst(good, len(calls) - len(good), whole_s)
 
 
-def _sample_gets_in(renter: BenchRenter, rentals: Sequence[dict[str, Any]]) -> None:
+def _check_some_log_ins(renter: BenchRenter, rentals: Sequence[dict[str, Any]]) -> None:
     for rental in rentals[:: max(1, len(rentals) // 8)]:
-        renter.gets_in(rental)
+        renter.check_log_in(rental)
 
 
 def _warm_ssh(stack: BenchStack, renter: BenchRenter) -> float:
-    """Accounts a second that warm ssh makes, one after the other, on the workers in turn."""
+    """Return the accounts per second that warm ssh makes, one after the other, on the workers in turn."""
     with baselines(stack, renter.public_key) as without:
         workers = stack.ready_workers()
         for worker in workers:

@@ -1,4 +1,4 @@
-"""One kept HTTP connection, timed: as thin as it can be, so that the client is no part of what is measured."""
+"""A timed HTTP connection that stays open. It does as little as possible, so that it adds nothing to the figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 TIMEOUT_S = 70.0
-"""Beyond the longest that a client may ask the manager to wait."""
+"""Seconds: longer than a client may ask the manager to wait."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Caller:
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", **(headers or {})}
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> TimedReply:
-        """Time from the first byte sent to the last received. Raises OSError, and HTTPException for a broken reply."""
+        """Return the reply, timed from the first byte sent to the last received. Raise OSError, or HTTPException."""
         payload = None if body is None else json.dumps(body).encode()
         began = time.perf_counter()
         try:
@@ -50,7 +50,7 @@ class Caller:
         )
 
     def must(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> TimedReply:
-        """A call that has to succeed, or the measurement means nothing."""
+        """Return the reply to a call. Raise RuntimeError if it failed: then the measurement means nothing."""
         reply = self.call(method, path, body)
         if reply.status >= 300:
             raise RuntimeError(f"{method} {path} was answered with {reply.status}: {reply.body}")

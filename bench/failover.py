@@ -1,13 +1,13 @@
-"""From `docker kill`, a cut network or a restart until rentals are where they belong again, and where the time goes.
+"""The time from `docker kill`, a cut network or a restart until all rentals are active again, and its parts.
 
-Every case is real: containers are killed, cut off and restarted by Docker, and after each run the renter logs in and
-must find the files as they were. Times are of this machine's one wall clock, by which the platform's events are written
-as well. A time begins before the command is given to Docker, and ends when the rental is active: its renter is let in.
+Docker kills, cuts off and restarts the containers; after each run the renter logs in and must find the same files. All
+times are of this machine's wall clock, with which the platform's events are written as well. A time begins before the
+command is given to Docker, and ends when the rental is active, so that its renter can log in.
 
-All clocks are the default ones, but for the restarts: by those of the manager nobody is heard for up to 30 s, so they
-are measured at a tenth, where all that could go wrong has a tenth of the time, and a restart takes as long as ever. The
-cases follow each other on one platform, in an order in which none waits for what another has done; the last one leaves
-nothing as it was.
+All clocks are the default ones, except in the case `restarts`: with the default ones a restarted manager hears no
+worker for up to 30 s. There all clocks are at a tenth, so a false verdict has a tenth of the time, and a restart takes
+as long as ever. The cases run on one platform, ordered so that none waits for the work of another; the last one changes
+it for good.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ from orion.manager.domain.clocks import Clocks
 
 WORKERS = 24
 CUT_AT_ONCE = 11
-"""Half of the pool would put the brake on."""
+"""Workers that lose the network together: half of the pool would set the brake."""
 FEW_WORKERS = 6
 TENTH = 0.1
 MANY = 100
 RESTARTED = 50
 SLOTS = 100
 CHECKED = 5
-"""Of the many, logins after each run: so long it lasts."""
+"""Rentals of the case `many` that are checked by a log-in after each run: each takes seconds."""
 BY_LEASE_WITHIN_S = 200.0
 SETTINGS = {
     "ORION_SLOTS": str(SLOTS),
-    "ORION_FLAP_WINDOW_S": "1",  # a worker that is killed again and again is shut out
+    "ORION_FLAP_WINDOW_S": "1",  # with the default a worker that is killed repeatedly is quarantined
 }
 AT_A_TENTH = {
     "ORION_CLOCK_SCALE": str(TENTH),
-    "ORION_SNAPSHOT_INTERVAL_S": "300",  # scaled too: copies are made as often as ever
+    "ORION_SNAPSHOT_INTERVAL_S": "300",  # scaled too: snapshots are taken as often as ever
 }
 FILES = ("bench/failover.yml",)
 HOMES = {"100MB": (100, 100), "500MB": (500, 26_000), "1GB": (1000, 100_000)}
-"""Megabytes and files."""
+"""The size of each home in megabytes, and its number of files."""
 SMALLEST = "100MB"
 RUNS_OF_LARGE = 5
-MOVED_WITHIN_S = 300.0
+MIGRATED_WITHIN_S = 300.0
 CASES = ("moved", "killed", "cut", "many", "restarts")
 Measure = Callable[[RentedPlatform, int, Result], None]
 
 
 def measure(runs: int, chosen: Sequence[str] = CASES, homes: Sequence[str] = tuple(HOMES)) -> Result:
-    """`homes`: which of HOMES are moved."""
+    """Measure the chosen cases. `homes`: the names of HOMES that the case `moved` migrates."""
     result = Result("failover", "A worker is lost, or the platform restarts")
     cases: dict[str, Measure] = {
-        "moved": partial(_moved, homes=homes),
+        "moved": partial(_migrated, homes=homes),
         "killed": _killed,
         "cut": _cut_off,
         "many": _many_killed,
@@ -83,54 +83,54 @@ def _scene(workers: int, settings: Mapping[str, str], result: Result) -> Iterato
 def _timed(case: Measure, scene: RentedPlatform, runs: int, result: Result) -> None:
     began = time.monotonic()
     case(scene, runs, result)
-    result.value("  (all of it, with what is between the runs)", "s", time.monotonic() - began)
+    result.value("  (the whole case, with the time between the runs)", "s", time.monotonic() - began)
 
 
-def _moved(scene: RentedPlatform, runs: int, result: Result, homes: Sequence[str]) -> None:
-    """One rental after the other is moved again and again: a renter can do nothing from the hold until it is active."""
+def _migrated(scene: RentedPlatform, runs: int, result: Result, homes: Sequence[str]) -> None:
+    """Migrate one rental after the other, repeatedly. Its renter has to wait from the quiesce until it is active."""
     for name in homes:
-        _moved_home(scene, runs if name == SMALLEST else min(runs, RUNS_OF_LARGE), result, HOMES[name])
+        _migrate_home(scene, runs if name == SMALLEST else min(runs, RUNS_OF_LARGE), result, HOMES[name])
 
 
-def _moved_home(scene: RentedPlatform, runs: int, result: Result, home: tuple[int, int]) -> None:
-    rental, case, what = scene.rent(), Case(), f"a planned move of {home[0]:,} MB in {home[1]:,} files"
+def _migrate_home(scene: RentedPlatform, runs: int, result: Result, home: tuple[int, int]) -> None:
+    rental, case, what = scene.rent(), Case(), f"a planned migration of {home[0]:,} MB in {home[1]:,} files"
     checksum = scene.fill_with(rental, *home)
-    scene.await_copies([rental["id"]])
+    scene.await_snapshots([rental["id"]])
     for number in range(runs):
-        scene.tell(what, number)
+        scene.show_progress(what, number)
         before, after, began = scene.rental(rental["id"]), scene.last_event(), time.time()
         scene.ask("POST", f"/api/rentals/{rental['id']}/migrate?wait_s=50")
-        events = scene.await_active(after, {rental["id"]: before["epoch"] + 1}, MOVED_WITHIN_S)
-        held, switched, active = (at(events, f"rental.{kind}") for kind in ("held", "moved", "activated"))
-        time.sleep(1.1)  # what the engine did is written down once a second
+        events = scene.await_active(after, {rental["id"]: before["epoch"] + 1}, MIGRATED_WITHIN_S)
+        quiesced, cutover, active = (at(events, f"rental.{kind}") for kind in ("held", "moved", "activated"))
+        time.sleep(1.1)  # the job log is written once a second
         log = scene.ask("GET", f"/api/rentals/{rental['id']}/log")["items"]
-        frozen = next(unix(one["at"]) for one in log if one["action"] == "freeze" and unix(one["at"]) > held)
-        steps = {"(asked for -> held: filled while it runs)": held - began, "held -> it stands still": frozen - held}
-        steps |= {"it stands still -> all of it is there": switched - frozen, "-> active": active - switched}
-        case.add(active - held, steps)
+        frozen = next(unix(one["at"]) for one in log if one["action"] == "freeze" and unix(one["at"]) > quiesced)
+        steps = {"(request -> quiesce: precopy)": quiesced - began, "quiesce -> frozen": frozen - quiesced}
+        steps |= {"frozen -> cutover: final sync": cutover - frozen, "cutover -> active": active - cutover}
+        case.add(active - quiesced, steps)
         scene.check(rental["id"], checksum)
     scene.release(rental["id"])
-    case.tell(result, f"{what}: held to active elsewhere")
+    case.report(result, f"{what}: quiesce to active elsewhere")
     result.at_most(f"{what}: the longest pause", max(case.seconds), 1, " s")
 
 
 def _killed(scene: RentedPlatform, runs: int, result: Result) -> None:
-    """One rental with 10 MB; its worker is killed, then started again and cleaned before the next run."""
+    """Kill the worker of one rental with 10 MB, then start it again and wait until it is clean."""
     rental, case = scene.rent(), Case()
     checksum = scene.fill(rental, 100_000)
-    scene.await_copies([rental["id"]])
+    scene.await_snapshots([rental["id"]])
     for number in range(runs):
-        scene.tell("killed", number)
+        scene.show_progress("killed", number)
         rental = scene.rental(rental["id"])
         hostname, after = scene.workers()[rental["worker_id"]]["hostname"], scene.last_event()
         began = time.time()
         run(["docker", "kill", hostname], 30)
         commanded = time.time()
         events = scene.await_active(after, {rental["id"]: rental["epoch"] + 1})
-        marks = [("docker kill", began), ("its watch is closed", at(events, "worker.became_suspect"))]
-        marks += [("it is proved dead", at(events, "worker.became_down"))]
-        marks += [("a place is found", at(events, "placement.preparing"))]
-        time.sleep(1.1)  # what the engine did is written down once a second
+        marks = [("docker kill", began), ("the liveness connection ends", at(events, "worker.became_suspect"))]
+        marks += [("the worker is proved dead", at(events, "worker.became_down"))]
+        marks += [("a placement is made", at(events, "placement.preparing"))]
+        time.sleep(1.1)  # the job log is written once a second
         marks += _jobs(scene, rental["id"], rental["epoch"] + 1)
         marks += [("active", at(events, "rental.activated"))]
         steps = {f"{name} -> {to}": end - start for (name, start), (to, end) in pairwise(marks)}
@@ -139,92 +139,95 @@ def _killed(scene: RentedPlatform, runs: int, result: Result) -> None:
         run(["docker", "start", hostname], 30)
         scene.await_ready()
     scene.release(rental["id"])
-    case.tell(result, "docker kill to active again elsewhere, 10 MB")
+    case.report(result, "docker kill to active again elsewhere, 10 MB")
     result.at_most("killed, 10 MB: p50", median(case.seconds), 2, " s")
     result.at_most("killed, 10 MB: p99", summary(case.seconds).p99, 3, " s")
 
 
 def _jobs(scene: RentedPlatform, rental_id: str, epoch: int) -> list[tuple[str, float]]:
-    """When the account was there, when its files were, and when its renter was let in; by the log of the engine."""
+    """Return when the account was made, when its files were restored, and when it was activated, by the job log."""
     log = scene.ask("GET", f"/api/rentals/{rental_id}/log")["items"]
     marks = []
     for entry in sorted((one for one in log if one["epoch"] == epoch and one["ok"]), key=lambda one: str(one["at"])):
         ended = unix(entry["at"])
         if entry["action"] == "prepare_user":
-            marks.append(("its account is there", ended))
+            marks.append(("the account is made", ended))
         elif entry["action"] == "create_user":
-            marks += [("its files are there", ended - entry["seconds"]), ("its renter is let in", ended)]
+            marks += [("the files are restored", ended - entry["seconds"]), ("the account is activated", ended)]
     return marks
 
 
 def _many_killed(scene: RentedPlatform, runs: int, result: Result) -> None:
-    """100 rentals with 100 files on one worker; all others but one are out of service, so all go to that one.
+    """Kill a worker with 100 rentals of 100 files; all others but one are drained, so that one takes all of them.
 
-    What was killed stays so, and the next to be killed is the one that took them: so no run waits until a worker is
-    clean again, and nothing is left to do when one begins.
+    A killed worker stays dead, and the next run kills the worker that took its rentals: so no run waits until a worker
+    is clean again.
     """
     ids, case = list(scene.workers()), Case()
     for one in ids[1:]:
         scene.ask("POST", f"/api/workers/{one}/drain")
     rentals = each(lambda _: scene.rent(), range(MANY))
     scene.fill_all(scene.workers()[ids[0]]["hostname"], 1000)
-    scene.await_copies([one["id"] for one in rentals])
+    scene.await_snapshots([one["id"] for one in rentals])
     checksums = {one["id"]: scene.checksum(one["id"]) for one in rentals[:: MANY // CHECKED]}
     for number, killed in enumerate(ids[: min(runs, len(ids) - 1)]):
         target = ids[number + 1]
         scene.ask("POST", f"/api/workers/{target}/resume")
-        scene.tell("many", number)
+        scene.show_progress("many", number)
         _kill_one_with_many(scene, [one["id"] for one in rentals], killed, target, case)
         each(lambda one: scene.check(*one), checksums.items())
-    case.tell(result, f"docker kill to all {MANY} active elsewhere")
+    case.report(result, f"docker kill to all {MANY} active elsewhere")
     result.at_most(f"killed with {MANY} rentals: the slowest", max(case.seconds), 15, " s")
 
 
 def _kill_one_with_many(scene: RentedPlatform, rental_ids: Sequence[str], killed: str, target: str, case: Case) -> None:
     hosts, after = scene.workers(), scene.last_event()
     manager, other = scene.stack.container("manager_app"), hosts[target]["hostname"]
-    counted = {"the manager": manager, "the worker that takes them": other}
+    counted = {"the manager": manager, "the worker that takes the rentals": other}
     epochs = {one: scene.rental(one)["epoch"] + 1 for one in rental_ids}
-    before = {who: processor_s(container) for who, container in counted.items()}
+    before = {name: processor_s(container) for name, container in counted.items()}
     began = time.time()
     run(["docker", "kill", hosts[killed]["hostname"]], 30)
     events = scene.await_active(after, epochs)
-    for who, container in counted.items():
-        case.steps[f"(processor time of {who})"].append(processor_s(container) - before[who])
+    for name, container in counted.items():
+        case.steps[f"(processor time of {name})"].append(processor_s(container) - before[name])
     active = sorted(unix(e["at"]) - began for e in events if e["kind"] == "rental.activated")
     down, prepared = at(events, "worker.became_down"), at(events, "placement.preparing")
-    steps = {"docker kill -> it is proved dead": down - began, "it is proved dead -> first places": prepared - down}
-    steps |= {"first places -> first active": began + active[0] - prepared}
+    steps = {
+        "docker kill -> the worker is proved dead": down - began,
+        "the worker is proved dead -> first placements": prepared - down,
+    }
+    steps |= {"first placements -> first active": began + active[0] - prepared}
     case.add(active[-1], steps | {"first active -> last active": active[-1] - active[0]})
     case.steps["each of the rentals"] += active
 
 
 def _restarts(scene: RentedPlatform, runs: int, result: Result) -> None:
-    """Proxy and manager are restarted in turn with 50 rentals; afterwards nothing has moved and nobody was down."""
+    """Restart proxy and manager in turn under 50 rentals. No rental may migrate and no worker be declared down."""
     rentals = [rental["id"] for rental in each(lambda _: scene.rent(), range(RESTARTED))]
     before, after = [scene.rental(one) for one in rentals], scene.last_event()
     cases = {"manager_proxy": Case(), "manager_app": Case()}
     for number in range(runs):
-        scene.tell("restarts", number)
+        scene.show_progress("restarts", number)
         for service, case in cases.items():
             began = time.time()
             run(["docker", "restart", scene.stack.container(service)], 60)
             commanded = time.time()
-            wait_until("it answers, and all are ready", lambda: _all_ready(scene), BACK_WITHIN_S)
+            wait_until("the manager answers, and all workers are ready", lambda: _all_ready(scene), BACK_WITHIN_S)
             steps = {"(the command docker restart)": commanded - began}
             case.add(time.time() - began, steps | {"the command -> all are ready": time.time() - commanded})
-    time.sleep(2 * Clocks().scaled(TENTH).takeover_after_s)  # a false verdict would come by then
+    time.sleep(2 * Clocks().scaled(TENTH).takeover_after_s)  # a false verdict would have come by then
     scene.await_no_brake()
     kinds = [event["kind"] for event in scene.events(after)]
-    moved = sum(kinds.count(kind) for kind in ("worker.became_down", "placement.lost"))
-    moved += sum(
+    faults = sum(kinds.count(kind) for kind in ("worker.became_down", "placement.lost"))
+    faults += sum(
         (one["worker_id"], one["epoch"]) != (now["worker_id"], now["epoch"])
         for one, now in zip(before, (scene.rental(rental) for rental in rentals), strict=True)
     )
     each(scene.release, rentals)
     for service, case in cases.items():
-        case.tell(result, f"docker restart of {service} to all {scene.number} workers ready")
-    result.at_most(f"restarts with {RESTARTED} rentals: migrations and false downs", moved, 0)
+        case.report(result, f"docker restart of {service} to all {scene.number} workers ready")
+    result.at_most(f"restarts with {RESTARTED} rentals: migrations and false downs", faults, 0)
 
 
 def _all_ready(scene: RentedPlatform) -> bool:
@@ -235,26 +238,26 @@ def _all_ready(scene: RentedPlatform) -> bool:
 
 
 def _cut_off(scene: RentedPlatform, runs: int, result: Result) -> None:
-    """CUT_AT_ONCE workers lose the network, each with a rental, which must stand still before it is anywhere else."""
+    """Cut off CUT_AT_ONCE workers, each with a rental, which must be frozen before it is anywhere else."""
     case = Case()
-    rentals = [scene.rent() for _ in range(WORKERS)]  # one on each: they go where least is used
+    rentals = [scene.rent() for _ in range(WORKERS)]  # one on each: the scheduler takes the emptiest worker
     checksums = dict(each(lambda one: (one["id"], scene.fill(one, 1000)), rentals))
-    scene.await_copies(list(checksums))
+    scene.await_snapshots(list(checksums))
     while len(case.seconds) < runs:
-        scene.tell("cut", len(case.seconds))
+        scene.show_progress("cut", len(case.seconds))
         scene.await_no_brake()
         victims = {one["worker_id"]: one for one in map(scene.rental, checksums)}
         _cut(scene, [victims[worker] for worker in sorted(victims)][:CUT_AT_ONCE], case)
         each(lambda one: scene.check(*one), checksums.items())
     each(scene.release, checksums)
-    case.tell(result, "docker network disconnect to active elsewhere")
+    case.report(result, "docker network disconnect to active elsewhere")
     result.at_most("cut off: the slowest", max(case.seconds), Clocks().takeover_after_s + 5, " s")
-    margins = case.steps["from the freeze of the old copy to the verdict"]
+    margins = case.steps["from the freeze on the old worker to the verdict"]
     result.at_least("cut off: the shortest time from freeze to verdict", min(margins), 0, " s")
 
 
 def _cut(scene: RentedPlatform, chosen: Sequence[Json], case: Case) -> None:
-    """The workers of these rentals, until all are active elsewhere and the workers are back."""
+    """Cut off the workers of these rentals, and wait until all are active elsewhere and the workers are ready again."""
     after, hosts = scene.last_event(), scene.workers()
     began: dict[str, float] = {}
     for one in chosen:
@@ -266,13 +269,13 @@ def _cut(scene: RentedPlatform, chosen: Sequence[Json], case: Case) -> None:
         down = at(events, "worker.became_down", worker_id=one["worker_id"])
         active = at(events, "rental.activated", rental_id=one["id"])
         steps = {"docker network disconnect -> down by its lease": down - start, "down -> active": active - down}
-        steps["from the freeze of the old copy to the verdict"] = down - _frozen_at(hostname, start)
+        steps["from the freeze on the old worker to the verdict"] = down - _frozen_at(hostname, start)
         case.add(active - start, steps)
         run(["docker", "network", "connect", scene.stack.network, hostname], 30)
     scene.await_ready()
 
 
 def _frozen_at(hostname: str, since: float) -> float:
-    """When its agent said that it had no right to run any more."""
-    said = run(["docker", "logs", "--timestamps", "--since", str(int(since)), hostname], 30)
-    return next(unix(line.split()[0]) for line in said.splitlines() if "no right to run" in line)
+    """Return when the log of its agent says that it has no right to run (worker/orion_worker/agent/fence.py)."""
+    log = run(["docker", "logs", "--timestamps", "--since", str(int(since)), hostname], 30)
+    return next(unix(line.split()[0]) for line in log.splitlines() if "no right to run" in line)

@@ -1,4 +1,4 @@
-"""What is made of measured values: percentiles, ratios, and how a cost grows."""
+"""Arithmetic of measured values: percentiles, and how a cost grows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Summary:
-    """Of values in any one unit."""
+    """The number and the percentiles of values, in their unit."""
 
     count: int
     p50: float
@@ -18,9 +18,9 @@ class Summary:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The nearest rank: the smallest value that at least this share (0 to 1) of the values do not exceed.
+    """Return the nearest rank: the smallest value that at least this share (0 to 1) of the values do not exceed.
 
-    It is always one that was measured; of fewer than 100 values the 99th percentile is the largest.
+    The result is always a measured value; of fewer than 100 values the 99th percentile is the largest.
     """
     if not values:
         raise ValueError("there is no percentile of nothing")
@@ -36,9 +36,9 @@ def median(values: Sequence[float]) -> float:
 
 
 def growth(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The exponent of the power law that fits best (least squares over logarithms): 0 is flat, 1 is linear.
+    """Return the exponent of the power law that fits best (least squares over logarithms): 0 is flat, 1 is linear.
 
-    Raises ValueError for fewer than two sizes, and for what is not positive.
+    Raise ValueError for fewer than two sizes, and for sizes or costs that are not positive.
     """
     if len(sizes) != len(costs) or len(set(sizes)) < 2:
         raise ValueError("growth needs the costs of two sizes or more")
@@ -51,5 +51,5 @@ def growth(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def steepest(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The largest exponent of the fit over all and of the last step: a cost that explodes late is flat on the whole."""
+    """Return the larger exponent, of the fit over all sizes or of the last step, which shows a late explosion."""
     return max(growth(sizes, costs), growth(sizes[-2:], costs[-2:]))

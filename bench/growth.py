@@ -1,7 +1,7 @@
-"""What the manager costs with ever more workers, and as many rentals: needs neither Docker nor wrk.
+"""The cost of the manager with more and more workers, and as many rentals. It needs neither Docker nor wrk.
 
-The manager runs as a process of this machine on a database that was filled beforehand (pool.py); the calls go to it
-directly, with the proxy's secret. Its clocks go ten times slower, so nobody is suspected while it is measured.
+The manager runs as a process of this machine on a database that pool.py has filled; the calls go to it directly, with
+the proxy secret. Its clocks are ten times slower, so it suspects no worker while it is measured.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from orion.manager.store.tokens import make_token
 
 PROXY_SECRET = "benchmark"  # noqa: S105 - of a manager that listens on the loopback for a minute
 ADDRESS = "172.20.0.1"
-"""That all calls seem to come from, and that all workers have registered from."""
+"""The address of all workers, from which all calls seem to come."""
 START_WITHIN_S = 60.0
 SETTLE_WITHIN_S = 45.0
 IDLE_S = 5.0
@@ -44,15 +44,15 @@ RENTS = 15
 PAGE = 50
 """Half of the smallest pool, so that a page from the middle is full at every size."""
 CALLS_WITHIN_S = 12.0
-"""For the calls of one kind, and"""
+"""Seconds for the calls of one kind."""
 SIZE_WITHIN_S = 100.0
-"""for all of one size, and"""
+"""Seconds for one size."""
 CALL_WITHIN_S = 20.0
-"""for one call: a manager that has become slow must not hold up the benchmark."""
+"""Seconds for one call: a manager that has become slow must not delay the benchmark."""
 
 SETTLED = "start-up until the pool's state is settled"
 WHOLE = {"memory", "start-up until it answers", SETTLED, "processor, at rest"}
-"""May grow with the pool, but not faster. All else looks at one worker, one rental or one page: it must not grow."""
+"""The costs that may grow as the pool does. All others are of one worker, rental or page, and must not grow."""
 LINEAR, FLAT = 1.1, 0.15
 
 Measured = dict[str, list[float]]
@@ -63,7 +63,7 @@ class MeasuredManager:
     process: subprocess.Popen[bytes]
     port: int
     admin_token: str
-    said: Path
+    log: Path
     started_s: float = 0.0
 
     def caller(self, token: str | None = None) -> Caller:
@@ -71,18 +71,18 @@ class MeasuredManager:
         return Caller("127.0.0.1", self.port, token or self.admin_token, headers, CALL_WITHIN_S)
 
     def decisions(self) -> list[float]:
-        """Seconds of each decision that led to something."""
-        told = json_lines(self.said.read_text().splitlines())
-        return [line["seconds"] for line in told if line.get("bench") == "decision" and line["steps"]]
+        """Return the seconds of each decision that led to a step."""
+        lines = json_lines(self.log.read_text().splitlines())
+        return [line["seconds"] for line in lines if line.get("bench") == "decision" and line["steps"]]
 
 
 @dataclass
 class At:
-    """Everything at one size. Times in seconds, memory in MB, processor in seconds a second."""
+    """The figures of one size. Times in seconds, memory in MB, processor in seconds per second."""
 
     size: int
     deadline: float
-    """On the monotonic clock; nothing more is begun after it."""
+    """The moment of the monotonic clock after which no more calls begin."""
     values: Measured = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -110,12 +110,12 @@ def _row(result: Result, name: str, label: str, values: list[float]) -> None:
 
 
 def _unit(label: str) -> tuple[str, float]:
-    """What a value is shown in, and how many of that one of its own unit is."""
+    """Return the unit in which a value is shown, and the factor to it."""
     return {"memory": ("MB", 1.0), "processor, at rest": ("% of one core", 100.0)}.get(label, ("ms", 1000.0))
 
 
 def _judge(result: Result, label: str, points: list[tuple[int, float]], sizes: int) -> None:
-    """Whatever grows faster than it may is a defect, and so is what did not answer in time."""
+    """Add the targets of one cost: how fast it may grow, and that every size answered in time."""
     most = LINEAR if label in WHOLE else FLAT
     unit, factor = _unit(label)
     result.lines[f"{label} ({unit})"] = [(size, factor * value) for size, value in points]
@@ -149,32 +149,32 @@ def _at(size: int, samples: int) -> At:
         with _running(Path(place), url) as manager:
             at.values["start-up until it answers"] = [manager.started_s]
             at.values[SETTLED] = _settled(manager, size, at)
-            _look(manager, seed, size, samples, at)
+            _measure_all(manager, seed, size, samples, at)
             at.values["memory"] = [memory_mb(manager.process.pid)]
     return at
 
 
-def _look(manager: MeasuredManager, seed: str, size: int, samples: int, at: At) -> None:
+def _measure_all(manager: MeasuredManager, seed: str, size: int, samples: int, at: At) -> None:
     used, began = cpu_s(manager.process.pid), time.monotonic()
     at.values["longest pause, at rest"] = [_longest_pause(manager)]
     at.values["processor, at rest"] = [(cpu_s(manager.process.pid) - used) / (time.monotonic() - began)]
     chance = random.Random(size)
-    with manager.caller() as door:
+    with manager.caller() as proxy:
         for name, path in _pages(size).items():
-            at.values[f"one page of {name}"] = _calls(partial(_timed_get, door, path), samples, at)
+            at.values[f"one page of {name}"] = _calls(partial(_timed_get, proxy, path), samples, at)
         seq = iter(range(1, 10**9))
         at.values["one heartbeat"] = _calls(
             lambda: _heartbeat(manager, seed, chance.randrange(size // 2, size), next(seq)), samples, at
         )
-        wish = {"ssh_public_key": pool.SOMEBODYS_KEY, "wait_s": 30}
+        payload = {"ssh_public_key": pool.A_PUBLIC_KEY, "wait_s": 30}
         at.values["one rent, its engine job nothing"] = _calls(
-            lambda: door.must("POST", "/api/rent", wish).seconds, min(RENTS, samples), at
+            lambda: proxy.must("POST", "/api/rent", payload).seconds, min(RENTS, samples), at
         )
     at.values["one decision that led to something"] = manager.decisions()
 
 
 def _pages(size: int) -> dict[str, str]:
-    """The first page and one from the middle of each list that grows."""
+    """Return the paths of the first page and of a middle page of each list that grows, by name."""
     middle = size // 2
     return {
         "workers, first": f"/api/workers?limit={PAGE}",
@@ -188,8 +188,8 @@ def _pages(size: int) -> dict[str, str]:
     }
 
 
-def _timed_get(door: Caller, path: str) -> float:
-    return door.must("GET", path).seconds
+def _timed_get(proxy: Caller, path: str) -> float:
+    return proxy.must("GET", path).seconds
 
 
 def _heartbeat(manager: MeasuredManager, seed: str, number: int, seq: int) -> float:
@@ -199,7 +199,7 @@ def _heartbeat(manager: MeasuredManager, seed: str, number: int, seq: int) -> fl
 
 
 def _calls(one: Callable[[], float], samples: int, at: At) -> list[float]:
-    """Seconds of so many calls, of fewer where they are slow; none where the manager does not answer."""
+    """Return the seconds of this number of calls; fewer if they are slow, none if the manager does not answer."""
     seconds: list[float] = []
     deadline = min(at.deadline, time.monotonic() + CALLS_WITHIN_S)
     while len(seconds) < samples and time.monotonic() < deadline:
@@ -214,12 +214,12 @@ def _calls(one: Callable[[], float], samples: int, at: At) -> list[float]:
 
 
 def _longest_pause(manager: MeasuredManager) -> float:
-    """The slowest answer of the plainest route while nothing is asked of it: how long a loop held everybody up."""
+    """Return the slowest answer of /healthz while the manager has nothing else to do: how long a controller blocks."""
     deadline, longest = time.monotonic() + IDLE_S, 0.0
-    with manager.caller() as door:
+    with manager.caller() as proxy:
         while time.monotonic() < deadline:
             try:
-                longest = max(longest, door.must("GET", "/healthz").seconds)
+                longest = max(longest, proxy.must("GET", "/healthz").seconds)
             except OSError:
                 return CALL_WITHIN_S
             time.sleep(0.005)
@@ -227,12 +227,12 @@ def _longest_pause(manager: MeasuredManager) -> float:
 
 
 def _settled(manager: MeasuredManager, size: int, at: At) -> list[float]:
-    """Seconds from the start until the manager has noted of everybody that it was not heard since; none in time: []."""
+    """Return the seconds from the start until all workers have unknown health; [] if that was not in time."""
     deadline = time.monotonic() + SETTLE_WITHIN_S
-    asked = [f"/api/workers/{pool.worker_id(number)}" for number in (0, size // 2, size - 1)]
-    with manager.caller() as door, suppress(OSError):  # one that does not answer at all has not settled either
+    paths = [f"/api/workers/{pool.worker_id(number)}" for number in (0, size // 2, size - 1)]
+    with manager.caller() as proxy, suppress(OSError):  # a manager that does not answer has not settled
         while time.monotonic() < deadline:
-            if all(door.must("GET", path).body["health"] == "unknown" for path in asked):
+            if all(proxy.must("GET", path).body["health"] == "unknown" for path in paths):
                 return [manager.started_s + SETTLE_WITHIN_S - (deadline - time.monotonic())]
             time.sleep(0.05)
     at.notes.append(f"the pool's state was not settled {SETTLE_WITHIN_S:g} s after the start")
@@ -253,14 +253,14 @@ def _running(place: Path, url: str) -> Iterator[MeasuredManager]:
         "ORION_PORT": str(port),
         "ORION_CLOCK_SCALE": "10",
     }
-    said = place / "said.log"
+    log = place / "manager.log"
     began = time.monotonic()
-    with said.open("wb") as output:
+    with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "bench.manager"], env=environment, pass_fds=(reading,), stdout=output, stderr=output
         )
     os.close(reading)
-    manager = MeasuredManager(process, port, admin, said)
+    manager = MeasuredManager(process, port, admin, log)
     try:
         _await_answer(manager)
         manager.started_s = time.monotonic() - began
@@ -274,10 +274,10 @@ def _await_answer(manager: MeasuredManager) -> None:
     deadline = time.monotonic() + START_WITHIN_S
     while True:
         if manager.process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the manager did not start: {manager.said.read_text()[-2000:]}")
+            raise RuntimeError(f"the manager did not start: {manager.log.read_text()[-2000:]}")
         try:
-            with manager.caller() as door:
-                door.must("GET", "/api/workers?limit=1")
+            with manager.caller() as proxy:
+                proxy.must("GET", "/api/workers?limit=1")
                 return
         except (OSError, HTTPException):
             time.sleep(0.02)
@@ -289,7 +289,7 @@ def _secrets(admin_token: str) -> dict[str, Any]:
         "join_token": make_token("join", "join"),
         "proxy_secret": PROXY_SECRET,
         "ssh_private_key": "",
-        "ssh_public_key": pool.SOMEBODYS_KEY,
+        "ssh_public_key": pool.A_PUBLIC_KEY,
         "host_authority": _new_private_key(),
         "user_authority": _new_private_key(),
     }

@@ -1,4 +1,4 @@
--- wrk: each worker of the list sends its heartbeat in turn, with its own token, session and rising number.
+-- The script of wrk: each worker of the list sends its heartbeat in turn, with its token, session and rising number.
 -- Arguments: the file of the workers (one a line: token, session, the rest of the body; tab between), the first number,
 -- the number of threads, and a header line for all requests or nothing.
 local threads = {}
@@ -48,15 +48,15 @@ function response(status, headers, body)
 end
 
 function done(summary, latency, requests)
-   local refused, said = 0, ""
+   local refused, answers = 0, ""
    for _, thread in ipairs(threads) do
       refused = refused + thread:get("refused")
-      said = said .. thread:get("statuses")
+      answers = answers .. thread:get("statuses")
    end
    local errors = summary.errors
    io.write(string.format(
       '\n{"requests":%d,"seconds":%f,"refused":%d,"broken":%d,"p50":%f,"p95":%f,"p99":%f}\n',
       summary.requests, summary.duration / 1e6, refused, errors.connect + errors.read + errors.write + errors.timeout,
       latency:percentile(50) / 1e6, latency:percentile(95) / 1e6, latency:percentile(99) / 1e6))
-   if refused > 0 then io.stderr:write(said:sub(1, 400) .. "\n") end
+   if refused > 0 then io.stderr:write(answers:sub(1, 400) .. "\n") end
 end

@@ -1,4 +1,4 @@
-"""Heartbeats through the proxy from simulated workers, against Nginx answering a constant itself."""
+"""Heartbeats of simulated workers through the proxy, compared with constant answers of the same Nginx."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from bench.stack import ROOT, BenchStack, run, running, wait_until
 ROUNDS = 3
 CONNECTIONS = 48
 THREADS = 1
-"""Of wrk: one is enough for several times what is measured, and leaves more of the machine to the platform."""
+"""Threads of wrk: one makes several times the load that is measured, and leaves more processors to the platform."""
 FIRST_NUMBER = 1_000_000_000
 RENT_EVERY_S = 0.5
 AGENT_EVERY_S = 2.0
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Load:
-    """What one run of wrk saw. Times in seconds; processor time as a share of the whole machine."""
+    """The figures of one run of wrk. Times in seconds; processor time as a share of the whole machine."""
 
     per_s: float
     refused: int
@@ -56,15 +56,15 @@ class Load:
 
 @dataclass(frozen=True)
 class HeartbeatRound:
-    """What took turns: the constant, heartbeats over kept connections and over new ones, and rents, in seconds."""
+    """One round: constant answers, heartbeats over open and over new connections, and rents (seconds)."""
 
     constant: Load
     beats: Load
     anew: Load
     quiet: list[float]
-    """Rents with nothing else going on."""
+    """Seconds of rents without any load."""
     loaded: list[float]
-    """Rents during the heartbeats over kept connections."""
+    """Seconds of rents during the heartbeats over open connections."""
 
 
 def measure(workers: int, load_s: float) -> Result:
@@ -72,25 +72,25 @@ def measure(workers: int, load_s: float) -> Result:
     seed = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="orion-bench-") as folder:
         settings = {"BENCH_WORKERS": str(workers), "BENCH_SEED": seed, "BENCH_LIMITS": str(_limits(Path(folder)))}
-        told = Path(folder) / "workers.tsv"
-        told.write_text("".join(f"{line}\n" for line in _lines(seed, workers)))
+        listed = Path(folder) / "workers.tsv"
+        listed.write_text("".join(f"{line}\n" for line in _lines(seed, workers)))
         with running(0, settings, ("bench/heartbeats.yml",)) as stack, RentingAgent(stack, seed, workers) as agent:
-            _warm_up(stack, told, workers)
+            _warm_up(stack, listed, workers)
             suspects = _suspected(stack)
-            rounds = [_round(stack, agent, told, load_s, number) for number in range(ROUNDS)]
+            rounds = [_round(stack, agent, listed, load_s, number) for number in range(ROUNDS)]
             suspects = _suspected(stack) - suspects
-    _tell(result, rounds, suspects)
+    _report(result, rounds, suspects)
     return result
 
 
 class RentingAgent:
-    """The one worker with free slots, whose inventory changes: it calls home in earnest, as often as clocks ask."""
+    """The one worker with free slots, whose heartbeats follow its rentals, as those of a real agent."""
 
     def __init__(self, stack: BenchStack, seed: str, number: int) -> None:
         self._stack = stack
         self._number = number
         self._token = pool.token(seed, number)
-        self._held: dict[str, dict[str, Any]] = {}
+        self._rentals: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -104,46 +104,46 @@ class RentingAgent:
         self._thread.join()
 
     def rents(self, during: threading.Event) -> list[float]:
-        """Rent and release one after the other until `during` is set; the seconds of each rent."""
+        """Rent and release one after the other until `during` is set; return the seconds of each rent."""
         seconds = []
-        with self._stack.caller() as door:
+        with self._stack.caller() as proxy:
             while not during.wait(RENT_EVERY_S):
-                reply = door.must("POST", "/api/rent", {"ssh_public_key": pool.SOMEBODYS_KEY, "wait_s": 50})
+                reply = proxy.must("POST", "/api/rent", {"ssh_public_key": pool.A_PUBLIC_KEY, "wait_s": 50})
                 if reply.status != 201:
                     raise RuntimeError(f"a rent under load was answered with {reply.status}: {reply.body}")
                 seconds.append(reply.seconds)
-                self._hold(reply.body)
+                self._add(reply.body)
                 with self._lock:
-                    del self._held[reply.body["id"]]
-                door.must("DELETE", f"/api/rentals/{reply.body['id']}?wait_s=30")
+                    del self._rentals[reply.body["id"]]
+                proxy.must("DELETE", f"/api/rentals/{reply.body['id']}?wait_s=30")
         return seconds
 
-    def _hold(self, rental: dict[str, Any]) -> None:
+    def _add(self, rental: dict[str, Any]) -> None:
         shown = {"rental_id": rental["id"], "username": rental["username"], "epoch": rental["epoch"]}
         with self._lock:
-            self._held[rental["id"]] = shown | {"uid": 900_000, "state": "running"}
+            self._rentals[rental["id"]] = shown | {"uid": 900_000, "state": "running"}
 
     def _run(self) -> None:
         seq = FIRST_NUMBER
-        with Caller("127.0.0.1", self._stack.http_port, self._token) as door:
+        with Caller("127.0.0.1", self._stack.http_port, self._token) as proxy:
             while not self._ended.wait(AGENT_EVERY_S):
                 seq += 1
                 with self._lock:
-                    inventory = list(self._held.values())
+                    inventory = list(self._rentals.values())
                 body = {"session_id": pool.session(self._number), "seq": seq, "load": LOAD, "lease_s": 75}
-                door.call("POST", "/api/heartbeat", body | {"inventory": inventory})
+                proxy.call("POST", "/api/heartbeat", body | {"inventory": inventory})
 
 
 def _limits(folder: Path) -> Path:
-    """Production's own limits, but that of an address, and beside them the server that answers a constant.
+    """Write limits.conf without the limit of one address, and with the server of the constant; return its path.
 
-    The simulated workers share one address; each heartbeat is counted for it all the same.
+    The simulated workers share one address. Nginx still counts each heartbeat for that address.
     """
     place = folder / "limits.conf"
     ours = (ROOT / "manager_proxy" / "limits.conf").read_text()
     ours, found = re.subn(r"(zone=heartbeat_address:\w+ +rate=)\d+r/s", r"\g<1>1000000r/s", ours)
     if found != 1:
-        raise RuntimeError("limits.conf has another ceiling for the heartbeats of an address: look at it again")
+        raise RuntimeError("limits.conf has another limit for the heartbeats of an address: adapt the benchmark")
     place.write_text(ours + Path(__file__).with_name("constant.conf").read_text())
     folder.chmod(0o755)
     return place
@@ -157,24 +157,24 @@ def _lines(seed: str, workers: int) -> list[str]:
     return [line(number) for number in range(workers)]
 
 
-def _warm_up(stack: BenchStack, told: Path, workers: int) -> None:
-    """Heartbeats until nobody is unknown any more: after its start the manager has heard nobody."""
+def _warm_up(stack: BenchStack, listed: Path, workers: int) -> None:
+    """Send heartbeats until all workers are ready: to a manager that has just started their health is unknown."""
     number = count(1)
 
     def ready() -> bool:
         one = next(number)
-        _wrk(stack, 80, told, one, min(2.0 * one, 10.0))
+        _wrk(stack, 80, listed, one, min(2.0 * one, 10.0))
         return _workers(stack).get("ready", 0) >= workers
 
     wait_until("the simulated workers are ready", ready, READY_WITHIN_S)
 
 
-def _round(stack: BenchStack, agent: RentingAgent, told: Path, load_s: float, number: int) -> HeartbeatRound:
+def _round(stack: BenchStack, agent: RentingAgent, listed: Path, load_s: float, number: int) -> HeartbeatRound:
     part = 10_000 * (2 * number + 1)
     _, quiet = _rents_during(agent, lambda: time.sleep(load_s / 2))
-    constant = _wrk(stack, 8081, told, 0, load_s / 2)
-    beats, loaded = _rents_during(agent, partial(_wrk, stack, 80, told, part, load_s))
-    anew = _wrk(stack, 80, told, part + 10_000, load_s / 2, "Connection: close")
+    constant = _wrk(stack, 8081, listed, 0, load_s / 2)
+    beats, loaded = _rents_during(agent, partial(_wrk, stack, 80, listed, part, load_s))
+    anew = _wrk(stack, 80, listed, part + 10_000, load_s / 2, "Connection: close")
     return HeartbeatRound(constant, beats, anew, quiet, loaded)
 
 
@@ -189,8 +189,8 @@ def _rents_during(agent: RentingAgent, work: Callable[[], T]) -> tuple[T, list[f
         return done, rents.result()
 
 
-def _wrk(stack: BenchStack, port: int, told: Path, part: int, seconds: float, *headers: str) -> Load:
-    """`part`: each run's numbers begin above those of the run before. `headers`: one line for all requests."""
+def _wrk(stack: BenchStack, port: int, listed: Path, part: int, seconds: float, *headers: str) -> Load:
+    """Run wrk. `part`: sets the first heartbeat number, above those of earlier runs. `headers`: one line at most."""
     pids = {"proxy": stack.pid("manager_proxy"), "manager": stack.pid("manager_app")}
     before = {name: cpu_s(pid) for name, pid in pids.items()}
     own_before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
@@ -198,16 +198,16 @@ def _wrk(stack: BenchStack, port: int, told: Path, part: int, seconds: float, *h
     options = [f"-t{THREADS}", f"-c{CONNECTIONS}", f"-d{seconds:g}s", "-s", str(script), "--timeout", "10s"]
     address = f"http://{stack.proxy_address}:{port}/api/heartbeat"
     first = FIRST_NUMBER + 10_000 * part
-    said = run(["wrk", *options, address, "--", str(told), str(first), str(THREADS), *headers], seconds + 60)
+    output = run(["wrk", *options, address, "--", str(listed), str(first), str(THREADS), *headers], seconds + 60)
     own, whole = resource.getrusage(resource.RUSAGE_CHILDREN), (time.monotonic() - began) * (os.cpu_count() or 1)
-    told_by_wrk = json.loads(said.splitlines()[-1])
+    figures = json.loads(output.splitlines()[-1])
     return Load(
-        told_by_wrk["requests"] / told_by_wrk["seconds"],
-        told_by_wrk["refused"],
-        told_by_wrk["broken"],
-        told_by_wrk["p50"],
-        told_by_wrk["p95"],
-        told_by_wrk["p99"],
+        figures["requests"] / figures["seconds"],
+        figures["refused"],
+        figures["broken"],
+        figures["p50"],
+        figures["p95"],
+        figures["p99"],
         (own.ru_utime + own.ru_stime - own_before.ru_utime - own_before.ru_stime) / whole,
         proxy=(cpu_s(pids["proxy"]) - before["proxy"]) / whole,
         manager=(cpu_s(pids["manager"]) - before["manager"]) / whole,
@@ -215,31 +215,31 @@ def _wrk(stack: BenchStack, port: int, told: Path, part: int, seconds: float, *h
 
 
 def _workers(stack: BenchStack) -> dict[str, int]:
-    with stack.caller() as door:
-        found: dict[str, int] = door.must("GET", "/api/status").body["workers"]
+    with stack.caller() as proxy:
+        found: dict[str, int] = proxy.must("GET", "/api/status").body["workers"]
     return found
 
 
 def _suspected(stack: BenchStack) -> int:
-    """Workers that are not ready; of those that were before, each is one that was suspected without reason."""
+    """Return how many workers are not ready: more than before the load were suspected without reason."""
     return sum(number for health, number in _workers(stack).items() if health != "ready")
 
 
-def _tell(result: Result, rounds: list[HeartbeatRound], suspects: int) -> None:
+def _report(result: Result, rounds: list[HeartbeatRound], suspects: int) -> None:
     constant = [one.constant for one in rounds]
     beats, anew = [one.beats for one in rounds], [one.anew for one in rounds]
     _row(result, "one heartbeat", beats)
-    _row(result, "one heartbeat on a connection of its own", anew)
+    _row(result, "one heartbeat on a new connection", anew)
     _row(result, "Nginx answering a constant", constant)
     per_s, limit = median([load.per_s for load in beats]), median([load.per_s for load in constant])
     result.value("heartbeats a second", "1/s", per_s)
-    result.value("heartbeats a second, a connection each", "1/s", median([load.per_s for load in anew]))
+    result.value("heartbeats a second, each on a new connection", "1/s", median([load.per_s for load in anew]))
     result.value("constant answers a second", "1/s", limit)
     result.value("heartbeats over constant answers", "ratio", per_s / limit)
     for name in ("wrk", "proxy", "manager"):
         share = median([getattr(load, name) for load in beats])
         result.value(f"processor during heartbeats: {name}", "% of all", 100 * share)
-    result.times("a rent, nothing else (its engine job: 50 ms)", [second for one in rounds for second in one.quiet])
+    result.times("a rent without load (its job: 50 ms)", [second for one in rounds for second in one.quiet])
     under_load = [second for one in rounds for second in one.loaded]
     result.times("a rent during the heartbeats", under_load)
     failed = sum(load.refused + load.broken for load in [*beats, *anew, *constant])

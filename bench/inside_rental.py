@@ -1,10 +1,10 @@
-"""A renter's program that writes, and one beside it that notices when it was not let run.
+"""A renter's program that writes files, while another process notes when it could not run.
 
-    python3 inside_rental.py fill MEGABYTES FILES        make a home of so much in so many files
+    python3 inside_rental.py fill MEGABYTES FILES        fill a home with this number of files
     python3 inside_rental.py work MEGABYTES RATE SECONDS rewrite files of 1 MB, RATE of them in a second; print the gaps
 
-A gap is a time between two looks at the clock in which nothing of this rental ran: [when it began, how long], by
-CLOCK_REALTIME and in seconds. Standard library only, Python 3.11 or later.
+A gap is a time in which no process of this rental ran: [beginning (CLOCK_REALTIME), length], in seconds.
+Standard library only, Python 3.11 or later.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def fill(megabytes: int, files: int) -> None:
 
 
 def work(megabytes: int, rate: float, seconds: float) -> list[tuple[float, float]]:
-    """Return the gaps of so many seconds in which a process of its own writes."""
+    """Return the gaps of this number of seconds, while another process writes."""
     writer = os.fork()
     if writer == 0:
         _write(megabytes, rate)
@@ -47,14 +47,14 @@ def work(megabytes: int, rate: float, seconds: float) -> list[tuple[float, float
 
 
 def _write(files: int, rate: float) -> None:
-    """Rewrite files in place, one after the other in no order, as a database does; never return."""
+    """Rewrite files in place and at random, as a database does; never return."""
     chance, due = random.Random(), time.monotonic()
     while True:
         number = chance.randrange(files)
         descriptor = os.open(FOLDER / str(number // FILES_IN_A_FOLDER) / str(number), os.O_WRONLY)
         os.pwrite(descriptor, os.urandom(MEGABYTE), 0)
         os.close(descriptor)
-        due = max(due + 1 / rate, time.monotonic() - 1)  # what it could not write meanwhile it does not make up for
+        due = max(due + 1 / rate, time.monotonic() - 1)  # it does not catch up on more than a second
         time.sleep(max(0.0, due - time.monotonic()))
 
 

@@ -1,7 +1,7 @@
-"""A composition root for simulated workers: the real manager, with an engine and a reach that touch nothing.
+"""A composition root for simulated workers: the real manager with an engine and a reach that connect to nothing.
 
-`python -m bench.manager`, started like the real one (its settings in ORION_*, its secrets through a pipe). It is part
-of the benchmark alone: nothing that is shipped knows of it.
+`python -m bench.manager` starts like the real manager, with settings in ORION_* and secrets through a pipe. It belongs
+to the benchmark: no code of the product imports it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from orion.manager.ssh.port import Host, Reached
 from orion.manager.store.database import Store
 
 NAME = "decide"
-"""What the reconciler calls its decision, where it is wrapped."""
+"""The name of the reconciler's decision, which is wrapped here."""
 
 
 class IdleEngine:
-    """Implements `port.Engine`: every job takes the same time and succeeds."""
+    """Implements `port.Engine`: each job takes the same time and succeeds."""
 
     def __init__(self, job_s: float) -> None:
         self._job_s = job_s
@@ -42,20 +42,20 @@ class IdleEngine:
 
 
 class EverywhereReach:
-    """Implements `port.Reach`: every worker is where it should be."""
+    """Implements `port.Reach`: each worker answers with its host key."""
 
     async def reach(self, host: Host, timeout_s: float) -> Reached:
         await asyncio.sleep(0)
         return Reached.YES
 
 
-def tell_decisions() -> None:
-    """One line on stdout for each decision of the reconciler: how long it took and how many steps came of it."""
+def log_decisions() -> None:
+    """Write a line to stdout for each decision of the reconciler: its seconds and its number of steps."""
     decide = getattr(reconciler, NAME)
 
-    def timed(*given: Any, **named: Any) -> Any:
+    def timed(*arguments: Any, **named: Any) -> Any:
         began = time.perf_counter()
-        decision = decide(*given, **named)
+        decision = decide(*arguments, **named)
         seconds = time.perf_counter() - began
         sys.stdout.write(json.dumps({"bench": "decision", "seconds": seconds, "steps": len(decision.steps)}) + "\n")
         return decision
@@ -71,9 +71,9 @@ def main() -> None:
     if arguments.workers and not Path(settings.database_url.removeprefix("sqlite:///")).exists():
         gateway = str(settings.subnet.network_address + 1)  # of the machine that sends the heartbeats
         pool.fill(settings.database_url, arguments.seed, arguments.workers, 1, gateway, arguments.spare)
-    tell_decisions()
+    log_decisions()
     store = open_store(settings, Store)
-    # No copies: their disk is full. No door: it would ask itself through a proxy that growth does not have.
+    # A full disk, so no snapshots. No proxy probe, because growth.py has no proxy.
     ports = Ports(
         IdleEngine(arguments.job_s), EverywhereReach(), FakeSnapshotService(FakeWorld(), time.time), None, lambda: 1.0
     )
@@ -83,9 +83,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--job-s", type=float, default=0.0, help="how long a job of the engine takes")
-    parser.add_argument("--workers", type=int, default=0, help="fill an absent database with so many")
-    parser.add_argument("--spare", type=int, default=0, help="free slots of one worker more")
+    parser.add_argument("--job-s", type=float, default=0.0, help="seconds of a job")
+    parser.add_argument("--workers", type=int, default=0, help="fill a new database with this number of workers")
+    parser.add_argument("--spare", type=int, default=0, help="free slots of one more worker")
     parser.add_argument("--seed", default="")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""A database with a large pool in it: workers that call home with tokens of ours, each with one active rental."""
+"""A database with a large pool: workers with tokens of the benchmark, each with one active rental."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orion.manager.store.tokens import digest
 BATCH = 5000
 FIRST_UID = 100_000
 LIFETIME_S = 86_400
-SOMEBODYS_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMJmT9oQyXJXw1cMyxGBLCFfEDPrgh2TyT2PnTrEFpGq"
+A_PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMJmT9oQyXJXw1cMyxGBLCFfEDPrgh2TyT2PnTrEFpGq"
 _LETTERS = string.ascii_letters + string.digits
 
 
@@ -35,22 +35,22 @@ def session(number: int) -> str:
 
 
 def token(seed: str, number: int) -> str:
-    """A worker's token, the same for the same seed: whoever sends the heartbeats makes it too."""
+    """Return a worker's token, the same for the same seed: the sender of the heartbeats computes it too."""
     value = int.from_bytes(hashlib.sha512(f"{seed} {number}".encode()).digest())
     return f"orion_worker_{worker_id(number)}_{''.join(_LETTERS[value // 62**place % 62] for place in range(43))}"
 
 
 def item(number: int) -> dict[str, Any]:
-    """What this worker's inventory shows."""
+    """Return the one item of this worker's inventory."""
     uid = FIRST_UID + number
     return {"rental_id": rental_id(number), "username": _username(number), "uid": uid, "epoch": 1, "state": "running"}
 
 
 def fill(url: str, seed: str, number: int, slots: int, address: str, spare: int = 0) -> None:
-    """So many ready workers, each with one active rental, and one more worker with `spare` free slots if that is not 0.
+    """Write ready workers with one active rental each, and one more worker with `spare` free slots unless that is 0.
 
-    All are at the one address that the load comes from: a heartbeat from another one would not count. The schema is the
-    one that the manager's own migrations make.
+    All workers have the address of the load, because the manager refuses heartbeats from other addresses. The manager's
+    own migrations make the schema.
     """
     store = Store(url)
     store.migrate()
@@ -128,9 +128,9 @@ def _placement(number: int, now: float) -> dict[str, Any]:
 def _events(number: int, now: float) -> Iterator[dict[str, Any]]:
     same = {"at": now, "actor": "bench", "reason": "filled in", "details": {}, "worker_id": worker_id(number)}
     yield same | {"kind": "worker.registered", "owner": None, "rental_id": None, "epoch": None}
-    about = {"owner": f"owner-{number % 100}", "rental_id": rental_id(number), "epoch": 1}
+    fields = {"owner": f"owner-{number % 100}", "rental_id": rental_id(number), "epoch": 1}
     for kind in ("rental.queued", "rental.placed", "rental.activated"):
-        yield same | about | {"kind": kind}
+        yield same | fields | {"kind": kind}
 
 
 def _username(number: int) -> str:

@@ -1,4 +1,4 @@
-"""What processes use, read from /proc."""
+"""The processor time and the memory of processes, from /proc."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_s(*pids: int) -> float:
-    """Seconds of processor time that these processes and their descendants have used so far."""
+    """Return the processor seconds that these processes and their descendants have used so far."""
     total = 0.0
     for pid in family(*pids):
         with suppress(OSError, IndexError):
@@ -19,7 +19,7 @@ def cpu_s(*pids: int) -> float:
 
 
 def memory_mb(pid: int) -> float:
-    """What it keeps in memory now (VmRSS)."""
+    """Return the memory of a process now (VmRSS), in MB."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
@@ -27,7 +27,7 @@ def memory_mb(pid: int) -> float:
 
 
 def family(*pids: int) -> set[int]:
-    """The processes and their descendants that live."""
+    """Return the living ones of these processes and of their descendants."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():

@@ -1,4 +1,4 @@
-"""A result: kept as JSON, shown as a table, drawn as SVG."""
+"""The result of a measurement, as JSON, as a table and as SVG."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Row:
-    """One thing measured. `p50` is None where nothing was measured, and `note` says why."""
+    """One measured value. `p50` is None where nothing was measured, and `note` says why."""
 
     label: str
     unit: str
@@ -39,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that was promised (issue 4), and what came of it."""
+    """A figure with the bound that it must keep."""
 
     label: str
     value: float
@@ -49,17 +49,19 @@ class Target:
 
 @dataclass
 class Result:
+    """The rows, targets and curves of one measurement."""
+
     name: str
     title: str
     rows: list[Row] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     lines: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    """For a result that grows: its lines of (size, cost)."""
+    """The points (size, cost) of each cost, for a measurement over several sizes."""
     details: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
 
     def times(self, label: str, seconds: Sequence[float], note: str = "") -> None:
-        """A row of durations, in milliseconds."""
+        """Add a row of durations, which are shown in milliseconds."""
         if not seconds:
             self.rows.append(Row(label, "ms", 0, None, note=note or "nothing was measured"))
             return
@@ -77,13 +79,13 @@ class Result:
 
 
 def machine() -> dict[str, Any]:
-    """Where and when; the load tells whether anybody else was at work."""
-    told = subprocess.run(
+    """Return what describes the machine and the moment. The load shows whether other programs were running."""
+    revision = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     return {
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": told.stdout.strip() or "unknown",
+        "commit": revision.stdout.strip() or "unknown",
         "processors": os.cpu_count(),
         "processor": _processor(),
         "load_before": [round(one, 2) for one in os.getloadavg()],
@@ -94,7 +96,7 @@ def machine() -> dict[str, Any]:
 def keep(result: Result, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{result.name}.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
-    (folder / f"{result.name}.svg").write_bytes(_growing(result) if result.lines else _standing(result))
+    (folder / f"{result.name}.svg").write_bytes(_curves(result) if result.lines else _bars(result))
 
 
 def show(result: Result, console: Console) -> None:
@@ -115,9 +117,9 @@ def _by_row(result: Result) -> Table:
 
 
 def _by_size(result: Result) -> Table:
-    """The medians of what grows, a column for each size."""
+    """Return a table of the medians, with a column for each size."""
     sizes = sorted({size for points in result.lines.values() for size, _ in points})
-    table = _table("p50 with so many workers", *(f"{size:,.0f}" for size in sizes))
+    table = _table("p50 by number of workers", *(f"{size:,.0f}" for size in sizes))
     for label, points in result.lines.items():
         at = dict(points)
         table.add_row(label, *(_figure(at.get(size)) for size in sizes))
@@ -138,10 +140,10 @@ def _figure(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _standing(result: Result) -> bytes:
-    """Durations side by side: each row's three percentiles, on a logarithmic scale."""
+def _bars(result: Result) -> bytes:
+    """Draw the three percentiles of each row of durations side by side, on a logarithmic scale."""
     rows = [row for row in result.rows if row.unit == "ms" and row.p99]
-    chart = pygal.HorizontalBar(**_look(result), x_title="milliseconds", height=140 + 70 * len(rows))
+    chart = pygal.HorizontalBar(**_options(result), x_title="milliseconds", height=140 + 70 * len(rows))
     chart.x_labels = [row.label for row in reversed(rows)]
     for name in ("p99", "p95", "p50"):
         chart.add(name, [round(getattr(row, name), 2) for row in reversed(rows)])
@@ -149,16 +151,16 @@ def _standing(result: Result) -> bytes:
     return drawn
 
 
-def _growing(result: Result) -> bytes:
-    chart = pygal.XY(**_look(result), xrange=None, x_title="registered workers, and as many rentals", height=620)
+def _curves(result: Result) -> bytes:
+    chart = pygal.XY(**_options(result), xrange=None, x_title="registered workers, and as many rentals", height=620)
     for label, points in result.lines.items():
         chart.add(label, points)
     drawn: bytes = chart.render()
     return drawn
 
 
-def _look(result: Result) -> dict[str, Any]:
-    """No script and no font from elsewhere: the picture stands alone."""
+def _options(result: Result) -> dict[str, Any]:
+    """Return the options of a chart, without scripts and fonts of other sites."""
     return {
         "title": f"{result.title} ({result.machine['at'][:10]}, {result.machine['commit']})",
         "style": CleanStyle,

@@ -1,4 +1,4 @@
-"""A platform with a renter on it, and what is done to its machines: what the cases of failover.py share."""
+"""A platform with a renter and rentals: what the cases of failover.py and snapshots.py share."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ for home in r-*; do
 done
 rm -r /tmp/files
 """
-"""All homes of a worker at once, by its root: a hundred logins would take half a minute."""
+"""The script that fills all homes of a worker as root: a hundred log-ins would take half a minute."""
 PROGRAM = Path(__file__).with_name("inside_rental.py")
 FILLED_WITHIN_S = 240.0
 BACK_WITHIN_S = 90.0
-COPIED_WITHIN_S = 120.0
+SNAPSHOT_WITHIN_S = 120.0
 READY_WITHIN_S = 180.0
 BRAKE_WITHIN_S = 320.0
 V1, V2 = "cpuacct/cpuacct.usage", "cpu.stat"
@@ -44,7 +44,7 @@ B = TypeVar("B")
 
 @dataclass
 class Case:
-    """Runs of one kind: seconds of each, and of each of its steps."""
+    """The runs of one case: the seconds of each run and of each of its steps."""
 
     seconds: list[float] = field(default_factory=list)
     steps: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -54,7 +54,7 @@ class Case:
         for step, took in steps.items():
             self.steps[step].append(took)
 
-    def tell(self, result: Result, label: str) -> None:
+    def report(self, result: Result, label: str) -> None:
         result.times(label, self.seconds)
         for step, seconds in self.steps.items():
             result.times(f"  {step}", seconds)
@@ -64,25 +64,27 @@ AT_ONCE = 8
 
 
 def each(do: Callable[[A], B], several: Iterable[A]) -> list[B]:
-    """What is not measured need not be done one after the other."""
+    """Return the results for all items, several at once: this is work that is not measured."""
     with ThreadPoolExecutor(AT_ONCE) as threads:
         return list(threads.map(do, several))
 
 
 class RentedPlatform:
+    """A running platform, its renter, and how a measurement prepares and looks at it."""
+
     def __init__(self, stack: BenchStack, workers: int) -> None:
         self.stack = stack
         self.renter = BenchRenter(stack)
         self.number = workers
         self._last_event = 0
 
-    def tell(self, case: str, done: int) -> None:
+    def show_progress(self, case: str, done: int) -> None:
         print(f"bench: {case}: {done} runs are done, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
 
     def ask(self, method: str, path: str) -> Any:
-        """By a connection of its own: the proxy closes one on which nothing was asked for a while."""
-        with self.stack.caller() as door:
-            return door.must(method, path).body
+        """Return the body of the reply, by a new connection: the proxy closes one that was idle for a while."""
+        with self.stack.caller() as proxy:
+            return proxy.must(method, path).body
 
     def workers(self) -> dict[str, Json]:
         return {one["id"]: one for one in self.ask("GET", "/api/workers?limit=200")["items"]}
@@ -92,16 +94,16 @@ class RentedPlatform:
         return found
 
     def rent(self) -> Json:
-        with self.stack.caller() as door:
-            rental: Json = self.renter.rent(door).body
+        with self.stack.caller() as proxy:
+            rental: Json = self.renter.rent(proxy).body
         return rental
 
     def fill(self, rental: Json, bytes_each: int) -> str:
-        """A hundred files in its home; their checksum."""
+        """Write a hundred files in the home; return their checksum."""
         return self.renter.runs(rental, f"{HOME.format(bytes=bytes_each)}; {CHECKSUM}")
 
     def fill_with(self, rental: Json, megabytes: int, files: int) -> str:
-        """So many files of the same size in its home; their checksum."""
+        """Write this number of files of equal size in the home; return their checksum."""
         program = shlex.join(["python3", "-c", PROGRAM.read_text(), "fill", str(megabytes), str(files)])
         return self.renter.runs(rental, f"{program}; {CHECKSUM}", FILLED_WITHIN_S)
 
@@ -111,16 +113,16 @@ class RentedPlatform:
     def checksum(self, rental_id: str) -> str:
         return self.renter.runs(self.rental(rental_id), CHECKSUM, FILLED_WITHIN_S)
 
-    def await_copies(self, rental_ids: Sequence[str]) -> None:
-        """Of their homes as they are now."""
+    def await_snapshots(self, rental_ids: Sequence[str]) -> None:
+        """Wait for snapshots of the homes as they are now."""
         now = time.time()
 
-        def copied(rental_id: str) -> bool:
+        def is_taken(rental_id: str) -> bool:
             began_at = self.rental(rental_id)["last_safe_copy_at"]
             return began_at is not None and unix(began_at) >= now
 
         for one in rental_ids:
-            wait_until(f"a copy of {one}", lambda one=one: copied(one), COPIED_WITHIN_S)  # type: ignore[misc]
+            wait_until(f"a snapshot of {one}", lambda one=one: is_taken(one), SNAPSHOT_WITHIN_S)  # type: ignore[misc]
 
     def release(self, rental_id: str) -> None:
         self.ask("DELETE", f"/api/rentals/{rental_id}?wait_s=50")
@@ -138,7 +140,7 @@ class RentedPlatform:
         return found
 
     def await_active(self, after: int, epochs: dict[str, int], within_s: float = BACK_WITHIN_S) -> list[Json]:
-        """The events until each rental is active with at least this epoch."""
+        """Wait until each rental is active with at least this epoch; return the events until then."""
         found: list[Json] = []
 
         def all_active() -> bool:
@@ -161,11 +163,11 @@ class RentedPlatform:
 
     def check(self, rental_id: str, checksum: str) -> None:
         if self.checksum(rental_id) != checksum:
-            raise RuntimeError(f"the files of {rental_id} are not what they were")
+            raise RuntimeError(f"the files of {rental_id} have changed")
 
 
 def at(events: Sequence[Json], kind: str, **about: str) -> float:
-    """When the first event of this kind happened."""
+    """Return when the first event of this kind happened. Raise RuntimeError if there is none."""
     for event in events:
         if event["kind"] == kind and all(event[name] == value for name, value in about.items()):
             return unix(event["at"])
@@ -173,12 +175,12 @@ def at(events: Sequence[Json], kind: str, **about: str) -> float:
 
 
 def unix(text: str) -> float:
-    """Docker writes nanoseconds, which Python 3.11 does not read."""
+    """Return the Unix time of an ISO text. Docker writes nanoseconds, which Python 3.11 does not read."""
     whole, _, fraction = text.rstrip("Z").removesuffix("+00:00").partition(".")
     return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
 
 
 def processor_s(container: str) -> float:
-    """Return the processor seconds that it used, by the control group of either version."""
-    told = run(["docker", "exec", container, "sh", "-c", f"cd /sys/fs/cgroup; cat {V1} 2>/dev/null || cat {V2}"], 30)
-    return int(told) / 1e9 if told.strip().isdecimal() else int(told.split()[1]) / 1e6
+    """Return the processor seconds that a container has used, by the control group of either version."""
+    usage = run(["docker", "exec", container, "sh", "-c", f"cd /sys/fs/cgroup; cat {V1} 2>/dev/null || cat {V2}"], 30)
+    return int(usage) / 1e9 if usage.strip().isdecimal() else int(usage.split()[1]) / 1e6

@@ -1,8 +1,8 @@
-"""What the way in costs: opening a session, copying 1 GB, and 200 sessions in which nothing happens.
+"""The cost of the gateway: opening a session, copying 1 GB, and 200 idle sessions.
 
-A worker takes SSH from the manager's address alone, so all of it runs in the manager's container, the direct way and
-the way through the door in turn: the same ssh, the same sshd, the same machine. The way through the door is the whole
-of it: `orion connect` as ssh's ProxyCommand, Nginx, the manager, the worker.
+A worker accepts SSH from the manager's address alone, so both directly and through the proxy it runs in the manager's
+container, in turn: the same ssh, the same sshd, the same machine. Through the proxy means the whole path: `orion
+connect` as ssh's ProxyCommand, Nginx, the manager, the worker.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from orion.ssh_command import pinned_authority_arguments, pinned_host_arguments
 GIGABYTE = 1 << 30
 RENTALS = 6
 IDLE = 200
-INSIDE = "/tmp/orion-bench"  # noqa: S108 - as inside_app.py has it
+INSIDE = "/tmp/orion-bench"  # noqa: S108 - inside_app.PLACE
 PYTHON = "/opt/orion/venv/bin/python"
 SETTLED_S = 2.0
 
 
-class Ways:
-    """The same rental, directly and through the door."""
+class SshCommands:
+    """The commands to one rental, directly and through the proxy."""
 
     def __init__(
         self, stack: BenchStack, rental: dict[str, Any], worker: dict[str, Any], authority: str, key: str
@@ -45,73 +45,73 @@ class Ways:
 
     def direct(self, program: str, *rest: str) -> list[str]:
         pinned = pinned_host_arguments(self._worker["id"], self._worker["ssh_host_keys"])
-        return [program, *as_its_renter(f"{INSIDE}/key"), *pinned, *self._to(rest)]
+        return [program, *renter_options(f"{INSIDE}/key"), *pinned, *self._to(rest)]
 
-    def door(self, program: str, *rest: str) -> list[str]:
-        through = through_the_door(PYTHON, self._rental["id"], self._authority)
-        return [program, *as_its_renter(f"{INSIDE}/key"), *through, *self._to(rest)]
+    def through_proxy(self, program: str, *rest: str) -> list[str]:
+        through = through_the_proxy(PYTHON, self._rental["id"], self._authority)
+        return [program, *renter_options(f"{INSIDE}/key"), *through, *self._to(rest)]
 
     def _to(self, rest: tuple[str, ...]) -> list[str]:
         target = f"{self._rental['username']}@{self._worker['address']}"
         return [part.replace("TARGET", target) for part in rest]
 
 
-def as_its_renter(key: str) -> list[str]:
+def renter_options(key: str) -> list[str]:
     return ["-F", "none", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-i", key]
 
 
-def through_the_door(python: str, rental_id: str, authority: str) -> list[str]:
-    """Options of ssh: `orion connect` leads to the worker, and the platform's authority vouches for it."""
+def through_the_proxy(python: str, rental_id: str, authority: str) -> list[str]:
+    """Return ssh's options for `orion connect` as the way to the worker, verified by the platform's authority."""
     connect = shlex.join([python, "-P", "-m", "orion.connect", rental_id])
     return ["-o", f"ProxyCommand={connect}", *pinned_authority_arguments(f"{rental_id}.orion", authority)]
 
 
-def measure(token_uses: int, copies: int) -> Result:
-    result = Result("sessions", "The way in, beside ssh to the same sshd")
-    with running(3, {"ORION_SLOTS": "4"}) as stack, stack.caller() as door:
+def measure(openings: int, copies: int) -> Result:
+    result = Result("sessions", "Sessions through the gateway, beside ssh to the same sshd")
+    with running(3, {"ORION_SLOTS": "4"}) as stack, stack.caller() as proxy:
         key = key_pair(stack.folder)
         public_key = key.with_suffix(".pub").read_text().strip()
-        rentals = [rent(door, public_key) for _ in range(RENTALS)]
-        authority = door.must("GET", "/api/ssh-authority").body["known_hosts"]
+        rentals = [rent(proxy, public_key) for _ in range(RENTALS)]
+        authority = proxy.must("GET", "/api/ssh-authority").body["known_hosts"]
         workers = {worker["id"]: worker for worker in stack.ready_workers()}
-        ways = Ways(stack, rentals[0], workers[rentals[0]["worker_id"]], authority, key.read_text())
+        commands = SshCommands(stack, rentals[0], workers[rentals[0]["worker_id"]], authority, key.read_text())
         with baselines(stack, public_key) as inside:
-            inside.open(workers[rentals[0]["worker_id"]])  # makes its folder
-            _openings(result, inside, ways, token_uses)
-            _copies(result, inside, ways, copies)
+            inside.open(workers[rentals[0]["worker_id"]])  # makes the folder of its files
+            _openings(result, inside, commands, openings)
+            _copies(result, inside, commands, copies)
         _idle(result, stack, rentals)
     return result
 
 
-def _openings(result: Result, inside: Baselines, ways: Ways, rounds: int) -> None:
+def _openings(result: Result, inside: Baselines, commands: SshCommands, rounds: int) -> None:
     direct, through, secure = [], [], []
     for _ in range(rounds):
-        direct.append(inside.session(ways.direct("ssh", "TARGET", "true"), {}, ways.files))
-        through.append(inside.session(ways.door("ssh", "TARGET", "true"), _plain(), ways.files))
-        secure.append(inside.session(ways.door("ssh", "TARGET", "true"), _tls(), ways.files))
+        direct.append(inside.session(commands.direct("ssh", "TARGET", "true"), {}, commands.files))
+        through.append(inside.session(commands.through_proxy("ssh", "TARGET", "true"), _plain(), commands.files))
+        secure.append(inside.session(commands.through_proxy("ssh", "TARGET", "true"), _tls(), commands.files))
     result.times("ssh, and `true`: directly", direct)
-    result.times("the same through the door, HTTP", through)
-    result.times("the same through the door, TLS", secure)
-    result.at_most("opening through the door over directly, p50", median(through) / median(direct), 1.5)
+    result.times("the same through the proxy, HTTP", through)
+    result.times("the same through the proxy, TLS", secure)
+    result.at_most("opening through the proxy over directly, p50", median(through) / median(direct), 1.5)
 
 
-def _copies(result: Result, inside: Baselines, ways: Ways, rounds: int) -> None:
-    inside.session(ways.direct("ssh", "TARGET", f"truncate -s {GIGABYTE} large"), {}, ways.files)
+def _copies(result: Result, inside: Baselines, commands: SshCommands, rounds: int) -> None:
+    inside.session(commands.direct("ssh", "TARGET", f"truncate -s {GIGABYTE} large"), {}, commands.files)
     copy = ("-q", "TARGET:large", "/dev/null")
     direct, through, secure = [], [], []
     for _ in range(rounds):
-        direct.append(GIGABYTE / 1e6 / inside.session(ways.direct("scp", *copy), {}, ways.files))
-        through.append(GIGABYTE / 1e6 / inside.session(ways.door("scp", *copy), _plain(), ways.files))
-        secure.append(GIGABYTE / 1e6 / inside.session(ways.door("scp", *copy), _tls(), ways.files))
+        direct.append(GIGABYTE / 1e6 / inside.session(commands.direct("scp", *copy), {}, commands.files))
+        through.append(GIGABYTE / 1e6 / inside.session(commands.through_proxy("scp", *copy), _plain(), commands.files))
+        secure.append(GIGABYTE / 1e6 / inside.session(commands.through_proxy("scp", *copy), _tls(), commands.files))
     result.value("scp of 1 GB: directly", "MB/s", median(direct))
-    result.value("the same through the door, HTTP", "MB/s", median(through))
-    result.value("the same through the door, TLS", "MB/s", median(secure))
-    result.at_least("scp through the door over directly, HTTP", median(through) / median(direct), 0.4)
-    result.value("scp through the door over directly, TLS", "", median(secure) / median(direct))
+    result.value("the same through the proxy, HTTP", "MB/s", median(through))
+    result.value("the same through the proxy, TLS", "MB/s", median(secure))
+    result.at_least("scp through the proxy over directly, HTTP", median(through) / median(direct), 0.4)
+    result.value("scp through the proxy over directly, TLS", "", median(secure) / median(direct))
 
 
 def _idle(result: Result, stack: BenchStack, rentals: list[dict[str, Any]]) -> None:
-    """Sessions that stand at sshd's greeting: what the manager keeps of one does not depend on what it carries."""
+    """Measure sessions that stay at sshd's greeting: the manager's memory for one does not depend on its data."""
     account = Login(f"http://127.0.0.1:{stack.http_port}", stack.token)
     manager = _manager(stack)
     before = memory_mb(manager)
@@ -156,14 +156,14 @@ def key_pair(folder: Path) -> Path:
     return key
 
 
-def rent(door: Caller, public_key: str) -> dict[str, Any]:
-    rental: dict[str, Any] = door.must("POST", "/api/rent", {"ssh_public_key": public_key, "wait_s": 50}).body
-    wait_until("it is active", lambda: _state(door, rental["id"]) == "active", 30)
-    return dict(door.must("GET", f"/api/rentals/{rental['id']}").body)
+def rent(proxy: Caller, public_key: str) -> dict[str, Any]:
+    rental: dict[str, Any] = proxy.must("POST", "/api/rent", {"ssh_public_key": public_key, "wait_s": 50}).body
+    wait_until(f"rental {rental['id']} is active", lambda: _state(proxy, rental["id"]) == "active", 30)
+    return dict(proxy.must("GET", f"/api/rentals/{rental['id']}").body)
 
 
-def _state(door: Caller, rental_id: str) -> str:
-    return str(door.must("GET", f"/api/rentals/{rental_id}").body["state"])
+def _state(proxy: Caller, rental_id: str) -> str:
+    return str(proxy.must("GET", f"/api/rentals/{rental_id}").body["state"])
 
 
 def _plain() -> dict[str, str]:
@@ -171,7 +171,7 @@ def _plain() -> dict[str, str]:
 
 
 def _tls() -> dict[str, str]:
-    token = "/var/lib/orion/secrets/admin_token"  # noqa: S105 - where it is
+    token = "/var/lib/orion/secrets/admin_token"  # noqa: S105 - a path
     return {
         "ORION_URL": "https://manager_proxy",
         "ORION_TOKEN_FILE": token,

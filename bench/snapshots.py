@@ -1,8 +1,8 @@
-"""What snapshots cost who writes: how long its processes stand still, what the processors do for it, how old a copy is.
+"""The cost of snapshots for a program that writes: how long it is stopped, processor time, and the snapshots' age.
 
-A renter's program rewrites files at a steady rate, and another beside it notes the gaps in its own clock
-(inside_rental.py). All is done twice on one platform: first without copies, for what the machine does to a program
-anyway, then with one every few seconds. The second less the first is what copies cost.
+A renter's program rewrites files at a steady rate, and a second process notes the gaps in its own clock
+(inside_rental.py). Each case is measured twice on one platform: first without snapshots, for the gaps that the machine
+causes anyway, then with a snapshot every few seconds. The difference is the cost of snapshots.
 """
 
 from __future__ import annotations
@@ -25,47 +25,49 @@ PROGRAM = Path(__file__).with_name("inside_rental.py")
 SIZES_MB = (10, 100, 1000)
 RATES_MB_S = (1.0, 20.0)
 NEVER_S = 86_400.0
-"""Between copies, where none is wanted while it is measured."""
+"""Seconds between snapshots, so that none is taken during the measurement."""
 LOOK_EVERY_S = 0.2
 MORE_S = 120.0
-"""Seconds that a program may take beyond its time, to be started and to fill a home."""
+"""Seconds that a program may take in addition, to start and to fill a home."""
 WORKERS = 2
 
 Gap = tuple[float, float]
-"""When it began (Unix time), and how long it was, in seconds."""
+"""The beginning (Unix time) and the length of a gap, in seconds."""
 Case = tuple[int, float]
+"""The megabytes of a home, and those that are rewritten each second."""
 
 
 @dataclass
 class WriterMeasurement:
-    """The gaps and the costs that were seen while a program wrote for `seconds`."""
+    """The gaps and the costs that were measured while a program wrote for `seconds`."""
 
     seconds: float
     gaps: list[Gap]
     manager_s: float
-    """Processor seconds of the manager, as `worker_s`."""
+    """Processor seconds of the manager's container; `worker_s`: of the worker's."""
     worker_s: float
-    copied_at: list[float] = field(default_factory=list)
-    """When each copy that was finished meanwhile had been begun (Unix time)."""
+    taken_at: list[float] = field(default_factory=list)
+    """The beginning of each snapshot that was finished meanwhile (Unix time)."""
     ages: list[float] = field(default_factory=list)
+    """The ages of the newest snapshot, in seconds, read every LOOK_EVERY_S."""
 
     @property
-    def stopped(self) -> float:
-        """The share of the time that were gaps."""
+    def stopped_share(self) -> float:
+        """Return the share of the time in which the program was stopped."""
         return sum(length for _, length in self.gaps) / self.seconds
 
 
 def measure(sizes: Sequence[int], seconds: float, interval_s: float) -> Result:
-    """`seconds`: of each case, with copies and without. `interval_s`: between copies."""
+    """Measure all cases. `seconds`: of each case, with snapshots and without; `interval_s`: between snapshots."""
     result = Result("snapshots", f"Snapshots of homes that are written to, every {interval_s:g} s")
     cases = [(size, rate) for size in sizes for rate in RATES_MB_S]
     with running(WORKERS, {"ORION_SNAPSHOT_INTERVAL_S": f"{NEVER_S:g}"}) as stack:
         scene = RentedPlatform(stack, WORKERS)
-        without = _watch_all(scene, cases, seconds, copying=False)
+        without = _measure_all(scene, cases, seconds, with_snapshots=False)
         stack.change(ORION_SNAPSHOT_INTERVAL_S=f"{interval_s:g}")
-        copied = _watch_all(scene, cases, seconds, copying=True)
+        with_them = _measure_all(scene, cases, seconds, with_snapshots=True)
     for case in cases:
-        _tell(result, case, without[case], copied[case], interval_s)
+        _report(result, case, without[case], with_them[case], interval_s)
     return result
 
 
@@ -77,59 +79,66 @@ def longest_each(gaps: Sequence[Gap], bounds: Sequence[float]) -> list[float]:
     ]
 
 
-def _watch_all(
-    scene: RentedPlatform, cases: Sequence[Case], seconds: float, copying: bool
+def _measure_all(
+    scene: RentedPlatform, cases: Sequence[Case], seconds: float, with_snapshots: bool
 ) -> dict[Case, WriterMeasurement]:
     found: dict[Case, WriterMeasurement] = {}
     for size in dict.fromkeys(size for size, _ in cases):
         rental = scene.rent()
         scene.renter.runs(rental, _program("fill", size, size), MORE_S)
-        if copying:
-            scene.await_copies([rental["id"]])
+        if with_snapshots:
+            scene.await_snapshots([rental["id"]])
         for case in (one for one in cases if one[0] == size):
-            scene.tell(f"snapshots: {case[0]} MB at {case[1]:g} MB/s, copies: {copying}", len(found))
-            found[case] = _watch(scene, rental, case, seconds)
+            scene.show_progress(f"snapshots: {case[0]} MB at {case[1]:g} MB/s, snapshots: {with_snapshots}", len(found))
+            found[case] = _measure_case(scene, rental, case, seconds)
         scene.release(rental["id"])
     return found
 
 
-def _watch(scene: RentedPlatform, rental: Json, case: Case, seconds: float) -> WriterMeasurement:
+def _measure_case(scene: RentedPlatform, rental: Json, case: Case, seconds: float) -> WriterMeasurement:
     manager, worker = scene.stack.container("manager_app"), scene.workers()[rental["worker_id"]]["hostname"]
     before = processor_s(manager), processor_s(worker)
-    copied: set[float] = set()
+    taken: set[float] = set()
     ages = []
     with ThreadPoolExecutor(1) as threads:
-        at_work = threads.submit(scene.renter.runs, rental, _program("work", *case, seconds), seconds + MORE_S)
-        while not at_work.done():
+        writing = threads.submit(scene.renter.runs, rental, _program("work", *case, seconds), seconds + MORE_S)
+        while not writing.done():
             if safe_at := scene.rental(rental["id"])["last_safe_copy_at"]:
-                copied.add(unix(safe_at))
+                taken.add(unix(safe_at))
                 ages.append(time.time() - unix(safe_at))
             time.sleep(LOOK_EVERY_S)
-        gaps = [(at, length) for at, length in json.loads(at_work.result())]
+        gaps = [(at, length) for at, length in json.loads(writing.result())]
     used = processor_s(manager) - before[0], processor_s(worker) - before[1]
-    return WriterMeasurement(seconds, gaps, *used, sorted(copied), ages)
+    return WriterMeasurement(seconds, gaps, *used, sorted(taken), ages)
 
 
 def _program(*arguments: object) -> str:
     return shlex.join(["python3", "-c", PROGRAM.read_text(), *map(str, arguments)])
 
 
-def _tell(result: Result, case: Case, without: WriterMeasurement, copied: WriterMeasurement, interval_s: float) -> None:
+def _report(
+    result: Result, case: Case, without: WriterMeasurement, with_them: WriterMeasurement, interval_s: float
+) -> None:
     label = f"{case[0]:,} MB, {case[1]:g} MB/s"
-    rounds = len(copied.copied_at) - 1
+    rounds = len(with_them.taken_at) - 1
     if rounds < 1:
-        result.times(f"{label}: the longest stop of a round", [], "no two copies were finished in that time")
+        result.times(f"{label}: the longest stop of a round", [], "no two snapshots were finished in that time")
         return
-    stops = longest_each(copied.gaps, copied.copied_at)
+    stops = longest_each(with_them.gaps, with_them.taken_at)
     begun = min((at for at, _ in without.gaps), default=0.0)
     as_long = [begun + number * interval_s for number in range(int(without.seconds / interval_s) + 1)]
     result.times(f"{label}: the longest stop of a round", stops)
-    result.times("  (without copies: the longest gap in as long)", longest_each(without.gaps, as_long))
-    result.value("  stopped, of all time", "%", 100 * copied.stopped)
-    result.value("  (without copies)", "%", 100 * without.stopped)
-    result.value("  processor time of a round, on the worker", "s", (copied.worker_s - without.worker_s) / rounds)
-    result.value("  processor time of a round, on the manager", "s", (copied.manager_s - without.manager_s) / rounds)
-    ages = summary(copied.ages)
-    result.rows.append(Row("  age of the copy", "s", ages.count, ages.p50, ages.p95, ages.p99))
+    result.times("  (without snapshots: the longest gap in as long)", longest_each(without.gaps, as_long))
+    result.value("  stopped, of all time", "%", 100 * with_them.stopped_share)
+    result.value("  (without snapshots)", "%", 100 * without.stopped_share)
+    result.value("  processor time of a round, on the worker", "s", (with_them.worker_s - without.worker_s) / rounds)
+    result.value("  processor time of a round, on the manager", "s", (with_them.manager_s - without.manager_s) / rounds)
+    ages = summary(with_them.ages)
+    result.rows.append(Row("  age of the snapshot", "s", ages.count, ages.p50, ages.p95, ages.p99))
     result.at_most(f"{label}: the longest stop of a round, p99", 1000 * summary(stops).p99, 100, " ms")
-    result.at_most(f"{label}: stopped by copies, of all time", 100 * (copied.stopped - without.stopped), 0.5, " %")
+    result.at_most(
+        f"{label}: stopped by snapshots, of all time",
+        100 * (with_them.stopped_share - without.stopped_share),
+        0.5,
+        " %",
+    )

@@ -1,4 +1,4 @@
-"""The platform to measure: docker-compose.yml in a project of its own, which goes when the measurement ends."""
+"""The platform to measure: docker-compose.yml as a separate project, which is removed when the measurement ends."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ Done = subprocess.CompletedProcess[str]
 
 
 class NotReady(Exception):
-    """Something that the measurement needs did not come."""
+    """The measurement cannot begin or go on."""
 
 
 class BenchStack:
+    """The compose project of a measurement."""
+
     def __init__(self, folder: Path, settings: Mapping[str, str], files: tuple[str, ...]) -> None:
         self.folder = folder
         self.subnet = _free_subnet()
@@ -56,7 +58,7 @@ class BenchStack:
         wait_until(f"{workers} workers are ready", lambda: len(self.ready_workers()) >= workers, UP_WITHIN_S)
 
     def change(self, **settings: str) -> None:
-        """Other settings for the manager: it is made anew, and everything else stays."""
+        """Recreate the manager with other settings; all other containers stay."""
         before = len(self.ready_workers())
         self._settings |= settings
         self.compose("up", "-d", "--no-build", "--no-deps", "manager_app", timeout_s=120)
@@ -64,19 +66,19 @@ class BenchStack:
         wait_until("the workers are ready again", lambda: len(self.ready_workers()) >= before, UP_WITHIN_S)
 
     def caller(self) -> Caller:
-        """As the admin, through the published port."""
+        """Return a connection of the administrator through the published port."""
         return Caller("127.0.0.1", self.http_port, self.token)
 
     def ready_workers(self) -> list[dict[str, Any]]:
-        with self.caller() as door:
-            workers: list[dict[str, Any]] = door.must("GET", "/api/workers?limit=200").body["items"]
+        with self.caller() as proxy:
+            workers: list[dict[str, Any]] = proxy.must("GET", "/api/workers?limit=200").body["items"]
         return [one for one in workers if one["health"] == "ready" and one["intent"] == "active"]
 
     def container(self, service: str) -> str:
         return self.containers(service)[0]
 
     def containers(self, *services: str) -> list[str]:
-        """Those that run."""
+        """Return the running containers of these services."""
         found: list[str] = []
         for service in services:
             filters = (f"com.docker.compose.project={PROJECT}", f"com.docker.compose.service={service}")
@@ -94,7 +96,7 @@ class BenchStack:
         return self.compose("logs", "--no-color", "--tail", str(tail), service).splitlines()
 
     def remove(self) -> None:
-        """Containers, network, volumes and images of the project, also those of a run that was cut short."""
+        """Remove containers, network, volumes and images of the project, those of an interrupted run too."""
         self.compose("down", "--volumes", "--remove-orphans", "--rmi", "local", "--timeout", "3", timeout_s=180)
 
     def compose(self, *arguments: str, timeout_s: float = 120) -> str:
@@ -103,7 +105,7 @@ class BenchStack:
         return run([*command, *arguments], timeout_s, env=self.environment(), cwd=ROOT)
 
     def environment(self) -> dict[str, str]:
-        """Nothing of the caller's own platform counts."""
+        """Return the variables of compose, without those of the caller's own platform."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("ORION_", "COMPOSE_"))}
         first = self.subnet.network_address
         return kept | {
@@ -121,15 +123,15 @@ class BenchStack:
 
     def _answers(self) -> bool:
         try:
-            with self.caller() as door:
-                return door.call("GET", "/healthz").status == 200
+            with self.caller() as proxy:
+                return proxy.call("GET", "/healthz").status == 200
         except OSError:
             return False
 
 
 @contextmanager
 def running(workers: int, settings: Mapping[str, str], files: tuple[str, ...] = ()) -> Iterator[BenchStack]:
-    """A platform of its own with so many ready workers. `files`: more compose files, from the repository's root."""
+    """Run a platform with this number of ready workers. `files`: more compose files, from the repository's root."""
     with tempfile.TemporaryDirectory(prefix="orion-bench-") as folder:
         stack = BenchStack(Path(folder), settings, files)
         try:
@@ -147,15 +149,15 @@ def wait_until(what: str, condition: Callable[[], bool], within_s: float) -> Non
         time.sleep(0.1)
 
 
-def run(command: list[str], timeout_s: float, **how: Any) -> str:
-    done: Done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **how)
+def run(command: list[str], timeout_s: float, **options: Any) -> str:
+    done: Done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
     if done.returncode:
         raise NotReady(f"{' '.join(command)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
     return done.stdout
 
 
 def json_lines(lines: list[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects among the lines that `docker-compose logs` shows."""
+    """Yield the JSON objects in lines of `docker-compose logs`."""
     for line in lines:
         if (start := line.find("{")) >= 0:
             try:
@@ -170,7 +172,7 @@ def _compose_command() -> list[str]:
 
 
 def _free_subnet() -> IPv4Network:
-    """The first of ours that no Docker network of somebody else overlaps."""
+    """Return the first candidate that overlaps no other Docker network."""
     names = run(["docker", "network", "ls", "--format", "{{.Name}}"], 30).split()
     wanted = "{{range .IPAM.Config}}{{.Subnet}} {{end}}"
     others = [name for name in names if name != f"{PROJECT}_orion_net"]
@@ -181,7 +183,7 @@ def _free_subnet() -> IPv4Network:
 
 
 def _free_ports(number: int) -> list[int]:
-    """Below those that the kernel gives to connections going out."""
+    """Return free ports, below those that the kernel gives to outgoing connections."""
     free = (port for port in random.sample(range(20_000, 30_000), 1000) if _is_free(port))
     return [next(free) for _ in range(number)]
 
