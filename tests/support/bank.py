@@ -136,7 +136,7 @@ def _counted(folder: Path, found: list[str]) -> Iterator[tuple[str, int]]:
         if _NUMBER.fullmatch(content):
             yield name, int(content)
         else:
-            found.append(f"{name} holds {content[:40]!r}, which nobody wrote")
+            found.append(f"{name} holds {content[:40]!r}, which was never written")
 
 
 def _look_into(folder: Path, found: list[str]) -> int | None:

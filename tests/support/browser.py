@@ -30,8 +30,8 @@ class Page:
     def types(self, data: bytes) -> None:
         self.client.said.put_nowait({"type": "websocket.receive", "bytes": data})
 
-    def controls(self, text: str | None = None, **said: Any) -> None:
-        self.client.said.put_nowait({"type": "websocket.receive", "text": json.dumps(said) if text is None else text})
+    def controls(self, text: str | None = None, **fields: Any) -> None:
+        self.client.said.put_nowait({"type": "websocket.receive", "text": json.dumps(fields) if text is None else text})
 
     async def sees(self, state: str) -> str:
         """Return the message of the next control, which must be of this state."""

@@ -14,9 +14,9 @@ PR_SET_CHILD_SUBREAPER = 36
 
 @contextmanager
 def ended_with_their_test() -> Iterator[None]:
-    """Have this process adopt what its children leave behind, and kill at the end what is left of them all.
+    """Let this process adopt orphaned descendants, and kill all that are left at the end.
 
-    A test that fails because something is stopped for ever must not itself leave it behind.
+    A test that fails because a process is stopped for ever must not leave that process behind.
     """
     before = set(_children())
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -1,6 +1,6 @@
-"""A tree of all files that are difficult to carry, and a listing of any tree that shows each byte and each mode of it.
+"""A tree of all files that are difficult to copy, and a listing of a tree that shows all its contents and modes.
 
-    python3 difficult_tree.py make FOLDER [MEGABYTES]  make it, with so many megabytes of attributes besides
+    python3 difficult_tree.py make FOLDER [MEGABYTES]  make it, with this many megabytes of attributes
     python3 difficult_tree.py describe FOLDER          print a line for each entry, always in the same order
 
 Both run as the owner of the tree. Files that the owner may not read are made readable for a moment.
@@ -172,9 +172,9 @@ def _access_lists() -> None:
     os.mkdir(b"lists")
     _put(b"lists/file", b"shared", 0o640)
     os.mkdir(b"lists/folder")
-    entries = ((OWNER, 7, NOBODYS_ID), (USER, 5, A_STRANGER), (GROUP, 4, NOBODYS_ID), (MASK, 5, NOBODYS_ID))
+    entries = ((OWNER, 7, UNDEFINED_ID), (USER, 5, UNKNOWN_UID), (GROUP, 4, UNDEFINED_ID), (MASK, 5, UNDEFINED_ID))
     content = struct.pack("<I", 2)
-    content += b"".join(struct.pack("<HHI", *entry) for entry in (*entries, (OTHER, 0, NOBODYS_ID)))
+    content += b"".join(struct.pack("<HHI", *entry) for entry in (*entries, (OTHER, 0, UNDEFINED_ID)))
     with suppress(OSError):
         os.setxattr(b"lists/file", ACCESS, content)
         os.setxattr(b"lists/folder", ACCESS, content)
@@ -237,13 +237,13 @@ def _readable(path: bytes) -> Iterator[None]:
     """Make an entry readable to its owner for the length of a block; its times stay as they are."""
     mode = stat.S_IMODE(os.lstat(path).st_mode)
     wanted = mode | (0o500 if os.path.isdir(path) else 0o400)
-    shut = wanted != mode and not os.access(path, os.R_OK | (os.X_OK if os.path.isdir(path) else 0))
-    if shut:
+    closed = wanted != mode and not os.access(path, os.R_OK | (os.X_OK if os.path.isdir(path) else 0))
+    if closed:
         os.chmod(path, wanted)
     try:
         yield
     finally:
-        if shut:
+        if closed:
             os.chmod(path, mode)
 
 

@@ -1,4 +1,4 @@
-"""A store on a real SQLite file for each test, copied from one that was migrated once."""
+"""Fixtures: a store on a real SQLite file for each test, copied from one that was migrated once, and the house."""
 
 from __future__ import annotations
 

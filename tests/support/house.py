@@ -331,7 +331,7 @@ class House:
                     if number or not passing:
                         await self.compare_pool_index()
                     return
-        raise AssertionError("the platform does not come to rest")
+        raise AssertionError("the platform does not settle")
 
     async def compare_pool_index(self) -> None:
         """Fail if the pool index differs from the database.

@@ -15,7 +15,7 @@ END_STREAM, ACK, END_HEADERS = 1, 1, 4
 CANCEL = b"\0\0\0\x08"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 KNOWN_STATUSES = {0x88: b"200", 0x89: b"204", 0x8C: b"400", 0x8D: b"404", 0x8E: b"500"}
-"""The first byte of a header block that is one of HPACK's own table (RFC 7541, appendix A)."""
+"""The statuses of HPACK's static table (RFC 7541, appendix A) by the first byte of a header block."""
 Headers = Sequence[tuple[str, str]]
 
 
@@ -41,7 +41,7 @@ async def exchange(
 ) -> list[tuple[int, bytes, bytes]]:
     """Send frames, and return all answers that come in time: stream, status and body.
 
-    `is_answered`: there has to be one, and the time counts from it.
+    `is_answered`: wait for a first answer, from which the time counts.
     """
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

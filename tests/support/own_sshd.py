@@ -56,7 +56,7 @@ class OwnSshd:
         return " ".join(self.host_key.with_suffix(".pub").read_text().split()[:2])
 
     async def serve(self, connection: ServerConnection) -> None:
-        """Carry one connection, until either side ends it."""
+        """Relay one connection until either side ends it."""
         options = {
             "HostCertificate": f"{self.host_key}-cert.pub",
             "UsePAM": "no",
@@ -86,6 +86,6 @@ class OwnSshd:
             writer.close()
             downward.cancel()
             await asyncio.gather(downward, return_exceptions=True)
-            with suppress(ProcessLookupError):  # it ends by itself where it refuses
+            with suppress(ProcessLookupError):  # it has ended already if it refused the connection
                 process.kill()
             await process.wait()

@@ -20,7 +20,7 @@ class Answer:
     body: Any = None
     headers: Mapping[str, str] = field(default_factory=dict)
     breaks: bool = False
-    """Close the connection after the body, without having announced its length; without a body at once."""
+    """Whether the connection closes after the body, whose length is not announced; without a body at once."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class PlatformCall:
 
 
 class ScriptedPlatform:
-    """`answer` queues answers for a call; the last one stays.
+    """The server. `answer` queues answers for a path; the last one stays.
 
-    One for a path with a query, such as `/api/rentals?mine=true`, is for calls that ask for that, whatever else too.
+    Answers for a path with a query, such as `/api/rentals?mine=true`, are for calls whose query contains that one.
     """
 
     def __init__(self) -> None:
@@ -60,8 +60,8 @@ class ScriptedPlatform:
 
     def _next(self, call: PlatformCall) -> Answer:
         self.calls.append(call)
-        asked = [path for (method, path) in self._answers if method == call.method and _is_asked_for(path, call)]
-        waiting = self._answers.get((call.method, max(asked, key=len, default="")))
+        paths = [path for (method, path) in self._answers if method == call.method and _is_answer_to(path, call)]
+        waiting = self._answers.get((call.method, max(paths, key=len, default="")))
         if not waiting:
             return problem(404, "not_found", "there is no such thing")
         return waiting.pop(0) if len(waiting) > 1 else waiting[0]

@@ -31,12 +31,14 @@ class Terminal:
         deadline = time.monotonic() + within_s
         while awaited.encode() not in self.seen:
             ready, _, _ = select.select([self.screen], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"not within {within_s} s: {awaited!r}, but {self.seen.decode(errors='replace')!r}"
+            assert ready, (
+                f"not within {within_s} s: {awaited!r}, the screen shows {self.seen.decode(errors='replace')!r}"
+            )
             try:
                 part = os.read(self.screen, 4096)
             except OSError:  # a terminal without writers raises this
                 part = b""
-            assert part, f"it ended without {awaited!r}: {self.seen.decode(errors='replace')!r}"
+            assert part, f"the program ended without {awaited!r}: {self.seen.decode(errors='replace')!r}"
             self.seen += part
         shown, _, self.seen = self.seen.partition(awaited.encode())
         return shown.decode(errors="replace")
@@ -45,7 +47,7 @@ class Terminal:
         """Return the exit status. Its output is read meanwhile, or the program could not end."""
         deadline = time.monotonic() + within_s
         while self.program.poll() is None:
-            assert time.monotonic() < deadline, f"it does not end: {self.seen.decode(errors='replace')!r}"
+            assert time.monotonic() < deadline, f"the program does not end: {self.seen.decode(errors='replace')!r}"
             if select.select([self.screen], [], [], 0.05)[0]:
                 try:
                     self.seen += os.read(self.screen, 4096)

@@ -1,4 +1,5 @@
-// What stands behind the # was never sent anywhere. It is given once, in a form, and leaves the address bar before.
+// Opens a web port. A browser sends no part of the address after the #. This page removes it from the address bar, and
+// then posts the ticket once, in a form.
 
 const [rental, port, ticket] = location.hash.slice(1).split("/");
 history.replaceState(null, "", location.pathname);
@@ -9,5 +10,5 @@ if (rental && port && ticket) {
   form.ticket.value = ticket;
   form.submit();
 } else {
-  document.getElementById("status").textContent = "There is no ticket in this address: it was opened before, or its end is missing. “orion open RENTAL PORT” prints another one.";
+  document.getElementById("status").textContent = "This address contains no ticket: it was opened before, or its end is missing. “orion open RENTAL PORT” prints a new address.";
 }

@@ -1,4 +1,4 @@
-// The colours of the screen, by day and by night: each one readable on its ground.
+// The light and the dark colours of the screen, each readable on its background.
 
 export const LIGHT = {
   background: "#ffffff", foreground: "#1b1f24", cursor: "#0b5fbd", cursorAccent: "#ffffff", selectionBackground: "#b6d6fb",

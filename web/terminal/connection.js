@@ -1,8 +1,8 @@
-// One WebSocket to a rental's terminal. What the frames are: src/orion/manager/gateway/terminal.py.
+// One WebSocket to a rental's terminal. src/orion/manager/gateway/terminal.py describes the frames.
 
 const SUBPROTOCOL = "orion.terminal";
 const ACK_BYTES = 64 * 1024;
-// On the way to the shell at most: what this page acknowledges must never stand behind more than that.
+// The most that is on its way to the shell, so that acknowledgements wait behind no more than this.
 const IN_FLIGHT_BYTES = 64 * 1024;
 const CHUNK_BYTES = 16 * 1024;
 
@@ -14,8 +14,9 @@ export class Connection {
   #state = "connecting";
   #size;
 
-  // on.output(bytes, shown): shown() is called when they are on the screen; on.state({state, message});
-  // where it is connected also the rental's name, a key to resume by, and a notice if any; on.close(code, reason)
+  // Calls on.output(bytes, shown), where shown() has to be called when the bytes are on the screen;
+  // on.state({state, message}), with the rental's name, a resume key and a notice if the state is "connected";
+  // and on.close(code, reason).
   constructor(rental, ticket, size, on) {
     const url = new URL(`../api/rentals/${encodeURIComponent(rental)}/terminal`, location.href);
     url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
@@ -27,11 +28,11 @@ export class Connection {
     this.#socket.addEventListener("close", (event) => on.close(event.code, event.reason));
     this.#socket.addEventListener("message", ({ data }) => {
       if (typeof data === "string") {
-        const told = JSON.parse(data);
-        if ("took" in told) this.#took(told.took);
+        const control = JSON.parse(data);
+        if ("took" in control) this.#took(control.took);
         else {
-          this.#enter(told.state);
-          on.state(told);
+          this.#enter(control.state);
+          on.state(control);
         }
       } else {
         on.output(new Uint8Array(data), () => this.#acknowledge(data.byteLength));
@@ -39,14 +40,14 @@ export class Connection {
     });
   }
 
-  // What is typed before the first shell is there waits for it; what is typed while one is lost is meant for nobody.
+  // Queues what is typed before the first shell begins; drops what is typed after a shell was lost.
   type(bytes) {
     if (this.#state !== "connecting" && this.#state !== "connected") return;
     this.#waiting.push(bytes);
     this.#send();
   }
 
-  // Before it is open the size waits; then the last one counts.
+  // Sends the size; before the WebSocket is open, keeps the last one for later.
   resize(columns, rows) {
     this.#size = [columns, rows];
     this.#control({ resize: [columns, rows] });
@@ -85,7 +86,7 @@ export class Connection {
     this.#shown = 0;
   }
 
-  #control(said) {
-    if (this.#socket.readyState === WebSocket.OPEN) this.#socket.send(JSON.stringify(said));
+  #control(message) {
+    if (this.#socket.readyState === WebSocket.OPEN) this.#socket.send(JSON.stringify(message));
   }
 }

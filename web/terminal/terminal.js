@@ -1,27 +1,27 @@
-// The page: a terminal, who it belongs to, and what its state is.
+// The page: a terminal, its rental and its state.
 
 import { Refused, answers, findRental, ticketFor } from "./api.js";
 import { Connection } from "./connection.js";
 import { Screen, copy } from "./screen.js";
 
 const [NORMAL, OVER, TIME_OVER] = [1000, 4000, 4002];
-const AGAIN_AFTER_MS = 2000;
-// A bar that has just come up takes no click: it was meant for what was there before.
+const RETRY_AFTER_MS = 2000;
+// A bar that has just appeared takes no click, which was meant for what was there before.
 const CLICKABLE_AFTER_MS = 700;
-const KEPT = "terminal"; // in sessionStorage: this tab's, and gone with it
+const KEPT = "terminal"; // the key in sessionStorage, which ends with this tab
 
 const at = (id) => document.getElementById(id);
 
 let screen;
 let connection = null;
-let rental = ""; // its id, or what was typed for it
-let token = ""; // in memory alone; empty where the page was opened by a ticket
-let resumeKey = ""; // opens this one rental's terminal again, after a reload too
-let resumed = false; // by such a key, after a reload
-let connected = false; // to a shell, once at least
-let lost = ""; // when and why the shell before this one was
-let mayCopy = true; // programs may ask to
-let clickable;
+let rental = ""; // the rental's id, or what was typed for it
+let token = ""; // only in memory; empty if the page was opened by a ticket
+let resumeKey = ""; // opens the terminal of this rental again, after a reload too
+let resumed = false; // whether a resume key was used
+let connected = false; // whether there has been a shell
+let lost = ""; // the time and the reason of the loss of the last shell
+let mayCopy = true; // whether programs may ask to copy
+let clickable; // the timer that enables the button Copy
 
 function say(state, message) {
   at("status").dataset.state = state;
@@ -39,7 +39,7 @@ function lose(reason) {
   notice(lost);
 }
 
-// What a program wants to copy is shown whole, and copied by a click of the one who has seen it.
+// Shows the whole text that a program wants to copy; a click copies it.
 function askToCopy(text) {
   if (!mayCopy) return;
   clearTimeout(clickable);
@@ -55,7 +55,7 @@ function askToCopy(text) {
   at("copying").hidden = false;
 }
 
-function named(name) {
+function showName(name) {
   at("rental").textContent = name;
   at("rental").title = `id ${rental}`;
   document.title = `${name} · Orion-Sec`;
@@ -67,7 +67,7 @@ function keep(key, name) {
     if (key) sessionStorage.setItem(KEPT, JSON.stringify({ rental, key, name }));
     else sessionStorage.removeItem(KEPT);
   } catch {
-    return; // the browser keeps nothing for this page: then a reload asks again
+    return; // without storage, a reload of the page asks for the token again
   }
 }
 
@@ -102,27 +102,27 @@ function showTerminal() {
   });
 }
 
-// By a ticket, or by the resume key that an earlier terminal of this page was given.
+// Opens the terminal by a ticket or by the resume key of an earlier terminal of this page.
 function open(ticket) {
   showTerminal();
   at("again").hidden = true;
   say("connecting", "Connecting…");
   const mine = new Connection(rental, ticket, screen.size, {
     output: (bytes, shown) => screen.show(bytes, shown),
-    state: heard,
+    state: stateChanged,
     close: (code, reason) => { if (connection === mine) ended(code, reason); },
   });
   connection = mine;
 }
 
-function heard({ state, message, name, resume, notice: word }) {
+function stateChanged({ state, message, name, resume, notice: text }) {
   if (state === "connected") {
     say("connected", "Connected");
-    named(name);
+    showName(name);
     keep(resume, name);
     if (connected) screen.renew();
-    if (lost) notice(`${lost} This is a new one; what the other had shown is above: scroll up.`);
-    else if (word) notice(word);
+    if (lost) notice(`${lost} This is a new shell; scroll up for the output of the lost one.`);
+    else if (text) notice(text);
     connected = true;
     lost = "";
     screen.focus();
@@ -140,23 +140,23 @@ function ended(code, reason) {
     at("again").hidden = false;
   } else if (token || resumeKey) {
     lose(reason || "the connection broke");
-    comeBack();
+    reconnect();
   } else if (connected) {
     keep("");
-    say("ended", `${reason || "The connection broke"}. “orion terminal ${at("rental").textContent}” prints an address for another terminal`);
+    say("ended", `${reason || "The connection broke"}. “orion terminal ${at("rental").textContent}” prints an address for a new terminal`);
     at("again").hidden = false;
   } else if (resumed) {
     keep("");
-    ask("This terminal cannot be opened again: its right ended, or the manager was restarted. Ask for another with “orion terminal RENTAL”, or give a token.");
+    ask("This terminal cannot be opened again: its resume key expired, or the manager was restarted. “orion terminal RENTAL” prints a new address; or enter a token.");
     say("ended", "Not connected");
   } else {
-    ask("This address does not open a terminal any more: it is good once, for a minute. Ask for another with “orion terminal RENTAL”, or give a token.");
+    ask("This address does not open a terminal any more: it is valid once, for a minute. “orion terminal RENTAL” prints a new address; or enter a token.");
     say("ended", "Not connected");
   }
 }
 
-// With the token or the resume key, until it works or will never.
-async function comeBack() {
+// Connects again with the token or the resume key, until that works or a refusal is final.
+async function reconnect() {
   for (;;) {
     try {
       if (token) open(await ticketFor(rental, token));
@@ -173,11 +173,11 @@ async function comeBack() {
       }
       say("waiting", error.message);
     }
-    await new Promise((done) => setTimeout(done, AGAIN_AFTER_MS));
+    await new Promise((done) => setTimeout(done, RETRY_AFTER_MS));
   }
 }
 
-// Once: a refusal says that the key is over, as the platform was there a moment before.
+// Uses the resume key once. The platform answered just before, so a refusal means that the key has expired.
 function resume() {
   const key = resumeKey;
   resumed = true;
@@ -200,7 +200,7 @@ at("ask").addEventListener("submit", async (event) => {
   }
 });
 
-at("again").addEventListener("click", () => (token ? comeBack() : ask()));
+at("again").addEventListener("click", () => (token ? reconnect() : ask()));
 at("notice-close").addEventListener("click", () => {
   notice("");
   screen.focus();
@@ -215,15 +215,15 @@ at("reader").addEventListener("change", () => {
   screen.focus();
 });
 
-// The ticket leaves the address bar, and the history, before anything else happens.
+// The ticket is removed from the address bar and from the history before anything else.
 const [given, ticket] = location.hash.slice(1).split("/").map(decodeURIComponent);
 history.replaceState(null, "", location.pathname);
 const before = given ? null : kept();
 rental = given || before?.rental || "";
 if (given && ticket) open(ticket);
 else if (before) {
-  named(before.name);
+  showName(before.name);
   showTerminal();
   resumeKey = before.key;
-  comeBack();
+  reconnect();
 } else ask();
