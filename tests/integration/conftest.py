@@ -1,4 +1,4 @@
-"""What the tests of workers stand on: a Docker engine, the worker's image, a network, a small manager, two workers."""
+"""Fixtures for the tests of workers: the worker's image, a network, a small manager, two workers."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def worker_image() -> str:
 
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """The real door and the real manager, for those who come from outside."""
+    """Yield the real proxy and the real manager, for attacks from outside."""
     with platform(tmp_path_factory.mktemp("platform")) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def folder() -> Iterator[Path]:
-    """Short, because the paths of ssh's control sockets may not be long."""
+    """Yield a folder with a short path, because paths of ssh's control sockets may not be long."""
     place = Path(tempfile.mkdtemp(prefix="orion-"))
     yield place
     shutil.rmtree(place)
@@ -56,7 +56,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def network(worker_image: str) -> Iterator[WorkerNetwork]:
-    prefix = f"10.{20 + secrets.randbelow(70)}.{secrets.randbelow(256)}"  # the proxies' and e2e's are elsewhere
+    prefix = f"10.{20 + secrets.randbelow(70)}.{secrets.randbelow(256)}"  # the proxy's tests and e2e use others
     made = WorkerNetwork(PREFIX, f"{prefix}.0/24", f"{prefix}.1")
     docker("network", "create", "--subnet", made.subnet, "--gateway", made.gateway, made.name)
     yield made
@@ -77,7 +77,7 @@ def shared_manager(network: WorkerNetwork, folder: Path) -> Iterator[SmallManage
 
 @pytest.fixture(scope="session")
 def pair(network: WorkerNetwork, shared_manager: SmallManager, join: Path) -> Iterator[tuple[Worker, Worker]]:
-    """Two neighbours, for the tests that make rentals of their own and do not restart anything."""
+    """Yield two workers for tests that make their own rentals and restart nothing."""
     with (
         worker(network, shared_manager, join, slots=4) as first,
         worker(network, shared_manager, join, slots=4) as second,
@@ -99,12 +99,12 @@ def neighbour(pair: tuple[Worker, Worker]) -> Worker:
 
 @pytest.fixture
 def roommate(host: Worker, folder: Path) -> Rental:
-    """Another renter of the same worker."""
+    """Return a rental of another renter on the same worker."""
     return new_rental(host, folder).create_quickly()
 
 
 @pytest.fixture
 def manager(network: WorkerNetwork, folder: Path) -> Iterator[SmallManager]:
-    """One for a single test, which may script it."""
+    """Yield a manager for a single test, which may script it."""
     with serving(SmallManager(make_key(folder)), network.gateway) as made:
         yield made

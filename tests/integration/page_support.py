@@ -1,7 +1,7 @@
-"""The page with the terminal as it is served: Chromium, the real proxy, the real gateway, and shells of this machine.
+"""The terminal page as it is served: Chromium, the real proxy, the real gateway, and shells of this machine.
 
-Only the workers are fake: what a shell prints is the output of a program at a pseudo-terminal, which is also fed to
-tmux, so that two terminals can be compared.
+Only the workers are fake. The output of a shell comes from a program at a pseudo-terminal and is also given to tmux, so
+that two terminals can be compared.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ SHELL = ("setsid", "--ctty", "bash", "--noprofile", "--norc")
 
 
 class PtyShell:
-    """Implements `port.Shell` by a program of this machine."""
+    """Implements `port.Shell` with a program of this machine."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.first_size = size
         self.output = b""
         self.cut = False
-        """Whether the connection to it is lost."""
+        """Whether the connection to the shell is lost."""
         self._ours, theirs = pty.openpty()
         self.resize(*size)
         environment = {**os.environ, "TERM": "xterm-256color", "PS1": "$ ", "LC_ALL": "C.UTF-8", "HISTFILE": ""}
@@ -62,7 +62,7 @@ class PtyShell:
             except BlockingIOError:
                 await self._news.wait()
                 continue
-            except OSError:  # how a terminal says that nobody writes to it any more
+            except OSError:  # no process writes to the terminal any more
                 return b""
             self.output += part
             return part
@@ -117,8 +117,8 @@ async def served(house: House, address: str, monkeypatch: pytest.MonkeyPatch) ->
 
     shells = PtyShells()
     monkeypatch.setattr(house.shells, "open", shells.open)
-    how = {"log_config": None, "lifespan": "off", "ws": "websockets-sansio", "ws_per_message_deflate": False}
-    server = uvicorn.Server(uvicorn.Config(app, host=address, port=5000, **how))  # type: ignore[arg-type]
+    options = {"log_config": None, "lifespan": "off", "ws": "websockets-sansio", "ws_per_message_deflate": False}
+    server = uvicorn.Server(uvicorn.Config(app, host=address, port=5000, **options))  # type: ignore[arg-type]
     running = asyncio.create_task(server.serve())
     try:
         yield shells
@@ -135,7 +135,7 @@ async def chromium() -> AsyncIterator[Browser]:
     if not program:
         pytest.fail("These tests need a browser: apt install chromium (scripts/test.sh does)", pytrace=False)
     async with async_playwright() as playwright:
-        # Its sandbox refuses to run as root, as tests do; it opens our own pages alone.
+        # Chromium's sandbox refuses to run as root, as the tests do. The browser opens only pages of the platform.
         browser = await playwright.chromium.launch(executable_path=program, chromium_sandbox=os.geteuid() != 0)
         try:
             yield browser
@@ -144,14 +144,14 @@ async def chromium() -> AsyncIterator[Browser]:
 
 
 class Window:
-    """One window of a browser with the page in it."""
+    """A browser window with the page."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
         page.set_default_timeout(WITHIN_S * 1000)
         self._marks = itertools.count()
         self.complaints: list[str] = []
-        page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
+        page.on("console", lambda message: self.complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
 
     @property
@@ -195,7 +195,7 @@ class Window:
 
 
 async def eventually(what: str, look: Callable[[], Awaitable[Any]], wanted: Any) -> None:
-    """Wait until that is what one sees; where it never is, the difference is told."""
+    """Wait until `look` returns what is wanted; on failure, show the difference."""
     deadline = asyncio.get_running_loop().time() + WITHIN_S
     seen = await look()
     for _ in range(10 * WITHIN_S):
@@ -207,7 +207,7 @@ async def eventually(what: str, look: Callable[[], Awaitable[Any]], wanted: Any)
 
 
 class Tmux:
-    """What tmux shows of the bytes that a program has printed."""
+    """Renders the output of a program with tmux."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

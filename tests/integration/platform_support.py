@@ -1,6 +1,6 @@
-"""The real proxy in front of the real manager. Its worker alone is made up, and calls home from this machine.
+"""The real proxy in front of the real manager, with one fake worker that calls home from this machine.
 
-What is attacked through it is what is shipped; a rental on it is active in a moment and costs nothing.
+Attacks meet the code that is shipped, and a rental is active at once and costs nothing.
 """
 
 from __future__ import annotations
@@ -38,23 +38,25 @@ WORKER_KEY = host_key(7)
 
 
 @dataclass(frozen=True)
-class Order:
+class ManagerStart:
+    """The arguments of the manager's process."""
+
     settings: Settings
     secrets: Secrets
     log: Path
     here: str
-    """This machine's address in the proxy's network: where the manager listens, and where the worker calls from."""
+    """This machine's address in the proxy's network: of the manager, and of the worker."""
 
 
-def run_manager(order: Order) -> None:
-    """In a process of its own, until it is told to end."""
-    with order.log.open("ab", buffering=0) as log:
+def run_manager(start: ManagerStart) -> None:
+    """Run the manager; the main function of its process."""
+    with start.log.open("ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     main.log_as_json()
     world = FakeWorld()
-    world.add(Host("", order.here, (WORKER_KEY,)))
-    store = main.open_store(order.settings, Store)
+    world.add(Host("", start.here, (WORKER_KEY,)))
+    store = main.open_store(start.settings, Store)
     ports = Ports(
         FakeEngine(world),
         FakeReach(world),
@@ -63,10 +65,12 @@ def run_manager(order: Order) -> None:
         lambda: 0.0,
         end_connections=end_connections,
     )
-    main.serve(order.settings, order.secrets, store, ports, order.here)
+    main.serve(start.settings, start.secrets, store, ports, start.here)
 
 
 class Platform:
+    """The proxy, the manager's process, and the fake worker."""
+
     def __init__(self, door: Proxy, folder: Path) -> None:
         self.door = door
         self.folder = folder
@@ -84,8 +88,8 @@ class Platform:
             database_url=f"sqlite:///{folder / 'orion.db'}",
             lock_file=str(folder / "lock"),
         )
-        order = Order(settings, self.secrets, self.log, f"{door.network}.1")
-        self._process = PROCESSES.Process(target=run_manager, args=(order,), daemon=True)
+        start = ManagerStart(settings, self.secrets, self.log, f"{door.network}.1")
+        self._process = PROCESSES.Process(target=run_manager, args=(start,), daemon=True)
         self.worker_token = ""
         self.session = ""
         self._seq = 0
@@ -104,11 +108,11 @@ class Platform:
         self._process.terminate()
         self._process.join()
 
-    def client(self, token: str | None = None, **how: Any) -> httpx.Client:
-        """A connection for each call: Nginx ends one after an answer that came before the body of its request."""
+    def client(self, token: str | None = None, **options: Any) -> httpx.Client:
+        """Return a client that connects for each call: Nginx closes a connection answered before the request's body."""
         headers = {"Authorization": f"Bearer {token or self.secrets.admin_token}"}
         limits = httpx.Limits(max_keepalive_connections=0)
-        return httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=60, limits=limits, **how)
+        return httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=60, limits=limits, **options)
 
     def status(self) -> dict[str, Any]:
         with self.client() as admin:
@@ -118,9 +122,9 @@ class Platform:
         with self.client() as admin:
             return str(admin.get("/api/workers").raise_for_status().json()["items"][0]["health"])
 
-    def token(self, name: str, role: str = "client", **wish: Any) -> str:
+    def token(self, name: str, role: str = "client", **fields: Any) -> str:
         with self.client() as admin:
-            reply = admin.post("/api/tokens", json={"name": name, "role": role, **wish}).raise_for_status()
+            reply = admin.post("/api/tokens", json={"name": name, "role": role, **fields}).raise_for_status()
             return str(reply.json()["token"])
 
     def events(self) -> list[dict[str, Any]]:
@@ -133,24 +137,24 @@ class Platform:
         return found
 
     def _call_home(self) -> None:
-        """An agent as the contract has it, with nothing to tell; its word for what it holds is the engine's."""
+        """Register and send heartbeats by the contract, with empty inventories: only the engine reports rentals."""
         body = {"hostname": "made-up", "ssh_host_keys": [WORKER_KEY], "slots": SLOTS, "boot_id": "boot-0001"}
         with httpx.Client(base_url=self.url, trust_env=False, timeout=10) as http:
             while not self._stopping.is_set():
                 try:
-                    is_heard = self._say(http, body)
+                    is_accepted = self._send(http, body)
                 except httpx.TransportError:  # as a worker does: it calls again
-                    is_heard = False
-                self._stopping.wait(BEAT_S if is_heard else 0.2)
+                    is_accepted = False
+                self._stopping.wait(BEAT_S if is_accepted else 0.2)
 
-    def _say(self, http: httpx.Client, body: dict[str, Any]) -> bool:
+    def _send(self, http: httpx.Client, body: dict[str, Any]) -> bool:
         """Register, or send a heartbeat; return whether that was taken."""
         headers = {"Authorization": f"Bearer {self.worker_token or self.secrets.join_token}"}
         if not self.session:
             reply = http.post("/api/register", json=body | {"agent_version": "0.1"}, headers=headers)
             if reply.status_code == 201:
-                told, self._seq = reply.json(), 0
-                self.worker_token, self.session = told["worker_token"], told["session_id"]
+                answer, self._seq = reply.json(), 0
+                self.worker_token, self.session = answer["worker_token"], answer["session_id"]
         else:
             self._seq += 1
             beat = {"session_id": self.session, "seq": self._seq}
@@ -181,10 +185,10 @@ async def raw(
     ends: bool = False,
     is_answered: bool = False,
 ) -> bytes:
-    """Return all that comes back for these bytes, sent as they are, until the peer closes or `within_s` has passed.
+    """Send these bytes unchanged; return the answer until the peer closes or `within_s` has passed.
 
-    `ends`: this side of the connection is closed behind them. `is_answered`: something has to come back, and the time
-    counts from its first part.
+    `ends`: close this side of the connection after them. `is_answered`: wait for a first part of the answer, from which
+    the time counts.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     got = b""

@@ -37,9 +37,9 @@ def compose_command() -> list[str]:
 
 
 def free_port() -> int:
-    """Below those that the kernel gives to connections going out: nobody takes it before Docker does."""
+    """Return a free port below those that the kernel gives to outgoing connections, so that Docker can take it."""
     while True:
-        port = 10_000 + secrets.randbelow(10_000)  # tests/e2e has those from 20,000
+        port = 10_000 + secrets.randbelow(10_000)  # tests/e2e uses those from 20,000
         with socket.socket() as listener, suppress(OSError):
             listener.bind(("0.0.0.0", port))  # noqa: S104 - Docker will listen there too
             return port
@@ -66,7 +66,7 @@ class Proxy:
 
     @property
     def outer_address(self) -> str:
-        """The address of an outer proxy, which is trusted unless a test wants nobody to be."""
+        """Return the address of an outer proxy, which is trusted if `trusts_outer`."""
         return f"{self.network}.50"
 
     @property
@@ -105,7 +105,7 @@ class Proxy:
         self.compose("up", "-d", "--build", "--no-deps", "manager_proxy")
 
     def give_secret(self) -> None:
-        """What the manager does at its first start."""
+        """Write the proxy secret, as the manager does at its first start."""
         script = "umask 077; cat > /proxy/secret.new; chmod 700 /proxy; mv /proxy/secret.new /proxy/secret"
         volume = f"{self.project}_proxy_secret:/proxy"
         command = ["docker", "run", "--rm", "-i", "-v", volume, "debian:trixie-slim", "sh", "-c", script]
@@ -171,12 +171,12 @@ http {{
     }}
 }}
 """
-"""An Nginx as an operator may have one: the platform below /orion/, and elsewhere any visitor that a test names."""
+"""The Nginx of an operator: the platform below /orion/, and elsewhere with any visitor's address that a test gives."""
 
 
 @contextmanager
 def outer_proxy(inner: Proxy, host: int = 50) -> Iterator[str]:
-    """Run a second Nginx before the first one; its address. `host`: the last part of it; trusted is 50."""
+    """Run an Nginx in front of the proxy; yield its URL. `host`: the last part of its address; 50 is trusted."""
     image = inner.image()
     name = f"{inner.project}-outer-{host}"
     command = ["docker", "run", "--detach", "--rm", "--name", name, "--network", f"{inner.project}_orion_net"]
@@ -214,13 +214,13 @@ def proxy(app_host: int, tls_directory: Path | None = None, trusts_outer: bool =
 
 
 class EchoManager:
-    """A manager that tells what it was asked (ASGI under uvicorn, as the real one)."""
+    """A manager that answers with what it received (ASGI under uvicorn, as the real one)."""
 
     def __init__(self, address: str) -> None:
         self.goes_on = threading.Event()
-        """The word for which a second event waits."""
-        how = {"interface": "asgi3", "lifespan": "off", "log_level": "critical"}
-        config = uvicorn.Config(self._serve, host=address, port=5000, ws="websockets-sansio", **how)
+        """Set when the second event may be sent."""
+        options = {"interface": "asgi3", "lifespan": "off", "log_level": "critical"}
+        config = uvicorn.Config(self._serve, host=address, port=5000, ws="websockets-sansio", **options)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
@@ -232,7 +232,7 @@ class EchoManager:
         self.goes_on.set()
         self._server.should_exit = True
         self._thread.join(timeout=60)
-        assert not self._thread.is_alive(), "the test's manager goes on, and would be found by the next test"
+        assert not self._thread.is_alive(), "the test's manager still runs, and would answer the next test"
 
     async def _serve(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -240,29 +240,29 @@ class EchoManager:
         elif scope["path"] == "/api/events":
             await _stream(send, self.goes_on)
         elif scope["path"] == "/api/lost":
-            send.__self__.transport.abort()  # uvicorn's own way to break off is an answer of 500
+            send.__self__.transport.abort()  # to fail in uvicorn would be answered with 500
         else:
-            await _tell(scope, receive, send)
+            await _reflect(scope, receive, send)
 
 
-async def _tell(scope: dict[str, Any], receive: Receive, send: Send) -> None:
-    """Answers with what arrived; the path `/api/answer/NNN` chooses the status."""
+async def _reflect(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    """Answer with what arrived; the path `/api/answer/NNN` chooses the status."""
     size, more = 0, True
     while more:
         message = await receive()
         size, more = size + len(message.get("body", b"")), message.get("more_body", False)
     headers = [(name.decode(), value.decode()) for name, value in scope["headers"]]
-    told = {"headers": headers, "method": scope["method"], "path": scope["path"], "size": size}
-    told["query"] = scope["query_string"].decode()
+    received = {"headers": headers, "method": scope["method"], "path": scope["path"], "size": size}
+    received["query"] = scope["query_string"].decode()
     status = int(scope["path"].removeprefix("/api/answer/")) if scope["path"].startswith("/api/answer/") else 200
     own = [(b"x-orion-manager", b"unreachable"), (b"x-request-id", b"forged"), (b"retry-after", b"77")]
     start = {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json"), *own]}
     await send(start)
-    await send({"type": "http.response.body", "body": json.dumps(told).encode()})
+    await send({"type": "http.response.body", "body": json.dumps(received).encode()})
 
 
 async def _stream(send: Send, goes_on: threading.Event) -> None:
-    """Send one event, and the next when it may come."""
+    """Send an event, and the next one when `goes_on` is set."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
     await send({"type": "http.response.body", "body": b"id: 1\ndata: {}\n\n", "more_body": True})
     await asyncio.to_thread(goes_on.wait)

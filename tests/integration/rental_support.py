@@ -1,4 +1,4 @@
-"""Rentals on a real worker, for the tests of playbooks and of what holds a renter."""
+"""Rentals on a real worker, for the tests of playbooks and of a renter's confinement."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 from worker_support import Key, Played, Worker, make_key
 
 _uids = itertools.count(100_000 + secrets.randbelow(10**9))
-"""Far apart from one run to the next: the kernel counts a uid's processes over all containers of a machine."""
+"""Uids that differ between runs: the kernel counts a uid's processes over all containers of a machine."""
 
 
 @dataclass
 class Rental:
+    """A rental, its worker, and the key of its renter."""
+
     on: Worker
     key: Key
     rental_id: str
@@ -40,7 +42,7 @@ class Rental:
         return self.on.playbook("create_user", **{**self.variables, "public_keys": [self.key.public], **other})
 
     def create_quickly(self) -> Rental:
-        """By the worker's program without the playbook around it, where the playbook is not what is tested."""
+        """Create and activate the rental with `orion-rental`, without a playbook."""
         status, report = self.on.rental("create", **self.variables, public_keys=[self.key.public])
         assert status == 0, report
         status, report = self.on.rental("unlock", rental_id=self.rental_id, epoch=self.epoch)
@@ -54,24 +56,25 @@ class Rental:
         return self.on.ssh(self.username, self.key, command, text, *options)
 
     def log_in(self, command: str) -> subprocess.Popen[bytes]:
-        """Begin a session in which a command runs, whose output nobody reads."""
+        """Begin a session in which a command runs, and discard its output."""
         silence = subprocess.DEVNULL  # inherited, it would stay non-blocking: a killed ssh does not put that right
-        with_it = [*self.on.ssh_command(self.username, self.key), command]
-        return subprocess.Popen(with_it, stdin=silence, stdout=silence, stderr=silence)
+        arguments = [*self.on.ssh_command(self.username, self.key), command]
+        return subprocess.Popen(arguments, stdin=silence, stdout=silence, stderr=silence)
 
     def python(self, program: str) -> str:
-        """What a Python program of the renter prints."""
+        """Return the output of a Python program of the renter."""
         done = self.ssh("python3 -", program)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def lets_in(self, key: Key | None = None) -> bool:
+        """Return whether the key opens a session of the renter."""
         done = self.on.ssh(self.username, key or self.key, "id -u")
         assert done.returncode == 0 or "Permission denied" in done.stderr, done.stderr
         return done.stdout.strip() == str(self.uid)
 
     def traces(self) -> str:
-        """What `find`, `ps`, `ipcs` and the account files show of it: an eye that is not the program's own."""
+        """Return the residue that `find`, `ps`, IPC tables and account files show, without the worker's program."""
         script = f"""
             find / -path /proc -prune -o '(' -uid {self.uid} -o -gid {self.uid} ')' -print
             ps -eo pid,ruid,euid,args | grep -w {self.uid}

@@ -1,6 +1,6 @@
-"""A real snapshot service, in the manager's image and confined as there, for real workers of the tests' own network.
+"""A real snapshot service, confined in the manager's image as shipped, for real workers in a network of the tests.
 
-It shares the machine's network, whose end of the workers' network they take for the app's address.
+Its container uses the machine's network. The workers take the gateway of their network for the app's address.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ SOCKET = "vault.sock"
 
 @dataclass(frozen=True)
 class RealSnapshotService:
+    """The container of a snapshot service, its volumes' folder and a client."""
+
     name: str
     folder: Path
     client: SnapshotClient
@@ -41,7 +43,7 @@ class RealSnapshotService:
         return self.copies / home.rental_id / generation / "home"
 
     def running(self, uid: int) -> str:
-        """Processes of a uid in the service's container, but for those that are dead and not yet reaped."""
+        """Return the processes of a uid in the container, except zombies."""
         look = f"grep -l '^Uid:.*{uid}' /proc/[0-9]*/status | xargs -r grep -L '^State:.Z'; true"
         return docker("exec", self.name, "sh", "-c", look)
 
@@ -56,7 +58,7 @@ def snapshot_service(folder: Path, key: Key) -> Iterator[RealSnapshotService]:
     shutil.copy(key.file, place / "run/ssh/id_ed25519")
     os.chown(place / "run/ssh/id_ed25519", FILES, FILES)
     (place / "run/ssh/id_ed25519").chmod(0o600)
-    name = f"orion-vaulttest-{secrets.token_hex(3)}"
+    name = f"orion-snapshottest-{secrets.token_hex(3)}"
     docker(
         "run", "--detach", "--name", name, "--network", "host", "--read-only", "--init", "--cap-drop", "ALL",
         *(f"--cap-add={capability}" for capability in CAPABILITIES), "--security-opt", "no-new-privileges:true",

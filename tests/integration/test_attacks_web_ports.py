@@ -430,9 +430,9 @@ def test_where_nothing_listens_and_where_nothing_is_is_said(
 def test_a_worker_that_does_not_answer_is_to_be_waited_for(
     attacked: Platform, alice: httpx.Client, public: str, worker: MadeUpWorker
 ) -> None:
-    worker.door._peers = frozenset()  # it hangs up on the proxy
+    worker.port_proxy._peers = frozenset()  # it hangs up on the proxy
     reply = alice.get(f"{public}/x")
-    worker.door._peers = frozenset({f"{attacked.door.network}.2"})
+    worker.port_proxy._peers = frozenset({f"{attacked.door.network}.2"})
     assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (503, "worker_unreachable", "2")
 
 

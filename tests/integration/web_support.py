@@ -1,4 +1,4 @@
-"""The door of a made-up worker, with a renter's server behind it, both on this machine: see platform_support.py."""
+"""The port proxy of a fake worker, with a renter's server behind it, both on this machine: see platform_support.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SLOP = (
     b"HTTP/1.1 101 x\r\n\r\n",
     b"HTTP/2 200\r\n",
 )
-"""What Nginx passes on as it is, and a browser finds an answer behind."""
+"""Beginnings of an answer that Nginx passes on unchanged, and after which a browser finds another answer."""
 SECRETS = (
     "/.web/way",
     "/.web/refused.json",
@@ -42,11 +42,11 @@ SECRETS = (
     "/terminal/index.html",
     "/.problem/internal",
 )
-"""Where an X-Accel-Redirect would like to lead."""
+"""The internal paths to which a renter's X-Accel-Redirect might lead."""
 
 
 class RenterServer:
-    """A server that tells what it got, says what it should not, and streams."""
+    """A renter's web server: it reflects requests, sends forbidden answers, and streams."""
 
     def __init__(self) -> None:
         self.heads: list[bytes] = []
@@ -65,11 +65,11 @@ class RenterServer:
 
     async def _answer(self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         path = head.split()[1].decode().partition("?")[0]
-        said = _scripted(path)
-        if said == b"\0":
-            pass  # it hangs up
-        elif said:
-            writer.write(said)
+        scripted = _scripted(path)
+        if scripted == b"\0":
+            pass  # the connection closes
+        elif scripted:
+            writer.write(scripted)
         elif path == "/stream":
             writer.write(b"HTTP/1.1 200 OK\r\n\r\none\n")
             await self.goes_on.wait()
@@ -97,7 +97,7 @@ class RenterServer:
 
 
 def _scripted(path: str) -> bytes:
-    """Empty where the path is not one of these."""
+    """Return the scripted answer of a path; empty if there is none."""
     kind, _, number = path[1:].partition("/")
     if kind == "accel":
         return _reply("200 OK", f"X-Accel-Redirect: {SECRETS[int(number)]}", "X-Accel-Buffering: yes", body="its own")
@@ -124,7 +124,7 @@ def _reply(status: str, *lines: str, body: str = "") -> bytes:
 
 
 class MadeUpWorker:
-    """Its door takes what the real proxy brings by a pass of the real manager."""
+    """A fake worker, whose port proxy takes the real proxy's requests with access tokens of the real manager."""
 
     def __init__(self, platform: Platform, root: Path) -> None:
         self.address = f"{platform.door.network}.1"
@@ -146,17 +146,17 @@ class MadeUpWorker:
     async def _begin(self) -> None:
         server = await asyncio.start_server(self.renter.serve, "127.0.0.1", 0)
         self.renter.port = server.sockets[0].getsockname()[1]
-        self.door = PortProxy(
+        self.port_proxy = PortProxy(
             RunningRentals(self._root),
             frozenset({f"{self._platform.door.network}.2"}),
-            self._look,
+            self._target,
             frozenset({_comes_from(self.address)}),
         )
         self._listener = socket.create_server((self.address, 80))
-        self._serving = (server, asyncio.create_task(self.door.serve(self._listener)))
+        self._serving = (server, asyncio.create_task(self.port_proxy.serve(self._listener)))
 
-    def _look(self, uid: int, port: int) -> PortTarget | None:
-        """Of this machine, where nothing else is a renter's."""
+    def _target(self, uid: int, port: int) -> PortTarget | None:
+        """Return the listener of the renter's server; no other port of this machine is a renter's."""
         if port != self.renter.port:
             return None
         return target_of(listeners(Path("/proc/net/tcp").read_text()), uid, port)
@@ -193,7 +193,7 @@ def our_cookie(key: str) -> str:
 
 
 def _comes_from(address: str) -> str:
-    """Return the address that this machine, where the manager runs, comes from: Docker may translate it."""
+    """Return the address from which this machine connects, as the peer sees it: Docker may translate it."""
     with socket.create_server((address, 0)) as listening, socket.create_connection(listening.getsockname()):
         accepted, peer = listening.accept()
         accepted.close()

@@ -1,7 +1,7 @@
-"""Real workers in a network of the test's own, a small manager for them to call, real ssh and real playbooks.
+"""Real workers in a network of the tests, a small manager that they call, real ssh and real playbooks.
 
-The small manager listens on the network's gateway, which the workers take for the app's address: so the test's own
-machine may connect to their sshd, as the app would.
+The small manager listens on the network's gateway, which the workers take for the app's address. So this machine may
+connect to their sshd, as the app does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from orion.ssh_command import pinned_host_arguments
 
 ROOT = Path(__file__).parents[2]
 CHECKOUT = hashlib.sha256(str(ROOT).encode()).hexdigest()[:6]
-"""Names of images and projects carry it: the tests of another checkout may run beside these."""
+"""Part of the names of images and projects: the tests of another checkout may run at the same time."""
 IMAGE = f"orion-worker-test:{CHECKOUT}"
 PREFIX = f"orion-workertest-{secrets.token_hex(3)}"
 JOIN_TOKEN = f"orion_join_join_{'j' * 43}"
@@ -47,7 +47,7 @@ SYSCTLS = {
     "kernel.sem": "250 32000 32 128",
 }
 TMPFS = ["/dev/shm:mode=1777,size=64m,nr_inodes=16k"]  # noqa: S108
-"""These three as in docker-compose.yml: test_a_worker_of_the_tests_is_confined_as_in_compose compares them."""
+"""These three are those of docker-compose.yml: test_a_worker_of_the_tests_is_confined_as_in_compose compares them."""
 PIDS_LIMIT = 256
 
 
@@ -59,7 +59,7 @@ def docker(*arguments: str, check: bool = True, timeout_s: float = 120) -> str:
 
 
 SESSION_S = 120
-"""Seconds that a command over ssh may take: root's purges search all files, and a busy machine has each log-in wait."""
+"""Seconds that a command over ssh may take: a purge searches all files, and log-ins to a busy machine wait."""
 
 
 def wait_until(condition: Callable[[], Any], what: str, within_s: float = PATIENCE_S) -> Any:
@@ -71,7 +71,7 @@ def wait_until(condition: Callable[[], Any], what: str, within_s: float = PATIEN
 
 
 def takes_connections(place: Path) -> bool:
-    """Return whether somebody listens on a Unix socket: its file is there a moment before."""
+    """Return whether a process listens on a Unix socket, whose file exists a moment before."""
     with socket.socket(socket.AF_UNIX) as there:
         return there.connect_ex(str(place)) == 0
 
@@ -111,7 +111,7 @@ class AgentCall:
 
 @dataclass
 class SmallManager:
-    """Answers as the contract says; `answers` are given first, each once, to calls of its path."""
+    """A manager that answers by the contract; `answers` come first, each once, to calls of its path."""
 
     key: Key
     interval_s: float = 0.5
@@ -120,7 +120,7 @@ class SmallManager:
     placements: list[dict[str, Any]] = field(default_factory=list)
     answers: deque[tuple[str, int, dict[str, Any]]] = field(default_factory=deque)
     instead: tuple[int, dict[str, str]] | None = None
-    """Status and headers of every answer, as long as it is set: 0 is no answer at all."""
+    """The status and the headers of every answer while it is set; status 0 is no answer."""
     calls: list[AgentCall] = field(default_factory=list)
     url: str = ""
 
@@ -176,7 +176,7 @@ def serving(manager: SmallManager, address: str) -> Iterator[SmallManager]:
             self.wfile.write(data)
 
         def log_message(self, *_: Any) -> None:
-            """Quiet: `calls` is the record."""
+            """Log nothing: `calls` records the requests."""
 
     server = ThreadingHTTPServer((address, 0), ManagerHandler)
     manager.url = f"http://{address}:{server.server_port}"
@@ -208,7 +208,7 @@ class Worker:
     worker_id: str = "w-test"
 
     def run(self, *command: str, check: bool = True) -> str:
-        """In the container, as root, with the container's own capabilities."""
+        """Run a command in the container, as root, with the container's capabilities; return its output."""
         return docker("exec", self.name, *command, check=check)
 
     def log(self) -> str:
@@ -216,7 +216,7 @@ class Worker:
         return done.stdout + done.stderr
 
     def wait_registered(self, after: float = 0.0, within_s: float = PATIENCE_S) -> None:
-        """Takes address and host key as the manager would: from the registration."""
+        """Wait for the registration, and take address and host keys from it, as the manager does."""
         hostname = docker("inspect", "-f", "{{.Config.Hostname}}", self.name).strip()
 
         def registration() -> AgentCall | None:
@@ -225,13 +225,13 @@ class Worker:
 
         call = wait_until(registration, f"{self.name} registers; its log:\n{self.log()}", within_s)
         wait_until(lambda: "registered as" in self.log(), "the agent has its identity")
-        # The manager has answered before there is a lease, without which nobody is let in.
+        # The manager answers before the worker has its lease, without which no renter can log in.
         leased = "test -e /run/orion/acknowledged -a ! -e /run/orion/no-lease && echo yes || true"
         wait_until(lambda: self.run("sh", "-c", leased), "it has a lease")
         self.host_keys = tuple(call.body["ssh_host_keys"])
         template = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
         self.address = docker("inspect", "-f", template, self.name).strip()
-        wait_until(lambda: is_open(self.address, 22), "its sshd listens")  # anew: its log is that of all its lives
+        wait_until(lambda: is_open(self.address, 22), "its sshd listens")  # its log shows earlier starts too
 
     def ssh_command(self, user: str, key: Key, *options: str) -> list[str]:
         return [
@@ -245,7 +245,7 @@ class Worker:
         return subprocess.run(arguments, input=text, capture_output=True, text=True, check=False, timeout=SESSION_S)
 
     def rental(self, command: str, **request: Any) -> tuple[int, dict[str, Any]]:
-        """orion-rental as the manager would run it: over ssh, as root."""
+        """Run `orion-rental` as the manager does, over ssh and as root; return its status and its report."""
         done = self.ssh("root", self.key, f"orion-rental {command}", json.dumps(request))
         assert done.stdout, done.stderr
         return done.returncode, json.loads(done.stdout)
@@ -256,6 +256,8 @@ class Worker:
 
 @dataclass(frozen=True)
 class Played:
+    """The outcome of a playbook."""
+
     ok: bool
     results: list[dict[str, Any]]
     output: str
@@ -292,7 +294,7 @@ def worker(
 
 @contextmanager
 def join_directory(folder: Path, token: str | None = JOIN_TOKEN) -> Iterator[Path]:
-    """As the manager makes it: of root, shut to all others."""
+    """Yield a directory with the join token that only root can read, as the manager makes it."""
     place = folder / f"join-{secrets.token_hex(4)}"
     place.mkdir(mode=0o700)
     if token:
@@ -303,7 +305,7 @@ def join_directory(folder: Path, token: str | None = JOIN_TOKEN) -> Iterator[Pat
 
 
 def play(on: Worker, name: str, variables: dict[str, Any]) -> Played:
-    """The playbook as an operator runs it: ansible-playbook, an inventory with the pinned host key."""
+    """Run a playbook as an operator does: ansible-playbook, and an inventory with the pinned host key."""
     folder = on.key.file.parent
     host = {
         "ansible_host": on.address,
