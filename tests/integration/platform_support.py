@@ -38,7 +38,7 @@ WORKER_KEY = host_key(7)
 
 
 @dataclass(frozen=True)
-class ManagerStart:
+class ManagerArguments:
     """The arguments of the manager's process."""
 
     settings: Settings
@@ -48,7 +48,7 @@ class ManagerStart:
     """This machine's address in the proxy's network: of the manager, and of the worker."""
 
 
-def run_manager(start: ManagerStart) -> None:
+def run_manager(start: ManagerArguments) -> None:
     """Run the manager; the main function of its process."""
     with start.log.open("ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
@@ -71,24 +71,24 @@ def run_manager(start: ManagerStart) -> None:
 class Platform:
     """The proxy, the manager's process, and the fake worker."""
 
-    def __init__(self, door: Proxy, folder: Path) -> None:
-        self.door = door
+    def __init__(self, shipped_proxy: Proxy, folder: Path) -> None:
+        self.proxy = shipped_proxy
         self.folder = folder
-        self.url = door.url
+        self.url = shipped_proxy.url
         self.secrets = Secrets(
             make_token("admin", "admin"), make_token("join", "join"), SECRET, "", host_key(1), *AUTHORITIES
         )
         self.log = folder / "manager.log"
-        wide = ".".join(door.network.split(".")[:2])
+        wide = ".".join(shipped_proxy.network.split(".")[:2])
         # Wider than the proxy's network, so that this machine's end of it may be a worker.
         settings = Settings(
             subnet=f"{wide}.0.0/16",
-            proxy_address=f"{door.network}.2",
-            app_address=f"{door.network}.3",
+            proxy_address=f"{shipped_proxy.network}.2",
+            app_address=f"{shipped_proxy.network}.3",
             database_url=f"sqlite:///{folder / 'orion.db'}",
             lock_file=str(folder / "lock"),
         )
-        start = ManagerStart(settings, self.secrets, self.log, f"{door.network}.1")
+        start = ManagerArguments(settings, self.secrets, self.log, f"{shipped_proxy.network}.1")
         self._process = PROCESSES.Process(target=run_manager, args=(start,), daemon=True)
         self.worker_token = ""
         self.session = ""
@@ -166,10 +166,10 @@ class Platform:
 
 @contextmanager
 def platform(folder: Path) -> Iterator[Platform]:
-    with proxy(app_host=1) as door:
-        door.give_secret()
-        wait_until(door.answers, "the proxy answers")
-        running = Platform(door, folder)
+    with proxy(app_host=1) as shipped_proxy:
+        shipped_proxy.give_secret()
+        wait_until(shipped_proxy.answers, "the proxy answers")
+        running = Platform(shipped_proxy, folder)
         running.start()
         try:
             yield running

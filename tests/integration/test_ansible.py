@@ -74,7 +74,7 @@ class Process:
         self.process.wait(60)
 
 
-class RealBench(Bench):
+class RealEngineBench(Bench):
     def __init__(self, on: Worker, process: Process) -> None:
         self.on = on
         self.process = process
@@ -136,14 +136,16 @@ def process(folder: Path, calm_manager: SmallManager) -> Iterator[Process]:
 
 
 @pytest.fixture
-async def bench(mine: Worker, process: Process) -> AsyncIterator[RealBench]:
-    bench = RealBench(mine, process)
+async def bench(mine: Worker, process: Process) -> AsyncIterator[RealEngineBench]:
+    bench = RealEngineBench(mine, process)
     yield bench
     await bench.engine.close()
 
 
 class TestAnsibleEngine(EngineContract):
-    async def test_a_start_command_reaches_the_renter_s_shell_as_it_is_and_is_run_once(self, bench: RealBench) -> None:
+    async def test_a_start_command_reaches_the_renter_s_shell_as_it_is_and_is_run_once(
+        self, bench: RealEngineBench
+    ) -> None:
         said = "{{ 6 * 7 }} {% raw %} $(id -u) !unsafe \\ 'é"
         mark = f"1@{bench.on.run('cat', '/run/orion/boot-id').strip()}"
         job = new_job(bench.host).with_order(start=f"echo {shlex.quote(said)}", start_mark=mark)
@@ -160,7 +162,9 @@ class TestAnsibleEngine(EngineContract):
         assert told.splitlines()[1] == said
         assert_done(await bench.engine.run(deletion(job)))
 
-    async def test_an_engine_that_is_killed_says_so_and_the_next_job_finds_the_new_one(self, bench: RealBench) -> None:
+    async def test_an_engine_that_is_killed_says_so_and_the_next_job_finds_the_new_one(
+        self, bench: RealEngineBench
+    ) -> None:
         assert_done(await bench.engine.run(new_job(bench.host)))
         await bench.pause()
         running = asyncio.create_task(bench.engine.run(new_job(bench.host)))
@@ -174,20 +178,20 @@ class TestAnsibleEngine(EngineContract):
         assert_done(await bench.engine.run(job))
         assert (await bench.accounts())[job.order.rental_id] == account(job)
 
-    async def test_what_the_worker_refuses_has_its_code_in_the_report(self, bench: RealBench) -> None:
+    async def test_what_the_worker_refuses_has_its_code_in_the_report(self, bench: RealEngineBench) -> None:
         job = new_job(bench.host, epoch=2)
         await bench.engine.run(job)
         outcome = await bench.engine.run(job.with_order(epoch=1))
         assert outcome.report["code"] == "stale_epoch"
 
-    async def test_a_kept_connection_to_a_worker_that_was_restarted_is_no_failure(self, bench: RealBench) -> None:
+    async def test_a_kept_connection_to_a_worker_that_was_restarted_is_no_failure(self, bench: RealEngineBench) -> None:
         assert_done(await bench.engine.run(new_job(bench.host)))
         await asyncio.to_thread(docker, "restart", "--time", "10", bench.on.name)
         await asyncio.to_thread(bench.on.wait_registered)
         await asyncio.to_thread(wait_until, lambda: answers(bench.host), "its sshd is back")
         assert_done(await bench.engine.run(new_job(bench.host)))
 
-    async def test_a_worker_that_hangs_costs_the_others_nothing(self, bench: RealBench, second: Worker) -> None:
+    async def test_a_worker_that_hangs_costs_the_others_nothing(self, bench: RealEngineBench, second: Worker) -> None:
         other = Host("w-other", second.address, second.host_keys)
         for host in (bench.host, other):
             assert_done(await bench.engine.run(new_job(host)))
@@ -209,21 +213,23 @@ class TestAnsibleEngine(EngineContract):
 
 class TestSshReach(ReachContract):
     @pytest.fixture
-    def bench(self, mine: Worker, folder: Path) -> RealBench:
+    def bench(self, mine: Worker, folder: Path) -> RealEngineBench:
         """The reach needs no engine: this one is never started."""
-        return RealBench(mine, Process(folder, None))
+        return RealEngineBench(mine, Process(folder, None))
 
-    async def test_a_worker_that_does_not_know_our_key_is_not_reached(self, bench: RealBench, folder: Path) -> None:
+    async def test_a_worker_that_does_not_know_our_key_is_not_reached(
+        self, bench: RealEngineBench, folder: Path
+    ) -> None:
         stranger = SshReach(make_key(folder).file.read_text())
         assert await stranger.reach(bench.host, 60) is Reached.NO
 
-    async def test_a_port_that_accepts_and_says_nothing_is_given_up_in_time(self, bench: RealBench) -> None:
+    async def test_a_port_that_accepts_and_says_nothing_is_given_up_in_time(self, bench: RealEngineBench) -> None:
         with closing(socket.create_server(("127.0.0.1", 0))) as mute:
             silent = replace(bench.host, address="127.0.0.1", port=mute.getsockname()[1])
             async with asyncio.timeout(30):
                 assert await bench.reach.reach(silent, 0.2) is Reached.NO
 
-    async def test_a_host_key_that_cannot_be_read_reaches_nobody(self, bench: RealBench) -> None:
+    async def test_a_host_key_that_cannot_be_read_reaches_nobody(self, bench: RealEngineBench) -> None:
         broken = replace(bench.host, host_keys=(OTHER_KEY[:-6],))
         assert await bench.reach.reach(broken, 60) is Reached.NO
 

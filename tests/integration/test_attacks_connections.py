@@ -53,7 +53,7 @@ def room(door: Proxy) -> int:
 
 
 def unfinished_headers(attacked: Platform) -> socket.socket:
-    there = socket.create_connection(address(attacked.door), timeout=30)
+    there = socket.create_connection(address(attacked.proxy), timeout=30)
     there.sendall(HEADERS)
     return there
 
@@ -61,14 +61,14 @@ def unfinished_headers(attacked: Platform) -> socket.socket:
 def unfinished_headers_by_tls(attacked: Platform) -> socket.socket:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    there = context.wrap_socket(socket.create_connection(address(attacked.door, 443), timeout=30))
+    there = context.wrap_socket(socket.create_connection(address(attacked.proxy, 443), timeout=30))
     there.sendall(HEADERS)
     return there
 
 
 def unfinished_body(attacked: Platform, path: str = "/api/rent", source: str = "", token: str = "") -> socket.socket:
     """Of a known caller, for which the manager waits."""
-    there = socket.create_connection(address(attacked.door), timeout=30, source_address=(source, 0))
+    there = socket.create_connection(address(attacked.proxy), timeout=30, source_address=(source, 0))
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token or attacked.secrets.admin_token}\r\n"
     there.sendall(f"{head}Content-Length: 16000\r\n\r\n{'a' * 15_000}".encode())
     return there
@@ -77,7 +77,7 @@ def unfinished_body(attacked: Platform, path: str = "/api/rent", source: str = "
 def unread_answer(attacked: Platform) -> socket.socket:
     there = socket.socket()
     there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    there.connect(address(attacked.door))
+    there.connect(address(attacked.proxy))
     there.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % LARGE_FILE.encode())
     return there
 
@@ -90,7 +90,7 @@ def unread_streams(attacked: Platform) -> socket.socket:
 
     fields = [(":method", "GET"), (":scheme", "http"), (":path", LARGE_FILE), (":authority", "x")]
     fields += [(f"x-{number}", "a" * 3500) for number in range(4)]
-    there = socket.create_connection(address(attacked.door), timeout=30)
+    there = socket.create_connection(address(attacked.proxy), timeout=30)
     no_window = b"\x00\x04\x00\x00\x00\x00"
     there.sendall(http2.PREFACE + http2.frame(http2.SETTINGS, 0, 0, no_window))
     for number in range(STREAMS):
@@ -113,7 +113,7 @@ def test_no_connection_takes_more_memory_than_the_sum_says(
     attacked: Platform, kind: str, record_property: Callable[[str, object], None]
 ) -> None:
     opened, number, most_kib = KINDS[kind]
-    door = attacked.door
+    door = attacked.proxy
     # Workers that have not yet asked for memory which they keep.
     former = workers_of_nginx(door)
     assert door.exec("sh", "-c", "kill -HUP $(cat /run/nginx.pid)").returncode == 0
@@ -192,7 +192,7 @@ def under(
     killed, and no call of that caller fails or is refused. Return how many connections the attack had (the median: they
     come and go while one looks), and more figures.
     """
-    door, name = attacked.door, f"during-{attack}-{caller}"
+    door, name = attacked.proxy, f"during-{attack}-{caller}"
     before = workers_of_nginx(door)
     assert len(before) == 2
     limit_kib = int(re.findall(r"in (\d+) MiB", door.logs())[-1]) * 1024
@@ -224,7 +224,7 @@ def test_thousands_of_connections_of_a_stranger_cut_nobody_s_session_and_leave_m
 ) -> None:
     held, figures = under(attack, attacked, unknown_rentals[:1], TRUSTED, 10)
     record_property("cost", {"held": held} | figures)
-    assert held <= room(attacked.door) // 4
+    assert held <= room(attacked.proxy) // 4
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -233,10 +233,10 @@ def test_strangers_of_many_addresses_keep_no_worker_out_and_leave_memory(
 ) -> None:
     """They may keep out who is not there yet, and nobody else."""
     # A large body of a stranger is refused at once, so how many are there follows how fast the attacker is.
-    at_least = room(attacked.door) // (8 if attack == "large-bodies" else 4)
+    at_least = room(attacked.proxy) // (8 if attack == "large-bodies" else 4)
     held, figures = under(attack, attacked, unknown_rentals, LIKE_A_WORKER, at_least)
     record_property("cost", {"held": held} | figures)
-    assert held <= room(attacked.door) * 7 // 8
+    assert held <= room(attacked.proxy) * 7 // 8
 
 
 def requests_of_nothing(number: int) -> bytes:
@@ -261,7 +261,7 @@ FRAMES: dict[str, Callable[[int], bytes]] = {
 def test_frames_of_http_2_without_an_end_disturb_nobody_and_take_no_memory(
     attacked: Platform, unknown_rentals: tuple[str, ...], kind: str
 ) -> None:
-    door, ending, sent = attacked.door, threading.Event(), list[int]()
+    door, ending, sent = attacked.proxy, threading.Event(), list[int]()
 
     def send() -> None:
         while not ending.is_set():
@@ -291,7 +291,7 @@ def test_frames_of_http_2_without_an_end_disturb_nobody_and_take_no_memory(
 def test_a_visitor_with_as_many_requests_as_it_may_have_is_told_so(
     attacked: Platform, unknown_rentals: tuple[str, ...]
 ) -> None:
-    door = attacked.door
+    door = attacked.proxy
     may = room(door) // 5
     token = attacked.token("many")
     by_it = httpx.HTTPTransport(local_address=unknown_rentals[0])
@@ -322,7 +322,7 @@ def test_a_visitor_with_as_many_requests_as_it_may_have_is_told_so(
 def test_a_body_that_comes_byte_by_byte_is_given_up_as_a_whole(
     attacked: Platform, is_known: bool, status: int, code: bytes, within_s: float
 ) -> None:
-    there = socket.create_connection(address(attacked.door), timeout=60)
+    there = socket.create_connection(address(attacked.proxy), timeout=60)
     token = attacked.token("slow") if is_known else "none"
     began = time.monotonic()
     with there:
@@ -342,7 +342,7 @@ def test_a_body_that_comes_byte_by_byte_is_given_up_as_a_whole(
 
 
 def test_too_little_memory_is_said_before_anything_starts(attacked: Platform) -> None:
-    small = ["docker", "run", "--rm", "--memory", "200m", attacked.door.image()]
+    small = ["docker", "run", "--rm", "--memory", "200m", attacked.proxy.image()]
     done = subprocess.run(small, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "ORION_PROXY_MEMORY is too small: 200m, and manager_proxy needs" in done.stderr

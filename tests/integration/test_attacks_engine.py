@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from ansible_contract import account, assert_done, new_job
-from test_ansible import Process, RealBench
+from test_ansible import Process, RealEngineBench
 from worker_support import SmallManager, Worker, WorkerNetwork, wait_until, worker
 
 from orion.manager.ansible.port import Job, Outcome
@@ -121,19 +121,19 @@ def process(folder: Path, shared_manager: SmallManager) -> Iterator[Process]:
 
 
 @pytest.fixture
-async def bench(host: Worker, process: Process) -> AsyncIterator[RealBench]:
+async def bench(host: Worker, process: Process) -> AsyncIterator[RealEngineBench]:
     """The engine, and an honest worker."""
-    bench = RealBench(host, process)
+    bench = RealEngineBench(host, process)
     yield bench
     await bench.engine.close()
 
 
-async def timed(bench: RealBench, job: Job) -> tuple[Outcome, float]:
+async def timed(bench: RealEngineBench, job: Job) -> tuple[Outcome, float]:
     began = time.monotonic()
     return await bench.engine.run(job), time.monotonic() - began
 
 
-async def serve_beside(bench: RealBench, hosts: list[Host]) -> list[Outcome]:
+async def serve_beside(bench: RealEngineBench, hosts: list[Host]) -> list[Outcome]:
     """A hostile job on each of the hosts and an honest one beside them: what the hostile ones ended with."""
     hostile = [asyncio.create_task(timed(bench, new_job(host, deadline_s=DEADLINE_S))) for host in hosts]
     await asyncio.sleep(0.2)
@@ -150,7 +150,7 @@ async def serve_beside(bench: RealBench, hosts: list[Host]) -> list[Outcome]:
 
 @pytest.mark.parametrize("mode", ["hang", "output", "errors", "slowly", "nothing", "garbage", "deep"])
 async def test_what_a_worker_sends_in_place_of_an_answer_is_a_failure_in_time_and_costs_nobody_else(
-    bench: RealBench, evil: Evil, mode: str
+    bench: RealEngineBench, evil: Evil, mode: str
 ) -> None:
     evil.become(mode)
     with memory_of(bench.process.process.pid) as most:
@@ -162,7 +162,7 @@ async def test_what_a_worker_sends_in_place_of_an_answer_is_a_failure_in_time_an
 
 
 async def test_who_is_served_together_with_a_worker_that_hangs_does_not_wait_for_it(
-    bench: RealBench, evil: Evil
+    bench: RealEngineBench, evil: Evil
 ) -> None:
     """Asked for in the same instant, so that an engine that makes one run of several jobs may do so."""
     evil.become("hang")
@@ -221,7 +221,7 @@ def lies(mark: Path, honest: Host) -> dict[str, object]:
 
 @pytest.mark.parametrize("failed", [False, True])
 async def test_facts_hosts_templates_and_paths_that_a_worker_reports_do_nothing(
-    bench: RealBench, evil: Evil, tmp_path: Path, failed: bool
+    bench: RealEngineBench, evil: Evil, tmp_path: Path, failed: bool
 ) -> None:
     mark = tmp_path / "mark"
     before = await bench.accounts()
@@ -237,7 +237,9 @@ async def test_facts_hosts_templates_and_paths_that_a_worker_reports_do_nothing(
     assert await bench.accounts() == before | {after.rental_id: account(after)}
 
 
-async def test_an_enormous_report_is_cut_and_a_report_that_is_none_is_a_failure(bench: RealBench, evil: Evil) -> None:
+async def test_an_enormous_report_is_cut_and_a_report_that_is_none_is_a_failure(
+    bench: RealEngineBench, evil: Evil
+) -> None:
     evil.answer({"changed": True, "epoch": 1, "looked": ["x" * 1000] * 4000, "left": []})
     outcome = await bench.engine.run(new_job(evil.host))
     assert len(json.dumps(outcome.report)) < 1 << 18
@@ -343,7 +345,7 @@ def fakes(evil: Evil) -> Iterator[list[Host]]:
 
 
 async def test_what_is_no_sshd_is_unreachable_in_time_and_costs_nobody_else(
-    bench: RealBench, fakes: list[Host]
+    bench: RealEngineBench, fakes: list[Host]
 ) -> None:
     with memory_of(bench.process.process.pid) as most:
         for few in (fakes[:3], fakes[3:6], fakes[6:]):  # no more than leave room in an engine of four
@@ -351,7 +353,9 @@ async def test_what_is_no_sshd_is_unreachable_in_time_and_costs_nobody_else(
     assert most() < MOST_MEMORY, f"{most() >> 20} MB"
 
 
-async def test_what_is_no_sshd_is_never_reached_and_is_given_up_in_time(bench: RealBench, fakes: list[Host]) -> None:
+async def test_what_is_no_sshd_is_never_reached_and_is_given_up_in_time(
+    bench: RealEngineBench, fakes: list[Host]
+) -> None:
     began = time.monotonic()
     reached = await asyncio.gather(*(bench.reach.reach(host, 1.0) for host in fakes))
     assert set(reached) == {Reached.NO}

@@ -104,7 +104,7 @@ async def flooding(attacked: Platform, request: Callable[[], bytes]) -> AsyncIte
     async def attacker() -> None:
         while True:
             requests = b"".join(request() for _ in range(IN_A_ROW))
-            told = await raw(attacked.door.http_port, requests + LAST, within_s=20)
+            told = await raw(attacked.proxy.http_port, requests + LAST, within_s=20)
             *flood, _last = re.findall(rb"HTTP/1\.1 (\d{3}) ", told) or [b""]
             answers.update(map(int, flood))
             if sum(answers.values()) > IN_A_ROW:
@@ -168,7 +168,7 @@ async def test_a_flood_of_handshakes_leaves_the_others_alone(attacked: Platform)
     async def shake() -> None:
         while True:
             try:
-                await asyncio.open_connection("127.0.0.1", attacked.door.https_port, ssl=trusting_nobody)
+                await asyncio.open_connection("127.0.0.1", attacked.proxy.https_port, ssl=trusting_nobody)
             except (ssl.SSLError, OSError):
                 if next(done) > 20:
                     many.set()
@@ -188,7 +188,7 @@ async def test_slow_clients_are_cut_and_cost_nobody_anything(attacked: Platform)
     """300 that never end their headers, 100 that never end their body, 50 that never read what they asked for."""
     token = await asyncio.to_thread(attacked.token, "hasty")
     their = (await asyncio.to_thread(attacked.token, "deaf")).encode()
-    port = attacked.door.http_port
+    port = attacked.proxy.http_port
     began = time.monotonic()
     head = b"GET /api/rentals HTTP/1.1\r\nHost: x\r\nX-Slow: "
     body = b"POST /api/rent HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\nContent-Type: application/json\r\n\r\n{"

@@ -89,7 +89,7 @@ def test_a_token_counts_in_its_header_alone(attacked: Platform) -> None:
 async def test_two_authorization_headers_are_refused(attacked: Platform) -> None:
     token = attacked.secrets.admin_token.encode()
     answer = await raw(
-        attacked.door.http_port,
+        attacked.proxy.http_port,
         b"GET /api/workers HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         b"Authorization: Bearer nothing\r\nAuthorization: Bearer " + token + b"\r\n\r\n",
         is_answered=True,
@@ -342,7 +342,7 @@ SMUGGLED = {
 async def test_a_request_of_doubtful_length_is_refused_and_nothing_of_it_is_a_second_one(
     attacked: Platform, request_bytes: bytes
 ) -> None:
-    answer = await raw(attacked.door.http_port, request_bytes, within_s=2, is_answered=True)
+    answer = await raw(attacked.proxy.http_port, request_bytes, within_s=2, is_answered=True)
     assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 ", b"HTTP/1.1 501 ", b"HTTP/1.1 505 ")), answer[:200]
     assert answer.count(b"HTTP/1.1 ") == 1, answer
 
@@ -415,7 +415,7 @@ async def test_what_is_left_of_a_body_is_never_a_request_of_anybody(attacked: Pl
     token = attacked.token("bodies").encode() if who == "a client" else b""
     added = b"Authorization: Bearer " + token + b"\r\nHost:" if token else b"Host:"
     sent = [(name, expected, ends) for name, (_, expected) in AFTER_A_BODY.items() for ends in (False, True)]
-    port = attacked.door.http_port
+    port = attacked.proxy.http_port
     tries = [
         raw(
             port,
@@ -440,7 +440,7 @@ async def test_what_is_left_of_a_body_is_never_a_request_of_anybody(attacked: Pl
 
 async def test_what_comes_behind_a_body_that_was_given_up_is_nobodys_request(attacked: Platform) -> None:
     """The manager gives a body up after 15 s (408), when the proxy has passed on a part of it."""
-    port, whole = attacked.door.http_port, b"Authorization: Bearer " + attacked.token("late").encode()
+    port, whole = attacked.proxy.http_port, b"Authorization: Bearer " + attacked.token("late").encode()
     slow = [(framed(whole, b"Content-Length: 900", body=b" "), b" "), (framed(whole, IN_CHUNKS, body=b""), chunk(b" "))]
     tries = [given_up(port, begins, more) for begins, more in slow]
     answers, _ = await asyncio.gather(asyncio.gather(*tries), honest_calls(attacked, 15.5))
@@ -539,7 +539,7 @@ BY_HTTP_2: dict[str, tuple[list[bytes], set[bytes]]] = {
 
 
 async def test_what_http_2_can_say_and_http_1_cannot_becomes_no_other_request(attacked: Platform) -> None:
-    port = attacked.door.https_port
+    port = attacked.proxy.https_port
     sent = [
         exchange(port, *frames, within_s=2.5, is_answered=b"401" not in expected)
         for frames, expected in BY_HTTP_2.values()
@@ -555,7 +555,7 @@ async def test_what_http_2_can_say_and_http_1_cannot_becomes_no_other_request(at
 
 async def test_nothing_that_was_smuggled_was_ever_asked_for(attacked: Platform) -> None:
     """After all of the above: the proxy's log, line by line."""
-    asked = [line for line in await asyncio.to_thread(attacked.door.access_log) if "smuggled" in line["path"]]
+    asked = [line for line in await asyncio.to_thread(attacked.proxy.access_log) if "smuggled" in line["path"]]
     assert asked == []
 
 
@@ -586,7 +586,7 @@ PATHS = {
 async def test_an_address_written_otherwise_leads_nowhere_else(attacked: Platform, path: str, status: int) -> None:
     token = attacked.secrets.admin_token
     lines = [f"GET {path} HTTP/1.1", "Host: localhost", "Connection: close", f"Authorization: Bearer {token}", "", ""]
-    answer = await raw(attacked.door.http_port, "\r\n".join(lines).encode(), is_answered=True)
+    answer = await raw(attacked.proxy.http_port, "\r\n".join(lines).encode(), is_answered=True)
     assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer[:300]
     if status == 200:
         assert b'"items"' in answer
@@ -620,13 +620,13 @@ def test_the_proxys_own_headers_are_nobody_elses(attacked: Platform, alice: http
 
 async def test_plain_http_is_not_upgraded_to_another_protocol(attacked: Platform) -> None:
     answer = await raw(
-        attacked.door.http_port,
+        attacked.proxy.http_port,
         b"GET /api/rentals HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n"
         b"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n",
         within_s=2,
         is_answered=True,
     )
     assert answer.startswith(b"HTTP/1.1 401 ")
-    old = await raw(attacked.door.http_port, b"GET /api/rentals\r\n", within_s=2)
+    old = await raw(attacked.proxy.http_port, b"GET /api/rentals\r\n", within_s=2)
     assert b"problem" not in old or b"401" in old or b"400" in old
     assert b"items" not in old

@@ -98,8 +98,8 @@ def test_a_renters_process_gets_nothing_of_the_platforms_and_nothing_forged(
         assert secret not in text, text
     assert not [name for name in seen if name.startswith("x-orion") or name in {"cookie", "authorization"}], text
     assert seen["x-forwarded-prefix"] == public
-    assert seen["x-real-ip"] == seen["x-forwarded-for"] == f"{attacked.door.network}.1"
-    assert seen["host"] == seen["x-forwarded-host"] == f"127.0.0.1:{attacked.door.http_port}"
+    assert seen["x-real-ip"] == seen["x-forwarded-for"] == f"{attacked.proxy.network}.1"
+    assert seen["host"] == seen["x-forwarded-host"] == f"127.0.0.1:{attacked.proxy.http_port}"
     assert seen["connection"] == "close"
 
 
@@ -149,7 +149,7 @@ async def test_what_is_no_answer_does_not_pass_as_one_without_the_sandbox(
             monkeypatch.setattr(refusals, "PROXY_MARK", b"")
         for more in (b"", b"Upgrade: websocket\r\nConnection: upgrade\r\n") if number != 4 else (b"",):
             request = f"GET {public}/slop/{number} HTTP/1.1\r\nHost: x\r\n".encode() + more + b"\r\n"
-            answer = await raw(attacked.door.http_port, request, request, within_s=2)
+            answer = await raw(attacked.proxy.http_port, request, request, within_s=2)
             assert b"<script>" not in answer, answer
             assert not answer or b"no_http" in answer
 
@@ -163,7 +163,7 @@ async def test_hints_before_an_answer_do_no_harm_and_only_the_workers_door_takes
     assert "link" not in reply.headers
     monkeypatch.setattr(responses, "_INTERIM", re.compile(rb"never"))
     request = f"GET {public}/hints HTTP/1.1\r\nHost: x\r\n\r\n".encode()
-    assert await raw(attacked.door.http_port, request, within_s=2) == NOTHING
+    assert await raw(attacked.proxy.http_port, request, within_s=2) == NOTHING
 
 
 @pytest.mark.parametrize("kilobytes", [5, 28])
@@ -171,7 +171,7 @@ def test_an_answer_may_have_large_cookies(
     nobody: httpx.Client, public: str, rental_id: str, worker: MadeUpWorker, attacked: Platform, kilobytes: int
 ) -> None:
     assert nobody.get(f"{public}/cookie/{kilobytes}").text == "its own"
-    host = f"{worker.renter.port}-{rental_id}.localhost:{attacked.door.http_port}"
+    host = f"{worker.renter.port}-{rental_id}.localhost:{attacked.proxy.http_port}"
     own = nobody.get(f"/cookie/{kilobytes}", headers={"Host": host})
     nobody.cookies.clear()
     assert own.headers["set-cookie"] == f"a={'b' * (kilobytes << 10)}; Path=/"
@@ -197,7 +197,7 @@ def test_a_renters_answer_that_cannot_be_passed_on_is_blamed_on_nobody_else(
 def test_a_renters_program_may_know_more_methods_than_the_platform(
     nobody: httpx.Client, public: str, rental_id: str, worker: MadeUpWorker, attacked: Platform, method: str
 ) -> None:
-    host = f"{worker.renter.port}-{rental_id}.localhost:{attacked.door.http_port}"
+    host = f"{worker.renter.port}-{rental_id}.localhost:{attacked.proxy.http_port}"
     for path, headers in ((f"{public}/x", {}), ("/x", {"Host": host})):
         reply = nobody.request(method, path, headers=headers, content=b"<a/>")
         assert reply.json().get("line") == f"{method} /x HTTP/1.1", reply.text
@@ -225,7 +225,7 @@ def test_below_a_path_of_an_outer_proxy_a_web_port_and_its_key_are_found(
 ) -> None:
     port, token = worker.renter.port, alice.headers["Authorization"].split()[1]
     with (
-        outer_proxy(attacked.door) as outer,
+        outer_proxy(attacked.proxy) as outer,
         Orion.at(f"{outer}/orion", token) as orion,
         httpx.Client(base_url=outer, trust_env=False, timeout=60) as browser,
     ):
@@ -239,7 +239,7 @@ def test_below_a_path_of_an_outer_proxy_a_web_port_and_its_key_are_found(
         assert opened.startswith(f"/orion{private}/~")
         seen = headers_at_renter(browser.get(f"{opened}x"))
         assert seen["x-forwarded-prefix"] == opened.rstrip("/")
-        assert (seen["x-forwarded-proto"], seen["x-real-ip"]) == ("https", f"{attacked.door.network}.1")
+        assert (seen["x-forwarded-proto"], seen["x-real-ip"]) == ("https", f"{attacked.proxy.network}.1")
         for program in ("redirect", "knows"):
             assert browser.get(f"{opened}{program}").headers["location"].startswith(f"{opened}login"), program
         assert browser.get(f"/orion{private}").headers["location"] == f"/orion{private}/"
@@ -318,9 +318,9 @@ async def test_an_address_that_is_a_trick_reaches_no_process_and_no_call(
     attacked: Platform, alice: httpx.Client, worker: MadeUpWorker, rental_id: str, public: str
 ) -> None:
     before, token = len(worker.renter.heads), alice.headers["Authorization"]
-    for path in tricks(rental_id, worker.renter.port, attacked.door.network):
+    for path in tricks(rental_id, worker.renter.port, attacked.proxy.network):
         lines = [f"GET {path} HTTP/1.1", "Host: x", f"Authorization: {token}", "Connection: close", "", ""]
-        answer = await raw(attacked.door.http_port, "\r\n".join(lines).encode(), is_answered=True)
+        answer = await raw(attacked.proxy.http_port, "\r\n".join(lines).encode(), is_answered=True)
         assert answer.split()[1] in {b"400", b"404"}, (path, answer[:300])
         assert b"x-orion-pass" not in answer.lower(), path
     assert len(worker.renter.heads) == before
@@ -332,9 +332,9 @@ async def test_an_address_that_is_a_trick_reaches_no_process_and_no_call(
 async def test_another_host_in_the_request_line_or_its_header_leads_nowhere_else(
     attacked: Platform, worker: MadeUpWorker, public: str, target: str
 ) -> None:
-    for host in ("evil.example", "manager_app:5000", f"{attacked.door.network}.3"):
+    for host in ("evil.example", "manager_app:5000", f"{attacked.proxy.network}.3"):
         request = f"GET {target.format(public)} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
-        answer = await raw(attacked.door.http_port, request.encode(), is_answered=True)
+        answer = await raw(attacked.proxy.http_port, request.encode(), is_answered=True)
         assert b"GET /x HTTP/1.1" in answer or answer.split()[1] == b"400", answer[:300]
 
 
@@ -347,7 +347,7 @@ async def test_a_request_of_doubtful_length_never_gets_to_a_renters_process(
     before = len(worker.renter.heads)
     smuggled = f"GET {public}/smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
     request = f"POST {public}/x HTTP/1.1\r\nHost: x\r\n{line}\r\n\r\n0\r\n\r\n{smuggled}"
-    answer = await raw(attacked.door.http_port, request.encode(), within_s=3)
+    answer = await raw(attacked.proxy.http_port, request.encode(), within_s=3)
     assert answer.startswith(b"HTTP/1.1 400") or answer == NOTHING or b"501" in answer, answer
     assert not [head for head in worker.renter.heads[before:] if b"smuggled" in head]
 
@@ -360,7 +360,7 @@ async def test_both_lengths_at_once_are_one_request_or_none(
     head = (
         f"POST {public}/x HTTP/1.1\r\nHost: x\r\nContent-Length: {len(inner) + 5}\r\nTransfer-Encoding: chunked\r\n\r\n"
     )
-    await raw(attacked.door.http_port, head.encode() + b"0\r\n\r\n" + inner, within_s=2)
+    await raw(attacked.proxy.http_port, head.encode() + b"0\r\n\r\n" + inner, within_s=2)
     assert not [head for head in worker.renter.heads[before:] if b"smuggled" in head.split(b"\r\n")[0]]
 
 
@@ -410,8 +410,10 @@ def test_a_browser_opens_a_private_port_by_a_ticket_and_its_key_is_in_no_log(
         assert nobody.get(f"{private}/~{strange}/x").status_code == 401, strange
     other = f"/r/{rental_id}/{worker.renter.port + 1}/~{key}/x"
     assert nobody.get(other).status_code == 401
-    wait_until(lambda: any(line["path"] == f"{private}/~/x" for line in attacked.door.access_log()), "it is in the log")
-    assert key[:43] not in attacked.door.logs()
+    wait_until(
+        lambda: any(line["path"] == f"{private}/~/x" for line in attacked.proxy.access_log()), "it is in the log"
+    )
+    assert key[:43] not in attacked.proxy.logs()
 
 
 def test_where_nothing_listens_and_where_nothing_is_is_said(
@@ -432,7 +434,7 @@ def test_a_worker_that_does_not_answer_is_to_be_waited_for(
 ) -> None:
     worker.port_proxy._peers = frozenset()  # it hangs up on the proxy
     reply = alice.get(f"{public}/x")
-    worker.port_proxy._peers = frozenset({f"{attacked.door.network}.2"})
+    worker.port_proxy._peers = frozenset({f"{attacked.proxy.network}.2"})
     assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (503, "worker_unreachable", "2")
 
 
@@ -465,7 +467,7 @@ def test_a_websocket_passes_and_ends_when_the_rental_may_not_run_there_any_more(
     attacked: Platform, rental_id: str, worker: MadeUpWorker, public: str
 ) -> None:
     request = f"GET {public}/ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", attacked.door.http_port)) as there:
+    with socket.create_connection(("127.0.0.1", attacked.proxy.http_port)) as there:
         there.settimeout(60)
         there.sendall(request.encode())
         assert heard(there, b"\r\n\r\n").startswith(b"HTTP/1.1 101")
@@ -528,7 +530,7 @@ def test_an_open_connection_ends_with_what_opened_it(
     with ExitStack() as open_ones:
         connections = []
         for text, status in ((upgrade, b"HTTP/1.1 101"), (download, b"HTTP/1.1 200")):
-            there = open_ones.enter_context(socket.create_connection(("127.0.0.1", attacked.door.http_port)))
+            there = open_ones.enter_context(socket.create_connection(("127.0.0.1", attacked.proxy.http_port)))
             there.settimeout(60)
             there.sendall(text.encode())
             assert there.recv(1000).startswith(status)
@@ -541,12 +543,12 @@ def test_an_open_connection_ends_with_what_opened_it(
 
 
 def test_the_same_over_https_and_http_2(attacked: Platform, public: str) -> None:
-    url = f"https://127.0.0.1:{attacked.door.https_port}{public}/x"
+    url = f"https://127.0.0.1:{attacked.proxy.https_port}{public}/x"
     command = ["curl", "-sSk", "--http2", "--max-time", "60", "-w", "\n%{http_version}", url]
     body, _, version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.rpartition("\n")
     seen = {name.lower(): value for name, value in json.loads(body)["headers"]}
     assert version == "2"
-    assert (seen["x-forwarded-proto"], seen["host"]) == ("https", f"127.0.0.1:{attacked.door.https_port}")
+    assert (seen["x-forwarded-proto"], seen["host"]) == ("https", f"127.0.0.1:{attacked.proxy.https_port}")
 
 
 def test_only_a_websocket_is_an_upgrade(nobody: httpx.Client, public: str) -> None:
@@ -561,7 +563,7 @@ def test_a_rental_has_a_hundred_connections_and_calls_go_on(
     with ExitStack() as open_ones:
         request = f"GET {public}/wait HTTP/1.1\r\nHost: x\r\n\r\n".encode()
         for _ in range(100):
-            one = open_ones.enter_context(socket.create_connection(("127.0.0.1", attacked.door.http_port)))
+            one = open_ones.enter_context(socket.create_connection(("127.0.0.1", attacked.proxy.http_port)))
             one.sendall(request)
             assert one.recv(100).startswith(b"HTTP/1.1 200")
         refused = nobody.get(f"{public}/x")
@@ -579,7 +581,7 @@ def test_strangers_who_send_byte_by_byte_hold_no_connection_of_a_rental(
     with ExitStack() as unknown_rentals:
         connections = []
         for _ in range(110):
-            connection = socket.create_connection(("127.0.0.1", attacked.door.http_port))
+            connection = socket.create_connection(("127.0.0.1", attacked.proxy.http_port))
             connections.append(unknown_rentals.enter_context(connection))
             connection.settimeout(60)
             connection.sendall(request)
@@ -600,7 +602,7 @@ def test_on_its_own_host_it_has_cookies_and_headers_of_its_own_and_never_ours(
     attacked: Platform, alice: httpx.Client, nobody: httpx.Client, private: str, rental_id: str, worker: MadeUpWorker
 ) -> None:
     port = str(worker.renter.port)
-    host = f"{port}-{rental_id}.localhost:{attacked.door.http_port}"
+    host = f"{port}-{rental_id}.localhost:{attacked.proxy.http_port}"
     assert nobody.get("/x", headers={"Host": host}).json()["code"] == "private"
     ticket = alice.post(f"/api/rentals/{rental_id}/ports/{port}/ticket").json()
     assert ticket["host"] == host.partition(":")[0]

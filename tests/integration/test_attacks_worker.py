@@ -59,8 +59,8 @@ class Mallory:
 @pytest.fixture(scope="module")
 def address(attacked: Platform) -> Iterator[str]:
     """An address in the proxy's network that is not the honest worker's."""
-    own = f"{attacked.door.network}.77"
-    inspect = ["docker", "network", "inspect", "-f", "{{.Id}}", f"{attacked.door.project}_orion_net"]
+    own = f"{attacked.proxy.network}.77"
+    inspect = ["docker", "network", "inspect", "-f", "{{.Id}}", f"{attacked.proxy.project}_orion_net"]
     network = subprocess.run(inspect, check=True, capture_output=True, text=True).stdout
     place = [f"{own}/32", "dev", f"br-{network[:12]}"]
     subprocess.run(["ip", "address", "add", *place], check=True)
@@ -72,7 +72,7 @@ def address(attacked: Platform) -> Iterator[str]:
 def mallory(attacked: Platform, address: str) -> Iterator[Mallory]:
     # A connection for each call: Nginx ends one after an answer that came before the body of its request.
     transport = httpx.HTTPTransport(local_address=address, limits=httpx.Limits(max_keepalive_connections=0))
-    url = f"http://{attacked.door.network}.2"
+    url = f"http://{attacked.proxy.network}.2"
     with httpx.Client(base_url=url, transport=transport, trust_env=False, timeout=60) as http:
         made = Mallory(http, attacked.secrets.join_token, address)
         made.become(made.register(made.join_token))
@@ -167,7 +167,7 @@ def test_with_anothers_host_keys_it_is_not_the_other_and_is_never_ready(
     wait_until(lambda: workers(attacked)[mallory.worker_id]["explanation"] != "", "it was tried and is explained")
     shown = workers(attacked)
     assert (shown[mallory.worker_id]["health"], shown[mallory.worker_id]["address"]) == ("joining", mallory.address)
-    assert (shown[victim]["health"], shown[victim]["address"]) == ("ready", f"{attacked.door.network}.1")
+    assert (shown[victim]["health"], shown[victim]["address"]) == ("ready", f"{attacked.proxy.network}.1")
 
 
 def test_anothers_address_is_refused_while_that_one_answers_there(attacked: Platform, rental: dict[str, Any]) -> None:
@@ -179,7 +179,7 @@ def test_anothers_address_is_refused_while_that_one_answers_there(attacked: Plat
 
 @pytest.mark.parametrize("header", ["X-Real-IP", "X-Forwarded-For", "Forwarded", "X-Orion-Proxy-Secret"])
 def test_an_address_that_it_only_claims_counts_for_nothing(attacked: Platform, mallory: Mallory, header: str) -> None:
-    reply = mallory.register(mallory.token, {header: f"{attacked.door.network}.1"})
+    reply = mallory.register(mallory.token, {header: f"{attacked.proxy.network}.1"})
     mallory.become(reply)
     assert workers(attacked)[mallory.worker_id]["address"] == mallory.address
 

@@ -37,7 +37,7 @@ def real(pair: tuple[Worker, Worker], folder: Path) -> Iterator[RealSnapshotServ
         yield running
 
 
-class RealBench(Bench):
+class RealSnapshotBench(Bench):
     def __init__(self, real: RealSnapshotService, pair: tuple[Worker, Worker], folder: Path) -> None:
         self._disk = Disk.of(real.copies)
         self.snapshot_service = real.client
@@ -84,8 +84,8 @@ async def _rental(worker: Worker, command: str, **request: Any) -> None:
 
 
 @pytest.fixture
-def bench(real: RealSnapshotService, pair: tuple[Worker, Worker], folder: Path) -> RealBench:
-    return RealBench(real, pair, folder)
+def bench(real: RealSnapshotService, pair: tuple[Worker, Worker], folder: Path) -> RealSnapshotBench:
+    return RealSnapshotBench(real, pair, folder)
 
 
 class TestRealVault(SnapshotServiceContract):
@@ -307,7 +307,9 @@ async def test_what_is_told_of_a_home_is_no_reason_to_copy_nothing_of_it_or_to_f
     assert there.ssh("stat -c '%A %n' *").stdout == before
 
 
-async def test_a_copy_that_comes_before_its_account_fills_the_home_as_soon_as_that_is_there(bench: RealBench) -> None:
+async def test_a_copy_that_comes_before_its_account_fills_the_home_as_soon_as_that_is_there(
+    bench: RealSnapshotBench,
+) -> None:
     home = bench.new_home()
     await bench.create(home, activated=True)
     await bench.write(home, "file", "precious")
@@ -321,7 +323,7 @@ async def test_a_copy_that_comes_before_its_account_fills_the_home_as_soon_as_th
     assert never.code == "stale_epoch", "it does not wait for ever"
 
 
-async def _come(early: asyncio.Task[Snapshot | None], bench: RealBench, home: Home) -> Snapshot | None:
+async def _come(early: asyncio.Task[Snapshot | None], bench: RealSnapshotBench, home: Home) -> Snapshot | None:
     """Ask again where it came too early, as a manager does: the worker waits a second, and this one may be slower."""
     (found,) = await asyncio.gather(early, return_exceptions=True)
     if isinstance(found, SnapshotError) and found.code == "unknown_rental":

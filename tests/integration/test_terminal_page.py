@@ -43,14 +43,16 @@ class Site:
     """A platform with one rental, and a browser before it."""
 
     def __init__(self, manager: House, door: Proxy, shells: PtyShells, rental: dict[str, Any], open_one: Open) -> None:
-        self.manager, self.door, self.shells, self.rental, self.open = manager, door, shells, rental, open_one
+        self.manager, self.proxy, self.shells, self.rental, self.open = manager, door, shells, rental, open_one
 
     @property
     def shell(self) -> PtyShell:
         return self.shells.opened[-1]
 
     async def address(self) -> str:
-        return f"{self.door.url}/terminal/#{self.rental['id']}/{await ticket(self.manager.as_admin, self.rental['id'])}"
+        return (
+            f"{self.proxy.url}/terminal/#{self.rental['id']}/{await ticket(self.manager.as_admin, self.rental['id'])}"
+        )
 
 
 @pytest.fixture
@@ -289,9 +291,9 @@ async def test_a_reload_keeps_the_terminal_without_a_token_and_a_new_tab_has_non
         await window.page.reload()
         await window.is_connected()
         kept = await window.page.evaluate("JSON.stringify([{...localStorage}, document.cookie, location.href])")
-        assert kept == f'[{{}},"","{site.door.url}/terminal/"]'
+        assert kept == f'[{{}},"","{site.proxy.url}/terminal/"]'
         other = await window.context.new_page()
-        await other.goto(f"{site.door.url}/terminal/")
+        await other.goto(f"{site.proxy.url}/terminal/")
         await expect(other.locator("#ask")).to_be_visible()
         await window.runs("exit")
         await expect(window.page.locator("#status")).to_contain_text("has ended")
@@ -305,7 +307,7 @@ async def test_a_reload_after_the_right_has_ended_asks_again(site: Site) -> None
     async with site.open() as window:
         await window.page.goto("about:blank")
         site.manager.manager.terminals.resumes._kept.clear()
-        await window.page.goto(f"{site.door.url}/terminal/")
+        await window.page.goto(f"{site.proxy.url}/terminal/")
         await expect(window.page.locator("#ask")).to_be_visible()
         await expect(window.page.locator("#why")).to_contain_text("cannot be opened again")
         assert await window.page.evaluate("sessionStorage.length") == 0
@@ -404,7 +406,7 @@ async def test_the_copy_button_takes_no_click_in_the_moment_in_which_its_text_co
 
 
 async def test_a_link_opens_a_page_that_knows_nothing_of_this_one_and_only_over_http(site: Site) -> None:
-    target = f"{site.door.url}/.well-known/proxy"
+    target = f"{site.proxy.url}/.well-known/proxy"
     async with site.open() as window:
         page = window.page
         await window.does(f"echo 'see {target} and javascript://x/%0aalert(1)'")

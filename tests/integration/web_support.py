@@ -127,7 +127,7 @@ class MadeUpWorker:
     """A fake worker, whose port proxy takes the real proxy's requests with access tokens of the real manager."""
 
     def __init__(self, platform: Platform, root: Path) -> None:
-        self.address = f"{platform.door.network}.1"
+        self.address = f"{platform.proxy.network}.1"
         self._platform = platform
         self._root = root
         self.records = RentalRecords(root / "var/lib/orion/rentals")
@@ -148,7 +148,7 @@ class MadeUpWorker:
         self.renter.port = server.sockets[0].getsockname()[1]
         self.port_proxy = PortProxy(
             RunningRentals(self._root),
-            frozenset({f"{self._platform.door.network}.2"}),
+            frozenset({f"{self._platform.proxy.network}.2"}),
             self._target,
             frozenset({_comes_from(self.address)}),
         )

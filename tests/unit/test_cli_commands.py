@@ -35,13 +35,13 @@ EVIL = "\x1b]0;owned\x07\x1b[31m[red]x[/red]\u202e\u009b2J"
 UP_TO_NOW = "2000-01-01T00:00:00Z"
 
 
-class Result(NamedTuple):
+class CommandResult(NamedTuple):
     status: int
     out: str
     err: str
 
 
-Command = Callable[..., Result]
+Command = Callable[..., CommandResult]
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def orion(
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.delenv("ORION_CA_FILE", raising=False)
 
-    def command(*arguments: str) -> Result:
+    def command(*arguments: str) -> CommandResult:
         status = run(arguments)
-        return Result(status, *capsys.readouterr())
+        return CommandResult(status, *capsys.readouterr())
 
     return command
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.scripted_platform import Answer, ScriptedPlatform, page, problem, rental
-from test_cli_commands import EVIL, UP_TO_NOW, Command, Result
+from test_cli_commands import EVIL, UP_TO_NOW, Command, CommandResult
 
 from orion.cli.app import run
 
@@ -31,9 +31,9 @@ def orion(
     monkeypatch.setenv("ORION_URL", server.url)
     monkeypatch.setenv("ORION_TOKEN_FILE", str(tmp_path / "token"))
 
-    def command(*arguments: str) -> Result:
+    def command(*arguments: str) -> CommandResult:
         status = run(arguments)
-        return Result(status, *capsys.readouterr())
+        return CommandResult(status, *capsys.readouterr())
 
     return command
 
