@@ -25,8 +25,8 @@ LARGEST_ATTRIBUTE = 3800
 ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
 OWNER, USER, GROUP, MASK, OTHER = 1, 2, 4, 16, 32
 """The tags of an access control list, as the kernel has them (uapi/linux/posix_acl.h)."""
-NOBODYS_ID = 0xFFFFFFFF
-A_STRANGER = 12_345
+UNDEFINED_ID = 0xFFFFFFFF
+UNKNOWN_UID = 12_345
 """A uid without an account."""
 NAMES = (
     *(

@@ -103,7 +103,7 @@ class ScriptedPlatform:
         return PlatformHandler
 
 
-def _is_asked_for(path: str, call: PlatformCall) -> bool:
+def _is_answer_to(path: str, call: PlatformCall) -> bool:
     """Return whether an answer for this path, with or without a query, fits the call."""
     parts = urlsplit(path)
     return parts.path == call.path and dict(parse_qsl(parts.query)).items() <= call.query.items()

@@ -239,7 +239,7 @@ def test_an_older_order_freezes_nothing_newer_and_what_is_not_here_is_no_fault(f
     fenced.rentals.records.save(RentalRecord("one", "r-one", UID, 3))
     with pytest.raises(RequestRefused, match="older"):
         fenced.rentals.freeze(RentalOrder(rental_id="one", epoch=2))
-    assert fenced.rentals.freeze(RentalRequest("two", 1))["state"] == "absent"
+    assert fenced.rentals.freeze(RentalOrder(rental_id="two", epoch=1))["state"] == "absent"
 
 
 def test_marks_end_with_the_container(fenced: FencedRentals) -> None:
@@ -261,17 +261,17 @@ def test_the_mark_of_a_rental_that_was_purged_goes(fenced: FencedRentals) -> Non
 
 def test_no_order_of_an_earlier_move_thaws_what_a_later_one_froze(fenced: FencedRentals) -> None:
     fenced.activate()
-    fenced.rentals.freeze(RentalRequest("one", 1, migration=7))
-    fenced.rentals.freeze(RentalRequest("one", 1, migration=5))
+    fenced.rentals.freeze(RentalOrder(rental_id="one", epoch=1, move=7))
+    fenced.rentals.freeze(RentalOrder(rental_id="one", epoch=1, move=5))
     for earlier in (0, 5, 6):
         with pytest.raises(RequestRefused, match="planned move 7"):
-            fenced.rentals.thaw(RentalRequest("one", 1, migration=earlier))
+            fenced.rentals.thaw(RentalOrder(rental_id="one", epoch=1, move=earlier))
     assert (fenced.shown, fenced.kernel.stopped) == ("frozen", {UID})
     fenced.may_run(False)
     fenced.may_run(True)
     with pytest.raises(RequestRefused, match="planned move 7"):
-        fenced.rentals.thaw(RentalRequest("one", 1, migration=6))
-    assert fenced.rentals.thaw(RentalRequest("one", 1, migration=7))["state"] == "running"
+        fenced.rentals.thaw(RentalOrder(rental_id="one", epoch=1, move=6))
+    assert fenced.rentals.thaw(RentalOrder(rental_id="one", epoch=1, move=7))["state"] == "running"
 
 
 def pause(fenced: FencedRentals, seconds: float = 10.0) -> frozenset[stopper.KernelTask] | None:
@@ -311,11 +311,11 @@ def test_a_pause_that_nobody_ended_is_ended_by_the_fence(
 def test_what_is_frozen_is_not_paused_and_the_end_of_a_pause_thaws_nothing(fenced: FencedRentals) -> None:
     fenced.activate()
     pause(fenced)
-    fenced.rentals.freeze(RentalRequest("one", 1, migration=2))
+    fenced.rentals.freeze(RentalOrder(rental_id="one", epoch=1, move=2))
     fenced.rentals.freezer.resume("one")
     assert (fenced.kernel.running, fenced.shown) == (set(), "frozen")
     assert pause(fenced) is None
-    fenced.rentals.thaw(RentalRequest("one", 1, migration=2))
+    fenced.rentals.thaw(RentalOrder(rental_id="one", epoch=1, move=2))
     assert fenced.kernel.running == {UID}, "what the pause had stopped was not taken for stopped by its renter"
 
 
