@@ -100,11 +100,11 @@ class JobRunner:
             Action.PREPARE: (container.create,),
             Action.CREATE: (
                 container.create,
-                lambda j: container.unlock(j.rental_id, j.epoch),
+                lambda j: container.unlock(j.order.rental_id, j.order.epoch),
                 container.start_command,
             ),
             Action.FREEZE: (container.freeze,),
-            Action.THAW: (lambda j: container.thaw(j.rental_id, j.epoch, None, j.move),),
+            Action.THAW: (lambda j: container.thaw(j.order.rental_id, j.order.epoch, None, j.order.move),),
             Action.DELETE: (container.begin_purge, container.end_purge),
         }
         try:

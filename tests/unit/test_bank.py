@@ -78,8 +78,8 @@ def test_a_database_of_one_moment_with_the_log_of_another_is_noticed(tmp_path: P
         ("A", b"000000000004\n", "A is at step 4, ahead of the database at 3, which is written first"),
         ("zz_B", b"000000000004\n", "zz_B is at step 4, ahead of m at 3, which is written first"),
         ("zz_B", b"000000000001\n", "zz_B is 2 steps behind the database, which waits for it"),
-        ("A", b"", "A holds b'', which nobody wrote"),
-        ("m", b"00000000", "m holds b'00000000', which nobody wrote"),
+        ("A", b"", "A holds b'', which was never written"),
+        ("m", b"00000000", "m holds b'00000000', which was never written"),
         ("zz_B", None, "zz_B is not there"),
     ],
 )
@@ -123,7 +123,7 @@ def test_who_starts_it_writes_down_what_it_found_and_nobody_works_there_twice(fo
         for _ in range(2):
             subprocess.run(command, check=True, timeout=30)
         (line,) = (json.loads(line) for line in journal.read_text().splitlines())
-        assert (line["words"], line["faults"]) == ("lab 1", ["A holds b'', which nobody wrote"])
+        assert (line["words"], line["faults"]) == ("lab 1", ["A holds b'', which was never written"])
         deadline = time.monotonic() + 60
         while (folder / "zz_B").read_text() <= "000000000003\n":
             assert time.monotonic() < deadline

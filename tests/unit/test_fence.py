@@ -294,7 +294,7 @@ def test_a_pause_stops_a_rental_and_its_end_lets_go_on_what_went_on_before(fence
     assert fenced.kernel.running == {UID}
 
 
-def test_a_pause_that_nobody_ended_is_ended_by_the_fence(
+def test_a_pause_whose_snapshot_died_is_ended_by_the_fence(
     fenced: FencedRentals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("orion_worker.agent.fence.AGAIN_EVERY_S", 0.0)
@@ -308,7 +308,7 @@ def test_a_pause_that_nobody_ended_is_ended_by_the_fence(
     assert "did not end" in fenced.said[-1]
 
 
-def test_what_is_frozen_is_not_paused_and_the_end_of_a_pause_thaws_nothing(fenced: FencedRentals) -> None:
+def test_a_frozen_rental_is_not_paused_and_the_end_of_a_pause_thaws_nothing(fenced: FencedRentals) -> None:
     fenced.activate()
     pause(fenced)
     fenced.rentals.freeze(RentalOrder(rental_id="one", epoch=1, move=2))
@@ -386,7 +386,7 @@ def retired(fenced: FencedRentals, monkeypatch: pytest.MonkeyPatch) -> FencedRen
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_what_is_retired_is_nobody_s_to_freeze_or_to_activate(retired: FencedRentals, epoch: int) -> None:
+def test_a_retired_rental_is_neither_frozen_nor_activated(retired: FencedRentals, epoch: int) -> None:
     rentals = retired.rentals
     for order in (rentals.freeze, rentals.thaw, rentals.unlock):
         with pytest.raises(RequestRefused) as refused:
