@@ -234,7 +234,7 @@ async def test_facts_hosts_templates_and_paths_that_a_worker_reports_do_nothing(
     again = await bench.engine.run(job.with_order(epoch=2))
     assert again.ok == lied.ok, "its own next job is one on itself again"
     assert not mark.exists()
-    assert await bench.accounts() == before | {after.rental_id: account(after)}
+    assert await bench.accounts() == before | {after.order.rental_id: account(after)}
 
 
 async def test_an_enormous_report_is_cut_and_a_report_that_is_none_is_a_failure(

@@ -97,7 +97,7 @@ def test_what_others_run_can_be_listed_and_not_looked_into(rental: Rental, roomm
             assert rental.ssh(f"head -c 1 /proc/{victim}/{file} || ls /proc/{victim}/{file}/").returncode != 0
     assert rental.ssh(f"kill -9 {pid}").returncode != 0
     everything = rental.ssh("cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null").stdout
-    assert "orion_" not in everything, "a token"
+    assert "orion_" not in everything.replace("/orion_worker/", "/"), "a token"
 
 
 def test_shared_directories_keep_each_renters_files_its_own(rental: Rental, roommate: Rental) -> None:

@@ -344,7 +344,7 @@ async def test_one_caller_has_two_hundred_sessions_and_its_calls_go_on(door: Pro
             await open_session(websocket_url(door))
         assert refusal.value.response.status_code == 429
         told = json.loads(refusal.value.response.body or b"")
-        assert (told["code"], "200 sessions" in told["detail"]) == ("too_many_connections", True)
+        assert (told["code"], "200 open sessions" in told["detail"]) == ("too_many_connections", True)
         async with httpx.AsyncClient(base_url=door.url, trust_env=False, timeout=60) as http:
             assert (await http.get(REST, headers=bearer(77))).status_code == 200
 

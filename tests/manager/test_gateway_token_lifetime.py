@@ -13,7 +13,7 @@ from support.short_tokens import SOON_S, Short
 from support.way_in import Sshds, coming_in
 
 from orion.manager.api.snapshots import SnapshotServices
-from orion.manager.gateway.relay import REVOKED
+from orion.manager.gateway.relay import TOKEN_OVER
 from orion.manager.gateway.token_lifetime import TokenUse
 from orion.manager.store import tokens
 
@@ -111,7 +111,7 @@ async def test_a_session_ends_and_says_why(house: House, sshds: Sshds, short: Sh
         assert await client.is_in()
         await short.ends()
         told = await client.hears()
-        assert (told["code"], told["reason"]) == (REVOKED, short.reason)
+        assert (told["code"], told["reason"]) == (TOKEN_OVER, short.reason)
         await client.ended()
 
 
