@@ -8,7 +8,7 @@ from worker_support import docker
 PROGRAM = r"""
 import asyncio, os
 from pathlib import Path
-from orion.manager.domain.model import Event
+from orion.manager.domain.steps import Event
 from orion.manager.store import events
 from orion.manager.store.ballast import Ballast
 from orion.manager.store.database import Store, record
@@ -18,7 +18,7 @@ store = Store(url, Ballast.of(url, 8 << 20))
 store.migrate()
 
 async def go():
-    write = lambda number: store.write(lambda connection: record(connection, Event("takeover", "test", str(number))))
+    write = lambda number: store.write(lambda connection: record(connection, Event(kind="takeover", actor="test", reason=str(number))))
     await write(0)
     assert Path("/data/orion.db.ballast").exists()
     with open("/data/fill", "wb", buffering=0) as file:
