@@ -18,7 +18,8 @@ store = Store(url, Ballast.of(url, 8 << 20))
 store.migrate()
 
 async def go():
-    write = lambda number: store.write(lambda connection: record(connection, Event(kind="takeover", actor="test", reason=str(number))))
+    event = lambda number: Event(kind="takeover", actor="test", reason=str(number))
+    write = lambda number: store.write(lambda connection: record(connection, event(number)))
     await write(0)
     assert Path("/data/orion.db.ballast").exists()
     with open("/data/fill", "wb", buffering=0) as file:
