@@ -124,7 +124,7 @@ def test_a_shell_in_a_browser_with_sizes_colours_letters_and_vim(
     assert ticket not in stack.logs(2000)
     page.goto("about:blank")
     page.goto(url)
-    expect(page.locator("#why")).to_contain_text("good once", timeout=WITHIN_MS)
+    expect(page.locator("#why")).to_contain_text("valid once", timeout=WITHIN_MS)
 
 
 def test_the_page_takes_a_token_and_keeps_it_nowhere(
