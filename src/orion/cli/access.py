@@ -21,7 +21,7 @@ tokens = typer.Typer(no_args_is_help=True, help="Make, list and revoke tokens.")
 
 
 class TokenRole(StrEnum):
-    """What a new token allows."""
+    """The role of a new token, which says what it allows."""
 
     CLIENT = "client"
     ADMIN = "admin"

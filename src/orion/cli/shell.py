@@ -54,7 +54,7 @@ PERSISTENT = "infocmp >/dev/null 2>&1 || export TERM=xterm-256color; exec tmux n
 
 @dataclass(frozen=True)
 class SshRequest:
-    """What to run in a rental, and how to log in there."""
+    """A command line for a rental, and the options of the log-in."""
 
     command: tuple[str, ...] = ()
     identity: Path | None = None

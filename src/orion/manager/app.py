@@ -96,7 +96,7 @@ GARBAGE_THRESHOLDS = 5_000, 20, 100
 
 @dataclass
 class Ports:
-    """What reaches outside of the manager: the real ones here, fakes in tests."""
+    """The ports to the world outside of the manager: real ones in main.py, fakes in tests."""
 
     engine: Engine
     reach: Reach
@@ -477,7 +477,7 @@ def application(proxy_secret: str) -> FastAPI:
 
 
 def _spare_the_collector() -> None:
-    """What was loaded is there to stay: looking for cycles in a large pool stops everybody for tenths of a second."""
+    """Exempt all loaded objects from garbage collection, which would block the event loop for 0.1 s and more."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GARBAGE_THRESHOLDS)

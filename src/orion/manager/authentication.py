@@ -1,4 +1,4 @@
-"""Whose token a request brings, and what its principal may see. The routes and the gateway both ask here."""
+"""Authentication: find the principal of a request's token, and what it may see. Routes and gateway both use it."""
 
 from __future__ import annotations
 

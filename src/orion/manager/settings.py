@@ -1,4 +1,4 @@
-"""What an operator sets, from ORION_* in the environment, and the secrets, which are never in the environment."""
+"""The settings of an operator, from ORION_* in the environment, and the secrets, which are never in the environment."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Settings(BaseSettings):
 
 @dataclass(frozen=True, repr=False)
 class Secrets:
-    """What the entrypoint read as root and handed over through a pipe. No repr: it must not reach a log."""
+    """The secrets that the entrypoint read as root and handed over by a pipe. No repr: they must not reach a log."""
 
     admin_token: str
     join_token: str

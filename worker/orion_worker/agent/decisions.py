@@ -145,7 +145,7 @@ def _not_before(earliest: float, at: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class RentalAction:
-    """What the agent does to a rental that is here."""
+    """The action of the agent on a rental of this worker."""
 
     action: str
     """`lock`, `unlock` or `thaw`."""

@@ -34,14 +34,14 @@ FENCE_WAITS_S = 0.1
 
 @dataclass(frozen=True)
 class FreezeMark:
-    """What a thaw has to know of the freeze."""
+    """The facts of a freeze that its thaw needs."""
 
     stopped_before: frozenset[tuple[int, int]]
     """(pid, start) of processes that their renter had stopped before: a thaw leaves these stopped."""
     ordered_at: float | None = None
     """When an order froze the rental (CLOCK_BOOTTIME): no reply to a call that was sent before may thaw it."""
     over_limit: str = ""
-    """What the home holds too much of: then no reply thaws the rental, only an order."""
+    """The resource that the home uses too much of: then no reply thaws the rental, only an order."""
     migration: int = 0
     """The number of the planned migration that froze the rental; no order of an earlier migration thaws it."""
 

@@ -70,13 +70,13 @@ def _answer_one(command: str, payload: object, rentals: Rentals, now: float) -> 
 
 
 def _request(command: str, payload: object, rentals: Rentals, now: float) -> RentalOrder | tuple[int, Report]:
-    """What was payload for, or what there is to answer at once."""
+    """Return the order in the payload, or the exit status and report that refuse it."""
     try:
         request = request_from(command, payload)
     except ValueError as error:
         return _not_understood(error)
     if request.deadline is not None and now > request.deadline:
-        late = RequestRefused("deadline_passed", "its deadline has passed: who ordered it no longer waits for it")
+        late = RequestRefused("deadline_passed", "its deadline has passed: the manager no longer waits for it")
         return _refused(late)
     try:
         check_boot(request.boot_id, rentals.launcher.boot_id)

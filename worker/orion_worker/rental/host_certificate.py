@@ -32,7 +32,7 @@ LOOK_EVERY_S = 0.001
 
 @dataclass(frozen=True)
 class CertificateTerms:
-    """What of a certificate says which of two counts."""
+    """The fields of a certificate that decide which of two is newer."""
 
     serial: int
     valid_after: int

@@ -18,7 +18,7 @@ class WorkerPaths:
 
     @property
     def keys(self) -> Path:
-        """What sshd reads, as the renter: hence 0711."""
+        """The keys that sshd reads as the renter: hence 0711."""
         return self.root / "etc/orion/keys"
 
     @property

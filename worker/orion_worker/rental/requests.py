@@ -9,7 +9,7 @@ from orion.rental_order import RentalOrder
 from orion_worker.rental.host_certificate import read_certificate
 
 Report = dict[str, Any]
-"""What a command answers, as JSON carries it."""
+"""The report of a command, as JSON carries it."""
 
 
 def parse_request(command: str, text: str) -> RentalOrder:

@@ -26,7 +26,7 @@ FORGOTTEN_AT_ONCE = 100
 
 @dataclass(frozen=True)
 class LivenessReport:
-    """What the liveness connection of a worker shows of its current session; see ssh/liveness.py."""
+    """The findings of a worker's liveness connection about its current session; see ssh/liveness.py."""
 
     closed_at: float | None = None
     """Monotonic seconds at which the worker's kernel closed it; None: it is open, or was lost in a way that proves

@@ -46,7 +46,7 @@ class Worker:
 
 
 class Origin(NamedTuple):
-    """What a rental's home was filled with before its renter was activated at one epoch."""
+    """The snapshot that a rental's home was filled with before its renter was activated at one epoch."""
 
     epoch: int
     generation: str

@@ -13,7 +13,7 @@ from orion.manager.domain.states import Health, Intent
 
 
 class Eligibility(NamedTuple):
-    """What the filters look at."""
+    """The facts about one worker that the filters use."""
 
     health: Health
     fault: bool

@@ -209,7 +209,7 @@ def next_number(ids: Sequence[SnapshotId], epoch: int) -> int:
 
 NEWEST = "newest"
 EMPTY = "empty"
-"""What a rental's home is filled with, if no request names a snapshot."""
+"""The value that fills a home with the newest snapshot, used if no request names one."""
 ACTOR = "copies"
 """The actor of events about snapshots, as it was released."""
 

@@ -46,7 +46,7 @@ class Task:
     placement_id: str | None = None
     public_key: str = ""
     restore: str | None = None
-    """What the home is filled with before the renter is activated: see snapshots.wanted."""
+    """The snapshot that fills the home before the renter is activated: see snapshots.wanted."""
     start: str = ""
     start_mark: str = ""
     """The mark of the start command to run at the activation, empty for none: see start_commands.due."""

@@ -44,7 +44,7 @@ class NotABackup(Exception):
 
 @dataclass(frozen=True)
 class KnownRental:
-    """What lets a person recognise a rental."""
+    """The id, name and owner of a rental, by which a person recognises it."""
 
     id: str
     name: str
@@ -53,7 +53,7 @@ class KnownRental:
 
 @dataclass(frozen=True, kw_only=True)
 class Examined:
-    """What a restore of a staged backup would do. `accept` takes its `id`."""
+    """The effects of restoring a staged backup. `accept` takes its `id`."""
 
     id: str
     last_event_at: float | None
@@ -265,7 +265,7 @@ def _adapt_to_present(connection: sqlite3.Connection, database: Path, actor: str
 
 @dataclass(frozen=True, kw_only=True)
 class _Present:
-    """What a restore keeps of the database that it replaces."""
+    """The rows of the present database that a restore keeps."""
 
     counters: dict[str, int]
     revoked: dict[str, float]

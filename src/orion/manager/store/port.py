@@ -30,7 +30,7 @@ REGISTERED_AGAIN = "the same machine has registered again, under another identit
 
 
 class StateStore(Protocol):
-    """What the controllers read and write. Each call is one transaction."""
+    """The rows that the controllers read and write. Each call is one transaction."""
 
     async def follow(self, follower: Callable[[Changes], None]) -> None:
         """Call the follower with the whole pool, then with what each commit changes: see domain/pool_index.py."""
