@@ -9,6 +9,7 @@ from typing import Any
 import asyncssh
 import httpx
 import pytest
+from sqlalchemy import Connection
 from support.builders import host_key
 from support.house import WALL_START, Agent, House
 from test_api_access import is_problem
@@ -133,6 +134,37 @@ async def test_another_request_with_a_used_key_is_refused(house: House, alice: h
     await alice.post("/api/rent", json={"wait_s": 0}, headers=headers)
     reply = await alice.post("/api/rent", json={"wait_s": 0, "ttl_s": 60}, headers=headers)
     is_problem(reply, 409, "idempotency_conflict")
+
+
+async def allow_pages(house: House, more: int) -> None:
+    """Let the database grow by this number of pages and no further: SQLite then fails as on a full disk."""
+
+    def limit(connection: Connection) -> None:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages + more}")
+
+    await house.store.write(limit)
+
+
+async def test_a_rent_on_a_full_database_writes_nothing_and_can_be_repeated(
+    house: House, alice: httpx.AsyncClient, agent: Agent
+) -> None:
+    running = await house.rent(name="before")
+    await allow_pages(house, 0)
+    labels = {f"label-{number}": "x" * 63 for number in range(16)}
+    for number in range(1000):
+        ask = {"json": {"labels": labels, "wait_s": 0}, "headers": {"Idempotency-Key": f"rent-{number}"}}
+        refused = await alice.post("/api/rent", **ask)
+        if refused.status_code != 202:
+            break
+    is_problem(refused, 500, "internal_error")
+    assert len(await house.events("rental.queued")) == number + 1, "with the one from before"
+    await house.settle()
+    assert (await house.rental(running["id"]))["state"] == "active"
+    await allow_pages(house, 1000)
+    repeated = await alice.post("/api/rent", **ask)
+    assert repeated.status_code == 202
+    assert len(await house.events("rental.queued")) == number + 2
 
 
 async def test_a_name_that_cannot_be_is_answered_with_what_can(alice: httpx.AsyncClient) -> None:
