@@ -26,7 +26,7 @@ OTHER_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBW2lM+KrHdlPjrhU9YMGgNPrJmG2vF
 _numbers = count(1)
 
 
-class Bench(ABC):
+class EngineBench(ABC):
     """An engine, a reach and one worker to try them on."""
 
     engine: Engine
@@ -83,12 +83,12 @@ def deletion(job: Job) -> Job:
 class EngineContract:
     """A subclass gives the fixture `bench`."""
 
-    async def test_a_created_rental_is_there_and_unlocked(self, bench: Bench) -> None:
+    async def test_a_created_rental_is_there_and_unlocked(self, bench: EngineBench) -> None:
         job = new_job(bench.host)
         assert_done(await bench.engine.run(job))
         assert (await bench.accounts())[job.order.rental_id] == account(job)
 
-    async def test_a_prepared_rental_is_there_and_locked_until_it_is_created(self, bench: Bench) -> None:
+    async def test_a_prepared_rental_is_there_and_locked_until_it_is_created(self, bench: EngineBench) -> None:
         job = new_job(bench.host)
         prepared = replace(job, action=Action.PREPARE)
         for _ in range(2):
@@ -102,7 +102,7 @@ class EngineContract:
         assert again.report["state"] == "running", "who was let in is not locked out"
         assert (await bench.accounts())[job.order.rental_id] == account(job)
 
-    async def test_creating_again_changes_nothing_and_says_so(self, bench: Bench) -> None:
+    async def test_creating_again_changes_nothing_and_says_so(self, bench: EngineBench) -> None:
         job = new_job(bench.host)
         first = await bench.engine.run(job)
         again = await bench.engine.run(job)
@@ -110,14 +110,14 @@ class EngineContract:
         assert (first.report["changed"], again.report["changed"]) == (True, False)
         assert (await bench.accounts())[job.order.rental_id] == account(job)
 
-    async def test_creating_again_with_other_keys_replaces_them(self, bench: Bench) -> None:
+    async def test_creating_again_with_other_keys_replaces_them(self, bench: EngineBench) -> None:
         job = new_job(bench.host)
         await bench.engine.run(job)
         changed = job.with_order(public_keys=(OTHER_KEY, KEY))
         assert_done(await bench.engine.run(changed))
         assert (await bench.accounts())[job.order.rental_id] == account(changed)
 
-    async def test_a_higher_epoch_takes_over(self, bench: Bench) -> None:
+    async def test_a_higher_epoch_takes_over(self, bench: EngineBench) -> None:
         job = new_job(bench.host)
         await bench.engine.run(job)
         later = job.with_order(epoch=4)
@@ -125,7 +125,7 @@ class EngineContract:
         assert (await bench.accounts())[job.order.rental_id] == account(later)
 
     @pytest.mark.parametrize("action", list(Action))
-    async def test_a_lower_epoch_is_refused_and_changes_nothing(self, bench: Bench, action: Action) -> None:
+    async def test_a_lower_epoch_is_refused_and_changes_nothing(self, bench: EngineBench, action: Action) -> None:
         job = new_job(bench.host, epoch=3)
         await bench.engine.run(job)
         line = certificate(job) if action is Action.CERTIFY else ""
@@ -137,7 +137,7 @@ class EngineContract:
 
     @pytest.mark.parametrize("action", sorted(OF_ONE_BOOT))
     async def test_an_order_for_another_life_of_the_container_is_refused_and_changes_nothing(
-        self, bench: Bench, action: Action
+        self, bench: EngineBench, action: Action
     ) -> None:
         job = new_job(bench.host)
         assert_done(await bench.engine.run(job))
@@ -147,13 +147,13 @@ class EngineContract:
         assert (outcome.ok, outcome.report["code"]) == (False, OTHER_BOOT)
         assert (await bench.accounts())[job.order.rental_id] == account(job)
 
-    async def test_a_rental_is_purged_in_whatever_life_of_the_container(self, bench: Bench) -> None:
+    async def test_a_rental_is_purged_in_whatever_life_of_the_container(self, bench: EngineBench) -> None:
         job = new_job(bench.host)
         assert_done(await bench.engine.run(job))
         assert_done(await bench.engine.run(replace(deletion(job), host=replace(bench.host, boot_id="another-life"))))
         assert job.order.rental_id not in await bench.accounts()
 
-    async def test_a_certificate_is_for_the_very_epoch_that_is_there(self, bench: Bench) -> None:
+    async def test_a_certificate_is_for_the_very_epoch_that_is_there(self, bench: EngineBench) -> None:
         job = new_job(bench.host, epoch=2)
         certify = replace(job, action=Action.CERTIFY)
         certify = certify.with_order(host_certificate=certificate(job), public_keys=())
@@ -166,7 +166,7 @@ class EngineContract:
             assert outcome.report["changed"] is changed
         assert (await bench.accounts())[job.order.rental_id] == account(job)
 
-    async def test_a_deleted_rental_leaves_nothing_and_the_report_says_so(self, bench: Bench) -> None:
+    async def test_a_deleted_rental_leaves_nothing_and_the_report_says_so(self, bench: EngineBench) -> None:
         job = new_job(bench.host)
         await bench.engine.run(job)
         outcome = await bench.engine.run(deletion(job))
@@ -175,13 +175,13 @@ class EngineContract:
         assert outcome.report["looked"]
         assert job.order.rental_id not in await bench.accounts()
 
-    async def test_deleting_again_or_what_never_was_succeeds(self, bench: Bench) -> None:
+    async def test_deleting_again_or_what_never_was_succeeds(self, bench: EngineBench) -> None:
         job = deletion(new_job(bench.host))
         for _ in range(2):
             assert_done(await bench.engine.run(job))
         assert job.order.rental_id not in await bench.accounts()
 
-    async def test_a_deleted_epoch_never_comes_back_but_a_higher_one_may(self, bench: Bench) -> None:
+    async def test_a_deleted_epoch_never_comes_back_but_a_higher_one_may(self, bench: EngineBench) -> None:
         job = new_job(bench.host)
         await bench.engine.run(deletion(job))
         refused = await bench.engine.run(job)
@@ -192,33 +192,33 @@ class EngineContract:
         assert_done(await bench.engine.run(later))
         assert (await bench.accounts())[job.order.rental_id] == account(later)
 
-    async def test_another_rental_cannot_take_a_uid_that_is_in_use(self, bench: Bench) -> None:
+    async def test_another_rental_cannot_take_a_uid_that_is_in_use(self, bench: EngineBench) -> None:
         holder = new_job(bench.host)
         await bench.engine.run(holder)
         outcome = await bench.engine.run(new_job(bench.host).with_order(uid=holder.order.uid))
         assert not outcome.ok
         assert str(holder.order.uid) in outcome.message
 
-    async def test_jobs_run_side_by_side_and_each_gets_its_own_answer(self, bench: Bench) -> None:
+    async def test_jobs_run_side_by_side_and_each_gets_its_own_answer(self, bench: EngineBench) -> None:
         jobs = [new_job(bench.host, epoch=number) for number in range(1, 7)]
         outcomes = await asyncio.gather(*(bench.engine.run(job) for job in jobs))
         assert [outcome.report.get("epoch") for outcome in outcomes] == [job.order.epoch for job in jobs]
         accounts = await bench.accounts()
         assert [accounts[job.order.rental_id] for job in jobs] == [account(job) for job in jobs]
 
-    async def test_a_worker_that_does_not_answer_is_said_to_be_unreachable(self, bench: Bench) -> None:
+    async def test_a_worker_that_does_not_answer_is_said_to_be_unreachable(self, bench: EngineBench) -> None:
         outcome = await bench.engine.run(new_job(bench.nowhere()))
         assert not outcome.ok
         assert outcome.message.startswith("the worker cannot be reached by SSH")
 
-    async def test_another_host_key_is_refused_and_said(self, bench: Bench) -> None:
+    async def test_another_host_key_is_refused_and_said(self, bench: EngineBench) -> None:
         job = new_job(bench.impostor())
         outcome = await bench.engine.run(job)
         assert not outcome.ok
         assert "another host key" in outcome.message
         assert job.order.rental_id not in await bench.accounts()
 
-    async def test_a_job_on_a_worker_that_hangs_ends_at_its_deadline(self, bench: Bench) -> None:
+    async def test_a_job_on_a_worker_that_hangs_ends_at_its_deadline(self, bench: EngineBench) -> None:
         await bench.pause()
         try:
             outcome = await bench.engine.run(new_job(bench.host, deadline_s=0.5))
@@ -227,7 +227,7 @@ class EngineContract:
         assert not outcome.ok
         assert outcome.message == "timed out after 0.5 s"
 
-    async def test_a_worker_that_hung_takes_jobs_again(self, bench: Bench) -> None:
+    async def test_a_worker_that_hung_takes_jobs_again(self, bench: EngineBench) -> None:
         await bench.pause()
         await bench.engine.run(new_job(bench.host, deadline_s=0.2))
         await bench.resume()
@@ -239,20 +239,20 @@ class EngineContract:
 class ReachContract:
     """A subclass gives the fixture `bench`."""
 
-    async def test_a_worker_with_its_pinned_host_key_is_reached(self, bench: Bench) -> None:
+    async def test_a_worker_with_its_pinned_host_key_is_reached(self, bench: EngineBench) -> None:
         assert await bench.reach.reach(bench.host, 60) is Reached.YES
 
-    async def test_any_one_of_several_pinned_host_keys_is_enough(self, bench: Bench) -> None:
+    async def test_any_one_of_several_pinned_host_keys_is_enough(self, bench: EngineBench) -> None:
         several = replace(bench.host, host_keys=(OTHER_KEY, *bench.host.host_keys))
         assert await bench.reach.reach(several, 60) is Reached.YES
 
-    async def test_another_host_key_is_an_impostor(self, bench: Bench) -> None:
+    async def test_another_host_key_is_an_impostor(self, bench: EngineBench) -> None:
         assert await bench.reach.reach(bench.impostor(), 60) is Reached.IMPOSTOR
 
-    async def test_where_nothing_answers_nobody_is_reached(self, bench: Bench) -> None:
+    async def test_where_nothing_answers_nobody_is_reached(self, bench: EngineBench) -> None:
         assert await bench.reach.reach(bench.nowhere(), 60) is Reached.NO
 
-    async def test_a_worker_that_hangs_is_not_reached_in_time(self, bench: Bench) -> None:
+    async def test_a_worker_that_hangs_is_not_reached_in_time(self, bench: EngineBench) -> None:
         await bench.pause()
         try:
             assert await bench.reach.reach(bench.host, 0.3) is Reached.NO

@@ -30,7 +30,7 @@ LARGE_BYTES = 20 * BLOCK_BYTES
 _numbers = count(1)
 
 
-class Bench(ABC):
+class SnapshotBench(ABC):
     """A snapshot service and two workers."""
 
     snapshot_service: SnapshotService
@@ -90,7 +90,9 @@ async def refusal(awaitable: object) -> SnapshotError:
 class SnapshotServiceContract:
     """A subclass gives the fixture `bench`."""
 
-    async def test_what_was_copied_from_one_worker_is_put_into_a_locked_home_on_another(self, bench: Bench) -> None:
+    async def test_what_was_copied_from_one_worker_is_put_into_a_locked_home_on_another(
+        self, bench: SnapshotBench
+    ) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         await bench.write(home, "one", "first")
@@ -106,7 +108,7 @@ class SnapshotServiceContract:
         assert await bench.snapshot_service.restore(target) == copied.copy
         assert await bench.files(target) == {"one": "first", "two": "second"}
 
-    async def test_a_rental_without_a_copy_stays_as_it_is(self, bench: Bench) -> None:
+    async def test_a_rental_without_a_copy_stays_as_it_is(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=False)
         assert await bench.snapshot_service.restore(home) is None
@@ -114,7 +116,7 @@ class SnapshotServiceContract:
         assert await bench.snapshot_service.copies(home.rental_id, home.uid) == []
 
     async def test_a_connection_at_hand_is_to_the_worker_with_the_pinned_host_key_or_to_nobody(
-        self, bench: Bench
+        self, bench: SnapshotBench
     ) -> None:
         one, other = bench.hosts
         await bench.snapshot_service.connect(one)
@@ -122,7 +124,9 @@ class SnapshotServiceContract:
         refused = await refusal(bench.snapshot_service.connect(replace(one, host_keys=other.host_keys)))
         assert refused.code == "unreachable"
 
-    async def test_a_restore_may_be_repeated_until_the_renter_is_let_in_and_never_after(self, bench: Bench) -> None:
+    async def test_a_restore_may_be_repeated_until_the_renter_is_let_in_and_never_after(
+        self, bench: SnapshotBench
+    ) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         await bench.write(home, "file", "old")
@@ -137,7 +141,7 @@ class SnapshotServiceContract:
         assert (refused.code, refused.restored) == (ALREADY_ACTIVATED, "1-1")
         assert await bench.files(target) == {"file": "newer than any copy"}
 
-    async def test_a_copy_that_was_prepared_for_holds_what_changed_since(self, bench: Bench) -> None:
+    async def test_a_copy_that_was_prepared_for_holds_what_changed_since(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         for name in ("changed", "removed", "same"):
@@ -166,7 +170,9 @@ class SnapshotServiceContract:
         await bench.snapshot_service.restore(other, first)
         assert await bench.files(other) == {"changed": "changed", "removed": "removed", "same": "same"}
 
-    async def test_an_older_copy_is_restored_when_it_is_named_and_only_if_it_is_there(self, bench: Bench) -> None:
+    async def test_an_older_copy_is_restored_when_it_is_named_and_only_if_it_is_there(
+        self, bench: SnapshotBench
+    ) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         for content in ("a", "bb"):
@@ -182,7 +188,7 @@ class SnapshotServiceContract:
         assert await bench.files(target) == {"file": "a"}
 
     async def test_copies_are_ordered_by_epoch_first_and_the_newest_of_the_epoch_before_is_kept(
-        self, bench: Bench
+        self, bench: SnapshotBench
     ) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
@@ -200,7 +206,7 @@ class SnapshotServiceContract:
         assert [str(copy.generation) for copy in kept] == ["1-5", "2-2", "2-3", "2-4"]
         assert await bench.snapshot_service.copies(home.rental_id, home.uid) == list(kept)
 
-    async def test_a_home_that_has_not_changed_makes_the_newest_copy_younger(self, bench: Bench) -> None:
+    async def test_a_home_that_has_not_changed_makes_the_newest_copy_younger(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         await bench.write(home, "file", "same")
@@ -212,14 +218,14 @@ class SnapshotServiceContract:
         await bench.remove(home, "other")
         assert (await bench.snapshot_service.copy(home, LIMITS)).copy.generation == SnapshotId(1, 2)
 
-    async def test_what_changes_within_a_second_and_keeps_its_size_has_changed(self, bench: Bench) -> None:
+    async def test_what_changes_within_a_second_and_keeps_its_size_has_changed(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         for number, content in enumerate(("one", "two", "six"), start=1):
             await bench.write(home, "file", content)
             assert (await bench.snapshot_service.copy(home, LIMITS)).copy.generation == SnapshotId(1, number)
 
-    async def test_only_the_epoch_that_is_there_is_copied(self, bench: Bench) -> None:
+    async def test_only_the_epoch_that_is_there_is_copied(self, bench: SnapshotBench) -> None:
         home = bench.new_home(epoch=2)
         await bench.create(home, activated=True)
         for epoch in (1, 3):
@@ -228,7 +234,7 @@ class SnapshotServiceContract:
             ).code == "stale_epoch"
         assert (await refusal(bench.snapshot_service.copy(bench.new_home(), LIMITS))).code == "unknown_rental"
 
-    async def test_a_home_over_its_limits_is_not_copied_and_the_last_copy_stays(self, bench: Bench) -> None:
+    async def test_a_home_over_its_limits_is_not_copied_and_the_last_copy_stays(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         await bench.write(home, "file", "x" * 2000)
@@ -238,13 +244,15 @@ class SnapshotServiceContract:
             assert (await refusal(bench.snapshot_service.copy(home, limits))).code == OVER_LIMIT
         assert await bench.snapshot_service.copies(home.rental_id, home.uid) == [copied.copy]
 
-    async def test_beyond_its_owners_share_the_oldest_copies_make_room_for_a_new_one(self, bench: Bench) -> None:
+    async def test_beyond_its_owners_share_the_oldest_copies_make_room_for_a_new_one(
+        self, bench: SnapshotBench
+    ) -> None:
         home = await bench.owned_by()
         kept = [await bench.copy_other(home, bench.room_for(2.5)) for _ in range(3)]
         assert kept == [["1-1"], ["1-1", "1-2"], ["1-2", "1-3"]]
         assert home.owner not in await bench.snapshot_service.short_of_room()
 
-    async def test_the_last_copy_makes_no_room_and_the_new_one_is_refused(self, bench: Bench) -> None:
+    async def test_the_last_copy_makes_no_room_and_the_new_one_is_refused(self, bench: SnapshotBench) -> None:
         home = await bench.owned_by()
         await bench.copy_other(home, LIMITS)
         await bench.copy_other(home, LIMITS)
@@ -253,7 +261,7 @@ class SnapshotServiceContract:
         kept = [str(copy.generation) for copy in await bench.snapshot_service.copies(home.rental_id, home.uid)]
         assert kept == ["1-1", "1-2"]
 
-    async def test_one_owner_has_its_share_and_others_are_not_affected(self, bench: Bench) -> None:
+    async def test_one_owner_has_its_share_and_others_are_not_affected(self, bench: SnapshotBench) -> None:
         room = bench.room_for(2.5)
         first = await bench.owned_by()
         second, other = await bench.owned_by(first), await bench.owned_by()
@@ -268,7 +276,7 @@ class SnapshotServiceContract:
         assert (await bench.snapshot_service.copy(second, room)).copy.generation == SnapshotId(1, 1)
         assert first.owner not in await bench.snapshot_service.short_of_room()
 
-    async def test_what_is_removed_gives_its_room_back_to_its_owner(self, bench: Bench) -> None:
+    async def test_what_is_removed_gives_its_room_back_to_its_owner(self, bench: SnapshotBench) -> None:
         room = bench.room_for(1.5)
         first = await bench.owned_by()
         second = await bench.owned_by(first)
@@ -278,7 +286,7 @@ class SnapshotServiceContract:
         await bench.snapshot_service.remove(first.rental_id, first.uid)
         assert (await bench.snapshot_service.copy(second, room)).copy.generation == SnapshotId(1, 1)
 
-    async def test_nothing_is_left_of_what_is_removed_and_only_of_that(self, bench: Bench) -> None:
+    async def test_nothing_is_left_of_what_is_removed_and_only_of_that(self, bench: SnapshotBench) -> None:
         homes = [bench.new_home(), bench.new_home()]
         for home in homes:
             await bench.create(home, activated=True)
@@ -291,7 +299,7 @@ class SnapshotServiceContract:
         assert (gone.rental_id in kept, stays.rental_id in kept) == (False, True)
 
     async def test_a_worker_that_does_not_answer_or_has_another_key_is_said_to_be_unreachable(
-        self, bench: Bench
+        self, bench: SnapshotBench
     ) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
@@ -301,7 +309,7 @@ class SnapshotServiceContract:
             assert (await refusal(bench.snapshot_service.copy(wrong, LIMITS))).code == "unreachable"
 
     async def test_what_is_left_of_a_lost_epoch_is_copied_aside_and_is_not_what_comes_next_by_itself(
-        self, bench: Bench
+        self, bench: SnapshotBench
     ) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
@@ -322,7 +330,7 @@ class SnapshotServiceContract:
         assert await bench.snapshot_service.restore(target, SnapshotId(1, 2))
         assert await bench.files(target) == {"file": "written after that"}
 
-    async def test_a_lost_home_that_is_as_its_last_copy_makes_no_salvage(self, bench: Bench) -> None:
+    async def test_a_lost_home_that_is_as_its_last_copy_makes_no_salvage(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         await bench.write(home, "file", "same")
@@ -330,7 +338,7 @@ class SnapshotServiceContract:
         salvaged = await bench.snapshot_service.salvage(home, LIMITS)
         assert (salvaged.copy.generation, salvaged.copy.salvage) == (copied.copy.generation, False)
 
-    async def test_the_latest_salvages_stay_and_besides_the_one_that_is_needed(self, bench: Bench) -> None:
+    async def test_the_latest_salvages_stay_and_besides_the_one_that_is_needed(self, bench: SnapshotBench) -> None:
         home = bench.new_home()
         await bench.create(home, activated=True)
         for number, protected in ((1, None), (2, None), (3, SnapshotId(1, 1)), (4, SnapshotId(1, 1)), (5, None)):
@@ -341,7 +349,7 @@ class SnapshotServiceContract:
             staying = {1, 2} if number == 2 else {*oldest, *latest}
             assert {copy.generation.number for copy in salvaged.kept} == staying
 
-    async def test_only_what_its_renter_had_at_that_very_epoch_is_salvaged(self, bench: Bench) -> None:
+    async def test_only_what_its_renter_had_at_that_very_epoch_is_salvaged(self, bench: SnapshotBench) -> None:
         home = bench.new_home(epoch=2)
         await bench.create(home, activated=False)
         assert (await refusal(bench.snapshot_service.salvage(home, LIMITS))).code == NOTHING_TO_RECOVER

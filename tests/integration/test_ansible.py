@@ -17,7 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ansible_contract import OTHER_KEY, Bench, EngineContract, ReachContract, account, assert_done, deletion, new_job
+from ansible_contract import (
+    OTHER_KEY,
+    EngineBench,
+    EngineContract,
+    ReachContract,
+    account,
+    assert_done,
+    deletion,
+    new_job,
+)
 from support.containers import pause
 from worker_support import (
     ROOT,
@@ -74,7 +83,7 @@ class Process:
         self.process.wait(60)
 
 
-class RealEngineBench(Bench):
+class RealEngineBench(EngineBench):
     def __init__(self, on: Worker, process: Process) -> None:
         self.on = on
         self.process = process

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from orion_worker.rpc.server import SOCKET_PATH
 from rental_support import Rental, new_rental, placement
-from snapshot_service_contract import Bench, SnapshotServiceContract, refusal
+from snapshot_service_contract import SnapshotBench, SnapshotServiceContract, refusal
 from snapshot_support import RealSnapshotService, home_of, host_of, snapshot_service
 from worker_support import Worker, wait_until
 
@@ -37,7 +37,7 @@ def real(pair: tuple[Worker, Worker], folder: Path) -> Iterator[RealSnapshotServ
         yield running
 
 
-class RealSnapshotBench(Bench):
+class RealSnapshotBench(SnapshotBench):
     def __init__(self, real: RealSnapshotService, pair: tuple[Worker, Worker], folder: Path) -> None:
         self._disk = Disk.of(real.copies)
         self.snapshot_service = real.client

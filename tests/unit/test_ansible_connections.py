@@ -24,7 +24,7 @@ while read -r line; do echo '{"id": 1, "status": 0, "report": {"changed": true}}
 )
 
 
-class Bench:
+class ConnectionsBench:
     """Connections, and their loop."""
 
     def __init__(self, folder: Path) -> None:
@@ -59,14 +59,14 @@ def host(name: str) -> HostMessage:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ConnectionsBench]:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    made = Bench(tmp_path)
+    made = ConnectionsBench(tmp_path)
     yield made
     made.end()
 
 
-def test_a_connection_is_open_when_the_program_says_so_and_is_held_for_the_next(bench: Bench) -> None:
+def test_a_connection_is_open_when_the_program_says_so_and_is_held_for_the_next(bench: ConnectionsBench) -> None:
     made = bench.to(ECHO)
     assert made.state is State.OPENING
     bench.until(lambda: made.state is State.OPEN)
@@ -81,7 +81,7 @@ def test_a_connection_is_open_when_the_program_says_so_and_is_held_for_the_next(
 @pytest.mark.parametrize(
     "said", ["nonsense", "[]", "null", '{"id": 7, "status": 0, "report": {}}', '{"id": 1, "status": 0, "report": 5}']
 )
-def test_what_is_no_answer_ends_the_connection_and_all_that_was_asked(bench: Bench, said: str) -> None:
+def test_what_is_no_answer_ends_the_connection_and_all_that_was_asked(bench: ConnectionsBench, said: str) -> None:
     made = bench.to(f"{READY}\nread -r line\necho '{said}'\nread -r line")
     bench.until(lambda: made.state is State.OPEN)
     answers: list[dict[str, Any]] = []
@@ -92,7 +92,7 @@ def test_what_is_no_answer_ends_the_connection_and_all_that_was_asked(bench: Ben
     assert bench.connections.by_number(made.number) is None
 
 
-def test_more_than_an_answer_can_be_is_not_kept(bench: Bench) -> None:
+def test_more_than_an_answer_can_be_is_not_kept(bench: ConnectionsBench) -> None:
     made = bench.to(f"{READY}\nexec cat /dev/zero")
     bench.until(lambda: made.closed)
     assert made.complaint == "the worker sent more than an answer may hold"
@@ -106,14 +106,14 @@ def test_more_than_an_answer_can_be_is_not_kept(bench: Bench) -> None:
         ("", "the connection was closed"),
     ],
 )
-def test_why_it_did_not_open_is_what_ssh_said(bench: Bench, complaint: str, told: str) -> None:
+def test_why_it_did_not_open_is_what_ssh_said(bench: ConnectionsBench, complaint: str, told: str) -> None:
     made = bench.to(f"echo '{complaint}' >&2\nexit 255")
     bench.until(lambda: made.closed)
     assert made.complaint.endswith(told)
     assert not made.was_open
 
 
-def test_one_that_never_opens_is_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_never_opens_is_given_up(bench: ConnectionsBench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "OPEN_WITHIN_S", 0.05)
     made = bench.to("exec sleep 100")
     assert bench.connections.patience() is not None
@@ -121,7 +121,7 @@ def test_one_that_never_opens_is_given_up(bench: Bench, monkeypatch: pytest.Monk
     assert made.complaint == "nothing answered in time"
 
 
-def test_a_program_that_ends_breaks_what_was_asked_and_the_next_is_a_new_one(bench: Bench) -> None:
+def test_a_program_that_ends_breaks_what_was_asked_and_the_next_is_a_new_one(bench: ConnectionsBench) -> None:
     made = bench.to(f"{READY}\nread -r line")
     bench.until(lambda: made.state is State.OPEN)
     answers: list[dict[str, Any]] = []
@@ -134,7 +134,9 @@ def test_a_program_that_ends_breaks_what_was_asked_and_the_next_is_a_new_one(ben
     bench.until(lambda: again.state is State.OPEN)
 
 
-def test_the_one_that_was_used_the_longest_ago_makes_room(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_one_that_was_used_the_longest_ago_makes_room(
+    bench: ConnectionsBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 2)
     made = [bench.to(ECHO, name) for name in ("a", "b")]
     bench.until(lambda: all(one.state is State.OPEN for one in made))
@@ -143,7 +145,7 @@ def test_the_one_that_was_used_the_longest_ago_makes_room(bench: Bench, monkeypa
     assert [one.closed for one in (*made, third)] == [False, True, False]
 
 
-def test_of_those_that_are_not_used_a_few_are_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_those_that_are_not_used_a_few_are_kept(bench: ConnectionsBench, monkeypatch: pytest.MonkeyPatch) -> None:
     made = [bench.to(ECHO, name) for name in ("a", "b")]
     bench.until(lambda: all(one.state is State.OPEN for one in made))
     bench.connections.to(host("a"))

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from ansible_contract import KEY, Bench, EngineContract, ReachContract, account, new_job
+from ansible_contract import KEY, EngineBench, EngineContract, ReachContract, account, new_job
 
 from orion.manager.ansible import client
 from orion.manager.ansible.client import AnsibleEngine, ReachedAndExpected
@@ -14,7 +14,7 @@ from orion.manager.fakes.workers import Account, FakeEngine, FakeReach, FakeWork
 from orion.manager.ssh.port import Host, Reached
 
 
-class FakeBench(Bench):
+class FakeEngineBench(EngineBench):
     def __init__(self) -> None:
         world = FakeWorld()
         self.host = Host("w-fakefake", "192.0.2.7", (KEY,))
@@ -33,12 +33,12 @@ class FakeBench(Bench):
 
 
 @pytest.fixture
-def bench() -> FakeBench:
-    return FakeBench()
+def bench() -> FakeEngineBench:
+    return FakeEngineBench()
 
 
 class TestFakeEngine(EngineContract):
-    async def test_what_hangs_on_a_worker_fails_when_it_dies(self, bench: FakeBench) -> None:
+    async def test_what_hangs_on_a_worker_fails_when_it_dies(self, bench: FakeEngineBench) -> None:
         bench.worker.hang()
         running = asyncio.create_task(bench.engine.run(new_job(bench.host)))
         await bench.worker.asked.wait()
@@ -46,7 +46,7 @@ class TestFakeEngine(EngineContract):
         assert not (await running).ok
         assert bench.worker.accounts == {}
 
-    async def test_a_worker_that_comes_back_has_everything_locked(self, bench: FakeBench) -> None:
+    async def test_a_worker_that_comes_back_has_everything_locked(self, bench: FakeEngineBench) -> None:
         job = new_job(bench.host)
         await bench.engine.run(job)
         bench.worker.die()
@@ -56,7 +56,7 @@ class TestFakeEngine(EngineContract):
         await bench.engine.run(job)
         assert bench.worker.accounts[job.order.rental_id] == account(job)
 
-    async def test_a_failure_on_demand_fails_every_job_with_its_message(self, bench: FakeBench) -> None:
+    async def test_a_failure_on_demand_fails_every_job_with_its_message(self, bench: FakeEngineBench) -> None:
         bench.worker.failure = "no space left on device"
         outcome = await bench.engine.run(new_job(bench.host))
         assert (outcome.ok, outcome.message) == (False, "no space left on device")

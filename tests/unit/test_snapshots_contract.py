@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 from ansible_contract import KEY, OTHER_KEY
-from snapshot_service_contract import Bench, SnapshotServiceContract
+from snapshot_service_contract import SnapshotBench, SnapshotServiceContract
 
 from orion.manager.ansible.port import Action, Job
 from orion.manager.fakes.snapshots import FakeSnapshotService
@@ -16,7 +16,7 @@ from orion.manager.ssh.port import Host
 from orion.rental_order import RentalOrder
 
 
-class FakeBench(Bench):
+class FakeSnapshotBench(SnapshotBench):
     def __init__(self) -> None:
         self.world = FakeWorld()
         self.hosts = (Host("w-one", "192.0.2.1", (KEY,)), Host("w-two", "192.0.2.2", (OTHER_KEY,)))
@@ -54,8 +54,8 @@ class FakeBench(Bench):
 
 
 @pytest.fixture
-def bench() -> FakeBench:
-    return FakeBench()
+def bench() -> FakeSnapshotBench:
+    return FakeSnapshotBench()
 
 
 class TestFakeSnapshotService(SnapshotServiceContract):

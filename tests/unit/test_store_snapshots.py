@@ -43,7 +43,7 @@ SNAPSHOT = Snapshot(
 
 
 @dataclass
-class Bench:
+class CatalogBench:
     """A catalog and the events that it wrote."""
 
     catalog: SnapshotCatalog
@@ -74,22 +74,22 @@ def _put(connection: Any, world: World) -> None:
 
 
 @pytest.fixture(params=["memory", "sql"])
-async def bench(request: pytest.FixtureRequest) -> Bench:
+async def bench(request: pytest.FixtureRequest) -> CatalogBench:
     if request.param == "memory":
         state_store = MemoryStateStore(WORLD)
-        return Bench(MemorySnapshotCatalog(state_store), state_store=state_store)
+        return CatalogBench(MemorySnapshotCatalog(state_store), state_store=state_store)
     store: Store = request.getfixturevalue("store")
     await store.write(_put, WORLD)
-    return Bench(SqlSnapshotCatalog(store), store=store)
+    return CatalogBench(SqlSnapshotCatalog(store), store=store)
 
 
-async def test_snapshots_are_taken_on_workers_that_are_ready_or_quarantined(bench: Bench) -> None:
+async def test_snapshots_are_taken_on_workers_that_are_ready_or_quarantined(bench: CatalogBench) -> None:
     assert await bench.catalog.running() == {each.id: (each.epoch, each.owner) for each in (RENTAL, ON_QUARANTINED)}
     assert await bench.catalog.one(RENTAL.id) == Running(RENTAL, RUNNING, WORKER)
     assert await bench.catalog.one(TAKEN_OVER.id) is None
 
 
-async def test_an_accepted_snapshot_is_in_the_catalog_and_the_first_has_an_event(bench: Bench) -> None:
+async def test_an_accepted_snapshot_is_in_the_catalog_and_the_first_has_an_event(bench: CatalogBench) -> None:
     assert await bench.catalog.of(RENTAL.id) == []
     assert await bench.catalog.accept(rules.accepted(RENTAL, RUNNING, SNAPSHOT), RENTAL.id, [SNAPSHOT])
     assert await bench.catalog.of(RENTAL.id) == [SNAPSHOT]
@@ -101,7 +101,7 @@ async def test_an_accepted_snapshot_is_in_the_catalog_and_the_first_has_an_event
     assert await bench.kinds() == ["rental.copied"]
 
 
-async def test_a_snapshot_of_a_placement_that_runs_no_more_changes_nothing(bench: Bench) -> None:
+async def test_a_snapshot_of_a_placement_that_runs_no_more_changes_nothing(bench: CatalogBench) -> None:
     late = replace(RUNNING, epoch=2)
     assert not await bench.catalog.accept(rules.accepted(RENTAL, late, SNAPSHOT), RENTAL.id, [SNAPSHOT])
     preparing = new_placement(TAKEN_OVER, WORKER, PlacementState.PREPARING)
@@ -110,7 +110,7 @@ async def test_a_snapshot_of_a_placement_that_runs_no_more_changes_nothing(bench
     assert await bench.kinds() == []
 
 
-async def test_a_problem_has_an_event_when_it_begins_and_when_it_ends(bench: Bench) -> None:
+async def test_a_problem_has_an_event_when_it_begins_and_when_it_ends(bench: CatalogBench) -> None:
     for _ in range(2):
         rental = await bench.shown()
         step = rules.failed(rental, RUNNING, "its home holds too much")
@@ -124,7 +124,9 @@ async def test_a_problem_has_an_event_when_it_begins_and_when_it_ends(bench: Ben
     assert await bench.kinds() == ["rental.copy_failed", "rental.copied"]
 
 
-async def test_snapshots_are_removable_after_a_release_at_once_and_after_an_expiry_in_a_day(bench: Bench) -> None:
+async def test_snapshots_are_removable_after_a_release_at_once_and_after_an_expiry_in_a_day(
+    bench: CatalogBench,
+) -> None:
     all_ids = [RENTAL.id, TAKEN_OVER.id, RELEASED.id, EXPIRED.id, "unknown"]
     ended_at = EXPIRED.expires_at or 0.0
     assert await bench.catalog.removable(all_ids, ended_at) == [(RELEASED.id, RELEASED.uid)]
@@ -132,7 +134,9 @@ async def test_snapshots_are_removable_after_a_release_at_once_and_after_an_expi
     assert sorted(removable) == [(RELEASED.id, RELEASED.uid), (EXPIRED.id, EXPIRED.uid)]
 
 
-async def test_snapshots_of_an_expired_rental_are_removable_when_its_owner_is_short_of_room(bench: Bench) -> None:
+async def test_snapshots_of_an_expired_rental_are_removable_when_its_owner_is_short_of_room(
+    bench: CatalogBench,
+) -> None:
     all_ids = [RENTAL.id, RELEASED.id, EXPIRED.id]
     ended_at = EXPIRED.expires_at or 0.0
     released, expired = (RELEASED.id, RELEASED.uid), (EXPIRED.id, EXPIRED.uid)
@@ -141,14 +145,14 @@ async def test_snapshots_of_an_expired_rental_are_removable_when_its_owner_is_sh
     assert await bench.catalog.removable(all_ids, float("-inf"), [EXPIRED.owner]) == [released]
 
 
-async def test_forgotten_snapshots_are_not_listed(bench: Bench) -> None:
+async def test_forgotten_snapshots_are_not_listed(bench: CatalogBench) -> None:
     await bench.catalog.accept(rules.accepted(RENTAL, RUNNING, SNAPSHOT), RENTAL.id, [SNAPSHOT])
     for _ in range(2):
         await bench.catalog.forget(RENTAL.id)
     assert await bench.catalog.of(RENTAL.id) == []
 
 
-async def test_a_lost_placement_is_recovered_once(bench: Bench) -> None:
+async def test_a_lost_placement_is_recovered_once(bench: CatalogBench) -> None:
     recovered = replace(SNAPSHOT, generation=SnapshotId(2, 9), salvage=True)
     assert await bench.catalog.to_recover(LOST.id) == (RENTAL, LOST)
     assert [await bench.catalog.to_recover(each) for each in ("p-given-up", RUNNING.id, "p-unknown")] == [None] * 3
@@ -161,7 +165,7 @@ async def test_a_lost_placement_is_recovered_once(bench: Bench) -> None:
     assert await bench.kinds() == ["rental.salvaged"]
 
 
-async def test_a_recovery_that_failed_is_given_up_once(bench: Bench) -> None:
+async def test_a_recovery_that_failed_is_given_up_once(bench: CatalogBench) -> None:
     for _ in range(2):
         await bench.catalog.record(rules.not_recovered(RENTAL, LOST, "its home holds too much"))
     assert await bench.catalog.to_recover(LOST.id) is None

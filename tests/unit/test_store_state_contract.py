@@ -41,7 +41,7 @@ class Both(StateStore, Registry, Protocol):
 
 
 @dataclass
-class Bench:
+class StateStoreBench:
     """A state store that holds a world, and its events."""
 
     state_store: Both
@@ -103,13 +103,13 @@ def _put(connection: Any, world: World) -> None:
 
 
 @pytest.fixture(params=["memory", "sql"])
-async def bench(request: pytest.FixtureRequest) -> Bench:
+async def bench(request: pytest.FixtureRequest) -> StateStoreBench:
     world = new_world(WORKER, OTHER, RENTAL, QUEUED, ENDED, LONG_GONE, RUNNING, LEFT_OF_ENDED, PURGED)
     if request.param == "memory":
-        return Bench(MemoryStateStore(world))
+        return StateStoreBench(MemoryStateStore(world))
     store: Store = request.getfixturevalue("store")
     await store.write(_put, world)
-    return Bench(SqlStateStore(store), store)
+    return StateStoreBench(SqlStateStore(store), store)
 
 
 def reserved(number: int, rental: Any, worker: Any, **change: Any) -> Step:
@@ -117,23 +117,23 @@ def reserved(number: int, rental: Any, worker: Any, **change: Any) -> Step:
     return Step((), (), replace(row, **change))
 
 
-async def test_the_world_has_what_is_alive_and_the_residue_of_what_has_ended(bench: Bench) -> None:
+async def test_the_world_has_what_is_alive_and_the_residue_of_what_has_ended(bench: StateStoreBench) -> None:
     assert await bench.state_store.load() == new_world(WORKER, OTHER, RENTAL, QUEUED, ENDED, RUNNING, LEFT_OF_ENDED)
     assert await bench.state_store.workers([WORKER.id, "w-unknown"]) == {WORKER.id: WORKER}
 
 
-async def test_a_loaded_world_does_not_change_afterwards(bench: Bench) -> None:
+async def test_a_loaded_world_does_not_change_afterwards(bench: StateStoreBench) -> None:
     seen = await bench.state_store.load()
     assert await bench.state_store.apply([release(RENTAL, "released", "alice", "asked for")])
     assert seen.rentals[RENTAL.id] == RENTAL
 
 
-async def test_living_rentals_are_due_when_their_time_is_over(bench: Bench) -> None:
+async def test_living_rentals_are_due_when_their_time_is_over(bench: StateStoreBench) -> None:
     assert await bench.state_store.due(5599.0) == []
     assert await bench.state_store.due(5600.0) == [RENTAL]
 
 
-async def test_a_rental_without_expiry_gets_one_once_the_clock_is_trusted(bench: Bench) -> None:
+async def test_a_rental_without_expiry_gets_one_once_the_clock_is_trusted(bench: StateStoreBench) -> None:
     doubted = WallClock(offset_s=0.0).observe(86_400.0, 0.0)
     assert await bench.state_store.without_expiry() == []
     assert await bench.state_store.apply([renew(RENTAL, 60, "alice", None)])
@@ -148,7 +148,7 @@ async def test_a_rental_without_expiry_gets_one_once_the_clock_is_trusted(bench:
     assert [rental.expires_at for rental in await bench.state_store.due(7060.0)] == [7060.0]
 
 
-async def test_a_rental_that_was_renewed_since_it_was_due_does_not_expire(bench: Bench) -> None:
+async def test_a_rental_that_was_renewed_since_it_was_due_does_not_expire(bench: StateStoreBench) -> None:
     wall = 5600.0
     decided = expire(await bench.state_store.due(wall), wall, WallClock(offset_s=0.0))
     assert len(decided) == 1
@@ -160,13 +160,13 @@ async def test_a_rental_that_was_renewed_since_it_was_due_does_not_expire(bench:
     )
 
 
-async def test_a_step_is_applied_with_its_events(bench: Bench) -> None:
+async def test_a_step_is_applied_with_its_events(bench: StateStoreBench) -> None:
     assert await bench.state_store.apply([release(RENTAL, "released", "alice", "asked for")])
     assert (await bench.state_store.load()).rentals[RENTAL.id].state is RentalState.RELEASING
     assert await bench.kinds() == ["rental.release_started"]
 
 
-async def test_steps_are_applied_up_to_the_first_stale_one(bench: Bench) -> None:
+async def test_steps_are_applied_up_to_the_first_stale_one(bench: StateStoreBench) -> None:
     first = release(RENTAL, "released", "alice", "asked for")
     stale = move_worker(replace(WORKER, session_id="another"), Health.SUSPECT, "silence")
     after = move_worker(OTHER, Health.SUSPECT, "silence")
@@ -183,7 +183,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-async def test_a_broken_invariant_is_refused_and_rolls_the_transaction_back(bench: Bench, what: str) -> None:
+async def test_a_broken_invariant_is_refused_and_rolls_the_transaction_back(bench: StateStoreBench, what: str) -> None:
     before = await bench.state_store.load()
     harmless = move_worker(OTHER, Health.SUSPECT, "silence")
     with pytest.raises((InvariantBroken, IntegrityError)):
@@ -199,7 +199,7 @@ async def test_a_broken_invariant_is_refused_and_rolls_the_transaction_back(benc
     ("expect", "change"), [({}, {"explanatoin": "x"}), ({"epcoh": 3}, {}), ({}, {"id": "x"}), ({}, {"labels": {}})]
 )
 async def test_a_write_of_a_field_that_no_step_may_write_raises_at_once(
-    bench: Bench, kind: Kind, identity: str, expect: dict[str, Any], change: dict[str, Any]
+    bench: StateStoreBench, kind: Kind, identity: str, expect: dict[str, Any], change: dict[str, Any]
 ) -> None:
     before = await bench.state_store.load()
     with pytest.raises(UnknownField, match=f"{kind} {identity}"):
@@ -215,18 +215,18 @@ def test_a_misspelt_change_of_a_state_raises_at_once() -> None:
 
 
 @pytest.mark.parametrize(("kind", "row"), [("worker", WORKER), ("rental", RENTAL), ("placement", RUNNING)])
-async def test_each_field_that_a_step_may_write_can_be_written(bench: Bench, kind: Kind, row: Any) -> None:
+async def test_each_field_that_a_step_may_write_can_be_written(bench: StateStoreBench, kind: Kind, row: Any) -> None:
     for name in sorted(WRITTEN[kind]):
         change = {name: getattr(row, name, 7)}
         assert await bench.state_store.apply([Step((Write(kind=kind, id=row.id, expect={}, change=change),))]), name
 
 
-async def test_a_free_slot_may_be_taken(bench: Bench) -> None:
+async def test_a_free_slot_may_be_taken(bench: StateStoreBench) -> None:
     assert await bench.state_store.apply([reserved(1, QUEUED, WORKER, slot=1)])
     assert "new-1" in (await bench.state_store.load()).placements
 
 
-async def test_a_slot_is_free_when_its_placement_is_purged(bench: Bench) -> None:
+async def test_a_slot_is_free_when_its_placement_is_purged(bench: StateStoreBench) -> None:
     stopping = move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")
     await bench.state_store.apply([stopping])
     await bench.state_store.finish(
@@ -237,7 +237,7 @@ async def test_a_slot_is_free_when_its_placement_is_purged(bench: Bench) -> None
     assert await bench.state_store.apply([reserved(1, QUEUED, WORKER)])
 
 
-async def test_a_success_of_a_task_that_is_not_wanted_any_more_changes_nothing(bench: Bench) -> None:
+async def test_a_success_of_a_task_that_is_not_wanted_any_more_changes_nothing(bench: StateStoreBench) -> None:
     before = await bench.state_store.load()
     await bench.state_store.finish(
         [TaskEnded(task=TASK, ok=True, wall=9000.0, counts_from=9000.0, report={"left": []})], follow
@@ -245,7 +245,7 @@ async def test_a_success_of_a_task_that_is_not_wanted_any_more_changes_nothing(b
     assert await bench.state_store.load() == before
 
 
-async def test_a_failure_is_explained_in_its_rental(bench: Bench) -> None:
+async def test_a_failure_is_explained_in_its_rental(bench: StateStoreBench) -> None:
     await bench.state_store.apply([release(RENTAL, "released", "alice", "asked for")])
     await bench.state_store.finish(
         [TaskEnded(task=TASK, ok=False, wall=9000.0, counts_from=9000.0, message="no space left", attempts=1)], follow
@@ -253,13 +253,13 @@ async def test_a_failure_is_explained_in_its_rental(bench: Bench) -> None:
     assert (await bench.state_store.load()).rentals[RENTAL.id].explanation == "trying again: no space left"
 
 
-async def test_recorded_heartbeats_change_nothing_that_decisions_read(bench: Bench) -> None:
+async def test_recorded_heartbeats_change_nothing_that_decisions_read(bench: StateStoreBench) -> None:
     before = await bench.state_store.load()
     await bench.state_store.record_heartbeats([(WORKER.id, 9000.0, {"cpu": 1.0})])
     assert await bench.state_store.load() == before
 
 
-async def test_a_new_worker_is_joining_and_known_at_its_address(bench: Bench) -> None:
+async def test_a_new_worker_is_joining_and_known_at_its_address(bench: StateStoreBench) -> None:
     registered = await bench.state_store.register(CLAIM, None, True)
     (known,) = await bench.state_store.known_at(CLAIM.address)
     assert registered.token
@@ -268,7 +268,7 @@ async def test_a_new_worker_is_joining_and_known_at_its_address(bench: Bench) ->
     assert await bench.state_store.worker(known.id) == known
 
 
-async def test_a_worker_that_calls_home_again_has_a_new_session_and_the_same_health(bench: Bench) -> None:
+async def test_a_worker_that_calls_home_again_has_a_new_session_and_the_same_health(bench: StateStoreBench) -> None:
     registered = await bench.state_store.register(CLAIM, WORKER.id, False)
     again = await bench.state_store.worker(WORKER.id)
     assert registered.worker_id == WORKER.id
@@ -281,7 +281,7 @@ async def test_a_worker_that_calls_home_again_has_a_new_session_and_the_same_hea
 
 @pytest.mark.parametrize("health", Health)
 async def test_a_worker_without_placements_is_removed_when_a_new_one_has_its_address(
-    bench: Bench, health: Health
+    bench: StateStoreBench, health: Health
 ) -> None:
     before = await bench.state_store.register(CLAIM, None, True)
     (known,) = await bench.state_store.known_at(CLAIM.address)
@@ -296,7 +296,7 @@ async def test_a_worker_without_placements_is_removed_when_a_new_one_has_its_add
 
 @pytest.mark.parametrize("health", Health)
 async def test_a_worker_that_never_got_the_answer_to_its_registration_is_known_once(
-    bench: Bench, health: Health
+    bench: StateStoreBench, health: Health
 ) -> None:
     """Its network was cut meanwhile, and it has another address: its host keys identify it."""
     before = await bench.state_store.register(CLAIM, None, True)
@@ -313,7 +313,7 @@ async def test_a_worker_that_never_got_the_answer_to_its_registration_is_known_o
 
 
 @pytest.mark.parametrize("keeps", ["a placement", "an intent"])
-async def test_a_worker_whose_address_a_new_one_has_is_kept_for(bench: Bench, keeps: str) -> None:
+async def test_a_worker_whose_address_a_new_one_has_is_kept_for(bench: StateStoreBench, keeps: str) -> None:
     await bench.become(OTHER, Health.SUSPECT, Health.DOWN)
     if keeps == "an intent":
         purged = move_placement(LEFT_OF_ENDED, "reconciler", PlacementState.PURGED, "a", "why")
@@ -325,7 +325,7 @@ async def test_a_worker_whose_address_a_new_one_has_is_kept_for(bench: Bench, ke
     assert await bench.state_store.worker(OTHER.id)
 
 
-async def test_a_part_has_the_whole_workers_and_every_rental_in_transition(bench: Bench) -> None:
+async def test_a_part_has_the_whole_workers_and_every_rental_in_transition(bench: StateStoreBench) -> None:
     releasing = release(RENTAL, "released", "alice", "asked for")
     assert await bench.state_store.apply([releasing])
     everything = await bench.state_store.load()
@@ -333,7 +333,7 @@ async def test_a_part_has_the_whole_workers_and_every_rental_in_transition(bench
     assert seen == replace(everything, whole=frozenset({OTHER.id, "w-gone"}), taken={WORKER.id: frozenset({0})})
 
 
-async def test_a_part_leaves_out_active_rentals_of_other_workers(bench: Bench) -> None:
+async def test_a_part_leaves_out_active_rentals_of_other_workers(bench: StateStoreBench) -> None:
     seen = await bench.state_store.load_part((), ())
     assert (seen.workers, seen.rentals, seen.placements) == ({}, {QUEUED.id: QUEUED}, {})
     with_candidate = await bench.state_store.load_part((), {WORKER.id})
@@ -341,7 +341,7 @@ async def test_a_part_leaves_out_active_rentals_of_other_workers(bench: Bench) -
     assert with_candidate.placements == {}, "only its slots"
 
 
-async def test_independent_steps_are_applied_one_by_one(bench: Bench) -> None:
+async def test_independent_steps_are_applied_one_by_one(bench: StateStoreBench) -> None:
     stale = move_worker(replace(WORKER, session_id="another"), Health.SUSPECT, "silence")
     good = move_worker(OTHER, Health.SUSPECT, "silence")
     assert await bench.state_store.apply_each([stale, good]) == [False, True]
@@ -349,7 +349,7 @@ async def test_independent_steps_are_applied_one_by_one(bench: Bench) -> None:
     assert await bench.kinds() == ["worker.became_suspect"]
 
 
-async def test_tasks_that_end_together_are_all_applied_and_each_sees_the_ones_before_it(bench: Bench) -> None:
+async def test_tasks_that_end_together_are_all_applied_and_each_sees_the_ones_before_it(bench: StateStoreBench) -> None:
     await bench.state_store.apply([move_placement(RUNNING, "alice", PlacementState.STOPPING, "a", "why")])
     reached = Task(kind=TaskKind.REACH, worker_id=OTHER.id, session_id=OTHER.session_id)
     await bench.state_store.finish(
@@ -368,7 +368,7 @@ async def test_tasks_that_end_together_are_all_applied_and_each_sees_the_ones_be
     ]
 
 
-async def test_a_follower_gets_the_whole_pool_and_then_the_changes_of_each_commit(bench: Bench) -> None:
+async def test_a_follower_gets_the_whole_pool_and_then_the_changes_of_each_commit(bench: StateStoreBench) -> None:
     followed, anew = PoolIndex(), PoolIndex()
     await bench.state_store.follow(lambda changes: followed.apply(changes, 0.0))
     assert [held.id for held in followed.placements_on(WORKER.id)] == [RUNNING.id]
@@ -388,7 +388,7 @@ async def test_a_follower_gets_the_whole_pool_and_then_the_changes_of_each_commi
     assert not differences(anew, followed)
 
 
-async def test_workers_that_are_down_are_removed_if_they_hold_no_files_that_are_needed(bench: Bench) -> None:
+async def test_workers_that_are_down_are_removed_if_they_hold_no_files_that_are_needed(bench: StateStoreBench) -> None:
     """A worker that may hold the newest files of a living rental is kept; files of an ended rental are not needed."""
     await bench.become(WORKER, Health.SUSPECT, Health.DOWN)
     assert await bench.state_store.forget([WORKER.id, OTHER.id]) == ()
