@@ -24,7 +24,7 @@ class Connection:
         self.ours.close()
 
 
-class House:
+class LivenessBench:
     def __init__(self, folder: Path) -> None:
         self.place = folder / "watch"
         self.ends = 0
@@ -45,78 +45,78 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LivenessBench:
     monkeypatch.setattr("orion_worker.rpc.liveness.ROOT", os.getuid())
-    return House(tmp_path)
+    return LivenessBench(tmp_path)
 
 
-def test_the_manager_learns_which_boot_this_is(house: House) -> None:
-    assert house.connection().ours.recv(100) == b"boot-1\n"
-    assert house.place.stat().st_mode & 0o777 == 0o600
+def test_the_manager_learns_which_boot_this_is(bench: LivenessBench) -> None:
+    assert bench.connection().ours.recv(100) == b"boot-1\n"
+    assert bench.place.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_connection_that_breaks_is_reported(house: House) -> None:
-    connection = house.connection()
-    house.listener.look(0.0)
-    assert house.ends == 0
+def test_a_connection_that_breaks_is_reported(bench: LivenessBench) -> None:
+    connection = bench.connection()
+    bench.listener.look(0.0)
+    assert bench.ends == 0
     connection.close()
-    house.listener.look(1.0)
-    assert house.ends == 1
+    bench.listener.look(1.0)
+    assert bench.ends == 1
 
 
-def test_a_connection_that_ends_in_order_is_not_reported_as_broken(house: House) -> None:
-    connection = house.connection()
+def test_a_connection_that_ends_in_order_is_not_reported_as_broken(bench: LivenessBench) -> None:
+    connection = bench.connection()
     connection.ours.sendall(ORDERLY_END[:2])
-    house.listener.look(1.0)
+    bench.listener.look(1.0)
     connection.ours.sendall(ORDERLY_END[2:])
     connection.close()
     for _ in range(3):
-        house.listener.look(0.1)
-    assert (house.ends, house.orderly) == (0, 1)
+        bench.listener.look(0.1)
+    assert (bench.ends, bench.orderly) == (0, 1)
 
 
-def test_the_last_word_must_be_the_last(house: House) -> None:
-    connection = house.connection()
+def test_the_last_word_must_be_the_last(bench: LivenessBench) -> None:
+    connection = bench.connection()
     connection.ours.sendall(ORDERLY_END + b"no, wait")
     connection.close()
     for _ in range(3):
-        house.listener.look(0.1)
-    assert (house.ends, house.orderly) == (1, 0)
+        bench.listener.look(0.1)
+    assert (bench.ends, bench.orderly) == (1, 0)
 
 
-def test_each_of_two_connections_has_its_own_end(house: House) -> None:
-    old, new = house.connection(), house.connection()
+def test_each_of_two_connections_has_its_own_end(bench: LivenessBench) -> None:
+    old, new = bench.connection(), bench.connection()
     old.close()
-    house.listener.look(1.0)
-    assert house.ends == 1
+    bench.listener.look(1.0)
+    assert bench.ends == 1
     new.close()
-    house.listener.look(1.0)
-    assert house.ends == 2
+    bench.listener.look(1.0)
+    assert bench.ends == 2
 
 
 def test_the_program_in_between_lasts_as_long_as_the_connection_and_its_death_is_no_end_of_its_own(
-    house: House,
+    bench: LivenessBench,
 ) -> None:
-    connection = house.connection()
+    connection = bench.connection()
     connection.program.setblocking(False)
     with pytest.raises(BlockingIOError):
         connection.program.recv(1)
     connection.close()
-    house.listener.look(1.0)
+    bench.listener.look(1.0)
     assert connection.program.recv(1) == b""
 
 
-def test_a_program_that_hands_over_nothing_is_no_connection(house: House) -> None:
+def test_a_program_that_hands_over_nothing_is_no_connection(bench: LivenessBench) -> None:
     stranger = socket.socket(socket.AF_UNIX)
-    stranger.connect(str(house.place))
-    house.listener.look(1.0)
+    stranger.connect(str(bench.place))
+    bench.listener.look(1.0)
     stranger.send(b"w")
-    house.listener.look(1.0)
+    bench.listener.look(1.0)
     assert stranger.recv(1) == b""
-    assert house.ends == 0
+    assert bench.ends == 0
 
 
-def test_a_failed_look_counts_as_an_end(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_look_counts_as_an_end(bench: LivenessBench, monkeypatch: pytest.MonkeyPatch) -> None:
     class Over(Exception): ...
 
     def out_of_descriptors(_: float | None) -> None:
@@ -125,16 +125,16 @@ def test_a_failed_look_counts_as_an_end(house: House, monkeypatch: pytest.Monkey
     def pause(_: float) -> None:
         raise Over
 
-    monkeypatch.setattr(house.listener, "look", out_of_descriptors)
+    monkeypatch.setattr(bench.listener, "look", out_of_descriptors)
     monkeypatch.setattr("orion_worker.rpc.liveness.time.sleep", pause)
     with pytest.raises(Over):
-        house.listener.run()
-    assert house.ends == 1
+        bench.listener.run()
+    assert bench.ends == 1
 
 
-def test_nobody_but_root_may_connect(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_but_root_may_connect(bench: LivenessBench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orion_worker.rpc.liveness.ROOT", 100_001)
-    connection = house.connection()
+    connection = bench.connection()
     with pytest.raises(ConnectionResetError):
         connection.program.recv(100)
-    assert house.ends == 0
+    assert bench.ends == 0

@@ -81,7 +81,7 @@ class Operations:
 
 
 @dataclass
-class House:
+class HomeBench:
     """A worker with one home; `snapshot` returns the report for the manager."""
 
     root: Path
@@ -123,13 +123,13 @@ def tree(place: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HomeBench:
     (tmp_path / "home").mkdir()
     (tmp_path / "aside").mkdir()
     programs = Programs(tmp_path)
     records = RentalRecords(tmp_path / "ledger")
     records.save(RECORD)
-    here = House(tmp_path, Operations(records, programs, Manifests(tmp_path)))
+    here = HomeBench(tmp_path, Operations(records, programs, Manifests(tmp_path)))
     monkeypatch.setattr(maker, "mapped_inodes", lambda uid: frozenset())
     monkeypatch.setattr(maker, "tasks_of", lambda uid: list(programs.tasks))
     monkeypatch.setattr(maker, "hung_up", programs.run)
@@ -145,96 +145,96 @@ def aged(folder: Path) -> None:
         pass
 
 
-def test_when_a_snapshot_was_begun_counts_from_its_request(house: House) -> None:
+def test_when_a_snapshot_was_begun_counts_from_its_request(bench: HomeBench) -> None:
     """A snapshot may lack what is written after it was begun, so its time is not that of the answer."""
     for base in ("", MARK):
         began = time.monotonic()
-        told = house.snapshot(base=base, asked_s_ago=7.0)
+        told = bench.snapshot(base=base, asked_s_ago=7.0)
         took_s = time.monotonic() - began
         assert told["same"] is bool(base)
         assert 7.0 <= told["after_s"] <= 7.0 + took_s - told["age_s"]
         assert told["age_s"] > 0
 
 
-def test_a_first_snapshot_has_everything_and_an_unchanged_home_is_the_same_without_a_pause(house: House) -> None:
-    (house.home / "deep/er").mkdir(parents=True)
-    (house.home / "deep/er/file").write_text("content")
-    aged(house.home)
-    told = house.snapshot(mark=BASE)
+def test_a_first_snapshot_has_everything_and_an_unchanged_home_is_the_same_without_a_pause(bench: HomeBench) -> None:
+    (bench.home / "deep/er").mkdir(parents=True)
+    (bench.home / "deep/er/file").write_text("content")
+    aged(bench.home)
+    told = bench.snapshot(mark=BASE)
     assert (told["same"], told["whole"], told["files"]) == (False, True, 4)
-    assert house.sent == {"deep/er/file": b"content"}
-    assert house.snapshot(base=BASE)["same"]
-    assert house.operations.freezer.pauses == 1
+    assert bench.sent == {"deep/er/file": b"content"}
+    assert bench.snapshot(base=BASE)["same"]
+    assert bench.operations.freezer.pauses == 1
 
 
-def test_only_what_changed_is_sent_and_what_was_removed_is_listed(house: House) -> None:
+def test_only_what_changed_is_sent_and_what_was_removed_is_listed(bench: HomeBench) -> None:
     for name in ("stays", "grows", "goes", "folder/goes too", "folder/stays", "other/inner/deep"):
-        (house.home / name).parent.mkdir(parents=True, exist_ok=True)
-        (house.home / name).write_text("x")
-    aged(house.home)
-    house.snapshot(mark=BASE)
-    (house.home / "grows").write_text("xx")
-    (house.home / "goes").unlink()
-    (house.home / "folder/goes too").unlink()
+        (bench.home / name).parent.mkdir(parents=True, exist_ok=True)
+        (bench.home / name).write_text("x")
+    aged(bench.home)
+    bench.snapshot(mark=BASE)
+    (bench.home / "grows").write_text("xx")
+    (bench.home / "goes").unlink()
+    (bench.home / "folder/goes too").unlink()
     for name in ("other/inner/deep",):
-        (house.home / name).unlink()
-    (house.home / "other/inner").rmdir()
-    (house.home / "other").rmdir()
-    (house.home / "other").write_text("a file now")
-    aged(house.home)
-    told = house.snapshot(base=BASE)
+        (bench.home / name).unlink()
+    (bench.home / "other/inner").rmdir()
+    (bench.home / "other").rmdir()
+    (bench.home / "other").write_text("a file now")
+    aged(bench.home)
+    told = bench.snapshot(base=BASE)
     assert not told["whole"]
-    assert house.sent == {"grows": b"xx", "other": b"a file now"}
-    assert house.listed == {".", "grows", "goes", "folder", "folder/goes too", "other"}
+    assert bench.sent == {"grows": b"xx", "other": b"a file now"}
+    assert bench.listed == {".", "grows", "goes", "folder", "folder/goes too", "other"}
 
 
-def test_a_change_that_keeps_size_and_time_is_sent(house: House) -> None:
-    file = house.home / "file"
+def test_a_change_that_keeps_size_and_time_is_sent(bench: HomeBench) -> None:
+    file = bench.home / "file"
     file.write_text("old")
     os.utime(file, ns=(5, 7))
-    aged(house.home)
-    house.snapshot(mark=BASE)
+    aged(bench.home)
+    bench.snapshot(mark=BASE)
     file.write_text("new")
     os.utime(file, ns=(5, 7))
-    aged(house.home)
-    assert not house.snapshot(base=BASE)["same"]
-    assert house.sent == {"file": b"new"}
+    aged(bench.home)
+    assert not bench.snapshot(base=BASE)["same"]
+    assert bench.sent == {"file": b"new"}
 
 
 def test_a_change_that_comes_as_soon_as_the_scan_that_its_ctime_does_not_tell_it_is_found_by_its_content(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    bench: HomeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scanning, "RACY_S", 1e9)  # everything is as young as that
-    file = house.home / "file"
+    file = bench.home / "file"
     file.write_text("old")
-    house.snapshot(mark=BASE)
-    assert house.snapshot(base=BASE)["same"]
-    known = house.operations.manifests.read("one", BASE)
+    bench.snapshot(mark=BASE)
+    assert bench.snapshot(base=BASE)["same"]
+    known = bench.operations.manifests.read("one", BASE)
     assert known
     assert set(known.doubtful) == {b"./file"}
     file.write_text("new")
     now = known.scan.lines
     monkeypatch.setattr(maker, "scan", lambda *_, **__: Scan(now, known.scan.at))  # as if no time had been written
-    assert not house.snapshot(base=BASE)["same"]
-    assert house.sent["file"] == b"new"
+    assert not bench.snapshot(base=BASE)["same"]
+    assert bench.sent["file"] == b"new"
 
 
 def test_a_file_mapped_for_writing_is_copied_again_during_the_pause(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    bench: HomeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = house.home / "mapped"
+    file = bench.home / "mapped"
     file.write_text("old")
-    aged(house.home)
-    house.snapshot(mark=BASE)
+    aged(bench.home)
+    bench.snapshot(mark=BASE)
     inode = file.stat().st_ino
-    known = house.operations.manifests.read("one", BASE)
+    known = bench.operations.manifests.read("one", BASE)
     assert known
     monkeypatch.setattr(maker, "mapped_inodes", lambda uid: frozenset({inode}))
-    (house.home / "other").write_text("x")
-    aged(house.home)
-    house.snapshot(base=BASE)
-    assert house.sent == {"mapped": b"old", "other": b"x"}
-    kept = house.operations.manifests.read("one", MARK)
+    (bench.home / "other").write_text("x")
+    aged(bench.home)
+    bench.snapshot(base=BASE)
+    assert bench.sent == {"mapped": b"old", "other": b"x"}
+    kept = bench.operations.manifests.read("one", MARK)
     assert kept
     assert set(kept.doubtful) == {b"./mapped"}
 
@@ -254,60 +254,60 @@ class Counter:
         self.number += 1
 
 
-def test_a_snapshot_is_a_state_that_existed(house: House) -> None:
+def test_a_snapshot_is_a_state_that_existed(bench: HomeBench) -> None:
     """Files that are written in an order are in it in that order, however much is copied meanwhile."""
-    counter = house.operations.freezer.work = Counter(house.home)
+    counter = bench.operations.freezer.work = Counter(bench.home)
     for name in ("A", "zz_B"):
-        (house.home / name).write_text("0")
+        (bench.home / name).write_text("0")
     for number in range(100):
-        (house.home / f"m{number}").write_text("x")
+        (bench.home / f"m{number}").write_text("x")
     base = ""
     for mark in ("01", "02", "03"):
         for number in range(100):
-            (house.home / f"m{number}").write_text(f"{mark} {number}")
+            (bench.home / f"m{number}").write_text(f"{mark} {number}")
         before = counter.number
-        house.snapshot(base=base, mark=mark)
+        bench.snapshot(base=base, mark=mark)
         assert counter.number > before + 50, "the program worked while its files were read"
-        ahead, behind = (int(house.sent[name]) for name in ("A", "zz_B"))
+        ahead, behind = (int(bench.sent[name]) for name in ("A", "zz_B"))
         assert behind <= ahead <= behind + 1
         base = mark
 
 
 def test_a_process_that_ran_in_the_pause_is_noticed_and_the_pause_repeated(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    bench: HomeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (house.home / "file").write_text("x")
+    (bench.home / "file").write_text("x")
     comes = KernelTask(7, 7, 1, 7, "S", False, (1,))
     seen = [[comes], [], []]
     monkeypatch.setattr(maker, "tasks_of", lambda uid: seen.pop(0))
-    house.snapshot(mark=BASE)
-    assert house.operations.freezer.pauses == 2
+    bench.snapshot(mark=BASE)
+    assert bench.operations.freezer.pauses == 2
     monkeypatch.setattr(maker, "tasks_of", lambda uid: [comes])
-    (house.home / "file").write_text("y")
+    (bench.home / "file").write_text("y")
     with pytest.raises(RequestRefused) as refused:
-        house.snapshot(base=BASE)
+        bench.snapshot(base=BASE)
     assert refused.value.code == "restless"
-    assert not house.operations.freezer.paused
+    assert not bench.operations.freezer.paused
 
 
-def test_a_pause_ends_whatever_goes_wrong_in_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    (house.home / "file").write_text("x")
+def test_a_pause_ends_whatever_goes_wrong_in_it(bench: HomeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bench.home / "file").write_text("x")
 
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(StagingTree, "_copy", full)
     with pytest.raises(RequestRefused) as refused:
-        house.snapshot()
+        bench.snapshot()
     assert refused.value.code == "no_room"
-    assert not house.operations.freezer.paused
-    assert house.operations.manifests.read("one", MARK) is None
+    assert not bench.operations.freezer.paused
+    assert bench.operations.manifests.read("one", MARK) is None
 
 
 def test_a_pause_that_takes_longer_than_it_may_ends_and_is_refused(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    bench: HomeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (house.home / "file").write_text("x")
+    (bench.home / "file").write_text("x")
     look = maker.scan
 
     def slow(most_entries: int, last_moment: float, strict: bool) -> scanning.Scan:
@@ -315,24 +315,24 @@ def test_a_pause_that_takes_longer_than_it_may_ends_and_is_refused(
 
     monkeypatch.setattr(maker, "scan", slow)
     with pytest.raises(RequestRefused) as refused:
-        house.snapshot(pause_s=9)
+        bench.snapshot(pause_s=9)
     assert refused.value.code == "pause_in_vain"
-    assert (house.operations.freezer.pauses, house.operations.freezer.paused) == (1, False)
+    assert (bench.operations.freezer.pauses, bench.operations.freezer.paused) == (1, False)
 
 
-def test_where_a_pause_will_be_too_long_nothing_is_stopped(house: House) -> None:
+def test_where_a_pause_will_be_too_long_nothing_is_stopped(bench: HomeBench) -> None:
     for number in range(200):
-        (house.home / f"m{number}").write_text("x")
+        (bench.home / f"m{number}").write_text("x")
     with pytest.raises(RequestRefused) as refused:
-        house.snapshot(pause_s=1e-6)
-    assert (refused.value.code, house.operations.freezer.pauses) == ("pause_too_long", 0)
-    house.snapshot(pause_s=1e-6, for_migration=True)
-    assert (len(house.sent), house.operations.freezer.pauses) == (200, 1)
+        bench.snapshot(pause_s=1e-6)
+    assert (refused.value.code, bench.operations.freezer.pauses) == ("pause_too_long", 0)
+    bench.snapshot(pause_s=1e-6, for_migration=True)
+    assert (len(bench.sent), bench.operations.freezer.pauses) == (200, 1)
 
 
 @pytest.mark.parametrize("written", [0, 200])
 def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
-    house: House, monkeypatch: pytest.MonkeyPatch, written: int
+    bench: HomeBench, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
     """Half a minute to copy 200 files, and `written` of them were written again meanwhile."""
     used = [0.0]
@@ -341,58 +341,60 @@ def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
 
     def slowly(staging_tree: StagingTree, entries: Iterable[scanning.HomeEntry], look: Callable[[], None]) -> int:
         copied = keep(staging_tree, entries, look)
-        if not house.operations.freezer.paused:
+        if not bench.operations.freezer.paused:
             used[0] += 30.0
             for number in range(written):
-                (house.home / f"m{number}").write_text("y")
+                (bench.home / f"m{number}").write_text("y")
         return copied
 
     monkeypatch.setattr(StagingTree, "stage", slowly)
     for number in range(200):
-        (house.home / f"m{number}").write_text("x")
+        (bench.home / f"m{number}").write_text("x")
     if written:
         with pytest.raises(RequestRefused, match=r"would have to be stopped for about (29\.9|30\.0) s"):
-            house.snapshot()
+            bench.snapshot()
     else:
-        house.snapshot()
-    assert house.operations.freezer.pauses == (0 if written else 1)
+        bench.snapshot()
+    assert bench.operations.freezer.pauses == (0 if written else 1)
 
 
-def test_a_frozen_home_is_neither_stopped_nor_resumed(house: House) -> None:
-    (house.home / "file").write_text("x")
-    house.operations.freezer.mark(RECORD, frozenset())
-    house.snapshot(for_migration=True)
-    assert house.sent == {"file": b"x"}
-    assert house.operations.freezer.pauses == 0
+def test_a_frozen_home_is_neither_stopped_nor_resumed(bench: HomeBench) -> None:
+    (bench.home / "file").write_text("x")
+    bench.operations.freezer.mark(RECORD, frozenset())
+    bench.snapshot(for_migration=True)
+    assert bench.sent == {"file": b"x"}
+    assert bench.operations.freezer.pauses == 0
 
 
-def test_a_frozen_home_is_scanned_once_whether_or_not_it_changed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    (house.home / "file").write_text("x")
-    aged(house.home)
-    house.snapshot(mark=BASE)
+def test_a_frozen_home_is_scanned_once_whether_or_not_it_changed(
+    bench: HomeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bench.home / "file").write_text("x")
+    aged(bench.home)
+    bench.snapshot(mark=BASE)
     scans: list[bool] = []
     monkeypatch.setattr(maker, "scan", lambda *arguments, strict: scans.append(strict) or scan(*arguments, strict))
-    house.operations.freezer.mark(RECORD, frozenset())
-    assert house.snapshot(base=BASE, for_migration=True)["same"]
-    (house.home / "other").write_text("y")
-    assert not house.snapshot(base=BASE, for_migration=True)["same"]
-    assert house.sent == {"other": b"y"}
+    bench.operations.freezer.mark(RECORD, frozenset())
+    assert bench.snapshot(base=BASE, for_migration=True)["same"]
+    (bench.home / "other").write_text("y")
+    assert not bench.snapshot(base=BASE, for_migration=True)["same"]
+    assert bench.sent == {"other": b"y"}
     with pytest.raises(RequestRefused) as refused:
-        house.snapshot(base=BASE, for_migration=True, max_files=2)
+        bench.snapshot(base=BASE, for_migration=True, max_files=2)
     assert refused.value.code == "over_limit"
     assert scans == [True, True, True]
 
 
 def test_a_rental_that_is_thawed_as_its_snapshot_begins_is_tried_again_and_not_copied_whole_in_a_pause(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    bench: HomeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (house.home / "file").write_text("x")
+    (bench.home / "file").write_text("x")
     was_frozen = iter([True])
-    monkeypatch.setattr(house.operations.freezer, "is_frozen", lambda _rental_id: next(was_frozen, False))
+    monkeypatch.setattr(bench.operations.freezer, "is_frozen", lambda _rental_id: next(was_frozen, False))
     with pytest.raises(RequestRefused) as refused:
-        house.snapshot(for_migration=True)
+        bench.snapshot(for_migration=True)
     assert refused.value.code == "restless"
-    assert (house.operations.freezer.pauses, house.operations.freezer.paused) == (1, False)
+    assert (bench.operations.freezer.pauses, bench.operations.freezer.paused) == (1, False)
 
 
 def test_a_purge_ends_the_transfer_that_stages_files_and_leaves_nothing_of_it(tmp_path: Path) -> None:
@@ -442,17 +444,17 @@ def furnish(home: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root reads what a renter has shut; CI is root")
-def test_entries_of_every_kind_are_staged_with_their_attributes(house: House) -> None:
-    furnish(house.home)
-    home = transfer.open_home(house.home, UID)
-    staging_tree = StagingTree(home, house.root / "aside/one", UID, 12345)
+def test_entries_of_every_kind_are_staged_with_their_attributes(bench: HomeBench) -> None:
+    furnish(bench.home)
+    home = transfer.open_home(bench.home, UID)
+    staging_tree = StagingTree(home, bench.root / "aside/one", UID, 12345)
     looked = scan(100, time.monotonic() + 20, strict=True)
     staging_tree.stage([scanning.parse_entry(line) for line in looked.lines], lambda: None)
     staging_tree.keep_only([scanning.path_of(line) for line in looked.lines])
     assert (staging_tree.missing, staging_tree.incomplete, staging_tree.vanished) == ({}, {}, set())
     in_tree = staging_tree.tree
-    for path in (house.home, *sorted(house.home.rglob("*"))):
-        copy, was = in_tree / path.relative_to(house.home), path.lstat()
+    for path in (bench.home, *sorted(bench.home.rglob("*"))):
+        copy, was = in_tree / path.relative_to(bench.home), path.lstat()
         assert copy.lstat().st_uid == 12345
         assert copy.lstat().st_mtime_ns == was.st_mtime_ns
         if path.is_symlink():
@@ -469,19 +471,19 @@ def test_entries_of_every_kind_are_staged_with_their_attributes(house: House) ->
     os.close(home)
 
 
-def test_a_link_in_the_place_of_a_folder_or_a_file_leads_nowhere(house: House, tmp_path: Path) -> None:
+def test_a_link_in_the_place_of_a_folder_or_a_file_leads_nowhere(bench: HomeBench, tmp_path: Path) -> None:
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret/file").write_text("secret")
-    (house.home / "folder").mkdir()
-    (house.home / "folder/file").write_text("mine")
-    (house.home / "plain").write_text("mine")
-    home = transfer.open_home(house.home, UID)
+    (bench.home / "folder").mkdir()
+    (bench.home / "folder/file").write_text("mine")
+    (bench.home / "plain").write_text("mine")
+    home = transfer.open_home(bench.home, UID)
     looked = scan(100, time.monotonic() + 20, strict=True)
-    (house.home / "folder").rename(house.home / "away")
-    (house.home / "folder").symlink_to(tmp_path / "secret")
-    (house.home / "plain").unlink()
-    (house.home / "plain").symlink_to(tmp_path / "secret/file")
-    staging_tree = StagingTree(home, house.root / "aside/one", UID, UID)
+    (bench.home / "folder").rename(bench.home / "away")
+    (bench.home / "folder").symlink_to(tmp_path / "secret")
+    (bench.home / "plain").unlink()
+    (bench.home / "plain").symlink_to(tmp_path / "secret/file")
+    staging_tree = StagingTree(home, bench.root / "aside/one", UID, UID)
     staging_tree.stage([scanning.parse_entry(line) for line in looked.lines], lambda: None)
     assert staging_tree.vanished == {b"./folder/file"}
     assert (staging_tree.tree / "folder").readlink() == tmp_path / "secret"
@@ -491,13 +493,13 @@ def test_a_link_in_the_place_of_a_folder_or_a_file_leads_nowhere(house: House, t
 
 
 def test_an_entry_that_cannot_be_carried_refuses_a_migration_and_is_named_by_other_snapshots(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    bench: HomeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (house.home / "theirs").write_text("x")
-    (house.home / "mine").write_text("x")
-    aged(house.home)
+    (bench.home / "theirs").write_text("x")
+    (bench.home / "mine").write_text("x")
+    aged(bench.home)
     real = os.stat
-    inode = (house.home / "theirs").stat().st_ino
+    inode = (bench.home / "theirs").stat().st_ino
 
     def foreign(*arguments: Any, **named: Any) -> Any:
         status = real(*arguments, **named)
@@ -505,48 +507,52 @@ def test_an_entry_that_cannot_be_carried_refuses_a_migration_and_is_named_by_oth
 
     monkeypatch.setattr(staging.os, "stat", foreign)
     with pytest.raises(RequestRefused, match=r"1 of its files cannot be carried whole: theirs \(it belongs to"):
-        house.snapshot(for_migration=True)
-    told = house.snapshot(mark=BASE)
-    assert (told["skipped"], house.sent) == (["theirs"], {"mine": b"x"})
-    assert house.snapshot(base=BASE)["skipped"] == ["theirs"], "it is still missing"
+        bench.snapshot(for_migration=True)
+    told = bench.snapshot(mark=BASE)
+    assert (told["skipped"], bench.sent) == (["theirs"], {"mine": b"x"})
+    assert bench.snapshot(base=BASE)["skipped"] == ["theirs"], "it is still missing"
 
 
 @pytest.mark.parametrize("limits", [{"max_files": 5}, {"max_bytes": 49}])
-def test_a_home_over_its_limits_is_frozen_and_the_refusal_says_what_to_do(house: House, limits: dict[str, int]) -> None:
+def test_a_home_over_its_limits_is_frozen_and_the_refusal_says_what_to_do(
+    bench: HomeBench, limits: dict[str, int]
+) -> None:
     for number in range(5):
-        (house.home / str(number)).write_text("x" * 10)
-    assert house.snapshot()["files"] == 6
+        (bench.home / str(number)).write_text("x" * 10)
+    assert bench.snapshot()["files"] == 6
     with pytest.raises(RequestRefused, match="orion thaw") as refused:
-        house.snapshot(**limits)
+        bench.snapshot(**limits)
     assert (refused.value.code, refused.value.details) == ("over_limit", {"held": True})
-    assert house.operations.held.startswith("its home holds more than")
-    house.operations.spares = True
+    assert bench.operations.held.startswith("its home holds more than")
+    bench.operations.spares = True
     with pytest.raises(RequestRefused, match="unless it does"):
-        house.snapshot(**limits)
+        bench.snapshot(**limits)
     with pytest.raises(RequestRefused) as moving:
-        house.snapshot(for_migration=True, **limits)
+        bench.snapshot(for_migration=True, **limits)
     assert "orion thaw" not in str(moving.value), "a planned move freezes nobody for that"
 
 
 @pytest.mark.parametrize("limits", [{"max_files": 100}, {"max_bytes": 100 * scanning.BLOCK_BYTES}])
-def test_empty_directories_count_by_number_and_by_the_room_that_they_take(house: House, limits: dict[str, int]) -> None:
+def test_empty_directories_count_by_number_and_by_the_room_that_they_take(
+    bench: HomeBench, limits: dict[str, int]
+) -> None:
     for number in range(99):
-        (house.home / str(number)).mkdir()
-    assert house.snapshot(**limits)["files"] == 100
-    os.mkfifo(house.home / "one more")
+        (bench.home / str(number)).mkdir()
+    assert bench.snapshot(**limits)["files"] == 100
+    os.mkfifo(bench.home / "one more")
     with pytest.raises(RequestRefused, match="its home holds more than") as refused:
-        house.snapshot(**limits)
+        bench.snapshot(**limits)
     assert refused.value.code == "over_limit"
 
 
-def test_the_blocks_of_a_file_are_no_change_of_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocks_of_a_file_are_no_change_of_it(bench: HomeBench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk may give a file its blocks long after it was written to."""
-    (house.home / "file").write_text("x")
-    aged(house.home)
-    house.snapshot(mark=BASE)
+    (bench.home / "file").write_text("x")
+    aged(bench.home)
+    bench.snapshot(mark=BASE)
     later = tuple(part.replace("%b", "%b0") for part in scanning.FIND)
     monkeypatch.setattr(scanning, "FIND", later)
-    assert house.snapshot(base=BASE)["same"]
+    assert bench.snapshot(base=BASE)["same"]
 
 
 def test_a_manifest_is_read_as_it_was_written_and_half_of_one_is_none(tmp_path: Path) -> None:
@@ -591,11 +597,13 @@ def test_an_access_list_is_written_as_rsync_writes_it(tmp_path: Path) -> None:
             assert mine == os.getxattr(copy, name), (number, kind)
 
 
-def test_a_file_that_is_replaced_before_it_is_opened_is_not_read(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    (house.home / "file").write_text("mine")
-    home = transfer.open_home(house.home, UID)
+def test_a_file_that_is_replaced_before_it_is_opened_is_not_read(
+    bench: HomeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bench.home / "file").write_text("mine")
+    home = transfer.open_home(bench.home, UID)
     looked = scan(100, time.monotonic() + 20, strict=True)
-    staging_tree = StagingTree(home, house.root / "aside/one", UID, UID)
+    staging_tree = StagingTree(home, bench.root / "aside/one", UID, UID)
     real = os.fstat
     monkeypatch.setattr(staging.os, "fstat", lambda fd: os.stat_result((*real(fd)[:4], UID + 1, *real(fd)[5:])))
     staging_tree.stage(
@@ -607,8 +615,8 @@ def test_a_file_that_is_replaced_before_it_is_opened_is_not_read(house: House, m
     os.close(home)
 
 
-def test_a_rental_frozen_for_its_size_is_not_scanned_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    house.operations.freezer._write("one", FreezeMark(frozenset(), over_limit="its home holds more than 4 files"))
+def test_a_rental_frozen_for_its_size_is_not_scanned_again(bench: HomeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.operations.freezer._write("one", FreezeMark(frozenset(), over_limit="its home holds more than 4 files"))
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(transfer, "_answer", lambda status, report: said.append(report) or status)
     request = {
@@ -621,7 +629,7 @@ def test_a_rental_frozen_for_its_size_is_not_scanned_again(house: House, monkeyp
     }
     monkeypatch.setattr(transfer, "_read_line", lambda: json.dumps(request).encode())
     monkeypatch.setattr(maker, "scan", lambda *_, **__: pytest.fail("it was looked through"))
-    assert transfer.run_transfer("send", house.operations, house.root / "aside", house.root) == 3
+    assert transfer.run_transfer("send", bench.operations, bench.root / "aside", bench.root) == 3
     assert "4 files; it is frozen: `orion thaw`" in said[0]["error"]
 
 
