@@ -18,7 +18,7 @@ ONE, ANOTHER = 100_001, 100_002
 
 
 @dataclass
-class Machine:
+class ProcessFiles:
     """A worker whose processes are files of a test."""
 
     root: Path
@@ -39,11 +39,11 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Machine:
-    return Machine(tmp_path)
+def machine(tmp_path: Path) -> ProcessFiles:
+    return ProcessFiles(tmp_path)
 
 
-def test_who_has_many_that_want_a_processor_comes_last_and_nobody_else(machine: Machine) -> None:
+def test_who_has_many_that_want_a_processor_comes_last_and_nobody_else(machine: ProcessFiles) -> None:
     for number in range(CROWD + 1):
         machine.runs(1000 + number, ONE, "R")
         machine.runs(2000 + number, ANOTHER, "R" if number else "S")
@@ -53,7 +53,7 @@ def test_who_has_many_that_want_a_processor_comes_last_and_nobody_else(machine: 
     assert machine.last == [ONE]
 
 
-def test_threads_count_as_processes_do(machine: Machine) -> None:
+def test_threads_count_as_processes_do(machine: ProcessFiles) -> None:
     machine.runs(1000, ONE, "S" + "R" * (CROWD + 1))
     machine.runs(2000, ANOTHER, "R" * CROWD + "SDZT")
     machine.turns.look()
@@ -61,7 +61,7 @@ def test_threads_count_as_processes_do(machine: Machine) -> None:
     assert tasks_waiting(machine.root) == {ONE: CROWD + 1, ANOTHER: CROWD}
 
 
-def test_what_ends_meanwhile_is_not_counted(machine: Machine) -> None:
+def test_what_ends_meanwhile_is_not_counted(machine: ProcessFiles) -> None:
     for number in range(CROWD + 2):
         machine.runs(1000 + number, ONE, "R")
     (machine.root / "1000/status").unlink()

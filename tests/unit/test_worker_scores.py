@@ -24,7 +24,7 @@ VmSwap:\t       2 kB
 
 
 @dataclass
-class Machine:
+class MemoryFiles:
     """A worker whose processes and control group are files of a test."""
 
     root: Path
@@ -56,11 +56,11 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Machine:
-    return Machine(tmp_path)
+def machine(tmp_path: Path) -> MemoryFiles:
+    return MemoryFiles(tmp_path)
 
 
-def test_the_rental_that_uses_the_most_goes_first_however_small_each_of_its_processes_is(machine: Machine) -> None:
+def test_the_rental_that_uses_the_most_goes_first_however_small_each_of_its_processes_is(machine: MemoryFiles) -> None:
     machine.runs(11, ANOTHER, 100)
     for pid in range(20, 34):
         machine.runs(pid, ONE, 36)
@@ -73,7 +73,7 @@ def test_the_difference_outweighs_whatever_a_smaller_rental_can_hold() -> None:
     assert (FIRST - usual(0)) / 1000 * LIMIT_BYTES >= LIMIT_BYTES / 2
 
 
-def test_who_uses_the_most_is_found_anew_each_time_and_nobody_keeps_a_score(machine: Machine) -> None:
+def test_who_uses_the_most_is_found_anew_each_time_and_nobody_keeps_a_score(machine: MemoryFiles) -> None:
     machine.runs(11, ONE, 10)
     machine.runs(12, ANOTHER, 20)
     machine.scores.look()
@@ -83,14 +83,14 @@ def test_who_uses_the_most_is_found_anew_each_time_and_nobody_keeps_a_score(mach
     assert machine.shown() == {11: FIRST, 12: ABOVE_ROOT, 13: FIRST}
 
 
-def test_what_a_renter_has_lowered_is_raised_again(machine: Machine) -> None:
+def test_what_a_renter_has_lowered_is_raised_again(machine: MemoryFiles) -> None:
     machine.runs(11, ONE, 10, score=0)
     machine.runs(12, ANOTHER, 20, score=0)
     machine.scores.look()
     assert machine.shown() == {11: ABOVE_ROOT, 12: FIRST}
 
 
-def test_as_long_as_there_is_memory_nobody_is_looked_at_and_then_all_are_equal_again(machine: Machine) -> None:
+def test_as_long_as_there_is_memory_nobody_is_looked_at_and_then_all_are_equal_again(machine: MemoryFiles) -> None:
     machine.used_mb = 256
     machine.runs(11, ONE, 10, score=7)
     machine.scores.look()
@@ -106,7 +106,7 @@ def test_as_long_as_there_is_memory_nobody_is_looked_at_and_then_all_are_equal_a
     assert machine.shown() == {11: ABOVE_ROOT, 12: 7}
 
 
-def test_what_is_roots_keeps_its_score_and_so_does_what_sends_files(machine: Machine) -> None:
+def test_what_is_roots_keeps_its_score_and_so_does_what_sends_files(machine: MemoryFiles) -> None:
     machine.runs(1, 0, 300)
     machine.runs(2, 0, 300, effective=ONE)
     machine.runs(3, FIRST_SENDER + ONE, 300)
@@ -115,7 +115,7 @@ def test_what_is_roots_keeps_its_score_and_so_does_what_sends_files(machine: Mac
     assert machine.shown() == {1: 0, 2: 0, 3: 0, 4: FIRST}
 
 
-def test_a_process_that_ends_meanwhile_does_not_keep_the_others_from_their_scores(machine: Machine) -> None:
+def test_a_process_that_ends_meanwhile_does_not_keep_the_others_from_their_scores(machine: MemoryFiles) -> None:
     machine.runs(11, ONE, 10)
     machine.runs(12, ONE, 10)
     machine.runs(13, ONE, 10)
@@ -125,7 +125,7 @@ def test_a_process_that_ends_meanwhile_does_not_keep_the_others_from_their_score
     assert machine.shown() == {11: FIRST, 13: 0}
 
 
-def test_memory_counts_that_is_no_file_s_and_a_process_s_name_is_no_line(machine: Machine) -> None:
+def test_memory_counts_that_is_no_file_s_and_a_process_s_name_is_no_line(machine: MemoryFiles) -> None:
     machine.runs(11, ONE, 10)
     assert renter_memory_of((machine.root / "11/status").read_text()) == (ONE, (10 << 20) + (3 << 10))
     assert renter_memory_of("") is None

@@ -636,7 +636,7 @@ def test_a_rental_frozen_for_its_size_is_not_scanned_again(bench: HomeBench, mon
 # Who comes before the account
 
 
-class Machine:
+class WaitingClock:
     """The worker's clock, which goes on with each wait, and the events at its times."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -653,11 +653,11 @@ class Machine:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(monkeypatch)
+def machine(monkeypatch: pytest.MonkeyPatch) -> WaitingClock:
+    return WaitingClock(monkeypatch)
 
 
-def test_filling_a_home_waits_a_moment_for_its_account(tmp_path: Path, machine: Machine) -> None:
+def test_filling_a_home_waits_a_moment_for_its_account(tmp_path: Path, machine: WaitingClock) -> None:
     records = RentalRecords(tmp_path)
     machine.happens_at.append((0.9 * transfer.ACCOUNT_WITHIN_S, lambda: records.save(RECORD)))
     transfer.await_account(records, TransferRequest("one", RECORD.epoch, 0.0))
@@ -665,7 +665,7 @@ def test_filling_a_home_waits_a_moment_for_its_account(tmp_path: Path, machine: 
     assert machine.now < transfer.ACCOUNT_WITHIN_S
 
 
-def test_filling_a_home_does_not_wait_for_ever_nor_for_a_purged_rental(tmp_path: Path, machine: Machine) -> None:
+def test_filling_a_home_does_not_wait_for_ever_nor_for_a_purged_rental(tmp_path: Path, machine: WaitingClock) -> None:
     records = RentalRecords(tmp_path)
     transfer.await_account(records, TransferRequest("one", RECORD.epoch, 0.0))
     assert machine.now == pytest.approx(transfer.ACCOUNT_WITHIN_S, abs=0.01)

@@ -26,7 +26,7 @@ AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="a file of another's need
 
 
 @dataclass
-class Machine:
+class TerminalFiles:
     """A worker whose terminals are files of a test. `hidden`: numbers that are held without being shown."""
 
     root: Path
@@ -76,20 +76,20 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TerminalFiles:
     monkeypatch.setattr(processes, "uids_from", lambda first: {ONE, ANOTHER})
-    return Machine(tmp_path)
+    return TerminalFiles(tmp_path)
 
 
 @AS_ROOT
-def test_what_is_usual_changes_nothing(machine: Machine) -> None:
+def test_what_is_usual_changes_nothing(machine: TerminalFiles) -> None:
     machine.terminals.look(machine.opens(ONE, MOST_HELD))
     machine.terminals.look(-1)
     assert (machine.is_open, machine.ended, machine.said) == (True, [], [])
 
 
 @AS_ROOT
-def test_who_holds_many_is_ended_and_there_are_more_for_the_others(machine: Machine) -> None:
+def test_who_holds_many_is_ended_and_there_are_more_for_the_others(machine: TerminalFiles) -> None:
     machine.opens(ANOTHER, MOST_SHOWN)
     machine.opens(0, MOST_SHOWN + 1)
     machine.terminals.look(machine.opens(ONE, MOST_HELD))
@@ -99,7 +99,7 @@ def test_who_holds_many_is_ended_and_there_are_more_for_the_others(machine: Mach
 
 
 @AS_ROOT
-def test_who_hides_what_it_holds_gets_no_more_until_it_lets_go_and_nobody_is_ended(machine: Machine) -> None:
+def test_who_hides_what_it_holds_gets_no_more_until_it_lets_go_and_nobody_is_ended(machine: TerminalFiles) -> None:
     machine.terminals.look(machine.hides(MOST_HELD + 40))
     machine.terminals.look(-1)
     assert (machine.is_open, machine.ended) == (False, [])
@@ -114,7 +114,7 @@ def test_who_hides_what_it_holds_gets_no_more_until_it_lets_go_and_nobody_is_end
 
 
 @AS_ROOT
-def test_who_hides_what_others_of_the_machine_need_has_everything_ended(machine: Machine) -> None:
+def test_who_hides_what_others_of_the_machine_need_has_everything_ended(machine: TerminalFiles) -> None:
     machine.terminals.look(machine.hides(MOST_HIDDEN - 1))
     assert machine.ended == []
     machine.hidden.add(MOST_HIDDEN)
@@ -124,7 +124,7 @@ def test_who_hides_what_others_of_the_machine_need_has_everything_ended(machine:
 
 
 @AS_ROOT
-def test_as_long_as_it_is_shut_each_look_ends_who_shows_many(machine: Machine) -> None:
+def test_as_long_as_it_is_shut_each_look_ends_who_shows_many(machine: TerminalFiles) -> None:
     machine.hidden_ends = False
     machine.terminals.look(machine.hides(MOST_HELD + 1))
     machine.terminals.look(machine.opens(ONE, MOST_SHOWN + 1))
