@@ -48,7 +48,7 @@ FREEZE_BUDGET_S = 0.4
 """How long freezing may take after the end of a liveness connection."""
 
 
-class Container:
+class SimulatedContainer:
     """A container: files that outlive a restart, and processes that do not."""
 
     def __init__(self, sim: Simulation, number: int, address: str, slots: int) -> None:

@@ -54,7 +54,7 @@ from orion.manager.domain.states import (
 from orion.manager.domain.steps import Step, Write
 
 if TYPE_CHECKING:
-    from simulation.agents import Container
+    from simulation.agents import SimulatedContainer
     from simulation.world import Simulation
 
 # Defined again, so that a mistake in the domain's own sets is noticed.
@@ -272,7 +272,7 @@ class Checker:
         if epoch > self._start_stopped_at.get(rental_id, epoch):
             self._sim.fail("a start command that costs workers is stopped", f"{rental_id} runs it at epoch {epoch}")
 
-    def purged(self, container: Container, rental_id: str, epoch: int) -> None:
+    def purged(self, container: SimulatedContainer, rental_id: str, epoch: int) -> None:
         """Fail if a lost home is purged before it was recovered or given up."""
         world = self._sim.state_store.world
         rental = world.rentals.get(rental_id)
@@ -327,7 +327,7 @@ class Checker:
 
     def check_live_copies(self) -> None:
         """Fail if a rental runs on two workers."""
-        where: dict[str, tuple[Container, int]] = {}
+        where: dict[str, tuple[SimulatedContainer, int]] = {}
         for container in self._sim.containers:
             if not container.unlocked:
                 continue
@@ -451,7 +451,7 @@ class Checker:
             return f"on the workers {sorted(found)}, in the state store {sorted(running)}"
         return ""
 
-    def _has_not_started(self, container: Container, rental_id: str, epoch: int) -> bool:
+    def _has_not_started(self, container: SimulatedContainer, rental_id: str, epoch: int) -> bool:
         rental = self._sim.state_store.world.rentals.get(rental_id)
         if rental is None or not rental.start or rental.start_problem:
             return False

@@ -20,7 +20,7 @@ from orion.manager.ssh.port import End, Host, Reached, Sign
 from simulation.agents import FORMER_VERSION
 
 if TYPE_CHECKING:
-    from simulation.agents import Container
+    from simulation.agents import SimulatedContainer
     from simulation.manager import SimulatedManager
     from simulation.world import Simulation
 
@@ -171,7 +171,7 @@ class SimulatedLiveness:
             container = found
         return End.NOT_HELD
 
-    async def _until_closed(self, container: Container, told: OnSign) -> None:
+    async def _until_closed(self, container: SimulatedContainer, told: OnSign) -> None:
         connection: asyncio.Future[bool] = self.sim.loop.create_future()
         container.liveness_connections.add(connection)
         told(Sign.HELD)
@@ -184,7 +184,7 @@ class SimulatedLiveness:
         await self.manager.point()
         told(Sign.CLOSED)
 
-    async def _probe(self, host: Host, closed_at: float) -> Container | End:
+    async def _probe(self, host: Host, closed_at: float) -> SimulatedContainer | End:
         silence = Silence(closed_at)
         while self.sim.loop.now - closed_at < PROBE_AT_MOST_S:
             silence.begun()
@@ -201,7 +201,7 @@ class SimulatedLiveness:
                 return End.GONE
         return End.NOT_HELD
 
-    def _there(self, host: Host) -> Container | None:
+    def _there(self, host: Host) -> SimulatedContainer | None:
         container = self.sim.container_at(host.address)
         return container if container is not None and container.answers_ssh else None
 

@@ -13,7 +13,7 @@ from orion.manager.domain.states import Intent
 from simulation.schedule import Fault
 
 if TYPE_CHECKING:
-    from simulation.agents import Container
+    from simulation.agents import SimulatedContainer
     from simulation.world import Simulation
 
 FOREVER_S = 1e6
@@ -77,7 +77,7 @@ class Faults:
 
     # -- workers -------------------------------------------------------------------------------------------
 
-    def _container(self, fault: Fault) -> Container:
+    def _container(self, fault: Fault) -> SimulatedContainer:
         there = [c for c in self._sim.containers if c.exists]
         return there[fault.target % len(there)] if there else self._sim.new_container(1)
 
@@ -94,7 +94,7 @@ class Faults:
         for number, container in enumerate(c for c in self._sim.containers if c.exists):
             self._sim.loop.call_later(number * fault.figure, self._stop, container, fault)
 
-    def _stop(self, container: Container, fault: Fault) -> None:
+    def _stop(self, container: SimulatedContainer, fault: Fault) -> None:
         if container.up:
             self._sim.spawn(container.stop())
         self._undo_after(max(4.0, fault.lasts_s), lambda: self._start(container))
@@ -111,7 +111,7 @@ class Faults:
 
         self._undo_after(fault.lasts_s, bring)
 
-    def _start(self, container: Container) -> None:
+    def _start(self, container: SimulatedContainer) -> None:
         if container.exists and not container.up:
             self._sim.say(container.name, "starts again")
             self._sim.start_container(container)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from orion_worker.agent.decisions import Answer
 
 if TYPE_CHECKING:
-    from simulation.agents import Container
+    from simulation.agents import SimulatedContainer
     from simulation.manager import SimulatedManager
     from simulation.world import Simulation
 
@@ -32,7 +32,7 @@ class Network:
         """The number of faults for which the proxy is away at present."""
         self.bad = 0
 
-    async def call(self, sender: Container | None, handler: Handler, timeout_s: float) -> Answer:
+    async def call(self, sender: SimulatedContainer | None, handler: Handler, timeout_s: float) -> Answer:
         """Send a request through the proxy to the manager; `sender` None is a client outside."""
         answer: asyncio.Future[Answer] = self._sim.loop.create_future()
         for delay_s in self._delays_s():
@@ -43,7 +43,7 @@ class Network:
         finally:
             giving_up.cancel()
 
-    def _arrive(self, sender: Container | None, handler: Handler, answer: asyncio.Future[Answer]) -> None:
+    def _arrive(self, sender: SimulatedContainer | None, handler: Handler, answer: asyncio.Future[Answer]) -> None:
         if sender is not None and sender.cut_off:
             return
         if self.proxy_away:
@@ -61,7 +61,7 @@ class Network:
             for delay_s in self._delays_s()[:1]:
                 self._sim.loop.call_later(delay_s, self._return, sender, answer, found)
 
-    def _return(self, sender: Container | None, answer: asyncio.Future[Answer], found: Answer) -> None:
+    def _return(self, sender: SimulatedContainer | None, answer: asyncio.Future[Answer], found: Answer) -> None:
         if not self.proxy_away and not (sender is not None and sender.cut_off):
             _settle(answer, found)
 

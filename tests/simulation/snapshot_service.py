@@ -23,7 +23,7 @@ from orion.manager.snapshots.port import (
 )
 
 if TYPE_CHECKING:
-    from simulation.agents import Container
+    from simulation.agents import SimulatedContainer
     from simulation.manager import SimulatedManager
     from simulation.world import Simulation
 
@@ -113,7 +113,7 @@ class SimulatedSnapshotService:
         await self.manager.point()
         return []
 
-    async def _on_worker(self, home: Home, work: Callable[[Container], T]) -> T:
+    async def _on_worker(self, home: Home, work: Callable[[SimulatedContainer], T]) -> T:
         await self.manager.point()
         chance = self._random.random() if self.sim.network.bad else 1.0
         await asyncio.sleep(0.1 + (20.0 if chance < 0.3 else 1.0) * self._random.random())

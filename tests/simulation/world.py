@@ -22,7 +22,7 @@ from orion.manager.operations import task_runner
 from orion.manager.ssh.port import Host
 from orion.manager.store.memory import InvariantBroken, MemoryStateStore
 from orion.manager.store.snapshots import MemorySnapshotCatalog
-from simulation.agents import Container
+from simulation.agents import SimulatedContainer
 from simulation.checker import Checker
 from simulation.clock import NothingScheduled, VirtualLoop
 from simulation.engine import JobRunner, SimulatedEngine, SimulatedLiveness, SimulatedReach
@@ -110,7 +110,7 @@ class Simulation:
         self.network = Network(self)
         self.job_runner = JobRunner(self)
         self.checker = Checker(self)
-        self.containers: list[Container] = []
+        self.containers: list[SimulatedContainer] = []
         self.manager: SimulatedManager | None = None
         self.disk_is_slow = 0
         self.wall_offset = 0.0
@@ -170,23 +170,23 @@ class Simulation:
     def liveness_of(self, manager: SimulatedManager) -> SimulatedLiveness:
         return SimulatedLiveness(self, manager)
 
-    def container_at(self, address: str) -> Container | None:
+    def container_at(self, address: str) -> SimulatedContainer | None:
         return next((c for c in self.containers if c.up and c.address == address), None)
 
-    def reachable(self, host: Host) -> Container | None:
+    def reachable(self, host: Host) -> SimulatedContainer | None:
         container = self.container_at(host.address)
         return container if container and container.answers_ssh and container.host_key in host.host_keys else None
 
-    def worker_id_of(self, container: Container) -> str:
+    def worker_id_of(self, container: SimulatedContainer) -> str:
         return next((w for w, token in self.state_store.tokens.items() if token == container.token), "")
 
-    def new_container(self, slots: int, address: str | None = None) -> Container:
+    def new_container(self, slots: int, address: str | None = None) -> SimulatedContainer:
         number = 1 + len(self.containers)
-        container = Container(self, number, address or f"172.20.128.{number}", slots)
+        container = SimulatedContainer(self, number, address or f"172.20.128.{number}", slots)
         self.containers.append(container)
         return container
 
-    def start_container(self, container: Container) -> None:
+    def start_container(self, container: SimulatedContainer) -> None:
         """Start a container, with another address if another container has its address now."""
         holder = self.container_at(container.address)
         if holder is not None and holder is not container:
