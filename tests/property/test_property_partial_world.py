@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 from support.pools import differences
-from test_property_reconciliation import INVARIANTS, RATES, Platform, _play
+from test_property_reconciliation import INVARIANTS, RATES, PoolHistory, _play
 
 from orion.manager.controllers.reconciler import Reconciler
 from orion.manager.domain.leases import Heartbeat, Leases
@@ -24,7 +24,7 @@ SEEDS, STEPS = 12, 300
 T = TypeVar("T")
 
 
-class Partly(Platform):
+class Partly(PoolHistory):
     """Compare each decision from the whole world with the one from the part that the reconciler would load."""
 
     parts: int = 0
@@ -117,7 +117,7 @@ def test_a_part_of_the_world_decides_as_the_whole_does(seed: int) -> None:
 def test_a_roster_that_followed_each_step_is_one_that_was_filled_now(seed: int) -> None:
     """Check the pool index of the state store in memory; House compares that of the database when it is at rest."""
     random = Random(f"followed {seed}")  # noqa: S311
-    platform = Platform()
+    platform = PoolHistory()
     platform.a_pool([1, 2])
     state_store, followed = MemoryStateStore(platform.world), PoolIndex()
     _now(state_store.follow(lambda changes: followed.apply(changes, 0.0)))

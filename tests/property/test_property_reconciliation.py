@@ -52,7 +52,7 @@ SEEDS, STEPS = 20, 300
 CHOICE = st.integers(0, 1000)
 
 
-class Platform(RuleBasedStateMachine):
+class PoolHistory(RuleBasedStateMachine):
     @initialize(slots=st.lists(st.integers(1, 2), min_size=0, max_size=3))
     def a_pool(self, slots: list[int]) -> None:
         self.world = new_world()
@@ -435,12 +435,12 @@ class Platform(RuleBasedStateMachine):
             self._apply(step)
 
 
-Platform.TestCase.settings = settings(
+PoolHistory.TestCase.settings = settings(
     max_examples=30,
     stateful_step_count=40,
     suppress_health_check=[HealthCheck.too_slow],
 )
-TestShortHistories = Platform.TestCase
+TestShortHistories = PoolHistory.TestCase
 """Hypothesis chooses what happens: it finds the shortest history that breaks a promise."""
 
 RATES = {
@@ -471,7 +471,7 @@ RATES = {
 def test_a_long_and_busy_history_breaks_no_promise_and_converges(seed: int) -> None:
     """Everybody acts as often as in a busy platform, which short histories seldom reach."""
     random = Random(seed)  # noqa: S311  a history to play again, no secret
-    platform = Platform()
+    platform = PoolHistory()
     platform.a_pool([1, 2])
     luck = random.choice([0.3, 0.6, 0.9])
     for _ in range(STEPS):
@@ -481,7 +481,7 @@ def test_a_long_and_busy_history_breaks_no_promise_and_converges(seed: int) -> N
     platform.teardown()
 
 
-def _play(platform: Platform, random: Random, luck: float, name: str) -> None:
+def _play(platform: PoolHistory, random: Random, luck: float, name: str) -> None:
     needed = {"a_task_ends": platform.running, "it_is_committed_later": platform.pending}
     if not needed.get(name, True) or (platform.pending and name in ONE_RECONCILER):
         return
