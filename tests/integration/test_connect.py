@@ -486,11 +486,11 @@ def test_the_reason_for_waiting_is_shown_at_once_and_every_five_seconds_and_rais
 ) -> None:
     now = 1000.0
 
-    class Clock:
+    class SteppedClock:
         monotonic = staticmethod(lambda: now)
         sleep = staticmethod(lambda _seconds: None)
 
-    monkeypatch.setattr(connect, "time", Clock)
+    monkeypatch.setattr(connect, "time", SteppedClock)
     patience, reason = connect.Patience(), OrionError("it is queued: no slot")
     for seconds in range(13):
         now = 1000.0 + seconds

@@ -46,7 +46,7 @@ STEP_S = 4.0
 
 
 @dataclass
-class Clock:
+class VirtualClock:
     """Virtual time."""
 
     now: float = START
@@ -195,7 +195,7 @@ class House:
         self.secrets = Secrets(
             make_token("admin", "admin"), make_token("join", "join"), PROXY_SECRET, "", host_key(1), *AUTHORITIES
         )
-        self.clock = Clock()
+        self.clock = VirtualClock()
         self.proxy_probe = FakeProxyProbe()
         self.world = FakeWorld()
         self.snapshot_service = FakeSnapshotService(self.world, self.clock.wall)
