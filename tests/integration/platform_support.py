@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from proxy_support import SECRET, Proxy, answers, proxy, wait_until
+from proxy_support import SECRET, Proxy, answers, new_proxy, wait_until
 from support.builders import AUTHORITIES, host_key
 from support.patience import PATIENCE_S
 
@@ -166,7 +166,7 @@ class Platform:
 
 @contextmanager
 def platform(folder: Path) -> Iterator[Platform]:
-    with proxy(app_host=1) as shipped_proxy:
+    with new_proxy(app_host=1) as shipped_proxy:
         shipped_proxy.give_secret()
         wait_until(shipped_proxy.answers, "the proxy answers")
         running = Platform(shipped_proxy, folder)

@@ -199,7 +199,7 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def proxy(app_host: int, tls_directory: Path | None = None, trusts_outer: bool = True) -> Iterator[Proxy]:
+def new_proxy(app_host: int, tls_directory: Path | None = None, trusts_outer: bool = True) -> Iterator[Proxy]:
     if not shutil.which("docker"):
         raise RuntimeError("these tests need a Docker engine: make up installs one")
     running = Proxy(app_host=app_host, tls_directory=tls_directory, trusts_outer=trusts_outer)

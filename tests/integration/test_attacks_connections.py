@@ -29,23 +29,23 @@ SAMPLE = 300
 LARGE_FILE = "/terminal/xterm/xterm.js"
 
 
-def address(door: Proxy, port: int = 80) -> tuple[str, int]:
+def address(proxy: Proxy, port: int = 80) -> tuple[str, int]:
     """The proxy itself, by no port that the engine might carry for it."""
-    return f"{door.network}.2", port
+    return f"{proxy.network}.2", port
 
 
-def memory_kib(door: Proxy) -> float:
-    return counted_kib(door.exec(*MEMORY).stdout)
+def memory_kib(proxy: Proxy) -> float:
+    return counted_kib(proxy.exec(*MEMORY).stdout)
 
 
-def workers_of_nginx(door: Proxy) -> list[str]:
-    found = door.exec("sh", "-c", "grep -l '[n]ginx: worker' /proc/[0-9]*/cmdline").stdout
+def workers_of_nginx(proxy: Proxy) -> list[str]:
+    found = proxy.exec("sh", "-c", "grep -l '[n]ginx: worker' /proc/[0-9]*/cmdline").stdout
     return sorted(found.split())
 
 
-def room(door: Proxy) -> int:
+def room(proxy: Proxy) -> int:
     """How many requests there may be at a time, as the proxy says when it starts."""
-    found = re.findall(r"room for (\d+) requests", door.logs())
+    found = re.findall(r"room for (\d+) requests", proxy.logs())
     return int(found[-1])
 
 
@@ -113,21 +113,23 @@ def test_no_connection_takes_more_memory_than_the_sum_says(
     attacked: Platform, kind: str, record_property: Callable[[str, object], None]
 ) -> None:
     opened, number, most_kib = KINDS[kind]
-    door = attacked.proxy
+    proxy = attacked.proxy
     # Workers that have not yet asked for memory which they keep.
-    former = workers_of_nginx(door)
-    assert door.exec("sh", "-c", "kill -HUP $(cat /run/nginx.pid)").returncode == 0
-    wait_until(lambda: len(now := workers_of_nginx(door)) == 2 and not set(now) & set(former), "new workers have begun")
+    former = workers_of_nginx(proxy)
+    assert proxy.exec("sh", "-c", "kill -HUP $(cat /run/nginx.pid)").returncode == 0
+    wait_until(
+        lambda: len(now := workers_of_nginx(proxy)) == 2 and not set(now) & set(former), "new workers have begun"
+    )
     with ExitStack() as before:
         for _ in range(4):
             before.enter_context(opened(attacked))
         time.sleep(1)
-    before_kib = memory_kib(door)
+    before_kib = memory_kib(proxy)
     with ExitStack() as open_ones:
         for _ in range(number):
             open_ones.enter_context(opened(attacked))
         time.sleep(1)
-        taken_kib = (memory_kib(door) - before_kib) / number
+        taken_kib = (memory_kib(proxy) - before_kib) / number
     record_property("KiB each", round(taken_kib))
     assert 0 < taken_kib <= most_kib
 
@@ -192,11 +194,11 @@ def under(
     killed, and no call of that caller fails or is refused. Return how many connections the attack had (the median: they
     come and go while one looks), and more figures.
     """
-    door, name = attacked.proxy, f"during-{attack}-{caller}"
-    before = workers_of_nginx(door)
+    proxy, name = attacked.proxy, f"during-{attack}-{caller}"
+    before = workers_of_nginx(proxy)
     assert len(before) == 2
-    limit_kib = int(re.findall(r"in (\d+) MiB", door.logs())[-1]) * 1024
-    with outer_proxy(door, caller) as url, attacked.client() as admin:
+    limit_kib = int(re.findall(r"in (\d+) MiB", proxy.logs())[-1]) * 1024
+    with outer_proxy(proxy, caller) as url, attacked.client() as admin:
         stream = admin.stream("GET", "/api/events", headers={"Accept": "text/event-stream"})
         someone = LegitimateUser(url)
         with stream as events, someone.at_work():
@@ -204,16 +206,16 @@ def under(
             next(lines)
             wait_until(lambda: someone.calls > 5, "calls are answered before the attack")
             most_kib, opened, began = 0.0, [0], time.monotonic()
-            with attacking(ATTACKS[attack], address(door), sources) as attackers:
+            with attacking(ATTACKS[attack], address(proxy), sources) as attackers:
                 while time.monotonic() < began + LASTS_S or not attackers.has_tried_all or max(opened) <= at_least:
                     assert time.monotonic() < began + 60, f"the attack has at most {max(opened)} connections"
-                    most_kib = max(most_kib, memory_kib(door))
-                    opened.append(open_from(sources, door.exec("cat", "/proc/net/tcp").stdout))
+                    most_kib = max(most_kib, memory_kib(proxy))
+                    opened.append(open_from(sources, proxy.exec("cat", "/proc/net/tcp").stdout))
                     time.sleep(0.3)
             attacked.token(name)
             assert next(line for line in lines if name in line), "the stream of events goes on"
     assert not someone.faults, someone.faults[:5]
-    assert workers_of_nginx(door) == before, "none was killed"
+    assert workers_of_nginx(proxy) == before, "none was killed"
     assert most_kib < limit_kib / 2
     return round(median(opened)), {"MiB": most_kib // 1024, "longest call in s": someone.longest_call_s}
 
@@ -261,18 +263,18 @@ FRAMES: dict[str, Callable[[int], bytes]] = {
 def test_frames_of_http_2_without_an_end_disturb_nobody_and_take_no_memory(
     attacked: Platform, unknown_rentals: tuple[str, ...], kind: str
 ) -> None:
-    door, ending, sent = attacked.proxy, threading.Event(), list[int]()
+    proxy, ending, sent = attacked.proxy, threading.Event(), list[int]()
 
     def send() -> None:
         while not ending.is_set():
-            with suppress(OSError), socket.create_connection(address(door), 5, (unknown_rentals[0], 0)) as there:
+            with suppress(OSError), socket.create_connection(address(proxy), 5, (unknown_rentals[0], 0)) as there:
                 there.sendall(http2.PREFACE + http2.frame(http2.SETTINGS, 0, 0))
                 while not ending.is_set():
                     there.sendall(FRAMES[kind](100 * len(sent)))
                     sent.append(1)
 
-    before, before_kib = workers_of_nginx(door), memory_kib(door)
-    with outer_proxy(door) as url, ThreadPoolExecutor(4) as attackers:
+    before, before_kib = workers_of_nginx(proxy), memory_kib(proxy)
+    with outer_proxy(proxy) as url, ThreadPoolExecutor(4) as attackers:
         someone = LegitimateUser(url)
         with someone.at_work():
             attacks = [attackers.submit(send) for _ in range(4)]
@@ -284,18 +286,18 @@ def test_frames_of_http_2_without_an_end_disturb_nobody_and_take_no_memory(
             for each in attacks:
                 each.result(30)
     assert not someone.faults, someone.faults[:5]
-    assert workers_of_nginx(door) == before, "none was killed"
-    assert memory_kib(door) - before_kib < 32 * 1024
+    assert workers_of_nginx(proxy) == before, "none was killed"
+    assert memory_kib(proxy) - before_kib < 32 * 1024
 
 
 def test_a_visitor_with_as_many_requests_as_it_may_have_is_told_so(
     attacked: Platform, unknown_rentals: tuple[str, ...]
 ) -> None:
-    door = attacked.proxy
-    may = room(door) // 5
+    proxy = attacked.proxy
+    may = room(proxy) // 5
     token = attacked.token("many")
     by_it = httpx.HTTPTransport(local_address=unknown_rentals[0])
-    url = f"http://{door.network}.2"
+    url = f"http://{proxy.network}.2"
     with ExitStack() as open_ones, httpx.Client(base_url=url, transport=by_it, timeout=60) as http:
         for number in range(may + 40):  # of two kinds, so that none is refused for its rate
             path = "/api/tokens" if number % 3 else "/api/rent"

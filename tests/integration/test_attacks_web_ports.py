@@ -140,9 +140,9 @@ def test_the_proxy_obeys_nothing_that_a_renters_process_says(nobody: httpx.Clien
 async def test_what_is_no_answer_does_not_pass_as_one_without_the_sandbox(
     attacked: Platform, worker: MadeUpWorker, public: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not from a renter; nor from a worker in other hands, whose door looks at nothing."""
-    for door_looks in (True, False):
-        if not door_looks:
+    """Try it with an honest worker, and with a hostile one whose port proxy checks no answer."""
+    for checks_answers in (True, False):
+        if not checks_answers:
             monkeypatch.setattr(responses, "_STATUS", re.compile(rb".*", re.DOTALL))
             monkeypatch.setattr(responses, "_INTERIM", re.compile(rb"never"))
             monkeypatch.setattr(responses, "PROXY_MARK", b"")
@@ -275,7 +275,7 @@ def test_the_calls_of_the_platform_are_not_opened_to_other_pages(alice: httpx.Cl
 # Tricks
 
 
-def tricks(rental_id: str, port: int, door: str) -> list[str]:
+def tricks(rental_id: str, port: int, network: str) -> list[str]:
     its, other = f"/r/{rental_id}/{port}", "aaaaaaaaaa"
     return [
         f"{its}/../../{other}/{port}/",
@@ -300,7 +300,10 @@ def tricks(rental_id: str, port: int, door: str) -> list[str]:
         f"/r/{rental_id}/{port}@127.0.0.1:22/",
         f"/r/{rental_id}@127.0.0.1/{port}/",
         *(f"/r/{rental_id}/{number}/" for number in (22, 80, 443, 5000 + 65536, 0, 65536, 1023, 99999)),
-        *(f"/r/{host}/{port}/" for host in (f"{door}.1", f"{door}.2", f"{door}.3", "127.0.0.1", "169.254.169.254")),
+        *(
+            f"/r/{host}/{port}/"
+            for host in (f"{network}.1", f"{network}.2", f"{network}.3", "127.0.0.1", "169.254.169.254")
+        ),
         *(f"/r/{host}/5000/" for host in ("manager_app", "localhost", "[::1]", "0x7f000001", "2130706433")),
         f"/r/{rental_id}/",
         "/r/",

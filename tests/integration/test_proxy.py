@@ -1,4 +1,4 @@
-"""The one door, for real: Nginx from docker-compose.yml, asked from outside through its published ports."""
+"""The real proxy: Nginx from docker-compose.yml, called from outside through its published ports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from queue import SimpleQueue
 
 import httpx
 import pytest
-from proxy_support import ROOT, SECRET, EchoManager, Proxy, outer_proxy, proxy, wait_until
+from proxy_support import ROOT, SECRET, EchoManager, Proxy, new_proxy, outer_proxy, wait_until
 from websockets.asyncio.client import connect as connect_in_one_thread
 from websockets.exceptions import InvalidStatus
 from websockets.sync import client as websocket
@@ -41,8 +41,8 @@ def bearer(number: int = 1, role: str = "client") -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def door() -> Iterator[Proxy]:
-    with proxy(app_host=1) as running:
+def proxy() -> Iterator[Proxy]:
+    with new_proxy(app_host=1) as running:
         wait_until(lambda: "waiting for /run/orion-proxy/secret" in running.logs(), "the proxy says what it waits for")
         assert not running.answers()
         running.give_secret()
@@ -51,16 +51,16 @@ def door() -> Iterator[Proxy]:
 
 
 @pytest.fixture(scope="module")
-def manager(door: Proxy) -> Iterator[EchoManager]:
-    running = EchoManager(door.app_address)
+def manager(proxy: Proxy) -> Iterator[EchoManager]:
+    running = EchoManager(proxy.app_address)
     running.start()
     yield running
     running.stop()
 
 
 @pytest.fixture(scope="module")
-def client(door: Proxy, manager: EchoManager) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=door.url, trust_env=False, timeout=60) as client:
+def client(proxy: Proxy, manager: EchoManager) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=proxy.url, trust_env=False, timeout=60) as client:
         yield client
 
 
@@ -83,17 +83,17 @@ def assert_problem(reply: httpx.Response, status: int, code: str) -> None:
 # What reaches the manager
 
 
-def test_the_manager_is_told_the_secret_the_peer_and_the_request(client: httpx.Client, door: Proxy) -> None:
+def test_the_manager_is_told_the_secret_the_peer_and_the_request(client: httpx.Client, proxy: Proxy) -> None:
     reply = client.get(f"{REST}?name=a", headers=bearer())
     seen = headers_at_manager(reply)
     assert seen["x-orion-proxy-secret"] == SECRET
-    assert seen["x-real-ip"] == f"{door.network}.1"
+    assert seen["x-real-ip"] == f"{proxy.network}.1"
     assert seen["authorization"] == bearer()["Authorization"]
     assert seen["x-request-id"] == reply.headers["x-request-id"]
     assert reply.json()["query"] == "name=a"
 
 
-def test_what_only_the_proxy_may_say_cannot_be_sent_by_a_client(client: httpx.Client, door: Proxy) -> None:
+def test_what_only_the_proxy_may_say_cannot_be_sent_by_a_client(client: httpx.Client, proxy: Proxy) -> None:
     forged = {
         "X-Orion-Proxy-Secret": "guess",
         "X_Orion_Proxy_Secret": "guess",
@@ -106,7 +106,7 @@ def test_what_only_the_proxy_may_say_cannot_be_sent_by_a_client(client: httpx.Cl
     }
     seen = headers_at_manager(client.get(REST, headers=forged))
     assert seen["x-orion-proxy-secret"] == SECRET
-    assert seen["x-real-ip"] == f"{door.network}.1"
+    assert seen["x-real-ip"] == f"{proxy.network}.1"
     assert "6.6.6.6" not in str(seen)
     assert "guess" not in str(seen)
     assert "chosen" not in str(seen)
@@ -164,10 +164,10 @@ def test_the_page_with_the_terminal_may_load_its_own_scripts_alone(client: httpx
     assert "script-src" not in client.get("/terminals/").headers["content-security-policy"]
 
 
-def test_the_manager_is_told_the_host_with_its_port_as_the_browser_knows_it(client: httpx.Client, door: Proxy) -> None:
+def test_the_manager_is_told_the_host_with_its_port_as_the_browser_knows_it(client: httpx.Client, proxy: Proxy) -> None:
     forged = {"X-Forwarded-Host": "evil.example"}
     seen = headers_at_manager(client.get("/api/rentals/abc/terminal", headers=forged))
-    assert seen["x-forwarded-host"] == f"127.0.0.1:{door.http_port}"
+    assert seen["x-forwarded-host"] == f"127.0.0.1:{proxy.http_port}"
 
 
 @pytest.mark.parametrize("status", [401, 404, 413, 429, 500, 502, 503, 504])
@@ -208,8 +208,8 @@ def test_long_addresses_and_headers_are_refused_as_problems(client: httpx.Client
     assert_problem(client.get(REST, headers={"X-Long": "a" * 20_000}), 431, "headers_too_large")
 
 
-def test_a_request_that_is_no_http_is_refused_as_a_problem(door: Proxy, manager: EchoManager) -> None:
-    with socket.create_connection(("127.0.0.1", door.http_port), timeout=60) as raw:
+def test_a_request_that_is_no_http_is_refused_as_a_problem(proxy: Proxy, manager: EchoManager) -> None:
+    with socket.create_connection(("127.0.0.1", proxy.http_port), timeout=60) as raw:
         raw.sendall(b"GET /api/rentals HTTP/1.1\r\n\r\n")
         answer = raw.makefile("rb").read().decode()
     assert answer.startswith("HTTP/1.1 400 ")
@@ -275,13 +275,13 @@ def test_a_flood_of_one_kind_is_refused_and_starves_no_other(client: httpx.Clien
         assert client.post(other, headers=caller).status_code == 200, f"{flooded} starved {other}"
 
 
-def test_the_refusals_of_a_flood_do_not_fill_the_log(door: Proxy, client: httpx.Client) -> None:
+def test_the_refusals_of_a_flood_do_not_fill_the_log(proxy: Proxy, client: httpx.Client) -> None:
     limited = refused(flood(client, RENT, 1200, bearer(104)))
     assert len(limited) > 300
     last = client.get(REST, headers=bearer(105)).headers["x-request-id"]
-    wait_until(lambda: any(line["request_id"] == last for line in door.access_log()), "the log has what came after")
+    wait_until(lambda: any(line["request_id"] == last for line in proxy.access_log()), "the log has what came after")
     identities = {reply.headers["x-request-id"] for reply in limited}
-    assert sum(line["request_id"] in identities for line in door.access_log()) < len(limited) / 10
+    assert sum(line["request_id"] in identities for line in proxy.access_log()) < len(limited) / 10
 
 
 def test_a_flood_of_anything_else_leaves_registration_alone(client: httpx.Client) -> None:
@@ -316,36 +316,36 @@ def test_what_is_no_token_is_counted_by_address(client: httpx.Client) -> None:
 # Long connections
 
 
-def websocket_url(door: Proxy, rental: str = "abc", scheme: str = "ws") -> str:
-    port = door.http_port if scheme == "ws" else door.https_port
+def websocket_url(proxy: Proxy, rental: str = "abc", scheme: str = "ws") -> str:
+    port = proxy.http_port if scheme == "ws" else proxy.https_port
     return f"{scheme}://localhost:{port}/api/rentals/{rental}/ssh"
 
 
-def test_a_websocket_passes_both_ways(door: Proxy, client: httpx.Client) -> None:
-    with connect(websocket_url(door), additional_headers=bearer()) as shell:
+def test_a_websocket_passes_both_ways(proxy: Proxy, client: httpx.Client) -> None:
+    with connect(websocket_url(proxy), additional_headers=bearer()) as shell:
         for message in (b"\0\1\2", b"x" * 60_000):
             shell.send(message)
             assert shell.recv() == message
 
 
-def test_a_websocket_that_the_manager_refuses_is_refused_in_its_words(door: Proxy, client: httpx.Client) -> None:
-    with pytest.raises(InvalidStatus) as refusal, connect(websocket_url(door, "other")):
+def test_a_websocket_that_the_manager_refuses_is_refused_in_its_words(proxy: Proxy, client: httpx.Client) -> None:
+    with pytest.raises(InvalidStatus) as refusal, connect(websocket_url(proxy, "other")):
         pass
     assert refusal.value.response.status_code == 403
     assert refusal.value.response.body == b"not yours"
 
 
-async def test_one_caller_has_two_hundred_sessions_and_its_calls_go_on(door: Proxy, manager: EchoManager) -> None:
+async def test_one_caller_has_two_hundred_sessions_and_its_calls_go_on(proxy: Proxy, manager: EchoManager) -> None:
     open_session = partial(connect_in_one_thread, additional_headers=bearer(77), proxy=None, open_timeout=60)
     async with AsyncExitStack() as open_ones:
         for _ in range(200):
-            await open_ones.enter_async_context(open_session(websocket_url(door)))
+            await open_ones.enter_async_context(open_session(websocket_url(proxy)))
         with pytest.raises(InvalidStatus) as refusal:
-            await open_session(websocket_url(door))
+            await open_session(websocket_url(proxy))
         assert refusal.value.response.status_code == 429
         told = json.loads(refusal.value.response.body or b"")
         assert (told["code"], "200 open sessions" in told["detail"]) == ("too_many_connections", True)
-        async with httpx.AsyncClient(base_url=door.url, trust_env=False, timeout=60) as http:
+        async with httpx.AsyncClient(base_url=proxy.url, trust_env=False, timeout=60) as http:
             assert (await http.get(REST, headers=bearer(77))).status_code == 200
 
 
@@ -365,20 +365,20 @@ def test_an_event_arrives_when_it_happens(client: httpx.Client, manager: EchoMan
 # TLS
 
 
-def certificate(door: Proxy) -> str:
-    return ssl.get_server_certificate(("127.0.0.1", door.https_port))
+def certificate(proxy: Proxy) -> str:
+    return ssl.get_server_certificate(("127.0.0.1", proxy.https_port))
 
 
 def trusting(pem: str) -> ssl.SSLContext:
     return ssl.create_default_context(cadata=pem)
 
 
-def test_the_certificate_made_at_first_start_verifies(door: Proxy, client: httpx.Client) -> None:
-    trust = trusting(certificate(door))
+def test_the_certificate_made_at_first_start_verifies(proxy: Proxy, client: httpx.Client) -> None:
+    trust = trusting(certificate(proxy))
     for host in ("localhost", "127.0.0.1"):
-        reply = get(f"https://{host}:{door.https_port}{REST}", verify=trust)
+        reply = get(f"https://{host}:{proxy.https_port}{REST}", verify=trust)
         assert headers_at_manager(reply)["x-forwarded-proto"] == "https"
-    assert asyncio.run(_echo(websocket_url(door, scheme="wss"), b"over TLS", trust)) == b"over TLS"
+    assert asyncio.run(_echo(websocket_url(proxy, scheme="wss"), b"over TLS", trust)) == b"over TLS"
 
 
 async def _echo(url: str, sent: bytes, trust: ssl.SSLContext) -> str | bytes:
@@ -391,9 +391,9 @@ async def _echo(url: str, sent: bytes, trust: ssl.SSLContext) -> str | bytes:
         return await shell.recv()
 
 
-def test_the_certificate_bears_the_names_asked_for(door: Proxy, tmp_path: Path) -> None:
+def test_the_certificate_bears_the_names_asked_for(proxy: Proxy, tmp_path: Path) -> None:
     pem = tmp_path / "tls.crt"
-    pem.write_text(certificate(door))
+    pem.write_text(certificate(proxy))
     shown = subprocess.run(
         ["openssl", "x509", "-in", pem, "-noout", "-text"], capture_output=True, text=True, check=True
     )
@@ -404,46 +404,46 @@ def test_the_certificate_bears_the_names_asked_for(door: Proxy, tmp_path: Path) 
     assert ssl.cert_time_to_seconds(begins) < time.time() - 86_400, "a client's clock may be late"
 
 
-def test_old_protocols_are_refused(door: Proxy) -> None:
+def test_old_protocols_are_refused(proxy: Proxy) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(cadata=certificate(door))
+    context.load_verify_locations(cadata=certificate(proxy))
     context.set_ciphers("ALL:@SECLEVEL=0")  # else this side would refuse before the proxy is asked
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
     with (
         pytest.raises(ssl.SSLError, match="alert protocol version"),
-        socket.create_connection(("127.0.0.1", door.https_port)) as raw,
+        socket.create_connection(("127.0.0.1", proxy.https_port)) as raw,
         context.wrap_socket(raw, server_hostname="localhost"),
     ):
         pass
 
 
-def test_http_to_the_port_of_https_is_a_problem(door: Proxy, client: httpx.Client) -> None:
-    assert_problem(get(f"http://127.0.0.1:{door.https_port}{REST}"), 400, "invalid_request")
+def test_http_to_the_port_of_https_is_a_problem(proxy: Proxy, client: httpx.Client) -> None:
+    assert_problem(get(f"http://127.0.0.1:{proxy.https_port}{REST}"), 400, "invalid_request")
 
 
 def test_a_renewed_certificate_is_served_within_15_s_and_what_is_open_stays_open(
-    door: Proxy, client: httpx.Client
+    proxy: Proxy, client: httpx.Client
 ) -> None:
-    before = certificate(door)
+    before = certificate(proxy)
     new_pair = (
         "cd /etc/orion-tls; openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 9"
         " -subj /CN=renewed -addext subjectAltName=DNS:localhost -keyout /tmp/new.key -out /tmp/new.crt 2>/tmp/said"
     )
-    assert door.exec("sh", "-c", f"{new_pair} && cp /tmp/new.key tls.key").returncode == 0
-    with connect(websocket_url(door)) as shell:
+    assert proxy.exec("sh", "-c", f"{new_pair} && cp /tmp/new.key tls.key").returncode == 0
+    with connect(websocket_url(proxy)) as shell:
         time.sleep(11)  # it has looked, and half of a pair is none
-        assert certificate(door) == before
-        assert door.exec("sh", "-c", "cp /tmp/new.crt /etc/orion-tls/tls.crt").returncode == 0
-        wait_until(lambda: certificate(door) != before, "the new certificate is served")
+        assert certificate(proxy) == before
+        assert proxy.exec("sh", "-c", "cp /tmp/new.crt /etc/orion-tls/tls.crt").returncode == 0
+        wait_until(lambda: certificate(proxy) != before, "the new certificate is served")
         shell.send(b"still there")
         assert shell.recv() == b"still there"
-    new = door.exec("cat", "/etc/orion-tls/tls.crt").stdout
+    new = proxy.exec("cat", "/etc/orion-tls/tls.crt").stdout
 
     def is_served() -> bool:
         """Return whether a connection meets the new one: for a moment the processes of before still accept some."""
         try:
-            return get(f"https://localhost:{door.https_port}/", verify=trusting(new)).status_code == 200
+            return get(f"https://localhost:{proxy.https_port}/", verify=trusting(new)).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -454,32 +454,32 @@ def test_a_renewed_certificate_is_served_within_15_s_and_what_is_open_stays_open
 
 
 @pytest.fixture(scope="module")
-def outer(door: Proxy, manager: EchoManager) -> Iterator[str]:
-    with outer_proxy(door) as address:
+def outer(proxy: Proxy, manager: EchoManager) -> Iterator[str]:
+    with outer_proxy(proxy) as address:
         yield address
 
 
-def test_a_trusted_outer_proxy_is_believed_about_the_visitor(door: Proxy, outer: str) -> None:
+def test_a_trusted_outer_proxy_is_believed_about_the_visitor(proxy: Proxy, outer: str) -> None:
     forged = {"X-Forwarded-For": "6.6.6.6", "X-Real-IP": "6.6.6.6", "X-Forwarded-Prefix": "/evil"}
     seen = headers_at_manager(get(f"{outer}/orion{REST}", headers=forged))
-    assert seen["x-real-ip"] == f"{door.network}.1"
+    assert seen["x-real-ip"] == f"{proxy.network}.1"
     assert seen["x-forwarded-proto"] == "https"
-    assert seen["x-forwarded-host"] == f"{door.outer_address}:8000"
+    assert seen["x-forwarded-host"] == f"{proxy.outer_address}:8000"
     says = headers_at_manager(get(f"{outer}{REST}", headers={"X-Says": "2001:db8::7"}))
     assert says["x-real-ip"] == "2001:db8::7"
-    direct = headers_at_manager(get(f"{door.url}{REST}", headers={"X-Forwarded-For": "6.6.6.6"}))
-    assert direct["x-real-ip"] == f"{door.network}.1"
+    direct = headers_at_manager(get(f"{proxy.url}{REST}", headers={"X-Forwarded-For": "6.6.6.6"}))
+    assert direct["x-real-ip"] == f"{proxy.network}.1"
 
 
-def test_no_outer_proxy_makes_a_worker_of_a_visitor(door: Proxy, outer: str) -> None:
+def test_no_outer_proxy_makes_a_worker_of_a_visitor(proxy: Proxy, outer: str) -> None:
     for path in (REGISTER, HEARTBEAT):
-        headers = bearer(900, "worker") | {"X-Says": f"{door.network}.200"}
+        headers = bearer(900, "worker") | {"X-Says": f"{proxy.network}.200"}
         seen = headers_at_manager(post(f"{outer}{path}", headers=headers))
-        assert seen["x-real-ip"] == door.outer_address, path
+        assert seen["x-real-ip"] == proxy.outer_address, path
 
 
 def test_visitors_behind_an_outer_proxy_have_limits_of_their_own_and_ipv6_ones_by_their_network(
-    door: Proxy, outer: str
+    proxy: Proxy, outer: str
 ) -> None:
     def flood_of(addresses: list[str]) -> set[int]:
         return {reply.status_code for reply in at_once(outer, [(RENT, {"X-Says": one}) for one in addresses])}
@@ -491,7 +491,7 @@ def test_visitors_behind_an_outer_proxy_have_limits_of_their_own_and_ipv6_ones_b
     assert flood_of([f"::ffff:198.51.100.{n % 200}" for n in range(600)]) == {200}
 
 
-def test_everything_works_below_a_path_of_an_outer_proxy(door: Proxy, outer: str) -> None:
+def test_everything_works_below_a_path_of_an_outer_proxy(proxy: Proxy, outer: str) -> None:
     with httpx.Client(base_url=f"{outer}/orion", trust_env=False, timeout=60) as visitor:
         assert visitor.get("/terminal").headers["location"] == "/orion/terminal/"
         page = visitor.get("/terminal/")
@@ -510,65 +510,65 @@ def test_no_page_of_the_platform_names_an_address_that_a_path_before_it_would_br
 # The container
 
 
-def test_the_log_is_json_with_the_request_id_and_without_secrets(door: Proxy, client: httpx.Client) -> None:
+def test_the_log_is_json_with_the_request_id_and_without_secrets(proxy: Proxy, client: httpx.Client) -> None:
     secret_query = "token=hush-hush-query"
     reply = client.get(
         f"{REST}?{secret_query}", headers={**bearer(300), "Cookie": "hush-hush-cookie", "Referer": "http://hush-hush"}
     )
     identity = reply.headers["x-request-id"]
-    wait_until(lambda: any(line["request_id"] == identity for line in door.access_log()), "the log has the request")
-    line = next(line for line in door.access_log() if line["request_id"] == identity)
-    assert (line["method"], line["path"], line["status"], line["client"]) == ("GET", REST, 200, f"{door.network}.1")
+    wait_until(lambda: any(line["request_id"] == identity for line in proxy.access_log()), "the log has the request")
+    line = next(line for line in proxy.access_log() if line["request_id"] == identity)
+    assert (line["method"], line["path"], line["status"], line["client"]) == ("GET", REST, 200, f"{proxy.network}.1")
     assert client.get(f"/api/lost?{secret_query}").status_code == 502
-    everything = door.logs()
+    everything = proxy.logs()
     for secret in ("hush-hush", SECRET, token(300)):
         assert secret not in everything
 
 
-def test_the_secret_is_for_root_alone_and_requests_are_served_by_others(door: Proxy) -> None:
-    assert SECRET in door.exec("cat", "/run/orion-secret.conf").stdout
+def test_the_secret_is_for_root_alone_and_requests_are_served_by_others(proxy: Proxy) -> None:
+    assert SECRET in proxy.exec("cat", "/run/orion-secret.conf").stdout
     for path in ("/run/orion-secret.conf", "/run/orion-proxy/secret", "/etc/orion-tls/tls.key"):
-        assert door.exec("cat", path, user="www-data").returncode != 0
-    users = door.exec("sh", "-c", "stat -c %U /proc/[0-9]*/").stdout.split()
+        assert proxy.exec("cat", path, user="www-data").returncode != 0
+    users = proxy.exec("sh", "-c", "stat -c %U /proc/[0-9]*/").stdout.split()
     assert users.count("www-data") == 2
 
 
-def test_nothing_of_the_container_can_be_written_and_no_capability_is_left_to_its_workers(door: Proxy) -> None:
-    assert door.exec("touch", "/etc/nginx/nginx.conf").returncode != 0
-    status = door.exec("sh", "-c", "grep -h -E '^(Uid|CapEff|NoNewPrivs)' /proc/[0-9]*/status").stdout.split("\n")
+def test_nothing_of_the_container_can_be_written_and_no_capability_is_left_to_its_workers(proxy: Proxy) -> None:
+    assert proxy.exec("touch", "/etc/nginx/nginx.conf").returncode != 0
+    status = proxy.exec("sh", "-c", "grep -h -E '^(Uid|CapEff|NoNewPrivs)' /proc/[0-9]*/status").stdout.split("\n")
     workers = [status[i + 1] for i, line in enumerate(status) if line.startswith("Uid:\t33")]
     assert [line.split()[1].strip("0") for line in workers] == ["", ""]
     assert "NoNewPrivs:\t0" not in status
 
 
-def test_the_health_check_passes(door: Proxy) -> None:
-    wait_until(lambda: door.exec("healthcheck.sh").returncode == 0, "the check passes; Docker repeats it as well")
+def test_the_health_check_passes(proxy: Proxy) -> None:
+    wait_until(lambda: proxy.exec("healthcheck.sh").returncode == 0, "the check passes; Docker repeats it as well")
 
 
 # The manager away. These come last: they take it away.
 
 
-def test_while_the_manager_is_away_the_proxy_says_so_and_finds_it_again(door: Proxy, manager: EchoManager) -> None:
+def test_while_the_manager_is_away_the_proxy_says_so_and_finds_it_again(proxy: Proxy, manager: EchoManager) -> None:
     manager.stop()
     for path in (HEARTBEAT, REST, "/healthz", "/r/aaaaaaaaaa/8000/"):
-        reply = post(f"{door.url}{path}")
+        reply = post(f"{proxy.url}{path}")
         assert_problem(reply, 502, "manager_unreachable")
         assert reply.headers["x-orion-manager"] == "unreachable"
-    again = EchoManager(door.app_address)
+    again = EchoManager(proxy.app_address)
     again.start()
-    assert get(f"{door.url}{REST}").status_code == 200
+    assert get(f"{proxy.url}{REST}").status_code == 200
     again.stop()
 
 
 def test_the_certificate_outlives_a_restart_and_the_proxy_starts_without_the_manager(
-    door: Proxy, manager: EchoManager
+    proxy: Proxy, manager: EchoManager
 ) -> None:
     manager.stop()
-    before = certificate(door)
-    door.compose("restart", "--timeout", "5", "manager_proxy")
-    wait_until(door.answers, "the proxy answers again")
-    assert certificate(door) == before
-    assert_problem(get(f"{door.url}{REST}"), 502, "manager_unreachable")
+    before = certificate(proxy)
+    proxy.compose("restart", "--timeout", "5", "manager_proxy")
+    wait_until(proxy.answers, "the proxy answers again")
+    assert certificate(proxy) == before
+    assert_problem(get(f"{proxy.url}{REST}"), 502, "manager_unreachable")
 
 
 @pytest.fixture
@@ -581,7 +581,7 @@ def own_certificate(tmp_path: Path) -> Path:
 
 
 def test_with_nobody_at_the_address_and_a_certificate_of_the_users_own(own_certificate: Path) -> None:
-    with proxy(app_host=77, tls_directory=own_certificate, trusts_outer=False) as lonely:
+    with new_proxy(app_host=77, tls_directory=own_certificate, trusts_outer=False) as lonely:
         lonely.give_secret()
         wait_until(lonely.answers, "the proxy answers")
         assert certificate(lonely) == (own_certificate / "tls.crt").read_text()

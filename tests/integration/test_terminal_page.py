@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from page_support import PtyShell, PtyShells, Tmux, Window, chromium, eventually, served
 from playwright.async_api import Route, expect
-from proxy_support import Proxy, proxy, wait_until
+from proxy_support import Proxy, new_proxy, wait_until
 from support.browser import ticket
 from support.fixtures import database, house, migrated_database, statements, store  # noqa: F401
 from support.house import House
@@ -28,8 +28,8 @@ WEB = Path(__file__).parents[2] / "web"
 
 
 @pytest.fixture(scope="module")
-def door() -> Iterator[Proxy]:
-    with proxy(app_host=1) as running:
+def proxy() -> Iterator[Proxy]:
+    with new_proxy(app_host=1) as running:
         running.give_secret()
         wait_until(running.answers, "the proxy answers")
         yield running
@@ -42,8 +42,8 @@ class Open(Protocol):
 class Site:
     """A platform with one rental, and a browser before it."""
 
-    def __init__(self, manager: House, door: Proxy, shells: PtyShells, rental: dict[str, Any], open_one: Open) -> None:
-        self.manager, self.proxy, self.shells, self.rental, self.open = manager, door, shells, rental, open_one
+    def __init__(self, manager: House, proxy: Proxy, shells: PtyShells, rental: dict[str, Any], open_one: Open) -> None:
+        self.manager, self.proxy, self.shells, self.rental, self.open = manager, proxy, shells, rental, open_one
 
     @property
     def shell(self) -> PtyShell:
@@ -56,11 +56,11 @@ class Site:
 
 
 @pytest.fixture
-async def site(house: House, door: Proxy, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:  # noqa: F811
+async def site(house: House, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:  # noqa: F811
     await house.join()
     rental = await house.rent(name="desk")
     house.manager.terminals.terms = replace(Terms(), again_after_s=0.05)
-    async with served(house, door.app_address, monkeypatch) as shells, chromium() as browser:
+    async with served(house, proxy.app_address, monkeypatch) as shells, chromium() as browser:
 
         @asynccontextmanager
         async def open_one(size: tuple[int, int] = FIRST_SIZE, **how: Any) -> AsyncIterator[Window]:
@@ -73,7 +73,7 @@ async def site(house: House, door: Proxy, monkeypatch: pytest.MonkeyPatch) -> As
             await context.close()
             assert window.complaints == [], "nothing that the policy of the page forbids was tried"
 
-        made = Site(house, door, shells, rental, open_one)
+        made = Site(house, proxy, shells, rental, open_one)
         yield made
 
 

@@ -1,4 +1,4 @@
-"""A real worker's door for web ports: whose processes it leads to, and who may come in by it."""
+"""The port proxy of a real worker: which processes it leads to, and which requests it takes."""
 
 from __future__ import annotations
 
@@ -148,15 +148,15 @@ def test_what_stands_still_answers_nobody_and_what_was_open_is_cut(rental: Renta
 def test_the_door_has_no_capability_and_comes_back_when_it_dies(rental: Rental) -> None:
     worker = rental.on
 
-    def door() -> str:
+    def port_proxy() -> str:
         return worker.run("pgrep", "-f", "orion-web", check=False).strip()
 
-    before = door()
+    before = port_proxy()
     status = worker.run("cat", f"/proc/{before}/status")
     assert "CapEff:\t0000000000000000" in status
     assert "CapPrm:\t0000000000000000" in status
     worker.run("kill", "-9", before)
-    wait_until(lambda: door() not in {"", before}, "the agent starts it again")
+    wait_until(lambda: port_proxy() not in {"", before}, "the agent starts it again")
     with serving(rental, "mine"):
         assert ask(rental) == "mine"
 
