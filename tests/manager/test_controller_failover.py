@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,6 +22,37 @@ async def pool(house: House) -> list[Agent]:
     agents = [await house.join() for _ in range(3)]
     house.end_the_brake_of_the_start()
     return agents
+
+
+@contextmanager
+def interrupted(
+    house: House, kind: str, function: Any, interruption: Callable[[], Awaitable[Any]]
+) -> Iterator[list[Any]]:
+    """Have `interruption` run once: after the first read, or before the first write, of this function of the store.
+
+    `kind` is "read" or "write". The list gets the result.
+    """
+    begun, results = False, list[Any]()
+    original = getattr(house.store, kind)
+
+    async def interrupt(called: Any) -> None:
+        nonlocal begun
+        if called is function and not begun:
+            begun = True
+            results.append(await interruption())
+
+    async def read_or_write(called: Any, *args: Any, **kwargs: Any) -> Any:
+        if kind == "write":
+            await interrupt(called)
+        found = await original(called, *args, **kwargs)
+        if kind == "read":
+            await interrupt(called)
+        return found
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(house.store, kind, read_or_write)
+        yield results
+    assert begun
 
 
 async def test_the_brake_of_the_start_ends_after_a_grace_in_which_the_door_was_open(house: House) -> None:
@@ -118,74 +151,43 @@ async def test_with_nowhere_to_go_a_rental_waits_and_goes_on_when_a_worker_joins
     assert (again["state"], again["epoch"]) == ("active", 2)
 
 
-async def test_a_heartbeat_between_the_look_and_the_verdict_saves_the_worker(
-    house: House, pool: list[Agent], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_heartbeat_between_the_look_and_the_verdict_saves_the_worker(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     late = where(house, rental)
     await house.silence(late, 88)
     assert await house.health(late) == "suspect"
-    replies: list[int] = []
-    read = house.store.read
-
-    async def read_and_then_a_heartbeat_comes_in(function: Any, *args: Any, **kwargs: Any) -> Any:
-        found = await read(function, *args, **kwargs)
-        if function is state.load_workers and not replies:
-            replies.append(0)
-            replies.append((await late.beat()).status_code)
-        return found
-
     house.clock.now += 4
-    monkeypatch.setattr(house.store, "read", read_and_then_a_heartbeat_comes_in)
-    await house.manager.health.round()
-    monkeypatch.undo()
+    with interrupted(house, "read", state.load_workers, late.beat) as replies:
+        await house.manager.health.round()
     await house.settle()
-    assert replies == [0, 200]
+    assert [reply.status_code for reply in replies] == [200]
     assert await house.health(late) == "ready"
     assert (await house.rental(rental["id"]))["epoch"] == 1
 
 
-async def test_from_the_verdict_on_no_heartbeat_renews_the_lease(
-    house: House, pool: list[Agent], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_from_the_verdict_on_no_heartbeat_renews_the_lease(house: House, pool: list[Agent]) -> None:
     """The session is revoked before `down` is committed: the answer to a heartbeat in between is to register."""
     late = pool[0]
     await house.silence(late, 88)
-    replies: list[int] = []
-    write = house.store.write
-
-    async def a_heartbeat_comes_in_and_then_write(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if function is state.apply_each and not replies:
-            replies.append((await late.beat()).status_code)
-        return await write(function, *args, **kwargs)
-
     house.clock.now += 4
-    monkeypatch.setattr(house.store, "write", a_heartbeat_comes_in_and_then_write)
-    await house.manager.health.round()
-    assert replies == [409]
+    with interrupted(house, "write", state.apply_each, late.beat) as replies:
+        await house.manager.health.round()
+    assert [reply.status_code for reply in replies] == [409]
     assert await house.health(late) == "down"
 
 
 async def test_a_registration_between_the_look_and_the_verdict_saves_the_worker(
-    house: House, pool: list[Agent], monkeypatch: pytest.MonkeyPatch
+    house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
     late = where(house, rental)
     await house.silence(late, 88)
-    write, registered = house.store.write, []
-
-    async def it_registers_and_then_write(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if function is state.apply_each and not registered:
-            registered.append((await late.register()).status_code)
-        return await write(function, *args, **kwargs)
-
     house.clock.now += 4
-    monkeypatch.setattr(house.store, "write", it_registers_and_then_write)
-    await house.manager.health.round()
-    monkeypatch.undo()
+    with interrupted(house, "write", state.apply_each, late.register) as replies:
+        await house.manager.health.round()
     late.beating = True
     await house.settle()
-    assert registered == [201]
+    assert [reply.status_code for reply in replies] == [201]
     assert await house.health(late) == "ready"
     assert (await house.rental(rental["id"]))["epoch"] == 1
     assert house.live_copies(rental["id"]) == [1]
@@ -250,25 +252,20 @@ async def test_a_partitioned_worker_that_calls_home_after_the_verdict_holds_unti
 
 
 async def test_one_that_is_joining_again_before_its_rental_was_taken_away_keeps_it(
-    house: House, pool: list[Agent], monkeypatch: pytest.MonkeyPatch
+    house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
     cut_off = where(house, rental)
     await house.silence(cut_off, 90)
     house.clock.now += STEP_S
     await house.manager.health.round()
-    write, raced = house.store.write, []
 
-    async def it_comes_back_and_then_write(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if function is state.apply and not raced:
-            raced.append(True)
-            await cut_off.register()
-            await house.manager.health.round()
-        return await write(function, *args, **kwargs)
+    async def come_back() -> None:
+        await cut_off.register()
+        await house.manager.health.round()
 
-    monkeypatch.setattr(house.store, "write", it_comes_back_and_then_write)
-    await house.manager.reconciler.round()
-    monkeypatch.undo()
+    with interrupted(house, "write", state.apply, come_back):
+        await house.manager.reconciler.round()
     cut_off.beating = True
     await house.settle()
     await cut_off.beat()
