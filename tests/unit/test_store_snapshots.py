@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
-from sqlalchemy import insert
 from support.builders import active_rental, new_placement, new_worker, new_world
+from support.rows import event_kinds, insert_world
 
 from orion.manager.domain import snapshots as rules
 from orion.manager.domain.model import Rental
 from orion.manager.domain.snapshots import EXPIRED_KEPT_S, Snapshot, SnapshotId
 from orion.manager.domain.states import Health, PlacementState, RentalState
-from orion.manager.domain.world import World
-from orion.manager.store import events
 from orion.manager.store.database import Store
 from orion.manager.store.memory import MemoryStateStore
-from orion.manager.store.schema import placements, rentals, workers
 from orion.manager.store.snapshots import MemorySnapshotCatalog, Running, SnapshotCatalog, SqlSnapshotCatalog
 
 WORKER, SUSPECT = new_worker(1, slots=4), new_worker(2, slots=4, health=Health.SUSPECT)
@@ -60,17 +56,7 @@ class CatalogBench:
         if self.state_store:
             return [event.kind for event in self.state_store.events]
         assert self.store
-        return [row["kind"] for row in await self.store.read(events.page, None, None, None, 0, 100)]
-
-
-def _put(connection: Any, world: World) -> None:
-    rest = {"labels": {}, "token_hash": "", "load": {}, "registered_at": 1.0}
-    for worker in world.workers.values():
-        connection.execute(insert(workers), vars(worker) | {"host_keys": list(worker.host_keys)} | rest)
-    for rental in world.rentals.values():
-        connection.execute(insert(rentals), vars(rental) | {"labels": {}})
-    for placement in world.placements.values():
-        connection.execute(insert(placements), vars(placement) | {"created_at": 1.0})
+        return await event_kinds(self.store)
 
 
 @pytest.fixture(params=["memory", "sql"])
@@ -79,7 +65,7 @@ async def bench(request: pytest.FixtureRequest) -> CatalogBench:
         state_store = MemoryStateStore(WORLD)
         return CatalogBench(MemorySnapshotCatalog(state_store), state_store=state_store)
     store: Store = request.getfixturevalue("store")
-    await store.write(_put, WORLD)
+    await insert_world(store, WORLD)
     return CatalogBench(SqlSnapshotCatalog(store), store=store)
 
 

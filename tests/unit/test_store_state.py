@@ -7,8 +7,9 @@ from random import Random
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, insert, update
+from sqlalchemy import update
 from support.builders import active_rental, new_placement, new_rental, new_worker, new_world
+from support.rows import event_kinds, insert_world
 
 from orion.manager.domain.expiry import release, renew
 from orion.manager.domain.model import Placement, Rental, Worker
@@ -17,22 +18,7 @@ from orion.manager.domain.steps import Event, Step, Write, merge, move_placement
 from orion.manager.domain.world import World
 from orion.manager.store import events, state
 from orion.manager.store.database import Store
-from orion.manager.store.schema import placements, rentals, workers
-
-
-def put(connection: Connection, world: World) -> None:
-    for worker in world.workers.values():
-        rest = {"labels": {}, "token_hash": "", "load": {}, "registered_at": 1.0}
-        connection.execute(insert(workers), vars(worker) | {"host_keys": list(worker.host_keys)} | rest)
-    for rental in world.rentals.values():
-        connection.execute(insert(rentals), vars(rental) | {"labels": {}})
-    for placement in world.placements.values():
-        connection.execute(insert(placements), vars(placement) | {"created_at": 1.0})
-
-
-async def kinds(store: Store) -> list[str]:
-    return [row["kind"] for row in await store.read(events.page, None, None, None, 0, 100)]
-
+from orion.manager.store.schema import rentals
 
 WORKER, RENTAL = new_worker(), active_rental()
 RUNNING = new_placement(RENTAL, WORKER, PlacementState.RUNNING)
@@ -41,7 +27,7 @@ RUNNING = new_placement(RENTAL, WORKER, PlacementState.RUNNING)
 @pytest.fixture
 async def world(store: Store) -> World:
     world = new_world(WORKER, RENTAL, RUNNING)
-    await store.write(put, world)
+    await insert_world(store, world)
     return world
 
 
@@ -53,7 +39,7 @@ async def test_the_world_has_what_is_alive_and_the_residue_of_what_has_ended(sto
     ended, gone = active_rental(2, state=RentalState.RELEASED), active_rental(3, state=RentalState.EXPIRED)
     lost = new_placement(ended, WORKER, PlacementState.LOST)
     purged = new_placement(gone, WORKER, PlacementState.PURGED, slot=1)
-    await store.write(put, new_world(WORKER, ended, gone, lost, purged))
+    await insert_world(store, new_world(WORKER, ended, gone, lost, purged))
     assert await store.read(state.load) == new_world(WORKER, ended, lost)
 
 
@@ -79,7 +65,7 @@ async def test_a_step_with_one_stale_guard_changes_nothing(store: Store, world: 
     step = merge((lost, move_rental(stale, RentalState.MIGRATING, "reconciler", "down"), Step((), (), placed)))
     assert not await store.write(state.apply, [step])
     assert await store.read(state.load) == world
-    assert await kinds(store) == []
+    assert await event_kinds(store) == []
 
 
 async def test_steps_before_a_stale_one_are_applied_and_those_after_it_are_not(store: Store, world: World) -> None:
@@ -87,7 +73,7 @@ async def test_steps_before_a_stale_one_are_applied_and_those_after_it_are_not(s
     stale = move_worker(replace(WORKER, session_id="another"), Health.SUSPECT, "silence")
     after = release(RENTAL, "released", "alice", "asked for")
     assert not await store.write(state.apply, [first, stale, after])
-    assert await kinds(store) == ["rental.renewed"]
+    assert await event_kinds(store) == ["rental.renewed"]
     assert (await store.read(state.load)).rentals[RENTAL.id].state is RentalState.ACTIVE
 
 
@@ -120,7 +106,7 @@ async def test_a_write_to_a_row_that_does_not_exist_is_not_applied(store: Store,
 async def test_living_rentals_are_due_when_their_time_is_over(store: Store) -> None:
     due, later = active_rental(1, expires_at=100.0), active_rental(2, expires_at=100.1)
     ended = active_rental(3, expires_at=1.0, state=RentalState.RELEASED)
-    await store.write(put, new_world(due, later, ended, new_rental(4)))
+    await insert_world(store, new_world(due, later, ended, new_rental(4)))
     assert await store.read(state.load_due, 100.0) == [due]
 
 
@@ -131,7 +117,7 @@ async def test_the_store_applies_steps_as_the_world_of_decisions_does(store: Sto
     rows: list[Any] = [new_worker(1, slots=3), new_worker(2, slots=3)]
     rows += [new_rental(number) for number in range(4)]
     world = new_world(*rows)
-    await store.write(put, world)
+    await insert_world(store, world)
     for number in range(60):
         step = _some_step(random, world, number)
         if step is not None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import pytest
-from sqlalchemy import insert
 from sqlalchemy.exc import IntegrityError
 from support.builders import active_rental, host_key, new_placement, new_rental, new_worker, new_world
 from support.pools import differences
+from support.rows import event_kinds, insert_world
 
 from orion.manager.domain.expiry import WallClock, count, expire, release, renew
 from orion.manager.domain.model import Item, Worker
@@ -27,12 +27,9 @@ from orion.manager.domain.steps import (
     move_worker,
 )
 from orion.manager.domain.tasks import Task, TaskEnded, TaskKind
-from orion.manager.domain.world import World
-from orion.manager.store import events
 from orion.manager.store.database import Store
 from orion.manager.store.memory import InvariantBroken, MemoryStateStore
 from orion.manager.store.port import Registration, Registry, StateStore
-from orion.manager.store.schema import placements, rentals, workers
 from orion.manager.store.sql import SqlStateStore
 
 
@@ -51,7 +48,7 @@ class StateStoreBench:
         if self.store is None:
             assert isinstance(self.state_store, MemoryStateStore)
             return [event.kind for event in self.state_store.events]
-        return [row["kind"] for row in await self.store.read(events.page, None, None, None, 0, 100)]
+        return await event_kinds(self.store)
 
     async def become(self, worker: Worker, *healths: Health) -> None:
         for health in healths:
@@ -92,23 +89,13 @@ CLAIM = Registration(
 )
 
 
-def _put(connection: Any, world: World) -> None:
-    rest = {"labels": {}, "token_hash": "", "load": {}, "registered_at": 1.0}
-    for worker in world.workers.values():
-        connection.execute(insert(workers), vars(worker) | {"host_keys": list(worker.host_keys)} | rest)
-    for rental in world.rentals.values():
-        connection.execute(insert(rentals), vars(rental) | {"labels": {}})
-    for placement in world.placements.values():
-        connection.execute(insert(placements), vars(placement) | {"created_at": 1.0})
-
-
 @pytest.fixture(params=["memory", "sql"])
 async def bench(request: pytest.FixtureRequest) -> StateStoreBench:
     world = new_world(WORKER, OTHER, RENTAL, QUEUED, ENDED, LONG_GONE, RUNNING, LEFT_OF_ENDED, PURGED)
     if request.param == "memory":
         return StateStoreBench(MemoryStateStore(world))
     store: Store = request.getfixturevalue("store")
-    await store.write(_put, world)
+    await insert_world(store, world)
     return StateStoreBench(SqlStateStore(store), store)
 
 
