@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,11 @@ PLAN = {
 STATUS = {"version": "1", "brake": None, "workers": {}, "rentals": {}, "slots": 0, "slots_free": 0}
 
 
-@pytest.fixture
-def platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedPlatform]:
-    server = ScriptedPlatform()
+@pytest.fixture(autouse=True)
+def _login(platform: ScriptedPlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "token").write_text("orion_admin_t1_secret")
-    monkeypatch.setenv("ORION_URL", server.url)
+    monkeypatch.setenv("ORION_URL", platform.url)
     monkeypatch.setenv("ORION_TOKEN_FILE", str(tmp_path / "token"))
-    yield server
-    server.stop()
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from support.orion_command import Command
 from support.readme import ROOT
 from support.scripted_platform import (
     HOST_KEY,
@@ -27,52 +27,11 @@ from support.scripted_platform import (
 )
 
 from orion.cli import keys
-from orion.cli.app import run
 from orion.client.sdk import Orion
 from orion.wire import NOT_MOVED, RentReply
 
 EVIL = "\x1b]0;owned\x07\x1b[31m[red]x[/red]\u202e\u009b2J"
 UP_TO_NOW = "2000-01-01T00:00:00Z"
-
-
-class CommandResult(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., CommandResult]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ScriptedPlatform]:
-    server = ScriptedPlatform()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def platform(server: ScriptedPlatform) -> ScriptedPlatform:
-    server.forget()
-    return server
-
-
-@pytest.fixture
-def orion(
-    platform: ScriptedPlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Command:
-    """Return a function that runs `orion ARGUMENTS` with a login from the environment."""
-    (tmp_path / "token").write_text("orion_client_t1_secret")
-    monkeypatch.setenv("ORION_URL", platform.url)
-    monkeypatch.setenv("ORION_TOKEN_FILE", str(tmp_path / "token"))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.delenv("ORION_CA_FILE", raising=False)
-
-    def command(*arguments: str) -> CommandResult:
-        status = run(arguments)
-        return CommandResult(status, *capsys.readouterr())
-
-    return command
 
 
 @pytest.fixture

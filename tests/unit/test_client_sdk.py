@@ -34,19 +34,6 @@ class RetryClock:
         return self.now
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ScriptedPlatform]:
-    server = ScriptedPlatform()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def platform(server: ScriptedPlatform) -> ScriptedPlatform:
-    server.forget()
-    return server
-
-
 @pytest.fixture
 def clock() -> RetryClock:
     return RetryClock()
