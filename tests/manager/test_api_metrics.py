@@ -38,7 +38,8 @@ async def test_an_empty_platform_has_all_its_figures_at_nothing(house: House) ->
 
 
 async def test_figures_follow_what_happens(house: House) -> None:
-    first, second = await house.join(slots=2), await house.join()
+    first = await house.join(slots=2)
+    await house.join()
     house.end_the_brake_of_the_start()
     rental = await house.rent()
     await first.beat()
@@ -54,7 +55,7 @@ async def test_figures_follow_what_happens(house: House) -> None:
     assert of(found, "orion_migrations_total") == 0
     assert of(found, "orion_events_committed_total", kind="rental.activated") == 1
     assert of(found, "orion_last_event_id") == max(event["id"] for event in await house.events())
-    dead = first if rental["worker_id"] == first.worker_id else second
+    dead = house.agent_of(rental)
     dead.die()
     await house.silence(dead, 95)
     found = await figures(house)

@@ -15,8 +15,7 @@ MINE, OTHER = host_key(21), host_key(22)
 
 
 def on_the_worker(house: House, rental: dict[str, Any]) -> tuple[str, ...]:
-    [agent] = [agent for agent in house.agents if agent.worker_id == rental["worker_id"]]
-    return agent.node.accounts[rental["id"]].keys
+    return house.agent_of(rental).node.accounts[rental["id"]].keys
 
 
 async def keys_of(house: House, rental: dict[str, Any]) -> list[str]:
@@ -91,9 +90,10 @@ async def test_the_last_key_stays(house: House) -> None:
 
 
 async def test_keys_survive_a_takeover_and_those_removed_meanwhile_do_not_come_back(house: House) -> None:
-    first, second = await house.join(), await house.join()
+    await house.join()
+    await house.join()
     rental = await house.rent(ssh_public_key=MINE)
-    there = first if rental["worker_id"] == first.worker_id else second
+    there = house.agent_of(rental)
     path = f"/api/rentals/{rental['id']}/keys"
     await house.as_admin.post(path, json={"ssh_public_key": OTHER, "wait_s": 0})
     await house.settle()

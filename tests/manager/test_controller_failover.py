@@ -64,10 +64,6 @@ async def test_the_brake_of_the_start_ends_after_a_grace_in_which_the_door_was_o
     assert await house.health(agent) == "ready"
 
 
-def where(house: House, rental: dict[str, Any]) -> Agent:
-    return next(a for a in house.agents if a.worker_id == rental["worker_id"])
-
-
 async def kinds(house: House, rental: dict[str, Any]) -> list[str]:
     return [e["kind"] for e in await house.events() if e["rental_id"] == rental["id"]]
 
@@ -76,7 +72,7 @@ async def test_a_silent_worker_is_suspect_then_down_and_its_rental_goes_on_elsew
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
-    dead = where(house, rental)
+    dead = house.agent_of(rental)
     dead.die()
     await house.silence(dead, 40)
     assert await house.health(dead) == "ready"
@@ -91,7 +87,7 @@ async def test_a_silent_worker_is_suspect_then_down_and_its_rental_goes_on_elsew
     assert (moved["state"], moved["epoch"]) == ("active", 2)
     assert moved["worker_id"] not in {None, dead.worker_id}
     assert [(p["epoch"], p["state"]) for p in await house.placements()] == [(1, "lost"), (2, "running")]
-    assert where(house, moved).unlocked() == {rental["id"]: 2}
+    assert house.agent_of(moved).unlocked() == {rental["id"]: 2}
     same = ("name", "username", "owner", "expires_at", "labels", "created_at")
     assert {key: moved[key] for key in same} == {key: rental[key] for key in same}
     assert (await kinds(house, rental))[-7:] == [
@@ -114,7 +110,7 @@ async def test_a_release_ends_the_filling_of_a_home_that_hangs(house: House, poo
         await asyncio.Event().wait()
 
     house.snapshot_service.restore = hang  # type: ignore[method-assign, assignment]
-    dead = where(house, rental)
+    dead = house.agent_of(rental)
     dead.die()
     taken_over = asyncio.create_task(house.silence(dead, 91))
     await begun.wait()
@@ -127,7 +123,7 @@ async def test_a_release_ends_the_filling_of_a_home_that_hangs(house: House, poo
 
 async def test_a_worker_that_missed_one_heartbeat_loses_nothing(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
-    late = where(house, rental)
+    late = house.agent_of(rental)
     await house.silence(late, 60)
     assert await house.health(late) == "suspect"
     await late.beat()
@@ -153,7 +149,7 @@ async def test_with_nowhere_to_go_a_rental_waits_and_goes_on_when_a_worker_joins
 
 async def test_a_heartbeat_between_the_look_and_the_verdict_saves_the_worker(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
-    late = where(house, rental)
+    late = house.agent_of(rental)
     await house.silence(late, 88)
     assert await house.health(late) == "suspect"
     house.clock.now += 4
@@ -180,7 +176,7 @@ async def test_a_registration_between_the_look_and_the_verdict_saves_the_worker(
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
-    late = where(house, rental)
+    late = house.agent_of(rental)
     await house.silence(late, 88)
     house.clock.now += 4
     with interrupted(house, "write", state.apply_each, late.register) as replies:
@@ -197,7 +193,7 @@ async def test_a_worker_that_comes_back_is_cleaned_of_stale_epochs_before_it_is_
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
-    dead = where(house, rental)
+    dead = house.agent_of(rental)
     dead.die()
     await house.pass_time(94)
     assert rental["id"] in dead.node.accounts
@@ -214,7 +210,7 @@ async def test_a_worker_that_comes_back_is_cleaned_of_stale_epochs_before_it_is_
 
 async def test_a_worker_that_cannot_be_cleaned_does_not_become_ready(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
-    dead = where(house, rental)
+    dead = house.agent_of(rental)
     dead.die()
     await house.pass_time(94)
     dead.node.failure = "the home is on fire"
@@ -236,7 +232,7 @@ async def test_a_partitioned_worker_that_calls_home_after_the_verdict_holds_unti
 ) -> None:
     """The worker is down in the database, and its rental not yet taken over: no order may say to run it."""
     rental = await house.rent()
-    cut_off = where(house, rental)
+    cut_off = house.agent_of(rental)
     await house.silence(cut_off, 90)
     house.clock.now += STEP_S
     await house.manager.health.round()
@@ -255,7 +251,7 @@ async def test_one_that_is_joining_again_before_its_rental_was_taken_away_keeps_
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
-    cut_off = where(house, rental)
+    cut_off = house.agent_of(rental)
     await house.silence(cut_off, 90)
     house.clock.now += STEP_S
     await house.manager.health.round()
@@ -291,7 +287,7 @@ async def test_one_that_died_while_the_manager_was_away_is_down_after_a_doubled_
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
-    dead = where(house, rental)
+    dead = house.agent_of(rental)
     dead.die()
     await house.restart()
     await house.pass_time(180)
@@ -346,7 +342,7 @@ async def test_two_of_three_that_fall_silent_together_get_their_grace_again(hous
 
 async def test_a_goodbye_moves_the_rental_at_once_where_there_is_a_refuge(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
-    leaving = where(house, rental)
+    leaving = house.agent_of(rental)
     await leaving.exit()
     await house.settle()
     assert (await house.rental(rental["id"]))["epoch"] == 1, "a restart moves nothing"
@@ -358,7 +354,7 @@ async def test_a_goodbye_moves_the_rental_at_once_where_there_is_a_refuge(house:
 
 async def test_one_that_says_goodbye_and_is_back_at_once_keeps_what_it_has(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
-    restarted = where(house, rental)
+    restarted = house.agent_of(rental)
     await restarted.exit()
     await house.pass_time(4)
     reply = await restarted.come_back()
@@ -389,7 +385,7 @@ async def test_when_everything_says_goodbye_nothing_moves_and_all_come_back_with
 
 async def test_a_new_container_at_a_dead_worker_s_address_is_another_worker(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
-    dead = where(house, rental)
+    dead = house.agent_of(rental)
     dead.die()
     newcomer = house.new_agent()
     newcomer.node.host = Host("", dead.node.host.address, newcomer.node.host.host_keys)
@@ -403,7 +399,7 @@ async def test_a_new_container_at_a_dead_worker_s_address_is_another_worker(hous
 
 async def test_a_release_does_not_wait_for_a_worker_that_is_down(house: House, pool: list[Agent], store: Store) -> None:
     rental = await house.rent()
-    dead = where(house, rental)
+    dead = house.agent_of(rental)
     dead.node.failure = "the disk is gone"
     await house.as_admin.delete(f"/api/rentals/{rental['id']}")
     await house.settle()

@@ -25,12 +25,8 @@ async def pool(house: House) -> list[Agent]:
     return [await house.join(slots=4) for _ in range(2)]
 
 
-def holder(house: House, rental: dict[str, Any]) -> Agent:
-    return next(agent for agent in house.agents if agent.worker_id == rental["worker_id"])
-
-
 def files(house: House, rental: dict[str, Any]) -> dict[str, str]:
-    return holder(house, rental).node.homes[rental["id"]]
+    return house.agent_of(rental).node.homes[rental["id"]]
 
 
 async def copy_round(house: House) -> None:
@@ -53,7 +49,7 @@ async def copied(house: House, rental: dict[str, Any]) -> dict[str, Any]:
 async def lose(house: House, rental: dict[str, Any]) -> dict[str, Any]:
     """Let its worker die, and the manager notice."""
     house.end_the_brake_of_the_start()
-    dead = holder(house, rental)
+    dead = house.agent_of(rental)
     dead.die()
     await house.silence(dead, 91)
     return await house.rental(rental["id"])
@@ -163,7 +159,7 @@ async def test_what_only_the_vault_knows_is_restored_as_well(house: House, pool:
     """The manager was killed between a snapshot and its commit, or its database was restored from a backup."""
     rental = await house.rent()
     files(house, rental)["file"] = "x"
-    agent = holder(house, rental)
+    agent = house.agent_of(rental)
     host = Host(agent.worker_id, agent.node.host.address, agent.node.host.host_keys)
     account = agent.node.accounts[rental["id"]]
     await house.snapshot_service.copy(Home(rental["id"], account.uid, 1, host), SnapshotLimits())
@@ -394,7 +390,7 @@ async def test_an_older_copy_is_restored_on_demand_and_what_was_there_is_copied_
 async def test_a_rental_is_never_on_two_workers_while_it_begins_again(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     await copied(house, rental)
-    old = holder(house, rental)
+    old = house.agent_of(rental)
     old.node.hang()
     await house.as_admin.post(f"/api/rentals/{rental['id']}/restore", json={"generation": "1-1", "discard": True})
     await house.manager.reconciler.round()
@@ -454,7 +450,7 @@ async def test_a_rental_whose_worker_was_suspect_when_it_was_due_is_copied_soon_
 ) -> None:
     """This includes its first snapshot, which is due at once when it becomes active."""
     rental = await house.rent()
-    silent = holder(house, rental)
+    silent = house.agent_of(rental)
     await house.silence(silent, 46)
     assert "not run on a worker that can be reached" in await house.manager.copies.take_now(rental["id"], None)
     silent.beating = True
@@ -486,7 +482,7 @@ async def test_an_old_copy_is_always_explained(house: House, pool: list[Agent]) 
     assert "no snapshots are taken at present: " in await explained()
     house.disk_share = 0.79
     house.end_the_brake_of_the_start()
-    holder(house, rental).die()
-    await house.silence(holder(house, rental), 60)
+    house.agent_of(rental).die()
+    await house.silence(house.agent_of(rental), 60)
     await copy_round(house)
     assert "its worker sends no heartbeats" in await explained()

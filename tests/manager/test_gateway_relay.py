@@ -30,7 +30,8 @@ async def test_a_session_leads_to_the_one_worker_that_is_the_rentals(house: Hous
     to it any more."""
     first, second = await house.join(), await house.join()
     rental = await house.rent()
-    there, other = (first, second) if rental["worker_id"] == first.worker_id else (second, first)
+    there = house.agent_of(rental)
+    other = second if there is first else first
     there.die()
     await house.silence(there, 100)
     await house.pass_time(10)

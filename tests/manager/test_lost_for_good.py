@@ -19,10 +19,6 @@ async def pool(house: House) -> list[Agent]:
     return agents
 
 
-def where(house: House, rental: dict[str, Any]) -> Agent:
-    return next(a for a in house.agents if a.worker_id == rental["worker_id"])
-
-
 async def ids(house: House) -> set[str]:
     return {one["id"] for one in (await house.as_admin.get("/api/workers")).json()["items"]}
 
@@ -36,7 +32,7 @@ async def test_what_the_engine_says_is_gone_is_down_at_once_also_after_a_restart
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent()
-    lost = where(house, rental)
+    lost = house.agent_of(rental)
     lost.die()
     await house.restart()
     for agent in pool:
@@ -57,7 +53,7 @@ async def test_what_the_engine_says_is_gone_is_down_at_once_also_after_a_restart
 
 async def test_a_release_ends_when_its_worker_is_said_to_be_gone(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
-    lost = where(house, rental)
+    lost = house.agent_of(rental)
     lost.die()
     await house.as_admin.delete(f"/api/rentals/{rental['id']}")
     await house.settle()
@@ -95,7 +91,7 @@ async def test_another_worker_at_its_address_says_so_and_takes_the_doubled_grace
 ) -> None:
     """The worker may live on without a network, so its lease of before the restart must pass: 90 s, and not 180."""
     rental = await house.rent()
-    lost = where(house, rental)
+    lost = house.agent_of(rental)
     lost.die()
     await house.restart()
     others = [agent for agent in pool if agent is not lost]
@@ -152,7 +148,7 @@ async def test_prune_forgets_the_dead_at_once_and_keeps_what_may_hold_the_newest
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent(name="desk")
-    holder = where(house, rental)
+    holder = house.agent_of(rental)
     idle = next(agent for agent in pool if agent is not holder)
     drained = next(agent for agent in pool if agent not in (holder, idle))
     await house.as_admin.post(f"/api/workers/{drained.worker_id}/drain")
@@ -177,7 +173,7 @@ async def test_prune_forgets_the_dead_at_once_and_keeps_what_may_hold_the_newest
 
 async def test_a_forgotten_worker_that_returns_is_a_new_one_and_is_cleaned(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
-    holder = where(house, rental)
+    holder = house.agent_of(rental)
     holder.die()
     await house.as_admin.delete(f"/api/rentals/{rental['id']}")
     await house.as_admin.post(f"/api/workers/{holder.worker_id}/gone")

@@ -54,7 +54,8 @@ async def test_it_is_signed_by_the_authority_of_hosts_for_the_key_that_is_pinned
 async def test_after_a_takeover_the_new_worker_is_named_and_the_old_one_never_again(house: House) -> None:
     first, second = await house.join(), await house.join()
     rental = await house.rent()
-    there, other = (first, second) if rental["worker_id"] == first.worker_id else (second, first)
+    there = house.agent_of(rental)
+    other = second if there is first else first
     there.die()
     await house.silence(there, 100)
     await house.pass_time(10)

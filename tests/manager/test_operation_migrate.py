@@ -24,12 +24,8 @@ async def pool(house: House) -> list[Agent]:
     return [await house.join(slots=2) for _ in range(2)]
 
 
-def holder(house: House, rental: dict[str, Any]) -> Agent:
-    return next(agent for agent in house.agents if agent.worker_id == rental["worker_id"])
-
-
 def files(house: House, rental: dict[str, Any]) -> dict[str, str]:
-    return holder(house, rental).node.homes[rental["id"]]
+    return house.agent_of(rental).node.homes[rental["id"]]
 
 
 async def migrate(house: House, rental: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +90,7 @@ async def test_a_late_freeze_does_not_reach_the_next_life_of_a_container_that_ta
         await agent.register()
     await house.settle()
     rental = await house.rent()
-    source = holder(house, rental)
+    source = house.agent_of(rental)
     restart = Restart(house, source)
     await migrate(house, rental)
     assert [outcome.report.get("code") == OTHER_BOOT for outcome in restart.outcomes] == [refused]
@@ -106,7 +102,7 @@ async def test_a_late_freeze_does_not_reach_the_next_life_of_a_container_that_ta
 
 async def test_a_rental_is_told_its_name_wherever_it_is_made(house: House, pool: list[Agent]) -> None:
     rental = await house.rent(name="lab")
-    assert holder(house, rental).node.names == {rental["id"]: "lab"}
+    assert house.agent_of(rental).node.names == {rental["id"]: "lab"}
     await migrate(house, rental)
     assert [agent.node.names for agent in pool] == [{rental["id"]: "lab"}] * 2
 
@@ -121,7 +117,7 @@ async def test_a_moved_rental_has_what_it_wrote_until_it_stood_still(house: Hous
     assert moved["worker_id"] != rental["worker_id"]
     assert files(house, moved) == {"early": "1", "late": "2"}
     assert house.live_copies(rental["id"]) == [2]
-    assert rental["id"] not in holder(house, rental).node.accounts, "nothing is left where it was"
+    assert rental["id"] not in house.agent_of(rental).node.accounts, "nothing is left where it was"
     kinds = [event["kind"] for event in await house.events() if event["rental_id"] == rental["id"]]
     order = ["rental.move_started", "rental.held", "rental.migration_started", "rental.activated"]
     assert [kind for kind in kinds if kind in order] == ["rental.activated", *order]
@@ -140,7 +136,7 @@ async def test_it_goes_on_until_its_standby_is_filled_and_nobody_is_let_in_there
 
 async def test_while_it_is_held_no_reply_lets_it_run(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
-    source = holder(house, rental)
+    source = house.agent_of(rental)
 
     async def beats(_: Job) -> None:
         await source.beat()
@@ -186,7 +182,7 @@ async def test_what_does_not_run_is_not_moved(house: House, asked: str) -> None:
 
 async def test_what_fails_while_it_stands_still_is_thawed_at_once(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
-    source = holder(house, rental)
+    source = house.agent_of(rental)
 
     def breaks(_: Job) -> None:
         house.snapshot_service.failure = TOO_LARGE
@@ -219,7 +215,7 @@ async def test_when_its_target_dies_while_it_stands_still_it_goes_on_where_it_is
 ) -> None:
     house.end_the_brake_of_the_start()
     rental = await house.rent()
-    target = next(agent for agent in pool if agent is not holder(house, rental))
+    target = next(agent for agent in pool if agent is not house.agent_of(rental))
     Interference(house, Action.FREEZE, lambda _: target.die())
     kept = await migrate(house, rental)
     assert (kept["epoch"], house.live_copies(rental["id"])) == (1, [1])
@@ -231,7 +227,7 @@ async def test_when_its_source_dies_the_standby_takes_over(house: House, pool: l
     house.end_the_brake_of_the_start()
     rental = await house.rent()
     files(house, rental)["file"] = "1"
-    source, state_store = holder(house, rental), house.manager.state_store
+    source, state_store = house.agent_of(rental), house.manager.state_store
 
     async def is_found_dead(_: Job) -> None:
         source.die()
@@ -362,7 +358,7 @@ async def test_what_cannot_be_moved_does_not_hold_up_the_others_and_is_explained
 
 async def test_what_runs_on_a_quarantined_worker_is_moved_away(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
-    source = holder(house, rental)
+    source = house.agent_of(rental)
     await house.as_admin.post(f"/api/workers/{source.worker_id}/drain")
     await house.as_admin.post(f"/api/workers/{source.worker_id}/resume")
     for _ in range(3):
@@ -392,7 +388,7 @@ async def vacate(house: House, *agents: Agent) -> None:
 async def test_a_worker_that_is_told_to_stop_loses_nothing(house: House, pool: list[Agent]) -> None:
     rental = await house.rent()
     files(house, rental)["file"] = "1"
-    await vacate(house, holder(house, rental))
+    await vacate(house, house.agent_of(rental))
     moved = await house.rental(rental["id"])
     assert (moved["state"], moved["epoch"], files(house, moved)) == ("active", 2, {"file": "1"})
 
@@ -450,7 +446,7 @@ async def test_one_that_is_told_to_stop_last_passes_on_what_it_was_about_to_get(
 ) -> None:
     rental = await house.rent()
     files(house, rental)["file"] = "1"
-    target = next(agent for agent in pool if agent is not holder(house, rental))
+    target = next(agent for agent in pool if agent is not house.agent_of(rental))
     Interference(house, Action.PREPARE, lambda _: target.beat(vacating=True))
     await vacate(house, *pool)
     assert (await house.rental(rental["id"]))["state"] == "queued"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.builders import active_rental, new_placement, new_worker, new_world
 from support.house import Agent, House
-from test_controller_snapshots import copied, files, holder, lose
+from test_controller_snapshots import copied, files, lose
 
 from orion.manager.ansible.port import Action, Job
 from orion.manager.domain import outcomes
@@ -40,7 +40,7 @@ async def written_and_lost(house: House) -> tuple[dict[str, Any], Agent]:
     files(house, rental)["file"] = "copied"
     await copied(house, rental)
     files(house, rental)["file"] = "written after that"
-    dead = holder(house, rental)
+    dead = house.agent_of(rental)
     return await lose(house, rental), dead
 
 
@@ -116,7 +116,7 @@ async def test_a_home_that_was_copied_as_it_is_has_lost_nothing(house: House, po
     rental = await house.rent()
     files(house, rental)["file"] = "same"
     await copied(house, rental)
-    dead = holder(house, rental)
+    dead = house.agent_of(rental)
     await lose(house, rental)
     await dead.come_back()
     await house.settle()
@@ -203,7 +203,7 @@ async def test_a_worker_gains_nothing_by_showing_what_was_never_placed_there(hou
     files(house, rental)["file"] = "mine"
     await copied(house, rental)
     evil = next(agent for agent in pool if agent.worker_id != rental["worker_id"])
-    account = holder(house, rental).node.accounts[rental["id"]]
+    account = house.agent_of(rental).node.accounts[rental["id"]]
     evil.node.accounts[rental["id"]] = account.__class__(account.username, account.uid, 99, account.keys, False)
     evil.node.homes[rental["id"]] = {"file": "evil"}
     evil.node.activated[rental["id"]] = 99
@@ -316,7 +316,7 @@ async def lost_three_times(house: House) -> tuple[dict[str, Any], list[Agent]]:
     gone: list[Agent] = []
     for epoch in range(1, 4):
         files(house, rental)[f"of epoch {epoch}"] = "x"
-        gone.append(holder(house, rental))
+        gone.append(house.agent_of(rental))
         rental = await lose(house, rental)
         assert (rental["state"], files(house, rental)) == ("active", {"file": "copied"})
     return rental, gone
@@ -407,7 +407,7 @@ async def patient(store: Store) -> AsyncIterator[House]:
 async def lost_before_its_first_copy(house: House) -> tuple[dict[str, Any], Agent]:
     rental = await house.rent(name="lab")
     files(house, rental)["file"] = "typed briskly"
-    dead = holder(house, rental)
+    dead = house.agent_of(rental)
     return await lose(house, rental), dead
 
 
@@ -486,7 +486,7 @@ async def test_a_standby_without_files_does_not_take_over_what_has_no_copy(
     rental = await patient.rent(name="lab")
     files(patient, rental)["file"] = "typed briskly"
     patient.end_the_brake_of_the_start()
-    dead = holder(patient, rental)
+    dead = patient.agent_of(rental)
     patient.snapshot_service.failure = SnapshotError("unreachable", "the worker cannot be asked")
     assert (await patient.as_admin.post(f"/api/rentals/{rental['id']}/migrate")).status_code == 202
     await patient.pass_time(4)

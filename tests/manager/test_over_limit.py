@@ -11,7 +11,7 @@ from orion_worker.freezer import marks
 from orion_worker.freezer.marks import Freezer
 from orion_worker.records import RentalRecord, RequestRefused
 from support.house import Agent, House
-from test_controller_snapshots import copied, holder
+from test_controller_snapshots import copied
 from test_controller_snapshots import files as files_of
 
 from orion.manager.domain.snapshot_plan import SnapshotLimits, SnapshotPlan
@@ -68,7 +68,7 @@ async def test_its_owner_is_told_and_lets_it_go_on_to_make_room(house: House) ->
     assert len(await house.events("rental.thawed")) == 1
     assert (await house.as_admin.post(f"/api/rentals/{rental['id']}/thaw")).status_code == 200
     assert len(await house.events("rental.thawed")) == 1, "there was nothing to thaw"
-    holder(house, rental).die()
+    house.agent_of(rental).die()
     await house.silence(agent, 91)
     refused = await house.as_admin.post(f"/api/rentals/{rental['id']}/thaw")
     assert (refused.status_code, refused.json()["code"]) == (409, "not_thawed")

@@ -29,13 +29,9 @@ async def pool(house: House) -> list[Agent]:
     return agents
 
 
-def holder(house: House, rental: dict[str, Any]) -> Agent:
-    return next(agent for agent in house.agents if agent.worker_id == rental["worker_id"])
-
-
 def runs(house: House, rental: dict[str, Any]) -> list[str]:
     """Return the state of its start command on its worker."""
-    return holder(house, rental).node.started.get(rental["id"], [])
+    return house.agent_of(rental).node.started.get(rental["id"], [])
 
 
 async def restart(agent: Agent, number: int) -> None:
@@ -47,7 +43,7 @@ async def restart(agent: Agent, number: int) -> None:
 
 async def lose(house: House, rental: dict[str, Any]) -> dict[str, Any]:
     """Let its worker die, the rental be taken over, and the worker come back afterwards."""
-    dead = holder(house, rental)
+    dead = house.agent_of(rental)
     dead.die()
     await house.silence(dead, 91)
     await dead.come_back()
@@ -101,7 +97,7 @@ async def test_it_is_run_again_after_a_migration_and_after_a_restart_of_the_cont
     rental = await house.rent(start=SERVE)
     moved = await lose(house, rental)
     assert (moved["epoch"], runs(house, moved)) == (2, ["1@boot-0001"])
-    await restart(holder(house, moved), 2)
+    await restart(house.agent_of(moved), 2)
     await house.pass_time(4)
     assert runs(house, moved) == ["1@boot-0002"]
     assert (await house.rental(rental["id"]))["start_problem"] == ""
@@ -131,7 +127,7 @@ async def test_restarts_of_the_container_under_it_count_as_well(house: House, po
     rental = await house.rent(start=SERVE)
     for number in (2, 3, 4):
         assert runs(house, rental)
-        await restart(holder(house, rental), number)
+        await restart(house.agent_of(rental), number)
         await house.pass_time(8)
     assert runs(house, rental) == []
     assert "orion start" in (await house.rental(rental["id"]))["start_problem"]
@@ -265,7 +261,7 @@ async def test_how_a_start_command_ended_is_shown_and_told_once(house: House, po
     rental = await house.rent(start=SERVE)
     assert (rental["start_end"], rental["start_ended_at"]) == ("", None)
     at = house.clock.wall() - 10.0
-    await tell(house, holder(house, rental), an_end(rental))
+    await tell(house, house.agent_of(rental), an_end(rental))
     found = await house.rental(rental["id"])
     assert found["start_end"] == "status 3"
     assert abs(datetime.fromisoformat(found["start_ended_at"]).timestamp() - at) < 5.0
@@ -279,14 +275,14 @@ async def test_how_a_start_command_ended_is_shown_and_told_once(house: House, po
 
 async def test_the_end_of_a_run_is_forgotten_with_the_next_one(house: House, pool: list[Agent]) -> None:
     rental = await house.rent(start=SERVE)
-    await tell(house, holder(house, rental), an_end(rental))
+    await tell(house, house.agent_of(rental), an_end(rental))
     await house.as_admin.post(f"/api/rentals/{rental['id']}/start")
     await house.settle()
     assert runs(house, rental) == ["1@boot-0001", "2@boot-0001"]
     assert await shown_end(house, rental) == "", "what its worker still tells is of the run before"
-    await tell(house, holder(house, rental), an_end(rental, "2@boot-0001", "signal 9"))
+    await tell(house, house.agent_of(rental), an_end(rental, "2@boot-0001", "signal 9"))
     assert await shown_end(house, rental) == "signal 9"
-    await restart(holder(house, rental), 2)
+    await restart(house.agent_of(rental), 2)
     await house.pass_time(8)
     assert (runs(house, rental), await shown_end(house, rental)) == (["2@boot-0002"], "")
     moved = await lose(house, rental)
@@ -297,7 +293,7 @@ async def test_a_worker_is_believed_once_for_each_run_and_about_its_own_rentals_
     house: House, pool: list[Agent]
 ) -> None:
     rental = await house.rent(start=SERVE)
-    here = holder(house, rental)
+    here = house.agent_of(rental)
     there = next(agent for agent in pool if agent is not here)
     await tell(house, there, an_end(rental))
     wrong = ({"epoch": 2}, {"run": "2@boot-0001"}, {"run": "1@boot-0002"}, {"rental_id": "another"})
@@ -311,7 +307,7 @@ async def test_a_worker_is_believed_once_for_each_run_and_about_its_own_rentals_
 
 async def test_a_manager_that_was_restarted_tells_it_no_second_time(house: House, pool: list[Agent]) -> None:
     rental = await house.rent(start=SERVE)
-    await tell(house, holder(house, rental), an_end(rental))
+    await tell(house, house.agent_of(rental), an_end(rental))
     await house.restart()
     await house.pass_time(60)
     assert await shown_end(house, rental) == "status 3"
@@ -336,7 +332,7 @@ async def test_an_end_that_is_not_of_the_contract_is_refused(
     house: House, pool: list[Agent], wrong: dict[str, Any]
 ) -> None:
     rental = await house.rent(start=SERVE)
-    reply = await holder(house, rental).beat(start_ends=[an_end(rental) | wrong])
+    reply = await house.agent_of(rental).beat(start_ends=[an_end(rental) | wrong])
     assert (reply.status_code, reply.json()["code"]) == (422, "invalid_request")
 
 

@@ -300,6 +300,10 @@ class House:
         found: dict[str, Any] = (await self.as_admin.get(f"/api/rentals/{rental_id}")).json()
         return found
 
+    def agent_of(self, rental: dict[str, Any]) -> Agent:
+        """Return the agent of the worker that a rental of the API is on."""
+        return next(agent for agent in self.agents if agent.worker_id == rental["worker_id"])
+
     async def worker(self, agent: Agent) -> dict[str, Any]:
         found: dict[str, Any] = (await self.as_admin.get(f"/api/workers/{agent.worker_id}")).json()
         return found
