@@ -1,6 +1,6 @@
-"""What every engine and every reach must do: unit tests run it on the fakes, integration tests on the real ones.
+"""The contract of engines and reaches: unit tests run it on the fakes, integration tests on the real ones.
 
-They look at what is on the worker afterwards, never at how it was asked for.
+Its tests look at the worker afterwards, never at calls.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class EngineBench(ABC):
 
     @abstractmethod
     async def accounts(self) -> dict[str, Account]:
-        """What is on the worker, by rental."""
+        """Return the accounts on the worker, by rental."""
 
     @abstractmethod
     async def pause(self) -> None: ...
@@ -44,16 +44,16 @@ class EngineBench(ABC):
     async def resume(self) -> None: ...
 
     def nowhere(self) -> Host:
-        """An address where nothing answers."""
+        """Return an address where nothing answers."""
         return replace(self.host, port=1)
 
     def impostor(self) -> Host:
-        """The worker's address, pinned with a host key that the worker does not have."""
+        """Return the worker's address, pinned with a host key that the worker does not have."""
         return replace(self.host, host_keys=(OTHER_KEY,))
 
 
 def new_job(host: Host, *, epoch: int = 1, keys: tuple[str, ...] = (KEY,), deadline_s: float = 30.0) -> Job:
-    """Create a rental that nobody has heard of."""
+    """Return a job that creates a rental of its own."""
     number = next(_numbers)
     rental_id = f"contract{number:02d}".translate(str.maketrans("0123456789", "abcdefghij"))
     order = RentalOrder(
@@ -67,7 +67,7 @@ def account(job: Job) -> Account:
 
 
 def certificate(job: Job) -> str:
-    """What its worker could show to this rental's renter."""
+    """Return a host certificate that the worker could show to this rental's renter."""
     authority = Authority(*AUTHORITIES, time.time)
     return authority.host_certificate(authority.next_serial(), "w-any", job.host.host_keys, [job.order.rental_id]).line
 
@@ -99,7 +99,7 @@ class EngineContract:
         assert_done(await bench.engine.run(job))
         assert (await bench.accounts())[job.order.rental_id] == account(job)
         again = await bench.engine.run(prepared)
-        assert again.report["state"] == "running", "who was let in is not locked out"
+        assert again.report["state"] == "running", "a renter who could log in still can"
         assert (await bench.accounts())[job.order.rental_id] == account(job)
 
     async def test_creating_again_changes_nothing_and_says_so(self, bench: EngineBench) -> None:

@@ -1,4 +1,4 @@
-"""For all layers: the longest begin first, and a property is judged by what it says, not by how long it takes."""
+"""Settings of all tests: the longest files begin first, and a slow example of a property is no failure."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
-# One example may take long on a busy machine. What decides whether a change lands looks at the same examples each time,
-# as Hypothesis's own profile for that does; everybody else looks at new ones.
+# One example may take long on a busy machine. In CI, which decides whether a change lands, the examples are the same
+# each time, as in Hypothesis's own profile for CI; elsewhere they are new ones.
 settings.register_profile("orion", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("orion")
 
@@ -25,7 +25,7 @@ ATTACKS = (
     "test_attacks_locks.py",
     "test_attacks_exhaustion.py",
 )
-"""Files whose tests take all of the machine that they can: one after the other, so that two never do it at once."""
+"""Files whose tests take all of the machine that they can; one process runs them one after the other."""
 LONGEST = (
     "test_crash_points.py",
     *ATTACKS,
@@ -38,11 +38,11 @@ LONGEST = (
     "test_worker_agent.py",
     "test_bench.py",
 )
-"""Where files run side by side nobody is to wait for one of them in the end."""
+"""Files that begin first, so that no run ends with one process that works on a long file while the others idle."""
 
 
 SHOWN_LINES = 20
-"""Lines of what a failed test has asserted that are shown at once."""
+"""Lines of a failed assertion that are shown at once."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class ByFile(LoadFileScheduling):
-    """Gives a process the tests of one file at a time; those of all that attack are as of one file."""
+    """Gives a process the tests of one file at a time; the files of ATTACKS count as one."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -62,7 +62,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | Non
 
 
 def pytest_collection_finish() -> None:
-    """What was loaded is there to stay; looking through it again and again for garbage takes a tenth of the time."""
+    """Exempt all modules from garbage collection, which would take a tenth of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
@@ -70,9 +70,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Name what fails at once, not only after the last test, which may be killed before.
+    """Have each failure shown at once: a run that is killed shows no summary.
 
-    With several processes the one that reports does it.
+    Where several processes run tests, only the one with the reporter does it.
     """
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:

@@ -164,7 +164,7 @@ class SnapshotServiceContract:
         other = bench.moved(target)
         await bench.create(other, activated=False)
         assert await bench.snapshot_service.restore(other, last.copy.generation, previous=last.copy.generation), (
-            "it was not filled"
+            "the home was not filled"
         )
         assert await bench.files(other) == {"changed": "twice", "same": "same"}
         await bench.snapshot_service.restore(other, first)
@@ -272,7 +272,7 @@ class SnapshotServiceContract:
         assert {first.owner, other.owner}.intersection(await bench.snapshot_service.short_of_room()) == {first.owner}
         assert [await bench.copy_other(other, room) for _ in range(2)] == [["1-1"], ["1-1", "1-2"]]
         unchanged = await bench.snapshot_service.copy(first, room)
-        assert [str(copy.generation) for copy in unchanged.kept] == ["1-2"], "it makes room for the second"
+        assert [str(copy.generation) for copy in unchanged.kept] == ["1-2"], "the first makes room for the second"
         assert (await bench.snapshot_service.copy(second, room)).copy.generation == SnapshotId(1, 1)
         assert first.owner not in await bench.snapshot_service.short_of_room()
 

@@ -1,4 +1,4 @@
-"""The arithmetic of `make up` with a subnet of one's own, asked of the shell that does it."""
+"""The addresses that `make up` derives from the operator's subnet, computed by its own shell script."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ COMMIT"""
 
 
 def test_what_a_former_engine_left_of_a_network_is_removed_before_another_one_has_its_subnet() -> None:
-    """Its rule of masquerading hides who speaks in the new network: the manager then refuses the proxy itself."""
+    """A former rule of masquerading hides the senders of the new network: the manager would refuse the proxy."""
     nothing = "docker_networks() { :; }; docker() { :; }; host_routes() { :; }; as_root_without_password() { :; }"
     bridge = "host_routes() { echo br-0123456789ab 172.20.0.0/16; }"
     rules = f"as_root_without_password() {{ echo '{RULES.format(subnet='172.20.0.0/16')}'; }}"

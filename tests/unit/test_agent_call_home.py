@@ -1,4 +1,4 @@
-"""The agent's calls with a manager and a clock of the test's own; the node below it is the real one, in a directory."""
+"""The agent's calls, with a fake manager and clock; the node below it is the real one, in a directory."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_the_lease_runs_from_the_sending_of_the_last_acknowledged_call(bench: Ca
 def test_only_the_proxy_s_own_mark_on_the_last_answer_excuses_a_worker_without_a_lease(bench: CallHomeBench) -> None:
     bench.step(registered())
     bench.step(Answer(502, marked=True))
-    assert bench.home.lease.unreached_at == 1002.0, "of when it was asked"
+    assert bench.home.lease.unreached_at == 1002.0, "the time at which it called"
     for other in (Answer(0), Answer(429), Answer(403), Answer(502, {"code": "manager_unreachable"}), Answer(503)):
         bench.step(Answer(502, marked=True))
         bench.step(other)
@@ -150,7 +150,7 @@ def test_only_the_proxy_s_own_mark_on_the_last_answer_excuses_a_worker_without_a
 def test_the_orders_of_a_reply_that_was_read_after_its_lease_are_not_carried_out(bench: CallHomeBench) -> None:
     a_rental(bench)
     bench.step(registered())
-    bench.manager.thinks_s = 80.0  # as when the machine sleeps while the reply is on its way
+    bench.manager.thinks_s = 80.0  # as if the machine slept while the reply was on its way
     bench.step(acknowledged(placements=[{"rental_id": "one", "epoch": 1, "want": "run"}]))
     assert bench.node.inventory()[0]["state"] == "locked"
 
@@ -286,7 +286,7 @@ def test_an_evacuating_worker_calls_often_until_it_is_empty(bench: CallHomeBench
         bench.step(acknowledged(placements=[{"rental_id": "one", "epoch": 1, "want": "run"}])) == EVACUATING_INTERVAL_S
     )
     assert HeartbeatRequest.model_validate(bench.last[2]).vacating
-    assert bench.node.inventory()[0]["state"] == "running", "it goes on until it is moved"
+    assert bench.node.inventory()[0]["state"] == "running", "the rental goes on until it is migrated"
     assert bench.home.is_evacuating()
     rentals.records.bury(RentalRecord("one", "r-one", 100_001, 1))
     assert not bench.home.is_evacuating()
@@ -298,7 +298,7 @@ def test_an_evacuating_worker_calls_often_until_it_is_empty(bench: CallHomeBench
 def test_an_evacuating_worker_does_not_wait_for_a_manager_that_does_not_answer(bench: CallHomeBench) -> None:
     a_rental(bench)
     bench.home.evacuate()
-    assert not bench.home.is_evacuating(), "it never registered"
+    assert not bench.home.is_evacuating(), "the worker never registered"
     bench.step(registered())
     for answer in (Answer(0), Answer(422)):
         assert bench.home.is_evacuating()
@@ -309,7 +309,7 @@ def test_an_evacuating_worker_does_not_wait_for_a_manager_that_does_not_answer(b
 
 def test_the_goodbye_is_a_last_heartbeat_in_three_seconds_at_most(bench: CallHomeBench) -> None:
     bench.home.say_goodbye()
-    assert bench.manager.calls == [], "who never registered has nobody to take leave of"
+    assert bench.manager.calls == [], "a worker that never registered says no goodbye"
     bench.step(registered())
     bench.manager.answers.append(Answer(0, reason="timed out"))
     bench.home.say_goodbye()
@@ -357,7 +357,7 @@ def ended(bench: CallHomeBench, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
 def test_a_manager_that_takes_start_ends_gets_them(bench: CallHomeBench, ended: dict[str, Any]) -> None:
     bench.step(registered())
     bench.step(of_a_manager_that_takes_ends("what nobody has heard of"))
-    assert "start_ends" not in bench.last[2], "it had not said so yet"
+    assert "start_ends" not in bench.last[2], "the manager had not said so yet"
     bench.step(of_a_manager_that_takes_ends())
     assert bench.last[2]["start_ends"] == [ended]
     (told,) = HeartbeatRequest.model_validate(bench.last[2]).start_ends
@@ -395,7 +395,7 @@ def test_a_heartbeat_has_no_more_start_ends_than_it_may(bench: CallHomeBench, en
 
 
 def test_a_name_that_leads_to_an_ipv6_address_as_well_is_called_by_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Docker's names do so where a network has both, and the packet filter drops IPv6."""
+    """Docker's names lead to both where a network has both, and the packet filter drops IPv6."""
     platform = ScriptedPlatform()
     platform.answer("POST", "/api/heartbeat", {"heard": True})
     port = int(platform.url.rsplit(":", 1)[1])

@@ -27,7 +27,7 @@ def test_a_worker_that_was_never_acknowledged_may_run_nothing() -> None:
 def test_a_lease_runs_from_the_sending_of_the_last_acknowledged_call_and_ends_on_the_dot() -> None:
     assert may_run(LEASED, None, 1074.999)
     assert not may_run(LEASED, None, 1075.0)
-    assert not may_run(LEASED, None, 9999.0), "however long it slept"
+    assert not may_run(LEASED, None, 9999.0), "however long the machine slept"
 
 
 def test_beyond_the_lease_only_a_fresh_answer_of_the_proxy_counts() -> None:

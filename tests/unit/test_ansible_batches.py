@@ -1,4 +1,4 @@
-"""Which waiting jobs share a run."""
+"""The batches of waiting jobs: which jobs share a run of Ansible."""
 
 from __future__ import annotations
 
@@ -75,10 +75,12 @@ def test_a_run_that_one_worker_can_hold_up_is_begun_within_the_share_of_its_owne
     waiting = [replace(job, owner="greedy") for job in jobs("a", "a", "b")] + [replace(jobs("c")[0], number=4)]
     waiting = changed(waiting, [3], action=Action.DELETE)
     waiting = changed(waiting, [4], action=Action.FREEZE, owner="other")
-    assert choose(waiting, full.__ne__) == [4], "each is over one worker, and its owner has its share"
+    assert choose(waiting, full.__ne__) == [4], "each run is for one worker, and its owner has its share"
     assert choose(waiting[:3], full.__ne__) == []
     assert choose(changed(waiting, [1], alone=True), full.__ne__) == [4]
-    assert choose(changed(waiting, [4], action=Action.CREATE), full.__ne__) == [1, 2, 4], "over several it is soon over"
+    assert choose(changed(waiting, [4], action=Action.CREATE), full.__ne__) == [1, 2, 4], (
+        "a run for several workers is short"
+    )
 
 
 def test_what_has_no_owner_is_its_workers() -> None:
@@ -90,4 +92,4 @@ def test_what_has_no_owner_is_its_workers() -> None:
 def test_a_run_over_a_shared_worker_begins_by_the_share_of_any_of_its_owners() -> None:
     first, second = jobs("shared", "shared")
     waiting = [replace(first, owner="greedy"), replace(second, owner="other")]
-    assert choose(waiting, Claim("greedy").__ne__) == [1, 2], "whoever shares a worker shares its run"
+    assert choose(waiting, Claim("greedy").__ne__) == [1, 2], "owners who share a worker share its run"

@@ -1,4 +1,4 @@
-"""The connections that the engine holds, with something else in the place of ssh: what it may say, and how it ends."""
+"""The connections that the engine keeps open, with a shell script in place of ssh."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ while read -r line; do echo '{"id": 1, "status": 0, "report": {"changed": true}}
 
 
 class ConnectionsBench:
-    """Connections, and their loop."""
+    """Connections, and the selector that drives them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -33,7 +33,7 @@ class ConnectionsBench:
         self.connections = Connections(self.selector, folder)
 
     def to(self, script: str, name: str = "abcdefgh") -> WorkerConnection:
-        # In the place of the one before, which a shell may be reading at this moment.
+        # It is renamed into place, because a shell may be reading the former one at this moment.
         program = self.folder / "new"
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
@@ -43,7 +43,7 @@ class ConnectionsBench:
     def until(self, reached: Callable[[], Any]) -> None:
         deadline = time.monotonic() + 60
         while not reached():
-            assert time.monotonic() < deadline, "it did not come to pass within 60 s"
+            assert time.monotonic() < deadline, "the condition was not reached within 60 s"
             for key, ready in self.selector.select(0.01):
                 key.data(ready)
             self.connections.step()
@@ -151,7 +151,7 @@ def test_of_those_that_are_not_used_a_few_are_kept(bench: ConnectionsBench, monk
     bench.connections.to(host("a"))
     monkeypatch.setattr(connections, "MAX_IDLE", 1)
     bench.connections.step()
-    assert not any(one.closed for one in made), "it is not long ago"
+    assert not any(one.closed for one in made), "it was used not long ago"
     monkeypatch.setattr(connections, "IDLE_S", 0.0)
     bench.connections.step()
     assert [one.closed for one in made] == [False, True]

@@ -1,4 +1,4 @@
-"""The fakes keep the contract that the real engine and the real reach are held to."""
+"""The fake engine and the fake reach keep the contract of the real ones."""
 
 from __future__ import annotations
 

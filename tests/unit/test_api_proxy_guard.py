@@ -1,4 +1,4 @@
-"""The inner side of the door, over a real socket: who is let in, and how a reply leaves."""
+"""The proxy guard over a real socket: which peers and requests it refuses, and how a reply is sent."""
 
 from __future__ import annotations
 

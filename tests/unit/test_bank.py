@@ -1,4 +1,4 @@
-"""The bank of the tests tells a state that existed from one that never did."""
+"""The bank program of the tests tells a state that existed from one that never did."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_looking_changes_nothing(folder: Path) -> None:
 
 
 def test_a_database_of_one_moment_with_the_log_of_another_is_noticed(tmp_path: Path) -> None:
-    """As a copy takes them that reads one file after the other while the program writes."""
+    """A snapshot that reads one file after the other while the program writes has such files."""
     place, torn = tmp_path / "bank", tmp_path / "torn"
     bank.create(place)
     with closing(bank._open(place)) as database:

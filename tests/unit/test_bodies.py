@@ -1,4 +1,4 @@
-"""Tests of how the manager takes the bodies of requests: in time, large and slow ones from known callers alone."""
+"""How the manager reads the bodies of requests: in time, and large or slow ones from known callers only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Store:
 
 
 class ScriptedCall:
-    """One request, and what the manager answered; `parts` of its body come, and then nothing more."""
+    """A request of which `parts` of the body arrive and then nothing more, and the manager's answer."""
 
     def __init__(self, path: str, headers: dict[str, str], parts: list[bytes]) -> None:
         known: Any = Store()
@@ -56,14 +56,14 @@ class ScriptedCall:
 
     @property
     def answer(self) -> tuple[int, str]:
-        """The status and the code, or the body where that is no problem."""
+        """Return the status, and the code of a problem or the body of any other answer."""
         body = b"".join(message.get("body", b"") for message in self.sent)
         status = next(message["status"] for message in self.sent if message["type"] == "http.response.start")
         return status, json.loads(body)["code"] if body.startswith(b"{") else body.decode()
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer the length of the body; whoever hangs up before its end is answered too, as FastAPI does."""
+    """Answer with the length of the body, also when the client hangs up before its end, as FastAPI does."""
     try:
         said, status = str(len(await Request(scope, receive).body())), 200
     except ClientDisconnect:

@@ -1,4 +1,4 @@
-"""JSON messages in lines over a stream: whatever parts they come in, too long, broken, and when the stream ends."""
+"""JSON messages in lines over a stream: in any parts, too long, broken, and at the end of the stream."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_broken_line_names_the_field_and_not_its_value() -> None:
 
 
 class Loop:
-    """A loop of selectors with one channel, and what it said."""
+    """A selector with one channel, and the messages that came over it."""
 
     def __init__(self, folder: ExitStack, reading: Any, writing: Any) -> None:
         self.selector = folder.enter_context(selectors.DefaultSelector())
@@ -124,7 +124,7 @@ class Loop:
     def until(self, reached: Callable[[], Any]) -> None:
         deadline = time.monotonic() + 60
         while not reached():
-            assert time.monotonic() < deadline, "it did not come to pass within 60 s"
+            assert time.monotonic() < deadline, "the condition was not reached within 60 s"
             self.turn()
 
 
@@ -136,7 +136,7 @@ def folder() -> Iterator[ExitStack]:
 
 @pytest.fixture
 def pair(folder: ExitStack) -> tuple[Loop, socket.socket]:
-    """A channel over a socket, and the other end."""
+    """Return a channel over a socket, and the other end."""
     ours, theirs = (folder.enter_context(end) for end in socket.socketpair())
     ours.setblocking(False)
     theirs.settimeout(60)
@@ -209,7 +209,7 @@ def test_a_channel_that_is_closed_meanwhile_takes_nothing_more(pair: tuple[Loop,
 
 
 def test_what_was_said_before_writing_failed_can_still_be_taken(folder: ExitStack) -> None:
-    """Over two pipes, as to a program: it has said something, and reads nothing more."""
+    """The channel has two pipes, as to a program, which wrote something and reads nothing more."""
     (reading, theirs), (others, writing) = os.pipe(), os.pipe()
     for descriptor in (reading, writing):
         os.set_blocking(descriptor, False)

@@ -1,4 +1,4 @@
-"""The checker of chaos notices each way in which a promise can be broken, and says nothing where none is."""
+"""The checker of the chaos tests notices each broken promise, and reports nothing where none is broken."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from chaos.witness import line_of, number_of
 LAB, GUEST = "lab2345678", "gst2345678"
 FIRST, SECOND = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 KILLED_AT, ACTIVE_AT, SAFE_AT = 10.0, 12.0, 8.0
-"""The lab runs on FIRST until it is killed, and on SECOND from ACTIVE_AT on; its copy was of SAFE_AT."""
+"""The rental runs on FIRST until that is killed, and on SECOND from ACTIVE_AT on, with a snapshot of SAFE_AT."""
 
 
 def _ticks(rental: str, host: str, epoch: int, pid: int, first: int, seconds: Iterable[float]) -> tuple[Tick, ...]:

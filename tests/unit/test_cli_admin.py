@@ -1,4 +1,4 @@
-"""`orion admin` and the part of `orion status` that tells what has waited too long, against a real HTTP server."""
+"""`orion admin`, and what `orion status` says has waited too long, against a real HTTP server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command against a real HTTP server: what it prints, where, and its exit status."""
+"""`orion` against a real HTTP server: its output, on which stream, and its exit status."""
 
 from __future__ import annotations
 
@@ -437,7 +437,7 @@ def test_the_limits_of_an_address_with_a_path_are_shown_with_an_alternative(
     for words in ("sandbox", "Jupyter", "Vite", "ssh -L 8000:127.0.0.1:8000 box.orion", "http://127.0.0.1:8000/"):
         assert words in result.err
     assert ("leave out --path" in result.err) is (host is not None)
-    assert orion("open", "box", "8000", "--path", "--json").err == "", "a program knows what it does"
+    assert orion("open", "box", "8000", "--path", "--json").err == "", "no warning is printed for programs"
 
 
 def test_a_web_port_is_made_public_and_private_and_is_shown(platform: ScriptedPlatform, orion: Command) -> None:
@@ -689,7 +689,7 @@ def test_the_list_of_keys_says_which_of_them_this_machine_has(
     platform.answer("GET", "/api/rentals/abcdefgh23/keys", page(*found))
     listed = orion("keys", "box", "ls").out
     mine, other = (line for line in listed.splitlines() if "SHA256" in line)
-    assert "ada@lab" in mine, "a platform that does not know what it is called"
+    assert "ada@lab" in mine, "a platform that does not know its name"
     assert mine.split()[-1] == f"{tmp_path}/.ssh/id_ed25519"
     assert "bob's desk" in other
     assert other.split()[-1] == "-"

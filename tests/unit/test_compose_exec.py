@@ -1,4 +1,4 @@
-"""The container in which `scripts/compose.sh exec` runs a command: asked of the shell, with a stand-in for Docker."""
+"""The container in which `scripts/compose.sh exec` runs a command, with a stand-in for Docker."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_holds_every_kind_and_is_the_same_each_time_that_it_is_listed(made: Path) -> None:
     listed = difficult_tree.describe(str(made))
-    assert listed == difficult_tree.describe(str(made)), "looking changes nothing"
+    assert listed == difficult_tree.describe(str(made)), "listing changes nothing"
     text = "\n".join(listed)
     for kind in (" file ", " folder ", " link ", " fifo ", " socket ", "with holes", " 3 links as b'./links/one'"):
         assert kind in text
@@ -77,14 +77,14 @@ def test_it_is_a_program_that_needs_nothing_else(tmp_path: Path) -> None:
 
 
 def _rewrite(file: Path, content: bytes) -> None:
-    """With the same size and time."""
+    """Rewrite a file with the same size and time."""
     status = file.stat()
     file.write_bytes(content)
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def _copied(file: Path) -> None:
-    """The same content with the same times, but a file of its own without holes."""
+    """Replace a file by one with the same content and times, but another inode and no holes."""
     status, content = file.stat(), file.read_bytes()
     file.unlink()
     file.write_bytes(content)

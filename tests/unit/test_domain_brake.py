@@ -149,7 +149,7 @@ def test_half_of_the_pool_that_stays_silent_holds_it_for_one_grace_when_others_a
 def test_while_it_is_on_a_door_that_is_shut_again_counts_whatever_was_braked_for_before() -> None:
     spent = quiet(OFF, 400, SHUT)
     late = advance(spent, replace(FINE, late_s=9.0), START + 401, CLOCKS)
-    assert not late.on, "another cause is no way around brake_max"
+    assert not late.on, "another cause does not extend the brake beyond brake_max"
     cleared = advance(late, FINE, START + 402, CLOCKS)
     on = advance(advance(cleared, replace(FINE, late_s=9.0), START + 403, CLOCKS), SHUT, START + 480, CLOCKS)
     assert advance(on, replace(FINE, heard_at=START + 495), START + 495, CLOCKS).on

@@ -94,7 +94,7 @@ def test_what_was_believed_goes_on_beside_a_clock_that_jumped(jump_s: float) -> 
 
 
 def test_many_small_jumps_do_not_carry_a_clock_far() -> None:
-    """Not faster than one that settles does: each has to go evenly, and near to what was believed before it."""
+    """After each jump the clock has to run evenly, and has to stay near the time that was believed before."""
     clock = WallClock(offset_s=WALL)
     for number in range(1, 100):
         clock = clock.observe(WALL + 100 * number, 0.0)
@@ -109,19 +109,19 @@ MARK = Mark(WALL, 1000.0, 7)
     ("wall", "now", "boot_id", "mark", "last_event_at", "believed"),
     [
         (WALL, 0.0, 7, None, None, True),
-        # The machine has run on: what the clock should show is known exactly, however long the manager was away.
+        # The machine ran on, so the right time is known exactly, however long the manager was away.
         (WALL + 86_400 * 9, 1000.0 + 86_400 * 9, 7, MARK, WALL - 5, True),
         (WALL + 86_400 * 9 + 500, 1000.0 + 86_400 * 9, 7, MARK, WALL - 5, True),  # slewed
         (WALL + 86_400 * 40, 1010.0, 7, MARK, WALL, False),
         (WALL + 100, 1010.0, 7, MARK, WALL, False),
         (WALL - 100, 1010.0, 7, MARK, WALL, False),
-        # The machine has begun again: it was off for a time that nobody knows.
+        # The machine was restarted: the time for which it was off is unknown.
         (WALL + FAR_S - 1, 20.0, 8, MARK, WALL, True),
         (WALL + FAR_S + 1, 20.0, 8, MARK, WALL, False),
         (WALL + 86_400 * 40, 20.0, 8, MARK, WALL, False),
         (WALL - NEAR_S - 1, 20.0, 8, MARK, WALL, False),
         (WALL + 50, 20.0, 0, Mark(WALL, 1000.0, 0), WALL, True),
-        # An event that was written by a clock that was ahead does not count where the mark is known.
+        # Where the mark is known, the time of an event counts for nothing: the clock may have been ahead.
         (WALL + 10, 20.0, 8, MARK, WALL + 86_400, True),
         (WALL + 10, 20.0, 8, None, WALL, True),
         (WALL + 86_400 * 40, 20.0, 8, None, WALL, False),
@@ -144,14 +144,14 @@ def test_a_manager_that_begins_compares_its_clock_with_what_is_known(
 def test_a_manager_that_begins_with_a_wrong_clock_goes_on_from_what_was_known(
     now: float, boot_id: int, believed: float
 ) -> None:
-    """For how long a machine was off nobody knows: no less than the last known time is what can be said."""
+    """The time for which the machine was off is unknown, so the last known time is the least that is certain."""
     clock = WallClock.at_start(WALL + 40 * 86_400, now, boot_id, MARK, WALL)
     assert not clock.believed
     assert clock.as_believed(now) == believed
 
 
 def test_after_a_start_of_the_machine_a_clock_that_is_set_right_settles() -> None:
-    """It was two hours ahead, for the machine keeps local time, until NTP was heard."""
+    """The clock is two hours ahead until NTP corrects it, because the machine keeps local time."""
     clock = WallClock.at_start(WALL + 7200, 20.0, 8, MARK, None)
     clock = clock.observe(WALL + 600, 40.0)
     assert clock.settles

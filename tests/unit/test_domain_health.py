@@ -228,7 +228,7 @@ def test_a_proof_of_death_counts_at_once_and_in_a_brake_too(health: Health, brak
 @pytest.mark.parametrize("health", COUNTED_ON)
 def test_who_was_heard_since_its_watch_was_closed_is_not_dead(health: Health) -> None:
     assert verdict(health, 0.4, liveness=DEAD) is not Health.DOWN
-    assert verdict(health, 0.5, liveness=DEAD) is Health.DOWN, "in the same moment is before"
+    assert verdict(health, 0.5, liveness=DEAD) is Health.DOWN, "a heartbeat at the same instant counts as earlier"
 
 
 def test_a_manager_that_was_away_can_prove_a_death_before_it_heard_anybody() -> None:
@@ -256,4 +256,4 @@ def test_to_be_suspect_by_a_closed_watch_is_no_loss_but_what_comes_of_it_is() ->
     assert Verdict(Health.SUSPECT, "no heartbeat").is_loss(ready)
     assert Verdict(Health.JOINING, "").is_loss(by_watch)
     assert Verdict(Health.DOWN, DEAD.proof).is_loss(by_watch)
-    assert not Verdict(Health.DOWN, "").is_loss(by_silence), "it was counted when it fell silent"
+    assert not Verdict(Health.DOWN, "").is_loss(by_silence), "the loss was counted when it fell silent"

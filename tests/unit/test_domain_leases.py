@@ -98,7 +98,7 @@ def test_after_a_restart_sessions_are_known_but_silent() -> None:
     leases.restore({WORKER: "session-1"}, 0.0)
     assert leases.get(WORKER) == Lease(session_id="session-1", lease_s=LEASE_S)
     assert leases.heard_at is None
-    assert leases.inventories([WORKER]) == {}, "what nobody has shown since is not taken for an empty inventory"
+    assert leases.inventories([WORKER]) == {}, "an unknown inventory is not taken for an empty one"
 
 
 @pytest.mark.parametrize("seq", [0, 1, 900])
@@ -120,7 +120,9 @@ def test_a_worker_is_believed_to_live_by_the_longest_lease_that_a_former_manager
     leases.restore({WORKER: "session-1"}, 10 * LEASE_S)
     assert leases.get(WORKER).lease_s == 10 * LEASE_S
     leases.open("w-2", "session-2", 5.0, [])
-    assert leases.get("w-2").lease_s == 10 * LEASE_S, "its registration's reply may be lost, then it lives by the old"
+    assert leases.get("w-2").lease_s == 10 * LEASE_S, (
+        "the reply to its registration may be lost: then it runs by the old lease"
+    )
     assert renew(leases)
     assert leases.get(WORKER).lease_s == LEASE_S
 
@@ -187,6 +189,6 @@ def test_notes_for_people_are_taken_once_and_the_last_of_a_worker_counts(leases:
     leases.note(WORKER, 1.0, {"cpu": 1})
     leases.note("w-2", 1.5, {})
     leases.note(WORKER, 2.0, {"cpu": 2})
-    assert leases.take_notes(1) == [(WORKER, 2.0, {"cpu": 2})], "who waits for longest comes first"
+    assert leases.take_notes(1) == [(WORKER, 2.0, {"cpu": 2})], "the one that waits for longest comes first"
     assert leases.take_notes(10) == [("w-2", 1.5, {})]
     assert leases.take_notes(10) == []

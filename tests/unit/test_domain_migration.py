@@ -1,4 +1,4 @@
-"""The steps of a planned migration: the guards of each, and that a step that came between voids them."""
+"""The steps of a planned migration: their guards, and that a step in between makes them stale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The time of the next snapshot after a pause of programs, or after a try that would have needed too long a pause."""
+"""The time of the next snapshot after a pause of programs, or after a pause that would have been too long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SHARE = 0.005
 
 
 def play(pauses: list[float], until: float) -> tuple[list[tuple[float, float]], list[float]]:
-    """Take snapshots of a home, of which the n-th needs the n-th of these pauses; the last pause is repeated.
+    """Take snapshots of a home, the n-th with the n-th of these pauses; the last pause is repeated.
 
     Return the times and pauses of the snapshots, and the times at which the owner was told of another interval.
     """
@@ -36,7 +36,7 @@ def test_short_pauses_change_nothing() -> None:
 
 
 def test_one_long_pause_keeps_nobody_from_being_copied_who_writes_little_afterwards() -> None:
-    """A large tree was unpacked while it was copied: to wait for 1,000 s would leave all that comes next uncopied."""
+    """A tree was unpacked during the snapshot: after a wait of 1,000 s all later files would have none."""
     made, told = play([5.0, 0.02], 300)
     assert [at for at, _ in made] == [30.0 * number for number in range(10)]
     assert told == []
@@ -45,7 +45,7 @@ def test_one_long_pause_keeps_nobody_from_being_copied_who_writes_little_afterwa
 def test_what_is_written_in_a_burst_is_copied_soon_after_it() -> None:
     made, told = play([5.0, 2.0, 2.0, 0.02], 400)
     assert [at for at, _ in made][:4] == [0.0, 30 + 60 + 120, 240.0, 270.0]
-    assert told == [30.0, 210.0], "that it is copied less often, and that it is not any more"
+    assert told == [30.0, 210.0], "once that its snapshots are rarer, and once that they no longer are"
 
 
 @pytest.mark.parametrize("pause_s", [0.16, 0.3, 0.6, 2.0, 9.0])
@@ -53,13 +53,13 @@ def test_who_writes_much_all_the_time_stands_still_for_its_share_at_most_and_is_
     hours = 20 * 3600.0
     made, told = play([pause_s], hours)
     assert sum(pause for _, pause in made) <= SHARE * hours + pause_s
-    assert len(made) == pytest.approx(hours * SHARE / pause_s, abs=1), "as often as that share allows"
+    assert len(made) == pytest.approx(hours * SHARE / pause_s, abs=1), "snapshots are as frequent as that share allows"
     assert len(told) == (pause_s / SHARE > WARN_FROM * USUAL_S)
 
 
 def test_a_pause_that_is_paid_off_soon_is_waited_for() -> None:
     made, told = play([0.25], 160)
-    assert [at for at, _ in made] == [0.0, 50.0, 100.0, 150.0], "and not tried in vain between"
+    assert [at for at, _ in made] == [0.0, 50.0, 100.0, 150.0], "no attempt in between fails"
     assert told == [0.0]
 
 
@@ -77,7 +77,7 @@ def test_a_pause_in_vain_is_paid_off_and_one_that_was_foreseen_costs_nothing() -
 
 
 def test_who_stands_still_for_longer_than_allowed_is_copied_again_when_that_is_paid_off() -> None:
-    """Its worker did not foresee it, and will not the next time."""
+    """The worker did not predict the pause, and will not predict the next one."""
     pace, now = Pace(usual_s=USUAL_S, share=SHARE), 0.0
     stood = 0.0
     while now < 36_000:
@@ -86,7 +86,7 @@ def test_who_stands_still_for_longer_than_allowed_is_copied_again_when_that_is_p
         now += pace.wait_s
     assert stood <= SHARE * now + 4.0
     pace.copied(now, 0.02)
-    assert pace.paid_at - now < LONGEST_PAUSE_S / SHARE + 1, "and what it owes has an end"
+    assert pace.paid_at - now < LONGEST_PAUSE_S / SHARE + 1, "the debt of pauses is bounded"
 
 
 def test_in_a_debt_a_short_pause_is_allowed() -> None:

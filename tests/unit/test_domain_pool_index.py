@@ -73,7 +73,7 @@ def test_not_at_rest_is(what: str) -> None:
     pool_index = roster_of(*RESTLESS[what])
     assert pool_index.dirty_workers(9) == [WORKER.id]
     tell(pool_index, None)
-    assert pool_index.dirty_workers(9) == [], "nothing of it is left"
+    assert pool_index.dirty_workers(9) == [], "nothing of the rental is left"
 
 
 def test_too_many_for_one_look_come_in_turn() -> None:
@@ -94,7 +94,7 @@ def test_too_many_for_one_look_come_in_turn() -> None:
     ("worker", "placements", "shown", "disagrees"),
     [
         (WORKER, [RUNNING], [SHOWN], False),
-        (WORKER, [RUNNING], [], False),  # its module may be at work: what is missing decides nothing
+        (WORKER, [RUNNING], [], False),  # an order may be running, so a missing rental decides nothing
         (WORKER, [in_state(PlacementState.PREPARING)], [SHOWN], False),
         (WORKER, [], [SHOWN], True),
         (WORKER, [RUNNING], [replace(SHOWN, epoch=9)], True),
@@ -114,14 +114,14 @@ def test_ages_count_from_when_a_state_was_first_told_and_a_resumed_clean_up_has_
     stopping = in_state(PlacementState.STOPPING)
     faulty = replace(WORKER, fault="it was not cleaned up")
     pool_index = roster_of(WORKER, RUNNING, now=10.0)
-    assert pool_index.age_of(RUNNING.id, 99.0) == 0.0, "what runs has no deadline"
+    assert pool_index.age_of(RUNNING.id, 99.0) == 0.0, "a running placement has no deadline"
     tell(pool_index, WORKER, stopping, now=20.0)
     tell(pool_index, WORKER, stopping, now=30.0)
     assert pool_index.age_of(RUNNING.id, 50.0) == 30.0
     tell(pool_index, faulty, stopping, now=60.0)
     assert pool_index.age_of(RUNNING.id, 70.0) == 10.0
     tell(pool_index, faulty, now=80.0)
-    assert pool_index.age_of(RUNNING.id, 90.0) == 0.0, "it is purged"
+    assert pool_index.age_of(RUNNING.id, 90.0) == 0.0, "the placement is purged"
 
 
 def test_health_and_rentals_are_counted_with_the_longest_first() -> None:

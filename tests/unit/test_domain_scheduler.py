@@ -63,6 +63,6 @@ def test_the_lowest_free_slot_is_taken() -> None:
 
 
 def test_a_slot_beyond_those_that_a_worker_has_now_fills_no_place() -> None:
-    """It called home with fewer slots than before while its old ones are still in use."""
+    """The worker registered with fewer slots than before, while its old ones are in use."""
     assert choose([candidate(1, {5}, slots=2)]) == Chosen("w-0001", 0)
     assert isinstance(choose([candidate(1, {5}, slots=1)]), NoWorker)

@@ -1,4 +1,4 @@
-"""The ids of snapshots, which are kept, which one is restored; what the worker's side of a snapshot refuses."""
+"""Snapshots: their ids, which are kept, which one is restored, and what the worker refuses."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_newest_are_kept_and_the_newest_of_the_epoch_before_whatever_there_i
     before = [each for each in all_ if each.epoch < latest.epoch]
     assert not before or max(before) in staying
     assert len(staying) <= NEWEST_KEPT + 1
-    assert kept(map(copy_of, staying)) == staying, "what is kept once is not dropped without anything new"
+    assert kept(map(copy_of, staying)) == staying, "a snapshot that was kept is not dropped before a new one exists"
 
 
 @given(GENERATIONS, st.sets(st.integers(1, 5)))
@@ -77,7 +77,7 @@ def test_for_want_of_room_older_copies_go_one_by_one_and_never_the_last_the_spar
     least = {spare, max(regular, default=None)} | {copy.generation for copy in complete if copy.salvage}
     before = first
     for staying in others:
-        assert before - staying == {min(before - least)}, "the oldest of those that may go"
+        assert before - staying == {min(before - least)}, "the oldest of those that may be removed"
         before = staying
     assert before == first & least
 
@@ -177,7 +177,7 @@ def test_a_salvage_waits_until_the_rental_has_it_or_a_week_is_over() -> None:
     assert waiting_recovered_snapshot([FIRST, OF_SECOND], has_both, wall=10.0) is None
     assert waiting_recovered_snapshot(there, has_both, wall=10.0) == LATER
     queued = replace(runs, state=RentalState.QUEUED)
-    assert waiting_recovered_snapshot([FIRST, LATER], queued, wall=10.0) is None, "it begins with it"
+    assert waiting_recovered_snapshot([FIRST, LATER], queued, wall=10.0) is None, "the rental begins with that snapshot"
     assert waiting_recovered_snapshot([FIRST, LATER], replace(queued, restore_from="1-3"), wall=10.0) == LATER
     assert waiting_recovered_snapshot(there, replace(runs, state=RentalState.RELEASED), wall=10.0) is None
 
@@ -229,7 +229,7 @@ def test_a_name_is_read_as_it_is_written_and_nothing_else_is_one() -> None:
     assert SnapshotId(2, 1) > SnapshotId(1, 999)
 
 
-# The worker's end
+# The worker's side
 
 
 REQUEST: dict[str, Any] = {"rental_id": "one", "epoch": 3, "deadline": 2000.0}

@@ -71,7 +71,7 @@ def test_a_state_that_is_not_restful_has_an_exit_for_when_its_deadline_passes(ro
 
 @pytest.mark.parametrize("row", ROWS)
 def test_a_state_that_a_program_works_on_and_that_has_exits_is_restful_only_where_waiting_is_right(row: Row) -> None:
-    """A ready worker, a lost placement on a worker that is away: nothing there is in a hurry."""
+    """Such states are a ready worker, and a lost placement on a worker that is away."""
     if row.owner in {"health", "reconciler"} and row.deadline_s is None:
         assert row in {HEALTH_TABLE[Health.READY], PLACEMENT_TABLE[PlacementState.LOST]}
 
@@ -156,7 +156,9 @@ def test_a_phase_that_does_not_follow_raises_with_its_story() -> None:
 def test_a_source_is_quiesced_for_a_bounded_time_and_before_each_cutover() -> None:
     assert {phase for phase in MigrationPhase if MigrationPhase.CUTOVER in MIGRATION_TABLE[phase].exits} < QUIESCED
     assert all(MIGRATION_TABLE[phase].deadline_s == HELD_DEADLINE_S for phase in QUIESCED)
-    assert all(MigrationPhase.NONE in MIGRATION_TABLE[phase].exits for phase in QUIESCED), "it can always go on"
+    assert all(MigrationPhase.NONE in MIGRATION_TABLE[phase].exits for phase in QUIESCED), (
+        "a migration can always be given up"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Streams of events: what is read for them, and who gets what."""
+"""Streams of events: which reads of the database they cost, and which events each one gets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orion.manager.store.database import Store, record
 
 
 class Counted(Store):
-    """A store that counts what is read, and how often pages of events are."""
+    """A store that counts all reads, and those of pages of events."""
 
     reads = 0
     pages = 0
@@ -47,7 +47,7 @@ async def say(store: Store, *kinds: str, owner: str = "alice", rental_id: str = 
 
 
 class Reader:
-    """Takes a stream as it comes, or not."""
+    """A client of a stream, which may stop reading."""
 
     def __init__(self, streams: EventStreams, shown: Filter, after: int = 0) -> None:
         self.kinds: list[str] = []
@@ -81,7 +81,7 @@ async def until_read(*readers: Reader, kinds: list[str]) -> None:
 
 
 async def until_all_have_looked(store: Counted, readers: int) -> None:
-    """Wait until each reader has read what came before it, and the one who hands out as well."""
+    """Wait until each reader, and the task that distributes events, has seen all earlier events."""
     async with asyncio.timeout(60):
         while store.pages <= readers:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
@@ -102,7 +102,7 @@ async def test_a_commit_is_read_once_for_all_streams_and_seen_by_those_who_may(s
         await say(store, "second", owner="bob", rental_id="two")
         await until_read(*others, kinds=["second"])
         await until_read(everything, kinds=["before", "first", "second"])
-        assert store.reads - before == 2, "one for each commit"
+        assert store.reads - before == 2, "there is one read for each commit"
         assert [reader.kinds for reader in alice] == [["before", "first"]] * len(alice)
     await streams.stop()
 
