@@ -1,4 +1,4 @@
-"""The fence on a worker in a directory: its effect on marks, keys and the right to run. No process is touched."""
+"""The fence of a worker, in a directory: its effect on marks, keys and the right to run. No process is stopped."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def fenced(tmp_path: Path, kernel: Kernel) -> FencedRentals:
 
 def test_at_its_start_nobody_is_activated_before_there_is_a_lease(fenced: FencedRentals) -> None:
     fenced.fence.look()
-    assert fenced.shown == "locked", "what does not run is not frozen either"
+    assert fenced.shown == "locked", "a locked rental is not frozen either"
     with pytest.raises(RequestRefused, match="no lease"):
         fenced.rentals.unlock(RentalOrder(rental_id="one", epoch=1))
     fenced.activate()
@@ -176,7 +176,7 @@ def test_the_fence_goes_first_and_notes_later_where_nothing_can_be_written(
         fenced.right[0] = True
         with pytest.raises(OSError, match="No space"):
             fenced.fence.lease_renewed()
-        assert not fenced.rentals.freezer.has_lease, "nobody is let in whose processes would be forgotten"
+        assert not fenced.rentals.freezer.has_lease, "a rental is not activated while its processes would be overlooked"
     fenced.fence.lease_renewed()
     fenced.rentals.thaw(RentalOrder(rental_id="one", epoch=1))
     assert fenced.kernel.running == {UID}
@@ -195,7 +195,7 @@ def test_a_rental_that_comes_while_there_is_no_lease_is_frozen_too(fenced: Fence
 
 def test_what_fills_a_home_is_ended_and_its_rental_can_be_made_again(fenced: FencedRentals) -> None:
     fenced.may_run(True)
-    fenced.kernel.running.add(UID)  # rsync, which would hold the rental's lock while it stands
+    fenced.kernel.running.add(UID)  # in place of rsync, which keeps the rental's lock while it is stopped
     fenced.may_run(False)
     assert (fenced.kernel.running, fenced.kernel.stopped) == (set(), set())
     assert (fenced.shown, fenced.said) == ("locked", ["no right to run: 0 rentals frozen"])
@@ -285,7 +285,7 @@ def test_a_pause_stops_a_rental_and_its_end_lets_go_on_what_went_on_before(fence
     assert pause(fenced) == frozenset()
     assert (fenced.kernel.running, fenced.shown) == (set(), "running"), "its renter may log in meanwhile"
     fenced.rentals.freezer.resume("one")
-    assert fenced.kernel.stopped == {UID}, "it was stopped before: so it stays"
+    assert fenced.kernel.stopped == {UID}, "the process was stopped before and stays stopped"
     fenced.kernel.suspended.clear()
     fenced.kernel.running, fenced.kernel.stopped = {UID}, set()
     assert pause(fenced) == frozenset()
@@ -301,7 +301,7 @@ def test_a_pause_whose_snapshot_died_is_ended_by_the_fence(
     fenced.activate()
     pause(fenced, seconds=60)
     fenced.fence.look()
-    assert fenced.kernel.running == set(), "there is time left"
+    assert fenced.kernel.running == set(), "the pause has time left"
     pause(fenced, seconds=-1)
     fenced.fence.look()
     assert fenced.kernel.running == {UID}
@@ -316,7 +316,7 @@ def test_a_frozen_rental_is_not_paused_and_the_end_of_a_pause_thaws_nothing(fenc
     assert (fenced.kernel.running, fenced.shown) == (set(), "frozen")
     assert pause(fenced) is None
     fenced.rentals.thaw(RentalOrder(rental_id="one", epoch=1, move=2))
-    assert fenced.kernel.running == {UID}, "what the pause had stopped was not taken for stopped by its renter"
+    assert fenced.kernel.running == {UID}, "processes that the pause stopped are not taken for stopped by their renter"
 
 
 def test_a_lease_that_is_lost_in_a_pause_keeps_everything_still_and_wakes_all_of_it_later(
@@ -348,7 +348,7 @@ def test_programs_that_cannot_be_stopped_go_on_and_there_is_no_snapshot(
 def test_whoever_is_thawed_while_the_fence_looks_stays_activated(
     fenced: FencedRentals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else its renter is shut out until the next reply to a heartbeat finds that (chaos has seen it)."""
+    """Otherwise its renter is locked out until the next reply to a heartbeat, as a chaos run has shown."""
     monkeypatch.setattr("orion_worker.agent.fence.AGAIN_EVERY_S", 0.0)
     fenced.activate()
     fenced.may_run(False)
@@ -368,12 +368,12 @@ def test_whoever_is_thawed_while_the_fence_looks_stays_activated(
     assert fenced.kernel.running == {UID}
 
 
-# What is retired, so that its files can be recovered
+# Retired rentals, whose files can be recovered
 
 
 @pytest.fixture
 def retired(fenced: FencedRentals, monkeypatch: pytest.MonkeyPatch) -> FencedRentals:
-    """A fenced whose one rental has run, and is retired, so that its files can be recovered."""
+    """Return a worker whose one rental has run and is retired, so that its files can be recovered."""
 
     def end(renters: dict[int, str], within_s: float = 0.0) -> int:
         return sum(fenced.kernel.signal_all(uid, Signals.SIGKILL) for uid in renters)

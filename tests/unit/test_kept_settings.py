@@ -1,4 +1,4 @@
-"""What was set once for `make up` stays set: asked of the shell that keeps it, in a copy of the checkout's scripts."""
+"""The settings of `make up` are kept for the next one, tried with copies of the scripts that keep them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ exit 0
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A clone with nothing in it but what keeps settings, and an engine that is a stand-in."""
+    """Return a clone that contains only the scripts that keep settings, and a stand-in for Docker."""
     place = tmp_path / "clone"
     (place / "scripts").mkdir(parents=True)
     shutil.copy(ROOT / "scripts/common.sh", place / "scripts")
@@ -109,7 +109,7 @@ def test_the_settings_of_another_platform_do_not_count(checkout: Path) -> None:
 
 
 def test_another_clone_of_the_same_platform_goes_on_with_its_settings(checkout: Path, tmp_path: Path) -> None:
-    """docker-compose 1.29 counts the directory among what a container is made from, so it stays the first one."""
+    """For docker-compose 1.29 the directory is a part of a container's settings, so the first one is kept."""
     make_up(checkout, ORION_SLOTS="4")
     second = tmp_path / "second"
     shutil.copytree(checkout, second)

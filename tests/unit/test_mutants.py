@@ -1,4 +1,4 @@
-"""The mutants of tests/simulation/mutants are of the source as it is; `make mutants` shows that each one is noticed."""
+"""The mutants of tests/simulation/mutants patch the source as it is; `make mutants` shows that tests fail for each."""
 
 from __future__ import annotations
 

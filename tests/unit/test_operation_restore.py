@@ -23,7 +23,7 @@ HANGS, WORKS = Host("w-hangs", "192.0.2.1", (KEY,)), Host("w-works", "192.0.2.2"
 
 
 class NoBook:
-    """Implements what a Restorer needs of `store.snapshots.SnapshotCatalog`: the database knows nothing."""
+    """The part of a `SnapshotCatalog` that a Restorer needs, without any rows."""
 
     async def newest(self, _rental_id: str) -> Snapshot | None:
         return None
@@ -117,10 +117,10 @@ async def test_those_whose_files_are_there_are_let_in_together(monkeypatch: pyte
     making = [asyncio.create_task(restorer.make(job, NEWEST)) for job in (*few, late)]
     await _spin()
     assert len(worker.accounts) == BATCH
-    assert not let_in(), "one more is being filled, and they are few"
+    assert not let_in(), "one more is being filled, and two are too few for a batch"
     more = asyncio.create_task(restorer.make(_job(WORKS, 200), NEWEST))
     await _spin()
-    assert len(let_in()) == BATCH, "so many do not wait for the one that is late"
+    assert len(let_in()) == BATCH, "a whole batch does not wait for the last one"
     snapshot_service.let_go.set()
     assert all(outcome.ok for outcome in await asyncio.gather(*making, more))
     assert len(let_in()) == BATCH + 1

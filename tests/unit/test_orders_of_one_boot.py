@@ -22,7 +22,7 @@ HOST = Host("w-abcdefgh", "192.0.2.7", (KEY,), boot_id="boot-0002")
 
 
 def ordered(job: Job) -> dict[str, Any]:
-    """Return what the worker is sent, as playbook.py and the task orion_rental make it of the engine's line."""
+    """Return the order that playbook.py and the task orion_rental make of the engine's line."""
     return dict(job_message("1", job).model_dump(mode="json")["order"])
 
 

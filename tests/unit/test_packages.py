@@ -1,4 +1,4 @@
-"""Tests of what is installed with apt, where the network fails for a moment or for good."""
+"""The installation of packages with apt, where the network fails for a moment or for good."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Fails as often as the file "failures" in $STATE has lines, and writes each call into "calls".
+# Fails once for each line of $STATE/failures, and writes each call into $STATE/calls.
 APT_GET = """#!/bin/bash
 shift 2 # -o DPkg::Lock::Timeout=...
 echo "$*" >>"$STATE/calls"

@@ -1,4 +1,4 @@
-"""The certificate that the proxy makes for itself, by the lines of its own entrypoint, with this machine's openssl."""
+"""The certificate that the proxy makes for itself: the lines of its entrypoint, with this machine's openssl."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 ENTRYPOINT = Path(__file__).parents[2] / "manager_proxy" / "entrypoint.sh"
 DAY_S = 86_400
 LONGEST_S = 825 * DAY_S
-"""Seconds for which a certificate may last: some clients take none that lasts longer."""
+"""Seconds for which a certificate may be valid: some clients refuse one that is valid for longer."""
 
 
 class Tls:
-    """The directories of a proxy, and its entrypoint without what it runs."""
+    """The directories of a proxy, and its entrypoint without the command that ends it."""
 
     def __init__(self, folder: Path) -> None:
         self.tls, run = folder / "tls", folder / "run"
@@ -26,20 +26,20 @@ class Tls:
             directory.mkdir()
 
     def see_to_it(self, **settings: str) -> str:
-        """Run what the entrypoint runs; return what it says."""
+        """Run the entrypoint; return its output."""
         command = ["sh", "-c", f"{self._functions}\nremove_unfinished_certificate\nensure_certificate"]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def verifies(self, at: float, *more: str) -> bool:
-        """Whether a client that trusts it, and whose clock shows `at`, takes it."""
+        """Return whether a client that trusts the certificate accepts it when its clock shows `at`."""
         file = str(self.tls / "tls.crt")
         trust = ["-x509_strict", "-purpose", "sslserver", "-attime", str(int(at)), *more, "-CAfile", file]
         return subprocess.run(["openssl", "verify", *trust, file], capture_output=True, check=False).returncode == 0
 
     def lasts(self) -> tuple[float, float]:
-        """From when and until when, in Unix seconds."""
+        """Return the begin and the end of the certificate's validity, in Unix seconds."""
         told = ["openssl", "x509", "-in", str(self.tls / "tls.crt"), "-noout", "-dates"]
         shown = subprocess.run(told, capture_output=True, text=True, check=True).stdout
         dates = dict(line.split("=", 1) for line in shown.splitlines())

@@ -1,4 +1,4 @@
-"""How many connections the proxy takes, by the lines of its own entrypoint: as many as its memory has room for."""
+"""How many connections the proxy accepts: as many as fit into its memory, computed by its own entrypoint."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def place(tmp_path: Path) -> Path:
 def said(
     place: Path, script: str, memory: str = "", files: str = "unlimited", **settings: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a few of its functions.
+    """Run functions of the entrypoint; return their output.
 
-    `memory`: what the file of the container's limit says; empty: there is none. `files`: how many a process may open.
+    `memory`: the content of the file with the container's limit; empty: no file. `files`: the limit of open files.
     """
     functions = ENTRYPOINT.partition("\ntrap 'exit 0'")[0].replace("/run/", f"{place}/run/")
     functions = functions.replace("/proc/net/route", str(place / "route"))
@@ -72,7 +72,7 @@ def test_too_little_memory_is_refused_with_what_would_be_enough(place: Path) -> 
 
 
 def test_the_sum_holds_what_the_limits_allow(place: Path) -> None:
-    """By the settings of Nginx that say how much memory a connection and a request may take."""
+    """The memory of a connection and of a request follows from the settings of Nginx."""
     sizes = {
         name: int(number or 1) * int(kib) for name, number, kib in re.findall(r"^(\w+) (?:(\d) )?(\d+)k;", LIMITS, re.M)
     }
@@ -86,7 +86,7 @@ def test_the_sum_holds_what_the_limits_allow(place: Path) -> None:
     assert connection + (connection + request) / 2 <= each
     zones = sum(int(mib) for mib in re.findall(r"zone=\w+:(\d+)m", LIMITS))
     without = int(re.findall(r"^kib_base=\$\(\((\d+) \* 1024\)\)$", ENTRYPOINT, re.M)[0])
-    assert 80 + zones + 4 + 17 <= without, "Nginx itself, its zones, that of TLS, and what is in memory for files"
+    assert 80 + zones + 4 + 17 <= without, "Nginx itself, its zones, the zone of TLS, and the memory for files"
 
 
 def test_a_trusted_proxy_is_told_by_its_kind(place: Path) -> None:

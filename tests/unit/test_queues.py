@@ -1,4 +1,4 @@
-"""Who gets a place in a queue, and who waits."""
+"""The places of a queue: which owner gets one, and which one waits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_what_fails_shares_one_place_of_its_owner_and_half_of_all_places() -> No
     failing = [Claim(owner, fails=True) for owner in ("one", "two", "three")]
     assert shares.take(failing[0])
     assert not shares.take(failing[0])
-    assert shares.take(ONE), "what does not fail goes on"
+    assert shares.take(ONE), "calls that do not fail go on"
     assert shares.take(failing[1])
     assert not shares.take(failing[2])
     shares.give_back(failing[0])
@@ -73,7 +73,7 @@ async def test_whoever_gives_up_waiting_leaves_no_place_taken() -> None:
     await _settle()
     early.cancel()
     shares.give_back(ONE)
-    late.cancel()  # its turn has come, and it does not know yet
+    late.cancel()  # its place is granted, and its task has not run yet
     await asyncio.gather(early, late, return_exceptions=True)
     assert got == []
     assert shares.free == 1

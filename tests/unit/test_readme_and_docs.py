@@ -1,4 +1,4 @@
-"""The pages tell the truth: both languages give the same commands, and what the pages name exists."""
+"""The pages are true: both languages have the same commands, and all that they name exists."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def block_with(text: str) -> str:
 def typed(
     script: str, home: Path, shell: Sequence[str] = ("bash",), **programs: str
 ) -> subprocess.CompletedProcess[str]:
-    """What a shell does with these lines, with programs of ours in place of what the machine may not have."""
+    """Run these lines in a shell, with stand-ins for programs that the machine may not have; return the result."""
     for name, does in programs.items():
         (home / name).write_text(f"#!/bin/sh\n{does}\n")
         (home / name).chmod(0o755)
     environment = {"PATH": f"{home}:{os.environ['PATH']}", "HOME": str(home)}
     return subprocess.run(
         shell, input=script, env=environment, capture_output=True, text=True, check=False,
-        timeout=60, start_new_session=True,  # an interactive shell would stop whoever runs in the background
+        timeout=60, start_new_session=True,  # an interactive shell would stop a process in the background
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def typed(
 def test_the_proof_that_only_the_proxy_leads_in_says_nothing_where_nothing_was_tried(
     tmp_path: Path, tried: bool
 ) -> None:
-    """As with a Compose that does not know the command, or a platform that is not up."""
+    """Nothing is tried where Compose does not know the command, or the platform is not up."""
     script = block_with("echo refused").replace("scripts/compose.sh", "compose")
     inside = 'shift 3; exec "$@"' if tried else "exit 1"
     curl = 'case "$*" in *manager_proxy*) printf ok;; *) exit 56;; esac'
@@ -109,7 +109,7 @@ REFUSED = '{"status": 409, "code": "%s", "detail": "%s"}'
     ids=["refused", "not let in", "queued", "gone", "no answer"],
 )
 def test_the_curl_flow_ends_nothing_where_nothing_was_rented(tmp_path: Path, rent: str, show: str, said: str) -> None:
-    """Each line that cannot go on says why; the shell that it is typed into goes on."""
+    """Each line that fails says why, and the shell stays open."""
     (tmp_path / ".ssh").mkdir()
     script = "\n".join([*commands(block_with("$API/rent ")), "echo the shell goes on"])
     asked = f"{tmp_path}/asked"
@@ -138,7 +138,7 @@ def test_both_languages_name_the_same_files_and_calls() -> None:
 
 @each_guide
 def test_a_guide_names_targets_commands_ports_and_paths(guide: Sequence[Path]) -> None:
-    """Otherwise the tests below would hold of pages that name nothing."""
+    """The tests below would pass for pages that name nothing."""
     texts = code(*guide)
     assert any(_targets(text) for text in texts)
     assert any(_calls(text) for text in texts)
@@ -251,7 +251,7 @@ def _api_paths(text: str) -> set[str]:
 
 
 def _check_call(words: list[str]) -> None:
-    """`orion WORDS`: a command that there is, with options that it has."""
+    """Check that the command `orion WORDS` exists and has these options."""
     command = app.commands()
     options = {"-h", "--help", "--json", "--version"}
     while words and hasattr(command, "commands") and not words[0].startswith("-"):
@@ -266,7 +266,7 @@ def _check_call(words: list[str]) -> None:
 
 
 def _default(variable: str) -> str:
-    """As the table writes it: that of compose, else the manager's own, else `none`."""
+    """Return the default as the table writes it: that of Compose, else the manager's own, else `none`."""
     in_compose = re.search(rf"\$\{{{variable}:-([^}}]*)\}}", COMPOSE)
     if in_compose:
         return in_compose[1] or "none"
@@ -290,7 +290,7 @@ def _routes() -> set[str]:
 
 
 def _without_names(path: str) -> str:
-    """`/api/rentals/$RENTAL` and `/api/rentals/{rental_id}` are the same path."""
+    """Return a path without its parameters: `/api/rentals/$RENTAL` is `/api/rentals/{rental_id}`."""
     return re.sub(r"\{[^}]*\}|\$[A-Z]+", "{}", path.rstrip("/"))
 
 
@@ -304,12 +304,12 @@ def _is_a_path(text: str) -> bool:
     if not re.fullmatch(r"[A-Za-z_/][\w./-]*", text) or text.startswith(("/api/", "/healthz", "text/", "application/")):
         return False
     if text.startswith("/") and "orion" not in text:
-        return False  # of any Linux, or the user's own
+        return False  # a path of any Linux, or of the user's own
     return "/" in text or re.search(r"\.(ya?ml|py|sh|conf|md|crt|key|db)$", text) is not None
 
 
 def _is_in_an_image(name: str) -> bool:
-    """Something of an image or a volume: its code names it."""
+    """Return whether a path is in an image or a volume: code of that image contains it."""
     rooms = [path for room in ("manager_app", "manager_proxy", "worker", "src") for path in (ROOT / room).rglob("*")]
     kinds = {".py", ".sh", ".conf", ""}
     wanted = name.rstrip("/")

@@ -1,4 +1,4 @@
-"""The declaration of an order: its checks, its bytes between manager and worker, and that nothing declares it twice."""
+"""The declaration of an order: its checks, its bytes between manager and worker, and that there is only one."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ class LargerOrder(RentalOrder):
 
 
 def test_a_new_field_is_declared_in_one_place() -> None:
-    assert LargerOrder.from_json(ORDER.as_json()).as_json() == ORDER.as_json(), "a worker that does not know it"
+    assert LargerOrder.from_json(ORDER.as_json()).as_json() == ORDER.as_json(), "a worker that does not know the field"
     larger = LargerOrder.from_json(CREATE.as_json() | {"colour": "red", "size": 5}, "run")
     assert larger.as_json() == CREATE.as_json() | {"colour": "red", "size": 5}
     for wrong, name in (({"colour": "RED", "size": 5}, "colour"), ({"colour": "red"}, "size")):
@@ -261,7 +261,7 @@ def test_the_library_of_the_worker_s_image_is_all_that_an_order_needs(tmp_path: 
     assert (status, report["state"], loaded) == (0, "absent", ["orion", "orion.rental_order"])
 
 
-# The playbooks as they are run by hand
+# Playbooks that are run by hand
 
 WHO_BY_HAND = {"rental_id": "abcdefghij", "username": "r-abcdefghij", "uid": 100_001, "epoch": 3}
 BY_HAND = {
@@ -273,7 +273,7 @@ BY_HAND = {
 
 
 def played(folder: Path, playbook: str, variables: dict[str, Any]) -> tuple[str, str, str]:
-    """Return the command and the input of orion-rental, and what Ansible said, after a run of one playbook here."""
+    """Run a playbook on this machine; return the command and the input of orion-rental, and Ansible's output."""
     shutil.copytree(PLAYBOOKS, folder / "playbooks", dirs_exist_ok=True)
     (folder / "said").unlink(missing_ok=True)
     program, action = folder / "orion-rental", folder / "playbooks/action/orion_rental.py"

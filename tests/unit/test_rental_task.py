@@ -1,4 +1,4 @@
-"""What the task orion_rental makes of a worker's answer: a report, whatever the worker's root would have it be."""
+"""The task orion_rental makes a report of a worker's answer, also where a hostile root wrote the answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make up` of another clone replaces nothing, by the machine's own Compose, with a stand-in for the engine."""
+"""`make up` of another clone replaces nothing: the machine's own Compose, with a stand-in for Docker."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ IMAGE = {"Id": "sha256:0", "Config": {"Labels": {}}}
 
 @dataclass(frozen=True)
 class CloneMachine:
-    """One engine, with what was made on it, and clones of this checkout."""
+    """A machine with one Docker engine, its containers, and clones of this checkout."""
 
     folder: Path
     environment: Mapping[str, str]
@@ -46,7 +46,7 @@ class CloneMachine:
         return place
 
     def make(self, place: Path) -> None:
-        """Have the containers of all services as `make up` of that clone makes them now."""
+        """Make the containers of all services as `make up` of that clone would now."""
         describe = self._run(place, "scripts/compose.sh", "config", "--hash", "*")
         hashes = dict(line.split() for line in describe.splitlines())
         made = self.folder / "made"
@@ -60,7 +60,7 @@ class CloneMachine:
         return self._run(place, sys.executable, "-B", "-c", OUTDATED, **settings).split()
 
     def _run(self, place: Path, *command: str, **settings: str) -> str:
-        """Return what a command says that is run with the settings which scripts/up.sh goes by."""
+        """Run a command with the settings of scripts/up.sh; return its output."""
         environment = {**self.environment, "PYTHONPATH": str(place / "scripts"), **settings}
         up = ["bash", "-c", '. scripts/common.sh; load_settings; exec "$@"', "up", *command]
         done = subprocess.run(up, env=environment, cwd=place, capture_output=True, text=True, check=False)
@@ -78,7 +78,7 @@ class CloneMachine:
 
 
 class NoImages(BaseHTTPRequestHandler):
-    """An engine that has no image: docker-compose 1.29 asks for them, which count for its hash of the settings."""
+    """A Docker engine without images, for docker-compose 1.29, whose hash of the settings includes them."""
 
     def do_GET(self) -> None:
         describe = {"ApiVersion": "1.41"} if self.path == "/version" else {"message": "No such image"}
@@ -120,7 +120,7 @@ def has_compose() -> bool:
 
 @pytest.mark.skipif(not has_compose(), reason="needs Docker Compose, 1.29 or 2, but no engine: then it runs")
 def test_another_clone_of_the_same_commit_replaces_nothing_and_goes_on_with_its_settings(machine: CloneMachine) -> None:
-    """docker-compose 1.29 reckons with the directory, so the containers stay the first clone's; Compose 2 does not."""
+    """docker-compose 1.29 counts the directory as a setting, so that of the first clone is kept; Compose 2 does not."""
     first, second = machine.clone("first"), machine.clone("second")
     (first / ".env").write_text("ORION_SLOTS=4\n")
     machine.make(first)

@@ -1,4 +1,4 @@
-"""What an operator sets, and what is refused before anything starts."""
+"""The operator's settings, and those that are refused before anything starts."""
 
 from __future__ import annotations
 

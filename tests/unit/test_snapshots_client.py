@@ -1,4 +1,4 @@
-"""How many transfers the client asks the snapshot service for at a time, and for which owners."""
+"""How many transfers the client requests from the snapshot service at a time, and for which owners."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def test_an_owner_has_half_of_the_transfers_and_what_was_held_up_one(tmp_p
         again = copies(client, "one", "onea", "oneb", "onec") + copies(client, "two", "twoa", "twoc")
         await until(lambda: len(snapshot_service.jobs) == 4)
         assert snapshot_service.jobs.keys() == {"onea", "onec", "twoa", "twoc"}, (
-            "of what was held up last an owner has one"
+            "rentals whose transfers failed last share one place of their owner"
         )
         snapshot_service.end("onec", "refused")
         await asyncio.wait([again[2]])

@@ -63,7 +63,7 @@ def test_a_copy_begins_from_what_was_prepared_and_leaves_the_one_before_as_it_wa
     assert names(tmp_path) == {"1-1", "next-1-1"}
     prepared = (tmp_path / "next-1-1").stat().st_ino
     copy(tmp_path, two="other")
-    assert (tmp_path / "1-2/home").stat().st_ino == prepared, "nothing was linked again while a renter waits"
+    assert (tmp_path / "1-2/home").stat().st_ino == prepared, "no file is linked again while a renter waits"
     assert names(tmp_path) == {"1-1", "1-2"}
     assert contents(tmp_path, "1-1") == {"one": "1", "two": "2"}
     assert contents(tmp_path, "1-2") == {"one": "1", "two": "other"}
@@ -73,7 +73,7 @@ def test_what_was_prepared_for_an_older_copy_or_was_broken_off_is_removed(tmp_pa
     copy(tmp_path, one="1")
     prepare(tmp_path, "1-1")
     begin(tmp_path, 1, salvage=False)
-    assert names(tmp_path) == {"1-1", "next-1-1", INCOMING}, "what was not used yet is still of use"
+    assert names(tmp_path) == {"1-1", "next-1-1", INCOMING}, "a prepared base that was not used can still be used"
     copy(tmp_path, one="2")
     (tmp_path / "next-1-1").mkdir()  # left by a job that was killed
     (tmp_path / INCOMING).mkdir()
@@ -96,7 +96,7 @@ def test_in_haste_old_copies_do_not_count_any_more_and_the_next_removes_them(tmp
     assert names(tmp_path) == {"1-3", "1-4", "1-5"}
 
 
-# What a snapshot counts for, and what all of them use
+# The disk use of one snapshot and of all
 
 
 def furnish(home: Path) -> None:
@@ -122,7 +122,7 @@ def test_both_ends_count_a_home_in_the_same_way(tmp_path: Path, monkeypatch: pyt
 def test_an_entry_of_any_kind_counts_and_each_name_is_one_and_each_inode_takes_room_once(tmp_path: Path) -> None:
     copied = brought(tmp_path, furnish)
     assert copied.files == 1 + 10 + 5
-    assert copied.bytes == (1 + 10 + 3) * BLOCK_BYTES + 300_000, "the holes of the sparse file count"
+    assert copied.bytes == (1 + 10 + 3) * BLOCK_BYTES + 300_000, "the holes of the sparse file are counted"
 
 
 def test_a_file_that_takes_more_than_its_size_counts_for_what_it_takes(tmp_path: Path) -> None:
@@ -131,23 +131,23 @@ def test_a_file_that_takes_more_than_its_size_counts_for_what_it_takes(tmp_path:
             os.posix_fallocate(file.fileno(), 0, 200_000)
             os.utime(file.fileno())
         taken = (home / "file").stat().st_blocks * 512
-        assert taken > 200_000, "whole blocks"
+        assert taken > 200_000, "whole blocks are counted"
 
     assert brought(tmp_path, reserve).bytes > 200_000 + BLOCK_BYTES
 
 
 @pytest.mark.parametrize(("most", "is_refused"), [(51, False), (50, True)])
 def test_empty_directories_are_refused_by_their_number(tmp_path: Path, most: int, is_refused: bool) -> None:
-    refused(tmp_path, (most, 1 << 30), is_refused)
+    check_refusal(tmp_path, (most, 1 << 30), is_refused)
 
 
 @pytest.mark.parametrize(("most", "is_refused"), [(51 * BLOCK_BYTES, False), (51 * BLOCK_BYTES - 1, True)])
 def test_empty_directories_are_refused_by_the_room_that_they_take(tmp_path: Path, most: int, is_refused: bool) -> None:
-    refused(tmp_path, (1000, most), is_refused)
+    check_refusal(tmp_path, (1000, most), is_refused)
 
 
-def refused(folder: Path, limits: tuple[int, int], is_refused: bool) -> None:
-    """Take a snapshot of a home with fifty directories; assert that it is refused, or not."""
+def check_refusal(folder: Path, limits: tuple[int, int], is_refused: bool) -> None:
+    """Take a snapshot of a home with fifty directories, and check whether it is refused."""
 
     def many(home: Path) -> None:
         for number in range(50):

@@ -38,7 +38,7 @@ def test_a_disk_is_as_full_as_that_of_which_least_is_left(
 def test_a_share_is_of_bytes_and_of_inodes_where_there_are_any() -> None:
     disk = Disk(size=Usage(50, 1000), used=Usage(0, 0))
     assert disk.share(0.5) == Usage(25, 500)
-    assert disk.share(0.001) == Usage(1, 1), "which is not that there is no limit"
+    assert disk.share(0.001) == Usage(1, 1), "this does not mean that there is no limit"
     without = Disk(size=Usage(0, 1000), used=Usage(0, 0)).share(0.5)
     assert Usage(10**9, 500).fits_in(without)
     assert not Usage(1, 501).fits_in(without)
@@ -54,7 +54,7 @@ def test_what_an_owner_has_in_all_is_limited_and_nobody_else_feels_it(usages: Us
     assert usages.choose("one", "ann", [large], MOST) == 0
     assert usages.choose("two", "ann", [large], MOST) is None
     assert usages.choose("three", "bob", [large], MOST) == 0
-    assert usages.choose("one", "ann", [large], MOST) == 0, "its own place is not counted against it"
+    assert usages.choose("one", "ann", [large], MOST) == 0, "a rental's own use is not counted against it"
     assert usages.refused() == ["ann"]
     usages.forget("one")
     assert usages.choose("two", "ann", [large], MOST) == 0

@@ -1,4 +1,4 @@
-"""What a job of the snapshot service does around a transfer: it checks the disk and the owner's share, and cleans up.
+"""The work of a snapshot service's job around a transfer: checks of the disk and the owner's share, and clean-up.
 
 The worker here answers that the home is the same as the last snapshot, or fails. Transfers are in tests/integration.
 """
@@ -46,7 +46,7 @@ class JobBench:
 
     @property
     def begun(self) -> Path:
-        """The file with the Unix time at which the worker read the request."""
+        """Return the file with the Unix time at which the worker read the request."""
         return self.directories.copies.parent / "begun"
 
     def has(self, size: Usage, used: Usage) -> None:
@@ -119,7 +119,7 @@ def test_an_owner_beyond_its_share_loses_its_older_copies_and_then_gets_no_new_o
     assert snapshot_service.kept("one") == {"2-1", "3-1", "4-1"}
     assert snapshot_service.copy("three", 1, owner="bob").ok
     assert snapshot_service.copy("one", 4).copies[0]["generation"] == "4-1", (
-        "it is unchanged, and makes room all the same"
+        "the home is unchanged, and room is made all the same"
     )
     assert snapshot_service.kept("one") == {"incoming", "4-1"}
     assert snapshot_service.copy("two", 1).ok

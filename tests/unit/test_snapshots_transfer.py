@@ -78,7 +78,7 @@ try:
 except OSError:
     sys.exit(12)
 """
-"""It behaves as an rsync that writes everything before it reads, and so does not see that the other end has gone."""
+"""A program that writes everything before it reads, as an rsync that does not notice the end of its peer."""
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def test_an_rsync_that_still_writes_ends_with_the_connection_to_its_worker(progr
 
 
 STILL = RSYNC.replace("while True", "if True").replace("sys.exit(12)", "pass") + "import time; time.sleep(300)"
-"""It behaves as an rsync that writes once and is then stopped."""
+"""A program that writes once and is then stopped, as an rsync of a hostile renter."""
 
 
 @pytest.fixture

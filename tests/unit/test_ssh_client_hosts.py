@@ -1,4 +1,4 @@
-"""The stored certificate of this machine's own key: for how long it is used, whatever the clocks do."""
+"""The stored certificate of this machine's own key: for how long it is used when clocks jump."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The argument lists of ssh: whatever else they ask for, one host is pinned, and its key is checked."""
+"""The argument lists of ssh: each pins one host and checks its key."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="it is for Op
 
 
 def settings(arguments: list[str]) -> dict[str, str]:
-    """Return what ssh itself makes of its arguments, in the words of ssh_config."""
+    """Return the settings that ssh itself derives from its arguments, by their names in ssh_config."""
     done = subprocess.run(["ssh", "-G", *arguments[1:]], capture_output=True, text=True, check=True)
     return dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
 

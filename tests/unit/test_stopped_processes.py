@@ -1,4 +1,4 @@
-"""What a renter stops ends all the same: root's programs wait for nothing without an end. All is really stopped."""
+"""Processes that a renter stops: no program of root waits for them without end. The processes here are real."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(180)
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="acting under a renter's uid needs root; CI is root")
 SHORT_S = 0.05
 ENDS_S = 2.0
-"""Seconds until a process is killed that has something to do before."""
+"""Seconds until a process is killed that has other work first."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def whatever_is_left_ends() -> Iterator[None]:
 
 @pytest.fixture
 def uid() -> Iterator[int]:
-    """One that nothing else on this machine has; nothing of it is left when a test has ended."""
+    """Give a uid that nothing else on this machine has; end its processes after the test."""
     renter = 1_000_000_000 + secrets.randbelow(10**9)
     yield renter
     left = processes.pids_of([renter])
@@ -56,7 +56,7 @@ def wait_until(reached: Callable[[], Any], what: str) -> Any:
 
 
 def state(pid: int) -> str:
-    """The kernel's letter for it; empty where it is gone, also where nobody has taken its status yet."""
+    """Return the kernel's letter for a process's state, or nothing if it has ended, also if it is a zombie."""
     try:
         found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -69,7 +69,7 @@ def stop_itself() -> None:
 
 
 def stop_with_a_child(told: int) -> None:
-    """Be stopped, with a child that is too, and says its number: this process may have been killed by then."""
+    """Stop this process and a child, which first prints its own pid: this process may have been killed by then."""
     if os.fork() == 0:
         os.write(told, b"%d\n" % os.getpid())
     stop_itself()
@@ -158,7 +158,7 @@ def test_an_rsync_is_ended_with_the_process_of_root_s_that_waits_for_it(
     monkeypatch.setattr(transfer, "ARGUMENTS", {"receive": ("-c", "kill -STOP $$")})
     parent = processes.begin_child(lambda: transfer.run_rsync("receive", uid, time.time() + 60, gently=False))
     (rsync,) = wait_until(lambda: [pid for pid in processes.pids_of([uid]) if state(pid) == "T"], "rsync is stopped")
-    os.kill(parent, signal.SIGKILL)  # as whoever purges the rental does
+    os.kill(parent, signal.SIGKILL)  # as the purge of the rental does
     os.waitpid(parent, 0)
     wait_until(lambda: not state(rsync), "rsync has ended too")
 
@@ -191,7 +191,7 @@ def test_a_start_command_that_its_renter_stops_before_it_has_begun_is_ended_and_
 ) -> None:
     (tmp_path / "home/r-one").mkdir(parents=True)
     monkeypatch.setattr(launcher, "WITHIN_S", SHORT_S)
-    monkeypatch.setattr(os, "execve", lambda *_: stop_itself())  # it has the renter's uid by then
+    monkeypatch.setattr(os, "execve", lambda *_: stop_itself())  # its child has the renter's uid by then
     report = Launcher(tmp_path).launch(RentalRecord("one", "r-one", uid, epoch=2), "serve", "1@boot")
     assert report["started"] is False
     assert "did not begin within" in str(report["start_problem"])
@@ -199,7 +199,7 @@ def test_a_start_command_that_its_renter_stops_before_it_has_begun_is_ended_and_
 
 
 class LogIn:
-    """Two processes as sshd has them for a log-in: one of root, and one of the renter's that stops itself."""
+    """The two processes that sshd has for a log-in: one of root, and one of the renter that stops itself."""
 
     def __init__(self, uid: int, script: str) -> None:
         become = f"setpriv --reuid={uid} --regid={uid} --clear-groups"
@@ -274,7 +274,7 @@ def test_a_log_in_that_stands_still_with_its_rental_goes_on_with_it(rentals: Ren
 @AS_ROOT
 @pytest.mark.parametrize("log_in", ["while :; do kill -STOP $$; done"], indirect=True)
 def test_a_log_in_that_has_run_between_two_looks_is_counted_anew(rentals: Rentals, log_in: LogIn) -> None:
-    """As when one pause for a snapshot follows another."""
+    """One pause for a snapshot may follow another."""
     looking = StoppedLogIns(rentals, pytest.fail)
     for _ in range(2 * LOOKS):
         looking.look()
@@ -311,5 +311,5 @@ def test_a_look_that_fails_is_said_and_no_more(rentals: Rentals, monkeypatch: py
     monkeypatch.setattr(looking, "look", lambda: Path("/nowhere").read_text())
     for _ in range(3):
         looking.look_if_due()
-    assert len(said) == 1, "it looks again when it is time to, and not before"
+    assert len(said) == 1, "the next check is when it is due, and not before"
     assert "looking again" in said[0]

@@ -75,7 +75,9 @@ def test_the_ballast_occupies_its_room_and_is_made_again_when_there_is_room(
     assert (tmp_path / "ballast").stat().st_blocks * 512 >= 1 << 20
     assert there.release(problem(sqlite3.SQLITE_IOERR_WRITE))
     there.allocate()
-    assert not (tmp_path / "ballast").exists(), "not at once: the commit that needed the room has not used it yet"
+    assert not (tmp_path / "ballast").exists(), (
+        "not at once, because the commit that needed the room has not used it yet"
+    )
     monkeypatch.setattr(ballast, "CHECK_EVERY_S", 0.0)
     there.allocate()
     assert (tmp_path / "ballast").exists()

@@ -70,7 +70,7 @@ def test_the_migrations_make_exactly_the_schema(database: Path) -> None:
 
 
 def test_the_migrations_make_what_alembic_does_not_compare(database: Path, tmp_path: Path) -> None:
-    """Checks, and the conditions of partial indexes."""
+    """Alembic does not compare checks and the conditions of partial indexes."""
 
     def refusals(path: Path) -> dict[str, object]:
         engine = create_engine(f"sqlite:///{path}")
@@ -175,7 +175,7 @@ async def test_reading_goes_on_while_something_is_written(store: Store) -> None:
 
     writing = asyncio.create_task(store.write(slow))
     await reading.wait()
-    assert await number_of(store, rentals) == 0, "what is not committed is invisible"
+    assert await number_of(store, rentals) == 0, "uncommitted rows are invisible"
     done.set()
     await writing
     assert await number_of(store, rentals) == 1

@@ -34,7 +34,7 @@ from orion.manager.store.sql import SqlStateStore
 
 
 class Both(StateStore, Registry, Protocol):
-    """The ports that both implement."""
+    """The ports that both state stores implement."""
 
 
 @dataclass
@@ -130,7 +130,7 @@ async def test_a_rental_without_expiry_gets_one_once_the_clock_is_trusted(bench:
     assert count([without_expiry], 7000.0, doubted) == []
     counted = count([without_expiry], 7000.0, WallClock(offset_s=0.0))
     assert await bench.state_store.apply(counted)
-    assert not await bench.state_store.apply(counted), "it was counted meanwhile"
+    assert not await bench.state_store.apply(counted), "the expiry is already set"
     assert await bench.state_store.without_expiry() == []
     assert [rental.expires_at for rental in await bench.state_store.due(7060.0)] == [7060.0]
 
@@ -285,7 +285,7 @@ async def test_a_worker_without_placements_is_removed_when_a_new_one_has_its_add
 async def test_a_worker_that_never_got_the_answer_to_its_registration_is_known_once(
     bench: StateStoreBench, health: Health
 ) -> None:
-    """Its network was cut meanwhile, and it has another address: its host keys identify it."""
+    """The worker has another address since its network was cut: its host keys identify it."""
     before = await bench.state_store.register(CLAIM, None, True)
     (known,) = await bench.state_store.known_at(CLAIM.address)
     await bench.become(known, *PATH_TO[health])
@@ -325,7 +325,7 @@ async def test_a_part_leaves_out_active_rentals_of_other_workers(bench: StateSto
     assert (seen.workers, seen.rentals, seen.placements) == ({}, {QUEUED.id: QUEUED}, {})
     with_candidate = await bench.state_store.load_part((), {WORKER.id})
     assert (with_candidate.workers, with_candidate.taken) == ({WORKER.id: WORKER}, {WORKER.id: {0}})
-    assert with_candidate.placements == {}, "only its slots"
+    assert with_candidate.placements == {}, "only its slots are changed"
 
 
 async def test_independent_steps_are_applied_one_by_one(bench: StateStoreBench) -> None:

@@ -1,4 +1,4 @@
-"""Tokens in the database: which are valid, and what is kept of them."""
+"""Tokens in the database: which are valid, and that only hashes are kept."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_each_attacker_has_a_section_that_says_what_is_not_defended() -> None:
 
 
 def test_each_attack_has_its_place_on_the_page() -> None:
-    """What tests/integration/test_attacks_*.py try, less what is a variation of a test that is named."""
+    """The attacks are the tests of tests/integration/test_attacks_*.py; variations of a named test need no place."""
     page = PAGE.read_text()
     for file in (ROOT / "tests/integration").glob("test_attacks_*.py"):
         attacks = re.findall(r"def (test_\w+)\(", file.read_text())

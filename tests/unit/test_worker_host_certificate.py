@@ -1,4 +1,4 @@
-"""Which certificate a worker shows: the one that was signed last, whichever came last. With sshd: tests/integration."""
+"""Which certificate a worker shows: the one that was signed last. Tests with sshd: tests/integration."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_certificate_is_never_signed_for_nobody() -> None:
 
 @pytest.mark.parametrize("key", ["ssh-ed25519 AAAA", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAAWE=", "ssh-rsa AAAA"])
 def test_what_is_no_key_of_a_host_keeps_nobody_from_making_rentals_there(key: str) -> None:
-    """A worker says what its keys are; whether they are is found out when it is reached."""
+    """A worker's own claim about its keys is checked when the worker is reached."""
     with pytest.raises(NothingToSign):
         authority().host_certificate(1, "w-one", [key], ["abcdefghij"])
 
@@ -70,7 +70,7 @@ def test_orders_that_cross_leave_the_one_that_was_signed_last(tmp_path: Path) ->
 
 @pytest.mark.parametrize("now", [NOW + LIFETIME_S + 1, NOW - 3600, NOW - 120, NOW - 2 * BACKDATED_S])
 def test_one_that_is_not_valid_now_holds_no_place(tmp_path: Path, now: float) -> None:
-    """It has ended, or was signed by a clock that was ahead."""
+    """The certificate has ended, or was signed by a clock that was ahead."""
     shown = HostCertificate(tmp_path)
     shown.install(certificate(9), NOW)
     assert shown.install(certificate(2, now), now)

@@ -11,7 +11,7 @@ from orion_worker.rpc.liveness import ORDERLY_END, LivenessListener
 
 
 class Connection:
-    """The manager's end of a connection, with the program in between."""
+    """The manager's end of a liveness connection, and the program on the worker that hands it over."""
 
     def __init__(self, place: Path) -> None:
         self.ours, theirs = socket.socketpair()

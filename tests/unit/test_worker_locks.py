@@ -49,7 +49,7 @@ def root(tmp_path: Path) -> Path:
 
 @contextmanager
 def held_by_another(file: Path) -> Iterator[None]:
-    """Have another process hold both kinds of lock on a file, until this ends."""
+    """Have another process hold both kinds of lock on a file within the context."""
     said, ended = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""How much of what sshd says is kept in the container's log."""
+"""How many lines of sshd's output reach the container's log."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_flood_is_as_many_lines_as_the_time_allows(log: LimitedLog, said: list
     assert len(said) <= BURST + 10 / LINE_EVERY_S + 1
     log.take(b"", 2000.0)
     log.take(b"x\n" * BURST * 2, 2000.0)
-    assert said.count("x") <= 2 * BURST + 10 / LINE_EVERY_S, "what was not used is not saved up"
+    assert said.count("x") <= 2 * BURST + 10 / LINE_EVERY_S, "unused lines are not saved up"
 
 
 def test_a_line_without_an_end_is_cut(log: LimitedLog, said: list[str]) -> None:

@@ -33,7 +33,7 @@ OURS, ANOTHERS = 100_001, 100_002
 WITHIN_S = 60.0
 
 
-# Whose port it is
+# The owner of a port
 
 
 def table(*lines: tuple[str, int, int, int], state: str = "0A") -> str:
@@ -71,7 +71,7 @@ def test_a_socket_on_ipv6_is_reached_by_ipv6_and_a_dual_one_by_either() -> None:
         (("127.0.0.1", 8000, 0, 7),),
         (("172.20.128.4", 8000, OURS, 7), ("10.0.0.1", 8000, OURS, 8)),
         (("127.0.0.2", 8000, OURS, 7),),
-        # Whoever else could answer in its place.
+        # Others who could answer in its place.
         (("0.0.0.0", 8000, OURS, 7), ("127.0.0.1", 8000, ANOTHERS, 8)),  # noqa: S104
         (("127.0.0.1", 8000, OURS, 7), ("::", 8000, ANOTHERS, 8)),
         (("::1", 8000, ANOTHERS, 7), ("::", 8000, OURS, 8)),
@@ -90,7 +90,7 @@ def test_netlink_and_proc_give_the_same_sockets(address: str, family: socket.Add
     with socket.create_server((address, 0), family=family) as server:
         port = server.getsockname()[1]
         tables = [file.read_text() for file in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if file.exists()]
-        inode = os.fstat(server.fileno()).st_ino  # another may listen on that port of another address
+        inode = os.fstat(server.fileno()).st_ino  # another renter may listen on that port of another address
         [read] = [each for each in listeners(*tables) if (each.port, each.inode) == (port, inode)]
         [asked] = [each for each in socket_diag.listening() if (each.port, each.inode) == (port, inode)]
     assert asked == read == Listener(ip_address(address), port, os.geteuid(), read.inode)
@@ -103,7 +103,7 @@ def test_a_kernel_without_netlink_diagnostics_is_read_by_proc(monkeypatch: pytes
         assert [each.uid for each in socket_diag.listening() if each.inode == inode] == [os.geteuid()]
 
 
-# Passes
+# Access tokens
 
 
 def signed_token(token: PortToken = TOKEN, session: str = SESSION) -> str:
@@ -152,7 +152,7 @@ def test_a_refusal_is_json_or_html() -> None:
     assert b"still &lt;now&gt;" in refusal_response(refusal, as_html=True)
 
 
-# Who is here
+# The rentals of this worker
 
 
 def test_only_a_rental_that_is_here_at_that_epoch_activated_and_not_frozen_is_found(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_only_a_rental_that_is_here_at_that_epoch_activated_and_not_frozen_is_fo
     assert refusal() == "not_here"
 
 
-# What passes
+# Requests and answers
 
 
 class Stage:
@@ -320,7 +320,7 @@ async def test_interim_answers_are_dropped_and_the_answer_passes(tmp_path: Path,
 
 async def test_a_listener_that_accepts_no_connection_is_reported(tmp_path: Path) -> None:
     async with serving(tmp_path) as stage:
-        stage.looks = [PortTarget(("127.0.0.254",), frozenset({7}))]  # it refuses: nothing is there
+        stage.looks = [PortTarget(("127.0.0.254",), frozenset({7}))]  # a refusal, because nothing listens there
         reader, writer = await stage.ask(signed_token(stage.token))
         assert b"not_accepted" in await reader.read()
         writer.close()
@@ -383,7 +383,7 @@ async def test_a_token_that_was_on_its_way_when_its_grant_ended_is_refused(tmp_p
         assert b'"ended"' in await reader.read()
         assert stage.connections == 0
         reader, _ = await stage.ask(signed_token(replace(token, number=12)))
-        assert (await reader.readuntil(b"first ")).startswith(b"HTTP/1.1 200"), "it was made public again since"
+        assert (await reader.readuntil(b"first ")).startswith(b"HTTP/1.1 200"), "the port was made public again since"
 
 
 async def test_a_connection_ends_with_the_time_in_its_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Who comes last where many want a processor, by a /proc in a directory; that it does, by real processes."""
+"""Which renter's processes get the lowest priority: by a /proc in a directory, and with real processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ProcessFiles:
         self.turns = PriorityGuard(self.said.append, self.last.append, self.root)
 
     def runs(self, pid: int, uid: int, states: str) -> None:
-        """Have a process with a task of each of these states."""
+        """Add a process with a task of each of these states."""
         folder = self.root / str(pid)
         for number, state in enumerate(states):
             (folder / f"task/{pid + number}").mkdir(parents=True)
@@ -75,7 +75,7 @@ def test_what_ends_meanwhile_is_not_counted(machine: ProcessFiles) -> None:
 class TestForReal:
     @pytest.fixture
     def uid(self) -> int:
-        """One that nothing else on this machine has."""
+        """Give a uid that nothing else on this machine has."""
         return 1_000_000_000 + secrets.randbelow(10**9)
 
     @pytest.fixture

@@ -47,7 +47,7 @@ def etc(tmp_path: Path) -> Path:
     return folder
 
 
-# The rule of epochs
+# Epochs
 
 
 def test_no_epoch_is_made_that_is_older_than_seen_or_was_purged_or_is_half_purged() -> None:
@@ -301,7 +301,7 @@ def test_a_name_with_another_uid_belongs_to_another_account(etc: Path) -> None:
     assert accounts.taken_by_another(etc, "r-two", 100_001)
 
 
-# Traces
+# Residue
 
 
 def test_a_tree_is_removed_however_deep_and_its_links_are_not_followed(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_orders_beyond_the_limit_wait_and_are_all_answered(served: Served) -> No
 
 
 def _handed_over(place: Path) -> subprocess.Popen[bytes]:
-    """As sshd starts it."""
+    """Start the shim with a transfer, as sshd does."""
     command = [sys.executable, "-c", HAND_OVER, "send", str(place)]
     environment = os.environ | {"PYTHONPATH": str(Path(shim.__file__).parents[1])}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
@@ -168,7 +168,7 @@ def test_transfers_are_done_side_by_side_with_what_each_was_given(served: Served
     place = served.folder / "transfers"
     with _handed_over(place) as first, _handed_over(place) as second:
         assert second.communicate(b"two", timeout=60)[0] == b"send: two"
-        assert first.poll() is None, "it stays as long as its transfer goes on"
+        assert first.poll() is None, "the shim stays as long as its transfer goes on"
         assert first.communicate(b"one", timeout=60)[0] == b"send: one"
     assert (first.returncode, second.returncode) == (3, 3)
     served.ask(1, "say", "still here")

@@ -1,4 +1,4 @@
-"""Whose processes the kernel ends first when memory is used up, by a /proc and a control group in a directory."""
+"""Which processes the kernel kills first when memory is used up, by a /proc and a control group in a directory."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_rental_that_uses_the_most_goes_first_however_small_each_of_its_proc
 
 
 def test_the_difference_outweighs_whatever_a_smaller_rental_can_hold() -> None:
-    """Another rental has half of the memory at most, where one has more than it."""
+    """Where a rental has more memory than another, the other has at most half of it all."""
     assert (FIRST - usual(0)) / 1000 * LIMIT_BYTES >= LIMIT_BYTES / 2
 
 
@@ -129,7 +129,7 @@ def test_memory_counts_that_is_no_file_s_and_a_process_s_name_is_no_line(machine
     machine.runs(11, ONE, 10)
     assert renter_memory_of((machine.root / "11/status").read_text()) == (ONE, (10 << 20) + (3 << 10))
     assert renter_memory_of("") is None
-    assert renter_memory_of(f"Uid:\t{ONE}\t{ONE}\t{ONE}\t{ONE}\n") == (ONE, 0), "a process that has ended"
+    assert renter_memory_of(f"Uid:\t{ONE}\t{ONE}\t{ONE}\t{ONE}\n") == (ONE, 0), "the process has ended"
 
 
 @pytest.mark.parametrize(("used", "limit", "short"), [(9, 10, True), (5, 10, False), (9, 0, False), (0, 0, False)])

@@ -1,4 +1,4 @@
-"""Snapshots on a worker, in directories: what is found changed, and that what is set aside existed.
+"""Snapshots on a worker, in directories: which files are found changed, and that the staged files existed together.
 
 The renter's programs are functions here that run whenever the worker looks, unless they are stopped; real programs are
 in tests/integration/test_snapshots.py.
@@ -38,7 +38,7 @@ BASE, MARK = "aa", "bb"
 
 @dataclass
 class Programs(Freezer):
-    """The renter's programs, which work at each scan and each look, but not in a pause."""
+    """The renter's programs, which run at each scan and each check of the processes, but not in a pause."""
 
     root: Path
     work: Callable[[], Any] = lambda: None
@@ -204,7 +204,7 @@ def test_a_change_that_keeps_size_and_time_is_sent(bench: HomeBench) -> None:
 def test_a_change_that_comes_as_soon_as_the_scan_that_its_ctime_does_not_tell_it_is_found_by_its_content(
     bench: HomeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scanning, "RACY_S", 1e9)  # everything is as young as that
+    monkeypatch.setattr(scanning, "RACY_S", 1e9)  # everything is that young
     file = bench.home / "file"
     file.write_text("old")
     bench.snapshot(mark=BASE)
@@ -240,7 +240,7 @@ def test_a_file_mapped_for_writing_is_copied_again_during_the_pause(
 
 
 class Counter:
-    """A program that writes a number to `A` and then to `zz_B`, each time that it gets to run: A is never behind."""
+    """A program that writes a number to `A` and then to `zz_B` each time that it runs, so that A is never behind."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -255,7 +255,7 @@ class Counter:
 
 
 def test_a_snapshot_is_a_state_that_existed(bench: HomeBench) -> None:
-    """Files that are written in an order are in it in that order, however much is copied meanwhile."""
+    """A snapshot keeps the order in which files were written, however many files change meanwhile."""
     counter = bench.operations.freezer.work = Counter(bench.home)
     for name in ("A", "zz_B"):
         (bench.home / name).write_text("0")
@@ -334,7 +334,7 @@ def test_where_a_pause_will_be_too_long_nothing_is_stopped(bench: HomeBench) -> 
 def test_a_pause_is_foreseen_by_what_was_written_while_the_rest_was_copied(
     bench: HomeBench, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
-    """Half a minute to copy 200 files, and `written` of them were written again meanwhile."""
+    """The snapshot of 200 files takes half a minute, and `written` of them are written again meanwhile."""
     used = [0.0]
     monkeypatch.setattr(maker, "_processor_s", lambda: used[0])
     keep = StagingTree.stage
@@ -407,7 +407,7 @@ def test_a_purge_ends_the_transfer_that_stages_files_and_leaves_nothing_of_it(tm
                 assert got_lock(alone.fileno(), 0)
                 alone.write(f"{os.getpid()}\n")
                 alone.flush()
-                for number in range(10_000_000):  # for minutes, if nobody ends it
+                for number in range(10_000_000):  # for minutes, if it is not ended
                     (places / f"one/{number % 5000}/inner").mkdir(parents=True, exist_ok=True)
         finally:
             os._exit(1)
@@ -510,7 +510,7 @@ def test_an_entry_that_cannot_be_carried_refuses_a_migration_and_is_named_by_oth
         bench.snapshot(for_migration=True)
     told = bench.snapshot(mark=BASE)
     assert (told["skipped"], bench.sent) == (["theirs"], {"mine": b"x"})
-    assert bench.snapshot(base=BASE)["skipped"] == ["theirs"], "it is still missing"
+    assert bench.snapshot(base=BASE)["skipped"] == ["theirs"], "the file is still missing"
 
 
 @pytest.mark.parametrize("limits", [{"max_files": 5}, {"max_bytes": 49}])
@@ -529,7 +529,7 @@ def test_a_home_over_its_limits_is_frozen_and_the_refusal_says_what_to_do(
         bench.snapshot(**limits)
     with pytest.raises(RequestRefused) as moving:
         bench.snapshot(for_migration=True, **limits)
-    assert "orion thaw" not in str(moving.value), "a planned move freezes nobody for that"
+    assert "orion thaw" not in str(moving.value), "a planned migration freezes no rental for that"
 
 
 @pytest.mark.parametrize("limits", [{"max_files": 100}, {"max_bytes": 100 * scanning.BLOCK_BYTES}])
@@ -546,7 +546,7 @@ def test_empty_directories_count_by_number_and_by_the_room_that_they_take(
 
 
 def test_the_blocks_of_a_file_are_no_change_of_it(bench: HomeBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk may give a file its blocks long after it was written to."""
+    """A file system may allocate a file's blocks long after the file was written."""
     (bench.home / "file").write_text("x")
     aged(bench.home)
     bench.snapshot(mark=BASE)
@@ -633,7 +633,7 @@ def test_a_rental_frozen_for_its_size_is_not_scanned_again(bench: HomeBench, mon
     assert "4 files; it is frozen: `orion thaw`" in said[0]["error"]
 
 
-# Who comes before the account
+# A transfer that begins before its account is made
 
 
 class WaitingClock:

@@ -34,7 +34,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     begin = launcher.begin_child
 
     def begun(work: Callable[[], object]) -> int:
-        told = mmap.mmap(-1, 1 << 16)  # shared with the child, which closes whatever it has open
+        told = mmap.mmap(-1, 1 << 16)  # shared with the child, which closes all of its descriptors
         with monkeypatch.context() as patched:
             patched.setattr(os, "execve", partial(_tell, told))
             for become in () if os.geteuid() == 0 else ("setgroups", "setresgid", "setresuid"):
@@ -128,7 +128,7 @@ def test_a_worker_takes_no_other_command_than_the_manager_does(wrong: dict[str, 
 
 
 def run_in(home: Path, command: str, run: str = "2 1@boot") -> None:
-    """Run a command as the renter, until it has ended."""
+    """Run a command as the renter until it ends."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
     code = f"from orion_worker.start import program; program.run({run!r}, {command!r})"
     subprocess.run(
@@ -189,7 +189,7 @@ def test_the_program_detaches_itself_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "done").exists()
     (tmp_path / "gate").write_text("through\n")
     while not ((tmp_path / "done").exists() and (tmp_path / "done").read_text()):
-        assert time.monotonic() < began + 60, "it did not go on by itself"
+        assert time.monotonic() < began + 60, "the command did not go on by itself"
         time.sleep(0.01)
     assert (tmp_path / "done").read_text() == "through\n"
 
@@ -209,7 +209,7 @@ def was_launched(root: Path, run: str = "2 1@boot") -> tuple[Launcher, RentalRec
 def test_how_a_start_command_ended_is_reported_with_its_run(tmp_path: Path, command: str, how: str) -> None:
     launcher, record, home = was_launched(tmp_path)
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    assert launcher.ended(record, now) is None, "it has not begun yet"
+    assert launcher.ended(record, now) is None, "the command has not begun yet"
     run_in(home, command)
     told = launcher.ended(record, now + 100.0)
     assert told is not None

@@ -1,4 +1,4 @@
-"""Who stands still and who fights it, from what the kernel shows; with real processes: tests/integration."""
+"""Which processes are stopped and which resist, by the kernel's tables. Real processes: tests/integration."""
 
 from __future__ import annotations
 
@@ -36,17 +36,23 @@ def test_who_goes_on_after_a_turn_is_restless_and_who_got_none_is_only_waiting()
     running = replace(TASK, state="R")
     assert any_resists(by_key(running), [replace(running, turns=(5, 7, 9))])
     assert not any_resists(by_key(running), [running])
-    assert not any_resists(by_key(running), [replace(running, turns=(5, 7, 9), stopping=True)]), "it is about to stop"
+    assert not any_resists(by_key(running), [replace(running, turns=(5, 7, 9), stopping=True)]), (
+        "the process is about to stop"
+    )
     assert not any_resists(by_key(running), [replace(running, state="T", turns=(6, 6, 7))])
-    assert not any_resists({}, [running]), "new since: the next look decides"
+    assert not any_resists({}, [running]), "the process is new: the next check decides"
 
 
 def test_who_ran_since_it_was_seen_stopped_was_woken_even_if_it_is_stopped_again() -> None:
     assert any_woken(by_key(TASK), [replace(TASK, turns=(6, 6, 7))])
     assert any_woken(by_key(TASK), [replace(TASK, state="S", turns=(6, 6, 7))])
     assert not any_woken(by_key(TASK), [TASK])
-    assert not any_woken(by_key(replace(TASK, state="D")), [replace(TASK, turns=(6, 6, 7))]), "it came back and stopped"
-    assert not any_woken(by_key(TASK), [replace(TASK, started=778, turns=(6, 6, 7))]), "its number is another's now"
+    assert not any_woken(by_key(replace(TASK, state="D")), [replace(TASK, turns=(6, 6, 7))]), (
+        "the process ran again and stopped"
+    )
+    assert not any_woken(by_key(TASK), [replace(TASK, started=778, turns=(6, 6, 7))]), (
+        "its pid belongs to another process now"
+    )
 
 
 def test_parents_are_stopped_before_their_children_and_the_oldest_first() -> None:
@@ -71,7 +77,7 @@ def test_the_parent_is_read_from_the_status() -> None:
 
 
 def test_a_strike_that_is_stopped_itself_goes_on_and_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by the fence's own strike, while what is frozen is purged."""
+    """The fence's own strike does this while a frozen rental is purged."""
     kill = os.kill
 
     def stopped_first(pid: int, number: int) -> None:

@@ -1,4 +1,4 @@
-"""How a worker keeps the machine's terminals from one renter, by a /dev/pts in a directory and by the kernel's own."""
+"""The limit of terminals of one renter, by a /dev/pts in a directory and by the kernel's own."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TerminalFiles:
         return number in self.hidden or (self.root / str(number)).exists()
 
     def _free(self, highest: int, enough: int) -> int:
-        assert not self.is_open, "who counts is not raced"
+        assert not self.is_open, "the count does not race with new terminals"
         return min(enough, sum(not self._is_held(number) for number in range(highest + 1)))
 
     def _end(self, uids: list[int]) -> None:
@@ -105,7 +105,7 @@ def test_who_hides_what_it_holds_gets_no_more_until_it_lets_go_and_nobody_is_end
     assert (machine.is_open, machine.ended) == (False, [])
     machine.hidden -= set(range(40))
     machine.terminals.look(-1)
-    assert not machine.is_open, "numbers that are free below do not pass for fewer that are held"
+    assert not machine.is_open, "free numbers below do not hide terminals that are held"
     machine.hidden.remove(200)
     machine.terminals.look(-1)
     assert machine.is_open
@@ -144,7 +144,9 @@ def test_each_new_name_is_told_with_its_number(tmp_path: Path) -> None:
         assert highest_of(os.read(watch, 1 << 16)) == -1
     finally:
         os.close(watch)
-    assert highest_of(bytes.fromhex("ffffffff 00400000 00000000 00000000")) == MOST_HELD, "it could not tell all"
+    assert highest_of(bytes.fromhex("ffffffff 00400000 00000000 00000000")) == MOST_HELD, (
+        "not all terminals could be named"
+    )
 
 
 def test_a_directory_that_is_not_there_cannot_be_watched(tmp_path: Path) -> None:
